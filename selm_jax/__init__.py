@@ -1,0 +1,3 @@
+"""Self-Exploring Language Models in JAX."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,211 @@
+"""The only way a stage leaves a file behind: whole or not at all, and with a digest.
+
+A file is written beside its name, flushed to disk, and renamed. A folder likewise. What a stage
+did stands in `stage.json`: the digests of its inputs and outputs, its settings, counts and seconds.
+A stage is done when its entry is there and still true.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+
+class ArtifactError(RuntimeError):
+    """A run folder that cannot be gone on with. The message says what to do."""
+
+
+_PARTIAL = ".partial"
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Yields a path to write a file or a folder to; on success it becomes `path`.
+
+    If the body raises, nothing stays. If the process dies, the leftover has the suffix `.partial`
+    and the next attempt removes it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + _PARTIAL)
+    remove(partial)
+    try:
+        yield partial
+        _flush(partial)
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(partial, path)
+        _flush_folder(path.parent)
+    except BaseException:
+        remove(partial)
+        raise
+
+
+def remove(path: Path) -> None:
+    """Deletes a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with whole(path) as partial:
+        partial.write_text(text)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    with whole(path) as partial:
+        pq.write_table(table, partial, compression="zstd")
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, or of a folder's files and their names. In hex."""
+    path = Path(path)
+    if not path.is_dir():
+        stat = path.stat()
+        return _file_digest(path, stat.st_size, stat.st_mtime_ns)
+    sha = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        sha.update(f"{file.relative_to(path).as_posix()} {digest(file)}\n".encode())
+    return sha.hexdigest()
+
+
+@lru_cache(maxsize=4096)  # by size and time of change: a model is read once a run, not once a stage
+def _file_digest(path: Path, size: int, changed: int) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Holds a run folder for this process; the system lets go of it when the process dies."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ArtifactError(
+                f"{folder}: another process is at work in this run folder. Wait for it, stop it, "
+                "or give this run another `output`"
+            ) from None
+        yield
+
+
+class Stages:
+    """The stages of one iteration, as `stage.json` tells them."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.file = folder / "stage.json"
+
+    def read(self) -> dict[str, Any]:
+        return json.loads(self.file.read_text()) if self.file.exists() else {}
+
+    def is_done(self, stage: str, inputs: Mapping[str, str], settings: Mapping[str, Any]) -> bool:
+        """Whether the stage finished with these inputs and settings and its outputs are intact.
+
+        Raises:
+          ArtifactError: it finished, or began, with others. Changed settings never resume a stage.
+        """
+        entry = self.read().get(stage)
+        if entry is None:
+            return False
+        where = f"{self.folder}, stage {stage!r}"
+        redo = (
+            f"To redo it and what follows, remove {stage!r} from {self.file}; to keep it, set the "
+            "setting back, or give the changed experiment another `output`"
+        )
+        for key in sorted(set(settings) | set(entry["settings"])):
+            before, now = entry["settings"].get(key), settings.get(key)
+            if before != now:
+                raise ArtifactError(f"{where}: {key} was {before!r} and is now {now!r}. {redo}")
+        for name, now in inputs.items():
+            if entry["inputs"].get(name) != now:
+                raise ArtifactError(f"{where}: its input {name} has changed since it ran. {redo}")
+        if not entry["done"]:
+            return False
+        for name, before in entry["outputs"].items():
+            path = self.folder / name
+            if not path.exists():
+                raise ArtifactError(f"{where}: its output {path} is missing. {redo}")
+            if digest(path) != before:
+                raise ArtifactError(f"{where}: its output {path} is not what it wrote. {redo}")
+        return True
+
+    def begin(self, stage: str, inputs: Mapping[str, str], settings: Mapping[str, Any]) -> None:
+        """Writes down what the stage is about to work with, so that a resumed one cannot differ."""
+        self._put(stage, {"done": False, "inputs": inputs, "settings": settings})
+
+    def finish(
+        self,
+        stage: str,
+        inputs: Mapping[str, str],
+        settings: Mapping[str, Any],
+        outputs: Mapping[str, Path],
+        counts: Mapping[str, Any],
+        seconds: float,
+    ) -> None:
+        self._put(
+            stage,
+            {
+                "done": True,
+                "inputs": inputs,
+                "settings": settings,
+                "outputs": {name: digest(path) for name, path in outputs.items()},
+                "counts": counts,
+                "seconds": round(seconds, 3),
+            },
+        )
+
+    def _put(self, stage: str, entry: dict[str, Any]) -> None:
+        write_json(self.file, self.read() | {stage: entry})
+
+
+def rewrite_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Keeps the JSON lines that satisfy `keep`; a torn last line goes too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if keep(json.loads(line)):
+                kept.append(line)
+        except json.JSONDecodeError:
+            continue  # torn by a kill: the step that wrote it runs again
+    write_text(path, "".join(line + "\n" for line in kept))
+
+
+def append_line(path: Path, value: Mapping[str, Any]) -> None:
+    """Adds one JSON line."""
+    with path.open("a") as f:
+        f.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+
+def _flush(path: Path) -> None:
+    for file in [path] if path.is_file() else path.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as f:
+                os.fsync(f.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

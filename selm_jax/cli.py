@@ -1,0 +1,106 @@
+"""The command line: `selm VERB ...`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Self-Exploring Language Models in JAX: align a language model by exploring.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigFile = Annotated[Path, typer.Argument(help="Experiment file (YAML).", metavar="EXPERIMENT")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Settings to change: key.path=value ...")
+]
+Iteration = Annotated[int, typer.Option("--iteration", "-t", help="1, 2, ...")]
+
+
+@app.command()
+def run(experiment: ConfigFile, overrides: Overrides = None) -> None:
+    """Run an experiment, or what is left of it, and write its report."""
+    from selm_jax.iterate import iterate
+
+    iterate(_run(experiment, overrides))
+
+
+def _stage_verb(name: str, help: str) -> None:
+    def verb(experiment: ConfigFile, iteration: Iteration, overrides: Overrides = None) -> None:
+        from selm_jax.iterate import run_stage
+
+        run_stage(_run(experiment, overrides), name, iteration)
+
+    app.command(name, help=help)(verb)
+
+
+_stage_verb("generate", "One stage alone: the policy answers the iteration's prompts.")
+_stage_verb("rank", "One stage alone: candidates are scored and paired.")
+_stage_verb("score", "One stage alone: log-probabilities under the reference.")
+_stage_verb("train", "One stage alone: the updates.")
+_stage_verb("export", "One stage alone: the policy as a Hugging Face folder.")
+_stage_verb("evaluate", "One stage alone: held-out answers and their reward.")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders; several are compared.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The page to write.")] = None,
+) -> None:
+    """Write the page of one run, or of several beside each other."""
+    from selm_jax.report import page
+
+    out = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
+    page.write(runs, out)
+    typer.echo(f"report: {out}")
+
+
+def main() -> None:
+    """Entry point. Known errors are one message, not a trace; exit status 1, Ctrl-C 130."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as e:
+        sys.exit(e.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    except Exception as e:
+        if os.environ.get("SELM_TRACEBACK") or not _is_ours(e):
+            raise
+        print(f"selm: {e}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether the message was written for the user: our own errors, a full disk, a wrong option."""
+    import click
+
+    kinds = (OSError, click.ClickException)
+    return type(error).__module__.startswith("selm_jax") or isinstance(error, kinds)
+
+
+def _run(file: Path, overrides: list[str] | None):
+    from selm_jax import config
+
+    experiment = config.load(file, overrides or [])
+    _set_up_jax()
+    from selm_jax.run import Run
+
+    return Run(experiment)
+
+
+def _set_up_jax() -> None:
+    """What is compiled once is not compiled again, in this run or the next."""
+    import jax
+
+    from selm_jax.weights.sources import cache_root
+
+    jax.config.update("jax_compilation_cache_dir", str(cache_root() / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

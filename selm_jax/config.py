@@ -1,0 +1,289 @@
+"""The experiment: frozen dataclasses, read from YAML, changed by dotted overrides.
+
+    experiment = load(Path("experiments/quickstart.yaml"), ["training.global_batch=16"])
+
+Every mistake is an error that names the file, the key and the nearest right key. The field
+comments below are the reference of all settings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+_STRICT = ConfigDict(extra="forbid")
+
+
+class ConfigError(ValueError):
+    """An experiment file that does not say what to do."""
+
+
+class _Yaml(yaml.SafeLoader):
+    """Safe YAML in which 5e-7 is a number; YAML 1.1 wants 5.0e-7 and reads 5e-7 as text."""
+
+
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Model:
+    source: str  # local Hugging Face folder, Hub id, or GGUF file
+    revision: str | None = None  # of a Hub id; what it resolved to is recorded
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Data:
+    train: str  # .jsonl, .json, .csv, .parquet or a Hub data set
+    heldout: str | None = None  # prompts for evaluation; None evaluates nothing
+    train_split: str | None = None  # of a Hub data set
+    heldout_split: str | None = None
+    revision: str | None = None
+    prompt: str = "prompt"  # column: text, or a list of messages
+    prompt_id: str = "prompt_id"  # column; where it is absent ids are digests of the prompts
+    chosen: str | None = None  # columns of a preference data set (UltraFeedback: chosen, rejected)
+    rejected: str | None = None
+    system: str | None = None  # system message put before every prompt
+    portions: int | None = None  # iteration t takes the t-th of so many parts; None: one each
+    shuffle: bool = False  # before cutting the portions; the paper does not
+    limit: int | None = None  # prompts per iteration at most
+    heldout_limit: int | None = None
+    on_bad_row: Literal["error", "drop"] = "error"
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Candidates:
+    greedy: int = 1  # 1: the policy's likeliest answer competes (the paper's y_ref)
+    samples: int = 0  # answers drawn from the policy
+    dataset: bool = True  # the data set's chosen and rejected compete too (the paper)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Rollout:
+    max_new_tokens: int = 1024
+    temperature: float = 1.0  # of samples; greedy answers draw nothing
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    slots: int = 16  # responses decoded together
+    prefill_rows: int = 8  # prompts in one prefill
+    max_prompt_tokens: int = 512  # a longer prompt is an error
+    prompts_per_part: int = 256  # a killed run loses at most one part of the responses
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Feedback:
+    ranker: str = "sentiment"  # a name of selm_jax.feedback, or package.module:function
+    settings: dict[str, Any] = field(default_factory=dict)  # of the ranker
+    rule: Literal["best_worst", "swap"] = "best_worst"
+    explore: Literal["greedy", "sample", "random"] = "greedy"  # which response is y_ref
+    ties: Literal["drop", "first"] = "drop"  # first: as the authors' code
+    cut_off: Literal["keep", "drop"] = "keep"  # pairs with an answer cut at max_new_tokens
+    min_margin: float = 0.0  # drop pairs whose scores differ by less
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Training:
+    learning_rate: tuple[float, ...]  # peak, per iteration; one number serves all
+    global_batch: int  # examples per update, exactly
+    epochs: int = 1  # over an iteration's examples
+    row_length: int = 1024  # tokens of a packed row
+    rows: int = 4  # packed rows in one forward and backward pass, on all devices together
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: float = 0.1
+    optimizer: Literal["adamw", "adafactor", "rmsprop"] = "adamw"
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float | None = 1.0  # global norm of the gradient
+    reference: Literal["stored", "live"] = "stored"  # live: a second model in memory, same numbers
+    remat: Literal["none", "mlp", "dots", "full"] = "full"
+    logprob_chunk: int = 64  # tokens per row whose logits exist at a time
+    checkpoint_every: int = 100  # updates
+    parameter_dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Compute:
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32 on CPU, else bfloat16
+    data: int = 1  # mesh axes; -1 takes the devices that are left
+    fsdp: int = -1
+    tensor: int = 1
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Evaluation:
+    samples: int = 1  # answers drawn per held-out prompt, for reward and KL at temperature 1
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Log:
+    tensorboard: bool = True
+    wandb: str | None = None  # project; needs the extra `wandb` and a login
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Experiment:
+    output: str  # the run folder
+    iterations: int
+    model: Model
+    data: Data
+    objective: dict[str, Any]  # loss: a name or package.module:function; the rest are its settings
+    training: Training
+    candidates: Candidates = Candidates()
+    rollout: Rollout = Rollout()
+    feedback: Feedback = Feedback()
+    compute: Compute = Compute()
+    evaluation: Evaluation = Evaluation()
+    log: Log = Log()
+    seed: int = 42
+
+    def learning_rate(self, iteration: int) -> float:
+        """The peak of iteration 1, 2, ..."""
+        rates = self.training.learning_rate
+        return rates[0] if len(rates) == 1 else rates[iteration - 1]
+
+    @property
+    def portions(self) -> int:
+        return self.data.portions or self.iterations
+
+
+def load(file: Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Reads an experiment file and applies `key.path=value` overrides (values are YAML)."""
+    file = Path(file)
+    try:
+        tree = yaml.load(file.read_text(), _Yaml)
+    except FileNotFoundError as e:
+        raise ConfigError(f"{file}: no such experiment file") from e
+    except yaml.YAMLError as e:
+        raise ConfigError(f"{file}: not YAML: {e}") from e
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{file}: a mapping of settings was expected, found {tree!r}")
+    for override in overrides:
+        _set(tree, override)
+    return parse(tree, str(file))
+
+
+def parse(tree: Mapping[str, Any], where: str = "experiment") -> Experiment:
+    """The experiment that a mapping describes.
+
+    Raises:
+      ConfigError: unknown, missing or mistyped keys, all of them listed.
+    """
+    tree = dict(tree)
+    training = tree.get("training")
+    if isinstance(training, Mapping) and isinstance(
+        training.get("learning_rate"), int | float | str
+    ):
+        tree["training"] = {**training, "learning_rate": [training["learning_rate"]]}
+    try:
+        experiment = TypeAdapter(Experiment).validate_python(tree)
+    except ValidationError as e:
+        problems = "\n  ".join(_explain(error) for error in e.errors())
+        raise ConfigError(f"{where}:\n  {problems}") from None
+    if problems := list(_inconsistencies(experiment)):
+        raise ConfigError(f"{where}:\n  " + "\n  ".join(problems))
+    return experiment
+
+
+def dump(experiment: Experiment) -> str:
+    """All settings as YAML, defaults included; `parse` of it gives the experiment back."""
+    return yaml.safe_dump(as_dict(experiment), sort_keys=False, allow_unicode=True)
+
+
+def as_dict(part: Any) -> dict[str, Any]:
+    """A (part of an) experiment as plain lists and dictionaries."""
+
+    def plain(x):
+        return list(x) if isinstance(x, tuple) else x
+
+    def build(items):
+        return {key: plain(value) for key, value in items}
+
+    return dataclasses.asdict(part, dict_factory=build)
+
+
+def _inconsistencies(e: Experiment):
+    rates = len(e.training.learning_rate)
+    if rates not in (1, e.iterations):
+        yield f"training.learning_rate: {rates} values for {e.iterations} iterations"
+    if e.iterations < 1:
+        yield f"iterations: {e.iterations}, at least 1 was expected"
+    if e.iterations > e.portions:
+        yield f"data.portions: {e.portions} portions cannot feed {e.iterations} iterations"
+    if "loss" not in e.objective:
+        yield "objective.loss: missing; it names the loss, for instance `selm` or `dpo`"
+    if e.candidates.greedy not in (0, 1):
+        yield f"candidates.greedy: {e.candidates.greedy}; there is one greedy answer: 0 or 1"
+    if e.candidates.dataset and not (e.data.chosen and e.data.rejected):
+        yield (
+            "candidates.dataset: the data set's answers are to compete, but data.chosen and "
+            "data.rejected do not name their columns. For prompts alone set candidates.dataset: "
+            "false and candidates.samples"
+        )
+    count = e.candidates.greedy + e.candidates.samples + 2 * e.candidates.dataset
+    if count < 2:
+        yield f"candidates: {count} in all; a pair needs at least 2"
+    for key in (
+        "global_batch",
+        "epochs",
+        "row_length",
+        "rows",
+        "logprob_chunk",
+        "checkpoint_every",
+    ):
+        if getattr(e.training, key) < 1:
+            yield f"training.{key}: {getattr(e.training, key)}, at least 1 was expected"
+    for key in ("max_new_tokens", "slots", "prefill_rows", "max_prompt_tokens", "prompts_per_part"):
+        if getattr(e.rollout, key) < 1:
+            yield f"rollout.{key}: {getattr(e.rollout, key)}, at least 1 was expected"
+
+
+def _set(tree: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"override {override!r}: `key.path=value` was expected")
+    try:
+        value = yaml.load(text, _Yaml)
+    except yaml.YAMLError as e:
+        raise ConfigError(f"override {override!r}: the value is not YAML: {e}") from e
+    *parents, last = path.split(".")
+    for key in parents:
+        tree = tree.setdefault(key, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"override {override!r}: {key} is not a group of settings")
+    tree[last] = value
+
+
+def _explain(error: Mapping[str, Any]) -> str:
+    path = ".".join(str(x) for x in error["loc"])
+    kind = error["type"]
+    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = [f.name for f in dataclasses.fields(_group(error["loc"][:-1]))]
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        return f"{path}: unknown key; {hint}"
+    if kind in ("missing", "missing_argument"):
+        return f"{path}: missing"
+    return f"{path}: {error['msg']}, found {error['input']!r}"
+
+
+def _group(path: Sequence[Any]) -> type:
+    """The dataclass that holds the settings at a path of keys."""
+    groups = {
+        "model": Model, "data": Data, "candidates": Candidates, "rollout": Rollout,
+        "feedback": Feedback, "training": Training, "compute": Compute,
+        "evaluation": Evaluation, "log": Log,
+    }  # fmt: skip
+    return groups[path[0]] if path else Experiment

@@ -1,0 +1,1 @@
+"""Evaluation: held-out reward against divergence from the start."""

@@ -1,0 +1,220 @@
+"""What a ranker is, how one is built from its name, and the one check of scores.
+
+A ranker gives every candidate response of every prompt one number; higher is better. The unit of
+the number belongs to the ranker: only comparisons within one prompt are used for pairs.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float64
+
+# Name -> where its builder stands. Strings, so that building one ranker imports that ranker's
+# libraries and no other's.
+BUILT_IN: Mapping[str, str] = {
+    "sentiment": "selm_jax.feedback.rules:sentiment",
+    "length": "selm_jax.feedback.rules:length",
+    "regex": "selm_jax.feedback.rules:regex",
+}
+
+
+class FeedbackError(Exception):
+    """A ranker, its scores or the rules that make pairs of them cannot be used as asked."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One prompt whose responses are to be judged.
+
+    Attributes:
+        prompt: text of the last user turn.
+        messages: the whole conversation; objects with `.role` and `.content`.
+        row: the dataset row's other columns, by name.
+        id: names the prompt in files and in errors.
+    """
+
+    prompt: str
+    messages: tuple[Any, ...]
+    row: Mapping[str, Any]
+    id: str
+
+
+@runtime_checkable  # so that a run-time check of annotations can read it
+class Ranker(Protocol):
+    """Scores candidate responses. An implementation ends with `return check_scores(...)`."""
+
+    @property
+    def name(self) -> str:
+        """Names the ranker in reports and errors."""
+        ...
+
+    def scores(
+        self, questions: Sequence[Question], candidates: Sequence[Sequence[str]]
+    ) -> list[Float64[np.ndarray, " candidates"]]:
+        """One array per question, one score per candidate; higher is better.
+
+        Args:
+            questions: the prompts.
+            candidates: per prompt its responses; prompts may differ in how many they have.
+
+        Raises:
+            FeedbackError: a score is missing, not a number or not finite.
+        """
+        ...
+
+
+def build(name: str, /, **settings: Any) -> Ranker:
+    """Builds the ranker called `name`.
+
+    Args:
+        name: a key of `BUILT_IN`, or `package.module:function` for a function
+            `(prompt: str, response: str, row: dict) -> float`.
+        settings: the ranker's own settings, such as `target` for `length`. A user's function
+            takes none: its settings belong in its module.
+
+    Raises:
+        FeedbackError: unknown name, unknown or missing setting, or a setting the ranker refuses.
+    """
+    if ":" in name:
+        from selm_jax.feedback import rules  # rules imports this module
+
+        if settings:
+            raise FeedbackError(
+                f"ranker {name!r}: found the settings {_listed(settings)}, but a user's function "
+                "takes none. Put them into the function's own module."
+            )
+        return rules.user_function(name)
+    if name not in BUILT_IN:
+        raise FeedbackError(
+            f"unknown ranker {name!r}{did_you_mean(name, BUILT_IN)} Expected one of "
+            f"{_listed(BUILT_IN)}, or your own function as 'package.module:function'."
+        )
+    module, _, attribute = BUILT_IN[name].partition(":")
+    builder = getattr(importlib.import_module(module), attribute)
+    _check_settings(name, settings, inspect.signature(builder).parameters)
+    return builder(**settings)
+
+
+def _check_settings(
+    name: str, settings: Mapping[str, Any], parameters: Mapping[str, inspect.Parameter]
+) -> None:
+    for key in settings:
+        if key not in parameters:
+            raise FeedbackError(
+                f"ranker {name!r}: unknown setting {key!r}{did_you_mean(key, parameters)} "
+                f"It takes {_listed(parameters) or 'no settings'}."
+            )
+    for key, parameter in parameters.items():
+        if parameter.default is inspect.Parameter.empty and key not in settings:
+            raise FeedbackError(
+                f"ranker {name!r}: the setting {key!r} is missing and has no default."
+            )
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The nearest of `known`, as `"; did you mean 'x'?"`, or `"."` when nothing is near."""
+    lowered = {each.lower(): each for each in known}
+    near = difflib.get_close_matches(word.lower(), lowered, n=1, cutoff=0.5)
+    return f"; did you mean {lowered[near[0]]!r}?" if near else "."
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(repr(each) for each in names)
+
+
+def check_questions(
+    name: str, questions: Sequence[Question], candidates: Sequence[Sequence[str]]
+) -> None:
+    """Refuses questions and candidates that do not belong together.
+
+    Raises:
+        FeedbackError: not one list of candidates per question, or a bare string for a list
+            (its letters would be scored as responses).
+    """
+    if len(questions) != len(candidates):
+        raise FeedbackError(
+            f"ranker {name!r}: found {len(questions)} questions and {len(candidates)} lists of "
+            "candidates; expected one list per question."
+        )
+    for question, texts in zip(questions, candidates, strict=True):
+        if isinstance(texts, str):
+            raise FeedbackError(
+                f"ranker {name!r}, prompt {question.id!r}: the candidates are one string; "
+                "expected a list of strings."
+            )
+
+
+def check_scores(
+    name: str,
+    questions: Sequence[Question],
+    candidates: Sequence[Sequence[str]],
+    scores: Sequence[Any],
+) -> list[Float64[np.ndarray, " candidates"]]:
+    """The one check every score passes: one finite real number per candidate.
+
+    Args:
+        name: the ranker's name, for the error.
+        questions: the prompts.
+        candidates: per prompt its responses.
+        scores: per prompt a list or array of numbers, as the ranker made them.
+
+    Returns:
+        Per prompt a new float64 array `[candidates]`.
+
+    Raises:
+        FeedbackError: wrong shape, or a score that is no finite number; names the ranker, the
+            prompt's id and the candidate's index (from 0).
+    """
+    check_questions(name, questions, candidates)
+    if len(scores) != len(questions):
+        raise FeedbackError(
+            f"ranker {name!r}: {len(questions)} prompts went in, scores for {len(scores)} came "
+            "out; expected one row of scores per prompt."
+        )
+    checked = []
+    for question, texts, row in zip(questions, candidates, scores, strict=True):
+        where = f"ranker {name!r}, prompt {question.id!r}"
+        values = _row_values(row, len(texts))
+        if values is None:
+            raise FeedbackError(
+                f"{where}: found scores {row!r}; expected one number for each of its "
+                f"{len(texts)} candidates."
+            )
+        numbers = [_finite(value, f"{where}, candidate {i}") for i, value in enumerate(values)]
+        checked.append(np.array(numbers, dtype=np.float64))
+    return checked
+
+
+def _row_values(row: Any, count: int) -> Sequence[Any] | np.ndarray | None:
+    """The row as `count` values, or None when it is anything else."""
+    if hasattr(row, "shape"):
+        array = np.asarray(row)  # one transfer for a device array, not one per element
+        return array if array.shape[:1] == (count,) else None
+    is_list = isinstance(row, Sequence) and not isinstance(row, str)
+    return row if is_list and len(row) == count else None
+
+
+def _finite(value: Any, where: str) -> float:
+    try:
+        array = np.asarray(value)
+    except ValueError:  # a ragged nest of lists
+        array = None
+    # Kinds: bool, signed, unsigned, float. A string that reads like a number is still refused.
+    if array is None or array.ndim or array.dtype.kind not in "biuf":
+        raise FeedbackError(
+            f"{where}: the score is {value!r} ({type(value).__name__}); expected one real number."
+        )
+    number = float(array)
+    if not np.isfinite(number):
+        raise FeedbackError(
+            f"{where}: the score is {number}; expected a finite number. A response that cannot "
+            "be judged needs a low score of your choice."
+        )
+    return number

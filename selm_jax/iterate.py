@@ -1,0 +1,58 @@
+"""The outer loop: which stages are done, which is next.
+
+for t = 1, 2, ...:                                  paper, Algorithm 1
+    generate   y ~ the current policy, which is this iteration's reference
+    rank       best and worst become a pair
+    score      the reference's log-probabilities
+    train      L_DPO + optimism
+    export     the policy, which is the next iteration's reference
+"""
+
+from __future__ import annotations
+
+from selm_jax import artifacts
+from selm_jax.report import page
+from selm_jax.run import Run
+from selm_jax.stages import EVALUATE, STAGES
+from selm_jax.training.checkpoint import Checkpoints
+
+
+def iterate(run: Run) -> None:
+    """Runs what is left of the experiment, then writes the report."""
+    with artifacts.only_one(run.folder):
+        run.check()
+        run.open()
+        done = [_evaluate(run, 0)]
+        for t in range(1, run.experiment.iterations + 1):
+            done += [stage.run(run, t) for stage in STAGES]
+            Checkpoints(run.iteration(t) / "checkpoints").delete()  # the export is complete
+            done.append(_evaluate(run, t))
+        if not any(done):
+            run.console.print(f"{run.folder}: every stage is done already")
+        write_report(run)
+
+
+def run_stage(run: Run, name: str, t: int) -> None:
+    """Runs one stage of iteration t, whose inputs must be there."""
+    stage = next(s for s in (*STAGES, EVALUATE) if s.name == name)
+    with artifacts.only_one(run.folder):
+        run.check()
+        run.open()
+        try:
+            if not stage.run(run, t):
+                run.console.print(f"iteration {t}  {name}: done already")
+        except FileNotFoundError as e:
+            raise artifacts.ArtifactError(
+                f"iteration {t}, stage {name!r}: {e.filename or e} is missing; "
+                "run the stages before it first"
+            ) from e
+
+
+def write_report(run: Run) -> None:
+    file = run.folder / "report.html"
+    page.write([run.folder], file)
+    run.console.print(f"report: {file}", soft_wrap=True)
+
+
+def _evaluate(run: Run, t: int) -> bool:
+    return bool(run.heldout) and EVALUATE.run(run, t)

@@ -1,0 +1,46 @@
+"""Metrics to TensorBoard and wandb. `metrics.jsonl` is the record; these are for watching."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from selm_jax.config import Experiment, as_dict
+
+
+class Writers:
+    """Writes each line of metrics under `iteration_T/`, by its step."""
+
+    def __init__(self, folder: Path, experiment: Experiment):
+        self.tensorboard = self.wandb = None
+        if experiment.log.tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self.tensorboard = SummaryWriter(str(folder / "tensorboard"))
+        if experiment.log.wandb is not None:
+            try:
+                import wandb
+            except ModuleNotFoundError as e:
+                raise ModuleNotFoundError(
+                    "log.wandb is set, but wandb is not installed: pip install 'selm_jax[wandb]'"
+                ) from e
+            self.wandb = wandb.init(
+                project=experiment.log.wandb, name=folder.name, config=as_dict(experiment)
+            )
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        stage, t = line["stage"], line["iteration"]
+        step = line.get("step", t)
+        prefix = f"iteration_{t}/" if "step" in line else ""
+        values = {
+            f"{stage}/{prefix}{key}": value
+            for key, value in line.items()
+            if isinstance(value, int | float) and key not in ("iteration", "step")
+        }
+        if self.tensorboard is not None:
+            for key, value in values.items():
+                self.tensorboard.add_scalar(key, value, step)
+            self.tensorboard.flush()
+        if self.wandb is not None:
+            self.wandb.log(values | {"iteration": t})

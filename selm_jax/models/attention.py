@@ -1,0 +1,51 @@
+"""Grouped-query attention under an explicit mask.
+
+The mask is the only thing that says who sees whom: packing, padding, prompt trees, sliding windows
+and the cache of a rollout are all masks. Letters: r rows, t queries, s keys, k key-value heads,
+g query heads per key-value head, h head_dim.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+def attention(
+    query: Float[Array, "r t heads h"],
+    keys: Float[Array, "r s k h"],
+    values: Float[Array, "r s k h"],
+    mask: Bool[Array, "r t s"],
+) -> Float[Array, "r t heads h"]:
+    """softmax(q k^T / sqrt(h)) v, the softmax in float32. A query that sees nothing gets a mean."""
+    r, t, heads, h = query.shape
+    k = keys.shape[2]
+    query = query.reshape(r, t, k, heads // k, h) * h**-0.5
+    scores = jnp.einsum("rtkgh,rskh->rkgts", query, keys, preferred_element_type=jnp.float32)
+    # A large finite number, not -inf: rows of padding see nothing and must not become NaN.
+    scores = jnp.where(mask[:, None, None], scores, -1e30)
+    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    return jnp.einsum("rkgts,rskh->rtkgh", weights, values).reshape(r, t, heads, h)
+
+
+def tree_mask(
+    segment: Int[Array, "rows time"],
+    branch: Int[Array, "rows time"],
+    position: Int[Array, "rows time"],
+    window: int | None = None,
+) -> Bool[Array, "rows time time"]:
+    """Who sees whom in rows of packed prompt trees (see `preferences.packing`).
+
+    A token sees, causally, the prompt of its own segment (branch 0) and its own branch. With a
+    window it sees the last `window` positions of that path; positions count along the branch, so
+    sibling branches that lie between in the row do not use the window up.
+    """
+    time = jnp.arange(segment.shape[1])
+    causal = time[:, None] >= time[None, :]
+    same_segment = segment[:, :, None] == segment[:, None, :]
+    own_path = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
+    mask = causal & same_segment & own_path & (segment[:, :, None] > 0)
+    if window is not None:
+        mask &= position[:, :, None] - position[:, None, :] < window
+    return mask

@@ -1,0 +1,1 @@
+"""What is made smaller: log-probabilities of responses, and the losses made of them."""

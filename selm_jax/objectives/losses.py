@@ -1,0 +1,382 @@
+"""The objective: what an update makes smaller, as pure functions of log-probabilities.
+
+A response's log-probability is the sum over its tokens, in nats. A response plays a role: `chosen`
+(y_w), `rejected` (y_l), or `explore` (y_ref, which the reference policy wrote). With
+
+    r(role) = log pi(response) - log pi_ref(response)     the log-ratio; beta * r: implicit reward
+    h       = r(chosen) - r(rejected)                     the margin
+
+SELM (arXiv 2405.19332, equation 4.2) minimises
+
+    loss = -log sigmoid(beta * h)  +  alpha * beta * r(explore)               selm = dpo + optimism
+
+so that descent LOWERS the likelihood of what the reference would say anyway: that is the optimism.
+
+An objective maps `Logps` to one loss per example and named metrics per example; the update averages
+both. A YAML file names an objective, a sum of several, or a function of yours: see `build`.
+"""
+
+import difflib
+import importlib
+import inspect
+import math
+import numbers
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.nn import log_sigmoid, relu
+from jaxtyping import Array, Float
+
+ROLES = ("chosen", "rejected", "explore")
+CONVENTIONS = ("alpha_beta", "alpha")
+
+PerExample = Float[Array, " examples"]
+Metrics = dict[str, PerExample]
+
+
+class ObjectiveError(ValueError):
+    """An objective that cannot be built, or that the batch cannot feed."""
+
+
+@flax.struct.dataclass
+class Logps:
+    """All that a loss may know of its batch: float32 numbers per example, keyed by role."""
+
+    policy: dict[str, PerExample]
+    reference: dict[str, PerExample]
+    lengths: dict[str, PerExample]  # scored tokens per response
+    # Mean tokens over ALL examples of the update, not of this microbatch: only so is a token mean
+    # exact when an update is accumulated from microbatches.
+    mean_lengths: dict[str, Float[Array, ""]]
+
+    def log_ratio(self, role: str) -> PerExample:
+        """r(role). The reference is data: no gradient goes through it."""
+        return self.policy[role] - jax.lax.stop_gradient(self.reference[role])
+
+    def log_ratio_per_token(self, role: str) -> PerExample:
+        # An empty response counts as one token, as in TRL: 0/0 would poison the whole update.
+        return self.log_ratio(role) / jnp.maximum(self.lengths[role], 1)
+
+    def policy_per_token(self, role: str) -> PerExample:
+        return self.policy[role] / jnp.maximum(self.lengths[role], 1)
+
+
+LossFunction = Callable[[Logps], tuple[PerExample, Metrics]]
+Score = Callable[[Logps, str], PerExample]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss and the responses that it needs. Called with `Logps`, it gives (losses, metrics).
+
+    `terms` are its names under `loss/`; `reward` says in words what its `rewards/...` are, None if
+    unsaid. `compose` reads both. Raises ObjectiveError if the batch lacks a role, or if `function`
+    did not return one number per example.
+    """
+
+    roles: tuple[str, ...]
+    function: LossFunction
+    terms: tuple[str, ...] = ()
+    reward: str | None = None
+
+    def __post_init__(self):
+        if not self.roles or not set(self.roles) <= set(ROLES):
+            raise ObjectiveError(f"{self} has roles {self.roles}; expected some of {ROLES}")
+
+    def __call__(self, logps: Logps) -> tuple[PerExample, Metrics]:
+        if absent := [role for role in self.roles if role not in logps.policy]:
+            raise ObjectiveError(f"{self} needs {absent}; the batch has {list(logps.policy)}")
+        losses, metrics = self.function(logps)
+        expected = logps.policy[self.roles[0]].shape
+        for name, value in {"the loss": losses, **metrics}.items():
+            if jnp.shape(value) != expected:
+                raise ObjectiveError(
+                    f"{self}: {name} has shape {jnp.shape(value)}, expected {expected}: one number "
+                    "per example, not their mean (the update averages over all its microbatches)"
+                )
+        return losses, metrics
+
+    def __str__(self) -> str:
+        return "objective " + ("+".join(self.terms) or getattr(self.function, "__name__", "?"))
+
+
+# The losses. e is label_smoothing, the probability that a label is wrong.
+
+
+def dpo(beta: float) -> Objective:
+    """-log sigmoid(beta h). DPO, arXiv 2305.18290 equation 7; TRL's "sigmoid"."""
+    _check(beta=beta)
+    return _pair("dpo", beta, lambda h: -log_sigmoid(beta * h))
+
+
+def cdpo(beta: float, label_smoothing: float) -> Objective:
+    """-(1-e) log sigmoid(beta h) - e log sigmoid(-beta h).
+
+    Mitchell, "A note on DPO with noisy preferences" (2023); TRL's smoothed "sigmoid" up to 0.28.
+    """
+    _check(beta=beta, label_smoothing=label_smoothing)
+    e = label_smoothing
+    return _pair("cdpo", beta, lambda h: _flipped(beta * h, 1 - e, e))
+
+
+def robust(beta: float, label_smoothing: float) -> Objective:
+    """[-(1-e) log sigmoid(beta h) + e log sigmoid(-beta h)] / (1-2e): unbiased under flips.
+
+    Robust DPO, arXiv 2403.00409; TRL's "robust".
+    """
+    _check(beta=beta, label_smoothing=label_smoothing)
+    e = label_smoothing
+    return _pair("robust", beta, lambda h: _flipped(beta * h, 1 - e, -e) / (1 - 2 * e))
+
+
+def ipo(beta: float, length_normalized: bool = True) -> Objective:
+    """(h - 1/(2 beta))^2. IPO, arXiv 2310.12036 equation 17, whose tau is beta here.
+
+    `length_normalized`: h is made of log-ratios per token, as in TRL 1.16; else of sums, as in TRL
+    0.8.6. The two want different betas.
+    """
+    _check(beta=beta)
+    if not isinstance(length_normalized, bool):
+        raise ObjectiveError(f"length_normalized is {length_normalized!r}; expected true or false")
+    score = Logps.log_ratio_per_token if length_normalized else Logps.log_ratio
+    return _pair("ipo", beta, lambda h: (h - 1 / (2 * beta)) ** 2, score)
+
+
+def hinge(beta: float) -> Objective:
+    """max(0, 1 - beta h). SLiC-HF's hinge, arXiv 2305.10425, on log-ratios; TRL's "hinge"."""
+    _check(beta=beta)
+    return _pair("hinge", beta, lambda h: relu(1 - beta * h))
+
+
+def simpo(beta: float, gamma: float) -> Objective:
+    """-log sigmoid(beta (log pi(y_w)/|y_w| - log pi(y_l)/|y_l|) - gamma). No reference.
+
+    SimPO, arXiv 2405.14734; TRL's CPO "simpo". `gamma` is the margin, in units of reward, by which
+    the chosen response should win; beta does not multiply it (TRL's default: 0.5). SimPO's own
+    recipes and oat give the ratio gamma/beta instead (oat: 0.5): gamma = ratio * beta.
+    """
+    _check(beta=beta, gamma=gamma)
+    mean = Logps.policy_per_token
+    unit = "log-probability per token"
+    return _pair("simpo", beta, lambda h: -log_sigmoid(beta * h - gamma), mean, mean, unit)
+
+
+def sft() -> Objective:
+    """Cross entropy of the chosen response: the mean over all tokens of the update. TRL's "sft".
+
+    Per example -log pi(y_w) / (mean length over the update), whose mean over the update's examples
+    is the sum over tokens / the number of tokens.
+    """
+
+    def function(logps: Logps) -> tuple[PerExample, Metrics]:
+        losses = -logps.policy["chosen"] / logps.mean_lengths["chosen"]
+        return losses, {"loss/sft": losses, "logps/chosen": logps.policy["chosen"]}
+
+    return Objective(("chosen",), function, ("sft",))
+
+
+def optimism(weight: float, beta: float = 1.0) -> Objective:
+    """weight * r(explore): SELM's term, arXiv 2405.19332 equation 4.2.
+
+    The paper drops the constant -weight * log pi_ref(y_ref), the authors' code and this keep it:
+    the gradient is the same, and the term is 0 where the policy is the reference. `beta` scales the
+    reported `optimism/reward` = beta * r(explore), nothing else.
+    """
+    _check(weight=weight, beta=beta)
+    return _explore("optimism", beta, lambda logps: weight * logps.log_ratio("explore"))
+
+
+def weighted_optimism(beta: float, alpha: float, convention: str = "alpha_beta") -> Objective:
+    """`optimism`, its weight by alpha. The SELM paper writes two conventions, 1/beta-fold apart:
+
+    "alpha_beta": alpha * beta, as equations 4.2 and 4.3, the authors' code and their alphas;
+    "alpha": alpha alone, as Algorithms 1 and 2, the regret proof, and XPO.
+    """
+    _check(beta=beta, alpha=alpha)
+    if convention not in CONVENTIONS:
+        raise ObjectiveError(f"convention is {convention!r}; expected {' or '.join(CONVENTIONS)}")
+    return optimism(alpha * beta if convention == "alpha_beta" else alpha, beta)
+
+
+def selm(beta: float, alpha: float, convention: str = "alpha_beta") -> Objective:
+    """dpo + optimism. SELM, arXiv 2405.19332; the conventions are `weighted_optimism`'s."""
+    return compose(dpo(beta), weighted_optimism(beta, alpha, convention))
+
+
+def xpo(beta: float, alpha: float) -> Objective:
+    """dpo + alpha * log pi(y_ref). XPO, arXiv 2405.21046, as in TRL: the reference is not taken off."""
+    _check(alpha=alpha)
+    term = _explore("xpo", beta, lambda logps: alpha * logps.policy["explore"])
+    return compose(dpo(beta), term)
+
+
+def compose(*objectives: Objective) -> Objective:
+    """The sum of the losses, all the metrics, the union of the roles.
+
+    Raises ObjectiveError where a name would stand for two things: a loss term named twice, rewards
+    of two meanings, or, when called, any other metric but `logps/...` that two objectives report.
+    """
+    terms = tuple(term for objective in objectives for term in objective.terms)
+    rewards = list(dict.fromkeys(o.reward for o in objectives if o.reward is not None))
+    if len(set(terms)) < len(terms):
+        raise ObjectiveError(f"{'+'.join(terms)} has one loss term twice; name each once")
+    if len(rewards) > 1:
+        raise ObjectiveError(
+            f"{'+'.join(terms)}: rewards/... would be both {' and '.join(rewards)}"
+        )
+
+    def function(logps: Logps) -> tuple[PerExample, Metrics]:
+        total, metrics, owned = jnp.zeros(()), {}, set()
+        for objective in objectives:
+            losses, found = objective(logps)
+            own = {name for name in found if not _is_shared(objective, name)}
+            if clash := (own & metrics.keys()) | (owned & found.keys()):
+                raise ObjectiveError(f"two terms of a sum report {sorted(clash)}; rename one's")
+            total, metrics, owned = total + losses, metrics | found, owned | own
+        return total, metrics
+
+    roles = tuple(role for role in ROLES if any(role in o.roles for o in objectives))
+    return Objective(roles, function, terms, rewards[0] if rewards else None)
+
+
+def _is_shared(objective: Objective, name: str) -> bool:
+    """Whether another objective of a sum would report the same numbers under this name."""
+    said = objective.reward is not None  # and `compose` has seen that all who say it agree
+    return name.startswith("logps/") or (said and name.startswith("rewards/"))
+
+
+def _pair(
+    term: str,
+    beta: float,
+    loss: Callable[[PerExample], PerExample],
+    score: Score = Logps.log_ratio,
+    reward: Score = Logps.log_ratio,
+    unit: str = "log-ratio",
+) -> Objective:
+    """loss(score(chosen) - score(rejected)), its rewards being beta * reward(role)."""
+
+    def function(logps: Logps) -> tuple[PerExample, Metrics]:
+        losses = loss(score(logps, "chosen") - score(logps, "rejected"))
+        chosen, rejected = beta * reward(logps, "chosen"), beta * reward(logps, "rejected")
+        return losses, {
+            f"loss/{term}": losses,
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/margins": chosen - rejected,
+            "rewards/accuracies": (chosen > rejected).astype(losses.dtype),
+            "logps/chosen": logps.policy["chosen"],
+            "logps/rejected": logps.policy["rejected"],
+        }
+
+    return Objective(("chosen", "rejected"), function, (term,), f"{beta:g} * {unit}")
+
+
+def _flipped(reward_margin: PerExample, right: float, wrong: float) -> PerExample:
+    return -right * log_sigmoid(reward_margin) - wrong * log_sigmoid(-reward_margin)
+
+
+def _explore(term: str, beta: float, loss: Callable[[Logps], PerExample]) -> Objective:
+    def function(logps: Logps) -> tuple[PerExample, Metrics]:
+        losses = loss(logps)
+        return losses, {
+            f"loss/{term}": losses,
+            "optimism/reward": beta * logps.log_ratio("explore"),
+            "logps/explore": logps.policy["explore"],
+        }
+
+    return Objective(("explore",), function, (term,))
+
+
+TABLE: dict[str, Callable[..., Objective]] = {
+    f.__name__: f for f in (dpo, cdpo, robust, ipo, hinge, simpo, sft, selm, xpo)
+} | {"optimism": weighted_optimism}
+
+
+def build(name: str, **settings: object) -> Objective:
+    """The objective of a YAML file: a name of `TABLE`, a function of yours, or a sum of these.
+
+    In a sum each term takes the settings that it has a parameter for, so one beta serves them all:
+    `build("ipo+optimism", beta=0.1, alpha=0.001)` is ipo(0.1) plus 0.001 * 0.1 * r(explore), and
+    with convention="alpha" plus 0.001 * r(explore). Any loss takes optimism like that; "selm" is
+    "dpo+optimism".
+
+    A function of yours is `package.module:function`. It is called with its settings as keywords and
+    returns an `Objective`, or a function(logps) -> (losses, metrics), which is fed all three roles.
+
+    Raises ObjectiveError for an unknown name, and for a setting that is missing or that no term has.
+    """
+    terms = [term.strip() for term in name.split("+")]
+    if twice := [term for term in terms if terms.count(term) > 1]:
+        raise ObjectiveError(f"objective {name} names {twice[0]} twice")
+    factories = {term: _factory(term) for term in terms}
+    parameters = {term: inspect.signature(f).parameters for term, f in factories.items()}
+    known = list(dict.fromkeys(key for keys in parameters.values() for key in keys))
+    if unknown := [key for key in settings if key not in known]:
+        raise ObjectiveError(
+            f"objective {name} has no setting {unknown[0]!r}{_nearest(unknown[0], known)}; "
+            f"it has: {', '.join(known) or 'none'}"
+        )
+    parts: list[Objective] = []
+    for term, factory in factories.items():
+        for key, parameter in parameters[term].items():
+            if parameter.default is parameter.empty and key not in settings:
+                raise ObjectiveError(f"objective {name}: {term} needs the setting {key!r}")
+        made = factory(**{k: v for k, v in settings.items() if k in parameters[term]})
+        if not callable(made):
+            raise ObjectiveError(f"{term} returned {made!r}; expected an Objective or a function")
+        parts.append(
+            made if isinstance(made, Objective) else Objective(ROLES, cast(LossFunction, made))
+        )
+    return parts[0] if len(parts) == 1 else compose(*parts)
+
+
+def _factory(term: str) -> Callable[..., Any]:
+    if term in TABLE:
+        return TABLE[term]
+    module_name, colon, function_name = term.partition(":")
+    if not colon or not all(map(str.isidentifier, module_name.split("."))):
+        raise ObjectiveError(
+            f"unknown objective {term!r}{_nearest(term, TABLE)}; known: {', '.join(TABLE)}; "
+            "sums like 'ipo+optimism'; a function of yours as 'package.module:function'"
+        )
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # the module is there; something that it imports is not
+        message = f"objective {term!r}: no module {error.name!r}; is it installed or on PYTHONPATH?"
+        raise ObjectiveError(message) from error
+    function: Any = getattr(module, function_name, None)
+    if not callable(function):
+        near = _nearest(function_name, vars(module))
+        raise ObjectiveError(f"objective {term!r}: {module_name} has no such function{near}")
+    return function
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+_LIMITS: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "beta": ("above 0", lambda v: v > 0),
+    "alpha": ("at least 0", lambda v: v >= 0),
+    "gamma": ("at least 0", lambda v: v >= 0),
+    "label_smoothing": ("at least 0 and below 0.5", lambda v: 0 <= v < 0.5),
+    "weight": ("finite", lambda v: True),
+}
+
+
+def _check(**settings: float) -> None:
+    for key, value in settings.items():
+        wanted, fits = _LIMITS[key]
+        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if not (is_number and math.isfinite(value) and fits(value)):
+            hint = " (as text; YAML reads 1.0e-3 as a number, 1e-3 as text)"
+            raise ObjectiveError(
+                f"{key} is {value!r}{hint * isinstance(value, str)}; expected a number {wanted}"
+            )

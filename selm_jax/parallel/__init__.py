@@ -1,0 +1,1 @@
+"""Devices: the mesh, and which logical axis of an array lies on which of its axes."""

@@ -1,0 +1,37 @@
+"""The device mesh of an experiment."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+AXES = ("data", "fsdp", "tensor")
+
+
+class MeshError(ValueError):
+    """Axes that do not fit the devices, or an array that does not fit the axes."""
+
+
+def make_mesh(sizes: Sequence[int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with axes data, fsdp and tensor; one size may be -1 and takes the devices left.
+
+    Raises:
+      MeshError: more than one -1, or a product that is not the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = list(sizes)
+    named = dict(zip(AXES, sizes, strict=True))
+    if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
+        raise MeshError(f"mesh axes {named}: sizes are 1 or more, and -1 at most once")
+    if -1 in sizes:
+        rest = math.prod(s for s in sizes if s != -1)
+        sizes[sizes.index(-1)] = len(devices) // rest
+    if math.prod(sizes) != len(devices):
+        raise MeshError(f"mesh axes {named} do not cover the {len(devices)} devices exactly")
+    # Auto: the compiler propagates shardings; jax's own default would make them part of types.
+    return jax.make_mesh(
+        tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    )

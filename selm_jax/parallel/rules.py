@@ -1,0 +1,66 @@
+"""Which logical axis of an array lies on which axis of the mesh: one table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from selm_jax.parallel.mesh import MeshError
+
+Rules = Mapping[str, str | tuple[str, ...] | None]
+
+# Fully sharded data parallelism with tensor parallelism; an axis of size 1 does nothing.
+TRAINING: Rules = {
+    "rows": ("data", "fsdp"),
+    "layers": None,
+    "embed": "fsdp",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "norm": None,
+}
+
+
+def partition(
+    name: str, axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, rules: Rules
+) -> NamedSharding:
+    """Where an array with these logical axes lies.
+
+    Raises:
+      MeshError: an axis that the table does not know, two axes on one mesh axis, or a dimension
+        that the mesh axis does not divide. `name` says which array.
+    """
+    spec, taken = [], set()
+    for axis, size in zip(axes, shape, strict=True):
+        if axis is not None and axis not in rules:
+            raise MeshError(f"{name}: no rule for its axis {axis!r}; there are {sorted(rules)}")
+        on = rules[axis] if axis is not None else None
+        on = (on,) if isinstance(on, str) else on or ()
+        on = tuple(a for a in on if mesh.shape[a] > 1)
+        if clash := taken.intersection(on):
+            raise MeshError(f"{name}: two of its axes {axes} fall on mesh axis {clash.pop()!r}")
+        parts = math.prod(mesh.shape[a] for a in on)
+        if size % parts:
+            raise MeshError(f"{name}: axis {axis!r} of size {size} cannot be cut in {parts} ({on})")
+        taken.update(on)
+        spec.append(on if len(on) > 1 else on[0] if on else None)
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def shardings(abstract: Any, mesh: Mesh, rules: Rules) -> Any:
+    """A sharding for every leaf of an abstract parameter tree (`models.decoder.abstract_params`)."""
+
+    def of_leaf(path, box):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return partition(name, box.names, box.value.shape, mesh, rules)
+
+    return jax.tree_util.tree_map_with_path(
+        of_leaf, abstract, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)
+    )

@@ -1,0 +1,1 @@
+"""Preference examples: on disk, packed into prompt trees, in a deterministic order."""

@@ -1,0 +1,96 @@
+"""A preference example: a prompt, its distinct responses, and which of them plays which role."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+ROLES = ("chosen", "rejected", "explore")
+
+
+class ExampleError(ValueError):
+    """An example that cannot be trained on. The message names it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One prompt with its responses, as token ids.
+
+    Attributes:
+      prompt_id: where it came from.
+      prompt: ids of the prompt, generation header included.
+      responses: ids of each distinct response, its end token included if it has one. A response
+        that plays two roles stands here once.
+      roles: role -> index into `responses`.
+      reference: log-probability of each response under the reference, once it is scored.
+    """
+
+    prompt_id: str
+    prompt: tuple[int, ...]
+    responses: tuple[tuple[int, ...], ...]
+    roles: Mapping[str, int]
+    reference: tuple[float, ...] | None = None
+
+    def __post_init__(self):
+        if not self.prompt:
+            raise ExampleError(f"example {self.prompt_id}: the prompt has no tokens")
+        for i, response in enumerate(self.responses):
+            if not response:
+                raise ExampleError(f"example {self.prompt_id}: response {i} has no tokens")
+        for role, i in self.roles.items():
+            if role not in ROLES or not 0 <= i < len(self.responses):
+                raise ExampleError(f"example {self.prompt_id}: role {role!r} -> response {i}")
+
+    @property
+    def tokens(self) -> int:
+        """Positions that the example takes in a row: the prompt once, every response once."""
+        return len(self.prompt) + self.scored
+
+    @property
+    def scored(self) -> int:
+        return sum(map(len, self.responses))
+
+
+SCHEMA = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("prompt", pa.list_(pa.int32())),
+        ("responses", pa.list_(pa.list_(pa.int32()))),
+        *[(role, pa.int32()) for role in ROLES],
+        ("reference", pa.list_(pa.float32())),
+    ]
+)
+
+
+def to_table(examples: Sequence[Example]) -> pa.Table:
+    """One row per example; a role that nobody plays is null."""
+    rows: list[dict[str, Any]] = [
+        {
+            "prompt_id": e.prompt_id,
+            "prompt": e.prompt,
+            "responses": e.responses,
+            **{role: e.roles.get(role) for role in ROLES},
+            "reference": e.reference,
+        }
+        for e in examples
+    ]
+    return pa.Table.from_pylist(rows, schema=SCHEMA)
+
+
+def from_parquet(file: Path) -> list[Example]:
+    return [
+        Example(
+            row["prompt_id"],
+            tuple(row["prompt"]),
+            tuple(map(tuple, row["responses"])),
+            {role: row[role] for role in ROLES if row[role] is not None},
+            None if row["reference"] is None else tuple(np.float32(x) for x in row["reference"]),
+        )
+        for row in pq.read_table(file, schema=SCHEMA).to_pylist()
+    ]

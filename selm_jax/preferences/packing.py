@@ -1,0 +1,187 @@
+"""Packed prompt trees: the one batch layout.
+
+A row holds several examples; an example is a prompt and its distinct responses, the prompt once.
+For two examples, with responses a, b and c:
+
+    tokens     p0 p1 p2 | a0 a1 a2 | b0 b1 | q0 q1 | c0 c1    0 0
+    segment     1  1  1    1  1  1    1  1    2  2    2  2    0 0   example in this row; 0 = padding
+    branch      0  0  0    1  1  1    2  2    0  0    1  1    0 0   0 = prompt, k = k-th response
+    position    0  1  2    3  4  5    3  4    0  1    2  3    0 0   each branch continues its prompt
+
+A token sees its own segment's prompt and its own branch (`models.attention.tree_mask`), so one
+forward pass gives for every response exactly what a pass over prompt + response alone would give.
+
+Only responses are scored, and scored tokens are listed apart, so that the unembedding, the largest
+matrix, meets nothing else:
+
+    target     a0 a1 a2 b0 b1 c0 c1   0
+    predictor   2  3  4  2  6  9 10   0   place in the row of the token that predicts the target:
+                                          the one before it, or the prompt's last for a branch's first
+    owner       0  0  0  1  1  B B+0  .   which response it belongs to: segment * branches + branch
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import flax.struct
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from selm_jax.preferences.examples import ROLES, Example, ExampleError
+
+
+@flax.struct.dataclass
+class PreferenceBatch:
+    """Rows of packed prompt trees. Fields as drawn above; the last three are per example.
+
+    `roles[r, s, i]` is the response (0-based) that plays `ROLES[i]` in segment s; `weight` is 1 for
+    an example and 0 for an empty segment; `reference` holds stored log-probabilities (0 if none).
+    """
+
+    tokens: Int[Array, "rows time"]
+    segment: Int[Array, "rows time"]
+    branch: Int[Array, "rows time"]
+    position: Int[Array, "rows time"]
+    target: Int[Array, "rows scored"]
+    predictor: Int[Array, "rows scored"]
+    owner: Int[Array, "rows scored"]
+    roles: Int[Array, "rows segments roles"]
+    reference: Float[Array, "rows segments branches"]
+    weight: Float[Array, "rows segments"]
+
+    def sum_by_response(
+        self, per_token: Float[Array, "rows scored"]
+    ) -> Float[Array, "rows segments branches"]:
+        """Sums a quantity of scored tokens over each response."""
+        segments, branches = self.reference.shape[1:]
+        one_more = segments * branches + 1  # the last collects padding and is dropped
+        sums = jax.vmap(lambda x, i: jax.ops.segment_sum(x, i, one_more))(per_token, self.owner)
+        return sums[:, :-1].reshape(-1, segments, branches)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The static sizes of a batch; one shape is one compilation."""
+
+    rows: int
+    time: int
+    scored: int
+    segments: int
+    branches: int
+
+
+def assign_rows(examples: Sequence[Example], time: int) -> list[list[int]]:
+    """Which examples share a row of `time` tokens: first fit, longest first.
+
+    Raises:
+      ExampleError: an example that is longer than a row.
+    """
+    rows: list[list[int]] = []
+    free: list[int] = []
+    for i in sorted(range(len(examples)), key=lambda i: -examples[i].tokens):
+        need = examples[i].tokens
+        if need > time:
+            raise ExampleError(
+                f"example {examples[i].prompt_id}: prompt ({len(examples[i].prompt)} tokens) and "
+                f"responses ({', '.join(str(len(r)) for r in examples[i].responses)}) take {need} "
+                f"tokens, a row has {time}. Raise training.row_length or shorten the responses "
+                "(rollout.max_new_tokens)"
+            )
+        row = next((r for r, space in enumerate(free) if space >= need), None)
+        if row is None:
+            row = len(rows)
+            rows.append([])
+            free.append(time)
+        rows[row].append(i)
+        free[row] -= need
+    return rows
+
+
+def common_shape(groups: Sequence[Sequence[Example]], *, rows: int, time: int) -> Shape:
+    """The smallest shape, rounded up to few distinct sizes, that fits every group's rows."""
+    packed = [[[g[i] for i in row] for row in assign_rows(g, time)] for g in groups]
+    each_row = [row for group in packed for row in group]
+    scored = max((sum(e.scored for e in row) for row in each_row), default=1)
+    segments = max((len(row) for row in each_row), default=1)
+    branches = max((len(e.responses) for row in each_row for e in row), default=1)
+    step = max(time // 8, 1)
+    return Shape(
+        rows=rows,
+        time=time,
+        scored=min(-(-scored // step) * step, time),
+        segments=1 << (segments - 1).bit_length(),
+        branches=branches,
+    )
+
+
+def pack(examples: Sequence[Example], shape: Shape) -> list[PreferenceBatch]:
+    """Packs the examples into batches of `shape` (numpy arrays), the last padded with empty rows."""
+    rows = assign_rows(examples, shape.time)
+    batches = []
+    for start in range(0, len(rows), shape.rows):
+        batch = _empty(shape)
+        for r, members in enumerate(rows[start : start + shape.rows]):
+            _fill_row(batch, r, [examples[i] for i in members], shape)
+        batches.append(batch)
+    return batches
+
+
+def unpack(
+    examples: Sequence[Example],
+    shape: Shape,
+    per_response: Sequence[Float[np.ndarray, "rows segments branches"]],
+) -> list[tuple[float, ...]]:
+    """Undoes `pack` for one number per response: a tuple per example, in the examples' order."""
+    rows = assign_rows(examples, shape.time)
+    flat = np.concatenate(per_response)
+    out: list[tuple[float, ...]] = [()] * len(examples)
+    for r, members in enumerate(rows):
+        for s, i in enumerate(members):
+            out[i] = tuple(flat[r, s, : len(examples[i].responses)])
+    return out
+
+
+def _empty(shape: Shape) -> PreferenceBatch:
+    def ints(*size):
+        return np.zeros((shape.rows, *size), np.int32)
+
+    return PreferenceBatch(
+        tokens=ints(shape.time),
+        segment=ints(shape.time),
+        branch=ints(shape.time),
+        position=ints(shape.time),
+        target=ints(shape.scored),
+        predictor=ints(shape.scored),
+        owner=ints(shape.scored) + shape.segments * shape.branches,
+        roles=ints(shape.segments, len(ROLES)),
+        reference=np.zeros((shape.rows, shape.segments, shape.branches), np.float32),
+        weight=np.zeros((shape.rows, shape.segments), np.float32),
+    )
+
+
+def _fill_row(batch: PreferenceBatch, r: int, examples: Sequence[Example], shape: Shape) -> None:
+    time = scored = 0
+    for s, example in enumerate(examples):
+        prompt_end = time + len(example.prompt)
+        for k, ids in enumerate((example.prompt, *example.responses)):
+            end = time + len(ids)
+            batch.tokens[r, time:end] = ids
+            batch.segment[r, time:end] = s + 1
+            batch.branch[r, time:end] = k
+            begin = 0 if k == 0 else len(example.prompt)
+            batch.position[r, time:end] = np.arange(begin, begin + len(ids))
+            if k > 0:
+                stop = scored + len(ids)
+                batch.target[r, scored:stop] = ids
+                batch.predictor[r, scored] = prompt_end - 1
+                batch.predictor[r, scored + 1 : stop] = np.arange(time, end - 1)
+                batch.owner[r, scored:stop] = s * shape.branches + k - 1
+                scored = stop
+            time = end
+        batch.roles[r, s] = [example.roles.get(role, 0) for role in ROLES]
+        batch.weight[r, s] = 1
+        if example.reference is not None:
+            batch.reference[r, s, : len(example.reference)] = example.reference

@@ -1,0 +1,344 @@
+"""A run folder as plain data: everything the report shows, and what is not there yet.
+
+Nothing is computed here beyond reading and checking. A run may be unfinished: what its stages
+have not written yet is listed in `RunData.unfinished`. What a stage claims to have written and
+is not there, or cannot be read, is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+STAGES = ("generate", "rank", "score", "train", "export", "evaluate")
+"""The stages of one iteration in the order they run. Iteration 0 has only the last."""
+
+KINDS = ("greedy", "sample")
+
+_ANSWER_COLUMNS: dict[str, type] = {
+    "prompt_id": str,
+    "prompt": str,
+    "kind": str,
+    "text": str,
+    "finish": str,
+    "score": float,
+    "logp": float,
+    "logp_start": float,
+}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One held-out answer. `logp` and `logp_start` are nats under its own and the start policy."""
+
+    iteration: int
+    prompt_id: str
+    prompt: str
+    kind: str
+    text: str
+    finish: str
+    score: float
+    logp: float
+    logp_start: float
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one finished stage recorded about itself. `seconds` is None where it kept no time."""
+
+    name: str
+    counts: Mapping[str, float]
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class Update:
+    """One optimizer update. `index` counts updates through the whole run, from 1."""
+
+    iteration: int
+    step: int
+    index: int
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class RunData:
+    """One run. Iteration 0 is the start model; `planned` is None where the settings do not say."""
+
+    path: Path
+    name: str
+    manifest: Mapping[str, Any]
+    config_text: str
+    settings: Mapping[str, str]
+    planned: int | None
+    evaluations: Mapping[int, Mapping[str, float]]
+    updates: tuple[Update, ...]
+    stages: Mapping[int, Mapping[str, Stage]]
+    answers: tuple[Answer, ...]
+    unfinished: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def iterations(self) -> tuple[int, ...]:
+        """Every iteration that left anything behind, in order."""
+        found = set(self.evaluations) | set(self.stages) | {u.iteration for u in self.updates}
+        return tuple(sorted(found | {a.iteration for a in self.answers}))
+
+    @property
+    def method(self) -> str:
+        return str(self.manifest.get("method", "unnamed method"))
+
+    def metric(self, iteration: int, name: str) -> float | None:
+        """An evaluation's `heldout/NAME`, or None where it is not there or not a finite number."""
+        value = self.evaluations.get(iteration, {}).get(f"heldout/{name}")
+        return value if value is not None and math.isfinite(value) else None
+
+
+def report_data(run: Path) -> RunData:
+    """Reads one run folder, finished or not.
+
+    Raises:
+      FileNotFoundError: the folder, `config.yaml` or `manifest.json` is missing, or a held-out
+        table is missing although `stage.json` says that the stage which writes it is done.
+      ValueError: a file is there but does not hold what it should; names file, line and key.
+    """
+    run = Path(run)
+    if not run.is_dir():
+        raise FileNotFoundError(f"{run} is not a folder; expected a run folder such as runs/NAME")
+    missing = [name for name in ("config.yaml", "manifest.json") if not (run / name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{run} is not a run folder: {' and '.join(missing)} missing. "
+            "`selm run` writes both before its first stage; check the path."
+        )
+    config_text = (run / "config.yaml").read_text(encoding="utf-8")
+    config = _mapping(_yaml(run / "config.yaml", config_text), run / "config.yaml")
+    manifest = _mapping(_json_file(run / "manifest.json"), run / "manifest.json")
+
+    notes: list[str] = []
+    folders = _iteration_folders(run)
+    stages = {k: _stages(folder) for k, folder in folders.items()}
+    tables = {k: _answers(k, folders[k], "evaluate" in stages[k]) for k in folders}
+    evaluations, updates = _metrics(run / "metrics.jsonl", notes)
+    planned = _planned(config)
+    return RunData(
+        path=run,
+        name=str(manifest.get("name") or run.resolve().name),
+        manifest=manifest,
+        config_text=config_text,
+        settings=dict(flatten(config)),
+        planned=planned,
+        evaluations=evaluations,
+        updates=updates,
+        stages=stages,
+        answers=tuple(answer for k in sorted(tables) for answer in tables[k]),
+        unfinished=tuple(_unfinished(planned, stages, evaluations, tables)),
+        notes=tuple(notes),
+    )
+
+
+def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Nested settings as (dotted key, text) pairs; a list of plain values stays one value."""
+    if isinstance(value, Mapping) and value:
+        for key, inner in value.items():
+            yield from flatten(inner, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(value, list) and any(isinstance(inner, (dict, list)) for inner in value):
+        for index, inner in enumerate(value):
+            yield from flatten(inner, f"{prefix}[{index}]")
+    else:
+        text = value if isinstance(value, str) else json.dumps(value, default=str)
+        yield prefix, text
+
+
+def _unfinished(
+    planned: int | None,
+    stages: Mapping[int, Mapping[str, Stage]],
+    evaluations: Mapping[int, Any],
+    tables: Mapping[int, Sequence[Answer]],
+) -> Iterator[str]:
+    last = max([planned or 0, *stages, *evaluations])
+    for k in range(last + 1):
+        expected = STAGES if k else ("evaluate",)
+        done = stages.get(k, {})
+        open_stages = [name for name in expected if name not in done]
+        label = f"Iteration {k}" if k else "Iteration 0 (the start model)"
+        if not done and open_stages:
+            yield f"{label}: not begun, or none of its stages is finished yet."
+        elif open_stages:
+            yield f"{label}: {', '.join(open_stages)} not finished yet."
+        elif not evaluations.get(k):
+            yield f"{label}: evaluated, but metrics.jsonl holds no evaluate line for it."
+        elif not tables.get(k):
+            yield f"{label}: its table of held-out answers is empty."
+
+
+def _planned(config: Mapping[str, Any]) -> int | None:
+    """The number of iterations the settings ask for: `iterations`, a number or a list of them."""
+    value = config.get("iterations")
+    if isinstance(value, list):
+        return len(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _iteration_folders(run: Path) -> dict[int, Path]:
+    found = {}
+    for folder in run.iterdir():
+        match = re.fullmatch(r"iteration_(\d+)", folder.name)
+        if match and folder.is_dir():
+            found[int(match[1])] = folder
+    return dict(sorted(found.items()))
+
+
+def _stages(folder: Path) -> dict[str, Stage]:
+    path = folder / "stage.json"
+    if not path.is_file():
+        return {}
+    entries = _mapping(_json_file(path), path)
+    order = {name: place for place, name in enumerate(STAGES)}
+    stages = {}
+    for name in sorted(entries, key=lambda n: (order.get(n, len(order)), n)):
+        entry = _mapping(entries[name], path, name)
+        counts = _mapping(entry.get("counts", {}), path, f"{name}.counts")
+        seconds = entry.get("seconds")
+        stages[name] = Stage(
+            name=name,
+            counts={key: _number(n, path, f"{name}.counts.{key}") for key, n in counts.items()},
+            seconds=None if seconds is None else _number(seconds, path, f"{name}.seconds"),
+        )
+    return stages
+
+
+def _answers(iteration: int, folder: Path, claimed: bool) -> tuple[Answer, ...]:
+    path = folder / "heldout.parquet"
+    if not path.is_file():
+        if claimed:
+            raise FileNotFoundError(
+                f"{path} is missing, but {folder / 'stage.json'} says `evaluate` is done. "
+                "Copy the whole run folder, or run `selm eval` again."
+            )
+        return ()
+    try:
+        table = pq.read_table(path)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path} cannot be read as parquet: {error}") from error
+    missing = [name for name in _ANSWER_COLUMNS if name not in table.column_names]
+    if missing:
+        raise ValueError(
+            f"{path} has no column {', '.join(missing)}; found {', '.join(table.column_names)}"
+        )
+    answers = []
+    for row, values in enumerate(table.select(list(_ANSWER_COLUMNS)).to_pylist()):
+        for name, wanted in _ANSWER_COLUMNS.items():
+            if values[name] is None:
+                raise ValueError(f"{path}, row {row}: {name} is empty, expected a value")
+            values[name] = wanted(values[name])
+        if values["kind"] not in KINDS:
+            raise ValueError(f"{path}, row {row}: kind is {values['kind']!r}, expected {KINDS}")
+        answers.append(Answer(iteration=iteration, **values))
+    return tuple(answers)
+
+
+def _metrics(
+    path: Path, notes: list[str]
+) -> tuple[dict[int, dict[str, float]], tuple[Update, ...]]:
+    """Evaluations by iteration and updates in order. Of a repeated line the last one counts:
+    a run that was killed and resumed logs some of its updates twice."""
+    evaluations: dict[int, dict[str, float]] = {}
+    steps: dict[tuple[int, int], dict[str, float]] = {}
+    odd: dict[str, int] = {}
+    for where, line in _metric_lines(path, notes):
+        stage, iteration = line.get("stage"), line.get("iteration")
+        if stage not in ("train", "evaluate"):
+            continue  # other stages may log too; the report has no plot for them
+        numbers = {
+            key: float(value)
+            for key, value in line.items()
+            if isinstance(value, (int, float)) and not isinstance(value, bool)
+        }
+        if not isinstance(iteration, int):
+            raise _wrong(f"{where}, iteration", iteration, "a whole number")
+        for key, value in numbers.items():
+            if not math.isfinite(value):
+                odd[key] = odd.get(key, 0) + 1
+        if stage == "evaluate":
+            evaluations[iteration] = numbers
+        else:
+            step = line.get("step")
+            if not isinstance(step, int):
+                raise _wrong(f"{where}, step", step, "a whole number from 1")
+            steps[iteration, step] = numbers
+    notes.extend(
+        f"{key} is not a finite number on {count} line{'s' * (count > 1)} of metrics.jsonl: "
+        "the plots leave a gap there."
+        for key, count in odd.items()
+    )
+    longest: dict[int, int] = {}
+    for k, step in steps:
+        longest[k] = max(step, longest.get(k, 0))
+    before = {k: sum(n for j, n in longest.items() if j < k) for k in longest}
+    updates = tuple(
+        Update(iteration=k, step=step, index=before[k] + step, metrics=steps[k, step])
+        for k, step in sorted(steps)
+    )
+    return dict(sorted(evaluations.items())), updates
+
+
+def _metric_lines(path: Path, notes: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    if not path.is_file():
+        notes.append("metrics.jsonl is not there yet: nothing was trained or evaluated so far.")
+        return
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for number, text in enumerate(lines, 1):
+        if not text.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError as error:
+            if number == len(lines):  # no newline behind it: the run is writing it right now
+                notes.append(f"The last line of metrics.jsonl (line {number}) is half written.")
+                return
+            raise ValueError(f"{where} is not JSON: {error}") from error
+        yield where, _mapping(line, path, f"line {number}")
+
+
+def _yaml(path: Path, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+
+
+def _json_file(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+
+
+def _mapping(value: Any, path: Path, key: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        where = f"{path}, {key}" if key else str(path)
+        raise _wrong(where, value, "names with values")
+    return value
+
+
+def _number(value: Any, path: Path, key: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise _wrong(f"{path}, {key}", value, "a number")
+    return value
+
+
+def _wrong(where: str, found: Any, expected: str) -> ValueError:
+    shown = repr(found)
+    shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+    return ValueError(f"{where}: found {shown}, expected {expected}")

@@ -1,0 +1,324 @@
+"""Plots of what evaluation, ranking and the clock say: reward, distance, answers, time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from selm_jax.report.curves import Legend, Plot, by_update, values_in_words
+from selm_jax.report.data import KINDS, STAGES, RunData
+from selm_jax.report.plots import Part, Series, Style, columns, lines, run_style, strips, swatch
+from selm_jax.report.summary import measured, number, percent
+
+_KIND_REWARD = {"greedy": "Greedy", "sample": "Sampled"}
+_KIND_TITLE = {"greedy": "greedy answers", "sample": "sampled answers"}
+
+
+def run_legend(labels: Sequence[str]) -> Legend:
+    """Empty for one run: there is nothing to tell apart."""
+    if len(labels) == 1:
+        return ()
+    return tuple((swatch(run_style(i)), label) for i, label in enumerate(labels))
+
+
+def reward_plots(runs: Sequence[RunData]) -> list[Plot]:
+    plots = []
+    for kind in KINDS:
+        plots.append(
+            _by_iteration(
+                runs,
+                f"reward_{kind}",
+                lambda run, kind=kind: _interval_metric(run, f"reward_{kind}"),
+                title=f"Reward of {_KIND_TITLE[kind]}",
+                how="Mean score on the held-out prompts; bars are 95 % intervals. Iteration 0 is "
+                "the start model. Overlapping bars alone do not mean there is no difference: "
+                "the prompts are the same, so look at the gain.",
+            )
+        )
+    plots.append(
+        _by_iteration(
+            runs,
+            "gain",
+            lambda run: _interval_metric(run, "gain"),
+            title="Gain over the start model",
+            how="Each prompt's greedy answer against the start model's answer to the same "
+            "prompt. A bar clear of the zero line is a real change on these prompts.",
+            zero=True,
+        )
+    )
+    return plots
+
+
+def frontier_plots(runs: Sequence[RunData]) -> list[Plot]:
+    plots = []
+    for kind in reversed(KINDS):
+        series = []
+        for index, run in enumerate(runs):
+            points = [
+                (kl, (low, high), *reward, k)
+                for k, kl, low, high in _kl(run)
+                if (reward := _interval(run, k, f"reward_{kind}")) is not None
+            ]
+            if points:
+                series.append(
+                    Series(
+                        style=run_style(index),
+                        x=[p[0] for p in points],
+                        y=[p[2] for p in points],
+                        x_interval=[p[1] for p in points],
+                        y_interval=[(p[3], p[4]) for p in points],
+                        tags=[str(p[5]) for p in points],
+                    )
+                )
+        alt = (
+            f"Held-out reward of {_KIND_TITLE[kind]} against KL from the start. "
+            + values_in_words(series)
+        )
+        plots.append(
+            Plot(
+                title=f"{_KIND_REWARD[kind]} reward against KL",
+                how="Each point is an iteration, numbered. Up is better, left is closer to the "
+                "start model; the better of two methods lies higher at the same KL. Bars are 95 % "
+                "intervals both ways. KL is estimated from sampled answers.",
+                svg=lines(
+                    series,
+                    key=f"frontier-{kind}",
+                    alt=alt,
+                    xlabel="KL from the start, nats per answer",
+                )
+                if series
+                else None,
+            )
+        )
+    plots.append(
+        _by_iteration(
+            runs,
+            "kl",
+            _kl,
+            title="KL from the start, nats per answer",
+            how="Mean log-ratio of the model to the start model over its own sampled answers. Distance "
+            "that grows while the reward stands still buys nothing.",
+            include=(0, 0),
+        )
+    )
+    return plots
+
+
+def answer_plots(runs: Sequence[RunData]) -> list[Plot]:
+    """Length, variety and cut-offs, computed from the texts."""
+    specs: list[tuple[str, str, str, tuple[float, float]]] = [
+        (
+            "words",
+            "Mean length, words",
+            "Some rankers pay for length alone; a reward that grows only with length shows here.",
+            (0, 0),
+        ),
+        (
+            "distinct_2",
+            "Distinct-2",
+            "First occurrences among all word pairs of all answers. It falls where answers repeat "
+            + "themselves or each other, and a little where they grow longer.",
+            (0, 1),
+        ),
+        (
+            "cut_off",
+            "Cut-off answers",
+            "Share of answers that ran into the length limit before they ended. A rise often "
+            + "means that answers no longer know how to stop.",
+            (0, 0.2),
+        ),
+    ]
+    tables = [{kind: measured(run, kind) for kind in KINDS} for run in runs]
+    plots = []
+    for key, title, how, include in specs:
+        series = []
+        for index, table in enumerate(tables):
+            for kind in KINDS:
+                if table[kind]:
+                    series.append(
+                        Series(
+                            style=_kind_style(index, kind),
+                            x=list(table[kind]),
+                            y=[getattr(value, key) for value in table[kind].values()],
+                        )
+                    )
+        alt = f"{title} by iteration. " + values_in_words(series)
+        svg = lines(
+            series,
+            key=key.replace("_", "-"),
+            alt=alt,
+            xlabel="iteration",
+            whole_x=True,
+            percent=key == "cut_off",
+            include=include,
+        )
+        plots.append(Plot(title=title, how=how, svg=svg if series else None))
+    return plots
+
+
+def answer_legend(labels: Sequence[str]) -> Legend:
+    prefix = [f"{label}, " for label in labels] if len(labels) > 1 else [""]
+    return tuple(
+        (swatch(_kind_style(i, kind)), f"{label}{kind}")
+        for i, label in enumerate(prefix)
+        for kind in KINDS
+    )
+
+
+def explore_plots(runs: Sequence[RunData], labels: Sequence[str]) -> list[Plot]:
+    places = (("best", "c0"), ("middle", "c5"), ("worst", "c1"))
+    legend = tuple((swatch(Style(colour), block=True), place) for place, colour in places)
+    plots = []
+    for index, (run, label) in enumerate(zip(runs, labels, strict=True)):
+        counts = {
+            k: [stages["rank"].counts.get(f"explore_{place}", 0) for place, _ in places]
+            for k, stages in run.stages.items()
+            if "rank" in stages
+        }
+        counts = {k: row for k, row in counts.items() if sum(row)}
+        parts = []
+        for place, (_, colour) in enumerate(places):
+            shares = [row[place] / sum(row) for row in counts.values()]
+            parts.append(Part(colour, shares, [percent(share) for share in shares]))
+        alt = "Place of the explored answer among the ranked. " + " ".join(
+            f"Iteration {k}: "
+            + ", ".join(f"{n:.0f} {name}" for n, (name, _) in zip(row, places, strict=True))
+            + "."
+            for k, row in counts.items()
+        )
+        svg = columns([str(k) for k in counts], parts, key=f"explore-{index}", alt=alt)
+        plots.append(
+            Plot(
+                title=label if len(runs) > 1 else "Place of the explored answer",
+                how="Among the ranked answers to its prompt. Best: exploration becomes the chosen "
+                "answer; worst: the rejected one; middle: only the optimism term uses it.",
+                svg=svg if counts else None,
+                legend=legend,
+            )
+        )
+    return plots
+
+
+def time_plots(runs: Sequence[RunData], labels: Sequence[str]) -> list[Plot]:
+    names = list(dict.fromkeys([*STAGES, *(n for r in runs for s in r.stages.values() for n in s)]))
+    plots = []
+    seconds = [
+        {k: {n: s.seconds or 0.0 for n, s in st.items()} for k, st in run.stages.items()}
+        for run in runs
+    ]
+    longest = max((sum(row.values()) for rows in seconds for row in rows.values()), default=0.0)
+    unit, scale = ("hours", 3600) if longest > 7200 else ("minutes", 60)
+    unit, scale = (unit, scale) if longest > 180 else ("seconds", 1)
+    for index, (rows, label) in enumerate(zip(seconds, labels, strict=True)):
+        rows = {k: row for k, row in rows.items() if sum(row.values())}
+        present = [name for name in names if any(row.get(name) for row in rows.values())]
+        parts = []
+        for name in present:
+            values = [row.get(name, 0.0) / scale for row in rows.values()]
+            parts.append(Part(f"c{names.index(name) % 6}", values, [number(v) for v in values]))
+        alt = "Time of each stage. " + " ".join(
+            f"Iteration {k}: " + ", ".join(f"{n} {number(s)} s" for n, s in row.items()) + "."
+            for k, row in rows.items()
+        )
+        ticks = [f"iteration {k}" for k in rows]
+        plots.append(
+            Plot(
+                title=label if len(runs) > 1 else "Time by stage",
+                how="Where an iteration's time goes. The longest part is the one worth speeding "
+                "up; the table holds the exact seconds.",
+                svg=strips(
+                    ticks,
+                    parts,
+                    key=f"time-{index}",
+                    alt=alt,
+                    xlabel=unit,
+                    longest=longest / scale,
+                )
+                if rows
+                else None,
+                legend=tuple(
+                    (swatch(Style(part.colour), block=True), name)
+                    for part, name in zip(parts, present, strict=True)
+                ),
+            )
+        )
+    compiling = "The first updates of an iteration include compiling."
+    plots.append(by_update(runs, "time/seconds", "Seconds per update", compiling, include=(0, 0)))
+    plots.append(
+        by_update(
+            runs,
+            "time/tokens_per_second",
+            "Training tokens per second",
+            f"Higher is faster. {compiling}",
+            include=(0, 0),
+        )
+    )
+    return plots
+
+
+def _by_iteration(
+    runs: Sequence[RunData],
+    key: str,
+    points: Callable[[RunData], list[tuple[int, float, float, float]]],
+    *,
+    title: str,
+    how: str,
+    zero: bool = False,
+    include: Sequence[float] = (),
+) -> Plot:
+    series = []
+    for index, run in enumerate(runs):
+        rows = points(run)
+        # Runs stand a little apart, so that no interval hides another.
+        shift = 0.06 * (index - (len(runs) - 1) / 2) if len(runs) > 1 else 0.0
+        if rows:
+            series.append(
+                Series(
+                    style=run_style(index),
+                    x=[row[0] + shift for row in rows],
+                    y=[row[1] for row in rows],
+                    y_interval=[(row[2], row[3]) for row in rows],
+                )
+            )
+    if not series:
+        return Plot(title, how, None)
+    alt = f"{title} by iteration. " + values_in_words(series)
+    svg = lines(
+        series,
+        key=key.replace("_", "-"),
+        alt=alt,
+        xlabel="iteration",
+        whole_x=True,
+        zero=zero,
+        include=include,
+    )
+    return Plot(title, how, svg)
+
+
+def _interval(run: RunData, k: int, name: str) -> tuple[float, float, float] | None:
+    value = run.metric(k, name)
+    if value is None:
+        return None
+    low, high = run.metric(k, f"{name}_low"), run.metric(k, f"{name}_high")
+    return value, value if low is None else low, value if high is None else high
+
+
+def _kl(run: RunData) -> list[tuple[int, float, float, float]]:
+    """KL from the start with its 95 % interval (normal approximation) by iteration."""
+    found = [(k, run.metric(k, "kl"), run.metric(k, "kl_stderr")) for k in run.evaluations]
+    return [
+        (k, kl, kl - 1.96 * (stderr or 0.0), kl + 1.96 * (stderr or 0.0))
+        for k, kl, stderr in found
+        if kl is not None
+    ]
+
+
+def _interval_metric(run: RunData, name: str) -> list[tuple[int, float, float, float]]:
+    found = [(k, _interval(run, k, name)) for k in run.evaluations]
+    return [(k, *values) for k, values in found if values is not None]
+
+
+def _kind_style(index: int, kind: str) -> Style:
+    base = run_style(index)
+    if kind == "greedy":
+        return base
+    return Style(base.colour, "1.2 2", base.marker, hollow=True, thin=True)

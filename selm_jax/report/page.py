@@ -1,0 +1,326 @@
+"""The report's HTML page: `write` puts one run, or several side by side, into one file."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from selm_jax.report import figures, summary
+from selm_jax.report.curves import Legend, Plot, implicit_reward_plots, loss_plots
+from selm_jax.report.data import Answer, RunData, Stage, flatten, report_data
+from selm_jax.report.plots import run_style, swatch
+
+MAX_PROMPTS = 256
+"""Held-out prompts whose answers are on the page; all prompts enter all numbers and plots."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading with plots; `note` says what the section answers."""
+
+    key: str
+    title: str
+    note: str
+    plots: Sequence[Plot]
+    legend: Legend = ()
+
+
+def write(runs: Sequence[Path], out: Path) -> None:
+    """Writes the report of the run folders `runs` to the file `out`, whole or not at all.
+
+    The same folders give the same bytes. Several runs are drawn over each other.
+
+    Raises:
+      FileNotFoundError, ValueError: a run folder is not there or not readable (see
+        `report_data`), no run or the same run twice was asked for.
+    """
+    if not runs:
+        raise ValueError("no run to report on; expected at least one run folder")
+    folders = [Path(run) for run in runs]
+    twice = {str(f) for f in folders if [g.resolve() for g in folders].count(f.resolve()) > 1}
+    if twice:
+        raise ValueError(f"the same run folder twice: {', '.join(sorted(twice))}; name each once")
+    text = render([report_data(folder) for folder in folders])
+    out = Path(out)
+    beside = out.with_name(f".{out.name}.part")
+    beside.write_text(text, encoding="utf-8", newline="\n")
+    os.replace(beside, out)
+
+
+def render(runs: Sequence[RunData]) -> str:
+    """The page as text."""
+    labels = unique_labels(runs)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_printable,
+    )
+    environment.filters.update(number=summary.number, percent=summary.percent)
+    style, script = (
+        (Path(__file__).parent / name).read_text(encoding="utf-8")
+        for name in ("page.css", "page.js")
+    )
+    # The policy names our one script by its hash: no text of a run can become a script,
+    # and nothing can be fetched, even if the escaping had a hole.
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    answers, left_out = answer_cards(runs, labels)
+    several = len(runs) > 1
+    return environment.get_template("page.html.jinja").render(
+        title=f"Comparison of {len(runs)} runs" if several else labels[0],
+        several=several,
+        style=Markup(style),
+        script=Markup(script),
+        policy="default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
+        f"script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'",
+        runs=[
+            _run_view(run, label, i)
+            for i, (run, label) in enumerate(zip(runs, labels, strict=True))
+        ],
+        comparisons=[
+            (label, summary.paired_difference(runs[0], run))
+            for run, label in list(zip(runs, labels, strict=True))[1:]
+        ],
+        sections=sections(runs, labels),
+        answers=answers,
+        left_out=left_out,
+        different_settings=summary.settings_differences([run.settings for run in runs]),
+        different_machines=summary.settings_differences([_manifest(run) for run in runs]),
+    )
+
+
+def sections(runs: Sequence[RunData], labels: Sequence[str]) -> list[Section]:
+    """The sections that hold plots, in the reader's order."""
+    legend = figures.run_legend(labels)
+    return [
+        Section(
+            "reward",
+            "Held-out reward",
+            "Did the answers to prompts that were never trained on get better?",
+            figures.reward_plots(runs),
+            legend,
+        ),
+        Section(
+            "frontier",
+            "Reward against distance",
+            "What did the reward cost, measured by how far the policy moved?",
+            figures.frontier_plots(runs),
+            legend,
+        ),
+        Section(
+            "texts",
+            "The answers themselves",
+            "Is the reward earned, or did the answers collapse?",
+            figures.answer_plots(runs),
+            figures.answer_legend(labels),
+        ),
+        Section(
+            "loss",
+            "Loss",
+            "Did the optimisation go well?",
+            loss_plots(runs),
+            legend,
+        ),
+        Section(
+            "implicit",
+            "Implicit rewards",
+            "What did the policy learn to tell apart?",
+            implicit_reward_plots(runs),
+            legend,
+        ),
+        Section(
+            "ranking",
+            "Ranking",
+            "How good was the answer each iteration's model explored, and what was dropped and why?",
+            figures.explore_plots(runs, labels),
+        ),
+        Section(
+            "time",
+            "Time",
+            "Where did the hours go, and how fast was each stage?",
+            figures.time_plots(runs, labels),
+            legend,
+        ),
+    ]
+
+
+def unique_labels(runs: Sequence[RunData]) -> list[str]:
+    """The runs' names; where two share one, their folders tell them apart."""
+    names = [run.name for run in runs]
+    return [
+        f"{n} ({r.path})" if names.count(n) > 1 else n for n, r in zip(names, runs, strict=True)
+    ]
+
+
+def answer_cards(
+    runs: Sequence[RunData], labels: Sequence[str]
+) -> tuple[list[dict[str, Any]], int]:
+    """One card per held-out prompt, its answers by run and kind, iterations side by side.
+
+    Also the number of prompts beyond `MAX_PROMPTS`, which get no card. A prompt is its id and its
+    text: runs that use an id for different texts get different cards.
+    """
+    cards: dict[tuple[str, str], dict[tuple[int, str], list[Answer]]] = {}
+    for index, run in enumerate(runs):
+        for answer in run.answers:
+            card = cards.setdefault((answer.prompt_id, answer.prompt), {})
+            card.setdefault((index, answer.kind), []).append(answer)
+    shown = [
+        {
+            "id": prompt_id,
+            "prompt": prompt,
+            "gain": _gain(groups.get((0, "greedy"), [])),
+            "groups": [
+                {
+                    "label": labels[index] if len(runs) > 1 else "",
+                    "swatch": swatch(run_style(index)) if len(runs) > 1 else "",
+                    "kind": kind,
+                    "answers": [_answer_view(answer, answers) for answer in answers],
+                }
+                for (index, kind), answers in sorted(groups.items())
+            ],
+        }
+        for (prompt_id, prompt), groups in list(cards.items())[:MAX_PROMPTS]
+    ]
+    return shown, max(0, len(cards) - MAX_PROMPTS)
+
+
+def _answer_view(answer: Answer, group: Sequence[Answer]) -> dict[str, Any]:
+    start = [other.score for other in group if other.iteration == 0]
+    only = len(start) == 1 and answer.iteration > 0
+    return {
+        "iteration": answer.iteration,
+        "text": answer.text,
+        "cut_off": answer.finish == "length",
+        "finish": answer.finish,
+        "score": answer.score,
+        "change": answer.score - start[0] if only else None,
+    }
+
+
+def _gain(greedy: Sequence[Answer]) -> float:
+    """Score of the last greedy answer minus the start model's; 0 where either is missing."""
+    scores = {answer.iteration: answer.score for answer in greedy}
+    return scores[max(scores)] - scores[0] if 0 in scores else 0.0
+
+
+def _run_view(run: RunData, label: str, index: int) -> dict[str, Any]:
+    known = summary.evaluated(run)
+    last = known[-1] if known else None
+    return {
+        "label": label,
+        "swatch": swatch(run_style(index)),
+        "progress": summary.progress(run),
+        "paragraph": summary.paragraph(run),
+        "alarms": summary.alarms(run),
+        "unfinished": run.unfinished,
+        "notes": run.notes,
+        "method": run.method,
+        "last": last,
+        "evaluations": _evaluation_rows(run),
+        "dropped": _dropped(run),
+        "stages": _stage_rows(run),
+        "config": run.config_text,
+        "manifest": _manifest(run),
+    }
+
+
+def _evaluation_rows(run: RunData) -> list[dict[str, Any]]:
+    greedy = summary.measured(run, "greedy")
+    rows = []
+    for k in sorted(set(run.evaluations) | set(greedy)):
+        values = {
+            name: tuple(run.metric(k, f"{name}{end}") for end in ("", "_low", "_high"))
+            for name in ("reward_greedy", "reward_sample", "gain")
+        }
+        rows.append(
+            {
+                "iteration": k,
+                **values,
+                "kl": run.metric(k, "kl"),
+                "kl_stderr": run.metric(k, "kl_stderr"),
+                "length": run.metric(k, "length"),
+                "prompts": run.metric(k, "prompts"),
+                "texts": greedy.get(k),
+            }
+        )
+    return rows
+
+
+def _dropped(run: RunData) -> dict[str, Any] | None:
+    """Kept pairs and dropped prompts by reason (rows) and iteration (columns)."""
+    columns = [k for k, stages in run.stages.items() if "rank" in stages]
+    if not columns:
+        return None
+    counts = {k: run.stages[k]["rank"].counts for k in columns}
+    reasons = dict.fromkeys(n for k in columns for n in counts[k] if n.startswith("dropped_"))
+    totals = {
+        k: counts[k].get("pairs", 0) + sum(counts[k].get(reason, 0) for reason in reasons)
+        for k in columns
+    }
+
+    def row(name: str, title: str) -> dict[str, Any]:
+        cells = [(counts[k].get(name, 0), totals[k]) for k in columns]
+        return {"title": title, "cells": [(n, n / total if total else None) for n, total in cells]}
+
+    return {
+        "columns": columns,
+        "rows": [row("pairs", "kept as pairs")]
+        + [row(name, name.removeprefix("dropped_").replace("_", " ")) for name in reasons],
+    }
+
+
+def _stage_rows(run: RunData) -> list[dict[str, Any]]:
+    return [
+        {
+            "iteration": k,
+            "name": stage.name,
+            "seconds": stage.seconds,
+            "work": _amounts(stage, 1.0),
+            "rate": _amounts(stage, stage.seconds) if stage.seconds else "–",
+        }
+        for k, stages in run.stages.items()
+        for stage in stages.values()
+    ]
+
+
+def _amounts(stage: Stage, divisor: float) -> str:
+    """A stage's counts, or with its seconds its throughput; reasons and ranks stand elsewhere."""
+    parts = [
+        f"{n / divisor:,.0f} {key.replace('_', ' ')}"
+        if divisor == 1 or n / divisor >= 100
+        else f"{summary.number(n / divisor)} {key.replace('_', ' ')}"
+        for key, n in stage.counts.items()
+        if not key.startswith(("dropped_", "explore_"))
+    ]
+    return ", ".join(parts) or "–"
+
+
+def _manifest(run: RunData) -> dict[str, str]:
+    return dict(flatten({key: value for key, value in run.manifest.items() if key != "name"}))
+
+
+def _printable(value: Any) -> Any:
+    """Characters that HTML forbids, made visible: NUL as ␀, other controls likewise."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return "".join(map(_visible, value.replace("\r\n", "\n")))
+
+
+def _visible(sign: str) -> str:
+    code = ord(sign)
+    if code < 0x20 and sign not in "\n\t":
+        return chr(0x2400 + code)
+    if 0x7F <= code < 0xA0 or 0xD800 <= code < 0xE000 or code & 0xFFFE == 0xFFFE:
+        return "\N{REPLACEMENT CHARACTER}"
+    return sign

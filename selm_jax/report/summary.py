@@ -1,0 +1,186 @@
+"""A run's numbers in words: the summary paragraph, what deserves a second look, comparisons."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from scipy import stats
+
+from selm_jax.report.data import RunData
+from selm_jax.report.texts import TextMeasures, measure
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean of paired differences with its 95\u00a0% interval over `prompts` shared prompts."""
+
+    mean: float
+    low: float
+    high: float
+    prompts: int
+
+
+def number(value: float | None, sign: bool = False) -> str:
+    """A number as a reader wants it: two decimals, fewer from 10 on, more digits below 0.1."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    size = abs(value)
+    if size == 0:
+        text = "0"
+    elif size < 0.095:
+        text = f"{size:.{1 - math.floor(math.log10(size))}f}".rstrip("0")
+    elif size < 9.995:
+        text = f"{size:.2f}"
+    elif size < 99.95:
+        text = f"{size:.1f}".removesuffix(".0")
+    else:
+        text = f"{size:,.0f}"
+    return ("−" if value < 0 else "+" if sign and value > 0 else "") + text
+
+
+def percent(share: float | None) -> str:
+    """A share of 1 as whole per cent, one digit below that; the sign never leaves its number."""
+    if share is None or not math.isfinite(share):
+        return "–"
+    text = f"{100 * share:.0f}" if share == 0 or share >= 0.0095 else f"{100 * share:.1g}"
+    return f"{text}\N{NO-BREAK SPACE}%"
+
+
+def plural(count: int, word: str) -> str:
+    return f"{count} {word}{'' if count == 1 else 's'}"
+
+
+def evaluated(run: RunData) -> list[int]:
+    """The iterations with a greedy held-out reward."""
+    return [k for k in run.evaluations if run.metric(k, "reward_greedy") is not None]
+
+
+def measured(run: RunData, kind: str) -> dict[int, TextMeasures]:
+    """The measures of an iteration's answers of one kind, by iteration."""
+    groups: dict[int, list] = {}
+    for answer in run.answers:
+        if answer.kind == kind:
+            groups.setdefault(answer.iteration, []).append(answer)
+    return {k: measure(answers) for k, answers in sorted(groups.items())}
+
+
+def progress(run: RunData) -> str:
+    """How far the run is: "finished, 3 iterations" or "unfinished, 1 of 3 iterations evaluated"."""
+    done = len([k for k in evaluated(run) if k > 0])
+    if not run.unfinished:
+        return f"finished, {plural(done, 'iteration')}"
+    return f"unfinished, {done} of {run.planned or 'an unknown number of'} iterations evaluated"
+
+
+def paragraph(run: RunData) -> str:
+    """What happened to the held-out reward, in one or two plain sentences."""
+    known = evaluated(run)
+    if not known:
+        return "No held-out evaluation is finished yet, so nothing can be said about the reward."
+    last = known[-1]
+    end = run.metric(last, "reward_greedy")
+    if last == 0 or 0 not in known:
+        who = "the start model" if last == 0 else f"iteration {last}"
+        lack = "No trained iteration" if last == 0 else "The start model"
+        return (
+            f"Held-out reward of {who}: {number(end)}. {lack} has been evaluated, "
+            "so there is no change to report yet."
+        )
+    start = run.metric(0, "reward_greedy")
+    gain, low, high = (run.metric(last, f"gain{end}") for end in ("", "_low", "_high"))
+    # An interval that holds 0 supports no claim of a rise or a fall.
+    clear = low is not None and high is not None and (low > 0 or high < 0)
+    verb = ("rose" if (gain or 0) > 0 else "fell") if clear else "did not change clearly:"
+    text = f"Held-out reward {verb} from {number(start)} to {number(end)}"
+    if gain is not None and low is not None and high is not None:
+        prompts = run.metric(last, "prompts")
+        among = f", {prompts:.0f} prompts" if prompts is not None else ""
+        text += (
+            f" (paired difference {number(gain, sign=True)}, "
+            f"95\u00a0% interval {number(low)} to {number(high)}{among})"
+        )
+    kl = run.metric(last, "kl")
+    if kl is not None:
+        text += f", at a KL of {number(kl)} nats per answer from the start"
+    text += f", after {plural(last, 'iteration')}."
+    best = max(known, key=lambda k: run.metric(k, "reward_greedy") or -math.inf)
+    if best != last:
+        text += (
+            f" The highest reward, {number(run.metric(best, 'reward_greedy'))}, "
+            f"belongs to {'the start model' if best == 0 else f'iteration {best}'}."
+        )
+    return text
+
+
+def alarms(run: RunData) -> list[str]:
+    """Signs that a reward may have been bought with worse answers, and other second looks.
+
+    The thresholds are rules of thumb: they choose what to point at, they decide nothing.
+    """
+    found = []
+    greedy = measured(run, "greedy")
+    if len(greedy) > 1 and 0 in greedy:
+        last = max(greedy)
+        a, b = greedy[0], greedy[last]
+        if b.distinct_2 < 0.8 * a.distinct_2:
+            found.append(
+                f"Answers repeat themselves more: distinct-2 fell from {number(a.distinct_2)} "
+                f"to {number(b.distinct_2)}."
+            )
+        if b.different < a.different - 0.1:
+            found.append(
+                "More prompts get the same answer: different texts fell from "
+                f"{percent(a.different)} to {percent(b.different)} of the answers."
+            )
+        if b.cut_off > a.cut_off + 0.1:
+            found.append(
+                f"More answers run into the length limit: {percent(a.cut_off)} at the start, "
+                f"{percent(b.cut_off)} now."
+            )
+        if b.words > 1.5 * a.words or 1.5 * b.words < a.words:
+            found.append(
+                f"Length changed much: from {number(a.words)} to {number(b.words)} words on "
+                "average. Some rankers pay for length alone."
+            )
+    for k, stages in run.stages.items():
+        counts = stages["rank"].counts if "rank" in stages else {}
+        dropped = sum(n for key, n in counts.items() if key.startswith("dropped_"))
+        total = dropped + counts.get("pairs", 0)
+        if total and dropped / total > 0.25:
+            found.append(
+                f"Iteration {k} dropped {percent(dropped / total)} of its prompts when ranking."
+            )
+    return found
+
+
+def paired_difference(one: RunData, other: RunData) -> Difference | None:
+    """Score of `other` minus score of `one`, last greedy answers, over the prompts both answered.
+
+    The interval is Student's t over prompts (mean ± t₀.₉₇₅ · s/√n). None with fewer than two
+    shared prompts.
+    """
+    first, second = _last_scores(one), _last_scores(other)
+    gaps = [second[prompt] - first[prompt] for prompt in first if prompt in second]
+    gaps = [gap for gap in gaps if math.isfinite(gap)]
+    if len(gaps) < 2:
+        return None
+    mean = sum(gaps) / len(gaps)
+    half = float(stats.t.ppf(0.975, len(gaps) - 1)) * float(stats.sem(gaps))
+    return Difference(mean, mean - half, mean + half, len(gaps))
+
+
+def settings_differences(
+    tables: Sequence[dict[str, str]],
+) -> list[tuple[str, list[str | None]]]:
+    """Keys whose values are not the same in every table, in order of first appearance."""
+    keys = list(dict.fromkeys(key for table in tables for key in table))
+    rows = [(key, [table.get(key) for table in tables]) for key in keys]
+    return [(key, values) for key, values in rows if len(set(values)) > 1]
+
+
+def _last_scores(run: RunData) -> dict[tuple[str, str], float]:
+    greedy = [answer for answer in run.answers if answer.kind == "greedy"]
+    last = max((answer.iteration for answer in greedy), default=0)
+    return {(a.prompt_id, a.prompt): a.score for a in greedy if a.iteration == last}

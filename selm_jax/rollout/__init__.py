@@ -1,0 +1,1 @@
+"""Rollout: the policy answers prompts."""

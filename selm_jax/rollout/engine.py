@@ -1,0 +1,324 @@
+"""The rollout engine: prefill, decode over slots, refill. One program on all devices.
+
+Prompts wait in a queue. A prefill runs a few of them at once and leaves their keys and values; each
+wanted response takes a copy into a free slot, so n samples share one prefill. All slots decode
+together in one jitted loop until enough of them are finished to be worth refilling.
+
+What a response says depends on the parameters, its prompt and its stream of random numbers
+(`sampling.stream`) alone; slots, order and neighbours do not enter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from selm_jax.models.decoder import Decoder, LayerCache, Params, unembedding, unstack
+from selm_jax.rollout.sampling import Sampling, next_tokens, stream
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A prompt and the responses wanted for it.
+
+    Attributes:
+      index: the number i of the prompt in its iteration, which names its random numbers.
+      prompt: token ids.
+      greedy: 1 for a greedy response, which is then sample 0.
+      samples: how many responses to draw; they are samples 1, 2, ... whether or not there is a
+        greedy one.
+    """
+
+    index: int
+    prompt: tuple[int, ...]
+    greedy: int
+    samples: int
+
+    def wanted(self) -> list[int]:
+        return list(range(1 - self.greedy, 1 + self.samples))
+
+
+@dataclasses.dataclass(frozen=True)
+class Response:
+    """Token ids of one response; the stop id stands at the end if `finish` is "stop"."""
+
+    index: int
+    sample: int
+    tokens: tuple[int, ...]
+    finish: str  # "stop" or "length"
+
+    @property
+    def greedy(self) -> bool:
+        return self.sample == 0
+
+
+@flax.struct.dataclass
+class Slots:
+    """The state of decoding. `token` is the last one drawn; it is not yet in the cache."""
+
+    cache: tuple[LayerCache, ...]
+    token: Int[Array, " slots"]
+    position: Int[Array, " slots"]
+    drawn: Int[Array, " slots"]  # tokens drawn so far, `token` included
+    output: Int[Array, "slots new_tokens"]
+    streams: UInt32[Array, "slots 2"]
+    greedy: Bool[Array, " slots"]
+    active: Bool[Array, " slots"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """How to answer; `generate` does it.
+
+    Attributes:
+      decoder: unrolled (`scan=False`); its dtype is the computation's.
+      slots: responses that decode together.
+      max_prompt, max_new_tokens: sizes of the cache.
+      stop_ids: tokens that end a response.
+      prefill_rows: prompts in one prefill.
+    """
+
+    decoder: Decoder
+    sampling: Sampling
+    slots: int
+    max_prompt: int
+    max_new_tokens: int
+    stop_ids: tuple[int, ...]
+    prefill_rows: int = 4
+
+    def generate(
+        self,
+        params: Params,
+        requests: Sequence[Request],
+        *,
+        seed: int,
+        iteration: int,
+        progress: Callable[[int, int], None] = lambda responses, tokens: None,
+    ) -> list[Response]:
+        """Answers every request, in the order (index, sample).
+
+        Args:
+          params: from `decoding_params`.
+          progress: called with the responses finished and tokens drawn since the last call.
+
+        Raises:
+          ValueError: a prompt without tokens or longer than `max_prompt`; it is named.
+        """
+        for request in requests:
+            if not 0 < len(request.prompt) <= self.max_prompt:
+                raise ValueError(
+                    f"prompt {request.index} has {len(request.prompt)} tokens; "
+                    f"between 1 and {self.max_prompt} were expected"
+                )
+        done: list[Response] = []
+        for responses in self._run(params, requests, seed, iteration):
+            done += responses
+            progress(len(responses), sum(len(r.tokens) for r in responses))
+        return sorted(done, key=lambda r: (r.index, r.sample))
+
+    def _run(self, params, requests, seed, iteration) -> Iterator[list[Response]]:
+        # Longest first: prompts of a prefill are of like length, and the short ones fill the end.
+        queue = deque(sorted(requests, key=lambda r: (-len(r.prompt), r.index)))
+        waiting: deque[_Waiting] = deque()  # prefilled, not yet in a slot
+        slots = _empty(self)
+        who: list[tuple[int, int] | None] = [None] * self.slots
+        refill_at = max(1, self.slots // 8)
+
+        while queue or waiting or any(who):
+            free = [i for i, owner in enumerate(who) if owner is None]
+            while free and (queue or waiting):
+                if not waiting:
+                    group = [queue.popleft() for _ in range(min(self.prefill_rows, len(queue)))]
+                    waiting.append(_prefill_group(self, params, group, seed, iteration))
+                head = waiting[0]
+                count = min(len(free), len(head.wanted))
+                into, free = free[:count], free[count:]
+                taken, head.wanted = head.wanted[:count], head.wanted[count:]
+                slots = _insert_taken(self, slots, head, taken, into)
+                for slot, (_, index, sample, _) in zip(into, taken, strict=True):
+                    who[slot] = (index, sample)
+                if not head.wanted:
+                    waiting.popleft()
+            # With nothing left to refill, run to the end.
+            stop_at = refill_at if (queue or waiting) else self.slots
+            slots = _decode(self, params, slots, jnp.int32(stop_at))
+            active, drawn, output = jax.device_get((slots.active, slots.drawn, slots.output))
+            responses = []
+            for slot, owner in enumerate(who):
+                if owner is not None and not active[slot]:
+                    tokens = tuple(int(x) for x in output[slot, : drawn[slot]])
+                    finish = "stop" if tokens[-1] in self.stop_ids else "length"
+                    responses.append(Response(*owner, tokens, finish))
+                    who[slot] = None
+            yield responses
+
+
+def decoding_params(params: Params, dtype: Any) -> Params:
+    """Training parameters as the engine wants them: one tree per layer, in the dtype of decoding."""
+    return jax.jit(lambda p: unstack(jax.tree.map(lambda x: x.astype(dtype), p)))(params)
+
+
+def bucket(length: int) -> int:
+    """The padded length of a prompt: multiples of 16 to 128, then of 64, then of 512."""
+    step = 16 if length <= 128 else 64 if length <= 1024 else 512
+    return -(-length // step) * step
+
+
+@dataclasses.dataclass
+class _Waiting:
+    """A prefilled group: its caches, its first logits, and the responses still to be placed."""
+
+    cache: Any
+    logits: Array
+    wanted: list[tuple[int, int, int, np.ndarray]]  # row, index, sample, stream
+    lengths: np.ndarray
+
+
+def _prefill_group(engine: Engine, params, group: list[Request], seed, iteration) -> _Waiting:
+    time = min(bucket(max(len(r.prompt) for r in group)), bucket(engine.max_prompt))
+    tokens = np.zeros((engine.prefill_rows, time), np.int32)
+    lengths = np.ones(engine.prefill_rows, np.int32)
+    for row, request in enumerate(group):
+        tokens[row, : len(request.prompt)] = request.prompt
+        lengths[row] = len(request.prompt)
+    cache, logits = _prefill(engine, params, tokens, lengths)
+    wanted = [
+        (row, r.index, sample, np.asarray(_stream(seed, iteration, r.index, sample)))
+        for row, r in enumerate(group)
+        for sample in r.wanted()
+    ]
+    return _Waiting(cache, logits, wanted, lengths)
+
+
+_stream = jax.jit(stream)
+
+
+@partial(jax.jit, static_argnums=0)
+def _prefill(
+    engine: Engine,
+    params: Params,
+    tokens: Int[Array, "rows time"],
+    lengths: Int[Array, " rows"],
+) -> tuple[tuple[LayerCache, ...], Float[Array, "rows vocab"]]:
+    """Keys and values of the prompts, and the logits after each one's last token."""
+    rows, time = tokens.shape
+    at = jnp.arange(time)
+    mask = jnp.broadcast_to(at[:, None] >= at[None, :], (rows, time, time))
+    if engine.decoder.config.window is not None:
+        mask &= at[:, None] - at[None, :] < engine.decoder.config.window
+    positions = jnp.broadcast_to(at, (rows, time))
+    hidden, cache = engine.decoder.apply(
+        {"params": params}, tokens, positions, mask, _zeros(engine, rows, time),
+        jnp.zeros(rows, jnp.int32),
+    )  # fmt: skip
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    return cache, _logits(last, params)
+
+
+def _insert_taken(engine: Engine, slots: Slots, head: _Waiting, taken, into) -> Slots:
+    rows = np.zeros(engine.slots, np.int32)
+    targets = np.full(engine.slots, engine.slots, np.int32)  # past the end: dropped
+    streams = np.zeros((engine.slots, 2), np.uint32)
+    greedy = np.zeros(engine.slots, bool)
+    for i, ((row, _, sample, stream_), slot) in enumerate(zip(taken, into, strict=True)):
+        rows[i], targets[i], streams[i], greedy[i] = row, slot, stream_, sample == 0
+    lengths = head.lengths[rows]
+    return _insert(engine, slots, head.cache, head.logits, rows, targets, lengths, streams, greedy)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _insert(engine, slots, cache, logits, rows, targets, lengths, streams, greedy) -> Slots:
+    """Copies prefilled rows into slots and draws the first token of each."""
+    first = next_tokens(logits[rows], streams, jnp.zeros_like(rows), greedy, engine.sampling)
+
+    def put(old, new):
+        return old.at[targets].set(new.astype(old.dtype), mode="drop")
+
+    def put_prefix(old, new):
+        return old.at[targets, : new.shape[1]].set(new[rows].astype(old.dtype), mode="drop")
+
+    output = jnp.zeros((engine.slots, engine.max_new_tokens), jnp.int32).at[:, 0].set(first)
+    return Slots(
+        cache=jax.tree.map(put_prefix, slots.cache, cache),
+        token=put(slots.token, first),
+        position=put(slots.position, lengths),
+        drawn=put(slots.drawn, jnp.ones_like(rows)),
+        output=put(slots.output, output),
+        streams=put(slots.streams, streams),
+        greedy=put(slots.greedy, greedy),
+        active=put(slots.active, _goes_on(engine, first, jnp.ones_like(rows))),
+    )
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _decode(engine: Engine, params: Params, slots: Slots, stop_at: Int[Array, ""]) -> Slots:
+    """Decodes until `stop_at` slots are idle."""
+
+    def busy(slots: Slots):
+        return jnp.sum(~slots.active) < stop_at
+
+    def step(slots: Slots) -> Slots:
+        key_position = jnp.arange(slots.cache[0].keys.shape[1])
+        ago = slots.position[:, None] - key_position
+        mask = ago >= 0
+        if engine.decoder.config.window is not None:
+            mask &= ago < engine.decoder.config.window
+        hidden, cache = engine.decoder.apply(
+            {"params": params}, slots.token[:, None], slots.position[:, None], mask[:, None],
+            slots.cache, slots.position,
+        )  # fmt: skip
+        logits = _logits(hidden[:, 0], params)
+        token = next_tokens(logits, slots.streams, slots.drawn, slots.greedy, engine.sampling)
+        output = slots.output.at[jnp.arange(engine.slots), slots.drawn].set(token, mode="drop")
+        drawn = slots.drawn + 1
+        on = slots.active
+        return slots.replace(
+            cache=cache,
+            token=jnp.where(on, token, slots.token),
+            position=jnp.where(on, slots.position + 1, slots.position),
+            drawn=jnp.where(on, drawn, slots.drawn),
+            output=jnp.where(on[:, None], output, slots.output),
+            active=on & _goes_on(engine, token, drawn),
+        )
+
+    return jax.lax.while_loop(busy, step, slots)
+
+
+def _goes_on(engine: Engine, token: Int[Array, " n"], drawn: Int[Array, " n"]) -> Bool[Array, " n"]:
+    stop = jnp.array(engine.stop_ids, jnp.int32)
+    return (drawn < engine.max_new_tokens) & ~jnp.any(token[:, None] == stop, axis=-1)
+
+
+def _logits(hidden: Float[Array, "n embed"], params: Params) -> Float[Array, "n vocab"]:
+    w = unembedding(params).astype(hidden.dtype)
+    return jnp.einsum("nd,vd->nv", hidden, w, preferred_element_type=jnp.float32)
+
+
+def _zeros(engine: Engine, rows: int, capacity: int) -> tuple[LayerCache, ...]:
+    c = engine.decoder.config
+    shape = (rows, capacity, c.kv_heads, c.head_dim)
+    zeros = partial(jnp.zeros, shape, engine.decoder.dtype)
+    return tuple(LayerCache(zeros(), zeros()) for _ in range(c.layers))
+
+
+def _empty(engine: Engine) -> Slots:
+    n = engine.slots
+    return Slots(
+        cache=_zeros(engine, n, bucket(engine.max_prompt) + engine.max_new_tokens),
+        token=jnp.zeros(n, jnp.int32),
+        position=jnp.zeros(n, jnp.int32),
+        drawn=jnp.zeros(n, jnp.int32),
+        output=jnp.zeros((n, engine.max_new_tokens), jnp.int32),
+        streams=jnp.zeros((n, 2), jnp.uint32),
+        greedy=jnp.zeros(n, bool),
+        active=jnp.zeros(n, bool),
+    )

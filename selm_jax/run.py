@@ -1,0 +1,308 @@
+"""A run: an experiment, its folder, and what its stages share.
+
+Everything here is a function of the experiment and of files; a stage that is run alone builds the
+same things again. What is costly is built once, when it is first asked for.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import platform
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
+from jax.sharding import NamedSharding, PartitionSpec
+from rich.console import Console
+
+from selm_jax import artifacts
+from selm_jax.config import Experiment, dump
+from selm_jax.feedback import ranker as rankers
+from selm_jax.log import Writers
+from selm_jax.models.decoder import Decoder, Params, abstract_params
+from selm_jax.models.families import DecoderConfig, read_config
+from selm_jax.objectives import losses
+from selm_jax.parallel.mesh import make_mesh
+from selm_jax.parallel.rules import TRAINING, partition, shardings
+from selm_jax.preferences.packing import PreferenceBatch
+from selm_jax.progress import bar
+from selm_jax.rollout.engine import Engine
+from selm_jax.rollout.sampling import Sampling
+from selm_jax.text.chat import Chat
+from selm_jax.text.prompts import Message, Prompt, PromptSet, load_prompts, portion
+from selm_jax.training.optimizer import optimizer
+from selm_jax.training.update import Shardings, Update, make_update
+from selm_jax.weights import sources
+from selm_jax.weights.huggingface import load
+
+_VERSIONS = ("selm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
+
+
+class RunError(ValueError):
+    """The experiment and its data do not fit together."""
+
+
+class Run:
+    """An experiment at work in its folder."""
+
+    def __init__(self, experiment: Experiment, console: Console | None = None):
+        self.experiment = experiment
+        self.folder = Path(experiment.output)
+        self.console = console or Console()
+
+    # Where things are
+
+    def iteration(self, t: int) -> Path:
+        return self.folder / f"iteration_{t}"
+
+    def policy(self, t: int) -> Path:
+        """The folder of the policy after iteration t; 0 is the start model."""
+        return self.start.path if t == 0 else self.iteration(t) / "model"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    # The model
+
+    @cached_property
+    def start(self) -> sources.ModelFolder:
+        model = self.experiment.model
+        return sources.resolve(model.source, revision=model.revision, progress=self.console)
+
+    @cached_property
+    def config(self) -> DecoderConfig:
+        return read_config(self.start.path)
+
+    @cached_property
+    def chat(self) -> Chat:
+        chat = Chat(self.start.path)
+        if len(chat.tokenizer) > self.config.vocab_size:
+            raise RunError(
+                f"{self.start.path}: the tokenizer has {len(chat.tokenizer)} tokens, the model's "
+                f"embedding only {self.config.vocab_size}"
+            )
+        return chat
+
+    @cached_property
+    def dtype(self) -> Any:
+        name = self.experiment.compute.dtype
+        if name == "auto":  # XLA gains nothing from bfloat16 on CPU
+            name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        return jnp.dtype(name)
+
+    @cached_property
+    def mesh(self) -> jax.sharding.Mesh:
+        c = self.experiment.compute
+        return make_mesh((c.data, c.fsdp, c.tensor))
+
+    @cached_property
+    def param_shardings(self) -> Any:
+        return shardings(abstract_params(self.config), self.mesh, TRAINING)
+
+    @cached_property
+    def abstract_params(self) -> Params:
+        """Shapes, dtypes and shardings of the parameters in training."""
+        dtype = jnp.dtype(self.experiment.training.parameter_dtype)
+        return jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding),
+            nn.unbox(abstract_params(self.config)),
+            self.param_shardings,
+        )
+
+    @cached_property
+    def parameters(self) -> int:
+        return sum(x.size for x in jax.tree.leaves(self.abstract_params))
+
+    def load(self, folder: Path) -> Params:
+        """The parameters of a model folder, each straight into its place on the mesh."""
+        where = flatten_dict(self.param_shardings)
+        dtype = jnp.dtype(self.experiment.training.parameter_dtype)
+        return load(
+            folder, self.config, dtype=dtype, place=lambda path, x: jax.device_put(x, where[path])
+        )
+
+    def place(self, batch: PreferenceBatch) -> PreferenceBatch:
+        """Puts a batch on the devices, cut by rows."""
+        axes = ("rows",) + (None,) * 8
+
+        def put(x):
+            return jax.device_put(
+                x, partition("batch", axes[: x.ndim], x.shape, self.mesh, TRAINING)
+            )
+
+        return jax.tree.map(put, batch)
+
+    # The parts that compute
+
+    @cached_property
+    def objective(self) -> losses.Objective:
+        settings = dict(self.experiment.objective)
+        return losses.build(settings.pop("loss"), **settings)
+
+    @cached_property
+    def optimizer(self) -> Any:
+        s = self.experiment.training
+        return optimizer(
+            s.optimizer, b1=s.b1, b2=s.b2, eps=s.eps, weight_decay=s.weight_decay, clip=s.clip
+        )
+
+    @cached_property
+    def update(self) -> Update:
+        replicated = NamedSharding(self.mesh, PartitionSpec())
+        return make_update(
+            Decoder(self.config, self.dtype, self.experiment.training.remat),
+            self.objective,
+            self.optimizer,
+            chunk=self.experiment.training.logprob_chunk,
+            shardings=Shardings(self.param_shardings, replicated),
+        )
+
+    @cached_property
+    def engine(self) -> Engine:
+        r = self.experiment.rollout
+        longest = max(
+            len(self.chat.prompt_ids(p.messages)) for p in [*self.all_prompts, *self.heldout]
+        )
+        if longest > r.max_prompt_tokens:
+            raise RunError(
+                f"the longest prompt has {longest} tokens, rollout.max_prompt_tokens is "
+                f"{r.max_prompt_tokens}; raise it, or shorten the prompts"
+            )
+        return Engine(
+            decoder=Decoder(self.config, self.dtype, scan=False),
+            sampling=Sampling(r.temperature, r.top_k, r.top_p, r.min_p),
+            slots=r.slots,
+            max_prompt=longest,
+            max_new_tokens=r.max_new_tokens,
+            stop_ids=self.chat.stop_ids,
+            prefill_rows=r.prefill_rows,
+        )
+
+    @cached_property
+    def ranker(self) -> rankers.Ranker:
+        f = self.experiment.feedback
+        return rankers.build(f.ranker, **f.settings)
+
+    # The prompts
+
+    @cached_property
+    def all_prompts(self) -> PromptSet:
+        d = self.experiment.data
+        return load_prompts(
+            d.train, split=d.train_split, prompt=d.prompt, prompt_id=d.prompt_id, chosen=d.chosen,
+            rejected=d.rejected, revision=d.revision, on_bad_row=d.on_bad_row,
+        )  # fmt: skip
+
+    def prompts(self, t: int) -> list[Prompt]:
+        """Those of iteration t."""
+        d = self.experiment.data
+        seed = self.experiment.seed if d.shuffle else None
+        found = portion(self.all_prompts, t, self.experiment.portions, shuffle_seed=seed)
+        return [self._with_system(p) for p in found[: d.limit]]
+
+    @cached_property
+    def heldout(self) -> list[Prompt]:
+        d = self.experiment.data
+        if d.heldout is None:
+            return []
+        found = load_prompts(
+            d.heldout, split=d.heldout_split, prompt=d.prompt, prompt_id=d.prompt_id,
+            revision=d.revision, on_bad_row=d.on_bad_row,
+        )  # fmt: skip
+        return [self._with_system(p) for p in found[: d.heldout_limit]]
+
+    def _with_system(self, prompt: Prompt) -> Prompt:
+        system = self.experiment.data.system
+        if system is None:
+            return prompt
+        messages = (Message("system", system), *prompt.messages)
+        return Prompt(prompt.id, messages, prompt.chosen, prompt.rejected, prompt.row)
+
+    # What it tells
+
+    def check(self) -> None:
+        """Builds everything that can fail before any work is done."""
+        _ = (self.objective, self.optimizer, self.ranker, self.all_prompts, self.heldout)
+        e = self.experiment
+        if e.training.rows % (self.mesh.shape["data"] * self.mesh.shape["fsdp"]):
+            raise RunError(
+                f"training.rows is {e.training.rows}: rows are cut over the mesh axes data and "
+                f"fsdp ({self.mesh.shape['data']} x {self.mesh.shape['fsdp']})"
+            )
+        for t in range(1, e.iterations + 1):
+            self.prompts(t)
+        _ = self.engine
+        if e.training.parameter_dtype == "bfloat16" and min(e.training.learning_rate) < 1e-5:
+            self.console.print(
+                "training.parameter_dtype is bfloat16: at this learning rate most steps are "
+                "smaller than its resolution, and most parameters will not move",
+                style="yellow",
+            )
+
+    def open(self) -> None:
+        """Writes config.yaml and manifest.json."""
+        artifacts.write_text(self.folder / "config.yaml", dump(self.experiment))
+        file = self.folder / "manifest.json"
+        manifest = json.loads(file.read_text()) if file.exists() else {}
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        device = jax.devices()[0]
+        artifacts.write_json(
+            file,
+            {
+                "name": self.folder.name,
+                "method": self.experiment.objective["loss"],
+                "objective": self.experiment.objective,
+                "model": self.start.origin,
+                "parameters": self.parameters,
+                "versions": {v: importlib.metadata.version(v) for v in _VERSIONS},
+                "python": platform.python_version(),
+                "device": f"{len(jax.devices())} x {device.device_kind} ({device.platform})",
+                "mesh": dict(self.mesh.shape),
+                "created": manifest.get("created", now),
+            },
+        )
+
+    def model_card(self, t: int) -> str:
+        e = self.experiment
+        return (
+            f"---\nlibrary_name: transformers\nbase_model: {e.model.source}\n"
+            "tags: [selm, dpo, alignment]\n---\n\n"
+            f"# {self.folder.name}, iteration {t}\n\n"
+            f"Trained from `{e.model.source}` with selm_jax: {e.iterations} iterations of "
+            f"`{e.objective['loss']}` (Self-Exploring Language Models, arXiv 2405.19332).\n\n"
+            f"All settings:\n\n```yaml\n{dump(e)}```\n"
+        )
+
+    @cached_property
+    def writers(self) -> Writers:
+        return Writers(self.folder, self.experiment)
+
+    def log(self, stage: str, t: int, metrics: Mapping[str, Any]) -> None:
+        """One line of metrics.jsonl, and the same to TensorBoard and wandb."""
+        line = {"stage": stage, "iteration": t, **metrics}
+        artifacts.append_line(self.metrics_file, line)
+        self.writers.write(line)
+
+    def forget_metrics(self, which: Callable[[dict[str, Any]], bool]) -> None:
+        """Drops lines of metrics.jsonl that are about to be written again."""
+        artifacts.rewrite_lines(self.metrics_file, lambda line: not which(line))
+
+    def bar(self, title: str, total: int, unit: str):
+        return bar(self.console, title, total, unit)
+
+    def say(self, stage: str, t: int, counts: Mapping[str, Any], seconds: float) -> None:
+        """One line for a finished stage."""
+        shown = ", ".join(
+            f"{value:,.3f} {key}" if isinstance(value, float) else f"{value:,} {key}"
+            for key, value in counts.items()
+            if value
+        )
+        self.console.print(f"iteration {t}  {stage:<9} {seconds:7.1f} s   {shown}", soft_wrap=True)

@@ -1,0 +1,234 @@
+"""What a row of a dataset means: a conversation up to a user turn, and up to two answers to it."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from selm_jax.text.tables import BadRow, DataError, Row
+
+ROLES = ("system", "user", "assistant")
+
+
+@dataclasses.dataclass(frozen=True)
+class Message:
+    """One turn. `role` is "system", "user" or "assistant"."""
+
+    role: str
+    content: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """What a model is asked, and the answers that the dataset offers.
+
+    Attributes:
+      id: unique in its set.
+      messages: the conversation up to and including the last user turn.
+      chosen: the preferred answer's text, if the data has one.
+      rejected: the other answer's text, if the data has one.
+      row: the other columns that hold text, a number, a truth value, a date (as ISO text) or
+        nothing. Rules and reports may read them. Columns of lists or objects are not kept.
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+    chosen: str | None = None
+    rejected: str | None = None
+    row: Mapping[str, str | int | float | bool | None] = dataclasses.field(default_factory=dict)
+
+
+class Columns(NamedTuple):
+    """The columns to read; None for what this dataset does not have."""
+
+    prompt: str | None
+    prompt_id: str | None
+    chosen: str | None
+    rejected: str | None
+
+
+def choose_columns(
+    source: str,
+    rows: Sequence[Row],
+    *,
+    prompt: str,
+    prompt_id: str,
+    chosen: str | None,
+    rejected: str | None,
+) -> Columns:
+    """Settles which columns are read. The arguments are those of `load_prompts`.
+
+    Raises:
+      DataError: a column is missing from every row, or a pair of strings has no prompt.
+    """
+    readable = [(row, row.values) for row in rows if not isinstance(row.values, BadRow)]
+    there = dict.fromkeys(name for _, values in readable for name in values)
+    if not readable:
+        return Columns(prompt, None, None, None)
+
+    def need(name: str) -> str:
+        if name not in there:
+            near = difflib.get_close_matches(name, there, n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else "Name the right one."
+            raise DataError(
+                f"{source}: missing column {name!r}. The columns are: {', '.join(there)}. {hint}"
+            )
+        return name
+
+    chosen = need(chosen) if chosen else ("chosen" if "chosen" in there else None)
+    rejected = need(rejected) if rejected else ("rejected" if "rejected" in there else None)
+    if rejected and not chosen:
+        need("chosen")
+    implicit = False
+    if chosen and prompt == "prompt" and prompt not in there:
+        implicit = True
+        for row, values in readable:
+            if isinstance(values.get(chosen), str):
+                raise DataError(
+                    f"{row.where}, column {chosen!r}: a string, and there is no column 'prompt'. "
+                    f"The columns are: {', '.join(there)}. Where the prompt ends inside two "
+                    "strings would be a guess. Give the prompt a column of its own and name it, or "
+                    "write each side as a list of messages."
+                )
+    optional_id = prompt_id == "prompt_id" and prompt_id not in there
+    return Columns(
+        None if implicit else need(prompt),
+        None if optional_id else need(prompt_id),
+        chosen,
+        rejected,
+    )
+
+
+def parse(values: Mapping[str, Any] | BadRow, columns: Columns) -> Prompt:
+    """The row as a `Prompt`. Raises BadRow, with the reason and the column, if it cannot be one."""
+    if isinstance(values, BadRow):
+        raise values
+    given = _value(values, columns.prompt, "empty prompt") if columns.prompt else None
+    answers = {
+        name: _answer(_value(values, name, "empty response"), name)
+        for name in (columns.chosen, columns.rejected)
+        if name
+    }
+    before = {conversation for conversation, _ in answers.values()}
+    if len(before) > 1:
+        detail = f"the messages before the answer are not those of column {columns.chosen!r}."
+        raise BadRow("prompt mismatch", columns.rejected, detail)
+    messages = _join(given, before.pop() if before else (), columns)
+    _check_prompt(messages, columns.prompt or columns.chosen)
+    chosen = answers[columns.chosen][1] if columns.chosen else None
+    rejected = answers[columns.rejected][1] if columns.rejected else None
+    if chosen and rejected and chosen.strip() == rejected.strip():
+        detail = f"both are {_short(chosen)}, which prefers nothing."
+        raise BadRow("chosen equals rejected", columns.rejected, detail)
+    return Prompt(
+        id=_identity(values, columns.prompt_id, messages),
+        messages=messages,
+        chosen=chosen,
+        rejected=rejected,
+        row={
+            name: value.isoformat() if isinstance(value, datetime.date) else value
+            for name, value in values.items()
+            if name not in columns
+            and (value is None or isinstance(value, str | int | float | datetime.date))
+        },
+    )
+
+
+def canonical_json(value: Any) -> bytes:
+    """One spelling for one value: sorted keys, no spaces, ASCII. What digests are taken of."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
+
+
+def _value(values: Mapping[str, Any], column: str, if_null: str) -> Any:
+    if column not in values:
+        raise BadRow("missing column", column, f"this row has only {', '.join(values)}.")
+    if values[column] is None:
+        raise BadRow(if_null, column, "the value is null.")
+    return values[column]
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _messages(value: Any, column: str) -> tuple[Message, ...]:
+    if not isinstance(value, list):
+        detail = f"{_short(value)} is neither text nor a list of messages."
+        raise BadRow("wrong type", column, detail)
+    messages = []
+    for number, item in enumerate(value, start=1):
+        if not isinstance(item, dict) or not {"role", "content"} <= item.keys():
+            detail = f"message {number} is {_short(item)}; expected an object of role and content."
+            raise BadRow("bad message", column, detail)
+        # Parquet gives every message every key that one of them has, null where it has it not.
+        extra = [k for k, v in item.items() if k not in ("role", "content") and v is not None]
+        if item["role"] not in ROLES or not isinstance(item["content"], str) or extra:
+            detail = (
+                f"message {number} has role {item['role']!r}, content of type "
+                f"{type(item['content']).__name__} and other keys {extra}; expected a role out of "
+                f"{', '.join(ROLES)}, a text, and nothing else."
+            )
+            raise BadRow("bad message", column, detail)
+        messages.append(Message(item["role"], item["content"]))
+    return tuple(messages)
+
+
+def _answer(value: Any, column: str) -> tuple[tuple[Message, ...], str]:
+    """The messages before the answer (none if the value is the answer alone), and its text."""
+    if isinstance(value, str):
+        before, text = (), value
+    else:
+        messages = _messages(value, column)
+        if not messages or messages[-1].role != "assistant":
+            detail = "the last message is not one of the assistant."
+            raise BadRow("no assistant answer", column, detail)
+        before, text = messages[:-1], messages[-1].content
+    if not text.strip():
+        raise BadRow("empty response", column, "the answer has no text.")
+    return before, text
+
+
+def _join(given: Any, before: tuple[Message, ...], columns: Columns) -> tuple[Message, ...]:
+    """The prompt from its own column (if any) and from the answers' conversation (if any)."""
+    if given is None:
+        return before
+    if isinstance(given, str):
+        if not given.strip():
+            raise BadRow("empty prompt", columns.prompt, f"the text is {given!r}.")
+        # UltraFeedback's `prompt` repeats one user turn; the conversation has them all.
+        agrees = any(m.role == "user" and m.content.strip() == given.strip() for m in before)
+        messages = before or (Message("user", given),)
+    else:
+        messages = _messages(given, columns.prompt or "")
+        agrees = messages == before
+    if before and not agrees:
+        detail = f"this prompt is not the one in the conversation of column {columns.chosen!r}."
+        raise BadRow("prompt mismatch", columns.prompt, detail)
+    return messages
+
+
+def _check_prompt(messages: tuple[Message, ...], column: str | None) -> None:
+    if not messages:
+        raise BadRow("empty prompt", column, "there is no message.")
+    if messages[-1].role != "user":
+        detail = f"the last role is {messages[-1].role!r}."
+        raise BadRow("last message not a user turn", column, detail)
+    for number, message in enumerate(messages, start=1):
+        if message.role != "system" and not message.content.strip():
+            raise BadRow("empty prompt", column, f"message {number} has no text.")
+
+
+def _identity(values: Mapping[str, Any], column: str | None, messages: Iterable[Message]) -> str:
+    if column is None:
+        turns = canonical_json([[m.role, m.content] for m in messages])
+        return hashlib.sha256(turns).hexdigest()[:16]
+    found = _value(values, column, "missing id")
+    if isinstance(found, bool) or not isinstance(found, str | int) or not str(found).strip():
+        raise BadRow("missing id", column, f"{found!r} is neither text nor a whole number.")
+    return str(found)

@@ -1,0 +1,239 @@
+"""Prompts and preference pairs in: from local files, from a bucket, or from the Hugging Face Hub.
+
+Every row becomes a `Prompt`: the conversation up to its last user turn and, where the data has
+them, a chosen and a rejected answer. A row that cannot be used is an error that names it, or, when
+asked for, a counted drop. Nothing is dropped silently.
+
+These rows are understood:
+
+    prompt only                  {"prompt": str}  or  {"prompt": [{role, content}, ...]}
+    explicit pair                a prompt as above, "chosen" and "rejected" as str or [assistant]
+    UltraFeedback-binarized      {"prompt": str, "chosen": [..., user, assistant], "rejected": ...}
+    conversational, no prompt    {"chosen": [..., user, assistant], "rejected": ...}
+
+A pair of plain strings without a prompt is refused: where the prompt ends would be a guess.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, overload
+
+import numpy as np
+from etils import epath
+
+from selm_jax.text import tables
+from selm_jax.text.conversations import (
+    Columns,
+    Message,
+    Prompt,
+    canonical_json,
+    choose_columns,
+    parse,
+)
+from selm_jax.text.tables import BadRow, DataError, Row
+
+__all__ = ["DataError", "Message", "Prompt", "PromptSet", "digest", "load_prompts", "portion"]
+
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptSet(Sequence[Prompt]):
+    """The prompts of one split, in file order; use it as a list.
+
+    Attributes:
+      prompts: the usable rows.
+      dropped: reason -> numbers of the rows left out. Rows count from 1 over the whole split.
+    """
+
+    prompts: tuple[Prompt, ...]
+    dropped: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @overload
+    def __getitem__(self, index: int) -> Prompt: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Prompt, ...]: ...
+    def __getitem__(self, index):
+        return self.prompts[index]
+
+
+def load_prompts(
+    path_or_id: str,
+    *,
+    split: str | None = None,
+    prompt: str = "prompt",
+    prompt_id: str = "prompt_id",
+    chosen: str | None = None,
+    rejected: str | None = None,
+    revision: str | None = None,
+    on_bad_row: Literal["error", "drop"] = "error",
+    duplicate_ids: Literal["error", "number"] = "error",
+) -> PromptSet:
+    """Reads one split of a dataset.
+
+    Args:
+      path_or_id: a .jsonl, .json (a list of objects), .parquet or .csv file, a folder of such files
+        (they may lie in its `data/`), or a Hub dataset id `owner/name`. A name whose parent folder
+        exists is a path.
+      split: which split of a folder or Hub dataset. In a folder, split `train` is the file
+        `train.parquet` or the shards `train-00000-of-00002.parquet`, ... May be left out where
+        there is only one; a single file takes none.
+      prompt: column of the prompt.
+      prompt_id: column of the id. If the data has no column of the default name, the id is the
+        first 16 hex digits of the SHA-256 of the messages.
+      chosen: column of the preferred answer. None: `chosen`, if the data has it.
+      rejected: column of the other answer. None: `rejected`, if the data has it.
+      revision: commit, tag or branch of a Hub dataset. Local files take none.
+      on_bad_row: "error" stops at the first unusable row. "drop" leaves such rows out and lists
+        them in `PromptSet.dropped` under one of: invalid JSON, not an object, wrong number of
+        cells, missing column, missing id, wrong type, bad message, empty prompt, empty response,
+        no assistant answer, last message not a user turn, prompt mismatch, chosen equals rejected,
+        duplicate id, duplicate row.
+      duplicate_ids: what an id means that comes again. "error": a bad row. "number": one more pair
+        for the same prompt; it is kept as `ID#2`, `ID#3`, ... A row that repeats prompt and answers
+        of an earlier one, or an id that names two prompts, stays a bad row.
+
+    Raises:
+      DataError: a missing file, split or column, a file that cannot be read, no usable row, or,
+        with on_bad_row="error", an unusable row.
+      ValueError: an unknown policy.
+    """
+    if on_bad_row not in ("error", "drop"):
+        raise ValueError(f"on_bad_row={on_bad_row!r}: expected 'error' or 'drop'.")
+    if duplicate_ids not in ("error", "number"):
+        raise ValueError(f"duplicate_ids={duplicate_ids!r}: expected 'error' or 'number'.")
+    rows = list(_read(path_or_id, split, revision))
+    columns = choose_columns(
+        path_or_id, rows, prompt=prompt, prompt_id=prompt_id, chosen=chosen, rejected=rejected
+    )
+    kept: dict[str, tuple[Prompt, Row]] = {}
+    dropped: dict[str, list[int]] = {}
+    for number, row in enumerate(rows, start=1):
+        try:
+            found = _with_free_id(parse(row.values, columns), kept, columns, duplicate_ids)
+        except BadRow as bad:
+            if on_bad_row == "error":
+                column = f", column {bad.column!r}" if bad.column else ""
+                raise DataError(
+                    f"{row.where}{column}: {bad.reason}: {bad.detail} Mend the row, or set "
+                    "on_bad_row to 'drop' to leave out and count such rows."
+                ) from bad
+            dropped.setdefault(bad.reason, []).append(number)
+        else:
+            kept[found.id] = found, row
+    if not kept:
+        counts = {reason: len(numbers) for reason, numbers in dropped.items()}
+        raise DataError(f"{path_or_id}: no usable row: {len(rows)} read, dropped {counts}.")
+    return PromptSet(
+        tuple(found for found, _ in kept.values()),
+        {reason: tuple(numbers) for reason, numbers in dropped.items()},
+    )
+
+
+def portion(
+    prompts: Sequence[Prompt], index: int, portions: int, *, shuffle_seed: int | None = None
+) -> list[Prompt]:
+    """The `index`-th of `portions` equal parts, one for each iteration.
+
+    As in the paper's runs (arXiv 2405.19332, reference code), parts are contiguous, hold
+    len(prompts) // portions prompts each, and the remainder at the end belongs to no part: 61,135
+    rows give 4 parts of 15,283 (3 rows unused) or 3 parts of 20,378 (1 row unused).
+
+    Args:
+      prompts: the whole set, the same one for every index.
+      index: from 1 to `portions`.
+      portions: how many parts.
+      shuffle_seed: if given (zero or more), the set is shuffled before it is cut. The order depends
+        on the seed and the length alone. The reference code does not shuffle.
+
+    Raises:
+      ValueError: an index outside 1..portions, or more portions than prompts.
+    """
+    if not 1 <= index <= portions:
+        raise ValueError(f"portion {index} of {portions}: expected an index from 1 to {portions}.")
+    size = len(prompts) // portions
+    if size == 0:
+        raise ValueError(f"{len(prompts)} prompts cannot be cut into {portions} portions.")
+    order = np.arange(len(prompts))
+    if shuffle_seed is not None:
+        # numpy keeps raw bits the same for ever, but not Generator.permutation (its NEP 19).
+        order = np.argsort(np.random.Philox(key=shuffle_seed).random_raw(len(order)), kind="stable")
+    return [prompts[i] for i in order[(index - 1) * size : index * size].tolist()]
+
+
+def digest(prompts: Iterable[Prompt]) -> str:
+    """SHA-256, in hex, of the prompts as canonical JSON lines, in order and with every field."""
+    sha = hashlib.sha256()
+    for one in prompts:
+        fields = {
+            "id": one.id,
+            "messages": [[m.role, m.content] for m in one.messages],
+            "chosen": one.chosen,
+            "rejected": one.rejected,
+            "row": dict(one.row),
+        }
+        sha.update(canonical_json(fields) + b"\n")
+    return sha.hexdigest()
+
+
+def _with_free_id(
+    new: Prompt, kept: Mapping[str, tuple[Prompt, Row]], columns: Columns, policy: str
+) -> Prompt:
+    """`new`, under the next free number if its id is taken and the policy allows that."""
+    column = columns.prompt_id or columns.prompt or columns.chosen
+    name, count = new.id, 1
+    while name in kept:
+        old, row = kept[name]
+        if policy == "error":
+            detail = (
+                f"{name!r} is already the id of {row.where}. If a prompt may have several pairs, "
+                "set duplicate_ids to 'number'."
+            )
+            raise BadRow("duplicate id", column, detail)
+        if old.messages != new.messages:
+            detail = f"{name!r} is already the id of another prompt, {row.where}."
+            raise BadRow("duplicate id", column, detail)
+        if (old.chosen, old.rejected) == (new.chosen, new.rejected):
+            raise BadRow("duplicate row", column, f"prompt and answers are those of {row.where}.")
+        count += 1
+        name = f"{new.id}#{count}"
+    return dataclasses.replace(new, id=name)
+
+
+def _read(path_or_id: str, split: str | None, revision: str | None) -> Iterator[Row]:
+    path = epath.Path(path_or_id).expanduser()
+    named_like_file = path.suffix in tables.SUFFIXES
+    if _HUB_ID.fullmatch(path_or_id) and not named_like_file and not path.parent.exists():
+        return _read_hub(path_or_id, split, revision)
+    if revision is not None:
+        raise DataError(
+            f"{path_or_id} is read as a local path, which has no revision {revision!r}. Leave the "
+            "revision out, or name a Hub dataset, owner/name."
+        )
+    return tables.read(path, split)
+
+
+def _read_hub(name: str, split: str | None, revision: str | None) -> Iterator[Row]:
+    import datasets  # here, because it takes seconds and local files do not need it
+
+    try:
+        found: Any = datasets.load_dataset(name, split=split, revision=revision)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            f"{name}: no such file or folder, and the Hub gave no such dataset (split {split!r}, "
+            f"revision {revision!r}): {error}"
+        ) from error
+    if split is None:  # then load_dataset gives a mapping of all splits
+        if len(found) > 1:
+            there = ", ".join(found)
+            raise DataError(f"{name} has several splits: {there}. Say which one to read.")
+        split, found = next(iter(found.items()))
+    for number, values in enumerate(found, start=1):
+        yield Row(f"{name} [{split}]", number, None, values)

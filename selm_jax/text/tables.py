@@ -1,0 +1,192 @@
+"""Files of rows in: .jsonl, .json, .parquet, .csv, alone or as the splits of a folder.
+
+A row keeps where it stood, so that whatever is wrong with it can be said with file, row and line.
+Paths may lie in a bucket (`gs://...`, through etils.epath). A split is read whole, into memory.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, NoReturn
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from etils import epath
+
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+_SHARD = re.compile(r"(?P<split>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})")
+
+
+class DataError(ValueError):
+    """A dataset that cannot be used as it is. The message names the file, the row, the column."""
+
+
+class BadRow(Exception):
+    """Why one row cannot be used. Never leaves `load_prompts`: there it is an error or a count."""
+
+    def __init__(self, reason: str, column: str | None, detail: str):
+        super().__init__(reason, column, detail)
+        self.reason, self.column, self.detail = reason, column, detail
+
+
+class Row(NamedTuple):
+    """One row as it was read: its values by column, or why there are none."""
+
+    file: str
+    number: int  # from 1, in its file
+    line: int | None  # where it begins, in a file of lines
+    values: Mapping[str, Any] | BadRow
+
+    @property
+    def where(self) -> str:
+        return f"{self.file}, row {self.number}" + (f" (line {self.line})" if self.line else "")
+
+
+def read(path: epath.Path, split: str | None) -> Iterator[Row]:
+    """The rows of a file, or of one split of a folder, in order.
+
+    Raises:
+      DataError: no such path or split, a kind of file that is not known, a shard that is missing,
+        or a file that cannot be read as what its name says.
+    """
+    if not path.exists():
+        _raise_missing(path)
+    if path.is_dir():
+        files = _split_of(path, split)
+    elif split is not None:
+        raise DataError(
+            f"{path} is one file, so it has no split {split!r}. Leave the split out, or name the "
+            "folder that holds a file for each split."
+        )
+    else:
+        files = [path]
+    for file in files:
+        if file.suffix not in _READERS:
+            raise DataError(f"{file}: not one of the known kinds, {', '.join(SUFFIXES)}.")
+        yield from _READERS[file.suffix](file)
+
+
+def _raise_missing(path: epath.Path) -> NoReturn:
+    parent = path.parent
+    names = sorted(p.name for p in parent.iterdir()) if parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, n=1)
+    hint = f" Did you mean {str(parent / near[0])!r}?" if near else ""
+    raise DataError(
+        f"{path}: no such file or folder.{hint} Give a {', '.join(SUFFIXES)} file, a folder of "
+        "them, or a Hub dataset id written owner/name."
+    )
+
+
+def _split_of(folder: epath.Path, split: str | None) -> list[epath.Path]:
+    """The files of one split: `train.parquet`, or all of `train-00000-of-00002.parquet`, ..."""
+    splits: dict[str, list[tuple[int, int, epath.Path]]] = {}
+    for place in (folder, folder / "data"):  # Hub repositories keep their tables in data/
+        for file in sorted(place.iterdir()) if place.is_dir() else ():
+            if file.suffix in SUFFIXES:
+                shard = _SHARD.fullmatch(file.stem)
+                name = shard["split"] if shard else file.stem
+                index, count = (int(shard["index"]), int(shard["count"])) if shard else (0, 1)
+                splits.setdefault(name, []).append((index, count, file))
+    there = ", ".join(sorted(splits))
+    if not splits:
+        raise DataError(f"{folder}: no {', '.join(SUFFIXES)} file in this folder.")
+    if split is None and len(splits) > 1:
+        raise DataError(f"{folder} has several splits: {there}. Say which one to read.")
+    name = next(iter(splits)) if split is None else split
+    if name not in splits:
+        near = difflib.get_close_matches(name, splits, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise DataError(f"{folder}: no split {name!r}. The splits are: {there}.{hint}")
+    shards = sorted(splits[name])
+    count = shards[0][1]
+    if [(i, n) for i, n, _ in shards] != [(i, count) for i in range(count)]:
+        found = ", ".join(file.name for *_, file in shards)
+        raise DataError(
+            f"{folder}: split {name!r} should be one file or a whole set of shards, but there is: "
+            f"{found}. Fetch what is missing, or remove what is there twice."
+        )
+    return [file for *_, file in shards]
+
+
+def _text(file: epath.Path) -> str:
+    try:
+        return file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise DataError(f"{file}, line {line}: not UTF-8 text. Save the file as UTF-8.") from error
+
+
+def _object(value: Any) -> Mapping[str, Any] | BadRow:
+    if isinstance(value, dict):
+        return value
+    return BadRow("not an object", None, f"found {type(value).__name__}, expected {{...}}.")
+
+
+def _jsonl(file: epath.Path) -> Iterator[Row]:
+    number = 0
+    # Only \n ends a line: str.splitlines would also cut at characters that JSON allows in a text.
+    for line_number, line in enumerate(_text(file).split("\n"), start=1):
+        if not line.strip():
+            continue
+        number += 1
+        try:
+            values = _object(json.loads(line))
+        except json.JSONDecodeError as error:
+            values = BadRow("invalid JSON", None, f"{error.msg} at character {error.colno}.")
+        yield Row(str(file), number, line_number, values)
+
+
+def _json(file: epath.Path) -> Iterator[Row]:
+    try:
+        rows = json.loads(_text(file))
+    except json.JSONDecodeError as error:
+        hint = ""
+        if error.msg == "Extra data":
+            hint = " If each line is an object of its own, name the file .jsonl."
+        raise DataError(f"{file}, line {error.lineno}: invalid JSON: {error.msg}.{hint}") from error
+    if not isinstance(rows, list):
+        raise DataError(f"{file}: found {type(rows).__name__}, expected a list of objects.")
+    for number, value in enumerate(rows, start=1):
+        yield Row(str(file), number, None, _object(value))
+
+
+def _csv(file: epath.Path) -> Iterator[Row]:
+    reader = csv.reader(io.StringIO(_text(file), newline=""), strict=True)
+    try:
+        header = next(reader, [])
+        if len(set(header)) < len(header):
+            raise DataError(f"{file}, line 1: a column name stands twice: {', '.join(header)}.")
+        number, line = 0, reader.line_num + 1
+        for cells in reader:
+            if cells:  # a blank line is no row
+                number += 1
+                if len(cells) == len(header):
+                    values = dict(zip(header, cells, strict=True))
+                else:
+                    detail = f"{len(cells)} cells under a header of {len(header)}."
+                    values = BadRow("wrong number of cells", None, detail)
+                yield Row(str(file), number, line, values)
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(f"{file}, line {reader.line_num}: invalid CSV: {error}.") from error
+
+
+def _parquet(file: epath.Path) -> Iterator[Row]:
+    try:
+        with file.open("rb") as handle:
+            table = pq.read_table(handle)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{file}: cannot be read as parquet: {error}") from error
+    number = 0
+    for batch in table.to_batches():
+        for values in batch.to_pylist():
+            number += 1
+            yield Row(str(file), number, None, values)
+
+
+_READERS = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}

@@ -1,0 +1,1 @@
+"""The update: state, optimiser, the jitted step, checkpoints, the loop over one iteration."""

@@ -1,0 +1,158 @@
+"""The updates of one iteration."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from selm_jax.config import Training
+from selm_jax.models.decoder import Params
+from selm_jax.preferences.batches import examples_of, updates_per_epoch
+from selm_jax.preferences.examples import ROLES, Example
+from selm_jax.preferences.packing import PreferenceBatch, Shape, common_shape, pack, unpack
+from selm_jax.training.checkpoint import Checkpoints
+from selm_jax.training.optimizer import learning_rate
+from selm_jax.training.state import TrainState
+from selm_jax.training.update import Update
+
+Metrics = dict[str, float]
+
+
+class TrainingError(RuntimeError):
+    """Training cannot start or go on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What an iteration is going to do: fixed before its first update."""
+
+    settings: Training
+    updates: Sequence[Sequence[Example]]  # the examples of each
+    shape: Shape
+    iteration: int
+    left_over: int  # examples in no update, because the last batch would not be whole
+
+    @classmethod
+    def make(
+        cls, settings: Training, examples: Sequence[Example], seed: int, iteration: int
+    ) -> Plan:
+        """Raises TrainingError if the examples do not fill one batch, ExampleError for a long one."""
+        per_epoch = updates_per_epoch(len(examples), settings.global_batch)
+        if per_epoch == 0:
+            raise TrainingError(
+                f"iteration {iteration} has {len(examples)} examples, fewer than one batch of "
+                f"training.global_batch = {settings.global_batch}. The rank stage's counts say "
+                "what was dropped and why"
+            )
+        updates = tuple(
+            examples_of(
+                step, examples, global_batch=settings.global_batch, seed=seed, iteration=iteration
+            )
+            for step in range(per_epoch * settings.epochs)
+        )
+        shape = common_shape(updates, rows=settings.rows, time=settings.row_length)
+        left_over = len(examples) - per_epoch * settings.global_batch
+        return cls(settings, updates, shape, iteration, left_over)
+
+    def counts(self) -> dict[str, int]:
+        """Examples, updates and tokens, for the stage's report."""
+        rows = sum(len(pack(examples, self.shape)) for examples in self.updates) * self.shape.rows
+        return {
+            "updates": len(self.updates),
+            "examples": sum(map(len, self.updates)),
+            "left_over": self.left_over,
+            "tokens_useful": sum(e.tokens for examples in self.updates for e in examples),
+            "tokens_padded": rows * self.shape.time,
+        }
+
+
+def train(
+    plan: Plan,
+    update: Update,
+    state: TrainState,
+    checkpoints: Checkpoints,
+    *,
+    peak: float,
+    place: Callable[[PreferenceBatch], PreferenceBatch],
+    reference: Params | None,
+    report: Callable[[Metrics], None],
+) -> TrainState:
+    """Runs the updates from `state.step` on. The state is donated.
+
+    Args:
+      peak: the iteration's learning rate.
+      place: puts a batch on the devices.
+      reference: parameters of a live reference; None uses the stored log-probabilities.
+      report: takes the metrics of each finished update, in order.
+
+    Raises:
+      TrainingError: a loss or gradient that is not finite, with the examples it came from. The last
+        checkpoint is left as it is.
+    """
+    s = plan.settings
+    count = len(plan.updates)
+    rate = learning_rate(s.schedule, peak, count, s.warmup_ratio)
+    for step in range(int(state.step), count):
+        began = time.perf_counter()
+        examples = plan.updates[step]
+        means = mean_lengths(examples)
+        batches = pack(examples, plan.shape)
+        live = () if reference is None else (reference,)
+        first, *rest = (place(batch) for batch in batches)
+        gradients, sums = update.gradients(state.params, first, means, *live)
+        for batch in rest:
+            gradients, sums = update.add(gradients, sums, state.params, batch, means, *live)
+        now = np.float32(rate(step))
+        state, metrics = update.apply(state, gradients, sums, now)
+        del gradients  # or the next update would hold two
+        metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        _check_finite(metrics, plan, step, examples)
+        seconds = time.perf_counter() - began
+        tokens = sum(e.tokens for e in examples)
+        report(
+            {"step": step + 1, **metrics, "learning_rate": float(now)}
+            | {"tokens": tokens, "padded": len(batches) * plan.shape.rows * plan.shape.time}
+            | {"time/seconds": seconds, "time/tokens_per_second": tokens / seconds}
+        )
+        if (step + 1) % s.checkpoint_every == 0 and step + 1 < count:
+            checkpoints.save(state)
+    return state
+
+
+def mean_lengths(examples: Sequence[Example]) -> np.ndarray:
+    """Mean scored tokens of each role's response over an update's examples, [roles]."""
+
+    def mean(role):
+        return np.mean([len(e.responses[e.roles.get(role, 0)]) for e in examples])
+
+    return np.array([mean(role) for role in ROLES], np.float32)
+
+
+def reference_logps(
+    examples: Sequence[Example],
+    shape: Shape,
+    logps: Callable[[PreferenceBatch], Any],
+    report: Callable[[int], None] = lambda rows: None,
+) -> list[tuple[float, ...]]:
+    """Log-probability of every response of every example under fixed parameters, float32."""
+    out = []
+    for batch in pack(examples, shape):
+        out.append(np.asarray(logps(batch)))
+        report(int(batch.weight.sum()))
+    return unpack(examples, shape, out)
+
+
+def _check_finite(metrics: Metrics, plan: Plan, step: int, examples: Sequence[Example]) -> None:
+    bad = [name for name in ("loss", "grad_norm") if not np.isfinite(metrics[name])]
+    if bad:
+        ids = ", ".join(e.prompt_id for e in examples[:8])
+        raise TrainingError(
+            f"iteration {plan.iteration}, update {step + 1}: {', '.join(bad)} is not finite. Its "
+            f"examples: {ids}{', ...' if len(examples) > 8 else ''}. The last checkpoint is whole; "
+            "a smaller training.learning_rate is the usual remedy"
+        )

@@ -1,0 +1,165 @@
+"""The update: from a packed batch to new parameters.
+
+    sums = zero
+    for microbatch in update:                       any number of them
+        sums += gradients(params, microbatch)       summed over examples, not averaged
+    state, metrics = apply(state, sums, learning_rate)
+
+The loss of an example is a function of its responses' log-ratios (`objectives.losses`). The update
+averages over its `global_batch` examples exactly, whatever the packing, the number of microbatches
+or the mesh: sums and counts travel, and means are taken once.
+
+Every function here is `jax.jit` with explicit shardings and donated buffers, which is what pjit
+became. XLA partitions it over the mesh.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Sharding
+from jaxtyping import Array, Float
+
+from selm_jax.models.attention import tree_mask
+from selm_jax.models.decoder import Decoder, Params, unembedding
+from selm_jax.objectives.logprobs import token_logprobs
+from selm_jax.objectives.losses import Logps, Objective
+from selm_jax.preferences.examples import ROLES
+from selm_jax.preferences.packing import PreferenceBatch
+from selm_jax.training.state import TrainState
+
+Sums = dict[str, Float[Array, ""]]
+
+
+def response_logps(
+    decoder: Decoder, params: Params, batch: PreferenceBatch, chunk: int
+) -> Float[Array, "rows segments branches"]:
+    """log pi(response | prompt) of every response in the batch, float32; 0 where there is none."""
+    mask = tree_mask(batch.segment, batch.branch, batch.position, decoder.config.window)
+    hidden, _ = decoder.apply({"params": params}, batch.tokens, batch.position, mask)
+    predicting = jnp.take_along_axis(hidden, batch.predictor[..., None], axis=1)
+    per_token = token_logprobs(predicting, batch.target, unembedding(params), chunk)
+    return batch.sum_by_response(per_token)
+
+
+def by_role(
+    batch: PreferenceBatch,
+    policy: Float[Array, "rows segments branches"],
+    reference: Float[Array, "rows segments branches"],
+    mean_lengths: Float[Array, " roles"],
+) -> Logps:
+    """The log-probabilities of each role's response, one entry per segment."""
+    lengths = batch.sum_by_response(jnp.ones(batch.target.shape, jnp.float32))
+
+    def of_roles(per_response):
+        picked = jnp.take_along_axis(per_response, batch.roles, axis=2)
+        return {role: picked[..., i].reshape(-1) for i, role in enumerate(ROLES)}
+
+    return Logps(
+        policy=of_roles(policy),
+        reference=of_roles(reference),
+        lengths=of_roles(lengths),
+        mean_lengths=dict(zip(ROLES, mean_lengths, strict=True)),
+    )
+
+
+def loss_sums(
+    params: Params,
+    batch: PreferenceBatch,
+    mean_lengths: Float[Array, " roles"],
+    *,
+    decoder: Decoder,
+    objective: Objective,
+    chunk: int,
+    reference_params: Params | None = None,
+) -> tuple[Float[Array, ""], Sums]:
+    """Sum of the loss over the batch's examples, and the sums of the metrics.
+
+    With `reference_params` the reference is run live by the same function; otherwise its stored
+    log-probabilities are used. Both give the same numbers.
+    """
+    policy = response_logps(decoder, params, batch, chunk)
+    reference = batch.reference
+    if reference_params is not None:
+        reference = response_logps(decoder, reference_params, batch, chunk)
+    logps = by_role(batch, policy, jax.lax.stop_gradient(reference), mean_lengths)
+    losses, metrics = objective(logps)
+    weight = batch.weight.reshape(-1)
+    sums = {name: jnp.sum(weight * value) for name, value in metrics.items()}
+    loss = jnp.sum(weight * losses)
+    return loss, sums | {"loss": loss, "examples": jnp.sum(weight)}
+
+
+class Update(NamedTuple):
+    """The compiled functions of a run. Arguments marked * are donated.
+
+    gradients(params, batch, mean_lengths[, reference]) -> (gradients, sums)
+    add(gradients*, sums*, params, batch, mean_lengths[, reference]) -> (gradients, sums)
+    apply(state*, gradients, sums, learning_rate) -> (state, metrics)
+    logps(params, batch) -> response log-probabilities [rows, segments, branches]
+    """
+
+    gradients: Callable[..., tuple[Params, Sums]]
+    add: Callable[..., tuple[Params, Sums]]
+    apply: Callable[..., tuple[TrainState, Sums]]
+    logps: Callable[..., Float[Array, "rows segments branches"]]
+
+
+class Shardings(NamedTuple):
+    """Where things lie; None everywhere means one device."""
+
+    params: Any = None
+    batch: Sharding | None = None
+    replicated: Sharding | None = None
+
+
+def make_update(
+    decoder: Decoder,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    *,
+    chunk: int,
+    shardings: Shardings = Shardings(),  # noqa: B008 (a NamedTuple, immutable)
+) -> Update:
+    """Compiles nothing yet; each function compiles at its first call with a shape.
+
+    `optimizer` gives steps at learning rate 1 (see `training.optimizer`); the rate is an argument of
+    `apply`, so that iterations with their own schedules share one compilation.
+    """
+
+    def gradients(params, batch, mean_lengths, reference_params=None):
+        loss = jax.value_and_grad(
+            lambda p: loss_sums(
+                p, batch, mean_lengths, decoder=decoder, objective=objective, chunk=chunk,
+                reference_params=reference_params,
+            ), has_aux=True,
+        )  # fmt: skip
+        (_, sums), grads = loss(params)
+        return grads, sums
+
+    def add(grads, sums, params, batch, mean_lengths, reference_params=None):
+        more, more_sums = gradients(params, batch, mean_lengths, reference_params)
+        return jax.tree.map(jnp.add, grads, more), jax.tree.map(jnp.add, sums, more_sums)
+
+    def apply(state, grads, sums, learning_rate):
+        count = sums["examples"]
+        grads = jax.tree.map(lambda g: g / count, grads)
+        norm = optax.global_norm(grads)
+        steps, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        steps = jax.tree.map(lambda step: learning_rate * step, steps)
+        params = optax.apply_updates(state.params, steps)
+        metrics = {k: v / count for k, v in sums.items() if k != "examples"}
+        metrics |= {"grad_norm": norm, "examples": count}
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    s = shardings
+    return Update(
+        gradients=jax.jit(gradients, out_shardings=(s.params, s.replicated)),
+        add=jax.jit(add, out_shardings=(s.params, s.replicated), donate_argnums=(0, 1)),
+        apply=jax.jit(apply, donate_argnums=0),
+        logps=jax.jit(lambda params, batch: response_logps(decoder, params, batch, chunk)),
+    )

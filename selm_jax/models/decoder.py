@@ -39,10 +39,14 @@ REMAT = {
 
 @flax.struct.dataclass
 class LayerCache:
-    """Keys and values of the tokens seen so far; `index` is where a row's next token goes."""
+    """Keys and values of the tokens seen so far.
 
-    keys: Float[Array, "*layers rows capacity kv_heads head_dim"]
-    values: Float[Array, "*layers rows capacity kv_heads head_dim"]
+    Heads come before tokens: that is the order in which attention reads them, and in the other one
+    every decoding step would copy the whole cache into it.
+    """
+
+    keys: Float[Array, "*layers rows kv_heads capacity head_dim"]
+    values: Float[Array, "*layers rows kv_heads capacity head_dim"]
 
 
 def _kernel(axes: tuple[str, ...], fan_in: int):
@@ -82,18 +86,27 @@ class Attention(nn.Module):
         values = checkpoint_name(project(x, w_v), "qkv")
         if cache is not None:
             cache = _write(cache, keys, values, index)
-            keys, values = cache.keys, cache.values
+            keys, values = jnp.swapaxes(cache.keys, 1, 2), jnp.swapaxes(cache.values, 1, 2)
         context = checkpoint_name(attention(query, keys, values, mask), "context")
         return project(context, o, inputs=2), cache
 
 
-def _write(cache: LayerCache, keys, values, index) -> LayerCache:
+def _write(
+    cache: LayerCache,
+    keys: Float[Array, "rows time kv_heads head_dim"],
+    values: Float[Array, "rows time kv_heads head_dim"],
+    index: Int[Array, "rows"],
+) -> LayerCache:
     """Puts each row's new keys and values at its own index of the cache."""
-    if keys.shape[1] == cache.keys.shape[1]:  # a prefill fills its cache: nothing to keep
-        return LayerCache(keys.astype(cache.keys.dtype), values.astype(cache.values.dtype))
-    rows, time = keys.shape[:2]
-    at = (jnp.arange(rows)[:, None], index[:, None] + jnp.arange(time))
-    return LayerCache(cache.keys.at[at].set(keys), cache.values.at[at].set(values))
+
+    def put(old: Array, new: Array) -> Array:
+        rows, time = new.shape[:2]
+        if time == old.shape[2]:  # a prefill fills its cache: nothing to keep
+            return jnp.swapaxes(new, 1, 2).astype(old.dtype)
+        at = index[:, None] + jnp.arange(time)
+        return old.at[jnp.arange(rows)[:, None], :, at].set(new.astype(old.dtype))
+
+    return LayerCache(put(cache.keys, keys), put(cache.values, values))
 
 
 class MLP(nn.Module):

@@ -133,6 +133,7 @@ def _update_svg(
         alt=f"{title} over updates. "
         + values_in_words([one for one in series if not one.faint], ends=True),
         xlabel=_UPDATES,
+        whole_x=True,
         rules=rules,
         percent=percent,
         include=include,

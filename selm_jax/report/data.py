@@ -23,6 +23,8 @@ STAGES = ("generate", "rank", "score", "train", "export", "evaluate")
 """The stages of one iteration in the order they run. Iteration 0 has only the last."""
 
 KINDS = ("greedy", "sample")
+PLACES = ("best", "middle", "worst", "tied")
+"""The explored answer's place among the ranked ones; tied: all of them have one score."""
 
 _ANSWER_COLUMNS: dict[str, type] = {
     "prompt_id": str,
@@ -59,6 +61,20 @@ class Stage:
     counts: Mapping[str, float]
     seconds: float | None
 
+    @property
+    def drops(self) -> dict[str, float]:
+        """Counts by the reason why something was dropped: `drops/REASON` or `dropped_REASON`."""
+        found = (
+            (re.fullmatch(r"(?:drops/|dropped_)(.+)", key), n) for key, n in self.counts.items()
+        )
+        return {match[1]: n for match, n in found if match}
+
+    @property
+    def explored(self) -> dict[str, float]:
+        """Counts of pairs by the place of the explored answer: `explore/PLACE`, `explore_PLACE`."""
+        both = {p: (f"explore/{p}", f"explore_{p}") for p in PLACES}
+        return {p: sum(self.counts.get(key, 0) for key in keys) for p, keys in both.items()}
+
 
 @dataclass(frozen=True)
 class Update:
@@ -72,7 +88,8 @@ class Update:
 
 @dataclass(frozen=True)
 class RunData:
-    """One run. Iteration 0 is the start model; `planned` is None where the settings do not say."""
+    """One run. Iteration 0 is the start model. `planned` is None where the settings do not say;
+    `evaluates` is False where they name no held-out prompts."""
 
     path: Path
     name: str
@@ -80,6 +97,7 @@ class RunData:
     config_text: str
     settings: Mapping[str, str]
     planned: int | None
+    evaluates: bool
     evaluations: Mapping[int, Mapping[str, float]]
     updates: tuple[Update, ...]
     stages: Mapping[int, Mapping[str, Stage]]
@@ -128,6 +146,7 @@ def report_data(run: Path) -> RunData:
     folders = _iteration_folders(run)
     stages = {k: _stages(folder) for k, folder in folders.items()}
     tables = {k: _answers(k, folders[k], "evaluate" in stages[k]) for k in folders}
+    evaluates = _evaluates(config)
     evaluations, updates = _metrics(run / "metrics.jsonl", notes)
     planned = _planned(config)
     return RunData(
@@ -137,11 +156,12 @@ def report_data(run: Path) -> RunData:
         config_text=config_text,
         settings=dict(flatten(config)),
         planned=planned,
+        evaluates=evaluates,
         evaluations=evaluations,
         updates=updates,
         stages=stages,
         answers=tuple(answer for k in sorted(tables) for answer in tables[k]),
-        unfinished=tuple(_unfinished(planned, stages, evaluations, tables)),
+        unfinished=tuple(_unfinished(planned, evaluates, stages, evaluations, tables)),
         notes=tuple(notes),
     )
 
@@ -161,13 +181,14 @@ def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 def _unfinished(
     planned: int | None,
+    evaluates: bool,
     stages: Mapping[int, Mapping[str, Stage]],
     evaluations: Mapping[int, Any],
     tables: Mapping[int, Sequence[Answer]],
 ) -> Iterator[str]:
     last = max([planned or 0, *stages, *evaluations])
     for k in range(last + 1):
-        expected = STAGES if k else ("evaluate",)
+        expected = [s for s in STAGES if (k or s == "evaluate") and (evaluates or s != "evaluate")]
         done = stages.get(k, {})
         open_stages = [name for name in expected if name not in done]
         label = f"Iteration {k}" if k else "Iteration 0 (the start model)"
@@ -175,9 +196,9 @@ def _unfinished(
             yield f"{label}: not begun, or none of its stages is finished yet."
         elif open_stages:
             yield f"{label}: {', '.join(open_stages)} not finished yet."
-        elif not evaluations.get(k):
+        elif evaluates and not evaluations.get(k):
             yield f"{label}: evaluated, but metrics.jsonl holds no evaluate line for it."
-        elif not tables.get(k):
+        elif evaluates and not tables.get(k):
             yield f"{label}: its table of held-out answers is empty."
 
 
@@ -187,6 +208,12 @@ def _planned(config: Mapping[str, Any]) -> int | None:
     if isinstance(value, list):
         return len(value)
     return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _evaluates(config: Mapping[str, Any]) -> bool:
+    """False where the settings say `data.heldout: null`: nothing is evaluated then."""
+    data = config.get("data")
+    return not (isinstance(data, dict) and "heldout" in data and data["heldout"] is None)
 
 
 def _iteration_folders(run: Path) -> dict[int, Path]:
@@ -207,6 +234,8 @@ def _stages(folder: Path) -> dict[str, Stage]:
     stages = {}
     for name in sorted(entries, key=lambda n: (order.get(n, len(order)), n)):
         entry = _mapping(entries[name], path, name)
+        if not entry.get("done", True):
+            continue  # begun: its settings are written down, its work is not finished
         counts = _mapping(entry.get("counts", {}), path, f"{name}.counts")
         seconds = entry.get("seconds")
         stages[name] = Stage(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from selm_jax.report.curves import Legend, Plot, by_update, values_in_words
-from selm_jax.report.data import KINDS, STAGES, RunData
+from selm_jax.report.data import KINDS, PLACES, STAGES, RunData
 from selm_jax.report.plots import Part, Series, Style, columns, lines, run_style, strips, swatch
 from selm_jax.report.summary import measured, number, percent
 
@@ -96,7 +96,8 @@ def frontier_plots(runs: Sequence[RunData]) -> list[Plot]:
             _kl,
             title="KL from the start, nats per answer",
             how="Mean log-ratio of the model to the start model over its own sampled answers. Distance "
-            "that grows while the reward stands still buys nothing.",
+            "that grows while the reward stands still buys nothing. Chance can make a small "
+            "estimate negative.",
             include=(0, 0),
         )
     )
@@ -165,24 +166,20 @@ def answer_legend(labels: Sequence[str]) -> Legend:
 
 
 def explore_plots(runs: Sequence[RunData], labels: Sequence[str]) -> list[Plot]:
-    places = (("best", "c0"), ("middle", "c5"), ("worst", "c1"))
-    legend = tuple((swatch(Style(colour), block=True), place) for place, colour in places)
+    colours: dict[str, str] = dict(zip(PLACES, ("c0", "c5", "c1", "c4"), strict=True))
     plots = []
     for index, (run, label) in enumerate(zip(runs, labels, strict=True)):
         counts = {
-            k: [stages["rank"].counts.get(f"explore_{place}", 0) for place, _ in places]
-            for k, stages in run.stages.items()
-            if "rank" in stages
+            k: stages["rank"].explored for k, stages in run.stages.items() if "rank" in stages
         }
-        counts = {k: row for k, row in counts.items() if sum(row)}
+        counts = {k: row for k, row in counts.items() if sum(row.values())}
+        places = [p for p in PLACES if p != "tied" or any(row[p] for row in counts.values())]
         parts = []
-        for place, (_, colour) in enumerate(places):
-            shares = [row[place] / sum(row) for row in counts.values()]
-            parts.append(Part(colour, shares, [percent(share) for share in shares]))
+        for place in places:
+            shares = [row[place] / sum(row.values()) for row in counts.values()]
+            parts.append(Part(colours[place], shares, [percent(share) for share in shares]))
         alt = "Place of the explored answer among the ranked. " + " ".join(
-            f"Iteration {k}: "
-            + ", ".join(f"{n:.0f} {name}" for n, (name, _) in zip(row, places, strict=True))
-            + "."
+            f"Iteration {k}: " + ", ".join(f"{row[place]:.0f} {place}" for place in places) + "."
             for k, row in counts.items()
         )
         svg = columns([str(k) for k in counts], parts, key=f"explore-{index}", alt=alt)
@@ -192,7 +189,7 @@ def explore_plots(runs: Sequence[RunData], labels: Sequence[str]) -> list[Plot]:
                 how="Among the ranked answers to its prompt. Best: exploration becomes the chosen "
                 "answer; worst: the rejected one; middle: only the optimism term uses it.",
                 svg=svg if counts else None,
-                legend=legend,
+                legend=tuple((swatch(Style(colours[p]), block=True), p) for p in places),
             )
         )
     return plots

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from selm_jax import artifacts
 from selm_jax.report import figures, summary
 from selm_jax.report.curves import Legend, Plot, implicit_reward_plots, loss_plots
 from selm_jax.report.data import Answer, RunData, Stage, flatten, report_data
@@ -20,6 +20,9 @@ from selm_jax.report.plots import run_style, swatch
 
 MAX_PROMPTS = 256
 """Held-out prompts whose answers are on the page; all prompts enter all numbers and plots."""
+
+_UNITS = ("prompts", "candidates", "responses", "tokens", "updates", "examples", "tokens_useful")
+"""The counts that are work; of these alone a throughput is worth reading."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +52,8 @@ def write(runs: Sequence[Path], out: Path) -> None:
     if twice:
         raise ValueError(f"the same run folder twice: {', '.join(sorted(twice))}; name each once")
     text = render([report_data(folder) for folder in folders])
-    out = Path(out)
-    beside = out.with_name(f".{out.name}.part")
-    beside.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(beside, out)
+    with artifacts.whole(Path(out)) as partial:
+        partial.write_text(text, encoding="utf-8", newline="\n")
 
 
 def render(runs: Sequence[RunData]) -> str:
@@ -147,7 +148,7 @@ def sections(runs: Sequence[RunData], labels: Sequence[str]) -> list[Section]:
         Section(
             "time",
             "Time",
-            "Where did the hours go, and how fast was each stage?",
+            "Where did the time go, and how fast was each stage?",
             figures.time_plots(runs, labels),
             legend,
         ),
@@ -259,25 +260,35 @@ def _evaluation_rows(run: RunData) -> list[dict[str, Any]]:
 
 def _dropped(run: RunData) -> dict[str, Any] | None:
     """Kept pairs and dropped prompts by reason (rows) and iteration (columns)."""
-    columns = [k for k, stages in run.stages.items() if "rank" in stages]
-    if not columns:
+    ranked = {k: stages["rank"] for k, stages in run.stages.items() if "rank" in stages}
+    if not ranked:
         return None
-    counts = {k: run.stages[k]["rank"].counts for k in columns}
-    reasons = dict.fromkeys(n for k in columns for n in counts[k] if n.startswith("dropped_"))
-    totals = {
-        k: counts[k].get("pairs", 0) + sum(counts[k].get(reason, 0) for reason in reasons)
-        for k in columns
-    }
+    reasons = dict.fromkeys(reason for stage in ranked.values() for reason in stage.drops)
+    pairs = {k: stage.counts.get("pairs", 0) for k, stage in ranked.items()}
+    totals = {k: pairs[k] + sum(stage.drops.values()) for k, stage in ranked.items()}
 
-    def row(name: str, title: str) -> dict[str, Any]:
-        cells = [(counts[k].get(name, 0), totals[k]) for k in columns]
-        return {"title": title, "cells": [(n, n / total if total else None) for n, total in cells]}
+    def row(title: str, counts: dict[int, float]) -> dict[str, Any]:
+        return {
+            "title": title,
+            "cells": [(counts[k], counts[k] / totals[k] if totals[k] else None) for k in ranked],
+        }
 
-    return {
-        "columns": columns,
-        "rows": [row("pairs", "kept as pairs")]
-        + [row(name, name.removeprefix("dropped_").replace("_", " ")) for name in reasons],
-    }
+    rows = [row("kept as pairs", pairs)] + [
+        row(
+            reason.replace("_", " "), {k: stage.drops.get(reason, 0) for k, stage in ranked.items()}
+        )
+        for reason in reasons
+    ]
+    # Kept, yet in no update: the last batch of an iteration would not have been whole.
+    left = {k: _count(run, k, "train", "left_over") for k in ranked}
+    if any(left.values()):
+        rows.append(row("of the kept: left over from the last batch", left))
+    return {"columns": list(ranked), "rows": rows}
+
+
+def _count(run: RunData, iteration: int, stage: str, key: str) -> float:
+    found = run.stages[iteration].get(stage)
+    return found.counts.get(key, 0) if found else 0
 
 
 def _stage_rows(run: RunData) -> list[dict[str, Any]]:
@@ -286,7 +297,7 @@ def _stage_rows(run: RunData) -> list[dict[str, Any]]:
             "iteration": k,
             "name": stage.name,
             "seconds": stage.seconds,
-            "work": _amounts(stage, 1.0),
+            "work": _amounts(stage),
             "rate": _amounts(stage, stage.seconds) if stage.seconds else "–",
         }
         for k, stages in run.stages.items()
@@ -294,15 +305,18 @@ def _stage_rows(run: RunData) -> list[dict[str, Any]]:
     ]
 
 
-def _amounts(stage: Stage, divisor: float) -> str:
-    """A stage's counts, or with its seconds its throughput; reasons and ranks stand elsewhere."""
-    parts = [
-        f"{n / divisor:,.0f} {key.replace('_', ' ')}"
-        if divisor == 1 or n / divisor >= 100
-        else f"{summary.number(n / divisor)} {key.replace('_', ' ')}"
-        for key, n in stage.counts.items()
-        if not key.startswith(("dropped_", "explore_"))
-    ]
+def _amounts(stage: Stage, seconds: float | None = None) -> str:
+    """A stage's counts, or with its seconds its throughput. Counts with a `/` in their name are
+    parts of others or no counts at all, and the reasons and places stand elsewhere."""
+    parts = []
+    for key, count in stage.counts.items():
+        plain = "/" not in key and not key.startswith(("dropped_", "explore_"))
+        if not plain or not count or (seconds and key not in _UNITS):
+            continue
+        amount = count / seconds if seconds else count
+        whole = not seconds or amount >= 100
+        text = f"{amount:,.0f}" if whole else summary.number(amount)
+        parts.append(f"{text} {key.replace('_', ' ')}")
     return ", ".join(parts) or "–"
 
 

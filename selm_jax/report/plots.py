@@ -103,8 +103,12 @@ def lines(
         for one in series:
             _draw(axes, one)
         if whole_x:
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, nbins=8))
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, nbins=7))
             axes.margins(x=0.08)
+        low, high = axes.get_ylim()
+        middle, least = (low + high) / 2, 0.01 * max(abs(low), abs(high))
+        if high - low < least:  # a curve that stands still: rounding shall not look like movement
+            axes.set_ylim(middle - least / 2, middle + least / 2)
         if include:
             low, high = axes.get_ylim()
             axes.set_ylim(min(low, *include, 1.02 * min(include)), max(high, *include))
@@ -138,7 +142,8 @@ def columns(labels: Sequence[str], parts: Sequence[Part], *, key: str, alt: str)
             below = [b + v for b, v in zip(below, part.values, strict=True)]
         axes.set_xticks(range(len(labels)), labels)
         axes.set_ylim(0, 1)
-        axes.set_xlim(-0.6, max(len(labels), 3) - 0.4)
+        middle, half = (len(labels) - 1) / 2, max(len(labels), 3) / 2 + 0.1
+        axes.set_xlim(middle - half, middle + half)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.0f}\u00a0%"))
         return _inline(figure, key, alt)
 
@@ -215,6 +220,7 @@ def _axes(xlabel: str, height: float = _SIZE[1]) -> tuple[Figure, Axes]:
     axes.grid(True, axis="y", color=_COLOUR["grid"], linewidth=0.8)
     axes.set_axisbelow(True)
     axes.set_xlabel(xlabel, color=_COLOUR["muted"])
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 2.5, 5, 10]))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: _tick(v)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _tick(v)))
@@ -286,8 +292,6 @@ def _tick(value: float) -> str:
 
 def _inline(figure: Figure, key: str, alt: str) -> Markup:
     """The figure as an `<svg>` for the middle of a page: no prolog, no ids but its own."""
-    for text in figure.findobj(lambda artist: hasattr(artist, "set_parse_math")):
-        text.set_parse_math(False)
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from scipy import stats
@@ -23,12 +23,14 @@ class Difference:
 
 
 def number(value: float | None, sign: bool = False) -> str:
-    """A number as a reader wants it: two decimals, fewer from 10 on, more digits below 0.1."""
+    """A number as a reader wants it: two decimals, fewer from 10 on, more below 0.1."""
     if value is None or not math.isfinite(value):
         return "–"
     size = abs(value)
-    if size == 0:
-        text = "0"
+    if size < 1e-12:  # what is left of 0.3 - 0.1 - 0.1 - 0.1
+        return "0"
+    if size < 1e-4:
+        text = f"{size:.1e}".replace("e-0", "e-").replace("e-", "e−")
     elif size < 0.095:
         text = f"{size:.{1 - math.floor(math.log10(size))}f}".rstrip("0")
     elif size < 9.995:
@@ -67,16 +69,22 @@ def measured(run: RunData, kind: str) -> dict[int, TextMeasures]:
 
 
 def progress(run: RunData) -> str:
-    """How far the run is: "finished, 3 iterations" or "unfinished, 1 of 3 iterations evaluated"."""
-    done = len([k for k in evaluated(run) if k > 0])
+    """How far the run is: "finished, 3 iterations" or "unfinished, 1 of 3 iterations complete"."""
+    last = "evaluate" if run.evaluates else "export"
+    done = len([k for k, stages in run.stages.items() if k > 0 and last in stages])
     if not run.unfinished:
         return f"finished, {plural(done, 'iteration')}"
-    return f"unfinished, {done} of {run.planned or 'an unknown number of'} iterations evaluated"
+    return f"unfinished, {done} of {run.planned or 'an unknown number of'} iterations complete"
 
 
 def paragraph(run: RunData) -> str:
     """What happened to the held-out reward, in one or two plain sentences."""
     known = evaluated(run)
+    if not run.evaluates:
+        return (
+            "The settings name no held-out prompts (data.heldout), so nothing can be said about "
+            "the reward. What follows is about training and ranking alone."
+        )
     if not known:
         return "No held-out evaluation is finished yet, so nothing can be said about the reward."
     last = known[-1]
@@ -145,9 +153,10 @@ def alarms(run: RunData) -> list[str]:
                 "average. Some rankers pay for length alone."
             )
     for k, stages in run.stages.items():
-        counts = stages["rank"].counts if "rank" in stages else {}
-        dropped = sum(n for key, n in counts.items() if key.startswith("dropped_"))
-        total = dropped + counts.get("pairs", 0)
+        if "rank" not in stages:
+            continue
+        dropped = sum(stages["rank"].drops.values())
+        total = dropped + stages["rank"].counts.get("pairs", 0)
         if total and dropped / total > 0.25:
             found.append(
                 f"Iteration {k} dropped {percent(dropped / total)} of its prompts when ranking."
@@ -172,7 +181,7 @@ def paired_difference(one: RunData, other: RunData) -> Difference | None:
 
 
 def settings_differences(
-    tables: Sequence[dict[str, str]],
+    tables: Sequence[Mapping[str, str]],
 ) -> list[tuple[str, list[str | None]]]:
     """Keys whose values are not the same in every table, in order of first appearance."""
     keys = list(dict.fromkeys(key for table in tables for key in table))

@@ -244,7 +244,7 @@ def _insert(engine, slots, cache, logits, rows, targets, lengths, streams, greed
         return old.at[targets].set(new.astype(old.dtype), mode="drop")
 
     def put_prefix(old, new):
-        return old.at[targets, : new.shape[1]].set(new[rows].astype(old.dtype), mode="drop")
+        return old.at[targets, :, : new.shape[2]].set(new[rows].astype(old.dtype), mode="drop")
 
     output = jnp.zeros((engine.slots, engine.max_new_tokens), jnp.int32).at[:, 0].set(first)
     return Slots(
@@ -267,7 +267,7 @@ def _decode(engine: Engine, params: Params, slots: Slots, stop_at: Int[Array, ""
         return jnp.sum(~slots.active) < stop_at
 
     def step(slots: Slots) -> Slots:
-        key_position = jnp.arange(slots.cache[0].keys.shape[1])
+        key_position = jnp.arange(slots.cache[0].keys.shape[2])
         ago = slots.position[:, None] - key_position
         mask = ago >= 0
         if engine.decoder.config.window is not None:
@@ -305,7 +305,7 @@ def _logits(hidden: Float[Array, "n embed"], params: Params) -> Float[Array, "n 
 
 def _zeros(engine: Engine, rows: int, capacity: int) -> tuple[LayerCache, ...]:
     c = engine.decoder.config
-    shape = (rows, capacity, c.kv_heads, c.head_dim)
+    shape = (rows, c.kv_heads, capacity, c.head_dim)
     zeros = partial(jnp.zeros, shape, engine.decoder.dtype)
     return tuple(LayerCache(zeros(), zeros()) for _ in range(c.layers))
 

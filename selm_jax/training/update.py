@@ -148,7 +148,7 @@ def make_update(
     def apply(state, grads, sums, learning_rate):
         count = sums["examples"]
         grads = jax.tree.map(lambda g: g / count, grads)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         steps, opt_state = optimizer.update(grads, state.opt_state, state.params)
         steps = jax.tree.map(lambda step: learning_rate * step, steps)
         params = optax.apply_updates(state.params, steps)

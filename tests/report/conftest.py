@@ -11,11 +11,52 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-WORDS = (
-    "the river moves slowly past old stone houses while children watch small boats drift under "
-    "a wide bridge and somebody sings about summer rain falling on quiet gardens where bread is "
-    "warm light returns each morning people remember stories that travel between distant villages"
-).split()
+WORDS = [
+    "the",
+    "river",
+    "moves",
+    "slowly",
+    "past",
+    "old",
+    "stone",
+    "houses",
+    "while",
+    "children",
+    "watch",
+    "small",
+    "boats",
+    "drift",
+    "under",
+    "a",
+    "wide",
+    "bridge",
+    "and",
+    "somebody",
+    "sings",
+    "about",
+    "summer",
+    "rain",
+    "falling",
+    "on",
+    "quiet",
+    "gardens",
+    "where",
+    "bread",
+    "is",
+    "warm",
+    "light",
+    "returns",
+    "each",
+    "morning",
+    "people",
+    "remember",
+    "stories",
+    "that",
+    "travel",
+    "between",
+    "distant",
+    "villages",
+]
 
 ALL = ("generate", "rank", "score", "train", "export", "evaluate")
 
@@ -43,7 +84,7 @@ def make_run(
     texts = texts or {}
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(
-        f"name: {name}\niterations: {planned}\nseed: {seed}\n"
+        f"name: {json.dumps(name)}\niterations: {planned}\nseed: {seed}\n"
         f"objective:\n  loss: selm\n  alpha: 0.001\n  beta: 0.01\n{settings}"
     )
     manifest = {
@@ -81,28 +122,39 @@ STAGE: dict[str, Callable[[random.Random, int, int], dict]] = {
     "rank": lambda rng, n, u: {
         "counts": {
             "pairs": 6 * n,
-            "explore_best": 2 * n,
-            "explore_middle": 3 * n,
-            "explore_worst": n,
-            "dropped_tie": n,
-            "dropped_equal_text": n // 2,
-            "dropped_too_long": 0,
+            "explore/best": 2 * n,
+            "explore/middle": 3 * n,
+            "explore/worst": n,
+            "explore/tied": 0,
+            "explore_is/chosen": 2 * n,
+            "drops/tie": n,
+            "drops/equal_text": n // 2,
+            "drops/cut_off": 0,
         },
         "seconds": 8 + rng.random(),
     },
     "score": lambda rng, n, u: {"counts": {"responses": 18 * n}, "seconds": 12 + rng.random()},
     "train": lambda rng, n, u: {
-        "counts": {"updates": u, "examples": 6 * n, "tokens_useful": 900 * n, "tokens_padded": n},
+        "counts": {
+            "updates": u,
+            "examples": 6 * n,
+            "left_over": 3,
+            "tokens_useful": 900 * n,
+            "tokens_padded": n,
+        },
         "seconds": 90 + 10 * rng.random(),
     },
     "export": lambda rng, n, u: {"counts": {"bytes": 269_000_000}, "seconds": 3.5},
-    "evaluate": lambda rng, n, u: {"counts": {"responses": 2 * n}, "seconds": 20 + rng.random()},
+    "evaluate": lambda rng, n, u: {
+        "counts": {"responses": 2 * n, "heldout/kl": 1.5},
+        "seconds": 20 + rng.random(),
+    },
 }
 
 
 def _update(rng: random.Random, k: int, step: int, updates: int) -> dict:
     t = step / updates
-    noise = lambda scale: rng.gauss(0, scale)  # noqa: E731
+    noise = lambda scale: rng.gauss(0, scale)
     chosen, rejected, explore = 0.2 * t, -0.5 * t, -0.25 * t
     return {
         "stage": "train",
@@ -161,16 +213,18 @@ def _answers(
 ) -> list[dict]:
     rows = []
     for i in range(prompts):
+        prompt = f"Say something kind about number {i}."
+        if i == 0:
+            prompt = texts.get("prompt", prompt)
         for kind in ("greedy", "sample"):
             some = [rng.choice(WORDS) for _ in range(words + rng.randrange(max(words // 2, 1)))]
             text = " ".join(["great"] * words * 2 if repeat and k else some)
-            first = i == 0
             rows.append(
                 {
                     "prompt_id": f"p{i:03d}",
-                    "prompt": texts.get("prompt", "") if first and "prompt" in texts else f"Say something kind about number {i}.",
+                    "prompt": prompt,
                     "kind": kind,
-                    "text": texts["answer"] if first and "answer" in texts else text,
+                    "text": texts["answer"] if i == 0 and "answer" in texts else text,
                     "finish": "length" if (repeat and k) or rng.random() < 0.05 else "stop",
                     "score": 0.3 + gain * k + rng.gauss(0, 0.2),
                     "logp": -90.0,
@@ -178,6 +232,11 @@ def _answers(
                 }
             )
     return rows
+
+
+@pytest.fixture(name="make_run")
+def _make_run() -> Callable[..., Path]:
+    return make_run
 
 
 @pytest.fixture

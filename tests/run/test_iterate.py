@@ -1,0 +1,198 @@
+"""The loop on a tiny model: what it leaves behind, and what it refuses."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import tiny
+from rich.console import Console
+
+from selm_jax import config
+from selm_jax.artifacts import ArtifactError
+from selm_jax.iterate import iterate, run_stage
+from selm_jax.preferences.examples import from_parquet
+from selm_jax.run import Run
+
+QUIET = Console(quiet=True)
+
+
+def go(file, *overrides):
+    run = Run(config.load(file, overrides), QUIET)
+    iterate(run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    return go(tiny.experiment(folder)), folder
+
+
+def metrics(run, stage):
+    lines = [json.loads(x) for x in run.metrics_file.read_text().splitlines()]
+    return [x for x in lines if x["stage"] == stage]
+
+
+def test_a_run_tells_its_whole_story(finished):
+    run, _ = finished
+    for name in ("config.yaml", "manifest.json", "metrics.jsonl", "report.html"):
+        assert (run.folder / name).stat().st_size > 0
+    for t in (1, 2):
+        folder = run.iteration(t)
+        assert len(list((folder / "responses").glob("part-*-of-00003.parquet"))) == 3
+        stages = json.loads((folder / "stage.json").read_text())
+        assert list(stages) == ["generate", "rank", "score", "train", "export", "evaluate"]
+        assert all(stage["done"] for stage in stages.values())
+        assert stages["generate"]["counts"]["responses"] == 16 * 3
+        assert not (folder / "checkpoints").exists()
+    assert not list(run.folder.rglob("*.partial"))
+
+
+def test_the_first_update_of_each_iteration_costs_log_2(finished):
+    run, _ = finished
+    firsts = [m for m in metrics(run, "train") if m["step"] == 1]
+    assert [m["iteration"] for m in firsts] == [1, 2]
+    for m in firsts:
+        assert m["loss"] == pytest.approx(math.log(2), abs=1e-6)
+        assert m["optimism/reward"] == pytest.approx(0, abs=1e-6)
+
+
+def test_the_policy_moves_and_becomes_the_next_reference(finished):
+    run, _ = finished
+    assert (run.policy(1) / "model.safetensors").read_bytes() != (
+        run.policy(0) / "model.safetensors"
+    ).read_bytes()
+    params = run.load(run.policy(1))
+    examples = from_parquet(run.iteration(2) / "examples.parquet")
+    from selm_jax.stages import _score
+
+    again = _score(run, params, examples)
+    for stored, now in zip(examples, again, strict=True):
+        np.testing.assert_allclose(stored.reference, now.reference, rtol=1e-6, atol=1e-5)
+
+
+def test_what_is_trained_on_is_what_was_generated(finished):
+    run, _ = finished
+    drawn = {}
+    for row in pq.read_table(run.iteration(1) / "responses").to_pylist():
+        drawn.setdefault(row["prompt_id"], []).append((row["kind"], tuple(row["token_ids"])))
+    for example in from_parquet(run.iteration(1) / "examples.parquet"):
+        ids = [x for _, x in drawn[example.prompt_id]]
+        assert set(example.responses) <= set(ids)
+        assert len(set(example.responses)) == len(example.responses)
+        greedy = dict(reversed(drawn[example.prompt_id]))["greedy"]
+        assert example.responses[example.roles["explore"]] == greedy
+
+
+def test_a_finished_run_does_nothing_again(finished, monkeypatch):
+    run, folder = finished
+    before = {p: p.stat().st_mtime_ns for p in run.folder.rglob("*.parquet")}
+    monkeypatch.setattr("selm_jax.rollout.engine.Engine.generate", None)
+    go(folder / "experiment.yaml")
+    assert before == {p: p.stat().st_mtime_ns for p in run.folder.rglob("*.parquet")}
+
+
+def test_iterative_dpo_differs_by_settings_only_and_equals_selm_at_alpha_0(finished, tmp_path):
+    _, folder = finished
+    runs = []
+    for name, loss in {
+        "dpo": '{"loss": "dpo", "beta": 0.1}',
+        "selm": '{"loss": "selm", "beta": 0.1, "alpha": 0.0}',
+    }.items():
+        runs.append(
+            go(
+                folder / "experiment.yaml",
+                f"output={tmp_path / name}",
+                f"objective={loss}",
+                "iterations=1",
+                "data.portions=2",
+                "training.learning_rate=1e-3",
+            )
+        )
+    a, b = ((run.policy(1) / "model.safetensors").read_bytes() for run in runs)
+    assert a == b
+
+
+def test_a_live_reference_gives_the_same_policy(finished, tmp_path):
+    run, folder = finished
+    live = go(
+        folder / "experiment.yaml",
+        f"output={tmp_path / 'live'}",
+        "training.reference=live",
+        "iterations=1",
+        "data.portions=2",
+        "training.learning_rate=[1e-3]",
+    )
+    for ours, theirs in zip(
+        metrics(live, "train"), [m for m in metrics(run, "train") if m["iteration"] == 1],
+        strict=True,
+    ):  # fmt: skip
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+
+
+def test_a_preference_data_set_as_in_the_paper(finished, tmp_path):
+    """Candidates are the policy's greedy answer and the data set's two, in that order."""
+    _, folder = finished
+    rows = [
+        {"prompt_id": f"p{i}", "prompt": p, "chosen": "A long and kind answer.", "rejected": "No."}
+        for i, p in enumerate(tiny.PROMPTS[:16])
+    ]
+    (tmp_path / "prefs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    run = go(
+        folder / "experiment.yaml",
+        f"output={tmp_path / 'run'}",
+        f"data.train={tmp_path / 'prefs.jsonl'}",
+        "data.chosen=chosen",
+        "data.rejected=rejected",
+        "candidates={greedy: 1, samples: 0, dataset: true}",
+        "iterations=1",
+        "training.learning_rate=1e-3",
+    )
+    ranked = pq.read_table(run.iteration(1) / "ranked.parquet").to_pylist()
+    assert [r["source"] for r in ranked[:3]] == ["greedy", "chosen", "rejected"]
+    assert {r["rank"] for r in ranked[:3]} <= {1, 2, 3}
+    end = run.chat.stop_ids[0]
+    assert all(r["token_ids"][-1] == end for r in ranked if r["finish"] == "dataset")
+    counts = json.loads((run.iteration(1) / "stage.json").read_text())["rank"]["counts"]
+    places = [counts[f"explore/{x}"] for x in ("best", "middle", "worst", "tied")]
+    assert sum(places) == counts["pairs"] == 16 - counts["drops"]
+
+
+def test_changed_settings_never_resume_a_stage(finished):
+    _, folder = finished
+    with pytest.raises(ArtifactError, match=r"rollout\.temperature was 1\.0 and is now 0\.5"):
+        go(folder / "experiment.yaml", "rollout.temperature=0.5")
+    with pytest.raises(ArtifactError, match=r"objective\.beta was 0\.1 and is now 0\.2"):
+        go(folder / "experiment.yaml", "objective.beta=0.2")
+    go(folder / "experiment.yaml", "rollout.slots=3")  # changes nothing about what comes out
+
+
+def test_a_damaged_or_missing_artefact_is_named(finished, tmp_path):
+    run, folder = finished
+    copy = tmp_path / "copy"
+    shutil.copytree(run.folder, copy)
+    file = copy / "iteration_1" / "ranked.parquet"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-10] + b"0123456789")
+    with pytest.raises(ArtifactError, match=r"ranked\.parquet is not what it wrote"):
+        go(folder / "experiment.yaml", f"output={copy}")
+    file.unlink()
+    with pytest.raises(ArtifactError, match=r"ranked\.parquet is missing"):
+        go(folder / "experiment.yaml", f"output={copy}")
+
+
+def test_a_stage_runs_alone_and_asks_for_its_inputs(finished, tmp_path):
+    _, folder = finished
+    run = Run(
+        config.load(folder / "experiment.yaml", [f"output={tmp_path / 'alone'}"]), QUIET
+    )
+    with pytest.raises(ArtifactError, match="run the stages before it first"):
+        run_stage(run, "rank", 1)
+    run_stage(run, "generate", 1)
+    run_stage(run, "rank", 1)
+    assert (run.iteration(1) / "ranked.parquet").exists()
+    assert not (run.iteration(1) / "examples.parquet").exists()

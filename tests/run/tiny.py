@@ -1,0 +1,104 @@
+"""A tiny random chat model and a tiny experiment: everything real but the size."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from selm_jax.models.decoder import Decoder
+from selm_jax.models.families import DecoderConfig, to_hf
+from selm_jax.weights.huggingface import save
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+PROMPTS = [
+    f"{verb} a {thing} in one line."
+    for verb in ("Describe", "Praise", "Review", "Sell", "Draw", "Explain")
+    for thing in ("river", "chair", "song", "letter", "train", "soup", "garden", "coat")
+]
+
+
+def make_model(folder: Path, seed: int = 0) -> Path:
+    """A Llama of 2 layers and width 32 with a byte-level tokenizer of 320 tokens."""
+    folder.mkdir(parents=True)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(PROMPTS, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "bos_token": "<|im_start|>",
+                "eos_token": "<|im_end|>",
+                "pad_token": "<|im_end|>",
+                "clean_up_tokenization_spaces": False,
+            }
+        )
+    )
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    config = DecoderConfig(
+        vocab_size=tokenizer.get_vocab_size(), embed=32, layers=2, heads=4, kv_heads=2,
+        head_dim=8, mlp=64, norm_eps=1e-5, rope_theta=1e4, tied=True, window=None,
+        max_positions=512, architecture="LlamaForCausalLM",
+    )  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(to_hf(config) | {"eos_token_id": 1}))
+    one = jnp.zeros((1, 2), jnp.int32)
+    variables = Decoder(config).init(jax.random.key(seed), one, one, jnp.ones((1, 2, 2), bool))
+    save(nn.unbox(variables["params"]), config, folder / "model.safetensors")
+    return folder
+
+
+def write_prompts(file: Path, prompts=tuple(PROMPTS)) -> Path:
+    rows = [{"prompt_id": f"p{i}", "prompt": text} for i, text in enumerate(prompts)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def experiment(folder: Path, **changes) -> Path:
+    """Writes model, data and an experiment file; returns the latter. Two iterations, seconds."""
+    if not (folder / "model").exists():
+        make_model(folder / "model")
+        write_prompts(folder / "train.jsonl", PROMPTS[:32])
+        write_prompts(folder / "heldout.jsonl", PROMPTS[32:40])
+    tree = {
+        "output": str(folder / "run"),
+        "iterations": 2,
+        "model": {"source": str(folder / "model")},
+        "data": {"train": str(folder / "train.jsonl"), "heldout": str(folder / "heldout.jsonl")},
+        "candidates": {"greedy": 1, "samples": 2, "dataset": False},
+        "rollout": {
+            "max_new_tokens": 12, "max_prompt_tokens": 64, "slots": 8, "prompts_per_part": 6,
+        },
+        "feedback": {"ranker": "length"},
+        "objective": {"loss": "selm", "beta": 0.1, "alpha": 0.01},
+        "training": {
+            "learning_rate": [1e-3, 5e-4], "global_batch": 4, "row_length": 128, "rows": 8,
+            "checkpoint_every": 1, "remat": "none",
+        },
+        "log": {"tensorboard": False},
+    }  # fmt: skip
+    for path, value in changes.items():
+        group = tree
+        *parents, last = path.split("__")
+        for key in parents:
+            group = group.setdefault(key, {})
+        group[last] = value
+    file = folder / "experiment.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    return file

@@ -28,7 +28,8 @@ from selm_jax.feedback import ranker as rankers
 from selm_jax.log import Writers
 from selm_jax.models.decoder import Decoder, Params, abstract_params
 from selm_jax.models.families import DecoderConfig, read_config
-from selm_jax.objectives import losses
+from selm_jax.objectives.build import build as build_objective
+from selm_jax.objectives.losses import Objective
 from selm_jax.parallel.mesh import make_mesh
 from selm_jax.parallel.rules import TRAINING, partition, shardings
 from selm_jax.preferences.packing import PreferenceBatch
@@ -143,9 +144,9 @@ class Run:
     # The parts that compute
 
     @cached_property
-    def objective(self) -> losses.Objective:
+    def objective(self) -> Objective:
         settings = dict(self.experiment.objective)
-        return losses.build(settings.pop("loss"), **settings)
+        return build_objective(settings.pop("loss"), **settings)
 
     @cached_property
     def optimizer(self) -> Any:

@@ -95,7 +95,7 @@ def _write(
     cache: LayerCache,
     keys: Float[Array, "rows time kv_heads head_dim"],
     values: Float[Array, "rows time kv_heads head_dim"],
-    index: Int[Array, "rows"],
+    index: Int[Array, " rows"],
 ) -> LayerCache:
     """Puts each row's new keys and values at its own index of the cache."""
 

@@ -117,7 +117,8 @@ def from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     if hf.get("hidden_act", "silu") != "silu":
         raise UnsupportedModel(f"config.json: hidden_act is {hf['hidden_act']!r}, not 'silu'")
     heads = hf["num_attention_heads"]
-    window = hf.get("sliding_window")
+    # A Mistral config without the key has transformers' default window, not none.
+    window = hf.get("sliding_window", 4096 if family == "mistral" else None)
     if window is not None and family == "llama":
         raise UnsupportedModel(f"config.json: sliding_window is {window}, in a Llama model")
     return DecoderConfig(

@@ -46,6 +46,11 @@ class Example:
         for role, i in self.roles.items():
             if role not in ROLES or not 0 <= i < len(self.responses):
                 raise ExampleError(f"example {self.prompt_id}: role {role!r} -> response {i}")
+        if self.reference is not None and len(self.reference) != len(self.responses):
+            raise ExampleError(
+                f"example {self.prompt_id}: {len(self.reference)} reference log-probabilities for "
+                f"{len(self.responses)} responses"
+            )
 
     @property
     def tokens(self) -> int:

@@ -118,8 +118,16 @@ def common_shape(groups: Sequence[Sequence[Example]], *, rows: int, time: int) -
 
 
 def pack(examples: Sequence[Example], shape: Shape) -> list[PreferenceBatch]:
-    """Packs the examples into batches of `shape` (numpy arrays), the last padded with empty rows."""
+    """Packs the examples into batches of `shape` (numpy arrays), the last padded with empty rows.
+
+    Raises:
+      ExampleError: an example that is longer than a row.
+      ValueError: a row that needs more of something than `shape` has (see `common_shape`).
+    """
     rows = assign_rows(examples, shape.time)
+    needed = common_shape([examples], rows=shape.rows, time=shape.time)
+    if short := [k for k, n in vars(needed).items() if n > getattr(shape, k)]:
+        raise ValueError(f"{shape} has too little of {', '.join(short)}; {needed} is needed")
     batches = []
     for start in range(0, len(rows), shape.rows):
         batch = _empty(shape)

@@ -98,10 +98,12 @@ def draw(p: Float[Array, "slots vocab"], uniform: Float[Array, " slots"]) -> Int
 def _invert(mass: Float[Array, "slots n"], at: Float[Array, " slots"]):
     """The entry whose share of the running sum holds `at`, and what of `at` is left inside it."""
     total = jnp.cumsum(mass, axis=-1)
-    entry = jnp.sum(total <= at[:, None], axis=-1)
+    # Long sums are taken in parallel and rounded apart: `total` may rise where there is no mass, and
+    # even fall. So the entry is the first with mass of its own whose sum lies beyond `at`.
+    beyond = (total > at[:, None]) & (mass > 0)
     # Rounding may carry `at` past the end: stay on the last entry that has any mass.
     last = mass.shape[-1] - 1 - jnp.argmax((mass > 0)[:, ::-1], axis=-1)
-    entry = jnp.minimum(entry, last)
+    entry = jnp.where(beyond.any(axis=-1), jnp.argmax(beyond, axis=-1), last)
     before = jnp.take_along_axis(total - mass, entry[:, None], axis=-1)[:, 0]
     return entry, jnp.maximum(at - before, 0)
 

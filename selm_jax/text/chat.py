@@ -1,7 +1,8 @@
 """Conversations to token ids, the boundary between prompt and response checked.
 
 The layout: the prompt is the rendered conversation with the header of the answer; a response is the
-answer and exactly one end token. Generated responses never come this way: they are trained on as
+answer and exactly one end token. The BOS token stands once, in front of the prompt, if the model
+has one: where the template does not write it, it is put there as the tokenizer itself would. Generated responses never come this way: they are trained on as
 the ids that were drawn.
 """
 
@@ -43,6 +44,8 @@ class Chat:
         if not self.tokenizer.chat_template:
             raise ChatError(f"{folder}: the tokenizer has no chat template (chat_template.jinja)")
         self.stop_ids = _stop_ids(folder, self.tokenizer)
+        own = self.tokenizer("")["input_ids"]  # what the tokenizer puts around any text
+        self._bos = own[0] if own[:1] == [self.tokenizer.bos_token_id] else None
 
     def prompt_ids(self, messages: Sequence[Turn]) -> tuple[int, ...]:
         """The conversation and the header of the answer that is to follow."""
@@ -56,7 +59,8 @@ class Chat:
 
         Raises:
           ChatError: the template does not render the prompt as a prefix of the conversation (both
-            renderings are shown), or does not end an answer with a stop token.
+            renderings are shown), or does not end an answer with a stop token, or the answer itself
+            spells one out.
         """
         prompt = self._render(messages, answer_follows=True)
         full = self._render([*messages, _Message("assistant", text)], answer_follows=False)
@@ -65,16 +69,21 @@ class Chat:
                 "the chat template does not keep the prompt when the answer is added.\n"
                 f"prompt:       {prompt!r}\nconversation: {full!r}"
             )
-        # Prompt and answer are tokenized apart, as they are when the model generates: a token that
-        # spans the boundary can never be drawn.
-        ids = self._ids(full[len(prompt) :])
-        ends = [i for i, token in enumerate(ids) if token in self.stop_ids]
-        if not ends:
+        if spelled := self._stops(self._tokens(text)):
+            raise ChatError(f"the answer spells out {', '.join(spelled)}, which ends one: {text!r}")
+        before, ids = self._ids(prompt), self._ids(full)
+        if ids[: len(before)] == before:
+            ids = ids[len(before) :]
+        else:
+            # A token spans the boundary. After this prompt it can never be drawn: tokenize apart.
+            ids = self._tokens(full[len(prompt) :])
+        if not self._stops(ids):
             raise ChatError(
                 f"the chat template does not end an answer with one of the stop tokens "
                 f"{self.tokenizer.convert_ids_to_tokens(list(self.stop_ids))}: {full!r}"
             )
-        return ids[: ends[-1] + 1]
+        end = next(i for i, token in enumerate(ids) if token in self.stop_ids)
+        return ids[: end + 1]
 
     def text(self, ids: Sequence[int]) -> str:
         """What people and rankers read: special tokens left out, white space around it stripped."""
@@ -87,8 +96,17 @@ class Chat:
         )
 
     def _ids(self, rendered: str) -> tuple[int, ...]:
-        # The template has written every special token that belongs there, BOS included.
-        return tuple(self.tokenizer(rendered, add_special_tokens=False)["input_ids"])
+        """Ids of a rendered conversation, with BOS in front once if the model has it."""
+        ids, bos = self._tokens(rendered), self.tokenizer.bos_token_id
+        if bos is not None and ids[:2] == (bos, bos):
+            raise ChatError(f"the chat template writes {self.tokenizer.bos_token} twice: {rendered!r}")
+        return ids if self._bos is None or ids[:1] == (bos,) else (bos, *ids)
+
+    def _tokens(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _stops(self, ids: tuple[int, ...]) -> list[str]:
+        return self.tokenizer.convert_ids_to_tokens([i for i in ids if i in self.stop_ids])
 
 
 class _Message:

@@ -121,8 +121,10 @@ def save(params: Params, config: DecoderConfig, file: Path) -> None:
     with open(file, "wb") as f:
         f.write(len(text).to_bytes(8, "little"))
         f.write(text)
+        # As bytes: bfloat16 is not a type of Python's buffers.
         f.writelines(
-            np.ascontiguousarray(tensor).data for _, tensor in to_hf_tensors(params, config)
+            np.ascontiguousarray(tensor).view(np.uint8).data
+            for _, tensor in to_hf_tensors(params, config)
         )
 
 

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selm_jax.objectives import losses as L
-from selm_jax.objectives.losses import Logps, Objective, ObjectiveError, build, compose
+from selm_jax.objectives.build import build
+from selm_jax.objectives.losses import Logps, Objective, ObjectiveError, compose
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "trl_losses.json").read_text())
 CASES = [(trl, case) for trl, part in GOLDEN.items() for case in part["cases"]]

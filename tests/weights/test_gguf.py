@@ -100,7 +100,7 @@ def test_config(tmp_path, tiny_gguf, tied):
     }
     assert {key: config.get(key) for key in expected} == expected
     with safe_open(out / "model.safetensors", framework="numpy") as file:
-        assert ("lm_head.weight" in file.keys()) is not tied  # noqa: SIM118 - not a dict
+        assert ("lm_head.weight" in file.keys()) is not tied
         assert file.metadata() == {"format": "pt"}
     assert json.loads((out / "generation_config.json").read_text()) == {
         "bos_token_id": 1,

@@ -1,0 +1,95 @@
+"""From an experiment file to an objective: names, sums of names, functions of yours."""
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+from selm_jax.objectives.losses import (
+    ROLES,
+    LossFunction,
+    Objective,
+    ObjectiveError,
+    cdpo,
+    compose,
+    dpo,
+    hinge,
+    ipo,
+    robust,
+    selm,
+    sft,
+    simpo,
+    weighted_optimism,
+    xpo,
+)
+
+TABLE: dict[str, Callable[..., Objective]] = {
+    f.__name__: f for f in (dpo, cdpo, robust, ipo, hinge, simpo, sft, selm, xpo)
+} | {"optimism": weighted_optimism}
+
+
+def build(name: str, **settings: object) -> Objective:
+    """The objective of a YAML file: a name of `TABLE`, a function of yours, or a sum of these.
+
+    In a sum each term takes the settings that it has a parameter for, so one beta serves them all:
+    `build("ipo+optimism", beta=0.1, alpha=0.001)` is ipo(0.1) plus 0.001 * 0.1 * r(explore), and
+    with convention="alpha" plus 0.001 * r(explore). Any loss takes optimism like that; "selm" is
+    "dpo+optimism".
+
+    A function of yours is `package.module:function`. It is called with its settings as keywords and
+    returns an `Objective`, or a function(logps) -> (losses, metrics), which is fed all three roles.
+
+    Raises ObjectiveError for an unknown name, and for a setting that is missing or that no term has.
+    """
+    terms = [term.strip() for term in name.split("+")]
+    if twice := [term for term in terms if terms.count(term) > 1]:
+        raise ObjectiveError(f"objective {name} names {twice[0]} twice")
+    factories = {term: _factory(term) for term in terms}
+    parameters = {term: inspect.signature(f).parameters for term, f in factories.items()}
+    known = list(dict.fromkeys(key for keys in parameters.values() for key in keys))
+    if unknown := [key for key in settings if key not in known]:
+        raise ObjectiveError(
+            f"objective {name} has no setting {unknown[0]!r}{_nearest(unknown[0], known)}; "
+            f"it has: {', '.join(known) or 'none'}"
+        )
+    parts: list[Objective] = []
+    for term, factory in factories.items():
+        for key, parameter in parameters[term].items():
+            if parameter.default is parameter.empty and key not in settings:
+                raise ObjectiveError(f"objective {name}: {term} needs the setting {key!r}")
+        made = factory(**{k: v for k, v in settings.items() if k in parameters[term]})
+        if not callable(made):
+            raise ObjectiveError(f"{term} returned {made!r}; expected an Objective or a function")
+        parts.append(
+            made if isinstance(made, Objective) else Objective(ROLES, cast(LossFunction, made))
+        )
+    return parts[0] if len(parts) == 1 else compose(*parts)
+
+
+def _factory(term: str) -> Callable[..., Any]:
+    if term in TABLE:
+        return TABLE[term]
+    module_name, colon, function_name = term.partition(":")
+    if not colon or not all(map(str.isidentifier, module_name.split("."))):
+        raise ObjectiveError(
+            f"unknown objective {term!r}{_nearest(term, TABLE)}; known: {', '.join(TABLE)}; "
+            "sums like 'ipo+optimism'; a function of yours as 'package.module:function'"
+        )
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # the module is there; something that it imports is not
+        message = f"objective {term!r}: no module {error.name!r}; is it installed or on PYTHONPATH?"
+        raise ObjectiveError(message) from error
+    function: Any = getattr(module, function_name, None)
+    if not callable(function):
+        near = _nearest(function_name, vars(module))
+        raise ObjectiveError(f"objective {term!r}: {module_name} has no such function{near}")
+    return function
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""

@@ -61,7 +61,7 @@ def remove(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     with whole(path) as partial:
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -114,7 +114,7 @@ class Stages:
         self.file = folder / "stage.json"
 
     def read(self) -> dict[str, Any]:
-        return json.loads(self.file.read_text()) if self.file.exists() else {}
+        return json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else {}
 
     def is_done(self, stage: str, inputs: Mapping[str, str], settings: Mapping[str, Any]) -> bool:
         """Whether the stage finished with these inputs and settings and its outputs are intact.
@@ -181,7 +181,7 @@ def rewrite_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             if keep(json.loads(line)):
                 kept.append(line)
@@ -192,7 +192,7 @@ def rewrite_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
 
 def append_line(path: Path, value: Mapping[str, Any]) -> None:
     """Adds one JSON line."""
-    with path.open("a") as f:
+    with path.open("a", encoding="utf-8") as f:
         f.write(json.dumps(value, ensure_ascii=False) + "\n")
 
 

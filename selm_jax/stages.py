@@ -28,6 +28,7 @@ from selm_jax.feedback.ranker import Question
 from selm_jax.preferences.examples import Example, from_parquet, to_table
 from selm_jax.preferences.packing import common_shape
 from selm_jax.rollout.engine import Request, Response, decoding_params
+from selm_jax.rollout.sampling import Sampling
 from selm_jax.run import Run
 from selm_jax.text.prompts import Prompt
 from selm_jax.text.prompts import digest as prompts_digest
@@ -287,7 +288,8 @@ def export(run: Run, t: int) -> Counts:
 def evaluate(run: Run, t: int) -> Counts:
     """Held-out answers of policy t, greedy and sampled, scored by the ranker and by both models.
 
-    The random numbers are the same in every iteration, so that differences are not theirs; their
+    Samples are drawn at temperature 1 without filters whatever `rollout` says: only then do they
+    estimate the policy's KL. The random numbers are the same in every iteration, so that differences are not theirs; their
     seed is the experiment's plus one, so that they are not those of training either.
     """
     prompts = run.heldout
@@ -300,7 +302,8 @@ def evaluate(run: Run, t: int) -> Counts:
     each = 1 + e.evaluation.samples
     with run.bar(f"iteration {t}  evaluate", len(prompts) * each, "responses") as advance:
         decoding = decoding_params(params, run.dtype)
-        responses = run.engine.generate(
+        engine = dataclasses.replace(run.engine, sampling=Sampling())
+        responses = engine.generate(
             decoding, requests, seed=e.seed + 1, iteration=0, progress=advance
         )
         del decoding
@@ -460,6 +463,9 @@ EVALUATE = Stage(
     "evaluate",
     evaluate,
     _all(_heldout, _policy),
-    _pick("seed", "feedback.ranker", "feedback.settings", "evaluation", "rollout", *_SCORING),
+    _pick(
+        "seed", "feedback.ranker", "feedback.settings", "evaluation", "rollout.max_new_tokens",
+        *_SCORING,
+    ),  # fmt: skip
     ("heldout.parquet",),
 )

@@ -40,6 +40,8 @@ class Example:
     def __post_init__(self):
         if not self.prompt:
             raise ExampleError(f"example {self.prompt_id}: the prompt has no tokens")
+        if not self.responses:
+            raise ExampleError(f"example {self.prompt_id}: there are no responses")
         for i, response in enumerate(self.responses):
             if not response:
                 raise ExampleError(f"example {self.prompt_id}: response {i} has no tokens")

@@ -102,11 +102,8 @@ def assign_rows(examples: Sequence[Example], time: int) -> list[list[int]]:
 
 def common_shape(groups: Sequence[Sequence[Example]], *, rows: int, time: int) -> Shape:
     """The smallest shape, rounded up to few distinct sizes, that fits every group's rows."""
-    packed = [[[g[i] for i in row] for row in assign_rows(g, time)] for g in groups]
-    each_row = [row for group in packed for row in group]
-    scored = max((sum(e.scored for e in row) for row in each_row), default=1)
-    segments = max((len(row) for row in each_row), default=1)
-    branches = max((len(e.responses) for row in each_row for e in row), default=1)
+    each_row = [_needs([g[i] for i in row]) for g in groups for row in assign_rows(g, time)]
+    scored, segments, branches = map(max, zip((1, 1, 1), *each_row, strict=True))
     step = max(time // 8, 1)
     return Shape(
         rows=rows,
@@ -117,6 +114,11 @@ def common_shape(groups: Sequence[Sequence[Example]], *, rows: int, time: int) -
     )
 
 
+def _needs(row: Sequence[Example]) -> tuple[int, int, int]:
+    """Scored tokens, segments and branches of one row."""
+    return sum(e.scored for e in row), len(row), max(len(e.responses) for e in row)
+
+
 def pack(examples: Sequence[Example], shape: Shape) -> list[PreferenceBatch]:
     """Packs the examples into batches of `shape` (numpy arrays), the last padded with empty rows.
 
@@ -125,9 +127,6 @@ def pack(examples: Sequence[Example], shape: Shape) -> list[PreferenceBatch]:
       ValueError: a row that needs more of something than `shape` has (see `common_shape`).
     """
     rows = assign_rows(examples, shape.time)
-    needed = common_shape([examples], rows=shape.rows, time=shape.time)
-    if short := [k for k, n in vars(needed).items() if n > getattr(shape, k)]:
-        raise ValueError(f"{shape} has too little of {', '.join(short)}; {needed} is needed")
     batches = []
     for start in range(0, len(rows), shape.rows):
         batch = _empty(shape)
@@ -171,6 +170,12 @@ def _empty(shape: Shape) -> PreferenceBatch:
 
 
 def _fill_row(batch: PreferenceBatch, r: int, examples: Sequence[Example], shape: Shape) -> None:
+    has = shape.scored, shape.segments, shape.branches
+    if any(n > size for n, size in zip(_needs(examples), has, strict=True)):
+        raise ValueError(
+            f"a row needs (scored, segments, branches) {_needs(examples)}, the shape has {has}; "
+            "`common_shape` gives one that fits"
+        )
     time = scored = 0
     for s, example in enumerate(examples):
         prompt_end = time + len(example.prompt)

@@ -186,8 +186,9 @@ def explore_plots(runs: Sequence[RunData], labels: Sequence[str]) -> list[Plot]:
         plots.append(
             Plot(
                 title=label if len(runs) > 1 else "Place of the explored answer",
-                how="Among the ranked answers to its prompt. Best: exploration becomes the chosen "
-                "answer; worst: the rejected one; middle: only the optimism term uses it.",
+                how="Among the ranked answers to its prompt, shared places included. The best is "
+                "mostly the chosen answer and the worst the rejected one; one in the middle serves "
+                "only the optimism term. Tied: all answers have one score.",
                 svg=svg if counts else None,
                 legend=tuple((swatch(Style(colours[p]), block=True), p) for p in places),
             )

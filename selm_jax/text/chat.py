@@ -99,7 +99,9 @@ class Chat:
         """Ids of a rendered conversation, with BOS in front once if the model has it."""
         ids, bos = self._tokens(rendered), self.tokenizer.bos_token_id
         if bos is not None and ids[:2] == (bos, bos):
-            raise ChatError(f"the chat template writes {self.tokenizer.bos_token} twice: {rendered!r}")
+            raise ChatError(
+                f"the chat template writes {self.tokenizer.bos_token} twice: {rendered!r}"
+            )
         return ids if self._bos is None or ids[:1] == (bos,) else (bos, *ids)
 
     def _tokens(self, text: str) -> tuple[int, ...]:

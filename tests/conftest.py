@@ -1,0 +1,134 @@
+"""Eight devices on any machine, and the slow obvious forms that fast code is held against."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+
+# Before jax is imported for the first time: it reads both when it starts.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+_EIGHT = "--xla_force_host_platform_device_count=8"
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_EIGHT}".strip()
+
+import flax.linen as nn  # noqa: E402
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+from selm_jax.models.decoder import Decoder, Params, unembedding  # noqa: E402
+from selm_jax.models.families import DecoderConfig  # noqa: E402
+from selm_jax.weights.sources import SourceError, _converted, cache_root, resolve  # noqa: E402
+from selm_jax.weights.wheels import WHEELS  # noqa: E402
+
+TINY = DecoderConfig(
+    vocab_size=96,
+    embed=32,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=8,
+    mlp=64,
+    norm_eps=1e-5,
+    rope_theta=1e4,
+    tied=False,
+    window=None,
+    max_positions=2048,
+    architecture="LlamaForCausalLM",
+)
+REAL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., DecoderConfig]:
+    """The facts of a tiny decoder; keywords change them. With a window it is a Mistral."""
+
+    def make(**changes) -> DecoderConfig:
+        if changes.get("window"):
+            changes.setdefault("architecture", "MistralForCausalLM")
+        return dataclasses.replace(TINY, **changes)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def random_params() -> Callable[..., Params]:
+    """Random parameters, stacked. Norm scales are random too: at 1 they would hide mistakes."""
+
+    @cache
+    def make(config: DecoderConfig, seed: int = 0) -> Params:
+        one = jnp.zeros((1, 2), jnp.int32)
+        init = jax.jit(Decoder(config).init)
+        params = nn.unbox(init(jax.random.key(seed), one, one, jnp.ones((1, 2, 2), bool)))["params"]
+        leaves, tree = jax.tree.flatten(params)
+        keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+        noise = [0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+        return jax.tree.map(jnp.add, params, jax.tree.unflatten(tree, noise))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def all_logits() -> Callable[..., jax.Array]:
+    """Full logits of right-padded rows, each row a sequence of its own. [rows, time, vocab]"""
+
+    def logits(decoder: Decoder, params: Params, tokens) -> jax.Array:
+        rows, time = tokens.shape
+        at = jnp.arange(time)
+        ago = at[:, None] - at
+        window = decoder.config.window or time
+        mask = jnp.broadcast_to((ago >= 0) & (ago < window), (rows, time, time))
+        positions = jnp.broadcast_to(at, (rows, time))
+        hidden, _ = decoder.apply({"params": params}, tokens, positions, mask)
+        return jnp.einsum("rtd,vd->rtv", hidden, unembedding(params))
+
+    return logits
+
+
+@pytest.fixture(scope="session")
+def alone_logps(all_logits) -> Callable[..., jax.Array]:
+    """log pi(response | prompt), each prompt + response in a row by itself: the oracle of packing.
+
+    tokens [n, time] holds prompt + response, right-padded; starts and stops bound the response.
+    """
+
+    def logps(decoder: Decoder, params: Params, tokens, starts, stops) -> jax.Array:
+        table = jax.nn.log_softmax(all_logits(decoder, params, tokens).astype(jnp.float32))
+        of_next = jnp.take_along_axis(table[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
+        at = jnp.arange(1, tokens.shape[1])
+        scored = (at >= starts[:, None]) & (at < stops[:, None])
+        return jnp.where(scored, of_next, 0).sum(-1)
+
+    return logps
+
+
+@pytest.fixture(scope="session")
+def spread() -> Callable[..., tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Examples as the rows of `alone_logps`, one per response, in order; empty rows at the end."""
+
+    def rows(examples: Sequence, count: int, time: int):
+        tokens = np.zeros((count, time), np.int32)
+        starts, stops = np.zeros(count, np.int32), np.zeros(count, np.int32)
+        both = [(e.prompt, r) for e in examples for r in e.responses]
+        for i, (prompt, response) in enumerate(both):
+            stops[i], starts[i] = len(prompt) + len(response), len(prompt)
+            tokens[i, : stops[i]] = (*prompt, *response)
+        return tokens, starts, stops
+
+    return rows
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Path:
+    """The folder of SmolLM2-135M-Instruct, if it was converted on this machine before."""
+    folder = _converted(cache_root(), f"{REAL.replace('/', '--')}-wheel", WHEELS[REAL].gguf_sha256)
+    if not folder.is_dir():
+        pytest.skip(f"{REAL} is not in the cache ({folder}); `selm run` with it puts it there")
+    try:
+        return resolve(str(folder)).path
+    except SourceError as e:
+        pytest.skip(f"{REAL} in the cache is not usable: {e}")

@@ -1,0 +1,285 @@
+"""Packed prompt trees say the same as every prompt + response alone: values, gradients, padding."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from selm_jax.models.attention import tree_mask
+from selm_jax.models.decoder import Decoder
+from selm_jax.objectives.build import build
+from selm_jax.objectives.losses import ROLES, Logps
+from selm_jax.preferences.examples import Example, ExampleError
+from selm_jax.preferences.packing import Shape, assign_rows, common_shape, pack, unpack
+from selm_jax.training.update import loss_sums, response_logps
+
+VOCAB = 96
+SHAPE = Shape(rows=2, time=40, scored=40, segments=16, branches=4)
+MOST, LONGEST = 24, 20  # responses in a test, tokens of prompt + response
+
+OBJECTIVES = {
+    "dpo": {"loss": "dpo", "beta": 0.3},
+    "cdpo": {"loss": "cdpo", "beta": 0.3, "label_smoothing": 0.2},
+    "robust": {"loss": "robust", "beta": 0.3, "label_smoothing": 0.2},
+    "ipo per token": {"loss": "ipo", "beta": 0.3},
+    "ipo": {"loss": "ipo", "beta": 0.3, "length_normalized": False},
+    "hinge": {"loss": "hinge", "beta": 0.3},
+    "simpo": {"loss": "simpo", "beta": 2.0, "gamma": 0.5},
+    "sft": {"loss": "sft"},
+    "selm": {"loss": "selm", "beta": 0.3, "alpha": 0.5},
+    "selm, alpha": {"loss": "selm", "beta": 0.3, "alpha": 0.5, "convention": "alpha"},
+    "xpo": {"loss": "xpo", "beta": 0.3, "alpha": 0.5},
+    "ipo+optimism": {"loss": "ipo+optimism", "beta": 0.3, "alpha": 0.5},
+}
+
+
+def objective(name: str):
+    return build(OBJECTIVES[name]["loss"], **{k: v for k, v in OBJECTIVES[name].items() if k != "loss"})
+
+
+ids = st.integers(0, VOCAB - 1)
+
+
+@st.composite
+def examples(draw, most: int = 6) -> list[Example]:
+    """Up to `most` examples of 1 to 4 responses; any response may play any number of roles."""
+    found = []
+    for i in range(draw(st.integers(1, most))):
+        prompt = draw(st.lists(ids, min_size=1, max_size=10))
+        responses = draw(
+            st.lists(st.lists(ids, min_size=1, max_size=7), min_size=1, max_size=4).filter(
+                lambda r, used=len(prompt): used + sum(map(len, r)) <= SHAPE.time
+            )
+        )
+        roles = {role: draw(st.integers(0, len(responses) - 1)) for role in ROLES}
+        reference = tuple(
+            draw(st.floats(-30, 0, width=32)) for _ in responses
+        )
+        found.append(
+            Example(f"x{i}", tuple(prompt), tuple(map(tuple, responses)), roles, reference)
+        )
+    return found
+
+
+def random_examples(seed: int, count: int) -> list[Example]:
+    """Prompts of 1 to 10 tokens with 3 roles over 2 or 3 responses of 1 to 7 tokens."""
+    rng = np.random.default_rng(seed)
+
+    def some(n):
+        return tuple(int(x) for x in rng.integers(0, VOCAB, n))
+
+    found = []
+    for i in range(count):
+        n = int(rng.integers(2, 4))
+        roles = {"chosen": 0, "rejected": 1, "explore": int(rng.integers(0, n))}
+        found.append(
+            Example(
+                f"x{i}", some(rng.integers(1, 11)), tuple(some(rng.integers(1, 8)) for _ in range(n)),
+                roles, tuple(rng.uniform(-30, 0, n).astype(np.float32)),
+            )
+        )  # fmt: skip
+    return found
+
+
+# --- packing as such --------------------------------------------------------------------------
+
+
+@given(examples())
+@settings(max_examples=100, deadline=None)
+def test_every_example_stands_whole_in_exactly_one_row(found):
+    rows = assign_rows(found, SHAPE.time)
+    assert sorted(i for row in rows for i in row) == list(range(len(found)))
+    batches = pack(found, SHAPE)
+    seen = []
+    for batch in batches:
+        for r in range(SHAPE.rows):
+            for s in range(int(batch.segment[r].max())):
+                mine = batch.segment[r] == s + 1
+                parts = [
+                    tuple(batch.tokens[r][mine & (batch.branch[r] == k)].tolist())
+                    for k in range(int(batch.branch[r][mine].max()) + 1)
+                ]
+                seen.append((parts[0], tuple(parts[1:])))
+    assert sorted(seen) == sorted((e.prompt, e.responses) for e in found)
+    used = sum(int((b.segment > 0).sum()) for b in batches)
+    assert used == sum(e.tokens for e in found)
+    assert sum(float(b.weight.sum()) for b in batches) == len(found)
+
+
+@given(examples())
+@settings(max_examples=100, deadline=None)
+def test_unpack_undoes_pack(found):
+    batches = pack(found, SHAPE)
+    assert unpack(found, SHAPE, [b.reference for b in batches]) == [e.reference for e in found]
+
+
+@given(examples())
+@settings(max_examples=100, deadline=None)
+def test_positions_predictors_and_owners(found):
+    for batch in pack(found, SHAPE):
+        for r in range(SHAPE.rows):
+            scored = batch.owner[r] < SHAPE.segments * SHAPE.branches
+            assert scored.sum() == (batch.branch[r] > 0).sum()
+            for target, at, owner in zip(
+                batch.target[r][scored], batch.predictor[r][scored], batch.owner[r][scored],
+                strict=True,
+            ):  # fmt: skip
+                segment, branch = owner // SHAPE.branches + 1, owner % SHAPE.branches + 1
+                assert batch.segment[r, at] == segment
+                assert batch.branch[r, at] in (0, branch)
+                follows = (
+                    (batch.segment[r] == segment)
+                    & (batch.branch[r] == branch)
+                    & (batch.position[r] == batch.position[r, at] + 1)
+                )
+                assert batch.tokens[r][follows].tolist() == [target]
+
+
+@given(examples(), st.sampled_from([None, 1, 4]))
+@settings(max_examples=50, deadline=None)
+def test_the_mask_is_the_path_of_each_token(found, window):
+    for batch in pack(found, SHAPE):
+        mask = np.asarray(tree_mask(batch.segment, batch.branch, batch.position, window))
+        for r in range(SHAPE.rows):
+            for t in np.flatnonzero(batch.segment[r]):
+                path = [
+                    s
+                    for s in range(SHAPE.time)
+                    if batch.segment[r, s] == batch.segment[r, t]
+                    and batch.branch[r, s] in (0, batch.branch[r, t])
+                    and batch.position[r, s] <= batch.position[r, t]
+                    and not (batch.branch[r, s] == 0 and batch.branch[r, t] == 0 and s > t)
+                ]
+                expected = path if window is None else path[-window:]
+                assert np.flatnonzero(mask[r, t]).tolist() == expected
+
+
+def test_an_example_too_long_is_named_with_its_sizes():
+    long = Example("the-long-one", (1,) * 30, ((2,) * 6, (3,) * 5), {"chosen": 0, "rejected": 1})
+    with pytest.raises(ExampleError, match=r"the-long-one.*30 tokens.*6, 5.*41 tokens.*has 40"):
+        pack([Example("ok", (1,), ((2,),), {}), long], SHAPE)
+    assert len(pack([dataclasses.replace(long, prompt=(1,) * 29)], SHAPE)) == 1
+
+
+@pytest.mark.parametrize("less", [{"scored": 4}, {"segments": 1}, {"branches": 1}])
+def test_a_shape_that_is_too_small_is_refused(less):
+    found = [Example(f"x{i}", (1, 2), ((3, 4, 5), (6, 7)), {}) for i in range(2)]
+    with pytest.raises(ValueError, match="common_shape"):
+        pack(found, dataclasses.replace(SHAPE, **less))
+
+
+@given(st.lists(examples(), min_size=1, max_size=3))
+@settings(max_examples=50, deadline=None)
+def test_the_common_shape_fits_every_group(groups):
+    shape = common_shape(groups, rows=3, time=SHAPE.time)
+    for group in groups:
+        assert unpack(group, shape, [b.reference for b in pack(group, shape)]) == [
+            e.reference for e in group
+        ]
+
+
+def test_rows_are_filled():
+    found = random_examples(3, 60)
+    rows = assign_rows(found, 64)
+    assert sum(e.tokens for e in found) / (64 * len(rows)) > 0.9
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"prompt": ()},
+        {"responses": ()},
+        {"responses": ((1,), ())},
+        {"roles": {"chosen": 2}},
+        {"roles": {"best": 0}},
+        {"reference": (0.5,)},
+    ],
+)
+def test_an_example_that_cannot_be_trained_on_is_named(wrong):
+    right = {"prompt": (1,), "responses": ((2,), (3,)), "roles": {"chosen": 1}}
+    Example("fine", **right)
+    with pytest.raises(ExampleError, match="example bad"):
+        Example("bad", **right | wrong)
+
+
+# --- the same numbers -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def world(tiny, random_params, alone_logps, spread):
+    """(packed log-probabilities, those of each response alone), as tuples per example."""
+
+    @cache
+    def compiled(window):
+        decoder = Decoder(tiny(window=window))
+        packed = jax.jit(lambda params, batch: response_logps(decoder, params, batch, chunk=16))
+        alone = jax.jit(partial(alone_logps, decoder))
+        return random_params(decoder.config), packed, alone
+
+    def both(found, window):
+        params, packed, alone = compiled(window)
+        got = unpack(found, SHAPE, [np.asarray(packed(params, b)) for b in pack(found, SHAPE)])
+        flat = iter(np.asarray(alone(params, *spread(found, MOST, LONGEST))))
+        return got, [tuple(next(flat) for _ in e.responses) for e in found]
+
+    both.compiled = compiled
+    return both
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_packed_log_probabilities_are_those_of_each_response_alone(world, window):
+    @given(examples())
+    @settings(max_examples=40, deadline=None)
+    def check(found):
+        for got, alone in zip(*world(found, window), strict=True):
+            np.testing.assert_allclose(got, alone, rtol=1e-5, atol=2e-5)
+
+    check()
+
+
+def test_padding_content_never_matters(world):
+    found = random_examples(1, 5)
+    (batch, *_) = pack(found, SHAPE)
+    rng = np.random.default_rng(0)
+    pad, idle = batch.segment == 0, batch.owner == SHAPE.segments * SHAPE.branches
+    assert pad.any() and idle.any()
+
+    def junk(x, where, high):
+        return np.where(where, rng.integers(0, high, x.shape), x).astype(np.int32)
+
+    other = batch.replace(
+        tokens=junk(batch.tokens, pad, VOCAB),
+        branch=junk(batch.branch, pad, 4),
+        position=junk(batch.position, pad, SHAPE.time),
+        target=junk(batch.target, idle, VOCAB),
+        predictor=junk(batch.predictor, idle, SHAPE.time),
+    )
+    params, _, _ = world.compiled(None)
+
+    @jax.jit
+    @jax.value_and_grad
+    def value(params, batch):
+        return response_logps(Decoder(TINY_OF(world)), params, batch, 16).sum()
+
+    def TINY_OF(_):
+        raise AssertionError
+
+    del value
+    loss = jax.jit(
+        jax.value_and_grad(
+            lambda p, b: loss_sums(
+                p, b, np.ones(3, np.float32), decoder=Decoder(world.config),
+                objective=objective("selm"), chunk=16,
+            )[0]
+        )
+    )  # fmt: skip
+    (a, grad_a), (b, grad_b) = loss(params, batch), loss(params, other)
+    assert a == b
+    jax.tree.map(np.testing.assert_array_equal, grad_a, grad_b)

@@ -1,0 +1,208 @@
+"""Bad input: one clear message that names the file, key or row, and nothing half-written."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+
+import pytest
+import tiny
+
+from selm_jax import artifacts, cli
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    tiny.experiment(folder)
+    return folder
+
+
+def said(capsys, monkeypatch, *arguments) -> str:
+    """What `selm` says on stderr when it fails; it must be a message, not a trace."""
+    monkeypatch.setattr(sys, "argv", ["selm", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 1
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    return message
+
+
+def nothing_of(run):
+    """No stage has left anything, whole or partial."""
+    return not [p for p in run.rglob("*") if p.is_file() and p.name != ".lock"]
+
+
+CONFIG_MISTAKES = {
+    "unknown key": (["training.lerning_rate=1"], "training.lerning_rate: unknown key", "learning_rate"),
+    "mistyped value": (["training.rows=four"], "training.rows", "'four'"),
+    "alpha missing": (["objective={loss: selm, beta: 0.1}"], "alpha", "selm"),
+    "unknown loss": (["objective.loss=slem"], "slem", "did you mean 'selm'"),
+    "unknown ranker": (["feedback.ranker=sentimnt"], "sentimnt", "sentiment"),
+    "unknown setting of a loss": (["objective.gama=1"], "gama", "beta"),
+    "unknown value": (["training.schedule=cosin"], "training.schedule", "cosin"),
+    "not an override": (["training.rows"], "training.rows", "key.path=value"),
+    "rates for other iterations": (["training.learning_rate=[1,2,3]"], "learning_rate", "3 values"),
+    "rows that do not fit the mesh": (["training.rows=3"], "training.rows is 3", "mesh"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("overrides,what,hint", CONFIG_MISTAKES.values(), ids=CONFIG_MISTAKES)
+def test_settings(base, capsys, monkeypatch, tmp_path, overrides, what, hint):
+    if "mesh" in hint:
+        import jax
+
+        if len(jax.devices()) == 1:
+            pytest.skip("one device: any number of rows fits")
+    out = tmp_path / "run"
+    message = said(
+        capsys, monkeypatch, "run", base / "experiment.yaml", f"output={out}", *overrides
+    )
+    assert what in message and hint in message
+    assert not out.exists() or nothing_of(out)
+
+
+def rows(file, *changes):
+    good = [{"prompt_id": f"p{i}", "prompt": f"Say {i}.", "chosen": "Yes.", "rejected": "No."}
+            for i in range(6)]  # fmt: skip
+    for i, change in changes:
+        good[i] |= change
+    file.write_text("".join(json.dumps(row) + "\n" for row in good))
+    return file
+
+
+PAIRS = ["data.chosen=chosen", "data.rejected=rejected", "candidates.dataset=true"]
+DATA_MISTAKES = {
+    "column missing": ([], ["data.prompt=question"], "question", "prompt"),
+    "chosen equals rejected": ([(2, {"rejected": "Yes."})], PAIRS, "row 3", "chosen equals rejected"),
+    "empty prompt": ([(4, {"prompt": "  "})], [], "row 5", "empty prompt"),
+    "empty response": ([(1, {"chosen": ""})], PAIRS, "row 2", "empty response"),
+    "prompt too long": ([(3, {"prompt": "so " * 200})], [], "max_prompt_tokens", "64"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("changes,overrides,what,hint", DATA_MISTAKES.values(), ids=DATA_MISTAKES)
+def test_data(base, capsys, monkeypatch, tmp_path, changes, overrides, what, hint):
+    file = rows(tmp_path / "data.jsonl", *changes)
+    out = tmp_path / "run"
+    message = said(
+        capsys, monkeypatch, "run", base / "experiment.yaml", f"output={out}",
+        f"data.train={file}", *overrides,
+    )  # fmt: skip
+    assert what in message and hint in message
+    assert "max_prompt" in what or str(file) in message
+    assert nothing_of(out)
+
+
+def test_responses_longer_than_a_row_are_refused_before_training(
+    base, capsys, monkeypatch, tmp_path
+):
+    out = tmp_path / "run"
+    message = said(
+        capsys, monkeypatch, "run", base / "experiment.yaml", f"output={out}",
+        "training.row_length=48",
+    )  # fmt: skip
+    assert "row_length" in message and "example p" in message
+    assert not list(out.rglob("*.partial"))
+
+
+def test_a_model_folder_without_tokenizer(base, capsys, monkeypatch, tmp_path):
+    model = tiny.make_model(tmp_path / "model")
+    (model / "tokenizer.json").unlink()
+    (model / "tokenizer_config.json").unlink()
+    message = said(
+        capsys, monkeypatch, "run", base / "experiment.yaml", f"output={tmp_path / 'run'}",
+        f"model.source={model}",
+    )  # fmt: skip
+    assert str(model) in message and "tokenizer.json" in message
+
+
+def test_a_corrupt_gguf(base, capsys, monkeypatch, tmp_path):
+    file = tmp_path / "broken.gguf"
+    file.write_bytes(b"GGUF" + bytes(100))
+    monkeypatch.setenv("SELM_CACHE", str(tmp_path / "cache"))
+    message = said(
+        capsys, monkeypatch, "run", base / "experiment.yaml", f"output={tmp_path / 'run'}",
+        f"model.source={file}",
+    )  # fmt: skip
+    assert str(file) in message
+
+
+def test_no_network_and_no_cached_weights(base, tmp_path):
+    """In a process of its own: nothing of this one's caches or settings may help."""
+    environment = os.environ | {
+        "SELM_CACHE": str(tmp_path / "cache"),
+        "HF_HOME": str(tmp_path / "hub"),
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "PIP_INDEX_URL": "http://127.0.0.1:9/",
+        "PIP_EXTRA_INDEX_URL": "",
+        "PIP_NO_INDEX": "",
+        "PIP_FIND_LINKS": "",
+        "PIP_RETRIES": "0",
+        "PIP_CONFIG_FILE": os.devnull,
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "selm_jax", "run", str(base / "experiment.yaml"),
+         f"output={tmp_path / 'run'}", "model.source=HuggingFaceTB/SmolLM2-135M-Instruct"],
+        env=environment, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "SmolLM2-135M-Instruct" in done.stderr and "Traceback" not in done.stderr
+    assert nothing_of(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "stage", ["responses", "ranked.parquet", "examples.parquet", "final", "model"]
+)
+def test_a_full_disk_stops_the_run_and_a_second_start_ends_it(
+    base, capsys, monkeypatch, tmp_path, stage
+):
+    """The disk fills while an artefact of this kind is flushed."""
+    out = tmp_path / "run"
+    flush, full = artifacts._flush, [True]
+
+    def flush_on_a_full_disk(path):
+        if full[0] and stage in str(path.relative_to(out)):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        flush(path)
+
+    monkeypatch.setattr(artifacts, "_flush", flush_on_a_full_disk)
+    arguments = ("run", base / "experiment.yaml", f"output={out}", "iterations=1",
+                 "training.learning_rate=1e-3")  # fmt: skip
+    message = said(capsys, monkeypatch, *arguments)
+    assert "No space left on device" in message and stage in message
+    assert not list(out.rglob("*.partial"))
+    full[0] = False
+    monkeypatch.setattr(sys, "argv", ["selm", *map(str, arguments)])
+    cli.main()
+    assert (out / "iteration_1" / "model" / "model.safetensors").exists()
+
+
+def test_a_second_process_is_refused(base, capsys, monkeypatch, tmp_path):
+    out = tmp_path / "run"
+    with artifacts.only_one(out):
+        message = said(capsys, monkeypatch, "run", base / "experiment.yaml", f"output={out}")
+    assert "another process" in message and str(out) in message
+
+
+def test_ctrl_c_leaves_130_and_a_run_that_goes_on(base, tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "selm_jax", "run", str(base / "experiment.yaml"),
+               f"output={out}", "iterations=1", "training.learning_rate=1e-3"]  # fmt: skip
+    # A shell's background jobs ignore Ctrl-C, and so would their children: undo that.
+    heed = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
+    while not (out / "iteration_1" / "stage.json").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, message = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "goes on from here" in message and "Traceback" not in message
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    assert (out / "iteration_1" / "model" / "model.safetensors").exists()

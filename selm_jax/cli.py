@@ -65,25 +65,24 @@ def main() -> None:
     """Entry point. Known errors are one message, not a trace; exit status 1, Ctrl-C 130."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
-        app(standalone_mode=False)
-    except typer.Exit as e:
-        sys.exit(e.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+        status = app(standalone_mode=False)
     except Exception as e:
-        if os.environ.get("SELM_TRACEBACK") or not _is_ours(e):
+        if os.environ.get("SELM_TRACEBACK") or not _is_for_the_user(e):
             raise
-        print(f"selm: {e}", file=sys.stderr)
+        print(f"selm: {getattr(e, 'format_message', e.__str__)()}", file=sys.stderr)
         sys.exit(1)
+    if status == _INTERRUPTED:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+    sys.exit(status if isinstance(status, int) else 0)
 
 
-def _is_ours(error: Exception) -> bool:
-    """Whether the message was written for the user: our own errors, a full disk, a wrong option."""
-    import click
+_INTERRUPTED = 130  # what typer returns after Ctrl-C
 
-    kinds = (OSError, click.ClickException)
-    return type(error).__module__.startswith("selm_jax") or isinstance(error, kinds)
+
+def _is_for_the_user(error: Exception) -> bool:
+    """Whether its message was written for the user: ours, the system's, or a wrong option's."""
+    package = type(error).__module__.partition(".")[0]
+    return isinstance(error, OSError) or package in ("selm_jax", "typer", "click")
 
 
 def _run(file: Path, overrides: list[str] | None):

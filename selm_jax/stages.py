@@ -420,6 +420,7 @@ def _pick(*keys: str) -> Callable[[Run, int], dict[str, Any]]:
 
 
 _FREE = {"rollout.slots", "rollout.prefill_rows", "training.checkpoint_every"}
+_ANSWERS = ("rollout.max_new_tokens", "rollout.max_prompt_tokens")
 _SCORING = ("training.row_length", "training.rows", "training.logprob_chunk", "compute.dtype")
 
 STAGES = (
@@ -463,9 +464,6 @@ EVALUATE = Stage(
     "evaluate",
     evaluate,
     _all(_heldout, _policy),
-    _pick(
-        "seed", "feedback.ranker", "feedback.settings", "evaluation", "rollout.max_new_tokens",
-        *_SCORING,
-    ),  # fmt: skip
+    _pick("seed", "feedback.ranker", "feedback.settings", "evaluation", *_ANSWERS, *_SCORING),
     ("heldout.parquet",),
 )

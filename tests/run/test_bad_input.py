@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 
 import pytest
 import tiny
@@ -192,11 +191,15 @@ def test_a_second_process_is_refused(base, capsys, monkeypatch, tmp_path):
 
 def test_ctrl_c_leaves_130_and_a_run_that_goes_on(base, tmp_path):
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "selm_jax", "run", str(base / "experiment.yaml"),
-               f"output={out}", "iterations=1", "training.learning_rate=1e-3"]  # fmt: skip
+    arguments = ["run", str(base / "experiment.yaml"), f"output={out}", "iterations=1",
+                 "training.learning_rate=1e-3"]  # fmt: skip
     # A shell's background jobs ignore Ctrl-C, and so would their children: undo that.
-    heed = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
+    heed = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from selm_jax.cli import main; main()"
+    )
+    command = [sys.executable, "-c", heed, *arguments]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while not (out / "iteration_1" / "stage.json").exists():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)

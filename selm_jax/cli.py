@@ -73,7 +73,8 @@ def main() -> None:
         sys.exit(1)
     if status == _INTERRUPTED:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
-    sys.exit(status if isinstance(status, int) else 0)
+    if status:
+        sys.exit(status)
 
 
 _INTERRUPTED = 130  # what typer returns after Ctrl-C

@@ -14,16 +14,16 @@ _EIGHT = "--xla_force_host_platform_device_count=8"
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_EIGHT}".strip()
 
-import flax.linen as nn  # noqa: E402
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
 
-from selm_jax.models.decoder import Decoder, Params, unembedding  # noqa: E402
-from selm_jax.models.families import DecoderConfig  # noqa: E402
-from selm_jax.weights.sources import SourceError, _converted, cache_root, resolve  # noqa: E402
-from selm_jax.weights.wheels import WHEELS  # noqa: E402
+from selm_jax.models.decoder import Decoder, Params, unembedding
+from selm_jax.models.families import DecoderConfig
+from selm_jax.weights.sources import SourceError, _converted, cache_root, resolve
+from selm_jax.weights.wheels import WHEELS
 
 TINY = DecoderConfig(
     vocab_size=96,

@@ -1,0 +1,86 @@
+"""Files come whole or not at all, and a stage is done only while its record is true."""
+
+import json
+
+import pytest
+
+from selm_jax import artifacts
+from selm_jax.artifacts import ArtifactError, Stages
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path):
+    file = tmp_path / "a.txt"
+    artifacts.write_text(file, "old")
+    with pytest.raises(RuntimeError), artifacts.whole(file) as partial:
+        partial.write_text("half")
+        raise RuntimeError
+    assert file.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_leftover_of_a_kill_is_replaced(tmp_path):
+    folder = tmp_path / "model"
+    (tmp_path / "model.partial").mkdir()
+    (tmp_path / "model.partial" / "torn").write_text("x")
+    with artifacts.whole(folder) as partial:
+        partial.mkdir()
+        (partial / "new").write_text("y")
+    assert [p.name for p in folder.iterdir()] == ["new"]
+
+
+def test_digest_sees_content_and_names(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "f").write_text("1")
+    one = artifacts.digest(tmp_path / "a")
+    assert one == artifacts.digest(tmp_path / "b")
+    (tmp_path / "b" / "f").rename(tmp_path / "b" / "g")
+    assert one != artifacts.digest(tmp_path / "b")
+    (tmp_path / "a" / "f").write_text("2 ")
+    assert one != artifacts.digest(tmp_path / "a")
+
+
+def test_a_stage_is_done_while_its_record_is_true(tmp_path):
+    stages = Stages(tmp_path)
+    out = tmp_path / "out"
+    inputs, settings = {"in": "abc"}, {"beta": 0.1}
+    assert not stages.is_done("train", inputs, settings)
+    stages.begin("train", inputs, settings)
+    assert not stages.is_done("train", inputs, settings)
+    artifacts.write_text(out, "result")
+    stages.finish("train", inputs, settings, {"out": out}, {"updates": 3}, 1.0)
+    assert stages.is_done("train", inputs, settings)
+    with pytest.raises(ArtifactError, match=r"beta was 0\.1 and is now 0\.2"):
+        stages.is_done("train", inputs, {"beta": 0.2})
+    with pytest.raises(ArtifactError, match="gamma was None and is now 1"):
+        stages.is_done("train", inputs, settings | {"gamma": 1})
+    with pytest.raises(ArtifactError, match="its input in has changed"):
+        stages.is_done("train", {"in": "abd"}, settings)
+    artifacts.write_text(out, "another")
+    with pytest.raises(ArtifactError, match="is not what it wrote"):
+        stages.is_done("train", inputs, settings)
+
+
+def test_a_stage_that_began_does_not_go_on_with_other_settings(tmp_path):
+    stages = Stages(tmp_path)
+    stages.begin("generate", {}, {"temperature": 1.0})
+    with pytest.raises(ArtifactError, match="temperature"):
+        stages.is_done("generate", {}, {"temperature": 0.7})
+
+
+def test_lines_are_dropped_by_condition_and_when_torn(tmp_path):
+    file = tmp_path / "m.jsonl"
+    for step in range(4):
+        artifacts.append_line(file, {"step": step})
+    with file.open("a") as f:
+        f.write('{"step": 4, "lo')
+    artifacts.rewrite_lines(file, lambda line: line["step"] < 2)
+    assert [json.loads(x)["step"] for x in file.read_text().splitlines()] == [0, 1]
+
+
+def test_one_process_at_a_time(tmp_path):
+    with artifacts.only_one(tmp_path):
+        with pytest.raises(ArtifactError, match="another process"), artifacts.only_one(tmp_path):
+            pass
+    with artifacts.only_one(tmp_path):
+        pass

@@ -1,0 +1,129 @@
+"""The experiment file: what it says comes back, what it does not mean is an error."""
+
+import dataclasses
+import typing
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from selm_jax import config
+from selm_jax.config import ConfigError, Experiment
+
+TREE = {
+    "output": "runs/x",
+    "iterations": 3,
+    "model": {"source": "m"},
+    "data": {"train": "t"},
+    "candidates": {"dataset": False, "samples": 3},
+    "objective": {"loss": "selm", "beta": 0.1, "alpha": 1e-3},
+    "training": {"learning_rate": 5e-7, "global_batch": 8},
+}
+
+
+def write(tmp_path, text):
+    file = tmp_path / "e.yaml"
+    file.write_text(text)
+    return file
+
+
+def test_every_experiment_of_the_repository_is_valid():
+    files = sorted(Path(__file__).parent.parent.glob("experiments/**/*.yaml"))
+    assert files
+    for file in files:
+        config.load(file)
+
+
+def test_dump_and_parse_are_inverse():
+    experiment = config.parse(TREE)
+    assert config.parse(yaml.safe_load(config.dump(experiment))) == experiment
+
+
+@given(st.floats(1e-12, 1e3), st.integers(1, 10**6), st.text(min_size=1))
+def test_any_values_survive(rate, batch, source):
+    tree = TREE | {
+        "training": {"learning_rate": rate, "global_batch": batch},
+        "model": {"source": source},
+    }
+    experiment = config.parse(tree)
+    assert config.parse(yaml.safe_load(config.dump(experiment))) == experiment
+
+
+@pytest.mark.parametrize("text,value", [("5e-7", 5e-7), ("1.5E-5", 1.5e-5), ("-2e3", -2000.0)])
+def test_numbers_with_an_exponent_are_numbers(tmp_path, text, value):
+    file = write(tmp_path, f"{yaml.safe_dump(TREE)}seed: 1\n")
+    experiment = config.load(file, [f"objective.alpha={text}"])
+    assert experiment.objective["alpha"] == value
+
+
+def test_overrides_reach_any_depth(tmp_path):
+    file = write(tmp_path, yaml.safe_dump(TREE))
+    experiment = config.load(
+        file, ["training.rows=2", "feedback.settings.target=80", "data.heldout=null"]
+    )
+    assert experiment.training.rows == 2
+    assert experiment.feedback.settings == {"target": 80}
+    assert experiment.data.heldout is None
+
+
+def test_all_mistakes_are_named_at_once(tmp_path):
+    tree = TREE | {"itertions": 3, "training": {"learning_rate": "fast", "globl_batch": 8}}
+    with pytest.raises(ConfigError) as error:
+        config.load(write(tmp_path, yaml.safe_dump(tree)))
+    message = str(error.value)
+    assert "e.yaml" in message
+    assert "itertions: unknown key; did you mean 'iterations'?" in message
+    assert "training.globl_batch: unknown key; did you mean 'global_batch'?" in message
+    assert "training.global_batch: missing" in message
+    assert "'fast'" in message
+
+
+@pytest.mark.parametrize(
+    "change,said",
+    [
+        ({"objective": {"beta": 0.1}}, "objective.loss"),
+        ({"candidates": {"dataset": False}}, "a pair needs at least 2"),
+        ({"candidates": {"dataset": True}}, "data.chosen"),
+        ({"candidates": {"greedy": 2, "dataset": False}}, "candidates.greedy"),
+        ({"iterations": 0}, "iterations"),
+        ({"data": {"train": "t", "portions": 2}}, "data.portions"),
+        ({"training": {"learning_rate": [1, 2], "global_batch": 8}}, "2 values for 3 iterations"),
+        ({"training": {"learning_rate": 1, "global_batch": 0}}, "training.global_batch"),
+        ({"rollout": {"slots": 0}}, "rollout.slots"),
+    ],
+)
+def test_settings_that_contradict_each_other(change, said):
+    with pytest.raises(ConfigError, match=said.replace(".", r"\.")):
+        config.parse(TREE | change)
+
+
+def test_not_yaml_and_not_there(tmp_path):
+    with pytest.raises(ConfigError, match="no such experiment file"):
+        config.load(tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match="not YAML"):
+        config.load(write(tmp_path, "a: [1"))
+    with pytest.raises(ConfigError, match="a mapping of settings was expected"):
+        config.load(write(tmp_path, "- 1"))
+
+
+def _settings(cls=Experiment, prefix=""):
+    for field in dataclasses.fields(cls):
+        kind = typing.get_type_hints(cls)[field.name]
+        if dataclasses.is_dataclass(kind):
+            yield from _settings(kind, f"{prefix}{field.name}.")
+        else:
+            yield field.name
+
+
+def test_no_setting_is_decoration():
+    """Every field is read somewhere outside config.py."""
+    package = Path(config.__file__).parent
+    code = "".join(p.read_text() for p in package.rglob("*.py") if p.name != "config.py")
+    unread = [
+        name
+        for name in _settings()
+        if f".{name}" not in code and name not in ("data", "fsdp", "tensor")
+    ]
+    assert not unread

@@ -151,9 +151,7 @@ class Run:
     @cached_property
     def optimizer(self) -> Any:
         s = self.experiment.training
-        return optimizer(
-            s.optimizer, b1=s.b1, b2=s.b2, eps=s.eps, weight_decay=s.weight_decay, clip=s.clip
-        )
+        return optimizer(s.optimizer, b1=s.b1, b2=s.b2, eps=s.eps, weight_decay=s.weight_decay)
 
     @cached_property
     def update(self) -> Update:
@@ -163,6 +161,7 @@ class Run:
             self.objective,
             self.optimizer,
             chunk=self.experiment.training.logprob_chunk,
+            clip=self.experiment.training.clip,
             shardings=Shardings(self.param_shardings, replicated),
         )
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from selm_jax.models.decoder import Decoder, Params, unembedding
+from selm_jax.models.decoder import Decoder, Params, abstract_params, unembedding
 from selm_jax.models.families import DecoderConfig
 from selm_jax.weights.sources import SourceError, _converted, cache_root, resolve
 from selm_jax.weights.wheels import WHEELS
@@ -61,13 +61,13 @@ def random_params() -> Callable[..., Params]:
 
     @cache
     def make(config: DecoderConfig, seed: int = 0) -> Params:
-        one = jnp.zeros((1, 2), jnp.int32)
-        init = jax.jit(Decoder(config).init)
-        params = nn.unbox(init(jax.random.key(seed), one, one, jnp.ones((1, 2, 2), bool)))["params"]
-        leaves, tree = jax.tree.flatten(params)
-        keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-        noise = [0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-        return jax.tree.map(jnp.add, params, jax.tree.unflatten(tree, noise))
+        rng = np.random.default_rng(seed)
+
+        def some(path, x):
+            middle = 1 if path[-1].key == "scale" else 0
+            return jnp.asarray(rng.normal(middle, 0.25, x.shape), jnp.float32)
+
+        return jax.tree_util.tree_map_with_path(some, nn.unbox(abstract_params(config)))
 
     return make
 

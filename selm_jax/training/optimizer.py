@@ -33,12 +33,11 @@ def learning_rate(schedule: str, peak: float, updates: int, warmup_ratio: float)
 
 
 def optimizer(
-    name: str, *, b1: float, b2: float, eps: float, weight_decay: float, clip: float | None
+    name: str, *, b1: float, b2: float, eps: float, weight_decay: float
 ) -> optax.GradientTransformation:
     """Gradients to steps at learning rate 1.
 
-    Clipping by global norm (None: no clipping), then the optimiser; weight decay is decoupled, so
-    it is multiplied by the learning rate like the rest of the step.
+    Weight decay is decoupled: it is multiplied by the learning rate like the rest of the step.
     """
     if name == "adamw":
         direction = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
@@ -48,8 +47,5 @@ def optimizer(
         direction = optax.scale_by_rms(decay=b2, eps=eps)
     else:
         raise ValueError(f"optimizer {name!r} is not one of {OPTIMIZERS}")
-    parts = [optax.clip_by_global_norm(clip)] if clip is not None else []
-    parts.append(direction)
-    if weight_decay:
-        parts.append(optax.add_decayed_weights(weight_decay))
-    return optax.chain(*parts, optax.scale(-1.0))
+    decay = [optax.add_decayed_weights(weight_decay)] if weight_decay else []
+    return optax.chain(direction, *decay, optax.scale(-1.0))

@@ -6,6 +6,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from selm_jax.models.decoder import Params
@@ -21,5 +22,20 @@ class TrainState:
 
     @classmethod
     def create(cls, params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-        """A fresh state; the moments are laid out like the parameters they belong to."""
-        return cls(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
+        """A fresh state; the moments are laid out like the parameters they belong to.
+
+        What is not of a parameter's shape (counts, Adafactor's rows and columns) is on all devices.
+        """
+        everywhere = jax.tree.leaves(params)[0].sharding
+        if isinstance(everywhere, NamedSharding):
+            everywhere = NamedSharding(everywhere.mesh, PartitionSpec())
+        # Said outright: zeros do not depend on the parameters, and XLA would put all on one device.
+        shardings = optax.tree.map_params(
+            optimizer,
+            lambda moment, p: p.sharding if moment.shape == p.shape else everywhere,
+            jax.eval_shape(optimizer.init, params),
+            params,
+            transform_non_params=lambda _: everywhere,
+        )
+        opt_state = jax.jit(optimizer.init, out_shardings=shardings)(params)
+        return cls(jax.device_put(jnp.zeros((), jnp.int32), everywhere), params, opt_state)

@@ -113,7 +113,6 @@ class Shardings(NamedTuple):
     """Where things lie; None everywhere means one device."""
 
     params: Any = None
-    batch: Sharding | None = None
     replicated: Sharding | None = None
 
 
@@ -123,12 +122,14 @@ def make_update(
     optimizer: optax.GradientTransformation,
     *,
     chunk: int,
+    clip: float | None = None,
     shardings: Shardings = Shardings(),  # noqa: B008 (a NamedTuple, immutable)
 ) -> Update:
     """Compiles nothing yet; each function compiles at its first call with a shape.
 
     `optimizer` gives steps at learning rate 1 (see `training.optimizer`); the rate is an argument of
-    `apply`, so that iterations with their own schedules share one compilation.
+    `apply`, so that iterations with their own schedules share one compilation. `clip` bounds the
+    global norm of the mean gradient; None leaves it.
     """
 
     def gradients(params, batch, mean_lengths, reference_params=None):
@@ -147,8 +148,11 @@ def make_update(
 
     def apply(state, grads, sums, learning_rate):
         count = sums["examples"]
-        grads = jax.tree.map(lambda g: g / count, grads)
-        norm = optax.tree.norm(grads)
+        norm = optax.tree.norm(grads) / count
+        # Mean and clipping as one factor, here and not in optax's chain: a second tree of
+        # gradients would otherwise be held while the norm is awaited.
+        factor = (1.0 if clip is None else jnp.minimum(1.0, clip / norm)) / count
+        grads = jax.tree.map(lambda g: factor * g, grads)
         steps, opt_state = optimizer.update(grads, state.opt_state, state.params)
         steps = jax.tree.map(lambda step: learning_rate * step, steps)
         params = optax.apply_updates(state.params, steps)

@@ -122,10 +122,7 @@ def save(params: Params, config: DecoderConfig, file: Path) -> None:
         f.write(len(text).to_bytes(8, "little"))
         f.write(text)
         # As bytes: bfloat16 is not a type of Python's buffers.
-        f.writelines(
-            np.ascontiguousarray(tensor).view(np.uint8).data
-            for _, tensor in to_hf_tensors(params, config)
-        )
+        f.writelines(tensor.view(np.uint8).data for _, tensor in to_hf_tensors(params, config))
 
 
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -156,8 +153,10 @@ def _to_ours(tensor: np.ndarray, path: tuple[str, ...], shape: tuple[int, ...]) 
 
 
 def _to_theirs(x: np.ndarray, path: tuple[str, ...]) -> np.ndarray:
-    out, *rest = _their_shape(x.shape, path)
-    return x if _BY_PATH[path].inputs is None else x.reshape(*rest, out).T
+    if _BY_PATH[path].inputs is not None:
+        out, *rest = _their_shape(x.shape, path)
+        x = x.reshape(*rest, out).T
+    return np.ascontiguousarray(x)  # safetensors' own writer does not look at strides
 
 
 def _check_names(folder, expected, config: DecoderConfig, shapes: dict[str, tuple[int, ...]]):
@@ -188,8 +187,11 @@ def _reader(folder: Path):
     """Yields (read one tensor by name, {name: shape}) over a single or an indexed checkpoint."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        where = json.loads(index.read_text())["weight_map"]
-        names = sorted(set(where.values()))
+        try:
+            where = json.loads(index.read_text())["weight_map"]
+            names = sorted(set(where.values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise WeightsError(f"{index}: not an index of safetensors files ({e!r})") from e
     else:
         where, names = None, ["model.safetensors"]
     with contextlib.ExitStack() as stack:

@@ -1,0 +1,99 @@
+"""The SELM update of this package: packed prompt trees, stored reference log-probabilities.
+
+usage: selm_train.py MODEL DATA KIND        KIND: distinct, shared or dpo
+
+distinct: three responses an example. shared: in two examples of three the explored response is also
+the chosen or the rejected one, and stands in the tree once. dpo: pairs, for the DPO trainers.
+"""
+
+import dataclasses
+import os
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import numpy as np
+from worker import jax_worker, read_data, versions
+
+from selm_jax.models.decoder import Decoder
+from selm_jax.models.families import read_config
+from selm_jax.objectives import losses
+from selm_jax.preferences.examples import Example
+from selm_jax.preferences.packing import common_shape, pack
+from selm_jax.training.loop import mean_lengths, reference_logps
+from selm_jax.training.optimizer import optimizer
+from selm_jax.training.state import TrainState
+from selm_jax.training.update import make_update
+from selm_jax.weights.huggingface import load
+
+# Rows of the batch for four examples. Distinct examples are equally long, a row each; mixed ones
+# go two to a row, or the short would be padded to the long.
+ROWS = {"distinct": 4, "dpo": 4, "shared": 2}
+
+
+def main(model, data_file, kind):
+    data = read_data(data_file)
+    s = data["settings"]
+    groups = [
+        [example(kind, row, 4 * step + i) for i, row in enumerate(rows)]
+        for step, rows in enumerate(data["train"])
+    ]
+    tokens = max(sum(e.tokens for e in group) for group in groups)
+    shape = common_shape(groups, rows=ROWS[kind], time=-(-tokens // ROWS[kind]))
+
+    config = read_config(Path(model))
+    decoder = Decoder(config, remat="full")
+    objective = losses.dpo(s["beta"]) if kind == "dpo" else losses.selm(s["beta"], s["alpha"])
+    adamw = optimizer("adamw", b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0)
+    update = make_update(decoder, objective, adamw, chunk=64, clip=1.0)
+    params = load(Path(model), config)
+
+    groups = [
+        [
+            dataclasses.replace(example, reference=reference)
+            for example, reference in zip(
+                group,
+                reference_logps(group, shape, lambda batch: update.logps(params, batch)),
+                strict=True,
+            )
+        ]
+        for group in groups
+    ]
+    state = TrainState.create(params, adamw)
+    rate = np.float32(s["learning_rate"])
+
+    worker = jax_worker()
+    worker.ready(versions("jax", "flax", "optax"))
+    for group in groups:
+        if not worker.wait():
+            return
+        began = time.perf_counter()
+        reference_logps(group, shape, lambda batch: update.logps(state.params, batch))  # noqa: B023
+        score_seconds = time.perf_counter() - began
+        worker.begin()
+        (batch,) = pack(group, shape)
+        gradients, sums = update.gradients(state.params, batch, mean_lengths(group))
+        state, metrics = update.apply(state, gradients, sums, rate)
+        del gradients
+        jax.block_until_ready(state)
+        worker.end(loss=float(metrics["loss"]), score_seconds=score_seconds)
+
+
+def example(kind, row, number):
+    prompt, responses = tuple(row["prompt"]), [tuple(r) for r in row["responses"]]
+    if kind == "distinct":
+        roles = {"chosen": 0, "rejected": 1, "explore": 2}
+        return Example(str(number), prompt, tuple(responses), roles)
+    if kind == "dpo":
+        return Example(str(number), prompt, tuple(responses[:2]), {"chosen": 0, "rejected": 1})
+    third = number % 3  # explore is chosen, is rejected, or is a third response
+    count = 3 if third == 2 else 2
+    roles = {"chosen": 0, "rejected": 1, "explore": third}
+    return Example(str(number), prompt, tuple(responses[:count]), roles)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

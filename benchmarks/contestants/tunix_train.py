@@ -1,0 +1,72 @@
+"""Tunix's DPOTrainer, full fine-tuning on pairs.
+
+usage: tunix_train.py MODEL DATA KIND        KIND: live, or none (Tunix then drops the reference
+term of the loss: the time of a cached reference, another loss)
+"""
+
+import os
+import sys
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "disabled")
+
+import jax
+import numpy as np
+import optax
+import tunix_model
+from flax import nnx
+from tunix.sft.dpo.dpo_trainer import DPOTrainer, DPOTrainingConfig, TrainingInput
+from worker import jax_worker, read_data, versions
+
+
+def main(model_folder, data_file, kind):
+    data = read_data(data_file)
+    s, steps = data["settings"], data["train"]
+    model, _ = tunix_model.load(model_folder)
+    reference = tunix_model.load(model_folder)[0] if kind == "live" else None
+    worker = jax_worker()
+    trainer = DPOTrainer(
+        model=model,
+        ref_model=reference,
+        optimizer=optax.chain(
+            optax.clip_by_global_norm(1.0), optax.adamw(s["learning_rate"], weight_decay=0.0)
+        ),
+        training_config=DPOTrainingConfig(
+            eval_every_n_steps=10**9, max_steps=len(steps) + 1, beta=s["beta"]
+        ),
+    )
+
+    def feed():
+        # The trainer asks for a batch once it has queued the step before: wait for that step here.
+        worker.ready(versions("google-tunix", "jax", "flax"))
+        for i, rows in enumerate(steps):
+            if i:
+                jax.block_until_ready(nnx.state(trainer.model))
+                worker.end()
+            if not worker.wait():
+                sys.exit(0)
+            worker.begin()
+            yield batch(rows)
+        jax.block_until_ready(nnx.state(trainer.model))
+        worker.end()
+
+    trainer.train(feed())
+
+
+def batch(rows):
+    def ids(lists):
+        x = np.array(lists, np.int32)
+        return x, np.ones(x.shape, bool)
+
+    prompt, prompt_mask = ids([row["prompt"] for row in rows])
+    chosen, chosen_mask = ids([row["responses"][0] for row in rows])
+    rejected, rejected_mask = ids([row["responses"][1] for row in rows])
+    return TrainingInput(
+        prompt_ids=prompt, prompt_mask=prompt_mask, chosen_ids=chosen, chosen_mask=chosen_mask,
+        rejected_ids=rejected, rejected_mask=rejected_mask,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

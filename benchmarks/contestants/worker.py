@@ -1,0 +1,98 @@
+"""What every contestant shares: one step at a time, on order, timed the same way.
+
+A contestant is a process. It gets ready, says so with one line of JSON, and then waits: each line on
+its standard input is an order for one step, and each step answers with one line of JSON. At the end
+of its input it ends. So the steps of several contestants can take turns.
+
+This file is imported by the Pythons of all contestants: standard library only.
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+
+
+class Worker:
+    """The contestant's side of the pipe, and its clock.
+
+    Around each step the clock times a 2048^3 float32 matrix product, which says what the machine
+    was worth at that moment: a virtual machine's cores are not always whole.
+    """
+
+    def __init__(self, matmul):
+        """`matmul` computes one such product, to its end."""
+        # Libraries print. The pipe is ours; what they print goes to the log.
+        self._pipe = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)
+        self._matmul = matmul
+        for _ in range(3):
+            self._rate()
+
+    def ready(self, versions):
+        self._send({"versions": versions})
+
+    def wait(self):
+        """Blocks until the next step is ordered; False when there are no more."""
+        return bool(sys.stdin.readline())
+
+    def begin(self):
+        self._before = self._rate()
+        self._began = time.perf_counter()
+
+    def end(self, **about):
+        seconds = time.perf_counter() - self._began
+        after = self._rate()
+        self._send(
+            {"seconds": seconds, "gflops": [self._before, after], "peak_mib": peak_mib(), **about}
+        )
+
+    def _rate(self):
+        # The best of two: the first after a step pays for the memory that the step gave back.
+        best = 0.0
+        for _ in range(2):
+            began = time.perf_counter()
+            self._matmul()
+            best = max(best, 2e-9 * 2048**3 / (time.perf_counter() - began))
+        return best
+
+    def _send(self, message):
+        self._pipe.write(json.dumps(message) + "\n")
+        self._pipe.flush()
+
+
+def torch_worker():
+    import torch
+
+    x = torch.randn(2048, 2048)
+    return Worker(lambda: torch.mm(x, x))
+
+
+def jax_worker():
+    import jax
+
+    x = jax.random.normal(jax.random.key(0), (2048, 2048))
+    matmul = jax.jit(lambda x: x @ x)
+    return Worker(lambda: matmul(x).block_until_ready())
+
+
+def peak_mib():
+    """The most memory that this process ever held, in MiB."""
+    try:
+        with open("/proc/self/status") as f:
+            return next(int(line.split()[1]) for line in f if line.startswith("VmHWM")) / 1024
+    except FileNotFoundError:  # not Linux; there ru_maxrss would count the parent's memory too
+        unit = 2**20 if sys.platform == "darwin" else 2**10
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def read_data(file):
+    with open(file) as f:
+        return json.load(f)
+
+
+def versions(*packages):
+    from importlib.metadata import version
+
+    return {name: version(name) for name in packages}

@@ -1,0 +1,125 @@
+"""Chunked log-probabilities against the plain form that holds all logits."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from selm_jax.objectives.logprobs import token_logprobs
+
+ROWS, SCORED, EMBED, VOCAB = 3, 12, 16, 50
+
+
+def plain(hidden, targets, unembedding):
+    logits = jnp.einsum("rpd,vd->rpv", hidden, unembedding, precision="highest")
+    table = jax.nn.log_softmax(logits, axis=-1)
+    return jnp.take_along_axis(table, targets[..., None], axis=-1)[..., 0]
+
+
+def inputs(seed: int = 0, dtype=jnp.float32, scale: float = 1.0):
+    rng = np.random.default_rng(seed)
+    hidden = jnp.asarray(rng.normal(size=(ROWS, SCORED, EMBED)) * scale, dtype)
+    targets = jnp.asarray(rng.integers(0, VOCAB, (ROWS, SCORED)), jnp.int32)
+    unembedding = jnp.asarray(rng.normal(size=(VOCAB, EMBED)), jnp.float32)
+    weight = jnp.asarray(rng.normal(size=(ROWS, SCORED)), jnp.float32)
+    return hidden, targets, unembedding, weight
+
+
+def with_gradients(function, hidden, targets, unembedding, weight):
+    value, backward = jax.vjp(lambda h, w: function(h, targets, w), hidden, unembedding)
+    return value, *backward(weight)
+
+
+# 1, dividing, not dividing, all, more than all.
+@pytest.mark.parametrize("chunk", [1, 4, 5, 11, 12, 100])
+def test_value_and_gradients_are_those_of_the_plain_form(chunk):
+    h, y, w, g = inputs()
+    got = with_gradients(partial(token_logprobs, chunk=chunk), h, y, w, g)
+    for a, b in zip(got, with_gradients(plain, h, y, w, g), strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_target_alone_has_the_gradient_of_cross_entropy():
+    """d/dh log p(y) = w_y - sum_v p_v w_v, by hand."""
+    h, y, w, _ = inputs(1)
+    g = jnp.zeros((ROWS, SCORED)).at[1, 7].set(1.0)
+    _, d_h, d_w = with_gradients(partial(token_logprobs, chunk=5), h, y, w, g)
+    p = jax.nn.softmax(w @ h[1, 7])
+    np.testing.assert_allclose(d_h[1, 7], w[y[1, 7]] - p @ w, atol=1e-5)
+    np.testing.assert_allclose(d_w, jnp.outer(jnp.eye(VOCAB)[y[1, 7]] - p, h[1, 7]), atol=1e-5)
+    assert jnp.abs(d_h.at[1, 7].set(0)).max() == 0
+
+
+def test_extreme_logits_stay_finite_and_exact():
+    h, y, w, g = inputs(2, scale=300.0)
+    got = with_gradients(partial(token_logprobs, chunk=5), h, y, w, g)
+    assert all(np.isfinite(x).all() for x in got)
+    np.testing.assert_allclose(got[0], plain(h, y, w), rtol=1e-5)
+    assert (got[0] <= 0).all()
+
+
+def test_bfloat16_hidden_states_are_summed_in_float32():
+    """The values are those of the rounded inputs in float32, not of bfloat16 arithmetic."""
+    h, y, w, g = inputs(3, jnp.bfloat16, scale=3.0)
+    value, d_h, d_w = with_gradients(partial(token_logprobs, chunk=5), h, y, w, g)
+    assert (value.dtype, d_h.dtype, d_w.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
+    rounded = w.astype(jnp.bfloat16).astype(jnp.float32)
+    exact, e_h, e_w = with_gradients(plain, h.astype(jnp.float32), y, rounded, g)
+    np.testing.assert_allclose(value, exact, rtol=1e-5, atol=1e-4)
+    half = plain(h, y, w.astype(jnp.bfloat16))
+    assert np.abs(half.astype(jnp.float32) - exact).max() > 1e-2  # what would have been lost
+    np.testing.assert_allclose(d_h.astype(jnp.float32), e_h, atol=0.02 * np.abs(e_h).max())
+    np.testing.assert_allclose(d_w, e_w, atol=0.02 * np.abs(e_w).max())
+
+
+def test_padding_up_to_whole_chunks_gets_no_gradient_and_changes_none():
+    h, y, w, g = inputs(4)
+    _, d_h, d_w = with_gradients(partial(token_logprobs, chunk=12), h, y, w, g)
+    _, c_h, c_w = with_gradients(partial(token_logprobs, chunk=7), h, y, w, g)
+    np.testing.assert_allclose(c_h, d_h, atol=1e-6)
+    np.testing.assert_allclose(c_w, d_w, atol=1e-5)
+
+
+def sizes(jaxpr) -> list[int]:
+    """Of every array in a program, those of its inner programs included."""
+    found = [v.aval.size for v in [*jaxpr.invars, *jaxpr.outvars] if hasattr(v.aval, "size")]
+    for equation in jaxpr.eqns:
+        found += [v.aval.size for v in equation.outvars if hasattr(v.aval, "size")]
+        for value in equation.params.values():
+            for inner in value if isinstance(value, list | tuple) else [value]:
+                inner = getattr(inner, "jaxpr", inner)
+                found += sizes(inner) if hasattr(inner, "eqns") else []
+    return found
+
+
+def test_the_whole_logits_never_exist():
+    rows, scored, embed, vocab, chunk = 4, 64, 8, 512, 8
+    args = (
+        jnp.zeros((rows, scored, embed)), jnp.zeros((rows, scored), jnp.int32),
+        jnp.zeros((vocab, embed)), jnp.zeros((rows, scored)),
+    )  # fmt: skip
+
+    def largest(function):
+        return max(sizes(jax.make_jaxpr(partial(with_gradients, function))(*args).jaxpr))
+
+    assert largest(plain) == rows * scored * vocab  # the test sees what it looks for
+    assert largest(partial(token_logprobs, chunk=chunk)) == rows * chunk * vocab
+
+
+def test_compiled_memory_is_a_chunks_not_the_batchs():
+    rows, scored, embed, vocab = 2, 256, 8, 4096
+    args = (
+        jnp.zeros((rows, scored, embed)), jnp.zeros((rows, scored), jnp.int32),
+        jnp.zeros((vocab, embed)), jnp.zeros((rows, scored)),
+    )  # fmt: skip
+
+    def scratch(function):
+        compiled = jax.jit(partial(with_gradients, function)).lower(*args).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert scratch(partial(token_logprobs, chunk=16)) < scratch(plain) / 4

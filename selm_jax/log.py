@@ -9,6 +9,10 @@ from typing import Any
 from selm_jax.config import Experiment, as_dict
 
 
+class LogError(RuntimeError):
+    """A tracker that was asked for and is not there."""
+
+
 class Writers:
     """Writes each line of metrics under `iteration_T/`, by its step."""
 
@@ -20,9 +24,9 @@ class Writers:
             self.tensorboard = SummaryWriter(str(folder / "tensorboard"))
         if experiment.log.wandb is not None:
             try:
-                import wandb
+                import wandb  # pyright: ignore[reportMissingImports]
             except ModuleNotFoundError as e:
-                raise ModuleNotFoundError(
+                raise LogError(
                     "log.wandb is set, but wandb is not installed: pip install 'selm_jax[wandb]'"
                 ) from e
             self.wandb = wandb.init(

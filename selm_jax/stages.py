@@ -25,6 +25,7 @@ from selm_jax.config import as_dict
 from selm_jax.evaluation import frontier
 from selm_jax.feedback.pairs import Candidate, Dropped, Pair, Report, distinct, ranks, select
 from selm_jax.feedback.ranker import Question
+from selm_jax.models.decoder import Params
 from selm_jax.preferences.examples import Example, from_parquet, to_table
 from selm_jax.preferences.packing import common_shape
 from selm_jax.rollout.engine import Request, Response, decoding_params
@@ -33,7 +34,7 @@ from selm_jax.run import Run
 from selm_jax.text.prompts import Prompt
 from selm_jax.text.prompts import digest as prompts_digest
 from selm_jax.training.checkpoint import Checkpoints
-from selm_jax.training.loop import Plan, reference_logps, train
+from selm_jax.training.loop import Plan, response_logps, train
 from selm_jax.training.state import TrainState
 from selm_jax.weights.export import export_folder
 
@@ -195,7 +196,10 @@ def score(run: Run, t: int) -> Counts:
         return {"examples": 0, "responses": 0, "tokens": 0}
     params = run.load(run.policy(t - 1))
     with run.bar(f"iteration {t}  score", len(examples), "examples") as advance:
-        scored = _score(run, params, examples, lambda done: advance(done, 0))
+        logps = _logps(run, params, examples, lambda done: advance(done, 0))
+    scored = [
+        dataclasses.replace(e, reference=found) for e, found in zip(examples, logps, strict=True)
+    ]
     artifacts.write_table(run.iteration(t) / "examples.parquet", to_table(scored))
     return {
         "examples": len(examples),
@@ -204,15 +208,15 @@ def score(run: Run, t: int) -> Counts:
     }
 
 
-def _score(run: Run, params, examples, report=lambda done: None) -> list[Example]:
+def _logps(
+    run: Run, params: Params, examples: Sequence[Example], report=lambda done: None
+) -> list[tuple[float, ...]]:
+    """Log-probability of every response of every example."""
     settings = run.experiment.training
     shape = common_shape([examples], rows=settings.rows, time=settings.row_length)
-    logps = reference_logps(
+    return response_logps(
         examples, shape, lambda batch: run.update.logps(params, run.place(batch)), report
     )
-    return [
-        dataclasses.replace(e, reference=found) for e, found in zip(examples, logps, strict=True)
-    ]
 
 
 def _examples(run: Run, t: int) -> list[Example]:
@@ -231,7 +235,7 @@ def _examples(run: Run, t: int) -> list[Example]:
         pair = Pair(*(next(i for i, r in enumerate(each) if r[role]) for role in _ROLES))
         keep, roles = distinct(candidates, pair)
         ids = run.chat.prompt_ids(prompts[prompt_id].messages)
-        responses = tuple(candidates[i].token_ids for i in keep)
+        responses = tuple(tuple(each[i]["token_ids"]) for i in keep)
         examples.append(Example(prompt_id, ids, responses, roles))
     return examples
 
@@ -321,9 +325,9 @@ def evaluate(run: Run, t: int) -> Counts:
         )
         for i, prompt in enumerate(prompts)
     ]
-    policy = _score(run, params, examples)
+    policy = _logps(run, params, examples)
     del params
-    start = policy if t == 0 else _score(run, run.load(run.policy(0)), examples)
+    start = policy if t == 0 else _logps(run, run.load(run.policy(0)), examples)
     rows = []
     for n, (response, text) in enumerate(zip(responses, texts, strict=True)):
         i, k = divmod(n, each)
@@ -333,8 +337,8 @@ def evaluate(run: Run, t: int) -> Counts:
                 "prompt": prompts[i].messages[-1].content,
                 "text": text,
                 "score": float(scores[i][k]),
-                "logp": policy[i].reference[k],
-                "logp_start": start[i].reference[k],
+                "logp": policy[i][k],
+                "logp_start": start[i][k],
             }
         )
     answers = frontier.table(rows)

@@ -23,7 +23,7 @@ from selm_jax.models.families import read_config
 from selm_jax.objectives import losses
 from selm_jax.preferences.examples import Example
 from selm_jax.preferences.packing import common_shape, pack
-from selm_jax.training.loop import mean_lengths, reference_logps
+from selm_jax.training.loop import mean_lengths, response_logps
 from selm_jax.training.optimizer import optimizer
 from selm_jax.training.state import TrainState
 from selm_jax.training.update import make_update
@@ -56,7 +56,7 @@ def main(model, data_file, kind):
             dataclasses.replace(example, reference=reference)
             for example, reference in zip(
                 group,
-                reference_logps(group, shape, lambda batch: update.logps(params, batch)),
+                response_logps(group, shape, lambda batch: update.logps(params, batch)),
                 strict=True,
             )
         ]
@@ -71,7 +71,7 @@ def main(model, data_file, kind):
         if not worker.wait():
             return
         began = time.perf_counter()
-        reference_logps(group, shape, lambda batch: update.logps(state.params, batch))  # noqa: B023
+        response_logps(group, shape, lambda batch: update.logps(state.params, batch))  # noqa: B023
         score_seconds = time.perf_counter() - began
         worker.begin()
         (batch,) = pack(group, shape)

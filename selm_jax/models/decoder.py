@@ -12,7 +12,7 @@ that cost 1.5 times). `unstack` turns the first form of the parameters into the 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import flax.struct
@@ -49,8 +49,12 @@ class LayerCache:
     values: Float[Array, "*layers rows kv_heads capacity head_dim"]
 
 
-def _kernel(axes: tuple[str, ...], fan_in: int):
-    return nn.with_logical_partitioning(nn.initializers.normal(fan_in**-0.5), axes)
+def _weight(
+    module: nn.Module, name: str, axes: tuple[str, ...], shape: tuple[int, ...], fan_in: int
+) -> Array:
+    """A parameter with the logical names of its axes, from which its place on a mesh follows."""
+    init = nn.with_logical_partitioning(nn.initializers.normal(fan_in**-0.5), axes)
+    return cast(Array, module.param(name, init, shape))
 
 
 class Norm(nn.Module):
@@ -60,9 +64,8 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "rows time embed"]) -> Float[Array, "rows time embed"]:
-        scale = self.param(
-            "scale", nn.with_logical_partitioning(nn.initializers.ones, ("norm",)), x.shape[-1:]
-        )
+        ones = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+        scale = cast(Array, self.param("scale", ones, x.shape[-1:]))
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
         return (y * scale).astype(x.dtype)
@@ -75,11 +78,11 @@ class Attention(nn.Module):
     def __call__(self, x, rotation, mask, cache: LayerCache | None, index):
         c = self.config
         d, n, k, h = c.embed, c.heads, c.kv_heads, c.head_dim
-        q = self.param("q", _kernel(("embed", "heads", "head_dim"), d), (d, n, h))
+        q = _weight(self, "q", ("embed", "heads", "head_dim"), (d, n, h), d)
         kv_axes = ("embed", "kv_heads", "head_dim")
-        w_k = self.param("k", _kernel(kv_axes, d), (d, k, h))
-        w_v = self.param("v", _kernel(kv_axes, d), (d, k, h))
-        o = self.param("o", _kernel(("heads", "head_dim", "embed"), n * h), (n, h, d))
+        w_k = _weight(self, "k", kv_axes, (d, k, h), d)
+        w_v = _weight(self, "v", kv_axes, (d, k, h), d)
+        o = _weight(self, "o", ("heads", "head_dim", "embed"), (n, h, d), n * h)
 
         query = checkpoint_name(rotate(project(x, q), rotation), "qkv")
         keys = checkpoint_name(rotate(project(x, w_k), rotation), "qkv")
@@ -115,9 +118,9 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "rows time embed"]) -> Float[Array, "rows time embed"]:
         d, f = self.config.embed, self.config.mlp
-        gate = self.param("gate", _kernel(("embed", "mlp"), d), (d, f))
-        up = self.param("up", _kernel(("embed", "mlp"), d), (d, f))
-        down = self.param("down", _kernel(("mlp", "embed"), f), (f, d))
+        gate = _weight(self, "gate", ("embed", "mlp"), (d, f), d)
+        up = _weight(self, "up", ("embed", "mlp"), (d, f), d)
+        down = _weight(self, "down", ("mlp", "embed"), (f, d), f)
         g = checkpoint_name(project(x, gate), "gate")
         u = checkpoint_name(project(x, up), "up")
         return project(jax.nn.silu(g) * u, down)
@@ -171,9 +174,7 @@ class Decoder(nn.Module):
           index: where in the cache the first of the new tokens goes, per row.
         """
         c = self.config
-        embedding = self.param(
-            "embedding", _kernel(("vocab", "embed"), c.embed), (c.vocab_size, c.embed)
-        )
+        embedding = _weight(self, "embedding", ("vocab", "embed"), (c.vocab_size, c.embed), c.embed)
         x = embedding[tokens].astype(self.dtype)
         rotation = rotations(positions, c.head_dim, c.rope_theta)
 
@@ -181,25 +182,26 @@ class Decoder(nn.Module):
         if self.remat != "none":
             block = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=not self.scan)
         if self.scan:
+            every: Any = nn.broadcast
             x, cache = nn.scan(
                 block,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=(nn.broadcast, nn.broadcast, 0, nn.broadcast),
+                in_axes=cast(Any, (every, every, 0, every)),
                 length=c.layers,
                 metadata_params={nn.PARTITION_NAME: "layers"},
-            )(c, name="layers")(x, rotation, mask, cache, index)
+            )(c, name="layers")(x, rotation, mask, cast(Any, cache), index)
         else:
-            caches = cache if cache is not None else (None,) * c.layers
             written = []
-            for i, layer_cache in enumerate(caches):
+            for i in range(c.layers):
+                layer_cache = cache[i] if isinstance(cache, tuple) else None
                 x, layer_cache = block(c, name=f"layer_{i}")(x, rotation, mask, layer_cache, index)
                 written.append(layer_cache)
             cache = tuple(written) if cache is not None else None
         x = Norm(c.norm_eps, name="norm")(x)
         if not c.tied:
             # Declared here so that it belongs to the tree; used by `unembedding`.
-            self.param("unembedding", _kernel(("vocab", "embed"), c.embed), embedding.shape)
+            _weight(self, "unembedding", ("vocab", "embed"), embedding.shape, c.embed)
         return x, cache
 
 

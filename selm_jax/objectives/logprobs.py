@@ -11,6 +11,7 @@ Letters: r rows, p scored tokens of a row, c tokens of a chunk, d embed, v vocab
 from __future__ import annotations
 
 from functools import partial
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ def token_logprobs(
     padding = -p % chunk
     hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
     targets = jnp.pad(targets, ((0, 0), (0, padding)))
-    return _logprobs(hidden, targets, unembedding, chunk)[:, :p]
+    return cast(Array, _logprobs(hidden, targets, unembedding, chunk))[:, :p]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))

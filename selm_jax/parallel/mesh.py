@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -15,7 +16,7 @@ class MeshError(ValueError):
     """Axes that do not fit the devices, or an array that does not fit the axes."""
 
 
-def make_mesh(sizes: Sequence[int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(sizes: Sequence[int], devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh with axes data, fsdp and tensor; one size may be -1 and takes the devices left.
 
     Raises:
@@ -32,6 +33,5 @@ def make_mesh(sizes: Sequence[int], devices: Sequence[jax.Device] | None = None)
     if math.prod(sizes) != len(devices):
         raise MeshError(f"mesh axes {named} do not cover the {len(devices)} devices exactly")
     # Auto: the compiler propagates shardings; jax's own default would make them part of types.
-    return jax.make_mesh(
-        tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
-    )
+    types = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)

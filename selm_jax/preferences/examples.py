@@ -97,7 +97,9 @@ def from_parquet(file: Path) -> list[Example]:
             tuple(row["prompt"]),
             tuple(map(tuple, row["responses"])),
             {role: row[role] for role in ROLES if row[role] is not None},
-            None if row["reference"] is None else tuple(np.float32(x) for x in row["reference"]),
+            None
+            if row["reference"] is None
+            else tuple(float(np.float32(x)) for x in row["reference"]),
         )
         for row in pq.read_table(file, schema=SCHEMA).to_pylist()
     ]

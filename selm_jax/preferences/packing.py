@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import flax.struct
 import jax
@@ -152,8 +153,11 @@ def unpack(
 
 
 def _empty(shape: Shape) -> PreferenceBatch:
-    def ints(*size):
+    def ints(*size) -> Any:
         return np.zeros((shape.rows, *size), np.int32)
+
+    def floats(*size) -> Any:
+        return np.zeros((shape.rows, *size), np.float32)
 
     return PreferenceBatch(
         tokens=ints(shape.time),
@@ -164,12 +168,12 @@ def _empty(shape: Shape) -> PreferenceBatch:
         predictor=ints(shape.scored),
         owner=ints(shape.scored) + shape.segments * shape.branches,
         roles=ints(shape.segments, len(ROLES)),
-        reference=np.zeros((shape.rows, shape.segments, shape.branches), np.float32),
-        weight=np.zeros((shape.rows, shape.segments), np.float32),
+        reference=floats(shape.segments, shape.branches),
+        weight=floats(shape.segments),
     )
 
 
-def _fill_row(batch: PreferenceBatch, r: int, examples: Sequence[Example], shape: Shape) -> None:
+def _fill_row(batch: Any, r: int, examples: Sequence[Example], shape: Shape) -> None:
     has = shape.scored, shape.segments, shape.branches
     if any(n > size for n, size in zip(_needs(examples), has, strict=True)):
         raise ValueError(

@@ -19,8 +19,13 @@ class ChatError(ValueError):
 
 
 class Turn(Protocol):
-    role: str
-    content: str
+    """A message of a conversation."""
+
+    @property
+    def role(self) -> str: ...
+
+    @property
+    def content(self) -> str: ...
 
 
 class Chat:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
-import jax
 import numpy as np
 
 from selm_jax.config import Training
@@ -107,10 +106,10 @@ def train(
         gradients, sums = update.gradients(state.params, first, means, *live)
         for batch in rest:
             gradients, sums = update.add(gradients, sums, state.params, batch, means, *live)
-        now = np.float32(rate(step))
+        now = np.float32(cast(Any, rate(step)))
         state, metrics = update.apply(state, gradients, sums, now)
         del gradients  # or the next update would hold two
-        metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        metrics = {k: float(v) for k, v in metrics.items()}
         _check_finite(metrics, plan, step, examples)
         seconds = time.perf_counter() - began
         tokens = sum(e.tokens for e in examples)
@@ -133,7 +132,7 @@ def mean_lengths(examples: Sequence[Example]) -> np.ndarray:
     return np.array([mean(role) for role in ROLES], np.float32)
 
 
-def reference_logps(
+def response_logps(
     examples: Sequence[Example],
     shape: Shape,
     logps: Callable[[PreferenceBatch], Any],

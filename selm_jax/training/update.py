@@ -16,7 +16,7 @@ became. XLA partitions it over the mesh.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -155,7 +155,7 @@ def make_update(
         grads = jax.tree.map(lambda g: factor * g, grads)
         steps, opt_state = optimizer.update(grads, state.opt_state, state.params)
         steps = jax.tree.map(lambda step: learning_rate * step, steps)
-        params = optax.apply_updates(state.params, steps)
+        params = cast(Params, optax.apply_updates(state.params, steps))
         metrics = {k: v / count for k, v in sums.items() if k != "examples"}
         metrics |= {"grad_norm": norm, "examples": count}
         return TrainState(state.step + 1, params, opt_state), metrics

@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -129,7 +129,7 @@ _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 def _expected(config: DecoderConfig) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
-    return flatten_dict(nn.unbox(abstract_params(config)))
+    return cast(Any, flatten_dict(nn.unbox(abstract_params(config))))
 
 
 def _name(path: tuple[str, ...], layer: int) -> str:

@@ -49,7 +49,7 @@ def test_every_parameter_is_cut_as_its_rule_says(sizes, tiny, random_params):
     config, mesh = tiny(), make_mesh(sizes)
     where = shardings(abstract_params(config), mesh, TRAINING)
     params = jax.tree.map(jax.device_put, random_params(config), where)
-    data, fsdp, tensor = sizes
+    _, fsdp, tensor = sizes
 
     def share(x):
         return x.addressable_shards[0].data.size / x.size

@@ -67,11 +67,11 @@ def test_the_policy_moves_and_becomes_the_next_reference(finished):
     ).read_bytes()
     params = run.load(run.policy(1))
     examples = from_parquet(run.iteration(2) / "examples.parquet")
-    from selm_jax.stages import _score
+    from selm_jax.stages import _logps
 
-    again = _score(run, params, examples)
+    again = _logps(run, params, examples)
     for stored, now in zip(examples, again, strict=True):
-        np.testing.assert_allclose(stored.reference, now.reference, rtol=1e-6, atol=1e-5)
+        np.testing.assert_allclose(stored.reference, now, rtol=1e-6, atol=1e-5)
 
 
 def test_what_is_trained_on_is_what_was_generated(finished):

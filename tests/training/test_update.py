@@ -1,0 +1,418 @@
+"""The update: exact means whatever the microbatches and the mesh, and what its parts promise."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from selm_jax.models.decoder import Decoder, abstract_params
+from selm_jax.objectives.build import build
+from selm_jax.objectives.losses import ROLES
+from selm_jax.parallel.mesh import make_mesh
+from selm_jax.parallel.rules import TRAINING, partition, shardings
+from selm_jax.preferences.examples import Example
+from selm_jax.preferences.packing import Shape, assign_rows, pack, unpack
+from selm_jax.training.optimizer import OPTIMIZERS, learning_rate, optimizer
+from selm_jax.training.state import TrainState
+from selm_jax.training.update import Shardings, make_update
+
+TIME, SETTINGS = 32, {"b1": 0.9, "b2": 0.99, "eps": 1e-3, "weight_decay": 0.0}
+
+
+def some_examples(count: int = 16, seed: int = 0) -> list[Example]:
+    rng = np.random.default_rng(seed)
+
+    def some(low, high):
+        return tuple(int(x) for x in rng.integers(0, 96, rng.integers(low, high)))
+
+    return [
+        Example(
+            f"x{i}",
+            some(2, 7),
+            tuple(some(1, 9) for _ in range(3)),
+            {"chosen": 0, "rejected": 1, "explore": int(rng.integers(3))},
+            tuple(rng.uniform(-30, -5, 3).astype(np.float32)),
+        )
+        for i in range(count)
+    ]
+
+
+def mean_lengths(examples) -> np.ndarray:
+    means = [np.mean([len(e.responses[e.roles[role]]) for e in examples]) for role in ROLES]
+    return np.array(means, np.float32)
+
+
+def packed(examples, rows: int):
+    return pack(examples, Shape(rows=rows, time=TIME, scored=TIME, segments=8, branches=3))
+
+
+def totals(update, params, batches, examples, *live):
+    """Gradients and sums over all microbatches."""
+    means = mean_lengths(examples)
+    first, *rest = batches
+    gradients, sums = update.gradients(params, first, means, *live)
+    for batch in rest:
+        gradients, sums = update.add(gradients, sums, params, batch, means, *live)
+    return gradients, sums
+
+
+def assert_close(a, b, rtol=1e-5, atol=1e-6):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), a, b)
+
+
+@pytest.fixture(scope="module")
+def world(tiny, random_params):
+    """(compiled update of a loss on one device, its start parameters)"""
+    decoder = Decoder(tiny())
+
+    @cache
+    def made(loss: str, name: str = "adamw", clip: float | None = 1.0):
+        settings = {"selm": {"beta": 0.1, "alpha": 0.2}, "sft": {}, "dpo": {"beta": 0.1}}[loss]
+        step = optimizer(name, **SETTINGS)
+        objective = build(loss, **settings)
+        return make_update(decoder, objective, step, chunk=8, clip=clip), step
+
+    def fresh():
+        return jax.tree.map(jnp.copy, random_params(decoder.config))
+
+    made.fresh, made.config = fresh, decoder.config
+    return made
+
+
+# --- means -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", ["selm", "sft"])
+def test_microbatches_are_one_big_batch(loss, world):
+    update, step = world(loss)
+    examples = some_examples()
+    needed = len(assign_rows(examples, TIME))
+    halves, thirds = -(-needed // 2), -(-needed // 3)
+    assert needed % halves or needed % thirds  # an unequal last microbatch is among them
+    results = []
+    for rows, count in ((needed, 1), (halves, 2), (thirds, 3)):
+        batches = packed(examples, rows)
+        assert len(batches) == count
+        params = world.fresh()
+        gradients, sums = totals(update, params, batches, examples)
+        state = TrainState.create(params, step)
+        results.append(update.apply(state, gradients, sums, np.float32(0.01)))
+    (one, one_metrics), *others = results
+    assert one_metrics["examples"] == len(examples)
+    for state, metrics in others:
+        assert_close(metrics, one_metrics)
+        assert_close(state.params, one.params)
+
+
+def test_the_loss_of_sft_is_the_mean_over_tokens(world):
+    update, _ = world("sft")
+    examples = some_examples()
+    batches = packed(examples, 4)
+    _, sums = totals(update, world.fresh(), batches, examples)
+    logps = unpack(examples, Shape(4, TIME, TIME, 8, 3),
+                   [np.asarray(update.logps(world.fresh(), b)) for b in batches])  # fmt: skip
+    chosen = sum(float(each[0]) for each in logps)
+    tokens = sum(len(e.responses[0]) for e in examples)
+    np.testing.assert_allclose(sums["loss"] / sums["examples"], -chosen / tokens, rtol=1e-5)
+
+
+def test_metrics_are_means_over_examples(world, tiny):
+    update, step = world("selm")
+    examples = some_examples()
+    batches = packed(examples, 3)
+    params = world.fresh()
+    logps = unpack(examples, Shape(3, TIME, TIME, 8, 3),
+                   [np.asarray(update.logps(params, b)) for b in batches])  # fmt: skip
+    gradients, sums = totals(update, params, batches, examples)
+    norm = math.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(gradients)))
+    _, metrics = update.apply(TrainState.create(params, step), gradients, sums, np.float32(0))
+
+    def ratio(role):
+        each = zip(logps, examples, strict=True)
+        return np.array([p[e.roles[role]] - e.reference[e.roles[role]] for p, e in each])
+
+    margin = 0.1 * (ratio("chosen") - ratio("rejected"))
+    expected = {
+        "rewards/chosen": 0.1 * ratio("chosen").mean(),
+        "rewards/margins": margin.mean(),
+        "rewards/accuracies": (margin > 0).mean(),
+        "optimism/reward": 0.1 * ratio("explore").mean(),
+        "loss": (np.log1p(np.exp(-margin)) + 0.2 * 0.1 * ratio("explore")).mean(),
+        "grad_norm": norm / len(examples),
+        "examples": len(examples),
+    }
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+# --- the reference -----------------------------------------------------------------------------
+
+
+def scored(update, params, examples, rows=4):
+    batches = packed(examples, rows)
+    found = unpack(
+        examples,
+        Shape(rows, TIME, TIME, 8, 3),
+        [np.asarray(update.logps(params, b)) for b in batches],
+    )
+    return [dataclasses.replace(e, reference=r) for e, r in zip(examples, found, strict=True)]
+
+
+def test_a_live_reference_equals_a_stored_one(world, random_params, tiny):
+    update, _ = world("selm")
+    reference = random_params(tiny(), seed=5)
+    examples = scored(update, reference, some_examples())
+    stored = totals(update, world.fresh(), packed(examples, 4), examples)
+    unscored = [dataclasses.replace(e, reference=None) for e in examples]
+    live = totals(update, world.fresh(), packed(unscored, 4), examples, reference)
+    assert_close(live, stored, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [2, 4])
+def test_at_step_0_the_loss_is_log_2_whatever_alpha(world, rows):
+    """Also where the reference was stored from another packing."""
+    update, _ = world("selm")
+    examples = scored(update, world.fresh(), some_examples(), rows)
+    gradients, sums = totals(update, world.fresh(), packed(examples, 4), examples)
+    np.testing.assert_allclose(sums["loss"] / 16, math.log(2), rtol=1e-6)
+    assert abs(float(sums["optimism/reward"])) < 1e-4
+    assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(gradients)) > 1e-3
+
+
+def test_no_gradient_reaches_a_live_reference(world, random_params, tiny):
+    """Updates with the policy's own tree as reference are those of the stored numbers."""
+    update, _ = world("dpo")
+    params = world.fresh()
+    examples = scored(update, params, some_examples())
+    stored, _ = totals(update, params, packed(examples, 4), examples)
+    live, _ = totals(update, params, packed(examples, 4), examples, params)
+    assert_close(live, stored)
+
+
+def test_training_learns_what_is_preferred(world):
+    update, step = world("selm")
+    examples = scored(update, world.fresh(), some_examples())
+    state = TrainState.create(world.fresh(), step)
+    history = []
+    for _ in range(12):
+        gradients, sums = totals(update, state.params, packed(examples, 4), examples)
+        state, metrics = update.apply(state, gradients, sums, np.float32(0.01))
+        history.append({k: float(v) for k, v in metrics.items()})
+    assert int(state.step) == 12
+    assert history[-1]["loss"] < history[0]["loss"] - 0.1
+    assert history[-1]["rewards/accuracies"] == 1
+
+
+# --- buffers and compilations ------------------------------------------------------------------
+
+
+def test_what_is_donated_is_gone_and_what_is_not_stays(world):
+    update, step = world("selm")
+    examples = some_examples()
+    state = TrainState.create(world.fresh(), step)
+    batch, other, *_ = packed(examples, 3)
+    means = mean_lengths(examples)
+    first, sums = update.gradients(state.params, batch, means)
+    gradients, sums_too = update.add(first, sums, state.params, other, means)
+    assert all(x.is_deleted() for x in jax.tree.leaves((first, sums)))
+    assert not any(x.is_deleted() for x in jax.tree.leaves(state))
+    new, _ = update.apply(state, gradients, sums_too, np.float32(0.01))
+    assert all(x.is_deleted() for x in jax.tree.leaves((state.params, state.opt_state)))
+    assert not any(x.is_deleted() for x in jax.tree.leaves(new))
+
+
+# --- optimisers and schedules ------------------------------------------------------------------
+
+
+def steps_of(step, rates, params, gradients):
+    state = step.init(params)
+    for rate, g in zip(rates, gradients, strict=True):
+        change, state = step.update(g, state, params)
+        params = optax.apply_updates(params, jax.tree.map(lambda x, r=rate: r * x, change))
+    return params
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_unit_rate_optimisers_are_optaxs_own(name, decay):
+    """The rate is outside; with a schedule inside optax does the same."""
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.asarray(rng.normal(size=(200, 150)), jnp.float32), "b": jnp.ones(5)}
+    gradients = [
+        jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), params)
+        for _ in range(4)
+    ]
+    rates = [0.0, 0.05, 0.1, 0.02]
+
+    def schedule(count):
+        return jnp.array(rates)[count]
+
+    theirs = {
+        "adamw": lambda: optax.adamw(schedule, b1=0.8, b2=0.9, eps=1e-6, weight_decay=decay),
+        "adafactor": lambda: optax.adafactor(schedule),
+        "rmsprop": lambda: optax.rmsprop(schedule, decay=0.9, eps=1e-6),
+    }[name]()
+    if decay and name != "adamw":  # decoupled, as adamw's: rate * decay * parameter is taken off
+        unit = {
+            "adafactor": lambda: optax.adafactor(1.0),
+            "rmsprop": lambda: optax.rmsprop(1.0, decay=0.9, eps=1e-6),
+        }[name]()
+        theirs = optax.chain(
+            unit, optax.add_decayed_weights(-decay), optax.scale_by_schedule(schedule)
+        )
+    ours = optimizer(name, b1=0.8, b2=0.9, eps=1e-6, weight_decay=decay)
+    got = steps_of(ours, rates, params, gradients)
+    assert_close(got, steps_of(theirs, [1.0] * 4, params, gradients), atol=1e-6)
+    assert jnp.abs(got["w"] - params["w"]).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimiser_descends(name, world):
+    update, step = world("selm", name)
+    examples = some_examples()
+    state = TrainState.create(world.fresh(), step)
+    losses = []
+    for _ in range(5):
+        gradients, sums = totals(update, state.params, packed(examples, 4), examples)
+        state, metrics = update.apply(state, gradients, sums, np.float32(0.003))
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0]
+
+
+def test_the_mean_gradient_is_clipped_by_its_global_norm(world):
+    """With a plain step of gradient descent the change is the clipped gradient itself."""
+    examples = some_examples()
+    params = world.fresh()
+    gradients, sums = totals(world("selm")[0], params, packed(examples, 4), examples)
+    mean = jax.tree.map(lambda g: g / len(examples), gradients)
+    norm = float(optax.tree.norm(mean))
+    for clip, factor in ((None, 1.0), (2 * norm, 1.0), (norm / 4, 0.25)):
+        descent = optax.scale(-1.0)
+        update = make_update(Decoder(world.config), build("sft"), descent, chunk=8, clip=clip)
+        state = TrainState.create(world.fresh(), descent)
+        state, metrics = update.apply(state, gradients, sums, np.float32(0.5))
+        expected = jax.tree.map(lambda x, g, f=factor: x - 0.5 * f * g, world.fresh(), mean)
+        assert_close(state.params, expected)
+        np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)  # before clipping
+
+
+def test_a_gradient_of_zero_is_no_trouble(world):
+    update, step = world("selm")
+    state = TrainState.create(world.fresh(), step)
+    zero = jax.tree.map(jnp.zeros_like, state.params)
+    sums = {"loss": jnp.zeros(()), "examples": jnp.ones(())}
+    state, metrics = update.apply(state, zero, sums, np.float32(0.5))
+    assert metrics["grad_norm"] == 0
+    assert_close(state.params, world.fresh(), rtol=0, atol=0)
+
+
+def test_an_unknown_optimiser_or_schedule():
+    with pytest.raises(ValueError, match="'sgd'.*adamw"):
+        optimizer("sgd", **SETTINGS)
+    with pytest.raises(ValueError, match="'step'.*cosine"):
+        learning_rate("step", 1.0, 10, 0.1)
+
+
+@pytest.mark.parametrize(("updates", "warmup"), [(59, 6), (159, 16)])
+def test_the_papers_schedules(updates, warmup):
+    """6 and 16 warm-up updates, then a cosine to zero; the formula of the authors' library."""
+    rate = learning_rate("cosine", 5e-7, updates, 0.1)
+    for k in range(updates + 1):
+        if k < warmup:
+            expected = 5e-7 * k / warmup
+        else:
+            done = (k - warmup) / (updates - warmup)
+            expected = 5e-7 * 0.5 * (1 + math.cos(math.pi * done))
+        np.testing.assert_allclose(rate(k), expected, rtol=1e-5, atol=1e-14)
+    assert rate(0) == 0 and rate(warmup) == np.float32(5e-7)
+    assert 0 < rate(updates - 1) < 1e-9 and abs(rate(updates)) < 1e-14
+
+
+def test_the_other_schedules():
+    linear, constant = (learning_rate(name, 1.0, 10, 0.2) for name in ("linear", "constant"))
+    np.testing.assert_allclose([linear(k) for k in range(11)], [0, 0.5, *np.linspace(1, 0, 9)])
+    assert [float(constant(k)) for k in range(11)] == [0, 0.5] + [1] * 9
+    assert float(learning_rate("cosine", 1.0, 10, 0.0)(0)) == 1
+    assert float(learning_rate("cosine", 1.0, 1, 0.1)(0)) == 0  # one update, all warm-up
+
+
+# --- the mesh ----------------------------------------------------------------------------------
+
+
+def run_on(mesh, decoder, params, name="adamw"):
+    """Three updates of two microbatches of 8 rows; on one device if the mesh is None."""
+    step = optimizer(name, **SETTINGS)
+    where, put = Shardings(), lambda batch: batch
+    if mesh is not None:
+        at = shardings(abstract_params(decoder.config), mesh, TRAINING)
+        where = Shardings(at, NamedSharding(mesh, PartitionSpec()))
+        params = jax.tree.map(jax.device_put, params, at)
+
+        def put(batch):
+            axes = ("rows", None, None)
+            return jax.tree.map(
+                lambda x: jax.device_put(
+                    x, partition("batch", axes[: x.ndim], x.shape, mesh, TRAINING)
+                ),
+                batch,
+            )
+
+    objective = build("selm", beta=0.1, alpha=0.2)
+    update = make_update(decoder, objective, step, chunk=8, clip=1.0, shardings=where)
+    state = TrainState.create(jax.tree.map(jnp.copy, params), step)
+    start = jax.tree.map(lambda x: x.sharding, state)
+    losses = []
+    for k in range(3):
+        examples = some_examples(24, seed=k)
+        batches = [put(b) for b in packed(examples, 8)]
+        assert len(batches) == 2
+        gradients, sums = totals(update, state.params, batches, examples)
+        state, metrics = update.apply(state, gradients, sums, np.float32(0.003))
+        losses.append(float(metrics["loss"]))
+        if k == 0:
+            logps = [np.asarray(update.logps(state.params, b)) for b in batches]
+    same = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, start)
+    assert all(jax.tree.leaves(same))
+    compiled = (update.gradients, update.add, update.apply, update.logps)
+    assert [f._cache_size() for f in compiled] == [1] * 4  # nothing compiles twice
+    return losses, logps, state
+
+
+@pytest.fixture(scope="module")
+def on_one_device(tiny, random_params):
+    decoder = Decoder(tiny(), remat="full")
+    return decoder, random_params(decoder.config), run_on(None, decoder, random_params(tiny()))
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2), (1, 4, 2)])
+def test_eight_devices_do_what_one_does(sizes, on_one_device):
+    decoder, params, (losses, logps, state) = on_one_device
+    found, found_logps, found_state = run_on(make_mesh(sizes), decoder, params)
+    np.testing.assert_allclose(found, losses, rtol=1e-5)
+    np.testing.assert_allclose(found_logps, logps, rtol=1e-5, atol=1e-4)
+    assert_close(found_state.params, state.params, rtol=0, atol=1e-6)
+    moved = jax.tree.map(lambda x, y: float(jnp.abs(x - y).max()), state.params, params)
+    assert min(jax.tree.leaves(moved)) > 1e-4
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_moments_lie_where_their_parameters_lie(name, tiny, random_params):
+    """On a mesh no device holds more of the optimiser than its share."""
+    mesh = make_mesh((1, 8, 1))
+    config = tiny(embed=128, mlp=256)  # large enough for adafactor to factor
+    at = shardings(abstract_params(config), mesh, TRAINING)
+    params = jax.tree.map(jax.device_put, random_params(config), at)
+    state = TrainState.create(params, optimizer(name, **SETTINGS))
+    assert {len(x.sharding.device_set) for x in jax.tree.leaves(state)} == {8}
+    lying = {x.shape: x.sharding for x in jax.tree.leaves(params)}
+    moments = [x for x in jax.tree.leaves(state.opt_state) if x.shape in lying]
+    assert moments
+    assert all(x.sharding.is_equivalent_to(lying[x.shape], x.ndim) for x in moments)

@@ -104,3 +104,6 @@ def _set_up_jax() -> None:
 
     jax.config.update("jax_compilation_cache_dir", str(cache_root() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    # Of two programs in flight on forced CPU devices, each can hold the threads that the other's
+    # collectives wait for; on other platforms this setting does nothing.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)

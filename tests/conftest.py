@@ -25,6 +25,9 @@ from selm_jax.models.families import DecoderConfig
 from selm_jax.weights.sources import SourceError, _converted, cache_root, resolve
 from selm_jax.weights.wheels import WHEELS
 
+# Two programs in flight on eight CPU devices can starve each other's collectives of threads.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
+
 TINY = DecoderConfig(
     vocab_size=96,
     embed=32,

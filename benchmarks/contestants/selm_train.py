@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from worker import jax_worker, read_data, versions
 
+from selm_jax.config import Training
 from selm_jax.models.decoder import Decoder
 from selm_jax.models.families import read_config
 from selm_jax.objectives import losses
@@ -45,10 +46,10 @@ def main(model, data_file, kind):
     shape = common_shape(groups, rows=ROWS[kind], time=-(-tokens // ROWS[kind]))
 
     config = read_config(Path(model))
-    decoder = Decoder(config, remat="full")
+    decoder = Decoder(config, remat=Training.remat)
     objective = losses.dpo(s["beta"]) if kind == "dpo" else losses.selm(s["beta"], s["alpha"])
     adamw = optimizer("adamw", b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0)
-    update = make_update(decoder, objective, adamw, chunk=64, clip=1.0)
+    update = make_update(decoder, objective, adamw, chunk=Training.logprob_chunk, clip=1.0)
     params = load(Path(model), config)
 
     groups = [

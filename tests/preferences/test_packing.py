@@ -350,3 +350,16 @@ def test_padding_content_never_matters(tiny, random_params):
     (a, grad_a), (b, grad_b) = loss(params, batch), loss(params, other)
     assert a == b
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7), grad_a, grad_b)
+
+
+def test_sums_are_float32_whatever_the_computation(tiny, random_params):
+    config = tiny(layers=1)
+    (batch, *_) = pack(random_examples(1, 5), SHAPE)
+
+    def logps(dtype):
+        decoder = Decoder(config, dtype)
+        return jax.jit(lambda p, b: response_logps(decoder, p, b, 16))(random_params(config), batch)
+
+    half, exact = logps(jnp.bfloat16), logps(jnp.float32)
+    assert half.dtype == exact.dtype == jnp.float32
+    assert 0 < np.abs(half - exact).max() < 0.05 * np.abs(exact).max()

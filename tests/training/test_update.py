@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from functools import cache
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +20,14 @@ from selm_jax.objectives.losses import ROLES
 from selm_jax.parallel.mesh import make_mesh
 from selm_jax.parallel.rules import TRAINING, partition, shardings
 from selm_jax.preferences.examples import Example
-from selm_jax.preferences.packing import Shape, assign_rows, pack, unpack
+from selm_jax.preferences.packing import Shape, pack, unpack
 from selm_jax.training.optimizer import OPTIMIZERS, learning_rate, optimizer
 from selm_jax.training.state import TrainState
 from selm_jax.training.update import Shardings, make_update
 
-TIME, SETTINGS = 32, {"b1": 0.9, "b2": 0.99, "eps": 1e-3, "weight_decay": 0.0}
+# One shape for all: every further one would be a further compilation.
+SHAPE = Shape(rows=8, time=64, scored=64, segments=8, branches=3)
+SETTINGS = {"b1": 0.9, "b2": 0.99, "eps": 1e-3, "weight_decay": 0.0}
 
 
 def some_examples(count: int = 16, seed: int = 0) -> list[Example]:
@@ -50,10 +53,6 @@ def mean_lengths(examples) -> np.ndarray:
     return np.array(means, np.float32)
 
 
-def packed(examples, rows: int):
-    return pack(examples, Shape(rows=rows, time=TIME, scored=TIME, segments=8, branches=3))
-
-
 def totals(update, params, batches, examples, *live):
     """Gradients and sums over all microbatches."""
     means = mean_lengths(examples)
@@ -70,21 +69,27 @@ def assert_close(a, b, rtol=1e-5, atol=1e-6):
 
 @pytest.fixture(scope="module")
 def world(tiny, random_params):
-    """(compiled update of a loss on one device, its start parameters)"""
-    decoder = Decoder(tiny())
+    """world(loss) is the compiled update of a loss on one device and its optimiser."""
+    decoder = Decoder(tiny(layers=1))
 
     @cache
-    def made(loss: str, name: str = "adamw", clip: float | None = 1.0):
-        settings = {"selm": {"beta": 0.1, "alpha": 0.2}, "sft": {}, "dpo": {"beta": 0.1}}[loss]
-        step = optimizer(name, **SETTINGS)
-        objective = build(loss, **settings)
-        return make_update(decoder, objective, step, chunk=8, clip=clip), step
+    def made(loss: str):
+        settings = {"selm": {"beta": 0.1, "alpha": 0.2}, "sft": {}}[loss]
+        step = optimizer("adamw", **SETTINGS)
+        return make_update(decoder, build(loss, **settings), step, chunk=16, clip=1.0), step
 
-    def fresh():
-        return jax.tree.map(jnp.copy, random_params(decoder.config))
+    def fresh(seed: int = 0):
+        return jax.tree.map(jnp.copy, random_params(decoder.config, seed))
 
-    made.fresh, made.config = fresh, decoder.config
+    made.fresh, made.decoder = fresh, decoder
     return made
+
+
+def scored(update, params, examples):
+    """The examples with their log-probabilities under `params` as reference."""
+    batches = pack(examples, SHAPE)
+    found = unpack(examples, SHAPE, [np.asarray(update.logps(params, b)) for b in batches])
+    return [dataclasses.replace(e, reference=r) for e, r in zip(examples, found, strict=True)]
 
 
 # --- means -------------------------------------------------------------------------------------
@@ -94,13 +99,10 @@ def world(tiny, random_params):
 def test_microbatches_are_one_big_batch(loss, world):
     update, step = world(loss)
     examples = some_examples()
-    needed = len(assign_rows(examples, TIME))
-    halves, thirds = -(-needed // 2), -(-needed // 3)
-    assert needed % halves or needed % thirds  # an unequal last microbatch is among them
     results = []
-    for rows, count in ((needed, 1), (halves, 2), (thirds, 3)):
-        batches = packed(examples, rows)
-        assert len(batches) == count
+    for cuts in ([0, 16], [0, 11, 16], [0, 7, 14, 16]):
+        batches = [b for i, j in pairwise(cuts) for b in pack(examples[i:j], SHAPE)]
+        assert len(batches) == len(cuts) - 1
         params = world.fresh()
         gradients, sums = totals(update, params, batches, examples)
         state = TrainState.create(params, step)
@@ -115,23 +117,19 @@ def test_microbatches_are_one_big_batch(loss, world):
 def test_the_loss_of_sft_is_the_mean_over_tokens(world):
     update, _ = world("sft")
     examples = some_examples()
-    batches = packed(examples, 4)
-    _, sums = totals(update, world.fresh(), batches, examples)
-    logps = unpack(examples, Shape(4, TIME, TIME, 8, 3),
-                   [np.asarray(update.logps(world.fresh(), b)) for b in batches])  # fmt: skip
-    chosen = sum(float(each[0]) for each in logps)
+    params = world.fresh()
+    _, sums = totals(update, params, pack(examples, SHAPE), examples)
+    chosen = sum(float(e.reference[0]) for e in scored(world("selm")[0], params, examples))
     tokens = sum(len(e.responses[0]) for e in examples)
     np.testing.assert_allclose(sums["loss"] / sums["examples"], -chosen / tokens, rtol=1e-5)
 
 
-def test_metrics_are_means_over_examples(world, tiny):
+def test_metrics_are_means_over_examples(world):
     update, step = world("selm")
     examples = some_examples()
-    batches = packed(examples, 3)
     params = world.fresh()
-    logps = unpack(examples, Shape(3, TIME, TIME, 8, 3),
-                   [np.asarray(update.logps(params, b)) for b in batches])  # fmt: skip
-    gradients, sums = totals(update, params, batches, examples)
+    logps = [e.reference for e in scored(update, params, examples)]
+    gradients, sums = totals(update, params, pack(examples, SHAPE), examples)
     norm = math.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(gradients)))
     _, metrics = update.apply(TrainState.create(params, step), gradients, sums, np.float32(0))
 
@@ -156,45 +154,37 @@ def test_metrics_are_means_over_examples(world, tiny):
 # --- the reference -----------------------------------------------------------------------------
 
 
-def scored(update, params, examples, rows=4):
-    batches = packed(examples, rows)
-    found = unpack(
-        examples,
-        Shape(rows, TIME, TIME, 8, 3),
-        [np.asarray(update.logps(params, b)) for b in batches],
-    )
-    return [dataclasses.replace(e, reference=r) for e, r in zip(examples, found, strict=True)]
-
-
-def test_a_live_reference_equals_a_stored_one(world, random_params, tiny):
+def test_a_live_reference_equals_a_stored_one(world):
     update, _ = world("selm")
-    reference = random_params(tiny(), seed=5)
+    reference = world.fresh(seed=5)
     examples = scored(update, reference, some_examples())
-    stored = totals(update, world.fresh(), packed(examples, 4), examples)
+    stored = totals(update, world.fresh(), pack(examples, SHAPE), examples)
     unscored = [dataclasses.replace(e, reference=None) for e in examples]
-    live = totals(update, world.fresh(), packed(unscored, 4), examples, reference)
+    live = totals(update, world.fresh(), pack(unscored, SHAPE), examples, reference)
     assert_close(live, stored, atol=1e-5)
 
 
-@pytest.mark.parametrize("rows", [2, 4])
-def test_at_step_0_the_loss_is_log_2_whatever_alpha(world, rows):
-    """Also where the reference was stored from another packing."""
+def test_no_gradient_reaches_a_live_reference(world):
+    """Not even where it is the very tree that is trained."""
     update, _ = world("selm")
-    examples = scored(update, world.fresh(), some_examples(), rows)
-    gradients, sums = totals(update, world.fresh(), packed(examples, 4), examples)
-    np.testing.assert_allclose(sums["loss"] / 16, math.log(2), rtol=1e-6)
-    assert abs(float(sums["optimism/reward"])) < 1e-4
-    assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(gradients)) > 1e-3
-
-
-def test_no_gradient_reaches_a_live_reference(world, random_params, tiny):
-    """Updates with the policy's own tree as reference are those of the stored numbers."""
-    update, _ = world("dpo")
     params = world.fresh()
     examples = scored(update, params, some_examples())
-    stored, _ = totals(update, params, packed(examples, 4), examples)
-    live, _ = totals(update, params, packed(examples, 4), examples, params)
+    stored, _ = totals(update, params, pack(examples, SHAPE), examples)
+    live, _ = totals(update, params, pack(examples, SHAPE), examples, params)
     assert_close(live, stored)
+    assert optax.tree.norm(stored) > 1
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_at_step_0_the_loss_is_log_2_whatever_alpha(world, alone):
+    """Also where the stored reference was computed in other company."""
+    update, _ = world("selm")
+    examples, params = some_examples(), world.fresh()
+    groups = [[e] for e in examples] if alone else [examples]
+    examples = [e for group in groups for e in scored(update, params, group)]
+    _, sums = totals(update, params, pack(examples, SHAPE), examples)
+    np.testing.assert_allclose(sums["loss"] / 16, math.log(2), rtol=1e-6)
+    assert abs(float(sums["optimism/reward"])) < 1e-4
 
 
 def test_training_learns_what_is_preferred(world):
@@ -203,7 +193,7 @@ def test_training_learns_what_is_preferred(world):
     state = TrainState.create(world.fresh(), step)
     history = []
     for _ in range(12):
-        gradients, sums = totals(update, state.params, packed(examples, 4), examples)
+        gradients, sums = totals(update, state.params, pack(examples, SHAPE), examples)
         state, metrics = update.apply(state, gradients, sums, np.float32(0.01))
         history.append({k: float(v) for k, v in metrics.items()})
     assert int(state.step) == 12
@@ -218,7 +208,7 @@ def test_what_is_donated_is_gone_and_what_is_not_stays(world):
     update, step = world("selm")
     examples = some_examples()
     state = TrainState.create(world.fresh(), step)
-    batch, other, *_ = packed(examples, 3)
+    (batch,), (other,) = pack(examples[:9], SHAPE), pack(examples[9:], SHAPE)
     means = mean_lengths(examples)
     first, sums = update.gradients(state.params, batch, means)
     gradients, sums_too = update.add(first, sums, state.params, other, means)
@@ -276,13 +266,15 @@ def test_unit_rate_optimisers_are_optaxs_own(name, decay):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimiser_descends(name, world):
-    update, step = world("selm", name)
+    update, _ = world("selm")
+    step = optimizer(name, **SETTINGS)
+    apply = make_update(world.decoder, build("sft"), step, chunk=16, clip=1.0).apply
     examples = some_examples()
     state = TrainState.create(world.fresh(), step)
     losses = []
     for _ in range(5):
-        gradients, sums = totals(update, state.params, packed(examples, 4), examples)
-        state, metrics = update.apply(state, gradients, sums, np.float32(0.003))
+        gradients, sums = totals(update, state.params, pack(examples, SHAPE), examples)
+        state, metrics = apply(state, gradients, sums, np.float32(0.003))
         losses.append(float(metrics["loss"]))
     assert losses[-1] < losses[0]
 
@@ -291,12 +283,12 @@ def test_the_mean_gradient_is_clipped_by_its_global_norm(world):
     """With a plain step of gradient descent the change is the clipped gradient itself."""
     examples = some_examples()
     params = world.fresh()
-    gradients, sums = totals(world("selm")[0], params, packed(examples, 4), examples)
+    gradients, sums = totals(world("selm")[0], params, pack(examples, SHAPE), examples)
     mean = jax.tree.map(lambda g: g / len(examples), gradients)
     norm = float(optax.tree.norm(mean))
     for clip, factor in ((None, 1.0), (2 * norm, 1.0), (norm / 4, 0.25)):
         descent = optax.scale(-1.0)
-        update = make_update(Decoder(world.config), build("sft"), descent, chunk=8, clip=clip)
+        update = make_update(world.decoder, build("sft"), descent, chunk=16, clip=clip)
         state = TrainState.create(world.fresh(), descent)
         state, metrics = update.apply(state, gradients, sums, np.float32(0.5))
         expected = jax.tree.map(lambda x, g, f=factor: x - 0.5 * f * g, world.fresh(), mean)
@@ -347,49 +339,50 @@ def test_the_other_schedules():
 # --- the mesh ----------------------------------------------------------------------------------
 
 
-def run_on(mesh, decoder, params, name="adamw"):
-    """Three updates of two microbatches of 8 rows; on one device if the mesh is None."""
-    step = optimizer(name, **SETTINGS)
-    where, put = Shardings(), lambda batch: batch
-    if mesh is not None:
-        at = shardings(abstract_params(decoder.config), mesh, TRAINING)
-        where = Shardings(at, NamedSharding(mesh, PartitionSpec()))
-        params = jax.tree.map(jax.device_put, params, at)
+COMPILED = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda name, seconds, **_: (
+        COMPILED.append(name) if name.endswith("backend_compile_duration") else 0
+    )
+)
 
-        def put(batch):
-            axes = ("rows", None, None)
-            return jax.tree.map(
-                lambda x: jax.device_put(
-                    x, partition("batch", axes[: x.ndim], x.shape, mesh, TRAINING)
-                ),
-                batch,
-            )
 
-    objective = build("selm", beta=0.1, alpha=0.2)
-    update = make_update(decoder, objective, step, chunk=8, clip=1.0, shardings=where)
-    state = TrainState.create(jax.tree.map(jnp.copy, params), step)
+def run_on(mesh, decoder, params):
+    """Three updates of two microbatches of 8 rows; nothing compiles after the first."""
+    at = shardings(abstract_params(decoder.config), mesh, TRAINING)
+    where = Shardings(at, NamedSharding(mesh, PartitionSpec()))
+
+    def put(x):
+        axes = ("rows", None, None)[: x.ndim]
+        return jax.device_put(x, partition("batch", axes, x.shape, mesh, TRAINING))
+
+    objective, step = build("selm", beta=0.1, alpha=0.2), optimizer("adamw", **SETTINGS)
+    update = make_update(decoder, objective, step, chunk=16, clip=1.0, shardings=where)
+    params = jax.tree.map(lambda x, s: jax.device_put(jnp.copy(x), s), params, at)
+    state = TrainState.create(params, step)
     start = jax.tree.map(lambda x: x.sharding, state)
     losses = []
     for k in range(3):
-        examples = some_examples(24, seed=k)
-        batches = [put(b) for b in packed(examples, 8)]
+        examples = some_examples(36, seed=k)
+        batches = [jax.tree.map(put, b) for b in pack(examples, SHAPE)]
         assert len(batches) == 2
         gradients, sums = totals(update, state.params, batches, examples)
         state, metrics = update.apply(state, gradients, sums, np.float32(0.003))
         losses.append(float(metrics["loss"]))
         if k == 0:
             logps = [np.asarray(update.logps(state.params, b)) for b in batches]
+            compiled = len(COMPILED)
+    assert len(COMPILED) == compiled > 0
     same = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, start)
     assert all(jax.tree.leaves(same))
-    compiled = (update.gradients, update.add, update.apply, update.logps)
-    assert [f._cache_size() for f in compiled] == [1] * 4  # nothing compiles twice
     return losses, logps, state
 
 
 @pytest.fixture(scope="module")
 def on_one_device(tiny, random_params):
     decoder = Decoder(tiny(), remat="full")
-    return decoder, random_params(decoder.config), run_on(None, decoder, random_params(tiny()))
+    params = random_params(decoder.config)
+    return decoder, params, run_on(make_mesh((1, 1, 1), jax.devices()[:1]), decoder, params)
 
 
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2), (1, 4, 2)])

@@ -61,6 +61,39 @@ def report(
     typer.echo(f"report: {out}")
 
 
+@app.command()
+def bench(
+    model: Annotated[
+        str | None, typer.Argument(help="Model folder or Hub id; SmolLM2-135M-Instruct if none.")
+    ] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="A random model of this shape instead, such as 1b.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    remat: Annotated[str, typer.Option(help="none, mlp, dots or full.")] = "full",
+    peak: Annotated[float | None, typer.Option(help="TFLOP/s of one device, if known.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Repetitions.")] = None,
+    examples: Annotated[int | None, typer.Option(help="Examples per update.")] = None,
+    prompt: Annotated[int | None, typer.Option(help="Tokens of a prompt.")] = None,
+    response: Annotated[int | None, typer.Option(help="Tokens of a response.")] = None,
+    rows: Annotated[int | None, typer.Option(help="Packed rows of a batch.")] = None,
+    row_length: Annotated[int | None, typer.Option(help="Tokens of a row.")] = None,
+    slots: Annotated[int | None, typer.Option(help="Responses decoded together.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the result here too.")] = None,
+) -> None:
+    """Measure how fast this machine trains and generates, and how much memory that takes."""
+    _set_up_jax()
+    from selm_jax import bench
+
+    sizes = {
+        "steps": steps, "examples": examples, "prompt": prompt, "response": response,
+        "rows": rows, "row_length": row_length, "slots": slots,
+    }  # fmt: skip
+    bench.main(
+        model or bench.MODEL, shape=shape, dtype=dtype, remat=remat, peak=peak, json=json, **sizes
+    )
+
+
 def main() -> None:
     """Entry point. Known errors are one message, not a trace; exit status 1, Ctrl-C 130."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

@@ -79,8 +79,7 @@ def test_lines_are_dropped_by_condition_and_when_torn(tmp_path):
 
 
 def test_one_process_at_a_time(tmp_path):
-    with artifacts.only_one(tmp_path):
-        with pytest.raises(ArtifactError, match="another process"), artifacts.only_one(tmp_path):
-            pass
+    with artifacts.only_one(tmp_path), pytest.raises(ArtifactError, match="another process"):
+        artifacts.only_one(tmp_path).__enter__()
     with artifacts.only_one(tmp_path):
         pass

@@ -23,16 +23,16 @@ from selm_jax.models.decoder import Decoder
 from selm_jax.models.families import read_config
 from selm_jax.objectives import losses
 from selm_jax.preferences.examples import Example
-from selm_jax.preferences.packing import common_shape, pack
+from selm_jax.preferences.packing import assign_rows, common_shape, pack
 from selm_jax.training.loop import mean_lengths, response_logps
 from selm_jax.training.optimizer import optimizer
 from selm_jax.training.state import TrainState
 from selm_jax.training.update import make_update
 from selm_jax.weights.huggingface import load
 
-# Rows of the batch for four examples. Distinct examples are equally long, a row each; mixed ones
-# go two to a row, or the short would be padded to the long.
-ROWS = {"distinct": 4, "dpo": 4, "shared": 2}
+# Examples to a row. Distinct ones are equally long and have a row each; of mixed ones two share a
+# row, or the short would be padded to the long.
+PER_ROW = {"distinct": 1, "dpo": 1, "shared": 2}
 
 
 def main(model, data_file, kind):
@@ -42,15 +42,17 @@ def main(model, data_file, kind):
         [example(kind, row, 4 * step + i) for i, row in enumerate(rows)]
         for step, rows in enumerate(data["train"])
     ]
-    tokens = max(sum(e.tokens for e in group) for group in groups)
-    shape = common_shape(groups, rows=ROWS[kind], time=-(-tokens // ROWS[kind]))
+    rows = -(-len(groups[0]) // PER_ROW[kind])
+    shape = common_shape(groups, rows=rows, time=row_length(groups, rows))
 
     config = read_config(Path(model))
     decoder = Decoder(config, remat=Training.remat)
     objective = losses.dpo(s["beta"]) if kind == "dpo" else losses.selm(s["beta"], s["alpha"])
     adamw = optimizer("adamw", b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0)
     update = make_update(decoder, objective, adamw, chunk=Training.logprob_chunk, clip=1.0)
-    params = load(Path(model), config)
+    # Committed to the device, as in a run; or the second step, whose parameters are, compiles again.
+    device = jax.devices()[0]
+    params = load(Path(model), config, place=lambda _, x: jax.device_put(x, device))
 
     groups = [
         [
@@ -81,6 +83,14 @@ def main(model, data_file, kind):
         del gradients
         jax.block_until_ready(state)
         worker.end(loss=float(metrics["loss"]), score_seconds=score_seconds)
+
+
+def row_length(groups, rows):
+    """The shortest in which every group fits into so many rows."""
+    time = max(example.tokens for group in groups for example in group)
+    while any(len(assign_rows(group, time)) > rows for group in groups):
+        time += 1
+    return time
 
 
 def example(kind, row, number):

@@ -5,7 +5,7 @@ three distinct responses with stored reference log-probabilities, and the rollou
 held against hand-counted floating point operations (`models.flops`).
 """
 
-from selm_jax.bench.run import main, run
+from selm_jax.bench.command import main, run
 from selm_jax.bench.work import BenchError, Sizes
 
 __all__ = ["BenchError", "Sizes", "main", "run"]

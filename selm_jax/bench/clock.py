@@ -17,8 +17,8 @@ from selm_jax.models.flops import Flops
 PEAKS = (
     ("TPU v2", 22.5), ("TPU v3", 61.5), ("TPU v4", 275), ("TPU v5 lite", 197), ("TPU v5e", 197),
     ("TPU v5", 459), ("TPU v6 lite", 918), ("TPU v6e", 918), ("H100 PCIe", 756), ("H100", 989),
-    ("H200", 989), ("GH200", 989), ("B200", 2250), ("A100", 312), ("A10G", 70), ("L40S", 362),
-    ("L4", 121), ("V100", 125), ("T4", 65),
+    ("H200", 989), ("GH200", 989), ("B200", 2250), ("A100", 312), ("A10G", 70), ("A10", 125),
+    ("L40S", 362), ("L40", 181), ("L4", 121),
 )  # fmt: skip
 
 
@@ -28,6 +28,9 @@ class Times:
 
     seconds: list[float]
     peak: list[float | None]
+
+    def __add__(self, more: Times) -> Times:
+        return Times(self.seconds + more.seconds, self.peak + more.peak)
 
     def against(self, work: Flops) -> dict[str, Any]:
         tflop = work.total / 1e12

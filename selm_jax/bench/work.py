@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from selm_jax.bench.clock import Clock
+from selm_jax.bench.clock import Clock, Times
 from selm_jax.config import Training
 from selm_jax.models import flops
 from selm_jax.models.decoder import Decoder, Params, abstract_params
@@ -72,6 +72,7 @@ def training(
     remat: str,
     clock: Clock,
 ) -> dict[str, Any]:
+    """Updates of SELM on stored reference log-probabilities, as `training.loop` makes them."""
     mesh = make_mesh((1, -1, 1))
     where = Shardings(shardings(abstract_params(config), mesh, TRAINING), _replicated(mesh))
     adamw = optimizer("adamw", b1=Training.b1, b2=Training.b2, eps=Training.eps, weight_decay=0.0)
@@ -115,6 +116,7 @@ def training(
 def generation(
     config: DecoderConfig, make_params: MakeParams, sizes: Sizes, dtype: str, clock: Clock
 ) -> dict[str, Any]:
+    """Prompts read and tokens drawn after the first, which comes from the prefill."""
     if sizes.response < 2:
         raise BenchError("response is 1: the first token comes from the prefill, none is decoded")
     mesh = make_mesh((1, -1, 1))
@@ -136,24 +138,29 @@ def generation(
         return partial(engine.generate, params, requests, seed=0, iteration=1)
 
     prefill, whole = answer(1), answer(sizes.response)
-    for once in (prefill, whole):
-        clock.measure(once, 1)
-    prefill_times = clock.measure(prefill, sizes.steps)
-    whole_times = clock.measure(whole, sizes.steps)
-    before = statistics.median(prefill_times.seconds)
-    decode_times = dataclasses.replace(
-        whole_times, seconds=[max(s - before, 1e-9) for s in whole_times.seconds]
-    )
+    clock.measure(prefill, 1)
+    clock.measure(whole, 1)
+    prefills, wholes = Times([], []), Times([], [])
+    for _ in range(sizes.steps):  # in turns, so that a slow minute is in both
+        prefills += clock.measure(prefill, 1)
+        wholes += clock.measure(whole, 1)
+    before = statistics.median(prefills.seconds)
+    decodes = dataclasses.replace(wholes, seconds=[s - before for s in wholes.seconds])
+    if min(decodes.seconds) <= 0:
+        raise BenchError(
+            f"{sizes.response} tokens a response took no longer than the prefill ({before:.4f} s): "
+            "too little to measure; ask for longer responses"
+        )
     steps = sizes.response - 1
     read = flops.forward(config, rows=sizes.slots, time=sizes.prompt, keys=sizes.prompt, scored=1)
     written = flops.forward(
         config, rows=sizes.slots * steps, time=1, keys=sizes.prompt + sizes.response, scored=1
     )
-    decode = statistics.median(decode_times.seconds)
+    decode = statistics.median(decodes.seconds)
     return {
-        "prefill": prefill_times.against(read)
+        "prefill": prefills.against(read)
         | {"tokens_per_second": sizes.slots * sizes.prompt / before},
-        "decode": decode_times.against(written)
+        "decode": decodes.against(written)
         | {"tokens_per_second": sizes.slots * steps / decode, "ms_per_step": 1e3 * decode / steps},
     }
 

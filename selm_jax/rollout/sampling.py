@@ -21,8 +21,9 @@ class Sampling:
 
     Attributes:
       temperature: divides the logits; > 0 (greedy answers do not draw at all).
-      top_k: keep the k likeliest tokens; 0 keeps all.
-      top_p: keep the fewest tokens whose probabilities sum to at least top_p; 1 keeps all.
+      top_k: keep the k likeliest tokens, and any as likely as the last of them; 0 keeps all.
+      top_p: keep the fewest tokens whose probabilities sum to at least top_p (ties as above); 1
+        keeps all.
       min_p: keep tokens at least min_p times as likely as the likeliest; 0 keeps all.
     """
 

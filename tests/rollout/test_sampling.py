@@ -173,6 +173,12 @@ def test_no_filter_is_the_softmax():
     np.testing.assert_allclose(p / p.sum(-1, keepdims=True), jax.nn.softmax(logits), rtol=1e-5)
 
 
+def test_top_p_keeps_the_fewest_tokens():
+    logits = np.log(np.array([[0.5, 0.25, 0.125, 0.125]], np.float32))
+    for top_p, kept in ((0.49, 1), (0.5, 1), (0.51, 2), (0.75, 2), (0.76, 4), (1.0, 4)):
+        assert (probabilities(logits, Sampling(top_p=top_p)) > 0).sum() == kept
+
+
 def test_ties_stay_together():
     logits = np.log(np.array([[4, 2, 2, 1, 1]], np.float32))
     assert (probabilities(logits, Sampling(top_k=2))[0] > 0).tolist() == [True] * 3 + [False] * 2

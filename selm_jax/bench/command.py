@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import platform
 import statistics
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from selm_jax.bench.clock import Clock
 from selm_jax.bench.memory import peak_mib, release
 from selm_jax.bench.work import BenchError, MakeParams, Sizes, generation, training
 from selm_jax.config import Training
-from selm_jax.models.decoder import Decoder, Params, parameter_count
+from selm_jax.models.decoder import REMAT, Decoder, Params, parameter_count
 from selm_jax.models.families import DecoderConfig, read_config
 from selm_jax.weights import sources
 from selm_jax.weights.huggingface import load
@@ -38,7 +37,6 @@ SHAPES = {
         128256, 2048, 16, 32, 8, 64, 8192, 1e-5, 5e5, True, None, 131072, "LlamaForCausalLM"
     ),
 }
-
 
 ON_CPU = Sizes(prompt=64, response=64, examples=4, rows=4, row_length=256, slots=16)
 ON_ACCELERATOR = Sizes(prompt=256, response=512, examples=16, rows=8, row_length=2048, slots=64)
@@ -75,11 +73,13 @@ def main(
     Raises:
       BenchError: an unknown shape, dtype or remat, or sizes that make no sense.
     """
-    asked = dict(
-        prompt=prompt, response=response, examples=examples, rows=rows, row_length=row_length,
-        slots=slots, steps=steps,
-    )  # fmt: skip
+    asked = {
+        "prompt": prompt, "response": response, "examples": examples, "rows": rows,
+        "row_length": row_length, "slots": slots, "steps": steps,
+    }  # fmt: skip
     default = ON_CPU if jax.default_backend() == "cpu" else ON_ACCELERATOR
+    devices = jax.device_count()
+    default = dataclasses.replace(default, rows=-(-default.rows // devices) * devices)
     sizes = dataclasses.replace(default, **{k: v for k, v in asked.items() if v is not None})
     console = Console()
     with console.status("measuring; the first steps compile"):
@@ -98,9 +98,19 @@ def run(
     remat: str = Training.remat,
     peak: float | None = None,
 ) -> dict[str, Any]:
-    """Measures; arguments as for `main`. Everything in the result is plain JSON."""
+    """Measures; arguments as for `main`. Everything in the result is plain JSON.
+
+    Seconds are of every counted repetition; tokens, examples and FLOP rates are at their median.
+    """
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    for what, value, known in (
+        ("dtype", dtype, ("float32", "bfloat16")),
+        ("remat", remat, REMAT),
+        ("shape", shape, (None, *SHAPES)),
+    ):
+        if value not in known:
+            raise BenchError(f"{what} {value!r} is not one of {', '.join(filter(None, known))}")
     name, config, make_params = _model(model, shape)
     clock = Clock.make(peak, dtype)
     release()
@@ -163,8 +173,6 @@ def _model(model: str, shape: str | None) -> tuple[str, DecoderConfig, MakeParam
         folder = sources.resolve(model).path
         config = read_config(folder)
         return model, config, lambda where: _load(folder, config, where)
-    if shape not in SHAPES:
-        raise BenchError(f"shape {shape!r} is not one of {', '.join(SHAPES)}")
     config = SHAPES[shape]
 
     def init(key):

@@ -64,8 +64,8 @@ def report(
 @app.command()
 def bench(
     model: Annotated[
-        str | None, typer.Argument(help="Model folder or Hub id; SmolLM2-135M-Instruct if none.")
-    ] = None,
+        str, typer.Argument(help="Model folder, Hub id or GGUF file.")
+    ] = "HuggingFaceTB/SmolLM2-135M-Instruct",
     shape: Annotated[
         str | None, typer.Option(help="A random model of this shape instead, such as 1b.")
     ] = None,
@@ -89,9 +89,7 @@ def bench(
         "steps": steps, "examples": examples, "prompt": prompt, "response": response,
         "rows": rows, "row_length": row_length, "slots": slots,
     }  # fmt: skip
-    bench.main(
-        model or bench.MODEL, shape=shape, dtype=dtype, remat=remat, peak=peak, json=json, **sizes
-    )
+    bench.main(model, shape=shape, dtype=dtype, remat=remat, peak=peak, json=json, **sizes)
 
 
 def main() -> None:

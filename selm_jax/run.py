@@ -299,10 +299,12 @@ class Run:
         return bar(self.console, title, total, unit)
 
     def say(self, stage: str, t: int, counts: Mapping[str, Any], seconds: float) -> None:
-        """One line for a finished stage."""
+        """One line for a finished stage; counts of details (`drops/tie`) are left to stage.json."""
         shown = ", ".join(
-            f"{value:,.3f} {key}" if isinstance(value, float) else f"{value:,} {key}"
+            f"{key.removeprefix('heldout/')} {value:,.3f}"
+            if isinstance(value, float)
+            else f"{value:,} {key}"
             for key, value in counts.items()
-            if value
+            if value and ("/" not in key or key.startswith("heldout/"))
         )
         self.console.print(f"iteration {t}  {stage:<9} {seconds:7.1f} s   {shown}", soft_wrap=True)

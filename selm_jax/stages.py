@@ -348,7 +348,9 @@ def evaluate(run: Run, t: int) -> Counts:
     run.forget_metrics(lambda m: m["stage"] == "evaluate" and m["iteration"] == t)
     run.log("evaluate", t, summary)
     return {"prompts": len(prompts), "responses": len(responses)} | {
-        key: summary[key] for key in ("heldout/reward_greedy", "heldout/kl") if key in summary
+        key: summary[key]
+        for key in ("heldout/reward_greedy", "heldout/gain", "heldout/kl")
+        if key in summary
     }
 
 

@@ -259,15 +259,12 @@ def make_data(model: Path, a) -> dict:
     }  # fmt: skip
 
 
-def check_losses(found: dict[str, Measured]) -> float | None:
+def loss_difference(found: dict[str, Measured]) -> float | None:
     """The largest difference between our losses and the authors' recipe's: the same computation?"""
     if "authors" not in found:
         return None
     both = zip(found["selm"].steps, found["authors"].steps, strict=True)
-    worst = max(abs(ours["loss"] - theirs["loss"]) for ours, theirs in both)
-    if worst > 1e-3:
-        sys.exit(f"SELM and the authors' recipe have losses {worst:.4f} apart: not the same update")
-    return worst
+    return max(abs(ours["loss"] - theirs["loss"]) for ours, theirs in both)
 
 
 @dataclass(frozen=True)
@@ -437,7 +434,7 @@ def main() -> None:
                 results[comparison.title] = compare(
                     comparison, pythons, model, data, Path(scratch), a
                 )
-    worst = check_losses(results.get("SELM", {}))
+    worst = loss_difference(results.get("SELM", {}))
     verdicts = [judge(bar, results) for bar in BARS if bar.comparison in results]
     body, bars, remarks = rows(results, a), bar_rows(verdicts), notes(results, worst, a)
     show("What was measured", HEADS, body)
@@ -462,6 +459,8 @@ def main() -> None:
         listed = "\n".join(f"- {remark}" for remark in remarks)
         parts = [markdown(HEADS, body), markdown(BAR_HEADS, bars), listed]
         a.markdown.write_text("\n\n".join(parts) + "\n")
+    if worst is not None and worst > 1e-3:
+        sys.exit("SELM and the authors' recipe did not compute the same losses: compare nothing")
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ class Training:
     clip: float | None = 1.0  # global norm of the gradient
     reference: Literal["stored", "live"] = "stored"  # live: a second model in memory, same numbers
     remat: Literal["none", "mlp", "dots", "full"] = "full"
-    logprob_chunk: int = 64  # tokens per row whose logits exist at a time
+    logprob_chunk: int = 32  # tokens per row whose logits exist at a time
     checkpoint_every: int = 100  # updates
     parameter_dtype: Literal["float32", "bfloat16"] = "float32"
 

@@ -25,6 +25,7 @@ from selm_jax.config import as_dict
 from selm_jax.evaluation import frontier
 from selm_jax.feedback.pairs import Candidate, Dropped, Pair, Report, distinct, ranks, select
 from selm_jax.feedback.ranker import Question
+from selm_jax.memory import release
 from selm_jax.models.decoder import Params
 from selm_jax.preferences.examples import Example, from_parquet, to_table
 from selm_jax.preferences.packing import common_shape
@@ -380,6 +381,7 @@ class Stage:
         seconds = time.perf_counter() - began
         outputs = {name: run.iteration(t) / name for name in self.outputs}
         record.finish(self.name, inputs, settings, outputs, counts, seconds)
+        release()  # or the next stage's peak would stand on this one's leavings
         run.say(self.name, t, counts, seconds)
         return True
 

@@ -18,9 +18,9 @@ from rich.table import Table
 
 from selm_jax import artifacts
 from selm_jax.bench.clock import Clock
-from selm_jax.memory import peak_mib, release
 from selm_jax.bench.work import BenchError, MakeParams, Sizes, generation, training
 from selm_jax.config import Training
+from selm_jax.memory import peak_mib, release
 from selm_jax.models.decoder import REMAT, Decoder, Params, parameter_count
 from selm_jax.models.families import DecoderConfig, read_config
 from selm_jax.weights import sources

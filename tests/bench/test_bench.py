@@ -10,8 +10,8 @@ import jax
 import pytest
 from rich.console import Console
 
-from selm_jax import bench
-from selm_jax.bench import clock, command, memory
+from selm_jax import bench, memory
+from selm_jax.bench import clock, command
 from selm_jax.bench.work import _examples
 from selm_jax.models.families import DecoderConfig
 

@@ -14,7 +14,7 @@ import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import flax.struct
 import jax
@@ -221,7 +221,7 @@ def _prefill(
         jnp.zeros(rows, jnp.int32),
     )  # fmt: skip
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    return cache, _logits(last, params)
+    return cast(tuple[LayerCache, ...], cache), _logits(last, params)
 
 
 def _insert_taken(engine: Engine, slots: Slots, head: _Waiting, taken, into) -> Slots:

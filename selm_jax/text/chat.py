@@ -50,7 +50,7 @@ class Chat:
             raise ChatError(f"{folder}: the tokenizer has no chat template (chat_template.jinja)")
         self.stop_ids = _stop_ids(folder, self.tokenizer)
         own = self.tokenizer("")["input_ids"]  # what the tokenizer puts around any text
-        self._bos = own[0] if own[:1] == [self.tokenizer.bos_token_id] else None
+        self._bos: int | None = own[0] if own[:1] == [self.tokenizer.bos_token_id] else None
 
     def prompt_ids(self, messages: Sequence[Turn]) -> tuple[int, ...]:
         """The conversation and the header of the answer that is to follow."""
@@ -107,7 +107,7 @@ class Chat:
             raise ChatError(
                 f"the chat template writes {self.tokenizer.bos_token} twice: {rendered!r}"
             )
-        return ids if self._bos is None or ids[:1] == (bos,) else (bos, *ids)
+        return ids if self._bos is None or ids[:1] == (bos,) else (self._bos, *ids)
 
     def _tokens(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])

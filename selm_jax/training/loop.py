@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
+import jax
 import numpy as np
 
 from selm_jax.config import Training
@@ -106,6 +107,7 @@ def train(
         gradients, sums = update.gradients(state.params, first, means, *live)
         for batch in rest:
             gradients, sums = update.add(gradients, sums, state.params, batch, means, *live)
+        _settle(gradients)
         now = np.float32(cast(Any, rate(step)))
         state, metrics = update.apply(state, gradients, sums, now)
         del gradients  # or the next update would hold two
@@ -121,6 +123,13 @@ def train(
         if (step + 1) % s.checkpoint_every == 0 and step + 1 < count:
             checkpoints.save(state)
     return state
+
+
+def _settle(tree: Any) -> None:
+    """Waits, on several CPU devices only: there two programs in flight can hold the threads that
+    each other's collectives need, for ever."""
+    if jax.default_backend() == "cpu" and jax.device_count() > 1:
+        jax.block_until_ready(tree)
 
 
 def mean_lengths(examples: Sequence[Example]) -> np.ndarray:

@@ -14,6 +14,10 @@ _EIGHT = "--xla_force_host_platform_device_count=8"
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_EIGHT}".strip()
 
+# Threads for eight devices however few the cores: a program waits in its collectives for all its
+# devices, and with fewer threads two programs in flight can wait for each other for ever.
+os.environ.setdefault("PJRT_NPROC", "32")
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -24,9 +28,6 @@ from selm_jax.models.decoder import Decoder, Params, abstract_params, unembeddin
 from selm_jax.models.families import DecoderConfig
 from selm_jax.weights.sources import SourceError, _converted, cache_root, resolve
 from selm_jax.weights.wheels import WHEELS
-
-# Two programs in flight on eight CPU devices can starve each other's collectives of threads.
-jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 TINY = DecoderConfig(
     vocab_size=96,

@@ -27,7 +27,7 @@ from selm_jax.feedback.pairs import Candidate, Dropped, Pair, Report, distinct, 
 from selm_jax.feedback.ranker import Question
 from selm_jax.memory import release
 from selm_jax.models.decoder import Params
-from selm_jax.preferences.examples import Example, from_parquet, to_table
+from selm_jax.preferences.examples import ROLES, Example, from_parquet, to_table
 from selm_jax.preferences.packing import common_shape
 from selm_jax.rollout.engine import Request, Response, decoding_params
 from selm_jax.rollout.sampling import Sampling
@@ -233,15 +233,12 @@ def _examples(run: Run, t: int) -> list[Example]:
             Candidate(r["source"], r["text"], tuple(r["token_ids"]), r["finish"], r["sample"])
             for r in each
         ]
-        pair = Pair(*(next(i for i, r in enumerate(each) if r[role]) for role in _ROLES))
+        pair = Pair(*(next(i for i, r in enumerate(each) if r[role]) for role in ROLES))
         keep, roles = distinct(candidates, pair)
         ids = run.chat.prompt_ids(prompts[prompt_id].messages)
         responses = tuple(tuple(each[i]["token_ids"]) for i in keep)
         examples.append(Example(prompt_id, ids, responses, roles))
     return examples
-
-
-_ROLES = ("chosen", "rejected", "explore")
 
 
 def train_policy(run: Run, t: int) -> Counts:

@@ -24,23 +24,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from selm_jax.models.decoder import Decoder, Params, abstract_params, unembedding
-from selm_jax.models.families import DecoderConfig
+from selm_jax.models.config import DecoderConfig, LayerKind, Rope
+from selm_jax.models.decoder import Decoder, Params, abstract_params, logits
 from selm_jax.weights.sources import SourceError, _converted, cache_root, resolve
 from selm_jax.weights.wheels import WHEELS
 
 TINY = DecoderConfig(
     vocab_size=96,
     embed=32,
-    layers=2,
     heads=4,
     kv_heads=2,
     head_dim=8,
     mlp=64,
     norm_eps=1e-5,
-    rope_theta=1e4,
+    kinds=(LayerKind(Rope(1e4)),) * 2,
     tied=False,
-    window=None,
     max_positions=2048,
     architecture="LlamaForCausalLM",
 )
@@ -49,12 +47,16 @@ REAL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 @pytest.fixture(scope="session")
 def tiny() -> Callable[..., DecoderConfig]:
-    """The facts of a tiny decoder; keywords change them. With a window it is a Mistral."""
+    """The facts of a tiny decoder; keywords change them. With a window it is a Mistral.
 
-    def make(**changes) -> DecoderConfig:
-        if changes.get("window"):
+    Besides the fields of `DecoderConfig`: layers, rope_theta and window, the same in all layers.
+    """
+
+    def make(*, layers=2, rope_theta=1e4, window=None, **changes) -> DecoderConfig:
+        if window:
             changes.setdefault("architecture", "MistralForCausalLM")
-        return dataclasses.replace(TINY, **changes)
+        kinds = (LayerKind(Rope(rope_theta), window),) * layers
+        return dataclasses.replace(TINY, **({"kinds": kinds} | changes))
 
     return make
 
@@ -80,17 +82,15 @@ def random_params() -> Callable[..., Params]:
 def all_logits() -> Callable[..., jax.Array]:
     """Full logits of right-padded rows, each row a sequence of its own. [rows, time, vocab]"""
 
-    def logits(decoder: Decoder, params: Params, tokens) -> jax.Array:
+    def run(decoder: Decoder, params: Params, tokens) -> jax.Array:
         rows, time = tokens.shape
         at = jnp.arange(time)
-        ago = at[:, None] - at
-        window = decoder.config.window or time
-        mask = jnp.broadcast_to((ago >= 0) & (ago < window), (rows, time, time))
+        mask = jnp.broadcast_to(at[:, None] >= at, (rows, time, time))
         positions = jnp.broadcast_to(at, (rows, time))
         hidden, _ = decoder.apply({"params": params}, tokens, positions, mask)
-        return jnp.einsum("rtd,vd->rtv", hidden, unembedding(params))
+        return logits(decoder.config, params, hidden)
 
-    return logits
+    return run
 
 
 @pytest.fixture(scope="session")
@@ -136,3 +136,28 @@ def real_model() -> Path:
         return resolve(str(folder)).path
     except SourceError as e:
         pytest.skip(f"{REAL} in the cache is not usable: {e}")
+
+
+@pytest.fixture
+def parity(record_property) -> Callable[[str, str, float], None]:
+    """Notes by how much a family's logits differ in a form; the session's summary lists the worst."""
+
+    def note(family: str, form: str, difference: float) -> None:
+        record_property("parity", (family, form, difference))
+
+    return note
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    worst: dict[str, dict[str, float]] = {}
+    for report in terminalreporter.getreports("passed"):
+        for key, value in report.user_properties:
+            if key == "parity":
+                family, form, difference = value
+                forms = worst.setdefault(family, {})
+                forms[form] = max(difference, forms.get(form, 0.0))
+    if worst:
+        terminalreporter.section("largest differences of logits, float32")
+        for family, forms in worst.items():
+            listed = "  ".join(f"{form} {value:.1e}" for form, value in forms.items())
+            terminalreporter.write_line(f"{family:14} {listed}")

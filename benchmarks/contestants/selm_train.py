@@ -50,9 +50,7 @@ def main(model, data_file, kind):
     objective = losses.dpo(s["beta"]) if kind == "dpo" else losses.selm(s["beta"], s["alpha"])
     adamw = optimizer("adamw", b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0)
     update = make_update(decoder, objective, adamw, chunk=Training.logprob_chunk, clip=1.0)
-    # Committed to the device, as in a run; or the second step, whose parameters are, compiles again.
-    device = jax.devices()[0]
-    params = load(Path(model), config, place=lambda _, x: jax.device_put(x, device))
+    params = load(Path(model), config)
 
     groups = [
         [

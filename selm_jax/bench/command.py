@@ -12,7 +12,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict
 from rich.console import Console
 from rich.table import Table
 
@@ -21,20 +20,23 @@ from selm_jax.bench.clock import Clock
 from selm_jax.bench.work import BenchError, MakeParams, Sizes, generation, training
 from selm_jax.config import Training
 from selm_jax.memory import peak_mib, release
-from selm_jax.models.decoder import REMAT, Decoder, Params, parameter_count
-from selm_jax.models.families import DecoderConfig, read_config
+from selm_jax.models.config import DecoderConfig, LayerKind, Rope
+from selm_jax.models.decoder import REMAT, Decoder, parameter_count
+from selm_jax.models.families import read_config
 from selm_jax.weights import sources
 from selm_jax.weights.huggingface import load
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
+_LLAMA = "LlamaForCausalLM"
+
 # Shapes to fill with random numbers: SmolLM2-135M, and Llama 3.2 1B.
 SHAPES = {
     "135m": DecoderConfig(
-        49152, 576, 30, 9, 3, 64, 1536, 1e-5, 1e5, True, None, 8192, "LlamaForCausalLM"
+        49152, 576, 9, 3, 64, 1536, (LayerKind(Rope(1e5)),) * 30, 1e-5, True, 8192, _LLAMA
     ),
     "1b": DecoderConfig(
-        128256, 2048, 16, 32, 8, 64, 8192, 1e-5, 5e5, True, None, 131072, "LlamaForCausalLM"
+        128256, 2048, 32, 8, 64, 8192, (LayerKind(Rope(5e5)),) * 16, 1e-5, True, 131072, _LLAMA
     ),
 }
 
@@ -172,7 +174,7 @@ def _model(model: str, shape: str | None) -> tuple[str, DecoderConfig, MakeParam
     if shape is None:
         folder = sources.resolve(model).path
         config = read_config(folder)
-        return model, config, lambda where: _load(folder, config, where)
+        return model, config, lambda where: load(folder, config, shardings=where)
     config = SHAPES[shape]
 
     def init(key):
@@ -184,11 +186,6 @@ def _model(model: str, shape: str | None) -> tuple[str, DecoderConfig, MakeParam
         return jax.jit(init, out_shardings=where)(jax.random.key(0))
 
     return f"random {shape}", config, make_params
-
-
-def _load(folder: Path, config: DecoderConfig, where: Any) -> Params:
-    flat = flatten_dict(where)
-    return load(folder, config, place=lambda path, x: jax.device_put(x, flat[path]))
 
 
 def _cpu_name() -> str:

@@ -16,8 +16,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from selm_jax.bench.clock import Clock, Times
 from selm_jax.config import Training
 from selm_jax.models import flops
+from selm_jax.models.config import DecoderConfig
 from selm_jax.models.decoder import Decoder, Params, abstract_params
-from selm_jax.models.families import DecoderConfig
 from selm_jax.objectives.losses import selm
 from selm_jax.parallel.mesh import make_mesh
 from selm_jax.parallel.rules import TRAINING, partition, shardings

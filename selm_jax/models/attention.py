@@ -17,12 +17,16 @@ def attention(
     keys: Float[Array, "r s k h"],
     values: Float[Array, "r s k h"],
     mask: Bool[Array, "r t s"],
+    *,
+    scale: float,
+    cap: float | None = None,
 ) -> Float[Array, "r t heads h"]:
-    """softmax(q k^T / sqrt(h)) v, the softmax in float32. A query that sees nothing gets a mean."""
+    """softmax(cap(scale * q k^T)) v, the softmax in float32. A query that sees nothing gets a mean."""
     r, t, heads, h = query.shape
     k = keys.shape[2]
-    query = query.reshape(r, t, k, heads // k, h) * h**-0.5
+    query = query.reshape(r, t, k, heads // k, h) * scale
     scores = jnp.einsum("rtkgh,rskh->rkgts", query, keys, preferred_element_type=jnp.float32)
+    scores = soft_cap(scores, cap)
     # A large finite number, not -inf: rows of padding see nothing and must not become NaN.
     scores = jnp.where(mask[:, None, None], scores, -1e30)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
@@ -31,23 +35,22 @@ def attention(
     return context.transpose(0, 3, 1, 2, 4).reshape(r, t, heads, h)
 
 
+def soft_cap(x: Array, cap: float | None) -> Array:
+    """cap * tanh(x / cap): nearly x where it is small, and never beyond the cap (Gemma 2)."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
 def tree_mask(
-    segment: Int[Array, "rows time"],
-    branch: Int[Array, "rows time"],
-    position: Int[Array, "rows time"],
-    window: int | None = None,
+    segment: Int[Array, "rows time"], branch: Int[Array, "rows time"]
 ) -> Bool[Array, "rows time time"]:
     """Who sees whom in rows of packed prompt trees (see `preferences.packing`).
 
-    A token sees, causally, the prompt of its own segment (branch 0) and its own branch. With a
-    window it sees the last `window` positions of that path; positions count along the branch, so
-    sibling branches that lie between in the row do not use the window up.
+    A token sees, causally, the prompt of its own segment (branch 0) and its own branch. Windows are
+    the decoder's: it counts them in positions, which go along the branch, so that sibling branches
+    that lie between in the row do not use a window up.
     """
     time = jnp.arange(segment.shape[1])
     causal = time[:, None] >= time[None, :]
     same_segment = segment[:, :, None] == segment[:, None, :]
     own_path = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
-    mask = causal & same_segment & own_path & (segment[:, :, None] > 0)
-    if window is not None:
-        mask &= position[:, :, None] - position[:, None, :] < window
-    return mask
+    return causal & same_segment & own_path & (segment[:, :, None] > 0)

@@ -2,9 +2,9 @@
 
     variables = Decoder(config).init(key, tokens, positions, mask)
     hidden, _ = Decoder(config).apply(variables, tokens, positions, mask)
-    logits = hidden @ unembedding(variables["params"])
+    scores = logits(config, variables["params"], hidden)
 
-`hidden` and the unembedding are separate, because log-probabilities never want all logits at once.
+Hidden states and logits are separate, because log-probabilities never want all logits at once.
 Layers are stacked and scanned (`scan=True`, training) or one parameter tree per layer
 (`scan=False`, decoding: a scan copies each layer's weights out of the stack at every step; here
 that cost 1.5 times). `unstack` turns the first form of the parameters into the second.
@@ -12,6 +12,8 @@ that cost 1.5 times). `unstack` turns the first form of the parameters into the 
 
 from __future__ import annotations
 
+import math
+from functools import partial
 from typing import Any, cast
 
 import flax.linen as nn
@@ -21,9 +23,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from selm_jax.models.attention import attention
-from selm_jax.models.families import DecoderConfig
+from selm_jax.models.attention import attention, soft_cap
+from selm_jax.models.config import DecoderConfig
 from selm_jax.models.linear import project
+from selm_jax.models.lora import Lora
+from selm_jax.models.quantize import dequantize
 from selm_jax.models.rope import rotate, rotations
 
 Params = dict[str, Any]
@@ -57,41 +61,79 @@ def _weight(
     return cast(Array, module.param(name, init, shape))
 
 
-class Norm(nn.Module):
-    """Root mean square norm, computed in float32."""
+def _linear(
+    module: Attention | MLP,
+    name: str,
+    x: Array,
+    axes: tuple[str, ...],
+    shape: tuple[int, ...],
+    inputs: int = 1,
+    bias: bool = False,
+) -> Array:
+    """x times the kernel `name`, plus its bias and its adapter where it has them.
 
-    eps: float
+    x: [rows, time, *in]; axes and shape are the kernel's, [*in, *out]; `inputs` counts *in.
+    """
+    y = project(x, _weight(module, name, axes, shape, math.prod(shape[:inputs])), inputs)
+    if bias:
+        zeros = nn.with_logical_partitioning(nn.initializers.zeros, axes[inputs:])
+        y = y + cast(Array, module.param(f"{name}_bias", zeros, shape[inputs:])).astype(y.dtype)
+    lora = module.lora
+    if lora is None or not lora.adapts(f"{module.name}/{name}"):
+        return y
+
+    def half(suffix: str, axes: tuple[str, ...], shape: tuple[int, ...]) -> Array:
+        # Zeros stand for the shape alone; what adapters start from, `lora.init` says.
+        zeros = nn.with_logical_partitioning(nn.initializers.zeros, axes)
+        variable = module.variable("lora", f"{name}_{suffix}", zeros, jax.random.key(0), shape)
+        return cast(Array, variable.value)
+
+    x = nn.Dropout(lora.dropout)(x, deterministic=not module.has_rng("dropout"))
+    low = project(x, half("a", (*axes[:inputs], "rank"), (*shape[:inputs], lora.rank)), inputs)
+    b = half("b", ("rank", *axes[inputs:]), (lora.rank, *shape[inputs:]))
+    return y + lora.scale * project(low, b)
+
+
+class Norm(nn.Module):
+    """Root mean square norm over the last axis, computed in float32."""
+
+    config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "rows time embed"]) -> Float[Array, "rows time embed"]:
-        ones = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+    def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
+        offset = self.config.norm_offset
+        ones = nn.with_logical_partitioning(nn.initializers.constant(1 - offset), ("norm",))
         scale = cast(Array, self.param("scale", ones, x.shape[-1:]))
         y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return (y * scale).astype(x.dtype)
+        mean_square = jnp.mean(y * y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(mean_square + self.config.norm_eps)
+        return (y * (offset + scale.astype(jnp.float32))).astype(x.dtype)
 
 
 class Attention(nn.Module):
     config: DecoderConfig
+    lora: Lora | None
 
     @nn.compact
     def __call__(self, x, rotation, mask, cache: LayerCache | None, index):
         c = self.config
         d, n, k, h = c.embed, c.heads, c.kv_heads, c.head_dim
-        q = _weight(self, "q", ("embed", "heads", "head_dim"), (d, n, h), d)
         kv_axes = ("embed", "kv_heads", "head_dim")
-        w_k = _weight(self, "k", kv_axes, (d, k, h), d)
-        w_v = _weight(self, "v", kv_axes, (d, k, h), d)
-        o = _weight(self, "o", ("heads", "head_dim", "embed"), (n, h, d), n * h)
-
-        query = checkpoint_name(rotate(project(x, q), rotation), "qkv")
-        keys = checkpoint_name(rotate(project(x, w_k), rotation), "qkv")
-        values = checkpoint_name(project(x, w_v), "qkv")
+        query = _linear(self, "q", x, ("embed", "heads", "head_dim"), (d, n, h), bias=c.qkv_bias)
+        keys = _linear(self, "k", x, kv_axes, (d, k, h), bias=c.qkv_bias)
+        values = checkpoint_name(_linear(self, "v", x, kv_axes, (d, k, h), bias=c.qkv_bias), "qkv")
+        if c.qk_norm:
+            query, keys = Norm(c, name="q_norm")(query), Norm(c, name="k_norm")(keys)
+        query = checkpoint_name(rotate(query, rotation), "qkv")
+        keys = checkpoint_name(rotate(keys, rotation), "qkv")
         if cache is not None:
             cache = _write(cache, keys, values, index)
             keys, values = jnp.swapaxes(cache.keys, 1, 2), jnp.swapaxes(cache.values, 1, 2)
-        context = checkpoint_name(attention(query, keys, values, mask), "context")
-        return project(context, o, inputs=2), cache
+        scale = h**-0.5 if c.query_scale is None else c.query_scale
+        context = attention(query, keys, values, mask, scale=scale, cap=c.attention_cap)
+        context = checkpoint_name(context, "context")
+        o_axes = ("heads", "head_dim", "embed")
+        return _linear(self, "o", context, o_axes, (n, h, d), inputs=2, bias=c.out_bias), cache
 
 
 def _write(
@@ -114,31 +156,42 @@ def _write(
 
 class MLP(nn.Module):
     config: DecoderConfig
+    lora: Lora | None
 
     @nn.compact
     def __call__(self, x: Float[Array, "rows time embed"]) -> Float[Array, "rows time embed"]:
-        d, f = self.config.embed, self.config.mlp
-        gate = _weight(self, "gate", ("embed", "mlp"), (d, f), d)
-        up = _weight(self, "up", ("embed", "mlp"), (d, f), d)
-        down = _weight(self, "down", ("mlp", "embed"), (f, d), f)
-        g = checkpoint_name(project(x, gate), "gate")
-        u = checkpoint_name(project(x, up), "up")
-        return project(jax.nn.silu(g) * u, down)
+        d, f, bias = self.config.embed, self.config.mlp, self.config.mlp_bias
+        gate = _linear(self, "gate", x, ("embed", "mlp"), (d, f), bias=bias)
+        up = _linear(self, "up", x, ("embed", "mlp"), (d, f), bias=bias)
+        active = _ACTIVATIONS[self.config.activation](checkpoint_name(gate, "gate"))
+        y = active * checkpoint_name(up, "up")
+        return _linear(self, "down", y, ("mlp", "embed"), (f, d), bias=bias)
+
+
+_ACTIVATIONS = {"silu": jax.nn.silu, "gelu": partial(jax.nn.gelu, approximate=True)}
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind its norm, each added to the residual stream."""
+    """Attention and MLP, each between its norms, each added to the residual stream."""
 
     config: DecoderConfig
+    lora: Lora | None
 
     @nn.compact
-    def __call__(self, x, rotation, mask, cache: LayerCache | None, index):
-        eps = self.config.norm_eps
-        y, cache = Attention(self.config, name="attention")(
-            Norm(eps, name="attention_norm")(x), rotation, mask, cache, index
-        )
-        x = x + y
-        return x + MLP(self.config, name="mlp")(Norm(eps, name="mlp_norm")(x)), cache
+    def __call__(self, x, way, kind, cache: LayerCache | None, index):
+        """`way` is (rotation, mask): how this layer sees positions; or, with `kind`, that of every
+        kind of layer stacked, and which of them is this one's."""
+        c = self.config
+
+        def behind(name: str, y: Array) -> Array:
+            return Norm(c, name=name)(y) if c.post_norms else y
+
+        rotation, mask = way if kind is None else jax.tree.map(lambda x: x[kind], way)
+        y = Norm(c, name="attention_norm")(x)
+        y, cache = Attention(c, self.lora, name="attention")(y, rotation, mask, cache, index)
+        x = x + behind("attention_post_norm", y)
+        y = MLP(c, self.lora, name="mlp")(Norm(c, name="mlp_norm")(x))
+        return x + behind("mlp_post_norm", y), cache
 
 
 class Decoder(nn.Module):
@@ -149,12 +202,16 @@ class Decoder(nn.Module):
       dtype: of activations and matrix products; parameters stay float32 and are cast on use.
       remat: a key of `REMAT`, what to keep for the backward pass.
       scan: layers stacked and scanned, or one by one.
+      lora: adapters, whose variables are the collection `lora`; None for a model without.
+      quantized: the layers' kernels are what `models.quantize` makes of them; scanned layers only.
     """
 
     config: DecoderConfig
     dtype: Any = jnp.float32
     remat: str = "none"
     scan: bool = True
+    lora: Lora | None = None
+    quantized: bool = False
 
     @nn.compact
     def __call__(
@@ -169,36 +226,55 @@ class Decoder(nn.Module):
 
         Args:
           tokens, positions: ids, and their positions along their own path.
-          mask: which keys each token sees; keys are the tokens themselves, or the cache's entries.
+          mask: which keys each token sees, before any window; keys are the tokens themselves, or
+            the cache's entries, of which entry i has position i.
           cache: stacked over layers (`scan`) or one `LayerCache` per layer; None when training.
           index: where in the cache the first of the new tokens goes, per row.
         """
         c = self.config
         embedding = _weight(self, "embedding", ("vocab", "embed"), (c.vocab_size, c.embed), c.embed)
         x = embedding[tokens].astype(self.dtype)
-        rotation = rotations(positions, c.head_dim, c.rope_theta)
+        if c.embed_scale != 1:
+            x = x * jnp.asarray(c.embed_scale, self.dtype)
+        key_positions = positions if cache is None else jnp.arange(mask.shape[2])[None]
+        ago = positions[:, :, None] - key_positions[:, None, :]
+        kinds = c.distinct_kinds
+        ways: Any = tuple(
+            (
+                rotations(positions, kind.rope, c.head_dim),
+                mask if kind.window is None else mask & (ago < kind.window),
+            )
+            for kind in kinds
+        )
+        kind_of = [kinds.index(kind) for kind in c.kinds]
 
         block = Block
+        if self.quantized:  # inside rematerialisation: what it gives is not kept
+            block = nn.map_variables(Block, "params", trans_in_fn=dequantize)
         if self.remat != "none":
-            block = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=not self.scan)
+            block = nn.remat(block, policy=REMAT[self.remat], prevent_cse=not self.scan)
         if self.scan:
+            # One program serves all layers: which kind one is of is data, unless all are of one.
+            ways = jax.tree.map(lambda *each: jnp.stack(each), *ways) if len(kinds) > 1 else ways[0]
+            which = jnp.array(kind_of) if len(kinds) > 1 else None
             every: Any = nn.broadcast
             x, cache = nn.scan(
                 block,
-                variable_axes={"params": 0},
-                split_rngs={"params": True},
-                in_axes=cast(Any, (every, every, 0, every)),
+                variable_axes={"params": 0, "lora": 0},
+                split_rngs={"params": True, "dropout": True},
+                in_axes=cast(Any, (every, every if which is None else 0, 0, every)),
                 length=c.layers,
                 metadata_params={nn.PARTITION_NAME: "layers"},
-            )(c, name="layers")(x, rotation, mask, cast(Any, cache), index)
+            )(c, self.lora, name="layers")(x, ways, which, cast(Any, cache), index)
         else:
             written = []
             for i in range(c.layers):
                 layer_cache = cache[i] if isinstance(cache, tuple) else None
-                x, layer_cache = block(c, name=f"layer_{i}")(x, rotation, mask, layer_cache, index)
+                layer = block(c, self.lora, name=f"layer_{i}")
+                x, layer_cache = layer(x, ways[kind_of[i]], None, layer_cache, index)
                 written.append(layer_cache)
             cache = tuple(written) if cache is not None else None
-        x = Norm(c.norm_eps, name="norm")(x)
+        x = Norm(c, name="norm")(x)
         if not c.tied:
             # Declared here so that it belongs to the tree; used by `unembedding`.
             _weight(self, "unembedding", ("vocab", "embed"), embedding.shape, c.embed)
@@ -206,8 +282,17 @@ class Decoder(nn.Module):
 
 
 def unembedding(params: Params) -> Float[Array, "vocab embed"]:
-    """The matrix that turns hidden states into logits: `hidden @ unembedding(params).T`."""
+    """The matrix that turns hidden states into logits."""
     return params["unembedding"] if "unembedding" in params else params["embedding"]
+
+
+def logits(
+    config: DecoderConfig, params: Params, hidden: Float[Array, "*batch embed"]
+) -> Float[Array, "*batch vocab"]:
+    """Float32 logits of hidden states. For training see `objectives.logprobs`."""
+    w = unembedding(params).astype(hidden.dtype)
+    raw = jnp.einsum("...d,vd->...v", hidden, w, preferred_element_type=jnp.float32)
+    return soft_cap(raw, config.logit_cap)
 
 
 def abstract_params(config: DecoderConfig) -> Params:
@@ -215,10 +300,18 @@ def abstract_params(config: DecoderConfig) -> Params:
 
     Leaves are `nn.LogicallyPartitioned` boxes around `jax.ShapeDtypeStruct`.
     """
+    return _abstract(Decoder(config))["params"]
+
+
+def abstract_adapters(config: DecoderConfig, lora: Lora) -> Params:
+    """The same of the adapters."""
+    return _abstract(Decoder(config, lora=lora))["lora"]
+
+
+def _abstract(decoder: Decoder) -> dict[str, Params]:
     tokens = jnp.zeros((1, 2), jnp.int32)
     mask = jnp.ones((1, 2, 2), bool)
-    init = Decoder(config).init
-    return jax.eval_shape(init, jax.random.key(0), tokens, tokens, mask)["params"]
+    return jax.eval_shape(decoder.init, jax.random.key(0), tokens, tokens, mask)
 
 
 def unstack(params: Params) -> Params:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from selm_jax.models.families import DecoderConfig
+from selm_jax.models.config import DecoderConfig
 
 
 @dataclasses.dataclass(frozen=True)

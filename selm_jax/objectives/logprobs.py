@@ -1,6 +1,6 @@
 """Hidden states to token log-probabilities, the vocabulary never whole in memory.
 
-    logprobs(h, y, W) = (h W^T)[y] - logsumexp(h W^T)
+    logprobs(h, y, W) = z[y] - logsumexp(z),    z = h W^T, or cap * tanh(h W^T / cap)
 
 The full logits of a batch are its largest array by far (rows x time x vocabulary). Here they exist
 for one chunk of tokens at a time, in both directions: the backward pass computes a chunk's logits
@@ -23,6 +23,7 @@ def token_logprobs(
     targets: Int[Array, "r p"],
     unembedding: Float[Array, "v d"],
     chunk: int,
+    cap: float | None = None,
 ) -> Float[Array, "r p"]:
     """log p(target | context) for every scored token.
 
@@ -31,26 +32,27 @@ def token_logprobs(
       unembedding: logits are `hidden @ unembedding.T`.
       chunk: tokens per row whose logits exist at a time. Rows stay whole, so that a batch sharded
         by rows is never gathered. Need not divide p.
+      cap: of the logits, as in Gemma 2; None leaves them.
     """
     p = targets.shape[1]
     chunk = min(chunk, p)
     padding = -p % chunk
     hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
     targets = jnp.pad(targets, ((0, 0), (0, padding)))
-    return cast(Array, _logprobs(hidden, targets, unembedding, chunk))[:, :p]
+    return cast(Array, _logprobs(hidden, targets, unembedding, chunk, cap))[:, :p]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _logprobs(hidden, targets, unembedding, chunk):
-    return _forward(hidden, targets, unembedding, chunk)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _logprobs(hidden, targets, unembedding, chunk, cap):
+    return _forward(hidden, targets, unembedding, chunk, cap)[0]
 
 
-def _forward(hidden, targets, unembedding, chunk):
+def _forward(hidden, targets, unembedding, chunk, cap):
     w = unembedding.astype(hidden.dtype)
 
     def of_chunk(args):
         h, y = args
-        logits = _logits(h, w)
+        logits = _logits(h, w, cap)
         normalizer = jax.nn.logsumexp(logits, axis=-1)
         return jnp.take_along_axis(logits, y[..., None], axis=-1)[..., 0] - normalizer, normalizer
 
@@ -58,16 +60,19 @@ def _forward(hidden, targets, unembedding, chunk):
     return _join(logprob), (hidden, targets, unembedding, normalizer)
 
 
-def _backward(chunk, kept, gradient):
-    """d/dlogits log p(y) = onehot(y) - softmax(logits)."""
+def _backward(chunk, cap, kept, gradient):
+    """d/dz log p(y) = onehot(y) - softmax(z); d/dx cap * tanh(x / cap) = 1 - (z / cap)^2."""
     hidden, targets, unembedding, normalizer = kept
     w = unembedding.astype(hidden.dtype)
 
     def of_chunk(d_w, args):
         h, y, z, g = args
-        probability = jnp.exp(_logits(h, w) - z[..., None])
+        logits = _logits(h, w, cap)
         onehot = y[..., None] == jnp.arange(w.shape[0])
-        d_logits = (g[..., None] * (onehot - probability)).astype(h.dtype)
+        d_logits = g[..., None] * (onehot - jnp.exp(logits - z[..., None]))
+        if cap is not None:
+            d_logits *= 1 - (logits / cap) ** 2
+        d_logits = d_logits.astype(h.dtype)
         d_w += jnp.einsum("rcv,rcd->vd", d_logits, h, preferred_element_type=jnp.float32)
         return d_w, jnp.einsum("rcv,vd->rcd", d_logits, w)
 
@@ -79,8 +84,10 @@ def _backward(chunk, kept, gradient):
 _logprobs.defvjp(_forward, _backward)
 
 
-def _logits(h: Float[Array, "r c d"], w: Float[Array, "v d"]) -> Float[Array, "r c v"]:
-    return jnp.einsum("rcd,vd->rcv", h, w, preferred_element_type=jnp.float32)
+def _logits(h: Float[Array, "r c d"], w: Float[Array, "v d"], cap: float | None) -> Array:
+    """[r, c, v]"""
+    raw = jnp.einsum("rcd,vd->rcv", h, w, preferred_element_type=jnp.float32)
+    return raw if cap is None else cap * jnp.tanh(raw / cap)
 
 
 def _split(x: Array, chunk: int) -> Array:

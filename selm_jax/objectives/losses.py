@@ -70,7 +70,8 @@ class Objective:
     """A loss and the responses that it needs. Called with `Logps`, it gives (losses, metrics).
 
     `terms` are its names under `loss/`; `reward` says in words what its `rewards/...` are, None if
-    unsaid. `compose` reads both. Raises ObjectiveError if the batch lacks a role, or if `function`
+    unsaid. `compose` reads both. `reference_free` says that it never looks at the reference, which
+    then need not be scored. Raises ObjectiveError if the batch lacks a role, or if `function`
     did not return one number per example.
     """
 
@@ -78,6 +79,7 @@ class Objective:
     function: LossFunction
     terms: tuple[str, ...] = ()
     reward: str | None = None
+    reference_free: bool = False
 
     def __post_init__(self):
         if not self.roles or not set(self.roles) <= set(ROLES):
@@ -158,7 +160,10 @@ def simpo(beta: float, gamma: float) -> Objective:
     _check(beta=beta, gamma=gamma)
     mean = Logps.policy_per_token
     unit = "log-probability per token"
-    return _pair("simpo", beta, lambda h: -log_sigmoid(beta * h - gamma), mean, mean, unit)
+    return _pair(
+        "simpo", beta, lambda h: -log_sigmoid(beta * h - gamma), mean, mean, unit,
+        reference_free=True,
+    )  # fmt: skip
 
 
 def sft() -> Objective:
@@ -172,7 +177,7 @@ def sft() -> Objective:
         losses = -logps.policy["chosen"] / logps.mean_lengths["chosen"]
         return losses, {"loss/sft": losses, "logps/chosen": logps.policy["chosen"]}
 
-    return Objective(("chosen",), function, ("sft",))
+    return Objective(("chosen",), function, ("sft",), reference_free=True)
 
 
 def optimism(weight: float, beta: float = 1.0) -> Objective:
@@ -236,7 +241,8 @@ def compose(*objectives: Objective) -> Objective:
         return total, metrics
 
     roles = tuple(role for role in ROLES if any(role in o.roles for o in objectives))
-    return Objective(roles, function, terms, rewards[0] if rewards else None)
+    free = all(objective.reference_free for objective in objectives)
+    return Objective(roles, function, terms, rewards[0] if rewards else None, free)
 
 
 def _is_shared(objective: Objective, name: str) -> bool:
@@ -252,6 +258,7 @@ def _pair(
     score: Score = Logps.log_ratio,
     reward: Score = Logps.log_ratio,
     unit: str = "log-ratio",
+    reference_free: bool = False,
 ) -> Objective:
     """loss(score(chosen) - score(rejected)), its rewards being beta * reward(role)."""
 
@@ -268,7 +275,8 @@ def _pair(
             "logps/rejected": logps.policy["rejected"],
         }
 
-    return Objective(("chosen", "rejected"), function, (term,), f"{beta:g} * {unit}")
+    reward_is = f"{beta:g} * {unit}"
+    return Objective(("chosen", "rejected"), function, (term,), reward_is, reference_free)
 
 
 def _flipped(reward_margin: PerExample, right: float, wrong: float) -> PerExample:

@@ -25,6 +25,7 @@ TRAINING: Rules = {
     "head_dim": None,
     "mlp": "tensor",
     "norm": None,
+    "rank": None,  # of LoRA
 }
 
 

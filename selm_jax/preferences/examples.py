@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 ROLES = ("chosen", "rejected", "explore")
+Ids: TypeAlias = tuple[int, ...]
 
 
 class ExampleError(ValueError):
@@ -53,6 +54,13 @@ class Example:
                 f"example {self.prompt_id}: {len(self.reference)} reference log-probabilities for "
                 f"{len(self.responses)} responses"
             )
+
+    @classmethod
+    def of(cls, prompt_id: str, prompt: Ids, responses: Mapping[str, Ids]) -> Example:
+        """The example whose roles have these responses; equal ones stand in it once."""
+        distinct = tuple(dict.fromkeys(responses.values()))
+        roles = {role: distinct.index(ids) for role, ids in responses.items()}
+        return cls(prompt_id, prompt, distinct, roles)
 
     @property
     def tokens(self) -> int:

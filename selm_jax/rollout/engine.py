@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from selm_jax.models.decoder import Decoder, LayerCache, Params, unembedding, unstack
+from selm_jax.models.decoder import Decoder, LayerCache, Params, logits, unstack
 from selm_jax.rollout.sampling import Sampling, next_tokens, stream
 
 
@@ -213,15 +213,13 @@ def _prefill(
     rows, time = tokens.shape
     at = jnp.arange(time)
     mask = jnp.broadcast_to(at[:, None] >= at[None, :], (rows, time, time))
-    if engine.decoder.config.window is not None:
-        mask &= at[:, None] - at[None, :] < engine.decoder.config.window
     positions = jnp.broadcast_to(at, (rows, time))
     hidden, cache = engine.decoder.apply(
         {"params": params}, tokens, positions, mask, _zeros(engine, rows, time),
         jnp.zeros(rows, jnp.int32),
     )  # fmt: skip
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    return cast(tuple[LayerCache, ...], cache), _logits(last, params)
+    return cast(tuple[LayerCache, ...], cache), logits(engine.decoder.config, params, last)
 
 
 def _insert_taken(engine: Engine, slots: Slots, head: _Waiting, taken, into) -> Slots:
@@ -268,16 +266,13 @@ def _decode(engine: Engine, params: Params, slots: Slots, stop_at: Int[Array, ""
 
     def step(slots: Slots) -> Slots:
         key_position = jnp.arange(slots.cache[0].keys.shape[2])
-        ago = slots.position[:, None] - key_position
-        mask = ago >= 0
-        if engine.decoder.config.window is not None:
-            mask &= ago < engine.decoder.config.window
+        mask = slots.position[:, None] >= key_position
         hidden, cache = engine.decoder.apply(
             {"params": params}, slots.token[:, None], slots.position[:, None], mask[:, None],
             slots.cache, slots.position,
         )  # fmt: skip
-        logits = _logits(hidden[:, 0], params)
-        token = next_tokens(logits, slots.streams, slots.drawn, slots.greedy, engine.sampling)
+        scores = logits(engine.decoder.config, params, hidden[:, 0])
+        token = next_tokens(scores, slots.streams, slots.drawn, slots.greedy, engine.sampling)
         output = slots.output.at[jnp.arange(engine.slots), slots.drawn].set(token, mode="drop")
         drawn = slots.drawn + 1
         on = slots.active
@@ -296,11 +291,6 @@ def _decode(engine: Engine, params: Params, slots: Slots, stop_at: Int[Array, ""
 def _goes_on(engine: Engine, token: Int[Array, " n"], drawn: Int[Array, " n"]) -> Bool[Array, " n"]:
     stop = jnp.array(engine.stop_ids, jnp.int32)
     return (drawn < engine.max_new_tokens) & ~jnp.any(token[:, None] == stop, axis=-1)
-
-
-def _logits(hidden: Float[Array, "n embed"], params: Params) -> Float[Array, "n vocab"]:
-    w = unembedding(params).astype(hidden.dtype)
-    return jnp.einsum("nd,vd->nv", hidden, w, preferred_element_type=jnp.float32)
 
 
 def _zeros(engine: Engine, rows: int, capacity: int) -> tuple[LayerCache, ...]:

@@ -79,7 +79,9 @@ def train(
     *,
     peak: float,
     place: Callable[[PreferenceBatch], PreferenceBatch],
-    reference: Params | None,
+    reference: Params | None = None,
+    base: Params | None = None,
+    key: jax.Array | None = None,
     report: Callable[[Metrics], None],
 ) -> TrainState:
     """Runs the updates from `state.step` on. The state is donated.
@@ -88,6 +90,8 @@ def train(
       peak: the iteration's learning rate.
       place: puts a batch on the devices.
       reference: parameters of a live reference; None uses the stored log-probabilities.
+      base: what adapters are on; None where all parameters are trained.
+      key: draws the adapters' dropout, anew for every update and batch; None where there is none.
       report: takes the metrics of each finished update, in order.
 
     Raises:
@@ -102,11 +106,14 @@ def train(
         examples = plan.updates[step]
         means = mean_lengths(examples)
         batches = pack(examples, plan.shape)
-        live = () if reference is None else (reference,)
-        first, *rest = (place(batch) for batch in batches)
-        gradients, sums = update.gradients(state.params, first, means, *live)
-        for batch in rest:
-            gradients, sums = update.add(gradients, sums, state.params, batch, means, *live)
+        gradients, sums = None, None
+        for i, batch in enumerate(map(place, batches)):
+            drop = None if key is None else jax.random.fold_in(jax.random.fold_in(key, step), i)
+            fixed = (means, reference, base, drop)
+            if gradients is None:
+                gradients, sums = update.gradients(state.params, batch, *fixed)
+            else:
+                gradients, sums = update.add(gradients, sums, state.params, batch, *fixed)
         _settle(gradients)
         now = np.float32(cast(Any, rate(step)))
         state, metrics = update.apply(state, gradients, sums, now)

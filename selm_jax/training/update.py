@@ -36,13 +36,25 @@ Sums = dict[str, Float[Array, ""]]
 
 
 def response_logps(
-    decoder: Decoder, params: Params, batch: PreferenceBatch, chunk: int
+    decoder: Decoder,
+    params: Params,
+    batch: PreferenceBatch,
+    chunk: int,
+    adapters: Params | None = None,
+    key: Array | None = None,
 ) -> Float[Array, "rows segments branches"]:
-    """log pi(response | prompt) of every response in the batch, float32; 0 where there is none."""
-    mask = tree_mask(batch.segment, batch.branch, batch.position, decoder.config.window)
-    hidden, _ = decoder.apply({"params": params}, batch.tokens, batch.position, mask)
+    """log pi(response | prompt) of every response in the batch, float32; 0 where there is none.
+
+    `key` draws the dropout of the adapters; without it there is none.
+    """
+    mask = tree_mask(batch.segment, batch.branch)
+    variables = {"params": params} | ({} if adapters is None else {"lora": adapters})
+    rngs = None if key is None else {"dropout": key}
+    hidden, _ = decoder.apply(variables, batch.tokens, batch.position, mask, rngs=rngs)
     predicting = jnp.take_along_axis(hidden, batch.predictor[..., None], axis=1)
-    per_token = token_logprobs(predicting, batch.target, unembedding(params), chunk)
+    per_token = token_logprobs(
+        predicting, batch.target, unembedding(params), chunk, decoder.config.logit_cap
+    )
     return batch.sum_by_response(per_token)
 
 
@@ -76,16 +88,25 @@ def loss_sums(
     objective: Objective,
     chunk: int,
     reference_params: Params | None = None,
+    base: Params | None = None,
+    key: Array | None = None,
 ) -> tuple[Float[Array, ""], Sums]:
     """Sum of the loss over the batch's examples, and the sums of the metrics.
 
     With `reference_params` the reference is run live by the same function; otherwise its stored
-    log-probabilities are used. Both give the same numbers.
+    log-probabilities are used. Both give the same numbers. With `base`, `params` are the adapters
+    of the decoder's `lora`, and the base stays as it is.
     """
-    policy = response_logps(decoder, params, batch, chunk)
+    if (base is None) != (decoder.lora is None):
+        raise ValueError("a decoder with adapters needs `base`, one without has none")
+    plain = decoder.clone(lora=None)
+    if base is None:
+        policy = response_logps(plain, params, batch, chunk)
+    else:
+        policy = response_logps(decoder, base, batch, chunk, params, key)
     reference = batch.reference
     if reference_params is not None:
-        reference = response_logps(decoder, reference_params, batch, chunk)
+        reference = response_logps(plain, reference_params, batch, chunk)
     logps = by_role(batch, policy, jax.lax.stop_gradient(reference), mean_lengths)
     losses, metrics = objective(logps)
     weight = batch.weight.reshape(-1)
@@ -97,10 +118,12 @@ def loss_sums(
 class Update(NamedTuple):
     """The compiled functions of a run. Arguments marked * are donated.
 
-    gradients(params, batch, mean_lengths[, reference]) -> (gradients, sums)
-    add(gradients*, sums*, params, batch, mean_lengths[, reference]) -> (gradients, sums)
+    gradients(params, batch, mean_lengths[, reference, base, key]) -> (gradients, sums)
+    add(gradients*, sums*, params, batch, mean_lengths[, reference, base, key]) -> the same
     apply(state*, gradients, sums, learning_rate) -> (state, metrics)
-    logps(params, batch) -> response log-probabilities [rows, segments, branches]
+    logps(params, batch) -> response log-probabilities [rows, segments, branches], no adapters
+
+    `params` and the state's are what is trained: all parameters, or the adapters on `base`.
     """
 
     gradients: Callable[..., tuple[Params, Sums]]
@@ -132,18 +155,18 @@ def make_update(
     global norm of the mean gradient; None leaves it.
     """
 
-    def gradients(params, batch, mean_lengths, reference_params=None):
+    def gradients(params, batch, mean_lengths, reference=None, base=None, key=None):
         loss = jax.value_and_grad(
             lambda p: loss_sums(
                 p, batch, mean_lengths, decoder=decoder, objective=objective, chunk=chunk,
-                reference_params=reference_params,
+                reference_params=reference, base=base, key=key,
             ), has_aux=True,
         )  # fmt: skip
         (_, sums), grads = loss(params)
         return grads, sums
 
-    def add(grads, sums, params, batch, mean_lengths, reference_params=None):
-        more, more_sums = gradients(params, batch, mean_lengths, reference_params)
+    def add(grads, sums, params, batch, mean_lengths, reference=None, base=None, key=None):
+        more, more_sums = gradients(params, batch, mean_lengths, reference, base, key)
         return jax.tree.map(jnp.add, grads, more), jax.tree.map(jnp.add, sums, more_sums)
 
     def apply(state, grads, sums, learning_rate):
@@ -165,5 +188,7 @@ def make_update(
         gradients=jax.jit(gradients, out_shardings=(s.params, s.replicated)),
         add=jax.jit(add, out_shardings=(s.params, s.replicated), donate_argnums=(0, 1)),
         apply=jax.jit(apply, donate_argnums=0),
-        logps=jax.jit(lambda params, batch: response_logps(decoder, params, batch, chunk)),
+        logps=jax.jit(
+            lambda params, batch: response_logps(decoder.clone(lora=None), params, batch, chunk)
+        ),
     )

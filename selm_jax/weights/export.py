@@ -5,41 +5,92 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from selm_jax.models.config import DecoderConfig
 from selm_jax.models.decoder import Params
-from selm_jax.models.families import DecoderConfig
+from selm_jax.weights.files import DTYPES, MAX_SHARD_BYTES, open_checkpoint, stored_like, write
 from selm_jax.weights.huggingface import save
 
-# The tokenizer and what goes with it, byte for byte as it came.
+# What goes with a model, byte for byte as it came: tokenizer, chat template, generation config, and
+# the licence, which those of many models ask to be handed on.
 _COPIED = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
+    "tokenizer*",
+    "*.model",
+    "*.tiktoken",
+    "tekken.json",
+    "vocab.*",
+    "merges.*",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
+    "chat_template*",
     "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
 )
 
 
 def export_folder(
-    params: Params, config: DecoderConfig, source: Path, folder: Path, card: str
+    params: Params,
+    config: DecoderConfig,
+    source: Path,
+    folder: Path,
+    card: str,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Writes weights, config, tokenizer and model card into `folder`, which must not exist.
 
-    The config is the source model's, since the model is of the same shape; only what describes the
-    stored weights is set anew.
+    The config is the source model's, key by key, since the model is of the same shape; only the
+    dtype of the stored weights is set anew.
+
+    Args:
+      source: the Hugging Face folder that training started from.
+      card: the text of README.md.
+      max_shard_bytes: of one safetensors file.
     """
+    _write_folder(source, folder, str(params["embedding"].dtype))
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    save(params, config, folder, max_shard_bytes=max_shard_bytes)
+
+
+def convert_dtype(
+    source: Path, folder: Path, dtype: str, *, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Writes the model in `source` into `folder`, which must not exist, with weights of `dtype`.
+
+    For what leaves a run: within it weights stay as they were trained, because the next iteration
+    starts from them and updates are smaller than bfloat16 can tell.
+
+    Args:
+      dtype: "float32", "bfloat16" or "float16".
+
+    Raises:
+      WeightsError: `source` is not whole.
+    """
+    kind = next(np.dtype(known) for known in DTYPES.values() if np.dtype(known).name == dtype)
+    checkpoint = open_checkpoint(source)
+    entries = {n: stored_like(t.shape, kind) for n, t in checkpoint.tensors.items()}
+    _write_folder(source, folder, dtype)
+    if (source / "README.md").exists():
+        shutil.copyfile(source / "README.md", folder / "README.md")
+    values = ((name, checkpoint.read(name).astype(kind)) for name in entries)
+    write(folder, entries, values, max_shard_bytes=max_shard_bytes)
+
+
+def _write_folder(source: Path, folder: Path, dtype: str) -> None:
+    """All but the weights and the card."""
+    hf: dict[str, Any] = json.loads((source / "config.json").read_text(encoding="utf-8"))
     folder.mkdir(parents=True)
-    for name in _COPIED:
-        if (source / name).exists():
-            shutil.copyfile(source / name, folder / name)
-    hf = json.loads((source / "config.json").read_text())
-    hf.pop("dtype", None)
-    hf["torch_dtype"] = str(params["embedding"].dtype)
-    hf["use_cache"] = True
-    (folder / "config.json").write_text(json.dumps(hf, indent=2, sort_keys=True) + "\n")
-    (folder / "README.md").write_text(card)
-    save(params, config, folder / "model.safetensors")
+    for pattern in _COPIED:
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
+    # transformers 5 writes `dtype`, earlier versions and others `torch_dtype`, which all can read.
+    for key in [key for key in ("dtype", "torch_dtype") if key in hf] or ["torch_dtype"]:
+        hf[key] = dtype
+    text = json.dumps(hf, indent=2, ensure_ascii=False) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")

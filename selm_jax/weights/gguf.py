@@ -1,9 +1,9 @@
-"""GGUF in, Hugging Face folder out: one llama checkpoint as plain float32 safetensors.
+"""GGUF in, Hugging Face folder out: a checkpoint of llama.cpp as plain float32 safetensors.
 
 A GGUF file holds weights (often quantised), hyperparameters and the tokenizer in one file. `convert`
 reads all three and writes what transformers, vLLM and this package read: config.json,
 generation_config.json, tokenizer.json, tokenizer_config.json, chat_template.jinja and
-model.safetensors. Only what is known to come out right is converted; the rest is refused by name.
+safetensors. Only what is known to come out right is converted; the rest is refused by name.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -14,7 +14,6 @@ import contextlib
 import errno
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -22,36 +21,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFReader, ReaderTensor
+from gguf import GGMLQuantizationType as Type
+from gguf import ReaderTensor
 from gguf.quants import dequantize
 from jaxtyping import Float32
 
+from selm_jax.weights import files
 from selm_jax.weights.gguf_file import Fields, GGUFError, open_gguf
-from selm_jax.weights.gguf_tokenizer import SPECIAL_IDS, build_tokenizer, tokenizer_config
+from selm_jax.weights.gguf_model import ROPE_FACTORS, named_tensors, read_model, rope_scaling
+from selm_jax.weights.gguf_tokenizer import build_tokenizer, eos_ids, tokenizer_config
 
-__all__ = ["CONVERTER_VERSION", "GGUFError", "convert"]
+__all__ = ["CONVERTER_VERSION", "TYPES", "GGUFError", "convert"]
 
 CONVERTER_VERSION = 1
 """Part of a cached folder's name: raise it whenever the same GGUF file would give other bytes."""
 
-_SPARE_BYTES = 64 << 20  # tokenizer files, and room for the disk to breathe
+TYPES = (
+    Type.F32, Type.F16, Type.BF16, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0,
+    Type.Q4_K, Type.Q5_K, Type.Q6_K,
+)  # fmt: skip
+"""Tensor types that are converted: those that a test holds against their definition."""
 
-_TOP_NAMES = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-_LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
+_SPARE_BYTES = 64 << 20  # tokenizer files, and room for the disk to breathe
 
 
 def convert(gguf_path: str | Path, out_folder: str | Path) -> Path:
@@ -61,7 +52,8 @@ def convert(gguf_path: str | Path, out_folder: str | Path) -> Path:
     exists (another process was quicker), that folder is kept. One tensor is in memory at a time.
 
     Args:
-      gguf_path: a llama-architecture GGUF file with a byte-level BPE tokenizer.
+      gguf_path: a GGUF file of an architecture in `gguf_model.FAMILIES`, with a byte-level BPE
+        tokenizer.
       out_folder: the folder to make; its parents are made too.
 
     Returns:
@@ -75,196 +67,60 @@ def convert(gguf_path: str | Path, out_folder: str | Path) -> Path:
     path, out = Path(gguf_path), Path(out_folder)
     reader = open_gguf(path)
     fields = Fields(path, reader)
-    config = _llama_config(fields, reader)
-    tensors = _named_tensors(path, reader, config)
+    family, config = read_model(fields, reader)
+    tensors = named_tensors(path, reader, family, config)
+    _check_types(path, reader.tensors)
+    for tensor in reader.tensors:
+        if tensor.name == ROPE_FACTORS:
+            factors = _plain(path, tensor)
+            if factors.shape != (config["head_dim"] // 2,):
+                raise GGUFError(
+                    f"{path}: tensor {ROPE_FACTORS} has shape {factors.shape}, the head size is "
+                    f"{config['head_dim']}"
+                )
+            config["rope_scaling"] = rope_scaling(path, factors, config)
     tokenizer = build_tokenizer(fields)
 
-    needed = sum(4 * int(np.prod(shape)) for _, _, shape in tensors) + _SPARE_BYTES
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+
+    def values() -> Iterator[tuple[str, np.ndarray]]:
+        for name, tensor, shape in tensors:
+            value = _plain(path, tensor).reshape(shape)
+            kind = tensor.name.split(".")[-2]
+            if family.interleaved and kind in heads:
+                value = _unpermute(value, heads[kind])
+            yield name, value
+
+    entries = {name: files.stored_like(shape, np.float32) for name, _, shape in tensors}
+    needed = sum(entry.bytes for entry in entries.values()) + _SPARE_BYTES
     with _whole_folder(out, needed) as folder:
         _write_json(folder / "config.json", config)
         ids = {k: v for k, v in config.items() if k.endswith("_token_id")}
-        _write_json(folder / "generation_config.json", ids)
+        _write_json(folder / "generation_config.json", ids | eos_ids(fields))
         _write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
         _write_json(folder / "tokenizer_config.json", tokenizer_config(fields, config))
         template = fields.get("tokenizer.chat_template", str)
         if template is not None:
             _write_text(folder / "chat_template.jinja", template)
-        _write_safetensors(folder / "model.safetensors", path, tensors, config)
+        files.write(folder, entries, values())
     return out
 
 
-# --- config.json ------------------------------------------------------------------------------
+# --- numbers ----------------------------------------------------------------------------------
 
 
-def _llama_config(fields: Fields, reader: GGUFReader) -> dict[str, Any]:
-    architecture = fields.need("general.architecture", str)
-    if architecture != "llama":
-        raise GGUFError(
-            f"{fields.path}: architecture {architecture!r}; only 'llama' is converted here. "
-            "Get the model as a Hugging Face folder (safetensors) instead"
-        )
-    for key in reader.fields:
-        # Read past any of these and the model would run, and be wrong.
-        if key.startswith(("llama.rope.scaling", "llama.expert")):
-            raise GGUFError(f"{fields.path}: key {key}: scaled rope and experts are not converted")
-
-    hidden, heads = fields.size("llama.embedding_length"), fields.size("llama.attention.head_count")
-    kv_heads = heads
-    if "llama.attention.head_count_kv" in reader.fields:
-        kv_heads = fields.size("llama.attention.head_count_kv")
-    head_dim = fields.get("llama.attention.key_length", int) or hidden // heads
-    if heads % kv_heads or head_dim % 2 or head_dim == 0:
-        raise GGUFError(
-            f"{fields.path}: {heads} heads, {kv_heads} key/value heads, head size {head_dim}: "
-            "the first must be a multiple of the second and the size even"
-        )
-    for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
-        if fields.get(key, int) not in (None, head_dim):
+def _check_types(path: Path, tensors: list[ReaderTensor]) -> None:
+    for tensor in tensors:
+        if tensor.tensor_type not in TYPES:
             raise GGUFError(
-                f"{fields.path}: key {key} is {fields.get(key, int)}, the head size is {head_dim}; "
-                "only equal sizes (rope over the whole head) are converted"
+                f"{path}: tensor {tensor.name} is of type {tensor.tensor_type.name}; converted "
+                f"here: {', '.join(t.name for t in TYPES)}"
             )
-    theta = 10000.0  # llama.cpp's default where the key is absent
-    if "llama.rope.freq_base" in reader.fields:
-        theta = fields.number("llama.rope.freq_base")
-
-    config: dict[str, Any] = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "head_dim": head_dim,
-        "hidden_act": "silu",
-        "hidden_size": hidden,
-        "initializer_range": 0.02,
-        "intermediate_size": fields.size("llama.feed_forward_length"),
-        "max_position_embeddings": fields.size("llama.context_length"),
-        "mlp_bias": False,
-        "num_attention_heads": heads,
-        "num_hidden_layers": fields.size("llama.block_count"),
-        "num_key_value_heads": kv_heads,
-        "rms_norm_eps": fields.number("llama.attention.layer_norm_rms_epsilon"),
-        "rope_scaling": None,
-        "rope_theta": theta,
-        "tie_word_embeddings": all(t.name != "output.weight" for t in reader.tensors),
-        "torch_dtype": "float32",
-        "use_cache": True,
-        "vocab_size": len(fields.texts("tokenizer.ggml.tokens")),
-    }
-    if config["num_hidden_layers"] > len(reader.tensors):
-        raise GGUFError(
-            f"{fields.path}: key llama.block_count is {config['num_hidden_layers']}, but the file "
-            f"holds only {len(reader.tensors)} tensors"
-        )
-    for name, key in SPECIAL_IDS.items():
-        token_id = fields.get(key, int)
-        if token_id is None:
-            if name in ("bos", "eos"):
-                raise GGUFError(f"{fields.path}: key {key} is missing")
-            continue
-        if not 0 <= token_id < config["vocab_size"]:
-            raise GGUFError(f"{fields.path}: key {key} is {token_id}, outside the vocabulary")
-        if name != "unk":
-            config[f"{name}_token_id"] = token_id
-    return config
-
-
-# --- model.safetensors ------------------------------------------------------------------------
-
-_Named = tuple[str, ReaderTensor, tuple[int, ...]]
-
-
-def _named_tensors(path: Path, reader: GGUFReader, config: dict[str, Any]) -> list[_Named]:
-    """Every tensor with its Hugging Face name and shape, checked: none missing, none unknown."""
-    expected = _expected_shapes(config)
-    found: dict[str, _Named] = {}
-    for tensor in reader.tensors:
-        layer = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", tensor.name)
-        name = _TOP_NAMES.get(tensor.name)
-        if layer and layer[2] in _LAYER_NAMES:
-            name = f"model.layers.{int(layer[1])}.{_LAYER_NAMES[layer[2]]}.weight"
-        if name not in expected or name in found:
-            raise GGUFError(
-                f"{path}: tensor {tensor.name} has no place in a llama model of "
-                f"{config['num_hidden_layers']} layers"
-            )
-        # GGUF lists the fastest-running dimension first, numpy and safetensors last.
-        shape = tuple(int(n) for n in reversed(tensor.shape))
-        if shape != expected[name]:
-            raise GGUFError(
-                f"{path}: tensor {tensor.name} has shape {shape}, "
-                f"the file's own settings ask for {expected[name]}"
-            )
-        found[name] = (name, tensor, shape)
-    if missing := sorted(expected.keys() - found.keys()):
-        raise GGUFError(f"{path}: {len(missing)} tensors are missing, the first is {missing[0]}")
-    return [found[name] for name in expected]
-
-
-def _expected_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    hidden, inner, vocab = (config[k] for k in ("hidden_size", "intermediate_size", "vocab_size"))
-    rows_q = config["num_attention_heads"] * config["head_dim"]
-    rows_kv = config["num_key_value_heads"] * config["head_dim"]
-    layer = {
-        "attn_norm": (hidden,),
-        "attn_q": (rows_q, hidden),
-        "attn_k": (rows_kv, hidden),
-        "attn_v": (rows_kv, hidden),
-        "attn_output": (hidden, rows_q),
-        "ffn_norm": (hidden,),
-        "ffn_gate": (inner, hidden),
-        "ffn_up": (inner, hidden),
-        "ffn_down": (hidden, inner),
-    }
-    shapes = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
-    for i in range(config["num_hidden_layers"]):
-        for short, shape in layer.items():
-            shapes[f"model.layers.{i}.{_LAYER_NAMES[short]}.weight"] = shape
-    if not config["tie_word_embeddings"]:
-        shapes["lm_head.weight"] = (vocab, hidden)
-    return shapes
-
-
-def _write_safetensors(
-    target: Path, path: Path, tensors: list[_Named], config: dict[str, Any]
-) -> None:
-    """Stream the tensors out one by one: safetensors' own writer wants them all in memory.
-
-    Format: 8 bytes of header length (little endian), a JSON header, then the raw tensors.
-    https://huggingface.co/docs/safetensors/index#format
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for this mark
-    offset = 0
-    for name, _, shape in tensors:
-        end = offset + 4 * int(np.prod(shape))
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    head = json.dumps(header, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % 8)  # the tensors then start on a multiple of 8
-    heads = {
-        "attn_q": config["num_attention_heads"],
-        "attn_k": config["num_key_value_heads"],
-    }
-    with target.open("wb") as file:
-        file.write(len(head).to_bytes(8, "little") + head)
-        for _, tensor, shape in tensors:
-            values = _plain(path, tensor).reshape(shape)
-            kind = tensor.name.split(".")[-2]
-            if kind in heads:
-                values = _unpermute(values, heads[kind])
-            file.write(np.ascontiguousarray(values, dtype="<f4").data)
-        _sync(file)
 
 
 def _plain(path: Path, tensor: ReaderTensor) -> Float32[np.ndarray, ...]:
-    try:
-        with np.errstate(all="ignore"):  # damaged numbers are reported below, by name
-            values = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
-    except (NotImplementedError, ValueError, TypeError) as error:
-        raise GGUFError(
-            f"{path}: tensor {tensor.name} is of type {tensor.tensor_type.name}, "
-            f"which cannot be turned into float32 here: {error}"
-        ) from error
+    with np.errstate(all="ignore"):  # damaged numbers are reported below, by name
+        values = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
     if not np.isfinite(values).all():
         raise GGUFError(f"{path}: tensor {tensor.name} holds NaN or infinity: the file is damaged")
     return values

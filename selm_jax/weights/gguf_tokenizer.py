@@ -6,10 +6,21 @@ merges run.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from gguf import TokenType
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 
 from selm_jax.weights.gguf_file import Fields, GGUFError
 
@@ -21,33 +32,68 @@ SPECIAL_IDS = {
 }
 
 
-def _byte_level() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+# Contractions, words, numbers, symbols, line ends, blanks; {} is how many digits stay together.
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{}"
+    r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
-# How text is cut before the merges run. GGUF carries only a name for it; what the name means is
-# code. A wrong guess gives near-right tokens, so a name not listed here is an error.
-_PRE_TOKENIZERS = {
-    "smollm": lambda: pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), _byte_level()]
+def _byte_level(use_regex: bool) -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+
+
+def _split(digits: str) -> pre_tokenizers.PreTokenizer:
+    split = pre_tokenizers.Split(Regex(_SPLIT.format(digits)), "isolated")
+    return pre_tokenizers.Sequence([split, _byte_level(use_regex=False)])
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """How text becomes the pieces in which merges run.
+
+    Attributes:
+      cut: makes the pre-tokenizer.
+      nfc: text is brought to Unicode's form NFC first.
+      whole_words: a piece that is a token is that token, whatever the merges say.
+      bos: BOS is put before a text unless the file says otherwise.
+    """
+
+    cut: Callable[[], pre_tokenizers.PreTokenizer]
+    nfc: bool = False
+    whole_words: bool = False
+    bos: bool = False
+
+
+# GGUF carries only a name for the rule; what the name means is code. A wrong guess gives near-right
+# tokens, so a name not listed here is an error.
+_RULES = {
+    "smollm": _Rule(
+        lambda: pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), _byte_level(use_regex=True)]
+        )
     ),
+    "llama-bpe": _Rule(lambda: _split("{1,3}"), whole_words=True, bos=True),
+    "qwen2": _Rule(lambda: _split(""), nfc=True),
 }
 
 
 def build_tokenizer(fields: Fields) -> Tokenizer:
-    """The tokenizer, with every token under its own id; it adds no BOS by itself.
+    """The tokenizer, with every token under its own id. It puts BOS before a text where the model's
+    own does.
 
     Raises:
       GGUFError: a kind of tokenizer not known here, or lists that do not fit together.
     """
     model = fields.need("tokenizer.ggml.model", str)
     pre = fields.need("tokenizer.ggml.pre", str)
-    if model != "gpt2" or pre not in _PRE_TOKENIZERS:
+    if model != "gpt2" or pre not in _RULES:
         raise GGUFError(
             f"{fields.path}: tokenizer {model!r} with pre {pre!r}; known here: 'gpt2' with "
-            f"{sorted(_PRE_TOKENIZERS)}. Get the model as a Hugging Face folder instead"
+            f"{sorted(_RULES)}. Get the model as a Hugging Face folder instead"
         )
-    for flag in ("add_bos_token", "add_eos_token", "add_space_prefix"):
+    rule = _RULES[pre]
+    for flag in ("add_eos_token", "add_space_prefix"):
         if fields.get(f"tokenizer.ggml.{flag}", bool):
             raise GGUFError(f"{fields.path}: tokenizer.ggml.{flag} is set; not converted here")
 
@@ -68,9 +114,18 @@ def build_tokenizer(fields: Fields) -> Tokenizer:
 
     # unk_token=None, as published: a byte the vocabulary lacks is left out, never turned into the
     # end-of-text mark.
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token=None))
-    tokenizer.pre_tokenizer = _PRE_TOKENIZERS[pre]()
+    bpe = models.BPE(vocab=vocab, merges=merges, unk_token=None, ignore_merges=rule.whole_words)
+    tokenizer = Tokenizer(bpe)
+    if rule.nfc:
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = rule.cut()
     tokenizer.decoder = decoders.ByteLevel()
+    if _adds_bos(fields):
+        bos_id = fields.need(SPECIAL_IDS["bos"], int)
+        bos = tokens[bos_id]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[bos, "$A"], pair=[bos, "$A", f"{bos}:1", "$B:1"], special_tokens=[(bos, bos_id)]
+        )
 
     types = fields.need("tokenizer.ggml.token_type", list)
     if len(types) != len(tokens):
@@ -84,6 +139,22 @@ def build_tokenizer(fields: Fields) -> Tokenizer:
     return tokenizer
 
 
+def _adds_bos(fields: Fields) -> bool:
+    said = fields.get("tokenizer.ggml.add_bos_token", bool)
+    return _RULES[fields.need("tokenizer.ggml.pre", str)].bos if said is None else said
+
+
+def eos_ids(fields: Fields) -> dict[str, Any]:
+    """`eos_token_id` of generation_config.json: the end of a text and, where it is another token,
+    that of a turn."""
+    eos = fields.need(SPECIAL_IDS["eos"], int)
+    key = "tokenizer.ggml.eot_token_id"
+    turn = fields.get(key, int)
+    if turn is not None and not 0 <= turn < len(fields.texts("tokenizer.ggml.tokens")):
+        raise GGUFError(f"{fields.path}: key {key} is {turn}, outside the vocabulary")
+    return {"eos_token_id": eos if turn in (None, eos) else [eos, turn]}
+
+
 def tokenizer_config(fields: Fields, config: dict[str, Any]) -> dict[str, Any]:
     """What tokenizer_config.json says beside tokenizer.json; `config` is the model's."""
     tokens = fields.texts("tokenizer.ggml.tokens")
@@ -91,7 +162,7 @@ def tokenizer_config(fields: Fields, config: dict[str, Any]) -> dict[str, Any]:
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **{f"{name}_token": tokens[i] for name, i in special.items() if i is not None},
-        "add_bos_token": False,
+        "add_bos_token": _adds_bos(fields),
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
         "model_max_length": config["max_position_embeddings"],

@@ -1,59 +1,47 @@
 """Hugging Face folders of safetensors <-> the parameter tree, one tensor at a time.
 
-`TENSORS` is the whole map. Both directions use the same row, so they cannot disagree. Our kernels
-are [in, out] with heads as an axis of their own; Hugging Face's are [out, in].
+What is called what, and how it lies there, is `weights.names`.
+
+Reading: each process reads the bytes of its own shards and no others. A parameter of all layers is
+one stacked array, which is made on the devices at once and filled layer by layer, so that the host
+never holds more than one layer's tensor.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Iterator
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
-import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import SafetensorError, safe_open
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from selm_jax.models.decoder import Params, abstract_params
-from selm_jax.models.families import DecoderConfig
+from selm_jax.models.config import DecoderConfig
+from selm_jax.models.decoder import Params
+from selm_jax.weights.files import (
+    DTYPES,
+    MAX_SHARD_BYTES,
+    Checkpoint,
+    WeightsError,
+    open_checkpoint,
+    stored_like,
+    write,
+)
+from selm_jax.weights.names import Tensor, tensors
+
+__all__ = ["WeightsError", "load", "save", "to_hf_tensors"]
+
+# Tables of frequencies that early versions of transformers stored with the parameters.
+_LEFTOVER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 
-class WeightsError(ValueError):
-    """The tensors in a folder are not those of the model that its config.json describes."""
-
-
-class Tensor(NamedTuple):
-    """One row of the map: our path, their name (`{}` is the layer), and whether to transpose.
-
-    `inputs` is how many leading axes of our kernel are its inputs; a kernel is flattened to
-    [inputs, outputs] and transposed. None keeps the tensor as it is.
-    """
-
-    path: tuple[str, ...]
-    name: str
-    inputs: int | None
-
-
-TENSORS = (
-    Tensor(("embedding",), "model.embed_tokens.weight", None),
-    Tensor(("unembedding",), "lm_head.weight", None),
-    Tensor(("norm", "scale"), "model.norm.weight", None),
-    Tensor(("layers", "attention_norm", "scale"), "model.layers.{}.input_layernorm.weight", None),
-    Tensor(("layers", "mlp_norm", "scale"), "model.layers.{}.post_attention_layernorm.weight", None),
-    Tensor(("layers", "attention", "q"), "model.layers.{}.self_attn.q_proj.weight", 1),
-    Tensor(("layers", "attention", "k"), "model.layers.{}.self_attn.k_proj.weight", 1),
-    Tensor(("layers", "attention", "v"), "model.layers.{}.self_attn.v_proj.weight", 1),
-    Tensor(("layers", "attention", "o"), "model.layers.{}.self_attn.o_proj.weight", 2),
-    Tensor(("layers", "mlp", "gate"), "model.layers.{}.mlp.gate_proj.weight", 1),
-    Tensor(("layers", "mlp", "up"), "model.layers.{}.mlp.up_proj.weight", 1),
-    Tensor(("layers", "mlp", "down"), "model.layers.{}.mlp.down_proj.weight", 1),
-)  # fmt: skip
-_BY_PATH = {row.path: row for row in TENSORS}
+# --- in -------------------------------------------------------------------------------------------
 
 
 def load(
@@ -61,153 +49,248 @@ def load(
     config: DecoderConfig,
     *,
     dtype: Any = np.float32,
-    place: Callable[[tuple[str, ...], np.ndarray], jax.Array] | None = None,
+    shardings: Any = None,
 ) -> Params:
-    """Reads the parameters of the model in `folder`.
+    """Reads the parameters of the model in `folder`, each straight into its shards.
 
     Args:
-      place: puts one finished parameter on the devices, given its path; by default on the default
-        device. No more than one stacked parameter is in host memory at a time.
+      dtype: of the parameters; what is stored as something else is cast on the devices.
+      shardings: a tree like the parameters, of `NamedSharding`; None puts all on the first device.
 
     Raises:
-      WeightsError: tensors missing, unknown or of the wrong shape (all of them are listed), or a
-        file that is not whole.
+      WeightsError: tensors missing, unknown, of the wrong shape or dtype (all of them are listed),
+        or a file that is missing or not whole.
     """
-    expected = _expected(config)
-    place = place or (lambda path, x: jax.device_put(x))
-    with _reader(Path(folder)) as (read, shapes):
-        _check_names(folder, expected, config, shapes)
-        params = {}
-        for path, leaf in expected.items():
-            x = np.empty(leaf.shape, dtype)
-            for layer, slot in _layers(path, x):
-                slot[...] = _to_ours(read(_name(path, layer)), path, slot.shape)
-            params[path] = place(path, x)
-    return unflatten_dict(params)
+    rows = tensors(config)
+    checkpoint = open_checkpoint(folder)
+    _check(checkpoint, config)
+    if shardings is None:
+        where = dict.fromkeys(rows, SingleDeviceSharding(jax.local_devices()[0]))
+    else:
+        where = cast(dict[Any, Sharding], flatten_dict(shardings))
+    stacked = [path for path, row in rows.items() if row.stacked]
+    shapes = tuple((config.layers, *rows[path].shape) for path in stacked)
+    zeros = _zeros(shapes, np.dtype(dtype), tuple(where[path] for path in stacked))()
+    params = dict(zip(stacked, zeros, strict=True))
+    for path, row in rows.items():
+        if row.stacked:
+            for layer in range(config.layers):
+                params[path] = _fill(checkpoint, row, layer, params[path])
+        else:
+            x = _from_file(checkpoint, row.name, row, where[path])
+            # A copy even if the dtype is right: on CPU an array may be the mapped file itself.
+            params[path] = jax.block_until_ready(_caster(np.dtype(dtype), where[path])(x))
+            x.delete()
+    return unflatten_dict({path: params[path] for path in rows})
 
 
-def to_hf_tensors(params: Params, config: DecoderConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, tensor) pairs in Hugging Face's names and layouts, in a fixed order."""
-    flat = flatten_dict(params)
-    for path in _expected(config):
-        x = np.asarray(jax.device_get(flat[path]))
-        for layer, slot in _layers(path, x):
-            yield _name(path, layer), _to_theirs(slot, path)
+def _fill(checkpoint: Checkpoint, row: Tensor, layer: int, stack: jax.Array) -> jax.Array:
+    """The stack with the parameter of this layer in it, in the same memory."""
+    x = _from_file(checkpoint, row.name.format(layer), row, _of_layer(stack.sharding))
+    # Waits, or the host would read on, and hold what the devices have taken or will take.
+    stack = jax.block_until_ready(_filler(stack.sharding)(stack, x, layer))
+    x.delete()
+    return stack
 
 
-def save(params: Params, config: DecoderConfig, file: Path) -> None:
-    """Writes one safetensors file. The tensors are streamed: none is held twice.
+def _from_file(checkpoint: Checkpoint, name: str, row: Tensor, sharding: Sharding) -> jax.Array:
+    """One layer's parameter on the devices, in the stored dtype."""
 
-    The format (https://github.com/huggingface/safetensors, "Format"): eight bytes of header length,
-    little-endian; the header as JSON, padded with spaces to a multiple of eight; the data.
+    def part(index: Any) -> np.ndarray:
+        bounds = tuple(cut.indices(n)[:2] for cut, n in zip(index, row.shape, strict=True))
+        return _read(checkpoint, name, row, bounds)
+
+    dtype = DTYPES[checkpoint.tensors[name].dtype]
+    return jax.make_array_from_callback(row.shape, sharding, part, dtype=dtype)
+
+
+def _read(
+    checkpoint: Checkpoint, name: str, row: Tensor, bounds: tuple[tuple[int, int], ...]
+) -> np.ndarray:
+    """The part of a parameter between `bounds` (start, stop of each of our axes), as a view.
+
+    A stored axis is several of ours, flattened. Of those the first can be cut in the file; cuts of
+    the others are not in one piece there and are made in memory.
     """
-    flat = flatten_dict(params)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for path in _expected(config):
-        x = flat[path]
-        count = config.layers if path[0] == "layers" else 1
-        shape = x.shape[1:] if path[0] == "layers" else x.shape
-        size = math.prod(shape) * x.dtype.itemsize
-        for layer in range(count):
-            header[_name(path, layer)] = {
-                "dtype": _DTYPES[str(x.dtype)],
-                "shape": list(_their_shape(shape, path)),
-                "data_offsets": [offset, offset + size],
-            }
-            offset += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with open(file, "wb") as f:
-        f.write(len(text).to_bytes(8, "little"))
-        f.write(text)
-        # As bytes: bfloat16 is not a type of Python's buffers.
-        f.writelines(tensor.view(np.uint8).data for _, tensor in to_hf_tensors(params, config))
+    groups = _stored_axes(row)
+    cuts = []
+    for axes in groups:
+        start, stop = bounds[axes[0]]
+        inner = math.prod(row.shape[a] for a in axes[1:])
+        first = 0 if cuts else row.first
+        cuts.append(slice(first + start * inner, first + stop * inner))
+    sizes, rest = list(row.shape), [slice(*bound) for bound in bounds]
+    for axis in (axes[0] for axes in groups):
+        start, stop = bounds[axis]
+        sizes[axis], rest[axis] = stop - start, slice(None)
+    order = [axis for axes in groups for axis in axes]
+    x = checkpoint.read(name, cuts).reshape([sizes[axis] for axis in order])
+    return x.transpose(np.argsort(order))[tuple(rest)]
 
 
-_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+def _stored_axes(row: Tensor) -> list[tuple[int, ...]]:
+    """Which of our axes each axis of the stored tensor is made of."""
+    axes = tuple(range(len(row.shape)))
+    if row.inputs is not None:  # [*in, *out] is stored as [out, in]
+        return [axes[row.inputs :], axes[: row.inputs]]
+    return [axes] if len(row.stored_shape) == 1 else [(axis,) for axis in axes]
 
 
-def _expected(config: DecoderConfig) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
-    return cast(Any, flatten_dict(nn.unbox(abstract_params(config))))
+def _of_layer(stacked: Sharding) -> Sharding:
+    """Where one layer of a stacked parameter lies."""
+    if not isinstance(stacked, NamedSharding):
+        return stacked
+    return NamedSharding(stacked.mesh, PartitionSpec(*stacked.spec[1:]))
 
 
-def _name(path: tuple[str, ...], layer: int) -> str:
-    return _BY_PATH[path].name.format(layer)
+@lru_cache(maxsize=16)
+def _zeros(shapes: tuple[tuple[int, ...], ...], dtype: np.dtype, shardings: tuple[Sharding, ...]):
+    """Makes an array of zeros in each of the places, nowhere whole."""
+    return jax.jit(
+        lambda: tuple(jnp.zeros(shape, dtype) for shape in shapes), out_shardings=shardings
+    )
 
 
-def _layers(path: tuple[str, ...], x: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """(layer, view of that layer's part); everything outside the layers counts as layer 0."""
-    yield from enumerate(x) if path[0] == "layers" else [(0, x)]
+@lru_cache(maxsize=256)
+def _filler(sharding: Sharding):
+    """(stack, x, layer) -> the stack with x at this layer, in the stack's own memory."""
+
+    def fill(stack, x, layer):
+        return jax.lax.dynamic_update_index_in_dim(stack, x.astype(stack.dtype), layer, 0)
+
+    return jax.jit(fill, donate_argnums=0, out_shardings=sharding)
 
 
-def _their_shape(shape: tuple[int, ...], path: tuple[str, ...]) -> tuple[int, ...]:
-    inputs = _BY_PATH[path].inputs
-    if inputs is None:
-        return shape
-    return math.prod(shape[inputs:]), math.prod(shape[:inputs])
+@lru_cache(maxsize=256)
+def _caster(dtype: np.dtype, sharding: Sharding):
+    return jax.jit(lambda x: jnp.copy(x.astype(dtype)), out_shardings=sharding)
 
 
-def _to_ours(tensor: np.ndarray, path: tuple[str, ...], shape: tuple[int, ...]) -> np.ndarray:
-    return tensor if _BY_PATH[path].inputs is None else tensor.T.reshape(shape)
-
-
-def _to_theirs(x: np.ndarray, path: tuple[str, ...]) -> np.ndarray:
-    if _BY_PATH[path].inputs is not None:
-        out, *rest = _their_shape(x.shape, path)
-        x = x.reshape(*rest, out).T
-    return np.ascontiguousarray(x)  # safetensors' own writer does not look at strides
-
-
-def _check_names(folder, expected, config: DecoderConfig, shapes: dict[str, tuple[int, ...]]):
-    wanted = {}
-    for path, leaf in expected.items():
-        stacked = path[0] == "layers"
-        shape = leaf.shape[1:] if stacked else leaf.shape
-        for layer in range(config.layers if stacked else 1):
-            wanted[_name(path, layer)] = _their_shape(shape, path)
-    unknown = set(shapes) - set(wanted)
-    if config.tied:  # some writers store the tied head a second time
+def _check(checkpoint: Checkpoint, config: DecoderConfig) -> None:
+    wanted = {name: _whole_shape(parts) for name, _, parts in _stored(config)}
+    found = {n: t for n, t in checkpoint.tensors.items() if not _LEFTOVER.fullmatch(n)}
+    unknown = set(found) - set(wanted)
+    if config.tied and _is_second_embedding(checkpoint, "lm_head.weight"):
         unknown.discard("lm_head.weight")
-    problems = [f"missing: {n}" for n in wanted if n not in shapes]
-    problems += [f"unknown: {n}" for n in sorted(unknown)]
-    problems += [
-        f"{n}: shape {shapes[n]}, config.json implies {shape}"
-        for n, shape in wanted.items()
-        if n in shapes and tuple(shapes[n]) != tuple(shape)
-    ]
+    problems = [f"missing: {name}" for name in wanted if name not in found]
+    problems += [f"unknown: {name}" for name in sorted(unknown)]
+    for name in [name for name in wanted if name in found]:
+        shape, dtype = found[name]
+        if shape != wanted[name]:
+            problems.append(f"{name}: shape {shape}, config.json implies {wanted[name]}")
+        if dtype not in DTYPES:
+            problems.append(
+                f"{name}: stored as {dtype}; only {', '.join(DTYPES)} are read. A quantised "
+                "checkpoint has to be dequantised first"
+            )
+    if "lm_head.weight" in unknown and config.tied:
+        problems.append(
+            "lm_head.weight: differs from model.embed_tokens.weight, though config.json says "
+            "tie_word_embeddings"
+        )
     if problems:
         shown = "\n  ".join(problems[:20])
         more = f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise WeightsError(f"{folder}: tensors do not match config.json:\n  {shown}{more}")
+        raise WeightsError(
+            f"{checkpoint.folder}: tensors do not match config.json:\n  {shown}{more}"
+        )
 
 
-@contextlib.contextmanager
-def _reader(folder: Path):
-    """Yields (read one tensor by name, {name: shape}) over a single or an indexed checkpoint."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            where = json.loads(index.read_text())["weight_map"]
-            names = sorted(set(where.values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise WeightsError(f"{index}: not an index of safetensors files ({e!r})") from e
-    else:
-        where, names = None, ["model.safetensors"]
-    with contextlib.ExitStack() as stack:
-        files = {}
-        for name in names:
-            if not (folder / name).exists():
-                raise WeightsError(f"{folder}: {name} is missing")
-            try:
-                files[name] = stack.enter_context(safe_open(folder / name, framework="numpy"))
-            except SafetensorError as e:
-                raise WeightsError(f"{folder / name}: not a whole safetensors file ({e})") from e
-        file_of = where or {key: names[0] for key in files[names[0]].keys()}
-        for key, name in file_of.items():
-            if key not in files[name].keys():
-                raise WeightsError(
-                    f"{index}: says that {key} is in {name}, which has no such tensor"
-                )
-        shapes = {k: tuple(files[f].get_slice(k).get_shape()) for k, f in file_of.items()}
-        yield (lambda name: files[file_of[name]].get_tensor(name)), shapes
+def _is_second_embedding(checkpoint: Checkpoint, head: str) -> bool:
+    """Whether a stored head is the embedding once more, as some writers of tied models do it."""
+    embedding = "model.embed_tokens.weight"
+    stored = checkpoint.tensors.get(head)
+    if stored is None or stored != checkpoint.tensors.get(embedding):
+        return False
+    some = 1024  # rows at a time: two whole embeddings would be too much
+    return all(
+        np.array_equal(
+            checkpoint.read(head, [slice(at, at + some), slice(None)]),
+            checkpoint.read(embedding, [slice(at, at + some), slice(None)]),
+        )
+        for at in range(0, stored.shape[0], some)
+    )
+
+
+# --- out ------------------------------------------------------------------------------------------
+
+
+def save(
+    params: Params, config: DecoderConfig, folder: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Writes the parameters into `folder` as safetensors, in their own dtypes, from any mesh.
+
+    One file, or several of at most `max_shard_bytes` of data with an index. The tensors are
+    streamed: one of one layer is on the host at a time.
+    """
+    flat = _flat(params)
+    entries = {
+        name: stored_like(_whole_shape(parts), flat[parts[0].path].dtype)
+        for name, _, parts in _stored(config)
+    }
+    write(folder, entries, to_hf_tensors(params, config), max_shard_bytes=max_shard_bytes)
+
+
+def to_hf_tensors(params: Params, config: DecoderConfig) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, tensor) pairs in Hugging Face's names and layouts, in a fixed order.
+
+    Where the parameters are spread over several processes, each of them has to go through all.
+    """
+    flat = _flat(params)
+    for name, layer, parts in _stored(config):
+        found = [_to_theirs(_fetch(flat[row.path], layer), row) for row in parts]
+        yield name, found[0] if len(found) == 1 else np.concatenate(found)
+
+
+def _flat(params: Params) -> dict[tuple[str, ...], jax.Array]:
+    return cast(Any, flatten_dict(params))
+
+
+def _fetch(x: jax.Array, layer: int | None) -> np.ndarray:
+    """A parameter, or one layer of a stacked one, on the host.
+
+    Of a copy that is thrown away: an array that was once fetched keeps what was fetched.
+    """
+    everywhere = None
+    if not x.is_fully_addressable:
+        assert isinstance(x.sharding, NamedSharding)
+        everywhere = NamedSharding(x.sharding.mesh, PartitionSpec())
+    if layer is None:
+        return np.asarray(_copier(everywhere)(x))
+    return np.asarray(_taker(everywhere)(x, layer))
+
+
+@lru_cache(maxsize=16)
+def _copier(out: Sharding | None):
+    return jax.jit(jnp.copy, out_shardings=out)
+
+
+@lru_cache(maxsize=16)
+def _taker(out: Sharding | None):
+    take = partial(jax.lax.dynamic_index_in_dim, axis=0, keepdims=False)
+    return jax.jit(take, out_shardings=out)
+
+
+def _to_theirs(x: np.ndarray, row: Tensor) -> np.ndarray:
+    order = [axis for axes in _stored_axes(row) for axis in axes]
+    return np.ascontiguousarray(x.transpose(order).reshape(row.stored_shape))
+
+
+def _stored(config: DecoderConfig) -> Iterator[tuple[str, int | None, list[Tensor]]]:
+    """(name, layer, parameters that it is made of) of every stored tensor, layer by layer."""
+    by_name: dict[str, list[Tensor]] = {}
+    for row in tensors(config).values():
+        by_name.setdefault(row.name, []).append(row)
+    for name, parts in by_name.items():
+        if not parts[0].stacked:
+            yield name, None, parts
+    for layer in range(config.layers):
+        for name, parts in by_name.items():
+            if parts[0].stacked:
+                yield name.format(layer), layer, parts
+
+
+def _whole_shape(parts: list[Tensor]) -> tuple[int, ...]:
+    """Of a stored tensor: its parts lie one below the other."""
+    shapes = [row.stored_shape for row in parts]
+    return sum(shape[0] for shape in shapes), *shapes[0][1:]

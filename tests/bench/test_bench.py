@@ -13,12 +13,13 @@ from rich.console import Console
 from selm_jax import bench, memory
 from selm_jax.bench import clock, command
 from selm_jax.bench.work import _examples
-from selm_jax.models.families import DecoderConfig
+from selm_jax.models.config import DecoderConfig, LayerKind, Rope
 
 SIZES = bench.Sizes(prompt=8, response=24, examples=5, rows=8, row_length=96, slots=4, steps=2)
 
 
-TINY = DecoderConfig(96, 32, 2, 4, 2, 8, 64, 1e-5, 1e4, False, None, 2048, "LlamaForCausalLM")
+KINDS = (LayerKind(Rope(1e4)),) * 2
+TINY = DecoderConfig(96, 32, 4, 2, 8, 64, KINDS, 1e-5, False, 2048, "LlamaForCausalLM")
 
 
 @pytest.fixture(autouse=True)

@@ -1,9 +1,8 @@
-"""The decoder against transformers, against itself in its other forms, and its facts one by one."""
+"""The decoder against itself in its other forms, and its facts one by one."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from functools import cache, partial
 
 import jax
@@ -11,6 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from selm_jax.models.config import (
+    DecoderConfig,
+    LayerKind,
+    Linear,
+    Llama3,
+    LongRope,
+    Rope,
+    UnsupportedModel,
+)
 from selm_jax.models.decoder import (
     REMAT,
     Decoder,
@@ -19,28 +27,18 @@ from selm_jax.models.decoder import (
     parameter_count,
     unstack,
 )
-from selm_jax.models.families import DecoderConfig, UnsupportedModel, from_hf, read_config, to_hf
 from selm_jax.models.linear import project
-from selm_jax.weights.huggingface import load, save
-
-FAMILIES = {
-    "llama": {},
-    "llama, tied": {"tied": True, "rope_theta": 5e5, "norm_eps": 1e-3},
-    "llama, one kv head, wide heads": {"kv_heads": 1, "head_dim": 16},
-    "mistral": {"window": 37},
-    "mistral, no window": {"architecture": "MistralForCausalLM", "kv_heads": 4},
-}
+from selm_jax.weights.names import tensors
 
 
 def some_tokens(rows: int, time: int, vocab: int = 96, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, vocab, (rows, time)).astype(np.int32)
 
 
-def causal(rows: int, time: int, window: int | None = None):
+def causal(rows: int, time: int):
     """Positions and mask of rows that are one sequence each."""
     at = jnp.arange(time)
-    ago = at[:, None] - at
-    mask = (ago >= 0) & (ago < (window or time))
+    mask = at[:, None] >= at
     return jnp.broadcast_to(at, (rows, time)), jnp.broadcast_to(mask, (rows, time, time))
 
 
@@ -48,54 +46,6 @@ def causal(rows: int, time: int, window: int | None = None):
 def apply(decoder: Decoder):
     """apply(decoder)(params, tokens, positions, mask, ...) -> hidden, cache"""
     return jax.jit(lambda params, *args: decoder.apply({"params": params}, *args))
-
-
-# --- the same function as transformers ---------------------------------------------------------
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_checkpoint_of_transformers_gives_the_same_logits(family, tiny, all_logits, tmp_path):
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    config = tiny(**FAMILIES[family])
-    torch.manual_seed(0)
-    kind = "Mistral" if config.architecture.startswith("Mistral") else "Llama"
-    made = getattr(transformers, f"{kind}Config")(
-        **to_hf(config) | {"attn_implementation": "eager"}
-    )
-    theirs = transformers.AutoModelForCausalLM.from_config(made).eval()
-    with torch.no_grad():
-        for p in theirs.parameters():  # its own start values are nearly a constant function
-            p.add_(torch.randn_like(p) * 0.2)
-    theirs.save_pretrained(tmp_path)
-
-    found = read_config(tmp_path)
-    assert found == config
-    tokens = some_tokens(2, 1100)
-    with torch.no_grad():
-        expected = theirs(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
-    ours = jax.jit(partial(all_logits, Decoder(found)))(load(tmp_path, found), tokens)
-    assert np.abs(expected[:, 1000:]).max() > 1
-    np.testing.assert_allclose(ours, expected, atol=2e-4)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_transformers_loads_what_is_saved(family, tiny, random_params, all_logits, tmp_path):
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    config = tiny(**FAMILIES[family])
-    params = random_params(config)
-    save(params, config, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps(to_hf(config)))
-    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path, output_loading_info=True, attn_implementation="eager"
-    )
-    assert not any(report.values()), report
-    tokens = some_tokens(2, 80)
-    with torch.no_grad():
-        expected = theirs(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
-    ours = jax.jit(partial(all_logits, Decoder(config)))(params, tokens)
-    np.testing.assert_allclose(ours, expected, atol=2e-4)
 
 
 # --- what must not matter ----------------------------------------------------------------------
@@ -107,7 +57,7 @@ def test_padding_is_irrelevant(window, side, tiny, random_params):
     config = tiny(window=window)
     params, run = random_params(config), apply(Decoder(config))
     tokens = some_tokens(2, 12)
-    alone, _ = run(params, tokens, *causal(2, 12, window))
+    alone, _ = run(params, tokens, *causal(2, 12))
 
     def padded(seed):
         at = slice(7, 19) if side == "left" else slice(0, 12)
@@ -115,7 +65,7 @@ def test_padding_is_irrelevant(window, side, tiny, random_params):
         mask = np.random.default_rng(seed).random((2, 19, 19)) < 0.5
         mask[:, at] = False
         wide[:, at] = tokens
-        positions[:, at], mask[:, at, at] = causal(2, 12, window)
+        positions[:, at], mask[:, at, at] = causal(2, 12)
         hidden, _ = run(params, wide, positions, mask)
         return hidden[:, at]
 
@@ -205,14 +155,14 @@ def test_prefill_and_cached_steps_equal_one_forward(window, scan, tiny, random_p
     params = random_params(config) if scan else unstack(random_params(config))
     run = partial(apply(Decoder(config, scan=scan)), params)
     tokens, capacity, lengths = some_tokens(3, 14), 20, np.array([2, 6, 9])
-    full, _ = run(tokens, *causal(3, 14, window))
+    full, _ = run(tokens, *causal(3, 14))
 
     def empty(capacity):
         junk = jnp.full((config.layers, 3, config.kv_heads, capacity, config.head_dim), 9.0)
         whole = LayerCache(junk, junk)
         return whole if scan else tuple(jax.tree.map(lambda x: x[0], whole) for _ in range(2))
 
-    first = causal(3, 9, window)
+    first = causal(3, 9)
     _, cache = run(tokens[:, :9], *first, empty(9), jnp.zeros(3, jnp.int32))
     cache = jax.tree.map(
         lambda big, small: big.at[..., : small.shape[-2], :].set(small), empty(capacity), cache
@@ -221,8 +171,7 @@ def test_prefill_and_cached_steps_equal_one_forward(window, scan, tiny, random_p
     for count in (3, 1, 1):
         positions = index[:, None] + np.arange(count)
         new = np.take_along_axis(tokens, positions, axis=1)
-        ago = positions[:, :, None] - np.arange(capacity)
-        mask = (ago >= 0) & (ago < (window or capacity))
+        mask = positions[:, :, None] >= np.arange(capacity)
         hidden, cache = run(new, positions, mask, cache, jnp.array(index))
         expected = np.take_along_axis(np.asarray(full), positions[..., None], axis=1)
         np.testing.assert_allclose(hidden, expected, atol=2e-5)
@@ -263,37 +212,95 @@ def test_projects_gradient_has_the_parameters_dtype():
 
 # --- the facts ---------------------------------------------------------------------------------
 
-# For every field a value other than TINY's. `max_positions` and `architecture` are for the way out
-# to config.json alone; the architecture says too whether there may be a window.
-OTHER = {
-    "vocab_size": 80, "embed": 40, "layers": 3, "heads": 2, "kv_heads": 4, "head_dim": 12,
-    "mlp": 48, "norm_eps": 0.1, "rope_theta": 100.0, "tied": True, "window": 3,
-    "max_positions": 99, "architecture": "MistralForCausalLM",
+LONG = LongRope((1.0, 2.0, 3.0, 4.0), (2.0, 4.0, 8.0, 16.0), 6, 1.0)
+LLAMA3 = Llama3(8.0, 1.0, 4.0, 64)
+
+
+def kinds(*each):
+    return {"kinds": tuple(each)}
+
+
+# Name -> (what the base has beyond TINY, what the other one changes).
+CHANGES = {
+    "vocab_size": ({}, {"vocab_size": 80}),
+    "embed": ({}, {"embed": 40}),
+    "heads": ({}, {"heads": 2}),
+    "kv_heads": ({}, {"kv_heads": 4}),
+    "head_dim": ({}, {"head_dim": 12}),
+    "mlp": ({}, {"mlp": 48}),
+    "kinds": ({}, {"layers": 3}),
+    "kinds: theta": ({}, {"rope_theta": 100.0}),
+    "kinds: window": ({}, {"window": 3}),
+    "kinds: no rope": ({}, kinds(LayerKind(None), LayerKind(Rope(1e4)))),
+    "kinds: order": (
+        kinds(LayerKind(None), LayerKind(Rope(1e4))), kinds(LayerKind(Rope(1e4)), LayerKind(None)),
+    ),
+    "kinds: linear": ({}, kinds(*[LayerKind(Rope(1e4, Linear(2.0)))] * 2)),
+    **{
+        f"kinds: llama3 {key}": (
+            kinds(*[LayerKind(Rope(1e4, LLAMA3))] * 2),
+            kinds(*[LayerKind(Rope(1e4, dataclasses.replace(LLAMA3, **{key: value})))] * 2),
+        )
+        for key, value in {"factor": 2.0, "low": 2.0, "high": 9.0, "original": 16}.items()
+    },
+    **{
+        f"kinds: longrope {key}": (
+            kinds(*[LayerKind(Rope(1e4, dataclasses.replace(LONG, extended=key == "long")))] * 2),
+            kinds(*[LayerKind(Rope(1e4, dataclasses.replace(
+                LONG, **{"extended": key == "long", key: value})))] * 2),
+        )
+        for key, value in {
+            "short": (4.0,) * 4, "long": (1.0,) * 4, "magnitude": 1.5, "extended": True,
+        }.items()
+    },
+    "norm_eps": ({}, {"norm_eps": 0.1}),
+    "tied": ({}, {"tied": True}),
+    "max_positions": ({}, {"max_positions": 99}),
+    "architecture": ({}, {"architecture": "Phi3ForCausalLM"}),
+    "activation": ({}, {"activation": "gelu"}),
+    "qkv_bias": ({}, {"qkv_bias": True}),
+    "out_bias": ({}, {"out_bias": True}),
+    "mlp_bias": ({}, {"mlp_bias": True}),
+    "qk_norm": ({}, {"qk_norm": True}),
+    "post_norms": ({}, {"post_norms": True}),
+    "norm_offset": ({}, {"norm_offset": 1.0}),
+    "embed_scale": ({}, {"embed_scale": 3.0}),
+    "query_scale": ({}, {"query_scale": 1.0}),
+    "attention_cap": ({}, {"attention_cap": 0.5}),
+    "logit_cap": ({}, {"logit_cap": 1.0}),
 }  # fmt: skip
-FOR_THE_WAY_OUT = {"max_positions", "architecture"}
 
 
-@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(DecoderConfig)])
-def test_no_field_is_decorative(field, tiny, random_params, all_logits):
-    base = tiny()
-    other = dataclasses.replace(base, **{field: OTHER[field]})
+def test_every_field_is_changed_in_turn():
+    assert {name.partition(":")[0] for name in CHANGES} == {
+        f.name for f in dataclasses.fields(DecoderConfig)
+    }
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_no_field_is_decoration(name, tiny, random_params, all_logits):
+    own, changes = CHANGES[name]
+    base, other = tiny(**own), tiny(**(own | changes))
 
     def shapes(config):
         return jax.tree.map(jnp.shape, random_params(config))
 
     if shapes(other) != shapes(base):  # other parameters: `load` would not take the old ones
-        assert field not in FOR_THE_WAY_OUT
+        return
+    if name == "max_positions":
+        base.for_length(100)
+        with pytest.raises(UnsupportedModel, match="100 tokens"):
+            other.for_length(100)
+        return
+    if name == "architecture":  # says under which names the weights are stored
+        assert {t.name for t in tensors(other).values()} != {t.name for t in tensors(base).values()}
         return
 
-    def logits(config):
+    def run(config):
         return jax.jit(partial(all_logits, Decoder(config)))(random_params(base), tokens)
 
     tokens = some_tokens(1, 12, vocab=80)
-    difference = np.abs(logits(other) - logits(base)).max()
-    if field in FOR_THE_WAY_OUT:
-        assert difference == 0 and to_hf(other) != to_hf(base)
-    else:  # the window too: the decoder gets it by way of the mask
-        assert difference > 1e-2
+    assert np.abs(run(other) - run(base)).max() > 1e-2
 
 
 @pytest.mark.parametrize("changes", [{"heads": 3}, {"kv_heads": 3}, {"head_dim": 7}])
@@ -310,59 +317,3 @@ def test_abstract_parameters_allocate_nothing_and_name_every_axis(tiny):
     for box in jax.tree.leaves(abstract_params(huge), is_leaf=lambda x: hasattr(x, "names")):
         assert len(box.names) == len(box.value.shape)
         assert isinstance(box.value, jax.ShapeDtypeStruct)
-
-
-# --- config.json -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_way_out_and_back_in(family, tiny):
-    config = tiny(**FAMILIES[family])
-    assert from_hf(to_hf(config)) == config
-    assert from_hf(json.loads(json.dumps(to_hf(config)))) == config
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"model_type": "gemma"}, "model_type is 'gemma'"),
-        ({"logit_soft_cap": 30.0}, "logit_soft_cap"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-        ({"attention_bias": True}, "attention_bias is True"),
-        ({"mlp_bias": True}, "mlp_bias is True"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}}, "llama3"),
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "rope_theta"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"sliding_window": 128}, "sliding_window is 128"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config"),
-    ],
-)
-def test_what_the_decoder_cannot_express_is_an_error_that_names_it(changes, message, tiny):
-    with pytest.raises(UnsupportedModel, match=message):
-        from_hf(to_hf(tiny()) | changes)
-
-
-def test_a_missing_key_is_named_with_the_file(tiny, tmp_path):
-    hf = to_hf(tiny())
-    del hf["intermediate_size"]
-    (tmp_path / "config.json").write_text(json.dumps(hf))
-    with pytest.raises(UnsupportedModel, match=r"config\.json: key 'intermediate_size' is missing"):
-        read_config(tmp_path)
-
-
-def test_defaults_are_those_of_transformers(tiny):
-    """A key that config.json leaves out has the value that transformers gives it."""
-    transformers = pytest.importorskip("transformers")
-    for kind in ("Llama", "Mistral"):
-        hf = to_hf(tiny(architecture=f"{kind}ForCausalLM", heads=8, kv_heads=8, embed=64))
-        for key in (
-            "sliding_window",
-            "head_dim",
-            "rope_theta",
-            "tie_word_embeddings",
-            "hidden_act",
-        ):
-            hf.pop(key, None)
-        theirs = getattr(transformers, f"{kind}Config")(**hf)
-        assert from_hf(hf) == from_hf({k: v for k, v in theirs.to_dict().items() if v is not None})

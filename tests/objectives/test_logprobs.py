@@ -14,8 +14,10 @@ from selm_jax.objectives.logprobs import token_logprobs
 ROWS, SCORED, EMBED, VOCAB = 3, 12, 16, 50
 
 
-def plain(hidden, targets, unembedding):
+def plain(hidden, targets, unembedding, cap=None):
     logits = jnp.einsum("rpd,vd->rpv", hidden, unembedding, precision="highest")
+    if cap is not None:
+        logits = cap * jnp.tanh(logits / cap)
     table = jax.nn.log_softmax(logits, axis=-1)
     return jnp.take_along_axis(table, targets[..., None], axis=-1)[..., 0]
 
@@ -35,11 +37,12 @@ def with_gradients(function, hidden, targets, unembedding, weight):
 
 
 # 1, dividing, not dividing, all, more than all.
+@pytest.mark.parametrize("cap", [None, 2.5])
 @pytest.mark.parametrize("chunk", [1, 4, 5, 11, 12, 100])
-def test_value_and_gradients_are_those_of_the_plain_form(chunk):
+def test_value_and_gradients_are_those_of_the_plain_form(chunk, cap):
     h, y, w, g = inputs()
-    got = with_gradients(partial(token_logprobs, chunk=chunk), h, y, w, g)
-    for a, b in zip(got, with_gradients(plain, h, y, w, g), strict=True):
+    got = with_gradients(partial(token_logprobs, chunk=chunk, cap=cap), h, y, w, g)
+    for a, b in zip(got, with_gradients(partial(plain, cap=cap), h, y, w, g), strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 

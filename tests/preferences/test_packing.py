@@ -138,11 +138,11 @@ def test_positions_predictors_and_owners(found):
                 assert batch.tokens[r][follows].tolist() == [target]
 
 
-@given(examples(), st.sampled_from([None, 1, 4]))
+@given(examples())
 @settings(max_examples=50, deadline=None)
-def test_the_mask_is_the_path_of_each_token(found, window):
+def test_the_mask_is_the_path_of_each_token(found):
     for batch in pack(found, SHAPE):
-        mask = np.asarray(tree_mask(batch.segment, batch.branch, batch.position, window))
+        mask = np.asarray(tree_mask(batch.segment, batch.branch))
         for r in range(SHAPE.rows):
             for t in np.flatnonzero(batch.segment[r]):
                 path = [
@@ -152,8 +152,7 @@ def test_the_mask_is_the_path_of_each_token(found, window):
                     and batch.branch[r, s] in (0, batch.branch[r, t])
                     and batch.position[r, s] <= batch.position[r, t]
                 ]
-                expected = path if window is None else path[-window:]
-                assert np.flatnonzero(mask[r, t]).tolist() == expected
+                assert np.flatnonzero(mask[r, t]).tolist() == path
 
 
 def test_an_example_too_long_is_named_with_its_sizes():

@@ -1,156 +1,28 @@
-"""Where the prompt ends and the answer begins, and how an answer ends, template by template."""
+"""Where the prompt ends and the answer begins, and how an answer ends, family by family."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+import datetime
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from selm_jax.text.chat import Chat, ChatError
+from selm_jax.config import Text
+from selm_jax.text.chat import Chat, ChatError, UnusableAnswer
 from selm_jax.text.prompts import Message
 
-SMOLLM2 = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou are a helpful AI assistant.<|im_end|>\n' }}{% endif %}"
-    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-LLAMA_3 = (
-    "{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + "
-    "'<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' %}"
-    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}"
-    "{% endfor %}{% if add_generation_prompt %}"
-    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
-# Its blocks keep the line breaks around them, as in the model's own file.
-ZEPHYR = (
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + "
-    "eos_token + '\n' }}{% if loop.last and add_generation_prompt %}{{ '<|assistant|>' }}"
-    "{% endif %}{% endfor %}"
-)
-PHI_3 = (
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + "
-    "'<|end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}"
-    "{% else %}{{ eos_token }}{% endif %}"
-)
-# Like some thinking models': what the prompt ends with is not how an answer begins.
-FORGETFUL = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
-    "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>{% endif %}"
-)
-ENDLESS = (
-    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
-)
-
-
-def byte_level(specials: list[str], bos: str | None = None) -> Tokenizer:
-    """Byte-level BPE with a few merges, among them line break + line break."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = [("Ċ", "Ċ"), ("t", "h"), ("th", "e"), ("Ġ", "the"), ("Ġ", "Ġ")]
-    words = alphabet + [a + b for a, b in merges]
-    tokenizer = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(specials)
-    if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
-        )
-    return tokenizer
-
-
-def sentencepiece_like(specials: list[str], bos: str) -> Tokenizer:
-    """As Llama-2's and Mistral's: ▁ for a space, and one more in front of any text."""
-    letters = [chr(i) for i in range(33, 127)] + ["▁"]
-    merges = [("▁", "H"), ("▁H", "i"), ("H", "i")]
-    words = letters + [f"<0x{i:02X}>" for i in range(256)] + [a + b for a, b in merges]
-    tokenizer = Tokenizer(
-        models.BPE({w: i for i, w in enumerate(words)}, merges, byte_fallback=True, fuse_unk=True)
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    tokenizer.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
-    tokenizer.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in specials])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
-    )
-    return tokenizer
-
-
-FAMILIES: dict[str, Callable[[], tuple[Tokenizer, dict, str | None, object]]] = {
-    # tokenizer, names of its special tokens, template, eos_token_id of generation_config.json
-    "smollm2": lambda: (
-        byte_level(["<|endoftext|>", "<|im_start|>", "<|im_end|>"]),
-        {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}, SMOLLM2, "<|im_end|>",
-    ),
-    "llama-3": lambda: (
-        byte_level(
-            ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
-             "<|eot_id|>"], bos="<|begin_of_text|>",
-        ),
-        {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}, LLAMA_3,
-        ["<|end_of_text|>", "<|eot_id|>"],
-    ),
-    "zephyr": lambda: (
-        sentencepiece_like(["<s>", "</s>"], bos="<s>"),
-        {"bos_token": "<s>", "eos_token": "</s>"}, ZEPHYR, "</s>",
-    ),
-    "phi-3": lambda: (
-        byte_level(["<|endoftext|>", "<|end|>", "<|user|>", "<|assistant|>"]),
-        {"eos_token": "<|endoftext|>"}, PHI_3, ["<|endoftext|>", "<|end|>"],
-    ),
-    "forgetful": lambda: (
-        byte_level(["<|im_start|>", "<|im_end|>"]),
-        {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}, FORGETFUL, None,
-    ),
-    "endless": lambda: (byte_level(["</s>"]), {"eos_token": "</s>"}, ENDLESS, None),
-    "twice": lambda: (
-        byte_level(["<s>", "</s>"], bos="<s>"), {"bos_token": "<s>", "eos_token": "</s>"},
-        "{{ bos_token }}" + "{{ bos_token }}" + ZEPHYR, None,
-    ),
-    "no template": lambda: (byte_level(["</s>"]), {"eos_token": "</s>"}, None, None),
-    "no end": lambda: (byte_level(["<s>"]), {"bos_token": "<s>"}, ZEPHYR, None),
-}  # fmt: skip
-CHATS = ("smollm2", "llama-3", "zephyr", "phi-3")
-END = {"smollm2": "<|im_end|>", "llama-3": "<|eot_id|>", "zephyr": "</s>", "phi-3": "<|end|>"}
-
-
-def write(folder: Path, family: str) -> Path:
-    tokenizer, names, template, stops = FAMILIES[family]()
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    if template:
-        (folder / "chat_template.jinja").write_text(template)
-    if stops:
-        each = [stops] if isinstance(stops, str) else stops
-        ids = [tokenizer.token_to_id(s) for s in each]
-        stop = ids[0] if isinstance(stops, str) else ids
-        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stop}))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def chats(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("chats")
-    return {family: Chat(write(folder / family, family)) for family in CHATS}
+SYSTEM = Message("system", "Be brief.")
+QUIET = Text(template={"enable_thinking": False})
 
 
 def pieces(chat: Chat, ids) -> list[str]:
     return chat.tokenizer.convert_ids_to_tokens(list(ids))
+
+
+def shown(chat: Chat, ids) -> str:
+    return chat.tokenizer.decode(list(ids))
 
 
 def user(*texts: str) -> list[Message]:
@@ -160,177 +32,267 @@ def user(*texts: str) -> list[Message]:
 
 # --- the layout, spelled out -------------------------------------------------------------------
 
-
-def test_smollm2(chats):
-    chat = chats["smollm2"]
-    prompt, answer = chat.prompt_ids(user("a")), chat.response_ids(user("a"), "the b")
-    assert "".join(pieces(chat, prompt)).replace("Ġ", " ").replace("Ċ", "\n") == (
+PROMPTS = {  # of user("a", "b", "c")
+    "llama_2": "<s>[INST] a [/INST] b </s><s>[INST] c [/INST]",
+    "llama_3": "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\na<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nb<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nc<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+    "llama_3_2": (
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+        "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\na<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nb<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nc<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    ),
+    "mistral_0_1": "<s>[INST] a [/INST]b</s> [INST] c [/INST]",
+    "mistral_0_3": "<s>[INST] a[/INST] b</s>[INST] c[/INST]",
+    "zephyr": "<s> <|user|>\na</s>\n<|assistant|>\nb</s>\n<|user|>\nc</s>\n<|assistant|>\n",
+    # Phi-3's special tokens swallow the line breaks behind them.
+    "phi_3": "<|user|>a<|end|><|assistant|>b<|end|><|user|>c<|end|><|assistant|>",
+    "phi_3_may": "<s><|user|>a<|end|><|assistant|>b<|end|><|user|>c<|end|><|assistant|>",
+    "qwen_2_5": (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
+        "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n"
+    ),
+    "qwen_3": (
+        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
+        "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    ),
+    "gemma_2": (
+        "<bos><start_of_turn>user\na<end_of_turn>\n<start_of_turn>model\nb<end_of_turn>\n"
+        "<start_of_turn>user\nc<end_of_turn>\n<start_of_turn>model\n"
+    ),
+    "gemma_3": (
+        "<bos><start_of_turn>user\na<end_of_turn>\n<start_of_turn>model\nb<end_of_turn>\n"
+        "<start_of_turn>user\nc<end_of_turn>\n<start_of_turn>model\n"
+    ),
+    "smollm_2": (
         "<|im_start|>system\nYou are a helpful AI assistant.<|im_end|>\n"
-        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
-    )
-    assert pieces(chat, answer) == ["the", "Ġ", "b", "<|im_end|>"]
+        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
+        "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n"
+    ),
+    "smollm_3": (
+        "<|im_start|>system\n## Metadata\n\nToday Date: 26 July 2024\nReasoning Mode: /think\n\n## Custom Instructions\n\nYou are a helpful AI assistant.\n\n"
+        "<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
+        "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n"
+    ),
+}
+RESPONSES = {"llama_2": " Hi x </s>", "mistral_0_3": " Hi x</s>"}  # else "Hi x" and the end
 
 
-def test_llama_3(chats):
-    chat = chats["llama-3"]
-    prompt, answer = chat.prompt_ids(user("a")), chat.response_ids(user("a"), " the b\n")
-    head = ["<|start_header_id|>", *"user", "<|end_header_id|>", "ĊĊ", "a", "<|eot_id|>"]
-    tail = ["<|start_header_id|>", *"assistant", "<|end_header_id|>", "ĊĊ"]
-    assert pieces(chat, prompt) == ["<|begin_of_text|>", *head, *tail]
-    assert pieces(chat, answer) == ["the", "Ġ", "b", "<|eot_id|>"]
+def test_the_layout_of_every_family(family, facts, chat):
+    model = chat(family)
+    prompt = model.prompt_ids(user("a", "b", "c"))
+    response = model.response_ids(user("a", "b", "c"), "Hi x")
+    assert shown(model, prompt) == PROMPTS[family]
+    rest = shown(model, prompt + response).removeprefix(PROMPTS[family])
+    assert rest == RESPONSES.get(family, f"Hi x{facts.end}")
 
 
-def test_zephyr(chats):
-    """The template writes no BOS, so the tokenizer's own is put in front; `\\n` after `</s>` goes.
-
-    The answer begins with the line break after the header: without the space that a tokenizer of
-    this kind puts in front of any text that it sees alone.
-    """
-    chat = chats["zephyr"]
-    prompt, answer = chat.prompt_ids(user("Hi")), chat.response_ids(user("Hi"), "Hi Hi")
-    assert pieces(chat, prompt) == [
-        "<s>", "▁", *"<|user|>", "<0x0A>", "Hi", "</s>", "<0x0A>", *"<|assistant|>",
-    ]  # fmt: skip
-    assert pieces(chat, answer) == ["<0x0A>", "Hi", "▁Hi", "</s>"]
-
-
-def test_phi_3(chats):
-    """The whole conversation ends with a second end token, which no answer has."""
-    chat = chats["phi-3"]
-    assert pieces(chat, chat.response_ids(user("a"), "b")) == ["b", "<|end|>"]
-    assert chat.prompt_ids(user("a"))[0] == chat.tokenizer.convert_tokens_to_ids("<|user|>")
+def test_the_answer_is_tokenized_as_it_stands_behind_the_header(chat):
+    """Without the space that a tokenizer of this kind puts in front of any text it sees alone."""
+    zephyr = chat("zephyr")
+    assert pieces(zephyr, zephyr.response_ids(user("Hi"), "Hi Hi")) == ["Hi", "▁Hi", "</s>"]
+    llama = chat("llama_3")
+    assert pieces(llama, llama.response_ids(user("a"), " the b\n")) == [
+        *("the", "Ġ", "b", "<|eot_id|>")
+    ]
 
 
 # --- what holds for every template -------------------------------------------------------------
 
 words = st.text("aHi \n.,é☃the", min_size=0, max_size=12)
+answers = words.filter(str.strip)
+conversations = st.lists(words, min_size=1, max_size=5).filter(lambda t: len(t) % 2)
+quick = settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
-@pytest.mark.parametrize("family", CHATS)
-def test_every_answer_has_exactly_one_end_token(family, chats):
-    chat = chats[family]
-    end = chat.tokenizer.convert_tokens_to_ids(END[family])
-
-    @given(st.lists(words, min_size=1, max_size=5).filter(lambda t: len(t) % 2), words)
-    @settings(max_examples=60, deadline=None)
-    def check(texts, answer):
-        ids = chat.response_ids(user(*texts), answer)
-        assert ids[-1] == end
-        assert not set(ids[:-1]) & set(chat.stop_ids)
-        assert chat.text(ids) == answer.strip()
-
-    check()
+@given(texts=conversations, answer=answers)
+@quick
+def test_every_answer_has_exactly_one_end_token(family, facts, chat, texts, answer):
+    model = chat(family)
+    ids = model.response_ids(user(*texts), answer)
+    assert pieces(model, ids[-1:]) == [facts.end]
+    assert not set(ids[:-1]) & set(model.stop_ids)
+    assert model.text(ids) == answer.strip()
 
 
-@pytest.mark.parametrize("family", CHATS)
-def test_prompt_and_answer_are_the_conversation(family, chats):
-    """The ids of the whole, tokenized at once, where no token spans the boundary; and BOS once."""
-    chat = chats[family]
-    bos = chat.tokenizer.bos_token_id
-
-    @given(st.lists(words, min_size=1, max_size=5).filter(lambda t: len(t) % 2), words)
-    @settings(max_examples=60, deadline=None)
-    def check(texts, answer):
-        both = chat.prompt_ids(user(*texts)) + chat.response_ids(user(*texts), answer)
-        if family in ("llama-3", "zephyr"):
-            assert both[0] == bos and both.count(bos) == 1
-        if family == "zephyr":  # whose template does not write it
-            both = both[1:]
-        whole = chat.tokenizer.apply_chat_template(
-            [{"role": m.role, "content": m.content} for m in user(*texts, answer)], tokenize=False
-        )
-        ids = tuple(chat.tokenizer(whole, add_special_tokens=False)["input_ids"])
-        if answer.startswith("\n") and family in ("smollm2", "phi-3"):  # spans: see below
-            assert chat.tokenizer.decode(ids).startswith(chat.tokenizer.decode(both))
-        else:
-            assert ids[: len(both)] == both
-
-    check()
+@given(texts=conversations, answer=answers)
+@quick
+def test_prompt_and_answer_are_the_conversation(family, facts, chat, texts, answer):
+    """The ids of the whole, tokenized at once, where no token spans the boundary."""
+    model = chat(family)
+    both = model.prompt_ids(user(*texts)) + model.response_ids(user(*texts), answer)
+    whole = model.tokens(model.render(user(*texts, answer), answer_follows=False))
+    if family == "zephyr":  # whose template does not write BOS
+        whole = (model.tokenizer.bos_token_id, *whole)
+    if answer[0].isspace():  # a token could span: see below
+        assert shown(model, whole).startswith(shown(model, both).rstrip())
+    else:
+        assert whole[: len(both)] == both
 
 
-@pytest.mark.parametrize("family", CHATS)
-def test_several_turns_and_a_system_message(family, chats):
-    chat = chats[family]
-    end = chat.tokenizer.convert_tokens_to_ids(END[family])
+def test_bos_stands_in_front_once_if_the_model_has_one(family, facts, chat):
+    model = chat(family)
+    bos = model.tokenizer.bos_token_id
+    for system in ([], [SYSTEM] * facts.system):
+        ids = model.prompt_ids([*system, *user("a")])
+        front = next(i for i, token in enumerate(ids) if token != bos)
+        assert front == facts.bos
+        if family != "smollm_2":  # whose BOS opens every turn
+            assert ids.count(bos) == facts.bos
+    assert bos not in model.response_ids(user("a"), "b")
 
-    def turns(ids):
-        """The ids of each turn, its end token included, and the header of the answer."""
+
+def test_llama_2_opens_every_user_turn_with_bos(chat):
+    ids = chat("llama_2").prompt_ids(user("a", "b", "c"))
+    assert ids.count(chat("llama_2").tokenizer.bos_token_id) == 2
+
+
+def test_several_turns_and_a_system_message(family, facts, chat):
+    if not facts.system or family == "llama_2":  # there a user's turn has no end
+        pytest.skip("no system message, or no end of a user's turn")
+    model = chat(family)
+    end = model.tokenizer.convert_tokens_to_ids(facts.end)
+
+    def turns(ids) -> list[str]:
+        """Each turn, its end token included, and the header of the answer."""
         cuts = [0, *(i + 1 for i, token in enumerate(ids) if token == end), len(ids)]
-        return [ids[i:j] for i, j in pairwise(cuts)]
+        return [shown(model, ids[i:j]) for i, j in pairwise(cuts)]
 
-    system = Message("system", "Be brief.")
-    long = turns(chat.prompt_ids([system, *user("a", "b", "c")]))
-    short = turns(chat.prompt_ids([system, *user("a")]))
-    assert len(long) == 5 and len(short) == 3
-    assert long[:2] == short[:2] and long[-1] == short[-1]
-    texts = [chat.tokenizer.decode(ids) for ids in long]
-    said = ("Be brief.", "a", "b", "c", "")
-    roles = ("system", "user", "assistant", "user", "assistant")
-    for text, role, content in zip(texts, roles, said, strict=True):
-        head, _, tail = text.partition(role)
-        assert head + role + tail == text and tail.removesuffix(END[family]).endswith(content)
+    long = turns(model.prompt_ids([SYSTEM, *user("a", "b", "c")]))
+    short = turns(model.prompt_ids([SYSTEM, *user("a")]))
+    said = ["Be brief.", "a", "b", "c", ""][family == "gemma_3" :]  # one turn with the user's
+    assert len(long) == len(said) and len(short) == len(said) - 2
+    assert long[:-3] == short[:-1] and long[-1] == short[-1]
+    for turn, content in zip(long, said, strict=True):
+        assert turn.removesuffix(facts.end).rstrip().endswith(content)
+    assert "Be brief." in long[0]
 
 
-def test_a_token_that_spans_the_boundary_is_not_used(chats):
+def test_a_token_that_spans_the_boundary_is_not_used(chat):
     """Line break + line break is one token here; but the prompt has ended with the first."""
-    chat = chats["smollm2"]
-    assert pieces(chat, chat.prompt_ids(user("a")))[-1] == "Ċ"
-    assert pieces(chat, chat.response_ids(user("a"), "\nb")) == ["Ċ", "b", "<|im_end|>"]
+    model = chat("smollm_2")
+    assert pieces(model, model.prompt_ids(user("a")))[-1] == "Ċ"
+    assert pieces(model, model.response_ids(user("a"), "\nb")) == ["Ċ", "b", "<|im_end|>"]
 
 
-def test_the_text_of_an_answer_has_no_special_tokens(chats):
-    for family, chat in chats.items():
-        ids = chat.response_ids(user("a"), "Hi there")
-        assert chat.text(ids) == chat.text(ids[:-1]) == "Hi there", family
+def test_the_text_of_an_answer_has_no_special_tokens(family, chat):
+    ids = chat(family).response_ids(user("a"), "Hi there")
+    assert chat(family).text(ids) == chat(family).text(ids[:-1]) == "Hi there"
 
 
 # --- what stops a response ---------------------------------------------------------------------
 
 
-def test_stop_ids_are_the_generation_configs_and_the_tokenizers(chats):
-    stops = {family: set(pieces(chat, chat.stop_ids)) for family, chat in chats.items()}
-    assert stops == {
-        "smollm2": {"<|im_end|>"},
-        "llama-3": {"<|end_of_text|>", "<|eot_id|>"},
-        "zephyr": {"</s>"},
-        "phi-3": {"<|endoftext|>", "<|end|>"},
-    }
+def test_stop_ids_are_the_generation_configs_and_the_tokenizers(chat):
+    def stops(name):
+        return set(pieces(chat(name), chat(name).stop_ids))
+
+    assert stops("llama_2") == {"</s>"}  # without a generation config
+    assert stops("llama_3") == {"<|end_of_text|>", "<|eot_id|>"}
+    assert stops("zephyr") == {"</s>"}
+    assert stops("phi_3") == {"<|endoftext|>", "<|assistant|>", "<|end|>"}
+    assert stops("gemma_2") == {"<eos>", "<end_of_turn>"}
 
 
-@pytest.mark.parametrize("family", CHATS)
-def test_an_answer_that_spells_out_an_end_token_is_an_error(family, chats):
-    with pytest.raises(ChatError, match="spells out"):
-        chats[family].response_ids(user("a"), f"before {END[family]} after")
+# --- answers that cannot be used ---------------------------------------------------------------
 
 
-# --- what cannot be used -----------------------------------------------------------------------
+def test_an_answer_that_spells_out_an_end_token(family, facts, chat):
+    assert chat(family).spelled_ends("an end") == []
+    assert chat(family).spelled_ends(f"an{facts.end}") == [facts.end]
+    with pytest.raises(UnusableAnswer, match="spells out"):
+        chat(family).response_ids(user("a"), f"before {facts.end} after")
 
 
-def test_a_template_that_does_not_keep_the_prompt_is_shown_both_ways(tmp_path):
-    chat = Chat(write(tmp_path, "forgetful"))
-    chat.prompt_ids(user("a"))
+@pytest.mark.parametrize("text", ["", " \n"])
+def test_an_empty_answer(family, chat, text):
+    with pytest.raises(UnusableAnswer, match="the answer is empty"):
+        chat(family).response_ids(user("a"), text)
+
+
+# --- templates that cannot be used -------------------------------------------------------------
+
+
+def test_a_template_that_does_not_keep_the_prompt_is_shown_both_ways(chat):
+    chat("always_thinking").prompt_ids(user("a"))
     with pytest.raises(ChatError, match=r"prompt:.*<think>(.|\n)*conversation:.*assistant\\nb"):
-        chat.response_ids(user("a"), "b")
+        chat("always_thinking").response_ids(user("a"), "b")
 
 
-def test_a_template_without_an_end_is_an_error(tmp_path):
-    chat = Chat(write(tmp_path, "endless"))
+def test_mistral_0_3_forgets_the_system_message_when_the_answer_is_there(chat):
+    prompt = chat("mistral_0_3").prompt_ids([SYSTEM, *user("a")])
+    assert "Be brief." in shown(chat("mistral_0_3"), prompt)
+    with pytest.raises(ChatError, match="does not keep the prompt"):
+        chat("mistral_0_3").response_ids([SYSTEM, *user("a")], "b")
+
+
+def test_a_think_block_that_the_data_does_not_have_is_not_trained_on(chat):
+    thinking = chat("qwen_3", Text())
+    with pytest.raises(ChatError, match=r"puts more in front of it(.|\n)*enable_thinking"):
+        thinking.response_ids(user("a"), "b")
+    with_thought = thinking.response_ids(user("a"), "<think>\nso\n</think>\n\nb")
+    assert shown(thinking, with_thought) == "<think>\nso\n</think>\n\nb<|im_end|>"
+    for name, block in (
+        ("qwen_3", "<think>\n\n</think>\n\n"),
+        ("smollm_3", "<think>\n\n</think>\n"),
+    ):
+        quiet = chat(name, QUIET)
+        assert shown(quiet, quiet.prompt_ids(user("a"))).endswith(f"assistant\n{block}")
+        assert shown(quiet, quiet.response_ids(user("a"), "b")) == "b<|im_end|>"
+
+
+@pytest.mark.parametrize("name", ["gemma_2", "mistral_0_1"])
+def test_a_template_that_refuses_a_system_message(name, chat):
+    with pytest.raises(ChatError) as error:
+        chat(name).prompt_ids([SYSTEM, *user("a")])
+    said = "System role not supported" if name == "gemma_2" else "must alternate"
+    for part in (said, "of system, user", "without the system message", "data.system"):
+        assert part in str(error.value)
+
+
+def test_a_template_that_refuses_an_order_of_turns(chat):
+    with pytest.raises(ChatError, match=r"user, user: .*must alternate.*order"):
+        chat("llama_2").prompt_ids([*user("a"), *user("b")])
+
+
+def test_a_system_message_that_the_template_leaves_out(chat):
+    with pytest.raises(ChatError, match="leaves out the system message 'Be brief.'"):
+        chat("phi_3_may").prompt_ids([SYSTEM, *user("a")])
+
+
+def test_a_system_message_that_the_template_reads_or_has_anyway(chat):
+    quiet = chat("smollm_3").prompt_ids([Message("system", "/no_think"), *user("a")])
+    assert "Mode: /no_think" in shown(chat("smollm_3"), quiet)
+    own = Message("system", "You are a helpful AI assistant.")
+    smollm = chat("smollm_2")
+    assert smollm.prompt_ids([own, *user("a")]) == smollm.prompt_ids(user("a"))
+    assert smollm.prompt_ids([Message("system", " "), *user("a")])
+
+
+def test_a_template_without_an_end(chat):
     with pytest.raises(ChatError, match="does not end an answer"):
-        chat.response_ids(user("a"), "b")
+        chat("endless").response_ids(user("a"), "b")
 
 
-def test_a_template_that_writes_bos_twice_is_an_error(tmp_path):
-    chat = Chat(write(tmp_path, "twice"))
+def test_an_end_that_the_generation_config_does_not_know(chat):
+    """As the first generation_config.json of Gemma 2."""
+    with pytest.raises(
+        ChatError, match=r"does not end.*<eos>.*eos_token_id in .*generation_config"
+    ):
+        chat("gemma_2_first").response_ids(user("a"), "b")
+
+
+def test_a_template_that_writes_bos_twice(chat):
     with pytest.raises(ChatError, match="<s> twice"):
-        chat.prompt_ids(user("a"))
+        chat("bos_twice").prompt_ids(user("a"))
 
 
 @pytest.mark.parametrize(
-    ("family", "message"), [("no template", "no chat template"), ("no end", "EOS")]
+    ("name", "message"), [("no_template", "no chat template"), ("no_end", "EOS")]
 )
-def test_a_folder_that_lacks_something_is_named(family, message, tmp_path):
-    with pytest.raises(ChatError, match=rf"{tmp_path}.*{message}"):
-        Chat(write(tmp_path, family))
+def test_a_folder_that_lacks_something_is_named(name, message, chat):
+    with pytest.raises(ChatError, match=rf"{name}\d.*{message}"):
+        chat(name)
 
 
 def test_a_folder_without_tokenizer(tmp_path):
@@ -338,17 +300,38 @@ def test_a_folder_without_tokenizer(tmp_path):
         Chat(tmp_path)
 
 
+# --- what a template reads besides the messages ------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "day"), [("llama_3_2", "05 Jun 2023"), ("smollm_3", "05 June 2023")]
+)
+def test_the_day_is_the_experiments_not_todays(name, day, chat):
+    date = datetime.date(2023, 6, 5)
+    model = chat(name, Text(date=date))
+    assert f"Today Date: {day}" in shown(model, model.prompt_ids(user("a")))
+
+
+@pytest.mark.parametrize(
+    ("variable", "message"),
+    [("enable_thinkng", "never reads"), ("messages", "not for"), ("tools", "not for")],
+)
+def test_a_variable_that_the_template_does_not_read(variable, message, chat):
+    with pytest.raises(ChatError, match=f"text.template: .*{message}"):
+        chat("qwen_3", Text(template={variable: False}))
+
+
 # --- the real one ------------------------------------------------------------------------------
 
 
 def test_the_real_smollm2(real_model):
-    chat = Chat(real_model)
-    ids = chat.prompt_ids(user("What is the capital of France?"))
-    assert chat.tokenizer.decode(ids) == (
+    model = Chat(real_model)
+    ids = model.prompt_ids(user("What is the capital of France?"))
+    assert shown(model, ids) == (
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
         "<|im_end|>\n<|im_start|>user\nWhat is the capital of France?<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
-    answer = chat.response_ids(user("What is the capital of France?"), "Paris.")
-    assert pieces(chat, answer) == ["Paris", ".", "<|im_end|>"]
-    assert chat.stop_ids == (2,)
+    answer = model.response_ids(user("What is the capital of France?"), "Paris.")
+    assert pieces(model, answer) == ["Paris", ".", "<|im_end|>"]
+    assert model.stop_ids == (2,)

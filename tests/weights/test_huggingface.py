@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,20 @@ import pytest
 from flax.traverse_util import flatten_dict
 from safetensors import safe_open
 from safetensors.flax import load_file, save_file
+from safetensors.numpy import save_file as numpy_save
 
 from selm_jax.models.decoder import abstract_params, parameter_count
-from selm_jax.weights.huggingface import TENSORS, WeightsError, load, save, to_hf_tensors
+from selm_jax.models.families import read_config
+from selm_jax.parallel.mesh import make_mesh
+from selm_jax.parallel.rules import TRAINING, shardings
+from selm_jax.weights.files import Checkpoint
+from selm_jax.weights.huggingface import WeightsError, load, save, to_hf_tensors
+from selm_jax.weights.names import tensors as names_of
+
+# Checkpoints that transformers wrote: one of every family, and more of those that have variants.
+FAMILIES = {f.parent.name: f.parent for f in sorted(
+    (Path(__file__).parents[1] / "golden" / "families").glob("*/config.json"))}  # fmt: skip
+MESHES = [(1, 8, 1), (2, 2, 2), (1, 4, 2)]  # data, fsdp, tensor
 
 CONFIGS = {
     "untied": {},
@@ -41,12 +53,14 @@ def folder(tmp_path, tiny, random_params):
     return tmp_path, config, dict(to_hf_tensors(random_params(config), config))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda t: t.__name__)
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, jnp.float32) for name in CONFIGS), *(("untied", dtype) for dtype in DTYPES[1:])],
+)
 def test_load_undoes_save(name, dtype, tiny, random_params, tmp_path):
     config = tiny(**CONFIGS[name])
     params = jax.tree.map(lambda x: x.astype(dtype), random_params(config))
-    save(params, config, tmp_path / "model.safetensors")
+    save(params, config, tmp_path)
     assert_same(load(tmp_path, config, dtype=dtype), params)
     # Wider when it is read: nothing is lost.
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), params)
@@ -59,7 +73,7 @@ def test_the_library_reads_what_is_streamed(dtype, tiny, random_params, tmp_path
     config = tiny()
     params = jax.tree.map(lambda x: x.astype(dtype), random_params(config))
     file = tmp_path / "model.safetensors"
-    save(params, config, file)
+    save(params, config, tmp_path)
     found = load_file(file)
     for name, tensor in to_hf_tensors(params, config):
         assert_same(found.pop(name), tensor)
@@ -72,40 +86,125 @@ def test_the_library_reads_what_is_streamed(dtype, tiny, random_params, tmp_path
 
 
 def test_saving_twice_gives_the_same_bytes(tiny, random_params, tmp_path):
-    for name in ("a", "b"):
-        save(random_params(tiny()), tiny(), tmp_path / name)
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert written(random_params(tiny()), tiny(), tmp_path / "a") == written(
+        random_params(tiny()), tiny(), tmp_path / "b"
+    )
 
 
-def test_sharded_parameters_are_saved_whole(tiny, random_params, tmp_path):
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-    params = random_params(tiny())
-
-    def spread(x):  # over the last axis that eight devices can share
-        axes = [None] * x.ndim
-        if cut := [i for i, n in enumerate(x.shape) if n % 8 == 0]:
-            axes[cut[-1]] = "x"
-        spec = jax.sharding.PartitionSpec(*axes)
-        return jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
-
-    save(params, tiny(), tmp_path / "one")
-    save(jax.tree.map(spread, params), tiny(), tmp_path / "eight")
-    assert (tmp_path / "one").read_bytes() == (tmp_path / "eight").read_bytes()
+def written(params, config, folder, **options) -> dict[str, bytes]:
+    """What `save` leaves, file by file."""
+    folder.mkdir()
+    save(params, config, folder, **options)
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-def test_every_parameter_is_placed_once_by_its_path(folder):
+@pytest.mark.parametrize(
+    ("name", "mesh"), [(name, MESHES[i % 3]) for i, name in enumerate(FAMILIES)]
+)
+def test_every_family_comes_and_goes_bit_by_bit(name, mesh, tmp_path):
+    """Tensors as transformers wrote them -> shards on eight devices -> the same tensors."""
+    folder = FAMILIES[name]
+    config = read_config(folder)
+    before = load_file(folder / "model.safetensors")
+    dtype = next(iter(before.values())).dtype
+    where = shardings(abstract_params(config), make_mesh(mesh), TRAINING)
+    params = load(folder, config, dtype=dtype, shardings=where)
+    jax.tree.map(
+        lambda x, s: x.sharding.is_equivalent_to(s, x.ndim) or pytest.fail(), params, where
+    )
+    save(params, config, tmp_path)
+    after = load_file(tmp_path / "model.safetensors")
+    assert after.keys() == before.keys()
+    assert_same(after, before)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_each_byte_of_a_shard_is_read_once(mesh, folder, monkeypatch):
+    """Shards that no two devices share are read once and no more of the file than they are."""
     path, config, tensors = folder
     save_file(tensors, path / "model.safetensors")
-    seen = []
+    read = {}
 
-    def place(where, x):
-        assert isinstance(x, np.ndarray) and x.dtype == np.float32
-        seen.append(where)
-        return jax.device_put(x, jax.devices()[3])
+    def counting(self, name, cuts=()):
+        found = plain(self, name, cuts)
+        read.setdefault(name, []).append(found.nbytes)
+        return found
 
-    params = load(path, config, place=place)
-    assert sorted(seen) == sorted(flatten_dict(params))
-    assert all(x.devices() == {jax.devices()[3]} for x in jax.tree.leaves(params))
+    plain = Checkpoint.read
+    monkeypatch.setattr(Checkpoint, "read", counting)
+    where = shardings(abstract_params(config), make_mesh(mesh), TRAINING)
+    params = load(path, config, shardings=where)
+    for row in names_of(config).values():
+        x = params
+        for key in row.path:
+            x = x[key]
+        replicated = x.sharding.is_fully_replicated
+        of_layer = x.nbytes // (config.layers if row.stacked else 1)
+        shards = 1 if replicated else len(x.addressable_shards)
+        each = x.addressable_shards[0].data.nbytes // (config.layers if row.stacked else 1)
+        for layer in range(config.layers if row.stacked else 1):
+            assert read[row.name.format(layer)] == [of_layer if replicated else each] * shards
+
+
+def test_heads_cut_inside(tiny, random_params, tmp_path):
+    """Any cut of ours, also one that lies scattered in the file."""
+    config = tiny()
+    params = random_params(config)
+    save(params, config, tmp_path)
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+    def spread(x):  # over the last axes that the devices can share, head_dim among them
+        axes = [None] * x.ndim
+        for name, n in (("x", 4), ("y", 2)):
+            if cut := [i for i, m in enumerate(x.shape) if m % n == 0 and axes[i] is None]:
+                axes[cut[-1]] = name
+        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+
+    assert_same(load(tmp_path, config, shardings=jax.tree.map(spread, params)), params)
+
+
+def test_shards_and_index(tiny, random_params, tmp_path):
+    """As transformers names them; read back, in one mesh or another, they are the same bits."""
+    config = tiny()
+    params = random_params(config)
+    limit = 20_000
+    files = written(params, config, tmp_path / "cut", max_shard_bytes=limit)
+    index = json.loads(files.pop("model.safetensors.index.json"))
+    count = len(files)
+    assert sorted(files) == [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    assert count > 2
+    assert index["metadata"] == {"total_size": 4 * parameter_count(config)}
+    held = {name: load_file(tmp_path / "cut" / name) for name in files}
+    assert index["weight_map"] == {t: name for name, each in held.items() for t in each}
+    for each in held.values():
+        assert len(each) == 1 or sum(x.nbytes for x in each.values()) <= limit
+    assert_same(load(tmp_path / "cut", config), params)
+    where = shardings(abstract_params(config), make_mesh((1, 4, 2)), TRAINING)
+    spread = load(tmp_path / "cut", config, shardings=where)
+    assert written(spread, config, tmp_path / "again", max_shard_bytes=limit) == {
+        **files,
+        "model.safetensors.index.json": (
+            tmp_path / "cut/model.safetensors.index.json"
+        ).read_bytes(),
+    }
+
+
+def test_parameters_are_on_the_first_device_by_default(folder):
+    path, config, tensors = folder
+    save_file(tensors, path / "model.safetensors")
+    assert all(x.devices() == {jax.devices()[0]} for x in jax.tree.leaves(load(path, config)))
+
+
+def test_parameters_outlive_the_file(folder, random_params):
+    """None of them is the mapped file."""
+    path, config, tensors = folder
+    save_file(tensors, path / "model.safetensors")
+    params = load(path, config)
+    with (path / "model.safetensors").open("r+b") as file:
+        size = file.seek(0, 2)
+        file.seek(0)
+        file.write(bytes(size))
+    assert_same(params, random_params(config))
 
 
 def test_indexed_checkpoints(folder, random_params):
@@ -176,13 +275,51 @@ def test_more_layers_than_the_config_says(folder, tiny):
 
 def test_a_tied_model_may_store_its_head_twice_an_untied_one_must_have_it(folder, tiny):
     path, config, tensors = folder
-    save_file(tensors, path / "model.safetensors")
-    assert "unembedding" not in load(path, tiny(tied=True))
-    del tensors["lm_head.weight"]
-    save_file(tensors, path / "model.safetensors")
+    file, head = path / "model.safetensors", "lm_head.weight"
+    other = tensors.pop(head)
+    save_file(tensors, file)
     assert "unembedding" not in load(path, tiny(tied=True))
     with pytest.raises(WeightsError, match=r"missing: lm_head\.weight"):
         load(path, config)
+    save_file(tensors | {head: tensors["model.embed_tokens.weight"]}, file)
+    assert "unembedding" not in load(path, tiny(tied=True))
+    save_file(tensors | {head: other}, file)
+    with pytest.raises(WeightsError, match=r"lm_head\.weight: differs from .* tie_word_embeddings"):
+        load(path, tiny(tied=True))
+
+
+def test_known_leftovers_are_passed_over(folder, random_params):
+    path, config, tensors = folder
+    leftover = "model.layers.1.self_attn.rotary_emb.inv_freq"
+    save_file(tensors | {leftover: np.ones(4, np.float32)}, path / "model.safetensors")
+    assert_same(load(path, config), random_params(config))
+    save_file(tensors | {f"{leftover}s": np.ones(4, np.float32)}, path / "model.safetensors")
+    with pytest.raises(WeightsError, match=f"unknown: {leftover}s"):
+        load(path, config)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name"), [(np.int8, "I8"), (jnp.float8_e4m3fn, "F8_E4M3"), (np.float64, "F64")]
+)
+def test_dtypes_that_are_not_read(folder, dtype, name):
+    path, config, tensors = folder
+    odd = "model.layers.1.mlp.gate_proj.weight"
+    torch_like = {n: np.asarray(x) for n, x in tensors.items()}
+    torch_like[odd] = torch_like[odd].astype(dtype)
+    numpy_save(torch_like, path / "model.safetensors")
+    with pytest.raises(WeightsError, match=rf"{odd}: stored as {name}; only F32, F16, BF16"):
+        load(path, config)
+
+
+def test_a_file_with_every_dtype(folder, random_params):
+    path, config, tensors = folder
+    kinds = [np.float32, jnp.bfloat16, np.float16]
+    mixed = {n: x.astype(kinds[i % 3]) for i, (n, x) in enumerate(sorted(tensors.items()))}
+    save_file(mixed, path / "model.safetensors")
+    wide = {n: x.astype(np.float32) for n, x in mixed.items()}
+    (path / "wide").mkdir()
+    save_file(wide, path / "wide" / "model.safetensors")
+    assert_same(load(path, config), load(path / "wide", config))
 
 
 @pytest.mark.parametrize("left", [0, 4, 8, 200, -1])
@@ -200,10 +337,12 @@ def test_an_empty_folder(tmp_path, tiny):
         load(tmp_path, tiny())
 
 
-def test_the_map_covers_the_tree_and_each_name_once(tiny):
-    names = [row.name for row in TENSORS]
-    assert len(set(names)) == len(names)
-    assert len({row.path for row in TENSORS}) == len(TENSORS)
-    for changes in CONFIGS.values():
-        paths = set(flatten_dict(abstract_params(tiny(**changes))))
-        assert paths <= {row.path for row in TENSORS}
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_map_covers_the_tree_and_the_rows_of_fused_tensors(name):
+    config = read_config(FAMILIES[name])
+    rows = names_of(config)
+    assert rows.keys() == flatten_dict(abstract_params(config)).keys()
+    ends: dict[str, int] = {}
+    for row in rows.values():
+        assert row.first == ends.get(row.name, 0)
+        ends[row.name] = row.first + row.stored_shape[0]

@@ -1,0 +1,178 @@
+"""The facts that make one decoder of many: `DecoderConfig`.
+
+A family of models is a set of values here, never a subclass and never a test on a name. Where the
+values come from a `config.json`, see `models.families`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+class UnsupportedModel(ValueError):
+    """The checkpoint describes a model that the decoder cannot express."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """All frequencies divided by `factor`: positions are interpolated (arXiv 2306.15595)."""
+
+    factor: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Llama3:
+    """Low frequencies divided by `factor`, high ones kept, those between interpolated (Llama 3.1).
+
+    A wavelength above original / low is low, one below original / high is high.
+    """
+
+    factor: float
+    low: float
+    high: float
+    original: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LongRope:
+    """A divisor for each frequency, of which there are two tables (LongRoPE, arXiv 2402.13753).
+
+    Attributes:
+      short, long: the tables, [head_dim / 2].
+      original: positions before the extension. Sequences up to it want `short`, longer ones `long`.
+      magnitude: multiplies cosines and sines, under either table.
+      extended: whether `long` is used. Decided once for a run, by the longest sequence that it may
+        see (`DecoderConfig.for_length`), so that no log-probability depends on what else is in the
+        batch. vLLM decides so too; transformers looks at the longest sequence of each batch.
+    """
+
+    short: tuple[float, ...]
+    long: tuple[float, ...]
+    original: int
+    magnitude: float
+    extended: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary position embeddings.
+
+    Attributes:
+      theta: base of the frequencies.
+      scaling: how they are changed for longer contexts.
+    """
+
+    theta: float
+    scaling: Linear | Llama3 | LongRope | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerKind:
+    """What layers of one model may differ in: how they see positions.
+
+    Attributes:
+      rope: None leaves queries and keys as they are (NoPE).
+      window: a token sees the last `window` positions, itself included; None sees all.
+    """
+
+    rope: Rope | None
+    window: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """The facts that the decoder needs. Hashable, so that it can be a static argument of jit.
+
+    Attributes:
+      vocab_size: rows of the embedding.
+      embed: width of the residual stream.
+      heads, kv_heads, head_dim: attention; `heads` is a multiple of `kv_heads`.
+      mlp: width of the gated MLP.
+      kinds: one entry per layer.
+      norm_eps: epsilon inside the root mean square.
+      tied: the unembedding is the embedding.
+      max_positions: positions that the model was made for.
+      architecture: the class name in `config.json`; names of stored tensors follow from it.
+      activation: of the MLP's gate, "silu" or "gelu" (its tanh form).
+      qkv_bias, out_bias, mlp_bias: biases of the projections into attention, out of it, of the MLP.
+      qk_norm: queries and keys of each head are normed before they are rotated.
+      post_norms: attention and MLP are normed behind as well as before.
+      norm_offset: added to the stored scales of norms.
+      embed_scale: multiplies embedded tokens.
+      query_scale: multiplies queries; None is head_dim ** -0.5.
+      attention_cap, logit_cap: c * tanh(x / c) of attention scores and of logits; None leaves them.
+    """
+
+    vocab_size: int
+    embed: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    kinds: tuple[LayerKind, ...]
+    norm_eps: float
+    tied: bool
+    max_positions: int
+    architecture: str
+    activation: str = "silu"
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    post_norms: bool = False
+    norm_offset: float = 0.0
+    embed_scale: float = 1.0
+    query_scale: float | None = None
+    attention_cap: float | None = None
+    logit_cap: float | None = None
+
+    def __post_init__(self):
+        if self.heads % self.kv_heads:
+            raise UnsupportedModel(
+                f"{self.heads} attention heads cannot share {self.kv_heads} key-value heads evenly"
+            )
+        if self.head_dim % 2:
+            raise UnsupportedModel(f"head_dim {self.head_dim} is odd; rotary embeddings need pairs")
+        for kind in self.kinds:
+            scaling = kind.rope.scaling if kind.rope else None
+            if isinstance(scaling, LongRope):
+                for name in ("short", "long"):
+                    if len(getattr(scaling, name)) != self.head_dim // 2:
+                        raise UnsupportedModel(
+                            f"{name}_factor has {len(getattr(scaling, name))} numbers; head_dim "
+                            f"{self.head_dim} wants {self.head_dim // 2}"
+                        )
+
+    @property
+    def layers(self) -> int:
+        return len(self.kinds)
+
+    @property
+    def distinct_kinds(self) -> tuple[LayerKind, ...]:
+        return tuple(dict.fromkeys(self.kinds))
+
+    @property
+    def has_two_tables(self) -> bool:
+        """Whether the frequencies depend on the length of the sequence (LongRoPE)."""
+        return any(k.rope is not None and isinstance(k.rope.scaling, LongRope) for k in self.kinds)
+
+    def for_length(self, positions: int) -> DecoderConfig:
+        """The config for sequences of up to `positions` tokens: chooses the table of LongRoPE.
+
+        Raises:
+          UnsupportedModel: the model was made for fewer positions.
+        """
+        if positions > self.max_positions:
+            raise UnsupportedModel(
+                f"sequences of up to {positions} tokens are asked for; the model was made for "
+                f"{self.max_positions} (max_position_embeddings)"
+            )
+
+        def choose(kind: LayerKind) -> LayerKind:
+            rope = kind.rope
+            if rope is None or not isinstance(rope.scaling, LongRope):
+                return kind
+            scaling = dataclasses.replace(rope.scaling, extended=positions > rope.scaling.original)
+            return dataclasses.replace(kind, rope=dataclasses.replace(rope, scaling=scaling))
+
+        return dataclasses.replace(self, kinds=tuple(map(choose, self.kinds)))

@@ -1,0 +1,66 @@
+"""A frozen base in 8 or 4 bits, for adapters to be trained on (QLoRA, arXiv 2305.14314).
+
+The kernels of the layers become `qwix.QArray`s: integers and a scale per block of 64 inputs and per
+output. A layer turns them back into numbers when it is its turn, so that one layer's are there at a
+time. Embedding, unembedding, norms and biases stay as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from selm_jax.models.lora import LoraError
+
+Params = dict[str, Any]
+TYPES = ("int8", "nf4")
+_BLOCK = 64
+
+
+def quantize(params: Params, qtype: str) -> Params:
+    """The parameters (stacked over layers) with the layers' kernels quantised.
+
+    Args:
+      qtype: "int8", or "nf4" for four bits at the quantiles of a normal distribution.
+
+    Raises:
+      LoraError: `qwix` is not installed; the message says how to.
+    """
+    qwix = _qwix()
+
+    def of(path: tuple[str, ...], x: Any) -> Any:
+        if path[0] != "layers" or x.ndim < 3 or path[-1].endswith("_bias"):
+            return x
+        inputs = 2 if path[-1] == "o" else 1  # of the axes behind the layer's
+        block = _BLOCK if x.shape[inputs] % _BLOCK == 0 else x.shape[inputs]
+        others = [axis for axis in range(x.ndim) if axis != inputs]
+        return qwix.quantize(x, qtype, channelwise_axes=others, tiled_axes={inputs: block})
+
+    return unflatten_dict({path: of(path, x) for path, x in flatten_dict(params).items()})
+
+
+def dequantize(params: Params) -> Params:
+    """Undoes `quantize` up to rounding; leaves what is not quantised alone."""
+    qwix = _qwix()
+
+    def is_quantized(x: Any) -> bool:
+        return isinstance(x, qwix.QArray)
+
+    return jax.tree.map(
+        lambda x: qwix.dequantize(x) if is_quantized(x) else x, params, is_leaf=is_quantized
+    )
+
+
+def check_installed() -> None:
+    """Raises LoraError if `qwix` is not installed."""
+    _qwix()
+
+
+def _qwix() -> Any:
+    try:
+        import qwix
+    except ModuleNotFoundError as e:
+        raise LoraError("lora.base needs the package qwix: pip install 'selm-jax[qlora]'") from e
+    return qwix

@@ -1,0 +1,73 @@
+"""The answers that the data set has: as responses, and what is wrong with them said early."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from selm_jax.text.chat import Chat, ChatError, UnusableAnswer
+from selm_jax.text.layout import paper_ids
+from selm_jax.text.prompts import Prompt
+
+
+def answers(prompt: Prompt) -> dict[str, str]:
+    """`chosen` and `rejected`, as far as the data has them."""
+    both = {"chosen": prompt.chosen, "rejected": prompt.rejected}
+    return {source: text for source, text in both.items() if text is not None}
+
+
+def answer_ids(chat: Chat, prompt: Prompt, source: str) -> tuple[int, ...]:
+    """Ids of the answer called `chosen` or `rejected`, in the default layout.
+
+    Raises:
+      UnusableAnswer: it cannot follow the prompt; the message names both.
+    """
+    try:
+        return chat.response_ids(prompt.messages, answers(prompt)[source])
+    except UnusableAnswer as e:
+        raise UnusableAnswer(
+            f"prompt {prompt.id}, {source}: {e}\nMend the row, or set data.on_bad_row to 'drop' to "
+            "leave out and count such prompts"
+        ) from e
+
+
+def check_answers(chat: Chat, prompts: Iterable[Prompt], *, layout: str, on_bad_row: str) -> None:
+    """Finds what would stop a later stage, hours from now, as far as it is quick to see.
+
+    The layout is tried with one prompt of each sequence of roles: a template that does not serve
+    mostly fails for all prompts of such a sequence. And, unless bad rows are dropped, every answer
+    is searched for end tokens.
+
+    Raises:
+      ChatError: the template does not serve, or an answer spells out an end token. The message
+        names the prompt.
+    """
+    tried: set[tuple[str, ...]] = set()
+    for prompt in prompts:
+        roles = tuple(message.role for message in prompt.messages)
+        if roles not in tried:
+            tried.add(roles)
+            try:
+                if layout == "paper":
+                    paper_ids(chat, prompt.messages, "Yes.")
+                else:
+                    chat.response_ids(prompt.messages, "Yes.")
+            except ChatError as e:
+                raise ChatError(f"prompt {prompt.id}, with the answer 'Yes.': {e}") from e
+        if layout == "default" and on_bad_row == "error":
+            for source, text in answers(prompt).items():
+                if chat.spelled_ends(text):
+                    answer_ids(chat, prompt, source)
+
+
+def longest_answered(chat: Chat, prompts: Iterable[Prompt]) -> int:
+    """Tokens of the longest prompt with one of its data set's answers; 0 if there are none.
+
+    Answers that cannot be used are not counted: they are dropped, or stop the run elsewhere.
+    """
+    longest = 0
+    for prompt in prompts:
+        before = len(chat.prompt_ids(prompt.messages))
+        for text in answers(prompt).values():
+            if not chat.spelled_ends(text):
+                longest = max(longest, before + len(chat.response_ids(prompt.messages, text)))
+    return longest

@@ -1,0 +1,115 @@
+"""`text.layout: paper`: prompt and responses as the authors' code lays them out, for comparison.
+
+What differs from the default (`text.chat`), with the places in the code published with arXiv
+2405.19332:
+
+- The prompt is rendered without the header of the answer, and each response is the template of the
+  answer alone: header and end text are scored (src/alignment/data.py:82-91).
+- BOS is put in front of every prompt and EOS behind every response, whether or not the template
+  wrote them (scripts/selm_trainer.py:196-215). With Llama 3 both stand twice, and one more BOS
+  begins every response. An answer that was cut off is ended as if it had ended by itself.
+- Texts are cut by a rule that looks at the chosen and the rejected response (:217-234): `truncate`.
+
+Responses are rendered from text, the policy's too, and so may have other ids than were drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from selm_jax.text.chat import Chat, ChatError, Turn
+
+Ids = tuple[int, ...]
+
+
+class PaperRow(NamedTuple):
+    """What is trained on for one prompt: ids of the prompt, and of the response of each role."""
+
+    prompt: Ids
+    responses: dict[str, Ids]
+    prompt_cut: bool
+    responses_cut: bool
+
+
+def paper_row(
+    chat: Chat,
+    messages: Sequence[Turn],
+    texts: Mapping[str, str],
+    max_length: int,
+    max_prompt_length: int,
+) -> PaperRow:
+    """Lays out a prompt and its responses as the authors' code does.
+
+    Args:
+      messages: the conversation up to the last user turn.
+      texts: role -> the response's text; among the roles are `chosen` and `rejected`.
+
+    Raises:
+      ChatError: the tokenizer has no BOS or EOS to add, or the template refuses an answer alone.
+    """
+    rendered = {role: paper_ids(chat, messages, text) for role, text in texts.items()}
+    prompts = {prompt for prompt, _ in rendered.values()}
+    if len(prompts) > 1:
+        raise ChatError(
+            "text.layout: paper: tokens span the end of the prompt, and differently for its "
+            f"responses, so that they have no prompt in common: {list(prompts)}"
+        )
+    responses = {role: ids for role, (_, ids) in rendered.items()}
+    return truncate(prompts.pop(), responses, max_length, max_prompt_length)
+
+
+def paper_ids(chat: Chat, messages: Sequence[Turn], text: str) -> tuple[Ids, Ids]:
+    """Ids of the prompt and of one response, as long as they are."""
+    bos, eos = chat.tokenizer.bos_token_id, chat.tokenizer.eos_token_id
+    if bos is None or eos is None:
+        raise ChatError(
+            f"text.layout: paper puts BOS and EOS around every text, but the tokenizer of "
+            f"{chat.folder} has no {'BOS' if bos is None else 'EOS'}. Use text.layout: default"
+        )
+    prompt = chat.render(messages, answer_follows=False)
+    try:
+        answer = chat.render([_Answer(text)], answer_follows=False)
+    except ChatError as e:
+        raise ChatError(
+            "text.layout: paper renders an answer alone, as the authors did, which this model's "
+            f"template does not allow. Use text.layout: default. ({e})"
+        ) from e
+    before, both = chat.tokens(prompt), chat.tokens(prompt + answer)
+    start = len(before)
+    if both[:start] != before:  # the prompt's last token has become one with what follows
+        start -= 1
+    return (bos, *both[:start]), (*both[start:], eos)
+
+
+def truncate(
+    prompt: Ids, responses: Mapping[str, Ids], max_length: int, max_prompt_length: int
+) -> PaperRow:
+    """The authors' rule (selm_trainer.py:217-234, `keep_end`).
+
+    The longer of `chosen` and `rejected` counts. If it does not fit into `max_length` tokens behind
+    the prompt, the prompt keeps its last `max_prompt_length`, and so may lose BOS and header. If it
+    still does not fit, every response keeps its first `max_length - max_prompt_length`, and so
+    loses its end. With the paper's 1024 and 512, and a prompt of 100 tokens, a response of 924
+    tokens stays whole and one of 925 keeps 512. Other roles are cut along, but never the cause: an
+    explore response may be longer than `max_length`.
+    """
+    longer = max(len(responses["chosen"]), len(responses["rejected"]))
+    kept = prompt
+    if len(kept) + longer > max_length:
+        kept = prompt[-max_prompt_length:]
+    cut = len(kept) + longer > max_length
+    end = max_length - max_prompt_length if cut else None
+    return PaperRow(
+        prompt=kept,
+        responses={role: ids[:end] for role, ids in responses.items()},
+        prompt_cut=len(kept) < len(prompt),
+        responses_cut=cut,
+    )
+
+
+class _Answer:
+    role = "assistant"
+
+    def __init__(self, content: str):
+        self.content = content

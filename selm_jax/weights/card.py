@@ -1,0 +1,88 @@
+"""The model card of an exported policy: what it is, what it was made from, how, and how it did."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from selm_jax.config import Experiment, dump
+
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+# Of no interest to a reader, or different in every run of the same experiment.
+_LEFT_OUT = {"stage", "iteration", "step", "tokens", "padded", "examples", "learning_rate"}
+
+
+def model_card(
+    experiment: Experiment,
+    name: str,
+    iteration: int,
+    origin: Mapping[str, str],
+    metrics: Iterable[Mapping[str, Any]],
+) -> str:
+    """README.md of the policy after an iteration.
+
+    Equal for equal runs, however often they were killed: times are left out, and so is the held-out
+    evaluation of this policy, which is made after its export. That of its start is shown.
+
+    Args:
+      name: of the run.
+      origin: where the start model came from (`sources.ModelFolder.origin`).
+      metrics: lines of metrics.jsonl.
+    """
+    e = experiment
+    lines = list(metrics)
+    header: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if origin["kind"] in ("hub", "wheel"):
+        header |= {"base_model": e.model.source, "base_model_relation": "finetune"}
+    if _HUB_ID.fullmatch(e.data.train) and not Path(e.data.train).exists():
+        header["datasets"] = [e.data.train]
+    loss = str(e.objective["loss"])
+    header["tags"] = list(dict.fromkeys(["selm_jax", loss, "preference-optimization", "alignment"]))
+    pinned = next((origin[k] for k in ("commit", "sha256") if k in origin), "")
+    settings = ", ".join(f"{k} {v}" for k, v in e.objective.items() if k != "loss")
+    method = (
+        f"`{loss}`{f' ({settings})' if settings else ''} on answers that the ranker "
+        f"`{e.feedback.ranker}` scored, in the manner of Self-Exploring Language Models "
+        "(https://arxiv.org/abs/2405.19332)."
+    )
+    data = (
+        f"- start model: `{e.model.source}` ({origin['kind']}{pinned and f', {pinned}'})\n"
+        f"- prompts: `{e.data.train}`, part {e.data.first_portion - 1 + iteration} of {e.portions}"
+    )
+    parts = [
+        f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
+        f"# {name}, iteration {iteration} of {e.iterations}",
+        f"Trained from `{e.model.source}` with selm_jax.",
+        f"## Method\n\n{method}",
+        f"## Data\n\n{data}",
+        *_metrics(lines, iteration),
+        f"## Settings\n\n```yaml\n{dump(e)}```",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _metrics(lines: list[Mapping[str, Any]], iteration: int) -> list[str]:
+    parts = []
+    trained = [m for m in lines if m["stage"] == "train" and m["iteration"] == iteration]
+    if trained:
+        last = trained[-1]
+        parts += [f"## Metrics\n\nOf the last update ({last['step']}):", _table(last)]
+    before = [m for m in lines if m["stage"] == "evaluate" and m["iteration"] == iteration - 1]
+    if before:
+        what = "start model" if iteration == 1 else f"policy after iteration {iteration - 1}"
+        parts += [f"Held-out answers of the {what}, from which this iteration began:"]
+        parts += [_table(before[-1])]
+    return parts
+
+
+def _table(metrics: Mapping[str, Any]) -> str:
+    rows = [
+        f"| {key} | {value:.5g} |"
+        for key, value in metrics.items()
+        if key not in _LEFT_OUT and not key.startswith("time/")
+    ]
+    return "\n".join(["| metric | value |", "| --- | --- |", *rows])

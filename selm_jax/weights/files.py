@@ -1,0 +1,183 @@
+"""Safetensors files of a folder: one, or several with an index. Read by parts, written in a stream.
+
+The format (https://github.com/huggingface/safetensors, "Format"): eight bytes of header length,
+little-endian; the header as JSON, padded with spaces to a multiple of eight; the data.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+INDEX = "model.safetensors.index.json"
+DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+"""What parameters may be stored as, by safetensors' names."""
+
+MAX_SHARD_BYTES = 5 * 10**9
+"""Of one file; transformers' "5GB", which file systems and downloads everywhere can take."""
+
+
+class WeightsError(ValueError):
+    """The tensors in a folder are not those of the model that its config.json describes."""
+
+
+class Stored(NamedTuple):
+    """A tensor in a file: its shape, and its dtype by safetensors' name."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(DTYPES[self.dtype]).itemsize
+
+
+class Checkpoint:
+    """The tensors of a folder, mapped into memory: what is not looked at is not read.
+
+    Attributes:
+      tensors: every tensor by name.
+    """
+
+    def __init__(self, folder: Path, where: Mapping[str, tuple[np.memmap, int, Stored]]):
+        self.folder = folder
+        self.tensors = {name: stored for name, (_, _, stored) in where.items()}
+        self._where = where  # file, first byte, what
+
+    def read(self, name: str, cuts: Sequence[slice] = ()) -> np.ndarray:
+        """The part of a tensor that the slices cut out: a view of the file, not a copy."""
+        file, first, stored = self._where[name]
+        flat = file[first : first + stored.bytes].view(DTYPES[stored.dtype])
+        part = flat.reshape(stored.shape)[tuple(cuts)]
+        return part if part.flags.aligned else part.copy()
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Opens a single (`model.safetensors`) or an indexed checkpoint.
+
+    Raises:
+      WeightsError: a file is missing or not whole, or the index does not tell the truth.
+    """
+    folder = Path(folder)
+    index = folder / INDEX
+    file_of = _read_index(index) if index.exists() else None
+    where = {}
+    for file in sorted(set(file_of.values())) if file_of else ["model.safetensors"]:
+        if not (folder / file).exists():
+            named = f"; {index.name} names it" if file_of else ""
+            raise WeightsError(f"{folder}: {file} is missing{named}")
+        held = _open_file(folder / file)
+        wanted = [n for n, f in file_of.items() if f == file] if file_of else held
+        for name in wanted:
+            if name not in held:
+                raise WeightsError(
+                    f"{index}: says that {name} is in {file}, which has no such tensor"
+                )
+            where[name] = held[name]
+    return Checkpoint(folder, where)
+
+
+def _open_file(path: Path) -> dict[str, tuple[np.memmap, int, Stored]]:
+    try:
+        with safe_open(path, framework="numpy"):  # the library checks that the header is true
+            pass
+    except SafetensorError as e:
+        raise WeightsError(f"{path}: not a whole safetensors file ({e})") from e
+    # Read here and not through the library, which would copy every part on the host first.
+    file = np.memmap(path, np.uint8, "r")
+    start = 8 + int.from_bytes(file[:8].tobytes(), "little")
+    header = json.loads(file[8:start].tobytes())
+    header.pop("__metadata__", None)
+    return {
+        name: (file, start + t["data_offsets"][0], Stored(tuple(t["shape"]), t["dtype"]))
+        for name, t in header.items()
+    }
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    try:
+        file_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if not file_of or any(Path(name).name != name for name in file_of.values()):
+            raise ValueError("weight_map is empty, or names files of other folders")
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise WeightsError(f"{index}: not an index of safetensors files ({e!r})") from e
+    return file_of
+
+
+def write(
+    folder: Path,
+    tensors: Mapping[str, Stored],
+    values: Iterable[tuple[str, np.ndarray]],
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes tensors into `folder`: as model.safetensors if that is small enough, else in parts.
+
+    Args:
+      tensors: what will come, in the order of the files.
+      values: the tensors themselves, in that order; one is held at a time.
+      max_shard_bytes: of data in one file. A larger tensor has a file of its own.
+    """
+    shards = _shards(tensors, max_shard_bytes)
+    file_of: dict[str, str] = {}
+    coming = iter(values)
+    for i, names in enumerate(shards):
+        name = "model.safetensors"
+        if len(shards) > 1:
+            name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        file_of |= dict.fromkeys(names, name)
+        with (folder / name).open("wb") as file:
+            file.write(_header({n: tensors[n] for n in names}))
+            for expected in names:
+                found, value = next(coming)
+                stored = stored_like(value.shape, value.dtype)
+                assert (found, stored) == (expected, tensors[expected]), (found, stored, expected)
+                # Bytes, because bfloat16 is not a type of Python's buffers.
+                file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+            file.flush()
+            os.fsync(file.fileno())
+    if len(shards) > 1:
+        size = sum(stored.bytes for stored in tensors.values())
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(file_of.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def stored_like(shape: Sequence[int], dtype: Any) -> Stored:
+    """What an array of this shape and dtype will be stored as."""
+    name = next(name for name, known in DTYPES.items() if np.dtype(known) == np.dtype(dtype))
+    return Stored(tuple(shape), name)
+
+
+def _shards(tensors: Mapping[str, Stored], most: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, stored in tensors.items():
+        if shards[-1] and size + stored.bytes > most:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += stored.bytes
+    return shards
+
+
+def _header(tensors: Mapping[str, Stored]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for this mark
+    offset = 0
+    for name, stored in tensors.items():
+        header[name] = {
+            "dtype": stored.dtype,
+            "shape": list(stored.shape),
+            "data_offsets": [offset, offset + stored.bytes],
+        }
+        offset += stored.bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

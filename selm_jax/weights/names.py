@@ -1,0 +1,119 @@
+"""What each parameter is called in a Hugging Face folder, and how it lies there.
+
+`tensors(config)` is the whole map; reading and writing use the same rows, so they cannot disagree.
+Our kernels are [*in, *out] with heads as an axis of their own; Hugging Face's are [out, in]. Some
+families store several kernels in one tensor, one below the other.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple, cast
+
+import flax.linen as nn
+from flax.traverse_util import flatten_dict
+
+from selm_jax.models.config import DecoderConfig
+from selm_jax.models.decoder import abstract_params
+
+Path = tuple[str, ...]
+
+
+class Tensor(NamedTuple):
+    """Where one parameter is stored.
+
+    Attributes:
+      path: ours.
+      shape: ours, of one layer.
+      name: theirs; `{}` is the layer.
+      inputs: how many leading axes of our kernel are its inputs. A kernel is flattened to
+        [inputs, outputs] and transposed; None keeps the parameter as it is.
+      first: the row of the stored tensor at which this parameter begins; 0 unless it is fused.
+    """
+
+    path: Path
+    shape: tuple[int, ...]
+    name: str
+    inputs: int | None
+    first: int = 0
+
+    @property
+    def stacked(self) -> bool:
+        return self.path[0] == "layers"
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Of this parameter's part of the stored tensor."""
+        if self.inputs is None:
+            return (math.prod(self.shape),) if self.path[-1].endswith("_bias") else self.shape
+        return math.prod(self.shape[self.inputs :]), math.prod(self.shape[: self.inputs])
+
+
+_LAYER = "model.layers.{}."
+_OUTSIDE = {
+    ("embedding",): ("model.embed_tokens.weight", None),
+    ("unembedding",): ("lm_head.weight", None),
+    ("norm", "scale"): ("model.norm.weight", None),
+}
+_KERNELS = {
+    ("attention", "q"): ("self_attn.q_proj", 1),
+    ("attention", "k"): ("self_attn.k_proj", 1),
+    ("attention", "v"): ("self_attn.v_proj", 1),
+    ("attention", "o"): ("self_attn.o_proj", 2),
+    ("mlp", "gate"): ("mlp.gate_proj", 1),
+    ("mlp", "up"): ("mlp.up_proj", 1),
+    ("mlp", "down"): ("mlp.down_proj", 1),
+}
+_NORMS = {
+    ("attention_norm",): "input_layernorm",
+    ("mlp_norm",): "post_attention_layernorm",
+    ("attention", "q_norm"): "self_attn.q_norm",
+    ("attention", "k_norm"): "self_attn.k_norm",
+}
+# With norms behind as well, the name of the norm before the MLP means the one behind attention.
+_POST_NORMS = {
+    ("attention_post_norm",): "post_attention_layernorm",
+    ("mlp_norm",): "pre_feedforward_layernorm",
+    ("mlp_post_norm",): "post_feedforward_layernorm",
+}
+# Kernels stored as one tensor, in this order.
+_FUSED = {
+    "Phi3ForCausalLM": {
+        "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+    }
+}
+
+
+def tensors(config: DecoderConfig) -> dict[Path, Tensor]:
+    """Every parameter of the model, in a fixed order: parts of one stored tensor follow each other."""
+    leaves = cast(dict[Path, Any], flatten_dict(nn.unbox(abstract_params(config))))
+    rows = {path: _tensor(path, leaf.shape, config) for path, leaf in leaves.items()}
+    return _fuse(rows, _FUSED.get(config.architecture, {}))
+
+
+def _tensor(path: Path, shape: tuple[int, ...], config: DecoderConfig) -> Tensor:
+    if path in _OUTSIDE:
+        name, inputs = _OUTSIDE[path]
+        return Tensor(path, shape, name, inputs)
+    inner = path[1:]
+    norms = _NORMS | (_POST_NORMS if config.post_norms else {})
+    if inner[-1] == "scale":
+        return Tensor(path, shape[1:], f"{_LAYER}{norms[inner[:-1]]}.weight", None)
+    kernel = (inner[0], inner[1].removesuffix("_bias"))
+    name, inputs = _KERNELS[kernel]
+    if kernel != inner:
+        return Tensor(path, shape[1:], f"{_LAYER}{name}.bias", None)
+    return Tensor(path, shape[1:], f"{_LAYER}{name}.weight", inputs)
+
+
+def _fuse(rows: dict[Path, Tensor], fused: dict[str, tuple[str, ...]]) -> dict[Path, Tensor]:
+    by_name = {row.name: row for row in rows.values()}
+    moved = {}
+    for whole, parts in fused.items():
+        first = 0
+        for part in parts:
+            row = by_name.pop(f"{_LAYER}{part}.weight")
+            moved[row.path] = row._replace(name=f"{_LAYER}{whole}.weight", first=first)
+            first += row.stored_shape[0]
+    return {row.path: row for row in by_name.values()} | moved

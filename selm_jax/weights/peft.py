@@ -1,0 +1,93 @@
+"""Adapters as a folder that the `peft` library loads onto the model they were trained on."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+from safetensors.numpy import save_file
+
+from selm_jax.models.config import DecoderConfig
+from selm_jax.models.decoder import Params
+from selm_jax.models.lora import Lora
+from selm_jax.weights.names import Tensor, tensors
+
+
+def export_adapter(
+    adapters: Params, config: DecoderConfig, lora: Lora, base: Path, folder: Path
+) -> None:
+    """Writes adapter_config.json and adapter_model.safetensors into `folder`, which must not exist.
+
+    PEFT adapts stored tensors, which may be several of our kernels below each other (Phi-3's
+    `qkv_proj`). Kernels of rank r that share a tensor become one adapter of rank n r there: their
+    A below each other, their B along a diagonal of blocks. The product is the same.
+
+    Args:
+      base: the model that the adapters were trained on, as PEFT's users will have to name it.
+    """
+    flat = flatten_dict(adapters)
+    stored: dict[str, np.ndarray] = {}
+    ranks: dict[str, int] = {}
+    for name, parts in _adapted(config, lora):
+        module = name.removesuffix(".weight")
+        ranks[module.rpartition(".")[2]] = lora.rank * len([p for p in parts if _has(p, lora)])
+        for layer in range(config.layers):
+            a, b = _pair(parts, flat, layer, lora)
+            where = f"base_model.model.{module.format(layer)}"
+            stored[f"{where}.lora_A.weight"], stored[f"{where}.lora_B.weight"] = a, b
+    # The scale is alpha / rank (or its root); where the rank is n times as large, so is alpha.
+    grown = {m: r / lora.rank for m, r in ranks.items() if r != lora.rank}
+    folder.mkdir(parents=True)
+    save_file(stored, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base),
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "use_rslora": lora.rslora,
+        "target_modules": sorted(ranks),
+        "rank_pattern": {m: ranks[m] for m in grown},
+        "alpha_pattern": {
+            m: lora.alpha * (math.sqrt(n) if lora.rslora else n) for m, n in grown.items()
+        },
+        "bias": "none",
+        "inference_mode": True,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _has(row: Tensor, lora: Lora) -> bool:
+    return row.stacked and row.inputs is not None and lora.adapts("/".join(row.path[1:]))
+
+
+def _adapted(config: DecoderConfig, lora: Lora) -> Iterator[tuple[str, list[Tensor]]]:
+    """(name, its kernels in order) of every stored tensor with an adapter."""
+    by_name: dict[str, list[Tensor]] = {}
+    for row in tensors(config).values():
+        by_name.setdefault(row.name, []).append(row)
+    return ((n, parts) for n, parts in by_name.items() if any(_has(p, lora) for p in parts))
+
+
+def _pair(parts: list[Tensor], flat: dict, layer: int, lora: Lora) -> tuple[np.ndarray, np.ndarray]:
+    """A [rank, in] and B [out, rank] of a stored tensor."""
+    a_rows, b_blocks = [], []
+    adapted = sum(_has(row, lora) for row in parts)
+    for row in parts:
+        outputs, inputs = row.stored_shape
+        block = np.zeros((outputs, lora.rank * adapted), np.float32)
+        if _has(row, lora):
+            *where, kernel = row.path
+            a = np.asarray(jax.device_get(flat[(*where, f"{kernel}_a")][layer]), np.float32)
+            b = np.asarray(jax.device_get(flat[(*where, f"{kernel}_b")][layer]), np.float32)
+            first = lora.rank * len(a_rows)
+            block[:, first : first + lora.rank] = b.reshape(lora.rank, outputs).T
+            a_rows.append(a.reshape(inputs, lora.rank).T)
+        b_blocks.append(block)
+    return np.ascontiguousarray(np.concatenate(a_rows)), np.concatenate(b_blocks)

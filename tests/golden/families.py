@@ -1,0 +1,116 @@
+"""Makes tests/golden/families: a tiny checkpoint of every family, and its logits, by transformers.
+
+    python tests/golden/families.py
+
+Needs torch and transformers; `VERSIONS` in the folder says which were used. Weights are random,
+large enough that every part of the model matters, and stored in float16, which both sides widen.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+FOLDER = Path(__file__).parent / "families"
+LENGTH = 1100
+SHORT = 400  # below the context that LongRoPE extends
+ROWS = 2
+# Logits are kept at these positions: the beginning, and beyond 1,000.
+KEPT = (0, 1, 2, 39, 40, 41, 255, 399, 1000, 1001, 1023, 1024, 1050, 1098, 1099)
+
+_SIZES = {
+    "vocab_size": 96, "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "intermediate_size": 32, "max_position_embeddings": 4096,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+_LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+}  # fmt: skip
+_LONG = {
+    "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.5],
+    "long_factor": [2.0, 9.0],
+}  # fmt: skip
+_GEMMA = {"sliding_window": 40, "head_dim": 8, "query_pre_attn_scalar": 24}
+_TWO_ROPES = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e5},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+
+# Name -> (transformers' config class, what it is given beyond the sizes).
+FAMILIES = {
+    "llama-2": ("LlamaConfig", {"num_key_value_heads": 4}),
+    "llama-3.1": ("LlamaConfig", {"rope_parameters": _LLAMA3}),
+    "llama-biases": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
+    "smollm2": ("LlamaConfig", {"tie_word_embeddings": True, "rms_norm_eps": 1e-5}),
+    "mistral-0.1": ("MistralConfig", {"sliding_window": 37}),
+    "mistral-0.3": ("MistralConfig", {"sliding_window": None, "head_dim": 8}),
+    "phi-3-4k": ("Phi3Config", {"sliding_window": 47, "num_key_value_heads": 4}),
+    "phi-3-128k": (
+        "Phi3Config", {"rope_parameters": _LONG, "original_max_position_embeddings": 512},
+    ),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen2-window": (
+        "Qwen2Config", {"use_sliding_window": True, "sliding_window": 30, "max_window_layers": 2},
+    ),
+    "qwen3": ("Qwen3Config", {"head_dim": 8}),
+    "smollm3": ("SmolLM3Config", {}),
+    "gemma-2": ("Gemma2Config", _GEMMA),
+    "gemma-3": ("Gemma3TextConfig", _GEMMA | {"num_hidden_layers": 6, "rope_parameters": _TWO_ROPES}),
+}  # fmt: skip
+
+
+def tokens() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 96, (ROWS, LENGTH)).astype(np.int32)
+
+
+def make(name: str, folder: Path):
+    """Writes the checkpoint that transformers makes of a family; returns its torch model."""
+    import torch
+    import transformers
+
+    kind, own = FAMILIES[name]
+    config = getattr(transformers, kind)(**(_SIZES | own))
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    with torch.no_grad():
+        for p in model.parameters():  # its own start values are nearly a constant function
+            p.add_(torch.randn_like(p) * 0.2)
+    model.to(torch.float16).save_pretrained(folder)
+    (folder / "generation_config.json").unlink()
+    # Loaded again, not cast back: a cast to float16 rounds the rotary frequencies too.
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+
+
+def logits(model, tokens: np.ndarray) -> np.ndarray:
+    import torch
+
+    with torch.no_grad():
+        return model(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+
+
+def main() -> None:
+    import torch
+    import transformers
+
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    for name in FAMILIES:
+        model = make(name, FOLDER / name)
+        full = logits(model, tokens())
+        kept = {"long": full[:, KEPT]}
+        if name == "phi-3-128k":
+            short = [t for t in KEPT if t < SHORT]
+            kept["short"] = logits(model, tokens()[:, :SHORT])[:, short]
+        np.savez_compressed(FOLDER / name / "logits.npz", **kept)
+        print(f"{name:14} logits up to {np.abs(full).max():.1f}")
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    (FOLDER / "VERSIONS.json").write_text(json.dumps(versions, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,360 @@
+"""Every family against transformers: the same logits from the same checkpoint, in every form.
+
+The checkpoints and logits in tests/golden/families were made by transformers (tests/golden/
+families.py); where torch is installed, checkpoints are made anew and compared live too.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+from functools import cache
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from selm_jax.models.attention import tree_mask
+from selm_jax.models.config import DecoderConfig, LongRope, UnsupportedModel
+from selm_jax.models.decoder import Decoder, LayerCache, logits, parameter_count, unstack
+from selm_jax.models.families import _HARMLESS, FAMILIES, from_hf, read_config, to_hf
+from selm_jax.preferences.examples import Example
+from selm_jax.preferences.packing import common_shape, pack
+from selm_jax.weights.huggingface import load
+from selm_jax.weights.names import tensors
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+_spec = importlib.util.spec_from_file_location("golden_families", GOLDEN / "families.py")
+golden = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(golden)
+
+CHECKPOINTS = list(golden.FAMILIES)
+ATOL = 2e-4
+TIME = golden.LENGTH
+
+
+@cache
+def config_of(name: str, length: int = TIME) -> DecoderConfig:
+    return read_config(golden.FOLDER / name).for_length(length)
+
+
+@cache
+def params_of(name: str):
+    return load(golden.FOLDER / name, config_of(name))
+
+
+@cache
+def forward(config: DecoderConfig):
+    """(params, tokens, positions, mask) -> logits, compiled once per family and shape."""
+    decoder = Decoder(config)
+
+    def run(params, tokens, positions, mask):
+        hidden, _ = decoder.apply({"params": params}, tokens, positions, mask)
+        return logits(config, params, hidden)
+
+    return jax.jit(run)
+
+
+@cache
+def full_logits(name: str) -> np.ndarray:
+    positions = np.broadcast_to(np.arange(TIME), (2, TIME))
+    run = forward(config_of(name))
+    return np.asarray(run(params_of(name), golden.tokens(), positions, causal(2, TIME)))
+
+
+def causal(rows: int, time: int) -> np.ndarray:
+    at = np.arange(time)
+    return np.broadcast_to(at[:, None] >= at, (rows, time, time))
+
+
+def worst(parity, name: str, form: str, ours, theirs) -> None:
+    """Records and bounds the largest difference."""
+    difference = float(np.abs(np.asarray(ours) - np.asarray(theirs)).max())
+    parity(name, form, difference)
+    assert difference <= ATOL, f"{name}, {form}: logits differ by {difference:.1e}"
+
+
+# --- the same logits ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_logits_are_those_of_transformers(name, parity):
+    with np.load(golden.FOLDER / name / "logits.npz") as kept:
+        theirs = dict(kept)
+    assert np.abs(theirs["long"]).max() > 1
+    worst(parity, name, "golden", full_logits(name)[:, golden.KEPT], theirs["long"])
+    if "short" in theirs:
+        short, time = config_of(name, golden.SHORT), golden.SHORT
+        assert short != config_of(name)
+        positions = np.broadcast_to(np.arange(time), (2, time))
+        tokens = golden.tokens()[:, :time]
+        ours = forward(short)(params_of(name), tokens, positions, causal(2, time))
+        at = [t for t in golden.KEPT if t < time]
+        worst(parity, name, "golden", ours[:, at], theirs["short"])
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_logits_are_those_of_transformers_live(name, parity, tmp_path):
+    pytest.importorskip("torch")
+    model = golden.make(name, tmp_path)
+    config = read_config(tmp_path).for_length(TIME)
+    assert config == config_of(name)
+    theirs = golden.logits(model, golden.tokens())
+    # The same weights as in the folder, or torch has changed its random numbers: both are fine.
+    positions = np.broadcast_to(np.arange(TIME), (2, TIME))
+    ours = forward(config)(load(tmp_path, config), golden.tokens(), positions, causal(2, TIME))
+    worst(parity, name, "live", ours, theirs)
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_padding_on_either_side_changes_nothing(name, parity):
+    """A left-padded and a right-padded row beside each other; junk in the padding."""
+    length, pad = TIME - 60, 60
+    tokens = np.random.default_rng(1).integers(0, 96, (2, TIME)).astype(np.int32)
+    positions = np.random.default_rng(2).integers(0, TIME, (2, TIME)).astype(np.int32)
+    mask = np.random.default_rng(3).random((2, TIME, TIME)) < 0.5
+    for row, at in enumerate((slice(pad, None), slice(0, length))):
+        tokens[row, at] = golden.tokens()[row, :length]
+        positions[row, at] = np.arange(length)
+        mask[row, at] = False
+        mask[row, at, at] = causal(1, length)[0]
+    found = forward(config_of(name))(params_of(name), tokens, positions, mask)
+    ours = np.stack([found[0, pad:], found[1, :length]])
+    worst(parity, name, "padded", ours, full_logits(name)[:, :length])
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_packed_trees_are_separate_sequences(name, parity):
+    """Two trees in a row, their branches beyond position 1,000 in the first."""
+    a, b = golden.tokens()
+    trees = [
+        Example("far", tuple(a[:1000]), (tuple(a[1000:1030]), tuple(b[:25])), {}),
+        Example("near", tuple(b[:20]), (tuple(b[20:30]), tuple(a[:12])), {}),
+    ]
+    shape = common_shape([trees], rows=2, time=TIME)
+    (batch,) = pack(trees, shape)
+    mask = tree_mask(jnp.asarray(batch.segment), jnp.asarray(batch.branch))
+    run, params = forward(config_of(name)), params_of(name)
+    packed = np.asarray(run(params, batch.tokens, batch.position, mask))
+    # The four sequences by themselves, two rows at a time through the same program.
+    for segment, tree in enumerate(trees, start=1):
+        alone = np.zeros((2, TIME), np.int32)
+        for i, response in enumerate(tree.responses):
+            path = (*tree.prompt, *response)
+            alone[i, : len(path)] = path
+        positions = np.broadcast_to(np.arange(TIME), (2, TIME))
+        expected = np.asarray(run(params, alone, positions, causal(2, TIME)))
+        for i, response in enumerate(tree.responses):
+            mine = (batch.segment[0] == segment) & np.isin(batch.branch[0], (0, i + 1))
+            length = len(tree.prompt) + len(response)
+            worst(parity, name, "packed", packed[0][mine], expected[i, :length])
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_prefill_and_cached_decoding_are_one_forward_pass(name, parity):
+    config = config_of(name)
+    decoder, params = Decoder(config, scan=False), unstack(params_of(name))
+    capacity, prefilled, steps = 1056, 1024, 24
+
+    @jax.jit
+    def run(params, tokens, positions, mask, cache, index):
+        variables = {"params": params}
+        hidden, cache = decoder.apply(variables, tokens, positions, mask, cache, index)
+        return logits(config, params, hidden), cache
+
+    def zeros(length):
+        x = jnp.zeros((2, config.kv_heads, length, config.head_dim))
+        return tuple(LayerCache(x, x) for _ in range(config.layers))
+
+    tokens = golden.tokens()
+    positions = np.broadcast_to(np.arange(prefilled), (2, prefilled))
+    first, cache = run(
+        params, tokens[:, :prefilled], positions, causal(2, prefilled), zeros(prefilled),
+        jnp.zeros(2, jnp.int32),
+    )  # fmt: skip
+    worst(parity, name, "cached", first, full_logits(name)[:, :prefilled])
+    cache = jax.tree.map(
+        lambda empty, filled: empty.at[:, :, :prefilled].set(filled), zeros(capacity), cache
+    )
+    for t in range(prefilled, prefilled + steps):
+        at = np.full((2, 1), t)
+        mask = np.broadcast_to(np.arange(capacity) <= t, (2, 1, capacity))
+        found, cache = run(params, tokens[:, t : t + 1], at, mask, cache, at[:, 0])
+        worst(parity, name, "cached", found[:, 0], full_logits(name)[:, t])
+
+
+# --- config.json ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_the_way_out_and_back_in(name):
+    config = read_config(golden.FOLDER / name)
+    written = json.loads(json.dumps(to_hf(config)))
+    assert from_hf(written) == config
+    pytest.importorskip("torch")
+    import transformers
+
+    # What we write, transformers reads as the same model.
+    theirs = transformers.AutoConfig.for_model(**written)
+    assert from_hf(json.loads(theirs.to_json_string(use_diff=False))) == config
+
+
+# Keys without effect beside the others that the checkpoint has: (checkpoint, key).
+IDLE = {
+    ("phi-3-4k", "original_max_position_embeddings"),
+    *((name, "sliding_window") for name in ("qwen2", "qwen3", "smollm3")),
+    *((name, "use_sliding_window") for name in ("qwen2", "qwen3", "smollm3")),
+    *((name, "max_window_layers") for name in ("qwen2", "qwen2-window", "qwen3")),
+    ("smollm3", "no_rope_layer_interval"),
+    ("gemma-3", "_sliding_window_pattern"),
+}
+
+
+def _changed(value):
+    """Values other than this one, of its kind."""
+    match value:
+        case bool():
+            return [not value]
+        case int() | float():
+            return [value * 2, value * 3 + 2]
+        case str():
+            return [value + "x"]
+        case list():
+            return [value[::-1], [_changed(x)[0] for x in value]]
+        case dict():
+            changed = []
+            for key in value:
+                for other in _changed(value[key]):
+                    changed.append(copy.deepcopy(value) | {key: other})
+            return changed
+    return [7]
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_no_key_of_config_json_is_ignored(name):
+    hf = json.loads((golden.FOLDER / name / "config.json").read_text())
+    base = from_hf(hf)
+    for key, value in hf.items():
+        if key in _HARMLESS - {"model_type"}:
+            continue
+        effects = []
+        for other in _changed(value):
+            try:
+                effects.append(from_hf(hf | {key: other}) != base)
+            except (UnsupportedModel, TypeError):
+                effects.append(True)
+        if isinstance(value, dict):
+            assert all(effects), f"{name}: parts of {key} are ignored: {value}, {effects}"
+        assert any(effects) == ((name, key) not in IDLE), f"{name}: {key}"
+
+
+LLAMA = json.loads((golden.FOLDER / "llama-2" / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gemma"}, "model_type is 'gemma'"),
+        ({"logit_soft_cap": 30.0}, "logit_soft_cap"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_parameters .* rope_scaling"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 8.0}}, "yarn"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "beta": 1}}, "beta"),
+        ({"rope_theta": 77.0}, "rope_theta"),
+        ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
+        ({"sliding_window": 128}, "sliding_window"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    ],
+)
+def test_what_the_decoder_cannot_express_is_an_error_that_names_it(changes, message):
+    with pytest.raises(UnsupportedModel, match=message):
+        from_hf(LLAMA | changes)
+
+
+def test_a_missing_key_and_a_broken_file_are_named(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({k: v for k, v in LLAMA.items() if k != "intermediate_size"}))
+    with pytest.raises(UnsupportedModel, match=f"{tmp_path}.*'intermediate_size' is missing"):
+        read_config(tmp_path)
+    file.write_text("{")
+    with pytest.raises(UnsupportedModel, match=r"config\.json: not JSON"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_defaults_are_those_of_transformers(name):
+    """A key that config.json leaves out has the value that transformers gives it."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {k: v for k, v in golden._SIZES.items() if not k.endswith("token_id")}
+    kind = getattr(transformers, golden.FAMILIES[name][0])
+    theirs = json.loads(kind(**sizes).to_json_string(use_diff=False))
+    hf = sizes | {"model_type": theirs["model_type"], "rms_norm_eps": theirs["rms_norm_eps"]}
+    if name.startswith("gemma"):
+        del hf["num_attention_heads"], hf["num_key_value_heads"]
+        hf |= {k: theirs[k] for k in ("num_attention_heads", "num_key_value_heads")}
+    assert from_hf(hf) == from_hf(theirs)
+
+
+def test_every_family_has_a_checkpoint():
+    found = {json.loads((golden.FOLDER / n / "config.json").read_text())["model_type"]
+             for n in CHECKPOINTS}  # fmt: skip
+    assert found == set(FAMILIES)
+
+
+def test_longrope_chooses_its_table_once_for_a_run():
+    config = read_config(golden.FOLDER / "phi-3-128k")
+    for length, extended in ((512, False), (513, True)):
+        scaling = config.for_length(length).kinds[0].rope.scaling
+        assert isinstance(scaling, LongRope) and scaling.extended is extended
+    with pytest.raises(UnsupportedModel, match="5000 tokens .* made for 4096"):
+        config.for_length(5000)
+
+
+# --- the published models -------------------------------------------------------------------------
+
+PUBLISHED = {
+    "mistral-7b-sft-beta": 7_241_732_096,
+    "Meta-Llama-3-8B-Instruct": 8_030_261_248,
+    "Phi-3-mini-4k-instruct": 3_821_079_552,
+}
+SEPARATE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj",
+            "mlp.up_proj")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_their_published_size_and_tensors(name):
+    folder = GOLDEN / "published" / name
+    config = read_config(folder)
+    assert parameter_count(config) == PUBLISHED[name]
+    inside = ("self_attn.qkv_proj", "mlp.gate_up_proj") if name.startswith("Phi") else SEPARATE
+    expected = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"} | {
+        f"model.layers.{i}.{kernel}.weight"
+        for i in range(32)
+        for kernel in (
+            *inside, "self_attn.o_proj", "mlp.down_proj", "input_layernorm",
+            "post_attention_layernorm",
+        )
+    }  # fmt: skip
+    found = {
+        row.name.format(i)
+        for row in tensors(config).values()
+        for i in (range(config.layers) if row.stacked else (0,))
+    }
+    assert found == expected
+
+
+def test_published_facts():
+    def facts(name):
+        c = read_config(GOLDEN / "published" / name)
+        assert not c.tied and c.embed == c.heads * c.head_dim and c.layers == c.heads == 32
+        kind = c.kinds[0]
+        assert c.kinds == (kind,) * 32 and kind.rope.scaling is None
+        return c.embed, c.kv_heads, c.mlp, c.vocab_size, kind.rope.theta, kind.window, c.norm_eps
+
+    assert facts("mistral-7b-sft-beta") == (4096, 8, 14336, 32000, 1e4, 4096, 1e-5)
+    assert facts("Meta-Llama-3-8B-Instruct") == (4096, 8, 14336, 128256, 5e5, None, 1e-5)
+    assert facts("Phi-3-mini-4k-instruct") == (3072, 32, 8192, 32064, 1e4, 2047, 1e-5)

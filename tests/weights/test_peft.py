@@ -1,0 +1,63 @@
+"""Adapters as a PEFT folder: `peft` loads it onto the base and gives our logits."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+
+from selm_jax.models.decoder import Decoder, abstract_adapters
+from selm_jax.models.families import read_config
+from selm_jax.models.lora import Lora, init, merge
+from selm_jax.weights.huggingface import load
+from selm_jax.weights.peft import export_adapter
+
+FAMILIES = Path(__file__).parents[1] / "golden" / "families"
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        Lora(3, 6.0),
+        Lora(2, 3.0, targets="q_proj|up_proj|o_proj", rslora=True),
+        Lora(2, 3.0, targets="k_proj|gate_proj"),
+    ],
+    ids=["all", "some, rslora", "some"],
+)
+@pytest.mark.parametrize("name", ["llama-3.1", "phi-3-4k", "gemma-2"])
+def test_peft_gives_our_logits(name, lora, all_logits, tmp_path):
+    torch = pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    config = read_config(FAMILIES / name)
+    params = load(FAMILIES / name, config)
+    adapters = init(nn.unbox(abstract_adapters(config, lora)), jax.random.key(0))
+    rng = np.random.default_rng(0)
+    adapters = jax.tree.map(lambda x: x + rng.normal(0, 0.3, x.shape).astype("float32"), adapters)
+    export_adapter(adapters, config, lora, FAMILIES / name, tmp_path / "adapter")
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        FAMILIES / name, dtype=torch.float32, attn_implementation="eager"
+    )
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    tokens = rng.integers(0, 96, (2, 60)).astype(np.int32)
+    with torch.no_grad():
+        expected = theirs(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+    run = jax.jit(partial(all_logits, Decoder(config)))
+    ours = run(merge(params, adapters, lora), tokens)
+    assert np.abs(ours - run(params, tokens)).max() > 0.1
+    np.testing.assert_allclose(ours, expected, atol=2e-4)
+
+    # Every tensor of the folder is used: peft stays silent about keys that it does not know.
+    names = set(peft.get_peft_model_state_dict(theirs))
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "numpy") as file:
+        assert set(file.keys()) == names
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(FAMILIES / name)

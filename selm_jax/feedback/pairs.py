@@ -19,18 +19,21 @@ from selm_jax.feedback.ranker import FeedbackError, did_you_mean
 
 SOURCES = ("greedy", "sample", "chosen", "rejected")
 FINISHES = ("stop", "length", "dataset")
-RULES = ("best_worst", "swap")
-EXPLORES = ("greedy", "sample", "random")
+RULES = ("best_worst", "swap", "top_random")
+EXPLORES = ("greedy", "sample", "random", "best", "worst")
 TIES = ("drop", "first")
 CUT_OFFS = ("keep", "drop")
-REASONS = ("tie", "equal_text", "empty", "cut_off", "margin")
+REASONS = (
+    *("not_asked", "not_answered", "unusable_answer"),
+    *("tie", "equal_text", "empty", "cut_off", "margin"),
+)
 PLACES = ("best", "middle", "worst", "tied")
 ROLES = ("chosen", "rejected", "explore")
 
 Scores: TypeAlias = Sequence[float] | Real[np.ndarray, " candidates"]
 
 
-def _check_choice(name: str, value: str, expected: tuple[str, ...]) -> None:
+def check_choice(name: str, value: str, expected: tuple[str, ...]) -> None:
     if value not in expected:
         raise FeedbackError(
             f"{name} is {value!r}{did_you_mean(str(value), expected)} "
@@ -61,8 +64,8 @@ class Candidate:
     sample: int
 
     def __post_init__(self) -> None:
-        _check_choice("a candidate's source", self.source, SOURCES)
-        _check_choice("a candidate's finish", self.finish, FINISHES)
+        check_choice("a candidate's source", self.source, SOURCES)
+        check_choice("a candidate's finish", self.finish, FINISHES)
         if self.token_ids is not None and not isinstance(self.token_ids, tuple):
             raise FeedbackError(
                 f"a candidate's token_ids are a {type(self.token_ids).__name__}; expected a tuple "
@@ -97,6 +100,10 @@ class Pair:
 class Dropped:
     """A prompt that gives no pair, and why: one of `REASONS`.
 
+    `select` gives all but three: `not_asked`, of a prompt beyond the budget; `not_answered`, of one
+    that too few people have ranked; `unusable_answer`, of one with an answer in the data that does
+    not become token ids.
+
     Raises:
         FeedbackError: unknown reason (the report would lose the prompt).
     """
@@ -104,7 +111,7 @@ class Dropped:
     reason: str
 
     def __post_init__(self) -> None:
-        _check_choice("the reason of a drop", self.reason, REASONS)
+        check_choice("the reason of a drop", self.reason, REASONS)
 
 
 def ranks(scores: Scores) -> Int[np.ndarray, " candidates"]:
@@ -166,34 +173,40 @@ def select(
         scores: `[candidates]`, higher is better.
         rule: `best_worst` takes the best and worst of all candidates (arXiv 2405.19332, algorithm
             1); `swap` the better and worse of the dataset's chosen and the explore response (the
-            other label update of the same paper's appendix D).
+            other label update of the same paper's appendix D); `top_random` the best, and one
+            drawn uniformly from those with a lower score.
         explore: the response of the optimism term, whatever its rank: the first greedy one, the
-            first sample, or one drawn uniformly from the model's own.
+            first sample, the `best` or `worst` of the model's own (the first of equals), or one
+            drawn uniformly from the model's own: in expectation the term's mean over all of them.
         ties: `drop`, or `first` for the authors' rule: the first candidate is chosen and rejected
             at once and the pair is kept, so that only the optimism term has a gradient.
         cut_off: `drop` refuses a prompt one of whose three responses was cut off.
         min_margin: the least chosen score minus rejected score, in the ranker's unit.
-        seed: for `random`; one for each prompt, such as (seed, iteration, prompt number), since
-            the same seed draws the same place in the list.
+        seed: for `random` and `top_random`; one for each prompt, such as (seed, iteration, prompt
+            number), since the same seed draws the same place in the list.
 
     Raises:
-        FeedbackError: unknown option, no candidate for a role, `random` without a seed, or scores
+        FeedbackError: unknown option, no candidate for a role, a draw without a seed, or scores
             that do not fit the candidates.
     """
-    _check_choice("rule", rule, RULES)
-    _check_choice("ties", ties, TIES)
-    _check_choice("cut_off", cut_off, CUT_OFFS)
+    check_choice("rule", rule, RULES)
+    check_choice("ties", ties, TIES)
+    check_choice("cut_off", cut_off, CUT_OFFS)
     if not 0.0 <= min_margin < float("inf"):
         raise FeedbackError(f"min_margin is {min_margin!r}; expected a number of at least 0.")
     _check_length(candidates, scores)
-    explorer = _explorer(candidates, explore, seed)
+    explorer = _explorer(candidates, scores, explore, seed)
     pool = list(range(len(candidates)))
     if rule == "swap":
         pool = sorted({_first(candidates, "chosen", "rule: swap"), explorer})
     ranked = ranks(np.asarray(scores)[pool])
     # NumPy's argmin and argmax take the first of equals: the authors' rule.
-    pair = Pair(pool[int(ranked.argmin())], pool[int(ranked.argmax())], explorer)
+    best, worst = int(ranked.argmin()), int(ranked.argmax())
     tied = bool(ranked.max() == 1)
+    if rule == "top_random" and not tied:
+        lower = np.argsort(ranked, kind="stable")[(ranked == 1).sum() :]  # by rank, not by place
+        worst = int(lower[draws(seed, "rule: top_random", 1).integers(len(lower))])
+    pair = Pair(pool[best], pool[worst], explorer)
     if tied and ties == "drop":
         return Dropped("tie")
     chosen, rejected = candidates[pair.chosen], candidates[pair.rejected]
@@ -218,17 +231,31 @@ def _check_length(candidates: Sequence[Candidate], scores: Scores) -> None:
 
 
 def _explorer(
-    candidates: Sequence[Candidate], explore: str, seed: int | Sequence[int] | None
+    candidates: Sequence[Candidate],
+    scores: Scores,
+    explore: str,
+    seed: int | Sequence[int] | None,
 ) -> int:
-    _check_choice("explore", explore, EXPLORES)
-    if explore != "random":
+    check_choice("explore", explore, EXPLORES)
+    if explore in ("greedy", "sample"):
         return _first(candidates, explore, f"explore: {explore}")
     own = [i for i, each in enumerate(candidates) if each.source in ("greedy", "sample")]
     if not own:
-        raise _no_candidate(candidates, "greedy or sample", "explore: random")
+        raise _no_candidate(candidates, "greedy or sample", f"explore: {explore}")
+    if explore == "random":
+        return own[int(draws(seed, "explore: random").integers(len(own)))]
+    ranked = ranks(np.asarray(scores)[own])
+    return own[int(ranked.argmin() if explore == "best" else ranked.argmax())]
+
+
+def draws(
+    seed: int | Sequence[int] | None, asked: str, stream: int | None = None
+) -> np.random.Generator:
+    """Random numbers of a prompt. Draws for different ends come from different streams."""
     if seed is None:
-        raise FeedbackError("explore: random needs a seed for each prompt; found None.")
-    return own[int(np.random.default_rng(seed).integers(len(own)))]
+        raise FeedbackError(f"{asked} needs a seed for each prompt; found None.")
+    key = () if stream is None else (stream,)
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
 
 
 def _first(candidates: Sequence[Candidate], source: str, asked: str) -> int:
@@ -279,19 +306,19 @@ class Report:
     counts: Counter[str] = field(default_factory=Counter)
     score_sums: dict[str, float] = field(default_factory=dict)
 
-    def add(self, candidates: Sequence[Candidate], scores: Scores, result: Pair | Dropped) -> None:
+    def add(
+        self, candidates: Sequence[Candidate], scores: Scores | None, result: Pair | Dropped
+    ) -> None:
         """Counts one prompt.
 
         Args:
             candidates: the prompt's responses.
-            scores: `[candidates]`.
-            result: what `select` made of them.
+            scores: `[candidates]`; None for a prompt that nobody scored, which is dropped.
+            result: what `select` and `label` made of them.
 
         Raises:
-            FeedbackError: scores that do not fit the candidates.
+            FeedbackError: scores that do not fit the candidates, or a pair without scores.
         """
-        _check_length(candidates, scores)
-        ranked = ranks(scores)
         texts = {each.text for each in candidates}
         count = self.counts
         count["prompts"] += 1
@@ -299,18 +326,33 @@ class Report:
         count["duplicates"] += len(candidates) - len(texts)
         count["empty"] += sum(each.is_empty for each in candidates)
         count["cut_off"] += sum(each.finish == "length" for each in candidates)
-        count[_tie(ranked)] += 1
-        for candidate, score in zip(candidates, scores, strict=True):
-            source = candidate.source
-            count[f"candidates/{source}"] += 1
-            self.score_sums[source] = self.score_sums.get(source, 0.0) + float(score)
+        count.update(f"candidates/{each.source}" for each in candidates)
         if isinstance(result, Dropped):
             count["drops"] += 1
             count[f"drops/{result.reason}"] += 1
+        if scores is not None:
+            self._add_scores(candidates, scores, result)
+        elif isinstance(result, Pair):
+            raise FeedbackError("found a pair without scores; expected a dropped prompt.")
+
+    def _add_scores(
+        self, candidates: Sequence[Candidate], scores: Scores, result: Pair | Dropped
+    ) -> None:
+        _check_length(candidates, scores)
+        ranked = ranks(scores)
+        count = self.counts
+        count["scored"] += 1
+        count[_tie(ranked)] += 1
+        for candidate, score in zip(candidates, scores, strict=True):
+            source = candidate.source
+            count[f"scored/{source}"] += 1
+            self.score_sums[source] = self.score_sums.get(source, 0.0) + float(score)
+        if isinstance(result, Dropped):
             return
         _, roles = distinct(candidates, result)
         count["pairs"] += 1
         count["tie_kept"] += int(ranked[result.chosen] == ranked[result.rejected])
+        count["label_against_scores"] += int(ranked[result.chosen] > ranked[result.rejected])
         count[f"winner/{candidates[result.chosen].source}"] += 1
         count[f"explore/{place(scores, result.explore)}"] += 1
         count[f"explore_is/{_shared(roles)}"] += 1
@@ -320,18 +362,20 @@ class Report:
 
         Keys:
             prompts, pairs, drops, drops/REASON: prompts = pairs + drops.
-            ties: prompts whose scores are all equal; ties_partial: prompts where only the best or
-                the worst score is shared, so that the order of the candidates decides.
-            tie_kept: pairs whose chosen and rejected scores are equal (`ties: first`).
+            scored: prompts that were asked about and have scores; ties: those whose scores are all
+                equal; ties_partial: those where only the best or the worst score is shared, so
+                that the order of the candidates decides.
+            tie_kept: pairs whose chosen and rejected scores are equal (`ties: first`);
+                label_against_scores: pairs whose rejected score is the higher (drawn labels).
             candidates, candidates/SOURCE, cut_off, empty: candidates, all, by source, and those
                 of a kind; duplicates: candidates whose text an earlier one of the prompt has.
             explore/PLACE: pairs by the place of the explore response among all candidates.
             explore_is/chosen, rejected, both, neither: pairs by the roles that are the same
                 response as explore; winner/SOURCE: pairs by the source of the chosen response.
-            score_mean/SOURCE: mean score over all candidates of the source, in the ranker's unit.
+            score_mean/SOURCE: mean score over all scored candidates of the source, in the ranker's unit.
         """
         means = {
-            f"score_mean/{source}": self.score_sums[source] / self.counts[f"candidates/{source}"]
+            f"score_mean/{source}": self.score_sums[source] / self.counts[f"scored/{source}"]
             for source in SOURCES
             if source in self.score_sums
         }
@@ -340,7 +384,7 @@ class Report:
 
 _KEYS = (
     *("prompts", "pairs", "drops", *(f"drops/{each}" for each in REASONS)),
-    *("ties", "ties_partial", "tie_kept"),
+    *("scored", "ties", "ties_partial", "tie_kept", "label_against_scores"),
     *("candidates", *(f"candidates/{each}" for each in SOURCES)),
     *("cut_off", "empty", "duplicates"),
     *(f"explore/{each}" for each in PLACES),

@@ -22,7 +22,13 @@ BUILT_IN: Mapping[str, str] = {
     "sentiment": "selm_jax.feedback.rules:sentiment",
     "length": "selm_jax.feedback.rules:length",
     "regex": "selm_jax.feedback.rules:regex",
+    "pairrm": "selm_jax.feedback.pairrm:pairrm",
+    "verifiable": "selm_jax.feedback.rules:verifiable",
+    "judge": "selm_jax.feedback.judge:judge",
+    "mixture": "selm_jax.feedback.mixture:mixture",
+    "human": "selm_jax.feedback.human:human",
 }
+_USER_FUNCTION = "selm_jax.feedback.workers:user_function"
 
 
 class FeedbackError(Exception):
@@ -48,7 +54,11 @@ class Question:
 
 @runtime_checkable  # so that a run-time check of annotations can read it
 class Ranker(Protocol):
-    """Scores candidate responses. An implementation ends with `return check_scores(...)`."""
+    """Scores candidate responses. An implementation ends with `return check_scores(...)`.
+
+    It may also have a method `report() -> dict[str, int | float]`: counts of its last `scores`,
+    such as requests and cost; see `reported`.
+    """
 
     @property
     def name(self) -> str:
@@ -77,29 +87,31 @@ def build(name: str, /, **settings: Any) -> Ranker:
         name: a key of `BUILT_IN`, or `package.module:function` for a function
             `(prompt: str, response: str, row: dict) -> float`.
         settings: the ranker's own settings, such as `target` for `length`. A user's function
-            takes none: its settings belong in its module.
+            takes those of `workers.user_function`; its own belong in its module.
 
     Raises:
         FeedbackError: unknown name, unknown or missing setting, or a setting the ranker refuses.
     """
-    if ":" in name:
-        from selm_jax.feedback import rules  # rules imports this module
-
-        if settings:
-            raise FeedbackError(
-                f"ranker {name!r}: found the settings {_listed(settings)}, but a user's function "
-                "takes none. Put them into the function's own module."
-            )
-        return rules.user_function(name)
-    if name not in BUILT_IN:
+    path = (name,) if ":" in name else ()
+    found = _USER_FUNCTION if path else BUILT_IN.get(name)
+    if found is None:
         raise FeedbackError(
             f"unknown ranker {name!r}{did_you_mean(name, BUILT_IN)} Expected one of "
             f"{_listed(BUILT_IN)}, or your own function as 'package.module:function'."
         )
-    module, _, attribute = BUILT_IN[name].partition(":")
+    module, _, attribute = found.partition(":")
     builder = getattr(importlib.import_module(module), attribute)
-    _check_settings(name, settings, inspect.signature(builder).parameters)
-    return builder(**settings)
+    parameters = inspect.signature(builder).parameters
+    _check_settings(
+        name, settings, {k: p for k, p in parameters.items() if p.kind is not p.POSITIONAL_ONLY}
+    )
+    return builder(*path, **settings)
+
+
+def reported(ranker: Ranker) -> dict[str, int | float]:
+    """What a ranker tells of its last `scores`; empty if it tells nothing."""
+    report = getattr(ranker, "report", None)
+    return {} if report is None else report()
 
 
 def _check_settings(
@@ -181,19 +193,21 @@ def check_scores(
     checked = []
     for question, texts, row in zip(questions, candidates, scores, strict=True):
         where = f"ranker {name!r}, prompt {question.id!r}"
-        values = _row_values(row, len(texts))
+        values = row_values(row, len(texts))
         if values is None:
             raise FeedbackError(
                 f"{where}: found scores {row!r}; expected one number for each of its "
                 f"{len(texts)} candidates."
             )
-        numbers = [_finite(value, f"{where}, candidate {i}") for i, value in enumerate(values)]
+        numbers = [
+            finite_number(value, f"{where}, candidate {i}") for i, value in enumerate(values)
+        ]
         checked.append(np.array(numbers, dtype=np.float64))
     return checked
 
 
-def _row_values(row: Any, count: int) -> Sequence[Any] | np.ndarray | None:
-    """The row as `count` values, or None when it is anything else."""
+def row_values(row: Any, count: int) -> Sequence[Any] | np.ndarray | None:
+    """A list or array of scores as `count` values, or None when it is anything else."""
     if hasattr(row, "shape"):
         array = np.asarray(row)  # one transfer for a device array, not one per element
         return array if array.shape[:1] == (count,) else None
@@ -201,7 +215,12 @@ def _row_values(row: Any, count: int) -> Sequence[Any] | np.ndarray | None:
     return row if is_list and len(row) == count else None
 
 
-def _finite(value: Any, where: str) -> float:
+def finite_number(value: Any, where: str) -> float:
+    """The score as a float.
+
+    Raises:
+        FeedbackError: it is no single finite real number; `where` stands before what was found.
+    """
     try:
         array = np.asarray(value)
     except ValueError:  # a ragged nest of lists

@@ -1,14 +1,13 @@
-"""Rankers that need no model: sentiment, length, regular expressions, a user's own function.
+"""Rankers that need no model: sentiment, length, regular expressions, verifiable instructions.
 
-A rule looks at one response at a time and runs in this process: a rule that hangs hangs the stage.
+A rule looks at one response at a time and runs in this process: these are quick, and their code is
+known. A user's own function runs in processes of its own; see `workers`.
 """
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,12 +61,14 @@ class RuleRanker:
         return check_scores(self.name, questions, candidates, raw)
 
     def _one(self, question: Question, index: int, response: str) -> Any:
+        where = f"ranker {self.name!r}, prompt {question.id!r}, candidate {index}"
         try:
             return self.function(question.prompt, response, dict(question.row))
+        except FeedbackError as error:
+            raise FeedbackError(f"{where}: {error}") from error
         except Exception as error:
             raise FeedbackError(
-                f"ranker {self.name!r}, prompt {question.id!r}, candidate {index}: the rule "
-                f"raised {type(error).__name__}: {error}"
+                f"{where}: the rule raised {type(error).__name__}: {error}"
             ) from error
 
 
@@ -147,47 +148,83 @@ def regex(pattern: str, flags: str = "") -> RuleRanker:
     )
 
 
-def user_function(path: str) -> RuleRanker:
-    """A user's function `(prompt: str, response: str, row: dict) -> float` as a ranker.
+VERIFIABLE_SCORES = ("partial_strict", "partial_loose", "binary_strict", "binary_loose")
+
+
+def verifiable(
+    score: str = "partial_strict", ids: str = "instruction_id_list", kwargs: str = "kwargs"
+) -> RuleRanker:
+    """How far the response follows the instructions that a program can check (IFEval's 25 kinds).
+
+    Source: Zhou et al. (2023), "Instruction-Following Evaluation for Large Language Models",
+    arXiv 2311.07911, through the package if-verifiable. Thoughts before `</think>` do not count;
+    an empty response scores 0. The language check is seeded: a response always scores the same.
 
     Args:
-        path: `package.module:function`, importable from `sys.path`.
+        score: `partial_strict` is the share of the prompt's instructions that are followed,
+            `binary_strict` 1 if all are, else 0; the `loose` ones forgive a first or last line
+            too many and asterisks.
+        ids: the row's column of instruction ids, such as `punctuation:no_comma`.
+        kwargs: the row's column of their arguments: for each id a mapping, None for those unused.
 
     Raises:
-        FeedbackError: bad path, the module cannot be imported, it has no such function, or the
-            function cannot be called with three arguments.
+        FeedbackError: if-verifiable is not installed, or an unknown score.
     """
-    module_name, _, name = path.partition(":")
-    if not name.isidentifier() or not all(part.isidentifier() for part in module_name.split(".")):
-        raise FeedbackError(f"ranker {path!r}: expected the form 'package.module:function'.")
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # the module is the user's: its own code can raise anything
+    if score not in VERIFIABLE_SCORES:
         raise FeedbackError(
-            f"ranker {path!r}: importing {module_name!r} raised {type(error).__name__}: {error}. "
-            "If it was not found, add the folder that holds it to PYTHONPATH."
-        ) from error
-    if not hasattr(module, name):
-        public = [each for each in vars(module) if not each.startswith("_")]
-        raise FeedbackError(
-            f"ranker {path!r}: the module has no {name!r}{did_you_mean(name, public)} "
-            f"It was loaded from {getattr(module, '__file__', None)}."
-        )
-    function = getattr(module, name)
-    if not callable(function):
-        raise FeedbackError(
-            f"ranker {path!r}: {name!r} is a {type(function).__name__}; expected a function "
-            "(prompt, response, row) -> float."
+            f"ranker 'verifiable': unknown score {score!r}{did_you_mean(str(score), VERIFIABLE_SCORES)} "
+            f"Expected one of {', '.join(VERIFIABLE_SCORES)}."
         )
     try:
-        signature = inspect.signature(function)
-    except ValueError:  # some functions written in C carry no signature; the first call will tell
-        return RuleRanker(path, function)
-    try:
-        signature.bind("", "", {})
-    except TypeError as error:
+        import langdetect
+        from if_verifiable import IFEvalSample, evaluate_output_for_sample
+        from if_verifiable.ifeval.instructions_registry import INSTRUCTION_DICT
+    except ImportError as error:
         raise FeedbackError(
-            f"ranker {path!r}: the function is {name}{signature}; expected one that can be "
-            f"called as {name}(prompt, response, row): {error}."
+            f"ranker 'verifiable': cannot import if-verifiable ({error}). "
+            "Install it: pip install if-verifiable"
         ) from error
-    return RuleRanker(path, function)
+    langdetect.DetectorFactory.seed = 0  # its own guesses are random otherwise
+
+    def follows(prompt: str, response: str, row: dict[str, Any]) -> float:
+        names, arguments = _instructions(row, ids, kwargs, INSTRUCTION_DICT)
+        sample = IFEvalSample(key=0, prompt=prompt, instruction_id_list=names, kwargs=arguments)
+        try:
+            _, scores = evaluate_output_for_sample("ifeval", sample, response)
+        except LookupError as error:
+            if "nltk" not in str(error):
+                raise
+            raise FeedbackError(
+                "the check needs data of nltk that is not on this machine; fetch it once with "
+                "python -m nltk.downloader punkt_tab"
+            ) from error
+        return getattr(scores, score)
+
+    return RuleRanker("verifiable", follows)
+
+
+def _instructions(
+    row: Mapping[str, Any], ids: str, kwargs: str, known: Mapping[str, Any]
+) -> tuple[list[str], list[dict[str, Any]]]:
+    """The row's instructions, checked: the package skips ids it does not know, and draws what an
+    instruction lacks at random."""
+    for column in (ids, kwargs):
+        if column not in row:
+            raise FeedbackError(
+                f"the row has no column {column!r}{did_you_mean(column, row)} It has: "
+                f"{', '.join(row) or 'none'}."
+            )
+    names, arguments = list(row[ids]), [dict(each or {}) for each in row[kwargs]]
+    if not names or len(names) != len(arguments):
+        raise FeedbackError(
+            f"found {len(names)} instruction ids in {ids!r} and {len(arguments)} mappings in "
+            f"{kwargs!r}; expected at least one, and one mapping for each id."
+        )
+    for name, given in zip(names, arguments, strict=True):
+        if name not in known:
+            raise FeedbackError(f"unknown instruction id {name!r}{did_you_mean(str(name), known)}")
+        needed = known[name](name).get_instruction_args_keys()
+        missing = [key for key in needed if given.get(key) is None]
+        if missing:
+            raise FeedbackError(f"the instruction {name!r} lacks its {', '.join(missing)}.")
+    return names, arguments

@@ -166,6 +166,29 @@ class TestSwap:
             select([candidate(), candidate("sample")], [1.0, 2.0], rule="swap")
 
 
+class TestTopRandom:
+    @given(prompts(), options)
+    def test_the_best_against_one_that_is_lower(self, prompt, asked):
+        candidates, scores = prompt
+        result = select(candidates, scores, **(asked | {"rule": "top_random", "ties": "drop"}))
+        if isinstance(result, Pair):
+            assert scores[result.chosen] == max(scores) > scores[result.rejected]
+        else:
+            assert (result.reason == "tie") == (len(set(scores)) == 1)
+
+    def test_draws_evenly_and_by_the_seed(self):
+        made = [*trio(), candidate("sample", "more", sample=1)]
+        scores = [2.0, 9.0, 1.0, 0.0]
+        drawn = [select(made, scores, rule="top_random", seed=(1, i)) for i in range(300)]
+        counts = np.bincount([pair.rejected for pair in drawn], minlength=4)
+        assert counts[1] == 0 and all(70 < n < 130 for n in counts[[0, 2, 3]])  # 100, sd 8.2
+        assert drawn == [select(made, scores, rule="top_random", seed=(1, i)) for i in range(300)]
+
+    def test_needs_a_seed(self):
+        with pytest.raises(FeedbackError, match="rule: top_random needs a seed"):
+            select(trio(), [1.0, 2.0, 3.0], rule="top_random")
+
+
 class TestAllTie:
     """Three equal texts: the authors train on chosen = rejected = their own response."""
 
@@ -247,6 +270,14 @@ class TestExplore:
         for explore, index in (("greedy", 2), ("sample", 1)):
             result = select(self.made, scores, explore=explore, ties="first")
             assert isinstance(result, Pair) and result.explore == index
+
+    @given(st.lists(whole, min_size=6, max_size=6))
+    def test_best_and_worst_of_the_models_own(self, scores):
+        own = [scores[i] for i in (1, 2, 3, 4)]
+        best = select(self.made, scores, explore="best", ties="first")
+        worst = select(self.made, scores, explore="worst", ties="first")
+        assert isinstance(best, Pair) and best.explore == 1 + own.index(max(own))
+        assert isinstance(worst, Pair) and worst.explore == 1 + own.index(min(own))
 
     def test_random_draws_each_of_the_models_own_and_no_other(self):
         scores = [float(i) for i in range(6)]
@@ -433,7 +464,8 @@ class TestReport:
         assert total("candidates") == counts["candidates"] == len(everyone)
         assert counts["cut_off"] == sum(each.finish == "length" for each in everyone)
         assert counts["empty"] == sum(not each.text.strip() for each in everyone)
-        assert counts["ties"] + counts["ties_partial"] <= counts["prompts"]
+        assert counts["ties"] + counts["ties_partial"] <= counts["prompts"] == counts["scored"]
+        assert counts["label_against_scores"] == 0
         # A mean times its count is a sum: nothing scored is left out.
         scored = sum(
             counts[f"score_mean/{source}"] * counts[f"candidates/{source}"]
@@ -441,6 +473,18 @@ class TestReport:
             if f"score_mean/{source}" in counts
         )
         assert scored == pytest.approx(sum(sum(scores) for _, scores in batch))
+
+    def test_prompts_that_nobody_scored_are_drops_and_no_ties(self):
+        report = Report()
+        report.add(trio(), None, Dropped("not_asked"))
+        report.add(trio(), [4.0, 2.0, 3.0], Pair(1, 0, 0))  # a drawn label
+        counts = report.as_dict()
+        expected = {"prompts": 2, "pairs": 1, "drops": 1, "drops/not_asked": 1, "scored": 1}
+        expected |= {"candidates": 6, "ties": 0, "label_against_scores": 1}
+        assert {key: counts[key] for key in expected} == expected
+        assert counts["score_mean/greedy"] == 4.0
+        with pytest.raises(FeedbackError, match="a pair without scores"):
+            report.add(trio(), None, Pair(0, 1, 0))
 
     @given(st.lists(prompts(), max_size=6), options)
     def test_the_order_of_the_prompts_is_nothing(self, batch, asked):
@@ -469,6 +513,7 @@ class TestReport:
             "drops": 2,
             "drops/tie": 1,
             "drops/empty": 1,
+            "scored": 6,
             "ties": 1,
             "ties_partial": 1,
             "candidates": 18,

@@ -1,5 +1,6 @@
 """The protocol, the builder and the one check of scores."""
 
+import importlib
 import sys
 
 import jax.numpy as jnp
@@ -19,9 +20,18 @@ RAGGED = [["a", "b"], ["c"]]
 
 
 def test_every_built_in_name_has_a_builder():
-    settings = {"regex": {"pattern": "a"}}
-    for name in ranker.BUILT_IN:
-        assert build(name, **settings.get(name, {})).name == name
+    for place in ranker.BUILT_IN.values():
+        module, _, attribute = place.partition(":")
+        assert callable(getattr(importlib.import_module(module), attribute))
+    settings = {
+        "sentiment": {},
+        "length": {},
+        "regex": {"pattern": "a"},
+        "judge": {"model": "m", "base_url": "http://127.0.0.1:9/v1"},
+        "mixture": {"parts": [{"ranker": "length"}]},
+    }
+    for name, of_name in settings.items():
+        assert build(name, **of_name).name == name
 
 
 @pytest.mark.parametrize(
@@ -48,8 +58,22 @@ def test_settings_are_checked():
         build("sentiment", x=1)
     with pytest.raises(FeedbackError, match="'pattern' is missing"):
         build("regex")
-    with pytest.raises(FeedbackError, match="takes none"):
+    with pytest.raises(FeedbackError, match="unknown setting 'scale'.*takes 'workers'"):
         build("math:dist", scale=2)
+
+
+def test_a_ranker_may_tell_of_its_work():
+    class Telling:
+        name = "telling"
+
+        def scores(self, questions, candidates):
+            return []
+
+        def report(self):
+            return {"asked": 3}
+
+    assert ranker.reported(Telling()) == {"asked": 3}
+    assert ranker.reported(build("length")) == {}
 
 
 def test_building_one_rule_does_not_load_another_rules_library(monkeypatch):

@@ -1,6 +1,5 @@
-"""Rules: VADER, length, regular expressions, and a user's function by dotted path."""
+"""Rules: VADER, length, regular expressions, verifiable instructions."""
 
-import importlib
 import re
 import sys
 
@@ -96,111 +95,101 @@ class TestRegex:
             build("regex", pattern=42)
 
 
-MODULE = """
-import math
-
-def good(prompt, response, row):
-    return len(response) * row["weight"] + len(prompt)
-
-def spoils_its_row(prompt, response, row):
-    row["weight"] = row.get("weight", 0) + 1
-    return row["weight"]
-
-def raises(prompt, response, row):
-    return row["no_such_column"] if response == "bad" else 0.0
-
-def nothing(prompt, response, row):
-    print(response)
-
-def not_a_number(prompt, response, row):
-    return math.nan if response == "bad" else 0.0
-
-def word(prompt, response, row):
-    return "7/10"
-
-def two(prompt, response):
-    return 0.0
-
-not_a_function = 3
-"""
+def follow(*instructions, **settings):
+    """A ranker, and a question with instructions (id, arguments)."""
+    pytest.importorskip("if_verifiable", reason="the extra if-verifiable is not installed")
+    columns = {
+        "instruction_id_list": [name for name, _ in instructions],
+        "kwargs": [arguments for _, arguments in instructions],
+    }
+    return build("verifiable", **settings), question(**columns)
 
 
-@pytest.fixture
-def user_rules(tmp_path, monkeypatch):
-    """A package on sys.path; gives its dotted name, new for every test."""
-    package = tmp_path / "house_rules"
-    package.mkdir()
-    (package / "__init__.py").write_text("")
-    (package / "taste.py").write_text(MODULE)
-    (package / "broken.py").write_text("import no_such_library_here\n")
-    (package / "syntax.py").write_text("def f(:\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    importlib.invalidate_caches()
-    yield "house_rules"
-    for name in [each for each in sys.modules if each.startswith("house_rules")]:
-        del sys.modules[name]
+NO_COMMA = ("punctuation:no_comma", {"num_words": None, "relation": None})
+TWO_WORDS = ("length_constraints:number_words", {"num_words": 3, "relation": "less than"})
 
 
-class TestUserFunction:
-    def test_gets_prompt_response_and_row(self, user_rules):
-        ranker = build(f"{user_rules}.taste:good")
-        assert ranker.name == f"{user_rules}.taste:good"
-        questions = [question("four", "a", weight=10), question("", "b", weight=1)]
-        scores = ranker.scores(questions, [["x", "xy"], ["xyz"]])
-        assert [each.tolist() for each in scores] == [[14.0, 24.0], [3.0]]
-
-    def test_cannot_change_the_row_of_the_next_candidate(self, user_rules):
-        row = {"weight": 5}
-        ranker = build(f"{user_rules}.taste:spoils_its_row")
-        (scores,) = ranker.scores([Question("q", (), row, "p")], [["a", "b"]])
-        assert scores.tolist() == [6.0, 6.0] and row == {"weight": 5}
-
+class TestVerifiable:
     @pytest.mark.parametrize(
-        ("name", "what"),
+        ("kind", "expected"),
         [
-            ("raises", "the rule raised KeyError: 'no_such_column'"),
-            ("not_a_number", "the score is nan"),
+            ("partial_strict", [1.0, 0.5, 0.0, 0.0, 1.0]),
+            ("binary_strict", [1.0, 0.0, 0.0, 0.0, 1.0]),
         ],
     )
-    def test_a_fault_names_rule_prompt_and_candidate(self, user_rules, name, what):
-        path = f"{user_rules}.taste:{name}"
-        questions = [question(id="ok"), question(id="row-17")]
-        with pytest.raises(FeedbackError) as caught:
-            build(path).scores(questions, [["fine"], ["fine", "fine", "bad"]])
-        assert str(caught.value).startswith(
-            f"ranker '{path}', prompt 'row-17', candidate 2: {what}"
+    def test_the_share_of_the_instructions_that_are_followed(self, kind, expected):
+        ranker, asked = follow(NO_COMMA, TWO_WORDS, score=kind)
+        texts = ["Yes sir", "Yes my dear sir", "Yes, my dear sir", "  ", "<think>a, b</think>Yes"]
+        (scores,) = ranker.scores([asked], [texts])
+        assert ranker.name == "verifiable" and scores.tolist() == expected
+
+    def test_loose_forgives_a_first_line(self):
+        for kind, expected in (("partial_strict", 0.0), ("partial_loose", 1.0)):
+            ranker, asked = follow(NO_COMMA, score=kind)
+            assert ranker.scores([asked], [["Sure, here:\nYes"]])[0].tolist() == [expected]
+
+    def test_the_language_is_guessed_the_same_way_every_time(self):
+        ranker, asked = follow(("language:response_language", {"language": "de"}))
+        text = "der die das ist not the"
+        assert len({ranker.scores([asked], [[text]])[0][0] for _ in range(10)}) == 1
+
+    def test_columns_by_other_names(self):
+        follow()
+        ranker = build("verifiable", ids="what", kwargs="how")
+        asked = question(what=[NO_COMMA[0]], how=[None])
+        assert ranker.scores([asked], [["a", "a,"]])[0].tolist() == [1.0, 0.0]
+
+    @pytest.mark.parametrize(
+        ("instructions", "what"),
+        [
+            ([], "found 0 instruction ids"),
+            ([("punctuation:no_coma", {})], "unknown .*; did you mean 'punctuation:no_comma'"),
+            ([("length_constraints:number_words", {"num_words": 3})], "lacks its relation"),
+            ([("keywords:existence", {"keywords": None})], "lacks its keywords"),
+        ],
+    )
+    def test_instructions_that_cannot_be_checked(self, instructions, what):
+        # The package would skip the unknown, and draw what is missing at random.
+        ranker, asked = follow(*instructions)
+        with pytest.raises(
+            FeedbackError, match=f"'verifiable', prompt 'p0', candidate 0: .*{what}"
+        ):
+            ranker.scores([asked], [["a"]])
+
+    def test_a_row_without_instructions(self):
+        ranker, _ = follow()
+        with pytest.raises(FeedbackError, match="no column 'instruction_id_list'.*It has: topic"):
+            ranker.scores([question(topic="x")], [["a"]])
+
+    def test_data_of_nltk_that_is_not_there(self, monkeypatch):
+        sentences = ("length_constraints:number_sentences", {"num_sentences": 1})
+        ranker, asked = follow((sentences[0], sentences[1] | {"relation": "at least"}))
+        import nltk
+
+        monkeypatch.setattr(nltk.data, "path", [])
+        nltk.data.clear_cache()
+        from if_verifiable.ifeval import instructions_util
+
+        instructions_util._get_sentence_tokenizer.cache_clear()
+        with pytest.raises(FeedbackError, match="python -m nltk.downloader punkt_tab"):
+            ranker.scores([asked], [["One. Two."]])
+
+    def test_without_the_extra_it_says_what_to_install(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "if_verifiable", None)
+        with pytest.raises(FeedbackError, match="pip install if-verifiable"):
+            build("verifiable")
+
+    def test_unknown_score(self):
+        with pytest.raises(FeedbackError, match="'partial_strikt'; did you mean 'partial_strict'"):
+            build("verifiable", score="partial_strikt")
+
+
+def test_a_rules_own_error_is_kept_as_the_cause():
+    def broken(prompt, response, row):
+        return row["no_such_column"]
+
+    with pytest.raises(FeedbackError, match="'r', prompt 'p0', candidate 1.*KeyError") as caught:
+        rules.RuleRanker("r", lambda p, r, row: 0.0 if r == "a" else broken(p, r, row)).scores(
+            [question()], [["a", "b"]]
         )
-
-    def test_the_rules_own_error_is_kept_as_the_cause(self, user_rules):
-        with pytest.raises(FeedbackError) as caught:
-            build(f"{user_rules}.taste:raises").scores([question()], [["bad"]])
-        assert isinstance(caught.value.__cause__, KeyError)
-
-    @pytest.mark.parametrize(("name", "what"), [("nothing", "None"), ("word", "'7/10'")])
-    def test_what_is_no_number_is_shown(self, user_rules, name, what):
-        with pytest.raises(FeedbackError, match=f"candidate 0: the score is {what}"):
-            build(f"{user_rules}.taste:{name}").scores([question()], [["a"]])
-
-    @pytest.mark.parametrize(
-        ("path", "what"),
-        [
-            ("house_rules.tast:good", "ModuleNotFoundError.*PYTHONPATH"),
-            ("house_rules.taste:goood", "has no 'goood'; did you mean 'good'.*taste.py"),
-            ("house_rules.taste:not_a_function", "is a int; expected a function"),
-            ("house_rules.taste:two", r"two\(prompt, response\); expected one"),
-            ("house_rules.broken:f", "no_such_library_here"),
-            ("house_rules.syntax:f", "SyntaxError"),
-            ("house_rules.taste:", "expected the form 'package.module:function'"),
-            (":good", "expected the form"),
-            (".taste:good", "expected the form"),
-            ("a:b:c", "expected the form"),
-        ],
-    )
-    def test_bad_paths_are_found_when_the_ranker_is_built(self, user_rules, path, what):
-        with pytest.raises(FeedbackError, match=what):
-            build(path)
-
-    def test_a_function_without_a_signature_is_taken_on_trust(self):
-        # Some C functions carry no signature; the fault then shows at the first call.
-        with pytest.raises(FeedbackError, match="candidate 0: the rule raised TypeError"):
-            build("builtins:max").scores([question()], [["a"]])
+    assert isinstance(caught.value.__cause__, KeyError)

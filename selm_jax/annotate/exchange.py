@@ -1,0 +1,207 @@
+"""Preferences of people as files that others read, and back.
+
+Two layouts, as JSON lines or parquet, one row for each pair of answers of which a person likes one
+better:
+
+* `trl`: `prompt`, `chosen` and `rejected` as lists of messages (TRL's conversational format).
+* `ultrafeedback`: as HuggingFaceH4/ultrafeedback_binarized: `prompt` is the last user turn,
+  `chosen` and `rejected` whole conversations; `score_chosen` and `score_rejected` from 0 to 1.
+
+Both have `prompt_id` and `annotator` besides. Answers that share a place make no row of their own;
+a person to whom all answers are equal, or who skipped, leaves none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from selm_jax import artifacts
+from selm_jax.annotate.agreement import shares
+from selm_jax.annotate.store import AnnotationError, Item, Store
+
+LAYOUTS = ("trl", "ultrafeedback")
+SUFFIXES = (".jsonl", ".parquet")
+
+_MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+_SCHEMAS = {
+    "trl": [("prompt", _MESSAGES)],
+    "ultrafeedback": [
+        ("prompt", pa.string()), ("score_chosen", pa.float64()), ("score_rejected", pa.float64())
+    ],
+}  # fmt: skip
+
+
+def export_pairs(store: Store, batch: str, file: Path, layout: str = "trl") -> dict[str, int]:
+    """Writes what people said of a batch.
+
+    Returns:
+        `rows`; `all_equal`: rankings without a row because all answers share a place; `skips`.
+
+    Raises:
+        AnnotationError: unknown layout or suffix.
+    """
+    if layout not in LAYOUTS:
+        raise AnnotationError(f"layout is {layout!r}; expected one of {', '.join(LAYOUTS)}.")
+    _check_suffix(file)
+    items = {item.digest: item for item in store.items(batch)}
+    rows, equal, skips = [], 0, 0
+    for each in store.judgements(batch):
+        if each.ranks is None:
+            skips += 1
+            continue
+        pairs = list(_pairs(each.ranks))
+        equal += not pairs
+        for better, worse in pairs:
+            row = _row(items[each.question], shares(each.ranks).tolist(), better, worse, layout)
+            rows.append(row | {"annotator": each.annotator})
+    if file.suffix == ".parquet":
+        fields = [
+            ("prompt_id", pa.string()), *_SCHEMAS[layout],
+            ("chosen", _MESSAGES), ("rejected", _MESSAGES), ("annotator", pa.string()),
+        ]  # fmt: skip
+        artifacts.write_table(file, pa.Table.from_pylist(rows, schema=pa.schema(fields)))
+    else:
+        artifacts.write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
+    return {"rows": len(rows), "all_equal": equal, "skips": skips}
+
+
+def import_pairs(store: Store, batch: str, file: Path) -> dict[str, int]:
+    """Reads rankings of a batch's questions from a file in either layout.
+
+    All rows of a person on a prompt together must rank all of its answers; a row without
+    `annotator` is the file's own. What is in the store already, word for word, stays as it is.
+
+    Returns:
+        `rows`; `rankings`: how many of them were new.
+
+    Raises:
+        AnnotationError: a row that cannot be read, a prompt or an answer that is not asked in this
+            batch, or rows that make no ranking. Nothing is noted then.
+    """
+    known = {(item.messages, frozenset(item.answers)): item for item in store.items(batch)}
+    by_prompt: dict[tuple, list[Item]] = {}
+    for (messages, _), item in known.items():
+        by_prompt.setdefault(messages, []).append(item)
+    liked: dict[tuple[str, str], set[tuple[int, int]]] = {}
+    items, count = {}, 0
+    for where, row in _read(file):
+        count += 1
+        annotator = str(row.get("annotator") or file.stem)
+        prompt, chosen, rejected = _parse(row, where)
+        fit = [i for i in by_prompt.get(prompt, ()) if {chosen, rejected} <= set(i.answers)]
+        if len(fit) != 1:
+            raise AnnotationError(
+                f"{where}: {len(fit)} questions of the batch {batch!r} have this prompt and these "
+                f"two answers; expected one. The prompt begins {prompt[-1][1][:60]!r}."
+            )
+        (item,) = fit
+        items[item.digest] = item
+        pair = item.answers.index(chosen), item.answers.index(rejected)
+        liked.setdefault((item.digest, annotator), set()).add(pair)
+    ranked = {key: _ranking(items[key[0]], key[1], pairs, file) for key, pairs in liked.items()}
+    fresh = 0
+    for (digest, annotator), ranks in ranked.items():
+        name = hashlib.sha256(json.dumps([batch, digest, annotator, ranks]).encode()).hexdigest()
+        fresh += store.judge(digest, annotator, ranks, request=f"import {name}")
+    return {"rows": count, "rankings": fresh}
+
+
+def _pairs(ranks: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Every (better, worse)."""
+    for i, j in itertools.permutations(range(len(ranks)), 2):
+        if ranks[i] < ranks[j]:
+            yield i, j
+
+
+def _row(item: Item, scores: Sequence[float], better: int, worse: int, layout: str) -> dict:
+    prompt = [{"role": role, "content": text} for role, text in item.messages]
+    chosen, rejected = (
+        [{"role": "assistant", "content": item.answers[i]}] for i in (better, worse)
+    )
+    row: dict[str, Any] = {"prompt_id": item.prompt_id}
+    if layout == "trl":
+        return row | {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    return row | {
+        "prompt": item.messages[-1][1],
+        "chosen": prompt + chosen,
+        "rejected": prompt + rejected,
+        "score_chosen": float(scores[better]),
+        "score_rejected": float(scores[worse]),
+    }
+
+
+def _read(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    _check_suffix(file)
+    if file.suffix == ".parquet":
+        for n, row in enumerate(pq.read_table(file).to_pylist(), 1):
+            yield f"{file}, row {n}", row
+        return
+    for n, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise AnnotationError(f"{file}, line {n}: not JSON: {error}.") from error
+        if not isinstance(row, dict):
+            raise AnnotationError(f"{file}, line {n}: found {row!r}; expected an object.")
+        yield f"{file}, line {n}", row
+
+
+def _parse(row: Mapping[str, Any], where: str) -> tuple[tuple[tuple[str, str], ...], str, str]:
+    """The conversation, and the chosen and rejected answers."""
+    turns = {}
+    for key in ("prompt", "chosen", "rejected"):
+        value = row.get(key)
+        if key == "prompt" and isinstance(value, str):
+            continue
+        try:
+            turns[key] = tuple((m["role"], m["content"]) for m in value or ())
+        except (TypeError, KeyError) as error:
+            raise AnnotationError(
+                f"{where}, {key!r}: found {str(value)[:80]!r}; expected a list of messages with "
+                "role and content."
+            ) from error
+        if not turns[key]:
+            raise AnnotationError(f"{where}: {key!r} is missing or empty.")
+    *before, chosen = turns["chosen"]
+    *before_rejected, rejected = turns["rejected"]
+    if before != before_rejected:
+        raise AnnotationError(f"{where}: chosen and rejected do not answer the same prompt.")
+    prompt = turns.get("prompt", ()) + tuple(before) if "prompt" in turns else tuple(before)
+    if before and "prompt" in turns:
+        raise AnnotationError(
+            f"{where}: prompt is a list, and chosen has {1 + len(before)} messages; expected one."
+        )
+    if not prompt:
+        raise AnnotationError(f"{where}: prompt is text, and chosen holds no conversation.")
+    return prompt, chosen[1], rejected[1]
+
+
+def _ranking(item: Item, annotator: str, pairs: set[tuple[int, int]], file: Path) -> list[int]:
+    """The ranking of which these are all pairs (better, worse)."""
+    net = [0] * len(item.answers)  # wins - losses: in a ranking they tell the places
+    for better, worse in pairs:
+        net[better] += 1
+        net[worse] -= 1
+    ranks = [1 + sum(other > mine for other in net) for mine in net]
+    if set(_pairs(ranks)) != pairs:
+        raise AnnotationError(
+            f"{file}: the {len(pairs)} rows of {annotator!r} on prompt {item.prompt_id!r} do not "
+            f"rank its {len(item.answers)} answers: expected every pair of which one is better, "
+            "and no circle."
+        )
+    return ranks
+
+
+def _check_suffix(file: Path) -> None:
+    if file.suffix not in SUFFIXES:
+        raise AnnotationError(f"{file}: expected a name that ends in {' or '.join(SUFFIXES)}.")

@@ -1,0 +1,245 @@
+"""The page on which people rank answers, and what it asks for.
+
+Everything lies under `/TOKEN/`; any other address is refused with 403. The page loads nothing from
+anywhere else, and the reply to an answer is sent when the answer is on the disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import uvicorn
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from selm_jax.annotate.render import markdown, plain, visible
+from selm_jax.annotate.store import AnnotationError, Item, Store, check_name
+
+TOKEN = "SELM_ANNOTATE_TOKEN"  # environment: a token that stays the same over restarts
+LARGEST_BODY = 64 * 1024
+# A question on another person's page is kept from others for so long, in seconds.
+HELD = 600.0
+
+_HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+    "cache-control": "no-store",
+}
+_HERE = Path(__file__).parent
+
+
+@dataclass
+class Desk:
+    """Who has which question before them, and what comes next."""
+
+    store: Store
+    batch: str
+    held: dict[str, tuple[str, float]] = field(default_factory=dict)  # person -> question, since
+
+    def next(self, annotator: str) -> Item | None:
+        """What this person is asked: what lies before them already, else what lies before the
+        fewest others."""
+        choice = self.store.open_questions(self.batch, annotator)
+        if not choice:
+            self.held.pop(annotator, None)
+            return None
+        mine = self.held.get(annotator, ("", 0.0))[0]
+        if mine not in choice:
+            now = time.monotonic()
+            others = [q for q, since in self.held.values() if now - since < HELD]
+            mine = min(choice, key=others.count)  # the first of equals
+        self.hold(annotator, mine)
+        return self.store.item(mine)
+
+    def hold(self, annotator: str, question: str) -> None:
+        self.held[annotator] = question, time.monotonic()
+
+
+def shown_order(annotator: str, question: str, count: int) -> list[int]:
+    """The order in which this person sees the answers: random, and the same at every look."""
+    keys = [hashlib.sha256(f"{annotator}\n{question}\n{i}".encode()).digest() for i in range(count)]
+    return sorted(range(count), key=keys.__getitem__)
+
+
+def make_app(store: Store, batch: str, title: str, token: str) -> ASGIApp:
+    """The ASGI application that serves one batch of a store."""
+    desk = Desk(store, batch)
+    files = {
+        "page.js": ("text/javascript", (_HERE / "page.js").read_text(encoding="utf-8")),
+        "page.css": ("text/css", (_HERE / "page.css").read_text(encoding="utf-8")),
+    }
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_HERE), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    page = environment.get_template("page.html.jinja").render(title=visible(title))
+
+    async def get_page(request: Request) -> Response:
+        return Response(page, media_type="text/html")
+
+    async def get_file(request: Request) -> Response:
+        kind, text = files[request.url.path.rpartition("/")[2]]
+        return Response(text, media_type=kind)
+
+    def post(work: Callable[[Desk, dict[str, Any]], Any]):
+        async def endpoint(request: Request) -> Response:
+            try:
+                return JSONResponse(await run_in_threadpool(work, desk, await _body(request)))
+            except AnnotationError as error:
+                return JSONResponse({"error": str(error)}, status_code=400)
+
+        return endpoint
+
+    routes = [
+        Route(f"/{token}/", get_page),
+        *(Route(f"/{token}/{name}", get_file) for name in files),
+        Route(f"/{token}/next", post(_next), methods=["POST"]),
+        Route(f"/{token}/judge", post(_judge), methods=["POST"]),
+        Route(f"/{token}/undo", post(_undo), methods=["POST"]),
+    ]
+    return _Guard(Starlette(routes=routes), token)
+
+
+def serve(store: Store, batch: str, title: str, host: str, port: int, say=print) -> None:
+    """Serves a batch until Ctrl-C.
+
+    Args:
+        port: 0 takes one that is free.
+        say: told the address, token included, once the port is taken.
+
+    Raises:
+        AnnotationError: the port is not to be had.
+    """
+    token = os.environ.get(TOKEN) or secrets.token_urlsafe(24)
+    if not token.replace("-", "").replace("_", "").isalnum() or len(token) < 16:
+        raise AnnotationError(
+            f"the token in {TOKEN} cannot be used; expected at least 16 letters, digits, - or _."
+        )
+    config = uvicorn.Config(
+        make_app(store, batch, title, token),
+        host=host, port=port, log_level="error", access_log=False, timeout_graceful_shutdown=2,
+    )  # fmt: skip  # no access log: it would hold the token
+    try:
+        socket = config.bind_socket()
+    except SystemExit as error:  # uvicorn's answer to a port in use
+        raise AnnotationError(
+            f"{host}:{port} cannot be listened on; is it served already? Name another --port."
+        ) from error
+    socket.listen()  # from here on who comes waits, and is not refused
+    say(f"http://{host}:{socket.getsockname()[1]}/{token}/")
+    uvicorn.Server(config).run(sockets=[socket])
+
+
+@dataclass
+class _Guard:
+    """Refuses what does not know the token, and puts the headers on every reply."""
+
+    app: ASGIApp
+    token: str
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+
+        async def with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [
+                    *message["headers"],
+                    *((key.encode(), value.encode()) for key, value in _HEADERS.items()),
+                ]
+            await send(message)
+
+        given = scope["path"].split("/")[1]
+        if secrets.compare_digest(given.encode(), self.token.encode()):
+            await self.app(scope, receive, with_headers)
+        else:
+            text = "403: this address lacks the token. Open the one that `selm annotate` printed.\n"
+            await PlainTextResponse(text, 403)(scope, receive, with_headers)
+
+
+async def _body(request: Request) -> dict[str, Any]:
+    """The JSON object that a request carries. Raises AnnotationError if it carries none."""
+    content = b""
+    async for chunk in request.stream():
+        content += chunk
+        if len(content) > LARGEST_BODY:
+            raise AnnotationError(f"a request of more than {LARGEST_BODY} bytes.")
+    try:
+        body = json.loads(content)
+    except ValueError as error:
+        raise AnnotationError(f"a request that is no JSON: {error}.") from error
+    if not isinstance(body, dict):
+        raise AnnotationError(f"a request that is no JSON object: {body!r}.")
+    return body
+
+
+def _next(desk: Desk, body: Mapping[str, Any]) -> dict[str, Any]:
+    annotator = check_name(body.get("annotator"))
+    return _view(desk, annotator, desk.next(annotator))
+
+
+def _judge(desk: Desk, body: Mapping[str, Any]) -> dict[str, Any]:
+    annotator = check_name(body.get("annotator"))
+    seconds, question = body.get("seconds"), _text(body, "question")
+    if not isinstance(seconds, int | float) or not 0 <= seconds < 1e6:
+        raise AnnotationError(f"seconds is {seconds!r}; expected how long the person took.")
+    ranks = body.get("ranks")
+    if ranks is not None and not isinstance(ranks, list):
+        raise AnnotationError(f"ranks is {ranks!r}; expected a list, or null for a skip.")
+    order = shown_order(annotator, question, len(desk.store.item(question).answers))
+    desk.store.judge(
+        question, annotator, ranks,
+        request=_text(body, "request"), shown=order, seconds=float(seconds),
+    )  # fmt: skip
+    return _view(desk, annotator, desk.next(annotator))
+
+
+def _undo(desk: Desk, body: Mapping[str, Any]) -> dict[str, Any]:
+    annotator = check_name(body.get("annotator"))
+    undone = desk.store.undo(desk.batch, annotator, request=_text(body, "request"))
+    if undone is None:
+        return _view(desk, annotator, desk.next(annotator))
+    item, before = undone
+    desk.hold(annotator, item.digest)
+    return _view(desk, annotator, item) | {"ranks": before.ranks}
+
+
+def _text(body: Mapping[str, Any], key: str) -> str:
+    value = body.get(key)
+    if not isinstance(value, str) or not 0 < len(value) <= 128:
+        raise AnnotationError(f"{key} is {value!r}; expected a short text.")
+    return value
+
+
+def _view(desk: Desk, annotator: str, item: Item | None) -> dict[str, Any]:
+    """What the page shows."""
+    progress = desk.store.progress(desk.batch, annotator)
+    view: dict[str, Any] = {"progress": vars(progress), "question": None}
+    if item is not None:
+        order = shown_order(annotator, item.digest, len(item.answers))
+        view["question"] = {
+            "digest": item.digest,
+            "prompt_id": visible(item.prompt_id),
+            "messages": [{"role": r, **_both(text)} for r, text in item.messages],
+            "answers": [{"index": i, **_both(item.answers[i])} for i in order],
+        }
+    return view
+
+
+def _both(text: str) -> dict[str, str]:
+    return {"html": markdown(text), "plain": plain(text)}

@@ -1,0 +1,379 @@
+"""Questions for people, and their answers, in one SQLite file.
+
+What a person does is never changed or deleted: every ranking, skip and undo is a line of a log,
+and the last line of a person on a question counts. A method that writes returns when the line is
+on the disk (write-ahead log, synchronous=FULL). The file must lie on a local disk: the write-ahead
+log shares memory between processes, which network file systems do not offer.
+
+Questions are known by the digest of their texts: a run that asks the same again finds the answers
+that are there, and one whose texts have changed finds none of the old ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import json
+import sqlite3
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+LONGEST_NAME = 64
+
+_SCHEMA = """
+create table if not exists questions (
+    digest text primary key,
+    prompt_id text not null,
+    messages text not null,
+    answers text not null
+) strict;
+create table if not exists batches (
+    batch text not null,
+    position integer not null,
+    question text not null references questions,
+    minimum integer not null,
+    primary key (batch, question)
+) strict;
+create table if not exists events (
+    id integer primary key autoincrement,
+    request text not null unique,
+    question text not null references questions,
+    annotator text not null,
+    kind text not null check (kind in ('rank', 'skip', 'undo')),
+    ranks text,
+    shown text,
+    seconds real,
+    at text not null
+) strict;
+create index if not exists events_of on events (question, annotator, id);
+create view if not exists judgements as
+    select * from events as e
+    where kind != 'undo' and not exists (
+        select 1 from events as later
+        where later.question = e.question and later.annotator = e.annotator and later.id > e.id
+    );
+"""
+# A question is closed when so many people have ranked it, or so many have skipped it.
+_OPEN = """
+select b.question, b.position, count(j.id) as judged from batches as b
+left join judgements as j on j.question = b.question
+where b.batch = :batch group by b.question
+having coalesce(sum(j.kind = 'rank'), 0) < b.minimum
+    and coalesce(sum(j.kind = 'skip'), 0) < b.minimum
+"""
+
+
+class AnnotationError(ValueError):
+    """Questions or answers that cannot be used. The message names them."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question for people: a conversation, and distinct answers to its last turn.
+
+    Attributes:
+        prompt_id: names the prompt for people; the digest names the question.
+        messages: role and content of every turn.
+        answers: at least two different texts.
+    """
+
+    prompt_id: str
+    messages: tuple[tuple[str, str], ...]
+    answers: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.answers) < 2 or len(set(self.answers)) < len(self.answers):
+            raise AnnotationError(
+                f"prompt {self.prompt_id!r}: found {len(self.answers)} answers, "
+                f"{len(set(self.answers))} of them different; expected two or more different ones."
+            )
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the texts, in hex; the order of the answers is part of it."""
+        return hashlib.sha256(_texts(self.messages, self.answers)).hexdigest()
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What one person says of one question.
+
+    Attributes:
+        question: its digest.
+        annotator: the person's name.
+        ranks: for each answer 1 + how many are better; None for a skipped question.
+        seconds: how long the person had it before them; None if that is not known.
+    """
+
+    question: str
+    annotator: str
+    ranks: tuple[int, ...] | None
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a batch is, and how far one person.
+
+    Attributes:
+        questions: in the batch.
+        closed: ranked, or skipped, by enough people.
+        mine: ranked or skipped by this person.
+        left: still open, and neither ranked nor skipped by this person.
+        seconds: the median time this person takes; None before the first answer.
+    """
+
+    questions: int
+    closed: int
+    mine: int
+    left: int
+    seconds: float | None
+
+
+class Store:
+    """The file of questions and answers. Several processes may have it open at once."""
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self._open() as database:
+                database.execute("pragma journal_mode = wal")
+                database.executescript(_SCHEMA)
+        except (OSError, sqlite3.Error) as error:
+            raise AnnotationError(
+                f"{self.path}: not a file of annotations that can be opened: {error}. Name a file "
+                "on a local disk that `selm annotate` made, or a new one."
+            ) from error
+
+    # Questions
+
+    def put(self, batch: str, items: Sequence[Item], minimum: int = 1) -> None:
+        """Makes a batch of these questions, in this order, whatever it held before.
+
+        Args:
+            minimum: how many people are to rank each.
+        """
+        check_minimum(minimum)
+        with self._open() as database:
+            database.execute("begin immediate")
+            database.executemany(
+                "insert or ignore into questions values (?, ?, ?, ?)",
+                [(i.digest, i.prompt_id, _json(i.messages), _json(i.answers)) for i in items],
+            )
+            database.execute("delete from batches where batch = ?", (batch,))
+            database.executemany(  # a question that stands there twice is asked once
+                "insert or ignore into batches values (?, ?, ?, ?)",
+                [(batch, n, item.digest, minimum) for n, item in enumerate(items)],
+            )
+            database.execute("commit")
+
+    def batches(self) -> dict[str, int]:
+        """How many questions each batch has."""
+        with self._open() as database:
+            return dict(database.execute("select batch, count(*) from batches group by batch"))
+
+    def items(self, batch: str) -> list[Item]:
+        with self._open() as database:
+            rows = database.execute(
+                "select q.* from batches join questions as q on q.digest = question "
+                "where batch = ? order by position",
+                (batch,),
+            )
+            return [_item(row) for row in rows]
+
+    def item(self, question: str) -> Item:
+        """The question of a digest. Raises AnnotationError if there is none."""
+        with self._open() as database:
+            return _item(self._row(database, question))
+
+    def open_questions(self, batch: str, annotator: str) -> list[str]:
+        """Digests of what this person can be asked: begun ones first, to be soon complete."""
+        with self._open() as database:
+            rows = database.execute(
+                f"select question from ({_OPEN}) as o where not exists (select 1 from judgements "
+                "as j where j.question = o.question and j.annotator = :annotator) "
+                "order by judged desc, position",
+                {"batch": batch, "annotator": annotator},
+            )
+            return [row["question"] for row in rows]
+
+    def _row(self, database: sqlite3.Connection, question: str) -> sqlite3.Row:
+        row = database.execute("select * from questions where digest = ?", (question,)).fetchone()
+        if row is None:
+            raise AnnotationError(f"{self.path}: there is no question {question!r}.")
+        return row
+
+    # Answers
+
+    def judge(
+        self,
+        question: str,
+        annotator: str,
+        ranks: Sequence[int] | None,
+        *,
+        request: str,
+        shown: Sequence[int] | None = None,
+        seconds: float | None = None,
+    ) -> bool:
+        """Notes a ranking, or with `ranks` None a skip.
+
+        Args:
+            question: its digest.
+            ranks: for each answer 1 + how many are better.
+            request: names this act; one that is noted already is not noted again.
+            shown: the order in which the person saw the answers.
+            seconds: how long the person took.
+
+        Returns:
+            Whether it is new.
+
+        Raises:
+            AnnotationError: unknown question, a name that cannot be used, or no ranking.
+        """
+        name = check_name(annotator)
+        with self._open() as database:
+            row = self._row(database, question)
+            count = len(json.loads(row["answers"]))
+            if ranks is not None and (len(ranks) != count or not is_ranking(ranks)):
+                raise AnnotationError(
+                    f"prompt {row['prompt_id']!r}: found the ranks {list(ranks)!r}; expected one "
+                    f"for each of {count} answers: 1 + how many are better, so that two that share "
+                    "the first place are followed by a third."
+                )
+            kind = "skip" if ranks is None else "rank"
+            values = (_json(ranks), _json(shown), seconds)
+            return _note(database, request, question, name, kind, *values)
+
+    def undo(self, batch: str, annotator: str, *, request: str) -> tuple[Item, Judgement] | None:
+        """Takes back this person's last judgement in a batch.
+
+        Returns:
+            The question and what was said of it; None if there is nothing to take back. The same
+            request again takes nothing more back and returns the same.
+        """
+        name = check_name(annotator)
+        with self._open() as database:
+            database.execute("begin immediate")
+            done = database.execute(
+                "select question from events where request = ?", (request,)
+            ).fetchone()
+            row = database.execute(
+                "select e.*, q.* from events as e join questions as q on q.digest = e.question "
+                + (
+                    "where e.question = :question and e.annotator = :annotator and kind != 'undo' "
+                    if done
+                    else "where e.annotator = :annotator and e.id in (select id from judgements) "
+                    "and e.question in (select question from batches where batch = :batch) "
+                )
+                + "order by e.id desc limit 1",
+                {"annotator": name, "batch": batch, "question": done and done["question"]},
+            ).fetchone()
+            if row is not None:
+                _note(database, request, row["question"], name, "undo", None, None, None)
+            database.execute("commit")
+            return None if row is None else (_item(row), _judgement(row))
+
+    def judgements(self, batch: str) -> list[Judgement]:
+        """What counts of a batch, in the order in which it came."""
+        with self._open() as database:
+            rows = database.execute(
+                "select * from judgements where question in "
+                "(select question from batches where batch = ?) order by id",
+                (batch,),
+            )
+            return [_judgement(row) for row in rows]
+
+    def progress(self, batch: str, annotator: str = "") -> Progress:
+        """How far the batch is, and this person in it."""
+        with self._open() as database:
+            names = {"batch": batch, "annotator": annotator}
+            (questions,) = database.execute(
+                "select count(*) from batches where batch = :batch", names
+            ).fetchone()
+            still_open = {row["question"] for row in database.execute(_OPEN, names)}
+            mine = database.execute(
+                "select question, seconds from judgements where annotator = :annotator and "
+                "question in (select question from batches where batch = :batch)",
+                names,
+            ).fetchall()
+        times = sorted(row["seconds"] for row in mine if row["seconds"] is not None)
+        return Progress(
+            questions=questions,
+            closed=questions - len(still_open),
+            mine=len(mine),
+            left=len(still_open - {row["question"] for row in mine}),
+            seconds=times[len(times) // 2] if times else None,
+        )
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        # One connection for each call: SQLite's belong to one thread, and the server has several.
+        database = sqlite3.connect(self.path, timeout=30, isolation_level=None)
+        try:
+            database.row_factory = sqlite3.Row
+            database.execute("pragma synchronous = full")
+            database.execute("pragma foreign_keys = on")
+            yield database
+        finally:
+            database.close()
+
+
+def check_minimum(minimum: Any) -> None:
+    """Raises AnnotationError unless it is a whole number of at least 1."""
+    if not isinstance(minimum, int) or isinstance(minimum, bool) or minimum < 1:
+        raise AnnotationError(
+            f"minimum is {minimum!r}; expected how many people are to rank each prompt, at least 1."
+        )
+
+
+def check_name(name: Any) -> str:
+    """A person's name without space around it, in Unicode's composed form.
+
+    Raises:
+        AnnotationError: empty, too long, or not printable.
+    """
+    text = unicodedata.normalize("NFC", name).strip() if isinstance(name, str) else ""
+    if not text or len(text) > LONGEST_NAME or not text.isprintable():
+        raise AnnotationError(
+            f"the name is {name!r}; expected 1 to {LONGEST_NAME} printable characters."
+        )
+    return text
+
+
+def is_ranking(ranks: Sequence[Any]) -> bool:
+    """Whether each is 1 + how many are smaller."""
+    return all(type(r) is int and r == 1 + sum(s < r for s in ranks) for r in ranks)
+
+
+def _note(database: sqlite3.Connection, request: str, *values: Any) -> bool:
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+    done = database.execute(
+        "insert or ignore into events (request, question, annotator, kind, ranks, shown, seconds, "
+        "at) values (?, ?, ?, ?, ?, ?, ?, ?)",
+        (request, *values, now),
+    )
+    return done.rowcount == 1
+
+
+def _texts(*texts: Any) -> bytes:
+    return json.dumps(texts).encode()  # ASCII: a lone surrogate in a text has no UTF-8
+
+
+def _json(value: Any) -> str | None:
+    return None if value is None else json.dumps(value)
+
+
+def _item(row: Mapping[str, Any] | sqlite3.Row) -> Item:
+    messages = tuple((role, content) for role, content in json.loads(row["messages"]))
+    return Item(row["prompt_id"], messages, tuple(json.loads(row["answers"])))
+
+
+def _judgement(row: sqlite3.Row) -> Judgement:
+    ranks = None if row["ranks"] is None else tuple(json.loads(row["ranks"]))
+    return Judgement(row["question"], row["annotator"], ranks, row["seconds"])

@@ -1,0 +1,95 @@
+"""One answer of an OpenAI-compatible server, and how it is read from the body of its reply.
+
+The format is OpenAI's chat completion object, as vLLM, SGLang and Ollama send it too.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of one answer, as the server counts them."""
+
+    prompt: int
+    completion: int
+
+    @property
+    def total(self) -> int:
+        return self.prompt + self.completion
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One answer.
+
+    Attributes:
+        text: the message's content; empty if there was none.
+        logprobs: for each token of the answer, the log-probability (nats) of the likeliest tokens
+            by their text; None if the server sent none.
+        usage: tokens; None if the server did not count them.
+        finish: the server's finish_reason, such as `stop` or `length`.
+    """
+
+    text: str
+    logprobs: tuple[Mapping[str, float], ...] | None
+    usage: Usage | None
+    finish: str | None
+
+    @staticmethod
+    def restore(stored: Mapping[str, Any]) -> Completion:
+        """The inverse of `dataclasses.asdict`, through JSON."""
+        logprobs, usage = stored["logprobs"], stored["usage"]
+        return Completion(
+            stored["text"],
+            None if logprobs is None else tuple(logprobs),
+            None if usage is None else Usage(**usage),
+            stored["finish"],
+        )
+
+
+def parse_completion(body: str) -> Completion:
+    """Reads the body of a reply with status 200.
+
+    Raises:
+        ValueError: it is no chat completion; the message says why.
+    """
+    try:
+        tree = json.loads(body)
+        choice = tree["choices"][0]
+        content = choice["message"].get("content")
+        if not isinstance(content, str | None):
+            raise TypeError(f"content is a {type(content).__name__}")
+        return Completion(
+            content or "", _logprobs(choice), _usage(tree), choice.get("finish_reason")
+        )
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+def _logprobs(choice: Mapping[str, Any]) -> tuple[dict[str, float], ...] | None:
+    content = (choice.get("logprobs") or {}).get("content")
+    if content is None:
+        return None
+    found = tuple(
+        {each["token"]: float(each["logprob"]) for each in token["top_logprobs"]}
+        for token in content
+    )
+    if any(math.isnan(value) for token in found for value in token.values()):
+        raise ValueError("a log-probability is not a number")
+    return found
+
+
+def _usage(tree: Mapping[str, Any]) -> Usage | None:
+    usage = tree.get("usage")
+    if usage is None:
+        return None
+    found = Usage(int(usage["prompt_tokens"]), int(usage.get("completion_tokens") or 0))
+    if min(found.prompt, found.completion) < 0:
+        raise ValueError(f"usage is {usage!r}")
+    return found

@@ -1,0 +1,364 @@
+"""A client of OpenAI-compatible servers (vLLM, SGLang, Ollama, hosted) that loses no paid answer.
+
+    async with Client("judge-model", cache=file, base_url="http://127.0.0.1:8000/v1") as client:
+        completion = await client.complete([{"role": "user", "content": "Hello"}], max_tokens=9)
+
+It knows nothing of rankers; evaluations use it as it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import datetime
+import email.utils
+import logging
+import math
+import os
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import httpx2
+
+from selm_jax.feedback.judge_answer import Completion, parse_completion
+from selm_jax.feedback.judge_budget import Budget, Counts, JudgeError, check_number
+from selm_jax.feedback.judge_cache import AnswerCache, request_key
+
+_LONGEST_WAIT = 60.0  # seconds between two tries, unless the server asks for more
+_LONGEST_RETRY_AFTER = 600.0  # seconds; who asks for more has closed for the day
+_MOST_BYTES = 16 << 20  # of one answer: a server may stream without end
+_SECRET = 8  # a key shorter than this ("EMPTY") is a placeholder and may stand in a text
+
+T = TypeVar("T")
+Messages = Sequence[Mapping[str, str]]
+
+
+class _Fault(Exception):
+    """What went wrong with one request. `final`: trying again would not help."""
+
+    def __init__(self, what: str, *, wait: float = 0.0, final: bool = False):
+        super().__init__(what)
+        self.wait = wait
+        self.final = final
+
+
+class Client:
+    """Asks one model of one server, never the same thing twice.
+
+    An answer is in the cache, on disk, before it is returned. The same request from two tasks at
+    once is sent once. Faults of the way (connection, time, 408, 409, 429, 5xx, an answer that is
+    not JSON or not whole) are tried again, after a wait that doubles, with jitter, and no shorter
+    than the server's Retry-After. An answer lost on the way may have been paid for: no client can
+    know; only what arrived is counted.
+
+    The API key is read from the environment for each request and kept nowhere. Should the server
+    send it back, it is cut out of what is stored and shown.
+
+    Args:
+        model: the name the server knows the model by.
+        cache: file of the answers; see `judge_cache`. It tells models apart by name alone: give two
+            servers that call different models by one name two files.
+        base_url: such as `http://127.0.0.1:8000/v1`; None takes $OPENAI_BASE_URL.
+        key_env: name of the environment variable that holds the API key; None sends no key.
+        concurrency: most requests under way at once.
+        timeout: seconds for one whole answer.
+        retries: most times one request is sent again.
+        backoff: seconds before the first retry.
+        budget: what may be spent; kept over several openings of the client.
+
+    Raises:
+        JudgeError: a setting that cannot be used, or the key's variable is not set.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        cache: Path,
+        base_url: str | None = None,
+        key_env: str | None = None,
+        concurrency: int = 16,
+        timeout: float = 120.0,
+        retries: int = 6,
+        backoff: float = 1.0,
+        budget: Budget | None = None,
+    ):
+        check_number("concurrency", concurrency, least=1.0, whole=True)
+        check_number("retries", retries, least=0.0, whole=True)
+        check_number("timeout", timeout, least=1e-3)
+        check_number("backoff", backoff, least=0.0)
+        self.model = model
+        self.url = _chat_url(base_url)
+        self.key_env = key_env
+        self.concurrency = concurrency
+        self.timeout = timeout
+        self.retries = retries
+        self.backoff = backoff
+        self.budget = Budget() if budget is None else budget
+        self.counts = Counts()
+        self._key()  # so that a missing key is found before any work
+        for logger in ("httpx2", "httpcore2"):
+            # They log every request, and at DEBUG the server's headers, which may echo the key.
+            logging.getLogger(logger).setLevel(logging.WARNING)
+        self._cache = AnswerCache(cache)
+        self._under_way: dict[str, asyncio.Task[Completion]] = {}
+
+    async def __aenter__(self) -> Client:  # noqa: PYI034  (beartype takes no Self on a method)
+        self._cache.__enter__()
+        self.counts = Counts()
+        self._slots = asyncio.Semaphore(self.concurrency)
+        self._closing = asyncio.Event()
+        limits = httpx2.Limits(max_connections=self.concurrency)
+        # One limit of time stands over the whole answer (`_post`); httpx2's are for its parts.
+        self._http = httpx2.AsyncClient(timeout=None, limits=limits)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # Requests under way are paid for: whatever happened, their answers are waited for and
+        # stored. Those that wait for another try give up.
+        self._closing.set()
+        await asyncio.gather(*self._under_way.values(), return_exceptions=True)
+        await self._http.aclose()
+        self._cache.__exit__(kind, error, trace)
+
+    async def complete(
+        self,
+        messages: Messages,
+        *,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        top_logprobs: int | None = None,
+        draw: int = 0,
+        extra: Mapping[str, Any] | None = None,
+    ) -> Completion:
+        """The model's answer to a conversation, from the cache if it is there.
+
+        Args:
+            messages: `{"role": ..., "content": ...}` each.
+            max_tokens, temperature: the server's defaults where None.
+            top_logprobs: how many of the likeliest tokens to tell for each token of the answer.
+            draw: number of the sample, where several of one request are wanted.
+            extra: more fields of the request's body, such as `max_completion_tokens`; None takes
+                a field away, such as `max_tokens` for a server that refuses it.
+
+        Raises:
+            JudgeError: the answer could not be had.
+            BudgetExceeded: it may not be paid for.
+        """
+        fields = {
+            "model": self.model,
+            "messages": [dict(each) for each in messages],
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "logprobs": None if top_logprobs is None else True,
+            "top_logprobs": top_logprobs,
+            **(extra or {}),
+        }
+        body = {name: value for name, value in fields.items() if value is not None}
+        key = request_key(body, draw)
+        self.counts.asked += 1
+        if key in self._under_way:
+            self.counts.shared += 1
+        else:
+            if stored := self._cache.get(key):
+                self.counts.cache_hits += 1
+                return Completion.restore(stored)
+            task = asyncio.create_task(self._pay(key, body))
+            task.add_done_callback(lambda _: self._under_way.pop(key))
+            self._under_way[key] = task
+        # Shielded: a caller that is cancelled does not throw a paid answer away.
+        return await asyncio.shield(self._under_way[key])
+
+    async def complete_all(
+        self,
+        conversations: Iterable[Messages],
+        *,
+        read: Callable[[int, Completion], T] = lambda _, answer: answer,
+        **sampling: Any,
+    ) -> list[T]:
+        """`complete` for each conversation; answers in the order of the conversations.
+
+        After the first error nothing more is sent; answers under way are still stored (by the end
+        of the client's `async with`).
+
+        Args:
+            conversations: drawn from only as requests come free.
+            read: `(number of the conversation, answer)` -> what is kept of the answer; called as
+                answers arrive. Its errors stop the rest as others do.
+            sampling: as in `complete`.
+
+        Raises:
+            JudgeError: as `complete`: the first error of all.
+        """
+        answers: dict[int, T] = {}
+        todo = enumerate(conversations)  # shared by the workers
+
+        async def work() -> None:
+            for i, messages in todo:
+                answers[i] = read(i, await self.complete(messages, **sampling))
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(self.concurrency):
+                    group.create_task(work())
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        return [answers[i] for i in sorted(answers)]
+
+    async def _pay(self, key: str, body: Mapping[str, Any]) -> Completion:
+        async with self._slots:
+            if self._closing.is_set():
+                raise JudgeError("judge: the client was closed before the request was sent.")
+            self.budget.reserve()
+            usage = None
+            try:
+                completion = await self._ask(body)
+                usage = completion.usage
+                self._cache.put(key, body, dataclasses.asdict(completion))
+            finally:
+                self.budget.release(usage)
+        self.counts.answers += 1
+        if usage is not None:
+            self.counts.prompt_tokens += usage.prompt
+            self.counts.completion_tokens += usage.completion
+            return completion
+        self.counts.without_usage += 1
+        if self.budget.limited:
+            raise JudgeError(
+                f"{self.url}: the answer has no `usage`, so the budget cannot be kept. Take away "
+                "max_total_tokens and max_cost, or use a server that counts its tokens."
+            )
+        return completion
+
+    async def _ask(self, body: Mapping[str, Any]) -> Completion:
+        for attempt in range(self.retries + 1):
+            self.counts.requests += 1
+            self.counts.retries += attempt > 0
+            try:
+                return await self._post(body)
+            except _Fault as fault:
+                what = f"{self.url}, model {self.model!r}: {fault}"
+                if fault.final or attempt == self.retries:
+                    break
+                wait = min(self.backoff * 2.0 ** min(attempt, 60), _LONGEST_WAIT) * random.uniform(
+                    0.5, 1
+                )
+                # Jitter on top: else all who were told to wait come back in the same instant.
+                wait = max(wait, fault.wait * random.uniform(1, 1.1))
+                if not await self._still_open_after(wait):
+                    break
+        self.counts.failures += 1
+        raise JudgeError(
+            f"{what} (try {attempt + 1} of at most {self.retries + 1}). Answers that came are in "
+            "the cache: once this is mended, run again to go on from there."
+        )
+
+    async def _still_open_after(self, seconds: float) -> bool:
+        try:
+            await asyncio.wait_for(self._closing.wait(), seconds)
+        except TimeoutError:
+            return True
+        return False
+
+    async def _post(self, body: Mapping[str, Any]) -> Completion:
+        key = self._key()
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        raw = bytearray()
+        try:
+            async with (
+                asyncio.timeout(self.timeout),
+                self._http.stream("POST", self.url, json=body, headers=headers) as response,
+            ):
+                async for some in response.aiter_bytes():
+                    raw += some
+                    if len(raw) > _MOST_BYTES:
+                        raise _Fault(f"the answer is longer than {_MOST_BYTES} bytes")
+        except TimeoutError:
+            raise _Fault(f"no whole answer within {self.timeout:g} s") from None
+        except httpx2.RequestError as error:
+            # `from None`: the error holds the request, and the request the key.
+            what = f"{type(error).__name__}: {error}"
+            raise _Fault(_without(key, what)) from None
+        text = _without(key, raw.decode("utf-8", "replace"))
+        if response.status_code != 200:
+            raise _status_fault(response.status_code, response.headers.get("retry-after"), text)
+        try:
+            return parse_completion(text)
+        except ValueError as error:
+            what = f"the answer is no chat completion ({error}): {text[:300]!r}"
+            raise _Fault(what) from None
+
+    def _key(self) -> str:
+        if self.key_env is None:
+            return ""
+        key = os.environ.get(self.key_env, "").strip()
+        if not (key and key.isascii() and key.isprintable()):
+            raise JudgeError(
+                f"judge: key_env is {self.key_env!r}, but that environment variable is "
+                f"{'no key (it has characters that none has)' if key else 'not set or empty'}."
+            )
+        return key
+
+
+def _chat_url(base_url: str | None) -> str:
+    base = base_url or os.environ.get("OPENAI_BASE_URL")
+    if not base:
+        raise JudgeError(
+            "judge: no server. Set base_url, such as http://127.0.0.1:8000/v1, or the environment "
+            "variable OPENAI_BASE_URL."
+        )
+    try:
+        url = httpx2.URL(base)
+    except httpx2.InvalidURL as error:
+        raise JudgeError(f"judge: base_url {base!r} is no URL: {error}.") from None
+    if url.userinfo or url.query:
+        # Not shown: it may well be a secret.
+        raise JudgeError(
+            "judge: base_url holds a user name, a password or a query (`?...`); expected "
+            "http(s)://host[:port][/path]. A key belongs into the environment: see key_env."
+        )
+    if url.scheme not in ("http", "https") or not url.host:
+        raise JudgeError(f"judge: base_url is {base!r}; expected http(s)://host[:port][/path].")
+    path = url.path.rstrip("/") or "/v1"
+    return str(url.copy_with(path=f"{path}/chat/completions"))
+
+
+def _without(key: str, text: str) -> str:
+    return text.replace(key, "[key]") if len(key) >= _SECRET else text
+
+
+def _status_fault(status: int, retry_after: str | None, text: str) -> _Fault:
+    what = f"HTTP status {status}: {text[:300]!r}"
+    if status == 429 and "insufficient_quota" in text:  # OpenAI's word for an empty account
+        return _Fault(what, final=True)
+    if status not in (408, 409, 429) and status < 500:
+        return _Fault(what, final=True)
+    wait = _seconds(retry_after)
+    if wait > _LONGEST_RETRY_AFTER:
+        return _Fault(f"{what}; it asks to come back after {wait:.0f} s", final=True)
+    return _Fault(what, wait=wait)
+
+
+def _seconds(retry_after: str | None) -> float:
+    """Of a Retry-After header: seconds or a date (RFC 9110, 10.2.3); 0 for what is neither."""
+    if retry_after is None:
+        return 0.0
+    try:
+        wait = float(retry_after)
+    except ValueError:
+        try:
+            until = email.utils.parsedate_to_datetime(retry_after)
+        except ValueError:
+            return 0.0
+        if until.tzinfo is None:
+            until = until.replace(tzinfo=datetime.UTC)
+        wait = (until - datetime.datetime.now(datetime.UTC)).total_seconds()
+    return max(wait, 0.0) if math.isfinite(wait) else 0.0

@@ -1,0 +1,157 @@
+"""Several rankers as one: a weighted sum of their scores, each brought to one scale per prompt.
+
+The scales, over the candidates of one prompt:
+
+* `none`: the ranker's own unit.
+* `zscore`: (score - mean) / standard deviation (of the population); all equal gives 0.
+* `minmax`: (score - lowest) / (highest - lowest), from 0 to 1; all equal gives 1/2.
+* `rank`: the share of the other candidates that it beats, a tie counting half, from 0 to 1; a
+  candidate without others gets 1/2.
+
+The last three forget how sure a ranker is: a difference of a hair and one of a mile between two
+candidates come out the same. Only comparisons within one prompt mean anything after them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float64
+
+from selm_jax.feedback.ranker import (
+    FeedbackError,
+    Question,
+    Ranker,
+    build,
+    check_scores,
+    did_you_mean,
+    reported,
+)
+
+Scores = Float64[np.ndarray, " candidates"]
+
+
+def none(scores: Scores) -> Scores:
+    return scores
+
+
+def minmax(scores: Scores) -> Scores:
+    """To [0, 1] over the candidates; all equal gives 1/2."""
+    if not len(scores) or scores.min() == scores.max():
+        return np.full(len(scores), 0.5)
+    scores = scores / np.abs(scores).max()  # so that no difference overflows
+    return (scores - scores.min()) / (scores.max() - scores.min())
+
+
+def zscore(scores: Scores) -> Scores:
+    """To mean 0 and standard deviation 1 over the candidates; all equal gives 0."""
+    scaled = minmax(scores)  # the same z-scores, and no square that overflows or vanishes
+    spread = scaled.std() if len(scores) else 0.0
+    return (scaled - scaled.mean()) / spread if spread else np.zeros(len(scores))
+
+
+def rank(scores: Scores) -> Scores:
+    """The share of the others that each candidate beats, a tie counting half."""
+    if len(scores) < 2:
+        return np.full(len(scores), 0.5)
+    wins = np.sign(scores[:, None] - scores).sum(1)  # wins - losses, against each of the others
+    return (1 + wins / (len(scores) - 1)) / 2
+
+
+SCALES: Mapping[str, Callable[[Scores], Scores]] = {
+    "none": none,
+    "zscore": zscore,
+    "rank": rank,
+    "minmax": minmax,
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One ranker of a mixture."""
+
+    ranker: Ranker
+    weight: float
+    normalise: str
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A weighted sum of rankers. Build it with `mixture`."""
+
+    parts: tuple[Part, ...]
+    name: str = "mixture"
+
+    def scores(
+        self, questions: Sequence[Question], candidates: Sequence[Sequence[str]]
+    ) -> list[Scores]:
+        """One float64 array `[candidates]` per question; see `ranker.Ranker`.
+
+        Raises:
+            FeedbackError: a part's own, or a sum that is not finite.
+        """
+        totals = [np.zeros(len(texts)) for texts in candidates]
+        for part in self.parts:
+            found = part.ranker.scores(questions, candidates)
+            for total, scores in zip(totals, found, strict=True):
+                total += part.weight * SCALES[part.normalise](scores)
+        return check_scores(self.name, questions, candidates, totals)
+
+    def report(self) -> dict[str, int | float]:
+        """What the parts report, under `NUMBER.RANKER/`; parts are counted from 1."""
+        return {
+            f"{number}.{part.ranker.name}/{key}": value
+            for number, part in enumerate(self.parts, 1)
+            for key, value in reported(part.ranker).items()
+        }
+
+
+def mixture(parts: Any) -> Mixture:
+    """A weighted sum of rankers.
+
+    Args:
+        parts: for each ranker `ranker` (a name or `package.module:function`), and if wanted
+            `settings` (its own), `weight` (1 by default; a negative one punishes) and `normalise`
+            (`none` by default; see the top of this file).
+
+    Raises:
+        FeedbackError: no parts, an unknown key or scale, a weight that is no finite number, or a
+            part that cannot be built; names the part, counted from 1.
+    """
+    if isinstance(parts, str | Mapping) or not isinstance(parts, Sequence) or not parts:
+        raise FeedbackError(
+            f"ranker 'mixture': parts is {parts!r}; expected a list of at least one mapping with "
+            "the key 'ranker'."
+        )
+    return Mixture(tuple(_part(i, each) for i, each in enumerate(parts, 1)))
+
+
+def _part(number: int, given: Any) -> Part:
+    where = f"ranker 'mixture', part {number}"
+    known = ("ranker", "settings", "weight", "normalise")
+    if not isinstance(given, Mapping) or "ranker" not in given:
+        raise FeedbackError(f"{where}: found {given!r}; expected a mapping with the key 'ranker'.")
+    for key in given:
+        if key not in known:
+            raise FeedbackError(
+                f"{where}: unknown key {key!r}{did_you_mean(str(key), known)} Expected "
+                f"{', '.join(known)}."
+            )
+    weight = given.get("weight", 1.0)
+    number_like = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if not number_like or not math.isfinite(weight):
+        raise FeedbackError(f"{where}: weight is {weight!r}; expected a finite number.")
+    scale = given.get("normalise", "none")
+    if scale not in SCALES:
+        raise FeedbackError(
+            f"{where}: normalise is {scale!r}{did_you_mean(str(scale), SCALES)} Expected one of "
+            f"{', '.join(SCALES)}."
+        )
+    try:
+        return Part(build(given["ranker"], **given.get("settings", {})), float(weight), scale)
+    except FeedbackError as error:
+        raise FeedbackError(f"{where}: {error}") from error

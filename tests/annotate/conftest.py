@@ -1,0 +1,97 @@
+"""A store of questions, and a server for it in a process of its own."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from selm_jax.annotate.store import Item, Store
+
+TOKEN = "a-token-for-the-tests-0123456789"
+BATCH = "run/iteration_1"
+
+# Serves a store. With `die` the first judgement kills the process: before it is noted, or after.
+SERVE = """
+import os, signal, sys
+from pathlib import Path
+from selm_jax.annotate import server
+from selm_jax.annotate.store import Store
+file, port, die = sys.argv[1:]
+class Dying(Store):
+    def judge(self, *arguments, **settings):
+        if die == "after":
+            super().judge(*arguments, **settings)
+        os.kill(os.getpid(), signal.SIGKILL)
+store = (Store if die == "never" else Dying)(Path(file))
+server.serve(store, "run/iteration_1", "run/iteration_1", "127.0.0.1", int(port))
+"""
+
+
+class Served:
+    """A server of a store that can be killed and started again at the same address."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}/{TOKEN}/"
+        self.process: subprocess.Popen | None = None
+
+    def start(self, die: str = "never") -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SERVE, str(self.file), str(self.port), die],
+            env=os.environ | {"SELM_ANNOTATE_TOKEN": TOKEN},
+        )
+        for _ in range(300):
+            try:
+                urllib.request.urlopen(self.url, timeout=5).read()
+                return
+            except (urllib.error.URLError, ConnectionError):
+                assert self.process.poll() is None, "the server has ended"
+                time.sleep(0.1)
+        raise AssertionError(f"{self.url} does not answer")
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+
+@pytest.fixture(scope="session")
+def item():
+    """A question of a number, with so many answers."""
+
+    def make(number: int, answers: int = 3) -> Item:
+        texts = tuple(f"Answer {letter} to question {number}." for letter in "xyzwv"[:answers])
+        return Item(f"p{number}", (("user", f"Question {number}?"),), texts)
+
+    return make
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "people" / "annotations.sqlite")
+
+
+@pytest.fixture
+def serve():
+    """Serves the given questions; returns the server."""
+    running = []
+
+    def start(store: Store, items, minimum: int = 1, die: str = "never") -> Served:
+        store.put(BATCH, items, minimum)
+        served = Served(store.path)
+        running.append(served)
+        served.start(die)
+        return served
+
+    yield start
+    for each in running:
+        each.stop()

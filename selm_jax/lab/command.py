@@ -1,0 +1,206 @@
+"""`selm lab ...`: the laboratory's experiments from the command line.
+
+Each verb prints its findings, and writes every number to NAME.json and the figure to NAME.svg.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    help="Small exact worlds: does an exploration term explore? See docs/exploration.md.",
+    no_args_is_help=True,
+)
+
+Seeds = Annotated[int, typer.Option(help="Worlds, each with its own noise, per setting.", min=2)]
+Seed = Annotated[int, typer.Option(help="The number from which all the seeds follow.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the numbers and figures.")]
+FOLDER = Path("runs/lab")
+
+
+@app.command()
+def regret(seeds: Seeds = 128, seed: Seed = 0, out: Out = FOLDER) -> None:
+    """Cumulative regret of every algorithm in every landscape, and its slope."""
+    from selm_jax.lab import experiments, plots
+
+    records = experiments.regret_curves(seeds, seed)
+    typer.echo(f"{'algorithm':<15}{'landscape':<12}{'regret, 95 %':>24}{'slope, 95 %':>26}")
+    for r in records:
+        total = f"{r['mean'][-1]:.2f} [{r['low'][-1]:.2f}, {r['high'][-1]:.2f}]"
+        slope = f"{r['slope']:.2f} [{r['slope_low']:.2f}, {r['slope_high']:.2f}]"
+        typer.echo(f"{r['algorithm']:<15}{r['landscape']:<12}{total:>24}{slope:>26}")
+    _write(records, out / "lab_regret.json")
+    made = _made_by("regret", seeds, seed, "regret_curves")
+    plots.regret(records, out / "lab_regret.svg", made)
+
+
+@app.command(name="map")
+def map_(
+    landscape: Annotated[
+        str, typer.Option(help="two_peaks, needle, smooth or random.")
+    ] = "two_peaks",
+    seeds: Seeds = 128,
+    seed: Seed = 0,
+    out: Out = FOLDER,
+) -> None:
+    """Where SELM's term lowers regret and where not: alpha, noise, coverage, dimension."""
+    from selm_jax.lab import experiments, plots, worlds
+
+    if landscape not in worlds.LANDSCAPES:
+        raise typer.BadParameter(f"landscape {landscape!r}; expected one of {worlds.LANDSCAPES}")
+    found = _collect(experiments.optimism_map(seeds, seed, landscape=landscape), "dimension")
+    everything = []
+    for against in ("online", "passive"):
+        records = experiments.correct([r for r in found if r["against"] == against])
+        sure = [r for r in records if r["p_holm"] < 0.05]
+        for which, chosen in (("> 0", [r for r in records if r["alpha"] > 0]),
+                              ("< 0", [r for r in records if r["alpha"] < 0])):  # fmt: skip
+            less = sum(r in sure and r["difference"] < 0 for r in chosen)
+            more = sum(r in sure and r["difference"] > 0 for r in chosen)
+            typer.echo(
+                f"against {against} DPO, alpha {which}: of {len(chosen)} settings {less} have less "
+                f"regret, {more} more, {len(chosen) - less - more} undecided (Holm, 5 %)"
+            )
+        verb = f"map --landscape {landscape}"
+        made = _made_by(verb, seeds, seed, "optimism_map") + f"; against {against} DPO"
+        plots.heat_maps(records, out / f"lab_map_{landscape}_{against}.svg", made)
+        everything += records
+    _write(everything, out / f"lab_map_{landscape}.json")
+
+
+@app.command()
+def conditions(seeds: Seeds = 128, seed: Seed = 0, out: Out = FOLDER) -> None:
+    """One condition at a time: landscape, data, noise, reference, sampler, solver."""
+    from selm_jax.lab import experiments, plots
+
+    records = experiments.correct(_collect(experiments.one_at_a_time(seeds, seed), "condition"))
+    _print(records, ("condition", "alpha"))
+    _write(records, out / "lab_conditions.json")
+    made = _made_by("conditions", seeds, seed, "one_at_a_time")
+    plots.table(records, "alpha", "condition", out / "lab_conditions.svg", made)
+
+
+@app.command()
+def why(seeds: Seeds = 128, seed: Seed = 0, out: Out = FOLDER) -> None:
+    """Better data or another fit? The term in the asking policy alone, in the judged one alone."""
+    from selm_jax.lab import experiments, plots
+
+    records = experiments.correct(_collect(experiments.why(seeds, seed), "condition"))
+    _print(records, ("condition", "variant", "setting"))
+    _write(records, out / "lab_why.json")
+    for r in records:
+        r["variant and setting"] = f"{r['variant']}\n{r['setting']:g}"
+    made = _made_by("why", seeds, seed, "why")
+    plots.table(records, "variant and setting", "condition", out / "lab_why.svg", made)
+
+
+@app.command()
+def idea(
+    loss: Annotated[str, typer.Argument(help="As in a YAML: name, sum, package.module:function.")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(help="key=value of the loss; key=a,b,c tries each.")
+    ] = None,
+    beta: Annotated[float, typer.Option(help="KL strength, of the loss and of the world.")] = 0.1,
+    seeds: Seeds = 128,
+    seed: Seed = 0,
+    out: Out = FOLDER,
+) -> None:
+    """Your loss against SELM and DPO: the same worlds, queries and seeds, in every landscape."""
+    from selm_jax.lab import experiments, plots
+    from selm_jax.objectives.build import build
+
+    choices = [_choices(setting) for setting in settings or []]
+    tried = {f"selm alpha={a}": build("selm", beta=beta, alpha=a) for a in (0.01, 0.1)}
+    for values in itertools.product(*choices):
+        name = " ".join((loss.rpartition(":")[2], *(f"{k}={v:g}" for k, v in values)))
+        tried[name] = build(loss, beta=beta, **dict(values))
+    found = _collect(experiments.idea(tried, seeds, seed, beta=beta), "objective")
+    records = experiments.correct([r for r in found if r["objective"] != "dpo"])
+    _print(records, ("objective", "landscape"))
+    _write(records, out / "lab_idea.json")
+    made = _made_by(" ".join(["idea", loss, *(settings or [])]), seeds, seed, "idea")
+    plots.table(records, "landscape", "objective", out / "lab_idea.svg", made)
+
+
+@app.command()
+def theory(seeds: Seeds = 128, seed: Seed = 0) -> None:
+    """What the SELM paper's Theorem 5.3 prescribes in these worlds: alpha, and its bound."""
+    from selm_jax.lab import experiments
+
+    typer.echo(f"{'beta':>6}{'T':>6}{'R_max':>9}{'alpha':>11}{'alpha/beta':>12}{'bound / T':>12}")
+    for r in experiments.theorem(seeds, seed):
+        typer.echo(
+            f"{r['beta']:>6g}{r['rounds']:>6}{r['r_max']:>9.2f}{r['alpha']:>11.2g}"
+            f"{r['alpha'] / r['beta']:>12.2g}{r['bound'] / r['rounds']:>12.3g}"
+        )
+
+
+@app.command()
+def decoder(
+    alphas: Annotated[str, typer.Option(help="Separated by commas.")] = "0,0.01,0.1,1",
+    seeds: Seeds = 8,
+    seed: Seed = 0,
+    out: Out = FOLDER,
+) -> None:
+    """A real (tiny) decoder, trained by the packed update, with its exact regret."""
+    from selm_jax.lab import experiments
+
+    records = experiments.decoder_regret(_numbers(alphas), seeds, seed)
+    for r in records:
+        typer.echo(
+            f"alpha {r['alpha']:<6g} cumulative regret {r['total']:.3f}, to alpha "
+            f"{records[0]['alpha']:g} {r['difference']:+.3f} [{r['low']:+.3f}, {r['high']:+.3f}]"
+        )
+    _write(records, out / "lab_decoder.json")
+
+
+def _collect(parts: Iterable[list[dict[str, Any]]], name: str) -> list[dict[str, Any]]:
+    """All the records; says after each part how long it took, for the waiting."""
+    records, start = [], time.monotonic()
+    for part in parts:
+        records += part
+        typer.echo(f"{name} {part[0][name]}: {time.monotonic() - start:.0f} s", err=True)
+    return records
+
+
+def _print(records: list[dict[str, Any]], names: tuple[str, ...]) -> None:
+    typer.echo(f"{', '.join(names)}: difference of cumulative regret [95 %], in %, Holm's p")
+    for r in records:
+        typer.echo(
+            f"{', '.join(f'{r[n]}' for n in names):<40} {r['difference']:+.3f} "
+            f"[{r['low']:+.3f}, {r['high']:+.3f}]{100 * r['relative']:>+8.1f} %  {r['p_holm']:.2g}"
+        )
+
+
+def _write(records: list[dict[str, Any]], file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(records, indent=1) + "\n")
+    typer.echo(f"numbers: {file}")
+
+
+def _made_by(verb: str, seeds: int, seed: int, function: str) -> str:
+    return (
+        f"selm lab {verb} --seeds {seeds} --seed {seed}; {seeds} seeds per setting; "
+        f"selm_jax/lab/experiments.py, {function}"
+    )
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(x) for x in text.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r}; expected numbers separated by commas") from error
+
+
+def _choices(setting: str) -> list[tuple[str, float]]:
+    key, equals, values = setting.partition("=")
+    if not equals or not key.isidentifier():
+        raise typer.BadParameter(f"{setting!r}; expected key=value or key=a,b,c")
+    return [(key, value) for value in _numbers(values)]

@@ -1,0 +1,375 @@
+"""Experiments: many runs in one compiled program, and the questions asked of them.
+
+`run_many` runs every cell of a grid with the same seeds: two cells differ in nothing but their
+settings, so differences are taken within a seed, which removes most of their noise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from selm_jax.lab import decoder_world, stats, theory
+from selm_jax.lab.algorithms import (
+    POLICY,
+    REFERENCE,
+    UNIFORM,
+    Algorithm,
+    Length,
+    Settings,
+    Slot,
+    Trace,
+    replace,
+    run,
+    zoo,
+)
+from selm_jax.lab.worlds import LANDSCAPES, WorldShape, make_world
+from selm_jax.objectives.losses import Objective, dpo, optimism, selm
+
+Cell = dict[str, Any]  # settings of one cell: landscape, coverage, and fields of `Settings`
+Record = dict[str, Any]
+
+BATCH = 256  # runs side by side at most: enough to fill vector units, few enough to stay in cache
+SETTINGS = tuple(field.name for field in dataclasses.fields(Settings))
+ASSUMED = 0.1  # the learner's temperature where the feedback has none
+
+
+def run_many(
+    shape: WorldShape,
+    algorithm: Algorithm,
+    length: Length,
+    cells: Sequence[Cell],
+    *,
+    seeds: int,
+    seed: int = 0,
+) -> Trace:
+    """Every cell with seeds 0, 1, ...: a `Trace` of numpy arrays [cells, seeds, rounds].
+
+    The learner knows the feedback's temperature unless a cell has another one as `assumed`. A seed is a world and all the noise of the run. Equal arguments give equal bits.
+    """
+    defaults = {"landscape": "two_peaks", "coverage": 0.05}
+    defaults |= {name: getattr(Settings(), name) for name in SETTINGS}
+    if unknown := {key for cell in cells for key in cell} - defaults.keys():
+        raise ValueError(f"cells have {sorted(unknown)}; expected some of {list(defaults)}")
+    full = [defaults | cell for cell in cells]
+    for cell, given in zip(full, cells, strict=True):
+        cell["assumed"] = given.get("assumed", cell["temperature"] or ASSUMED)
+        cell["landscape"] = LANDSCAPES.index(cell["landscape"])
+    columns = {name: np.repeat([cell[name] for cell in full], seeds) for name in defaults}
+    columns = {
+        k: jnp.asarray(v, None if k == "landscape" else "float32") for k, v in columns.items()
+    }
+    which = jnp.tile(jnp.arange(seeds), len(cells))
+    trace = _compiled(shape, algorithm, length, seeds)(jax.random.key(seed), which, columns)
+    return jax.tree.map(lambda x: np.asarray(x).reshape(len(cells), seeds, -1), trace)
+
+
+@functools.cache
+def _compiled(shape: WorldShape, algorithm: Algorithm, length: Length, seeds: int):
+    def one(key, which, cell):
+        world_key, run_key = jax.random.split(jax.random.fold_in(key, which))
+        world = make_world(world_key, shape, cell["landscape"], cell["coverage"])
+        settings = Settings(**{name: cell[name] for name in SETTINGS})
+        return run(run_key, world, algorithm, settings, length)
+
+    def every(key, which, columns):
+        # A whole divisor of the seeds, so that no cell's numbers depend on which others are there.
+        batch = max(n for n in range(1, BATCH + 1) if seeds % n == 0)
+        return jax.lax.map(lambda x: one(key, *x), (which, columns), batch_size=batch)
+
+    return jax.jit(every)
+
+
+def compare(total: np.ndarray | jax.Array, base: np.ndarray | jax.Array) -> Record:
+    """How cumulative regret [seeds] differs from another's with the same seeds."""
+    difference = np.asarray(total, np.float64) - np.asarray(base)
+    mean, low, high = stats.mean_interval(difference)
+    return {
+        "difference": float(mean),
+        "low": float(low),
+        "high": float(high),
+        "relative": float(mean / base.mean()),
+        "base": float(base.mean()),
+        "p": float(stats.p_zero_mean(difference)),
+    }
+
+
+def correct(records: list[Record]) -> list[Record]:
+    """Adds Holm's p over all records; they are one family of tests."""
+    adjusted = stats.holm(np.array([r["p"] for r in records]))
+    return [r | {"p_holm": float(p)} for r, p in zip(records, adjusted, strict=True)]
+
+
+# --- regret curves -------------------------------------------------------------------------------
+
+REGRET_SHAPE = WorldShape(prompts=8, responses=16, dimension=8)
+REGRET_LENGTH = Length(rounds=128, queries=1)
+REGRET_ALPHA = 0.1  # as in the convention alpha * beta
+
+
+def regret_curves(
+    seeds: int,
+    seed: int = 0,
+    *,
+    shape: WorldShape = REGRET_SHAPE,
+    length: Length = REGRET_LENGTH,
+) -> list[Record]:
+    """Every algorithm of the zoo in every landscape: the regret per round, and its slope.
+
+    The optimism weighs the same in all of them, whatever their convention; `selm_theory` has the
+    theorem's weight instead, and the uniform policy is asked but never judged.
+    """
+    beta, temperature = shape.beta, Settings().temperature
+    algorithms = zoo(beta, REGRET_ALPHA * beta)
+    algorithms["selm_theory"] = replace(
+        algorithms["selm_fixed"], name="selm_theory", schedule="theory"
+    )
+    records = []
+    for name, algorithm in algorithms.items():
+        alpha = REGRET_ALPHA * (beta / temperature if algorithm.convention == "alpha" else 1)
+        rate = 0.05 if algorithm.optimizer == "adam" else Settings().rate
+        cells = [
+            {"landscape": l, "coverage": 0.02, "alpha": alpha, "rate": rate} for l in LANDSCAPES
+        ]
+        trace = run_many(shape, algorithm, length, cells, seeds=seeds, seed=seed)
+        for cell, regret in zip(cells, trace.regret, strict=True):
+            slope = stats.loglog_slope(regret)
+            curve = stats.mean_interval(np.cumsum(regret, axis=1, dtype=np.float64).T)
+            records.append(
+                {"algorithm": name, "landscape": cell["landscape"]}
+                | {k: v.tolist() for k, v in zip(("mean", "low", "high"), curve, strict=True)}
+                | dict(zip(("slope", "slope_low", "slope_high"), slope, strict=True))
+            )
+    return records
+
+
+# --- the map -------------------------------------------------------------------------------------
+
+MAP_SHAPE = WorldShape(prompts=16, responses=16)
+MAP_LENGTH = Length(rounds=32, queries=2)
+MAP_ALPHAS = (-0.3, -0.1, 0.01, 0.03, 0.1, 0.3, 1.0)
+MAP_TEMPERATURES = (0.0, 0.1, 0.3, 1.0)
+MAP_COVERAGES = (0.002, 0.01, 0.05, 0.2)
+MAP_DIMENSIONS = (4, 16, 64, None)
+
+
+def optimism_map(
+    seeds: int,
+    seed: int = 0,
+    *,
+    landscape: str = "two_peaks",
+    shape: WorldShape = MAP_SHAPE,
+    length: Length = MAP_LENGTH,
+    alphas: Sequence[float] = MAP_ALPHAS,
+    temperatures: Sequence[float] = MAP_TEMPERATURES,
+    coverages: Sequence[float] = MAP_COVERAGES,
+    dimensions: Sequence[int | None] = MAP_DIMENSIONS,
+) -> Iterator[list[Record]]:
+    """Cumulative regret of Algorithm 2 (fixed reference) against DPO without the term.
+
+    Yields the records of one dimension at a time: `against` is "online", the same algorithm at
+    alpha 0, or "passive", DPO on pairs of the reference. Equal queries, equal seeds. A negative
+    alpha is the opposite of optimism; theory has no use for it, a map that only looked where
+    theory looks would not know.
+    """
+    algorithms = zoo(shape.beta)
+    selm = replace(algorithms["selm_fixed"], convention="alpha_beta")
+    for dimension in dimensions:
+        here = WorldShape(shape.prompts, shape.responses, dimension, shape.beta)
+        places = [
+            {"landscape": landscape, "coverage": c, "temperature": t}
+            for c, t in itertools.product(coverages, temperatures)
+        ]
+        cells = [place | {"alpha": a} for place in places for a in (0.0, *alphas)]
+        regret = run_many(here, selm, length, cells, seeds=seeds, seed=seed).regret.sum(-1)
+        regret = regret.reshape(len(places), 1 + len(alphas), seeds)
+        passive = run_many(here, algorithms["dpo_passive"], length, places, seeds=seeds, seed=seed)
+        records = []
+        for i, place in enumerate(places):
+            named = {"dimension": dimension or here.prompts * here.responses} | place
+            for against, base in (("online", regret[i, 0]), ("passive", passive.regret[i].sum(-1))):
+                for a, total in zip(alphas, regret[i, 1:], strict=True):
+                    records.append(named | {"alpha": a, "against": against} | compare(total, base))
+        yield records
+
+
+# --- one condition at a time ---------------------------------------------------------------------
+
+ALPHAS = (-0.1, 0.01, 0.03, 0.1, 0.3, 1.0)
+Condition = tuple[str, WorldShape, Algorithm, Length, Cell]
+
+
+def conditions() -> list[Condition]:
+    """A base case, and what it becomes when one thing at a time is changed."""
+    shape = WorldShape(prompts=16, responses=16, dimension=16)
+    length = Length(rounds=32, queries=2)
+    base = replace(zoo(shape.beta)["selm_fixed"], name="base", convention="alpha_beta")
+
+    def case(name, *, world=None, cell=None, size=None, **changes) -> Condition:
+        return (
+            name,
+            dataclasses.replace(shape, **(world or {})),
+            replace(base, **changes) if changes else base,
+            length._replace(**(size or {})),
+            cell or {},
+        )
+
+    return [
+        case("base"),
+        case("1 prompt", world={"prompts": 1}),
+        case("4 prompts", world={"prompts": 4}),
+        case("64 prompts", world={"prompts": 64}),
+        case("1 query a round", size={"queries": 1}),
+        case("8 queries a round", size={"queries": 8}),
+        case("infinite data", exact_data=True),
+        case("4 features", world={"dimension": 4}),
+        case("tabular", world={"dimension": None}),
+        case("needle", cell={"landscape": "needle"}),
+        case("smooth", cell={"landscape": "smooth"}),
+        case("random", cell={"landscape": "random"}),
+        case("thin coverage 0.002", cell={"coverage": 0.002}),
+        case("thick coverage 0.2", cell={"coverage": 0.2}),
+        case("no noise", cell={"temperature": 0.0}),
+        case("much noise", cell={"temperature": 1.0}),
+        case("20 % flipped", cell={"flips": 0.2}),
+        case("believes in less noise", cell={"assumed": 0.03}),
+        case("believes in more noise", cell={"assumed": 0.3}),
+        case("moving reference", moving=True),
+        case("only new data", kept=False),
+        case("moving, only new data", moving=True, kept=False),
+        case("y_ref sampled", explore=1),
+        case("policy against policy", slots=(POLICY, POLICY)),
+        case("best of 4", slots=(POLICY,) * 4),
+        case("policy at temperature 2", slots=(Slot("policy", 2.0), REFERENCE)),
+        case("greedy policy", slots=(Slot("policy", 0.0), REFERENCE)),
+        case("both from the reference", slots=(REFERENCE, REFERENCE)),
+        case("both uniform", slots=(UNIFORM, UNIFORM)),
+        case("alpha / sqrt(round)", schedule="inverse_sqrt"),
+        case("tight class", cell={"bound": 1.0}),
+        case("wide class", cell={"bound": 8.0}),
+        case("64 descent steps", size={"steps": 64}),
+        case("adam", optimizer="adam", cell={"rate": 0.1}),
+        case("beta 0.3", world={"beta": 0.3}, fit=dpo(0.3), bonus=optimism(1.0, 0.3)),
+    ]
+
+
+def one_at_a_time(
+    seeds: int, seed: int = 0, cases: Sequence[Condition] | None = None
+) -> Iterator[list[Record]]:
+    """Each condition at each alpha of `ALPHAS` against itself at alpha 0; one condition a time."""
+    cases = conditions() if cases is None else cases
+    programs: dict[Any, list[Cell]] = {}  # cells that one compilation serves
+    for _, shape, algorithm, length, cell in cases:
+        programs.setdefault((shape, algorithm, length), []).append(cell)
+    done: dict[Any, Iterator[np.ndarray]] = {}
+    for name, *program, _ in cases:
+        here = tuple(program)
+        if here not in done:
+            cells = [cell | {"alpha": a} for cell in programs[here] for a in (0.0, *ALPHAS)]
+            regret = run_many(*here, cells, seeds=seeds, seed=seed).regret.sum(-1)
+            done[here] = iter(regret.reshape(-1, 1 + len(ALPHAS), seeds))
+        regret = next(done[here])
+        yield [
+            {"condition": name, "alpha": a} | compare(total, regret[0])
+            for a, total in zip(ALPHAS, regret[1:], strict=True)
+        ]
+
+
+# --- why -----------------------------------------------------------------------------------------
+
+WHY = ("base", "64 prompts", "4 features", "needle", "thin coverage 0.002", "tabular")
+WHY_ALPHAS = (0.03, 0.1, 0.3)
+
+
+def why(seeds: int, seed: int = 0) -> Iterator[list[Record]]:
+    """Where the effect of the term comes from, in some of the conditions; one condition a time.
+
+    `variant` "both" is SELM; in "asker" only the policy that asks has the term and a plain DPO fit
+    to its data is judged: the worth of the data alone; in "judged" the data are those of plain DPO
+    and the fit has the term: the worth of the fit alone. "bound" has no term at all (alpha is 0)
+    and another size of the policy class: what plain regularisation would have done.
+    """
+    for name, shape, base, length, cell in conditions():
+        if name not in WHY:
+            continue
+        shares = {"both": (1, 1), "asker": (1, 0), "judged": (0, 1)}
+        asked = [("bound", b, {"bound": b}) for b in (0.5, 1.0, 4.0)]
+        asked += [
+            (variant, a, {"alpha": a, "asker": asker, "judged": judged})
+            for variant, (asker, judged) in shares.items()
+            for a in WHY_ALPHAS
+        ]
+        cells = [cell | changed for *_, changed in [("", 0, {}), *asked]]
+        split = replace(base, split=True)
+        regret = run_many(shape, split, length, cells, seeds=seeds, seed=seed).regret.sum(-1)
+        yield [
+            {"condition": name, "variant": variant, "setting": value} | compare(total, regret[0])
+            for (variant, value, _), total in zip(asked, regret[1:], strict=True)
+        ]
+
+
+# --- an idea -------------------------------------------------------------------------------------
+
+
+def idea(
+    objectives: dict[str, Objective], seeds: int, seed: int = 0, *, beta: float
+) -> Iterator[list[Record]]:
+    """Any objectives on the same worlds, queries and seeds as DPO; one objective a time.
+
+    Pairs are a policy's sample against the reference's, which is also y_ref; the reference is fixed.
+    """
+    shape = WorldShape(prompts=16, responses=16, dimension=16, beta=beta)
+    length = Length(rounds=32, queries=2)
+    cells = [{"landscape": name} for name in LANDSCAPES]
+    base = None
+    for name, objective in {"dpo": dpo(beta), **objectives}.items():
+        algorithm = Algorithm(name, fit=objective, explore=1)
+        regret = run_many(shape, algorithm, length, cells, seeds=seeds, seed=seed).regret.sum(-1)
+        base = regret if base is None else base
+        yield [
+            {"objective": name, "landscape": landscape} | compare(total, zero)
+            for landscape, total, zero in zip(LANDSCAPES, regret, base, strict=True)
+        ]
+
+
+# --- theory --------------------------------------------------------------------------------------
+
+
+def theorem(seeds: int, seed: int = 0) -> list[Record]:
+    """The theorem's constants in the worlds of the base condition, at several betas, and T."""
+    records = []
+    for beta, rounds in itertools.product((0.1, 0.3, 1.0), (32, 1024)):
+        shape = WorldShape(prompts=16, responses=16, dimension=16, beta=beta)
+        found = _theorem(shape, rounds)(jax.random.split(jax.random.key(seed), seeds))
+        middle = {name: float(np.median(x)) for name, x in found._asdict().items()}
+        records.append({"beta": beta, "rounds": rounds} | middle)
+    return records
+
+
+@functools.cache
+def _theorem(shape: WorldShape, rounds: int):
+    return jax.jit(jax.vmap(lambda key: theory.of_world(make_world(key, shape), rounds)))
+
+
+# --- a decoder -----------------------------------------------------------------------------------
+
+
+def decoder_regret(alphas: Sequence[float], seeds: int, seed: int = 0) -> list[Record]:
+    """SELM's regret with a real decoder; differences to the first alpha, within a seed."""
+    totals = np.zeros((len(alphas), seeds))
+    worlds = [decoder_world.make(seed + s) for s in range(seeds)]
+    for i, alpha in enumerate(alphas):
+        objective = selm(worlds[0].world.beta / Settings().temperature, alpha)
+        for s, dw in enumerate(worlds):
+            totals[i, s] = sum(decoder_world.run(dw, objective, seed=seed + s))
+    return [
+        {"alpha": alpha, "total": float(total.mean())} | compare(total, totals[0])
+        for alpha, total in zip(alphas, totals, strict=True)
+    ]

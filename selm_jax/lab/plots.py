@@ -1,0 +1,146 @@
+"""Figures of the laboratory, as SVG files that say how to make them again.
+
+The last lines of every figure are the command, the seeds and the function whose numbers are drawn.
+Equal records give equal bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import matplotlib.colors
+import matplotlib.style
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+Record = dict[str, Any]
+
+_RC = {
+    "svg.hashsalt": "selm_jax.lab",  # otherwise ids differ from run to run
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 8.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 9.5,
+}
+_COLOURS = matplotlib.colors.LinearSegmentedColormap.from_list(
+    "regret", ["#0b62a4", "#9cc5e4", "#ffffff", "#f0b590", "#b3541e"]
+)
+_FULL = 0.3  # relative difference of full colour
+_LINES = {
+    "oracle": ("#000000", "-"), "selm_fixed": ("#b3541e", "-"), "selm_moving": ("#b3541e", "--"),
+    "selm_practice": ("#c8a03c", "-"), "selm_code": ("#c8a03c", "--"),
+    "selm_theory": ("#b3541e", ":"), "xpo": ("#7a4fa0", "-"), "dpo_online": ("#0b62a4", "-"),
+    "dpo_on_policy": ("#0b62a4", "--"), "dpo_passive": ("#0b62a4", ":"),
+    "greedy": ("#2a8c5a", "-"), "best_of_4": ("#2a8c5a", "--"), "uniform": ("#888888", "-"),
+}  # fmt: skip
+
+
+def regret(records: Sequence[Record], file: Path, made_by: str) -> None:
+    """Cumulative regret against rounds, a panel per landscape, bands of 95 %."""
+    landscapes = list(dict.fromkeys(r["landscape"] for r in records))
+    with matplotlib.style.context(["default", _RC]):
+        figure = Figure(figsize=(3.1 * len(landscapes), 3.9))
+        panels = figure.subplots(1, len(landscapes), squeeze=False)[0]
+        for axes, landscape in zip(panels, landscapes, strict=True):
+            for r in (r for r in records if r["landscape"] == landscape):
+                colour, dashes = _LINES[r["algorithm"]]
+                t = np.arange(1, len(r["mean"]) + 1)
+                axes.plot(t, r["mean"], dashes, color=colour, lw=1.3, label=r["algorithm"])
+                axes.fill_between(t, r["low"], r["high"], color=colour, alpha=0.12, lw=0)
+            axes.set(title=landscape, xlabel="rounds", xscale="log", yscale="log")
+        panels[0].set_ylabel("cumulative regret")
+        names, labels = panels[0].get_legend_handles_labels()
+        figure.legend(
+            names, labels, loc="lower center", ncols=7, frameon=False, bbox_to_anchor=(0.5, 0.07)
+        )
+        figure.subplots_adjust(left=0.055, right=0.995, top=0.93, bottom=0.31, wspace=0.2)
+        _save(figure, file, made_by)
+
+
+def heat_maps(records: Sequence[Record], file: Path, made_by: str) -> None:
+    """Alpha against noise; a column of panels per coverage, a row per dimension.
+
+    A cell is the relative difference of cumulative regret in per cent. Only where Holm's p over all
+    records is below 0.05 has it a colour: blue is less regret.
+    """
+    rows = list(dict.fromkeys(r["dimension"] for r in records))
+    columns = list(dict.fromkeys(r["coverage"] for r in records))
+    with matplotlib.style.context(["default", _RC]):
+        figure = Figure(figsize=(3.0 * len(columns) + 0.6, 1.75 * len(rows) + 1.2))
+        panels = figure.subplots(len(rows), len(columns), squeeze=False)
+        for i, row in enumerate(rows):
+            for j, column in enumerate(columns):
+                here = [r for r in records if (r["dimension"], r["coverage"]) == (row, column)]
+                _table(panels[i, j], here, "alpha", "temperature")
+                panels[i, j].set_title(f"dimension {row}, coverage {column:g}")
+                panels[i, j].set_xlabel("alpha" if i == len(rows) - 1 else "")
+                panels[i, j].set_ylabel("noise" if j == 0 else "")
+        height = figure.get_figheight()
+        figure.subplots_adjust(
+            left=0.05,
+            right=0.995,
+            top=1 - 0.3 / height,
+            bottom=0.95 / height,
+            hspace=0.5,
+            wspace=0.16,
+        )
+        _save(figure, file, made_by + ". " + _KEY)
+
+
+def table(records: Sequence[Record], x: str, y: str, file: Path, made_by: str) -> None:
+    """One heat map, as `heat_maps`; `x` and `y` name fields of the records."""
+    rows, columns = (len({r[k] for r in records}) for k in (y, x))
+    with matplotlib.style.context(["default", _RC]):
+        figure = Figure(figsize=(max(2.6 + 0.62 * columns, 7.5), 0.24 * rows + 1.5))
+        axes = figure.subplots()
+        _table(axes, records, x, y)
+        axes.set_xlabel(x)
+        height = figure.get_figheight()
+        figure.subplots_adjust(left=0.32, right=0.98, top=1 - 0.1 / height, bottom=1.2 / height)
+        _save(figure, file, made_by + ". " + _KEY)
+
+
+_KEY = (
+    "Cells: difference of mean cumulative regret in %, the same seeds in both; "
+    "coloured only if p < 0.05 after Holm's correction over the figure (blue: less regret)"
+)
+
+
+def _table(axes: Axes, records: Sequence[Record], x: str, y: str) -> None:
+    xs, ys = (list(dict.fromkeys(r[k] for r in records)) for k in (x, y))
+    shown = np.zeros((len(ys), len(xs)))
+    for r in records:
+        i, j = ys.index(r[y]), xs.index(r[x])
+        sure = r["p_holm"] < 0.05
+        shown[i, j] = r["relative"] if sure else 0
+        dark = sure and abs(r["relative"]) > 0.75 * _FULL
+        percent = f"{100 * r['relative']:+.0f}".replace("-", "−")
+        colour = "white" if dark else "black" if sure else "#999999"
+        axes.text(j, i, percent, ha="center", va="center", fontsize=7.5, color=colour)
+    axes.imshow(shown, cmap=_COLOURS, vmin=-_FULL, vmax=_FULL, aspect="auto")
+    label = [[f"{v:g}" if isinstance(v, float) else str(v) for v in values] for values in (xs, ys)]
+    axes.set_xticks(range(len(xs)), label[0])
+    axes.set_yticks(range(len(ys)), label[1])
+    axes.tick_params(length=0)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_visible(False)
+
+
+def _save(figure: Figure, file: Path, made_by: str) -> None:
+    words, lines = made_by.split(), [""]
+    width = int(figure.get_figwidth() * 15.5)
+    for word in words:
+        if len(lines[-1]) + len(word) > width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    figure.text(
+        0.01, 0.06 / figure.get_figheight(), "\n".join(lines), fontsize=7.5, color="#555555"
+    )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, format="svg", facecolor="white", metadata={"Date": None})

@@ -1,0 +1,157 @@
+"""A cloud in a folder: a stand-in for gcloud, and workers whose Python installs nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+SETTINGS = {
+    "PROJECT": "my-project",
+    "ZONE": "us-central1-a",
+    "NAME": "selm-1",
+    "ACCELERATOR": "v5litepod-16",
+    "BUCKET": "gs://my-bucket/selm",
+    "POLL": "1",
+    "SYNC": "1",
+}
+EXPERIMENT = "experiments/quickstart.yaml"
+SECRETS = {"HF_TOKEN": "hf_verySecret$'1", "WANDB_API_KEY": "wandb-verySecret-2"}
+
+# `python -m venv FOLDER` with a pip that can be told to fail, and a selm that counts.
+PYTHON = """#!/bin/bash
+[[ "$1 $2" == "-m venv" ]] || exit 1
+mkdir -p "${@: -1}/bin"
+cp "$STANDIN/worker-bin/pip-of-venv" "${@: -1}/bin/pip"
+cp "$STANDIN/worker-bin/selm-of-venv" "${@: -1}/bin/selm"
+"""
+PIP = """#!/bin/bash
+echo "pip $*" >>"$HOME/pip.log"
+fails="$STANDIN/fail-$(basename "$HOME")"
+if [[ -s $fails ]]; then
+  sed -i 1d "$fails"
+  echo "ERROR: No matching distribution found for jax" >&2
+  exit 1
+fi
+"""
+SELM = """#!/bin/bash
+# Eight steps, a file for each, as a run that resumes: what is there is not done again.
+output=$(printf '%s\\n' "$@" | sed -n 's/^output=//p')
+mkdir -p "$output/iteration_1"
+echo "$* HF_TOKEN=$(sha256sum <<<"$HF_TOKEN" | cut -c1-8) secrets:$(ls "$HOME/.selm/secrets" 2>&1 | wc -l)" >>"$HOME/selm.log"
+if [[ " $* " == *" fail=yes "* ]]; then echo "ERROR: the loss is not finite" >&2; exit 1; fi
+if [[ " $* " == *" stop=once "* && ! -e "$HOME/stopped" ]]; then touch "$HOME/stopped"; exit 75; fi
+for step in 1 2 3 4 5 6 7 8; do
+  [[ -e $output/iteration_1/step-$step ]] && continue
+  sleep 0.4
+  echo "$(basename "$HOME")" >"$output/iteration_1/step-$step.partial"
+  mv "$output/iteration_1/step-$step.partial" "$output/iteration_1/step-$step"
+  echo "{\\"steps\\": $step}" >"$output/iteration_1/stage.json"
+  date +%s.%N >>"$HOME/steps.log"
+done
+"""
+
+
+class Cloud:
+    """The stand-in's folder, and the scripts run against it."""
+
+    def __init__(self, folder: Path):
+        self.root = folder
+        for name in ("bin", "worker-bin"):
+            (folder / name).mkdir()
+        wrapper = (
+            f'#!/bin/sh\nexec {sys.executable} {Path(__file__).with_name("standin.py")} "$@"\n'
+        )
+        for path, text in {
+            "bin/gcloud": wrapper,
+            "worker-bin/python3.12": PYTHON,
+            "worker-bin/pip-of-venv": PIP,
+            "worker-bin/selm-of-venv": SELM,
+        }.items():
+            (folder / path).write_text(text)
+            (folder / path).chmod(0o755)
+        (folder / "worker-bin/python3.13").symlink_to("/bin/false")
+        self.play()
+        self.settings = self.write_settings()
+
+    def play(self, fails: dict[int, int] | None = None, **part) -> None:
+        """What is to happen (see standin.py); `fails`: worker -> installations that fail there."""
+        (self.root / "part.json").write_text(json.dumps(part))
+        for worker, times in (fails or {}).items():
+            (self.root / f"fail-worker-{worker}").write_text("fail\n" * times)
+
+    def write_settings(self, **changes: str) -> Path:
+        file = self.root / "settings.env"
+        values = SETTINGS | changes
+        file.write_text("# a comment\n\n" + "".join(f"{k}={v}\n" for k, v in values.items()))
+        return file
+
+    def script(
+        self, name: str, *arguments, answer: str = "", secrets: bool = True, trace: bool = False
+    ) -> subprocess.CompletedProcess[str]:
+        """Runs tpu_setup/NAME.sh SETTINGS ARGUMENT...; stdout and stderr together."""
+        environment = SECRETS.copy() if secrets else {}
+        environment |= {"STANDIN": str(self.root), "HOME": str(self.root)}
+        environment |= {"PATH": f"{self.root / 'bin'}:{os.environ['PATH']}"}
+        environment |= {"TMPDIR": str(self.root / "tmp")}
+        (self.root / "tmp").mkdir(exist_ok=True)
+        script = str(REPOSITORY / f"tpu_setup/{name}.sh")
+        return subprocess.run(
+            ["bash", *(["-x"] if trace else []), script, str(self.settings), *map(str, arguments)],
+            env=environment, input=answer, text=True, timeout=120, cwd=self.root, check=False,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    @property
+    def calls(self) -> list[list[str]]:
+        file = self.root / "calls.jsonl"
+        lines = file.read_text().splitlines() if file.exists() else []
+        return [json.loads(line) for line in lines]
+
+    def verbs(self, group: str = "queued-resources") -> list[str]:
+        """The verbs of one group, in order, without `describe`."""
+        found = [c[3] for c in self.calls if c[:3] == ["compute", "tpus", group]]
+        return [verb for verb in found if verb != "describe"]
+
+    def worker(self, k: int) -> Path:
+        return self.root / f"worker-{k}"
+
+    @property
+    def bucket(self) -> Path:
+        return self.root / "buckets/my-bucket/selm/runs/quickstart"
+
+    def copied(self) -> dict[str, str]:
+        """The run as the bucket has it: the folder that `latest` names."""
+        folder = self.bucket / (self.bucket / "latest").read_text()
+        return {str(f.relative_to(folder)): f.read_text() for f in folder.rglob("*") if f.is_file()}
+
+    def wait(self, what, seconds: float = 30) -> None:
+        end = time.monotonic() + seconds
+        while not what():
+            assert time.monotonic() < end, "it did not happen"
+            time.sleep(0.1)
+
+    def end(self) -> None:
+        """No process of a worker outlives its test."""
+        for file in self.root.glob("worker-*/.selm/*.pid"):
+            try:
+                os.killpg(int(file.read_text()), signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+
+
+@pytest.fixture
+def cloud(tmp_path):
+    if shutil.which("setsid") is None:
+        pytest.skip("the workers' scripts need setsid, of util-linux")
+    made = Cloud(tmp_path)
+    yield made
+    made.end()

@@ -1,0 +1,231 @@
+# shellcheck shell=bash
+# Read by the scripts beside it: the settings file, checked; and gcloud, said once.
+
+set -euo pipefail
+{ set +x; } 2>/dev/null # a trace would show what is sent to the workers
+
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+ROOT=$(dirname "$HERE") # the checkout
+TEMPORARY=$(mktemp -d)  # mode 700
+trap 'rm -rf "$TEMPORARY"' EXIT
+
+die() {
+  printf 'tpu_setup: %s\n' "$*" >&2
+  exit 1
+}
+
+say() { printf '%s  %s\n' "$(date -u +%H:%M:%S)" "$*"; }
+
+# --- settings ---------------------------------------------------------------------------------------
+
+# Software of the TPU VM by generation (cloud.google.com/tpu/docs/runtimes).
+runtime_of() {
+  case "$1" in
+    v6e-*) echo v2-alpha-tpuv6e ;;
+    v5p-*) echo v2-alpha-tpuv5 ;;
+    v5litepod-*) echo v2-alpha-tpuv5-lite ;;
+    v4-*) echo tpu-ubuntu2204-base ;;
+  esac
+}
+
+# The file is read, never executed: lines KEY=VALUE, blank lines and comments.
+read_settings() {
+  [[ -f $1 ]] || die "$1: no such settings file; copy $HERE/example.env and fill it in"
+  PROJECT='' ZONE='' NAME='' ACCELERATOR='' RUNTIME='' BUCKET='' CAPACITY=spot SHARED=''
+  POLL=60 SYNC=300
+  local line key number=0
+  while IFS= read -r line || [[ -n $line ]]; do
+    number=$((number + 1))
+    line=${line%$'\r'}
+    [[ $line =~ ^[[:space:]]*(#|$) ]] && continue
+    [[ $line =~ ^([A-Z_]+)=(.*)$ ]] || die "$1, line $number: KEY=VALUE was expected"
+    key=${BASH_REMATCH[1]}
+    case $key in
+      PROJECT | ZONE | NAME | ACCELERATOR | RUNTIME | BUCKET | CAPACITY | SHARED | POLL | SYNC)
+        printf -v "$key" '%s' "${BASH_REMATCH[2]}"
+        ;;
+      *TOKEN* | *KEY* | *SECRET* | *PASSWORD*)
+        die "$1, line $number: $key looks like a secret. Export it in your shell; it does not" \
+          "belong into a file that lies about"
+        ;;
+      *) die "$1, line $number: unknown setting $key; example.env lists them all" ;;
+    esac
+  done <"$1"
+  if [[ $ACCELERATOR == tpu7x* || $ACCELERATOR == v7* ]]; then
+    die "ACCELERATOR: the Cloud TPU API does not serve $ACCELERATOR; GKE does: see gke_jobset.yaml"
+  fi
+  local name='[a-z]([a-z0-9-]{0,46}[a-z0-9])?'
+  matches PROJECT '[a-z][a-z0-9:.-]{4,61}[a-z0-9]' 'the id of a project, such as my-project-123'
+  matches ZONE '[a-z]+-[a-z]+[0-9]+-[a-z]' 'a zone, such as us-central1-a'
+  matches NAME "$name" 'small letters, digits and hyphens, such as selm-1'
+  matches ACCELERATOR '(v4|v5litepod|v5p|v6e)-[1-9][0-9]*' 'such as v5litepod-16, v5p-16 or v6e-8'
+  matches BUCKET 'gs://[a-z0-9][a-z0-9._-]{1,61}[a-z0-9](/[A-Za-z0-9._-]+)*' 'gs://BUCKET or gs://BUCKET/FOLDER'
+  matches CAPACITY 'spot|reserved|on-demand' 'spot, reserved or on-demand'
+  matches POLL '[1-9][0-9]*' 'seconds between looks at the slice'
+  matches SYNC '[1-9][0-9]*' 'seconds between copies to the bucket'
+  RUNTIME=${RUNTIME:-$(runtime_of "$ACCELERATOR")}
+  matches RUNTIME '[a-z0-9][a-z0-9.-]*' 'a TPU software version'
+  [[ -z $SHARED ]] || matches SHARED '[a-z0-9.-]+:/[A-Za-z0-9._/-]+' 'an NFS share, SERVER:/PATH'
+}
+
+matches() {
+  local value=${!1}
+  [[ $value =~ ^($2)$ ]] || die "$1 is '$value'; expected $3"
+}
+
+# --- the experiment ---------------------------------------------------------------------------------
+
+# Sets EXPERIMENT, RUN (the run folder below runs/) and OVERRIDES.
+read_experiment() {
+  EXPERIMENT=${1:?} && shift
+  OVERRIDES=("$@")
+  [[ $EXPERIMENT =~ ^[A-Za-z0-9_][A-Za-z0-9._/-]*\.yaml$ && $EXPERIMENT != *..* ]] ||
+    die "'$EXPERIMENT': expected an experiment file of this checkout, such as experiments/quickstart.yaml"
+  [[ -f $ROOT/$EXPERIMENT ]] || die "$ROOT/$EXPERIMENT: no such experiment file"
+  RUN=${EXPERIMENT%.yaml}
+  RUN=${RUN#experiments/}
+  local override
+  for override in "${OVERRIDES[@]}"; do
+    [[ $override =~ ^[A-Za-z_][A-Za-z0-9_.]*=[^[:cntrl:]]*$ ]] ||
+      die "'$override': expected an override key.path=value"
+    [[ $override != output=* ]] || die "output is runs/$RUN here, so that it can be copied and found again"
+  done
+}
+
+# --- gcloud -----------------------------------------------------------------------------------------
+
+tpus() {
+  local group=$1 verb=$2
+  shift 2
+  gcloud compute tpus "$group" "$verb" "$@" --project="$PROJECT" --zone="$ZONE" --quiet
+}
+
+# on WORKER ARGUMENT...: a command on one worker, or on all. stdin is not theirs: ssh would eat it.
+on() {
+  local worker=$1 quoted
+  shift
+  printf -v quoted '%q ' "$@"
+  tpus tpu-vm ssh "$NAME" --worker="$worker" --command="${quoted% }" </dev/null
+}
+
+# A new TPU VM says ACTIVE some time before its ssh answers.
+patiently() {
+  local try
+  for try in 1 2 3 4 5; do
+    "$@" && return
+    [[ $try == 5 ]] || sleep "$((try * POLL / 6))"
+  done
+  return 1
+}
+
+send() { tpus tpu-vm scp "$1" "$NAME:$2" --worker=all </dev/null; }
+
+# The state of the queued resource; ABSENT if there is none. Fails where gcloud cannot tell.
+slice_state() {
+  local answer
+  if answer=$(tpus queued-resources describe "$NAME" --format='value(state.state)' 2>&1); then
+    echo "${answer##*$'\n'}"
+  elif grep -Eqi 'NOT_FOUND|was not found|404' <<<"$answer"; then
+    echo ABSENT
+  else
+    printf '%s\n' "$answer" >&2
+    return 1
+  fi
+}
+
+# --- what the scripts and watch.sh share ------------------------------------------------------------
+
+# Status 2: asking again would not help.
+create_slice() {
+  local capacity=() answer
+  case $CAPACITY in
+    spot) capacity=(--spot) ;;
+    reserved) capacity=(--reserved) ;;
+  esac
+  say "asking for $NAME: $ACCELERATOR, $CAPACITY, $RUNTIME, in $ZONE"
+  if answer=$(tpus queued-resources create "$NAME" --node-id="$NAME" \
+    --accelerator-type="$ACCELERATOR" --runtime-version="$RUNTIME" \
+    --scopes=https://www.googleapis.com/auth/cloud-platform "${capacity[@]}" 2>&1); then
+    return
+  fi
+  printf '%s\n' "$answer" >&2
+  if grep -Eqi 'quota' <<<"$answer"; then
+    say "refused: no quota for $ACCELERATOR ($CAPACITY) in $ZONE. README.md, 'Quota', says how to ask for" \
+      "it; another ZONE or CAPACITY may have some" >&2
+    return 2
+  fi
+  ! grep -q 'ALREADY_EXISTS' <<<"$answer" || return 0
+  ! grep -Eq 'PERMISSION_DENIED|INVALID_ARGUMENT|UNAUTHENTICATED' <<<"$answer" || return 2
+  return 1
+}
+
+delete_slice() {
+  say "deleting $NAME"
+  tpus queued-resources delete "$NAME" --force
+}
+
+# The checkout as it stands, with files that git does not know yet and without ignored ones.
+pack() {
+  if git -C "$ROOT" rev-parse --is-inside-work-tree >/dev/null 2>&1; then
+    git -C "$ROOT" ls-files -z --cached --others --exclude-standard
+  else
+    (cd "$ROOT" && find . -type f -not -path './.*' -not -path './runs/*' -print0)
+  fi | (cd "$ROOT" && while IFS= read -r -d '' file; do
+    if [[ -f $file && $file != runs/* ]]; then printf '%s\0' "$file"; fi
+  done) >"$TEMPORARY/files" && tar -C "$ROOT" --null -T "$TEMPORARY/files" -czf "$1"
+}
+
+install_all() {
+  pack "$TEMPORARY/selm.tgz" || return 1
+  say "sending the checkout to all workers of $NAME"
+  patiently send "$TEMPORARY/selm.tgz" selm.tgz || {
+    say "$NAME: not all workers can be reached by ssh" >&2
+    return 1
+  }
+  say "installing"
+  # The scripts come with the checkout, so the first step has to be said here.
+  local unpack="rm -rf selm && mkdir selm && tar -xzf selm.tgz -C selm && bash selm/tpu_setup/worker.sh install $SHARED"
+  if ! tpus tpu-vm ssh "$NAME" --worker=all --command="$unpack" </dev/null; then
+    say "the installation failed on at least one worker; its end is above, by host name" >&2
+    return 1
+  fi
+}
+
+# Tokens go by scp, in a file that only its owner may read, and never as an argument.
+send_secrets() {
+  local key sent=() file=$TEMPORARY/secrets
+  rm -f "$file"
+  (umask 077 && : >"$file")
+  for key in HF_TOKEN WANDB_API_KEY; do
+    if [[ -n ${!key:-} ]]; then
+      printf 'export %s=%q\n' "$key" "${!key}" >>"$file"
+      sent+=("$key")
+    fi
+  done
+  if ((${#sent[@]} == 0)); then return 0; fi
+  say "sending ${sent[*]}"
+  on all bash selm/tpu_setup/worker.sh prepare-secrets && send "$file" .selm/secrets && rm -f "$file"
+}
+
+# launch_run [FOLDER...]: RUN on all workers; FOLDERs are finished runs that it starts from.
+launch_run() {
+  local where=all run
+  [[ -z $SHARED ]] || where=0 # one folder, seen by all: one worker fetches it
+  on 0 bash selm/tpu_setup/worker.sh check-bucket "$RUN" "$BUCKET" || return 1
+  for run in "$@" "$RUN"; do
+    on "$where" bash selm/tpu_setup/worker.sh restore "$run" "$BUCKET" || return 1
+  done
+  send_secrets || return 1
+  say "starting: selm run $EXPERIMENT output=runs/$RUN ${OVERRIDES[*]}"
+  on all bash selm/tpu_setup/worker.sh start "$RUN" "$EXPERIMENT" "${OVERRIDES[@]}" || return 1
+  on 0 bash selm/tpu_setup/worker.sh copy "$RUN" "$BUCKET" "$SYNC"
+}
+
+# What each worker says of RUN: `running`, `copying`, `exit STATUS` or `absent`, one a line. Fails where
+# one cannot be reached.
+run_status() {
+  local answer script=selm/tpu_setup/worker.sh
+  local ask="if [ -f $script ]; then bash $script status $RUN; else echo selm-status absent; fi"
+  answer=$(tpus tpu-vm ssh "$NAME" --worker=all --command="$ask" </dev/null 2>/dev/null) || return 1
+  sed -n 's/^selm-status //p' <<<"$answer"
+}

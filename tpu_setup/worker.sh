@@ -1,0 +1,217 @@
+#!/usr/bin/env bash
+# What a worker does. It comes with the checkout into ~/selm and is called by the scripts beside it.
+#
+#   install [SHARED]            a virtual environment with ~/selm; runs/ on this disk or on a share
+#   prepare-secrets             an empty file for tokens, which only this user may read
+#   check-bucket RUN BUCKET     writes the time into runs/RUN/started there
+#   restore RUN BUCKET          runs/RUN from the bucket, unless it is here
+#   start RUN EXPERIMENT ...    selm run, detached; its log is ~/selm-logs/RUN.log
+#   copy RUN BUCKET SECONDS     runs/RUN to the bucket every so often, and once more at its end
+#   status RUN                  `selm-status running|copying|exit N|absent`
+set -euo pipefail
+{ set +x; } 2>/dev/null
+cd "$HOME"
+
+VENV=$HOME/selm-venv
+LOGS=$HOME/selm-logs
+STATE=$HOME/.selm # mode 700
+RUNS=$HOME/selm/runs # a link to $HOME/selm-runs, or to the share
+SHARE=/mnt/selm
+
+fail() {
+  printf '%s: %s\n' "$(hostname)" "$*" >&2
+  exit 1
+}
+
+# --- install ----------------------------------------------------------------------------------------
+
+make_venv() {
+  local python
+  for python in python3.13 python3.12 python3.11; do
+    if command -v "$python" && "$python" -m venv --clear "$VENV"; then return; fi
+  done
+  # The images' own Python is 3.10. uv fetches a newer one.
+  python3 -m pip install --user --quiet uv
+  python3 -m uv venv --clear --seed --python 3.12 "$VENV"
+}
+
+mount_share() {
+  if mountpoint -q "$SHARE"; then return; fi
+  sudo apt-get install -y -qq nfs-common
+  sudo mkdir -p "$SHARE"
+  sudo mount -t nfs "$1" "$SHARE"
+  sudo chmod 1777 "$SHARE"
+}
+
+install() {
+  mkdir -p "$LOGS"
+  # A process of its own: inside `if` nothing would stop at the first failure.
+  if ! bash "$0" install-steps "$@" >"$LOGS/install.log" 2>&1; then
+    tail -n 20 "$LOGS/install.log" >&2
+    fail "the installation failed; the end of ~/selm-logs/install.log is above"
+  fi
+  echo "$(hostname): installed"
+}
+
+install_steps() {
+  local target=$HOME/selm-runs
+  if [[ -n ${1:-} ]]; then
+    mount_share "$1"
+    target=$SHARE
+  fi
+  mkdir -p "$target"
+  ln -sfn "$target" "$RUNS"
+  make_venv
+  "$VENV/bin/pip" install --quiet "$HOME/selm[tpu]"
+}
+
+# --- the bucket -------------------------------------------------------------------------------------
+
+# BUCKET/runs/RUN has two folders, a and b, and a file `latest` that names the whole one of them. A copy
+# goes into the other one and is named when it is complete: whenever a machine is lost, one is whole.
+latest() {
+  local answer
+  if answer=$(gcloud storage cat "$1/latest" 2>&1); then
+    [[ $answer == [ab] ]] || return 1
+    echo "$answer"
+  elif ! grep -Eqi 'matched no objects|not found|404' <<<"$answer"; then
+    printf '%s\n' "$answer" >&2
+    return 1
+  fi
+}
+
+check_bucket() {
+  date -u +%FT%TZ | gcloud storage cp - "$2/runs/$1/started" ||
+    fail "$2 cannot be written to by this machine's service account (README.md, 'The bucket')"
+}
+
+restore() {
+  local here=$RUNS/$1 there=$2/runs/$1 slot partial
+  if [[ -d $here ]]; then
+    echo "$(hostname): runs/$1 is here"
+    return
+  fi
+  slot=$(latest "$there") || fail "$there cannot be read"
+  if [[ -z $slot ]]; then
+    echo "$(hostname): $there has nothing yet"
+    return
+  fi
+  partial=$RUNS/.restoring/$1
+  rm -rf "$partial"
+  mkdir -p "$partial" "$(dirname "$here")"
+  gcloud storage rsync --recursive "$there/$slot" "$partial" >/dev/null || fail "$there/$slot was not copied"
+  mv "$partial" "$here"
+  echo "$(hostname): runs/$1 fetched from $there/$slot"
+}
+
+# stage.json first: what it calls done was whole before it said so. Then links, which takes no time and
+# no room: the run replaces its files, it does not write into them.
+snapshot() {
+  local here=$1 into=$2 stages=$2.stages
+  rm -rf "$into" "$stages"
+  mkdir -p "$into" "$stages"
+  (cd "$here" && find . -name stage.json -exec cp --parents -p {} "$stages" \;) || return 1
+  cp -al "$here/." "$into/" || return 1 # a file went away meanwhile: next time
+  find "$into" \( -name '*.partial' -o -name '*.orbax-checkpoint-tmp*' -o -name .lock \) \
+    -prune -exec rm -rf {} + || return 1
+  cp -a --remove-destination "$stages/." "$into/" || return 1
+  rm -rf "$stages"
+}
+
+copy_once() {
+  local run=$1 there=$2/runs/$1 slot
+  [[ -d $RUNS/$run ]] || return 0
+  snapshot "$RUNS/$run" "$RUNS/.snapshots/$run" || return 1
+  slot=$(latest "$there") || return 1
+  if [[ $slot == a ]]; then slot=b; else slot=a; fi
+  gcloud storage rsync --recursive --delete-unmatched-destination-objects \
+    "$RUNS/.snapshots/$run" "$there/$slot" >/dev/null || return 1
+  printf '%s' "$slot" | gcloud storage cp - "$there/latest" || return 1
+  echo "$(date -u +%FT%TZ) copied to $there/$slot"
+}
+
+copier() {
+  local run=$1 bucket=$2 every=$3 waited
+  while is_alive "$STATE/$(key "$run").run"; do
+    for ((waited = 0; waited < every; waited++)); do
+      is_alive "$STATE/$(key "$run").run" || break
+      sleep 1
+    done
+    copy_once "$run" "$bucket" || echo "$(date -u +%FT%TZ) not copied; again in $every s"
+  done
+  until copy_once "$run" "$bucket"; do sleep "$every"; done # all of it, now that it has ended
+}
+
+# --- the run ----------------------------------------------------------------------------------------
+
+key() { echo "${1//\//-}"; }
+
+is_alive() { [[ -f $1.pid ]] && kill -0 "$(<"$1.pid")" 2>/dev/null; }
+
+# detach FILE LOG COMMAND...: in a session of its own; its process id stands in FILE.pid.
+detach() {
+  local file=$1 log=$2
+  shift 2
+  mkdir -p "$LOGS"
+  (umask 077 && mkdir -p "$STATE")
+  setsid nohup "$@" >>"$log" 2>&1 </dev/null &
+  echo $! >"$file.pid"
+}
+
+start() {
+  local file
+  file=$STATE/$(key "$1")
+  if is_alive "$file.run"; then fail "runs/$1 is running here already"; fi
+  rm -f "$file.status"
+  detach "$file.run" "$LOGS/$(key "$1").log" bash "$0" run "$@"
+  echo "$(hostname): started"
+}
+
+run() {
+  local run=$1 experiment=$2 status=0
+  shift 2
+  if [[ -f $STATE/secrets ]]; then
+    # shellcheck disable=SC1091
+    source "$STATE/secrets"
+    rm -f "$STATE/secrets"
+  fi
+  cd "$HOME/selm"
+  "$VENV/bin/selm" run "$experiment" "output=runs/$run" "$@" || status=$?
+  echo "$status" >"$STATE/$(key "$run").status"
+}
+
+copy() {
+  local file
+  file=$STATE/$(key "$1").copy
+  if is_alive "$file"; then return; fi
+  detach "$file" "$LOGS/$(key "$1").copy.log" bash "$0" copier "$@"
+}
+
+status() {
+  local file
+  file=$STATE/$(key "$1")
+  if is_alive "$file.run"; then
+    echo "selm-status running"
+  elif is_alive "$file.copy"; then
+    echo "selm-status copying"
+  elif [[ -f $file.status ]]; then
+    echo "selm-status exit $(<"$file.status")"
+  else
+    echo "selm-status absent"
+  fi
+}
+
+prepare_secrets() (
+  umask 077
+  mkdir -p "$STATE"
+  rm -f "$STATE/secrets"
+  : >"$STATE/secrets"
+)
+
+case ${1:-} in
+  install | restore | start | run | copy | copier | status) "$@" ;;
+  install-steps) shift && install_steps "$@" ;;
+  check-bucket) shift && check_bucket "$@" ;;
+  prepare-secrets) prepare_secrets ;;
+  *) fail "worker.sh: unknown step '${1:-}'" ;;
+esac

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from selm_jax.lab.command import app as lab
 
 app = typer.Typer(
     help="Self-Exploring Language Models in JAX: align a language model by exploring.",
@@ -24,11 +27,17 @@ Iteration = Annotated[int, typer.Option("--iteration", "-t", help="1, 2, ...")]
 
 
 @app.command()
-def run(experiment: ConfigFile, overrides: Overrides = None) -> None:
+def run(
+    experiment: ConfigFile,
+    overrides: Overrides = None,
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="Rehearse it: a tiny random model, 64 made-up rows.")
+    ] = False,
+) -> None:
     """Run an experiment, or what is left of it, and write its report."""
     from selm_jax.iterate import iterate
 
-    iterate(_run(experiment, overrides))
+    iterate(_run(experiment, overrides, tiny))
 
 
 def _stage_verb(name: str, help: str) -> None:
@@ -46,6 +55,50 @@ _stage_verb("score", "One stage alone: log-probabilities under the reference.")
 _stage_verb("train", "One stage alone: the updates.")
 _stage_verb("export", "One stage alone: the policy as a Hugging Face folder.")
 _stage_verb("evaluate", "One stage alone: held-out answers and their reward.")
+
+
+@app.command()
+def preview(
+    experiment: ConfigFile,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option("--rows", "-n", min=0, help="Rows to show.")] = 8,
+    iteration: Iteration = 1,
+) -> None:
+    """Show what is trained on: rows coloured by role, counts and lengths. Computes nothing."""
+    from selm_jax import preview
+
+    preview.preview(_run(experiment, overrides), iteration, rows)
+
+
+@app.command()
+def annotate(
+    folder: Annotated[Path, typer.Argument(help="Run folder.", metavar="RUN")],
+    iteration: Annotated[
+        int | None, typer.Option("--iteration", "-t", help="1, 2, ...; the last one by default.")
+    ] = None,
+    minimum: Annotated[int | None, typer.Option(help="People who rank each prompt.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8642,
+    export: Annotated[Path | None, typer.Option(help="Write .jsonl or .parquet instead.")] = None,
+    layout: Annotated[str, typer.Option(help="Of --export: trl or ultrafeedback.")] = "trl",
+    read: Annotated[
+        Path | None, typer.Option("--import", help="Read rankings from such a file instead.")
+    ] = None,
+) -> None:
+    """Let people rank the answers of an iteration, on a page of this machine."""
+    from selm_jax.annotate import exchange, server
+    from selm_jax.stages.rank import put_questions
+
+    run = _finished(folder)
+    t = iteration or _last_generated(folder)
+    store, batch = put_questions(run, t, minimum)
+    if read is not None:
+        typer.echo(f"{read}: {exchange.import_pairs(store, batch, read)}")
+    elif export is not None:
+        typer.echo(f"{export}: {exchange.export_pairs(store, batch, export, layout)}")
+    else:
+        typer.echo(f"{store.path}: {len(store.items(batch))} questions. Ctrl-C ends.")
+        server.serve(store, batch, batch, host, port, typer.echo)
 
 
 @app.command()
@@ -117,14 +170,47 @@ def _is_for_the_user(error: Exception) -> bool:
     return isinstance(error, OSError) or package in ("selm_jax", "typer", "click")
 
 
-def _run(file: Path, overrides: list[str] | None):
+def _run(file: Path, overrides: list[str] | None, tiny: bool = False):
     from selm_jax import config
 
     experiment = config.load(file, overrides or [])
     _set_up_jax()
     from selm_jax.run import Run
 
+    if tiny:
+        from rich.console import Console
+
+        from selm_jax.tiny import shrink
+
+        experiment = shrink(experiment, Console())
     return Run(experiment)
+
+
+def _finished(folder: Path):
+    """The run in a folder, wherever the folder is now."""
+    from selm_jax import config
+
+    experiment = config.load(folder / "config.yaml", [f"output={json.dumps(str(folder))}"])
+    _set_up_jax()
+    from selm_jax.run import Run
+
+    return Run(experiment)
+
+
+def _last_generated(folder: Path) -> int:
+    """The last iteration whose answers are there. Raises ArtifactError if none is."""
+    from selm_jax import artifacts
+
+    done = [
+        int(each.name.removeprefix("iteration_"))
+        for each in folder.glob("iteration_[1-9]*")
+        if artifacts.Stages(each).read().get("generate", {}).get("done")
+    ]
+    if not done:
+        raise artifacts.ArtifactError(
+            f"{folder}: no iteration has answers yet; `selm generate` makes them"
+        )
+    return max(done)
 
 
 def _set_up_jax() -> None:
@@ -138,3 +224,6 @@ def _set_up_jax() -> None:
     # Of two programs in flight on forced CPU devices, each can hold the threads that the other's
     # collectives wait for; on other platforms this setting does nothing.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+app.add_typer(lab, name="lab", callback=_set_up_jax)

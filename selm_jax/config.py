@@ -9,6 +9,7 @@ comments below are the reference of all settings.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import difflib
 import re
 from collections.abc import Mapping, Sequence
@@ -55,10 +56,22 @@ class Data:
     rejected: str | None = None
     system: str | None = None  # system message put before every prompt
     portions: int | None = None  # iteration t takes the t-th of so many parts; None: one each
+    first_portion: int = 1  # the first iteration's: 2 leaves out what a warm start was trained on
     shuffle: bool = False  # before cutting the portions; the paper does not
     limit: int | None = None  # prompts per iteration at most
     heldout_limit: int | None = None
-    on_bad_row: Literal["error", "drop"] = "error"
+    on_bad_row: Literal["error", "drop"] = "error"  # also of answers that spell out an end token
+    duplicate_ids: Literal["error", "number"] = "error"  # number: the second p is p#2
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Text:
+    layout: Literal["default", "paper"] = "default"  # paper: as the authors' code, to compare with
+    max_length: int = 1024  # of prompt + response; `layout: paper` alone cuts texts
+    max_prompt_length: int = 512  # what a prompt is cut to where both together are too long
+    template: dict[str, Any] = field(default_factory=dict)  # variables: {enable_thinking: false}
+    date: datetime.date = datetime.date(2024, 7, 26)  # "today" for templates that write the day;
+    # with the real one a run that is resumed tomorrow would have other prompts
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -82,14 +95,24 @@ class Rollout:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class Labels:
+    kind: Literal["scores", "bradley_terry"] = "scores"  # bradley_terry: drawn, by the scores' gap
+    temperature: float = 1.0  # of bradley_terry, in the unit of the scores
+    flip: float = 0.0  # how often a label is the wrong way round, from 0 to 0.5
+
+
+@dataclass(frozen=True, config=_STRICT)
 class Feedback:
     ranker: str = "sentiment"  # a name of selm_jax.feedback, or package.module:function
     settings: dict[str, Any] = field(default_factory=dict)  # of the ranker
-    rule: Literal["best_worst", "swap"] = "best_worst"
-    explore: Literal["greedy", "sample", "random"] = "greedy"  # which response is y_ref
+    rule: Literal["best_worst", "swap", "top_random"] = "best_worst"
+    explore: Literal["greedy", "sample", "random", "best", "worst"] = "greedy"  # which is y_ref
     ties: Literal["drop", "first"] = "drop"  # first: as the authors' code
     cut_off: Literal["keep", "drop"] = "keep"  # pairs with an answer cut at max_new_tokens
     min_margin: float = 0.0  # drop pairs whose scores differ by less
+    labels: Labels = Labels()  # for studies: how the pair's label comes from the scores
+    budget: int | None = None  # prompts per iteration that the ranker is asked about; None: all
+    acquisition: Literal["random", "reward_gap", "entropy"] = "random"  # which, under a budget
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -112,6 +135,16 @@ class Training:
     logprob_chunk: int = 32  # tokens per row whose logits exist at a time
     checkpoint_every: int = 100  # updates
     parameter_dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Lora:
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+    targets: str = "_proj$"  # regular expression over names such as self_attn.q_proj
+    rslora: bool = False  # scale alpha / sqrt(rank), not alpha / rank
+    base: Literal["full", "int8", "nf4"] = "full"  # int8, nf4: QLoRA, the base in 8 or 4 bits
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -141,6 +174,8 @@ class Experiment:
     data: Data
     objective: dict[str, Any]  # loss: a name or package.module:function; the rest are its settings
     training: Training
+    lora: Lora | None = None  # trains adapters; None trains all parameters
+    text: Text = Text()
     candidates: Candidates = Candidates()
     rollout: Rollout = Rollout()
     feedback: Feedback = Feedback()
@@ -155,8 +190,17 @@ class Experiment:
         return rates[0] if len(rates) == 1 else rates[iteration - 1]
 
     @property
+    def taught(self) -> bool:
+        """Whether the data set's answers are taught as they are: none compete, nobody ranks.
+
+        With `data.chosen` alone as answers (loss: sft), with `data.rejected` as pairs (offline dpo).
+        """
+        c = self.candidates
+        return c.dataset and not c.greedy and not c.samples and self.data.chosen is not None
+
+    @property
     def portions(self) -> int:
-        return self.data.portions or self.iterations
+        return self.data.portions or self.data.first_portion - 1 + self.iterations
 
 
 def load(file: Path, overrides: Sequence[str] = ()) -> Experiment:
@@ -206,6 +250,8 @@ def as_dict(part: Any) -> dict[str, Any]:
     """A (part of an) experiment as plain lists and dictionaries."""
 
     def plain(x):
+        if isinstance(x, datetime.date):
+            return x.isoformat()
         return list(x) if isinstance(x, tuple) else x
 
     def build(items):
@@ -220,20 +266,38 @@ def _inconsistencies(e: Experiment):
         yield f"training.learning_rate: {rates} values for {e.iterations} iterations"
     if e.iterations < 1:
         yield f"iterations: {e.iterations}, at least 1 was expected"
-    if e.iterations > e.portions:
-        yield f"data.portions: {e.portions} portions cannot feed {e.iterations} iterations"
+    if e.data.first_portion < 1:
+        yield f"data.first_portion: {e.data.first_portion}, at least 1 was expected"
+    if e.iterations > e.portions - e.data.first_portion + 1:
+        yield (
+            f"data.portions: {e.portions} portions cannot feed {e.iterations} iterations from "
+            f"data.first_portion: {e.data.first_portion} on"
+        )
     if "loss" not in e.objective:
         yield "objective.loss: missing; it names the loss, for instance `selm` or `dpo`"
     if e.candidates.greedy not in (0, 1):
         yield f"candidates.greedy: {e.candidates.greedy}; there is one greedy answer: 0 or 1"
-    if e.candidates.dataset and not (e.data.chosen and e.data.rejected):
+    if e.taught:
+        if e.text.layout == "paper" and not e.data.rejected:
+            yield "text.layout: paper lays out pairs; data.rejected names none"
+    elif e.candidates.dataset and not (e.data.chosen and e.data.rejected):
         yield (
             "candidates.dataset: the data set's answers are to compete, but data.chosen and "
             "data.rejected do not name their columns. For prompts alone set candidates.dataset: "
-            "false and candidates.samples"
+            "false and candidates.samples. To teach the data set's answers (loss: sft), name "
+            "data.chosen alone and set candidates.greedy: 0"
+        )
+    yield from _inconsistent_feedback(e)
+    for key in ("max_length", "max_prompt_length"):
+        if e.text.layout != "paper" and getattr(e.text, key) != getattr(Text(), key):
+            yield f"text.{key}: only text.layout: paper reads it; the default layout cuts nothing"
+    if not 0 < e.text.max_prompt_length < e.text.max_length:
+        yield (
+            f"text.max_prompt_length: {e.text.max_prompt_length}; at least 1 and less than "
+            f"text.max_length ({e.text.max_length}) was expected, or no response would be left"
         )
     count = e.candidates.greedy + e.candidates.samples + 2 * e.candidates.dataset
-    if count < 2:
+    if count < 2 and not e.taught:
         yield f"candidates: {count} in all; a pair needs at least 2"
     for key in (
         "global_batch",
@@ -248,6 +312,23 @@ def _inconsistencies(e: Experiment):
     for key in ("max_new_tokens", "slots", "prefill_rows", "max_prompt_tokens", "prompts_per_part"):
         if getattr(e.rollout, key) < 1:
             yield f"rollout.{key}: {getattr(e.rollout, key)}, at least 1 was expected"
+
+
+def _inconsistent_feedback(e: Experiment):
+    f = e.feedback
+    if f.budget is not None and f.budget < 1:
+        yield f"feedback.budget: {f.budget}, at least 1 was expected, or null for all prompts"
+    if f.budget is None and f.acquisition != "random":
+        yield f"feedback.acquisition: {f.acquisition}; only a feedback.budget has a use for it"
+    if not 0 < f.labels.temperature < float("inf"):
+        yield f"feedback.labels.temperature: {f.labels.temperature}, above 0 was expected"
+    if not 0 <= f.labels.flip <= 0.5:
+        yield f"feedback.labels.flip: {f.labels.flip}, from 0 to 0.5 was expected"
+    if f.ranker == "human" and e.data.heldout is not None:
+        yield (
+            "data.heldout: people compare the answers of one prompt, which measures no reward of "
+            "held-out ones; set data.heldout: null"
+        )
 
 
 def _set(tree: dict[str, Any], override: str) -> None:
@@ -282,8 +363,8 @@ def _explain(error: Mapping[str, Any]) -> str:
 def _group(path: Sequence[Any]) -> type:
     """The dataclass that holds the settings at a path of keys."""
     groups = {
-        "model": Model, "data": Data, "candidates": Candidates, "rollout": Rollout,
+        "model": Model, "data": Data, "text": Text, "candidates": Candidates, "rollout": Rollout,
         "feedback": Feedback, "training": Training, "compute": Compute,
-        "evaluation": Evaluation, "log": Log,
+        "evaluation": Evaluation, "log": Log, "lora": Lora, "feedback.labels": Labels,
     }  # fmt: skip
-    return groups[path[0]] if path else Experiment
+    return groups[".".join(map(str, path))] if path else Experiment

@@ -10,7 +10,7 @@ import datetime
 import importlib.metadata
 import json
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,19 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
 from selm_jax import artifacts
-from selm_jax.config import Experiment, dump
+from selm_jax.config import Experiment, as_dict, dump
 from selm_jax.feedback import ranker as rankers
 from selm_jax.log import Writers
-from selm_jax.models.decoder import Decoder, Params, abstract_params
-from selm_jax.models.families import DecoderConfig, read_config
+from selm_jax.models.config import DecoderConfig
+from selm_jax.models.decoder import Decoder, Params, abstract_adapters, abstract_params
+from selm_jax.models.families import read_config
+from selm_jax.models.lora import Lora
+from selm_jax.models.lora import init as fresh_adapters
+from selm_jax.models.quantize import check_installed, quantize
 from selm_jax.objectives.build import build as build_objective
 from selm_jax.objectives.losses import Objective
 from selm_jax.parallel.mesh import make_mesh
@@ -36,11 +39,13 @@ from selm_jax.preferences.packing import PreferenceBatch
 from selm_jax.progress import bar
 from selm_jax.rollout.engine import Engine
 from selm_jax.rollout.sampling import Sampling
-from selm_jax.text.chat import Chat
+from selm_jax.text.answers import check_answers, longest_answered
+from selm_jax.text.chat import Chat, ChatError
 from selm_jax.text.prompts import Message, Prompt, PromptSet, load_prompts, portion
 from selm_jax.training.optimizer import optimizer
 from selm_jax.training.update import Shardings, Update, make_update
 from selm_jax.weights import sources
+from selm_jax.weights.card import model_card
 from selm_jax.weights.huggingface import load
 
 _VERSIONS = ("selm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
@@ -80,15 +85,34 @@ class Run:
 
     @cached_property
     def config(self) -> DecoderConfig:
+        """Of the model, for the longest sequence of this run."""
+        return self._facts.for_length(self.longest_sequence)
+
+    @cached_property
+    def _facts(self) -> DecoderConfig:
         return read_config(self.start.path)
 
     @cached_property
+    def longest_sequence(self) -> int:
+        """Tokens of a prompt and its answer, at most.
+
+        The data set's answers are counted only where it matters: for a model with two tables of
+        rotary frequencies. What exceeds the model's positions is found when examples are made.
+        """
+        answered = self.longest_prompt + self.experiment.rollout.max_new_tokens
+        if not self._facts.has_two_tables or not self.experiment.candidates.dataset:
+            return answered
+        if self.experiment.text.layout == "paper":
+            return max(answered, self.experiment.text.max_length)
+        return max(answered, longest_answered(self.chat, self.every_prompt()))
+
+    @cached_property
     def chat(self) -> Chat:
-        chat = Chat(self.start.path)
-        if len(chat.tokenizer) > self.config.vocab_size:
+        chat = Chat(self.start.path, self.experiment.text)
+        if len(chat.tokenizer) > self._facts.vocab_size:
             raise RunError(
                 f"{self.start.path}: the tokenizer has {len(chat.tokenizer)} tokens, the model's "
-                f"embedding only {self.config.vocab_size}"
+                f"embedding only {self._facts.vocab_size}"
             )
         return chat
 
@@ -110,12 +134,35 @@ class Run:
 
     @cached_property
     def abstract_params(self) -> Params:
-        """Shapes, dtypes and shardings of the parameters in training."""
-        dtype = jnp.dtype(self.experiment.training.parameter_dtype)
+        """Shapes, dtypes and shardings of the model's parameters."""
+        return self._placed(abstract_params(self.config), self.experiment.training.parameter_dtype)
+
+    @cached_property
+    def lora(self) -> Lora | None:
+        if self.experiment.lora is None:
+            return None
+        settings = as_dict(self.experiment.lora)
+        del settings["base"]
+        return Lora(**settings)
+
+    @property
+    def quantized(self) -> str | None:
+        """How the base of adapters is quantised, if it is."""
+        lora = self.experiment.lora
+        return None if lora is None or lora.base == "full" else lora.base
+
+    @cached_property
+    def abstract_trained(self) -> Params:
+        """The same of what is trained: the adapters, or else all parameters."""
+        if self.lora is None:
+            return self.abstract_params
+        return self._placed(abstract_adapters(self.config, self.lora), "float32")
+
+    def _placed(self, boxed: Params, dtype: str) -> Params:
         return jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding),
-            nn.unbox(abstract_params(self.config)),
-            self.param_shardings,
+            lambda x, where: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=where),
+            nn.unbox(boxed),
+            shardings(boxed, self.mesh, TRAINING),
         )
 
     @cached_property
@@ -124,11 +171,34 @@ class Run:
 
     def load(self, folder: Path) -> Params:
         """The parameters of a model folder, each straight into its place on the mesh."""
-        where = flatten_dict(self.param_shardings)
         dtype = jnp.dtype(self.experiment.training.parameter_dtype)
-        return load(
-            folder, self.config, dtype=dtype, place=lambda path, x: jax.device_put(x, where[path])
-        )
+        return load(folder, self.config, dtype=dtype, shardings=self.param_shardings)
+
+    def start_of(self, t: int) -> Params:
+        """What iteration t starts from, which is its reference; quantised if `lora.base` says so."""
+        params = self.load(self.policy(t - 1))
+        if self.quantized is None:
+            return params
+        return jax.jit(quantize, static_argnums=1)(params, self.quantized)
+
+    def trained(self, start: Params, t: int) -> Params:
+        """What iteration t trains, before its first update: all parameters, or fresh adapters."""
+        if self.lora is None:
+            return start
+        return fresh_adapters(self.abstract_trained, jax.random.fold_in(self._key, t))
+
+    def fixed(self, start: Params, t: int) -> dict[str, Any]:
+        """What iteration t's updates are given and leave as it is: `training.loop.train`'s
+        `reference`, `base` and `key`."""
+        live = self.experiment.training.reference == "live"
+        if self.lora is None:  # a copy: the updates overwrite the parameters that they start from
+            return {"reference": self.load(self.policy(t - 1)) if live else None}
+        key = jax.random.fold_in(jax.random.fold_in(self._key, t), 1) if self.lora.dropout else None
+        return {"base": start, "reference": start if live else None, "key": key}
+
+    @property
+    def _key(self) -> jax.Array:
+        return jax.random.key(self.experiment.seed)
 
     def place(self, batch: PreferenceBatch) -> PreferenceBatch:
         """Puts a batch on the devices, cut by rows."""
@@ -157,34 +227,53 @@ class Run:
     def update(self) -> Update:
         replicated = NamedSharding(self.mesh, PartitionSpec())
         return make_update(
-            Decoder(self.config, self.dtype, self.experiment.training.remat),
+            Decoder(
+                self.config,
+                self.dtype,
+                self.experiment.training.remat,
+                lora=self.lora,
+                quantized=self.quantized is not None,
+            ),
             self.objective,
             self.optimizer,
             chunk=self.experiment.training.logprob_chunk,
             clip=self.experiment.training.clip,
-            shardings=Shardings(self.param_shardings, replicated),
+            shardings=Shardings(
+                jax.tree.map(lambda x: x.sharding, self.abstract_trained), replicated
+            ),
         )
 
     @cached_property
     def engine(self) -> Engine:
         r = self.experiment.rollout
-        longest = max(
-            len(self.chat.prompt_ids(p.messages)) for p in [*self.all_prompts, *self.heldout]
-        )
-        if longest > r.max_prompt_tokens:
-            raise RunError(
-                f"the longest prompt has {longest} tokens, rollout.max_prompt_tokens is "
-                f"{r.max_prompt_tokens}; raise it, or shorten the prompts"
-            )
         return Engine(
             decoder=Decoder(self.config, self.dtype, scan=False),
             sampling=Sampling(r.temperature, r.top_k, r.top_p, r.min_p),
             slots=r.slots,
-            max_prompt=longest,
+            max_prompt=self.longest_prompt,
             max_new_tokens=r.max_new_tokens,
             stop_ids=self.chat.stop_ids,
             prefill_rows=r.prefill_rows,
         )
+
+    @cached_property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt.
+
+        Raises:
+          RunError: it is longer than `rollout.max_prompt_tokens`, or the chat template refuses a
+            prompt. The message names it.
+        """
+        limit = self.experiment.rollout.max_prompt_tokens
+        of_each = [(len(self.prompt_ids(p)), p.id) for p in (*self.every_prompt(), *self.heldout)]
+        longest, name = max(of_each, key=lambda each: each[0])
+        if longest > limit:
+            long = sum(length > limit for length, _ in of_each)
+            raise RunError(
+                f"prompt {name} has {longest} tokens, rollout.max_prompt_tokens is {limit} "
+                f"({long} of {len(of_each)} prompts are longer); raise it, or shorten the prompts"
+            )
+        return longest
 
     @cached_property
     def ranker(self) -> rankers.Ranker:
@@ -199,14 +288,29 @@ class Run:
         return load_prompts(
             d.train, split=d.train_split, prompt=d.prompt, prompt_id=d.prompt_id, chosen=d.chosen,
             rejected=d.rejected, revision=d.revision, on_bad_row=d.on_bad_row,
+            duplicate_ids=d.duplicate_ids,
         )  # fmt: skip
 
     def prompts(self, t: int) -> list[Prompt]:
         """Those of iteration t."""
         d = self.experiment.data
         seed = self.experiment.seed if d.shuffle else None
-        found = portion(self.all_prompts, t, self.experiment.portions, shuffle_seed=seed)
+        index = d.first_portion - 1 + t
+        found = portion(self.all_prompts, index, self.experiment.portions, shuffle_seed=seed)
         return [self._with_system(p) for p in found[: d.limit]]
+
+    def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        """Ids of what the policy answers. Raises RunError, with the prompt's id, if there are none."""
+        try:
+            return self.chat.prompt_ids(prompt.messages)
+        except ChatError as e:
+            raise RunError(f"prompt {prompt.id}: {e}") from e
+
+    def every_prompt(self) -> Iterator[Prompt]:
+        """Those of all portions from the first iteration's on."""
+        e = self.experiment
+        for t in range(1, e.portions - e.data.first_portion + 2):
+            yield from self.prompts(t)
 
     @cached_property
     def heldout(self) -> list[Prompt]:
@@ -232,14 +336,25 @@ class Run:
         """Builds everything that can fail before any work is done."""
         _ = (self.objective, self.optimizer, self.ranker, self.all_prompts, self.heldout)
         e = self.experiment
+        there = ("chosen", "rejected") if e.data.rejected else ("chosen",)
+        if e.taught and not set(self.objective.roles) <= set(there):
+            raise RunError(
+                f"{self.objective} needs the roles {', '.join(self.objective.roles)}, but no "
+                f"candidates compete, and the data set has {' and '.join(there)} alone. Answers alone "
+                "can teach `loss: sft`, pairs `loss: dpo`; for y_ref set candidates.greedy: 1"
+            )
+        if self.quantized is not None:
+            check_installed()
         if e.training.rows % (self.mesh.shape["data"] * self.mesh.shape["fsdp"]):
             raise RunError(
                 f"training.rows is {e.training.rows}: rows are cut over the mesh axes data and "
                 f"fsdp ({self.mesh.shape['data']} x {self.mesh.shape['fsdp']})"
             )
-        for t in range(1, e.iterations + 1):
-            self.prompts(t)
-        _ = self.engine
+        if e.candidates.dataset or e.text.layout == "paper":
+            check_answers(
+                self.chat, self.every_prompt(), layout=e.text.layout, on_bad_row=e.data.on_bad_row
+            )
+        _ = (self.config, self.engine, self.lora)
         if e.training.parameter_dtype == "bfloat16" and min(e.training.learning_rate) < 1e-5:
             self.console.print(
                 "training.parameter_dtype is bfloat16: at this learning rate most steps are "
@@ -260,6 +375,7 @@ class Run:
                 "name": self.folder.name,
                 "method": self.experiment.objective["loss"],
                 "objective": self.experiment.objective,
+                "layout": self.experiment.text.layout,
                 "model": self.start.origin,
                 "parameters": self.parameters,
                 "versions": {v: importlib.metadata.version(v) for v in _VERSIONS},
@@ -271,15 +387,10 @@ class Run:
         )
 
     def model_card(self, t: int) -> str:
-        e = self.experiment
-        return (
-            f"---\nlibrary_name: transformers\nbase_model: {e.model.source}\n"
-            "tags: [selm, dpo, alignment]\n---\n\n"
-            f"# {self.folder.name}, iteration {t}\n\n"
-            f"Trained from `{e.model.source}` with selm_jax: {e.iterations} iterations of "
-            f"`{e.objective['loss']}` (Self-Exploring Language Models, arXiv 2405.19332).\n\n"
-            f"All settings:\n\n```yaml\n{dump(e)}```\n"
-        )
+        """The README.md of the policy after iteration t."""
+        lines = self.metrics_file.read_text().splitlines() if self.metrics_file.exists() else []
+        metrics = [json.loads(line) for line in lines]
+        return model_card(self.experiment, self.folder.name, t, self.start.origin, metrics)
 
     @cached_property
     def writers(self) -> Writers:

@@ -8,13 +8,17 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import tiny
+from flax.traverse_util import flatten_dict
 from rich.console import Console
 
 from selm_jax import config
 from selm_jax.artifacts import ArtifactError
 from selm_jax.iterate import iterate, run_stage
 from selm_jax.preferences.examples import from_parquet
-from selm_jax.run import Run
+from selm_jax.run import Run, RunError
+from selm_jax.stages.score import logps_of
+from selm_jax.stages.train import plan_of
+from selm_jax.weights.huggingface import load
 
 QUIET = Console(quiet=True)
 
@@ -67,9 +71,8 @@ def test_the_policy_moves_and_becomes_the_next_reference(finished):
     ).read_bytes()
     params = run.load(run.policy(1))
     examples = from_parquet(run.iteration(2) / "examples.parquet")
-    from selm_jax.stages import _logps
 
-    again = _logps(run, params, examples)
+    again = logps_of(run, params, examples)
     for stored, now in zip(examples, again, strict=True):
         np.testing.assert_allclose(stored.reference, now, rtol=1e-6, atol=1e-5)
 
@@ -132,6 +135,79 @@ def test_a_live_reference_gives_the_same_policy(finished, tmp_path):
     ):  # fmt: skip
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("base", ["full", "nf4"])
+def test_adapters_are_trained_exported_and_started_anew(base, finished, tmp_path):
+    """The base alone is the reference: each iteration starts at log 2, from the merged model."""
+    if base != "full":
+        pytest.importorskip("qwix")
+    _, folder = finished
+    run = go(
+        folder / "experiment.yaml",
+        f"output={tmp_path / 'run'}",
+        f"lora={{rank: 2, alpha: 4, dropout: 0.1, targets: q_proj|down_proj, base: {base}}}",
+        "training.checkpoint_every=100",
+    )
+    firsts = [m for m in metrics(run, "train") if m["step"] == 1]
+    assert [m["loss"] for m in firsts] == pytest.approx([np.log(2)] * 2, abs=1e-4)
+    assert all(m["grad_norm"] > 0 for m in firsts)
+    for t in (1, 2):
+        before, after = (load(run.policy(i), run.config) for i in (t - 1, t))
+        changed = {
+            path
+            for path, x in flatten_dict(after).items()
+            if np.abs(x - flatten_dict(before)[path]).max() > 1e-7
+        }
+        trained = {("layers", "attention", "q"), ("layers", "mlp", "down")}
+        # Four bits change the whole base, once: what they can hold they do not change again.
+        assert changed == trained if base == "full" or t == 2 else changed > trained
+        settings = json.loads((run.iteration(t) / "adapter/adapter_config.json").read_text())
+        assert settings["target_modules"] == ["down_proj", "q_proj"]
+        assert settings["base_model_name_or_path"] == str(run.policy(t - 1))
+        outputs = json.loads((run.iteration(t) / "stage.json").read_text())["export"]["outputs"]
+        assert set(outputs) == {"model", "adapter"}
+
+
+def test_a_base_model_is_taught_the_data_sets_answers(finished, tmp_path):
+    """loss: sft on conversations: prompts masked, nothing generated, ranked or scored."""
+    _, folder = finished
+    rows = [
+        {"prompt_id": f"p{i}", "messages": [
+            {"role": "user", "content": p}, {"role": "assistant", "content": "A kind answer."}]}
+        for i, p in enumerate(tiny.PROMPTS[:16])
+    ]  # fmt: skip
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    settings = (
+        f"data.train={tmp_path / 'chats.jsonl'}",
+        "data.chosen=messages",
+        "candidates={greedy: 0, samples: 0, dataset: true}",
+        "iterations=1",
+        "training.learning_rate=1e-2",
+        "training.epochs=4",
+    )
+    run = go(
+        folder / "experiment.yaml", f"output={tmp_path / 'run'}", "objective={loss: sft}", *settings
+    )
+    losses = [m["loss"] for m in metrics(run, "train")]
+    assert losses[-1] < 0.7 * losses[0]
+    examples = from_parquet(run.iteration(1) / "examples.parquet")
+    assert len(examples) == 16
+    end = run.chat.stop_ids[0]
+    for example in examples:
+        assert example.reference is None and dict(example.roles) == {"chosen": 0}
+        assert run.chat.text(example.responses[0]) == "A kind answer."
+        assert example.responses[0][-1] == end
+    # The first loss is the start model's mean over all answer tokens, and over no other.
+    logps = logps_of(run, run.load(run.policy(0)), plan_of(run, 1).updates[0])
+    tokens = sum(len(e.responses[0]) for e in plan_of(run, 1).updates[0])
+    assert losses[0] == pytest.approx(-sum(x for (x,) in logps) / tokens, rel=1e-5)
+
+    with pytest.raises(RunError, match="dpo needs the roles chosen, rejected"):
+        go(
+            folder / "experiment.yaml", f"output={tmp_path / 'dpo'}",
+            "objective={loss: dpo, beta: 0.1}", *settings,
+        )  # fmt: skip
 
 
 def test_a_preference_data_set_as_in_the_paper(finished, tmp_path):

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from selm_jax.models.config import DecoderConfig, LayerKind, Rope
 from selm_jax.models.decoder import Decoder
-from selm_jax.models.families import DecoderConfig, to_hf
+from selm_jax.models.families import to_hf
 from selm_jax.weights.huggingface import save
 
 TEMPLATE = (
@@ -53,14 +54,14 @@ def make_model(folder: Path, seed: int = 0) -> Path:
     )
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     config = DecoderConfig(
-        vocab_size=tokenizer.get_vocab_size(), embed=32, layers=2, heads=4, kv_heads=2,
-        head_dim=8, mlp=64, norm_eps=1e-5, rope_theta=1e4, tied=True, window=None,
+        vocab_size=tokenizer.get_vocab_size(), embed=32, heads=4, kv_heads=2,
+        head_dim=8, mlp=64, kinds=(LayerKind(Rope(1e4)),) * 2, norm_eps=1e-5, tied=True,
         max_positions=512, architecture="LlamaForCausalLM",
     )  # fmt: skip
     (folder / "config.json").write_text(json.dumps(to_hf(config) | {"eos_token_id": 1}))
     one = jnp.zeros((1, 2), jnp.int32)
     variables = Decoder(config).init(jax.random.key(seed), one, one, jnp.ones((1, 2, 2), bool))
-    save(nn.unbox(variables["params"]), config, folder / "model.safetensors")
+    save(nn.unbox(variables["params"]), config, folder)
     return folder
 
 

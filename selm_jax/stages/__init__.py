@@ -1,0 +1,179 @@
+"""The stages of an iteration: each reads finished files and writes finished files.
+
+    generate    responses/part-*.parquet   the policy's answers, as token ids
+    rank        ranked.parquet             every candidate with its score, rank and role
+    score       examples.parquet           what is trained on, with reference log-probabilities
+    train       checkpoints/               the state of training
+    export      model/                     a Hugging Face folder
+    evaluate    heldout.parquet            held-out answers of the new policy
+
+Nothing else passes between stages. What each may depend on is written down in `STAGES`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from selm_jax import artifacts
+from selm_jax.config import as_dict
+from selm_jax.memory import release
+from selm_jax.run import Run
+from selm_jax.stages.evaluate import evaluate
+from selm_jax.stages.generate import Counts, generate
+from selm_jax.stages.rank import rank
+from selm_jax.stages.score import score
+from selm_jax.stages.train import export, train_policy
+from selm_jax.text.prompts import digest as prompts_digest
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A stage, and all that its outcome may depend on.
+
+    `inputs` are digests by name; `settings` are the experiment's by dotted key; `outputs` are the
+    files and folders of the iteration that it leaves and that must stay as they are.
+    """
+
+    name: str
+    work: Callable[[Run, int], Counts]
+    inputs: Callable[[Run, int], Mapping[str, str]]
+    settings: Callable[[Run, int], Mapping[str, Any]]
+    outputs: Callable[[Run], tuple[str, ...]]
+
+    def run(self, run: Run, t: int) -> bool:
+        """Does the stage unless it is done; says whether it did."""
+        record = artifacts.Stages(run.iteration(t))
+        inputs, settings = self.inputs(run, t), self.settings(run, t)
+        if record.is_done(self.name, inputs, settings):
+            return False
+        began = time.perf_counter()
+        record.begin(self.name, inputs, settings)
+        counts = self.work(run, t)
+        seconds = time.perf_counter() - began
+        outputs = {name: run.iteration(t) / name for name in self.outputs(run)}
+        record.finish(self.name, inputs, settings, outputs, counts, seconds)
+        release()  # or the next stage's peak would stand on this one's leavings
+        run.say(self.name, t, counts, seconds)
+        return True
+
+
+def _always(*names: str) -> Callable[[Run], tuple[str, ...]]:
+    return lambda run: names
+
+
+def _policy(run: Run, t: int) -> dict[str, str]:
+    return {"policy": artifacts.digest(run.policy(t))}
+
+
+def _file(name: str) -> Callable[[Run, int], dict[str, str]]:
+    return lambda run, t: {name: artifacts.digest(run.iteration(t) / name)}
+
+
+def _prompts(run: Run, t: int) -> dict[str, str]:
+    return {"prompts": prompts_digest(run.prompts(t))}
+
+
+def _heldout(run: Run, t: int) -> dict[str, str]:
+    return {"heldout": prompts_digest(run.heldout), "start": _policy(run, 0)["policy"]}
+
+
+def _all(*parts: Callable[[Run, int], Mapping[str, str]]) -> Callable[[Run, int], dict[str, str]]:
+    return lambda run, t: {k: v for part in parts for k, v in part(run, t).items()}
+
+
+def _pick(*keys: str) -> Callable[[Run, int], dict[str, Any]]:
+    """Settings by dotted key; a key of a group stands for all its settings."""
+
+    def of(run: Run, t: int) -> dict[str, Any]:
+        tree, found = as_dict(run.experiment), {}
+        settings = tree["feedback"]["settings"]
+        tree["feedback"]["settings"] = _without(settings, _FREE_OF_RANKERS)
+        for key in keys:
+            value: Any = tree
+            for part in key.split("."):
+                value = None if value is None else value[part]  # a group that is not there
+            if isinstance(value, dict):
+                found |= {f"{key}.{k}": v for k, v in value.items()}
+            else:
+                found[key] = value
+        if "training.learning_rate" in found:
+            found["training.learning_rate"] = run.experiment.learning_rate(t)
+        # Where and in which portions the work is done changes nothing about what comes out.
+        return {k: v for k, v in found.items() if k not in _FREE}
+
+    return of
+
+
+def _without(tree: Any, keys: set[str]) -> Any:
+    """Nested lists and dictionaries without these keys."""
+    if isinstance(tree, dict):
+        return {k: _without(v, keys) for k, v in tree.items() if k not in keys}
+    return [_without(x, keys) for x in tree] if isinstance(tree, list) else tree
+
+
+# How a judge is reached and what it may cost; how many processes run a rule.
+_FREE_OF_RANKERS = {
+    *("concurrency", "timeout", "retries", "backoff", "cache", "base_url", "key_env", "workers"),
+    *("max_total_tokens", "max_cost", "price_prompt", "price_completion"),
+}
+_FREE = {"rollout.slots", "rollout.prefill_rows", "training.checkpoint_every"}
+_TEMPLATE = ("text.template", "text.date")
+_ANSWERS = ("rollout.max_new_tokens", "rollout.max_prompt_tokens")
+_SCORING = (
+    *("training.row_length", "training.rows", "training.logprob_chunk"),
+    *("compute.dtype", "lora.base"),
+)
+
+STAGES = (
+    Stage(
+        "generate",
+        generate,
+        _all(_prompts, lambda run, t: _policy(run, t - 1)),
+        _pick(
+            *("seed", "candidates.greedy", "candidates.samples", "rollout", "compute.dtype"),
+            *_TEMPLATE,
+        ),
+        _always("responses"),
+    ),
+    Stage(
+        "rank",
+        rank,
+        _all(_prompts, _file("responses")),
+        _pick("seed", "candidates.dataset", "feedback", "text.layout", *_TEMPLATE),
+        _always("ranked.parquet"),
+    ),
+    Stage(
+        "score",
+        score,
+        _all(_file("ranked.parquet"), lambda run, t: _policy(run, t - 1)),
+        _pick("text", *_SCORING),
+        _always("examples.parquet"),
+    ),
+    Stage(
+        "train",
+        train_policy,
+        _all(_file("examples.parquet"), lambda run, t: _policy(run, t - 1)),
+        _pick("seed", "objective", "training", "lora", "compute.dtype"),
+        _always(),
+    ),
+    Stage(
+        "export",
+        export,
+        _all(_file("examples.parquet"), lambda run, t: _policy(run, t - 1)),
+        _pick(),
+        lambda run: ("model",) if run.lora is None else ("model", "adapter"),
+    ),
+)
+EVALUATE = Stage(
+    "evaluate",
+    evaluate,
+    _all(_heldout, _policy),
+    _pick(
+        *("seed", "feedback.ranker", "feedback.settings", "evaluation"),
+        *(*_ANSWERS, *_TEMPLATE, *_SCORING),
+    ),
+    _always("heldout.parquet"),
+)

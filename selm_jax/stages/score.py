@@ -1,0 +1,95 @@
+"""score: what is trained on, with the reference's log-probabilities (examples.parquet)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+
+import pyarrow.parquet as pq
+
+from selm_jax import artifacts
+from selm_jax.models.decoder import Params
+from selm_jax.preferences.examples import ROLES, Example, to_table
+from selm_jax.preferences.packing import common_shape
+from selm_jax.run import Run, RunError
+from selm_jax.stages.generate import Counts
+from selm_jax.stages.rank import RANKED
+from selm_jax.text.layout import paper_row
+from selm_jax.training.loop import response_logps
+
+
+def score(run: Run, t: int) -> Counts:
+    """The reference, which is the iteration's start policy, scores every response once.
+
+    An objective that never looks at the reference needs no scores: they are null.
+    """
+    examples, cut = paired_examples(run, t)
+    logps: list[tuple[float, ...] | None] = [None] * len(examples)
+    if examples and not run.objective.reference_free:
+        params = run.start_of(t)
+        with run.bar(f"iteration {t}  score", len(examples), "examples") as advance:
+            logps[:] = logps_of(run, params, examples, lambda done: advance(done, 0))
+    scored = [
+        dataclasses.replace(e, reference=found) for e, found in zip(examples, logps, strict=True)
+    ]
+    artifacts.write_table(run.iteration(t) / "examples.parquet", to_table(scored))
+    return {
+        "examples": len(examples),
+        "responses": sum(len(e.responses) for e in examples),
+        "tokens": sum(e.tokens for e in examples),
+        **cut,
+    }
+
+
+def logps_of(
+    run: Run, params: Params, examples: Sequence[Example], report=lambda done: None
+) -> list[tuple[float, ...]]:
+    """Log-probability of every response of every example."""
+    settings = run.experiment.training
+    shape = common_shape([examples], rows=settings.rows, time=settings.row_length)
+    return response_logps(
+        examples, shape, lambda batch: run.update.logps(params, run.place(batch)), report
+    )
+
+
+def paired_examples(run: Run, t: int) -> tuple[list[Example], Counts]:
+    """The pairs of ranked.parquet, as token ids, a response with two roles once.
+
+    Returns:
+      the examples, and how many prompts and whose responses `text.layout: paper` has cut.
+    """
+    prompts = {p.id: p for p in run.prompts(t)}
+    text = run.experiment.text
+    pairs: dict[str, dict[str, dict]] = {}  # prompt id -> role -> its row
+    for row in pq.read_table(run.iteration(t) / "ranked.parquet", schema=RANKED).to_pylist():
+        for role in ROLES:
+            if row[role]:
+                pairs.setdefault(row["prompt_id"], {})[role] = row
+    examples, cut = [], Counter[str]()
+    for prompt_id, pair in pairs.items():
+        if (prompt := prompts.get(prompt_id)) is None:
+            raise RunError(
+                f"{run.iteration(t) / 'ranked.parquet'}: prompt {prompt_id} is not among the "
+                f"{len(prompts)} of iteration {t}; the data or its settings have changed"
+            )
+        if text.layout == "paper":
+            texts = {role: pair[role]["text"] for role in ROLES if role in pair}
+            length = text.max_length, text.max_prompt_length
+            row = paper_row(run.chat, prompt.messages, texts, *length)
+            examples.append(Example.of(prompt_id, row.prompt, row.responses))
+            cut.update(prompts_cut=row.prompt_cut, responses_cut=row.responses_cut)
+        else:
+            responses = {role: tuple(row["token_ids"]) for role, row in pair.items()}
+            examples.append(Example.of(prompt_id, run.prompt_ids(prompt), responses))
+        _check_length(run, examples[-1])
+    return examples, dict(cut)
+
+
+def _check_length(run: Run, example: Example) -> None:
+    longest = len(example.prompt) + max(map(len, example.responses))
+    if longest > run.config.max_positions:
+        raise RunError(
+            f"prompt {example.prompt_id}: with its longest answer it has {longest} tokens; the "
+            f"model was made for {run.config.max_positions} (max_position_embeddings)"
+        )

@@ -1,0 +1,93 @@
+"""train and export: the updates (checkpoints/), and the new policy (model/)."""
+
+from __future__ import annotations
+
+import jax
+
+from selm_jax import artifacts
+from selm_jax.models.lora import merge
+from selm_jax.models.quantize import dequantize
+from selm_jax.preferences.examples import from_parquet
+from selm_jax.run import Run, RunError
+from selm_jax.stages.generate import Counts
+from selm_jax.training.checkpoint import Checkpoints
+from selm_jax.training.loop import Plan, train
+from selm_jax.training.state import TrainState
+from selm_jax.weights.export import export_folder
+from selm_jax.weights.peft import export_adapter
+
+
+def train_policy(run: Run, t: int) -> Counts:
+    """Updates from the start policy, or from the last checkpoint of this stage."""
+    e = run.experiment
+    plan = plan_of(run, t)
+    checkpoints = Checkpoints(run.iteration(t) / "checkpoints")
+    if not checkpoints.has_final:
+        start = run.start_of(t)
+        state = TrainState.create(run.trained(start, t), run.optimizer)
+        state = checkpoints.latest(state) or state
+        fixed = run.fixed(start, t)
+        del start
+        run.forget_metrics(
+            lambda m: (
+                m["stage"] == "train"
+                and (m["iteration"] > t or (m["iteration"] == t and m["step"] > int(state.step)))
+            )
+        )
+        with run.bar(f"iteration {t}  train", len(plan.updates), "updates") as advance:
+            advance(int(state.step), 0)
+
+            def report(metrics):
+                run.log("train", t, metrics)
+                advance(1, metrics["tokens"])
+
+            state = train(
+                plan, run.update, state, checkpoints,
+                peak=e.learning_rate(t), place=run.place, report=report, **fixed,
+            )  # fmt: skip
+        del fixed
+        checkpoints.save_final(state.params)
+    return plan.counts()
+
+
+def plan_of(run: Run, t: int) -> Plan:
+    """The updates of iteration t, from its examples.
+
+    Raises:
+      RunError: an example lacks a role, or the reference's score, that the objective needs.
+    """
+    examples = from_parquet(run.iteration(t) / "examples.parquet")
+    stored = run.experiment.training.reference == "stored" and not run.objective.reference_free
+    for example in examples:
+        if absent := set(run.objective.roles) - set(example.roles):
+            raise RunError(
+                f"{run.objective} needs the roles {', '.join(run.objective.roles)}; prompt "
+                f"{example.prompt_id} has no {', '.join(sorted(absent))}"
+            )
+        if stored and example.reference is None:
+            raise RunError(
+                f"{run.objective} needs the reference's log-probabilities; prompt "
+                f"{example.prompt_id} has none. Remove 'score' from "
+                f"{run.iteration(t) / 'stage.json'} to score this iteration again"
+            )
+    e = run.experiment
+    return Plan.make(e.training, examples, e.seed, t)
+
+
+def export(run: Run, t: int) -> Counts:
+    """The trained parameters as a Hugging Face folder, complete with tokenizer and card."""
+    checkpoints = Checkpoints(run.iteration(t) / "checkpoints")
+    if not checkpoints.has_final:
+        raise artifacts.ArtifactError(
+            f"{checkpoints.folder}: the trained parameters are missing. Remove 'train' from "
+            f"{run.iteration(t) / 'stage.json'} to train this iteration again"
+        )
+    params = checkpoints.final(run.abstract_trained)
+    if (lora := run.lora) is not None:
+        with artifacts.whole(run.iteration(t) / "adapter") as partial:
+            export_adapter(params, run.config, lora, run.policy(t - 1), partial)
+        merged = jax.jit(lambda base, adapters: merge(dequantize(base), adapters, lora))
+        params = merged(run.start_of(t), params)
+    with artifacts.whole(run.iteration(t) / "model") as partial:
+        export_folder(params, run.config, run.start.path, partial, run.model_card(t))
+    return {"parameters": run.parameters}

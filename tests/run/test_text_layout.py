@@ -1,0 +1,161 @@
+"""What `text` changes in a run: rows that cannot be used, the authors' layout, and what is said."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tiny
+from rich.console import Console
+
+from selm_jax import artifacts, config, stages
+from selm_jax.run import Run, RunError
+from selm_jax.text.chat import UnusableAnswer
+from selm_jax.text.layout import paper_ids
+
+END = "<|im_end|>"
+PAIRS = {"data__chosen": "chosen", "data__rejected": "rejected", "candidates__dataset": True,
+         "candidates__samples": 0, "data__heldout": None, "iterations": 1}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.make_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture
+def make(tmp_path, model):
+    """A run of pairs, some of them bad, with the policy's answers already there."""
+    (tmp_path / "model").symlink_to(model)
+
+    def run(*bad: int, **changes) -> Run:
+        file = tiny.experiment(tmp_path, **PAIRS, training__learning_rate=1e-3, **changes)
+        rows = [
+            {"prompt_id": f"p{i}", "prompt": f"Say {i}.", "chosen": "Yes, " * (9 - i) + "yes.",
+             "rejected": f"No{END}" if i in bad else "No."}
+            for i in range(8)
+        ]  # fmt: skip
+        (tmp_path / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        found = Run(config.load(file), Console(quiet=True))
+        answers = [
+            {"prompt_id": f"p{i}", "sample": 0, "kind": "greedy", "token_ids": [40 + i, 1],
+             "text": found.chat.text([40 + i, 1]), "finish": "stop"}
+            for i in range(8)
+        ]  # fmt: skip
+        table = pa.Table.from_pylist(answers, schema=stages.RESPONSES)
+        artifacts.write_table(found.iteration(1) / "responses" / "part.parquet", table)
+        return found
+
+    return run
+
+
+def ranked(run: Run) -> list[dict]:
+    return pq.read_table(run.iteration(1) / "ranked.parquet").to_pylist()
+
+
+def test_an_answer_that_spells_out_an_end_token_stops_the_run_at_its_start(make):
+    run = make(3)
+    for work in (run.check, lambda: stages.rank(run, 1)):
+        with pytest.raises(UnusableAnswer, match=r"prompt p3, rejected: .*spells(.|\n)*on_bad_row"):
+            work()
+
+
+def test_or_its_prompt_is_dropped_and_counted(make):
+    run = make(3, 5, data__on_bad_row="drop")
+    run.check()
+    counts = stages.rank(run, 1)
+    assert counts["prompts"] == 8 and counts["pairs"] == 6
+    assert counts["drops"] == counts["drops/unusable_answer"] == 2
+    reasons = {row["prompt_id"]: row["dropped"] for row in ranked(run)}
+    assert {p for p, reason in reasons.items() if reason} == {"p3", "p5"}
+    assert set(reasons.values()) == {None, "unusable_answer"}
+    without = [r["prompt_id"] for r in ranked(run) if r["token_ids"] is None]
+    assert without == ["p3", "p5"]  # the answer that is bad; the others keep their ids
+    examples, _ = stages.paired_examples(run, 1)
+    assert [e.prompt_id for e in examples] == ["p0", "p1", "p2", "p4", "p6", "p7"]
+
+
+def test_the_default_layout_trains_on_the_ids_that_were_drawn(make):
+    run = make()
+    stages.rank(run, 1)
+    examples, cut = stages.paired_examples(run, 1)
+    assert cut == {}
+    for i, example in enumerate(examples):
+        assert example.prompt == run.chat.prompt_ids(run.prompts(1)[i].messages)
+        assert example.responses[example.roles["explore"]] == (40 + i, 1)
+
+
+def test_the_papers_layout_renders_every_response_from_its_text(make):
+    run = make(text__layout="paper")
+    run.check()
+    stages.rank(run, 1)
+    examples, cut = stages.paired_examples(run, 1)
+    assert len(examples) == 8 and cut == {"prompts_cut": 0, "responses_cut": 0}
+    for prompt, example in zip(run.prompts(1), examples, strict=True):
+        texts = {
+            role: row["text"]
+            for row in ranked(run)
+            for role in ("chosen", "rejected", "explore")
+            if row["prompt_id"] == prompt.id and row[role]
+        }
+        assert texts["explore"] == run.chat.text([40 + int(prompt.id[1]), 1])
+        for role, text in texts.items():
+            ids, response = paper_ids(run.chat, prompt.messages, text)
+            assert example.prompt == ids and example.responses[example.roles[role]] == response
+            assert response[-1] == 1 and response.count(1) == 2  # the template's and one more
+
+
+def test_what_the_papers_layout_cuts_is_counted(make):
+    run = make(text__layout="paper")
+    stages.rank(run, 1)
+    whole, _ = stages.paired_examples(run, 1)
+    lengths = sorted(len(e.prompt) + max(_lengths(e)) for e in whole)
+    limit, kept = lengths[4], lengths[4] - 30  # the prompts alone are longer than `kept`
+    run = make(text__layout="paper", text__max_length=limit, text__max_prompt_length=kept)
+    examples, cut = stages.paired_examples(run, 1)
+    changed = [(a.prompt != b.prompt, a.responses != b.responses)
+               for a, b in zip(whole, examples, strict=True)]  # fmt: skip
+    assert cut == {
+        "prompts_cut": sum(prompt for prompt, _ in changed),
+        "responses_cut": sum(responses for _, responses in changed),
+    }
+    assert 0 < cut["responses_cut"] <= 3 and all(
+        len(e.prompt) + max(_lengths(e)) <= limit for e in examples
+    )
+
+
+def _lengths(example) -> list[int]:
+    """Of the chosen and the rejected response."""
+    return [len(example.responses[example.roles[role]]) for role in ("chosen", "rejected")]
+
+
+@pytest.mark.parametrize("layout", ["default", "paper"])
+def test_a_whole_iteration_and_its_manifest(make, layout):
+    run = make(text__layout=layout)
+    with artifacts.only_one(run.folder):
+        run.check()
+        run.open()
+        for stage in stages.STAGES[1:4]:
+            stage.run(run, 1)
+    assert json.loads((run.folder / "manifest.json").read_text())["layout"] == layout
+    record = artifacts.Stages(run.iteration(1)).read()
+    assert record["score"]["settings"]["text.layout"] == layout
+    assert ("prompts_cut" in record["score"]["counts"]) == (layout == "paper")
+    assert record["train"]["done"]
+    losses = [json.loads(line)["loss"] for line in run.metrics_file.read_text().splitlines()]
+    assert losses[0] == pytest.approx(0.6931, abs=1e-3)
+
+
+def test_another_layout_does_not_go_on_from_these_files(make):
+    run = make()
+    stages.STAGES[1].run(run, 1)
+    other = make(text__layout="paper")
+    with pytest.raises(artifacts.ArtifactError, match=r"text.layout was 'default' and is now 'pap"):
+        stages.STAGES[1].run(other, 1)
+
+
+def test_a_prompt_that_is_too_long_is_named_with_its_system_message(make):
+    assert make(rollout__max_prompt_tokens=64).longest_prompt <= 64
+    run = make(rollout__max_prompt_tokens=64, data__system="Be as brief as you can ever be. " * 4)
+    with pytest.raises(RunError, match=r"prompt p0 has \d+ tokens.*is 64 \(8 of 8 prompts"):
+        run.check()

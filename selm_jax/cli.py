@@ -53,8 +53,34 @@ _stage_verb("generate", "One stage alone: the policy answers the iteration's pro
 _stage_verb("rank", "One stage alone: candidates are scored and paired.")
 _stage_verb("score", "One stage alone: log-probabilities under the reference.")
 _stage_verb("train", "One stage alone: the updates.")
-_stage_verb("export", "One stage alone: the policy as a Hugging Face folder.")
 _stage_verb("evaluate", "One stage alone: held-out answers and their reward.")
+
+
+@app.command()
+def export(
+    experiment: ConfigFile,
+    iteration: Iteration,
+    overrides: Overrides = None,
+    to: Annotated[
+        Path | None, typer.Option(help="Write the policy here as well, to be handed on.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Of the weights in --to: float32, bfloat16 or float16.")
+    ] = "bfloat16",
+) -> None:
+    """One stage alone: the policy as a Hugging Face folder; and, if asked, a copy to publish."""
+    from selm_jax import artifacts
+    from selm_jax.iterate import run_stage
+    from selm_jax.weights.export import convert_dtype
+
+    run = _run(experiment, overrides)
+    run_stage(run, "export", iteration)
+    if to is not None:
+        if to.exists():
+            raise artifacts.ArtifactError(f"{to}: is there already; --to makes a new folder")
+        with artifacts.whole(to) as partial:
+            convert_dtype(run.policy(iteration), partial, dtype)
+        typer.echo(f"{to}: the policy after iteration {iteration}, in {dtype}")
 
 
 @app.command()

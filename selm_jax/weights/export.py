@@ -11,7 +11,14 @@ import numpy as np
 
 from selm_jax.models.config import DecoderConfig
 from selm_jax.models.decoder import Params
-from selm_jax.weights.files import DTYPES, MAX_SHARD_BYTES, open_checkpoint, stored_like, write
+from selm_jax.weights.files import (
+    DTYPES,
+    MAX_SHARD_BYTES,
+    WeightsError,
+    open_checkpoint,
+    stored_like,
+    write,
+)
 from selm_jax.weights.huggingface import save
 
 # What goes with a model, byte for byte as it came: tokenizer, chat template, generation config, and
@@ -69,9 +76,12 @@ def convert_dtype(
       dtype: "float32", "bfloat16" or "float16".
 
     Raises:
-      WeightsError: `source` is not whole.
+      WeightsError: `source` is not whole, or another dtype.
     """
-    kind = next(np.dtype(known) for known in DTYPES.values() if np.dtype(known).name == dtype)
+    kinds = {np.dtype(known).name: np.dtype(known) for known in DTYPES.values()}
+    if dtype not in kinds:
+        raise WeightsError(f"dtype {dtype!r}: weights are stored as one of {', '.join(kinds)}")
+    kind = kinds[dtype]
     checkpoint = open_checkpoint(source)
     entries = {n: stored_like(t.shape, kind) for n, t in checkpoint.tensors.items()}
     _write_folder(source, folder, dtype)

@@ -151,7 +151,7 @@ def ssh(name: str, flags: dict) -> int:
     for home in homes(flags["worker"]):
         # A worker has nothing of the environment of the one who calls.
         environment = {
-            "HOME": str(home), "PATH": f"{ROOT / 'worker-bin'}:{ROOT / 'bin'}:/usr/bin:/bin",
+            "HOME": str(home), "PATH": f"{ROOT / 'worker_bin'}:{ROOT / 'bin'}:/usr/bin:/bin",
             "STANDIN": str(ROOT),
         }  # fmt: skip
         done = subprocess.run(

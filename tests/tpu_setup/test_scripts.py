@@ -285,7 +285,7 @@ def test_an_override_reaches_selm_as_it_was_written(cloud):
 def test_tokens_reach_the_run_and_nothing_else(cloud):
     done = cloud.script("watch", EXPERIMENT, trace=True)
     assert done.returncode == 0, done.stdout
-    assert [c[5] for c in cloud.calls if c[3] == "scp"] == [
+    assert [c[5] for c in cloud.calls if c[3:4] == ["scp"]] == [
         "selm-1:selm.tgz",
         "selm-1:.selm/secrets",
     ]

@@ -51,6 +51,7 @@ if [[ " $* " == *" fail=yes "* ]]; then echo "ERROR: the loss is not finite" >&2
 if [[ " $* " == *" stop=once "* && ! -e "$HOME/stopped" ]]; then touch "$HOME/stopped"; exit 75; fi
 for step in 1 2 3 4 5 6 7 8; do
   [[ -e $output/iteration_1/step-$step ]] && continue
+  while ((step > $(cat "$STANDIN/hold"))); do sleep 0.1; done # until it is preempted
   sleep 0.4
   echo "$(basename "$HOME")" >"$output/iteration_1/step-$step.partial"
   mv "$output/iteration_1/step-$step.partial" "$output/iteration_1/step-$step"

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from selm_jax.models.decoder import abstract_params
+from selm_jax.models.decoder import abstract_adapters, abstract_params
+from selm_jax.models.lora import Lora
 from selm_jax.parallel.mesh import AXES, MeshError, make_mesh
 from selm_jax.parallel.rules import TRAINING, partition, shardings
 
@@ -91,6 +92,8 @@ def test_a_table_that_lacks_an_axis_is_refused(tiny):
 
 
 def test_the_table_names_no_axis_that_nothing_has(tiny):
-    boxes = jax.tree.leaves(abstract_params(tiny()), is_leaf=lambda x: hasattr(x, "names"))
-    used = {axis for box in boxes for axis in box.names}
+    used = set()
+    for tree in (abstract_params(tiny()), abstract_adapters(tiny(), Lora(rank=4, alpha=8))):
+        boxes = jax.tree.leaves(tree, is_leaf=lambda x: hasattr(x, "names"))
+        used |= {axis for box in boxes for axis in box.names}
     assert set(TRAINING) == used | {"rows"}

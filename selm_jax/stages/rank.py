@@ -212,13 +212,12 @@ def _teach(run: Run, t: int) -> Counts:
     rows, unusable = [], 0
     for prompt in run.prompts(t):
         found = [(role, _of_data(run, prompt, role)) for role in roles]
-        usable = [(role, candidate) for role, candidate in found if candidate is not None]
-        if len(usable) < len(found):
+        if not all(usable for _, (_, usable) in found):
             unusable += 1
             continue
         rows += [
             _row(prompt, i, candidate) | {"rank": i + 1, role: True}
-            for i, (role, candidate) in enumerate(usable)
+            for i, (role, (candidate, _)) in enumerate(found)
         ]
     _write(run, t, rows)
     what = "pairs" if "rejected" in roles else "answers"
@@ -244,20 +243,20 @@ def _candidates(run: Run, prompt: Prompt, answers: Sequence[dict]) -> tuple[list
     if not run.experiment.candidates.dataset:
         return own, True
     found = [_of_data(run, prompt, source) for source in answers_of(prompt)]
-    return own + [c for c in found if c is not None], None not in found
+    return own + [candidate for candidate, _ in found], all(usable for _, usable in found)
 
 
-def _of_data(run: Run, prompt: Prompt, source: str) -> Candidate | None:
-    """One of the data set's answers; None if it cannot be used and bad rows are dropped."""
-    ids = None  # `layout: paper` makes ids of pairs, not of candidates
+def _of_data(run: Run, prompt: Prompt, source: str) -> tuple[Candidate, bool]:
+    """One of the data set's answers, and whether it can be used; where bad rows are errors, it can."""
+    ids, usable = None, True  # `layout: paper` makes ids of pairs, not of candidates
     if run.experiment.text.layout == "default":
         try:
             ids = answer_ids(run.chat, prompt, source)
         except UnusableAnswer:
             if run.experiment.data.on_bad_row == "error":
                 raise
-            return None
-    return Candidate(source, answers_of(prompt)[source], ids, "dataset", 0)
+            usable = False
+    return Candidate(source, answers_of(prompt)[source], ids, "dataset", 0), usable
 
 
 def _ranked_rows(

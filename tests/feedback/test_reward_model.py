@@ -23,7 +23,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 ATOL = 1e-4
-NEWLINE, END = 202, 1  # of the tiny tokenizer; the template ends with the one behind the other
+NEWLINE, END = 200, 1  # of the tiny tokenizer; the template ends with the one behind the other
 SIZES = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "intermediate_size": 64, "max_position_embeddings": 1024, "bos_token_id": 0, "eos_token_id": 1,
@@ -71,7 +71,7 @@ def make(tmp_path_factory):
         (folder / "model.safetensors").unlink()
         kind, own = FAMILIES[family]
         config = getattr(transformers, kind)(
-            **(SIZES | {"vocab_size": vocab, "pad_token_id": pad, "num_labels": 1} | own)
+            **(SIZES | {"vocab_size": vocab + 8, "pad_token_id": pad, "num_labels": 1} | own)
         )
         torch.manual_seed(0)
         model = transformers.AutoModelForSequenceClassification.from_config(
@@ -147,13 +147,16 @@ def test_the_pad_token_is_passed_over_where_it_ends_a_text_too(pad, make):
     if pad is not None:
         for side in ("left", "right"):
             np.testing.assert_allclose(ours, theirs(model, ids, side, pad), atol=ATOL)
-    elsewhere = theirs(make("llama")[1], ids)
+    try:  # what they would be if nothing ended with the pad token
+        model.config.pad_token_id = 2
+        elsewhere = theirs(model, ids)
+    finally:
+        model.config.pad_token_id = pad
     assert (np.abs(ours - elsewhere).max() > 0.1) == (pad == NEWLINE)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_no_neighbour_batch_or_mesh_changes_a_score(family, make, monkeypatch):
-    folder, _ = make(family)
+def test_no_neighbour_batch_or_mesh_changes_a_score(make, monkeypatch):
+    folder, _ = make("gemma2")  # whose layers' windows are another way to see too much
     ranker = build("reward_model", source=str(folder))
     whole = ranker.scores(QUESTIONS, CANDIDATES)
     assert whole[0][1] == whole[0][3]  # equal texts, to the bit
@@ -166,10 +169,9 @@ def test_no_neighbour_batch_or_mesh_changes_a_score(family, make, monkeypatch):
     backwards = ranker.scores(QUESTIONS[::-1], CANDIDATES[::-1])[::-1]
     for a, b in zip(whole, backwards, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
-    for q, texts, scores in zip(QUESTIONS, CANDIDATES, whole, strict=True):
-        for text, score in zip(texts, scores, strict=True):
-            ((own,),) = ranker.scores([q], [[text]])
-            assert abs(own - score) < 1e-5
+    for text, score in zip(CANDIDATES[0], whole[0], strict=True):
+        ((own,),) = ranker.scores(QUESTIONS[:1], [[text]])
+        assert abs(own - score) < 1e-5
     # Trees of few tokens, so that a question's answers come in several.
     monkeypatch.setattr("selm_jax.feedback.reward_model._TOGETHER", 64)
     for a, b in zip(whole, ranker.scores(QUESTIONS, CANDIDATES), strict=True):

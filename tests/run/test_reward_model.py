@@ -158,12 +158,14 @@ def test_it_ranks_the_answers_of_the_next_run(trained, tmp_path):
     run, _ = trained
     reward = str(run.iteration(1) / "model")
     feedback = {"ranker": "reward_model", "settings": {"source": reward}}
-    asking = Run(config.load(tiny.experiment(tmp_path, iterations=1, feedback=feedback)), QUIET)
-    iterate(asking)
+    once = {"iterations": 1, "training__learning_rate": 1e-3}
+    asking = Run(config.load(tiny.experiment(tmp_path, feedback=feedback, **once)), QUIET)
+    asking.check()
+    assert all(stage.run(asking, 1) for stage in STAGES[:2])
     ranked = pq.read_table(asking.iteration(1) / "ranked.parquet").to_pylist()
     assert len({row["score"] for row in ranked}) > 20
     counts = json.loads((asking.iteration(1) / "stage.json").read_text())["rank"]["counts"]
-    assert counts["ranker/candidates"] == 48 and counts["ranker/cut"] == 0
+    assert counts["ranker/candidates"] == 96 and counts["ranker/cut"] == 0
     by_prompt: dict[str, list[dict]] = {}
     for row in ranked:
         by_prompt.setdefault(row["prompt_id"], []).append(row)

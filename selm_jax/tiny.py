@@ -207,10 +207,11 @@ def _rows(data: Data, split: str, count: int) -> Iterator[dict[str, Any]]:
 
 
 def _feedback(feedback: Feedback) -> Feedback:
-    """Without what needs weights or a server; `length` needs nothing."""
+    """Without what needs weights, a server, or words; `length` needs nothing."""
     folder = str(feedback.settings.get("folder", ""))
     weights_are_here = feedback.ranker == "pairrm" and (Path(folder) / "config.json").exists()
-    if feedback.ranker not in ("pairrm", "judge", "mixture") or weights_are_here:
+    # A random model writes letters: to the sentiment rule all its answers are ties.
+    if feedback.ranker not in ("pairrm", "judge", "mixture", "sentiment") or weights_are_here:
         return feedback
     return replace(feedback, ranker="length", settings={})
 

@@ -160,14 +160,16 @@ def theory(seeds: Seeds = 128, seed: Seed = 0, out: Out = FOLDER) -> None:
 @app.command()
 def decoder(
     alphas: Annotated[str, typer.Option(help="Separated by commas.")] = "0.01,0.1,1",
-    seeds: Seeds = 32,
+    rounds: Annotated[int, typer.Option(help="Of 8 queries and 4 updates each.", min=1)] = 12,
+    rate: Annotated[float, typer.Option(help="Adam's learning rate.")] = 1e-3,
+    seeds: Seeds = 8,
     seed: Seed = 0,
     out: Out = FOLDER,
 ) -> None:
     """A real (tiny) decoder, trained by the packed update: its exact regret to that of DPO."""
     from selm_jax.lab import decoder_world
 
-    found = decoder_world.regret(_numbers(alphas), seeds, seed)
+    found = decoder_world.regret(_numbers(alphas), seeds, seed, rounds=rounds, rate=rate)
     records = _write(found, out / "lab_decoder.json")
     typer.echo(
         f"DPO: cumulative regret {records[0]['base']:.3f}; untrained: {records[0]['still']:.3f}"

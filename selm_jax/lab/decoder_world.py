@@ -49,7 +49,7 @@ CONFIG = families.from_hf(
         "hidden_act": "silu",
     }
 )
-ROUNDS = 12  # of a run
+ROUNDS, RATE = 12, 1e-3  # of a run
 CHUNK = 64  # tokens whose logits exist at a time
 PACKED = Shape(rows=8, time=64, scored=64, segments=32, branches=3)  # of the examples
 
@@ -167,7 +167,7 @@ def run(
     rounds: int = ROUNDS,
     queries: int = 8,
     updates: int = 4,
-    rate: float = 1e-3,
+    rate: float = RATE,
     settings: algorithms.Settings | None = None,
 ) -> list[float]:
     """Algorithm 2 with a fixed reference: the exact regret after each round.
@@ -195,21 +195,24 @@ def run(
     return regrets
 
 
-def regret(alphas: Sequence[float], seeds: int, seed: int = 0) -> list[stats.Record]:
+def regret(
+    alphas: Sequence[float], seeds: int, seed: int = 0, *, rounds: int = ROUNDS, rate: float = RATE
+) -> list[stats.Record]:
     """SELM's cumulative regret with a real decoder; differences to DPO (alpha 0), within a seed.
 
-    `still` is the regret of the decoder that is not trained at all, over as many rounds.
+    `still` is the regret of the decoder that is not trained at all, over as many rounds: what is
+    not well below it has learnt nothing.
     """
     worlds = [make(seed + s) for s in range(seeds)]
     totals = np.zeros((1 + len(alphas), seeds))
     for i, alpha in enumerate((0.0, *alphas)):
         objective = selm(worlds[0].world.beta / algorithms.Settings().temperature, alpha)
         for s, dw in enumerate(worlds):
-            totals[i, s] = sum(run(dw, objective, seed=seed + s))
+            totals[i, s] = sum(run(dw, objective, seed=seed + s, rounds=rounds, rate=rate))
     still = [float(exact.regret(dw.world, dw.world.log_reference)) for dw in worlds]
     return stats.correct(
         [
-            {"alpha": alpha, "still": float(np.mean(still)) * ROUNDS}
+            {"alpha": alpha, "still": float(np.mean(still)) * rounds}
             | stats.compare(total, totals[0])
             for alpha, total in zip(alphas, totals[1:], strict=True)
         ]

@@ -260,7 +260,6 @@ def conditions() -> list[Condition]:
         case("wide class", cell={"bound": 8.0}),
         case("64 descent steps", size={"steps": 64}),
         case("8 queries, 64 steps", size={"queries": 8, "steps": 64}),
-        case("infinite data, 64 steps", size={"steps": 64}, exact_data=True),
         case("adam", optimizer="adam", cell={"rate": 0.1}),
         case("beta 0.3", world={"beta": 0.3}, fit=dpo(0.3), bonus=optimism(1.0, 0.3)),
     ]

@@ -68,12 +68,12 @@ def regret(records: Sequence[Record], file: Path, made_by: str) -> None:
             row[0].set_ylabel("cumulative regret")
             row[1].legend(
                 *row[0].get_legend_handles_labels(), loc="upper center", ncols=5, frameon=False,
-                bbox_to_anchor=(1.1, -0.1),
+                bbox_to_anchor=(1.1, -0.14),
             )  # fmt: skip
         for axes in panels[-1]:
-            axes.set_xlabel("rounds", loc="right", labelpad=-2)
+            axes.set_xlabel("rounds")
         figure.subplots_adjust(
-            left=0.055, right=0.995, top=0.965, bottom=0.13, wspace=0.2, hspace=0.35
+            left=0.055, right=0.995, top=0.965, bottom=0.145, wspace=0.2, hspace=0.4
         )
         _save(figure, file, made_by + "; bands: 95 %")
 

@@ -210,11 +210,13 @@ def _rows(data: Data, split: str, count: int) -> Iterator[dict[str, Any]]:
 
 
 def _feedback(feedback: Feedback) -> Feedback:
-    """Without what needs weights or a server; `length` needs nothing."""
+    """Without what needs weights, a server, or words; `length` needs nothing."""
     of_weights = {"pairrm": "folder", "reward_model": "source"}
     folder = str(feedback.settings.get(of_weights.get(feedback.ranker, ""), ""))
     weights_are_here = feedback.ranker in of_weights and (Path(folder) / "config.json").exists()
-    if feedback.ranker not in (*of_weights, "judge", "mixture") or weights_are_here:
+    # A random model writes letters: to the sentiment rule all its answers are ties.
+    elsewhere = (*of_weights, "judge", "mixture", "sentiment")
+    if feedback.ranker not in elsewhere or weights_are_here:
         return feedback
     return replace(feedback, ranker="length", settings={})
 

@@ -71,6 +71,60 @@ def preview(
 
 
 @app.command()
+def plan(
+    experiment: ConfigFile,
+    overrides: Overrides = None,
+    topology: Annotated[
+        list[str] | None,
+        typer.Option(help="A slice such as v5e:4x8; may be repeated. Default: the devices here."),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="The model's config.json, where the model is not here.")
+    ] = None,
+    data_rows: Annotated[int | None, typer.Option(help="Rows of data.train.", min=1)] = None,
+    heldout_rows: Annotated[int | None, typer.Option(help="Rows of data.heldout.", min=1)] = None,
+    prompt_tokens: Annotated[int | None, typer.Option(help="Of a prompt, mean.", min=1)] = None,
+    response_tokens: Annotated[int | None, typer.Option(help="Of an answer, mean.", min=1)] = None,
+    mfu: Annotated[
+        float, typer.Option(help="Share of the peak arithmetic that is reached.", min=0.01, max=1)
+    ] = 0.4,
+    mbu: Annotated[
+        float, typer.Option(help="Share of the memory's bandwidth, in decoding.", min=0.01, max=1)
+    ] = 0.6,
+    price: Annotated[float | None, typer.Option(help="Dollars of a chip's hour.", min=0)] = None,
+    hbm: Annotated[float | None, typer.Option(help="GiB of a device, if not the known.")] = None,
+    tries: Annotated[
+        int, typer.Option(help="Changes to compile in search of one that fits.", min=0)
+    ] = 8,
+    json: Annotated[Path | None, typer.Option(help="Write the result here too.")] = None,
+) -> None:
+    """Compile it for a TPU slice that is not here: does it fit, how long, what does it cost?
+
+    Exit status 3 where it does not fit. Nothing is trained, no weights are read.
+    """
+    import jax
+
+    from selm_jax import config as experiments
+
+    if topology:  # the chips of this machine, if it has any, are for others
+        jax.config.update("jax_platforms", "cpu")
+    from selm_jax.plan import command
+    from selm_jax.plan.examine import Options
+    from selm_jax.plan.work import Assumed
+
+    given = list(overrides or [])
+    options = Options(
+        data_rows, heldout_rows, prompt_tokens, response_tokens, Assumed(mfu, mbu), hbm, price,
+        tries,
+    )  # fmt: skip
+    status = command.main(
+        lambda change: experiments.load(experiment, [*given, *change]),
+        topology or [], config=config, out=json, options=options,
+    )  # fmt: skip
+    raise typer.Exit(status)
+
+
+@app.command()
 def annotate(
     folder: Annotated[Path, typer.Argument(help="Run folder.", metavar="RUN")],
     iteration: Annotated[

@@ -10,7 +10,7 @@ import datetime
 import importlib.metadata
 import json
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -58,8 +58,15 @@ class RunError(ValueError):
 class Run:
     """An experiment at work in its folder."""
 
-    def __init__(self, experiment: Experiment, console: Console | None = None):
+    def __init__(
+        self,
+        experiment: Experiment,
+        console: Console | None = None,
+        devices: Sequence[Any] | None = None,
+    ):
+        """`devices`: all there are, if not given."""
         self.experiment = experiment
+        self.devices = devices
         self.folder = Path(experiment.output)
         self.console = console or Console()
 
@@ -116,17 +123,22 @@ class Run:
             )
         return chat
 
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        return self.chat.stop_ids
+
     @cached_property
     def dtype(self) -> Any:
         name = self.experiment.compute.dtype
         if name == "auto":  # XLA gains nothing from bfloat16 on CPU
-            name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+            on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+            name = "float32" if on_cpu else "bfloat16"
         return jnp.dtype(name)
 
     @cached_property
     def mesh(self) -> jax.sharding.Mesh:
         c = self.experiment.compute
-        return make_mesh((c.data, c.fsdp, c.tensor))
+        return make_mesh((c.data, c.fsdp, c.tensor), self.devices)
 
     @cached_property
     def param_shardings(self) -> Any:
@@ -201,15 +213,15 @@ class Run:
         return jax.random.key(self.experiment.seed)
 
     def place(self, batch: PreferenceBatch) -> PreferenceBatch:
-        """Puts a batch on the devices, cut by rows."""
+        """Puts a batch on the devices."""
+        return jax.tree.map(jax.device_put, batch, self.batch_shardings(batch))
+
+    def batch_shardings(self, batch: PreferenceBatch) -> PreferenceBatch:
+        """Where a batch lies: cut by rows."""
         axes = ("rows",) + (None,) * 8
-
-        def put(x):
-            return jax.device_put(
-                x, partition("batch", axes[: x.ndim], x.shape, self.mesh, TRAINING)
-            )
-
-        return jax.tree.map(put, batch)
+        return jax.tree.map(
+            lambda x: partition("batch", axes[: x.ndim], x.shape, self.mesh, TRAINING), batch
+        )
 
     # The parts that compute
 
@@ -252,7 +264,7 @@ class Run:
             slots=r.slots,
             max_prompt=self.longest_prompt,
             max_new_tokens=r.max_new_tokens,
-            stop_ids=self.chat.stop_ids,
+            stop_ids=self.stop_ids,
             prefill_rows=r.prefill_rows,
         )
 

@@ -102,19 +102,13 @@ def plan(
 
     Exit status 3 where it does not fit. Nothing is trained, no weights are read.
     """
-    import jax
-
     from selm_jax import config as experiments
-
-    if topology:  # the chips of this machine, if it has any, are for others
-        jax.config.update("jax_platforms", "cpu")
     from selm_jax.plan import command
     from selm_jax.plan.examine import Options
-    from selm_jax.plan.work import Assumed
 
     given = list(overrides or [])
     options = Options(
-        data_rows, heldout_rows, prompt_tokens, response_tokens, Assumed(mfu, mbu), hbm, price,
+        data_rows, heldout_rows, prompt_tokens, response_tokens, mfu, mbu, hbm, price,
         tries,
     )  # fmt: skip
     status = command.main(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.console import Console
 
 from selm_jax import artifacts
@@ -77,6 +78,7 @@ def _targets(names: Sequence[str], hbm: float | None, console: Console) -> list[
             style="yellow", highlight=False, soft_wrap=True,
         )  # fmt: skip
         return [local_target(hbm)]
+    jax.config.update("jax_platforms", "cpu")  # chips that are here are not to be taken for this
     return [target(name, hbm) for name in names]
 
 

@@ -24,6 +24,7 @@ class Options:
     """What the command line says of the data and of the machine; None takes data or settings.
 
     Attributes:
+      mfu, mbu: see `work.Assumed`.
       hbm: GiB of a device, in place of the target's own.
       price: dollars of a chip's hour.
       tries: programs that may be compiled in search of a remedy.
@@ -33,7 +34,8 @@ class Options:
     heldout_rows: int | None = None
     prompt_tokens: int | None = None
     response_tokens: int | None = None
-    assumed: work.Assumed = work.Assumed()
+    mfu: float = 0.4
+    mbu: float = 0.6
     hbm: float | None = None
     price: float | None = None
     tries: int = 8
@@ -140,7 +142,7 @@ def compiled(
         nothing = dataclasses.replace(nothing, mesh=dict(b.mesh.shape))
         batches = work.batches_of_update(b, lengths)
         programs = [p for p in phases(b, batches) if stage in (None, p.stage)]
-        todo = work.work_of(b, lengths, o.assumed)
+        todo = work.work_of(b, lengths, work.Assumed(o.mfu, o.mbu))
     except MeshError as error:
         return dataclasses.replace(nothing, problem=str(error))
     fits = tuple(_fit(program, where, console) for program in programs)

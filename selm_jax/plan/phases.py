@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from selm_jax.plan.measure import shard_bytes
 from selm_jax.plan.topology import Target
 from selm_jax.preferences.examples import ROLES
 from selm_jax.preferences.packing import PreferenceBatch, Shape, empty
+from selm_jax.rollout.engine import Programs, decoding_params, decoding_shardings, programs
 from selm_jax.run import Run
 from selm_jax.training.state import TrainState
 from selm_jax.weights.deberta import LARGE, PairRMConfig, dtypes, read_config
@@ -92,6 +93,10 @@ class Blueprint(Run):
         return jax.tree.map(_placed, jax.eval_shape(cast, self.abstract_params), where)
 
     @cached_property
+    def generation(self) -> Programs:
+        return programs(self.engine, self.decoding_params)
+
+    @cached_property
     def heldout_params(self) -> Mapping[str, int]:
         """`evaluate` keeps the parameters while it generates and ranks."""
         if self.experiment.data.heldout is None:
@@ -122,9 +127,7 @@ class Blueprint(Run):
     @cached_property
     def pairrm_sizes(self) -> tuple[Any, int]:
         s = self._pairrm_settings or {}
-        return pairrm.sizes(
-            s.get("dtype", "auto"), s.get("batch"), on_cpu=self.target.on_cpu
-        )
+        return pairrm.sizes(s.get("dtype", "auto"), s.get("batch"), on_cpu=self.target.on_cpu)
 
     @cached_property
     def abstract_ranker(self) -> Any:
@@ -226,18 +229,14 @@ def phases(b: Blueprint, batches: int) -> Iterator[Phase]:
 
 def _generation(b: Blueprint) -> Iterator[Phase]:
     """Prefill, refill, decode: `rollout.engine` in the order of its loop."""
-    engine, params, slots = b.engine, b.decoding_params, b.abstract_slots
-    cache = shard_bytes(slots)
+    p = b.generation
     kept = {**b.ranker_bytes, **b.heldout_params}
-    time = bucket(b.longest_prompt)
-    tokens = jax.ShapeDtypeStruct((engine.prefill_rows, time), np.int32)
-    lengths = jax.ShapeDtypeStruct((engine.prefill_rows,), np.int32)
-    given = (engine, params, tokens, lengths)
-    yield Phase("prefill", GENERATE, rollout.prefill, given, {**kept, "slots": cache})
+    slots, waiting = {"slots": shard_bytes(p.slots)}, {"prefilled": shard_bytes(p.prefilled)}
+    params = {"weights": shard_bytes(b.decoding_params)}
+    yield Phase("prefill", GENERATE, *p.prefill, {**kept, **slots})
+    yield Phase("refill", GENERATE, *p.insert, {**kept, **params})
     # What a prefill leaves waits until slots are free for all of it.
-    waiting = {"prefilled": shard_bytes(b.abstract_prefilled)}
-    given = (engine, params, slots, jax.ShapeDtypeStruct((), np.int32))
-    yield Phase("decode", GENERATE, rollout.decode, given, {**kept, **waiting})
+    yield Phase("decode", GENERATE, *p.decode, {**kept, **waiting})
 
 
 def _ranking(b: Blueprint) -> Phase:

@@ -68,7 +68,9 @@ def _hours(plan: Plan) -> Table:
         table.add_column(head, justify="right")
     for part in plan.work.parts:
         table.add_row(*_row(part))
-    whole = Part("together", sum(p.tokens for p in plan.work.parts), plan.work.flop, plan.work.hours)
+    whole = Part(
+        "together", sum(p.tokens for p in plan.work.parts), plan.work.flop, plan.work.hours
+    )
     table.add_section()
     table.add_row(*_row(whole), style="bold")
     return table
@@ -91,13 +93,12 @@ def _iterations(plan: Plan, options: Options, console: Console) -> None:
     if w.hours is None:
         _say(console, f"hours: the peak of {where.name} is not known here")
         return
-    a = options.assumed
     hours = w.hours * e.iterations
     cost = "" if options.price is None else f", ${hours * where.chips * options.price:,.0f}"
     console.print(
         f"[bold]{e.iterations} iteration{'s' * (e.iterations > 1)}: {hours:.1f} hours, "
-        f"{hours * where.chips:,.0f} chip hours{cost}[/] at {a.mfu:.0%} of the peak arithmetic and "
-        f"{a.mbu:.0%} of the memory's bandwidth (--mfu, --mbu); loading, compiling, saving not "
+        f"{hours * where.chips:,.0f} chip hours{cost}[/] at {options.mfu:.0%} of the peak arithmetic and "
+        f"{options.mbu:.0%} of the memory's bandwidth (--mfu, --mbu); loading, compiling, saving not "
         "counted",
         highlight=False,
     )  # fmt: skip

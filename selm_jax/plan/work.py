@@ -42,8 +42,8 @@ class Lengths:
 class Assumed:
     """Shares of what the chip could do at best. MFU as in PaLM (arXiv 2204.02311, appendix B)."""
 
-    mfu: float = 0.4
-    mbu: float = 0.6
+    mfu: float
+    mbu: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,7 +231,7 @@ def _decoding(b: Blueprint, of: Lengths, name: str, responses: int, assumed: Ass
     if not (target.peak and target.bandwidth):
         return Part(name, tokens, flop, None)
     steps = math.ceil(responses / slots) * of.response
-    read = shard_bytes(b.decoding_params) + shard_bytes(b.abstract_slots.cache)
+    read = shard_bytes(b.decoding_params) + shard_bytes(b.generation.slots.cache)
     by_memory = steps * read / (target.bandwidth * assumed.mbu)
     by_arithmetic = flop / (target.peak * len(target.devices) * assumed.mfu)
     return Part(name, tokens, flop, max(by_memory, by_arithmetic) / 3600)

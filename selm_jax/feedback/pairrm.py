@@ -94,7 +94,10 @@ class PairRM:
         self.config, self._params, self._tokens, self._mesh = config, params, tokens, mesh
         self._compat, self._batch = compat, batch
         self._counts: Counter[str] = Counter()
-        self._forward = program(config, dtype, on_cpu=jax.default_backend() == "cpu")
+        # On CPU one head's scores stay in the cache; four fill an accelerator well.
+        together = 1 if jax.default_backend() == "cpu" else 4
+        scorer = PairScorer(config.encoder, config.tasks, dtype, together)
+        self._forward = jax.jit(lambda params, *inputs: scorer.apply({"params": params}, *inputs))
 
     def scores(
         self, questions: Sequence[Question], candidates: Sequence[Sequence[str]]
@@ -275,12 +278,12 @@ class PairRM:
         """Comparisons of one padded length, as many as go together."""
         start = 0
         while start < len(todo):
-            time = padded(rows[todo[start].row].length(todo[start]))
-            most = self._devices * rows_together(self._batch, time)
+            time = _padded(rows[todo[start].row].length(todo[start]))
+            most = self._devices * 2 ** int(math.log2(max(1, self._batch * 512 // time)))
             stop = start
             while (
                 stop < min(len(todo), start + most)
-                and padded(rows[todo[stop].row].length(todo[stop])) == time
+                and _padded(rows[todo[stop].row].length(todo[stop])) == time
             ):
                 stop += 1
             yield todo[start:stop]
@@ -297,7 +300,7 @@ class PairRM:
         """
         per_device = 2 ** math.ceil(math.log2(-(-len(part) // self._devices)))
         count = per_device * self._devices
-        time = max(padded(rows[pair.row].length(pair)) for pair in part)
+        time = max(_padded(rows[pair.row].length(pair)) for pair in part)
         tokens = np.full((count, time), self._tokens.pad, np.int32)
         lengths = np.ones(count, np.int32)
         prefixes = np.zeros((count, 3), np.int32)
@@ -313,18 +316,6 @@ class PairRM:
             return jax.device_put(x, partition("batch", axes, x.shape, self._mesh, TRAINING))
 
         return self._forward(self._params, *map(place, (tokens, lengths, prefixes)))
-
-
-def program(config: PairRMConfig, dtype: Any, *, on_cpu: bool) -> Any:
-    """The jitted `(params, tokens, lengths, prefixes) -> logits`; see `PairScorer`."""
-    # On CPU one head's scores stay in the cache; four fill an accelerator well.
-    scorer = PairScorer(config.encoder, config.tasks, dtype, 1 if on_cpu else 4)
-    return jax.jit(lambda params, *inputs: scorer.apply({"params": params}, *inputs))
-
-
-def rows_together(batch: int, time: int) -> int:
-    """Rows of `time` tokens that one device takes at most, a power of two."""
-    return 2 ** int(math.log2(max(1, batch * 512 // time)))
 
 
 def mean_wins(matrix: Float64[np.ndarray, "n n"]) -> Float64[np.ndarray, " n"]:
@@ -359,7 +350,13 @@ def pairrm(
         WeightsError: the tensors are not those of the model.
     """
     _check_choice("compat", compat, COMPATS)
-    kind, batch = sizes(dtype, batch, on_cpu=jax.default_backend() == "cpu")
+    _check_choice("dtype", dtype, DTYPES)
+    on_cpu = jax.default_backend() == "cpu"
+    if batch is None:
+        batch = 2 if on_cpu else 16
+    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+        raise FeedbackError(f"pairrm: batch is {batch!r}; expected a whole number of at least 1.")
+    kind = jnp.dtype(("float32" if on_cpu else "bfloat16") if dtype == "auto" else dtype)
     path = resolve(folder).path
     config = read_config(path)
     tokens = PairTokens(path, config)
@@ -372,16 +369,6 @@ def pairrm(
     return PairRM(config, params, tokens, mesh, compat=compat, dtype=kind, batch=batch)
 
 
-def sizes(dtype: str, batch: int | None, *, on_cpu: bool) -> tuple[Any, int]:
-    """The dtype and the batch that these two settings stand for on such devices."""
-    _check_choice("dtype", dtype, DTYPES)
-    if batch is None:
-        batch = 2 if on_cpu else 16
-    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-        raise FeedbackError(f"pairrm: batch is {batch!r}; expected a whole number of at least 1.")
-    return jnp.dtype(("float32" if on_cpu else "bfloat16") if dtype == "auto" else dtype), batch
-
-
 def _check_choice(name: str, value: str, expected: tuple[str, ...]) -> None:
     if value not in expected:
         raise FeedbackError(
@@ -390,7 +377,7 @@ def _check_choice(name: str, value: str, expected: tuple[str, ...]) -> None:
         )
 
 
-def padded(length: int) -> int:
+def _padded(length: int) -> int:
     """The next of few lengths: multiples of 64, and from 512 on of 128."""
     step = 64 if length <= 512 else 128
     return -(-length // step) * step

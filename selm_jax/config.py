@@ -54,6 +54,8 @@ class Data:
     prompt_id: str = "prompt_id"  # column; where it is absent ids are digests of the prompts
     chosen: str | None = None  # columns of a preference data set (UltraFeedback: chosen, rejected)
     rejected: str | None = None
+    chosen_score: str | None = None  # columns of numbers: what the two answers are worth. For
+    rejected_score: str | None = None  # `margin` of bradley_terry; the second alone is 0 unsaid
     system: str | None = None  # system message put before every prompt
     portions: int | None = None  # iteration t takes the t-th of so many parts; None: one each
     first_portion: int = 1  # the first iteration's: 2 leaves out what a warm start was trained on
@@ -288,6 +290,14 @@ def _inconsistencies(e: Experiment):
             "data.chosen alone and set candidates.greedy: 0"
         )
     yield from _inconsistent_feedback(e)
+    if e.data.rejected_score and not e.data.chosen_score:
+        yield "data.rejected_score: there is no data.chosen_score to compare it with"
+    asks_for_scores = "bradley_terry" in str(e.objective.get("loss")) and e.objective.get("margin")
+    if asks_for_scores and not e.data.chosen_score:
+        yield (
+            "objective.margin: asks for gaps of the data's scores, but data.chosen_score (and "
+            "data.rejected_score) name no column of them"
+        )
     for key in ("max_length", "max_prompt_length"):
         if e.text.layout != "paper" and getattr(e.text, key) != getattr(Text(), key):
             yield f"text.{key}: only text.layout: paper reads it; the default layout cuts nothing"

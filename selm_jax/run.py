@@ -27,7 +27,7 @@ from selm_jax.feedback import ranker as rankers
 from selm_jax.log import Writers
 from selm_jax.models.config import DecoderConfig
 from selm_jax.models.decoder import Decoder, Params, abstract_adapters, abstract_params
-from selm_jax.models.families import read_config
+from selm_jax.models.families import read_as_reward_model, read_config
 from selm_jax.models.lora import Lora
 from selm_jax.models.lora import init as fresh_adapters
 from selm_jax.models.quantize import check_installed, quantize
@@ -96,16 +96,34 @@ class Run:
         return self._facts.for_length(self.longest_sequence)
 
     @cached_property
-    def _facts(self) -> DecoderConfig:
+    def _stored(self) -> DecoderConfig:
+        """The facts of the start model as its folder tells them."""
         return read_config(self.start.path)
+
+    @cached_property
+    def _facts(self) -> DecoderConfig:
+        """Those of what is trained: a reward model may begin from a language model."""
+        if self.objective.rates and self._stored.head is None:
+            return read_as_reward_model(self.start.path, self.chat.tokenizer.pad_token_id)
+        if self._stored.head is not None and not self.objective.rates:
+            raise RunError(
+                f"{self.start.path} is a reward model, which says nothing; {self.objective} trains "
+                "a language model. Name one as model.source, and this one as ranker: "
+                "`feedback: {ranker: reward_model, settings: {source: ...}}`"
+            )
+        return self._stored
 
     @cached_property
     def longest_sequence(self) -> int:
         """Tokens of a prompt and its answer, at most.
 
         The data set's answers are counted only where it matters: for a model with two tables of
-        rotary frequencies. What exceeds the model's positions is found when examples are made.
+        rotary frequencies. What exceeds the model's positions is found when examples are made. For a
+        reward model nothing is generated, so that there are no others.
         """
+        if self.objective.rates:
+            pairs = [*self.every_prompt(), *self.heldout] if self._facts.has_two_tables else []
+            return longest_answered(self.chat, pairs, whole=True) or 1
         answered = self.longest_prompt + self.experiment.rollout.max_new_tokens
         if not self._facts.has_two_tables or not self.experiment.candidates.dataset:
             return answered
@@ -116,10 +134,10 @@ class Run:
     @cached_property
     def chat(self) -> Chat:
         chat = Chat(self.start.path, self.experiment.text)
-        if len(chat.tokenizer) > self._facts.vocab_size:
+        if len(chat.tokenizer) > self._stored.vocab_size:
             raise RunError(
                 f"{self.start.path}: the tokenizer has {len(chat.tokenizer)} tokens, the model's "
-                f"embedding only {self._facts.vocab_size}"
+                f"embedding only {self._stored.vocab_size}"
             )
         return chat
 
@@ -182,9 +200,15 @@ class Run:
         return sum(x.size for x in jax.tree.leaves(self.abstract_params))
 
     def load(self, folder: Path) -> Params:
-        """The parameters of a model folder, each straight into its place on the mesh."""
+        """The parameters of a model folder, each straight into its place on the mesh.
+
+        A reward model that begins from a language model begins with a head of zeros.
+        """
         dtype = jnp.dtype(self.experiment.training.parameter_dtype)
-        return load(folder, self.config, dtype=dtype, shardings=self.param_shardings)
+        fresh = self.objective.rates and read_config(folder).head is None
+        return load(
+            folder, self.config, dtype=dtype, shardings=self.param_shardings, fresh_head=fresh
+        )
 
     def start_of(self, t: int) -> Params:
         """What iteration t starts from, which is its reference; quantised if `lora.base` says so."""
@@ -329,8 +353,10 @@ class Run:
         d = self.experiment.data
         if d.heldout is None:
             return []
+        pairs = self.objective.rates  # which are then what is looked at
         found = load_prompts(
             d.heldout, split=d.heldout_split, prompt=d.prompt, prompt_id=d.prompt_id,
+            chosen=d.chosen if pairs else None, rejected=d.rejected if pairs else None,
             revision=d.revision, on_bad_row=d.on_bad_row,
         )  # fmt: skip
         return [self._with_system(p) for p in found[: d.heldout_limit]]
@@ -355,6 +381,8 @@ class Run:
                 f"candidates compete, and the data set has {' and '.join(there)} alone. Answers alone "
                 "can teach `loss: sft`, pairs `loss: dpo`; for y_ref set candidates.greedy: 1"
             )
+        if self.objective.rates:
+            self._check_rated()
         if self.quantized is not None:
             check_installed()
         if e.training.rows % (self.mesh.shape["data"] * self.mesh.shape["fsdp"]):
@@ -364,14 +392,34 @@ class Run:
             )
         if e.candidates.dataset or e.text.layout == "paper":
             check_answers(
-                self.chat, self.every_prompt(), layout=e.text.layout, on_bad_row=e.data.on_bad_row
-            )
-        _ = (self.config, self.engine, self.lora)
+                self.chat, self.every_prompt(), layout=e.text.layout, on_bad_row=e.data.on_bad_row,
+                whole=self.objective.rates,
+            )  # fmt: skip
+        _ = (self.config, self.lora, None if self.objective.rates else self.engine)
         if e.training.parameter_dtype == "bfloat16" and min(e.training.learning_rate) < 1e-5:
             self.console.print(
                 "training.parameter_dtype is bfloat16: at this learning rate most steps are "
                 "smaller than its resolution, and most parameters will not move",
                 style="yellow",
+            )
+
+    def _check_rated(self) -> None:
+        """What a reward model's training asks of the experiment."""
+        e = self.experiment
+        if not (e.taught and e.data.rejected):
+            raise RunError(
+                f"{self.objective} trains a reward model on pairs of the data set: name data.chosen "
+                "and data.rejected, and set candidates: {greedy: 0, samples: 0, dataset: true}"
+            )
+        if e.lora is not None:
+            raise RunError(
+                f"{self.objective} trains a reward model, whose head adapters would leave at its "
+                "zeros; all parameters are trained: set lora: null"
+            )
+        if e.text.layout != "default":
+            raise RunError(
+                f"{self.objective} reads whole conversations, of which text.layout: "
+                f"{e.text.layout} knows nothing; set text.layout: default"
             )
 
     def open(self) -> None:
@@ -402,7 +450,8 @@ class Run:
         """The README.md of the policy after iteration t."""
         lines = self.metrics_file.read_text().splitlines() if self.metrics_file.exists() else []
         metrics = [json.loads(line) for line in lines]
-        return model_card(self.experiment, self.folder.name, t, self.start.origin, metrics)
+        rates = self.objective.rates
+        return model_card(self.experiment, self.folder.name, t, self.start.origin, metrics, rates)
 
     @cached_property
     def writers(self) -> Writers:

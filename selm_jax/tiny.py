@@ -203,14 +203,18 @@ def _rows(data: Data, split: str, count: int) -> Iterator[dict[str, Any]]:
             if column is not None:
                 turns = (("user", prompt), ("assistant", answer))
                 row[column] = [{"role": role, "content": content} for role, content in turns]
+        for column, score in ((data.chosen_score, 4.0), (data.rejected_score, 2.0)):
+            if column is not None:
+                row[column] = score
         yield row
 
 
 def _feedback(feedback: Feedback) -> Feedback:
     """Without what needs weights or a server; `length` needs nothing."""
-    folder = str(feedback.settings.get("folder", ""))
-    weights_are_here = feedback.ranker == "pairrm" and (Path(folder) / "config.json").exists()
-    if feedback.ranker not in ("pairrm", "judge", "mixture") or weights_are_here:
+    of_weights = {"pairrm": "folder", "reward_model": "source"}
+    folder = str(feedback.settings.get(of_weights.get(feedback.ranker, ""), ""))
+    weights_are_here = feedback.ranker in of_weights and (Path(folder) / "config.json").exists()
+    if feedback.ranker not in (*of_weights, "judge", "mixture") or weights_are_here:
         return feedback
     return replace(feedback, ranker="length", settings={})
 

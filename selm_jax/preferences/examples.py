@@ -30,6 +30,7 @@ class Example:
         that plays two roles stands here once.
       roles: role -> index into `responses`.
       reference: log-probability of each response under the reference, once it is scored.
+      scores: what the data says each response is worth, where it says so.
     """
 
     prompt_id: str
@@ -37,6 +38,7 @@ class Example:
     responses: tuple[tuple[int, ...], ...]
     roles: Mapping[str, int]
     reference: tuple[float, ...] | None = None
+    scores: tuple[float, ...] | None = None
 
     def __post_init__(self):
         if not self.prompt:
@@ -49,11 +51,13 @@ class Example:
         for role, i in self.roles.items():
             if role not in ROLES or not 0 <= i < len(self.responses):
                 raise ExampleError(f"example {self.prompt_id}: role {role!r} -> response {i}")
-        if self.reference is not None and len(self.reference) != len(self.responses):
-            raise ExampleError(
-                f"example {self.prompt_id}: {len(self.reference)} reference log-probabilities for "
-                f"{len(self.responses)} responses"
-            )
+        given = {"reference log-probabilities": self.reference, "scores": self.scores}
+        for what, numbers in given.items():
+            if numbers is not None and len(numbers) != len(self.responses):
+                raise ExampleError(
+                    f"example {self.prompt_id}: {len(numbers)} {what} for "
+                    f"{len(self.responses)} responses"
+                )
 
     @classmethod
     def of(cls, prompt_id: str, prompt: Ids, responses: Mapping[str, Ids]) -> Example:
@@ -79,6 +83,7 @@ SCHEMA = pa.schema(
         ("responses", pa.list_(pa.list_(pa.int32()))),
         *[(role, pa.int32()) for role in ROLES],
         ("reference", pa.list_(pa.float32())),
+        ("scores", pa.list_(pa.float32())),
     ]
 )
 
@@ -92,6 +97,7 @@ def to_table(examples: Sequence[Example]) -> pa.Table:
             "responses": e.responses,
             **{role: e.roles.get(role) for role in ROLES},
             "reference": e.reference,
+            "scores": e.scores,
         }
         for e in examples
     ]
@@ -105,9 +111,12 @@ def from_parquet(file: Path) -> list[Example]:
             tuple(row["prompt"]),
             tuple(map(tuple, row["responses"])),
             {role: row[role] for role in ROLES if row[role] is not None},
-            None
-            if row["reference"] is None
-            else tuple(float(np.float32(x)) for x in row["reference"]),
+            _floats(row["reference"]),
+            _floats(row["scores"]),
         )
         for row in pq.read_table(file, schema=SCHEMA).to_pylist()
     ]
+
+
+def _floats(numbers: Sequence[float] | None) -> tuple[float, ...] | None:
+    return None if numbers is None else tuple(float(np.float32(x)) for x in numbers)

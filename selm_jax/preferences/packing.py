@@ -28,6 +28,7 @@ from typing import Any
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
@@ -36,10 +37,11 @@ from selm_jax.preferences.examples import ROLES, Example, ExampleError
 
 @flax.struct.dataclass
 class PreferenceBatch:
-    """Rows of packed prompt trees. Fields as drawn above; the last three are per example.
+    """Rows of packed prompt trees. Fields as drawn above; the last four are per example.
 
     `roles[r, s, i]` is the response (0-based) that plays `ROLES[i]` in segment s; `weight` is 1 for
-    an example and 0 for an empty segment; `reference` holds stored log-probabilities (0 if none).
+    an example and 0 for an empty segment; `reference` holds stored log-probabilities (0 if none),
+    `scores` what the data says of the responses (0 if nothing).
     """
 
     tokens: Int[Array, "rows time"]
@@ -51,6 +53,7 @@ class PreferenceBatch:
     owner: Int[Array, "rows scored"]
     roles: Int[Array, "rows segments roles"]
     reference: Float[Array, "rows segments branches"]
+    scores: Float[Array, "rows segments branches"]
     weight: Float[Array, "rows segments"]
 
     def sum_by_response(
@@ -61,6 +64,15 @@ class PreferenceBatch:
         one_more = segments * branches + 1  # the last collects padding and is dropped
         sums = jax.vmap(lambda x, i: jax.ops.segment_sum(x, i, one_more))(per_token, self.owner)
         return sums[:, :-1].reshape(-1, segments, branches)
+
+    def last_of_response(self) -> Int[Array, "rows segments branches"]:
+        """Place in the row of each response's last token; -1 where there is no response."""
+        segments, branches = self.reference.shape[1:]
+        of_none = segments * branches  # prompts and padding
+        owner = jnp.where(self.branch > 0, (self.segment - 1) * branches + self.branch - 1, of_none)
+        place = jnp.broadcast_to(jnp.arange(self.tokens.shape[1]), self.tokens.shape)
+        last = jax.vmap(lambda x, i: jax.ops.segment_max(x, i, of_none + 1))(place, owner)
+        return jnp.maximum(last[:, :-1], -1).reshape(-1, segments, branches)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +183,7 @@ def empty(shape: Shape) -> PreferenceBatch:
         owner=ints(shape.scored) + shape.segments * shape.branches,
         roles=ints(shape.segments, len(ROLES)),
         reference=floats(shape.segments, shape.branches),
+        scores=floats(shape.segments, shape.branches),
         weight=floats(shape.segments),
     )
 
@@ -204,3 +217,5 @@ def _fill_row(batch: Any, r: int, examples: Sequence[Example], shape: Shape) -> 
         batch.weight[r, s] = 1
         if example.reference is not None:
             batch.reference[r, s, : len(example.reference)] = example.reference
+        if example.scores is not None:
+            batch.scores[r, s, : len(example.scores)] = example.scores

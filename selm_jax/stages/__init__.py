@@ -5,7 +5,8 @@
     score       examples.parquet           what is trained on, with reference log-probabilities
     train       checkpoints/               the state of training
     export      model/                     a Hugging Face folder
-    evaluate    heldout.parquet            held-out answers of the new policy
+    evaluate    heldout.parquet            held-out answers of the new policy; or, of a reward
+                pairs.parquet              model, its rewards of held-out pairs
 
 Nothing else passes between stages. What each may depend on is written down in `STAGES`.
 """
@@ -80,7 +81,7 @@ def _heldout(run: Run, t: int) -> dict[str, str]:
     return {"heldout": prompts_digest(run.heldout), "start": _policy(run, 0)["policy"]}
 
 
-def _all(*parts: Callable[[Run, int], Mapping[str, str]]) -> Callable[[Run, int], dict[str, str]]:
+def _all(*parts: Callable[[Run, int], Mapping[str, Any]]) -> Callable[[Run, int], dict[str, Any]]:
     return lambda run, t: {k: v for part in parts for k, v in part(run, t).items()}
 
 
@@ -105,6 +106,12 @@ def _pick(*keys: str) -> Callable[[Run, int], dict[str, Any]]:
         return {k: v for k, v in found.items() if k not in _FREE}
 
     return of
+
+
+def _rates(run: Run, t: int) -> dict[str, Any]:
+    """A reward model is given other ids, and evaluated on other things. Said only where it is so:
+    it is no setting of the experiment, but follows from its loss."""
+    return {"objective.rates": True} if run.objective.rates else {}
 
 
 def _without(tree: Any, keys: set[str]) -> Any:
@@ -142,14 +149,20 @@ STAGES = (
         "rank",
         rank,
         _all(_prompts, _file("responses")),
-        _pick("seed", "candidates.dataset", "feedback", "text.layout", *_TEMPLATE),
+        _all(
+            _pick(
+                *("seed", "candidates.dataset", "feedback", "text.layout", *_TEMPLATE),
+                *("data.chosen_score", "data.rejected_score"),
+            ),
+            _rates,
+        ),
         _always("ranked.parquet"),
     ),
     Stage(
         "score",
         score,
         _all(_file("ranked.parquet"), lambda run, t: _policy(run, t - 1)),
-        _pick("text", *_SCORING),
+        _all(_pick("text", *_SCORING), _rates),
         _always("examples.parquet"),
     ),
     Stage(
@@ -171,9 +184,12 @@ EVALUATE = Stage(
     "evaluate",
     evaluate,
     _all(_heldout, _policy),
-    _pick(
-        *("seed", "feedback.ranker", "feedback.settings", "evaluation"),
-        *(*_ANSWERS, *_TEMPLATE, *_SCORING),
+    _all(
+        _pick(
+            *("seed", "feedback.ranker", "feedback.settings", "evaluation"),
+            *(*_ANSWERS, *_TEMPLATE, *_SCORING),
+        ),
+        _rates,
     ),
-    _always("heldout.parquet"),
+    lambda run: ("pairs.parquet",) if run.objective.rates else ("heldout.parquet",),
 )

@@ -1,4 +1,5 @@
-"""evaluate: held-out answers of the new policy (heldout.parquet)."""
+"""evaluate: held-out answers of the new policy (heldout.parquet), or a reward model's rewards of
+held-out pairs (pairs.parquet)."""
 
 from __future__ import annotations
 
@@ -7,14 +8,15 @@ import dataclasses
 import pyarrow.parquet as pq
 
 from selm_jax import artifacts
-from selm_jax.evaluation import frontier
+from selm_jax.evaluation import frontier, pairs
 from selm_jax.preferences.examples import Example
 from selm_jax.rollout.engine import Request, decoding_params
 from selm_jax.rollout.sampling import Sampling
 from selm_jax.run import Run
 from selm_jax.stages.generate import Counts, response_row
 from selm_jax.stages.rank import question
-from selm_jax.stages.score import logps_of
+from selm_jax.stages.score import logps_of, rated_example, rewards_of
+from selm_jax.text.answers import answers as answers_of
 
 
 def evaluate(run: Run, t: int) -> Counts:
@@ -24,6 +26,8 @@ def evaluate(run: Run, t: int) -> Counts:
     estimate the policy's KL. The random numbers are the same in every iteration, so that differences
     are not theirs; their seed is the experiment's plus one, so that they are not those of training.
     """
+    if run.objective.rates:
+        return _evaluate_pairs(run, t)
     prompts = run.heldout
     e = run.experiment
     params = run.load(run.policy(t))
@@ -79,3 +83,30 @@ def evaluate(run: Run, t: int) -> Counts:
         for key in ("heldout/reward_greedy", "heldout/gain", "heldout/kl")
         if key in summary
     }
+
+
+def _evaluate_pairs(run: Run, t: int) -> Counts:
+    """How often reward model t puts the chosen answer of a held-out pair above the rejected one."""
+    prompts = run.heldout
+    texts = [answers_of(prompt) for prompt in prompts]
+    examples = [rated_example(run, p, each, {}) for p, each in zip(prompts, texts, strict=True)]
+    params = run.load(run.policy(t))
+    with run.bar(f"iteration {t}  evaluate", len(examples), "pairs") as advance:
+        rewards = rewards_of(run, params, examples, lambda done: advance(done, 0))
+    del params
+    rows = [
+        {
+            "prompt_id": prompt.id,
+            "prompt": prompt.messages[-1].content,
+            **each,
+            **{f"reward_{role}": found[e.roles[role]] for role in each},
+        }
+        for prompt, each, e, found in zip(prompts, texts, examples, rewards, strict=True)
+    ]
+    table = pairs.table(rows)
+    artifacts.write_table(run.iteration(t) / "pairs.parquet", table)
+    summary = pairs.summarize(table)
+    run.forget_metrics(lambda m: m["stage"] == "evaluate" and m["iteration"] == t)
+    run.log("evaluate", t, summary)
+    shown = ("heldout/accuracy", "heldout/accuracy_low", "heldout/accuracy_high")
+    return {"pairs": len(prompts)} | {key: summary[key] for key in shown}

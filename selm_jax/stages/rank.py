@@ -19,9 +19,9 @@ from selm_jax.feedback.labels import label
 from selm_jax.feedback.pairs import Candidate, Dropped, Pair, Report, draws, ranks, select
 from selm_jax.feedback.ranker import Question, reported
 from selm_jax.preferences.examples import ROLES, Example
-from selm_jax.run import Run
+from selm_jax.run import Run, RunError
 from selm_jax.stages.generate import RESPONSES, Counts
-from selm_jax.text.answers import answer_ids
+from selm_jax.text.answers import answer_ids, check_spelled
 from selm_jax.text.answers import answers as answers_of
 from selm_jax.text.chat import UnusableAnswer
 from selm_jax.text.prompts import Prompt
@@ -217,7 +217,8 @@ def _teach(run: Run, t: int) -> Counts:
             unusable += 1
             continue
         rows += [
-            _row(prompt, i, candidate) | {"rank": i + 1, role: True}
+            _row(prompt, i, candidate)
+            | {"rank": i + 1, role: True, "score": _score_of_data(run, prompt, role)}
             for i, (role, candidate) in enumerate(usable)
         ]
     _write(run, t, rows)
@@ -249,15 +250,34 @@ def _candidates(run: Run, prompt: Prompt, answers: Sequence[dict]) -> tuple[list
 
 def _of_data(run: Run, prompt: Prompt, source: str) -> Candidate | None:
     """One of the data set's answers; None if it cannot be used and bad rows are dropped."""
-    ids = None  # `layout: paper` makes ids of pairs, not of candidates
+    ids = None  # `layout: paper` and reward models make ids of pairs, not of candidates
     if run.experiment.text.layout == "default":
         try:
-            ids = answer_ids(run.chat, prompt, source)
+            if run.objective.rates:
+                check_spelled(run.chat, prompt, source)
+            else:
+                ids = answer_ids(run.chat, prompt, source)
         except UnusableAnswer:
             if run.experiment.data.on_bad_row == "error":
                 raise
             return None
     return Candidate(source, answers_of(prompt)[source], ids, "dataset", 0)
+
+
+def _score_of_data(run: Run, prompt: Prompt, role: str) -> float | None:
+    """What the data says that an answer is worth; None where the experiment names no column."""
+    d = run.experiment.data
+    column = {"chosen": d.chosen_score, "rejected": d.rejected_score}[role]
+    if column is None:
+        return None
+    value = prompt.row.get(column)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
+        found = f"holds {value!r}" if column in prompt.row else f"is not among {list(prompt.row)}"
+        raise RunError(
+            f"prompt {prompt.id}: column {column!r} (data.{role}_score) {found}; a number was "
+            "expected"
+        )
+    return float(value)
 
 
 def _ranked_rows(

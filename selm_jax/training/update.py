@@ -27,11 +27,13 @@ from jaxtyping import Array, Float
 from selm_jax.models.attention import tree_mask
 from selm_jax.models.decoder import Decoder, Params, unembedding
 from selm_jax.objectives.logprobs import token_logprobs
-from selm_jax.objectives.losses import Logps, Objective
+from selm_jax.objectives.losses import Logps, Objective, Rewards
 from selm_jax.preferences.examples import ROLES
 from selm_jax.preferences.packing import PreferenceBatch
+from selm_jax.preferences.rewards import response_rewards
 from selm_jax.training.state import TrainState
 
+PerExample = Float[Array, " segments"]
 Sums = dict[str, Float[Array, ""]]
 
 
@@ -66,17 +68,19 @@ def by_role(
 ) -> Logps:
     """The log-probabilities of each role's response, one entry per segment."""
     lengths = batch.sum_by_response(jnp.ones(batch.target.shape, jnp.float32))
-
-    def of_roles(per_response):
-        picked = jnp.take_along_axis(per_response, batch.roles, axis=2)
-        return {role: picked[..., i].reshape(-1) for i, role in enumerate(ROLES)}
-
     return Logps(
-        policy=of_roles(policy),
-        reference=of_roles(reference),
-        lengths=of_roles(lengths),
+        policy=_of_roles(batch, policy),
+        reference=_of_roles(batch, reference),
+        lengths=_of_roles(batch, lengths),
         mean_lengths=dict(zip(ROLES, mean_lengths, strict=True)),
     )
+
+
+def _of_roles(
+    batch: PreferenceBatch, per_response: Float[Array, "rows segments branches"]
+) -> dict[str, Float[Array, " segments"]]:
+    picked = jnp.take_along_axis(per_response, batch.roles, axis=2)
+    return {role: picked[..., i].reshape(-1) for i, role in enumerate(ROLES)}
 
 
 def loss_sums(
@@ -93,13 +97,17 @@ def loss_sums(
 ) -> tuple[Float[Array, ""], Sums]:
     """Sum of the loss over the batch's examples, and the sums of the metrics.
 
-    With `reference_params` the reference is run live by the same function; otherwise its stored
+    Of an objective that `rates`, `params` are a reward model's, and nothing else is looked at. With
+    `reference_params` the reference is run live by the same function; otherwise its stored
     log-probabilities are used. Both give the same numbers. With `base`, `params` are the adapters
     of the decoder's `lora`, and the base stays as it is.
     """
     if (base is None) != (decoder.lora is None):
         raise ValueError("a decoder with adapters needs `base`, one without has none")
     plain = decoder.clone(lora=None)
+    if objective.rates:
+        rewards = _of_roles(batch, response_rewards(decoder, params, batch))
+        return _sums(batch, *objective(Rewards(rewards, _of_roles(batch, batch.scores))))
     if base is None:
         policy = response_logps(plain, params, batch, chunk)
     else:
@@ -108,7 +116,13 @@ def loss_sums(
     if reference_params is not None:
         reference = response_logps(plain, reference_params, batch, chunk)
     logps = by_role(batch, policy, jax.lax.stop_gradient(reference), mean_lengths)
-    losses, metrics = objective(logps)
+    return _sums(batch, *objective(logps))
+
+
+def _sums(
+    batch: PreferenceBatch, losses: PerExample, metrics: dict[str, PerExample]
+) -> tuple[Float[Array, ""], Sums]:
+    """Over the batch's examples; empty segments do not count."""
     weight = batch.weight.reshape(-1)
     sums = {name: jnp.sum(weight * value) for name, value in metrics.items()}
     loss = jnp.sum(weight * losses)
@@ -122,6 +136,7 @@ class Update(NamedTuple):
     add(gradients*, sums*, params, batch, mean_lengths[, reference, base, key]) -> the same
     apply(state*, gradients, sums, learning_rate) -> (state, metrics)
     logps(params, batch) -> response log-probabilities [rows, segments, branches], no adapters
+    rewards(params, batch) -> the same of a reward model's rewards
 
     `params` and the state's are what is trained: all parameters, or the adapters on `base`.
     """
@@ -130,6 +145,7 @@ class Update(NamedTuple):
     add: Callable[..., tuple[Params, Sums]]
     apply: Callable[..., tuple[TrainState, Sums]]
     logps: Callable[..., Float[Array, "rows segments branches"]]
+    rewards: Callable[..., Float[Array, "rows segments branches"]]
 
 
 class Shardings(NamedTuple):
@@ -191,4 +207,5 @@ def make_update(
         logps=jax.jit(
             lambda params, batch: response_logps(decoder.clone(lora=None), params, batch, chunk)
         ),
+        rewards=jax.jit(lambda params, batch: response_rewards(decoder, params, batch)),
     )

@@ -11,6 +11,7 @@ import numpy as np
 
 from selm_jax.models.config import DecoderConfig
 from selm_jax.models.decoder import Params
+from selm_jax.models.families import reward_model_json
 from selm_jax.weights.files import DTYPES, MAX_SHARD_BYTES, open_checkpoint, stored_like, write
 from selm_jax.weights.huggingface import save
 
@@ -45,14 +46,14 @@ def export_folder(
     """Writes weights, config, tokenizer and model card into `folder`, which must not exist.
 
     The config is the source model's, key by key, since the model is of the same shape; only the
-    dtype of the stored weights is set anew.
+    dtype of the stored weights is set anew, and what makes a reward model of it, if it is one.
 
     Args:
       source: the Hugging Face folder that training started from.
       card: the text of README.md.
       max_shard_bytes: of one safetensors file.
     """
-    _write_folder(source, folder, str(params["embedding"].dtype))
+    _write_folder(source, folder, str(params["embedding"].dtype), config)
     (folder / "README.md").write_text(card, encoding="utf-8")
     save(params, config, folder, max_shard_bytes=max_shard_bytes)
 
@@ -81,9 +82,13 @@ def convert_dtype(
     write(folder, entries, values, max_shard_bytes=max_shard_bytes)
 
 
-def _write_folder(source: Path, folder: Path, dtype: str) -> None:
+def _write_folder(
+    source: Path, folder: Path, dtype: str, config: DecoderConfig | None = None
+) -> None:
     """All but the weights and the card."""
     hf: dict[str, Any] = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    if config is not None and config.head is not None:
+        hf = reward_model_json(hf, config.head.pad)
     folder.mkdir(parents=True)
     for pattern in _COPIED:
         for file in source.glob(pattern):

@@ -14,7 +14,8 @@ from rich.console import Console
 from selm_jax import artifacts
 from selm_jax.config import as_dict
 from selm_jax.models.config import DecoderConfig, UnsupportedModel
-from selm_jax.models.families import from_hf
+from selm_jax.models.families import from_hf, reward_model_json
+from selm_jax.objectives.build import build as build_objective
 from selm_jax.plan.examine import Load, Options, Plan, examine
 from selm_jax.plan.measure import versions
 from selm_jax.plan.table import show
@@ -48,7 +49,8 @@ def main(
     console = console or Console()
     e = load(())
     file = config or config_json(e.model.source, e.model.revision)
-    facts = read_facts(file)
+    settings = dict(e.objective)
+    facts = read_facts(file, build_objective(settings.pop("loss"), **settings).rates)
     console.print(f"model: the facts of {file}", highlight=False, soft_wrap=True)
     plans = []
     for each in _targets(topologies, options.hbm, console):
@@ -59,10 +61,13 @@ def main(
     return 0 if all(plan.fit for plan in plans) else DOES_NOT_FIT
 
 
-def read_facts(file: Path) -> DecoderConfig:
-    """Of the model that this config.json describes, under whatever name it is stored."""
+def read_facts(file: Path, rates: bool = False) -> DecoderConfig:
+    """Of the model that this config.json describes, under whatever name it is stored; with `rates`
+    of the reward model that begins from it."""
     try:
-        return from_hf(json.loads(file.read_text(encoding="utf-8")))
+        hf = json.loads(file.read_text(encoding="utf-8"))
+        facts = from_hf(hf)
+        return from_hf(reward_model_json(hf, 0)) if rates and facts.head is None else facts
     except ValueError as e:  # not JSON, or `UnsupportedModel`
         raise UnsupportedModel(f"{file}: {e}") from e
 

@@ -10,29 +10,23 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from selm_jax.config import Experiment
-from selm_jax.feedback import pairrm
-from selm_jax.models import deberta
 from selm_jax.models.config import DecoderConfig
 from selm_jax.models.quantize import quantize
-from selm_jax.parallel.mesh import make_mesh
-from selm_jax.parallel.rules import TRAINING, partition, shardings
 from selm_jax.plan.measure import shard_bytes
+from selm_jax.plan.rankers import Ranker, ranker_of
 from selm_jax.plan.topology import Target
 from selm_jax.preferences.examples import ROLES
 from selm_jax.preferences.packing import PreferenceBatch, Shape, empty
 from selm_jax.rollout.engine import Programs, decoding_params, decoding_shardings, programs
 from selm_jax.run import Run
 from selm_jax.training.state import TrainState
-from selm_jax.weights.deberta import LARGE, PairRMConfig, dtypes, read_config
 
 GENERATE, RANK, SCORE, TRAIN = "generate", "rank", "score", "train"
 
@@ -65,6 +59,10 @@ class Blueprint(Run):
         self._given, self.target = facts, target
 
     @cached_property
+    def _stored(self) -> DecoderConfig:
+        return self._given
+
+    @cached_property
     def _facts(self) -> DecoderConfig:
         return self._given
 
@@ -75,6 +73,8 @@ class Blueprint(Run):
     @cached_property
     def longest_sequence(self) -> int:
         e = self.experiment
+        if self.objective.rates:  # whole conversations, of which a row is to hold the longest
+            return min(e.training.row_length, self._facts.max_positions)
         answered = self.longest_prompt + e.rollout.max_new_tokens
         if not self._facts.has_two_tables or not e.candidates.dataset:
             return answered
@@ -106,51 +106,16 @@ class Blueprint(Run):
     # The ranker
 
     @cached_property
-    def pairrm(self) -> PairRMConfig | None:
-        """The PairRM among the rankers, if there is one; its published shape if it is not here."""
-        settings = self._pairrm_settings
-        if settings is None:
-            return None
-        folder = Path(str(settings.get("folder", "")))
-        here = (folder / "config.json").exists()
-        return read_config(folder) if here else PairRMConfig(LARGE)
-
-    @cached_property
-    def _pairrm_settings(self) -> Mapping[str, Any] | None:
-        f = self.experiment.feedback
-        parts = [{"ranker": f.ranker, "settings": f.settings}]
-        if f.ranker == "mixture":
-            parts = f.settings.get("parts", [])
-        found = [p.get("settings", {}) for p in parts if p["ranker"] == "pairrm"]
-        return found[0] if found else None
-
-    @cached_property
-    def pairrm_sizes(self) -> tuple[Any, int]:
-        s = self._pairrm_settings or {}
-        return pairrm.sizes(s.get("dtype", "auto"), s.get("batch"), on_cpu=self.target.on_cpu)
-
-    @cached_property
-    def abstract_ranker(self) -> Any:
-        """PairRM's parameters as each host lays them out over its devices; None without one."""
-        if (config := self.pairrm) is None:
-            return None
-        boxed = deberta.abstract_params(config.encoder, config.tasks)
-        kinds = dtypes(config.encoder, config.tasks, self.pairrm_sizes[0])
-        return jax.tree.map(
-            lambda x, kind, where: jax.ShapeDtypeStruct(x.shape, kind, sharding=where),
-            nn.unbox(boxed), kinds, shardings(boxed, self.ranker_mesh, TRAINING),
-        )  # fmt: skip
-
-    @cached_property
-    def ranker_mesh(self) -> jax.sharding.Mesh:
-        return make_mesh((-1, 1, 1), self.target.one_host)
+    def model_ranker(self) -> Ranker | None:
+        return None if self.experiment.taught else ranker_of(self.experiment, self.target)
 
     @cached_property
     def ranker_bytes(self) -> Mapping[str, int]:
-        """A ranker is built when the run starts, and stays."""
-        if self.abstract_ranker is None:
+        """PairRM is built when the run starts, and stays."""
+        ranker = self.model_ranker
+        if ranker is None or not ranker.stays:
             return {}
-        return {"PairRM": shard_bytes(self.abstract_ranker)}
+        return {ranker.name: shard_bytes(ranker.params)}
 
     # Training
 
@@ -204,10 +169,13 @@ def phases(b: Blueprint, batches: int) -> Iterator[Phase]:
       batches: packed batches of an update; with one, nothing is ever added.
     """
     e = b.experiment
-    if e.candidates.greedy or e.candidates.samples or e.data.heldout is not None:
+    answers = e.candidates.greedy or e.candidates.samples or e.data.heldout is not None
+    if answers and not b.objective.rates:
         yield from _generation(b)
-    if b.pairrm is not None and not e.taught:
-        yield _ranking(b)
+    if (ranker := b.model_ranker) is not None:
+        yield Phase(
+            "rank", RANK, ranker.function, (ranker.params, *ranker.inputs), b.heldout_params
+        )
     if not b.objective.reference_free:
         given = (b.abstract_start, b.abstract_batch)
         yield Phase("score", SCORE, b.update.logps, given, b.ranker_bytes)
@@ -237,24 +205,6 @@ def _generation(b: Blueprint) -> Iterator[Phase]:
     yield Phase("refill", GENERATE, *p.insert, {**kept, **params})
     # What a prefill leaves waits until slots are free for all of it.
     yield Phase("decode", GENERATE, *p.decode, {**kept, **waiting})
-
-
-def _ranking(b: Blueprint) -> Phase:
-    config = b.pairrm
-    assert config is not None
-    kind, batch = b.pairrm_sizes
-    # The longest: a source and two candidates fill the budget that they share.
-    time = pairrm.padded(config.source_tokens + 2 * config.candidate_tokens)
-    rows = len(b.target.one_host) * pairrm.rows_together(batch, time)
-
-    def ints(*shape):
-        axes = ("rows", None)[: len(shape)]
-        where = partition("batch", axes, shape, b.ranker_mesh, TRAINING)
-        return jax.ShapeDtypeStruct(shape, np.int32, sharding=where)
-
-    work = pairrm.program(config, kind, on_cpu=b.target.on_cpu)
-    given = (b.abstract_ranker, ints(rows, time), ints(rows), ints(rows, 3))
-    return Phase("rank", RANK, work, given, b.heldout_params)
 
 
 def _placed(x: Any, where: Any) -> jax.ShapeDtypeStruct:

@@ -88,12 +88,6 @@ class Target:
     def on_cpu(self) -> bool:
         return self.devices[0].platform == "cpu"
 
-    @property
-    def one_host(self) -> Sequence[Any]:
-        """The devices of one process: what a ranker has, which works alone on each host."""
-        first = self.devices[0].process_index
-        return [d for d in self.devices if d.process_index == first]
-
 
 def has_libtpu() -> bool:
     return importlib.util.find_spec("libtpu") is not None or "TPU_LIBRARY_PATH" in os.environ

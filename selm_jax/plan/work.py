@@ -155,8 +155,8 @@ def work_of(b: Blueprint, of: Lengths, assumed: Assumed) -> Work | None:
     total, scored = _example(b, of)
     per_row = _per_row(b, of)
 
-    def passes(name: str, tokens: int, flop: float) -> Part:
-        rate = target.peak and target.peak * devices * assumed.mfu
+    def passes(name: str, tokens: int, flop: float, on: int = devices) -> Part:
+        rate = target.peak and target.peak * on * assumed.mfu
         return Part(name, tokens, flop, flop / rate / 3600 if rate else None)
 
     def forward(rows: int, time: int, scored: int) -> float:
@@ -170,13 +170,10 @@ def work_of(b: Blueprint, of: Lengths, assumed: Assumed) -> Work | None:
         return [prefill, _decoding(b, of, f"{name}: decode", prompts * each, assumed)]
 
     def ranking(name: str, prompts: int, candidates: int) -> list[Part]:
-        pairs = prompts * candidates * (candidates - 1)
-        if (ranker := b.pairrm) is None or not pairs:
+        if (ranker := b.model_ranker) is None or not prompts * candidates:
             return []
-        budget = ranker.source_tokens + 2 * ranker.candidate_tokens
-        time = min(of.prompt + 2 * of.response, budget)
-        flop = pairs * flops.encoder(ranker.encoder, rows=1, time=time)
-        return [passes(name, pairs * time, flop)]
+        tokens, flop = ranker.read(of.prompt, of.response, candidates)
+        return [passes(name, prompts * tokens, prompts * flop, ranker.devices)]
 
     # Of a row so many tokens meet the unembedding (`packing.common_shape` rounds like this).
     step = max(t.row_length // 8, 1)

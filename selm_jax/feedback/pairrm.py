@@ -42,7 +42,8 @@ from selm_jax.feedback.ranker import (
     check_scores,
 )
 from selm_jax.models.deberta import PairScorer, Params, abstract_params
-from selm_jax.parallel.mesh import make_mesh, own_devices
+from selm_jax.parallel.alone import own_devices
+from selm_jax.parallel.mesh import make_mesh
 from selm_jax.parallel.rules import TRAINING, shardings
 from selm_jax.weights.deberta import PairRMConfig, load, read_config
 from selm_jax.weights.sources import resolve

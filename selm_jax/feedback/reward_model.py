@@ -33,7 +33,8 @@ from selm_jax.feedback.ranker import FeedbackError, Question, check_questions, c
 from selm_jax.models.config import DecoderConfig, LongRope
 from selm_jax.models.decoder import Decoder, Params, abstract_params
 from selm_jax.models.families import read_config
-from selm_jax.parallel.mesh import make_mesh, own_devices
+from selm_jax.parallel.alone import own_devices
+from selm_jax.parallel.mesh import make_mesh
 from selm_jax.parallel.rules import TRAINING, shardings
 from selm_jax.preferences.rewards import Ids, rewards_at, split
 from selm_jax.text.chat import Chat, ChatError

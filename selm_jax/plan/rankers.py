@@ -17,7 +17,8 @@ from selm_jax.feedback.buckets import Part, checked_batch, checked_dtype, parts
 from selm_jax.models import deberta, flops
 from selm_jax.models.decoder import abstract_params
 from selm_jax.models.families import read_config as read_decoder
-from selm_jax.parallel.mesh import make_mesh, own_devices
+from selm_jax.parallel.alone import own_devices
+from selm_jax.parallel.mesh import make_mesh
 from selm_jax.parallel.rules import TRAINING, partition, shardings
 from selm_jax.plan.topology import Target
 from selm_jax.weights.deberta import LARGE, PairRMConfig, dtypes, read_config

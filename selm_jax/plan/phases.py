@@ -101,7 +101,7 @@ class Blueprint(Run):
         """`evaluate` keeps the parameters while it generates and ranks."""
         if self.experiment.data.heldout is None:
             return {}
-        return {"parameters": shard_bytes(self.abstract_params)}
+        return {"policy": shard_bytes(self.abstract_params)}
 
     # The ranker
 
@@ -189,7 +189,7 @@ def phases(b: Blueprint, batches: int) -> Iterator[Phase]:
         yield Phase("gradients", TRAIN, b.update.gradients, b.update_arguments, held)
     else:
         given = (grads, sums, *b.update_arguments)
-        yield Phase("gradients + add", TRAIN, b.update.add, given, held)
+        yield Phase("gradients, add", TRAIN, b.update.add, given, held)
     rate = jax.ShapeDtypeStruct((), jnp.float32)
     given = (b.abstract_state, grads, sums, rate)
     yield Phase("apply", TRAIN, b.update.apply, given, {**b.ranker_bytes, **b.beside_updates})
@@ -199,7 +199,7 @@ def _generation(b: Blueprint) -> Iterator[Phase]:
     """Prefill, refill, decode: `rollout.engine` in the order of its loop."""
     p = b.generation
     kept = {**b.ranker_bytes, **b.heldout_params}
-    slots, waiting = {"slots": shard_bytes(p.slots)}, {"prefilled": shard_bytes(p.prefilled)}
+    slots, waiting = {"slots": shard_bytes(p.slots)}, {"prompts": shard_bytes(p.prefilled)}
     params = {"weights": shard_bytes(b.decoding_params)}
     yield Phase("prefill", GENERATE, *p.prefill, {**kept, **slots})
     yield Phase("refill", GENERATE, *p.insert, {**kept, **params})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -9,6 +10,11 @@ from selm_jax.plan.examine import Fit, Options, Plan
 from selm_jax.plan.measure import gib, versions
 from selm_jax.plan.topology import GIB
 from selm_jax.plan.work import Part
+
+_LEGEND = (
+    "args, temps: arguments, temporaries; beside: what else lies there meanwhile; needs: at the "
+    "worst moment; s: seconds to compile\n"
+)
 
 
 def show(plan: Plan, options: Options, console: Console) -> None:
@@ -26,6 +32,7 @@ def show(plan: Plan, options: Options, console: Console) -> None:
         _say(console, "mesh: " + ", ".join(f"{axis} {n}" for axis, n in plan.mesh.items()))
     if plan.fits:
         console.print(_memory(plan))
+        _say(console, _LEGEND)
     if plan.work is not None:
         console.print(_hours(plan))
         _iterations(plan, options, console)
@@ -35,11 +42,9 @@ def show(plan: Plan, options: Options, console: Console) -> None:
 
 
 def _memory(plan: Plan) -> Table:
-    table = Table(title="GiB on one device", title_justify="left", title_style="")
-    table.add_column("program")
-    for head in ("arguments", "temporaries", "output", "beside it", "most at once", "left"):
-        table.add_column(head, justify="right")
-    table.add_column("compiled, s", justify="right")
+    table = _table("GiB on one device", "program")
+    for head in ("args", "temps", "output", "beside", "needs", "fits", "s"):
+        table.add_column(head, justify="right", no_wrap=True)
     for each in plan.fits:
         m = each.memory
         sizes = [gib(n) if n >= 0 else "" for n in (m.arguments, m.temporaries, m.output)]
@@ -47,23 +52,34 @@ def _memory(plan: Plan) -> Table:
         needed = "?" if each.needed is None else gib(each.needed)
         style = "" if each.fits else "bold red"
         table.add_row(
-            each.name, *sizes, beside, needed, left(each),
-            f"{m.seconds:.0f}" + (" (earlier)" if m.cached else ""), style=style,
-        )  # fmt: skip
+            each.name, *sizes, beside, needed, left(each), f"{m.seconds:.0f}", style=style
+        )
+    return table
+
+
+def _table(title: str, first: str) -> Table:
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="",
+        box=SIMPLE,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column(first, no_wrap=True)
     return table
 
 
 def left(each: Fit) -> str:
     """What is left of the device's memory, or by how much it does not fit."""
     if each.fits and each.needed is not None:
-        return gib(each.hbm - each.needed)
-    return "does not fit" if each.needed is None else f"{gib(each.needed - each.hbm)} too much"
+        return f"{gib(each.hbm - each.needed)} left"
+    return "no" if each.needed is None else f"{gib(each.needed - each.hbm)} over"
 
 
 def _hours(plan: Plan) -> Table:
     assert plan.work is not None
-    table = Table(title="one iteration", title_justify="left", title_style="")
-    table.add_column("work")
+    table = _table("one iteration", "work")
     for head in ("tokens", "PFLOP", "hours"):
         table.add_column(head, justify="right")
     for part in plan.work.parts:
@@ -78,7 +94,8 @@ def _hours(plan: Plan) -> Table:
 
 def _row(part: Part) -> tuple[str, str, str, str]:
     hours = "unknown" if part.hours is None else f"{part.hours:.2f}"
-    return part.name, f"{part.tokens:,}", f"{part.flop / 1e15:,.3g}", hours
+    pflop = part.flop / 1e15
+    return part.name, f"{part.tokens:,}", f"{pflop:,.0f}" if pflop > 100 else f"{pflop:.3g}", hours
 
 
 def _iterations(plan: Plan, options: Options, console: Console) -> None:

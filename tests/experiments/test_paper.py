@@ -164,6 +164,9 @@ def test_rows_are_cut_evenly_over_the_chips_they_are_meant_for(name, chips):
     e = config.load(FILES[name])
     assert (e.compute.data, e.compute.fsdp, e.compute.tensor) == (1, -1, 1)
     assert e.training.rows % chips == 0
+    copies = chips // (e.compute.decode_tensor or 1)
+    assert e.compute.decode_tensor == 4 and copies * 4 == chips
+    assert e.rollout.slots % copies == e.rollout.prefill_rows % copies == 0
 
 
 def test_the_warm_start_runs_tiny_from_the_command_line(tmp_path, monkeypatch):

@@ -29,6 +29,7 @@ class TrainState:
         everywhere = jax.tree.leaves(params)[0].sharding
         if isinstance(everywhere, NamedSharding):
             everywhere = NamedSharding(everywhere.mesh, PartitionSpec())
+        step = jax.jit(lambda: jnp.zeros((), jnp.int32), out_shardings=everywhere)()
         # Said outright: zeros do not depend on the parameters, and XLA would put all on one device.
         shardings = optax.tree.map_params(
             optimizer,
@@ -38,4 +39,4 @@ class TrainState:
             transform_non_params=lambda _: everywhere,
         )
         opt_state = jax.jit(optimizer.init, out_shardings=shardings)(params)
-        return cls(jax.device_put(jnp.zeros((), jnp.int32), everywhere), params, opt_state)
+        return cls(step, params, opt_state)

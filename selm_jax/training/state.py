@@ -53,4 +53,5 @@ class TrainState:
         # Said outright: zeros do not depend on the parameters, and XLA would put all on one device.
         shardings = jax.tree.map(lambda x: x.sharding, like.opt_state)
         opt_state = jax.jit(optimizer.init, out_shardings=shardings)(params)
-        return cls(jax.device_put(jnp.zeros((), jnp.int32), like.step.sharding), params, opt_state)
+        step = jax.jit(lambda: jnp.zeros((), jnp.int32), out_shardings=like.step.sharding)()
+        return cls(step, params, opt_state)

@@ -50,7 +50,10 @@ ALPHA = {"zephyr_7b": 1e-3, "llama3_8b": 1e-4, "phi3_mini": 1e-3}
 def one_device():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "selm_jax.run.make_mesh", lambda sizes, _: make_mesh(sizes, jax.devices()[:1])
+            patch.setattr(
+                "selm_jax.run.make_mesh",
+                lambda sizes, *_, **__: make_mesh(sizes, jax.devices()[:1]),
+            )
         )
         yield
 

@@ -13,7 +13,7 @@ from selm_jax.parallel.mesh import MeshError
 from selm_jax.plan import work
 from selm_jax.plan.measure import Memory, gib, measure
 from selm_jax.plan.phases import Blueprint, Phase, phases
-from selm_jax.plan.remedies import Change, remedy
+from selm_jax.plan.remedies import Change, Fits, remedy
 from selm_jax.plan.topology import Target, target
 
 Load = Callable[[Sequence[str]], Experiment]  # the experiment with further overrides
@@ -108,22 +108,31 @@ def examine(
         console.print(f"  tried {tried[-1]}", style="dim", highlight=False, soft_wrap=True)
         return other.fit
 
-    stages = list(dict.fromkeys(each.stage for each in plan.fits if not each.fits))
     b = Blueprint(load(()), facts, where)
-    change = remedy(
-        b.experiment, stages, len(where.devices), work.longest_example(b),
-        lambda change, stage: try_it(change, where, stage),
-    )  # fmt: skip
-    instead = None
-    if change is None:  # more chips: the rows that they share must not be fewer than they are
+    change, instead = _change(plan, b, lambda change, stage: try_it(change, where, stage)), None
+    if change and not compiled(load(change), facts, where, options, console).fit:
+        change = None  # what helps one stage is too much for another
+    if not change:
+        # More chips. The rows that they share must not be fewer than they are.
+        rows = b.experiment.training.rows
         for name in where.larger:
             larger = target(name, options.hbm)
-            rows = max(b.experiment.training.rows, len(larger.devices))
-            more = () if rows == b.experiment.training.rows else (f"training.rows={rows}",)
+            few = rows < len(larger.devices)
+            more = (f"training.rows={len(larger.devices)}",) if few else ()
             if try_it(more, larger, None):
                 change, instead = more, name
                 break
     return dataclasses.replace(plan, change=change, instead=instead, tried=tuple(tried))
+
+
+def _change(plan: Plan, b: Blueprint, fits: Fits) -> Change | None:
+    devices = len(plan.target.devices)
+    if plan.problem:
+        parts = devices // b.experiment.compute.tensor
+        more = (f"training.rows={-(-b.experiment.training.rows // parts) * parts}",)
+        return more if fits(more, None) else None
+    stages = list(dict.fromkeys(each.stage for each in plan.fits if not each.fits))
+    return remedy(b.experiment, stages, devices, work.longest_example(b), fits)
 
 
 def compiled(

@@ -15,7 +15,7 @@ from selm_jax.parallel.mesh import MeshError
 from selm_jax.plan.phases import GENERATE, RANK, SCORE, TRAIN
 
 Change = tuple[str, ...]  # overrides, `key=value`
-Fits = Callable[[Change, str], bool]  # of a stage's programs under these changes
+Fits = Callable[[Change, str | None], bool]  # a stage's programs under these changes; None: all
 
 
 def remedy(
@@ -34,14 +34,20 @@ def remedy(
         more = _of_stage(list(_ladder(experiment, stage, devices, longest)), found, stage, fits)
         if more is None:
             return None
-        found += more
+        found = _replaced(found, more)
     return found
+
+
+def _replaced(old: Change, new: Change) -> Change:
+    """Both, the newer value of a setting alone."""
+    keys = {each.partition("=")[0] for each in new}
+    return (*(each for each in old if each.partition("=")[0] not in keys), *new)
 
 
 def _of_stage(ladder: list[Change], so_far: Change, stage: str, fits: Fits) -> Change | None:
     def allowed(change: Change) -> bool:
         try:
-            return fits(so_far + change, stage)
+            return fits(_replaced(so_far, change), stage)
         except MeshError:
             return False
 
@@ -52,8 +58,7 @@ def _of_stage(ladder: list[Change], so_far: Change, stage: str, fits: Fits) -> C
             return change
     together: Change = ()
     for i, change in enumerate(ladder):
-        keys = {each.partition("=")[0] for each in change}
-        together = tuple(x for x in together if x.partition("=")[0] not in keys) + change
+        together = _replaced(together, change)
         if i and allowed(together):
             return together
     return None

@@ -110,7 +110,8 @@ def _iterations(plan: Plan, options: Options, console: Console) -> None:
     if w.hours is None:
         _say(console, f"hours: the peak of {where.name} is not known here")
         return
-    hours = w.hours * e.iterations
+    before = next((p.hours for p in w.parts if p.name == "evaluate"), 0) or 0
+    hours = w.hours * e.iterations + before  # the start model is evaluated too
     cost = "" if options.price is None else f", ${hours * where.chips * options.price:,.0f}"
     console.print(
         f"[bold]{e.iterations} iteration{'s' * (e.iterations > 1)}: {hours:.1f} hours, "
@@ -133,11 +134,11 @@ def _verdict(plan: Plan, console: Console) -> None:
     for each in plan.fits:
         if each.memory.refused:
             _say(console, f"  {each.name}: {each.memory.refused}")
+    if plan.instead:
+        console.print(f"[bold]it fits on[/]  --topology {plan.instead}", highlight=False)
     if plan.change:
         console.print(f"[bold]it fits with[/]  {' '.join(plan.change)}", highlight=False)
-        if plan.instead:
-            console.print(f"[bold]on[/]  {plan.instead}", highlight=False)
-    elif plan.tried:
+    elif plan.tried and not plan.instead:
         _say(console, f"none of the {len(plan.tried)} changes tried is enough (--tries)")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -42,7 +44,7 @@ class TrainState:
         def placed(x, where):
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
-        step = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
+        step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
         like = jax.tree.map(lambda x: placed(x, x.sharding), params)
         return cls(step, like, jax.tree.map(placed, moments, shardings))
 

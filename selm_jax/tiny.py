@@ -26,6 +26,7 @@ from selm_jax import artifacts
 from selm_jax.config import Compute, ConfigError, Data, Experiment, Feedback, as_dict
 from selm_jax.models.decoder import Decoder
 from selm_jax.models.families import from_hf, to_hf
+from selm_jax.parallel import multihost
 from selm_jax.weights.huggingface import save
 
 ROWS, HELDOUT = 64, 8
@@ -101,11 +102,8 @@ def shrink(experiment: Experiment, console: Console) -> Experiment:
     output = f"{e.output.rstrip('/')}-tiny"
     inputs = Path(output) / "inputs"
     family = _family(e.model.source)
-    with artifacts.whole(inputs) as partial:
-        make_model(partial / "model", family)
-        for name, count in (("train", ROWS), ("heldout", HELDOUT)):
-            lines = (json.dumps(row) + "\n" for row in _rows(e.data, name, count))
-            (partial / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    multihost.on_first(lambda: _write_inputs(inputs, family, e.data))
+    artifacts.wait_for([inputs])
     text = e.text
     if text.layout == "paper":  # in proportion: 1024 and 512 of its tokens
         text = replace(text, max_length=160, max_prompt_length=80)
@@ -132,6 +130,14 @@ def shrink(experiment: Experiment, console: Console) -> Experiment:
     )  # fmt: skip
     _say(e, tiny, console)
     return tiny
+
+
+def _write_inputs(folder: Path, family: Family, data: Data) -> None:
+    with artifacts.whole(folder) as partial:
+        make_model(partial / "model", family)
+        for name, count in (("train", ROWS), ("heldout", HELDOUT)):
+            lines = (json.dumps(row) + "\n" for row in _rows(data, name, count))
+            (partial / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def make_model(folder: Path, family: Family) -> None:

@@ -81,17 +81,16 @@ def place(x: Any, mesh: jax.sharding.Mesh) -> jax.Array:
     return jax.device_put(x, partition("batch", axes, x.shape, mesh, TRAINING))
 
 
-def checked_dtype(ranker: str, name: str) -> Any:
+def checked_dtype(ranker: str, name: str, on_cpu: bool) -> Any:
     """The dtype to compute in. `auto` is bfloat16, but float32 on CPU, which gains nothing by it."""
     check_choice(ranker, "dtype", name, DTYPES)
-    on_cpu = jax.default_backend() == "cpu"
     return jnp.dtype(("float32" if on_cpu else "bfloat16") if name == "auto" else name)
 
 
-def checked_batch(ranker: str, batch: int | None) -> int:
+def checked_batch(ranker: str, batch: int | None, on_cpu: bool) -> int:
     """Rows of 512 tokens; None is 16, but 2 on CPU, whose caches hold no more."""
     if batch is None:
-        return 2 if jax.default_backend() == "cpu" else 16
+        return 2 if on_cpu else 16
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
         raise FeedbackError(f"{ranker}: batch is {batch!r}; expected a whole number of at least 1.")
     return batch

@@ -42,6 +42,7 @@ from selm_jax.feedback.ranker import (
     check_scores,
 )
 from selm_jax.models.deberta import PairScorer, Params, abstract_params
+from selm_jax.parallel.alone import own_devices
 from selm_jax.parallel.mesh import make_mesh
 from selm_jax.parallel.rules import TRAINING, shardings
 from selm_jax.weights.deberta import PairRMConfig, load, read_config
@@ -100,10 +101,7 @@ class PairRM:
         self.config, self._params, self._tokens, self._mesh = config, params, tokens, mesh
         self._compat, self._batch = compat, batch
         self._counts: Counter[str] = Counter()
-        # On CPU one head's scores stay in the cache; four fill an accelerator well.
-        together = 1 if jax.default_backend() == "cpu" else 4
-        scorer = PairScorer(config.encoder, config.tasks, dtype, together)
-        self._forward = jax.jit(lambda params, *inputs: scorer.apply({"params": params}, *inputs))
+        self._forward = program(config, dtype, on_cpu=jax.default_backend() == "cpu")
 
     def scores(
         self, questions: Sequence[Question], candidates: Sequence[Sequence[str]]
@@ -284,6 +282,13 @@ class PairRM:
         return self._forward(self._params, *inputs)
 
 
+def program(config: PairRMConfig, dtype: Any, *, on_cpu: bool) -> Any:
+    """The jitted `(params, tokens, lengths, prefixes) -> logits`; see `PairScorer`."""
+    # On CPU one head's scores stay in the cache; four fill an accelerator well.
+    scorer = PairScorer(config.encoder, config.tasks, dtype, 1 if on_cpu else 4)
+    return jax.jit(lambda params, *inputs: scorer.apply({"params": params}, *inputs))
+
+
 def mean_wins(matrix: Float64[np.ndarray, "n n"]) -> Float64[np.ndarray, " n"]:
     """score_i = sum over j of (C[i, j] - C[j, i]) / n: LLM-Blender's, the diagonal in the mean."""
     return (matrix - matrix.T).mean(axis=1) if len(matrix) else np.zeros(0)
@@ -316,11 +321,12 @@ def pairrm(
         WeightsError: the tensors are not those of the model.
     """
     check_choice("pairrm", "compat", compat, COMPATS)
-    kind, batch = checked_dtype("pairrm", dtype), checked_batch("pairrm", batch)
+    on_cpu = jax.default_backend() == "cpu"
+    kind, batch = checked_dtype("pairrm", dtype, on_cpu), checked_batch("pairrm", batch, on_cpu)
     path = resolve(folder).path
     config = read_config(path)
     tokens = PairTokens(path, config)
-    mesh = make_mesh((-1, 1, 1), jax.local_devices())
+    mesh = make_mesh((-1, 1, 1), own_devices())
     where = flatten_dict(shardings(abstract_params(config.encoder, config.tasks), mesh, TRAINING))
     params = load(
         path, config.encoder, config.tasks, dtype=kind,

@@ -33,6 +33,7 @@ from selm_jax.feedback.ranker import FeedbackError, Question, check_questions, c
 from selm_jax.models.config import DecoderConfig, LongRope
 from selm_jax.models.decoder import Decoder, Params, abstract_params
 from selm_jax.models.families import read_config
+from selm_jax.parallel.alone import own_devices
 from selm_jax.parallel.mesh import make_mesh
 from selm_jax.parallel.rules import TRAINING, shardings
 from selm_jax.preferences.rewards import Ids, rewards_at, split
@@ -43,7 +44,7 @@ from selm_jax.weights.sources import resolve
 TOO_LONG = ("error", "cut")
 
 # Tokens of a tree with several branches, at most: attention looks at whole rows.
-_TOGETHER = 1024
+TOGETHER = 1024
 
 _COUNTED = ("candidates", "cut", "tokens")
 
@@ -91,8 +92,7 @@ class RewardModel:
         self._folder, self._chat, self._mesh, self._dtype = folder, chat, mesh, dtype
         self._max_length, self._cut, self._batch = max_length, too_long == "cut", batch
         self._counts: Counter[str] = Counter()
-        decoder = Decoder(config, dtype)
-        self._forward = jax.jit(lambda params, *rows: rewards_at(decoder, params, *rows))
+        self._forward = program(config, dtype)
 
     def scores(
         self, questions: Sequence[Question], candidates: Sequence[Sequence[str]]
@@ -197,8 +197,14 @@ class RewardModel:
         return load(self._folder, self.config, dtype=self._dtype, shardings=where)
 
 
+def program(config: DecoderConfig, dtype: Any) -> Any:
+    """The jitted `(params, tokens, segment, branch, position, places) -> rewards`."""
+    decoder = Decoder(config, dtype)
+    return jax.jit(lambda params, *rows: rewards_at(decoder, params, *rows))
+
+
 def _trees(question: int, conversations: Sequence[Ids]) -> Iterator[_Tree]:
-    """A question's different conversations as few trees of at most `_TOGETHER` tokens.
+    """A question's different conversations as few trees of at most `TOGETHER` tokens.
 
     One that is longer stands alone.
     """
@@ -207,7 +213,7 @@ def _trees(question: int, conversations: Sequence[Ids]) -> Iterator[_Tree]:
     prompt, rests = split(conversations)
     tree = _Tree(question, prompt, [], [])
     for n in sorted(range(len(rests)), key=lambda n: len(rests[n])):
-        if tree.answers and tree.tokens + len(rests[n]) > _TOGETHER:
+        if tree.answers and tree.tokens + len(rests[n]) > TOGETHER:
             yield tree
             tree = _Tree(question, prompt, [], [])
         tree.rests.append(rests[n])
@@ -253,7 +259,9 @@ def reward_model(
         WeightsError: the tensors are not those of the model, such as no `score.weight`.
     """
     check_choice("reward_model", "too_long", too_long, TOO_LONG)
-    kind, batch = checked_dtype("reward_model", dtype), checked_batch("reward_model", batch)
+    on_cpu = jax.default_backend() == "cpu"
+    kind = checked_dtype("reward_model", dtype, on_cpu)
+    batch = checked_batch("reward_model", batch, on_cpu)
     folder = resolve(source, revision=revision).path
     config = read_config(folder)
     if config.head is None:
@@ -262,7 +270,7 @@ def reward_model(
             "gives no scores; expected a *ForSequenceClassification with one label. To train one "
             "from it: `objective: {loss: bradley_terry}` (docs/feedback.md)"
         )
-    longest = _positions(config) if max_length is None else max_length
+    longest = positions(config) if max_length is None else max_length
     if isinstance(longest, bool) or not isinstance(longest, int) or longest < 1:
         raise FeedbackError(
             f"reward_model: max_length is {longest!r}; expected a whole number of at least 1."
@@ -282,13 +290,13 @@ def reward_model(
             f"the model's embedding only {config.vocab_size} rows"
         )
     check(folder, config)
-    mesh = make_mesh((data, fsdp, tensor), jax.local_devices())
+    mesh = make_mesh((data, fsdp, tensor), own_devices())
     return RewardModel(
         folder, config, chat, mesh, max_length=longest, too_long=too_long, dtype=kind, batch=batch
     )
 
 
-def _positions(config: DecoderConfig) -> int:
+def positions(config: DecoderConfig) -> int:
     """Tokens that the model serves without changing its tables of frequencies."""
     scalings = [kind.rope.scaling for kind in config.kinds if kind.rope is not None]
     originals = [each.original for each in scalings if isinstance(each, LongRope)]

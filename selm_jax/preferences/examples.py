@@ -88,8 +88,12 @@ SCHEMA = pa.schema(
 )
 
 
-def to_table(examples: Sequence[Example]) -> pa.Table:
-    """One row per example; a role that nobody plays is null."""
+def to_table(examples: Sequence[Example], reference: str = "") -> pa.Table:
+    """One row per example; a role that nobody plays is null.
+
+    Args:
+      reference: the digest of the model that the log-probabilities are of; see `reference_of`.
+    """
     rows: list[dict[str, Any]] = [
         {
             "prompt_id": e.prompt_id,
@@ -101,7 +105,12 @@ def to_table(examples: Sequence[Example]) -> pa.Table:
         }
         for e in examples
     ]
-    return pa.Table.from_pylist(rows, schema=SCHEMA)
+    return pa.Table.from_pylist(rows, schema=SCHEMA.with_metadata({"reference": reference}))
+
+
+def reference_of(file: Path) -> str:
+    """The digest of the model whose log-probabilities stand in a file of examples; "" if unknown."""
+    return (pq.read_schema(file).metadata or {}).get(b"reference", b"").decode()
 
 
 def from_parquet(file: Path) -> list[Example]:

@@ -142,7 +142,7 @@ def pack(examples: Sequence[Example], shape: Shape) -> list[PreferenceBatch]:
     rows = assign_rows(examples, shape.time)
     batches = []
     for start in range(0, len(rows), shape.rows):
-        batch = _empty(shape)
+        batch = empty(shape)
         for r, members in enumerate(rows[start : start + shape.rows]):
             _fill_row(batch, r, [examples[i] for i in members], shape)
         batches.append(batch)
@@ -164,7 +164,9 @@ def unpack(
     return out
 
 
-def _empty(shape: Shape) -> PreferenceBatch:
+def empty(shape: Shape) -> PreferenceBatch:
+    """A batch without examples."""
+
     def ints(*size) -> Any:
         return np.zeros((shape.rows, *size), np.int32)
 

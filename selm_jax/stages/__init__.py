@@ -21,6 +21,7 @@ from typing import Any
 from selm_jax import artifacts
 from selm_jax.config import as_dict
 from selm_jax.memory import release
+from selm_jax.parallel import multihost
 from selm_jax.run import Run
 from selm_jax.stages.evaluate import evaluate
 from selm_jax.stages.generate import Counts, generate
@@ -45,17 +46,33 @@ class Stage:
     outputs: Callable[[Run], tuple[str, ...]]
 
     def run(self, run: Run, t: int) -> bool:
-        """Does the stage unless it is done; says whether it did."""
+        """Does the stage unless it is done; says whether it did.
+
+        Of several processes all do the work; the first looks whether it is done, and records it.
+        """
+        multihost.stop_if_told()
         record = artifacts.Stages(run.iteration(t))
-        inputs, settings = self.inputs(run, t), self.settings(run, t)
-        if record.is_done(self.name, inputs, settings):
+        settings = self.settings(run, t)
+
+        def begin() -> dict[str, str] | None:
+            inputs = dict(self.inputs(run, t))
+            if record.is_done(self.name, inputs, settings):
+                return None
+            record.begin(self.name, inputs, settings)
+            return inputs
+
+        outputs = {name: run.iteration(t) / name for name in self.outputs(run)}
+        if (inputs := multihost.on_first(begin)) is None:
+            artifacts.wait_for(outputs.values())
             return False
         began = time.perf_counter()
-        record.begin(self.name, inputs, settings)
         counts = self.work(run, t)
+        multihost.barrier()
+        artifacts.wait_for(outputs.values())
         seconds = time.perf_counter() - began
-        outputs = {name: run.iteration(t) / name for name in self.outputs(run)}
-        record.finish(self.name, inputs, settings, outputs, counts, seconds)
+        multihost.on_first(
+            lambda: record.finish(self.name, inputs, settings, outputs, counts, seconds)
+        )
         release()  # or the next stage's peak would stand on this one's leavings
         run.say(self.name, t, counts, seconds)
         return True
@@ -128,7 +145,10 @@ _FREE_OF_RANKERS = {
     *("concurrency", "timeout", "retries", "backoff", "cache", "base_url", "key_env", "workers"),
     *("max_total_tokens", "max_cost", "price_prompt", "price_completion"),
 }
-_FREE = {"rollout.slots", "rollout.prefill_rows", "training.checkpoint_every"}
+_FREE = {
+    *("rollout.slots", "rollout.prefill_rows"),
+    *("training.checkpoint_every", "training.checkpoints_kept"),
+}
 _TEMPLATE = ("text.template", "text.date")
 _ANSWERS = ("rollout.max_new_tokens", "rollout.max_prompt_tokens")
 _SCORING = (

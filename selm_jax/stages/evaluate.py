@@ -9,12 +9,13 @@ import pyarrow.parquet as pq
 
 from selm_jax import artifacts
 from selm_jax.evaluation import frontier, pairs
+from selm_jax.parallel import multihost
 from selm_jax.preferences.examples import Example
-from selm_jax.rollout.engine import Request, decoding_params
+from selm_jax.rollout.engine import Request
 from selm_jax.rollout.sampling import Sampling
 from selm_jax.run import Run, RunError
 from selm_jax.stages.generate import Counts, response_row
-from selm_jax.stages.rank import question
+from selm_jax.stages.rank import question, scores_of
 from selm_jax.stages.score import logps_of, rated_example, rewards_of, too_long
 from selm_jax.text.answers import answers as answers_of
 
@@ -36,14 +37,20 @@ def evaluate(run: Run, t: int) -> Counts:
     ]
     each = 1 + e.evaluation.samples
     with run.bar(f"iteration {t}  evaluate", len(prompts) * each, "responses") as advance:
-        decoding = decoding_params(params, run.dtype)
+
+        def progress(responses: int, tokens: int) -> None:
+            advance(responses, tokens)
+            multihost.stop_if_told()
+
+        decoding = run.decoding(params)
         engine = dataclasses.replace(run.engine, sampling=Sampling())
         responses = engine.generate(
-            decoding, requests, seed=e.seed + 1, iteration=0, progress=advance
+            decoding, requests, seed=e.seed + 1, iteration=0, progress=progress
         )
         del decoding
     texts = [run.chat.text(r.tokens) for r in responses]
-    scores = run.ranker.scores(
+    scores = scores_of(
+        run,
         [question(p) for p in prompts],
         [texts[i * each : (i + 1) * each] for i in range(len(prompts))],
     )
@@ -73,9 +80,10 @@ def evaluate(run: Run, t: int) -> Counts:
             }
         )
     answers = frontier.table(rows)
-    artifacts.write_table(run.iteration(t) / "heldout.parquet", answers)
     before = None if t == 0 else pq.read_table(run.iteration(0) / "heldout.parquet")
     summary = frontier.summarize(answers, before)
+    if multihost.is_first():
+        artifacts.write_table(run.iteration(t) / "heldout.parquet", answers)
     run.forget_metrics(lambda m: m["stage"] == "evaluate" and m["iteration"] == t)
     run.log("evaluate", t, summary)
     return {"prompts": len(prompts), "responses": len(responses)} | {
@@ -113,7 +121,8 @@ def _evaluate_pairs(run: Run, t: int) -> Counts:
         for (prompt, each, e), of_pair in zip(found, rewards, strict=True)
     ]
     table = pairs.table(rows)
-    artifacts.write_table(run.iteration(t) / "pairs.parquet", table)
+    if multihost.is_first():
+        artifacts.write_table(run.iteration(t) / "pairs.parquet", table)
     summary = pairs.summarize(table)
     run.forget_metrics(lambda m: m["stage"] == "evaluate" and m["iteration"] == t)
     run.log("evaluate", t, summary)

@@ -18,9 +18,10 @@ from selm_jax.feedback.human import Human, items_of, store_of
 from selm_jax.feedback.labels import label
 from selm_jax.feedback.pairs import Candidate, Dropped, Pair, Report, draws, ranks, select
 from selm_jax.feedback.ranker import Question, reported
+from selm_jax.parallel import multihost
 from selm_jax.preferences.examples import ROLES, Example
 from selm_jax.run import Run, RunError
-from selm_jax.stages.generate import RESPONSES, Counts
+from selm_jax.stages.generate import RESPONSES, Counts, response_files
 from selm_jax.text.answers import answer_ids, check_spelled
 from selm_jax.text.answers import answers as answers_of
 from selm_jax.text.chat import UnusableAnswer
@@ -74,8 +75,8 @@ def rank(run: Run, t: int) -> Counts:
         return _teach(run, t)
     f = run.experiment.feedback
     pool = pool_of(run, t)
-    answered = _answered(run, t, pool)
-    scores = dict(zip(answered, run.ranker.scores(*pool.questions(answered)), strict=True))
+    answered = multihost.on_first(lambda: _answered(run, t, pool))
+    scores = dict(zip(answered, scores_of(run, *pool.questions(answered)), strict=True))
     silent = {
         i: "not_asked" if usable else "unusable_answer" for i, usable in enumerate(pool.usable)
     } | dict.fromkeys(pool.asked, "not_answered")
@@ -95,16 +96,29 @@ def rank(run: Run, t: int) -> Counts:
         report.add(each, scores.get(i), result)
         rows += _ranked_rows(prompt, each, scores.get(i), result, soft)
     _write(run, t, rows)
-    of_ranker = {f"ranker/{key}": value for key, value in reported(run.ranker).items()}
-    return report.as_dict() | pool.cost | of_ranker
+    told = multihost.on_first(lambda: reported(run.ranker))
+    return report.as_dict() | pool.cost | {f"ranker/{key}": value for key, value in told.items()}
+
+
+def scores_of(
+    run: Run, questions: Sequence[Question], candidates: Sequence[Sequence[str]]
+) -> list[np.ndarray]:
+    """The ranker's scores, one array per question. It is asked in the first process alone: it may
+    be people, or a server with a budget, and what a model says of a text may hang on its batch."""
+
+    def ask() -> list[list[float]]:
+        return [[float(x) for x in each] for each in run.ranker.scores(questions, candidates)]
+
+    return [np.array(each) for each in multihost.on_first(ask)]
 
 
 def pool_of(run: Run, t: int) -> Pool:
     """Every candidate of an iteration, and which prompts are to be asked about."""
     prompts = run.prompts(t)
     answers: dict[str, list[dict]] = {}
-    for row in pq.read_table(run.iteration(t) / "responses", schema=RESPONSES).to_pylist():
-        answers.setdefault(row["prompt_id"], []).append(row)
+    for file in response_files(run, t):
+        for row in pq.read_table(file, schema=RESPONSES).to_pylist():
+            answers.setdefault(row["prompt_id"], []).append(row)
     found = [_candidates(run, prompt, answers.get(prompt.id, [])) for prompt in prompts]
     able = [i for i, (_, usable) in enumerate(found) if usable]
     pool = Pool(prompts, [each for each, _ in found], [usable for _, usable in found], able, {})
@@ -228,7 +242,8 @@ def _teach(run: Run, t: int) -> Counts:
 
 def _write(run: Run, t: int, rows: list[dict]) -> None:
     table = pa.Table.from_pylist(rows, schema=RANKED)
-    artifacts.write_table(run.iteration(t) / "ranked.parquet", table)
+    if multihost.is_first():
+        artifacts.write_table(run.iteration(t) / "ranked.parquet", table)
 
 
 def _candidates(run: Run, prompt: Prompt, answers: Sequence[dict]) -> tuple[list[Candidate], bool]:

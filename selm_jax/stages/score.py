@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from selm_jax import artifacts
 from selm_jax.models.decoder import Params
+from selm_jax.parallel import multihost
 from selm_jax.preferences.examples import ROLES, Example, to_table
 from selm_jax.preferences.packing import common_shape
 from selm_jax.preferences.rewards import split
@@ -32,11 +33,18 @@ def score(run: Run, t: int) -> Counts:
     if examples and not run.objective.reference_free:
         params = run.start_of(t)
         with run.bar(f"iteration {t}  score", len(examples), "examples") as advance:
-            logps[:] = logps_of(run, params, examples, lambda done: advance(done, 0))
+
+            def progress(done: int) -> None:
+                advance(done, 0)
+                multihost.stop_if_told()
+
+            logps[:] = logps_of(run, params, examples, progress)
     scored = [
         dataclasses.replace(e, reference=found) for e, found in zip(examples, logps, strict=True)
     ]
-    artifacts.write_table(run.iteration(t) / "examples.parquet", to_table(scored))
+    if multihost.is_first():
+        reference = artifacts.digest(run.policy(t - 1))
+        artifacts.write_table(run.iteration(t) / "examples.parquet", to_table(scored, reference))
     return {
         "examples": len(examples),
         "responses": sum(len(e.responses) for e in examples),

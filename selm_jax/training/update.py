@@ -203,9 +203,17 @@ def make_update(
     return Update(
         gradients=jax.jit(gradients, out_shardings=(s.params, s.replicated)),
         add=jax.jit(add, out_shardings=(s.params, s.replicated), donate_argnums=(0, 1)),
-        apply=jax.jit(apply, donate_argnums=0),
-        logps=jax.jit(
-            lambda params, batch: response_logps(decoder.clone(lora=None), params, batch, chunk)
+        apply=jax.jit(
+            apply,
+            out_shardings=(cast(Any, TrainState)(s.replicated, s.params, None), s.replicated),
+            donate_argnums=0,
         ),
-        rewards=jax.jit(lambda params, batch: response_rewards(decoder, params, batch)),
+        logps=jax.jit(
+            lambda params, batch: response_logps(decoder.clone(lora=None), params, batch, chunk),
+            out_shardings=s.replicated,
+        ),
+        rewards=jax.jit(
+            lambda params, batch: response_rewards(decoder, params, batch),
+            out_shardings=s.replicated,
+        ),
     )

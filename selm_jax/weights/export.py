@@ -45,7 +45,7 @@ def export_folder(
     params: Params,
     config: DecoderConfig,
     source: Path,
-    folder: Path,
+    folder: Path | None,
     card: str,
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -57,11 +57,13 @@ def export_folder(
 
     Args:
       source: the Hugging Face folder that training started from.
+      folder: None for the processes that only bring their parts of the parameters.
       card: the text of README.md.
       max_shard_bytes: of one safetensors file.
     """
-    _write_folder(source, folder, str(params["embedding"].dtype), config)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    if folder is not None:
+        _write_folder(source, folder, str(params["embedding"].dtype), config)
+        (folder / "README.md").write_text(card, encoding="utf-8")
     save(params, config, folder, max_shard_bytes=max_shard_bytes)
 
 

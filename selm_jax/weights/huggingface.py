@@ -231,13 +231,22 @@ def _is_second_embedding(checkpoint: Checkpoint, head: str) -> bool:
 
 
 def save(
-    params: Params, config: DecoderConfig, folder: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES
+    params: Params,
+    config: DecoderConfig,
+    folder: Path | None,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Writes the parameters into `folder` as safetensors, in their own dtypes, from any mesh.
 
     One file, or several of at most `max_shard_bytes` of data with an index. The tensors are
-    streamed: one of one layer is on the host at a time.
+    streamed: one of one layer is on the host at a time. Where the parameters are spread over several
+    processes all of them have to call this, those that do not write with None for a folder.
     """
+    if folder is None:
+        for _ in to_hf_tensors(params, config):
+            continue
+        return
     flat = _flat(params)
     entries = {
         name: stored_like(_whole_shape(parts), flat[parts[0].path].dtype)
@@ -253,7 +262,7 @@ def to_hf_tensors(params: Params, config: DecoderConfig) -> Iterator[tuple[str, 
     """
     flat = _flat(params)
     for name, layer, parts in _stored(config):
-        found = [_to_theirs(_fetch(flat[row.path], layer), row) for row in parts]
+        found = [_to_theirs(fetch(flat[row.path], layer), row) for row in parts]
         yield name, found[0] if len(found) == 1 else np.concatenate(found)
 
 
@@ -261,8 +270,9 @@ def _flat(params: Params) -> dict[tuple[str, ...], jax.Array]:
     return cast(Any, flatten_dict(params))
 
 
-def _fetch(x: jax.Array, layer: int | None) -> np.ndarray:
-    """A parameter, or one layer of a stacked one, on the host.
+def fetch(x: jax.Array, layer: int | None) -> np.ndarray:
+    """A parameter, or one layer of a stacked one, on the host: of all processes, if it is spread
+    over several.
 
     Of a copy that is thrown away: an array that was once fetched keeps what was fetched.
     """

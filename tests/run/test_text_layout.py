@@ -9,6 +9,7 @@ import tiny
 from rich.console import Console
 
 from selm_jax import artifacts, config, stages
+from selm_jax.lock import only_one
 from selm_jax.run import Run, RunError
 from selm_jax.stages.generate import RESPONSES
 from selm_jax.stages.rank import rank
@@ -135,7 +136,7 @@ def _lengths(example) -> list[int]:
 @pytest.mark.parametrize("layout", ["default", "paper"])
 def test_a_whole_iteration_and_its_manifest(make, layout):
     run = make(text__layout=layout)
-    with artifacts.only_one(run.folder):
+    with only_one(run.folder):
         run.check()
         run.open()
         for stage in stages.STAGES[1:4]:

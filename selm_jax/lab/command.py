@@ -135,7 +135,8 @@ def idea(
     compared = stats.correct([r for r in found if r["objective"] != "dpo"])
     records = _write(compared, out / "lab_idea.json")
     _print(records, ("objective", "landscape"))
-    made = _made_by(" ".join(["idea", loss, *(settings or [])]), seeds, seed, "idea")
+    verb = " ".join(["idea", loss, *(settings or []), f"--beta {beta:g}"])
+    made = _made_by(verb, seeds, seed, "idea")
     plots.table(records, "landscape", "objective", out / "lab_idea.svg", made)
 
 

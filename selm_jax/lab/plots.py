@@ -67,7 +67,7 @@ def regret(records: Sequence[Record], file: Path, made_by: str) -> None:
                 axes.set(title=landscape, xscale="log", yscale="log")
             row[0].set_ylabel("cumulative regret")
             row[1].legend(
-                *row[0].get_legend_handles_labels(), loc="upper center", ncols=5, frameon=False,
+                *row[0].get_legend_handles_labels(), loc="upper center", ncols=6 if len(lines) <= 6 else 5, frameon=False,
                 bbox_to_anchor=(1.1, -0.14),
             )  # fmt: skip
         for axes in panels[-1]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import numpy as np
 import scipy.stats
 from jaxtyping import Float
@@ -62,7 +63,7 @@ def loglog_slope(
     return float(slope(np.ones(seeds))), float(low), float(high)
 
 
-def compare(total: np.ndarray, base: np.ndarray) -> Record:
+def compare(total: np.ndarray | jax.Array, base: np.ndarray | jax.Array) -> Record:
     """How cumulative regret [seeds] differs from another's with the same seeds."""
     difference = np.asarray(total, np.float64) - np.asarray(base)
     mean, low, high = mean_interval(difference)

@@ -395,6 +395,7 @@ class Run:
             d.heldout, split=d.heldout_split, prompt=d.prompt, prompt_id=d.prompt_id,
             chosen=d.chosen if pairs else None, rejected=d.rejected if pairs else None,
             revision=d.revision, on_bad_row=d.on_bad_row,
+            duplicate_ids=d.duplicate_ids if pairs else "error",
         )  # fmt: skip
         return [self._with_system(p) for p in found[: d.heldout_limit]]
 

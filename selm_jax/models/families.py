@@ -35,6 +35,8 @@ _HARMLESS = {
     "_attn_implementation", "output_attentions", "output_hidden_states",
     "return_dict", "chunk_size_feed_forward", "label2id", "problem_type",
     "is_encoder_decoder", "cache_implementation", "model_type",
+    # Of a language model; what they say of a reward model, `_head_from` reads.
+    "architectures", "pad_token_id", "id2label", "num_labels",
     # Dropout of training runs; there is none here.
     "attention_dropout", "resid_pdrop", "embd_pdrop",
 }  # fmt: skip

@@ -128,7 +128,9 @@ def _pick(*keys: str) -> Callable[[Run, int], dict[str, Any]]:
 def _rates(run: Run, t: int) -> dict[str, Any]:
     """A reward model is given other ids, and evaluated on other things. Said only where it is so:
     it is no setting of the experiment, but follows from its loss."""
-    return {"objective.rates": True} if run.objective.rates else {}
+    if not run.objective.rates:
+        return {}
+    return {"objective.rates": True, "data.on_bad_row": run.experiment.data.on_bad_row}
 
 
 def _without(tree: Any, keys: set[str]) -> Any:

@@ -13,10 +13,10 @@ from selm_jax.parallel import multihost
 from selm_jax.preferences.examples import Example
 from selm_jax.rollout.engine import Request
 from selm_jax.rollout.sampling import Sampling
-from selm_jax.run import Run
+from selm_jax.run import Run, RunError
 from selm_jax.stages.generate import Counts, response_row
 from selm_jax.stages.rank import question, scores_of
-from selm_jax.stages.score import logps_of, rated_example, rewards_of
+from selm_jax.stages.score import logps_of, rated_example, rewards_of, too_long
 from selm_jax.text.answers import answers as answers_of
 
 
@@ -94,10 +94,19 @@ def evaluate(run: Run, t: int) -> Counts:
 
 
 def _evaluate_pairs(run: Run, t: int) -> Counts:
-    """How often reward model t puts the chosen answer of a held-out pair above the rejected one."""
-    prompts = run.heldout
-    texts = [answers_of(prompt) for prompt in prompts]
-    examples = [rated_example(run, p, each, {}) for p, each in zip(prompts, texts, strict=True)]
+    """How often reward model t puts the chosen answer of a held-out pair above the rejected one.
+
+    Pairs that are too long are left out and counted where `data.on_bad_row` drops such rows.
+    """
+    held = [(p, answers_of(p)) for p in run.heldout]
+    found = [(p, each, rated_example(run, p, each, {})) for p, each in held]
+    if run.experiment.data.on_bad_row == "drop":
+        found = [each for each in found if not too_long(run, each[2])]
+    if not found:
+        raise RunError(
+            f"{run.experiment.data.heldout}: all {len(held)} held-out pairs are too long"
+        )
+    examples = [example for *_, example in found]
     params = run.load(run.policy(t))
     with run.bar(f"iteration {t}  evaluate", len(examples), "pairs") as advance:
         rewards = rewards_of(run, params, examples, lambda done: advance(done, 0))
@@ -107,9 +116,9 @@ def _evaluate_pairs(run: Run, t: int) -> Counts:
             "prompt_id": prompt.id,
             "prompt": prompt.messages[-1].content,
             **each,
-            **{f"reward_{role}": found[e.roles[role]] for role in each},
+            **{f"reward_{role}": of_pair[e.roles[role]] for role in each},
         }
-        for prompt, each, e, found in zip(prompts, texts, examples, rewards, strict=True)
+        for (prompt, each, e), of_pair in zip(found, rewards, strict=True)
     ]
     table = pairs.table(rows)
     if multihost.is_first():
@@ -118,4 +127,5 @@ def _evaluate_pairs(run: Run, t: int) -> Counts:
     run.forget_metrics(lambda m: m["stage"] == "evaluate" and m["iteration"] == t)
     run.log("evaluate", t, summary)
     shown = ("heldout/accuracy", "heldout/accuracy_low", "heldout/accuracy_high")
-    return {"pairs": len(prompts)} | {key: summary[key] for key in shown}
+    counts = {"pairs": len(found), "too_long": len(held) - len(found)}
+    return counts | {key: summary[key] for key in shown}

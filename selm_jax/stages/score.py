@@ -83,7 +83,8 @@ def paired_examples(run: Run, t: int) -> tuple[list[Example], Counts]:
     """The pairs of ranked.parquet, as token ids, a response with two roles once.
 
     Returns:
-      the examples, and how many prompts and whose responses `text.layout: paper` has cut.
+      the examples, and how many prompts and whose responses `text.layout: paper` has cut; of a
+      reward model's pairs, how many were left out as too long (`data.on_bad_row: drop`).
     """
     prompts = {p.id: p for p in run.prompts(t)}
     text = run.experiment.text
@@ -103,6 +104,10 @@ def paired_examples(run: Run, t: int) -> tuple[list[Example], Counts]:
         if run.objective.rates:
             scores = {role: pair[role]["score"] for role in texts}
             examples.append(rated_example(run, prompt, texts, scores))
+            if run.experiment.data.on_bad_row == "drop" and too_long(run, examples[-1]):
+                examples.pop()
+                cut.update(too_long=1)
+                continue
         elif text.layout == "paper":
             length = text.max_length, text.max_prompt_length
             row = paper_row(run.chat, prompt.messages, texts, *length)
@@ -141,6 +146,13 @@ def rated_example(
         given = tuple(scores[role] or 0.0 for role in texts)
     roles = {role: i for i, role in enumerate(texts)}
     return Example(prompt.id, before, tuple(rests), roles, scores=given)
+
+
+def too_long(run: Run, example: Example) -> bool:
+    """Whether a pair does not fit into a packed row, or an answer not into the model."""
+    longest = len(example.prompt) + max(map(len, example.responses))
+    row = run.experiment.training.row_length
+    return example.tokens > row or longest > run.config.max_positions
 
 
 def _check_length(run: Run, example: Example) -> None:

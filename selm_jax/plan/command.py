@@ -47,13 +47,14 @@ def main(
       SourceError, UnsupportedModel: no config.json, or one that is not understood.
     """
     console = console or Console()
+    targets = _targets(topologies, options.hbm, console)
     e = load(())
     file = config or config_json(e.model.source, e.model.revision)
     settings = dict(e.objective)
     facts = read_facts(file, build_objective(settings.pop("loss"), **settings).rates)
     console.print(f"model: the facts of {file}", highlight=False, soft_wrap=True)
     plans = []
-    for each in _targets(topologies, options.hbm, console):
+    for each in targets:
         plans.append(examine(load, facts, each, options, console))
         show(plans[-1], options, console)
     if out is not None:

@@ -173,7 +173,7 @@ def test_no_neighbour_batch_or_mesh_changes_a_score(make, monkeypatch):
         ((own,),) = ranker.scores(QUESTIONS[:1], [[text]])
         assert abs(own - score) < 1e-5
     # Trees of few tokens, so that a question's answers come in several.
-    monkeypatch.setattr("selm_jax.feedback.reward_model._TOGETHER", 64)
+    monkeypatch.setattr("selm_jax.feedback.reward_model.TOGETHER", 64)
     for a, b in zip(whole, ranker.scores(QUESTIONS, CANDIDATES), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 

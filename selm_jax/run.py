@@ -365,6 +365,10 @@ class Run:
     def open(self) -> None:
         """Writes config.yaml and manifest.json."""
         artifacts.write_text(self.folder / "config.yaml", dump(self.experiment))
+        self.write_manifest()
+
+    def write_manifest(self) -> None:
+        """What computed this run, and what its ranker was asked so far."""
         file = self.folder / "manifest.json"
         manifest = json.loads(file.read_text()) if file.exists() else {}
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -383,8 +387,21 @@ class Run:
                 "device": f"{len(jax.devices())} x {device.device_kind} ({device.platform})",
                 "mesh": dict(self.mesh.shape),
                 "created": manifest.get("created", now),
+                "feedback": dict(self._asked()),
             },
         )
+
+    def _asked(self) -> Iterator[tuple[str, dict[str, int | float]]]:
+        """By iteration: how many prompts the ranker was asked about, and what it and the choice of
+        them cost, from the counts of the finished rank stages."""
+        for t in range(1, self.experiment.iterations + 1):
+            counts = artifacts.Stages(self.iteration(t)).read().get("rank", {}).get("counts", {})
+            if "scored" in counts:
+                asked = {"asked": counts.get("asked", counts["scored"])}
+                cost = {
+                    k: v for k, v in counts.items() if k.startswith(("ranker/", "acquisition/"))
+                }
+                yield str(t), asked | cost
 
     def model_card(self, t: int) -> str:
         """The README.md of the policy after iteration t."""

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import urlsplit
 
 import flax.linen as nn
 import jax
@@ -207,12 +208,24 @@ def _rows(data: Data, split: str, count: int) -> Iterator[dict[str, Any]]:
 
 
 def _feedback(feedback: Feedback) -> Feedback:
-    """Without what needs weights or a server; `length` needs nothing."""
-    folder = str(feedback.settings.get("folder", ""))
-    weights_are_here = feedback.ranker == "pairrm" and (Path(folder) / "config.json").exists()
-    if feedback.ranker not in ("pairrm", "judge", "mixture") or weights_are_here:
+    """`length`, which needs nothing, in place of what needs weights or a server."""
+    if _is_here(feedback.ranker, feedback.settings):
         return feedback
     return replace(feedback, ranker="length", settings={})
+
+
+def _is_here(ranker: str, settings: Mapping[str, Any]) -> bool:
+    """Whether a ranker works on this machine and the made-up rows; of a mixture, all its parts."""
+    if ranker == "pairrm":
+        return (Path(str(settings.get("folder", ""))) / "config.json").exists()
+    if ranker == "verifiable":
+        return "instructions" in settings
+    if ranker == "judge":
+        host = urlsplit(str(settings.get("base_url", ""))).hostname
+        return host in ("127.0.0.1", "localhost", "::1")
+    if ranker == "mixture":
+        return all(_is_here(p["ranker"], p.get("settings", {})) for p in settings["parts"])
+    return True
 
 
 def _rows_of_devices() -> int:

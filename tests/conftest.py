@@ -148,10 +148,23 @@ def parity(record_property) -> Callable[[str, str, float], None]:
     return note
 
 
+@pytest.fixture
+def tell(record_property) -> Callable[[str, str], None]:
+    """Notes a line for the session's summary, under a heading."""
+
+    def note(heading: str, line: str) -> None:
+        record_property("told", (heading, line))
+
+    return note
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
     worst: dict[str, dict[str, float]] = {}
+    told: dict[str, list[str]] = {}
     for report in terminalreporter.getreports("passed"):
         for key, value in report.user_properties:
+            if key == "told":
+                told.setdefault(value[0], []).append(value[1])
             if key == "parity":
                 family, form, difference = value
                 forms = worst.setdefault(family, {})
@@ -161,3 +174,7 @@ def pytest_terminal_summary(terminalreporter) -> None:
         for family, forms in worst.items():
             listed = "  ".join(f"{form} {value:.1e}" for form, value in forms.items())
             terminalreporter.write_line(f"{family:14} {listed}")
+    for heading, lines in told.items():
+        terminalreporter.section(heading)
+        for line in lines:
+            terminalreporter.write_line(line)

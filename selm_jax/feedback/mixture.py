@@ -151,6 +151,11 @@ def _part(number: int, given: Any) -> Part:
             f"{where}: normalise is {scale!r}{did_you_mean(str(scale), SCALES)} Expected one of "
             f"{', '.join(SCALES)}."
         )
+    if given["ranker"] == "human":
+        raise FeedbackError(
+            f"{where}: people cannot be a part: they are asked first, and may leave prompts "
+            "unanswered. Let them rank alone (ranker: human)."
+        )
     try:
         return Part(build(given["ranker"], **given.get("settings", {})), float(weight), scale)
     except FeedbackError as error:

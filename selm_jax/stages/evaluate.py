@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 
 from selm_jax import artifacts
 from selm_jax.evaluation import frontier
+from selm_jax.feedback.human import Human
 from selm_jax.preferences.examples import Example
 from selm_jax.rollout.engine import Request, decoding_params
 from selm_jax.rollout.sampling import Sampling
@@ -19,6 +20,9 @@ from selm_jax.stages.score import logps_of
 
 def evaluate(run: Run, t: int) -> Counts:
     """Held-out answers of policy t, greedy and sampled, scored by the ranker and by both models.
+
+    People compare the answers to one prompt and give no reward: under `ranker: human` the scores
+    stay empty, and what is measured is how far the policy has gone.
 
     Samples are drawn at temperature 1 without filters whatever `rollout` says: only then do they
     estimate the policy's KL. The random numbers are the same in every iteration, so that differences
@@ -39,10 +43,12 @@ def evaluate(run: Run, t: int) -> Counts:
         )
         del decoding
     texts = [run.chat.text(r.tokens) for r in responses]
-    scores = run.ranker.scores(
-        [question(p) for p in prompts],
-        [texts[i * each : (i + 1) * each] for i in range(len(prompts))],
-    )
+    scores = None
+    if not isinstance(run.ranker, Human):
+        scores = run.ranker.scores(
+            [question(p) for p in prompts],
+            [texts[i * each : (i + 1) * each] for i in range(len(prompts))],
+        )
     examples = [
         Example(
             prompt.id,
@@ -63,7 +69,7 @@ def evaluate(run: Run, t: int) -> Counts:
                 **response_row(run, prompts[i], response),
                 "prompt": prompts[i].messages[-1].content,
                 "text": text,
-                "score": float(scores[i][k]),
+                "score": None if scores is None else float(scores[i][k]),
                 "logp": policy[i][k],
                 "logp_start": start[i][k],
             }

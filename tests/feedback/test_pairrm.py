@@ -36,6 +36,7 @@ WORDS = [
     "with", "as", "his", "they", "at", "be", "this",
 ]  # fmt: skip
 EIGHT = make_mesh((-1, 1, 1))
+PAIRRM = "PairRM, tiny and random"  # heading of the summary's lines
 
 
 # --- a tiny PairRM in the published layout ----------------------------------------------------
@@ -179,7 +180,7 @@ def close(found, expected, atol=1e-4):
 # --- the same logits as in torch ---------------------------------------------------------------
 
 
-def test_logits_are_those_of_torch(ours, theirs):
+def test_logits_are_those_of_torch(ours, theirs, parity):
     pairs = [
         ("hello!", "hi!", "get out"),
         ("", "", ""),
@@ -190,11 +191,11 @@ def test_logits_are_those_of_torch(ours, theirs):
     found, expected = ours.logits(pairs), theirs.logits(pairs)
     close(found, expected)
     assert expected.std() > 0.1  # or the comparison would say little
-    print("short: largest difference from torch", np.abs(found - expected).max())
+    parity("PairRM", "short", np.abs(found - expected).max())
 
 
 @pytest.mark.parametrize("total", [128, 129, 512, 513])
-def test_logits_at_the_boundaries_of_buckets(ours, theirs, total):
+def test_logits_at_the_boundaries_of_buckets(ours, theirs, parity, total):
     """Rows of n tokens have distances up to n - 1: 127, 128, 511 and 512 are in here."""
     rest = total - 9  # [CLS] prefix ... [SEP] three times; every word is one token
     pair = (text(rest // 2), text(rest // 4, 1), text(rest - rest // 2 - rest // 4, 2))
@@ -202,16 +203,16 @@ def test_logits_at_the_boundaries_of_buckets(ours, theirs, total):
     assert len(theirs.ids(*pair)) == total
     found, expected = ours.logits([pair]), theirs.logits([pair])
     close(found, expected)
-    print(f"{total} tokens: difference from torch", abs(found - expected).max())
+    parity("PairRM", f"|i-j| {total - 1}", abs(found - expected).max())
 
 
 @pytest.mark.parametrize("words", [(10, 2000, 30), (2000, 2000, 2000), (1500, 1, 700)])
-def test_long_texts_are_cut_as_the_recipe_does(ours, theirs, words):
+def test_long_texts_are_cut_as_the_recipe_does(ours, theirs, parity, words):
     pair = tuple(text(n, seed) for seed, n in enumerate(words))
     assert 1000 < len(theirs.ids(*pair)) <= 2048
     found, expected = ours.logits([pair]), theirs.logits([pair])
     close(found, expected)
-    print(f"{words} words: difference from torch", abs(found - expected).max())
+    parity("PairRM", "long", abs(found - expected).max())
 
 
 def test_a_prefix_in_a_text_becomes_a_space(ours, theirs):
@@ -245,7 +246,7 @@ SOURCES = [text(n, n) for n in (3, 60, 12, 5, 25, 2, 9, 30, 4, 17)]
 CANDIDATES = [[text(n + 2 * k, k) for k, n in enumerate((4, 50, 18))] for _ in SOURCES]
 
 
-def test_per_row_budgets_do_not_depend_on_the_batch(small_budgets, theirs):
+def test_per_row_budgets_do_not_depend_on_the_batch(small_budgets, theirs, tell):
     ranker = pairrm(str(small_budgets), batch=16)
     whole = ranker.matrices(SOURCES, CANDIDATES)
     for matrix, source, each in zip(whole, SOURCES, CANDIDATES, strict=True):
@@ -258,7 +259,7 @@ def test_per_row_budgets_do_not_depend_on_the_batch(small_budgets, theirs):
         again = ranker.matrices([SOURCES[r] for r in some], [CANDIDATES[r] for r in some])
         worst = max(worst, *(np.abs(m - whole[r]).max() for m, r in zip(again, some, strict=True)))
     assert worst < 1e-5
-    print("largest change of a logit with its batch:", worst)
+    tell(PAIRRM, f"largest change of a logit with the rows beside it: {worst:.1e}")
 
 
 def test_llm_blender_budgets_depend_on_eight_rows(small_budgets, theirs):
@@ -453,7 +454,7 @@ def test_eight_devices_give_what_one_gives(theirs, ours, monkeypatch):
     close(many.logits(pairs), ours.logits(pairs), atol=1e-5)
 
 
-def test_bfloat16_ranks_as_float32_does(theirs, ours):
+def test_bfloat16_ranks_as_float32_does(theirs, ours, tell):
     half = pairrm(str(theirs.folder), dtype="bfloat16", batch=32)
     kinds = {str(x.dtype) for x in jax.tree.leaves(half._params)}
     assert kinds == {"bfloat16", "float32"}
@@ -468,9 +469,10 @@ def test_bfloat16_ranks_as_float32_does(theirs, ours):
     ]
     best = np.mean([np.argmax(a) == np.argmax(b) for a, b in scores])
     error = np.abs(np.array(wide) - np.array(narrow)).max() / np.std(wide)
-    print(
-        f"bfloat16 against float32: {np.mean(order):.3f} of {len(order)} pairs ordered alike, "
-        f"the best one the same in {best:.3f} of 48, largest error {error:.3f} deviations"
+    tell(
+        PAIRRM,
+        f"bfloat16 against float32: {np.mean(order):.1%} of {len(order)} pairs ordered alike, "
+        f"{best:.1%} of 48 best ones the same, largest error {error:.3f} standard deviations",
     )
     assert np.mean(order) >= 0.9 and best >= 0.8
 

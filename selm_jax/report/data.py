@@ -265,9 +265,10 @@ def _answers(iteration: int, folder: Path, claimed: bool) -> tuple[Answer, ...]:
         raise ValueError(
             f"{path} has no column {', '.join(missing)}; found {', '.join(table.column_names)}"
         )
+    unscored = table["score"].null_count == table.num_rows  # people only compare
     answers = []
     for row, values in enumerate(table.select(list(_ANSWER_COLUMNS)).to_pylist()):
-        if values["score"] is None:
+        if unscored:
             values["score"] = math.nan
         for name, wanted in _ANSWER_COLUMNS.items():
             if values[name] is None:

@@ -131,6 +131,7 @@ def test_a_sum_that_overflows_is_an_error():
         ([{"ranker": "length", "weight": float("nan")}], "weight is nan"),
         ([{"ranker": "length", "normalise": "zscor"}], "'zscor'; did you mean 'zscore'"),
         ([{"ranker": "length"}, {"ranker": "lenght"}], "part 2: unknown ranker 'lenght'"),
+        ([{"ranker": "human"}], "part 1: people cannot be a part"),
         ([{"ranker": "regex"}], "part 1: ranker 'regex': the setting 'pattern' is missing"),
     ],
 )

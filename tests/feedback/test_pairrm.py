@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tiny_pairrm import PREFIXES, WORDS, write_tokenizer
 
 from selm_jax.feedback import pairrm as module
 from selm_jax.feedback.pairrm import PairRM, mean_wins, pairrm
@@ -30,11 +30,6 @@ from selm_jax.weights.sources import SourceError
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-PREFIXES = ("<|source|>", "<|candidate1|>", "<|candidate2|>", "<|candidate|>")
-WORDS = [
-    "the", "of", "and", "to", "in", "is", "you", "that", "it", "he", "was", "for", "on", "are",
-    "with", "as", "his", "they", "at", "be", "this",
-]  # fmt: skip
 EIGHT = make_mesh((-1, 1, 1))
 PAIRRM = "PairRM, tiny and random"  # heading of the summary's lines
 
@@ -42,30 +37,12 @@ PAIRRM = "PairRM, tiny and random"  # heading of the summary's lines
 # --- a tiny PairRM in the published layout ----------------------------------------------------
 
 
-def write_tokenizer(file, prefixes=PREFIXES) -> int:
-    """A unigram tokenizer made as DeBERTa-v3's is; returns its size."""
-    pieces = [*"abcdefghijklmnopqrstuvwxyz", "▁", *("▁" + word for word in WORDS)]
-    vocab = [(token, 0.0) for token in ("[PAD]", "[CLS]", "[SEP]", "[UNK]")]
-    vocab += [(piece, -1.0 / len(piece)) for piece in pieces]
-    tokenizer = Tokenizer(models.Unigram(vocab, unk_id=3))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Strip()])
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
-    )
-    tokenizer.add_special_tokens(["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"])
-    tokenizer.add_tokens(list(prefixes))
-    tokenizer.enable_truncation(7)  # whoever wrote the file may have left this on
-    tokenizer.save(str(file))
-    return tokenizer.get_vocab_size()
-
-
 class TorchPairRM(torch.nn.Module):
     """`DebertaV2PairRM` with its parameter names, and the published recipe for its input."""
 
     def __init__(self, folder):
         super().__init__()
-        size = write_tokenizer(folder / "tokenizer.json")
+        size = write_tokenizer(folder / "tokenizer.json").get_vocab_size()
         self.config = transformers.DebertaV2Config(
             vocab_size=size, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
             intermediate_size=48, relative_attention=True, position_buckets=256,

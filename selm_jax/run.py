@@ -391,17 +391,21 @@ class Run:
             },
         )
 
-    def _asked(self) -> Iterator[tuple[str, dict[str, int | float]]]:
-        """By iteration: how many prompts the ranker was asked about, and what it and the choice of
-        them cost, from the counts of the finished rank stages."""
-        for t in range(1, self.experiment.iterations + 1):
-            counts = artifacts.Stages(self.iteration(t)).read().get("rank", {}).get("counts", {})
-            if "scored" in counts:
-                asked = {"asked": counts.get("asked", counts["scored"])}
-                cost = {
-                    k: v for k, v in counts.items() if k.startswith(("ranker/", "acquisition/"))
-                }
-                yield str(t), asked | cost
+    def _asked(self) -> Iterator[tuple[str, dict[str, dict[str, int | float]]]]:
+        """By iteration and stage: how many prompts the ranker was asked about, and what it and the
+        choice of them cost, from the counts of the finished stages."""
+        for t in range(self.experiment.iterations + 1):
+            stages = artifacts.Stages(self.iteration(t)).read()
+            of_stage = {}
+            for name, asked in (("rank", "scored"), ("evaluate", "prompts")):
+                counts = stages.get(name, {}).get("counts", {})
+                if asked in counts:
+                    cost = ("ranker/", "acquisition/")
+                    of_stage[name] = {"asked": counts[asked]} | {
+                        key: value for key, value in counts.items() if key.startswith(cost)
+                    }
+            if of_stage:
+                yield str(t), of_stage
 
     def model_card(self, t: int) -> str:
         """The README.md of the policy after iteration t."""

@@ -18,7 +18,7 @@ SCHEMA = pa.schema(
         ("text", pa.string()),
         ("token_ids", pa.list_(pa.int32())),
         ("finish", pa.string()),  # "stop" or "length"
-        ("score", pa.float64()),  # of the ranker; null if it is people, who only compare
+        ("score", pa.float64()),  # of the ranker, see `stages.evaluate`; null if it is people
         ("logp", pa.float32()),  # of the answer under the policy that gave it
         ("logp_start", pa.float32()),  # and under the start model
     ]

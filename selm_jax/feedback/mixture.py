@@ -29,6 +29,7 @@ from selm_jax.feedback.ranker import (
     build,
     check_scores,
     did_you_mean,
+    is_relative,
     reported,
 )
 
@@ -85,6 +86,10 @@ class Mixture:
 
     parts: tuple[Part, ...]
     name: str = "mixture"
+
+    @property
+    def relative(self) -> bool:
+        return any(part.normalise != "none" or is_relative(part.ranker) for part in self.parts)
 
     def scores(
         self, questions: Sequence[Question], candidates: Sequence[Sequence[str]]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import pyarrow.parquet as pq
 
 from selm_jax import artifacts
 from selm_jax.evaluation import frontier
 from selm_jax.feedback.human import Human
+from selm_jax.feedback.ranker import is_relative, reported
 from selm_jax.preferences.examples import Example
 from selm_jax.rollout.engine import Request, decoding_params
 from selm_jax.rollout.sampling import Sampling
@@ -21,8 +24,7 @@ from selm_jax.stages.score import logps_of
 def evaluate(run: Run, t: int) -> Counts:
     """Held-out answers of policy t, greedy and sampled, scored by the ranker and by both models.
 
-    People compare the answers to one prompt and give no reward: under `ranker: human` the scores
-    stay empty, and what is measured is how far the policy has gone.
+    What the scores are: see `_scores`.
 
     Samples are drawn at temperature 1 without filters whatever `rollout` says: only then do they
     estimate the policy's KL. The random numbers are the same in every iteration, so that differences
@@ -43,12 +45,7 @@ def evaluate(run: Run, t: int) -> Counts:
         )
         del decoding
     texts = [run.chat.text(r.tokens) for r in responses]
-    scores = None
-    if not isinstance(run.ranker, Human):
-        scores = run.ranker.scores(
-            [question(p) for p in prompts],
-            [texts[i * each : (i + 1) * each] for i in range(len(prompts))],
-        )
+    scores = _scores(run, t, [texts[i * each : (i + 1) * each] for i in range(len(prompts))])
     examples = [
         Example(
             prompt.id,
@@ -80,8 +77,36 @@ def evaluate(run: Run, t: int) -> Counts:
     summary = frontier.summarize(answers, before)
     run.forget_metrics(lambda m: m["stage"] == "evaluate" and m["iteration"] == t)
     run.log("evaluate", t, summary)
-    return {"prompts": len(prompts), "responses": len(responses)} | {
-        key: summary[key]
-        for key in ("heldout/reward_greedy", "heldout/gain", "heldout/kl")
-        if key in summary
+    shown = ("heldout/reward_greedy", "heldout/gain", "heldout/kl")
+    told = {} if scores is None else reported(run.ranker)
+    return {
+        "prompts": len(prompts),
+        "responses": len(responses),
+        **{key: summary[key] for key in shown if key in summary},
+        **{f"ranker/{key}": value for key, value in told.items()},
     }
+
+
+def _scores(run: Run, t: int, answers: Sequence[Sequence[str]]) -> list[Any] | None:
+    """The score of every held-out answer, by prompt; None of people, who are asked about nothing else
+    than what is trained on.
+
+    A ranker whose scores compare the answers of one prompt gets each answer beside the start
+    model's greedy one, and no other: only so do the scores of two iterations measure the same.
+    """
+    if isinstance(run.ranker, Human):
+        return None
+    questions = [question(p) for p in run.heldout]
+    if not is_relative(run.ranker):
+        return run.ranker.scores(questions, answers)
+    first = [each[0] for each in answers]  # the greedy one
+    if t > 0:
+        start = pq.read_table(run.iteration(0) / "heldout.parquet").to_pylist()
+        of_prompt = {row["prompt_id"]: row["text"] for row in start if row["kind"] == "greedy"}
+        first = [of_prompt[q.id] for q in questions]
+    found = run.ranker.scores(
+        [q for q, each in zip(questions, answers, strict=True) for _ in each],
+        [[text, one] for one, each in zip(first, answers, strict=True) for text in each],
+    )
+    scores = iter(found)
+    return [[next(scores)[0] for _ in each] for each in answers]

@@ -10,7 +10,14 @@ from scipy import stats
 
 from selm_jax.feedback import mixture
 from selm_jax.feedback.mixture import SCALES, Mixture, Part
-from selm_jax.feedback.ranker import FeedbackError, Question, build, check_scores, reported
+from selm_jax.feedback.ranker import (
+    FeedbackError,
+    Question,
+    build,
+    check_scores,
+    is_relative,
+    reported,
+)
 
 ANY = st.lists(st.floats(allow_nan=False, allow_infinity=False), max_size=8).map(
     lambda x: np.array(x, np.float64)
@@ -110,6 +117,16 @@ def test_tells_what_its_parts_tell():
     ranker = Mixture((*parts, Part(Mixture(parts), 1.0, "none")))
     assert ranker.scores([question()], [["x"]])[0].tolist() == [2.0]
     assert ranker.report() == {"2.counting/asked": 1, "3.mixture/2.counting/asked": 1}
+
+
+def test_is_relative_if_a_part_is_or_its_scale_makes_it():
+    one = {"ranker": "length"}
+    judge = {"ranker": "judge", "settings": {"model": "m", "base_url": "http://h/v1"}}
+    rating = judge | {"settings": judge["settings"] | {"form": "pointwise"}}
+    for parts, relative in (
+        ([one], False), ([one, judge], True), ([rating], False), ([one | {"normalise": "rank"}], True),
+    ):  # fmt: skip
+        assert is_relative(build("mixture", parts=parts)) == relative
 
 
 def test_a_sum_that_overflows_is_an_error():

@@ -47,7 +47,7 @@ def outcome(run: Path) -> tuple[dict, list[dict], dict]:
     rows = pq.read_table(run / "iteration_1" / "ranked.parquet").to_pylist()
     manifest = json.loads((run / "manifest.json").read_text())
     assert (run / "report.html").is_file()
-    return settings["counts"], rows, manifest["feedback"]["1"]
+    return settings["counts"], rows, manifest["feedback"]["1"]["rank"]
 
 
 @contextlib.contextmanager
@@ -131,6 +131,14 @@ def test_judge(tmp_path):
     assert counts["drops/not_asked"] == counts["prompts"] - 10 and asked["asked"] == 10
     assert asked["ranker/answers"] > 0
     assert asked["ranker/cost"] == pytest.approx(105e-6 * asked["ranker/answers"])
+    heldout = {
+        (t, row["kind"], row["prompt_id"]): row
+        for t in (0, 1)
+        for row in pq.read_table(tmp_path / f"q-tiny/iteration_{t}/heldout.parquet").to_pylist()
+    }
+    for (_, _, prompt), row in heldout.items():  # beside the start model's greedy answer
+        gap = len(row["text"]) - len(heldout[0, "greedy", prompt]["text"])
+        assert row["score"] == (1 + (gap > 0) - (gap < 0)) / 2
     by_prompt = {}
     for row in rows:
         by_prompt.setdefault(row["prompt_id"], []).append(row)

@@ -22,8 +22,10 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import jax
 import numpy as np
 import torch
+import transformers
 from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import save_file
@@ -153,9 +155,7 @@ def compare(size: str, count: int, rounds: int) -> dict:
         "tokens_per_pair": tokens / count,
         "seconds": seconds,
         "pairs_per_second": {n: count / statistics.median(s) for n, s in seconds.items()},
-        "ratio": statistics.median(
-            t / o for t, o in zip(seconds["torch"], seconds["ours"], strict=True)
-        ),
+        "ratios": sorted(t / o for t, o in zip(seconds["torch"], seconds["ours"], strict=True)),
     }
 
 
@@ -169,12 +169,17 @@ def main() -> None:
         compare("tiny", 8 * settings.pairs, settings.rounds),
         compare("base", settings.pairs, settings.rounds),
     ]
-    table = Table("model", "tokens a pair", "ours, pairs/s", "torch, pairs/s", "ratio")
+    print(f"{os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}; jax {jax.__version__}, torch "
+          f"{torch.__version__}, transformers {transformers.__version__}")  # fmt: skip
+    names = ("model", "tokens a pair", "ours, pairs/s", "torch, pairs/s", "ratio", "per round")
+    table = Table(*names)
     for r in results:
         speed = r["pairs_per_second"]
         table.add_row(
             f"{r['size']}, {r['parameters'] / 1e6:.1f} M", f"{r['tokens_per_pair']:.0f}",
-            f"{speed['ours']:.2f}", f"{speed['torch']:.2f}", f"{r['ratio']:.2f}",
+            f"{speed['ours']:.2f}", f"{speed['torch']:.2f}",
+            f"{statistics.median(r['ratios']):.2f}",
+            f"{r['ratios'][0]:.2f}-{r['ratios'][-1]:.2f}",
         )  # fmt: skip
     Console().print(table)
     if settings.json:

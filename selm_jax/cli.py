@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -168,12 +169,16 @@ def annotate(
     t = iteration or _last_generated(folder)
     store, batch = put_questions(run, t, minimum)
     if read is not None:
-        typer.echo(f"{read}: {exchange.import_pairs(store, batch, read)}")
+        typer.echo(f"{read}: {_told(exchange.import_pairs(store, batch, read))}")
     elif export is not None:
-        typer.echo(f"{export}: {exchange.export_pairs(store, batch, export, layout)}")
+        typer.echo(f"{export}: {_told(exchange.export_pairs(store, batch, export, layout))}")
     else:
         typer.echo(f"{store.path}: {len(store.items(batch))} questions. Ctrl-C ends.")
         server.serve(store, batch, batch, host, port, typer.echo)
+
+
+def _told(counts: Mapping[str, int | float]) -> str:
+    return ", ".join(f"{v:,.3f} {k}" if v % 1 else f"{v:,.0f} {k}" for k, v in counts.items())
 
 
 @app.command()

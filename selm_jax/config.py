@@ -344,11 +344,6 @@ def _inconsistent_feedback(e: Experiment):
         yield f"feedback.labels.temperature: {f.labels.temperature}, above 0 was expected"
     if not 0 <= f.labels.flip <= 0.5:
         yield f"feedback.labels.flip: {f.labels.flip}, from 0 to 0.5 was expected"
-    if f.ranker == "human" and e.data.heldout is not None:
-        yield (
-            "data.heldout: people compare the answers of one prompt, which measures no reward of "
-            "held-out ones; set data.heldout: null"
-        )
 
 
 def _set(tree: dict[str, Any], override: str) -> None:

@@ -28,6 +28,7 @@ def iterate(run: Run) -> None:
         done = [_evaluate(run, 0)]
         for t in range(1, run.experiment.iterations + 1):
             done += [stage.run(run, t) for stage in STAGES]
+            run.write_manifest()
             Checkpoints(run.iteration(t) / "checkpoints").delete()  # the export is complete
             done.append(_evaluate(run, t))
         if not any(done):
@@ -42,6 +43,7 @@ def run_stage(run: Run, name: str, t: int) -> None:
         try:
             if not stage.run(run, t):
                 run.console.print(f"iteration {t}  {name}: done already")
+            run.write_manifest()
         except FileNotFoundError as e:
             raise artifacts.ArtifactError(
                 f"iteration {t}, stage {name!r}: {e.filename or e} is missing; "

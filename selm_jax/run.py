@@ -473,6 +473,10 @@ class Run:
         if not multihost.is_first():
             return
         artifacts.write_text(self.folder / "config.yaml", dump(self.experiment))
+        self.write_manifest()
+
+    def write_manifest(self) -> None:
+        """What computed this run, and what its ranker was asked so far."""
         file = self.folder / "manifest.json"
         manifest = json.loads(file.read_text()) if file.exists() else {}
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -493,8 +497,25 @@ class Run:
                 "decode_mesh": dict(self.decode_mesh.shape),
                 "processes": multihost.count(),
                 "created": manifest.get("created", now),
+                "feedback": dict(self._asked()),
             },
         )
+
+    def _asked(self) -> Iterator[tuple[str, dict[str, dict[str, int | float]]]]:
+        """By iteration and stage: how many prompts the ranker was asked about, and what it and the
+        choice of them cost, from the counts of the finished stages."""
+        for t in range(self.experiment.iterations + 1):
+            stages = artifacts.Stages(self.iteration(t)).read()
+            of_stage = {}
+            for name, asked in (("rank", "scored"), ("evaluate", "prompts")):
+                counts = stages.get(name, {}).get("counts", {})
+                if asked in counts:
+                    cost = ("ranker/", "acquisition/")
+                    of_stage[name] = {"asked": counts[asked]} | {
+                        key: value for key, value in counts.items() if key.startswith(cost)
+                    }
+            if of_stage:
+                yield str(t), of_stage
 
     def model_card(self, t: int) -> str:
         """The README.md of the policy after iteration t."""

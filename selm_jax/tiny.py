@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import urlsplit
 
 import flax.linen as nn
 import jax
@@ -216,15 +217,30 @@ def _rows(data: Data, split: str, count: int) -> Iterator[dict[str, Any]]:
 
 
 def _feedback(feedback: Feedback) -> Feedback:
-    """Without what needs weights, a server, or words; `length` needs nothing."""
-    of_weights = {"pairrm": "folder", "reward_model": "source"}
-    folder = str(feedback.settings.get(of_weights.get(feedback.ranker, ""), ""))
-    weights_are_here = feedback.ranker in of_weights and (Path(folder) / "config.json").exists()
-    # A random model writes letters: to the sentiment rule all its answers are ties.
-    elsewhere = (*of_weights, "judge", "mixture", "sentiment")
-    if feedback.ranker not in elsewhere or weights_are_here:
+    """`length`, which needs nothing, in place of what needs weights, a server or words."""
+    if _is_here(feedback.ranker, feedback.settings):
         return feedback
     return replace(feedback, ranker="length", settings={})
+
+
+def _is_here(ranker: str, settings: Mapping[str, Any]) -> bool:
+    """Whether a ranker works on this machine and the made-up rows; of a mixture, all its parts."""
+    if ranker in ("pairrm", "reward_model"):
+        folder = settings.get("folder" if ranker == "pairrm" else "source", "")
+        return (Path(str(folder)) / "config.json").exists()
+    if ranker == "verifiable":
+        return "instructions" in settings
+    if ranker == "judge":
+        host = urlsplit(str(settings.get("base_url", ""))).hostname
+        return host in ("127.0.0.1", "localhost", "::1")
+    if ranker == "mixture":
+        parts = settings.get("parts")
+        return not isinstance(parts, list) or all(  # what is no part, the mixture itself refuses
+            _is_here(str(part.get("ranker")), part.get("settings") or {})
+            for part in parts
+            if isinstance(part, Mapping)
+        )
+    return ranker != "sentiment"  # to which all random letters are the same: no pair would be left
 
 
 def _rows_of_devices() -> int:

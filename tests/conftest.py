@@ -149,25 +149,28 @@ def parity(record_property) -> Callable[[str, str, float], None]:
 
 
 @pytest.fixture
-def tried(record_property) -> Callable[[str], None]:
+def tell(record_property) -> Callable[[str, str], None]:
+    """Notes a line for the session's summary, under a heading."""
+
+    def note(heading: str, line: str) -> None:
+        record_property("told", (heading, line))
+
+    return note
+
+
+@pytest.fixture
+def tried(tell) -> Callable[[str], None]:
     """Notes what a test has tried, and what came of it; the session's summary shows it."""
-    return lambda line: record_property("tried", line)
+    return lambda line: tell("tried", line)
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    lines = [
-        value
-        for outcome in ("passed", "failed")
-        for report in terminalreporter.getreports(outcome)
-        for key, value in report.user_properties
-        if key == "tried"
-    ]
-    if lines:
-        terminalreporter.section("tried")
-        terminalreporter.write_line("\n".join(lines))
     worst: dict[str, dict[str, float]] = {}
+    told: dict[str, list[str]] = {}
     for report in terminalreporter.getreports("passed"):
         for key, value in report.user_properties:
+            if key == "told":
+                told.setdefault(value[0], []).append(value[1])
             if key == "parity":
                 family, form, difference = value
                 forms = worst.setdefault(family, {})
@@ -177,3 +180,7 @@ def pytest_terminal_summary(terminalreporter) -> None:
         for family, forms in worst.items():
             listed = "  ".join(f"{form} {value:.1e}" for form, value in forms.items())
             terminalreporter.write_line(f"{family:14} {listed}")
+    for heading, lines in told.items():
+        terminalreporter.section(heading)
+        for line in lines:
+            terminalreporter.write_line(line)

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from selm_jax import artifacts
-from selm_jax.annotate.agreement import shares
+from selm_jax.annotate.agreement import alpha, shares
 from selm_jax.annotate.store import AnnotationError, Item, Store
 
 LAYOUTS = ("trl", "ultrafeedback")
@@ -39,11 +39,14 @@ _SCHEMAS = {
 }  # fmt: skip
 
 
-def export_pairs(store: Store, batch: str, file: Path, layout: str = "trl") -> dict[str, int]:
+def export_pairs(
+    store: Store, batch: str, file: Path, layout: str = "trl"
+) -> dict[str, int | float]:
     """Writes what people said of a batch.
 
     Returns:
-        `rows`; `all_equal`: rankings without a row because all answers share a place; `skips`.
+        `rows`; `all_equal`: rankings without a row because all answers share a place; `skips`;
+        `alpha`, how far people agree, where two ranked the same question (`agreement.alpha`).
 
     Raises:
         AnnotationError: unknown layout or suffix.
@@ -53,7 +56,8 @@ def export_pairs(store: Store, batch: str, file: Path, layout: str = "trl") -> d
     _check_suffix(file)
     items = {item.digest: item for item in store.items(batch)}
     rows, equal, skips = [], 0, 0
-    for each in store.judgements(batch):
+    judgements = store.judgements(batch)
+    for each in judgements:
         if each.ranks is None:
             skips += 1
             continue
@@ -70,7 +74,9 @@ def export_pairs(store: Store, batch: str, file: Path, layout: str = "trl") -> d
         artifacts.write_table(file, pa.Table.from_pylist(rows, schema=pa.schema(fields)))
     else:
         artifacts.write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
-    return {"rows": len(rows), "all_equal": equal, "skips": skips}
+    counts: dict[str, int | float] = {"rows": len(rows), "all_equal": equal, "skips": skips}
+    agreement = alpha(judgements)
+    return counts if agreement is None else counts | {"alpha": agreement}
 
 
 def import_pairs(store: Store, batch: str, file: Path) -> dict[str, int]:

@@ -9,11 +9,13 @@ from markdown_it import MarkdownIt
 # Markdown of a text this long takes seconds, and is rarely meant.
 LONGEST_MARKDOWN = 20_000
 
-# C0 controls and DEL as the pictures that Unicode has for them; tab and line ends are themselves.
-_PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n\r"}
-_PICTURES[0x7F] = 0x2421
+# C0 controls and DEL by their numbers: few fonts have Unicode's pictures of them. Tab and line ends
+# are themselves.
+_CONTROLS: dict[int, int | str] = {
+    code: f"⟨U+{code:04X}⟩" for code in (*range(0x20), 0x7F) if chr(code) not in "\t\n\r"
+}
 # A lone surrogate has no UTF-8 and would stop the reply.
-_PICTURES |= dict.fromkeys(range(0xD800, 0xE000), 0xFFFD)
+_CONTROLS |= dict.fromkeys(range(0xD800, 0xE000), 0xFFFD)
 
 # Marks that turn the direction of what follows: obeyed in markdown, shown in plain text.
 _TURNS = {c: f"⟨U+{c:04X}⟩" for c in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
@@ -23,7 +25,7 @@ _MARKDOWN = MarkdownIt("commonmark", {"html": False}).enable("table").disable("i
 
 def visible(text: str) -> str:
     """The text with control characters and lone surrogates as characters that can be seen."""
-    return text.translate(_PICTURES)
+    return text.translate(_CONTROLS)
 
 
 def markdown(text: str) -> str:

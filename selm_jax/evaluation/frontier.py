@@ -18,7 +18,7 @@ SCHEMA = pa.schema(
         ("text", pa.string()),
         ("token_ids", pa.list_(pa.int32())),
         ("finish", pa.string()),  # "stop" or "length"
-        ("score", pa.float64()),  # of the ranker
+        ("score", pa.float64()),  # of the ranker, see `stages.evaluate`; null if it is people
         ("logp", pa.float32()),  # of the answer under the policy that gave it
         ("logp_start", pa.float32()),  # and under the start model
     ]
@@ -36,7 +36,7 @@ def summarize(answers: pa.Table, start: pa.Table | None) -> dict[str, float]:
 
     Returns:
       Rewards are the ranker's scores. `..._low` and `..._high` bound 95 % bootstrap intervals over
-      prompts. `heldout/gain` is the mean difference of greedy reward to the start, paired by
+      prompts; without scores there are none. `heldout/gain` is the mean difference of greedy reward to the start, paired by
       prompt. `heldout/kl` estimates KL(policy || start) per answer in nats: the mean of
       log pi(y) - log pi_start(y) over answers y drawn from the policy at temperature 1, with its
       standard error; it is about the tokens that were drawn, so never about padding.
@@ -44,11 +44,14 @@ def summarize(answers: pa.Table, start: pa.Table | None) -> dict[str, float]:
     greedy = _of_kind(answers, "greedy")
     sampled = _of_kind(answers, "sample")
     out: dict[str, float] = {"heldout/prompts": greedy.num_rows}
-    out |= interval("heldout/reward_greedy", _column(greedy, "score"))
+    scored = answers["score"].null_count == 0
+    if scored:
+        out |= interval("heldout/reward_greedy", _column(greedy, "score"))
     out["heldout/length"] = float(np.mean([len(x) for x in greedy["token_ids"].to_pylist()]))
     out["heldout/cut_off"] = float(np.mean([x == "length" for x in greedy["finish"].to_pylist()]))
     if sampled.num_rows:
-        out |= interval("heldout/reward_sample", _column(sampled, "score"))
+        if scored:
+            out |= interval("heldout/reward_sample", _column(sampled, "score"))
         ratio = _column(sampled, "logp") - _column(sampled, "logp_start")
         out["heldout/kl"] = float(ratio.mean())
         if len(ratio) > 1:
@@ -57,7 +60,8 @@ def summarize(answers: pa.Table, start: pa.Table | None) -> dict[str, float]:
         before = _of_kind(start, "greedy")
         if before["prompt_id"].to_pylist() != greedy["prompt_id"].to_pylist():
             raise ValueError("held-out answers of two iterations are to different prompts")
-        out |= interval("heldout/gain", _column(greedy, "score") - _column(before, "score"))
+        if scored:
+            out |= interval("heldout/gain", _column(greedy, "score") - _column(before, "score"))
     return out
 
 

@@ -96,7 +96,7 @@ class Human:
                 raise FeedbackError(
                     f"ranker 'human', prompt {question.id!r}: nobody was asked, or fewer than "
                     f"{self.minimum} people answered. People rank an iteration's candidates "
-                    "(`selm annotate`); for held-out answers set data.heldout to null."
+                    "(`selm annotate`)."
                 )
             of_text = mean_shares(self.judged[item.digest])
             found.append(np.array([of_text[item.answers.index(text)] for text in texts]))

@@ -102,6 +102,10 @@ class JudgeRanker:
     counts: Counter[str] = field(default_factory=Counter)
     name: str = "judge"
 
+    @property
+    def relative(self) -> bool:
+        return self.form != "pointwise"
+
     def scores(
         self, questions: Sequence[Question], candidates: Sequence[Sequence[str]]
     ) -> list[Float64[np.ndarray, " candidates"]]:

@@ -29,6 +29,7 @@ from selm_jax.feedback.ranker import (
     build,
     check_scores,
     did_you_mean,
+    is_relative,
     reported,
 )
 
@@ -85,6 +86,10 @@ class Mixture:
 
     parts: tuple[Part, ...]
     name: str = "mixture"
+
+    @property
+    def relative(self) -> bool:
+        return any(part.normalise != "none" or is_relative(part.ranker) for part in self.parts)
 
     def scores(
         self, questions: Sequence[Question], candidates: Sequence[Sequence[str]]
@@ -150,6 +155,11 @@ def _part(number: int, given: Any) -> Part:
         raise FeedbackError(
             f"{where}: normalise is {scale!r}{did_you_mean(str(scale), SCALES)} Expected one of "
             f"{', '.join(SCALES)}."
+        )
+    if given["ranker"] == "human":
+        raise FeedbackError(
+            f"{where}: people cannot be a part: they are asked first, and may leave prompts "
+            "unanswered. Let them rank alone (ranker: human)."
         )
     try:
         return Part(build(given["ranker"], **given.get("settings", {})), float(weight), scale)

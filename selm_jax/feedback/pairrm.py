@@ -80,6 +80,7 @@ class PairRM:
     """PairRM as a ranker (see `ranker.Ranker`), and its comparisons by themselves."""
 
     name = "pairrm"
+    relative = True
 
     def __init__(
         self,

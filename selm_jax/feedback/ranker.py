@@ -58,7 +58,8 @@ class Ranker(Protocol):
     """Scores candidate responses. An implementation ends with `return check_scores(...)`.
 
     It may also have a method `report() -> dict[str, int | float]`: counts of its last `scores`,
-    such as requests and cost; see `reported`.
+    such as requests and cost; see `reported`. And an attribute `relative`, true if its scores
+    compare the candidates that were given together; see `is_relative`.
     """
 
     @property
@@ -113,6 +114,12 @@ def reported(ranker: Ranker) -> dict[str, int | float]:
     """What a ranker tells of its last `scores`; empty if it tells nothing."""
     report = getattr(ranker, "report", None)
     return {} if report is None else report()
+
+
+def is_relative(ranker: Ranker) -> bool:
+    """Whether a score says how a candidate stands among the others of its prompt and nothing else,
+    so that a mean over prompts is no measure of a policy."""
+    return getattr(ranker, "relative", False)
 
 
 def _check_settings(

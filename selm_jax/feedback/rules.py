@@ -152,7 +152,10 @@ VERIFIABLE_SCORES = ("partial_strict", "partial_loose", "binary_strict", "binary
 
 
 def verifiable(
-    score: str = "partial_strict", ids: str = "instruction_id_list", kwargs: str = "kwargs"
+    score: str = "partial_strict",
+    ids: str = "instruction_id_list",
+    kwargs: str = "kwargs",
+    instructions: Mapping[str, Any] | None = None,
 ) -> RuleRanker:
     """How far the response follows the instructions that a program can check (IFEval's 25 kinds).
 
@@ -166,9 +169,12 @@ def verifiable(
             too many and asterisks.
         ids: the row's column of instruction ids, such as `punctuation:no_comma`.
         kwargs: the row's column of their arguments: for each id a mapping, None for those unused.
+        instructions: arguments by id, the same for every prompt, in place of the row's columns:
+            `{punctuation:no_comma: {}}`.
 
     Raises:
-        FeedbackError: if-verifiable is not installed, or an unknown score.
+        FeedbackError: if-verifiable is not installed, an unknown score, or instructions that cannot
+            be checked.
     """
     if score not in VERIFIABLE_SCORES:
         raise FeedbackError(
@@ -186,8 +192,15 @@ def verifiable(
         ) from error
     langdetect.DetectorFactory.seed = 0  # its own guesses are random otherwise
 
+    for_all = None
+    if instructions is not None:
+        try:
+            for_all = _checked(list(instructions), list(instructions.values()), INSTRUCTION_DICT)
+        except FeedbackError as error:
+            raise FeedbackError(f"ranker 'verifiable', instructions: {error}") from error
+
     def follows(prompt: str, response: str, row: dict[str, Any]) -> float:
-        names, arguments = _instructions(row, ids, kwargs, INSTRUCTION_DICT)
+        names, arguments = for_all or _of_row(row, ids, kwargs, INSTRUCTION_DICT)
         sample = IFEvalSample(key=0, prompt=prompt, instruction_id_list=names, kwargs=arguments)
         try:
             _, scores = evaluate_output_for_sample("ifeval", sample, response)
@@ -203,28 +216,37 @@ def verifiable(
     return RuleRanker("verifiable", follows)
 
 
-def _instructions(
+def _of_row(
     row: Mapping[str, Any], ids: str, kwargs: str, known: Mapping[str, Any]
 ) -> tuple[list[str], list[dict[str, Any]]]:
-    """The row's instructions, checked: the package skips ids it does not know, and draws what an
-    instruction lacks at random."""
+    """The row's instructions, checked."""
     for column in (ids, kwargs):
         if column not in row:
             raise FeedbackError(
                 f"the row has no column {column!r}{did_you_mean(column, row)} It has: "
                 f"{', '.join(row) or 'none'}."
             )
-    names, arguments = list(row[ids]), [dict(each or {}) for each in row[kwargs]]
-    if not names or len(names) != len(arguments):
+    try:
+        return _checked(list(row[ids]), list(row[kwargs]), known)
+    except FeedbackError as error:
+        raise FeedbackError(f"columns {ids!r} and {kwargs!r}: {error}") from error
+
+
+def _checked(
+    names: list[str], given: list[Any], known: Mapping[str, Any]
+) -> tuple[list[str], list[dict[str, Any]]]:
+    """Instruction ids and their arguments. The package skips ids it does not know, and draws what
+    an instruction lacks at random: here both are errors."""
+    if not names or len(names) != len(given):
         raise FeedbackError(
-            f"found {len(names)} instruction ids in {ids!r} and {len(arguments)} mappings in "
-            f"{kwargs!r}; expected at least one, and one mapping for each id."
+            f"found {len(names)} instruction ids and {len(given)} mappings of arguments; expected "
+            "at least one, and one mapping for each id."
         )
-    for name, given in zip(names, arguments, strict=True):
+    arguments = [dict(each or {}) for each in given]
+    for name, each in zip(names, arguments, strict=True):
         if name not in known:
             raise FeedbackError(f"unknown instruction id {name!r}{did_you_mean(str(name), known)}")
         needed = known[name](name).get_instruction_args_keys()
-        missing = [key for key in needed if given.get(key) is None]
-        if missing:
+        if missing := [key for key in needed if each.get(key) is None]:
             raise FeedbackError(f"the instruction {name!r} lacks its {', '.join(missing)}.")
     return names, arguments

@@ -40,7 +40,8 @@ _ANSWER_COLUMNS: dict[str, type] = {
 
 @dataclass(frozen=True)
 class Answer:
-    """One held-out answer. `logp` and `logp_start` are nats under its own and the start policy."""
+    """One held-out answer. `logp` and `logp_start` are nats under its own and the start policy;
+    `score` is NaN where nobody scores held-out answers."""
 
     iteration: int
     prompt_id: str
@@ -268,8 +269,11 @@ def _answers(iteration: int, folder: Path, claimed: bool) -> tuple[Answer, ...]:
         raise ValueError(
             f"{path} has no column {', '.join(missing)}; found {', '.join(table.column_names)}"
         )
+    unscored = table["score"].null_count == table.num_rows  # people only compare
     answers = []
     for row, values in enumerate(table.select(list(_ANSWER_COLUMNS)).to_pylist()):
+        if unscored:
+            values["score"] = math.nan
         for name, wanted in _ANSWER_COLUMNS.items():
             if values[name] is None:
                 raise ValueError(f"{path}, row {row}: {name} is empty, expected a value")

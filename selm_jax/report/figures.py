@@ -29,9 +29,10 @@ def reward_plots(runs: Sequence[RunData]) -> list[Plot]:
                 f"reward_{kind}",
                 lambda run, kind=kind: _interval_metric(run, f"reward_{kind}"),
                 title=f"Reward of {_KIND_TITLE[kind]}",
-                how="Mean score on the held-out prompts; bars are 95 % intervals. Iteration 0 is "
-                "the start model. Overlapping bars alone do not mean there is no difference: "
-                "the prompts are the same, so look at the gain.",
+                how="Mean score on the held-out prompts (of a ranker that compares: beside the start "
+                "model's greedy answer); bars are 95 % intervals. Iteration 0 is the start model. "
+                "Overlapping bars alone do not mean there is no difference: the prompts are the "
+                "same, so look at the gain.",
             )
         )
     plots.append(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +97,7 @@ def render(runs: Sequence[RunData]) -> str:
         answers=answers,
         left_out=left_out,
         different_settings=summary.settings_differences([run.settings for run in runs]),
-        different_machines=summary.settings_differences([_manifest(run) for run in runs]),
+        different_machines=summary.settings_differences([_machine(run) for run in runs]),
     )
 
 
@@ -211,7 +212,7 @@ def _answer_view(answer: Answer, group: Sequence[Answer]) -> dict[str, Any]:
 
 def _gain(greedy: Sequence[Answer]) -> float:
     """Score of the last greedy answer minus the start model's; 0 where either is missing."""
-    scores = {answer.iteration: answer.score for answer in greedy}
+    scores = {a.iteration: a.score for a in greedy if math.isfinite(a.score)}
     return scores[max(scores)] - scores[0] if 0 in scores else 0.0
 
 
@@ -322,6 +323,11 @@ def _amounts(stage: Stage, seconds: float | None = None) -> str:
 
 def _manifest(run: RunData) -> dict[str, str]:
     return dict(flatten({key: value for key, value in run.manifest.items() if key != "name"}))
+
+
+def _machine(run: RunData) -> dict[str, str]:
+    """The manifest but for what the ranker was asked."""
+    return {k: v for k, v in _manifest(run).items() if not k.startswith("feedback")}
 
 
 def _printable(value: Any) -> Any:

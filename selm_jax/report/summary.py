@@ -87,6 +87,11 @@ def paragraph(run: RunData) -> str:
             "The settings name no held-out prompts (data.heldout), so nothing can be said about "
             "the reward. What follows is about training and ranking alone."
         )
+    if run.evaluations and not known:
+        return (
+            "People compare answers and score none, so nothing can be said about a held-out reward. "
+            "How far the policy went from the start is below, and the answers are there to read."
+        )
     if not known:
         return "No held-out evaluation is finished yet, so nothing can be said about the reward."
     last = known[-1]

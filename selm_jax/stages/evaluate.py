@@ -4,11 +4,15 @@ held-out pairs (pairs.parquet)."""
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import pyarrow.parquet as pq
 
 from selm_jax import artifacts
 from selm_jax.evaluation import frontier, pairs
+from selm_jax.feedback.human import Human
+from selm_jax.feedback.ranker import is_relative, reported
 from selm_jax.parallel import multihost
 from selm_jax.preferences.examples import Example
 from selm_jax.rollout.engine import Request
@@ -22,6 +26,8 @@ from selm_jax.text.answers import answers as answers_of
 
 def evaluate(run: Run, t: int) -> Counts:
     """Held-out answers of policy t, greedy and sampled, scored by the ranker and by both models.
+
+    What the scores are: see `_scores`.
 
     Samples are drawn at temperature 1 without filters whatever `rollout` says: only then do they
     estimate the policy's KL. The random numbers are the same in every iteration, so that differences
@@ -49,11 +55,7 @@ def evaluate(run: Run, t: int) -> Counts:
         )
         del decoding
     texts = [run.chat.text(r.tokens) for r in responses]
-    scores = scores_of(
-        run,
-        [question(p) for p in prompts],
-        [texts[i * each : (i + 1) * each] for i in range(len(prompts))],
-    )
+    scores = _scores(run, t, [texts[i * each : (i + 1) * each] for i in range(len(prompts))])
     examples = [
         Example(
             prompt.id,
@@ -74,7 +76,7 @@ def evaluate(run: Run, t: int) -> Counts:
                 **response_row(run, prompts[i], response),
                 "prompt": prompts[i].messages[-1].content,
                 "text": text,
-                "score": float(scores[i][k]),
+                "score": None if scores is None else float(scores[i][k]),
                 "logp": policy[i][k],
                 "logp_start": start[i][k],
             }
@@ -86,10 +88,13 @@ def evaluate(run: Run, t: int) -> Counts:
         artifacts.write_table(run.iteration(t) / "heldout.parquet", answers)
     run.forget_metrics(lambda m: m["stage"] == "evaluate" and m["iteration"] == t)
     run.log("evaluate", t, summary)
-    return {"prompts": len(prompts), "responses": len(responses)} | {
-        key: summary[key]
-        for key in ("heldout/reward_greedy", "heldout/gain", "heldout/kl")
-        if key in summary
+    shown = ("heldout/reward_greedy", "heldout/gain", "heldout/kl")
+    told = {} if scores is None else multihost.on_first(lambda: reported(run.ranker))
+    return {
+        "prompts": len(prompts),
+        "responses": len(responses),
+        **{key: summary[key] for key in shown if key in summary},
+        **{f"ranker/{key}": value for key, value in told.items()},
     }
 
 
@@ -129,3 +134,32 @@ def _evaluate_pairs(run: Run, t: int) -> Counts:
     shown = ("heldout/accuracy", "heldout/accuracy_low", "heldout/accuracy_high")
     counts = {"pairs": len(found), "too_long": len(held) - len(found)}
     return counts | {key: summary[key] for key in shown}
+
+
+def _scores(run: Run, t: int, answers: Sequence[Sequence[str]]) -> list[Any] | None:
+    """The score of every held-out answer, by prompt; None of people, who are asked about nothing else
+    than what is trained on.
+
+    A ranker whose scores compare the answers of one prompt gets each answer beside the start
+    model's greedy one, and no other: only so do the scores of two iterations measure the same.
+    """
+    people, relative = multihost.on_first(
+        lambda: (isinstance(run.ranker, Human), is_relative(run.ranker))
+    )
+    if people:
+        return None
+    questions = [question(p) for p in run.heldout]
+    if not relative:
+        return scores_of(run, questions, answers)
+    first = [each[0] for each in answers]  # the greedy one
+    if t > 0:
+        start = pq.read_table(run.iteration(0) / "heldout.parquet").to_pylist()
+        of_prompt = {row["prompt_id"]: row["text"] for row in start if row["kind"] == "greedy"}
+        first = [of_prompt[q.id] for q in questions]
+    found = scores_of(
+        run,
+        [q for q, each in zip(questions, answers, strict=True) for _ in each],
+        [[text, one] for one, each in zip(first, answers, strict=True) for text in each],
+    )
+    scores = iter(found)
+    return [[next(scores)[0] for _ in each] for each in answers]

@@ -264,7 +264,10 @@ def _candidates(run: Run, prompt: Prompt, answers: Sequence[dict]) -> tuple[list
 
 def _of_data(run: Run, prompt: Prompt, source: str) -> tuple[Candidate, bool]:
     """One of the data set's answers, and whether it can be used; where bad rows are errors, it can."""
-    ids, usable = None, True  # `layout: paper` and reward models make ids of pairs, not of candidates
+    ids, usable = (
+        None,
+        True,
+    )  # `layout: paper` and reward models make ids of pairs, not of candidates
     if run.experiment.text.layout == "default":
         try:
             if run.objective.rates:

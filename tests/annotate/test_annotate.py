@@ -240,6 +240,8 @@ class TestExchange:
         store.judge(item(1, 2).digest, "Bob", None, request="5")
         file = tmp_path / f"out.{suffix}"
         counts = export_pairs(store, BATCH, file, layout)
+        agreement = counts.pop("alpha")  # of Ada and Bob, who ranked one question both
+        assert agreement == pytest.approx(alpha(store.judgements(BATCH))) and agreement < 1
         assert counts == {"rows": 2 + 5 + 6, "all_equal": 1, "skips": 1}
         other = Store(tmp_path / "other.sqlite")
         other.put(BATCH, store.items(BATCH))

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sqlite3
 import time
 from pathlib import Path
 
@@ -221,7 +222,7 @@ def test_two_people_at_once(item, store, serve, person):
 
 
 @pytest.mark.parametrize("die", ["before", "after"])
-def test_the_server_is_killed_between_click_and_reply(item, store, serve, person, shot, die):
+def test_the_server_is_killed_between_click_and_reply(item, store, serve, person, shot, tell, die):
     served = serve(store, [item(0), item(1)], die=die)
     page = person(served, "Ada")
     question_shown(page, 0)
@@ -234,7 +235,14 @@ def test_the_server_is_killed_between_click_and_reply(item, store, serve, person
     served.start()  # the page tries again on its own
     question_shown(page, 1)
     assert page.locator("#notice").is_hidden()
-    assert [j.ranks for j in store.judgements(BATCH)] == [(1, 1, 1)]
+    with sqlite3.connect(store.path) as database:
+        (noted,) = database.execute("select count(*) from events").fetchone()
+    tell(
+        "annotators, server killed between click and reply",
+        f"{die} the answer is noted: shown as saved 1, lost {1 - min(noted, 1)}, "
+        f"noted twice {noted - 1}",
+    )
+    assert noted == 1 and [j.ranks for j in store.judgements(BATCH)] == [(1, 1, 1)]
 
 
 def test_the_page_is_closed_before_the_server_is_back(item, store, serve, person):
@@ -262,7 +270,7 @@ def test_hostile_text_is_text(store, serve, person, shot):
     assert "javascript:document.title" in shown[0]
     assert "אבגדה" in shown[1] and "مرحبا" in shown[1]
     assert shown[2].strip() == LONG.strip()
-    assert "before␀after ␛[31mred ␇ \ufffd." in shown[3]
+    assert "before⟨U+0000⟩after ⟨U+001B⟩[31mred ⟨U+0007⟩ \ufffd." in shown[3]
     assert "reward" in shown[4] and page.locator(".answer table").count() == 1
     assert shown[5] == "(nothing)"
     assert page.locator(".answer script, .answer img, #conversation script").count() == 0
@@ -292,3 +300,23 @@ def test_markdown_looks_right(store, serve, person, shot):
     small.set_viewport_size({"width": 390, "height": 800})
     small.wait_for_selector(".answer")
     shot(small, "10-telephone")
+
+
+def test_four_answers_stand_two_and_two(store, serve, browser, person, shot):
+    answers = tuple(
+        f"Tea is {taste}, warm, and best shared with a friend on a quiet afternoon by the window."
+        for taste in ("bitter", "sweet", "green", "black")
+    )
+    served = serve(store, [Item("p", (("user", "Describe tea in one line."),), answers)])
+    stranger = browser.new_page(viewport={"width": 1280, "height": 800})
+    stranger.goto(served.url)
+    stranger.wait_for_selector("#hello:visible")
+    shot(stranger, "0-hello")
+    stranger.close()
+    page = person(served, "Dan")
+    page.wait_for_selector(".answer")
+    page.keyboard.press("d")
+    page.keyboard.press("=")
+    shot(page, "11-four")
+    boxes = [page.locator(".answer").nth(i).bounding_box() for i in range(4)]
+    assert len({box["x"] for box in boxes}) == len({box["y"] for box in boxes}) == 2

@@ -86,7 +86,7 @@ class TestRanker:
         assert found == [[True, True, False]] and sum(done) == 2
 
     def test_refusals(self, tmp_path):
-        with pytest.raises(FeedbackError, match="prompt 'p0': nobody was asked.*data.heldout"):
+        with pytest.raises(FeedbackError, match="prompt 'p0': nobody was asked"):
             human().scores(QUESTIONS, TEXTS)
         with pytest.raises(FeedbackError, match="minimum is 0"):
             human(minimum=0)
@@ -144,12 +144,12 @@ class TestStage:
         store, batch = put_questions(Run(config.load(experiment), Console(quiet=True)), 1)
         answer(store, batch)
         for arguments, said in (
-            (["--export", str(tmp_path / "out.jsonl")], "out.jsonl: {'rows': "),
-            (["--import", str(tmp_path / "out.jsonl")], "'rankings': "),
+            (["--export", str(tmp_path / "out.jsonl")], "out.jsonl: [0-9]+ rows, 0 all_equal"),
+            (["--import", str(tmp_path / "out.jsonl")], "out.jsonl: [0-9]+ rows, [0-9]+ rankings"),
         ):
             monkeypatch.setattr(sys, "argv", ["selm", "annotate", str(folder), *arguments])
             cli.main()
-            assert said in capsys.readouterr().out
+            assert re.search(said, capsys.readouterr().out)
 
     def test_other_rankers_can_be_checked_by_people_too(self, experiment):
         run = Run(config.load(experiment, ["feedback={ranker: length}"]), Console(quiet=True))
@@ -158,7 +158,3 @@ class TestStage:
         run = Run(config.load(experiment), Console(quiet=True))
         with pytest.raises(AnnotationError, match="waits for 1 people per prompt"):
             put_questions(run, 1, minimum=2)
-
-    def test_held_out_prompts_are_refused_early(self, experiment):
-        with pytest.raises(config.ConfigError, match="data.heldout: people compare"):
-            config.load(experiment, ["data.heldout=x.jsonl"])

@@ -40,6 +40,7 @@ from selm_jax.feedback.judge_prompts import (
 from selm_jax.feedback.ranker import FeedbackError, Question, build, reported
 
 KEY = "sk-0123456789-secret"
+JUDGE = "judge, against a server that fails"  # heading of the summary's lines
 
 
 class Server:
@@ -248,7 +249,9 @@ class TestClient:
         assert ask(one, ["a"]) == ["fine"]
         assert one.counts.retries == 1 and one.counts.answers == 1 and one.counts.failures == 0
 
-    def test_a_storm_of_faults_loses_nothing_and_pays_nothing_twice(self, server, client, file):
+    def test_a_storm_of_faults_loses_nothing_and_pays_nothing_twice(
+        self, server, client, file, tell
+    ):
         faults = [each for name, each in FAULTS.items() if each is not drip]
 
         def behave(body, attempt):
@@ -261,9 +264,12 @@ class TestClient:
         one = client(retries=20, concurrency=12)
         assert ask(one, texts) == [f"re: {text}" for text in texts]
         lost = len(texts) - stored(file)
-        print(
-            f"judge: {one.counts.requests} requests, {one.counts.retries} retried, failed "
-            f"{one.counts.failures}, paid twice {server.paid_twice}, lost {lost}"
+        failed = sum(server.asked.values()) - sum(server.answered.values())
+        tell(
+            JUDGE,
+            f"{len(texts)} questions, {len(faults)} kinds of faults: {one.counts.requests} "
+            f"requests, failed {failed}, retried {one.counts.retries}, given up "
+            f"{one.counts.failures}, paid twice {server.paid_twice}, lost {lost}",
         )
         assert server.paid_twice == lost == one.counts.failures == 0
         assert one.counts.requests == sum(server.asked.values()) == 150 + one.counts.retries
@@ -580,7 +586,7 @@ print([float(each[0]) for each in scores], ranker.report())
 """
 
 
-def test_killed_in_the_middle_it_pays_only_for_what_is_missing(server, file):
+def test_killed_in_the_middle_it_pays_only_for_what_is_missing(server, file, tell):
     server.delay = 0.03
     server.behave = lambda body, _: "[[6]]"
     command = [sys.executable, "-c", CHILD, server.url, str(file)]
@@ -595,13 +601,16 @@ def test_killed_in_the_middle_it_pays_only_for_what_is_missing(server, file):
     assert 60 > kept >= 16
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert f"{[6.0] * 60}" in done.stdout
-    asked_again = [text for text in before if server.answered[text] > 1]
-    print(
-        f"judge, killed: {kept} of {sum(before.values())} answers were on disk; "
-        f"{len(asked_again)} in flight asked again"
+    in_flight = sum(before.values()) - kept  # answered, and on the disk of nobody
+    twice = sum(server.answered.values()) - 60 - in_flight
+    lost = 60 - stored(file)
+    tell(
+        JUDGE,
+        f"60 questions, client killed after {kept}, {in_flight} of its answers cut off in flight, "
+        f"then run again: paid twice {twice}, lost {lost}",
     )
-    assert sum(server.answered.values()) - sum(before.values()) == 60 - kept
-    assert len(asked_again) <= 4  # in flight at the instant of the kill, at most the bound
+    assert twice == lost == 0
+    assert in_flight <= 4  # at the instant of the kill: at most as many as may be under way
     assert f"'cache_hits': {kept}" in done.stdout
 
 

@@ -10,7 +10,14 @@ from scipy import stats
 
 from selm_jax.feedback import mixture
 from selm_jax.feedback.mixture import SCALES, Mixture, Part
-from selm_jax.feedback.ranker import FeedbackError, Question, build, check_scores, reported
+from selm_jax.feedback.ranker import (
+    FeedbackError,
+    Question,
+    build,
+    check_scores,
+    is_relative,
+    reported,
+)
 
 ANY = st.lists(st.floats(allow_nan=False, allow_infinity=False), max_size=8).map(
     lambda x: np.array(x, np.float64)
@@ -112,6 +119,16 @@ def test_tells_what_its_parts_tell():
     assert ranker.report() == {"2.counting/asked": 1, "3.mixture/2.counting/asked": 1}
 
 
+def test_is_relative_if_a_part_is_or_its_scale_makes_it():
+    one = {"ranker": "length"}
+    judge = {"ranker": "judge", "settings": {"model": "m", "base_url": "http://h/v1"}}
+    rating = judge | {"settings": judge["settings"] | {"form": "pointwise"}}
+    for parts, relative in (
+        ([one], False), ([one, judge], True), ([rating], False), ([one | {"normalise": "rank"}], True),
+    ):  # fmt: skip
+        assert is_relative(build("mixture", parts=parts)) == relative
+
+
 def test_a_sum_that_overflows_is_an_error():
     parts = (Part(Fixed([1e308]), 10.0, "none"),)
     with np.errstate(over="ignore"), pytest.raises(FeedbackError, match="'mixture'.*score is inf"):
@@ -131,6 +148,7 @@ def test_a_sum_that_overflows_is_an_error():
         ([{"ranker": "length", "weight": float("nan")}], "weight is nan"),
         ([{"ranker": "length", "normalise": "zscor"}], "'zscor'; did you mean 'zscore'"),
         ([{"ranker": "length"}, {"ranker": "lenght"}], "part 2: unknown ranker 'lenght'"),
+        ([{"ranker": "human"}], "part 1: people cannot be a part"),
         ([{"ranker": "regex"}], "part 1: ranker 'regex': the setting 'pattern' is missing"),
     ],
 )

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tiny_pairrm import PREFIXES, WORDS, write_tokenizer
 
 from selm_jax.feedback import pairrm as module
 from selm_jax.feedback.pairrm import PairRM, mean_wins, pairrm
@@ -30,33 +30,11 @@ from selm_jax.weights.sources import SourceError
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-PREFIXES = ("<|source|>", "<|candidate1|>", "<|candidate2|>", "<|candidate|>")
-WORDS = [
-    "the", "of", "and", "to", "in", "is", "you", "that", "it", "he", "was", "for", "on", "are",
-    "with", "as", "his", "they", "at", "be", "this",
-]  # fmt: skip
 EIGHT = make_mesh((-1, 1, 1))
+PAIRRM = "PairRM, tiny and random"  # heading of the summary's lines
 
 
 # --- a tiny PairRM in the published layout ----------------------------------------------------
-
-
-def write_tokenizer(file, prefixes=PREFIXES) -> int:
-    """A unigram tokenizer made as DeBERTa-v3's is; returns its size."""
-    pieces = [*"abcdefghijklmnopqrstuvwxyz", "▁", *("▁" + word for word in WORDS)]
-    vocab = [(token, 0.0) for token in ("[PAD]", "[CLS]", "[SEP]", "[UNK]")]
-    vocab += [(piece, -1.0 / len(piece)) for piece in pieces]
-    tokenizer = Tokenizer(models.Unigram(vocab, unk_id=3))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Strip()])
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
-    )
-    tokenizer.add_special_tokens(["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"])
-    tokenizer.add_tokens(list(prefixes))
-    tokenizer.enable_truncation(7)  # whoever wrote the file may have left this on
-    tokenizer.save(str(file))
-    return tokenizer.get_vocab_size()
 
 
 class TorchPairRM(torch.nn.Module):
@@ -64,7 +42,7 @@ class TorchPairRM(torch.nn.Module):
 
     def __init__(self, folder):
         super().__init__()
-        size = write_tokenizer(folder / "tokenizer.json")
+        size = write_tokenizer(folder / "tokenizer.json").get_vocab_size()
         self.config = transformers.DebertaV2Config(
             vocab_size=size, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
             intermediate_size=48, relative_attention=True, position_buckets=256,
@@ -179,7 +157,7 @@ def close(found, expected, atol=1e-4):
 # --- the same logits as in torch ---------------------------------------------------------------
 
 
-def test_logits_are_those_of_torch(ours, theirs):
+def test_logits_are_those_of_torch(ours, theirs, parity):
     pairs = [
         ("hello!", "hi!", "get out"),
         ("", "", ""),
@@ -190,11 +168,11 @@ def test_logits_are_those_of_torch(ours, theirs):
     found, expected = ours.logits(pairs), theirs.logits(pairs)
     close(found, expected)
     assert expected.std() > 0.1  # or the comparison would say little
-    print("short: largest difference from torch", np.abs(found - expected).max())
+    parity("PairRM", "short", np.abs(found - expected).max())
 
 
 @pytest.mark.parametrize("total", [128, 129, 512, 513])
-def test_logits_at_the_boundaries_of_buckets(ours, theirs, total):
+def test_logits_at_the_boundaries_of_buckets(ours, theirs, parity, total):
     """Rows of n tokens have distances up to n - 1: 127, 128, 511 and 512 are in here."""
     rest = total - 9  # [CLS] prefix ... [SEP] three times; every word is one token
     pair = (text(rest // 2), text(rest // 4, 1), text(rest - rest // 2 - rest // 4, 2))
@@ -202,16 +180,16 @@ def test_logits_at_the_boundaries_of_buckets(ours, theirs, total):
     assert len(theirs.ids(*pair)) == total
     found, expected = ours.logits([pair]), theirs.logits([pair])
     close(found, expected)
-    print(f"{total} tokens: difference from torch", abs(found - expected).max())
+    parity("PairRM", f"|i-j| {total - 1}", abs(found - expected).max())
 
 
 @pytest.mark.parametrize("words", [(10, 2000, 30), (2000, 2000, 2000), (1500, 1, 700)])
-def test_long_texts_are_cut_as_the_recipe_does(ours, theirs, words):
+def test_long_texts_are_cut_as_the_recipe_does(ours, theirs, parity, words):
     pair = tuple(text(n, seed) for seed, n in enumerate(words))
     assert 1000 < len(theirs.ids(*pair)) <= 2048
     found, expected = ours.logits([pair]), theirs.logits([pair])
     close(found, expected)
-    print(f"{words} words: difference from torch", abs(found - expected).max())
+    parity("PairRM", "long", abs(found - expected).max())
 
 
 def test_a_prefix_in_a_text_becomes_a_space(ours, theirs):
@@ -245,7 +223,7 @@ SOURCES = [text(n, n) for n in (3, 60, 12, 5, 25, 2, 9, 30, 4, 17)]
 CANDIDATES = [[text(n + 2 * k, k) for k, n in enumerate((4, 50, 18))] for _ in SOURCES]
 
 
-def test_per_row_budgets_do_not_depend_on_the_batch(small_budgets, theirs):
+def test_per_row_budgets_do_not_depend_on_the_batch(small_budgets, theirs, tell):
     ranker = pairrm(str(small_budgets), batch=16)
     whole = ranker.matrices(SOURCES, CANDIDATES)
     for matrix, source, each in zip(whole, SOURCES, CANDIDATES, strict=True):
@@ -258,7 +236,7 @@ def test_per_row_budgets_do_not_depend_on_the_batch(small_budgets, theirs):
         again = ranker.matrices([SOURCES[r] for r in some], [CANDIDATES[r] for r in some])
         worst = max(worst, *(np.abs(m - whole[r]).max() for m, r in zip(again, some, strict=True)))
     assert worst < 1e-5
-    print("largest change of a logit with its batch:", worst)
+    tell(PAIRRM, f"largest change of a logit with the rows beside it: {worst:.1e}")
 
 
 def test_llm_blender_budgets_depend_on_eight_rows(small_budgets, theirs):
@@ -453,7 +431,7 @@ def test_eight_devices_give_what_one_gives(theirs, ours, monkeypatch):
     close(many.logits(pairs), ours.logits(pairs), atol=1e-5)
 
 
-def test_bfloat16_ranks_as_float32_does(theirs, ours):
+def test_bfloat16_ranks_as_float32_does(theirs, ours, tell):
     half = pairrm(str(theirs.folder), dtype="bfloat16", batch=32)
     kinds = {str(x.dtype) for x in jax.tree.leaves(half._params)}
     assert kinds == {"bfloat16", "float32"}
@@ -468,9 +446,10 @@ def test_bfloat16_ranks_as_float32_does(theirs, ours):
     ]
     best = np.mean([np.argmax(a) == np.argmax(b) for a, b in scores])
     error = np.abs(np.array(wide) - np.array(narrow)).max() / np.std(wide)
-    print(
-        f"bfloat16 against float32: {np.mean(order):.3f} of {len(order)} pairs ordered alike, "
-        f"the best one the same in {best:.3f} of 48, largest error {error:.3f} deviations"
+    tell(
+        PAIRRM,
+        f"bfloat16 against float32: {np.mean(order):.1%} of {len(order)} pairs ordered alike, "
+        f"{best:.1%} of 48 best ones the same, largest error {error:.3f} standard deviations",
     )
     assert np.mean(order) >= 0.9 and best >= 0.8
 

@@ -133,6 +133,16 @@ class TestVerifiable:
         text = "der die das ist not the"
         assert len({ranker.scores([asked], [[text]])[0][0] for _ in range(10)}) == 1
 
+    def test_the_same_instructions_for_every_prompt(self):
+        follow()
+        ranker = build("verifiable", instructions={NO_COMMA[0]: {}, TWO_WORDS[0]: TWO_WORDS[1]})
+        for _ in range(2):
+            assert ranker.scores([question()], [["a b", "a, b, c"]])[0].tolist() == [1.0, 0.0]
+        with pytest.raises(FeedbackError, match="instructions: .* lacks its num_words, relation"):
+            build("verifiable", instructions={TWO_WORDS[0]: {}})
+        with pytest.raises(FeedbackError, match="instructions: found 0 instruction ids"):
+            build("verifiable", instructions={})
+
     def test_columns_by_other_names(self):
         follow()
         ranker = build("verifiable", ids="what", kwargs="how")

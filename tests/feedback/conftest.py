@@ -1,0 +1,13 @@
+"""Runs that rankers take part in, on one device; what the mesh changes is tested elsewhere."""
+
+import jax
+import pytest
+
+from selm_jax.parallel.mesh import make_mesh
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_device_for_runs():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("selm_jax.run.make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
+        yield

@@ -224,7 +224,12 @@ def _is_here(ranker: str, settings: Mapping[str, Any]) -> bool:
         host = urlsplit(str(settings.get("base_url", ""))).hostname
         return host in ("127.0.0.1", "localhost", "::1")
     if ranker == "mixture":
-        return all(_is_here(p["ranker"], p.get("settings", {})) for p in settings["parts"])
+        parts = settings.get("parts")
+        return not isinstance(parts, list) or all(  # what is no part, the mixture itself refuses
+            _is_here(str(part.get("ranker")), part.get("settings") or {})
+            for part in parts
+            if isinstance(part, Mapping)
+        )
     return ranker != "sentiment"  # to which all random letters are the same: no pair would be left
 
 

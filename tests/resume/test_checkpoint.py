@@ -30,7 +30,8 @@ def state_on(tiny, random_params):
     def make(sizes, step=0):
         mesh = make_mesh(sizes, jax.devices()[: int(np.prod(sizes))])
         where = shardings(abstract_params(config), mesh, TRAINING)
-        params = jax.tree.map(jax.device_put, random_params(config), where)
+        fresh = jax.tree.map(np.array, random_params(config))  # some tests donate them
+        params = jax.tree.map(jax.device_put, fresh, where)
         state = TrainState.create(params, ADAM)
         _, moments = ADAM.update(params, state.opt_state, params)
         return state.replace(opt_state=moments, step=state.step + step)

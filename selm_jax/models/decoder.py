@@ -14,7 +14,7 @@ that cost 1.5 times). `unstack` turns the first form of the parameters into the 
 from __future__ import annotations
 
 import math
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, cast
 
 import flax.linen as nn
@@ -307,14 +307,16 @@ def rewards(params: Params, hidden: Float[Array, "*batch embed"]) -> Float[Array
     return jnp.einsum("...d,d->...", hidden.astype(jnp.float32), w)
 
 
+@lru_cache(maxsize=8)  # a run asks a dozen times, and tracing takes as long as a small update
 def abstract_params(config: DecoderConfig) -> Params:
-    """Shapes, dtypes and logical axes of every parameter; nothing is allocated.
+    """Shapes, dtypes and logical axes of every parameter; nothing is allocated. Not to be changed.
 
     Leaves are `nn.LogicallyPartitioned` boxes around `jax.ShapeDtypeStruct`.
     """
     return _abstract(Decoder(config))["params"]
 
 
+@lru_cache(maxsize=8)
 def abstract_adapters(config: DecoderConfig, lora: Lora) -> Params:
     """The same of the adapters."""
     return _abstract(Decoder(config, lora=lora))["lora"]

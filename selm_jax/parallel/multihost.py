@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 T = TypeVar("T")
 
 _EXPLICIT = ("SELM_COORDINATOR", "SELM_PROCESSES", "SELM_PROCESS")
-_DAY = 24 * 3600 * 1000  # milliseconds
+_WEEK = 7 * 24 * 3600 * 1000  # milliseconds: people may be asked meanwhile
 _numbers = itertools.count()  # the same in all processes, which all come by in the same order
 _boundaries = itertools.count()
 _told_to_stop = threading.Event()
@@ -133,7 +133,7 @@ def on_first(work: Callable[[], T]) -> T:
     client, key = distributed.global_state.client, f"selm/{next(_numbers)}"
     assert client is not None
     if not is_first():
-        told = json.loads(client.blocking_key_value_get(key, _DAY))
+        told = json.loads(client.blocking_key_value_get(key, _WEEK))
         if "error" in told:
             raise MultihostError(f"process 0 failed: {told['error']}")
         return told["result"]
@@ -151,7 +151,7 @@ def barrier() -> None:
     if count() > 1:
         client = distributed.global_state.client
         assert client is not None
-        client.wait_at_barrier(f"selm/barrier/{next(_numbers)}", _DAY)
+        client.wait_at_barrier(f"selm/barrier/{next(_numbers)}", _WEEK)
 
 
 def first_then_others(work: Callable[[], T]) -> T:

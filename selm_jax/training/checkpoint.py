@@ -52,15 +52,26 @@ class Checkpoints:
     def save(self, state: TrainState) -> None:
         """Begins to save the state under its step. `state` may be donated as soon as this returns.
 
-        Waits for the save before it, and raises what went wrong with that.
+        Waits for the save before it; see `wait`. A step that is there already is left as it is.
         """
-        self._begin(str(int(state.step)), state)
+        if (step := int(state.step)) not in self.steps():
+            self._begin(str(step), state)
 
     def wait(self) -> None:
-        """Waits for a save that is under way. Raises what went wrong with it."""
+        """Waits for a save that is under way.
+
+        Raises:
+          ArtifactError: it went wrong; the checkpoint before it is whole.
+        """
         if self._writer is not None:
             writer, self._writer = self._writer, None
-            writer.close()
+            try:
+                writer.close()
+            except Exception as e:  # whatever the libraries below make of a full disk
+                raise artifacts.ArtifactError(
+                    f"{self.folder}: a checkpoint could not be written ({e}). The one before it is "
+                    "whole; the same command goes on from there"
+                ) from e
             multihost.on_first(self._tidy)
 
     def latest(self, like: TrainState) -> TrainState | None:

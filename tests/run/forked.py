@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["forked", "selm_jax.cli", "selm_jax.iterate", "orbax.checkpoint"])
+_CONTEXT.set_forkserver_preload(["forked", "warm"])
 
 
 class Selm:

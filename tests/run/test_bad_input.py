@@ -159,14 +159,14 @@ def test_a_full_disk_stops_the_run_and_a_second_start_ends_it(
 ):
     """The disk fills while an artefact of this kind is flushed."""
     out = tmp_path / "run"
-    flush, full = artifacts._flush, [True]
+    flush, full = artifacts.flush, [True]
 
     def flush_on_a_full_disk(path):
         if full[0] and stage in str(path.relative_to(out)):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         flush(path)
 
-    monkeypatch.setattr(artifacts, "_flush", flush_on_a_full_disk)
+    monkeypatch.setattr(artifacts, "flush", flush_on_a_full_disk)
     arguments = ("run", base / "experiment.yaml", f"output={out}", "iterations=1",
                  "training.learning_rate=1e-3")  # fmt: skip
     message = said(capsys, monkeypatch, *arguments)

@@ -1,0 +1,89 @@
+"""One experiment, whatever it runs on: the same answers, the same losses, the same weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import forked
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import tiny
+from safetensors.numpy import load_file
+
+# Name -> (devices of a process, processes, settings)
+EIGHT = ("training.rows=8",)
+SHAPES = {
+    "1 device": (1, 1, ()),
+    "1 device, 1 row": (1, 1, ("training.rows=1",)),
+    "1 device, 4 rows": (1, 1, ("training.rows=4",)),
+    "1 device, remat full": (1, 1, ("training.remat=full",)),
+    "8 devices, data": (8, 1, (*EIGHT, "compute.data=8", "compute.fsdp=1")),
+    "8 devices, fsdp": (8, 1, (*EIGHT, "compute.preset=fsdp", "compute.decode_tensor=2")),
+    "8 devices, all axes": (8, 1, (*EIGHT, "compute.data=2", "compute.tensor=2")),
+    "2 x 4 devices, fsdp": (4, 2, (*EIGHT, "compute.decode_tensor=2")),
+}  # fmt: skip
+
+
+def results(folder: Path):
+    responses, losses, weights = [], [], {}
+    for t in (1, 2):
+        for part in sorted((folder / f"iteration_{t}/responses").glob("*.parquet")):
+            responses += pq.read_table(part).to_pylist()
+        model = load_file(folder / f"iteration_{t}/model/model.safetensors")
+        weights |= {f"{t}/{name}": x for name, x in model.items()}
+    for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
+        if line["stage"] == "train":
+            losses.append(line["loss"])
+    parts = sorted(p.name for p in folder.glob("iteration_*/responses/*"))
+    return responses, np.array(losses), weights, parts
+
+
+@pytest.fixture(scope="module")
+def go(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("invariance")
+    # Adam's first steps are +-rate wherever there is a gradient at all, so that one of 1e-12 and its
+    # rounding move a weight by the whole rate. Above eps a step is as exact as its gradient.
+    file = tiny.experiment(
+        folder, output="run", training__rows=2, training__eps=1e-3,
+        training__learning_rate=[1e-2, 1e-2],
+    )  # fmt: skip
+
+    def run(name):
+        devices, processes, settings = SHAPES[name]
+        where = folder / name.replace(" ", "_")
+        selm = forked.Selm(
+            ["run", file, *settings], folder=where, cache=folder / f"cache-{devices}-{processes}",
+            devices=devices, processes=processes, log=folder / f"{name}.log",
+        )  # fmt: skip
+        assert selm.wait(900) == [0] * processes, selm.output()
+        return results(where / "run")
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def plain(go):
+    """On one device, two rows at a time, nothing computed twice."""
+    return go("1 device")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(SHAPES)[1:])
+def test_the_same_whatever_it_runs_on(name, go, plain, tried):
+    responses, losses, weights, parts = plain
+    others, losses_there, weights_there, parts_there = go(name)
+    assert parts_there == parts and others == responses
+    assert len(losses) == len(losses_there) > 4 and weights.keys() == weights_there.keys()
+    worst_loss = np.max(np.abs(losses_there - losses) / losses)
+    worst = max(np.abs(weights_there[k] - x).max() for k, x in weights.items())
+    moved = max(np.abs(weights[f"2{k[1:]}"] - x).max() for k, x in weights.items() if k[0] == "1")
+    tokens = sum(len(r["token_ids"]) for r in responses)
+    tried(
+        f"{name}: {tokens:,} tokens the same; largest differences: loss {worst_loss:.1e} of it, "
+        f"weights {worst:.1e} (an iteration moves them by up to {moved:.1e})"
+    )
+    assert moved > 1e-4
+    assert worst_loss < 1e-5
+    assert worst < 1e-6

@@ -1,0 +1,103 @@
+"""How processes find each other, agree, and are told to stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from selm_jax.parallel import multihost
+from selm_jax.parallel.multihost import MultihostError, Stopped, found
+
+SLURM = {
+    "SLURM_JOB_ID": "4711", "SLURM_STEP_NODELIST": "gpu[07,09]", "SLURM_NTASKS": "2",
+    "SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_GPUS_ON_NODE": "8",
+}  # fmt: skip
+OMPI = {
+    "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911",
+    "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "2",
+}  # fmt: skip
+TOLD = {"SELM_COORDINATOR": "10.0.0.1:1234", "SELM_PROCESSES": "3", "SELM_PROCESS": "2"}
+
+
+@pytest.fixture
+def surroundings(monkeypatch):
+    """Sets the environment, of which jax reads the same, free of what this machine has."""
+
+    def be(environment):
+        for name in list(os.environ):
+            if name.startswith(("SLURM_", "OMPI_", "SELM_")):
+                monkeypatch.delenv(name)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        return found(os.environ)
+
+    return be
+
+
+def test_alone(surroundings):
+    assert surroundings({}) is None
+    assert surroundings(SLURM | {"SLURM_NTASKS": "1"}) is None
+    # In a job's script, outside `srun`, there is no step.
+    assert surroundings({k: v for k, v in SLURM.items() if "STEP" not in k}) is None
+
+
+def test_under_slurm_a_process_has_all_gpus_of_its_node(surroundings):
+    assert surroundings(SLURM) == {"local_device_ids": list(range(8))}
+    # One process for each GPU: jax's own way.
+    assert surroundings(SLURM | {"SLURM_NTASKS": "16"}) == {}
+
+
+def test_under_open_mpi_jax_finds_out(surroundings):
+    assert surroundings(OMPI) == {}
+
+
+def test_a_coordinator_by_environment_comes_first(surroundings):
+    assert surroundings(TOLD | SLURM) == {
+        "coordinator_address": "10.0.0.1:1234", "num_processes": 3, "process_id": 2,
+        "cluster_detection_method": "deactivate",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"SELM_PROCESS": None}, r"SELM_PROCESS=\(not set\): expected all three"),
+        ({"SELM_PROCESSES": "two"}, "SELM_PROCESSES=two.*expected all three"),
+        ({"SELM_PROCESS": "3"}, "SELM_PROCESS=3 of SELM_PROCESSES=3"),
+        ({"SELM_COORDINATOR": "10.0.0.1"}, "expected host:port"),
+    ],
+)
+def test_an_environment_that_says_it_in_part(surroundings, changes, message):
+    with pytest.raises(MultihostError, match=message):
+        surroundings({k: v for k, v in (TOLD | changes).items() if v is not None})
+
+
+def test_one_process_is_the_first_and_agrees_with_itself():
+    assert multihost.is_first() and multihost.count() == 1
+    assert multihost.on_first(lambda: {"a": 1}) == {"a": 1}
+    assert multihost.first_then_others(lambda: 3) == 3
+    with pytest.raises(ZeroDivisionError):
+        multihost.on_first(lambda: 1 // 0)
+    multihost.barrier()
+
+
+def test_sigterm_stops_at_once_but_where_it_is_deferred(monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    multihost.listen()
+    try:
+        assert not multihost.should_stop()
+        with pytest.raises(Stopped) as stopped:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stopped.value.code == 75
+        multihost._told_to_stop.clear()
+        with multihost.stop_deferred():
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert multihost.should_stop()
+        with pytest.raises(Stopped):
+            multihost.stop_if_told()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        multihost._told_to_stop.clear()

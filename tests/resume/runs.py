@@ -1,0 +1,96 @@
+"""Runs to be killed: how they are started, watched and compared."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import forked
+import tiny
+
+# (devices of a process, processes)
+ONE, TWO = (1, 1), (4, 2)
+STAGES = ("generate", "rank", "score", "train", "export", "evaluate")
+ORDER = [(0, "evaluate"), *((t, stage) for t in (1, 2) for stage in STAGES)]
+_TIMES = ("seconds", "created", "time/seconds", "time/tokens_per_second")
+
+
+def experiment(folder: Path) -> Path:
+    """Seven updates in each of two iterations, with a checkpoint after every third."""
+    return tiny.experiment(
+        folder, output="run", training__global_batch=2, training__checkpoint_every=3
+    )
+
+
+def start(file: Path, where: Path, shape=ONE, *overrides: str) -> forked.Selm:
+    """Begins, or goes on with, the run in the folder `run` below `where`."""
+    devices, processes = shape
+    return forked.Selm(
+        ["run", file, *overrides], folder=where, cache=file.parent / f"cache-{devices}-{processes}",
+        devices=devices, processes=processes, log=where.with_suffix(".log"),
+    )  # fmt: skip
+
+
+def finish(file: Path, where: Path, shape=ONE, *overrides: str) -> Path:
+    run = start(file, where, shape, *overrides)
+    statuses = run.wait(900)
+    assert statuses == [0] * shape[1], (statuses, run.output())
+    return where / "run"
+
+
+def stages(folder: Path) -> dict[tuple[int, str], dict]:
+    """What every stage.json of a run says, by iteration and stage."""
+    found = {}
+    for t in (0, 1, 2):
+        file = folder / f"iteration_{t}" / "stage.json"
+        if file.exists():
+            found |= {(t, k): v for k, v in json.loads(file.read_text()).items()}
+    return found
+
+
+def wait_for(run: forked.Selm, folder: Path, at: tuple[int, str]) -> bool:
+    """Waits until the process has begun this stage or a later one. False if it ended before."""
+    file = folder / f"iteration_{at[0]}" / "stage.json"
+    before = _stamp(file)
+    while run.running():
+        # Beginning writes the file anew, whatever stands in it from processes that were killed.
+        if _stamp(file) != before:
+            begun = [k for k, v in stages(folder).items() if not v["done"]]
+            if any(ORDER.index(k) >= ORDER.index(at) for k in begun):
+                return True
+        elif any((folder / f"iteration_{t}").exists() for t in range(at[0] + 1, 3)):
+            return True  # that one was done already
+        time.sleep(0.002)
+    return False
+
+
+def _stamp(file: Path) -> int:
+    return file.stat().st_mtime_ns if file.exists() else 0
+
+
+def content(folder: Path) -> dict[str, object]:
+    """Every artefact by name: JSON without its times, all else as bytes."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir() or path.name in ("report.html", ".lock"):
+            continue  # the page shows the recorded times
+        name = path.relative_to(folder).as_posix()
+        if path.suffix == ".jsonl":
+            found[name] = [timeless(json.loads(line)) for line in path.read_text().splitlines()]
+        elif path.suffix == ".json":
+            found[name] = timeless(json.loads(path.read_text()))
+        else:
+            found[name] = path.read_bytes()
+    return found
+
+
+def timeless(x):
+    if isinstance(x, dict):
+        return {k: timeless(v) for k, v in x.items() if k not in _TIMES}
+    return x
+
+
+def differences(found: dict, expected: dict) -> list[str]:
+    names = sorted(found.keys() | expected.keys())
+    return [name for name in names if found.get(name) != expected.get(name)]

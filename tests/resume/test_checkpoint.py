@@ -1,0 +1,160 @@
+"""Checkpoints: whole or not there, sharded, restored onto whatever mesh there is now."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from selm_jax.artifacts import ArtifactError
+from selm_jax.models.decoder import abstract_params
+from selm_jax.parallel.mesh import make_mesh
+from selm_jax.parallel.rules import TRAINING, shardings
+from selm_jax.training.checkpoint import Checkpoints
+from selm_jax.training.optimizer import optimizer
+from selm_jax.training.state import TrainState
+
+ADAM = optimizer("adamw", b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0)
+
+
+@pytest.fixture(scope="module")
+def state_on(tiny, random_params):
+    """state_on(sizes, step) -> a state of training whose moments are not zero, on such a mesh."""
+    config = tiny()
+
+    def make(sizes, step=0):
+        mesh = make_mesh(sizes, jax.devices()[: int(np.prod(sizes))])
+        where = shardings(abstract_params(config), mesh, TRAINING)
+        fresh = jax.tree.map(np.array, random_params(config))  # some tests donate them
+        params = jax.tree.map(jax.device_put, fresh, where)
+        state = TrainState.create(params, ADAM)
+        _, moments = ADAM.update(params, state.opt_state, params)
+        return state.replace(opt_state=moments, step=state.step + step)
+
+    return make
+
+
+def values(tree):
+    return [np.array(x) for x in jax.tree.leaves(tree)]
+
+
+def same(a, b) -> bool:
+    return all(np.array_equal(x, y) for x, y in zip(values(a), values(b), strict=True))
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2), (1, 4, 1), (1, 1, 1)])
+def test_a_state_is_restored_onto_any_mesh(state_on, sizes, tmp_path, tried):
+    saved = state_on((1, 4, 2), 7)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(saved)
+    checkpoints.wait()
+    like = state_on(sizes)
+    found = Checkpoints(tmp_path).latest(like)
+    assert int(found.step) == 7 and same(found, saved)
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(like), strict=True):
+        assert x.sharding == y.sharding
+    tried(f"checkpoint of mesh (1, 4, 2) restored onto {sizes}: the same bits")
+
+
+def test_what_is_saved_is_the_state_as_it_was(state_on, tmp_path):
+    """The next update takes the memory of a state that is still being written."""
+    state = state_on((1, 8, 1), 1)
+    expected = values(state)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(state)
+    spoil = jax.jit(lambda s: jax.tree.map(lambda x: x * 0 - 1, s), donate_argnums=0)
+    jax.block_until_ready(spoil(state))
+    checkpoints.wait()
+    found = checkpoints.latest(state_on((1, 8, 1)))
+    for x, y in zip(values(found), expected, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_the_newest_are_kept_and_the_final_one_alone(state_on, tmp_path, keep):
+    checkpoints = Checkpoints(tmp_path, keep=keep)
+    for step in (1, 2, 3):
+        checkpoints.save(state_on((1, 1, 1), step))
+        assert checkpoints.steps() or step == 1  # one is always whole
+    checkpoints.wait()
+    assert checkpoints.steps() == [1, 2, 3][-keep:]
+    params = state_on((1, 1, 1)).params
+    checkpoints.save_final(params)
+    assert checkpoints.steps() == [] and checkpoints.has_final
+    assert same(checkpoints.final(params), params)
+
+
+def test_what_was_begun_and_not_finished_is_not_there(state_on, tmp_path):
+    state = state_on((1, 1, 1), 5)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(state)
+    checkpoints.wait()
+    torn = tmp_path / "9.orbax-checkpoint-tmp-1"
+    shutil.copytree(tmp_path / "5", torn)
+    (torn / "whole.json").unlink()
+    assert Checkpoints(tmp_path).steps() == [5]
+    assert int(Checkpoints(tmp_path).latest(state).step) == 5
+    checkpoints.save(state_on((1, 1, 1), 6))
+    checkpoints.wait()
+    assert not torn.exists()
+
+
+def test_every_missing_or_short_file_is_named(state_on, tmp_path, tried):
+    state = state_on((1, 8, 1), 3)
+    checkpoints = Checkpoints(tmp_path / "whole")
+    checkpoints.save(state)
+    checkpoints.wait()
+    names = list(json.loads((tmp_path / "whole/3/whole.json").read_text())["files"])
+    faults = 0
+    for name in [*names, "whole.json"]:
+        for fault in ("missing", "cut"):
+            folder = tmp_path / "faulty"
+            shutil.copytree(tmp_path / "whole", folder)
+            file = folder / "3" / name
+            if fault == "missing":
+                file.unlink()
+            elif file.stat().st_size:
+                file.write_bytes(file.read_bytes()[:-1])
+            else:
+                shutil.rmtree(folder)
+                continue
+            with pytest.raises(ArtifactError, match=f"3: .*{name}.*Delete the folder"):
+                Checkpoints(folder).latest(state)
+            shutil.rmtree(folder)
+            faults += 1
+    tried(f"checkpoint of {len(names)} files: {faults} missing or cut ones, each named")
+    assert faults > 6
+
+
+def test_another_reference_is_refused(state_on, tmp_path):
+    state = state_on((1, 1, 1), 2)
+    checkpoints = Checkpoints(tmp_path, reference="aaaa")
+    checkpoints.save(state)
+    checkpoints.wait()
+    with pytest.raises(ArtifactError, match="digest aaaa, the model there now has bbbb"):
+        Checkpoints(tmp_path, reference="bbbb").latest(state)
+
+
+def test_a_save_that_fails_says_so_and_leaves_the_one_before(state_on, tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(state_on((1, 1, 1), 1))
+    checkpoints.wait()
+
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("selm_jax.artifacts.flush", full)
+        checkpoints.save(state_on((1, 1, 1), 2))
+        with pytest.raises(ArtifactError, match="No space left on device.*is whole"):
+            checkpoints.wait()
+    assert checkpoints.steps() == [1]
+    checkpoints.save(state_on((1, 1, 1), 2))
+    checkpoints.wait()
+    assert checkpoints.steps() == [2]
+    assert jnp.array_equal(checkpoints.latest(state_on((1, 1, 1))).step, 2)

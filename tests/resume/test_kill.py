@@ -1,0 +1,110 @@
+"""kill -9 and SIGTERM at random moments: a run that was stopped ends with the bytes of one that
+was not, in one process and in two that are one run."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import time
+from collections import Counter
+
+import pytest
+import runs
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    return runs.experiment(tmp_path_factory.mktemp("killed"))
+
+
+@pytest.fixture(scope="module")
+def whole(file):
+    """whole(shape) -> the content of a run that nobody stopped, and its stages' seconds."""
+    made = {}
+
+    def make(shape):
+        if shape not in made:
+            # Twice: the second one has everything compiled, as those that are killed.
+            runs.finish(file, file.parent / f"first-{shape[1]}", shape)
+            folder = runs.finish(file, file.parent / f"whole-{shape[1]}", shape)
+            made[shape] = runs.content(folder), runs.stages(folder)
+        return made[shape]
+
+    return make
+
+
+@pytest.mark.parametrize(("shape", "kills"), [(runs.ONE, 40), (runs.TWO, 14)])
+def test_killed_runs_end_with_the_same_bytes(file, whole, shape, kills, tried):
+    """Each kill is meant for a stage, in their order, and comes at a random moment of it."""
+    expected, stages = whole(shape)
+    where = file.parent / f"killed-{shape[1]}"
+    chance = random.Random(shape[1])
+    targets = sorted((runs.ORDER * kills)[:kills], key=runs.ORDER.index)
+    inside = Counter()
+    for at in targets:
+        run = runs.start(file, where, shape)
+        if not runs.wait_for(run, where / "run", at):
+            assert run.wait() == [0] * shape[1], run.output()
+            break
+        time.sleep(chance.uniform(0, stages[at]["seconds"]))
+        run.kill(first=chance.randrange(shape[1]))
+        begun = [k for k, v in runs.stages(where / "run").items() if not v["done"]]
+        inside[begun[0] if begun else "between stages"] += 1
+    assert sum(inside.values()) >= 0.9 * kills
+    found = runs.content(runs.finish(file, where, shape))
+    tried(
+        f"{shape[1]} x {shape[0]} devices: {sum(inside.values())} kills, "
+        + ", ".join(f"{n} in {_name(k)}" for k, n in inside.items())
+    )
+    assert not runs.differences(found, expected)
+
+
+def _name(at) -> str:
+    return at if isinstance(at, str) else f"{at[1]} {at[0]}"
+
+
+@pytest.mark.parametrize("shape", [runs.ONE, runs.TWO])
+@pytest.mark.parametrize("at", [(1, "generate"), (1, "train")])
+def test_a_run_that_is_told_to_stop_saves_and_leaves_with_75(file, whole, shape, at, tried):
+    """SIGTERM to one process stops all of them, after the same update."""
+    expected, _ = whole(shape)
+    where = file.parent / f"stopped-{shape[1]}-{at[1]}"
+    run = runs.start(file, where, shape)
+    assert runs.wait_for(run, where / "run", at), run.output()
+    metrics = where / "run" / "metrics.jsonl"
+    while at[1] == "train" and not _steps(metrics) and run.running():
+        time.sleep(0.002)
+    run.signal(signal.SIGTERM, which=shape[1] - 1)
+    statuses = run.wait()
+    assert statuses == [75] * shape[1], (statuses, run.output())
+    assert "told to stop" in run.output()
+    if at[1] == "train":
+        saved = [int(p.name) for p in (where / "run/iteration_1/checkpoints").glob("[0-9]*")]
+        assert saved[-1:] == _steps(metrics)[-1:], "the last update's state was saved"
+        tried(f"{shape[1]} x {shape[0]} devices: SIGTERM, saved after update {saved[-1]} of 7")
+    found = runs.content(runs.finish(file, where, shape))
+    assert not runs.differences(found, expected)
+
+
+def _steps(metrics) -> list[int]:
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    return [m["step"] for m in map(json.loads, lines) if m["stage"] == "train"]
+
+
+def test_a_run_goes_on_with_other_processes_and_another_mesh(file, whole, tried):
+    """Stopped on 2 x 4 devices in the middle of training, ended on one."""
+    expected, _ = whole(runs.ONE)
+    where = file.parent / "moved"
+    run = runs.start(file, where, runs.TWO)
+    assert runs.wait_for(run, where / "run", (1, "train")), run.output()
+    run.signal(signal.SIGTERM)
+    assert run.wait() == [75, 75], run.output()
+    folder = runs.finish(file, where, runs.ONE)
+    losses = [m["loss"] for m in runs.content(folder)["metrics.jsonl"] if m["stage"] == "train"]
+    others = [m["loss"] for m in expected["metrics.jsonl"] if m["stage"] == "train"]
+    worst = max(abs(a - b) / b for a, b in zip(losses, others, strict=True))
+    tried(f"from 2 x 4 devices to 1: losses differ by {worst:.1e} at most")
+    assert worst < 1e-5

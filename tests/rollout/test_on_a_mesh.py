@@ -1,0 +1,103 @@
+"""Generation on several devices: the same answers, and next to nothing sent between copies."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from selm_jax.models.decoder import Decoder, abstract_params
+from selm_jax.parallel.mesh import MeshError, decode_mesh, make_mesh
+from selm_jax.parallel.rules import TRAINING, shardings
+from selm_jax.rollout import engine as module
+from selm_jax.rollout.engine import Engine, Request, decoding_params, decoding_shardings
+from selm_jax.rollout.sampling import Sampling
+
+WARM = Sampling(temperature=1.2, top_p=0.97, min_p=0.01)
+
+
+@pytest.fixture(scope="module")
+def on(tiny, random_params):
+    """on(mesh sizes, tensor) -> engine, decoding parameters, resharded from training's."""
+    config = tiny(tied=True)
+
+    def make(sizes, tensor):
+        mesh = make_mesh(sizes, jax.devices()[: int(np.prod(sizes))])
+        copies = decode_mesh(mesh, tensor)
+        at = shardings(abstract_params(config), mesh, TRAINING)
+        params = jax.tree.map(jax.device_put, random_params(config), at)
+        where = decoding_shardings(config, copies)
+        engine = Engine.fitted(
+            decoder=Decoder(config, scan=False), sampling=WARM, slots=10, max_prompt=16,
+            max_new_tokens=8, stop_ids=(5, 17), prefill_rows=3, mesh=copies,
+        )  # fmt: skip
+        return engine, decoding_params(params, jnp.float32, where)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def requests():
+    rng = np.random.default_rng(0)
+    return [
+        Request(i, tuple(map(int, rng.integers(0, 96, rng.integers(1, 17)))), 1, int(i % 4))
+        for i in range(14)
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(on, requests):
+    engine, params = on((1, 1, 1), 1)
+    return engine.generate(params, requests, seed=3, iteration=1)
+
+
+@pytest.mark.parametrize(("sizes", "tensor"), [((1, 8, 1), 1), ((1, 8, 1), 2), ((2, 2, 2), 2)])
+def test_copies_say_what_one_device_says(sizes, tensor, on, requests, alone):
+    engine, params = on(sizes, tensor)
+    copies = 8 // tensor
+    assert (engine.slots, engine.prefill_rows) == (
+        -(-10 // copies) * copies,
+        -(-3 // copies) * copies,
+    )
+    assert engine.generate(params, requests, seed=3, iteration=1) == alone
+
+
+def collectives(compiled) -> list[str]:
+    kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
+    return re.findall(rf"= (\S+) (?:{kinds})(?:-start)?\(", compiled.as_text())
+
+
+def decode(engine, params):
+    slots = module._empty(engine)
+    one_slot = slots.cache[0].keys.sharding.shard_shape(slots.cache[0].keys.shape)
+    assert one_slot[0] == engine.slots // engine.mesh.shape["data"]
+    return module._decode.lower(engine, params, slots, np.int32(1)).compile()
+
+
+def test_copies_exchange_the_count_of_idle_slots_and_nothing_else(on):
+    """In a step; when all steps are done the host is shown three small arrays of all slots."""
+    engine, params = on((1, 8, 1), 1)
+    n = engine.slots
+    shapes = [re.sub(r"\{.*", "", s) for s in collectives(decode(engine, params))]
+    assert sorted(shapes) == sorted(["s32[]", f"pred[{n}]", f"s32[{n}]", f"s32[{n},8]"])
+
+
+def test_no_weight_travels_while_a_cut_model_decodes(on):
+    engine, params = on((1, 8, 1), 2)
+    weights = {x.shape for x in jax.tree.leaves(params) if x.ndim > 1}
+    weights |= {x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(params) if x.ndim > 1}
+    sent = collectives(decode(engine, params))
+    sizes = {
+        tuple(map(int, filter(None, s[s.index("[") + 1 : s.index("]")].split(",")))) for s in sent
+    }
+    assert sizes and not sizes & weights
+
+
+def test_what_the_copies_cannot_be_cut_into_is_named(on):
+    with pytest.raises(MeshError, match=r"layers/attention/k.*'kv_heads' of size 2.*4"):
+        on((1, 8, 1), 4)
+    with pytest.raises(MeshError, match="decode_tensor is 3"):
+        on((1, 8, 1), 3)

@@ -143,7 +143,7 @@ def parity(record_property) -> Callable[[str, str, float], None]:
     """Notes by how much a family's logits differ in a form; the session's summary lists the worst."""
 
     def note(family: str, form: str, difference: float) -> None:
-        record_property("parity", (family, form, difference))
+        record_property("parity", (family, form, float(difference)))  # for xdist: no numpy
 
     return note
 

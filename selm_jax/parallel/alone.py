@@ -11,9 +11,9 @@ import jax
 def own_devices(devices: Sequence[Any] | None = None) -> list[Any]:
     """The devices on which one process of several can run a program by itself: its own ones.
 
-    Of a v5e slice it is one: there a program runs on one chip or on the whole slice, and for any
-    other number the compiler refuses ("On platforms with limited ICI routing device assignment
-    should include all slice devices"; v5p and v6e have no such bound).
+    Of a v5e slice of more than 16 chips it is one: there a program runs on one chip or on all of
+    them, and for four the compiler refuses ("On platforms with limited ICI routing device assignment
+    should include all slice devices"; seen for 4x8 and larger, not for 4x4, v5p or v6e).
 
     Args:
       devices: of all processes; if given, the process of the first is meant.
@@ -21,5 +21,5 @@ def own_devices(devices: Sequence[Any] | None = None) -> list[Any]:
     index = jax.process_index() if devices is None else devices[0].process_index
     devices = jax.devices() if devices is None else devices
     own = [device for device in devices if device.process_index == index]
-    whole = len(own) == len(devices)
-    return own if whole or own[0].device_kind != "TPU v5 lite" else own[:1]
+    limited = own[0].device_kind == "TPU v5 lite" and len(devices) > 16
+    return own[:1] if limited else own

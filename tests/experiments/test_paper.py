@@ -50,10 +50,7 @@ ALPHA = {"zephyr_7b": 1e-3, "llama3_8b": 1e-4, "phi3_mini": 1e-3}
 def one_device():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            patch.setattr(
-                "selm_jax.run.make_mesh",
-                lambda sizes, *_, **__: make_mesh(sizes, jax.devices()[:1]),
-            )
+            "selm_jax.run.make_mesh", lambda sizes, *_, **__: make_mesh(sizes, jax.devices()[:1])
         )
         yield
 

@@ -20,9 +20,9 @@ def slice_of(kind: str, hosts: int, first: int = 0) -> list[Device]:
 
 @pytest.mark.parametrize(
     "kind, hosts, count",
-    [("TPU v5 lite", 1, 4), ("TPU v5 lite", 2, 1), ("TPU v5", 2, 4), ("TPU v6 lite", 8, 4)],
+    [("TPU v5 lite", 4, 4), ("TPU v5 lite", 8, 1), ("TPU v5", 8, 4), ("TPU v6 lite", 8, 4)],
 )
-def test_of_a_v5e_slice_of_several_hosts_it_is_one_chip(kind, hosts, count):
+def test_of_a_large_v5e_slice_it_is_one_chip(kind, hosts, count):
     devices = slice_of(kind, hosts)
     assert own_devices(devices) == devices[:count]
 
@@ -43,7 +43,7 @@ def test_the_compiler_refuses_four_chips_of_a_larger_v5e_slice_and_takes_one():
         x = jax.ShapeDtypeStruct((8 * len(devices),), "float32", sharding=where)
         return jax.jit(lambda x: 2 * x).lower(x).compile()
 
-    devices = target("v5e:4x4").devices
+    devices = target("v5e:4x8").devices
     assert double_on(own_devices(devices))
     assert double_on(devices)
     with pytest.raises(jax.errors.JaxRuntimeError, match="limited ICI routing"):

@@ -4,8 +4,9 @@ What it reads is the conversation with the answer, as the model's own chat templ
 end; the score is the head's number at the last token, by transformers' rule (`ScalarHead.read`).
 Scores are those of each text by itself: no padding and no neighbour in a batch changes them.
 
-The answers to one question begin alike, so they are read as a prompt tree (`preferences.packing`):
-what they have in common once, and each answer as a branch.
+The answers to one question begin alike, so they are read as prompt trees (`preferences.packing`):
+what they have in common once, and each answer as a branch. Attention looks at whole rows, so that a
+tree saves products of weights and costs attention: an answer joins one where that pays.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from selm_jax.feedback.ranker import FeedbackError, Question, check_questions, c
 from selm_jax.models.config import DecoderConfig, LongRope
 from selm_jax.models.decoder import Decoder, Params, abstract_params
 from selm_jax.models.families import read_config
+from selm_jax.models.flops import forward
 from selm_jax.parallel.alone import own_devices
 from selm_jax.parallel.mesh import make_mesh
 from selm_jax.parallel.rules import TRAINING, shardings
@@ -43,8 +45,12 @@ from selm_jax.weights.sources import resolve
 
 TOO_LONG = ("error", "cut")
 
-# Tokens of a tree with several branches, at most: attention looks at whole rows.
+# Tokens of a tree with several branches, at most: memory grows with their square.
 TOGETHER = 1024
+
+# What an entry of the attention scores costs beside its two products: mask, softmax, memory. Found on
+# CPU with the models of benchmarks/reward_model_torch.py; 2 and 8 choose much the same.
+_AROUND = 4
 
 _COUNTED = ("candidates", "cut", "tokens")
 
@@ -109,7 +115,7 @@ class RewardModel:
         check_questions(self.name, questions, candidates)
         self._counts.clear()
         different, numbers = self._conversations(questions, candidates)
-        trees = [tree for q, ids in enumerate(different) for tree in _trees(q, ids)]
+        trees = [t for q, ids in enumerate(different) for t in _trees(q, ids, self.config)]
         trees.sort(key=lambda tree: -tree.tokens)
         self._counts["tokens"] = sum(tree.tokens for tree in trees)
         found: list[dict[int, float]] = [{} for _ in questions]
@@ -203,22 +209,32 @@ def program(config: DecoderConfig, dtype: Any) -> Any:
     return jax.jit(lambda params, *rows: rewards_at(decoder, params, *rows))
 
 
-def _trees(question: int, conversations: Sequence[Ids]) -> Iterator[_Tree]:
-    """A question's different conversations as few trees of at most `TOGETHER` tokens.
-
-    One that is longer stands alone.
-    """
+def _trees(question: int, conversations: Sequence[Ids], config: DecoderConfig) -> Iterator[_Tree]:
+    """A question's different conversations as few trees."""
     if not conversations:
         return
     prompt, rests = split(conversations)
     tree = _Tree(question, prompt, [], [])
     for n in sorted(range(len(rests)), key=lambda n: len(rests[n])):
-        if tree.answers and tree.tokens + len(rests[n]) > TOGETHER:
+        if tree.answers and not _joins(tree, len(rests[n]), config):
             yield tree
             tree = _Tree(question, prompt, [], [])
         tree.rests.append(rests[n])
         tree.answers.append(n)
     yield tree
+
+
+def _joins(tree: _Tree, more: int, config: DecoderConfig) -> bool:
+    """Whether `more` tokens cost less behind a tree than behind its prompt alone.
+
+    A row of n tokens costs d n + a n^2.
+    """
+    one = forward(config, rows=1, time=1, keys=1, scored=0)
+    d, a = one.dense, one.attention * (1 + _AROUND)
+    begin, end = len(tree.prompt), tree.tokens
+    alone = d * (begin + more) + a * (begin + more) ** 2
+    behind = d * more + a * ((end + more) ** 2 - end**2)
+    return end + more <= TOGETHER and behind < alone
 
 
 def reward_model(

@@ -139,7 +139,9 @@ class Chat:
           ChatError: as for `prompt_ids`.
         """
         answered = [*messages, _Message("assistant", text)]
-        return self._ids(self.render(answered, answer_follows=False))
+        rendered = self.render(answered, answer_follows=False)
+        self._check_system(answered, rendered, answer_follows=False)  # some forget it only now
+        return self._ids(rendered)
 
     def spelled_ends(self, text: str) -> list[str]:
         """The end tokens that a text spells out."""
@@ -161,15 +163,8 @@ class Chat:
             rendered = self._rendered(messages, answer_follows)
         except TemplateError as e:
             raise ChatError(self._refusal(messages, answer_follows, e)) from e
-        for i, message in enumerate(messages):
-            if message.role == "system" and (content := message.content.strip()):
-                rest = [*messages[:i], *messages[i + 1 :]]
-                if content not in rendered and rendered == self._try(rest, answer_follows):
-                    raise ChatError(
-                        f"the chat template of {self.folder} leaves out the system message "
-                        f"{content!r}. Put what it says into the user's turn (data.system puts a "
-                        "system message before every prompt)"
-                    )
+        if messages[-1].role == "user":
+            self._check_system(messages, rendered, answer_follows)
         return rendered
 
     def tokens(self, text: str) -> tuple[int, ...]:
@@ -184,6 +179,18 @@ class Chat:
             add_generation_prompt=answer_follows,
             **self._variables,
         )
+
+    def _check_system(self, messages: Sequence[Turn], rendered: str, answer_follows: bool) -> None:
+        """Raises ChatError if the rendered conversation has a system message no more."""
+        for i, message in enumerate(messages):
+            if message.role == "system" and (content := message.content.strip()):
+                rest = [*messages[:i], *messages[i + 1 :]]
+                if content not in rendered and rendered == self._try(rest, answer_follows):
+                    raise ChatError(
+                        f"the chat template of {self.folder} leaves out the system message "
+                        f"{content!r}. Put what it says into the user's turn (data.system puts a "
+                        "system message before every prompt)"
+                    )
 
     def _try(self, messages: Sequence[Turn], answer_follows: bool) -> str | None:
         """The conversation as the template writes it; None if it refuses."""

@@ -224,6 +224,20 @@ def test_mistral_0_3_forgets_the_system_message_when_the_answer_is_there(chat):
     assert "Be brief." in shown(chat("mistral_0_3"), prompt)
     with pytest.raises(ChatError, match="does not keep the prompt"):
         chat("mistral_0_3").response_ids([SYSTEM, *user("a")], "b")
+    with pytest.raises(ChatError, match="leaves out the system message 'Be brief.'"):
+        chat("mistral_0_3").conversation_ids([SYSTEM, *user("a")], "b")
+
+
+def test_a_whole_conversation_is_all_that_the_template_writes(chat):
+    """What a reward model reads: BOS once, and what stands behind the end token too."""
+    for family in ("smollm_2", "llama_3", "gemma_2"):
+        ids = chat(family).conversation_ids(user("a"), "b")
+        before = chat(family).prompt_ids(user("a"))
+        answer = chat(family).response_ids(user("a"), "b")
+        both = (*before, *answer)
+        assert ids[: len(both)] == both
+        behind = shown(chat(family), ids[len(both) :])
+        assert behind.strip() == "" and (behind == "") == (family == "llama_3")
 
 
 def test_a_think_block_that_the_data_does_not_have_is_not_trained_on(chat):

@@ -35,9 +35,13 @@ def file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(file):
-    folder = file.parent / "whole"
-    go(file, f"output={folder}")
-    return folder
+    """The folder of a run without faults. Its name is relative: it stands in some artefacts."""
+    where = file.parent / "whole"
+    where.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(where)
+        go(file, "output=run")
+    return where / "run"
 
 
 @pytest.fixture
@@ -75,7 +79,8 @@ def test_a_full_disk_in_each_stage(file, whole, small_disk, monkeypatch, capsys,
             fill()
 
     monkeypatch.setattr(artifacts.Stages, "begin", begin_and_fill)
-    arguments = ["selm", "run", str(file), f"output={folder / 'run'}"]
+    monkeypatch.chdir(folder)
+    arguments = ["selm", "run", str(file), "output=run"]
     full = [("iteration_0", "evaluate"), *(("iteration_1", s) for s in runs.STAGES)]
     for at in full:
         target[:] = [at]
@@ -89,10 +94,8 @@ def test_a_full_disk_in_each_stage(file, whole, small_disk, monkeypatch, capsys,
         empty()
     target.clear()
     cli.main()
-    found = runs.content(folder / "run")
     tried(f"disk full in {len(full)} stages, one after the other")
-    for name in runs.differences(found, expected):  # they name their run folder
-        assert name in ("config.yaml", "iteration_1/model/README.md", "manifest.json"), name
+    assert not runs.differences(runs.content(folder / "run"), expected)
 
 
 FAULTS = {

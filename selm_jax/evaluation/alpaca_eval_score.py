@@ -157,7 +157,7 @@ def package(module: str) -> Iterator[Any]:
                 raise EvaluationError(
                     f"the alpaca_eval package cannot be imported ({error}). {INSTALL}"
                 ) from error
-            root.setLevel(max(level, logging.WARNING))
+            root.setLevel(logging.ERROR)  # it warns at every call
             with sklearn.config_context():
                 yield found
     finally:

@@ -33,8 +33,8 @@ from selm_jax.models.lora import init as fresh_adapters
 from selm_jax.models.quantize import check_installed, quantize
 from selm_jax.objectives.build import build as build_objective
 from selm_jax.objectives.losses import Objective
-from selm_jax.parallel.mesh import make_mesh
-from selm_jax.parallel.rules import TRAINING, partition, shardings
+from selm_jax.parallel.mesh import compute_dtype, make_mesh
+from selm_jax.parallel.rules import TRAINING, place_rows, shardings
 from selm_jax.preferences.packing import PreferenceBatch
 from selm_jax.progress import bar
 from selm_jax.rollout.engine import Engine
@@ -118,10 +118,7 @@ class Run:
 
     @cached_property
     def dtype(self) -> Any:
-        name = self.experiment.compute.dtype
-        if name == "auto":  # XLA gains nothing from bfloat16 on CPU
-            name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-        return jnp.dtype(name)
+        return compute_dtype(self.experiment.compute.dtype)
 
     @cached_property
     def mesh(self) -> jax.sharding.Mesh:
@@ -202,14 +199,7 @@ class Run:
 
     def place(self, batch: PreferenceBatch) -> PreferenceBatch:
         """Puts a batch on the devices, cut by rows."""
-        axes = ("rows",) + (None,) * 8
-
-        def put(x):
-            return jax.device_put(
-                x, partition("batch", axes[: x.ndim], x.shape, self.mesh, TRAINING)
-            )
-
-        return jax.tree.map(put, batch)
+        return place_rows(batch, self.mesh)
 
     # The parts that compute
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh
 
 AXES = ("data", "fsdp", "tensor")
@@ -35,3 +36,11 @@ def make_mesh(sizes: Sequence[int], devices: Sequence[Any] | None = None) -> Mes
     # Auto: the compiler propagates shardings; jax's own default would make them part of types.
     types = (AxisType.Auto,) * len(AXES)
     return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+
+
+def compute_dtype(name: str) -> Any:
+    """The dtype called `float32` or `bfloat16`; `auto` is float32 on CPU, where XLA gains nothing
+    from bfloat16, and bfloat16 elsewhere."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)

@@ -32,6 +32,7 @@ class Request:
 
     Attributes:
       index: the number i of the prompt in its iteration, which names its random numbers.
+      draws: names them in its place, where a prompt has no lasting number; below 2^31.
       prompt: token ids.
       greedy: 1 for a greedy response, which is then sample 0.
       samples: how many responses to draw; they are samples 1, 2, ... whether or not there is a
@@ -42,9 +43,14 @@ class Request:
     prompt: tuple[int, ...]
     greedy: int
     samples: int
+    draws: int | None = None
 
     def wanted(self) -> list[int]:
         return list(range(1 - self.greedy, 1 + self.samples))
+
+    @property
+    def drawn_by(self) -> int:
+        return self.index if self.draws is None else self.draws
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +198,7 @@ def _prefill_group(engine: Engine, params, group: list[Request], seed, iteration
         lengths[row] = len(request.prompt)
     cache, logits = _prefill(engine, params, tokens, lengths)
     wanted = [
-        (row, r.index, sample, np.asarray(_stream(seed, iteration, r.index, sample)))
+        (row, r.index, sample, np.asarray(_stream(seed, iteration, r.drawn_by, sample)))
         for row, r in enumerate(group)
         for sample in r.wanted()
     ]

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from selm_jax.evaluation.command import app as evaluation
+from selm_jax.evaluation.benchmark_command import app as evaluation
 from selm_jax.lab.command import app as lab
 
 app = typer.Typer(

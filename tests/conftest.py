@@ -150,14 +150,21 @@ def parity(record_property) -> Callable[[str, str, float], None]:
 
 def pytest_terminal_summary(terminalreporter) -> None:
     worst: dict[str, dict[str, float]] = {}
+    published: list[str] = []
     for report in terminalreporter.getreports("passed"):
         for key, value in report.user_properties:
             if key == "parity":
                 family, form, difference = value
                 forms = worst.setdefault(family, {})
                 forms[form] = max(difference, forms.get(form, 0.0))
+            if key == "published":
+                published.append(f"{value[0]:44} {value[1]}")
     if worst:
         terminalreporter.section("largest differences of logits, float32")
         for family, forms in worst.items():
             listed = "  ".join(f"{form} {value:.1e}" for form, value in forms.items())
             terminalreporter.write_line(f"{family:14} {listed}")
+    if published:
+        terminalreporter.section("published figures and formats")
+        for line in published:
+            terminalreporter.write_line(line)

@@ -77,9 +77,8 @@ def answer(
     model.prompt_ids(conversations)  # a conversation that cannot be had stops here
     stages.begin("answer", inputs, settings)
     journal = answers_of(folder, instructions)
-    # Like lengths together; the order does not change an answer.
-    todo = sorted(set(range(len(conversations))).difference(journal.rows), key=lambda i: len(
-        instructions.instructions[i]))  # fmt: skip
+    todo = [i for i in range(len(conversations)) if i not in journal.rows]
+    todo.sort(key=lambda i: len(instructions.instructions[i]))  # like lengths are drawn together
     progress(len(journal.rows), 0)
     for chunk in chunks(todo, 4 * model.slots):
         found = model.answer(
@@ -223,7 +222,7 @@ def pinned(model: Model) -> str:
 
 def file_name(name: str) -> str:
     """A name as a file may have it: a Hub id's slash is none of a folder."""
-    return name.replace("/", "__")
+    return name.replace("/", "--")
 
 
 def chunks(items: Sequence[Any], size: int) -> list[Sequence[Any]]:

@@ -23,7 +23,7 @@ class Journal:
 
     def __init__(self, file: Path, key: Callable[[Mapping[str, Any]], Hashable]):
         self.file, self._key = file, key
-        self.rows: dict[Hashable, dict[str, Any]] = {}
+        self.rows: dict[Any, dict[str, Any]] = {}
         if not file.exists():
             return
         raw = file.read_bytes()

@@ -19,7 +19,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -83,7 +83,7 @@ def read_questions(file: Path, unpublished: bool = False) -> list[Question]:
             )
         if number in found:
             raise EvaluationError(f"{file}, row {i}: question {number} is there twice.")
-        found[number] = Question(number, category, tuple(turns))
+        found[number] = Question(number, category, (turns[0], turns[1]))
     questions = sorted(found.values(), key=lambda q: q.id)
     listed = json.dumps([[q.id, q.category, list(q.turns)] for q in questions])
     if hashlib.sha256(listed.encode()).hexdigest() != QUESTIONS_SHA256 and not unpublished:
@@ -217,7 +217,7 @@ def read_answers(
             raise EvaluationError(f"{file}, row {i}: expected {TURNS} texts as turns.")
         if number in found:
             raise EvaluationError(f"{file}, row {i}: question {number} is answered twice.")
-        found[number] = tuple(turns)
+        found[number] = (turns[0], turns[1])
     missing = [q.id for q in questions if q.id not in found]
     if missing:
         raise EvaluationError(
@@ -249,7 +249,7 @@ def _answers(file: Path) -> Journal:
     return Journal(file, lambda row: row["question_id"])
 
 
-def _are_texts(turns: Any) -> bool:
+def _are_texts(turns: Any) -> TypeGuard[list[str]]:
     return (
         isinstance(turns, list)
         and len(turns) == TURNS

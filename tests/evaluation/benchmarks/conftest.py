@@ -8,11 +8,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from tiny import make_model
 
 from selm_jax.evaluation.model import open_model
-from selm_jax.tiny import _family, make_model
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
+SHARED = Path(__file__).parents[4] / "shared" / "data"
 
 
 class Judge:
@@ -32,7 +33,9 @@ class Judge:
                 with lock:
                     judge.bodies.append(body)
                     said = judge.says(body)
-                raw = json.dumps(said if isinstance(said, dict) and "choices" in said else reply(said))
+                raw = json.dumps(
+                    said if isinstance(said, dict) and "choices" in said else reply(said)
+                )
                 self.send_response(200)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(raw.encode())))
@@ -78,17 +81,12 @@ def judge():
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory) -> Path:
-    """A tiny model with room for long instructions."""
-    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
-    make_model(folder, _family("smollm2-tiny"))
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8192}))
-    return folder
+    return make_model(tmp_path_factory.mktemp("models") / "tiny-model")
 
 
 @pytest.fixture(scope="session")
 def model(model_folder):
-    return open_model(str(model_folder))
+    return open_model(str(model_folder), slots=2, console=Console(quiet=True))
 
 
 @pytest.fixture(scope="session")

@@ -148,7 +148,35 @@ def parity(record_property) -> Callable[[str, str, float], None]:
     return note
 
 
+@pytest.fixture
+def harness_parity(record_property) -> Callable[[str, float], None]:
+    """Notes by how much the harness's numbers differ from those of its own HF model."""
+
+    def note(what: str, difference: float) -> None:
+        record_property("harness_parity", (what, difference))
+
+    return note
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
+    _list_families(terminalreporter)
+    _list_harness(terminalreporter)
+
+
+def _list_harness(terminalreporter) -> None:
+    found = [
+        value
+        for report in terminalreporter.getreports("passed")
+        for key, value in report.user_properties
+        if key == "harness_parity"
+    ]
+    if found:
+        terminalreporter.section("lm-eval: largest difference to its own HF model, in nats")
+        for what, difference in found:
+            terminalreporter.write_line(f"{what:14} {difference:.1e}")
+
+
+def _list_families(terminalreporter) -> None:
     worst: dict[str, dict[str, float]] = {}
     published: list[str] = []
     for report in terminalreporter.getreports("passed"):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -266,8 +266,12 @@ class Model:
         sampling: Sampling = Sampling(),  # noqa: B008 (it is frozen)
         seed: int = 0,
         progress: Advance = lambda answers, tokens=0: None,
+        ended: Callable[[Ids], bool] | None = None,
     ) -> list[list[Response]]:
-        """The same for token ids: per prompt its greedy response (if `greedy` is 1), then samples."""
+        """The same for token ids: per prompt its greedy response (if `greedy` is 1), then samples.
+
+        `ended` may end responses that no stop token ends; see `Engine.generate`.
+        """
         found: list[list[Response]] = [[] for _ in prompts]
         for config, members in self._by_config([len(p) + max_new_tokens for p in prompts]):
             longest = max(len(prompts[i]) for i in members)
@@ -281,7 +285,7 @@ class Model:
             ]
             params = self._params_for(answering=True)
             for response in engine.generate(
-                params, requests, seed=seed, iteration=0, progress=progress
+                params, requests, seed=seed, iteration=0, progress=progress, ended=ended
             ):
                 found[response.index].append(response)
         return found
@@ -307,7 +311,8 @@ class Model:
           EvaluationError: an example beyond the model's positions.
         """
         found: list[tuple[TokenStats, ...]] = [()] * len(examples)
-        lengths = [len(e.prompt) + max(map(len, e.responses)) for e in examples]
+        # A response's last token predicts nothing that is scored: it needs no position.
+        lengths = [len(e.prompt) + max(map(len, e.responses)) - 1 for e in examples]
         for config, members in self._by_config(lengths):
             decoder, params = Decoder(config, self.dtype), self._params_for(answering=False)
             for time, groups in self._by_length(members, examples):

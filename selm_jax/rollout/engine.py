@@ -25,6 +25,8 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from selm_jax.models.decoder import Decoder, LayerCache, Params, logits, unstack
 from selm_jax.rollout.sampling import Sampling, next_tokens, stream
 
+_LOOK_EVERY = 16  # tokens between two looks at a text that a word may end
+
 
 @dataclasses.dataclass(frozen=True)
 class Request:
@@ -55,12 +57,15 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Response:
-    """Token ids of one response; the stop id stands at the end if `finish` is "stop"."""
+    """Token ids of one response; the stop id stands at the end if `finish` is "stop".
+
+    If it is "ended", the caller of `generate` found an end in the text; more tokens may follow.
+    """
 
     index: int
     sample: int
     tokens: tuple[int, ...]
-    finish: str  # "stop" or "length"
+    finish: str  # "stop", "length" or "ended"
 
     @property
     def greedy(self) -> bool:
@@ -109,12 +114,15 @@ class Engine:
         seed: int,
         iteration: int,
         progress: Callable[[int, int], None] = lambda responses, tokens: None,
+        ended: Callable[[tuple[int, ...]], bool] | None = None,
     ) -> list[Response]:
         """Answers every request, in the order (index, sample).
 
         Args:
           params: from `decoding_params`.
           progress: called with the responses finished and tokens drawn since the last call.
+          ended: whether a response, as far as it goes, has come to an end that its tokens alone do
+            not show, such as a word; asked every few tokens. None asks nothing.
 
         Raises:
           ValueError: a prompt without tokens or longer than `max_prompt`; it is named.
@@ -126,12 +134,12 @@ class Engine:
                     f"between 1 and {self.max_prompt} were expected"
                 )
         done: list[Response] = []
-        for responses in self._run(params, requests, seed, iteration):
+        for responses in self._run(params, requests, seed, iteration, ended):
             done += responses
             progress(len(responses), sum(len(r.tokens) for r in responses))
         return sorted(done, key=lambda r: (r.index, r.sample))
 
-    def _run(self, params, requests, seed, iteration) -> Iterator[list[Response]]:
+    def _run(self, params, requests, seed, iteration, ended) -> Iterator[list[Response]]:
         # Longest first: prompts of a prefill are of like length, and the short ones fill the end.
         queue = deque(sorted(requests, key=lambda r: (-len(r.prompt), r.index)))
         waiting: deque[_Waiting] = deque()  # prefilled, not yet in a slot
@@ -156,15 +164,24 @@ class Engine:
                     waiting.popleft()
             # With nothing left to refill, run to the end.
             stop_at = refill_at if (queue or waiting) else self.slots
-            slots = _decode(self, params, slots, jnp.int32(stop_at))
+            steps = self.max_new_tokens if ended is None else _LOOK_EVERY
+            slots = _decode(self, params, slots, jnp.int32(stop_at), jnp.int32(steps))
             active, drawn, output = jax.device_get((slots.active, slots.drawn, slots.output))
-            responses = []
+            responses, cut = [], np.zeros(self.slots, bool)
             for slot, owner in enumerate(who):
-                if owner is not None and not active[slot]:
-                    tokens = tuple(int(x) for x in output[slot, : drawn[slot]])
+                if owner is None:
+                    continue
+                tokens = tuple(int(x) for x in output[slot, : drawn[slot]])
+                if not active[slot]:
                     finish = "stop" if tokens[-1] in self.stop_ids else "length"
-                    responses.append(Response(*owner, tokens, finish))
-                    who[slot] = None
+                elif ended is not None and ended(tokens):
+                    finish, cut[slot] = "ended", True
+                else:
+                    continue
+                responses.append(Response(*owner, tokens, finish))
+                who[slot] = None
+            if cut.any():
+                slots = slots.replace(active=slots.active & ~cut)
             yield responses
 
 
@@ -264,13 +281,17 @@ def _insert(engine, slots, cache, logits, rows, targets, lengths, streams, greed
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _decode(engine: Engine, params: Params, slots: Slots, stop_at: Int[Array, ""]) -> Slots:
-    """Decodes until `stop_at` slots are idle."""
+def _decode(
+    engine: Engine, params: Params, slots: Slots, stop_at: Int[Array, ""], steps: Int[Array, ""]
+) -> Slots:
+    """Decodes until `stop_at` slots are idle, or for so many steps."""
 
-    def busy(slots: Slots):
-        return jnp.sum(~slots.active) < stop_at
+    def busy(state: tuple[Slots, Array]):
+        slots, done = state
+        return (jnp.sum(~slots.active) < stop_at) & (done < steps)
 
-    def step(slots: Slots) -> Slots:
+    def step(state: tuple[Slots, Array]) -> tuple[Slots, Array]:
+        slots, done = state
         key_position = jnp.arange(slots.cache[0].keys.shape[2])
         mask = slots.position[:, None] >= key_position
         hidden, cache = engine.decoder.apply(
@@ -282,7 +303,7 @@ def _decode(engine: Engine, params: Params, slots: Slots, stop_at: Int[Array, ""
         output = slots.output.at[jnp.arange(engine.slots), slots.drawn].set(token, mode="drop")
         drawn = slots.drawn + 1
         on = slots.active
-        return slots.replace(
+        slots = slots.replace(
             cache=cache,
             token=jnp.where(on, token, slots.token),
             position=jnp.where(on, slots.position + 1, slots.position),
@@ -290,8 +311,9 @@ def _decode(engine: Engine, params: Params, slots: Slots, stop_at: Int[Array, ""
             output=jnp.where(on[:, None], output, slots.output),
             active=on & _goes_on(engine, token, drawn),
         )
+        return slots, done + 1
 
-    return jax.lax.while_loop(busy, step, slots)
+    return jax.lax.while_loop(busy, step, (slots, jnp.int32(0)))[0]
 
 
 def _goes_on(engine: Engine, token: Int[Array, " n"], drawn: Int[Array, " n"]) -> Bool[Array, " n"]:

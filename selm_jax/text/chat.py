@@ -156,17 +156,29 @@ class Chat:
                     )
         return rendered
 
+    def continued(self, messages: Sequence[Turn]) -> str:
+        """The conversation with its last message left open, for a model to go on with.
+
+        Raises:
+          ChatError: the template refuses it.
+        """
+        try:
+            return self._rendered(messages, False, continue_final_message=True)
+        except (TemplateError, ValueError) as e:  # ValueError: it changes the last message's text
+            raise ChatError(self._refusal(messages, False, e)) from e
+
     def tokens(self, text: str) -> tuple[int, ...]:
         """Ids of a text and nothing around it."""
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _rendered(self, messages: Sequence[Turn], answer_follows: bool) -> str:
+    def _rendered(self, messages: Sequence[Turn], answer_follows: bool, **how: bool) -> str:
         return self.tokenizer.apply_chat_template(
             [{"role": m.role, "content": m.content} for m in messages],
             chat_template=self._template,
             tokenize=False,
             add_generation_prompt=answer_follows,
             **self._variables,
+            **how,
         )
 
     def _try(self, messages: Sequence[Turn], answer_follows: bool) -> str | None:
@@ -176,7 +188,7 @@ class Chat:
         except TemplateError:
             return None
 
-    def _refusal(self, messages: Sequence[Turn], answer_follows: bool, error: TemplateError) -> str:
+    def _refusal(self, messages: Sequence[Turn], answer_follows: bool, error: Exception) -> str:
         roles = ", ".join(m.role for m in messages)
         reason = str(error).rstrip(".")
         said = f"the chat template of {self.folder} refuses a conversation of {roles}: {reason}. "

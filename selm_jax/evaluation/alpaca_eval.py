@@ -5,7 +5,7 @@
       model_outputs.json            what the official package takes
       ANNOTATOR/annotations.json    in the official format
       ANNOTATOR/leaderboard.csv     the model's row
-      alpaca_eval.json              the numbers, and what they were made of
+      ANNOTATOR/alpaca_eval.json    the numbers, and what they were made of
 
 The instructions are verified before a token is drawn (`alpaca_eval_set`); who judges and how stands
 in `alpaca_eval_annotate`, the formulas in `alpaca_eval_score`.
@@ -74,7 +74,7 @@ def answer(
         return outputs
     began = time.monotonic()
     conversations = [[Message("user", text)] for text in instructions.instructions]
-    model.prompt_ids(conversations)  # a conversation that cannot be had stops here
+    _check_room(model, conversations, decoding)
     stages.begin("answer", inputs, settings)
     journal = answers_of(folder, instructions)
     todo = [i for i in range(len(conversations)) if i not in journal.rows]
@@ -108,6 +108,18 @@ def answer(
         time.monotonic() - began,
     )
     return outputs
+
+
+def _check_room(model: Model, conversations: list[list[Message]], decoding: Decoding) -> None:
+    """Finds what cannot be answered before anything is."""
+    lengths = [len(prompt) for prompt in model.prompt_ids(conversations)]
+    longest = max(range(len(lengths)), key=lengths.__getitem__)
+    if lengths[longest] + decoding.max_new_tokens > model.facts.max_positions:
+        raise EvaluationError(
+            f"{model.name}: instruction {longest} (counted from 0) has {lengths[longest]} tokens, "
+            f"its answer may have {decoding.max_new_tokens}; the model was made for "
+            f"{model.facts.max_positions} together. Lower --max-new-tokens."
+        )
 
 
 def answers_of(folder: Path, instructions: EvalSet) -> Journal:
@@ -165,15 +177,16 @@ def write_annotations(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
 
 def write_numbers(
     folder: Path, rows: Sequence[Mapping[str, Any]], found: Mapping[str, Any], made_of: Mapping
-) -> None:
-    """`leaderboard.csv` beside the annotations, and `alpaca_eval.json`.
+) -> Path:
+    """`leaderboard.csv` and `alpaca_eval.json`, into the annotator's folder.
 
     Args:
         made_of: paths by what they are; recorded with their SHA-256.
     """
     annotator, model = rows[0]["annotator"], rows[0]["generator_2"]
     text = score.leaderboard(model, found)
-    artifacts.write_text(folder / file_name(annotator) / "leaderboard.csv", text)
+    folder = folder / file_name(annotator)
+    artifacts.write_text(folder / "leaderboard.csv", text)
     files = {name: {"path": str(path), "sha256": artifacts.digest(path)}
              for name, path in made_of.items()}  # fmt: skip
     record = {
@@ -181,6 +194,7 @@ def write_numbers(
         "annotator": annotator, **found, "files": files, "selm_jax": selm_jax.__version__,
     }  # fmt: skip
     artifacts.write_json(folder / "alpaca_eval.json", record)
+    return folder / "alpaca_eval.json"
 
 
 def cost_of_answers(model: Model, instructions: EvalSet, folder: Path, decoding: Decoding) -> Cost:

@@ -168,6 +168,19 @@ def ask_package(
     return [{key: _plain(value) for key, value in row.items()} for row in found]
 
 
+def check_ready(instructions: EvalSet, config: str | None) -> None:
+    """Finds what annotating lacks before answers are drawn: the baseline's answers, or, if `config`
+    names an annotator of the package, the package.
+
+    Raises:
+        EvaluationError: says what is missing.
+    """
+    _pairs(instructions)
+    if config is not None:
+        with package("annotators"):
+            pass
+
+
 def _pairs(instructions: EvalSet) -> Iterator[tuple[str, str]]:
     if instructions.baseline is None:
         raise EvaluationError(

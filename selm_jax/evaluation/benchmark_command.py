@@ -12,7 +12,6 @@ import typer
 from rich.console import Console
 
 import selm_jax
-from selm_jax import artifacts
 from selm_jax.evaluation import EvaluationError
 from selm_jax.evaluation.command import (
     DryRun,
@@ -23,10 +22,10 @@ from selm_jax.evaluation.command import (
     Slots,
     Tensor,
     app,
+    default_out,
 )
 from selm_jax.evaluation.cost import Cost, show
 
-FOLDER = Path("evals")
 console = Console(stderr=True)
 
 OptionalSource = Annotated[
@@ -47,7 +46,9 @@ Cache = Annotated[Path | None, typer.Option(help="File of the judge's paid answe
 MaxCost = Annotated[float | None, typer.Option(help="Spend no more; needs both prices.")]
 PricePrompt = Annotated[float | None, typer.Option(help="Per million tokens the judge reads.")]
 PriceCompletion = Annotated[float | None, typer.Option(help="Per million tokens it writes.")]
-Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the results.")]
+Out = Annotated[
+    Path | None, typer.Option("--out", "-o", help="Folder; default: evaluations/MODEL/VERB.")
+]
 
 
 @app.command(name="alpaca_eval")
@@ -116,6 +117,7 @@ def alpaca_eval(
     calls of one token, which read about 1,000 tokens each. Without a judge it stops at
     model_outputs.json. Started again, it goes on from what is there.
     """
+    from selm_jax import artifacts
     from selm_jax.evaluation import alpaca_eval as alpaca
     from selm_jax.evaluation import alpaca_eval_annotate as annotate
     from selm_jax.evaluation import alpaca_eval_score as score
@@ -135,6 +137,10 @@ def alpaca_eval(
         return
 
     texts = files.read_set(instructions)
+    if judge or annotator:
+        annotate.check_ready(texts, annotator)
+    if gamed is not None:
+        score.gamed_file(gamed, gamed_sha256)
     question = annotate.read_prompt(prompt) if judge or (annotator and dry_run) else None
     decoding = alpaca.Decoding(max_new_tokens, temperature, top_p, seed)
     answering = None
@@ -144,9 +150,7 @@ def alpaca_eval(
         )
         name = name or answering.name
     answers = files.read_outputs(outputs) if outputs else None
-    folder = out or FOLDER / "alpaca_eval" / alpaca.file_name(
-        name or (answers[0]["generator"] if answers else "")
-    )
+    folder = out or default_out(name or (answers[0]["generator"] if answers else ""), "alpaca_eval")
     if dry_run:
         costs = []
         if answering is not None:
@@ -167,8 +171,8 @@ def alpaca_eval(
             with _bar(f"{name}  answers", len(texts.rows), "answers") as advance:
                 outputs = alpaca.answer(answering, texts, folder, decoding, name, advance)
             answers = files.read_outputs(outputs)
-            typer.echo(f"{outputs}: {len(answers)} answers")
         assert answers is not None and outputs is not None
+        typer.echo(f"{outputs}: {len(answers)} answers, each to its instruction")
         if client is not None and question is not None:
             with _bar(f"{judge}  annotates", len(answers), "calls") as advance:
                 rows = asyncio.run(annotate.ask(texts, answers, client, question, advance))
@@ -179,9 +183,9 @@ def alpaca_eval(
         rows = files.check_annotations(rows, "the judge's annotations", allow_missing=allow_missing)
         made = {"model_outputs": outputs, "annotations": alpaca.write_annotations(folder, rows)}
         found = alpaca.numbers(rows, gamed, gamed_sha256)
-        alpaca.write_numbers(folder, rows, found, made)
+        record = alpaca.write_numbers(folder, rows, found, made)
     typer.echo(score.table(rows[0]["generator_2"], found))
-    typer.echo(f"{folder / 'alpaca_eval.json'}")
+    typer.echo(str(record))
 
 
 @app.command(name="mt_bench")
@@ -236,6 +240,7 @@ def mt_bench(
     of --repeats (320 with --against), of up to --judge-tokens tokens. Without a judge it stops at
     the answers. Started again, it goes on from what is there.
     """
+    from selm_jax import artifacts
     from selm_jax.evaluation import mt_bench as bench
     from selm_jax.evaluation import mt_bench_judge as judging
     from selm_jax.evaluation import mt_bench_score as score
@@ -243,7 +248,6 @@ def mt_bench(
 
     _exactly_one(MODEL=model, answers=answers)
     asked = bench.read_questions(questions, unpublished)
-    folder = out or FOLDER / "mt_bench"
     mode = "single" if against is None else "pair"
     decoding = bench.Decoding(max_new_tokens, seed)
     sampling = judging.Sampling(judge_temperature, judge_tokens)
@@ -263,6 +267,7 @@ def mt_bench(
             model, revision=revision, iteration=iteration, dtype=dtype, tensor=tensor, slots=slots
         )
     name = name or (answering.name if answering else own[0] if own else "")
+    folder = out or default_out(name, "mt_bench")
     if others and others[0][0] == name:
         raise EvaluationError(
             f"{against}: answers of {name!r} itself. Another --name tells them apart"
@@ -314,7 +319,8 @@ def mt_bench(
             "selm_jax": selm_jax.__version__,
         }  # fmt: skip
         title = " against ".join(models) + f", judged by {client.model}, {len(rows)} judgments"
-        file = folder / f"mt_bench_{'_against_'.join(map(bench.file_name, models))}.json"
+        names = "_against_".join(map(bench.file_name, models))
+        file = folder / f"{bench.file_name(client.model)}_{names}.json"
         artifacts.write_json(file, record)
     typer.echo(score.table(title, found))
     typer.echo(f"{journal.file}\n{file}")

@@ -12,7 +12,8 @@ from selm_jax.evaluation import EvaluationError
 
 
 class Journal:
-    """A file that only grows, by whole lines. A line torn by a kill is taken away when it is opened.
+    """A file that only grows, by whole lines. A line torn by a kill is not read, and is taken away
+    by the first `add`.
 
     Attributes:
         rows: by key, in the order of the file.
@@ -24,12 +25,12 @@ class Journal:
     def __init__(self, file: Path, key: Callable[[Mapping[str, Any]], Hashable]):
         self.file, self._key = file, key
         self.rows: dict[Any, dict[str, Any]] = {}
+        self._whole: int | None = None  # bytes of whole lines, until they are the whole file
         if not file.exists():
             return
         raw = file.read_bytes()
         whole = raw.rpartition(b"\n")[0] + b"\n" if b"\n" in raw else b""
-        if whole != raw:
-            os.truncate(file, len(whole))
+        self._whole = len(whole)
         for number, line in enumerate(whole.split(b"\n")[:-1], 1):
             try:
                 self._take(json.loads(line))
@@ -44,6 +45,9 @@ class Journal:
         rows = [dict(row) for row in rows]
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         self.file.parent.mkdir(parents=True, exist_ok=True)
+        if self._whole is not None:
+            os.truncate(self.file, self._whole)
+            self._whole = None
         with self.file.open("ab") as f:
             f.write(lines.encode("utf-8", "backslashreplace"))
             f.flush()

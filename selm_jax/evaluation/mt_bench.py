@@ -4,7 +4,7 @@
       model_answer/MODEL.jsonl               answers; one line a question
       model_judgment/JUDGE_single.jsonl      judgments of any number of models (`mt_bench_judge`)
       model_judgment/JUDGE_pair.jsonl
-      mt_bench_MODEL.json                    scores (`mt_bench_score`), and what they were made of
+      JUDGE_MODEL.json                       scores (`mt_bench_score`), and what they were made of
 
 The questions, the judge's prompts and the reference answers are not ours and not shipped: they are
 files of FastChat's (`question.jsonl`, `judge_prompts.jsonl`, `reference_answer/gpt-4.jsonl`). Their
@@ -31,6 +31,7 @@ from selm_jax.evaluation.cost import Cost
 from selm_jax.evaluation.journal import Journal
 from selm_jax.evaluation.model import Model
 from selm_jax.progress import Advance
+from selm_jax.text.chat import ChatError
 from selm_jax.text.conversations import Message
 
 # By category, as FastChat's temperature_config; 0 is greedy.
@@ -154,12 +155,14 @@ def _both_turns(
     for turn in range(TURNS):
         for conversation, question in zip(conversations, questions, strict=True):
             conversation.append(Message("user", question.turns[turn]))
-        found = model.answer(
-            conversations,
-            temperature=temperature,
-            progress=progress,
-            **dataclasses.asdict(decoding),
-        )
+        try:
+            found = model.answer(
+                conversations, temperature=temperature, progress=progress,
+                **dataclasses.asdict(decoding),
+            )  # fmt: skip
+        except (EvaluationError, ChatError) as error:  # counts from the first of these
+            ids = ", ".join(str(question.id) for question in questions)
+            raise EvaluationError(f"turn {turn + 1} of the questions {ids}: {error}") from error
         for conversation, answers, (each,) in zip(conversations, said, found, strict=True):
             conversation.append(Message("assistant", each.text.strip()))
             answers.append(each)

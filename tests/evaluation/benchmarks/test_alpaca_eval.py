@@ -143,7 +143,7 @@ class TestPublished:
         )
         assert result.exit_code == 0, result.output
         assert "win rate              3.40 %" in result.output
-        record = json.loads((tmp_path / "out/alpaca_eval.json").read_text())
+        record = json.loads((tmp_path / "out" / annotate.OFFICIAL / "alpaca_eval.json").read_text())
         assert record["length_controlled_winrate"] is None
         assert "df_gamed.csv" in record["lc_refused"] and "--gamed" in record["lc_refused"]
 
@@ -372,7 +372,7 @@ class TestBadFiles:
         assert read_set(str(set_file)).baseline is None  # good enough to answer, not to judge
 
 
-DECODING = alpaca.Decoding(max_new_tokens=6)
+DECODING = alpaca.Decoding(max_new_tokens=5)
 
 
 class TestAnswers:
@@ -386,7 +386,7 @@ class TestAnswers:
         assert {row["generator"] for row in rows} == {"mine"}
         assert rows == read_outputs(file)
         alone = model.answer(
-            [[alpaca.Message("user", INSTRUCTIONS[3])]], max_new_tokens=6, temperature=0.7
+            [[alpaca.Message("user", INSTRUCTIONS[3])]], max_new_tokens=5, temperature=0.7
         )
         assert rows[3]["output"] == alone[0][0].text.strip()
 
@@ -412,12 +412,41 @@ class TestAnswers:
             f.write(b'{"index": 4, "instr')  # torn by a kill
         assert alpaca.cost_of_answers(model, texts, folder, DECODING).answers == 3
         other = alpaca.Decoding(max_new_tokens=7)
-        with pytest.raises(ArtifactError, match="max_new_tokens was 6 and is now 7"):
+        with pytest.raises(ArtifactError, match="max_new_tokens was 5 and is now 7"):
             alpaca.answer(model, texts, folder, other)
         assert alpaca.answer(model, texts, folder, DECODING).read_bytes() == whole
         assert asked == [2, 3, 2, 1]  # the second three never came
         assert alpaca.answer(model, texts, folder, DECODING).read_bytes() == whole
         assert len(asked) == 4
+
+    def test_what_leaves_no_room_is_found_before_anything_is_drawn(self, model, set_file, tmp_path):
+        with pytest.raises(EvaluationError, match="instruction 2 .*for 512 together. Lower --max"):
+            alpaca.answer(model, read_set(str(set_file)), tmp_path, alpaca.Decoding(500))
+        assert not (tmp_path / "stage.json").exists()
+
+    @pytest.mark.parametrize(
+        ("given", "says"),
+        [
+            (["--judge", "j", "--base-url", "http://127.0.0.1:9/v1"], "holds no answers of gpt4"),
+            (["--gamed", "nowhere.csv"], "nowhere.csv: no such file"),
+            (["--judge", "j", "--key-env", "NOT_SET"], "no server|NOT_SET"),
+            (["--judge", "j", "--prompt", "nowhere.txt"], "nowhere.txt cannot be read"),
+        ],
+    )
+    def test_nothing_is_drawn_if_the_rest_cannot_be(
+        self, set_file, prompt_file, model_folder, tmp_path, monkeypatch, given, says
+    ):
+        monkeypatch.setattr(Model, "answer", lambda *_, **__: pytest.fail("a token was drawn"))
+        monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+        if "holds" in says:
+            rows = json.loads(set_file.read_text())
+            dump(set_file, [{"instruction": row["instruction"]} for row in rows])
+        verb = ["eval", "alpaca_eval", str(model_folder), "--instructions", str(set_file)]
+        if "--prompt" not in given:
+            verb += ["--prompt", str(prompt_file)]
+        out = tmp_path / "out"
+        result = CliRunner().invoke(app, [*verb, *given, "-o", str(out)])
+        assert re.search(says, str(result.exception)) and not (out / "answers.jsonl").exists()
 
     def test_nothing_is_drawn_before_the_instructions_are_verified(
         self, set_file, model_folder, tmp_path, monkeypatch
@@ -432,7 +461,7 @@ class TestAnswers:
 
 def by_hash(body):
     """Log-probabilities that follow from the request alone."""
-    h = hashlib.sha256(json.dumps(body["messages"]).encode()).digest()
+    h = hashlib.sha256(json.dumps(body["messages"], sort_keys=True).encode()).digest()
     return {"m": -0.1 - h[0] / 99, "M": -0.1 - h[1] / 99, "The": -9.0}
 
 
@@ -535,6 +564,18 @@ class TestJudge:
 
 
 class TestVerb:
+    @pytest.mark.slow
+    def test_all_805_through_a_judge(self, shared, judge, tmp_path, prompt_file):
+        judge.says = by_hash
+        folder = shared / "alpaca_eval/gemma-2b-it"
+        verb = ["eval", "alpaca_eval", "--outputs", folder / "model_outputs.json"]
+        verb += ["--instructions", folder / "annotations.json", "--prompt", prompt_file]
+        verb += ["--judge", "j", "--base-url", judge.url, "-o", tmp_path / "out"]
+        result = CliRunner().invoke(app, list(map(str, verb)))
+        assert result.exit_code == 0 and len(judge.bodies) == 805, result.output
+        (file,) = (tmp_path / "out").glob("*/annotations.json")
+        assert score.scores(read_annotations(file))["n_total"] == 805
+
     def test_from_a_model_to_the_leaderboard(
         self, judge, tmp_path, set_file, prompt_file, model_folder
     ):
@@ -542,16 +583,17 @@ class TestVerb:
         out = tmp_path / "out"
         verb = ["eval", "alpaca_eval", str(model_folder), "--instructions", str(set_file)]
         verb += ["--judge", "judge-1", "--base-url", judge.url, "--prompt", str(prompt_file)]
-        verb += ["--max-new-tokens", "6", "-o", str(out)]
+        verb += ["--max-new-tokens", "5", "--slots", "2", "-o", str(out)]
         result = CliRunner().invoke(app, [*verb, "--dry-run"])
         assert result.exit_code == 0 and not judge.bodies and not out.exists()
         shown = " ".join(result.output.split())
-        # 5 answers of 6 tokens; 5 calls
-        assert re.search(r"together 5 \d+ 30 5 ", shown), shown
+        # 5 answers of 5 tokens; 5 calls
+        assert re.search(r"together 5 \d+ 25 5 ", shown), shown
         result = CliRunner().invoke(app, verb)
         assert result.exit_code == 0, result.output
-        record = json.loads((out / "alpaca_eval.json").read_text())
-        folder = out / record["annotator"]
+        (folder,) = out.glob("weighted_judge-1*")
+        record = json.loads((folder / "alpaca_eval.json").read_text())
+        assert folder.name == record["annotator"]
         rows = read_annotations(folder / "annotations.json")
         (line,) = csv.DictReader((folder / "leaderboard.csv").read_text().splitlines())
         assert line[""] == record["model"] == "tiny-model"

@@ -270,6 +270,11 @@ class TestAnswers:
         assert said(bench.answer(model, questions, files.folder, DECODING)) == whole
         assert sum(len(conversations) for _, conversations in calls) == 6
 
+    def test_a_conversation_that_is_too_long_names_its_questions(self, model, files):
+        questions = bench.read_questions(files.questions, unpublished=True)
+        with pytest.raises(EvaluationError, match="turn 1 of the questions 82, 85: .*512"):
+            bench.answer(model, questions, files.folder, bench.Decoding(max_new_tokens=500))
+
 
 class TestRequests:
     def test_texts_are_the_templates_filled(self, judge, run, todo):
@@ -563,7 +568,7 @@ class TestVerb:
 
     def test_from_a_model_to_scores(self, judge, files, model_folder):
         judge.says = lambda body: f"[[{1 + len(body['messages'][1]['content']) % 10}]]"
-        more = (model_folder, "--max-new-tokens", 5, "--name", "mine")
+        more = (model_folder, "--max-new-tokens", 5, "--slots", 2, "--name", "mine")
         result = self.verb(files, judge, *more, "--dry-run")
         assert result.exit_code == 0, result.output
         assert not judge.bodies and not files.folder.exists()
@@ -571,7 +576,7 @@ class TestVerb:
         assert re.search(r"together +10 +\d+ +50 +10 ", result.output), result.output
         result = self.verb(files, judge, *more)
         assert result.exit_code == 0, result.output
-        record = json.loads((files.folder / "mt_bench_mine.json").read_text())
+        record = json.loads((files.folder / "the--judge_mine.json").read_text())
         assert record["benchmark"].startswith("not MT-Bench")
         assert f"overall      {record['overall']['score']:6.3f}" in result.output
         assert len(judge.bodies) == 10
@@ -584,7 +589,7 @@ class TestVerb:
         judge.says = lambda body: "[[A]]"
         result = self.verb(files, judge, "--answers", files.one, "--against", files.two)
         assert result.exit_code == 0, result.output
-        record = json.loads((files.folder / "mt_bench_one_against_two.json").read_text())
+        record = json.loads((files.folder / "the--judge_one_against_two.json").read_text())
         assert record["overall"]["tie"] == 10 and record["overall"]["win_rate_adjusted"] == 0.5
 
     @pytest.mark.parametrize(
@@ -598,6 +603,16 @@ class TestVerb:
     def test_settings_that_cannot_be(self, judge, files, given, says):
         result = self.verb(files, judge, *(each.format(one=files.one) for each in given))
         assert says in str(result.exception) and not judge.bodies and not files.folder.exists()
+
+
+def test_a_torn_line_goes_when_the_next_one_comes(tmp_path):
+    file = tmp_path / "j.jsonl"
+    file.write_text('{"k": 1}\n{"k": 2, "te')
+    journal = Journal(file, lambda row: row["k"])
+    assert list(journal.rows) == [1] and "te" in file.read_text()  # a reader changes nothing
+    journal.add([{"k": 2}])
+    journal.add([{"k": 3}])
+    assert file.read_text() == '{"k": 1}\n{"k": 2}\n{"k": 3}\n'
 
 
 def test_a_journal_keeps_lines_whole_whatever_they_hold(tmp_path):

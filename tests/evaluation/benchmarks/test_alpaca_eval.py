@@ -504,6 +504,8 @@ class TestJudge:
         texts = read_set(str(set_file))
         file = alpaca.answer(model, texts, tmp_path / "out", DECODING, "mine")
         rows = read_outputs(file)
+        with score.package("utils") as utils:
+            assert utils.load_or_convert_to_dataframe(file).to_dict("records") == rows
         # The package fills a template place by place, so that a text with {output_1} in it is
         # filled again. Ours is not; the two agree on all other texts.
         keep = [i for i, text in enumerate(INSTRUCTIONS) if "{" not in text]

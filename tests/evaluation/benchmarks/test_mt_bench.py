@@ -535,9 +535,8 @@ class TestFastChat:
         return show
 
     def test_single(self, judge, run, files, todo, shows, published):
-        judge.says = lambda body: (
-            f"[[{1 + len(judge.bodies) % 9}]]" if len(judge.bodies) % 5 else "?"
-        )
+        ratings = ("[[3]]", "?", "[[9.5]]", "[[6]]", "Rating: [2]")
+        judge.says = lambda body: ratings[by_text(body) % 5]
         rows = run(repeats=2)
         found = score.single(rows, todo("single")[1])
         shown = shows("single", files.folder / "model_judgment/the--judge_single.jsonl")

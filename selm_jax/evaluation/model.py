@@ -308,7 +308,7 @@ class Model:
     ) -> list[tuple[float, ...]]:
         """log pi(response | prompt) of every response of every example, in nats."""
         found = self.statistics(examples, progress)
-        return [tuple(float(r.logprob.sum()) for r in each) for each in found]
+        return [tuple(float(r.logprob.sum(dtype=float)) for r in each) for each in found]
 
     def statistics(
         self, examples: Sequence[Example], progress: Advance = lambda examples, tokens=0: None

@@ -8,6 +8,9 @@ from collections.abc import Iterable
 from rich.console import Console
 from rich.table import Table
 
+from selm_jax.feedback.judge import JudgeRanker
+from selm_jax.feedback.ranker import Ranker
+
 # English prose in the tokenizers of today: four characters a token. Of judges' requests alone, for
 # whose tokenizer nobody here can speak.
 CHARACTERS_PER_TOKEN = 4
@@ -45,6 +48,21 @@ _COLUMNS = {
     "judge_calls": "judge calls, at most",
     "judge_tokens": "judge tokens, about",
 }
+
+
+def judges(ranker: Ranker) -> list[JudgeRanker]:
+    """The judges that a ranker asks: itself, or those of a mixture."""
+    if isinstance(ranker, JudgeRanker):
+        return [ranker]
+    return [j for part in getattr(ranker, "parts", ()) for j in judges(part.ranker)]
+
+
+def judge_cost(judge: JudgeRanker, calls: int, characters: int) -> Cost:
+    """Of so many requests that show the judge so many characters in all, and of its answers."""
+    template = sum(len(text) for _, text in judge.template.messages)
+    tokens = (characters + calls * template) // CHARACTERS_PER_TOKEN
+    tokens += calls * judge.sampling["max_tokens"]
+    return Cost(f"{judge.name} {judge.client.model}", judge_calls=calls, judge_tokens=tokens)
 
 
 def show(costs: Iterable[Cost], console: Console) -> None:

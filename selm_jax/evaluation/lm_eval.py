@@ -140,7 +140,9 @@ class Harness(TemplateLM):
     def _scored(self, examples: Sequence[Example]) -> list[list[tuple[float, bool]]]:
         with bar(self.model.console, "log-likelihoods", len(examples), "contexts") as advance:
             found = self.model.statistics(examples, advance)
-        return [[(float(r.logprob.sum()), bool(r.likeliest.all())) for r in e] for e in found]
+        return [
+            [(float(r.logprob.sum(dtype=float)), bool(r.likeliest.all())) for r in e] for e in found
+        ]
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         """Of whole texts: windows of the model's length, each token predicted once."""
@@ -253,16 +255,17 @@ class Counter(Harness):
         return [""] * len(prompts)
 
 
-def tasks_of(text: str, manager: TaskManager) -> list[dict[str, Any]]:
-    """The harness's configurations of `NAME[:SHOTS],...`; `paper` stands for the paper's six.
+def tasks_of(text: str, manager: TaskManager) -> dict[str, int | None]:
+    """Shots by task of `NAME[:SHOTS],...`, None as the task has them; `paper` stands for six.
 
     Raises:
-      EvaluationError: a name that the harness does not know, shots that are no number, or nothing.
+      EvaluationError: a name that the harness does not know, or twice the same; shots that are no
+        number, or nothing.
     """
-    found = []
+    found: list[tuple[str, int | None]] = []
     for part in filter(None, (p.strip() for p in text.split(","))):
         if part == "paper":
-            found += [{"task": name, "num_fewshot": n} for name, n in PAPER.items()]
+            found += PAPER.items()
             continue
         name, colon, shots = part.partition(":")
         if name not in manager.all_tasks:
@@ -272,10 +275,35 @@ def tasks_of(text: str, manager: TaskManager) -> list[dict[str, Any]]:
             )
         if colon and not shots.isdecimal():
             raise EvaluationError(f"--tasks {part}: {shots!r} shots; a whole number was expected")
-        found.append({"task": name} | ({"num_fewshot": int(shots)} if colon else {}))
+        found.append((name, int(shots) if colon else None))
+    names = [name for name, _ in found]
+    if twice := {n for n in names if names.count(n) > 1}:
+        raise EvaluationError(f"--tasks names {', '.join(sorted(twice))} twice")
     if not found:
         raise EvaluationError("--tasks names none; `paper` stands for the paper's six")
-    return found
+    return dict(found)
+
+
+def load_tasks(shots: dict[str, int | None], manager: TaskManager) -> list[Any]:
+    """Tasks (or groups of them) with their data and shots.
+
+    Raises:
+      EvaluationError: data that cannot be had.
+    """
+    out = []
+    for name, count in shots.items():
+        try:
+            loaded: Any = manager.load([name])
+        # Whatever the library of data sets raises: the network, a missing file, a bad row.
+        except Exception as error:
+            raise EvaluationError(
+                f"task {name}: its data could not be loaded: {type(error).__name__}: {error}"
+            ) from error
+        for task in loaded["tasks"].values() if count is not None else ():
+            task.set_config(key="num_fewshot", value=count)
+        groups = loaded["groups"]
+        out += [groups[name]] if name in groups else loaded["tasks"].values()
+    return out
 
 
 def run(
@@ -305,13 +333,8 @@ def run(
     """
     if not dry_run and out.exists():
         raise EvaluationError(f"{out} is there already; move it away or give another --out")
-    manager = TaskManager(include_path=None if include is None else str(include))
-    specs = tasks_of(tasks, manager)
-    try:
-        loaded = list(manager.load(specs)["tasks"].values())
-    except (OSError, ValueError, RuntimeError) as error:
-        names = ", ".join(spec["task"] for spec in specs)
-        raise EvaluationError(f"tasks {names}: could not be loaded: {error}") from error
+    manager = _manager(include)
+    loaded = load_tasks(tasks_of(tasks, manager), manager)
     harness = Counter(model) if dry_run else Harness(model, seed)
     evaluate: Any = simple_evaluate  # its decorator hides its parameters from type checkers
     results = evaluate(
@@ -340,6 +363,12 @@ def run(
     print_results(results, console)
     console.print(f"results: {out}", soft_wrap=True)
     return results
+
+
+def _manager(include: Path | None) -> TaskManager:
+    if include is not None and not include.is_dir():
+        raise EvaluationError(f"--include {include}: no such folder")
+    return TaskManager(include_path=None if include is None else str(include))
 
 
 def print_results(results: dict[str, Any], console: Console) -> None:

@@ -129,25 +129,35 @@ def _exported(run: Path) -> list[int]:
 
 
 def open_model(
-    source: str,
+    source: str, *, revision: str | None = None, iteration: int | None = None, **how: Any
+) -> Model:
+    """The model that `find` finds; for `how` see `open_found`."""
+    return open_found(find(source, revision=revision, iteration=iteration), **how)
+
+
+def open_found(
+    found: Found,
     *,
-    revision: str | None = None,
-    iteration: int | None = None,
     text: Text | None = None,
     dtype: str = "auto",
     tensor: int = 1,
     slots: int = 16,
     console: Console | None = None,
 ) -> Model:
-    """The model that `find` finds. Its weights are read when they are first needed.
+    """Makes a model ready. Its weights are read when they are first needed.
 
     Args:
       text: what the chat template reads besides the messages; None: as the run's settings say.
       dtype: of parameters and computation: auto (float32 on CPU, else bfloat16), float32, bfloat16.
       tensor: devices that share each matrix; the others share rows and parameters.
       slots: answers that are drawn together.
+
+    Raises:
+      EvaluationError: an unknown dtype.
+      SourceError: there is no such model.
     """
-    found = find(source, revision=revision, iteration=iteration)
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise EvaluationError(f"dtype {dtype!r} is not one of auto, float32, bfloat16")
     console = console or Console(stderr=True)
     if text is None:
         text = found.experiment.text if found.experiment else Text()
@@ -165,6 +175,7 @@ class Model:
       name, found: see `find`.
       folder: its files, and `folder.origin`, which pins their bytes.
       facts: the decoder's.
+      text: what the chat template reads besides the messages.
     """
 
     def __init__(
@@ -181,7 +192,7 @@ class Model:
         self.found, self.name, self.folder, self.console = found, found.name, folder, console
         self.facts: DecoderConfig = read_config(folder.path)
         self.mesh, self.dtype, self.slots = mesh, dtype, slots
-        self._text = text
+        self.text = text
         self._params: Params | None = None
         everywhere = NamedSharding(mesh, PartitionSpec())
         self._statistics = jax.jit(_statistics, static_argnums=0, out_shardings=everywhere)
@@ -191,7 +202,7 @@ class Model:
     @cached_property
     def chat(self) -> Chat:
         """Raises ChatError for a model without a chat template."""
-        return Chat(self.folder.path, self._text)
+        return Chat(self.folder.path, self.text)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -297,7 +308,7 @@ class Model:
     ) -> list[tuple[float, ...]]:
         """log pi(response | prompt) of every response of every example, in nats."""
         found = self.statistics(examples, progress)
-        return [tuple(float(r.logprob.sum()) for r in each) for each in found]
+        return [tuple(float(r.logprob.sum(dtype=float)) for r in each) for each in found]
 
     def statistics(
         self, examples: Sequence[Example], progress: Advance = lambda examples, tokens=0: None

@@ -48,12 +48,10 @@ class TokenStats(NamedTuple):
     Attributes:
       logprob: log p(target | context), in nats.
       likeliest: whether the target is the token of the largest logit (of equal ones the first).
-      entropy: of the whole distribution that the target was one outcome of, in nats.
     """
 
     logprob: Float[Array, "r p"]
     likeliest: Bool[Array, "r p"]
-    entropy: Float[Array, "r p"]
 
 
 def token_statistics(
@@ -76,9 +74,7 @@ def token_statistics(
         logits = _logits(h, w, cap)
         normalizer = jax.nn.logsumexp(logits, axis=-1)
         logprob = jnp.take_along_axis(logits, y[..., None], axis=-1)[..., 0] - normalizer
-        # H = -sum p log p, and log p = z - normalizer
-        expected = jnp.sum(jnp.exp(logits - normalizer[..., None]) * logits, axis=-1)
-        return TokenStats(logprob, jnp.argmax(logits, axis=-1) == y, normalizer - expected)
+        return TokenStats(logprob, jnp.argmax(logits, axis=-1) == y)
 
     found = jax.lax.map(of_chunk, (_split(hidden, chunk), _split(targets, chunk)))
     return TokenStats(*(_join(x)[:, :p] for x in found))

@@ -5,7 +5,7 @@
     score       examples.parquet           what is trained on, with reference log-probabilities
     train       checkpoints/               the state of training
     export      model/                     a Hugging Face folder
-    evaluate    heldout.parquet            held-out answers of the new policy
+    evaluate    heldout*.parquet           held-out answers of the new policy, pairs of the data
 
 Nothing else passes between stages. What each may depend on is written down in `STAGES`.
 """
@@ -21,7 +21,7 @@ from selm_jax import artifacts
 from selm_jax.config import as_dict
 from selm_jax.memory import release
 from selm_jax.run import Run
-from selm_jax.stages.evaluate import evaluate
+from selm_jax.stages.evaluate import evaluate, has_pairs
 from selm_jax.stages.generate import Counts, generate
 from selm_jax.stages.rank import rank
 from selm_jax.stages.score import score
@@ -175,5 +175,7 @@ EVALUATE = Stage(
         *("seed", "feedback.ranker", "feedback.settings", "evaluation"),
         *(*_ANSWERS, *_TEMPLATE, *_SCORING),
     ),
-    _always("heldout.parquet"),
+    lambda run: (
+        ("heldout.parquet", "heldout_pairs.parquet") if has_pairs(run) else ("heldout.parquet",)
+    ),
 )

@@ -1,4 +1,4 @@
-"""evaluate: held-out answers of the new policy (heldout.parquet)."""
+"""evaluate: the new policy on held-out prompts and pairs (heldout.parquet, heldout_pairs.parquet)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 
 from selm_jax import artifacts
 from selm_jax.evaluation import frontier
+from selm_jax.evaluation.pairs import answered_pair
 from selm_jax.preferences.examples import Example
 from selm_jax.rollout.engine import Request, decoding_params
 from selm_jax.rollout.sampling import Sampling
@@ -52,9 +53,11 @@ def evaluate(run: Run, t: int) -> Counts:
         )
         for i, prompt in enumerate(prompts)
     ]
-    policy = logps_of(run, params, examples)
+    pairs, left_out = heldout_pairs(run)
+    found = logps_of(run, params, examples + pairs)
     del params
-    start = policy if t == 0 else logps_of(run, run.load(run.policy(0)), examples)
+    before = found if t == 0 else logps_of(run, run.load(run.policy(0)), examples + pairs)
+    policy, start = found[: len(examples)], before[: len(examples)]
     rows = []
     for n, (response, text) in enumerate(zip(responses, texts, strict=True)):
         i, k = divmod(n, each)
@@ -70,12 +73,48 @@ def evaluate(run: Run, t: int) -> Counts:
         )
     answers = frontier.table(rows)
     artifacts.write_table(run.iteration(t) / "heldout.parquet", answers)
-    before = None if t == 0 else pq.read_table(run.iteration(0) / "heldout.parquet")
-    summary = frontier.summarize(answers, before)
+    pair_table = None
+    if pairs:
+        pair_table = frontier.pair_table(pairs, found[len(prompts) :], before[len(prompts) :])
+        artifacts.write_table(run.iteration(t) / "heldout_pairs.parquet", pair_table)
+    first = None if t == 0 else pq.read_table(run.iteration(0) / "heldout.parquet")
+    beta = e.objective.get("beta", 1.0)
+    summary = frontier.summarize(answers, first, pair_table, beta)
     run.forget_metrics(lambda m: m["stage"] == "evaluate" and m["iteration"] == t)
     run.log("evaluate", t, summary)
-    return {"prompts": len(prompts), "responses": len(responses)} | {
-        key: summary[key]
-        for key in ("heldout/reward_greedy", "heldout/gain", "heldout/kl")
-        if key in summary
-    }
+    counts = {"prompts": len(prompts), "responses": len(responses)}
+    counts |= {"pairs": len(pairs)} if pairs else {}
+    return (
+        counts
+        | left_out
+        | {
+            key: summary[key]
+            for key in (
+                "heldout/reward_greedy",
+                "heldout/gain",
+                "heldout/kl",
+                "heldout/pairs/accuracy",
+            )
+            if key in summary
+        }
+    )
+
+
+def has_pairs(run: Run) -> bool:
+    """Whether the held-out prompts have a chosen and a rejected answer each can be tried on."""
+    return bool(heldout_pairs(run)[0])
+
+
+def heldout_pairs(run: Run) -> tuple[list[Example], Counts]:
+    """The held-out data's own pairs, as far as it has any that fit a row; and how many do not."""
+    pairs, left_out = [], 0
+    longest = min(run.experiment.training.row_length, run.config.max_positions)
+    for prompt in run.heldout:
+        if prompt.chosen is None or prompt.rejected is None:
+            continue
+        example = answered_pair(run.chat, prompt)
+        if example is None or example.tokens > longest:
+            left_out += 1
+        else:
+            pairs.append(example)
+    return pairs, {"pairs_left_out": left_out} if left_out else {}

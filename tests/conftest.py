@@ -160,6 +160,7 @@ def harness_parity(record_property) -> Callable[[str, float], None]:
 
 def pytest_terminal_summary(terminalreporter) -> None:
     _list_families(terminalreporter)
+    _list_published(terminalreporter)
     _list_harness(terminalreporter)
 
 
@@ -178,21 +179,27 @@ def _list_harness(terminalreporter) -> None:
 
 def _list_families(terminalreporter) -> None:
     worst: dict[str, dict[str, float]] = {}
-    published: list[str] = []
     for report in terminalreporter.getreports("passed"):
         for key, value in report.user_properties:
             if key == "parity":
                 family, form, difference = value
                 forms = worst.setdefault(family, {})
                 forms[form] = max(difference, forms.get(form, 0.0))
-            if key == "published":
-                published.append(f"{value[0]:44} {value[1]}")
     if worst:
         terminalreporter.section("largest differences of logits, float32")
         for family, forms in worst.items():
             listed = "  ".join(f"{form} {value:.1e}" for form, value in forms.items())
             terminalreporter.write_line(f"{family:14} {listed}")
-    if published:
+
+
+def _list_published(terminalreporter) -> None:
+    found = [
+        value
+        for report in terminalreporter.getreports("passed")
+        for key, value in report.user_properties
+        if key == "published"
+    ]
+    if found:
         terminalreporter.section("published figures and formats")
-        for line in published:
-            terminalreporter.write_line(line)
+        for what, says in found:
+            terminalreporter.write_line(f"{what:44} {says}")

@@ -14,7 +14,6 @@ in `alpaca_eval_annotate`, the formulas in `alpaca_eval_score`.
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,8 +27,8 @@ from selm_jax.evaluation import EvaluationError
 from selm_jax.evaluation import alpaca_eval_score as score
 from selm_jax.evaluation.alpaca_eval_annotate import Prompt, questions
 from selm_jax.evaluation.alpaca_eval_set import BASELINE, EvalSet
+from selm_jax.evaluation.benchmark_files import Journal, chunks, file_name, pinned
 from selm_jax.evaluation.cost import CHARACTERS_PER_TOKEN, Cost
-from selm_jax.evaluation.journal import Journal
 from selm_jax.evaluation.model import Model
 from selm_jax.progress import Advance
 from selm_jax.text.conversations import Message
@@ -226,21 +225,6 @@ def cost_of_judging(
     if outputs is None:
         tokens += len(asked) * longest
     return Cost(judge, judge_calls=len(asked), judge_tokens=tokens)
-
-
-def pinned(model: Model) -> str:
-    """What tells a model's bytes from others', wherever they lie."""
-    origin = {key: value for key, value in model.folder.origin.items() if key != "source"}
-    return json.dumps(origin, sort_keys=True)
-
-
-def file_name(name: str) -> str:
-    """A name as a file may have it: a Hub id's slash is none of a folder."""
-    return name.replace("/", "--")
-
-
-def chunks(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
-    return [items[i : i + size] for i in range(0, len(items), size)]
 
 
 def _dtype(model: Model) -> str:

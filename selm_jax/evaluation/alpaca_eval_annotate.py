@@ -20,7 +20,8 @@ from typing import Any
 
 from selm_jax.evaluation import EvaluationError
 from selm_jax.evaluation.alpaca_eval_score import INSTALL, package
-from selm_jax.evaluation.alpaca_eval_set import BASELINE, EvalSet, read_text
+from selm_jax.evaluation.alpaca_eval_set import BASELINE, EvalSet
+from selm_jax.evaluation.benchmark_files import read_text
 from selm_jax.feedback.judge_answer import Completion
 from selm_jax.feedback.judge_client import Client, Messages
 from selm_jax.feedback.judge_prompts import Template, weighted_preference

@@ -26,7 +26,8 @@ from jaxtyping import Float64
 
 from selm_jax import artifacts
 from selm_jax.evaluation import EvaluationError
-from selm_jax.evaluation.alpaca_eval_set import BASELINE, Row, data_file
+from selm_jax.evaluation.alpaca_eval_set import BASELINE, data_file
+from selm_jax.evaluation.benchmark_files import Row
 
 GAMED_FILE = "df_gamed.csv"
 # As two other projects pin it at `HUB_REVISION`.

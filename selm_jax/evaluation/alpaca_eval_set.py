@@ -9,24 +9,22 @@ the length-controlled win rate looks an instruction's difficulty up by the row's
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from selm_jax.evaluation import EvaluationError
+from selm_jax.evaluation.benchmark_files import Row, read_rows, text_of
 
 BASELINE = "gpt4_1106_preview"
 HUB_DATASET = "tatsu-lab/alpaca_eval"
 # Two other projects pin this revision and the digests of its files; we have not seen the Hub.
 HUB_REVISION = "2edc6fad8be6b14ea7230aabfd08188da6b8b814"
 _SET_FILE = "alpaca_eval_gpt4_baseline.json"
-
-Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -253,40 +251,6 @@ def data_file(name: str, given: str | None, option: str) -> Path:
             ) from None
         reason = str(error).strip().partition("\n")[0]
         raise EvaluationError(f"{option} hub: {where} cannot be had: {reason}") from error
-
-
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """A JSON list of objects, or one object on each line.
-
-    Raises:
-        EvaluationError: it is neither, or empty.
-    """
-    text = read_text(file)
-    try:
-        if text.lstrip().startswith("["):
-            rows = json.loads(text)
-        else:
-            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-    except ValueError as error:
-        raise EvaluationError(f"{file}: no JSON: {error}.") from error
-    if not rows or not all(isinstance(row, dict) for row in rows):
-        raise EvaluationError(f"{file}: expected a list of objects, one for each instruction.")
-    return rows
-
-
-def read_text(file: Path) -> str:
-    try:
-        return Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise EvaluationError(f"{file} cannot be read: {error}.") from error
-
-
-def text_of(row: Row, key: str, where: object, i: int) -> str:
-    value = row.get(key)
-    if not isinstance(value, str):
-        found = f"is {value!r:.60}" if key in row else "is missing"
-        raise EvaluationError(f"{where}, row {i}: {key!r} {found}; expected a text.")
-    return value
 
 
 def _baseline(rows: Sequence[Row], path: Path, known: Known) -> tuple[str, ...] | None:

@@ -25,10 +25,8 @@ import numpy as np
 
 from selm_jax import artifacts
 from selm_jax.evaluation import EvaluationError
-from selm_jax.evaluation.alpaca_eval import chunks, file_name, pinned
-from selm_jax.evaluation.alpaca_eval_set import read_rows
+from selm_jax.evaluation.benchmark_files import Journal, chunks, file_name, pinned, read_rows
 from selm_jax.evaluation.cost import Cost
-from selm_jax.evaluation.journal import Journal
 from selm_jax.evaluation.model import Model
 from selm_jax.progress import Advance
 from selm_jax.text.chat import ChatError

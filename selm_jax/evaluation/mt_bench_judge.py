@@ -20,10 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from selm_jax.evaluation import EvaluationError
-from selm_jax.evaluation.alpaca_eval import file_name
-from selm_jax.evaluation.alpaca_eval_set import read_rows, text_of
+from selm_jax.evaluation.benchmark_files import Journal, file_name, read_rows, text_of
 from selm_jax.evaluation.cost import CHARACTERS_PER_TOKEN, Cost
-from selm_jax.evaluation.journal import Journal
 from selm_jax.evaluation.mt_bench import ACCEPT, TURNS, Question
 from selm_jax.feedback.judge_answer import Completion
 from selm_jax.feedback.judge_client import Client, Messages

@@ -21,7 +21,7 @@ from selm_jax.evaluation import EvaluationError
 from selm_jax.evaluation import mt_bench as bench
 from selm_jax.evaluation import mt_bench_judge as judging
 from selm_jax.evaluation import mt_bench_score as score
-from selm_jax.evaluation.journal import Journal
+from selm_jax.evaluation.benchmark_files import Journal
 from selm_jax.evaluation.model import Model
 from selm_jax.feedback.judge_answer import Completion
 from selm_jax.feedback.judge_budget import JudgeError

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from selm_jax.evaluation.benchmark_command import app as evaluation
 from selm_jax.lab.command import app as lab
 
 app = typer.Typer(
@@ -325,3 +326,4 @@ def _set_up_jax() -> None:
 
 
 app.add_typer(lab, name="lab", callback=_set_up_jax)
+app.add_typer(evaluation, name="eval", callback=_set_up_jax)

@@ -35,7 +35,7 @@ from selm_jax.models.quantize import check_installed, quantize
 from selm_jax.objectives.build import build as build_objective
 from selm_jax.objectives.losses import Objective
 from selm_jax.parallel import multihost
-from selm_jax.parallel.mesh import count_slices, decode_mesh, make_mesh
+from selm_jax.parallel.mesh import compute_dtype, count_slices, decode_mesh, make_mesh
 from selm_jax.parallel.rules import PRESETS, Rules, check_preset, partition, shardings
 from selm_jax.preferences.packing import PreferenceBatch
 from selm_jax.progress import bar
@@ -152,11 +152,8 @@ class Run:
 
     @cached_property
     def dtype(self) -> Any:
-        name = self.experiment.compute.dtype
-        if name == "auto":  # XLA gains nothing from bfloat16 on CPU
-            on_cpu = self.mesh.devices.flat[0].platform == "cpu"
-            name = "float32" if on_cpu else "bfloat16"
-        return jnp.dtype(name)
+        platform = self.mesh.devices.flat[0].platform
+        return compute_dtype(self.experiment.compute.dtype, platform)
 
     @cached_property
     def mesh(self) -> jax.sharding.Mesh:

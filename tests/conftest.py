@@ -164,6 +164,19 @@ def tried(tell) -> Callable[[str], None]:
     return lambda line: tell("tried", line)
 
 
+@pytest.fixture
+def harness_parity(tell) -> Callable[[str, float], None]:
+    """Notes by how much the harness's numbers differ from those of its own HF model."""
+    heading = "lm-eval: largest difference to its own HF model, in nats"
+    return lambda what, difference: tell(heading, f"{what:14} {difference:.1e}")
+
+
+@pytest.fixture
+def published(tell) -> Callable[[str, str], None]:
+    """Notes a published figure or format that was met."""
+    return lambda what, says: tell("published figures and formats", f"{what:44} {says}")
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
     worst: dict[str, dict[str, float]] = {}
     told: dict[str, list[str]] = {}

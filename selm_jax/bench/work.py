@@ -20,9 +20,9 @@ from selm_jax.models.config import DecoderConfig
 from selm_jax.models.decoder import Decoder, Params, abstract_params
 from selm_jax.objectives.losses import selm
 from selm_jax.parallel.mesh import decode_mesh, make_mesh
-from selm_jax.parallel.rules import TRAINING, partition, shardings
+from selm_jax.parallel.rules import TRAINING, place_rows, shardings
 from selm_jax.preferences.examples import Example
-from selm_jax.preferences.packing import PreferenceBatch, common_shape, pack
+from selm_jax.preferences.packing import common_shape, pack
 from selm_jax.rollout.engine import Engine, Request, decoding_params, decoding_shardings
 from selm_jax.rollout.sampling import Sampling
 from selm_jax.training.loop import mean_lengths
@@ -88,7 +88,7 @@ def training(
 
     def step():
         nonlocal state
-        first, *rest = (_place(batch, mesh) for batch in batches)
+        first, *rest = (place_rows(batch, mesh) for batch in batches)
         gradients, sums = update.gradients(state.params, first, means)
         for batch in rest:
             gradients, sums = update.add(gradients, sums, state.params, batch, means)
@@ -186,14 +186,6 @@ def _examples(sizes: Sizes, vocab: int) -> list[Example]:
         )
         for i in range(sizes.examples)
     ]
-
-
-def _place(batch: PreferenceBatch, mesh: jax.sharding.Mesh) -> PreferenceBatch:
-    def put(x):
-        axes = ("rows",) + (None,) * (x.ndim - 1)
-        return jax.device_put(x, partition("batch", axes, x.shape, mesh, TRAINING))
-
-    return jax.tree.map(put, batch)
 
 
 def _replicated(mesh: jax.sharding.Mesh) -> NamedSharding:

@@ -9,6 +9,9 @@ import pyarrow as pa
 from jaxtyping import Float
 from scipy import stats
 
+from selm_jax.preferences.examples import Example
+from selm_jax.text.variety import distinct
+
 SCHEMA = pa.schema(
     [
         ("prompt_id", pa.string()),
@@ -27,42 +30,107 @@ SCHEMA = pa.schema(
 _RESAMPLES = 9999
 
 
-def summarize(answers: pa.Table, start: pa.Table | None) -> dict[str, float]:
-    """The held-out metrics of one iteration.
+PAIRS = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("role", pa.string()),  # "chosen" or "rejected"
+        ("logp", pa.float32()),  # of the data's answer under the policy
+        ("logp_start", pa.float32()),
+    ]
+)
+
+Values = Float[np.ndarray, " prompts"]
+
+
+def measures(answers: pa.Table) -> dict[str, Values]:
+    """One number per prompt of each measure, in the order of the prompts.
+
+    A prompt's samples are averaged: they are answers to one prompt, and no more prompts. Names:
+      reward_greedy, reward_sample: the ranker's scores, if there are any.
+      length, cut_off: tokens of the greedy answer, and whether it was cut at its limit.
+      kl: log pi(y) - log pi_start(y), in nats, of answers y drawn from pi at temperature 1. It is
+        about the tokens that were drawn, so never about padding.
+      entropy: -log pi(y) of the same answers: its mean estimates the entropy of pi's answers.
+    """
+    greedy, sampled = _of_kind(answers, "greedy"), _of_kind(answers, "sample")
+    out: dict[str, Values] = {}
+    scored = answers["score"].null_count == 0
+    if greedy.num_rows:
+        if scored:
+            out["reward_greedy"] = _column(greedy, "score")
+        out["length"] = np.array([len(x) for x in greedy["token_ids"].to_pylist()], np.float64)
+        out["cut_off"] = np.array([x == "length" for x in greedy["finish"].to_pylist()], np.float64)
+    if sampled.num_rows:
+        prompts = len(set(sampled["prompt_id"].to_pylist()))
+        logp, before = _column(sampled, "logp"), _column(sampled, "logp_start")
+        each = {"kl": logp - before, "entropy": -logp}
+        if scored:
+            each["reward_sample"] = _column(sampled, "score")
+        for name, values in each.items():
+            out[name] = values.reshape(prompts, -1).mean(axis=1)
+    return out
+
+
+def pair_measures(pairs: pa.Table, beta: float) -> dict[str, Values]:
+    """The same of held-out pairs: `margins` of implicit rewards, beta times the log-ratios, chosen
+    minus rejected; and `accuracy`, whether the margin is above 0 (a margin of 0 counts half)."""
+    ratio = beta * (_column(pairs, "logp") - _column(pairs, "logp_start"))
+    chosen = np.array([x == "chosen" for x in pairs["role"].to_pylist()])
+    margins = ratio[chosen] - ratio[~chosen]
+    return {"margins": margins, "accuracy": (1 + np.sign(margins)) / 2}
+
+
+def summarize(
+    answers: pa.Table,
+    start: pa.Table | None,
+    pairs: pa.Table | None = None,
+    beta: float = 1.0,
+) -> dict[str, float]:
+    """The held-out metrics of one iteration: means of `measures` and of `pair_measures`.
 
     Args:
       answers: held-out answers of the iteration's policy, by `SCHEMA`.
       start: those of the start model to the same prompts; None if these are they.
+      pairs: the data's held-out pairs, by `PAIRS`.
 
     Returns:
-      Rewards are the ranker's scores. `..._low` and `..._high` bound 95 % bootstrap intervals over
-      prompts; without scores there are none. `heldout/gain` is the mean difference of greedy reward to the start, paired by
-      prompt. `heldout/kl` estimates KL(policy || start) per answer in nats: the mean of
-      log pi(y) - log pi_start(y) over answers y drawn from the policy at temperature 1, with its
-      standard error; it is about the tokens that were drawn, so never about padding.
+      Rewards are the ranker's scores; without scores there are none. `..._low` and `..._high` bound
+      95 % bootstrap intervals over prompts; `kl_stderr` is the standard error over prompts. `gain` is
+      the mean difference of greedy reward to the start, paired by prompt. `entropy` is in nats per
+      answer, `entropy_token` per token. `distinct_1` and `distinct_2` are of the greedy answers'
+      words.
     """
-    greedy = _of_kind(answers, "greedy")
-    sampled = _of_kind(answers, "sample")
+    found = measures(answers)
+    greedy, sampled = _of_kind(answers, "greedy"), _of_kind(answers, "sample")
     out: dict[str, float] = {"heldout/prompts": greedy.num_rows}
-    scored = answers["score"].null_count == 0
-    if scored:
-        out |= interval("heldout/reward_greedy", _column(greedy, "score"))
-    out["heldout/length"] = float(np.mean([len(x) for x in greedy["token_ids"].to_pylist()]))
-    out["heldout/cut_off"] = float(np.mean([x == "length" for x in greedy["finish"].to_pylist()]))
+    out |= _intervals(found, "reward_greedy")
+    texts = greedy["text"].to_pylist()
+    for n in (1, 2):
+        out[f"heldout/distinct_{n}"] = distinct(texts, n)
+    for name in ("length", "cut_off", "kl", "entropy"):
+        if name in found:
+            out[f"heldout/{name}"] = float(found[name].mean())
     if sampled.num_rows:
-        if scored:
-            out |= interval("heldout/reward_sample", _column(sampled, "score"))
-        ratio = _column(sampled, "logp") - _column(sampled, "logp_start")
-        out["heldout/kl"] = float(ratio.mean())
-        if len(ratio) > 1:
-            out["heldout/kl_stderr"] = float(ratio.std(ddof=1) / np.sqrt(len(ratio)))
+        out |= _intervals(found, "reward_sample")
+        tokens = sum(len(x) for x in sampled["token_ids"].to_pylist())
+        out["heldout/entropy_token"] = -float(_column(sampled, "logp").sum()) / tokens
+        if len(found["kl"]) > 1:
+            out["heldout/kl_stderr"] = float(stats.sem(found["kl"]))
     if start is not None:
         before = _of_kind(start, "greedy")
         if before["prompt_id"].to_pylist() != greedy["prompt_id"].to_pylist():
             raise ValueError("held-out answers of two iterations are to different prompts")
-        if scored:
-            out |= interval("heldout/gain", _column(greedy, "score") - _column(before, "score"))
+        if "reward_greedy" in found:
+            gain = found["reward_greedy"] - _column(before, "score")
+            out |= interval("heldout/gain", gain)
+    if pairs is not None:
+        for name, values in pair_measures(pairs, beta).items():
+            out |= interval(f"heldout/pairs/{name}", values)
     return out
+
+
+def _intervals(found: dict[str, Values], name: str) -> dict[str, float]:
+    return interval(f"heldout/{name}", found[name]) if name in found else {}
 
 
 def interval(name: str, values: Float[np.ndarray, " n"]) -> dict[str, float]:
@@ -88,3 +156,17 @@ def _column(answers: pa.Table, name: str) -> Float[np.ndarray, " n"]:
 
 def table(rows: Sequence[dict]) -> pa.Table:
     return pa.Table.from_pylist(list(rows), schema=SCHEMA)
+
+
+def pair_table(
+    pairs: Sequence[Example],
+    policy: Sequence[tuple[float, ...]],
+    start: Sequence[tuple[float, ...]],
+) -> pa.Table:
+    """By `PAIRS`, from the log-probabilities of each pair's responses."""
+    rows = [
+        {"prompt_id": e.prompt_id, "role": role, "logp": p[at], "logp_start": s[at]}
+        for e, p, s in zip(pairs, policy, start, strict=True)
+        for role, at in e.roles.items()
+    ]
+    return pa.Table.from_pylist(rows, schema=PAIRS)

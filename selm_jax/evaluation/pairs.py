@@ -1,4 +1,5 @@
-"""A reward model on held-out pairs: how often it agrees with who chose."""
+"""Held-out pairs of the data: as what a model scores, and how often a reward model agrees with who
+chose."""
 
 from __future__ import annotations
 
@@ -8,6 +9,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Float
+
+from selm_jax.preferences.examples import Example
+from selm_jax.text.answers import answer_ids
+from selm_jax.text.chat import Chat, UnusableAnswer
+from selm_jax.text.prompts import Prompt
 
 SCHEMA = pa.schema(
     [
@@ -67,3 +73,14 @@ def wilson(right: float, count: int) -> tuple[float, float]:
 
 def _column(pairs: pa.Table, name: str) -> Float[np.ndarray, " n"]:
     return np.asarray(pairs[name].to_pylist(), np.float64)
+
+
+def answered_pair(chat: Chat, prompt: Prompt) -> Example | None:
+    """The prompt with its chosen and its rejected answer; None if one of them cannot follow it."""
+    try:
+        ids = {role: answer_ids(chat, prompt, role) for role in ("chosen", "rejected")}
+    except UnusableAnswer:
+        return None
+    if ids["chosen"] == ids["rejected"]:  # they differ in what the template takes away
+        return None
+    return Example.of(prompt.id, chat.prompt_ids(prompt.messages), ids)

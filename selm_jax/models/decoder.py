@@ -338,5 +338,12 @@ def unstack(params: Params) -> Params:
     return rest | each
 
 
+def stack(params: Params) -> Params:
+    """Undoes `unstack`."""
+    rest = {k: v for k, v in params.items() if not k.startswith("layer_")}
+    each = [params[f"layer_{i}"] for i in range(len(params) - len(rest))]
+    return rest | {"layers": jax.tree.map(lambda *x: jnp.stack(x), *each)}
+
+
 def parameter_count(config: DecoderConfig) -> int:
     return sum(x.size for x in jax.tree.leaves(abstract_params(config)))

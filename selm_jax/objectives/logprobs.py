@@ -11,11 +11,11 @@ Letters: r rows, p scored tokens of a row, c tokens of a chunk, d embed, v vocab
 from __future__ import annotations
 
 from functools import partial
-from typing import cast
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 
 def token_logprobs(
@@ -40,6 +40,44 @@ def token_logprobs(
     hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
     targets = jnp.pad(targets, ((0, 0), (0, padding)))
     return cast(Array, _logprobs(hidden, targets, unembedding, chunk, cap))[:, :p]
+
+
+class TokenStats(NamedTuple):
+    """What evaluation asks of every scored token.
+
+    Attributes:
+      logprob: log p(target | context), in nats.
+      likeliest: whether the target is the token of the largest logit (of equal ones the first).
+    """
+
+    logprob: Float[Array, "r p"]
+    likeliest: Bool[Array, "r p"]
+
+
+def token_statistics(
+    hidden: Float[Array, "r p d"],
+    targets: Int[Array, "r p"],
+    unembedding: Float[Array, "v d"],
+    chunk: int,
+    cap: float | None = None,
+) -> TokenStats:
+    """`token_logprobs` and what else the same logits tell, forward only; arguments as there."""
+    p = targets.shape[1]
+    chunk = min(chunk, p)
+    padding = -p % chunk
+    hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
+    targets = jnp.pad(targets, ((0, 0), (0, padding)))
+    w = unembedding.astype(hidden.dtype)
+
+    def of_chunk(args):
+        h, y = args
+        logits = _logits(h, w, cap)
+        normalizer = jax.nn.logsumexp(logits, axis=-1)
+        logprob = jnp.take_along_axis(logits, y[..., None], axis=-1)[..., 0] - normalizer
+        return TokenStats(logprob, jnp.argmax(logits, axis=-1) == y)
+
+    found = jax.lax.map(of_chunk, (_split(hidden, chunk), _split(targets, chunk)))
+    return TokenStats(*(_join(x)[:, :p] for x in found))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh
@@ -86,3 +87,11 @@ def decode_mesh(mesh: Mesh, tensor: int) -> Mesh:
             "divided into copies of so many"
         )
     return Mesh(np.reshape(devices, (-1, 1, tensor)), AXES, axis_types=_TYPES)
+
+
+def compute_dtype(name: str, platform: str) -> Any:
+    """The dtype called `float32` or `bfloat16`; `auto` is float32 on CPU, where XLA gains nothing
+    from bfloat16, and bfloat16 elsewhere."""
+    if name == "auto":
+        name = "float32" if platform == "cpu" else "bfloat16"
+    return jnp.dtype(name)

@@ -110,3 +110,13 @@ def shardings(abstract: Any, mesh: Mesh, rules: Rules) -> Any:
     return jax.tree_util.tree_map_with_path(
         of_leaf, abstract, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)
     )
+
+
+def place_rows(batch: Any, mesh: Mesh, rules: Rules = TRAINING) -> Any:
+    """Puts every array of a batch on the devices, cut along its first axis, the rows."""
+
+    def put(x):
+        axes = ("rows",) + (None,) * (x.ndim - 1)
+        return jax.device_put(x, partition("batch", axes, x.shape, mesh, rules))
+
+    return jax.tree.map(put, batch)

@@ -23,6 +23,7 @@ matrix, meets nothing else:
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,7 +31,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from selm_jax.preferences.examples import ROLES, Example, ExampleError
 
@@ -161,6 +162,24 @@ def unpack(
     for r, members in enumerate(rows):
         for s, i in enumerate(members):
             out[i] = tuple(flat[r, s, : len(examples[i].responses)])
+    return out
+
+
+def unpack_tokens(
+    examples: Sequence[Example],
+    shape: Shape,
+    per_token: Sequence[Shaped[np.ndarray, "rows scored"]],
+) -> list[tuple[np.ndarray, ...]]:
+    """The same for one number per scored token: an array per response."""
+    rows = assign_rows(examples, shape.time)
+    flat = np.concatenate(per_token)
+    out: list[tuple[np.ndarray, ...]] = [()] * len(examples)
+    for r, members in enumerate(rows):
+        at = 0
+        for i in members:
+            ends = at + np.cumsum([0, *map(len, examples[i].responses)])
+            out[i] = tuple(flat[r, a:b] for a, b in itertools.pairwise(ends))
+            at = ends[-1]
     return out
 
 

@@ -230,6 +230,7 @@ def _run_view(run: RunData, label: str, index: int) -> dict[str, Any]:
         "method": run.method,
         "last": last,
         "evaluations": _evaluation_rows(run),
+        "pairs": any(run.metric(k, "pairs/accuracy") is not None for k in run.evaluations),
         "dropped": _dropped(run),
         "stages": _stage_rows(run),
         "config": run.config_text,
@@ -243,14 +244,22 @@ def _evaluation_rows(run: RunData) -> list[dict[str, Any]]:
     for k in sorted(set(run.evaluations) | set(greedy)):
         values = {
             name: tuple(run.metric(k, f"{name}{end}") for end in ("", "_low", "_high"))
-            for name in ("reward_greedy", "reward_sample", "gain")
+            for name in (
+                "reward_greedy",
+                "reward_sample",
+                "gain",
+                "pairs/accuracy",
+                "pairs/margins",
+            )
         }
+        values["accuracy"], values["margins"] = values["pairs/accuracy"], values["pairs/margins"]
         rows.append(
             {
                 "iteration": k,
                 **values,
                 "kl": run.metric(k, "kl"),
                 "kl_stderr": run.metric(k, "kl_stderr"),
+                "entropy": run.metric(k, "entropy"),
                 "length": run.metric(k, "length"),
                 "prompts": run.metric(k, "prompts"),
                 "texts": greedy.get(k),

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from selm_jax.report.data import Answer
-
-# A word, one sign of a script that writes without spaces, or one other visible sign.
-_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+|[^\w\s]")
+from selm_jax.text.variety import distinct, words
 
 
 @dataclass(frozen=True)
 class TextMeasures:
-    """`words`: mean words per answer, signs left out. `distinct_2`: see the function.
+    """`words`: mean words per answer, signs left out. `distinct_2`: see `distinct`.
     `different`: different texts over answers. `cut_off`: share that ran into the length limit.
     Shares lie in 0..1."""
 
@@ -24,21 +20,6 @@ class TextMeasures:
     distinct_2: float
     different: float
     cut_off: float
-
-
-def words(text: str) -> list[str]:
-    """The text's words, case folded; every other visible sign counts as one of them."""
-    return _WORD.findall(text.casefold())
-
-
-def distinct_2(texts: Sequence[str]) -> float:
-    """Different word pairs over all word pairs of all texts, in 0..1; 0 where there is no pair.
-
-    Pooled over the answers as in Li et al. 2016 (arXiv 1510.03055, section 5), who divide by the
-    number of words instead; pairs in the denominator let a text without repeats reach 1.
-    """
-    pairs = [pair for text in texts for pair in _pairs(words(text))]
-    return len(set(pairs)) / len(pairs) if pairs else 0.0
 
 
 def measure(answers: Sequence[Answer]) -> TextMeasures:
@@ -51,11 +32,7 @@ def measure(answers: Sequence[Answer]) -> TextMeasures:
     return TextMeasures(
         answers=count,
         words=length / count,
-        distinct_2=distinct_2(texts),
+        distinct_2=distinct(texts, 2),
         different=len({text.strip() for text in texts}) / count,
         cut_off=sum(answer.finish == "length" for answer in answers) / count,
     )
-
-
-def _pairs(tokens: list[str]) -> list[tuple[str, str]]:
-    return list(itertools.pairwise(tokens))

@@ -34,6 +34,8 @@ from selm_jax.models.decoder import Decoder, LayerCache, Params, abstract_params
 from selm_jax.parallel.rules import DECODE, partition, shardings
 from selm_jax.rollout.sampling import Sampling, next_tokens, stream
 
+_LOOK_EVERY = 16  # tokens between two looks at a text that a word may end
+
 
 @dataclasses.dataclass(frozen=True)
 class Request:
@@ -41,6 +43,7 @@ class Request:
 
     Attributes:
       index: the number i of the prompt in its iteration, which names its random numbers.
+      draws: names them in its place, where a prompt has no lasting number; below 2^31.
       prompt: token ids.
       greedy: 1 for a greedy response, which is then sample 0.
       samples: how many responses to draw; they are samples 1, 2, ... whether or not there is a
@@ -51,19 +54,27 @@ class Request:
     prompt: tuple[int, ...]
     greedy: int
     samples: int
+    draws: int | None = None
 
     def wanted(self) -> list[int]:
         return list(range(1 - self.greedy, 1 + self.samples))
 
+    @property
+    def drawn_by(self) -> int:
+        return self.index if self.draws is None else self.draws
+
 
 @dataclasses.dataclass(frozen=True)
 class Response:
-    """Token ids of one response; the stop id stands at the end if `finish` is "stop"."""
+    """Token ids of one response; the stop id stands at the end if `finish` is "stop".
+
+    If it is "ended", the caller of `generate` found an end in the text; more tokens may follow.
+    """
 
     index: int
     sample: int
     tokens: tuple[int, ...]
-    finish: str  # "stop" or "length"
+    finish: str  # "stop", "length" or "ended"
 
     @property
     def greedy(self) -> bool:
@@ -122,12 +133,15 @@ class Engine:
         seed: int,
         iteration: int,
         progress: Callable[[int, int], None] = lambda responses, tokens: None,
+        ended: Callable[[tuple[int, ...]], bool] | None = None,
     ) -> list[Response]:
         """Answers every request, in the order (index, sample).
 
         Args:
           params: from `decoding_params`.
           progress: called with the responses finished and tokens drawn since the last call.
+          ended: whether a response, as far as it goes, has come to an end that its tokens alone do
+            not show, such as a word; asked every few tokens. None asks nothing.
 
         Raises:
           ValueError: a prompt without tokens or longer than `max_prompt`; it is named.
@@ -139,12 +153,12 @@ class Engine:
                     f"between 1 and {self.max_prompt} were expected"
                 )
         done: list[Response] = []
-        for responses in self._run(params, requests, seed, iteration):
+        for responses in self._run(params, requests, seed, iteration, ended):
             done += responses
             progress(len(responses), sum(len(r.tokens) for r in responses))
         return sorted(done, key=lambda r: (r.index, r.sample))
 
-    def _run(self, params, requests, seed, iteration) -> Iterator[list[Response]]:
+    def _run(self, params, requests, seed, iteration, ended) -> Iterator[list[Response]]:
         # Longest first: prompts of a prefill are of like length, and the short ones fill the end.
         queue = deque(sorted(requests, key=lambda r: (-len(r.prompt), r.index)))
         waiting: deque[_Waiting] = deque()  # prefilled, not yet in a slot
@@ -169,15 +183,24 @@ class Engine:
                     waiting.popleft()
             # With nothing left to refill, run to the end.
             stop_at = refill_at if (queue or waiting) else self.slots
-            slots, seen = _decode(self, params, slots, np.int32(stop_at))
+            steps = self.max_new_tokens if ended is None else _LOOK_EVERY
+            slots, seen = _decode(self, params, slots, np.int32(stop_at), np.int32(steps))
             active, drawn, output = jax.device_get(seen)
-            responses = []
+            responses, cut = [], np.zeros(self.slots, bool)
             for slot, owner in enumerate(who):
-                if owner is not None and not active[slot]:
-                    tokens = tuple(int(x) for x in output[slot, : drawn[slot]])
+                if owner is None:
+                    continue
+                tokens = tuple(int(x) for x in output[slot, : drawn[slot]])
+                if not active[slot]:
                     finish = "stop" if tokens[-1] in self.stop_ids else "length"
-                    responses.append(Response(*owner, tokens, finish))
-                    who[slot] = None
+                elif ended is not None and ended(tokens):
+                    finish, cut[slot] = "ended", True
+                else:
+                    continue
+                responses.append(Response(*owner, tokens, finish))
+                who[slot] = None
+            if cut.any():
+                slots = slots.replace(active=slots.active & ~cut)
             yield responses
 
 
@@ -227,7 +250,7 @@ def _prefill_group(engine: Engine, params, group: list[Request], seed, iteration
         lengths[row] = len(request.prompt)
     cache, logits = _prefill(engine, params, tokens, lengths)
     wanted = [
-        (row, r.index, sample, np.asarray(_stream(seed, iteration, r.index, sample)))
+        (row, r.index, sample, np.asarray(_stream(seed, iteration, r.drawn_by, sample)))
         for row, r in enumerate(group)
         for sample in r.wanted()
     ]
@@ -337,15 +360,17 @@ def _insert(engine, slots, cache, scores, rows, lengths, streams, greedy) -> Slo
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _decode(
-    engine: Engine, params: Params, slots: Slots, stop_at: Int[Array, ""]
+    engine: Engine, params: Params, slots: Slots, stop_at: Int[Array, ""], steps: Int[Array, ""]
 ) -> tuple[Slots, tuple[Array, Array, Array]]:
-    """Decodes until `stop_at` slots are idle. Returns also (active, drawn, output) of all slots, on
-    every device, for the host to look at."""
+    """Decodes until `stop_at` slots are idle, or for so many steps. Returns also (active, drawn,
+    output) of all slots, on every device, for the host to look at."""
 
-    def busy(slots: Slots):
-        return jnp.sum(~slots.active) < stop_at
+    def busy(state: tuple[Slots, Array]):
+        slots, done = state
+        return (jnp.sum(~slots.active) < stop_at) & (done < steps)
 
-    def step(slots: Slots) -> Slots:
+    def step(state: tuple[Slots, Array]) -> tuple[Slots, Array]:
+        slots, done = state
         key_position = jnp.arange(slots.cache[0].keys.shape[2])
         mask = slots.position[:, None] >= key_position
         hidden, cache = engine.decoder.apply(
@@ -358,7 +383,7 @@ def _decode(
         output = jnp.where(here, token[:, None], slots.output)
         drawn = slots.drawn + 1
         on = slots.active
-        return slots.replace(
+        slots = slots.replace(
             cache=cache,
             token=jnp.where(on, token, slots.token),
             position=jnp.where(on, slots.position + 1, slots.position),
@@ -366,8 +391,10 @@ def _decode(
             output=jnp.where(on[:, None], output, slots.output),
             active=on & _goes_on(engine, token, drawn),
         )
+        return slots, done + 1
 
-    slots = _cut_slots(engine, jax.lax.while_loop(busy, step, slots))
+    slots, _ = jax.lax.while_loop(busy, step, (slots, jnp.int32(0)))
+    slots = _cut_slots(engine, slots)
     return slots, _cut(engine, (slots.active, slots.drawn, slots.output), None)
 
 
@@ -445,7 +472,7 @@ def programs(engine: Engine, params: Params) -> Programs:
     return Programs(
         prefill=(_prefill, prompts),
         insert=(_insert, (engine, slots, cache, scores, of_host(n), of_host(n), *flags)),
-        decode=(_decode, (engine, params, slots, of_host())),
+        decode=(_decode, (engine, params, slots, of_host(), of_host())),
         slots=slots,
         prefilled=(cache, scores),
     )

@@ -5,8 +5,8 @@
     score       examples.parquet           what is trained on, with reference log-probabilities
     train       checkpoints/               the state of training
     export      model/                     a Hugging Face folder
-    evaluate    heldout.parquet            held-out answers of the new policy; or, of a reward
-                pairs.parquet              model, its rewards of held-out pairs
+    evaluate    heldout*.parquet           held-out answers of the new policy, pairs of the data; or, of
+                pairs.parquet              a reward model, its rewards of held-out pairs
 
 Nothing else passes between stages. What each may depend on is written down in `STAGES`.
 """
@@ -23,7 +23,7 @@ from selm_jax.config import as_dict
 from selm_jax.memory import release
 from selm_jax.parallel import multihost
 from selm_jax.run import Run
-from selm_jax.stages.evaluate import evaluate
+from selm_jax.stages.evaluate import evaluate, has_pairs
 from selm_jax.stages.generate import Counts, generate
 from selm_jax.stages.rank import rank
 from selm_jax.stages.score import score
@@ -156,6 +156,13 @@ _SCORING = (
     *("compute.dtype", "lora.base"),
 )
 
+
+def _of_evaluation(run: Run) -> tuple[str, ...]:
+    if run.objective.rates:
+        return ("pairs.parquet",)
+    return ("heldout.parquet", "heldout_pairs.parquet") if has_pairs(run) else ("heldout.parquet",)
+
+
 STAGES = (
     Stage(
         "generate",
@@ -213,5 +220,5 @@ EVALUATE = Stage(
         ),
         _rates,
     ),
-    lambda run: ("pairs.parquet",) if run.objective.rates else ("heldout.parquet",),
+    _of_evaluation,
 )

@@ -1,5 +1,5 @@
-"""evaluate: held-out answers of the new policy (heldout.parquet), or a reward model's rewards of
-held-out pairs (pairs.parquet)."""
+"""evaluate: the new policy on held-out prompts and pairs (heldout.parquet, heldout_pairs.parquet), or
+a reward model's rewards of held-out pairs (pairs.parquet)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from selm_jax import artifacts
-from selm_jax.evaluation import frontier, pairs
+from selm_jax.evaluation import frontier
+from selm_jax.evaluation import pairs as pair_rewards
+from selm_jax.evaluation.pairs import answered_pair
 from selm_jax.feedback.human import Human
 from selm_jax.feedback.ranker import is_relative, reported
 from selm_jax.parallel import multihost
@@ -65,9 +67,11 @@ def evaluate(run: Run, t: int) -> Counts:
         )
         for i, prompt in enumerate(prompts)
     ]
-    policy = logps_of(run, params, examples)
+    pairs, left_out = heldout_pairs(run)
+    found = logps_of(run, params, examples + pairs)
     del params
-    start = policy if t == 0 else logps_of(run, run.load(run.policy(0)), examples)
+    before = found if t == 0 else logps_of(run, run.load(run.policy(0)), examples + pairs)
+    policy, start = found[: len(examples)], before[: len(examples)]
     rows = []
     for n, (response, text) in enumerate(zip(responses, texts, strict=True)):
         i, k = divmod(n, each)
@@ -82,17 +86,25 @@ def evaluate(run: Run, t: int) -> Counts:
             }
         )
     answers = frontier.table(rows)
-    before = None if t == 0 else pq.read_table(run.iteration(0) / "heldout.parquet")
-    summary = frontier.summarize(answers, before)
+    of_pairs = None
+    if pairs:
+        of_pairs = frontier.pair_table(pairs, found[len(prompts) :], before[len(prompts) :])
     if multihost.is_first():
         artifacts.write_table(run.iteration(t) / "heldout.parquet", answers)
+        if of_pairs is not None:
+            artifacts.write_table(run.iteration(t) / "heldout_pairs.parquet", of_pairs)
+    first = None if t == 0 else pq.read_table(run.iteration(0) / "heldout.parquet")
+    beta = e.objective.get("beta", 1.0)
+    summary = frontier.summarize(answers, first, of_pairs, beta)
     run.forget_metrics(lambda m: m["stage"] == "evaluate" and m["iteration"] == t)
     run.log("evaluate", t, summary)
-    shown = ("heldout/reward_greedy", "heldout/gain", "heldout/kl")
+    shown = ("heldout/reward_greedy", "heldout/gain", "heldout/kl", "heldout/pairs/accuracy")
     told = {} if scores is None else multihost.on_first(lambda: reported(run.ranker))
     return {
         "prompts": len(prompts),
         "responses": len(responses),
+        **({"pairs": len(pairs)} if pairs else {}),
+        **left_out,
         **{key: summary[key] for key in shown if key in summary},
         **{f"ranker/{key}": value for key, value in told.items()},
     }
@@ -125,10 +137,10 @@ def _evaluate_pairs(run: Run, t: int) -> Counts:
         }
         for (prompt, each, e), of_pair in zip(found, rewards, strict=True)
     ]
-    table = pairs.table(rows)
+    table = pair_rewards.table(rows)
     if multihost.is_first():
         artifacts.write_table(run.iteration(t) / "pairs.parquet", table)
-    summary = pairs.summarize(table)
+    summary = pair_rewards.summarize(table)
     run.forget_metrics(lambda m: m["stage"] == "evaluate" and m["iteration"] == t)
     run.log("evaluate", t, summary)
     shown = ("heldout/accuracy", "heldout/accuracy_low", "heldout/accuracy_high")
@@ -163,3 +175,23 @@ def _scores(run: Run, t: int, answers: Sequence[Sequence[str]]) -> list[Any] | N
     )
     scores = iter(found)
     return [[next(scores)[0] for _ in each] for each in answers]
+
+
+def has_pairs(run: Run) -> bool:
+    """Whether the held-out prompts have a chosen and a rejected answer each can be tried on."""
+    return bool(heldout_pairs(run)[0])
+
+
+def heldout_pairs(run: Run) -> tuple[list[Example], Counts]:
+    """The held-out data's own pairs, as far as it has any that fit a row; and how many do not."""
+    pairs, left_out = [], 0
+    longest = min(run.experiment.training.row_length, run.config.max_positions)
+    for prompt in run.heldout:
+        if prompt.chosen is None or prompt.rejected is None:
+            continue
+        example = answered_pair(run.chat, prompt)
+        if example is None or example.tokens > longest:
+            left_out += 1
+        else:
+            pairs.append(example)
+    return pairs, {"pairs_left_out": left_out} if left_out else {}

@@ -55,20 +55,16 @@ class Chat:
     """
 
     def __init__(self, folder: Path, settings: Text = Text()):  # noqa: B008 (it is frozen)
-        from transformers import AutoTokenizer  # here, because it takes seconds to import
-
         folder = Path(folder)
-        if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
-            raise ChatError(f"{folder}: no tokenizer (tokenizer.json or tokenizer.model) there")
         self.folder = folder
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer = load_tokenizer(folder)
         if not self.tokenizer.chat_template:
             raise ChatError(f"{folder}: the tokenizer has no chat template (chat_template.jinja)")
         template = self.tokenizer.get_chat_template()
         _check_variables(folder, self.tokenizer, template, settings.template)
         self._template = _with_date(template, settings.date)
         self._variables = settings.template
-        self.stop_ids = _stop_ids(folder, self.tokenizer)
+        self.stop_ids = stop_ids(folder, self.tokenizer)
         self._stop_texts = [self.tokenizer.decode([i]) for i in self.stop_ids]
         own = self.tokenizer("")["input_ids"]  # what the tokenizer puts around any text
         self._bos: int | None = own[0] if own[:1] == [self.tokenizer.bos_token_id] else None
@@ -167,17 +163,29 @@ class Chat:
             self._check_system(messages, rendered, answer_follows)
         return rendered
 
+    def continued(self, messages: Sequence[Turn]) -> str:
+        """The conversation with its last message left open, for a model to go on with.
+
+        Raises:
+          ChatError: the template refuses it.
+        """
+        try:
+            return self._rendered(messages, False, continue_final_message=True)
+        except (TemplateError, ValueError) as e:  # ValueError: it changes the last message's text
+            raise ChatError(self._refusal(messages, False, e)) from e
+
     def tokens(self, text: str) -> tuple[int, ...]:
         """Ids of a text and nothing around it."""
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _rendered(self, messages: Sequence[Turn], answer_follows: bool) -> str:
+    def _rendered(self, messages: Sequence[Turn], answer_follows: bool, **how: bool) -> str:
         return self.tokenizer.apply_chat_template(
             [{"role": m.role, "content": m.content} for m in messages],
             chat_template=self._template,
             tokenize=False,
             add_generation_prompt=answer_follows,
             **self._variables,
+            **how,
         )
 
     def _check_system(self, messages: Sequence[Turn], rendered: str, answer_follows: bool) -> None:
@@ -199,7 +207,7 @@ class Chat:
         except TemplateError:
             return None
 
-    def _refusal(self, messages: Sequence[Turn], answer_follows: bool, error: TemplateError) -> str:
+    def _refusal(self, messages: Sequence[Turn], answer_follows: bool, error: Exception) -> str:
         roles = ", ".join(m.role for m in messages)
         reason = str(error).rstrip(".")
         said = f"the chat template of {self.folder} refuses a conversation of {roles}: {reason}. "
@@ -235,6 +243,15 @@ _THINKING = (
 )
 
 
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder. Raises ChatError if there is none."""
+    from transformers import AutoTokenizer  # here, because it takes seconds to import
+
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+        raise ChatError(f"{folder}: no tokenizer (tokenizer.json or tokenizer.model) there")
+    return AutoTokenizer.from_pretrained(folder)
+
+
 class _Message:
     def __init__(self, role: str, content: str):
         self.role, self.content = role, content
@@ -267,7 +284,8 @@ def _check_variables(
             raise ChatError(f"text.template: the chat template of {folder} never reads {name!r}")
 
 
-def _stop_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
+def stop_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
+    """Tokens that end a text, from the generation config and the tokenizer. Raises ChatError if none."""
     file = folder / "generation_config.json"
     configured = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
     ids = configured if isinstance(configured, list) else [configured]

@@ -19,7 +19,8 @@ from selm_jax.report.summary import (
     progress,
     settings_differences,
 )
-from selm_jax.report.texts import distinct_2, measure, words
+from selm_jax.report.texts import measure
+from selm_jax.text.variety import distinct, words
 
 
 def test_paragraph_of_a_clear_rise(run):
@@ -123,14 +124,14 @@ def test_settings_differences():
     assert settings_differences(tables[:1]) == []
 
 
-def test_words_and_distinct_2():
+def test_words_and_distinct():
     assert words("It's 2 o'clock.\n雨が") == [
         "it", "'", "s", "2", "o", "'", "clock", ".", "雨", "が",
     ]  # fmt: skip
-    assert distinct_2(["a b c"]) == 1
-    assert distinct_2(["a b a b"]) == pytest.approx(2 / 3)
-    assert distinct_2(["a b", "A B"]) == 0.5  # across answers, case aside
-    assert distinct_2(["one", ""]) == 0
+    assert distinct(["a b c"], 2) == 1
+    assert distinct(["a b a b"], 2) == pytest.approx(2 / 3)
+    assert distinct(["a b", "A B"], 2) == 0.5  # across answers, case aside
+    assert distinct(["one", ""], 2) == 0
 
 
 def test_measure(run):

@@ -1,0 +1,237 @@
+"""Answers of one model to one set of prompts, as a file of JSON lines: made once, judged often.
+
+    {"prompt_id", "messages": [{"role", "content"}, ...], "row": {...}, "sample": 0, "text", "finish",
+     "token_ids": [...], "model"}
+
+Sample 0 is the greedy answer, 1, 2, ... are drawn ones. Files of other tools do as long as they have
+`prompt_id`, `messages` (or `prompt`) and `text`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from selm_jax import artifacts
+from selm_jax.evaluation import EvaluationError
+from selm_jax.evaluation.cost import Cost
+from selm_jax.evaluation.model import Found, Model
+from selm_jax.feedback.ranker import Question
+from selm_jax.progress import bar
+from selm_jax.rollout.sampling import Sampling
+from selm_jax.text.conversations import Message, Prompt, canonical_json
+from selm_jax.text.prompts import digest, load_prompts
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One stored answer. `token_ids` is None in files of other tools."""
+
+    prompt_id: str
+    messages: tuple[Message, ...]
+    sample: int
+    text: str
+    finish: str = ""
+    token_ids: tuple[int, ...] | None = None
+    row: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def question(self) -> Question:
+        """The prompt as rankers see it."""
+        return Question(self.messages[-1].content, self.messages, self.row, self.prompt_id)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How answers are drawn; the defaults estimate a policy's KL and entropy: temperature 1, no
+    filters.
+
+    Attributes:
+      greedy: 1 for the likeliest answer.
+      samples: answers drawn.
+      limit: tokens of an answer, at most.
+    """
+
+    greedy: int = 1
+    samples: int = 1
+    limit: int = 512
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):
+        if not self.greedy and not self.samples:
+            raise EvaluationError("neither a greedy answer nor samples are asked for")
+
+    @property
+    def each(self) -> int:
+        return self.greedy + self.samples
+
+
+def prompts_of(
+    found: Sequence[Found], file: str | None, split: str | None, limit: int | None
+) -> list[Prompt]:
+    """The held-out prompts: of a file, or those of the first run's settings.
+
+    Raises:
+      EvaluationError: neither is there.
+      DataError: see `load_prompts`.
+    """
+    experiment = next((f.experiment for f in found if f.experiment), None)
+    system = None
+    if file is not None:
+        prompts = load_prompts(file, split=split)
+    elif experiment is None or experiment.data.heldout is None:
+        raise EvaluationError(
+            "no prompts: --prompts names a file (.jsonl, .parquet, ...) or a Hub data set. "
+            "Without it those of a run's data.heldout serve, and no run with such was given"
+        )
+    else:
+        d = experiment.data
+        system, limit = d.system, limit or d.heldout_limit
+        prompts = load_prompts(
+            str(d.heldout), split=d.heldout_split, prompt=d.prompt, prompt_id=d.prompt_id,
+            revision=d.revision, on_bad_row=d.on_bad_row,
+        )  # fmt: skip
+    before = () if system is None else (Message("system", system),)
+    return [
+        Prompt(p.id, (*before, *p.messages), p.chosen, p.rejected, p.row) for p in prompts[:limit]
+    ]
+
+
+def answer(model: Model, prompts: Sequence[Prompt], asked: Asked) -> list[Stored]:
+    """Every prompt's answers: the greedy one, then samples."""
+    ids = model.prompt_ids([p.messages for p in prompts])
+    with bar(model.console, f"answers of {model.name}", len(ids) * asked.each, "answers") as step:
+        responses = model.generate(
+            ids, greedy=asked.greedy, samples=asked.samples, max_new_tokens=asked.limit,
+            sampling=Sampling(asked.temperature, top_p=asked.top_p), seed=asked.seed, progress=step,
+        )  # fmt: skip
+    return [
+        Stored(
+            p.id, p.messages, r.sample, model.chat.text(r.tokens), r.finish, r.tokens, dict(p.row)
+        )
+        for p, each in zip(prompts, responses, strict=True)
+        for r in each
+    ]
+
+
+def kept(model: Model, prompts: Sequence[Prompt], asked: Asked, folder: Path) -> Path:
+    """Where these answers are kept: the name tells bytes of the model, prompts and settings apart."""
+    facts = {
+        "model": {k: v for k, v in model.folder.origin.items() if k != "source"},
+        "prompts": digest(prompts), "asked": vars(asked), "dtype": str(model.dtype),
+        "template": str(model.text),
+    }  # fmt: skip
+    name = hashlib.sha256(canonical_json(facts)).hexdigest()[:12]
+    return folder / model.name.replace("/", "--") / f"answers-{name}.jsonl"
+
+
+def answered(
+    model: Model, prompts: Sequence[Prompt], asked: Asked, folder: Path
+) -> tuple[list[Stored], Path]:
+    """The kept answers, or else new ones, which are then kept. Also where."""
+    file = kept(model, prompts, asked, folder)
+    if not file.exists():
+        write(file, answer(model, prompts, asked), model.name)
+    return read(file), file
+
+
+def cost(model: Model, prompts: Sequence[Prompt], asked: Asked, folder: Path | None) -> Cost:
+    """Of answers that are not kept yet."""
+    if folder is not None and kept(model, prompts, asked, folder).exists():
+        return Cost(f"{model.name} (kept answers)")
+    count = len(prompts) * asked.each
+    read_ = sum(map(len, model.prompt_ids([p.messages for p in prompts])))
+    return Cost(model.name, answers=count, prompt_tokens=read_, new_tokens=count * asked.limit)
+
+
+def write(file: Path, answers: Iterable[Stored], model: str) -> None:
+    lines = [
+        {
+            "prompt_id": a.prompt_id,
+            "messages": [{"role": m.role, "content": m.content} for m in a.messages],
+            "row": a.row, "sample": a.sample, "text": a.text, "finish": a.finish,
+            "token_ids": a.token_ids, "model": model,
+        }
+        for a in answers
+    ]  # fmt: skip
+    artifacts.write_text(file, "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines))
+
+
+def read(file: Path) -> list[Stored]:
+    """The answers of a file, in its order.
+
+    Raises:
+      EvaluationError: no such file, a line that is no answer, or two of one prompt and sample.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvaluationError(f"{file}: answers cannot be read: {error}") from error
+    found: dict[tuple[str, int], Stored] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        one = _parsed(line, f"{file}, line {number}")
+        if (one.prompt_id, one.sample) in found:
+            raise EvaluationError(
+                f"{file}, line {number}: a second answer {one.sample} to prompt {one.prompt_id!r}; "
+                "several answers to one prompt have different numbers as `sample`"
+            )
+        found[one.prompt_id, one.sample] = one
+    if not found:
+        raise EvaluationError(f"{file}: there is no answer in it")
+    return list(found.values())
+
+
+def _parsed(line: str, where: str) -> Stored:
+    try:
+        row = json.loads(line)
+        if "messages" not in row:
+            row["messages"] = [{"role": "user", "content": row["prompt"]}]
+        messages = tuple(Message(str(m["role"]), str(m["content"])) for m in row["messages"])
+        name, text = row["prompt_id"], row["text"]
+        if not messages or not isinstance(name, str) or not isinstance(text, str):
+            raise TypeError("prompt_id and text are to be texts, and messages not empty")
+        ids = row.get("token_ids")
+        return Stored(
+            name, messages, int(row.get("sample", 0)), text, str(row.get("finish", "")),
+            None if ids is None else tuple(map(int, ids)), dict(row.get("row") or {}),
+        )  # fmt: skip
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise EvaluationError(
+            f"{where}: no answer: {type(error).__name__}: {error}. Expected an object with "
+            "prompt_id, messages (or prompt) and text"
+        ) from error
+
+
+def together(sets: dict[str, list[Stored]]) -> dict[str, dict[tuple[str, int], Stored]]:
+    """The same answers by (prompt, sample), once it is sure that all are to the same prompts.
+
+    Raises:
+      EvaluationError: a prompt or sample that one has and another lacks, or a conversation that is
+        not the same; the first ones are named.
+    """
+    keyed = {name: {(a.prompt_id, a.sample): a for a in each} for name, each in sets.items()}
+    first, *others = keyed
+    for other in others:
+        a, b = keyed[first], keyed[other]
+        for one, two, x, y in ((first, other, a, b), (other, first, b, a)):
+            if lost := [key for key in x if key not in y]:
+                listed = ", ".join(f"{p!r} (sample {s})" for p, s in lost[:3])
+                raise EvaluationError(
+                    f"{two} has no answer to {len(lost)} of {len(x)} prompts that {one} answers: "
+                    f"{listed}{', ...' if len(lost) > 3 else ''}. Compare answers to the same prompts"
+                )
+        for key in a:
+            if a[key].messages != b[key].messages:
+                raise EvaluationError(
+                    f"prompt {key[0]!r} is not the same in {first} and {other}: "
+                    f"{a[key].messages[-1].content[:80]!r} and {b[key].messages[-1].content[:80]!r}"
+                )
+    return keyed

@@ -1,0 +1,234 @@
+"""`selm eval ...`: what a checkpoint is worth, from the command line.
+
+Options that several verbs share are defined once, here. Every verb has `--dry-run`, which counts
+what would be drawn, read and asked, and does none of it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="What checkpoints are worth: rewards, win rates, benchmarks. See docs/evaluate.md.",
+    no_args_is_help=True,
+)
+
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="Model folder, Hub id, GGUF file, or run folder (its last model)."
+    ),
+]
+Revision = Annotated[str | None, typer.Option(help="Of a Hub id: branch, tag or commit.")]
+Iteration = Annotated[
+    int | None, typer.Option("--iteration", "-t", help="Of a run; 0 is its start; default: last.")
+]
+Dtype = Annotated[str, typer.Option(help="auto (float32 on CPU, else bfloat16), or its name.")]
+Tensor = Annotated[int, typer.Option(help="Devices that share each matrix.", min=1)]
+Slots = Annotated[int, typer.Option(help="Answers drawn together.", min=1)]
+MaxNewTokens = Annotated[int, typer.Option(help="Tokens of an answer, at most.", min=1)]
+Seed = Annotated[int, typer.Option(help="Of sampled answers and of intervals.", min=0)]
+Limit = Annotated[int | None, typer.Option(help="The first so many prompts alone.", min=1)]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Count tokens and judge calls; compute nothing.")
+]
+
+
+Prompts = Annotated[
+    str | None,
+    typer.Option(help="File or Hub data set; default: data.heldout of the first run given."),
+]
+Split = Annotated[str | None, typer.Option(help="Of --prompts.")]
+RankerName = Annotated[
+    str | None,
+    typer.Option("--ranker", help="Who judges, by name; default: the ranker of the first run."),
+]
+RankerSettings = Annotated[
+    list[str] | None, typer.Option("--set", help="A setting of the ranker: key=value (YAML).")
+]
+Keep = Annotated[
+    Path, typer.Option(help="Folder of kept answers; what is there is not drawn again.")
+]
+KEEP = Path("evaluations")
+
+
+@app.command()
+def heldout(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[NAME=]MODEL[,MODEL...]...",
+            help="Model or run folders, ids, GGUF files; after a comma: further seeds of one method.",
+        ),
+    ],
+    prompts: Prompts = None,
+    split: Split = None,
+    limit: Limit = None,
+    ranker: RankerName = None,
+    settings: RankerSettings = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(help="For KL and implicit rewards; default: the first run's start."),
+    ] = None,
+    beta: Annotated[
+        float | None, typer.Option(help="Of implicit rewards; default: the first run's, or 0.1.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Drawn answers per prompt.", min=1)] = 1,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Default: the first run's, or 512.", min=1)
+    ] = None,
+    iteration: Iteration = None,
+    revision: Revision = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of results.")] = KEEP / "heldout",
+    keep: Keep = KEEP,
+    dtype: Dtype = "auto",
+    tensor: Tensor = 1,
+    slots: Slots = 16,
+    seed: Seed = 0,
+    dry_run: DryRun = False,
+) -> None:
+    """Reward, KL, entropy, implicit rewards, length and variety on held-out prompts and pairs.
+
+    Costs one greedy answer and --samples drawn ones per prompt and model, and two readings of them,
+    by the model and by the reference. A judge as ranker is asked once per answer.
+    """
+    from functools import partial
+
+    from rich.console import Console
+
+    from selm_jax.evaluation import EvaluationError
+    from selm_jax.evaluation import heldout as work
+    from selm_jax.evaluation.answers import Asked, prompts_of
+    from selm_jax.evaluation.contestants import build_ranker, contestants
+    from selm_jax.evaluation.model import find, open_found
+
+    found = contestants(sources, iteration=iteration, revision=revision, files=False)
+    models = [m for c in found for m in c.models]
+    run = next((m for m in models if m.experiment), None)
+    if reference is None and (run is None or run.run is None):
+        raise EvaluationError(
+            "--reference names the model that KL and implicit rewards are measured against; "
+            "without it a run's start model serves, and no run was given"
+        )
+    e = run.experiment if run else None
+    against = find(reference) if reference is not None else find(str(run and run.run), iteration=0)
+    work.run(
+        found, prompts_of(models, prompts, split, limit), build_ranker(ranker, settings or [], models),
+        open_model=partial(open_found, dtype=dtype, tensor=tensor, slots=slots,
+                           text=e.text if e else None),
+        reference=against,
+        asked=Asked(1, samples, max_new_tokens or (e.rollout.max_new_tokens if e else 512), seed=seed),
+        beta=beta if beta is not None else e.objective.get("beta", 0.1) if e else 0.1,
+        out=out, keep=keep, seed=seed, dry_run=dry_run, console=Console(),
+    )  # fmt: skip
+
+
+@app.command()
+def winrate(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[NAME=]MODEL|ANSWERS.jsonl...",
+            help="Two or more models, or files of answers (see docs/evaluate.md).",
+        ),
+    ],
+    prompts: Prompts = None,
+    split: Split = None,
+    limit: Limit = None,
+    ranker: RankerName = None,
+    settings: RankerSettings = None,
+    samples: Annotated[
+        int, typer.Option(help="Drawn answers per prompt; 0: the greedy answer.", min=0)
+    ] = 0,
+    temperature: Annotated[float, typer.Option(help="Of drawn answers.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Of drawn answers.")] = 1.0,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Default: the first run's, or 512.", min=1)
+    ] = None,
+    iteration: Iteration = None,
+    revision: Revision = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of results.")] = KEEP / "winrate",
+    keep: Keep = KEEP,
+    dtype: Dtype = "auto",
+    tensor: Tensor = 1,
+    slots: Slots = 16,
+    seed: Seed = 0,
+    dry_run: DryRun = False,
+) -> None:
+    """Who beats whom: every two contestants compared prompt by prompt, raw and at equal length.
+
+    Costs one answer per prompt and model, unless it is kept. A judge is asked twice per pair and
+    prompt, once in each order; a judge that rates, once per answer.
+    """
+    from functools import partial
+
+    from rich.console import Console
+
+    from selm_jax.evaluation import winrate as work
+    from selm_jax.evaluation.answers import Asked, prompts_of
+    from selm_jax.evaluation.contestants import build_ranker, contestants
+    from selm_jax.evaluation.model import open_found
+
+    found = contestants(sources, iteration=iteration, revision=revision, files=True)
+    models = [m for c in found for m in c.models]
+    e = next((m.experiment for m in models if m.experiment), None)
+    length = max_new_tokens or (e.rollout.max_new_tokens if e else 512)
+    work.run(
+        found, partial(prompts_of, models, prompts, split, limit),
+        build_ranker(ranker, settings or [], models),
+        open_model=partial(open_found, dtype=dtype, tensor=tensor, slots=slots,
+                           text=e.text if e else None),
+        asked=Asked(int(not samples), samples, length, temperature, top_p, seed),
+        out=out, keep=keep, seed=seed, dry_run=dry_run, console=Console(),
+    )  # fmt: skip
+
+
+@app.command("lm_eval")
+def lm_eval(
+    source: Source,
+    tasks: Annotated[
+        str,
+        typer.Option(help="NAME[:SHOTS],... of lm-eval; `paper` stands for the paper's six."),
+    ],
+    revision: Revision = None,
+    iteration: Iteration = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder; default: evaluations/MODEL/lm_eval.")
+    ] = None,
+    include: Annotated[Path | None, typer.Option(help="Folder of further task files.")] = None,
+    limit: Annotated[int | None, typer.Option(help="The first rows of each task.", min=1)] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat/--no-chat", help="Through the model's chat template or not.")
+    ] = True,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    dtype: Dtype = "auto",
+    tensor: Tensor = 1,
+    slots: Slots = 16,
+    seed: Seed = 0,
+    dry_run: DryRun = False,
+) -> None:
+    """Academic benchmarks by the language model evaluation harness (needs selm_jax[lm_eval]).
+
+    Log-likelihoods cost each context once and each continuation; generations up to the task's own
+    limit. No judge is called. --dry-run counts it all.
+    """
+    from rich.console import Console
+
+    from selm_jax.evaluation import lm_eval as harness
+    from selm_jax.evaluation.model import open_model
+
+    model = open_model(
+        source, revision=revision, iteration=iteration, dtype=dtype, tensor=tensor, slots=slots
+    )
+    harness.run(
+        model, tasks, out=out or default_out(model.name, "lm_eval"), include=include, limit=limit,
+        chat=chat, system=system, seed=seed, dry_run=dry_run, console=Console(),
+    )  # fmt: skip
+
+
+def default_out(model: str, verb: str) -> Path:
+    """Where a verb leaves what it found about a model, unless it is told."""
+    return Path("evaluations") / model.replace("/", "--") / verb

@@ -1,0 +1,81 @@
+"""What an evaluation will take at most, counted before anything is spent (`--dry-run`)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.table import Table
+
+from selm_jax.feedback.judge import JudgeRanker
+from selm_jax.feedback.ranker import Ranker
+
+# English prose in the tokenizers of today: four characters a token. Of judges' requests alone, for
+# whose tokenizer nobody here can speak.
+CHARACTERS_PER_TOKEN = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Upper bounds, of one part of an evaluation.
+
+    Attributes:
+      what: the part: a model's or a judge's name.
+      answers: texts that will be drawn.
+      prompt_tokens: read to draw them; a prompt once, however many answers it gets.
+      new_tokens: drawn, if no answer ends before its limit.
+      scored_tokens: read by a model for log-probabilities.
+      judge_calls: requests to a judge, not counting those that its cache answers.
+      judge_tokens: of these requests and their answers, at four characters a token; an answer of
+        ours that is not there yet counts with its limit.
+    """
+
+    what: str
+    answers: int = 0
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    scored_tokens: int = 0
+    judge_calls: int = 0
+    judge_tokens: int = 0
+
+
+_COLUMNS = {
+    "answers": "answers",
+    "prompt_tokens": "prompt tokens",
+    "new_tokens": "new tokens, at most",
+    "scored_tokens": "scored tokens, at most",
+    "judge_calls": "judge calls, at most",
+    "judge_tokens": "judge tokens, about",
+}
+
+
+def judges(ranker: Ranker) -> list[JudgeRanker]:
+    """The judges that a ranker asks: itself, or those of a mixture."""
+    if isinstance(ranker, JudgeRanker):
+        return [ranker]
+    return [j for part in getattr(ranker, "parts", ()) for j in judges(part.ranker)]
+
+
+def judge_cost(judge: JudgeRanker, calls: int, characters: int) -> Cost:
+    """Of so many requests that show the judge so many characters in all, and of its answers."""
+    template = sum(len(text) for _, text in judge.template.messages)
+    tokens = (characters + calls * template) // CHARACTERS_PER_TOKEN
+    tokens += calls * judge.sampling["max_tokens"]
+    return Cost(f"{judge.name} {judge.client.model}", judge_calls=calls, judge_tokens=tokens)
+
+
+def show(costs: Iterable[Cost], console: Console) -> None:
+    """The parts and their sum as a table, without the columns that are 0 throughout."""
+    costs = list(costs)
+    columns = [key for key in _COLUMNS if any(getattr(c, key) for c in costs)]
+    table = Table(title="what it costs; nothing was computed and nobody was asked", box=None)
+    table.add_column("")
+    for key in columns:
+        table.add_column(_COLUMNS[key], justify="right")
+    for cost in costs:
+        table.add_row(cost.what, *(f"{getattr(cost, key):,}" for key in columns))
+    if len(costs) > 1:
+        sums = (sum(getattr(c, key) for c in costs) for key in columns)
+        table.add_row("together", *(f"{total:,}" for total in sums), style="bold")
+    console.print(table)

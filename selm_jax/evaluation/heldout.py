@@ -1,0 +1,304 @@
+"""`selm eval heldout`: what can be known of checkpoints without a judge.
+
+Each model answers held-out prompts greedily and by samples at temperature 1; a ranker scores the
+answers; the model and a reference score the samples, and the data's own pairs. Every measure is one
+number per prompt (`frontier.measures`), so that models are compared prompt by prompt and several
+seeds of one method are pooled with prompts as clusters (`intervals`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Float
+from rich.console import Console
+from rich.table import Table
+
+from selm_jax import artifacts
+from selm_jax.evaluation import EvaluationError, frontier
+from selm_jax.evaluation.answers import Asked, Stored, answered, cost
+from selm_jax.evaluation.contestants import Contestant, compares
+from selm_jax.evaluation.cost import CHARACTERS_PER_TOKEN, Cost, judge_cost, judges, show
+from selm_jax.evaluation.intervals import Estimate, pooled
+from selm_jax.evaluation.model import Found, Model
+from selm_jax.evaluation.pairs import answered_pair
+from selm_jax.feedback.ranker import Ranker
+from selm_jax.memory import release
+from selm_jax.preferences.examples import Example
+from selm_jax.text.conversations import Prompt
+from selm_jax.text.variety import distinct
+
+Open = Callable[[Found], Model]
+
+# What the table shows, and what it is called there.
+SHOWN = {
+    "reward_greedy": "reward, greedy",
+    "reward_sample": "reward, sampled",
+    "kl": "KL, nats",
+    "entropy": "entropy, nats",
+    "accuracy": "pairs right",
+    "margins": "their margin",
+    "length": "tokens",
+    "cut_off": "cut off",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Seed:
+    """One model of a contestant: its answers and pairs with all scores, and where answers are kept."""
+
+    name: str
+    file: str
+    answers: pa.Table
+    pairs: pa.Table | None
+    left_out: int  # pairs that cannot be scored
+
+
+def run(
+    contestants: Sequence[Contestant],
+    prompts: Sequence[Prompt],
+    ranker: Ranker,
+    *,
+    open_model: Open,
+    reference: Found,
+    asked: Asked,
+    beta: float,
+    out: Path,
+    keep: Path,
+    seed: int = 0,
+    dry_run: bool = False,
+    console: Console,
+) -> dict[str, Any]:
+    """Evaluates the contestants and writes `heldout.json` and each model's table into `out`.
+
+    Args:
+      contestants: the first one is what the others are compared with.
+      reference: what KL and implicit rewards are measured against.
+      beta: of the implicit rewards.
+      out: a folder; must not be there yet.
+      keep: where answers are kept; what is there is not drawn again.
+      seed: of the intervals.
+
+    Raises:
+      EvaluationError: a ranker that only compares, a reference with other tokens, `out` is there.
+    """
+    if compares(ranker):
+        raise EvaluationError(
+            f"the ranker {ranker.name} compares answers to one prompt with each other; alone they "
+            "have no score. `selm eval winrate` compares models by it"
+        )
+    if dry_run:
+        show(_costs(contestants, prompts, open_model, reference, asked, ranker, keep), console)
+        return {}
+    if out.exists():
+        raise EvaluationError(f"{out} is there already; move it away or give another --out")
+    found = [
+        (c.name, [_own(open_model(m), prompts, ranker, asked, keep) for m in c.models])
+        for c in contestants
+    ]
+    release()
+    judge = open_model(reference)
+    seeds = {name: [_against(judge, prompts, one) for one in each] for name, each in found}
+    report = summarize(seeds, beta=beta, seed=seed)
+    report |= {
+        "reference": judge.name, "ranker": ranker.name, "asked": dataclasses.asdict(asked),
+        "prompts": len(prompts), "beta": beta,
+    }  # fmt: skip
+    with artifacts.whole(out) as folder:
+        folder.mkdir()
+        artifacts.write_json(folder / "heldout.json", report)
+        for name, each in seeds.items():
+            for i, one in enumerate(each):
+                stem = f"{name.replace('/', '--')}-{i}"
+                artifacts.write_table(folder / f"{stem}.parquet", one.answers)
+                if one.pairs is not None:
+                    artifacts.write_table(folder / f"{stem}-pairs.parquet", one.pairs)
+    print_report(report, console)
+    console.print(f"results: {out}", soft_wrap=True)
+    return report
+
+
+@dataclasses.dataclass(frozen=True)
+class _Own:
+    """What a model says of itself, before the reference is asked."""
+
+    name: str
+    file: Path
+    tokens: int
+    answers: list[Stored]
+    scores: list[float]
+    examples: list[Example]  # a prompt's answers, then the pairs
+    prompts: int  # how many of the examples are prompts
+    logps: list[tuple[float, ...]]
+    left_out: int
+
+
+def _own(model: Model, prompts: Sequence[Prompt], ranker: Ranker, asked: Asked, keep: Path) -> _Own:
+    answers, file = answered(model, prompts, asked, keep)
+    by_prompt = [answers[i : i + asked.each] for i in range(0, len(answers), asked.each)]
+    scores = ranker.scores(
+        [each[0].question for each in by_prompt], [[a.text for a in each] for each in by_prompt]
+    )
+    ids = model.prompt_ids([p.messages for p in prompts])
+    examples = [
+        Example(p.id, i, tuple(a.token_ids or () for a in each), {})
+        for p, i, each in zip(prompts, ids, by_prompt, strict=True)
+    ]
+    both = [p for p in prompts if p.chosen is not None and p.rejected is not None]
+    pairs = [e for p in both if (e := answered_pair(model.chat, p)) is not None]
+    pairs = [e for e in pairs if e.tokens <= model.facts.max_positions]
+    logps = model.logprobs(examples + pairs)
+    return _Own(
+        model.name, file, len(model.tokenizer), answers, [float(x) for s in scores for x in s],
+        examples + pairs, len(examples), logps, len(both) - len(pairs),
+    )  # fmt: skip
+
+
+def _against(reference: Model, prompts: Sequence[Prompt], own: _Own) -> Seed:
+    """The same with the reference's log-probabilities of the same tokens."""
+    ids = reference.prompt_ids([p.messages for p in prompts])
+    if len(reference.tokenizer) != own.tokens or ids != [
+        e.prompt for e in own.examples[: own.prompts]
+    ]:
+        raise EvaluationError(
+            f"{own.name} and the reference {reference.name} do not have the same tokens: a KL "
+            "between them means nothing. --reference names the model that this one started from"
+        )
+    before = reference.logprobs(own.examples)
+    n = own.prompts
+    flat = [
+        (p, r)
+        for a, b in zip(own.logps[:n], before[:n], strict=True)
+        for p, r in zip(a, b, strict=True)
+    ]
+    rows = [
+        {
+            "prompt_id": a.prompt_id, "prompt": a.messages[-1].content,
+            "kind": "sample" if a.sample else "greedy", "sample": a.sample, "text": a.text,
+            "token_ids": a.token_ids, "finish": a.finish, "score": score, "logp": logp,
+            "logp_start": start,
+        }
+        for a, score, (logp, start) in zip(own.answers, own.scores, flat, strict=True)
+    ]  # fmt: skip
+    pairs = own.examples[n:]
+    table = frontier.pair_table(pairs, own.logps[n:], before[n:]) if pairs else None
+    return Seed(own.name, str(own.file), frontier.table(rows), table, own.left_out)
+
+
+def summarize(seeds: dict[str, list[Seed]], *, beta: float, seed: int = 0) -> dict[str, Any]:
+    """Means with intervals of every contestant, and of its differences to the first one."""
+    by_prompt = {name: _by_prompt(each, beta) for name, each in seeds.items()}
+    first = next(iter(by_prompt))
+    out: dict[str, Any] = {"contestants": {}}
+    for name, values in by_prompt.items():
+        each = seeds[name]
+        report: dict[str, Any] = {
+            "models": [one.name for one in each],
+            "answers": [one.file for one in each],
+            "measures": {k: dataclasses.asdict(pooled(v, seed)) for k, v in values.items()},
+            "by_seed": {k: v.mean(axis=1).tolist() for k, v in values.items()},
+            "distinct": [_distinct(one.answers) for one in each],
+            "entropy_token": [_entropy_per_token(one.answers) for one in each],
+        }
+        if left_out := [one.left_out for one in each if one.left_out]:
+            report["pairs_left_out"] = left_out
+        if name != first:
+            report["minus_first"] = {
+                k: dataclasses.asdict(_difference(v, by_prompt[first][k], seed))
+                for k, v in values.items()
+                if k in by_prompt[first]
+            }
+        out["contestants"][name] = report
+    return out
+
+
+def _by_prompt(seeds: Sequence[Seed], beta: float) -> dict[str, Float[np.ndarray, "seeds prompts"]]:
+    found = []
+    for one in seeds:
+        found.append(frontier.measures(one.answers))
+        if one.pairs is not None:
+            found[-1] |= frontier.pair_measures(one.pairs, beta)
+    return {name: np.stack([each[name] for each in found]) for name in found[0]}
+
+
+def _difference(
+    values: Float[np.ndarray, "seeds prompts"],
+    first: Float[np.ndarray, "others prompts"],
+    seed: int,
+) -> Estimate:
+    """Of means, paired by prompt. Seeds of two methods pair with each other only where both have as
+    many: seed i of one was then trained as seed i of the other. Else one's mean over seeds counts."""
+    if len(values) != len(first):
+        first = first.mean(axis=0, keepdims=True)
+    return pooled(values - first, seed)
+
+
+def _distinct(answers: pa.Table) -> dict[str, float]:
+    """Of greedy answers' words; of all samples' where there is no greedy one."""
+    kinds, texts = answers["kind"].to_pylist(), answers["text"].to_pylist()
+    kind = "greedy" if "greedy" in kinds else "sample"
+    mine = [text for text, k in zip(texts, kinds, strict=True) if k == kind]
+    return {f"distinct_{n}": distinct(mine, n) for n in (1, 2, 3)}
+
+
+def _entropy_per_token(answers: pa.Table) -> float | None:
+    sampled = answers.filter(pa.compute.equal(answers["kind"], "sample"))
+    tokens = sum(len(x) for x in sampled["token_ids"].to_pylist())
+    return -sum(sampled["logp"].to_pylist()) / tokens if tokens else None
+
+
+def _costs(
+    contestants: Sequence[Contestant], prompts: Sequence[Prompt], open_model: Open,
+    reference: Found, asked: Asked, ranker: Ranker, keep: Path,
+) -> list[Cost]:  # fmt: skip
+    """Scored tokens are counted as if every answer took its limit."""
+    parts, scored, answers = [], 0, 0
+    for model in (open_model(m) for c in contestants for m in c.models):
+        both = [p for p in prompts if p.chosen is not None and p.rejected is not None]
+        pairs = [e for p in both if (e := answered_pair(model.chat, p)) is not None]
+        read = sum(map(len, model.prompt_ids([p.messages for p in prompts])))
+        mine = read + len(prompts) * asked.each * asked.limit + sum(e.tokens for e in pairs)
+        parts.append(dataclasses.replace(cost(model, prompts, asked, keep), scored_tokens=mine))
+        scored += mine
+        answers += len(prompts) * asked.each
+    parts.append(Cost(f"{reference.name} (reference)", scored_tokens=scored))
+    limit = asked.limit * CHARACTERS_PER_TOKEN
+    read = sum(limit + len(p.messages[-1].content) for p in prompts) * asked.each
+    models = sum(len(c.models) for c in contestants)
+    return parts + [judge_cost(judge, answers, models * read) for judge in judges(ranker)]
+
+
+def print_report(report: dict[str, Any], console: Console) -> None:
+    seeds = max(len(c["models"]) for c in report["contestants"].values())
+    over = "prompts and seeds" if seeds > 1 else "prompts"
+    table = Table(
+        title=f"{report['prompts']} held-out prompts; 95 % intervals over {over}; reference: "
+        f"{report['reference']}; ranker: {report['ranker']}",
+        box=None,
+    )
+    names = list(report["contestants"])
+    table.add_column("")
+    for name in names:
+        table.add_column(name, justify="right")
+    for key, label in SHOWN.items():
+        found = [c["measures"].get(key) for c in report["contestants"].values()]
+        if any(found):
+            table.add_row(label, *("" if e is None else str(Estimate(**e)) for e in found))
+    for n in (1, 2, 3):
+        values = [
+            float(np.mean([d[f"distinct_{n}"] for d in c["distinct"]]))
+            for c in report["contestants"].values()
+        ]
+        table.add_row(f"distinct-{n}", *(f"{v:.3f}" for v in values))
+    console.print(table)
+    for name in names[1:]:
+        for key, e in report["contestants"][name]["minus_first"].items():
+            if key in SHOWN:
+                console.print(
+                    f"{name} minus {names[0]}, {SHOWN[key]}: {Estimate(**e)}", soft_wrap=True
+                )

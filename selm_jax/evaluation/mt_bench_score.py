@@ -1,0 +1,169 @@
+"""MT-Bench's scores from judgments, with intervals.
+
+Means are over judgments, as FastChat's show_result takes them: all turns and repetitions alike,
+malformed ones left out and counted. Intervals resample questions, each with all its judgments (two
+turns of a question and repetitions of a turn are not independent): 95 %, percentile bootstrap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from selm_jax.evaluation import EvaluationError
+from selm_jax.evaluation.mt_bench import Question
+from selm_jax.evaluation.mt_bench_judge import is_malformed
+
+_RESAMPLES = 9999
+
+Row = Mapping[str, Any]
+
+
+def single(rows: Sequence[Row], questions: Sequence[Question]) -> dict[str, Any]:
+    """Of one model: `overall`, `turn_1`, `turn_2` and `categories`, each with `score`, `low`,
+    `high`, `judgments` and `malformed`; `spread` is the mean standard deviation of the repetitions
+    of one judgment, None for a single one.
+
+    Raises:
+        EvaluationError: judgments are partial, or none can be read.
+    """
+    _check(rows, questions)
+    return _by_group(rows, questions, _mean_score) | {"spread": _spread(rows)}
+
+
+def pair(rows: Sequence[Row], questions: Sequence[Question]) -> dict[str, Any]:
+    """Of model 1 against model 2, in the same groups: `win`, `loss`, `tie` (counts; two orders that
+    disagree are a tie), `win_rate`, `loss_rate`, and `win_rate_adjusted`, which counts a tie half,
+    with its `low` and `high`.
+
+    Raises:
+        EvaluationError: judgments are partial, or none can be read.
+    """
+    _check(rows, questions)
+    return _by_group(rows, questions, _win_rates)
+
+
+def outcome(row: Row) -> float:
+    """Of model 1: 1 won, 0 lost, 1/2 a tie or two orders that disagree."""
+    if row["g1_winner"] == "tie" or row["g1_winner"] != row["g2_winner"]:
+        return 0.5
+    return float(row["g1_winner"] == "model_1")
+
+
+def table(title: str, found: Mapping[str, Any]) -> str:
+    """For the terminal."""
+    key = "score" if "score" in found["overall"] else "win_rate_adjusted"
+    groups = {"overall": found["overall"], "turn 1": found["turn_1"], "turn 2": found["turn_2"]}
+    lines = [title]
+    for name, group in (groups | found["categories"]).items():
+        if group[key] is None:
+            lines.append(f"  {name:<12} no readable judgment")
+            continue
+        text = f"  {name:<12} {group[key]:6.3f}  [{group['low']:.3f}, {group['high']:.3f}]"
+        if key != "score":
+            text += f"  {group['win']} wins, {group['tie']} ties, {group['loss']} losses"
+        lines.append(text + (f"  {group['malformed']} malformed" if group["malformed"] else ""))
+    if found.get("spread") is not None:
+        lines.append(f"  repetitions of one judgment differ by {found['spread']:.3f} (std)")
+    return "\n".join(lines)
+
+
+def _check(rows: Sequence[Row], questions: Sequence[Question]) -> None:
+    """Every question, both turns, equally often."""
+    times: dict[tuple[int, int], int] = {(q.id, turn): 0 for q in questions for turn in (1, 2)}
+    for row in rows:
+        place = (row["question_id"], row["turn"])
+        if place not in times:
+            raise EvaluationError(f"a judgment is of question {place[0]}, which was not asked.")
+        times[place] += 1
+    most = max(times.values(), default=0)
+    partial = [place for place, count in times.items() if count < most]
+    if partial or not most:
+        number, turn = partial[0] if partial else next(iter(times))
+        raise EvaluationError(
+            f"judgments of {len(partial) or len(times)} of {len(times)} turns are missing, such as "
+            f"of question {number}, turn {turn}. A mean over the others is another benchmark's; "
+            "judge the rest first."
+        )
+    if all(is_malformed(row) for row in rows):
+        raise EvaluationError(
+            f"none of {len(rows)} judgments can be read: there is no score. Ask another judge."
+        )
+
+
+def _by_group(
+    rows: Sequence[Row],
+    questions: Sequence[Question],
+    describe: Callable[[Sequence[Row]], dict[str, Any]],
+) -> dict[str, Any]:
+    category = {q.id: q.category for q in questions}
+    turns = {turn: [row for row in rows if row["turn"] == turn] for turn in (1, 2)}
+    found: dict[str, Any] = {"overall": describe(rows)}
+    found |= {f"turn_{turn}": describe(those) for turn, those in turns.items()}
+    found["categories"] = {}
+    for name in dict.fromkeys(category.values()):
+        those = [row for row in rows if category[row["question_id"]] == name]
+        found["categories"][name] = describe(those)
+    return found
+
+
+def _mean_score(rows: Sequence[Row]) -> dict[str, Any]:
+    return _counts(rows) | dict(zip(("score", "low", "high"), _mean(rows, _score), strict=True))
+
+
+def _win_rates(rows: Sequence[Row]) -> dict[str, Any]:
+    results = [outcome(row) for row in rows if not is_malformed(row)]
+    win, loss, tie = (results.count(x) for x in (1.0, 0.0, 0.5))
+    total = len(results)
+    return _counts(rows) | {
+        "win": win,
+        "loss": loss,
+        "tie": tie,
+        "win_rate": win / total if total else None,
+        "loss_rate": loss / total if total else None,
+        **dict(zip(("win_rate_adjusted", "low", "high"), _mean(rows, outcome), strict=True)),
+    }
+
+
+def _counts(rows: Sequence[Row]) -> dict[str, int]:
+    malformed = sum(map(is_malformed, rows))
+    return {"judgments": len(rows), "malformed": malformed}
+
+
+def _score(row: Row) -> float:
+    return row["score"]
+
+
+def _mean(
+    rows: Iterable[Row], value: Callable[[Row], float]
+) -> tuple[float | None, float | None, float | None]:
+    """The mean over readable rows and the ends of its interval over questions."""
+    by_question: dict[int, list[float]] = {}
+    for row in rows:
+        if not is_malformed(row):
+            by_question.setdefault(row["question_id"], []).append(value(row))
+    if not by_question:
+        return None, None, None
+    sums = np.array([sum(values) for values in by_question.values()], np.float64)
+    counts = np.array([len(values) for values in by_question.values()], np.float64)
+    mean = float(sums.sum() / counts.sum())
+    if len(sums) < 2 or np.ptp(sums / counts) == 0:
+        return mean, mean, mean
+    found = stats.bootstrap(
+        (sums, counts), lambda s, c, axis: s.sum(axis) / c.sum(axis), paired=True,
+        n_resamples=_RESAMPLES, method="percentile", rng=np.random.default_rng(0),
+    ).confidence_interval  # fmt: skip
+    return mean, float(found.low), float(found.high)
+
+
+def _spread(rows: Sequence[Row]) -> float | None:
+    """How far the judge disagrees with itself."""
+    repeated: dict[tuple[int, int], list[float]] = {}
+    for row in rows:
+        if not is_malformed(row):
+            repeated.setdefault((row["question_id"], row["turn"]), []).append(row["score"])
+    several = [np.std(values, ddof=1) for values in repeated.values() if len(values) > 1]
+    return float(np.mean(several)) if several else None

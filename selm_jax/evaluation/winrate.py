@@ -1,0 +1,258 @@
+"""`selm eval winrate A B ...`: who beats whom, by any ranker or judge, from stored answers.
+
+For every two contestants the ranker sees both answers to each prompt, once as (A, B) and once as
+(B, A). How far A won is a share from 0 to 1, a tie 1/2; a judge's share is that of its two orders
+of the answers, which are a tie where they disagree. The two askings must give shares that sum to 1.
+
+The length-controlled rate is that of a logistic model of the shares y of one pair's prompts,
+
+    y ~ sigmoid(theta + phi * tanh((length A - length B) / s))
+
+with s the standard deviation (ddof 1) of the differences in characters: AlpacaEval 2's
+`length_controlled_v1` without its term of instruction difficulty, whose numbers are fitted on that
+benchmark's own leaderboard and exist for no other prompts. The rate is sigmoid(theta): what is
+expected of answers of equal length. It is fitted by Newton's method with the penalty
+0.005 theta^2 + 0.5 phi^2 on the summed loss: the first keeps theta finite where one side wins
+everything, the second takes length to explain nothing until the data say so. Both terms are odd in
+(A, B), so the rates of A against B and of B against A sum to 1.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from rich.console import Console
+from rich.table import Table
+
+from selm_jax import artifacts
+from selm_jax.evaluation import EvaluationError
+from selm_jax.evaluation.answers import Asked, Stored, answered, cost, read, together
+from selm_jax.evaluation.contestants import Contestant
+from selm_jax.evaluation.cost import CHARACTERS_PER_TOKEN, Cost, judge_cost, judges, show
+from selm_jax.evaluation.intervals import Estimate, pooled
+from selm_jax.evaluation.model import Found, Model
+from selm_jax.feedback.ranker import Ranker, reported
+from selm_jax.memory import release
+from selm_jax.text.conversations import Prompt
+
+Shares = Float[np.ndarray, " answers"]
+
+RIDGE = (0.01, 1.0)  # of theta and phi
+_RESAMPLES = 1999
+_TOLERANCE = 1e-6
+
+
+def shares(
+    ranker: Ranker, one: Sequence[Stored], other: Sequence[Stored], names: tuple[str, str]
+) -> Shares:
+    """How far each answer of `one` beats that of `other`, from 0 to 1.
+
+    Raises:
+      EvaluationError: asked the other way round, the ranker says something else.
+    """
+    questions = [a.question for a in one]
+    forth = ranker.scores(questions, [[a.text, b.text] for a, b in zip(one, other, strict=True)])
+    back = ranker.scores(questions, [[b.text, a.text] for a, b in zip(one, other, strict=True)])
+    won = np.array([_share(ranker, *scores) for scores in forth])
+    lost = np.array([_share(ranker, *scores) for scores in back])
+    odd = np.abs(won + lost - 1)
+    if (odd > _TOLERANCE).any():
+        at = int(odd.argmax())
+        raise EvaluationError(
+            f"the ranker {ranker.name} is not antisymmetric: at prompt {one[at].prompt_id!r} "
+            f"{names[0]} beats {names[1]} by {won[at]:.4g}, but the other way round {names[1]} beats "
+            f"{names[0]} by {lost[at]:.4g} ({int((odd > _TOLERANCE).sum())} of {len(odd)} prompts). "
+            "It draws numbers, or its scores depend on more than prompt and answer"
+        )
+    return won
+
+
+def _share(ranker: Ranker, one: float, other: float) -> float:
+    """Of two scores: judges that compare give shares; of all others only who has more counts."""
+    if getattr(ranker, "form", None) in ("pairwise", "logprob"):
+        return float(one)
+    return (1 + float(np.sign(one - other))) / 2
+
+
+def length_controlled(
+    y: Shares, lengths: Float[np.ndarray, "answers 2"], weights: Float[np.ndarray, "fits answers"]
+) -> tuple[Float[np.ndarray, " fits"], Float[np.ndarray, " fits"]]:
+    """theta and phi of the model above, fitted once per row of weights."""
+    delta = lengths[:, 0] - lengths[:, 1]
+    spread = delta.std(ddof=1) if len(delta) > 1 else 0.0
+    x = np.tanh(delta / spread) if spread else np.zeros_like(delta)
+    features = np.stack([np.ones_like(x), x])  # [2, answers]
+    ridge = np.array(RIDGE)
+    b = np.zeros((len(weights), 2))
+    for _ in range(50):
+        p = _sigmoid(b @ features)
+        gradient = (weights * (y - p)) @ features.T - ridge * b
+        curvature = np.einsum("fa,ia,ja->fij", weights * p * (1 - p), features, features)
+        step = np.linalg.solve(curvature + np.diag(ridge), gradient[..., None])[..., 0]
+        b += np.clip(step, -2, 2)  # the loss is convex; a first step from 0 may go too far
+        if np.abs(step).max() < 1e-10:
+            return b[:, 0], b[:, 1]
+    raise EvaluationError("the length-controlled fit did not converge; the answers are odd")
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+def compare(y: Shares, one: Sequence[Stored], other: Sequence[Stored], seed: int) -> dict[str, Any]:
+    """The rates of one pair with intervals over prompts; a prompt's samples go together."""
+    prompts = list(dict.fromkeys(a.prompt_id for a in one))
+    at = {name: i for i, name in enumerate(prompts)}
+    of = np.array([at[a.prompt_id] for a in one])
+    size = np.bincount(of)
+    lengths = np.array([[len(a.text), len(b.text)] for a, b in zip(one, other, strict=True)], float)
+    rng = np.random.default_rng(seed)
+    n = len(prompts)
+    drawn = rng.multinomial(n, np.full(n, 1 / n), _RESAMPLES)
+    counts = np.vstack([np.ones(n), drawn])  # the data themselves, then resamples
+    theta, phi = length_controlled(y, lengths, (counts / size)[:, of])
+    rates = _sigmoid(theta)
+    low, high = np.quantile(rates[1:], [0.025, 0.975])
+    return {
+        "prompts": n,
+        "win_rate": asdict(pooled((np.bincount(of, y) / size)[None], seed)),
+        "length_controlled": asdict(
+            Estimate(float(rates[0]), float(rates[1:].std(ddof=1)), float(low), float(high))
+        ),
+        "length_weight": float(phi[0]),
+        "ties": float(np.mean(y == 0.5)),
+        "mean_lengths": lengths.mean(axis=0).tolist(),
+    }
+
+
+def run(
+    contestants: Sequence[Contestant],
+    prompts: Callable[[], Sequence[Prompt]],
+    ranker: Ranker,
+    *,
+    open_model: Callable[[Found], Model],
+    asked: Asked,
+    out: Path,
+    keep: Path,
+    seed: int = 0,
+    dry_run: bool = False,
+    console: Console,
+) -> dict[str, Any]:
+    """Compares all contestants; writes `winrate.json` and `comparisons.jsonl` into `out`.
+
+    Args:
+      contestants: models, or files of answers (`answers`).
+      prompts: what models are to answer; not called if all contestants are files.
+      out: a folder; must not be there yet.
+      keep: where models' answers are kept; what is there is not drawn again.
+
+    Raises:
+      EvaluationError: fewer than two contestants, answers to different prompts, a ranker that is
+        not antisymmetric, `out` is there.
+    """
+    if len(contestants) < 2:
+        raise EvaluationError(f"{len(contestants)} contestant; two or more can be compared")
+    if ranker.name == "human":
+        raise EvaluationError(
+            "people answer on `selm annotate`'s page, not here; name another ranker"
+        )
+    if not dry_run and out.exists():
+        raise EvaluationError(f"{out} is there already; move it away or give another --out")
+    if dry_run:
+        show(_costs(contestants, prompts, ranker, open_model, asked, keep), console)
+        return {}
+    sets, files = {}, {}
+    for c in contestants:
+        if c.file is not None:
+            sets[c.name], files[c.name] = read(c.file), str(c.file)
+        else:
+            found, file = answered(open_model(c.models[0]), prompts(), asked, keep)
+            sets[c.name], files[c.name] = found, str(file)
+    release()
+    keyed = together(sets)
+    order = list(next(iter(keyed.values())))
+    ordered = {name: [of[key] for key in order] for name, of in keyed.items()}
+    pairs, lines = [], []
+    for a, b in itertools.combinations(ordered, 2):
+        y = shares(ranker, ordered[a], ordered[b], (a, b))
+        pairs.append({"a": a, "b": b, **compare(y, ordered[a], ordered[b], seed)})
+        pairs[-1] |= {"ranker": reported(ranker)}
+        lines += [
+            {"prompt_id": name, "sample": sample, "a": a, "b": b, "share_of_a": float(share)}
+            for (name, sample), share in zip(order, y, strict=True)
+        ]
+    report = {
+        "ranker": ranker.name, "answers": files, "pairs": pairs, "ridge": RIDGE,
+        "matrix": matrix(list(ordered), pairs, "win_rate"),
+        "length_controlled_matrix": matrix(list(ordered), pairs, "length_controlled"),
+    }  # fmt: skip
+    with artifacts.whole(out) as folder:
+        folder.mkdir()
+        artifacts.write_json(folder / "winrate.json", report)
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        artifacts.write_text(folder / "comparisons.jsonl", text)
+    print_report(report, list(ordered), console)
+    console.print(f"results: {out}", soft_wrap=True)
+    return report
+
+
+def matrix(names: Sequence[str], pairs: Sequence[dict], key: str) -> list[list[float]]:
+    """Entry (i, j): how often i beats j; 1/2 on the diagonal."""
+    rates = {(p["a"], p["b"]): p[key]["mean"] for p in pairs}
+    rates |= {(b, a): 1 - rate for (a, b), rate in rates.items()}
+    return [[rates.get((a, b), 0.5) for b in names] for a in names]
+
+
+def _costs(
+    contestants: Sequence[Contestant], prompts: Callable[[], Sequence[Prompt]], ranker: Ranker,
+    open_model: Callable[[Found], Model], asked: Asked, keep: Path,
+) -> list[Cost]:  # fmt: skip
+    parts, characters, count = [], [], 0
+    for c in contestants:
+        if c.file is not None:
+            answers = read(c.file)
+            count = len(answers)
+            characters.append(sum(len(a.text) + len(a.question.prompt) for a in answers))
+            parts.append(Cost(f"{c.name} (file)"))
+        else:
+            those = prompts()
+            count = len(those) * asked.each
+            limit = asked.limit * CHARACTERS_PER_TOKEN
+            characters.append(sum(limit + len(p.messages[-1].content) for p in those) * asked.each)
+            parts.append(cost(open_model(c.models[0]), those, asked, keep))
+    others = len(contestants) - 1
+    for judge in judges(ranker):
+        # Both orders of each pair; a rating is of one answer, and the cache keeps it.
+        times = 1 if judge.form == "pointwise" else 2 * others
+        calls = count * len(contestants) * (1 if judge.form == "pointwise" else others)
+        parts.append(judge_cost(judge, calls, times * sum(characters)))
+    return parts
+
+
+def print_report(report: dict[str, Any], names: list[str], console: Console) -> None:
+    prompts = report["pairs"][0]["prompts"]
+    for key, title in (
+        ("matrix", "wins of the row over the column, a tie half"),
+        ("length_controlled_matrix", "the same at equal length"),
+    ):
+        table = Table(title=f"{title}; {prompts} prompts; ranker: {report['ranker']}", box=None)
+        table.add_column("")
+        for name in names:
+            table.add_column(name, justify="right")
+        for name, row in zip(names, report[key], strict=True):
+            table.add_row(name, *(f"{100 * v:.1f}" for v in row))
+        console.print(table)
+    for pair in report["pairs"]:
+        raw, even = Estimate(**pair["win_rate"]), Estimate(**pair["length_controlled"])
+        a, b = (f"{x:,.0f}" for x in pair["mean_lengths"])
+        console.print(
+            f"{pair['a']} over {pair['b']}: {raw}, at equal length {even}, ties "
+            f"{pair['ties']:.3f}; characters {a} and {b}", soft_wrap=True,
+        )  # fmt: skip

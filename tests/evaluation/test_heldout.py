@@ -1,0 +1,136 @@
+"""Held-out measures against exact enumeration of the first token, and against themselves swapped."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+from tiny import PROMPTS
+
+from selm_jax.evaluation import EvaluationError, heldout
+from selm_jax.evaluation.answers import Asked
+from selm_jax.evaluation.contestants import contestants
+from selm_jax.evaluation.model import find, open_found
+from selm_jax.feedback import ranker as rankers
+from selm_jax.models.decoder import Decoder
+from selm_jax.text.conversations import Message, Prompt
+from selm_jax.weights.huggingface import load
+
+QUIET = Console(quiet=True)
+BETA = 0.2
+
+
+def prompts_with(swap: bool = False) -> list[Prompt]:
+    pairs = [(f"I like the {i}th one.", f"No, {i} is too many of them.") for i in range(12)]
+    return [
+        Prompt(f"p{i}", (Message("user", text),), *(pair[::-1] if swap else pair))
+        for i, (text, pair) in enumerate(zip(PROMPTS, pairs, strict=False))
+    ]
+
+
+@pytest.fixture
+def evaluated(folders, tmp_path):
+    def run(names, *, prompts=None, asked=None, out="out", ranker=None, **more):
+        found = contestants(names, iteration=None, revision=None, files=False)
+        more = {"beta": BETA, "console": QUIET} | more
+        return heldout.run(
+            found, prompts or prompts_with(), ranker or rankers.build("length", target=5),
+            open_model=lambda f: open_found(f, slots=16, console=QUIET),
+            reference=find(str(folders[1])), asked=asked or Asked(1, 2, 8),
+            out=tmp_path / out, keep=tmp_path / "kept", **more,
+        )  # fmt: skip
+
+    return run
+
+
+def first_token(folder, model, all_logits) -> np.ndarray:
+    """log-probabilities of each prompt's first answer token, [prompts, vocab]."""
+    params = load(folder, model.facts)
+    ids = model.prompt_ids([p.messages for p in prompts_with()])
+    rows = np.zeros((len(ids), max(map(len, ids))), np.int32)
+    for row, each in zip(rows, ids, strict=True):
+        row[: len(each)] = each
+    logits = all_logits(Decoder(model.facts), params, jnp.asarray(rows))
+    last = np.array([len(each) - 1 for each in ids])
+    return np.asarray(jax.nn.log_softmax(logits)[np.arange(len(ids)), last], np.float64)
+
+
+def test_kl_and_entropy_are_those_of_the_distributions(folders, model, evaluated, all_logits):
+    """With answers of one token both can be summed over the vocabulary."""
+    policy, reference = (first_token(f, model, all_logits) for f in folders)
+    kl = np.sum(np.exp(policy) * (policy - reference), axis=1).mean()
+    entropy = -np.sum(np.exp(policy) * policy, axis=1).mean()
+    report = evaluated([f"one={folders[0]}"], asked=Asked(0, 64, 1))
+    found = report["contestants"]["one"]["measures"]
+    for name, exact in (("kl", kl), ("entropy", entropy)):
+        assert abs(found[name]["mean"] - exact) < 0.1 * exact + 0.02, name
+    # and the error of 64 samples is about what it says, in the unit of one prompt's spread
+    assert 0 < found["kl"]["stderr"] < kl
+
+
+def test_a_model_is_no_distance_from_itself(folders, evaluated):
+    found = evaluated([f"two={folders[1]}"])["contestants"]["two"]["measures"]
+    assert found["kl"]["mean"] == pytest.approx(0, abs=1e-5)
+    assert found["margins"]["mean"] == pytest.approx(0, abs=1e-5)
+
+
+def test_pairs_swapped_are_wrong_as_often_as_they_were_right(folders, evaluated):
+    right, wrong = (
+        evaluated([f"one={folders[0]}"], prompts=prompts_with(swap), out=str(swap))["contestants"][
+            "one"
+        ]["measures"]
+        for swap in (False, True)
+    )
+    assert right["margins"]["mean"] == pytest.approx(-wrong["margins"]["mean"], abs=1e-5)
+    assert right["accuracy"]["mean"] == pytest.approx(1 - wrong["accuracy"]["mean"])
+
+
+def test_files_tell_what_the_report_says(folders, evaluated, tmp_path):
+    report = evaluated([f"one={folders[0]}", f"two={folders[1]}"])
+    one = pq.read_table(tmp_path / "out" / "one-0.parquet").to_pylist()
+    greedy = [row for row in one if row["kind"] == "greedy"]
+    scores = [-abs(len(row["text"]) - 5) for row in greedy]
+    measures = report["contestants"]["one"]["measures"]
+    assert measures["reward_greedy"]["mean"] == pytest.approx(np.mean(scores))
+    assert measures["cut_off"]["mean"] == np.mean([row["finish"] == "length" for row in greedy])
+    kl = np.mean([r["logp"] - r["logp_start"] for r in one if r["kind"] == "sample"])
+    assert measures["kl"]["mean"] == pytest.approx(kl, abs=1e-6)
+    two = report["contestants"]["two"]
+    gap = two["measures"]["kl"]["mean"] - measures["kl"]["mean"]
+    assert two["minus_first"]["kl"]["mean"] == pytest.approx(gap)
+    assert json.loads((tmp_path / "out" / "heldout.json").read_text()) == report
+
+
+def test_seeds_of_one_method_are_pooled_by_prompt(folders, evaluated):
+    a, b = map(str, folders)
+    report = evaluated([f"both={a},{b}", f"same={a},{a}", f"alone={a}"])["contestants"]
+    both, same, alone = (report[n]["measures"]["kl"] for n in ("both", "same", "alone"))
+    assert both["mean"] == pytest.approx((alone["mean"] + 0) / 2, abs=1e-5)
+    assert same["stderr"] == pytest.approx(alone["stderr"], rel=0.06)
+    assert len(report["both"]["by_seed"]["kl"]) == 2
+    # alone against the mean of both seeds, prompt by prompt
+    assert report["alone"]["minus_first"]["kl"]["mean"] == pytest.approx(
+        alone["mean"] / 2, abs=1e-5
+    )
+
+
+def test_a_dry_run_computes_nothing(folders, evaluated, tmp_path, monkeypatch):
+    monkeypatch.setattr("selm_jax.evaluation.model.Model.generate", None)
+    monkeypatch.setattr("selm_jax.evaluation.model.Model.statistics", None)
+    seen = Console(record=True, width=160)
+    evaluated([f"one={folders[0]}"], dry_run=True, console=seen)
+    assert " 36 " in seen.export_text() and str(36 * 8) in seen.export_text()
+    assert not list(tmp_path.iterdir())
+
+
+def test_rankers_that_only_compare_are_refused(folders, evaluated, tmp_path):
+    part = {"ranker": "length", "settings": {"target": 3}, "weight": 1.0, "normalise": "zscore"}
+    ranker = rankers.build("mixture", parts=[part, part])
+    with pytest.raises(EvaluationError, match="winrate"):
+        evaluated([f"one={folders[0]}"], ranker=ranker)
+    assert not (tmp_path / "out").exists()

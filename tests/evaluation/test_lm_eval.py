@@ -1,0 +1,256 @@
+"""The harness on our engine against the harness on its own HF model, request by request."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from rich.console import Console
+
+from selm_jax.evaluation import EvaluationError, lm_eval
+
+pytest.importorskip("lm_eval", reason="lm-eval is not installed (the extra `lm_eval`)")
+from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
+
+QUIET = Console(quiet=True)
+WORDS = [
+    "river",
+    "chair",
+    "song",
+    "letter",
+    "train",
+    "soup",
+    "garden",
+    "coat",
+    "paint",
+    "quiet",
+    "under",
+    "über",
+    "水",
+    "naïve",
+]
+
+
+def instances(kind: str, arguments) -> list[Instance]:
+    return [Instance(kind, {}, a, i) for i, a in enumerate(arguments)]
+
+
+def sentence(rng, count: int) -> str:
+    return " ".join(rng.choice(WORDS, count))
+
+
+@pytest.fixture(autouse=True)
+def no_defaults(monkeypatch):
+    """The harness reads thousands of task files at each start; the local ones will do."""
+    monkeypatch.setattr(
+        lm_eval,
+        "_manager",
+        lambda folder: TaskManager(include_path=str(folder), include_defaults=False),
+    )
+
+
+@pytest.fixture(scope="module")
+def ours(model):
+    return lm_eval.Harness(model)
+
+
+@pytest.fixture(scope="module")
+def theirs(folders):
+    pytest.importorskip("torch", reason="torch, the oracle, is not installed")
+    pytest.importorskip("accelerate", reason="lm-eval's HF model wants accelerate")
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(str(folders[0]), dtype="float32", device="cpu", batch_size=3)
+
+
+@pytest.fixture(scope="module")
+def task_folder(tmp_path_factory) -> Path:
+    """Four tasks on local rows, one of each kind of request."""
+    folder = tmp_path_factory.mktemp("tasks")
+    rng = np.random.default_rng(3)
+    rows = [
+        {
+            "question": sentence(rng, int(rng.integers(2, 9))),
+            "choices": [sentence(rng, int(n)) for n in rng.integers(1, 4, 4)],
+            "answer": int(rng.integers(4)),
+            "text": sentence(rng, int(rng.integers(5, 30))),
+        }
+        for _ in range(14)
+    ]
+    data = folder / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "test_split": "test",
+        "fewshot_split": "test",
+        "metadata": {"version": 7.5},
+    }
+    for name, rest in {
+        "local_choice": {
+            "output_type": "multiple_choice",
+            "doc_to_text": "Question: {{question}}\nAnswer:",
+            "doc_to_choice": "{{choices}}",
+            "doc_to_target": "answer",
+            "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+        },
+        "local_last": {
+            "output_type": "loglikelihood",
+            "doc_to_text": "{{text.split(' ')[:-1] | join(' ')}}",
+            "doc_to_target": "{{' ' + text.split(' ')[-1]}}",
+            "metric_list": [{"metric": "perplexity"}, {"metric": "acc"}],
+        },
+        "local_rolling": {
+            "output_type": "loglikelihood_rolling",
+            "doc_to_text": "",
+            "doc_to_target": "text",
+            "metric_list": [{"metric": "word_perplexity"}],
+        },
+        "local_write": {
+            "output_type": "generate_until",
+            "doc_to_text": "{{question}}:",
+            "doc_to_target": "text",
+            "generation_kwargs": {"until": ["e", "\n"], "max_gen_toks": 20, "do_sample": False},
+            "metric_list": [{"metric": "exact_match"}],
+        },
+    }.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **common, **rest}))
+    return folder
+
+
+def test_loglikelihoods_are_those_of_the_hf_model(ours, theirs, harness_parity):
+    rng = np.random.default_rng(0)
+    pairs = [(sentence(rng, n), " " + sentence(rng, m)) for n in (1, 3, 20) for m in (1, 2, 7)]
+    pairs += [(pairs[0][0], " " + word) for word in WORDS]  # many continuations of one context
+    pairs += [
+        ("", "river"),
+        ("", "<|im_start|>river"),  # begins with what stands before a text
+        ("a trailing space ", "song"),  # moves to the continuation
+        ("two  ", " spaces"),
+        ("<|im_start|>user\nA river?<|im_end|>\n", "yes"),
+        (pairs[0][0], pairs[0][1]),  # asked twice
+        (sentence(rng, 400), " " + sentence(rng, 12)),  # longer than the model: cut at the left
+        ("river", " " + sentence(rng, 40)),
+    ]
+    # What greedy decoding says, so that the flag is true somewhere.
+    said = theirs.generate_until(
+        instances("generate_until", [(c, {"until": [], "max_gen_toks": 4}) for c, _ in pairs[:6]])
+    )
+    pairs += [(c, text) for (c, _), text in zip(pairs, said, strict=False) if text]
+    asked = instances("loglikelihood", pairs)
+    got, want = ours.loglikelihood(asked), theirs.loglikelihood(asked)
+    harness_parity("log-likelihood", max(abs(a[0] - b[0]) for a, b in zip(got, want, strict=True)))
+    np.testing.assert_allclose([a for a, _ in got], [b for b, _ in want], rtol=0, atol=1e-4)
+    assert [flag for _, flag in got] == [flag for _, flag in want]
+    assert any(flag for _, flag in want) and not all(flag for _, flag in want)
+
+
+def test_rolling_loglikelihoods_are_those_of_the_hf_model(ours, theirs, harness_parity):
+    rng = np.random.default_rng(1)
+    texts = [(sentence(rng, n),) for n in (1, 9, 60, 320)]  # the last of several windows
+    assert len(ours.tok_encode(texts[-1][0])) > ours.max_length
+    asked = instances("loglikelihood_rolling", texts)
+    got, want = ours.loglikelihood_rolling(asked), theirs.loglikelihood_rolling(asked)
+    harness_parity("rolling", max(abs(a - b) for a, b in zip(got[:-1], want[:-1], strict=True)))
+    np.testing.assert_allclose(got[:-1], want[:-1], rtol=0, atol=1e-4)
+    # Thousands of nats: the HF model sums them in float32, whose steps there are larger than 1e-4.
+    assert got[-1] == pytest.approx(want[-1], rel=2e-7)
+
+
+def test_generations_are_those_of_the_hf_model(ours, theirs):
+    rng = np.random.default_rng(2)
+    contexts = [sentence(rng, int(n)) for n in rng.integers(1, 40, 7)] + [sentence(rng, 400)]
+    settings = [
+        {"until": ["e"], "max_gen_toks": 24},
+        {"until": ["r s", "\n\n", "a"], "max_gen_toks": 40, "do_sample": False},
+        {"until": "never said", "max_gen_toks": 24, "temperature": 0.0},
+    ]
+    asked = instances("generate_until", [(c, s) for c in contexts for s in settings])
+    got, want = ours.generate_until(asked), theirs.generate_until(asked)
+    assert got == want
+    assert len(set(want)) > 12
+
+
+def test_whole_evaluations_are_those_of_the_hf_model(ours, theirs, task_folder):
+    names = ["local_choice", "local_write", "local_last", "local_rolling"]
+    for chat in (False, True):
+        found = []
+        # A rolling text has no prompt that a template could hold.
+        shots = {n: 0 if n == "local_rolling" else 2 for n in names[: 2 if chat else 4]}
+        for harness in (ours, theirs):
+            manager = TaskManager(include_path=str(task_folder), include_defaults=False)
+            loaded = lm_eval.load_tasks(shots, manager)
+            found.append(
+                simple_evaluate(
+                    harness, tasks=loaded, task_manager=manager, bootstrap_iters=0,
+                    apply_chat_template=chat, fewshot_as_multiturn=chat,
+                )
+            )  # fmt: skip
+        got, want = found
+        assert got["results"].keys() == want["results"].keys()
+        for name, metrics in want["results"].items():
+            assert got["results"][name] == pytest.approx(metrics, rel=1e-5), name
+            for a, b in zip(got["samples"][name], want["samples"][name], strict=True):
+                assert a["arguments"] == b["arguments"]  # the same prompts, shots and template
+
+
+def test_the_verb_writes_results_with_names_versions_and_shots(model, task_folder, tmp_path):
+    asked = {"include": task_folder, "limit": 3, "chat": False, "console": QUIET}
+    out = tmp_path / "out"
+    lm_eval.run(model, "local_choice:2,local_write", out=out, **asked)
+    results = json.loads((out / "results.json").read_text())
+    assert results["selm"]["tasks"] == [
+        {"task": "local_choice", "version": 7.5, "shots": 2},
+        {"task": "local_write", "version": 7.5, "shots": 0},
+    ]
+    assert results["config"]["selm_origin"]["sha256"] == model.folder.origin["sha256"]
+    lines = (out / "samples" / "local_write.jsonl").read_text().splitlines()
+    assert len(lines) == 3 and "resps" in json.loads(lines[0])
+    with pytest.raises(EvaluationError, match="there already"):
+        lm_eval.run(model, "local_write", out=out, **asked)
+
+
+def test_a_dry_run_counts_and_writes_nothing(model, task_folder, tmp_path):
+    seen = Console(record=True, width=140)
+    lm_eval.run(
+        model, "local_choice,local_write", out=tmp_path / "out", include=task_folder, limit=2,
+        chat=False, dry_run=True, console=seen,
+    )  # fmt: skip
+    shown = " ".join(seen.export_text().split())
+    counter = lm_eval.Counter(model)
+    rows = [json.loads(x) for x in (task_folder / "rows.jsonl").read_text().splitlines()[:2]]
+    read = sum(len(counter.tok_encode(f"{row['question']}:")) for row in rows)
+    assert "new tokens, at most" in shown and f" 2 {read} 40 " in shown
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("tasks", "says"),
+    [
+        ("local_chose", "did you mean 'local_choice'"),
+        ("local_choice:two", "'two' shots"),
+        (" , ", "names none"),
+        ("local_choice,local_choice:3", "local_choice twice"),
+    ],
+)
+def test_tasks_that_nobody_knows_are_errors(model, task_folder, tmp_path, tasks, says):
+    with pytest.raises(EvaluationError, match=says):
+        lm_eval.run(model, tasks, out=tmp_path / "out", include=task_folder, console=QUIET)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_setting_that_the_engine_lacks_is_an_error(ours):
+    asked = instances("generate_until", [("river", {"max_gen_toks": 3, "num_beams": 4})])
+    with pytest.raises(EvaluationError, match="num_beams"):
+        ours.generate_until(asked)
+
+
+def test_the_papers_tasks_exist_with_their_shots():
+    manager = TaskManager()
+    assert lm_eval.tasks_of("paper", manager) == lm_eval.PAPER
+    assert set(lm_eval.PAPER) <= set(manager.all_subtasks)

@@ -1,0 +1,74 @@
+"""What a run measures of itself: held-out pairs, entropy and variety beside reward and KL."""
+
+from __future__ import annotations
+
+import json
+
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+from tiny import PROMPTS, experiment, make_model
+
+from selm_jax.config import load
+from selm_jax.parallel.mesh import make_mesh
+from selm_jax.report import page
+from selm_jax.run import Run
+from selm_jax.stages import EVALUATE
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A run whose first iteration is another random model; its held-out prompts come with pairs."""
+    import jax
+
+    monkeypatch.setattr("selm_jax.run.make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
+    file = experiment(tmp_path, evaluation__samples=2)
+    rows = [
+        {"prompt_id": f"h{i}", "prompt": text, "chosen": f"Yes, {i}.", "rejected": f"No: {i}!"}
+        for i, text in enumerate(PROMPTS[:6])
+    ]
+    rows[2]["rejected"] = "It ends<|im_end|> early."  # cannot follow a prompt: counted, left out
+    (tmp_path / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = Run(load(file), Console(quiet=True))
+    run.open()
+    make_model(run.iteration(1) / "model", seed=1)
+    return run
+
+
+def test_pairs_are_measured_against_the_start_model(run):
+    assert EVALUATE.run(run, 0) and EVALUATE.run(run, 1)
+    start, after = (json.loads(line) for line in run.metrics_file.read_text().splitlines())
+    assert start["heldout/pairs/accuracy"] == 0.5 and start["heldout/pairs/margins"] == 0
+    assert start["heldout/kl"] == 0
+    pairs = pq.read_table(run.iteration(1) / "heldout_pairs.parquet").to_pylist()
+    assert [row["prompt_id"] for row in pairs[::2]] == ["h0", "h1", "h3", "h4", "h5"]
+    ratio = {(r["prompt_id"], r["role"]): r["logp"] - r["logp_start"] for r in pairs}
+    margins = [ratio[p, "chosen"] - ratio[p, "rejected"] for p, role in ratio if role == "chosen"]
+    assert after["heldout/pairs/margins"] == pytest.approx(0.1 * sum(margins) / 5, abs=1e-6)
+    assert after["heldout/pairs/accuracy"] == sum(m > 0 for m in margins) / 5
+    sampled = [r for r in pq.read_table(run.iteration(1) / "heldout.parquet").to_pylist()
+               if r["kind"] == "sample"]  # fmt: skip
+    surprise = -sum(r["logp"] for r in sampled)
+    assert after["heldout/entropy"] == pytest.approx(surprise / 12, rel=1e-5)
+    tokens = sum(len(r["token_ids"]) for r in sampled)
+    assert after["heldout/entropy_token"] == pytest.approx(surprise / tokens, rel=1e-5)
+    record = json.loads((run.iteration(1) / "stage.json").read_text())["evaluate"]
+    assert record["counts"]["pairs"] == 5 and record["counts"]["pairs_left_out"] == 1
+    assert set(record["outputs"]) == {"heldout.parquet", "heldout_pairs.parquet"}
+    assert not EVALUATE.run(run, 1)  # it is done
+
+    out = run.folder / "report.html"
+    page.write([run.folder], out)
+    text = out.read_text()
+    assert "Pairs right" in text and "Entropy, nats" in text
+
+
+def test_data_without_pairs_gives_none(tmp_path, monkeypatch):
+    import jax
+
+    monkeypatch.setattr("selm_jax.run.make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
+    run = Run(load(experiment(tmp_path)), Console(quiet=True))
+    run.open()
+    EVALUATE.run(run, 0)
+    assert not (run.iteration(0) / "heldout_pairs.parquet").exists()
+    assert not any("pairs" in key for key in json.loads(run.metrics_file.read_text()))

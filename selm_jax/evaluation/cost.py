@@ -70,7 +70,7 @@ def show(costs: Iterable[Cost], console: Console) -> None:
     costs = list(costs)
     columns = [key for key in _COLUMNS if any(getattr(c, key) for c in costs)]
     table = Table(title="what it costs; nothing was computed and nobody was asked", box=None)
-    table.add_column("")
+    table.add_column("", overflow="fold", min_width=20)
     for key in columns:
         table.add_column(_COLUMNS[key], justify="right")
     for cost in costs:

@@ -43,10 +43,10 @@ class Cost:
 _COLUMNS = {
     "answers": "answers",
     "prompt_tokens": "prompt tokens",
-    "new_tokens": "new tokens, at most",
-    "scored_tokens": "scored tokens, at most",
-    "judge_calls": "judge calls, at most",
-    "judge_tokens": "judge tokens, about",
+    "new_tokens": "new tokens,\nat most",
+    "scored_tokens": "scored,\nat most",
+    "judge_calls": "judge calls,\nat most",
+    "judge_tokens": "judge tokens,\nabout",
 }
 
 
@@ -70,9 +70,9 @@ def show(costs: Iterable[Cost], console: Console) -> None:
     costs = list(costs)
     columns = [key for key in _COLUMNS if any(getattr(c, key) for c in costs)]
     table = Table(title="what it costs; nothing was computed and nobody was asked", box=None)
-    table.add_column("", overflow="fold", min_width=20)
+    table.add_column("", overflow="fold")
     for key in columns:
-        table.add_column(_COLUMNS[key], justify="right")
+        table.add_column(_COLUMNS[key], justify="right", no_wrap=True)
     for cost in costs:
         table.add_row(cost.what, *(f"{getattr(cost, key):,}" for key in columns))
     if len(costs) > 1:

@@ -124,7 +124,8 @@ def test_a_dry_run_computes_nothing(folders, evaluated, tmp_path, monkeypatch):
     monkeypatch.setattr("selm_jax.evaluation.model.Model.statistics", None)
     seen = Console(record=True, width=160)
     evaluated([f"one={folders[0]}"], dry_run=True, console=seen)
-    assert " 36 " in seen.export_text() and str(36 * 8) in seen.export_text()
+    shown = seen.export_text()
+    assert " 36 " in shown and str(36 * 8) in shown
     assert not list(tmp_path.iterdir())
 
 

@@ -228,7 +228,7 @@ def test_a_dry_run_counts_and_writes_nothing(model, task_folder, tmp_path):
     counter = lm_eval.Counter(model)
     rows = [json.loads(x) for x in (task_folder / "rows.jsonl").read_text().splitlines()[:2]]
     read = sum(len(counter.tok_encode(f"{row['question']}:")) for row in rows)
-    assert "new tokens" in shown and f" 2 {read} 40 " in shown
+    assert f"answers 2 prompt tokens {read} new tokens, at most 40 " in shown
     assert not list(tmp_path.iterdir())
 
 

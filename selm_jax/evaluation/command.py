@@ -7,7 +7,7 @@ what would be drawn, read and asked, and does none of it.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -95,15 +95,13 @@ def heldout(
     Costs one greedy answer and --samples drawn ones per prompt and model, and two readings of them,
     by the model and by the reference. A judge as ranker is asked once per answer.
     """
-    from functools import partial
-
     from rich.console import Console
 
     from selm_jax.evaluation import EvaluationError
     from selm_jax.evaluation import heldout as work
     from selm_jax.evaluation.answers import Asked, prompts_of
     from selm_jax.evaluation.contestants import build_ranker, contestants
-    from selm_jax.evaluation.model import find, open_found
+    from selm_jax.evaluation.model import find
 
     found = contestants(sources, iteration=iteration, revision=revision, files=False)
     models = [m for c in found for m in c.models]
@@ -117,8 +115,7 @@ def heldout(
     against = find(reference) if reference is not None else find(str(run and run.run), iteration=0)
     work.run(
         found, prompts_of(models, prompts, split, limit), build_ranker(ranker, settings or [], models),
-        open_model=partial(open_found, dtype=dtype, tensor=tensor, slots=slots,
-                           text=e.text if e else None),
+        open_model=_opener(e, dtype=dtype, tensor=tensor, slots=slots),
         reference=against,
         asked=Asked(1, samples, max_new_tokens or (e.rollout.max_new_tokens if e else 512), seed=seed),
         beta=beta if beta is not None else e.objective.get("beta", 0.1) if e else 0.1,
@@ -170,7 +167,6 @@ def winrate(
     from selm_jax.evaluation import winrate as work
     from selm_jax.evaluation.answers import Asked, prompts_of
     from selm_jax.evaluation.contestants import build_ranker, contestants
-    from selm_jax.evaluation.model import open_found
 
     found = contestants(sources, iteration=iteration, revision=revision, files=True)
     models = [m for c in found for m in c.models]
@@ -179,8 +175,7 @@ def winrate(
     work.run(
         found, partial(prompts_of, models, prompts, split, limit),
         build_ranker(ranker, settings or [], models),
-        open_model=partial(open_found, dtype=dtype, tensor=tensor, slots=slots,
-                           text=e.text if e else None),
+        open_model=_opener(e, dtype=dtype, tensor=tensor, slots=slots),
         asked=Asked(int(not samples), samples, length, temperature, top_p, seed),
         out=out, keep=keep, seed=seed, dry_run=dry_run, console=Console(),
     )  # fmt: skip
@@ -227,6 +222,17 @@ def lm_eval(
         model, tasks, out=out or default_out(model.name, "lm_eval"), include=include, limit=limit,
         chat=chat, system=system, seed=seed, dry_run=dry_run, console=Console(),
     )  # fmt: skip
+
+
+def _opener(experiment: Any, **how: Any) -> Any:
+    """Makes models ready: those of a run by its text settings, others by those of the first run."""
+    from selm_jax.evaluation.model import open_found
+
+    def open_one(found):
+        text = None if found.experiment or not experiment else experiment.text
+        return open_found(found, text=text, **how)
+
+    return open_one
 
 
 def default_out(model: str, verb: str) -> Path:

@@ -40,7 +40,7 @@ class Cost:
     judge_tokens: int = 0
 
 
-_COLUMNS = {
+_ROWS = {
     "answers": "answers",
     "prompt_tokens": "prompt tokens",
     "new_tokens": "new tokens, at most",
@@ -66,16 +66,15 @@ def judge_cost(judge: JudgeRanker, calls: int, characters: int) -> Cost:
 
 
 def show(costs: Iterable[Cost], console: Console) -> None:
-    """The parts and their sum as a table, without the columns that are 0 throughout."""
+    """A table with a column for each part and for their sum; what costs nothing is left out."""
     costs = list(costs)
-    columns = [key for key in _COLUMNS if any(getattr(c, key) for c in costs)]
     table = Table(title="what it costs; nothing was computed and nobody was asked", box=None)
-    table.add_column("")
-    for key in columns:
-        table.add_column(_COLUMNS[key], justify="right")
-    for cost in costs:
-        table.add_row(cost.what, *(f"{getattr(cost, key):,}" for key in columns))
-    if len(costs) > 1:
-        sums = (sum(getattr(c, key) for c in costs) for key in columns)
-        table.add_row("together", *(f"{total:,}" for total in sums), style="bold")
+    table.add_column("", no_wrap=True)
+    for name in [c.what for c in costs] + ["together"] * (len(costs) > 1):
+        table.add_column(name, justify="right", overflow="fold")
+    for key, label in _ROWS.items():
+        values = [getattr(c, key) for c in costs]
+        if any(values):
+            sums = [sum(values)] * (len(costs) > 1)
+            table.add_row(label, *(f"{v:,}" for v in values + sums))
     console.print(table)

@@ -273,6 +273,10 @@ def _costs(
     return parts + [judge_cost(judge, answers, models * read) for judge in judges(ranker)]
 
 
+def _cell(key: str, e: Estimate) -> str:
+    return f"{e}, s.e. {e.stderr:.3f}" if key == "kl" else str(e)
+
+
 def print_report(report: dict[str, Any], console: Console) -> None:
     seeds = max(len(c["models"]) for c in report["contestants"].values())
     over = "prompts and seeds" if seeds > 1 else "prompts"
@@ -288,7 +292,7 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     for key, label in SHOWN.items():
         found = [c["measures"].get(key) for c in report["contestants"].values()]
         if any(found):
-            table.add_row(label, *("" if e is None else str(Estimate(**e)) for e in found))
+            table.add_row(label, *("" if e is None else _cell(key, Estimate(**e)) for e in found))
     for n in (1, 2, 3):
         values = [
             float(np.mean([d[f"distinct_{n}"] for d in c["distinct"]]))

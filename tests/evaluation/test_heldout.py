@@ -40,7 +40,7 @@ def evaluated(folders, tmp_path):
         more = {"beta": BETA, "console": QUIET} | more
         return heldout.run(
             found, prompts or prompts_with(), ranker or rankers.build("length", target=5),
-            open_model=lambda f: open_found(f, slots=16, console=QUIET),
+            open_model=lambda f: open_found(f, slots=48, console=QUIET),
             reference=find(str(folders[1])), asked=asked or Asked(1, 2, 8),
             out=tmp_path / out, keep=tmp_path / "kept", **more,
         )  # fmt: skip
@@ -65,11 +65,11 @@ def test_kl_and_entropy_are_those_of_the_distributions(folders, model, evaluated
     policy, reference = (first_token(f, model, all_logits) for f in folders)
     kl = np.sum(np.exp(policy) * (policy - reference), axis=1).mean()
     entropy = -np.sum(np.exp(policy) * policy, axis=1).mean()
-    report = evaluated([f"one={folders[0]}"], asked=Asked(0, 64, 1))
+    report = evaluated([f"one={folders[0]}"], asked=Asked(0, 24, 1))
     found = report["contestants"]["one"]["measures"]
     for name, exact in (("kl", kl), ("entropy", entropy)):
         assert abs(found[name]["mean"] - exact) < 0.1 * exact + 0.02, name
-    # and the error of 64 samples is about what it says, in the unit of one prompt's spread
+    # and the error of 24 samples is what it says: some, and less than the thing itself
     assert 0 < found["kl"]["stderr"] < kl
 
 
@@ -124,7 +124,8 @@ def test_a_dry_run_computes_nothing(folders, evaluated, tmp_path, monkeypatch):
     monkeypatch.setattr("selm_jax.evaluation.model.Model.statistics", None)
     seen = Console(record=True, width=160)
     evaluated([f"one={folders[0]}"], dry_run=True, console=seen)
-    assert " 36 " in seen.export_text() and str(36 * 8) in seen.export_text()
+    shown = seen.export_text()
+    assert " 36 " in shown and str(36 * 8) in shown
     assert not list(tmp_path.iterdir())
 
 

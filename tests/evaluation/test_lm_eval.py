@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
@@ -194,7 +195,9 @@ def test_whole_evaluations_are_those_of_the_hf_model(ours, theirs, task_folder):
         got, want = found
         assert got["results"].keys() == want["results"].keys()
         for name, metrics in want["results"].items():
-            assert got["results"][name] == pytest.approx(metrics, rel=1e-5), name
+            numbers = {k: v for k, v in metrics.items() if isinstance(v, float)}
+            mine = {k: got["results"][name][k] for k in numbers}
+            assert numbers and mine == pytest.approx(numbers, rel=1e-5), name
             for a, b in zip(got["samples"][name], want["samples"][name], strict=True):
                 assert a["arguments"] == b["arguments"]  # the same prompts, shots and template
 
@@ -225,7 +228,7 @@ def test_a_dry_run_counts_and_writes_nothing(model, task_folder, tmp_path):
     counter = lm_eval.Counter(model)
     rows = [json.loads(x) for x in (task_folder / "rows.jsonl").read_text().splitlines()[:2]]
     read = sum(len(counter.tok_encode(f"{row['question']}:")) for row in rows)
-    assert "new tokens, at most" in shown and f" 2 {read} 40 " in shown
+    assert f"answers 2 prompt tokens {read} new tokens, at most 40 " in shown
     assert not list(tmp_path.iterdir())
 
 
@@ -251,6 +254,8 @@ def test_a_setting_that_the_engine_lacks_is_an_error(ours):
 
 
 def test_the_papers_tasks_exist_with_their_shots():
-    manager = TaskManager()
+    there = Path(inspect.getfile(TaskManager)).parent
+    folders = ("gsm8k", "hellaswag", "arc", "truthfulqa", "eq_bench", "openbookqa")
+    manager = TaskManager(include_path=[there / f for f in folders], include_defaults=False)
     assert lm_eval.tasks_of("paper", manager) == lm_eval.PAPER
     assert set(lm_eval.PAPER) <= set(manager.all_subtasks)

@@ -96,7 +96,7 @@ def test_an_end_in_the_text_ends_a_response_early(model):
 
 def test_too_long_a_conversation_is_named(model):
     with pytest.raises(EvaluationError, match=r"sequence 1 may have .* made for 512"):
-        model.answer([ASKED[0], [Message("user", "river " * 300)]], max_new_tokens=8)
+        model.answer([ASKED[0], [Message("user", "river " * 600)]], max_new_tokens=8)
 
 
 def test_a_run_is_its_last_model(tmp_path):

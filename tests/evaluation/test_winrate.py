@@ -171,11 +171,16 @@ def test_bad_files_of_answers_are_named(files, tmp_path, how, says):
 class Judging(ThreadingHTTPServer):
     """An OpenAI-compatible server that prefers by `verdict(first, second)`; counts its requests."""
 
+    daemon_threads = True
+    request_queue_size = 64
+
     def __init__(self, verdict):
         self.count = 0
         server = self
 
         class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 server.count += 1

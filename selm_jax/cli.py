@@ -115,6 +115,28 @@ def report(
 
 
 @app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(help="Sweep file (YAML).", metavar="FILE")],
+    overrides: Overrides = None,
+    base: Annotated[
+        str | None, typer.Option(help="Another base experiment than the file names.")
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="Another folder than the file names.")
+    ] = None,
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="Rehearse it: tiny random models, made-up rows.")
+    ] = False,
+) -> None:
+    """Run an experiment in many settings and seeds, or what is left of it, and compare them."""
+    _set_up_jax()
+    from selm_jax.sweep import sweep
+    from selm_jax.sweep.plan import plan
+
+    sweep(plan(file, overrides or [], base=base, output=output, tiny=tiny))
+
+
+@app.command()
 def bench(
     model: Annotated[
         str, typer.Argument(help="Model folder, Hub id or GGUF file.")

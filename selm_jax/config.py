@@ -106,7 +106,8 @@ class Feedback:
     ranker: str = "sentiment"  # a name of selm_jax.feedback, or package.module:function
     settings: dict[str, Any] = field(default_factory=dict)  # of the ranker
     rule: Literal["best_worst", "swap", "top_random"] = "best_worst"
-    explore: Literal["greedy", "sample", "random", "best", "worst"] = "greedy"  # which is y_ref
+    # Which is y_ref; all: the optimism term is the mean over all of the policy's own answers.
+    explore: Literal["greedy", "sample", "all", "random", "best", "worst"] = "greedy"
     ties: Literal["drop", "first"] = "drop"  # first: as the authors' code
     cut_off: Literal["keep", "drop"] = "keep"  # pairs with an answer cut at max_new_tokens
     min_margin: float = 0.0  # drop pairs whose scores differ by less
@@ -131,6 +132,9 @@ class Training:
     weight_decay: float = 0.0
     clip: float | None = 1.0  # global norm of the gradient
     reference: Literal["stored", "live"] = "stored"  # live: a second model in memory, same numbers
+    # Whose log-probabilities these are: of the policy that each iteration starts from (the paper),
+    # or of the run's start model throughout. Answers are the current policy's in both.
+    reference_policy: Literal["previous", "start"] = "previous"
     remat: Literal["none", "mlp", "dots", "full"] = "full"
     logprob_chunk: int = 32  # tokens per row whose logits exist at a time
     checkpoint_every: int = 100  # updates
@@ -205,6 +209,14 @@ class Experiment:
 
 def load(file: Path, overrides: Sequence[str] = ()) -> Experiment:
     """Reads an experiment file and applies `key.path=value` overrides (values are YAML)."""
+    tree = read(file)
+    for override in overrides:
+        _set(tree, override)
+    return parse(tree, str(file))
+
+
+def read(file: Path) -> dict[str, Any]:
+    """The mapping of a YAML file, not looked at yet. Raises ConfigError where there is none."""
     file = Path(file)
     try:
         tree = yaml.load(file.read_text(), _Yaml)
@@ -214,9 +226,7 @@ def load(file: Path, overrides: Sequence[str] = ()) -> Experiment:
         raise ConfigError(f"{file}: not YAML: {e}") from e
     if not isinstance(tree, dict):
         raise ConfigError(f"{file}: a mapping of settings was expected, found {tree!r}")
-    for override in overrides:
-        _set(tree, override)
-    return parse(tree, str(file))
+    return tree
 
 
 def parse(tree: Mapping[str, Any], where: str = "experiment") -> Experiment:

@@ -30,6 +30,9 @@ class Example:
         that plays two roles stands here once.
       roles: role -> index into `responses`.
       reference: log-probability of each response under the reference, once it is scored.
+      explored: indices of the responses that explore together, where they are several: the optimism
+        term is their mean, and one that was drawn twice stands here twice. Empty: the one whose
+        role is `explore` does alone.
     """
 
     prompt_id: str
@@ -37,6 +40,7 @@ class Example:
     responses: tuple[tuple[int, ...], ...]
     roles: Mapping[str, int]
     reference: tuple[float, ...] | None = None
+    explored: tuple[int, ...] = ()
 
     def __post_init__(self):
         if not self.prompt:
@@ -49,6 +53,8 @@ class Example:
         for role, i in self.roles.items():
             if role not in ROLES or not 0 <= i < len(self.responses):
                 raise ExampleError(f"example {self.prompt_id}: role {role!r} -> response {i}")
+        if not all(0 <= i < len(self.responses) for i in self.explored):
+            raise ExampleError(f"example {self.prompt_id}: explored -> responses {self.explored}")
         if self.reference is not None and len(self.reference) != len(self.responses):
             raise ExampleError(
                 f"example {self.prompt_id}: {len(self.reference)} reference log-probabilities for "
@@ -57,10 +63,20 @@ class Example:
 
     @classmethod
     def of(cls, prompt_id: str, prompt: Ids, responses: Mapping[str, Ids]) -> Example:
-        """The example whose roles have these responses; equal ones stand in it once."""
+        """The example whose roles have these responses; equal ones stand in it once.
+
+        Further responses that explore are named `explore/2`, `explore/3`, ...
+        """
         distinct = tuple(dict.fromkeys(responses.values()))
-        roles = {role: distinct.index(ids) for role, ids in responses.items()}
-        return cls(prompt_id, prompt, distinct, roles)
+        places = {name: distinct.index(ids) for name, ids in responses.items()}
+        roles = {name: i for name, i in places.items() if not name.startswith("explore/")}
+        explored = tuple(i for name, i in places.items() if name.startswith("explore"))
+        return cls(prompt_id, prompt, distinct, roles, None, explored if len(explored) > 1 else ())
+
+    def playing(self, role: str) -> tuple[int, ...]:
+        """The responses that play a role; the first response if none does."""
+        several = role == "explore" and self.explored
+        return self.explored if several else (self.roles.get(role, 0),)
 
     @property
     def tokens(self) -> int:
@@ -79,6 +95,7 @@ SCHEMA = pa.schema(
         ("responses", pa.list_(pa.list_(pa.int32()))),
         *[(role, pa.int32()) for role in ROLES],
         ("reference", pa.list_(pa.float32())),
+        ("explored", pa.list_(pa.int32())),
     ]
 )
 
@@ -92,6 +109,7 @@ def to_table(examples: Sequence[Example]) -> pa.Table:
             "responses": e.responses,
             **{role: e.roles.get(role) for role in ROLES},
             "reference": e.reference,
+            "explored": e.explored,
         }
         for e in examples
     ]
@@ -108,6 +126,7 @@ def from_parquet(file: Path) -> list[Example]:
             None
             if row["reference"] is None
             else tuple(float(np.float32(x)) for x in row["reference"]),
+            tuple(row["explored"] or ()),
         )
         for row in pq.read_table(file, schema=SCHEMA).to_pylist()
     ]

@@ -137,6 +137,24 @@ def sweep(
 
 
 @app.command()
+def figures(
+    runs: Annotated[list[Path] | None, typer.Argument(help="Run folders.")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder.")] = Path("figures"),
+    pairs: Annotated[
+        str | None, typer.Option(help="Preference pairs of figure 4 (prompt, chosen, rejected).")
+    ] = None,
+    published: Annotated[
+        bool, typer.Option("--published", help="Draw the paper's own numbers too, marked as such.")
+    ] = False,
+) -> None:
+    """Draw the paper's figures 2 to 6 of any runs, with their data beside them."""
+    _set_up_jax()
+    from selm_jax import figures
+
+    figures.write([_finished(run) for run in runs or []], out, pairs=pairs, published=published)
+
+
+@app.command()
 def bench(
     model: Annotated[
         str, typer.Argument(help="Model folder, Hub id or GGUF file.")

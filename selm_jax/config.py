@@ -57,6 +57,7 @@ class Data:
     system: str | None = None  # system message put before every prompt
     portions: int | None = None  # iteration t takes the t-th of so many parts; None: one each
     first_portion: int = 1  # the first iteration's: 2 leaves out what a warm start was trained on
+    skip: int = 0  # usable rows at the front that no portion is cut from
     shuffle: bool = False  # before cutting the portions; the paper does not
     limit: int | None = None  # prompts per iteration at most
     heldout_limit: int | None = None
@@ -276,6 +277,8 @@ def _inconsistencies(e: Experiment):
         yield f"training.learning_rate: {rates} values for {e.iterations} iterations"
     if e.iterations < 1:
         yield f"iterations: {e.iterations}, at least 1 was expected"
+    if e.data.skip < 0:
+        yield f"data.skip: {e.data.skip}, at least 0 was expected"
     if e.data.first_portion < 1:
         yield f"data.first_portion: {e.data.first_portion}, at least 1 was expected"
     if e.iterations > e.portions - e.data.first_portion + 1:

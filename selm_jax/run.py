@@ -316,7 +316,8 @@ class Run:
         d = self.experiment.data
         seed = self.experiment.seed if d.shuffle else None
         index = d.first_portion - 1 + t
-        found = portion(self.all_prompts, index, self.experiment.portions, shuffle_seed=seed)
+        usable = self.all_prompts[d.skip :]
+        found = portion(usable, index, self.experiment.portions, shuffle_seed=seed)
         return [self._with_system(p) for p in found[: d.limit]]
 
     def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:

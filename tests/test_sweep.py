@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import tiny
 import yaml
 from rich.console import Console
 
+from selm_jax import config
 from selm_jax.artifacts import Stages, Store
 from selm_jax.config import ConfigError
 from selm_jax.evaluation.crossed import estimate
@@ -35,10 +37,11 @@ QUIET = Console(quiet=True)
 GRID = {
     "method": {
         "dpo": {"objective": {"loss": "dpo", "beta": 0.1}},
-        "alpha 0.01": {},
         "alpha 10": {"objective.alpha": 10},
     }
 }
+# The first iteration of a run of two, alone.
+ONE = {"iterations": 1, "training.learning_rate": [1e-3]}
 SEEDS, CELLS = (1, 7), len(GRID["method"])
 RUNS = len(SEEDS) * CELLS
 
@@ -51,10 +54,22 @@ def one_device():
         yield
 
 
+@pytest.fixture(autouse=True, scope="module")
+def compiled_once(tmp_path_factory):
+    """As `selm` has it: what is compiled for one run is there for the next."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = [getattr(jax.config, name) for name in names]
+    for name, value in zip(names, (str(tmp_path_factory.mktemp("compiled")), 0.0), strict=True):
+        jax.config.update(name, value)
+    yield
+    for name, value in zip(names, before, strict=True):
+        jax.config.update(name, value)
+
+
 def sweep_file(folder: Path, **changes) -> Path:
     said = {
         "output": str(folder / "sweep"),
-        "base": str(tiny.experiment(folder)),
+        "base": str(tiny.experiment(folder, data__portions=2)),
         "seeds": list(SEEDS),
         "grid": GRID,
         "baseline": {"method": "dpo"},
@@ -87,14 +102,15 @@ def finished(tmp_path_factory):
     return done, drawn
 
 
-def tables_of(folder: Path) -> dict[str, bytes]:
-    """What the runs of a folder computed: all their tables, and their metrics but for times."""
-    found = {
-        str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("iteration*/**/*.parquet")
-    }
+def first_iteration(folder: Path) -> dict[str, bytes]:
+    """What the runs of a folder computed until then: tables, and metrics but for times."""
+    files = [*folder.rglob("iteration_[01]/**/*.parquet")]
+    found = {str(f.relative_to(folder)): f.read_bytes() for f in files}
     for file in folder.rglob("metrics.jsonl"):
         lines = [json.loads(line) for line in file.read_text().splitlines()]
-        kept = [{k: v for k, v in line.items() if "time/" not in k} for line in lines]
+        kept = [
+            {k: v for k, v in m.items() if "time/" not in k} for m in lines if m["iteration"] < 2
+        ]
         found[str(file.relative_to(folder))] = json.dumps(kept).encode()
     return found
 
@@ -125,21 +141,16 @@ def test_ranks_and_reference_scores_are_shared_and_training_is_not(finished):
 
 def test_a_shared_run_is_what_it_would_have_been_alone(finished, tmp_path):
     done, _ = finished
-    member = done.members[2]  # alpha 10, seed 1: it came after two others
-    alone = Run(plan_of_one(member, tmp_path / "run"), QUIET)
-    iterate(alone)
-    ours, theirs = tables_of(Path(member.experiment.output)), tables_of(alone.folder)
-    assert ours == theirs
-    weights = "iteration_2/model/model.safetensors"
-    assert (Path(member.experiment.output) / weights).read_bytes() == (
-        alone.folder / weights
-    ).read_bytes()
-
-
-def plan_of_one(member, folder: Path):
-    import dataclasses
-
-    return dataclasses.replace(member.experiment, output=str(folder))
+    member = done.members[1]  # alpha 10, seed 1: it came after another
+    alone = config.load(
+        Path(member.experiment.output) / "config.yaml",
+        [f"output={tmp_path / 'run'}", "iterations=1", "training.learning_rate=1e-3"],
+    )
+    iterate(Run(alone, QUIET))
+    assert first_iteration(Path(member.experiment.output)) == first_iteration(tmp_path / "run")
+    weights = "iteration_1/model/model.safetensors"
+    shared = Path(member.experiment.output) / weights
+    assert shared.read_bytes() == (tmp_path / "run" / weights).read_bytes()
 
 
 def test_a_finished_sweep_does_nothing_again(finished, monkeypatch):
@@ -181,7 +192,7 @@ def test_the_table_holds_means_and_paired_differences_over_seeds_and_prompts(fin
     with (done.folder / "table.csv").open() as f:
         lines = list(csv.DictReader(f))
     assert [line["cell"] for line in lines] == list(rows)
-    assert float(lines[1]["difference_low"]) == rows["alpha 0.01"].difference.low
+    assert float(lines[1]["difference_low"]) == rows["alpha 10"].difference.low
     assert lines[0]["difference_mean"] == ""
 
 
@@ -202,12 +213,12 @@ class Stop(Exception):
 
 def test_a_sweep_that_was_stopped_goes_on_to_the_same_bytes(finished, tmp_path, monkeypatch):
     done, _ = finished
-    file = sweep_file(tmp_path, seeds=[SEEDS[0]])
+    file = sweep_file(tmp_path, seeds=[SEEDS[0]], set=ONE)
     put, puts = Store.put, []
 
     def stopping(self, key, *rest):
         puts.append(key)
-        if len(puts) == 6:  # after a stage's work, before anybody knows of it
+        if len(puts) == 3:  # after a stage's work, before anybody knows of it
             raise Stop
         put(self, key, *rest)
 
@@ -215,44 +226,33 @@ def test_a_sweep_that_was_stopped_goes_on_to_the_same_bytes(finished, tmp_path, 
     with pytest.raises(Stop):
         sweep(plan(file), QUIET)
     sweep(plan(file), QUIET)
-    mine = tables_of(tmp_path / "sweep")
-    assert mine == {
-        name: data for name, data in tables_of(done.folder).items() if f"seed_{SEEDS[0]}/" in name
+    mine = first_iteration(tmp_path / "sweep")
+    theirs = first_iteration(done.folder)
+    assert mine == {name: data for name, data in theirs.items() if f"seed_{SEEDS[0]}/" in name}
+    # Of each run its metrics, two tables of held-out answers, three parts, and two more tables.
+    assert len(mine) == CELLS * (1 + 2 + 3 + 2)
+
+
+def test_failures_are_named_and_only_like_is_compared_with_like(tmp_path):
+    """One run cannot be trained; of the others one has another ranker."""
+    grid = {
+        "change": {
+            "nothing": {},
+            "ranker": {"feedback.ranker": "sentiment", "feedback.ties": "first"},
+            "batch": {"training.global_batch": 1000},
+        }
     }
-    assert len(mine) == CELLS * (1 + 3 + 2 * (3 + 2))  # metrics; held-out; parts and tables
-
-
-def test_a_run_that_fails_is_named_and_the_others_are_finished(tmp_path):
-    grid = {"training.global_batch": [4, 1000]}
-    file = sweep_file(
-        tmp_path,
-        grid=grid,
-        baseline=None,
-        seeds=[1],
-        set={"iterations": 1, "training.learning_rate": 1e-3},
-    )
-    with pytest.raises(
-        SweepError, match="(?s)1 of 2 runs failed.*1000, seed 1: .*fewer than one batch"
-    ):
+    file = sweep_file(tmp_path, grid=grid, baseline=None, seeds=[1], set=ONE)
+    named = "(?s)1 of 3 runs failed.*batch, seed 1: .*fewer than one batch"
+    with pytest.raises(SweepError, match=named):
         sweep(plan(file), QUIET)
-    four, failed = table(plan(file))
-    assert four.seeds == 1 and four.greedy is not None
-    assert failed.seeds == 0 and failed.greedy is None and failed.difference is None
+    nothing, ranker, batch = table(plan(file))
+    assert nothing.seeds == ranker.seeds == 1
+    assert nothing.greedy is not None and ranker.greedy is not None
+    assert ranker.difference is None  # another meaning of reward
+    assert batch.seeds == 0 and batch.greedy is None and batch.difference is None
     text = (tmp_path / "sweep/report.html").read_text()
-    assert "Could not be finished" in text and "1 of 2 runs finished" in text
-
-
-def test_scores_of_different_rankers_are_not_compared(finished, tmp_path):
-    file = sweep_file(
-        tmp_path,
-        grid={"ranker": {"length": {}, "sentiment": {"feedback.ranker": "sentiment"}}},
-        baseline=None,
-        seeds=[1],
-        set={"iterations": 1, "training.learning_rate": 1e-3, "feedback.ties": "first"},
-    )
-    sweep(plan(file), QUIET)
-    assert [row.greedy is not None for row in table(plan(file))] == [True, True]
-    assert [row.difference for row in table(plan(file))] == [None, None]
+    assert "Could not be finished" in text and "2 of 3 runs finished" in text
 
 
 def test_a_store_never_hands_out_what_was_damaged(tmp_path):
@@ -273,7 +273,7 @@ def test_a_store_never_hands_out_what_was_damaged(tmp_path):
 
 BAD = {
     "unknown axis in the baseline": ({"baseline": {"metod": "dpo"}}, "baseline metod: dpo is not in"),
-    "unknown level": ({"baseline": {"method": "ppo"}}, "method: dpo, alpha 0.01, alpha 10"),
+    "unknown level": ({"baseline": {"method": "ppo"}}, "method: dpo, alpha 10"),
     "unknown key": ({"grd": {}}, "grd: "),
     "unknown setting": (
         {"grid": {"training.global_bach": [4]}}, r"cell 4.*did you mean 'global_batch'"
@@ -309,17 +309,17 @@ def test_overrides_are_for_every_run_and_cells_come_after_them(tmp_path):
 @pytest.mark.slow
 def test_killed_with_signal_9_and_started_again(finished, tmp_path):
     done, _ = finished
-    file = sweep_file(tmp_path, seeds=[SEEDS[0]])
-    # One device, as in this process: the bytes are those of one device.
+    file = sweep_file(tmp_path, seeds=[SEEDS[0]], set=ONE)
     command = [sys.executable, "-m", "selm_jax", "sweep", str(file)]
     environment = os.environ | {"PYTHONPATH": os.getcwd()}
-    for wait in (12, 25):
+    watched = tmp_path / "sweep"
+    for stage in ("responses", "checkpoints", "alpha-10"):  # killed while this is being made
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-        try:
-            process.wait(wait)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+        while process.poll() is None and not list(watched.rglob(stage)):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
     subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
-    expected = {n: d for n, d in tables_of(done.folder).items() if f"seed_{SEEDS[0]}/" in n}
-    assert tables_of(tmp_path / "sweep") == expected
+    theirs = first_iteration(done.folder)
+    expected = {n: data for n, data in theirs.items() if f"seed_{SEEDS[0]}/" in n}
+    assert first_iteration(watched) == expected

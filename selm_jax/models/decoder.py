@@ -12,6 +12,7 @@ that cost 1.5 times). `unstack` turns the first form of the parameters into the 
 
 from __future__ import annotations
 
+import functools
 import math
 from functools import partial
 from typing import Any, cast
@@ -308,6 +309,7 @@ def abstract_adapters(config: DecoderConfig, lora: Lora) -> Params:
     return _abstract(Decoder(config, lora=lora))["lora"]
 
 
+@functools.lru_cache(maxsize=16)  # a run asks dozens of times, and tracing takes a second
 def _abstract(decoder: Decoder) -> dict[str, Params]:
     tokens = jnp.zeros((1, 2), jnp.int32)
     mask = jnp.ones((1, 2, 2), bool)

@@ -113,8 +113,8 @@ def _matrix(rows: Rows, title: str, source: str | None = None) -> bytes:
         shown = axes.imshow(
             values,
             cmap="Greys" if source else "RdBu",
-            vmin=0 if source else 20,
-            vmax=100 if source else 80,
+            vmin=20,
+            vmax=120 if source else 80,
         )
         for i, line in enumerate(values):
             for j, value in enumerate(line):

@@ -67,8 +67,10 @@ def win_rates(runs: Sequence[RunData], labels: Sequence[str]) -> PaperFigure:
     for run, label in zip(runs, labels, strict=True):
         for t in reversed(run.iterations):
             scores = _greedy(run, t)
-            if scores and (t or scores not in players.values()):
-                players[f"{label}, iteration {t}" if t else "start"] = scores
+            if t and scores:
+                players[f"{label}, iteration {t}"] = scores
+            elif scores and scores not in players.values():  # runs that start alike, start once
+                players["start" if "start" not in players else f"{label}, start"] = scores
     prompts = {tuple(sorted(scores)) for scores in players.values()}
     if len(prompts) != 1:
         raise ValueError(f"the runs' held-out answers are to {len(prompts)} sets of prompts")

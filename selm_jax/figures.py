@@ -20,8 +20,9 @@ from selm_jax import artifacts
 from selm_jax.preferences.examples import Example, from_parquet
 from selm_jax.report import paper
 from selm_jax.report.data import RunData, report_data
-from selm_jax.report.page import unique_labels
-from selm_jax.report.paper import Implicit, PaperFigure
+from selm_jax.report.drawing import PaperFigure
+from selm_jax.report.paper import Implicit
+from selm_jax.report.published import figures as published_figures
 from selm_jax.run import Run, RunError
 from selm_jax.stages.score import logps_of
 from selm_jax.text.answers import answer_ids
@@ -69,11 +70,11 @@ def _figures(
     runs: Sequence[Run], pairs: str | None, published: bool, console: Console
 ) -> Iterator[PaperFigure]:
     if published:
-        yield from paper.published_figures()
+        yield from published_figures.figures()
     data = [report_data(run.folder) for run in runs]
     if not data:
         return
-    labels = unique_labels(data)
+    labels = short_labels(data)
     if not all(each.answers for each in data):
         console.print("figures 2, 3, 5, 6: left out, not every run has held-out answers")
     else:
@@ -88,6 +89,19 @@ def _figures(
         return
     yield from _own_samples(runs, data, labels, base, others)
     yield _pairs(runs, labels, base, others, pairs, console)
+
+
+def short_labels(runs: Sequence[RunData]) -> list[str]:
+    """The runs' names; where these are not all different, what tells their folders apart."""
+    names = [run.name for run in runs]
+    if len(set(names)) == len(names):
+        return names
+    paths = [run.path.resolve().parts for run in runs]
+    while all(len(p) > 1 for p in paths) and len({p[0] for p in paths}) == 1:
+        paths = [p[1:] for p in paths]
+    while all(len(p) > 1 for p in paths) and len({p[-1] for p in paths}) == 1:
+        paths = [p[:-1] for p in paths]
+    return ["/".join(p) for p in paths]
 
 
 def _is_dpo(run: Run) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import re
@@ -21,15 +22,17 @@ import tiny
 import yaml
 from rich.console import Console
 
-from selm_jax import config
+from selm_jax import config, figures
 from selm_jax.artifacts import Stages, Store
 from selm_jax.config import ConfigError
 from selm_jax.evaluation.crossed import estimate
 from selm_jax.iterate import iterate
 from selm_jax.parallel.mesh import make_mesh
+from selm_jax.preferences.examples import from_parquet
 from selm_jax.rollout.engine import Engine
-from selm_jax.run import Run
-from selm_jax.sweep import SweepError, sweep
+from selm_jax.run import Run, RunError
+from selm_jax.stages.score import logps_of
+from selm_jax.sweep import SweepError, sweep, write
 from selm_jax.sweep.plan import plan
 from selm_jax.sweep.table import table
 
@@ -153,30 +156,36 @@ def test_a_shared_run_is_what_it_would_have_been_alone(finished, tmp_path):
     assert shared.read_bytes() == (tmp_path / "run" / weights).read_bytes()
 
 
-def test_a_finished_sweep_does_nothing_again(finished, monkeypatch):
+def test_what_is_finished_is_not_done_again(finished, tmp_path, monkeypatch):
     done, _ = finished
     page = (done.folder / "report.html").read_bytes()
     before = {f: f.stat().st_mtime_ns for f in done.folder.rglob("*.parquet")}
     monkeypatch.setattr(Engine, "generate", None)
-    sweep(done, QUIET)
+    sweep(dataclasses.replace(done, members=done.members[:1], folder=tmp_path), QUIET)
     assert before == {f: f.stat().st_mtime_ns for f in done.folder.rglob("*.parquet")}
-    assert page == (done.folder / "report.html").read_bytes()
+    assert page == write(done).read_bytes()
 
 
 def test_the_table_holds_means_and_paired_differences_over_seeds_and_prompts(finished):
     done, _ = finished
-    scores = {}  # cell, seed -> greedy scores by prompt, of the last iteration
+    scores, trained = (
+        {},
+        {},
+    )  # cell, seed -> greedy scores by prompt, of the last iteration; updates
     for member in done.members:
         rows = pq.read_table(Path(member.experiment.output) / "iteration_2/heldout.parquet")
         greedy = sorted(
             (r["prompt_id"], r["score"]) for r in rows.to_pylist() if r["kind"] == "greedy"
         )
         scores[member.cell.name, member.seed] = [score for _, score in greedy]
+        trained[member.cell.name, member.seed] = Run(member.experiment).logged("train", 1)
+        trained[member.cell.name, member.seed] += Run(member.experiment).logged("train", 2)
     rows = {row.name: row for row in table(done)}
     for name, row in rows.items():
         values = np.array([scores[name, seed] for seed in SEEDS])
         assert row.greedy.mean == pytest.approx(values.mean())
-        assert row.seeds == len(SEEDS) and row.updates == 2 * (16 // 4)
+        lines = [line for s in SEEDS for line in trained[name, s]]
+        assert row.seeds == len(SEEDS) and row.updates == len(lines) / len(SEEDS)
         assert row.ranked == 2 * 16 * 3  # equal queries
         if name == "dpo":
             assert row.baseline and row.difference is None and row.p_holm is None
@@ -205,6 +214,65 @@ def test_the_page_names_every_cell_and_links_every_run(finished):
         assert cell.name in text
     assert f"{RUNS} of {RUNS} runs finished" in text and "not finished" not in text
     assert text.count('<svg class="plot"') == 3
+
+
+def test_the_papers_figures_of_its_runs(finished, tmp_path):
+    done, _ = finished
+    runs = [Run(member.experiment, QUIET) for member in done.members[: len(GRID["method"])]]
+    files = figures.write(runs, tmp_path, console=QUIET)
+    assert [f.name for f in files] == [
+        "figure2_win_rates.svg",
+        "figure3_rewards_by_run.svg",
+        "figure3_rewards_by_iteration_dpo.svg",
+        "figure3_rewards_by_iteration_alpha-10.svg",
+        "figure6_one_change.svg",
+        "figure5_own_samples.svg",
+        "figure4_implicit_rewards.svg",
+    ]
+    for file in files:
+        assert file.read_text().startswith("<?xml") and file.with_suffix(".csv").exists()
+    with (tmp_path / "figure4_implicit_rewards.csv").open() as f:
+        rows = list(csv.DictReader(f))
+    # The pairs that both were trained on, scored again, the slow way: from what is stored.
+    dpo, selm = runs
+    examples = from_parquet(dpo.iteration(1) / "examples.parquet")
+    assert len(rows) == 2 * len(examples)
+    logps = [logps_of(run, run.load(run.policy(1)), examples) for run in (dpo, selm)]
+    for role in ("chosen", "rejected"):
+        expected = {}
+        for e, base, other in zip(examples, *logps, strict=True):
+            expected[e.prompt_id] = 0.1 * (other[e.roles[role]] - base[e.roles[role]])
+        mine = [row for row in rows if row["role"] == role]
+        found = [float(row["difference"]) for row in mine]
+        assert found == sorted(found)
+        assert found == pytest.approx([expected[row["prompt_id"]] for row in mine], abs=1e-5)
+        for row in mine:
+            (e,) = (e for e in examples if e.prompt_id == row["prompt_id"])
+            policy = logps[1][examples.index(e)][e.roles[role]]
+            reward = 0.1 * (policy - e.reference[e.roles[role]])
+            assert float(row["reward"]) == pytest.approx(reward, abs=1e-5)
+
+
+def test_figures_need_pairs_that_all_runs_were_asked_about(finished, tmp_path):
+    done, _ = finished
+    (one, *_, other) = done.members  # dpo with one seed, alpha 10 with the other
+    with pytest.raises(
+        RunError, match="different pairs that iteration 1 was trained on; name pairs"
+    ):
+        figures.write([Run(m.experiment, QUIET) for m in (one, other)], tmp_path, console=QUIET)
+    rows = [
+        {"prompt_id": f"x{i}", "prompt": p, "chosen": "Yes.", "rejected": "No."}
+        for i, p in enumerate(tiny.PROMPTS[40:44])
+    ]
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    runs = [Run(m.experiment, QUIET) for m in (one, other)]
+    figures.write(runs, tmp_path / "out", pairs=str(pairs), console=QUIET)
+    with (tmp_path / "out/figure4_implicit_rewards.csv").open() as f:
+        assert {row["prompt_id"] for row in csv.DictReader(f)} == {"x0", "x1", "x2", "x3"}
+    with pytest.raises(RunError, match="no figure could be drawn"):
+        figures.write([], tmp_path / "nothing", console=QUIET)
+    assert not (tmp_path / "nothing").exists()
 
 
 class Stop(Exception):

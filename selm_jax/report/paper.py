@@ -7,50 +7,16 @@ and say so in the drawing.
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib.style
 import numpy as np
 from matplotlib.figure import Figure
-from scipy import stats
 
-from selm_jax.report import published
 from selm_jax.report.data import RunData
+from selm_jax.report.drawing import COLOURS, MARKERS, MUTED, PaperFigure, dashes, matrix, svg
 from selm_jax.report.summary import number
-
-Rows = list[dict[str, Any]]
-
-_COLOURS = ("#1c6fc4", "#942c10", "#00594a", "#743080", "#8a6800", "#68737c")  # page.css, light
-_MARKERS = "os^Dv*"
-_INK, _MUTED, _GRID, _PUBLISHED = "#1d2127", "#5b626d", "#e4e4de", "#8b8f96"
-_RC = {
-    "svg.hashsalt": "selm_jax.paper", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False,
-    "axes.spines.right": False, "axes.edgecolor": _MUTED, "axes.labelcolor": _MUTED,
-    "xtick.color": _MUTED, "ytick.color": _MUTED, "text.color": _INK, "axes.grid": True,
-    "axes.axisbelow": True, "grid.color": _GRID, "legend.frameon": False, "axes.titlesize": 10,
-    "axes.titlelocation": "left", "font.family": "sans-serif", "legend.fontsize": 8,
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class PaperFigure:
-    """A drawing and the numbers in it; `name` is that of its two files."""
-
-    name: str
-    rows: Rows
-    svg: bytes
-
-    def csv(self) -> str:
-        out = io.StringIO()
-        writer = csv.DictWriter(out, list(self.rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        return out.getvalue()
-
 
 # --- Figure 2: who beats whom ---------------------------------------------------------------------
 
@@ -85,55 +51,7 @@ def win_rates(runs: Sequence[RunData], labels: Sequence[str]) -> PaperFigure:
                 {"row": a, "column": b, "win_rate": 100 * wins.mean(), "low": 100 * low,
                  "high": 100 * high, "ties": float((mine == other).mean()), "prompts": len(keys)}
             )  # fmt: skip
-    return PaperFigure("figure2_win_rates", rows, _matrix(rows, "Win rate of row over column, %"))
-
-
-def published_win_rates(name: str) -> PaperFigure:
-    data = published.load(name)
-    rows = [
-        {
-            "row": row["model"],
-            "column": column,
-            "win_rate": float(row[column]),
-            "source": data.source,
-        }
-        for row in data.rows
-        for column in row
-        if column != "model"
-    ]
-    title = "Length-controlled win rate, AlpacaEval 2.0, %"
-    return PaperFigure(f"published_{name}", rows, _matrix(rows, title, data.source))
-
-
-def _matrix(rows: Rows, title: str, source: str | None = None) -> bytes:
-    names = list(dict.fromkeys(row["row"] for row in rows))
-    values = np.array([row["win_rate"] for row in rows]).reshape(len(names), -1)
-
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        axes.grid(False)
-        shown = axes.imshow(
-            values,
-            cmap="Greys" if source else "RdBu",
-            vmin=20,
-            vmax=120 if source else 80,
-        )
-        for i, line in enumerate(values):
-            for j, value in enumerate(line):
-                dark = shown.norm(value) > 0.8 or (not source and shown.norm(value) < 0.2)
-                axes.text(
-                    j, i, f"{value:.1f}", ha="center", va="center", fontsize=8,
-                    color="white" if dark else _INK, style="italic" if source else "normal",
-                )  # fmt: skip
-        axes.set_xticks(range(len(names)), names, rotation=40, ha="right")
-        axes.set_yticks(range(len(names)), names)
-        axes.tick_params(length=0)
-        axes.set_title(title)
-        for spine in axes.spines.values():
-            spine.set_visible(False)
-
-    size = 2.4 + 0.52 * len(names)
-    return _svg((size + 0.6, size), draw, source)
+    return PaperFigure("figure2_win_rates", rows, matrix(rows, "Win rate of row over column, %"))
 
 
 # --- Figure 3: rewards ----------------------------------------------------------------------------
@@ -178,19 +96,19 @@ def _histogram(name: str, title: str, groups: Mapping[str, Sequence[float]]) -> 
         axes = figure.subplots()
         for i, (group, scores) in enumerate(groups.items()):
             shares = [row["share"] for row in rows if row["group"] == group]
-            colour = _COLOURS[i % len(_COLOURS)]
-            axes.stairs(shares, edges, color=colour, linewidth=1.6, fill=False, linestyle=_dashes(i),
+            colour = COLOURS[i % len(COLOURS)]
+            axes.stairs(shares, edges, color=colour, linewidth=1.6, fill=False, linestyle=dashes(i),
                         label=f"{group} (mean {number(float(np.mean(scores)))})")  # fmt: skip
             axes.plot(
-                np.mean(scores), 0, marker=_MARKERS[i % 6], color=colour, clip_on=False, zorder=4
+                np.mean(scores), 0, marker=MARKERS[i % 6], color=colour, clip_on=False, zorder=4
             )
         axes.set_ylim(bottom=0)
         axes.set_xlabel("reward of greedy held-out answers; markers: means")
         axes.set_ylabel("share of answers")
         axes.set_title(f"Rewards {title}" if title.startswith("after") else f"Rewards of {title}")
-        axes.legend()
+        figure.legend(loc="outside lower left", ncols=2)
 
-    return PaperFigure(name, rows, _svg((5.6, 3.4), draw))
+    return PaperFigure(name, rows, svg((5.6, 3.6 + 0.2 * (len(groups) // 2)), draw))
 
 
 # --- Figures 4 and 5: implicit rewards, SELM minus DPO --------------------------------------------
@@ -228,15 +146,15 @@ def implicit_differences(
     def draw(figure: Figure) -> None:
         panels = np.atleast_1d(figure.subplots(1, len(roles), sharey=True))
         for role, axes in zip(roles, panels, strict=True):
-            axes.axhline(0, color=_MUTED, linewidth=0.8)
+            axes.axhline(0, color=MUTED, linewidth=0.8)
             for i, other in enumerate(others):
                 gaps = [
                     r["difference"] for r in rows if (r["run"], r["role"]) == (other.label, role)
                 ]
                 above = np.mean(np.array(gaps) > 0)
                 axes.plot(
-                    range(1, len(gaps) + 1), gaps, color=_COLOURS[i % len(_COLOURS)], linewidth=1.6,
-                    linestyle=_dashes(i),
+                    range(1, len(gaps) + 1), gaps, color=COLOURS[i % len(COLOURS)], linewidth=1.6,
+                    linestyle=dashes(i),
                     label=f"{other.label}: {100 * above:.0f} % above 0",
                 )  # fmt: skip
             axes.set_title(role)
@@ -245,7 +163,7 @@ def implicit_differences(
         panels[0].set_ylabel(f"implicit reward minus {baseline.label}'s")
         figure.suptitle(title, x=0.01, ha="left", fontsize=10)
 
-    return PaperFigure(name, rows, _svg((4.2 * len(roles) + 0.6, 3.5), draw))
+    return PaperFigure(name, rows, svg((4.2 * len(roles) + 0.6, 3.5), draw))
 
 
 def own_samples(run: RunData, label: str, t: int, beta: float) -> Implicit:
@@ -312,10 +230,10 @@ def panels(runs: Sequence[RunData], labels: Sequence[str]) -> PaperFigure | None
         for panel, axes in zip(names, grid, strict=False):
             mine = [row for row in rows if row["panel"] == panel]
             for x, row in enumerate(mine):
-                colour = _MUTED if x == 0 else _COLOURS[(x - 1) % len(_COLOURS)]
+                colour = MUTED if x == 0 else COLOURS[(x - 1) % len(COLOURS)]
                 axes.plot([x, x], [row["low"], row["high"]], color=colour, linewidth=1.6)
-                axes.plot(x, row["reward"], _MARKERS[x % 6], color=colour)
-            axes.axhline(mine[0]["reward"], color=_MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
+                axes.plot(x, row["reward"], MARKERS[x % 6], color=colour)
+            axes.axhline(mine[0]["reward"], color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
             axes.set_xticks(range(len(mine)), [row["run"] for row in mine], rotation=30, ha="right")
             axes.set_xlim(-0.6, max(len(mine), 3) - 0.4)
             axes.grid(False, axis="x")
@@ -325,7 +243,7 @@ def panels(runs: Sequence[RunData], labels: Sequence[str]) -> PaperFigure | None
 
     height = 3.1 * -(-len(names) // 3)
     return PaperFigure(
-        "figure6_one_change", rows, _svg((3.0 * min(len(names), 3) + 0.6, height), draw)
+        "figure6_one_change", rows, svg((3.0 * min(len(names), 3) + 0.6, height), draw)
     )
 
 
@@ -342,81 +260,7 @@ def _last_reward(run: RunData) -> dict[str, Any]:
     return {"iterations": t} | {key: run.metric(t, name) for key, name in names.items()}
 
 
-# --- what was published ---------------------------------------------------------------------------
-
-
-def published_figures() -> list[PaperFigure]:
-    """Tables 1 and 2, the model cards and figure 2 of the paper, marked as what they are."""
-    made = []
-    for name, column, unit in (
-        ("table1", "lc_win_rate", "length-controlled win rate, AlpacaEval 2.0, %"),
-        ("table1", "mt_bench", "MT-Bench"),
-        ("table2", "mean", "mean of six academic benchmarks"),
-        ("model_cards", "lc_win_rate", "length-controlled win rate, AlpacaEval 2.0, %"),
-        ("model_cards", "mt_bench", "MT-Bench"),
-    ):
-        made.append(_published_by_iteration(published.load(name), column, unit))
-    return made + [published_win_rates(n) for n in published.NAMES if n.startswith("figure2")]
-
-
-def _published_by_iteration(data: published.Published, column: str, unit: str) -> PaperFigure:
-    shown = [(row, value) for row, value in data.numbers(column) if row["iteration"]]
-    bases = list(dict.fromkeys(row["base"] for row, _ in shown))
-    rows = [
-        {key: row[key] for key in ("model", "base", "method", "iteration")}
-        | {column: value, "source": data.source}
-        for row, value in data.numbers(column)
-    ]
-
-    def draw(figure: Figure) -> None:
-        grid = np.atleast_1d(figure.subplots(1, len(bases)))
-        for base, axes in zip(bases, grid, strict=True):
-            points = [
-                (row["method"], int(row["iteration"]), value)
-                for row, value in shown
-                if row["base"] == base
-            ]
-            start = [(t, value) for method, t, value in points if method == "start"]
-            for method, marker in (("DPO", "s"), ("SELM", "o")):
-                line = start + [(t, value) for m, t, value in points if m == method]
-                if len(line) > len(start):
-                    axes.plot(
-                        *zip(*line, strict=True), marker=marker, markerfacecolor="white", color=_PUBLISHED,
-                        linestyle=":", linewidth=1.3, label=f"{method}, {published.LABEL}",
-                    )  # fmt: skip
-            axes.set_title(base, style="italic")
-            axes.set_xlabel("iteration; 0: the start")
-            axes.set_xticks(range(4))
-            axes.legend(fontsize=7)
-        grid[0].set_ylabel(unit)
-
-    name = f"published_{data.name}_{column}"
-    return PaperFigure(name, rows, _svg((3.5 * len(bases) + 0.4, 3.4), draw, data.source))
-
-
 # --- what they share ------------------------------------------------------------------------------
-
-
-def _svg(
-    size: tuple[float, float], draw: Callable[[Figure], None], source: str | None = None
-) -> bytes:
-    """The drawing; with a source it says that its numbers were published elsewhere."""
-    with matplotlib.style.context(["default", _RC]):
-        figure = Figure(figsize=size, layout="constrained")
-        draw(figure)
-        if source is not None:
-            figure.text(
-                0.99, 0.995, published.LABEL, ha="right", va="top", fontsize=8, color="#a33c00"
-            )
-        out = io.BytesIO()
-        figure.savefig(
-            out, format="svg", facecolor="white", metadata={"Date": None, "Creator": None}
-        )
-        return out.getvalue()
-
-
-def _dashes(i: int) -> Any:
-    return ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))[i % 4]
 
 
 def _last(run: RunData) -> int:
@@ -448,12 +292,11 @@ def _check_one_ranker(runs: Sequence[RunData], what: str) -> None:
 
 
 def _bootstrap(values: np.ndarray) -> tuple[float, float]:
-    if values.std() == 0:
-        return float(values.mean()), float(values.mean())
-    found = stats.bootstrap(
-        (values,), np.mean, n_resamples=2000, method="percentile", rng=np.random.default_rng(0)
-    ).confidence_interval
-    return float(found.low), float(found.high)
+    """The 95 % percentile interval of the mean, the same prompts drawn whatever the values."""
+    count = len(values)
+    drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), 2000)
+    low, high = np.quantile(drawn @ values / count, [0.025, 0.975])
+    return float(low), float(high)
 
 
 def _slug(text: str) -> str:

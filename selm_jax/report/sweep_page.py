@@ -114,7 +114,7 @@ def write(
         finalize=printable,
     )
     environment.filters.update(number=summary.number, percent=summary.percent)
-    place = list(axes).index(axis)
+    place = list(axes).index(axis)  # of the compared level among a row's
     text = environment.get_template("sweep.html.jinja").render(
         title=title,
         about=about,
@@ -122,7 +122,8 @@ def write(
         style=Markup(STYLE),
         policy="default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; "
         "form-action 'none'",
-        axes=axes,
+        axis=axis,
+        place=place,
         against=against,
         groups=list(_groups(rows, place, against)),
         finished=sum(row.seeds for row in rows),

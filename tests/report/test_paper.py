@@ -11,6 +11,8 @@ import pytest
 
 from selm_jax.report import paper, published
 from selm_jax.report.data import report_data
+from selm_jax.report.drawing import LABEL
+from selm_jax.report.published.figures import figures as published_figures
 
 
 @pytest.fixture
@@ -116,9 +118,9 @@ def test_a_figures_csv_is_its_data_and_its_bytes_are_the_same_every_time(two):
 
 
 def test_published_numbers_are_drawn_as_what_they_are():
-    for figure in paper.published_figures():
+    for figure in published_figures():
         assert figure.name.startswith("published_")
-        assert published.LABEL in texts(figure)
+        assert LABEL in texts(figure)
         assert all("measured here" in row["source"] for row in figure.rows)
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 NAMES = ("table1", "table2", "model_cards", "figure2_zephyr", "figure2_llama3")
-LABEL = "published, not measured here"
 
 
 @dataclass(frozen=True)

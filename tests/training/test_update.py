@@ -374,7 +374,7 @@ def run_on(mesh, decoder, params):
     where = Shardings(at, NamedSharding(mesh, PartitionSpec()))
 
     def put(x):
-        axes = ("rows", None, None)[: x.ndim]
+        axes = ("rows", None, None, None)[: x.ndim]
         return jax.device_put(x, partition("batch", axes, x.shape, mesh, TRAINING))
 
     objective, step = build("selm", beta=0.1, alpha=0.2), optimizer("adamw", **SETTINGS)

@@ -22,6 +22,7 @@ FORMS = {
     "padded": "left and right padding",
     "packed": "packed trees",
     "cached": "prefill + cached decode",
+    "trained": "trained here, loaded there",
 }
 
 
@@ -41,7 +42,8 @@ class Collect:
 
 def main() -> None:
     found = Collect()
-    status = pytest.main([str(ROOT / "tests" / "models" / "test_families.py"), "-q"], [found])
+    files = ("models/test_families.py", "weights/test_trained.py")
+    status = pytest.main([*(str(ROOT / "tests" / file) for file in files), "-q"], [found])
     if status != 0:
         sys.exit(int(status))
     lines = [

@@ -8,12 +8,12 @@ A stage is done when its entry is there and still true.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -41,11 +41,11 @@ def whole(path: Path) -> Iterator[Path]:
     remove(partial)
     try:
         yield partial
-        _flush(partial)
+        flush(partial)
         if path.is_dir():
             shutil.rmtree(path)
         os.replace(partial, path)
-        _flush_folder(path.parent)
+        flush_folder(path.parent)
     except BaseException:
         remove(partial)
         raise
@@ -57,6 +57,23 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def wait_for(paths: Iterable[Path], seconds: float = 120) -> None:
+    """Returns when all paths are there: a shared folder shows another host's files with delay.
+
+    Raises:
+      ArtifactError: one is not, after so many seconds.
+    """
+    until = time.monotonic() + seconds
+    for path in paths:
+        while not path.exists():
+            if time.monotonic() > until:
+                raise ArtifactError(
+                    f"{path}: another process of this run wrote it, and it is not to be seen here "
+                    f"after {seconds:.0f} s. All hosts have to see one run folder (docs/run.md)"
+                )
+            time.sleep(0.1)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -89,21 +106,6 @@ def digest(path: Path) -> str:
 def _file_digest(path: Path, size: int, changed: int) -> str:
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-@contextlib.contextmanager
-def only_one(folder: Path) -> Iterator[None]:
-    """Holds a run folder for this process; the system lets go of it when the process dies."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ArtifactError(
-                f"{folder}: another process is at work in this run folder. Wait for it, stop it, "
-                "or give this run another `output`"
-            ) from None
-        yield
 
 
 class Stages:
@@ -260,14 +262,16 @@ def append_line(path: Path, value: Mapping[str, Any]) -> None:
         f.write(json.dumps(value, ensure_ascii=False) + "\n")
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Has the system write a file, or a folder's files, to disk."""
     for file in [path] if path.is_file() else path.rglob("*"):
         if file.is_file():
             with file.open("rb") as f:
                 os.fsync(f.fileno())
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
+    """The same of the names in a folder."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

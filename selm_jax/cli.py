@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated
 
@@ -37,14 +38,14 @@ def run(
     """Run an experiment, or what is left of it, and write its report."""
     from selm_jax.iterate import iterate
 
-    iterate(_run(experiment, overrides, tiny))
+    iterate(_run(experiment, overrides, tiny, processes=True))
 
 
 def _stage_verb(name: str, help: str) -> None:
     def verb(experiment: ConfigFile, iteration: Iteration, overrides: Overrides = None) -> None:
         from selm_jax.iterate import run_stage
 
-        run_stage(_run(experiment, overrides), name, iteration)
+        run_stage(_run(experiment, overrides, processes=True), name, iteration)
 
     app.command(name, help=help)(verb)
 
@@ -53,8 +54,34 @@ _stage_verb("generate", "One stage alone: the policy answers the iteration's pro
 _stage_verb("rank", "One stage alone: candidates are scored and paired.")
 _stage_verb("score", "One stage alone: log-probabilities under the reference.")
 _stage_verb("train", "One stage alone: the updates.")
-_stage_verb("export", "One stage alone: the policy as a Hugging Face folder.")
 _stage_verb("evaluate", "One stage alone: held-out answers and their reward.")
+
+
+@app.command()
+def export(
+    experiment: ConfigFile,
+    iteration: Iteration,
+    overrides: Overrides = None,
+    to: Annotated[
+        Path | None, typer.Option(help="Write the policy here as well, to be handed on.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Of the weights in --to: float32, bfloat16 or float16.")
+    ] = "bfloat16",
+) -> None:
+    """One stage alone: the policy as a Hugging Face folder; and, if asked, a copy to publish."""
+    from selm_jax import artifacts
+    from selm_jax.iterate import run_stage
+    from selm_jax.weights.export import convert_dtype
+
+    run = _run(experiment, overrides)
+    run_stage(run, "export", iteration)
+    if to is not None:
+        if to.exists():
+            raise artifacts.ArtifactError(f"{to}: is there already; --to makes a new folder")
+        with artifacts.whole(to) as partial:
+            convert_dtype(run.policy(iteration), partial, dtype)
+        typer.echo(f"{to}: the policy after iteration {iteration}, in {dtype}")
 
 
 @app.command()
@@ -68,6 +95,54 @@ def preview(
     from selm_jax import preview
 
     preview.preview(_run(experiment, overrides), iteration, rows)
+
+
+@app.command()
+def plan(
+    experiment: ConfigFile,
+    overrides: Overrides = None,
+    topology: Annotated[
+        list[str] | None,
+        typer.Option(help="A slice such as v5e:4x8; may be repeated. Default: the devices here."),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="The model's config.json, where the model is not here.")
+    ] = None,
+    data_rows: Annotated[int | None, typer.Option(help="Rows of data.train.", min=1)] = None,
+    heldout_rows: Annotated[int | None, typer.Option(help="Rows of data.heldout.", min=1)] = None,
+    prompt_tokens: Annotated[int | None, typer.Option(help="Of a prompt, mean.", min=1)] = None,
+    response_tokens: Annotated[int | None, typer.Option(help="Of an answer, mean.", min=1)] = None,
+    mfu: Annotated[
+        float, typer.Option(help="Share of the peak arithmetic that is reached.", min=0.01, max=1)
+    ] = 0.4,
+    mbu: Annotated[
+        float, typer.Option(help="Share of the memory's bandwidth, in decoding.", min=0.01, max=1)
+    ] = 0.6,
+    price: Annotated[float | None, typer.Option(help="Dollars of a chip's hour.", min=0)] = None,
+    hbm: Annotated[float | None, typer.Option(help="GiB of a device, if not the known.")] = None,
+    tries: Annotated[
+        int, typer.Option(help="Changes to compile in search of one that fits.", min=0)
+    ] = 8,
+    json: Annotated[Path | None, typer.Option(help="Write the result here too.")] = None,
+) -> None:
+    """Compile it for a TPU slice that is not here: does it fit, how long, what does it cost?
+
+    Exit status 3 where it does not fit. Nothing is trained, no weights are read.
+    """
+    from selm_jax import config as experiments
+    from selm_jax.plan import command
+    from selm_jax.plan.examine import Options
+
+    given = list(overrides or [])
+    options = Options(
+        data_rows, heldout_rows, prompt_tokens, response_tokens, mfu, mbu, hbm, price,
+        tries,
+    )  # fmt: skip
+    status = command.main(
+        lambda change: experiments.load(experiment, [*given, *change]),
+        topology or [], config=config, out=json, options=options,
+    )  # fmt: skip
+    raise typer.Exit(status)
 
 
 @app.command()
@@ -186,19 +261,32 @@ def bench(
 
 
 def main() -> None:
-    """Entry point. Known errors are one message, not a trace; exit status 1, Ctrl-C 130."""
+    """Entry point. Known errors are one message, not a trace; exit status 1, Ctrl-C 130, and 75 for
+    a run that was told to stop and saved."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
         status = app(standalone_mode=False)
     except Exception as e:
         if os.environ.get("SELM_TRACEBACK") or not _is_for_the_user(e):
+            _leave_the_others(traceback.format_exc())
             raise
-        print(f"selm: {getattr(e, 'format_message', e.__str__)()}", file=sys.stderr)
+        message = f"selm: {getattr(e, 'format_message', e.__str__)()}"
+        _leave_the_others(message)
+        print(message, file=sys.stderr)
         sys.exit(1)
     if status == _INTERRUPTED:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
     if status:
         sys.exit(status)
+
+
+def _leave_the_others(message: str) -> None:
+    """Beside other processes of this run, ends at once: an orderly exit would wait for them, and
+    they for this one. They are told by the coordinator."""
+    jax = sys.modules.get("jax")
+    if jax is not None and jax.distributed.is_initialized():
+        print(message, file=sys.stderr, flush=True)
+        os._exit(1)
 
 
 _INTERRUPTED = 130  # what typer returns after Ctrl-C
@@ -210,11 +298,16 @@ def _is_for_the_user(error: Exception) -> bool:
     return isinstance(error, OSError) or package in ("selm_jax", "typer", "click")
 
 
-def _run(file: Path, overrides: list[str] | None, tiny: bool = False):
+def _run(file: Path, overrides: list[str] | None, tiny: bool = False, processes: bool = False):
+    """The run of an experiment file; with `processes`, together with those that run beside."""
     from selm_jax import config
 
     experiment = config.load(file, overrides or [])
     _set_up_jax()
+    from selm_jax.parallel import multihost
+
+    if processes:
+        multihost.initialize()
     from selm_jax.run import Run
 
     if tiny:
@@ -222,7 +315,7 @@ def _run(file: Path, overrides: list[str] | None, tiny: bool = False):
 
         from selm_jax.tiny import shrink
 
-        experiment = shrink(experiment, Console())
+        experiment = shrink(experiment, Console(quiet=not multihost.is_first()))
     return Run(experiment)
 
 
@@ -260,7 +353,7 @@ def _set_up_jax() -> None:
     from selm_jax.weights.sources import cache_root
 
     jax.config.update("jax_compilation_cache_dir", str(cache_root() / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # restarts add them up
     # Of two programs in flight on forced CPU devices, each can hold the threads that the other's
     # collectives wait for; on other platforms this setting does nothing.
     jax.config.update("jax_cpu_enable_async_dispatch", False)

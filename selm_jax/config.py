@@ -54,6 +54,8 @@ class Data:
     prompt_id: str = "prompt_id"  # column; where it is absent ids are digests of the prompts
     chosen: str | None = None  # columns of a preference data set (UltraFeedback: chosen, rejected)
     rejected: str | None = None
+    chosen_score: str | None = None  # columns of numbers: what the two answers are worth. For
+    rejected_score: str | None = None  # `margin` of bradley_terry; the second alone is 0 unsaid
     system: str | None = None  # system message put before every prompt
     portions: int | None = None  # iteration t takes the t-th of so many parts; None: one each
     first_portion: int = 1  # the first iteration's: 2 leaves out what a warm start was trained on
@@ -89,8 +91,8 @@ class Rollout:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
-    slots: int = 16  # responses decoded together
-    prefill_rows: int = 8  # prompts in one prefill
+    slots: int = 16  # responses decoded together, or the next number that the devices divide
+    prefill_rows: int = 8  # prompts in one prefill; likewise
     max_prompt_tokens: int = 512  # a longer prompt is an error
     prompts_per_part: int = 256  # a killed run loses at most one part of the responses
 
@@ -139,6 +141,7 @@ class Training:
     remat: Literal["none", "mlp", "dots", "full"] = "full"
     logprob_chunk: int = 32  # tokens per row whose logits exist at a time
     checkpoint_every: int = 100  # updates
+    checkpoints_kept: int = 1  # of an iteration that trains; the newest
     parameter_dtype: Literal["float32", "bfloat16"] = "float32"
 
 
@@ -155,9 +158,13 @@ class Lora:
 @dataclass(frozen=True, config=_STRICT)
 class Compute:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32 on CPU, else bfloat16
-    data: int = 1  # mesh axes; -1 takes the devices that are left
+    preset: Literal["single", "fsdp", "fsdp_tensor"] = "fsdp_tensor"  # single: one device
+    data: int = 1  # mesh axes within a slice; -1 takes the devices that are left
     fsdp: int = -1
     tensor: int = 1
+    dcn_data: int = -1  # between slices (on GPUs: hosts); -1 takes those that are left
+    dcn_fsdp: int = 1
+    decode_tensor: int | None = None  # devices of a copy of the model that generates; None: tensor
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -301,6 +308,14 @@ def _inconsistencies(e: Experiment):
             "data.chosen alone and set candidates.greedy: 0"
         )
     yield from _inconsistent_feedback(e)
+    if e.data.rejected_score and not e.data.chosen_score:
+        yield "data.rejected_score: there is no data.chosen_score to compare it with"
+    asks_for_scores = "bradley_terry" in str(e.objective.get("loss")) and e.objective.get("margin")
+    if asks_for_scores and not e.data.chosen_score:
+        yield (
+            "objective.margin: asks for gaps of the data's scores, but data.chosen_score (and "
+            "data.rejected_score) name no column of them"
+        )
     for key in ("max_length", "max_prompt_length"):
         if e.text.layout != "paper" and getattr(e.text, key) != getattr(Text(), key):
             yield f"text.{key}: only text.layout: paper reads it; the default layout cuts nothing"
@@ -319,12 +334,17 @@ def _inconsistencies(e: Experiment):
         "rows",
         "logprob_chunk",
         "checkpoint_every",
+        "checkpoints_kept",
     ):
         if getattr(e.training, key) < 1:
             yield f"training.{key}: {getattr(e.training, key)}, at least 1 was expected"
     for key in ("max_new_tokens", "slots", "prefill_rows", "max_prompt_tokens", "prompts_per_part"):
         if getattr(e.rollout, key) < 1:
             yield f"rollout.{key}: {getattr(e.rollout, key)}, at least 1 was expected"
+    if e.compute.dcn_fsdp < 1:
+        yield f"compute.dcn_fsdp: {e.compute.dcn_fsdp}, at least 1 was expected"
+    if e.compute.dcn_data < 1 and e.compute.dcn_data != -1:
+        yield f"compute.dcn_data: {e.compute.dcn_data}, at least 1 was expected, or -1"
 
 
 def _inconsistent_feedback(e: Experiment):

@@ -10,7 +10,12 @@ for t = 1, 2, ...:                                  paper, Algorithm 1
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 from selm_jax import artifacts
+from selm_jax.lock import only_one
+from selm_jax.parallel import multihost
 from selm_jax.report import page
 from selm_jax.run import Run
 from selm_jax.stages import EVALUATE, STAGES
@@ -19,9 +24,7 @@ from selm_jax.training.checkpoint import Checkpoints
 
 def iterate(run: Run) -> None:
     """Runs what is left of the experiment, then writes the report."""
-    with artifacts.only_one(run.folder):
-        run.check()
-        run.open()
+    with _held(run):
         done = [_evaluate(run, 0)]
         for t in range(1, run.experiment.iterations + 1):
             done += [stage.run(run, t) for stage in STAGES]
@@ -35,9 +38,7 @@ def iterate(run: Run) -> None:
 def run_stage(run: Run, name: str, t: int) -> None:
     """Runs one stage of iteration t, whose inputs must be there."""
     stage = next(s for s in (*STAGES, EVALUATE) if s.name == name)
-    with artifacts.only_one(run.folder):
-        run.check()
-        run.open()
+    with _held(run):
         try:
             if not stage.run(run, t):
                 run.console.print(f"iteration {t}  {name}: done already")
@@ -48,7 +49,24 @@ def run_stage(run: Run, name: str, t: int) -> None:
             ) from e
 
 
+@contextlib.contextmanager
+def _held(run: Run) -> Iterator[None]:
+    """The run folder is this run's alone; the first process holds it for all of them."""
+    with contextlib.ExitStack() as stack:
+        multihost.on_first(lambda: stack.enter_context(only_one(run.folder)))
+        run.check()
+        run.open()
+        multihost.listen()
+        try:
+            yield
+        except multihost.Stopped:
+            run.console.print(f"{run.folder}: told to stop; the same command goes on from here")
+            raise
+
+
 def write_report(run: Run) -> None:
+    if not multihost.is_first():
+        return
     file = run.folder / "report.html"
     page.write([run.folder], file)
     run.console.print(f"report: {file}", soft_wrap=True)

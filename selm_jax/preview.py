@@ -26,8 +26,8 @@ from selm_jax.preferences.examples import ROLES, Example, from_parquet
 from selm_jax.preferences.packing import assign_rows
 from selm_jax.run import Run, RunError
 from selm_jax.stages import STAGES
-from selm_jax.stages.score import paired_examples
-from selm_jax.text.answers import answer_ids, answers
+from selm_jax.stages.score import paired_examples, rated_example
+from selm_jax.text.answers import answer_ids, answers, check_spelled
 from selm_jax.text.chat import Chat, UnusableAnswer
 from selm_jax.text.layout import paper_row
 
@@ -144,13 +144,17 @@ def _from_data(run: Run, t: int) -> Preview:
             cut.update(prompts_cut=row.prompt_cut, responses_cut=row.responses_cut)
         else:
             try:
-                responses = {source: answer_ids(run.chat, prompt, source) for source in texts}
+                if run.objective.rates:
+                    for source in texts:
+                        check_spelled(run.chat, prompt, source)
+                    rows.append(rated_example(run, prompt, texts, {}))
+                else:
+                    responses = {source: answer_ids(run.chat, prompt, source) for source in texts}
+                    rows.append(Example.of(prompt.id, ids, responses))
             except UnusableAnswer:
                 if e.data.on_bad_row == "error":
                     raise
                 dropped["unusable_answer"] += 1
-            else:
-                rows.append(Example.of(prompt.id, ids, responses))
     with_answers = "with its answers" if e.candidates.dataset else "prompts alone"
     source = f"{e.data.train}, {with_answers}; the policy's answers are not there yet"
     return Preview(source, rows, dropped, cut)

@@ -10,7 +10,7 @@ import datetime
 import importlib.metadata
 import json
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
@@ -27,17 +28,18 @@ from selm_jax.feedback import ranker as rankers
 from selm_jax.log import Writers
 from selm_jax.models.config import DecoderConfig
 from selm_jax.models.decoder import Decoder, Params, abstract_adapters, abstract_params
-from selm_jax.models.families import read_config
+from selm_jax.models.families import read_as_reward_model, read_config
 from selm_jax.models.lora import Lora
 from selm_jax.models.lora import init as fresh_adapters
 from selm_jax.models.quantize import check_installed, quantize
 from selm_jax.objectives.build import build as build_objective
 from selm_jax.objectives.losses import Objective
-from selm_jax.parallel.mesh import make_mesh
-from selm_jax.parallel.rules import TRAINING, partition, shardings
+from selm_jax.parallel import multihost
+from selm_jax.parallel.mesh import count_slices, decode_mesh, make_mesh
+from selm_jax.parallel.rules import PRESETS, Rules, check_preset, partition, shardings
 from selm_jax.preferences.packing import PreferenceBatch
 from selm_jax.progress import bar
-from selm_jax.rollout.engine import Engine
+from selm_jax.rollout.engine import Engine, decoding_params, decoding_shardings
 from selm_jax.rollout.sampling import Sampling
 from selm_jax.text.answers import check_answers, longest_answered
 from selm_jax.text.chat import Chat, ChatError
@@ -62,12 +64,16 @@ class Run:
         self,
         experiment: Experiment,
         console: Console | None = None,
+        devices: Sequence[Any] | None = None,
         store: artifacts.Store | None = None,
     ):
-        """`store` holds what runs beside this one have done already, and takes what this one does."""
+        """`devices`: all there are, if not given. `store` holds what runs beside this one have done
+        already, and takes what this one does."""
         self.experiment = experiment
+        self.devices = devices
         self.folder = Path(experiment.output)
-        self.console = console or Console()
+        # Of several processes one talks.
+        self.console = console or Console(quiet=not multihost.is_first())
         self.store = store
 
     # Where things are
@@ -93,7 +99,9 @@ class Run:
     @cached_property
     def start(self) -> sources.ModelFolder:
         model = self.experiment.model
-        return sources.resolve(model.source, revision=model.revision, progress=self.console)
+        return multihost.first_then_others(  # it may download into a folder that they share
+            lambda: sources.resolve(model.source, revision=model.revision, progress=self.console)
+        )
 
     @cached_property
     def config(self) -> DecoderConfig:
@@ -101,16 +109,34 @@ class Run:
         return self._facts.for_length(self.longest_sequence)
 
     @cached_property
-    def _facts(self) -> DecoderConfig:
+    def _stored(self) -> DecoderConfig:
+        """The facts of the start model as its folder tells them."""
         return read_config(self.start.path)
+
+    @cached_property
+    def _facts(self) -> DecoderConfig:
+        """Those of what is trained: a reward model may begin from a language model."""
+        if self.objective.rates and self._stored.head is None:
+            return read_as_reward_model(self.start.path, self.chat.tokenizer.pad_token_id)
+        if self._stored.head is not None and not self.objective.rates:
+            raise RunError(
+                f"{self.start.path} is a reward model, which says nothing; {self.objective} trains "
+                "a language model. Name one as model.source, and this one as ranker: "
+                "`feedback: {ranker: reward_model, settings: {source: ...}}`"
+            )
+        return self._stored
 
     @cached_property
     def longest_sequence(self) -> int:
         """Tokens of a prompt and its answer, at most.
 
         The data set's answers are counted only where it matters: for a model with two tables of
-        rotary frequencies. What exceeds the model's positions is found when examples are made.
+        rotary frequencies. What exceeds the model's positions is found when examples are made. For a
+        reward model nothing is generated, so that there are no others.
         """
+        if self.objective.rates:
+            pairs = [*self.every_prompt(), *self.heldout] if self._facts.has_two_tables else []
+            return longest_answered(self.chat, pairs, whole=True) or 1
         answered = self.longest_prompt + self.experiment.rollout.max_new_tokens
         if not self._facts.has_two_tables or not self.experiment.candidates.dataset:
             return answered
@@ -121,28 +147,53 @@ class Run:
     @cached_property
     def chat(self) -> Chat:
         chat = Chat(self.start.path, self.experiment.text)
-        if len(chat.tokenizer) > self._facts.vocab_size:
+        if len(chat.tokenizer) > self._stored.vocab_size:
             raise RunError(
                 f"{self.start.path}: the tokenizer has {len(chat.tokenizer)} tokens, the model's "
-                f"embedding only {self._facts.vocab_size}"
+                f"embedding only {self._stored.vocab_size}"
             )
         return chat
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        return self.chat.stop_ids
 
     @cached_property
     def dtype(self) -> Any:
         name = self.experiment.compute.dtype
         if name == "auto":  # XLA gains nothing from bfloat16 on CPU
-            name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+            on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+            name = "float32" if on_cpu else "bfloat16"
         return jnp.dtype(name)
 
     @cached_property
     def mesh(self) -> jax.sharding.Mesh:
         c = self.experiment.compute
-        return make_mesh((c.data, c.fsdp, c.tensor))
+        devices = self.devices or jax.devices()
+        if c.preset == "single":
+            if multihost.count() > 1:
+                raise RunError("compute.preset is 'single': one device; there are processes beside")
+            return make_mesh((1, 1, 1), devices[:1])
+        dcn_data = c.dcn_data
+        if dcn_data == -1:
+            dcn_data = max(1, count_slices(devices) // c.dcn_fsdp)
+        mesh = make_mesh((c.data, c.fsdp, c.tensor), self.devices, dcn=(dcn_data, c.dcn_fsdp, 1))
+        check_preset(c.preset, mesh)
+        return mesh
+
+    @cached_property
+    def decode_mesh(self) -> jax.sharding.Mesh:
+        """The mesh as generation sees it: copies of the model, each on a few neighbours."""
+        tensor = self.experiment.compute.decode_tensor or self.mesh.shape["tensor"]
+        return decode_mesh(self.mesh, tensor)
+
+    @property
+    def rules(self) -> Rules:
+        return PRESETS[self.experiment.compute.preset]
 
     @cached_property
     def param_shardings(self) -> Any:
-        return shardings(abstract_params(self.config), self.mesh, TRAINING)
+        return shardings(abstract_params(self.config), self.mesh, self.rules)
 
     @cached_property
     def abstract_params(self) -> Params:
@@ -174,7 +225,7 @@ class Run:
         return jax.tree.map(
             lambda x, where: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=where),
             nn.unbox(boxed),
-            shardings(boxed, self.mesh, TRAINING),
+            shardings(boxed, self.mesh, self.rules),
         )
 
     @cached_property
@@ -182,9 +233,15 @@ class Run:
         return sum(x.size for x in jax.tree.leaves(self.abstract_params))
 
     def load(self, folder: Path) -> Params:
-        """The parameters of a model folder, each straight into its place on the mesh."""
+        """The parameters of a model folder, each straight into its place on the mesh.
+
+        A reward model that begins from a language model begins with a head of zeros.
+        """
         dtype = jnp.dtype(self.experiment.training.parameter_dtype)
-        return load(folder, self.config, dtype=dtype, shardings=self.param_shardings)
+        fresh = self.objective.rates and read_config(folder).head is None
+        return load(
+            folder, self.config, dtype=dtype, shardings=self.param_shardings, fresh_head=fresh
+        )
 
     def start_of(self, t: int) -> Params:
         """What iteration t starts from; quantised if `lora.base` says so."""
@@ -220,16 +277,27 @@ class Run:
     def _key(self) -> jax.Array:
         return jax.random.key(self.experiment.seed)
 
+    def decoding(self, params: Params) -> Params:
+        """The parameters as the engine takes them, in the dtype of computing."""
+        return decoding_params(
+            params, self.dtype, decoding_shardings(self.config, self.decode_mesh)
+        )
+
     def place(self, batch: PreferenceBatch) -> PreferenceBatch:
-        """Puts a batch on the devices, cut by rows."""
+        """Puts a batch on the devices, cut by rows; each process its own."""
+
+        def put(x, where):
+            x = np.asarray(x)
+            return jax.make_array_from_callback(x.shape, where, lambda cut: x[cut])
+
+        return jax.tree.map(put, batch, self.batch_shardings(batch))
+
+    def batch_shardings(self, batch: PreferenceBatch) -> PreferenceBatch:
+        """Where a batch lies: cut by rows."""
         axes = ("rows",) + (None,) * 8
-
-        def put(x):
-            return jax.device_put(
-                x, partition("batch", axes[: x.ndim], x.shape, self.mesh, TRAINING)
-            )
-
-        return jax.tree.map(put, batch)
+        return jax.tree.map(
+            lambda x: partition("batch", axes[: x.ndim], x.shape, self.mesh, self.rules), batch
+        )
 
     # The parts that compute
 
@@ -266,14 +334,15 @@ class Run:
     @cached_property
     def engine(self) -> Engine:
         r = self.experiment.rollout
-        return Engine(
+        return Engine.fitted(
             decoder=Decoder(self.config, self.dtype, scan=False),
             sampling=Sampling(r.temperature, r.top_k, r.top_p, r.min_p),
             slots=r.slots,
             max_prompt=self.longest_prompt,
             max_new_tokens=r.max_new_tokens,
-            stop_ids=self.chat.stop_ids,
+            stop_ids=self.stop_ids,
             prefill_rows=r.prefill_rows,
+            mesh=self.decode_mesh,
         )
 
     @cached_property
@@ -305,7 +374,7 @@ class Run:
     @cached_property
     def all_prompts(self) -> PromptSet:
         d = self.experiment.data
-        return load_prompts(
+        return self._read_prompts(
             d.train, split=d.train_split, prompt=d.prompt, prompt_id=d.prompt_id, chosen=d.chosen,
             rejected=d.rejected, revision=d.revision, on_bad_row=d.on_bad_row,
             duplicate_ids=d.duplicate_ids,
@@ -338,11 +407,17 @@ class Run:
         d = self.experiment.data
         if d.heldout is None:
             return []
-        found = load_prompts(
+        pairs = self.objective.rates  # which are then what is looked at
+        found = self._read_prompts(
             d.heldout, split=d.heldout_split, prompt=d.prompt, prompt_id=d.prompt_id,
+            chosen=d.chosen if pairs else None, rejected=d.rejected if pairs else None,
             revision=d.revision, on_bad_row=d.on_bad_row,
+            duplicate_ids=d.duplicate_ids if pairs else "error",
         )  # fmt: skip
         return [self._with_system(p) for p in found[: d.heldout_limit]]
+
+    def _read_prompts(self, *source: str, **columns: Any) -> PromptSet:
+        return multihost.first_then_others(lambda: load_prompts(*source, **columns))
 
     def _with_system(self, prompt: Prompt) -> Prompt:
         system = self.experiment.data.system
@@ -355,7 +430,9 @@ class Run:
 
     def check(self) -> None:
         """Builds everything that can fail before any work is done."""
-        _ = (self.objective, self.optimizer, self.ranker, self.all_prompts, self.heldout)
+        _ = (self.objective, self.optimizer, self.all_prompts, self.heldout)
+        if multihost.is_first():  # the others do not ask it
+            _ = self.ranker
         e = self.experiment
         there = ("chosen", "rejected") if e.data.rejected else ("chosen",)
         if e.taught and not set(self.objective.roles) <= set(there):
@@ -364,6 +441,8 @@ class Run:
                 f"candidates compete, and the data set has {' and '.join(there)} alone. Answers alone "
                 "can teach `loss: sft`, pairs `loss: dpo`; for y_ref set candidates.greedy: 1"
             )
+        if self.objective.rates:
+            self._check_rated()
         if self.quantized is not None:
             check_installed()
         if e.training.rows % (self.mesh.shape["data"] * self.mesh.shape["fsdp"]):
@@ -373,9 +452,13 @@ class Run:
             )
         if e.candidates.dataset or e.text.layout == "paper":
             check_answers(
-                self.chat, self.every_prompt(), layout=e.text.layout, on_bad_row=e.data.on_bad_row
-            )
-        _ = (self.config, self.engine, self.lora)
+                self.chat, self.every_prompt(), layout=e.text.layout, on_bad_row=e.data.on_bad_row,
+                whole=self.objective.rates,
+            )  # fmt: skip
+        _ = (self.config, self.lora, self.abstract_trained)
+        if not self.objective.rates:
+            _ = self.engine
+            decoding_shardings(self.config, self.decode_mesh)
         if e.training.parameter_dtype == "bfloat16" and min(e.training.learning_rate) < 1e-5:
             self.console.print(
                 "training.parameter_dtype is bfloat16: at this learning rate most steps are "
@@ -383,8 +466,29 @@ class Run:
                 style="yellow",
             )
 
+    def _check_rated(self) -> None:
+        """What a reward model's training asks of the experiment."""
+        e = self.experiment
+        if not (e.taught and e.data.rejected):
+            raise RunError(
+                f"{self.objective} trains a reward model on pairs of the data set: name data.chosen "
+                "and data.rejected, and set candidates: {greedy: 0, samples: 0, dataset: true}"
+            )
+        if e.lora is not None:
+            raise RunError(
+                f"{self.objective} trains a reward model, whose head adapters would leave at its "
+                "zeros; all parameters are trained: set lora: null"
+            )
+        if e.text.layout != "default":
+            raise RunError(
+                f"{self.objective} reads whole conversations, of which text.layout: "
+                f"{e.text.layout} knows nothing; set text.layout: default"
+            )
+
     def open(self) -> None:
         """Writes config.yaml and manifest.json."""
+        if not multihost.is_first():
+            return
         artifacts.write_text(self.folder / "config.yaml", dump(self.experiment))
         file = self.folder / "manifest.json"
         manifest = json.loads(file.read_text()) if file.exists() else {}
@@ -401,8 +505,10 @@ class Run:
                 "parameters": self.parameters,
                 "versions": {v: importlib.metadata.version(v) for v in _VERSIONS},
                 "python": platform.python_version(),
-                "device": f"{len(jax.devices())} x {device.device_kind} ({device.platform})",
+                "device": f"{self.mesh.size} x {device.device_kind} ({device.platform})",
                 "mesh": dict(self.mesh.shape),
+                "decode_mesh": dict(self.decode_mesh.shape),
+                "processes": multihost.count(),
                 "created": manifest.get("created", now),
             },
         )
@@ -411,7 +517,8 @@ class Run:
         """The README.md of the policy after iteration t."""
         lines = self.metrics_file.read_text().splitlines() if self.metrics_file.exists() else []
         metrics = [json.loads(line) for line in lines]
-        return model_card(self.experiment, self.folder.name, t, self.start.origin, metrics)
+        rates = self.objective.rates
+        return model_card(self.experiment, self.folder.name, t, self.start.origin, metrics, rates)
 
     @cached_property
     def writers(self) -> Writers:
@@ -425,13 +532,16 @@ class Run:
 
     def log(self, stage: str, t: int, metrics: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl, and the same to TensorBoard and wandb."""
+        if not multihost.is_first():
+            return
         line = {"stage": stage, "iteration": t, **metrics}
         artifacts.append_line(self.metrics_file, line)
         self.writers.write(line)
 
     def forget_metrics(self, which: Callable[[dict[str, Any]], bool]) -> None:
         """Drops lines of metrics.jsonl that are about to be written again."""
-        artifacts.rewrite_lines(self.metrics_file, lambda line: not which(line))
+        if multihost.is_first():
+            artifacts.rewrite_lines(self.metrics_file, lambda line: not which(line))
 
     def bar(self, title: str, total: int, unit: str):
         return bar(self.console, title, total, unit)

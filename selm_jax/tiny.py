@@ -26,6 +26,7 @@ from selm_jax import artifacts
 from selm_jax.config import Compute, ConfigError, Data, Experiment, Feedback, as_dict
 from selm_jax.models.decoder import Decoder
 from selm_jax.models.families import from_hf, to_hf
+from selm_jax.parallel import multihost
 from selm_jax.weights.huggingface import save
 
 ROWS, HELDOUT = 64, 8
@@ -101,11 +102,8 @@ def shrink(experiment: Experiment, console: Console) -> Experiment:
     output = f"{e.output.rstrip('/')}-tiny"
     inputs = Path(output) / "inputs"
     family = _family(e.model.source)
-    with artifacts.whole(inputs) as partial:
-        make_model(partial / "model", family)
-        for name, count in (("train", ROWS), ("heldout", HELDOUT)):
-            lines = (json.dumps(row) + "\n" for row in _rows(e.data, name, count))
-            (partial / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    multihost.on_first(lambda: _write_inputs(inputs, family, e.data))
+    artifacts.wait_for([inputs])
     text = e.text
     if text.layout == "paper":  # in proportion: 1024 and 512 of its tokens
         text = replace(text, max_length=160, max_prompt_length=80)
@@ -132,6 +130,14 @@ def shrink(experiment: Experiment, console: Console) -> Experiment:
     )  # fmt: skip
     _say(e, tiny, console)
     return tiny
+
+
+def _write_inputs(folder: Path, family: Family, data: Data) -> None:
+    with artifacts.whole(folder) as partial:
+        make_model(partial / "model", family)
+        for name, count in (("train", ROWS), ("heldout", HELDOUT)):
+            lines = (json.dumps(row) + "\n" for row in _rows(data, name, count))
+            (partial / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def make_model(folder: Path, family: Family) -> None:
@@ -203,14 +209,20 @@ def _rows(data: Data, split: str, count: int) -> Iterator[dict[str, Any]]:
             if column is not None:
                 turns = (("user", prompt), ("assistant", answer))
                 row[column] = [{"role": role, "content": content} for role, content in turns]
+        for column, score in ((data.chosen_score, 4.0), (data.rejected_score, 2.0)):
+            if column is not None:
+                row[column] = score
         yield row
 
 
 def _feedback(feedback: Feedback) -> Feedback:
-    """Without what needs weights or a server; `length` needs nothing."""
-    folder = str(feedback.settings.get("folder", ""))
-    weights_are_here = feedback.ranker == "pairrm" and (Path(folder) / "config.json").exists()
-    if feedback.ranker not in ("pairrm", "judge", "mixture") or weights_are_here:
+    """Without what needs weights, a server, or words; `length` needs nothing."""
+    of_weights = {"pairrm": "folder", "reward_model": "source"}
+    folder = str(feedback.settings.get(of_weights.get(feedback.ranker, ""), ""))
+    weights_are_here = feedback.ranker in of_weights and (Path(folder) / "config.json").exists()
+    # A random model writes letters: to the sentiment rule all its answers are ties.
+    elsewhere = (*of_weights, "judge", "mixture", "sentiment")
+    if feedback.ranker not in elsewhere or weights_are_here:
         return feedback
     return replace(feedback, ranker="length", settings={})
 

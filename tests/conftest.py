@@ -148,7 +148,23 @@ def parity(record_property) -> Callable[[str, str, float], None]:
     return note
 
 
+@pytest.fixture
+def tried(record_property) -> Callable[[str], None]:
+    """Notes what a test has tried, and what came of it; the session's summary shows it."""
+    return lambda line: record_property("tried", line)
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
+    lines = [
+        value
+        for outcome in ("passed", "failed")
+        for report in terminalreporter.getreports(outcome)
+        for key, value in report.user_properties
+        if key == "tried"
+    ]
+    if lines:
+        terminalreporter.section("tried")
+        terminalreporter.write_line("\n".join(lines))
     worst: dict[str, dict[str, float]] = {}
     for report in terminalreporter.getreports("passed"):
         for key, value in report.user_properties:

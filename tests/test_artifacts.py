@@ -6,6 +6,7 @@ import pytest
 
 from selm_jax import artifacts
 from selm_jax.artifacts import ArtifactError, Stages
+from selm_jax.lock import only_one
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path):
@@ -79,7 +80,7 @@ def test_lines_are_dropped_by_condition_and_when_torn(tmp_path):
 
 
 def test_one_process_at_a_time(tmp_path):
-    with artifacts.only_one(tmp_path), pytest.raises(ArtifactError, match="another process"):
-        artifacts.only_one(tmp_path).__enter__()
-    with artifacts.only_one(tmp_path):
+    with only_one(tmp_path), pytest.raises(ArtifactError, match="another process"):
+        only_one(tmp_path).__enter__()
+    with only_one(tmp_path):
         pass

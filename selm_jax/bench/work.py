@@ -19,11 +19,11 @@ from selm_jax.models import flops
 from selm_jax.models.config import DecoderConfig
 from selm_jax.models.decoder import Decoder, Params, abstract_params
 from selm_jax.objectives.losses import selm
-from selm_jax.parallel.mesh import make_mesh
+from selm_jax.parallel.mesh import decode_mesh, make_mesh
 from selm_jax.parallel.rules import TRAINING, partition, shardings
 from selm_jax.preferences.examples import Example
 from selm_jax.preferences.packing import PreferenceBatch, common_shape, pack
-from selm_jax.rollout.engine import Engine, Request, decoding_params
+from selm_jax.rollout.engine import Engine, Request, decoding_params, decoding_shardings
 from selm_jax.rollout.sampling import Sampling
 from selm_jax.training.loop import mean_lengths
 from selm_jax.training.optimizer import optimizer
@@ -120,8 +120,12 @@ def generation(
     if sizes.response < 2:
         raise BenchError("response is 1: the first token comes from the prefill, none is decoded")
     mesh = make_mesh((1, -1, 1))
+    decoder = Decoder(config, jnp.dtype(dtype), scan=False)
+    decoding = decode_mesh(mesh, 1)
     params = decoding_params(
-        make_params(shardings(abstract_params(config), mesh, TRAINING)), jnp.dtype(dtype)
+        make_params(shardings(abstract_params(config), mesh, TRAINING)),
+        jnp.dtype(dtype),
+        decoding_shardings(config, decoding),
     )
     rng = np.random.default_rng(0)
     requests = [
@@ -130,10 +134,10 @@ def generation(
     ]
 
     def answer(new_tokens: int) -> Callable[[], Any]:
-        engine = Engine(
-            Decoder(config, jnp.dtype(dtype), scan=False), Sampling(), slots=sizes.slots,
-            max_prompt=sizes.prompt, max_new_tokens=new_tokens, stop_ids=(),
-            prefill_rows=min(sizes.slots, 16),
+        engine = Engine.fitted(
+            decoder=decoder, sampling=Sampling(), slots=sizes.slots, max_prompt=sizes.prompt,
+            max_new_tokens=new_tokens, stop_ids=(), prefill_rows=min(sizes.slots, 16),
+            mesh=decoding,
         )  # fmt: skip
         return partial(engine.generate, params, requests, seed=0, iteration=1)
 

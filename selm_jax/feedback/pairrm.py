@@ -14,9 +14,8 @@ tokens, and half of what the source leaves of its 1224. Cut texts are counted (`
 
 from __future__ import annotations
 
-import math
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +24,15 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jaxtyping import Float64, Int
 
+from selm_jax.feedback.buckets import (
+    Part,
+    check_choice,
+    checked_batch,
+    checked_dtype,
+    computed,
+    parts,
+    place,
+)
 from selm_jax.feedback.pairrm_inputs import FIRST, SOURCE, Ids, PairTokens, conversation
 from selm_jax.feedback.pairs import ranks
 from selm_jax.feedback.ranker import (
@@ -32,17 +40,16 @@ from selm_jax.feedback.ranker import (
     Question,
     check_questions,
     check_scores,
-    did_you_mean,
 )
 from selm_jax.models.deberta import PairScorer, Params, abstract_params
+from selm_jax.parallel.alone import own_devices
 from selm_jax.parallel.mesh import make_mesh
-from selm_jax.parallel.rules import TRAINING, partition, shardings
+from selm_jax.parallel.rules import TRAINING, shardings
 from selm_jax.weights.deberta import PairRMConfig, load, read_config
 from selm_jax.weights.sources import resolve
 
 COMPATS = ("per_row", "llm_blender")
 MODES = ("[A,B]+[B,A]", "[A,B]", "[B,A]")
-DTYPES = ("auto", "float32", "bfloat16")
 
 # LLM-Blender's default batches, by which its budgets depend on the rows beside a row.
 _BLENDER_RANK, _BLENDER_COMPARE = 8, 4
@@ -94,10 +101,7 @@ class PairRM:
         self.config, self._params, self._tokens, self._mesh = config, params, tokens, mesh
         self._compat, self._batch = compat, batch
         self._counts: Counter[str] = Counter()
-        # On CPU one head's scores stay in the cache; four fill an accelerator well.
-        together = 1 if jax.default_backend() == "cpu" else 4
-        scorer = PairScorer(config.encoder, config.tasks, dtype, together)
-        self._forward = jax.jit(lambda params, *inputs: scorer.apply({"params": params}, *inputs))
+        self._forward = program(config, dtype, on_cpu=jax.default_backend() == "cpu")
 
     def scores(
         self, questions: Sequence[Question], candidates: Sequence[Sequence[str]]
@@ -168,7 +172,7 @@ class PairRM:
         Raises:
             FeedbackError: unknown mode.
         """
-        _check_choice("mode", mode, MODES)
+        check_choice("pairrm", "mode", mode, MODES)
         both = [[a, b] for a, b in zip(first, second, strict=True)]
         rows = self._encode(list(sources), both, _BLENDER_COMPARE)
         orders = [order for order in ("[A,B]", "[B,A]") if order in mode]
@@ -254,68 +258,35 @@ class PairRM:
         """Each comparison's logit. Equal texts are compared once, so their scores are equal."""
         same = [_first_equal(row.candidates) for row in rows]
         meant = [Comparison(r, same[r][i], same[r][j]) for r, i, j in pairs]
-        # Longest first: memory that does not suffice is found out at once.
         todo = sorted(set(meant), key=lambda p: (-rows[p.row].length(p), p))
         self._counts["comparisons"] += len(todo)
+        lengths = [rows[pair.row].length(pair) for pair in todo]
+        these = parts(lengths, self._mesh.shape["data"], self._batch)
         logit: dict[Comparison, float] = {}
-        running: deque[tuple[Sequence[Comparison], jax.Array]] = deque()
-
-        def take():
-            part, values = running.popleft()
-            logit.update(zip(part, np.asarray(values)[: len(part)].tolist(), strict=True))
-
-        for part in self._parts(rows, todo):
-            running.append((part, self._run(rows, part)))
-            if len(running) == 2:  # the devices work on one while the host builds the next
-                take()
-        while running:
-            take()
+        for part, values in computed(these, lambda part: self._run(rows, todo, part)):
+            logit.update(zip((todo[n] for n in part.items), values.tolist(), strict=False))
         return np.array([logit[pair] for pair in meant], np.float64)
 
-    def _parts(
-        self, rows: Sequence[_Row], todo: Sequence[Comparison]
-    ) -> Iterator[Sequence[Comparison]]:
-        """Comparisons of one padded length, as many as go together."""
-        start = 0
-        while start < len(todo):
-            time = _padded(rows[todo[start].row].length(todo[start]))
-            most = self._devices * 2 ** int(math.log2(max(1, self._batch * 512 // time)))
-            stop = start
-            while (
-                stop < min(len(todo), start + most)
-                and _padded(rows[todo[stop].row].length(todo[stop])) == time
-            ):
-                stop += 1
-            yield todo[start:stop]
-            start = stop
-
-    @property
-    def _devices(self) -> int:
-        return self._mesh.shape["data"]
-
-    def _run(self, rows: Sequence[_Row], part: Sequence[Comparison]) -> jax.Array:
-        """The logits of `part`, then of rows that fill up; [rows], on the devices.
-
-        The rows are a power of two per device, so that few shapes are compiled.
-        """
-        per_device = 2 ** math.ceil(math.log2(-(-len(part) // self._devices)))
-        count = per_device * self._devices
-        time = max(_padded(rows[pair.row].length(pair)) for pair in part)
-        tokens = np.full((count, time), self._tokens.pad, np.int32)
-        lengths = np.ones(count, np.int32)
-        prefixes = np.zeros((count, 3), np.int32)
-        for n, (r, i, j) in enumerate(part):
+    def _run(self, rows: Sequence[_Row], todo: Sequence[Comparison], part: Part) -> jax.Array:
+        """The logits of a part, then of rows that fill up; [rows], on the devices."""
+        tokens = np.full((part.rows, part.time), self._tokens.pad, np.int32)
+        lengths = np.ones(part.rows, np.int32)
+        prefixes = np.zeros((part.rows, 3), np.int32)
+        for n, (r, i, j) in enumerate(todo[part.items.start : part.items.stop]):
             segments = (rows[r].source, rows[r].candidates[i], rows[r].candidates[j])
             starts = np.cumsum([0, *map(len, segments)])
             lengths[n], prefixes[n] = starts[-1], starts[:3] + 1  # behind each [CLS]
             tokens[n, : starts[-1]] = np.concatenate(segments)
             tokens[n, prefixes[n]] = self._tokens.prefix_ids
+        inputs = (place(x, self._mesh) for x in (tokens, lengths, prefixes))
+        return self._forward(self._params, *inputs)
 
-        def place(x):
-            axes = ("rows", None)[: x.ndim]
-            return jax.device_put(x, partition("batch", axes, x.shape, self._mesh, TRAINING))
 
-        return self._forward(self._params, *map(place, (tokens, lengths, prefixes)))
+def program(config: PairRMConfig, dtype: Any, *, on_cpu: bool) -> Any:
+    """The jitted `(params, tokens, lengths, prefixes) -> logits`; see `PairScorer`."""
+    # On CPU one head's scores stay in the cache; four fill an accelerator well.
+    scorer = PairScorer(config.encoder, config.tasks, dtype, 1 if on_cpu else 4)
+    return jax.jit(lambda params, *inputs: scorer.apply({"params": params}, *inputs))
 
 
 def mean_wins(matrix: Float64[np.ndarray, "n n"]) -> Float64[np.ndarray, " n"]:
@@ -349,38 +320,19 @@ def pairrm(
         UnsupportedModel: config.json describes another model.
         WeightsError: the tensors are not those of the model.
     """
-    _check_choice("compat", compat, COMPATS)
-    _check_choice("dtype", dtype, DTYPES)
+    check_choice("pairrm", "compat", compat, COMPATS)
     on_cpu = jax.default_backend() == "cpu"
-    if batch is None:
-        batch = 2 if on_cpu else 16
-    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-        raise FeedbackError(f"pairrm: batch is {batch!r}; expected a whole number of at least 1.")
-    kind = jnp.dtype(("float32" if on_cpu else "bfloat16") if dtype == "auto" else dtype)
+    kind, batch = checked_dtype("pairrm", dtype, on_cpu), checked_batch("pairrm", batch, on_cpu)
     path = resolve(folder).path
     config = read_config(path)
     tokens = PairTokens(path, config)
-    mesh = make_mesh((-1, 1, 1), jax.local_devices())
+    mesh = make_mesh((-1, 1, 1), own_devices())
     where = flatten_dict(shardings(abstract_params(config.encoder, config.tasks), mesh, TRAINING))
     params = load(
         path, config.encoder, config.tasks, dtype=kind,
         place=lambda path, x: jax.device_put(x, where[path]),
     )  # fmt: skip
     return PairRM(config, params, tokens, mesh, compat=compat, dtype=kind, batch=batch)
-
-
-def _check_choice(name: str, value: str, expected: tuple[str, ...]) -> None:
-    if value not in expected:
-        raise FeedbackError(
-            f"pairrm: {name} is {value!r}{did_you_mean(str(value), expected)} "
-            f"Expected one of {', '.join(expected)}."
-        )
-
-
-def _padded(length: int) -> int:
-    """The next of few lengths: multiples of 64, and from 512 on of 128."""
-    step = 64 if length <= 512 else 128
-    return -(-length // step) * step
 
 
 def _first_equal(texts: Sequence[Ids]) -> list[int]:

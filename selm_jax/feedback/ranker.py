@@ -23,6 +23,7 @@ BUILT_IN: Mapping[str, str] = {
     "length": "selm_jax.feedback.rules:length",
     "regex": "selm_jax.feedback.rules:regex",
     "pairrm": "selm_jax.feedback.pairrm:pairrm",
+    "reward_model": "selm_jax.feedback.reward_model:reward_model",
     "verifiable": "selm_jax.feedback.rules:verifiable",
     "judge": "selm_jax.feedback.judge:judge",
     "mixture": "selm_jax.feedback.mixture:mixture",

@@ -148,6 +148,12 @@ def zoo(beta: float, alpha: float = 0.0) -> dict[str, Algorithm]:
         Algorithm("uniform", slots=(UNIFORM, UNIFORM), fit=fit),
         Algorithm("oracle"),
     ]  # fmt: skip
+    # Iterative DPO, SELM's own baseline: the same without the term. (selm_fixed's is dpo_online.)
+    made += [
+        replace(a, name=a.name.replace("selm", "dpo"), bonus=None)
+        for a in made
+        if a.bonus is not None and a.moving
+    ]
     return {a.name: a for a in made}
 
 

@@ -30,13 +30,18 @@ def regret(seeds: Seeds = 128, seed: Seed = 0, out: Out = FOLDER) -> None:
     """Cumulative regret of every algorithm in every landscape, and its slope."""
     from selm_jax.lab import experiments, plots
 
-    records = experiments.regret_curves(seeds, seed)
-    typer.echo(f"{'algorithm':<15}{'landscape':<12}{'regret, 95 %':>24}{'slope, 95 %':>26}")
+    records = _write(experiments.regret_curves(seeds, seed), out / "lab_regret.json")
+    typer.echo(
+        f"{'algorithm':<15}{'landscape':<11}{'regret, 95 %':>22}{'slope, 95 %':>20}"
+        "   difference, Holm's p"
+    )
     for r in records:
         total = f"{r['mean'][-1]:.2f} [{r['low'][-1]:.2f}, {r['high'][-1]:.2f}]"
         slope = f"{r['slope']:.2f} [{r['slope_low']:.2f}, {r['slope_high']:.2f}]"
-        typer.echo(f"{r['algorithm']:<15}{r['landscape']:<12}{total:>24}{slope:>26}")
-    _write(records, out / "lab_regret.json")
+        typer.echo(
+            f"{r['algorithm']:<15}{r['landscape']:<11}{total:>22}{slope:>20}"
+            + (f"{_difference(r['against'])} {r['against']['of']}" if "against" in r else "")
+        )
     made = _made_by("regret", seeds, seed, "regret_curves")
     plots.regret(records, out / "lab_regret.svg", made)
 
@@ -46,19 +51,25 @@ def map_(
     landscape: Annotated[
         str, typer.Option(help="two_peaks, needle, smooth or random.")
     ] = "two_peaks",
+    dimensions: Annotated[
+        str | None, typer.Option(help="Of the features, such as 4,16,tabular; all by default.")
+    ] = None,
     seeds: Seeds = 128,
     seed: Seed = 0,
     out: Out = FOLDER,
 ) -> None:
     """Where SELM's term lowers regret and where not: alpha, noise, coverage, dimension."""
-    from selm_jax.lab import experiments, plots, worlds
+    from selm_jax.lab import experiments, plots, stats, worlds
 
     if landscape not in worlds.LANDSCAPES:
         raise typer.BadParameter(f"landscape {landscape!r}; expected one of {worlds.LANDSCAPES}")
-    found = _collect(experiments.optimism_map(seeds, seed, landscape=landscape), "dimension")
+    asked = experiments.MAP_DIMENSIONS if dimensions is None else _dimensions(dimensions)
+    parts = experiments.optimism_map(seeds, seed, landscape=landscape, dimensions=asked)
+    found = _collect(parts, "dimension")
+    verb = f"map --landscape {landscape}" + (f" --dimensions {dimensions}" if dimensions else "")
     everything = []
     for against in ("online", "passive"):
-        records = experiments.correct([r for r in found if r["against"] == against])
+        records = _rounded(stats.correct([r for r in found if r["against"] == against]))
         sure = [r for r in records if r["p_holm"] < 0.05]
         for which, chosen in (("> 0", [r for r in records if r["alpha"] > 0]),
                               ("< 0", [r for r in records if r["alpha"] < 0])):  # fmt: skip
@@ -68,7 +79,6 @@ def map_(
                 f"against {against} DPO, alpha {which}: of {len(chosen)} settings {less} have less "
                 f"regret, {more} more, {len(chosen) - less - more} undecided (Holm, 5 %)"
             )
-        verb = f"map --landscape {landscape}"
         made = _made_by(verb, seeds, seed, "optimism_map") + f"; against {against} DPO"
         plots.heat_maps(records, out / f"lab_map_{landscape}_{against}.svg", made)
         everything += records
@@ -78,11 +88,11 @@ def map_(
 @app.command()
 def conditions(seeds: Seeds = 128, seed: Seed = 0, out: Out = FOLDER) -> None:
     """One condition at a time: landscape, data, noise, reference, sampler, solver."""
-    from selm_jax.lab import experiments, plots
+    from selm_jax.lab import experiments, plots, stats
 
-    records = experiments.correct(_collect(experiments.one_at_a_time(seeds, seed), "condition"))
+    found = stats.correct(_collect(experiments.one_at_a_time(seeds, seed), "condition"))
+    records = _write(found, out / "lab_conditions.json")
     _print(records, ("condition", "alpha"))
-    _write(records, out / "lab_conditions.json")
     made = _made_by("conditions", seeds, seed, "one_at_a_time")
     plots.table(records, "alpha", "condition", out / "lab_conditions.svg", made)
 
@@ -90,11 +100,11 @@ def conditions(seeds: Seeds = 128, seed: Seed = 0, out: Out = FOLDER) -> None:
 @app.command()
 def why(seeds: Seeds = 128, seed: Seed = 0, out: Out = FOLDER) -> None:
     """Better data or another fit? The term in the asking policy alone, in the judged one alone."""
-    from selm_jax.lab import experiments, plots
+    from selm_jax.lab import experiments, plots, stats
 
-    records = experiments.correct(_collect(experiments.why(seeds, seed), "condition"))
+    found = stats.correct(_collect(experiments.why(seeds, seed), "condition"))
+    records = _write(found, out / "lab_why.json")
     _print(records, ("condition", "variant", "setting"))
-    _write(records, out / "lab_why.json")
     for r in records:
         r["variant and setting"] = f"{r['variant']}\n{r['setting']:g}"
     made = _made_by("why", seeds, seed, "why")
@@ -113,7 +123,7 @@ def idea(
     out: Out = FOLDER,
 ) -> None:
     """Your loss against SELM and DPO: the same worlds, queries and seeds, in every landscape."""
-    from selm_jax.lab import experiments, plots
+    from selm_jax.lab import experiments, plots, stats
     from selm_jax.objectives.build import build
 
     choices = [_choices(setting) for setting in settings or []]
@@ -122,43 +132,50 @@ def idea(
         name = " ".join((loss.rpartition(":")[2], *(f"{k}={v:g}" for k, v in values)))
         tried[name] = build(loss, beta=beta, **dict(values))
     found = _collect(experiments.idea(tried, seeds, seed, beta=beta), "objective")
-    records = experiments.correct([r for r in found if r["objective"] != "dpo"])
+    compared = stats.correct([r for r in found if r["objective"] != "dpo"])
+    records = _write(compared, out / "lab_idea.json")
     _print(records, ("objective", "landscape"))
-    _write(records, out / "lab_idea.json")
     made = _made_by(" ".join(["idea", loss, *(settings or [])]), seeds, seed, "idea")
     plots.table(records, "landscape", "objective", out / "lab_idea.svg", made)
 
 
 @app.command()
-def theory(seeds: Seeds = 128, seed: Seed = 0) -> None:
-    """What the SELM paper's Theorem 5.3 prescribes in these worlds: alpha, and its bound."""
-    from selm_jax.lab import experiments
+def theory(seeds: Seeds = 128, seed: Seed = 0, out: Out = FOLDER) -> None:
+    """What the SELM paper's Theorem 5.3 prescribes in these worlds, and what comes of it."""
+    from selm_jax.lab import experiments, stats
 
-    typer.echo(f"{'beta':>6}{'T':>6}{'R_max':>9}{'alpha':>11}{'alpha/beta':>12}{'bound / T':>12}")
-    for r in experiments.theorem(seeds, seed):
+    found = _collect(experiments.theorem(seeds, seed), "beta")
+    records = _write(stats.correct(found), out / "lab_theory.json")
+    typer.echo(
+        f"{'beta':>5}{'T':>5}{'R_max':>7}{'alpha':>10}{'bound':>10}{'worst':>8}"
+        "   regret at this alpha to DPO's, Holm's p"
+    )
+    for r in records:
         typer.echo(
-            f"{r['beta']:>6g}{r['rounds']:>6}{r['r_max']:>9.2f}{r['alpha']:>11.2g}"
-            f"{r['alpha'] / r['beta']:>12.2g}{r['bound'] / r['rounds']:>12.3g}"
+            f"{r['beta']:>5g}{r['rounds']:>5}{r['r_max']:>7.2f}{r['alpha']:>10.2g}"
+            f"{r['bound']:>10.2g}{r['worst']:>8.0f}{_difference(r)}"
         )
 
 
 @app.command()
 def decoder(
-    alphas: Annotated[str, typer.Option(help="Separated by commas.")] = "0,0.01,0.1,1",
+    alphas: Annotated[str, typer.Option(help="Separated by commas.")] = "0.01,0.1,1",
+    rounds: Annotated[int, typer.Option(help="Of 8 queries and 4 updates each.", min=1)] = 12,
+    rate: Annotated[float, typer.Option(help="Adam's learning rate.")] = 1e-3,
     seeds: Seeds = 8,
     seed: Seed = 0,
     out: Out = FOLDER,
 ) -> None:
-    """A real (tiny) decoder, trained by the packed update, with its exact regret."""
-    from selm_jax.lab import experiments
+    """A real (tiny) decoder, trained by the packed update: its exact regret to that of DPO."""
+    from selm_jax.lab import decoder_world
 
-    records = experiments.decoder_regret(_numbers(alphas), seeds, seed)
+    found = decoder_world.regret(_numbers(alphas), seeds, seed, rounds=rounds, rate=rate)
+    records = _write(found, out / "lab_decoder.json")
+    typer.echo(
+        f"DPO: cumulative regret {records[0]['base']:.3f}; untrained: {records[0]['still']:.3f}"
+    )
     for r in records:
-        typer.echo(
-            f"alpha {r['alpha']:<6g} cumulative regret {r['total']:.3f}, to alpha "
-            f"{records[0]['alpha']:g} {r['difference']:+.3f} [{r['low']:+.3f}, {r['high']:+.3f}]"
-        )
-    _write(records, out / "lab_decoder.json")
+        typer.echo(f"alpha {r['alpha']:<6g}{_difference(r)}")
 
 
 def _collect(parts: Iterable[list[dict[str, Any]]], name: str) -> list[dict[str, Any]]:
@@ -173,16 +190,33 @@ def _collect(parts: Iterable[list[dict[str, Any]]], name: str) -> list[dict[str,
 def _print(records: list[dict[str, Any]], names: tuple[str, ...]) -> None:
     typer.echo(f"{', '.join(names)}: difference of cumulative regret [95 %], in %, Holm's p")
     for r in records:
-        typer.echo(
-            f"{', '.join(f'{r[n]}' for n in names):<40} {r['difference']:+.3f} "
-            f"[{r['low']:+.3f}, {r['high']:+.3f}]{100 * r['relative']:>+8.1f} %  {r['p_holm']:.2g}"
-        )
+        typer.echo(f"{', '.join(f'{r[n]}' for n in names):<40}{_difference(r)}")
 
 
-def _write(records: list[dict[str, Any]], file: Path) -> None:
+def _difference(r: dict[str, Any]) -> str:
+    return (
+        f" {r['difference']:+.3f} [{r['low']:+.3f}, {r['high']:+.3f}]"
+        f"{100 * r['relative']:>+8.1f} %  {r['p_holm']:.2g}"
+    )
+
+
+def _rounded(value: Any) -> Any:
+    """Six digits of every float. What is printed and drawn is what is written."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    return [_rounded(v) for v in value] if isinstance(value, list) else value
+
+
+def _write(records: list[dict[str, Any]], file: Path) -> list[dict[str, Any]]:
+    """One record a line, rounded; returns what it wrote."""
+    records = _rounded(records)
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(records, indent=1) + "\n")
+    lines = ",\n".join(json.dumps(r, separators=(",", ":")) for r in records)
+    file.write_text(f"[\n{lines}\n]\n")
     typer.echo(f"numbers: {file}")
+    return records
 
 
 def _made_by(verb: str, seeds: int, seed: int, function: str) -> str:
@@ -197,6 +231,13 @@ def _numbers(text: str) -> list[float]:
         return [float(x) for x in text.split(",")]
     except ValueError as error:
         raise typer.BadParameter(f"{text!r}; expected numbers separated by commas") from error
+
+
+def _dimensions(text: str) -> list[int | None]:
+    try:
+        return [None if x == "tabular" else int(x) for x in text.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r}; expected such as 4,16,tabular") from error
 
 
 def _choices(setting: str) -> list[tuple[str, float]]:

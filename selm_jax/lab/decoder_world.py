@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
@@ -17,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from selm_jax.lab import algorithms, exact
+from selm_jax.lab import algorithms, exact, stats
 from selm_jax.lab.worlds import Table, World
 from selm_jax.models import families
 from selm_jax.models.decoder import Decoder, Params
-from selm_jax.objectives.losses import Objective
+from selm_jax.objectives.losses import Objective, selm
 from selm_jax.preferences.examples import ROLES, Example
 from selm_jax.preferences.packing import PreferenceBatch, Shape, common_shape, pack
 from selm_jax.training.optimizer import optimizer
@@ -48,6 +49,7 @@ CONFIG = families.from_hf(
         "hidden_act": "silu",
     }
 )
+ROUNDS, RATE = 12, 1e-3  # of a run
 CHUNK = 64  # tokens whose logits exist at a time
 PACKED = Shape(rows=8, time=64, scored=64, segments=32, branches=3)  # of the examples
 
@@ -162,10 +164,10 @@ def run(
     objective: Objective,
     *,
     seed: int = 0,
-    rounds: int = 12,
+    rounds: int = ROUNDS,
     queries: int = 8,
     updates: int = 4,
-    rate: float = 1e-3,
+    rate: float = RATE,
     settings: algorithms.Settings | None = None,
 ) -> list[float]:
     """Algorithm 2 with a fixed reference: the exact regret after each round.
@@ -191,3 +193,27 @@ def run(
             state, _ = update.apply(state, gradients, sums, np.float32(rate))
         regrets.append(float(exact.regret(dw.world, table(state.params, dw.tree))))
     return regrets
+
+
+def regret(
+    alphas: Sequence[float], seeds: int, seed: int = 0, *, rounds: int = ROUNDS, rate: float = RATE
+) -> list[stats.Record]:
+    """SELM's cumulative regret with a real decoder; differences to DPO (alpha 0), within a seed.
+
+    `still` is the regret of the decoder that is not trained at all, over as many rounds: what is
+    not well below it has learnt nothing.
+    """
+    worlds = [make(seed + s) for s in range(seeds)]
+    totals = np.zeros((1 + len(alphas), seeds))
+    for i, alpha in enumerate((0.0, *alphas)):
+        objective = selm(worlds[0].world.beta / algorithms.Settings().temperature, alpha)
+        for s, dw in enumerate(worlds):
+            totals[i, s] = sum(run(dw, objective, seed=seed + s, rounds=rounds, rate=rate))
+    still = [float(exact.regret(dw.world, dw.world.log_reference)) for dw in worlds]
+    return stats.correct(
+        [
+            {"alpha": alpha, "still": float(np.mean(still)) * rounds}
+            | stats.compare(total, totals[0])
+            for alpha, total in zip(alphas, totals[1:], strict=True)
+        ]
+    )

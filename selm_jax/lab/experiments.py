@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from selm_jax.lab import decoder_world, stats, theory
+from selm_jax.lab import exact, stats, theory
 from selm_jax.lab.algorithms import (
     POLICY,
     REFERENCE,
@@ -30,11 +30,11 @@ from selm_jax.lab.algorithms import (
     run,
     zoo,
 )
+from selm_jax.lab.stats import Record
 from selm_jax.lab.worlds import LANDSCAPES, WorldShape, make_world
-from selm_jax.objectives.losses import Objective, dpo, optimism, selm
+from selm_jax.objectives.losses import Objective, dpo, optimism
 
 Cell = dict[str, Any]  # settings of one cell: landscape, coverage, and fields of `Settings`
-Record = dict[str, Any]
 
 BATCH = 256  # runs side by side at most: enough to fill vector units, few enough to stay in cache
 SETTINGS = tuple(field.name for field in dataclasses.fields(Settings))
@@ -52,7 +52,8 @@ def run_many(
 ) -> Trace:
     """Every cell with seeds 0, 1, ...: a `Trace` of numpy arrays [cells, seeds, rounds].
 
-    The learner knows the feedback's temperature unless a cell has another one as `assumed`. A seed is a world and all the noise of the run. Equal arguments give equal bits.
+    The learner knows the feedback's temperature unless a cell has another one as `assumed`. A seed
+    is a world and all the noise of the run. Equal arguments give equal bits.
     """
     defaults = {"landscape": "two_peaks", "coverage": 0.05}
     defaults |= {name: getattr(Settings(), name) for name in SETTINGS}
@@ -74,7 +75,7 @@ def run_many(
 @functools.cache
 def _compiled(shape: WorldShape, algorithm: Algorithm, length: Length, seeds: int):
     def one(key, which, cell):
-        world_key, run_key = jax.random.split(jax.random.fold_in(key, which))
+        world_key, run_key = _keys(key, which)
         world = make_world(world_key, shape, cell["landscape"], cell["coverage"])
         settings = Settings(**{name: cell[name] for name in SETTINGS})
         return run(run_key, world, algorithm, settings, length)
@@ -87,24 +88,9 @@ def _compiled(shape: WorldShape, algorithm: Algorithm, length: Length, seeds: in
     return jax.jit(every)
 
 
-def compare(total: np.ndarray | jax.Array, base: np.ndarray | jax.Array) -> Record:
-    """How cumulative regret [seeds] differs from another's with the same seeds."""
-    difference = np.asarray(total, np.float64) - np.asarray(base)
-    mean, low, high = stats.mean_interval(difference)
-    return {
-        "difference": float(mean),
-        "low": float(low),
-        "high": float(high),
-        "relative": float(mean / base.mean()),
-        "base": float(base.mean()),
-        "p": float(stats.p_zero_mean(difference)),
-    }
-
-
-def correct(records: list[Record]) -> list[Record]:
-    """Adds Holm's p over all records; they are one family of tests."""
-    adjusted = stats.holm(np.array([r["p"] for r in records]))
-    return [r | {"p_holm": float(p)} for r, p in zip(records, adjusted, strict=True)]
+def _keys(key, which):
+    """Of a seed's world, and of all the noise of its runs."""
+    return jax.random.split(jax.random.fold_in(key, which))
 
 
 # --- regret curves -------------------------------------------------------------------------------
@@ -112,6 +98,7 @@ def correct(records: list[Record]) -> list[Record]:
 REGRET_SHAPE = WorldShape(prompts=8, responses=16, dimension=8)
 REGRET_LENGTH = Length(rounds=128, queries=1)
 REGRET_ALPHA = 0.1  # as in the convention alpha * beta
+BASES = {f"selm_{x}": f"dpo_{x}" for x in ("moving", "practice", "code")}  # others: dpo_online
 
 
 def regret_curves(
@@ -121,17 +108,21 @@ def regret_curves(
     shape: WorldShape = REGRET_SHAPE,
     length: Length = REGRET_LENGTH,
 ) -> list[Record]:
-    """Every algorithm of the zoo in every landscape: the regret per round, and its slope.
+    """Every algorithm of the zoo in every landscape: its cumulative regret, and the slope of that.
 
     The optimism weighs the same in all of them, whatever their convention; `selm_theory` has the
-    theorem's weight instead, and the uniform policy is asked but never judged.
+    theorem's weight instead, and the uniform policy is asked but never judged. The curve is given
+    at some rounds, evenly spaced in log t; the slope is of all of the last three quarters. An
+    algorithm with the term is compared, within a seed, with itself without it, others with DPO on
+    the same two slots (`base` says which); these comparisons are one family of tests.
     """
     beta, temperature = shape.beta, Settings().temperature
     algorithms = zoo(beta, REGRET_ALPHA * beta)
     algorithms["selm_theory"] = replace(
         algorithms["selm_fixed"], name="selm_theory", schedule="theory"
     )
-    records = []
+    shown = np.unique(np.geomspace(1, length.rounds, 33).round().astype(int))
+    records, totals = [], {}
     for name, algorithm in algorithms.items():
         alpha = REGRET_ALPHA * (beta / temperature if algorithm.convention == "alpha" else 1)
         rate = 0.05 if algorithm.optimizer == "adam" else Settings().rate
@@ -139,14 +130,25 @@ def regret_curves(
             {"landscape": l, "coverage": 0.02, "alpha": alpha, "rate": rate} for l in LANDSCAPES
         ]
         trace = run_many(shape, algorithm, length, cells, seeds=seeds, seed=seed)
-        for cell, regret in zip(cells, trace.regret, strict=True):
+        for landscape, regret in zip(LANDSCAPES, trace.regret, strict=True):
             slope = stats.loglog_slope(regret)
-            curve = stats.mean_interval(np.cumsum(regret, axis=1, dtype=np.float64).T)
+            so_far = np.cumsum(regret, axis=1, dtype=np.float64)
+            curve = stats.mean_interval(so_far[:, shown - 1].T)
+            totals[name, landscape] = so_far[:, -1]
             records.append(
-                {"algorithm": name, "landscape": cell["landscape"]}
+                {"algorithm": name, "landscape": landscape, "rounds": shown.tolist()}
                 | {k: v.tolist() for k, v in zip(("mean", "low", "high"), curve, strict=True)}
                 | dict(zip(("slope", "slope_low", "slope_high"), slope, strict=True))
             )
+    others = [r for r in records if r["algorithm"] != "dpo_online"]
+    against = []
+    for name, landscape in ((r["algorithm"], r["landscape"]) for r in others):
+        base = BASES.get(name, "dpo_online")
+        against.append(
+            {"of": base} | stats.compare(totals[name, landscape], totals[base, landscape])
+        )
+    for record, comparison in zip(others, stats.correct(against), strict=True):
+        record["against"] = comparison
     return records
 
 
@@ -196,7 +198,9 @@ def optimism_map(
             named = {"dimension": dimension or here.prompts * here.responses} | place
             for against, base in (("online", regret[i, 0]), ("passive", passive.regret[i].sum(-1))):
                 for a, total in zip(alphas, regret[i, 1:], strict=True):
-                    records.append(named | {"alpha": a, "against": against} | compare(total, base))
+                    records.append(
+                        named | {"alpha": a, "against": against} | stats.compare(total, base)
+                    )
         yield records
 
 
@@ -255,6 +259,7 @@ def conditions() -> list[Condition]:
         case("tight class", cell={"bound": 1.0}),
         case("wide class", cell={"bound": 8.0}),
         case("64 descent steps", size={"steps": 64}),
+        case("8 queries, 64 steps", size={"queries": 8, "steps": 64}),
         case("adam", optimizer="adam", cell={"rate": 0.1}),
         case("beta 0.3", world={"beta": 0.3}, fit=dpo(0.3), bonus=optimism(1.0, 0.3)),
     ]
@@ -277,7 +282,7 @@ def one_at_a_time(
             done[here] = iter(regret.reshape(-1, 1 + len(ALPHAS), seeds))
         regret = next(done[here])
         yield [
-            {"condition": name, "alpha": a} | compare(total, regret[0])
+            {"condition": name, "alpha": a} | stats.compare(total, regret[0])
             for a, total in zip(ALPHAS, regret[1:], strict=True)
         ]
 
@@ -310,7 +315,8 @@ def why(seeds: int, seed: int = 0) -> Iterator[list[Record]]:
         split = replace(base, split=True)
         regret = run_many(shape, split, length, cells, seeds=seeds, seed=seed).regret.sum(-1)
         yield [
-            {"condition": name, "variant": variant, "setting": value} | compare(total, regret[0])
+            {"condition": name, "variant": variant, "setting": value}
+            | stats.compare(total, regret[0])
             for (variant, value, _), total in zip(asked, regret[1:], strict=True)
         ]
 
@@ -318,15 +324,24 @@ def why(seeds: int, seed: int = 0) -> Iterator[list[Record]]:
 # --- an idea -------------------------------------------------------------------------------------
 
 
+IDEA_SHAPE = WorldShape(prompts=16, responses=16, dimension=16)
+IDEA_LENGTH = Length(rounds=32, queries=2)
+
+
 def idea(
-    objectives: dict[str, Objective], seeds: int, seed: int = 0, *, beta: float
+    objectives: dict[str, Objective],
+    seeds: int,
+    seed: int = 0,
+    *,
+    beta: float,
+    shape: WorldShape = IDEA_SHAPE,
+    length: Length = IDEA_LENGTH,
 ) -> Iterator[list[Record]]:
     """Any objectives on the same worlds, queries and seeds as DPO; one objective a time.
 
     Pairs are a policy's sample against the reference's, which is also y_ref; the reference is fixed.
     """
-    shape = WorldShape(prompts=16, responses=16, dimension=16, beta=beta)
-    length = Length(rounds=32, queries=2)
+    shape = dataclasses.replace(shape, beta=beta)
     cells = [{"landscape": name} for name in LANDSCAPES]
     base = None
     for name, objective in {"dpo": dpo(beta), **objectives}.items():
@@ -334,42 +349,54 @@ def idea(
         regret = run_many(shape, algorithm, length, cells, seeds=seeds, seed=seed).regret.sum(-1)
         base = regret if base is None else base
         yield [
-            {"objective": name, "landscape": landscape} | compare(total, zero)
+            {"objective": name, "landscape": landscape} | stats.compare(total, zero)
             for landscape, total, zero in zip(LANDSCAPES, regret, base, strict=True)
         ]
 
 
 # --- theory --------------------------------------------------------------------------------------
 
+THEORY_SHAPE = WorldShape(prompts=16, responses=16, dimension=16)
 
-def theorem(seeds: int, seed: int = 0) -> list[Record]:
-    """The theorem's constants in the worlds of the base condition, at several betas, and T."""
-    records = []
-    for beta, rounds in itertools.product((0.1, 0.3, 1.0), (32, 1024)):
-        shape = WorldShape(prompts=16, responses=16, dimension=16, beta=beta)
-        found = _theorem(shape, rounds)(jax.random.split(jax.random.key(seed), seeds))
+
+def theorem(
+    seeds: int,
+    seed: int = 0,
+    *,
+    shape: WorldShape = THEORY_SHAPE,
+    betas: Sequence[float] = (0.1, 0.3, 1.0),
+    horizons: Sequence[int] = (32, 128),
+) -> Iterator[list[Record]]:
+    """The theorem's constants in the worlds of the base condition, and what its alpha does there.
+
+    One pair a round, as Algorithm 2 has it. Constants are medians over the seeds. The theorem's
+    rewards are those that the feedback shows, r / temperature, so `bound` (without its constant)
+    and `worst`, the regret of never leaving the reference, are in that unit; the regrets that are
+    compared, of the theorem's alpha and of DPO, are in units of r as everywhere else.
+    """
+    temperature = Settings().temperature
+    for beta, rounds in itertools.product(betas, horizons):
+        here = dataclasses.replace(shape, beta=beta)
+        found, still = _theorem(here, rounds)(jax.random.key(seed), jnp.arange(seeds))
         middle = {name: float(np.median(x)) for name, x in found._asdict().items()}
-        records.append({"beta": beta, "rounds": rounds} | middle)
-    return records
+        optimistic = replace(zoo(beta)["selm_fixed"], schedule="theory")
+        total, base = (
+            run_many(here, a, Length(rounds, 1), [{}], seeds=seeds, seed=seed).regret[0].sum(-1)
+            for a in (optimistic, zoo(beta)["dpo_online"])
+        )
+        worst = float(np.median(still)) * rounds / temperature
+        yield [
+            {"beta": beta, "rounds": rounds}
+            | middle
+            | {"worst": worst}
+            | stats.compare(total, base)
+        ]
 
 
 @functools.cache
 def _theorem(shape: WorldShape, rounds: int):
-    return jax.jit(jax.vmap(lambda key: theory.of_world(make_world(key, shape), rounds)))
+    def one(key, which):
+        world = make_world(_keys(key, which)[0], shape)
+        return theory.of_world(world, rounds), exact.regret(world, world.log_reference)
 
-
-# --- a decoder -----------------------------------------------------------------------------------
-
-
-def decoder_regret(alphas: Sequence[float], seeds: int, seed: int = 0) -> list[Record]:
-    """SELM's regret with a real decoder; differences to the first alpha, within a seed."""
-    totals = np.zeros((len(alphas), seeds))
-    worlds = [decoder_world.make(seed + s) for s in range(seeds)]
-    for i, alpha in enumerate(alphas):
-        objective = selm(worlds[0].world.beta / Settings().temperature, alpha)
-        for s, dw in enumerate(worlds):
-            totals[i, s] = sum(decoder_world.run(dw, objective, seed=seed + s))
-    return [
-        {"alpha": alpha, "total": float(total.mean())} | compare(total, totals[0])
-        for alpha, total in zip(alphas, totals, strict=True)
-    ]
+    return jax.jit(jax.vmap(one, in_axes=(None, 0)))

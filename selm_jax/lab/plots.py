@@ -23,6 +23,7 @@ _RC = {
     "svg.hashsalt": "selm_jax.lab",  # otherwise ids differ from run to run
     "svg.fonttype": "none",
     "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans", "Arial"],  # named again by every label
     "font.size": 8.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -32,35 +33,49 @@ _COLOURS = matplotlib.colors.LinearSegmentedColormap.from_list(
     "regret", ["#0b62a4", "#9cc5e4", "#ffffff", "#f0b590", "#b3541e"]
 )
 _FULL = 0.3  # relative difference of full colour
-_LINES = {
-    "oracle": ("#000000", "-"), "selm_fixed": ("#b3541e", "-"), "selm_moving": ("#b3541e", "--"),
-    "selm_practice": ("#c8a03c", "-"), "selm_code": ("#c8a03c", "--"),
-    "selm_theory": ("#b3541e", ":"), "xpo": ("#7a4fa0", "-"), "dpo_online": ("#0b62a4", "-"),
-    "dpo_on_policy": ("#0b62a4", "--"), "dpo_passive": ("#0b62a4", ":"),
-    "greedy": ("#2a8c5a", "-"), "best_of_4": ("#2a8c5a", "--"), "uniform": ("#888888", "-"),
+# A row of panels each: what keeps the first reference and all its data, and what does not.
+_FIXED = {
+    "selm_fixed": ("#b3541e", "-"), "selm_theory": ("#b3541e", ":"), "xpo": ("#7a4fa0", "-"),
+    "dpo_online": ("#0b62a4", "-"), "dpo_on_policy": ("#0b62a4", "--"),
+    "dpo_passive": ("#0b62a4", ":"), "greedy": ("#2a8c5a", "-"), "best_of_4": ("#2a8c5a", "--"),
+    "uniform": ("#888888", "-"),
+}  # fmt: skip
+_MOVING = {
+    "selm_moving": ("#b3541e", "-"), "dpo_moving": ("#0b62a4", "-"),
+    "selm_practice": ("#b3541e", "--"), "dpo_practice": ("#0b62a4", "--"),
+    "selm_code": ("#b3541e", ":"), "dpo_code": ("#0b62a4", ":"),
 }  # fmt: skip
 
 
 def regret(records: Sequence[Record], file: Path, made_by: str) -> None:
-    """Cumulative regret against rounds, a panel per landscape, bands of 95 %."""
+    """Cumulative regret against rounds, a column per landscape, bands of 95 %.
+
+    The oracle, whose regret is hundreds of times smaller, stays out: it would set the scale.
+    """
     landscapes = list(dict.fromkeys(r["landscape"] for r in records))
+    by_name = {(r["algorithm"], r["landscape"]): r for r in records}
     with matplotlib.style.context(["default", _RC]):
-        figure = Figure(figsize=(3.1 * len(landscapes), 3.9))
-        panels = figure.subplots(1, len(landscapes), squeeze=False)[0]
-        for axes, landscape in zip(panels, landscapes, strict=True):
-            for r in (r for r in records if r["landscape"] == landscape):
-                colour, dashes = _LINES[r["algorithm"]]
-                t = np.arange(1, len(r["mean"]) + 1)
-                axes.plot(t, r["mean"], dashes, color=colour, lw=1.3, label=r["algorithm"])
-                axes.fill_between(t, r["low"], r["high"], color=colour, alpha=0.12, lw=0)
-            axes.set(title=landscape, xlabel="rounds", xscale="log", yscale="log")
-        panels[0].set_ylabel("cumulative regret")
-        names, labels = panels[0].get_legend_handles_labels()
-        figure.legend(
-            names, labels, loc="lower center", ncols=7, frameon=False, bbox_to_anchor=(0.5, 0.07)
+        figure = Figure(figsize=(3.1 * len(landscapes), 8.2))
+        panels = figure.subplots(2, len(landscapes), squeeze=False, sharex=True, sharey="col")
+        for row, lines in zip(panels, (_FIXED, _MOVING), strict=True):
+            for axes, landscape in zip(row, landscapes, strict=True):
+                for name, (colour, dashes) in lines.items():
+                    if r := by_name.get((name, landscape)):
+                        t = r["rounds"]
+                        axes.plot(t, r["mean"], dashes, color=colour, lw=1.3, label=name)
+                        axes.fill_between(t, r["low"], r["high"], color=colour, alpha=0.12, lw=0)
+                axes.set(title=landscape, xscale="log", yscale="log")
+            row[0].set_ylabel("cumulative regret")
+            row[1].legend(
+                *row[0].get_legend_handles_labels(), loc="upper center", ncols=5, frameon=False,
+                bbox_to_anchor=(1.1, -0.14),
+            )  # fmt: skip
+        for axes in panels[-1]:
+            axes.set_xlabel("rounds")
+        figure.subplots_adjust(
+            left=0.055, right=0.995, top=0.965, bottom=0.145, wspace=0.2, hspace=0.4
         )
-        figure.subplots_adjust(left=0.055, right=0.995, top=0.93, bottom=0.31, wspace=0.2)
-        _save(figure, file, made_by)
+        _save(figure, file, made_by + "; bands: 95 %")
 
 
 def heat_maps(records: Sequence[Record], file: Path, made_by: str) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import scipy.stats
 from jaxtyping import Float
+
+Record = dict[str, Any]
 
 
 def mean_interval(
@@ -56,3 +60,23 @@ def loglog_slope(
     drawn = np.random.default_rng(seed).multinomial(seeds, np.full(seeds, 1 / seeds), resamples)
     low, high = np.quantile(slope(drawn), [0.025, 0.975])
     return float(slope(np.ones(seeds))), float(low), float(high)
+
+
+def compare(total: np.ndarray, base: np.ndarray) -> Record:
+    """How cumulative regret [seeds] differs from another's with the same seeds."""
+    difference = np.asarray(total, np.float64) - np.asarray(base)
+    mean, low, high = mean_interval(difference)
+    return {
+        "difference": float(mean),
+        "low": float(low),
+        "high": float(high),
+        "relative": float(mean / base.mean()),
+        "base": float(base.mean()),
+        "p": float(p_zero_mean(difference)),
+    }
+
+
+def correct(records: list[Record]) -> list[Record]:
+    """Adds Holm's p over all records; they are one family of tests."""
+    adjusted = holm(np.array([r["p"] for r in records]))
+    return [r | {"p_holm": float(p)} for r, p in zip(records, adjusted, strict=True)]

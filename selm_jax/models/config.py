@@ -80,6 +80,29 @@ class LayerKind:
 
 
 @dataclasses.dataclass(frozen=True)
+class ScalarHead:
+    """One number for a whole text in place of logits: what makes a reward model of a decoder.
+
+    Attributes:
+      pad: `pad_token_id` of `config.json`. Tokens of this id at the end of a text are passed over,
+        even if they belong to it, since transformers takes them for padding.
+    """
+
+    pad: int | None = None
+
+    def read(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        """A text up to the token at which its score is read, which is the last of what is returned.
+
+        transformers reads at the rightmost token that is not `pad`; or at the first of all, if
+        there is none but those. A model that sees no later token has no use for the rest.
+        """
+        end = len(ids)
+        while end > 1 and ids[end - 1] == self.pad:
+            end -= 1
+        return ids[:end]
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """The facts that the decoder needs. Hashable, so that it can be a static argument of jit.
 
@@ -92,7 +115,7 @@ class DecoderConfig:
       norm_eps: epsilon inside the root mean square.
       tied: the unembedding is the embedding.
       max_positions: positions that the model was made for.
-      architecture: the class name in `config.json`; names of stored tensors follow from it.
+      architecture: the family's class of language models; names of stored tensors follow from it.
       activation: of the MLP's gate, "silu" or "gelu" (its tanh form).
       qkv_bias, out_bias, mlp_bias: biases of the projections into attention, out of it, of the MLP.
       qk_norm: queries and keys of each head are normed before they are rotated.
@@ -101,6 +124,7 @@ class DecoderConfig:
       embed_scale: multiplies embedded tokens.
       query_scale: multiplies queries; None is head_dim ** -0.5.
       attention_cap, logit_cap: c * tanh(x / c) of attention scores and of logits; None leaves them.
+      head: of a reward model, which has no unembedding; None is a language model.
     """
 
     vocab_size: int
@@ -125,6 +149,7 @@ class DecoderConfig:
     query_scale: float | None = None
     attention_cap: float | None = None
     logit_cap: float | None = None
+    head: ScalarHead | None = None
 
     def __post_init__(self):
         if self.heads % self.kv_heads:

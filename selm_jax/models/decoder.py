@@ -2,7 +2,8 @@
 
     variables = Decoder(config).init(key, tokens, positions, mask)
     hidden, _ = Decoder(config).apply(variables, tokens, positions, mask)
-    scores = logits(config, variables["params"], hidden)
+    scores = logits(config, variables["params"], hidden)     of a language model
+    scores = rewards(variables["params"], hidden)            of a reward model (`config.head`)
 
 Hidden states and logits are separate, because log-probabilities never want all logits at once.
 Layers are stacked and scanned (`scan=True`, training) or one parameter tree per layer
@@ -146,11 +147,11 @@ def _write(
     """Puts each row's new keys and values at its own index of the cache."""
 
     def put(old: Array, new: Array) -> Array:
-        rows, time = new.shape[:2]
-        if time == old.shape[2]:  # a prefill fills its cache: nothing to keep
-            return jnp.swapaxes(new, 1, 2).astype(old.dtype)
-        at = index[:, None] + jnp.arange(time)
-        return old.at[jnp.arange(rows)[:, None], :, at].set(new.astype(old.dtype))
+        new = jnp.swapaxes(new, 1, 2).astype(old.dtype)
+        if new.shape == old.shape:  # a prefill fills its cache: nothing to keep
+            return new
+        # By vmap: on a mesh, XLA then sees that each row writes into itself alone.
+        return jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=1))(old, new, index)
 
     return LayerCache(put(cache.keys, keys), put(cache.values, values))
 
@@ -276,14 +277,19 @@ class Decoder(nn.Module):
                 written.append(layer_cache)
             cache = tuple(written) if cache is not None else None
         x = Norm(c, name="norm")(x)
-        if not c.tied:
-            # Declared here so that it belongs to the tree; used by `unembedding`.
+        # Declared here so that they belong to the tree; used by `rewards` and `unembedding`.
+        if c.head is not None:
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros, (None, "embed"))
+            self.param("score", zeros, (1, c.embed))
+        elif not c.tied:
             _weight(self, "unembedding", ("vocab", "embed"), embedding.shape, c.embed)
         return x, cache
 
 
 def unembedding(params: Params) -> Float[Array, "vocab embed"]:
     """The matrix that turns hidden states into logits."""
+    if "score" in params:
+        raise ValueError("these are the parameters of a reward model, which has no unembedding")
     return params["unembedding"] if "unembedding" in params else params["embedding"]
 
 
@@ -294,6 +300,12 @@ def logits(
     w = unembedding(params).astype(hidden.dtype)
     raw = jnp.einsum("...d,vd->...v", hidden, w, preferred_element_type=jnp.float32)
     return soft_cap(raw, config.logit_cap)
+
+
+def rewards(params: Params, hidden: Float[Array, "*batch embed"]) -> Float[Array, "*batch"]:
+    """The head's number for each hidden state, in float32 whatever the rest computes in."""
+    w = params["score"][0].astype(jnp.float32)
+    return jnp.einsum("...d,d->...", hidden.astype(jnp.float32), w)
 
 
 def abstract_params(config: DecoderConfig) -> Params:

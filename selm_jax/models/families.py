@@ -22,6 +22,7 @@ from selm_jax.models.config import (
     Llama3,
     LongRope,
     Rope,
+    ScalarHead,
     UnsupportedModel,
 )
 
@@ -29,16 +30,18 @@ Json = dict[str, Any]
 
 # Keys that say nothing about the function that the model computes.
 _HARMLESS = {
-    "_name_or_path", "architectures", "auto_map", "bos_token_id", "eos_token_id", "pad_token_id",
-    "dtype", "torch_dtype", "initializer_range", "transformers_version", "use_cache",
+    "_name_or_path", "auto_map", "bos_token_id", "eos_token_id", "dtype", "torch_dtype", "initializer_range", "transformers_version", "use_cache",
     "is_llama_config", "transformers.js_config", "unsloth_fixed", "unsloth_version",
     "_attn_implementation", "output_attentions", "output_hidden_states",
-    "return_dict", "chunk_size_feed_forward", "id2label", "label2id", "problem_type",
+    "return_dict", "chunk_size_feed_forward", "label2id", "problem_type",
     "is_encoder_decoder", "cache_implementation", "model_type",
+    # Of a language model; what they say of a reward model, `_head_from` reads.
+    "architectures", "pad_token_id", "id2label", "num_labels",
     # Dropout of training runs; there is none here.
     "attention_dropout", "resid_pdrop", "embd_pdrop",
 }  # fmt: skip
 
+_CLASSIFIER = "ForSequenceClassification"
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu"}
 
 
@@ -233,6 +236,12 @@ class Family:
     activation_key: str = "hidden_act"
     activation: str = "silu"
     head_dim: int | None = None  # transformers' default; None: hidden_size / num_attention_heads
+    pad: int | None = None  # transformers' default of pad_token_id
+    classifier: str = ""  # the class of reward models, where it is not named like `architecture`
+
+    @property
+    def reward_model(self) -> str:
+        return self.classifier or self.architecture.replace("ForCausalLM", _CLASSIFIER)
 
 
 _GEMMA: Json = {
@@ -240,16 +249,23 @@ _GEMMA: Json = {
     "activation_key": "hidden_activation",
     "activation": "gelu_pytorch_tanh",
     "head_dim": 256,
+    "pad": 0,
 }
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", _llama_from, _llama_to),
     "mistral": Family("MistralForCausalLM", _mistral_from, _mistral_to),
-    "phi3": Family("Phi3ForCausalLM", _phi3_from, _phi3_to),
+    "phi3": Family("Phi3ForCausalLM", _phi3_from, _phi3_to, pad=32000),
     "qwen2": Family("Qwen2ForCausalLM", _qwen2_from, _qwen2_to),
     "qwen3": Family("Qwen3ForCausalLM", _qwen3_from, _qwen3_to, head_dim=128),
-    "smollm3": Family("SmolLM3ForCausalLM", _smollm3_from, _smollm3_to, tied=True),
+    "smollm3": Family("SmolLM3ForCausalLM", _smollm3_from, _smollm3_to, tied=True, pad=128004),
     "gemma2": Family("Gemma2ForCausalLM", _gemma2_from, _gemma2_to, **_GEMMA),
-    "gemma3_text": Family("Gemma3ForCausalLM", _gemma3_from, _gemma3_to, **_GEMMA),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        _gemma3_from,
+        _gemma3_to,
+        **_GEMMA,
+        classifier=f"Gemma3Text{_CLASSIFIER}",
+    ),
 }
 
 
@@ -290,6 +306,7 @@ def from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
         "max_positions": k("max_position_embeddings"),
         "architecture": family.architecture,
         "activation": _ACTIVATIONS[activation],
+        "head": _head_from(k, family),
     }
     own = family.read(k, common | {"layers": k("num_hidden_layers")})
     k.finish(name)
@@ -306,8 +323,12 @@ def to_hf(config: DecoderConfig) -> Json:
         (n, f) for n, f in FAMILIES.items() if f.architecture == config.architecture
     )
     activation = next(k for k, v in _ACTIVATIONS.items() if v == config.activation)
+    if config.head is None:
+        classes: Json = {"architectures": [config.architecture]}
+    else:
+        classes = _reward_model_to(family, config.head.pad)
     return {
-        "architectures": [config.architecture],
+        **classes,
         "model_type": name,
         "vocab_size": config.vocab_size,
         "hidden_size": config.embed,
@@ -323,11 +344,32 @@ def to_hf(config: DecoderConfig) -> Json:
     } | family.write(config)
 
 
+def reward_model_json(hf: Mapping[str, Any], pad: int | None) -> Json:
+    """The `config.json` of a reward model that begins from the model of this one.
+
+    Args:
+      pad: `pad_token_id`, if `hf` does not say it. Without any, transformers scores one text at a
+        time and refuses batches.
+    """
+    family = FAMILIES[hf["model_type"]]
+    given = hf.get("pad_token_id", family.pad)
+    return {**hf, **_reward_model_to(family, pad if given is None else given)}
+
+
 def read_config(folder: Path) -> DecoderConfig:
     """The facts of the model in a Hugging Face folder."""
+    return _read(folder, lambda hf: hf)
+
+
+def read_as_reward_model(folder: Path, pad: int | None) -> DecoderConfig:
+    """The same of the reward model that begins from it; `pad` as in `reward_model_json`."""
+    return _read(folder, lambda hf: reward_model_json(hf, pad))
+
+
+def _read(folder: Path, change: Callable[[Json], Json]) -> DecoderConfig:
     file = Path(folder) / "config.json"
     try:
-        return from_hf(json.loads(file.read_text()))
+        return from_hf(change(json.loads(file.read_text())))
     except UnsupportedModel as e:
         raise UnsupportedModel(f"{folder}: {e}") from e
     except ValueError as e:
@@ -335,6 +377,32 @@ def read_config(folder: Path) -> DecoderConfig:
 
 
 # --- pieces that several families share -----------------------------------------------------------
+
+
+def _head_from(k: _Keys, family: Family) -> ScalarHead | None:
+    """A reward model's head, by the class that `config.json` names."""
+    names, pad = k("architectures", None) or [], k("pad_token_id", family.pad)
+    labels, count = k("id2label", None), k("num_labels", None)
+    if not any(name.endswith(_CLASSIFIER) for name in names):
+        return None
+    found = len(labels) if labels is not None else 2 if count is None else count
+    if found != 1:
+        said = "id2label" if labels is not None else "num_labels"
+        default = " (transformers' default, where neither id2label nor num_labels is there)"
+        raise UnsupportedModel(
+            f"config.json: {names[0]} with {found} labels by {said}"
+            f"{default * (labels is None and count is None)}; a reward model has one, its score"
+        )
+    return ScalarHead(pad)
+
+
+def _reward_model_to(family: Family, pad: int | None) -> Json:
+    return {
+        "architectures": [family.reward_model],
+        "id2label": {"0": "LABEL_0"},
+        "label2id": {"LABEL_0": 0},
+        "pad_token_id": pad,
+    }
 
 
 def _all_alike(c: Json, rope: Rope, window: int | None = None) -> Json:

@@ -1,4 +1,4 @@
-"""Floating point operations of the decoder, counted by hand.
+"""Floating point operations of the decoder and of PairRM's encoder, counted by hand.
 
 A multiplication with its addition counts as two. Norms, softmax, rotations and the optimiser are
 left out: under 1 % of any model that one trains. The backward pass does twice the forward pass's
@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 
 from selm_jax.models.config import DecoderConfig
+from selm_jax.models.deberta import DebertaConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,3 +51,14 @@ def forward_and_backward(
     """One pass of training: the forward pass and twice as much behind it."""
     once = forward(config, rows=rows, time=time, keys=keys, scored=scored)
     return Flops(3 * once.dense, 3 * once.attention, 3 * once.head)
+
+
+def encoder(config: DebertaConfig, *, rows: int, time: int) -> int:
+    """One forward pass of DeBERTa over [rows, time] tokens.
+
+    Attention by distance scores every token against 2 * time distances, in both directions: with
+    content scores and the mean of values, 1 + 2 + 2 + 1 products of time x time x embed.
+    """
+    c = config
+    weights = c.layers * (4 * c.embed * c.embed + 2 * c.embed * c.mlp)
+    return 2 * rows * time * (weights + 6 * time * c.layers * c.embed)

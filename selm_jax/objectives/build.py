@@ -11,6 +11,7 @@ from selm_jax.objectives.losses import (
     LossFunction,
     Objective,
     ObjectiveError,
+    bradley_terry,
     cdpo,
     compose,
     dpo,
@@ -25,7 +26,7 @@ from selm_jax.objectives.losses import (
 )
 
 TABLE: dict[str, Callable[..., Objective]] = {
-    f.__name__: f for f in (dpo, cdpo, robust, ipo, hinge, simpo, sft, selm, xpo)
+    f.__name__: f for f in (dpo, cdpo, robust, ipo, hinge, simpo, sft, selm, xpo, bradley_terry)
 } | {"optimism": weighted_optimism}
 
 
@@ -39,6 +40,7 @@ def build(name: str, **settings: object) -> Objective:
 
     A function of yours is `package.module:function`. It is called with its settings as keywords and
     returns an `Objective`, or a function(logps) -> (losses, metrics), which is fed all three roles.
+    To train a reward model it returns an `Objective` that `rates`.
 
     Raises ObjectiveError for an unknown name, and for a setting that is missing or that no term has.
     """

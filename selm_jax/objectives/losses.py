@@ -13,7 +13,7 @@ SELM (arXiv 2405.19332, equation 4.2) minimises
 so that descent LOWERS the likelihood of what the reference would say anyway: that is the optimism.
 
 An objective maps `Logps` to one loss per example and named metrics per example; the update averages
-both. A YAML file names an objective, a sum of several, or a function of yours: see `build.py`.
+both. One that trains a reward model (`bradley_terry`) maps `Rewards` instead. A YAML file names an objective, a sum of several, or a function of yours: see `build.py`.
 """
 
 import math
@@ -60,8 +60,25 @@ class Logps:
     def policy_per_token(self, role: str) -> PerExample:
         return self.policy[role] / jnp.maximum(self.lengths[role], 1)
 
+    @property
+    def given(self) -> dict[str, PerExample]:
+        """One number per role that the batch has."""
+        return self.policy
 
-LossFunction = Callable[[Logps], tuple[PerExample, Metrics]]
+
+@flax.struct.dataclass
+class Rewards:
+    """The same for a loss of a reward model, whose responses have one number each."""
+
+    model: dict[str, PerExample]  # r(prompt, response), of the model that is trained
+    scores: dict[str, PerExample]  # what the data says the responses are worth; 0 if nothing
+
+    @property
+    def given(self) -> dict[str, PerExample]:
+        return self.model
+
+
+LossFunction = Callable[..., tuple[PerExample, Metrics]]
 Score = Callable[[Logps, str], PerExample]
 
 
@@ -69,7 +86,7 @@ Score = Callable[[Logps, str], PerExample]
 class Objective:
     """A loss and the responses that it needs. Called with `Logps`, it gives (losses, metrics).
 
-    `terms` are its names under `loss/`; `reward` says in words what its `rewards/...` are, None if
+    `rates` says that it is called with `Rewards` instead, and so trains a reward model. `terms` are its names under `loss/`; `reward` says in words what its `rewards/...` are, None if
     unsaid. `compose` reads both. `reference_free` says that it never looks at the reference, which
     then need not be scored. Raises ObjectiveError if the batch lacks a role, or if `function`
     did not return one number per example.
@@ -80,16 +97,18 @@ class Objective:
     terms: tuple[str, ...] = ()
     reward: str | None = None
     reference_free: bool = False
+    rates: bool = False
 
     def __post_init__(self):
         if not self.roles or not set(self.roles) <= set(ROLES):
             raise ObjectiveError(f"{self} has roles {self.roles}; expected some of {ROLES}")
 
-    def __call__(self, logps: Logps) -> tuple[PerExample, Metrics]:
-        if absent := [role for role in self.roles if role not in logps.policy]:
-            raise ObjectiveError(f"{self} needs {absent}; the batch has {list(logps.policy)}")
-        losses, metrics = self.function(logps)
-        expected = logps.policy[self.roles[0]].shape
+    def __call__(self, batch: Logps | Rewards) -> tuple[PerExample, Metrics]:
+        given = batch.given
+        if absent := [role for role in self.roles if role not in given]:
+            raise ObjectiveError(f"{self} needs {absent}; the batch has {list(given)}")
+        losses, metrics = self.function(batch)
+        expected = given[self.roles[0]].shape
         for name, value in {"the loss": losses, **metrics}.items():
             if jnp.shape(value) != expected:
                 raise ObjectiveError(
@@ -215,16 +234,58 @@ def xpo(beta: float, alpha: float) -> Objective:
     return compose(dpo(beta), term)
 
 
+def bradley_terry(
+    margin: float = 0.0, label_smoothing: float = 0.0, centering: float = 0.0
+) -> Objective:
+    """-(1-e) log sigmoid(d) - e log sigmoid(-d) + centering * (r(y_w) + r(y_l))^2, of a reward model.
+
+        d = r(y_w) - r(y_l) - margin * (score(y_w) - score(y_l))
+
+    r is the model's reward; arXiv 2203.02155 equation 1. `margin` makes the gap of the data's scores
+    the gap that rewards should have (arXiv 2307.09288 equation 2, where the data rates the gap
+    itself); TRL's column `margin`. `centering` draws the rewards' mean to 0, which the first term
+    leaves free (arXiv 2312.09244 equation 2); TRL's `center_rewards_coefficient`, 0.01 there.
+    """
+    _check(margin=margin, label_smoothing=label_smoothing, centering=centering)
+    e = label_smoothing
+
+    def function(rewards: Rewards) -> tuple[PerExample, Metrics]:
+        chosen, rejected = rewards.model["chosen"], rewards.model["rejected"]
+        asked = margin * (rewards.scores["chosen"] - rewards.scores["rejected"])
+        losses = _flipped(chosen - rejected - jax.lax.stop_gradient(asked), 1 - e, e)
+        losses += centering * jnp.square(chosen + rejected)
+        # Equal rewards are half right: a fresh head gives nothing else.
+        right = (1 + jnp.sign(chosen - rejected)) / 2
+        return losses, {
+            "loss/bradley_terry": losses,
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/margins": chosen - rejected,
+            "rewards/accuracies": right,
+        }
+
+    return Objective(
+        ("chosen", "rejected"), function, ("bradley_terry",), "reward",
+        reference_free=True, rates=True,
+    )  # fmt: skip
+
+
 def compose(*objectives: Objective) -> Objective:
     """The sum of the losses, all the metrics, the union of the roles.
 
     Raises ObjectiveError where a name would stand for two things: a loss term named twice, rewards
     of two meanings, or, when called, any other metric but `logps/...` that two objectives report.
+    And where one reads log-probabilities and another the rewards of a reward model.
     """
     terms = tuple(term for objective in objectives for term in objective.terms)
     rewards = list(dict.fromkeys(o.reward for o in objectives if o.reward is not None))
     if len(set(terms)) < len(terms):
         raise ObjectiveError(f"{'+'.join(terms)} has one loss term twice; name each once")
+    if len({objective.rates for objective in objectives}) > 1:
+        raise ObjectiveError(
+            f"{'+'.join(terms)} cannot be summed: some terms train a language model by its "
+            "log-probabilities, others a reward model by its rewards"
+        )
     if len(rewards) > 1:
         raise ObjectiveError(
             f"{'+'.join(terms)}: rewards/... would be both {' and '.join(rewards)}"
@@ -242,7 +303,8 @@ def compose(*objectives: Objective) -> Objective:
 
     roles = tuple(role for role in ROLES if any(role in o.roles for o in objectives))
     free = all(objective.reference_free for objective in objectives)
-    return Objective(roles, function, terms, rewards[0] if rewards else None, free)
+    rates = all(objective.rates for objective in objectives)
+    return Objective(roles, function, terms, rewards[0] if rewards else None, free, rates)
 
 
 def _is_shared(objective: Objective, name: str) -> bool:
@@ -299,6 +361,8 @@ _LIMITS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "beta": ("above 0", lambda v: v > 0),
     "alpha": ("at least 0", lambda v: v >= 0),
     "gamma": ("at least 0", lambda v: v >= 0),
+    "margin": ("at least 0", lambda v: v >= 0),
+    "centering": ("at least 0", lambda v: v >= 0),
     "label_smoothing": ("at least 0 and below 0.5", lambda v: 0 <= v < 0.5),
     "weight": ("finite", lambda v: True),
 }

@@ -1,4 +1,4 @@
-"""The device mesh of an experiment."""
+"""The device mesh of an experiment, and the same devices as generation sees them."""
 
 from __future__ import annotations
 
@@ -7,31 +7,82 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh
 
 AXES = ("data", "fsdp", "tensor")
+# Auto: the compiler propagates shardings; jax's own default would make them part of types.
+_TYPES = (AxisType.Auto,) * len(AXES)
 
 
 class MeshError(ValueError):
     """Axes that do not fit the devices, or an array that does not fit the axes."""
 
 
-def make_mesh(sizes: Sequence[int], devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(
+    sizes: Sequence[int],
+    devices: Sequence[Any] | None = None,
+    *,
+    dcn: Sequence[int] = (1, 1, 1),
+) -> Mesh:
     """A mesh with axes data, fsdp and tensor; one size may be -1 and takes the devices left.
 
+    Args:
+      sizes: of the axes within a slice, whose chips are joined by their own network (ICI).
+      devices: all devices of all processes, if not given.
+      dcn: of the axes between slices, which the data centre's network joins. An axis has
+        `sizes * dcn` devices; all 1 for one slice.
+
     Raises:
-      MeshError: more than one -1, or a product that is not the number of devices.
+      MeshError: more than one -1, or a product that is not the number of devices or of slices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = list(sizes)
+    sizes, dcn = list(sizes), list(dcn)
     named = dict(zip(AXES, sizes, strict=True))
-    if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
-        raise MeshError(f"mesh axes {named}: sizes are 1 or more, and -1 at most once")
+    if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes) or min(dcn) < 1:
+        raise MeshError(
+            f"mesh axes {named} in each of {math.prod(dcn)} slices: sizes are 1 or more, and of "
+            "those within a slice one may be -1"
+        )
+    slices = math.prod(dcn)
     if -1 in sizes:
-        rest = math.prod(s for s in sizes if s != -1)
+        rest = math.prod(s for s in sizes if s != -1) * slices
         sizes[sizes.index(-1)] = len(devices) // rest
-    if math.prod(sizes) != len(devices):
-        raise MeshError(f"mesh axes {named} do not cover the {len(devices)} devices exactly")
-    # Auto: the compiler propagates shardings; jax's own default would make them part of types.
-    types = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+    if math.prod(sizes) * slices != len(devices):
+        raise MeshError(
+            f"mesh axes {named} in {slices} slice{'s' * (slices > 1)} do not cover the "
+            f"{len(devices)} devices exactly"
+        )
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes), AXES, axis_types=_TYPES, devices=devices)
+    found = count_slices(devices)
+    if found != slices:
+        raise MeshError(
+            f"mesh axes between slices {dict(zip(AXES, dcn, strict=True))} want {slices} slices; "
+            f"the {len(devices)} devices lie in {found}"
+        )
+    return Mesh(create_hybrid_device_mesh(sizes, dcn, devices), AXES, axis_types=_TYPES)
+
+
+def count_slices(devices: Sequence[Any]) -> int:
+    """How many networks of their own (TPU slices; on GPUs, NVLink domains) the devices lie in."""
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def decode_mesh(mesh: Mesh, tensor: int) -> Mesh:
+    """The same devices in the same order, `tensor` neighbours to each copy of the model.
+
+    The order has to be the same, or one program could not carry parameters from one mesh to the
+    other.
+
+    Raises:
+      MeshError: the devices cannot be divided into groups of `tensor`.
+    """
+    devices = mesh.devices.reshape(-1)
+    if tensor < 1 or len(devices) % tensor:
+        raise MeshError(
+            f"compute.decode_tensor is {tensor}: the mesh's {len(devices)} devices cannot be "
+            "divided into copies of so many"
+        )
+    return Mesh(np.reshape(devices, (-1, 1, tensor)), AXES, axis_types=_TYPES)

@@ -1,4 +1,8 @@
-"""Which logical axis of an array lies on which axis of the mesh: one table."""
+"""Which logical axis of an array lies on which axis of the mesh: one table for each purpose.
+
+A rule for an axis of size 1 does nothing, so `fsdp_tensor` on one device is `single`. The other
+presets are for saying what is meant, and for being told where the mesh says otherwise.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +18,55 @@ from selm_jax.parallel.mesh import MeshError
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
-# Fully sharded data parallelism with tensor parallelism; an axis of size 1 does nothing.
-TRAINING: Rules = {
+_SINGLE: Rules = {
     "rows": ("data", "fsdp"),
     "layers": None,
-    "embed": "fsdp",
-    "vocab": "tensor",
-    "heads": "tensor",
-    "kv_heads": "tensor",
+    "embed": None,
+    "vocab": None,
+    "heads": None,
+    "kv_heads": None,
     "head_dim": None,
-    "mlp": "tensor",
+    "mlp": None,
     "norm": None,
     "rank": None,  # of LoRA
 }
+# Parameters, gradients and moments are cut over `fsdp`; each layer is gathered when it is its turn.
+_FSDP: Rules = {**_SINGLE, "embed": "fsdp"}
+_TENSOR: Rules = {"vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor"}
+
+PRESETS: Mapping[str, Rules] = {
+    "single": _SINGLE,
+    "fsdp": _FSDP,
+    "fsdp_tensor": {**_FSDP, **_TENSOR},
+}
+TRAINING = PRESETS["fsdp_tensor"]
+
+# Generation reads all weights for every token, so gathering them each time is out of the question:
+# a copy of the model lies on the devices of a `tensor` axis, and the others have further slots.
+DECODE: Rules = {
+    **{axis: None for axis in _SINGLE if axis != "rows"},
+    **_TENSOR,
+    "slots": ("data", "fsdp"),
+}
+
+
+def check_preset(name: str, mesh: Mesh) -> None:
+    """Refuses a mesh with an axis on which this preset would put nothing.
+
+    Raises:
+      MeshError: the preset is not known, or the axis would hold copies that compute the same.
+    """
+    if name not in PRESETS:
+        raise MeshError(f"compute.preset is {name!r}; there are {', '.join(PRESETS)}")
+    used: set[str | None] = {"data"} if name != "single" else set()
+    for axes in PRESETS[name].values():
+        used.update((axes,) if isinstance(axes, str) or axes is None else ())
+    for axis, size in mesh.shape.items():
+        if size > 1 and axis not in used:
+            raise MeshError(
+                f"compute.preset is {name!r}, but the mesh axis {axis!r} has {size} devices, which "
+                f"would all do the same; set compute.{axis}: 1, or another preset"
+            )
 
 
 def partition(
@@ -44,6 +84,11 @@ def partition(
             raise MeshError(f"{name}: no rule for its axis {axis!r}; there are {sorted(rules)}")
         on = rules[axis] if axis is not None else None
         on = (on,) if isinstance(on, str) else on or ()
+        if unknown := set(on) - set(mesh.axis_names):
+            raise MeshError(
+                f"{name}: its axis {axis!r} is to lie on {unknown.pop()!r}; the mesh has "
+                f"{', '.join(mesh.axis_names)}"
+            )
         on = tuple(a for a in on if mesh.shape[a] > 1)
         if clash := taken.intersection(on):
             raise MeshError(f"{name}: two of its axes {axes} fall on mesh axis {clash.pop()!r}")

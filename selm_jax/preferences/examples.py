@@ -30,6 +30,7 @@ class Example:
         that plays two roles stands here once.
       roles: role -> index into `responses`.
       reference: log-probability of each response under the reference, once it is scored.
+      scores: what the data says each response is worth, where it says so.
       explored: indices of the responses that explore together, where they are several: the optimism
         term is their mean, and one that was drawn twice stands here twice. Empty: the one whose
         role is `explore` does alone.
@@ -40,6 +41,7 @@ class Example:
     responses: tuple[tuple[int, ...], ...]
     roles: Mapping[str, int]
     reference: tuple[float, ...] | None = None
+    scores: tuple[float, ...] | None = None
     explored: tuple[int, ...] = ()
 
     def __post_init__(self):
@@ -55,11 +57,13 @@ class Example:
                 raise ExampleError(f"example {self.prompt_id}: role {role!r} -> response {i}")
         if not all(0 <= i < len(self.responses) for i in self.explored):
             raise ExampleError(f"example {self.prompt_id}: explored -> responses {self.explored}")
-        if self.reference is not None and len(self.reference) != len(self.responses):
-            raise ExampleError(
-                f"example {self.prompt_id}: {len(self.reference)} reference log-probabilities for "
-                f"{len(self.responses)} responses"
-            )
+        given = {"reference log-probabilities": self.reference, "scores": self.scores}
+        for what, numbers in given.items():
+            if numbers is not None and len(numbers) != len(self.responses):
+                raise ExampleError(
+                    f"example {self.prompt_id}: {len(numbers)} {what} for "
+                    f"{len(self.responses)} responses"
+                )
 
     @classmethod
     def of(cls, prompt_id: str, prompt: Ids, responses: Mapping[str, Ids]) -> Example:
@@ -95,13 +99,18 @@ SCHEMA = pa.schema(
         ("responses", pa.list_(pa.list_(pa.int32()))),
         *[(role, pa.int32()) for role in ROLES],
         ("reference", pa.list_(pa.float32())),
+        ("scores", pa.list_(pa.float32())),
         ("explored", pa.list_(pa.int32())),
     ]
 )
 
 
-def to_table(examples: Sequence[Example]) -> pa.Table:
-    """One row per example; a role that nobody plays is null."""
+def to_table(examples: Sequence[Example], reference: str = "") -> pa.Table:
+    """One row per example; a role that nobody plays is null.
+
+    Args:
+      reference: the digest of the model that the log-probabilities are of; see `reference_of`.
+    """
     rows: list[dict[str, Any]] = [
         {
             "prompt_id": e.prompt_id,
@@ -109,11 +118,17 @@ def to_table(examples: Sequence[Example]) -> pa.Table:
             "responses": e.responses,
             **{role: e.roles.get(role) for role in ROLES},
             "reference": e.reference,
+            "scores": e.scores,
             "explored": e.explored,
         }
         for e in examples
     ]
-    return pa.Table.from_pylist(rows, schema=SCHEMA)
+    return pa.Table.from_pylist(rows, schema=SCHEMA.with_metadata({"reference": reference}))
+
+
+def reference_of(file: Path) -> str:
+    """The digest of the model whose log-probabilities stand in a file of examples; "" if unknown."""
+    return (pq.read_schema(file).metadata or {}).get(b"reference", b"").decode()
 
 
 def from_parquet(file: Path) -> list[Example]:
@@ -123,10 +138,13 @@ def from_parquet(file: Path) -> list[Example]:
             tuple(row["prompt"]),
             tuple(map(tuple, row["responses"])),
             {role: row[role] for role in ROLES if row[role] is not None},
-            None
-            if row["reference"] is None
-            else tuple(float(np.float32(x)) for x in row["reference"]),
+            _floats(row["reference"]),
+            _floats(row["scores"]),
             tuple(row["explored"] or ()),
         )
         for row in pq.read_table(file, schema=SCHEMA).to_pylist()
     ]
+
+
+def _floats(numbers: Sequence[float] | None) -> tuple[float, ...] | None:
+    return None if numbers is None else tuple(float(np.float32(x)) for x in numbers)

@@ -28,6 +28,7 @@ from typing import Any
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
@@ -36,11 +37,12 @@ from selm_jax.preferences.examples import ROLES, Example, ExampleError
 
 @flax.struct.dataclass
 class PreferenceBatch:
-    """Rows of packed prompt trees. Fields as drawn above; the last three are per example.
+    """Rows of packed prompt trees. Fields as drawn above; the last four are per example.
 
     `roles[r, s, i]` says how much each response counts for `ROLES[i]` in segment s: 1 for the one
     that plays it, or equal shares where several explore. `weight` is 1 for an example and 0 for an
-    empty segment; `reference` holds stored log-probabilities (0 if none).
+    empty segment; `reference` holds stored log-probabilities (0 if none), `scores` what the data
+    says of the responses (0 if nothing).
     """
 
     tokens: Int[Array, "rows time"]
@@ -52,6 +54,7 @@ class PreferenceBatch:
     owner: Int[Array, "rows scored"]
     roles: Float[Array, "rows segments roles branches"]
     reference: Float[Array, "rows segments branches"]
+    scores: Float[Array, "rows segments branches"]
     weight: Float[Array, "rows segments"]
 
     def sum_by_response(
@@ -62,6 +65,15 @@ class PreferenceBatch:
         one_more = segments * branches + 1  # the last collects padding and is dropped
         sums = jax.vmap(lambda x, i: jax.ops.segment_sum(x, i, one_more))(per_token, self.owner)
         return sums[:, :-1].reshape(-1, segments, branches)
+
+    def last_of_response(self) -> Int[Array, "rows segments branches"]:
+        """Place in the row of each response's last token; -1 where there is no response."""
+        segments, branches = self.reference.shape[1:]
+        of_none = segments * branches  # prompts and padding
+        owner = jnp.where(self.branch > 0, (self.segment - 1) * branches + self.branch - 1, of_none)
+        place = jnp.broadcast_to(jnp.arange(self.tokens.shape[1]), self.tokens.shape)
+        last = jax.vmap(lambda x, i: jax.ops.segment_max(x, i, of_none + 1))(place, owner)
+        return jnp.maximum(last[:, :-1], -1).reshape(-1, segments, branches)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +143,7 @@ def pack(examples: Sequence[Example], shape: Shape) -> list[PreferenceBatch]:
     rows = assign_rows(examples, shape.time)
     batches = []
     for start in range(0, len(rows), shape.rows):
-        batch = _empty(shape)
+        batch = empty(shape)
         for r, members in enumerate(rows[start : start + shape.rows]):
             _fill_row(batch, r, [examples[i] for i in members], shape)
         batches.append(batch)
@@ -153,7 +165,9 @@ def unpack(
     return out
 
 
-def _empty(shape: Shape) -> PreferenceBatch:
+def empty(shape: Shape) -> PreferenceBatch:
+    """A batch without examples."""
+
     def ints(*size) -> Any:
         return np.zeros((shape.rows, *size), np.int32)
 
@@ -170,6 +184,7 @@ def _empty(shape: Shape) -> PreferenceBatch:
         owner=ints(shape.scored) + shape.segments * shape.branches,
         roles=floats(shape.segments, len(ROLES), shape.branches),
         reference=floats(shape.segments, shape.branches),
+        scores=floats(shape.segments, shape.branches),
         weight=floats(shape.segments),
     )
 
@@ -206,3 +221,5 @@ def _fill_row(batch: Any, r: int, examples: Sequence[Example], shape: Shape) -> 
         batch.weight[r, s] = 1
         if example.reference is not None:
             batch.reference[r, s, : len(example.reference)] = example.reference
+        if example.scores is not None:
+            batch.scores[r, s, : len(example.scores)] = example.scores

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,7 +145,10 @@ def report_data(run: Path) -> RunData:
     notes: list[str] = []
     folders = _iteration_folders(run)
     stages = {k: _stages(folder) for k, folder in folders.items()}
-    tables = {k: _answers(k, folders[k], "evaluate" in stages[k]) for k in folders}
+    # A reward model answers nothing: it is evaluated on pairs, and its figures say all.
+    pairs = {k for k, folder in folders.items() if (folder / "pairs.parquet").is_file()}
+    claimed = {k for k in folders if "evaluate" in stages[k]} - pairs
+    tables = {k: _answers(k, folders[k], k in claimed) for k in folders}
     evaluates = _evaluates(config)
     evaluations, updates = _metrics(run / "metrics.jsonl", notes)
     planned = _planned(config)
@@ -161,7 +164,7 @@ def report_data(run: Path) -> RunData:
         updates=updates,
         stages=stages,
         answers=tuple(answer for k in sorted(tables) for answer in tables[k]),
-        unfinished=tuple(_unfinished(planned, evaluates, stages, evaluations, tables)),
+        unfinished=tuple(_unfinished(planned, evaluates, stages, evaluations, tables, pairs)),
         notes=tuple(notes),
     )
 
@@ -185,6 +188,7 @@ def _unfinished(
     stages: Mapping[int, Mapping[str, Stage]],
     evaluations: Mapping[int, Any],
     tables: Mapping[int, Sequence[Answer]],
+    pairs: Container[int],
 ) -> Iterator[str]:
     last = max([planned or 0, *stages, *evaluations])
     for k in range(last + 1):
@@ -198,7 +202,7 @@ def _unfinished(
             yield f"{label}: {', '.join(open_stages)} not finished yet."
         elif evaluates and not evaluations.get(k):
             yield f"{label}: evaluated, but metrics.jsonl holds no evaluate line for it."
-        elif evaluates and not tables.get(k):
+        elif evaluates and not tables.get(k) and k not in pairs:
             yield f"{label}: its table of held-out answers is empty."
 
 

@@ -80,6 +80,8 @@ def progress(run: RunData) -> str:
 def paragraph(run: RunData) -> str:
     """What happened to the held-out reward, in one or two plain sentences."""
     known = evaluated(run)
+    if any(run.metric(k, "accuracy") is not None for k in run.evaluations):
+        return _accuracy(run)
     if not run.evaluates:
         return (
             "The settings name no held-out prompts (data.heldout), so nothing can be said about "
@@ -120,6 +122,19 @@ def paragraph(run: RunData) -> str:
             f"belongs to {'the start model' if best == 0 else f'iteration {best}'}."
         )
     return text
+
+
+def _accuracy(run: RunData) -> str:
+    """What a reward model makes of the held-out pairs."""
+    last = max(k for k in run.evaluations if run.metric(k, "accuracy") is not None)
+    share, low, high = (run.metric(last, f"accuracy{end}") for end in ("", "_low", "_high"))
+    text = (
+        f"A reward model: after {plural(last, 'iteration')} it gives the chosen answer the higher "
+        f"reward in {percent(share)} of {number(run.metric(last, 'pairs'))} held-out pairs "
+        f"(95\u00a0% interval {percent(low)} to {percent(high)})"
+    )
+    start = run.metric(0, "accuracy")
+    return text + (f", at the start in {percent(start)}." if last and start is not None else ".")
 
 
 def alarms(run: RunData) -> list[str]:

@@ -4,8 +4,13 @@ Prompts wait in a queue. A prefill runs a few of them at once and leaves their k
 wanted response takes a copy into a free slot, so n samples share one prefill. All slots decode
 together in one jitted loop until enough of them are finished to be worth refilling.
 
+On a mesh, slots are cut over its axes data and fsdp and the model over tensor (`rules.DECODE`): each
+copy of the model decodes its own slots, and of one step only the count of idle slots is exchanged
+between copies.
+
 What a response says depends on the parameters, its prompt and its stream of random numbers
-(`sampling.stream`) alone; slots, order and neighbours do not enter.
+(`sampling.stream`) alone; slots, order and neighbours do not enter, and several processes that run
+the same requests know all answers.
 """
 
 from __future__ import annotations
@@ -14,15 +19,19 @@ import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from selm_jax.models.decoder import Decoder, LayerCache, Params, logits, unstack
+from selm_jax.models.config import DecoderConfig
+from selm_jax.models.decoder import Decoder, LayerCache, Params, abstract_params, logits, unstack
+from selm_jax.parallel.rules import DECODE, partition, shardings
 from selm_jax.rollout.sampling import Sampling, next_tokens, stream
 
 
@@ -85,6 +94,8 @@ class Engine:
       max_prompt, max_new_tokens: sizes of the cache.
       stop_ids: tokens that end a response.
       prefill_rows: prompts in one prefill.
+      mesh: what to compute on (`parallel.mesh.decode_mesh`), which cuts slots and prefills evenly;
+        None for one device.
     """
 
     decoder: Decoder
@@ -94,6 +105,14 @@ class Engine:
     max_new_tokens: int
     stop_ids: tuple[int, ...]
     prefill_rows: int = 4
+    mesh: Mesh | None = None
+
+    @classmethod
+    def fitted(cls, *, slots: int, prefill_rows: int, mesh: Mesh, **rest: Any) -> Engine:
+        """With the next larger numbers of slots and prefill rows that the mesh cuts evenly."""
+        copies = mesh.shape["data"] * mesh.shape["fsdp"]
+        slots, prefill_rows = (-(-n // copies) * copies for n in (slots, prefill_rows))
+        return cls(slots=slots, prefill_rows=prefill_rows, mesh=mesh, **rest)
 
     def generate(
         self,
@@ -150,8 +169,8 @@ class Engine:
                     waiting.popleft()
             # With nothing left to refill, run to the end.
             stop_at = refill_at if (queue or waiting) else self.slots
-            slots = _decode(self, params, slots, jnp.int32(stop_at))
-            active, drawn, output = jax.device_get((slots.active, slots.drawn, slots.output))
+            slots, seen = _decode(self, params, slots, np.int32(stop_at))
+            active, drawn, output = jax.device_get(seen)
             responses = []
             for slot, owner in enumerate(who):
                 if owner is not None and not active[slot]:
@@ -162,9 +181,25 @@ class Engine:
             yield responses
 
 
-def decoding_params(params: Params, dtype: Any) -> Params:
-    """Training parameters as the engine wants them: one tree per layer, in the dtype of decoding."""
-    return jax.jit(lambda p: unstack(jax.tree.map(lambda x: x.astype(dtype), p)))(params)
+def decoding_params(params: Params, dtype: Any, where: Any = None) -> Params:
+    """Training parameters as the engine wants them: one tree per layer, in the dtype of decoding,
+    and laid out as `where` (`decoding_shardings`) says."""
+    return jax.jit(
+        lambda p: unstack(jax.tree.map(lambda x: x.astype(dtype), p)), out_shardings=where
+    )(params)
+
+
+def decoding_shardings(config: DecoderConfig, mesh: Mesh) -> Any:
+    """Where the parameters lie that generate, by `rules.DECODE`. The mesh has the devices of the
+    training parameters, in the same order (`parallel.mesh.decode_mesh`).
+
+    Raises:
+      MeshError: a parameter that the mesh does not cut evenly; it is named.
+    """
+    stacked = shardings(abstract_params(config), mesh, DECODE)
+    where = {k: v for k, v in stacked.items() if k != "layers"}
+    layer = jax.tree.map(lambda x: NamedSharding(mesh, P(*x.spec[1:])), stacked["layers"])
+    return where | {f"layer_{i}": layer for i in range(config.layers)}
 
 
 def bucket(length: int) -> int:
@@ -202,6 +237,34 @@ def _prefill_group(engine: Engine, params, group: list[Request], seed, iteration
 _stream = jax.jit(stream)
 
 
+def _cut(engine: Engine, tree: Any, *axes: str | None) -> Any:
+    """Lays arrays on the mesh by the names of their first axes; what has no name is not cut."""
+    if engine.mesh is None:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, _places(engine, tree, *axes))
+
+
+def _places(engine: Engine, tree: Any, *axes: str | None) -> Any:
+    """The shardings that `_cut` gives."""
+
+    def of(x: Array) -> NamedSharding:
+        names = (axes + (None,) * x.ndim)[: x.ndim]
+        return partition("rollout", names, x.shape, cast(Mesh, engine.mesh), DECODE)
+
+    return jax.tree.map(of, tree)
+
+
+def _cut_slots(engine: Engine, slots: Slots) -> Slots:
+    if engine.mesh is None:
+        return slots
+    return jax.lax.with_sharding_constraint(slots, _slot_places(engine, slots))
+
+
+def _slot_places(engine: Engine, slots: Slots) -> Slots:
+    rest = _places(engine, slots.replace(cache=()), "slots")
+    return rest.replace(cache=_places(engine, slots.cache, "slots", "kv_heads"))
+
+
 @partial(jax.jit, static_argnums=0)
 def _prefill(
     engine: Engine,
@@ -211,6 +274,7 @@ def _prefill(
 ) -> tuple[tuple[LayerCache, ...], Float[Array, "rows vocab"]]:
     """Keys and values of the prompts, and the logits after each one's last token."""
     rows, time = tokens.shape
+    tokens = _cut(engine, tokens, "slots")
     at = jnp.arange(time)
     mask = jnp.broadcast_to(at[:, None] >= at[None, :], (rows, time, time))
     positions = jnp.broadcast_to(at, (rows, time))
@@ -219,33 +283,46 @@ def _prefill(
         jnp.zeros(rows, jnp.int32),
     )  # fmt: skip
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    return cast(tuple[LayerCache, ...], cache), logits(engine.decoder.config, params, last)
+    # Every copy's slots may take any of the rows.
+    scores = _cut(engine, _scores(engine, params, last), None)
+    return _cut(engine, cast(tuple[LayerCache, ...], cache), None, "kv_heads"), scores
 
 
 def _insert_taken(engine: Engine, slots: Slots, head: _Waiting, taken, into) -> Slots:
-    rows = np.zeros(engine.slots, np.int32)
-    targets = np.full(engine.slots, engine.slots, np.int32)  # past the end: dropped
+    rows = np.full(engine.slots, -1, np.int32)  # of each slot; -1 leaves it as it is
     streams = np.zeros((engine.slots, 2), np.uint32)
     greedy = np.zeros(engine.slots, bool)
-    for i, ((row, _, sample, stream_), slot) in enumerate(zip(taken, into, strict=True)):
-        rows[i], targets[i], streams[i], greedy[i] = row, slot, stream_, sample == 0
-    lengths = head.lengths[rows]
-    return _insert(engine, slots, head.cache, head.logits, rows, targets, lengths, streams, greedy)
+    for (row, _, sample, stream_), slot in zip(taken, into, strict=True):
+        rows[slot], streams[slot], greedy[slot] = row, stream_, sample == 0
+    return _insert(
+        engine, slots, head.cache, head.logits, rows, head.lengths[rows], streams, greedy
+    )
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _insert(engine, slots, cache, logits, rows, targets, lengths, streams, greedy) -> Slots:
-    """Copies prefilled rows into slots and draws the first token of each."""
-    first = next_tokens(logits[rows], streams, jnp.zeros_like(rows), greedy, engine.sampling)
+def _insert(engine, slots, cache, scores, rows, lengths, streams, greedy) -> Slots:
+    """Copies prefilled rows into slots and draws the first token of each.
+
+    Each slot looks up its row, and not each row its slot: on a mesh that is no device's business
+    but the slot's own.
+    """
+    rows, lengths, streams, greedy = _cut(engine, (rows, lengths, streams, greedy), "slots")
+    taken, rows = rows >= 0, jnp.maximum(rows, 0)
+    zeros = jnp.zeros_like(rows)
+    first = next_tokens(
+        _cut(engine, scores[rows], "slots"), streams, zeros, greedy, engine.sampling
+    )
 
     def put(old, new):
-        return old.at[targets].set(new.astype(old.dtype), mode="drop")
+        return jnp.where(taken.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
 
     def put_prefix(old, new):
-        return old.at[targets, :, : new.shape[2]].set(new[rows].astype(old.dtype), mode="drop")
+        time = new.shape[2]
+        new = put(old[:, :, :time], new[rows].astype(old.dtype))
+        return jax.lax.dynamic_update_slice_in_dim(old, new, 0, axis=2)
 
     output = jnp.zeros((engine.slots, engine.max_new_tokens), jnp.int32).at[:, 0].set(first)
-    return Slots(
+    slots = Slots(
         cache=jax.tree.map(put_prefix, slots.cache, cache),
         token=put(slots.token, first),
         position=put(slots.position, lengths),
@@ -255,11 +332,15 @@ def _insert(engine, slots, cache, logits, rows, targets, lengths, streams, greed
         greedy=put(slots.greedy, greedy),
         active=put(slots.active, _goes_on(engine, first, jnp.ones_like(rows))),
     )
+    return _cut_slots(engine, slots)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _decode(engine: Engine, params: Params, slots: Slots, stop_at: Int[Array, ""]) -> Slots:
-    """Decodes until `stop_at` slots are idle."""
+def _decode(
+    engine: Engine, params: Params, slots: Slots, stop_at: Int[Array, ""]
+) -> tuple[Slots, tuple[Array, Array, Array]]:
+    """Decodes until `stop_at` slots are idle. Returns also (active, drawn, output) of all slots, on
+    every device, for the host to look at."""
 
     def busy(slots: Slots):
         return jnp.sum(~slots.active) < stop_at
@@ -271,9 +352,10 @@ def _decode(engine: Engine, params: Params, slots: Slots, stop_at: Int[Array, ""
             {"params": params}, slots.token[:, None], slots.position[:, None], mask[:, None],
             slots.cache, slots.position,
         )  # fmt: skip
-        scores = logits(engine.decoder.config, params, hidden[:, 0])
+        scores = _scores(engine, params, hidden[:, 0])
         token = next_tokens(scores, slots.streams, slots.drawn, slots.greedy, engine.sampling)
-        output = slots.output.at[jnp.arange(engine.slots), slots.drawn].set(token, mode="drop")
+        here = slots.drawn[:, None] == jnp.arange(engine.max_new_tokens)
+        output = jnp.where(here, token[:, None], slots.output)
         drawn = slots.drawn + 1
         on = slots.active
         return slots.replace(
@@ -285,7 +367,15 @@ def _decode(engine: Engine, params: Params, slots: Slots, stop_at: Int[Array, ""
             active=on & _goes_on(engine, token, drawn),
         )
 
-    return jax.lax.while_loop(busy, step, slots)
+    slots = _cut_slots(engine, jax.lax.while_loop(busy, step, slots))
+    return slots, _cut(engine, (slots.active, slots.drawn, slots.output), None)
+
+
+def _scores(engine: Engine, params: Params, hidden: Float[Array, "n embed"]):
+    """Logits [n, vocab]: computed where the unembedding is, then put together, because a draw looks
+    at the whole vocabulary. Asked for the second alone, XLA would send the matrix round instead."""
+    scores = logits(engine.decoder.config, params, hidden)
+    return _cut(engine, _cut(engine, scores, "slots", "vocab"), "slots")
 
 
 def _goes_on(engine: Engine, token: Int[Array, " n"], drawn: Int[Array, " n"]) -> Bool[Array, " n"]:
@@ -300,9 +390,10 @@ def _zeros(engine: Engine, rows: int, capacity: int) -> tuple[LayerCache, ...]:
     return tuple(LayerCache(zeros(), zeros()) for _ in range(c.layers))
 
 
+@partial(jax.jit, static_argnums=0)
 def _empty(engine: Engine) -> Slots:
     n = engine.slots
-    return Slots(
+    slots = Slots(
         cache=_zeros(engine, n, bucket(engine.max_prompt) + engine.max_new_tokens),
         token=jnp.zeros(n, jnp.int32),
         position=jnp.zeros(n, jnp.int32),
@@ -311,4 +402,50 @@ def _empty(engine: Engine) -> Slots:
         streams=jnp.zeros((n, 2), jnp.uint32),
         greedy=jnp.zeros(n, bool),
         active=jnp.zeros(n, bool),
+    )
+    return _cut_slots(engine, slots)
+
+
+class Programs(NamedTuple):
+    """What `generate` runs, for a plan: jitted functions, and abstractly what they are given.
+
+    `slots` and `prefilled` are what lies in memory beside a prefill and beside decoding.
+    """
+
+    prefill: tuple[Any, tuple[Any, ...]]
+    insert: tuple[Any, tuple[Any, ...]]
+    decode: tuple[Any, tuple[Any, ...]]
+    slots: Slots
+    prefilled: tuple[Any, Any]
+
+
+def programs(engine: Engine, params: Params) -> Programs:
+    """The programs for prompts of `max_prompt` tokens, on the engine's mesh.
+
+    Args:
+      params: abstract, as `decoding_params` gives them.
+    """
+
+    def like(tree: Any, where: Any) -> Any:
+        return jax.tree.map(
+            lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, where
+        )
+
+    def of_host(*shape: int, dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    n, rows = engine.slots, engine.prefill_rows
+    slots = jax.eval_shape(partial(_empty, engine))
+    slots = like(slots, _slot_places(engine, slots))
+    prompts = (engine, params, of_host(rows, bucket(engine.max_prompt)), of_host(rows))
+    cache, scores = jax.eval_shape(partial(_prefill, engine), *prompts[1:])
+    cache = like(cache, _places(engine, cache, None, "kv_heads"))
+    scores = like(scores, _places(engine, scores, None))
+    flags = (of_host(n, 2, dtype=np.uint32), of_host(n, dtype=np.bool_))
+    return Programs(
+        prefill=(_prefill, prompts),
+        insert=(_insert, (engine, slots, cache, scores, of_host(n), of_host(n), *flags)),
+        decode=(_decode, (engine, params, slots, of_host())),
+        slots=slots,
+        prefilled=(cache, scores),
     )

@@ -91,7 +91,7 @@ def draw(p: Float[Array, "slots vocab"], uniform: Float[Array, " slots"]) -> Int
     blocks = jnp.pad(p, ((0, 0), (0, -vocab % _BLOCK))).reshape(slots, -1, _BLOCK)
     mass = blocks.sum(-1)
     block, rest = _invert(mass, uniform * mass.sum(-1))
-    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    inside = _pick(blocks, block)
     token, _ = _invert(inside, rest)
     return block * _BLOCK + token
 
@@ -105,8 +105,14 @@ def _invert(mass: Float[Array, "slots n"], at: Float[Array, " slots"]):
     # Rounding may carry `at` past the end: stay on the last entry that has any mass.
     last = mass.shape[-1] - 1 - jnp.argmax((mass > 0)[:, ::-1], axis=-1)
     entry = jnp.where(beyond.any(axis=-1), jnp.argmax(beyond, axis=-1), last)
-    before = jnp.take_along_axis(total - mass, entry[:, None], axis=-1)[:, 0]
+    before = _pick(total - mass, entry)
     return entry, jnp.maximum(at - before, 0)
+
+
+def _pick(x: Float[Array, "slots n *rest"], entry: Int[Array, " slots"]):
+    """Each slot's own entry. By vmap and not by an index of slots: on a mesh, XLA then sees that no
+    slot needs what is another's."""
+    return jax.vmap(lambda x, i: x[i])(x, entry)
 
 
 def next_tokens(

@@ -5,7 +5,8 @@
     score       examples.parquet           what is trained on, with reference log-probabilities
     train       checkpoints/               the state of training
     export      model/                     a Hugging Face folder
-    evaluate    heldout.parquet            held-out answers of the new policy
+    evaluate    heldout.parquet            held-out answers of the new policy; or, of a reward
+                pairs.parquet              model, its rewards of held-out pairs
 
 Nothing else passes between stages. What each may depend on is written down in `STAGES`.
 """
@@ -21,6 +22,7 @@ from selm_jax import artifacts
 from selm_jax.config import as_dict
 from selm_jax.feedback.acquisition import MODEL_BASED
 from selm_jax.memory import release
+from selm_jax.parallel import multihost
 from selm_jax.run import Run
 from selm_jax.stages.evaluate import evaluate
 from selm_jax.stages.generate import Counts, generate
@@ -48,24 +50,44 @@ class Stage:
     shared: Callable[[Run], bool] = lambda run: True
 
     def run(self, run: Run, t: int) -> bool:
-        """Does the stage unless it is done; says whether it did."""
+        """Does the stage unless it is done; says whether it did.
+
+        Of several processes all do the work; the first looks whether it is done, and records it.
+        """
+        multihost.stop_if_told()
         record = artifacts.Stages(run.iteration(t))
-        inputs, settings = self.inputs(run, t), self.settings(run, t)
-        if record.is_done(self.name, inputs, settings):
+        settings = self.settings(run, t)
+
+        def begin() -> dict[str, str] | None:
+            inputs = dict(self.inputs(run, t))
+            if record.is_done(self.name, inputs, settings):
+                return None
+            record.begin(self.name, inputs, settings)
+            return inputs
+
+        outputs = {name: run.iteration(t) / name for name in self.outputs(run)}
+        if (inputs := multihost.on_first(begin)) is None:
+            artifacts.wait_for(outputs.values())
             return False
         began = time.perf_counter()
-        record.begin(self.name, inputs, settings)
         store = run.store if self.shared(run) else None
         key = artifacts.Store.key(stage=self.name, iteration=t, inputs=inputs, settings=settings)
-        found = None if store is None else store.take(key, run.iteration(t))
+        found = None
+        if store is not None:
+            found = multihost.on_first(lambda: store.take(key, run.iteration(t)))
         counts = self.work(run, t) if found is None else self._taken(run, t, found)
+        multihost.barrier()
+        artifacts.wait_for(outputs.values())
         seconds = time.perf_counter() - began
-        outputs = {name: run.iteration(t) / name for name in self.outputs(run)}
-        if store is not None and found is None:
-            logged = run.logged(self.name, t)
-            store.put(key, outputs, {"run": str(run.folder), "counts": counts, "logged": logged})
-        taken = None if found is None else key
-        record.finish(self.name, inputs, settings, outputs, counts, seconds, taken)
+
+        def finish() -> None:
+            if store is not None and found is None:
+                about = {"counts": counts, "logged": run.logged(self.name, t)}
+                store.put(key, outputs, {"run": str(run.folder), **about})
+            taken = None if found is None else key
+            record.finish(self.name, inputs, settings, outputs, counts, seconds, taken)
+
+        multihost.on_first(finish)
         release()  # or the next stage's peak would stand on this one's leavings
         run.say(self.name, t, counts, seconds, "" if found is None else f"as {found['run']}")
         return True
@@ -145,6 +167,14 @@ def _pick(*keys: str) -> Callable[[Run, int], dict[str, Any]]:
     return of
 
 
+def _rates(run: Run, t: int) -> dict[str, Any]:
+    """A reward model is given other ids, and evaluated on other things. Said only where it is so:
+    it is no setting of the experiment, but follows from its loss."""
+    if not run.objective.rates:
+        return {}
+    return {"objective.rates": True, "data.on_bad_row": run.experiment.data.on_bad_row}
+
+
 def _without(tree: Any, keys: set[str]) -> Any:
     """Nested lists and dictionaries without these keys."""
     if isinstance(tree, dict):
@@ -157,7 +187,10 @@ _FREE_OF_RANKERS = {
     *("concurrency", "timeout", "retries", "backoff", "cache", "base_url", "key_env", "workers"),
     *("max_total_tokens", "max_cost", "price_prompt", "price_completion"),
 }
-_FREE = {"rollout.slots", "rollout.prefill_rows", "training.checkpoint_every"}
+_FREE = {
+    *("rollout.slots", "rollout.prefill_rows"),
+    *("training.checkpoint_every", "training.checkpoints_kept"),
+}
 _TEMPLATE = ("text.template", "text.date")
 _ANSWERS = ("rollout.max_new_tokens", "rollout.max_prompt_tokens")
 _SCORING = (
@@ -180,7 +213,13 @@ STAGES = (
         "rank",
         rank,
         _all(_prompts, _file("responses"), _asked_with),
-        _pick("seed", "candidates.dataset", "feedback", "text.layout", *_TEMPLATE),
+        _all(
+            _pick(
+                *("seed", "candidates.dataset", "feedback", "text.layout", *_TEMPLATE),
+                *("data.chosen_score", "data.rejected_score"),
+            ),
+            _rates,
+        ),
         _always("ranked.parquet"),
         shared=lambda run: run.experiment.feedback.ranker != "human",  # people rank a run's answers
     ),
@@ -188,7 +227,7 @@ STAGES = (
         "score",
         score,
         _all(_file("ranked.parquet"), _reference),
-        _all(_pick("text", *_SCORING), _unscored),
+        _all(_pick("text", *_SCORING), _unscored, _rates),
         _always("examples.parquet"),
     ),
     Stage(
@@ -212,9 +251,12 @@ EVALUATE = Stage(
     "evaluate",
     evaluate,
     _all(_heldout, _policy),
-    _pick(
-        *("seed", "feedback.ranker", "feedback.settings", "evaluation"),
-        *(*_ANSWERS, *_TEMPLATE, *_SCORING),
+    _all(
+        _pick(
+            *("seed", "feedback.ranker", "feedback.settings", "evaluation"),
+            *(*_ANSWERS, *_TEMPLATE, *_SCORING),
+        ),
+        _rates,
     ),
-    _always("heldout.parquet"),
+    lambda run: ("pairs.parquet",) if run.objective.rates else ("heldout.parquet",),
 )

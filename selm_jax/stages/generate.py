@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -9,7 +10,8 @@ import pyarrow.compute
 import pyarrow.parquet as pq
 
 from selm_jax import artifacts
-from selm_jax.rollout.engine import Request, Response, decoding_params
+from selm_jax.parallel import multihost
+from selm_jax.rollout.engine import Request, Response
 from selm_jax.run import Run
 from selm_jax.text.prompts import Prompt
 
@@ -34,39 +36,52 @@ def generate(run: Run, t: int) -> Counts:
     are empty and no model is loaded.
     """
     prompts = run.prompts(t)
-    folder = run.iteration(t) / "responses"
     size = run.experiment.rollout.prompts_per_part
-    parts = -(-len(prompts) // size)
+    files = response_files(run, t)
+    there = multihost.on_first(lambda: [file.exists() for file in files])
     wanted = run.experiment.candidates
     params = None
     each = wanted.greedy + wanted.samples
     with run.bar(f"iteration {t}  generate", len(prompts) * each, "responses") as advance:
-        for part in range(parts):
-            file = folder / f"part-{part:05d}-of-{parts:05d}.parquet"
+
+        def progress(responses: int, tokens: int) -> None:
+            advance(responses, tokens)
+            multihost.stop_if_told()  # the part is lost, the parts before it are not
+
+        for part, file in enumerate(files):
             mine = range(part * size, min((part + 1) * size, len(prompts)))
-            if not file.exists():
-                if params is None and each:
-                    params = decoding_params(run.load(run.policy(t - 1)), run.dtype)
-                requests = [
-                    Request(i, run.prompt_ids(prompts[i]), wanted.greedy, wanted.samples)
-                    for i in mine
-                ]
-                responses = []
-                if params is not None:
-                    responses = run.engine.generate(
-                        params, requests, seed=run.experiment.seed, iteration=t, progress=advance
-                    )
+            if there[part]:
+                advance(len(mine) * each, 0)
+                continue
+            if params is None and each:
+                params = run.decoding(run.load(run.policy(t - 1)))
+            requests = [
+                Request(i, run.prompt_ids(prompts[i]), wanted.greedy, wanted.samples) for i in mine
+            ]
+            responses = []
+            if params is not None:
+                responses = run.engine.generate(
+                    params, requests, seed=run.experiment.seed, iteration=t, progress=progress
+                )
+            if part % multihost.count() == multihost.index():  # all know it, each writes its parts
                 rows = [response_row(run, prompts[r.index], r) for r in responses]
                 artifacts.write_table(file, pa.Table.from_pylist(rows, schema=RESPONSES))
-            else:
-                advance(len(mine) * each, 0)
-    answers = pq.read_table(folder, schema=RESPONSES)
+    multihost.barrier()
+    artifacts.wait_for(files)
+    answers = pa.concat_tables([pq.read_table(file, schema=RESPONSES) for file in files])
     return {
         "prompts": len(prompts),
         "responses": answers.num_rows,
         "tokens": pa.compute.sum(pa.compute.list_value_length(answers["token_ids"])).as_py() or 0,
         "cut_off": sum(x == "length" for x in answers["finish"].to_pylist()),
     }
+
+
+def response_files(run: Run, t: int) -> list[Path]:
+    """The parts of iteration t's responses; the same however many processes write them."""
+    parts = -(-len(run.prompts(t)) // run.experiment.rollout.prompts_per_part)
+    folder = run.iteration(t) / "responses"
+    return [folder / f"part-{part:05d}-of-{parts:05d}.parquet" for part in range(parts)]
 
 
 def response_row(run: Run, prompt: Prompt, response: Response) -> dict[str, Any]:

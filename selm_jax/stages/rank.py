@@ -18,10 +18,11 @@ from selm_jax.feedback.human import Human, items_of, store_of
 from selm_jax.feedback.labels import label
 from selm_jax.feedback.pairs import Candidate, Dropped, Pair, Report, draws, ranks, select
 from selm_jax.feedback.ranker import Question, reported
+from selm_jax.parallel import multihost
 from selm_jax.preferences.examples import ROLES, Example
-from selm_jax.run import Run
-from selm_jax.stages.generate import RESPONSES, Counts
-from selm_jax.text.answers import answer_ids
+from selm_jax.run import Run, RunError
+from selm_jax.stages.generate import RESPONSES, Counts, response_files
+from selm_jax.text.answers import answer_ids, check_spelled
 from selm_jax.text.answers import answers as answers_of
 from selm_jax.text.chat import UnusableAnswer
 from selm_jax.text.prompts import Prompt
@@ -74,8 +75,8 @@ def rank(run: Run, t: int) -> Counts:
         return _teach(run, t)
     f = run.experiment.feedback
     pool = pool_of(run, t)
-    answered = _answered(run, t, pool)
-    scores = dict(zip(answered, run.ranker.scores(*pool.questions(answered)), strict=True))
+    answered = multihost.on_first(lambda: _answered(run, t, pool))
+    scores = dict(zip(answered, scores_of(run, *pool.questions(answered)), strict=True))
     silent = {
         i: "not_asked" if usable else "unusable_answer" for i, usable in enumerate(pool.usable)
     } | dict.fromkeys(pool.asked, "not_answered")
@@ -95,16 +96,29 @@ def rank(run: Run, t: int) -> Counts:
         report.add(each, scores.get(i), result)
         rows += _ranked_rows(prompt, each, scores.get(i), result, soft)
     _write(run, t, rows)
-    of_ranker = {f"ranker/{key}": value for key, value in reported(run.ranker).items()}
-    return report.as_dict() | pool.cost | of_ranker
+    told = multihost.on_first(lambda: reported(run.ranker))
+    return report.as_dict() | pool.cost | {f"ranker/{key}": value for key, value in told.items()}
+
+
+def scores_of(
+    run: Run, questions: Sequence[Question], candidates: Sequence[Sequence[str]]
+) -> list[np.ndarray]:
+    """The ranker's scores, one array per question. It is asked in the first process alone: it may
+    be people, or a server with a budget, and what a model says of a text may hang on its batch."""
+
+    def ask() -> list[list[float]]:
+        return [[float(x) for x in each] for each in run.ranker.scores(questions, candidates)]
+
+    return [np.array(each) for each in multihost.on_first(ask)]
 
 
 def pool_of(run: Run, t: int) -> Pool:
     """Every candidate of an iteration, and which prompts are to be asked about."""
     prompts = run.prompts(t)
     answers: dict[str, list[dict]] = {}
-    for row in pq.read_table(run.iteration(t) / "responses", schema=RESPONSES).to_pylist():
-        answers.setdefault(row["prompt_id"], []).append(row)
+    for file in response_files(run, t):
+        for row in pq.read_table(file, schema=RESPONSES).to_pylist():
+            answers.setdefault(row["prompt_id"], []).append(row)
     found = [_candidates(run, prompt, answers.get(prompt.id, [])) for prompt in prompts]
     able = [i for i, (_, usable) in enumerate(found) if usable]
     pool = Pool(prompts, [each for each, _ in found], [usable for _, usable in found], able, {})
@@ -212,13 +226,13 @@ def _teach(run: Run, t: int) -> Counts:
     rows, unusable = [], 0
     for prompt in run.prompts(t):
         found = [(role, _of_data(run, prompt, role)) for role in roles]
-        usable = [(role, candidate) for role, candidate in found if candidate is not None]
-        if len(usable) < len(found):
+        if not all(usable for _, (_, usable) in found):
             unusable += 1
             continue
         rows += [
-            _row(prompt, i, candidate) | {"rank": i + 1, role: True}
-            for i, (role, candidate) in enumerate(usable)
+            _row(prompt, i, candidate)
+            | {"rank": i + 1, role: True, "score": _score_of_data(run, prompt, role)}
+            for i, (role, (candidate, _)) in enumerate(found)
         ]
     _write(run, t, rows)
     what = "pairs" if "rejected" in roles else "answers"
@@ -228,7 +242,8 @@ def _teach(run: Run, t: int) -> Counts:
 
 def _write(run: Run, t: int, rows: list[dict]) -> None:
     table = pa.Table.from_pylist(rows, schema=RANKED)
-    artifacts.write_table(run.iteration(t) / "ranked.parquet", table)
+    if multihost.is_first():
+        artifacts.write_table(run.iteration(t) / "ranked.parquet", table)
 
 
 def _candidates(run: Run, prompt: Prompt, answers: Sequence[dict]) -> tuple[list[Candidate], bool]:
@@ -244,20 +259,42 @@ def _candidates(run: Run, prompt: Prompt, answers: Sequence[dict]) -> tuple[list
     if not run.experiment.candidates.dataset:
         return own, True
     found = [_of_data(run, prompt, source) for source in answers_of(prompt)]
-    return own + [c for c in found if c is not None], None not in found
+    return own + [candidate for candidate, _ in found], all(usable for _, usable in found)
 
 
-def _of_data(run: Run, prompt: Prompt, source: str) -> Candidate | None:
-    """One of the data set's answers; None if it cannot be used and bad rows are dropped."""
-    ids = None  # `layout: paper` makes ids of pairs, not of candidates
+def _of_data(run: Run, prompt: Prompt, source: str) -> tuple[Candidate, bool]:
+    """One of the data set's answers, and whether it can be used; where bad rows are errors, it can."""
+    ids, usable = (
+        None,
+        True,
+    )  # `layout: paper` and reward models make ids of pairs, not of candidates
     if run.experiment.text.layout == "default":
         try:
-            ids = answer_ids(run.chat, prompt, source)
+            if run.objective.rates:
+                check_spelled(run.chat, prompt, source)
+            else:
+                ids = answer_ids(run.chat, prompt, source)
         except UnusableAnswer:
             if run.experiment.data.on_bad_row == "error":
                 raise
-            return None
-    return Candidate(source, answers_of(prompt)[source], ids, "dataset", 0)
+            usable = False
+    return Candidate(source, answers_of(prompt)[source], ids, "dataset", 0), usable
+
+
+def _score_of_data(run: Run, prompt: Prompt, role: str) -> float | None:
+    """What the data says that an answer is worth; None where the experiment names no column."""
+    d = run.experiment.data
+    column = {"chosen": d.chosen_score, "rejected": d.rejected_score}[role]
+    if column is None:
+        return None
+    value = prompt.row.get(column)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
+        found = f"holds {value!r}" if column in prompt.row else f"is not among {list(prompt.row)}"
+        raise RunError(
+            f"prompt {prompt.id}: column {column!r} (data.{role}_score) {found}; a number was "
+            "expected"
+        )
+    return float(value)
 
 
 def _ranked_rows(

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import pyarrow.parquet as pq
 
 from selm_jax import artifacts
 from selm_jax.models.decoder import Params
+from selm_jax.parallel import multihost
 from selm_jax.preferences.examples import ROLES, Example, to_table
 from selm_jax.preferences.packing import common_shape
+from selm_jax.preferences.rewards import split
 from selm_jax.run import Run, RunError
 from selm_jax.stages.generate import Counts
 from selm_jax.stages.rank import RANKED
 from selm_jax.text.layout import paper_row
+from selm_jax.text.prompts import Prompt
 from selm_jax.training.loop import response_logps
 
 
@@ -29,11 +33,18 @@ def score(run: Run, t: int) -> Counts:
     if examples and not run.objective.reference_free:
         params = run.reference_of(t)
         with run.bar(f"iteration {t}  score", len(examples), "examples") as advance:
-            logps[:] = logps_of(run, params, examples, lambda done: advance(done, 0))
+
+            def progress(done: int) -> None:
+                advance(done, 0)
+                multihost.stop_if_told()
+
+            logps[:] = logps_of(run, params, examples, progress)
     scored = [
         dataclasses.replace(e, reference=found) for e, found in zip(examples, logps, strict=True)
     ]
-    artifacts.write_table(run.iteration(t) / "examples.parquet", to_table(scored))
+    if multihost.is_first():
+        reference = artifacts.digest(run.policy(t - 1))
+        artifacts.write_table(run.iteration(t) / "examples.parquet", to_table(scored, reference))
     return {
         "examples": len(examples),
         "responses": sum(len(e.responses) for e in examples),
@@ -46,18 +57,34 @@ def logps_of(
     run: Run, params: Params, examples: Sequence[Example], report=lambda done: None
 ) -> list[tuple[float, ...]]:
     """Log-probability of every response of every example."""
+    return _of_responses(run, run.update.logps, params, examples, report)
+
+
+def rewards_of(
+    run: Run, params: Params, examples: Sequence[Example], report=lambda done: None
+) -> list[tuple[float, ...]]:
+    """The same of rewards, of a reward model's parameters."""
+    return _of_responses(run, run.update.rewards, params, examples, report)
+
+
+def _of_responses(
+    run: Run,
+    of_batch: Callable[..., Any],
+    params: Params,
+    examples: Sequence[Example],
+    report: Callable[[int], None],
+) -> list[tuple[float, ...]]:
     settings = run.experiment.training
     shape = common_shape([examples], rows=settings.rows, time=settings.row_length)
-    return response_logps(
-        examples, shape, lambda batch: run.update.logps(params, run.place(batch)), report
-    )
+    return response_logps(examples, shape, lambda batch: of_batch(params, run.place(batch)), report)
 
 
 def paired_examples(run: Run, t: int) -> tuple[list[Example], Counts]:
     """The pairs of ranked.parquet, as token ids, a response with two roles once.
 
     Returns:
-      the examples, and how many prompts and whose responses `text.layout: paper` has cut.
+      the examples, and how many prompts and whose responses `text.layout: paper` has cut; of a
+      reward model's pairs, how many were left out as too long (`data.on_bad_row: drop`).
     """
     prompts = {p.id: p for p in run.prompts(t)}
     text = run.experiment.text
@@ -75,8 +102,15 @@ def paired_examples(run: Run, t: int) -> tuple[list[Example], Counts]:
                 f"{run.iteration(t) / 'ranked.parquet'}: prompt {prompt_id} is not among the "
                 f"{len(prompts)} of iteration {t}; the data or its settings have changed"
             )
-        if text.layout == "paper":
-            texts = {role: row["text"] for role, row in pair.items()}
+        texts = {role: row["text"] for role, row in pair.items()}
+        if run.objective.rates:
+            scores = {role: pair[role]["score"] for role in texts}
+            examples.append(rated_example(run, prompt, texts, scores))
+            if run.experiment.data.on_bad_row == "drop" and too_long(run, examples[-1]):
+                examples.pop()
+                cut.update(too_long=1)
+                continue
+        elif text.layout == "paper":
             length = text.max_length, text.max_prompt_length
             row = paper_row(run.chat, prompt.messages, texts, *length)
             examples.append(Example.of(prompt_id, row.prompt, row.responses))
@@ -86,6 +120,41 @@ def paired_examples(run: Run, t: int) -> tuple[list[Example], Counts]:
             examples.append(Example.of(prompt_id, run.prompt_ids(prompt), responses))
         _check_length(run, examples[-1])
     return examples, dict(cut)
+
+
+def rated_example(
+    run: Run, prompt: Prompt, texts: Mapping[str, str], scores: Mapping[str, float | None]
+) -> Example:
+    """What a reward model is trained on: the conversations of a pair, whole.
+
+    Args:
+      texts: of the answers, by role.
+      scores: what the data says of them; None is 0 where it says something of the other.
+
+    Raises:
+      RunError: both conversations are the same tokens.
+    """
+    head = run.config.head
+    assert head is not None
+    whole = [head.read(run.chat.conversation_ids(prompt.messages, t)) for t in texts.values()]
+    if len(set(whole)) < len(whole):
+        raise RunError(
+            f"prompt {prompt.id}: {' and '.join(texts)} are the same {len(whole[0])} tokens to the "
+            "model, so that nothing is preferred. Remove the row"
+        )
+    before, rests = split(whole)
+    given = None
+    if any(score is not None for score in scores.values()):
+        given = tuple(scores[role] or 0.0 for role in texts)
+    roles = {role: i for i, role in enumerate(texts)}
+    return Example(prompt.id, before, tuple(rests), roles, scores=given)
+
+
+def too_long(run: Run, example: Example) -> bool:
+    """Whether a pair does not fit into a packed row, or an answer not into the model."""
+    longest = len(example.prompt) + max(map(len, example.responses))
+    row = run.experiment.training.row_length
+    return example.tokens > row or longest > run.config.max_positions
 
 
 def _check_length(run: Run, example: Example) -> None:

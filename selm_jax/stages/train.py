@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
 import jax
 
 from selm_jax import artifacts
 from selm_jax.models.lora import merge
 from selm_jax.models.quantize import dequantize
-from selm_jax.preferences.examples import from_parquet
+from selm_jax.parallel import multihost
+from selm_jax.preferences.examples import from_parquet, reference_of
 from selm_jax.run import Run, RunError
 from selm_jax.stages.generate import Counts
 from selm_jax.training.checkpoint import Checkpoints
@@ -21,7 +26,7 @@ def train_policy(run: Run, t: int) -> Counts:
     """Updates from the start policy, or from the last checkpoint of this stage."""
     e = run.experiment
     plan = plan_of(run, t)
-    checkpoints = Checkpoints(run.iteration(t) / "checkpoints")
+    checkpoints = checkpoints_of(run, t)
     if not checkpoints.has_final:
         start = run.start_of(t)
         state = TrainState.create(run.trained(start, t), run.optimizer)
@@ -41,13 +46,40 @@ def train_policy(run: Run, t: int) -> Counts:
                 run.log("train", t, metrics)
                 advance(1, metrics["tokens"])
 
-            state = train(
-                plan, run.update, state, checkpoints,
-                peak=e.learning_rate(t), place=run.place, report=report, **fixed,
-            )  # fmt: skip
+            with multihost.stop_deferred():
+                state = train(
+                    plan, run.update, state, checkpoints,
+                    peak=e.learning_rate(t), place=run.place, report=report, **fixed,
+                )  # fmt: skip
         del fixed
         checkpoints.save_final(state.params)
     return plan.counts()
+
+
+def checkpoints_of(run: Run, t: int) -> Checkpoints:
+    """Those of iteration t, which mean nothing without the model that it starts from.
+
+    Raises:
+      ArtifactError: the reference's log-probabilities are those of another model.
+    """
+    examples = run.iteration(t) / "examples.parquet"
+
+    def reference() -> str:
+        now = artifacts.digest(run.policy(t - 1))
+        scored = reference_of(examples)
+        if scored not in ("", now) and not run.objective.reference_free:
+            raise artifacts.ArtifactError(
+                f"{examples}: the reference's log-probabilities are those of the model with digest "
+                f"{scored}; {run.policy(t - 1)} has {now}. Put that model back, or remove 'score' "
+                f"from {run.iteration(t) / 'stage.json'} to score this iteration again"
+            )
+        return now
+
+    return Checkpoints(
+        run.iteration(t) / "checkpoints",
+        reference=multihost.on_first(reference),
+        keep=run.experiment.training.checkpoints_kept,
+    )
 
 
 def plan_of(run: Run, t: int) -> Plan:
@@ -76,7 +108,7 @@ def plan_of(run: Run, t: int) -> Plan:
 
 def export(run: Run, t: int) -> Counts:
     """The trained parameters as a Hugging Face folder, complete with tokenizer and card."""
-    checkpoints = Checkpoints(run.iteration(t) / "checkpoints")
+    checkpoints = checkpoints_of(run, t)
     if not checkpoints.has_final:
         raise artifacts.ArtifactError(
             f"{checkpoints.folder}: the trained parameters are missing. Remove 'train' from "
@@ -84,10 +116,22 @@ def export(run: Run, t: int) -> Counts:
         )
     params = checkpoints.final(run.abstract_trained)
     if (lora := run.lora) is not None:
-        with artifacts.whole(run.iteration(t) / "adapter") as partial:
+        with _folder(run.iteration(t) / "adapter") as partial:
             export_adapter(params, run.config, lora, run.policy(t - 1), partial)
         merged = jax.jit(lambda base, adapters: merge(dequantize(base), adapters, lora))
         params = merged(run.start_of(t), params)
-    with artifacts.whole(run.iteration(t) / "model") as partial:
-        export_folder(params, run.config, run.start.path, partial, run.model_card(t))
+    with _folder(run.iteration(t) / "model") as partial:
+        card = run.model_card(t) if partial else ""
+        export_folder(params, run.config, run.start.path, partial, card)
     return {"parameters": run.parameters}
+
+
+@contextlib.contextmanager
+def _folder(path: Path) -> Iterator[Path | None]:
+    """Where the first process writes; the others go through the same motions, which bring the
+    parameters to it, and write nothing: None."""
+    if multihost.is_first():
+        with artifacts.whole(path) as partial:
+            yield partial
+    else:
+        yield None

@@ -28,6 +28,7 @@ from rich.console import Console
 
 from selm_jax import artifacts
 from selm_jax.iterate import iterate
+from selm_jax.lock import only_one
 from selm_jax.memory import release
 from selm_jax.report import sweep_page
 from selm_jax.run import Run
@@ -50,7 +51,7 @@ def sweep(plan: Sweep, console: Console | None = None) -> None:
     console = console or Console()
     store = artifacts.Store(plan.folder / "store")
     failed: dict[str, str] = {}
-    with artifacts.only_one(plan.folder):
+    with only_one(plan.folder):
         for i, member in enumerate(plan.members, 1):
             name = f"{member.cell.name}, seed {member.seed}"
             console.rule(f"{i} of {len(plan.members)}: {name}")

@@ -8,6 +8,8 @@ from selm_jax.text.chat import Chat, ChatError, UnusableAnswer
 from selm_jax.text.layout import paper_ids
 from selm_jax.text.prompts import Prompt
 
+_MEND = "Mend the row, or set data.on_bad_row to 'drop' to leave out and count such prompts"
+
 
 def answers(prompt: Prompt) -> dict[str, str]:
     """`chosen` and `rejected`, as far as the data has them."""
@@ -24,18 +26,29 @@ def answer_ids(chat: Chat, prompt: Prompt, source: str) -> tuple[int, ...]:
     try:
         return chat.response_ids(prompt.messages, answers(prompt)[source])
     except UnusableAnswer as e:
+        raise UnusableAnswer(f"prompt {prompt.id}, {source}: {e}\n{_MEND}") from e
+
+
+def check_spelled(chat: Chat, prompt: Prompt, source: str) -> None:
+    """Raises UnusableAnswer, as `answer_ids`, if the answer spells out an end token.
+
+    All that a whole conversation asks of an answer: nothing follows the prompt as it stood.
+    """
+    if spelled := chat.spelled_ends(answers(prompt)[source]):
         raise UnusableAnswer(
-            f"prompt {prompt.id}, {source}: {e}\nMend the row, or set data.on_bad_row to 'drop' to "
-            "leave out and count such prompts"
-        ) from e
+            f"prompt {prompt.id}, {source}: the answer spells out {', '.join(spelled)}, which ends "
+            f"one.\n{_MEND}"
+        )
 
 
-def check_answers(chat: Chat, prompts: Iterable[Prompt], *, layout: str, on_bad_row: str) -> None:
+def check_answers(
+    chat: Chat, prompts: Iterable[Prompt], *, layout: str, on_bad_row: str, whole: bool = False
+) -> None:
     """Finds what would stop a later stage, hours from now, as far as it is quick to see.
 
     The layout is tried with one prompt of each sequence of roles: a template that does not serve
     mostly fails for all prompts of such a sequence. And, unless bad rows are dropped, every answer
-    is searched for end tokens.
+    is searched for end tokens. `whole`: prompt and answer are read as one, by a reward model.
 
     Raises:
       ChatError: the template does not serve, or an answer spells out an end token. The message
@@ -47,7 +60,9 @@ def check_answers(chat: Chat, prompts: Iterable[Prompt], *, layout: str, on_bad_
         if roles not in tried:
             tried.add(roles)
             try:
-                if layout == "paper":
+                if whole:
+                    chat.conversation_ids(prompt.messages, "Yes.")
+                elif layout == "paper":
                     paper_ids(chat, prompt.messages, "Yes.")
                 else:
                     chat.response_ids(prompt.messages, "Yes.")
@@ -56,18 +71,22 @@ def check_answers(chat: Chat, prompts: Iterable[Prompt], *, layout: str, on_bad_
         if layout == "default" and on_bad_row == "error":
             for source, text in answers(prompt).items():
                 if chat.spelled_ends(text):
-                    answer_ids(chat, prompt, source)
+                    (check_spelled if whole else answer_ids)(chat, prompt, source)
 
 
-def longest_answered(chat: Chat, prompts: Iterable[Prompt]) -> int:
+def longest_answered(chat: Chat, prompts: Iterable[Prompt], whole: bool = False) -> int:
     """Tokens of the longest prompt with one of its data set's answers; 0 if there are none.
 
     Answers that cannot be used are not counted: they are dropped, or stop the run elsewhere.
     """
     longest = 0
     for prompt in prompts:
-        before = len(chat.prompt_ids(prompt.messages))
+        before = 0 if whole else len(chat.prompt_ids(prompt.messages))
         for text in answers(prompt).values():
-            if not chat.spelled_ends(text):
+            if chat.spelled_ends(text):
+                continue
+            if whole:
+                longest = max(longest, len(chat.conversation_ids(prompt.messages, text)))
+            else:
                 longest = max(longest, before + len(chat.response_ids(prompt.messages, text)))
     return longest

@@ -129,6 +129,18 @@ class Chat:
             )
         return ids[: end + 1]
 
+    def conversation_ids(self, messages: Sequence[Turn], text: str) -> tuple[int, ...]:
+        """The conversation with an answer, as a reward model reads it: all that the template writes.
+
+        What stands behind the answer's end token belongs to it (most often a line break). The text
+        is taken as it is: an empty answer is one too.
+
+        Raises:
+          ChatError: as for `prompt_ids`.
+        """
+        answered = [*messages, _Message("assistant", text)]
+        return self._ids(self.render(answered, answer_follows=False))
+
     def spelled_ends(self, text: str) -> list[str]:
         """The end tokens that a text spells out."""
         if not any(end in text for end in self._stop_texts):  # the usual case, and much faster
@@ -149,7 +161,7 @@ class Chat:
             rendered = self._rendered(messages, answer_follows)
         except TemplateError as e:
             raise ChatError(self._refusal(messages, answer_follows, e)) from e
-        for i, message in enumerate(messages if messages[-1].role == "user" else ()):
+        for i, message in enumerate(messages):
             if message.role == "system" and (content := message.content.strip()):
                 rest = [*messages[:i], *messages[i + 1 :]]
                 if content not in rendered and rendered == self._try(rest, answer_follows):

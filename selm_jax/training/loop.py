@@ -12,6 +12,7 @@ import numpy as np
 
 from selm_jax.config import Training
 from selm_jax.models.decoder import Params
+from selm_jax.parallel import multihost
 from selm_jax.preferences.batches import examples_of, updates_per_epoch
 from selm_jax.preferences.examples import ROLES, Example
 from selm_jax.preferences.packing import PreferenceBatch, Shape, common_shape, pack, unpack
@@ -97,6 +98,7 @@ def train(
     Raises:
       TrainingError: a loss or gradient that is not finite, with the examples it came from. The last
         checkpoint is left as it is.
+      Stopped: the run was told to stop, and the state after the last update is saved.
     """
     s = plan.settings
     count = len(plan.updates)
@@ -127,8 +129,13 @@ def train(
             | {"tokens": tokens, "padded": len(batches) * plan.shape.rows * plan.shape.time}
             | {"time/seconds": seconds, "time/tokens_per_second": tokens / seconds}
         )
-        if (step + 1) % s.checkpoint_every == 0 and step + 1 < count:
-            checkpoints.save(state)
+        if step + 1 < count:
+            stop = multihost.should_stop()
+            if stop or (step + 1) % s.checkpoint_every == 0:
+                checkpoints.save(state)
+            if stop:
+                checkpoints.wait()
+                raise multihost.Stopped
     return state
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -21,21 +23,37 @@ class TrainState:
     opt_state: optax.OptState
 
     @classmethod
-    def create(cls, params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-        """A fresh state; the moments are laid out like the parameters they belong to.
+    def abstract(cls, params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+        """Shapes, dtypes and shardings of a state; `params` may be abstract too.
 
-        What is not of a parameter's shape (counts, Adafactor's rows and columns) is on all devices.
+        The moments are laid out like the parameters they belong to. What is not of a parameter's
+        shape (counts, Adafactor's rows and columns) is on all devices.
         """
         everywhere = jax.tree.leaves(params)[0].sharding
         if isinstance(everywhere, NamedSharding):
             everywhere = NamedSharding(everywhere.mesh, PartitionSpec())
-        # Said outright: zeros do not depend on the parameters, and XLA would put all on one device.
+        moments = jax.eval_shape(optimizer.init, params)
         shardings = optax.tree.map_params(
             optimizer,
             lambda moment, p: p.sharding if moment.shape == p.shape else everywhere,
-            jax.eval_shape(optimizer.init, params),
+            moments,
             params,
             transform_non_params=lambda _: everywhere,
         )
+
+        def placed(x, where):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+        step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
+        like = jax.tree.map(lambda x: placed(x, x.sharding), params)
+        return cls(step, like, jax.tree.map(placed, moments, shardings))
+
+    @classmethod
+    def create(cls, params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+        """A fresh state, laid out as `abstract` says."""
+        like = cls.abstract(params, optimizer)
+        # Said outright: zeros do not depend on the parameters, and XLA would put all on one device.
+        shardings = jax.tree.map(lambda x: x.sharding, like.opt_state)
         opt_state = jax.jit(optimizer.init, out_shardings=shardings)(params)
-        return cls(jax.device_put(jnp.zeros((), jnp.int32), everywhere), params, opt_state)
+        step = jax.jit(lambda: jnp.zeros((), jnp.int32), out_shardings=like.step.sharding)()
+        return cls(step, params, opt_state)

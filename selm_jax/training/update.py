@@ -27,11 +27,13 @@ from jaxtyping import Array, Float
 from selm_jax.models.attention import tree_mask
 from selm_jax.models.decoder import Decoder, Params, unembedding
 from selm_jax.objectives.logprobs import token_logprobs
-from selm_jax.objectives.losses import Logps, Objective
+from selm_jax.objectives.losses import Logps, Objective, Rewards
 from selm_jax.preferences.examples import ROLES
 from selm_jax.preferences.packing import PreferenceBatch
+from selm_jax.preferences.rewards import response_rewards
 from selm_jax.training.state import TrainState
 
+PerExample = Float[Array, " segments"]
 Sums = dict[str, Float[Array, ""]]
 
 
@@ -66,18 +68,20 @@ def by_role(
 ) -> Logps:
     """The log-probabilities of each role's response, or their mean, one entry per segment."""
     lengths = batch.sum_by_response(jnp.ones(batch.target.shape, jnp.float32))
-
-    def of_roles(per_response):
-        # A weight of 1 and zeros picks exactly: sums of x and zeros are x, in any order.
-        picked = jnp.sum(batch.roles * per_response[:, :, None, :], axis=-1)
-        return {role: picked[..., i].reshape(-1) for i, role in enumerate(ROLES)}
-
     return Logps(
-        policy=of_roles(policy),
-        reference=of_roles(reference),
-        lengths=of_roles(lengths),
+        policy=_of_roles(batch, policy),
+        reference=_of_roles(batch, reference),
+        lengths=_of_roles(batch, lengths),
         mean_lengths=dict(zip(ROLES, mean_lengths, strict=True)),
     )
+
+
+def _of_roles(
+    batch: PreferenceBatch, per_response: Float[Array, "rows segments branches"]
+) -> dict[str, Float[Array, " segments"]]:
+    # A weight of 1 and zeros picks exactly: sums of x and zeros are x, in any order.
+    picked = jnp.sum(batch.roles * per_response[:, :, None, :], axis=-1)
+    return {role: picked[..., i].reshape(-1) for i, role in enumerate(ROLES)}
 
 
 def loss_sums(
@@ -94,13 +98,17 @@ def loss_sums(
 ) -> tuple[Float[Array, ""], Sums]:
     """Sum of the loss over the batch's examples, and the sums of the metrics.
 
-    With `reference_params` the reference is run live by the same function; otherwise its stored
+    Of an objective that `rates`, `params` are a reward model's, and nothing else is looked at. With
+    `reference_params` the reference is run live by the same function; otherwise its stored
     log-probabilities are used. Both give the same numbers. With `base`, `params` are the adapters
     of the decoder's `lora`, and the base stays as it is.
     """
     if (base is None) != (decoder.lora is None):
         raise ValueError("a decoder with adapters needs `base`, one without has none")
     plain = decoder.clone(lora=None)
+    if objective.rates:
+        rewards = _of_roles(batch, response_rewards(decoder, params, batch))
+        return _sums(batch, *objective(Rewards(rewards, _of_roles(batch, batch.scores))))
     if base is None:
         policy = response_logps(plain, params, batch, chunk)
     else:
@@ -109,7 +117,13 @@ def loss_sums(
     if reference_params is not None:
         reference = response_logps(plain, reference_params, batch, chunk)
     logps = by_role(batch, policy, jax.lax.stop_gradient(reference), mean_lengths)
-    losses, metrics = objective(logps)
+    return _sums(batch, *objective(logps))
+
+
+def _sums(
+    batch: PreferenceBatch, losses: PerExample, metrics: dict[str, PerExample]
+) -> tuple[Float[Array, ""], Sums]:
+    """Over the batch's examples; empty segments do not count."""
     weight = batch.weight.reshape(-1)
     sums = {name: jnp.sum(weight * value) for name, value in metrics.items()}
     loss = jnp.sum(weight * losses)
@@ -123,6 +137,7 @@ class Update(NamedTuple):
     add(gradients*, sums*, params, batch, mean_lengths[, reference, base, key]) -> the same
     apply(state*, gradients, sums, learning_rate) -> (state, metrics)
     logps(params, batch) -> response log-probabilities [rows, segments, branches], no adapters
+    rewards(params, batch) -> the same of a reward model's rewards
 
     `params` and the state's are what is trained: all parameters, or the adapters on `base`.
     """
@@ -131,6 +146,7 @@ class Update(NamedTuple):
     add: Callable[..., tuple[Params, Sums]]
     apply: Callable[..., tuple[TrainState, Sums]]
     logps: Callable[..., Float[Array, "rows segments branches"]]
+    rewards: Callable[..., Float[Array, "rows segments branches"]]
 
 
 class Shardings(NamedTuple):
@@ -188,8 +204,17 @@ def make_update(
     return Update(
         gradients=jax.jit(gradients, out_shardings=(s.params, s.replicated)),
         add=jax.jit(add, out_shardings=(s.params, s.replicated), donate_argnums=(0, 1)),
-        apply=jax.jit(apply, donate_argnums=0),
+        apply=jax.jit(
+            apply,
+            out_shardings=(cast(Any, TrainState)(s.replicated, s.params, None), s.replicated),
+            donate_argnums=0,
+        ),
         logps=jax.jit(
-            lambda params, batch: response_logps(decoder.clone(lora=None), params, batch, chunk)
+            lambda params, batch: response_logps(decoder.clone(lora=None), params, batch, chunk),
+            out_shardings=s.replicated,
+        ),
+        rewards=jax.jit(
+            lambda params, batch: response_rewards(decoder, params, batch),
+            out_shardings=s.replicated,
         ),
     )

@@ -22,6 +22,7 @@ def model_card(
     iteration: int,
     origin: Mapping[str, str],
     metrics: Iterable[Mapping[str, Any]],
+    rates: bool = False,
 ) -> str:
     """README.md of the policy after an iteration.
 
@@ -32,10 +33,12 @@ def model_card(
       name: of the run.
       origin: where the start model came from (`sources.ModelFolder.origin`).
       metrics: lines of metrics.jsonl.
+      rates: the policy is a reward model.
     """
     e = experiment
     lines = list(metrics)
-    header: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    task = "text-classification" if rates else "text-generation"
+    header: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": task}
     if origin["kind"] in ("hub", "wheel"):
         header |= {"base_model": e.model.source, "base_model_relation": "finetune"}
     if _HUB_ID.fullmatch(e.data.train) and not Path(e.data.train).exists():
@@ -44,11 +47,17 @@ def model_card(
     header["tags"] = list(dict.fromkeys(["selm_jax", loss, "preference-optimization", "alignment"]))
     pinned = next((origin[k] for k in ("commit", "sha256") if k in origin), "")
     settings = ", ".join(f"{k} {v}" for k, v in e.objective.items() if k != "loss")
-    method = (
-        f"`{loss}`{f' ({settings})' if settings else ''} on answers that the ranker "
-        f"`{e.feedback.ranker}` scored, in the manner of Self-Exploring Language Models "
-        "(https://arxiv.org/abs/2405.19332)."
-    )
+    method = f"`{loss}`{f' ({settings})' if settings else ''} on "
+    if rates:
+        method += (
+            "pairs of the data set. A reward model: the score of a conversation with its answer, as "
+            "the chat template writes it, is the one label's logit."
+        )
+    else:
+        method += (
+            f"answers that the ranker `{e.feedback.ranker}` scored, in the manner of Self-Exploring "
+            "Language Models (https://arxiv.org/abs/2405.19332)."
+        )
     data = (
         f"- start model: `{e.model.source}` ({origin['kind']}{pinned and f', {pinned}'})\n"
         f"- prompts: `{e.data.train}`, part {e.data.first_portion - 1 + iteration} of {e.portions}"
@@ -74,7 +83,7 @@ def _metrics(lines: list[Mapping[str, Any]], iteration: int) -> list[str]:
     before = [m for m in lines if m["stage"] == "evaluate" and m["iteration"] == iteration - 1]
     if before:
         what = "start model" if iteration == 1 else f"policy after iteration {iteration - 1}"
-        parts += [f"Held-out answers of the {what}, from which this iteration began:"]
+        parts += [f"Held-out evaluation of the {what}, from which this iteration began:"]
         parts += [_table(before[-1])]
     return parts
 

@@ -144,6 +144,10 @@ class _Tensor:
             return self.shape
         return math.prod(self.shape[self.inputs :]), math.prod(self.shape[: self.inputs])
 
+    def kind(self, dtype: Any) -> Any:
+        """Its dtype: `dtype` for the encoder's matrices; norms, biases and the head are float32."""
+        return dtype if self.path[0] == "encoder" and len(self.stored_shape) == 2 else np.float32
+
     def ours(self, stored: np.ndarray) -> np.ndarray:
         is_kernel = self.path[-1] == "kernel"
         return (stored.T if is_kernel else stored).reshape(self.shape)
@@ -188,8 +192,7 @@ def load(
     _check(checkpoint, tensors, config.layers)
     params = {}
     for t in tensors:
-        matrix = t.path[0] == "encoder" and len(t.stored_shape) == 2
-        kind = dtype if matrix else np.float32
+        kind = t.kind(dtype)
         if "layers" in t.path:
             x = np.empty((config.layers, *t.shape), kind)
             for layer in range(config.layers):
@@ -198,6 +201,11 @@ def load(
             x = t.ours(checkpoint.read(t.name)).astype(kind)
         params[t.path] = place(t.path, x)
     return unflatten_dict(params)
+
+
+def dtypes(config: DebertaConfig, tasks: int, dtype: Any) -> Params:
+    """The dtype of each parameter that `load` gives, as a tree of `PairScorer`'s."""
+    return unflatten_dict({t.path: np.dtype(t.kind(dtype)) for t in _tensors(config, tasks)})
 
 
 def _check(checkpoint: Checkpoint, tensors: list[_Tensor], layers: int) -> None:

@@ -11,7 +11,15 @@ import numpy as np
 
 from selm_jax.models.config import DecoderConfig
 from selm_jax.models.decoder import Params
-from selm_jax.weights.files import DTYPES, MAX_SHARD_BYTES, open_checkpoint, stored_like, write
+from selm_jax.models.families import reward_model_json
+from selm_jax.weights.files import (
+    DTYPES,
+    MAX_SHARD_BYTES,
+    WeightsError,
+    open_checkpoint,
+    stored_like,
+    write,
+)
 from selm_jax.weights.huggingface import save
 
 # What goes with a model, byte for byte as it came: tokenizer, chat template, generation config, and
@@ -37,7 +45,7 @@ def export_folder(
     params: Params,
     config: DecoderConfig,
     source: Path,
-    folder: Path,
+    folder: Path | None,
     card: str,
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -45,15 +53,17 @@ def export_folder(
     """Writes weights, config, tokenizer and model card into `folder`, which must not exist.
 
     The config is the source model's, key by key, since the model is of the same shape; only the
-    dtype of the stored weights is set anew.
+    dtype of the stored weights is set anew, and what makes a reward model of it, if it is one.
 
     Args:
       source: the Hugging Face folder that training started from.
+      folder: None for the processes that only bring their parts of the parameters.
       card: the text of README.md.
       max_shard_bytes: of one safetensors file.
     """
-    _write_folder(source, folder, str(params["embedding"].dtype))
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    if folder is not None:
+        _write_folder(source, folder, str(params["embedding"].dtype), config)
+        (folder / "README.md").write_text(card, encoding="utf-8")
     save(params, config, folder, max_shard_bytes=max_shard_bytes)
 
 
@@ -69,9 +79,12 @@ def convert_dtype(
       dtype: "float32", "bfloat16" or "float16".
 
     Raises:
-      WeightsError: `source` is not whole.
+      WeightsError: `source` is not whole, or another dtype.
     """
-    kind = next(np.dtype(known) for known in DTYPES.values() if np.dtype(known).name == dtype)
+    kinds = {np.dtype(known).name: np.dtype(known) for known in DTYPES.values()}
+    if dtype not in kinds:
+        raise WeightsError(f"dtype {dtype!r}: weights are stored as one of {', '.join(kinds)}")
+    kind = kinds[dtype]
     checkpoint = open_checkpoint(source)
     entries = {n: stored_like(t.shape, kind) for n, t in checkpoint.tensors.items()}
     _write_folder(source, folder, dtype)
@@ -81,9 +94,13 @@ def convert_dtype(
     write(folder, entries, values, max_shard_bytes=max_shard_bytes)
 
 
-def _write_folder(source: Path, folder: Path, dtype: str) -> None:
+def _write_folder(
+    source: Path, folder: Path, dtype: str, config: DecoderConfig | None = None
+) -> None:
     """All but the weights and the card."""
     hf: dict[str, Any] = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    if config is not None and config.head is not None:
+        hf = reward_model_json(hf, config.head.pad)
     folder.mkdir(parents=True)
     for pattern in _COPIED:
         for file in source.glob(pattern):

@@ -9,6 +9,7 @@ never holds more than one layer's tensor.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterator
@@ -35,7 +36,7 @@ from selm_jax.weights.files import (
 )
 from selm_jax.weights.names import Tensor, tensors
 
-__all__ = ["WeightsError", "load", "save", "to_hf_tensors"]
+__all__ = ["WeightsError", "check", "load", "save", "to_hf_tensors"]
 
 # Tables of frequencies that early versions of transformers stored with the parameters.
 _LEFTOVER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
@@ -50,12 +51,15 @@ def load(
     *,
     dtype: Any = np.float32,
     shardings: Any = None,
+    fresh_head: bool = False,
 ) -> Params:
     """Reads the parameters of the model in `folder`, each straight into its shards.
 
     Args:
       dtype: of the parameters; what is stored as something else is cast on the devices.
       shardings: a tree like the parameters, of `NamedSharding`; None puts all on the first device.
+      fresh_head: `folder` holds the language model that the reward model of `config` begins from.
+        Its unembedding is not read, and the head is zeros: every text's reward is 0.
 
     Raises:
       WeightsError: tensors missing, unknown, of the wrong shape or dtype (all of them are listed),
@@ -63,7 +67,7 @@ def load(
     """
     rows = tensors(config)
     checkpoint = open_checkpoint(folder)
-    _check(checkpoint, config)
+    _check(checkpoint, dataclasses.replace(config, head=None) if fresh_head else config)
     if shardings is None:
         where = dict.fromkeys(rows, SingleDeviceSharding(jax.local_devices()[0]))
     else:
@@ -73,7 +77,9 @@ def load(
     zeros = _zeros(shapes, np.dtype(dtype), tuple(where[path] for path in stacked))()
     params = dict(zip(stacked, zeros, strict=True))
     for path, row in rows.items():
-        if row.stacked:
+        if fresh_head and path == ("score",):
+            (params[path],) = _zeros((row.shape,), np.dtype(dtype), (where[path],))()
+        elif row.stacked:
             for layer in range(config.layers):
                 params[path] = _fill(checkpoint, row, layer, params[path])
         else:
@@ -82,6 +88,15 @@ def load(
             params[path] = jax.block_until_ready(_caster(np.dtype(dtype), where[path])(x))
             x.delete()
     return unflatten_dict({path: params[path] for path in rows})
+
+
+def check(folder: Path, config: DecoderConfig) -> None:
+    """Finds out whether `load` would read the folder, from the headers of its files alone.
+
+    Raises:
+      WeightsError: as `load`.
+    """
+    _check(open_checkpoint(folder), config)
 
 
 def _fill(checkpoint: Checkpoint, row: Tensor, layer: int, stack: jax.Array) -> jax.Array:
@@ -216,13 +231,22 @@ def _is_second_embedding(checkpoint: Checkpoint, head: str) -> bool:
 
 
 def save(
-    params: Params, config: DecoderConfig, folder: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES
+    params: Params,
+    config: DecoderConfig,
+    folder: Path | None,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Writes the parameters into `folder` as safetensors, in their own dtypes, from any mesh.
 
     One file, or several of at most `max_shard_bytes` of data with an index. The tensors are
-    streamed: one of one layer is on the host at a time.
+    streamed: one of one layer is on the host at a time. Where the parameters are spread over several
+    processes all of them have to call this, those that do not write with None for a folder.
     """
+    if folder is None:
+        for _ in to_hf_tensors(params, config):
+            continue
+        return
     flat = _flat(params)
     entries = {
         name: stored_like(_whole_shape(parts), flat[parts[0].path].dtype)
@@ -238,7 +262,7 @@ def to_hf_tensors(params: Params, config: DecoderConfig) -> Iterator[tuple[str, 
     """
     flat = _flat(params)
     for name, layer, parts in _stored(config):
-        found = [_to_theirs(_fetch(flat[row.path], layer), row) for row in parts]
+        found = [_to_theirs(fetch(flat[row.path], layer), row) for row in parts]
         yield name, found[0] if len(found) == 1 else np.concatenate(found)
 
 
@@ -246,8 +270,9 @@ def _flat(params: Params) -> dict[tuple[str, ...], jax.Array]:
     return cast(Any, flatten_dict(params))
 
 
-def _fetch(x: jax.Array, layer: int | None) -> np.ndarray:
-    """A parameter, or one layer of a stacked one, on the host.
+def fetch(x: jax.Array, layer: int | None) -> np.ndarray:
+    """A parameter, or one layer of a stacked one, on the host: of all processes, if it is spread
+    over several.
 
     Of a copy that is thrown away: an array that was once fetched keeps what was fetched.
     """

@@ -53,6 +53,7 @@ _LAYER = "model.layers.{}."
 _OUTSIDE = {
     ("embedding",): ("model.embed_tokens.weight", None),
     ("unembedding",): ("lm_head.weight", None),
+    ("score",): ("score.weight", None),
     ("norm", "scale"): ("model.norm.weight", None),
 }
 _KERNELS = {

@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
@@ -15,11 +14,12 @@ from safetensors.numpy import save_file
 from selm_jax.models.config import DecoderConfig
 from selm_jax.models.decoder import Params
 from selm_jax.models.lora import Lora
+from selm_jax.weights.huggingface import fetch
 from selm_jax.weights.names import Tensor, tensors
 
 
 def export_adapter(
-    adapters: Params, config: DecoderConfig, lora: Lora, base: Path, folder: Path
+    adapters: Params, config: DecoderConfig, lora: Lora, base: Path, folder: Path | None
 ) -> None:
     """Writes adapter_config.json and adapter_model.safetensors into `folder`, which must not exist.
 
@@ -29,6 +29,7 @@ def export_adapter(
 
     Args:
       base: the model that the adapters were trained on, as PEFT's users will have to name it.
+      folder: None for the processes that only bring their parts of the adapters.
     """
     flat = flatten_dict(adapters)
     stored: dict[str, np.ndarray] = {}
@@ -42,6 +43,8 @@ def export_adapter(
             stored[f"{where}.lora_A.weight"], stored[f"{where}.lora_B.weight"] = a, b
     # The scale is alpha / rank (or its root); where the rank is n times as large, so is alpha.
     grown = {m: r / lora.rank for m, r in ranks.items() if r != lora.rank}
+    if folder is None:
+        return
     folder.mkdir(parents=True)
     save_file(stored, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     settings = {
@@ -84,8 +87,8 @@ def _pair(parts: list[Tensor], flat: dict, layer: int, lora: Lora) -> tuple[np.n
         block = np.zeros((outputs, lora.rank * adapted), np.float32)
         if _has(row, lora):
             *where, kernel = row.path
-            a = np.asarray(jax.device_get(flat[(*where, f"{kernel}_a")][layer]), np.float32)
-            b = np.asarray(jax.device_get(flat[(*where, f"{kernel}_b")][layer]), np.float32)
+            a = np.asarray(fetch(flat[(*where, f"{kernel}_a")], layer), np.float32)
+            b = np.asarray(fetch(flat[(*where, f"{kernel}_b")], layer), np.float32)
             first = lora.rank * len(a_rows)
             block[:, first : first + lora.rank] = b.reshape(lora.rank, outputs).T
             a_rows.append(a.reshape(inputs, lora.rank).T)

@@ -49,7 +49,12 @@ ALPHA = {"zephyr_7b": 1e-3, "llama3_8b": 1e-4, "phi3_mini": 1e-3}
 @pytest.fixture(autouse=True, scope="module")
 def one_device():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("selm_jax.run.make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
+        patch.setattr(
+            patch.setattr(
+                "selm_jax.run.make_mesh",
+                lambda sizes, *_, **__: make_mesh(sizes, jax.devices()[:1]),
+            )
+        )
         yield
 
 
@@ -162,6 +167,9 @@ def test_rows_are_cut_evenly_over_the_chips_they_are_meant_for(name, chips):
     e = config.load(FILES[name])
     assert (e.compute.data, e.compute.fsdp, e.compute.tensor) == (1, -1, 1)
     assert e.training.rows % chips == 0
+    copies = chips // (e.compute.decode_tensor or 1)
+    assert e.compute.decode_tensor == 4 and copies * 4 == chips
+    assert e.rollout.slots % copies == e.rollout.prefill_rows % copies == 0
 
 
 def test_the_warm_start_runs_tiny_from_the_command_line(tmp_path, monkeypatch):

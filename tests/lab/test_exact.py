@@ -90,6 +90,20 @@ def test_optimism_gradient_as_an_expectation_under_the_policy(world):
     np.testing.assert_allclose(left, mean(jnp.exp(log_pi - rhat / w.beta)), rtol=1e-9)
 
 
+def test_in_a_table_the_term_pushes_along_what_the_policy_already_prefers(world):
+    """The slope of E_ref[log pi] by the logits is nu (pi_ref - pi): descent adds pi - pi_ref."""
+    w = world(dimension=None)
+    theta = some(6, w.theta_star)
+    log_pi = w.log_policy(theta)
+
+    def bonus(theta):
+        log_policy = w.log_policy(theta)
+        return expected_bonus(optimism(1.0), w, w.log_reference, log_policy, w.log_reference)
+
+    expected = w.prompts[:, None] * (jnp.exp(w.log_reference) - jnp.exp(log_pi))
+    np.testing.assert_allclose(jax.grad(bonus)(theta), expected.reshape(-1), atol=1e-12)
+
+
 def test_coverage_of_the_optimum_by_itself_is_one(world):
     w = world()
     assert exact.coverage(w) > 1

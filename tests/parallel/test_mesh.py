@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from selm_jax.models.decoder import abstract_params
-from selm_jax.parallel.mesh import AXES, MeshError, make_mesh
-from selm_jax.parallel.rules import TRAINING, partition, shardings
+from selm_jax.models.decoder import abstract_adapters, abstract_params
+from selm_jax.models.families import read_config
+from selm_jax.models.lora import Lora
+from selm_jax.parallel.mesh import AXES, MeshError, decode_mesh, make_mesh
+from selm_jax.parallel.rules import (
+    DECODE,
+    PRESETS,
+    TRAINING,
+    check_preset,
+    partition,
+    shardings,
+)
 
 
 def test_eight_devices_are_there():
@@ -90,7 +103,160 @@ def test_a_table_that_lacks_an_axis_is_refused(tiny):
         shardings(abstract_params(tiny()), make_mesh((1, 8, 1)), rules)
 
 
-def test_the_table_names_no_axis_that_nothing_has(tiny):
-    boxes = jax.tree.leaves(abstract_params(tiny()), is_leaf=lambda x: hasattr(x, "names"))
-    used = {axis for box in boxes for axis in box.names}
-    assert set(TRAINING) == used | {"rows"}
+def test_a_rule_for_an_axis_that_the_mesh_lacks_is_refused(tiny):
+    rules = {**TRAINING, "mlp": "tensr"}
+    with pytest.raises(MeshError, match=r"layers/mlp/down: its axis 'mlp'.*'tensr'.*data, fsdp"):
+        shardings(abstract_params(tiny()), make_mesh((1, 8, 1)), rules)
+
+
+# --- slices, presets, copies for decoding ------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """As much of a TPU's device as a mesh looks at."""
+
+    id: int
+    slice_index: int
+    process_index: int = 0
+    platform: str = "fake"
+    device_kind: str = "fake"
+
+
+def test_slices_are_joined_on_the_axes_that_are_told():
+    chips = [Chip(i, i % 2) for i in range(16)]  # listed in turns
+    for dcn, axis in (((2, 1, 1), 0), ((1, 2, 1), 1)):
+        mesh = make_mesh((2, -1, 2), chips, dcn=dcn)
+        assert dict(mesh.shape) == {"data": 2 * dcn[0], "fsdp": 2 * dcn[1], "tensor": 2}
+        # Along that axis the slice changes once, half-way; along the others never.
+        slices = np.vectorize(lambda chip: chip.slice_index)(mesh.devices)
+        assert np.abs(np.diff(slices, axis=axis)).sum() == 16 / 2 / slices.shape[axis] * 2
+        for other in {0, 1, 2} - {axis}:
+            assert not np.diff(slices, axis=other).any()
+        # A copy that decodes lies within one slice.
+        copies = decode_mesh(mesh, 4).devices.reshape(-1, 4)
+        assert all(len({chip.slice_index for chip in copy}) == 1 for copy in copies)
+
+
+def test_slices_that_are_not_there_are_refused():
+    with pytest.raises(MeshError, match="want 2 slices; the 8 devices lie in 1"):
+        make_mesh((1, -1, 1), dcn=(2, 1, 1))
+    with pytest.raises(MeshError, match="in 3 slices do not cover the 8 devices"):
+        make_mesh((1, -1, 1), dcn=(3, 1, 1))
+    with pytest.raises(MeshError, match="sizes are 1 or more"):
+        make_mesh((1, -1, 1), dcn=(0, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("preset", "sizes", "named"),
+    [
+        ("single", (1, 8, 1), "'fsdp' has 8"),
+        ("single", (8, 1, 1), "'data' has 8"),
+        ("fsdp", (1, 4, 2), "'tensor' has 2"),
+    ],
+)
+def test_devices_that_would_all_do_the_same_are_refused(preset, sizes, named):
+    with pytest.raises(MeshError, match=f"{preset!r}, but the mesh axis {named} devices"):
+        check_preset(preset, make_mesh(sizes))
+
+
+def test_presets_take_the_meshes_they_are_for():
+    check_preset("single", make_mesh((1, 1, 1), jax.devices()[:1]))
+    check_preset("fsdp", make_mesh((2, 4, 1)))
+    check_preset("fsdp_tensor", make_mesh((2, 2, 2)))
+    with pytest.raises(MeshError, match="'fsbp'; there are single, fsdp, fsdp_tensor"):
+        check_preset("fsbp", make_mesh((1, 8, 1)))
+
+
+def test_copies_for_decoding_are_neighbours_in_the_same_order():
+    mesh = make_mesh((1, 8, 1))
+    for tensor in (1, 2, 8):
+        copies = decode_mesh(mesh, tensor)
+        assert dict(copies.shape) == {"data": 8 // tensor, "fsdp": 1, "tensor": tensor}
+        assert list(copies.devices.flat) == list(mesh.devices.flat)
+    for tensor in (0, 3, 16):
+        with pytest.raises(MeshError, match=f"decode_tensor is {tensor}.*8 devices"):
+            decode_mesh(mesh, tensor)
+
+
+# --- every family under every preset -----------------------------------------------------------
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+FAMILIES = sorted(p.parent for p in (GOLDEN / "families").glob("*/config.json"))
+PUBLISHED = sorted(p.parent for p in (GOLDEN / "published").glob("*/config.json"))
+# Which mesh axis cuts what; all else is whole on every device.
+CUTS = {
+    "single": {},
+    "fsdp": {"embed": "fsdp"},
+    "fsdp_tensor": {
+        "embed": "fsdp", "vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor",
+    },
+    "decode": {"vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor"},
+}  # fmt: skip
+
+
+def every_mesh(preset: str, most: int):
+    """Sizes of meshes that a preset is for, with up to `most` devices; real ones where there are
+    enough devices."""
+    sizes = {
+        "single": [(1, 1, 1)],
+        "fsdp": [(1, 8, 1), (2, 4, 1), (4, 8, 1), (2, 16, 1)],
+        "fsdp_tensor": [(1, 4, 2), (2, 2, 2), (1, 4, 8), (4, 8, 8)],
+        "decode": [(8, 1, 1), (4, 1, 2), (4, 1, 8), (32, 1, 8)],
+    }[preset]
+    for each in sizes:
+        if math.prod(each) <= 8:
+            yield make_mesh(each, jax.devices()[: math.prod(each)])
+        elif math.prod(each) <= most:
+            yield AbstractMesh(each, AXES)
+
+
+@pytest.mark.parametrize("preset", CUTS)
+def test_every_parameter_of_every_family_has_its_place(preset, tried):
+    """Tiny ones on 8 devices, published ones on up to 256: parameters and adapters."""
+    rules = DECODE if preset == "decode" else PRESETS[preset]
+    walked = 0
+    for folder in FAMILIES + PUBLISHED:
+        config = read_config(folder)
+        trees = [abstract_params(config), abstract_adapters(config, Lora(rank=4, alpha=8))]
+        for mesh in every_mesh(preset, 256 if folder in PUBLISHED else 8):
+            for tree in trees:
+                boxes = jax.tree.leaves(tree, is_leaf=lambda x: hasattr(x, "names"))
+                places = jax.tree.leaves(shardings(tree, mesh, rules))
+                for box, place in zip(boxes, places, strict=True):
+                    cut = [mesh.shape.get(CUTS[preset].get(name), 1) for name in box.names]
+                    expected = tuple(n // c for n, c in zip(box.value.shape, cut, strict=True))
+                    assert place.shard_shape(box.value.shape) == expected
+                    walked += 1
+    models = len(FAMILIES + PUBLISHED)
+    tried(f"preset {preset}: {walked} parameters and adapters of {models} models placed")
+    assert walked > 100
+
+
+def test_the_tables_name_no_axis_that_nothing_has(tiny):
+    used = set()
+    for tree in (abstract_params(tiny()), abstract_adapters(tiny(), Lora(rank=4, alpha=8))):
+        boxes = jax.tree.leaves(tree, is_leaf=lambda x: hasattr(x, "names"))
+        used |= {axis for box in boxes for axis in box.names}
+    for rules in PRESETS.values():
+        assert set(rules) == used | {"rows"}
+    assert set(DECODE) == used | {"slots"}
+
+
+def test_the_largest_paper_model_leaves_room_on_small_chips():
+    """Bytes per chip of v5e:4x8 (16 GiB each), from the shardings alone: float32 parameters and two
+    moments, cut over 32; and bfloat16 copies for decoding on 8 neighbours."""
+    config = read_config(GOLDEN / "published" / "Meta-Llama-3-8B-Instruct")
+
+    def bytes_of(mesh, rules, each):
+        tree = abstract_params(config)
+        boxes = jax.tree.leaves(tree, is_leaf=lambda x: hasattr(x, "names"))
+        places = jax.tree.leaves(shardings(tree, mesh, rules))
+        return each * sum(
+            math.prod(p.shard_shape(b.value.shape)) for b, p in zip(boxes, places, strict=True)
+        )
+
+    training = bytes_of(AbstractMesh((1, 32, 1), AXES), TRAINING, 4 * 3)
+    decoding = bytes_of(AbstractMesh((4, 1, 8), AXES), DECODE, 2)
+    assert training == pytest.approx(8.03e9 * 12 / 32, rel=0.01)
+    assert decoding == pytest.approx(8.03e9 * 2 / 8, rel=0.01)

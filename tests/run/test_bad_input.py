@@ -12,6 +12,7 @@ import pytest
 import tiny
 
 from selm_jax import artifacts, cli
+from selm_jax.lock import only_one
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +180,7 @@ def test_a_full_disk_stops_the_run_and_a_second_start_ends_it(
 
 def test_a_second_process_is_refused(base, capsys, monkeypatch, tmp_path):
     out = tmp_path / "run"
-    with artifacts.only_one(out):
+    with only_one(out):
         message = said(capsys, monkeypatch, "run", base / "experiment.yaml", f"output={out}")
     assert "another process" in message and str(out) in message
 

@@ -11,7 +11,7 @@ import tiny
 from flax.traverse_util import flatten_dict
 from rich.console import Console
 
-from selm_jax import config
+from selm_jax import cli, config
 from selm_jax.artifacts import ArtifactError
 from selm_jax.iterate import iterate, run_stage
 from selm_jax.preferences.examples import from_parquet
@@ -270,3 +270,21 @@ def test_a_stage_runs_alone_and_asks_for_its_inputs(finished, tmp_path):
     run_stage(run, "rank", 1)
     assert (run.iteration(1) / "ranked.parquet").exists()
     assert not (run.iteration(1) / "examples.parquet").exists()
+
+
+def test_a_policy_is_handed_on_in_another_dtype_once(finished, tmp_path, monkeypatch, capsys):
+    run, folder = finished
+    to = tmp_path / "published"
+    command = ["selm", "export", str(folder / "experiment.yaml"), "-t", "2", "--to", str(to)]
+    monkeypatch.setattr("sys.argv", command)
+    cli.main()
+    assert "the policy after iteration 2, in bfloat16" in capsys.readouterr().out
+    small = load(to, run.config)
+    for path, x in flatten_dict(load(run.policy(2), run.config)).items():
+        np.testing.assert_array_equal(
+            x.astype("bfloat16").astype("float32"), flatten_dict(small)[path]
+        )
+    assert (to / "README.md").read_text() == (run.policy(2) / "README.md").read_text()
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "is there already" in capsys.readouterr().err

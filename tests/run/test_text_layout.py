@@ -9,7 +9,11 @@ import tiny
 from rich.console import Console
 
 from selm_jax import artifacts, config, stages
+from selm_jax.lock import only_one
 from selm_jax.run import Run, RunError
+from selm_jax.stages.generate import RESPONSES
+from selm_jax.stages.rank import rank
+from selm_jax.stages.score import paired_examples
 from selm_jax.text.chat import UnusableAnswer
 from selm_jax.text.layout import paper_ids
 
@@ -42,7 +46,7 @@ def make(tmp_path, model):
              "text": found.chat.text([40 + i, 1]), "finish": "stop"}
             for i in range(8)
         ]  # fmt: skip
-        table = pa.Table.from_pylist(answers, schema=stages.RESPONSES)
+        table = pa.Table.from_pylist(answers, schema=RESPONSES)
         artifacts.write_table(found.iteration(1) / "responses" / "part.parquet", table)
         return found
 
@@ -55,7 +59,7 @@ def ranked(run: Run) -> list[dict]:
 
 def test_an_answer_that_spells_out_an_end_token_stops_the_run_at_its_start(make):
     run = make(3)
-    for work in (run.check, lambda: stages.rank(run, 1)):
+    for work in (run.check, lambda: rank(run, 1)):
         with pytest.raises(UnusableAnswer, match=r"prompt p3, rejected: .*spells(.|\n)*on_bad_row"):
             work()
 
@@ -63,7 +67,7 @@ def test_an_answer_that_spells_out_an_end_token_stops_the_run_at_its_start(make)
 def test_or_its_prompt_is_dropped_and_counted(make):
     run = make(3, 5, data__on_bad_row="drop")
     run.check()
-    counts = stages.rank(run, 1)
+    counts = rank(run, 1)
     assert counts["prompts"] == 8 and counts["pairs"] == 6
     assert counts["drops"] == counts["drops/unusable_answer"] == 2
     reasons = {row["prompt_id"]: row["dropped"] for row in ranked(run)}
@@ -71,14 +75,14 @@ def test_or_its_prompt_is_dropped_and_counted(make):
     assert set(reasons.values()) == {None, "unusable_answer"}
     without = [r["prompt_id"] for r in ranked(run) if r["token_ids"] is None]
     assert without == ["p3", "p5"]  # the answer that is bad; the others keep their ids
-    examples, _ = stages.paired_examples(run, 1)
+    examples, _ = paired_examples(run, 1)
     assert [e.prompt_id for e in examples] == ["p0", "p1", "p2", "p4", "p6", "p7"]
 
 
 def test_the_default_layout_trains_on_the_ids_that_were_drawn(make):
     run = make()
-    stages.rank(run, 1)
-    examples, cut = stages.paired_examples(run, 1)
+    rank(run, 1)
+    examples, cut = paired_examples(run, 1)
     assert cut == {}
     for i, example in enumerate(examples):
         assert example.prompt == run.chat.prompt_ids(run.prompts(1)[i].messages)
@@ -88,8 +92,8 @@ def test_the_default_layout_trains_on_the_ids_that_were_drawn(make):
 def test_the_papers_layout_renders_every_response_from_its_text(make):
     run = make(text__layout="paper")
     run.check()
-    stages.rank(run, 1)
-    examples, cut = stages.paired_examples(run, 1)
+    rank(run, 1)
+    examples, cut = paired_examples(run, 1)
     assert len(examples) == 8 and cut == {"prompts_cut": 0, "responses_cut": 0}
     for prompt, example in zip(run.prompts(1), examples, strict=True):
         texts = {
@@ -107,12 +111,12 @@ def test_the_papers_layout_renders_every_response_from_its_text(make):
 
 def test_what_the_papers_layout_cuts_is_counted(make):
     run = make(text__layout="paper")
-    stages.rank(run, 1)
-    whole, _ = stages.paired_examples(run, 1)
+    rank(run, 1)
+    whole, _ = paired_examples(run, 1)
     lengths = sorted(len(e.prompt) + max(_lengths(e)) for e in whole)
     limit, kept = lengths[4], lengths[4] - 30  # the prompts alone are longer than `kept`
     run = make(text__layout="paper", text__max_length=limit, text__max_prompt_length=kept)
-    examples, cut = stages.paired_examples(run, 1)
+    examples, cut = paired_examples(run, 1)
     changed = [(a.prompt != b.prompt, a.responses != b.responses)
                for a, b in zip(whole, examples, strict=True)]  # fmt: skip
     assert cut == {
@@ -132,7 +136,7 @@ def _lengths(example) -> list[int]:
 @pytest.mark.parametrize("layout", ["default", "paper"])
 def test_a_whole_iteration_and_its_manifest(make, layout):
     run = make(text__layout=layout)
-    with artifacts.only_one(run.folder):
+    with only_one(run.folder):
         run.check()
         run.open()
         for stage in stages.STAGES[1:4]:

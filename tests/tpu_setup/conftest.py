@@ -30,8 +30,8 @@ SECRETS = {"HF_TOKEN": "hf_verySecret$'1", "WANDB_API_KEY": "wandb-verySecret-2"
 PYTHON = """#!/bin/bash
 [[ "$1 $2" == "-m venv" ]] || exit 1
 mkdir -p "${@: -1}/bin"
-cp "$STANDIN/worker-bin/pip-of-venv" "${@: -1}/bin/pip"
-cp "$STANDIN/worker-bin/selm-of-venv" "${@: -1}/bin/selm"
+cp "$STANDIN/worker_bin/pip-of-venv" "${@: -1}/bin/pip"
+cp "$STANDIN/worker_bin/selm-of-venv" "${@: -1}/bin/selm"
 """
 PIP = """#!/bin/bash
 echo "pip $*" >>"$HOME/pip.log"
@@ -51,6 +51,7 @@ if [[ " $* " == *" fail=yes "* ]]; then echo "ERROR: the loss is not finite" >&2
 if [[ " $* " == *" stop=once "* && ! -e "$HOME/stopped" ]]; then touch "$HOME/stopped"; exit 75; fi
 for step in 1 2 3 4 5 6 7 8; do
   [[ -e $output/iteration_1/step-$step ]] && continue
+  while ((step > $(cat "$STANDIN/hold"))); do sleep 0.1; done # until it is preempted
   sleep 0.4
   echo "$(basename "$HOME")" >"$output/iteration_1/step-$step.partial"
   mv "$output/iteration_1/step-$step.partial" "$output/iteration_1/step-$step"
@@ -65,20 +66,22 @@ class Cloud:
 
     def __init__(self, folder: Path):
         self.root = folder
-        for name in ("bin", "worker-bin"):
+        for name in ("bin", "worker_bin"):
             (folder / name).mkdir()
         wrapper = (
             f'#!/bin/sh\nexec {sys.executable} {Path(__file__).with_name("standin.py")} "$@"\n'
         )
         for path, text in {
             "bin/gcloud": wrapper,
-            "worker-bin/python3.12": PYTHON,
-            "worker-bin/pip-of-venv": PIP,
-            "worker-bin/selm-of-venv": SELM,
+            "worker_bin/python3.12": PYTHON,
+            "worker_bin/pip-of-venv": PIP,
+            "worker_bin/selm-of-venv": SELM,
         }.items():
             (folder / path).write_text(text)
             (folder / path).chmod(0o755)
-        (folder / "worker-bin/python3.13").symlink_to("/bin/false")
+        # None of this machine's: a worker that is lost while it installs must not find a real pip.
+        for name in ("python3.13", "python3.11", "python3"):
+            (folder / "worker_bin" / name).symlink_to("/bin/false")
         self.play()
         self.settings = self.write_settings()
 

@@ -3,8 +3,9 @@
 Its folder is in STANDIN. `part.json` says what is to happen:
 
     create       answers to `create`, one a call: ok, quota, unavailable; ok when they run out
-    lives        per slice that is created, how many looks it lives once it is ACTIVE; then it is
-                 preempted: its processes die and its disks are gone. Without end when they run out
+    lives        per slice that is created, how many steps of the run it lets be done and copied to
+                 the bucket; then it is preempted: its processes die and its disks are gone. All of
+                 them when they run out. No clock is in it, so that a busy machine plays the same
     states       what a new slice says before it is ACTIVE
     workers      how many it has
     deaf         how many ssh calls are not answered, from the first on
@@ -78,6 +79,7 @@ def create(name: str, flags: dict) -> int:
         number = state["created"]
         before = part().get("states", ["WAITING_FOR_RESOURCES", "PROVISIONING"])
         life = lives[number] if number < len(lives) else 10**9
+        (ROOT / "hold").write_text(f"{life}\n")  # the workers' selm goes no further
         state["slice"] = {"name": name, "before": before, "life": life, "after": None}
         state["created"] += 1
         for k in range(part().get("workers", 2)):
@@ -100,8 +102,7 @@ def describe(name: str, flags: dict) -> int:
         now = it["before"].pop(0)
         if now == "FAILED":
             it["before"] = ["FAILED"]
-    elif it["life"] > 0:
-        it["life"] -= 1
+    elif copied_steps() < it["life"]:
         now = "ACTIVE"
     else:
         if it["after"] is None:
@@ -111,6 +112,13 @@ def describe(name: str, flags: dict) -> int:
         it["after"] = it["after"][1:] or it["after"]
     write(state)
     print(now)
+    return 0
+
+
+def copied_steps() -> int:
+    """Steps of the one run in the bucket, in the folder that is whole."""
+    for latest in ROOT.glob("buckets/**/latest"):
+        return len(list((latest.parent / latest.read_text()).glob("*/step-?")))
     return 0
 
 
@@ -151,7 +159,7 @@ def ssh(name: str, flags: dict) -> int:
     for home in homes(flags["worker"]):
         # A worker has nothing of the environment of the one who calls.
         environment = {
-            "HOME": str(home), "PATH": f"{ROOT / 'worker-bin'}:{ROOT / 'bin'}:/usr/bin:/bin",
+            "HOME": str(home), "PATH": f"{ROOT / 'worker_bin'}:{ROOT / 'bin'}:/usr/bin:/bin",
             "STANDIN": str(ROOT),
         }  # fmt: skip
         done = subprocess.run(

@@ -55,7 +55,7 @@ def test_watch_takes_an_empty_project_to_a_finished_run(cloud):
 
 
 def test_watch_goes_on_through_two_preemptions(cloud):
-    cloud.play(lives=[5, 5])
+    cloud.play(lives=[3, 6])
     done = cloud.script("watch", EXPERIMENT)
     assert done.returncode == 0, done.stdout
     assert cloud.verbs() == ["create", "delete", "create", "delete", "create"]
@@ -64,7 +64,7 @@ def test_watch_goes_on_through_two_preemptions(cloud):
     assert "preempted (2 so far)" in done.stdout
     assert done.stdout.count("fetched from gs://my-bucket/selm/runs/quickstart/") == 4
     # The last machines did only what the ones before had not: the run was resumed, not redone.
-    assert len((cloud.worker(0) / "steps.log").read_text().splitlines()) < 8
+    assert len((cloud.worker(0) / "steps.log").read_text().splitlines()) == 2
     assert cloud.copied()["iteration_1/stage.json"] == '{"steps": 8}\n'
     no_secret_was_told(cloud, done.stdout)
 
@@ -176,7 +176,7 @@ def test_a_run_that_fails_ends_the_watch_with_its_log(cloud):
     done = cloud.script("watch", EXPERIMENT, "fail=yes")
     assert done.returncode == 1
     assert "the loss is not finite" in done.stdout
-    assert re.search(r"quickstart failed \(2 exit 1\)", done.stdout)
+    assert re.search(r"quickstart failed \(.*exit 1\)", done.stdout)
     assert cloud.verbs() == ["create"]
     again = cloud.script("watch", EXPERIMENT)  # mended: the same slice is used
     assert again.returncode == 0, again.stdout
@@ -285,7 +285,7 @@ def test_an_override_reaches_selm_as_it_was_written(cloud):
 def test_tokens_reach_the_run_and_nothing_else(cloud):
     done = cloud.script("watch", EXPERIMENT, trace=True)
     assert done.returncode == 0, done.stdout
-    assert [c[5] for c in cloud.calls if c[3] == "scp"] == [
+    assert [c[5] for c in cloud.calls if c[3:4] == ["scp"]] == [
         "selm-1:selm.tgz",
         "selm-1:.selm/secrets",
     ]

@@ -5,6 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
+import unicodedata
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -54,24 +56,146 @@ def interleaved_pair(rows, heads):
     return order
 
 
-@pytest.mark.parametrize("kind", [Q.F32, Q.F16, Q.BF16, Q.Q4_0, Q.Q4_1, Q.Q8_0])
-def test_tensors_are_the_dequantised_ones(tmp_path, tiny_gguf, kind):
-    path = tiny_gguf(tmp_path / "m.gguf", kind=kind, tied=False)
+NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def hf_name(name):
+    *block, stem, kind = name.split(".")
+    return ".".join([*(("model.layers", block[1]) if block else ()), NAMES[stem], kind])
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", sorted(converter.TYPES))
+def test_tensors_are_the_dequantised_ones(tmp_path, tiny_gguf, kind, arch):
+    if arch != "llama" and kind not in (Q.F32, Q.Q4_K):
+        pytest.skip("types are the same for all architectures")
+    sizes = {"hidden": 256, "inner": 512} if kind in (Q.Q4_K, Q.Q5_K, Q.Q6_K) else {}
+    path = tiny_gguf(tmp_path / "m.gguf", kind=kind, arch=arch, tied=False, **sizes)
     written = load_file(convert(path, tmp_path / "out") / "model.safetensors")
-    names = {**converter._TOP_NAMES}
-    for i in range(2):
-        for ours, theirs in converter._LAYER_NAMES.items():
-            names[f"blk.{i}.{ours}.weight"] = f"model.layers.{i}.{theirs}.weight"
 
     tensors = GGUFReader(path).tensors
-    assert {names[t.name] for t in tensors} == written.keys()
+    assert {hf_name(t.name) for t in tensors} == written.keys()
     for tensor in tensors:
         expected = dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-        if heads := HEADS.get(tensor.name.split(".")[-2]):
+        heads = HEADS.get(tensor.name.split(".")[-2]) if arch == "llama" else None
+        if heads:
             expected = expected[interleaved_pair(len(expected), heads)]
-        found = written[names[tensor.name]]
+        found = written[hf_name(tensor.name)]
         assert found.dtype == np.float32
         np.testing.assert_array_equal(found, expected, err_msg=tensor.name)
+
+
+def slowly(kind, block):
+    """The numbers in one block, number by number, as ggml-quants.c defines them."""
+
+    def half(at):
+        return float(np.frombuffer(block, "<f2", 1, at)[0])
+
+    def bits(at, count):
+        return np.frombuffer(block, np.uint8, count, at).astype(int)
+
+    if kind == Q.Q8_0:
+        return [half(0) * q for q in np.frombuffer(block, np.int8, 32, 2)]
+    if kind in (Q.Q4_0, Q.Q4_1, Q.Q5_0, Q.Q5_1):
+        at, low, high = 2, 0.0, [0] * 32
+        if kind in (Q.Q4_1, Q.Q5_1):
+            low, at = half(2), 4
+        if kind in (Q.Q5_0, Q.Q5_1):
+            high = [int(bits(at + j // 8, 1)[0]) >> j % 8 & 1 for j in range(32)]
+            at += 4
+        qs = bits(at, 16)
+        numbers = [q & 15 for q in qs] + [q >> 4 for q in qs]
+        numbers = [q + 16 * h for q, h in zip(numbers, high, strict=True)]
+        middle = {Q.Q4_0: 8, Q.Q5_0: 16}.get(kind, 0)
+        return [half(0) * (q - middle) + low for q in numbers]
+    if kind == Q.Q6_K:
+        ql, qh, d = bits(0, 128), bits(128, 64), half(208)
+        scales = np.frombuffer(block, np.int8, 16, 192)
+        out = []
+        for i in range(256):
+            part, within = divmod(i, 128)
+            quarter, at = divmod(within, 32)
+            four = ql[64 * part + 32 * (quarter % 2) + at] >> (4 * (quarter // 2)) & 15
+            two = qh[32 * part + at] >> (2 * quarter) & 3
+            out.append(d * scales[8 * part + 2 * quarter + at // 16] * ((four | two << 4) - 32))
+        return out
+    # Q4_K, Q5_K: eight parts of 32, each with a scale and a minimum of six bits.
+    d, least, packed = half(0), half(2), bits(4, 12)
+    qh, qs = (bits(16, 32), bits(48, 128)) if kind == Q.Q5_K else (None, bits(16, 128))
+    out = []
+    for i in range(256):
+        part, at = divmod(i, 32)
+        if part < 4:
+            scale, minimum = packed[part] & 63, packed[part + 4] & 63
+        else:
+            scale = packed[part + 4] & 15 | packed[part - 4] >> 6 << 4
+            minimum = packed[part + 4] >> 4 | packed[part] >> 6 << 4
+        q = qs[32 * (part // 2) + at] >> (4 * (part % 2)) & 15
+        if qh is not None:
+            q += 16 * (qh[at] >> part & 1)
+        out.append(d * scale * q - least * minimum)
+    return out
+
+
+SIZES = {Q.Q4_0: 18, Q.Q4_1: 20, Q.Q5_0: 22, Q.Q5_1: 24, Q.Q8_0: 34}
+SIZES |= {Q.Q4_K: 144, Q.Q5_K: 176, Q.Q6_K: 210}
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_every_quantised_type_is_its_definition(kind):
+    rng = np.random.default_rng(kind)
+    blocks = rng.integers(0, 256, (6, SIZES[kind]), dtype=np.uint8)
+    scales = {Q.Q6_K: (208,), Q.Q4_0: (0,), Q.Q5_0: (0,), Q.Q8_0: (0,)}.get(kind, (0, 2))
+    for at in scales:
+        blocks[:, at : at + 2] = rng.uniform(-2, 2, (6, 1)).astype("<f2").view(np.uint8)
+    tensor = SimpleNamespace(name="x", data=blocks, tensor_type=kind)
+    expected = [slowly(kind, block.tobytes()) for block in blocks]
+    np.testing.assert_allclose(converter._plain("x", tensor), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_every_type_is_tested():
+    assert set(converter.TYPES) == {*SIZES, Q.F32, Q.F16, Q.BF16}
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_divisors_of_rope_become_the_settings_of_llama_3(tmp_path, tiny_gguf, factor):
+    """As transformers computes the frequencies that those settings mean."""
+    torch = pytest.importorskip("torch")
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    settings = {
+        "rope_type": "llama3", "rope_theta": 100000.0, "factor": factor, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+    }  # fmt: skip
+    config = LlamaConfig(hidden_size=64, num_attention_heads=4, rope_parameters=settings)
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    plain = 100000.0 ** -(np.arange(0, 16, 2) / 16)
+    change = {"rope_freqs.weight": (plain / scaled.numpy()).astype(np.float32)}
+    out = convert(tiny_gguf(tmp_path / "m.gguf", change=change), tmp_path / "out")
+    found = json.loads((out / "config.json").read_text())["rope_scaling"]
+    assert found == {k: v for k, v in settings.items() if k != "rope_theta"}
+
+    out = convert(
+        tiny_gguf(tmp_path / "one.gguf", change={"rope_freqs.weight": np.ones(8, np.float32)}),
+        tmp_path / "plain",
+    )
+    assert json.loads((out / "config.json").read_text())["rope_scaling"] is None
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -116,22 +240,26 @@ def test_the_same_file_gives_the_same_bytes(tmp_path, tiny_gguf, folder):
         assert file.read_bytes() == (folder / file.name).read_bytes(), file.name
 
 
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_logits_equal_transformers_reading_the_same_file(tmp_path, tiny_gguf, tied):
+def test_logits_equal_transformers_reading_the_same_file(tmp_path, tiny_gguf, tied, arch):
     torch = pytest.importorskip("torch")
-    from transformers import AutoConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-    path = tiny_gguf(tmp_path / "m.gguf", kind=Q.Q8_0, tied=tied, seed=3)
+    path = tiny_gguf(tmp_path / "m.gguf", kind=Q.Q8_0, arch=arch, tied=tied, seed=3)
     # What `from_pretrained(gguf_file=...)` does, without the package it insists on (accelerate).
     config = AutoConfig.from_pretrained(tmp_path, gguf_file=path.name)
-    theirs = LlamaForCausalLM(config)
+    config.head_dim = 16  # for Qwen 3 transformers does not read it from the file
+    theirs = AutoModelForCausalLM.from_config(config)
     read = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=theirs)
     missing, unknown = theirs.load_state_dict(read["tensors"], strict=False)
     assert (set(missing) <= {"lm_head.weight"}, unknown) == (True, [])
     theirs.tie_weights()
 
-    ours = LlamaForCausalLM.from_pretrained(convert(path, tmp_path / "out"), dtype=torch.float32)
+    ours = AutoModelForCausalLM.from_pretrained(
+        convert(path, tmp_path / "out"), dtype=torch.float32
+    )
     ids = torch.tensor([[1, 20, 30, 40, 50, 60, 2, 265, 0, 100, 101, 102]])
     with torch.no_grad():
         expected, found = theirs.eval()(ids).logits, ours.eval()(ids).logits
@@ -204,6 +332,49 @@ def test_any_text_comes_back(folder, text):
     assert tokenizer.decode(ids, skip_special_tokens=False) == text
 
 
+# As published in the tokenizer.json of Llama 3 and of Qwen 2.
+PATTERNS = {
+    "llama-bpe": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+    "qwen2": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=PATTERNS)
+def other_rule(request, tmp_path_factory, tiny_gguf):
+    base = tmp_path_factory.mktemp(request.param)
+    drop = ("tokenizer.ggml.add_bos_token",)  # what the rule then says
+    out = convert(tiny_gguf(base / "m.gguf", pre=request.param, drop=drop), base / "out")
+    return request.param, Tokenizer.from_file(str(out / "tokenizer.json")), out
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(max_size=40, alphabet=st.sampled_from("aZé'sTd1239 \n\r\t.,(日e\u0301\u00a0")))
+@example(text="I'LL pay 12345  dollars,\r\n\r\n  (don't) ")
+def test_other_rules_cut_text_as_they_are_published(other_rule, text):
+    regex = pytest.importorskip("regex")
+    name, tokenizer, _ = other_rule
+    text = unicodedata.normalize("NFC", text)
+    pieces = [text[a:b] for _, (a, b) in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+    assert pieces == regex.findall(PATTERNS[name], text)
+
+
+def test_other_rules_bos_and_normal_form(other_rule):
+    name, tokenizer, out = other_rule
+    llama = name == "llama-bpe"
+    assert (tokenizer.encode("he").tokens == ["<|im_start|>", "he"]) is llama
+    assert json.loads((out / "tokenizer_config.json").read_text())["add_bos_token"] is llama
+    assert tokenizer.encode("12").tokens[llama:] == (["12"] if llama else ["1", "2"])
+    split, whole = "e\u0301", "é"
+    same = tokenizer.encode(split).ids == tokenizer.encode(whole).ids
+    assert same is (name == "qwen2")
+
+
 # The 21 bytes that the real vocabulary lacks: some control characters, and the first bytes of
 # planes 4 to 16. Published that way; text with them loses them.
 REAL = st.characters(
@@ -236,15 +407,16 @@ def test_the_real_one(real_tokenizer):
 @pytest.mark.parametrize(
     ("change", "drop", "message"),
     [
-        ({"general.architecture": "qwen2"}, (), "architecture 'qwen2'; only 'llama'"),
-        ({"tokenizer.ggml.pre": "llama-bpe"}, (), "pre 'llama-bpe'; known here.*smollm"),
+        ({"general.architecture": "gemma"}, (), "architecture 'gemma'; converted here: llama"),
+        ({"tokenizer.ggml.pre": "tekken"}, (), "pre 'tekken'; known here.*smollm"),
         ({"tokenizer.ggml.model": "llama"}, (), "tokenizer 'llama'"),
-        ({"tokenizer.ggml.add_bos_token": True}, (), "add_bos_token is set"),
+        ({"tokenizer.ggml.add_eos_token": True}, (), "add_eos_token is set"),
+        ({"tokenizer.ggml.eot_token_id": 266}, (), "eot_token_id is 266, outside"),
         ({"tokenizer.ggml.merges": ["h e", "x yz"]}, (), "merges, row 1: 'x yz'"),
         ({"tokenizer.ggml.tokens": ["a"] * 266}, (), "'a' stands twice"),
         ({"tokenizer.ggml.token_type": [1] * 265}, (), "266 tokens but 265 token types"),
         ({"tokenizer.ggml.eos_token_id": 266}, (), "eos_token_id is 266, outside"),
-        ({"llama.rope.scaling.type": "linear"}, (), "llama.rope.scaling.type: scaled rope"),
+        ({"llama.rope.scaling.type": "linear"}, (), "llama.rope.scaling.type is not known here"),
         ({"llama.rope.dimension_count": 8}, (), "dimension_count is 8, the head size is 16"),
         ({"llama.block_count": 0}, (), "block_count is 0"),
         ({"llama.block_count": 3}, (), "9 tensors are missing.*layers.2"),
@@ -263,7 +435,12 @@ def test_the_real_one(real_tokenizer):
             r"ffn_gate.weight has shape \(96, 64\).*\(95, 64\)",
         ),
         ({"llama.rope.freq_base": float("nan")}, (), "freq_base is nan"),
-        ({"rope_freqs.weight": np.ones(8, np.float32)}, (), "rope_freqs.weight has no place"),
+        (
+            {"rope_freqs.weight": np.full(8, 3, np.float32)},
+            (),
+            "rope_freqs.weight holds divisors .* not those of Llama 3.1 to 3.3",
+        ),
+        ({"rope_freqs.weight": np.ones(7, np.float32)}, (), r"shape \(7,\), the head size is 16"),
         ({"blk.0.attn_q.bias": np.ones(64, np.float32)}, (), "attn_q.bias has no place"),
         (
             {"output_norm.weight": np.full(64, np.inf, np.float32)},
@@ -361,14 +538,14 @@ def test_interrupted_leaves_no_folder(tmp_path, tiny_gguf, monkeypatch):
 def test_a_quicker_process_wins(tmp_path, tiny_gguf, monkeypatch):
     """The folder appears while we write: it stays as it is, and nothing of ours is left."""
     path, out = tiny_gguf(tmp_path / "m.gguf"), tmp_path / "cache" / "out"
-    write = converter._write_safetensors
+    write = converter.files.write
 
     def slow(*args):
         write(*args)
         out.mkdir()
         (out / "theirs").write_text("first")
 
-    monkeypatch.setattr(converter, "_write_safetensors", slow)
+    monkeypatch.setattr(converter.files, "write", slow)
     assert convert(path, out) == out
     assert [f.name for f in out.iterdir()] == ["theirs"]
     assert list(out.parent.iterdir()) == [out]

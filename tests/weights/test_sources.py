@@ -219,7 +219,7 @@ def test_disk_fails_while_writing(gguf_file, cache, monkeypatch, number, message
     def fail(*_):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(gguf, "_write_safetensors", fail)
+    monkeypatch.setattr(gguf.files, "write", fail)
     with pytest.raises(SourceError, match=message):
         resolve(str(gguf_file), cache=cache)
     assert list((cache / "models").iterdir()) == []
@@ -229,7 +229,7 @@ def test_other_disk_errors_stay_what_they_are(gguf_file, cache, monkeypatch):
     def fail(*_):
         raise OSError(errno.EIO, "broken disk")
 
-    monkeypatch.setattr(gguf, "_write_safetensors", fail)
+    monkeypatch.setattr(gguf.files, "write", fail)
     with pytest.raises(OSError, match="broken disk"):
         resolve(str(gguf_file), cache=cache)
     assert list((cache / "models").iterdir()) == []

@@ -1,0 +1,214 @@
+"""Several processes, one program: who they are, and how they agree on small things.
+
+Every process runs the same stages in the same order; arrays are cut over the devices of all. What
+only one may do (write a file, look whether one is there, ask a judge) is done by the first and told
+to the others: `on_first`. This goes through the coordinator of `jax.distributed`, not through the
+devices, so that a process may wait for hours while another one ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import jax
+from jax._src import distributed  # its client has no public name; orbax uses it too
+from jax._src.clusters import ClusterEnv
+from jax.experimental import multihost_utils
+
+T = TypeVar("T")
+
+_EXPLICIT = ("SELM_COORDINATOR", "SELM_PROCESSES", "SELM_PROCESS")
+_DAY = 24 * 3600 * 1000  # milliseconds
+_numbers = itertools.count()  # the same in all processes, which all come by in the same order
+_boundaries = itertools.count()
+_told_to_stop = threading.Event()
+_deferred = False
+
+
+class MultihostError(RuntimeError):
+    """The processes of a run cannot work together."""
+
+
+class Stopped(SystemExit):
+    """The run was told to stop (SIGTERM, preemption) and has saved what there was to save.
+
+    The process leaves with status 75, EX_TEMPFAIL of sysexits.h: try again.
+    """
+
+    def __init__(self):
+        super().__init__(75)
+
+
+# --- who they are ---------------------------------------------------------------------------------
+
+
+def initialize() -> None:
+    """Joins the other processes, if there are any; before anything else of jax.
+
+    On TPU pods, under SLURM and under Open MPI jax finds out by itself. Elsewhere the environment
+    says it: SELM_COORDINATOR=host:port (of process 0), SELM_PROCESSES, SELM_PROCESS.
+
+    Raises:
+      MultihostError: the environment says it in part, or not in numbers.
+    """
+    arguments = found(os.environ)
+    if arguments is None:
+        return
+    # Of CPU devices: between processes there is no other way than gloo.
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(**arguments)
+
+
+def found(environment: Mapping[str, str]) -> dict[str, Any] | None:
+    """What `jax.distributed.initialize` has to be told; None where this process is alone."""
+    given = [name for name in _EXPLICIT if name in environment]
+    if given:
+        try:
+            address, count, index = (environment[name] for name in _EXPLICIT)
+            numbers = int(count), int(index)
+        except (KeyError, ValueError):
+            shown = ", ".join(f"{name}={environment.get(name, '(not set)')}" for name in _EXPLICIT)
+            raise MultihostError(
+                f"{shown}: expected all three, such as SELM_COORDINATOR=10.0.0.1:1234 "
+                "SELM_PROCESSES=2 SELM_PROCESS=0"
+            ) from None
+        if not 0 <= numbers[1] < numbers[0] or ":" not in address:
+            raise MultihostError(
+                f"SELM_COORDINATOR={address}, SELM_PROCESS={index} of SELM_PROCESSES={count}: "
+                "expected host:port, and a process from 0 to one less than their number"
+            )
+        # No local_device_ids: all devices of this host, and jax looks no further.
+        return {
+            "coordinator_address": address, "num_processes": numbers[0], "process_id": numbers[1],
+            "cluster_detection_method": "deactivate",
+        }  # fmt: skip
+    for cluster in ClusterEnv._cluster_types:
+        if not cluster.opt_in_only_method and cluster.is_env_present():
+            if cluster.get_process_count() == 1:
+                return None
+            return _all_gpus_of(environment)
+    return None
+
+
+def _all_gpus_of(environment: Mapping[str, str]) -> dict[str, Any]:
+    """Under SLURM jax gives each process one GPU, which is wrong where a node has one process."""
+    nodes = environment.get("SLURM_STEP_NUM_NODES")
+    gpus = environment.get("SLURM_GPUS_ON_NODE", "")
+    if nodes and nodes == environment.get("SLURM_NTASKS") and gpus.isdigit():
+        return {"local_device_ids": list(range(int(gpus)))}
+    return {}
+
+
+def count() -> int:
+    return jax.process_count() if distributed.global_state.client is not None else 1
+
+
+def index() -> int:
+    return jax.process_index() if distributed.global_state.client is not None else 0
+
+
+def is_first() -> bool:
+    return index() == 0
+
+
+# --- how they agree -------------------------------------------------------------------------------
+
+
+def on_first(work: Callable[[], T]) -> T:
+    """Runs `work` in the first process, and gives what it returns, as JSON, to all.
+
+    Raises:
+      Exception: what `work` raised, in the first process.
+      MultihostError: the same in the others, with its message.
+    """
+    if count() == 1:
+        return work()
+    client, key = distributed.global_state.client, f"selm/{next(_numbers)}"
+    assert client is not None
+    if not is_first():
+        told = json.loads(client.blocking_key_value_get(key, _DAY))
+        if "error" in told:
+            raise MultihostError(f"process 0 failed: {told['error']}")
+        return told["result"]
+    try:
+        result = work()
+    except BaseException as e:
+        client.key_value_set(key, json.dumps({"error": f"{type(e).__name__}: {e}"}))
+        raise
+    client.key_value_set(key, json.dumps({"result": result}))
+    return json.loads(json.dumps(result))
+
+
+def barrier() -> None:
+    """Waits until every process has come here."""
+    if count() > 1:
+        client = distributed.global_state.client
+        assert client is not None
+        client.wait_at_barrier(f"selm/barrier/{next(_numbers)}", _DAY)
+
+
+def first_then_others(work: Callable[[], T]) -> T:
+    """Runs `work` everywhere, in the others when the first is through: it may fill a shared cache."""
+    if count() == 1:
+        return work()
+    result = [None]
+
+    def note() -> None:
+        result[0] = work()  # pyright: ignore
+
+    on_first(note)
+    return result[0] if is_first() else work()  # pyright: ignore
+
+
+# --- being told to stop ---------------------------------------------------------------------------
+
+
+def listen() -> None:
+    """From now on SIGTERM stops the run: at once where nothing is lost, else when it has saved.
+
+    With several processes jax listens itself, and passes the notice of one on to all.
+    """
+    if count() == 1 and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _on_sigterm)
+
+
+def _on_sigterm(*_: Any) -> None:
+    _told_to_stop.set()
+    if not _deferred:
+        raise Stopped
+
+
+@contextlib.contextmanager
+def stop_deferred() -> Iterator[None]:
+    """Inside, whoever asks `should_stop` stops the run; it is not interrupted."""
+    global _deferred
+    _deferred = True
+    try:
+        yield
+    finally:
+        _deferred = False
+
+
+def should_stop() -> bool:
+    """Whether to stop here: the same answer in all processes, at the same call.
+
+    To be asked where stopping is possible: between updates, between batches of answers.
+    """
+    if _told_to_stop.is_set():
+        return True
+    if count() > 1 and multihost_utils.reached_preemption_sync_point(next(_boundaries)):
+        _told_to_stop.set()  # jax says so once
+    return _told_to_stop.is_set()
+
+
+def stop_if_told() -> None:
+    """Raises Stopped if the run is to stop; for places where nothing has to be saved first."""
+    if should_stop():
+        raise Stopped

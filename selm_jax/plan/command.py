@@ -1,0 +1,111 @@
+"""`selm plan`: does it fit, how long would it take, what would it cost; before anything is paid."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from selm_jax import artifacts
+from selm_jax.config import as_dict
+from selm_jax.models.config import DecoderConfig, UnsupportedModel
+from selm_jax.models.families import from_hf, reward_model_json
+from selm_jax.objectives.build import build as build_objective
+from selm_jax.plan.examine import Load, Options, Plan, examine
+from selm_jax.plan.measure import versions
+from selm_jax.plan.table import show
+from selm_jax.plan.topology import Target, has_libtpu, local_target, target
+from selm_jax.weights.facts import config_json
+
+DOES_NOT_FIT = 3  # exit status
+
+
+def main(
+    load: Load,
+    topologies: Sequence[str],
+    *,
+    config: Path | None = None,
+    out: Path | None = None,
+    options: Options = Options(),  # noqa: B008 (frozen)
+    console: Console | None = None,
+) -> int:
+    """Prints a plan for each topology, or for the devices here. The exit status: 0, or 3 where one
+    does not fit.
+
+    Args:
+      load: the experiment, with overrides besides those of the command line.
+      config: a config.json in place of the model's own.
+      out: everything that is printed, as JSON.
+
+    Raises:
+      TopologyError: an unknown topology.
+      SourceError, UnsupportedModel: no config.json, or one that is not understood.
+    """
+    console = console or Console()
+    e = load(())
+    file = config or config_json(e.model.source, e.model.revision)
+    settings = dict(e.objective)
+    facts = read_facts(file, build_objective(settings.pop("loss"), **settings).rates)
+    console.print(f"model: the facts of {file}", highlight=False, soft_wrap=True)
+    plans = []
+    for each in _targets(topologies, options.hbm, console):
+        plans.append(examine(load, facts, each, options, console))
+        show(plans[-1], options, console)
+    if out is not None:
+        artifacts.write_json(out, {"versions": versions(), "plans": [plain(p) for p in plans]})
+    return 0 if all(plan.fit for plan in plans) else DOES_NOT_FIT
+
+
+def read_facts(file: Path, rates: bool = False) -> DecoderConfig:
+    """Of the model that this config.json describes, under whatever name it is stored; with `rates`
+    of the reward model that begins from it."""
+    try:
+        hf = json.loads(file.read_text(encoding="utf-8"))
+        facts = from_hf(hf)
+        return from_hf(reward_model_json(hf, 0)) if rates and facts.head is None else facts
+    except ValueError as e:  # not JSON, or `UnsupportedModel`
+        raise UnsupportedModel(f"{file}: {e}") from e
+
+
+def _targets(names: Sequence[str], hbm: float | None, console: Console) -> list[Target]:
+    if not names:
+        return [local_target(hbm)]
+    if not has_libtpu():
+        console.print(
+            f"libtpu is not installed, so nothing can be compiled for {', '.join(names)}: this is "
+            "a plan for the devices here. `pip install 'selm_jax[tpu]'` brings it, on any Linux "
+            "machine, with or without a TPU",
+            style="yellow", highlight=False, soft_wrap=True,
+        )  # fmt: skip
+        return [local_target(hbm)]
+    jax.config.update("jax_platforms", "cpu")  # chips that are here are not to be taken for this
+    return [target(name, hbm) for name in names]
+
+
+def plain(plan: Plan) -> dict[str, Any]:
+    """A plan as JSON."""
+    where = plan.target
+    return {
+        "target": {
+            "name": where.name, "chips": where.chips, "devices": len(where.devices),
+            "hbm": where.hbm, "hbm_from": where.hbm_from,
+        },
+        "experiment": as_dict(plan.experiment),
+        "mesh": plan.mesh,
+        "fits": plan.fit,
+        "problem": plan.problem,
+        "programs": [
+            dataclasses.asdict(f) | {"needed": f.needed, "fits": f.fits} for f in plan.fits
+        ],
+        "lengths": dataclasses.asdict(plan.lengths),
+        "work": None if plan.work is None else dataclasses.asdict(plan.work)
+        | {"flop": plan.work.flop, "hours": plan.work.hours},
+        "change": plan.change,
+        "instead": plan.instead,
+        "tried": plan.tried,
+    }  # fmt: skip

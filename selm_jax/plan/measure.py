@@ -1,0 +1,119 @@
+"""One program compiled for devices that need not be here: what it wants of a device's memory.
+
+A compilation of a large model takes minutes, so what came of it is kept in the cache, under a digest
+of the program, the devices and the compiler. Asked again, with another price say, nothing compiles.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+import time
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import jax
+
+from selm_jax import artifacts
+from selm_jax.plan.topology import GIB, Target
+from selm_jax.weights.sources import cache_root
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on one device, as the compiler counts them.
+
+    Attributes:
+      arguments, temporaries, output: output without what takes the place of donated arguments.
+      peak: the most that is held at one time, arguments included. Where the compiler refuses the
+        program it is what that wanted, if it said so, and the others are unknown (-1).
+      refused: the compiler's words if the program does not fit the device by itself.
+      seconds: of the compilation.
+      cached: whether it was compiled at an earlier time.
+    """
+
+    arguments: int
+    temporaries: int
+    output: int
+    peak: int
+    seconds: float
+    refused: str | None = None
+    cached: bool = False
+
+
+def measure(lowered: jax.stages.Lowered, target: Target) -> Memory:
+    """Compiles a program, or finds what came of it before.
+
+    Raises:
+      jax.errors.JaxRuntimeError: the compiler fails for another reason than memory.
+    """
+    file = cache_root() / "plans" / f"{_digest(lowered, target)}.json"
+    if file.exists():
+        return Memory(**json.loads(file.read_text()) | {"cached": True})
+    began = time.perf_counter()
+    try:
+        stats: Any = lowered.compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as e:
+        if "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        words = str(e).splitlines()[0]
+        found = Memory(-1, -1, -1, wanted(words), time.perf_counter() - began, words)
+    else:
+        seconds = time.perf_counter() - began
+        fresh = stats.output_size_in_bytes - stats.alias_size_in_bytes
+        arguments, temporaries = stats.argument_size_in_bytes, stats.temp_size_in_bytes
+        # TPU's compiler knows the most that is there at one time. Others do not count arguments in
+        # theirs; the sum of all is then what can be said.
+        on_tpu = target.devices[0].platform == "tpu"
+        peak = stats.peak_memory_in_bytes if on_tpu else arguments + temporaries + fresh
+        found = Memory(arguments, temporaries, fresh, peak, seconds)
+    artifacts.write_json(file, dataclasses.asdict(found))
+    return found
+
+
+def wanted(words: str) -> int:
+    """Bytes that a refused program wanted, from the compiler's words; -1 if they do not say."""
+    sizes = re.search(r"(?:required[^()]*\(|Used )([\d.]+)([KMGT])", words)
+    if sizes is None:
+        return -1
+    return int(float(sizes[1]) * 1024 ** ("KMGT".index(sizes[2]) + 1))
+
+
+def shard_bytes(tree: Any) -> int:
+    """Bytes of a tree of (abstract) arrays on one device. What is no array counts nothing."""
+    return sum(_shard_bytes(x) for x in jax.tree.leaves(tree) if hasattr(x, "dtype"))
+
+
+def _shard_bytes(x: Any) -> int:
+    sharding = getattr(x, "sharding", None)
+    shape = x.shape if sharding is None else sharding.shard_shape(x.shape)
+    return math.prod(shape) * x.dtype.itemsize
+
+
+def gib(count: float) -> str:
+    return f"{count / GIB:.2f}" if count < 99.5 * GIB else f"{count / GIB:,.0f}"
+
+
+def _digest(lowered: jax.stages.Lowered, target: Target) -> str:
+    """Of everything that the outcome depends on."""
+    what: Mapping[str, Any] = {
+        "program": hashlib.sha256(lowered.as_text().encode()).hexdigest(),
+        "devices": f"{target.name} {len(target.devices)} {target.devices[0].device_kind}",
+        "versions": versions(),
+    }
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def versions() -> dict[str, str]:
+    """Of the compilers; a package that is not there is left out."""
+    found = {}
+    for name in ("jax", "jaxlib", "libtpu"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

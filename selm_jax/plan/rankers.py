@@ -1,0 +1,145 @@
+"""A ranker that is a model, from its shape alone: PairRM, or a reward model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from selm_jax.config import Experiment, Feedback
+from selm_jax.feedback import pairrm, reward_model
+from selm_jax.feedback.buckets import Part, checked_batch, checked_dtype, parts
+from selm_jax.models import deberta, flops
+from selm_jax.models.decoder import abstract_params
+from selm_jax.models.families import read_config as read_decoder
+from selm_jax.parallel.alone import own_devices
+from selm_jax.parallel.mesh import make_mesh
+from selm_jax.parallel.rules import TRAINING, partition, shardings
+from selm_jax.plan.topology import Target
+from selm_jax.weights.deberta import LARGE, PairRMConfig, dtypes, read_config
+from selm_jax.weights.facts import config_json
+from selm_jax.weights.sources import SourceError
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranker:
+    """What ranking runs, on the devices that one process has for itself.
+
+    Attributes:
+      params, inputs: abstract.
+      stays: whether the parameters stay in memory when the ranking is done.
+      read: tokens that are read for one prompt, and the FLOPs, given (prompt, response, candidates).
+    """
+
+    name: str
+    function: Any
+    params: Any
+    inputs: tuple[jax.ShapeDtypeStruct, ...]
+    stays: bool
+    devices: int
+    read: Any
+
+
+def ranker_of(e: Experiment, target: Target) -> Ranker | None:
+    """The ranker that needs most of the devices, if one of the experiment's is a model.
+
+    Raises:
+      SourceError: the config.json of a reward model cannot be had.
+    """
+    found = [_build(e, name, settings, target) for name, settings in _models(e.feedback)]
+    if not found:
+        return None
+    return max(found, key=lambda ranker: sum(x.size for x in jax.tree.leaves(ranker.params)))
+
+
+def _models(f: Feedback) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    parts = [{"ranker": f.ranker, "settings": f.settings}]
+    if f.ranker == "mixture":
+        parts = f.settings.get("parts", [])
+    for part in parts:
+        if part["ranker"] in ("pairrm", "reward_model"):
+            yield part["ranker"], part.get("settings", {})
+
+
+def _build(e: Experiment, name: str, settings: Mapping[str, Any], target: Target) -> Ranker:
+    kind = checked_dtype(name, settings.get("dtype", "auto"), target.on_cpu)
+    batch = checked_batch(name, settings.get("batch"), target.on_cpu)
+    build = _pairrm if name == "pairrm" else _reward_model
+    return build(e, settings, target, kind, batch)
+
+
+def _pairrm(e: Experiment, settings: Mapping[str, Any], target: Target, kind, batch) -> Ranker:
+    folder = Path(str(settings.get("folder", "")))
+    here = (folder / "config.json").exists()
+    config = read_config(folder) if here else PairRMConfig(LARGE)  # the published one
+    mesh = make_mesh((-1, 1, 1), own_devices(target.devices))
+    budget = config.source_tokens + 2 * config.candidate_tokens
+    part = _longest(budget, mesh, batch)
+    boxed = deberta.abstract_params(config.encoder, config.tasks)
+    params = jax.tree.map(
+        lambda x, dtype, where: jax.ShapeDtypeStruct(x.shape, dtype, sharding=where),
+        nn.unbox(boxed), dtypes(config.encoder, config.tasks, kind),
+        shardings(boxed, mesh, TRAINING),
+    )  # fmt: skip
+
+    def read(prompt: int, response: int, candidates: int) -> tuple[int, float]:
+        pairs = candidates * (candidates - 1)
+        time = min(prompt + 2 * response, budget)
+        return pairs * time, pairs * flops.encoder(config.encoder, rows=1, time=time)
+
+    inputs = (_ints(mesh, part.rows, part.time), _ints(mesh, part.rows), _ints(mesh, part.rows, 3))
+    function = pairrm.program(config, kind, on_cpu=target.on_cpu)
+    return Ranker("PairRM", function, params, inputs, True, mesh.size, read)
+
+
+def _reward_model(
+    e: Experiment, settings: Mapping[str, Any], target: Target, kind, batch
+) -> Ranker:
+    file = config_json(settings["source"], settings.get("revision"))
+    facts = read_decoder(file.parent)
+    if facts.head is None:
+        raise SourceError(f"{file}: the ranker's model is no reward model; it has no head")
+    most = settings.get("max_length") or reward_model.positions(facts)
+    config = facts.for_length(most)
+    axes = [
+        settings.get(axis, default) for axis, default in (("data", 1), ("fsdp", -1), ("tensor", 1))
+    ]
+    mesh = make_mesh(axes, own_devices(target.devices))
+    r, c = e.rollout, e.candidates
+    longest = min(r.max_prompt_tokens + r.max_new_tokens, most)
+    part = _longest(max(longest, reward_model.TOGETHER), mesh, batch)
+    boxed = abstract_params(config)
+    params = jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, kind, sharding=where),
+        nn.unbox(boxed), shardings(boxed, mesh, TRAINING),
+    )  # fmt: skip
+    candidates = c.greedy + c.samples + 2 * c.dataset
+    branches = 1 << (candidates - 1).bit_length()
+    rows = _ints(mesh, part.rows, part.time)
+    inputs = (rows, rows, rows, rows, _ints(mesh, part.rows, branches))
+
+    def read(prompt: int, response: int, candidates: int) -> tuple[int, float]:
+        tokens = prompt + candidates * response
+        work = flops.forward(config, rows=1, time=tokens, keys=tokens, scored=0)
+        return tokens, work.total
+
+    function = reward_model.program(config, kind)
+    return Ranker("reward model", function, params, inputs, False, mesh.size, read)
+
+
+def _longest(tokens: int, mesh: jax.sharding.Mesh, batch: int) -> Part:
+    """A full batch of the longest texts."""
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    many = [tokens] * (devices * batch)
+    return next(parts(many, devices, batch))
+
+
+def _ints(mesh: jax.sharding.Mesh, *shape: int) -> jax.ShapeDtypeStruct:
+    axes = ("rows", None)[: len(shape)]
+    where = partition("batch", axes, shape, mesh, TRAINING)
+    return jax.ShapeDtypeStruct(shape, np.int32, sharding=where)

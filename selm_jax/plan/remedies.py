@@ -1,0 +1,104 @@
+"""What would make it fit, found by compiling it.
+
+None of these settings changes what is computed, beyond the rounding of sums: how many rows, slots or
+logits go together, what the backward pass computes again, whether the reference is stored, how the
+chips share the model. They are tried from the cheapest to the dearest, each alone, then together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+from selm_jax.config import Experiment
+from selm_jax.parallel.mesh import MeshError
+from selm_jax.plan.phases import GENERATE, RANK, SCORE, TRAIN
+
+Change = tuple[str, ...]  # overrides, `key=value`
+Fits = Callable[[Change, str | None], bool]  # a stage's programs under these changes; None: all
+
+
+def remedy(
+    experiment: Experiment, stages: Sequence[str], devices: int, longest: int, fits: Fits
+) -> Change | None:
+    """Changes under which all the stages fit; None if none of those known here is enough.
+
+    Args:
+      stages: those that do not fit.
+      devices: of the mesh.
+      longest: tokens of the longest example.
+      fits: compiles. It may raise MeshError for a change that the model's shape does not allow.
+    """
+    found: Change = ()
+    for stage in stages:
+        more = _of_stage(list(_ladder(experiment, stage, devices, longest)), found, stage, fits)
+        if more is None:
+            return None
+        found = _replaced(found, more)
+    return found
+
+
+def _replaced(old: Change, new: Change) -> Change:
+    """Both, the newer value of a setting alone."""
+    keys = {each.partition("=")[0] for each in new}
+    return (*(each for each in old if each.partition("=")[0] not in keys), *new)
+
+
+def _of_stage(ladder: list[Change], so_far: Change, stage: str, fits: Fits) -> Change | None:
+    def allowed(change: Change) -> bool:
+        try:
+            return fits(_replaced(so_far, change), stage)
+        except MeshError:
+            return False
+
+    if so_far and allowed(()):
+        return ()
+    for change in ladder:
+        if allowed(change):
+            return change
+    together: Change = ()
+    for i, change in enumerate(ladder):
+        together = _replaced(together, change)
+        if i and allowed(together):
+            return together
+    return None
+
+
+def _ladder(e: Experiment, stage: str, devices: int, longest: int) -> Iterator[Change]:
+    """Changes for a stage, cheapest first; of one setting the mildest first."""
+    c, r, t = e.compute, e.rollout, e.training
+    if stage == RANK:
+        batch = e.feedback.settings.get("batch", 16)
+        while (batch := batch // 2) >= 1:
+            yield (f"feedback.settings.batch={batch}",)
+    if stage == GENERATE:
+        copies = devices // (c.decode_tensor or c.tensor)
+        yield from _halved("rollout.prefill_rows", r.prefill_rows, copies)
+        yield from _halved("rollout.slots", r.slots, copies)
+        for tensor in _powers(2 * (c.decode_tensor or c.tensor), devices):
+            yield (f"compute.decode_tensor={tensor}",)
+    if stage in (SCORE, TRAIN):
+        if stage == TRAIN and t.reference == "live":
+            yield ("training.reference=stored",)
+        if t.logprob_chunk > 32:
+            yield ("training.logprob_chunk=32",)
+        yield from _halved("training.rows", t.rows, devices // c.tensor)
+        if (length := math.ceil(longest / 128) * 128) < t.row_length:
+            yield (f"training.row_length={length}",)
+        if stage == TRAIN and t.remat != "full":
+            yield ("training.remat=full",)
+        for tensor in _powers(2 * c.tensor, devices):
+            rows = min(t.rows, devices // tensor)
+            yield (f"compute.tensor={tensor}", "compute.fsdp=-1", f"training.rows={rows}")
+
+
+def _halved(key: str, value: int, least: int) -> Iterator[Change]:
+    while value > least:
+        value = max(least, value // 2 // least * least)
+        yield (f"{key}={value}",)
+
+
+def _powers(first: int, most: int) -> Iterator[int]:
+    while first <= min(most, 8):
+        yield first
+        first *= 2

@@ -1,0 +1,146 @@
+"""A plan as it is printed."""
+
+from __future__ import annotations
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from selm_jax.plan.examine import Fit, Options, Plan
+from selm_jax.plan.measure import gib, versions
+from selm_jax.plan.topology import GIB
+from selm_jax.plan.work import Part
+
+_LEGEND = (
+    "args, temps: arguments, temporaries; beside: what else lies there meanwhile; needs: at the "
+    "worst moment; s: seconds to compile\n"
+)
+
+
+def show(plan: Plan, options: Options, console: Console) -> None:
+    """The memory of each program, the work of an iteration, what was assumed, and the verdict."""
+    where = plan.target
+    console.print()
+    console.rule(f"[bold]{where.name}", align="left")
+    _say(
+        console,
+        f"{where.chips} chip{'s' * (where.chips > 1)}, {where.hbm / GIB:.2f} GiB for programs on "
+        f"each of {len(where.devices)} device{'s' * (len(where.devices) > 1)} ({where.hbm_from}); "
+        + ", ".join(f"{name} {version}" for name, version in versions().items()),
+    )
+    if plan.mesh:
+        _say(console, "mesh: " + ", ".join(f"{axis} {n}" for axis, n in plan.mesh.items()))
+    if plan.fits:
+        console.print(_memory(plan))
+        _say(console, _LEGEND)
+    if plan.work is not None:
+        console.print(_hours(plan))
+        _iterations(plan, options, console)
+    for each in plan.lengths.assumed:
+        _say(console, f"assumed: {each}")
+    _verdict(plan, console)
+
+
+def _memory(plan: Plan) -> Table:
+    table = _table("GiB on one device", "program")
+    for head in ("args", "temps", "output", "beside", "needs", "fits", "s"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for each in plan.fits:
+        m = each.memory
+        sizes = [gib(n) if n >= 0 else "" for n in (m.arguments, m.temporaries, m.output)]
+        beside = "\n".join(f"{what} {gib(n)}" for what, n in each.held.items())
+        needed = "?" if each.needed is None else gib(each.needed)
+        style = "" if each.fits else "bold red"
+        table.add_row(
+            each.name, *sizes, beside, needed, left(each), f"{m.seconds:.0f}", style=style
+        )
+    return table
+
+
+def _table(title: str, first: str) -> Table:
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="",
+        box=SIMPLE,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column(first, no_wrap=True)
+    return table
+
+
+def left(each: Fit) -> str:
+    """What is left of the device's memory, or by how much it does not fit."""
+    if each.fits and each.needed is not None:
+        return f"{gib(each.hbm - each.needed)} left"
+    return "no" if each.needed is None else f"{gib(each.needed - each.hbm)} over"
+
+
+def _hours(plan: Plan) -> Table:
+    assert plan.work is not None
+    table = _table("one iteration", "work")
+    for head in ("tokens", "PFLOP", "hours"):
+        table.add_column(head, justify="right")
+    for part in plan.work.parts:
+        table.add_row(*_row(part))
+    whole = Part(
+        "together", sum(p.tokens for p in plan.work.parts), plan.work.flop, plan.work.hours
+    )
+    table.add_section()
+    table.add_row(*_row(whole), style="bold")
+    return table
+
+
+def _row(part: Part) -> tuple[str, str, str, str]:
+    hours = "unknown" if part.hours is None else f"{part.hours:.2f}"
+    pflop = part.flop / 1e15
+    return part.name, f"{part.tokens:,}", f"{pflop:,.0f}" if pflop > 100 else f"{pflop:.3g}", hours
+
+
+def _iterations(plan: Plan, options: Options, console: Console) -> None:
+    w, e, where = plan.work, plan.experiment, plan.target
+    assert w is not None
+    _say(
+        console,
+        f"{plan.lengths.prompts:,} prompts, {w.updates} updates of {e.training.global_batch} "
+        f"examples in {w.batches} batch{'es' * (w.batches > 1)} of {e.training.rows} x "
+        f"{e.training.row_length} tokens; {w.useful / max(w.padded, 1):.0%} of these are no padding",
+    )
+    if w.hours is None:
+        _say(console, f"hours: the peak of {where.name} is not known here")
+        return
+    before = next((p.hours for p in w.parts if p.name == "evaluate"), 0) or 0
+    hours = w.hours * e.iterations + before  # the start model is evaluated too
+    cost = "" if options.price is None else f", ${hours * where.chips * options.price:,.0f}"
+    console.print(
+        f"[bold]{e.iterations} iteration{'s' * (e.iterations > 1)}: {hours:.1f} hours, "
+        f"{hours * where.chips:,.0f} chip hours{cost}[/] at {options.mfu:.0%} of the peak arithmetic and "
+        f"{options.mbu:.0%} of the memory's bandwidth (--mfu, --mbu); loading, compiling, saving not "
+        "counted",
+        highlight=False,
+    )  # fmt: skip
+
+
+def _verdict(plan: Plan, console: Console) -> None:
+    name = plan.target.name
+    if plan.fit:
+        tight = min((1 - f.needed / f.hbm for f in plan.fits if f.needed is not None), default=1)
+        console.print(f"[bold green]FITS[/] on {name}, {tight:.0%} to spare", highlight=False)
+        return
+    console.print(f"[bold red]DOES NOT FIT[/] on {name}", highlight=False)
+    if plan.problem:
+        _say(console, f"  {plan.problem}")
+    for each in plan.fits:
+        if each.memory.refused:
+            _say(console, f"  {each.name}: {each.memory.refused}")
+    if plan.instead:
+        console.print(f"[bold]it fits on[/]  --topology {plan.instead}", highlight=False)
+    if plan.change:
+        console.print(f"[bold]it fits with[/]  {' '.join(plan.change)}", highlight=False)
+    elif plan.tried and not plan.instead:
+        _say(console, f"none of the {len(plan.tried)} changes tried is enough (--tries)")
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,59 @@
+"""Rewards of packed responses: a reward model reads conversations as prompt trees too.
+
+A reward model gives one number for a whole conversation, at its last token, so where the prompt ends
+is nothing to it. Conversations that begin alike are packed as a tree: what they have in common is
+the prompt, read once, and each one's rest is a branch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from selm_jax.models.attention import tree_mask
+from selm_jax.models.decoder import Decoder, Params, rewards
+from selm_jax.preferences.packing import PreferenceBatch
+
+Ids: TypeAlias = tuple[int, ...]
+
+
+def split(conversations: Sequence[Ids]) -> tuple[Ids, list[Ids]]:
+    """What conversations have in common at their beginning, and the rest of each, never empty.
+
+    Args:
+      conversations: token ids, each up to where its score is read (`ScalarHead.read`).
+    """
+    shortest = min(map(len, conversations)) - 1
+    first = conversations[0]
+    common = next(
+        (n for n in range(shortest) if any(ids[n] != first[n] for ids in conversations)), shortest
+    )
+    return first[:common], [ids[common:] for ids in conversations]
+
+
+def response_rewards(
+    decoder: Decoder, params: Params, batch: PreferenceBatch
+) -> Float[Array, "rows segments branches"]:
+    """The reward of every response in the batch, float32; 0 where there is none."""
+    last = batch.last_of_response()
+    at = jnp.maximum(last, 0).reshape(last.shape[0], -1)
+    rows = batch.tokens, batch.segment, batch.branch, batch.position
+    return jnp.where(last >= 0, rewards_at(decoder, params, *rows, at).reshape(last.shape), 0)
+
+
+def rewards_at(
+    decoder: Decoder,
+    params: Params,
+    tokens: Int[Array, "rows time"],
+    segment: Int[Array, "rows time"],
+    branch: Int[Array, "rows time"],
+    position: Int[Array, "rows time"],
+    places: Int[Array, "rows some"],
+) -> Float[Array, "rows some"]:
+    """The head's number at some places of packed rows, float32."""
+    mask = tree_mask(segment, branch)
+    hidden, _ = decoder.apply({"params": params}, tokens, position, mask)
+    return rewards(params, jnp.take_along_axis(hidden, places[..., None], axis=1))

@@ -1,0 +1,54 @@
+"""A model's config.json without its weights: what a plan needs, and a few kilobytes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+from selm_jax.weights import sources
+from selm_jax.weights.sources import SourceError
+from selm_jax.weights.wheels import WHEELS
+
+
+def config_json(source: str, revision: str | None = None, cache: Path | None = None) -> Path:
+    """The config.json of a local folder, a GGUF file or a Hub id; weights are not fetched.
+
+    Raises:
+      SourceError: there is none here and the Hub gives none; the message says what to do.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise SourceError(f"{path}: config.json is missing")
+        return path / "config.json"
+    if path.suffix == ".gguf":
+        return sources.resolve(source, cache=cache).path / "config.json"
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
+        raise SourceError(
+            f"{source}: no such folder here (the current one is {Path.cwd()}), and not a Hub id. "
+            "To plan without the model, give its config.json: --config FILE"
+        )
+    here = try_to_load_from_cache(source, "config.json", revision=revision)
+    if isinstance(here, str):
+        return Path(here)
+    if revision is None and (wheel := WHEELS.get(source)) is not None:
+        root = sources.cache_root() if cache is None else cache
+        stem = f"{source.replace('/', '--')}-wheel"
+        converted = sources._converted(root, stem, wheel.gguf_sha256) / "config.json"
+        if converted.is_file():
+            return converted
+    try:
+        return Path(
+            sources._within(
+                sources._HUB_DEADLINE,
+                lambda: hf_hub_download(source, "config.json", revision=revision, etag_timeout=5),
+            )
+        )
+    except Exception as error:  # whatever the Hub's client raises, as in `sources`
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise SourceError(
+            f"{source}: its config.json is not on this machine, and the Hub gives none ({reason}). "
+            "Give the file: --config FILE"
+        ) from error

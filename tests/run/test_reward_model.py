@@ -1,0 +1,231 @@
+"""A reward model trained by a run, read by transformers, and asked by the next run."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import tiny
+from rich.console import Console
+
+from selm_jax import config, preview
+from selm_jax.feedback.ranker import Question, build
+from selm_jax.iterate import iterate
+from selm_jax.models.config import ScalarHead
+from selm_jax.models.families import read_config
+from selm_jax.preferences.examples import from_parquet
+from selm_jax.run import Run, RunError
+from selm_jax.stages import STAGES
+from selm_jax.text.prompts import Message
+
+QUIET = Console(quiet=True)
+WARM, COLD = ("glad", "kind", "warm", "fond"), ("cold", "dull", "grim", "sour")
+
+
+def pairs(count: int, seed: int) -> list[dict]:
+    """Answers that differ in one word, and in how long they are, at random."""
+    rng = random.Random(seed)
+
+    def answer(words):
+        return f"A {rng.choice(words)} {rng.choice(('one', 'thing'))}{'.' * rng.randint(1, 3)}"
+
+    return [
+        {
+            "prompt_id": f"{seed}-{i}", "prompt": rng.choice(tiny.PROMPTS), "chosen": answer(WARM),
+            "rejected": answer(COLD), "good": rng.randint(6, 9), "bad": 1.5,
+        }
+        for i in range(count)
+    ]  # fmt: skip
+
+
+def write(file, rows):
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def experiment(folder, **changes):
+    if not (folder / "model").exists():
+        tiny.make_model(folder / "model")
+    write(folder / "train.jsonl", pairs(96, seed=1))
+    write(folder / "heldout.jsonl", pairs(40, seed=2))
+    base = {
+        "iterations": 1, "objective": {"loss": "bradley_terry", "centering": 0.01, "margin": 0.1},
+        "data__chosen": "chosen", "data__rejected": "rejected", "data__chosen_score": "good",
+        "data__rejected_score": "bad", "candidates": {"greedy": 0, "dataset": True},
+        "training__learning_rate": 1e-2, "training__global_batch": 12, "training__epochs": 2,
+        "training__rows": 4, "training__warmup_ratio": 0.0, "training__checkpoint_every": 100,
+    }  # fmt: skip
+    return tiny.experiment(folder, **(base | changes))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    run = Run(config.load(experiment(folder)), QUIET)
+    iterate(run)
+    return run, folder
+
+
+def lines(run, stage):
+    found = [json.loads(x) for x in run.metrics_file.read_text().splitlines()]
+    return [x for x in found if x["stage"] == stage]
+
+
+def test_it_learns_a_rule_that_can_be_seen(trained):
+    run, _ = trained
+    before, after = lines(run, "evaluate")
+    assert before["heldout/accuracy"] == 0.5 and before["heldout/ties"] == 40
+    assert after["heldout/accuracy"] > 0.9
+    assert after["heldout/accuracy_low"] > 0.75 and after["heldout/accuracy_high"] <= 1
+    assert after["heldout/loss"] < before["heldout/loss"] == pytest.approx(math.log(2))
+
+
+def test_the_first_loss_is_that_of_equal_rewards_and_the_margins(trained):
+    """The head begins at zero: what is left is the gap that the scores ask for."""
+    run, _ = trained
+    first = lines(run, "train")[0]
+    assert first["rewards/margins"] == 0 and first["rewards/accuracies"] == 0.5
+    asked = [0.1 * (row["good"] - row["bad"]) for row in pairs(96, seed=1)]
+    possible = [np.log1p(np.exp(gap)) for gap in asked]
+    assert min(possible) < first["loss"] < max(possible)
+
+
+def test_what_is_trained_on_are_whole_conversations_and_the_datas_scores(trained):
+    run, folder = trained
+    examples = from_parquet(run.iteration(1) / "examples.parquet")
+    rows = {row["prompt_id"]: row for row in pairs(96, seed=1)}
+    assert len(examples) == 96
+    for e in examples:
+        row = rows[e.prompt_id]
+        assert e.reference is None and e.scores == (row["good"], row["bad"])
+        for role in ("chosen", "rejected"):
+            whole = run.chat.tokenizer.decode([*e.prompt, *e.responses[e.roles[role]]])
+            assert whole == (
+                f"<|im_start|>user\n{row['prompt']}<|im_end|>\n<|im_start|>assistant\n{row[role]}<|im_end|>\n"
+            )
+    # What both begin with is said once, and the preview shows the same.
+    assert all(len(e.prompt) > 15 for e in examples)
+    write(folder / "train.jsonl", pairs(96, seed=1))
+    fresh = Run(config.load(experiment(folder), ["output=" + str(folder / "none")]), QUIET)
+    shown = preview.collect(fresh, 1).rows
+    assert [(e.prompt, e.responses) for e in shown] == [(e.prompt, e.responses) for e in examples]
+
+
+def test_transformers_reads_the_same_scores_from_the_exported_folder(trained):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    run, _ = trained
+    folder = run.iteration(1) / "model"
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    assert type(model).__name__ == "LlamaForSequenceClassification" and model.config.num_labels == 1
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    held = pq.read_table(run.iteration(1) / "pairs.parquet").to_pylist()
+    questions = [
+        Question(row["prompt"], (Message("user", row["prompt"]),), {}, row["prompt_id"])
+        for row in held
+    ]
+    answers = [[row["chosen"], row["rejected"]] for row in held]
+    ours = build("reward_model", source=str(folder)).scores(questions, answers)
+    for row, texts, scores in zip(held, answers, ours, strict=True):
+        stored = [row["reward_chosen"], row["reward_rejected"]]
+        np.testing.assert_allclose(scores, stored, atol=1e-4)  # packed rows say the same
+        chats = [
+            [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": text}]
+            for text in texts
+        ]
+        batch = tokenizer.apply_chat_template(
+            chats, padding=True, return_tensors="pt", return_dict=True
+        )
+        with torch.no_grad():
+            theirs = model(**batch).logits[:, 0].numpy()
+        np.testing.assert_allclose(scores, theirs, atol=1e-4)
+
+
+def test_the_folder_says_what_it_is(trained):
+    run, _ = trained
+    folder = run.iteration(1) / "model"
+    assert read_config(folder).head == ScalarHead(1)  # the tokenizer's pad token
+    card = (folder / "README.md").read_text()
+    assert "pipeline_tag: text-classification" in card and "reward model" in card
+    assert "held-out pairs" in (run.folder / "report.html").read_text()
+    assert not any(stage.run(run, 1) for stage in STAGES)  # all are done, and know it
+
+
+def test_it_ranks_the_answers_of_the_next_run(trained, tmp_path):
+    run, _ = trained
+    reward = str(run.iteration(1) / "model")
+    feedback = {"ranker": "reward_model", "settings": {"source": reward}}
+    once = {"iterations": 1, "training__learning_rate": 1e-3}
+    asking = Run(config.load(tiny.experiment(tmp_path, feedback=feedback, **once)), QUIET)
+    asking.check()
+    assert all(stage.run(asking, 1) for stage in STAGES[:2])
+    ranked = pq.read_table(asking.iteration(1) / "ranked.parquet").to_pylist()
+    assert len({row["score"] for row in ranked}) > 20
+    counts = json.loads((asking.iteration(1) / "stage.json").read_text())["rank"]["counts"]
+    assert counts["ranker/candidates"] == 96 and counts["ranker/cut"] == 0
+    by_prompt: dict[str, list[dict]] = {}
+    for row in ranked:
+        by_prompt.setdefault(row["prompt_id"], []).append(row)
+    for rows in by_prompt.values():
+        best = [row["score"] for row in rows if row["chosen"]]
+        assert not best or best == [max(row["score"] for row in rows)]
+
+
+def test_training_goes_on_from_a_reward_model(trained, tmp_path):
+    run, _ = trained
+    shutil.copytree(run.iteration(1) / "model", tmp_path / "model")
+    file = experiment(tmp_path, data__limit=24, training__epochs=1)
+    more = Run(config.load(file), QUIET)
+    more.check()
+    params, source = more.load(more.policy(0)), run.load(run.policy(1))
+    np.testing.assert_array_equal(params["score"], source["score"])
+    assert np.any(params["score"])
+
+
+# --- what is refused --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"candidates": {"greedy": 1, "dataset": True}}, "candidates: {greedy: 0, samples: 0"),
+        ({"lora": {"rank": 2, "alpha": 4}}, "head adapters would leave at its zeros"),
+        ({"text__layout": "paper"}, "text.layout: paper knows nothing"),
+        ({"data__chosen_score": "goood"}, r"column 'goood' \(data.chosen_score\) is not among"),
+        ({"data__chosen_score": None, "data__rejected_score": None}, "objective.margin: asks for"),
+        ({"data__chosen_score": None}, "no data.chosen_score to compare"),
+    ],
+)
+def test_experiments_that_do_not_fit_are_refused(changes, message, tmp_path):
+    def go():
+        run = Run(config.load(experiment(tmp_path, **changes)), QUIET)
+        run.check()
+        STAGES[0].run(run, 1), STAGES[1].run(run, 1)
+
+    with pytest.raises((RunError, config.ConfigError), match=message):
+        go()
+
+
+def test_a_reward_model_is_no_policy(trained, tmp_path):
+    run, _ = trained
+    shutil.copytree(run.iteration(1) / "model", tmp_path / "model")
+    tiny.write_prompts(tmp_path / "train.jsonl")
+    tiny.write_prompts(tmp_path / "heldout.jsonl")
+    with pytest.raises(RunError, match="is a reward model, which says nothing"):
+        Run(config.load(tiny.experiment(tmp_path)), QUIET).check()
+
+
+def test_pairs_that_are_the_same_tokens_prefer_nothing(tmp_path):
+    run = Run(config.load(experiment(tmp_path)), QUIET)
+    rows = pairs(96, seed=1)
+    rows[5] |= {"chosen": "Yes.", "rejected": "Yes.x"}
+    write(tmp_path / "train.jsonl", rows)
+    run.chat.tokenizer.chat_template = None
+    template = run.chat._template.replace("m['content']", "m['content'][:20].rstrip('x')")
+    run.chat._template = template
+    STAGES[0].run(run, 1), STAGES[1].run(run, 1)
+    with pytest.raises(RunError, match="prompt 1-5: chosen and rejected are the same .* tokens"):
+        STAGES[2].run(run, 1)

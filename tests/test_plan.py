@@ -1,0 +1,444 @@
+"""`selm plan`: what is planned is what runs, its numbers are those one gets by hand, and what it
+proposes was tried."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+from tiny import experiment
+from typer.testing import CliRunner
+
+from selm_jax import cli, config
+from selm_jax.models import deberta, flops
+from selm_jax.models.decoder import abstract_params
+from selm_jax.plan import command, examine, topology, work
+from selm_jax.plan.measure import measure, shard_bytes, wanted
+from selm_jax.plan.phases import Blueprint, phases
+from selm_jax.plan.topology import GIB, Target, TopologyError, local_target, target
+from selm_jax.rollout import engine as rollout
+from selm_jax.run import Run
+from selm_jax.training.state import TrainState
+from selm_jax.weights import facts
+from selm_jax.weights.deberta import LARGE
+from selm_jax.weights.sources import SourceError
+
+ROOT = Path(__file__).parents[1]
+PAPER = {
+    "zephyr_7b": "mistral-7b-sft-beta",
+    "llama3_8b": "Meta-Llama-3-8B-Instruct",
+    "phi3_mini": "Phi-3-mini-4k-instruct",
+}
+ULTRAFEEDBACK = 61_135
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A tiny model, its data and an experiment on 4 x 2 devices, `experiment.yaml`."""
+    folder = tmp_path_factory.mktemp("plan")
+    experiment(folder, compute__fsdp=4, compute__tensor=2)
+    return folder
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_cache(folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SELM_CACHE", str(folder / "cache"))
+        yield
+
+
+@pytest.fixture
+def tiny_one(folder):
+    """load(changes), and the facts of the tiny model."""
+    read = command.read_facts(folder / "model" / "config.json")
+    return lambda change=(): config.load(folder / "experiment.yaml", change), read
+
+
+def paper(name: str, *overrides: str):
+    e = config.load(ROOT / f"experiments/paper/{name}/selm.yaml", overrides)
+    return e, command.read_facts(ROOT / f"tests/golden/published/{PAPER[name]}/config.json")
+
+
+def here(hbm: float = 1.0, **changes) -> Target:
+    return dataclasses.replace(local_target(hbm), **changes)
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO(), width=160)
+
+
+def of(options: Sequence = (), **given) -> examine.Options:
+    return examine.Options(*options, **given)
+
+
+# What is planned is what runs
+
+
+def test_the_programs_are_given_what_the_run_gives_them(tiny_one):
+    load, read = tiny_one
+    where = here()
+    e = load([f"rollout.max_prompt_tokens={Run(load()).longest_prompt}"])
+    run, b = Run(e, Console(quiet=True)), Blueprint(e, read, where)
+    assert b.mesh == run.mesh and dict(b.mesh.shape) == {"data": 1, "fsdp": 4, "tensor": 2}
+    assert (b.config, b.dtype) == (run.config, run.dtype)
+    assert dataclasses.replace(b.engine, stop_ids=run.stop_ids) == run.engine
+    check = jax.tree_util.tree_map_with_path
+
+    def same(path, planned, real):
+        assert planned.shape == real.shape and planned.dtype == real.dtype, path
+        assert planned.sharding.is_equivalent_to(real.sharding, real.ndim), path
+
+    params = run.load(run.policy(0))
+    check(same, b.abstract_params, params)
+    check(same, b.abstract_state, TrainState.create(params, run.optimizer))
+    decoding = run.decoding(params)
+    check(same, b.decoding_params, decoding)
+    check(same, b.generation.slots, rollout._empty(run.engine))
+    _, (engine, _, tokens, lengths) = b.generation.prefill
+    prefilled = rollout._prefill(
+        engine, decoding, np.zeros(tokens.shape, np.int32), np.ones(lengths.shape, np.int32)
+    )
+    check(same, b.generation.prefilled, prefilled)
+    batch = run.place(rollout_batch(b))
+    check(same, b.abstract_batch, batch)
+    gradients, sums = run.update.gradients(params, batch, np.ones(3, np.float32))
+    names = {phase.name: phase for phase in phases(b, 2)}
+    planned = names["gradients, add"].arguments
+    check(same, planned[:2], (gradients, sums))
+
+
+def rollout_batch(b: Blueprint):
+    from selm_jax.preferences.packing import empty
+
+    return empty(b.batch_shape)
+
+
+def test_arguments_are_the_shards_of_the_abstract_trees(tiny_one):
+    load, read = tiny_one
+    where = here()
+    b = Blueprint(load(), read, where)
+    seen = set()
+    for phase in phases(b, 2):
+        memory = measure(phase.lower(), where)
+        leaves = [x for x in jax.tree.leaves(phase.arguments) if hasattr(x, "dtype")]
+        # What comes from the host lies as the compiler likes; and what a program does not look at,
+        # such as mean lengths, is not passed to it.
+        free = shard_bytes([x for x in leaves if x.sharding is None])
+        less = shard_bytes(leaves) - memory.arguments
+        assert 0 <= less <= free + 0.02 * memory.arguments, phase.name
+        seen.add(phase.name)
+    assert seen == {"prefill", "refill", "decode", "score", "gradients, add", "apply"}
+
+
+def test_what_lies_beside_a_program_is_counted(tiny_one):
+    load, read = tiny_one
+    b = Blueprint(load(), read, here())
+    held = {phase.name: phase.held for phase in phases(b, 1)}
+    one = shard_bytes(b.abstract_params)
+    assert held["gradients"] == {"moments": 2 * one + 4}  # Adam's two trees and its count
+    assert held["decode"]["policy"] == one  # `evaluate` generates and keeps them
+    assert held["prefill"]["slots"] == shard_bytes(b.generation.slots)
+    live = Blueprint(load(["training.reference=live"]), read, here())
+    assert {p.name: p.held for p in phases(live, 1)}["apply"] == {"reference": one}
+    lora = Blueprint(load(["lora={rank: 2, alpha: 4}"]), read, here())
+    assert {p.name: p.held for p in phases(lora, 1)}["apply"] == {"base": one}
+    silent = Blueprint(load(["data.heldout=null"]), read, here())
+    assert "policy" not in {p.name: p.held for p in phases(silent, 1)}["decode"]
+
+
+def test_pairrm_stays_in_memory_and_is_ranked_with():
+    e, read = paper("llama3_8b", "compute.decode_tensor=2", "training.rows=8")
+    b = Blueprint(e, read, here())
+    assert b.model_ranker is not None
+    d, m = 1024, 4096
+    layer = 4 * (d * d + d) + 2 * d * m + m + d + 4 * d
+    encoder = 128_005 * d + 2 * d + 512 * d + 2 * d + 24 * layer
+    head = 2 * d * d + d + d + 1
+    sizes = [x.size for x in jax.tree.leaves(b.model_ranker.params)]
+    assert sum(sizes) == encoder + head
+    assert b.ranker_bytes == {"PairRM": 4 * (encoder + head)}  # float32 on CPU, all on each device
+    by_name = {phase.name: phase for phase in phases(b, 2)}
+    tokens = by_name["rank"].arguments[1]
+    assert tokens.shape == (8, 2048)  # 1,224 + 2 x 412 tokens; one such pair on each CPU device
+    assert all("PairRM" in phase.held for n, phase in by_name.items() if n != "rank")
+
+
+# Numbers by hand
+
+
+@pytest.mark.parametrize(
+    "name, prompts, updates", [("zephyr_7b", 15_283, 59), ("llama3_8b", 20_378, 159)]
+)
+def test_updates_of_the_paper(name, prompts, updates):
+    e, read = paper(name, "training.rows=32")
+    b = Blueprint(e, read, here(peak=1e12, bandwidth=1e9))
+    lengths = work.lengths_of(b, ULTRAFEEDBACK, 2000, 200, 300)
+    assert (lengths.prompts, lengths.heldout, lengths.assumed) == (prompts, 2000, ())
+    w = work.work_of(b, lengths, work.Assumed(0.4, 0.6))
+    assert w is not None and w.updates == updates
+    # An example: 200 + 3 x 300 tokens, two in a row of 3,200.
+    assert w.batches == -(-e.training.global_batch // (2 * 32))
+    assert w.useful == updates * e.training.global_batch * 1100
+
+
+def test_arithmetic_and_hours_by_hand():
+    e, read = paper("llama3_8b")
+    b = Blueprint(e, read, here(peak=2e12, bandwidth=1e9))
+    w = work.work_of(b, work.lengths_of(b, 300, 0, 200, 300), work.Assumed(mfu=0.5, mbu=0.25))
+    assert w is not None
+    parts = {part.name: part for part in w.parts}
+    assert [*parts] == ["generate: prefill", "generate: decode", "rank", "score"] + ["train"]
+    weights = 32 * (4096 * 4096 * 2 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+    vocab, heads = 4096 * 128_256, 32 * 128
+    # 100 prompts of 200 tokens, padded to 256; one token of each meets the unembedding.
+    prefill = 2 * 100 * 256 * weights + 4 * 100 * 256 * 256 * 32 * heads + 2 * 100 * vocab
+    assert parts["generate: prefill"].flop == prefill
+    assert parts["generate: prefill"].hours == pytest.approx(prefill / (8 * 2e12 * 0.5) / 3600)
+    capacity = 7168 + 1024
+    tokens = 100 * 300
+    decode = 2 * tokens * (weights + vocab) + 4 * tokens * capacity * 32 * heads
+    assert parts["generate: decode"].flop == decode
+    # Steps of 64 slots (of 100 answers: two rounds), each reading a copy's weights and caches.
+    copies = 8 // (e.compute.decode_tensor or 1)
+    read_bytes = 4 * (weights + 2 * vocab + 65 * 4096) / (8 // copies)
+    read_bytes += 64 // copies * capacity * 2 * 8 * 128 * 32 * 4 / (8 // copies)
+    by_memory = 2 * 300 * read_bytes / (1e9 * 0.25) / 3600
+    assert parts["generate: decode"].hours == pytest.approx(by_memory, rel=0.01)
+    # Three candidates: 6 ordered pairs of 200 + 2 x 300 tokens.
+    d, time = 1024, 800
+    layers = 24 * (4 * d * d + 2 * d * 4096 + 6 * time * d)
+    assert parts["rank"].flop == 600 * 2 * time * layers
+    # 50 rows of two examples are padded to two batches; 1,800 scored tokens to 5/8 of a row.
+    rows, scored = 64, 2000
+    forward = 2 * rows * 3200 * weights + 4 * rows * 3200 * 3200 * 32 * heads
+    assert parts["score"].flop == forward + 2 * rows * scored * vocab
+    assert w.updates == 0 and parts["train"].flop == 0  # 100 prompts are no global batch
+
+
+def test_the_encoder_is_counted_as_xla_counts_it():
+    """One layer and one head: nothing is in a loop whose body XLA would count once for all."""
+    c = dataclasses.replace(LARGE, vocab_size=64, embed=128, layers=1, heads=1, mlp=256)
+    params = nn.unbox(deberta.abstract_params(c))
+    rows, time = 2, 256
+    forward = jax.jit(
+        lambda p, tokens, lengths: deberta.Deberta(c).apply({"params": p}, tokens, lengths)
+    )
+    ids = jax.ShapeDtypeStruct((rows, time), jnp.int32)
+    lowered = forward.lower(params["encoder"], ids, jax.ShapeDtypeStruct((rows,), jnp.int32))
+    found = lowered.compile().cost_analysis()["flops"]
+    # XLA also counts norms and softmax, and each distance's key and query once per pass.
+    distances = 2 * 2 * (2 * time) * c.embed * c.embed
+    assert found == pytest.approx(flops.encoder(c, rows=rows, time=time) + distances, rel=0.06)
+
+
+def test_lengths_are_the_datas_or_the_settings_bounds(tiny_one):
+    load, read = tiny_one
+    b = Blueprint(load(), read, here())
+    lengths = work.lengths_of(b, None, None, None, None)
+    assert (lengths.prompts, lengths.heldout) == (16, 8)  # 32 rows, two iterations
+    assert (lengths.prompt, lengths.response) == (64, 12)
+    assert ["64" in lengths.assumed[0], "12" in lengths.assumed[1]] == [True, True]
+    far = Blueprint(load(["data.train=acme/far", "data.heldout=acme/far"]), read, here())
+    lengths = work.lengths_of(far, None, None, 30, 10)
+    assert (lengths.prompts, lengths.heldout) == (None, None)
+    assert "acme/far is not here" in lengths.assumed[0] and "--data-rows" in lengths.assumed[0]
+    assert work.work_of(far, lengths, work.Assumed(0.4, 0.6)) is None
+
+
+# Fits or not, and what then
+
+
+# Pairs that are taught as they are: nothing is generated, and little is to be compiled.
+TAUGHT = [
+    "data={train: acme/pairs, chosen: chosen, rejected: rejected}",
+    "candidates={greedy: 0, samples: 0, dataset: true}",
+    "objective={loss: dpo, beta: 0.1}",
+    "training.row_length=256",
+]
+
+
+def test_too_little_memory_and_what_was_found_to_help(tiny_one):
+    load, read = tiny_one
+    wide = [*TAUGHT, "training.rows=64"]
+    needed = [
+        max(f.needed or 0 for f in examine.compiled(load(c), read, here(), of(), quiet()).fits)
+        for c in (wide, [*wide, "training.rows=16"])
+    ]
+    hbm = needed[1] / GIB * 1.001
+    assert needed[1] < needed[0] / 2
+    console = quiet()
+    plan = examine.examine(
+        lambda change: load([*wide, *change]), read, here(hbm), of(hbm=hbm), console
+    )
+    assert not plan.fit
+    assert plan.change == ("training.rows=16",)  # 32 rows were tried, and are too many
+    assert any("training.rows=32" in line and "fits" not in line for line in plan.tried)
+    again = examine.compiled(load([*wide, *plan.change]), read, here(hbm), of(), quiet())
+    assert again.fit
+    assert "tried training.rows=16" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_slots_are_reduced_where_generation_does_not_fit(tiny_one):
+    load, read = tiny_one
+    many = ["rollout.slots=512", "rollout.max_new_tokens=256", "training.rows=4"]
+    roomy = examine.compiled(load(many), read, here(), of(), quiet(), "generate")
+    hbm = 0.6 * max(f.needed or 0 for f in roomy.fits) / GIB
+    plan = examine.examine(lambda c: load([*many, *c]), read, here(hbm), of(tries=12), quiet())
+    failed = {f.stage for f in plan.fits if not f.fits}
+    assert failed == {"generate"}
+    assert plan.change is not None and plan.change[-1].startswith("rollout.slots=")
+    assert examine.compiled(load([*many, *plan.change]), read, here(hbm), of(), quiet()).fit
+
+
+def test_nothing_helps_where_the_parameters_alone_are_too_much(tiny_one):
+    load, read = tiny_one
+    plan = examine.examine(lambda c: load([*TAUGHT, *c]), read, here(1e-5), of(tries=3), quiet())
+    assert not plan.fit and plan.change is None and len(plan.tried) == 3
+
+
+def test_a_mesh_that_does_not_fit_is_a_verdict(tiny_one):
+    load, read = tiny_one
+    console = quiet()
+    uneven = lambda change: load(["training.rows=6", *change])
+    plan = examine.examine(uneven, read, here(), of(tries=0), console)
+    assert not plan.fit and "'rows' of size 6 cannot be cut in 4" in str(plan.problem)
+    taught = lambda change: load([*TAUGHT, "training.rows=6", *change])
+    assert examine.examine(taught, read, here(), of(), console).change == ("training.rows=8",)
+
+
+def test_the_command_prints_it_and_its_status_says_it(folder, tmp_path):
+    file, model = str(folder / "experiment.yaml"), str(folder / "model" / "config.json")
+    out = tmp_path / "plan.json"
+
+    def plan(*arguments: str):
+        wide = CliRunner(env={"COLUMNS": "160"})
+        return wide.invoke(cli.app, ["plan", file, "--config", model, *arguments])
+
+    fine = plan("--json", str(out), "--hbm", "1", "--tries", "0")
+    assert fine.exit_code == 0, fine.output
+    assert re.search(r"FITS on 8 x cpu \(local\), \d+% to spare", fine.output)
+    assert "1.00 GiB for programs on each of 8 devices (--hbm)" in fine.output
+    record = json.loads(out.read_text())["plans"][0]
+    assert record["fits"] and {p["name"] for p in record["programs"]} >= {"decode", "apply"}
+    small = plan("--hbm", "0.00001", "--tries", "0")
+    assert small.exit_code == command.DOES_NOT_FIT == 3
+    assert "DOES NOT FIT" in small.output and " over" in small.output
+
+
+def test_hours_and_dollars_are_printed():
+    e, read = paper("llama3_8b")
+    b = Blueprint(e, read, here(peak=1e15, bandwidth=1e12, chips=8))
+    lengths = work.lengths_of(b, ULTRAFEEDBACK, 2000, 200, 300)
+    w = work.work_of(b, lengths, work.Assumed(0.4, 0.6))
+    assert w is not None and w.hours is not None
+    plan = examine.Plan(b.target, e, dict(b.mesh.shape), (), lengths, w)
+    console = quiet()
+    command.show(plan, of(price=2.0), console)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    # Three iterations, and before them an evaluation of the start model.
+    hours = 3 * w.hours + w.parts[-1].hours
+    assert w.parts[-1].name == "evaluate"
+    assert f"{hours:.1f} hours" in said and f"${hours * 8 * 2:,.0f}" in said
+
+
+def test_a_program_is_compiled_once(tiny_one):
+    load, read = tiny_one
+    where = here()
+    first, again = (
+        examine.compiled(load(), read, where, of(), quiet(), "score").fits[0] for _ in range(2)
+    )
+    assert (first.memory.cached, again.memory.cached) == (False, True)
+    assert dataclasses.replace(again.memory, cached=False) == first.memory
+    other = examine.compiled(load(["training.rows=4"]), read, where, of(), quiet(), "score")
+    assert not other.fits[0].memory.cached
+
+
+@pytest.mark.parametrize(
+    "words, size",
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temp"
+            + "oraries (17.08G) exceeds available HBM (15.75G).", 17.08 * GIB,
+        ),
+        ("RESOURCE_EXHAUSTED: XLA:TPU compile: Used 25.5G of 15.75G hbm. Exceeded", 25.5 * GIB),
+        ("RESOURCE_EXHAUSTED: something else", -1),
+    ],
+)  # fmt: skip
+def test_the_compilers_refusal_is_read(words, size):
+    assert wanted(words) == int(size)
+
+
+# Topologies and configs
+
+
+@pytest.mark.parametrize("name", ["v5x:4x4", "h100:8", "v5litepod", ""])
+def test_an_unknown_generation_lists_the_known_ones(name):
+    with pytest.raises(TopologyError) as e:
+        target(name)
+    for each in topology.GENERATIONS:
+        assert f"{each}: " in str(e.value)
+
+
+@pytest.mark.parametrize("name", ["v5e:3x5", "v5e:2x2x2", "v4:4x4", "v5p"])
+def test_an_unknown_shape_lists_those_of_its_generation(name):
+    with pytest.raises(TopologyError, match="has the shapes .*2x2"):
+        target(name)
+
+
+def test_without_libtpu_the_plan_is_for_the_devices_here(tiny_one, folder, monkeypatch):
+    monkeypatch.setattr("selm_jax.plan.command.has_libtpu", lambda: False)
+    load, _ = tiny_one
+    console = quiet()
+    given = {"config": folder / "model/config.json", "options": of(tries=0), "console": console}
+    assert command.main(load, ["v5e:4x8"], **given) == 0
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "libtpu is not installed" in said and "FITS on 8 x cpu (local)" in said
+
+
+def test_a_config_that_cannot_be_had_says_what_to_do(monkeypatch):
+    def silent(*_, **__):
+        raise TimeoutError("no answer")
+
+    monkeypatch.setattr(facts, "hf_hub_download", silent)
+    with pytest.raises(SourceError, match=r"acme/novel-9b: its config.json .*--config FILE"):
+        facts.config_json("acme/novel-9b")
+    with pytest.raises(SourceError, match=r"runs/x/model: no such folder.*--config FILE"):
+        facts.config_json("runs/x/model")
+
+
+def test_a_local_folders_config_is_read(folder):
+    assert facts.config_json(str(folder / "model")) == folder / "model" / "config.json"
+
+
+@pytest.mark.slow
+def test_tiny_programs_compile_for_a_slice_that_is_not_here(folder):
+    if not topology.has_libtpu():
+        pytest.skip("libtpu is not installed: pip install 'selm_jax[tpu]'")
+    e = config.load(
+        folder / "experiment.yaml",
+        ["compute={}", "training.rows=4", "rollout.slots=4", "rollout.prefill_rows=4"],
+    )
+    read = command.read_facts(folder / "model" / "config.json")
+    where = target("v5e:2x2")
+    assert (len(where.devices), where.chips, where.hbm) == (4, 4, int(15.75 * GIB))
+    plan = examine.compiled(e, read, where, of(), quiet())
+    assert plan.fit and plan.mesh == {"data": 1, "fsdp": 4, "tensor": 1}
+    b = Blueprint(e, read, where)
+    assert b.dtype == jnp.bfloat16 and shard_bytes(b.decoding_params) < 2 * sum(
+        x.value.size for x in jax.tree.leaves(abstract_params(b.config), is_leaf=_is_box)
+    ) + 2 * len(jax.tree.leaves(b.decoding_params))  # fmt: skip
+    assert {f.name for f in plan.fits} >= {"prefill", "decode", "score", "apply"}
+
+
+def _is_box(x) -> bool:
+    return isinstance(x, nn.LogicallyPartitioned)

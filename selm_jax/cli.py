@@ -205,6 +205,9 @@ def sweep(
 ) -> None:
     """Run an experiment in many settings and seeds, or what is left of it, and compare them."""
     _set_up_jax()
+    from selm_jax.parallel import multihost
+
+    multihost.initialize()
     from selm_jax.sweep import sweep
     from selm_jax.sweep.plan import plan
 

@@ -20,6 +20,7 @@ the first iteration's answers serve every objective, the start model's held-out 
 
 from __future__ import annotations
 
+import contextlib
 import csv
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,10 +31,14 @@ from selm_jax import artifacts
 from selm_jax.iterate import iterate
 from selm_jax.lock import only_one
 from selm_jax.memory import release
+from selm_jax.parallel import multihost
 from selm_jax.report import sweep_page
 from selm_jax.run import Run
 from selm_jax.sweep.plan import Sweep
 from selm_jax.sweep.table import as_csv, shared, table
+
+
+PAGE = "report.html"
 
 
 class SweepError(RuntimeError):
@@ -43,28 +48,30 @@ class SweepError(RuntimeError):
 def sweep(plan: Sweep, console: Console | None = None) -> None:
     """Runs what is left of a sweep, then writes its table and its page.
 
-    The page is written after every run, about those that are finished.
+    The page is written after every run, about those that are finished. Of several processes all
+    run, and the first writes.
 
     Raises:
       SweepError: runs that could not be finished; the others are.
     """
-    console = console or Console()
+    console = console or Console(quiet=not multihost.is_first())
     store = artifacts.Store(plan.folder / "store")
     failed: dict[str, str] = {}
-    with only_one(plan.folder):
+    with contextlib.ExitStack() as stack:
+        multihost.on_first(lambda: stack.enter_context(only_one(plan.folder)))
         for i, member in enumerate(plan.members, 1):
             name = f"{member.cell.name}, seed {member.seed}"
             console.rule(f"{i} of {len(plan.members)}: {name}")
             try:
-                iterate(Run(member.experiment, console, store))
+                iterate(Run(member.experiment, console, store=store))
             except Exception as e:
                 if not type(e).__module__.startswith("selm_jax."):
                     raise  # not about this run alone: a defect, a full disk
                 failed[name] = str(e)
                 console.print(f"{name}: {e}", style="red", markup=False)
             release()
-            file = write(plan, failed)
-    console.print(f"page: {file}", soft_wrap=True)
+            multihost.on_first(lambda: str(write(plan, failed)))
+    console.print(f"page: {plan.folder / PAGE}", soft_wrap=True)
     if failed:
         listed = "\n  ".join(f"{name}: {why}" for name, why in failed.items())
         raise SweepError(f"{len(failed)} of {len(plan.members)} runs failed:\n  {listed}")
@@ -78,7 +85,7 @@ def write(plan: Sweep, failed: Mapping[str, str] | None = None) -> Path:
         writer = csv.DictWriter(f, list(lines[0]))
         writer.writeheader()
         writer.writerows(lines)
-    page = plan.folder / "report.html"
+    page = plan.folder / PAGE
     sweep_page.write(
         page,
         rows,

@@ -37,7 +37,6 @@ from selm_jax.run import Run
 from selm_jax.sweep.plan import Sweep
 from selm_jax.sweep.table import as_csv, shared, table
 
-
 PAGE = "report.html"
 
 

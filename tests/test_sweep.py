@@ -52,7 +52,9 @@ RUNS = len(SEEDS) * CELLS
 @pytest.fixture(autouse=True, scope="module")
 def one_device():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("selm_jax.run.make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
+        patch.setattr(
+            "selm_jax.run.make_mesh", lambda sizes, *_, **__: make_mesh(sizes, jax.devices()[:1])
+        )
         patch.delenv("XLA_FLAGS", raising=False)  # for the processes that tests start
         yield
 

@@ -116,7 +116,9 @@ def test_the_study_compares_at_equal_queries():
 @pytest.mark.parametrize("file", ["selm.yaml", "dpo.yaml"])
 def test_a_rehearsal_of_all_cells(file, tmp_path, monkeypatch):
     """Every setting runs to its end: tiny models, the files' own settings."""
-    monkeypatch.setattr("selm_jax.run.make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
+    monkeypatch.setattr(
+        "selm_jax.run.make_mesh", lambda sizes, *_, **__: make_mesh(sizes, jax.devices()[:1])
+    )
     rehearsal = plan(ABLATIONS / file, output=str(tmp_path / "runs"), tiny=True)
     sweep(rehearsal, Console(quiet=True))
     rows = {row.name: row for row in table(rehearsal)}

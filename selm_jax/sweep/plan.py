@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
@@ -115,10 +116,10 @@ def plan(
     _check_distinct(file, members)
     if tiny:
         members = [_tiny(member) for member in members]
-    command = " ".join(
-        ["selm sweep", str(file), *overrides]
-        + ([f"--base {base}"] if base != said.base else [])
-        + ([f"--output {output}"] if output != said.output else [])
+    command = shlex.join(
+        ["selm", "sweep", str(file), *overrides]
+        + (["--base", base] if base != said.base else [])
+        + (["--output", output] if output != said.output else [])
         + (["--tiny"] if tiny else [])
     )
     title = said.title or Path(file).stem
@@ -181,17 +182,17 @@ def _changes(values: Mapping[str, Any]) -> list[str]:
 
 
 def _check_distinct(file: Path, members: Sequence[Member]) -> None:
-    seen: dict[str, str] = {}
-    folders: dict[str, str] = {}
+    """Raises ConfigError for two runs with one folder, or with the same settings."""
+    names: dict[str, str] = {}
     for m in members:
         name = f"{m.cell.name}, seed {m.seed}"
         settings = as_dict(m.experiment)
         where = settings.pop("output")
-        if other := folders.setdefault(where, name) != name and folders[where]:
+        if (other := names.setdefault(where, name)) != name:
             raise ConfigError(
                 f"{file}: {other} and {name} have one folder, {where}; rename a level"
             )
-        if (other := seen.setdefault(json.dumps(settings), name)) != name:
+        if (other := names.setdefault(json.dumps(settings), name)) != name:
             raise ConfigError(f"{file}: {other} and {name} have the same settings")
 
 

@@ -75,7 +75,8 @@ class Example:
         places = {name: distinct.index(ids) for name, ids in responses.items()}
         roles = {name: i for name, i in places.items() if not name.startswith("explore/")}
         explored = tuple(i for name, i in places.items() if name.startswith("explore"))
-        return cls(prompt_id, prompt, distinct, roles, None, explored if len(explored) > 1 else ())
+        several = explored if len(explored) > 1 else ()
+        return cls(prompt_id, prompt, distinct, roles, explored=several)
 
     def playing(self, role: str) -> tuple[int, ...]:
         """The responses that play a role; the first response if none does."""

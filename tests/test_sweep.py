@@ -346,7 +346,7 @@ BAD = {
     "unknown level": ({"baseline": {"method": "ppo"}}, "method: dpo, alpha 10"),
     "unknown key": ({"grd": {}}, "grd: "),
     "unknown setting": (
-        {"grid": {"training.global_bach": [4]}}, r"cell 4.*did you mean 'global_batch'"
+        {"grid": {"training.global_bach": [4]}}, r"(?s)cell 4.*did you mean 'global_batch'"
     ),
     "no axis": ({"grid": {}}, "grid has no axis"),
     "an axis without levels": ({"grid": {"seeds": {}}}, "axis seeds has no levels"),

@@ -196,6 +196,49 @@ def report(
 
 
 @app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(help="Sweep file (YAML).", metavar="FILE")],
+    overrides: Overrides = None,
+    base: Annotated[
+        str | None, typer.Option(help="Another base experiment than the file names.")
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="Another folder than the file names.")
+    ] = None,
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="Rehearse it: tiny random models, made-up rows.")
+    ] = False,
+) -> None:
+    """Run an experiment in many settings and seeds, or what is left of it, and compare them."""
+    _set_up_jax()
+    from selm_jax.parallel import multihost
+
+    multihost.initialize()
+    from selm_jax.sweep import sweep
+    from selm_jax.sweep.plan import plan
+
+    sweep(plan(file, overrides or [], base=base, output=output, tiny=tiny))
+
+
+@app.command()
+def figures(
+    runs: Annotated[list[Path] | None, typer.Argument(help="Run folders.")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder.")] = Path("figures"),
+    pairs: Annotated[
+        str | None, typer.Option(help="Preference pairs of figure 4 (prompt, chosen, rejected).")
+    ] = None,
+    published: Annotated[
+        bool, typer.Option("--published", help="Draw the paper's own numbers too, marked as such.")
+    ] = False,
+) -> None:
+    """Draw the paper's figures 2 to 6 of any runs, with their data beside them."""
+    _set_up_jax()
+    from selm_jax import figures
+
+    figures.write([_finished(run) for run in runs or []], out, pairs=pairs, published=published)
+
+
+@app.command()
 def bench(
     model: Annotated[
         str, typer.Argument(help="Model folder, Hub id or GGUF file.")

@@ -59,6 +59,7 @@ class Data:
     system: str | None = None  # system message put before every prompt
     portions: int | None = None  # iteration t takes the t-th of so many parts; None: one each
     first_portion: int = 1  # the first iteration's: 2 leaves out what a warm start was trained on
+    skip: int = 0  # usable rows at the front that no portion is cut from
     shuffle: bool = False  # before cutting the portions; the paper does not
     limit: int | None = None  # prompts per iteration at most
     heldout_limit: int | None = None
@@ -108,7 +109,8 @@ class Feedback:
     ranker: str = "sentiment"  # a name of selm_jax.feedback, or package.module:function
     settings: dict[str, Any] = field(default_factory=dict)  # of the ranker
     rule: Literal["best_worst", "swap", "top_random"] = "best_worst"
-    explore: Literal["greedy", "sample", "random", "best", "worst"] = "greedy"  # which is y_ref
+    # Which is y_ref; all: the optimism term is the mean over all of the policy's own answers.
+    explore: Literal["greedy", "sample", "all", "random", "best", "worst"] = "greedy"
     ties: Literal["drop", "first"] = "drop"  # first: as the authors' code
     cut_off: Literal["keep", "drop"] = "keep"  # pairs with an answer cut at max_new_tokens
     min_margin: float = 0.0  # drop pairs whose scores differ by less
@@ -133,6 +135,9 @@ class Training:
     weight_decay: float = 0.0
     clip: float | None = 1.0  # global norm of the gradient
     reference: Literal["stored", "live"] = "stored"  # live: a second model in memory, same numbers
+    # Whose log-probabilities these are: of the policy that each iteration starts from (the paper),
+    # or of the run's start model throughout. Answers are the current policy's in both.
+    reference_policy: Literal["previous", "start"] = "previous"
     remat: Literal["none", "mlp", "dots", "full"] = "full"
     logprob_chunk: int = 32  # tokens per row whose logits exist at a time
     checkpoint_every: int = 100  # updates
@@ -212,6 +217,14 @@ class Experiment:
 
 def load(file: Path, overrides: Sequence[str] = ()) -> Experiment:
     """Reads an experiment file and applies `key.path=value` overrides (values are YAML)."""
+    tree = read(file)
+    for override in overrides:
+        _set(tree, override)
+    return parse(tree, str(file))
+
+
+def read(file: Path) -> dict[str, Any]:
+    """The mapping of a YAML file, not looked at yet. Raises ConfigError where there is none."""
     file = Path(file)
     try:
         tree = yaml.load(file.read_text(), _Yaml)
@@ -221,9 +234,7 @@ def load(file: Path, overrides: Sequence[str] = ()) -> Experiment:
         raise ConfigError(f"{file}: not YAML: {e}") from e
     if not isinstance(tree, dict):
         raise ConfigError(f"{file}: a mapping of settings was expected, found {tree!r}")
-    for override in overrides:
-        _set(tree, override)
-    return parse(tree, str(file))
+    return tree
 
 
 def parse(tree: Mapping[str, Any], where: str = "experiment") -> Experiment:
@@ -273,6 +284,8 @@ def _inconsistencies(e: Experiment):
         yield f"training.learning_rate: {rates} values for {e.iterations} iterations"
     if e.iterations < 1:
         yield f"iterations: {e.iterations}, at least 1 was expected"
+    if e.data.skip < 0:
+        yield f"data.skip: {e.data.skip}, at least 0 was expected"
     if e.data.first_portion < 1:
         yield f"data.first_portion: {e.data.first_portion}, at least 1 was expected"
     if e.iterations > e.portions - e.data.first_portion + 1:

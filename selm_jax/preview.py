@@ -44,6 +44,9 @@ class Alone(NamedTuple):
     responses: tuple[tuple[int, ...], ...] = ()
     roles: Mapping[str, int] = {}
 
+    def playing(self, role: str) -> tuple[int, ...]:
+        return ()
+
 
 @dataclasses.dataclass(frozen=True)
 class Preview:
@@ -172,7 +175,7 @@ def _changes(run: Run, t: int, record: Mapping[str, dict]) -> dict[str, tuple[ob
 def labels(row: Example | Alone) -> list[str]:
     """The roles of each response: `chosen`, or `chosen + explore`."""
     return [
-        " + ".join(role for role in ROLES if row.roles.get(role) == place)
+        " + ".join(role for role in ROLES if place in row.playing(role) and role in row.roles)
         for place in range(len(row.responses))
     ]
 
@@ -324,7 +327,9 @@ def _histogram(rows: Sequence[Example | Alone], width: int, block: str) -> Table
     """Lengths in tokens: of prompts, and of the responses of each role."""
     lengths = {"prompt": [len(row.prompt) for row in rows]}
     for role in ROLES:
-        of_role = [len(row.responses[row.roles[role]]) for row in rows if role in row.roles]
+        of_role = [
+            len(row.responses[i]) for row in rows if role in row.roles for i in row.playing(role)
+        ]
         if of_role:
             lengths[role] = of_role
     longest = max(map(max, lengths.values()), default=0) if rows else 0

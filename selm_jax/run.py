@@ -65,13 +65,16 @@ class Run:
         experiment: Experiment,
         console: Console | None = None,
         devices: Sequence[Any] | None = None,
+        store: artifacts.Store | None = None,
     ):
-        """`devices`: all there are, if not given."""
+        """`devices`: all there are, if not given. `store` holds what runs beside this one have done
+        already, and takes what this one does."""
         self.experiment = experiment
         self.devices = devices
         self.folder = Path(experiment.output)
         # Of several processes one talks.
         self.console = console or Console(quiet=not multihost.is_first())
+        self.store = store
 
     # Where things are
 
@@ -81,6 +84,11 @@ class Run:
     def policy(self, t: int) -> Path:
         """The folder of the policy after iteration t; 0 is the start model."""
         return self.start.path if t == 0 else self.iteration(t) / "model"
+
+    def reference(self, t: int) -> Path:
+        """The folder of iteration t's reference."""
+        fixed = self.experiment.training.reference_policy == "start"
+        return self.policy(0 if fixed else t - 1)
 
     @property
     def metrics_file(self) -> Path:
@@ -233,8 +241,14 @@ class Run:
         )
 
     def start_of(self, t: int) -> Params:
-        """What iteration t starts from, which is its reference; quantised if `lora.base` says so."""
-        params = self.load(self.policy(t - 1))
+        """What iteration t starts from; quantised if `lora.base` says so."""
+        return self._quantized(self.load(self.policy(t - 1)))
+
+    def reference_of(self, t: int) -> Params:
+        """What iteration t's log-ratios are to: its start, or the run's; quantised likewise."""
+        return self._quantized(self.load(self.reference(t)))
+
+    def _quantized(self, params: Params) -> Params:
         if self.quantized is None:
             return params
         return jax.jit(quantize, static_argnums=1)(params, self.quantized)
@@ -250,9 +264,11 @@ class Run:
         `reference`, `base` and `key`."""
         live = self.experiment.training.reference == "live"
         if self.lora is None:  # a copy: the updates overwrite the parameters that they start from
-            return {"reference": self.load(self.policy(t - 1)) if live else None}
+            return {"reference": self.reference_of(t) if live else None}
         key = jax.random.fold_in(jax.random.fold_in(self._key, t), 1) if self.lora.dropout else None
-        return {"base": start, "reference": start if live else None, "key": key}
+        same = self.reference(t) == self.policy(t - 1)
+        reference = (start if same else self.reference_of(t)) if live else None
+        return {"base": start, "reference": reference, "key": key}
 
     @property
     def _key(self) -> jax.Array:
@@ -366,7 +382,8 @@ class Run:
         d = self.experiment.data
         seed = self.experiment.seed if d.shuffle else None
         index = d.first_portion - 1 + t
-        found = portion(self.all_prompts, index, self.experiment.portions, shuffle_seed=seed)
+        usable = self.all_prompts[d.skip :]
+        found = portion(usable, index, self.experiment.portions, shuffle_seed=seed)
         return [self._with_system(p) for p in found[: d.limit]]
 
     def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
@@ -525,6 +542,12 @@ class Run:
     def writers(self) -> Writers:
         return Writers(self.folder, self.experiment)
 
+    def logged(self, stage: str, t: int) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl that a stage of iteration t has written."""
+        lines = self.metrics_file.read_text().splitlines() if self.metrics_file.exists() else []
+        found = map(json.loads, lines)
+        return [line for line in found if (line["stage"], line["iteration"]) == (stage, t)]
+
     def log(self, stage: str, t: int, metrics: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl, and the same to TensorBoard and wandb."""
         if not multihost.is_first():
@@ -541,7 +564,9 @@ class Run:
     def bar(self, title: str, total: int, unit: str):
         return bar(self.console, title, total, unit)
 
-    def say(self, stage: str, t: int, counts: Mapping[str, Any], seconds: float) -> None:
+    def say(
+        self, stage: str, t: int, counts: Mapping[str, Any], seconds: float, note: str = ""
+    ) -> None:
         """One line for a finished stage; counts of details (`drops/tie`) are left to stage.json."""
         shown = ", ".join(
             f"{key.removeprefix('heldout/')} {value:,.3f}"
@@ -550,4 +575,5 @@ class Run:
             for key, value in counts.items()
             if value and ("/" not in key or key.startswith("heldout/"))
         )
+        shown = f"{shown}  ({note})" if note else shown
         self.console.print(f"iteration {t}  {stage:<9} {seconds:7.1f} s   {shown}", soft_wrap=True)

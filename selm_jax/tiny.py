@@ -115,7 +115,7 @@ def shrink(experiment: Experiment, console: Console) -> Experiment:
         data=replace(
             e.data, train=str(inputs / "train.jsonl"), train_split=None, heldout_split=None,
             heldout=str(inputs / "heldout.jsonl") if e.data.heldout else None,
-            revision=None, limit=None, heldout_limit=None,
+            revision=None, limit=None, heldout_limit=None, skip=min(e.data.skip, ROWS // 4),
         ),
         text=text,
         rollout=replace(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from scipy.special import expit
@@ -53,4 +54,5 @@ def label(
     says = (1.0 - flip) * prefers + flip * (1.0 - prefers)
     if says == 1.0 or draws(seed, "drawing labels", 2).random() < says:
         return pair, says
-    return Pair(pair.rejected, pair.chosen, pair.explore), 1.0 - says
+    swapped = dataclasses.replace(pair, chosen=pair.rejected, rejected=pair.chosen)
+    return swapped, 1.0 - says

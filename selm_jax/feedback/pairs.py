@@ -20,7 +20,7 @@ from selm_jax.feedback.ranker import FeedbackError, did_you_mean
 SOURCES = ("greedy", "sample", "chosen", "rejected")
 FINISHES = ("stop", "length", "dataset")
 RULES = ("best_worst", "swap", "top_random")
-EXPLORES = ("greedy", "sample", "random", "best", "worst")
+EXPLORES = ("greedy", "sample", "all", "random", "best", "worst")
 TIES = ("drop", "first")
 CUT_OFFS = ("keep", "drop")
 REASONS = (
@@ -89,11 +89,16 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Pair:
-    """What is trained on for one prompt, as indices into its candidates."""
+    """What is trained on for one prompt, as indices into its candidates.
+
+    `explored` are the responses over which the optimism term takes its mean, where they are
+    several; `explore` is then the first of them.
+    """
 
     chosen: int
     rejected: int
     explore: int
+    explored: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -176,11 +181,12 @@ def select(
             other label update of the same paper's appendix D); `top_random` the best, and one
             drawn uniformly from those with a lower score.
         explore: the response of the optimism term, whatever its rank: the first greedy one, the
-            first sample, the `best` or `worst` of the model's own (the first of equals), or one
-            drawn uniformly from the model's own: in expectation the term's mean over all of them.
+            first sample, the `best` or `worst` of the model's own (the first of equals), `all` of
+            the model's own, over which the term takes its mean, or one drawn uniformly from them,
+            which is the same in expectation.
         ties: `drop`, or `first` for the authors' rule: the first candidate is chosen and rejected
             at once and the pair is kept, so that only the optimism term has a gradient.
-        cut_off: `drop` refuses a prompt one of whose three responses was cut off.
+        cut_off: `drop` refuses a prompt one of whose responses with a role was cut off.
         min_margin: the least chosen score minus rejected score, in the ranker's unit.
         seed: for `random` and `top_random`; one for each prompt, such as (seed, iteration, prompt
             number), since the same seed draws the same place in the list.
@@ -206,7 +212,8 @@ def select(
     if rule == "top_random" and not tied:
         lower = np.argsort(ranked, kind="stable")[(ranked == 1).sum() :]  # by rank, not by place
         worst = int(lower[draws(seed, "rule: top_random", 1).integers(len(lower))])
-    pair = Pair(pool[best], pool[worst], explorer)
+    explored = tuple(_own(candidates)) if explore == "all" else ()
+    pair = Pair(pool[best], pool[worst], explorer, explored if len(explored) > 1 else ())
     if tied and ties == "drop":
         return Dropped("tie")
     chosen, rejected = candidates[pair.chosen], candidates[pair.rejected]
@@ -214,7 +221,8 @@ def select(
         return Dropped("equal_text")
     if chosen.is_empty or rejected.is_empty:
         return Dropped("empty")
-    trained = (chosen, rejected, candidates[pair.explore])
+    others = [candidates[i] for i in explored]
+    trained = (chosen, rejected, candidates[pair.explore], *others)
     if cut_off == "drop" and any(each.finish == "length" for each in trained):
         return Dropped("cut_off")
     if scores[pair.chosen] - scores[pair.rejected] < min_margin:
@@ -239,13 +247,20 @@ def _explorer(
     check_choice("explore", explore, EXPLORES)
     if explore in ("greedy", "sample"):
         return _first(candidates, explore, f"explore: {explore}")
-    own = [i for i, each in enumerate(candidates) if each.source in ("greedy", "sample")]
+    own = _own(candidates)
     if not own:
         raise _no_candidate(candidates, "greedy or sample", f"explore: {explore}")
+    if explore == "all":
+        return own[0]
     if explore == "random":
         return own[int(draws(seed, "explore: random").integers(len(own)))]
     ranked = ranks(np.asarray(scores)[own])
     return own[int(ranked.argmin() if explore == "best" else ranked.argmax())]
+
+
+def _own(candidates: Sequence[Candidate]) -> list[int]:
+    """The model's own responses."""
+    return [i for i, each in enumerate(candidates) if each.source in ("greedy", "sample")]
 
 
 def draws(
@@ -369,7 +384,8 @@ class Report:
                 label_against_scores: pairs whose rejected score is the higher (drawn labels).
             candidates, candidates/SOURCE, cut_off, empty: candidates, all, by source, and those
                 of a kind; duplicates: candidates whose text an earlier one of the prompt has.
-            explore/PLACE: pairs by the place of the explore response among all candidates.
+            explore/PLACE: pairs by the place of the explore response among all candidates; of the
+                first of them, where all explore.
             explore_is/chosen, rejected, both, neither: pairs by the roles that are the same
                 response as explore; winner/SOURCE: pairs by the source of the chosen response.
             score_mean/SOURCE: mean score over all scored candidates of the source, in the ranker's unit.

@@ -13,6 +13,7 @@ that cost 1.5 times). `unstack` turns the first form of the parameters into the 
 
 from __future__ import annotations
 
+import functools
 import math
 from functools import lru_cache, partial
 from typing import Any, cast
@@ -313,19 +314,20 @@ def abstract_params(config: DecoderConfig) -> Params:
 
     Leaves are `nn.LogicallyPartitioned` boxes around `jax.ShapeDtypeStruct`.
     """
-    return _abstract(Decoder(config))["params"]
+    return _abstract(config)["params"]
 
 
 @lru_cache(maxsize=8)
 def abstract_adapters(config: DecoderConfig, lora: Lora) -> Params:
     """The same of the adapters."""
-    return _abstract(Decoder(config, lora=lora))["lora"]
+    return _abstract(config, lora)["lora"]
 
 
-def _abstract(decoder: Decoder) -> dict[str, Params]:
+@functools.lru_cache(maxsize=16)  # a run asks dozens of times, and tracing takes a second
+def _abstract(config: DecoderConfig, lora: Lora | None = None) -> dict[str, Params]:
     tokens = jnp.zeros((1, 2), jnp.int32)
     mask = jnp.ones((1, 2, 2), bool)
-    return jax.eval_shape(decoder.init, jax.random.key(0), tokens, tokens, mask)
+    return jax.eval_shape(Decoder(config, lora=lora).init, jax.random.key(0), tokens, tokens, mask)
 
 
 def unstack(params: Params) -> Params:

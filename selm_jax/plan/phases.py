@@ -123,7 +123,16 @@ class Blueprint(Run):
     def batch_shape(self) -> Shape:
         """The largest that packing can ask for; `segments` counts examples of a row, and is free."""
         t = self.experiment.training
-        return Shape(t.rows, t.row_length, scored=t.row_length, segments=4, branches=len(ROLES))
+        branches = max(len(ROLES), self.responses)
+        return Shape(t.rows, t.row_length, scored=t.row_length, segments=4, branches=branches)
+
+    @property
+    def responses(self) -> int:
+        """The most distinct responses that an example can have."""
+        e = self.experiment
+        if e.feedback.explore != "all" or "explore" not in self.objective.roles:
+            return len(self.objective.roles)
+        return e.candidates.greedy + e.candidates.samples + 2 * e.candidates.dataset
 
     @cached_property
     def abstract_batch(self) -> PreferenceBatch:

@@ -125,7 +125,7 @@ def batches_of_update(b: Blueprint, of: Lengths) -> int:
 
 def longest_example(b: Blueprint) -> int:
     """Tokens of the longest example that the settings allow."""
-    e, distinct = b.experiment, len(b.objective.roles)
+    e, distinct = b.experiment, b.responses
     if e.candidates.dataset:  # its answers are as long as they are; whoever set row_length knew
         return e.training.row_length
     return b.longest_prompt + distinct * e.rollout.max_new_tokens
@@ -133,7 +133,7 @@ def longest_example(b: Blueprint) -> int:
 
 def _example(b: Blueprint, of: Lengths) -> tuple[int, int]:
     """Tokens of an example, and those of them that are scored."""
-    e, distinct = b.experiment, len(b.objective.roles)
+    e, distinct = b.experiment, b.responses
     prompt, response = of.prompt, of.response
     if e.text.layout == "paper":
         prompt = min(prompt, e.text.max_prompt_length)

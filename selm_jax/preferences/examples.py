@@ -31,6 +31,9 @@ class Example:
       roles: role -> index into `responses`.
       reference: log-probability of each response under the reference, once it is scored.
       scores: what the data says each response is worth, where it says so.
+      explored: indices of the responses that explore together, where they are several: the optimism
+        term is their mean, and one that was drawn twice stands here twice. Empty: the one whose
+        role is `explore` does alone.
     """
 
     prompt_id: str
@@ -39,6 +42,7 @@ class Example:
     roles: Mapping[str, int]
     reference: tuple[float, ...] | None = None
     scores: tuple[float, ...] | None = None
+    explored: tuple[int, ...] = ()
 
     def __post_init__(self):
         if not self.prompt:
@@ -51,6 +55,8 @@ class Example:
         for role, i in self.roles.items():
             if role not in ROLES or not 0 <= i < len(self.responses):
                 raise ExampleError(f"example {self.prompt_id}: role {role!r} -> response {i}")
+        if not all(0 <= i < len(self.responses) for i in self.explored):
+            raise ExampleError(f"example {self.prompt_id}: explored -> responses {self.explored}")
         given = {"reference log-probabilities": self.reference, "scores": self.scores}
         for what, numbers in given.items():
             if numbers is not None and len(numbers) != len(self.responses):
@@ -61,10 +67,21 @@ class Example:
 
     @classmethod
     def of(cls, prompt_id: str, prompt: Ids, responses: Mapping[str, Ids]) -> Example:
-        """The example whose roles have these responses; equal ones stand in it once."""
+        """The example whose roles have these responses; equal ones stand in it once.
+
+        Further responses that explore are named `explore/2`, `explore/3`, ...
+        """
         distinct = tuple(dict.fromkeys(responses.values()))
-        roles = {role: distinct.index(ids) for role, ids in responses.items()}
-        return cls(prompt_id, prompt, distinct, roles)
+        places = {name: distinct.index(ids) for name, ids in responses.items()}
+        roles = {name: i for name, i in places.items() if not name.startswith("explore/")}
+        explored = tuple(i for name, i in places.items() if name.startswith("explore"))
+        several = explored if len(explored) > 1 else ()
+        return cls(prompt_id, prompt, distinct, roles, explored=several)
+
+    def playing(self, role: str) -> tuple[int, ...]:
+        """The responses that play a role; the first response if none does."""
+        several = role == "explore" and self.explored
+        return self.explored if several else (self.roles.get(role, 0),)
 
     @property
     def tokens(self) -> int:
@@ -84,6 +101,7 @@ SCHEMA = pa.schema(
         *[(role, pa.int32()) for role in ROLES],
         ("reference", pa.list_(pa.float32())),
         ("scores", pa.list_(pa.float32())),
+        ("explored", pa.list_(pa.int32())),
     ]
 )
 
@@ -102,6 +120,7 @@ def to_table(examples: Sequence[Example], reference: str = "") -> pa.Table:
             **{role: e.roles.get(role) for role in ROLES},
             "reference": e.reference,
             "scores": e.scores,
+            "explored": e.explored,
         }
         for e in examples
     ]
@@ -122,6 +141,7 @@ def from_parquet(file: Path) -> list[Example]:
             {role: row[role] for role in ROLES if row[role] is not None},
             _floats(row["reference"]),
             _floats(row["scores"]),
+            tuple(row["explored"] or ()),
         )
         for row in pq.read_table(file, schema=SCHEMA).to_pylist()
     ]

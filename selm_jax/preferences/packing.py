@@ -40,9 +40,10 @@ from selm_jax.preferences.examples import ROLES, Example, ExampleError
 class PreferenceBatch:
     """Rows of packed prompt trees. Fields as drawn above; the last four are per example.
 
-    `roles[r, s, i]` is the response (0-based) that plays `ROLES[i]` in segment s; `weight` is 1 for
-    an example and 0 for an empty segment; `reference` holds stored log-probabilities (0 if none),
-    `scores` what the data says of the responses (0 if nothing).
+    `roles[r, s, i]` says how much each response counts for `ROLES[i]` in segment s: 1 for the one
+    that plays it, or equal shares where several explore. `weight` is 1 for an example and 0 for an
+    empty segment; `reference` holds stored log-probabilities (0 if none), `scores` what the data
+    says of the responses (0 if nothing).
     """
 
     tokens: Int[Array, "rows time"]
@@ -52,7 +53,7 @@ class PreferenceBatch:
     target: Int[Array, "rows scored"]
     predictor: Int[Array, "rows scored"]
     owner: Int[Array, "rows scored"]
-    roles: Int[Array, "rows segments roles"]
+    roles: Float[Array, "rows segments roles branches"]
     reference: Float[Array, "rows segments branches"]
     scores: Float[Array, "rows segments branches"]
     weight: Float[Array, "rows segments"]
@@ -200,7 +201,7 @@ def empty(shape: Shape) -> PreferenceBatch:
         target=ints(shape.scored),
         predictor=ints(shape.scored),
         owner=ints(shape.scored) + shape.segments * shape.branches,
-        roles=ints(shape.segments, len(ROLES)),
+        roles=floats(shape.segments, len(ROLES), shape.branches),
         reference=floats(shape.segments, shape.branches),
         scores=floats(shape.segments, shape.branches),
         weight=floats(shape.segments),
@@ -232,7 +233,10 @@ def _fill_row(batch: Any, r: int, examples: Sequence[Example], shape: Shape) -> 
                 batch.owner[r, scored:stop] = s * shape.branches + k - 1
                 scored = stop
             time = end
-        batch.roles[r, s] = [example.roles.get(role, 0) for role in ROLES]
+        for i, role in enumerate(ROLES):
+            played = example.playing(role)
+            for k in played:
+                batch.roles[r, s, i, k] += 1 / len(played)
         batch.weight[r, s] = 1
         if example.reference is not None:
             batch.reference[r, s, : len(example.reference)] = example.reference

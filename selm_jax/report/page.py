@@ -22,6 +22,8 @@ from selm_jax.report.plots import run_style, swatch
 MAX_PROMPTS = 256
 """Held-out prompts whose answers are on the page; all prompts enter all numbers and plots."""
 
+STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
+
 _UNITS = ("prompts", "candidates", "responses", "tokens", "updates", "examples", "tokens_useful")
 """The counts that are work; of these alone a throughput is worth reading."""
 
@@ -66,13 +68,10 @@ def render(runs: Sequence[RunData]) -> str:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=_printable,
+        finalize=printable,
     )
     environment.filters.update(number=summary.number, percent=summary.percent)
-    style, script = (
-        (Path(__file__).parent / name).read_text(encoding="utf-8")
-        for name in ("page.css", "page.js")
-    )
+    script = (Path(__file__).parent / "page.js").read_text(encoding="utf-8")
     # The policy names our one script by its hash: no text of a run can become a script,
     # and nothing can be fetched, even if the escaping had a hole.
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -81,7 +80,7 @@ def render(runs: Sequence[RunData]) -> str:
     return environment.get_template("page.html.jinja").render(
         title=f"Comparison of {len(runs)} runs" if several else labels[0],
         several=several,
-        style=Markup(style),
+        style=Markup(STYLE),
         script=Markup(script),
         policy="default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
         f"script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'",
@@ -339,7 +338,7 @@ def _machine(run: RunData) -> dict[str, str]:
     return {k: v for k, v in _manifest(run).items() if not k.startswith("feedback")}
 
 
-def _printable(value: Any) -> Any:
+def printable(value: Any) -> Any:
     """Characters that HTML forbids, made visible: NUL as ␀, other controls likewise."""
     if not isinstance(value, str) or isinstance(value, Markup):
         return value

@@ -70,6 +70,17 @@ class Part:
     texts: Sequence[str]
 
 
+@dataclass(frozen=True)
+class Estimated:
+    """A value with its 95 % interval, and the single values that it is the mean of."""
+
+    colour: str
+    value: float
+    low: float
+    high: float
+    singles: Sequence[float] = ()
+
+
 def run_style(index: int) -> Style:
     """Colour, dashes and marker of the index-th run: told apart without seeing any colour."""
     return Style(
@@ -182,6 +193,34 @@ def strips(
         axes.grid(False, axis="y")
         axes.grid(True, axis="x", color=_COLOUR["grid"], linewidth=0.8)
         return _inline(figure, key, alt)
+
+
+def estimates(labels: Sequence[str], rows: Sequence[Estimated], *, key: str, alt: str) -> Markup:
+    """Values with intervals beside a line at 0, one row for each label, the first on top.
+
+    The labels are written into the drawing: they must not be text that a run's author wrote, but
+    names of settings.
+    """
+    with matplotlib.style.context(["default", _RC]):
+        figure, axes = _axes("", height=0.7 + 0.34 * max(len(labels), 2))
+        axes.axvline(0, color=_COLOUR["muted"], linewidth=0.9, zorder=1)
+        for y, one in enumerate(rows):
+            colour = _COLOUR[one.colour]
+            axes.plot([one.low, one.high], [y, y], color=colour, linewidth=1.9, zorder=2)
+            axes.plot(one.value, y, "o", color=colour, markersize=6.5, zorder=3)
+            below = [y + 0.27] * len(one.singles)
+            axes.plot(one.singles, below, "o", color=colour, markersize=2.8, alpha=0.7, zorder=2)
+        axes.set_yticks(range(len(labels)), [_escaped(label) for label in labels])
+        axes.set_ylim(max(len(labels), 2) - 0.4, -0.6)
+        axes.grid(False, axis="y")
+        axes.grid(True, axis="x", color=_COLOUR["grid"], linewidth=0.8)
+        axes.margins(x=0.08)
+        return _inline(figure, key, alt)
+
+
+def _escaped(text: str) -> str:
+    """A label that matplotlib takes literally: a dollar would begin a formula."""
+    return text.replace("$", r"\$")
 
 
 def swatch(style: Style, block: bool = False) -> Markup:

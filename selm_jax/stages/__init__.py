@@ -20,6 +20,7 @@ from typing import Any
 
 from selm_jax import artifacts
 from selm_jax.config import as_dict
+from selm_jax.feedback.acquisition import MODEL_BASED
 from selm_jax.memory import release
 from selm_jax.parallel import multihost
 from selm_jax.run import Run
@@ -36,7 +37,9 @@ class Stage:
     """A stage, and all that its outcome may depend on.
 
     `inputs` are digests by name; `settings` are the experiment's by dotted key; `outputs` are the
-    files and folders of the iteration that it leaves and that must stay as they are.
+    files and folders of the iteration that it leaves and that must stay as they are. `shared` says
+    whether another run with these inputs and settings would leave the same: then, in a sweep, one
+    of them does the work.
     """
 
     name: str
@@ -44,6 +47,7 @@ class Stage:
     inputs: Callable[[Run, int], Mapping[str, str]]
     settings: Callable[[Run, int], Mapping[str, Any]]
     outputs: Callable[[Run], tuple[str, ...]]
+    shared: Callable[[Run], bool] = lambda run: True
 
     def run(self, run: Run, t: int) -> bool:
         """Does the stage unless it is done; says whether it did.
@@ -66,16 +70,36 @@ class Stage:
             artifacts.wait_for(outputs.values())
             return False
         began = time.perf_counter()
-        counts = self.work(run, t)
+        store = run.store if self.shared(run) else None
+        key = artifacts.Store.key(stage=self.name, iteration=t, inputs=inputs, settings=settings)
+        found = None
+        if store is not None:
+            found = multihost.on_first(lambda: store.take(key, run.iteration(t)))
+        counts = self.work(run, t) if found is None else self._taken(run, t, found)
         multihost.barrier()
         artifacts.wait_for(outputs.values())
         seconds = time.perf_counter() - began
-        multihost.on_first(
-            lambda: record.finish(self.name, inputs, settings, outputs, counts, seconds)
-        )
+
+        def finish() -> None:
+            if store is not None and found is None:
+                about = {"counts": counts, "logged": run.logged(self.name, t)}
+                store.put(key, outputs, {"run": str(run.folder), **about})
+            taken = None if found is None else key
+            record.finish(self.name, inputs, settings, outputs, counts, seconds, taken)
+
+        multihost.on_first(finish)
         release()  # or the next stage's peak would stand on this one's leavings
-        run.say(self.name, t, counts, seconds)
+        run.say(self.name, t, counts, seconds, "" if found is None else f"as {found['run']}")
         return True
+
+    def _taken(self, run: Run, t: int, found: Mapping[str, Any]) -> Counts:
+        """What the stage of another run left besides its outputs."""
+        run.forget_metrics(lambda line: (line["stage"], line["iteration"]) == (self.name, t))
+        for line in found["logged"]:
+            run.log(
+                self.name, t, {k: v for k, v in line.items() if k not in ("stage", "iteration")}
+            )
+        return found["counts"]
 
 
 def _always(*names: str) -> Callable[[Run], tuple[str, ...]]:
@@ -84,6 +108,10 @@ def _always(*names: str) -> Callable[[Run], tuple[str, ...]]:
 
 def _policy(run: Run, t: int) -> dict[str, str]:
     return {"policy": artifacts.digest(run.policy(t))}
+
+
+def _reference(run: Run, t: int) -> dict[str, str]:
+    return {"reference": artifacts.digest(run.reference(t))}
 
 
 def _file(name: str) -> Callable[[Run, int], dict[str, str]]:
@@ -96,6 +124,18 @@ def _prompts(run: Run, t: int) -> dict[str, str]:
 
 def _heldout(run: Run, t: int) -> dict[str, str]:
     return {"heldout": prompts_digest(run.heldout), "start": _policy(run, 0)["policy"]}
+
+
+def _asked_with(run: Run, t: int) -> dict[str, str]:
+    """The models that a budget's acquisition looks at."""
+    if run.experiment.feedback.acquisition not in MODEL_BASED:
+        return {}
+    return _policy(run, t - 1) | _reference(run, max(t - 1, 1))
+
+
+def _unscored(run: Run, t: int) -> dict[str, bool]:
+    """An objective without a reference leaves its log-probabilities out."""
+    return {"objective.reference_free": True} if run.objective.reference_free else {}
 
 
 def _all(*parts: Callable[[Run, int], Mapping[str, Any]]) -> Callable[[Run, int], dict[str, Any]]:
@@ -119,6 +159,8 @@ def _pick(*keys: str) -> Callable[[Run, int], dict[str, Any]]:
                 found[key] = value
         if "training.learning_rate" in found:
             found["training.learning_rate"] = run.experiment.learning_rate(t)
+        if t == 1:  # both are the start model
+            found.pop("training.reference_policy", None)
         # Where and in which portions the work is done changes nothing about what comes out.
         return {k: v for k, v in found.items() if k not in _FREE}
 
@@ -153,7 +195,7 @@ _TEMPLATE = ("text.template", "text.date")
 _ANSWERS = ("rollout.max_new_tokens", "rollout.max_prompt_tokens")
 _SCORING = (
     *("training.row_length", "training.rows", "training.logprob_chunk"),
-    *("compute.dtype", "lora.base"),
+    *("training.parameter_dtype", "compute.dtype", "lora.base"),
 )
 
 
@@ -169,15 +211,15 @@ STAGES = (
         generate,
         _all(_prompts, lambda run, t: _policy(run, t - 1)),
         _pick(
-            *("seed", "candidates.greedy", "candidates.samples", "rollout", "compute.dtype"),
-            *_TEMPLATE,
+            *("seed", "candidates.greedy", "candidates.samples", "rollout"),
+            *("training.parameter_dtype", "compute.dtype", *_TEMPLATE),
         ),
         _always("responses"),
     ),
     Stage(
         "rank",
         rank,
-        _all(_prompts, _file("responses")),
+        _all(_prompts, _file("responses"), _asked_with),
         _all(
             _pick(
                 *("seed", "candidates.dataset", "feedback", "text.layout", *_TEMPLATE),
@@ -186,12 +228,13 @@ STAGES = (
             _rates,
         ),
         _always("ranked.parquet"),
+        shared=lambda run: run.experiment.feedback.ranker != "human",  # people rank a run's answers
     ),
     Stage(
         "score",
         score,
-        _all(_file("ranked.parquet"), lambda run, t: _policy(run, t - 1)),
-        _all(_pick("text", *_SCORING), _rates),
+        _all(_file("ranked.parquet"), _reference),
+        _all(_pick("text", *_SCORING), _unscored, _rates),
         _always("examples.parquet"),
     ),
     Stage(
@@ -200,6 +243,7 @@ STAGES = (
         _all(_file("examples.parquet"), lambda run, t: _policy(run, t - 1)),
         _pick("seed", "objective", "training", "lora", "compute.dtype"),
         _always(),
+        shared=lambda run: False,  # what it leaves is deleted once the export is complete
     ),
     Stage(
         "export",
@@ -207,6 +251,7 @@ STAGES = (
         _all(_file("examples.parquet"), lambda run, t: _policy(run, t - 1)),
         _pick(),
         lambda run: ("model",) if run.lora is None else ("model", "adapter"),
+        shared=lambda run: False,  # the checkpoints it exports are no input that has a digest
     ),
 )
 EVALUATE = Stage(

@@ -181,7 +181,7 @@ def _within_budget(run: Run, t: int, pool: Pool, budget: int) -> Pool:
     """The pool with the prompts chosen that `feedback.acquisition` values most.
 
     Prompts that can give no pair, whatever is answered, are not asked about. The policy is the one
-    that generated, policy t-1; its own reference is policy t-2. In iteration 1 it is the start
+    that generated, policy t-1; its own reference is that of iteration t-1. In iteration 1 it is the start
     model itself: all reward gaps are 0, and the choice is random.
     """
     f = run.experiment.feedback
@@ -210,7 +210,7 @@ def _prospects(
         examples.append(Example(prompt.id, run.prompt_ids(prompt), ids, {}))
     policy = logps_of(run, run.start_of(t), examples)
     compared = run.experiment.feedback.acquisition == "reward_gap" and t > 1
-    reference = logps_of(run, run.start_of(t - 1), examples) if compared else policy
+    reference = logps_of(run, run.reference_of(t - 1), examples) if compared else policy
     prospects = []
     for e, each, p, r in zip(examples, kept, policy, reference, strict=True):
         at = [e.responses.index(c.token_ids) for c in each]
@@ -308,6 +308,7 @@ def _ranked_rows(
         if scores is not None and place is not None:
             row |= {"score": float(scores[i]), "rank": int(place[i])}
         row |= {role: pair.get(role) == i for role in ROLES}
+        row["explore"] |= i in pair.get("explored", ())
         row["dropped"] = result.reason if isinstance(result, Dropped) else None
         row["preference"] = soft if row["chosen"] else None
         rows.append(row)

@@ -24,14 +24,14 @@ from selm_jax.training.loop import response_logps
 
 
 def score(run: Run, t: int) -> Counts:
-    """The reference, which is the iteration's start policy, scores every response once.
+    """The reference, which is the iteration's start policy or the run's, scores every response once.
 
     An objective that never looks at the reference needs no scores: they are null.
     """
     examples, cut = paired_examples(run, t)
     logps: list[tuple[float, ...] | None] = [None] * len(examples)
     if examples and not run.objective.reference_free:
-        params = run.start_of(t)
+        params = run.reference_of(t)
         with run.bar(f"iteration {t}  score", len(examples), "examples") as advance:
 
             def progress(done: int) -> None:
@@ -92,7 +92,9 @@ def paired_examples(run: Run, t: int) -> tuple[list[Example], Counts]:
     for row in pq.read_table(run.iteration(t) / "ranked.parquet", schema=RANKED).to_pylist():
         for role in ROLES:
             if row[role]:
-                pairs.setdefault(row["prompt_id"], {})[role] = row
+                pair = pairs.setdefault(row["prompt_id"], {})
+                several = sum(name.startswith("explore") for name in pair)
+                pair[role if role not in pair else f"{role}/{several + 1}"] = row
     examples, cut = [], Counter[str]()
     for prompt_id, pair in pairs.items():
         if (prompt := prompts.get(prompt_id)) is None:
@@ -100,7 +102,7 @@ def paired_examples(run: Run, t: int) -> tuple[list[Example], Counts]:
                 f"{run.iteration(t) / 'ranked.parquet'}: prompt {prompt_id} is not among the "
                 f"{len(prompts)} of iteration {t}; the data or its settings have changed"
             )
-        texts = {role: pair[role]["text"] for role in ROLES if role in pair}
+        texts = {role: row["text"] for role, row in pair.items()}
         if run.objective.rates:
             scores = {role: pair[role]["score"] for role in texts}
             examples.append(rated_example(run, prompt, texts, scores))

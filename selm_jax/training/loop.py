@@ -150,7 +150,7 @@ def mean_lengths(examples: Sequence[Example]) -> np.ndarray:
     """Mean scored tokens of each role's response over an update's examples, [roles]."""
 
     def mean(role):
-        return np.mean([len(e.responses[e.roles.get(role, 0)]) for e in examples])
+        return np.mean([np.mean([len(e.responses[i]) for i in e.playing(role)]) for e in examples])
 
     return np.array([mean(role) for role in ROLES], np.float32)
 

@@ -66,7 +66,7 @@ def by_role(
     reference: Float[Array, "rows segments branches"],
     mean_lengths: Float[Array, " roles"],
 ) -> Logps:
-    """The log-probabilities of each role's response, one entry per segment."""
+    """The log-probabilities of each role's response, or their mean, one entry per segment."""
     lengths = batch.sum_by_response(jnp.ones(batch.target.shape, jnp.float32))
     return Logps(
         policy=_of_roles(batch, policy),
@@ -79,7 +79,8 @@ def by_role(
 def _of_roles(
     batch: PreferenceBatch, per_response: Float[Array, "rows segments branches"]
 ) -> dict[str, Float[Array, " segments"]]:
-    picked = jnp.take_along_axis(per_response, batch.roles, axis=2)
+    # A weight of 1 and zeros picks exactly: sums of x and zeros are x, in any order.
+    picked = jnp.sum(batch.roles * per_response[:, :, None, :], axis=-1)
     return {role: picked[..., i].reshape(-1) for i, role in enumerate(ROLES)}
 
 

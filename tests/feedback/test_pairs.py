@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
 from selm_jax.feedback import pairs
+from selm_jax.feedback.labels import label
 from selm_jax.feedback.pairs import (
     Candidate,
     Dropped,
@@ -270,6 +271,17 @@ class TestExplore:
         for explore, index in (("greedy", 2), ("sample", 1)):
             result = select(self.made, scores, explore=explore, ties="first")
             assert isinstance(result, Pair) and result.explore == index
+
+    @given(st.lists(whole, min_size=6, max_size=6))
+    def test_all_are_the_models_own_whatever_the_scores(self, scores):
+        own = tuple(i for i, c in enumerate(self.made) if c.source in ("greedy", "sample"))
+        result = select(self.made, scores, explore="all", ties="first")
+        assert isinstance(result, Pair)
+        assert (result.explore, result.explored) == (own[0], own)
+        flipped, _ = label(result, scores, flip=0.5, seed=0)
+        assert flipped.explored == own
+        alone = select(trio(), [3.0, 2.0, 1.0], explore="all")
+        assert alone == Pair(0, 2, 0)  # one answer of its own: as greedy
 
     @given(st.lists(whole, min_size=6, max_size=6))
     def test_best_and_worst_of_the_models_own(self, scores):

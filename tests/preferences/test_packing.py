@@ -335,7 +335,7 @@ def test_padding_content_never_matters(tiny, random_params):
         position=junk(batch.position, pad, SHAPE.time),
         target=junk(batch.target, idle, VOCAB),
         predictor=junk(batch.predictor, idle, SHAPE.time),
-        roles=junk(batch.roles, batch.weight[..., None] == 0, SHAPE.branches),
+        roles=np.where(batch.weight[..., None, None] == 0, 7, batch.roles).astype(np.float32),
         reference=np.where(batch.weight[..., None] == 0, 7, batch.reference).astype(np.float32),
     )
 

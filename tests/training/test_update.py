@@ -114,6 +114,27 @@ def test_microbatches_are_one_big_batch(loss, world):
         assert_close(state.params, one.params)
 
 
+def test_responses_that_explore_together_give_the_mean_of_each_alone(world):
+    """One of them drawn twice counts twice; the pair's term is as before."""
+    update, _ = world("selm")
+    params = world.fresh()
+    examples = scored(update, params, some_examples())
+    shifted = [
+        dataclasses.replace(e, reference=tuple(r + 1 for r in e.reference)) for e in examples
+    ]
+    explored = (2, 0, 2, 1)
+    together = [dataclasses.replace(e, explored=explored) for e in shifted]
+    found = totals(update, params, pack(together, SHAPE), together)
+    alone = []
+    for place in explored:
+        one = [dataclasses.replace(e, roles={**e.roles, "explore": place}) for e in shifted]
+        alone.append(totals(update, params, pack(one, SHAPE), one))
+    mean = jax.tree.map(lambda *x: sum(x) / len(explored), *alone)
+    assert_close(found, mean, rtol=1e-4, atol=1e-5)
+    ((_, sums), (_, other), *_) = alone
+    assert float(sums["logps/explore"]) != pytest.approx(float(other["logps/explore"]))
+
+
 def test_the_loss_of_sft_is_the_mean_over_tokens(world):
     update, _ = world("sft")
     examples = some_examples()
@@ -353,7 +374,7 @@ def run_on(mesh, decoder, params):
     where = Shardings(at, NamedSharding(mesh, PartitionSpec()))
 
     def put(x):
-        axes = ("rows", None, None)[: x.ndim]
+        axes = ("rows", None, None, None)[: x.ndim]
         return jax.device_put(x, partition("batch", axes, x.shape, mesh, TRAINING))
 
     objective, step = build("selm", beta=0.1, alpha=0.2), optimizer("adamw", **SETTINGS)

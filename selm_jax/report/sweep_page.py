@@ -1,0 +1,225 @@
+"""The page of a sweep: one table, the comparisons, and where every run's own page lies."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup
+
+from selm_jax import artifacts
+from selm_jax.report import summary
+from selm_jax.report.curves import Legend, Plot, values_in_words
+from selm_jax.report.page import STYLE, printable
+from selm_jax.report.plots import Estimated, Series, estimates, lines, run_style, swatch
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over seeds and held-out prompts with its 95 % interval; `p` tests that it is 0."""
+
+    mean: float
+    low: float
+    high: float
+    p: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One cell of the grid: what its finished runs measured. None: nothing, or not comparable.
+
+    Attributes:
+      levels: of each axis, in the axes' order.
+      changes: `key.path=value` of the base experiment.
+      runs: seed, folder as seen from the page, and whether it is finished.
+      baseline: whether the others of its group are compared with it.
+      ranked, updates: answers that the ranker scored, and updates, per run.
+      greedy, sample: held-out score after the last iteration, of greedy and of sampled answers.
+      gain: of the greedy ones, minus the start model's.
+      kl: from the start model, nats per sampled answer.
+      tokens, cut_off: of greedy answers: mean length, and the share that hit the length limit.
+      difference, difference_sample: score minus the baseline's, paired by seed and prompt.
+      difference_by_seed: the first of them for each seed alone.
+      by_iteration, kl_by_iteration: `greedy` and `kl` after each iteration; 0 is the start model.
+      p_holm: of `difference`, over all comparisons of the sweep (Holm).
+    """
+
+    levels: tuple[str, ...]
+    changes: tuple[str, ...]
+    runs: tuple[tuple[int, str, bool], ...]
+    baseline: bool
+    ranked: float | None
+    updates: float | None
+    greedy: Interval | None
+    gain: Interval | None
+    sample: Interval | None
+    kl: Interval | None
+    tokens: float | None
+    cut_off: float | None
+    difference: Interval | None
+    difference_sample: Interval | None
+    difference_by_seed: Mapping[int, float]
+    by_iteration: Mapping[int, Interval]
+    kl_by_iteration: Mapping[int, Interval]
+    p_holm: float | None = None
+
+    @property
+    def name(self) -> str:
+        return ", ".join(self.levels)
+
+    @property
+    def seeds(self) -> int:
+        return sum(finished for *_, finished in self.runs)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The rows that are compared with one baseline, and their plots."""
+
+    title: str
+    rows: Sequence[Row]
+    plots: Sequence[Plot]
+    legend: Legend
+
+
+def write(
+    out: Path,
+    rows: Sequence[Row],
+    *,
+    title: str,
+    about: str,
+    command: str,
+    axes: Sequence[str],
+    axis: str,
+    against: str,
+    failed: Mapping[str, str],
+    shared: Mapping[str, tuple[int, int]],
+) -> None:
+    """Writes the page, whole or not at all; the same values give the same bytes.
+
+    Args:
+      axes: names of the axes; `axis` is the one that is compared along, to its level `against`.
+      failed: by run, why it could not be finished.
+      shared: by stage, how often it was done and how often taken from another run.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=printable,
+    )
+    environment.filters.update(number=summary.number, percent=summary.percent)
+    place = list(axes).index(axis)  # of the compared level among a row's
+    text = environment.get_template("sweep.html.jinja").render(
+        title=title,
+        about=about,
+        command=command,
+        style=Markup(STYLE),
+        policy="default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; "
+        "form-action 'none'",
+        axis=axis,
+        place=place,
+        against=against,
+        groups=list(_groups(rows, place, against)),
+        finished=sum(row.seeds for row in rows),
+        planned=sum(len(row.runs) for row in rows),
+        seeds=sorted({seed for row in rows for seed, *_ in row.runs}),
+        compared=sum(row.difference is not None for row in rows),
+        failed=failed,
+        shared=shared,
+    )
+    artifacts.write_text(out, text)
+
+
+def _groups(rows: Sequence[Row], place: int, against: str) -> Iterator[Group]:
+    """Rows that differ in the compared axis alone; each row keeps its style in all groups."""
+
+    def rest(row: Row) -> tuple[str, ...]:
+        return row.levels[:place] + row.levels[place + 1 :]
+
+    levels = list(dict.fromkeys(row.levels[place] for row in rows))
+    styles = {level: run_style(i) for i, level in enumerate(levels)}
+    for i, key in enumerate(dict.fromkeys(map(rest, rows))):
+        mine = [row for row in rows if rest(row) == key]
+        named = [(row.levels[place], row) for row in mine]
+        legend = tuple((swatch(styles[level]), level) for level, _ in named)
+        yield Group(", ".join(key), mine, list(_plots(named, styles, against, i)), legend)
+
+
+def _plots(named, styles, against: str, i: int) -> Iterator[Plot]:
+    shown = [(level, row, row.difference) for level, row in named if row.difference is not None]
+    marks = [
+        Estimated(
+            styles[level].colour, d.mean, d.low, d.high, list(row.difference_by_seed.values())
+        )
+        for level, row, d in shown
+    ]
+    alt = f"Difference of the held-out reward to {against}. " + " ".join(
+        f"{level}: {summary.number(d.mean, True)}." for level, _, d in shown
+    )
+    yield Plot(
+        f"Greedy reward minus that of {against}",
+        "After the last iteration, paired by seed and prompt. Bar: 95 % interval over seeds and "
+        "prompts; small dots: each seed. A bar clear of the zero line is a difference that other "
+        "seeds and prompts would show too.",
+        estimates([level for level, *_ in shown], marks, key=f"difference-{i}", alt=alt)
+        if shown
+        else None,
+    )
+    several = itertools.count()
+    series = []
+    for level, row in named:
+        if row.by_iteration:
+            shift = 0.05 * (next(several) - (len(named) - 1) / 2)
+            points = list(row.by_iteration.items())
+            series.append(
+                Series(
+                    styles[level],
+                    [t + shift for t, _ in points],
+                    [e.mean for _, e in points],
+                    y_interval=[(e.low, e.high) for _, e in points],
+                )
+            )
+    yield Plot(
+        "Reward of greedy answers",
+        "Mean over seeds and held-out prompts by iteration; 0 is the start model. The prompts are "
+        "the same for all: the differences are surer than these bars say.",
+        lines(
+            series,
+            key=f"reward-{i}",
+            alt="Held-out reward by iteration. " + values_in_words(series),
+            xlabel="iteration",
+            whole_x=True,
+        )
+        if series
+        else None,
+    )
+    series = []
+    for level, row in named:
+        ts = [t for t in row.by_iteration if t in row.kl_by_iteration]
+        if ts:
+            series.append(
+                Series(
+                    styles[level],
+                    [row.kl_by_iteration[t].mean for t in ts],
+                    [row.by_iteration[t].mean for t in ts],
+                )
+            )
+    yield Plot(
+        "Greedy reward against KL",
+        "Each point is an iteration. Up is better, left is closer to the start model: a method is "
+        "better where it lies higher at the same KL.",
+        lines(
+            series,
+            key=f"frontier-{i}",
+            alt="Held-out reward against KL from the start. " + values_in_words(series),
+            xlabel="KL from the start, nats per answer",
+        )
+        if series
+        else None,
+    )

@@ -1,0 +1,202 @@
+"""A sweep file, and the experiments that follow from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+from rich.console import Console
+
+from selm_jax.config import ConfigError, Experiment, as_dict, load, read
+from selm_jax.tiny import shrink
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class File:
+    """What a sweep file says."""
+
+    output: str  # the sweep's folder
+    base: str  # the experiment file, from where `selm` is started
+    grid: dict[str, dict[str, dict[str, Any]] | list[Any]]
+    seeds: tuple[int, ...] = (42,)
+    set: dict[str, Any] = field(default_factory=dict)  # of every run, by dotted key
+    baseline: dict[str, str] | None = None  # axis and level; None: the last axis's first level
+    title: str | None = None
+    about: str = ""  # what is asked, for the page
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One setting of the grid: the level of each axis, and what they change together."""
+
+    levels: Mapping[str, str]
+    changes: tuple[str, ...]  # `key.path=value`, in the order of the axes
+
+    @property
+    def name(self) -> str:
+        return ", ".join(self.levels.values())
+
+    @property
+    def folder(self) -> Path:
+        return Path(*(re.sub(r"[^\w.+=-]+", "-", level) for level in self.levels.values()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One run of a sweep."""
+
+    cell: Cell
+    seed: int
+    experiment: Experiment
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """A sweep that has been looked over: every run's experiment is one."""
+
+    folder: Path
+    title: str
+    about: str
+    command: str
+    axis: str  # that is compared along
+    baseline: str  # its level that the others are compared with
+    members: tuple[Member, ...]
+
+    @property
+    def cells(self) -> list[Cell]:
+        return list({id(m.cell): m.cell for m in self.members}.values())
+
+
+def plan(
+    file: Path,
+    overrides: Sequence[str] = (),
+    *,
+    base: str | None = None,
+    output: str | None = None,
+    tiny: bool = False,
+) -> Sweep:
+    """The runs of a sweep file, none of them begun.
+
+    Args:
+      overrides: `key.path=value`, in every run; what a cell changes comes after them.
+      base, output: instead of the file's.
+      tiny: each experiment becomes a rehearsal of itself, and the sweep's folder ends in -tiny.
+
+    Raises:
+      ConfigError: the file, or an experiment of it, does not say what to do; or two cells say the
+        same.
+    """
+    said = _file(file)
+    base, output = base or said.base, output or said.output
+    folder = Path(f"{output.rstrip('/')}-tiny" if tiny else output)
+    axes = {name: _levels(file, name, axis) for name, axis in said.grid.items()}
+    axis, level = _baseline(file, said.baseline, axes)
+    members = []
+    cells = [_cell(axes, chosen) for chosen in itertools.product(*axes.values())]
+    for seed, cell in itertools.product(said.seeds, cells):
+        if "seed" in {change.partition("=")[0] for change in cell.changes}:
+            raise ConfigError(f"{file}: cell {cell.name} changes seed; name seeds in `seeds`")
+        where = folder / cell.folder / f"seed_{seed}"
+        changes = [*_changes(said.set), *overrides, *cell.changes]
+        changes += [f"seed={seed}", f"output={json.dumps(str(where))}"]
+        try:
+            experiment = load(Path(base), changes)
+        except ConfigError as e:
+            raise ConfigError(f"{file}, cell {cell.name}: {e}") from None
+        members.append(Member(cell, seed, experiment))
+    _check_distinct(file, members)
+    if tiny:
+        members = [_tiny(member) for member in members]
+    command = shlex.join(
+        ["selm", "sweep", str(file), *overrides]
+        + (["--base", base] if base != said.base else [])
+        + (["--output", output] if output != said.output else [])
+        + (["--tiny"] if tiny else [])
+    )
+    title = said.title or Path(file).stem
+    return Sweep(folder, title, said.about, command, axis, level, tuple(members))
+
+
+def _file(file: Path) -> File:
+    try:
+        return TypeAdapter(File).validate_python(read(file))
+    except ValidationError as e:
+        problems = "\n  ".join(
+            f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in e.errors()
+        )
+        raise ConfigError(f"{file}: not a sweep:\n  {problems}") from None
+
+
+def _levels(file: Path, name: str, axis: Mapping[str, Any] | Sequence[Any]) -> dict[str, Any]:
+    """What each level of an axis changes, by its name."""
+    if isinstance(axis, Mapping):
+        levels = dict(axis)
+    else:
+        levels = {
+            value if isinstance(value, str) else json.dumps(value): {name: value} for value in axis
+        }
+    if not levels:
+        raise ConfigError(f"{file}: the axis {name} has no levels")
+    return levels
+
+
+def _baseline(
+    file: Path, said: Mapping[str, str] | None, axes: Mapping[str, Mapping[str, Any]]
+) -> tuple[str, str]:
+    if not axes:
+        raise ConfigError(f"{file}: grid has no axis; `selm run` runs a single experiment")
+    if said is None:
+        name = list(axes)[-1]
+        return name, next(iter(axes[name]))
+    if len(said) != 1:
+        raise ConfigError(
+            f"{file}: baseline names {len(said)} axes; one axis and its level, please"
+        )
+    ((name, level),) = said.items()
+    if name not in axes or level not in axes[name]:
+        known = "; ".join(f"{axis}: {', '.join(levels)}" for axis, levels in axes.items())
+        raise ConfigError(f"{file}: baseline {name}: {level} is not in the grid ({known})")
+    return name, level
+
+
+def _cell(axes: Mapping[str, Mapping[str, Any]], chosen: Sequence[str]) -> Cell:
+    changes = [
+        change
+        for levels, level in zip(axes.values(), chosen, strict=True)
+        for change in _changes(levels[level])
+    ]
+    return Cell(dict(zip(axes, chosen, strict=True)), tuple(changes))
+
+
+def _changes(values: Mapping[str, Any]) -> list[str]:
+    return [f"{key}={json.dumps(value)}" for key, value in values.items()]  # JSON is YAML
+
+
+def _check_distinct(file: Path, members: Sequence[Member]) -> None:
+    """Raises ConfigError for two runs with one folder, or with the same settings."""
+    names: dict[str, str] = {}
+    for m in members:
+        name = f"{m.cell.name}, seed {m.seed}"
+        settings = as_dict(m.experiment)
+        where = settings.pop("output")
+        if (other := names.setdefault(where, name)) != name:
+            raise ConfigError(
+                f"{file}: {other} and {name} have one folder, {where}; rename a level"
+            )
+        if (other := names.setdefault(json.dumps(settings), name)) != name:
+            raise ConfigError(f"{file}: {other} and {name} have the same settings")
+
+
+def _tiny(member: Member) -> Member:
+    e = member.experiment
+    small = shrink(e, Console(quiet=True))
+    return dataclasses.replace(member, experiment=dataclasses.replace(small, output=e.output))

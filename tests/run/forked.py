@@ -12,10 +12,22 @@ import os
 import signal
 import socket
 import sys
+from functools import cache
+from multiprocessing import forkserver
 from pathlib import Path
+
+import pytest
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["forked", "warm"])
+
+
+@cache
+def _start_server() -> None:
+    """Its imports need our path, which it is not given before Python 3.13."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+        forkserver.ensure_running()
 
 
 class Selm:
@@ -27,6 +39,7 @@ class Selm:
     """
 
     def __init__(self, arguments, *, folder: Path, cache: Path, devices=1, processes=1, log: Path):
+        _start_server()
         folder.mkdir(parents=True, exist_ok=True)
         environment = {
             "SELM_CACHE": str(cache),

@@ -117,12 +117,12 @@ def alpaca_eval(
     calls of one token, which read about 1,000 tokens each. Without a judge it stops at
     model_outputs.json. Started again, it goes on from what is there.
     """
-    from selm_jax import artifacts
     from selm_jax.evaluation import alpaca_eval as alpaca
     from selm_jax.evaluation import alpaca_eval_annotate as annotate
     from selm_jax.evaluation import alpaca_eval_score as score
     from selm_jax.evaluation import alpaca_eval_set as files
     from selm_jax.evaluation.model import open_model
+    from selm_jax.lock import only_one
 
     _exactly_one(MODEL=model, outputs=outputs, annotations=annotations)
     if judge and annotator:
@@ -131,7 +131,7 @@ def alpaca_eval(
         rows = files.read_annotations(annotations, allow_missing=allow_missing)
         found = alpaca.numbers(rows, gamed, gamed_sha256)
         if out is not None:
-            with artifacts.only_one(out):
+            with only_one(out):
                 alpaca.write_numbers(out, rows, found, {"annotations": annotations})
         typer.echo(score.table(rows[0]["generator_2"], found))
         return
@@ -166,7 +166,7 @@ def alpaca_eval(
     if judge is not None:  # before anything is drawn: its key may be missing
         client = _client(judge, cache or folder / "judge.sqlite", base_url, key_env, concurrency,
                          max_cost, price_prompt, price_completion)  # fmt: skip
-    with artifacts.only_one(folder):
+    with only_one(folder):
         if answering is not None:
             with _bar(f"{name}  answers", len(texts.rows), "answers") as advance:
                 outputs = alpaca.answer(answering, texts, folder, decoding, name, advance)
@@ -245,6 +245,7 @@ def mt_bench(
     from selm_jax.evaluation import mt_bench_judge as judging
     from selm_jax.evaluation import mt_bench_score as score
     from selm_jax.evaluation.model import open_model
+    from selm_jax.lock import only_one
 
     _exactly_one(MODEL=model, answers=answers)
     asked = bench.read_questions(questions, unpublished)
@@ -294,7 +295,7 @@ def mt_bench(
     if judge is not None:
         client = _client(judge, cache or folder / "judge.sqlite", base_url, key_env, concurrency,
                          max_cost, price_prompt, price_completion)  # fmt: skip
-    with artifacts.only_one(folder):
+    with only_one(folder):
         if answering is not None:
             with _bar(f"{name}  answers", bench.TURNS * len(asked), "answers") as advance:
                 answers = bench.answer(answering, asked, folder, decoding, name, advance)

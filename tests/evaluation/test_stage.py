@@ -21,7 +21,9 @@ def run(tmp_path, monkeypatch):
     """A run whose first iteration is another random model; its held-out prompts come with pairs."""
     import jax
 
-    monkeypatch.setattr("selm_jax.run.make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
+    monkeypatch.setattr(
+        "selm_jax.run.make_mesh", lambda sizes, *_, **__: make_mesh(sizes, jax.devices()[:1])
+    )
     file = experiment(tmp_path, evaluation__samples=2)
     rows = [
         {"prompt_id": f"h{i}", "prompt": text, "chosen": f"Yes, {i}.", "rejected": f"No: {i}!"}
@@ -66,7 +68,9 @@ def test_pairs_are_measured_against_the_start_model(run):
 def test_data_without_pairs_gives_none(tmp_path, monkeypatch):
     import jax
 
-    monkeypatch.setattr("selm_jax.run.make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
+    monkeypatch.setattr(
+        "selm_jax.run.make_mesh", lambda sizes, *_, **__: make_mesh(sizes, jax.devices()[:1])
+    )
     run = Run(load(experiment(tmp_path)), Console(quiet=True))
     run.open()
     EVALUATE.run(run, 0)

@@ -9,5 +9,7 @@ from selm_jax.parallel.mesh import make_mesh
 @pytest.fixture(autouse=True, scope="session")
 def one_device_for_runs():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("selm_jax.run.make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
+        patch.setattr(
+            "selm_jax.run.make_mesh", lambda sizes, *_, **__: make_mesh(sizes, jax.devices()[:1])
+        )
         yield

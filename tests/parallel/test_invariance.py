@@ -46,7 +46,7 @@ def go(tmp_path_factory):
     # Adam's first steps are +-rate wherever there is a gradient at all, so that one of 1e-12 and its
     # rounding move a weight by the whole rate. Above eps a step is as exact as its gradient.
     file = tiny.experiment(
-        folder, output="run", training__rows=2, training__row_length=96, training__eps=1e-3,
+        folder, output="run", training__rows=2, training__eps=1e-3,
         training__learning_rate=[1e-2, 1e-2],
     )  # fmt: skip
 

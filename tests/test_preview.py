@@ -17,7 +17,7 @@ from selm_jax import artifacts, cli, config, preview
 from selm_jax.preferences.examples import Example, to_table
 from selm_jax.run import Run, RunError
 from selm_jax.stages import STAGES
-from selm_jax.stages.generate import RESPONSES
+from selm_jax.stages.generate import RESPONSES, response_files
 from selm_jax.stages.score import paired_examples
 
 PAIRS = {"data__chosen": "chosen", "data__rejected": "rejected", "candidates__dataset": True,
@@ -76,7 +76,9 @@ def answer_and_rank(run: Run) -> None:
         for i, p in enumerate(run.prompts(1))
     ]  # fmt: skip
     table = pa.Table.from_pylist(rows, schema=RESPONSES)
-    artifacts.write_table(run.iteration(1) / "responses" / "part.parquet", table)
+    each = run.experiment.rollout.prompts_per_part
+    for n, file in enumerate(response_files(run, 1)):
+        artifacts.write_table(file, table.slice(n * each, each))
     STAGES[1].run(run, 1)
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from selm_jax import artifacts, config, stages
 from selm_jax.lock import only_one
 from selm_jax.run import Run, RunError
-from selm_jax.stages.generate import RESPONSES
+from selm_jax.stages.generate import RESPONSES, response_files
 from selm_jax.stages.rank import rank
 from selm_jax.stages.score import paired_examples
 from selm_jax.text.chat import UnusableAnswer
@@ -33,7 +33,8 @@ def make(tmp_path, model):
     (tmp_path / "model").symlink_to(model)
 
     def run(*bad: int, **changes) -> Run:
-        file = tiny.experiment(tmp_path, **PAIRS, training__learning_rate=1e-3, **changes)
+        settings = PAIRS | {"rollout__prompts_per_part": 8, "training__learning_rate": 1e-3}
+        file = tiny.experiment(tmp_path, **settings, **changes)
         rows = [
             {"prompt_id": f"p{i}", "prompt": f"Say {i}.", "chosen": "Yes, " * (9 - i) + "yes.",
              "rejected": f"No{END}" if i in bad else "No."}
@@ -47,7 +48,8 @@ def make(tmp_path, model):
             for i in range(8)
         ]  # fmt: skip
         table = pa.Table.from_pylist(answers, schema=RESPONSES)
-        artifacts.write_table(found.iteration(1) / "responses" / "part.parquet", table)
+        (file,) = response_files(found, 1)
+        artifacts.write_table(file, table)
         return found
 
     return run

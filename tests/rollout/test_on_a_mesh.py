@@ -74,7 +74,7 @@ def decode(engine, params):
     slots = module._empty(engine)
     one_slot = slots.cache[0].keys.sharding.shard_shape(slots.cache[0].keys.shape)
     assert one_slot[0] == engine.slots // engine.mesh.shape["data"]
-    return module._decode.lower(engine, params, slots, np.int32(1)).compile()
+    return module._decode.lower(engine, params, slots, np.int32(1), np.int32(8)).compile()
 
 
 def test_copies_exchange_the_count_of_idle_slots_and_nothing_else(on):

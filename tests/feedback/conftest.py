@@ -6,7 +6,7 @@ import pytest
 from selm_jax.parallel.mesh import make_mesh
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def one_device_for_runs():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(

@@ -6,7 +6,7 @@ import pytest
 from selm_jax.parallel.mesh import make_mesh
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def one_device():
     first = jax.devices()[:1]
     with pytest.MonkeyPatch.context() as patch:

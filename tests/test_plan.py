@@ -132,10 +132,10 @@ def test_arguments_are_the_shards_of_the_abstract_trees(tiny_one):
         memory = measure(phase.lower(), where)
         leaves = [x for x in jax.tree.leaves(phase.arguments) if hasattr(x, "dtype")]
         # What comes from the host lies as the compiler likes; and what a program does not look at,
-        # such as mean lengths, is not passed to it.
+        # such as roles or mean lengths, is not passed to it.
         free = shard_bytes([x for x in leaves if x.sharding is None])
         less = shard_bytes(leaves) - memory.arguments
-        assert 0 <= less <= free + 0.02 * memory.arguments, phase.name
+        assert 0 <= less <= free + 0.04 * memory.arguments, phase.name
         seen.add(phase.name)
     assert seen == {"prefill", "refill", "decode", "score", "gradients, add", "apply"}
 

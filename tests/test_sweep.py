@@ -385,9 +385,13 @@ def test_killed_with_signal_9_and_started_again(finished, tmp_path):
     command = [sys.executable, "-m", "selm_jax", "sweep", str(file)]
     environment = os.environ | {"PYTHONPATH": os.getcwd()}
     watched = tmp_path / "sweep"
+
+    def is_there(name: str) -> bool:  # by os.walk, which takes it that folders come and go
+        return any(name in (*folders, *files) for _, folders, files in os.walk(watched))
+
     for stage in ("responses", "checkpoints", "alpha-10"):  # killed while this is being made
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-        while process.poll() is None and not list(watched.rglob(stage)):
+        while process.poll() is None and not is_there(stage):
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
         process.wait()

@@ -61,7 +61,7 @@ def person(browser):
         context = browser.new_context(viewport={"width": 1280, "height": 800}, **settings)
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(60_000)
         page.outside = []
         page.on("request", lambda r: page.outside.append(r.url))
         page.goto(served.url)

@@ -112,7 +112,7 @@ def test_the_study_compares_at_equal_queries():
     assert asked == {448}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("file", ["selm.yaml", "dpo.yaml"])
 def test_a_rehearsal_of_all_cells(file, tmp_path, monkeypatch):
     """Every setting runs to its end: tiny models, the files' own settings."""

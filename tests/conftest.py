@@ -23,11 +23,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 
 from selm_jax.models.config import DecoderConfig, LayerKind, Rope
 from selm_jax.models.decoder import Decoder, Params, abstract_params, logits
 from selm_jax.weights.sources import SourceError, _converted, cache_root, resolve
 from selm_jax.weights.wheels import WHEELS
+
+# No test fails because a machine is busy, and every run tries the same examples.
+settings.register_profile(
+    "tests", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("tests")
 
 TINY = DecoderConfig(
     vocab_size=96,

@@ -59,9 +59,8 @@ def write(runs: Sequence[Path], out: Path) -> None:
         partial.write_text(text, encoding="utf-8", newline="\n")
 
 
-def render(runs: Sequence[RunData]) -> str:
-    """The page as text."""
-    labels = unique_labels(runs)
+def templates() -> jinja2.Environment:
+    """The pages' templates: what is put in is escaped, and a name that is not there is an error."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -71,32 +70,42 @@ def render(runs: Sequence[RunData]) -> str:
         finalize=printable,
     )
     environment.filters.update(number=summary.number, percent=summary.percent)
+    return environment
+
+
+def render(runs: Sequence[RunData]) -> str:
+    """The page as text."""
+    labels = unique_labels(runs)
     script = (Path(__file__).parent / "page.js").read_text(encoding="utf-8")
     # The policy names our one script by its hash: no text of a run can become a script,
     # and nothing can be fetched, even if the escaping had a hole.
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     answers, left_out = answer_cards(runs, labels)
     several = len(runs) > 1
-    return environment.get_template("page.html.jinja").render(
-        title=f"Comparison of {len(runs)} runs" if several else labels[0],
-        several=several,
-        style=Markup(STYLE),
-        script=Markup(script),
-        policy="default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
-        f"script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'",
-        runs=[
-            _run_view(run, label, i)
-            for i, (run, label) in enumerate(zip(runs, labels, strict=True))
-        ],
-        comparisons=[
-            (label, summary.paired_difference(runs[0], run))
-            for run, label in list(zip(runs, labels, strict=True))[1:]
-        ],
-        sections=sections(runs, labels),
-        answers=answers,
-        left_out=left_out,
-        different_settings=summary.settings_differences([run.settings for run in runs]),
-        different_machines=summary.settings_differences([_machine(run) for run in runs]),
+    return (
+        templates()
+        .get_template("page.html.jinja")
+        .render(
+            title=f"Comparison of {len(runs)} runs" if several else labels[0],
+            several=several,
+            style=Markup(STYLE),
+            script=Markup(script),
+            policy="default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
+            f"script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'",
+            runs=[
+                _run_view(run, label, i)
+                for i, (run, label) in enumerate(zip(runs, labels, strict=True))
+            ],
+            comparisons=[
+                (label, summary.paired_difference(runs[0], run))
+                for run, label in list(zip(runs, labels, strict=True))[1:]
+            ],
+            sections=sections(runs, labels),
+            answers=answers,
+            left_out=left_out,
+            different_settings=summary.settings_differences([run.settings for run in runs]),
+            different_machines=summary.settings_differences([_machine(run) for run in runs]),
+        )
     )
 
 

@@ -7,13 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
 from markupsafe import Markup
 
 from selm_jax import artifacts
 from selm_jax.report import summary
 from selm_jax.report.curves import Legend, Plot, values_in_words
-from selm_jax.report.page import STYLE, printable
+from selm_jax.report.page import STYLE, templates
 from selm_jax.report.plots import Estimated, Series, estimates, lines, run_style, swatch
 
 
@@ -105,33 +104,28 @@ def write(
       failed: by run, why it could not be finished.
       shared: by stage, how often it was done and how often taken from another run.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=printable,
-    )
-    environment.filters.update(number=summary.number, percent=summary.percent)
     place = list(axes).index(axis)  # of the compared level among a row's
-    text = environment.get_template("sweep.html.jinja").render(
-        title=title,
-        about=about,
-        command=command,
-        style=Markup(STYLE),
-        policy="default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; "
-        "form-action 'none'",
-        axis=axis,
-        place=place,
-        against=against,
-        groups=list(_groups(rows, place, against)),
-        finished=sum(row.seeds for row in rows),
-        planned=sum(len(row.runs) for row in rows),
-        seeds=sorted({seed for row in rows for seed, *_ in row.runs}),
-        compared=sum(row.difference is not None for row in rows),
-        failed=failed,
-        shared=shared,
+    text = (
+        templates()
+        .get_template("sweep.html.jinja")
+        .render(
+            title=title,
+            about=about,
+            command=command,
+            style=Markup(STYLE),
+            policy="default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; "
+            "form-action 'none'",
+            axis=axis,
+            place=place,
+            against=against,
+            groups=list(_groups(rows, place, against)),
+            finished=sum(row.seeds for row in rows),
+            planned=sum(len(row.runs) for row in rows),
+            seeds=sorted({seed for row in rows for seed, *_ in row.runs}),
+            compared=sum(row.difference is not None for row in rows),
+            failed=failed,
+            shared=shared,
+        )
     )
     artifacts.write_text(out, text)
 

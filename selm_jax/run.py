@@ -18,7 +18,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
@@ -36,7 +35,14 @@ from selm_jax.objectives.build import build as build_objective
 from selm_jax.objectives.losses import Objective
 from selm_jax.parallel import multihost
 from selm_jax.parallel.mesh import compute_dtype, count_slices, decode_mesh, make_mesh
-from selm_jax.parallel.rules import PRESETS, Rules, check_preset, partition, shardings
+from selm_jax.parallel.rules import (
+    PRESETS,
+    Rules,
+    check_preset,
+    place_rows,
+    row_shardings,
+    shardings,
+)
 from selm_jax.preferences.packing import PreferenceBatch
 from selm_jax.progress import bar
 from selm_jax.rollout.engine import Engine, decoding_params, decoding_shardings
@@ -282,19 +288,11 @@ class Run:
 
     def place(self, batch: PreferenceBatch) -> PreferenceBatch:
         """Puts a batch on the devices, cut by rows; each process its own."""
-
-        def put(x, where):
-            x = np.asarray(x)
-            return jax.make_array_from_callback(x.shape, where, lambda cut: x[cut])
-
-        return jax.tree.map(put, batch, self.batch_shardings(batch))
+        return place_rows(batch, self.mesh, self.rules)
 
     def batch_shardings(self, batch: PreferenceBatch) -> PreferenceBatch:
         """Where a batch lies: cut by rows."""
-        axes = ("rows",) + (None,) * 8
-        return jax.tree.map(
-            lambda x: partition("batch", axes[: x.ndim], x.shape, self.mesh, self.rules), batch
-        )
+        return row_shardings(batch, self.mesh, self.rules)
 
     # The parts that compute
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from selm_jax.parallel.mesh import MeshError
@@ -112,11 +113,21 @@ def shardings(abstract: Any, mesh: Mesh, rules: Rules) -> Any:
     )
 
 
-def place_rows(batch: Any, mesh: Mesh, rules: Rules = TRAINING) -> Any:
-    """Puts every array of a batch on the devices, cut along its first axis, the rows."""
+def row_shardings(batch: Any, mesh: Mesh, rules: Rules = TRAINING) -> Any:
+    """Where every array of a batch lies: cut along its first axis, the rows."""
 
-    def put(x):
+    def of_array(x):
         axes = ("rows",) + (None,) * (x.ndim - 1)
-        return jax.device_put(x, partition("batch", axes, x.shape, mesh, rules))
+        return partition("batch", axes, x.shape, mesh, rules)
 
-    return jax.tree.map(put, batch)
+    return jax.tree.map(of_array, batch)
+
+
+def place_rows(batch: Any, mesh: Mesh, rules: Rules = TRAINING) -> Any:
+    """Puts a batch on the devices, cut by rows; each process its own."""
+
+    def put(x, where):
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, where, lambda cut: x[cut])
+
+    return jax.tree.map(put, batch, row_shardings(batch, mesh, rules))

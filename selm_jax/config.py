@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import field
@@ -20,6 +19,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
+
+from selm_jax.words import did_you_mean
 
 _STRICT = ConfigDict(extra="forbid")
 
@@ -380,9 +381,8 @@ def _explain(error: Mapping[str, Any]) -> str:
     kind = error["type"]
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
         known = [f.name for f in dataclasses.fields(_group(error["loc"][:-1]))]
-        near = difflib.get_close_matches(str(error["loc"][-1]), known, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
-        return f"{path}: unknown key; {hint}"
+        hint = did_you_mean(str(error["loc"][-1]), known)
+        return f"{path}: unknown key{hint} Known here: {', '.join(known)}."
     if kind in ("missing", "missing_argument"):
         return f"{path}: missing"
     return f"{path}: {error['msg']}, found {error['input']!r}"

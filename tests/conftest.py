@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -36,6 +36,11 @@ settings.register_profile(
 )
 settings.load_profile("tests")
 
+# Every compiled program holds mappings of memory, and Linux grants a process 65,530: beyond them
+# the compiler dies of a segmentation fault. One run of all tests compiles more than that.
+MAPPINGS = Path("/proc/self/maps")
+MANY_MAPPINGS = 20_000
+
 TINY = DecoderConfig(
     vocab_size=96,
     embed=32,
@@ -50,6 +55,20 @@ TINY = DecoderConfig(
     architecture="LlamaForCausalLM",
 )
 REAL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests of seconds spend them compiling: less is optimised there, a quarter is saved."""
+    if "not slow" in config.option.markexpr:  # before the first program: jax reads it then
+        os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs() -> Iterator[None]:
+    """After a module, lets go of all compiled programs if they hold many mappings of memory."""
+    yield
+    if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MANY_MAPPINGS:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

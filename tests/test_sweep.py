@@ -120,6 +120,7 @@ def first_iteration(folder: Path) -> dict[str, bytes]:
     return found
 
 
+@pytest.mark.slow
 def test_the_first_iterations_answers_are_generated_once_for_all_objectives(finished):
     _, drawn = finished
     train, heldout = 16 * 3, 8 * 2  # prompts, answers of each
@@ -130,6 +131,7 @@ def test_the_first_iterations_answers_are_generated_once_for_all_objectives(fini
     assert len(drawn) == 3 * len(SEEDS)
 
 
+@pytest.mark.slow
 def test_ranks_and_reference_scores_are_shared_and_training_is_not(finished):
     done, _ = finished
     shared = Counter()
@@ -144,6 +146,7 @@ def test_ranks_and_reference_scores_are_shared_and_training_is_not(finished):
     assert shared["train", False] == 2 * RUNS
 
 
+@pytest.mark.slow
 def test_a_shared_run_is_what_it_would_have_been_alone(finished, tmp_path):
     done, _ = finished
     member = done.members[1]  # alpha 10, seed 1: it came after another
@@ -158,6 +161,7 @@ def test_a_shared_run_is_what_it_would_have_been_alone(finished, tmp_path):
     assert shared.read_bytes() == (tmp_path / "run" / weights).read_bytes()
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_not_done_again(finished, tmp_path, monkeypatch):
     done, _ = finished
     page = (done.folder / "report.html").read_bytes()
@@ -168,6 +172,7 @@ def test_what_is_finished_is_not_done_again(finished, tmp_path, monkeypatch):
     assert page == write(done).read_bytes()
 
 
+@pytest.mark.slow
 def test_the_table_holds_means_and_paired_differences_over_seeds_and_prompts(finished):
     done, _ = finished
     scores, trained = (
@@ -207,6 +212,7 @@ def test_the_table_holds_means_and_paired_differences_over_seeds_and_prompts(fin
     assert lines[0]["difference_mean"] == ""
 
 
+@pytest.mark.slow
 def test_the_page_names_every_cell_and_links_every_run(finished):
     done, _ = finished
     text = (done.folder / "report.html").read_text()
@@ -218,6 +224,7 @@ def test_the_page_names_every_cell_and_links_every_run(finished):
     assert text.count('<svg class="plot"') == 3
 
 
+@pytest.mark.slow
 def test_the_papers_figures_of_its_runs(finished, tmp_path):
     done, _ = finished
     runs = [Run(member.experiment, QUIET) for member in done.members[: len(GRID["method"])]]
@@ -255,6 +262,7 @@ def test_the_papers_figures_of_its_runs(finished, tmp_path):
             assert float(row["reward"]) == pytest.approx(reward, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_figures_need_pairs_that_all_runs_were_asked_about(finished, tmp_path):
     done, _ = finished
     (one, *_, other) = done.members  # dpo with one seed, alpha 10 with the other
@@ -281,6 +289,7 @@ class Stop(Exception):
     """Not ours, so the sweep ends where it is."""
 
 
+@pytest.mark.slow
 def test_a_sweep_that_was_stopped_goes_on_to_the_same_bytes(finished, tmp_path, monkeypatch):
     done, _ = finished
     file = sweep_file(tmp_path, seeds=[SEEDS[0]], set=ONE)
@@ -303,6 +312,7 @@ def test_a_sweep_that_was_stopped_goes_on_to_the_same_bytes(finished, tmp_path, 
     assert len(mine) == CELLS * (1 + 2 + 3 + 2)
 
 
+@pytest.mark.slow
 def test_failures_are_named_and_only_like_is_compared_with_like(tmp_path):
     """One run cannot be trained; of the others one has another ranker."""
     grid = {

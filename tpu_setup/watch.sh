@@ -64,7 +64,8 @@ look() { # a slice that is ACTIVE
     on 0 tail -n 30 "selm-logs/${RUN//\//-}.log" >&2 || true
     die "$RUN failed ($summary); the end of its log is above. $costs"
   elif ((alive)); then
-    launched=yes failed=0
+    # One that failed before this watch began, and is still copied, is waited for and started anew.
+    ((bad)) || launched=yes failed=0
   elif ! grep -Eqvx 'exit 0' <<<"$statuses"; then
     finish
   else # new, or told to stop, or restarted, or failed before this watch began

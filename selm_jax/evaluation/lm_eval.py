@@ -23,11 +23,11 @@ from selm_jax import artifacts
 from selm_jax.evaluation import EvaluationError
 from selm_jax.evaluation.cost import Cost, show
 from selm_jax.evaluation.model import Ids, Model
-from selm_jax.feedback.ranker import did_you_mean
 from selm_jax.preferences.examples import Example
 from selm_jax.progress import bar
 from selm_jax.rollout.sampling import Sampling
 from selm_jax.text.conversations import Message
+from selm_jax.words import did_you_mean
 
 try:
     from lm_eval import simple_evaluate

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from selm_jax.feedback.ranker import FeedbackError, did_you_mean
+from selm_jax.feedback.ranker import FeedbackError
 from selm_jax.parallel.rules import TRAINING, partition
+from selm_jax.words import did_you_mean
 
 DTYPES = ("auto", "float32", "bfloat16")
 

@@ -38,8 +38,9 @@ from selm_jax.feedback.judge_prompts import (
     read_verdict,
     weighted_preference,
 )
-from selm_jax.feedback.ranker import Question, check_questions, check_scores, did_you_mean
+from selm_jax.feedback.ranker import Question, check_questions, check_scores
 from selm_jax.weights.sources import cache_root
+from selm_jax.words import did_you_mean
 
 T = TypeVar("T")
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from selm_jax.feedback.judge_answer import Completion
 from selm_jax.feedback.judge_budget import JudgeError
-from selm_jax.feedback.ranker import did_you_mean
+from selm_jax.words import did_you_mean
 
 PAIRWISE = """\
 <|im_start|>system

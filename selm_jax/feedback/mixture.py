@@ -28,10 +28,10 @@ from selm_jax.feedback.ranker import (
     Ranker,
     build,
     check_scores,
-    did_you_mean,
     is_relative,
     reported,
 )
+from selm_jax.words import did_you_mean
 
 Scores = Float64[np.ndarray, " candidates"]
 

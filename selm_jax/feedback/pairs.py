@@ -15,7 +15,8 @@ from typing import TypeAlias
 import numpy as np
 from jaxtyping import Int, Real
 
-from selm_jax.feedback.ranker import FeedbackError, did_you_mean
+from selm_jax.feedback.ranker import FeedbackError
+from selm_jax.words import did_you_mean
 
 SOURCES = ("greedy", "sample", "chosen", "rejected")
 FINISHES = ("stop", "length", "dataset")

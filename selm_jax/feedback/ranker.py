@@ -6,7 +6,6 @@ the number belongs to the ranker: only comparisons within one prompt are used fo
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +14,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float64
+
+from selm_jax.words import did_you_mean
 
 # Name -> where its builder stands. Strings, so that building one ranker imports that ranker's
 # libraries and no other's.
@@ -136,13 +137,6 @@ def _check_settings(
             raise FeedbackError(
                 f"ranker {name!r}: the setting {key!r} is missing and has no default."
             )
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The nearest of `known`, as `"; did you mean 'x'?"`, or `"."` when nothing is near."""
-    lowered = {each.lower(): each for each in known}
-    near = difflib.get_close_matches(word.lower(), lowered, n=1, cutoff=0.5)
-    return f"; did you mean {lowered[near[0]]!r}?" if near else "."
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -19,8 +19,8 @@ from selm_jax.feedback.ranker import (
     Question,
     check_questions,
     check_scores,
-    did_you_mean,
 )
+from selm_jax.words import did_you_mean
 
 _FLAGS = {
     "a": re.ASCII,

@@ -32,10 +32,10 @@ from selm_jax.feedback.ranker import (
     Question,
     check_questions,
     check_scores,
-    did_you_mean,
     finite_number,
     row_values,
 )
+from selm_jax.words import did_you_mean
 
 _START_SECONDS = 120.0  # for a process to start and import; no call's limit, but a limit
 _TIMEOUT = 60.0

@@ -1,9 +1,8 @@
 """From an experiment file to an objective: names, sums of names, functions of yours."""
 
-import difflib
 import importlib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, cast
 
 from selm_jax.objectives.losses import (
@@ -24,6 +23,7 @@ from selm_jax.objectives.losses import (
     weighted_optimism,
     xpo,
 )
+from selm_jax.words import did_you_mean
 
 TABLE: dict[str, Callable[..., Objective]] = {
     f.__name__: f for f in (dpo, cdpo, robust, ipo, hinge, simpo, sft, selm, xpo, bradley_terry)
@@ -52,8 +52,8 @@ def build(name: str, **settings: object) -> Objective:
     known = list(dict.fromkeys(key for keys in parameters.values() for key in keys))
     if unknown := [key for key in settings if key not in known]:
         raise ObjectiveError(
-            f"objective {name} has no setting {unknown[0]!r}{_nearest(unknown[0], known)}; "
-            f"it has: {', '.join(known) or 'none'}"
+            f"objective {name} has no setting {unknown[0]!r}{did_you_mean(unknown[0], known)} "
+            f"It has: {', '.join(known) or 'none'}"
         )
     parts: list[Objective] = []
     for term, factory in factories.items():
@@ -75,7 +75,7 @@ def _factory(term: str) -> Callable[..., Any]:
     module_name, colon, function_name = term.partition(":")
     if not colon or not all(map(str.isidentifier, module_name.split("."))):
         raise ObjectiveError(
-            f"unknown objective {term!r}{_nearest(term, TABLE)}; known: {', '.join(TABLE)}; "
+            f"unknown objective {term!r}{did_you_mean(term, TABLE)} Known: {', '.join(TABLE)}; "
             "sums like 'ipo+optimism'; a function of yours as 'package.module:function'"
         )
     try:
@@ -87,11 +87,6 @@ def _factory(term: str) -> Callable[..., Any]:
         raise ObjectiveError(message) from error
     function: Any = getattr(module, function_name, None)
     if not callable(function):
-        near = _nearest(function_name, vars(module))
-        raise ObjectiveError(f"objective {term!r}: {module_name} has no such function{near}")
+        hint = did_you_mean(function_name, vars(module))
+        raise ObjectiveError(f"objective {term!r}: {module_name} has no such function{hint}")
     return function
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""

@@ -9,7 +9,6 @@ Numbers are per *device*, as jax counts them: a chip, but half a chip of TPU7x, 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib.util
 import os
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from typing import Any
 import jax
 
 from selm_jax.bench.clock import PEAKS
+from selm_jax.words import did_you_mean
 
 GIB = 2**30
 
@@ -124,12 +124,10 @@ def target(name: str, hbm: float | None = None) -> Target:
 def _look_up(name: str) -> tuple[Generation, str]:
     kind, _, shape = name.partition(":")
     if kind not in GENERATIONS:
-        near = difflib.get_close_matches(kind, GENERATIONS, 1, 0.3)
-        hint = f"; did you mean {near[0]}?" if near else ""
         known = "\n  ".join(f"{k}: {', '.join(g.shapes)}" for k, g in GENERATIONS.items())
         raise TopologyError(
-            f"topology {name!r}: no TPU is called {kind!r}{hint} Known, as GENERATION:SHAPE:\n  "
-            f"{known}"
+            f"topology {name!r}: no TPU is called {kind!r}{did_you_mean(kind, GENERATIONS)} "
+            f"Known, as GENERATION:SHAPE:\n  {known}"
         )
     generation = GENERATIONS[kind]
     if shape not in generation.shapes:

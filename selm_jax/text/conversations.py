@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from selm_jax.text.tables import BadRow, DataError, Row
+from selm_jax.words import did_you_mean
 
 ROLES = ("system", "user", "assistant")
 
@@ -73,10 +73,9 @@ def choose_columns(
 
     def need(name: str) -> str:
         if name not in there:
-            near = difflib.get_close_matches(name, there, n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else "Name the right one."
             raise DataError(
-                f"{source}: missing column {name!r}. The columns are: {', '.join(there)}. {hint}"
+                f"{source}: missing column {name!r}{did_you_mean(name, there)} The columns are: "
+                f"{', '.join(there)}."
             )
         return name
 

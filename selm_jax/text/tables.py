@@ -7,7 +7,6 @@ Paths may lie in a bucket (`gs://...`, through etils.epath). A split is read who
 from __future__ import annotations
 
 import csv
-import difflib
 import io
 import json
 import re
@@ -17,6 +16,8 @@ from typing import Any, NamedTuple, NoReturn
 import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
+
+from selm_jax.words import did_you_mean
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 _SHARD = re.compile(r"(?P<split>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})")
@@ -74,11 +75,9 @@ def read(path: epath.Path, split: str | None) -> Iterator[Row]:
 def _raise_missing(path: epath.Path) -> NoReturn:
     parent = path.parent
     names = sorted(p.name for p in parent.iterdir()) if parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, names, n=1)
-    hint = f" Did you mean {str(parent / near[0])!r}?" if near else ""
     raise DataError(
-        f"{path}: no such file or folder.{hint} Give a {', '.join(SUFFIXES)} file, a folder of "
-        "them, or a Hub dataset id written owner/name."
+        f"{path}: no such file or folder{did_you_mean(path.name, names)} Give a "
+        f"{', '.join(SUFFIXES)} file, a folder of them, or a Hub dataset id written owner/name."
     )
 
 
@@ -99,9 +98,8 @@ def _split_of(folder: epath.Path, split: str | None) -> list[epath.Path]:
         raise DataError(f"{folder} has several splits: {there}. Say which one to read.")
     name = next(iter(splits)) if split is None else split
     if name not in splits:
-        near = difflib.get_close_matches(name, splits, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise DataError(f"{folder}: no split {name!r}. The splits are: {there}.{hint}")
+        hint = did_you_mean(name, splits)
+        raise DataError(f"{folder}: no split {name!r}{hint} The splits are: {there}.")
     shards = sorted(splits[name])
     count = shards[0][1]
     if [(i, n) for i, n, _ in shards] != [(i, count) for i in range(count)]:

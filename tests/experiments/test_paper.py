@@ -169,6 +169,7 @@ def test_rows_are_cut_evenly_over_the_chips_they_are_meant_for(name, chips):
     assert e.rollout.slots % copies == e.rollout.prefill_rows % copies == 0
 
 
+@pytest.mark.slow
 def test_the_warm_start_runs_tiny_from_the_command_line(tmp_path, monkeypatch):
     monkeypatch.setattr("selm_jax.cli._set_up_jax", lambda: None)  # it is for the whole process
     name = "zephyr_7b/warm_start"

@@ -102,9 +102,8 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [n if n == "mixture" else pytest.param(n, marks=pytest.mark.slow) for n in RULES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RULES)
 def test_rules(tmp_path, name):
     counts, rows, asked = quickstart(tmp_path, RULES[name])
     assert counts["prompts"] == counts["scored"] == asked["asked"] > 0

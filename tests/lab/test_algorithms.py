@@ -232,6 +232,6 @@ def test_replaced_data_forget(small):
     seen = jax.jit(lambda: algorithms.run(jax.random.key(0), w, once, Settings(), length))()
     kept = replace(once, kept=True)
     other = jax.jit(lambda: algorithms.run(jax.random.key(0), w, kept, Settings(), length))()
-    np.testing.assert_array_equal(seen.regret[0], other.regret[0])
+    np.testing.assert_allclose(seen.regret[0], other.regret[0], rtol=1e-5)
     assert seen.regret[2] != other.regret[2]
     assert exact.regret(w, w.log_reference) > 0

@@ -17,6 +17,7 @@ from selm_jax.models.config import (
     Llama3,
     LongRope,
     Rope,
+    ScalarHead,
     UnsupportedModel,
 )
 from selm_jax.models.decoder import (
@@ -268,6 +269,7 @@ CHANGES = {
     "query_scale": ({}, {"query_scale": 1.0}),
     "attention_cap": ({}, {"attention_cap": 0.5}),
     "logit_cap": ({}, {"logit_cap": 1.0}),
+    "head": ({}, {"head": ScalarHead()}),
 }  # fmt: skip
 
 

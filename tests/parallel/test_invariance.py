@@ -24,6 +24,7 @@ SHAPES = {
     "8 devices, all axes": (8, 1, (*EIGHT, "compute.data=2", "compute.tensor=2")),
     "2 x 4 devices, fsdp": (4, 2, (*EIGHT, "compute.decode_tensor=2")),
 }  # fmt: skip
+LORA = "lora={rank: 2, alpha: 4, dropout: 0.1, targets: q_proj|down_proj}"
 
 
 def results(folder: Path):
@@ -45,17 +46,20 @@ def go(tmp_path_factory):
     folder = tmp_path_factory.mktemp("invariance")
     # Adam's first steps are +-rate wherever there is a gradient at all, so that one of 1e-12 and its
     # rounding move a weight by the whole rate. Above eps a step is as exact as its gradient.
+    # Eight examples of a batch fill about four rows: that many microbatches where rows is 1.
     file = tiny.experiment(
-        folder, output="run", training__rows=2, training__eps=1e-3,
+        folder, output="run", training__rows=2, training__eps=1e-3, training__global_batch=8,
         training__learning_rate=[1e-2, 1e-2],
     )  # fmt: skip
 
-    def run(name):
+    def run(name, *more):
         devices, processes, settings = SHAPES[name]
-        where = folder / name.replace(" ", "_")
+        label = "_".join([name, *(each.partition("=")[0] for each in more)])
+        where = folder / label.replace(" ", "_")
         selm = forked.Selm(
-            ["run", file, *settings], folder=where, cache=folder / f"cache-{devices}-{processes}",
-            devices=devices, processes=processes, log=folder / f"{name}.log",
+            ["run", file, *settings, *more], folder=where,
+            cache=folder / f"cache-{devices}-{processes}",
+            devices=devices, processes=processes, log=folder / f"{label}.log",
         )  # fmt: skip
         assert selm.wait(900) == [0] * processes, selm.output()
         return results(where / "run")
@@ -72,18 +76,29 @@ def plain(go):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(SHAPES)[1:])
 def test_the_same_whatever_it_runs_on(name, go, plain, tried):
-    responses, losses, weights, parts = plain
-    others, losses_there, weights_there, parts_there = go(name)
+    tried(f"{name}: {compare(plain, go(name))}")
+
+
+@pytest.mark.slow
+def test_adapters_are_the_same_on_several_processes(go, tried):
+    name = "2 x 4 devices, fsdp"
+    tried(f"{name}, adapters: {compare(go('1 device', LORA), go(name, LORA))}")
+
+
+def compare(here, there) -> str:
+    """Holds two runs against each other; says by how much they differ."""
+    responses, losses, weights, parts = here
+    others, losses_there, weights_there, parts_there = there
     assert parts_there == parts and others == responses
     assert len(losses) == len(losses_there) > 4 and weights.keys() == weights_there.keys()
     worst_loss = np.max(np.abs(losses_there - losses) / losses)
     worst = max(np.abs(weights_there[k] - x).max() for k, x in weights.items())
     moved = max(np.abs(weights[f"2{k[1:]}"] - x).max() for k, x in weights.items() if k[0] == "1")
-    tokens = sum(len(r["token_ids"]) for r in responses)
-    tried(
-        f"{name}: {tokens:,} tokens the same; largest differences: loss {worst_loss:.1e} of it, "
-        f"weights {worst:.1e} (an iteration moves them by up to {moved:.1e})"
-    )
     assert moved > 1e-4
     assert worst_loss < 1e-5
     assert worst < 1e-6
+    tokens = sum(len(r["token_ids"]) for r in responses)
+    return (
+        f"{tokens:,} tokens the same; largest differences: loss {worst_loss:.1e} of it, weights "
+        f"{worst:.1e} (an iteration moves them by up to {moved:.1e})"
+    )

@@ -39,6 +39,7 @@ def fixed(tmp_path_factory):
     return go(file, "training.reference_policy=start", "feedback.explore=all")
 
 
+@pytest.mark.slow
 def test_all_of_the_policys_answers_explore(fixed):
     ranked = pq.read_table(fixed.iteration(1) / "ranked.parquet").to_pylist()
     drawn: dict[str, list[tuple[int, ...]]] = {}
@@ -52,6 +53,7 @@ def test_all_of_the_policys_answers_explore(fixed):
         assert e.responses[e.roles["explore"]] == drawn[e.prompt_id][0]
 
 
+@pytest.mark.slow
 def test_a_fixed_reference_is_the_start_model_in_every_iteration(fixed):
     params = fixed.load(fixed.policy(0))
     for t in (1, 2):
@@ -64,6 +66,7 @@ def test_a_fixed_reference_is_the_start_model_in_every_iteration(fixed):
     assert first[2]["loss"] != pytest.approx(math.log(2), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_live_fixed_reference_gives_the_same_numbers(fixed, tmp_path):
     live = go(
         fixed.folder / "config.yaml", f"output={tmp_path / 'live'}", "training.reference=live"
@@ -74,6 +77,7 @@ def test_a_live_fixed_reference_gives_the_same_numbers(fixed, tmp_path):
         assert a["optimism/reward"] == pytest.approx(b["optimism/reward"], rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_stepwise_dpo_moves_the_reference_and_keeps_the_data(tmp_path):
     file = tiny.experiment(tmp_path)
     rows = [

@@ -151,6 +151,7 @@ def test_no_network_and_no_cached_weights(base, tmp_path):
     assert nothing_of(tmp_path / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "stage", ["responses", "ranked.parquet", "examples.parquet", "final", "model"]
 )
@@ -185,6 +186,7 @@ def test_a_second_process_is_refused(base, capsys, monkeypatch, tmp_path):
     assert "another process" in message and str(out) in message
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_130_and_a_run_that_goes_on(base, tmp_path):
     out = tmp_path / "run"
     arguments = ["run", str(base / "experiment.yaml"), f"output={out}", "iterations=1",

@@ -98,6 +98,7 @@ def test_a_finished_run_does_nothing_again(finished, monkeypatch):
     assert before == {p: p.stat().st_mtime_ns for p in run.folder.rglob("*.parquet")}
 
 
+@pytest.mark.slow
 def test_iterative_dpo_differs_by_settings_only_and_equals_selm_at_alpha_0(finished, tmp_path):
     _, folder = finished
     runs = []
@@ -137,6 +138,7 @@ def test_a_live_reference_gives_the_same_policy(finished, tmp_path):
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["full", "nf4"])
 def test_adapters_are_trained_exported_and_started_anew(base, finished, tmp_path):
     """The base alone is the reference: each iteration starts at log 2, from the merged model."""
@@ -169,6 +171,7 @@ def test_adapters_are_trained_exported_and_started_anew(base, finished, tmp_path
         assert set(outputs) == {"model", "adapter"}
 
 
+@pytest.mark.slow
 def test_a_base_model_is_taught_the_data_sets_answers(finished, tmp_path):
     """loss: sft on conversations: prompts masked, nothing generated, ranked or scored."""
     _, folder = finished

@@ -54,6 +54,7 @@ def test_watch_takes_an_empty_project_to_a_finished_run(cloud):
     no_secret_was_told(cloud, done.stdout)
 
 
+@pytest.mark.slow
 def test_watch_goes_on_through_two_preemptions(cloud):
     cloud.play(lives=[3, 6])
     done = cloud.script("watch", EXPERIMENT)
@@ -69,6 +70,7 @@ def test_watch_goes_on_through_two_preemptions(cloud):
     no_secret_was_told(cloud, done.stdout)
 
 
+@pytest.mark.slow
 def test_watch_deletes_the_slice_at_the_end_if_it_is_named(cloud):
     refused = cloud.script("watch", "--delete-when-done", "other", EXPERIMENT)
     assert refused.returncode == 1 and cloud.calls == []
@@ -104,6 +106,7 @@ def test_the_steps_one_by_one(cloud):
     no_secret_was_told(cloud, installed.stdout, started.stdout, again.stdout, watched.stdout)
 
 
+@pytest.mark.slow
 def test_finished_runs_that_another_starts_from_come_along(cloud):
     warm = cloud.root / "buckets/my-bucket/selm/runs/paper/zephyr_7b/warm_start"
     (warm / "b/iteration_1/model").mkdir(parents=True)
@@ -129,6 +132,7 @@ def test_a_refused_quota_is_told_and_asked_for_once(cloud, script):
     assert cloud.verbs() == ["create"]
 
 
+@pytest.mark.slow
 def test_a_service_that_is_away_for_a_moment_is_asked_again(cloud):
     cloud.play(create=["unavailable", "unavailable", "ok"])
     done = cloud.script("watch", EXPERIMENT)
@@ -159,6 +163,7 @@ def test_a_worker_whose_installation_fails_is_named(cloud):
     assert cloud.verbs() == ["create"] and "delete.sh removes it" in done.stdout
 
 
+@pytest.mark.slow
 def test_an_installation_that_fails_once_is_tried_again(cloud):
     cloud.play(fails={0: 1})
     done = cloud.script("watch", EXPERIMENT)
@@ -166,6 +171,7 @@ def test_an_installation_that_fails_once_is_tried_again(cloud):
     assert cloud.copied()["iteration_1/stage.json"] == '{"steps": 8}\n'
 
 
+@pytest.mark.slow
 def test_ssh_that_does_not_answer_at_first_is_waited_for(cloud):
     cloud.play(deaf=3)
     done = cloud.script("watch", EXPERIMENT)
@@ -183,6 +189,7 @@ def test_a_run_that_fails_ends_the_watch_with_its_log(cloud):
     assert cloud.verbs() == ["create"]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_told_to_stop_is_started_again(cloud):
     done = cloud.script("watch", EXPERIMENT, "stop=once")
     assert done.returncode == 0, done.stdout
@@ -198,6 +205,7 @@ def test_a_bucket_that_cannot_be_written_stops_the_launch_before_it_costs(cloud)
     assert not list(cloud.root.glob("worker-*/selm.log"))
 
 
+@pytest.mark.slow
 def test_a_copy_that_broke_off_is_never_restored(cloud):
     """The machine is lost while folder b is written: `latest` still names a, which is whole."""
     (cloud.bucket / "a/iteration_1").mkdir(parents=True)
@@ -274,6 +282,7 @@ def test_odd_experiments_are_refused_before_gcloud_is_called(cloud, script, argu
     assert cloud.calls == []
 
 
+@pytest.mark.slow
 def test_an_override_reaches_selm_as_it_was_written(cloud):
     odd = "objective={loss: dpo, beta: 0.1} $(touch hacked); `touch hacked` 'x' \"y\" *"
     done = cloud.script("watch", EXPERIMENT, odd)
@@ -282,6 +291,7 @@ def test_an_override_reaches_selm_as_it_was_written(cloud):
     assert not list(cloud.root.rglob("hacked"))
 
 
+@pytest.mark.slow
 def test_tokens_reach_the_run_and_nothing_else(cloud):
     done = cloud.script("watch", EXPERIMENT, trace=True)
     assert done.returncode == 0, done.stdout
@@ -309,6 +319,7 @@ def test_tokens_lie_with_their_owner_alone(cloud):
     assert stat.S_IMODE((home / ".selm/secrets").stat().st_mode) == 0o600
 
 
+@pytest.mark.slow
 def test_without_tokens_none_are_sent(cloud):
     done = cloud.script("watch", EXPERIMENT, secrets=False)
     assert done.returncode == 0, done.stdout

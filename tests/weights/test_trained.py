@@ -24,6 +24,7 @@ from selm_jax.weights.huggingface import load
 
 FAMILIES = Path(__file__).parents[1] / "golden" / "families"
 TIME = 120
+QUICK = ("gemma-3", "llama-3.1", "phi-3-128k")  # the others are slow tests
 
 
 def trained(name: str):
@@ -48,7 +49,13 @@ def trained(name: str):
     return config, state.params
 
 
-@pytest.mark.parametrize("name", sorted(p.name for p in FAMILIES.iterdir() if p.is_dir()))
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+        for name in sorted(p.name for p in FAMILIES.iterdir() if p.is_dir())
+    ],
+)
 def test_transformers_loads_a_trained_policy_and_gives_our_logits(
     name, all_logits, parity, tmp_path
 ):

@@ -1,0 +1,16 @@
+"""The words of error messages."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The nearest of `known`, as `"; did you mean 'x'?"`, or `"."` when nothing is near.
+
+    Case does not count.
+    """
+    lowered = {each.lower(): each for each in known}
+    near = difflib.get_close_matches(word.lower(), lowered, n=1, cutoff=0.5)
+    return f"; did you mean {lowered[near[0]]!r}?" if near else "."

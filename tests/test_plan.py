@@ -267,6 +267,7 @@ TAUGHT = [
 ]
 
 
+@pytest.mark.slow
 def test_too_little_memory_and_what_was_found_to_help(tiny_one):
     load, read = tiny_one
     wide = [*TAUGHT, "training.rows=64"]

@@ -120,6 +120,7 @@ def test_iterative_dpo_differs_by_settings_only_and_equals_selm_at_alpha_0(finis
     assert a == b
 
 
+@pytest.mark.slow
 def test_a_live_reference_gives_the_same_policy(finished, tmp_path):
     run, folder = finished
     live = go(

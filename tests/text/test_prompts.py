@@ -261,7 +261,7 @@ def test_nothing_left_is_an_error_even_when_dropping(tmp_path):
 
 def test_missing_columns_name_those_there_and_the_nearest(tmp_path):
     file = write(tmp_path / "x.jsonl", [{"promt": "x", "id": 1}])
-    with pytest.raises(DataError, match=r"'prompt'. The columns are: promt, id. .* 'promt'\?"):
+    with pytest.raises(DataError, match=r"'prompt'; .* 'promt'\? The columns are: promt, id\."):
         load_prompts(file, on_bad_row="drop")
     with pytest.raises(DataError, match=r"missing column 'key'"):
         load_prompts(file, prompt="promt", prompt_id="key")
@@ -356,7 +356,7 @@ def test_splits_of_a_folder(tmp_path):
     assert len(load_prompts(str(tmp_path), split="test")) == 1
     with pytest.raises(DataError, match="several splits: test, train"):
         load_prompts(str(tmp_path))
-    with pytest.raises(DataError, match=r"no split 'trian'.*test, train.*'train'\?"):
+    with pytest.raises(DataError, match=r"no split 'trian'; .* 'train'\?.*test, train"):
         load_prompts(str(tmp_path), split="trian")
     with pytest.raises(DataError, match="is one file"):
         load_prompts(str(tmp_path / "test.jsonl"), split="test")

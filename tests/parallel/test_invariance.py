@@ -46,9 +46,9 @@ def go(tmp_path_factory):
     folder = tmp_path_factory.mktemp("invariance")
     # Adam's first steps are +-rate wherever there is a gradient at all, so that one of 1e-12 and its
     # rounding move a weight by the whole rate. Above eps a step is as exact as its gradient.
-    # Eight examples of a batch fill about four rows: that many microbatches where rows is 1.
+    # Rows that hold one example: the four of a batch are 4, 2 or 1 microbatches.
     file = tiny.experiment(
-        folder, output="run", training__rows=2, training__eps=1e-3, training__global_batch=8,
+        folder, output="run", training__rows=2, training__eps=1e-3, training__row_length=80,
         training__learning_rate=[1e-2, 1e-2],
     )  # fmt: skip
 

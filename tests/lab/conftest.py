@@ -8,22 +8,6 @@ from selm_jax.lab.worlds import WorldShape, make_world
 MADE = jax.jit(make_world, static_argnums=(1, 2))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quickly_compiled():
-    """Small programs run once: compiling them well would take most of these tests' time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture
-def compiled_well():
-    """As outside of tests."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
-
-
 @pytest.fixture
 def double():
     with jax.enable_x64(True):

@@ -89,7 +89,7 @@ def test_dpo_with_endless_data_finds_the_optimum_at_any_known_temperature():
 
 
 @pytest.mark.slow  # with the compiler's settings that the figures are made with
-def test_equal_arguments_give_equal_bits_whatever_stands_beside(compiled_well):
+def test_equal_arguments_give_equal_bits_whatever_stands_beside():
     cell, other = {"alpha": 0.1}, {"alpha": 1.0, "temperature": 0.5}
     once = run_many(SHAPE, ZOO["selm_fixed"], SHORT, [cell], seeds=4)
     again = run_many(SHAPE, ZOO["selm_fixed"], SHORT, [other, cell, other], seeds=4)

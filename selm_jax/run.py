@@ -481,14 +481,15 @@ class Run:
             )
 
     def open(self) -> None:
-        """Writes config.yaml and manifest.json."""
-        if not multihost.is_first():
-            return
-        artifacts.write_text(self.folder / "config.yaml", dump(self.experiment))
+        """The first process writes config.yaml and manifest.json."""
+        if multihost.is_first():
+            artifacts.write_text(self.folder / "config.yaml", dump(self.experiment))
         self.write_manifest()
 
     def write_manifest(self) -> None:
-        """What computed this run, and what its ranker was asked so far."""
+        """What computed this run, and what its ranker was asked so far; the first process writes."""
+        if not multihost.is_first():
+            return
         file = self.folder / "manifest.json"
         manifest = json.loads(file.read_text()) if file.exists() else {}
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

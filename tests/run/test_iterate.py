@@ -14,6 +14,7 @@ from rich.console import Console
 from selm_jax import cli, config
 from selm_jax.artifacts import ArtifactError
 from selm_jax.iterate import iterate, run_stage
+from selm_jax.parallel import multihost
 from selm_jax.preferences.examples import from_parquet
 from selm_jax.run import Run, RunError
 from selm_jax.stages.score import logps_of
@@ -53,6 +54,14 @@ def test_a_run_tells_its_whole_story(finished):
         assert stages["generate"]["counts"]["responses"] == 16 * 3
         assert not (folder / "checkpoints").exists()
     assert not list(run.folder.rglob("*.partial"))
+
+
+def test_other_processes_than_the_first_write_neither_settings_nor_manifest(tmp_path, monkeypatch):
+    run = Run(config.load(tiny.experiment(tmp_path)), QUIET)
+    monkeypatch.setattr(multihost, "is_first", lambda: False)
+    run.open()
+    run.write_manifest()
+    assert not list(run.folder.rglob("*"))
 
 
 def test_the_first_update_of_each_iteration_costs_log_2(finished):

@@ -19,6 +19,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+
+class ReportError(ValueError):
+    """What runs have left cannot be shown, or not together. The message says what and why."""
+
+
 STAGES = ("generate", "rank", "score", "train", "export", "evaluate")
 """The stages of one iteration in the order they run. Iteration 0 has only the last."""
 
@@ -128,7 +133,7 @@ def report_data(run: Path) -> RunData:
     Raises:
       FileNotFoundError: the folder, `config.yaml` or `manifest.json` is missing, or a held-out
         table is missing although `stage.json` says that the stage which writes it is done.
-      ValueError: a file is there but does not hold what it should; names file, line and key.
+      ReportError: a file is there but does not hold what it should; names file, line and key.
     """
     run = Path(run)
     if not run.is_dir():
@@ -263,10 +268,10 @@ def _answers(iteration: int, folder: Path, claimed: bool) -> tuple[Answer, ...]:
     try:
         table = pq.read_table(path)
     except pa.ArrowInvalid as error:
-        raise ValueError(f"{path} cannot be read as parquet: {error}") from error
+        raise ReportError(f"{path} cannot be read as parquet: {error}") from error
     missing = [name for name in _ANSWER_COLUMNS if name not in table.column_names]
     if missing:
-        raise ValueError(
+        raise ReportError(
             f"{path} has no column {', '.join(missing)}; found {', '.join(table.column_names)}"
         )
     unscored = table["score"].null_count == table.num_rows  # people only compare
@@ -276,10 +281,10 @@ def _answers(iteration: int, folder: Path, claimed: bool) -> tuple[Answer, ...]:
             values["score"] = math.nan
         for name, wanted in _ANSWER_COLUMNS.items():
             if values[name] is None:
-                raise ValueError(f"{path}, row {row}: {name} is empty, expected a value")
+                raise ReportError(f"{path}, row {row}: {name} is empty, expected a value")
             values[name] = wanted(values[name])
         if values["kind"] not in KINDS:
-            raise ValueError(f"{path}, row {row}: kind is {values['kind']!r}, expected {KINDS}")
+            raise ReportError(f"{path}, row {row}: kind is {values['kind']!r}, expected {KINDS}")
         answers.append(Answer(iteration=iteration, **values))
     return tuple(answers)
 
@@ -344,7 +349,7 @@ def _metric_lines(path: Path, notes: list[str]) -> Iterator[tuple[str, dict[str,
             if number == len(lines):  # no newline behind it: the run is writing it right now
                 notes.append(f"The last line of metrics.jsonl (line {number}) is half written.")
                 return
-            raise ValueError(f"{where} is not JSON: {error}") from error
+            raise ReportError(f"{where} is not JSON: {error}") from error
         yield where, _mapping(line, path, f"line {number}")
 
 
@@ -352,14 +357,14 @@ def _yaml(path: Path, text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
+        raise ReportError(f"{path} is not YAML: {error}") from error
 
 
 def _json_file(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        raise ReportError(f"{path} is not JSON: {error}") from error
 
 
 def _mapping(value: Any, path: Path, key: str = "") -> dict[str, Any]:
@@ -375,7 +380,7 @@ def _number(value: Any, path: Path, key: str) -> float:
     return value
 
 
-def _wrong(where: str, found: Any, expected: str) -> ValueError:
+def _wrong(where: str, found: Any, expected: str) -> ReportError:
     shown = repr(found)
     shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
-    return ValueError(f"{where}: found {shown}, expected {expected}")
+    return ReportError(f"{where}: found {shown}, expected {expected}")

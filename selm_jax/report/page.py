@@ -16,7 +16,7 @@ from markupsafe import Markup
 from selm_jax import artifacts
 from selm_jax.report import figures, summary
 from selm_jax.report.curves import Legend, Plot, implicit_reward_plots, loss_plots
-from selm_jax.report.data import Answer, RunData, Stage, flatten, report_data
+from selm_jax.report.data import Answer, ReportError, RunData, Stage, flatten, report_data
 from selm_jax.report.plots import run_style, swatch
 
 MAX_PROMPTS = 256
@@ -45,15 +45,15 @@ def write(runs: Sequence[Path], out: Path) -> None:
     The same folders give the same bytes. Several runs are drawn over each other.
 
     Raises:
-      FileNotFoundError, ValueError: a run folder is not there or not readable (see
+      FileNotFoundError, ReportError: a run folder is not there or not readable (see
         `report_data`), no run or the same run twice was asked for.
     """
     if not runs:
-        raise ValueError("no run to report on; expected at least one run folder")
+        raise ReportError("no run to report on; expected at least one run folder")
     folders = [Path(run) for run in runs]
     twice = {str(f) for f in folders if [g.resolve() for g in folders].count(f.resolve()) > 1}
     if twice:
-        raise ValueError(f"the same run folder twice: {', '.join(sorted(twice))}; name each once")
+        raise ReportError(f"the same run folder twice: {', '.join(sorted(twice))}; name each once")
     text = render([report_data(folder) for folder in folders])
     with artifacts.whole(Path(out)) as partial:
         partial.write_text(text, encoding="utf-8", newline="\n")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from selm_jax.report.data import RunData
+from selm_jax.report.data import ReportError, RunData
 from selm_jax.report.drawing import COLOURS, MARKERS, MUTED, PaperFigure, dashes, matrix, svg
 from selm_jax.report.summary import number
 
@@ -25,7 +25,7 @@ def win_rates(runs: Sequence[RunData], labels: Sequence[str]) -> PaperFigure:
     """Share of held-out prompts on which the row's greedy answer scores higher than the column's.
 
     The scores are those that the runs' ranker gave and that are stored; a tie is half a win. The
-    players are every iteration of every run, the start models once. Raises ValueError if the
+    players are every iteration of every run, the start models once. Raises ReportError if the
     answers are not to the same prompts or not scored by one ranker.
     """
     _check_one_ranker(runs, "a win rate")
@@ -39,7 +39,9 @@ def win_rates(runs: Sequence[RunData], labels: Sequence[str]) -> PaperFigure:
                 players["start" if "start" not in players else f"{label}, start"] = scores
     prompts = {tuple(sorted(scores)) for scores in players.values()}
     if len(prompts) != 1:
-        raise ValueError(f"the runs' held-out answers are to {len(prompts)} sets of prompts")
+        raise ReportError(
+            f"the runs' held-out answers are to {len(prompts)} sets of prompts: name runs of one"
+        )
     keys = prompts.pop()
     table = {name: np.array([scores[key] for key in keys]) for name, scores in players.items()}
     rows = []
@@ -127,14 +129,16 @@ def implicit_differences(
 ) -> PaperFigure:
     """Implicit reward minus the baseline's, prompt by prompt, sorted: one curve for each role.
 
-    Raises ValueError where two policies were not asked about the same prompts.
+    Raises ReportError where two policies were not asked about the same prompts.
     """
     rows = []
     for other in others:
         for role, rewards in other.of.items():
             base = baseline.of[role]
             if set(base) != set(rewards):
-                raise ValueError(f"{other.label} and {baseline.label}: {role} of different prompts")
+                raise ReportError(
+                    f"{other.label} and {baseline.label}: {role} of different prompts"
+                )
             gaps = sorted((rewards[p] - base[p], p) for p in base)
             rows += [
                 {"run": other.label, "minus": baseline.label, "role": role, "place": i, "prompt_id": p,
@@ -285,7 +289,7 @@ def _check_one_ranker(runs: Sequence[RunData], what: str) -> None:
         for run in runs
     }
     if len(rankers) > 1:
-        raise ValueError(
+        raise ReportError(
             f"the runs were scored by {len(rankers)} rankers, so {what} over all of them means "
             f"nothing: {'; '.join(', '.join(v for _, v in r) for r in sorted(rankers))}. Name runs of one"
         )

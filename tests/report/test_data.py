@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selm_jax.report.data import STAGES, Stage, flatten, report_data
+from selm_jax.report.data import STAGES, ReportError, Stage, flatten, report_data
 
 
 def test_reads_a_finished_run(run):
@@ -93,7 +93,7 @@ def test_a_broken_line_in_the_middle_is_an_error(run):
     path = run / "metrics.jsonl"
     lines = path.read_text().split("\n")
     path.write_text("\n".join([*lines[:4], "{oops", *lines[4:]]))
-    with pytest.raises(ValueError, match=r"metrics.jsonl, line 5 is not JSON"):
+    with pytest.raises(ReportError, match=r"metrics.jsonl, line 5 is not JSON"):
         report_data(run)
 
 
@@ -130,7 +130,7 @@ def test_a_claimed_table_that_is_gone(run):
 def test_a_table_without_a_column(run):
     path = run / "iteration_1" / "heldout.parquet"
     pq.write_table(pq.read_table(path).drop(["finish"]), path)
-    with pytest.raises(ValueError, match=r"heldout.parquet has no column finish; found prompt_id"):
+    with pytest.raises(ReportError, match=r"heldout.parquet has no column finish; found prompt_id"):
         report_data(run)
 
 
@@ -139,17 +139,17 @@ def test_a_table_with_a_hole_or_an_unknown_kind(run):
     rows = pq.read_table(path).to_pylist()
     rows[3]["score"] = None
     pq.write_table(pa.Table.from_pylist(rows), path)
-    with pytest.raises(ValueError, match=r"row 3: score is empty"):
+    with pytest.raises(ReportError, match=r"row 3: score is empty"):
         report_data(run)
     rows[3] |= {"score": 0.0, "kind": "beam"}
     pq.write_table(pa.Table.from_pylist(rows), path)
-    with pytest.raises(ValueError, match=r"row 3: kind is 'beam'"):
+    with pytest.raises(ReportError, match=r"row 3: kind is 'beam'"):
         report_data(run)
 
 
 def test_a_table_that_is_no_parquet(run):
     (run / "iteration_1" / "heldout.parquet").write_text("not parquet at all")
-    with pytest.raises(ValueError, match=r"heldout.parquet cannot be read as parquet"):
+    with pytest.raises(ReportError, match=r"heldout.parquet cannot be read as parquet"):
         report_data(run)
 
 
@@ -158,7 +158,7 @@ def test_a_stage_with_a_wrong_count(run):
     stages = json.loads(path.read_text())
     stages["rank"]["counts"]["pairs"] = "many"
     path.write_text(json.dumps(stages))
-    with pytest.raises(ValueError, match=r"rank.counts.pairs: found 'many', expected a number"):
+    with pytest.raises(ReportError, match=r"rank.counts.pairs: found 'many', expected a number"):
         report_data(run)
 
 

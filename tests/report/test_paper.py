@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from selm_jax.report import paper, published
-from selm_jax.report.data import report_data
+from selm_jax.report.data import ReportError, report_data
 from selm_jax.report.drawing import LABEL
 from selm_jax.report.published.figures import figures as published_figures
 
@@ -58,7 +58,7 @@ def test_runs_of_two_rankers_have_no_common_figure(make_run, tmp_path):
         for name in ("length", "sentiment")
     ]
     for draw in (paper.win_rates, paper.reward_histograms, paper.panels):
-        with pytest.raises(ValueError, match=r"scored by 2 rankers.*length; sentiment"):
+        with pytest.raises(ReportError, match=r"scored by 2 rankers.*length; sentiment"):
             draw(runs, ["a", "b"])
 
 

@@ -74,16 +74,21 @@ def export(
     """One stage alone: the policy as a Hugging Face folder; and, if asked, a copy to publish."""
     from selm_jax import artifacts
     from selm_jax.iterate import run_stage
+    from selm_jax.parallel import multihost
     from selm_jax.weights.export import convert_dtype
 
-    run = _run(experiment, overrides)
+    run = _run(experiment, overrides, processes=True)
     run_stage(run, "export", iteration)
-    if to is not None:
+
+    def publish(to: Path) -> None:
         if to.exists():
             raise artifacts.ArtifactError(f"{to}: is there already; --to makes a new folder")
         with artifacts.whole(to) as partial:
             convert_dtype(run.policy(iteration), partial, dtype)
         typer.echo(f"{to}: the policy after iteration {iteration}, in {dtype}")
+
+    if to is not None:
+        multihost.on_first(lambda: publish(to))
 
 
 @app.command()
@@ -284,18 +289,20 @@ def main() -> None:
         print(message, file=sys.stderr)
         sys.exit(1)
     if status == _INTERRUPTED:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        message = "\nstopped; the same command goes on from here"
+        _leave_the_others(message, _INTERRUPTED)
+        print(message, file=sys.stderr)
     if status:
         sys.exit(status)
 
 
-def _leave_the_others(message: str) -> None:
+def _leave_the_others(message: str, status: int = 1) -> None:
     """Beside other processes of this run, ends at once: an orderly exit would wait for them, and
     they for this one. They are told by the coordinator."""
     jax = sys.modules.get("jax")
     if jax is not None and jax.distributed.is_initialized():
         print(message, file=sys.stderr, flush=True)
-        os._exit(1)
+        os._exit(status)
 
 
 _INTERRUPTED = 130  # what typer returns after Ctrl-C

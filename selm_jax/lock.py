@@ -96,11 +96,11 @@ def _wait_for_its_end(folder: Path, file: Path, holder: dict[str, Any]) -> None:
         f"waiting up to {LEASE:.0f} s for a sign of life",
         file=sys.stderr,
     )
-    while time.monotonic() < until:
-        if not file.exists():
-            return
+    while file.exists():
         if file.stat().st_mtime_ns != renewed:
             raise _refusal(folder, _read(file))
+        if time.monotonic() >= until:  # looked at once more, however long the last sleep was
+            return
         time.sleep(min(1.0, LEASE / 10))
 
 

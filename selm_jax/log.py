@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,14 @@ from selm_jax.config import Experiment, as_dict
 
 class LogError(RuntimeError):
     """A tracker that was asked for and is not there."""
+
+
+def check_trackers(experiment: Experiment) -> None:
+    """Raises LogError if a tracker that the experiment wants is not installed."""
+    if experiment.log.wandb is not None and importlib.util.find_spec("wandb") is None:
+        raise LogError(
+            "log.wandb is set, but wandb is not installed: pip install 'selm_jax[wandb]'"
+        )
 
 
 class Writers:
@@ -23,12 +32,8 @@ class Writers:
 
             self.tensorboard = SummaryWriter(str(folder / "tensorboard"))
         if experiment.log.wandb is not None:
-            try:
-                import wandb  # pyright: ignore[reportMissingImports]
-            except ModuleNotFoundError as e:
-                raise LogError(
-                    "log.wandb is set, but wandb is not installed: pip install 'selm_jax[wandb]'"
-                ) from e
+            import wandb  # pyright: ignore[reportMissingImports]
+
             self.wandb = wandb.init(
                 project=experiment.log.wandb, name=folder.name, config=as_dict(experiment)
             )

@@ -24,7 +24,7 @@ from rich.console import Console
 from selm_jax import artifacts
 from selm_jax.config import Experiment, as_dict, dump
 from selm_jax.feedback import ranker as rankers
-from selm_jax.log import Writers
+from selm_jax.log import Writers, check_trackers
 from selm_jax.models.config import DecoderConfig
 from selm_jax.models.decoder import Decoder, Params, abstract_adapters, abstract_params
 from selm_jax.models.families import read_as_reward_model, read_config
@@ -49,7 +49,7 @@ from selm_jax.rollout.engine import Engine, decoding_params, decoding_shardings
 from selm_jax.rollout.sampling import Sampling
 from selm_jax.text.answers import check_answers, longest_answered
 from selm_jax.text.chat import Chat, ChatError
-from selm_jax.text.prompts import Message, Prompt, PromptSet, load_prompts, portion
+from selm_jax.text.prompts import Message, Prompt, PromptSet, digest, load_prompts, portion
 from selm_jax.training.optimizer import optimizer
 from selm_jax.training.update import Shardings, Update, make_update
 from selm_jax.weights import sources
@@ -105,9 +105,11 @@ class Run:
     @cached_property
     def start(self) -> sources.ModelFolder:
         model = self.experiment.model
-        return multihost.first_then_others(  # it may download into a folder that they share
+        found = multihost.first_then_others(  # it may download into a folder that they share
             lambda: sources.resolve(model.source, revision=model.revision, progress=self.console)
         )
+        multihost.check_same("the start model", lambda: found.origin)
+        return found
 
     @cached_property
     def config(self) -> DecoderConfig:
@@ -412,7 +414,9 @@ class Run:
         return [self._with_system(p) for p in found[: d.heldout_limit]]
 
     def _read_prompts(self, *source: str, **columns: Any) -> PromptSet:
-        return multihost.first_then_others(lambda: load_prompts(*source, **columns))
+        found = multihost.first_then_others(lambda: load_prompts(*source, **columns))
+        multihost.check_same(f"digest of {source[0]}", lambda: digest(found))
+        return found
 
     def _with_system(self, prompt: Prompt) -> Prompt:
         system = self.experiment.data.system
@@ -423,11 +427,15 @@ class Run:
 
     # What it tells
 
+    def _check_first(self) -> None:
+        """What the first process alone asks and writes to."""
+        _ = self.ranker
+        check_trackers(self.experiment)
+
     def check(self) -> None:
         """Builds everything that can fail before any work is done."""
         _ = (self.objective, self.optimizer, self.all_prompts, self.heldout)
-        if multihost.is_first():  # the others do not ask it
-            _ = self.ranker
+        multihost.on_first(self._check_first)
         e = self.experiment
         there = ("chosen", "rejected") if e.data.rejected else ("chosen",)
         if e.taught and not set(self.objective.roles) <= set(there):

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 import yaml
+from forked import Selm
 from rich.console import Console
 
 from selm_jax import config, figures
@@ -333,6 +334,27 @@ def test_failures_are_named_and_only_like_is_compared_with_like(tmp_path):
     assert batch.seeds == 0 and batch.greedy is None and batch.difference is None
     text = (tmp_path / "sweep/report.html").read_text()
     assert "Could not be finished" in text and "2 of 3 runs finished" in text
+
+
+@pytest.mark.slow
+def test_what_only_the_first_process_is_refused_fails_in_both(tmp_path):
+    """Two processes; the first alone builds rankers. The other run is finished, by both."""
+    grid = {
+        "change": {
+            "judge": {"feedback.ranker": "judge", "feedback.settings": {"model": "nobody"}},
+            "nothing": {},
+        }
+    }
+    file = sweep_file(tmp_path, grid=grid, baseline=None, seeds=[1], set=ONE)
+    both = Selm(
+        ["sweep", file], folder=tmp_path, cache=tmp_path / "cache", processes=2,
+        log=tmp_path / "log",
+    )  # fmt: skip
+    assert both.wait() == [1, 1], both.output()
+    refused, also = (log.read_text() for log in both.logs)
+    assert "1 of 2 runs failed" in refused and "judge, seed 1: judge: no server" in refused
+    assert "judge, seed 1: process 0 failed: " in also
+    assert "1 of 2 runs finished" in (tmp_path / "sweep/report.html").read_text()
 
 
 def test_a_store_never_hands_out_what_was_damaged(tmp_path):

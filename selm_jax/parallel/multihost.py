@@ -126,24 +126,71 @@ def on_first(work: Callable[[], T]) -> T:
 
     Raises:
       Exception: what `work` raised, in the first process.
-      MultihostError: the same in the others, with its message.
+      MultihostError: the same in the others, with its message; or the first process is at other
+        work than this one.
     """
     if count() == 1:
         return work()
     client, key = distributed.global_state.client, f"selm/{next(_numbers)}"
     assert client is not None
+    name = getattr(work, "__qualname__", type(work).__qualname__)
     if not is_first():
         told = json.loads(client.blocking_key_value_get(key, _WEEK))
+        if told["work"] != name:
+            raise MultihostError(
+                f"process 0 is at {told['work']}, process {index()} at {name}: they have gone "
+                "different ways. Start all of them again"
+            )
         if "error" in told:
             raise MultihostError(f"process 0 failed: {told['error']}")
         return told["result"]
+
+    def tell(**outcome: Any) -> None:
+        client.key_value_set(key, json.dumps({"work": name} | outcome))
+
     try:
         result = work()
     except BaseException as e:
-        client.key_value_set(key, json.dumps({"error": f"{type(e).__name__}: {e}"}))
+        tell(error=f"{type(e).__name__}: {e}")
         raise
-    client.key_value_set(key, json.dumps({"result": result}))
+    tell(result=result)
     return json.loads(json.dumps(result))
+
+
+def check_same(what: str, value: Callable[[], Any]) -> None:
+    """Compares what `value` returns, which is JSON, with that of the first process.
+
+    Raises:
+      MultihostError: the first process has another one.
+    """
+    if count() == 1:
+        return
+    mine = value()
+    first = on_first(lambda: mine)
+    if first != mine:
+        raise MultihostError(
+            f"{what}: {first} in process 0, {mine} in process {index()}. Name a revision, or a "
+            "folder that all hosts see"
+        )
+
+
+def all_failed(name: str, seconds: int = 120) -> None:
+    """Returns when every process has come here: what failed, failed in all of them.
+
+    Raises:
+      MultihostError: the others have not after so many seconds; they are at work without this one.
+    """
+    if count() == 1:
+        return
+    client = distributed.global_state.client
+    assert client is not None
+    try:
+        client.wait_at_barrier(f"selm/failed/{name}", seconds * 1000)
+    except jax.errors.JaxRuntimeError as e:
+        raise MultihostError(
+            f"process {index()} alone has failed; no other came by within {seconds} s. Start all "
+            "of them again"
+        ) from e
 
 
 def barrier() -> None:

@@ -66,6 +66,7 @@ def sweep(plan: Sweep, console: Console | None = None) -> None:
             except Exception as e:
                 if not type(e).__module__.startswith("selm_jax."):
                     raise  # not about this run alone: a defect, a full disk
+                multihost.all_failed(f"sweep/{i}")
                 failed[name] = str(e)
                 console.print(f"{name}: {e}", style="red", markup=False)
             release()

@@ -1,7 +1,6 @@
 """A store of questions, and a server for it in a process of its own."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -10,6 +9,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from forked import free_port
 
 from selm_jax.annotate.store import Item, Store
 
@@ -38,9 +38,7 @@ class Served:
 
     def __init__(self, file: Path):
         self.file = file
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}/{TOKEN}/"
         self.process: subprocess.Popen | None = None
 

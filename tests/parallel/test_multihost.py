@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 
+import jax
 import pytest
 
 from selm_jax.parallel import multihost
@@ -82,6 +84,59 @@ def test_one_process_is_the_first_and_agrees_with_itself():
     with pytest.raises(ZeroDivisionError):
         multihost.on_first(lambda: 1 // 0)
     multihost.barrier()
+
+
+class Told:
+    """What the coordinator has from process 0."""
+
+    def __init__(self, **told):
+        self.told = told
+
+    def blocking_key_value_get(self, key, milliseconds):
+        return json.dumps(self.told)
+
+    def wait_at_barrier(self, name, milliseconds):
+        raise jax.errors.JaxRuntimeError(f"DEADLINE_EXCEEDED: {name}, {milliseconds} ms")
+
+
+@pytest.fixture
+def second(monkeypatch):
+    """Makes this process the second of two; what the first has told is given."""
+
+    def be(**told):
+        monkeypatch.setattr(multihost, "count", lambda: 2)
+        monkeypatch.setattr(multihost, "index", lambda: 1)
+        monkeypatch.setattr(multihost.distributed.global_state, "client", Told(**told))
+
+    return be
+
+
+def work():
+    raise AssertionError("the first process does it")
+
+
+def test_the_second_process_is_told_what_came_of_the_same_work(second):
+    second(work="work", result=[1])
+    assert multihost.on_first(work) == [1]
+    second(work="work", error="OSError: full")
+    with pytest.raises(MultihostError, match="process 0 failed: OSError: full"):
+        multihost.on_first(work)
+
+
+def test_processes_that_have_gone_different_ways_do_not_go_on(second):
+    second(work="another", result=[1])
+    with pytest.raises(MultihostError, match="process 0 is at another, process 1 at work: "):
+        multihost.on_first(work)
+    with pytest.raises(MultihostError, match="process 1 alone has failed.* within 3 s"):
+        multihost.all_failed("sweep/1", seconds=3)
+
+
+def test_processes_that_found_different_models_do_not_begin(second):
+    told = "check_same.<locals>.<lambda>"
+    second(work=told, result={"commit": "abc"})
+    multihost.check_same("the start model", lambda: {"commit": "abc"})
+    with pytest.raises(MultihostError, match=r"the start model: .*abc.* in process 0, .*def.* in "):
+        multihost.check_same("the start model", lambda: {"commit": "def"})
 
 
 def test_sigterm_stops_at_once_but_where_it_is_deferred(monkeypatch):

@@ -65,6 +65,10 @@ def wait_for(run: forked.Selm, folder: Path, at: tuple[int, str]) -> bool:
     return False
 
 
+def is_done(folder: Path, at: tuple[int, str]) -> bool:
+    return stages(folder).get(at, {"done": False})["done"]
+
+
 def _stamp(file: Path) -> int:
     return file.stat().st_mtime_ns if file.exists() else 0
 

@@ -7,8 +7,10 @@ has not got these. What is forked has never touched a device: everything from th
 from __future__ import annotations
 
 import atexit
+import contextlib
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import sys
@@ -49,7 +51,7 @@ class Selm:
         }
         self.logs = [Path(f"{log}.{i}") for i in range(processes)]
         self._processes = []
-        address = f"127.0.0.1:{_free_port()}"
+        address = f"127.0.0.1:{free_port()}"
         for i in range(processes):
             own = {}
             if processes > 1:
@@ -87,10 +89,14 @@ class Selm:
         return "\n".join(f"--- {log}\n{log.read_text()}" for log in self.logs if log.exists())
 
 
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+def free_port() -> int:
+    """Below those that the system gives to sockets which name none: until it is bound, none of them
+    can take it."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 def _main(arguments: list[str], folder: str, environment: dict[str, str], log: str) -> None:

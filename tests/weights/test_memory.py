@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from forked import free_port
 from safetensors.numpy import load_file
 
 from selm_jax.models.families import from_hf
@@ -156,18 +156,12 @@ print(json.dumps([sum(read), mine]), flush=True)
 """
 
 
-@pytest.fixture
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def test_each_of_two_processes_reads_its_own_half(tmp_path, free_port):
+def test_each_of_two_processes_reads_its_own_half(tmp_path):
     """Two processes of four devices: each reads the bytes of its shards, and both save the whole."""
     folder = REPO / "tests" / "golden" / "families" / "phi-3-4k"
+    address = f"127.0.0.1:{free_port()}"
     processes = [
-        child(SHARE, f"127.0.0.1:{free_port}", str(me), str(folder), str(tmp_path),
+        child(SHARE, address, str(me), str(folder), str(tmp_path),
               XLA_FLAGS=forced(4))
         for me in range(2)
     ]  # fmt: skip

@@ -210,6 +210,9 @@ def sweep(
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="Another folder than the file names.")
     ] = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="Other seeds than the file names, such as 1,2,3.")
+    ] = None,
     tiny: Annotated[
         bool, typer.Option("--tiny", help="Rehearse it: tiny random models, made-up rows.")
     ] = False,
@@ -222,7 +225,11 @@ def sweep(
     from selm_jax.sweep import sweep
     from selm_jax.sweep.plan import plan
 
-    sweep(plan(file, overrides or [], base=base, output=output, tiny=tiny))
+    try:
+        numbers = [int(each) for each in seeds.split(",")] if seeds else None
+    except ValueError:
+        raise typer.BadParameter(f"--seeds {seeds}: expected numbers, such as 1,2,3") from None
+    sweep(plan(file, overrides or [], base=base, output=output, seeds=numbers, tiny=tiny))
 
 
 @app.command()

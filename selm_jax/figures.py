@@ -24,8 +24,8 @@ from selm_jax.report.drawing import PaperFigure
 from selm_jax.report.paper import Implicit
 from selm_jax.report.published import figures as published_figures
 from selm_jax.run import Run, RunError
+from selm_jax.stages.evaluate import fitting_pairs, has_pairs
 from selm_jax.stages.score import logps_of
-from selm_jax.text.answers import answer_ids
 from selm_jax.text.prompts import load_prompts
 
 ROLES = ("chosen", "rejected")
@@ -176,31 +176,18 @@ def _pairs(
 
 
 def _examples(run: Run, pairs: str | None) -> tuple[str, list[Example]]:
-    """The pairs of figure 4 in words and as token ids, without stored log-probabilities."""
-    d = run.experiment.data
+    """The pairs of figure 4 in words and as token ids, without stored log-probabilities.
+
+    Pairs that cannot be scored, or fit no row, are left out as evaluation leaves them out.
+    """
     if pairs is not None:
-        found, source = (
-            load_prompts(pairs, chosen="chosen", rejected="rejected"),
-            f"pairs of {pairs}",
-        )
-    elif d.heldout is not None and d.chosen is not None and d.rejected is not None:
-        found = load_prompts(
-            d.heldout, split=d.heldout_split, prompt=d.prompt, prompt_id=d.prompt_id,
-            chosen=d.chosen, rejected=d.rejected, revision=d.revision, on_bad_row=d.on_bad_row,
-        )[: d.heldout_limit]  # fmt: skip
-        source = "held-out pairs"
-    else:
-        stored = from_parquet(run.iteration(1) / "examples.parquet")
-        trained = [
-            Example.of(e.prompt_id, e.prompt, {role: e.responses[e.roles[role]] for role in ROLES})
-            for e in stored
-        ]
-        return "pairs that iteration 1 was trained on", trained
-    return source, [
-        Example.of(
-            prompt.id,
-            run.prompt_ids(prompt),
-            {role: answer_ids(run.chat, prompt, role) for role in ROLES},
-        )
-        for prompt in found
+        prompts = map(run.with_system, load_prompts(pairs, chosen="chosen", rejected="rejected"))
+        return f"pairs of {pairs}", fitting_pairs(run, prompts)[0]
+    if has_pairs(run):
+        return "held-out pairs", fitting_pairs(run, run.heldout)[0]
+    stored = from_parquet(run.iteration(1) / "examples.parquet")
+    trained = [
+        Example.of(e.prompt_id, e.prompt, {role: e.responses[e.roles[role]] for role in ROLES})
+        for e in stored
     ]
+    return "pairs that iteration 1 was trained on", trained

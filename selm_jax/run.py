@@ -384,7 +384,7 @@ class Run:
         index = d.first_portion - 1 + t
         usable = self.all_prompts[d.skip :]
         found = portion(usable, index, self.experiment.portions, shuffle_seed=seed)
-        return [self._with_system(p) for p in found[: d.limit]]
+        return [self.with_system(p) for p in found[: d.limit]]
 
     def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
         """Ids of what the policy answers. Raises RunError, with the prompt's id, if there are none."""
@@ -411,14 +411,15 @@ class Run:
             revision=d.revision, on_bad_row=d.on_bad_row,
             duplicate_ids=d.duplicate_ids if pairs else "error",
         )  # fmt: skip
-        return [self._with_system(p) for p in found[: d.heldout_limit]]
+        return [self.with_system(p) for p in found[: d.heldout_limit]]
 
     def _read_prompts(self, *source: str, **columns: Any) -> PromptSet:
         found = multihost.first_then_others(lambda: load_prompts(*source, **columns))
         multihost.check_same(f"digest of {source[0]}", lambda: digest(found))
         return found
 
-    def _with_system(self, prompt: Prompt) -> Prompt:
+    def with_system(self, prompt: Prompt) -> Prompt:
+        """The prompt behind the experiment's system message, if it has one."""
         system = self.experiment.data.system
         if system is None:
             return prompt

@@ -36,6 +36,7 @@ from selm_jax.stages.score import logps_of
 from selm_jax.sweep import SweepError, sweep, write
 from selm_jax.sweep.plan import plan
 from selm_jax.sweep.table import table
+from selm_jax.text.conversations import Message
 
 QUIET = Console(quiet=True)
 GRID = {
@@ -286,6 +287,19 @@ def test_figures_need_pairs_that_all_runs_were_asked_about(finished, tmp_path):
     assert not (tmp_path / "nothing").exists()
 
 
+def test_figure_4_asks_behind_the_experiments_system_message(tmp_path):
+    rows = [
+        {"prompt_id": "x", "prompt": "Which one?", "chosen": "This one.", "rejected": "That one."},
+        {"prompt_id": "y", "prompt": "What now?", "chosen": "Go. " * 200, "rejected": "Stay."},
+    ]
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = Run(config.load(tiny.experiment(tmp_path), ["data.system=Be brief."]), QUIET)
+    _, (one,) = figures._examples(run, str(pairs))  # the other one fits no row
+    messages = (Message("system", "Be brief."), Message("user", "Which one?"))
+    assert one.prompt == run.chat.prompt_ids(messages)
+
+
 class Stop(Exception):
     """Not ours, so the sweep ends where it is."""
 
@@ -334,6 +348,21 @@ def test_failures_are_named_and_only_like_is_compared_with_like(tmp_path):
     assert batch.seeds == 0 and batch.greedy is None and batch.difference is None
     text = (tmp_path / "sweep/report.html").read_text()
     assert "Could not be finished" in text and "2 of 3 runs finished" in text
+
+
+@pytest.mark.slow
+def test_one_seed_is_said_to_be_one_and_others_can_be_named(tmp_path):
+    file = sweep_file(tmp_path, set=ONE)
+    few, more = plan(file, seeds=[7]), plan(file)
+    assert few.command.endswith("--seeds 7") and "--seeds" not in more.command
+    sweep(few, QUIET)
+    assert table(few)[1].difference.seeds == 1
+    text = (tmp_path / "sweep/report.html").read_text()
+    assert "another seed need not show" in text and "other seeds and prompts would" not in text
+    sweep(more, QUIET)
+    assert table(more)[1].difference.seeds == 2
+    text = (tmp_path / "sweep/report.html").read_text()
+    assert "other seeds and prompts would show too" in text
 
 
 @pytest.mark.slow

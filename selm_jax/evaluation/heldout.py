@@ -24,7 +24,7 @@ from selm_jax.evaluation import EvaluationError, frontier
 from selm_jax.evaluation.answers import Asked, Stored, answered, cost
 from selm_jax.evaluation.contestants import Contestant, compares
 from selm_jax.evaluation.cost import CHARACTERS_PER_TOKEN, Cost, judge_cost, judges, show
-from selm_jax.evaluation.intervals import Estimate, pooled
+from selm_jax.evaluation.intervals import Estimate, difference, pooled
 from selm_jax.evaluation.model import Found, Model
 from selm_jax.evaluation.pairs import answered_pair
 from selm_jax.feedback.ranker import Ranker
@@ -209,7 +209,7 @@ def summarize(seeds: dict[str, list[Seed]], *, beta: float, seed: int = 0) -> di
             report["pairs_left_out"] = left_out
         if name != first:
             report["minus_first"] = {
-                k: dataclasses.asdict(_difference(v, by_prompt[first][k], seed))
+                k: dataclasses.asdict(difference(v, by_prompt[first][k], seed))
                 for k, v in values.items()
                 if k in by_prompt[first]
             }
@@ -224,18 +224,6 @@ def _by_prompt(seeds: Sequence[Seed], beta: float) -> dict[str, Float[np.ndarray
         if one.pairs is not None:
             found[-1] |= frontier.pair_measures(one.pairs, beta)
     return {name: np.stack([each[name] for each in found]) for name in found[0]}
-
-
-def _difference(
-    values: Float[np.ndarray, "seeds prompts"],
-    first: Float[np.ndarray, "others prompts"],
-    seed: int,
-) -> Estimate:
-    """Of means, paired by prompt. Seeds of two methods pair with each other only where both have as
-    many: seed i of one was then trained as seed i of the other. Else one's mean over seeds counts."""
-    if len(values) != len(first):
-        first = first.mean(axis=0, keepdims=True)
-    return pooled(values - first, seed)
 
 
 def _distinct(answers: pa.Table) -> dict[str, float]:

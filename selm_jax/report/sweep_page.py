@@ -18,12 +18,14 @@ from selm_jax.report.plots import Estimated, Series, estimates, lines, run_style
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over seeds and held-out prompts with its 95 % interval; `p` tests that it is 0."""
+    """A mean over seeds and held-out prompts with its 95 % interval; `p` tests that it is 0. With one
+    seed the interval is about other prompts alone."""
 
     mean: float
     low: float
     high: float
     p: float
+    seeds: int
 
 
 @dataclass(frozen=True)
@@ -156,11 +158,20 @@ def _plots(named, styles, against: str, i: int) -> Iterator[Plot]:
     alt = f"Difference of the held-out reward to {against}. " + " ".join(
         f"{level}: {summary.number(d.mean, True)}." for level, _, d in shown
     )
-    yield Plot(
-        f"Greedy reward minus that of {against}",
+    how = (
         "After the last iteration, paired by seed and prompt. Bar: 95 % interval over seeds and "
         "prompts; small dots: each seed. A bar clear of the zero line is a difference that other "
-        "seeds and prompts would show too.",
+        "seeds and prompts would show too."
+    )
+    if any(d.seeds == 1 for *_, d in shown):
+        how = (
+            "After the last iteration, paired by prompt. Bar: 95 % interval; where there is one "
+            "seed, over prompts alone: a bar clear of the zero line is then a difference of these "
+            "two models, which another seed need not show."
+        )
+    yield Plot(
+        f"Greedy reward minus that of {against}",
+        how,
         estimates([level for level, *_ in shown], marks, key=f"difference-{i}", alt=alt)
         if shown
         else None,

@@ -4,7 +4,7 @@ a reward model's rewards of held-out pairs (pairs.parquet)."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -24,6 +24,7 @@ from selm_jax.stages.generate import Counts, response_row
 from selm_jax.stages.rank import question, scores_of
 from selm_jax.stages.score import logps_of, rated_example, rewards_of, too_long
 from selm_jax.text.answers import answers as answers_of
+from selm_jax.text.prompts import Prompt
 
 
 def evaluate(run: Run, t: int) -> Counts:
@@ -184,9 +185,14 @@ def has_pairs(run: Run) -> bool:
 
 def heldout_pairs(run: Run) -> tuple[list[Example], Counts]:
     """The held-out data's own pairs, as far as it has any that fit a row; and how many do not."""
+    return fitting_pairs(run, run.heldout)
+
+
+def fitting_pairs(run: Run, prompts: Iterable[Prompt]) -> tuple[list[Example], Counts]:
+    """The prompts' own pairs, as far as they have any that fit a row; and how many do not."""
     pairs, left_out = [], 0
     longest = min(run.experiment.training.row_length, run.config.max_positions)
-    for prompt in run.heldout:
+    for prompt in prompts:
         if prompt.chosen is None or prompt.rejected is None:
             continue
         example = answered_pair(run.chat, prompt)

@@ -82,13 +82,14 @@ def plan(
     *,
     base: str | None = None,
     output: str | None = None,
+    seeds: Sequence[int] | None = None,
     tiny: bool = False,
 ) -> Sweep:
     """The runs of a sweep file, none of them begun.
 
     Args:
       overrides: `key.path=value`, in every run; what a cell changes comes after them.
-      base, output: instead of the file's.
+      base, output, seeds: instead of the file's.
       tiny: each experiment becomes a rehearsal of itself, and the sweep's folder ends in -tiny.
 
     Raises:
@@ -96,13 +97,13 @@ def plan(
         same.
     """
     said = _file(file)
-    base, output = base or said.base, output or said.output
+    base, output, seeds = base or said.base, output or said.output, tuple(seeds or said.seeds)
     folder = Path(f"{output.rstrip('/')}-tiny" if tiny else output)
     axes = {name: _levels(file, name, axis) for name, axis in said.grid.items()}
     axis, level = _baseline(file, said.baseline, axes)
     members = []
     cells = [_cell(axes, chosen) for chosen in itertools.product(*axes.values())]
-    for seed, cell in itertools.product(said.seeds, cells):
+    for seed, cell in itertools.product(seeds, cells):
         if "seed" in {change.partition("=")[0] for change in cell.changes}:
             raise ConfigError(f"{file}: cell {cell.name} changes seed; name seeds in `seeds`")
         where = folder / cell.folder / f"seed_{seed}"
@@ -120,6 +121,7 @@ def plan(
         ["selm", "sweep", str(file), *overrides]
         + (["--base", base] if base != said.base else [])
         + (["--output", output] if output != said.output else [])
+        + (["--seeds", ",".join(map(str, seeds))] if seeds != said.seeds else [])
         + (["--tiny"] if tiny else [])
     )
     title = said.title or Path(file).stem

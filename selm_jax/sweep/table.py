@@ -155,7 +155,7 @@ def _interval(values: Float[np.ndarray, "seeds prompts"]) -> Interval | None:
     if values.size < 2 or not np.isfinite(values).all():
         return None
     e = estimate(values)
-    return Interval(e.mean, e.low, e.high, e.p)
+    return Interval(e.mean, e.low, e.high, e.p, e.seeds)
 
 
 def _ranks_alike(one: Mapping[int, RunData], other: Mapping[int, RunData]) -> bool:
@@ -215,5 +215,6 @@ def as_csv(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
             value = getattr(row, name)
             for end in ("mean", "low", "high"):
                 line[f"{name}_{end}"] = None if value is None else getattr(value, end)
+        line["difference_seeds"] = None if row.difference is None else row.difference.seeds
         line["p"] = None if row.difference is None else row.difference.p
         yield line | {"p_holm": row.p_holm}

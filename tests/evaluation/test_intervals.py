@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from selm_jax.evaluation.intervals import pooled
+from selm_jax.evaluation.intervals import difference, pooled
 
 
 def test_one_seed_is_the_plain_bootstrap():
@@ -31,14 +31,32 @@ def test_equal_seeds_are_no_new_prompts():
     assert pooled(np.repeat(x, 10, axis=0)).stderr == pytest.approx(pooled(x).stderr, rel=0.05)
 
 
-def test_it_covers_the_truth_about_as_often_as_it_says():
+@pytest.mark.parametrize(("seeds", "least"), [(1, 0.91), (2, 0.80), (3, 0.91), (12, 0.91)])
+def test_it_covers_the_truth_about_as_often_as_it_says(seeds, least):
     rng = np.random.default_rng(0)
+    of_seed = 0.5 if seeds > 1 else 0.0  # of one seed nothing is said about others
     hits = 0
-    for i in range(200):
-        prompts, seeds = rng.normal(size=(1, 60)), 0.3 * rng.normal(size=(12, 1))
-        found = pooled(prompts + seeds + rng.normal(size=(12, 60)), seed=i)
+    for i in range(300):
+        table = rng.normal(size=(1, 60)) + of_seed * rng.normal(size=(seeds, 1))
+        found = pooled(table + rng.normal(size=(seeds, 60)), seed=i)
         hits += found.low <= 0 <= found.high
-    assert 0.90 <= hits / 200 <= 0.99
+    assert least <= hits / 300
+
+
+@pytest.mark.parametrize(("seeds", "others"), [(3, 3), (3, 1), (3, 2), (2, 5)])
+def test_a_difference_covers_the_truth_however_many_seeds_each_has(seeds, others):
+    rng = np.random.default_rng(1)
+    hits = 0
+    for _ in range(300):
+        prompts = rng.normal(size=(1, 40))
+        a, b = (
+            prompts + (0.5 if n > 1 else 0) * rng.normal(size=(n, 1)) + rng.normal(size=(n, 40))
+            for n in (seeds, others)
+        )
+        found = difference(a, b)
+        hits += found.low <= 0 <= found.high
+        assert found.mean == pytest.approx(a.mean() - b.mean())
+    assert 0.91 <= hits / 300
 
 
 def test_one_prompt_has_no_interval():

@@ -52,6 +52,14 @@ RankerSettings = Annotated[
 Keep = Annotated[
     Path, typer.Option(help="Folder of kept answers; what is there is not drawn again.")
 ]
+AllowMalformed = Annotated[
+    int,
+    typer.Option(
+        help="So many answers of a judge may be unreadable; they count as ties (heldout: as the "
+        "mean of their prompts' readable ratings).",
+        min=0,
+    ),
+]
 KEEP = Path("evaluations")
 
 
@@ -69,6 +77,7 @@ def heldout(
     limit: Limit = None,
     ranker: RankerName = None,
     settings: RankerSettings = None,
+    allow_malformed: AllowMalformed = 0,
     reference: Annotated[
         str | None,
         typer.Option(help="For KL and implicit rewards; default: the first run's start."),
@@ -119,7 +128,8 @@ def heldout(
         reference=against,
         asked=Asked(1, samples, max_new_tokens or (e.rollout.max_new_tokens if e else 512), seed=seed),
         beta=beta if beta is not None else e.objective.get("beta", 0.1) if e else 0.1,
-        out=out, keep=keep, seed=seed, dry_run=dry_run, console=Console(),
+        out=out, keep=keep, seed=seed, allow_malformed=allow_malformed, dry_run=dry_run,
+        console=Console(),
     )  # fmt: skip
 
 
@@ -137,6 +147,7 @@ def winrate(
     limit: Limit = None,
     ranker: RankerName = None,
     settings: RankerSettings = None,
+    allow_malformed: AllowMalformed = 0,
     samples: Annotated[
         int, typer.Option(help="Drawn answers per prompt; 0: the greedy answer.", min=0)
     ] = 0,
@@ -177,7 +188,8 @@ def winrate(
         build_ranker(ranker, settings or [], models),
         open_model=_opener(e, dtype=dtype, tensor=tensor, slots=slots),
         asked=Asked(int(not samples), samples, length, temperature, top_p, seed),
-        out=out, keep=keep, seed=seed, dry_run=dry_run, console=Console(),
+        out=out, keep=keep, seed=seed, allow_malformed=allow_malformed, dry_run=dry_run,
+        console=Console(),
     )  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from selm_jax.evaluation.answers import Asked, Stored, answered, cost
 from selm_jax.evaluation.contestants import Contestant, compares
 from selm_jax.evaluation.cost import CHARACTERS_PER_TOKEN, Cost, judge_cost, judges, show
 from selm_jax.evaluation.intervals import Estimate, difference, pooled
+from selm_jax.evaluation.malformed import Malformed, unread_line
 from selm_jax.evaluation.model import Found, Model
 from selm_jax.evaluation.pairs import answered_pair
 from selm_jax.feedback.ranker import Ranker
@@ -46,6 +47,8 @@ SHOWN = {
     "length": "tokens",
     "cut_off": "cut off",
 }
+# What stands for an answer whose rating could not be read; see `JudgeRanker`.
+_COUNTED_AS = "the mean of their prompts' readable ratings (5.5 where there is none)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +60,7 @@ class Seed:
     answers: pa.Table
     pairs: pa.Table | None
     left_out: int  # pairs that cannot be scored
+    malformed: int  # answers of a judge about it that could not be read
 
 
 def run(
@@ -71,6 +75,7 @@ def run(
     out: Path,
     keep: Path,
     seed: int = 0,
+    allow_malformed: int = 0,
     dry_run: bool = False,
     console: Console,
 ) -> dict[str, Any]:
@@ -83,9 +88,11 @@ def run(
       out: a folder; must not be there yet.
       keep: where answers are kept; what is there is not drawn again.
       seed: of the intervals.
+      allow_malformed: so many answers of a judge may be unreadable.
 
     Raises:
-      EvaluationError: a ranker that only compares, a reference with other tokens, `out` is there.
+      EvaluationError: a ranker that only compares, a reference with other tokens, more malformed
+        answers than allowed, `out` is there.
     """
     if compares(ranker):
         raise EvaluationError(
@@ -97,8 +104,9 @@ def run(
         return {}
     if out.exists():
         raise EvaluationError(f"{out} is there already; move it away or give another --out")
+    verdicts = Malformed(allow_malformed, _COUNTED_AS)
     found = [
-        (c.name, [_own(open_model(m), prompts, ranker, asked, keep) for m in c.models])
+        (c.name, [_own(open_model(m), prompts, ranker, verdicts, asked, keep) for m in c.models])
         for c in contestants
     ]
     release()
@@ -107,7 +115,7 @@ def run(
     report = summarize(seeds, beta=beta, seed=seed)
     report |= {
         "reference": judge.name, "ranker": ranker.name, "asked": dataclasses.asdict(asked),
-        "prompts": len(prompts), "beta": beta,
+        "prompts": len(prompts), "beta": beta, **verdicts.record,
     }  # fmt: skip
     with artifacts.whole(out) as folder:
         folder.mkdir()
@@ -136,14 +144,19 @@ class _Own:
     prompts: int  # how many of the examples are prompts
     logps: list[tuple[float, ...]]
     left_out: int
+    malformed: int
 
 
-def _own(model: Model, prompts: Sequence[Prompt], ranker: Ranker, asked: Asked, keep: Path) -> _Own:
+def _own(
+    model: Model, prompts: Sequence[Prompt], ranker: Ranker, verdicts: Malformed, asked: Asked,
+    keep: Path,
+) -> _Own:  # fmt: skip
     answers, file = answered(model, prompts, asked, keep)
     by_prompt = [answers[i : i + asked.each] for i in range(0, len(answers), asked.each)]
     scores = ranker.scores(
         [each[0].question for each in by_prompt], [[a.text for a in each] for each in by_prompt]
     )
+    malformed = verdicts.add(ranker)
     ids = model.prompt_ids([p.messages for p in prompts])
     examples = [
         Example(p.id, i, tuple(a.token_ids or () for a in each), {})
@@ -156,6 +169,7 @@ def _own(model: Model, prompts: Sequence[Prompt], ranker: Ranker, asked: Asked, 
     return _Own(
         model.name, file, len(model.tokenizer), answers, [float(x) for s in scores for x in s],
         examples + pairs, len(examples), logps, len(both) - len(pairs),
+        malformed,
     )  # fmt: skip
 
 
@@ -187,7 +201,7 @@ def _against(reference: Model, prompts: Sequence[Prompt], own: _Own) -> Seed:
     ]  # fmt: skip
     pairs = own.examples[n:]
     table = frontier.pair_table(pairs, own.logps[n:], before[n:]) if pairs else None
-    return Seed(own.name, str(own.file), frontier.table(rows), table, own.left_out)
+    return Seed(own.name, str(own.file), frontier.table(rows), table, own.left_out, own.malformed)
 
 
 def summarize(seeds: dict[str, list[Seed]], *, beta: float, seed: int = 0) -> dict[str, Any]:
@@ -207,6 +221,8 @@ def summarize(seeds: dict[str, list[Seed]], *, beta: float, seed: int = 0) -> di
         }
         if left_out := [one.left_out for one in each if one.left_out]:
             report["pairs_left_out"] = left_out
+        if any(malformed := [one.malformed for one in each]):
+            report["malformed"] = malformed
         if name != first:
             report["minus_first"] = {
                 k: dataclasses.asdict(difference(v, by_prompt[first][k], seed))
@@ -294,3 +310,5 @@ def print_report(report: dict[str, Any], console: Console) -> None:
                 console.print(
                     f"{name} minus {names[0]}, {SHOWN[key]}: {Estimate(**e)}", soft_wrap=True
                 )
+    if unread := unread_line(report, _COUNTED_AS):
+        console.print(unread, soft_wrap=True)

@@ -105,8 +105,8 @@ def answer(
     name: str | None = None,
     progress: Advance = lambda answers, tokens=0: None,
 ) -> Path:
-    """Answers what is left of the questions: a line for each, on the disk as soon as both of its
-    turns are there; sorted by question at the end.
+    """Answers what is left of the questions: a line for each, sorted by question at the end. Lines
+    are on the disk as soon as both turns of the questions that are answered together are there.
 
     Raises:
         EvaluationError, ArtifactError, ChatError: the model cannot answer; the file there is of
@@ -129,7 +129,7 @@ def answer(
     progress(TURNS * len(journal.rows), 0)
     for temperature in sorted({q.temperature for q in questions}):
         left = [q for q in questions if q.temperature == temperature and q.id not in journal.rows]
-        for chunk in chunks(left, 2 * model.slots):
+        for chunk in chunks(left, model.slots):
             journal.add(_both_turns(model, chunk, name, temperature, decoding, progress))
     rows = sorted(journal.rows.values(), key=lambda row: row["question_id"])
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -164,25 +164,43 @@ async def ask(
     sampling: Sampling,
     progress: Advance = lambda judgments, tokens=0: None,
 ) -> list[dict[str, Any]]:
-    """Judges what is left; a verdict is in the file as soon as it is whole.
+    """Judges what is left; a verdict is in the file as soon as it is whole and one of this call's
+    verdicts could be read. Where none can, nothing is kept: once repaired, the judge is asked again.
 
     Returns:
         The rows of these matches, whenever they were judged.
 
     Raises:
         EvaluationError: a verdict in the file is about other answers, or was asked for otherwise;
-            the first verdicts are malformed without exception.
+            the first verdicts are malformed without exception, or all there are.
         selm_jax.feedback.judge_budget.JudgeError: the server cannot be asked.
     """
     watch = _Watch()
-    async with client:
+    try:
+        async with client:
+            for repeat in range(repeats):
+                left = [
+                    m
+                    for m in todo
+                    if not _is_there(m, mode, repeat, client.model, sampling, journal)
+                ]
+                progress(len(todo) - len(left), 0)
+                if left:
+                    await _ask_once(mode, left, repeat, client, journal, sampling, watch, progress)
+        if watch.held:  # few, and the last: an earlier verdict speaks for the judge, or none does
+            if all(is_malformed(row) for row in journal.rows.values()):
+                raise watch.given_up()
+            journal.add(watch.held)
+    except _GivenUp:
+        # Only now: answers that were under way have come, and are in the cache.
         for repeat in range(repeats):
-            left = [
-                m for m in todo if not _is_there(m, mode, repeat, client.model, sampling, journal)
-            ]
-            progress(len(todo) - len(left), 0)
-            if left:
-                await _ask_once(mode, left, repeat, client, journal, sampling, watch, progress)
+            left = [m for m in todo if (m.question, m.turn, m.models, repeat) not in journal.rows]
+            client.forget(
+                (messages for match in left for messages in match.conversations()),
+                _is_unreadable_single if mode == "single" else _is_unreadable_game,
+                draw=repeat, **dataclasses.asdict(sampling),
+            )  # fmt: skip
+        raise
     return [
         journal.rows[match.question, match.turn, match.models, repeat]
         for repeat in range(repeats)
@@ -215,8 +233,8 @@ async def _ask_once(
                 "turn": match.turn, "tstamp": time.time(), "repeat": repeat,
                 "sampling": dataclasses.asdict(sampling),
             }  # fmt: skip
-            journal.add([row])
-            watch.saw(row, whole[0].text)
+            if ready := watch.whole(row):
+                journal.add(ready)
             progress(1, sum(a.usage.total for a in whole if a.usage))
 
     await client.complete_all(
@@ -228,21 +246,44 @@ def is_malformed(row: Mapping[str, Any]) -> bool:
     return row.get("score") == -1 or "error" in (row.get("g1_winner"), row.get("g2_winner"))
 
 
+def unread(row: Mapping[str, Any]) -> str:
+    """Where a malformed verdict stands and how it ends, for errors."""
+    second = "judgment" not in row and row["g1_winner"] != "error"
+    text = row["judgment"] if "judgment" in row else row[f"g{1 + second}_judgment"]
+    return f"on question {row['question_id']}, turn {row['turn']}, which ends {text[-120:]!r}"
+
+
+class _GivenUp(EvaluationError):
+    pass
+
+
 @dataclasses.dataclass
 class _Watch:
-    """Stops a judge that never gives a verdict before it has cost all it can."""
+    """Stops a judge that never gives a verdict before it has cost all it can, and holds malformed
+    verdicts back until one can be read: what is in the file is not asked again."""
 
-    malformed: int = 0
     understood: bool = False
+    held: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
-    def saw(self, row: Mapping[str, Any], text: str) -> None:
-        self.malformed += is_malformed(row)
+    def whole(self, row: dict[str, Any]) -> list[dict[str, Any]]:
+        """The rows to write now that this one is there."""
+        if len(self.held) >= _GIVE_UP:  # it is given up; this one was under way
+            return []
         self.understood |= not is_malformed(row)
-        if not self.understood and self.malformed >= _GIVE_UP:
-            raise EvaluationError(
-                f"the judge's first {_GIVE_UP} verdicts cannot be read; the last one ends "
-                f"{text[-120:]!r}. Expected [[rating]], or [[A]], [[B]] or [[C]]. Ask another model."
-            )
+        self.held.append(row)
+        if self.understood:
+            ready, self.held = self.held, []
+            return ready
+        if len(self.held) >= _GIVE_UP:
+            raise self.given_up()
+        return []
+
+    def given_up(self) -> _GivenUp:
+        return _GivenUp(
+            f"the judge's first {len(self.held)} verdicts cannot be read, such as that "
+            f"{unread(self.held[-1])}. Expected [[rating]], or [[A]], [[B]] or [[C]]. They are not "
+            "kept: ask another model, or this one again when it is repaired."
+        )
 
 
 def score_of(answer: Completion) -> float:
@@ -254,6 +295,14 @@ def score_of(answer: Completion) -> float:
     if found is None:
         return -1
     return int(found) if found == int(found) else found  # 7 and 7.5, as FastChat writes them
+
+
+def _is_unreadable_single(answer: Completion) -> bool:
+    return score_of(answer) == -1
+
+
+def _is_unreadable_game(answer: Completion) -> bool:
+    return winner_of(answer, "model_1", "model_2") == "error"
 
 
 _SINGLE = re.compile(r"rating\W{0,4}\[(\d+(?:\.\d+)?)\]", re.IGNORECASE)

@@ -8,6 +8,7 @@ turns of a question and repetitions of a turn are not independent): 95 %, percen
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,37 @@ from scipy import stats
 
 from selm_jax.evaluation import EvaluationError
 from selm_jax.evaluation.mt_bench import Question
-from selm_jax.evaluation.mt_bench_judge import is_malformed
+from selm_jax.evaluation.mt_bench_judge import is_malformed, unread
 
 _RESAMPLES = 9999
+# The judge's prompts are FastChat's and cannot be mended here, and judges that follow them now and
+# then miss the format. Eight of 160 verdicts left out that would have been two points lower move
+# the mean by 0.1, less than half the width of its interval.
+ALLOWED = 0.05
 
 Row = Mapping[str, Any]
+
+
+def check_malformed(rows: Sequence[Row], allowed: int | None, file: Path) -> int:
+    """How many verdicts may be malformed.
+
+    Args:
+        allowed: None is the share `ALLOWED`, rounded down.
+        file: where the verdicts are.
+
+    Raises:
+        EvaluationError: more of them are.
+    """
+    allowed = int(ALLOWED * len(rows)) if allowed is None else allowed
+    malformed = [row for row in rows if is_malformed(row)]
+    if len(malformed) > allowed:
+        raise EvaluationError(
+            f"{file}: {len(malformed)} of {len(rows)} verdicts could not be read, {allowed} may be; "
+            f"such as that {unread(malformed[0])}. A mean over the others is over another set. "
+            "No scores were written, the verdicts stay in the file. Ask another judge, or accept it "
+            f"with --allow-malformed {len(malformed)}, which leaves them out of the means."
+        )
+    return allowed
 
 
 def single(rows: Sequence[Row], questions: Sequence[Question]) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from selm_jax.evaluation.answers import Asked, Stored, answered, cost, read, tog
 from selm_jax.evaluation.contestants import Contestant
 from selm_jax.evaluation.cost import CHARACTERS_PER_TOKEN, Cost, judge_cost, judges, show
 from selm_jax.evaluation.intervals import Estimate, pooled
+from selm_jax.evaluation.malformed import Malformed, unread_line
 from selm_jax.evaluation.model import Found, Model
 from selm_jax.feedback.ranker import Ranker, reported
 from selm_jax.memory import release
@@ -47,6 +48,7 @@ Shares = Float[np.ndarray, " answers"]
 RIDGE = (0.01, 1.0)  # of theta and phi
 _RESAMPLES = 1999
 _TOLERANCE = 1e-6
+_COUNTED_AS = "ties"  # answers of a judge that could not be read
 
 
 def shares(
@@ -142,6 +144,7 @@ def run(
     out: Path,
     keep: Path,
     seed: int = 0,
+    allow_malformed: int = 0,
     dry_run: bool = False,
     console: Console,
 ) -> dict[str, Any]:
@@ -152,10 +155,12 @@ def run(
       prompts: what models are to answer; not called if all contestants are files.
       out: a folder; must not be there yet.
       keep: where models' answers are kept; what is there is not drawn again.
+      allow_malformed: so many answers of a judge may be unreadable; an answer that enters several
+        comparisons counts in each.
 
     Raises:
       EvaluationError: fewer than two contestants, answers to different prompts, a ranker that is
-        not antisymmetric, `out` is there.
+        not antisymmetric, more malformed answers than allowed, `out` is there.
     """
     if len(contestants) < 2:
         raise EvaluationError(f"{len(contestants)} contestant; two or more can be compared")
@@ -179,9 +184,10 @@ def run(
     keyed = together(sets)
     order = list(next(iter(keyed.values())))
     ordered = {name: [of[key] for key in order] for name, of in keyed.items()}
-    pairs, lines = [], []
+    pairs, lines, verdicts = [], [], Malformed(allow_malformed, _COUNTED_AS)
     for a, b in itertools.combinations(ordered, 2):
         y = shares(ranker, ordered[a], ordered[b], (a, b))
+        verdicts.add(ranker)  # of the second asking, which says what the first said
         pairs.append({"a": a, "b": b, **compare(y, ordered[a], ordered[b], seed)})
         pairs[-1] |= {"ranker": reported(ranker)}
         lines += [
@@ -189,7 +195,7 @@ def run(
             for (name, sample), share in zip(order, y, strict=True)
         ]
     report = {
-        "ranker": ranker.name, "answers": files, "pairs": pairs, "ridge": RIDGE,
+        "ranker": ranker.name, **verdicts.record, "answers": files, "pairs": pairs, "ridge": RIDGE,
         "matrix": matrix(list(ordered), pairs, "win_rate"),
         "length_controlled_matrix": matrix(list(ordered), pairs, "length_controlled"),
     }  # fmt: skip
@@ -256,3 +262,5 @@ def print_report(report: dict[str, Any], names: list[str], console: Console) -> 
             f"{pair['a']} over {pair['b']}: {raw}, at equal length {even}, ties "
             f"{pair['ties']:.3f}; characters {a} and {b}", soft_wrap=True,
         )  # fmt: skip
+    if unread := unread_line(report, _COUNTED_AS):
+        console.print(unread, soft_wrap=True)

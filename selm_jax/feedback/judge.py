@@ -93,6 +93,7 @@ class JudgeRanker:
         on_malformed: see `judge`.
         counts: `comparisons` or `ratings`, `malformed` answers, `disagreements` (comparisons
             whose two orders name different winners), `dropped` prompts; of the last `scores`.
+        unread: which answer of the last `scores` was the first malformed one, and how it ends.
     """
 
     client: Client
@@ -101,6 +102,7 @@ class JudgeRanker:
     sampling: Mapping[str, Any]
     on_malformed: str
     counts: Counter[str] = field(default_factory=Counter)
+    unread: list[str] = field(default_factory=list)
     name: str = "judge"
 
     @property
@@ -119,6 +121,7 @@ class JudgeRanker:
         """
         check_questions(self.name, questions, candidates)
         self.counts.clear()
+        self.unread.clear()
         # Equal texts are judged once: the same request would be the same answer anyhow.
         texts = [list(dict.fromkeys(each)) for each in candidates]
         values = iter(_run(self._values(questions, texts)))
@@ -161,11 +164,14 @@ class JudgeRanker:
             value = FORMS[self.form].read(answer)
             if value is None:
                 self.counts["malformed"] += 1
+                ends = f"{answer.text[-200:]!r} (finish: {answer.finish})"
+                if not self.unread:
+                    self.unread.append(f"that to prompt {ids[index]!r}: {ends}")
                 if self.on_malformed == "error":
                     raise JudgeError(
                         f"ranker {self.name!r}, prompt {ids[index]!r}: the judge's answer says "
-                        f"nothing that can be read: {answer.text[-200:]!r} (finish: "
-                        f"{answer.finish}). Change the template, or set on_malformed."
+                        f"nothing that can be read: {ends}. Change the template, or set "
+                        "on_malformed."
                     )
             return value
 

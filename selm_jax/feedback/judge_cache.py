@@ -103,6 +103,10 @@ class AnswerCache:
         except sqlite3.DatabaseError as error:
             raise FeedbackError(f"{self.file}: an answer could not be written: {error}.") from error
 
+    def remove(self, key: str) -> None:
+        """Forgets the answer filed under `key`, if there is one."""
+        self._open().execute("DELETE FROM answers WHERE key = ?", (key,))
+
     def _open(self) -> sqlite3.Connection:
         if self._connection is None:
             raise RuntimeError("the cache is used outside its `with`")

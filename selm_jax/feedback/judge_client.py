@@ -104,6 +104,7 @@ class Client:
             # They log every request, and at DEBUG the server's headers, which may echo the key.
             logging.getLogger(logger).setLevel(logging.WARNING)
         self._cache = AnswerCache(cache)
+        self.cache = self._cache.file
         self._under_way: dict[str, asyncio.Task[Completion]] = {}
 
     async def __aenter__(self) -> Client:  # noqa: PYI034  (beartype takes no Self on a method)
@@ -153,16 +154,7 @@ class Client:
             JudgeError: the answer could not be had.
             BudgetExceeded: it may not be paid for.
         """
-        fields = {
-            "model": self.model,
-            "messages": [dict(each) for each in messages],
-            "max_tokens": max_tokens,
-            "temperature": temperature,
-            "logprobs": None if top_logprobs is None else True,
-            "top_logprobs": top_logprobs,
-            **(extra or {}),
-        }
-        body = {name: value for name, value in fields.items() if value is not None}
+        body = self._body(messages, max_tokens, temperature, top_logprobs, extra)
         key = request_key(body, draw)
         self.counts.asked += 1
         if key in self._under_way:
@@ -212,6 +204,49 @@ class Client:
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
         return [answers[i] for i in sorted(answers)]
+
+    def forget(
+        self,
+        conversations: Iterable[Messages],
+        which: Callable[[Completion], bool],
+        *,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        top_logprobs: int | None = None,
+        draw: int = 0,
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Takes answers for which `which` is true out of the cache, so that they are asked again.
+
+        Args:
+            conversations, and the rest: as `complete` was asked. The client is not open.
+        """
+        with self._cache:
+            for messages in conversations:
+                body = self._body(messages, max_tokens, temperature, top_logprobs, extra)
+                key = request_key(body, draw)
+                stored = self._cache.get(key)
+                if stored and which(Completion.restore(stored)):
+                    self._cache.remove(key)
+
+    def _body(
+        self,
+        messages: Messages,
+        max_tokens: int | None,
+        temperature: float | None,
+        top_logprobs: int | None,
+        extra: Mapping[str, Any] | None,
+    ) -> dict[str, Any]:
+        fields = {
+            "model": self.model,
+            "messages": [dict(each) for each in messages],
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "logprobs": None if top_logprobs is None else True,
+            "top_logprobs": top_logprobs,
+            **(extra or {}),
+        }
+        return {name: value for name, value in fields.items() if value is not None}
 
     async def _pay(self, key: str, body: Mapping[str, Any]) -> Completion:
         async with self._slots:

@@ -135,3 +135,55 @@ def test_rankers_that_only_compare_are_refused(folders, evaluated, tmp_path):
     with pytest.raises(EvaluationError, match="winrate"):
         evaluated([f"one={folders[0]}"], ranker=ranker)
     assert not (tmp_path / "out").exists()
+
+
+class TestAJudge:
+    @pytest.fixture
+    def rating(self, judge, tmp_path):
+        template = tmp_path / "template.txt"
+        template.write_text("{prompt}<<>>{response}")
+        return rankers.build(
+            "judge", model="scripted", form="pointwise", base_url=judge.url, retries=0,
+            template=str(template), cache=str(tmp_path / "cache.sqlite"),
+        )  # fmt: skip
+
+    @pytest.fixture
+    def prose(self, judge):
+        """It talks about what is shown with the first prompt, and rates the rest."""
+        judge.says = lambda body: (
+            "Quite good." if PROMPTS[0] in body["messages"][-1]["content"] else "Rating: [[7]]"
+        )
+
+    def test_prose_is_an_error_and_nothing_is_written(
+        self, folders, evaluated, rating, prose, tmp_path, monkeypatch
+    ):
+        monkeypatch.setattr("selm_jax.evaluation.model.Model.statistics", None)  # scores nothing
+        with pytest.raises(
+            EvaluationError, match="3 of 36 answers so far .*'p0': 'Quite good.'"
+        ) as e:
+            evaluated([f"one={folders[0]}"], ranker=rating)
+        assert f"{tmp_path / 'cache.sqlite'}" in str(e.value) and not (tmp_path / "out").exists()
+        assert "--allow-malformed 3, which counts them as the mean" in str(e.value)
+
+    def test_what_is_allowed_is_counted_and_told(
+        self, folders, evaluated, rating, prose, judge, tmp_path
+    ):
+        seen, both = Console(record=True, width=160), [f"one={folders[0]}", f"two={folders[1]}"]
+        with pytest.raises(EvaluationError, match="6 of 7. answers so far"):
+            evaluated(both, ranker=rating, allow_malformed=5)
+        asked = len(judge.bodies)
+        report = evaluated(both, ranker=rating, allow_malformed=6, console=seen)
+        assert len(judge.bodies) == asked
+        assert "6 of 72 answers of the judge could not be read; they count as the mean of" in (
+            seen.export_text()
+        )
+        stored = json.loads((tmp_path / "out" / "heldout.json").read_text())
+        assert (stored["judge_answers"], stored["malformed"], stored["allow_malformed"]) == (
+            72,
+            6,
+            6,
+        )
+        assert [stored["contestants"][n]["malformed"] for n in ("one", "two")] == [[3], [3]]
+        # Eleven prompts with 7, and one with nothing that could be read.
+        reward = report["contestants"]["one"]["measures"]["reward_greedy"]["mean"]
+        assert reward == pytest.approx((11 * 7 + 5.5) / 12)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 from rich.console import Console
 from scipy.optimize import minimize
 from tiny import PROMPTS
+from typer.testing import CliRunner
 
+from selm_jax.cli import app
 from selm_jax.evaluation import EvaluationError, winrate
 from selm_jax.evaluation.answers import Asked, Stored, read, write
 from selm_jax.evaluation.contestants import contestants
@@ -168,68 +168,100 @@ def test_bad_files_of_answers_are_named(files, tmp_path, how, says):
     assert not (tmp_path / "out").exists()
 
 
-class Judging(ThreadingHTTPServer):
-    """An OpenAI-compatible server that prefers by `verdict(first, second)`; counts its requests."""
+@pytest.fixture
+def scripted(judge, tmp_path):
+    """The settings of a judge whose verdict is `verdict(first, second)`, or of the one response."""
 
-    daemon_threads = True
-    request_queue_size = 64
+    def settings(verdict, form="pairwise"):
+        judge.says = lambda body: verdict(*body["messages"][-1]["content"].split("<<>>")[1:-1])
+        template = tmp_path / "template.txt"
+        responses = "{response}" if form == "pointwise" else "{response_a}<<>>{response_b}"
+        template.write_text("{prompt}<<>>" + responses + "<<>>")
+        return {
+            "model": "scripted", "form": form, "base_url": judge.url, "template": str(template),
+            "cache": str(tmp_path / "cache.sqlite"), "retries": 0,
+        }  # fmt: skip
 
-    def __init__(self, verdict):
-        self.count = 0
-        server = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                server.count += 1
-                first, second = body["messages"][-1]["content"].split("<<>>")[1:3]
-                message = {"role": "assistant", "content": verdict(first, second)}
-                reply = json.dumps(
-                    {
-                        "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
-                        "usage": {"prompt_tokens": 9, "completion_tokens": 1, "total_tokens": 10},
-                    }
-                ).encode()
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(reply)))
-                self.end_headers()
-                self.wfile.write(reply)
-
-            def log_message(self, *_):
-                pass
-
-        super().__init__(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+    return settings
 
 
 @pytest.mark.parametrize(
-    ("verdict", "rate", "malformed"),
+    ("verdict", "rate"),
     [
-        (lambda a, b: "[[A]]" if len(a) > len(b) else "[[B]]", 1.0, False),
-        (lambda a, b: "[[A]]", 0.5, False),  # likes what comes first: its two orders disagree
-        (lambda a, b: "Well, both have their merits.", 0.5, True),  # prose: a counted tie
+        (lambda a, b: "[[A]]" if len(a) > len(b) else "[[B]]", 1.0),
+        (lambda a, b: "[[A]]", 0.5),  # likes what comes first: its two orders disagree
     ],
 )
-def test_a_judge_is_asked_in_both_orders_and_not_twice(files, tmp_path, verdict, rate, malformed):
-    server = Judging(verdict)
-    template = tmp_path / "template.txt"
-    template.write_text("{prompt}<<>>{response_a}<<>>{response_b}<<>>")
-    judge = rankers.build(
-        "judge", model="scripted", base_url=f"http://127.0.0.1:{server.server_port}/v1",
-        template=str(template), cache=str(tmp_path / "cache.sqlite"), retries=0,
-    )  # fmt: skip
-    seen = Console(record=True, width=160)
-    compared(files[:2], judge, tmp_path, dry_run=True, console=seen)
-    assert server.count == 0 and not (tmp_path / "out").exists()
+def test_a_judge_is_asked_in_both_orders_and_not_twice(
+    judge, scripted, files, tmp_path, verdict, rate
+):
+    one, seen = rankers.build("judge", **scripted(verdict)), Console(record=True, width=160)
+    compared(files[:2], one, tmp_path, dry_run=True, console=seen)
+    assert not judge.bodies and not (tmp_path / "out").exists()
     assert " 60 " in seen.export_text()  # two orders of thirty prompts, at most
-    report = compared(files[:2], judge, tmp_path)
+    report = compared(files[:2], one, tmp_path, console=seen)
     assert report["matrix"][0][1] == rate
-    assert 0 < server.count <= 60
+    assert 0 < len(judge.bodies) <= 60
     # The second asking, the other way round, was answered from the cache.
     assert report["pairs"][0]["ranker"]["requests"] == 0
-    assert (report["pairs"][0]["ranker"]["malformed"] > 0) == malformed
+    assert report["judge_answers"] == len(judge.bodies) and report["malformed"] == 0
+    assert "could not be read" not in seen.export_text()
+
+
+@pytest.mark.parametrize("form", ["pairwise", "pointwise"])
+def test_a_judge_in_prose_is_an_error_unless_allowed(judge, scripted, files, tmp_path, form):
+    def says(*answers):
+        if any(len(a) == len("good ") for a in answers):
+            return "Well, that has its merits."
+        return "[[7]]" if form == "pointwise" else "[[A]]"
+
+    lengths = [[len(a.text) for a in read(tmp_path / f"{n}.jsonl")] for n in ("long", "short")]
+    prompts = lengths[1].count(len("good "))
+    malformed = prompts * (1 if form == "pointwise" else 2)  # a pair is asked in both orders
+    assert malformed
+    one, before = rankers.build("judge", **scripted(says, form)), sorted(tmp_path.iterdir())
+    says_so = rf"{malformed} of 60 answers so far .*'Well, that has its merits.*cache\.sqlite"
+    with pytest.raises(EvaluationError, match=f"{says_so}.*--allow-malformed {malformed}, .* ties"):
+        compared(files[:2], one, tmp_path, allow_malformed=malformed - 1)
+    assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "cache.sqlite"])
+    asked, seen = len(judge.bodies), Console(record=True, width=160)
+    report = compared(files[:2], one, tmp_path, allow_malformed=malformed, console=seen)
+    assert len(judge.bodies) == asked == 60
+    assert f"{malformed} of 60 answers of the judge could not be read; they count as ties" in (
+        seen.export_text()
+    )
+    stored = json.loads((tmp_path / "out" / "winrate.json").read_text())
+    assert (stored["malformed"], stored["judge_answers"]) == (malformed, 60)
+    assert stored["allow_malformed"] == malformed and stored["matrix"] == report["matrix"]
+    rows = [
+        json.loads(x) for x in (tmp_path / "out" / "comparisons.jsonl").read_text().splitlines()
+    ]
+    assert [r["share_of_a"] for r in rows].count(0.5) >= prompts
+
+
+def test_malformed_answers_of_all_pairs_and_of_a_mixtures_judge_count(scripted, files, tmp_path):
+    """A judge that does not understand the third contestant's answers: 60 in each of two pairs."""
+    write(tmp_path / "mixed.jsonl", answers([f"{i} mixed" for i in range(30)]), "mixed")
+    settings = scripted(lambda a, b: "Hm." if "mixed" in a + b else "[[tie]]")
+    parts = [
+        {"ranker": "length", "settings": {"target": 3}}, {"ranker": "judge", "settings": settings}
+    ]  # fmt: skip
+    one = rankers.build("mixture", parts=parts)
+    with pytest.raises(EvaluationError, match="ranker mixture: 60 of 120 answers so far .*'Hm.'"):
+        compared(files, one, tmp_path, allow_malformed=59)
+    with pytest.raises(EvaluationError, match="ranker mixture: 120 of 180 answers so far"):
+        compared(files, one, tmp_path, allow_malformed=119)
+    assert compared(files, one, tmp_path, allow_malformed=120)["malformed"] == 120
+
+
+def test_the_verb_takes_what_is_allowed(scripted, files, tmp_path):
+    given = ["eval", "winrate", *files[:2], "--ranker", "judge", "-o", str(tmp_path / "out")]
+    settings = scripted(lambda a, b: "Hm.")
+    given += [text for key, value in settings.items() for text in ("--set", f"{key}={value}")]
+    assert "--allow-malformed 60" in str(CliRunner().invoke(app, given).exception)
+    assert not (tmp_path / "out").exists()
+    result = CliRunner().invoke(app, [*given, "--allow-malformed", "60"])
+    assert result.exit_code == 0 and "60 of 60 answers of the judge" in result.output
 
 
 def test_a_models_answers_are_drawn_once(folders, files, tmp_path, monkeypatch):

@@ -501,6 +501,17 @@ class TestCache:
         asyncio.run(work())
         assert found[0] >= 1 and found[1] == 2
 
+    def test_what_is_forgotten_is_asked_again(self, server, client, file):
+        server.behave = lambda body, _: body["messages"][-1]["content"].upper()
+        texts = ["one", "two", "three"]
+        before = ask(client(), texts, temperature=1.0)
+        conversations = [user(text) for text in texts]
+        client().forget(conversations, lambda a: True, temperature=1.0, draw=1)
+        assert stored(file) == 3  # those were other requests
+        client().forget(conversations, lambda a: a.text == "TWO", temperature=1.0)
+        assert stored(file) == 2
+        assert ask(client(), texts, temperature=1.0) == before and len(server.bodies) == 4
+
     def test_two_processes_may_share_it_and_the_first_answer_stays(self, file):
         body = {"model": "m"}
         with AnswerCache(file) as one, AnswerCache(file) as other:
@@ -789,6 +800,7 @@ class TestPairwise:
         assert scores.tolist() == [0.25, 0.75, 0.5]
         report = one.report()
         assert report["malformed"] == 1 and report["disagreements"] == report["dropped"] == 0
+        assert one.unread == ["that to prompt 'p0': 'I like both.' (finish: stop)"]
         assert server.paid_twice == 0  # a malformed answer is paid for, kept, and not asked again
 
     def test_malformed_drops_the_prompt_or_stops(self, server, ranker):

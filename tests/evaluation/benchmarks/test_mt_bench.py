@@ -270,6 +270,25 @@ class TestAnswers:
         assert said(bench.answer(model, questions, files.folder, DECODING)) == whole
         assert sum(len(conversations) for _, conversations in calls) == 6
 
+    def test_what_is_answered_together_is_on_the_disk_before_the_next(
+        self, model, files, monkeypatch
+    ):
+        """With one slot that is one question."""
+        seen = []
+
+        def both(model, asked, *rest):
+            file = bench.answer_file(files.folder, model.name)
+            there = len(file.read_text().splitlines()) if file.exists() else 0
+            seen.append((len(asked), there))
+            choice = {"turns": ["a", "b"], "finish": ["stop"] * 2, "tokens": [1, 1]}
+            return [{"question_id": q.id, "choices": [choice]} for q in asked]
+
+        monkeypatch.setattr(model, "slots", 1)
+        monkeypatch.setattr(bench, "_both_turns", both)
+        questions = bench.read_questions(files.questions, unpublished=True)
+        bench.answer(model, questions, files.folder, DECODING)
+        assert seen == [(1, i) for i in range(5)]
+
     def test_a_conversation_that_is_too_long_names_its_questions(self, model, files):
         questions = bench.read_questions(files.questions, unpublished=True)
         with pytest.raises(EvaluationError, match="turn 1 of the questions 82, 85: .*512"):
@@ -376,17 +395,79 @@ class TestVerdicts:
         assert found["categories"]["writing"]["score"] is None
         assert "writing      no readable" in score.table("x", found)
 
-    def test_a_judge_in_prose_is_given_up(self, judge, run):
+    @pytest.mark.parametrize("mode", ["single", "pair"])
+    def test_a_judge_in_prose_is_given_up_and_asked_again_when_repaired(
+        self, judge, run, files, mode
+    ):
+        """Also what was under way when it was given up: the cache holds none of its prose."""
         judge.says = lambda body: "It is a good answer, all in all."
         with pytest.raises(EvaluationError, match="first 20 verdicts .*good answer, all in all"):
-            run(repeats=9, concurrency=1)
-        assert len(judge.bodies) < 25
+            run(mode, repeats=9, concurrency=7)
+        asked = len(judge.bodies)
+        assert asked < (20 if mode == "single" else 40) + 2 * 7
+        assert not (files.folder / "model_judgment").exists()
+        judge.says = lambda body: "[[6]]" if mode == "single" else "[[B]]"
+        judge.bodies.clear()
+        rows = run(mode, repeats=3)
+        assert len(judge.bodies) == (30 if mode == "single" else 60)
+        assert not any(map(judging.is_malformed, rows))
 
-    def test_few_judgments_that_are_all_malformed_give_no_score(self, judge, run, todo):
+    def test_what_a_judge_that_is_given_up_said_before_is_not_forgotten(self, judge, run):
+        """Answers that could be read are paid for once, also those of a part of a pair."""
+        judge.says = lambda body: "[[A]]" if len(judge.bodies) % 2 else "Hm."
+        with pytest.raises(EvaluationError, match="first 10 verdicts"):
+            run("pair", concurrency=1)
+        judge.says = lambda body: "[[B]]"
+        judge.bodies.clear()
+        rows = run("pair")
+        assert len(judge.bodies) == 10
+        assert {row["g1_winner"] for row in rows} == {"model_1"}
+
+    def test_few_judgments_that_are_all_malformed_are_not_kept_either(self, judge, run, files):
+        judge.says = lambda body: "Hm."
+        with pytest.raises(EvaluationError, match="first 10 verdicts .*'Hm.'"):
+            run()
+        assert not (files.folder / "model_judgment").exists()
+        judge.says = lambda body: "[[6]]"
+        assert [row["score"] for row in run()] == [6] * 10 and len(judge.bodies) == 20
+
+    def test_the_last_ones_may_be_malformed_if_earlier_ones_were_not(self, judge, run):
+        """Started again, the judge gives no readable verdict any more; the file says it could."""
+        judge.says = lambda body: "[[6]]" if len(judge.bodies) <= 7 else {"choices": []}
+        with pytest.raises(JudgeError):
+            run(concurrency=1, retries=0)
         judge.says = lambda body: "Hm."
         rows = run()
+        assert [row["score"] for row in rows] == [6] * 7 + [-1] * 3
+        asked = len(judge.bodies)
+        assert run() == rows and len(judge.bodies) == asked
+
+    def test_no_readable_judgment_gives_no_score(self, todo):
+        rows = [{"question_id": q["question_id"], "turn": turn, "score": -1}
+                for q in QUESTIONS for turn in (1, 2)]  # fmt: skip
         with pytest.raises(EvaluationError, match="none of 10 judgments"):
             score.single(rows, todo("single")[1])
+
+    @pytest.mark.parametrize(
+        ("malformed", "given", "allowed"),
+        [(8, None, 8), (9, None, None), (9, 9, 9), (0, 0, 0), (1, 0, None)],
+    )
+    def test_how_many_may_be_malformed(self, tmp_path, malformed, given, allowed):
+        rows = [
+            {
+                "question_id": i,
+                "turn": 1,
+                "score": -1 if i < malformed else 5,
+                "judgment": f"Hm {i}",
+            }
+            for i in range(160)
+        ]
+        if allowed is not None:
+            assert score.check_malformed(rows, given, tmp_path) == allowed
+            return
+        says = rf"{malformed} of 160 verdicts .*question 0, turn 1.*'Hm 0'.*--allow-malformed {malformed}"
+        with pytest.raises(EvaluationError, match=says):
+            score.check_malformed(rows, given, tmp_path)
 
 
 class TestResume:
@@ -596,6 +677,23 @@ class TestVerb:
         assert result.exit_code == 0, result.output
         record = json.loads((files.folder / "the--judge_one_against_two.json").read_text())
         assert record["overall"]["tie"] == 10 and record["overall"]["win_rate_adjusted"] == 0.5
+
+    def test_malformed_verdicts_are_an_error_unless_allowed(self, judge, files):
+        judge.says = lambda body: (
+            "[[A]]" if "Ask 0" not in body["messages"][1]["content"] else "I like both."
+        )
+        given = ("--answers", files.one, "--against", files.two)
+        result = self.verb(files, judge, *given)
+        file = files.folder / "model_judgment/the--judge_pair.jsonl"
+        says = f"{file}: 2 of 10 verdicts could not be read, 0 may be; such as that on question 81"
+        assert says in str(result.exception) and "'I like both.'" in str(result.exception)
+        assert not list(files.folder.glob("*.json"))
+        assert len(file.read_text().splitlines()) == 10 and len(judge.bodies) == 20
+        result = self.verb(files, judge, *given, "--allow-malformed", 2)
+        assert result.exit_code == 0 and "2 malformed" in result.output, result.output
+        record = json.loads((files.folder / "the--judge_one_against_two.json").read_text())
+        assert record["overall"]["malformed"] == record["allow_malformed"] == 2
+        assert len(judge.bodies) == 20
 
     @pytest.mark.parametrize(
         ("given", "says"),

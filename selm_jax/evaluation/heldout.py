@@ -1,7 +1,8 @@
 """`selm eval heldout`: what can be known of checkpoints without a judge.
 
 Each model answers held-out prompts greedily and by samples at temperature 1; a ranker scores the
-answers; the model and a reference score the samples, and the data's own pairs. Every measure is one
+answers (one that only compares gets each beside the reference's greedy answer); the model and a
+reference score the samples, and the data's own pairs. Every measure is one
 number per prompt (`frontier.measures`), so that models are compared prompt by prompt and several
 seeds of one method are pooled with prompts as clusters (`intervals`).
 """
@@ -91,13 +92,13 @@ def run(
       allow_malformed: so many answers of a judge may be unreadable.
 
     Raises:
-      EvaluationError: a ranker that only compares, a reference with other tokens, more malformed
-        answers than allowed, `out` is there.
+      EvaluationError: people are the ranker, a reference with other tokens, more malformed answers
+        than allowed, `out` is there.
     """
-    if compares(ranker):
+    if ranker.name == "human":
         raise EvaluationError(
-            f"the ranker {ranker.name} compares answers to one prompt with each other; alone they "
-            "have no score. `selm eval winrate` compares models by it"
+            "the ranker is people, who are asked about nothing else than what is trained on; name "
+            "another one with --ranker"
         )
     if dry_run:
         show(_costs(contestants, prompts, open_model, reference, asked, ranker, keep), console)
@@ -105,8 +106,16 @@ def run(
     if out.exists():
         raise EvaluationError(f"{out} is there already; move it away or give another --out")
     verdicts = Malformed(allow_malformed, _COUNTED_AS)
+    beside = None
+    if compares(ranker):
+        first, _ = answered(open_model(reference), prompts, _greedy(asked), keep)
+        beside = [each.text for each in first]
+
+    def scored(by_prompt: Sequence[Sequence[Stored]]) -> tuple[list[float], int]:
+        return _scores(ranker, by_prompt, beside), verdicts.add(ranker)
+
     found = [
-        (c.name, [_own(open_model(m), prompts, ranker, verdicts, asked, keep) for m in c.models])
+        (c.name, [_own(open_model(m), prompts, scored, asked, keep) for m in c.models])
         for c in contestants
     ]
     release()
@@ -117,6 +126,8 @@ def run(
         "reference": judge.name, "ranker": ranker.name, "asked": dataclasses.asdict(asked),
         "prompts": len(prompts), "beta": beta, **verdicts.record,
     }  # fmt: skip
+    if beside is not None:
+        report["beside"] = f"{judge.name}, greedy"
     with artifacts.whole(out) as folder:
         folder.mkdir()
         artifacts.write_json(folder / "heldout.json", report)
@@ -147,16 +158,34 @@ class _Own:
     malformed: int
 
 
+def _greedy(asked: Asked) -> Asked:
+    return dataclasses.replace(asked, greedy=1, samples=0)
+
+
+def _scores(
+    ranker: Ranker, by_prompt: Sequence[Sequence[Stored]], beside: Sequence[str] | None
+) -> list[float]:
+    """Of every answer; with `beside`, one text for each prompt, as it stands against that text alone:
+    only so do scores of two models measure the same."""
+    if beside is None:
+        questions = [each[0].question for each in by_prompt]
+        texts = [[a.text for a in each] for each in by_prompt]
+        return [float(x) for each in ranker.scores(questions, texts) for x in each]
+    both = [(a, one) for each, one in zip(by_prompt, beside, strict=True) for a in each]
+    found = ranker.scores([a.question for a, _ in both], [[a.text, one] for a, one in both])
+    return [float(of_answer) for of_answer, _ in found]
+
+
 def _own(
-    model: Model, prompts: Sequence[Prompt], ranker: Ranker, verdicts: Malformed, asked: Asked,
+    model: Model,
+    prompts: Sequence[Prompt],
+    scored: Callable[[Sequence[Sequence[Stored]]], tuple[list[float], int]],
+    asked: Asked,
     keep: Path,
-) -> _Own:  # fmt: skip
+) -> _Own:
     answers, file = answered(model, prompts, asked, keep)
     by_prompt = [answers[i : i + asked.each] for i in range(0, len(answers), asked.each)]
-    scores = ranker.scores(
-        [each[0].question for each in by_prompt], [[a.text for a in each] for each in by_prompt]
-    )
-    malformed = verdicts.add(ranker)
+    scores, malformed = scored(by_prompt)
     ids = model.prompt_ids([p.messages for p in prompts])
     examples = [
         Example(p.id, i, tuple(a.token_ids or () for a in each), {})
@@ -167,9 +196,8 @@ def _own(
     pairs = [e for e in pairs if e.tokens <= model.facts.max_positions]
     logps = model.logprobs(examples + pairs)
     return _Own(
-        model.name, file, len(model.tokenizer), answers, [float(x) for s in scores for x in s],
-        examples + pairs, len(examples), logps, len(both) - len(pairs),
-        malformed,
+        model.name, file, len(model.tokenizer), answers, scores, examples + pairs, len(examples),
+        logps, len(both) - len(pairs), malformed,
     )  # fmt: skip
 
 
@@ -270,11 +298,18 @@ def _costs(
         parts.append(dataclasses.replace(cost(model, prompts, asked, keep), scored_tokens=mine))
         scored += mine
         answers += len(prompts) * asked.each
-    parts.append(Cost(f"{reference.name} (reference)", scored_tokens=scored))
-    limit = asked.limit * CHARACTERS_PER_TOKEN
-    read = sum(limit + len(p.messages[-1].content) for p in prompts) * asked.each
-    models = sum(len(c.models) for c in contestants)
-    return parts + [judge_cost(judge, answers, models * read) for judge in judges(ranker)]
+    own = Cost(f"{reference.name} (reference)", scored_tokens=scored)
+    if compares(ranker):
+        drawn = cost(open_model(reference), prompts, _greedy(asked), keep)
+        own = dataclasses.replace(drawn, what=own.what, scored_tokens=scored)
+    parts.append(own)
+    limit, models = asked.limit * CHARACTERS_PER_TOKEN, sum(len(c.models) for c in contestants)
+    for judge in judges(ranker):
+        # A pairwise one is shown two answers, in both orders.
+        shown, times = (1, 1) if judge.form == "pointwise" else (2, 2)
+        read = sum(shown * limit + len(p.messages[-1].content) for p in prompts) * asked.each
+        parts.append(judge_cost(judge, times * answers, times * models * read))
+    return parts
 
 
 def _cell(key: str, e: Estimate) -> str:
@@ -286,7 +321,8 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     over = "prompts and seeds" if seeds > 1 else "prompts"
     table = Table(
         title=f"{report['prompts']} held-out prompts; 95 % intervals over {over}; reference: "
-        f"{report['reference']}; ranker: {report['ranker']}",
+        f"{report['reference']}; ranker: {report['ranker']}"
+        + (f" (each answer beside that of {report['beside']})" if "beside" in report else ""),
         box=None,
     )
     names = list(report["contestants"])

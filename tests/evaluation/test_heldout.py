@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from rich.console import Console
 from tiny import PROMPTS
 
 from selm_jax.evaluation import EvaluationError, heldout
-from selm_jax.evaluation.answers import Asked
+from selm_jax.evaluation.answers import Asked, read
 from selm_jax.evaluation.contestants import contestants
 from selm_jax.evaluation.model import find, open_found
 from selm_jax.feedback import ranker as rankers
@@ -22,6 +23,7 @@ from selm_jax.text.conversations import Message, Prompt
 from selm_jax.weights.huggingface import load
 
 QUIET = Console(quiet=True)
+ASKED = rankers.Question("?", (), {}, "x")
 BETA = 0.2
 
 
@@ -129,11 +131,28 @@ def test_a_dry_run_computes_nothing(folders, evaluated, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_rankers_that_only_compare_are_refused(folders, evaluated, tmp_path):
-    part = {"ranker": "length", "settings": {"target": 3}, "weight": 1.0, "normalise": "zscore"}
-    ranker = rankers.build("mixture", parts=[part, part])
-    with pytest.raises(EvaluationError, match="winrate"):
-        evaluated([f"one={folders[0]}"], ranker=ranker)
+def test_a_ranker_that_only_compares_sees_each_answer_beside_the_references(folders, evaluated):
+    part = {"ranker": "length", "settings": {"target": 5}, "weight": 1.0, "normalise": "zscore"}
+    ranker = rankers.build("mixture", parts=[part])
+    report = evaluated([f"one={folders[0]}", f"two={folders[1]}"], ranker=ranker)
+    assert report["beside"] == f"{folders[1].name}, greedy"
+    one, two = (report["contestants"][name]["measures"] for name in ("one", "two"))
+    # The reference's own greedy answers are as good as themselves.
+    equal = ranker.scores([ASKED], [["same", "same"]])[0][0]
+    assert two["reward_greedy"]["mean"] == equal == two["reward_greedy"]["low"]
+    greedy, beside = (
+        [a.text for a in answers if a.sample == 0]
+        for answers in (read(Path(report["contestants"][n]["answers"][0])) for n in ("one", "two"))
+    )
+    expected = [
+        float(ranker.scores([ASKED], [[a, b]])[0][0]) for a, b in zip(greedy, beside, strict=True)
+    ]
+    assert one["reward_greedy"]["mean"] == pytest.approx(np.mean(expected))
+
+
+def test_people_are_not_asked(folders, evaluated, tmp_path):
+    with pytest.raises(EvaluationError, match="people"):
+        evaluated([f"one={folders[0]}"], ranker=rankers.build("human"))
     assert not (tmp_path / "out").exists()
 
 

@@ -199,7 +199,7 @@ def tried(tell) -> Callable[[str], None]:
 def harness_parity(tell) -> Callable[[str, float], None]:
     """Notes by how much the harness's numbers differ from those of its own HF model."""
     heading = "lm-eval: largest difference to its own HF model, in nats"
-    return lambda what, difference: tell(heading, f"{what:14} {difference:.1e}")
+    return lambda what, difference: tell(heading, f"{what:24} {difference:.1e}")
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ row with it, so a question with four choices is read once, not four times.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import importlib.metadata
 import json
@@ -213,18 +214,31 @@ class Harness(TemplateLM):
     def _texts(
         self, prompts: list[Ids], limit: int, until: list[str], sampling: Sampling | None
     ) -> list[str]:
+        def ended(ids: Ids) -> bool:
+            text = self.tokenizer.decode(list(ids))  # an end may be a special token, or hold one
+            return any(end in text for end in until if end)
+
         with bar(self.model.console, "generate", len(prompts), "texts") as advance:
             responses = self.model.generate(
                 prompts, greedy=int(sampling is None), samples=int(sampling is not None),
                 max_new_tokens=limit, sampling=sampling or Sampling(), seed=self.seed,
-                progress=advance,
-                ended=lambda ids: any(end in self._decoded(ids) for end in until if end),
+                progress=advance, ended=ended, also_stop=self._special(until),
             )  # fmt: skip
-        texts = [self._decoded(each[0].tokens) for each in responses]
-        return [postprocess_generated_text(text, until, None) for text in texts]
+        out = []
+        for (response,) in responses:
+            # HFLM draws nothing after an end. The engine may have, and the text, which is read
+            # without special tokens, does not always show where the end was.
+            ends = range(1, len(response.tokens) + 1)
+            first = bisect.bisect_left(ends, True, key=lambda n: ended(response.tokens[:n]))
+            kept = list(response.tokens[: first + 1])
+            text = self.tokenizer.decode(kept, skip_special_tokens=True)
+            out.append(postprocess_generated_text(text, until, None))
+        return out
 
-    def _decoded(self, ids: Ids) -> str:
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+    def _special(self, until: Sequence[str]) -> Ids:
+        """The ends that are one special token. They end a response with the very token."""
+        added = self.tokenizer.added_tokens_decoder.items()
+        return tuple(i for i, token in added if token.special and token.content in until)
 
     def get_model_info(self) -> dict[str, Any]:
         """What the results say of the model."""
@@ -325,7 +339,7 @@ def run(
       tasks: see `tasks_of`.
       include: folder of further task files.
       limit: the first so many rows of each task alone.
-      chat: prompts through the chat template, shots as earlier turns.
+      chat: prompts through the chat template, shots as earlier turns; else both as plain text.
       dry_run: counts tokens and writes nothing.
 
     Raises:
@@ -350,7 +364,7 @@ def run(
     results: dict[str, Any] = dict(results)
     samples = results.pop("samples")
     results["selm"] = {
-        "lm_eval": _version(), "chat": chat, "limit": limit,
+        "lm_eval": _version(), "chat": chat, "shots_as_turns": chat, "limit": limit,
         "tasks": [{"task": name, "version": results["versions"].get(name),
                    "shots": results["n-shot"].get(name)} for name in results["results"]],
     }  # fmt: skip
@@ -372,7 +386,10 @@ def _manager(include: Path | None) -> TaskManager:
 
 
 def print_results(results: dict[str, Any], console: Console) -> None:
-    table = Table(title=f"lm-eval {_version()}", box=None)
+    selm = results["selm"]
+    template = "chat template" if selm["chat"] else "no chat template"
+    shots = "shots as turns" if selm["shots_as_turns"] else "shots as text"
+    table = Table(title=f"lm-eval {_version()}: {template}, {shots}", box=None)
     for head in ("task", "version", "shots", "rows", "metric", "value", "standard error"):
         table.add_column(head, justify="left" if head in ("task", "metric") else "right")
     for name, metrics in results["results"].items():

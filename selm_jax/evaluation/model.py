@@ -286,18 +286,21 @@ class Model:
         seed: int = 0,
         progress: Advance = lambda answers, tokens=0: None,
         ended: Callable[[Ids], bool] | None = None,
+        also_stop: Ids = (),
     ) -> list[list[Response]]:
         """The same for token ids: per prompt its greedy response (if `greedy` is 1), then samples.
 
-        `ended` may end responses that no stop token ends; see `Engine.generate`.
+        `ended` may end responses that no stop token ends; see `Engine.generate`. `also_stop` are
+        stop tokens besides the model's own.
         """
         found: list[list[Response]] = [[] for _ in prompts]
+        stops = tuple(sorted({*self.stop_ids, *also_stop}))
         for config, members in self._by_config([len(p) + max_new_tokens for p in prompts]):
             longest = max(len(prompts[i]) for i in members)
             engine = Engine.fitted(
                 decoder=Decoder(config, self.dtype, scan=False), sampling=sampling,
                 slots=self.slots, max_prompt=bucket(longest), max_new_tokens=max_new_tokens,
-                stop_ids=self.stop_ids, prefill_rows=min(8, self.slots), mesh=self._decode_mesh,
+                stop_ids=stops, prefill_rows=min(8, self.slots), mesh=self._decode_mesh,
             )  # fmt: skip
             requests = [
                 Request(i, prompts[i], greedy, samples, _draws(prompts[i])) for i in members

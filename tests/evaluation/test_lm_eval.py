@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 from rich.console import Console
+from safetensors.numpy import load_file, save_file
 
+from selm_jax import tiny
 from selm_jax.evaluation import EvaluationError, lm_eval
+from selm_jax.evaluation.model import open_model
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed (the extra `lm_eval`)")
 from lm_eval import simple_evaluate
@@ -62,11 +67,57 @@ def ours(model):
 
 @pytest.fixture(scope="module")
 def theirs(folders):
+    return hf_model(folders[0], batch_size=3)
+
+
+def hf_model(folder: Path, batch_size: int):
     pytest.importorskip("torch", reason="torch, the oracle, is not installed")
     pytest.importorskip("accelerate", reason="lm-eval's HF model wants accelerate")
     from lm_eval.models.huggingface import HFLM
 
-    return HFLM(str(folders[0]), dtype="float32", device="cpu", batch_size=3)
+    return HFLM(str(folder), dtype="float32", device="cpu", batch_size=batch_size)
+
+
+def both(folder: Path):
+    """One model in our harness and in theirs. In a larger batch theirs goes on after an end until
+    all texts have one, and looks for BOS in the first context alone."""
+    return lm_eval.Harness(open_model(str(folder), slots=8, console=QUIET)), hf_model(folder, 1)
+
+
+@pytest.fixture(scope="module")
+def with_bos(tmp_path_factory):
+    """A model whose tokenizer puts BOS in front of any text, in both harnesses."""
+    folder = tmp_path_factory.mktemp("with_bos") / "llama-3"
+    tiny.make_model(folder, tiny._family(folder.name))
+    return both(folder)
+
+
+@pytest.fixture(scope="module", params=["plain", "with_bos"])
+def either(request):
+    """Our harness and theirs on a model whose tokenizer adds nothing, then on one that adds BOS."""
+    if request.param == "with_bos":
+        return request.getfixturevalue("with_bos")
+    return request.getfixturevalue("ours"), request.getfixturevalue("theirs")
+
+
+@pytest.fixture(scope="module")
+def chatml_base(tmp_path_factory):
+    """A base model in both harnesses: its vocabulary has <|im_end|>, its EOS is <|endoftext|>."""
+    folder = tmp_path_factory.mktemp("chatml_base") / "model"
+    special = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
+    smollm = tiny._family("smollm")
+    untied = {**smollm.model, "tie_word_embeddings": False}
+    tiny.make_model(
+        folder, dataclasses.replace(smollm, model=untied, special=special, eos=special[-1])
+    )
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    scale = np.ones((len(weights["lm_head.weight"]), 1), np.float32)
+    scale[-3:-1] = 2  # so that both tokens of ChatML are the likeliest now and then
+    save_file(
+        weights | {"lm_head.weight": weights["lm_head.weight"] * scale}, file, {"format": "pt"}
+    )
+    return both(folder)
 
 
 @pytest.fixture(scope="module")
@@ -124,13 +175,16 @@ def task_folder(tmp_path_factory) -> Path:
     return folder
 
 
-def test_loglikelihoods_are_those_of_the_hf_model(ours, theirs, harness_parity):
+def test_loglikelihoods_are_those_of_the_hf_model(either, harness_parity):
+    ours, theirs = either
+    bos = ours.tokenizer.bos_token
     rng = np.random.default_rng(0)
     pairs = [(sentence(rng, n), " " + sentence(rng, m)) for n in (1, 3, 20) for m in (1, 2, 7)]
     pairs += [(pairs[0][0], " " + word) for word in WORDS]  # many continuations of one context
     pairs += [
         ("", "river"),
-        ("", "<|im_start|>river"),  # begins with what stands before a text
+        ("", f"{bos}river"),  # begins with what stands before a text
+        (f"{bos}river", " song"),
         ("a trailing space ", "song"),  # moves to the continuation
         ("two  ", " spaces"),
         ("<|im_start|>user\nA river?<|im_end|>\n", "yes"),
@@ -145,27 +199,35 @@ def test_loglikelihoods_are_those_of_the_hf_model(ours, theirs, harness_parity):
     pairs += [(c, text) for (c, _), text in zip(pairs, said, strict=False) if text]
     asked = instances("loglikelihood", pairs)
     got, want = ours.loglikelihood(asked), theirs.loglikelihood(asked)
-    harness_parity("log-likelihood", max(abs(a[0] - b[0]) for a, b in zip(got, want, strict=True)))
+    harness_parity(
+        f"{ours.model.name} log-likelihood",
+        max(abs(a[0] - b[0]) for a, b in zip(got, want, strict=True)),
+    )
     np.testing.assert_allclose([a for a, _ in got], [b for b, _ in want], rtol=0, atol=1e-4)
     assert [flag for _, flag in got] == [flag for _, flag in want]
     assert any(flag for _, flag in want) and not all(flag for _, flag in want)
 
 
-def test_rolling_loglikelihoods_are_those_of_the_hf_model(ours, theirs, harness_parity):
+def test_rolling_loglikelihoods_are_those_of_the_hf_model(either, harness_parity):
+    ours, theirs = either
     rng = np.random.default_rng(1)
     texts = [(sentence(rng, n),) for n in (1, 9, 60, 320)]  # the last of several windows
     assert len(ours.tok_encode(texts[-1][0])) > ours.max_length
     asked = instances("loglikelihood_rolling", texts)
     got, want = ours.loglikelihood_rolling(asked), theirs.loglikelihood_rolling(asked)
-    harness_parity("rolling", max(abs(a - b) for a, b in zip(got[:-1], want[:-1], strict=True)))
-    np.testing.assert_allclose(got[:-1], want[:-1], rtol=0, atol=1e-4)
+    harness_parity(
+        f"{ours.model.name} rolling",
+        max(abs(a - b) for a, b in zip(got[:-1], want[:-1], strict=True)),
+    )
     # Thousands of nats: the HF model sums them in float32, whose steps there are larger than 1e-4.
-    assert got[-1] == pytest.approx(want[-1], rel=2e-7)
+    np.testing.assert_allclose(got, want, rtol=2e-7, atol=1e-4)
 
 
-def test_generations_are_those_of_the_hf_model(ours, theirs):
+def test_generations_are_those_of_the_hf_model(either):
+    ours, theirs = either
     rng = np.random.default_rng(2)
     contexts = [sentence(rng, int(n)) for n in rng.integers(1, 40, 7)] + [sentence(rng, 400)]
+    contexts.append(f"{ours.tokenizer.bos_token}river")
     settings = [
         {"until": ["e"], "max_gen_toks": 24},
         {"until": ["r s", "\n\n", "a"], "max_gen_toks": 40, "do_sample": False},
@@ -175,6 +237,40 @@ def test_generations_are_those_of_the_hf_model(ours, theirs):
     got, want = ours.generate_until(asked), theirs.generate_until(asked)
     assert got == want
     assert len(set(want)) > 12
+
+
+def test_special_tokens_end_texts_as_in_the_hf_model(chatml_base):
+    ours, theirs = chatml_base
+    rng = np.random.default_rng(4)
+    contexts = [sentence(rng, int(n)) for n in rng.integers(1, 9, 8)]
+    prompts = [tuple(ours.tok_encode(c)) for c in contexts]
+    unended = ours.model.generate(prompts, greedy=1, samples=0, max_new_tokens=40)
+    said = [ours.tokenizer.decode(list(response.tokens)) for (response,) in unended]
+    # An end of several tokens, as gsm8k_cot_llama has one: a piece of what the model says.
+    around = next(m[0] for m in (re.search(r"[!-~]<\|im_end\|>[!-~]", s) for s in said) if m)
+    texts = []
+    for until in (
+        ["Q:"],
+        ["Q:", "</s>", "<|im_end|>"],  # of gsm8k_cot
+        [around],
+        ["im_e"],  # theirs sees it in the token's name
+    ):
+        settings = {"until": until, "max_gen_toks": 40, "do_sample": False}
+        asked = instances("generate_until", [(c, settings) for c in contexts])
+        texts.append(theirs.generate_until(asked))
+        assert ours.generate_until(asked) == texts[-1], until
+    # A token that is an end stops the engine at once, and is the response's last.
+    end = ours.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    stopped = ours.model.generate(
+        prompts, greedy=1, samples=0, max_new_tokens=40,
+        also_stop=ours._special(["Q:", "</s>", "<|im_end|>"]),
+    )  # fmt: skip
+    for (free,), (short,) in zip(unended, stopped, strict=True):
+        length = free.tokens.index(end) + 1 if end in free.tokens else len(free.tokens)
+        assert short.tokens == free.tokens[:length]
+    whole, *ended = texts
+    assert all(each != whole for each in ended)
+    assert len({len(text) for text in ended[0]}) > 3 and ended[0] == ended[2] != ended[1]
 
 
 def test_whole_evaluations_are_those_of_the_hf_model(ours, theirs, task_folder):
@@ -203,7 +299,8 @@ def test_whole_evaluations_are_those_of_the_hf_model(ours, theirs, task_folder):
 
 
 def test_the_verb_writes_results_with_names_versions_and_shots(model, task_folder, tmp_path):
-    asked = {"include": task_folder, "limit": 3, "chat": False, "console": QUIET}
+    seen = Console(record=True, width=140)
+    asked = {"include": task_folder, "limit": 3, "chat": False, "console": seen}
     out = tmp_path / "out"
     lm_eval.run(model, "local_choice:2,local_write", out=out, **asked)
     results = json.loads((out / "results.json").read_text())
@@ -211,6 +308,11 @@ def test_the_verb_writes_results_with_names_versions_and_shots(model, task_folde
         {"task": "local_choice", "version": 7.5, "shots": 2},
         {"task": "local_write", "version": 7.5, "shots": 0},
     ]
+    assert not results["selm"]["chat"] and not results["selm"]["shots_as_turns"]
+    assert "no chat template, shots as text" in seen.export_text()
+    results["selm"] |= {"chat": True, "shots_as_turns": True}
+    lm_eval.print_results(results, seen)
+    assert ": chat template, shots as turns" in seen.export_text()
     assert results["config"]["selm_origin"]["sha256"] == model.folder.origin["sha256"]
     lines = (out / "samples" / "local_write.jsonl").read_text().splitlines()
     assert len(lines) == 3 and "resps" in json.loads(lines[0])

@@ -92,7 +92,7 @@ def with_bos(tmp_path_factory):
     return both(folder)
 
 
-@pytest.fixture(scope="module", params=["plain", "with_bos"])
+@pytest.fixture(scope="module", params=["plain", pytest.param("with_bos", marks=pytest.mark.slow)])
 def either(request):
     """Our harness and theirs on a model whose tokenizer adds nothing, then on one that adds BOS."""
     if request.param == "with_bos":

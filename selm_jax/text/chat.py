@@ -285,11 +285,13 @@ def _check_variables(
 
 
 def stop_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
-    """Tokens that end a text, from the generation config and the tokenizer. Raises ChatError if none."""
-    file = folder / "generation_config.json"
-    configured = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
+    """Tokens that end a text, from the generation config (where there is none, the model's, as
+    transformers does) and the tokenizer. Raises ChatError if none."""
+    files = (folder / name for name in ("generation_config.json", "config.json"))
+    file = next((file for file in files if file.exists()), None)
+    configured = json.loads(file.read_text()).get("eos_token_id") if file else None
     ids = configured if isinstance(configured, list) else [configured]
     stops = {int(i) for i in [*ids, tokenizer.eos_token_id] if i is not None}
     if not stops:
-        raise ChatError(f"{folder}: neither generation_config.json nor the tokenizer has an EOS")
+        raise ChatError(f"{folder}: neither the generation config nor the tokenizer has an EOS")
     return tuple(sorted(stops))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import json
+import shutil
 from itertools import pairwise
 
 import pytest
@@ -192,6 +194,16 @@ def test_stop_ids_are_the_generation_configs_and_the_tokenizers(chat):
     assert stops("zephyr") == {"</s>"}
     assert stops("phi_3") == {"<|endoftext|>", "<|assistant|>", "<|end|>"}
     assert stops("gemma_2") == {"<eos>", "<end_of_turn>"}
+
+
+def test_without_a_generation_config_the_models_own_end_counts(chat, tmp_path):
+    """As transformers makes a generation config of it; with one, it is not read."""
+    folder = shutil.copytree(chat("llama_2").folder, tmp_path / "model")
+    (folder / "config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
+    own = Chat(folder).tokenizer.eos_token_id
+    assert Chat(folder).stop_ids == tuple(sorted({7, 9, own}))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 8}))
+    assert Chat(folder).stop_ids == tuple(sorted({8, own}))
 
 
 # --- answers that cannot be used ---------------------------------------------------------------

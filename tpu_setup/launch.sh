@@ -9,6 +9,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 usage="usage: launch.sh SETTINGS [--with FOLDER]... EXPERIMENT [key.path=value]..."
 (($# >= 2)) || die "$usage"
 read_settings "$1" && shift
+check_share
 before=()
 while [[ ${1:-} == --with ]]; do
   [[ ${2:-} =~ ^[A-Za-z0-9_][A-Za-z0-9._/-]*$ ]] || die "--with: expected a folder below runs/"
@@ -17,6 +18,6 @@ while [[ ${1:-} == --with ]]; do
 done
 (($#)) || die "$usage"
 read_experiment "$@"
-launch_run "${before[@]}" || die "$RUN was not started on all workers"
+launch_run "${before[@]}" || die "the launch of $RUN broke off, as told above"
 say "started. Its log: gcloud compute tpus tpu-vm ssh $NAME --project=$PROJECT --zone=$ZONE" \
   "--command='tail -f selm-logs/${RUN//\//-}.log'"

@@ -68,6 +68,24 @@ read_settings() {
   [[ -z $SHARED ]] || matches SHARED '[a-z0-9.-]+:/[A-Za-z0-9._/-]+' 'an NFS share, SERVER:/PATH'
 }
 
+# Hosts of the slice, which are its workers: README.md has the table.
+hosts() {
+  local number=${ACCELERATOR##*-}
+  case $ACCELERATOR in
+    v5litepod-* | v6e-*) # chips
+      if ((number <= 8)); then echo 1; else echo $(((number + 3) / 4)); fi
+      ;;
+    *) echo $(((number + 7) / 8)) ;; # cores, two to a chip
+  esac
+}
+
+# Told before a slice costs. Not by delete.sh: a slice can always be deleted.
+check_share() {
+  (($(hosts) == 1)) || [[ -n $SHARED ]] ||
+    die "SHARED is not set, and $ACCELERATOR has $(hosts) workers, which have to see one runs/:" \
+      "README.md, 'More than one worker'"
+}
+
 matches() {
   local value=${!1}
   [[ $value =~ ^($2)$ ]] || die "$1 is '$value'; expected $3"
@@ -164,6 +182,15 @@ delete_slice() {
   tpus queued-resources delete "$NAME" --force
 }
 
+# Files that may hold a token; .dockerignore and .gitignore say the same.
+is_private() {
+  case "${1##*/}" in
+    example.env) return 1 ;;
+    .env* | *.env | *token | *TOKEN | *token.txt | *tokens.txt | *secret*.txt | .netrc | *.pem | *credentials*.json) ;;
+    *) return 1 ;;
+  esac
+}
+
 # The checkout as it stands, with files that git does not know yet and without ignored ones.
 pack() {
   if git -C "$ROOT" rev-parse --is-inside-work-tree >/dev/null 2>&1; then
@@ -171,7 +198,7 @@ pack() {
   else
     (cd "$ROOT" && find . -type f -not -path './.*' -not -path './runs/*' -print0)
   fi | (cd "$ROOT" && while IFS= read -r -d '' file; do
-    if [[ -f $file && $file != runs/* ]]; then printf '%s\0' "$file"; fi
+    if [[ -f $file && $file != runs/* ]] && ! is_private "$file"; then printf '%s\0' "$file"; fi
   done) >"$TEMPORARY/files" && tar -C "$ROOT" --null -T "$TEMPORARY/files" -czf "$1"
 }
 
@@ -183,8 +210,9 @@ install_all() {
     return 1
   }
   say "installing"
-  # The scripts come with the checkout, so the first step has to be said here.
-  local unpack="rm -rf selm && mkdir selm && tar -xzf selm.tgz -C selm && bash selm/tpu_setup/worker.sh install $SHARED"
+  # The scripts come with the checkout, so the first step has to be said here. It replaces nothing: a run
+  # may be going on.
+  local unpack="rm -rf selm.new && mkdir selm.new && tar -xzf selm.tgz -C selm.new && bash selm.new/tpu_setup/worker.sh install $SHARED"
   if ! tpus tpu-vm ssh "$NAME" --worker=all --command="$unpack" </dev/null; then
     say "the installation failed on at least one worker; its end is above, by host name" >&2
     return 1
@@ -218,7 +246,19 @@ launch_run() {
   send_secrets || return 1
   say "starting: selm run $EXPERIMENT output=runs/$RUN ${OVERRIDES[*]}"
   on all bash selm/tpu_setup/worker.sh start "$RUN" "$EXPERIMENT" "${OVERRIDES[@]}" || return 1
-  on 0 bash selm/tpu_setup/worker.sh copy "$RUN" "$BUCKET" "$SYNC"
+  patiently on 0 bash selm/tpu_setup/worker.sh copy "$RUN" "$BUCKET" "$SYNC" || {
+    say "$RUN was started, but nothing copies it to the bucket: worker 0 cannot be reached. watch.sh joins" \
+      "the run and sees to that" >&2
+    return 1
+  }
+}
+
+# Sees to it that RUN is copied. Says whether all of it is, now that it has ended.
+see_to_copy() {
+  local answer script=selm/tpu_setup/worker.sh
+  local ask="if [ -f $script ]; then bash $script copy $RUN $BUCKET $SYNC; else echo selm-copy done; fi"
+  answer=$(tpus tpu-vm ssh "$NAME" --worker=0 --command="$ask" </dev/null 2>/dev/null) || return 1
+  grep -q '^selm-copy done' <<<"$answer"
 }
 
 # What each worker says of RUN: `running`, `copying`, `exit STATUS` or `absent`, one a line. Fails where

@@ -27,16 +27,21 @@ fi
 
 # SLURM tells this script (B:), which tells the run; the run saves and leaves with 75. Tokens are in the
 # environment that sbatch hands on; they are no arguments.
-stopped=''
+stopped='' told=''
 srun --kill-on-bad-exit=1 selm run "$@" &
 run=$!
-trap 'stopped=yes; kill -TERM "$run"' TERM
-status=0
-wait "$run" || status=$?
+trap 'stopped=yes' TERM
+wait "$run" || true
 while kill -0 "$run" 2>/dev/null; do # `wait` ends at the signal, before the run does
-  status=0
-  wait "$run" || status=$?
+  # Not by `kill`: srun answers TERM by killing the run. It is step 0, the job's first srun, which may
+  # not have begun yet.
+  if [[ -n $stopped && -z $told ]]; then
+    if scancel --signal=TERM "${SLURM_JOB_ID:?}.0"; then told=yes; else sleep 5 && continue; fi
+  fi
+  wait "$run" || true
 done
+status=0
+wait "$run" || status=$? # bash still knows it
 if [[ -n $stopped || $status == 75 ]] && ((status)); then
   scontrol requeue "${SLURM_JOB_ID:?}"
 fi

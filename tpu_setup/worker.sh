@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
-# What a worker does. It comes with the checkout into ~/selm and is called by the scripts beside it.
+# What a worker does. It comes with the checkout into ~/selm; the scripts beside it call it.
 #
-#   install [SHARED]            a virtual environment with ~/selm; runs/ on this disk or on a share
+#   install [SHARED]            ~/selm.new becomes ~/selm, with a virtual environment; runs/ on this disk
+#                               or on a share. Refused while a run is going on here
 #   prepare-secrets             an empty file for tokens, which only this user may read
 #   check-bucket RUN BUCKET     writes the time into runs/RUN/started there
 #   restore RUN BUCKET          runs/RUN from the bucket, unless it is here
 #   start RUN EXPERIMENT ...    selm run, detached; its log is ~/selm-logs/RUN.log
-#   copy RUN BUCKET SECONDS     runs/RUN to the bucket every so often, and once more at its end
+#   stop RUN                    tells it to save and leave, and waits for that
+#   copy RUN BUCKET SECONDS     runs/RUN to the bucket every so often, and once more at its end. May be
+#                               called at any time; says `selm-copy done` when that last copy is there
 #   status RUN                  `selm-status running|copying|exit N|absent`
 set -euo pipefail
 { set +x; } 2>/dev/null
@@ -16,7 +19,7 @@ VENV=$HOME/selm-venv
 LOGS=$HOME/selm-logs
 STATE=$HOME/.selm # mode 700
 RUNS=$HOME/selm/runs # a link to $HOME/selm-runs, or to the share
-SHARE=/mnt/selm
+SHARE=$HOME/selm-share
 
 fail() {
   printf '%s: %s\n' "$(hostname)" "$*" >&2
@@ -35,18 +38,34 @@ make_venv() {
   python3 -m uv venv --clear --seed --python 3.12 "$VENV"
 }
 
+apt() { sudo apt-get -o DPkg::Lock::Timeout=600 -qq "$@"; }
+
 mount_share() {
+  local try
   if mountpoint -q "$SHARE"; then return; fi
-  sudo apt-get install -y -qq nfs-common
-  sudo mkdir -p "$SHARE"
+  # A new machine is busy with updates of its own. apt waits for dpkg's lock, not for that of its lists.
+  for try in 1 2 3 4 5 6; do
+    if apt update; then break; fi
+    [[ $try == 6 ]] || sleep 20
+  done
+  apt install -y nfs-common
+  mkdir -p "$SHARE"
   sudo mount -t nfs "$1" "$SHARE"
   sudo chmod 1777 "$SHARE"
 }
 
 install() {
+  local pid
+  for pid in "$STATE"/*.run.pid; do
+    if is_alive "${pid%.pid}"; then
+      fail "$(basename "${pid%.run.pid}") is running here; nothing was installed, it would lose its files"
+    fi
+  done
+  rm -rf selm
+  mv selm.new selm
   mkdir -p "$LOGS"
   # A process of its own: inside `if` nothing would stop at the first failure.
-  if ! bash "$0" install-steps "$@" >"$LOGS/install.log" 2>&1; then
+  if ! bash selm/tpu_setup/worker.sh install-steps "$@" >"$LOGS/install.log" 2>&1; then
     tail -n 20 "$LOGS/install.log" >&2
     fail "the installation failed; the end of ~/selm-logs/install.log is above"
   fi
@@ -74,7 +93,9 @@ latest() {
   if answer=$(gcloud storage cat "$1/latest" 2>&1); then
     [[ $answer == [ab] ]] || return 1
     echo "$answer"
-  elif ! grep -Eqi 'matched no objects|not found|404' <<<"$answer"; then
+  elif ! grep -q 'matched no objects' <<<"$answer"; then
+    # Only these words say that nothing is there. After any other, a run that began anew would in time
+    # replace what the bucket has.
     printf '%s\n' "$answer" >&2
     return 1
   fi
@@ -120,6 +141,7 @@ snapshot() {
 
 copy_once() {
   local run=$1 there=$2/runs/$1 slot
+  [[ -d $RUNS/ ]] || return 1 # it is being installed anew
   [[ -d $RUNS/$run ]] || return 0
   snapshot "$RUNS/$run" "$RUNS/.snapshots/$run" || return 1
   slot=$(latest "$there") || return 1
@@ -131,16 +153,25 @@ copy_once() {
 }
 
 copier() {
-  local run=$1 bucket=$2 every=$3 waited
-  while is_alive "$STATE/$(key "$run").run"; do
-    for ((waited = 0; waited < every; waited++)); do
-      is_alive "$STATE/$(key "$run").run" || break
-      sleep 1
+  local run=$1 bucket=$2 every=$3 waited file
+  file=$STATE/$(key "$run")
+  while :; do
+    while is_alive "$file.run"; do
+      for ((waited = 0; waited < every; waited++)); do
+        is_alive "$file.run" || break
+        sleep 1
+      done
+      copy_once "$run" "$bucket" || echo "$(date -u +%FT%TZ) not copied; again in $every s"
     done
-    copy_once "$run" "$bucket" || echo "$(date -u +%FT%TZ) not copied; again in $every s"
+    touch "$file.ended" # before all of it is copied, now that it has ended
+    until copy_once "$run" "$bucket"; do sleep "$every"; done
+    is_alive "$file.run" || break # it was started again meanwhile
   done
-  until copy_once "$run" "$bucket"; do sleep "$every"; done # all of it, now that it has ended
+  mv "$file.ended" "$file.copied"
 }
+
+# Whether the last copy began after the run's end.
+is_copied() { [[ $1.copied -nt $1.status ]] && ! is_alive "$1.run"; }
 
 # --- the run ----------------------------------------------------------------------------------------
 
@@ -162,7 +193,7 @@ start() {
   local file
   file=$STATE/$(key "$1")
   if is_alive "$file.run"; then fail "runs/$1 is running here already"; fi
-  rm -f "$file.status"
+  rm -f "$file.status" "$file.copied"
   detach "$file.run" "$LOGS/$(key "$1").log" bash "$0" run "$@"
   echo "$(hostname): started"
 }
@@ -180,11 +211,29 @@ run() {
   echo "$status" >"$STATE/$(key "$run").status"
 }
 
+stop() {
+  local file pid waited told=''
+  file=$STATE/$(key "$1").run
+  is_alive "$file" || return 0
+  pid=$(<"$file.pid")
+  for ((waited = 0; waited < 120; waited++)); do
+    # selm itself, once: the shell around it writes the status, what selm has started it ends.
+    [[ -n $told ]] || ! pkill -TERM -P "$pid" || told=yes
+    is_alive "$file" || return 0
+    sleep 1
+  done
+  kill -KILL -- "-$pid" # what it saved before is whole
+}
+
 copy() {
   local file
-  file=$STATE/$(key "$1").copy
-  if is_alive "$file"; then return; fi
-  detach "$file" "$LOGS/$(key "$1").copy.log" bash "$0" copier "$@"
+  file=$STATE/$(key "$1")
+  if is_alive "$file.copy"; then return; fi
+  if is_copied "$file"; then
+    echo "selm-copy done"
+    return
+  fi
+  detach "$file.copy" "$LOGS/$(key "$1").copy.log" bash "$0" copier "$@"
 }
 
 status() {
@@ -209,7 +258,7 @@ prepare_secrets() (
 )
 
 case ${1:-} in
-  install | restore | start | run | copy | copier | status) "$@" ;;
+  install | restore | start | run | stop | copy | copier | status) "$@" ;;
   install-steps) shift && install_steps "$@" ;;
   check-bucket) shift && check_bucket "$@" ;;
   prepare-secrets) prepare_secrets ;;

@@ -18,7 +18,8 @@ SETTINGS = {
     "PROJECT": "my-project",
     "ZONE": "us-central1-a",
     "NAME": "selm-1",
-    "ACCELERATOR": "v5litepod-16",
+    "ACCELERATOR": "v5p-16",
+    "SHARED": "10.0.0.2:/selm",
     "BUCKET": "gs://my-bucket/selm",
     "POLL": "1",
     "SYNC": "1",
@@ -42,8 +43,17 @@ if [[ -s $fails ]]; then
   exit 1
 fi
 """
+MOUNTPOINT = """#!/bin/bash
+[[ -L $2 ]]
+"""
+SUDO = """#!/bin/bash
+echo "$*" >>"$HOME/sudo.log"
+if [[ $1 == mount ]]; then rmdir "$5" && mkdir -p "$STANDIN/share" && ln -s "$STANDIN/share" "$5"; fi
+"""
 SELM = """#!/bin/bash
-# Eight steps, a file for each, as a run that resumes: what is there is not done again.
+# Eight steps, a file for each, as a run that resumes: what is there is not done again. The first worker
+# does them; on a share, the others see them done.
+trap 'exit 75' TERM
 output=$(printf '%s\\n' "$@" | sed -n 's/^output=//p')
 mkdir -p "$output/iteration_1"
 echo "$* HF_TOKEN=$(sha256sum <<<"$HF_TOKEN" | cut -c1-8) secrets:$(ls "$HOME/.selm/secrets" 2>&1 | wc -l)" >>"$HOME/selm.log"
@@ -52,6 +62,11 @@ if [[ " $* " == *" stop=once "* && ! -e "$HOME/stopped" ]]; then touch "$HOME/st
 for step in 1 2 3 4 5 6 7 8; do
   [[ -e $output/iteration_1/step-$step ]] && continue
   while ((step > $(cat "$STANDIN/hold"))); do sleep 0.1; done # until it is preempted
+  if [[ $HOME != *-0 && -d $HOME/selm-share ]]; then
+    until [[ -e $output/iteration_1/step-$step ]]; do sleep 0.1; done
+    date +%s.%N >>"$HOME/steps.log"
+    continue
+  fi
   sleep 0.4
   echo "$(basename "$HOME")" >"$output/iteration_1/step-$step.partial"
   mv "$output/iteration_1/step-$step.partial" "$output/iteration_1/step-$step"
@@ -74,6 +89,8 @@ class Cloud:
         for path, text in {
             "bin/gcloud": wrapper,
             "worker_bin/python3.12": PYTHON,
+            "worker_bin/mountpoint": MOUNTPOINT,
+            "worker_bin/sudo": SUDO,
             "worker_bin/pip-of-venv": PIP,
             "worker_bin/selm-of-venv": SELM,
         }.items():
@@ -101,15 +118,26 @@ class Cloud:
         self, name: str, *arguments, answer: str = "", secrets: bool = True, trace: bool = False
     ) -> subprocess.CompletedProcess[str]:
         """Runs tpu_setup/NAME.sh SETTINGS ARGUMENT...; stdout and stderr together."""
+        begun = self.begin(name, *arguments, secrets=secrets, trace=trace)
+        try:
+            told, _ = begun.communicate(answer, timeout=120)
+        except subprocess.TimeoutExpired:
+            begun.kill()
+            raise
+        return subprocess.CompletedProcess(begun.args, begun.returncode, told)
+
+    def begin(
+        self, name: str, *arguments, secrets: bool = True, trace: bool = False
+    ) -> subprocess.Popen[str]:
         environment = SECRETS.copy() if secrets else {}
         environment |= {"STANDIN": str(self.root), "HOME": str(self.root)}
         environment |= {"PATH": f"{self.root / 'bin'}:{os.environ['PATH']}"}
         environment |= {"TMPDIR": str(self.root / "tmp")}
         (self.root / "tmp").mkdir(exist_ok=True)
         script = str(REPOSITORY / f"tpu_setup/{name}.sh")
-        return subprocess.run(
+        return subprocess.Popen(
             ["bash", *(["-x"] if trace else []), script, str(self.settings), *map(str, arguments)],
-            env=environment, input=answer, text=True, timeout=120, cwd=self.root, check=False,
+            env=environment, text=True, cwd=self.root, stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
@@ -135,6 +163,19 @@ class Cloud:
         """The run as the bucket has it: the folder that `latest` names."""
         folder = self.bucket / (self.bucket / "latest").read_text()
         return {str(f.relative_to(folder)): f.read_text() for f in folder.rglob("*") if f.is_file()}
+
+    def become_active(self) -> None:
+        """A slice becomes ACTIVE while it is looked at."""
+        for _ in range(2):
+            subprocess.run(
+                [self.root / "bin/gcloud", "compute", "tpus", "queued-resources", "describe",
+                 "selm-1", "--project=my-project", "--zone=us-central1-a"],
+                env={"STANDIN": str(self.root), "PATH": os.environ["PATH"]}, check=True,
+                stdout=subprocess.DEVNULL,
+            )  # fmt: skip
+
+    def kill(self, worker: int, what: str) -> None:
+        os.killpg(int((self.worker(worker) / f".selm/{what}.pid").read_text()), signal.SIGKILL)
 
     def wait(self, what, seconds: float = 30) -> None:
         end = time.monotonic() + seconds

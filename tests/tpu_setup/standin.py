@@ -6,12 +6,17 @@ Its folder is in STANDIN. `part.json` says what is to happen:
     lives        per slice that is created, how many steps of the run it lets be done and copied to
                  the bucket; then it is preempted: its processes die and its disks are gone. All of
                  them when they run out. No clock is in it, so that a busy machine plays the same
+    hold         how many steps are done before the test writes another number into the file `hold`
     states       what a new slice says before it is ACTIVE
     workers      how many it has
     deaf         how many ssh calls are not answered, from the first on
+    broken       [text, worker, times]: commands with this text, which do not reach this worker (-1:
+                 any) so many times
+    cat          what `storage cat` says instead of an answer
 
 A file `fail-worker-1` with three lines makes pip fail three times on worker 1.
-A worker is a folder that is its HOME, and `ssh --command` is a bash in it. A bucket is a folder.
+A worker is a folder that is its HOME, and `ssh --command` is a bash in it. A bucket is a folder, and so
+is the share that all workers mount.
 """
 
 from __future__ import annotations
@@ -79,7 +84,8 @@ def create(name: str, flags: dict) -> int:
         number = state["created"]
         before = part().get("states", ["WAITING_FOR_RESOURCES", "PROVISIONING"])
         life = lives[number] if number < len(lives) else 10**9
-        (ROOT / "hold").write_text(f"{life}\n")  # the workers' selm goes no further
+        hold = part().get("hold", life)
+        (ROOT / "hold").write_text(f"{hold}\n")  # the workers' selm goes no further
         state["slice"] = {"name": name, "before": before, "life": life, "after": None}
         state["created"] += 1
         for k in range(part().get("workers", 2)):
@@ -156,7 +162,14 @@ def ssh(name: str, flags: dict) -> int:
     if it is None or it["before"] or it["after"] or state["ssh"] <= part().get("deaf", 0):
         return say("ERROR: ssh: connect to host: Connection refused", 255)
     status = 0
+    text, deaf_worker, times = part().get("broken", ["", -1, 0])
     for home in homes(flags["worker"]):
+        if text in flags["command"] and f"worker-{deaf_worker}" in (home.name, "worker--1"):
+            state["broken"] = state.get("broken", 0) + 1
+            if state["broken"] <= times:
+                write(state)
+                status = say("ERROR: ssh: Connection closed by remote host", 255)
+                continue
         # A worker has nothing of the environment of the one who calls.
         environment = {
             "HOME": str(home), "PATH": f"{ROOT / 'worker_bin'}:{ROOT / 'bin'}:/usr/bin:/bin",
@@ -194,6 +207,8 @@ def storage(words: list[str], flags: dict) -> int:
     if names[-1].startswith("gs://not-mine") or names[0].startswith("gs://not-mine"):
         return say("ERROR: HTTPError 403: does not have storage.objects access")
     if verb == "cat":
+        if "cat" in part():
+            return say(part()["cat"])
         if not local(names[0]).exists():
             return say("ERROR: The following URLs matched no objects or files:")
         sys.stdout.write(local(names[0]).read_text())

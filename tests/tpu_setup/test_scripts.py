@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -36,8 +38,8 @@ def test_watch_takes_an_empty_project_to_a_finished_run(cloud):
     assert cloud.verbs() == ["create"]
     create = next(c for c in cloud.calls if "create" in c)
     assert create[4] == "selm-1"
-    for flag in ("--node-id=selm-1", "--accelerator-type=v5litepod-16", "--spot",
-                 "--runtime-version=v2-alpha-tpuv5-lite", "--project=my-project"):  # fmt: skip
+    for flag in ("--node-id=selm-1", "--accelerator-type=v5p-16", "--spot",
+                 "--runtime-version=v2-alpha-tpuv5", "--project=my-project"):  # fmt: skip
         assert flag in create
     for k in (0, 1):
         assert (
@@ -55,15 +57,20 @@ def test_watch_takes_an_empty_project_to_a_finished_run(cloud):
 
 
 @pytest.mark.slow
-def test_watch_goes_on_through_two_preemptions(cloud):
-    cloud.play(lives=[3, 6])
+@pytest.mark.parametrize("shared", [False, True])
+def test_watch_goes_on_through_two_preemptions(cloud, shared):
+    cloud.play(lives=[3, 6], workers=2 if shared else 1)
+    if not shared:
+        cloud.write_settings(ACCELERATOR="v5p-8", SHARED="")
     done = cloud.script("watch", EXPERIMENT)
     assert done.returncode == 0, done.stdout
     assert cloud.verbs() == ["create", "delete", "create", "delete", "create"]
     deleted = [c for c in cloud.calls if c[3:4] == ["delete"]]
     assert all(c[4] == "selm-1" and "--force" in c for c in deleted)
     assert "preempted (2 so far)" in done.stdout
-    assert done.stdout.count("fetched from gs://my-bucket/selm/runs/quickstart/") == 4
+    # A share outlives the slices; a disk does not.
+    fetched = done.stdout.count("fetched from gs://my-bucket/selm/runs/quickstart/")
+    assert fetched == (0 if shared else 2)
     # The last machines did only what the ones before had not: the run was resumed, not redone.
     assert len((cloud.worker(0) / "steps.log").read_text().splitlines()) == 2
     assert cloud.copied()["iteration_1/stage.json"] == '{"steps": 8}\n'
@@ -83,13 +90,7 @@ def test_watch_deletes_the_slice_at_the_end_if_it_is_named(cloud):
 def test_the_steps_one_by_one(cloud):
     made = cloud.script("create")
     assert made.returncode == 0 and "its state: WAITING_FOR_RESOURCES" in made.stdout
-    cloud.play(states=[])
-    for _ in range(2):  # it becomes ACTIVE while it is looked at
-        subprocess.run(
-            [cloud.root / "bin/gcloud", "compute", "tpus", "queued-resources", "describe", "selm-1",
-             "--project=my-project", "--zone=us-central1-a"],
-            env={"STANDIN": str(cloud.root), "PATH": os.environ["PATH"]}, check=True,
-        )  # fmt: skip
+    cloud.become_active()
     installed = cloud.script("install")
     assert installed.returncode == 0 and "installed on all workers" in installed.stdout
     started = cloud.script("launch", EXPERIMENT)
@@ -97,6 +98,8 @@ def test_the_steps_one_by_one(cloud):
     assert "tail -f selm-logs/quickstart.log" in started.stdout
     again = cloud.script("launch", EXPERIMENT)
     assert again.returncode == 1 and "is running here already" in again.stdout
+    again = cloud.script("install")  # it would take the live run's files away
+    assert again.returncode == 1 and "quickstart is running here" in again.stdout
     watched = cloud.script("watch", EXPERIMENT)  # joins what runs: nothing is installed again
     assert watched.returncode == 0, watched.stdout
     assert "installing" not in watched.stdout
@@ -128,7 +131,7 @@ def test_a_refused_quota_is_told_and_asked_for_once(cloud, script):
     done = cloud.script(script, *([EXPERIMENT] if script == "watch" else []))
     assert done.returncode == 1
     assert "Quota limit" in done.stdout  # what gcloud said
-    assert "no quota for v5litepod-16 (spot) in us-central1-a" in done.stdout
+    assert "no quota for v5p-16 (spot) in us-central1-a" in done.stdout
     assert cloud.verbs() == ["create"]
 
 
@@ -205,6 +208,75 @@ def test_a_bucket_that_cannot_be_written_stops_the_launch_before_it_costs(cloud)
     assert not list(cloud.root.glob("worker-*/selm.log"))
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        "ERROR: (gcloud.storage.cat) HTTPError 404: The specified bucket does not exist.",
+        "ERROR: (gcloud.storage.cat) gs://my-bucket/selm not found: 404.",
+        "ERROR: Compute Engine Metadata server: service account not found",
+    ],
+)
+def test_a_bucket_that_cannot_be_read_is_not_taken_for_an_empty_one(cloud, error):
+    (cloud.bucket / "a").mkdir(parents=True)
+    (cloud.bucket / "latest").write_text("a")
+    cloud.play(cat=error)
+    done = cloud.script("watch", EXPERIMENT)
+    assert done.returncode == 1
+    assert error in done.stdout and "runs/quickstart cannot be read" in done.stdout
+    assert not list(cloud.root.glob("worker-*/selm.log"))
+    assert (cloud.bucket / "latest").read_text() == "a" and not (cloud.bucket / "b").exists()
+
+
+# --- a launch that breaks off, a copy that is lost ---------------------------------------------------
+
+
+def test_a_run_whose_launch_broke_off_before_the_copying_is_joined(cloud):
+    cloud.play(broken=["worker.sh copy", -1, 5])
+    done = cloud.script("watch", EXPERIMENT)
+    assert done.returncode == 0, done.stdout
+    assert "nothing copies it to the bucket" in done.stdout and "once more" in done.stdout
+    assert done.stdout.count("installing") == 1  # what runs keeps its files
+    for k in (0, 1):
+        assert len((cloud.worker(k) / "selm.log").read_text().splitlines()) == 1
+    assert cloud.copied()["iteration_1/stage.json"] == '{"steps": 8}\n'
+
+
+@pytest.mark.slow
+def test_a_run_that_was_started_on_some_workers_only_is_started_on_all(cloud):
+    cloud.play(broken=["worker.sh start", 1, 1], hold=3)
+    watch = cloud.begin("watch", EXPERIMENT)
+    cloud.wait((cloud.worker(1) / "selm.log").exists, 90)
+    (cloud.root / "hold").write_text("99\n")
+    told, _ = watch.communicate(timeout=120)
+    assert watch.returncode == 0, told
+    assert "on some of the workers only" in told
+    assert len((cloud.worker(0) / "selm.log").read_text().splitlines()) == 2
+    assert len((cloud.worker(1) / "selm.log").read_text().splitlines()) == 1
+    assert cloud.copied()["iteration_1/stage.json"] == '{"steps": 8}\n'
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_copier_that_was_killed_is_started_again_and_waited_for(cloud, ended):
+    """While the run goes on, or after its end: the slice is not deleted before all is copied."""
+    cloud.script("create")
+    cloud.become_active()
+    cloud.script("install")
+    (cloud.root / "hold").write_text("3\n")
+    started = cloud.script("launch", EXPERIMENT)
+    assert started.returncode == 0, started.stdout
+    cloud.kill(0, "quickstart.copy")
+    (cloud.root / "hold").write_text("99\n")
+    if ended:
+        for k in (0, 1):
+            cloud.wait((cloud.worker(k) / ".selm/quickstart.status").exists)
+        assert not (cloud.bucket / "latest").exists() or len(cloud.copied()) < 9
+    done = cloud.script("watch", "--delete-when-done", "selm-1", EXPERIMENT)
+    assert done.returncode == 0, done.stdout
+    assert cloud.verbs() == ["create", "delete"]
+    assert cloud.copied()["iteration_1/stage.json"] == '{"steps": 8}\n'
+    assert len(cloud.copied()) == 9
+
+
 @pytest.mark.slow
 def test_a_copy_that_broke_off_is_never_restored(cloud):
     """The machine is lost while folder b is written: `latest` still names a, which is whole."""
@@ -218,6 +290,55 @@ def test_a_copy_that_broke_off_is_never_restored(cloud):
     copied = cloud.copied()
     assert copied["iteration_1/step-1"] == "earlier\n"
     assert "iteration_1/half" not in copied and len(copied) == 9
+
+
+# --- the share ---------------------------------------------------------------------------------------
+
+
+def test_the_share_is_mounted_when_apt_has_its_locks_and_lists(cloud):
+    cloud.script("create")
+    cloud.become_active()
+    installed = cloud.script("install")
+    assert installed.returncode == 0, installed.stdout
+    for k in (0, 1):
+        apt = "apt-get -o DPkg::Lock::Timeout=600 -qq"
+        share = cloud.worker(k) / "selm-share"
+        assert (cloud.worker(k) / "sudo.log").read_text().splitlines() == [
+            f"{apt} update",
+            f"{apt} install -y nfs-common",
+            f"mount -t nfs 10.0.0.2:/selm {share}",
+            f"chmod 1777 {share}",
+        ]
+        assert (cloud.worker(k) / "selm/runs").resolve() == cloud.root / "share"
+
+
+HOSTS = {"v5litepod-8": 1, "v5litepod-16": 4, "v5litepod-32": 8, "v6e-4": 1, "v6e-8": 1,
+         "v6e-16": 4, "v5p-8": 1, "v5p-16": 2, "v5p-64": 8, "v4-8": 1, "v4-32": 4}  # fmt: skip
+
+
+@pytest.mark.parametrize("accelerator", HOSTS)
+def test_several_workers_without_a_share_are_refused_before_they_cost(cloud, accelerator):
+    hosts = HOSTS[accelerator]
+    cloud.write_settings(ACCELERATOR=accelerator, SHARED="")
+    done = cloud.script("create")
+    if hosts == 1:
+        assert done.returncode == 0, done.stdout
+    else:
+        assert done.returncode == 1 and cloud.calls == []
+        assert f"SHARED is not set, and {accelerator} has {hosts} workers" in done.stdout
+        cloud.write_settings(ACCELERATOR=accelerator)
+        assert cloud.script("create").returncode == 0
+
+
+@pytest.mark.parametrize("script", ["install", "launch", "watch"])
+def test_every_script_that_needs_the_share_asks_for_it_and_a_slice_can_be_deleted(cloud, script):
+    cloud.script("create")
+    cloud.write_settings(SHARED="")
+    before = len(cloud.calls)
+    refused = cloud.script(script, *([] if script == "install" else [EXPERIMENT]))
+    assert refused.returncode == 1 and "SHARED is not set" in refused.stdout
+    assert len(cloud.calls) == before
+    assert cloud.script("delete", "--yes", "selm-1").returncode == 0
 
 
 # --- names, secrets, deletion -----------------------------------------------------------------------
@@ -319,6 +440,47 @@ def test_tokens_lie_with_their_owner_alone(cloud):
     assert stat.S_IMODE((home / ".selm/secrets").stat().st_mode) == 0o600
 
 
+PRIVATE = ["token.txt", "hf_token", "HF_TOKEN", ".env", "my.env", "tpu_setup/my.env", "runs/x.bin",
+           "experiments/wandb-token.txt", "my-credentials.json", ".netrc", "key.pem"]  # fmt: skip
+PUBLIC = ["tpu_setup/example.env", "selm_jax/weights/gguf_tokenizer.py", "experiments/new.yaml"]
+
+
+@pytest.mark.parametrize("with_git", [True, False])
+def test_files_that_may_hold_a_token_do_not_leave_the_machine(tmp_path, with_git):
+    checkout, packed = tmp_path / "checkout", tmp_path / "packed.tgz"
+    shutil.copytree(FOLDER, checkout / "tpu_setup")
+    for name in PRIVATE + PUBLIC:
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / name).write_text("hf_verySecret")
+    if with_git:  # without a .gitignore: what it hides today may be added with `git add -f`
+        subprocess.run(["git", "init", "-q", checkout], check=True)
+    done = subprocess.run(
+        ["bash", "-c", f"source {checkout}/tpu_setup/lib.sh; pack {packed}"], check=False,
+    )  # fmt: skip
+    assert done.returncode == 0
+    names = subprocess.run(["tar", "-tzf", packed], text=True, capture_output=True, check=True)
+    found = {name.removeprefix("./") for name in names.stdout.splitlines()}
+    assert found >= set(PUBLIC) | {"tpu_setup/lib.sh"}
+    assert not found & set(PRIVATE)
+
+
+def test_git_and_docker_ignore_them_too(tmp_path):
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    shutil.copy(FOLDER.parent / ".gitignore", tmp_path)
+    ignored = subprocess.run(
+        ["git", "check-ignore", *PRIVATE, *PUBLIC], cwd=tmp_path, text=True, capture_output=True,
+        check=False,
+    )  # fmt: skip
+    assert set(ignored.stdout.splitlines()) == set(PRIVATE)
+    docker = (FOLDER.parent / ".dockerignore").read_text().splitlines()
+    private = (FOLDER.parent / ".gitignore").read_text().partition("may hold a token")[2]
+    for line in private.splitlines()[1:]:
+        assert (f"!**/{line[1:]}" if line.startswith("!") else f"**/{line}") in docker
+    assert {".git", ".venv", "runs"} <= set(docker)
+    for line in (FOLDER / "README.md").read_text().splitlines():  # nor is one put there
+        assert "--from-file" not in line or "=$HOME/" in line or '="$HOME/' in line
+
+
 @pytest.mark.slow
 def test_without_tokens_none_are_sent(cloud):
     done = cloud.script("watch", EXPERIMENT, secrets=False)
@@ -417,6 +579,17 @@ def test_the_jobset_is_one_process_for_each_host_and_keeps_its_tokens_secret():
     assert container["resources"]["requests"]["google.com/tpu"] == each
     assert job["parallelism"] == job["completions"] == chips // each
     assert jobset["spec"]["failurePolicy"]["maxRestarts"] >= 3
+    # Status 1 ends it; any other, 75 among them, and a host that was taken away start it again.
+    assert pod["restartPolicy"] == "Never" and job["backoffLimit"] == 0
+    (rule,) = jobset["spec"]["failurePolicy"]["rules"]
+    assert rule["action"] == "FailJobSet" and rule["onJobFailureReasons"] == ["PodFailurePolicy"]
+    taken, failed = job["podFailurePolicy"]["rules"]
+    assert taken["action"] == "Count"
+    assert taken["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
+    assert failed["action"] == "FailJob"
+    assert failed["onExitCodes"] == {
+        "containerName": container["name"], "operator": "In", "values": [1],
+    }  # fmt: skip
     for variable in container["env"]:
         if "TOKEN" in variable["name"] or "KEY" in variable["name"]:
             assert set(variable["valueFrom"]) == {"secretKeyRef"}
@@ -427,23 +600,67 @@ def test_the_jobset_is_one_process_for_each_host_and_keeps_its_tokens_secret():
     )
 
 
-def test_the_slurm_script_passes_signals_on_and_is_put_back(tmp_path):
-    """With a stand-in srun: TERM reaches the run; status 75 puts the job back into the queue."""
-    for name, text in {
-        "srun": '#!/bin/bash\necho "srun $*" >>"$LOG"\nexit 75\n',
-        "scontrol": '#!/bin/bash\necho "scontrol $*" >>"$LOG"\n',
-    }.items():
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
-    log = tmp_path / "log"
+STANDINS_OF_SLURM = {
+    # As srun does: TERM kills the step at once. The step is a process of its own, told by scancel.
+    "srun": """#!/bin/bash
+echo "srun $*" >>"$LOG"
+trap 'echo "srun: forcing job termination" >>"$LOG"; kill -KILL "$step"; exit 137' TERM
+bash "$(dirname "$0")/step" &
+step=$!
+echo "$step" >"$LOG.step.partial" && mv "$LOG.step.partial" "$LOG.step"
+wait "$step"
+exit $?
+""",
+    "scancel": """#!/bin/bash
+echo "scancel $*" >>"$LOG"
+[[ $* == "--signal=TERM 17.0" ]] && kill -TERM "$(<"$LOG.step")"
+""",
+    "scontrol": '#!/bin/bash\necho "scontrol $*" >>"$LOG"\n',
+}
+
+
+def slurm(folder: Path, step: str) -> tuple[subprocess.Popen[str], Path]:
+    """slurm.sh, begun, and the log of what it calls; `step` is what the run does."""
+    for name, text in {**STANDINS_OF_SLURM, "step": step}.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    log = folder / "log"
     environment = {
-        "PATH": f"{tmp_path}:/usr/bin:/bin", "LOG": str(log), "SLURM_JOB_ID": "17",
-        "SLURM_SUBMIT_DIR": str(tmp_path), "HOME": str(tmp_path),
+        "PATH": f"{folder}:/usr/bin:/bin", "LOG": str(log), "SLURM_JOB_ID": "17",
+        "SLURM_SUBMIT_DIR": str(folder), "HOME": str(folder),
     }  # fmt: skip
-    done = subprocess.run(
+    begun = subprocess.Popen(
         ["bash", str(FOLDER / "slurm.sh"), EXPERIMENT, "a=b c"], env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
+    return begun, log
+
+
+def test_the_slurm_job_that_is_told_to_stop_saves_and_is_put_back(tmp_path):
+    """TERM reaches the step, not srun, which would kill it; its status 75 is the job's."""
+    job, log = slurm(
+        tmp_path,
+        """trap 'sleep 1; echo saved >>"$LOG"; exit 75' TERM
+echo ready >>"$LOG"
+for ((n = 0; n < 600; n++)); do sleep 0.1; done
+""",
+    )
+    end = time.monotonic() + 30
+    while "ready" not in (log.read_text() if log.exists() else ""):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    job.send_signal(signal.SIGTERM)
+    told, _ = job.communicate(timeout=60)
     lines = log.read_text().splitlines()
     assert lines[0].startswith("srun") and lines[0].endswith(f"selm run {EXPERIMENT} a=b c")
-    assert lines[1] == "scontrol requeue 17", done.stdout
+    expected = ["ready", "scancel --signal=TERM 17.0", "saved", "scontrol requeue 17"]
+    assert lines[1:] == expected, told
+    assert job.returncode == 75
+
+
+@pytest.mark.parametrize("status,put_back", [(75, True), (1, False), (0, False)])
+def test_the_slurm_job_is_put_back_if_its_run_was_told_to_stop(tmp_path, status, put_back):
+    job, log = slurm(tmp_path, f"exit {status}\n")
+    told, _ = job.communicate(timeout=60)
+    assert job.returncode == status, told
+    assert log.read_text().splitlines()[1:] == ["scontrol requeue 17"] * put_back

@@ -60,7 +60,7 @@ class Data:
     system: str | None = None  # system message put before every prompt
     portions: int | None = None  # iteration t takes the t-th of so many parts; None: one each
     first_portion: int = 1  # the first iteration's: 2 leaves out what a warm start was trained on
-    skip: int = 0  # usable rows at the front that no portion is cut from
+    skip: int = 0  # rows at the front that no portion is cut from
     shuffle: bool = False  # before cutting the portions; the paper does not
     limit: int | None = None  # prompts per iteration at most
     heldout_limit: int | None = None

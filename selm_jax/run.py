@@ -378,13 +378,16 @@ class Run:
         )  # fmt: skip
 
     def prompts(self, t: int) -> list[Prompt]:
-        """Those of iteration t."""
+        """Those of iteration t: the usable ones among its rows."""
         d = self.experiment.data
         seed = self.experiment.seed if d.shuffle else None
         index = d.first_portion - 1 + t
-        usable = self.all_prompts[d.skip :]
-        found = portion(usable, index, self.experiment.portions, shuffle_seed=seed)
-        return [self._with_system(p) for p in found[: d.limit]]
+        rows = self.all_prompts.by_row()[d.skip :]
+        mine = portion(rows, index, self.experiment.portions, shuffle_seed=seed)
+        found = [self._with_system(p) for p in mine if p is not None][: d.limit]
+        if not found:
+            raise RunError(f"{d.train}: of the {len(mine)} rows of iteration {t} none is usable")
+        return found
 
     def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
         """Ids of what the policy answers. Raises RunError, with the prompt's id, if there are none."""

@@ -95,7 +95,7 @@ def lengths_of(
     prompts = None
     if rows is not None:
         index = e.data.first_portion
-        prompts = len(portion(range(rows), index, e.portions)[: e.data.limit])  # type: ignore
+        prompts = len(portion(range(rows), index, e.portions)[: e.data.limit])
     elif Path(e.data.train).exists():
         prompts = len(b.prompts(1))
     else:

@@ -81,6 +81,20 @@ def test_or_its_prompt_is_dropped_and_counted(make):
     assert [e.prompt_id for e in examples] == ["p0", "p1", "p2", "p4", "p6", "p7"]
 
 
+def test_a_bad_row_is_missing_from_its_iteration_alone(tmp_path):
+    file = tiny.experiment(tmp_path, data__on_bad_row="drop", data__skip=2, data__portions=3)
+    rows = [{"prompt_id": f"p{i}", "prompt": f"Say {i}."} for i in range(11)]
+    rows[0]["prompt"] = rows[4]["prompt"] = ""
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    run = Run(config.load(file), Console(quiet=True))
+    ids = [[p.id for p in run.prompts(t)] for t in (1, 2)]
+    assert ids == [["p2", "p3"], ["p5", "p6", "p7"]]
+    rows[5]["prompt"] = rows[6]["prompt"] = rows[7]["prompt"] = ""
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    with pytest.raises(RunError, match="train.jsonl: of the 3 rows of iteration 2 none is usable"):
+        Run(config.load(file), Console(quiet=True)).prompts(2)
+
+
 def test_the_default_layout_trains_on_the_ids_that_were_drawn(make):
     run = make()
     rank(run, 1)

@@ -64,7 +64,8 @@ class Data:
     shuffle: bool = False  # before cutting the portions; the paper does not
     limit: int | None = None  # prompts per iteration at most
     heldout_limit: int | None = None
-    on_bad_row: Literal["error", "drop"] = "error"  # also of answers that spell out an end token
+    on_bad_row: Literal["error", "drop"] = "error"  # also of answers that spell out
+    # an end token, and of prompts of more than rollout.max_prompt_tokens
     duplicate_ids: Literal["error", "number"] = "error"  # number: the second p is p#2
 
 

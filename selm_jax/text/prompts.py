@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
@@ -64,6 +64,16 @@ class PromptSet(Sequence[Prompt]):
     def __getitem__(self, index: slice) -> tuple[Prompt, ...]: ...
     def __getitem__(self, index):
         return self.prompts[index]
+
+    def without(self, reason: str, bad: Callable[[Prompt], bool]) -> PromptSet:
+        """The same rows but for those that are `bad`, which are counted under `reason`."""
+        rows = list(enumerate(self.by_row(), start=1))
+        out = tuple(number for number, found in rows if found is not None and bad(found))
+        if not out:
+            return self
+        gone = set(out)
+        kept = tuple(p for number, p in rows if p is not None and number not in gone)
+        return PromptSet(kept, {**self.dropped, reason: out})
 
     def by_row(self) -> list[Prompt | None]:
         """Every row of the split, in file order; None for one that was left out."""

@@ -60,11 +60,12 @@ class Data:
     system: str | None = None  # system message put before every prompt
     portions: int | None = None  # iteration t takes the t-th of so many parts; None: one each
     first_portion: int = 1  # the first iteration's: 2 leaves out what a warm start was trained on
-    skip: int = 0  # usable rows at the front that no portion is cut from
+    skip: int = 0  # rows at the front that no portion is cut from
     shuffle: bool = False  # before cutting the portions; the paper does not
     limit: int | None = None  # prompts per iteration at most
     heldout_limit: int | None = None
-    on_bad_row: Literal["error", "drop"] = "error"  # also of answers that spell out an end token
+    on_bad_row: Literal["error", "drop"] = "error"  # also of answers that spell out
+    # an end token, and of prompts of more than rollout.max_prompt_tokens
     duplicate_ids: Literal["error", "number"] = "error"  # number: the second p is p#2
 
 

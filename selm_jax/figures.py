@@ -11,6 +11,7 @@ Figures 2, 3, 5 and 6 need what the runs have stored. Figure 4 runs the policies
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -125,7 +126,8 @@ def _own_samples(
     """Figure 5, after iteration 2 as in the paper, or after the last one that all runs have."""
     t = min(2, *(max(each.evaluations, default=0) for each in data))
     found = {i: paper.own_samples(data[i], labels[i], t, _beta(runs[i])) for i in (base, *others)}
-    if t and all(each.of["own samples"] for each in found.values()):
+    rewards = [each.of["own samples"].values() for each in found.values()]
+    if t and all(any(map(math.isfinite, each)) for each in rewards):
         title = f"Implicit reward of own samples after iteration {t} (reference: the start model)"
         yield paper.implicit_differences(
             "figure5_own_samples", title, found[base], [found[i] for i in others]

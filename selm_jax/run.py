@@ -347,19 +347,30 @@ class Run:
         """Tokens of the longest prompt.
 
         Raises:
-          RunError: it is longer than `rollout.max_prompt_tokens`, or the chat template refuses a
-            prompt. The message names it.
+          RunError: it is longer than `rollout.max_prompt_tokens` and bad rows are not dropped, or
+            the chat template refuses a prompt. The message names it.
         """
         limit = self.experiment.rollout.max_prompt_tokens
-        of_each = [(len(self.prompt_ids(p)), p.id) for p in (*self.every_prompt(), *self.heldout)]
+        of_each = [(self._length(p), p.id) for p in (*self.every_prompt(), *self.heldout)]
         longest, name = max(of_each, key=lambda each: each[0])
         if longest > limit:
             long = sum(length > limit for length, _ in of_each)
             raise RunError(
                 f"prompt {name} has {longest} tokens, rollout.max_prompt_tokens is {limit} "
-                f"({long} of {len(of_each)} prompts are longer); raise it, or shorten the prompts"
+                f"({long} of {len(of_each)} prompts are longer); raise it, shorten the prompts, or set "
+                "data.on_bad_row to 'drop' to leave out and count such rows"
             )
         return longest
+
+    def _length(self, prompt: Prompt) -> int:
+        if (known := self._lengths.get(prompt.messages)) is None:
+            known = self._lengths[prompt.messages] = len(self.prompt_ids(prompt))
+        return known
+
+    @cached_property
+    def _lengths(self) -> dict[tuple[Message, ...], int]:
+        """Tokens of prompts counted so far: of a large data set that takes a minute."""
+        return {}
 
     @cached_property
     def ranker(self) -> rankers.Ranker:
@@ -378,13 +389,16 @@ class Run:
         )  # fmt: skip
 
     def prompts(self, t: int) -> list[Prompt]:
-        """Those of iteration t."""
+        """Those of iteration t: the usable ones among its rows."""
         d = self.experiment.data
         seed = self.experiment.seed if d.shuffle else None
         index = d.first_portion - 1 + t
-        usable = self.all_prompts[d.skip :]
-        found = portion(usable, index, self.experiment.portions, shuffle_seed=seed)
-        return [self.with_system(p) for p in found[: d.limit]]
+        rows = self.all_prompts.by_row()[d.skip :]
+        mine = portion(rows, index, self.experiment.portions, shuffle_seed=seed)
+        found = [self.with_system(p) for p in mine if p is not None][: d.limit]
+        if not found:
+            raise RunError(f"{d.train}: of the {len(mine)} rows of iteration {t} none is usable")
+        return found
 
     def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
         """Ids of what the policy answers. Raises RunError, with the prompt's id, if there are none."""
@@ -401,22 +415,38 @@ class Run:
 
     @cached_property
     def heldout(self) -> list[Prompt]:
+        return [
+            self.with_system(p) for p in self._heldout_rows[: self.experiment.data.heldout_limit]
+        ]
+
+    @cached_property
+    def _heldout_rows(self) -> PromptSet:
         d = self.experiment.data
         if d.heldout is None:
-            return []
+            return PromptSet(())
         pairs = self.objective.rates  # which are then what is looked at
-        found = self._read_prompts(
+        return self._read_prompts(
             d.heldout, split=d.heldout_split, prompt=d.prompt, prompt_id=d.prompt_id,
             chosen=d.chosen if pairs else None, rejected=d.rejected if pairs else None,
             revision=d.revision, on_bad_row=d.on_bad_row,
             duplicate_ids=d.duplicate_ids if pairs else "error",
         )  # fmt: skip
-        return [self.with_system(p) for p in found[: d.heldout_limit]]
 
     def _read_prompts(self, *source: str, **columns: Any) -> PromptSet:
         found = multihost.first_then_others(lambda: load_prompts(*source, **columns))
         multihost.check_same(f"digest of {source[0]}", lambda: digest(found))
-        return found
+        if self.experiment.data.on_bad_row == "error" or self.objective.rates:
+            return found  # a prompt that is too long is an error, or nothing is generated
+        return self._without_long(found, source[0])
+
+    def _without_long(self, found: PromptSet, name: str) -> PromptSet:
+        limit = self.experiment.rollout.max_prompt_tokens
+        kept = found.without("prompt too long", lambda p: self._length(self.with_system(p)) > limit)
+        if not kept:
+            raise RunError(
+                f"{name}: all {len(found)} prompts are longer than rollout.max_prompt_tokens ({limit})"
+            )
+        return kept
 
     def with_system(self, prompt: Prompt) -> Prompt:
         """The prompt behind the experiment's system message, if it has one."""
@@ -447,6 +477,11 @@ class Run:
             )
         if self.objective.rates:
             self._check_rated()
+        for name, rows in ((e.data.train, self.all_prompts), (e.data.heldout, self._heldout_rows)):
+            for reason, numbers in rows.dropped.items():
+                self.console.print(
+                    f"{name}: rows left out, {reason}: {len(numbers):,}", soft_wrap=True
+                )
         if self.quantized is not None:
             check_installed()
         if e.training.rows % (self.mesh.shape["data"] * self.mesh.shape["fsdp"]):

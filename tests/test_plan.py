@@ -9,12 +9,14 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_pairrm
 from rich.console import Console
 from tiny import experiment
 from typer.testing import CliRunner
@@ -25,9 +27,11 @@ from selm_jax.models.decoder import abstract_params
 from selm_jax.plan import command, examine, topology, work
 from selm_jax.plan.measure import measure, shard_bytes, wanted
 from selm_jax.plan.phases import Blueprint, phases
+from selm_jax.plan.remedies import remedy
 from selm_jax.plan.topology import GIB, Target, TopologyError, local_target, target
 from selm_jax.rollout import engine as rollout
 from selm_jax.run import Run
+from selm_jax.stages.evaluate import evaluate
 from selm_jax.training.state import TrainState
 from selm_jax.weights import facts
 from selm_jax.weights.deberta import LARGE
@@ -225,6 +229,84 @@ def test_arithmetic_and_hours_by_hand():
     assert w.updates == 0 and parts["train"].flop == 0  # 100 prompts are no global batch
 
 
+def test_an_evaluation_by_hand():
+    e, read = paper("llama3_8b")
+    b = Blueprint(e, read, here(peak=2e12, bandwidth=1e9))
+
+    def tokens(prompt: int, response: int) -> tuple[int, int]:
+        """Of an evaluation of 2,000 prompts, and of the start model's."""
+        lengths = work.lengths_of(b, 300, 2000, prompt, response)
+        assert lengths.pairs == 2000
+        w = work.work_of(b, lengths, work.Assumed(0.4, 0.6))
+        assert w is not None and w.start is not None and w.parts[-1].name == "evaluate"
+        return w.parts[-1].tokens, w.start.tokens
+
+    # A greedy answer and a sample; PairRM reads each beside the start's greedy one, in both orders.
+    read_and_drawn = 2000 * (256 + 2 * 300) + 4000 * 2 * (200 + 2 * 300)
+    # A prompt with its two answers is 800 tokens, and so are 2,000 pairs: four in a row, 32 batches.
+    rows = 32 * 32
+    assert tokens(200, 300) == (read_and_drawn + 2 * rows * 3200, read_and_drawn + rows * 3200)
+    # Two answers to a prompt of 2,000 tokens fit no row together: each has one. Pairs fill one.
+    drawn = 2000 * (2048 + 2 * 1024) + 4000 * 2 * 2048
+    rows = 32 * 188  # 4,000 and 2,000 rows
+    assert tokens(2000, 1024) == (drawn + 2 * rows * 3200, drawn + rows * 3200)
+
+
+def test_an_evaluation_is_counted_as_it_is_done(tmp_path, monkeypatch):
+    """Comparisons and packed batches of a tiny run, against its plan's."""
+    file = experiment(
+        tmp_path, feedback={"ranker": "pairrm", "settings": {"folder": str(tmp_path / "pairrm")}},
+        evaluation__samples=2,
+    )  # fmt: skip
+    tiny_pairrm.make_pairrm(tmp_path / "pairrm")
+    rows = [json.loads(line) for line in (tmp_path / "heldout.jsonl").read_text().splitlines()]
+    pairs = [row | {"chosen": "Yes.", "rejected": "No!"} for row in rows]
+    (tmp_path / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    e = config.load(file, ["training.row_length=64", "rollout.max_new_tokens=4"])
+    run = Run(e, Console(quiet=True), devices=jax.devices()[:1])
+    scored = []
+    place = Run.place
+    monkeypatch.setattr(
+        Run, "place", lambda self, x: scored.append(x.tokens.size) or place(self, x)
+    )
+    run.open()
+    counts = evaluate(run, 0)
+    assert (counts["prompts"], counts["responses"], counts["pairs"]) == (8, 24, 8)
+
+    where = dataclasses.replace(here(), devices=jax.devices()[:1], chips=1)
+    b = Blueprint(e, command.read_facts(tmp_path / "model" / "config.json"), where)
+    lengths = work.lengths_of(b, None, None, 33, 4)
+    assert (lengths.heldout, lengths.pairs) == (8, 8)
+    w = work.work_of(b, lengths, work.Assumed(0.4, 0.6))
+    assert w is not None and w.start is not None
+    answered = 8 * rollout.bucket(33) + 24 * 4
+    # The start's greedy answers met themselves: PairRM reads equal texts in one order alone.
+    compared = (counts["ranker/comparisons"] + 8) * (33 + 2 * 4)
+    assert w.start.tokens == answered + compared + sum(scored)
+    assert w.parts[-1].tokens == answered + compared + 2 * sum(scored)
+
+
+def test_a_mixtures_models_are_given_smaller_batches(tmp_path):
+    parts = [
+        {"ranker": "pairrm", "settings": {"folder": "x", "batch": 4}, "normalise": "rank"},
+        {"ranker": "length", "settings": {"target": 80}},
+    ]
+    file = experiment(tmp_path, feedback={"ranker": "mixture", "settings": {"parts": parts}})
+    e = config.load(file)
+    seen = []
+
+    def fits(change, stage):
+        seen.append(config.load(file, change).feedback.settings["parts"])
+        return False
+
+    assert remedy(e, ["rank"], 1, 64, fits) is None
+    batches = [found[0]["settings"]["batch"] for found in seen]
+    assert batches[:2] == [2, 1] and set(batches) == {1, 2}
+    for found in seen:
+        found[0]["settings"]["batch"] = 4
+        assert found == parts
+
+
 def test_the_encoder_is_counted_as_xla_counts_it():
     """One layer and one head: nothing is in a loop whose body XLA would count once for all."""
     c = dataclasses.replace(LARGE, vocab_size=64, embed=128, layers=1, heads=1, mlp=256)
@@ -348,9 +430,26 @@ def test_hours_and_dollars_are_printed():
     command.show(plan, of(price=2.0), console)
     said = console.file.getvalue()  # type: ignore[attr-defined]
     # Three iterations, and before them an evaluation of the start model.
-    hours = 3 * w.hours + w.parts[-1].hours
-    assert w.parts[-1].name == "evaluate"
+    assert w.start is not None and w.start.hours is not None
+    hours = 3 * w.hours + w.start.hours
     assert f"{hours:.1f} hours" in said and f"${hours * 8 * 2:,.0f}" in said
+
+
+def test_what_is_missing_for_hours_is_named():
+    e, read = paper("llama3_8b")
+    for given, missing in (
+        ({"bandwidth": 1e12}, "no peak arithmetic of"),
+        ({"peak": 1e15}, "no memory bandwidth of"),
+        ({}, "no peak arithmetic and memory bandwidth of"),
+    ):
+        b = Blueprint(e, read, here(**given))
+        lengths = work.lengths_of(b, ULTRAFEEDBACK, 2000, 200, 300)
+        plan = examine.Plan(
+            b.target, e, {}, (), lengths, work.work_of(b, lengths, work.Assumed(0.4, 0.6))
+        )
+        console = quiet()
+        command.show(plan, of(price=2.0), console)
+        assert missing in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_a_program_is_compiled_once(tiny_one):
@@ -397,6 +496,29 @@ def test_an_unknown_generation_lists_the_known_ones(name):
 def test_an_unknown_shape_lists_those_of_its_generation(name):
     with pytest.raises(TopologyError, match="has the shapes .*2x2"):
         target(name)
+
+
+@pytest.mark.parametrize(
+    "kind, peak, bandwidth, chips",
+    [
+        ("NVIDIA A100-SXM4-40GB", 312, 1555, 8),
+        ("NVIDIA A100-SXM4-80GB", 312, 2039, 8),
+        ("NVIDIA A100 80GB PCIe", 312, 1935, 8),
+        ("NVIDIA H100 80GB HBM3", 989, 3350, 8),
+        ("NVIDIA H100 PCIe", 756, 2000, 8),
+        ("NVIDIA H200", 989, 4800, 8),
+        ("NVIDIA GH200 480GB", 989, 4000, 8),
+        ("TPU v5 lite", 197, 819, 8),
+        ("TPU7x", 2307 / 2, 7380 / 2, 4),
+        ("TPU v3", 61.5, None, 4),
+    ],
+)
+def test_local_devices_have_their_data_sheets_numbers(kind, peak, bandwidth, chips, monkeypatch):
+    device = SimpleNamespace(platform="gpu", device_kind=kind, memory_stats=lambda: None)
+    monkeypatch.setattr(jax, "devices", lambda: [device] * 8)
+    found = local_target()
+    assert (found.peak, found.chips) == (peak * 1e12, chips)
+    assert found.bandwidth == (None if bandwidth is None else bandwidth * 1e9)
 
 
 def test_without_libtpu_the_plan_is_for_the_devices_here(tiny_one, folder, monkeypatch):

@@ -155,14 +155,25 @@ def test_counts_over_all_rows_of_the_data(make):
     assert "prompts cut" not in counts
 
 
-def test_over_long_rows_are_counted_not_refused(make):
-    run = make(training__row_length=50, rollout__max_prompt_tokens=28)
+def test_over_long_rows_are_counted_not_refused(make, tmp_path):
+    run = make(training__row_length=50)
     rows = preview.collect(run, 1).rows
     counts = table(shown(run))
     assert counts["longer than training.row_length"] == str(sum(r.tokens > 50 for r in rows)) != "0"
-    over = sum(len(r.prompt) > 28 for r in rows)
+    lengths = [len(run.prompt_ids(p)) for p in run.prompts(1)]
+    over = sum(length > 28 for length in lengths)
+    assert 0 < over < len(lengths)
+    counts = table(shown(make(rollout__max_prompt_tokens=28)))  # bad rows, where such are dropped
+    assert counts["bad rows of the data"].endswith(f", {over} prompt too long")
+    assert counts["prompts longer than rollout.max_prompt_tokens"] == "0"
+    strict = make(
+        rollout__max_prompt_tokens=28, data__on_bad_row="error", candidates__dataset=False,
+        candidates__samples=1, data__chosen=None, data__rejected=None,
+    )  # fmt: skip
+    good = [{"prompt_id": p.id, "prompt": p.messages[0].content} for p in run.prompts(1)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in good))
+    counts = table(shown(strict))
     assert counts["prompts longer than rollout.max_prompt_tokens"] == str(over)
-    assert 0 < over < len(rows)
 
 
 def test_the_papers_layout(make):

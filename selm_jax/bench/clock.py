@@ -13,12 +13,12 @@ import jax
 from selm_jax.models.flops import Flops
 
 # Peak bfloat16 TFLOP/s of one device, without sparsity, from the makers' data sheets. The first
-# entry that occurs in the device's kind counts. A device of TPU v2 and v3 is a core, half a chip.
+# entry that occurs in the device's kind counts. A device of TPU v2, v3 and 7x is half a chip.
 PEAKS = (
     ("TPU v2", 22.5), ("TPU v3", 61.5), ("TPU v4", 275), ("TPU v5 lite", 197), ("TPU v5e", 197),
-    ("TPU v5", 459), ("TPU v6 lite", 918), ("TPU v6e", 918), ("H100 PCIe", 756), ("H100", 989),
-    ("H200", 989), ("GH200", 989), ("B200", 2250), ("A100", 312), ("A10G", 70), ("A10", 125),
-    ("L40S", 362), ("L40", 181), ("L4", 121),
+    ("TPU v5", 459), ("TPU v6 lite", 918), ("TPU v6e", 918), ("TPU7x", 2307 / 2), ("H100 PCIe", 756),
+    ("H100 NVL", 835), ("H100", 989), ("H200", 989), ("GH200", 989), ("B200", 2250),
+    ("A100", 312), ("A10G", 70), ("A10", 125), ("L40S", 362), ("L40", 181), ("L4", 121),
 )  # fmt: skip
 
 

@@ -22,7 +22,8 @@ SCHEMA = pa.schema(
         ("token_ids", pa.list_(pa.int32())),
         ("finish", pa.string()),  # "stop" or "length"
         ("score", pa.float64()),  # of the ranker, see `stages.evaluate`; null if it is people
-        ("logp", pa.float32()),  # of the answer under the policy that gave it
+        # Of the answer under the policy that gave it; null if it and its prompt are too long for a row.
+        ("logp", pa.float32()),
         ("logp_start", pa.float32()),  # and under the start model
     ]
 )
@@ -51,6 +52,8 @@ def measures(answers: pa.Table) -> dict[str, Values]:
       kl: log pi(y) - log pi_start(y), in nats, of answers y drawn from pi at temperature 1. It is
         about the tokens that were drawn, so never about padding.
       entropy: -log pi(y) of the same answers: its mean estimates the entropy of pi's answers.
+        Both are NaN for a prompt of whose samples one has no log-probability: to leave out its
+        longest answers alone would bend its mean.
     """
     greedy, sampled = _of_kind(answers, "greedy"), _of_kind(answers, "sample")
     out: dict[str, Values] = {}
@@ -97,7 +100,8 @@ def summarize(
       Rewards are the ranker's scores; without scores there are none. `..._low` and `..._high` bound
       95 % bootstrap intervals over prompts; `kl_stderr` is the standard error over prompts. `gain` is
       the mean difference of greedy reward to the start, paired by prompt. `entropy` is in nats per
-      answer, `entropy_token` per token. `distinct_1` and `distinct_2` are of the greedy answers'
+      answer, `entropy_token` per token. These and `kl` are over what has log-probabilities, and are
+      not there if nothing has. `distinct_1` and `distinct_2` are of the greedy answers'
       words.
     """
     found = measures(answers)
@@ -108,14 +112,16 @@ def summarize(
     for n in (1, 2):
         out[f"heldout/distinct_{n}"] = distinct(texts, n)
     for name in ("length", "cut_off", "kl", "entropy"):
-        if name in found:
-            out[f"heldout/{name}"] = float(found[name].mean())
+        if name in found and (known := found[name][np.isfinite(found[name])]).size:
+            out[f"heldout/{name}"] = float(known.mean())
     if sampled.num_rows:
         out |= _intervals(found, "reward_sample")
-        tokens = sum(len(x) for x in sampled["token_ids"].to_pylist())
-        out["heldout/entropy_token"] = -float(_column(sampled, "logp").sum()) / tokens
-        if len(found["kl"]) > 1:
-            out["heldout/kl_stderr"] = float(stats.sem(found["kl"]))
+        logps = _column(sampled, "logp")
+        tokens = np.array([len(x) for x in sampled["token_ids"].to_pylist()])
+        if (there := np.isfinite(logps)).any():
+            out["heldout/entropy_token"] = -float(logps[there].sum()) / int(tokens[there].sum())
+        if (known := np.isfinite(found["kl"])).sum() > 1:
+            out["heldout/kl_stderr"] = float(stats.sem(found["kl"][known]))
     if start is not None:
         before = _of_kind(start, "greedy")
         if before["prompt_id"].to_pylist() != greedy["prompt_id"].to_pylist():

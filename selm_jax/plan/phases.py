@@ -26,6 +26,7 @@ from selm_jax.preferences.examples import ROLES
 from selm_jax.preferences.packing import PreferenceBatch, Shape, empty
 from selm_jax.rollout.engine import Programs, decoding_params, decoding_shardings, programs
 from selm_jax.run import Run
+from selm_jax.text.prompts import PromptSet
 from selm_jax.training.state import TrainState
 
 GENERATE, RANK, SCORE, TRAIN = "generate", "rank", "score", "train"
@@ -79,6 +80,9 @@ class Blueprint(Run):
         if not self._facts.has_two_tables or not e.candidates.dataset:
             return answered
         return max(answered, e.text.max_length if e.text.layout == "paper" else 0)
+
+    def _without_long(self, found: PromptSet, name: str) -> PromptSet:
+        return found  # without a tokenizer nobody knows
 
     @property
     def stop_ids(self) -> tuple[int, ...]:

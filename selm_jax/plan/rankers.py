@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from selm_jax.weights.deberta import LARGE, PairRMConfig, dtypes, read_config
 from selm_jax.weights.facts import config_json
 from selm_jax.weights.sources import SourceError
 
+MODELS = ("pairrm", "reward_model")
+
 
 @dataclasses.dataclass(frozen=True)
 class Ranker:
@@ -33,6 +35,7 @@ class Ranker:
     Attributes:
       params, inputs: abstract.
       stays: whether the parameters stay in memory when the ranking is done.
+      relative: whether held-out answers are scored each beside the start model's (`evaluate`).
       read: tokens that are read for one prompt, and the FLOPs, given (prompt, response, candidates).
     """
 
@@ -41,6 +44,7 @@ class Ranker:
     params: Any
     inputs: tuple[jax.ShapeDtypeStruct, ...]
     stays: bool
+    relative: bool
     devices: int
     read: Any
 
@@ -58,12 +62,25 @@ def ranker_of(e: Experiment, target: Target) -> Ranker | None:
 
 
 def _models(f: Feedback) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    parts = [{"ranker": f.ranker, "settings": f.settings}]
-    if f.ranker == "mixture":
-        parts = f.settings.get("parts", [])
-    for part in parts:
-        if part["ranker"] in ("pairrm", "reward_model"):
+    for part in _parts(f):
+        if part["ranker"] in MODELS:
             yield part["ranker"], part.get("settings", {})
+
+
+def _parts(f: Feedback) -> Sequence[Mapping[str, Any]]:
+    if f.ranker == "mixture":
+        return f.settings.get("parts", [])
+    return [{"ranker": f.ranker, "settings": f.settings}]
+
+
+def _relative(f: Feedback) -> bool:
+    """What `feedback.ranker.is_relative` says of the ranker, once it is built."""
+    return any(
+        part["ranker"] == "pairrm"
+        or part.get("normalise", "none") != "none"
+        or (part["ranker"] == "judge" and part.get("settings", {}).get("form") != "pointwise")
+        for part in _parts(f)
+    )
 
 
 def _build(e: Experiment, name: str, settings: Mapping[str, Any], target: Target) -> Ranker:
@@ -94,7 +111,7 @@ def _pairrm(e: Experiment, settings: Mapping[str, Any], target: Target, kind, ba
 
     inputs = (_ints(mesh, part.rows, part.time), _ints(mesh, part.rows), _ints(mesh, part.rows, 3))
     function = pairrm.program(config, kind, on_cpu=target.on_cpu)
-    return Ranker("PairRM", function, params, inputs, True, mesh.size, read)
+    return Ranker("PairRM", function, params, inputs, True, True, mesh.size, read)
 
 
 def _reward_model(
@@ -129,7 +146,8 @@ def _reward_model(
         return tokens, work.total
 
     function = reward_model.program(config, kind)
-    return Ranker("reward model", function, params, inputs, False, mesh.size, read)
+    relative = _relative(e.feedback)
+    return Ranker("reward model", function, params, inputs, False, relative, mesh.size, read)
 
 
 def _longest(tokens: int, mesh: jax.sharding.Mesh, batch: int) -> Part:

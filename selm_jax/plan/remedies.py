@@ -7,12 +7,16 @@ chips share the model. They are tried from the cheapest to the dearest, each alo
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 
-from selm_jax.config import Experiment
+from selm_jax.config import Experiment, Feedback
 from selm_jax.parallel.mesh import MeshError
 from selm_jax.plan.phases import GENERATE, RANK, SCORE, TRAIN
+from selm_jax.plan.rankers import MODELS
+
+_BATCH = 16  # of `feedback.buckets.checked_batch`, on accelerators
 
 Change = tuple[str, ...]  # overrides, `key=value`
 Fits = Callable[[Change, str | None], bool]  # a stage's programs under these changes; None: all
@@ -68,9 +72,7 @@ def _ladder(e: Experiment, stage: str, devices: int, longest: int) -> Iterator[C
     """Changes for a stage, cheapest first; of one setting the mildest first."""
     c, r, t = e.compute, e.rollout, e.training
     if stage == RANK:
-        batch = e.feedback.settings.get("batch", 16)
-        while (batch := batch // 2) >= 1:
-            yield (f"feedback.settings.batch={batch}",)
+        yield from _smaller_batches(e.feedback)
     if stage == GENERATE:
         copies = devices // (c.decode_tensor or c.tensor)
         yield from _halved("rollout.prefill_rows", r.prefill_rows, copies)
@@ -90,6 +92,23 @@ def _ladder(e: Experiment, stage: str, devices: int, longest: int) -> Iterator[C
         for tensor in _powers(2 * c.tensor, devices):
             rows = min(t.rows, devices // tensor)
             yield (f"compute.tensor={tensor}", "compute.fsdp=-1", f"training.rows={rows}")
+
+
+def _smaller_batches(f: Feedback) -> Iterator[Change]:
+    """Of a mixture all models' at once: it is not said which of them does not fit."""
+    if f.ranker != "mixture":
+        batch = f.settings.get("batch") or _BATCH
+        while (batch := batch // 2) >= 1:
+            yield (f"feedback.settings.batch={batch}",)
+        return
+    parts = [dict(part) for part in f.settings.get("parts", [])]
+    models = [part for part in parts if part["ranker"] in MODELS]
+    batches = [part.get("settings", {}).get("batch") or _BATCH for part in models]
+    while max(batches, default=1) > 1:
+        batches = [max(1, batch // 2) for batch in batches]
+        for part, batch in zip(models, batches, strict=True):
+            part["settings"] = {**part.get("settings", {}), "batch": batch}
+        yield (f"feedback.settings.parts={json.dumps(parts)}",)  # no path leads into a list
 
 
 def _halved(key: str, value: int, least: int) -> Iterator[Change]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -108,9 +110,11 @@ def _iterations(plan: Plan, options: Options, console: Console) -> None:
         f"{e.training.row_length} tokens; {w.useful / max(w.padded, 1):.0%} of these are no padding",
     )
     if w.hours is None:
-        _say(console, f"hours: the peak of {where.name} is not known here")
+        known = {"peak arithmetic": where.peak, "memory bandwidth": where.bandwidth}
+        missing = " and ".join(what for what, value in known.items() if value is None)
+        _say(console, f"hours unknown: no {missing} of {where.name} is known here")
         return
-    before = next((p.hours for p in w.parts if p.name == "evaluate"), 0) or 0
+    before = 0 if w.start is None else w.start.hours or 0
     hours = w.hours * e.iterations + before  # the start model is evaluated too
     cost = "" if options.price is None else f", ${hours * where.chips * options.price:,.0f}"
     console.print(
@@ -137,7 +141,7 @@ def _verdict(plan: Plan, console: Console) -> None:
     if plan.instead:
         console.print(f"[bold]it fits on[/]  --topology {plan.instead}", highlight=False)
     if plan.change:
-        console.print(f"[bold]it fits with[/]  {' '.join(plan.change)}", highlight=False)
+        console.print(f"[bold]it fits with[/]  {shlex.join(plan.change)}", highlight=False)
     elif plan.tried and not plan.instead:
         _say(console, f"none of the {len(plan.tried)} changes tried is enough (--tries)")
 

@@ -171,11 +171,12 @@ def local_target(hbm: float | None = None) -> Target:
         limit, source = _memory_total() // len(devices), "this machine's memory, shared by all"
     on_cpu = device.platform == "cpu"
     known = next((tflops for name, tflops in PEAKS if name in device.device_kind), None)
-    bandwidth = next((g.bandwidth for k, g in _KINDS.items() if k in device.device_kind), None)
+    bandwidth = next((x for name, x in _BANDWIDTHS if name in device.device_kind), None)
+    halves = any(name in device.device_kind for name in _HALVES)
     return Target(
         name=f"{len(devices)} x {device.device_kind} (local)",
         devices=devices,
-        chips=len(devices),
+        chips=-(-len(devices) // 2) if halves else len(devices),
         hbm=limit,
         hbm_from=source,
         peak=None if on_cpu or known is None else known * 1e12,
@@ -183,14 +184,20 @@ def local_target(hbm: float | None = None) -> Target:
     )
 
 
-# What jax calls the generations, the longer names first.
-_KINDS: Mapping[str, Generation] = {
-    "TPU v4": GENERATIONS["v4"],
-    "TPU v5 lite": GENERATIONS["v5e"],
-    "TPU v5": GENERATIONS["v5p"],
-    "TPU v6 lite": GENERATIONS["v6e"],
-    "TPU7x": GENERATIONS["tpu7x"],
-}
+# GB/s of a device's memory, by what jax calls it; the first that occurs counts, longer names first.
+# GPUs from NVIDIA's data sheets: A100 of 40 and of 80 GB, H100 (PCIe, NVL, SXM), H200, and GH200 with
+# 96 GB of HBM3.
+_BANDWIDTHS = (
+    ("TPU v4", GENERATIONS["v4"].bandwidth), ("TPU v5 lite", GENERATIONS["v5e"].bandwidth),
+    ("TPU v5", GENERATIONS["v5p"].bandwidth), ("TPU v6 lite", GENERATIONS["v6e"].bandwidth),
+    ("TPU7x", GENERATIONS["tpu7x"].bandwidth),
+    ("A100-SXM4-40GB", 1555), ("A100-PCIE-40GB", 1555), ("A100-SXM4-80GB", 2039),
+    ("A100 80GB PCIe", 1935), ("H100 PCIe", 2000), ("H100 NVL", 3900), ("H100", 3350),
+    ("GH200", 4000), ("H200", 4800),
+)  # fmt: skip
+
+# Two devices are one chip. A chip of TPU v4 and v5p is one device: its cores work as one.
+_HALVES = ("TPU v2", "TPU v3", "TPU7x")
 
 
 def _memory_total() -> int:

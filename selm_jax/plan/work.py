@@ -27,12 +27,14 @@ class Lengths:
     Attributes:
       prompts: of one iteration; None if the data is not here and nobody said.
       heldout: prompts of one evaluation; 0 without one, None if not known.
+      pairs: how many of them come with a chosen and a rejected answer, which are scored too.
       prompt, response: mean tokens.
       assumed: in words, what of this is a bound of the settings and not known.
     """
 
     prompts: int | None
     heldout: int | None
+    pairs: int
     prompt: int
     response: int
     assumed: tuple[str, ...]
@@ -63,6 +65,7 @@ class Work:
     Attributes:
       examples, updates, batches: updates of an iteration, and packed batches of each.
       padded: tokens of an iteration's batches, padding included.
+      start: the evaluation of the start model, before the first iteration.
     """
 
     examples: int
@@ -71,6 +74,7 @@ class Work:
     useful: int
     padded: int
     parts: tuple[Part, ...]
+    start: Part | None = None
 
     @property
     def flop(self) -> float:
@@ -95,7 +99,7 @@ def lengths_of(
     prompts = None
     if rows is not None:
         index = e.data.first_portion
-        prompts = len(portion(range(rows), index, e.portions)[: e.data.limit])  # type: ignore
+        prompts = len(portion(range(rows), index, e.portions)[: e.data.limit])
     elif Path(e.data.train).exists():
         prompts = len(b.prompts(1))
     else:
@@ -108,13 +112,19 @@ def lengths_of(
             assumed.append(f"{e.data.heldout} is not here, evaluation not counted: --heldout-rows")
     elif e.data.heldout_limit is not None:
         heldout = min(heldout, e.data.heldout_limit)
+    pairs = heldout or 0
+    if heldout and Path(str(e.data.heldout)).exists():
+        local = b.heldout
+        pairs = heldout * sum(None not in (p.chosen, p.rejected) for p in local) // len(local)
+    elif heldout and (e.data.chosen, e.data.rejected) != ("chosen", "rejected"):
+        pairs = 0  # held-out pairs are looked for under these names
     if prompt is None:
         prompt = b.longest_prompt
         assumed.append(f"every prompt has {prompt:,} tokens, the most allowed: --prompt-tokens")
     if response is None:
         response = e.rollout.max_new_tokens
         assumed.append(f"every answer has {response:,} tokens, the most allowed: --response-tokens")
-    return Lengths(prompts, heldout, prompt, response, tuple(assumed))
+    return Lengths(prompts, heldout, pairs, prompt, response, tuple(assumed))
 
 
 def batches_of_update(b: Blueprint, of: Lengths) -> int:
@@ -140,6 +150,27 @@ def _example(b: Blueprint, of: Lengths) -> tuple[int, int]:
         response = min(response, e.text.max_length - prompt)
     scored = distinct * response
     return min(prompt + scored, e.training.row_length), min(scored, e.training.row_length)
+
+
+def _heldout_rows(b: Blueprint, of: Lengths) -> tuple[int, int]:
+    """Packed rows of an evaluation, those that fill the last batch included, and the most scored
+    tokens of one. Held-out prompts are never cut: answers that do not fit a row with those to the
+    same prompt stand each in one of its own (`stages.evaluate.in_rows`). Where lengths are bounds, one
+    beyond a row counts as a whole row, though the stage would leave it out."""
+    e, t = b.experiment, b.experiment.training
+    answers, heldout = 1 + e.evaluation.samples, of.heldout or 0
+    kinds = [(of.pairs, 2)]  # examples and the responses of each
+    if not b.objective.rates:
+        fit = of.prompt + answers * of.response <= t.row_length
+        kinds.append((heldout, answers) if fit else (heldout * answers, 1))
+    rows, most = 0, 0
+    for examples, responses in kinds:
+        length = of.prompt + responses * of.response
+        per_row = max(1, t.row_length // max(length, 1))
+        rows += math.ceil(examples / per_row)
+        if examples:
+            most = max(most, min(per_row * responses * of.response, t.row_length))
+    return t.rows * math.ceil(rows / t.rows), most
 
 
 def _per_row(b: Blueprint, of: Lengths) -> int:
@@ -179,10 +210,10 @@ def work_of(b: Blueprint, of: Lengths, assumed: Assumed) -> Work | None:
     step = max(t.row_length // 8, 1)
     scored = min(math.ceil(per_row * scored / step) * step, t.row_length)
 
-    def scoring(name: str, examples: int, times: int = 1) -> list[Part]:
+    def scoring(name: str, examples: int) -> list[Part]:
         rows = t.rows * math.ceil(math.ceil(examples / per_row) / t.rows)
         flop = forward(rows, t.row_length, scored)
-        return [passes(name, times * rows * t.row_length, times * flop)] if examples else []
+        return [passes(name, rows * t.row_length, flop)] if examples else []
 
     c = e.candidates
     each, candidates = c.greedy + c.samples, c.greedy + c.samples + 2 * c.dataset
@@ -199,14 +230,29 @@ def work_of(b: Blueprint, of: Lengths, assumed: Assumed) -> Work | None:
     if not b.objective.reference_free:
         parts += scoring("score", examples)
     parts.append(passes("train", rows * t.row_length, train))
-    heldout, answers = of.heldout or 0, 1 + e.evaluation.samples
-    evaluation = generation("evaluate", heldout, answers)
-    evaluation += ranking("evaluate", heldout, answers) + scoring("evaluate", heldout, 2)
-    if evaluation:
-        parts.append(_together("evaluate", evaluation))
+
+    def evaluation(models: int) -> Part | None:
+        """As `stages.evaluate`; `models` score the answers: the policy, and the start model once
+        they are two. A reward model scores pairs, and answers nothing."""
+        heldout, answers, found = of.heldout or 0, 1 + e.evaluation.samples, []
+        if not b.objective.rates:
+            found += generation("evaluate", heldout, answers)
+            if (ranker := b.model_ranker) is not None and ranker.relative:
+                found += ranking("evaluate", heldout * answers, 2)
+            else:
+                found += ranking("evaluate", heldout, answers)
+        rows, of_row = _heldout_rows(b, of)
+        of_row = min(math.ceil(of_row / step) * step, t.row_length)
+        if rows:
+            tokens, flop = rows * t.row_length, forward(rows, t.row_length, of_row)
+            found.append(passes("evaluate", models * tokens, models * flop))
+        return _together("evaluate", found) if found else None
+
+    parts += [part for part in [evaluation(1 if b.objective.rates else 2)] if part is not None]
     return Work(
         examples, updates, batches,
         useful=updates * t.global_batch * total, padded=rows * t.row_length, parts=tuple(parts),
+        start=evaluation(1),
     )  # fmt: skip
 
 

@@ -45,8 +45,8 @@ _ANSWER_COLUMNS: dict[str, type] = {
 
 @dataclass(frozen=True)
 class Answer:
-    """One held-out answer. `logp` and `logp_start` are nats under its own and the start policy;
-    `score` is NaN where nobody scores held-out answers."""
+    """One held-out answer. `logp` and `logp_start` are nats under its own and the start policy, NaN
+    where it was too long for a row; `score` is NaN where nobody scores held-out answers."""
 
     iteration: int
     prompt_id: str
@@ -279,6 +279,8 @@ def _answers(iteration: int, folder: Path, claimed: bool) -> tuple[Answer, ...]:
     for row, values in enumerate(table.select(list(_ANSWER_COLUMNS)).to_pylist()):
         if unscored:
             values["score"] = math.nan
+        for name in ("logp", "logp_start"):
+            values[name] = math.nan if values[name] is None else values[name]
         for name, wanted in _ANSWER_COLUMNS.items():
             if values[name] is None:
                 raise ReportError(f"{path}, row {row}: {name} is empty, expected a value")

@@ -7,6 +7,7 @@ and say so in the drawing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -129,7 +130,8 @@ def implicit_differences(
 ) -> PaperFigure:
     """Implicit reward minus the baseline's, prompt by prompt, sorted: one curve for each role.
 
-    Raises ReportError where two policies were not asked about the same prompts.
+    Prompts whose reward is NaN are left out. Raises ReportError where two policies were not asked
+    about the same prompts.
     """
     rows = []
     for other in others:
@@ -139,7 +141,8 @@ def implicit_differences(
                 raise ReportError(
                     f"{other.label} and {baseline.label}: {role} of different prompts"
                 )
-            gaps = sorted((rewards[p] - base[p], p) for p in base)
+            known = (p for p in base if math.isfinite(rewards[p] - base[p]))
+            gaps = sorted((rewards[p] - base[p], p) for p in known)
             rows += [
                 {"run": other.label, "minus": baseline.label, "role": role, "place": i, "prompt_id": p,
                  "reward": rewards[p], "baseline_reward": base[p], "difference": gap}
@@ -173,7 +176,8 @@ def implicit_differences(
 def own_samples(run: RunData, label: str, t: int, beta: float) -> Implicit:
     """Implicit rewards of a policy's own held-out samples, from what its evaluation stored.
 
-    The reference is the run's start model; a prompt's samples are averaged.
+    The reference is the run's start model; a prompt's samples are averaged: NaN if one of them has
+    no log-probabilities.
     """
     found: dict[str, list[float]] = {}
     for a in run.answers:

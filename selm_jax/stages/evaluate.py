@@ -30,7 +30,8 @@ from selm_jax.text.prompts import Prompt
 def evaluate(run: Run, t: int) -> Counts:
     """Held-out answers of policy t, greedy and sampled, scored by the ranker and by both models.
 
-    What the scores are: see `_scores`.
+    What the scores are: see `_scores`. An answer that does not fit a row even alone with its prompt
+    has no log-probabilities, which are null in the table; it is counted. All else is known of it.
 
     Samples are drawn at temperature 1 without filters whatever `rollout` says: only then do they
     estimate the policy's KL. The random numbers are the same in every iteration, so that differences
@@ -59,20 +60,19 @@ def evaluate(run: Run, t: int) -> Counts:
         del decoding
     texts = [run.chat.text(r.tokens) for r in responses]
     scores = _scores(run, t, [texts[i * each : (i + 1) * each] for i in range(len(prompts))])
-    examples = [
-        Example(
-            prompt.id,
-            requests[i].prompt,
-            tuple(r.tokens for r in responses[i * each : (i + 1) * each]),
-            {},
-        )
-        for i, prompt in enumerate(prompts)
-    ]
-    pairs, left_out = heldout_pairs(run)
+    examples, places = [], []  # places: which responses an example scores
+    for i, prompt in enumerate(prompts):
+        mine = range(i * each, (i + 1) * each)
+        whole = Example(prompt.id, requests[i].prompt, tuple(responses[n].tokens for n in mine), {})
+        for example, of in in_rows(whole, e.training.row_length):
+            examples.append(example)
+            places.append([mine[k] for k in of])
+    left_out = len(responses) - sum(map(len, places))
+    pairs, pairs_left_out = heldout_pairs(run)
     found = logps_of(run, params, examples + pairs)
     del params
     before = found if t == 0 else logps_of(run, run.load(run.policy(0)), examples + pairs)
-    policy, start = found[: len(examples)], before[: len(examples)]
+    policy, start = (_by_response(places, of[: len(places)]) for of in (found, before))
     rows = []
     for n, (response, text) in enumerate(zip(responses, texts, strict=True)):
         i, k = divmod(n, each)
@@ -82,14 +82,14 @@ def evaluate(run: Run, t: int) -> Counts:
                 "prompt": prompts[i].messages[-1].content,
                 "text": text,
                 "score": None if scores is None else float(scores[i][k]),
-                "logp": policy[i][k],
-                "logp_start": start[i][k],
+                "logp": policy.get(n),
+                "logp_start": start.get(n),
             }
         )
     answers = frontier.table(rows)
     of_pairs = None
     if pairs:
-        of_pairs = frontier.pair_table(pairs, found[len(prompts) :], before[len(prompts) :])
+        of_pairs = frontier.pair_table(pairs, found[len(examples) :], before[len(examples) :])
     if multihost.is_first():
         artifacts.write_table(run.iteration(t) / "heldout.parquet", answers)
         if of_pairs is not None:
@@ -105,9 +105,33 @@ def evaluate(run: Run, t: int) -> Counts:
         "prompts": len(prompts),
         "responses": len(responses),
         **({"pairs": len(pairs)} if pairs else {}),
-        **left_out,
+        **({"answers_left_out": left_out} if left_out else {}),
+        **pairs_left_out,
         **{key: summary[key] for key in shown if key in summary},
         **{f"ranker/{key}": value for key, value in told.items()},
+    }
+
+
+def in_rows(example: Example, longest: int) -> list[tuple[Example, tuple[int, ...]]]:
+    """The example, or if it is longer than a row one example for each response that fits; and which
+    of its responses each has.
+
+    Held-out prompts are whole, those trained on may be cut: a row need not hold one with all answers.
+    """
+    every = tuple(range(len(example.responses)))
+    if example.tokens <= longest:
+        return [(example, every)]
+    alone = [dataclasses.replace(example, responses=(r,)) for r in example.responses]
+    return [(one, (k,)) for k, one in zip(every, alone, strict=True) if one.tokens <= longest]
+
+
+def _by_response(
+    places: Sequence[Sequence[int]], found: Sequence[Sequence[float]]
+) -> dict[int, float]:
+    return {
+        n: logp
+        for of, logps in zip(places, found, strict=True)
+        for n, logp in zip(of, logps, strict=True)
     }
 
 

@@ -74,6 +74,8 @@ def _of_responses(
     examples: Sequence[Example],
     report: Callable[[int], None],
 ) -> list[tuple[float, ...]]:
+    if not examples:
+        return []
     settings = run.experiment.training
     shape = common_shape([examples], rows=settings.rows, time=settings.row_length)
     return response_logps(examples, shape, lambda batch: of_batch(params, run.place(batch)), report)

@@ -27,7 +27,8 @@ class Outcome:
     prompts: tuple[str, ...]
     greedy: Mapping[int, Float[np.ndarray, " prompts"]]  # score of the greedy answer
     sample: Mapping[int, Float[np.ndarray, " prompts"]]  # mean score of the sampled ones
-    kl: Mapping[int, Float[np.ndarray, " prompts"]]  # their mean log-ratio to the start model
+    kl: Mapping[int, Float[np.ndarray, " prompts"]]  # their mean log-ratio to the start model; NaN
+    # too where one of them was too long for it
 
 
 def outcome(run: RunData) -> Outcome:
@@ -89,22 +90,24 @@ def _row(
         greedy=_over(own, lambda o: _at_last(o.greedy)),
         gain=_over(own, _gain),
         sample=_over(own, lambda o: _at_last(o.sample)),
-        kl=_over(own, lambda o: _at_last(o.kl)),
+        kl=_over(own, lambda o: _at_last(o.kl), gaps=True),
         tokens=_mean_metric(runs, "length"),
         cut_off=_mean_metric(runs, "cut_off"),
         difference=_versus(own, others, lambda o: o.greedy),
         difference_sample=_versus(own, others, lambda o: o.sample),
         difference_by_seed=_seeds_apart(own, others),
         by_iteration=_by_iteration(own, lambda o: o.greedy),
-        kl_by_iteration=_by_iteration(own, lambda o: o.kl),
+        kl_by_iteration=_by_iteration(own, lambda o: o.kl, gaps=True),
     )
 
 
 def _by_iteration(
-    outcomes: Mapping[int, Outcome], which: Callable[[Outcome], Mapping[int, np.ndarray]]
+    outcomes: Mapping[int, Outcome],
+    which: Callable[[Outcome], Mapping[int, np.ndarray]],
+    gaps: bool = False,
 ) -> dict[int, Interval]:
     ts = sorted({t for o in outcomes.values() for t in which(o)})
-    found = {t: _over(outcomes, lambda o, t=t: which(o).get(t)) for t in ts}
+    found = {t: _over(outcomes, lambda o, t=t: which(o).get(t), gaps) for t in ts}
     return {t: each for t, each in found.items() if each is not None}
 
 
@@ -117,9 +120,12 @@ def _gain(o: Outcome) -> np.ndarray | None:
 
 
 def _over(
-    outcomes: Mapping[int, Outcome], which: Callable[[Outcome], np.ndarray | None]
+    outcomes: Mapping[int, Outcome],
+    which: Callable[[Outcome], np.ndarray | None],
+    gaps: bool = False,
 ) -> Interval | None:
-    """The mean over seeds and prompts of what `which` takes from each run."""
+    """The mean over seeds and prompts of what `which` takes from each run; with `gaps`, over the
+    prompts that have it in all of them."""
     values = [which(o) for o in outcomes.values()]
     if (
         not values
@@ -127,7 +133,8 @@ def _over(
         or len({o.prompts for o in outcomes.values()}) > 1
     ):
         return None
-    return _interval(np.array(values, np.float64))
+    found = np.array(values, np.float64)
+    return _interval(found[:, np.isfinite(found).all(axis=0)] if gaps else found)
 
 
 def _versus(

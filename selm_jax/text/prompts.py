@@ -19,8 +19,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, overload
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
 from etils import epath
@@ -37,6 +37,8 @@ from selm_jax.text.conversations import (
 from selm_jax.text.tables import BadRow, DataError, Row
 
 __all__ = ["DataError", "Message", "Prompt", "PromptSet", "digest", "load_prompts", "portion"]
+
+T = TypeVar("T")
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
@@ -62,6 +64,23 @@ class PromptSet(Sequence[Prompt]):
     def __getitem__(self, index: slice) -> tuple[Prompt, ...]: ...
     def __getitem__(self, index):
         return self.prompts[index]
+
+    def without(self, reason: str, bad: Callable[[Prompt], bool]) -> PromptSet:
+        """The same rows but for those that are `bad`, which are counted under `reason`."""
+        rows = list(enumerate(self.by_row(), start=1))
+        out = tuple(number for number, found in rows if found is not None and bad(found))
+        if not out:
+            return self
+        gone = set(out)
+        kept = tuple(p for number, p in rows if p is not None and number not in gone)
+        return PromptSet(kept, {**self.dropped, reason: out})
+
+    def by_row(self) -> list[Prompt | None]:
+        """Every row of the split, in file order; None for one that was left out."""
+        out = {number for numbers in self.dropped.values() for number in numbers}
+        kept = iter(self.prompts)
+        rows = range(1, len(self.prompts) + len(out) + 1)
+        return [None if number in out else next(kept) for number in rows]
 
 
 def load_prompts(
@@ -138,8 +157,8 @@ def load_prompts(
 
 
 def portion(
-    prompts: Sequence[Prompt], index: int, portions: int, *, shuffle_seed: int | None = None
-) -> list[Prompt]:
+    prompts: Sequence[T], index: int, portions: int, *, shuffle_seed: int | None = None
+) -> list[T]:
     """The `index`-th of `portions` equal parts, one for each iteration.
 
     As in the paper's runs (arXiv 2405.19332, reference code), parts are contiguous, hold
@@ -147,7 +166,8 @@ def portion(
     rows give 4 parts of 15,283 (3 rows unused) or 3 parts of 20,378 (1 row unused).
 
     Args:
-      prompts: the whole set, the same one for every index.
+      prompts: the whole set, the same one for every index: of a data set its rows, usable or not
+        (`PromptSet.by_row`), or one bad row would move every later part.
       index: from 1 to `portions`.
       portions: how many parts.
       shuffle_seed: if given (zero or more), the set is shuffled before it is cut. The order depends

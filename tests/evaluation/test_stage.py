@@ -65,6 +65,56 @@ def test_pairs_are_measured_against_the_start_model(run):
     assert "Pairs right" in text and "Entropy, nats" in text
 
 
+def test_prompts_too_long_for_a_row_are_measured_as_far_as_they_can_be(run, tmp_path):
+    """One whose answers fit a row only each alone is measured as in a longer row; one too long even
+    for that has no KL, and changes no other prompt's."""
+    lines = (tmp_path / "heldout.jsonl").read_text().splitlines()[:2]
+    answers = {"chosen": "Yes.", "rejected": "No!"}
+    split, long = (
+        json.dumps({"prompt_id": f"x{n}", "prompt": "x" * n, **answers}) for n in (80, 140)
+    )
+    found, rows = {}, {}
+    for row_length, prompts in ((256, [*lines, split]), (128, [*lines, split, long])):
+        (tmp_path / "heldout.jsonl").write_text("\n".join(prompts) + "\n")
+        overrides = ["rollout.max_prompt_tokens=180", f"training.row_length={row_length}"]
+        overrides.append(f"output={tmp_path / str(row_length)}")
+        one = Run(load(tmp_path / "experiment.yaml", overrides), Console(quiet=True))
+        one.open()
+        make_model(one.iteration(1) / "model", seed=1)
+        assert EVALUATE.run(one, 0) and EVALUATE.run(one, 1)
+        found[row_length] = json.loads(one.metrics_file.read_text().splitlines()[1])
+        rows[row_length] = pq.read_table(one.iteration(1) / "heldout.parquet").to_pylist()
+        counts = json.loads((one.iteration(1) / "stage.json").read_text())["evaluate"]["counts"]
+        assert counts.get("answers_left_out") == {256: None, 128: 3}[row_length]
+        assert counts["responses"] == 3 * len(prompts)
+    ids = len(one.prompt_ids(one.heldout[2]))
+    assert ids + 12 < 128 < ids + sum(len(r["token_ids"]) for r in rows[128][6:9])
+    for row, other in zip(rows[128], rows[256], strict=False):
+        logps = {name: pytest.approx(other[name], abs=1e-4) for name in ("logp", "logp_start")}
+        assert row == other | logps
+    for row in rows[128][9:]:
+        assert row["logp"] is row["logp_start"] is None
+        assert row["score"] is not None and row["token_ids"]
+    for name in ("kl", "kl_stderr", "entropy", "entropy_token", "pairs/margins"):
+        assert found[128][f"heldout/{name}"] == pytest.approx(
+            found[256][f"heldout/{name}"], abs=1e-4
+        )
+    assert (found[128]["heldout/prompts"], found[256]["heldout/prompts"]) == (4, 3)
+    greedy = [row["score"] for row in rows[128] if row["kind"] == "greedy"]
+    assert found[128]["heldout/reward_greedy"] == pytest.approx(sum(greedy) / 4)
+    page.write([one.folder], tmp_path / "report.html")
+
+
+def test_no_answer_that_fits_leaves_only_what_needs_no_row(run, tmp_path):
+    line = json.dumps({"prompt_id": "long", "prompt": "x" * 140})
+    (tmp_path / "heldout.jsonl").write_text(line + "\n")
+    run = Run(load(tmp_path / "experiment.yaml", ["rollout.max_prompt_tokens=180"]), run.console)
+    assert EVALUATE.run(run, 0)
+    found = json.loads(run.metrics_file.read_text())
+    assert "heldout/reward_greedy" in found
+    assert not {key for key in found if "kl" in key or "entropy" in key}
+
+
 def test_data_without_pairs_gives_none(tmp_path, monkeypatch):
     import jax
 

@@ -74,8 +74,7 @@ def test_all_numbers_of_iterations_see_the_same_rows():
     for name, e in cells("dpo.yaml").items():
         first = e.data.first_portion - 1
         parts = [
-            portion(rows[e.data.skip :], first + t, e.portions)  # type: ignore[arg-type]
-            for t in range(1, e.iterations + 1)
+            portion(rows[e.data.skip :], first + t, e.portions) for t in range(1, e.iterations + 1)
         ]
         seen = [row for part in parts for row in part]
         assert seen == list(range(15_283, 15_283 + len(seen))), name

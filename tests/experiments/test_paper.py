@@ -118,7 +118,7 @@ def test_updates_and_warm_up_follow_from_the_61135_rows(name):
     *_, updates, warm_up = TABLE[name]
     for t in range(1, e.iterations + 1):
         index = e.data.first_portion - 1 + t
-        rows = portion(range(ULTRAFEEDBACK), index, e.portions)  # type: ignore[arg-type]
+        rows = portion(range(ULTRAFEEDBACK), index, e.portions)
         size = ULTRAFEEDBACK // e.portions
         assert (rows[0], len(rows)) == ((index - 1) * size, size)
         s = e.training

@@ -4,13 +4,16 @@ import json
 import math
 import shutil
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from selm_jax.report import paper
 from selm_jax.report.data import STAGES, ReportError, Stage, flatten, report_data
+from selm_jax.sweep.table import _over, outcome
 
 
 def test_reads_a_finished_run(run):
@@ -145,6 +148,24 @@ def test_a_table_with_a_hole_or_an_unknown_kind(run):
     pq.write_table(pa.Table.from_pylist(rows), path)
     with pytest.raises(ReportError, match=r"row 3: kind is 'beam'"):
         report_data(run)
+
+
+def test_answers_without_log_probabilities_are_left_out_of_kl_alone(run):
+    path = run / "iteration_2" / "heldout.parquet"
+    rows = pq.read_table(path).to_pylist()
+    lost = next(row for row in rows if row["kind"] == "sample")
+    lost |= {"logp": None, "logp_start": None}
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    found = report_data(run)
+    assert [a.prompt_id for a in found.answers if math.isnan(a.logp)] == [lost["prompt_id"]]
+    of_run = outcome(found)
+    kl = _over({0: of_run}, lambda o: o.kl[2], gaps=True)
+    assert kl is not None and kl.mean == pytest.approx(np.nanmean(of_run.kl[2]))
+    assert _over({0: of_run}, lambda o: o.kl[2]) is None
+    assert _over({0: of_run}, lambda o: o.sample[2]) is not None
+    mine = paper.own_samples(found, "mine", 2, 0.1)
+    figure = paper.implicit_differences("n", "t", mine, [mine])
+    assert len(figure.rows) == len(of_run.prompts) - 1
 
 
 def test_a_table_that_is_no_parquet(run):

@@ -1,5 +1,6 @@
 """What `text` changes in a run: rows that cannot be used, the authors' layout, and what is said."""
 
+import io
 import json
 
 import pyarrow as pa
@@ -79,6 +80,40 @@ def test_or_its_prompt_is_dropped_and_counted(make):
     assert without == ["p3", "p5"]  # the answer that is bad; the others keep their ids
     examples, _ = paired_examples(run, 1)
     assert [e.prompt_id for e in examples] == ["p0", "p1", "p2", "p4", "p6", "p7"]
+
+
+def test_a_bad_row_is_missing_from_its_iteration_alone(tmp_path):
+    file = tiny.experiment(tmp_path, data__on_bad_row="drop", data__skip=2, data__portions=3)
+    rows = [{"prompt_id": f"p{i}", "prompt": f"Say {i}."} for i in range(11)]
+    rows[0]["prompt"] = rows[4]["prompt"] = ""
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    run = Run(config.load(file), Console(quiet=True))
+    ids = [[p.id for p in run.prompts(t)] for t in (1, 2)]
+    assert ids == [["p2", "p3"], ["p5", "p6", "p7"]]
+    rows[5]["prompt"] = rows[6]["prompt"] = rows[7]["prompt"] = ""
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    with pytest.raises(RunError, match="train.jsonl: of the 3 rows of iteration 2 none is usable"):
+        Run(config.load(file), Console(quiet=True)).prompts(2)
+
+
+def test_a_prompt_too_long_to_answer_is_a_bad_row(tmp_path):
+    file = tiny.experiment(tmp_path, data__on_bad_row="drop", data__portions=2)
+    rows = [{"prompt_id": f"p{i}", "prompt": f"Say {i}."} for i in range(6)]
+    rows[1]["prompt"] = "x" * 80
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (tmp_path / "heldout.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[:3]))
+    said = io.StringIO()
+    run = Run(config.load(file), Console(file=said, width=200))
+    run.check()
+    assert [[p.id for p in run.prompts(t)] for t in (1, 2)] == [["p0", "p2"], ["p3", "p4", "p5"]]
+    assert [p.id for p in run.heldout] == ["p0", "p2"] and run.longest_prompt <= 64
+    assert run.all_prompts.dropped == {"prompt too long": (2,)}
+    for name in ("train", "heldout"):
+        assert f"{name}.jsonl: rows left out, prompt too long: 1" in said.getvalue()
+    with pytest.raises(RunError, match=r"prompt p1 has .*on_bad_row to 'drop'"):
+        Run(config.load(file, ["data.on_bad_row=error"]), Console(quiet=True)).check()
+    with pytest.raises(RunError, match="all 6 prompts are longer than rollout.max_prompt_tokens"):
+        Run(config.load(file, ["rollout.max_prompt_tokens=4"]), Console(quiet=True)).check()
 
 
 def test_the_default_layout_trains_on_the_ids_that_were_drawn(make):

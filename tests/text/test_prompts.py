@@ -546,6 +546,18 @@ def test_round_trip(tmp_path_factory, case):
         assert digest(found) == digest(prompts)
 
 
+def test_a_bad_row_is_left_out_of_its_portion_and_moves_no_other(tmp_path):
+    rows = [{"prompt": f"Say {i}.", "prompt_id": f"p{i}"} for i in range(9)]
+    whole = load_prompts(write(tmp_path / "whole.jsonl", rows))
+    assert whole.by_row() == list(whole)
+    rows[1]["prompt"] = rows[5]["prompt"] = " "
+    found = load_prompts(write(tmp_path / "x.jsonl", rows), on_bad_row="drop")
+    for seed in (None, 3):
+        for i in (1, 2, 3):
+            cut, of_whole = (portion(x.by_row(), i, 3, shuffle_seed=seed) for x in (found, whole))
+            assert cut == [None if p.id in ("p1", "p5") else p for p in of_whole]
+
+
 # Real preference pairs, where a copy lies beside the checkout.
 
 

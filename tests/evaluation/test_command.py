@@ -59,7 +59,7 @@ def test_heldout_takes_everything_from_the_run(run, selm, tmp_path):
     assert (report["prompts"], report["beta"], report["asked"]["limit"]) == (8, 0.3, 12)
     assert (report["reference"], report["ranker"]) == ("run/start", "length")
     (found,) = report["contestants"].values()
-    assert found["models"] == ["run--iteration_2"]
+    assert found["models"] == ["run/iteration_2"]
     # The greedy answers are those that the run has seen, and so are their scores.
     reward = found["measures"]["reward_greedy"]["mean"]
     assert reward == pytest.approx(greedy_scores(run, 2).mean())
@@ -79,7 +79,7 @@ def test_winrate_of_the_last_model_and_its_start(run, selm, tmp_path):
 
 
 def test_lm_eval_of_the_last_model(run, selm, tmp_path):
-    pytest.importorskip("lm_eval")
+    pytest.importorskip("lm_eval", reason="the harness is not installed: selm_jax[lm_eval]")
     folder = tmp_path / "tasks"
     folder.mkdir()
     rows = [{"text": f"{verb} a river in one line."} for verb in ("Describe", "Praise", "Sell")]

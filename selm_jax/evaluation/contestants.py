@@ -80,14 +80,3 @@ def build_ranker(
             "package.module:function. Without it a run's own ranker serves; no run was given"
         )
     return rankers.build(experiment.feedback.ranker, **(experiment.feedback.settings | given))
-
-
-def compares(ranker: rankers.Ranker) -> bool:
-    """Whether its scores say something within one prompt's candidates only."""
-    form = getattr(ranker, "form", None)  # of a judge
-    if form is not None:
-        return form != "pointwise"
-    parts = getattr(ranker, "parts", ())  # of a mixture
-    return ranker.name in ("pairrm", "human") or any(
-        part.normalise != "none" or compares(part.ranker) for part in parts
-    )

@@ -23,13 +23,13 @@ from rich.table import Table
 from selm_jax import artifacts
 from selm_jax.evaluation import EvaluationError, frontier
 from selm_jax.evaluation.answers import Asked, Stored, answered, cost
-from selm_jax.evaluation.contestants import Contestant, compares
+from selm_jax.evaluation.contestants import Contestant
 from selm_jax.evaluation.cost import CHARACTERS_PER_TOKEN, Cost, judge_cost, judges, show
 from selm_jax.evaluation.intervals import Estimate, difference, pooled
 from selm_jax.evaluation.malformed import Malformed, unread_line
 from selm_jax.evaluation.model import Found, Model
 from selm_jax.evaluation.pairs import answered_pair
-from selm_jax.feedback.ranker import Ranker
+from selm_jax.feedback.ranker import Ranker, is_relative, scores_beside
 from selm_jax.memory import release
 from selm_jax.preferences.examples import Example
 from selm_jax.text.conversations import Prompt
@@ -107,7 +107,7 @@ def run(
         raise EvaluationError(f"{out} is there already; move it away or give another --out")
     verdicts = Malformed(allow_malformed, _COUNTED_AS)
     beside = None
-    if compares(ranker):
+    if is_relative(ranker):
         first, _ = answered(open_model(reference), prompts, _greedy(asked), keep)
         beside = [each.text for each in first]
 
@@ -165,15 +165,14 @@ def _greedy(asked: Asked) -> Asked:
 def _scores(
     ranker: Ranker, by_prompt: Sequence[Sequence[Stored]], beside: Sequence[str] | None
 ) -> list[float]:
-    """Of every answer; with `beside`, one text for each prompt, as it stands against that text alone:
-    only so do scores of two models measure the same."""
+    """Of every answer, flat; with `beside`, one text for each prompt, beside that."""
+    questions = [each[0].question for each in by_prompt]
+    texts = [[a.text for a in each] for each in by_prompt]
     if beside is None:
-        questions = [each[0].question for each in by_prompt]
-        texts = [[a.text for a in each] for each in by_prompt]
-        return [float(x) for each in ranker.scores(questions, texts) for x in each]
-    both = [(a, one) for each, one in zip(by_prompt, beside, strict=True) for a in each]
-    found = ranker.scores([a.question for a, _ in both], [[a.text, one] for a, one in both])
-    return [float(of_answer) for of_answer, _ in found]
+        found = ranker.scores(questions, texts)
+    else:
+        found = scores_beside(ranker.scores, questions, texts, beside)
+    return [float(x) for each in found for x in each]
 
 
 def _own(
@@ -299,7 +298,7 @@ def _costs(
         scored += mine
         answers += len(prompts) * asked.each
     own = Cost(f"{reference.name} (reference)", scored_tokens=scored)
-    if compares(ranker):
+    if is_relative(ranker):
         drawn = cost(open_model(reference), prompts, _greedy(asked), keep)
         own = dataclasses.replace(drawn, what=own.what, scored_tokens=scored)
     parts.append(own)

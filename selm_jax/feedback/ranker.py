@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -121,6 +121,23 @@ def is_relative(ranker: Ranker) -> bool:
     """Whether a score says how a candidate stands among the others of its prompt and nothing else,
     so that a mean over prompts is no measure of a policy."""
     return getattr(ranker, "relative", False)
+
+
+def scores_beside(
+    scores: Callable[[Sequence[Question], Sequence[Sequence[str]]], Sequence[np.ndarray]],
+    questions: Sequence[Question],
+    answers: Sequence[Sequence[str]],
+    others: Sequence[str],
+) -> list[list[float]]:
+    """By prompt, the score of each answer beside the prompt's one text in `others`, and no other: only
+    so do the scores that a relative ranker gives two policies measure the same."""
+    found = iter(
+        scores(
+            [q for q, each in zip(questions, answers, strict=True) for _ in each],
+            [[text, one] for each, one in zip(answers, others, strict=True) for text in each],
+        )
+    )
+    return [[float(next(found)[0]) for _ in each] for each in answers]
 
 
 def _check_settings(

@@ -12,11 +12,10 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 from selm_jax.config import Experiment, Feedback
+from selm_jax.feedback.buckets import checked_batch
 from selm_jax.parallel.mesh import MeshError
 from selm_jax.plan.phases import GENERATE, RANK, SCORE, TRAIN
 from selm_jax.plan.rankers import MODELS
-
-_BATCH = 16  # of `feedback.buckets.checked_batch`, on accelerators
 
 Change = tuple[str, ...]  # overrides, `key=value`
 Fits = Callable[[Change, str | None], bool]  # a stage's programs under these changes; None: all
@@ -97,13 +96,16 @@ def _ladder(e: Experiment, stage: str, devices: int, longest: int) -> Iterator[C
 def _smaller_batches(f: Feedback) -> Iterator[Change]:
     """Of a mixture all models' at once: it is not said which of them does not fit."""
     if f.ranker != "mixture":
-        batch = f.settings.get("batch") or _BATCH
+        batch = checked_batch(f.ranker, f.settings.get("batch"), on_cpu=False)
         while (batch := batch // 2) >= 1:
             yield (f"feedback.settings.batch={batch}",)
         return
     parts = [dict(part) for part in f.settings.get("parts", [])]
     models = [part for part in parts if part["ranker"] in MODELS]
-    batches = [part.get("settings", {}).get("batch") or _BATCH for part in models]
+    batches = [
+        checked_batch(part["ranker"], part.get("settings", {}).get("batch"), on_cpu=False)
+        for part in models
+    ]
     while max(batches, default=1) > 1:
         batches = [max(1, batch // 2) for batch in batches]
         for part, batch in zip(models, batches, strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -14,7 +15,7 @@ from selm_jax.evaluation import frontier
 from selm_jax.evaluation import pairs as pair_rewards
 from selm_jax.evaluation.pairs import answered_pair
 from selm_jax.feedback.human import Human
-from selm_jax.feedback.ranker import is_relative, reported
+from selm_jax.feedback.ranker import is_relative, reported, scores_beside
 from selm_jax.parallel import multihost
 from selm_jax.preferences.examples import Example
 from selm_jax.rollout.engine import Request
@@ -178,7 +179,7 @@ def _scores(run: Run, t: int, answers: Sequence[Sequence[str]]) -> list[Any] | N
     than what is trained on.
 
     A ranker whose scores compare the answers of one prompt gets each answer beside the start
-    model's greedy one, and no other: only so do the scores of two iterations measure the same.
+    model's greedy one.
     """
     people, relative = multihost.on_first(
         lambda: (isinstance(run.ranker, Human), is_relative(run.ranker))
@@ -193,13 +194,7 @@ def _scores(run: Run, t: int, answers: Sequence[Sequence[str]]) -> list[Any] | N
         start = pq.read_table(run.iteration(0) / "heldout.parquet").to_pylist()
         of_prompt = {row["prompt_id"]: row["text"] for row in start if row["kind"] == "greedy"}
         first = [of_prompt[q.id] for q in questions]
-    found = scores_of(
-        run,
-        [q for q, each in zip(questions, answers, strict=True) for _ in each],
-        [[text, one] for one, each in zip(first, answers, strict=True) for text in each],
-    )
-    scores = iter(found)
-    return [[next(scores)[0] for _ in each] for each in answers]
+    return scores_beside(partial(scores_of, run), questions, answers, first)
 
 
 def has_pairs(run: Run) -> bool:

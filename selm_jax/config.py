@@ -87,6 +87,20 @@ class Candidates:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class Remote:
+    """A server that answers in place of this program's own engine; see docs/run.md."""
+
+    engine: Literal["vllm", "sglang"]
+    url: str = "http://127.0.0.1:8000"
+    command: str | None = None  # starts it; {model} is the policy's folder. None: others do
+    start_seconds: float = 1800.0  # to wait until it serves that folder
+    concurrency: int = 256  # answers asked for at once
+    timeout: float = 600.0  # seconds for one answer
+    retries: int = 6
+    key_env: str | None = None  # environment variable that holds its API key
+
+
+@dataclass(frozen=True, config=_STRICT)
 class Rollout:
     max_new_tokens: int = 1024
     temperature: float = 1.0  # of samples; greedy answers draw nothing
@@ -97,6 +111,7 @@ class Rollout:
     prefill_rows: int = 8  # prompts in one prefill; likewise
     max_prompt_tokens: int = 512  # a longer prompt is an error
     prompts_per_part: int = 256  # a killed run loses at most one part of the responses
+    remote: Remote | None = None  # a vLLM or SGLang server that answers; None: this program does
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -343,6 +358,15 @@ def _inconsistencies(e: Experiment):
     for key in ("max_new_tokens", "slots", "prefill_rows", "max_prompt_tokens", "prompts_per_part"):
         if getattr(e.rollout, key) < 1:
             yield f"rollout.{key}: {getattr(e.rollout, key)}, at least 1 was expected"
+    if e.rollout.remote is not None:
+        for key, least in (
+            ("concurrency", 1),
+            ("retries", 0),
+            ("timeout", 0),
+            ("start_seconds", 0),
+        ):
+            if not (value := getattr(e.rollout.remote, key)) >= least:
+                yield f"rollout.remote.{key}: {value}, at least {least} was expected"
     if e.compute.dcn_fsdp < 1:
         yield f"compute.dcn_fsdp: {e.compute.dcn_fsdp}, at least 1 was expected"
     if e.compute.dcn_data < 1 and e.compute.dcn_data != -1:
@@ -395,5 +419,6 @@ def _group(path: Sequence[Any]) -> type:
         "model": Model, "data": Data, "text": Text, "candidates": Candidates, "rollout": Rollout,
         "feedback": Feedback, "training": Training, "compute": Compute,
         "evaluation": Evaluation, "log": Log, "lora": Lora, "feedback.labels": Labels,
+        "rollout.remote": Remote,
     }  # fmt: skip
     return groups[".".join(map(str, path))] if path else Experiment

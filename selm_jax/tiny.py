@@ -120,7 +120,7 @@ def shrink(experiment: Experiment, console: Console) -> Experiment:
         text=text,
         rollout=replace(
             e.rollout, max_new_tokens=16, max_prompt_tokens=128, slots=8, prefill_rows=8,
-            prompts_per_part=8,
+            prompts_per_part=8, remote=None,  # a rehearsal needs no server
         ),
         feedback=_feedback(e.feedback),
         training=replace(

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+from selm_jax.endpoint import Tries
 from selm_jax.feedback.judge_answer import Usage
 from selm_jax.feedback.ranker import FeedbackError
 
@@ -31,16 +32,13 @@ def check_number(name: str, value: object, *, least: float, whole: bool = False)
 
 
 @dataclass
-class Counts:
+class Counts(Tries):
     """What became of the requests since the client was opened.
 
     Attributes:
         asked: answers that were asked for; every one is from the cache, shared, paid or an error.
         cache_hits: found on disk.
         shared: asked for while the same request was under way; paid once.
-        requests: sent to the server, retries included.
-        retries: requests sent again after a fault.
-        failures: answers given up.
         answers: whole answers of the server, paid for and stored.
         without_usage: answers whose tokens the server did not count.
         prompt_tokens, completion_tokens: of the paid answers, by the server's count.
@@ -49,9 +47,6 @@ class Counts:
     asked: int = 0
     cache_hits: int = 0
     shared: int = 0
-    requests: int = 0
-    retries: int = 0
-    failures: int = 0
     answers: int = 0
     without_usage: int = 0
     prompt_tokens: int = 0

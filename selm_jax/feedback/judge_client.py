@@ -10,49 +10,27 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import datetime
-import email.utils
-import logging
-import math
 import os
-import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-import httpx2
-
+from selm_jax.endpoint import Endpoint, ServerError, api_key, checked_url
 from selm_jax.feedback.judge_answer import Completion, parse_completion
 from selm_jax.feedback.judge_budget import Budget, Counts, JudgeError, check_number
 from selm_jax.feedback.judge_cache import AnswerCache, request_key
 
-_LONGEST_WAIT = 60.0  # seconds between two tries, unless the server asks for more
-_LONGEST_RETRY_AFTER = 600.0  # seconds; who asks for more has closed for the day
-_MOST_BYTES = 16 << 20  # of one answer: a server may stream without end
-_SECRET = 8  # a key shorter than this ("EMPTY") is a placeholder and may stand in a text
-
 T = TypeVar("T")
 Messages = Sequence[Mapping[str, str]]
-
-
-class _Fault(Exception):
-    """What went wrong with one request. `final`: trying again would not help."""
-
-    def __init__(self, what: str, *, wait: float = 0.0, final: bool = False):
-        super().__init__(what)
-        self.wait = wait
-        self.final = final
 
 
 class Client:
     """Asks one model of one server, never the same thing twice.
 
     An answer is in the cache, on disk, before it is returned. The same request from two tasks at
-    once is sent once. Faults of the way (connection, time, 408, 409, 429, 5xx, an answer that is
-    not JSON or not whole) are tried again, after a wait that doubles, with jitter, and no shorter
-    than the server's Retry-After. An answer lost on the way may have been paid for: no client can
-    know; only what arrived is counted.
+    once is sent once. Faults of the way are tried again (`endpoint.Endpoint`). An answer lost on the
+    way may have been paid for: no client can know; only what arrived is counted.
 
     The API key is read from the environment for each request and kept nowhere. Should the server
     send it back, it is cut out of what is stored and shown.
@@ -92,29 +70,26 @@ class Client:
         check_number("backoff", backoff, least=0.0)
         self.model = model
         self.url = _chat_url(base_url)
-        self.key_env = key_env
         self.concurrency = concurrency
-        self.timeout = timeout
-        self.retries = retries
-        self.backoff = backoff
         self.budget = Budget() if budget is None else budget
         self.counts = Counts()
-        self._key()  # so that a missing key is found before any work
-        for logger in ("httpx2", "httpcore2"):
-            # They log every request, and at DEBUG the server's headers, which may echo the key.
-            logging.getLogger(logger).setLevel(logging.WARNING)
+        self._endpoint = Endpoint(
+            self.url, key_env=key_env, concurrency=concurrency, timeout=timeout, retries=retries,
+            backoff=backoff,
+        )  # fmt: skip
+        try:
+            api_key(key_env)  # so that a missing key is found before any work
+        except ServerError as error:
+            raise JudgeError(f"judge: {error}") from None
         self._cache = AnswerCache(cache)
         self.cache = self._cache.file
         self._under_way: dict[str, asyncio.Task[Completion]] = {}
 
     async def __aenter__(self) -> Client:  # noqa: PYI034  (beartype takes no Self on a method)
         self._cache.__enter__()
-        self.counts = Counts()
+        self._endpoint.tries = self.counts = Counts()
         self._slots = asyncio.Semaphore(self.concurrency)
-        self._closing = asyncio.Event()
-        limits = httpx2.Limits(max_connections=self.concurrency)
-        # One limit of time stands over the whole answer (`_post`); httpx2's are for its parts.
-        self._http = httpx2.AsyncClient(timeout=None, limits=limits)
+        await self._endpoint.__aenter__()
         return self
 
     async def __aexit__(
@@ -125,9 +100,9 @@ class Client:
     ) -> None:
         # Requests under way are paid for: whatever happened, their answers are waited for and
         # stored. Those that wait for another try give up.
-        self._closing.set()
+        self._endpoint.close_soon()
         await asyncio.gather(*self._under_way.values(), return_exceptions=True)
-        await self._http.aclose()
+        await self._endpoint.__aexit__(kind, error, trace)
         self._cache.__exit__(kind, error, trace)
 
     async def complete(
@@ -250,7 +225,7 @@ class Client:
 
     async def _pay(self, key: str, body: Mapping[str, Any]) -> Completion:
         async with self._slots:
-            if self._closing.is_set():
+            if self._endpoint.closing:
                 raise JudgeError("judge: the client was closed before the request was sent.")
             self.budget.reserve()
             usage = None
@@ -274,73 +249,20 @@ class Client:
         return completion
 
     async def _ask(self, body: Mapping[str, Any]) -> Completion:
-        for attempt in range(self.retries + 1):
-            self.counts.requests += 1
-            self.counts.retries += attempt > 0
-            try:
-                return await self._post(body)
-            except _Fault as fault:
-                what = f"{self.url}, model {self.model!r}: {fault}"
-                if fault.final or attempt == self.retries:
-                    break
-                wait = min(self.backoff * 2.0 ** min(attempt, 60), _LONGEST_WAIT) * random.uniform(
-                    0.5, 1
-                )
-                # Jitter on top: else all who were told to wait come back in the same instant.
-                wait = max(wait, fault.wait * random.uniform(1, 1.1))
-                if not await self._still_open_after(wait):
-                    break
-        self.counts.failures += 1
-        raise JudgeError(
-            f"{what} (try {attempt + 1} of at most {self.retries + 1}). Answers that came are in "
-            "the cache: once this is mended, run again to go on from there."
-        )
-
-    async def _still_open_after(self, seconds: float) -> bool:
         try:
-            await asyncio.wait_for(self._closing.wait(), seconds)
-        except TimeoutError:
-            return True
-        return False
-
-    async def _post(self, body: Mapping[str, Any]) -> Completion:
-        key = self._key()
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        raw = bytearray()
-        try:
-            async with (
-                asyncio.timeout(self.timeout),
-                self._http.stream("POST", self.url, json=body, headers=headers) as response,
-            ):
-                async for some in response.aiter_bytes():
-                    raw += some
-                    if len(raw) > _MOST_BYTES:
-                        raise _Fault(f"the answer is longer than {_MOST_BYTES} bytes")
-        except TimeoutError:
-            raise _Fault(f"no whole answer within {self.timeout:g} s") from None
-        except httpx2.RequestError as error:
-            # `from None`: the error holds the request, and the request the key.
-            what = f"{type(error).__name__}: {error}"
-            raise _Fault(_without(key, what)) from None
-        text = _without(key, raw.decode("utf-8", "replace"))
-        if response.status_code != 200:
-            raise _status_fault(response.status_code, response.headers.get("retry-after"), text)
-        try:
-            return parse_completion(text)
-        except ValueError as error:
-            what = f"the answer is no chat completion ({error}): {text[:300]!r}"
-            raise _Fault(what) from None
-
-    def _key(self) -> str:
-        if self.key_env is None:
-            return ""
-        key = os.environ.get(self.key_env, "").strip()
-        if not (key and key.isascii() and key.isprintable()):
+            return await self._endpoint.ask(body, _read, about=f", model {self.model!r}")
+        except ServerError as error:
             raise JudgeError(
-                f"judge: key_env is {self.key_env!r}, but that environment variable is "
-                f"{'no key (it has characters that none has)' if key else 'not set or empty'}."
-            )
-        return key
+                f"{error}. Answers that came are in the cache: once this is mended, run again to go "
+                "on from there."
+            ) from None
+
+
+def _read(text: str) -> Completion:
+    try:
+        return parse_completion(text)
+    except ValueError as error:
+        raise ValueError(f"no chat completion ({error})") from None
 
 
 def _chat_url(base_url: str | None) -> str:
@@ -351,49 +273,8 @@ def _chat_url(base_url: str | None) -> str:
             "variable OPENAI_BASE_URL."
         )
     try:
-        url = httpx2.URL(base)
-    except httpx2.InvalidURL as error:
-        raise JudgeError(f"judge: base_url {base!r} is no URL: {error}.") from None
-    if url.userinfo or url.query:
-        # Not shown: it may well be a secret.
-        raise JudgeError(
-            "judge: base_url holds a user name, a password or a query (`?...`); expected "
-            "http(s)://host[:port][/path]. A key belongs into the environment: see key_env."
-        )
-    if url.scheme not in ("http", "https") or not url.host:
-        raise JudgeError(f"judge: base_url is {base!r}; expected http(s)://host[:port][/path].")
+        url = checked_url(base, "base_url")
+    except ServerError as error:
+        raise JudgeError(f"judge: {error}") from None
     path = url.path.rstrip("/") or "/v1"
     return str(url.copy_with(path=f"{path}/chat/completions"))
-
-
-def _without(key: str, text: str) -> str:
-    return text.replace(key, "[key]") if len(key) >= _SECRET else text
-
-
-def _status_fault(status: int, retry_after: str | None, text: str) -> _Fault:
-    what = f"HTTP status {status}: {text[:300]!r}"
-    if status == 429 and "insufficient_quota" in text:  # OpenAI's word for an empty account
-        return _Fault(what, final=True)
-    if status not in (408, 409, 429) and status < 500:
-        return _Fault(what, final=True)
-    wait = _seconds(retry_after)
-    if wait > _LONGEST_RETRY_AFTER:
-        return _Fault(f"{what}; it asks to come back after {wait:.0f} s", final=True)
-    return _Fault(what, wait=wait)
-
-
-def _seconds(retry_after: str | None) -> float:
-    """Of a Retry-After header: seconds or a date (RFC 9110, 10.2.3); 0 for what is neither."""
-    if retry_after is None:
-        return 0.0
-    try:
-        wait = float(retry_after)
-    except ValueError:
-        try:
-            until = email.utils.parsedate_to_datetime(retry_after)
-        except ValueError:
-            return 0.0
-        if until.tzinfo is None:
-            until = until.replace(tzinfo=datetime.UTC)
-        wait = (until - datetime.datetime.now(datetime.UTC)).total_seconds()
-    return max(wait, 0.0) if math.isfinite(wait) else 0.0

@@ -182,7 +182,8 @@ def phases(b: Blueprint, batches: int) -> Iterator[Phase]:
       batches: packed batches of an update; with one, nothing is ever added.
     """
     e = b.experiment
-    answers = e.candidates.greedy or e.candidates.samples or e.data.heldout is not None
+    candidates = (e.candidates.greedy or e.candidates.samples) and e.rollout.remote is None
+    answers = candidates or e.data.heldout is not None
     if answers and not b.objective.rates:
         yield from _generation(b)
     if (ranker := b.model_ranker) is not None:

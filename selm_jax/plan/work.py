@@ -124,6 +124,8 @@ def lengths_of(
     if response is None:
         response = e.rollout.max_new_tokens
         assumed.append(f"every answer has {response:,} tokens, the most allowed: --response-tokens")
+    if e.rollout.remote is not None:
+        assumed.append("the candidates are answers of rollout.remote, whose time is not counted")
     return Lengths(prompts, heldout, pairs, prompt, response, tuple(assumed))
 
 
@@ -225,7 +227,8 @@ def work_of(b: Blueprint, of: Lengths, assumed: Assumed) -> Work | None:
     train = flops.forward_and_backward(config, **size).total
     if t.reference == "live":
         train += flops.forward(config, **size).total
-    parts = generation("generate", of.prompts, each)
+    here = e.rollout.remote is None
+    parts = generation("generate", of.prompts, each) if here else []
     parts += ranking("rank", examples, 0 if e.taught else candidates)
     if not b.objective.reference_free:
         parts += scoring("score", examples)

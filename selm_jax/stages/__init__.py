@@ -149,6 +149,8 @@ def _pick(*keys: str) -> Callable[[Run, int], dict[str, Any]]:
         tree, found = as_dict(run.experiment), {}
         settings = tree["feedback"]["settings"]
         tree["feedback"]["settings"] = _without(settings, _FREE_OF_RANKERS)
+        if (server := tree["rollout"]["remote"]) is not None:
+            tree["rollout"]["remote"] = server["engine"]  # how it is reached is free
         for key in keys:
             value: Any = tree
             for part in key.split("."):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,17 @@ import pyarrow.parquet as pq
 from selm_jax import artifacts
 from selm_jax.parallel import multihost
 from selm_jax.rollout.engine import Request, Response
+from selm_jax.rollout.remote import Server
+from selm_jax.rollout.sampling import Sampling
 from selm_jax.run import Run
 from selm_jax.text.prompts import Prompt
 
 Counts = dict[str, Any]
+Advance = Callable[[int, int], None]  # responses and tokens since the last call
+Write = Callable[[Sequence[Response]], None]
+Answer = Callable[
+    [int, Sequence[Request], Write], None
+]  # answers a part's requests, and writes them
 
 RESPONSES = pa.schema(
     [
@@ -40,32 +49,24 @@ def generate(run: Run, t: int) -> Counts:
     files = response_files(run, t)
     there = multihost.on_first(lambda: [file.exists() for file in files])
     wanted = run.experiment.candidates
-    params = None
     each = wanted.greedy + wanted.samples
-    with run.bar(f"iteration {t}  generate", len(prompts) * each, "responses") as advance:
-
-        def progress(responses: int, tokens: int) -> None:
-            advance(responses, tokens)
-            multihost.stop_if_told()  # the part is lost, the parts before it are not
-
+    by = _by_server if each and run.experiment.rollout.remote else _here
+    bar = run.bar(f"iteration {t}  generate", len(prompts) * each, "responses")
+    with bar as advance, by(run, t, advance) as answer:
         for part, file in enumerate(files):
             mine = range(part * size, min((part + 1) * size, len(prompts)))
             if there[part]:
                 advance(len(mine) * each, 0)
                 continue
-            if params is None and each:
-                params = run.decoding(run.load(run.policy(t - 1)))
             requests = [
                 Request(i, run.prompt_ids(prompts[i]), wanted.greedy, wanted.samples) for i in mine
             ]
-            responses = []
-            if params is not None:
-                responses = run.engine.generate(
-                    params, requests, seed=run.experiment.seed, iteration=t, progress=progress
-                )
-            if part % multihost.count() == multihost.index():  # all know it, each writes its parts
+
+            def write(responses: Sequence[Response], to: Path = file) -> None:
                 rows = [response_row(run, prompts[r.index], r) for r in responses]
-                artifacts.write_table(file, pa.Table.from_pylist(rows, schema=RESPONSES))
+                artifacts.write_table(to, pa.Table.from_pylist(rows, schema=RESPONSES))
+
+            answer(part, requests, write)
     multihost.barrier()
     artifacts.wait_for(files)
     answers = pa.concat_tables([pq.read_table(file, schema=RESPONSES) for file in files])
@@ -75,6 +76,62 @@ def generate(run: Run, t: int) -> Counts:
         "tokens": pa.compute.sum(pa.compute.list_value_length(answers["token_ids"])).as_py() or 0,
         "cut_off": sum(x == "length" for x in answers["finish"].to_pylist()),
     }
+
+
+@contextlib.contextmanager
+def _here(run: Run, t: int, advance: Advance) -> Iterator[Answer]:
+    """The engine here: every process knows all answers, and each writes its parts."""
+    params = None
+
+    def progress(responses: int, tokens: int) -> None:
+        advance(responses, tokens)
+        multihost.stop_if_told()  # the part is lost, the parts before it are not
+
+    def answer(part: int, requests: Sequence[Request], write: Write) -> None:
+        nonlocal params
+        if params is None and any(request.wanted() for request in requests):
+            params = run.decoding(run.load(run.policy(t - 1)))
+        responses: Sequence[Response] = ()
+        if params is not None:
+            responses = run.engine.generate(
+                params, requests, seed=run.experiment.seed, iteration=t, progress=progress
+            )
+        if part % multihost.count() == multihost.index():
+            write(responses)
+
+    yield answer
+
+
+@contextlib.contextmanager
+def _by_server(run: Run, t: int, advance: Advance) -> Iterator[Answer]:
+    """A server that the first process asks, and starts if it is to; that process writes."""
+    settings, r = run.experiment.rollout.remote, run.experiment.rollout
+    assert settings is not None
+    policy = Server(
+        settings,
+        run.policy(t - 1),
+        log=run.folder / "server.log",
+        sampling=Sampling(r.temperature, r.top_k, r.top_p, r.min_p),
+        max_new_tokens=r.max_new_tokens,
+        stop_ids=run.stop_ids,
+        vocabulary=run.config.vocab_size,
+        say=lambda text: run.console.print(f"iteration {t}  generate: {text}", soft_wrap=True),
+    )
+    with contextlib.ExitStack() as stack:
+        server = None
+
+        def answer(part: int, requests: Sequence[Request], write: Write) -> None:
+            def ask() -> None:
+                nonlocal server
+                if server is None:
+                    server = stack.enter_context(policy)
+                seed = run.experiment.seed
+                write(server.generate(requests, seed=seed, iteration=t, progress=advance))
+
+            multihost.on_first(ask)
+            multihost.stop_if_told()
+
+        yield answer
 
 
 def response_files(run: Run, t: int) -> list[Path]:

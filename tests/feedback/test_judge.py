@@ -25,7 +25,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selm_jax.feedback import judge_client
+from selm_jax import endpoint
 from selm_jax.feedback.judge import judge
 from selm_jax.feedback.judge_answer import Completion, Usage
 from selm_jax.feedback.judge_budget import Budget, BudgetExceeded, JudgeError
@@ -321,7 +321,7 @@ class TestClient:
         assert time.monotonic() - began >= 0.4
 
     def test_retry_after_as_seconds_date_or_nonsense(self):
-        seconds = judge_client._seconds
+        seconds = endpoint._seconds
         assert [seconds(x) for x in (None, "7", "1.5", "-3", "soon", "nan", "inf")] == [
             *(0, 7, 1.5, 0, 0, 0, 0)
         ]
@@ -336,7 +336,7 @@ class TestClient:
             waits.append(seconds)
             return True
 
-        monkeypatch.setattr(Client, "_still_open_after", no_wait)
+        monkeypatch.setattr(endpoint.Endpoint, "_still_open_after", no_wait)
         server.behave = lambda body, attempt: FAULTS["500"]
         with pytest.raises(JudgeError):
             ask(client(retries=9, backoff=1.0), ["a"])
@@ -565,7 +565,8 @@ class TestSecrecy:
                 told += ask(one, [text])
             except JudgeError as error:
                 told += [*traceback.format_exception(error), repr(error), str(vars(error))]
-            told += [repr(one), str(vars(one)), str(vars(one._http)), repr(one._http.headers)]
+            told += [repr(one), str(vars(one)), str(vars(one._endpoint))]
+            told += [str(vars(one._endpoint._http)), repr(one._endpoint._http.headers)]
         ranker = judge("m", base_url=server.url, key_env="JUDGE_KEY", cache=str(file))
         told += [repr(ranker), str(ranker.report()), caplog.text, *capfd.readouterr()]
         assert server.headers[0]["Authorization"].endswith(KEY) and "[key]" in told[0]
@@ -589,6 +590,7 @@ class TestSecrecy:
 
 CHILD = """
 import sys
+from selm_jax import endpoint
 from selm_jax.feedback.judge import judge
 from selm_jax.feedback.ranker import Question
 url, cache = sys.argv[1:]

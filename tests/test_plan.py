@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import tiny_pairrm
 from rich.console import Console
-from tiny import experiment
+from tiny import experiment, make_model
 from typer.testing import CliRunner
 
 from selm_jax import cli, config
@@ -163,18 +163,59 @@ def test_what_lies_beside_a_program_is_counted(tiny_one):
 def test_pairrm_stays_in_memory_and_is_ranked_with():
     e, read = paper("llama3_8b", "compute.decode_tensor=2", "training.rows=8")
     b = Blueprint(e, read, here())
-    assert b.model_ranker is not None
+    (ranker,) = b.model_rankers
     d, m = 1024, 4096
     layer = 4 * (d * d + d) + 2 * d * m + m + d + 4 * d
     encoder = 128_005 * d + 2 * d + 512 * d + 2 * d + 24 * layer
     head = 2 * d * d + d + d + 1
-    sizes = [x.size for x in jax.tree.leaves(b.model_ranker.params)]
+    sizes = [x.size for x in jax.tree.leaves(ranker.params)]
     assert sum(sizes) == encoder + head
     assert b.ranker_bytes == {"PairRM": 4 * (encoder + head)}  # float32 on CPU, all on each device
     by_name = {phase.name: phase for phase in phases(b, 2)}
     tokens = by_name["rank"].arguments[1]
     assert tokens.shape == (8, 2048)  # 1,224 + 2 x 412 tokens; one such pair on each CPU device
     assert all("PairRM" in phase.held for n, phase in by_name.items() if n != "rank")
+
+
+def test_all_models_of_a_mixture_are_planned_for(tmp_path):
+    """A reward model reads beside PairRM, which stays; both take their time."""
+    head = {"architectures": ["LlamaForSequenceClassification"], "num_labels": 1}
+    tiny = json.loads((make_model(tmp_path / "language") / "config.json").read_text())
+    (tmp_path / "reward").mkdir()
+    (tmp_path / "reward/config.json").write_text(json.dumps(tiny | head | {"pad_token_id": 0}))
+    reward = {"ranker": "reward_model", "settings": {"source": str(tmp_path / "reward")}}
+    pairrm = {"ranker": "pairrm", "settings": {}}
+
+    def planned(*parts):
+        override = f"feedback={json.dumps({'ranker': 'mixture', 'settings': {'parts': parts}})}"
+        e, read = paper("llama3_8b", "compute.decode_tensor=2", "training.rows=8", override)
+        b = Blueprint(e, read, here(peak=1e12, bandwidth=1e9))
+        ranks = {p.name: p.held for p in phases(b, 2) if p.name.startswith("rank")}
+        of_rank = [p for p in rows_of(b) if p.name == "rank"]
+        return ranks, sum(p.hours for p in of_rank), sum(p.tokens for p in of_rank)
+
+    both, hours, tokens = planned(pairrm, reward)
+    assert list(both) == ["rank: PairRM", "rank: reward model"]
+    assert "PairRM" in both["rank: reward model"] and "PairRM" not in both["rank: PairRM"]
+    alone = [planned(each) for each in (pairrm, reward)]
+    assert [list(ranks) for ranks, _, _ in alone] == [["rank"], ["rank"]]
+    assert hours == pytest.approx(sum(h for _, h, _ in alone))
+    assert tokens == sum(n for _, _, n in alone)
+
+
+def test_answers_of_a_server_are_not_counted():
+    e, read = paper("llama3_8b", "rollout.remote={engine: vllm}", "data.heldout=null")
+    b = Blueprint(e, read, here())
+    assert not any(p.name in ("prefill", "refill", "decode") for p in phases(b, 2))
+    assert not any(p.name.startswith("generate") for p in rows_of(b))
+    said = work.lengths_of(b, 61135, 2000, None, None).assumed
+    assert any("rollout.remote, whose time is not counted" in each for each in said)
+
+
+def rows_of(b: Blueprint):
+    w = work.work_of(b, work.lengths_of(b, 61135, 2000, None, None), work.Assumed(0.4, 0.6))
+    assert w is not None
+    return w.parts
 
 
 # Numbers by hand

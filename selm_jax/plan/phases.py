@@ -20,7 +20,7 @@ from selm_jax.config import Experiment
 from selm_jax.models.config import DecoderConfig
 from selm_jax.models.quantize import quantize
 from selm_jax.plan.measure import shard_bytes
-from selm_jax.plan.rankers import Ranker, ranker_of
+from selm_jax.plan.rankers import Ranker, rankers_of
 from selm_jax.plan.topology import Target
 from selm_jax.preferences.examples import ROLES
 from selm_jax.preferences.packing import PreferenceBatch, Shape, empty
@@ -110,16 +110,13 @@ class Blueprint(Run):
     # The ranker
 
     @cached_property
-    def model_ranker(self) -> Ranker | None:
-        return None if self.experiment.taught else ranker_of(self.experiment, self.target)
+    def model_rankers(self) -> tuple[Ranker, ...]:
+        return () if self.experiment.taught else rankers_of(self.experiment, self.target)
 
     @cached_property
     def ranker_bytes(self) -> Mapping[str, int]:
         """PairRM is built when the run starts, and stays."""
-        ranker = self.model_ranker
-        if ranker is None or not ranker.stays:
-            return {}
-        return {ranker.name: shard_bytes(ranker.params)}
+        return {r.name: shard_bytes(r.params) for r in self.model_rankers if r.stays}
 
     # Training
 
@@ -186,10 +183,11 @@ def phases(b: Blueprint, batches: int) -> Iterator[Phase]:
     answers = candidates or e.data.heldout is not None
     if answers and not b.objective.rates:
         yield from _generation(b)
-    if (ranker := b.model_ranker) is not None:
-        yield Phase(
-            "rank", RANK, ranker.function, (ranker.params, *ranker.inputs), b.heldout_params
-        )
+    for ranker in b.model_rankers:
+        others = {name: size for name, size in b.ranker_bytes.items() if name != ranker.name}
+        name = "rank" if len(b.model_rankers) == 1 else f"rank: {ranker.name}"
+        given = (ranker.params, *ranker.inputs)
+        yield Phase(name, RANK, ranker.function, given, {**others, **b.heldout_params})
     if not b.objective.reference_free:
         given = (b.abstract_start, b.abstract_batch)
         yield Phase("score", SCORE, b.update.logps, given, b.ranker_bytes)

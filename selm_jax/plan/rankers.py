@@ -35,7 +35,6 @@ class Ranker:
     Attributes:
       params, inputs: abstract.
       stays: whether the parameters stay in memory when the ranking is done.
-      relative: whether held-out answers are scored each beside the start model's (`evaluate`).
       read: tokens that are read for one prompt, and the FLOPs, given (prompt, response, candidates).
     """
 
@@ -44,21 +43,17 @@ class Ranker:
     params: Any
     inputs: tuple[jax.ShapeDtypeStruct, ...]
     stays: bool
-    relative: bool
     devices: int
     read: Any
 
 
-def ranker_of(e: Experiment, target: Target) -> Ranker | None:
-    """The ranker that needs most of the devices, if one of the experiment's is a model.
+def rankers_of(e: Experiment, target: Target) -> tuple[Ranker, ...]:
+    """Those of the experiment's rankers that are models; a mixture may have several.
 
     Raises:
       SourceError: the config.json of a reward model cannot be had.
     """
-    found = [_build(e, name, settings, target) for name, settings in _models(e.feedback)]
-    if not found:
-        return None
-    return max(found, key=lambda ranker: sum(x.size for x in jax.tree.leaves(ranker.params)))
+    return tuple(_build(e, name, settings, target) for name, settings in _models(e.feedback))
 
 
 def _models(f: Feedback) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -73,7 +68,7 @@ def _parts(f: Feedback) -> Sequence[Mapping[str, Any]]:
     return [{"ranker": f.ranker, "settings": f.settings}]
 
 
-def _relative(f: Feedback) -> bool:
+def is_relative(f: Feedback) -> bool:
     """What `feedback.ranker.is_relative` says of the ranker, once it is built."""
     return any(
         part["ranker"] == "pairrm"
@@ -111,7 +106,7 @@ def _pairrm(e: Experiment, settings: Mapping[str, Any], target: Target, kind, ba
 
     inputs = (_ints(mesh, part.rows, part.time), _ints(mesh, part.rows), _ints(mesh, part.rows, 3))
     function = pairrm.program(config, kind, on_cpu=target.on_cpu)
-    return Ranker("PairRM", function, params, inputs, True, True, mesh.size, read)
+    return Ranker("PairRM", function, params, inputs, True, mesh.size, read)
 
 
 def _reward_model(
@@ -146,8 +141,7 @@ def _reward_model(
         return tokens, work.total
 
     function = reward_model.program(config, kind)
-    relative = _relative(e.feedback)
-    return Ranker("reward model", function, params, inputs, False, relative, mesh.size, read)
+    return Ranker("reward model", function, params, inputs, False, mesh.size, read)
 
 
 def _longest(tokens: int, mesh: jax.sharding.Mesh, batch: int) -> Part:

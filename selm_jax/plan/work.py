@@ -15,6 +15,7 @@ from pathlib import Path
 from selm_jax.models import flops
 from selm_jax.plan.measure import shard_bytes
 from selm_jax.plan.phases import Blueprint
+from selm_jax.plan.rankers import is_relative
 from selm_jax.preferences.batches import updates_per_epoch
 from selm_jax.rollout.engine import bucket
 from selm_jax.text.prompts import portion
@@ -203,10 +204,11 @@ def work_of(b: Blueprint, of: Lengths, assumed: Assumed) -> Work | None:
         return [prefill, _decoding(b, of, f"{name}: decode", prompts * each, assumed)]
 
     def ranking(name: str, prompts: int, candidates: int) -> list[Part]:
-        if (ranker := b.model_ranker) is None or not prompts * candidates:
-            return []
-        tokens, flop = ranker.read(of.prompt, of.response, candidates)
-        return [passes(name, prompts * tokens, prompts * flop, ranker.devices)]
+        found = []
+        for ranker in b.model_rankers if prompts * candidates else ():
+            tokens, flop = ranker.read(of.prompt, of.response, candidates)
+            found.append(passes(name, prompts * tokens, prompts * flop, ranker.devices))
+        return found
 
     # Of a row so many tokens meet the unembedding (`packing.common_shape` rounds like this).
     step = max(t.row_length // 8, 1)
@@ -240,7 +242,7 @@ def work_of(b: Blueprint, of: Lengths, assumed: Assumed) -> Work | None:
         heldout, answers, found = of.heldout or 0, 1 + e.evaluation.samples, []
         if not b.objective.rates:
             found += generation("evaluate", heldout, answers)
-            if (ranker := b.model_ranker) is not None and ranker.relative:
+            if is_relative(e.feedback):
                 found += ranking("evaluate", heldout * answers, 2)
             else:
                 found += ranking("evaluate", heldout, answers)

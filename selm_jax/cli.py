@@ -282,12 +282,16 @@ def bench(
 
 
 def main() -> None:
-    """Entry point. Known errors are one message, not a trace; exit status 1, Ctrl-C 130, and 75 for
-    a run that was told to stop and saved."""
+    """Entry point. Known errors are one message, not a trace; exit status 1, Ctrl-C 130, 75 for a run
+    that was told to stop and saved, and 76 for one whose other processes are gone."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
         status = app(standalone_mode=False)
     except Exception as e:
+        if _others_are_gone(e):
+            _leave_the_others(
+                f"selm: another process of this run is gone; start all again\n{e}", 76
+            )
         if os.environ.get("SELM_TRACEBACK") or not _is_for_the_user(e):
             _leave_the_others(traceback.format_exc())
             raise
@@ -310,6 +314,11 @@ def _leave_the_others(message: str, status: int = 1) -> None:
     if jax is not None and jax.distributed.is_initialized():
         print(message, file=sys.stderr, flush=True)
         os._exit(status)
+
+
+def _others_are_gone(error: Exception) -> bool:
+    multihost = sys.modules.get("selm_jax.parallel.multihost")
+    return multihost is not None and multihost.others_are_gone(error)
 
 
 _INTERRUPTED = 130  # what typer returns after Ctrl-C

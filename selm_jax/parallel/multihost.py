@@ -214,6 +214,19 @@ def first_then_others(work: Callable[[], T]) -> T:
     return result[0] if is_first() else work()  # pyright: ignore
 
 
+# What jax says in its own words, of its coordinator and of gloo, when another process does not answer.
+_GONE = (
+    *("CoordinationService", "heartbeat", "Socket closed", "Connection reset by peer"),
+    *("Connection closed by peer", "Connection refused"),
+)
+
+
+def others_are_gone(error: BaseException) -> bool:
+    """Whether an error is that another process of this run has died, and none of this one's own."""
+    words = isinstance(error, jax.errors.JaxRuntimeError) and str(error)
+    return count() > 1 and bool(words) and any(sign in words for sign in _GONE)
+
+
 # --- being told to stop ---------------------------------------------------------------------------
 
 

@@ -139,6 +139,27 @@ def test_processes_that_found_different_models_do_not_begin(second):
         multihost.check_same("the start model", lambda: {"commit": "def"})
 
 
+@pytest.mark.parametrize(
+    ("error", "gone"),
+    [
+        # As jax 0.10 says it to the survivor, when process 1, process 0 and a peer of gloo were killed.
+        (
+            "INTERNAL: Barrier failed because: task is set to ERROR: UNAVAILABLE: Task 1 heartbeat timeout",
+            True,
+        ),
+        ("UNAVAILABLE: recvmsg:Connection reset by peer\nAdditional GRPC error information", True),
+        ("FAILED_PRECONDITION: Gloo AllReduce failed: Connection closed by peer", True),
+        ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17179869184 bytes.", False),
+    ],
+)
+def test_who_is_left_by_the_others_says_so(second, monkeypatch, error, gone):
+    error = jax.errors.JaxRuntimeError(error)
+    assert not multihost.others_are_gone(error), "alone there are no others"
+    second()
+    assert multihost.others_are_gone(error) == gone
+    assert not multihost.others_are_gone(ValueError(str(error)))
+
+
 def test_sigterm_stops_at_once_but_where_it_is_deferred(monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
     multihost.listen()

@@ -66,6 +66,20 @@ def test_killed_runs_end_with_the_same_bytes(file, whole, shape, kills, tried):
     assert not runs.differences(found, expected)
 
 
+def test_who_is_left_by_a_killed_process_says_that_all_are_to_start_again(file, whole, tried):
+    expected, _ = whole(runs.TWO)
+    where = file.parent / "left"
+    run = runs.start(file, where, runs.TWO)
+    assert runs.wait_for(run, where / "run", (1, "train")), run.output()
+    run.signal(signal.SIGKILL, which=0)
+    killed, left = run.wait()
+    # 76 of ours, or SIGABRT of jax's own watch over the coordinator: whichever sees it first.
+    assert killed == -9 and left in (76, -6), run.output()
+    tried(f"process 0 of 2 killed: the other left with {left}")
+    found = runs.content(runs.finish(file, where, runs.TWO))
+    assert not runs.differences(found, expected)
+
+
 def _name(at) -> str:
     return at if isinstance(at, str) else f"{at[1]} {at[0]}"
 

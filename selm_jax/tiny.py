@@ -157,7 +157,8 @@ def make_model(folder: Path, family: Family) -> None:
     stops = sorted({cast(int, tokenizer.token_to_id(each)) for each in (family.eos, end)})
     _write_json(folder / "generation_config.json", {"eos_token_id": stops})
     config = from_hf(_SIZES | {"vocab_size": tokenizer.get_vocab_size()} | family.model)
-    ids = {"bos_token_id": tokenizer.token_to_id(bos), "eos_token_id": stops[0]}
+    ids = {name: tokenizer.token_to_id(family.eos) for name in ("eos_token_id", "pad_token_id")}
+    ids["bos_token_id"] = tokenizer.token_to_id(bos)
     _write_json(folder / "config.json", to_hf(config) | ids)
     two = jnp.zeros((1, 2), jnp.int32)
     variables = Decoder(config).init(jax.random.key(0), two, two, jnp.ones((1, 2, 2), bool))

@@ -22,7 +22,7 @@ from selm_jax.run import Run, RunError
 from selm_jax.text.chat import Chat
 from selm_jax.text.layout import truncate
 from selm_jax.text.prompts import portion
-from selm_jax.tiny import ROWS, shrink
+from selm_jax.tiny import _FAMILIES, ROWS, make_model, shrink
 from selm_jax.training.optimizer import learning_rate
 from selm_jax.weights.huggingface import load
 
@@ -205,6 +205,15 @@ def test_tiny_inputs_are_the_same_every_time(tmp_path):
 
     first, second = inputs(tmp_path / "a"), inputs(tmp_path / "b")
     assert first == second and len(first) >= 7
+
+
+@pytest.mark.parametrize("family", _FAMILIES.values(), ids=["mistral", "llama3", "phi3", "smollm"])
+def test_tiny_models_are_models_elsewhere_too(family, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("torch")
+    make_model(tmp_path / "model", family)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert model(model.dummy_inputs["input_ids"]).logits.isfinite().all()
 
 
 def test_a_model_without_a_tiny_one_is_named(tmp_path):

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from selm_jax.feedback.ranker import (
     Ranker,
     build,
     check_scores,
+    folders_of,
     is_relative,
     reported,
 )
@@ -90,6 +92,10 @@ class Mixture:
     @property
     def relative(self) -> bool:
         return any(part.normalise != "none" or is_relative(part.ranker) for part in self.parts)
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        return tuple(folder for part in self.parts for folder in folders_of(part.ranker))
 
     def scores(
         self, questions: Sequence[Question], candidates: Sequence[Sequence[str]]

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -92,13 +93,16 @@ class PairRM:
         compat: str = "per_row",
         dtype: Any = jnp.float32,
         batch: int = 16,
+        folder: Path | None = None,
     ):
         """`pairrm` builds one from a folder and says what the settings mean.
 
         Args:
             params: of `PairScorer`, replicated on the mesh.
             mesh: batches are cut over its axis `data`.
+            folder: where they come from.
         """
+        self.folders = () if folder is None else (folder,)
         self.config, self._params, self._tokens, self._mesh = config, params, tokens, mesh
         self._compat, self._batch = compat, batch
         self._counts: Counter[str] = Counter()
@@ -333,7 +337,7 @@ def pairrm(
         path, config.encoder, config.tasks, dtype=kind,
         place=lambda path, x: jax.device_put(x, where[path]),
     )  # fmt: skip
-    return PairRM(config, params, tokens, mesh, compat=compat, dtype=kind, batch=batch)
+    return PairRM(config, params, tokens, mesh, compat=compat, dtype=kind, batch=batch, folder=path)
 
 
 def _first_equal(texts: Sequence[Ids]) -> list[int]:

@@ -10,6 +10,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -59,8 +60,9 @@ class Ranker(Protocol):
     """Scores candidate responses. An implementation ends with `return check_scores(...)`.
 
     It may also have a method `report() -> dict[str, int | float]`: counts of its last `scores`,
-    such as requests and cost; see `reported`. And an attribute `relative`, true if its scores
-    compare the candidates that were given together; see `is_relative`.
+    such as requests and cost; see `reported`. An attribute `relative`, true if its scores compare
+    the candidates that were given together; see `is_relative`. And an attribute `folders`, of the
+    models that it reads, on whose bytes its scores depend; see `folders_of`.
     """
 
     @property
@@ -121,6 +123,11 @@ def is_relative(ranker: Ranker) -> bool:
     """Whether a score says how a candidate stands among the others of its prompt and nothing else,
     so that a mean over prompts is no measure of a policy."""
     return getattr(ranker, "relative", False)
+
+
+def folders_of(ranker: Ranker) -> tuple[Path, ...]:
+    """The folders of the models that a ranker is, if it is any."""
+    return getattr(ranker, "folders", ())
 
 
 def scores_beside(

@@ -96,6 +96,7 @@ class RewardModel:
         assert config.head is not None
         self.config, self._head = config, config.head
         self._folder, self._chat, self._mesh, self._dtype = folder, chat, mesh, dtype
+        self.folders = (folder,)
         self._max_length, self._cut, self._batch = max_length, too_long == "cut", batch
         self._counts: Counter[str] = Counter()
         self._forward = program(config, dtype)

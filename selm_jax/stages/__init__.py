@@ -21,6 +21,7 @@ from typing import Any
 from selm_jax import artifacts
 from selm_jax.config import as_dict
 from selm_jax.feedback.acquisition import MODEL_BASED
+from selm_jax.feedback.ranker import folders_of
 from selm_jax.memory import release
 from selm_jax.parallel import multihost
 from selm_jax.run import Run
@@ -133,6 +134,14 @@ def _asked_with(run: Run, t: int) -> dict[str, str]:
     return _policy(run, t - 1) | _reference(run, max(t - 1, 1))
 
 
+def _ranker(run: Run, t: int) -> dict[str, str]:
+    """The models that rank, if they are any. A reward model's training asks no ranker."""
+    if run.objective.rates:
+        return {}
+    folders = folders_of(run.ranker)
+    return {f"ranker {n}": artifacts.digest(folder) for n, folder in enumerate(folders, 1)}
+
+
 def _unscored(run: Run, t: int) -> dict[str, bool]:
     """An objective without a reference leaves its log-probabilities out."""
     return {"objective.reference_free": True} if run.objective.reference_free else {}
@@ -221,7 +230,7 @@ STAGES = (
     Stage(
         "rank",
         rank,
-        _all(_prompts, _file("responses"), _asked_with),
+        _all(_prompts, _file("responses"), _asked_with, _ranker),
         _all(
             _pick(
                 *("seed", "candidates.dataset", "feedback", "text.layout", *_TEMPLATE),
@@ -259,7 +268,7 @@ STAGES = (
 EVALUATE = Stage(
     "evaluate",
     evaluate,
-    _all(_heldout, _policy),
+    _all(_heldout, _policy, _ranker),
     _all(
         _pick(
             *("seed", "feedback.ranker", "feedback.settings", "evaluation"),

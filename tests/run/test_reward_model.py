@@ -14,6 +14,7 @@ import tiny
 from rich.console import Console
 
 from selm_jax import config, preview
+from selm_jax.artifacts import ArtifactError
 from selm_jax.feedback.ranker import Question, build
 from selm_jax.iterate import iterate
 from selm_jax.models.config import ScalarHead
@@ -156,8 +157,8 @@ def test_the_folder_says_what_it_is(trained):
 
 def test_it_ranks_the_answers_of_the_next_run(trained, tmp_path):
     run, _ = trained
-    reward = str(run.iteration(1) / "model")
-    feedback = {"ranker": "reward_model", "settings": {"source": reward}}
+    reward = shutil.copytree(run.iteration(1) / "model", tmp_path / "reward")
+    feedback = {"ranker": "reward_model", "settings": {"source": str(reward)}}
     once = {"iterations": 1, "training__learning_rate": 1e-3}
     asking = Run(config.load(tiny.experiment(tmp_path, feedback=feedback, **once)), QUIET)
     asking.check()
@@ -172,6 +173,11 @@ def test_it_ranks_the_answers_of_the_next_run(trained, tmp_path):
     for rows in by_prompt.values():
         best = [row["score"] for row in rows if row["chosen"]]
         assert not best or best == [max(row["score"] for row in rows)]
+    # The same path, but another model: what it ranked is not gone on with.
+    weights = (reward / "model.safetensors").read_bytes()
+    (reward / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    with pytest.raises(ArtifactError, match="its input ranker 1 has changed"):
+        STAGES[1].run(Run(asking.experiment, QUIET), 1)
 
 
 def test_training_goes_on_from_a_reward_model(trained, tmp_path):

@@ -48,7 +48,7 @@ class Said(NamedTuple):
     end: int | None
 
 
-class Engine(NamedTuple):
+class Dialect(NamedTuple):
     """How a kind of server is spoken to.
 
     Attributes:
@@ -129,8 +129,8 @@ def _token(end: Any) -> int | None:
     return end if isinstance(end, int) else None
 
 
-ENGINES: Mapping[str, Engine] = {
-    "vllm": Engine(
+DIALECTS: Mapping[str, Dialect] = {
+    "vllm": Dialect(
         "/v1/completions",
         "/v1/models",
         _vllm_body,
@@ -138,7 +138,7 @@ ENGINES: Mapping[str, Engine] = {
         lambda tree: {each["id"]: each.get("root") or each["id"] for each in tree["data"]},
         "vllm serve {model} --port 8000",
     ),
-    "sglang": Engine(
+    "sglang": Dialect(
         "/generate",
         "/get_model_info",
         _sglang_body,
@@ -179,7 +179,7 @@ class Server:
         vocabulary: int,
         say: Callable[[str], None] = lambda text: None,
     ):
-        self.settings, self.engine = settings, ENGINES[settings.engine]
+        self.settings, self.dialect = settings, DIALECTS[settings.engine]
         self.folder, self.log, self._say = folder.resolve(), log, say
         self.sampling, self.max_new_tokens = sampling, max_new_tokens
         self.stop_ids, self.vocabulary = tuple(stop_ids), vocabulary
@@ -221,14 +221,14 @@ class Server:
         s, found = self.settings, []
         todo = iter([(request, sample) for request in requests for sample in request.wanted()])
         endpoint = Endpoint(
-            self._root + self.engine.generate, key_env=s.key_env, concurrency=s.concurrency,
+            self._root + self.dialect.generate, key_env=s.key_env, concurrency=s.concurrency,
             timeout=s.timeout, retries=s.retries,
         )  # fmt: skip
 
         async def work() -> None:
             for request, sample in todo:  # shared by the workers
                 number = _seed(seed, iteration, request.drawn_by, sample)
-                body = self.engine.body(
+                body = self.dialect.body(
                     self._name, request.prompt, self.sampling if sample else None,
                     self.max_new_tokens, self.stop_ids, number,
                 )  # fmt: skip
@@ -248,7 +248,7 @@ class Server:
 
     def _read(self, text: str) -> Said:
         try:
-            said = self.engine.read(json.loads(text))
+            said = self.dialect.read(json.loads(text))
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise ValueError(
                 f"not of the form that {self.settings.engine} has ({error!r})"
@@ -312,7 +312,7 @@ class Server:
                 there = "nobody answers there"
                 if found is not None:
                     there = f"it serves {_listed(found)}"
-                how = self.engine.example.replace("{model}", str(self.folder))
+                how = self.dialect.example.replace("{model}", str(self.folder))
                 raise ServerError(
                     f"waited {self.settings.start_seconds:g} s for {what}; {there}. For instance: "
                     f"{how}"
@@ -328,7 +328,7 @@ class Server:
         key = api_key(self.settings.key_env)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         try:
-            answer = httpx2.get(self._root + self.engine.model, headers=headers, timeout=10)
+            answer = httpx2.get(self._root + self.dialect.model, headers=headers, timeout=10)
         except httpx2.RequestError:
             return None
         if answer.status_code >= 500:  # it is loading
@@ -337,14 +337,14 @@ class Server:
             return {}
         if answer.status_code != 200:
             raise ServerError(
-                f"{self._root}{self.engine.model}: HTTP status {answer.status_code}. If it wants a key: "
+                f"{self._root}{self.dialect.model}: HTTP status {answer.status_code}. If it wants a key: "
                 "rollout.remote.key_env names the environment variable that holds it"
             )
         try:
-            return self.engine.served(answer.json())
+            return self.dialect.served(answer.json())
         except (ValueError, KeyError, TypeError):
             raise ServerError(
-                f"{self._root}{self.engine.model} does not answer as {self.settings.engine} does; is "
+                f"{self._root}{self.dialect.model} does not answer as {self.settings.engine} does; is "
                 "rollout.remote.engine right?"
             ) from None
 

@@ -109,7 +109,7 @@ def test_what_sglang_is_asked(serving):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("engine", remote.ENGINES)
+@pytest.mark.parametrize("engine", remote.DIALECTS)
 @pytest.mark.parametrize(
     ("said", "tokens", "finish"),
     [
@@ -177,7 +177,7 @@ def local(tmp_path_factory):
     return run, file
 
 
-@pytest.mark.parametrize("engine", remote.ENGINES)
+@pytest.mark.parametrize("engine", remote.DIALECTS)
 def test_the_server_answers_what_the_engine_here_would(serving, local, tmp_path, engine):
     """It holds the same model: greedy answers are the same ids, text and ends."""
     here, file = local

@@ -25,6 +25,7 @@ from jax.experimental import multihost_utils
 T = TypeVar("T")
 
 _EXPLICIT = ("SELM_COORDINATOR", "SELM_PROCESSES", "SELM_PROCESS")
+_SLICES = ("MEGASCALE_COORDINATOR_ADDRESS", "MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID")
 _WEEK = 7 * 24 * 3600 * 1000  # milliseconds: people may be asked meanwhile
 _numbers = itertools.count()  # the same in all processes, which all come by in the same order
 _boundaries = itertools.count()
@@ -56,14 +57,33 @@ def initialize() -> None:
     says it: SELM_COORDINATOR=host:port (of process 0), SELM_PROCESSES, SELM_PROCESS.
 
     Raises:
-      MultihostError: the environment says it in part, or not in numbers.
+      MultihostError: the environment says it in part, or not in numbers; or who knows it, such as
+        a TPU's metadata server, does not answer.
     """
-    arguments = found(os.environ)
-    if arguments is None:
-        return
-    # Of CPU devices: between processes there is no other way than gloo.
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(**arguments)
+    with _unasked():
+        arguments = found(os.environ)
+        if arguments is None:
+            return
+        # Of CPU devices: between processes there is no other way than gloo.
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(**arguments)
+
+
+@contextlib.contextmanager
+def _unasked() -> Iterator[None]:
+    """Inside, jax asks no metadata server for slices where TPU_SKIP_MDS_QUERY says not to.
+
+    GKE's containers say so; jax would ask all the same, wait, and fail where nobody answers
+    (https://github.com/jax-ml/jax/issues/40854). What is empty it does not ask for.
+    """
+    skip = "TPU_SKIP_MDS_QUERY" in os.environ
+    unsaid = [name for name in _SLICES if skip and name not in os.environ]
+    os.environ.update(dict.fromkeys(unsaid, ""))
+    try:
+        yield
+    finally:
+        for name in unsaid:
+            del os.environ[name]  # libtpu reads them, too
 
 
 def found(environment: Mapping[str, str]) -> dict[str, Any] | None:
@@ -89,11 +109,15 @@ def found(environment: Mapping[str, str]) -> dict[str, Any] | None:
             "coordinator_address": address, "num_processes": numbers[0], "process_id": numbers[1],
             "cluster_detection_method": "deactivate",
         }  # fmt: skip
-    for cluster in ClusterEnv._cluster_types:
-        if not cluster.opt_in_only_method and cluster.is_env_present():
-            if cluster.get_process_count() == 1:
-                return None
-            return _all_gpus_of(environment)
+    try:
+        for cluster in ClusterEnv._cluster_types:
+            if not cluster.opt_in_only_method and cluster.is_env_present():
+                return None if cluster.get_process_count() == 1 else _all_gpus_of(environment)
+    except OSError as e:
+        raise MultihostError(
+            f"how many processes are to be one run was asked in vain: {e}. On a TPU where there is no "
+            "metadata server set TPU_SKIP_MDS_QUERY=1"
+        ) from e
     return None
 
 

@@ -27,6 +27,7 @@ from hypothesis import HealthCheck, settings
 
 from selm_jax.models.config import DecoderConfig, LayerKind, Rope
 from selm_jax.models.decoder import Decoder, Params, abstract_params, logits
+from selm_jax.plan.topology import has_libtpu
 from selm_jax.weights.sources import SourceError, _converted, cache_root, resolve
 from selm_jax.weights.wheels import WHEELS
 
@@ -66,6 +67,11 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
         if jax.__version_info__ < (0, 11):  # a flag that is not known any more is fatal
             os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("libtpu") and not has_libtpu():
+        pytest.skip("libtpu is not installed: pip install 'selm_jax[tpu]'")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from selm_jax.parallel.alone import own_devices
-from selm_jax.plan.topology import has_libtpu, target
+from selm_jax.plan.topology import target
 
 
 class Device:
@@ -32,10 +32,9 @@ def test_here_they_are_all():
 
 
 @pytest.mark.slow
+@pytest.mark.libtpu
 def test_the_compiler_refuses_four_chips_of_a_larger_v5e_slice_and_takes_one():
     """The reason for the rule: where this fails, the rule is no longer needed."""
-    if not has_libtpu():
-        pytest.skip("libtpu is not installed: pip install 'selm_jax[tpu]'")
 
     def double_on(devices):
         mesh = jax.make_mesh((len(devices),), ("x",), devices=devices)

@@ -112,17 +112,27 @@ def _steps(metrics) -> list[int]:
     return [m["step"] for m in map(json.loads, lines) if m["stage"] == "train"]
 
 
-def test_a_run_goes_on_with_other_processes_and_another_mesh(file, whole, tried):
-    """Stopped on 2 x 4 devices in the middle of training, ended on one."""
-    expected, _ = whole(runs.ONE)
-    where = file.parent / "moved"
-    run = runs.start(file, where, runs.TWO)
+@pytest.mark.parametrize(("before", "after"), [(runs.TWO, runs.ONE), (runs.ONE, runs.TWO)])
+def test_a_run_goes_on_with_other_processes_and_another_mesh(file, whole, before, after, tried):
+    """Stopped in the middle of training on 2 x 4 devices, ended on one; and the other way round."""
+    expected, _ = whole(after)
+    where = file.parent / f"moved-{before[1]}-{after[1]}"
+    metrics = where / "run" / "metrics.jsonl"
+    run = runs.start(file, where, before)
     assert runs.wait_for(run, where / "run", (1, "train")), run.output()
+    while before[1] == 1 and not _steps(metrics) and run.running():
+        time.sleep(0.002)  # alone, it would stop before the first update
     run.signal(signal.SIGTERM)
-    assert run.wait() == [75, 75], run.output()
-    folder = runs.finish(file, where, runs.ONE)
+    assert run.wait() == [75] * before[1], run.output()
+    done, updates = metrics.read_text(), len(_steps(metrics))
+    assert 0 < updates < 7
+    folder = runs.finish(file, where, after)
+    assert metrics.read_text().startswith(done), "it began anew"
     losses = [m["loss"] for m in runs.content(folder)["metrics.jsonl"] if m["stage"] == "train"]
     others = [m["loss"] for m in expected["metrics.jsonl"] if m["stage"] == "train"]
     worst = max(abs(a - b) / b for a, b in zip(losses, others, strict=True))
-    tried(f"from 2 x 4 devices to 1: losses differ by {worst:.1e} at most")
+    tried(
+        f"from {before[1]} x {before[0]} devices, after update {updates} of 7, to "
+        f"{after[1]} x {after[0]}: losses differ by {worst:.1e} at most"
+    )
     assert worst < 1e-5

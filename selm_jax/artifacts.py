@@ -90,6 +90,11 @@ def write_table(path: Path, table: pa.Table) -> None:
         pq.write_table(table, partial, compression="zstd")
 
 
+def part_files(folder: Path, count: int) -> list[Path]:
+    """The files of a table in so many parts: parts of another number are not taken for these."""
+    return [folder / f"part-{part:05d}-of-{count:05d}.parquet" for part in range(count)]
+
+
 def digest(path: Path) -> str:
     """SHA-256 of a file, or of a folder's files and their names. In hex."""
     path = Path(path)

@@ -134,6 +134,8 @@ class Feedback:
     labels: Labels = Labels()  # for studies: how the pair's label comes from the scores
     budget: int | None = None  # prompts per iteration that the ranker is asked about; None: all
     acquisition: Literal["random", "reward_gap", "entropy"] = "random"  # which, under a budget
+    prompts_per_part: int = 4096  # ranked between two looks at whether to stop; a killed run loses
+    # at most one part of the scores. Few are slow: a reward model reads its weights for each part
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -379,6 +381,8 @@ def _inconsistent_feedback(e: Experiment):
         yield f"feedback.budget: {f.budget}, at least 1 was expected, or null for all prompts"
     if f.budget is None and f.acquisition != "random":
         yield f"feedback.acquisition: {f.acquisition}; only a feedback.budget has a use for it"
+    if f.prompts_per_part < 1:
+        yield f"feedback.prompts_per_part: {f.prompts_per_part}, at least 1 was expected"
     if not 0 < f.labels.temperature < float("inf"):
         yield f"feedback.labels.temperature: {f.labels.temperature}, above 0 was expected"
     if not 0 <= f.labels.flip <= 0.5:

@@ -31,6 +31,7 @@ from selm_jax.feedback.ranker import (
     check_scores,
     folders_of,
     is_relative,
+    prompts_together,
     reported,
 )
 from selm_jax.words import did_you_mean
@@ -96,6 +97,10 @@ class Mixture:
     @property
     def folders(self) -> tuple[Path, ...]:
         return tuple(folder for part in self.parts for folder in folders_of(part.ranker))
+
+    @property
+    def together(self) -> int:
+        return math.lcm(*(prompts_together(part.ranker) for part in self.parts))
 
     def scores(
         self, questions: Sequence[Question], candidates: Sequence[Sequence[str]]

@@ -105,6 +105,7 @@ class PairRM:
         self.folders = () if folder is None else (folder,)
         self.config, self._params, self._tokens, self._mesh = config, params, tokens, mesh
         self._compat, self._batch = compat, batch
+        self.together = _BLENDER_RANK if compat == "llm_blender" else 1
         self._counts: Counter[str] = Counter()
         self._forward = program(config, dtype, on_cpu=jax.default_backend() == "cpu")
 
@@ -311,8 +312,8 @@ def pairrm(
         folder: config.json, tokenizer.json and safetensors, in either published layout.
         compat: `per_row` cuts each row by itself, as the model's own recipe for transformers does.
             `llm_blender` cuts as that package does: a candidate's budget depends on the longest
-            source among the 8 rows (4 in `compare` and `logits`) that were given together, and
-            `[SEP]` in a text becomes a space.
+            source among the 8 rows (4 in `compare` and `logits`) that were given together, which
+            the parts of a run's ranking do not cut, and `[SEP]` in a text becomes a space.
         dtype: of activations and matrices: `auto` (bfloat16, but float32 on CPU), `float32` or
             `bfloat16`. Softmax, norms and the head are float32 always.
         batch: pairs of 512 tokens that one device computes at once; longer ones go together in

@@ -60,9 +60,10 @@ class Ranker(Protocol):
     """Scores candidate responses. An implementation ends with `return check_scores(...)`.
 
     It may also have a method `report() -> dict[str, int | float]`: counts of its last `scores`,
-    such as requests and cost; see `reported`. An attribute `relative`, true if its scores compare
-    the candidates that were given together; see `is_relative`. And an attribute `folders`, of the
-    models that it reads, on whose bytes its scores depend; see `folders_of`.
+    such as requests and cost, which are added up where it is asked in parts; see `reported`. And
+    attributes: `relative`, true if its scores compare the candidates that were given together
+    (`is_relative`); `together`, of one that reads prompts in groups (`prompts_together`);
+    `folders`, of the models that it reads, on whose bytes its scores depend (`folders_of`).
     """
 
     @property
@@ -128,6 +129,12 @@ def is_relative(ranker: Ranker) -> bool:
 def folders_of(ranker: Ranker) -> tuple[Path, ...]:
     """The folders of the models that a ranker is, if it is any."""
     return getattr(ranker, "folders", ())
+
+
+def prompts_together(ranker: Ranker) -> int:
+    """How many prompts, from the first on, a ranker reads as a group: asked about a part of a group,
+    it gives other scores."""
+    return getattr(ranker, "together", 1)
 
 
 def scores_beside(

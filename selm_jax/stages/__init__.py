@@ -1,7 +1,8 @@
 """The stages of an iteration: each reads finished files and writes finished files.
 
     generate    responses/part-*.parquet   the policy's answers, as token ids
-    rank        ranked.parquet             every candidate with its score, rank and role
+    rank        ranked.parquet             every candidate with its score, rank and role; meanwhile
+                                           scores/, which keeps what was ranked already
     score       examples.parquet           what is trained on, with reference log-probabilities
     train       checkpoints/               the state of training
     export      model/                     a Hugging Face folder
@@ -25,6 +26,7 @@ from selm_jax.feedback.ranker import folders_of
 from selm_jax.memory import release
 from selm_jax.parallel import multihost
 from selm_jax.run import Run
+from selm_jax.stages import asking
 from selm_jax.stages.evaluate import evaluate, has_pairs
 from selm_jax.stages.generate import Counts, generate
 from selm_jax.stages.rank import rank
@@ -40,7 +42,8 @@ class Stage:
     `inputs` are digests by name; `settings` are the experiment's by dotted key; `outputs` are the
     files and folders of the iteration that it leaves and that must stay as they are. `shared` says
     whether another run with these inputs and settings would leave the same: then, in a sweep, one
-    of them does the work.
+    of them does the work. `scratch` are folders that it works with and that nobody reads once its
+    outputs are there.
     """
 
     name: str
@@ -49,6 +52,7 @@ class Stage:
     settings: Callable[[Run, int], Mapping[str, Any]]
     outputs: Callable[[Run], tuple[str, ...]]
     shared: Callable[[Run], bool] = lambda run: True
+    scratch: tuple[str, ...] = ()
 
     def run(self, run: Run, t: int) -> bool:
         """Does the stage unless it is done; says whether it did.
@@ -85,6 +89,8 @@ class Stage:
             if store is not None and found is None:
                 about = {"counts": counts, "logged": run.logged(self.name, t)}
                 store.put(key, outputs, {"run": str(run.folder), **about})
+            for name in self.scratch:  # a kill in the midst of it: what is gone is made once more
+                artifacts.remove(run.iteration(t) / name)
             taken = None if found is None else key
             record.finish(self.name, inputs, settings, outputs, counts, seconds, taken)
 
@@ -199,7 +205,7 @@ _FREE_OF_RANKERS = {
     *("max_total_tokens", "max_cost", "price_prompt", "price_completion"),
 }
 _FREE = {
-    *("rollout.slots", "rollout.prefill_rows"),
+    *("rollout.slots", "rollout.prefill_rows", "feedback.prompts_per_part"),
     *("training.checkpoint_every", "training.checkpoints_kept"),
 }
 _TEMPLATE = ("text.template", "text.date")
@@ -240,6 +246,7 @@ STAGES = (
         ),
         _always("ranked.parquet"),
         shared=lambda run: run.experiment.feedback.ranker != "human",  # people rank a run's answers
+        scratch=(asking.FOLDER,),
     ),
     Stage(
         "score",

@@ -21,8 +21,9 @@ from selm_jax.preferences.examples import Example
 from selm_jax.rollout.engine import Request
 from selm_jax.rollout.sampling import Sampling
 from selm_jax.run import Run, RunError
+from selm_jax.stages.asking import scores_of
 from selm_jax.stages.generate import Counts, response_row
-from selm_jax.stages.rank import question, scores_of
+from selm_jax.stages.rank import question
 from selm_jax.stages.score import logps_of, rated_example, rewards_of, too_long
 from selm_jax.text.answers import answers as answers_of
 from selm_jax.text.prompts import Prompt

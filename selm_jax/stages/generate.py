@@ -137,8 +137,7 @@ def _by_server(run: Run, t: int, advance: Advance) -> Iterator[Answer]:
 def response_files(run: Run, t: int) -> list[Path]:
     """The parts of iteration t's responses; the same however many processes write them."""
     parts = -(-len(run.prompts(t)) // run.experiment.rollout.prompts_per_part)
-    folder = run.iteration(t) / "responses"
-    return [folder / f"part-{part:05d}-of-{parts:05d}.parquet" for part in range(parts)]
+    return artifacts.part_files(run.iteration(t) / "responses", parts)
 
 
 def response_row(run: Run, prompt: Prompt, response: Response) -> dict[str, Any]:

@@ -17,10 +17,11 @@ from selm_jax.feedback.acquisition import MODEL_BASED, Prospect, best
 from selm_jax.feedback.human import Human, items_of, store_of
 from selm_jax.feedback.labels import label
 from selm_jax.feedback.pairs import Candidate, Dropped, Pair, Report, draws, ranks, select
-from selm_jax.feedback.ranker import Question, reported
+from selm_jax.feedback.ranker import Question
 from selm_jax.parallel import multihost
 from selm_jax.preferences.examples import ROLES, Example
 from selm_jax.run import Run, RunError
+from selm_jax.stages.asking import scores_in_parts
 from selm_jax.stages.generate import RESPONSES, Counts, response_files
 from selm_jax.text.answers import answer_ids, check_spelled
 from selm_jax.text.answers import answers as answers_of
@@ -76,7 +77,8 @@ def rank(run: Run, t: int) -> Counts:
     f = run.experiment.feedback
     pool = pool_of(run, t)
     answered = multihost.on_first(lambda: _answered(run, t, pool))
-    scores = dict(zip(answered, scores_of(run, *pool.questions(answered)), strict=True))
+    found, told = scores_in_parts(run, t, *pool.questions(answered))
+    scores = dict(zip(answered, found, strict=True))
     silent = {
         i: "not_asked" if usable else "unusable_answer" for i, usable in enumerate(pool.usable)
     } | dict.fromkeys(pool.asked, "not_answered")
@@ -96,20 +98,7 @@ def rank(run: Run, t: int) -> Counts:
         report.add(each, scores.get(i), result)
         rows += _ranked_rows(prompt, each, scores.get(i), result, soft)
     _write(run, t, rows)
-    told = multihost.on_first(lambda: reported(run.ranker))
     return report.as_dict() | pool.cost | {f"ranker/{key}": value for key, value in told.items()}
-
-
-def scores_of(
-    run: Run, questions: Sequence[Question], candidates: Sequence[Sequence[str]]
-) -> list[np.ndarray]:
-    """The ranker's scores, one array per question. It is asked in the first process alone: it may
-    be people, or a server with a budget, and what a model says of a text may hang on its batch."""
-
-    def ask() -> list[list[float]]:
-        return [[float(x) for x in each] for each in run.ranker.scores(questions, candidates)]
-
-    return [np.array(each) for each in multihost.on_first(ask)]
 
 
 def pool_of(run: Run, t: int) -> Pool:

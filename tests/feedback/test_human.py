@@ -100,7 +100,7 @@ def experiment(tmp_path_factory):
     """Its first iteration's answers are there."""
     file = tiny.experiment(
         tmp_path_factory.mktemp("people"), data__heldout=None,
-        feedback={"ranker": "human", "settings": {"wait": False}},
+        feedback={"ranker": "human", "settings": {"wait": False}, "prompts_per_part": 1},
     )  # fmt: skip
     run_stage(Run(config.load(file), Console(quiet=True)), "generate", 1)
     return file
@@ -124,6 +124,7 @@ class TestStage:
         run, counts = self.counts(experiment)
         assert counts["drops/not_answered"] == 0
         assert counts["ranker/rankings"] == counts["ranker/questions"]
+        assert counts["ranker/annotators"] == 1  # what people did is told once, whatever a part is
         assert counts["explore/best"] == counts["pairs"] > 0  # the first stored is the greedy one
 
     def test_the_command_serves_exports_and_imports(

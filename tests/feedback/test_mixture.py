@@ -16,6 +16,7 @@ from selm_jax.feedback.ranker import (
     build,
     check_scores,
     is_relative,
+    prompts_together,
     reported,
 )
 
@@ -117,6 +118,14 @@ def test_tells_what_its_parts_tell():
     ranker = Mixture((*parts, Part(Mixture(parts), 1.0, "none")))
     assert ranker.scores([question()], [["x"]])[0].tolist() == [2.0]
     assert ranker.report() == {"2.counting/asked": 1, "3.mixture/2.counting/asked": 1}
+
+
+def test_reads_prompts_in_groups_that_cut_none_of_its_parts():
+    pairs, eights = Fixed([0.0]), Fixed([0.0])
+    pairs.together, eights.together = 2, 8
+    alone, *parts = (Part(each, 1.0, "none") for each in (Fixed([0.0]), pairs, eights))
+    assert prompts_together(Mixture((alone,))) == 1
+    assert prompts_together(Mixture((alone, *parts))) == 8
 
 
 def test_is_relative_if_a_part_is_or_its_scale_makes_it():

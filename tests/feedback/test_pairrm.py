@@ -20,7 +20,7 @@ from tiny_pairrm import PREFIXES, WORDS, write_tokenizer
 from selm_jax.feedback import pairrm as module
 from selm_jax.feedback.pairrm import PairRM, mean_wins, pairrm
 from selm_jax.feedback.pairrm_inputs import conversation
-from selm_jax.feedback.ranker import FeedbackError, Question, build
+from selm_jax.feedback.ranker import FeedbackError, Question, build, prompts_together
 from selm_jax.models.config import UnsupportedModel
 from selm_jax.parallel.mesh import make_mesh
 from selm_jax.weights import deberta as weights
@@ -251,6 +251,20 @@ def test_llm_blender_budgets_depend_on_eight_rows(small_budgets, theirs):
             assert found[r][i, j] == pytest.approx(theirs.logit(ids), abs=1e-4)
             changed += ids != theirs.ids(source, each[i], each[j], sizes=(40, 16))
     assert changed  # or this would be the other rule
+
+
+def test_llm_blender_is_asked_in_parts_of_eight_rows(small_budgets):
+    blender = pairrm(str(small_budgets), compat="llm_blender")
+    assert prompts_together(blender) == 8 and prompts_together(pairrm(str(small_budgets))) == 1
+    whole = blender.matrices(SOURCES, CANDIDATES)
+
+    def worst(size):
+        cuts = (slice(i, i + size) for i in range(0, len(SOURCES), size))
+        found = [m for cut in cuts for m in blender.matrices(SOURCES[cut], CANDIDATES[cut])]
+        return max(np.abs(a - b).max() for a, b in zip(found, whole, strict=True))
+
+    assert worst(8) < 1e-5
+    assert worst(5) > 1e-3  # or it would not matter
 
 
 def test_llm_blender_takes_sep_out_of_texts(small_budgets, theirs):

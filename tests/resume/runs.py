@@ -17,10 +17,12 @@ _TIMES = ("seconds", "created", "time/seconds", "time/tokens_per_second")
 
 
 def experiment(folder: Path) -> Path:
-    """Seven updates in each of two iterations, with a checkpoint after every third."""
+    """Seven updates in each of two iterations, with a checkpoint after every third; three parts of
+    responses, four of scores."""
     return tiny.experiment(
-        folder, output="run", training__global_batch=2, training__checkpoint_every=3
-    )
+        folder, output="run", training__global_batch=2, training__checkpoint_every=3,
+        feedback__prompts_per_part=4,
+    )  # fmt: skip
 
 
 def start(file: Path, where: Path, shape=ONE, *overrides: str) -> forked.Selm:

@@ -112,6 +112,31 @@ def test_a_run_that_is_told_to_stop_saves_and_leaves_with_75(file, whole, shape,
     assert not runs.differences(found, expected)
 
 
+@pytest.mark.parametrize("shape", [runs.ONE, runs.TWO])
+def test_a_run_that_is_told_to_stop_while_it_ranks_keeps_what_is_ranked(file, shape, tried):
+    """SIGTERM to one process, in the second of four parts; no other prompt is asked about twice."""
+    slow = ("feedback.ranker=slow_rule:length", "feedback.settings={workers: 0}")
+    rest = ("iterations=1", "data.portions=2", "training.learning_rate=1e-3", "data.heldout=null")
+    expected = runs.content(
+        runs.finish(file, file.parent / f"slow-{shape[1]}", shape, *slow, *rest)
+    )
+    where = file.parent / f"slow-stopped-{shape[1]}"
+    run = runs.start(file, where, shape, *slow, *rest)
+    asked, scores = where / "asked.txt", where / "run/iteration_1/scores"
+    while run.running() and not list(scores.glob("*.parquet")):
+        time.sleep(0.01)
+    run.signal(signal.SIGTERM, which=shape[1] - 1)
+    assert run.wait() == [75] * shape[1], run.output()
+    kept = len(list(scores.glob("*.parquet")))
+    assert 1 <= kept < 4
+    before = asked.read_text().splitlines()
+    found = runs.content(runs.finish(file, where, shape, *slow, *rest))
+    assert not runs.differences(found, expected)
+    after = asked.read_text().splitlines()[len(before) :]
+    assert len(after) == (16 - 4 * kept) * 3  # candidates
+    tried(f"{shape[1]} x {shape[0]} devices: SIGTERM while ranking, {kept} parts of 4 were kept")
+
+
 def _steps(metrics) -> list[int]:
     lines = metrics.read_text().splitlines() if metrics.exists() else []
     return [m["step"] for m in map(json.loads, lines) if m["stage"] == "train"]

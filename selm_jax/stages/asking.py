@@ -1,0 +1,124 @@
+"""Asking the ranker; of an iteration's candidates in parts, which are kept until all are ranked
+(scores/part-*.parquet)."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from selm_jax import artifacts
+from selm_jax.feedback.ranker import Question, prompts_together, reported
+from selm_jax.parallel import multihost
+from selm_jax.run import Run
+
+Scores = list[list[float]]  # by prompt and candidate
+Told = dict[str, int | float]  # what a ranker reports
+
+SCORES = pa.schema([("prompt_id", pa.string()), ("scores", pa.list_(pa.float64()))])
+FOLDER = "scores"
+_ABOUT = b"selm"  # in a part's metadata: what it is of, and what the ranker told
+
+
+def scores_of(
+    run: Run, questions: Sequence[Question], candidates: Sequence[Sequence[str]]
+) -> list[np.ndarray]:
+    """The ranker's scores, one array per question. It is asked in the first process alone: it may
+    be people, or a server with a budget, and what a model says of a text may hang on its batch."""
+    return _arrays(multihost.on_first(lambda: _ask(run, questions, candidates)))
+
+
+def scores_in_parts(
+    run: Run, t: int, questions: Sequence[Question], candidates: Sequence[Sequence[str]]
+) -> tuple[list[np.ndarray], Told]:
+    """The scores of iteration t's candidates, and what the ranker told: the sums over all parts.
+
+    Parts that are there are not asked about again, whichever process has asked. People are asked
+    once for all: what they said is kept as it is, and more of them may have said something since.
+
+    Raises:
+      Stopped: the run was told to stop; the parts that are ranked are kept.
+    """
+    if run.experiment.feedback.ranker == "human":
+        scores = scores_of(run, questions, candidates)
+        return scores, multihost.on_first(lambda: reported(run.ranker))
+    size = multihost.on_first(lambda: _prompts_per_part(run))
+    count = -(-len(questions) // size) or 1  # one that is empty tells that nothing was asked
+    scores, told = [], Counter()
+    with run.bar(f"iteration {t}  rank", len(questions), "prompts") as advance:
+        for i, file in enumerate(artifacts.part_files(run.iteration(t) / FOLDER, count)):
+            multihost.stop_if_told()
+            mine = slice(i * size, (i + 1) * size)
+            work = partial(_part, run, t, file, questions[mine], candidates[mine])
+            found, of_part = multihost.on_first(work)
+            scores += _arrays(found)
+            told.update(of_part)
+            advance(len(found), 0)
+    return scores, dict(told)
+
+
+def _prompts_per_part(run: Run) -> int:
+    """As many as the experiment says, or the next number that cuts no group of the ranker's."""
+    together = prompts_together(run.ranker)
+    return -(-run.experiment.feedback.prompts_per_part // together) * together
+
+
+def _part(
+    run: Run,
+    t: int,
+    file: Path,
+    questions: Sequence[Question],
+    candidates: Sequence[Sequence[str]],
+) -> tuple[Scores, Told]:
+    """The scores of one part and what the ranker told: read if they are there, else asked for."""
+    key = _key(run, t, questions, candidates)
+    if (found := _read(file, key)) is not None:
+        return found
+    scores = _ask(run, questions, candidates)
+    told = reported(run.ranker)
+    rows = {"prompt_id": [q.id for q in questions], "scores": scores}
+    about = json.dumps({"key": key, "told": told})
+    artifacts.write_table(file, pa.table(rows, SCORES.with_metadata({_ABOUT: about})))
+    return scores, told
+
+
+def _ask(run: Run, questions: Sequence[Question], candidates: Sequence[Sequence[str]]) -> Scores:
+    return [[float(x) for x in each] for each in run.ranker.scores(questions, candidates)]
+
+
+def _read(file: Path, key: str) -> tuple[Scores, Told] | None:
+    """A part that is there and has this key."""
+    if not file.exists():
+        return None
+    table = pq.read_table(file)
+    about = json.loads((table.schema.metadata or {}).get(_ABOUT, b"{}"))
+    if about.get("key") != key:
+        return None
+    return table["scores"].to_pylist(), about["told"]
+
+
+def _key(
+    run: Run, t: int, questions: Sequence[Question], candidates: Sequence[Sequence[str]]
+) -> str:
+    """Names all that a part depends on: what is asked, and what the stage began with.
+
+    What was cut otherwise, or chosen otherwise under a budget, has other prompts. And whoever takes a
+    stage that has begun out of stage.json, to rank with another ranker, leaves the parts of the first.
+    """
+    began = artifacts.Stages(run.iteration(t)).read().get("rank", {})
+    return artifacts.Store.key(
+        inputs=began.get("inputs"),
+        settings=began.get("settings"),
+        prompts=[question.id for question in questions],
+        candidates=candidates,
+    )
+
+
+def _arrays(scores: Scores) -> list[np.ndarray]:
+    return [np.array(each) for each in scores]

@@ -42,8 +42,8 @@ class Stage:
     `inputs` are digests by name; `settings` are the experiment's by dotted key; `outputs` are the
     files and folders of the iteration that it leaves and that must stay as they are. `shared` says
     whether another run with these inputs and settings would leave the same: then, in a sweep, one
-    of them does the work. `scratch` are folders that it works with and that nobody reads once its
-    outputs are there.
+    of them does the work. `goes_on_from` are folders of which a stopped one goes on; one that begins
+    anew takes none of them. `scratch` are those that nobody reads once the outputs are there.
     """
 
     name: str
@@ -52,6 +52,7 @@ class Stage:
     settings: Callable[[Run, int], Mapping[str, Any]]
     outputs: Callable[[Run], tuple[str, ...]]
     shared: Callable[[Run], bool] = lambda run: True
+    goes_on_from: tuple[str, ...] = ()
     scratch: tuple[str, ...] = ()
 
     def run(self, run: Run, t: int) -> bool:
@@ -67,6 +68,9 @@ class Stage:
             inputs = dict(self.inputs(run, t))
             if record.is_done(self.name, inputs, settings):
                 return None
+            if self.name not in record.read():  # it was taken out, to be done with other settings
+                for name in self.goes_on_from:
+                    artifacts.remove(run.iteration(t) / name)
             record.begin(self.name, inputs, settings)
             return inputs
 
@@ -232,6 +236,7 @@ STAGES = (
             *("training.parameter_dtype", "compute.dtype", *_TEMPLATE),
         ),
         _always("responses"),
+        goes_on_from=("responses",),
     ),
     Stage(
         "rank",
@@ -246,6 +251,7 @@ STAGES = (
         ),
         _always("ranked.parquet"),
         shared=lambda run: run.experiment.feedback.ranker != "human",  # people rank a run's answers
+        goes_on_from=(asking.FOLDER,),
         scratch=(asking.FOLDER,),
     ),
     Stage(
@@ -262,6 +268,7 @@ STAGES = (
         _pick("seed", "objective", "training", "lora", "compute.dtype"),
         _always(),
         shared=lambda run: False,  # what it leaves is deleted once the export is complete
+        goes_on_from=("checkpoints",),
     ),
     Stage(
         "export",

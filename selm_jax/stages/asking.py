@@ -55,7 +55,7 @@ def scores_in_parts(
         for i, file in enumerate(artifacts.part_files(run.iteration(t) / FOLDER, count)):
             multihost.stop_if_told()
             mine = slice(i * size, (i + 1) * size)
-            work = partial(_part, run, t, file, questions[mine], candidates[mine])
+            work = partial(_part, run, file, questions[mine], candidates[mine])
             found, of_part = multihost.on_first(work)
             scores += _arrays(found)
             told.update(of_part)
@@ -70,14 +70,10 @@ def _prompts_per_part(run: Run) -> int:
 
 
 def _part(
-    run: Run,
-    t: int,
-    file: Path,
-    questions: Sequence[Question],
-    candidates: Sequence[Sequence[str]],
+    run: Run, file: Path, questions: Sequence[Question], candidates: Sequence[Sequence[str]]
 ) -> tuple[Scores, Told]:
     """The scores of one part and what the ranker told: read if they are there, else asked for."""
-    key = _key(run, t, questions, candidates)
+    key = _key(questions, candidates)
     if (found := _read(file, key)) is not None:
         return found
     scores = _ask(run, questions, candidates)
@@ -103,21 +99,10 @@ def _read(file: Path, key: str) -> tuple[Scores, Told] | None:
     return table["scores"].to_pylist(), about["told"]
 
 
-def _key(
-    run: Run, t: int, questions: Sequence[Question], candidates: Sequence[Sequence[str]]
-) -> str:
-    """Names all that a part depends on: what is asked, and what the stage began with.
-
-    What was cut otherwise, or chosen otherwise under a budget, has other prompts. And whoever takes a
-    stage that has begun out of stage.json, to rank with another ranker, leaves the parts of the first.
-    """
-    began = artifacts.Stages(run.iteration(t)).read().get("rank", {})
-    return artifacts.Store.key(
-        inputs=began.get("inputs"),
-        settings=began.get("settings"),
-        prompts=[question.id for question in questions],
-        candidates=candidates,
-    )
+def _key(questions: Sequence[Question], candidates: Sequence[Sequence[str]]) -> str:
+    """Names what is asked: what was cut otherwise, or chosen otherwise under a budget, is other."""
+    prompts = [question.id for question in questions]
+    return artifacts.Store.key(prompts=prompts, candidates=candidates)
 
 
 def _arrays(scores: Scores) -> list[np.ndarray]:

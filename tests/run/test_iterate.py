@@ -260,6 +260,55 @@ def test_changed_settings_never_resume_a_stage(finished):
     go(folder / "experiment.yaml", "rollout.slots=3")  # changes nothing about what comes out
 
 
+def taken_out(run, stage):
+    """As the refusal says: the stage is removed from stage.json."""
+    file = run.iteration(1) / "stage.json"
+    stages = json.loads(file.read_text())
+    del stages[stage]
+    file.write_text(json.dumps(stages))
+
+
+def test_answers_of_before_are_not_those_of_a_stage_that_is_done_anew(finished, tmp_path):
+    _, folder = finished
+    file, cold = folder / "experiment.yaml", "rollout.temperature=0.01"
+
+    def generated(name, *overrides):
+        run = Run(config.load(file, [f"output={tmp_path / name}", *overrides]), QUIET)
+        run_stage(run, "generate", 1)
+        parts = sorted((run.iteration(1) / "responses").iterdir())
+        return run, [part.read_bytes() for part in parts]
+
+    run, before = generated("redone")
+    _, fresh = generated("fresh", cold)
+    taken_out(run, "generate")
+    _, redone = generated("redone", cold)
+    assert redone == fresh != before
+
+
+def test_a_training_that_is_done_anew_goes_on_from_no_checkpoint(finished, tmp_path, monkeypatch):
+    _, folder = finished
+    file = folder / "experiment.yaml"
+
+    def begun(name, *overrides):
+        run = Run(config.load(file, [f"output={tmp_path / name}", *overrides]), QUIET)
+        for stage in ("generate", "rank", "score"):
+            run_stage(run, stage, 1)
+        return run
+
+    run = begun("redone")
+    with monkeypatch.context() as patch, pytest.raises(multihost.Stopped):
+        patch.setattr(multihost, "should_stop", lambda: len(run.logged("train", 1)) == 2)
+        run_stage(run, "train", 1)
+    assert [m["step"] for m in metrics(run, "train")] == [1, 2]
+    taken_out(run, "train")
+    losses = []
+    for name in ("redone", "fresh"):
+        run = begun(name, "objective.beta=0.7")
+        run_stage(run, "train", 1)
+        losses.append([(m["step"], m["loss"]) for m in metrics(run, "train")])
+    assert losses[0] == losses[1] and losses[0][0][0] == 1
+
+
 def test_a_damaged_or_missing_artefact_is_named(finished, tmp_path):
     run, folder = finished
     copy = tmp_path / "copy"

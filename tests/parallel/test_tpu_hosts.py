@@ -21,6 +21,7 @@ from selm_jax.parallel import multihost
 from selm_jax.parallel.multihost import MultihostError
 
 EIGHT = [f"10.164.0.{i}" for i in range(10, 18)]
+CLUSTERS = ("SLURM_", "OMPI_", "SELM_", "TPU_", "MEGASCALE_", "KUBERNETES_", "JAX_")
 JOBSET = Path(__file__).parents[2] / "tpu_setup/gke_jobset.yaml"
 # What its controllers say to a container of that JobSet, here to the sixth host.
 GKE = {
@@ -84,7 +85,7 @@ def joins(monkeypatch, metadata):
 
     def be(attributes, environment):
         for name in list(os.environ):
-            if name.startswith(("SLURM_", "OMPI_", "SELM_", "TPU_", "MEGASCALE_", "KUBERNETES_")):
+            if name.startswith(CLUSTERS):
                 monkeypatch.delenv(name)
         given = {"GCE_METADATA_IP": address, "no_proxy": "127.0.0.1"} | environment
         if attributes is None:
@@ -164,9 +165,10 @@ def test_two_processes_join_as_hosts_of_a_pod():
     told = GKE | {"TPU_WORKER_HOSTNAMES": "localhost,localhost", "JAX_FORCE_TPU_INIT": "1"}
     told |= {"JAX_COORDINATOR_PORT": str(forked.free_port()), "JAX_PLATFORMS": "cpu"}
     told |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    here = {name: value for name, value in os.environ.items() if not name.startswith(CLUSTERS)}
     hosts = [
         subprocess.Popen(
-            [sys.executable, "-c", program], env=os.environ | told | {"TPU_WORKER_ID": str(i)},
+            [sys.executable, "-c", program], env=here | told | {"TPU_WORKER_ID": str(i)},
             stdout=subprocess.PIPE, text=True,
         )
         for i in (0, 1)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
@@ -361,18 +362,28 @@ def _inconsistencies(e: Experiment):
         if getattr(e.rollout, key) < 1:
             yield f"rollout.{key}: {getattr(e.rollout, key)}, at least 1 was expected"
     if e.rollout.remote is not None:
-        for key, least in (
-            ("concurrency", 1),
-            ("retries", 0),
-            ("timeout", 0),
-            ("start_seconds", 0),
-        ):
-            if not (value := getattr(e.rollout.remote, key)) >= least:
-                yield f"rollout.remote.{key}: {value}, at least {least} was expected"
+        yield from _inconsistent_remote(e.rollout.remote)
     if e.compute.dcn_fsdp < 1:
         yield f"compute.dcn_fsdp: {e.compute.dcn_fsdp}, at least 1 was expected"
     if e.compute.dcn_data < 1 and e.compute.dcn_data != -1:
         yield f"compute.dcn_data: {e.compute.dcn_data}, at least 1 was expected, or -1"
+
+
+def _inconsistent_remote(r: Remote):
+    for key, least in (("concurrency", 1), ("retries", 0), ("timeout", 1), ("start_seconds", 1)):
+        if not getattr(r, key) >= least:
+            yield f"rollout.remote.{key}: {getattr(r, key)}, at least {least} was expected"
+    if r.command is not None:
+        try:
+            parts = shlex.split(r.command)
+        except ValueError as e:
+            yield f"rollout.remote.command: {r.command!r}: {e}"
+        else:
+            if not any("{model}" in part for part in parts[1:]):
+                yield (
+                    f"rollout.remote.command: {r.command!r}; expected a program and {{model}} among its "
+                    "arguments, for the policy's folder"
+                )
 
 
 def _inconsistent_feedback(e: Experiment):

@@ -102,7 +102,9 @@ class Endpoint:
         self._closing = asyncio.Event()
         limits = httpx2.Limits(max_connections=self.concurrency)
         # One limit of time stands over the whole answer (`_post`); httpx2's are for its parts.
-        self._http = httpx2.AsyncClient(timeout=None, limits=limits)
+        self._http = httpx2.AsyncClient(
+            timeout=None, limits=limits, trust_env=not is_here(self.url)
+        )
         return self
 
     async def __aexit__(
@@ -126,7 +128,8 @@ class Endpoint:
 
         Args:
             body: JSON.
-            read: raises ValueError for an answer that is not whole or not what was asked for.
+            read: raises ValueError for an answer that is not whole or not what was asked for, and
+                ServerError for one that another try would not mend.
             about: stands behind the address in errors.
 
         Raises:
@@ -182,6 +185,8 @@ class Endpoint:
             raise _status_fault(response.status_code, response.headers.get("retry-after"), text)
         try:
             return read(text)
+        except ServerError as error:
+            raise _Fault(f"the answer is {error}: {text[:300]!r}", final=True) from None
         except ValueError as error:
             raise _Fault(f"the answer is {error}: {text[:300]!r}") from None
 
@@ -201,6 +206,11 @@ def api_key(key_env: str | None) -> str:
             f"{'no key (it has characters that none has)' if key else 'not set or empty'}."
         )
     return key
+
+
+def is_here(url: str) -> bool:
+    """Whether an address is of this machine; a proxy that the environment names is not for these."""
+    return httpx2.URL(url).host in ("localhost", "127.0.0.1", "::1")
 
 
 def checked_url(url: str, name: str) -> httpx2.URL:

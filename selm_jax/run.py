@@ -45,6 +45,7 @@ from selm_jax.parallel.rules import (
 )
 from selm_jax.preferences.packing import PreferenceBatch
 from selm_jax.progress import bar
+from selm_jax.rollout import remote
 from selm_jax.rollout.engine import Engine, decoding_params, decoding_shardings
 from selm_jax.rollout.sampling import Sampling
 from selm_jax.text.answers import check_answers, longest_answered
@@ -462,6 +463,8 @@ class Run:
         """What the first process alone asks and writes to."""
         _ = self.ranker
         check_trackers(self.experiment)
+        if self.experiment.rollout.remote is not None:
+            remote.check(self.experiment.rollout.remote)
 
     def check(self) -> None:
         """Builds everything that can fail before any work is done."""

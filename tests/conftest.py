@@ -55,14 +55,19 @@ TINY = DecoderConfig(
     max_positions=2048,
     architecture="LlamaForCausalLM",
 )
+WHOLE = {Path(__file__).parent / name for name in ("parallel", "resume")}
 REAL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Tests of seconds spend them compiling: with less optimised they take half as long.
 
-    The slow ones run what users run.
+    The slow ones run what users run. `pytest tests/parallel tests/resume` runs them, too, since most of
+    what these folders are about is slow.
     """
+    asked = any(argument.startswith("-m") for argument in config.invocation_params.args)
+    if not asked and {Path(each).resolve() for each in config.args} <= WHOLE:
+        config.option.markexpr = "not long and not gpu"
     if "not slow" in config.option.markexpr:  # before the first program: jax reads it then
         os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
         if jax.__version_info__ < (0, 11):  # a flag that is not known any more is fatal

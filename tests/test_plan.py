@@ -197,10 +197,20 @@ def test_all_models_of_a_mixture_are_planned_for(tmp_path):
     both, hours, tokens = planned(pairrm, reward)
     assert list(both) == ["rank: PairRM", "rank: reward model"]
     assert "PairRM" in both["rank: reward model"] and "PairRM" not in both["rank: PairRM"]
+    twice, _, _ = planned(pairrm, {"ranker": "mixture", "settings": {"parts": [pairrm]}})
+    assert twice["rank: PairRM 1"].keys() == {"PairRM 2", "policy"}
     alone = [planned(each) for each in (pairrm, reward)]
     assert [list(ranks) for ranks, _, _ in alone] == [["rank"], ["rank"]]
     assert hours == pytest.approx(sum(h for _, h, _ in alone))
     assert tokens == sum(n for _, _, n in alone)
+
+
+def test_a_warm_starts_held_out_answers_are_ranked():
+    e = config.load(ROOT / "experiments/paper/zephyr_7b/warm_start.yaml", ["training.rows=8"])
+    _, read = paper("zephyr_7b")
+    by_name = {p.name: p.held for p in phases(Blueprint(e, read, here()), 2)}
+    assert "rank" in by_name
+    assert all("PairRM" in held for name, held in by_name.items() if name != "rank")
 
 
 def test_answers_of_a_server_are_not_counted():

@@ -28,9 +28,9 @@ done
 (($#)) || die "$usage"
 read_experiment "$@"
 
-# Told to stop, saved, and left; or left behind by another worker, which says itself why it ended. The same
-# command goes on.
-STOPPED='75|76|143'
+# Told to stop, saved, and left; or left behind by another worker (134: by jax's own watch), which says itself
+# why it ended. The same command goes on.
+STOPPED='75|76|134|143'
 costs="The slice is still there, and costs: delete.sh removes it"
 launched='' said='' told='' refused=0 silent=0 failed=0 half=0 starts=0 preemptions=0
 

@@ -246,9 +246,22 @@ _GONE = (
 
 
 def others_are_gone(error: BaseException) -> bool:
-    """Whether an error is that another process of this run has died, and none of this one's own."""
-    words = isinstance(error, jax.errors.JaxRuntimeError) and str(error)
-    return count() > 1 and bool(words) and any(sign in words for sign in _GONE)
+    """Whether an error is that another process of this run has died, and none of this one's own.
+
+    So it is if an error that it comes from is jax's, and says so, or orbax waited in vain for the
+    others to write their parts of a checkpoint.
+    """
+    if count() == 1:
+        return False
+    cause: BaseException | None = error
+    while cause is not None:
+        text = str(cause)
+        if isinstance(cause, jax.errors.JaxRuntimeError) and any(sign in text for sign in _GONE):
+            return True
+        if isinstance(cause, TimeoutError) and "barrier" in text:
+            return True
+        cause = cause.__cause__
+    return False
 
 
 # --- being told to stop ---------------------------------------------------------------------------

@@ -111,7 +111,8 @@ class Blueprint(Run):
 
     @cached_property
     def model_rankers(self) -> tuple[Ranker, ...]:
-        return () if self.experiment.taught else rankers_of(self.experiment, self.target)
+        """Also where none is asked: a run builds its ranker, and PairRM stays."""
+        return rankers_of(self.experiment, self.target)
 
     @cached_property
     def ranker_bytes(self) -> Mapping[str, int]:
@@ -183,7 +184,9 @@ def phases(b: Blueprint, batches: int) -> Iterator[Phase]:
     answers = candidates or e.data.heldout is not None
     if answers and not b.objective.rates:
         yield from _generation(b)
-    for ranker in b.model_rankers:
+    heldout = e.data.heldout is not None
+    asked = not b.objective.rates and (heldout or not e.taught)
+    for ranker in b.model_rankers if asked else ():
         others = {name: size for name, size in b.ranker_bytes.items() if name != ranker.name}
         name = "rank" if len(b.model_rankers) == 1 else f"rank: {ranker.name}"
         given = (ranker.params, *ranker.inputs)

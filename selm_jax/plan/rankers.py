@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,12 @@ def rankers_of(e: Experiment, target: Target) -> tuple[Ranker, ...]:
     Raises:
       SourceError: the config.json of a reward model cannot be had.
     """
-    return tuple(_build(e, name, settings, target) for name, settings in _models(e.feedback))
+    found = [_build(e, name, settings, target) for name, settings in _models(e.feedback)]
+    several = {r.name for r in found if [other.name for other in found].count(r.name) > 1}
+    return tuple(
+        dataclasses.replace(r, name=f"{r.name} {n}") if r.name in several else r
+        for n, r in enumerate(found, 1)
+    )
 
 
 def _models(f: Feedback) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -62,10 +67,14 @@ def _models(f: Feedback) -> Iterator[tuple[str, Mapping[str, Any]]]:
             yield part["ranker"], part.get("settings", {})
 
 
-def _parts(f: Feedback) -> Sequence[Mapping[str, Any]]:
-    if f.ranker == "mixture":
-        return f.settings.get("parts", [])
-    return [{"ranker": f.ranker, "settings": f.settings}]
+def _parts(f: Feedback) -> Iterator[Mapping[str, Any]]:
+    """The ranker, and all that it is a mixture of."""
+    todo: list[Mapping[str, Any]] = [{"ranker": f.ranker, "settings": f.settings}]
+    while todo:
+        part = todo.pop(0)
+        yield part
+        if part["ranker"] == "mixture":
+            todo += part.get("settings", {}).get("parts", [])
 
 
 def is_relative(f: Feedback) -> bool:

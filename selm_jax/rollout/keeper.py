@@ -1,4 +1,4 @@
-"""A command that ends with the process that started it, however that one ends.
+"""A command that ends with the process that started it, however that process ends.
 
 `start` puts this file, run as a program, between the two: it starts the command in a session of its own
 and ends all of it when its standard input does, which is so when `stop` says it, and when whoever started

@@ -4,13 +4,14 @@
         responses = server.generate(requests, seed=42, iteration=1)
 
 The server is given token ids and has to return token ids: what is trained on is what was said, and no
-tokenizer stands between. It has to serve the very folder of the policy, which it is asked for, so that
-no iteration is ever answered by the policy of another.
+tokenizer stands between. It has to serve the policy under a path that names its bytes (`named`), and is
+asked for it before each part, so that no iteration is ever answered by the policy of another.
 """
 
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
 import shlex
@@ -23,15 +24,18 @@ from typing import Any, NamedTuple
 import httpx2
 import numpy as np
 
+from selm_jax import artifacts
 from selm_jax.config import Remote
-from selm_jax.endpoint import Endpoint, ServerError, api_key, checked_url
+from selm_jax.endpoint import Endpoint, ServerError, Tries, api_key, checked_url, is_here
 from selm_jax.rollout import keeper
 from selm_jax.rollout.engine import Request, Response
 from selm_jax.rollout.sampling import Sampling
+from selm_jax.weights.sources import cache_root
 
 _LOOK_EVERY = 0.5  # seconds between two looks whether the server is there
 _LAST_WORDS = 2000  # characters of a server's log that an error shows
-_TERMINATE_SECONDS = 30.0
+_TERMINATE_SECONDS = 30.0  # for a server to end when it is told to
+_BEFORE_SECONDS = 60.0  # for one that a killed run has left to end
 
 
 class Said(NamedTuple):
@@ -113,14 +117,14 @@ def _filters(sampling: Sampling | None) -> dict[str, Any]:
 def _vllm_said(tree: Any) -> Said:
     choice = tree["choices"][0]
     if choice.get("token_ids") is None:
-        raise ValueError("without token ids: this needs a vLLM that knows `return_token_ids`")
+        raise ServerError("without token ids: this needs a vLLM that knows `return_token_ids`")
     end = choice.get("stop_reason")
     return Said(tuple(choice["token_ids"]), choice["finish_reason"], _token(end))
 
 
 def _sglang_said(tree: Any) -> Said:
     if tree.get("output_ids") is None:
-        raise ValueError("without token ids: this needs an SGLang that returns `output_ids`")
+        raise ServerError("without token ids: this needs an SGLang that returns `output_ids`")
     finish = tree["meta_info"]["finish_reason"]
     return Said(tuple(tree["output_ids"]), finish["type"], _token(finish.get("matched")))
 
@@ -149,18 +153,48 @@ DIALECTS: Mapping[str, Dialect] = {
 }
 
 
+def named(folder: Path) -> Path:
+    """A link to a policy's folder whose name is the digest of its bytes, made if it is not there.
+
+    The next policy may lie in the same folder: when an iteration is done anew.
+    """
+    link = cache_root() / "served" / artifacts.digest(folder)
+    link.parent.mkdir(parents=True, exist_ok=True)
+    partial = link.with_name(f"{link.name}.{os.getpid()}")
+    partial.unlink(missing_ok=True)
+    partial.symlink_to(folder.resolve())
+    os.replace(partial, link)
+    return link
+
+
+def check(settings: Remote) -> None:
+    """Looks at what a server needs before any work is done.
+
+    Raises:
+        ServerError: a url that is none, or an API key that the environment lacks.
+    """
+    checked_url(settings.url, "rollout.remote.url")
+    try:
+        api_key(settings.key_env)
+    except ServerError as error:
+        raise ServerError(f"rollout.remote: {error}") from None
+
+
 class Server:
     """A server that has the policy. Entering waits until it serves the folder; leaving ends it, if it
     was started here.
 
     Args:
         settings: `rollout.remote` of the experiment.
-        folder: of the policy.
+        folder: of the policy, as the server is to name it.
         log: file for what a started server says; it is added to.
         sampling: of the answers that are drawn.
         max_new_tokens, stop_ids: when an answer ends.
         vocabulary: how many tokens there are.
         say: told in words what is waited for.
+
+    Attributes:
+        tries: what became of the requests.
 
     Raises:
         ServerError: settings that cannot be; when it is entered: no server, or one that serves
@@ -180,7 +214,8 @@ class Server:
         say: Callable[[str], None] = lambda text: None,
     ):
         self.settings, self.dialect = settings, DIALECTS[settings.engine]
-        self.folder, self.log, self._say = folder.resolve(), log, say
+        self.folder, self.log, self._say = folder, log, say
+        self.tries = Tries()
         self.sampling, self.max_new_tokens = sampling, max_new_tokens
         self.stop_ids, self.vocabulary = tuple(stop_ids), vocabulary
         self._root = str(checked_url(settings.url, "rollout.remote.url")).rstrip("/")
@@ -213,8 +248,10 @@ class Server:
         An answer that fails stops the rest.
 
         Raises:
-            ServerError: an answer could not be had, or is none of this model.
+            ServerError: an answer could not be had, or is none of this model, or the server has
+                another one by now.
         """
+        self._name = self._wait()
         return asyncio.run(self._answers(requests, seed, iteration, progress))
 
     async def _answers(self, requests, seed, iteration, progress) -> list[Response]:
@@ -224,6 +261,7 @@ class Server:
             self._root + self.dialect.generate, key_env=s.key_env, concurrency=s.concurrency,
             timeout=s.timeout, retries=s.retries,
         )  # fmt: skip
+        endpoint.tries = self.tries
 
         async def work() -> None:
             for request, sample in todo:  # shared by the workers
@@ -254,16 +292,17 @@ class Server:
                 f"not of the form that {self.settings.engine} has ({error!r})"
             ) from None
         if not all(isinstance(x, int) and 0 <= x < self.vocabulary for x in said.tokens):
-            raise ValueError(f"with token ids beyond the model's {self.vocabulary:,} tokens")
+            raise ServerError(f"with token ids beyond the model's {self.vocabulary:,} tokens")
         return said
 
     def _ended(self, said: Said) -> tuple[tuple[int, ...], str]:
         """Token ids with their end, and how they ended, as the engine here would say it."""
         tokens = said.tokens
+        # SGLang says "length" of one whose end is the last token that it may have.
+        if said.finish in ("stop", "length") and tokens and tokens[-1] in self.stop_ids:
+            return tokens, "stop"
         if said.finish == "length" and len(tokens) == self.max_new_tokens:
             return tokens, "length"
-        if said.finish == "stop" and tokens and tokens[-1] in self.stop_ids:
-            return tokens, "stop"
         if said.finish == "stop" and said.end in self.stop_ids:
             return (*tokens, said.end), "stop"
         expected = (
@@ -271,23 +310,37 @@ class Server:
         )
         raise ServerError(
             f"{self._root}: an answer of {len(tokens)} tokens is finished ({said.finish}, by token "
-            f"{said.end}); expected {expected}. If the server's context is too short for prompt and "
-            "answer, give it a longer one"
+            f"{said.end}); expected {expected}. Is the server's context too short for prompt and "
+            "answer, or does it take a bound or an end from generation_config.json?"
         )
 
     # --- the server itself ------------------------------------------------------------------------
 
     def _start(self, command: str) -> None:
-        if (other := self._serves()) is not None:
+        parts = [part.replace("{model}", str(self.folder)) for part in shlex.split(command)]
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as log:
+            self._wait_for_the_one_before(log.fileno())
+            self._process = keeper.start(parts, log)
+
+    def _wait_for_the_one_before(self, log: int) -> None:
+        """Returns when no server of this run is there any more, which a killed one leaves behind for
+        a while. Whoever has the log as its output, and be it a child's child, holds the log's lock."""
+        until = time.monotonic() + _BEFORE_SECONDS
+        while (other := self._serves()) is not None or not _locked(log):
+            if time.monotonic() < until:
+                time.sleep(_LOOK_EVERY)
+                continue
+            if other is None:
+                raise ServerError(
+                    f"a server that was started before has not ended after {_BEFORE_SECONDS:g} s; its "
+                    f"output is {self.log}. Stop it"
+                )
             raise ServerError(
                 f"{self._root} answers already, before rollout.remote.command was run (it serves "
                 f"{_listed(other)}). Stop that server, or take the command away and serve the policy "
                 "yourself"
             )
-        parts = [part.replace("{model}", str(self.folder)) for part in shlex.split(command)]
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("ab") as log:
-            self._process = keeper.start(parts, log)
 
     def _wait(self) -> str:
         """Returns the name of the policy for requests, as soon as the server has one."""
@@ -300,7 +353,7 @@ class Server:
                 )
             found = self._serves()
             for name, folder in (found or {}).items():
-                if _same(folder, self.folder):
+                if folder == str(self.folder):
                     return name
             what = f"{self._root} to serve {self.folder}"
             if found and self._process is not None:
@@ -328,7 +381,10 @@ class Server:
         key = api_key(self.settings.key_env)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         try:
-            answer = httpx2.get(self._root + self.dialect.model, headers=headers, timeout=10)
+            answer = httpx2.get(
+                self._root + self.dialect.model, headers=headers, timeout=10,
+                trust_env=not is_here(self._root),
+            )  # fmt: skip
         except httpx2.RequestError:
             return None
         if answer.status_code >= 500:  # it is loading
@@ -359,8 +415,12 @@ def _seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0] >> 1)
 
 
-def _same(told: str, folder: Path) -> bool:
-    return Path(told).is_absolute() and Path(os.path.realpath(told)) == folder
+def _locked(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _listed(served: Mapping[str, str]) -> str:

@@ -125,6 +125,12 @@ def _reference(run: Run, t: int) -> dict[str, str]:
     return {"reference": artifacts.digest(run.reference(t))}
 
 
+def _training(run: Run, t: int) -> dict[str, str]:
+    """What the iteration's training was done with: its checkpoints are gone once they are exported."""
+    done = artifacts.Stages(run.iteration(t)).read().get("train", {})
+    return {"training": artifacts.Store.key(**{k: done.get(k) for k in ("inputs", "settings")})}
+
+
 def _file(name: str) -> Callable[[Run, int], dict[str, str]]:
     return lambda run, t: {name: artifacts.digest(run.iteration(t) / name)}
 
@@ -145,9 +151,7 @@ def _asked_with(run: Run, t: int) -> dict[str, str]:
 
 
 def _ranker(run: Run, t: int) -> dict[str, str]:
-    """The models that rank, if they are any. A reward model's training asks no ranker."""
-    if run.objective.rates:
-        return {}
+    """The models that rank, if they are any."""
     folders = folders_of(run.ranker)
     return {f"ranker {n}": artifacts.digest(folder) for n, folder in enumerate(folders, 1)}
 
@@ -241,7 +245,12 @@ STAGES = (
     Stage(
         "rank",
         rank,
-        _all(_prompts, _file("responses"), _asked_with, _ranker),
+        _all(
+            _prompts,
+            _file("responses"),
+            _asked_with,
+            lambda run, t: {} if run.experiment.taught else _ranker(run, t),
+        ),
         _all(
             _pick(
                 *("seed", "candidates.dataset", "feedback", "text.layout", *_TEMPLATE),
@@ -273,7 +282,7 @@ STAGES = (
     Stage(
         "export",
         export,
-        _all(_file("examples.parquet"), lambda run, t: _policy(run, t - 1)),
+        _all(_file("examples.parquet"), lambda run, t: _policy(run, t - 1), _training),
         _pick(),
         lambda run: ("model",) if run.lora is None else ("model", "adapter"),
         shared=lambda run: False,  # the checkpoints it exports are no input that has a digest
@@ -282,7 +291,7 @@ STAGES = (
 EVALUATE = Stage(
     "evaluate",
     evaluate,
-    _all(_heldout, _policy, _ranker),
+    _all(_heldout, _policy, lambda run, t: {} if run.objective.rates else _ranker(run, t)),
     _all(
         _pick(
             *("seed", "feedback.ranker", "feedback.settings", "evaluation"),

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from selm_jax import artifacts
 from selm_jax.parallel import multihost
 from selm_jax.rollout.engine import Request, Response
-from selm_jax.rollout.remote import Server
+from selm_jax.rollout.remote import Server, named
 from selm_jax.rollout.sampling import Sampling
 from selm_jax.run import Run
 from selm_jax.text.prompts import Prompt
@@ -109,7 +109,7 @@ def _by_server(run: Run, t: int, advance: Advance) -> Iterator[Answer]:
     assert settings is not None
     policy = Server(
         settings,
-        run.policy(t - 1),
+        Path(multihost.on_first(lambda: str(named(run.policy(t - 1))))),
         log=run.folder / "server.log",
         sampling=Sampling(r.temperature, r.top_k, r.top_p, r.min_p),
         max_new_tokens=r.max_new_tokens,
@@ -132,6 +132,12 @@ def _by_server(run: Run, t: int, advance: Advance) -> Iterator[Answer]:
             multihost.stop_if_told()
 
         yield answer
+    if policy.tries.retries:
+        run.console.print(
+            f"iteration {t}  generate: {policy.tries.retries:,} of {policy.tries.requests:,} requests "
+            "were sent again",
+            soft_wrap=True,
+        )
 
 
 def response_files(run: Run, t: int) -> list[Path]:

@@ -64,7 +64,7 @@ def sweep(plan: Sweep, console: Console | None = None) -> None:
             try:
                 iterate(Run(member.experiment, console, store=store))
             except Exception as e:
-                if not type(e).__module__.startswith("selm_jax."):
+                if multihost.others_are_gone(e) or not type(e).__module__.startswith("selm_jax."):
                     raise  # not about this run alone: a defect, a full disk
                 multihost.all_failed(f"sweep/{i}")
                 failed[name] = str(e)

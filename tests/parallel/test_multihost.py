@@ -158,6 +158,10 @@ def test_who_is_left_by_the_others_says_so(second, monkeypatch, error, gone):
     second()
     assert multihost.others_are_gone(error) == gone
     assert not multihost.others_are_gone(ValueError(str(error)))
+    try:
+        raise ValueError("a checkpoint could not be written") from error
+    except ValueError as e:
+        assert multihost.others_are_gone(e) == gone
 
 
 def test_sigterm_stops_at_once_but_where_it_is_deferred(monkeypatch):

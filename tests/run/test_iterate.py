@@ -309,6 +309,21 @@ def test_a_training_that_is_done_anew_goes_on_from_no_checkpoint(finished, tmp_p
     assert losses[0] == losses[1] and losses[0][0][0] == 1
 
 
+def test_what_was_exported_of_another_training_is_not_gone_on_with(finished, tmp_path):
+    run, folder = finished
+    shutil.copytree(run.folder, tmp_path / "copy")
+    changed = [f"output={tmp_path / 'copy'}", "training.learning_rate=[0.05, 5e-4]"]
+    copy = Run(config.load(folder / "experiment.yaml", changed), QUIET)
+    taken_out(copy, "train")
+    with pytest.raises(ArtifactError, match=r"stage 'export': its input training has changed"):
+        iterate(copy)
+    taken_out(copy, "export")
+    with pytest.raises(ArtifactError, match=r"stage 'evaluate': its input policy has changed"):
+        iterate(copy)
+    weights = [(each.policy(1) / "model.safetensors").read_bytes() for each in (run, copy)]
+    assert weights[0] != weights[1]
+
+
 def test_a_damaged_or_missing_artefact_is_named(finished, tmp_path):
     run, folder = finished
     copy = tmp_path / "copy"

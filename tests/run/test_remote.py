@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -51,12 +52,18 @@ def serving():
 
 
 @pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SELM_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(autouse=True)
 def no_long_waits(monkeypatch):
     async def no_wait(self, seconds):
         return True
 
     monkeypatch.setattr(Endpoint, "_still_open_after", no_wait)
     monkeypatch.setattr(remote, "_LOOK_EVERY", 0.02)
+    monkeypatch.setattr(remote, "_BEFORE_SECONDS", 0.1)
 
 
 def client(server, folder=FOLDER, **settings):
@@ -117,6 +124,7 @@ def test_what_sglang_is_asked(serving):
         (([9, 8], "stop", 2), (9, 8, 2), "stop"),  # without
         (([9] * 6, "length", None), (9,) * 6, "length"),
         (([1], "stop", 1), (1,), "stop"),
+        (([9, 9, 9, 9, 9, 2], "length", None), (9, 9, 9, 9, 9, 2), "stop"),  # with the last it may
     ],
 )
 def test_answers_have_their_end_whatever_the_server_likes(serving, engine, said, tokens, finish):
@@ -134,7 +142,7 @@ def test_answers_have_their_end_whatever_the_server_likes(serving, engine, said,
             (200, stand_in.vllm([9], "stop", 7)),
             "finished (stop, by token 7); expected 6 tokens, or",
         ),
-        ((200, stand_in.vllm([9, 9], "length")), "context is too short"),
+        ((200, stand_in.vllm([9, 9], "length")), "Is the server's context too short"),
         ((200, stand_in.vllm([9], "abort")), "finished (abort"),
         ((200, stand_in.vllm(None)), "needs a vLLM that knows `return_token_ids`"),
         ((200, stand_in.vllm([320, 1])), "beyond the model's 320 tokens"),
@@ -146,6 +154,9 @@ def test_what_is_no_answer_is_refused(serving, answer, message):
     server = serving("vllm", FOLDER, answer=lambda body: answer)
     with client(server, retries=1) as policy, pytest.raises(ServerError, match=re.escape(message)):
         policy.generate([Request(0, (5,), 1, 0)], seed=0, iteration=1)
+    again = "not of the form" in message
+    assert len(server.bodies) == 1 + again, "what another try would not mend is not tried again"
+    assert policy.tries.retries == again
 
 
 def test_a_fault_of_the_way_is_tried_again_and_order_is_kept(serving):
@@ -191,7 +202,7 @@ def test_the_server_answers_what_the_engine_here_would(serving, local, tmp_path,
             )
         return 200, getattr(stand_in, engine)(list(r.tokens), r.finish)
 
-    server = serving(engine, here.policy(0), answer=answer)
+    server = serving(engine, remote.named(here.policy(0)), answer=answer)
     settings = f"rollout.remote={{engine: {engine}, url: '{server.url}'}}"
     run = Run(config.load(file, [f"output={tmp_path}/run", settings]), QUIET)
     run_stage(run, "generate", 1)
@@ -214,7 +225,10 @@ def test_a_run_starts_a_server_for_each_policy_and_ends_it(tmp_path):
     run = Run(config.load(file), QUIET)
     iterate(run)
     served = re.findall(r"serving (.*) as process (\d+)", (run.folder / "server.log").read_text())
-    assert [folder for folder, _ in served] == [str(run.policy(0)), str(run.policy(1))]
+    assert [folder for folder, _ in served] == [str(remote.named(run.policy(t))) for t in (0, 1)]
+    assert [os.path.realpath(folder) for folder, _ in served] == [
+        os.path.realpath(run.policy(t)) for t in (0, 1)
+    ]
     assert not [pid for _, pid in served if Path(f"/proc/{pid}").exists()]
     assert all(row["token_ids"][-1] in run.stop_ids for t in (1, 2) for row in answers(run, t))
     iterate(run)  # done already: no server is started
@@ -229,7 +243,7 @@ def test_parts_that_are_there_are_not_asked_for_again(serving, local, tmp_path):
         asked.append(tuple(body["prompt"]))
         return (400, {}) if len(asked) > 20 else stand_in.some_letters(body)
 
-    server = serving("vllm", here.policy(0), answer=answer)
+    server = serving("vllm", remote.named(here.policy(0)), answer=answer)
     overrides = [
         f"output={tmp_path}/run",
         f"rollout.remote={{engine: vllm, url: '{server.url}', concurrency: 1}}",
@@ -271,12 +285,40 @@ def test_it_is_waited_for_until_it_serves_the_policy(serving):
         (None, "nobody answers there. For instance: vllm serve /models/policy"),
         ("/models/another", "it serves /models/another. For instance"),
         ("models/policy", "it serves models/policy"),  # of whatever folder it stands in
+        ("/models/policy/.", "it serves /models/policy/."),
     ],
 )
 def test_another_model_never_answers(serving, folder, message):
     policy = client(serving("vllm", folder))
     with pytest.raises(ServerError, match=re.escape(message)), policy:
         pass
+
+
+def test_the_same_folder_with_other_bytes_is_another_policy(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "weights").write_text("one")
+    one = remote.named(folder)
+    assert remote.named(folder) == one and (one / "weights").read_text() == "one"
+    (folder / "weights").write_text("other")
+    assert remote.named(folder) != one
+
+
+def test_a_server_that_has_another_model_by_now_is_not_asked_for_the_next_part(serving):
+    server, requests = serving("vllm", FOLDER), [Request(0, (5,), 1, 0)]
+    with client(server) as policy:
+        policy.generate(requests, seed=0, iteration=1)
+        server.folder = "/models/another"
+        with pytest.raises(ServerError, match="it serves /models/another"):
+            policy.generate(requests, seed=0, iteration=1)
+
+
+def test_a_proxy_is_for_others_than_this_machine(serving, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nobody listens
+    monkeypatch.delenv("no_proxy", raising=False)
+    with client(serving("vllm", FOLDER)) as policy:
+        assert policy.generate([Request(0, (5,), 1, 0)], seed=0, iteration=1)
 
 
 def test_another_kind_of_server_is_named(serving):
@@ -318,6 +360,24 @@ def test_a_server_that_is_there_already_is_not_taken_for_the_commands(serving, t
         policy,
     ):
         pass
+
+
+def test_the_server_of_a_killed_run_is_waited_for_until_all_of_it_has_ended(tmp_path, monkeypatch):
+    """Its port is closed, but a child of it still holds what it had: memory, say."""
+    port, go = forked.free_port(), tmp_path / "go"
+    serve = f"{sys.executable} {stand_in.__file__} vllm {FOLDER} {port}"
+    log = tmp_path / "server.log"
+    left = f"trap '' TERM; while [ ! -e {go} ]; do sleep 0.02; done"
+    with log.open("ab") as file:
+        lingering = subprocess.Popen(["sh", "-c", left], stdout=file)
+        fcntl.flock(file, fcntl.LOCK_EX)  # as the run that started it did
+    policy = command(tmp_path, serve + " {model}", port)
+    with pytest.raises(ServerError, match="has not ended after 0.1 s; its output is"), policy:
+        pass
+    monkeypatch.setattr(remote, "_BEFORE_SECONDS", 60)
+    threading.Timer(0.2, go.touch).start()
+    with command(tmp_path, serve + " {model}", port):
+        assert lingering.wait(10) == 0
 
 
 def test_a_command_that_serves_another_model_is_found_out(tmp_path):
@@ -362,7 +422,7 @@ def test_a_server_ends_with_the_process_that_started_it(tmp_path, number):
 def running(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
 
 
@@ -372,6 +432,21 @@ def test_settings_that_cannot_be(tmp_path):
         config.load(file)
     with pytest.raises(config.ConfigError, match="rollout.remote.adress: unknown key"):
         config.load(file, ["rollout.remote={engine: vllm, adress: x}"])
+    for text, message in (
+        ("vllm serve", "expected a program and {model}"),
+        ("vllm serve '{model}", "No closing quotation"),
+        ("", "expected a program"),
+    ):
+        with pytest.raises(config.ConfigError, match=re.escape(message)):
+            config.load(file, ["rollout.remote.concurrency=1", f'rollout.remote.command="{text}"'])
+    for wrong, message in (
+        ("url: ftp://x", "expected http"),
+        ("key_env: NO_SUCH_KEY", "NO_SUCH_KEY"),
+    ):
+        run = Run(config.load(file, [f"rollout.remote={{engine: vllm, {wrong}}}"]), QUIET)
+        with pytest.raises(ServerError, match=message):
+            iterate(run)
+        assert not (run.folder / "iteration_0").exists(), "before any work"
     with pytest.raises(ServerError, match="rollout.remote.url holds a user name"):
         Server(
             Remote(engine="vllm", url="http://me:secret@host"), FOLDER, log=tmp_path / "log",
@@ -382,7 +457,7 @@ def test_settings_that_cannot_be(tmp_path):
 @pytest.mark.slow
 def test_of_two_processes_one_asks_and_one_dead_server_ends_both(serving, tmp_path):
     file = tiny.experiment(tmp_path, output="run", iterations=1, training__learning_rate=1e-3)
-    server = serving("vllm", tmp_path / "model")
+    server = serving("vllm", remote.named(tmp_path / "model"))
     override = f"rollout.remote={{engine: vllm, url: '{server.url}', retries: 0, concurrency: 4}}"
 
     def go(name, devices, processes):

@@ -58,7 +58,7 @@ output=$(printf '%s\\n' "$@" | sed -n 's/^output=//p')
 mkdir -p "$output/iteration_1"
 echo "$* HF_TOKEN=$(sha256sum <<<"$HF_TOKEN" | cut -c1-8) secrets:$(ls "$HOME/.selm/secrets" 2>&1 | wc -l)" >>"$HOME/selm.log"
 if [[ " $* " == *" fail=yes "* ]]; then echo "ERROR: the loss is not finite" >&2; exit 1; fi
-if [[ " $* " == *" stop=once "* && ! -e "$HOME/stopped" ]]; then touch "$HOME/stopped"; exit 75; fi
+if [[ "$*" =~ \\ stop=([0-9]+) && ! -e "$HOME/stopped" ]]; then touch "$HOME/stopped"; exit "${BASH_REMATCH[1]}"; fi
 for step in 1 2 3 4 5 6 7 8; do
   [[ -e $output/iteration_1/step-$step ]] && continue
   while ((step > $(cat "$STANDIN/hold"))); do sleep 0.1; done # until it is preempted

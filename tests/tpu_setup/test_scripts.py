@@ -193,8 +193,9 @@ def test_a_run_that_fails_ends_the_watch_with_its_log(cloud):
 
 
 @pytest.mark.slow
-def test_a_run_that_was_told_to_stop_is_started_again(cloud):
-    done = cloud.script("watch", EXPERIMENT, "stop=once")
+@pytest.mark.parametrize("status", [75, 76, 134])
+def test_a_run_that_was_told_to_stop_or_left_behind_is_started_again(cloud, status):
+    done = cloud.script("watch", EXPERIMENT, f"stop={status}")
     assert done.returncode == 0, done.stdout
     assert cloud.copied()["iteration_1/stage.json"] == '{"steps": 8}\n'
     assert len((cloud.worker(0) / "selm.log").read_text().splitlines()) == 2

@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
@@ -163,7 +163,7 @@ class Endpoint:
 
     async def _post(self, body: Mapping[str, Any], read: Callable[[str], T]) -> T:
         key = api_key(self.key_env)
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        headers = authorization(key)
         raw = bytearray()
         try:
             async with (
@@ -206,6 +206,31 @@ def api_key(key_env: str | None) -> str:
             f"{'no key (it has characters that none has)' if key else 'not set or empty'}."
         )
     return key
+
+
+def authorization(key: str) -> dict[str, str]:
+    """The header that carries an API key; none for an empty one."""
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+async def for_each(todo: Iterable[T], do: Callable[[T], Awaitable[None]], at_once: int) -> None:
+    """`do` for each of them, so many at a time; they are drawn from only as one of these comes free.
+
+    Raises:
+        Exception: the first error of all; nothing more is begun after it.
+    """
+    left = iter(todo)  # shared by the workers
+
+    async def work() -> None:
+        for each in left:
+            await do(each)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(at_once):
+                group.create_task(work())
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
 
 
 def is_here(url: str) -> bool:

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from selm_jax.endpoint import Endpoint, ServerError, api_key, checked_url
+from selm_jax.endpoint import Endpoint, ServerError, api_key, checked_url, for_each
 from selm_jax.feedback.judge_answer import Completion, parse_completion
 from selm_jax.feedback.judge_budget import Budget, Counts, JudgeError, check_number
 from selm_jax.feedback.judge_cache import AnswerCache, request_key
@@ -166,18 +166,12 @@ class Client:
             JudgeError: as `complete`: the first error of all.
         """
         answers: dict[int, T] = {}
-        todo = enumerate(conversations)  # shared by the workers
 
-        async def work() -> None:
-            for i, messages in todo:
-                answers[i] = read(i, await self.complete(messages, **sampling))
+        async def ask(numbered: tuple[int, Messages]) -> None:
+            i, messages = numbered
+            answers[i] = read(i, await self.complete(messages, **sampling))
 
-        try:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(self.concurrency):
-                    group.create_task(work())
-        except ExceptionGroup as errors:
-            raise errors.exceptions[0] from None
+        await for_each(enumerate(conversations), ask, self.concurrency)
         return [answers[i] for i in sorted(answers)]
 
     def forget(

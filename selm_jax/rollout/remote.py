@@ -26,7 +26,16 @@ import numpy as np
 
 from selm_jax import artifacts
 from selm_jax.config import Remote
-from selm_jax.endpoint import Endpoint, ServerError, Tries, api_key, checked_url, is_here
+from selm_jax.endpoint import (
+    Endpoint,
+    ServerError,
+    Tries,
+    api_key,
+    authorization,
+    checked_url,
+    for_each,
+    is_here,
+)
 from selm_jax.rollout import keeper
 from selm_jax.rollout.engine import Request, Response
 from selm_jax.rollout.sampling import Sampling
@@ -220,13 +229,12 @@ class Server:
         self.stop_ids, self.vocabulary = tuple(stop_ids), vocabulary
         self._root = str(checked_url(settings.url, "rollout.remote.url")).rstrip("/")
         self._process: subprocess.Popen[bytes] | None = None
-        self._name = ""
 
     def __enter__(self) -> Server:  # noqa: PYI034  (beartype takes no Self on a method)
         if self.settings.command is not None:
             self._start(self.settings.command)
         try:
-            self._name = self._wait()
+            self._wait()
         except BaseException:
             self._stop()
             raise
@@ -251,37 +259,31 @@ class Server:
             ServerError: an answer could not be had, or is none of this model, or the server has
                 another one by now.
         """
-        self._name = self._wait()
-        return asyncio.run(self._answers(requests, seed, iteration, progress))
+        return asyncio.run(self._answers(self._wait(), requests, seed, iteration, progress))
 
-    async def _answers(self, requests, seed, iteration, progress) -> list[Response]:
+    async def _answers(self, name, requests, seed, iteration, progress) -> list[Response]:
         s, found = self.settings, []
-        todo = iter([(request, sample) for request in requests for sample in request.wanted()])
+        todo = [(request, sample) for request in requests for sample in request.wanted()]
         endpoint = Endpoint(
             self._root + self.dialect.generate, key_env=s.key_env, concurrency=s.concurrency,
             timeout=s.timeout, retries=s.retries,
         )  # fmt: skip
         endpoint.tries = self.tries
 
-        async def work() -> None:
-            for request, sample in todo:  # shared by the workers
-                number = _seed(seed, iteration, request.drawn_by, sample)
-                body = self.dialect.body(
-                    self._name, request.prompt, self.sampling if sample else None,
-                    self.max_new_tokens, self.stop_ids, number,
-                )  # fmt: skip
-                said = await endpoint.ask(body, self._read)
-                response = Response(request.index, sample, *self._ended(said))
-                found.append(response)
-                progress(1, len(response.tokens))
+        async def ask(one: tuple[Request, int]) -> None:
+            request, sample = one
+            number = _seed(seed, iteration, request.drawn_by, sample)
+            body = self.dialect.body(
+                name, request.prompt, self.sampling if sample else None, self.max_new_tokens,
+                self.stop_ids, number,
+            )  # fmt: skip
+            said = await endpoint.ask(body, self._read)
+            response = Response(request.index, sample, *self._ended(said))
+            found.append(response)
+            progress(1, len(response.tokens))
 
         async with endpoint:
-            try:
-                async with asyncio.TaskGroup() as group:
-                    for _ in range(s.concurrency):
-                        group.create_task(work())
-            except ExceptionGroup as errors:
-                raise errors.exceptions[0] from None
+            await for_each(todo, ask, s.concurrency)
         return sorted(found, key=lambda r: (r.index, r.sample))
 
     def _read(self, text: str) -> Said:
@@ -378,8 +380,7 @@ class Server:
     def _serves(self) -> dict[str, str] | None:
         """The folders that the server serves, by name; None if it does not answer, or not yet; none
         of them if it is of another kind."""
-        key = api_key(self.settings.key_env)
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        headers = authorization(api_key(self.settings.key_env))
         try:
             answer = httpx2.get(
                 self._root + self.dialect.model, headers=headers, timeout=10,

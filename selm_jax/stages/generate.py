@@ -15,16 +15,14 @@ from selm_jax import artifacts
 from selm_jax.parallel import multihost
 from selm_jax.rollout.engine import Request, Response
 from selm_jax.rollout.remote import Server, named
-from selm_jax.rollout.sampling import Sampling
 from selm_jax.run import Run
 from selm_jax.text.prompts import Prompt
 
 Counts = dict[str, Any]
 Advance = Callable[[int, int], None]  # responses and tokens since the last call
 Write = Callable[[Sequence[Response]], None]
-Answer = Callable[
-    [int, Sequence[Request], Write], None
-]  # answers a part's requests, and writes them
+# Answers the requests of a part, by its number, and writes them.
+Answer = Callable[[int, Sequence[Request], Write], None]
 
 RESPONSES = pa.schema(
     [
@@ -105,15 +103,15 @@ def _here(run: Run, t: int, advance: Advance) -> Iterator[Answer]:
 @contextlib.contextmanager
 def _by_server(run: Run, t: int, advance: Advance) -> Iterator[Answer]:
     """A server that the first process asks, and starts if it is to; that process writes."""
-    settings, r = run.experiment.rollout.remote, run.experiment.rollout
+    settings, engine = run.experiment.rollout.remote, run.engine  # the one that it stands in for
     assert settings is not None
     policy = Server(
         settings,
         Path(multihost.on_first(lambda: str(named(run.policy(t - 1))))),
         log=run.folder / "server.log",
-        sampling=Sampling(r.temperature, r.top_k, r.top_p, r.min_p),
-        max_new_tokens=r.max_new_tokens,
-        stop_ids=run.stop_ids,
+        sampling=engine.sampling,
+        max_new_tokens=engine.max_new_tokens,
+        stop_ids=engine.stop_ids,
         vocabulary=run.config.vocab_size,
         say=lambda text: run.console.print(f"iteration {t}  generate: {text}", soft_wrap=True),
     )

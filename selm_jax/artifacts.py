@@ -21,6 +21,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from selm_jax import jsonl
+
 
 class ArtifactError(RuntimeError):
     """A run folder that cannot be gone on with. The message says what to do."""
@@ -247,16 +249,36 @@ def _link(source: Path, target: Path) -> None:
         one(str(source), str(target))
 
 
+def read_lines(path: Path) -> list[Any]:
+    """The values of a file of JSON lines; none if there is no such file.
+
+    Raises:
+      ArtifactError: a line is not JSON.
+    """
+    if not path.exists():
+        return []
+    found = []
+    for line in jsonl.lines(path.read_bytes()):
+        try:
+            found.append(line.value())
+        except jsonl.JsonError as error:
+            raise ArtifactError(
+                f"{path}, line {line.number}: not JSON: {error}. Take the line away, or put the "
+                "file back as it was written."
+            ) from error
+    return found
+
+
 def rewrite_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     """Keeps the JSON lines that satisfy `keep`; a torn last line goes too."""
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in jsonl.lines(path.read_bytes()):
         try:
-            if keep(json.loads(line)):
-                kept.append(line)
-        except json.JSONDecodeError:
+            if keep(line.value()):
+                kept.append(line.text)
+        except jsonl.JsonError:
             continue  # torn by a kill: the step that wrote it runs again
     write_text(path, "".join(line + "\n" for line in kept))
 

@@ -579,9 +579,7 @@ class Run:
 
     def model_card(self, t: int) -> str:
         """The README.md of the policy after iteration t."""
-        lines = self.metrics_file.read_text().splitlines() if self.metrics_file.exists() else []
-        metrics = [json.loads(line) for line in lines]
-        rates = self.objective.rates
+        rates, metrics = self.objective.rates, artifacts.read_lines(self.metrics_file)
         return model_card(self.experiment, self.folder.name, t, self.start.origin, metrics, rates)
 
     @cached_property
@@ -590,8 +588,7 @@ class Run:
 
     def logged(self, stage: str, t: int) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl that a stage of iteration t has written."""
-        lines = self.metrics_file.read_text().splitlines() if self.metrics_file.exists() else []
-        found = map(json.loads, lines)
+        found = artifacts.read_lines(self.metrics_file)
         return [line for line in found if (line["stage"], line["iteration"]) == (stage, t)]
 
     def log(self, stage: str, t: int, metrics: Mapping[str, Any]) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from selm_jax import artifacts
+from selm_jax import artifacts, jsonl
 from selm_jax.annotate.agreement import alpha, shares
 from selm_jax.annotate.store import AnnotationError, Item, Store
 
@@ -150,16 +150,15 @@ def _read(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         for n, row in enumerate(pq.read_table(file).to_pylist(), 1):
             yield f"{file}, row {n}", row
         return
-    for n, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
+    for line in jsonl.lines(file.read_bytes()):
+        where = f"{file}, line {line.number}"
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise AnnotationError(f"{file}, line {n}: not JSON: {error}.") from error
+            row = line.value()
+        except jsonl.JsonError as error:
+            raise AnnotationError(f"{where}: not JSON: {error}.") from error
         if not isinstance(row, dict):
-            raise AnnotationError(f"{file}, line {n}: found {row!r}; expected an object.")
-        yield f"{file}, line {n}", row
+            raise AnnotationError(f"{where}: found {row!r}; expected an object.")
+        yield where, row
 
 
 def _parse(row: Mapping[str, Any], where: str) -> tuple[tuple[tuple[str, str], ...], str, str]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from selm_jax import artifacts
+from selm_jax import artifacts, jsonl
 from selm_jax.evaluation import EvaluationError
 from selm_jax.evaluation.cost import Cost
 from selm_jax.evaluation.model import Found, Model
@@ -170,17 +170,15 @@ def read(file: Path) -> list[Stored]:
       EvaluationError: no such file, a line that is no answer, or two of one prompt and sample.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        raw = file.read_bytes()
+    except OSError as error:
         raise EvaluationError(f"{file}: answers cannot be read: {error}") from error
     found: dict[tuple[str, int], Stored] = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        one = _parsed(line, f"{file}, line {number}")
+    for line in jsonl.lines(raw):
+        one = _parsed(line, f"{file}, line {line.number}")
         if (one.prompt_id, one.sample) in found:
             raise EvaluationError(
-                f"{file}, line {number}: a second answer {one.sample} to prompt {one.prompt_id!r}; "
+                f"{file}, line {line.number}: a second answer {one.sample} to prompt {one.prompt_id!r}; "
                 "several answers to one prompt have different numbers as `sample`"
             )
         found[one.prompt_id, one.sample] = one
@@ -189,9 +187,9 @@ def read(file: Path) -> list[Stored]:
     return list(found.values())
 
 
-def _parsed(line: str, where: str) -> Stored:
+def _parsed(line: jsonl.Line, where: str) -> Stored:
     try:
-        row = json.loads(line)
+        row = line.value()
         if "messages" not in row:
             row["messages"] = [{"role": "user", "content": row["prompt"]}]
         messages = tuple(Message(str(m["role"]), str(m["content"])) for m in row["messages"])

@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from selm_jax import jsonl
 from selm_jax.evaluation import EvaluationError
 from selm_jax.evaluation.model import Model
 
@@ -36,12 +37,12 @@ class Journal:
         raw = file.read_bytes()
         whole = raw.rpartition(b"\n")[0] + b"\n" if b"\n" in raw else b""
         self._whole = len(whole)
-        for number, line in enumerate(whole.split(b"\n")[:-1], 1):
+        for line in jsonl.lines(whole):
             try:
-                self._take(json.loads(line))
+                self._take(line.value())
             except (ValueError, LookupError, TypeError, AttributeError) as error:
                 raise EvaluationError(
-                    f"{file}, line {number}: {type(error).__name__}: {error}. It was not written "
+                    f"{file}, line {line.number}: {type(error).__name__}: {error}. It was not written "
                     "here, or was changed since; take the line away, or name another folder."
                 ) from error
 
@@ -76,9 +77,9 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     text = read_text(file)
     try:
         if text.lstrip().startswith("["):
-            rows = json.loads(text)
+            rows = jsonl.value(text)
         else:
-            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+            rows = [line.value() for line in jsonl.lines(text.encode())]
     except ValueError as error:
         raise EvaluationError(f"{file}: no JSON: {error}.") from error
     if not rows or not all(isinstance(row, dict) for row in rows):

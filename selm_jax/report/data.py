@@ -19,6 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from selm_jax import jsonl
+
 
 class ReportError(ValueError):
     """What runs have left cannot be shown, or not together. The message says what and why."""
@@ -340,19 +342,18 @@ def _metric_lines(path: Path, notes: list[str]) -> Iterator[tuple[str, dict[str,
     if not path.is_file():
         notes.append("metrics.jsonl is not there yet: nothing was trained or evaluated so far.")
         return
-    lines = path.read_text(encoding="utf-8").split("\n")
-    for number, text in enumerate(lines, 1):
-        if not text.strip():
-            continue
-        where = f"{path}, line {number}"
+    for line in jsonl.lines(path.read_bytes()):
+        where = f"{path}, line {line.number}"
         try:
-            line = json.loads(text)
-        except json.JSONDecodeError as error:
-            if number == len(lines):  # no newline behind it: the run is writing it right now
-                notes.append(f"The last line of metrics.jsonl (line {number}) is half written.")
+            found = line.value()
+        except jsonl.JsonError as error:
+            if not line.ended:  # the run is writing it right now
+                notes.append(
+                    f"The last line of metrics.jsonl (line {line.number}) is half written."
+                )
                 return
             raise ReportError(f"{where} is not JSON: {error}") from error
-        yield where, _mapping(line, path, f"line {number}")
+        yield where, _mapping(found, path, f"line {line.number}")
 
 
 def _yaml(path: Path, text: str) -> Any:

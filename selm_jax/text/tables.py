@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, NoReturn
@@ -17,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
+from selm_jax import jsonl
 from selm_jax.words import did_you_mean
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
@@ -126,27 +126,22 @@ def _object(value: Any) -> Mapping[str, Any] | BadRow:
 
 
 def _jsonl(file: epath.Path) -> Iterator[Row]:
-    number = 0
-    # Only \n ends a line: str.splitlines would also cut at characters that JSON allows in a text.
-    for line_number, line in enumerate(_text(file).split("\n"), start=1):
-        if not line.strip():
-            continue
-        number += 1
+    for number, line in enumerate(jsonl.lines(_text(file).encode()), start=1):
         try:
-            values = _object(json.loads(line))
-        except json.JSONDecodeError as error:
-            values = BadRow("invalid JSON", None, f"{error.msg} at character {error.colno}.")
-        yield Row(str(file), number, line_number, values)
+            values = _object(line.value())
+        except jsonl.JsonError as error:
+            values = BadRow("invalid JSON", None, f"{error}.")
+        yield Row(str(file), number, line.number, values)
 
 
 def _json(file: epath.Path) -> Iterator[Row]:
     try:
-        rows = json.loads(_text(file))
-    except json.JSONDecodeError as error:
+        rows = jsonl.value(_text(file))
+    except jsonl.JsonError as error:
         hint = ""
-        if error.msg == "Extra data":
+        if str(error).startswith("Extra data"):
             hint = " If each line is an object of its own, name the file .jsonl."
-        raise DataError(f"{file}, line {error.lineno}: invalid JSON: {error.msg}.{hint}") from error
+        raise DataError(f"{file}: invalid JSON: {error}.{hint}") from error
     if not isinstance(rows, list):
         raise DataError(f"{file}: found {type(rows).__name__}, expected a list of objects.")
     for number, value in enumerate(rows, start=1):

@@ -283,6 +283,18 @@ class TestExchange:
             prompts = load_prompts(str(file))
             assert [p.chosen for p in prompts] == [item(i, 2).answers[0] for i in range(3)]
 
+    def test_separators_inside_a_text_end_no_line(self, store, tmp_path):
+        asked = Item("p", (("user", "One\u2028two\x85three"),), ("a\u2029b", "c"))
+        store.put(BATCH, [asked])
+        rows = [
+            {"prompt": [{"role": "user", "content": "One\u2028two\x85three"}],
+             "chosen": [{"role": "assistant", "content": "a\u2029b"}],
+             "rejected": [{"role": "assistant", "content": "c"}]},
+        ]  # fmt: skip
+        file = tmp_path / "in.jsonl"
+        file.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), "utf-8")
+        assert import_pairs(store, BATCH, file) == {"rows": 1, "rankings": 1}
+
     def test_what_cannot_be_read_is_refused_whole(self, store, item, tmp_path):
         store.put(BATCH, [item(0)])
 

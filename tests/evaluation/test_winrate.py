@@ -168,6 +168,13 @@ def test_bad_files_of_answers_are_named(files, tmp_path, how, says):
     assert not (tmp_path / "out").exists()
 
 
+def test_answers_come_back_whatever_ends_a_line_elsewhere(tmp_path):
+    asked = (Message("user", "One\u2028two"),)
+    wrote = [Stored("p\x85", asked, 0, "a\u2029b\x0cc\rd", row={"note": "x\u2028y"})]
+    write(tmp_path / "one.jsonl", wrote, "model")
+    assert read(tmp_path / "one.jsonl") == wrote
+
+
 @pytest.fixture
 def scripted(judge, tmp_path):
     """The settings of a judge whose verdict is `verdict(first, second)`, or of the one response."""

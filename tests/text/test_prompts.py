@@ -316,7 +316,7 @@ def test_unreadable_files(tmp_path):
     cases = {
         "x.txt": (b"hello", "known kinds"),
         "x.parquet": (b"PAR1 but not really", "cannot be read as parquet"),
-        "x.json": (b'{"prompt": "a"}\n{"prompt": "b"}', "line 2: invalid JSON.*jsonl"),
+        "x.json": (b'{"prompt": "a"}\n{"prompt": "b"}', "invalid JSON: .*line 2, .*jsonl"),
         "y.json": (b'{"prompt": "a"}', "found dict, expected a list"),
         "x.jsonl": (b'{"prompt": "a"}\n{"prompt": "\xff"}', "line 2: not UTF-8"),
         "x.csv": (b'prompt,n\n"a"b,1\n', "line 2: invalid CSV"),

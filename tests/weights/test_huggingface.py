@@ -236,7 +236,7 @@ def test_indexed_checkpoints(folder, random_params):
 
 def test_an_index_that_is_no_index(folder):
     path, config, _ = folder
-    for text in ("{", "[]", "{}", '{"weight_map": 3}'):
+    for text in ("", "{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": "../b"}}'):
         (path / "model.safetensors.index.json").write_text(text)
         with pytest.raises(WeightsError, match=r"model\.safetensors\.index\.json"):
             load(path, config)

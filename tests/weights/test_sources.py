@@ -54,6 +54,12 @@ def said(console):
     return console.file.getvalue()
 
 
+def index(folder, text):
+    """The model's file under another name, and an index."""
+    (folder / "model.safetensors").rename(folder / "part.safetensors")
+    (folder / "model.safetensors.index.json").write_text(text)
+
+
 # --- folders ----------------------------------------------------------------------------------
 
 
@@ -80,7 +86,7 @@ def test_a_folders_digest_sees_names_and_contents(model, tmp_path, cache):
     digests = [
         digest(lambda f: (f / "notes.md").write_text("not part of the model")),
         digest(lambda f: (f / "config.json").write_text(other)),
-        digest(lambda f: (f / "model.safetensors").rename(f / "other.safetensors")),
+        digest(lambda f: (f / "generation_config.json").rename(f / "other.json")),
         digest(lambda f: (f / "chat_template.jinja").unlink()),
     ]
     assert digests[0] == resolve(str(model), cache=cache).origin["sha256"]
@@ -91,7 +97,10 @@ def test_a_folders_digest_sees_names_and_contents(model, tmp_path, cache):
     ("spoil", "messages"),
     [
         (lambda f: (f / "config.json").unlink(), ["config.json is missing", "It holds: chat_"]),
-        (lambda f: (f / "model.safetensors").unlink(), ["no *.safetensors", "tokenizer.json"]),
+        (
+            lambda f: (f / "model.safetensors").unlink(),
+            ["neither model.safetensors nor", "tokenizer.json"],
+        ),
         (lambda f: [e.unlink() for e in f.iterdir()], ["config.json is", "It holds: nothing"]),
         (
             lambda f: [(f / n).unlink() for n in ("tokenizer.json", "tokenizer_config.json")],
@@ -106,14 +115,14 @@ def test_a_folders_digest_sees_names_and_contents(model, tmp_path, cache):
             ["model.safetensors is damaged or cut off"],
         ),
         (
-            lambda f: (f / "model.safetensors.index.json").write_text(
-                json.dumps({"weight_map": {"a": "model.safetensors", "b": "part-2.safetensors"}})
+            lambda f: index(
+                f, json.dumps({"weight_map": {"a": "part.safetensors", "b": "part-2.safetensors"}})
             ),
             ["part-2.safetensors is missing (model.safetensors.index.json names it)"],
         ),
         (
-            lambda f: (f / "model.safetensors.index.json").write_text("{}"),
-            ["model.safetensors.index.json cannot be read: KeyError"],
+            lambda f: index(f, "{}"),
+            ["model.safetensors.index.json: not an index of safetensors files (KeyError"],
         ),
     ],
 )
@@ -556,7 +565,7 @@ def test_hub_snapshot_is_pinned_and_outlives_the_network(hub, tmp_path):
 def test_hub_repository_without_safetensors(hub, tmp_path):
     del hub.files["model.safetensors"]
     (found,) = apart(tmp_path, ("tiny/Model", None), endpoint=hub.address)
-    assert "no *.safetensors (pickled weights such as *.bin are not read)" in found["error"]
+    assert "(pickled weights such as *.bin are not read)" in found["error"]
 
 
 def test_a_download_that_breaks_off_is_no_reason_for_other_weights(hub, tmp_path):

@@ -81,7 +81,7 @@ install_steps() {
   mkdir -p "$target"
   ln -sfn "$target" "$RUNS"
   make_venv
-  "$VENV/bin/pip" install --quiet "$HOME/selm[tpu]"
+  "$VENV/bin/pip" install --quiet -c "$HOME/selm/constraints.txt" "$HOME/selm[tpu]"
 }
 
 # --- the bucket -------------------------------------------------------------------------------------

@@ -42,9 +42,10 @@ def test_watch_takes_an_empty_project_to_a_finished_run(cloud):
                  "--runtime-version=v2-alpha-tpuv5", "--project=my-project"):  # fmt: skip
         assert flag in create
     for k in (0, 1):
+        selm = cloud.worker(k) / "selm"
         assert (
             cloud.worker(k) / "pip.log"
-        ).read_text() == f"pip install --quiet {cloud.worker(k)}/selm[tpu]\n"
+        ).read_text() == f"pip install --quiet -c {selm}/constraints.txt {selm}[tpu]\n"
         (line,) = (cloud.worker(k) / "selm.log").read_text().splitlines()
         assert line.startswith(f"run {EXPERIMENT} output=runs/quickstart seed=7 HF_TOKEN=")
         assert (cloud.worker(k) / "selm/pyproject.toml").exists()

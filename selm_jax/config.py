@@ -47,10 +47,12 @@ class Model:
 
 @dataclass(frozen=True, config=_STRICT)
 class Data:
-    train: str  # .jsonl, .json, .csv, .parquet or a Hub data set
+    train: str  # .jsonl, .json, .csv, .tsv, .parquet, .arrow, a folder, or a Hub data set
     heldout: str | None = None  # prompts for evaluation; None evaluates nothing
     train_split: str | None = None  # of a Hub data set
     heldout_split: str | None = None
+    train_config: str | None = None  # configuration of a Hub data set, where it has several
+    heldout_config: str | None = None
     revision: str | None = None
     prompt: str = "prompt"  # column: text, or a list of messages
     prompt_id: str = "prompt_id"  # column; where it is absent ids are digests of the prompts
@@ -59,6 +61,10 @@ class Data:
     chosen_score: str | None = None  # columns of numbers: what the two answers are worth. For
     rejected_score: str | None = None  # `margin` of bradley_terry; the second alone is 0 unsaid
     system: str | None = None  # system message put before every prompt
+    system_column: str | None = (
+        "system"  # column of each row's own, if there is one and `system` is
+    )
+    # null; null: no column is read so
     portions: int | None = None  # iteration t takes the t-th of so many parts; None: one each
     first_portion: int = 1  # the first iteration's: 2 leaves out what a warm start was trained on
     skip: int = 0  # rows at the front that no portion is cut from
@@ -312,6 +318,11 @@ def _inconsistencies(e: Experiment):
         yield (
             f"data.portions: {e.portions} portions cannot feed {e.iterations} iterations from "
             f"data.first_portion: {e.data.first_portion} on"
+        )
+    if e.data.system is not None and e.data.system_column not in (None, "system"):
+        yield (
+            f"data.system_column: {e.data.system_column} is to hold each row's system message, and "
+            "data.system is one for all; set one of them"
         )
     if "loss" not in e.objective:
         yield "objective.loss: missing; it names the loss, for instance `selm` or `dpo`"

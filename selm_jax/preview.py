@@ -82,6 +82,8 @@ def preview(run: Run, t: int, count: int) -> None:
     console, found = run.console, collect(run, t)
     e = run.experiment
     console.print(f"iteration {t}, layout {e.text.layout}: {found.source}", soft_wrap=True)
+    for line in run.told_of_rows():
+        console.print(line, style="yellow", soft_wrap=True)
     for change in found.changed:
         console.print(f"made with other settings: {change}", style="yellow", soft_wrap=True)
     if _has_colour(console):

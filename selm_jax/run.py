@@ -13,7 +13,7 @@ import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -50,7 +50,7 @@ from selm_jax.rollout.engine import Engine, decoding_params, decoding_shardings
 from selm_jax.rollout.sampling import Sampling
 from selm_jax.text.answers import check_answers, longest_answered
 from selm_jax.text.chat import Chat, ChatError
-from selm_jax.text.prompts import Message, Prompt, PromptSet, digest, load_prompts, portion
+from selm_jax.text.prompts import Message, Prompt, PromptSet, digest, load_data, portion
 from selm_jax.training.optimizer import optimizer
 from selm_jax.training.update import Shardings, Update, make_update
 from selm_jax.weights import sources
@@ -382,12 +382,7 @@ class Run:
 
     @cached_property
     def all_prompts(self) -> PromptSet:
-        d = self.experiment.data
-        return self._read_prompts(
-            d.train, split=d.train_split, prompt=d.prompt, prompt_id=d.prompt_id, chosen=d.chosen,
-            rejected=d.rejected, revision=d.revision, on_bad_row=d.on_bad_row,
-            duplicate_ids=d.duplicate_ids,
-        )  # fmt: skip
+        return self._read_prompts("train")
 
     def prompts(self, t: int) -> list[Prompt]:
         """Those of iteration t: the usable ones among its rows."""
@@ -425,20 +420,15 @@ class Run:
         d = self.experiment.data
         if d.heldout is None:
             return PromptSet(())
-        pairs = self.objective.rates  # which are then what is looked at
-        return self._read_prompts(
-            d.heldout, split=d.heldout_split, prompt=d.prompt, prompt_id=d.prompt_id,
-            chosen=d.chosen if pairs else None, rejected=d.rejected if pairs else None,
-            revision=d.revision, on_bad_row=d.on_bad_row,
-            duplicate_ids=d.duplicate_ids if pairs else "error",
-        )  # fmt: skip
+        return self._read_prompts("heldout", pairs=self.objective.rates)  # are what is looked at
 
-    def _read_prompts(self, *source: str, **columns: Any) -> PromptSet:
-        found = multihost.first_then_others(lambda: load_prompts(*source, **columns))
-        multihost.check_same(f"digest of {source[0]}", lambda: digest(found))
-        if self.experiment.data.on_bad_row == "error" or self.objective.rates:
+    def _read_prompts(self, part: Literal["train", "heldout"], pairs: bool = True) -> PromptSet:
+        d = self.experiment.data
+        found = multihost.first_then_others(lambda: load_data(d, part, pairs=pairs))
+        multihost.check_same(f"digest of {getattr(d, part)}", lambda: digest(found))
+        if d.on_bad_row == "error" or self.objective.rates:
             return found  # a prompt that is too long is an error, or nothing is generated
-        return self._without_long(found, source[0])
+        return self._without_long(found, getattr(d, part))
 
     def _without_long(self, found: PromptSet, name: str) -> PromptSet:
         limit = self.experiment.rollout.max_prompt_tokens
@@ -480,11 +470,8 @@ class Run:
             )
         if self.objective.rates:
             self._check_rated()
-        for name, rows in ((e.data.train, self.all_prompts), (e.data.heldout, self._heldout_rows)):
-            for reason, numbers in rows.dropped.items():
-                self.console.print(
-                    f"{name}: rows left out, {reason}: {len(numbers):,}", soft_wrap=True
-                )
+        for line in self.told_of_rows():
+            self.console.print(line, soft_wrap=True)
         if self.quantized is not None:
             check_installed()
         if e.training.rows % (self.mesh.shape["data"] * self.mesh.shape["fsdp"]):
@@ -507,6 +494,15 @@ class Run:
                 "smaller than its resolution, and most parameters will not move",
                 style="yellow",
             )
+
+    def told_of_rows(self) -> Iterator[str]:
+        """What was done with rows and columns of the data that is not as somebody may expect."""
+        d = self.experiment.data
+        for name, rows in ((d.train, self.all_prompts), (d.heldout, self._heldout_rows)):
+            for note in rows.notes:
+                yield f"{name}: {note}"
+            for reason, numbers in rows.dropped.items():
+                yield f"{name}: rows left out, {reason}: {len(numbers):,}"
 
     def _check_rated(self) -> None:
         """What a reward model's training asks of the experiment."""

@@ -24,7 +24,7 @@ from selm_jax.feedback.ranker import Question
 from selm_jax.progress import bar
 from selm_jax.rollout.sampling import Sampling
 from selm_jax.text.conversations import Message, Prompt, canonical_json
-from selm_jax.text.prompts import digest, load_prompts
+from selm_jax.text.prompts import digest, load_data, load_prompts
 
 
 @dataclass(frozen=True)
@@ -93,10 +93,7 @@ def prompts_of(
     else:
         d = experiment.data
         system, limit = d.system, limit or d.heldout_limit
-        prompts = load_prompts(
-            str(d.heldout), split=d.heldout_split, prompt=d.prompt, prompt_id=d.prompt_id,
-            revision=d.revision, on_bad_row=d.on_bad_row,
-        )  # fmt: skip
+        prompts = load_data(d, "heldout", pairs=False)
     before = () if system is None else (Message("system", system),)
     return [
         Prompt(p.id, (*before, *p.messages), p.chosen, p.rejected, p.row) for p in prompts[:limit]

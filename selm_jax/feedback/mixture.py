@@ -28,6 +28,7 @@ from selm_jax.feedback.ranker import (
     Question,
     Ranker,
     build,
+    check_asked,
     check_scores,
     folders_of,
     is_relative,
@@ -101,6 +102,11 @@ class Mixture:
     @property
     def together(self) -> int:
         return math.lcm(*(prompts_together(part.ranker) for part in self.parts))
+
+    def check(self, questions: Sequence[Question]) -> None:
+        """Raises FeedbackError for rows that a part cannot use."""
+        for part in self.parts:
+            check_asked(part.ranker, questions)
 
     def scores(
         self, questions: Sequence[Question], candidates: Sequence[Sequence[str]]

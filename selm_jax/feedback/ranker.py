@@ -6,6 +6,7 @@ the number belongs to the ranker: only comparisons within one prompt are used fo
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -45,7 +46,7 @@ class Question:
     Attributes:
         prompt: text of the last user turn.
         messages: the whole conversation; objects with `.role` and `.content`.
-        row: the dataset row's other columns, by name.
+        row: the dataset row's other columns, by name; lists and objects among them.
         id: names the prompt in files and in errors.
     """
 
@@ -53,6 +54,10 @@ class Question:
     messages: tuple[Any, ...]
     row: Mapping[str, Any]
     id: str
+
+    def own_row(self) -> dict[str, Any]:
+        """A copy of the row: a rule that adds to it, or to a list in it, reaches no other call."""
+        return copy.deepcopy(dict(self.row))
 
 
 @runtime_checkable  # so that a run-time check of annotations can read it
@@ -63,7 +68,8 @@ class Ranker(Protocol):
     such as requests and cost, which are added up where it is asked in parts; see `reported`. And
     attributes: `relative`, true if its scores compare the candidates that were given together
     (`is_relative`); `together`, of one that reads prompts in groups (`prompts_together`);
-    `folders`, of the models that it reads, on whose bytes its scores depend (`folders_of`).
+    `folders`, of the models that it reads, on whose bytes its scores depend (`folders_of`). And a
+    method `check(questions)`, which raises for rows that it will not be able to use (`check_asked`).
     """
 
     @property
@@ -129,6 +135,17 @@ def is_relative(ranker: Ranker) -> bool:
 def folders_of(ranker: Ranker) -> tuple[Path, ...]:
     """The folders of the models that a ranker is, if it is any."""
     return getattr(ranker, "folders", ())
+
+
+def check_asked(ranker: Ranker, questions: Sequence[Question]) -> None:
+    """Has a ranker that reads the rows' columns look at them before anything is paid for.
+
+    Raises:
+        FeedbackError: it cannot use a row; the message names the prompt.
+    """
+    check = getattr(ranker, "check", None)
+    if check is not None:
+        check(questions)
 
 
 def prompts_together(ranker: Ranker) -> int:

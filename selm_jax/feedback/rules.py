@@ -20,6 +20,7 @@ from selm_jax.feedback.ranker import (
     check_questions,
     check_scores,
 )
+from selm_jax.text.cells import shortened, structure
 from selm_jax.words import did_you_mean
 
 _FLAGS = {
@@ -37,12 +38,24 @@ class RuleRanker:
 
     Attributes:
         name: names the rule in reports and errors.
-        function: `(prompt, response, row) -> number`; `row` is a fresh dict at every call, so a
-            rule that adds to it cannot reach the next candidate.
+        function: `(prompt, response, row) -> number`; `row` is a copy at every call, so a rule that
+            adds to it cannot reach the next candidate.
+        check_row: raises FeedbackError for a row that the function could not use.
     """
 
     name: str
     function: Callable[[str, str, dict[str, Any]], Any]
+    check_row: Callable[[Mapping[str, Any]], Any] = lambda row: None
+
+    def check(self, questions: Sequence[Question]) -> None:
+        """Raises FeedbackError, with the prompt's id, for the first row that cannot be used."""
+        for question in questions:
+            try:
+                self.check_row(question.row)
+            except FeedbackError as error:
+                raise FeedbackError(
+                    f"ranker {self.name!r}, prompt {question.id!r}: {error}"
+                ) from error
 
     def scores(
         self, questions: Sequence[Question], candidates: Sequence[Sequence[str]]
@@ -63,7 +76,7 @@ class RuleRanker:
     def _one(self, question: Question, index: int, response: str) -> Any:
         where = f"ranker {self.name!r}, prompt {question.id!r}, candidate {index}"
         try:
-            return self.function(question.prompt, response, dict(question.row))
+            return self.function(question.prompt, response, question.own_row())
         except FeedbackError as error:
             raise FeedbackError(f"{where}: {error}") from error
         except Exception as error:
@@ -169,6 +182,7 @@ def verifiable(
             too many and asterisks.
         ids: the row's column of instruction ids, such as `punctuation:no_comma`.
         kwargs: the row's column of their arguments: for each id a mapping, None for those unused.
+            Both columns may also be kept as text, in JSON or as Python prints them.
         instructions: arguments by id, the same for every prompt, in place of the row's columns:
             `{punctuation:no_comma: {}}`.
 
@@ -213,7 +227,11 @@ def verifiable(
             ) from error
         return getattr(scores, score)
 
-    return RuleRanker("verifiable", follows)
+    def check_row(row: Mapping[str, Any]) -> None:
+        if for_all is None:
+            _of_row(row, ids, kwargs, INSTRUCTION_DICT)
+
+    return RuleRanker("verifiable", follows, check_row)
 
 
 def _of_row(
@@ -227,9 +245,19 @@ def _of_row(
                 f"{', '.join(row) or 'none'}."
             )
     try:
-        return _checked(list(row[ids]), list(row[kwargs]), known)
+        return _checked(_listed(row, ids, str), _listed(row, kwargs, dict), known)
     except FeedbackError as error:
         raise FeedbackError(f"columns {ids!r} and {kwargs!r}: {error}") from error
+
+
+def _listed(row: Mapping[str, Any], column: str, kind: type) -> list[Any]:
+    """The column's list, of things of one kind or of None."""
+    value = row[column]
+    found = structure(value) if isinstance(value, str) else value
+    if not isinstance(found, list | tuple) or not all(isinstance(x, kind | None) for x in found):
+        name = {str: "texts", dict: "objects"}[kind]
+        raise FeedbackError(f"{column!r} is {shortened(value)}; expected a list of {name}.")
+    return list(found)
 
 
 def _checked(

@@ -117,11 +117,11 @@ class FunctionRanker:
         ]
         if self.batch is None:
             for place, question, text in each:
-                yield Call((question.prompt, text, dict(question.row)), (place,), False)
+                yield Call((question.prompt, text, question.own_row()), (place,), False)
             return
         for start in range(0, len(each), self.batch):
             places, asked, texts = zip(*each[start : start + self.batch], strict=True)
-            arguments = ([q.prompt for q in asked], list(texts), [dict(q.row) for q in asked])
+            arguments = ([q.prompt for q in asked], list(texts), [q.own_row() for q in asked])
             yield Call(arguments, places, True)
 
 

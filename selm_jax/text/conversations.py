@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from selm_jax.text.cells import carried, check, shortened, unwrapped
 from selm_jax.text.tables import BadRow, DataError, Row
 from selm_jax.words import did_you_mean
 
@@ -32,15 +32,15 @@ class Prompt:
       messages: the conversation up to and including the last user turn.
       chosen: the preferred answer's text, if the data has one.
       rejected: the other answer's text, if the data has one.
-      row: the other columns that hold text, a number, a truth value, a date (as ISO text) or
-        nothing. Rules and reports may read them. Columns of lists or objects are not kept.
+      row: the other columns: text, numbers, truth values, dates (as ISO text), nothing, and lists
+        and objects of these. Rules and reports may read them. Columns of bytes are not kept.
     """
 
     id: str
     messages: tuple[Message, ...]
     chosen: str | None = None
     rejected: str | None = None
-    row: Mapping[str, str | int | float | bool | None] = dataclasses.field(default_factory=dict)
+    row: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Columns(NamedTuple):
@@ -50,6 +50,7 @@ class Columns(NamedTuple):
     prompt_id: str | None
     chosen: str | None
     rejected: str | None
+    system: str | None = None
 
 
 def choose_columns(
@@ -60,6 +61,7 @@ def choose_columns(
     prompt_id: str,
     chosen: str | None,
     rejected: str | None,
+    system: str | None = None,
 ) -> Columns:
     """Settles which columns are read. The arguments are those of `load_prompts`.
 
@@ -87,7 +89,7 @@ def choose_columns(
     if chosen and prompt == "prompt" and prompt not in there:
         implicit = True
         for row, values in readable:
-            if isinstance(values.get(chosen), str):
+            if _is_plain_text(values.get(chosen), chosen):
                 raise DataError(
                     f"{row.where}, column {chosen!r}: a string, and there is no column 'prompt'. "
                     f"The columns are: {', '.join(there)}. Where the prompt ends inside two "
@@ -95,11 +97,14 @@ def choose_columns(
                     "write each side as a list of messages."
                 )
     optional_id = prompt_id == "prompt_id" and prompt_id not in there
+    if system == "system" and system not in there:
+        system = None
     return Columns(
         None if implicit else need(prompt),
         None if optional_id else need(prompt_id),
         chosen,
         rejected,
+        need(system) if system else None,
     )
 
 
@@ -107,6 +112,11 @@ def parse(values: Mapping[str, Any] | BadRow, columns: Columns) -> Prompt:
     """The row as a `Prompt`. Raises BadRow, with the reason and the column, if it cannot be one."""
     if isinstance(values, BadRow):
         raise values
+    row = carried({name: value for name, value in values.items() if name not in columns})
+    conversations = (columns.prompt, columns.chosen, columns.rejected)
+    values = {n: unwrapped(v, n) if n in conversations else v for n, v in values.items()}
+    for name in values.keys() & set(columns):
+        check(values[name], name)
     given = _value(values, columns.prompt, "empty prompt") if columns.prompt else None
     answers = {
         name: _answer(_value(values, name, "empty response"), name)
@@ -118,24 +128,27 @@ def parse(values: Mapping[str, Any] | BadRow, columns: Columns) -> Prompt:
         detail = f"the messages before the answer are not those of column {columns.chosen!r}."
         raise BadRow("prompt mismatch", columns.rejected, detail)
     messages = _join(given, before.pop() if before else (), columns)
+    messages = _with_system(values.get(columns.system or ""), messages, columns.system)
     _check_prompt(messages, columns.prompt or columns.chosen)
     chosen = answers[columns.chosen][1] if columns.chosen else None
     rejected = answers[columns.rejected][1] if columns.rejected else None
     if chosen and rejected and chosen.strip() == rejected.strip():
-        detail = f"both are {_short(chosen)}, which prefers nothing."
+        detail = f"both are {shortened(chosen)}, which prefers nothing."
         raise BadRow("chosen equals rejected", columns.rejected, detail)
     return Prompt(
         id=_identity(values, columns.prompt_id, messages),
         messages=messages,
         chosen=chosen,
         rejected=rejected,
-        row={
-            name: value.isoformat() if isinstance(value, datetime.date) else value
-            for name, value in values.items()
-            if name not in columns
-            and (value is None or isinstance(value, str | int | float | datetime.date))
-        },
+        row=row,
     )
+
+
+def _is_plain_text(value: Any, column: str) -> bool:
+    try:
+        return isinstance(unwrapped(value, column), str)
+    except BadRow:  # which `parse` says
+        return False
 
 
 def canonical_json(value: Any) -> bytes:
@@ -151,19 +164,16 @@ def _value(values: Mapping[str, Any], column: str, if_null: str) -> Any:
     return values[column]
 
 
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def _messages(value: Any, column: str) -> tuple[Message, ...]:
     if not isinstance(value, list):
-        detail = f"{_short(value)} is neither text nor a list of messages."
+        detail = f"{shortened(value)} is neither text nor a list of messages."
         raise BadRow("wrong type", column, detail)
     messages = []
     for number, item in enumerate(value, start=1):
         if not isinstance(item, dict) or not {"role", "content"} <= item.keys():
-            detail = f"message {number} is {_short(item)}; expected an object of role and content."
+            detail = (
+                f"message {number} is {shortened(item)}; expected an object of role and content."
+            )
             raise BadRow("bad message", column, detail)
         # Parquet gives every message every key that one of them has, null where it has it not.
         extra = [k for k, v in item.items() if k not in ("role", "content") and v is not None]
@@ -209,6 +219,25 @@ def _join(given: Any, before: tuple[Message, ...], columns: Columns) -> tuple[Me
     if before and not agrees:
         detail = f"this prompt is not the one in the conversation of column {columns.chosen!r}."
         raise BadRow("prompt mismatch", columns.prompt, detail)
+    return messages
+
+
+def _with_system(
+    system: Any, messages: tuple[Message, ...], column: str | None
+) -> tuple[Message, ...]:
+    """The conversation behind the system message of its own column, where that has one."""
+    if column is None or system is None:
+        return messages
+    if not isinstance(system, str):
+        raise BadRow("wrong type", column, f"{shortened(system)} is not text.")
+    if not system.strip():
+        return messages
+    first = next((m.content for m in messages if m.role == "system"), None)
+    if first is None:
+        return (Message("system", system), *messages)
+    if first.strip() != system.strip():
+        detail = f"the conversation has the system message {shortened(first)} already."
+        raise BadRow("two system messages", column, detail)
     return messages
 
 

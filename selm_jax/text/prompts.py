@@ -11,6 +11,9 @@ These rows are understood:
     UltraFeedback-binarized      {"prompt": str, "chosen": [..., user, assistant], "rejected": ...}
     conversational, no prompt    {"chosen": [..., user, assistant], "rejected": ...}
 
+A column `system` beside them holds the row's system message. A list of messages may be kept as text,
+in JSON or as Python prints it (pandas does so in CSV).
+
 A pair of plain strings without a prompt is refused: where the prompt ends would be a guess.
 """
 
@@ -25,6 +28,7 @@ from typing import Any, Literal, TypeVar, overload
 import numpy as np
 from etils import epath
 
+from selm_jax.config import Data
 from selm_jax.text import tables
 from selm_jax.text.conversations import (
     Columns,
@@ -36,7 +40,16 @@ from selm_jax.text.conversations import (
 )
 from selm_jax.text.tables import BadRow, DataError, Row
 
-__all__ = ["DataError", "Message", "Prompt", "PromptSet", "digest", "load_prompts", "portion"]
+__all__ = [
+    "DataError",
+    "Message",
+    "Prompt",
+    "PromptSet",
+    "digest",
+    "load_data",
+    "load_prompts",
+    "portion",
+]
 
 T = TypeVar("T")
 
@@ -50,10 +63,12 @@ class PromptSet(Sequence[Prompt]):
     Attributes:
       prompts: the usable rows.
       dropped: reason -> numbers of the rows left out. Rows count from 1 over the whole split.
+      notes: what was done with columns that nobody named, or was not, in words.
     """
 
     prompts: tuple[Prompt, ...]
     dropped: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -73,7 +88,7 @@ class PromptSet(Sequence[Prompt]):
             return self
         gone = set(out)
         kept = tuple(p for number, p in rows if p is not None and number not in gone)
-        return PromptSet(kept, {**self.dropped, reason: out})
+        return PromptSet(kept, {**self.dropped, reason: out}, self.notes)
 
     def by_row(self) -> list[Prompt | None]:
         """Every row of the split, in file order; None for one that was left out."""
@@ -91,16 +106,19 @@ def load_prompts(
     prompt_id: str = "prompt_id",
     chosen: str | None = None,
     rejected: str | None = None,
+    system: str | None = "system",
     revision: str | None = None,
+    config: str | None = None,
     on_bad_row: Literal["error", "drop"] = "error",
     duplicate_ids: Literal["error", "number"] = "error",
 ) -> PromptSet:
     """Reads one split of a dataset.
 
     Args:
-      path_or_id: a .jsonl, .json (a list of objects), .parquet or .csv file, a folder of such files
-        (they may lie in its `data/`), or a Hub dataset id `owner/name`. A name whose parent folder
-        exists is a path.
+      path_or_id: a .jsonl, .json (a list of objects), .parquet, .arrow, .csv or .tsv file (text also
+        as .gz), a folder of such files (they may lie in its `data/`), a folder that
+        `Dataset.save_to_disk` left, or a Hub dataset id `owner/name`. A name whose parent folder exists
+        is a path.
       split: which split of a folder or Hub dataset. In a folder, split `train` is the file
         `train.parquet` or the shards `train-00000-of-00002.parquet`, ... May be left out where
         there is only one; a single file takes none.
@@ -109,12 +127,16 @@ def load_prompts(
         first 16 hex digits of the SHA-256 of the messages.
       chosen: column of the preferred answer. None: `chosen`, if the data has it.
       rejected: column of the other answer. None: `rejected`, if the data has it.
+      system: column of the row's system message, which goes before its prompt; where it is null or
+        blank the row has none. If the data has no column of the default name, no row has. None: no
+        column is read so.
       revision: commit, tag or branch of a Hub dataset. Local files take none.
+      config: which configuration of a Hub dataset, as `load_dataset` calls its second argument.
       on_bad_row: "error" stops at the first unusable row. "drop" leaves such rows out and lists
         them in `PromptSet.dropped` under one of: invalid JSON, not an object, wrong number of
         cells, missing column, missing id, wrong type, bad message, empty prompt, empty response,
-        no assistant answer, last message not a user turn, prompt mismatch, chosen equals rejected,
-        duplicate id, duplicate row.
+        no assistant answer, last message not a user turn, prompt mismatch, two system messages,
+        chosen equals rejected, lone surrogate, nested too deeply, duplicate id, duplicate row.
       duplicate_ids: what an id means that comes again. "error": a bad row. "number": one more pair
         for the same prompt; it is kept as `ID#2`, `ID#3`, ... A row that repeats prompt and answers
         of an earlier one, or an id that names two prompts, stays a bad row.
@@ -128,10 +150,11 @@ def load_prompts(
         raise ValueError(f"on_bad_row={on_bad_row!r}: expected 'error' or 'drop'.")
     if duplicate_ids not in ("error", "number"):
         raise ValueError(f"duplicate_ids={duplicate_ids!r}: expected 'error' or 'number'.")
-    rows = list(_read(path_or_id, split, revision))
+    rows = list(_read(path_or_id, split, revision, config))
     columns = choose_columns(
-        path_or_id, rows, prompt=prompt, prompt_id=prompt_id, chosen=chosen, rejected=rejected
-    )
+        path_or_id, rows, prompt=prompt, prompt_id=prompt_id, chosen=chosen, rejected=rejected,
+        system=system,
+    )  # fmt: skip
     kept: dict[str, tuple[Prompt, Row]] = {}
     dropped: dict[str, list[int]] = {}
     for number, row in enumerate(rows, start=1):
@@ -153,6 +176,34 @@ def load_prompts(
     return PromptSet(
         tuple(found for found, _ in kept.values()),
         {reason: tuple(numbers) for reason, numbers in dropped.items()},
+        tuple(_notes(columns, kept.values())),
+    )
+
+
+def load_data(
+    data: Data, part: Literal["train", "heldout"] = "train", *, pairs: bool = True
+) -> PromptSet:
+    """`data.train` or `data.heldout`, read as the experiment says; `load_prompts` says the rest.
+
+    Args:
+      pairs: whether the data's answers are needed, or are read where there are any.
+    """
+    path, split, config = {
+        "train": (data.train, data.train_split, data.train_config),
+        "heldout": (data.heldout, data.heldout_split, data.heldout_config),
+    }[part]
+    return load_prompts(
+        str(path),
+        split=split,
+        prompt=data.prompt,
+        prompt_id=data.prompt_id,
+        chosen=data.chosen if pairs else None,
+        rejected=data.rejected if pairs else None,
+        system=None if data.system is not None else data.system_column,
+        revision=data.revision,
+        config=config,
+        on_bad_row=data.on_bad_row,
+        duplicate_ids=data.duplicate_ids if pairs else "error",
     )
 
 
@@ -227,28 +278,51 @@ def _with_free_id(
     return dataclasses.replace(new, id=name)
 
 
-def _read(path_or_id: str, split: str | None, revision: str | None) -> Iterator[Row]:
+def _notes(columns: Columns, kept: Iterable[tuple[Prompt, Row]]) -> Iterator[str]:
+    """What was done with columns of system messages."""
+    rows = list(kept)
+    if columns.system is not None:
+        values = [row.values for _, row in rows if not isinstance(row.values, BadRow)]
+        count = sum(bool(str(each.get(columns.system) or "").strip()) for each in values)
+        yield (
+            f"the column {columns.system!r} gives {count:,} of {len(rows):,} prompts their system "
+            "message (data.system_column)"
+        )
+    for name in dict.fromkeys(name for prompt, _ in rows for name in prompt.row):
+        if name.lower().startswith("system"):
+            yield (
+                f"the column {name!r} is not read. If it holds system messages, set "
+                f"data.system_column to {name!r}, and data.system to null"
+            )
+
+
+def _read(
+    path_or_id: str, split: str | None, revision: str | None, config: str | None
+) -> Iterator[Row]:
     path = epath.Path(path_or_id).expanduser()
     named_like_file = path.suffix in tables.SUFFIXES
     if _HUB_ID.fullmatch(path_or_id) and not named_like_file and not path.parent.exists():
-        return _read_hub(path_or_id, split, revision)
-    if revision is not None:
-        raise DataError(
-            f"{path_or_id} is read as a local path, which has no revision {revision!r}. Leave the "
-            "revision out, or name a Hub dataset, owner/name."
-        )
+        return _read_hub(path_or_id, split, revision, config)
+    for what, given in (("revision", revision), ("configuration", config)):
+        if given is not None:
+            raise DataError(
+                f"{path_or_id} is read as a local path, which has no {what} {given!r}. Leave the "
+                f"{what} out, or name a Hub dataset, owner/name."
+            )
     return tables.read(path, split)
 
 
-def _read_hub(name: str, split: str | None, revision: str | None) -> Iterator[Row]:
+def _read_hub(
+    name: str, split: str | None, revision: str | None, config: str | None
+) -> Iterator[Row]:
     import datasets  # here, because it takes seconds and local files do not need it
 
     try:
-        found: Any = datasets.load_dataset(name, split=split, revision=revision)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(
-            f"{name}: no such file or folder, and the Hub gave no such dataset (split {split!r}, "
-            f"revision {revision!r}): {error}"
+        found: Any = datasets.load_dataset(name, config, split=split, revision=revision)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(  # RuntimeError: it comes with a program, which `datasets` does not run
+            f"{name}: no such file or folder, and the Hub gave no such dataset (configuration "
+            f"{config!r}, split {split!r}, revision {revision!r}): {error}"
         ) from error
     if split is None:  # then load_dataset gives a mapping of all splits
         if len(found) > 1:

@@ -1,15 +1,19 @@
 """Rules: VADER, length, regular expressions, verifiable instructions."""
 
+import json
 import re
 import sys
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from selm_jax.feedback import rules
-from selm_jax.feedback.ranker import FeedbackError, Question, build
+from selm_jax.feedback.ranker import FeedbackError, Question, build, check_asked
+from selm_jax.text.prompts import load_prompts
 
 
 def question(prompt="Q?", id="p0", **row):
@@ -165,6 +169,44 @@ class TestVerifiable:
             FeedbackError, match=f"'verifiable', prompt 'p0', candidate 0: .*{what}"
         ):
             ranker.scores([asked], [["a"]])
+
+    @pytest.mark.parametrize("write", [json.dumps, repr])
+    def test_columns_that_were_kept_as_text(self, write):
+        ranker, asked = follow(NO_COMMA, TWO_WORDS)
+        texts = {column: write(value) for column, value in asked.row.items()}
+        answers = [["Yes sir", "Yes my dear sir", "Yes, my dear sir"]]
+        (scores,) = ranker.scores([question(**texts)], answers)
+        assert scores.tolist() == ranker.scores([asked], answers)[0].tolist() == [1.0, 0.5, 0.0]
+
+    @pytest.mark.parametrize("kind", [".jsonl", ".parquet"])
+    def test_rows_of_a_file_reach_it(self, tmp_path, kind):
+        rows = [
+            {"key": 0, "prompt": "Use no commas.", "instruction_id_list": [NO_COMMA[0]],
+             "kwargs": [{}]},
+            {"key": 1, "prompt": "And few words.", "kwargs": [{}, TWO_WORDS[1]],
+             "instruction_id_list": [NO_COMMA[0], TWO_WORDS[0]]},
+        ]  # fmt: skip
+        file = tmp_path / f"ifeval{kind}"
+        if kind == ".parquet":
+            pq.write_table(pa.Table.from_pylist(rows), file)
+        else:
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        asked = [Question("Q?", p.messages, p.row, p.id) for p in load_prompts(str(file))]
+        ranker, _ = follow()
+        ranker.check(asked)
+        first, second = ranker.scores(asked, [["a b c d", "a, b"]] * 2)
+        assert first.tolist() == [1.0, 0.0] and second.tolist() == [0.5, 0.5]
+
+    def test_rows_are_looked_at_before_there_are_answers(self):
+        ranker, asked = follow(NO_COMMA)
+        bad = question(id="p7", instruction_id_list="none", kwargs=[{}])
+        mixed = build("mixture", parts=[{"ranker": "length"}, {"ranker": "verifiable"}])
+        for each in (ranker, mixed):
+            check_asked(each, [asked])
+            with pytest.raises(FeedbackError, match="'p7': .*'none'; expected a list of texts"):
+                check_asked(each, [asked, bad])
+        check_asked(build("verifiable", instructions={NO_COMMA[0]: {}}), [bad])
+        check_asked(build("length"), [bad])
 
     def test_a_row_without_instructions(self):
         ranker, _ = follow()

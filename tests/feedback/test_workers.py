@@ -24,6 +24,13 @@ def spoils_its_row(prompt, response, row):
     row["weight"] = row.get("weight", 0) + 1
     return row["weight"]
 
+def spoils_its_list(prompt, response, row):
+    row["given"][0]["n"] += 1
+    return row["given"][0]["n"]
+
+def spoils_their_lists(prompts, responses, rows):
+    return [spoils_its_list("", "", row) for row in rows]
+
 def who(prompt, response, row):
     time.sleep(0.02)
     return os.getpid()
@@ -122,6 +129,15 @@ def test_cannot_change_the_row_of_the_next_candidate(rules, count):
     ranker = build(f"{rules}:spoils_its_row", workers=count)
     (scores,) = ranker.scores([Question("q", (), row, "p")], [["a", "b"]])
     assert scores.tolist() == [6.0, 6.0] and row == {"weight": 5}
+
+
+@pytest.mark.parametrize("settings", [{}, {"vectorised": True}])
+def test_cannot_change_a_list_of_the_next_candidate(rules, settings):
+    row = {"given": [{"n": 5}]}
+    name = "spoils_their_lists" if settings else "spoils_its_list"
+    ranker = build(f"{rules}:{name}", workers=0, **settings)
+    (scores,) = ranker.scores([Question("q", (), row, "p")], [["a", "b"]])
+    assert scores.tolist() == [6.0, 6.0] and row == {"given": [{"n": 5}]}
 
 
 def test_runs_in_as_many_processes_as_asked_and_by_default_in_one_of_its_own(rules):

@@ -109,16 +109,17 @@ def test_formats(tmp_path, name, kind):
         pytest.skip("a CSV cell holds text alone")
     file = write(tmp_path / f"x{kind}", [{**row, "prompt_id": "a", "source": "s"}])
     found = load_prompts(file)
-    assert list(found) == [Prompt("a", messages, chosen, rejected, {"source": "s"})]
+    more = {"messages": row["messages"]} if "messages" in row else {}
+    assert list(found) == [Prompt("a", messages, chosen, rejected, {"source": "s", **more})]
     assert found.dropped == {}
 
 
-def test_columns_by_name_and_scalars(tmp_path):
+def test_columns_by_name_and_those_that_go_along(tmp_path):
     row = {"q": "Hello?", "key": 7, "win": "yes", "lose": "no", "n": 1, "f": 0.5, "ok": True,
            "none": None, "tags": ["x"], "prompt_id": "kept as a value"}  # fmt: skip
     file = write(tmp_path / "x.jsonl", [row])
     (one,) = load_prompts(file, prompt="q", prompt_id="key", chosen="win", rejected="lose")
-    values = {"n": 1, "f": 0.5, "ok": True, "none": None, "prompt_id": "kept as a value"}
+    values = {key: row[key] for key in ("n", "f", "ok", "none", "tags", "prompt_id")}
     assert one == Prompt("7", turns({"role": "user", "content": "Hello?"}), "yes", "no", values)
 
 
@@ -390,8 +391,8 @@ def hub(monkeypatch, tmp_path):
         "test_prefs": datasets.Dataset.from_list([{**UF, "prompt_id": "b"}] * 2),
     }
 
-    def load_dataset(name, split=None, revision=None):
-        calls.append((name, split, revision))
+    def load_dataset(name, config=None, split=None, revision=None):
+        calls.append((name, config, split, revision))
         if name != "owner/set":
             raise datasets.exceptions.DatasetNotFoundError(f"{name} is not on the Hub")
         return datasets.DatasetDict(splits) if split is None else splits[split]
@@ -403,8 +404,9 @@ def hub(monkeypatch, tmp_path):
 def test_hub(hub):
     calls, splits = hub
     (one,) = load_prompts("owner/set", split="train_prefs", revision="abc")
-    assert calls == [("owner/set", "train_prefs", "abc")]
-    assert one == Prompt("a", turns(USER), "Good.", "Bad.", {"score_chosen": 2.0})
+    assert calls == [("owner/set", None, "train_prefs", "abc")]
+    row = {"score_chosen": 2.0, "messages": UF["messages"]}
+    assert one == Prompt("a", turns(USER), "Good.", "Bad.", row)
     with pytest.raises(DataError, match=r"owner/set \[test_prefs\], row 2, column 'prompt_id'"):
         load_prompts("owner/set", split="test_prefs")
     with pytest.raises(DataError, match="several splits: train_prefs, test_prefs"):

@@ -101,7 +101,7 @@ def preview(
     """Show what is trained on: rows coloured by role, counts and lengths. Computes nothing."""
     from selm_jax import preview
 
-    preview.preview(_run(experiment, overrides), iteration, rows)
+    preview.preview(_run(experiment, overrides, imports=False), iteration, rows)
 
 
 @app.command()
@@ -330,8 +330,15 @@ def _is_for_the_user(error: Exception) -> bool:
     return isinstance(error, OSError) or package in ("selm_jax", "typer", "click")
 
 
-def _run(file: Path, overrides: list[str] | None, tiny: bool = False, processes: bool = False):
-    """The run of an experiment file; with `processes`, together with those that run beside."""
+def _run(
+    file: Path,
+    overrides: list[str] | None,
+    tiny: bool = False,
+    processes: bool = False,
+    imports: bool = True,
+):
+    """The run of an experiment file; with `processes`, together with those that run beside; with
+    `imports`, functions of the user's that it names are imported when they are needed."""
     from selm_jax import config
 
     experiment = config.load(file, overrides or [])
@@ -348,18 +355,18 @@ def _run(file: Path, overrides: list[str] | None, tiny: bool = False, processes:
         from selm_jax.tiny import shrink
 
         experiment = shrink(experiment, Console(quiet=not multihost.is_first()))
-    return Run(experiment)
+    return Run(experiment, imports=imports)
 
 
 def _finished(folder: Path):
-    """The run in a folder, wherever the folder is now."""
+    """The run in a folder, wherever the folder is now, to be looked at: none of its code is imported."""
     from selm_jax import config
 
     experiment = config.load(folder / "config.yaml", [f"output={json.dumps(str(folder))}"])
     _set_up_jax()
     from selm_jax.run import Run
 
-    return Run(experiment)
+    return Run(experiment, imports=False)
 
 
 def _last_generated(folder: Path) -> int:

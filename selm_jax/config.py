@@ -21,6 +21,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from selm_jax.user_code import UserCodeError, check_name, is_user_code
 from selm_jax.words import did_you_mean
 
 _STRICT = ConfigDict(extra="forbid")
@@ -324,8 +325,7 @@ def _inconsistencies(e: Experiment):
             f"data.system_column: {e.data.system_column} is to hold each row's system message, and "
             "data.system is one for all; set one of them"
         )
-    if "loss" not in e.objective:
-        yield "objective.loss: missing; it names the loss, for instance `selm` or `dpo`"
+    yield from _bad_names(e)
     if e.candidates.greedy not in (0, 1):
         yield f"candidates.greedy: {e.candidates.greedy}; there is one greedy answer: 0 or 1"
     if e.taught:
@@ -378,6 +378,31 @@ def _inconsistencies(e: Experiment):
         yield f"compute.dcn_fsdp: {e.compute.dcn_fsdp}, at least 1 was expected"
     if e.compute.dcn_data < 1 and e.compute.dcn_data != -1:
         yield f"compute.dcn_data: {e.compute.dcn_data}, at least 1 was expected, or -1"
+
+
+def _bad_names(e: Experiment):
+    """Names of losses and rankers that can stand for none, known without importing anything."""
+    loss = e.objective.get("loss")
+    if not isinstance(loss, str):
+        found = f"{loss!r} is no name" if "loss" in e.objective else "missing"
+        yield f"objective.loss: {found}; it names the loss, for instance `selm` or `dpo`"
+        loss = ""
+    named = [("objective.loss", term.strip()) for term in loss.split("+")]
+    todo: list[tuple[str, Any, Any]] = [("feedback", e.feedback.ranker, e.feedback.settings)]
+    while todo:
+        key, name, settings = todo.pop()
+        named.append((f"{key}.ranker", name))
+        parts = settings.get("parts") if isinstance(settings, Mapping) else None
+        for n, part in enumerate(parts if isinstance(parts, list) else []):
+            if isinstance(part, Mapping):
+                inner = f"{key}.settings.parts.{n}"
+                todo.append((inner, part.get("ranker"), part.get("settings")))
+    for key, name in named:
+        if isinstance(name, str) and is_user_code(name):
+            try:
+                check_name(name)
+            except UserCodeError as error:
+                yield f"{key}: {name!r}: {error}"
 
 
 def _inconsistent_remote(r: Remote):

@@ -30,6 +30,7 @@ from selm_jax.stages.score import paired_examples, rated_example
 from selm_jax.text.answers import answer_ids, answers, check_spelled
 from selm_jax.text.chat import Chat, UnusableAnswer
 from selm_jax.text.layout import paper_row
+from selm_jax.user_code import is_user_code
 
 STYLES = {"prompt": "blue", "scored": "green", "padding": "bright_black"}
 LETTERS = {"prompt": "p", "scored": "s", "padding": "."}  # where there are no colours
@@ -82,6 +83,13 @@ def preview(run: Run, t: int, count: int) -> None:
     console, found = run.console, collect(run, t)
     e = run.experiment
     console.print(f"iteration {t}, layout {e.text.layout}: {found.source}", soft_wrap=True)
+    if not run.imports and is_user_code(e.objective["loss"]):
+        what = "reward" if run.rates else "language"
+        console.print(
+            f"objective.loss is code of yours, which preview does not import: shown as for a {what} "
+            "model",
+            style="yellow", soft_wrap=True,
+        )  # fmt: skip
     for line in run.told_of_rows():
         console.print(line, style="yellow", soft_wrap=True)
     for change in found.changed:
@@ -146,7 +154,7 @@ def _from_data(run: Run, t: int) -> Preview:
             cut.update(prompts_cut=row.prompt_cut, responses_cut=row.responses_cut)
         else:
             try:
-                if run.objective.rates:
+                if run.rates:
                     for source in texts:
                         check_spelled(run.chat, prompt, source)
                     rows.append(rated_example(run, prompt, texts, {}))

@@ -53,6 +53,7 @@ from selm_jax.text.chat import Chat, ChatError
 from selm_jax.text.prompts import Message, Prompt, PromptSet, digest, load_data, portion
 from selm_jax.training.optimizer import optimizer
 from selm_jax.training.update import Shardings, Update, make_update
+from selm_jax.user_code import is_user_code
 from selm_jax.weights import sources
 from selm_jax.weights.card import model_card
 from selm_jax.weights.huggingface import load
@@ -73,15 +74,18 @@ class Run:
         console: Console | None = None,
         devices: Sequence[Any] | None = None,
         store: artifacts.Store | None = None,
+        imports: bool = True,
     ):
         """`devices`: all there are, if not given. `store` holds what runs beside this one have done
-        already, and takes what this one does."""
+        already, and takes what this one does. Without `imports` the run is looked at: functions of the
+        user's that the experiment names are never imported."""
         self.experiment = experiment
         self.devices = devices
         self.folder = Path(experiment.output)
         # Of several processes one talks.
         self.console = console or Console(quiet=not multihost.is_first())
         self.store = store
+        self.imports = imports
 
     # Where things are
 
@@ -125,12 +129,12 @@ class Run:
     @cached_property
     def _facts(self) -> DecoderConfig:
         """Those of what is trained: a reward model may begin from a language model."""
-        if self.objective.rates and self._stored.head is None:
+        if self.rates and self._stored.head is None:
             return read_as_reward_model(self.start.path, self.chat.tokenizer.pad_token_id)
-        if self._stored.head is not None and not self.objective.rates:
+        if self._stored.head is not None and not self.rates:
             raise RunError(
-                f"{self.start.path} is a reward model, which says nothing; {self.objective} trains "
-                "a language model. Name one as model.source, and this one as ranker: "
+                f"{self.start.path} is a reward model, which says nothing; objective "
+                f"{self.experiment.objective['loss']} trains a language model. Name one as model.source, and this one as ranker: "
                 "`feedback: {ranker: reward_model, settings: {source: ...}}`"
             )
         return self._stored
@@ -143,7 +147,7 @@ class Run:
         rotary frequencies. What exceeds the model's positions is found when examples are made. For a
         reward model nothing is generated, so that there are no others.
         """
-        if self.objective.rates:
+        if self.rates:
             pairs = [*self.every_prompt(), *self.heldout] if self._facts.has_two_tables else []
             return longest_answered(self.chat, pairs, whole=True) or 1
         answered = self.longest_prompt + self.experiment.rollout.max_new_tokens
@@ -244,7 +248,7 @@ class Run:
         A reward model that begins from a language model begins with a head of zeros.
         """
         dtype = jnp.dtype(self.experiment.training.parameter_dtype)
-        fresh = self.objective.rates and read_config(folder).head is None
+        fresh = self.rates and read_config(folder).head is None
         return load(
             folder, self.config, dtype=dtype, shardings=self.param_shardings, fresh_head=fresh
         )
@@ -302,7 +306,34 @@ class Run:
     @cached_property
     def objective(self) -> Objective:
         settings = dict(self.experiment.objective)
-        return build_objective(settings.pop("loss"), **settings)
+        loss = self._may_import("objective.loss", settings.pop("loss"))
+        return build_objective(loss, **settings)
+
+    @cached_property
+    def rates(self) -> bool:
+        """Whether a reward model is trained."""
+        return self._objective_says("rates")
+
+    @cached_property
+    def reference_free(self) -> bool:
+        """Whether the reference need not be scored."""
+        return self._objective_says("reference_free")
+
+    def _objective_says(self, what: str) -> bool:
+        """Of code of the user's, in a run that is only looked at: what it said when the run began."""
+        if self.imports or not is_user_code(self.experiment.objective["loss"]):
+            return getattr(self.objective, what)
+        file = self.folder / "manifest.json"
+        return file.exists() and bool(json.loads(file.read_text()).get(what))
+
+    def _may_import(self, key: str, name: str) -> str:
+        """The name, unless it stands for code of the user's in a run that is only looked at."""
+        if is_user_code(name) and not self.imports:
+            raise RunError(
+                f"{self.folder / 'config.yaml'}: {key} is {name!r}, code that this verb does not run: "
+                "it only looks at the folder"
+            )
+        return name
 
     @cached_property
     def optimizer(self) -> Any:
@@ -376,7 +407,7 @@ class Run:
     @cached_property
     def ranker(self) -> rankers.Ranker:
         f = self.experiment.feedback
-        return rankers.build(f.ranker, **f.settings)
+        return rankers.build(self._may_import("feedback.ranker", f.ranker), **f.settings)
 
     # The prompts
 
@@ -420,13 +451,13 @@ class Run:
         d = self.experiment.data
         if d.heldout is None:
             return PromptSet(())
-        return self._read_prompts("heldout", pairs=self.objective.rates)  # are what is looked at
+        return self._read_prompts("heldout", pairs=self.rates)  # are what is looked at
 
     def _read_prompts(self, part: Literal["train", "heldout"], pairs: bool = True) -> PromptSet:
         d = self.experiment.data
         found = multihost.first_then_others(lambda: load_data(d, part, pairs=pairs))
         multihost.check_same(f"digest of {getattr(d, part)}", lambda: digest(found))
-        if d.on_bad_row == "error" or self.objective.rates:
+        if d.on_bad_row == "error" or self.rates:
             return found  # a prompt that is too long is an error, or nothing is generated
         return self._without_long(found, getattr(d, part))
 
@@ -468,7 +499,7 @@ class Run:
                 f"candidates compete, and the data set has {' and '.join(there)} alone. Answers alone "
                 "can teach `loss: sft`, pairs `loss: dpo`; for y_ref set candidates.greedy: 1"
             )
-        if self.objective.rates:
+        if self.rates:
             self._check_rated()
         for line in self.told_of_rows():
             self.console.print(line, soft_wrap=True)
@@ -482,10 +513,10 @@ class Run:
         if e.candidates.dataset or e.text.layout == "paper":
             check_answers(
                 self.chat, self.every_prompt(), layout=e.text.layout, on_bad_row=e.data.on_bad_row,
-                whole=self.objective.rates,
+                whole=self.rates,
             )  # fmt: skip
         _ = (self.config, self.lora, self.abstract_trained)
-        if not self.objective.rates:
+        if not self.rates:
             _ = self.engine
             decoding_shardings(self.config, self.decode_mesh)
         if e.training.parameter_dtype == "bfloat16" and min(e.training.learning_rate) < 1e-5:
@@ -543,6 +574,8 @@ class Run:
                 "name": self.folder.name,
                 "method": self.experiment.objective["loss"],
                 "objective": self.experiment.objective,
+                "rates": self.rates,
+                "reference_free": self.reference_free,
                 "layout": self.experiment.text.layout,
                 "model": self.start.origin,
                 "parameters": self.parameters,
@@ -575,7 +608,7 @@ class Run:
 
     def model_card(self, t: int) -> str:
         """The README.md of the policy after iteration t."""
-        rates, metrics = self.objective.rates, artifacts.read_lines(self.metrics_file)
+        rates, metrics = self.rates, artifacts.read_lines(self.metrics_file)
         return model_card(self.experiment, self.folder.name, t, self.start.origin, metrics, rates)
 
     @cached_property

@@ -17,6 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float64
 
+from selm_jax.user_code import FORM, is_user_code
 from selm_jax.words import did_you_mean
 
 # Name -> where its builder stands. Strings, so that building one ranker imports that ranker's
@@ -104,12 +105,14 @@ def build(name: str, /, **settings: Any) -> Ranker:
     Raises:
         FeedbackError: unknown name, unknown or missing setting, or a setting the ranker refuses.
     """
-    path = (name,) if ":" in name else ()
+    if not isinstance(name, str):
+        raise FeedbackError(f"{name!r} is no name of a ranker; expected a text.")
+    path = (name,) if is_user_code(name) else ()
     found = _USER_FUNCTION if path else BUILT_IN.get(name)
     if found is None:
         raise FeedbackError(
             f"unknown ranker {name!r}{did_you_mean(name, BUILT_IN)} Expected one of "
-            f"{_listed(BUILT_IN)}, or your own function as 'package.module:function'."
+            f"{_listed(BUILT_IN)}, or your own function as {FORM!r}."
         )
     module, _, attribute = found.partition(":")
     builder = getattr(importlib.import_module(module), attribute)

@@ -9,7 +9,6 @@ function here, for one that shares this process's devices or state.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import inspect
 import json
 import multiprocessing
@@ -35,7 +34,7 @@ from selm_jax.feedback.ranker import (
     finite_number,
     row_values,
 )
-from selm_jax.words import did_you_mean
+from selm_jax.user_code import UserCodeError, function_at
 
 _START_SECONDS = 120.0  # for a process to start and import; no call's limit, but a limit
 _TIMEOUT = 60.0
@@ -177,32 +176,11 @@ def load(path: str) -> Callable[..., Any]:
     Raises:
         FeedbackError: as `user_function`.
     """
-    module_name, _, name = path.partition(":")
-    if not name.isidentifier() or not all(part.isidentifier() for part in module_name.split(".")):
-        raise FeedbackError(f"ranker {path!r}: expected the form 'package.module:function'.")
     try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # the module is the user's: its own code can raise anything
-        raise FeedbackError(
-            f"ranker {path!r}: importing {module_name!r} raised {type(error).__name__}: {error}. "
-            "If it was not found, add the folder that holds it to PYTHONPATH."
-        ) from error
-    if not hasattr(module, name):
-        public = [each for each in vars(module) if not each.startswith("_")]
-        raise FeedbackError(
-            f"ranker {path!r}: the module has no {name!r}{did_you_mean(name, public)} "
-            f"It was loaded from {getattr(module, '__file__', None)}."
-        )
-    function = getattr(module, name)
-    if not callable(function):
-        raise FeedbackError(
-            f"ranker {path!r}: {name!r} is a {type(function).__name__}; expected a function "
-            "(prompt, response, row) -> float."
-        )
-    try:
-        signature = inspect.signature(function)
-    except ValueError:  # some functions written in C carry no signature; the first call will tell
-        return function
+        function = function_at(path)
+    except UserCodeError as error:
+        raise FeedbackError(f"ranker {path!r}: {error}.") from error
+    name, signature = function.__name__, inspect.signature(function)
     try:
         signature.bind("", "", {})
     except TypeError as error:

@@ -1,6 +1,5 @@
 """From an experiment file to an objective: names, sums of names, functions of yours."""
 
-import importlib
 import inspect
 from collections.abc import Callable
 from typing import Any, cast
@@ -23,6 +22,7 @@ from selm_jax.objectives.losses import (
     weighted_optimism,
     xpo,
 )
+from selm_jax.user_code import FORM, UserCodeError, function_at, is_user_code
 from selm_jax.words import did_you_mean
 
 TABLE: dict[str, Callable[..., Objective]] = {
@@ -72,21 +72,12 @@ def build(name: str, **settings: object) -> Objective:
 def _factory(term: str) -> Callable[..., Any]:
     if term in TABLE:
         return TABLE[term]
-    module_name, colon, function_name = term.partition(":")
-    if not colon or not all(map(str.isidentifier, module_name.split("."))):
+    if not is_user_code(term):
         raise ObjectiveError(
             f"unknown objective {term!r}{did_you_mean(term, TABLE)} Known: {', '.join(TABLE)}; "
-            "sums like 'ipo+optimism'; a function of yours as 'package.module:function'"
+            f"sums like 'ipo+optimism'; a function of yours as {FORM!r}"
         )
     try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module is there; something that it imports is not
-        message = f"objective {term!r}: no module {error.name!r}; is it installed or on PYTHONPATH?"
-        raise ObjectiveError(message) from error
-    function: Any = getattr(module, function_name, None)
-    if not callable(function):
-        hint = did_you_mean(function_name, vars(module))
-        raise ObjectiveError(f"objective {term!r}: {module_name} has no such function{hint}")
-    return function
+        return function_at(term)
+    except UserCodeError as error:
+        raise ObjectiveError(f"objective {term!r}: {error}") from error

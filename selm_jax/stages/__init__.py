@@ -158,7 +158,7 @@ def _ranker(run: Run, t: int) -> dict[str, str]:
 
 def _unscored(run: Run, t: int) -> dict[str, bool]:
     """An objective without a reference leaves its log-probabilities out."""
-    return {"objective.reference_free": True} if run.objective.reference_free else {}
+    return {"objective.reference_free": True} if run.reference_free else {}
 
 
 def _all(*parts: Callable[[Run, int], Mapping[str, Any]]) -> Callable[[Run, int], dict[str, Any]]:
@@ -195,7 +195,7 @@ def _pick(*keys: str) -> Callable[[Run, int], dict[str, Any]]:
 def _rates(run: Run, t: int) -> dict[str, Any]:
     """A reward model is given other ids, and evaluated on other things. Said only where it is so:
     it is no setting of the experiment, but follows from its loss."""
-    if not run.objective.rates:
+    if not run.rates:
         return {}
     return {"objective.rates": True, "data.on_bad_row": run.experiment.data.on_bad_row}
 
@@ -225,7 +225,7 @@ _SCORING = (
 
 
 def _of_evaluation(run: Run) -> tuple[str, ...]:
-    if run.objective.rates:
+    if run.rates:
         return ("pairs.parquet",)
     return ("heldout.parquet", "heldout_pairs.parquet") if has_pairs(run) else ("heldout.parquet",)
 
@@ -291,7 +291,7 @@ STAGES = (
 EVALUATE = Stage(
     "evaluate",
     evaluate,
-    _all(_heldout, _policy, lambda run, t: {} if run.objective.rates else _ranker(run, t)),
+    _all(_heldout, _policy, lambda run, t: {} if run.rates else _ranker(run, t)),
     _all(
         _pick(
             *("seed", "feedback.ranker", "feedback.settings", "evaluation"),

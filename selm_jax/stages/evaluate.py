@@ -39,7 +39,7 @@ def evaluate(run: Run, t: int) -> Counts:
     estimate the policy's KL. The random numbers are the same in every iteration, so that differences
     are not theirs; their seed is the experiment's plus one, so that they are not those of training.
     """
-    if run.objective.rates:
+    if run.rates:
         return _evaluate_pairs(run, t)
     prompts = run.heldout
     e = run.experiment

@@ -259,7 +259,7 @@ def _of_data(run: Run, prompt: Prompt, source: str) -> tuple[Candidate, bool]:
     )  # `layout: paper` and reward models make ids of pairs, not of candidates
     if run.experiment.text.layout == "default":
         try:
-            if run.objective.rates:
+            if run.rates:
                 check_spelled(run.chat, prompt, source)
             else:
                 ids = answer_ids(run.chat, prompt, source)

@@ -30,7 +30,7 @@ def score(run: Run, t: int) -> Counts:
     """
     examples, cut = paired_examples(run, t)
     logps: list[tuple[float, ...] | None] = [None] * len(examples)
-    if examples and not run.objective.reference_free:
+    if examples and not run.reference_free:
         params = run.reference_of(t)
         with run.bar(f"iteration {t}  score", len(examples), "examples") as advance:
 
@@ -105,7 +105,7 @@ def paired_examples(run: Run, t: int) -> tuple[list[Example], Counts]:
                 f"{len(prompts)} of iteration {t}; the data or its settings have changed"
             )
         texts = {role: row["text"] for role, row in pair.items()}
-        if run.objective.rates:
+        if run.rates:
             scores = {role: pair[role]["score"] for role in texts}
             examples.append(rated_example(run, prompt, texts, scores))
             if run.experiment.data.on_bad_row == "drop" and too_long(run, examples[-1]):

@@ -67,7 +67,7 @@ def checkpoints_of(run: Run, t: int) -> Checkpoints:
     def reference() -> str:
         now = artifacts.digest(run.policy(t - 1))
         scored = reference_of(examples)
-        if scored not in ("", now) and not run.objective.reference_free:
+        if scored not in ("", now) and not run.reference_free:
             raise artifacts.ArtifactError(
                 f"{examples}: the reference's log-probabilities are those of the model with digest "
                 f"{scored}; {run.policy(t - 1)} has {now}. Put that model back, or remove 'score' "
@@ -89,7 +89,7 @@ def plan_of(run: Run, t: int) -> Plan:
       RunError: an example lacks a role, or the reference's score, that the objective needs.
     """
     examples = from_parquet(run.iteration(t) / "examples.parquet")
-    stored = run.experiment.training.reference == "stored" and not run.objective.reference_free
+    stored = run.experiment.training.reference == "stored" and not run.reference_free
     for example in examples:
         if absent := set(run.objective.roles) - set(example.roles):
             raise RunError(

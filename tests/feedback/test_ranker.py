@@ -59,7 +59,7 @@ def test_settings_are_checked():
     with pytest.raises(FeedbackError, match="'pattern' is missing"):
         build("regex")
     with pytest.raises(FeedbackError, match="unknown setting 'scale'.*takes 'workers'"):
-        build("math:dist", scale=2)
+        build("my_rules:polite", scale=2)
 
 
 def test_a_ranker_may_tell_of_its_work():

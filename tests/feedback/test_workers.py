@@ -242,7 +242,7 @@ def test_a_row_that_cannot_travel(rules):
 def test_a_module_that_is_there_no_more(rules, tmp_path):
     ranker = build(f"{rules}:good")
     (tmp_path / "house_rules" / "taste.py").write_text("good = None\n")
-    with pytest.raises(FeedbackError, match="'good' is a NoneType; expected a function"):
+    with pytest.raises(FeedbackError, match="is a NoneType; expected a Python function"):
         ranker.scores([question(weight=1)], [["a"]])
 
 
@@ -302,8 +302,8 @@ class TestBuilding:
         ("path", "what"),
         [
             ("house_rules.tast:good", "ModuleNotFoundError.*PYTHONPATH"),
-            ("house_rules.taste:goood", "has no 'goood'; did you mean 'good'.*taste.py"),
-            ("house_rules.taste:not_a_function", "is a int; expected a function"),
+            ("house_rules.taste:goood", "taste.py. has no 'goood'; did you mean 'good'"),
+            ("house_rules.taste:not_a_function", "is a int; expected a Python function"),
             ("house_rules.taste:two", r"two\(prompt, response\); expected one"),
             ("house_rules.broken:f", "no_such_library_here"),
             ("house_rules.syntax:f", "SyntaxError"),
@@ -316,11 +316,6 @@ class TestBuilding:
     def test_bad_paths_are_found_when_the_ranker_is_built(self, rules, path, what):
         with pytest.raises(FeedbackError, match=what):
             build(path)
-
-    def test_a_function_without_a_signature_is_taken_on_trust(self):
-        # Some C functions carry no signature; the fault then shows at the first call.
-        with pytest.raises(FeedbackError, match="candidate 0: the rule raised TypeError"):
-            build("builtins:max", workers=0).scores([question()], [["a"]])
 
     @pytest.mark.parametrize(
         ("settings", "what"),

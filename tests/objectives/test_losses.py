@@ -646,14 +646,14 @@ def test_a_function_of_yours_in_a_sum(my_module):
 @pytest.mark.parametrize(
     "path, given_settings, words",
     [
-        ("no_such_module_at_all:f", {}, "no module 'no_such_module_at_all'.*PYTHONPATH"),
-        ("my_losses_for_test.deeper:f", {}, "no module 'my_losses_for_test.deeper'"),
+        ("no_such_module_at_all:f", {}, "No module named 'no_such_module_at_all'.*PYTHONPATH"),
+        ("my_losses_for_test.deeper:f", {}, "No module named 'my_losses_for_test.deeper'"),
         (
             "my_losses_for_test:lenght_penalty",
             {},
-            "no such function.*did you mean 'length_penalty'",
+            "has no 'lenght_penalty'; did you mean 'length_penalty'",
         ),
-        ("my_losses_for_test:number", {}, "no such function"),
+        ("my_losses_for_test:number", {}, "is a int; expected a Python function"),
         ("my_losses_for_test:nothing", {}, "returned 3; expected an Objective or a function"),
         ("my_losses_for_test:length_penalty", {}, "needs the setting 'strength'"),
         (
@@ -661,8 +661,8 @@ def test_a_function_of_yours_in_a_sum(my_module):
             {"beta": 1, "bta": 2},
             "no setting 'bta'.*did you mean 'beta'",
         ),
-        (":f", {}, "unknown objective ':f'"),
-        ("./my_losses.py:f", {}, "unknown objective './my_losses.py:f'.*package.module:function"),
+        (":f", {}, "expected the form 'package.module:function'"),
+        ("./my_losses.py:f", {}, "./my_losses.py:f.*expected the form 'package.module:function'"),
     ],
 )
 def test_mistakes_in_a_path_are_told_kindly(my_module, path, given_settings, words):
@@ -671,5 +671,5 @@ def test_mistakes_in_a_path_are_told_kindly(my_module, path, given_settings, wor
 
 
 def test_a_fault_inside_your_module_is_not_hidden(my_module):
-    with pytest.raises(ModuleNotFoundError, match="a_module_that_is_not_there"):
+    with pytest.raises(ObjectiveError, match="No module named 'a_module_that_is_not_there'"):
         build("my_broken_losses_for_test:f")

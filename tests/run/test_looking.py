@@ -1,0 +1,157 @@
+"""Verbs that only look at a run folder or an experiment import none of the code that they name."""
+
+import importlib
+import json
+import shutil
+import sys
+
+import pytest
+import tiny
+import yaml
+from rich.console import Console
+
+from selm_jax import cli, config
+from selm_jax.annotate import server
+from selm_jax.iterate import iterate, run_stage
+from selm_jax.run import Run, RunError
+
+MODULE = """
+import pathlib
+pathlib.Path(__file__).with_name("imported").touch()
+from selm_jax.objectives.losses import dpo
+
+def loss(beta):
+    return dpo(beta)
+
+def rule(prompt, response, row):
+    return float(len(response))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run whose answers are there and whose loss is code of the user's, and its experiment."""
+    folder = tmp_path_factory.mktemp("looked_at")
+    (folder / "code_of_mine.py").write_text(MODULE)
+    file = tiny.experiment(
+        folder, iterations=1, training__learning_rate=1e-3,
+        objective={"loss": "code_of_mine:loss", "beta": 0.1},
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        importlib.invalidate_caches()
+        run_stage(Run(config.load(file), Console(quiet=True)), "generate", 1)
+        assert (folder / "imported").exists()  # the run itself runs it
+    return folder
+
+
+@pytest.fixture
+def mine(folder, monkeypatch):
+    """The folder, its module on the path and not imported yet."""
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.chdir(folder)
+    sys.modules.pop("code_of_mine", None)
+    (folder / "imported").unlink(missing_ok=True)
+    return folder
+
+
+def selm(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["selm", *map(str, arguments)])
+    cli.main()
+
+
+def whose_code_is(folder, tmp_path, loss, rule, name="run"):
+    """A copy of a run folder that names this code."""
+    copy = tmp_path / "copy"
+    shutil.copytree(folder / name, copy)
+    tree = yaml.safe_load((copy / "config.yaml").read_text())
+    tree["objective"] = {"loss": loss, "beta": 0.1}
+    tree["feedback"] |= {"ranker": rule, "settings": {}}
+    tree["data"]["on_bad_row"] = "drop"
+    (copy / "config.yaml").write_text(yaml.safe_dump(tree))
+    return copy
+
+
+LOSS, RULE = "code_of_mine:loss", "code_of_mine:rule"
+
+
+def test_annotate_report_and_preview_import_nothing(mine, tmp_path, monkeypatch):
+    run = whose_code_is(mine, tmp_path, LOSS, RULE)
+    monkeypatch.setattr(server, "serve", lambda *_: None)
+    selm(monkeypatch, "annotate", run)
+    selm(monkeypatch, "report", run, "-o", tmp_path / "page.html")
+    selm(monkeypatch, "preview", run / "config.yaml", f"output={run}", "--rows", "2")
+    assert not (mine / "imported").exists() and "code_of_mine" not in sys.modules
+
+
+@pytest.mark.slow
+def test_figures_import_nothing(mine, tmp_path, monkeypatch):
+    file = mine / "experiment.yaml"
+    changes = ["objective.loss=dpo", f"output={tmp_path}/dpo"]
+    iterate(Run(config.load(file, changes), Console(quiet=True)))
+    base = whose_code_is(tmp_path, tmp_path / "base", "dpo", RULE, "dpo")
+    run = whose_code_is(tmp_path, tmp_path / "mine", LOSS, RULE, "dpo")
+    selm(monkeypatch, "figures", base, run, "-o", tmp_path / "figures")
+    assert {"figure4_implicit_rewards.svg", "figure5_own_samples.svg"} <= {
+        each.name for each in (tmp_path / "figures").iterdir()
+    }
+    assert not (mine / "imported").exists() and "code_of_mine" not in sys.modules
+
+
+def test_preview_of_what_has_not_begun_imports_nothing(mine, tmp_path, monkeypatch, capsys):
+    selm(
+        monkeypatch, "preview", mine / "experiment.yaml", f"output={tmp_path}/new",
+        "data.on_bad_row=drop", f"objective={{loss: '{LOSS}', beta: 0.1}}", f"feedback.ranker={RULE}",
+    )  # fmt: skip
+    assert "objective.loss is code of yours" in capsys.readouterr().out
+    assert not (mine / "imported").exists() and "code_of_mine" not in sys.modules
+
+
+NAMES = {
+    "a loss": ({"objective": {"loss": "os:system", "command": "touch ran"}}, "objective.loss"),
+    "a term": ({"objective": {"loss": "dpo+os:popen", "cmd": "touch ran"}}, "objective.loss"),
+    "a rule": ({"feedback": {"ranker": "os:system"}}, "feedback.ranker"),
+    "a part": (
+        {"feedback": {"ranker": "mixture", "settings": {"parts": [{"ranker": "os:system"}]}}},
+        "feedback.settings.parts.0.ranker",
+    ),
+}
+VERBS = (
+    *("run", "run --tiny", "preview", "plan", "generate -t 1", "rank -t 1", "score -t 1"),
+    *("train -t 1", "export -t 1", "evaluate -t 1", "annotate", "figures", "eval winrate"),
+)
+
+
+@pytest.mark.parametrize("change,key", NAMES.values(), ids=NAMES)
+def test_every_verb_refuses_a_folder_that_names_code_of_others(
+    mine, tmp_path, monkeypatch, capsys, change, key
+):
+    run = whose_code_is(mine, tmp_path, LOSS, RULE)
+    tree = yaml.safe_load((run / "config.yaml").read_text()) | change
+    (run / "config.yaml").write_text(yaml.safe_dump(tree))
+    monkeypatch.setattr(Run, "__init__", None)  # it is refused before there is a run
+    for verb in VERBS:
+        name, *options = verb.split()
+        given = run if name in ("annotate", "figures", "eval") else run / "config.yaml"
+        with pytest.raises(SystemExit) as stop:
+            selm(monkeypatch, name, *options, given)
+        assert stop.value.code == 1
+        message = capsys.readouterr().err
+        assert f"{key}: 'os:" in message and "'os' is part of Python" in message, verb
+    assert not (mine / "ran").exists() and not (mine / "imported").exists()
+
+
+def test_a_run_that_is_looked_at_never_asks_its_code(mine):
+    file = mine / "experiment.yaml"
+    run = Run(config.load(file, ["feedback.ranker=code_of_mine:rule"]), imports=False)
+    for part in ("objective", "ranker"):
+        with pytest.raises(RunError, match="only looks at the folder"):
+            getattr(run, part)
+    run.folder = mine / "made"
+    assert not run.rates and not run.reference_free  # it has not begun
+    run.folder.mkdir()
+    (run.folder / "manifest.json").write_text(json.dumps({"rates": True, "reference_free": True}))
+    run = Run(run.experiment, imports=False)
+    run.folder = mine / "made"
+    assert run.rates and run.reference_free
+    assert not (mine / "imported").exists()

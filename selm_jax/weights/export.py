@@ -21,25 +21,11 @@ from selm_jax.weights.files import (
     stored_like,
     write,
 )
+from selm_jax.weights.folder import carried, links_out
 from selm_jax.weights.huggingface import save
 
-# What goes with a model, byte for byte as it came: tokenizer, chat template, generation config, and
-# the licence, which those of many models ask to be handed on.
-_COPIED = (
-    "tokenizer*",
-    "*.model",
-    "*.tiktoken",
-    "tekken.json",
-    "vocab.*",
-    "merges.*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
+# The key under which a folder's settings name Python files of its own.
+_CODE = "auto_map"
 
 
 def export_folder(
@@ -55,12 +41,17 @@ def export_folder(
 
     The config is the source model's, key by key, since the model is of the same shape; only the
     dtype of the stored weights is set anew, and what makes a reward model of it, if it is one.
+    Where it names code (`auto_map`), that is left out: no code goes with the model, and none is
+    needed.
 
     Args:
       source: the Hugging Face folder that training started from.
       folder: None for the processes that only bring their parts of the parameters.
       card: the text of README.md.
       max_shard_bytes: of one safetensors file.
+
+    Raises:
+      WeightsError: a file that goes with the model is a link to one outside `source`.
     """
     if folder is not None:
         _write_folder(source, folder, str(params["embedding"].dtype), config)
@@ -113,13 +104,28 @@ def _write_folder(
     hf: dict[str, Any] = json.loads((source / "config.json").read_text(encoding="utf-8"))
     if config is not None and config.head is not None:
         hf = reward_model_json(hf, config.head.pad)
+    if wrong := links_out(source):
+        raise WeightsError(f"{source}: {'; '.join(wrong)}")
     folder.mkdir(parents=True)
-    for pattern in _COPIED:
-        for file in source.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, folder / file.name)
+    for name in carried(source):
+        (folder / name).parent.mkdir(exist_ok=True)
+        _copy(source / name, folder / name)
+    hf.pop(_CODE, None)
     # transformers 5 writes `dtype`, earlier versions and others `torch_dtype`, which all can read.
     for key in [key for key in ("dtype", "torch_dtype") if key in hf] or ["torch_dtype"]:
         hf[key] = dtype
-    text = json.dumps(hf, indent=2, ensure_ascii=False) + "\n"
-    (folder / "config.json").write_text(text, encoding="utf-8")
+    _write_json(folder / "config.json", hf)
+
+
+def _copy(file: Path, to: Path) -> None:
+    """Byte for byte, but for what names code that stays behind."""
+    if file.suffix == ".json" and f'"{_CODE}"'.encode() in file.read_bytes():
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(settings, dict) and settings.pop(_CODE, None) is not None:
+            return _write_json(to, settings)
+    shutil.copyfile(file, to)
+
+
+def _write_json(file: Path, value: dict[str, Any]) -> None:
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    file.write_text(text, encoding="utf-8")

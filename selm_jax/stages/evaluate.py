@@ -18,13 +18,14 @@ from selm_jax.feedback.human import Human
 from selm_jax.feedback.ranker import is_relative, reported, scores_beside
 from selm_jax.parallel import multihost
 from selm_jax.preferences.examples import Example
+from selm_jax.preferences.own_answers import rated_example
 from selm_jax.rollout.engine import Request
 from selm_jax.rollout.sampling import Sampling
+from selm_jax.rows import question
 from selm_jax.run import Run, RunError
 from selm_jax.stages.asking import scores_of
 from selm_jax.stages.generate import Counts, response_row
-from selm_jax.stages.rank import question
-from selm_jax.stages.score import logps_of, rated_example, rewards_of, too_long
+from selm_jax.stages.score import logps_of, rewards_of, too_long
 from selm_jax.text.answers import answers as answers_of
 from selm_jax.text.prompts import Prompt
 
@@ -142,8 +143,9 @@ def _evaluate_pairs(run: Run, t: int) -> Counts:
 
     Pairs that are too long are left out and counted where `data.on_bad_row` drops such rows.
     """
-    held = [(p, answers_of(p)) for p in run.heldout]
-    found = [(p, each, rated_example(run, p, each, {})) for p, each in held]
+    held, head = [(p, answers_of(p)) for p in run.heldout], run.config.head
+    assert head is not None
+    found = [(p, each, rated_example(run.chat, head, p, each, {})) for p, each in held]
     if run.experiment.data.on_bad_row == "drop":
         found = [each for each in found if not too_long(run, each[2])]
     if not found:

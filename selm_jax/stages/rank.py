@@ -20,7 +20,8 @@ from selm_jax.feedback.pairs import Candidate, Dropped, Pair, Report, draws, ran
 from selm_jax.feedback.ranker import Question
 from selm_jax.parallel import multihost
 from selm_jax.preferences.examples import ROLES, Example
-from selm_jax.run import Run, RunError
+from selm_jax.rows import question
+from selm_jax.run import Run
 from selm_jax.stages.asking import scores_in_parts
 from selm_jax.stages.generate import RESPONSES, Counts, response_files
 from selm_jax.text.answers import answer_ids, check_spelled
@@ -276,14 +277,7 @@ def _score_of_data(run: Run, prompt: Prompt, role: str) -> float | None:
     column = {"chosen": d.chosen_score, "rejected": d.rejected_score}[role]
     if column is None:
         return None
-    value = prompt.row.get(column)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
-        found = f"holds {value!r}" if column in prompt.row else f"is not among {list(prompt.row)}"
-        raise RunError(
-            f"prompt {prompt.id}: column {column!r} (data.{role}_score) {found}; a number was "
-            "expected"
-        )
-    return float(value)
+    return prompt.row[column]  # a float: looked at when the rows were read
 
 
 def _ranked_rows(
@@ -317,8 +311,3 @@ def _row(prompt: Prompt, i: int, candidate: Candidate) -> dict[str, Any]:
         "finish": candidate.finish,
         **dict.fromkeys(ROLES, False),
     }
-
-
-def question(prompt: Prompt) -> Question:
-    """A prompt as rankers see it."""
-    return Question(prompt.messages[-1].content, prompt.messages, prompt.row, prompt.id)

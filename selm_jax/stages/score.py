@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -13,13 +13,12 @@ from selm_jax import artifacts
 from selm_jax.models.decoder import Params
 from selm_jax.parallel import multihost
 from selm_jax.preferences.examples import ROLES, Example, to_table
+from selm_jax.preferences.own_answers import rated_example
 from selm_jax.preferences.packing import common_shape
-from selm_jax.preferences.rewards import split
 from selm_jax.run import Run, RunError
 from selm_jax.stages.generate import Counts
 from selm_jax.stages.rank import RANKED
 from selm_jax.text.layout import paper_row
-from selm_jax.text.prompts import Prompt
 from selm_jax.training.loop import response_logps
 
 
@@ -89,7 +88,7 @@ def paired_examples(run: Run, t: int) -> tuple[list[Example], Counts]:
       reward model's pairs, how many were left out as too long (`data.on_bad_row: drop`).
     """
     prompts = {p.id: p for p in run.prompts(t)}
-    text = run.experiment.text
+    text, head = run.experiment.text, run.config.head
     pairs: dict[str, dict[str, dict]] = {}  # prompt id -> role -> its row
     for row in pq.read_table(run.iteration(t) / "ranked.parquet", schema=RANKED).to_pylist():
         for role in ROLES:
@@ -105,9 +104,9 @@ def paired_examples(run: Run, t: int) -> tuple[list[Example], Counts]:
                 f"{len(prompts)} of iteration {t}; the data or its settings have changed"
             )
         texts = {role: row["text"] for role, row in pair.items()}
-        if run.rates:
+        if head is not None:
             scores = {role: pair[role]["score"] for role in texts}
-            examples.append(rated_example(run, prompt, texts, scores))
+            examples.append(rated_example(run.chat, head, prompt, texts, scores))
             if run.experiment.data.on_bad_row == "drop" and too_long(run, examples[-1]):
                 examples.pop()
                 cut.update(too_long=1)
@@ -122,34 +121,6 @@ def paired_examples(run: Run, t: int) -> tuple[list[Example], Counts]:
             examples.append(Example.of(prompt_id, run.prompt_ids(prompt), responses))
         _check_length(run, examples[-1])
     return examples, dict(cut)
-
-
-def rated_example(
-    run: Run, prompt: Prompt, texts: Mapping[str, str], scores: Mapping[str, float | None]
-) -> Example:
-    """What a reward model is trained on: the conversations of a pair, whole.
-
-    Args:
-      texts: of the answers, by role.
-      scores: what the data says of them; None is 0 where it says something of the other.
-
-    Raises:
-      RunError: both conversations are the same tokens.
-    """
-    head = run.config.head
-    assert head is not None
-    whole = [head.read(run.chat.conversation_ids(prompt.messages, t)) for t in texts.values()]
-    if len(set(whole)) < len(whole):
-        raise RunError(
-            f"prompt {prompt.id}: {' and '.join(texts)} are the same {len(whole[0])} tokens to the "
-            "model, so that nothing is preferred. Remove the row"
-        )
-    before, rests = split(whole)
-    given = None
-    if any(score is not None for score in scores.values()):
-        given = tuple(scores[role] or 0.0 for role in texts)
-    roles = {role: i for i, role in enumerate(texts)}
-    return Example(prompt.id, before, tuple(rests), roles, scores=given)
 
 
 def too_long(run: Run, example: Example) -> bool:

@@ -61,7 +61,7 @@ def structure(text: str) -> list[Any] | dict[str, Any] | None:
     return None
 
 
-def number(value: Any) -> float | None:
+def as_number(value: Any) -> float | None:
     """The finite number that a cell holds, as such or as text; None if it holds none."""
     if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
         value = float(value)

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from selm_jax.text.cells import carried, check, shortened, unwrapped
+from selm_jax.text.cells import as_number, carried, check, shortened, unwrapped
 from selm_jax.text.tables import BadRow, DataError, Row
 from selm_jax.words import did_you_mean
 
@@ -51,6 +51,7 @@ class Columns(NamedTuple):
     chosen: str | None
     rejected: str | None
     system: str | None = None
+    scores: tuple[str, ...] = ()
 
 
 def choose_columns(
@@ -62,6 +63,7 @@ def choose_columns(
     chosen: str | None,
     rejected: str | None,
     system: str | None = None,
+    scores: Sequence[str] = (),
 ) -> Columns:
     """Settles which columns are read. The arguments are those of `load_prompts`.
 
@@ -105,6 +107,7 @@ def choose_columns(
         chosen,
         rejected,
         need(system) if system else None,
+        tuple(map(need, scores)),
     )
 
 
@@ -113,6 +116,7 @@ def parse(values: Mapping[str, Any] | BadRow, columns: Columns) -> Prompt:
     if isinstance(values, BadRow):
         raise values
     row = carried({name: value for name, value in values.items() if name not in columns})
+    row |= {name: _score(values, name) for name in columns.scores}
     conversations = (columns.prompt, columns.chosen, columns.rejected)
     values = {n: unwrapped(v, n) if n in conversations else v for n, v in values.items()}
     for name in values.keys() & set(columns):
@@ -162,6 +166,13 @@ def _value(values: Mapping[str, Any], column: str, if_null: str) -> Any:
     if values[column] is None:
         raise BadRow(if_null, column, "the value is null.")
     return values[column]
+
+
+def _score(values: Mapping[str, Any], column: str) -> float:
+    found = as_number(_value(values, column, "no number"))
+    if found is None:
+        raise BadRow("no number", column, f"{shortened(values[column])} is no finite number.")
+    return found
 
 
 def _messages(value: Any, column: str) -> tuple[Message, ...]:

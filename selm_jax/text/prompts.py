@@ -107,6 +107,7 @@ def load_prompts(
     chosen: str | None = None,
     rejected: str | None = None,
     system: str | None = "system",
+    scores: Sequence[str] = (),
     revision: str | None = None,
     config: str | None = None,
     on_bad_row: Literal["error", "drop"] = "error",
@@ -130,11 +131,12 @@ def load_prompts(
       system: column of the row's system message, which goes before its prompt; where it is null or
         blank the row has none. If the data has no column of the default name, no row has. None: no
         column is read so.
+      scores: columns of numbers, as such or as text; `Prompt.row` holds them as floats.
       revision: commit, tag or branch of a Hub dataset. Local files take none.
       config: which configuration of a Hub dataset, as `load_dataset` calls its second argument.
       on_bad_row: "error" stops at the first unusable row. "drop" leaves such rows out and lists
         them in `PromptSet.dropped` under one of: invalid JSON, not an object, wrong number of
-        cells, missing column, missing id, wrong type, bad message, empty prompt, empty response,
+        cells, missing column, missing id, no number, wrong type, bad message, empty prompt, empty response,
         no assistant answer, last message not a user turn, prompt mismatch, two system messages,
         chosen equals rejected, lone surrogate, nested too deeply, duplicate id, duplicate row.
       duplicate_ids: what an id means that comes again. "error": a bad row. "number": one more pair
@@ -153,7 +155,7 @@ def load_prompts(
     rows = list(_read(path_or_id, split, revision, config))
     columns = choose_columns(
         path_or_id, rows, prompt=prompt, prompt_id=prompt_id, chosen=chosen, rejected=rejected,
-        system=system,
+        system=system, scores=scores,
     )  # fmt: skip
     kept: dict[str, tuple[Prompt, Row]] = {}
     dropped: dict[str, list[int]] = {}
@@ -200,6 +202,7 @@ def load_data(
         chosen=data.chosen if pairs else None,
         rejected=data.rejected if pairs else None,
         system=None if data.system is not None else data.system_column,
+        scores=[s for s in (data.chosen_score, data.rejected_score) if s and part == "train"],
         revision=data.revision,
         config=config,
         on_bad_row=data.on_bad_row,

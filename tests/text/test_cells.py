@@ -90,7 +90,7 @@ def test_what_begins_as_messages_is_whole_or_refused_and_nothing_runs(text, tmp_
     ],
 )  # fmt: skip
 def test_numbers(value, number):
-    assert cells.number(value) == number
+    assert cells.as_number(value) == number
 
 
 ASKED = [

@@ -1,0 +1,209 @@
+"""Every row is looked at before any work: what would stop a later stage stops the run at its start,
+or is dropped and counted."""
+
+import io
+import json
+import sys
+
+import pytest
+import tiny
+from rich.console import Console
+
+from selm_jax import cli, config
+from selm_jax.feedback.ranker import FeedbackError
+from selm_jax.preferences.own_answers import rated_example
+from selm_jax.preview import preview
+from selm_jax.rows import RunError
+from selm_jax.run import Run
+from selm_jax.text.chat import UnusableAnswer
+from selm_jax.text.prompts import DataError
+
+PAIRS = {"data__chosen": "chosen", "data__rejected": "rejected", "candidates__dataset": True,
+         "candidates__samples": 0, "data__heldout": None, "iterations": 2, "data__portions": 2}  # fmt: skip
+TAUGHT = {"candidates__greedy": 0, "objective": {"loss": "dpo", "beta": 0.1}}
+SFT = {"candidates__greedy": 0, "objective": {"loss": "sft"}, "data__rejected": None}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.make_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture
+def make(tmp_path, model):
+    """A run over 8 pairs with changed rows, {number: its changes}, and changed settings."""
+    (tmp_path / "model").symlink_to(model)
+
+    def run(changed=None, /, **settings) -> Run:
+        file = tiny.experiment(tmp_path, **(PAIRS | settings))
+        rows = [
+            {"prompt_id": f"p{i}", "prompt": f"Say {i}.", "chosen": "Yes.", "rejected": "No."}
+            for i in range(8)
+        ]  # fmt: skip
+        for i, change in (changed or {}).items():
+            rows[i] |= change
+        (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return Run(config.load(file), Console(file=io.StringIO(), width=300))
+
+    return run
+
+
+def told(run: Run) -> str:
+    return run.console.file.getvalue()
+
+
+LONG = {
+    # name: (changes of row 6, settings, what is said)
+    "the model": ({"chosen": "x" * 600}, {"training__row_length": 1024}, "made for 512"),
+    "a row": ({"rejected": "x" * 200}, {}, "has 128 (training.row_length)"),
+    "a row, both": ({"chosen": "x" * 60, "rejected": "y" * 60}, {}, "has 128 (training.row_length)"),
+    "a row, taught pairs": ({"rejected": "x" * 200}, TAUGHT, "has 128 (training.row_length)"),
+    "the model, taught answers": (
+        {"chosen": "x" * 600}, SFT | {"training__row_length": 1024}, "made for 512",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_an_answer_of_the_data_that_is_too_long_is_found_at_the_start(make, name):
+    changes, settings, said = LONG[name]
+    with pytest.raises(RunError, match="prompt p6: with its .*1 of 8 prompts.*on_bad_row") as e:
+        make({6: changes}, **settings).check()
+    assert said in str(e.value)
+    run = make({6: changes}, **settings, data__on_bad_row="drop")
+    run.check()
+    assert "train.jsonl: rows left out, answer too long: 1" in told(run)
+    assert [[p.id for p in run.prompts(t)] for t in (1, 2)] == [
+        ["p0", "p1", "p2", "p3"], ["p4", "p5", "p7"]
+    ]  # fmt: skip
+
+
+def test_answers_that_are_not_used_may_be_long(make):
+    make({6: {"rejected": "x" * 900}}, **SFT).check()
+    prompts_alone = {"candidates__dataset": False, "candidates__samples": 2}
+    make({6: {"rejected": "x" * 900}}, **prompts_alone).check()
+    cut = {"text__max_length": 64, "text__max_prompt_length": 40}
+    make({6: {"rejected": "x" * 900}}, text__layout="paper", **cut).check()
+
+
+def test_all_are_too_long(make):
+    changed = {i: {"chosen": f"{i}" * 200} for i in range(8)}
+    with pytest.raises(RunError, match="the answers of all 8 prompts are too long: with its"):
+        make(changed, data__on_bad_row="drop").check()
+
+
+def test_a_row_too_long_is_said_by_the_preview(make):
+    run = make({6: {"rejected": "x" * 200}})
+    preview(run, 1, 0)  # of the iteration that has not got it
+    assert "selm run will stop here: prompt p6: with its answers" in told(run)
+    run = make()
+    preview(run, 1, 0)
+    assert "stop here" not in told(run)
+
+
+def test_an_answer_that_the_template_changes_is_found_in_whichever_row(make):
+    run = make({7: {"rejected": "No, <think>never</think>."}})
+    run.chat._template = run.chat._template.replace(
+        "m['content']", "m['content'].split('</think>')[-1]"
+    )
+    with pytest.raises(UnusableAnswer, match=r"prompt p7, rejected: .*changes the answer"):
+        run.check()
+
+
+def test_pairs_of_a_reward_model_are_looked_at_too(make, tmp_path):
+    settings = TAUGHT | {"objective": {"loss": "bradley_terry"}}
+    with pytest.raises(RunError, match="prompt p6: .*made for 512"):
+        make({6: {"chosen": "x" * 600}}, **settings, training__row_length=1024).check()
+    heldout = [{"prompt": "Hm.", "chosen": "y" * 600, "rejected": "No."}]
+    (tmp_path / "heldout.jsonl").write_text(json.dumps(heldout[0]) + "\n")
+    settings |= {"data__heldout": str(tmp_path / "heldout.jsonl"), "training__row_length": 1024}
+    with pytest.raises(RunError, match="prompt [0-9a-f]{16}: .*1 of 9 prompts"):
+        make(**settings).check()
+
+
+# Scores of the data, as CSV keeps them: text.
+
+SCORED = TAUGHT | {
+    "objective": {"loss": "bradley_terry", "margin": 1.0},
+    "data__chosen_score": "good", "data__rejected_score": "bad",
+}  # fmt: skip
+
+
+def test_scores_in_csv_reach_the_margins(make, tmp_path):
+    run = make(**SCORED, data__train=str(tmp_path / "x.csv"))
+    (tmp_path / "x.csv").write_text(
+        "prompt_id,prompt,chosen,rejected,good,bad\n"
+        + "".join(f"p{i},Say {i}.,Yes.,No.,{i}.5, 1e-1\n" for i in range(8))
+    )
+    run.check()
+    prompt = run.prompts(2)[0]
+    assert prompt.id == "p4" and prompt.row == {"good": 4.5, "bad": 0.1}
+    texts = {"chosen": "Yes.", "rejected": "No."}
+    scores = {"chosen": prompt.row["good"], "rejected": prompt.row["bad"]}
+    assert rated_example(run.chat, run.config.head, prompt, texts, scores).scores == (4.5, 0.1)
+
+
+@pytest.mark.parametrize("value", [None, "high", True, "nan", [1]])
+def test_a_score_that_is_no_number_is_a_bad_row(make, value):
+    changed = {i: {"good": 1, "bad": "0"} for i in range(8)}
+    changed[5] = {"good": value, "bad": 0}
+    with pytest.raises(DataError, match=r"row 6 \(line 6\), column 'good': no number"):
+        make(changed, **SCORED).check()
+    run = make(changed, **SCORED, data__on_bad_row="drop")
+    assert run.all_prompts.dropped == {"no number": (6,)}
+
+
+# The columns that a ranker reads.
+
+
+def test_rows_that_the_ranker_cannot_use_are_found_at_the_start(make):
+    pytest.importorskip("if_verifiable")
+    columns = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+    changed = {i: columns for i in range(8)}
+    make(changed, feedback__ranker="verifiable").check()
+    changed[7] = {"instruction_id_list": ["punctuation:no_coma"], "kwargs": [{}]}
+    with pytest.raises(FeedbackError, match="prompt 'p7': .*did you mean 'punctuation:no_comma'"):
+        make(changed, feedback__ranker="verifiable").check()
+
+
+# What is said, on the command line.
+
+
+def test_a_system_column_is_used_and_told_of(make):
+    changed = {i: {"system": "Answer in French."} for i in range(6)}
+    for say in (lambda run: run.check(), lambda run: preview(run, 1, 1)):
+        run = make(changed)
+        say(run)
+        assert "the column 'system' gives 6 of 8 prompts their system message" in told(run)
+        assert run.prompts(1)[0].messages[0].content == "Answer in French."
+        run = make(changed, data__system="Be brief.")
+        say(run)
+        assert "the column 'system' is not read" in told(run)
+        (first, _) = run.prompts(1)[0].messages
+        assert first.content == "Be brief."
+
+
+SURROGATES = {"prompt": "Half an emoji \ud83d here", "chosen": "Yes \udc00.", "note": ["\ud83d"]}
+
+
+@pytest.mark.parametrize("column", SURROGATES)
+@pytest.mark.parametrize("verb", ["run", "preview", "generate"])
+def test_half_a_surrogate_pair_is_a_message_and_no_trace(make, capsys, monkeypatch, column, verb):
+    run = make({6: {column: SURROGATES[column]}})
+    file = run.folder.parent / "experiment.yaml"
+    more = ["-t", "1"] if verb == "generate" else []
+    monkeypatch.setattr(sys, "argv", ["selm", verb, str(file), *more])
+    with pytest.raises(SystemExit):
+        cli.main()
+    message = capsys.readouterr().err
+    assert f"train.jsonl, row 7 (line 7), column '{column}': lone surrogate" in message
+    assert "Traceback" not in message
+    assert not [p for p in run.folder.rglob("*") if p.is_file() and p.name != ".lock"]
+
+
+def test_and_is_dropped_and_counted_where_bad_rows_are(make):
+    changed = {i: {column: SURROGATES[column]} for i, column in enumerate(SURROGATES)}
+    run = make(changed, data__on_bad_row="drop")
+    run.check()
+    assert "train.jsonl: rows left out, lone surrogate: 3" in told(run)
+    assert [p.id for p in run.all_prompts] == ["p3", "p4", "p5", "p6", "p7"]

@@ -22,31 +22,43 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from selm_jax import jsonl
+from selm_jax.paths import check_file
 
 
 class ArtifactError(RuntimeError):
     """A run folder that cannot be gone on with. The message says what to do."""
 
 
-_PARTIAL = ".partial"
+_PARTIAL = ".selm-partial"  # a name that is nobody else's: what has it is deleted
 
 
 @contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def whole(path: Path, *, replaces_folder: bool = False) -> Iterator[Path]:
     """Yields a path to write a file or a folder to; on success it becomes `path`.
 
-    If the body raises, nothing stays. If the process dies, the leftover has the suffix `.partial`
-    and the next attempt removes it.
+    If the body raises, nothing stays. If the process dies, the leftover has the suffix
+    `.selm-partial` and the next attempt removes it. A link to a file stays a link.
+
+    Args:
+      replaces_folder: what is at `path` is the caller's own, also if it is a folder. By default a
+        folder stays as it is: a path that a person gave may lead to anything.
+
+    Raises:
+      PathError: a file cannot be written there; see `paths.check_file`.
     """
+    if not replaces_folder:
+        check_file(path)
+        path = path.resolve() if path.is_symlink() else path
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + _PARTIAL)
     remove(partial)
     try:
         yield partial
         flush(partial)
-        if path.is_dir():
-            shutil.rmtree(path)
+        if replaces_folder and path.is_dir():
+            remove(path)
         os.replace(partial, path)
+        remove(partial)  # still there if both were links to one file: then nothing was renamed
         flush_folder(path.parent)
     except BaseException:
         remove(partial)
@@ -54,8 +66,8 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def remove(path: Path) -> None:
-    """Deletes a file or a folder, if it is there."""
-    if path.is_dir():
+    """Deletes a file or a folder, if it is there. Of a link only the link."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
@@ -208,7 +220,7 @@ class Store:
 
     def put(self, key: str, outputs: Mapping[str, Path], about: Mapping[str, Any]) -> None:
         """Keeps the outputs, by name, and JSON values about them."""
-        with whole(self.folder / key) as partial:
+        with whole(self.folder / key, replaces_folder=True) as partial:
             partial.mkdir()
             for name, path in outputs.items():
                 _link(path, partial / name)
@@ -229,7 +241,7 @@ class Store:
                 remove(entry)
                 return None
         for name in told["outputs"]:
-            with whole(folder / name) as partial:
+            with whole(folder / name, replaces_folder=True) as partial:
                 _link(entry / name, partial)
         return told["about"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import os
 import sys
 import traceback
@@ -14,6 +14,7 @@ import typer
 
 from selm_jax.evaluation.benchmark_command import app as evaluation
 from selm_jax.lab.command import app as lab
+from selm_jax.paths import file_to_write, folder_to_write, place
 
 app = typer.Typer(
     help="Self-Exploring Language Models in JAX: align a language model by exploring.",
@@ -22,10 +23,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-ConfigFile = Annotated[Path, typer.Argument(help="Experiment file (YAML).", metavar="EXPERIMENT")]
+ConfigFile = Annotated[
+    Path, typer.Argument(help="Experiment file (YAML).", metavar="EXPERIMENT", parser=place)
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Settings to change: key.path=value ...")
 ]
+Json = Annotated[Path | None, typer.Option(help="Write the result here too.", parser=file_to_write)]
 Iteration = Annotated[int, typer.Option("--iteration", "-t", help="1, 2, ...")]
 
 
@@ -65,7 +69,10 @@ def export(
     iteration: Iteration,
     overrides: Overrides = None,
     to: Annotated[
-        Path | None, typer.Option(help="Write the policy here as well, to be handed on.")
+        Path | None,
+        typer.Option(
+            help="Write the policy here as well, to be handed on.", parser=folder_to_write
+        ),
     ] = None,
     dtype: Annotated[
         str, typer.Option(help="Of the weights in --to: float32, bfloat16 or float16.")
@@ -78,11 +85,16 @@ def export(
     from selm_jax.weights.export import convert_dtype
 
     run = _run(experiment, overrides, processes=True)
+
+    def check(to: Path) -> None:
+        if to.exists():
+            raise artifacts.ArtifactError(f"{to}: is there already; --to makes a new folder")
+
+    if to is not None:
+        multihost.on_first(lambda: check(to))
     run_stage(run, "export", iteration)
 
     def publish(to: Path) -> None:
-        if to.exists():
-            raise artifacts.ArtifactError(f"{to}: is there already; --to makes a new folder")
         with artifacts.whole(to) as partial:
             convert_dtype(run.policy(iteration), partial, dtype)
         typer.echo(f"{to}: the policy after iteration {iteration}, in {dtype}")
@@ -113,7 +125,12 @@ def plan(
         typer.Option(help="A slice such as v5e:4x8; may be repeated. Default: the devices here."),
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="The model's config.json, where the model is not here.")
+        Path | None,
+        typer.Option(
+            help="The model's config.json, where the model is not here.",
+            metavar="FILE",
+            parser=place,
+        ),
     ] = None,
     data_rows: Annotated[int | None, typer.Option(help="Rows of data.train.", min=1)] = None,
     heldout_rows: Annotated[int | None, typer.Option(help="Rows of data.heldout.", min=1)] = None,
@@ -130,7 +147,7 @@ def plan(
     tries: Annotated[
         int, typer.Option(help="Changes to compile in search of one that fits.", min=0)
     ] = 8,
-    json: Annotated[Path | None, typer.Option(help="Write the result here too.")] = None,
+    json: Json = None,
 ) -> None:
     """Compile it for a TPU slice that is not here: does it fit, how long, what does it cost?
 
@@ -154,17 +171,22 @@ def plan(
 
 @app.command()
 def annotate(
-    folder: Annotated[Path, typer.Argument(help="Run folder.", metavar="RUN")],
+    folder: Annotated[Path, typer.Argument(help="Run folder.", metavar="RUN", parser=place)],
     iteration: Annotated[
         int | None, typer.Option("--iteration", "-t", help="1, 2, ...; the last one by default.")
     ] = None,
     minimum: Annotated[int | None, typer.Option(help="People who rank each prompt.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8642,
-    export: Annotated[Path | None, typer.Option(help="Write .jsonl or .parquet instead.")] = None,
+    export: Annotated[
+        Path | None, typer.Option(help="Write .jsonl or .parquet instead.", parser=file_to_write)
+    ] = None,
     layout: Annotated[str, typer.Option(help="Of --export: trl or ultrafeedback.")] = "trl",
     read: Annotated[
-        Path | None, typer.Option("--import", help="Read rankings from such a file instead.")
+        Path | None,
+        typer.Option(
+            "--import", help="Read rankings from such a file instead.", metavar="FILE", parser=place
+        ),
     ] = None,
 ) -> None:
     """Let people rank the answers of an iteration, on a page of this machine."""
@@ -189,8 +211,14 @@ def _told(counts: Mapping[str, int | float]) -> str:
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders; several are compared.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="The page to write.")] = None,
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="Run folders; several are compared.", parser=place),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="The page to write.", parser=file_to_write),
+    ] = None,
 ) -> None:
     """Write the page of one run, or of several beside each other."""
     from selm_jax.report import page
@@ -202,7 +230,7 @@ def report(
 
 @app.command()
 def sweep(
-    file: Annotated[Path, typer.Argument(help="Sweep file (YAML).", metavar="FILE")],
+    file: Annotated[Path, typer.Argument(help="Sweep file (YAML).", metavar="FILE", parser=place)],
     overrides: Overrides = None,
     base: Annotated[
         str | None, typer.Option(help="Another base experiment than the file names.")
@@ -234,8 +262,13 @@ def sweep(
 
 @app.command()
 def figures(
-    runs: Annotated[list[Path] | None, typer.Argument(help="Run folders.")] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder.")] = Path("figures"),
+    runs: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Run folders.", parser=place),
+    ] = None,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder.", parser=folder_to_write)
+    ] = Path("figures"),
     pairs: Annotated[
         str | None, typer.Option(help="Preference pairs of figure 4 (prompt, chosen, rejected).")
     ] = None,
@@ -268,7 +301,7 @@ def bench(
     rows: Annotated[int | None, typer.Option(help="Packed rows of a batch.")] = None,
     row_length: Annotated[int | None, typer.Option(help="Tokens of a row.")] = None,
     slots: Annotated[int | None, typer.Option(help="Responses decoded together.")] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the result here too.")] = None,
+    json: Json = None,
 ) -> None:
     """Measure how fast this machine trains and generates, and how much memory that takes."""
     _set_up_jax()
@@ -362,7 +395,8 @@ def _finished(folder: Path):
     """The run in a folder, wherever the folder is now, to be looked at: none of its code is imported."""
     from selm_jax import config
 
-    experiment = config.load(folder / "config.yaml", [f"output={json.dumps(str(folder))}"])
+    experiment = config.load(folder / "config.yaml")
+    experiment = dataclasses.replace(experiment, output=str(folder))
     _set_up_jax()
     from selm_jax.run import Run
 

@@ -15,12 +15,13 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from selm_jax.paths import PathError, place
 from selm_jax.user_code import UserCodeError, check_name, is_user_code
 from selm_jax.words import did_you_mean
 
@@ -38,6 +39,15 @@ class _Yaml(yaml.SafeLoader):
 _Yaml.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
 )
+
+
+def _folder(text: str) -> str:
+    """A folder as a person writes it. What does not begin in their home folder stays word for word."""
+    try:
+        path = place(text)
+    except PathError as e:
+        raise ValueError(str(e)) from None
+    return str(path) if text.startswith("~") else text
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -207,7 +217,7 @@ class Log:
 
 @dataclass(frozen=True, config=_STRICT)
 class Experiment:
-    output: str  # the run folder
+    output: Annotated[str, AfterValidator(_folder)]  # the run folder
     iterations: int
     model: Model
     data: Data

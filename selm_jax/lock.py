@@ -20,7 +20,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from selm_jax import jsonl
 from selm_jax.artifacts import ArtifactError
+from selm_jax.paths import claim
 
 RENEW = 10.0  # seconds between renewals
 LEASE = 60.0  # seconds without a renewal, after which a holder is taken for dead
@@ -35,8 +37,9 @@ def only_one(folder: Path) -> Iterator[None]:
 
     Raises:
       ArtifactError: another process is at work there; the message says which.
+      PathError: the folder has something in it that this program did not make.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    claim(folder)
     file = folder / ".lock"
     while True:
         handle = file.open("a+")
@@ -68,7 +71,7 @@ def only_one(folder: Path) -> Iterator[None]:
         finally:
             ended.set()
             renewing.join()
-            if _read(file).get("id") == ours["id"]:
+            if _holds(file, ours["id"]):
                 _write(handle, {})
 
 
@@ -115,7 +118,7 @@ def _renew(file: Path, ours: str, ended: threading.Event) -> None:
     """Renews the lease until `ended`; if it has become another's, ends this process at once."""
     while not ended.wait(RENEW):
         try:
-            if _read(file).get("id") != ours:
+            if not _holds(file, ours):
                 print(
                     f"selm: {file}: this process was silent for {LEASE:.0f} s and another one has "
                     "taken over; it ends here, and nothing is lost",
@@ -127,14 +130,35 @@ def _renew(file: Path, ours: str, ended: threading.Event) -> None:
             continue  # a file server that is away for a moment
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _holds(file: Path, ours: str) -> bool:
     try:
-        return json.loads(file.read_text() or "{}")
-    except (
-        FileNotFoundError,
-        json.JSONDecodeError,
-    ):  # torn: its writer is about to finish, or dead
+        return _read(file).get("id") == ours
+    except ArtifactError:
+        return False
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """Who holds the folder; empty where nobody does.
+
+    Raises:
+      ArtifactError: the file does not say it in this program's words.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+        holder = jsonl.value(text) if text else {}
+    except FileNotFoundError:
         return {}
+    except ValueError:
+        holder = None
+    told = {"machine": str, "host": str, "process": int, "id": str}
+    if holder != {} and not (
+        isinstance(holder, dict) and all(isinstance(holder.get(k), v) for k, v in told.items())
+    ):
+        raise ArtifactError(
+            f"{file}: is damaged, or not a lock of this program. If nothing is at work in this "
+            "folder, delete the file and start again"
+        )
+    return holder
 
 
 def _write(handle, value: dict[str, Any]) -> None:

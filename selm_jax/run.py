@@ -87,6 +87,11 @@ class Run:
 
     # Where things are
 
+    @property
+    def name(self) -> str:
+        """The folder's own name, also where it was given as `.` or `..`."""
+        return self.folder.resolve().name if self.folder.name in ("", "..") else self.folder.name
+
     def iteration(self, t: int) -> Path:
         return self.folder / f"iteration_{t}"
 
@@ -578,7 +583,7 @@ class Run:
         artifacts.write_json(
             file,
             {
-                "name": self.folder.name,
+                "name": self.name,
                 "method": self.experiment.objective["loss"],
                 "objective": self.experiment.objective,
                 "rates": self.rates,
@@ -616,7 +621,7 @@ class Run:
     def model_card(self, t: int) -> str:
         """The README.md of the policy after iteration t."""
         rates, metrics = self.rates, artifacts.read_lines(self.metrics_file)
-        return model_card(self.experiment, self.folder.name, t, self.start.origin, metrics, rates)
+        return model_card(self.experiment, self.name, t, self.start.origin, metrics, rates)
 
     @cached_property
     def writers(self) -> Writers:

@@ -28,6 +28,7 @@ from selm_jax.config import Compute, ConfigError, Data, Experiment, Feedback, as
 from selm_jax.models.decoder import Decoder
 from selm_jax.models.families import from_hf, to_hf
 from selm_jax.parallel import multihost
+from selm_jax.paths import claim
 from selm_jax.weights.huggingface import save
 
 ROWS, HELDOUT = 64, 8
@@ -98,12 +99,18 @@ def shrink(experiment: Experiment, console: Console) -> Experiment:
 
     Raises:
       ConfigError: a model whose family has no tiny one.
+      PathError: something else is in the folder `X-tiny`.
     """
     e = experiment
     output = f"{e.output.rstrip('/')}-tiny"
     inputs = Path(output) / "inputs"
     family = _family(e.model.source)
-    multihost.on_first(lambda: _write_inputs(inputs, family, e.data))
+
+    def write() -> None:
+        claim(Path(output))
+        _write_inputs(inputs, family, e.data)
+
+    multihost.on_first(write)
     artifacts.wait_for([inputs])
     text = e.text
     if text.layout == "paper":  # in proportion: 1024 and 512 of its tokens
@@ -134,7 +141,7 @@ def shrink(experiment: Experiment, console: Console) -> Experiment:
 
 
 def _write_inputs(folder: Path, family: Family, data: Data) -> None:
-    with artifacts.whole(folder) as partial:
+    with artifacts.whole(folder, replaces_folder=True) as partial:
         make_model(partial / "model", family)
         for name, count in (("train", ROWS), ("heldout", HELDOUT)):
             lines = (json.dumps(row) + "\n" for row in _rows(data, name, count))

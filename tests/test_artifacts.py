@@ -21,8 +21,8 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
 
 def test_a_leftover_of_a_kill_is_replaced(tmp_path):
     folder = tmp_path / "model"
-    (tmp_path / "model.partial").mkdir()
-    (tmp_path / "model.partial" / "torn").write_text("x")
+    (tmp_path / "model.selm-partial").mkdir()
+    (tmp_path / "model.selm-partial" / "torn").write_text("x")
     with artifacts.whole(folder) as partial:
         partial.mkdir()
         (partial / "new").write_text("y")

@@ -19,6 +19,7 @@ from typing import Any
 
 from selm_jax.evaluation import EvaluationError
 from selm_jax.evaluation.benchmark_files import Row, read_rows, text_of
+from selm_jax.paths import place
 
 BASELINE = "gpt4_1106_preview"
 HUB_DATASET = "tatsu-lab/alpaca_eval"
@@ -232,9 +233,9 @@ def data_file(name: str, given: str | None, option: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     if given not in (None, "hub"):
-        if not Path(given).is_file():
+        if not place(given).is_file():
             raise EvaluationError(f"{option} {given}: no such file.")
-        return Path(given)
+        return place(given)
     where = f"{name} of the Hub data set {HUB_DATASET} (revision {HUB_REVISION[:8]})"
     try:
         return Path(

@@ -25,6 +25,7 @@ from selm_jax.evaluation.command import (
     default_out,
 )
 from selm_jax.evaluation.cost import Cost, show
+from selm_jax.paths import file_to_write, folder_to_write, place
 
 console = Console(stderr=True)
 
@@ -42,12 +43,17 @@ BaseUrl = Annotated[
 ]
 KeyEnv = Annotated[str | None, typer.Option(help="The environment variable with the API key.")]
 Concurrency = Annotated[int, typer.Option(help="Judge calls under way at once.", min=1)]
-Cache = Annotated[Path | None, typer.Option(help="File of the judge's paid answers.")]
+Cache = Annotated[
+    Path | None, typer.Option(help="File of the judge's paid answers.", parser=file_to_write)
+]
 MaxCost = Annotated[float | None, typer.Option(help="Spend no more; needs both prices.")]
 PricePrompt = Annotated[float | None, typer.Option(help="Per million tokens the judge reads.")]
 PriceCompletion = Annotated[float | None, typer.Option(help="Per million tokens it writes.")]
 Out = Annotated[
-    Path | None, typer.Option("--out", "-o", help="Folder; default: evaluations/MODEL/VERB.")
+    Path | None,
+    typer.Option(
+        "--out", "-o", help="Folder; default: evaluations/MODEL/VERB.", parser=folder_to_write
+    ),
 ]
 
 
@@ -62,10 +68,18 @@ def alpaca_eval(
         ),
     ] = None,
     outputs: Annotated[
-        Path | None, typer.Option(help="In place of MODEL: its model_outputs.json.")
+        Path | None,
+        typer.Option(
+            help="In place of MODEL: its model_outputs.json.", metavar="FILE", parser=place
+        ),
     ] = None,
     annotations: Annotated[
-        Path | None, typer.Option(help="In place of MODEL: score these annotations; asks nobody.")
+        Path | None,
+        typer.Option(
+            help="In place of MODEL: score these annotations; asks nobody.",
+            metavar="FILE",
+            parser=place,
+        ),
     ] = None,
     out: Out = None,
     name: Name = None,
@@ -74,7 +88,11 @@ def alpaca_eval(
     key_env: KeyEnv = None,
     prompt: Annotated[
         Path | None,
-        typer.Option(help="The judge's prompt, alpaca_eval_clf.txt; default: the package's."),
+        typer.Option(
+            help="The judge's prompt, alpaca_eval_clf.txt; default: the package's.",
+            metavar="FILE",
+            parser=place,
+        ),
     ] = None,
     annotator: Annotated[
         str | None,
@@ -192,25 +210,41 @@ def alpaca_eval(
 def mt_bench(
     model: OptionalSource = None,
     questions: Annotated[
-        Path, typer.Option(help="FastChat's data/mt_bench/question.jsonl.")
+        Path,
+        typer.Option(help="FastChat's data/mt_bench/question.jsonl.", metavar="FILE", parser=place),
     ] = Path("question.jsonl"),
     answers: Annotated[
-        Path | None, typer.Option(help="In place of MODEL: its answers, in FastChat's format.")
+        Path | None,
+        typer.Option(
+            help="In place of MODEL: its answers, in FastChat's format.",
+            metavar="FILE",
+            parser=place,
+        ),
     ] = None,
     out: Out = None,
     name: Name = None,
     judge: Judge = None,
     base_url: BaseUrl = None,
     key_env: KeyEnv = None,
-    prompts: Annotated[Path, typer.Option(help="FastChat's data/judge_prompts.jsonl.")] = Path(
-        "judge_prompts.jsonl"
-    ),
+    prompts: Annotated[
+        Path,
+        typer.Option(help="FastChat's data/judge_prompts.jsonl.", metavar="FILE", parser=place),
+    ] = Path("judge_prompts.jsonl"),
     references: Annotated[
-        Path, typer.Option(help="FastChat's data/mt_bench/reference_answer/gpt-4.jsonl.")
+        Path,
+        typer.Option(
+            help="FastChat's data/mt_bench/reference_answer/gpt-4.jsonl.",
+            metavar="FILE",
+            parser=place,
+        ),
     ] = Path("reference_answer/gpt-4.jsonl"),
     against: Annotated[
         Path | None,
-        typer.Option(help="Compare in pairs with the model of these answers, in place of rating."),
+        typer.Option(
+            help="Compare in pairs with the model of these answers, in place of rating.",
+            metavar="FILE",
+            parser=place,
+        ),
     ] = None,
     repeats: Annotated[int, typer.Option(help="Judgments of each turn.", min=1)] = 1,
     judge_temperature: Annotated[float, typer.Option(min=0)] = 0.0,

@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
+from selm_jax.paths import folder_to_write, place
+
 app = typer.Typer(
     help="What checkpoints are worth: rewards, win rates, benchmarks. See docs/evaluate.md.",
     no_args_is_help=True,
@@ -50,7 +52,10 @@ RankerSettings = Annotated[
     list[str] | None, typer.Option("--set", help="A setting of the ranker: key=value (YAML).")
 ]
 Keep = Annotated[
-    Path, typer.Option(help="Folder of kept answers; what is there is not drawn again.")
+    Path,
+    typer.Option(
+        help="Folder of kept answers; what is there is not drawn again.", parser=folder_to_write
+    ),
 ]
 AllowMalformed = Annotated[
     int,
@@ -59,6 +64,9 @@ AllowMalformed = Annotated[
         "mean of their prompts' readable ratings).",
         min=0,
     ),
+]
+Results = Annotated[
+    Path, typer.Option("--out", "-o", help="Folder of results.", parser=folder_to_write)
 ]
 KEEP = Path("evaluations")
 
@@ -91,7 +99,7 @@ def heldout(
     ] = None,
     iteration: Iteration = None,
     revision: Revision = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of results.")] = KEEP / "heldout",
+    out: Results = KEEP / "heldout",
     keep: Keep = KEEP,
     dtype: Dtype = "auto",
     tensor: Tensor = 1,
@@ -158,7 +166,7 @@ def winrate(
     ] = None,
     iteration: Iteration = None,
     revision: Revision = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of results.")] = KEEP / "winrate",
+    out: Results = KEEP / "winrate",
     keep: Keep = KEEP,
     dtype: Dtype = "auto",
     tensor: Tensor = 1,
@@ -203,9 +211,18 @@ def lm_eval(
     revision: Revision = None,
     iteration: Iteration = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Folder; default: evaluations/MODEL/lm_eval.")
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Folder; default: evaluations/MODEL/lm_eval.",
+            parser=folder_to_write,
+        ),
     ] = None,
-    include: Annotated[Path | None, typer.Option(help="Folder of further task files.")] = None,
+    include: Annotated[
+        Path | None,
+        typer.Option(help="Folder of further task files.", metavar="FOLDER", parser=place),
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="The first rows of each task.", min=1)] = None,
     chat: Annotated[
         bool, typer.Option("--chat/--no-chat", help="Through the model's chat template or not.")

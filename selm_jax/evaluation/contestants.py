@@ -12,6 +12,7 @@ import yaml
 from selm_jax.evaluation import EvaluationError
 from selm_jax.evaluation.model import Found, find
 from selm_jax.feedback import ranker as rankers
+from selm_jax.paths import place
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,10 @@ def contestants(
         name, equals, rest = text.partition("=")
         name, rest = (name, rest) if equals else ("", text)
         if files and rest.endswith(".jsonl"):
-            if not Path(rest).is_file():
+            file = place(rest)
+            if not file.is_file():
                 raise EvaluationError(f"{rest}: no such file of answers; found from {Path.cwd()}")
-            out.append(Contestant(name or Path(rest).stem, file=Path(rest)))
+            out.append(Contestant(name or file.stem, file=file))
             continue
         parts = [p for p in rest.split(",") if p]
         if not parts or (files and len(parts) > 1):

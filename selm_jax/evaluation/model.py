@@ -35,6 +35,7 @@ from selm_jax.models.families import read_config
 from selm_jax.objectives.logprobs import TokenStats, token_statistics
 from selm_jax.parallel.mesh import compute_dtype, decode_mesh, make_mesh
 from selm_jax.parallel.rules import TRAINING, place_rows, shardings
+from selm_jax.paths import place
 from selm_jax.preferences.examples import Example
 from selm_jax.preferences.packing import (
     PreferenceBatch,
@@ -100,7 +101,7 @@ def find(source: str, *, revision: str | None = None, iteration: int | None = No
     Raises:
       EvaluationError: a run without such a model, or an iteration of something else.
     """
-    path = Path(source).expanduser()
+    path = place(source)
     if not (path / "manifest.json").is_file() or (path / "config.json").is_file():
         if iteration is not None:
             raise EvaluationError(

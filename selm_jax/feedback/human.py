@@ -20,6 +20,7 @@ from jaxtyping import Float64
 from selm_jax.annotate.agreement import alpha, mean_shares
 from selm_jax.annotate.store import AnnotationError, Item, Judgement, Store, check_minimum
 from selm_jax.feedback.ranker import FeedbackError, Question, check_questions, check_scores
+from selm_jax.paths import place
 
 STORE = "annotations.sqlite"  # in the run folder, where the settings name no other
 _POLL = 1.0  # seconds between two looks at the store
@@ -156,10 +157,10 @@ def human(store: str | None = None, wait: bool = True, minimum: int = 1) -> Huma
         raise FeedbackError(f"ranker 'human': {error}") from error
     if not isinstance(wait, bool):
         raise FeedbackError(f"ranker 'human': wait is {wait!r}; expected true or false.")
-    return Human(Path(store).expanduser() if store else None, wait, minimum)
+    return Human(place(store) if store else None, wait, minimum)
 
 
 def store_of(folder: Path, settings: Mapping[str, Any]) -> Path:
     """The file of answers of a run whose ranker has these settings."""
     named = settings.get("store")
-    return Path(named).expanduser() if named else folder / STORE
+    return place(named) if named else folder / STORE

@@ -20,7 +20,6 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -39,6 +38,7 @@ from selm_jax.feedback.judge_prompts import (
     weighted_preference,
 )
 from selm_jax.feedback.ranker import Question, check_questions, check_scores
+from selm_jax.paths import place
 from selm_jax.weights.sources import cache_root
 from selm_jax.words import did_you_mean
 
@@ -282,7 +282,7 @@ def judge(
     check_number("temperature", sampling["temperature"], least=0.0)
     client = Client(
         model,
-        cache=Path(cache).expanduser() if cache else cache_root() / "judge.sqlite",
+        cache=place(cache) if cache else cache_root() / "judge.sqlite",
         base_url=base_url,
         key_env=key_env,
         concurrency=concurrency,
@@ -299,7 +299,7 @@ def _template(path: str | None, form: Form) -> Template:
     if path is None:
         return Template.parse(form.template, needs, "the form's own template")
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
+        text = place(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise JudgeError(f"judge: the template {path} cannot be read: {error}.") from error
     return Template.parse(text, needs, f"judge, template {path}")

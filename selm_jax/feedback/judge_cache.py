@@ -50,8 +50,9 @@ class AnswerCache:
     def __enter__(self) -> AnswerCache:  # noqa: PYI034  (beartype takes no Self on a method)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         # Autocommit: every statement is a transaction. Other writers are waited for, a minute.
-        connection = sqlite3.connect(self.file, timeout=60, isolation_level=None)
+        connection = None
         try:
+            connection = sqlite3.connect(self.file, timeout=60, isolation_level=None)
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")  # on the disk when `put` returns
             (version,) = connection.execute("PRAGMA user_version").fetchone()
@@ -66,7 +67,8 @@ class AnswerCache:
             )
             connection.execute(f"PRAGMA user_version = {_VERSION}")
         except sqlite3.DatabaseError as error:
-            connection.close()
+            if connection is not None:
+                connection.close()
             raise FeedbackError(
                 f"{self.file}: cannot be used as a judge's cache: {error}. Name another file with "
                 "`cache`."

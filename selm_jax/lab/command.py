@@ -14,6 +14,9 @@ from typing import Annotated, Any
 
 import typer
 
+from selm_jax import artifacts
+from selm_jax.paths import folder_to_write
+
 app = typer.Typer(
     help="Small exact worlds: does an exploration term explore? See docs/exploration.md.",
     no_args_is_help=True,
@@ -21,7 +24,10 @@ app = typer.Typer(
 
 Seeds = Annotated[int, typer.Option(help="Worlds, each with its own noise, per setting.", min=2)]
 Seed = Annotated[int, typer.Option(help="The number from which all the seeds follow.")]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the numbers and figures.")]
+Out = Annotated[
+    Path,
+    typer.Option("--out", "-o", help="Folder for the numbers and figures.", parser=folder_to_write),
+]
 FOLDER = Path("runs/lab")
 
 
@@ -213,9 +219,8 @@ def _rounded(value: Any) -> Any:
 def _write(records: list[dict[str, Any]], file: Path) -> list[dict[str, Any]]:
     """One record a line, rounded; returns what it wrote."""
     records = _rounded(records)
-    file.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(r, separators=(",", ":")) for r in records)
-    file.write_text(f"[\n{lines}\n]\n")
+    artifacts.write_text(file, f"[\n{lines}\n]\n")
     typer.echo(f"numbers: {file}")
     return records
 

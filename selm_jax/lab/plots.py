@@ -17,6 +17,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from selm_jax import artifacts
+
 Record = dict[str, Any]
 
 _RC = {
@@ -157,5 +159,5 @@ def _save(figure: Figure, file: Path, made_by: str) -> None:
     figure.text(
         0.01, 0.06 / figure.get_figheight(), "\n".join(lines), fontsize=7.5, color="#555555"
     )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, format="svg", facecolor="white", metadata={"Date": None})
+    with artifacts.whole(file) as partial:
+        figure.savefig(partial, format="svg", facecolor="white", metadata={"Date": None})

@@ -14,6 +14,7 @@ import jinja2
 from markupsafe import Markup
 
 from selm_jax import artifacts
+from selm_jax.paths import check_file
 from selm_jax.report import figures, summary
 from selm_jax.report.curves import Legend, Plot, implicit_reward_plots, loss_plots
 from selm_jax.report.data import Answer, ReportError, RunData, Stage, flatten, report_data
@@ -45,6 +46,7 @@ def write(runs: Sequence[Path], out: Path) -> None:
     The same folders give the same bytes. Several runs are drawn over each other.
 
     Raises:
+      PathError: `out` is a folder.
       FileNotFoundError, ReportError: a run folder is not there or not readable (see
         `report_data`), no run or the same run twice was asked for.
     """
@@ -54,6 +56,7 @@ def write(runs: Sequence[Path], out: Path) -> None:
     twice = {str(f) for f in folders if [g.resolve() for g in folders].count(f.resolve()) > 1}
     if twice:
         raise ReportError(f"the same run folder twice: {', '.join(sorted(twice))}; name each once")
+    check_file(Path(out))
     text = render([report_data(folder) for folder in folders])
     with artifacts.whole(Path(out)) as partial:
         partial.write_text(text, encoding="utf-8", newline="\n")

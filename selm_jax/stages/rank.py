@@ -147,7 +147,7 @@ def put_questions(run: Run, t: int, minimum: int | None = None) -> tuple[Store, 
 
 
 def _batch(run: Run, t: int) -> str:
-    return f"{run.folder.name}/iteration_{t}"
+    return f"{run.name}/iteration_{t}"
 
 
 def _answered(run: Run, t: int, pool: Pool) -> list[int]:

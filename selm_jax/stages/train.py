@@ -131,7 +131,7 @@ def _folder(path: Path) -> Iterator[Path | None]:
     """Where the first process writes; the others go through the same motions, which bring the
     parameters to it, and write nothing: None."""
     if multihost.is_first():
-        with artifacts.whole(path) as partial:
+        with artifacts.whole(path, replaces_folder=True) as partial:
             yield partial
     else:
         yield None

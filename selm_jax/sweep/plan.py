@@ -17,6 +17,8 @@ from pydantic.dataclasses import dataclass
 from rich.console import Console
 
 from selm_jax.config import ConfigError, Experiment, as_dict, load, read
+from selm_jax.parallel import multihost
+from selm_jax.paths import claim, place
 from selm_jax.tiny import shrink
 
 
@@ -95,10 +97,11 @@ def plan(
     Raises:
       ConfigError: the file, or an experiment of it, does not say what to do; or two cells say the
         same.
+      PathError: with `tiny`, something else is in the sweep's folder.
     """
     said = _file(file)
     base, output, seeds = base or said.base, output or said.output, tuple(seeds or said.seeds)
-    folder = Path(f"{output.rstrip('/')}-tiny" if tiny else output)
+    folder = place(f"{output.rstrip('/')}-tiny" if tiny else output)
     axes = {name: _levels(file, name, axis) for name, axis in said.grid.items()}
     axis, level = _baseline(file, said.baseline, axes)
     members = []
@@ -110,12 +113,13 @@ def plan(
         changes = [*_changes(said.set), *overrides, *cell.changes]
         changes += [f"seed={seed}", f"output={json.dumps(str(where))}"]
         try:
-            experiment = load(Path(base), changes)
+            experiment = load(place(base), changes)
         except ConfigError as e:
             raise ConfigError(f"{file}, cell {cell.name}: {e}") from None
         members.append(Member(cell, seed, experiment))
     _check_distinct(file, members)
-    if tiny:
+    if tiny:  # their inputs are written now
+        multihost.on_first(lambda: claim(folder))
         members = [_tiny(member) for member in members]
     command = shlex.join(
         ["selm", "sweep", str(file), *overrides]

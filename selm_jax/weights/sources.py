@@ -30,6 +30,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from rich.console import Console
 
+from selm_jax.paths import PathError, place
 from selm_jax.weights.files import INDEX, WHOLE, index_is_passed_over
 from selm_jax.weights.folder import (
     LICENCES,
@@ -116,7 +117,10 @@ def resolve(
 
 
 def _found(source: str, revision: str | None, cache: Path, console: Console) -> ModelFolder:
-    path = Path(source).expanduser()
+    try:
+        path = place(source)
+    except PathError as error:
+        raise SourceError(f"no such folder, Hub id or .gguf file: {error}") from None
     if revision is not None and (path.is_dir() or path.suffix == ".gguf"):
         raise SourceError(f"{source} is local: revision {revision!r} means nothing here, drop it")
     if path.is_dir():

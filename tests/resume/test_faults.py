@@ -131,13 +131,13 @@ def test_a_part_that_was_torn_by_a_crash_is_made_again(file, whole, tmp_path):
     shutil.copytree(whole, copy)
     part = copy / "iteration_1/responses/part-00001-of-00003.parquet"
     expected = part.read_bytes()
-    part.with_name(f"{part.name}.partial").write_bytes(expected[:100])
+    part.with_name(f"{part.name}.selm-partial").write_bytes(expected[:100])
     part.unlink()
     stage = artifacts.Stages(copy / "iteration_1")
     entry = stage.read()["generate"]
     stage.begin("generate", entry["inputs"], entry["settings"])
     go(file, f"output={copy}")
-    assert part.read_bytes() == expected and not list(copy.rglob("*.partial"))
+    assert part.read_bytes() == expected and not list(copy.rglob("*partial"))
 
 
 def test_a_changed_setting_is_named_also_of_a_stage_that_only_began(file, whole, tmp_path):

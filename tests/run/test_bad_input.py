@@ -35,7 +35,7 @@ def said(capsys, monkeypatch, *arguments) -> str:
 
 def nothing_of(run):
     """No stage has left anything, whole or partial."""
-    return not [p for p in run.rglob("*") if p.is_file() and p.name != ".lock"]
+    return not [p for p in run.rglob("*") if p.is_file() and p.name not in (".lock", ".selm")]
 
 
 CONFIG_MISTAKES = {
@@ -103,7 +103,7 @@ def test_responses_longer_than_a_row_are_refused_before_training(
         "training.row_length=48",
     )  # fmt: skip
     assert "row_length" in message and "example p" in message
-    assert not list(out.rglob("*.partial"))
+    assert not list(out.rglob("*partial"))
 
 
 def test_a_model_folder_without_tokenizer(base, capsys, monkeypatch, tmp_path):
@@ -172,7 +172,7 @@ def test_a_full_disk_stops_the_run_and_a_second_start_ends_it(
                  "training.learning_rate=1e-3")  # fmt: skip
     message = said(capsys, monkeypatch, *arguments)
     assert "No space left on device" in message and stage in message
-    assert not list(out.rglob("*.partial"))
+    assert not list(out.rglob("*partial"))
     full[0] = False
     monkeypatch.setattr(sys, "argv", ["selm", *map(str, arguments)])
     cli.main()

@@ -53,7 +53,7 @@ def test_a_run_tells_its_whole_story(finished):
         assert all(stage["done"] for stage in stages.values())
         assert stages["generate"]["counts"]["responses"] == 16 * 3
         assert not (folder / "checkpoints").exists()
-    assert not list(run.folder.rglob("*.partial"))
+    assert not list(run.folder.rglob("*partial"))
 
 
 def test_other_processes_than_the_first_write_neither_settings_nor_manifest(tmp_path, monkeypatch):

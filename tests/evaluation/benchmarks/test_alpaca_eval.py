@@ -545,7 +545,7 @@ class TestJudge:
         result = CliRunner().invoke(app, [*verb, "-o", str(out)])
         assert isinstance(result.exception, EvaluationError)
         assert "4 of 5 preferences are missing" in str(result.exception)
-        assert sorted(p.name for p in out.iterdir()) == [".lock", "judge.sqlite"]
+        assert sorted(p.name for p in out.iterdir()) == [".lock", ".selm", "judge.sqlite"]
         calls = len(judge.bodies)
         result = CliRunner().invoke(app, [*verb, "-o", str(out), "--allow-missing", "4"])
         assert result.exit_code == 0 and len(judge.bodies) == calls  # paid once

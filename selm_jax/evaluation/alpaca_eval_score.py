@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 
-from selm_jax import artifacts
+from selm_jax import artifacts, proportions
 from selm_jax.evaluation import EvaluationError
 from selm_jax.evaluation.alpaca_eval_set import BASELINE, data_file
 from selm_jax.evaluation.benchmark_files import Row
@@ -51,34 +51,44 @@ def scores(rows: Sequence[Row]) -> dict[str, Any]:
     Args:
         rows: of `alpaca_eval_set.check_annotations`.
     """
-    preferences = [row["preference"] for row in rows if row["preference"] is not None]
+    found = [row["preference"] for row in rows if row["preference"] is not None]
+    preferences = np.array(found, np.float64)
     lengths = [len(row["output_2"]) for row in rows]
-    return win_rate(np.array(preferences, np.float64)) | {
+    rates = win_rate(preferences)
+    low, high = proportions.interval(_wins(preferences))
+    return rates | {
+        "win_rate_low": 100 * low,
+        "win_rate_high": 100 * high,
         "avg_length": int(np.mean(lengths)),  # characters, cut off to a whole number
-        "missing": len(rows) - len(preferences),
+        "missing": len(rows) - len(found),
     }
 
 
-def win_rate(preferences: Float64[np.ndarray, " n"]) -> dict[str, float | int]:
-    """Win rates in percent; see the top of this file.
+def win_rate(preferences: Float64[np.ndarray, " n"]) -> dict[str, float | int | None]:
+    """Win rates in percent; see the top of this file. One preference has no standard error: None.
 
     Raises:
         EvaluationError: no preference at all.
     """
     if not preferences.size:
         raise EvaluationError("there is no preference to take a win rate of.")
-    x = np.where(preferences == 0, 1.5, preferences) - 1
+    x = _wins(preferences)
     wins, losses, draws = int((x > 0.5).sum()), int((x < 0.5).sum()), int((x == 0.5).sum())
-    error = x.std(ddof=1) / np.sqrt(x.size) if x.size > 1 else np.nan
+    error = float(x.std(ddof=1) / np.sqrt(x.size) * 100) if x.size > 1 else None
     return {
         "win_rate": float(x.mean() * 100),
-        "standard_error": float(error * 100),
+        "standard_error": error,
         "n_wins": wins,
         "n_wins_base": losses,
         "n_draws": draws,
         "n_total": x.size,
         "discrete_win_rate": (wins + draws / 2) / x.size * 100,
     }
+
+
+def _wins(preferences: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
+    """How far the model won, from 0 to 1."""
+    return np.where(preferences == 0, 1.5, preferences) - 1
 
 
 def gamed_file(given: str | None, sha256: str | None = None) -> Path:
@@ -177,7 +187,7 @@ def leaderboard(name: str, scored: Row) -> str:
 
 def table(name: str, scored: Row) -> str:
     """For the terminal: the rates with 95 % intervals (normal: 1.96 standard errors)."""
-    low, high = _interval(scored["win_rate"], scored["standard_error"])
+    low, high = scored["win_rate_low"], scored["win_rate_high"]
     outcomes = f"{scored['n_wins']} won, {scored['n_draws']} drawn, {scored['n_wins_base']} lost"
     lines = [
         f"{name} against {BASELINE}, {scored['n_total']} instructions",

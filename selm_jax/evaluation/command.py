@@ -196,8 +196,7 @@ def winrate(
         build_ranker(ranker, settings or [], models),
         open_model=_opener(e, dtype=dtype, tensor=tensor, slots=slots),
         asked=Asked(int(not samples), samples, length, temperature, top_p, seed),
-        out=out, keep=keep, seed=seed, allow_malformed=allow_malformed, dry_run=dry_run,
-        console=Console(),
+        out=out, keep=keep, allow_malformed=allow_malformed, dry_run=dry_run, console=Console(),
     )  # fmt: skip
 
 

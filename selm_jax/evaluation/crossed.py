@@ -23,7 +23,7 @@ class Estimate:
     """A mean, its standard error and its 95 % interval; `p` is the two-sided test that it is 0.
 
     `seeds` tells whether the interval is about other seeds too; with one seed it cannot be, and is
-    about other prompts alone.
+    about other prompts alone. `freedom` counts the degrees of freedom of `stderr`.
     """
 
     mean: float
@@ -33,6 +33,7 @@ class Estimate:
     p: float
     seeds: int
     prompts: int
+    freedom: float
 
 
 def estimate(values: Float[np.ndarray, "seeds prompts"]) -> Estimate:
@@ -76,11 +77,11 @@ def difference(
 
 def _estimate(mean: float, variance: float, freedom: float, seeds: int, prompts: int) -> Estimate:
     if variance == 0:  # all values are the same: nothing varies that could be estimated
-        return Estimate(mean, 0.0, mean, mean, 1.0 if mean == 0 else 0.0, seeds, prompts)
+        return Estimate(mean, 0.0, mean, mean, 1.0 if mean == 0 else 0.0, seeds, prompts, freedom)
     error = variance**0.5
     half = float(stats.t.ppf(0.975, freedom)) * error
     p = float(2 * stats.t.sf(abs(mean) / error, freedom))
-    return Estimate(mean, error, mean - half, mean + half, p, seeds, prompts)
+    return Estimate(mean, error, mean - half, mean + half, p, seeds, prompts, freedom)
 
 
 def _variance(values: Float[np.ndarray, "seeds prompts"]) -> tuple[float, float]:

@@ -9,6 +9,7 @@ import pyarrow as pa
 from jaxtyping import Float
 from scipy import stats
 
+from selm_jax.evaluation.intervals import Estimate, difference, pooled
 from selm_jax.preferences.examples import Example
 from selm_jax.text.variety import distinct
 
@@ -28,9 +29,6 @@ SCHEMA = pa.schema(
     ]
 )
 
-_RESAMPLES = 9999
-
-
 PAIRS = pa.schema(
     [
         ("prompt_id", pa.string()),
@@ -39,6 +37,8 @@ PAIRS = pa.schema(
         ("logp_start", pa.float32()),
     ]
 )
+
+SHARES = frozenset({"accuracy", "cut_off"})  # of prompts, among the measures below
 
 Values = Float[np.ndarray, " prompts"]
 
@@ -83,6 +83,15 @@ def pair_measures(pairs: pa.Table, beta: float) -> dict[str, Values]:
     return {"margins": margins, "accuracy": (1 + np.sign(margins)) / 2}
 
 
+def shares(tables: Sequence[pa.Table]) -> frozenset[str]:
+    """Which measures of these tables of answers are shares of prompts.
+
+    Rewards are, where every score says right, half right or wrong: 1, 1/2 or 0.
+    """
+    scores = {score for table in tables for score in table["score"].to_pylist()}
+    return SHARES | ({"reward_greedy", "reward_sample"} if scores <= {0, 0.5, 1} else set())
+
+
 def summarize(
     answers: pa.Table,
     start: pa.Table | None,
@@ -98,16 +107,17 @@ def summarize(
 
     Returns:
       Rewards are the ranker's scores; without scores there are none. `..._low` and `..._high` bound
-      95 % bootstrap intervals over prompts; `kl_stderr` is the standard error over prompts. `gain` is
+      95 % intervals over prompts (see `intervals`), where there are any; `kl_stderr` is the standard error over prompts. `gain` is
       the mean difference of greedy reward to the start, paired by prompt. `entropy` is in nats per
       answer, `entropy_token` per token. These and `kl` are over what has log-probabilities, and are
       not there if nothing has. `distinct_1` and `distinct_2` are of the greedy answers'
       words.
     """
     found = measures(answers)
+    share = "reward_greedy" in shares([answers] if start is None else [answers, start])
     greedy, sampled = _of_kind(answers, "greedy"), _of_kind(answers, "sample")
     out: dict[str, float] = {"heldout/prompts": greedy.num_rows}
-    out |= _intervals(found, "reward_greedy")
+    out |= _interval_of(found, "reward_greedy", share)
     texts = greedy["text"].to_pylist()
     for n in (1, 2):
         out[f"heldout/distinct_{n}"] = distinct(texts, n)
@@ -115,7 +125,7 @@ def summarize(
         if name in found and (known := found[name][np.isfinite(found[name])]).size:
             out[f"heldout/{name}"] = float(known.mean())
     if sampled.num_rows:
-        out |= _intervals(found, "reward_sample")
+        out |= _interval_of(found, "reward_sample", share)
         logps = _column(sampled, "logp")
         tokens = np.array([len(x) for x in sampled["token_ids"].to_pylist()])
         if (there := np.isfinite(logps)).any():
@@ -127,29 +137,27 @@ def summarize(
         if before["prompt_id"].to_pylist() != greedy["prompt_id"].to_pylist():
             raise ValueError("held-out answers of two iterations are to different prompts")
         if "reward_greedy" in found:
-            gain = found["reward_greedy"] - _column(before, "score")
-            out |= interval("heldout/gain", gain)
+            gain = difference(
+                found["reward_greedy"][None], _column(before, "score")[None], share=share
+            )
+            out |= _interval("heldout/gain", gain)
     if pairs is not None:
         for name, values in pair_measures(pairs, beta).items():
-            out |= interval(f"heldout/pairs/{name}", values)
+            estimate = pooled(values[None], share=name in SHARES)
+            out |= _interval(f"heldout/pairs/{name}", estimate)
     return out
 
 
-def _intervals(found: dict[str, Values], name: str) -> dict[str, float]:
-    return interval(f"heldout/{name}", found[name]) if name in found else {}
+def _interval_of(found: dict[str, Values], name: str, share: bool) -> dict[str, float]:
+    if name not in found:
+        return {}
+    return _interval(f"heldout/{name}", pooled(found[name][None], share=share))
 
 
-def interval(name: str, values: Float[np.ndarray, " n"]) -> dict[str, float]:
-    """The mean under `name`, and the ends of its 95 % percentile bootstrap interval."""
-    mean = float(values.mean())
-    low = high = mean
-    if len(values) > 1 and values.std() > 0:
-        found = stats.bootstrap(
-            (values,), np.mean, n_resamples=_RESAMPLES, method="percentile",
-            rng=np.random.default_rng(0),
-        ).confidence_interval  # fmt: skip
-        low, high = float(found.low), float(found.high)
-    return {name: mean, f"{name}_low": low, f"{name}_high": high}
+def _interval(name: str, e: Estimate) -> dict[str, float]:
+    """The mean under `name`, and the ends of its interval if it has one."""
+    ends = {f"{name}_low": e.low, f"{name}_high": e.high}
+    return {name: e.mean} | {key: end for key, end in ends.items() if end is not None}
 
 
 def _of_kind(answers: pa.Table, kind: str) -> pa.Table:

@@ -234,6 +234,7 @@ def _against(reference: Model, prompts: Sequence[Prompt], own: _Own) -> Seed:
 def summarize(seeds: dict[str, list[Seed]], *, beta: float, seed: int = 0) -> dict[str, Any]:
     """Means with intervals of every contestant, and of its differences to the first one."""
     by_prompt = {name: _by_prompt(each, beta) for name, each in seeds.items()}
+    shares = frontier.shares([one.answers for each in seeds.values() for one in each])
     first = next(iter(by_prompt))
     out: dict[str, Any] = {"contestants": {}}
     for name, values in by_prompt.items():
@@ -241,7 +242,9 @@ def summarize(seeds: dict[str, list[Seed]], *, beta: float, seed: int = 0) -> di
         report: dict[str, Any] = {
             "models": [one.name for one in each],
             "answers": [one.file for one in each],
-            "measures": {k: dataclasses.asdict(pooled(v, seed)) for k, v in values.items()},
+            "measures": {
+                k: dataclasses.asdict(pooled(v, seed, share=k in shares)) for k, v in values.items()
+            },
             "by_seed": {k: v.mean(axis=1).tolist() for k, v in values.items()},
             "distinct": [_distinct(one.answers) for one in each],
             "entropy_token": [_entropy_per_token(one.answers) for one in each],
@@ -252,7 +255,7 @@ def summarize(seeds: dict[str, list[Seed]], *, beta: float, seed: int = 0) -> di
             report["malformed"] = malformed
         if name != first:
             report["minus_first"] = {
-                k: dataclasses.asdict(difference(v, by_prompt[first][k], seed))
+                k: dataclasses.asdict(difference(v, by_prompt[first][k], seed, share=k in shares))
                 for k, v in values.items()
                 if k in by_prompt[first]
             }
@@ -312,7 +315,7 @@ def _costs(
 
 
 def _cell(key: str, e: Estimate) -> str:
-    return f"{e}, s.e. {e.stderr:.3f}" if key == "kl" else str(e)
+    return f"{e}, s.e. {e.stderr:.3f}" if key == "kl" and e.low is not None else str(e)
 
 
 def print_report(report: dict[str, Any], console: Console) -> None:

@@ -1,8 +1,9 @@
 """MT-Bench's scores from judgments, with intervals.
 
 Means are over judgments, as FastChat's show_result takes them: all turns and repetitions alike,
-malformed ones left out and counted. Intervals resample questions, each with all its judgments (two
-turns of a question and repetitions of a turn are not independent): 95 %, percentile bootstrap.
+malformed ones left out and counted. Intervals (95 %) are over questions, each with all its judgments
+(two turns of a question and repetitions of a turn are not independent): of ratings the percentile
+bootstrap, of wins those of `proportions`. One question, or equal ratings alone, have no interval.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 from scipy import stats
 
+from selm_jax import proportions
 from selm_jax.evaluation import EvaluationError
 from selm_jax.evaluation.mt_bench import Question
 from selm_jax.evaluation.mt_bench_judge import is_malformed, unread
@@ -89,13 +92,19 @@ def table(title: str, found: Mapping[str, Any]) -> str:
         if group[key] is None:
             lines.append(f"  {name:<12} no readable judgment")
             continue
-        text = f"  {name:<12} {group[key]:6.3f}  [{group['low']:.3f}, {group['high']:.3f}]"
+        text = f"  {name:<12} {group[key]:6.3f}  {_ends(group)}"
         if key != "score":
             text += f"  {group['win']} wins, {group['tie']} ties, {group['loss']} losses"
         lines.append(text + (f"  {group['malformed']} malformed" if group["malformed"] else ""))
     if found.get("spread") is not None:
         lines.append(f"  repetitions of one judgment differ by {found['spread']:.3f} (std)")
     return "\n".join(lines)
+
+
+def _ends(group: Mapping[str, Any]) -> str:
+    if group["low"] is None:
+        return "(no interval: one question, or equal ratings)"
+    return f"[{group['low']:.3f}, {group['high']:.3f}]"
 
 
 def _check(rows: Sequence[Row], questions: Sequence[Question]) -> None:
@@ -138,7 +147,7 @@ def _by_group(
 
 
 def _mean_score(rows: Sequence[Row]) -> dict[str, Any]:
-    return _counts(rows) | dict(zip(("score", "low", "high"), _mean(rows, _score), strict=True))
+    return _counts(rows) | dict(zip(("score", "low", "high"), _mean_of_scores(rows), strict=True))
 
 
 def _win_rates(rows: Sequence[Row]) -> dict[str, Any]:
@@ -151,7 +160,7 @@ def _win_rates(rows: Sequence[Row]) -> dict[str, Any]:
         "tie": tie,
         "win_rate": win / total if total else None,
         "loss_rate": loss / total if total else None,
-        **dict(zip(("win_rate_adjusted", "low", "high"), _mean(rows, outcome), strict=True)),
+        **dict(zip(("win_rate_adjusted", "low", "high"), _share(rows), strict=True)),
     }
 
 
@@ -160,30 +169,42 @@ def _counts(rows: Sequence[Row]) -> dict[str, int]:
     return {"judgments": len(rows), "malformed": malformed}
 
 
-def _score(row: Row) -> float:
-    return row["score"]
+_Interval = tuple[float | None, float | None, float | None]
 
 
-def _mean(
-    rows: Iterable[Row], value: Callable[[Row], float]
-) -> tuple[float | None, float | None, float | None]:
+def _mean_of_scores(rows: Iterable[Row]) -> _Interval:
     """The mean over readable rows and the ends of its interval over questions."""
-    by_question: dict[int, list[float]] = {}
-    for row in rows:
-        if not is_malformed(row):
-            by_question.setdefault(row["question_id"], []).append(value(row))
-    if not by_question:
+    sums, counts = _by_question(rows, lambda row: row["score"])
+    if not len(sums):
         return None, None, None
-    sums = np.array([sum(values) for values in by_question.values()], np.float64)
-    counts = np.array([len(values) for values in by_question.values()], np.float64)
     mean = float(sums.sum() / counts.sum())
     if len(sums) < 2 or np.ptp(sums / counts) == 0:
-        return mean, mean, mean
+        return mean, None, None
     found = stats.bootstrap(
         (sums, counts), lambda s, c, axis: s.sum(axis) / c.sum(axis), paired=True,
         n_resamples=_RESAMPLES, method="percentile", rng=np.random.default_rng(0),
     ).confidence_interval  # fmt: skip
     return mean, float(found.low), float(found.high)
+
+
+def _share(rows: Iterable[Row]) -> _Interval:
+    """How often model 1 won, a tie half, likewise."""
+    sums, counts = _by_question(rows, outcome)
+    if not len(sums):
+        return None, None, None
+    return float(sums.sum() / counts.sum()), *proportions.interval(sums / counts, counts)
+
+
+def _by_question(
+    rows: Iterable[Row], value: Callable[[Row], float]
+) -> tuple[Float[np.ndarray, " questions"], Float[np.ndarray, " questions"]]:
+    """Sums and numbers of the values of each question's readable rows."""
+    found: dict[int, list[float]] = {}
+    for row in rows:
+        if not is_malformed(row):
+            found.setdefault(row["question_id"], []).append(value(row))
+    sums = np.array([sum(values) for values in found.values()], np.float64)
+    return sums, np.array([len(values) for values in found.values()], np.float64)
 
 
 def _spread(rows: Sequence[Row]) -> float | None:

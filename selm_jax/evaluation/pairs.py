@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float
 
+from selm_jax import proportions
 from selm_jax.preferences.examples import Example
 from selm_jax.text.answers import answer_ids
 from selm_jax.text.chat import Chat, UnusableAnswer
@@ -26,8 +27,6 @@ SCHEMA = pa.schema(
     ]
 )
 
-_Z = 1.959963984540054  # of 95 %, both sides
-
 
 def table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     return pa.Table.from_pylist(list(rows), schema=SCHEMA)
@@ -41,16 +40,16 @@ def summarize(pairs: pa.Table) -> dict[str, float]:
 
     Returns:
       `heldout/accuracy`, the share of pairs whose chosen answer has the higher reward, equal rewards
-      being half right; `..._low` and `..._high` bound its 95 % interval (`wilson`). Means of the
+      being half right; `..._low` and `..._high` bound its 95 % interval (`proportions`). Means of the
       rewards of both, of their difference, and of -log sigmoid of it (`heldout/loss`).
     """
     chosen, rejected = (_column(pairs, f"reward_{role}") for role in ("chosen", "rejected"))
     margin = chosen - rejected
-    right = float(np.sum((1 + np.sign(margin)) / 2))
-    low, high = wilson(right, len(margin))
+    right = (1 + np.sign(margin)) / 2
+    low, high = proportions.interval(right)
     return {
         "heldout/pairs": len(margin),
-        "heldout/accuracy": right / len(margin),
+        "heldout/accuracy": float(right.mean()),
         "heldout/accuracy_low": low,
         "heldout/accuracy_high": high,
         "heldout/ties": int(np.sum(margin == 0)),
@@ -59,16 +58,6 @@ def summarize(pairs: pa.Table) -> dict[str, float]:
         "heldout/reward_rejected": float(rejected.mean()),
         "heldout/loss": float(np.logaddexp(0, -margin).mean()),
     }
-
-
-def wilson(right: float, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share, right / count (Wilson 1927, JASA 22, 209-212).
-
-    Unlike the bootstrap it is not a point where all are right. `right` may count halves.
-    """
-    middle = (right + _Z**2 / 2) / (count + _Z**2)
-    half = _Z / (count + _Z**2) * np.sqrt(right * (count - right) / count + _Z**2 / 4)
-    return max(0.0, float(middle - half)), min(1.0, float(middle + half))
 
 
 def _column(pairs: pa.Table, name: str) -> Float[np.ndarray, " n"]:

@@ -4,17 +4,7 @@ For every two contestants the ranker sees both answers to each prompt, once as (
 (B, A). How far A won is a share from 0 to 1, a tie 1/2; a judge's share is that of its two orders
 of the answers, which are a tie where they disagree. The two askings must give shares that sum to 1.
 
-The length-controlled rate is that of a logistic model of the shares y of one pair's prompts,
-
-    y ~ sigmoid(theta + phi * tanh((length A - length B) / s))
-
-with s the standard deviation (ddof 1) of the differences in characters: AlpacaEval 2's
-`length_controlled_v1` without its term of instruction difficulty, whose numbers are fitted on that
-benchmark's own leaderboard and exist for no other prompts. The rate is sigmoid(theta): what is
-expected of answers of equal length. It is fitted by Newton's method with the penalty
-0.005 theta^2 + 0.5 phi^2 on the summed loss: the first keeps theta finite where one side wins
-everything, the second takes length to explain nothing until the data say so. Both terms are odd in
-(A, B), so the rates of A against B and of B against A sum to 1.
+`equal_length` says how the rate at equal length is found.
 """
 
 from __future__ import annotations
@@ -32,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from selm_jax import artifacts
-from selm_jax.evaluation import EvaluationError
+from selm_jax.evaluation import EvaluationError, equal_length
 from selm_jax.evaluation.answers import Asked, Stored, answered, cost, read, together
 from selm_jax.evaluation.contestants import Contestant
 from selm_jax.evaluation.cost import CHARACTERS_PER_TOKEN, Cost, judge_cost, judges, show
@@ -45,8 +35,6 @@ from selm_jax.text.conversations import Prompt
 
 Shares = Float[np.ndarray, " answers"]
 
-RIDGE = (0.01, 1.0)  # of theta and phi
-_RESAMPLES = 1999
 _TOLERANCE = 1e-6
 _COUNTED_AS = "ties"  # answers of a judge that could not be read
 
@@ -83,52 +71,19 @@ def _share(ranker: Ranker, one: float, other: float) -> float:
     return (1 + float(np.sign(one - other))) / 2
 
 
-def length_controlled(
-    y: Shares, lengths: Float[np.ndarray, "answers 2"], weights: Float[np.ndarray, "fits answers"]
-) -> tuple[Float[np.ndarray, " fits"], Float[np.ndarray, " fits"]]:
-    """theta and phi of the model above, fitted once per row of weights."""
-    delta = lengths[:, 0] - lengths[:, 1]
-    spread = delta.std(ddof=1) if len(delta) > 1 else 0.0
-    x = np.tanh(delta / spread) if spread else np.zeros_like(delta)
-    features = np.stack([np.ones_like(x), x])  # [2, answers]
-    ridge = np.array(RIDGE)
-    b = np.zeros((len(weights), 2))
-    for _ in range(50):
-        p = _sigmoid(b @ features)
-        gradient = (weights * (y - p)) @ features.T - ridge * b
-        curvature = np.einsum("fa,ia,ja->fij", weights * p * (1 - p), features, features)
-        step = np.linalg.solve(curvature + np.diag(ridge), gradient[..., None])[..., 0]
-        b += np.clip(step, -2, 2)  # the loss is convex; a first step from 0 may go too far
-        if np.abs(step).max() < 1e-10:
-            return b[:, 0], b[:, 1]
-    raise EvaluationError("the length-controlled fit did not converge; the answers are odd")
-
-
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-x))
-
-
-def compare(y: Shares, one: Sequence[Stored], other: Sequence[Stored], seed: int) -> dict[str, Any]:
+def compare(y: Shares, one: Sequence[Stored], other: Sequence[Stored]) -> dict[str, Any]:
     """The rates of one pair with intervals over prompts; a prompt's samples go together."""
     prompts = list(dict.fromkeys(a.prompt_id for a in one))
     at = {name: i for i, name in enumerate(prompts)}
     of = np.array([at[a.prompt_id] for a in one])
-    size = np.bincount(of)
     lengths = np.array([[len(a.text), len(b.text)] for a, b in zip(one, other, strict=True)], float)
-    rng = np.random.default_rng(seed)
-    n = len(prompts)
-    drawn = rng.multinomial(n, np.full(n, 1 / n), _RESAMPLES)
-    counts = np.vstack([np.ones(n), drawn])  # the data themselves, then resamples
-    theta, phi = length_controlled(y, lengths, (counts / size)[:, of])
-    rates = _sigmoid(theta)
-    low, high = np.quantile(rates[1:], [0.025, 0.975])
+    data = equal_length.Comparisons.of(y, lengths, of)
+    by_prompt = np.bincount(of, y * data.weight)
     return {
-        "prompts": n,
-        "win_rate": asdict(pooled((np.bincount(of, y) / size)[None], seed)),
-        "length_controlled": asdict(
-            Estimate(float(rates[0]), float(rates[1:].std(ddof=1)), float(low), float(high))
-        ),
-        "length_weight": float(phi[0]),
+        "prompts": len(prompts),
+        "win_rate": asdict(pooled(by_prompt[None], share=True)),
+        "length_controlled": asdict(equal_length.estimate(data)),
+        "length_weight": equal_length.fit(data)[1],
         "ties": float(np.mean(y == 0.5)),
         "mean_lengths": lengths.mean(axis=0).tolist(),
     }
@@ -143,7 +98,6 @@ def run(
     asked: Asked,
     out: Path,
     keep: Path,
-    seed: int = 0,
     allow_malformed: int = 0,
     dry_run: bool = False,
     console: Console,
@@ -188,14 +142,14 @@ def run(
     for a, b in itertools.combinations(ordered, 2):
         y = shares(ranker, ordered[a], ordered[b], (a, b))
         verdicts.add(ranker)  # of the second asking, which says what the first said
-        pairs.append({"a": a, "b": b, **compare(y, ordered[a], ordered[b], seed)})
+        pairs.append({"a": a, "b": b, **compare(y, ordered[a], ordered[b])})
         pairs[-1] |= {"ranker": reported(ranker)}
         lines += [
             {"prompt_id": name, "sample": sample, "a": a, "b": b, "share_of_a": float(share)}
             for (name, sample), share in zip(order, y, strict=True)
         ]
     report = {
-        "ranker": ranker.name, **verdicts.record, "answers": files, "pairs": pairs, "ridge": RIDGE,
+        "ranker": ranker.name, **verdicts.record, "answers": files, "pairs": pairs, "ridge": equal_length.RIDGE,
         "matrix": matrix(list(ordered), pairs, "win_rate"),
         "length_controlled_matrix": matrix(list(ordered), pairs, "length_controlled"),
     }  # fmt: skip

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from selm_jax import proportions
 from selm_jax.report.data import ReportError, RunData
 from selm_jax.report.drawing import COLOURS, MARKERS, MUTED, PaperFigure, dashes, matrix, svg
 from selm_jax.report.summary import number
@@ -49,7 +50,7 @@ def win_rates(runs: Sequence[RunData], labels: Sequence[str]) -> PaperFigure:
     for a, mine in table.items():
         for b, other in table.items():
             wins = np.where(mine > other, 1.0, np.where(mine == other, 0.5, 0.0))
-            low, high = _bootstrap(wins)
+            low, high = (0.5, 0.5) if a == b else proportions.interval(wins)
             rows.append(
                 {"row": a, "column": b, "win_rate": 100 * wins.mean(), "low": 100 * low,
                  "high": 100 * high, "ties": float((mine == other).mean()), "prompts": len(keys)}
@@ -297,14 +298,6 @@ def _check_one_ranker(runs: Sequence[RunData], what: str) -> None:
             f"the runs were scored by {len(rankers)} rankers, so {what} over all of them means "
             f"nothing: {'; '.join(', '.join(v for _, v in r) for r in sorted(rankers))}. Name runs of one"
         )
-
-
-def _bootstrap(values: np.ndarray) -> tuple[float, float]:
-    """The 95 % percentile interval of the mean, the same prompts drawn whatever the values."""
-    count = len(values)
-    drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), 2000)
-    low, high = np.quantile(drawn @ values / count, [0.025, 0.975])
-    return float(low), float(high)
 
 
 def _slug(text: str) -> str:

@@ -59,6 +59,38 @@ def test_a_difference_covers_the_truth_however_many_seeds_each_has(seeds, others
     assert 0.91 <= hits / 300
 
 
-def test_one_prompt_has_no_interval():
+def test_one_prompt_or_equal_values_have_no_interval_and_say_so():
     got = pooled(np.array([[0.3]]))
-    assert got.mean == got.low == got.high and np.isnan(got.stderr)
+    assert (got.mean, got.stderr, got.low, got.high) == (0.3, None, None, None)
+    assert str(got) == "0.300 (no interval: one prompt)"
+    for values in (np.full((1, 9), 2.0), np.full((3, 9), 2.0)):
+        got = pooled(values)
+        assert (got.stderr, got.low, got.high) == (0, None, None)
+        assert str(got) == "2.000 (no interval: all values are equal)"
+
+
+def test_all_won_is_no_certainty_with_seeds_and_in_differences():
+    won, lost = np.ones((1, 20)), np.zeros((1, 20))
+    assert str(pooled(won, share=True)) == "1.000 [0.839, 1.000]"  # Wilson's
+    assert pooled(np.ones((3, 20)), share=True).low == pytest.approx(0.839, abs=1e-3)
+    got = difference(won, lost, share=True)
+    assert got.mean == 1 == got.high and 0.6 < got.low < 0.7
+    for one, other in ((won, won), (np.ones((3, 20)), np.ones((2, 20)))):
+        got = difference(one, other, share=True)
+        assert got.mean == 0 and got.low == pytest.approx(-got.high) and 0.1 < got.high < 0.2
+
+
+@pytest.mark.parametrize("p", [0.5, 0.8, 0.95, 0.99])
+@pytest.mark.parametrize("spread", [0.0, 1.0])
+def test_a_share_over_three_seeds_holds_the_truth(p, spread):
+    """Seeds and prompts move the log-odds; with `spread` 0, values are independent."""
+    rng, logit = np.random.default_rng(0), np.log(p / (1 - p))
+    truth, held = (1 / (1 + np.exp(-logit - spread * rng.normal(size=200_000)))).mean(), 0
+    for _ in range(200):
+        of_seed, of_prompt = rng.normal(size=(3, 1)), rng.normal(size=(1, 20))
+        moved = logit + spread * (0.6 * of_seed + 0.8 * of_prompt)
+        won = rng.random((3, 20)) < 1 / (1 + np.exp(-moved))
+        found = pooled(won.astype(float), share=True)
+        assert 0 <= found.low <= found.mean <= found.high <= 1
+        held += found.low <= truth <= found.high
+    assert held / 200 >= 0.9

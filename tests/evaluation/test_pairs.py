@@ -7,12 +7,6 @@ from scipy import stats
 from selm_jax.evaluation import pairs
 
 
-@pytest.mark.parametrize(("right", "count"), [(0, 7), (3, 7), (7, 7), (180, 200)])
-def test_the_interval_is_wilsons(right, count):
-    theirs = stats.binomtest(right, count).proportion_ci(method="wilson")
-    np.testing.assert_allclose(pairs.wilson(right, count), theirs, atol=1e-12)
-
-
 def test_counts_are_those_of_the_table():
     rewards = [(1.0, 0.0), (0.5, 0.5), (-1.0, 2.0), (3.0, -3.0)]
     table = pairs.table(
@@ -27,3 +21,15 @@ def test_counts_are_those_of_the_table():
     assert found["heldout/margin"] == pytest.approx(np.mean([1, 0, -3, 6]))
     expected = np.mean([np.log1p(np.exp(-gap)) for gap in (1, 0, -3, 6)])
     assert found["heldout/loss"] == pytest.approx(expected)
+
+
+def test_all_pairs_right_is_no_certainty():
+    rows = [
+        {"prompt_id": str(i), "prompt": "p", "chosen": "a", "rejected": "b",
+         "reward_chosen": 1.0, "reward_rejected": 0.0}
+        for i in range(20)
+    ]  # fmt: skip
+    found = pairs.summarize(pairs.table(rows))
+    theirs = stats.binomtest(20, 20).proportion_ci(method="wilson")
+    ends = (found["heldout/accuracy_low"], found["heldout/accuracy_high"])
+    np.testing.assert_allclose(ends, theirs, atol=1e-12)

@@ -8,7 +8,6 @@ import json
 import numpy as np
 import pytest
 from rich.console import Console
-from scipy.optimize import minimize
 from tiny import PROMPTS
 from typer.testing import CliRunner
 
@@ -67,49 +66,44 @@ def test_the_matrix_is_a_count(files, tmp_path):
         compared(files, score, tmp_path)
 
 
-def test_the_fit_is_the_minimum_and_odd():
-    rng = np.random.default_rng(1)
-    lengths = rng.integers(10, 400, (200, 2)).astype(float)
-    delta = lengths[:, 0] - lengths[:, 1]
-    x = np.tanh(delta / delta.std(ddof=1))
-    truth = 1 / (1 + np.exp(-(0.4 + 1.5 * x)))
-    y = np.clip(truth + rng.normal(0, 0.1, 200), 0, 1)
-    weights = rng.integers(0, 3, (4, 200)).astype(float)
-    theta, phi = winrate.length_controlled(y, lengths, weights)
-
-    for row, *found in zip(weights, theta, phi, strict=True):
-
-        def loss(b, row=row):
-            z = b[0] + b[1] * x
-            return np.sum(row * (np.logaddexp(0, z) - y * z)) + 0.5 * np.dot(winrate.RIDGE, b**2)
-
-        want = minimize(loss, np.zeros(2), tol=1e-12)
-        np.testing.assert_allclose(found, want.x, atol=1e-4)
-    back = winrate.length_controlled(1 - y, lengths[:, ::-1], weights)
-    np.testing.assert_allclose(back[0], -theta, atol=1e-8)
-    np.testing.assert_allclose(back[1], phi, atol=1e-8)
-    assert abs(theta.mean() - 0.4) < 0.2 and abs(phi.mean() - 1.5) < 0.3
-
-
 def test_wins_by_length_alone_are_none_at_equal_length():
     """A ranker that wants length and nothing else: raw says one wins, length-controlled does not."""
     rng = np.random.default_rng(2)
     one = answers(["x" * int(n) for n in rng.integers(40, 90, 48)])
     other = answers(["x" * int(n) for n in rng.integers(20, 80, 48)])
     y = np.array([float(len(a.text) > len(b.text)) for a, b in zip(one, other, strict=True)])
-    found = winrate.compare(y, one, other, 0)
+    found = winrate.compare(y, one, other)
     raw, even = found["win_rate"]["mean"], found["length_controlled"]["mean"]
     assert raw > 0.7 and abs(even - 0.5) < 0.5 * (raw - 0.5)
     assert found["length_weight"] > 0.5
 
 
 @pytest.mark.parametrize("y", [0.0, 0.5, 1.0])
-def test_one_sided_shares_are_finite(y):
+def test_one_sided_shares_are_finite_and_no_points(y):
     same = answers(["word"] * 12)
-    found = winrate.compare(np.full(12, y), same, same, 0)
+    found = winrate.compare(np.full(12, y), same, same)
     assert found["win_rate"]["mean"] == y
     assert 0 <= found["length_controlled"]["mean"] <= 1
     assert abs(found["length_controlled"]["mean"] - y) < 0.05
+    for rate in (found["win_rate"], found["length_controlled"]):
+        assert 0 <= rate["low"] <= rate["mean"] <= rate["high"] <= 1
+        assert rate["high"] - rate["low"] > 0.2
+
+
+def test_one_prompt_is_reported_in_json_that_every_reader_takes(tmp_path):
+    for name, text in (("one", "good"), ("two", "good and long")):
+        write(tmp_path / f"{name}.jsonl", answers([text]), name)
+    seen = Console(record=True, width=200)
+    files = [str(tmp_path / f"{name}.jsonl") for name in ("one", "two")]
+    compared(files, rankers.build("length", target=1), tmp_path, console=seen)
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    text = (tmp_path / "out" / "winrate.json").read_text()
+    (pair,) = json.loads(text, parse_constant=refuse)["pairs"]
+    assert pair["prompts"] == 1 and pair["win_rate"]["stderr"] is None
+    assert pair["win_rate"]["low"] < 0.3 and "one over two: 1.000 [0.2" in seen.export_text()
 
 
 def test_samples_of_a_prompt_are_one_cluster():
@@ -117,8 +111,8 @@ def test_samples_of_a_prompt_are_one_cluster():
     rng = np.random.default_rng(3)
     y = rng.integers(0, 2, 40).astype(float)
     once, often = answers(["ab"] * 40), answers(["ab"] * 40, 4)
-    a = winrate.compare(y, once, once, 0)["win_rate"]
-    b = winrate.compare(np.repeat(y, 4), often, often, 0)["win_rate"]
+    a = winrate.compare(y, once, once)["win_rate"]
+    b = winrate.compare(np.repeat(y, 4), often, often)["win_rate"]
     assert a == pytest.approx(b)
 
 

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from scipy import stats
 from typer.testing import CliRunner
 
 from selm_jax.artifacts import ArtifactError
@@ -561,7 +562,26 @@ class TestScores:
             ours = (found["turn_1"], found["turn_2"], found["overall"])
             assert [each["score"] for each in ours] == pytest.approx(as_fastchat(rows))
             for each in (*ours, *found["categories"].values()):
-                assert each["low"] <= each["score"] <= each["high"]
+                if each["low"] is None:  # a category of one question, or equal ratings
+                    assert each["high"] is None and each not in ours
+                else:
+                    assert each["low"] <= each["score"] <= each["high"]
+
+    def test_a_model_that_wins_everything_may_still_lose(self, files):
+        """All turns of the questions are won: Wilson's interval of so many questions."""
+        questions = bench.read_questions(files.questions, unpublished=True)
+        rows = [
+            {"question_id": q.id, "turn": turn, "g1_winner": "model_1", "g2_winner": "model_1"}
+            for q in questions for turn in (1, 2)
+        ]  # fmt: skip
+        found = score.pair(rows, questions)
+        theirs = stats.binomtest(len(questions), len(questions)).proportion_ci(method="wilson")
+        assert found["overall"]["win_rate_adjusted"] == 1
+        assert found["overall"]["low"] == pytest.approx(theirs.low)
+        assert f"1.000  [{theirs.low:.3f}, 1.000]" in score.table("x", found)
+        ten = [row | {"judgment": "", "score": 10} for row in rows]
+        same = score.single(ten, questions)
+        assert same["overall"]["low"] is None and "no interval" in score.table("x", same)
 
     def test_intervals_are_over_questions(self, shared):
         """80 questions that differ by their own mean, whose turns agree: the interval is that of 80

@@ -1,0 +1,130 @@
+"""The win rate at equal length: a logistic model of the shares y of one pair's answers,
+
+    y ~ sigmoid(theta + phi * tanh((length A - length B) / s))
+
+with s the standard deviation (ddof 1) of the differences in characters: AlpacaEval 2's
+`length_controlled_v1` without its term of instruction difficulty, whose numbers are fitted on that
+benchmark's own leaderboard and exist for no other prompts. The rate is sigmoid(theta): what is
+expected of answers of equal length. It is fitted by Newton's method with the penalty
+0.005 theta^2 + 0.5 phi^2 on the summed loss: the first keeps theta finite where one side wins
+everything, the second takes length to explain nothing until the data say so. Both terms are odd in
+(A, B), so the rates of A against B and of B against A sum to 1.
+
+The interval holds every theta that the data do not contradict: with phi fitted beside it, the score
+of theta lies within 1.96 of its standard errors. Without differences in length that is Wilson's
+interval (`proportions`), which is no point where one side wins everything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+from scipy import optimize
+
+from selm_jax import proportions
+from selm_jax.evaluation import EvaluationError
+from selm_jax.evaluation.intervals import Estimate
+
+RIDGE = (0.01, 1.0)  # of theta and phi
+_FARTHEST = 30.0  # a theta whose rate is 0 or 1 but for 1e-13
+
+
+@dataclass(frozen=True)
+class Comparisons:
+    """How far A won, from 0 to 1, in each comparison with B.
+
+    Attributes:
+      y: the shares.
+      x: tanh of the difference in length, in its standard deviations.
+      prompt: the number of each comparison's prompt, from 0.
+      weight: of each comparison: all those of a prompt together weigh 1.
+    """
+
+    y: Float[np.ndarray, " answers"]
+    x: Float[np.ndarray, " answers"]
+    prompt: np.ndarray
+    weight: Float[np.ndarray, " answers"]
+
+    @staticmethod
+    def of(
+        y: Float[np.ndarray, " answers"],
+        lengths: Float[np.ndarray, "answers 2"],
+        prompt: np.ndarray,
+    ) -> Comparisons:
+        """From the lengths in characters of both answers."""
+        delta = lengths[:, 0] - lengths[:, 1]
+        spread = delta.std(ddof=1) if len(delta) > 1 else 0.0
+        x = np.tanh(delta / spread) if spread else np.zeros_like(delta)
+        return Comparisons(y, x, prompt, (1 / np.bincount(prompt))[prompt])
+
+    def rates(self, theta: float, phi: float) -> Float[np.ndarray, " answers"]:
+        return _sigmoid(theta + phi * self.x)
+
+
+def fit(data: Comparisons) -> tuple[float, float]:
+    """theta and phi of the model above."""
+    features = np.stack([np.ones_like(data.x), data.x])  # [2, answers]
+    b = np.zeros(2)
+    for _ in range(100):
+        p = data.rates(*b)
+        gradient = features @ (data.weight * (data.y - p)) - RIDGE * b
+        curvature = (features * data.weight * p * (1 - p)) @ features.T + np.diag(RIDGE)
+        step = np.linalg.solve(curvature, gradient)
+        b += np.clip(step, -2, 2)  # the loss is convex; a first step from 0 may go too far
+        if np.abs(step).max() < 1e-10:
+            return float(b[0]), float(b[1])
+    raise EvaluationError("the length-controlled fit did not converge; the answers are odd")
+
+
+def estimate(data: Comparisons) -> Estimate:
+    """The rate at equal length."""
+    theta, phi = fit(data)
+    p = data.rates(theta, phi)
+    observed = np.square(np.bincount(data.prompt, data.weight * (data.y - p))).sum()
+    dispersion = proportions.dispersion(observed, float((data.weight * p * (1 - p)).sum()))
+
+    def standing(at: float) -> float:
+        """Standard errors by which the score of this theta is above 0."""
+        beside = _beside(data, at)
+        score = float((data.weight * (data.y - data.rates(at, beside))).sum())
+        return score / np.sqrt(dispersion * _information(data, at, beside))
+
+    low = _crossing(standing, proportions.Z, theta, -_FARTHEST)
+    high = _crossing(standing, -proportions.Z, theta, _FARTHEST)
+    rate = float(_sigmoid(theta))
+    several = len(np.unique(data.prompt)) > 1
+    error = np.sqrt(dispersion / _information(data, theta, phi)) * rate * (1 - rate)
+    return Estimate(rate, float(error) if several else None, low, high)
+
+
+def _beside(data: Comparisons, theta: float) -> float:
+    """phi, fitted with theta given: where its penalised score, which only falls, is 0."""
+
+    def score(phi: float) -> float:
+        return float((data.weight * data.x * (data.y - data.rates(theta, phi))).sum()) - (
+            RIDGE[1] * phi
+        )
+
+    most = float(data.weight @ np.abs(data.x)) / RIDGE[1] + 1e-9
+    return optimize.brentq(score, -most, most)
+
+
+def _information(data: Comparisons, theta: float, phi: float) -> float:
+    """About theta, where phi is not known either."""
+    p = data.rates(theta, phi)
+    w = data.weight * p * (1 - p)
+    along = float(w @ data.x) / (float(w @ data.x**2) + RIDGE[1])
+    return float(w @ (1 - along * data.x) ** 2)
+
+
+def _crossing(standing, level: float, inside: float, outside: float) -> float:
+    """The rate where `standing` reaches the level; 0 or 1 where it does not before `outside`."""
+    if abs(standing(outside)) < abs(level):
+        return float(outside > 0)
+    return float(_sigmoid(optimize.brentq(lambda t: standing(t) - level, inside, outside)))
+
+
+def _sigmoid(x):
+    return 1 / (1 + np.exp(-x))

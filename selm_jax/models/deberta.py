@@ -30,6 +30,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int32
 
 from selm_jax.models.config import UnsupportedModel
+from selm_jax.models.config_keys import is_off, number, size
 from selm_jax.models.linear import project
 
 Params = dict[str, Any]
@@ -95,6 +96,10 @@ _USED = {
     "layer_norm_eps", "position_buckets", "max_position_embeddings", "max_relative_positions",
     "pos_att_type", "attention_head_size", "embedding_size",
 }  # fmt: skip
+_SIZES = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+    "position_buckets", "max_position_embeddings",
+)  # fmt: skip
 # Keys that say nothing about the hidden states: training, pooling and heads not used here, labels.
 _HARMLESS = {
     "_name_or_path", "architectures", "attention_probs_dropout_prob", "hidden_dropout_prob",
@@ -127,11 +132,16 @@ def from_hf(hf: Mapping[str, Any]) -> DebertaConfig:
     wanted = _USED - {"max_relative_positions", "attention_head_size", "embedding_size"}
     problems += [f"{key} is missing" for key in sorted(wanted - set(hf))]
     known = _USED | set(_REQUIRED) | set(_NEUTRAL) | _HARMLESS
-    problems += [f"{key} is not understood here" for key in sorted(set(hf) - known)]
+    unknown = sorted(key for key in set(hf) - known if not is_off(hf[key]))
+    problems += [f"{key} is not understood here" for key in unknown]
     if not problems:
+        for key in _SIZES:
+            size(key, hf[key])
+        number("layer_norm_eps", hf["layer_norm_eps"])
         kinds = hf["pos_att_type"]
-        kinds = kinds.lower().split("|") if isinstance(kinds, str) else kinds or []
-        if {kind.strip() for kind in kinds} != {"c2p", "p2c"}:
+        kinds = kinds.lower().split("|") if isinstance(kinds, str) else kinds
+        kinds = kinds if isinstance(kinds, list) else []
+        if {str(kind).strip() for kind in kinds} != {"c2p", "p2c"}:
             problems.append(f"pos_att_type is {hf['pos_att_type']!r}, not 'p2c|c2p'")
         for key, value in (
             ("attention_head_size", hf["hidden_size"] // hf["num_attention_heads"]),
@@ -145,6 +155,8 @@ def from_hf(hf: Mapping[str, Any]) -> DebertaConfig:
             + "; ".join(problems)
         )
     distance = hf.get("max_relative_positions", -1)
+    if distance != -1:
+        size("max_relative_positions", distance)
     return DebertaConfig(
         vocab_size=hf["vocab_size"],
         embed=hf["hidden_size"],

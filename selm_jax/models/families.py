@@ -1,152 +1,110 @@
 """Model families as facts: Hugging Face `config.json` <-> `DecoderConfig`, both ways.
 
 `from_hf` and `to_hf` are inverse to each other: each family says, side by side, what it reads and
-what it writes beyond what all families share. A key of `config.json` that its family does not read
-and that is not known to be harmless is an error, because a key that nobody reads is how
-log-probabilities become silently wrong.
+what it writes beyond what all families share. What becomes of the other keys, and of odd values,
+`config_keys` says.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from selm_jax.json_file import JsonFileError, read_object
 from selm_jax.models.config import (
     DecoderConfig,
     LayerKind,
-    Linear,
-    Llama3,
     LongRope,
     Rope,
     ScalarHead,
     UnsupportedModel,
 )
-
-Json = dict[str, Any]
-
-# Keys that say nothing about the function that the model computes.
-_HARMLESS = {
-    "_name_or_path", "auto_map", "bos_token_id", "eos_token_id", "dtype", "torch_dtype", "initializer_range", "transformers_version", "use_cache",
-    "is_llama_config", "transformers.js_config", "unsloth_fixed", "unsloth_version",
-    "_attn_implementation", "output_attentions", "output_hidden_states",
-    "return_dict", "chunk_size_feed_forward", "label2id", "problem_type",
-    "is_encoder_decoder", "cache_implementation", "model_type",
-    # Of a language model; what they say of a reward model, `_head_from` reads.
-    "architectures", "pad_token_id", "id2label", "num_labels",
-    # Dropout of training runs; there is none here.
-    "attention_dropout", "resid_pdrop", "embd_pdrop",
-}  # fmt: skip
+from selm_jax.models.config_keys import Json, Keys
+from selm_jax.models.config_rope import magnitude_of, rope_from, rope_of, rope_to
 
 _CLASSIFIER = "ForSequenceClassification"
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu"}
 
 
-class _Keys:
-    """A `config.json` that remembers which of its keys were read."""
-
-    def __init__(self, hf: Mapping[str, Any]):
-        self._hf, self._read = hf, set()
-
-    def __call__(self, key: str, default: Any = ...) -> Any:
-        self._read.add(key)
-        if default is ... and key not in self._hf:
-            raise UnsupportedModel(f"config.json: key {key!r} is missing")
-        return self._hf.get(key, default)
-
-    def only(self, key: str, *allowed: Any) -> None:
-        """The key, if it is there, must have a value under which it changes nothing."""
-        value = self(key, allowed[0])
-        if value not in allowed:
-            raise UnsupportedModel(
-                f"config.json: {key} is {value!r}; the decoder supports only {allowed[0]!r}"
-            )
-
-    def finish(self, family: str) -> None:
-        self.only("quantization_config", None)
-        if unknown := set(self._hf) - self._read - _HARMLESS:
-            raise UnsupportedModel(
-                f"config.json: {', '.join(sorted(unknown))}: not read for a {family} model and not "
-                "known to be harmless. If it does not change the forward pass, add it to _HARMLESS "
-                "in selm_jax/models/families.py"
-            )
-
-
 # --- one family after the other: what is read, what is written ------------------------------------
 
 
-def _llama_from(k: _Keys, c: Json) -> Json:
-    k.only("pretraining_tp", 1, None)
-    k.only("rope_interleaved", False)
-    return _biases_from(k) | _all_alike(c, _rope_from(k, 1e4))
+def _llama_from(k: Keys, c: Json) -> Json:
+    return _biases_from(k) | _all_alike(c, rope_from(k, 1e4))
 
 
 def _llama_to(c: DecoderConfig) -> Json:
-    return _biases_to(c) | _rope_to(c.kinds[0].rope)
+    return _biases_to(c) | rope_to(c.kinds[0].rope)
 
 
-def _mistral_from(k: _Keys, c: Json) -> Json:
+def _mistral_from(k: Keys, c: Json) -> Json:
     # A Mistral config without the key has transformers' default window, not none.
-    return _all_alike(c, _rope_from(k, 1e4), k("sliding_window", 4096))
+    return _all_alike(c, rope_from(k, 1e4), k.size("sliding_window", 4096, null=True))
 
 
 def _mistral_to(c: DecoderConfig) -> Json:
-    return {"sliding_window": c.kinds[0].window} | _rope_to(c.kinds[0].rope)
+    return {"sliding_window": c.kinds[0].window} | rope_to(c.kinds[0].rope)
 
 
-def _phi3_from(k: _Keys, c: Json) -> Json:
+def _phi3_from(k: Keys, c: Json) -> Json:
     k.only("attention_bias", False, None)
-    k.only("partial_rotary_factor", 1.0)
-    return _all_alike(c, _rope_from(k, 1e4), k("sliding_window", None))
+    return _all_alike(c, rope_from(k, 1e4), k.size("sliding_window", None))
 
 
 def _phi3_to(c: DecoderConfig) -> Json:
     rope = c.kinds[0].rope
-    hf: Json = {"sliding_window": c.kinds[0].window} | _rope_to(rope)
+    hf: Json = {"sliding_window": c.kinds[0].window} | rope_to(rope)
     if rope is not None and isinstance(rope.scaling, LongRope):
         original = rope.scaling.original
         # Earlier versions of transformers take these three keys under rope_scaling and no more.
-        if rope.scaling.magnitude == _magnitude(c.max_positions / original, original):
+        if rope.scaling.magnitude == magnitude_of(c.max_positions / original, original):
             for key in ("original_max_position_embeddings", "attention_factor"):
                 del hf["rope_scaling"][key]
         hf["original_max_position_embeddings"] = original
     return hf
 
 
-def _qwen2_from(k: _Keys, c: Json) -> Json:
-    return {"qkv_bias": True} | _upper_windows(k, c, _rope_from(k, 1e4))
+def _qwen2_from(k: Keys, c: Json) -> Json:
+    return {"qkv_bias": True} | _upper_windows(k, c, rope_from(k, 1e4))
 
 
 def _qwen2_to(c: DecoderConfig) -> Json:
-    return _switched_windows_to(c) | _rope_to(c.kinds[0].rope)
+    return _switched_windows_to(c) | rope_to(c.kinds[0].rope)
 
 
-def _qwen3_from(k: _Keys, c: Json) -> Json:
-    bias = bool(k("attention_bias", False))
+def _qwen3_from(k: Keys, c: Json) -> Json:
+    bias = k.flag("attention_bias")
     biases = {"qkv_bias": bias, "out_bias": bias}
-    return {"qk_norm": True} | biases | _upper_windows(k, c, _rope_from(k, 1e4))
+    return {"qk_norm": True} | biases | _upper_windows(k, c, rope_from(k, 1e4))
 
 
 def _qwen3_to(c: DecoderConfig) -> Json:
-    return {"attention_bias": c.qkv_bias} | _switched_windows_to(c) | _rope_to(c.kinds[0].rope)
+    return {"attention_bias": c.qkv_bias} | _switched_windows_to(c) | rope_to(c.kinds[0].rope)
 
 
-def _smollm3_from(k: _Keys, c: Json) -> Json:
+def _smollm3_from(k: Keys, c: Json) -> Json:
     n = c["layers"]
-    every = k("no_rope_layer_interval", 4)
+    every = k.size("no_rope_layer_interval", 4)
     has_rope = k("no_rope_layers", None) or [(i + 1) % every != 0 for i in range(n)]
-    rope = _rope_from(k, 2e6)
-    types = k("layer_types", None)
-    slides, window = k("use_sliding_window", False), k("sliding_window", None)
-    window = window if slides else None
+    if not isinstance(has_rope, list) or len(has_rope) != n or not set(map(str, has_rope)) <= _BITS:
+        raise UnsupportedModel(
+            f"config.json: no_rope_layers is {has_rope!r:.60}; expected {n} of 0 and 1"
+        )
+    rope = rope_from(k, 2e6)
+    types = k.texts("layer_types")
+    window = _window_if(k, None)
+    k("max_window_layers", None)  # Qwen's, which the published files have; this family has no use
     if types is None:  # transformers' rule: the layers without rope slide
         types = ["full_attention" if has_rope[i] else "sliding_attention" for i in range(n)]
     windows = _windows(types, window, n)
     kinds = tuple(LayerKind(rope if has_rope[i] else None, windows[i]) for i in range(n))
     return {"kinds": kinds} | _biases_from(k)
+
+
+# How layers with and without rotary embeddings are told in JSON.
+_BITS = {"0", "1", "True", "False"}
 
 
 def _smollm3_to(c: DecoderConfig) -> Json:
@@ -155,11 +113,11 @@ def _smollm3_to(c: DecoderConfig) -> Json:
         {"no_rope_layers": [int(kind.rope is not None) for kind in c.kinds]}
         | _biases_to(c)
         | _switched_windows_to(c)
-        | _rope_to(rope)
+        | rope_to(rope)
     )
 
 
-def _gemma_from(k: _Keys, c: Json) -> Json:
+def _gemma_from(k: Keys, c: Json) -> Json:
     """What Gemma 2 and 3 share."""
     k.only("attention_bias", False, None)
     k.only("use_bidirectional_attention", None, False)
@@ -167,7 +125,7 @@ def _gemma_from(k: _Keys, c: Json) -> Json:
         "post_norms": True,
         "norm_offset": 1.0,
         "embed_scale": c["embed"] ** 0.5,
-        "query_scale": k("query_pre_attn_scalar", 256) ** -0.5,
+        "query_scale": k.number("query_pre_attn_scalar", 256) ** -0.5,
     }
 
 
@@ -181,39 +139,43 @@ def _gemma_to(c: DecoderConfig) -> Json:
     }
 
 
-def _gemma2_from(k: _Keys, c: Json) -> Json:
+def _gemma2_from(k: Keys, c: Json) -> Json:
     n = c["layers"]
-    types = k("layer_types", None) or _alternating(n, 2)
-    windows = _windows(types, k("sliding_window", 4096), n)
-    rope = _rope_from(k, 1e4)
+    types = k.texts("layer_types") or _alternating(n, 2)
+    window = k.size("sliding_window", 4096, null=True)
+    k.only("sliding_window_size", window, None)  # the same once more, as 9B and 27B have it
+    windows = _windows(types, window, n)
+    rope = rope_from(k, 1e4)
     return _gemma_from(k, c) | {
         "kinds": tuple(LayerKind(rope, window) for window in windows),
-        "attention_cap": k("attn_logit_softcapping", 50.0),
-        "logit_cap": k("final_logit_softcapping", 30.0),
+        "attention_cap": k.number("attn_logit_softcapping", 50.0, null=True),
+        "logit_cap": k.number("final_logit_softcapping", 30.0, null=True),
     }
 
 
 def _gemma2_to(c: DecoderConfig) -> Json:
-    return _gemma_to(c) | _layer_types_to(c) | _rope_to(c.kinds[0].rope)
+    return _gemma_to(c) | _layer_types_to(c) | rope_to(c.kinds[0].rope)
 
 
-def _gemma3_from(k: _Keys, c: Json) -> Json:
+def _gemma3_from(k: Keys, c: Json) -> Json:
     n = c["layers"]
-    every = k("sliding_window_pattern", None) or k("_sliding_window_pattern", None) or 6
-    types = k("layer_types", None) or _alternating(n, every)
-    window = k("sliding_window", 4096)
-    nested = k("rope_parameters", None) or {}
-    full = _rope_of(
-        nested.get("full_attention") or k("rope_scaling", None) or {}, k("rope_theta", 1e6), k
+    said, kept = (k.size(f"{mark}sliding_window_pattern", None) for mark in ("", "_"))
+    every = said or kept or 6
+    types = k.texts("layer_types") or _alternating(n, every)
+    window = k.size("sliding_window", 4096, null=True)
+    nested = k.object("rope_parameters")
+    scaling = nested.get("full_attention") or k.object("rope_scaling")
+    full = rope_of(scaling, k.number("rope_theta", None) or 1e6, k)
+    local = rope_of(
+        nested.get("sliding_attention") or {}, k.number("rope_local_base_freq", None) or 1e4, k
     )
-    local = _rope_of(nested.get("sliding_attention") or {}, k("rope_local_base_freq", 1e4), k)
     ropes = {"full_attention": full, "sliding_attention": local}
     windows = _windows(types, window, n)
     return _gemma_from(k, c) | {
         "qk_norm": True,
         "kinds": tuple(LayerKind(ropes[types[i]], windows[i]) for i in range(n)),
-        "attention_cap": k("attn_logit_softcapping", None),
-        "logit_cap": k("final_logit_softcapping", None),
+        "attention_cap": k.number("attn_logit_softcapping", None),
+        "logit_cap": k.number("final_logit_softcapping", None),
     }
 
 
@@ -222,7 +184,7 @@ def _gemma3_to(c: DecoderConfig) -> Json:
     ropes = {kind.window is not None: kind.rope for kind in c.kinds}
     if (local := ropes.get(True)) is not None:
         hf["rope_local_base_freq"] = local.theta
-    return hf | (_rope_to(ropes[False]) if False in ropes else {})
+    return hf | (rope_to(ropes[False]) if False in ropes else {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,7 +192,7 @@ class Family:
     """A `model_type`: its class, its defaults, and how its own facts are read and written."""
 
     architecture: str
-    read: Callable[[_Keys, Json], Json]
+    read: Callable[[Keys, Json], Json]
     write: Callable[[DecoderConfig], Json]
     tied: bool = False
     activation_key: str = "hidden_act"
@@ -280,35 +242,35 @@ def from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
         a known key with a value that the decoder cannot express. The message names the key.
     """
     name = hf.get("model_type")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise UnsupportedModel(
             f"config.json: model_type is {name!r}; this version knows {', '.join(FAMILIES)}"
         )
-    family, k = FAMILIES[name], _Keys(hf)
-    heads, width = k("num_attention_heads"), k("hidden_size")
+    family, k = FAMILIES[name], Keys(hf)
+    heads, width = k.size("num_attention_heads"), k.size("hidden_size")
     activation = k(family.activation_key, family.activation)
     if family.activation_key != "hidden_act":  # Gemma has both; the other one decides
         k.only("hidden_act", activation, "gelu")
-    if activation not in _ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in _ACTIVATIONS:
         raise UnsupportedModel(
             f"config.json: {family.activation_key} is {activation!r}; "
             f"the decoder knows {', '.join(_ACTIVATIONS)}"
         )
     common = {
-        "vocab_size": k("vocab_size"),
+        "vocab_size": k.size("vocab_size"),
         "embed": width,
         "heads": heads,
-        "kv_heads": k("num_key_value_heads", None) or heads,
-        "head_dim": k("head_dim", family.head_dim) or width // heads,
-        "mlp": k("intermediate_size"),
-        "norm_eps": k("rms_norm_eps"),
-        "tied": k("tie_word_embeddings", family.tied),
-        "max_positions": k("max_position_embeddings"),
+        "kv_heads": k.size("num_key_value_heads", None) or heads,
+        "head_dim": k.size("head_dim", family.head_dim, null=True) or width // heads,
+        "mlp": k.size("intermediate_size"),
+        "norm_eps": k.number("rms_norm_eps"),
+        "tied": k.flag("tie_word_embeddings", family.tied),
+        "max_positions": k.size("max_position_embeddings"),
         "architecture": family.architecture,
         "activation": _ACTIVATIONS[activation],
         "head": _head_from(k, family),
     }
-    own = family.read(k, common | {"layers": k("num_hidden_layers")})
+    own = family.read(k, common | {"layers": k.size("num_hidden_layers")})
     k.finish(name)
     return DecoderConfig(**(common | own))
 
@@ -369,20 +331,20 @@ def read_as_reward_model(folder: Path, pad: int | None) -> DecoderConfig:
 def _read(folder: Path, change: Callable[[Json], Json]) -> DecoderConfig:
     file = Path(folder) / "config.json"
     try:
-        return from_hf(change(json.loads(file.read_text())))
+        return from_hf(change(read_object(file)))
     except UnsupportedModel as e:
         raise UnsupportedModel(f"{folder}: {e}") from e
-    except ValueError as e:
-        raise UnsupportedModel(f"{file}: not JSON: {e}") from e
+    except JsonFileError as e:
+        raise UnsupportedModel(str(e)) from e
 
 
 # --- pieces that several families share -----------------------------------------------------------
 
 
-def _head_from(k: _Keys, family: Family) -> ScalarHead | None:
+def _head_from(k: Keys, family: Family) -> ScalarHead | None:
     """A reward model's head, by the class that `config.json` names."""
-    names, pad = k("architectures", None) or [], k("pad_token_id", family.pad)
-    labels, count = k("id2label", None), k("num_labels", None)
+    names, pad = k.texts("architectures") or [], k("pad_token_id", family.pad)
+    labels, count = k.object("id2label", None), k.size("num_labels", None)
     if not any(name.endswith(_CLASSIFIER) for name in names):
         return None
     found = len(labels) if labels is not None else 2 if count is None else count
@@ -409,9 +371,8 @@ def _all_alike(c: Json, rope: Rope, window: int | None = None) -> Json:
     return {"kinds": (LayerKind(rope, window),) * c["layers"]}
 
 
-def _biases_from(k: _Keys) -> Json:
-    attention = bool(k("attention_bias", False))
-    mlp = bool(k("mlp_bias", False))
+def _biases_from(k: Keys) -> Json:
+    attention, mlp = k.flag("attention_bias"), k.flag("mlp_bias")
     return {"qkv_bias": attention, "out_bias": attention, "mlp_bias": mlp}
 
 
@@ -419,15 +380,20 @@ def _biases_to(c: DecoderConfig) -> Json:
     return {"attention_bias": c.qkv_bias, "mlp_bias": c.mlp_bias}
 
 
-def _upper_windows(k: _Keys, c: Json, rope: Rope) -> Json:
+def _upper_windows(k: Keys, c: Json, rope: Rope) -> Json:
     """Qwen's rule: with `use_sliding_window` the layers from `max_window_layers` on slide."""
-    n, lower = c["layers"], k("max_window_layers", 28)
-    slides, window = k("use_sliding_window", False), k("sliding_window", 4096)
-    window = window if slides else None
-    types = k("layer_types", None) or [
+    n, lower = c["layers"], k.count("max_window_layers", 28)
+    window = _window_if(k, 4096)
+    types = k.texts("layer_types") or [
         "full_attention" if i < lower else "sliding_attention" for i in range(n)
     ]
     return {"kinds": tuple(LayerKind(rope, w) for w in _windows(types, window, n))}
+
+
+def _window_if(k: Keys, default: int | None) -> int | None:
+    """The window, if `use_sliding_window` says that there is one."""
+    window = k.size("sliding_window", default, null=True)
+    return window if k.flag("use_sliding_window") else None
 
 
 def _alternating(layers: int, every: int) -> list[str]:
@@ -440,7 +406,7 @@ def _windows(types: list[str], window: int | None, layers: int) -> list[int | No
     known = {"full_attention": None, "sliding_attention": window}
     if len(types) != layers or not set(types) <= set(known):
         raise UnsupportedModel(
-            f"config.json: layer_types is {types}; expected {layers} of {', '.join(known)}"
+            f"config.json: layer_types is {types!r:.200}; expected {layers} of {', '.join(known)}"
         )
     return [known[t] for t in types]
 
@@ -458,101 +424,3 @@ def _layer_types_to(c: DecoderConfig) -> Json:
 def _switched_windows_to(c: DecoderConfig) -> Json:
     hf = _layer_types_to(c)
     return hf | {"use_sliding_window": hf["sliding_window"] is not None}
-
-
-def _rope_from(k: _Keys, theta: float) -> Rope:
-    """transformers 5 keeps everything under `rope_parameters`, earlier versions the base at the top
-    level and the rest under `rope_scaling`."""
-    new, old = k("rope_parameters", None), k("rope_scaling", None)
-    if new and old and new != old:
-        raise UnsupportedModel(f"config.json: rope_parameters {new!r} but rope_scaling {old!r}")
-    return _rope_of(new or old or {}, k("rope_theta", theta), k)
-
-
-def _rope_of(parameters: Mapping[str, Any], theta: float, k: _Keys) -> Rope:
-    p = dict(parameters)
-    kinds = {p.pop(key) for key in ("rope_type", "type") if key in p}
-    inner = float(p.pop("rope_theta", theta))
-    # Where only one place names the base, the other one's default says nothing.
-    if k("rope_theta", None) is not None and "rope_theta" in parameters and inner != theta:
-        raise UnsupportedModel(f"config.json: rope_theta {theta} but rope_parameters says {inner}")
-    if p.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise UnsupportedModel("config.json: partial_rotary_factor is not 1")
-    original = k("original_max_position_embeddings", None)
-    try:
-        match sorted(kinds) or ["default"]:
-            case ["default"]:
-                scaling = None
-                p.pop("original_max_position_embeddings", None)
-            case ["linear"]:
-                scaling = Linear(float(p.pop("factor")))
-            case ["llama3"]:
-                scaling = Llama3(
-                    float(p.pop("factor")),
-                    float(p.pop("low_freq_factor")),
-                    float(p.pop("high_freq_factor")),
-                    int(p.pop("original_max_position_embeddings")),
-                )
-            case ["longrope"] | ["su"]:
-                inside = p.pop("original_max_position_embeddings", original)
-                if original not in (None, inside):
-                    raise UnsupportedModel(
-                        f"config.json: original_max_position_embeddings {original} but rope "
-                        f"scaling says {inside}"
-                    )
-                scaling = _longrope(p, inside or k("max_position_embeddings"), k)
-            case found:
-                raise UnsupportedModel(f"config.json: rope of type {', '.join(found)} is unknown")
-    except KeyError as missing:
-        raise UnsupportedModel(
-            f"config.json: rope scaling {parameters!r} has no {missing}"
-        ) from None
-    if p:
-        raise UnsupportedModel(
-            f"config.json: rope parameters {', '.join(sorted(p))} are not known for "
-            f"{''.join(kinds) or 'default'!r}: {parameters!r}"
-        )
-    return Rope(inner, scaling)
-
-
-def _longrope(p: Json, original: int, k: _Keys) -> LongRope:
-    factor = p.pop("factor", None) or k("max_position_embeddings") / original
-    magnitude = p.pop("attention_factor", None)
-    short, long = p.pop("short_factor"), p.pop("long_factor")
-    return LongRope(
-        tuple(map(float, short)),
-        tuple(map(float, long)),
-        original,
-        _magnitude(factor, original) if magnitude is None else magnitude,
-    )
-
-
-def _magnitude(factor: float, original: int) -> float:
-    """LongRoPE's, for a context extended by `factor` (arXiv 2402.13753; Phi-3's default)."""
-    return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
-
-
-def _rope_to(rope: Rope | None) -> Json:
-    assert rope is not None  # of the families, SmolLM3 alone has layers without
-    match rope.scaling:
-        case None:
-            scaling = None
-        case Linear(factor):
-            scaling = {"rope_type": "linear", "factor": factor}
-        case Llama3(factor, low, high, original):
-            scaling = {
-                "rope_type": "llama3",
-                "factor": factor,
-                "low_freq_factor": low,
-                "high_freq_factor": high,
-                "original_max_position_embeddings": original,
-            }
-        case LongRope(short, long, original, magnitude):
-            scaling = {
-                "rope_type": "longrope",
-                "short_factor": list(short),
-                "long_factor": list(long),
-                "original_max_position_embeddings": original,
-                "attention_factor": magnitude,
-            }
-    return {"rope_theta": rope.theta, "rope_scaling": scaling}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from rich.console import Console
 
 from selm_jax import artifacts
 from selm_jax.config import as_dict
+from selm_jax.json_file import JsonFileError, read_object
 from selm_jax.models.config import DecoderConfig, UnsupportedModel
 from selm_jax.models.families import from_hf, reward_model_json
 from selm_jax.objectives.build import build as build_objective
@@ -66,10 +66,12 @@ def read_facts(file: Path, rates: bool = False) -> DecoderConfig:
     """Of the model that this config.json describes, under whatever name it is stored; with `rates`
     of the reward model that begins from it."""
     try:
-        hf = json.loads(file.read_text(encoding="utf-8"))
+        hf = read_object(file)
         facts = from_hf(hf)
         return from_hf(reward_model_json(hf, 0)) if rates and facts.head is None else facts
-    except ValueError as e:  # not JSON, or `UnsupportedModel`
+    except JsonFileError as e:
+        raise UnsupportedModel(str(e)) from e
+    except UnsupportedModel as e:
         raise UnsupportedModel(f"{file}: {e}") from e
 
 

@@ -10,7 +10,6 @@ Two layouts are published, with the same tensors under the same names:
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -22,7 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from selm_jax.json_file import JsonFileError, read_object
 from selm_jax.models.config import UnsupportedModel
+from selm_jax.models.config_keys import size
 from selm_jax.models.deberta import DebertaConfig, Params, abstract_params, from_hf
 from selm_jax.weights.files import (
     DTYPES,
@@ -82,11 +83,13 @@ def read_config(folder: Path) -> PairRMConfig:
     """
     file = Path(folder) / "config.json"
     try:
-        hf = json.loads(file.read_text(encoding="utf-8"))
+        hf = read_object(file)
         return _from_ranker_config(hf) if "ranker_type" in hf else _from_hf_config(hf)
     except KeyError as missing:
         raise UnsupportedModel(f"{file}: key {missing} is missing; is this PairRM?") from missing
-    except ValueError as e:  # not JSON, or `UnsupportedModel`
+    except JsonFileError as e:
+        raise UnsupportedModel(str(e)) from e
+    except UnsupportedModel as e:
         raise UnsupportedModel(f"{file}: {e}") from e
 
 
@@ -94,13 +97,16 @@ def _from_ranker_config(hf: Mapping[str, Any]) -> PairRMConfig:
     for key, value in _RANKER.items():
         if hf[key] != value:
             raise UnsupportedModel(f"{key} is {hf[key]!r}; this version knows {value!r} alone")
-    return PairRMConfig(LARGE, hf["n_tasks"], hf["source_maxlength"], hf["candidate_maxlength"])
+    tasks, source, candidate = (
+        size(key, hf[key]) for key in ("n_tasks", "source_maxlength", "candidate_maxlength")
+    )
+    return PairRMConfig(LARGE, tasks, source, candidate)
 
 
 def _from_hf_config(hf: Mapping[str, Any]) -> PairRMConfig:
     encoder = from_hf({key: value for key, value in hf.items() if key not in _OWN_KEYS})
-    source, first, second = (hf[key] for key in _PREFIX_KEYS)
-    return PairRMConfig(encoder, hf["n_tasks"], prefix_ids=(source, first, second))
+    source, first, second = (size(key, hf[key]) for key in _PREFIX_KEYS)
+    return PairRMConfig(encoder, size("n_tasks", hf["n_tasks"]), prefix_ids=(source, first, second))
 
 
 _EMBEDDINGS, _ENCODER = "pretrained_model.embeddings.", "pretrained_model.encoder."

@@ -19,8 +19,9 @@ import pytest
 
 from selm_jax.models.attention import tree_mask
 from selm_jax.models.config import DecoderConfig, LongRope, UnsupportedModel
+from selm_jax.models.config_keys import HARMLESS
 from selm_jax.models.decoder import Decoder, LayerCache, logits, parameter_count, unstack
-from selm_jax.models.families import _HARMLESS, FAMILIES, from_hf, read_config, to_hf
+from selm_jax.models.families import FAMILIES, from_hf, read_config, to_hf
 from selm_jax.preferences.examples import Example
 from selm_jax.preferences.packing import common_shape, pack
 from selm_jax.weights.huggingface import load
@@ -238,7 +239,7 @@ def test_no_key_of_config_json_is_ignored(name):
     hf = json.loads((golden.FOLDER / name / "config.json").read_text())
     base = from_hf(hf)
     for key, value in hf.items():
-        if key in _HARMLESS - {"model_type"}:
+        if key in HARMLESS - {"model_type"}:
             continue
         effects = []
         for other in _changed(value):
@@ -281,7 +282,7 @@ def test_a_missing_key_and_a_broken_file_are_named(tmp_path):
     with pytest.raises(UnsupportedModel, match=f"{tmp_path}.*'intermediate_size' is missing"):
         read_config(tmp_path)
     file.write_text("{")
-    with pytest.raises(UnsupportedModel, match=r"config\.json: not JSON"):
+    with pytest.raises(UnsupportedModel, match=r"config\.json is not JSON"):
         read_config(tmp_path)
 
 

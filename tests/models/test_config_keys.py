@@ -1,0 +1,225 @@
+"""The keys of `config.json`: those of published checkpoints are read, those that are on and unknown are
+refused by name, and odd values end in one message and at once."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from selm_jax.models import deberta
+from selm_jax.models.config import DecoderConfig, UnsupportedModel
+from selm_jax.models.config_keys import LIMITS, is_off
+from selm_jax.models.decoder import parameter_count
+from selm_jax.models.families import FAMILIES, from_hf, read_config, to_hf
+from selm_jax.plan.command import read_facts
+from selm_jax.weights.deberta import read_config as read_pairrm
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+# Parameters, as the checkpoints' pages on the Hub count them.
+PUBLISHED = {
+    "HuggingFaceH4--zephyr-7b-beta": 7_241_732_096,
+    "HuggingFaceTB--SmolLM2-1.7B-Instruct": 1_711_376_384,
+    "HuggingFaceTB--SmolLM2-135M-Instruct": 134_515_008,
+    "HuggingFaceTB--SmolLM3-3B": 3_075_098_624,
+    "Qwen--Qwen2-0.5B-Instruct": 494_032_768,
+    "Qwen--Qwen2.5-0.5B": 494_032_768,
+    "Qwen--Qwen2.5-7B-Instruct": 7_615_616_512,
+    "Qwen--Qwen3-0.6B": 596_049_920,
+    "TinyLlama--TinyLlama-1.1B-Chat-v1.0": 1_100_048_384,
+    "deepseek-ai--DeepSeek-R1-Distill-Qwen-1.5B": 1_777_088_000,
+    "google--gemma-2-27b-it": 27_227_128_320,
+    "google--gemma-2-2b-it": 2_614_341_888,
+    "google--gemma-2-9b-it": 9_241_705_984,
+    "google--gemma-3-1b-it": 999_885_952,
+    "google--gemma-3-270m": 268_098_176,
+    "meta-llama--Llama-2-13b-hf": 13_015_864_320,
+    "meta-llama--Llama-2-7b-chat-hf": 6_738_415_616,
+    "meta-llama--Llama-3.1-8B-Instruct": 8_030_261_248,
+    "meta-llama--Llama-3.2-1B-Instruct": 1_235_814_400,
+    "microsoft--Phi-3-mini-128k-instruct": 3_821_079_552,
+    "microsoft--Phi-3.5-mini-instruct": 3_821_079_552,
+    "mistralai--Mistral-7B-Instruct-v0.2": 7_241_732_096,
+    "mistralai--Mistral-7B-Instruct-v0.3": 7_248_023_552,
+    "mistralai--Mistral-7B-v0.1": 7_241_732_096,
+}
+
+
+@cache
+def published(name: str) -> str:
+    return (GOLDEN / "configs" / f"{name}.json").read_text()
+
+
+def hf(name: str) -> dict:
+    return json.loads(published(name))
+
+
+# --- published checkpoints ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_checkpoints_are_read(name):
+    config = from_hf(hf(name))
+    assert parameter_count(config) == PUBLISHED[name]
+    assert from_hf(to_hf(config)) == config
+
+
+def test_no_file_is_left_out_and_every_family_is_there():
+    assert {f.stem for f in (GOLDEN / "configs").glob("*.json")} == set(PUBLISHED)
+    assert {hf(name)["model_type"] for name in PUBLISHED} == set(FAMILIES)
+
+
+def test_what_transformers_reads_of_them_is_the_same():
+    """Whatever transformers makes of the file and writes again describes the same model."""
+    transformers = pytest.importorskip("transformers")
+    for name in PUBLISHED:
+        theirs = transformers.AutoConfig.for_model(**hf(name))
+        written = json.loads(theirs.to_json_string(use_diff=False))
+        assert from_hf(written) == from_hf(hf(name)), name
+
+
+@pytest.mark.parametrize("name", ["Qwen--Qwen2.5-0.5B", "google--gemma-3-1b-it"])
+@pytest.mark.parametrize("off", [False, None, 0, 0.0, "", [], {}], ids=repr)
+def test_a_key_that_is_off_passes_and_one_that_is_on_does_not(name, off):
+    base = from_hf(hf(name))
+    assert from_hf(hf(name) | {"use_a_new_trick": off}) == base
+    for on in (True, 1, 0.5, "linear", [0], {"a": 1}):
+        assert not is_off(on)
+        with pytest.raises(UnsupportedModel, match=r"use_a_new_trick \(.*not known to be harmless"):
+            from_hf(hf(name) | {"use_a_new_trick": on})
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("google--gemma-2-9b-it", {"sliding_window_size": 2048}, "sliding_window_size is 2048"),
+        ("Qwen--Qwen2.5-0.5B", {"use_mrope": True}, r"use_mrope \(True\)"),
+        ("Qwen--Qwen2.5-0.5B", {"is_causal": False}, "is_causal is False"),
+        ("Qwen--Qwen2.5-0.5B", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ("meta-llama--Llama-2-7b-chat-hf", {"rope_interleaved": True}, "rope_interleaved"),
+        ("google--gemma-3-270m", {"use_bidirectional_attention": True}, "use_bidirectional"),
+    ],
+)
+def test_what_changes_the_function_is_refused_whatever_it_is_called(name, changes, message):
+    with pytest.raises(UnsupportedModel, match=message):
+        from_hf(hf(name) | changes)
+
+
+# --- odd values -----------------------------------------------------------------------------------
+
+ODD = [
+    "two", "", "1e-5", True, False, None, 0, -1, 10**9, 10**30, 2.5, 1e308, float("nan"),
+    float("inf"), [], [1], ["two"], [None], [[]], {}, {"a": 1}, {"rope_type": ["a"]},
+    {"rope_type": "linear", "factor": "two"}, {"rope_type": "llama3", "factor": 0},
+    {"rope_type": "longrope", "short_factor": 1, "long_factor": 2},
+    {"rope_type": "longrope", "short_factor": ["a"], "long_factor": [None]},
+    {"full_attention": 1}, {"full_attention": {"rope_theta": []}},
+]  # fmt: skip
+BASES = ("Qwen--Qwen3-0.6B", "microsoft--Phi-3.5-mini-instruct", "HuggingFaceTB--SmolLM3-3B",
+         "google--gemma-2-9b-it", "google--gemma-3-270m", "mistralai--Mistral-7B-v0.1",
+         "meta-llama--Llama-3.1-8B-Instruct", "Qwen--Qwen2.5-0.5B")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_any_key_with_any_odd_value_is_read_or_refused_at_once(name):
+    base = hf(name) | {"num_labels": None, "id2label": None, "rope_parameters": None}
+    refused, began = set(), time.perf_counter()
+    for key in base:
+        for odd in ODD:
+            try:
+                found = from_hf(copy.deepcopy(base) | {key: odd})
+            except UnsupportedModel as e:
+                refused.add(key)
+                assert len(str(e)) < 1000
+            else:
+                assert isinstance(found, DecoderConfig)
+                assert found.layers <= LIMITS["num_hidden_layers"]
+                hash(found)
+    sizes = {"hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
+             "intermediate_size", "max_position_embeddings", "rms_norm_eps", "rope_theta",
+             "model_type", "architectures"}  # fmt: skip
+    assert refused >= sizes & set(base)
+    assert time.perf_counter() - began < 20
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000; .* from 1 to 10,000"),
+        ({"num_hidden_layers": "36"}, "num_hidden_layers is '36'; expected a whole number"),
+        ({"num_hidden_layers": 36.5}, "num_hidden_layers is 36.5; expected a whole number"),
+        ({"hidden_size": None}, "hidden_size is None; expected a whole number"),
+        ({"vocab_size": 10**12}, "vocab_size is 1000000000000; .* from 1 to 100,000,000"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6'; expected a positive number"),
+        ({"rope_theta": float("nan")}, "rope_theta is nan; expected a positive number"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'; expected true or false"),
+        ({"no_rope_layers": [1, 0]}, "no_rope_layers is .*; expected 36 of 0 and 1"),
+        ({"layer_types": 7}, "layer_types is 7; expected a list of texts"),
+        ({"architectures": "SmolLM3ForCausalLM"}, "architectures is .*expected a list of texts"),
+    ],
+)
+def test_an_odd_value_is_told_with_its_key_and_what_was_expected(changes, message):
+    with pytest.raises(UnsupportedModel, match=message):
+        from_hf(hf("HuggingFaceTB--SmolLM3-3B") | changes)
+
+
+@pytest.mark.parametrize("key", sorted(deberta._USED | {"n_tasks", "cand1_prefix_id"}))
+def test_pairrms_keys_with_odd_values_are_read_or_refused_at_once(key, tmp_path):
+    base = {
+        "model_type": "deberta-v2", "hidden_act": "gelu", "relative_attention": True,
+        "position_biased_input": False, "share_att_key": True, "norm_rel_ebd": "layer_norm",
+        "type_vocab_size": 0, "pos_att_type": "p2c|c2p", "vocab_size": 97, "hidden_size": 32,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
+        "layer_norm_eps": 1e-7, "position_buckets": 8, "max_position_embeddings": 64,
+        "max_relative_positions": -1, "n_tasks": 1, "source_prefix_id": 5, "cand1_prefix_id": 6,
+        "cand2_prefix_id": 7,
+    }  # fmt: skip
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(base))
+    read_pairrm(tmp_path)
+    refused = 0
+    for odd in ODD:
+        file.write_text(json.dumps(base | {key: odd}))
+        try:
+            read_pairrm(tmp_path)
+        except UnsupportedModel as e:
+            refused += str(file) in str(e)
+    assert refused > 15
+
+
+# --- files that hold no object --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b"[1, 2]", "config.json holds a list; an object"),
+        (b'"llama"', "config.json holds a text; an object"),
+        (b"null", "config.json holds null; an object"),
+        (b"", "config.json is not JSON"),
+        (b"{", "config.json is not JSON"),
+        (b"\xef\xbb\xbf{}", "config.json begins with a byte order mark"),
+        ('{"a": 1}'.encode("utf-16"), "config.json begins with a byte order mark"),
+        (b'{"a": "\xff"}', "config.json is not UTF-8 text"),
+        (b"[" * 100_000, "config.json is not JSON: .*nested too deeply"),
+        (b'{"a": 1, "a": 2}', "config.json is not JSON: the key 'a' stands twice"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 700\n",
+            "config.json is a Git LFS pointer, .*git lfs pull",
+        ),
+    ],
+)
+def test_a_file_that_is_no_object_is_told_for_what_it_is(raw, message, tmp_path):
+    (tmp_path / "config.json").write_bytes(raw)
+    for read in (
+        lambda: read_config(tmp_path),
+        lambda: read_facts(tmp_path / "config.json"),
+        lambda: read_pairrm(tmp_path),
+    ):
+        with pytest.raises(UnsupportedModel, match=message) as caught:
+            read()
+        assert str(tmp_path) in str(caught.value)

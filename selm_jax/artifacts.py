@@ -200,67 +200,6 @@ class Stages:
         write_json(self.file, self.read() | {stage: entry})
 
 
-class Store:
-    """Finished work by what it is a function of, so that runs beside each other do it once.
-
-    An entry is a folder, named by the digest of everything that its content depends on: the files
-    and folders that a stage left, and `entry.json` with their digests and what else there is to
-    tell. Nothing writes into a finished file, files are replaced whole; so an entry and the runs
-    that took it hold the same bytes as hard links, or as copies where there are no links.
-    """
-
-    def __init__(self, folder: Path):
-        self.folder = Path(folder)
-
-    @staticmethod
-    def key(**depends_on: Any) -> str:
-        """The name of the work that depends on these JSON values and on nothing else."""
-        text = json.dumps(depends_on, sort_keys=True, ensure_ascii=True)
-        return hashlib.sha256(text.encode()).hexdigest()
-
-    def put(self, key: str, outputs: Mapping[str, Path], about: Mapping[str, Any]) -> None:
-        """Keeps the outputs, by name, and JSON values about them."""
-        with whole(self.folder / key, replaces_folder=True) as partial:
-            partial.mkdir()
-            for name, path in outputs.items():
-                _link(path, partial / name)
-            digests = {name: digest(path) for name, path in outputs.items()}
-            write_json(partial / "entry.json", {"outputs": digests, "about": about})
-
-    def take(self, key: str, folder: Path) -> dict[str, Any] | None:
-        """Puts the outputs of an entry into `folder`; returns what is told about them.
-
-        None if there is no such entry, or if its files are not what was kept: then it is removed.
-        """
-        entry = self.folder / key
-        if not (entry / "entry.json").exists():
-            return None
-        told = json.loads((entry / "entry.json").read_text(encoding="utf-8"))
-        for name, kept in told["outputs"].items():
-            if not (entry / name).exists() or digest(entry / name) != kept:
-                remove(entry)
-                return None
-        for name in told["outputs"]:
-            with whole(folder / name, replaces_folder=True) as partial:
-                _link(entry / name, partial)
-        return told["about"]
-
-
-def _link(source: Path, target: Path) -> None:
-    """A file, or a folder of files, a second time, without its bytes a second time if possible."""
-
-    def one(a: str, b: str) -> None:
-        try:
-            os.link(a, b)
-        except OSError:  # another file system, or one that has no hard links
-            shutil.copyfile(a, b)
-
-    if source.is_dir():
-        shutil.copytree(source, target, copy_function=one)
-    else:
-        one(str(source), str(target))
-
-
 def read_lines(path: Path) -> list[Any]:
     """The values of a file of JSON lines; none if there is no such file.
 

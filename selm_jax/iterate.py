@@ -26,11 +26,12 @@ def iterate(run: Run) -> None:
     """Runs what is left of the experiment, then writes the report."""
     with _held(run):
         done = [_evaluate(run, 0)]
+        run.write_manifest()
         for t in range(1, run.experiment.iterations + 1):
             done += [stage.run(run, t) for stage in STAGES]
-            run.write_manifest()
             Checkpoints(run.iteration(t) / "checkpoints").delete()  # the export is complete
             done.append(_evaluate(run, t))
+            run.write_manifest()
         if not any(done):
             run.console.print(f"{run.folder}: every stage is done already")
         write_report(run)

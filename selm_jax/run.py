@@ -50,6 +50,7 @@ from selm_jax.rollout import remote
 from selm_jax.rollout.engine import Engine, decoding_params, decoding_shardings
 from selm_jax.rollout.sampling import Sampling
 from selm_jax.rows import RunError, check_own_answers, check_rated, question, told_of
+from selm_jax.store import Store
 from selm_jax.text.answers import check_answers, longest_answered
 from selm_jax.text.chat import Chat, ChatError
 from selm_jax.text.prompts import Message, Prompt, PromptSet, digest, load_data, portion
@@ -71,7 +72,7 @@ class Run:
         experiment: Experiment,
         console: Console | None = None,
         devices: Sequence[Any] | None = None,
-        store: artifacts.Store | None = None,
+        store: Store | None = None,
         imports: bool = True,
     ):
         """`devices`: all there are, if not given. `store` holds what runs beside this one have done

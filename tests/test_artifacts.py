@@ -29,6 +29,15 @@ def test_a_leftover_of_a_kill_is_replaced(tmp_path):
     assert [p.name for p in folder.iterdir()] == ["new"]
 
 
+def test_a_link_to_the_file_that_is_there_leaves_nothing_beside_it(tmp_path):
+    """Renaming one link of a file over another does nothing, and says nothing."""
+    file = tmp_path / "a"
+    file.write_text("x")
+    with artifacts.whole(file) as partial:
+        partial.hardlink_to(file)
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
 def test_digest_sees_content_and_names(tmp_path):
     for name in "ab":
         (tmp_path / name).mkdir()

@@ -24,7 +24,7 @@ from forked import Selm
 from rich.console import Console
 
 from selm_jax import config, figures
-from selm_jax.artifacts import Stages, Store
+from selm_jax.artifacts import Stages
 from selm_jax.config import ConfigError
 from selm_jax.evaluation.crossed import estimate
 from selm_jax.iterate import iterate
@@ -33,6 +33,7 @@ from selm_jax.preferences.examples import from_parquet
 from selm_jax.rollout.engine import Engine
 from selm_jax.run import Run, RunError
 from selm_jax.stages.score import logps_of
+from selm_jax.store import Store
 from selm_jax.sweep import SweepError, sweep, write
 from selm_jax.sweep.plan import plan
 from selm_jax.sweep.table import table

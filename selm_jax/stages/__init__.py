@@ -32,6 +32,7 @@ from selm_jax.stages.generate import Counts, generate
 from selm_jax.stages.rank import rank
 from selm_jax.stages.score import score
 from selm_jax.stages.train import export, train_policy
+from selm_jax.store import Store
 from selm_jax.text.prompts import digest as prompts_digest
 
 
@@ -80,7 +81,7 @@ class Stage:
             return False
         began = time.perf_counter()
         store = run.store if self.shared(run) else None
-        key = artifacts.Store.key(stage=self.name, iteration=t, inputs=inputs, settings=settings)
+        key = Store.key(stage=self.name, iteration=t, inputs=inputs, settings=settings)
         found = None
         if store is not None:
             found = multihost.on_first(lambda: store.take(key, run.iteration(t)))
@@ -92,10 +93,11 @@ class Stage:
         def finish() -> None:
             if store is not None and found is None:
                 about = {"counts": counts, "logged": run.logged(self.name, t)}
-                store.put(key, outputs, {"run": str(run.folder), **about})
+                store.put(key, outputs, {"run": store.name_of(run.folder), **about})
             for name in self.scratch:  # a kill in the midst of it: what is gone is made once more
                 artifacts.remove(run.iteration(t) / name)
-            taken = None if found is None else key
+            # Killed between these two lines, a run takes its own work back.
+            taken = key if found and found["run"] != store.name_of(run.folder) else None
             record.finish(self.name, inputs, settings, outputs, counts, seconds, taken)
 
         multihost.on_first(finish)
@@ -128,7 +130,7 @@ def _reference(run: Run, t: int) -> dict[str, str]:
 def _training(run: Run, t: int) -> dict[str, str]:
     """What the iteration's training was done with: its checkpoints are gone once they are exported."""
     done = artifacts.Stages(run.iteration(t)).read().get("train", {})
-    return {"training": artifacts.Store.key(**{k: done.get(k) for k in ("inputs", "settings")})}
+    return {"training": Store.key(**{k: done.get(k) for k in ("inputs", "settings")})}
 
 
 def _file(name: str) -> Callable[[Run, int], dict[str, str]]:

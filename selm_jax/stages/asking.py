@@ -17,6 +17,7 @@ from selm_jax import artifacts
 from selm_jax.feedback.ranker import Question, prompts_together, reported
 from selm_jax.parallel import multihost
 from selm_jax.run import Run
+from selm_jax.store import Store
 
 Scores = list[list[float]]  # by prompt and candidate
 Told = dict[str, int | float]  # what a ranker reports
@@ -102,7 +103,7 @@ def _read(file: Path, key: str) -> tuple[Scores, Told] | None:
 def _key(questions: Sequence[Question], candidates: Sequence[Sequence[str]]) -> str:
     """Names what is asked: what was cut otherwise, or chosen otherwise under a budget, is other."""
     prompts = [question.id for question in questions]
-    return artifacts.Store.key(prompts=prompts, candidates=candidates)
+    return Store.key(prompts=prompts, candidates=candidates)
 
 
 def _arrays(scores: Scores) -> list[np.ndarray]:

@@ -34,6 +34,7 @@ from selm_jax.memory import release
 from selm_jax.parallel import multihost
 from selm_jax.report import sweep_page
 from selm_jax.run import Run
+from selm_jax.store import Store
 from selm_jax.sweep.plan import Sweep
 from selm_jax.sweep.table import as_csv, shared, table
 
@@ -54,7 +55,7 @@ def sweep(plan: Sweep, console: Console | None = None) -> None:
       SweepError: runs that could not be finished; the others are.
     """
     console = console or Console(quiet=not multihost.is_first())
-    store = artifacts.Store(plan.folder / "store")
+    store = Store(plan.folder / "store")
     failed: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
         multihost.on_first(lambda: stack.enter_context(only_one(plan.folder)))

@@ -19,6 +19,7 @@ from selm_jax.parallel.multihost import Stopped
 from selm_jax.run import Run
 from selm_jax.stages import asking
 from selm_jax.stages.rank import pool_of
+from selm_jax.store import Store
 
 QUIET = Console(quiet=True)
 FOUR = "feedback.prompts_per_part=4"  # of ten prompts: parts of 4, 4 and 2
@@ -291,9 +292,42 @@ def test_a_users_rule_is_asked_in_parts_too(rank, monkeypatch, tmp_path):
 
 def test_what_another_run_has_finished_leaves_no_parts_behind(rank, tmp_path):
     """In a sweep: a run that was stopped in its second part takes what a run beside it has done."""
-    store = artifacts.Store(tmp_path / "store")
+    store = Store(tmp_path / "store")
     with pytest.raises(RuntimeError):
         rank("stopped", Counting({2: fails}), FOUR, store=store)
     expected = outcome(rank("beside", Counting(), store=store))
     nobody = Counting()
     assert outcome(rank("stopped", nobody, FOUR, store=store)) == expected and not nobody.asked
+
+
+def test_a_kill_between_the_store_and_the_record(rank, tmp_path, monkeypatch):
+    """The run takes its own work back, as its own, and leaves no half-made file."""
+    store = Store(tmp_path / "store")
+    expected = outcome(rank("whole", Counting(), store=store))
+    shutil.rmtree(store.folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(artifacts.Stages, "finish", lambda *_: fails())
+        with pytest.raises(RuntimeError):
+            rank("killed", Counting(), store=store)
+    nobody = Counting()
+    run = rank("killed", nobody, store=store)
+    assert outcome(run) == expected and not nobody.asked
+    assert not list(run.folder.rglob("*partial"))
+    assert "shared" not in artifacts.Stages(run.iteration(1)).read()["rank"]
+    beside = rank("beside", nobody, store=store)
+    assert "shared" in artifacts.Stages(beside.iteration(1)).read()["rank"]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"outputs": 3, "about": {}}', "\0\xff",
+                                  '{"about": {}}', '{"outputs": {"../x": "1"}, "about": {}}',
+                                  '{"outputs": {"ranked.parquet": 3}, "about": {}}'])  # fmt: skip
+def test_an_entry_that_is_damaged_is_made_anew(rank, tmp_path, text):
+    store = Store(tmp_path / "store")
+    expected = outcome(rank("one", Counting(), store=store))
+    (entry,) = store.folder.glob("*/entry.json")
+    good = entry.read_bytes()
+    entry.write_bytes(text.encode("latin-1"))
+    counting = Counting()
+    run = rank("two", counting, store=store)
+    assert outcome(run) == expected and counting.asked
+    assert entry.read_bytes().replace(b"two", b"one") == good

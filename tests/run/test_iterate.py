@@ -56,6 +56,17 @@ def test_a_run_tells_its_whole_story(finished):
     assert not list(run.folder.rglob("*partial"))
 
 
+def test_the_manifest_has_what_every_evaluation_cost(tmp_path):
+    """It had the last one's only after the run was started once more."""
+    run = go(tiny.experiment(tmp_path, iterations=1, training__learning_rate=[1e-3]))
+    before = json.loads((run.folder / "manifest.json").read_text())["feedback"]
+    assert {t: sorted(stages) for t, stages in before.items()} == {
+        "0": ["evaluate"], "1": ["evaluate", "rank"]
+    }  # fmt: skip
+    again = go(tmp_path / "experiment.yaml")
+    assert json.loads((again.folder / "manifest.json").read_text())["feedback"] == before
+
+
 def test_other_processes_than_the_first_write_neither_settings_nor_manifest(tmp_path, monkeypatch):
     run = Run(config.load(tiny.experiment(tmp_path)), QUIET)
     monkeypatch.setattr(multihost, "is_first", lambda: False)

@@ -654,11 +654,15 @@ class Run:
     ) -> None:
         """One line for a finished stage; counts of details (`drops/tie`) are left to stage.json."""
         shown = ", ".join(
-            f"{key.removeprefix('heldout/')} {value:,.3f}"
-            if isinstance(value, float)
-            else f"{value:,} {key}"
+            _in_words(key.removeprefix("heldout/"), value)
             for key, value in counts.items()
-            if value and ("/" not in key or key.startswith("heldout/"))
+            if value != 0 and ("/" not in key or key.startswith("heldout/"))
         )
         shown = f"{shown}  ({note})" if note else shown
         self.console.print(f"iteration {t}  {stage:<9} {seconds:7.1f} s   {shown}", soft_wrap=True)
+
+
+def _in_words(name: str, value: Any) -> str:
+    if value is None:  # of a judge
+        return f"{name} not readable"
+    return f"{name} {value:,.3f}" if isinstance(value, float) else f"{value:,} {name}"

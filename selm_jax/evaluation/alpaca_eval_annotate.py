@@ -25,6 +25,7 @@ from selm_jax.evaluation.benchmark_files import read_text
 from selm_jax.feedback.judge_answer import Completion
 from selm_jax.feedback.judge_client import Client, Messages
 from selm_jax.feedback.judge_prompts import Template, weighted_preference
+from selm_jax.feedback.judge_unread import Unread
 from selm_jax.progress import Advance
 
 OFFICIAL = "weighted_alpaca_eval_gpt4_turbo"
@@ -32,7 +33,8 @@ OFFICIAL_JUDGE = "gpt-4-1106-preview"
 _PROMPT_IN_PACKAGE = "evaluators_configs/alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt"
 # Of that file in alpaca_eval 0.6.6.
 PROMPT_SHA256 = "784227e6dc2832fc08c43d2c8ea3a308e7523780187a1aaad2f85e30bac85f62"
-# What the package's configuration sends.
+# What the package's configuration sends to the official judge. Others are asked at temperature 0: vLLM
+# tells the token that is drawn among the five, in place of the fifth likeliest.
 SAMPLING: Mapping[str, Any] = {
     "max_tokens": 1, "temperature": 1.0, "top_logprobs": 5, "extra": {"top_p": 1.0},
 }  # fmt: skip
@@ -118,18 +120,29 @@ async def ask(
         Rows in the set's order; an answer that tells neither m nor M has preference None.
 
     Raises:
-        selm_jax.feedback.judge_budget.JudgeError: the server cannot be asked, or sends no log-probabilities.
+        selm_jax.feedback.judge_budget.JudgeError: the server cannot be asked, or hardly ever tells
+            any log-probabilities.
     """
     todo = list(questions(instructions, outputs, prompt))
     found: dict[int, Completion] = {}
+    watch = Unread(f"the judge {client.model}")
+
+    sampling = dict(SAMPLING) | ({} if client.model == OFFICIAL_JUDGE else {"temperature": 0.0})
+
+    def usable(answer: Completion) -> bool:
+        return bool(answer.logprobs)
 
     def read(number: int, answer: Completion) -> None:
-        weighted_preference(answer)  # so that a server without log-probabilities stops at once
-        found[todo[number][0]] = answer
+        row = todo[number][0]
+        watch.add(None if usable(answer) else f"that to row {row}, with no log-probabilities")
+        found[row] = answer
         progress(1, answer.usage.total if answer.usage else 0)
 
     async with client:
-        await client.complete_all((messages for _, messages in todo), read=read, **SAMPLING)
+        await client.complete_all(
+            (messages for _, messages in todo), read=read, usable=usable, **sampling
+        )
+    watch.end()
     annotator = prompt.annotator(client.model)
     rows = zip(_pairs(instructions), outputs, strict=True)
     return [_row(pair, output, annotator, found.get(i)) for i, (pair, output) in enumerate(rows)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +22,9 @@ SCHEMA = pa.schema(
         ("text", pa.string()),
         ("token_ids", pa.list_(pa.int32())),
         ("finish", pa.string()),  # "stop" or "length"
-        ("score", pa.float64()),  # of the ranker, see `stages.evaluate`; null if it is people
+        # Of the ranker, see `stages.evaluate`; null if it is people, or a judge that said nothing
+        # readable of this answer.
+        ("score", pa.float64()),
         # Of the answer under the policy that gave it; null if it and its prompt are too long for a row.
         ("logp", pa.float32()),
         ("logp_start", pa.float32()),  # and under the start model
@@ -43,11 +45,12 @@ SHARES = frozenset({"accuracy", "cut_off"})  # of prompts, among the measures be
 Values = Float[np.ndarray, " prompts"]
 
 
-def measures(answers: pa.Table) -> dict[str, Values]:
+def measures(answers: pa.Table, scored: bool | None = None) -> dict[str, Values]:
     """One number per prompt of each measure, in the order of the prompts.
 
-    A prompt's samples are averaged: they are answers to one prompt, and no more prompts. Names:
-      reward_greedy, reward_sample: the ranker's scores, if there are any.
+    `scored` says whether a ranker was asked; None: if there is any score. A prompt's samples are averaged: they are answers to one prompt, and no more prompts. Names:
+      reward_greedy, reward_sample: the ranker's scores, if there are any. NaN for a prompt of one of
+        whose answers a judge said nothing readable.
       length, cut_off: tokens of the greedy answer, and whether it was cut at its limit.
       kl: log pi(y) - log pi_start(y), in nats, of answers y drawn from pi at temperature 1. It is
         about the tokens that were drawn, so never about padding.
@@ -57,7 +60,8 @@ def measures(answers: pa.Table) -> dict[str, Values]:
     """
     greedy, sampled = _of_kind(answers, "greedy"), _of_kind(answers, "sample")
     out: dict[str, Values] = {}
-    scored = answers["score"].null_count == 0
+    if scored is None:
+        scored = answers["score"].null_count < answers.num_rows
     if greedy.num_rows:
         if scored:
             out["reward_greedy"] = _column(greedy, "score")
@@ -89,7 +93,8 @@ def shares(tables: Sequence[pa.Table]) -> frozenset[str]:
     Rewards are, where every score says right, half right or wrong: 1, 1/2 or 0.
     """
     scores = {score for table in tables for score in table["score"].to_pylist()}
-    return SHARES | ({"reward_greedy", "reward_sample"} if scores <= {0, 0.5, 1} else set())
+    alike = scores <= {0, 0.5, 1, None}
+    return SHARES | ({"reward_greedy", "reward_sample"} if alike else set())
 
 
 def summarize(
@@ -97,7 +102,7 @@ def summarize(
     start: pa.Table | None,
     pairs: pa.Table | None = None,
     beta: float = 1.0,
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """The held-out metrics of one iteration: means of `measures` and of `pair_measures`.
 
     Args:
@@ -106,8 +111,10 @@ def summarize(
       pairs: the data's held-out pairs, by `PAIRS`.
 
     Returns:
-      Rewards are the ranker's scores; without scores there are none. `..._low` and `..._high` bound
-      95 % intervals over prompts (see `intervals`), where there are any; `kl_stderr` is the standard error over prompts. `gain` is
+      Rewards are the ranker's scores; without scores there are none. Where a judge was not readable
+      they, and `gain`, are over the other prompts, and None if there is no other; `unread` counts the
+      answers that have no score for it. `..._low` and `..._high` bound 95 % intervals over prompts
+      (see `intervals`), where there are any; `kl_stderr` is the standard error over prompts. `gain` is
       the mean difference of greedy reward to the start, paired by prompt. `entropy` is in nats per
       answer, `entropy_token` per token. These and `kl` are over what has log-probabilities, and are
       not there if nothing has. `distinct_1` and `distinct_2` are of the greedy answers'
@@ -116,8 +123,11 @@ def summarize(
     found = measures(answers)
     share = "reward_greedy" in shares([answers] if start is None else [answers, start])
     greedy, sampled = _of_kind(answers, "greedy"), _of_kind(answers, "sample")
-    out: dict[str, float] = {"heldout/prompts": greedy.num_rows}
-    out |= _interval_of(found, "reward_greedy", share)
+    out: dict[str, float | None] = {"heldout/prompts": greedy.num_rows}
+    if 0 < (unread := answers["score"].null_count) < answers.num_rows:
+        out["heldout/unread"] = unread
+    if "reward_greedy" in found:
+        out |= _reward("reward_greedy", pooled, share, found["reward_greedy"])
     texts = greedy["text"].to_pylist()
     for n in (1, 2):
         out[f"heldout/distinct_{n}"] = distinct(texts, n)
@@ -125,7 +135,8 @@ def summarize(
         if name in found and (known := found[name][np.isfinite(found[name])]).size:
             out[f"heldout/{name}"] = float(known.mean())
     if sampled.num_rows:
-        out |= _interval_of(found, "reward_sample", share)
+        if "reward_sample" in found:
+            out |= _reward("reward_sample", pooled, share, found["reward_sample"])
         logps = _column(sampled, "logp")
         tokens = np.array([len(x) for x in sampled["token_ids"].to_pylist()])
         if (there := np.isfinite(logps)).any():
@@ -137,10 +148,9 @@ def summarize(
         if before["prompt_id"].to_pylist() != greedy["prompt_id"].to_pylist():
             raise ValueError("held-out answers of two iterations are to different prompts")
         if "reward_greedy" in found:
-            gain = difference(
-                found["reward_greedy"][None], _column(before, "score")[None], share=share
+            out |= _reward(
+                "gain", difference, share, found["reward_greedy"], _column(before, "score")
             )
-            out |= _interval("heldout/gain", gain)
     if pairs is not None:
         for name, values in pair_measures(pairs, beta).items():
             estimate = pooled(values[None], share=name in SHARES)
@@ -148,13 +158,23 @@ def summarize(
     return out
 
 
-def _interval_of(found: dict[str, Values], name: str, share: bool) -> dict[str, float]:
-    if name not in found:
-        return {}
-    return _interval(f"heldout/{name}", pooled(found[name][None], share=share))
+def _reward(
+    name: str, of: Callable[..., Estimate], share: bool, *values: Values
+) -> dict[str, float | None]:
+    """An estimate over the prompts that have all these values; None where no prompt has."""
+    there = known(*(each[None] for each in values))
+    if not there[0].size:
+        return {f"heldout/{name}": None}
+    return _interval(f"heldout/{name}", of(*there, share=share))
 
 
-def _interval(name: str, e: Estimate) -> dict[str, float]:
+def known(*tables: Float[np.ndarray, "_ prompts"]) -> list[Float[np.ndarray, "_ known"]]:
+    """The tables, of seeds by prompts, without the prompts that have no value in one of them."""
+    there = np.logical_and.reduce([~np.isnan(table).any(axis=0) for table in tables])
+    return [table[:, there] for table in tables]
+
+
+def _interval(name: str, e: Estimate) -> dict[str, float | None]:
     """The mean under `name`, and the ends of its interval if it has one."""
     ends = {f"{name}_low": e.low, f"{name}_high": e.high}
     return {name: e.mean} | {key: end for key, end in ends.items() if end is not None}

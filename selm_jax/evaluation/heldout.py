@@ -48,8 +48,8 @@ SHOWN = {
     "length": "tokens",
     "cut_off": "cut off",
 }
-# What stands for an answer whose rating could not be read; see `JudgeRanker`.
-_COUNTED_AS = "the mean of their prompts' readable ratings (5.5 where there is none)"
+# What stands for an answer about which the judge could not be read; see `JudgeRanker`.
+_COUNTED_AS = "no reward: means are over the prompts all of whose answers have one"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +106,7 @@ def run(
     if out.exists():
         raise EvaluationError(f"{out} is there already; move it away or give another --out")
     verdicts = Malformed(allow_malformed, _COUNTED_AS)
+    verdicts.watch(ranker)
     beside = None
     if is_relative(ranker):
         first, _ = answered(open_model(reference), prompts, _greedy(asked), keep)
@@ -221,8 +222,8 @@ def _against(reference: Model, prompts: Sequence[Prompt], own: _Own) -> Seed:
         {
             "prompt_id": a.prompt_id, "prompt": a.messages[-1].content,
             "kind": "sample" if a.sample else "greedy", "sample": a.sample, "text": a.text,
-            "token_ids": a.token_ids, "finish": a.finish, "score": score, "logp": logp,
-            "logp_start": start,
+            "token_ids": a.token_ids, "finish": a.finish,
+            "score": None if np.isnan(score) else score, "logp": logp, "logp_start": start,
         }
         for a, score, (logp, start) in zip(own.answers, own.scores, flat, strict=True)
     ]  # fmt: skip
@@ -239,13 +240,17 @@ def summarize(seeds: dict[str, list[Seed]], *, beta: float, seed: int = 0) -> di
     out: dict[str, Any] = {"contestants": {}}
     for name, values in by_prompt.items():
         each = seeds[name]
+        of_all = {k: frontier.known(v) for k, v in values.items()}
         report: dict[str, Any] = {
             "models": [one.name for one in each],
             "answers": [one.file for one in each],
             "measures": {
-                k: dataclasses.asdict(pooled(v, seed, share=k in shares)) for k, v in values.items()
+                k: _estimate(pooled, v, seed=seed, share=k in shares) for k, v in of_all.items()
             },
-            "by_seed": {k: v.mean(axis=1).tolist() for k, v in values.items()},
+            "by_seed": {
+                k: there.mean(axis=1).tolist() if there.size else None
+                for k, (there,) in of_all.items()
+            },
             "distinct": [_distinct(one.answers) for one in each],
             "entropy_token": [_entropy_per_token(one.answers) for one in each],
         }
@@ -255,7 +260,9 @@ def summarize(seeds: dict[str, list[Seed]], *, beta: float, seed: int = 0) -> di
             report["malformed"] = malformed
         if name != first:
             report["minus_first"] = {
-                k: dataclasses.asdict(difference(v, by_prompt[first][k], seed, share=k in shares))
+                k: _estimate(
+                    difference, frontier.known(v, by_prompt[first][k]), seed=seed, share=k in shares
+                )
                 for k, v in values.items()
                 if k in by_prompt[first]
             }
@@ -263,10 +270,17 @@ def summarize(seeds: dict[str, list[Seed]], *, beta: float, seed: int = 0) -> di
     return out
 
 
+def _estimate(
+    of: Callable[..., Estimate], tables: Sequence[np.ndarray], seed: int, share: bool
+) -> dict[str, float] | None:
+    """None where no prompt has a value."""
+    return dataclasses.asdict(of(*tables, seed, share=share)) if tables[0].size else None
+
+
 def _by_prompt(seeds: Sequence[Seed], beta: float) -> dict[str, Float[np.ndarray, "seeds prompts"]]:
     found = []
     for one in seeds:
-        found.append(frontier.measures(one.answers))
+        found.append(frontier.measures(one.answers, scored=True))
         if one.pairs is not None:
             found[-1] |= frontier.pair_measures(one.pairs, beta)
     return {name: np.stack([each[name] for each in found]) for name in found[0]}
@@ -314,7 +328,10 @@ def _costs(
     return parts
 
 
-def _cell(key: str, e: Estimate) -> str:
+def _cell(key: str, measure: dict[str, float] | None) -> str:
+    if measure is None:
+        return "not readable" if key.startswith("reward") else "no value"
+    e = Estimate(**measure)
     return f"{e}, s.e. {e.stderr:.3f}" if key == "kl" and e.low is not None else str(e)
 
 
@@ -332,9 +349,9 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     for name in names:
         table.add_column(name, justify="right")
     for key, label in SHOWN.items():
-        found = [c["measures"].get(key) for c in report["contestants"].values()]
-        if any(found):
-            table.add_row(label, *("" if e is None else _cell(key, Estimate(**e)) for e in found))
+        found = [c["measures"] for c in report["contestants"].values()]
+        if any(key in each for each in found):
+            table.add_row(label, *(_cell(key, m[key]) if key in m else "" for m in found))
     for n in (1, 2, 3):
         values = [
             float(np.mean([d[f"distinct_{n}"] for d in c["distinct"]]))
@@ -346,7 +363,7 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         for key, e in report["contestants"][name]["minus_first"].items():
             if key in SHOWN:
                 console.print(
-                    f"{name} minus {names[0]}, {SHOWN[key]}: {Estimate(**e)}", soft_wrap=True
+                    f"{name} minus {names[0]}, {SHOWN[key]}: {_cell('', e)}", soft_wrap=True
                 )
     if unread := unread_line(report, _COUNTED_AS):
         console.print(unread, soft_wrap=True)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from selm_jax.evaluation import EvaluationError
 from selm_jax.evaluation.cost import judges
-from selm_jax.feedback.ranker import Ranker, reported
+from selm_jax.feedback.judge_unread import PATIENCE
+from selm_jax.feedback.ranker import Ranker, counted, reported
 
 
 @dataclass
@@ -28,14 +29,27 @@ class Malformed:
     answers: int = 0
     malformed: int = 0
 
+    def watch(self, ranker: Ranker, askings: int = 1) -> None:
+        """Has the ranker's judges stop early only beyond what is allowed.
+
+        Args:
+          askings: how often each answer is asked for.
+        """
+        for judge in judges(ranker):
+            judge.watch.restart(
+                PATIENCE + askings * self.allowed,
+                f"Or accept so many with --allow-malformed, which counts them as {self.counted_as}.",
+            )
+
     def add(self, ranker: Ranker) -> int:
         """Adds the ranker's last `scores`; how many malformed answers it met there.
 
         Raises:
           EvaluationError: there are now more than allowed.
         """
-        found = _told(ranker, "malformed")
-        self.answers += _told(ranker, "asked")
+        report = reported(ranker)
+        found = counted(report, "malformed")
+        self.answers += counted(report, "asked")
         self.malformed += found
         if self.malformed > self.allowed:
             asked = judges(ranker)
@@ -43,10 +57,10 @@ class Malformed:
             files = ", ".join(dict.fromkeys(str(j.client.cache) for j in asked))
             raise EvaluationError(
                 f"the ranker {ranker.name}: {self.malformed} of {self.answers} answers so far could "
-                f"not be read{example}. No result was written; what was paid for is in the judge's "
-                f"cache{files and f' ({files})'}. Change the judge or its template (a judge that is "
-                "repaired and keeps its name needs another cache), or accept it with "
-                f"--allow-malformed {self.malformed}, which counts them as {self.counted_as}."
+                f"not be read{example}. No result was written; what could be read is in the judge's "
+                f"cache{files and f' ({files})'}, the rest is asked again. Change the judge or its "
+                f"template, or accept it with --allow-malformed {self.malformed}, which counts them as "
+                f"{self.counted_as}."
             )
         return found
 
@@ -69,8 +83,3 @@ def unread_line(report: dict, counted_as: str) -> str:
         f"{report['malformed']} of {report['judge_answers']} answers of the judge could not be read; "
         f"they count as {counted_as}"
     )
-
-
-def _told(ranker: Ranker, what: str) -> int:
-    """The sum of a count over the parts of a mixture, which stand in its report under their names."""
-    return sum(int(n) for key, n in reported(ranker).items() if key.rpartition("/")[2] == what)

@@ -65,7 +65,10 @@ def shares(
 
 
 def _share(ranker: Ranker, one: float, other: float) -> float:
-    """Of two scores: judges that compare give shares; of all others only who has more counts."""
+    """Of two scores: judges that compare give shares; of all others only who has more counts. What
+    a judge said unreadably is a tie, if so many may be (`Malformed`)."""
+    if np.isnan(one) or np.isnan(other):
+        return 0.5
     if getattr(ranker, "form", None) in ("pairwise", "logprob"):
         return float(one)
     return (1 + float(np.sign(one - other))) / 2
@@ -139,6 +142,7 @@ def run(
     order = list(next(iter(keyed.values())))
     ordered = {name: [of[key] for key in order] for name, of in keyed.items()}
     pairs, lines, verdicts = [], [], Malformed(allow_malformed, _COUNTED_AS)
+    verdicts.watch(ranker, askings=2)
     for a, b in itertools.combinations(ordered, 2):
         y = shares(ranker, ordered[a], ordered[b], (a, b))
         verdicts.add(ranker)  # of the second asking, which says what the first said

@@ -37,6 +37,7 @@ from selm_jax.feedback.judge_prompts import (
     read_verdict,
     weighted_preference,
 )
+from selm_jax.feedback.judge_unread import Unread
 from selm_jax.feedback.ranker import Question, check_questions, check_scores
 from selm_jax.paths import place
 from selm_jax.weights.sources import cache_root
@@ -74,8 +75,10 @@ def _first_wins(answer: Completion) -> float | None:
 FORMS: Mapping[str, Form] = {
     "pairwise": Form(PAIRWISE, (_FIRST, _SECOND), read_verdict, 1024, 0.0),
     "pointwise": Form(POINTWISE, (_ONE,), read_rating, 1024, 0.0),
-    # AlpacaEval 2's settings: one token at temperature 1, the five likeliest told.
-    "logprob": Form(LOGPROB, (_FIRST, _SECOND), _first_wins, 1, 1.0, 5),
+    # AlpacaEval 2's settings, one token and the five likeliest told, but for its temperature of 1:
+    # vLLM tells the token that is drawn among the five, in place of the fifth likeliest. What it tells
+    # are the probabilities before the temperature.
+    "logprob": Form(LOGPROB, (_FIRST, _SECOND), _first_wins, 1, 0.0, 5),
 }
 _COUNTED = ("comparisons", "ratings", "malformed", "disagreements", "dropped")
 MALFORMED = ("tie", "drop", "error")
@@ -94,6 +97,7 @@ class JudgeRanker:
         counts: `comparisons` or `ratings`, `malformed` answers, `disagreements` (comparisons
             whose two orders name different winners), `dropped` prompts; of the last `scores`.
         unread: which answer of the last `scores` was the first malformed one, and how it ends.
+        watch: of all answers so far, and what stops a judge that is hardly ever understood.
     """
 
     client: Client
@@ -103,6 +107,7 @@ class JudgeRanker:
     on_malformed: str
     counts: Counter[str] = field(default_factory=Counter)
     unread: list[str] = field(default_factory=list)
+    watch: Unread = field(default_factory=lambda: Unread("ranker 'judge'"))
     name: str = "judge"
 
     @property
@@ -114,9 +119,13 @@ class JudgeRanker:
     ) -> list[Float64[np.ndarray, " candidates"]]:
         """One float64 array `[candidates]` per question; see `ranker.Ranker`.
 
+        A score is NaN where the judge said nothing that could be read: of a rating that was not,
+        of a response none of whose comparisons were, and with `on_malformed: drop` of all responses
+        to a prompt one of whose comparisons was not.
+
         Raises:
             JudgeError: the server could not be asked, or (`on_malformed: error`) its answer not
-                read. Answers paid for by then are in the cache.
+                read, or most of its answers are not. Those that could be read are in the cache.
             BudgetExceeded: the budget is spent.
         """
         check_questions(self.name, questions, candidates)
@@ -130,7 +139,9 @@ class JudgeRanker:
             asked = [next(values) for _ in self._asks(unique)]
             combine = self._ratings if self.form == "pointwise" else self._wins
             found.append(combine(asked, [unique.index(text) for text in each]))
-        return check_scores(self.name, questions, candidates, found)
+        unread = [np.isnan(scores) for scores in found]
+        self.counts["dropped"] = sum(map(bool, map(np.any, unread)))
+        return check_scores(self.name, questions, candidates, found, unread)
 
     def report(self) -> dict[str, int | float]:
         """Counts of the last `scores`: the client's and the ranker's; `cost` if prices are set."""
@@ -160,23 +171,41 @@ class JudgeRanker:
                     values = {name: text for names, text in named for name in names}
                     yield self.template.fill(about | values)
 
+        def usable(answer: Completion) -> bool:
+            return FORMS[self.form].read(answer) is not None
+
         def read(index: int, answer: Completion) -> float | None:
             value = FORMS[self.form].read(answer)
-            if value is None:
-                self.counts["malformed"] += 1
-                ends = f"{answer.text[-200:]!r} (finish: {answer.finish})"
-                if not self.unread:
-                    self.unread.append(f"that to prompt {ids[index]!r}: {ends}")
-                if self.on_malformed == "error":
-                    raise JudgeError(
-                        f"ranker {self.name!r}, prompt {ids[index]!r}: the judge's answer says "
-                        f"nothing that can be read: {ends}. Change the template, or set "
-                        "on_malformed."
-                    )
-            return value
+            if value is not None:
+                self.watch.add(None)
+                return value
+            self.counts["malformed"] += 1
+            ends = self._end_of(answer)
+            about = f"that to prompt {ids[index]!r}: {ends}"
+            if not self.unread:
+                self.unread.append(about)
+            if self.on_malformed == "error":
+                raise JudgeError(
+                    f"ranker {self.name!r}, prompt {ids[index]!r}: the judge's answer says nothing "
+                    f"that can be read: {ends}. Change the template, or set on_malformed."
+                )
+            self.watch.add(about)
+            return None
 
         async with self.client as client:
-            return await client.complete_all(conversations(), read=read, **self.sampling)
+            return await client.complete_all(
+                conversations(), read=read, usable=usable, **self.sampling
+            )
+
+    def _end_of(self, answer: Completion) -> str:
+        """How an answer that could not be read ends, and what it lacks, in words."""
+        lacks = ""
+        if self.form == "logprob" and not answer.logprobs:
+            lacks = (
+                ", without log-probabilities; a server that sends no `logprobs` with `top_logprobs` "
+                "has to be asked with form: pairwise"
+            )
+        return f"{answer.text[-200:]!r} (finish: {answer.finish}{lacks})"
 
     def _wins(
         self, asked: Sequence[float | None], candidates: Sequence[int]
@@ -184,13 +213,12 @@ class JudgeRanker:
         """Mean wins; `asked` goes over ordered pairs of texts, `candidates` says whose text."""
         count = max(candidates, default=-1) + 1
         first = dict(zip(itertools.permutations(range(count), 2), asked, strict=True))
-        won = np.full((count, count), 0.5)
-        dropped = False
+        won, unread = np.full((count, count), 0.5), np.eye(count, dtype=bool)
         for i, j in itertools.combinations(range(count), 2):
             one, other = first[i, j], first[j, i]  # how far i won, how far j won
             self.counts["comparisons"] += 1
             if one is None or other is None:
-                dropped = dropped or self.on_malformed == "drop"
+                unread[i, j] = unread[j, i] = True
                 continue
             disagree = np.sign(one - 0.5) != np.sign(0.5 - other)
             self.counts["disagreements"] += int(disagree)
@@ -199,22 +227,20 @@ class JudgeRanker:
             elif not disagree:
                 won[i, j] = one
             won[j, i] = 1 - won[i, j]
-        self.counts["dropped"] += int(dropped)
-        if dropped or len(candidates) < 2:
+        if count < 2:  # nothing was asked: one response, or several that are the same
             return np.full(len(candidates), 0.5)
         of_each = won[np.ix_(candidates, candidates)]
-        return (of_each.sum(1) - 0.5) / (len(candidates) - 1)  # but for itself
+        scores = (of_each.sum(1) - 0.5) / (len(candidates) - 1)  # but for itself
+        if self.on_malformed == "drop" and unread.sum() > count:
+            return np.full(len(candidates), np.nan)
+        scores[unread.all(axis=1)[candidates]] = np.nan
+        return scores
 
     def _ratings(
         self, asked: Sequence[float | None], candidates: Sequence[int]
     ) -> Float[np.ndarray, " candidates"]:
         self.counts["ratings"] += len(asked)
-        known = [value for value in asked if value is not None]
-        if len(known) < len(asked):
-            self.counts["dropped"] += 1
-            # Equal scores, so that the prompt gives no pair, and no other mean than its own.
-            return np.full(len(candidates), np.mean(known) if known else 5.5)
-        return np.array([asked[i] for i in candidates], dtype=np.float64)
+        return np.array([asked[i] for i in candidates], dtype=np.float64)  # None becomes NaN
 
 
 def judge(
@@ -249,9 +275,12 @@ def judge(
             answers must say [[A]], [[B]], [[tie]] or [[C]] (a tie), pointwise ones such as [[7]],
             logprob ones m (the first) or M.
         on_malformed: what an answer that says nothing readable does. `tie`: its comparison is a
-            tie (the default; not for pointwise). `drop`: all candidates of the prompt get one
-            score, so that it gives no pair (the default for pointwise). `error`: stops.
-        max_tokens, temperature: of the judge's answer; 1024 and 0 by default, 1 and 1 for logprob.
+            tie beside those of the response that could be read (the default; not for pointwise);
+            a response without any has no score. `drop`: no candidate of the prompt that was
+            compared has a score; of those that were rated, those that could be read have (the
+            default for pointwise). `error`: stops. A prompt one of whose candidates has no score
+            gives no pair.
+        max_tokens, temperature: of the judge's answer; 1024 and 0 by default, 1 and 0 for logprob.
         extra: more fields of the request's body; see `Client.complete`.
         cache: file of the paid answers; by default `judge.sqlite` in the cache folder of selm_jax.
         max_total_tokens, max_cost, price_prompt, price_completion: see `judge_budget.Budget`.

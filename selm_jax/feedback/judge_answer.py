@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+_SAID = ("text", "output_text")  # kinds of a message's parts that are its text
+
 
 @dataclass(frozen=True)
 class Usage:
@@ -62,14 +64,19 @@ def parse_completion(body: str) -> Completion:
     try:
         tree = json.loads(body)
         choice = tree["choices"][0]
-        content = choice["message"].get("content")
-        if not isinstance(content, str | None):
-            raise TypeError(f"content is a {type(content).__name__}")
-        return Completion(
-            content or "", _logprobs(choice), _usage(tree), choice.get("finish_reason")
-        )
+        text = _text(choice["message"].get("content"))
+        return Completion(text, _logprobs(choice), _usage(tree), choice.get("finish_reason"))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+def _text(content: Any) -> str:
+    """The text of a message: it may be in parts, of which those that are thoughts say nothing."""
+    if isinstance(content, list):
+        return "".join(part["text"] for part in content if part["type"] in _SAID)
+    if not isinstance(content, str | None):
+        raise TypeError(f"content is a {type(content).__name__}")
+    return content or ""
 
 
 def _logprobs(choice: Mapping[str, Any]) -> tuple[dict[str, float], ...] | None:
@@ -77,7 +84,7 @@ def _logprobs(choice: Mapping[str, Any]) -> tuple[dict[str, float], ...] | None:
     if content is None:
         return None
     found = tuple(
-        {each["token"]: float(each["logprob"]) for each in token["top_logprobs"]}
+        {each["token"]: float(each["logprob"]) for each in token.get("top_logprobs") or ()}
         for token in content
     )
     if any(math.isnan(value) for token in found for value in token.values()):
@@ -86,10 +93,10 @@ def _logprobs(choice: Mapping[str, Any]) -> tuple[dict[str, float], ...] | None:
 
 
 def _usage(tree: Mapping[str, Any]) -> Usage | None:
+    """The server's count; None if it is not there or no count: the answer is paid for all the same."""
     usage = tree.get("usage")
-    if usage is None:
+    try:
+        found = Usage(int(usage["prompt_tokens"]), int(usage.get("completion_tokens") or 0))
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError):
         return None
-    found = Usage(int(usage["prompt_tokens"]), int(usage.get("completion_tokens") or 0))
-    if min(found.prompt, found.completion) < 0:
-        raise ValueError(f"usage is {usage!r}")
-    return found
+    return found if min(found.prompt, found.completion) >= 0 else None

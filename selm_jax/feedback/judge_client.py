@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -84,6 +85,7 @@ class Client:
         self._cache = AnswerCache(cache)
         self.cache = self._cache.file
         self._under_way: dict[str, asyncio.Task[Completion]] = {}
+        self._unusable: dict[str, Completion] = {}  # so that one process asks for each only once
 
     async def __aenter__(self) -> Client:  # noqa: PYI034  (beartype takes no Self on a method)
         self._cache.__enter__()
@@ -114,6 +116,7 @@ class Client:
         top_logprobs: int | None = None,
         draw: int = 0,
         extra: Mapping[str, Any] | None = None,
+        usable: Callable[[Completion], bool] = lambda answer: True,
     ) -> Completion:
         """The model's answer to a conversation, from the cache if it is there.
 
@@ -124,6 +127,8 @@ class Client:
             draw: number of the sample, where several of one request are wanted.
             extra: more fields of the request's body, such as `max_completion_tokens`; None takes
                 a field away, such as `max_tokens` for a server that refuses it.
+            usable: whether the answer can be used. One that cannot is no use to a later run either:
+                it is remembered by this client alone and never written to the cache.
 
         Raises:
             JudgeError: the answer could not be had.
@@ -135,14 +140,26 @@ class Client:
         if key in self._under_way:
             self.counts.shared += 1
         else:
-            if stored := self._cache.get(key):
+            if (known := self._known(key, usable)) is not None:
                 self.counts.cache_hits += 1
-                return Completion.restore(stored)
-            task = asyncio.create_task(self._pay(key, body))
+                return known
+            task = asyncio.create_task(self._pay(key, body, usable))
             task.add_done_callback(lambda _: self._under_way.pop(key))
             self._under_way[key] = task
         # Shielded: a caller that is cancelled does not throw a paid answer away.
         return await asyncio.shield(self._under_way[key])
+
+    def _known(self, key: str, usable: Callable[[Completion], bool]) -> Completion | None:
+        """The answer that is there already, if there is one."""
+        if key in self._unusable:
+            return self._unusable[key]
+        if not (stored := self._cache.get(key)):
+            return None
+        answer = Completion.restore(stored)
+        if usable(answer):
+            return answer
+        self._cache.remove(key)  # written by an older version, or before the way of reading changed
+        return None
 
     async def complete_all(
         self,
@@ -160,7 +177,7 @@ class Client:
             conversations: drawn from only as requests come free.
             read: `(number of the conversation, answer)` -> what is kept of the answer; called as
                 answers arrive. Its errors stop the rest as others do.
-            sampling: as in `complete`.
+            sampling: as in `complete`, `usable` among it.
 
         Raises:
             JudgeError: as `complete`: the first error of all.
@@ -217,7 +234,9 @@ class Client:
         }
         return {name: value for name, value in fields.items() if value is not None}
 
-    async def _pay(self, key: str, body: Mapping[str, Any]) -> Completion:
+    async def _pay(
+        self, key: str, body: Mapping[str, Any], usable: Callable[[Completion], bool]
+    ) -> Completion:
         async with self._slots:
             if self._endpoint.closing:
                 raise JudgeError("judge: the client was closed before the request was sent.")
@@ -226,7 +245,10 @@ class Client:
             try:
                 completion = await self._ask(body)
                 usage = completion.usage
-                self._cache.put(key, body, dataclasses.asdict(completion))
+                if usable(completion):
+                    self._cache.put(key, body, dataclasses.asdict(completion))
+                else:
+                    self._unusable[key] = completion
             finally:
                 self.budget.release(usage)
         self.counts.answers += 1
@@ -247,7 +269,7 @@ class Client:
             return await self._endpoint.ask(body, _read, about=f", model {self.model!r}")
         except ServerError as error:
             raise JudgeError(
-                f"{error}. Answers that came are in the cache: once this is mended, run again to go "
+                f"{error}.{_way_out(str(error), body)} Answers that came are in the cache: once this is mended, run again to go "
                 "on from there."
             ) from None
 
@@ -257,6 +279,26 @@ def _read(text: str) -> Completion:
         return parse_completion(text)
     except ValueError as error:
         raise ValueError(f"no chat completion ({error})") from None
+
+
+def _way_out(error: str, body: Mapping[str, Any]) -> str:
+    """What to set where a server refuses a field of the request; "" where it does not say so."""
+    if "HTTP status 4" not in error:
+        return ""
+    if "max_completion_tokens" in error and "max_tokens" in body:
+        most = body["max_tokens"]
+        return (
+            " This server wants max_completion_tokens in place of max_tokens: set "
+            f"`extra: {{max_tokens: null, max_completion_tokens: {most}}}` in the judge's settings, "
+            "with room for what the model thinks before it answers."
+        )
+    for name in ("temperature", "logprobs", "top_logprobs", "max_tokens"):
+        if name in body and re.search(rf"\b{name}\b", error):
+            return (
+                f" If this server does not take {name}, `extra: {{{name}: null}}` in the judge's "
+                "settings leaves it out of the request."
+            )
+    return ""
 
 
 def _chat_url(base_url: str | None) -> str:

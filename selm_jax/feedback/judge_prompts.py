@@ -182,16 +182,9 @@ def weighted_preference(answer: Completion) -> float | None:
     probability 0: `preference` - 1 of weighted_alpaca_eval_gpt4_turbo.
 
     Returns:
-        None if neither is among them.
-
-    Raises:
-        JudgeError: the server sent no log-probabilities at all.
+        None if neither is among them, or the answer has no log-probabilities: llama.cpp leaves them
+        out of one whose token is part of a character.
     """
-    if answer.logprobs is None:
-        raise JudgeError(
-            "the server sends no log-probabilities; the logprob form needs `logprobs` and "
-            "`top_logprobs` of chat completions. Ask it with form: pairwise."
-        )
     first = answer.logprobs[0] if answer.logprobs else {}
     m, M = first.get("m", -math.inf), first.get("M", -math.inf)
     if max(m, M) == -math.inf:

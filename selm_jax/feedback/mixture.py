@@ -117,11 +117,17 @@ class Mixture:
             FeedbackError: a part's own, or a sum that is not finite.
         """
         totals = [np.zeros(len(texts)) for texts in candidates]
+        unread = [np.zeros(len(texts), bool) for texts in candidates]
         for part in self.parts:
             found = part.ranker.scores(questions, candidates)
-            for total, scores in zip(totals, found, strict=True):
+            for total, gaps, scores in zip(totals, unread, found, strict=True):
+                mine = np.isnan(scores)
+                if mine.any() and part.normalise != "none":
+                    gaps[:] = True  # the scale is one over all candidates
+                    continue
+                gaps |= mine
                 total += part.weight * SCALES[part.normalise](scores)
-        return check_scores(self.name, questions, candidates, totals)
+        return check_scores(self.name, questions, candidates, totals, unread)
 
     def report(self) -> dict[str, int | float]:
         """What the parts report, under `NUMBER.RANKER/`; parts are counted from 1."""

@@ -26,7 +26,7 @@ TIES = ("drop", "first")
 CUT_OFFS = ("keep", "drop")
 REASONS = (
     *("not_asked", "not_answered", "unusable_answer"),
-    *("tie", "equal_text", "empty", "cut_off", "margin"),
+    *("malformed", "tie", "equal_text", "empty", "cut_off", "margin"),
 )
 PLACES = ("best", "middle", "worst", "tied")
 ROLES = ("chosen", "rejected", "explore")
@@ -169,14 +169,14 @@ def select(
 ) -> Pair | Dropped:
     """Picks one prompt's chosen, rejected and explore responses.
 
-    A prompt that fails several tests is dropped for the first reason in this order: `tie` (the
-    best and worst scores are equal), `equal_text` (chosen and rejected are the same text or
+    A prompt that fails several tests is dropped for the first reason in this order: `malformed` (a
+    score is NaN: what a judge said of that response could not be read), `tie` (the best and worst scores are equal), `equal_text` (chosen and rejected are the same text or
     ids), `empty` (chosen or rejected), `cut_off`, `margin`.
 
     Args:
         candidates: the prompt's responses; among equal scores the first in this order wins, as
             best and as worst.
-        scores: `[candidates]`, higher is better.
+        scores: `[candidates]`, higher is better; NaN where a judge was not readable.
         rule: `best_worst` takes the best and worst of all candidates (arXiv 2405.19332, algorithm
             1); `swap` the better and worse of the dataset's chosen and the explore response (the
             other label update of the same paper's appendix D); `top_random` the best, and one
@@ -202,6 +202,8 @@ def select(
     if not 0.0 <= min_margin < float("inf"):
         raise FeedbackError(f"min_margin is {min_margin!r}; expected a number of at least 0.")
     _check_length(candidates, scores)
+    if np.isnan(np.asarray(scores, np.float64)).any():
+        return Dropped("malformed")
     explorer = _explorer(candidates, scores, explore, seed)
     pool = list(range(len(candidates)))
     if rule == "swap":
@@ -355,14 +357,18 @@ class Report:
         self, candidates: Sequence[Candidate], scores: Scores, result: Pair | Dropped
     ) -> None:
         _check_length(candidates, scores)
-        ranked = ranks(scores)
         count = self.counts
         count["scored"] += 1
-        count[_tie(ranked)] += 1
         for candidate, score in zip(candidates, scores, strict=True):
+            if np.isnan(score):
+                continue
             source = candidate.source
             count[f"scored/{source}"] += 1
             self.score_sums[source] = self.score_sums.get(source, 0.0) + float(score)
+        if isinstance(result, Dropped) and result.reason == "malformed":
+            return
+        ranked = ranks(scores)
+        count[_tie(ranked)] += 1
         if isinstance(result, Dropped):
             return
         _, roles = distinct(candidates, result)
@@ -378,9 +384,9 @@ class Report:
 
         Keys:
             prompts, pairs, drops, drops/REASON: prompts = pairs + drops.
-            scored: prompts that were asked about and have scores; ties: those whose scores are all
-                equal; ties_partial: those where only the best or the worst score is shared, so
-                that the order of the candidates decides.
+            scored: prompts that were asked about and have scores, those dropped as malformed among
+                them; ties: those whose scores are all equal; ties_partial: those where only the
+                best or the worst score is shared, so that the order of the candidates decides.
             tie_kept: pairs whose chosen and rejected scores are equal (`ties: first`);
                 label_against_scores: pairs whose rejected score is the higher (drawn labels).
             candidates, candidates/SOURCE, cut_off, empty: candidates, all, by source, and those

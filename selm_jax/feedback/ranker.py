@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Bool, Float64
 
 from selm_jax.user_code import FORM, is_user_code
 from selm_jax.words import did_you_mean
@@ -81,7 +81,8 @@ class Ranker(Protocol):
     def scores(
         self, questions: Sequence[Question], candidates: Sequence[Sequence[str]]
     ) -> list[Float64[np.ndarray, " candidates"]]:
-        """One array per question, one score per candidate; higher is better.
+        """One array per question, one score per candidate; higher is better. NaN stands where a
+        judge was asked and its answer could not be read; nothing else may give it.
 
         Args:
             questions: the prompts.
@@ -127,6 +128,11 @@ def reported(ranker: Ranker) -> dict[str, int | float]:
     """What a ranker tells of its last `scores`; empty if it tells nothing."""
     report = getattr(ranker, "report", None)
     return {} if report is None else report()
+
+
+def counted(report: Mapping[str, int | float], what: str) -> int:
+    """The sum of one count over the parts of a mixture, which stand in its report under their names."""
+    return sum(int(n) for key, n in report.items() if key.rpartition("/")[2] == what)
 
 
 def is_relative(ranker: Ranker) -> bool:
@@ -221,6 +227,7 @@ def check_scores(
     questions: Sequence[Question],
     candidates: Sequence[Sequence[str]],
     scores: Sequence[Any],
+    unread: Sequence[Bool[np.ndarray, " candidates"]] | None = None,
 ) -> list[Float64[np.ndarray, " candidates"]]:
     """The one check every score passes: one finite real number per candidate.
 
@@ -229,6 +236,8 @@ def check_scores(
         questions: the prompts.
         candidates: per prompt its responses.
         scores: per prompt a list or array of numbers, as the ranker made them.
+        unread: per prompt which candidates a judge said nothing readable about. They get NaN,
+            whatever stands in `scores`.
 
     Returns:
         Per prompt a new float64 array `[candidates]`.
@@ -244,7 +253,10 @@ def check_scores(
             "out; expected one row of scores per prompt."
         )
     checked = []
-    for question, texts, row in zip(questions, candidates, scores, strict=True):
+    nowhere = [np.zeros(len(texts), bool) for texts in candidates]
+    for question, texts, row, gaps in zip(
+        questions, candidates, scores, nowhere if unread is None else unread, strict=True
+    ):
         where = f"ranker {name!r}, prompt {question.id!r}"
         values = row_values(row, len(texts))
         if values is None:
@@ -253,7 +265,8 @@ def check_scores(
                 f"{len(texts)} candidates."
             )
         numbers = [
-            finite_number(value, f"{where}, candidate {i}") for i, value in enumerate(values)
+            np.nan if gap else finite_number(value, f"{where}, candidate {i}")
+            for i, (value, gap) in enumerate(zip(values, gaps, strict=True))
         ]
         checked.append(np.array(numbers, dtype=np.float64))
     return checked

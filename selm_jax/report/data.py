@@ -48,7 +48,8 @@ _ANSWER_COLUMNS: dict[str, type] = {
 @dataclass(frozen=True)
 class Answer:
     """One held-out answer. `logp` and `logp_start` are nats under its own and the start policy, NaN
-    where it was too long for a row; `score` is NaN where nobody scores held-out answers."""
+    where it was too long for a row; `score` is NaN where nobody scores held-out answers, or a judge
+    said nothing readable of this one (then its evaluation has the metric `unread`)."""
 
     iteration: int
     prompt_id: str
@@ -252,7 +253,11 @@ def _stages(folder: Path) -> dict[str, Stage]:
         seconds = entry.get("seconds")
         stages[name] = Stage(
             name=name,
-            counts={key: _number(n, path, f"{name}.counts.{key}") for key, n in counts.items()},
+            counts={  # null: a judge was not readable
+                key: _number(n, path, f"{name}.counts.{key}")
+                for key, n in counts.items()
+                if n is not None
+            },
             seconds=None if seconds is None else _number(seconds, path, f"{name}.seconds"),
         )
     return stages
@@ -276,12 +281,9 @@ def _answers(iteration: int, folder: Path, claimed: bool) -> tuple[Answer, ...]:
         raise ReportError(
             f"{path} has no column {', '.join(missing)}; found {', '.join(table.column_names)}"
         )
-    unscored = table["score"].null_count == table.num_rows  # people only compare
     answers = []
     for row, values in enumerate(table.select(list(_ANSWER_COLUMNS)).to_pylist()):
-        if unscored:
-            values["score"] = math.nan
-        for name in ("logp", "logp_start"):
+        for name in ("score", "logp", "logp_start"):
             values[name] = math.nan if values[name] is None else values[name]
         for name, wanted in _ANSWER_COLUMNS.items():
             if values[name] is None:

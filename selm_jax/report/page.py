@@ -198,7 +198,7 @@ def answer_cards(
                     "label": labels[index] if len(runs) > 1 else "",
                     "swatch": swatch(run_style(index)) if len(runs) > 1 else "",
                     "kind": kind,
-                    "answers": [_answer_view(answer, answers) for answer in answers],
+                    "answers": [_answer_view(runs[index], a, answers) for a in answers],
                 }
                 for (index, kind), answers in sorted(groups.items())
             ],
@@ -208,7 +208,7 @@ def answer_cards(
     return shown, max(0, len(cards) - MAX_PROMPTS)
 
 
-def _answer_view(answer: Answer, group: Sequence[Answer]) -> dict[str, Any]:
+def _answer_view(run: RunData, answer: Answer, group: Sequence[Answer]) -> dict[str, Any]:
     start = [other.score for other in group if other.iteration == 0]
     only = len(start) == 1 and answer.iteration > 0
     return {
@@ -217,6 +217,7 @@ def _answer_view(answer: Answer, group: Sequence[Answer]) -> dict[str, Any]:
         "cut_off": answer.finish == "length",
         "finish": answer.finish,
         "score": answer.score,
+        "unread": math.isnan(answer.score) and bool(run.metric(answer.iteration, "unread")),
         "change": answer.score - start[0] if only else None,
     }
 
@@ -273,6 +274,7 @@ def _evaluation_rows(run: RunData) -> list[dict[str, Any]]:
                 "entropy": run.metric(k, "entropy"),
                 "length": run.metric(k, "length"),
                 "prompts": run.metric(k, "prompts"),
+                "unread": run.metric(k, "unread"),
                 "texts": greedy.get(k),
             }
         )

@@ -26,7 +26,8 @@ from selm_jax.report.summary import number
 def win_rates(runs: Sequence[RunData], labels: Sequence[str]) -> PaperFigure:
     """Share of held-out prompts on which the row's greedy answer scores higher than the column's.
 
-    The scores are those that the runs' ranker gave and that are stored; a tie is half a win. The
+    The scores are those that the runs' ranker gave and that are stored; a tie is half a win. Prompts
+    for one of whose answers a judge gave no readable score are left out. The
     players are every iteration of every run, the start models once. Raises ReportError if the
     answers are not to the same prompts or not scored by one ranker.
     """
@@ -44,7 +45,11 @@ def win_rates(runs: Sequence[RunData], labels: Sequence[str]) -> PaperFigure:
         raise ReportError(
             f"the runs' held-out answers are to {len(prompts)} sets of prompts: name runs of one"
         )
-    keys = prompts.pop()
+    keys = [
+        key for key in prompts.pop() if all(math.isfinite(each[key]) for each in players.values())
+    ]
+    if not keys:
+        raise ReportError("no held-out prompt has a score in all of these runs' iterations")
     table = {name: np.array([scores[key] for key in keys]) for name, scores in players.items()}
     rows = []
     for a, mine in table.items():
@@ -65,21 +70,24 @@ def reward_histograms(runs: Sequence[RunData], labels: Sequence[str]) -> list[Pa
     """Scores of greedy held-out answers: of each run's last iteration, and of each iteration."""
     _check_one_ranker(runs, "a histogram of rewards")
     groups = {
-        label: [s for s in _greedy(run, _last(run)).values()]
-        for run, label in zip(runs, labels, strict=True)
+        label: _known(_greedy(run, _last(run))) for run, label in zip(runs, labels, strict=True)
     }
     figures = [_histogram("figure3_rewards_by_run", "after the last iteration", groups)]
     for run, label in zip(runs, labels, strict=True):
         by_iteration = {
-            f"iteration {t}" if t else "start": list(_greedy(run, t).values())
-            for t in run.iterations
+            f"iteration {t}" if t else "start": _known(_greedy(run, t)) for t in run.iterations
         }
         name = f"figure3_rewards_by_iteration_{_slug(label)}"
-        figures.append(_histogram(name, label, {k: v for k, v in by_iteration.items() if v}))
+        figures.append(_histogram(name, label, by_iteration))
     return figures
 
 
 def _histogram(name: str, title: str, groups: Mapping[str, Sequence[float]]) -> PaperFigure:
+    groups = {name: scores for name, scores in groups.items() if scores}
+    if not groups:
+        raise ReportError(
+            "no held-out answer of these runs has a score: there is no reward to show"
+        )
     values = np.concatenate([np.asarray(v) for v in groups.values()])
     edges = np.histogram_bin_edges(values, bins=min(24, max(6, int(len(values) ** 0.5))))
     rows = []
@@ -282,6 +290,10 @@ def _greedy(run: RunData, t: int) -> dict[tuple[str, str], float]:
         for a in run.answers
         if a.kind == "greedy" and a.iteration == t
     }
+
+
+def _known(scores: Mapping[tuple[str, str], float]) -> list[float]:
+    return [score for score in scores.values() if math.isfinite(score)]
 
 
 def _check_one_ranker(runs: Sequence[RunData], what: str) -> None:

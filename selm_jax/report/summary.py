@@ -87,6 +87,11 @@ def paragraph(run: RunData) -> str:
             "The settings name no held-out prompts (data.heldout), so nothing can be said about "
             "the reward. What follows is about training and ranking alone."
         )
+    if any(run.metric(k, "unread") for k in run.evaluations) and not known:
+        return (
+            "What the judge said of the held-out answers could not be read, so nothing can be said "
+            "about the reward."
+        )
     if run.evaluations and not known:
         return (
             "People compare answers and score none, so nothing can be said about a held-out reward. "

@@ -14,14 +14,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from selm_jax import artifacts
-from selm_jax.feedback.ranker import Question, prompts_together, reported
+from selm_jax.evaluation.cost import judges
+from selm_jax.feedback.judge_unread import UnreadableJudge, mostly, too_many
+from selm_jax.feedback.ranker import Question, counted, prompts_together, reported
 from selm_jax.parallel import multihost
 from selm_jax.run import Run
 from selm_jax.store import Store
 
-Scores = list[list[float]]  # by prompt and candidate
+Scores = list[list[float | None]]  # by prompt and candidate; None: a judge was not readable
 Told = dict[str, int | float]  # what a ranker reports
 
+# A score is null where a judge's answer could not be read.
 SCORES = pa.schema([("prompt_id", pa.string()), ("scores", pa.list_(pa.float64()))])
 FOLDER = "scores"
 _ABOUT = b"selm"  # in a part's metadata: what it is of, and what the ranker told
@@ -45,6 +48,8 @@ def scores_in_parts(
 
     Raises:
       Stopped: the run was told to stop; the parts that are ranked are kept.
+      UnreadableJudge: most of a judge's answers cannot be read. No part is kept: what could be read
+        is in the judge's cache, and of a mended judge the rest is to be asked again.
     """
     if run.experiment.feedback.ranker == "human":
         scores = scores_of(run, questions, candidates)
@@ -52,16 +57,41 @@ def scores_in_parts(
     size = multihost.on_first(lambda: _prompts_per_part(run))
     count = -(-len(questions) // size) or 1  # one that is empty tells that nothing was asked
     scores, told = [], Counter()
-    with run.bar(f"iteration {t}  rank", len(questions), "prompts") as advance:
-        for i, file in enumerate(artifacts.part_files(run.iteration(t) / FOLDER, count)):
-            multihost.stop_if_told()
-            mine = slice(i * size, (i + 1) * size)
-            work = partial(_part, run, file, questions[mine], candidates[mine])
-            found, of_part = multihost.on_first(work)
-            scores += _arrays(found)
-            told.update(of_part)
-            advance(len(found), 0)
+    try:
+        with run.bar(f"iteration {t}  rank", len(questions), "prompts") as advance:
+            for i, file in enumerate(artifacts.part_files(run.iteration(t) / FOLDER, count)):
+                multihost.stop_if_told()
+                mine = slice(i * size, (i + 1) * size)
+                work = partial(_part, run, file, questions[mine], candidates[mine])
+                found, of_part = multihost.on_first(work)
+                scores += _arrays(found)
+                told.update(of_part)
+                advance(len(found), 0)
+        check_read(run, told)
+    except UnreadableJudge:
+        multihost.on_first(lambda: artifacts.remove(run.iteration(t) / FOLDER))
+        raise
     return scores, dict(told)
+
+
+def check_read(run: Run, told: Told) -> None:
+    """Looks at what the ranker told of all that a stage has asked: a judge that is asked too little
+    to be stopped on the way is stopped here.
+
+    Raises:
+      UnreadableJudge: most of its answers could not be read.
+    """
+    malformed, answers = counted(told, "malformed"), counted(told, "asked")
+    if mostly(malformed, answers):
+        examples = multihost.on_first(lambda: [x for j in judges(run.ranker) for x in j.unread])
+        name = f"ranker {run.experiment.feedback.ranker!r}"
+        raise too_many(name, malformed, answers, *examples[:1])
+
+
+def unread(told: Told) -> Told:
+    """How many of a judge's answers could not be read, for the stage's line; {} without a judge."""
+    judged = counted(told, "asked") > 0
+    return {"malformed": counted(told, "malformed")} if judged else {}
 
 
 def _prompts_per_part(run: Run) -> int:
@@ -86,7 +116,8 @@ def _part(
 
 
 def _ask(run: Run, questions: Sequence[Question], candidates: Sequence[Sequence[str]]) -> Scores:
-    return [[float(x) for x in each] for each in run.ranker.scores(questions, candidates)]
+    scores = run.ranker.scores(questions, candidates)
+    return [[None if np.isnan(x) else float(x) for x in each] for each in scores]
 
 
 def _read(file: Path, key: str) -> tuple[Scores, Told] | None:
@@ -107,4 +138,4 @@ def _key(questions: Sequence[Question], candidates: Sequence[Sequence[str]]) -> 
 
 
 def _arrays(scores: Scores) -> list[np.ndarray]:
-    return [np.array(each) for each in scores]
+    return [np.array(each, np.float64) for each in scores]  # None becomes NaN

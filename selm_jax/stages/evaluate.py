@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 
 from selm_jax import artifacts
@@ -23,7 +24,7 @@ from selm_jax.rollout.engine import Request
 from selm_jax.rollout.sampling import Sampling
 from selm_jax.rows import question
 from selm_jax.run import Run, RunError
-from selm_jax.stages.asking import scores_of
+from selm_jax.stages.asking import check_read, scores_of, unread
 from selm_jax.stages.generate import Counts, response_row
 from selm_jax.stages.score import logps_of, rewards_of, too_long
 from selm_jax.text.answers import answers as answers_of
@@ -63,6 +64,8 @@ def evaluate(run: Run, t: int) -> Counts:
         del decoding
     texts = [run.chat.text(r.tokens) for r in responses]
     scores = _scores(run, t, [texts[i * each : (i + 1) * each] for i in range(len(prompts))])
+    told = {} if scores is None else multihost.on_first(lambda: reported(run.ranker))
+    check_read(run, told)
     examples, places = [], []  # places: which responses an example scores
     for i, prompt in enumerate(prompts):
         mine = range(i * each, (i + 1) * each)
@@ -84,7 +87,7 @@ def evaluate(run: Run, t: int) -> Counts:
                 **response_row(run, prompts[i], response),
                 "prompt": prompts[i].messages[-1].content,
                 "text": text,
-                "score": None if scores is None else float(scores[i][k]),
+                "score": None if scores is None or np.isnan(scores[i][k]) else float(scores[i][k]),
                 "logp": policy.get(n),
                 "logp_start": start.get(n),
             }
@@ -103,13 +106,13 @@ def evaluate(run: Run, t: int) -> Counts:
     run.forget_metrics(lambda m: m["stage"] == "evaluate" and m["iteration"] == t)
     run.log("evaluate", t, summary)
     shown = ("heldout/reward_greedy", "heldout/gain", "heldout/kl", "heldout/pairs/accuracy")
-    told = {} if scores is None else multihost.on_first(lambda: reported(run.ranker))
     return {
         "prompts": len(prompts),
         "responses": len(responses),
         **({"pairs": len(pairs)} if pairs else {}),
         **({"answers_left_out": left_out} if left_out else {}),
         **pairs_left_out,
+        **unread(told),
         **{key: summary[key] for key in shown if key in summary},
         **{f"ranker/{key}": value for key, value in told.items()},
     }

@@ -22,7 +22,7 @@ from selm_jax.parallel import multihost
 from selm_jax.preferences.examples import ROLES, Example
 from selm_jax.rows import question
 from selm_jax.run import Run
-from selm_jax.stages.asking import scores_in_parts
+from selm_jax.stages.asking import scores_in_parts, unread
 from selm_jax.stages.generate import RESPONSES, Counts, response_files
 from selm_jax.text.answers import answer_ids, check_spelled
 from selm_jax.text.answers import answers as answers_of
@@ -39,7 +39,7 @@ RANKED = pa.schema(
         ("token_ids", pa.list_(pa.int32())),
         ("text", pa.string()),
         ("finish", pa.string()),
-        ("score", pa.float64()),
+        ("score", pa.float64()),  # null if nobody was asked, or a judge said nothing readable of it
         ("rank", pa.int32()),
         ("chosen", pa.bool_()),
         ("rejected", pa.bool_()),
@@ -99,7 +99,8 @@ def rank(run: Run, t: int) -> Counts:
         report.add(each, scores.get(i), result)
         rows += _ranked_rows(prompt, each, scores.get(i), result, soft)
     _write(run, t, rows)
-    return report.as_dict() | pool.cost | {f"ranker/{key}": value for key, value in told.items()}
+    of_ranker = {f"ranker/{key}": value for key, value in told.items()}
+    return report.as_dict() | pool.cost | unread(told) | of_ranker
 
 
 def pool_of(run: Run, t: int) -> Pool:
@@ -283,13 +284,15 @@ def _score_of_data(run: Run, prompt: Prompt, role: str) -> float | None:
 def _ranked_rows(
     prompt: Prompt, candidates, scores, result: Pair | Dropped, soft: float | None
 ) -> list[dict]:
-    place = None if scores is None else ranks(scores)
+    place = None if scores is None or np.isnan(scores).any() else ranks(scores)
     pair = dataclasses.asdict(result) if isinstance(result, Pair) else {}
     rows = []
     for i, candidate in enumerate(candidates):
         row = _row(prompt, i, candidate)
-        if scores is not None and place is not None:
-            row |= {"score": float(scores[i]), "rank": int(place[i])}
+        if scores is not None and not np.isnan(scores[i]):
+            row["score"] = float(scores[i])
+        if place is not None:
+            row["rank"] = int(place[i])
         row |= {role: pair.get(role) == i for role in ROLES}
         row["explore"] |= i in pair.get("explored", ())
         row["dropped"] = result.reason if isinstance(result, Dropped) else None

@@ -90,24 +90,23 @@ def _row(
         greedy=_over(own, lambda o: _at_last(o.greedy)),
         gain=_over(own, _gain),
         sample=_over(own, lambda o: _at_last(o.sample)),
-        kl=_over(own, lambda o: _at_last(o.kl), gaps=True),
+        kl=_over(own, lambda o: _at_last(o.kl)),
         tokens=_mean_metric(runs, "length"),
         cut_off=_mean_metric(runs, "cut_off"),
         difference=_versus(own, others, lambda o: o.greedy),
         difference_sample=_versus(own, others, lambda o: o.sample),
         difference_by_seed=_seeds_apart(own, others),
         by_iteration=_by_iteration(own, lambda o: o.greedy),
-        kl_by_iteration=_by_iteration(own, lambda o: o.kl, gaps=True),
+        kl_by_iteration=_by_iteration(own, lambda o: o.kl),
     )
 
 
 def _by_iteration(
     outcomes: Mapping[int, Outcome],
     which: Callable[[Outcome], Mapping[int, np.ndarray]],
-    gaps: bool = False,
 ) -> dict[int, Interval]:
     ts = sorted({t for o in outcomes.values() for t in which(o)})
-    found = {t: _over(outcomes, lambda o, t=t: which(o).get(t), gaps) for t in ts}
+    found = {t: _over(outcomes, lambda o, t=t: which(o).get(t)) for t in ts}
     return {t: each for t, each in found.items() if each is not None}
 
 
@@ -122,10 +121,8 @@ def _gain(o: Outcome) -> np.ndarray | None:
 def _over(
     outcomes: Mapping[int, Outcome],
     which: Callable[[Outcome], np.ndarray | None],
-    gaps: bool = False,
 ) -> Interval | None:
-    """The mean over seeds and prompts of what `which` takes from each run; with `gaps`, over the
-    prompts that have it in all of them."""
+    """The mean over seeds and prompts of what `which` takes from each run."""
     values = [which(o) for o in outcomes.values()]
     if (
         not values
@@ -133,8 +130,7 @@ def _over(
         or len({o.prompts for o in outcomes.values()}) > 1
     ):
         return None
-    found = np.array(values, np.float64)
-    return _interval(found[:, np.isfinite(found).all(axis=0)] if gaps else found)
+    return _interval(np.array(values, np.float64))
 
 
 def _versus(
@@ -159,7 +155,9 @@ def _seeds_apart(own: Mapping[int, Outcome], others: Mapping[int, Outcome]) -> d
 
 
 def _interval(values: Float[np.ndarray, "seeds prompts"]) -> Interval | None:
-    if values.size < 2 or not np.isfinite(values).all():
+    """Over the prompts that have a value in all seeds; None of fewer than two values."""
+    values = values[:, np.isfinite(values).all(axis=0)]
+    if values.size < 2:
         return None
     e = estimate(values)
     return Interval(e.mean, e.low, e.high, e.p, e.seeds)

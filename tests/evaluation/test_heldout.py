@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -18,6 +19,7 @@ from selm_jax.evaluation.answers import Asked, read
 from selm_jax.evaluation.contestants import contestants
 from selm_jax.evaluation.model import find, open_found
 from selm_jax.feedback import ranker as rankers
+from selm_jax.feedback.judge_budget import JudgeError
 from selm_jax.models.decoder import Decoder
 from selm_jax.text.conversations import Message, Prompt
 from selm_jax.weights.huggingface import load
@@ -182,7 +184,7 @@ class TestAJudge:
         ) as e:
             evaluated([f"one={folders[0]}"], ranker=rating)
         assert f"{tmp_path / 'cache.sqlite'}" in str(e.value) and not (tmp_path / "out").exists()
-        assert "--allow-malformed 3, which counts them as the mean" in str(e.value)
+        assert "--allow-malformed 3, which counts them as no reward" in str(e.value)
 
     def test_what_is_allowed_is_counted_and_told(
         self, folders, evaluated, rating, prose, judge, tmp_path
@@ -193,7 +195,7 @@ class TestAJudge:
         asked = len(judge.bodies)
         report = evaluated(both, ranker=rating, allow_malformed=6, console=seen)
         assert len(judge.bodies) == asked
-        assert "6 of 72 answers of the judge could not be read; they count as the mean of" in (
+        assert "6 of 72 answers of the judge could not be read; they count as no reward" in (
             seen.export_text()
         )
         stored = json.loads((tmp_path / "out" / "heldout.json").read_text())
@@ -205,4 +207,21 @@ class TestAJudge:
         assert [stored["contestants"][n]["malformed"] for n in ("one", "two")] == [[3], [3]]
         # Eleven prompts with 7, and one with nothing that could be read.
         reward = report["contestants"]["one"]["measures"]["reward_greedy"]["mean"]
-        assert reward == pytest.approx((11 * 7 + 5.5) / 12)
+        assert reward == 7
+        table = pq.read_table(tmp_path / "out" / "one-0.parquet").to_pylist()
+        assert {r["prompt_id"] for r in table if r["score"] is None} == {"p0"}
+
+    def test_a_judge_that_is_never_understood_is_stopped_early(
+        self, folders, evaluated, rating, judge
+    ):
+        judge.says = lambda body: "Quite good."
+        with pytest.raises(JudgeError, match=r"20 of the first 20 .*--allow-malformed"):
+            evaluated([f"one={folders[0]}"], ranker=rating)
+        assert len(judge.bodies) < 36
+        seen, both = Console(record=True, width=160), [f"one={folders[0]}", f"two={folders[1]}"]
+        report = evaluated(both, ranker=rating, allow_malformed=72, console=seen)
+        assert report["contestants"]["one"]["measures"]["reward_greedy"] is None
+        assert report["contestants"]["two"]["minus_first"]["reward_sample"] is None
+        shown = seen.export_text()
+        assert re.search(r"reward, greedy +not readable +not readable", shown)
+        assert "72 of 72 answers of the judge could not be read" in shown

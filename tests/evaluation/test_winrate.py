@@ -259,7 +259,7 @@ def test_the_verb_takes_what_is_allowed(scripted, files, tmp_path):
     given = ["eval", "winrate", *files[:2], "--ranker", "judge", "-o", str(tmp_path / "out")]
     settings = scripted(lambda a, b: "Hm.")
     given += [text for key, value in settings.items() for text in ("--set", f"{key}={value}")]
-    assert "--allow-malformed 60" in str(CliRunner().invoke(app, given).exception)
+    assert "accept so many with --allow-malformed" in str(CliRunner().invoke(app, given).exception)
     assert not (tmp_path / "out").exists()
     result = CliRunner().invoke(app, [*given, "--allow-malformed", "60"])
     assert result.exit_code == 0 and "60 of 60 answers of the judge" in result.output

@@ -169,7 +169,6 @@ FAULTS = {
     "no message": fault(200, {"choices": [{"text": "fine"}]}),
     "content is a list": fault(200, {"choices": [{"message": {"content": ["fine"]}}]}),
     "a JSON list": fault(200, [1, 2]),
-    "usage is text": fault(200, completion("fine", usage=("many", 1))),
     "logprob is NaN": fault(200, completion("fine", logprobs={"a": float("nan")})),
     "a drop at a time, for ever": drip,
 }
@@ -717,10 +716,9 @@ class TestPrompts:
         found = weighted_preference(Completion("M", (first, {"m": 0.0}), None, "length"))
         assert found == (None if preference is None else pytest.approx(preference, abs=1e-10))
 
-    def test_without_a_token_there_is_no_preference_and_without_logprobs_no_form(self):
+    def test_without_a_token_or_its_logprobs_there_is_no_preference(self):
         assert weighted_preference(Completion("", (), None, "stop")) is None
-        with pytest.raises(JudgeError, match="no log-probabilities"):
-            weighted_preference(Completion("m", None, None, "stop"))
+        assert weighted_preference(Completion("m", None, None, "stop")) is None
 
 
 def question(prompt="Q?", id="p0", messages=()):
@@ -803,7 +801,7 @@ class TestPairwise:
         report = one.report()
         assert report["malformed"] == 1 and report["disagreements"] == report["dropped"] == 0
         assert one.unread == ["that to prompt 'p0': 'I like both.' (finish: stop)"]
-        assert server.paid_twice == 0  # a malformed answer is paid for, kept, and not asked again
+        assert server.paid_twice == 0
 
     def test_malformed_drops_the_prompt_or_stops(self, server, ranker):
         server.behave = lambda body, _: (
@@ -812,7 +810,7 @@ class TestPairwise:
         questions, candidates = [question(id="p7"), question(id="p8")], [["1", "22"], ["1", "333"]]
         one = ranker(on_malformed="drop")
         first, second = one.scores(questions, candidates)
-        assert first.tolist() == [0.5, 0.5] and second.tolist() == [0.0, 1.0]
+        assert np.isnan(first).all() and second.tolist() == [0.0, 1.0]
         assert one.report()["dropped"] == 1
         with pytest.raises(JudgeError, match="prompt 'p7': the judge's answer.*'Hm.'.*stop"):
             ranker(on_malformed="error").scores(questions, candidates)
@@ -879,7 +877,7 @@ class TestPointwise:
         server.behave = lambda body, _: {"a": "[[8]]", "b": "nice", "c": "[[6]]"}[shown(body)[0]]
         one = ranker(form="pointwise")
         (scores,) = one.scores([question()], [["a", "b", "c"]])
-        assert scores.tolist() == [7.0, 7.0, 7.0]
+        np.testing.assert_equal(scores, [8.0, np.nan, 6.0])
         assert one.report()["malformed"] == one.report()["dropped"] == 1
 
 
@@ -895,17 +893,17 @@ class TestLogprob:
         # a wins 0.1 as the first and 0.3 as the second
         np.testing.assert_allclose(scores, [0.2, 0.8])
         body = server.bodies[0]
-        assert (body["max_tokens"], body["temperature"], body["top_logprobs"]) == (1, 1.0, 5)
+        assert (body["max_tokens"], body["temperature"], body["top_logprobs"]) == (1, 0.0, 5)
         assert body["logprobs"] is True and one.report()["disagreements"] == 0
 
-    def test_neither_token_is_malformed_and_no_logprobs_an_error(self, server, ranker):
+    def test_neither_token_and_no_logprobs_are_malformed(self, server, ranker):
         server.behave = lambda body, _: completion("The", logprobs={"The": -0.1})
         one = ranker(form="logprob")
-        assert one.scores([question()], [["a", "b"]])[0].tolist() == [0.5, 0.5]
+        assert np.isnan(one.scores([question()], [["a", "b"]])[0]).all()
         assert one.report()["malformed"] == 2
         server.behave = lambda body, _: "m"
-        with pytest.raises(JudgeError, match="sends no log-probabilities"):
-            one.scores([question()], [["c", "d"]])
+        assert np.isnan(one.scores([question()], [["c", "d"]])[0]).all()
+        assert one.report()["malformed"] == 2 and "form: pairwise" in one.unread[0]
 
 
 @pytest.mark.parametrize(

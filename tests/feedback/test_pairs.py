@@ -399,7 +399,19 @@ class TestSelectProperties:
         with pytest.raises(FeedbackError, match="3 candidates and 2 scores"):
             select(trio(), [1.0, 2.0])
         with pytest.raises(FeedbackError, match="finite"):
-            select(trio(), [1.0, float("nan"), 2.0])
+            select(trio(), [1.0, float("inf"), 2.0])
+
+    def test_a_score_that_could_not_be_read_is_no_tie(self):
+        scores = [1.0, float("nan"), 2.0]
+        result = select(trio(), scores, ties="first")
+        assert result == Dropped("malformed")
+        report = Report()
+        report.add(trio(), scores, result)
+        counts = report.as_dict()
+        assert counts["drops"] == counts["drops/malformed"] == counts["scored"] == 1
+        assert counts["drops/tie"] == counts["ties"] == counts["ties_partial"] == 0
+        means = {k: v for k, v in counts.items() if k.startswith("score_mean/")}
+        assert sorted(means.values()) == [1.0, 2.0]
 
 
 class TestCandidate:

@@ -484,7 +484,7 @@ class TestJudge:
         assert len({annotate.is_switched(text) for text in INSTRUCTIONS}) == 2
         body = next(b for b in judge.bodies if "river" in b["messages"][1]["content"])
         assert body | {"messages": None} == {
-            "model": "judge-1", "messages": None, "max_tokens": 1, "temperature": 1.0,
+            "model": "judge-1", "messages": None, "max_tokens": 1, "temperature": 0.0,
             "top_p": 1.0, "logprobs": True, "top_logprobs": 5,
         }  # fmt: skip
         assert check_annotations(rows, "here")

@@ -59,6 +59,7 @@ from selm_jax.training.update import Shardings, Update, make_update
 from selm_jax.user_code import is_user_code
 from selm_jax.weights import sources
 from selm_jax.weights.card import model_card
+from selm_jax.weights.huggingface import check as check_weights
 from selm_jax.weights.huggingface import load
 
 _VERSIONS = ("selm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
@@ -127,8 +128,10 @@ class Run:
 
     @cached_property
     def _stored(self) -> DecoderConfig:
-        """The facts of the start model as its folder tells them."""
-        return read_config(self.start.path)
+        """The facts of the start model as its folder tells them, and its tensors bear out."""
+        found = read_config(self.start.path)
+        check_weights(self.start.path, found)  # from the files' headers: before sizes are trusted
+        return found
 
     @cached_property
     def _facts(self) -> DecoderConfig:
@@ -163,11 +166,12 @@ class Run:
 
     @cached_property
     def chat(self) -> Chat:
+        rows = self._stored.vocab_size  # first: the tokenizer's library reads config.json, too
         chat = Chat(self.start.path, self.experiment.text)
-        if len(chat.tokenizer) > self._stored.vocab_size:
+        if len(chat.tokenizer) > rows:
             raise RunError(
                 f"{self.start.path}: the tokenizer has {len(chat.tokenizer)} tokens, the model's "
-                f"embedding only {self._stored.vocab_size}"
+                f"embedding only {rows}"
             )
         return chat
 

@@ -17,6 +17,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from selm_jax.json_file import POINTER, JsonFileError, is_pointer, read_object
+
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
@@ -88,12 +90,23 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, where)
 
 
-def _open_file(path: Path) -> dict[str, tuple[np.memmap, int, Stored]]:
+def damage_of(path: Path) -> str | None:
+    """Why this is not a whole safetensors file, in words that follow its name; None if it is one.
+
+    Reads the header alone, and compares it with the file's size.
+    """
+    if is_pointer(path):
+        return POINTER
     try:
-        with safe_open(path, framework="numpy"):  # the library checks that the header is true
-            pass
-    except SafetensorError as e:
-        raise WeightsError(f"{path}: not a whole safetensors file ({e})") from e
+        with safe_open(path, framework="numpy"):
+            return None
+    except (SafetensorError, OSError) as e:
+        return f"is damaged or cut off: {e}. Get the file again"
+
+
+def _open_file(path: Path) -> dict[str, tuple[np.memmap, int, Stored]]:
+    if wrong := damage_of(path):
+        raise WeightsError(f"{path} {wrong}")
     # Read here and not through the library, which would copy every part on the host first.
     file = np.memmap(path, np.uint8, "r")
     start = 8 + int.from_bytes(file[:8].tobytes(), "little")
@@ -121,9 +134,11 @@ def read_index(folder: Path) -> dict[str, str] | None:
     if (folder / WHOLE).is_file() or not index.exists():
         return None
     try:
-        file_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        file_of = read_object(index)["weight_map"]
         if not file_of or any(Path(name).name != name for name in file_of.values()):
             raise ValueError("weight_map is empty, or names files of other folders")
+    except JsonFileError as e:
+        raise WeightsError(str(e)) from e
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise WeightsError(f"{index}: not an index of safetensors files ({e!r})") from e
     return file_of

@@ -8,9 +8,7 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
-from selm_jax.weights.files import INDEX, WHOLE, WeightsError, read_index
+from selm_jax.weights.files import INDEX, WHOLE, WeightsError, damage_of, read_index
 from selm_jax.weights.wheels import sha256_of
 
 NAMED_TEMPLATES = "additional_chat_templates/*.jinja"
@@ -97,14 +95,8 @@ def problems_of(folder: Path) -> list[str]:
         problems.append(
             f"neither {WHOLE} nor {INDEX} is there (pickled weights such as *.bin are not read)"
         )
-    for name in sorted(there):
-        try:
-            # Reads the header alone, and compares it with the file's size.
-            with safe_open(folder / name, framework="numpy"):
-                pass
-        except (SafetensorError, OSError) as error:
-            problems.append(f"{name} is damaged or cut off: {error}")
-    return problems
+    damaged = ((name, damage_of(folder / name)) for name in sorted(there))
+    return problems + [f"{name} {wrong}" for name, wrong in damaged if wrong]
 
 
 def folder_digest(folder: Path) -> str:

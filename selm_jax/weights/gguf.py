@@ -27,7 +27,7 @@ from gguf.quants import dequantize
 from jaxtyping import Float32
 
 from selm_jax.weights import files
-from selm_jax.weights.gguf_file import Fields, GGUFError, open_gguf
+from selm_jax.weights.gguf_file import Fields, Gguf, GGUFError, open_gguf
 from selm_jax.weights.gguf_model import ROPE_FACTORS, named_tensors, read_model, rope_scaling
 from selm_jax.weights.gguf_tokenizer import build_tokenizer, eos_ids, tokenizer_config
 
@@ -53,24 +53,25 @@ def convert(gguf_path: str | Path, out_folder: str | Path) -> Path:
 
     Args:
       gguf_path: a GGUF file of an architecture in `gguf_model.FAMILIES`, with a byte-level BPE
-        tokenizer.
+        tokenizer; or any one file of a model that is split into several.
       out_folder: the folder to make; its parents are made too.
 
     Returns:
       `out_folder`.
 
     Raises:
-      GGUFError: damaged file, or an architecture, tensor, tensor type or tokenizer not known here.
+      GGUFError: damaged file, one of several missing, or an architecture, tensor, tensor type or
+        tokenizer not known here.
       FileNotFoundError: no such file.
       OSError: with errno ENOSPC where the disk is too full; nothing is left behind.
     """
     path, out = Path(gguf_path), Path(out_folder)
-    reader = open_gguf(path)
-    fields = Fields(path, reader)
-    family, config = read_model(fields, reader)
-    tensors = named_tensors(path, reader, family, config)
-    _check_types(path, reader.tensors)
-    for tensor in reader.tensors:
+    model = open_gguf(path)
+    fields = Fields(path, model)
+    family, config = read_model(fields, model)
+    tensors = named_tensors(path, model, family, config)
+    _check_types(model)
+    for tensor in model.tensors:
         if tensor.name == ROPE_FACTORS:
             factors = _plain(path, tensor)
             if factors.shape != (config["head_dim"] // 2,):
@@ -85,7 +86,7 @@ def convert(gguf_path: str | Path, out_folder: str | Path) -> Path:
 
     def values() -> Iterator[tuple[str, np.ndarray]]:
         for name, tensor, shape in tensors:
-            value = _plain(path, tensor).reshape(shape)
+            value = _plain(model.file_of[tensor.name], tensor).reshape(shape)
             kind = tensor.name.split(".")[-2]
             if family.interleaved and kind in heads:
                 value = _unpermute(value, heads[kind])
@@ -109,11 +110,11 @@ def convert(gguf_path: str | Path, out_folder: str | Path) -> Path:
 # --- numbers ----------------------------------------------------------------------------------
 
 
-def _check_types(path: Path, tensors: list[ReaderTensor]) -> None:
-    for tensor in tensors:
+def _check_types(model: Gguf) -> None:
+    for tensor in model.tensors:
         if tensor.tensor_type not in TYPES:
             raise GGUFError(
-                f"{path}: tensor {tensor.name} is of type {tensor.tensor_type.name}; converted "
+                f"{model.file_of[tensor.name]}: tensor {tensor.name} is of type {tensor.tensor_type.name}; converted "
                 f"here: {', '.join(t.name for t in TYPES)}"
             )
 

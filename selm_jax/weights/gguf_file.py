@@ -1,32 +1,114 @@
-"""The reading half of the GGUF converter: a file's keys and tensors, with errors that name both."""
+"""The reading half of the GGUF converter: keys and tensors, with errors that name both.
+
+llama.cpp splits large models into files `NAME-00001-of-00003.gguf`. The first has the keys; each has
+some of the tensors, its number (`split.no`, from 0) and how many files there are (`split.count`).
+"""
 
 from __future__ import annotations
 
 import errno
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from gguf import GGUFReader
+from gguf import GGUFReader, ReaderTensor
+
+from selm_jax.json_file import POINTER, is_pointer
 
 T = TypeVar("T")
+
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})")
 
 
 class GGUFError(ValueError):
     """The GGUF file is damaged, or holds something this converter does not know."""
 
 
-def open_gguf(path: Path) -> GGUFReader:
-    """The file, memory-mapped, its keys and tensor list read.
+class Gguf(NamedTuple):
+    """A model in one file or in several, memory-mapped.
+
+    Attributes:
+      fields: the keys, by name.
+      tensors: those of all files, one file after the other.
+      file_of: the file of each tensor, by its name.
+    """
+
+    fields: Mapping[str, Any]
+    tensors: list[ReaderTensor]
+    file_of: Mapping[str, Path]
+
+
+def files_of(path: Path) -> list[Path]:
+    """All files of the model that this file holds, or holds a part of, in order.
+
+    Raises:
+      GGUFError: one is missing.
+    """
+    part = _PART.fullmatch(path.stem)
+    if part is None:
+        return [path]
+    stem, _, count = part.groups()
+    files = []
+    for n in range(1, int(count) + 1):
+        files.append(path.with_name(f"{stem}-{n:05d}-of-{count}{path.suffix}"))
+        if not files[-1].is_file():
+            raise GGUFError(
+                f"{files[-1]} is missing: a model in {int(count)} GGUF files needs all of them in "
+                "one folder"
+            )
+    return files or [path]
+
+
+def model_name(path: Path) -> str:
+    """The name of the model's file without its suffix and without the number of a part."""
+    part = _PART.fullmatch(path.stem)
+    return path.stem if part is None else part[1]
+
+
+def open_gguf(path: Path) -> Gguf:
+    """The model that this file holds, or holds a part of: its keys and tensor list read.
 
     Raises:
       FileNotFoundError: no such file.
-      GGUFError: not GGUF, cut off, or damaged where the reader can see it.
+      GGUFError: not GGUF, cut off, or damaged where the reader can see it; or a part is missing, or
+        is one of another model.
     """
+    files = files_of(path)
+    readers = [_read(file) for file in files]
+    tensors, file_of = [], {}
+    for number, (file, reader) in enumerate(zip(files, readers, strict=True)):
+        fields = Fields(file, reader)
+        count = fields.get("split.count", int) or 1
+        if count != len(files):
+            raise GGUFError(
+                f"{file}: it is one of {count} files (split.count), but its name stands for one of "
+                f"{len(files)}. Keep the names that the files came with: NAME-00001-of-{count:05d}.gguf"
+            )
+        if (said := fields.get("split.no", int) or 0) != number:
+            raise GGUFError(
+                f"{file}: it is part {said + 1} by its key split.no and part {number + 1} by its "
+                "name. Get the files anew"
+            )
+        tensors += reader.tensors
+        file_of |= {tensor.name: file for tensor in reader.tensors}
+    wanted = Fields(files[0], readers[0]).get("split.tensors.count", int)
+    if wanted not in (None, len(tensors)):
+        raise GGUFError(
+            f"{files[0]}: its {len(files)} files hold {len(tensors)} tensors, key "
+            f"split.tensors.count says {wanted}. Get the files anew"
+        )
+    return Gguf(readers[0].fields, tensors, file_of)
+
+
+def _read(path: Path) -> GGUFReader:
     if not path.is_file():
         raise FileNotFoundError(errno.ENOENT, "no such GGUF file", str(path))
     with path.open("rb") as file:
         magic = file.read(4)
+    if is_pointer(path):
+        raise GGUFError(f"{path} {POINTER}")
     if magic != b"GGUF":
         raise GGUFError(f"{path}: not a GGUF file: it starts with {magic!r}, expected b'GGUF'")
     try:
@@ -44,7 +126,7 @@ def open_gguf(path: Path) -> GGUFReader:
 class Fields:
     """The key/value half of the file, with errors (GGUFError) that name the file and the key."""
 
-    def __init__(self, path: Path, reader: GGUFReader):
+    def __init__(self, path: Path, reader: GGUFReader | Gguf):
         self.path = path
         self._fields = reader.fields
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from gguf import GGUFReader, ReaderTensor
+from gguf import ReaderTensor
 from jaxtyping import Float
 
-from selm_jax.weights.gguf_file import Fields, GGUFError
+from selm_jax.weights.gguf_file import Fields, Gguf, GGUFError
 from selm_jax.weights.gguf_tokenizer import SPECIAL_IDS
 
 Json = dict[str, Any]
@@ -107,7 +107,7 @@ class Named(NamedTuple):
 # --- config.json ----------------------------------------------------------------------------------
 
 
-def read_model(fields: Fields, reader: GGUFReader) -> tuple[Family, Json]:
+def read_model(fields: Fields, reader: Gguf) -> tuple[Family, Json]:
     """The architecture and the content of config.json, but for scaled rope (`rope_scaling`).
 
     Raises:
@@ -160,7 +160,7 @@ def read_model(fields: Fields, reader: GGUFReader) -> tuple[Family, Json]:
     return family, config | _special_ids(fields, config["vocab_size"])
 
 
-def _heads(fields: Fields, reader: GGUFReader, name: str, hidden: int) -> tuple[int, int, int]:
+def _heads(fields: Fields, reader: Gguf, name: str, hidden: int) -> tuple[int, int, int]:
     heads = fields.size(f"{name}.attention.head_count")
     kv_heads = heads
     if f"{name}.attention.head_count_kv" in reader.fields:
@@ -238,7 +238,7 @@ def _llama3_divisors(scaling: Json, theta: float, head_dim: int) -> Float[np.nda
 # --- tensors ----------------------------------------------------------------------------------------
 
 
-def named_tensors(path: Path, reader: GGUFReader, family: Family, config: Json) -> list[Named]:
+def named_tensors(path: Path, reader: Gguf, family: Family, config: Json) -> list[Named]:
     """Every tensor but the divisors of rope, checked: none missing, none unknown, none misshapen.
 
     Raises:
@@ -252,14 +252,14 @@ def named_tensors(path: Path, reader: GGUFReader, family: Family, config: Json) 
         name = hf_name(tensor.name)
         if name is None or name not in expected or name in found:
             raise GGUFError(
-                f"{path}: tensor {tensor.name} has no place in a {config['model_type']} model of "
+                f"{reader.file_of[tensor.name]}: tensor {tensor.name} has no place in a {config['model_type']} model of "
                 f"{config['num_hidden_layers']} layers"
             )
         # GGUF lists the fastest-running dimension first, numpy and safetensors last.
         shape = tuple(int(n) for n in reversed(tensor.shape))
         if shape != expected[name]:
             raise GGUFError(
-                f"{path}: tensor {tensor.name} has shape {shape}, "
+                f"{reader.file_of[tensor.name]}: tensor {tensor.name} has shape {shape}, "
                 f"the file's own settings ask for {expected[name]}"
             )
         found[name] = Named(name, tensor, shape)

@@ -243,6 +243,8 @@ def _is_second_embedding(checkpoint: Checkpoint, head: str) -> bool:
     stored = checkpoint.tensors.get(head)
     if stored is None or stored != checkpoint.tensors.get(embedding):
         return False
+    if len(stored.shape) != 2 or stored.dtype not in DTYPES:
+        return False  # which is told of the embedding
     some = 1024  # rows at a time: two whole embeddings would be too much
 
     def rows(name: str, at: int) -> np.ndarray:

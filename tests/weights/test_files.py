@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import time
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -22,7 +23,7 @@ from selm_jax.parallel.rules import TRAINING, shardings
 from selm_jax.weights import deberta
 from selm_jax.weights.export import convert_dtype
 from selm_jax.weights.files import INDEX, WHOLE, WeightsError, open_checkpoint
-from selm_jax.weights.huggingface import load, save
+from selm_jax.weights.huggingface import check, load, save
 from selm_jax.weights.sources import SourceError, resolve
 
 PART = "model-00001-of-00001.safetensors"
@@ -181,6 +182,39 @@ def test_transformers_takes_the_same_file(folder):
     stale(folder)
     theirs = AutoModelForCausalLM.from_pretrained(folder).state_dict()[NAMES[1]].numpy()
     assert np.array_equal(theirs, open_checkpoint(folder).read(NAMES[1]))
+
+
+@pytest.mark.parametrize("file", [WHOLE, INDEX])
+def test_git_lfs_pointers_are_told_for_what_they_are(folder, file):
+    stale(folder)
+    if file == INDEX:
+        (folder / WHOLE).unlink()
+    (folder / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:01\n")
+    for use in (lambda: open_checkpoint(folder), lambda: resolve(str(folder))):
+        with pytest.raises((WeightsError, SourceError), match=f"{file} is a Git LFS pointer"):
+            use()
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.float64])
+def test_a_tied_model_that_stores_an_odd_embedding_twice_is_told_its_dtype(folder, dtype):
+    tensors = load_file(folder / WHOLE)
+    odd = tensors[NAMES[0]].astype(dtype)
+    save_file(tensors | {NAMES[0]: odd, "lm_head.weight": odd}, folder / WHOLE)
+    with pytest.raises(WeightsError, match=f"{NAMES[0]}: stored as"):
+        load(folder, read_config(folder))
+
+
+def test_more_layers_than_there_are_tensors_are_refused_at_once(folder):
+    """A number that config.json may have, and this model has not."""
+    hf = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 9999}
+    (folder / "config.json").write_text(json.dumps(hf))
+    began = time.perf_counter()
+    with pytest.raises(
+        WeightsError, match=r"(?s)missing: model\.layers\.2.* and [0-9]+ more"
+    ) as caught:
+        check(folder, read_config(folder))
+    assert time.perf_counter() - began < 10
+    assert len(str(caught.value)) < 3000
 
 
 def test_weights_of_another_name_are_none(folder):

@@ -112,7 +112,7 @@ def test_a_folders_digest_sees_names_and_contents(model, tmp_path, cache):
         ),
         (
             lambda f: (f / "model.safetensors").write_text("version https://git-lfs.github.com/"),
-            ["model.safetensors is damaged or cut off"],
+            ["model.safetensors is a Git LFS pointer", "git lfs pull"],
         ),
         (
             lambda f: index(

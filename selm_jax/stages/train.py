@@ -117,13 +117,22 @@ def export(run: Run, t: int) -> Counts:
     params = checkpoints.final(run.abstract_trained)
     if (lora := run.lora) is not None:
         with _folder(run.iteration(t) / "adapter") as partial:
-            export_adapter(params, run.config, lora, run.policy(t - 1), partial)
+            base, revision = _base(run, t)
+            export_adapter(params, run.config, lora, base, partial, revision)
         merged = jax.jit(lambda base, adapters: merge(dequantize(base), adapters, lora))
         params = merged(run.start_of(t), params)
     with _folder(run.iteration(t) / "model") as partial:
         card = run.model_card(t) if partial else ""
         export_folder(params, run.config, run.start.path, partial, card)
     return {"parameters": run.parameters}
+
+
+def _base(run: Run, t: int) -> tuple[str, str | None]:
+    """What the model that iteration t's adapters belong to is called where they are used, and its
+    commit if it came from the Hub: never by the place where this machine keeps it."""
+    if t > 1:
+        return str(run.policy(t - 1)), None
+    return run.start.origin["source"], run.start.origin.get("commit")
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -180,20 +180,30 @@ def write(
         if len(shards) > 1:
             name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         file_of |= dict.fromkeys(names, name)
-        with (folder / name).open("wb") as file:
-            file.write(_header({n: tensors[n] for n in names}))
-            for expected in names:
-                found, value = next(coming)
-                stored = stored_like(value.shape, value.dtype)
-                assert (found, stored) == (expected, tensors[expected]), (found, stored, expected)
-                # Bytes, because bfloat16 is not a type of Python's buffers.
-                file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
-            file.flush()
-            os.fsync(file.fileno())
+        write_file(folder / name, {n: tensors[n] for n in names}, coming)
     if len(shards) > 1:
         size = sum(stored.bytes for stored in tensors.values())
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(file_of.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def write_file(
+    path: Path, tensors: Mapping[str, Stored], coming: Iterator[tuple[str, np.ndarray]]
+) -> None:
+    """Writes one file of these tensors, which come next and in this order.
+
+    The library's own writer makes files that nobody but their owner can read.
+    """
+    with path.open("wb") as file:
+        file.write(_header(tensors))
+        for expected in tensors:
+            found, value = next(coming)
+            stored = stored_like(value.shape, value.dtype)
+            assert (found, stored) == (expected, tensors[expected]), (found, stored, expected)
+            # Bytes, because bfloat16 is not a type of Python's buffers.
+            file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def stored_like(shape: Sequence[int], dtype: Any) -> Stored:

@@ -9,17 +9,22 @@ from pathlib import Path
 
 import numpy as np
 from flax.traverse_util import flatten_dict
-from safetensors.numpy import save_file
 
 from selm_jax.models.config import DecoderConfig
 from selm_jax.models.decoder import Params
 from selm_jax.models.lora import Lora
+from selm_jax.weights.files import stored_like, write_file
 from selm_jax.weights.huggingface import fetch
 from selm_jax.weights.names import Tensor, tensors
 
 
 def export_adapter(
-    adapters: Params, config: DecoderConfig, lora: Lora, base: Path, folder: Path | None
+    adapters: Params,
+    config: DecoderConfig,
+    lora: Lora,
+    base: str,
+    folder: Path | None,
+    revision: str | None = None,
 ) -> None:
     """Writes adapter_config.json and adapter_model.safetensors into `folder`, which must not exist.
 
@@ -28,8 +33,10 @@ def export_adapter(
     A below each other, their B along a diagonal of blocks. The product is the same.
 
     Args:
-      base: the model that the adapters were trained on, as PEFT's users will have to name it.
+      base: the model that the adapters were trained on, as PEFT's users will have to name it: a
+        Hub id, or a folder.
       folder: None for the processes that only bring their parts of the adapters.
+      revision: the commit of a Hub id.
     """
     flat = flatten_dict(adapters)
     stored: dict[str, np.ndarray] = {}
@@ -46,11 +53,13 @@ def export_adapter(
     if folder is None:
         return
     folder.mkdir(parents=True)
-    save_file(stored, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    entries = {name: stored_like(x.shape, x.dtype) for name, x in stored.items()}
+    write_file(folder / "adapter_model.safetensors", entries, iter(stored.items()))
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(base),
+        "base_model_name_or_path": base,
+        "revision": revision,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 from selm_jax.models.decoder import Decoder, abstract_adapters
 from selm_jax.models.families import read_config
@@ -39,7 +41,7 @@ def test_peft_gives_our_logits(name, lora, all_logits, tmp_path):
     adapters = init(nn.unbox(abstract_adapters(config, lora)), jax.random.key(0))
     rng = np.random.default_rng(0)
     adapters = jax.tree.map(lambda x: x + rng.normal(0, 0.3, x.shape).astype("float32"), adapters)
-    export_adapter(adapters, config, lora, FAMILIES / name, tmp_path / "adapter")
+    export_adapter(adapters, config, lora, str(FAMILIES / name), tmp_path / "adapter")
 
     base = transformers.AutoModelForCausalLM.from_pretrained(
         FAMILIES / name, dtype=torch.float32, attn_implementation="eager"
@@ -55,9 +57,30 @@ def test_peft_gives_our_logits(name, lora, all_logits, tmp_path):
 
     # Every tensor of the folder is used: peft stays silent about keys that it does not know.
     names = set(peft.get_peft_model_state_dict(theirs))
-    from safetensors import safe_open
-
     with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "numpy") as file:
         assert set(file.keys()) == names
     settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(FAMILIES / name)
+
+
+def test_an_adapters_files_are_as_open_as_any_other_and_name_what_they_belong_to(tmp_path):
+    """Without torch: safetensors itself reads them. A new file's mode is the user's to say (umask)."""
+    folder, lora = FAMILIES / "llama-3.1", Lora(2, 4.0)
+    config = read_config(folder)
+    adapters = init(nn.unbox(abstract_adapters(config, lora)), jax.random.key(0))
+    before = os.umask(0o002)
+    try:
+        export_adapter(adapters, config, lora, "org/name", tmp_path / "adapter", "a" * 40)
+    finally:
+        os.umask(before)
+    modes = {f.name: oct(f.stat().st_mode & 0o777) for f in (tmp_path / "adapter").iterdir()}
+    assert modes == dict.fromkeys(("adapter_model.safetensors", "adapter_config.json"), "0o664")
+    assert (tmp_path / "adapter").stat().st_mode & 0o777 == 0o775
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == "org/name" and settings["revision"] == "a" * 40
+    with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "numpy") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert len(file.keys()) == 2 * 7 * config.layers
+        a = file.get_tensor("base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight")
+    ours = np.asarray(adapters["layers"]["attention"]["q_a"])[1]
+    np.testing.assert_array_equal(a, ours.reshape(-1, 2).T)

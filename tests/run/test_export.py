@@ -1,0 +1,31 @@
+"""What an export says of where it comes from: names that others can use, not places of this machine."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from selm_jax.stages.train import _base
+
+
+@pytest.mark.parametrize(
+    ("origin", "expected"),
+    [
+        (
+            {"source": "org/name", "kind": "hub", "revision": "main", "commit": "a" * 40},
+            ("org/name", "a" * 40),
+        ),
+        ({"source": "org/name", "kind": "wheel", "revision": "x==1", "sha256": "0"}, ("org/name", None)),
+        ({"source": "models/mine", "kind": "folder", "sha256": "0"}, ("models/mine", None)),
+        ({"source": "~/m.gguf", "kind": "gguf", "sha256": "0"}, ("~/m.gguf", None)),
+    ],
+    ids=["hub", "wheel", "folder", "gguf"],
+)  # fmt: skip
+def test_adapters_name_their_base_as_the_experiment_does(origin, expected, tmp_path):
+    run = SimpleNamespace(
+        start=SimpleNamespace(path=tmp_path / "cache" / "snapshots" / "a", origin=origin),
+        policy=lambda t: tmp_path / "run" / f"iteration_{t}" / "model",
+    )
+    assert _base(run, 1) == expected
+    assert _base(run, 2) == (str(tmp_path / "run" / "iteration_1" / "model"), None)

@@ -59,8 +59,7 @@ from selm_jax.training.update import Shardings, Update, make_update
 from selm_jax.user_code import is_user_code
 from selm_jax.weights import sources
 from selm_jax.weights.card import model_card
-from selm_jax.weights.huggingface import check as check_weights
-from selm_jax.weights.huggingface import load
+from selm_jax.weights.huggingface import checked_config, load
 
 _VERSIONS = ("selm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
 
@@ -129,9 +128,7 @@ class Run:
     @cached_property
     def _stored(self) -> DecoderConfig:
         """The facts of the start model as its folder tells them, and its tensors bear out."""
-        found = read_config(self.start.path)
-        check_weights(self.start.path, found)  # from the files' headers: before sizes are trusted
-        return found
+        return checked_config(self.start.path)
 
     @cached_property
     def _facts(self) -> DecoderConfig:

@@ -22,9 +22,8 @@ from selm_jax.config import Training
 from selm_jax.memory import peak_mib, release
 from selm_jax.models.config import DecoderConfig, LayerKind, Rope
 from selm_jax.models.decoder import REMAT, Decoder, parameter_count
-from selm_jax.models.families import read_config
 from selm_jax.weights import sources
-from selm_jax.weights.huggingface import load
+from selm_jax.weights.huggingface import checked_config, load
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -173,7 +172,7 @@ def _model(model: str, shape: str | None) -> tuple[str, DecoderConfig, MakeParam
     """Its name, its facts, and a function that makes its parameters under given shardings."""
     if shape is None:
         folder = sources.resolve(model).path
-        config = read_config(folder)
+        config = checked_config(folder)
         return model, config, lambda where: load(folder, config, shardings=where)
     config = SHAPES[shape]
 

@@ -31,7 +31,6 @@ from selm_jax.evaluation import EvaluationError
 from selm_jax.models.attention import tree_mask
 from selm_jax.models.config import DecoderConfig
 from selm_jax.models.decoder import Decoder, Params, abstract_params, stack, unembedding
-from selm_jax.models.families import read_config
 from selm_jax.objectives.logprobs import TokenStats, token_statistics
 from selm_jax.parallel.mesh import compute_dtype, decode_mesh, make_mesh
 from selm_jax.parallel.rules import TRAINING, place_rows, shardings
@@ -56,7 +55,7 @@ from selm_jax.rollout.engine import (
 from selm_jax.rollout.sampling import Sampling
 from selm_jax.text.chat import Chat, ChatError, Turn, load_tokenizer, stop_ids
 from selm_jax.weights import sources
-from selm_jax.weights.huggingface import load
+from selm_jax.weights.huggingface import checked_config, load
 
 Ids = tuple[int, ...]
 
@@ -199,7 +198,7 @@ class Model:
         console: Console,
     ):
         self.found, self.name, self.folder, self.console = found, found.name, folder, console
-        self.facts: DecoderConfig = read_config(folder.path)
+        self.facts: DecoderConfig = checked_config(folder.path)
         self.mesh, self.dtype, self.slots = mesh, dtype, slots
         self.text = text
         self._params: Params | None = None

@@ -25,6 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 
 from selm_jax.models.config import DecoderConfig
 from selm_jax.models.decoder import Params
+from selm_jax.models.families import read_config
 from selm_jax.weights.files import (
     DTYPES,
     MAX_SHARD_BYTES,
@@ -37,7 +38,7 @@ from selm_jax.weights.files import (
 )
 from selm_jax.weights.names import Tensor, tensors
 
-__all__ = ["WeightsError", "check", "load", "save", "to_hf_tensors"]
+__all__ = ["WeightsError", "check", "checked_config", "load", "save", "to_hf_tensors"]
 
 # Tables of frequencies that early versions of transformers stored with the parameters.
 _LEFTOVER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
@@ -104,6 +105,19 @@ def check(folder: Path, config: DecoderConfig) -> None:
       WeightsError: as `load`.
     """
     _check(open_checkpoint(folder), config)
+
+
+def checked_config(folder: Path) -> DecoderConfig:
+    """The facts of the model in a folder: those that config.json tells, if its tensors are of such a
+    model. Asked for before anything is made of the sizes, which config.json may say as it likes.
+
+    Raises:
+      UnsupportedModel: config.json cannot be read, or tells of a model that is not computed here.
+      WeightsError: as `load`.
+    """
+    config = read_config(folder)
+    check(folder, config)
+    return config
 
 
 def _fill(

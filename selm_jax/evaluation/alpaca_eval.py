@@ -23,7 +23,8 @@ import numpy as np
 
 import selm_jax
 from selm_jax import artifacts
-from selm_jax.evaluation import EvaluationError
+from selm_jax.evaluation import EvaluationError, alpaca_eval_published, alpaca_eval_set
+from selm_jax.evaluation import alpaca_eval_lc as lc
 from selm_jax.evaluation import alpaca_eval_score as score
 from selm_jax.evaluation.alpaca_eval_annotate import Prompt, questions
 from selm_jax.evaluation.alpaca_eval_set import BASELINE, EvalSet
@@ -145,26 +146,54 @@ def counts(journal: Journal) -> dict[str, int]:
 
 
 def numbers(
-    rows: Sequence[Mapping[str, Any]], gamed: str | None, gamed_sha256: str | None = None
+    rows: Sequence[Mapping[str, Any]],
+    gamed: str | None = None,
+    gamed_sha256: str | None = None,
+    published: Path | None = None,
 ) -> dict[str, Any]:
     """Raw and length-controlled rates of checked annotations, and what the latter's data were.
 
-    Where df_gamed.csv or the package is not to be had, `length_controlled_winrate` is None and
-    `lc_refused` says why.
+    Where neither `gamed` nor `published` is named and df_gamed.csv or the package is not to be had,
+    `length_controlled_winrate` is None and `lc_refused` says why.
+
+    Args:
+        gamed, gamed_sha256: see `alpaca_eval_lc.gamed_file`.
+        published: see `alpaca_eval_published.read`.
 
     Raises:
-        EvaluationError: `gamed` was named and cannot be used.
+        EvaluationError: `gamed` or `published` was named and cannot be used.
     """
     found = score.scores(rows)
+    places = alpaca_eval_set.places(rows)
+    if published is not None:
+        return found | alpaca_eval_published.length_controlled(rows, places, published)
     try:
-        file = score.gamed_file(gamed, gamed_sha256)
-        found |= score.length_controlled(rows, file)
+        file = lc.gamed_file(gamed, gamed_sha256)
+        with lc.fitting(rows, places, file) as fit:
+            found |= lc.described(fit(None), rows, places, file)
         found["df_gamed_sha256"] = artifacts.digest(file)
     except EvaluationError as error:
         if gamed is not None:
             raise
         found |= {"length_controlled_winrate": None, "lc_refused": str(error)}
     return found
+
+
+def check_length_control(
+    gamed: str | None, gamed_sha256: str | None, published: Path | None
+) -> None:
+    """Finds what the length-controlled rate lacks before anything is paid for.
+
+    Raises:
+        EvaluationError: a file that is named is not the one it should be, or the package is not there.
+    """
+    if published is not None:
+        alpaca_eval_published.read(published)
+    if gamed is not None:
+        lc.gamed_file(gamed, gamed_sha256)
+    if published is not None or gamed is not None:
+        with score.package("metrics.glm_winrate"):
+            pass
 
 
 def write_annotations(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Path:

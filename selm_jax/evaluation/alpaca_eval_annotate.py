@@ -25,7 +25,7 @@ from selm_jax.evaluation.benchmark_files import read_text
 from selm_jax.feedback.judge_answer import Completion
 from selm_jax.feedback.judge_client import Client, Messages
 from selm_jax.feedback.judge_prompts import Template, weighted_preference
-from selm_jax.feedback.judge_unread import Unread
+from selm_jax.feedback.judge_unread import PATIENCE, Unread
 from selm_jax.progress import Advance
 
 OFFICIAL = "weighted_alpaca_eval_gpt4_turbo"
@@ -108,33 +108,37 @@ async def ask(
     client: Client,
     prompt: Prompt,
     progress: Advance = lambda calls, tokens=0: None,
+    allow_missing: int = 0,
 ) -> list[dict[str, Any]]:
-    """Annotations by our own client. What it was told is in its cache, whatever happens.
+    """Annotations by our own client. What it could use is in its cache, whatever happens.
 
     Args:
         instructions: with the baseline's answers.
         outputs: of `read_outputs`, of the same set.
         client: not yet opened.
+        allow_missing: so many answers may tell no preference without stopping it.
 
     Returns:
         Rows in the set's order; an answer that tells neither m nor M has preference None.
 
     Raises:
-        selm_jax.feedback.judge_budget.JudgeError: the server cannot be asked, or hardly ever tells
-            any log-probabilities.
+        selm_jax.feedback.judge_budget.JudgeError: the server cannot be asked, or most of its answers
+            tell no preference; it is then not asked for the others.
     """
     todo = list(questions(instructions, outputs, prompt))
     found: dict[int, Completion] = {}
-    watch = Unread(f"the judge {client.model}")
-
+    watch = Unread(
+        f"the judge {client.model}", PATIENCE + allow_missing,
+        "Or accept so many with --allow-missing, which leaves them out.",
+    )  # fmt: skip
     sampling = dict(SAMPLING) | ({} if client.model == OFFICIAL_JUDGE else {"temperature": 0.0})
 
     def usable(answer: Completion) -> bool:
-        return bool(answer.logprobs)
+        return weighted_preference(answer) is not None
 
     def read(number: int, answer: Completion) -> None:
         row = todo[number][0]
-        watch.add(None if usable(answer) else f"that to row {row}, with no log-probabilities")
+        watch.add(None if usable(answer) else f"that to row {row}, {_lack(answer)}")
         found[row] = answer
         progress(1, answer.usage.total if answer.usage else 0)
 
@@ -142,10 +146,18 @@ async def ask(
         await client.complete_all(
             (messages for _, messages in todo), read=read, usable=usable, **sampling
         )
-    watch.end()
+    if watch.malformed > allow_missing:
+        watch.end()
     annotator = prompt.annotator(client.model)
     rows = zip(_pairs(instructions), outputs, strict=True)
     return [_row(pair, output, annotator, found.get(i)) for i, (pair, output) in enumerate(rows)]
+
+
+def _lack(answer: Completion) -> str:
+    if not answer.logprobs:
+        return f"{answer.text!r:.40}, with no log-probabilities"
+    likeliest = ", ".join(repr(token) for token in list(answer.logprobs[0])[:5])
+    return f"whose likeliest tokens ({likeliest}) are neither 'm' nor 'M'"
 
 
 def ask_package(

@@ -122,10 +122,10 @@ def check_annotations(
     Args:
         rows: as the official package writes them.
         where: names them in errors.
-        allow_missing: so many rows may have no preference (null or NaN).
+        allow_missing: so many instructions may have no preference: null, NaN, or no row at all.
 
     Returns:
-        The rows; a missing preference is None.
+        The rows that are there; a missing preference is None.
 
     Raises:
         EvaluationError: rows that are partial, reordered or doubled; another baseline; several
@@ -136,7 +136,7 @@ def check_annotations(
     for i, row in enumerate(rows):
         for key in keys:
             text_of(row, key, where, i)
-    check_instructions([row["instruction"] for row in rows], where, known)
+    absent = check_instructions([row["instruction"] for row in rows], where, known, allow_missing)
     for key in ("generator_1", "generator_2", "annotator"):
         _only_one(key, rows, where)
     baseline, model = rows[0]["generator_1"], rows[0]["generator_2"]
@@ -147,7 +147,7 @@ def check_annotations(
         )
     if model == BASELINE:
         raise EvaluationError(f"{where}: {BASELINE!r} is annotated against itself.")
-    check_baseline([row["output_1"] for row in rows], where, known)
+    check_baseline([row["output_1"] for row in rows], where, known, places(rows, known))
     missing = []
     found = []
     for i, row in enumerate(rows):
@@ -163,28 +163,50 @@ def check_annotations(
                 "better) to 2 (the model's), or 0, a draw."
             )
         found.append(dict(row) | {"preference": value})
-    if len(missing) > allow_missing:
+    lost = len(missing) + len(absent)
+    if lost > allow_missing:
+        gone = f", and there is no row of {len(absent)} instructions" if absent else ""
         raise EvaluationError(
             f"{where}: {len(missing)} of {len(rows)} preferences are missing (rows "
-            f"{_some(missing)}): there the judge's answer could not be read. A win rate over the "
-            "others is over another set; annotate again, or accept it with "
-            f"--allow-missing {len(missing)}."
+            f"{_some(missing)}): there the judge's answer could not be read{gone}. A win rate over "
+            f"the others is over another set; annotate again, or accept it with "
+            f"--allow-missing {lost}."
         )
+    if not any(row["preference"] is not None for row in found):
+        raise EvaluationError(f"{where}: there is no preference to take a win rate of.")
     return found
 
 
-def check_instructions(found: Sequence[str], where: str, known: Known) -> None:
+def places(rows: Sequence[Row], known: Known | None = None) -> list[int]:
+    """Which instruction each row is about, counted from 0 in the official order."""
+    at = {digest: i for i, digest in enumerate((known or published()).instructions)}
+    return [at[_digest(row["instruction"])] for row in rows]
+
+
+def check_instructions(
+    found: Sequence[str], where: str, known: Known, allow_missing: int | None = None
+) -> list[int]:
     """Every instruction, once, unchanged, at its place.
+
+    Args:
+        allow_missing: so many may be absent; None: none may, and none can be allowed.
+
+    Returns:
+        The numbers of those that are absent.
 
     Raises:
         EvaluationError: says which rows are not.
     """
     digests = [_digest(text) for text in found]
     if tuple(digests) == known.instructions:
-        return
+        return []
     places = {digest: i for i, digest in enumerate(known.instructions)}
+    held = set(digests)
+    missing = [i for digest, i in places.items() if digest not in held]
+    rest = [digest for digest in known.instructions if digest in held]
+    if digests == rest and len(missing) <= (allow_missing or 0):
+        return missing
     faults = []
-    missing = [i for digest, i in places.items() if digest not in set(digests)]
     if missing:
         faults.append(f"missing are the instructions {_some(missing)} of {len(places)}")
     doubled = [i for i, n in Counter(digests).items() if n > 1 and i in places]
@@ -196,21 +218,32 @@ def check_instructions(found: Sequence[str], where: str, known: Known) -> None:
             f"not AlpacaEval's are the texts of the rows {_some(unknown)}, such as "
             f"{found[unknown[0]][:80]!r}"
         )
-    if not faults:
-        i = next(i for i, digest in enumerate(digests) if places[digest] != i)
-        faults.append(
-            f"the instructions are all there, but in another order: row {i} holds number "
-            f"{places[digests[i]]}"
+    if not doubled and not unknown and digests != rest:
+        i = next(i for i, digest in enumerate(digests) if digest != rest[i])
+        there = "the others are there" if missing else "the instructions are all there"
+        faults.append(f"{there}, but in another order: row {i} holds number {places[digests[i]]}")
+    accept = ""
+    if digests == rest and allow_missing is not None:
+        accept = (
+            " A win rate over those that are there is over another set; annotate the rest, or accept "
+            f"it with --allow-missing {len(missing)}."
         )
     raise EvaluationError(
         f"{where}: {'; '.join(faults)} (counted from 0). Expected AlpacaEval's "
-        f"{len(places)} instructions, unchanged and in the official order."
+        f"{len(places)} instructions, unchanged and in the official order.{accept}"
     )
 
 
-def check_baseline(found: Sequence[str], where: str, known: Known) -> None:
-    """Raises EvaluationError where an answer is not the published baseline's."""
-    pairs = zip(found, known.baseline, strict=True)
+def check_baseline(
+    found: Sequence[str], where: str, known: Known, places: Sequence[int] | None = None
+) -> None:
+    """Raises EvaluationError where an answer is not the published baseline's.
+
+    Args:
+        places: which instruction each answers; None: all do, in order.
+    """
+    expected = known.baseline if places is None else [known.baseline[i] for i in places]
+    pairs = zip(found, expected, strict=True)
     other = [i for i, (text, digest) in enumerate(pairs) if _digest(text) != digest]
     if other:
         raise EvaluationError(

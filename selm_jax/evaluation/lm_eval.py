@@ -43,7 +43,7 @@ try:
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as error:
     raise EvaluationError(
-        f"the harness is not installed ({error}): pip install 'selm_jax[lm_eval]'"
+        f"the harness is not installed ({error}): pip install 'selm_jax[lm-eval]'"
     ) from error
 
 # Table 2 of the paper and its caption: task -> shots. CoT of GSM8K is the harness's `gsm8k_cot`;

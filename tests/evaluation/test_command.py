@@ -79,7 +79,7 @@ def test_winrate_of_the_last_model_and_its_start(run, selm, tmp_path):
 
 
 def test_lm_eval_of_the_last_model(run, selm, tmp_path):
-    pytest.importorskip("lm_eval", reason="the harness is not installed: selm_jax[lm_eval]")
+    pytest.importorskip("lm_eval", reason="the harness is not installed: selm_jax[lm-eval]")
     folder = tmp_path / "tasks"
     folder.mkdir()
     rows = [{"text": f"{verb} a river in one line."} for verb in ("Describe", "Praise", "Sell")]

@@ -21,6 +21,8 @@ from selm_jax.cli import app
 from selm_jax.evaluation import EvaluationError, alpaca_eval_set
 from selm_jax.evaluation import alpaca_eval as alpaca
 from selm_jax.evaluation import alpaca_eval_annotate as annotate
+from selm_jax.evaluation import alpaca_eval_lc as lc
+from selm_jax.evaluation import alpaca_eval_published as lc_published
 from selm_jax.evaluation import alpaca_eval_score as score
 from selm_jax.evaluation.alpaca_eval_set import (
     BASELINE,
@@ -222,10 +224,17 @@ def longhand(rows, gamed):
     return 100 * p.mean(), 100 * p.std(ddof=1) / np.sqrt(p.size)
 
 
+def controlled(rows, gamed, c=None):
+    places = range(len(rows))
+    with lc.fitting(rows, places, gamed) as fit:
+        return lc.described(fit(c), rows, places, gamed)
+
+
 class TestLengthControlled:
     @pytest.fixture
-    def rows(self):
+    def rows(self, monkeypatch):
         pytest.importorskip("alpaca_eval.metrics")
+        monkeypatch.setattr(lc, "_RESAMPLES", 200)
         rng = np.random.default_rng(1)
         return [
             {
@@ -240,7 +249,7 @@ class TestLengthControlled:
         gamed = gamed_frame(np.random.default_rng(2))
         file = write_csv(tmp_path / "df_gamed.csv", gamed)
         level = logging.getLogger().level
-        found = score.length_controlled(rows, file)
+        found = controlled(rows, file)
         rate, error = longhand(rows, gamed)
         assert found["length_controlled_winrate"] == pytest.approx(rate, abs=0.05)
         assert found["lc_standard_error"] == pytest.approx(error, abs=0.01)
@@ -248,27 +257,92 @@ class TestLengthControlled:
 
         assert logging.getLogger().level == level
         assert not sklearn.get_config()["enable_metadata_routing"]
-        assert score.length_controlled(rows, file) == found
+        assert controlled(rows, file) == found
 
     def test_why_order_is_checked(self, rows, tmp_path):
         """The package gives another number for the same rows in another order, and no sign."""
         file = write_csv(tmp_path / "df_gamed.csv", gamed_frame(np.random.default_rng(2)))
         shuffled = rows[:]
         random.Random(0).shuffle(shuffled)
-        a, b = (score.length_controlled(each, file) for each in (rows, shuffled))
+        a, b = (controlled(each, file) for each in (rows, shuffled))
         assert abs(a["length_controlled_winrate"] - b["length_controlled_winrate"]) > 1e-3
+
+    @pytest.mark.parametrize("c", [0.005, 2.78, 1e4])
+    def test_a_refit_is_the_penalised_minimum(self, rows, tmp_path, c):
+        """Against liblinear, as the package calls it but for the tolerance. The least C leaves nothing
+        of some weights."""
+        from sklearn.linear_model import LogisticRegression
+
+        gamed = write_csv(tmp_path / "df_gamed.csv", gamed_frame(np.random.default_rng(2)))
+        rows[3]["preference"] = None
+        data, rng = lc.Regression.of(rows, range(805), gamed), np.random.default_rng(0)
+        counts = rng.multinomial(805, np.full(805, 1 / 805), 3)
+        weight = np.tile(data.weight, (3, 1))
+        weight[:, :805] *= counts
+        found = lc.refit(data, weight, c, np.zeros(3))
+        x, y = np.tile(data.features, (2, 1)), np.repeat([1, 0], len(data.wins))
+        for ours, w in zip(found, weight, strict=True):
+            w = np.concatenate([w * data.wins, w * (1 - data.wins)])
+            model = LogisticRegression(
+                C=c, l1_ratio=1, solver="liblinear", fit_intercept=False, tol=1e-9, max_iter=10_000,
+                random_state=0,
+            ).fit(x, y, sample_weight=w)  # fmt: skip
+            np.testing.assert_allclose(ours, model.coef_[0], atol=2e-4)
+        assert (found == 0).any() == (c == 0.005)
+
+    def test_the_interval_is_of_the_rate_and_not_of_the_predictions(self, rows, tmp_path):
+        gamed = write_csv(tmp_path / "df_gamed.csv", gamed_frame(np.random.default_rng(2)))
+        found = controlled(rows, gamed)
+        low, high = (found[f"length_controlled_winrate_{end}"] for end in ("low", "high"))
+        assert low < found["length_controlled_winrate"] < high
+        assert high - low == pytest.approx(2 * 1.96 * found["lc_bootstrap_error"], rel=0.1)
+        assert found["lc_bootstrap_error"] > 1.5 * found["lc_standard_error"]
+        shown = score.table("m", score.scores(rows) | found)
+        assert (
+            f"length-controlled   {found['length_controlled_winrate']:6.2f} %  [{low:.2f}, "
+            in shown
+        )
+
+    def test_all_lost_is_no_certainty(self, rows, tmp_path):
+        gamed = write_csv(tmp_path / "df_gamed.csv", gamed_frame(np.random.default_rng(2)))
+        lost = [row | {"preference": 1.0} for row in rows]
+        found = controlled(lost, gamed, lc_published.USUAL_C)
+        assert found["length_controlled_winrate"] < 0.5
+        assert 0 <= found["length_controlled_winrate_low"] < 0.2
+        assert 0.4 < found["length_controlled_winrate_high"] < 1
+
+    def test_the_interval_holds_the_rate_of_all_instructions(self, tmp_path, monkeypatch):
+        """Instructions are drawn: the truth is the mean over all that might have been."""
+        rng, theta, psi, n = np.random.default_rng(5), -0.8, 1.0, 150
+        monkeypatch.setattr(lc, "_RESAMPLES", 100)
+        sigmoid = lambda z: 1 / (1 + np.exp(-z))
+        truth = 100 * sigmoid(theta + psi * rng.normal(size=200_000)).mean()
+        held = held_by_theirs = 0
+        for _ in range(100):
+            hard, delta = rng.normal(size=n), rng.normal(0.3, 1, n)
+            x = np.stack([np.tanh(delta / delta.std(ddof=1)), hard, np.ones(n)], 1)
+            y = rng.binomial(1, sigmoid(x @ [-1, psi, theta])).astype(float)
+            data = lc.Regression(x, y, np.ones(n), n)
+            weights = lc.refit(data, np.ones((1, n)), 1e4, np.zeros(3))[0]
+            p = sigmoid(x[:, 1:] @ weights[1:])
+            spread = 100 * p.std(ddof=1) / np.sqrt(n)
+            fit = lc.Fit(100 * p.mean(), spread, 1e4, tuple(weights), False)
+            _, low, high = lc.interval(data, fit)
+            held += low <= truth <= high
+            held_by_theirs += abs(truth - fit.rate) <= 1.96 * spread
+        assert held >= 89 and held_by_theirs < 80  # a share of 100 varies by 2
 
     def test_its_data_are_known_by_their_digest(self, tmp_path):
         file = write_csv(tmp_path / "df_gamed.csv", gamed_frame(np.random.default_rng(2), 5))
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
         with pytest.raises(EvaluationError, match=f"--gamed-sha256 {digest}"):
-            score.gamed_file(str(file))
-        assert score.gamed_file(str(file), digest.upper()) == file
+            lc.gamed_file(str(file))
+        assert lc.gamed_file(str(file), digest.upper()) == file
         with pytest.raises(EvaluationError, match="no such file"):
-            score.gamed_file(str(tmp_path / "none.csv"))
+            lc.gamed_file(str(tmp_path / "none.csv"))
         other = write_csv(tmp_path / "other.csv", [{"index": 0, "model": "x"}])
         with pytest.raises(EvaluationError, match="columns instruction_difficulty, not_gamed"):
-            score.gamed_file(str(other), hashlib.sha256(other.read_bytes()).hexdigest())
+            lc.gamed_file(str(other), hashlib.sha256(other.read_bytes()).hexdigest())
 
     def test_without_its_data_the_raw_rate_stands(self, known, monkeypatch):
         monkeypatch.setenv("HF_HUB_CACHE", "nowhere")
@@ -355,6 +429,33 @@ class TestBadFiles:
     def test_answers(self, known, tmp_path, change, says):
         with pytest.raises(EvaluationError, match=says):
             read_outputs(dump(tmp_path / "rows.json", change(outputs())))
+
+    def test_absent_rows_are_accepted_only_if_allowed_and_are_counted(self, known, tmp_path):
+        """Published files lack rows as well as preferences."""
+        rows = with_row(1, preference=None)(annotations())
+        gone = [row for i, row in enumerate(rows) if i != 3]
+        with pytest.raises(EvaluationError, match="instructions 3 of 5.*--allow-missing 1"):
+            check_annotations(gone, "here")
+        with pytest.raises(EvaluationError, match="no row of 1 instructions.*--allow-missing 2"):
+            check_annotations(gone, "here", allow_missing=1)
+        found = check_annotations(gone, "here", allow_missing=2)
+        assert alpaca_eval_set.places(found) == [0, 1, 2, 4]
+        numbers = score.scores(found)
+        assert (numbers["n_total"], numbers["missing"]) == (3, 2)
+        assert numbers["win_rate"] == pytest.approx(100 * (0 + 0.5 + 1) / 3)
+        for spoil, says in (
+            (moved, "in another order"), (lambda rows: [*rows, rows[0]], "more than once"),
+            (with_row(2, output_1="La."), "1 answers of the baseline are not"),
+        ):  # fmt: skip
+            with pytest.raises(EvaluationError, match=says):
+                check_annotations(spoil(gone), "here", allow_missing=5)
+        file = dump(tmp_path / "annotations.json", gone)
+        verb = ["eval", "alpaca_eval", "--annotations", str(file), "--allow-missing", "2"]
+        result = CliRunner().invoke(app, verb)
+        assert result.exit_code == 0 and "no preference in    2 instructions" in result.output
+        nothing = [row | {"preference": None} for row in annotations()]
+        with pytest.raises(EvaluationError, match="no preference to take"):
+            check_annotations(nothing, "here", allow_missing=5)
 
     @pytest.mark.parametrize("text", ["", "[]", "{", "[1]", '{"a": 1}\n{"b"', "\xff"])
     def test_no_json(self, known, tmp_path, text):
@@ -543,13 +644,33 @@ class TestJudge:
         verb += ["--outputs", str(dump(tmp_path / "answers.json", outputs()))]
         out = tmp_path / "out"
         result = CliRunner().invoke(app, [*verb, "-o", str(out)])
-        assert isinstance(result.exception, EvaluationError)
-        assert "4 of 5 preferences are missing" in str(result.exception)
+        assert isinstance(result.exception, JudgeError)
+        assert "4 of the first 4 answers could not be read" in str(result.exception)
+        assert "('I', 'The') are neither 'm' nor 'M'" in str(result.exception)
         assert sorted(p.name for p in out.iterdir()) == [".lock", ".selm", "judge.sqlite"]
-        calls = len(judge.bodies)
         result = CliRunner().invoke(app, [*verb, "-o", str(out), "--allow-missing", "4"])
-        assert result.exit_code == 0 and len(judge.bodies) == calls  # paid once
+        assert result.exit_code == 0, result.output
         assert "no preference in    4 instructions" in result.output
+        judge.says = by_hash  # it is mended, and nothing that could not be used was kept
+        calls = len(judge.bodies)
+        result = CliRunner().invoke(app, [*verb, "-o", str(out)])
+        assert result.exit_code == 0 and len(judge.bodies) == calls + 4
+
+    @pytest.mark.parametrize("allowed", [0, 10])
+    def test_a_judge_that_never_says_m_is_not_asked_for_all(
+        self, judge, tmp_path, prompt_file, allowed
+    ):
+        texts = [f"Question {i}?" for i in range(120)]
+        some = alpaca_eval_set.EvalSet(
+            tuple(("", text) for text in texts), tuple("yes" for _ in texts), "here"
+        )
+        rows = [{"dataset": "", "output": "no", "generator": "mine"} for _ in texts]
+        judge.says = lambda body: {"The": -0.1, "I": -3.0}
+        client = Client("prose", cache=tmp_path / "judge.sqlite", base_url=judge.url, backoff=0.01)
+        prompt = annotate.read_prompt(prompt_file)
+        with pytest.raises(JudgeError, match="answers could not be read.*--allow-missing"):
+            asyncio.run(annotate.ask(some, rows, client, prompt, allow_missing=allowed))
+        assert 20 + allowed <= len(judge.bodies) <= 20 + allowed + client.concurrency
 
     def test_a_server_without_log_probabilities(self, judge, tmp_path, set_file, prompt_file):
         judge.says = lambda body: "M"

@@ -95,6 +95,8 @@ class Text:
     template: dict[str, Any] = field(default_factory=dict)  # variables: {enable_thinking: false}
     date: datetime.date = datetime.date(2024, 7, 26)  # "today" for templates that write the day;
     # with the real one a run that is resumed tomorrow would have other prompts
+    # Control tokens that a message spells out, as `<|im_end|>`: tokens, as elsewhere, or its letters.
+    special_tokens: Literal["as_tokens", "as_text"] = "as_tokens"
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -209,7 +209,7 @@ def drawn(row: Example | Alone, number: int, chat: Chat, console: Console) -> Te
 
 
 def _decoded(chat: Chat, ids: Sequence[int]) -> str:
-    return chat.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+    return chat.tokenizer.decode(ids)
 
 
 def _piece(text: str, role: str, chat: Chat, console: Console) -> Text:

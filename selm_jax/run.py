@@ -61,7 +61,9 @@ from selm_jax.weights import sources
 from selm_jax.weights.card import model_card
 from selm_jax.weights.huggingface import checked_config, load
 
-_VERSIONS = ("selm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
+_VERSIONS = (
+    *("selm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tokenizers", "jinja2"),
+)
 
 
 class Run:
@@ -163,13 +165,10 @@ class Run:
 
     @cached_property
     def chat(self) -> Chat:
-        rows = self._stored.vocab_size  # first: the tokenizer's library reads config.json, too
-        chat = Chat(self.start.path, self.experiment.text)
-        if len(chat.tokenizer) > rows:
-            raise RunError(
-                f"{self.start.path}: the tokenizer has {len(chat.tokenizer)} tokens, the model's "
-                f"embedding only {rows}"
-            )
+        e = self.experiment
+        chat = Chat(self.start.path, e.text, self._stored.vocab_size)
+        if not self.rates and (e.text.layout == "default" or not e.taught):
+            chat.check_made_up()  # here, so that no verb makes anything with a model that it fails
         return chat
 
     @property

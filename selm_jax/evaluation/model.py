@@ -53,7 +53,8 @@ from selm_jax.rollout.engine import (
     decoding_shardings,
 )
 from selm_jax.rollout.sampling import Sampling
-from selm_jax.text.chat import Chat, ChatError, Turn, load_tokenizer, stop_ids
+from selm_jax.text.chat import Chat, ChatError, Turn, stop_ids
+from selm_jax.text.tokenizer import Tokenizer
 from selm_jax.weights import sources
 from selm_jax.weights.huggingface import checked_config, load
 
@@ -210,16 +211,16 @@ class Model:
     @cached_property
     def chat(self) -> Chat:
         """Raises ChatError for a model without a chat template."""
-        return Chat(self.folder.path, self.text)
+        return Chat(self.folder.path, self.text, self.facts.vocab_size)
 
     @cached_property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> Tokenizer:
         """Of any model, whether or not it has a chat template."""
-        return load_tokenizer(self.folder.path)
+        return Tokenizer(self.folder.path)
 
     @cached_property
     def stop_ids(self) -> Ids:
-        return stop_ids(self.folder.path, self.tokenizer)
+        return stop_ids(self.folder.path, self.tokenizer, self.facts.vocab_size)
 
     def prompt_ids(self, conversations: Sequence[Sequence[Turn]]) -> list[Ids]:
         """The conversations and the headers of the answers that are to follow.

@@ -9,9 +9,10 @@ from typing import TypeAlias
 
 import numpy as np
 from jaxtyping import Int32
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken
 
 from selm_jax.feedback.ranker import FeedbackError, Question
+from selm_jax.text.tokenizer import FILE, ChatError, read_backend
 from selm_jax.weights.deberta import PairRMConfig
 
 Ids: TypeAlias = Int32[np.ndarray, " tokens"]
@@ -34,16 +35,17 @@ class PairTokens:
     """
 
     def __init__(self, folder: Path, config: PairRMConfig):
-        file = Path(folder) / "tokenizer.json"
+        file = Path(folder) / FILE
         if not file.is_file():
             raise FeedbackError(
                 f"ranker 'pairrm': {file} is missing. Take it from llm-blender/PairRM-hf, or write "
                 "it once with transformers: AutoTokenizer.from_pretrained('microsoft/"
                 f"deberta-v3-large').save_pretrained({str(folder)!r})"
             )
-        self._tokenizer = Tokenizer.from_file(str(file))
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
+        try:
+            self._tokenizer = read_backend(Path(folder))
+        except ChatError as e:
+            raise FeedbackError(f"ranker 'pairrm': {e}") from e
         known = self._tokenizer.token_to_id
         # As transformers' add_tokens does it, which is how PairRM's four came behind DeBERTa's.
         new = [t for t in (SOURCE, FIRST, SECOND, EITHER) if known(t) is None]

@@ -294,18 +294,13 @@ def reward_model(
         )
     config = config.for_length(longest)
     try:
-        chat = Chat(folder, Text(template=dict(template or {})))
+        chat = Chat(folder, Text(template=dict(template or {})), config.vocab_size)
     except ChatError as e:
         raise FeedbackError(
             f"ranker 'reward_model': {e}. A reward model reads conversations as its own chat "
             "template writes them; the tokenizer and template of the model that it was trained "
             "from mostly serve"
         ) from e
-    if len(chat.tokenizer) > config.vocab_size:
-        raise FeedbackError(
-            f"ranker 'reward_model': the tokenizer in {folder} has {len(chat.tokenizer)} tokens, "
-            f"the model's embedding only {config.vocab_size} rows"
-        )
     check(folder, config)
     mesh = make_mesh((data, fsdp, tensor), own_devices())
     return RewardModel(

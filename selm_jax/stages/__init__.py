@@ -218,7 +218,7 @@ _FREE = {
     *("rollout.slots", "rollout.prefill_rows", "feedback.prompts_per_part"),
     *("training.checkpoint_every", "training.checkpoints_kept"),
 }
-_TEMPLATE = ("text.template", "text.date")
+_TEMPLATE = ("text.template", "text.date", "text.special_tokens")
 _ANSWERS = ("rollout.max_new_tokens", "rollout.max_prompt_tokens")
 _SCORING = (
     *("training.row_length", "training.rows", "training.logprob_chunk"),

@@ -9,20 +9,17 @@ never come this way: they are trained on as the ids that were drawn.
 
 from __future__ import annotations
 
-import datetime
-import inspect
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
-
-from jinja2 import TemplateError
+from typing import Protocol
 
 from selm_jax.config import Text
-
-
-class ChatError(ValueError):
-    """A conversation that does not become unambiguous token ids."""
+from selm_jax.text.spelled import Literal, Spelled, control_tokens
+from selm_jax.text.template import Refused, Template
+from selm_jax.text.tokenizer import CONFIG, ChatError, Tokenizer, find_chat_template, read_object
 
 
 class UnusableAnswer(ChatError):
@@ -44,30 +41,44 @@ class Chat:
 
     Args:
       folder: a Hugging Face folder.
-      settings: `template` and `date` are what the template reads besides the messages.
+      settings: `template` and `date` are what the template reads besides the messages;
+        `special_tokens` says what control tokens are that a message spells out.
+      vocabulary: rows of the model's embedding; None: nobody asks.
 
     Attributes:
       stop_ids: tokens that end a response, from the generation config and the tokenizer.
+      spelled: finds control tokens in texts.
 
     Raises:
-      ChatError: a folder without tokenizer, without chat template or without an end token, or a
-        variable that the template does not read.
+      ChatError: a folder without tokenizer, without chat template or without an end token, a file
+        that cannot be read, more ordinary tokens than the embedding has rows, or a variable that
+        the template does not read.
     """
 
-    def __init__(self, folder: Path, settings: Text = Text()):  # noqa: B008 (it is frozen)
-        folder = Path(folder)
-        self.folder = folder
-        self.tokenizer = load_tokenizer(folder)
-        if not self.tokenizer.chat_template:
+    def __init__(self, folder: Path, settings: Text = Text(), vocabulary: int | None = None):  # noqa: B008 (it is frozen)
+        self.folder = folder = Path(folder)
+        self.tokenizer = Tokenizer(folder)
+        self._vocabulary = checked_vocabulary(self.tokenizer, vocabulary)
+        found = find_chat_template(folder)
+        if found is None:
             raise ChatError(f"{folder}: the tokenizer has no chat template (chat_template.jinja)")
-        template = self.tokenizer.get_chat_template()
-        _check_variables(folder, self.tokenizer, template, settings.template)
-        self._template = _with_date(template, settings.date)
-        self._variables = settings.template
-        self.stop_ids = stop_ids(folder, self.tokenizer)
+        where, source = found
+        _check_variables(folder, self.tokenizer, source, settings.template)
+        variables = self.tokenizer.special | settings.template
+        self._template = Template(source, where, variables, settings.date)
+        self.stop_ids = stop_ids(folder, self.tokenizer, vocabulary)
         self._stop_texts = [self.tokenizer.decode([i]) for i in self.stop_ids]
-        own = self.tokenizer("")["input_ids"]  # what the tokenizer puts around any text
+        self.spelled = Spelled(control_tokens(self.tokenizer, self.stop_ids))
+        as_text = settings.special_tokens == "as_text"
+        self._literal = Literal(self.tokenizer, self.spelled) if as_text else None
+        own = self.tokenizer.encode("")  # what the tokenizer puts around any text
         self._bos: int | None = own[0] if own[:1] == [self.tokenizer.bos_token_id] else None
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of what the folder says: tokenizer, special tokens, template and ends."""
+        said = [self.tokenizer.digest(), self._template.source, self.stop_ids]
+        return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
     def prompt_ids(self, messages: Sequence[Turn]) -> tuple[int, ...]:
         """The conversation and the header of the answer that is to follow.
@@ -76,7 +87,7 @@ class Chat:
           ChatError: the template refuses the conversation, leaves its system message out, or
             writes BOS twice.
         """
-        ids = self._ids(self.render(messages, answer_follows=True))
+        ids = self._ids(messages, self._marked(messages, answer_follows=True))
         if not ids:
             raise ChatError(f"the conversation {list(messages)!r} has no tokens")
         return ids
@@ -96,21 +107,22 @@ class Chat:
             raise UnusableAnswer(
                 f"the answer spells out {', '.join(spelled)}, which ends one: {text!r}"
             )
-        prompt = self.render(messages, answer_follows=True)
-        full = self.render([*messages, _Message("assistant", text)], answer_follows=False)
-        both = f"prompt:       {prompt!r}\nconversation: {full!r}"
+        answered = [*messages, Message("assistant", text)]
+        prompt = self._marked(messages, answer_follows=True)
+        full = self._marked(answered, answer_follows=False)
+        both = f"prompt:       {self._plain(prompt)!r}\nconversation: {self._plain(full)!r}"
         if not full.startswith(prompt):
             raise UnusableAnswer(
                 f"the chat template does not keep the prompt when the answer is added.\n{both}\n"
                 f"{_THINKING}"
             )
         answer = full[len(prompt) :]
-        if not _squeezed(answer).startswith(_squeezed(text)):
+        if not _squeezed(answer).startswith(_squeezed(self._mark(text))):
             raise UnusableAnswer(
                 f"the chat template changes the answer, or puts more in front of it.\n{both}\n"
                 f"{_THINKING}"
             )
-        before, ids = self._ids(prompt), self._ids(full)
+        before, ids = self._ids(messages, prompt), self._ids(answered, full)
         if ids[: len(before)] == before:
             ids = ids[len(before) :]
         else:
@@ -118,11 +130,7 @@ class Chat:
             ids = self._within(answer)
         end = next((i for i, token in enumerate(ids) if token in self.stop_ids), None)
         if end is None:
-            raise UnusableAnswer(
-                "the chat template does not end an answer with one of the stop tokens "
-                f"{self._names(self.stop_ids)}: {full!r}. If it ends with another token, add that "
-                f"token's id to eos_token_id in {self.folder / 'generation_config.json'}"
-            )
+            raise UnusableAnswer(self._endless(full))
         return ids[: end + 1]
 
     def conversation_ids(self, messages: Sequence[Turn], text: str) -> tuple[int, ...]:
@@ -134,13 +142,15 @@ class Chat:
         Raises:
           ChatError: as for `prompt_ids`.
         """
-        answered = [*messages, _Message("assistant", text)]
-        rendered = self.render(answered, answer_follows=False)
+        answered = [*messages, Message("assistant", text)]
+        rendered = self._marked(answered, answer_follows=False)
         self._check_system(answered, rendered, answer_follows=False)  # some forget it only now
-        return self._ids(rendered)
+        return self._ids(answered, rendered)
 
     def spelled_ends(self, text: str) -> list[str]:
-        """The end tokens that a text spells out."""
+        """The end tokens that a text spells out, if what it spells is a token."""
+        if self._literal is not None:
+            return []
         if not any(end in text for end in self._stop_texts):  # the usual case, and much faster
             return []
         return self._names(i for i in self.tokens(text) if i in self.stop_ids)
@@ -155,45 +165,92 @@ class Chat:
         Raises:
           ChatError: the template refuses the conversation or leaves its system message out.
         """
-        try:
-            rendered = self._rendered(messages, answer_follows)
-        except TemplateError as e:
-            raise ChatError(self._refusal(messages, answer_follows, e)) from e
-        if messages[-1].role == "user":
-            self._check_system(messages, rendered, answer_follows)
-        return rendered
+        return self._plain(self._marked(messages, answer_follows))
+
+    def rendered_ids(self, messages: Sequence[Turn], *more: Sequence[Turn]) -> tuple[int, ...]:
+        """Ids of what the template writes of conversations without headers, one behind the other:
+        BOS stands in front only if the template writes it."""
+        return self._tokens("".join(self._marked(each, False) for each in (messages, *more)))
 
     def continued(self, messages: Sequence[Turn]) -> str:
         """The conversation with its last message left open, for a model to go on with.
 
         Raises:
-          ChatError: the template refuses it.
+          ChatError: the template refuses it, or does not keep the last message.
         """
+        *before, last = messages
+        opened = [*before, Message(last.role, last.content + _HERE)]
         try:
-            return self._rendered(messages, False, continue_final_message=True)
-        except (TemplateError, ValueError) as e:  # ValueError: it changes the last message's text
+            rendered = self._rendered(opened, False)
+        except Refused as e:
             raise ChatError(self._refusal(messages, False, e)) from e
+        text, here, _ = rendered.rpartition(_HERE.rstrip())
+        if not here or last.content.strip() not in text:
+            raise ChatError(
+                f"the chat template of {self.folder} changes the last message, so that no model can "
+                f"go on with it: {rendered!r}"
+            )
+        trimmed = not rendered[len(text) :].startswith(_HERE)  # as transformers leaves it then
+        return self._plain(text.rstrip() if trimmed else text)
 
     def tokens(self, text: str) -> tuple[int, ...]:
         """Ids of a text and nothing around it."""
-        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
-    def _rendered(self, messages: Sequence[Turn], answer_follows: bool, **how: bool) -> str:
-        return self.tokenizer.apply_chat_template(
-            [{"role": m.role, "content": m.content} for m in messages],
-            chat_template=self._template,
-            tokenize=False,
-            add_generation_prompt=answer_follows,
-            **self._variables,
-            **how,
-        )
+    def check_made_up(self) -> None:
+        """Tries the template with a made-up question and answer.
+
+        The header that a prompt ends with must be what an answer follows, and a stop token must end
+        an answer: else the policy goes on with turns that it makes up itself.
+
+        Raises:
+          ChatError: it is not so.
+        """
+        question, answer = [Message("user", "Is it?")], "Yes."
+        prompt = self._marked(question, answer_follows=True)
+        full = self._marked([*question, Message("assistant", answer)], answer_follows=False)
+        before, found, behind = full.rpartition(answer)
+        if not found:
+            raise ChatError(f"the chat template of {self.folder} leaves an answer out: {full!r}")
+        opens = prompt != self._marked(question, answer_follows=False)  # there is a header
+        if not opens and (not full.startswith(prompt) or before[len(prompt) :].strip()):
+            raise ChatError(
+                f"the chat template of {self.folder} does not begin an answer: it writes "
+                f"{before[len(prompt) :]!r} in front of one, but not where one is asked for "
+                f"(add_generation_prompt).\nprompt:       {prompt!r}\nconversation: {full!r}\n"
+                "Add the header to the template, behind `{% if add_generation_prompt %}`"
+            )
+        if not set(self._within(answer + behind)) & set(self.stop_ids):
+            raise ChatError(self._endless(full))
+
+    def _rendered(self, messages: Sequence[Turn], answer_follows: bool) -> str:
+        """What the template writes, with stand-ins for what messages spell."""
+        said = [{"role": m.role, "content": self._mark(m.content)} for m in messages]
+        return self._template.render(said, answer_follows)
+
+    def _marked(self, messages: Sequence[Turn], answer_follows: bool) -> str:
+        """The same; raises ChatError if the template refuses or leaves a system message out."""
+        try:
+            rendered = self._rendered(messages, answer_follows)
+        except Refused as e:
+            raise ChatError(self._refusal(messages, answer_follows, e)) from e
+        if messages[-1].role == "user":
+            self._check_system(messages, rendered, answer_follows)
+        return rendered
+
+    def _mark(self, text: str) -> str:
+        return text if self._literal is None else self._literal.marked(text)
+
+    def _plain(self, marked: str) -> str:
+        return marked if self._literal is None else self._literal.plain(marked)
 
     def _check_system(self, messages: Sequence[Turn], rendered: str, answer_follows: bool) -> None:
         """Raises ChatError if the rendered conversation has a system message no more."""
         for i, message in enumerate(messages):
             if message.role == "system" and (content := message.content.strip()):
                 rest = [*messages[:i], *messages[i + 1 :]]
-                if content not in rendered and rendered == self._try(rest, answer_follows):
+                there = self._mark(content) in rendered
+                if not there and rendered == self._try(rest, answer_follows):
                     raise ChatError(
                         f"the chat template of {self.folder} leaves out the system message "
                         f"{content!r}. Put what it says into the user's turn (data.system puts a "
@@ -204,7 +261,7 @@ class Chat:
         """The conversation as the template writes it; None if it refuses."""
         try:
             return self._rendered(messages, answer_follows)
-        except TemplateError:
+        except Refused:
             return None
 
     def _refusal(self, messages: Sequence[Turn], answer_follows: bool, error: Exception) -> str:
@@ -219,40 +276,81 @@ class Chat:
             )
         return said + "Bring the turns into an order that it takes (mostly user, assistant, user)"
 
-    def _ids(self, rendered: str) -> tuple[int, ...]:
+    def _endless(self, full: str) -> str:
+        return (
+            "the chat template does not end an answer with one of the stop tokens "
+            f"{self._names(self.stop_ids)}: {self._plain(full)!r}. If it ends with another token, "
+            "add that token's id to eos_token_id in "
+            f"{self.folder / 'generation_config.json'}"
+        )
+
+    def _ids(self, messages: Sequence[Turn], rendered: str) -> tuple[int, ...]:
         """Ids of a rendered conversation, with BOS in front once if the model has it."""
-        ids, bos = self.tokens(rendered), self.tokenizer.bos_token_id
+        ids, bos = self._tokens(rendered), self.tokenizer.bos_token_id
         if bos is not None and ids[:2] == (bos, bos):
             raise ChatError(
                 f"the chat template writes {self.tokenizer.bos_token} twice: {rendered!r}"
             )
-        return ids if self._bos is None or ids[:1] == (bos,) else (self._bos, *ids)
+        if self._bos is None or ids[:1] == (bos,) or self._writes_bos(messages, rendered):
+            return ids
+        return (self._bos, *ids)
 
-    def _within(self, text: str) -> tuple[int, ...]:
+    def _writes_bos(self, messages: Sequence[Turn], rendered: str) -> bool:
+        """Whether the template writes BOS, be it behind other text; what messages spell is theirs."""
+        bos = self.tokenizer.bos_token or ""
+        return rendered.count(bos) > sum(self._mark(m.content).count(bos) for m in messages)
+
+    def _tokens(self, marked: str) -> tuple[int, ...]:
+        """Ids of what the template wrote, all of which the model's embedding has."""
+        ids = self.tokens(marked) if self._literal is None else tuple(self._literal.encode(marked))
+        if self._vocabulary is not None and max(ids, default=0) >= self._vocabulary:
+            raise ChatError(
+                f"the text {self._plain(marked)!r} has the token {self._names([max(ids)])[0]!r}, "
+                f"whose id is {max(ids)}; the model's embedding has {self._vocabulary} rows. Take "
+                "the token out of the text, or a model whose embedding has it"
+            )
+        return ids
+
+    def _within(self, marked: str) -> tuple[int, ...]:
         """Ids of a text that goes on from another: without the space that opens a text alone."""
         anchor = self.tokenizer.eos_token or self._names(self.stop_ids)[0]
-        return self.tokens(anchor + text)[1:]
+        return self._tokens(anchor + marked)[1:]
 
     def _names(self, ids) -> list[str]:
         return self.tokenizer.convert_ids_to_tokens(list(ids))
 
 
+_HERE = (
+    "\ue000here "  # behind a message that is left open; the space tells whether texts are trimmed
+)
 _THINKING = (
     "Where the prompt ends there must begin an answer as the data has it. A thinking model's "
     "template mostly does so with `text.template: {enable_thinking: false}`"
 )
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder. Raises ChatError if there is none."""
-    from transformers import AutoTokenizer  # here, because it takes seconds to import
+def checked_vocabulary(tokenizer: Tokenizer, vocabulary: int | None) -> int | None:
+    """The rows of the model's embedding, if some token has none there; None if all have one.
 
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
-        raise ChatError(f"{folder}: no tokenizer (tokenizer.json or tokenizer.model) there")
-    return AutoTokenizer.from_pretrained(folder)
+    Raises:
+      ChatError: ordinary text may have such a token. Of an added token it is enough that no text
+        has it: many models have a token for padding or images that their embedding does not know.
+    """
+    if vocabulary is None:
+        return None
+    ordinary, added = tokenizer.beyond(vocabulary)
+    if ordinary:
+        raise ChatError(
+            f"{tokenizer.folder}: the tokenizer has {len(tokenizer)} tokens, the model's embedding "
+            f"only {vocabulary}; {ordinary[0]!r} is an ordinary one without a row there. Take "
+            "tokenizer and model from the same place"
+        )
+    return vocabulary if added else None
 
 
-class _Message:
+class Message:
+    """A turn that this module makes."""
+
     def __init__(self, role: str, content: str):
         self.role, self.content = role, content
 
@@ -262,36 +360,41 @@ def _squeezed(text: str) -> str:
     return "".join(text.split())
 
 
-def _with_date(template: str, date: datetime.date) -> str:
-    """The template with `strftime_now`, if it is used, told to take this day for today."""
-    if "strftime_now" not in template:
-        return template
-    written = {f"%{d}": date.strftime(f"%{d}") for d in [*"aAbBdejmyYFDHIMSp", "-d", "-m"]}
-    replaced = "".join(f".replace({mark!r}, {text!r})" for mark, text in written.items())
-    # A macro goes before the global function of this name. `+%}` keeps a line break that follows.
-    macro = "{%- macro strftime_now(format) -%}{{- format" + replaced + " -}}{%- endmacro +%}"
-    return macro + template
+# What a template is given besides messages; special tokens come with the tokenizer.
+_OURS = {"messages", "add_generation_prompt", "tools", "documents", "strftime_now", "today"}
 
 
 def _check_variables(
-    folder: Path, tokenizer: Any, template: str, variables: Mapping[str, Any]
+    folder: Path, tokenizer: Tokenizer, template: str, variables: Mapping[str, object]
 ) -> None:
-    ours = {*inspect.signature(tokenizer.apply_chat_template).parameters, "messages"}
     for name in variables:
-        if name in ours or name == "strftime_now":
+        if name in _OURS or name in tokenizer.special:
             raise ChatError(f"text.template: {name!r} is not for an experiment to set")
         if name not in template:
             raise ChatError(f"text.template: the chat template of {folder} never reads {name!r}")
 
 
-def stop_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
+def stop_ids(folder: Path, tokenizer: Tokenizer, vocabulary: int | None = None) -> tuple[int, ...]:
     """Tokens that end a text, from the generation config (where there is none, the model's, as
-    transformers does) and the tokenizer. Raises ChatError if none."""
+    transformers does) and the tokenizer.
+
+    Raises:
+      ChatError: there are none, or one is no token of the model.
+    """
     files = (folder / name for name in ("generation_config.json", "config.json"))
     file = next((file for file in files if file.exists()), None)
-    configured = json.loads(file.read_text()).get("eos_token_id") if file else None
+    configured = read_object(file).get("eos_token_id") if file else None
     ids = configured if isinstance(configured, list) else [configured]
-    stops = {int(i) for i in [*ids, tokenizer.eos_token_id] if i is not None}
+    most = len(tokenizer) if vocabulary is None else vocabulary
+    named = [(each, f"{file}: eos_token_id") for each in ids]
+    named.append((tokenizer.eos_token_id, f"{folder / CONFIG}: eos_token {tokenizer.eos_token!r}"))
+    for i, where in named:
+        if i is not None and (type(i) is not int or not 0 <= i < most):
+            raise ChatError(
+                f"{where} has {i!r}; a token's id, from 0 to {most - 1}, was expected. Name the "
+                "token that ends an answer, or none"
+            )
+    stops = {i for i, _ in named if i is not None}
     if not stops:
         raise ChatError(f"{folder}: neither the generation config nor the tokenizer has an EOS")
     return tuple(sorted(stops))

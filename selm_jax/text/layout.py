@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from selm_jax.text.chat import Chat, ChatError, Turn
+from selm_jax.text.chat import Chat, ChatError, Message, Turn
 
 Ids = tuple[int, ...]
 
@@ -67,15 +67,15 @@ def paper_ids(chat: Chat, messages: Sequence[Turn], text: str) -> tuple[Ids, Ids
             f"text.layout: paper puts BOS and EOS around every text, but the tokenizer of "
             f"{chat.folder} has no {'BOS' if bos is None else 'EOS'}. Use text.layout: default"
         )
-    prompt = chat.render(messages, answer_follows=False)
+    answer = [Message("assistant", text)]
+    before = chat.rendered_ids(messages)
     try:
-        answer = chat.render([_Answer(text)], answer_follows=False)
+        both = chat.rendered_ids(messages, answer)
     except ChatError as e:
         raise ChatError(
             "text.layout: paper renders an answer alone, as the authors did, which this model's "
             f"template does not allow. Use text.layout: default. ({e})"
         ) from e
-    before, both = chat.tokens(prompt), chat.tokens(prompt + answer)
     start = len(before)
     if both[:start] != before:  # the prompt's last token has become one with what follows
         start -= 1
@@ -106,10 +106,3 @@ def truncate(
         prompt_cut=len(kept) < len(prompt),
         responses_cut=cut,
     )
-
-
-class _Answer:
-    role = "assistant"
-
-    def __init__(self, content: str):
-        self.content = content

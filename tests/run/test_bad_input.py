@@ -95,6 +95,37 @@ def test_data(base, capsys, monkeypatch, tmp_path, changes, overrides, what, hin
     assert nothing_of(out)
 
 
+NO_HEADER = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+)
+MODEL_MISTAKES = {
+    "no header": ("chat_template.jinja", NO_HEADER, "does not begin an answer", "generation_prompt"),
+    "no stop": (
+        "chat_template.jinja", tiny.TEMPLATE.replace("im_end", "im_over"), "does not end an answer",
+        "eos_token_id",
+    ),
+    "no Jinja": ("chat_template.jinja", "\n{% if %}", "chat_template.jinja, line 2", "not valid Jinja"),
+    "a failure": ("chat_template.jinja", "{{ 1 + 'a' }}", "template fails: TypeError", "line 1"),
+    "stop beyond": ("generation_config.json", '{"eos_token_id": 320}', "eos_token_id has 320", "319"),
+    "code": ("tokenizer_config.json", '{"auto_map": {"A": "evil.A"}}', "auto_map", "never run"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", ["run", "preview"])
+@pytest.mark.parametrize("file,content,what,hint", MODEL_MISTAKES.values(), ids=MODEL_MISTAKES)
+def test_a_model_folder(base, capsys, monkeypatch, tmp_path, verb, file, content, what, hint):
+    """With prompts alone, of which no answer of the data would show it."""
+    model = shutil.copytree(base / "model", tmp_path / "model")
+    (model / file).write_text(content)
+    out = tmp_path / "run"
+    message = said(
+        capsys, monkeypatch, verb, base / "experiment.yaml", f"output={out}",
+        f"model.source={model}", "candidates.dataset=false",
+    )  # fmt: skip
+    assert what in message and hint in message and str(model) in message
+    assert nothing_of(out)
+
+
 def test_responses_longer_than_a_row_are_refused_before_training(
     base, capsys, monkeypatch, tmp_path
 ):
@@ -133,12 +164,9 @@ MODEL_MISTAKES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "verb,mistake",
-    [*(("run", name) for name in MODEL_MISTAKES), ("preview", "more layers than tensors")],
-)
-def test_odd_files_of_a_model(base, capsys, monkeypatch, tmp_path, verb, mistake):
-    file, change, what = MODEL_MISTAKES[mistake]
+@pytest.mark.parametrize("file,change,what", MODEL_MISTAKES.values(), ids=MODEL_MISTAKES)
+@pytest.mark.parametrize("verb", ["run", "preview"])
+def test_odd_files_of_a_model(base, capsys, monkeypatch, tmp_path, verb, file, change, what):
     model, out = shutil.copytree(base / "model", tmp_path / "model"), tmp_path / "run"
     before = (model / file).read_bytes()
     (model / file).write_bytes(change(before))

@@ -361,3 +361,74 @@ def test_the_real_smollm2(real_model):
     answer = model.response_ids(user("What is the capital of France?"), "Paris.")
     assert pieces(model, answer) == ["Paris", ".", "<|im_end|>"]
     assert model.stop_ids == (2,)
+
+
+# --- what a model's folder must fulfil, with whatever data -------------------------------------
+
+
+def with_template(folder, tmp_path, source: str) -> Chat:
+    made = shutil.copytree(folder, tmp_path / "model", dirs_exist_ok=True)
+    (made / "chat_template.jinja").write_text(source)
+    return Chat(made)
+
+
+def test_a_made_up_answer_begins_and_ends_in_every_family(family, chat):
+    chat(family).check_made_up()
+
+
+@pytest.mark.parametrize("name", ["always_thinking", "qwen_3"])
+def test_a_template_that_thinks_serves_where_only_the_policy_answers(name, chat):
+    """Though no answer of a data set can follow its header."""
+    thinking = chat(name, Text(date=Text().date))
+    thinking.check_made_up()
+    with pytest.raises(ChatError):
+        thinking.response_ids(user("a"), "b")
+
+
+def test_a_template_without_a_header_begins_no_answer(chat, tmp_path):
+    source = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    )
+    headless = with_template(chat("smollm_2").folder, tmp_path, source)
+    with pytest.raises(ChatError, match=r"does not begin an answer(.|\n)*add_generation_prompt"):
+        headless.check_made_up()
+
+
+@pytest.mark.parametrize("name", ["gemma_2_first", "endless"])
+def test_a_turn_that_ends_with_no_stop_token(name, chat):
+    """The policy would go on with a user's turn of its own."""
+    with pytest.raises(ChatError, match=r"does not end an answer with one of the stop tokens"):
+        chat(name).check_made_up()
+
+
+def test_a_template_that_leaves_answers_out(chat, tmp_path):
+    deaf = with_template(chat("smollm_2").folder, tmp_path, "{{ messages[0].content }}<|im_end|>")
+    with pytest.raises(ChatError, match="leaves an answer out"):
+        deaf.check_made_up()
+
+
+# --- one BOS -----------------------------------------------------------------------------------
+
+OPENINGS = ["\n{{ bos_token }}", " {{ bos_token }}", "Hi.{{ bos_token }}", "{{ bos_token }}"]
+TURNS = "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+
+
+@pytest.mark.parametrize("opening", OPENINGS)
+@pytest.mark.parametrize("said", ["a", "<s>", "<s> a <s>"])
+def test_a_template_that_writes_its_bos_gets_no_other(opening, said, chat, tmp_path):
+    """Be it behind other text: what servers make of such a template has that one alone."""
+    model = with_template(chat("zephyr").folder, tmp_path, opening + TURNS)
+    rendered = model.render(user(said), answer_follows=True)
+    assert model.prompt_ids(user(said)) == model.tokens(rendered)
+    assert model.prompt_ids(user("a")).count(model.tokenizer.bos_token_id) == 1
+
+
+@pytest.mark.parametrize("said", ["a", "a <s>", "<s> a"])
+def test_a_bos_that_a_message_spells_is_not_the_templates(said, chat):
+    """Zephyr's template writes none, so that one is put in front."""
+    model = chat("zephyr")
+    bos = model.tokenizer.bos_token_id
+    assert model.prompt_ids(user(said)) == (
+        bos,
+        *model.tokens(model.render(user(said), answer_follows=True)),
+    )

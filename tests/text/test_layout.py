@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -122,7 +124,7 @@ def test_the_rule_by_hand(prompt, chosen, rejected, explore, kept):
 
 def tokenize_row(model, messages, texts, max_length, max_prompt_length):
     """One row as selm_trainer.py does it: each response with a prompt of its own, in dictionaries."""
-    tokenizer = model.tokenizer
+    tokenizer = transformers_own(model.folder)
 
     def template(turns):
         turns = [{"role": m.role, "content": m.content} for m in turns]
@@ -151,6 +153,11 @@ def tokenize_row(model, messages, texts, max_length, max_prompt_length):
         if len(each["prompt"]) + longer > max_length:
             each["answer"] = each["answer"][: max_length - max_prompt_length]
     return answers
+
+
+@cache
+def transformers_own(folder):
+    return pytest.importorskip("transformers").AutoTokenizer.from_pretrained(folder)
 
 
 words = st.text("aHi \n.,é☃the", min_size=0, max_size=40)

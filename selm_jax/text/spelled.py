@@ -1,0 +1,111 @@
+"""Control tokens that a message spells out, such as a user's `<|im_end|>`.
+
+A tokenizer does not tell whether a template or a user wrote `<|im_end|>`: to the model both are the
+end of a turn. `Literal` encodes what messages spell as text, and what the template writes as tokens.
+Both are told apart by stand-ins, characters that Unicode leaves to private use: before a template
+sees a message, one stands there for each control token that it spells; behind the template, another
+stands for each one that the template wrote.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+
+import tokenizers
+
+from selm_jax.text.tokenizer import ChatError, Tokenizer
+
+# The first stand-ins: of messages, and of the template. Icon fonts use the characters below these.
+_SPELLED, _WRITTEN = 0xF8000, 0x108000
+_MOST = 0x7FF0
+
+
+def control_tokens(tokenizer: Tokenizer, stop_ids: Iterable[int]) -> list[str]:
+    """The tokens that steer: those that the tokenizer calls special, and those that end a text."""
+    added = tokenizer.added_tokens_decoder
+    stops = set(stop_ids)
+    return [t.content for i, t in sorted(added.items()) if (t.special or i in stops) and t.content]
+
+
+class Spelled:
+    """Finds control tokens in texts, the longest where several begin."""
+
+    def __init__(self, tokens: Sequence[str]):
+        self.tokens = list(tokens)
+        longest_first = sorted(self.tokens, key=len, reverse=True)
+        self._any = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+    def find(self, text: str) -> list[str]:
+        return self._any.findall(text)
+
+    def replace(self, text: str, first: int) -> str:
+        """The text with a stand-in, counted from `first`, for each control token."""
+        number = {token: i for i, token in enumerate(self.tokens)}
+        return self._any.sub(lambda match: chr(first + number[match[0]]), text)
+
+
+class Literal:
+    """Encodes conversations whose messages are text and nothing else.
+
+    Args:
+      tokenizer: what a template writes becomes the ids that this one gives.
+      spelled: its control tokens.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, spelled: Spelled):
+        if len(spelled.tokens) > _MOST:
+            raise ChatError(
+                f"text.special_tokens: as_text serves {_MOST:,} control tokens, {tokenizer.folder} has "
+                f"{len(spelled.tokens):,}"
+            )
+        self._spelled = spelled
+        whole = json.loads(tokenizer.backend.to_str())
+        control = set(spelled.tokens)
+        stand_in = {token: chr(_WRITTEN + i) for i, token in enumerate(spelled.tokens)}
+        stand_ins = []
+        for each in whole["added_tokens"]:
+            if each["content"] in control:
+                flags = {k: each[k] for k in ("single_word", "lstrip", "rstrip", "normalized")}
+                stand_ins.append(
+                    tokenizers.AddedToken(stand_in[each["content"]], special=False, **flags)
+                )
+                each["special"] = True  # or `encode_special_tokens` would not make it text
+        backend = tokenizers.Tokenizer.from_str(json.dumps(whole))
+        backend.encode_special_tokens = True
+        backend.add_tokens(stand_ins)
+        self._backend = backend
+        self._ids = {
+            backend.token_to_id(stand_in[token]): tokenizer.backend.token_to_id(token)
+            for token in spelled.tokens
+        }
+
+    def marked(self, text: str) -> str:
+        """A message as the template is to see it.
+
+        Raises:
+          ChatError: it has a character that is used as a stand-in.
+        """
+        if found := next((c for c in text if _is_spelled(c) or ord(c) >= _WRITTEN), None):
+            raise ChatError(
+                f"a message has the character U+{ord(found):X}, which Unicode leaves to private use; "
+                "text.special_tokens: as_text needs it for itself. Remove the character"
+            )
+        return self._spelled.replace(text, _SPELLED)
+
+    def plain(self, marked: str) -> str:
+        """A marked text as people read it."""
+        return "".join(
+            self._spelled.tokens[ord(c) - _SPELLED] if _is_spelled(c) else c for c in marked
+        )
+
+    def encode(self, marked: str) -> list[int]:
+        """Ids of a text that a template made of marked messages."""
+        text = self.plain(self._spelled.replace(marked, _WRITTEN))
+        ids = self._backend.encode(text, add_special_tokens=False).ids
+        return [self._ids.get(i, i) for i in ids]
+
+
+def _is_spelled(character: str) -> bool:
+    return _SPELLED <= ord(character) < _SPELLED + _MOST

@@ -1,0 +1,135 @@
+"""A chat template, rendered in a process of its own (`renderer`), where it is bounded."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import datetime
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from selm_jax.text.tokenizer import ChatError
+
+SECONDS = 5  # of computing, for one conversation; it takes about a millisecond
+MEMORY = 1 << 30  # bytes of the process that renders
+CHARACTERS = 1_000_000  # that a template may write, besides ten for each that it is given
+
+
+class Refused(Exception):
+    """The template refuses a conversation, with its own words."""
+
+
+class Template:
+    """A chat template and what it reads besides messages.
+
+    Args:
+      source: Jinja source.
+      where: the file that it is from, for messages.
+      variables: what it reads besides, such as the texts of special tokens.
+      date: what `strftime_now` takes for today.
+
+    Raises:
+      ChatError: Jinja cannot compile it.
+    """
+
+    def __init__(self, source: str, where: str, variables: Mapping[str, Any], date: datetime.date):
+        self.source, self.where = source, where
+        self._key = hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()
+        self._variables = {"tools": None, "documents": None, **variables, "today": str(date)}
+        self._ask(None)
+
+    def render(self, messages: Sequence[Mapping[str, str]], answer_follows: bool) -> str:
+        """The conversation as the template writes it, with the header of an answer or without.
+
+        Raises:
+          Refused: the template says that it does not take this conversation.
+          ChatError: the template fails, or takes too long or too much.
+        """
+        given = {"messages": messages, "add_generation_prompt": answer_follows}
+        return self._ask(self._variables | given)
+
+    def _ask(self, variables: Mapping[str, Any] | None) -> str:
+        answer = _PROCESS.ask(self._key, self.source, variables)
+        at = f", line {answer['line']}" if answer.get("line") else ""
+        if "text" in answer:
+            return answer["text"]
+        if "refused" in answer:
+            raise Refused(answer["refused"])
+        if "syntax" in answer:
+            raise ChatError(
+                f"{self.where}{at}: the chat template is not valid Jinja: {answer['syntax']}. Mend "
+                "the template, or take it anew from where the model comes from"
+            )
+        raise ChatError(
+            f"{self.where}{at}: the chat template fails: {answer['failed']}. Mend the template, or "
+            "take it anew from where the model comes from"
+        )
+
+
+class _Process:
+    """The process that renders: one, for all templates of this process; started when it is needed."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._started: subprocess.Popen[bytes] | None = None
+        self._of = 0  # the process that started it: a fork of that one needs its own
+        self._known: set[str] = set()
+
+    def ask(self, key: str, source: str, variables: Mapping[str, Any] | None) -> dict[str, Any]:
+        with self._lock:
+            for _ in range(2):  # one that died of something else is started once more
+                process = self._running()
+                request = [key, None if key in self._known else source, variables]
+                answer = self._answer(process, json.dumps(request, default=str).encode())
+                if answer is not None:
+                    if "syntax" not in answer:
+                        self._known.add(key)
+                    return answer
+                ended = process.wait()
+                self._started = None
+                if ended == -signal.SIGXCPU:
+                    return {"failed": f"it is not done after {SECONDS} seconds of computing"}
+            return {"failed": f"the process that rendered it ended with status {ended}"}
+
+    @staticmethod
+    def _answer(process: subprocess.Popen[bytes], request: bytes) -> dict[str, Any] | None:
+        """None if the process is gone."""
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(request + b"\n")
+            process.stdin.flush()
+        except OSError:
+            return None
+        line = process.stdout.readline()
+        return json.loads(line) if line.endswith(b"\n") else None
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._started is None or self._of != os.getpid():
+            program = str(Path(__file__).with_name("renderer.py"))
+            limits = map(str, (SECONDS, MEMORY, CHARACTERS))
+            self._started = subprocess.Popen(
+                [sys.executable, "-P", program, *limits],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+            )
+            self._of, self._known = os.getpid(), set()
+        return self._started
+
+    def stop(self) -> None:
+        """Ends the process; the next question starts another."""
+        process, self._started = self._started, None
+        if process is not None and self._of == os.getpid():
+            with contextlib.suppress(OSError):
+                process.communicate()  # closes its input, at whose end it leaves
+
+
+_PROCESS = _Process()
+atexit.register(_PROCESS.stop)

@@ -220,10 +220,11 @@ def read_lines(path: Path) -> list[Any]:
     return found
 
 
-def rewrite_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Keeps the JSON lines that satisfy `keep`; a torn last line goes too."""
+def rewrite_lines(path: Path, keep: Callable[[dict[str, Any]], bool] = lambda line: True) -> bool:
+    """Keeps the JSON lines that satisfy `keep`; a torn last line goes too. Returns whether the file
+    was another before."""
     if not path.exists():
-        return
+        return False
     kept = []
     for line in jsonl.lines(path.read_bytes()):
         try:
@@ -231,13 +232,24 @@ def rewrite_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
                 kept.append(line.text)
         except jsonl.JsonError:
             continue  # torn by a kill: the step that wrote it runs again
-    write_text(path, "".join(line + "\n" for line in kept))
+    text = "".join(line + "\n" for line in kept)
+    if text.encode() == path.read_bytes():
+        return False
+    write_text(path, text)
+    return True
 
 
 def append_line(path: Path, value: Mapping[str, Any]) -> None:
     """Adds one JSON line."""
     with path.open("a", encoding="utf-8") as f:
         f.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+
+def make_private(path: Path) -> None:
+    """Makes an empty file that nobody else may read, unless there is a file: for a database, whose
+    neighbours (write-ahead log) take their permissions from it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
 
 
 def flush(path: Path) -> None:

@@ -7,7 +7,6 @@ anywhere else, and the reply to an answer is sent when the answer is on the disk
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import secrets
 import time
@@ -25,6 +24,8 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from selm_jax import jsonl
+from selm_jax.annotate.patience import Patient
 from selm_jax.annotate.render import markdown, plain, visible
 from selm_jax.annotate.store import AnnotationError, Item, Store, check_name
 
@@ -132,6 +133,7 @@ def serve(store: Store, batch: str, title: str, host: str, port: int, say=print)
     config = uvicorn.Config(
         make_app(store, batch, title, token),
         host=host, port=port, log_level="error", access_log=False, timeout_graceful_shutdown=2,
+        http=Patient,
     )  # fmt: skip  # no access log: it would hold the token
     try:
         socket = config.bind_socket()
@@ -164,7 +166,9 @@ class _Guard:
                 ]
             await send(message)
 
-        given = scope["path"].split("/")[1]
+        given = (
+            scope["path"].partition("/")[2].partition("/")[0]
+        )  # OPTIONS and CONNECT may lack both
         if secrets.compare_digest(given.encode(), self.token.encode()):
             await self.app(scope, receive, with_headers)
         else:
@@ -180,7 +184,7 @@ async def _body(request: Request) -> dict[str, Any]:
         if len(content) > LARGEST_BODY:
             raise AnnotationError(f"a request of more than {LARGEST_BODY} bytes.")
     try:
-        body = json.loads(content)
+        body = jsonl.value(content.decode("utf-8"))
     except ValueError as error:
         raise AnnotationError(f"a request that is no JSON: {error}.") from error
     if not isinstance(body, dict):
@@ -221,7 +225,7 @@ def _undo(desk: Desk, body: Mapping[str, Any]) -> dict[str, Any]:
 
 def _text(body: Mapping[str, Any], key: str) -> str:
     value = body.get(key)
-    if not isinstance(value, str) or not 0 < len(value) <= 128:
+    if not isinstance(value, str) or not 0 < len(value) <= 128 or not value.isprintable():
         raise AnnotationError(f"{key} is {value!r}; expected a short text.")
     return value
 

@@ -23,6 +23,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from selm_jax import artifacts
+
 LONGEST_NAME = 64
 
 _SCHEMA = """
@@ -141,7 +143,7 @@ class Store:
     def __init__(self, path: Path):
         self.path = Path(path)
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            artifacts.make_private(self.path)
             with self._open() as database:
                 database.execute("pragma journal_mode = wal")
                 database.executescript(_SCHEMA)
@@ -348,7 +350,8 @@ def check_name(name: Any) -> str:
 
 def is_ranking(ranks: Sequence[Any]) -> bool:
     """Whether each is 1 + how many are smaller."""
-    return all(type(r) is int and r == 1 + sum(s < r for s in ranks) for r in ranks)
+    numbers = all(type(r) is int for r in ranks)
+    return numbers and all(r == 1 + sum(s < r for s in ranks) for r in ranks)
 
 
 def _note(database: sqlite3.Connection, request: str, *values: Any) -> bool:

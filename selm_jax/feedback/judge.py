@@ -233,7 +233,7 @@ class JudgeRanker:
         scores = (of_each.sum(1) - 0.5) / (len(candidates) - 1)  # but for itself
         if self.on_malformed == "drop" and unread.sum() > count:
             return np.full(len(candidates), np.nan)
-        scores[unread.all(axis=1)[candidates]] = np.nan
+        scores[np.take(unread.all(axis=1), candidates)] = np.nan
         return scores
 
     def _ratings(

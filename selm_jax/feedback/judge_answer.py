@@ -94,7 +94,7 @@ def _logprobs(choice: Mapping[str, Any]) -> tuple[dict[str, float], ...] | None:
 
 def _usage(tree: Mapping[str, Any]) -> Usage | None:
     """The server's count; None if it is not there or no count: the answer is paid for all the same."""
-    usage = tree.get("usage")
+    usage: Any = tree.get("usage")
     try:
         found = Usage(int(usage["prompt_tokens"]), int(usage.get("completion_tokens") or 0))
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError):

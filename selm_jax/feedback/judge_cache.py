@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from selm_jax import artifacts
 from selm_jax.feedback.ranker import FeedbackError
 
 _VERSION = 1  # of the table and of what the key is made of
@@ -48,10 +49,10 @@ class AnswerCache:
         self._connection: sqlite3.Connection | None = None
 
     def __enter__(self) -> AnswerCache:  # noqa: PYI034  (beartype takes no Self on a method)
-        self.file.parent.mkdir(parents=True, exist_ok=True)
         # Autocommit: every statement is a transaction. Other writers are waited for, a minute.
         connection = None
         try:
+            artifacts.make_private(self.file)
             connection = sqlite3.connect(self.file, timeout=60, isolation_level=None)
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")  # on the disk when `put` returns
@@ -66,7 +67,7 @@ class AnswerCache:
                 "(key TEXT PRIMARY KEY, model TEXT, request TEXT, answer TEXT) WITHOUT ROWID"
             )
             connection.execute(f"PRAGMA user_version = {_VERSION}")
-        except sqlite3.DatabaseError as error:
+        except (OSError, sqlite3.DatabaseError) as error:
             if connection is not None:
                 connection.close()
             raise FeedbackError(
@@ -74,7 +75,8 @@ class AnswerCache:
                 "`cache`."
             ) from error
         except FeedbackError:
-            connection.close()
+            if connection is not None:
+                connection.close()
             raise
         self._connection = connection
         return self

@@ -1,0 +1,37 @@
+"""A limit of time for requests to arrive in: uvicorn has none, and a connection costs a file."""
+
+from __future__ import annotations
+
+import asyncio
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+SECONDS = 20.0  # for the whole of a request, from the first byte or the connection on
+
+
+class Patient(H11Protocol):
+    """Hangs up on whoever has not sent a whole request in time."""
+
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore
+        super().connection_made(transport)
+        self._late = self.loop.call_later(SECONDS, transport.close)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        whole = self.conn.their_state not in (h11.IDLE, h11.SEND_BODY)
+        if whole:
+            self._stop_waiting()
+        elif self._late is None:
+            self._late = self.loop.call_later(SECONDS, self.transport.close)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def _stop_waiting(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None

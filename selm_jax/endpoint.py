@@ -72,6 +72,8 @@ class Endpoint:
         timeout: seconds for one whole answer.
         retries: most times one request is sent again.
         backoff: seconds before the first retry.
+        on_fault: told each fault in words, before it is waited for another try. What it raises ends
+            the request.
 
     Attributes:
         tries: what became of the requests since it was opened.
@@ -86,8 +88,10 @@ class Endpoint:
         timeout: float = 120.0,
         retries: int = 6,
         backoff: float = 1.0,
+        on_fault: Callable[[str], None] = lambda fault: None,
     ):
         self.url = url
+        self.on_fault = on_fault
         self.key_env = key_env
         self.concurrency = concurrency
         self.timeout = timeout
@@ -135,6 +139,7 @@ class Endpoint:
         Raises:
             ServerError: no answer that can be read, after all tries.
         """
+        first = ""
         for attempt in range(self.retries + 1):
             self.tries.requests += 1
             self.tries.retries += attempt > 0
@@ -142,6 +147,8 @@ class Endpoint:
                 return await self._post(body, read)
             except _Fault as fault:
                 what = f"{self.url}{about}: {fault}"
+                first = first or str(fault)
+                self.on_fault(str(fault))
                 if fault.final or attempt == self.retries:
                     break
                 wait = min(self.backoff * 2.0 ** min(attempt, 60), _LONGEST_WAIT) * random.uniform(
@@ -152,7 +159,8 @@ class Endpoint:
                 if not await self._still_open_after(wait):
                     break
         self.tries.failures += 1
-        raise ServerError(f"{what} (try {attempt + 1} of at most {self.retries + 1})")
+        began = "" if first in what else f"; the first fault was {first}"
+        raise ServerError(f"{what} (try {attempt + 1} of at most {self.retries + 1}{began})")
 
     async def _still_open_after(self, seconds: float) -> bool:
         try:

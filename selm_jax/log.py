@@ -2,54 +2,112 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Mapping
+import secrets
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from selm_jax.config import Experiment, as_dict
 
+WANDB_ID = "wandb_id"  # file of the run folder: the id by which a resumed run goes on in wandb
+
 
 class LogError(RuntimeError):
-    """A tracker that was asked for and is not there."""
-
-
-def check_trackers(experiment: Experiment) -> None:
-    """Raises LogError if a tracker that the experiment wants is not installed."""
-    if experiment.log.wandb is not None and importlib.util.find_spec("wandb") is None:
-        raise LogError(
-            "log.wandb is set, but wandb is not installed: pip install 'selm_jax[wandb]'"
-        )
+    """A tracker that was asked for cannot be had."""
 
 
 class Writers:
-    """Writes each line of metrics under `iteration_T/`, by its step."""
+    """Writes each line of metrics under `iteration_T/`, by its step.
 
-    def __init__(self, folder: Path, experiment: Experiment):
+    They are opened before any work, so that what a tracker lacks is not found after hours of it. A
+    resumed run goes on in both: TensorBoard's files are written anew from the record, and wandb's run
+    is the one whose id lies in the run folder.
+
+    Args:
+        logged: the lines of the record so far.
+
+    Raises:
+        LogError: a tracker is not installed, or cannot be opened.
+    """
+
+    def __init__(
+        self, folder: Path, experiment: Experiment, logged: Iterable[Mapping[str, Any]] = ()
+    ):
+        self.folder = folder / "tensorboard"
         self.tensorboard = self.wandb = None
-        if experiment.log.tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self.tensorboard = SummaryWriter(str(folder / "tensorboard"))
+        self.draws = experiment.log.tensorboard
+        if self.draws:
+            self.folder.mkdir(parents=True, exist_ok=True)
         if experiment.log.wandb is not None:
-            import wandb  # pyright: ignore[reportMissingImports]
+            self.wandb = _wandb_run(folder, experiment)
+        self.start_over(logged)
 
-            self.wandb = wandb.init(
-                project=experiment.log.wandb, name=folder.name, config=as_dict(experiment)
-            )
+    def start_over(self, logged: Iterable[Mapping[str, Any]]) -> None:
+        """Takes these lines for the record so far: some were taken out of it.
+
+        What wandb has it keeps. Its steps are the lines' numbers, so that it takes none twice.
+        """
+        self.logged = list(logged)
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+            self.tensorboard = None
 
     def write(self, line: Mapping[str, Any]) -> None:
-        stage, t = line["stage"], line["iteration"]
-        step = line.get("step", t)
-        prefix = f"iteration_{t}/" if "step" in line else ""
-        values = {
-            f"{stage}/{prefix}{key}": value
-            for key, value in line.items()
-            if isinstance(value, int | float) and key not in ("iteration", "step")
-        }
-        if self.tensorboard is not None:
-            for key, value in values.items():
-                self.tensorboard.add_scalar(key, value, step)
-            self.tensorboard.flush()
+        if self.draws:
+            if self.tensorboard is None:
+                self._open_tensorboard()
+            self._draw(line)
+        self.logged.append(line)
         if self.wandb is not None:
-            self.wandb.log(values | {"iteration": t})
+            step = len(self.logged)
+            self.wandb.log(_values(line) | {"iteration": line["iteration"]}, step=step)
+
+    def _open_tensorboard(self) -> None:
+        """Draws the record so far, in place of what was drawn before."""
+        from tensorboardX import SummaryWriter
+
+        for file in self.folder.glob("events.out.tfevents.*"):
+            file.unlink()
+        self.tensorboard = SummaryWriter(str(self.folder))
+        for line in self.logged:
+            self._draw(line)
+
+    def _draw(self, line: Mapping[str, Any]) -> None:
+        assert self.tensorboard is not None
+        for key, value in _values(line).items():
+            self.tensorboard.add_scalar(key, value, line.get("step", line["iteration"]))
+        self.tensorboard.flush()
+
+
+def _values(line: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a line by the names that trackers show."""
+    prefix = f"iteration_{line['iteration']}/" if "step" in line else ""
+    return {
+        f"{line['stage']}/{prefix}{key}": value
+        for key, value in line.items()
+        if isinstance(value, int | float) and key not in ("iteration", "step")
+    }
+
+
+def _wandb_run(folder: Path, experiment: Experiment) -> Any:
+    try:
+        import wandb  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise LogError(
+            "log.wandb is set, but wandb is not installed: pip install 'selm_jax[wandb]'"
+        ) from error
+    file = folder / WANDB_ID
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(secrets.token_hex(4), encoding="utf-8")
+    try:
+        return wandb.init(
+            project=experiment.log.wandb, name=folder.name, config=as_dict(experiment),
+            id=file.read_text(encoding="utf-8").strip(), resume="allow",
+        )  # fmt: skip
+    except Exception as error:  # of its own many kinds, or of the way to its server
+        why = f"{type(error).__name__}: {error}".rstrip(".")
+        raise LogError(
+            f"log.wandb is {experiment.log.wandb!r}, but wandb cannot be opened: {why}. Log in (`wandb "
+            "login`, or the variable WANDB_API_KEY), set WANDB_MODE=offline, or take log.wandb away"
+        ) from error

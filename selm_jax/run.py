@@ -24,7 +24,7 @@ from rich.console import Console
 from selm_jax import artifacts
 from selm_jax.config import Experiment, as_dict, dump
 from selm_jax.feedback import ranker as rankers
-from selm_jax.log import Writers, check_trackers
+from selm_jax.log import Writers
 from selm_jax.models.config import DecoderConfig
 from selm_jax.models.decoder import Decoder, Params, abstract_adapters, abstract_params
 from selm_jax.models.families import read_as_reward_model, read_config
@@ -87,6 +87,7 @@ class Run:
         self.console = console or Console(quiet=not multihost.is_first())
         self.store = store
         self.imports = imports
+        self.servers: dict[str, str | None] = {}  # versions of those that answered, by iteration
 
     # Where things are
 
@@ -506,9 +507,6 @@ class Run:
         """What the first process alone asks and writes to."""
         rows = [] if self.experiment.taught else [*self.every_prompt(), *self.heldout]
         rankers.check_asked(self.ranker, [question(prompt) for prompt in rows])
-        check_trackers(self.experiment)
-        if self.experiment.rollout.remote is not None:
-            remote.check(self.experiment.rollout.remote)
 
     def check(self) -> None:
         """Builds everything that can fail before any work is done."""
@@ -538,6 +536,9 @@ class Run:
         if not self.rates:
             _ = self.engine
             decoding_shardings(self.config, self.decode_mesh)
+            if (server := e.rollout.remote) is not None:
+                tokens = self.longest_prompt + e.rollout.max_new_tokens
+                multihost.on_first(lambda: remote.check(server, tokens))
         if e.training.parameter_dtype == "bfloat16" and min(e.training.learning_rate) < 1e-5:
             self.console.print(
                 "training.parameter_dtype is bfloat16: at this learning rate most steps are "
@@ -580,6 +581,7 @@ class Run:
         file = self.folder / "manifest.json"
         manifest = json.loads(file.read_text()) if file.exists() else {}
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        servers = manifest.get("servers", {}) | self.servers
         device = jax.devices()[0]
         artifacts.write_json(
             file,
@@ -600,6 +602,7 @@ class Run:
                 "processes": multihost.count(),
                 "created": manifest.get("created", now),
                 "feedback": dict(self._asked()),
+                **({"servers": servers} if servers else {}),
             },
         )
 
@@ -626,7 +629,9 @@ class Run:
 
     @cached_property
     def writers(self) -> Writers:
-        return Writers(self.folder, self.experiment)
+        """The trackers, opened when they are first asked for: before the first stage that has work."""
+        artifacts.rewrite_lines(self.metrics_file)  # a kill may have torn the last one
+        return Writers(self.folder, self.experiment, artifacts.read_lines(self.metrics_file))
 
     def logged(self, stage: str, t: int) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl that a stage of iteration t has written."""
@@ -638,13 +643,18 @@ class Run:
         if not multihost.is_first():
             return
         line = {"stage": stage, "iteration": t, **metrics}
+        writers = (
+            self.writers
+        )  # opened before the line is in the record, or they would show it twice
         artifacts.append_line(self.metrics_file, line)
-        self.writers.write(line)
+        writers.write(line)
 
     def forget_metrics(self, which: Callable[[dict[str, Any]], bool]) -> None:
         """Drops lines of metrics.jsonl that are about to be written again."""
         if multihost.is_first():
-            artifacts.rewrite_lines(self.metrics_file, lambda line: not which(line))
+            writers = self.writers
+            if artifacts.rewrite_lines(self.metrics_file, lambda line: not which(line)):
+                writers.start_over(artifacts.read_lines(self.metrics_file))
 
     def bar(self, title: str, total: int, unit: str):
         return bar(self.console, title, total, unit)

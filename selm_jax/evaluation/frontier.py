@@ -177,7 +177,7 @@ def known(*tables: Float[np.ndarray, "_ prompts"]) -> list[Float[np.ndarray, "_ 
 def _interval(name: str, e: Estimate) -> dict[str, float | None]:
     """The mean under `name`, and the ends of its interval if it has one."""
     ends = {f"{name}_low": e.low, f"{name}_high": e.high}
-    return {name: e.mean} | {key: end for key, end in ends.items() if end is not None}
+    return {name: e.mean, **{key: end for key, end in ends.items() if end is not None}}
 
 
 def _of_kind(answers: pa.Table, kind: str) -> pa.Table:

@@ -11,6 +11,7 @@ asked for it before each part, so that no iteration is ever answered by the poli
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import json
 import os
@@ -19,7 +20,6 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import httpx2
 import numpy as np
@@ -36,130 +36,16 @@ from selm_jax.endpoint import (
     for_each,
     is_here,
 )
-from selm_jax.rollout import keeper
+from selm_jax.rollout import keeper, server_log
+from selm_jax.rollout.dialects import DIALECTS, Said, Served
 from selm_jax.rollout.engine import Request, Response
 from selm_jax.rollout.sampling import Sampling
 from selm_jax.weights.sources import cache_root
 
 _LOOK_EVERY = 0.5  # seconds between two looks whether the server is there
-_LAST_WORDS = 2000  # characters of a server's log that an error shows
+_LAST_BREATH_SECONDS = 2.0  # until a server that answers no more has ended, if it is to
 _TERMINATE_SECONDS = 30.0  # for a server to end when it is told to
 _BEFORE_SECONDS = 60.0  # for one that a killed run has left to end
-
-
-class Said(NamedTuple):
-    """One answer as a server tells it.
-
-    Attributes:
-        tokens: ids; the token that ended it is their last or missing, as the server likes.
-        finish: "stop", "length", or whatever else it says.
-        end: the token that ended it, if it is told.
-    """
-
-    tokens: tuple[int, ...]
-    finish: str
-    end: int | None
-
-
-class Dialect(NamedTuple):
-    """How a kind of server is spoken to.
-
-    Attributes:
-        generate, model: paths of its addresses.
-        body: (name, prompt, sampling or None for the greedy answer, tokens at most, stop ids, seed)
-            to the JSON of a request.
-        read: the JSON of an answer to what was said.
-        served: the JSON of `model` to the folders that it serves, by the names that requests give.
-        example: a command that starts it.
-    """
-
-    generate: str
-    model: str
-    body: Callable[[str, Sequence[int], Sampling | None, int, Sequence[int], int], dict[str, Any]]
-    read: Callable[[Any], Said]
-    served: Callable[[Any], dict[str, str]]
-    example: str
-
-
-def _vllm_body(name, prompt, sampling, most, stop_ids, seed) -> dict[str, Any]:
-    return {
-        "model": name,
-        "prompt": list(prompt),
-        "max_tokens": most,
-        "seed": seed,
-        # Its own idea of an end is the model folder's eos token; ours may be more than that one.
-        "ignore_eos": True,
-        "stop_token_ids": list(stop_ids),
-        "return_token_ids": True,
-        # All of them, or it takes those that it does not find from generation_config.json.
-        "repetition_penalty": 1.0,
-        "presence_penalty": 0.0,
-        "frequency_penalty": 0.0,
-        **_filters(sampling),
-    }
-
-
-def _sglang_body(name, prompt, sampling, most, stop_ids, seed) -> dict[str, Any]:
-    # It takes no seed but in a mode of its own, and with `ignore_eos` no stop ids either.
-    parameters = {
-        "max_new_tokens": most,
-        "stop_token_ids": list(stop_ids),
-        "repetition_penalty": 1.0,
-        "presence_penalty": 0.0,
-        "frequency_penalty": 0.0,
-        **_filters(sampling),
-    }
-    return {"input_ids": list(prompt), "sampling_params": parameters}
-
-
-def _filters(sampling: Sampling | None) -> dict[str, Any]:
-    if sampling is None:
-        return {"temperature": 0.0, "top_k": -1, "top_p": 1.0, "min_p": 0.0}
-    return {
-        "temperature": sampling.temperature,
-        "top_k": sampling.top_k or -1,
-        "top_p": sampling.top_p,
-        "min_p": sampling.min_p,
-    }
-
-
-def _vllm_said(tree: Any) -> Said:
-    choice = tree["choices"][0]
-    if choice.get("token_ids") is None:
-        raise ServerError("without token ids: this needs a vLLM that knows `return_token_ids`")
-    end = choice.get("stop_reason")
-    return Said(tuple(choice["token_ids"]), choice["finish_reason"], _token(end))
-
-
-def _sglang_said(tree: Any) -> Said:
-    if tree.get("output_ids") is None:
-        raise ServerError("without token ids: this needs an SGLang that returns `output_ids`")
-    finish = tree["meta_info"]["finish_reason"]
-    return Said(tuple(tree["output_ids"]), finish["type"], _token(finish.get("matched")))
-
-
-def _token(end: Any) -> int | None:
-    return end if isinstance(end, int) else None
-
-
-DIALECTS: Mapping[str, Dialect] = {
-    "vllm": Dialect(
-        "/v1/completions",
-        "/v1/models",
-        _vllm_body,
-        _vllm_said,
-        lambda tree: {each["id"]: each.get("root") or each["id"] for each in tree["data"]},
-        "vllm serve {model} --port 8000",
-    ),
-    "sglang": Dialect(
-        "/generate",
-        "/get_model_info",
-        _sglang_body,
-        _sglang_said,
-        lambda tree: {"": tree["model_path"]},
-        "python -m sglang.launch_server --model-path {model} --port 8000",
-    ),
-}
 
 
 def named(folder: Path) -> Path:
@@ -176,17 +62,28 @@ def named(folder: Path) -> Path:
     return link
 
 
-def check(settings: Remote) -> None:
-    """Looks at what a server needs before any work is done.
+def check(settings: Remote, tokens: int) -> None:
+    """Looks at what a server needs before any work is done; at the server too, if it is there already.
+
+    Args:
+        tokens: of a prompt with its answer, at most.
 
     Raises:
-        ServerError: a url that is none, or an API key that the environment lacks.
+        ServerError: a url that is none, an API key that the environment lacks, a server of another
+            kind, or one whose context is too short.
     """
-    checked_url(settings.url, "rollout.remote.url")
+    root = str(checked_url(settings.url, "rollout.remote.url")).rstrip("/")
     try:
         api_key(settings.key_env)
     except ServerError as error:
         raise ServerError(f"rollout.remote: {error}") from None
+    if settings.command is None:
+        for each in (_served(settings, root) or {}).values():
+            _check_context(root, each, tokens)
+
+
+class _Ended(ServerError):
+    """The server that was started here has ended."""
 
 
 class Server:
@@ -198,16 +95,18 @@ class Server:
         folder: of the policy, as the server is to name it.
         log: file for what a started server says; it is added to.
         sampling: of the answers that are drawn.
+        longest_prompt: most tokens of one.
         max_new_tokens, stop_ids: when an answer ends.
         vocabulary: how many tokens there are.
         say: told in words what is waited for.
 
     Attributes:
         tries: what became of the requests.
+        version: of the server, such as "vllm 0.32.0", once it is entered; None if it does not tell.
 
     Raises:
         ServerError: settings that cannot be; when it is entered: no server, or one that serves
-            another model, or the command ended.
+            another model or has too short a context, or the command ended.
     """
 
     def __init__(
@@ -217,6 +116,7 @@ class Server:
         *,
         log: Path,
         sampling: Sampling,
+        longest_prompt: int,
         max_new_tokens: int,
         stop_ids: Sequence[int],
         vocabulary: int,
@@ -225,16 +125,21 @@ class Server:
         self.settings, self.dialect = settings, DIALECTS[settings.engine]
         self.folder, self.log, self._say = folder, log, say
         self.tries = Tries()
+        self.version: str | None = None
         self.sampling, self.max_new_tokens = sampling, max_new_tokens
+        self.longest_prompt = longest_prompt
         self.stop_ids, self.vocabulary = tuple(stop_ids), vocabulary
         self._root = str(checked_url(settings.url, "rollout.remote.url")).rstrip("/")
         self._process: subprocess.Popen[bytes] | None = None
+        self._log_began = 0  # bytes of the log before the server was started
+        self._fault = ""  # the first one of the requests under way
 
     def __enter__(self) -> Server:  # noqa: PYI034  (beartype takes no Self on a method)
         if self.settings.command is not None:
             self._start(self.settings.command)
         try:
             self._wait()
+            self.version = self._tells_version()
         except BaseException:
             self._stop()
             raise
@@ -259,6 +164,7 @@ class Server:
             ServerError: an answer could not be had, or is none of this model, or the server has
                 another one by now.
         """
+        self._fault = ""
         return asyncio.run(self._answers(self._wait(), requests, seed, iteration, progress))
 
     async def _answers(self, name, requests, seed, iteration, progress) -> list[Response]:
@@ -266,7 +172,7 @@ class Server:
         todo = [(request, sample) for request in requests for sample in request.wanted()]
         endpoint = Endpoint(
             self._root + self.dialect.generate, key_env=s.key_env, concurrency=s.concurrency,
-            timeout=s.timeout, retries=s.retries,
+            timeout=s.timeout, retries=s.retries, on_fault=self._check_alive,
         )  # fmt: skip
         endpoint.tries = self.tries
 
@@ -282,8 +188,18 @@ class Server:
             found.append(response)
             progress(1, len(response.tokens))
 
-        async with endpoint:
-            await for_each(todo, ask, s.concurrency)
+        try:
+            async with endpoint:
+                await for_each(todo, ask, s.concurrency)
+        except _Ended:
+            raise
+        except ServerError as error:
+            if self._process is not None:  # it may have ended just now, which explains the error
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(_LAST_BREATH_SECONDS)
+                self._check_alive(str(error))
+            known = server_log.advice(str(error))
+            raise ServerError(f"{error}{known and f'. {known.rstrip()}'}") from None
         return sorted(found, key=lambda r: (r.index, r.sample))
 
     def _read(self, text: str) -> Said:
@@ -323,6 +239,7 @@ class Server:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             self._wait_for_the_one_before(log.fileno())
+            self._log_began = server_log.size_of(self.log)
             self._process = keeper.start(parts, log)
 
     def _wait_for_the_one_before(self, log: int) -> None:
@@ -344,18 +261,30 @@ class Server:
                 "yourself"
             )
 
+    def _check_alive(self, fault: str = "") -> None:
+        """Raises _Ended if the server was started here and has ended. `fault` is what made us look: of
+        several the first one is told."""
+        self._fault = self._fault or fault
+        if self._process is None or (status := self._process.poll()) is None:
+            return
+        first = f"The first fault of a request was {self._fault}. " if self._fault else ""
+        raise _Ended(
+            f"rollout.remote.command ended with status {status}. {first}"
+            f"{server_log.story(self.log, self._log_began)}"
+        )
+
     def _wait(self) -> str:
         """Returns the name of the policy for requests, as soon as the server has one."""
-        until, told = time.monotonic() + self.settings.start_seconds, False
+        until, told = time.monotonic() + self.settings.start_seconds, None
+        how = self.dialect.example.format(
+            model=self.folder, port=httpx2.URL(self._root).port or 8000
+        )
         while True:
-            if self._process is not None and (status := self._process.poll()) is not None:
-                raise ServerError(
-                    f"rollout.remote.command ended with status {status}. The end of {self.log}:\n"
-                    f"{_end_of(self.log)}"
-                )
+            self._check_alive()
             found = self._serves()
-            for name, folder in (found or {}).items():
-                if folder == str(self.folder):
+            for name, served in (found or {}).items():
+                if served.folder == str(self.folder):
+                    _check_context(self._root, served, self.longest_prompt + self.max_new_tokens)
                     return name
             what = f"{self._root} to serve {self.folder}"
             if found and self._process is not None:
@@ -363,47 +292,29 @@ class Server:
                     f"{self._root} serves {_listed(found)}, found where rollout.remote.command was to "
                     f"serve {self.folder}. Does the command name {{model}}, and the port of the url?"
                 )
+            there = "nobody answers there" if found is None else f"it serves {_listed(found)}"
             if time.monotonic() > until:
-                there = "nobody answers there"
-                if found is not None:
-                    there = f"it serves {_listed(found)}"
-                how = self.dialect.example.replace("{model}", str(self.folder))
                 raise ServerError(
                     f"waited {self.settings.start_seconds:g} s for {what}; {there}. For instance: "
                     f"{how}"
                 )
-            if not told:
-                self._say(f"waits for {what}")
-                told = True
+            if told != there:
+                way = "" if self._process is not None else f". For instance: {how}"
+                self._say(f"waits for {what}; {there} now{way}")
+                told = there
             time.sleep(_LOOK_EVERY)
 
-    def _serves(self) -> dict[str, str] | None:
-        """The folders that the server serves, by name; None if it does not answer, or not yet; none
-        of them if it is of another kind."""
-        headers = authorization(api_key(self.settings.key_env))
-        try:
-            answer = httpx2.get(
-                self._root + self.dialect.model, headers=headers, timeout=10,
-                trust_env=not is_here(self._root),
-            )  # fmt: skip
-        except httpx2.RequestError:
+    def _serves(self) -> dict[str, Served] | None:
+        return _served(self.settings, self._root)
+
+    def _tells_version(self) -> str | None:
+        answer = _get(self.settings, self._root + self.dialect.about)
+        if answer is None or answer.status_code != 200:
             return None
-        if answer.status_code >= 500:  # it is loading
-            return None
-        if answer.status_code == 404:
-            return {}
-        if answer.status_code != 200:
-            raise ServerError(
-                f"{self._root}{self.dialect.model}: HTTP status {answer.status_code}. If it wants a key: "
-                "rollout.remote.key_env names the environment variable that holds it"
-            )
         try:
-            return self.dialect.served(answer.json())
+            return f"{self.settings.engine} {answer.json()['version']}"
         except (ValueError, KeyError, TypeError):
-            raise ServerError(
-                f"{self._root}{self.dialect.model} does not answer as {self.settings.engine} does; is "
-                "rollout.remote.engine right?"
-            ) from None
+            return None
 
     def _stop(self) -> None:
         if self._process is not None:
@@ -424,9 +335,56 @@ def _locked(file: int) -> bool:
     return True
 
 
-def _listed(served: Mapping[str, str]) -> str:
-    return ", ".join(served.values()) or "nothing that rollout.remote.engine would"
+def _served(settings: Remote, root: str) -> dict[str, Served] | None:
+    """What the server at this address serves, by name; None if it does not answer, or not yet; nothing
+    if it has no such address.
+
+    Raises:
+        ServerError: it is of another kind, or wants a key.
+    """
+    dialect = DIALECTS[settings.engine]
+    answer = _get(settings, root + dialect.model)
+    if answer is None or answer.status_code >= 500:  # it is loading
+        return None
+    if answer.status_code == 404:
+        for name in DIALECTS.keys() - {settings.engine}:
+            there = _get(settings, root + DIALECTS[name].model)
+            if there is not None and there.status_code == 200:
+                raise ServerError(
+                    f"{root} answers as {name} does, rollout.remote.engine is {settings.engine}"
+                )
+        return {}
+    if answer.status_code != 200:
+        raise ServerError(
+            f"{root}{dialect.model}: HTTP status {answer.status_code}. If it wants a key: "
+            "rollout.remote.key_env names the environment variable that holds it"
+        )
+    try:
+        return dialect.served(answer.json())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ServerError(
+            f"{root}{dialect.model} does not answer as {settings.engine} does; is "
+            "rollout.remote.engine right?"
+        ) from None
 
 
-def _end_of(log: Path) -> str:
-    return log.read_bytes()[-_LAST_WORDS:].decode("utf-8", "replace")
+def _get(settings: Remote, url: str) -> httpx2.Response | None:
+    headers = authorization(api_key(settings.key_env))
+    try:
+        return httpx2.get(url, headers=headers, timeout=10, trust_env=not is_here(url))
+    except httpx2.RequestError:
+        return None
+
+
+def _check_context(root: str, served: Served, tokens: int) -> None:
+    if served.longest is not None and served.longest < tokens:
+        raise ServerError(
+            f"{root} serves {served.folder} with a context of {served.longest:,} tokens "
+            f"(max_model_len); the longest prompt and rollout.max_new_tokens together are {tokens:,}. "
+            f"Start it with --max-model-len {tokens} or more, or ask for fewer new tokens"
+        )
+
+
+def _listed(served: Mapping[str, Served]) -> str:
+    folders = [each.folder for each in served.values()]
+    return ", ".join(folders) or "nothing that rollout.remote.engine would"

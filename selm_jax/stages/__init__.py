@@ -72,6 +72,7 @@ class Stage:
             if self.name not in record.read():  # it was taken out, to be done with other settings
                 for name in self.goes_on_from:
                     artifacts.remove(run.iteration(t) / name)
+            _ = run.writers  # there is work to do: what a tracker lacks is to be known before it
             record.begin(self.name, inputs, settings)
             return inputs
 

@@ -67,7 +67,7 @@ def scores_in_parts(
                 scores += _arrays(found)
                 told.update(of_part)
                 advance(len(found), 0)
-        check_read(run, told)
+        check_read(run, dict(told))
     except UnreadableJudge:
         multihost.on_first(lambda: artifacts.remove(run.iteration(t) / FOLDER))
         raise

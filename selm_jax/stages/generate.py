@@ -110,6 +110,7 @@ def _by_server(run: Run, t: int, advance: Advance) -> Iterator[Answer]:
         Path(multihost.on_first(lambda: str(named(run.policy(t - 1))))),
         log=run.folder / "server.log",
         sampling=engine.sampling,
+        longest_prompt=run.longest_prompt,
         max_new_tokens=engine.max_new_tokens,
         stop_ids=engine.stop_ids,
         vocabulary=run.config.vocab_size,
@@ -123,6 +124,8 @@ def _by_server(run: Run, t: int, advance: Advance) -> Iterator[Answer]:
                 nonlocal server
                 if server is None:
                     server = stack.enter_context(policy)
+                    run.servers[str(t)] = server.version
+                    run.write_manifest()
                 seed = run.experiment.seed
                 write(server.generate(requests, seed=seed, iteration=t, progress=advance))
 

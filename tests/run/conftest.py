@@ -1,7 +1,11 @@
 """The loop is tested on one device; what the mesh changes is tested in tests/training."""
 
+import contextlib
+import threading
+
 import jax
 import pytest
+import stand_in
 
 from selm_jax.parallel.mesh import make_mesh
 
@@ -16,3 +20,18 @@ def one_device():
         )
         patch.delenv("XLA_FLAGS", raising=False)  # for the processes that tests start
         yield
+
+
+@pytest.fixture
+def serving():
+    """serving(engine, folder, ...) -> a server at work."""
+    with contextlib.ExitStack() as stack:
+
+        def start(*arguments, **settings):
+            server = stand_in.StandIn(*arguments, **settings)
+            threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+            stack.callback(server.server_close)
+            stack.callback(server.shutdown)
+            return server
+
+        yield start

@@ -1,6 +1,9 @@
 """A server that speaks as vLLM or SGLang do, as far as `rollout.remote` listens; no model, no JAX.
 
-python stand_in.py vllm FOLDER PORT
+python stand_in.py vllm FOLDER PORT [--dies ANSWERS LAST_WORDS]
+
+With a number of answers it dies after so many, as vLLM does: a request that it has fails with status 500
+first, then its process says its last words and is gone.
 """
 
 from __future__ import annotations
@@ -35,6 +38,24 @@ def some_letters(body) -> list[int]:
     return [100 + number % 7 + i for i in range(1 + number % 5)] + [end]
 
 
+def mortal(answers: int, last_words: str) -> Callable:
+    """Answers so many requests; the next one fails, and the one after that is the last."""
+    left = iter(range(answers + 2))
+
+    def answer(body):
+        number = next(left)
+        if number < answers:
+            return some_letters(body)
+        if number == answers:
+            return 500, {
+                "error": "EngineCore encountered an issue. See stack trace for the root cause."
+            }
+        print(last_words.replace("|", "\n"), flush=True)
+        os._exit(7)
+
+    return answer
+
+
 class StandIn(ThreadingHTTPServer):
     """Serves `folder` (None: it is not up yet) on a port of its own; `bodies` are what it was asked.
 
@@ -46,6 +67,7 @@ class StandIn(ThreadingHTTPServer):
 
     def __init__(self, engine: str, folder, port: int = 0, answer: Callable = some_letters):
         self.engine, self.folder, self.answer = engine, folder, answer
+        self.longest = None  # what it tells of its context
         self.bodies: list[dict[str, Any]] = []
         super().__init__(("127.0.0.1", port), _Handler)
 
@@ -60,12 +82,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         paths = {"vllm": "/v1/models", "sglang": "/get_model_info"}
-        if self.path != paths[self.server.engine]:
+        if self.path in ("/version", "/get_server_info"):
+            self.reply(200, {"version": "0.0.1"})
+        elif self.path != paths[self.server.engine]:
             self.reply(404, {"error": "no such path"})
         elif self.server.folder is None:
             self.reply(503, {"error": "loading"})
         elif self.server.engine == "vllm":
-            self.reply(200, {"data": [{"id": "policy", "root": str(self.server.folder)}]})
+            about = {"id": "policy", "root": str(self.server.folder)}
+            self.reply(200, {"data": [about | {"max_model_len": self.server.longest}]})
         else:
             self.reply(200, {"model_path": str(self.server.folder)})
 
@@ -91,4 +116,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 if __name__ == "__main__":
     print(f"serving {sys.argv[2]} as process {os.getpid()}", flush=True)
-    StandIn(sys.argv[1], sys.argv[2], int(sys.argv[3])).serve_forever(0.05)
+    server = StandIn(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    if "--dies" in sys.argv:
+        server.answer = mortal(int(sys.argv[-2]), sys.argv[-1])
+    server.serve_forever(0.05)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import os
@@ -20,11 +19,12 @@ import pytest
 import stand_in
 import tiny
 from rich.console import Console
+from served import FOLDER, client, command, no_long_waits, own_cache  # noqa: F401
 
 from selm_jax import config
 from selm_jax.artifacts import ArtifactError
 from selm_jax.config import Remote
-from selm_jax.endpoint import Endpoint, ServerError
+from selm_jax.endpoint import ServerError
 from selm_jax.iterate import iterate, run_stage
 from selm_jax.rollout import remote
 from selm_jax.rollout.engine import Request
@@ -33,45 +33,6 @@ from selm_jax.rollout.sampling import Sampling
 from selm_jax.run import Run
 
 QUIET = Console(quiet=True)
-FOLDER = Path("/models/policy")
-
-
-@pytest.fixture
-def serving():
-    """serving(engine, folder, ...) -> a server at work."""
-    with contextlib.ExitStack() as stack:
-
-        def start(*arguments, **settings):
-            server = stand_in.StandIn(*arguments, **settings)
-            threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-            stack.callback(server.server_close)
-            stack.callback(server.shutdown)
-            return server
-
-        yield start
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("SELM_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture(autouse=True)
-def no_long_waits(monkeypatch):
-    async def no_wait(self, seconds):
-        return True
-
-    monkeypatch.setattr(Endpoint, "_still_open_after", no_wait)
-    monkeypatch.setattr(remote, "_LOOK_EVERY", 0.02)
-    monkeypatch.setattr(remote, "_BEFORE_SECONDS", 0.1)
-
-
-def client(server, folder=FOLDER, **settings):
-    settings = {"engine": server.engine, "url": server.url, "start_seconds": 0.2} | settings
-    return Server(
-        Remote(**settings), folder, log=Path(os.devnull), sampling=Sampling(0.7, 20, 0.9, 0.05),
-        max_new_tokens=6, stop_ids=(1, 2), vocabulary=320,
-    )  # fmt: skip
 
 
 def answers(run, t=1):
@@ -276,7 +237,11 @@ def test_it_is_waited_for_until_it_serves_the_policy(serving):
     policy._say = say
     with policy:
         pass
-    assert said == [f"waits for {server.url} to serve {FOLDER}"]
+    waits = f"waits for {server.url} to serve {FOLDER}"
+    port = f"--port {server.server_port}"
+    assert [text.partition("; ")[0] for text in said] == [waits] * len(said)
+    assert "nobody answers there now. For instance: vllm serve" in said[0] and port in said[0]
+    assert len(said) < 3 and all("it serves /models/another now" in text for text in said[1:])
 
 
 @pytest.mark.parametrize(
@@ -322,18 +287,9 @@ def test_a_proxy_is_for_others_than_this_machine(serving, monkeypatch):
 
 
 def test_another_kind_of_server_is_named(serving):
-    policy = client(serving("vllm", FOLDER), engine="sglang")
-    with pytest.raises(ServerError, match="nothing that rollout.remote.engine would"), policy:
-        pass
-
-
-def command(tmp_path, text, port=None, **settings):
-    settings = {"engine": "vllm", "start_seconds": 60, "command": text} | settings
-    return Server(
-        Remote(url=f"http://127.0.0.1:{port or forked.free_port()}", **settings), FOLDER,
-        log=tmp_path / "server.log", sampling=Sampling(), max_new_tokens=6, stop_ids=(1,),
-        vocabulary=320,
-    )  # fmt: skip
+    policy = client(serving("vllm", FOLDER), engine="sglang", start_seconds=600)
+    with pytest.raises(ServerError, match="answers as vllm does, .*engine is sglang"), policy:
+        pass  # at once
 
 
 @pytest.mark.parametrize(
@@ -450,7 +406,8 @@ def test_settings_that_cannot_be(tmp_path):
     with pytest.raises(ServerError, match="rollout.remote.url holds a user name"):
         Server(
             Remote(engine="vllm", url="http://me:secret@host"), FOLDER, log=tmp_path / "log",
-            sampling=Sampling(), max_new_tokens=1, stop_ids=(1,), vocabulary=2,
+            sampling=Sampling(), longest_prompt=1, max_new_tokens=1, stop_ids=(1,),
+                vocabulary=2,
         )  # fmt: skip
 
 

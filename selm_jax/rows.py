@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from selm_jax.config import Experiment
+from selm_jax.config import Data, Experiment
 from selm_jax.feedback.ranker import Question
 from selm_jax.objectives.losses import Objective
 from selm_jax.preferences.own_answers import OwnAnswers
@@ -21,6 +22,44 @@ def told_of(name: str, rows: PromptSet) -> Iterator[str]:
         yield f"{name}: {note}"
     for reason, numbers in rows.dropped.items():
         yield f"{name}: rows left out, {reason}: {len(numbers):,}"
+
+
+def trained_too(heldout: Iterable[Prompt], trained: Iterable[Prompt]) -> list[Prompt]:
+    """The held-out prompts that are trained on as well: by their text, whatever the white space and
+    the system message."""
+    seen = {_asked(prompt) for prompt in trained}
+    return [prompt for prompt in heldout if _asked(prompt) in seen]
+
+
+def told_of_overlap(d: Data, heldout: Sequence[Prompt], twice: Sequence[Prompt]) -> Iterator[str]:
+    """What held-out prompts that are trained on too mean, in words."""
+    if twice:
+        yield (
+            f"{d.heldout}: {len(twice):,} of {len(heldout):,} held-out prompts are trained on too (the "
+            f"first is {twice[0].id}): what is measured on them says nothing about new prompts"
+        )
+
+
+def check_heldout(d: Data, heldout: Sequence[Prompt], twice: Sequence[Prompt]) -> None:
+    """Raises RunError if the held-out prompts are rows of the very data that is trained on."""
+    same = os.path.realpath(os.path.expanduser(d.train)) == os.path.realpath(
+        os.path.expanduser(d.heldout or "")
+    )
+    parts = (d.train_split, d.train_config) == (d.heldout_split, d.heldout_config)
+    if twice and same and parts:
+        raise RunError(
+            f"data.heldout: {d.heldout} is data.train, and {len(twice):,} of {len(heldout):,} held-out "
+            f"prompts are trained on too (the first is {twice[0].id}): they would measure what was "
+            "learned by heart. Name other rows: another file or split, or leave the front rows to "
+            "data.heldout with data.heldout_limit and data.skip. To look at training prompts on "
+            "purpose, name a copy of the file"
+        )
+
+
+def _asked(prompt: Prompt) -> tuple[tuple[str, str], ...]:
+    return tuple(
+        (m.role, " ".join(m.content.split())) for m in prompt.messages if m.role != "system"
+    )
 
 
 def check_own_answers(

@@ -49,7 +49,16 @@ from selm_jax.progress import bar
 from selm_jax.rollout import remote
 from selm_jax.rollout.engine import Engine, decoding_params, decoding_shardings
 from selm_jax.rollout.sampling import Sampling
-from selm_jax.rows import RunError, check_own_answers, check_rated, question, told_of
+from selm_jax.rows import (
+    RunError,
+    check_heldout,
+    check_own_answers,
+    check_rated,
+    question,
+    told_of,
+    told_of_overlap,
+    trained_too,
+)
 from selm_jax.store import Store
 from selm_jax.text.answers import check_answers, longest_answered
 from selm_jax.text.chat import Chat, ChatError
@@ -523,7 +532,7 @@ class Run:
         if self.rates:
             check_rated(e, self.objective)
         for line in self.told_of_rows():
-            self.console.print(line, soft_wrap=True)
+            self.console.print(line, style="yellow", soft_wrap=True)
         if self.quantized is not None:
             check_installed()
         if e.training.rows % (self.mesh.shape["data"] * self.mesh.shape["fsdp"]):
@@ -556,6 +565,7 @@ class Run:
                 self.chat, prompts, layout=e.text.layout, on_bad_row=e.data.on_bad_row,
                 whole=self.rates,
             )  # fmt: skip
+        check_heldout(e.data, self.heldout, self._trained_too)
         strict = e.data.on_bad_row == "error"
         if e.candidates.dataset and (strict or self.rates):
             pairs = [*prompts, *self.heldout] if self.rates else prompts
@@ -567,6 +577,11 @@ class Run:
         d = self.experiment.data
         yield from told_of(d.train, self.all_prompts)
         yield from told_of(str(d.heldout), self._heldout_rows)
+        yield from told_of_overlap(d, self.heldout, self._trained_too)
+
+    @cached_property
+    def _trained_too(self) -> list[Prompt]:
+        return trained_too(self.heldout, self.every_prompt()) if self.heldout else []
 
     def open(self) -> None:
         """The first process writes config.yaml and manifest.json."""

@@ -303,7 +303,7 @@ def _read(
     path_or_id: str, split: str | None, revision: str | None, config: str | None
 ) -> Iterator[Row]:
     path = epath.Path(path_or_id).expanduser()
-    named_like_file = path.suffix in tables.SUFFIXES
+    named_like_file = tables.kind_of(path.name) is not None
     if _HUB_ID.fullmatch(path_or_id) and not named_like_file and not path.parent.exists():
         return _read_hub(path_or_id, split, revision, config)
     for what, given in (("revision", revision), ("configuration", config)):
@@ -323,9 +323,14 @@ def _read_hub(
     try:
         found: Any = datasets.load_dataset(name, config, split=split, revision=revision)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        hint = (
+            " Name one as data.train_config or data.heldout_config."
+            if config is None and "onfig name is missing" in str(error)
+            else ""
+        )
         raise DataError(  # RuntimeError: it comes with a program, which `datasets` does not run
             f"{name}: no such file or folder, and the Hub gave no such dataset (configuration "
-            f"{config!r}, split {split!r}, revision {revision!r}): {error}"
+            f"{config!r}, split {split!r}, revision {revision!r}): {error}{hint}"
         ) from error
     if split is None:  # then load_dataset gives a mapping of all splits
         if len(found) > 1:

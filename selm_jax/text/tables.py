@@ -1,4 +1,5 @@
-"""Files of rows in: .jsonl, .json, .parquet, .csv, alone or as the splits of a folder.
+"""Files of rows in: .jsonl, .json, .csv, .tsv (each also as .gz), .parquet, .arrow; alone, as the
+splits of a folder, or as the folder that `Dataset.save_to_disk` left.
 
 A row keeps where it stood, so that whatever is wrong with it can be said with file, row and line.
 Paths may lie in a bucket (`gs://...`, through etils.epath). A split is read whole, into memory.
@@ -7,9 +8,12 @@ Paths may lie in a bucket (`gs://...`, through etils.epath). A split is read who
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import re
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 import pyarrow as pa
@@ -19,8 +23,10 @@ from etils import epath
 from selm_jax import jsonl
 from selm_jax.words import did_you_mean
 
-SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
-_SHARD = re.compile(r"(?P<split>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})")
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".arrow")
+_TEXTS = (".jsonl", ".json", ".csv", ".tsv")
+# The Hub's older files have the first digits of a digest behind the count.
+_SHARD = re.compile(r"(?P<split>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})(-[0-9a-f]{16})?")
 
 
 class DataError(ValueError):
@@ -67,9 +73,21 @@ def read(path: epath.Path, split: str | None) -> Iterator[Row]:
     else:
         files = [path]
     for file in files:
-        if file.suffix not in _READERS:
-            raise DataError(f"{file}: not one of the known kinds, {', '.join(SUFFIXES)}.")
-        yield from _READERS[file.suffix](file)
+        if (kind := kind_of(file.name)) is None:
+            raise DataError(
+                f"{file}: not one of the known kinds, {', '.join(SUFFIXES)}; texts also as .gz."
+            )
+        yield from _READERS[kind](file)
+
+
+def kind_of(name: str) -> str | None:
+    """The suffix that says what kind of file a name is of, without `.gz`; None if none does."""
+    path = epath.Path(name)
+    suffix = path.suffix
+    if suffix == ".gz":
+        suffix = epath.Path(path.stem).suffix
+        return suffix if suffix in _TEXTS else None
+    return suffix if suffix in SUFFIXES else None
 
 
 def _raise_missing(path: epath.Path) -> NoReturn:
@@ -83,12 +101,17 @@ def _raise_missing(path: epath.Path) -> NoReturn:
 
 def _split_of(folder: epath.Path, split: str | None) -> list[epath.Path]:
     """The files of one split: `train.parquet`, or all of `train-00000-of-00002.parquet`, ..."""
+    if (folder / _SAVED).exists():
+        return _saved(folder, split)
+    if (folder / "dataset_dict.json").exists():
+        return _saved(_saved_split(folder, split), None)
     splits: dict[str, list[tuple[int, int, epath.Path]]] = {}
     for place in (folder, folder / "data"):  # Hub repositories keep their tables in data/
         for file in sorted(place.iterdir()) if place.is_dir() else ():
-            if file.suffix in SUFFIXES:
-                shard = _SHARD.fullmatch(file.stem)
-                name = shard["split"] if shard else file.stem
+            if kind := kind_of(file.name):
+                stem = file.name.removesuffix(".gz").removesuffix(kind)
+                shard = _SHARD.fullmatch(stem)
+                name = shard["split"] if shard else stem
                 index, count = (int(shard["index"]), int(shard["count"])) if shard else (0, 1)
                 splits.setdefault(name, []).append((index, count, file))
     there = ", ".join(sorted(splits))
@@ -111,9 +134,59 @@ def _split_of(folder: epath.Path, split: str | None) -> list[epath.Path]:
     return [file for *_, file in shards]
 
 
-def _text(file: epath.Path) -> str:
+_SAVED = "state.json"  # what `Dataset.save_to_disk` writes beside its .arrow files
+
+
+def _saved_split(folder: epath.Path, split: str | None) -> epath.Path:
+    """The folder of one split of what `DatasetDict.save_to_disk` left."""
+    names = sorted(each.name for each in folder.iterdir() if (each / _SAVED).exists())
+    if split is None and len(names) == 1:
+        return folder / names[0]
+    if split is None:
+        there = ", ".join(names)
+        raise DataError(f"{folder} has several splits: {there}. Say which one to read.")
+    if split not in names:
+        raise DataError(
+            f"{folder}: no split {split!r}{did_you_mean(split, names)} The splits are: "
+            f"{', '.join(names)}."
+        )
+    return folder / split
+
+
+def _saved(folder: epath.Path, split: str | None) -> list[epath.Path]:
+    """The files of what `Dataset.save_to_disk` left, in its order."""
+    state = folder / _SAVED
     try:
-        return file.read_bytes().decode("utf-8-sig")
+        told = jsonl.value(_text(state))
+        names, own = (
+            [epath.Path(each["filename"]).name for each in told["_data_files"]],
+            told["_split"],
+        )
+    except (jsonl.JsonError, TypeError, KeyError) as error:
+        raise DataError(
+            f"{state}: not what Dataset.save_to_disk writes ({type(error).__name__}: {error}). Save "
+            "the data set again, or take the file away to have the folder's files read by their names."
+        ) from error
+    if split not in (None, own):
+        raise DataError(
+            f"{folder} is one saved data set, so it has no split {split!r}. Leave the split out."
+        )
+    if lost := [name for name in names if not (folder / name).exists()]:
+        raise DataError(f"{folder}: {', '.join(lost)} is named in {_SAVED} and missing. Fetch it.")
+    return [folder / name for name in names]
+
+
+def _text(file: epath.Path) -> str:
+    raw = file.read_bytes()
+    if file.suffix == ".gz":
+        try:
+            raw = gzip.decompress(raw)
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(
+                f"{file}: cannot be unpacked: {error}. Fetch the file again."
+            ) from error
+    try:
+        return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise DataError(f"{file}, line {line}: not UTF-8 text. Save the file as UTF-8.") from error
@@ -148,8 +221,12 @@ def _json(file: epath.Path) -> Iterator[Row]:
         yield Row(str(file), number, None, _object(value))
 
 
-def _csv(file: epath.Path) -> Iterator[Row]:
-    reader = csv.reader(io.StringIO(_text(file), newline=""), strict=True)
+def _csv(file: epath.Path, delimiter: str = ",") -> Iterator[Row]:
+    text = _text(file)
+    csv.field_size_limit(
+        max(csv.field_size_limit(), len(text))
+    )  # a cell may be as long as it likes
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
     try:
         header = next(reader, [])
         if len(set(header)) < len(header):
@@ -169,17 +246,39 @@ def _csv(file: epath.Path) -> Iterator[Row]:
         raise DataError(f"{file}, line {reader.line_num}: invalid CSV: {error}.") from error
 
 
-def _parquet(file: epath.Path) -> Iterator[Row]:
+def _arrow_table(handle: Any) -> pa.Table:
+    """A table as a stream, which `datasets` writes, or as a file, which pyarrow writes."""
+    try:
+        return pa.ipc.open_file(handle).read_all()
+    except pa.ArrowInvalid:
+        handle.seek(0)
+        return pa.ipc.open_stream(handle).read_all()
+
+
+def _columns(file: epath.Path, kind: str, table_of: Callable[[Any], pa.Table]) -> Iterator[Row]:
+    """The rows of a file that holds columns."""
+    number = 0
     try:
         with file.open("rb") as handle:
-            table = pq.read_table(handle)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{file}: cannot be read as parquet: {error}") from error
-    number = 0
-    for batch in table.to_batches():
-        for values in batch.to_pylist():
-            number += 1
-            yield Row(str(file), number, None, values)
+            batches = table_of(handle).to_batches()
+        for batch in batches:
+            for values in batch.to_pylist():
+                number += 1
+                yield Row(str(file), number, None, values)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file}: cannot be read as {kind}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{file}: a text behind row {number} is not UTF-8 ({error}). Write the file anew, with "
+            "texts in UTF-8."
+        ) from error
 
 
-_READERS = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
+_READERS: Mapping[str, Callable[[epath.Path], Iterator[Row]]] = {
+    ".jsonl": _jsonl,
+    ".json": _json,
+    ".csv": _csv,
+    ".tsv": partial(_csv, delimiter="\t"),
+    ".parquet": partial(_columns, kind="parquet", table_of=pq.read_table),
+    ".arrow": partial(_columns, kind="arrow", table_of=_arrow_table),
+}

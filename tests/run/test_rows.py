@@ -207,3 +207,38 @@ def test_and_is_dropped_and_counted_where_bad_rows_are(make):
     run.check()
     assert "train.jsonl: rows left out, lone surrogate: 3" in told(run)
     assert [p.id for p in run.all_prompts] == ["p3", "p4", "p5", "p6", "p7"]
+
+
+# Held-out prompts that are trained on.
+
+
+def test_prompts_of_the_training_data_are_not_held_out(make, tmp_path):
+    file = str(tmp_path / "train.jsonl")
+    for name in (file, f"{tmp_path}/./train.jsonl"):
+        with pytest.raises(RunError, match="is data.train, and 8 of 8 held-out .* first is p0"):
+            make(data__heldout=name).check()
+    run = make(data__heldout=file)
+    preview(run, 1, 0)
+    assert "selm run will stop here: data.heldout:" in told(run)
+    # The rows in front, which no portion is cut from, are others.
+    front = {"data__heldout": file, "data__heldout_limit": 3}
+    run = make(**front, data__skip=3)
+    run.check()
+    assert "trained on too" not in told(run)
+    with pytest.raises(RunError, match="1 of 3 held-out prompts are trained on too .* is p2"):
+        make(**front, data__skip=2).check()
+
+
+def test_prompts_that_are_trained_on_too_are_counted(make, tmp_path):
+    system = {"role": "system", "content": "Be brief."}
+    prompts = [
+        "Say 3.", " Say\n4. ", "Say 3", "say 3.", [system, {"role": "user", "content": "Say 5."}],
+        [{"role": "user", "content": "Say 6."}, {"role": "assistant", "content": "6"},
+         {"role": "user", "content": "Say 6."}],
+    ]  # fmt: skip
+    rows = [{"prompt_id": f"h{i}", "prompt": prompt} for i, prompt in enumerate(prompts)]
+    (tmp_path / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for say in (lambda run: run.check(), lambda run: preview(run, 1, 0)):
+        run = make(data__heldout=str(tmp_path / "heldout.jsonl"), rollout__max_prompt_tokens=100)
+        say(run)
+        assert "3 of 6 held-out prompts are trained on too (the first is h0)" in told(run)

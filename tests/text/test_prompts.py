@@ -372,7 +372,9 @@ def test_splits_of_a_folder(tmp_path):
 
 
 def test_a_folder_of_one_split_needs_no_name(tmp_path):
-    with pytest.raises(DataError, match="no .jsonl, .json, .parquet, .csv file in this folder"):
+    with pytest.raises(
+        DataError, match="no .jsonl, .json, .parquet, .csv, .tsv, .arrow file in this folder"
+    ):
         load_prompts(str(tmp_path))
     write(tmp_path / "anything.jsonl", [{"prompt": "x"}])
     assert len(load_prompts(str(tmp_path))) == 1

@@ -225,13 +225,13 @@ def test_a_reward_model_is_no_policy(trained, tmp_path):
 
 
 def test_pairs_that_are_the_same_tokens_prefer_nothing(tmp_path):
-    run = Run(config.load(experiment(tmp_path)), QUIET)
+    file = experiment(tmp_path)
     rows = pairs(96, seed=1)
     rows[5] |= {"chosen": "Yes.", "rejected": "Yes.x"}
     write(tmp_path / "train.jsonl", rows)
-    run.chat.tokenizer.chat_template = None
-    template = run.chat._template.replace("m['content']", "m['content'][:20].rstrip('x')")
-    run.chat._template = template
+    template = tiny.TEMPLATE.replace("m['content']", "m['content'][:20].rstrip('x')")
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    run = Run(config.load(file), QUIET)
     STAGES[0].run(run, 1), STAGES[1].run(run, 1)
     for work in (run.check, lambda: STAGES[2].run(run, 1)):
         with pytest.raises(ExampleError, match="prompt 1-5: chosen and rejected are the same"):

@@ -3,6 +3,7 @@ or is dropped and counted."""
 
 import io
 import json
+import shutil
 import sys
 
 import pytest
@@ -101,11 +102,11 @@ def test_a_row_too_long_is_said_by_the_preview(make):
     assert "stop here" not in told(run)
 
 
-def test_an_answer_that_the_template_changes_is_found_in_whichever_row(make):
-    run = make({7: {"rejected": "No, <think>never</think>."}})
-    run.chat._template = run.chat._template.replace(
-        "m['content']", "m['content'].split('</think>')[-1]"
-    )
+def test_an_answer_that_the_template_changes_is_found_in_whichever_row(make, model, tmp_path):
+    thinking = shutil.copytree(model, tmp_path / "thinking")
+    template = tiny.TEMPLATE.replace("m['content']", "m['content'].split('</think>')[-1]")
+    (thinking / "chat_template.jinja").write_text(template)
+    run = make({7: {"rejected": "No, <think>never</think>."}}, model__source=str(thinking))
     with pytest.raises(UnusableAnswer, match=r"prompt p7, rejected: .*changes the answer"):
         run.check()
 
@@ -198,7 +199,7 @@ def test_half_a_surrogate_pair_is_a_message_and_no_trace(make, capsys, monkeypat
     message = capsys.readouterr().err
     assert f"train.jsonl, row 7 (line 7), column '{column}': lone surrogate" in message
     assert "Traceback" not in message
-    assert not [p for p in run.folder.rglob("*") if p.is_file() and p.name != ".lock"]
+    assert not [p for p in run.folder.rglob("*") if p.is_file() and p.name[0] != "."]
 
 
 def test_and_is_dropped_and_counted_where_bad_rows_are(make):

@@ -1,4 +1,4 @@
-"""`selm eval lm_eval`: the language model evaluation harness on our models (the extra `lm_eval`).
+"""`selm eval lm_eval`: the language model evaluation harness on our models (the extra `lm-eval`).
 
 The harness asks for three things: log-likelihoods of continuations, of whole texts, and generated
 texts that end at given words. Tokens, truncation and endings here are those of its own `HFLM`, so
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import importlib.metadata
 import json
 import re
 from collections.abc import Sequence
@@ -28,7 +27,6 @@ from selm_jax.preferences.examples import Example
 from selm_jax.progress import bar
 from selm_jax.rollout.sampling import Sampling
 from selm_jax.text.conversations import Message
-from selm_jax.words import did_you_mean
 
 try:
     from lm_eval import simple_evaluate
@@ -39,23 +37,15 @@ try:
         normalize_gen_kwargs,
         postprocess_generated_text,
     )
-    from lm_eval.tasks import TaskManager
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    from selm_jax.evaluation import lm_eval_tasks
+    from selm_jax.evaluation.lm_eval_tasks import load_tasks, tasks_of, version
 except ImportError as error:
     raise EvaluationError(
         f"the harness is not installed ({error}): pip install 'selm_jax[lm-eval]'"
     ) from error
 
-# Table 2 of the paper and its caption: task -> shots. CoT of GSM8K is the harness's `gsm8k_cot`;
-# the paper's single number of TruthfulQA is mc2, as on the leaderboard of its time.
-PAPER = {
-    "gsm8k_cot": 8,
-    "hellaswag": 10,
-    "arc_challenge": 25,
-    "truthfulqa_mc2": 0,
-    "eq_bench": 0,
-    "openbookqa": 10,
-}
 _NEW_TOKENS = 256  # HFLM's, where a task does not say
 
 
@@ -189,7 +179,7 @@ class Harness(TemplateLM):
           EvaluationError: a setting that this engine does not have. To leave it out in silence
             would give another benchmark.
         """
-        kwargs: dict[str, Any] = dict(normalize_gen_kwargs(settings, _NEW_TOKENS))
+        kwargs = _normalised(settings)
         eos = self.tokenizer.decode(self.eot_token_id, skip_special_tokens=False)
         until = handle_stop_sequences(kwargs.pop("until"), eos=eos)
         limit = kwargs.pop("max_gen_toks")
@@ -246,6 +236,29 @@ class Harness(TemplateLM):
                 "dtype": str(self.model.dtype)}  # fmt: skip
 
 
+def _normalised(settings: dict[str, Any]) -> dict[str, Any]:
+    """A task's generation_kwargs as the harness reads them. `until: null` names no ends.
+
+    Raises:
+      EvaluationError: no new tokens are asked for, or an end is no text.
+    """
+    until = settings.get("until") or []
+    ends = [end for end in (until if isinstance(until, list) else [until]) if end is not None]
+    where = f"a task's generation_kwargs are {json.dumps(settings)}"
+    if odd := [end for end in ends if not isinstance(end, str)]:
+        raise EvaluationError(f"{where}: until holds {odd[0]!r}; expected texts, or null for none")
+    try:
+        found: dict[str, Any] = dict(normalize_gen_kwargs(settings | {"until": ends}, _NEW_TOKENS))
+    except (TypeError, ValueError) as error:
+        raise EvaluationError(f"{where}: {error}. Expected numbers there") from error
+    if found["max_gen_toks"] < 1:
+        raise EvaluationError(
+            f"{where}: max_gen_toks is {found['max_gen_toks']}; expected 1 new token or more. Correct "
+            "the task's file"
+        )
+    return found
+
+
 class Counter(Harness):
     """Answers everything at once with nothing and counts what it would have cost."""
 
@@ -267,57 +280,6 @@ class Counter(Harness):
         read = sum(map(len, prompts))
         self._add(answers=len(prompts), prompt_tokens=read, new_tokens=limit * len(prompts))
         return [""] * len(prompts)
-
-
-def tasks_of(text: str, manager: TaskManager) -> dict[str, int | None]:
-    """Shots by task of `NAME[:SHOTS],...`, None as the task has them; `paper` stands for six.
-
-    Raises:
-      EvaluationError: a name that the harness does not know, or twice the same; shots that are no
-        number, or nothing.
-    """
-    found: list[tuple[str, int | None]] = []
-    for part in filter(None, (p.strip() for p in text.split(","))):
-        if part == "paper":
-            found += PAPER.items()
-            continue
-        name, colon, shots = part.partition(":")
-        if name not in manager.all_tasks:
-            raise EvaluationError(
-                f"lm-eval {_version()} knows no task {name!r}{did_you_mean(name, manager.all_tasks)} "
-                "`paper` stands for the paper's six; --include adds a folder of your own (YAML)"
-            )
-        if colon and not shots.isdecimal():
-            raise EvaluationError(f"--tasks {part}: {shots!r} shots; a whole number was expected")
-        found.append((name, int(shots) if colon else None))
-    names = [name for name, _ in found]
-    if twice := {n for n in names if names.count(n) > 1}:
-        raise EvaluationError(f"--tasks names {', '.join(sorted(twice))} twice")
-    if not found:
-        raise EvaluationError("--tasks names none; `paper` stands for the paper's six")
-    return dict(found)
-
-
-def load_tasks(shots: dict[str, int | None], manager: TaskManager) -> list[Any]:
-    """Tasks (or groups of them) with their data and shots.
-
-    Raises:
-      EvaluationError: data that cannot be had.
-    """
-    out = []
-    for name, count in shots.items():
-        try:
-            loaded: Any = manager.load([name])
-        # Whatever the library of data sets raises: the network, a missing file, a bad row.
-        except Exception as error:
-            raise EvaluationError(
-                f"task {name}: its data could not be loaded: {type(error).__name__}: {error}"
-            ) from error
-        for task in loaded["tasks"].values() if count is not None else ():
-            task.set_config(key="num_fewshot", value=count)
-        groups = loaded["groups"]
-        out += [groups[name]] if name in groups else loaded["tasks"].values()
-    return out
 
 
 def run(
@@ -347,7 +309,7 @@ def run(
     """
     if not dry_run and out.exists():
         raise EvaluationError(f"{out} is there already; move it away or give another --out")
-    manager = _manager(include)
+    manager = lm_eval_tasks.manager(include)
     loaded = load_tasks(tasks_of(tasks, manager), manager)
     harness = Counter(model) if dry_run else Harness(model, seed)
     evaluate: Any = simple_evaluate  # its decorator hides its parameters from type checkers
@@ -364,7 +326,7 @@ def run(
     results: dict[str, Any] = dict(results)
     samples = results.pop("samples")
     results["selm"] = {
-        "lm_eval": _version(), "chat": chat, "shots_as_turns": chat, "limit": limit,
+        "lm_eval": version(), "chat": chat, "shots_as_turns": chat, "limit": limit,
         "tasks": [{"task": name, "version": results["versions"].get(name),
                    "shots": results["n-shot"].get(name)} for name in results["results"]],
     }  # fmt: skip
@@ -379,17 +341,11 @@ def run(
     return results
 
 
-def _manager(include: Path | None) -> TaskManager:
-    if include is not None and not include.is_dir():
-        raise EvaluationError(f"--include {include}: no such folder")
-    return TaskManager(include_path=None if include is None else str(include))
-
-
 def print_results(results: dict[str, Any], console: Console) -> None:
     selm = results["selm"]
     template = "chat template" if selm["chat"] else "no chat template"
     shots = "shots as turns" if selm["shots_as_turns"] else "shots as text"
-    table = Table(title=f"lm-eval {_version()}: {template}, {shots}", box=None)
+    table = Table(title=f"lm-eval {version()}: {template}, {shots}", box=None)
     for head in ("task", "version", "shots", "rows", "metric", "value", "standard error"):
         table.add_column(head, justify="left" if head in ("task", "metric") else "right")
     for name, metrics in results["results"].items():
@@ -409,7 +365,3 @@ def print_results(results: dict[str, Any], console: Console) -> None:
 def _write(file: Path, value: Any) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(value, indent=2, default=str, ensure_ascii=False) + "\n")
-
-
-def _version() -> str:
-    return importlib.metadata.version("lm-eval")

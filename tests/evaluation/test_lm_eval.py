@@ -15,10 +15,10 @@ from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
 from selm_jax import tiny
-from selm_jax.evaluation import EvaluationError, lm_eval
+from selm_jax.evaluation import EvaluationError, lm_eval, lm_eval_tasks
 from selm_jax.evaluation.model import open_model
 
-pytest.importorskip("lm_eval", reason="lm-eval is not installed (the extra `lm_eval`)")
+pytest.importorskip("lm_eval", reason="lm-eval is not installed (the extra `lm-eval`)")
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
@@ -54,8 +54,8 @@ def sentence(rng, count: int) -> str:
 def no_defaults(monkeypatch):
     """The harness reads thousands of task files at each start; the local ones will do."""
     monkeypatch.setattr(
-        lm_eval,
-        "_manager",
+        lm_eval_tasks,
+        "manager",
         lambda folder: TaskManager(include_path=str(folder), include_defaults=False),
     )
 
@@ -281,7 +281,7 @@ def test_whole_evaluations_are_those_of_the_hf_model(ours, theirs, task_folder):
         shots = {n: 0 if n == "local_rolling" else 2 for n in names[: 2 if chat else 4]}
         for harness in (ours, theirs):
             manager = TaskManager(include_path=str(task_folder), include_defaults=False)
-            loaded = lm_eval.load_tasks(shots, manager)
+            loaded = lm_eval_tasks.load_tasks(shots, manager)
             found.append(
                 simple_evaluate(
                     harness, tasks=loaded, task_manager=manager, bootstrap_iters=0,
@@ -341,6 +341,12 @@ def test_a_dry_run_counts_and_writes_nothing(model, task_folder, tmp_path):
         ("local_choice:two", "'two' shots"),
         (" , ", "names none"),
         ("local_choice,local_choice:3", "local_choice twice"),
+        (
+            "local_choice:14",
+            "14 shots, but there are 13 rows .* besides the question .*local_choice:13",
+        ),
+        ("local_write,local_choice:99", "task local_choice: 99 shots"),
+        ("local_rolling:1", "whole texts take no shots"),
     ],
 )
 def test_tasks_that_nobody_knows_are_errors(model, task_folder, tmp_path, tasks, says):
@@ -349,15 +355,48 @@ def test_tasks_that_nobody_knows_are_errors(model, task_folder, tmp_path, tasks,
     assert not list(tmp_path.iterdir())
 
 
+def test_as_many_shots_as_there_are_rows_but_the_question(model, task_folder, tmp_path):
+    seen = Console(record=True, width=140)
+    lm_eval.run(
+        model, "local_choice:13", out=tmp_path / "out", include=task_folder, limit=2, chat=False,
+        dry_run=True, console=seen,
+    )  # fmt: skip
+    assert "scored tokens" in seen.export_text()
+
+
 def test_a_setting_that_the_engine_lacks_is_an_error(ours):
     asked = instances("generate_until", [("river", {"max_gen_toks": 3, "num_beams": 4})])
     with pytest.raises(EvaluationError, match="num_beams"):
         ours.generate_until(asked)
 
 
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"max_gen_toks": 0}, "max_gen_toks is 0; expected 1"),
+        ({"max_new_tokens": -3}, "max_gen_toks is -3"),
+        ({"max_gen_toks": "many"}, "'many'.*Expected numbers"),
+        ({"max_gen_toks": 3, "temperature": None}, "temperature.*Expected numbers"),
+        ({"max_gen_toks": 3, "until": ["a", 5]}, "until holds 5; expected texts"),
+        ({"max_gen_toks": 3, "until": 5}, "until holds 5"),
+    ],
+)
+def test_odd_generation_settings_are_named(ours, settings, says):
+    with pytest.raises(EvaluationError, match=says):
+        ours.generate_until(instances("generate_until", [("river", settings)]))
+
+
+@pytest.mark.parametrize("until", [None, [None], []])
+def test_no_ends_are_none(ours, until):
+    plain, given = ({"max_gen_toks": 6, **more} for more in ({}, {"until": until}))
+    asked = instances("generate_until", [("river", plain), ("river", given)])
+    one, other = ours.generate_until(asked)
+    assert one == other and one
+
+
 def test_the_papers_tasks_exist_with_their_shots():
     there = Path(inspect.getfile(TaskManager)).parent
     folders = ("gsm8k", "hellaswag", "arc", "truthfulqa", "eq_bench", "openbookqa")
     manager = TaskManager(include_path=[there / f for f in folders], include_defaults=False)
-    assert lm_eval.tasks_of("paper", manager) == lm_eval.PAPER
-    assert set(lm_eval.PAPER) <= set(manager.all_subtasks)
+    assert lm_eval_tasks.tasks_of("paper", manager) == lm_eval_tasks.PAPER
+    assert set(lm_eval_tasks.PAPER) <= set(manager.all_subtasks)

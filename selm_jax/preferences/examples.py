@@ -124,12 +124,27 @@ def to_table(examples: Sequence[Example], reference: str = "") -> pa.Table:
         }
         for e in examples
     ]
-    return pa.Table.from_pylist(rows, schema=SCHEMA.with_metadata({"reference": reference}))
+    return pa.Table.from_pylist(rows, schema=SCHEMA.with_metadata({_REFERENCE: reference}))
+
+
+_REFERENCE = "digest of the reference"
+# What files of before had in its place, called "reference": the digest of the policy that the
+# iteration starts from, which is another model under `reference_policy: start`.
+_START = "reference"
 
 
 def reference_of(file: Path) -> str:
     """The digest of the model whose log-probabilities stand in a file of examples; "" if unknown."""
-    return (pq.read_schema(file).metadata or {}).get(b"reference", b"").decode()
+    return _told(file, _REFERENCE)
+
+
+def start_of(file: Path) -> str:
+    """The digest of the policy that the iteration started from; "" but in files of before."""
+    return _told(file, _START)
+
+
+def _told(file: Path, key: str) -> str:
+    return (pq.read_schema(file).metadata or {}).get(key.encode(), b"").decode()
 
 
 def from_parquet(file: Path) -> list[Example]:

@@ -42,7 +42,7 @@ def score(run: Run, t: int) -> Counts:
         dataclasses.replace(e, reference=found) for e, found in zip(examples, logps, strict=True)
     ]
     if multihost.is_first():
-        reference = artifacts.digest(run.policy(t - 1))
+        reference = artifacts.digest(run.reference(t))
         artifacts.write_table(run.iteration(t) / "examples.parquet", to_table(scored, reference))
     return {
         "examples": len(examples),

@@ -12,7 +12,7 @@ from selm_jax import artifacts
 from selm_jax.models.lora import merge
 from selm_jax.models.quantize import dequantize
 from selm_jax.parallel import multihost
-from selm_jax.preferences.examples import from_parquet, reference_of
+from selm_jax.preferences.examples import from_parquet, reference_of, start_of
 from selm_jax.run import Run, RunError
 from selm_jax.stages.generate import Counts
 from selm_jax.training.checkpoint import Checkpoints
@@ -62,24 +62,36 @@ def checkpoints_of(run: Run, t: int) -> Checkpoints:
     Raises:
       ArtifactError: the reference's log-probabilities are those of another model.
     """
-    examples = run.iteration(t) / "examples.parquet"
 
-    def reference() -> str:
-        now = artifacts.digest(run.policy(t - 1))
-        scored = reference_of(examples)
-        if scored not in ("", now) and not run.reference_free:
-            raise artifacts.ArtifactError(
-                f"{examples}: the reference's log-probabilities are those of the model with digest "
-                f"{scored}; {run.policy(t - 1)} has {now}. Put that model back, or remove 'score' "
-                f"from {run.iteration(t) / 'stage.json'} to score this iteration again"
-            )
-        return now
+    def start() -> str:
+        if not run.reference_free:
+            _check_reference(run, t)
+        return artifacts.digest(run.policy(t - 1))
 
     return Checkpoints(
         run.iteration(t) / "checkpoints",
-        reference=multihost.on_first(reference),
+        reference=multihost.on_first(start),
         keep=run.experiment.training.checkpoints_kept,
     )
+
+
+def _check_reference(run: Run, t: int) -> None:
+    """Raises ArtifactError if log-probabilities that iteration t is trained on are another model's."""
+    examples = run.iteration(t) / "examples.parquet"
+    for scored, folder, what in (
+        (
+            reference_of(examples),
+            run.reference(t),
+            "the reference's log-probabilities are those of",
+        ),
+        (start_of(examples), run.policy(t - 1), "it was scored in an iteration that starts from"),
+    ):
+        if scored not in ("", now := artifacts.digest(folder)):
+            raise artifacts.ArtifactError(
+                f"{examples}: {what} the model with digest {scored}; {folder} has {now}. Put that "
+                f"model back, or remove 'score' from {run.iteration(t) / 'stage.json'} to score "
+                "this iteration again"
+            )
 
 
 def plan_of(run: Run, t: int) -> Plan:

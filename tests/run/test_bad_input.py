@@ -164,9 +164,12 @@ MODEL_MISTAKES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("file,change,what", MODEL_MISTAKES.values(), ids=MODEL_MISTAKES)
-@pytest.mark.parametrize("verb", ["run", "preview"])
-def test_odd_files_of_a_model(base, capsys, monkeypatch, tmp_path, verb, file, change, what):
+@pytest.mark.parametrize(
+    "verb,mistake",
+    [*(("run", name) for name in MODEL_MISTAKES), ("preview", "more layers than tensors")],
+)
+def test_odd_files_of_a_model(base, capsys, monkeypatch, tmp_path, verb, mistake):
+    file, change, what = MODEL_MISTAKES[mistake]
     model, out = shutil.copytree(base / "model", tmp_path / "model"), tmp_path / "run"
     before = (model / file).read_bytes()
     (model / file).write_bytes(change(before))

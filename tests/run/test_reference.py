@@ -74,7 +74,7 @@ def test_checkpoints_are_those_of_the_start_whatever_the_reference_is(scored):
     run, other = scored(True), scored(True, policy="other", name="other")
     assert checkpoints_of(run, 2).reference == artifacts.digest(run.policy(1))
     assert checkpoints_of(other, 2).reference == artifacts.digest(other.policy(1))
-    assert checkpoints_of(run, 2).start != checkpoints_of(other, 2).reference
+    assert checkpoints_of(run, 2).reference != checkpoints_of(other, 2).reference
 
 
 def test_what_a_fixed_reference_scored_is_the_same_for_every_policy(scored):

@@ -41,6 +41,9 @@ OTHER_TEMPERATURE = 0.7
 TURNS = 2
 # SHA-256 of the JSON list of [question_id, category, turns], in the order of the ids.
 QUESTIONS_SHA256 = "a74770fe8520f4621ca7c4e8326c11a2044fec00499d0178602136fbcfaba1c2"
+# SHA-256 of the JSON list of [question_id, first turn, second turn], in the order of the ids, of the
+# published answers to the questions that are judged with a reference.
+REFERENCES_SHA256 = "606194b8a0ba525f9b3dfcc67f330b267ebd820e01ac786fffa5fd14bd98ecea"
 ACCEPT = "If these are the ones you mean, say so with --unpublished; the record will, too"
 
 
@@ -228,6 +231,28 @@ def read_answers(
     if len(names) > 1:
         raise EvaluationError(f"{file}: {what} of several models: {', '.join(sorted(names))}.")
     return names.pop(), found
+
+
+def read_references(
+    file: Path, questions: Sequence[Question], unpublished: bool = False
+) -> dict[int, tuple[str, str]]:
+    """The reference answers by question.
+
+    Args:
+        questions: those that are judged with a reference.
+        unpublished: takes others than MT-Bench's.
+
+    Raises:
+        EvaluationError: as `read_answers`, or other answers than the published ones.
+    """
+    _, found = read_answers(file, questions, "reference answers")
+    listed = json.dumps([[q.id, *found[q.id]] for q in sorted(questions, key=lambda q: q.id)])
+    if hashlib.sha256(listed.encode()).hexdigest() != REFERENCES_SHA256 and not unpublished:
+        raise EvaluationError(
+            f"{file}: not MT-Bench's reference answers, or changed: a judge that is shown others "
+            f"gives other verdicts. {ACCEPT}."
+        )
+    return found
 
 
 def cost_of_answers(

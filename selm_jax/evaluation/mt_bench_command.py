@@ -58,6 +58,15 @@ def mt_bench(
             parser=place,
         ),
     ] = None,
+    judgments: Annotated[
+        Path | None,
+        typer.Option(
+            help="In place of MODEL: score these judgments of FastChat's format, of the model --name; "
+            "asks nobody.",
+            metavar="FILE",
+            parser=place,
+        ),
+    ] = None,
     out: Out = None,
     name: Name = None,
     judge: Judge = None,
@@ -96,7 +105,10 @@ def mt_bench(
         ),
     ] = None,
     unpublished: Annotated[
-        bool, typer.Option(help="Accept questions and prompts that are not MT-Bench's.")
+        bool,
+        typer.Option(
+            help="Accept questions, prompts and reference answers that are not MT-Bench's."
+        ),
     ] = False,
     max_new_tokens: Annotated[
         int, typer.Option(help="Tokens of an answer, at most.", min=1)
@@ -120,15 +132,24 @@ def mt_bench(
     of --repeats (320 with --against), of up to --judge-tokens tokens. Without a judge it stops at
     the answers. Started again, it goes on from what is there.
     """
-    from selm_jax import artifacts
     from selm_jax.evaluation import mt_bench as bench
     from selm_jax.evaluation import mt_bench_judge as judging
-    from selm_jax.evaluation import mt_bench_score as score
+    from selm_jax.evaluation import mt_bench_judgments as verdicts
     from selm_jax.evaluation.model import open_model
     from selm_jax.lock import only_one
 
-    exactly_one(MODEL=model, answers=answers)
+    exactly_one(MODEL=model, answers=answers, judgments=judgments)
+    if judgments is not None and (judge or against):
+        raise EvaluationError("--judgments are there already: leave --judge and --against out")
     asked = bench.read_questions(questions, unpublished)
+    if judgments is not None:
+        scored = verdicts.read(judgments, name)
+        folder = out or default_out(scored.models[0], "mt_bench")
+        if not dry_run:
+            with only_one(folder):
+                made = {"questions": questions, "judgments": judgments}
+                _score(scored, asked, folder, made, allow_malformed, unpublished, judgments, {})
+        return
     mode = "single" if against is None else "pair"
     decoding = bench.Decoding(max_new_tokens, seed)
     sampling = judging.Sampling(judge_temperature, judge_tokens)
@@ -138,7 +159,7 @@ def mt_bench(
     if judge is not None:
         templates = judging.read_prompts(prompts, unpublished)
         need = [q for q in asked if q.category in judging.WITH_REFERENCE]
-        given = bench.read_answers(references, need, "reference answers")[1] if need else {}
+        given = bench.read_references(references, need, unpublished) if need else {}
         made |= {"prompts": prompts} | ({"references": references} if need else {})
     others = [bench.read_answers(against, asked)] if against else []
     own = bench.read_answers(answers, asked) if answers else None
@@ -164,7 +185,7 @@ def mt_bench(
             nothing = {q.id: ("", "") for q in asked}
             one = own or (name, nothing)
             todo = judging.matches(mode, asked, [one, *others], given, templates)
-            left = judging.left_of(todo, repeats, judging.judgments(folder, mode, judge))
+            left = judging.left_of(todo, repeats, verdicts.journal(folder, mode, judge))
             unknown = 0 if own else 3 * max_new_tokens // 2  # turn 1 shows one answer, turn 2 two
             costs.append(judging.cost(todo, repeats, f"{judge} ({mode})", left,
                                       judge_tokens + unknown))  # fmt: skip
@@ -185,24 +206,52 @@ def mt_bench(
         if client is None:
             return
         todo = judging.matches(mode, asked, [own, *others], given, templates)
-        journal = judging.judgments(folder, mode, client.model)
+        journal = verdicts.journal(folder, mode, client.model)
         with open_bar(f"{client.model}  judges", len(todo) * repeats, "judgments") as advance:
             rows = asyncio.run(judging.ask(mode, todo, repeats, client, journal, sampling, advance))
-        allowed = score.check_malformed(rows, allow_malformed, journal.file)
-        found = score.single(rows, asked) if mode == "single" else score.pair(rows, asked)
         made |= {"answers": answers} | ({"against": against} if against else {})
-        models = [own[0], *(each[0] for each in others)]
-        record = {
-            "benchmark": "MT-Bench" if not unpublished else "not MT-Bench: see --unpublished",
-            "mode": mode, "models": models, "judge": client.model, "repeats": repeats,
-            "sampling": dataclasses.asdict(sampling), "allow_malformed": allowed, **found,
-            "files": {key: {"path": str(path), "sha256": artifacts.digest(path)}
-                      for key, path in made.items()},
-            "selm_jax": selm_jax.__version__,
-        }  # fmt: skip
-        title = " against ".join(models) + f", judged by {client.model}, {len(rows)} judgments"
-        names = "_against_".join(map(bench.file_name, models))
-        file = folder / f"{bench.file_name(client.model)}_{names}.json"
-        artifacts.write_json(file, record)
+        models = (own[0], *(each[0] for each in others))
+        scored = verdicts.Judgments(mode, models, client.model, rows)
+        how = {"repeats": repeats, "sampling": dataclasses.asdict(sampling)}
+        _score(scored, asked, folder, made, allow_malformed, unpublished, journal.file, how)
+
+
+def _score(
+    judged: Any,
+    questions: Any,
+    folder: Path,
+    made: Mapping[str, Path],
+    allow_malformed: int | None,
+    unpublished: bool,
+    where: Path,
+    how: Mapping[str, Any],
+) -> None:
+    """Writes and shows the scores of `mt_bench_judgments.Judgments`, which are in the file `where`.
+
+    Args:
+        made: what they were made of, by what it is.
+        how: more that the record says of the judging.
+    """
+    from selm_jax import artifacts
+    from selm_jax.evaluation import mt_bench_score as score
+    from selm_jax.evaluation.benchmark_files import file_name
+
+    rows = judged.rows
+    allowed = score.check_malformed(rows, allow_malformed, where)
+    found = (
+        score.single(rows, questions) if judged.mode == "single" else score.pair(rows, questions)
+    )
+    record = {
+        "benchmark": "MT-Bench" if not unpublished else "not MT-Bench: see --unpublished",
+        "mode": judged.mode, "models": list(judged.models), "judge": judged.judge, **how,
+        "allow_malformed": allowed, **found,
+        "files": {key: {"path": str(path), "sha256": artifacts.digest(path)}
+                  for key, path in made.items()},
+        "selm_jax": selm_jax.__version__,
+    }  # fmt: skip
+    title = " against ".join(judged.models) + f", judged by {judged.judge}, {len(rows)} judgments"
+    names = "_against_".join(map(file_name, judged.models))
+    file = folder / f"{file_name(judged.judge)}_{names}.json"
+    artifacts.write_json(file, record)
     typer.echo(score.table(title, found))
-    typer.echo(f"{journal.file}\n{file}")
+    typer.echo(f"{where}\n{file}")

@@ -20,15 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from selm_jax.evaluation import EvaluationError
-from selm_jax.evaluation.benchmark_files import Journal, file_name, read_rows, text_of
+from selm_jax.evaluation.benchmark_files import Journal, read_rows, text_of
 from selm_jax.evaluation.cost import CHARACTERS_PER_TOKEN, Cost
 from selm_jax.evaluation.mt_bench import ACCEPT, TURNS, Question
+from selm_jax.evaluation.mt_bench_judgments import is_malformed, unread
 from selm_jax.feedback.judge_answer import Completion
 from selm_jax.feedback.judge_client import Client, Messages
 from selm_jax.feedback.judge_prompts import read_rating, read_verdict
 from selm_jax.progress import Advance
 
-MODES = ("single", "pair")
 WITH_REFERENCE = ("math", "reasoning", "coding")
 # SHA-256 of the JSON list of [name, system_prompt, prompt_template], sorted by name.
 PROMPTS_SHA256 = "03f3288b54a93131039a987cb8b2bc724c260b43b5ace8f02b5be6681b96b087"
@@ -143,18 +143,6 @@ def matches(
     return found
 
 
-def judgments(folder: Path, mode: str, judge: str) -> Journal:
-    """The file of a judge's verdicts, of any number of models."""
-    file = folder / "model_judgment" / f"{file_name(judge)}_{mode}.jsonl"
-    models = ("model",) if mode == "single" else ("model_1", "model_2")
-
-    def key(row: Mapping[str, Any]) -> tuple:
-        names = tuple(row[name] for name in models)
-        return row["question_id"], row["turn"], names, row.get("repeat", 0)
-
-    return Journal(file, key)
-
-
 async def ask(
     mode: str,
     todo: Sequence[Match],
@@ -240,17 +228,6 @@ async def _ask_once(
     await client.complete_all(
         (messages for _, messages in calls), read=read, draw=repeat, **dataclasses.asdict(sampling)
     )
-
-
-def is_malformed(row: Mapping[str, Any]) -> bool:
-    return row.get("score") == -1 or "error" in (row.get("g1_winner"), row.get("g2_winner"))
-
-
-def unread(row: Mapping[str, Any]) -> str:
-    """Where a malformed verdict stands and how it ends, for errors."""
-    second = "judgment" not in row and row["g1_winner"] != "error"
-    text = row["judgment"] if "judgment" in row else row[f"g{1 + second}_judgment"]
-    return f"on question {row['question_id']}, turn {row['turn']}, which ends {text[-120:]!r}"
 
 
 class _GivenUp(EvaluationError):

@@ -19,7 +19,7 @@ from scipy import stats
 from selm_jax import proportions
 from selm_jax.evaluation import EvaluationError
 from selm_jax.evaluation.mt_bench import Question
-from selm_jax.evaluation.mt_bench_judge import is_malformed, unread
+from selm_jax.evaluation.mt_bench_judgments import is_malformed, unread
 
 _RESAMPLES = 9999
 # The judge's prompts are FastChat's and cannot be mended here, and judges that follow them now and

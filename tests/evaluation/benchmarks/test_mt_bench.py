@@ -21,6 +21,7 @@ from selm_jax.cli import app
 from selm_jax.evaluation import EvaluationError
 from selm_jax.evaluation import mt_bench as bench
 from selm_jax.evaluation import mt_bench_judge as judging
+from selm_jax.evaluation import mt_bench_judgments as verdicts
 from selm_jax.evaluation import mt_bench_score as score
 from selm_jax.evaluation.benchmark_files import Journal
 from selm_jax.evaluation.model import Model
@@ -109,7 +110,7 @@ def run(judge, files, todo):
         settings = {"backoff": 0.01, "cache": files.folder / "judge.sqlite"} | settings
         files.folder.mkdir(exist_ok=True)
         client = Client("the/judge", base_url=judge.url, **settings)
-        journal = judging.judgments(files.folder, mode, client.model)
+        journal = verdicts.journal(files.folder, mode, client.model)
         matches, _ = todo(mode)
         return asyncio.run(
             judging.ask(mode, matches, repeats, client, journal, sampling or judging.Sampling())
@@ -128,10 +129,29 @@ class TestQuestions:
         questions = bench.read_questions(folder / "question.jsonl")
         assert Counter(q.category for q in questions) == dict.fromkeys(bench.TEMPERATURES, 10)
         need = [q for q in questions if q.category in judging.WITH_REFERENCE]
-        name, references = bench.read_answers(folder / "reference_gpt-4.jsonl", need)
-        assert name == "gpt-4" and len(references) == 30
+        references = bench.read_references(folder / "reference_gpt-4.jsonl", need)
+        assert len(references) == 30
         prompts = judging.read_prompts(folder / "judge_prompts.jsonl")
         assert sorted(prompts) == sorted(judging.PROMPTS.values())
+
+    def test_other_reference_answers_are_not_mt_benchs(self, shared, tmp_path):
+        folder = shared / "mt_bench"
+        questions = bench.read_questions(folder / "question.jsonl")
+        need = [q for q in questions if q.category in judging.WITH_REFERENCE]
+        text = (folder / "reference_gpt-4.jsonl").read_text()
+        other = tmp_path / "reference.jsonl"
+        other.write_text(text.replace("second place", "first place", 1))
+        with pytest.raises(EvaluationError, match="not MT-Bench's reference answers"):
+            bench.read_references(other, need)
+        assert bench.read_references(other, need, unpublished=True)
+        other.write_text("\n".join(reversed(text.strip().split("\n"))))  # order says nothing
+        assert len(bench.read_references(other, need)) == 30
+
+    def test_made_up_reference_answers_are_refused_too(self, files):
+        questions = bench.read_questions(files.questions, unpublished=True)
+        need = [q for q in questions if q.category in judging.WITH_REFERENCE]
+        with pytest.raises(EvaluationError, match="not MT-Bench's reference.*--unpublished"):
+            bench.read_references(files.references, need)
 
     def test_temperatures_by_category(self, files):
         questions = bench.read_questions(files.questions, unpublished=True)
@@ -411,7 +431,7 @@ class TestVerdicts:
         judge.bodies.clear()
         rows = run(mode, repeats=3)
         assert len(judge.bodies) == (30 if mode == "single" else 60)
-        assert not any(map(judging.is_malformed, rows))
+        assert not any(map(verdicts.is_malformed, rows))
 
     def test_what_a_judge_that_is_given_up_said_before_is_not_forgotten(self, judge, run):
         """Answers that could be read are paid for once, also those of a part of a pair."""
@@ -715,10 +735,88 @@ class TestVerb:
         assert record["overall"]["malformed"] == record["allow_malformed"] == 2
         assert len(judge.bodies) == 20
 
+    def test_an_empty_last_line_is_no_judgment(self, judge, files):
+        """As one published file has it."""
+        judge.says = lambda body: f"[[{1 + len(body['messages'][1]['content']) % 10}]]"
+        assert self.verb(files, judge, "--answers", files.one).exit_code == 0
+        file = files.folder / "model_judgment/the--judge_single.jsonl"
+        record = files.folder / "the--judge_one.json"
+        before, asked = json.loads(record.read_text()), len(judge.bodies)
+        file.write_text(file.read_text() + "\n \n")
+        result = self.verb(files, judge, "--answers", files.one)
+        assert result.exit_code == 0 and len(judge.bodies) == asked, result.output
+        assert json.loads(record.read_text()) == before
+
+    def scored(self, files, *given):
+        verb = ["eval", "mt_bench", "--questions", files.questions, "--unpublished", *given]
+        return CliRunner().invoke(app, [*map(str, verb), "-o", str(files.folder / "again")])
+
+    def test_judgments_are_scored_as_they_are(self, judge, files):
+        ratings = ("[[7]]", "[[4.5]]", "[[1]]", "Well.")
+        judge.says = lambda body: ratings[by_text(body) % 4]
+        for answers in (files.one, files.two):
+            more = ("--answers", answers, "--allow-malformed", 9)
+            assert self.verb(files, judge, *more).exit_code == 0
+        file = files.folder / "model_judgment/the--judge_single.jsonl"
+        file.write_text(file.read_text().strip())  # no line feed at its end, as others write files
+        asked = len(judge.bodies)
+        for name in ("one", "two"):
+            given = ("--judgments", file, "--name", name, "--allow-malformed", 9)
+            result = self.scored(files, *given)
+            assert result.exit_code == 0 and len(judge.bodies) == asked, result.output
+            record, want = (
+                json.loads((folder / f"the--judge_{name}.json").read_text())
+                for folder in (files.folder / "again", files.folder)
+            )
+            assert {k: record[k] for k in record if k != "files"} == {
+                k: v for k, v in want.items() if k not in ("files", "repeats", "sampling")
+            }
+            assert set(record["files"]) == {"questions", "judgments"}
+        assert record["overall"]["malformed"]
+        says = "judgments are of one, two; --name is not given"
+        assert says in str(self.scored(files, "--judgments", file).exception)
+        result = self.scored(files, "--judgments", file, "--name", "three")
+        assert "--name is none of them" in str(result.exception)
+
+    def test_judgments_of_pairs(self, judge, files):
+        judge.says = lambda body: "[[A]]" if by_text(body) % 3 else "[[C]]"
+        assert (
+            self.verb(files, judge, "--answers", files.one, "--against", files.two).exit_code == 0
+        )
+        file = files.folder / "model_judgment/the--judge_pair.jsonl"
+        result = self.scored(files, "--judgments", file)
+        assert result.exit_code == 0 and "one against two" in result.output, result.output
+        record, want = (
+            json.loads((folder / "the--judge_one_against_two.json").read_text())
+            for folder in (files.folder / "again", files.folder)
+        )
+        assert record["overall"] == want["overall"]
+
+    @pytest.mark.parametrize(
+        ("spoil", "says"),
+        [
+            (lambda rows: [*rows, rows[0]], "row 10: .* there twice"),
+            (lambda rows: [rows[0] | {"score": "7"}, *rows[1:]], "row 0: .*expected a rating"),
+            (lambda rows: [{"question_id": 81}, *rows[1:]], "row 0: no verdict .*KeyError"),
+            (lambda rows: rows[:-1], "judgments of 1 of 10 turns are missing"),
+            (lambda rows: [rows[0] | {"judge": ["x", "y"]}, *rows[1:]], "several judges: j, x"),
+        ],
+    )
+    def test_spoilt_judgments_are_named(self, files, spoil, says):
+        rows = [
+            {"question_id": i, "turn": turn, "model": "one", "judge": ["j", "p"], "score": 5}
+            for turn in (1, 2) for i in range(81, 86)
+        ]  # fmt: skip
+        file = lines(files.folder / "j.jsonl", spoil(rows))
+        result = self.scored(files, "--judgments", file)
+        assert isinstance(result.exception, EvaluationError), result.output
+        assert re.search(says, str(result.exception))
+
     @pytest.mark.parametrize(
         ("given", "says"),
         [
-            ([], "give one of MODEL, --answers"),
+            ([], "give one of MODEL, --answers, --judgments"),
+            (["--judgments", "{one}"], "leave --judge and --against out"),
             (["--answers", "{one}", "--against", "{one}"], "answers of 'one' itself"),
             (["--answers", "{one}", "--references", "{one}x"], "cannot be read"),
         ],

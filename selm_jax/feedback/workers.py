@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 
-from selm_jax.feedback import descendants
+from selm_jax import processes
 from selm_jax.feedback.ranker import (
     FeedbackError,
     Question,
@@ -315,14 +315,14 @@ class _Worker:
         )
 
     def kill(self) -> None:
-        """Ends the process and all it started, daemons too (see `descendants`).
+        """Ends the process and all it started, daemons too (see `processes`).
 
         Those of a process that something else has killed are process 1's by then, and not found.
         """
         assert self.process.pid is not None  # it was started
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.process.pid, signal.SIGSTOP)  # so that it starts no more of them
-        descendants.kill(self.process.pid)
+        processes.kill_descendants(self.process.pid)
         with contextlib.suppress(ProcessLookupError):  # it is gone, or has no group of its own yet
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.kill()
@@ -333,7 +333,7 @@ class _Worker:
 def _serve(connection: multiprocessing.connection.Connection, path: str) -> None:
     """What a worker process does: says `ready`, then answers calls until it is stopped."""
     os.setsid()  # a group of its own, so that it can be stopped with all that it starts
-    descendants.adopt()
+    processes.adopt()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["JAX_PLATFORMS"] = "cpu"
     if "jax" in sys.modules:  # the main module imported it before this line
@@ -371,5 +371,5 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         multiprocessing.connection.wait([parent.sentinel])
-        descendants.kill(os.getpid())
+        processes.kill_descendants(os.getpid())
         os.killpg(0, signal.SIGKILL)

@@ -24,7 +24,7 @@ from pathlib import Path
 import httpx2
 import numpy as np
 
-from selm_jax import artifacts
+from selm_jax import artifacts, processes
 from selm_jax.config import Remote
 from selm_jax.endpoint import (
     Endpoint,
@@ -36,7 +36,7 @@ from selm_jax.endpoint import (
     for_each,
     is_here,
 )
-from selm_jax.rollout import keeper, server_log
+from selm_jax.rollout import server_log
 from selm_jax.rollout.dialects import DIALECTS, Said, Served
 from selm_jax.rollout.engine import Request, Response
 from selm_jax.rollout.sampling import Sampling
@@ -240,7 +240,7 @@ class Server:
         with self.log.open("ab") as log:
             self._wait_for_the_one_before(log.fileno())
             self._log_began = server_log.size_of(self.log)
-            self._process = keeper.start(parts, log)
+            self._process = processes.start(parts, log)
 
     def _wait_for_the_one_before(self, log: int) -> None:
         """Returns when no server of this run is there any more, which a killed one leaves behind for
@@ -318,7 +318,7 @@ class Server:
 
     def _stop(self) -> None:
         if self._process is not None:
-            keeper.stop(self._process, _TERMINATE_SECONDS)
+            processes.stop(self._process, _TERMINATE_SECONDS)
             self._process = None
 
 

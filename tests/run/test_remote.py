@@ -359,8 +359,8 @@ def test_a_server_that_does_not_want_to_end_is_made_to(tmp_path, monkeypatch):
 def test_a_server_ends_with_the_process_that_started_it(tmp_path, number):
     file = tmp_path / "pid"
     code = (
-        "import sys, time\nfrom selm_jax.rollout import keeper\n"
-        f"keeper.start(['sh', '-c', 'echo $$ > {file}; exec sleep 600'], open('/dev/null', 'wb'))\n"
+        "import sys, time\nfrom selm_jax import processes\n"
+        f"processes.start(['sh', '-c', 'echo $$ > {file}; exec sleep 600'], open('/dev/null', 'wb'))\n"
         "time.sleep(600)"
     )
     with subprocess.Popen([sys.executable, "-c", code]) as process:

@@ -1,4 +1,4 @@
-"""What a rule leaves behind: daemons that have left their group, session and parent."""
+"""What a rule or a server leaves behind: daemons that have left their group, session and parent."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from selm_jax import processes
 from selm_jax.feedback.ranker import FeedbackError, Question, build
 
 RULES = """
@@ -46,6 +47,7 @@ def hangs(prompt, response, row):
 """
 RUN = """
 import sys
+from selm_jax import processes
 from selm_jax.feedback.ranker import Question, build
 if __name__ == "__main__":
     sys.path.insert(0, sys.argv[1])
@@ -110,3 +112,22 @@ def test_daemons_of_a_killed_run_end(file, tmp_path):
     parent.send_signal(signal.SIGKILL)
     parent.wait()
     assert gone(file)
+
+
+SERVER = "import sys; import leaving_rules as r; r.daemon(sys.argv[1]); r.waits(sys.argv[1], 1)"
+
+
+@pytest.mark.parametrize("then", ["pass", "import time; time.sleep(600)"])
+def test_daemons_of_a_command_end_with_it(file, tmp_path, then):
+    """Whether it ends by itself, as one that makes itself a daemon does, or is stopped."""
+    command = [sys.executable, "-c", f"{SERVER}; {then}", str(file)]
+    with (tmp_path / "log").open("wb") as log:
+        process = processes.start(command, log)
+    if then == "pass":
+        assert process.wait(60) == 0
+    else:
+        until = time.monotonic() + 60
+        while not file.exists() and time.monotonic() < until:
+            time.sleep(0.02)
+        processes.stop(process, 10)
+    assert file.read_text() and gone(file)

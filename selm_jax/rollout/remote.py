@@ -43,7 +43,7 @@ from selm_jax.rollout.sampling import Sampling
 from selm_jax.weights.sources import cache_root
 
 _LOOK_EVERY = 0.5  # seconds between two looks whether the server is there
-_LAST_BREATH_SECONDS = 2.0  # until a server that answers no more has ended, if it is to
+_LAST_BREATH_SECONDS = 5.0  # until a server that answers no more has ended, if it is to
 _TERMINATE_SECONDS = 30.0  # for a server to end when it is told to
 _BEFORE_SECONDS = 60.0  # for one that a killed run has left to end
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from forked import free_port
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from selm_jax.models.families import from_hf
 from selm_jax.weights.files import _header, stored_like
@@ -152,23 +153,34 @@ mine = sum(s.data.nbytes for x in jax.tree.leaves(params) if x.ndim > 2 or x.sha
            for s in x.addressable_shards)
 (out / str(me)).mkdir()
 save(params, config, out / str(me))
-print(json.dumps([sum(read), mine]), flush=True)
+ours, wrong = sum(read), ""
+try:
+    load(Path(sys.argv[5]), config, shardings=where)
+except files.WeightsError as e:
+    wrong = str(e)
+print(json.dumps([ours, mine, wrong]), flush=True)
 """
 
 
 def test_each_of_two_processes_reads_its_own_half(tmp_path):
-    """Two processes of four devices: each reads the bytes of its shards, and both save the whole."""
+    """Two processes of four devices: each reads the bytes of its shards, and both save the whole. A
+    number that is none is in the half of one of them, and both name its tensor."""
     folder = REPO / "tests" / "golden" / "families" / "phi-3-4k"
+    spoiled = shutil.copytree(folder, tmp_path / "spoiled")
+    tensors, name = load_file(folder / "model.safetensors"), "model.layers.1.mlp.down_proj.weight"
+    tensors[name][0, 0] = np.nan
+    save_file(tensors, spoiled / "model.safetensors", metadata={"format": "pt"})
     address = f"127.0.0.1:{free_port()}"
     processes = [
-        child(SHARE, address, str(me), str(folder), str(tmp_path),
+        child(SHARE, address, str(me), str(folder), str(tmp_path), str(spoiled),
               XLA_FLAGS=forced(4))
         for me in range(2)
     ]  # fmt: skip
     found = [json.loads(p.communicate(timeout=100)[0].splitlines()[-1]) for p in processes]
     whole = (folder / "model.safetensors").read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
-    for read, mine in found:
+    for read, mine, wrong in found:
+        assert f"hold NaN or infinity:\n  {name}, in model.safetensors" in wrong
         assert read == mine
         assert abs(read - (len(whole) - header) / 2) < 1000  # but for the norms, which all have
     before = load_file(folder / "model.safetensors")

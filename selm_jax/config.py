@@ -12,7 +12,7 @@ import dataclasses
 import datetime
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -398,8 +398,17 @@ def _bad_names(e: Experiment):
     if not isinstance(loss, str):
         found = f"{loss!r} is no name" if "loss" in e.objective else "missing"
         yield f"objective.loss: {found}; it names the loss, for instance `selm` or `dpo`"
-        loss = ""
-    named = [("objective.loss", term.strip()) for term in loss.split("+")]
+    for key, name in user_code_in(e):
+        try:
+            check_name(name)
+        except UserCodeError as error:
+            yield f"{key}: {name!r}: {error}"
+
+
+def user_code_in(e: Experiment) -> Iterator[tuple[str, str]]:
+    """(dotted key, name) of the functions of the user's that an experiment names."""
+    terms = str(e.objective.get("loss")).split("+")
+    named: list[tuple[str, Any]] = [("objective.loss", term.strip()) for term in terms]
     todo: list[tuple[str, Any, Any]] = [("feedback", e.feedback.ranker, e.feedback.settings)]
     while todo:
         key, name, settings = todo.pop()
@@ -409,12 +418,7 @@ def _bad_names(e: Experiment):
             if isinstance(part, Mapping):
                 inner = f"{key}.settings.parts.{n}"
                 todo.append((inner, part.get("ranker"), part.get("settings")))
-    for key, name in named:
-        if isinstance(name, str) and is_user_code(name):
-            try:
-                check_name(name)
-            except UserCodeError as error:
-                yield f"{key}: {name!r}: {error}"
+    yield from ((key, name) for key, name in named if isinstance(name, str) and is_user_code(name))
 
 
 def _inconsistent_remote(r: Remote):

@@ -11,6 +11,7 @@ for t = 1, 2, ...:                                  paper, Algorithm 1
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 
 from selm_jax import artifacts
@@ -42,6 +43,8 @@ def run_stage(run: Run, name: str, t: int) -> None:
     stage = next(s for s in (*STAGES, EVALUATE) if s.name == name)
     with _held(run):
         try:
+            for before in itertools.takewhile(lambda s: s.name != name, STAGES if t else ()):
+                multihost.on_first(lambda before=before: before.check(run, t))  # or two data mix
             if not stage.run(run, t):
                 run.console.print(f"iteration {t}  {name}: done already")
             run.write_manifest()

@@ -8,6 +8,7 @@ nothing of this program.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import sys
@@ -87,6 +88,25 @@ def check_name(path: str) -> None:
         f"{package!r} is an installed package that was not made for this program: its metadata does "
         f"not require selm_jax. {yours}; it may call what that package has"
     )
+
+
+def source_digest(path: str) -> str:
+    """SHA-256 of the file that holds the function at `package.module:function`, as it is now.
+
+    Of what that file imports nothing is said.
+
+    Raises:
+        UserCodeError: there is no such file.
+    """
+    module = path.partition(":")[0]
+    try:
+        found = importlib.util.find_spec(module)
+    except (ImportError, ValueError):  # a package around it that is not there
+        found = None
+    file = Path(found.origin) if found is not None and found.origin else None
+    if file is None or not file.is_file():
+        raise UserCodeError(f"{path!r}: no file of the module {module!r} is found on PYTHONPATH")
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _is_installed(package: str) -> bool:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from selm_jax import artifacts
-from selm_jax.config import as_dict
+from selm_jax.config import as_dict, user_code_in
 from selm_jax.feedback.acquisition import MODEL_BASED
 from selm_jax.feedback.ranker import folders_of
 from selm_jax.memory import release
@@ -34,6 +34,7 @@ from selm_jax.stages.score import score
 from selm_jax.stages.train import export, train_policy
 from selm_jax.store import Store
 from selm_jax.text.prompts import digest as prompts_digest
+from selm_jax.user_code import source_digest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +56,12 @@ class Stage:
     shared: Callable[[Run], bool] = lambda run: True
     goes_on_from: tuple[str, ...] = ()
     scratch: tuple[str, ...] = ()
+
+    def check(self, run: Run, t: int) -> None:
+        """Raises ArtifactError if the stage was done with other inputs or settings than it has now."""
+        record = artifacts.Stages(run.iteration(t))
+        if self.name in record.read():
+            record.is_done(self.name, self.inputs(run, t), self.settings(run, t))
 
     def run(self, run: Run, t: int) -> bool:
         """Does the stage unless it is done; says whether it did.
@@ -153,10 +160,28 @@ def _asked_with(run: Run, t: int) -> dict[str, str]:
     return _policy(run, t - 1) | _reference(run, max(t - 1, 1))
 
 
-def _ranker(run: Run, t: int) -> dict[str, str]:
-    """The models that rank, if they are any."""
+def _ranking(run: Run, t: int) -> dict[str, str]:
+    """The models that rank, if they are any, and the user's rules."""
     folders = folders_of(run.ranker)
-    return {f"ranker {n}": artifacts.digest(folder) for n, folder in enumerate(folders, 1)}
+    models = {f"ranker {n}": artifacts.digest(folder) for n, folder in enumerate(folders, 1)}
+    return models | _code("feedback")(run, t)
+
+
+def _chat(run: Run, t: int) -> dict[str, str]:
+    """What makes ids of texts, in every iteration: tokenizer and template of the start model."""
+    return {"chat": run.chat.digest}
+
+
+def _code(section: str) -> Callable[[Run, int], dict[str, str]]:
+    """The source of the functions of the user's that a section of the experiment names."""
+
+    def of(run: Run, t: int) -> dict[str, str]:
+        named = [
+            (key, name) for key, name in user_code_in(run.experiment) if key.startswith(section)
+        ]
+        return {f"{key} {name}": source_digest(name) for key, name in named}
+
+    return of
 
 
 def _unscored(run: Run, t: int) -> dict[str, bool]:
@@ -237,7 +262,7 @@ STAGES = (
     Stage(
         "generate",
         generate,
-        _all(_prompts, lambda run, t: _policy(run, t - 1)),
+        _all(_prompts, _chat, lambda run, t: _policy(run, t - 1)),
         _pick(
             *("seed", "candidates.greedy", "candidates.samples", "rollout"),
             *("training.parameter_dtype", "compute.dtype", *_TEMPLATE),
@@ -250,9 +275,10 @@ STAGES = (
         rank,
         _all(
             _prompts,
+            _chat,
             _file("responses"),
             _asked_with,
-            lambda run, t: {} if run.experiment.taught else _ranker(run, t),
+            lambda run, t: {} if run.experiment.taught else _ranking(run, t),
         ),
         _all(
             _pick(
@@ -269,14 +295,14 @@ STAGES = (
     Stage(
         "score",
         score,
-        _all(_file("ranked.parquet"), _reference),
+        _all(_prompts, _chat, _file("ranked.parquet"), _reference),
         _all(_pick("text", *_SCORING), _unscored, _rates),
         _always("examples.parquet"),
     ),
     Stage(
         "train",
         train_policy,
-        _all(_file("examples.parquet"), lambda run, t: _policy(run, t - 1)),
+        _all(_file("examples.parquet"), _code("objective"), lambda run, t: _policy(run, t - 1)),
         _pick("seed", "objective", "training", "lora", "compute.dtype"),
         _always(),
         shared=lambda run: False,  # what it leaves is deleted once the export is complete
@@ -294,7 +320,7 @@ STAGES = (
 EVALUATE = Stage(
     "evaluate",
     evaluate,
-    _all(_heldout, _policy, lambda run, t: {} if run.rates else _ranker(run, t)),
+    _all(_heldout, _chat, _policy, lambda run, t: {} if run.rates else _ranking(run, t)),
     _all(
         _pick(
             *("seed", "feedback.ranker", "feedback.settings", "evaluation"),

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from selm_jax.config import refuse_secrets
+from selm_jax.config.plain_yaml import YamlError, read_value
 from selm_jax.evaluation import EvaluationError
 from selm_jax.evaluation.model import Found, find
 from selm_jax.feedback import ranker as rankers
@@ -65,14 +65,19 @@ def build_ranker(
 
     Raises:
       EvaluationError: nobody names one, or a setting that is no `key=value`.
+      ConfigError: a setting looks like a key or password.
       FeedbackError: see `ranker.build`.
     """
     given: dict[str, Any] = {}
     for text in settings:
         key, equals, value = text.partition("=")
         if not equals:
-            raise EvaluationError(f"--set {text!r}: key=value was expected (the value is YAML)")
-        given[key] = yaml.safe_load(value)
+            raise EvaluationError(f"--set {key!r}: key=value was expected (the value is YAML)")
+        try:
+            given[key] = read_value(value)
+        except YamlError as error:
+            raise EvaluationError(f"--set {key}=...: the value: {error}") from None
+    refuse_secrets(given, "--set")
     if name is not None:
         return rankers.build(name, **given)
     experiment = next((f.experiment for f in found if f.experiment), None)

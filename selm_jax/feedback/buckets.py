@@ -13,8 +13,10 @@ import numpy as np
 
 from selm_jax.feedback.ranker import FeedbackError
 from selm_jax.parallel.rules import TRAINING, partition
+from selm_jax.ranges import MOST, Range
 from selm_jax.words import did_you_mean
 
+BATCH = Range(1, MOST, whole=True)  # rows of 512 tokens
 DTYPES = ("auto", "float32", "bfloat16")
 
 
@@ -92,9 +94,9 @@ def checked_batch(ranker: str, batch: int | None, on_cpu: bool) -> int:
     """Rows of 512 tokens; None is 16, but 2 on CPU, whose caches hold no more."""
     if batch is None:
         return 2 if on_cpu else 16
-    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-        raise FeedbackError(f"{ranker}: batch is {batch!r}; expected a whole number of at least 1.")
-    return batch
+    if (expected := BATCH.problem(batch)) is not None:
+        raise FeedbackError(f"{ranker}: batch is {batch!r}; expected {expected}.")
+    return int(batch)
 
 
 def check_choice(ranker: str, name: str, value: str, expected: tuple[str, ...]) -> None:

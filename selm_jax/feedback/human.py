@@ -18,9 +18,10 @@ import numpy as np
 from jaxtyping import Float64
 
 from selm_jax.annotate.agreement import alpha, mean_shares
-from selm_jax.annotate.store import AnnotationError, Item, Judgement, Store, check_minimum
+from selm_jax.annotate.store import Item, Judgement, Store
 from selm_jax.feedback.ranker import FeedbackError, Question, check_questions, check_scores
 from selm_jax.paths import place
+from selm_jax.ranges import Count
 
 STORE = "annotations.sqlite"  # in the run folder, where the settings name no other
 _POLL = 1.0  # seconds between two looks at the store
@@ -138,7 +139,7 @@ def items_of(
     return items
 
 
-def human(store: str | None = None, wait: bool = True, minimum: int = 1) -> Human:
+def human(store: str | None = None, wait: bool = True, minimum: Count = 1) -> Human:
     """People who rank the candidates on the page of `selm annotate`.
 
     Args:
@@ -151,10 +152,6 @@ def human(store: str | None = None, wait: bool = True, minimum: int = 1) -> Huma
     Raises:
         FeedbackError: a setting that cannot be used.
     """
-    try:
-        check_minimum(minimum)
-    except AnnotationError as error:
-        raise FeedbackError(f"ranker 'human': {error}") from error
     if not isinstance(wait, bool):
         raise FeedbackError(f"ranker 'human': wait is {wait!r}; expected true or false.")
     return Human(place(store) if store else None, wait, minimum)

@@ -26,7 +26,7 @@ import numpy as np
 from jaxtyping import Float, Float64
 
 from selm_jax.feedback.judge_answer import Completion, Usage
-from selm_jax.feedback.judge_budget import Budget, JudgeError, check_number
+from selm_jax.feedback.judge_budget import Budget, JudgeError, Timeout, Tokens, check_numbers
 from selm_jax.feedback.judge_client import Client, Messages
 from selm_jax.feedback.judge_prompts import (
     LOGPROB,
@@ -40,6 +40,7 @@ from selm_jax.feedback.judge_prompts import (
 from selm_jax.feedback.judge_unread import Unread
 from selm_jax.feedback.ranker import Question, check_questions, check_scores
 from selm_jax.paths import place
+from selm_jax.ranges import Count, Natural, NonNegative
 from selm_jax.weights.sources import cache_root
 from selm_jax.words import did_you_mean
 
@@ -250,18 +251,18 @@ def judge(
     key_env: str | None = None,
     template: str | None = None,
     on_malformed: str | None = None,
-    max_tokens: int | None = None,
-    temperature: float | None = None,
+    max_tokens: Count | None = None,
+    temperature: NonNegative | None = None,
     extra: Mapping[str, Any] | None = None,
-    concurrency: int = 16,
-    timeout: float = 120.0,
-    retries: int = 6,
-    backoff: float = 1.0,
+    concurrency: Count = 16,
+    timeout: Timeout = 120.0,
+    retries: Natural = 6,
+    backoff: NonNegative = 1.0,
     cache: str | None = None,
-    max_total_tokens: int | None = None,
-    max_cost: float | None = None,
-    price_prompt: float | None = None,
-    price_completion: float | None = None,
+    max_total_tokens: Tokens | None = None,
+    max_cost: NonNegative | None = None,
+    price_prompt: NonNegative | None = None,
+    price_completion: NonNegative | None = None,
 ) -> JudgeRanker:
     """A judge behind an OpenAI-compatible server.
 
@@ -307,8 +308,7 @@ def judge(
         "top_logprobs": facts.top_logprobs,
         "extra": extra,
     }
-    check_number("max_tokens", sampling["max_tokens"], least=1.0, whole=True)
-    check_number("temperature", sampling["temperature"], least=0.0)
+    check_numbers(judge, sampling)
     client = Client(
         model,
         cache=place(cache) if cache else cache_root() / "judge.sqlite",

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Annotated, Any
 
 from selm_jax.endpoint import Tries
 from selm_jax.feedback.judge_answer import Usage
 from selm_jax.feedback.ranker import FeedbackError
+from selm_jax.ranges import NonNegative, Range, ranges_of
+
+Tokens = Annotated[int, Range(0, 2**63 - 1, whole=True)]  # of a budget
+Timeout = Annotated[float, Range(1e-3)]  # seconds
 
 
 class JudgeError(FeedbackError):
@@ -19,16 +24,16 @@ class BudgetExceeded(JudgeError):
     """The next request could cost more than is left. All that was paid for is in the cache."""
 
 
-def check_number(name: str, value: object, *, least: float, whole: bool = False) -> None:
-    """Refuses a setting that is not a finite (or whole) number of at least `least`.
+def check_numbers(declared: Callable[..., Any], settings: Mapping[str, Any]) -> None:
+    """Refuses settings out of the ranges that a function or class declares for them.
 
     Raises:
         JudgeError: names the setting.
     """
-    kinds = int if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value < math.inf:
-        kind = "whole number" if whole else "number"
-        raise JudgeError(f"judge: {name} is {value!r}; expected a {kind} of at least {least:g}.")
+    for name, numbers in ranges_of(declared).items():
+        value = settings.get(name)
+        if value is not None and (expected := numbers.problem(value)) is not None:
+            raise JudgeError(f"judge: {name} is {value!r}; expected {expected}.")
 
 
 @dataclass
@@ -74,17 +79,15 @@ class Budget:
         JudgeError: a number that is no limit or price, or a limit on cost without prices.
     """
 
-    max_total_tokens: int | None = None
-    max_cost: float | None = None
-    price_prompt: float | None = None
-    price_completion: float | None = None
+    max_total_tokens: Tokens | None = None
+    max_cost: NonNegative | None = None
+    price_prompt: NonNegative | None = None
+    price_completion: NonNegative | None = None
 
     def __post_init__(self) -> None:
         self.tokens, self.cost = 0, 0.0
         self._under_way, self._most_tokens, self._most_cost = 0, 0, 0.0
-        for limit in ("max_total_tokens", "max_cost", "price_prompt", "price_completion"):
-            if getattr(self, limit) is not None:
-                check_number(limit, getattr(self, limit), least=0.0)
+        check_numbers(Budget, vars(self))
         if (self.price_prompt is None) != (self.price_completion is None):
             raise JudgeError("judge: give both price_prompt and price_completion, or neither.")
         if self.max_cost is not None and not self.priced:

@@ -19,8 +19,9 @@ from typing import Any, TypeVar
 
 from selm_jax.endpoint import Endpoint, ServerError, api_key, checked_url, for_each
 from selm_jax.feedback.judge_answer import Completion, parse_completion
-from selm_jax.feedback.judge_budget import Budget, Counts, JudgeError, check_number
+from selm_jax.feedback.judge_budget import Budget, Counts, JudgeError, Timeout, check_numbers
 from selm_jax.feedback.judge_cache import AnswerCache, request_key
+from selm_jax.ranges import Count, Natural, NonNegative
 
 T = TypeVar("T")
 Messages = Sequence[Mapping[str, str]]
@@ -59,16 +60,14 @@ class Client:
         cache: Path,
         base_url: str | None = None,
         key_env: str | None = None,
-        concurrency: int = 16,
-        timeout: float = 120.0,
-        retries: int = 6,
-        backoff: float = 1.0,
+        concurrency: Count = 16,
+        timeout: Timeout = 120.0,
+        retries: Natural = 6,
+        backoff: NonNegative = 1.0,
         budget: Budget | None = None,
     ):
-        check_number("concurrency", concurrency, least=1.0, whole=True)
-        check_number("retries", retries, least=0.0, whole=True)
-        check_number("timeout", timeout, least=1e-3)
-        check_number("backoff", backoff, least=0.0)
+        how = {"timeout": timeout, "retries": retries, "backoff": backoff}
+        check_numbers(Client.__init__, how | {"concurrency": concurrency})
         self.model = model
         self.url = _chat_url(base_url)
         self.concurrency = concurrency

@@ -35,6 +35,7 @@ from selm_jax.feedback.ranker import (
     prompts_together,
     reported,
 )
+from selm_jax.ranges import Range
 from selm_jax.words import did_you_mean
 
 Scores = Float64[np.ndarray, " candidates"]
@@ -67,6 +68,7 @@ def rank(scores: Scores) -> Scores:
     return (1 + wins / (len(scores) - 1)) / 2
 
 
+WEIGHT = Range()  # of a part; a negative one punishes
 SCALES: Mapping[str, Callable[[Scores], Scores]] = {
     "none": none,
     "zscore": zscore,
@@ -170,9 +172,8 @@ def _part(number: int, given: Any) -> Part:
                 f"{', '.join(known)}."
             )
     weight = given.get("weight", 1.0)
-    number_like = isinstance(weight, int | float) and not isinstance(weight, bool)
-    if not number_like or not math.isfinite(weight):
-        raise FeedbackError(f"{where}: weight is {weight!r}; expected a finite number.")
+    if (expected := WEIGHT.problem(weight)) is not None:
+        raise FeedbackError(f"{where}: weight is {weight!r}; expected {expected}.")
     scale = given.get("normalise", "none")
     if scale not in SCALES:
         raise FeedbackError(

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from flax.traverse_util import flatten_dict
 from jaxtyping import Float64, Int
 
 from selm_jax.feedback.buckets import (
+    BATCH,
     Part,
     check_choice,
     checked_batch,
@@ -304,7 +305,7 @@ def pairrm(
     folder: str,
     compat: str = "per_row",
     dtype: str = "auto",
-    batch: int | None = None,
+    batch: Annotated[int, BATCH] | None = None,
 ) -> PairRM:
     """PairRM from a folder or a Hub id (`llm-blender/PairRM-hf`), on all devices of this process.
 

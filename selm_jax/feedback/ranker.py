@@ -17,6 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Float64
 
+from selm_jax.ranges import ranges_of
 from selm_jax.user_code import FORM, is_user_code
 from selm_jax.words import did_you_mean
 
@@ -121,6 +122,14 @@ def build(name: str, /, **settings: Any) -> Ranker:
     _check_settings(
         name, settings, {k: p for k, p in parameters.items() if p.kind is not p.POSITIONAL_ONLY}
     )
+    for key, declared in ranges_of(builder).items():
+        if key not in settings or (settings[key] is None and parameters[key].default is None):
+            continue
+        if (expected := declared.problem(settings[key])) is not None:
+            raise FeedbackError(
+                f"ranker {name!r}: {key} is {settings[key]!r}; expected {expected}."
+            )
+        settings[key] = declared.converted(settings[key])
     return builder(*path, **settings)
 
 

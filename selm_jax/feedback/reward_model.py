@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -22,6 +22,7 @@ from jaxtyping import Float64
 
 from selm_jax.config import Text
 from selm_jax.feedback.buckets import (
+    BATCH,
     Part,
     check_choice,
     checked_batch,
@@ -39,6 +40,7 @@ from selm_jax.parallel.alone import own_devices
 from selm_jax.parallel.mesh import make_mesh
 from selm_jax.parallel.rules import TRAINING, shardings
 from selm_jax.preferences.rewards import Ids, rewards_at, split
+from selm_jax.ranges import Axis, Count
 from selm_jax.text.chat import Chat, ChatError
 from selm_jax.weights.huggingface import check, load
 from selm_jax.weights.sources import resolve
@@ -242,13 +244,13 @@ def reward_model(
     source: str,
     revision: str | None = None,
     template: Mapping[str, Any] | None = None,
-    max_length: int | None = None,
+    max_length: Count | None = None,
     too_long: str = "error",
     dtype: str = "auto",
-    batch: int | None = None,
-    data: int = 1,
-    fsdp: int = -1,
-    tensor: int = 1,
+    batch: Annotated[int, BATCH] | None = None,
+    data: Axis = 1,
+    fsdp: Axis = -1,
+    tensor: Axis = 1,
 ) -> RewardModel:
     """A reward model from a folder or a Hub id, on all devices of this process.
 
@@ -288,10 +290,6 @@ def reward_model(
             "from it: `objective: {loss: bradley_terry}` (docs/feedback.md)"
         )
     longest = positions(config) if max_length is None else max_length
-    if isinstance(longest, bool) or not isinstance(longest, int) or longest < 1:
-        raise FeedbackError(
-            f"reward_model: max_length is {longest!r}; expected a whole number of at least 1."
-        )
     config = config.for_length(longest)
     try:
         chat = Chat(folder, Text(template=dict(template or {})), config.vocab_size)

@@ -20,6 +20,7 @@ from selm_jax.feedback.ranker import (
     check_questions,
     check_scores,
 )
+from selm_jax.ranges import Natural
 from selm_jax.text.cells import shortened, structure
 from selm_jax.words import did_you_mean
 
@@ -108,22 +109,14 @@ def sentiment() -> RuleRanker:
     )
 
 
-def length(target: int | None = None) -> RuleRanker:
+def length(target: Natural | None = None) -> RuleRanker:
     """Length of the response in characters; with a target, minus the distance from it.
 
     Args:
-        target: characters, at least 0; None means the longer the better.
-
-    Raises:
-        FeedbackError: the target is not a whole number of at least 0.
+        target: characters; None means the longer the better.
     """
     if target is None:
         return RuleRanker("length", lambda _, response, __: len(response))
-    if isinstance(target, bool) or not isinstance(target, int) or target < 0:
-        raise FeedbackError(
-            f"ranker 'length': target is {target!r}; expected a whole number of characters, "
-            "at least 0."
-        )
     return RuleRanker("length", lambda _, response, __: -abs(len(response) - target))
 
 

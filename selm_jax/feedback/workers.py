@@ -35,6 +35,7 @@ from selm_jax.feedback.ranker import (
     finite_number,
     row_values,
 )
+from selm_jax.ranges import Count, Natural, Positive
 from selm_jax.user_code import UserCodeError, function_at
 
 _START_SECONDS = 120.0  # for a process to start and import; no call's limit, but a limit
@@ -128,10 +129,10 @@ class FunctionRanker:
 def user_function(
     path: str,
     /,
-    workers: int = 1,
-    timeout: float | None = None,
+    workers: Natural = 1,
+    timeout: Positive | None = None,
     vectorised: bool = False,
-    batch: int | None = None,
+    batch: Count | None = None,
 ) -> FunctionRanker:
     """A user's function as a ranker.
 
@@ -150,24 +151,18 @@ def user_function(
             function cannot be called with three arguments, or a setting that cannot be.
     """
     where = f"ranker {path!r}"
-    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
-        raise FeedbackError(f"{where}: workers is {workers!r}; expected a whole number, 0 or more.")
     if workers == 0 and timeout is not None:
         raise FeedbackError(
             f"{where}: found timeout {timeout!r} with workers 0; a call in this process cannot be "
             "stopped. Take the timeout away, or set workers to 1 or more."
         )
     seconds = _TIMEOUT if timeout is None else timeout
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds > 0:
-        raise FeedbackError(f"{where}: timeout is {timeout!r}; expected seconds, more than 0.")
     if not isinstance(vectorised, bool) or (batch is not None and not vectorised):
         raise FeedbackError(
             f"{where}: found vectorised {vectorised!r} and batch {batch!r}; expected true or "
             "false, and a batch only where it is true."
         )
     size = _BATCH if batch is None else batch
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise FeedbackError(f"{where}: batch is {batch!r}; expected a whole number, 1 or more.")
     return FunctionRanker(path, load(path), workers, seconds, size if vectorised else None)
 
 

@@ -16,8 +16,6 @@ An objective maps `Logps` to one loss per example and named metrics per example;
 both. One that trains a reward model (`bradley_terry`) maps `Rewards` instead. A YAML file names an objective, a sum of several, or a function of yours: see `build.py`.
 """
 
-import math
-import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -26,6 +24,8 @@ import jax
 import jax.numpy as jnp
 from jax.nn import log_sigmoid, relu
 from jaxtyping import Array, Float
+
+from selm_jax.ranges import Range
 
 ROLES = ("chosen", "rejected", "explore")
 CONVENTIONS = ("alpha_beta", "alpha")
@@ -357,23 +357,18 @@ def _explore(term: str, beta: float, loss: Callable[[Logps], PerExample]) -> Obj
     return Objective(("explore",), function, (term,))
 
 
-_LIMITS: dict[str, tuple[str, Callable[[float], bool]]] = {
-    "beta": ("above 0", lambda v: v > 0),
-    "alpha": ("at least 0", lambda v: v >= 0),
-    "gamma": ("at least 0", lambda v: v >= 0),
-    "margin": ("at least 0", lambda v: v >= 0),
-    "centering": ("at least 0", lambda v: v >= 0),
-    "label_smoothing": ("at least 0 and below 0.5", lambda v: 0 <= v < 0.5),
-    "weight": ("finite", lambda v: True),
+RANGES = {
+    "beta": Range(0, above=True),
+    "alpha": Range(0),
+    "gamma": Range(0),
+    "margin": Range(0),
+    "centering": Range(0),
+    "label_smoothing": Range(0, 0.5, below=True),
+    "weight": Range(),
 }
 
 
 def _check(**settings: float) -> None:
     for key, value in settings.items():
-        wanted, fits = _LIMITS[key]
-        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        if not (is_number and math.isfinite(value) and fits(value)):
-            hint = " (as text; YAML reads 1.0e-3 as a number, 1e-3 as text)"
-            raise ObjectiveError(
-                f"{key} is {value!r}{hint * isinstance(value, str)}; expected a number {wanted}"
-            )
+        if (expected := RANGES[key].problem(value)) is not None:
+            raise ObjectiveError(f"{key} is {value!r}; expected {expected}")

@@ -17,9 +17,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 
 from selm_jax import jsonl
+from selm_jax.config import plain_yaml
 
 
 class ReportError(ValueError):
@@ -147,8 +147,7 @@ def report_data(run: Path) -> RunData:
             f"{run} is not a run folder: {' and '.join(missing)} missing. "
             "`selm run` writes both before its first stage; check the path."
         )
-    config_text = (run / "config.yaml").read_text(encoding="utf-8")
-    config = _mapping(_yaml(run / "config.yaml", config_text), run / "config.yaml")
+    config_text, config = _settings(run / "config.yaml")
     manifest = _mapping(_json_file(run / "manifest.json"), run / "manifest.json")
 
     notes: list[str] = []
@@ -358,11 +357,13 @@ def _metric_lines(path: Path, notes: list[str]) -> Iterator[tuple[str, dict[str,
         yield where, _mapping(found, path, f"line {line.number}")
 
 
-def _yaml(path: Path, text: str) -> Any:
+def _settings(path: Path) -> tuple[str, dict[str, Any]]:
+    """The settings of a run, as they stand and as they are read."""
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ReportError(f"{path} is not YAML: {error}") from error
+        text = plain_yaml.decoded(path.read_bytes())
+        return text, _mapping(plain_yaml.read(text)[0], path)
+    except plain_yaml.YamlError as error:
+        raise ReportError(f"{path}: {error}") from error
 
 
 def _json_file(path: Path) -> Any:

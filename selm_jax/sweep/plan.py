@@ -16,9 +16,11 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from rich.console import Console
 
-from selm_jax.config import ConfigError, Experiment, as_dict, load, read
+from selm_jax.config import ConfigError, Experiment, as_dict, load
+from selm_jax.config.file import explained, listed, read_with_places
 from selm_jax.parallel import multihost
 from selm_jax.paths import claim, place
+from selm_jax.ranges import Seed
 from selm_jax.tiny import shrink
 
 
@@ -29,7 +31,7 @@ class File:
     output: str  # the sweep's folder
     base: str  # the experiment file, from where `selm` is started
     grid: dict[str, dict[str, dict[str, Any]] | list[Any]]
-    seeds: tuple[int, ...] = (42,)
+    seeds: tuple[Seed, ...] = (42,)
     set: dict[str, Any] = field(default_factory=dict)  # of every run, by dotted key
     baseline: dict[str, str] | None = None  # axis and level; None: the last axis's first level
     title: str | None = None
@@ -41,11 +43,16 @@ class Cell:
     """One setting of the grid: the level of each axis, and what they change together."""
 
     levels: Mapping[str, str]
-    changes: tuple[str, ...]  # `key.path=value`, in the order of the axes
+    changes: Mapping[str, Any]  # by dotted key, in the order of the axes
 
     @property
     def name(self) -> str:
         return ", ".join(self.levels.values())
+
+    @property
+    def told(self) -> tuple[str, ...]:
+        """The changes as a command line would have them."""
+        return tuple(f"{k}={json.dumps(v, ensure_ascii=False)}" for k, v in self.changes.items())
 
     @property
     def folder(self) -> Path:
@@ -107,11 +114,11 @@ def plan(
     members = []
     cells = [_cell(axes, chosen) for chosen in itertools.product(*axes.values())]
     for seed, cell in itertools.product(seeds, cells):
-        if "seed" in {change.partition("=")[0] for change in cell.changes}:
+        if "seed" in cell.changes:
             raise ConfigError(f"{file}: cell {cell.name} changes seed; name seeds in `seeds`")
         where = folder / cell.folder / f"seed_{seed}"
-        changes = [*_changes(said.set), *overrides, *cell.changes]
-        changes += [f"seed={seed}", f"output={json.dumps(str(where))}"]
+        changes = [*said.set.items(), *overrides, *cell.changes.items()]
+        changes += [("seed", seed), ("output", str(where))]
         try:
             experiment = load(place(base), changes)
         except ConfigError as e:
@@ -133,13 +140,11 @@ def plan(
 
 
 def _file(file: Path) -> File:
+    tree, places = read_with_places(file)
     try:
-        return TypeAdapter(File).validate_python(read(file))
+        return TypeAdapter(File).validate_python(tree)
     except ValidationError as e:
-        problems = "\n  ".join(
-            f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in e.errors()
-        )
-        raise ConfigError(f"{file}: not a sweep:\n  {problems}") from None
+        raise ConfigError(listed(f"{file}: not a sweep", explained(e, File), places)) from None
 
 
 def _levels(file: Path, name: str, axis: Mapping[str, Any] | Sequence[Any]) -> dict[str, Any]:
@@ -175,16 +180,12 @@ def _baseline(
 
 
 def _cell(axes: Mapping[str, Mapping[str, Any]], chosen: Sequence[str]) -> Cell:
-    changes = [
-        change
-        for levels, level in zip(axes.values(), chosen, strict=True)
-        for change in _changes(levels[level])
-    ]
-    return Cell(dict(zip(axes, chosen, strict=True)), tuple(changes))
-
-
-def _changes(values: Mapping[str, Any]) -> list[str]:
-    return [f"{key}={json.dumps(value)}" for key, value in values.items()]  # JSON is YAML
+    changes: dict[str, Any] = {}
+    for levels, level in zip(axes.values(), chosen, strict=True):
+        for key, value in levels[level].items():
+            changes.pop(key, None)  # the later axis counts, at its place
+            changes[key] = value
+    return Cell(dict(zip(axes, chosen, strict=True)), changes)
 
 
 def _check_distinct(file: Path, members: Sequence[Member]) -> None:

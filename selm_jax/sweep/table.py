@@ -79,7 +79,7 @@ def _row(
     members = [m for m in plan.members if m.cell is cell]
     return Row(
         levels=tuple(cell.levels.values()),
-        changes=cell.changes,
+        changes=cell.told,
         runs=tuple(
             (m.seed, os.path.relpath(m.experiment.output, plan.folder), m.seed in runs)
             for m in members

@@ -7,9 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from selm_jax.config import Experiment, dump
+from selm_jax.config import Experiment, dump, plain_yaml
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # Of no interest to a reader, or different in every run of the same experiment.
@@ -63,7 +61,7 @@ def model_card(
         f"- prompts: `{e.data.train}`, part {e.data.first_portion - 1 + iteration} of {e.portions}"
     )
     parts = [
-        f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
+        f"---\n{plain_yaml.dump(header)}---",
         f"# {name}, iteration {iteration} of {e.iterations}",
         f"Trained from `{e.model.source}` with selm_jax.",
         f"## Method\n\n{method}",

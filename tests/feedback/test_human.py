@@ -89,7 +89,7 @@ class TestRanker:
         with pytest.raises(FeedbackError, match="prompt 'p0': nobody was asked"):
             human().scores(QUESTIONS, TEXTS)
         with pytest.raises(FeedbackError, match="minimum is 0"):
-            human(minimum=0)
+            build("human", minimum=0)
         with pytest.raises(FeedbackError, match="wait is 'no'"):
             human(wait="no")
         assert isinstance(build("human", store=str(tmp_path / "s")), Human)

@@ -65,7 +65,7 @@ class TestLength:
     @pytest.mark.parametrize("target", [-1, True])
     def test_bad_target(self, target):
         with pytest.raises(FeedbackError, match="target is"):
-            rules.length(target)
+            build("length", target=target)
 
 
 class TestRegex:

@@ -532,8 +532,8 @@ def test_compiles_and_keeps_float32(name):
         ("dpo", {"beta": float("inf")}, "beta is inf"),
         ("dpo", {"beta": True}, "beta is True"),
         ("dpo", {"beta": None}, "beta is None"),
-        ("selm", {"beta": 0.1, "alpha": "1e-3"}, "alpha is '1e-3'.*1.0e-3"),
-        ("selm", {"beta": 0.1, "alpha": -1e-3}, "alpha is -0.001; expected a number at least 0"),
+        ("selm", {"beta": 0.1, "alpha": "1e-3"}, "alpha is '1e-3'; expected a number"),
+        ("selm", {"beta": 0.1, "alpha": -1e-3}, "alpha is -0.001; expected a number of at least 0"),
         ("xpo", {"beta": 0.1, "alpha": -1e-3}, "alpha is -0.001"),
         (
             "selm",

@@ -115,7 +115,7 @@ def test_what_reads_rewards_and_what_reads_log_probabilities_cannot_be_summed():
 @pytest.mark.parametrize(
     ("mine", "message"),
     [
-        ({"margin": -1.0}, "margin is -1.0; expected a number at least 0"),
+        ({"margin": -1.0}, "margin is -1.0; expected a number of at least 0"),
         ({"label_smoothing": 0.5}, "label_smoothing is 0.5"),
         ({"centering": float("nan")}, "centering is nan"),
         ({"beta": 0.1}, "no setting 'beta'"),

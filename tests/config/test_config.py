@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selm_jax import config
-from selm_jax.config import ConfigError, Experiment
+from selm_jax.config import ConfigError, Experiment, plain_yaml
 
 TREE = {
     "output": "runs/x",
@@ -30,7 +30,7 @@ def write(tmp_path, text):
 
 
 def test_every_experiment_of_the_repository_is_valid():
-    files = sorted(Path(__file__).parent.parent.glob("experiments/**/*.yaml"))
+    files = sorted(Path(__file__).parents[2].glob("experiments/**/*.yaml"))
     assert files
     for file in files:
         if "grid" not in config.read(file):  # a sweep: tests/experiments/test_ablations.py
@@ -39,17 +39,17 @@ def test_every_experiment_of_the_repository_is_valid():
 
 def test_dump_and_parse_are_inverse():
     experiment = config.parse(TREE)
-    assert config.parse(yaml.safe_load(config.dump(experiment))) == experiment
+    assert config.parse(plain_yaml.read(config.dump(experiment))[0]) == experiment
 
 
-@given(st.floats(1e-12, 1e3), st.integers(1, 10**6), st.text(min_size=1))
+@given(st.floats(1e-12, 1), st.integers(1, 2**20), st.text(min_size=1))
 def test_any_values_survive(rate, batch, source):
     tree = TREE | {
         "training": {"learning_rate": rate, "global_batch": batch},
         "model": {"source": source},
     }
     experiment = config.parse(tree)
-    assert config.parse(yaml.safe_load(config.dump(experiment))) == experiment
+    assert config.parse(plain_yaml.read(config.dump(experiment))[0]) == experiment
 
 
 @pytest.mark.parametrize("text,value", [("5e-7", 5e-7), ("1.5E-5", 1.5e-5), ("-2e3", -2000.0)])
@@ -90,7 +90,10 @@ def test_all_mistakes_are_named_at_once(tmp_path):
         ({"candidates": {"greedy": 2, "dataset": False}}, "candidates.greedy"),
         ({"iterations": 0}, "iterations"),
         ({"data": {"train": "t", "portions": 2}}, "data.portions"),
-        ({"training": {"learning_rate": [1, 2], "global_batch": 8}}, "2 values for 3 iterations"),
+        (
+            {"training": {"learning_rate": [0.1, 0.2], "global_batch": 8}},
+            "2 values for 3 iterations",
+        ),
         ({"training": {"learning_rate": 1, "global_batch": 0}}, "training.global_batch"),
         ({"rollout": {"slots": 0}}, "rollout.slots"),
     ],
@@ -119,9 +122,10 @@ def _settings(cls=Experiment, prefix=""):
 
 
 def test_no_setting_is_decoration():
-    """Every field is read somewhere outside config.py."""
-    package = Path(config.__file__).parent
-    code = "".join(p.read_text() for p in package.rglob("*.py") if p.name != "config.py")
+    """Every field is read somewhere outside selm_jax/config."""
+    own = Path(config.__file__).parent
+    files = [p for p in own.parent.rglob("*.py") if p.parent != own]
+    code = "".join(p.read_text() for p in files)
     unread = [
         name
         for name in _settings()

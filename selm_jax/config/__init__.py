@@ -1,0 +1,58 @@
+"""The experiment: its settings, and the YAML file that it is read from.
+
+    experiment = load(Path("experiments/quickstart.yaml"), ["training.global_batch=16"])
+
+`settings` has the reference of all settings, `file` reads and checks, `plain_yaml` is the YAML.
+"""
+
+from selm_jax.config.consistency import user_code_in
+from selm_jax.config.file import (
+    ConfigError,
+    as_dict,
+    dump,
+    load,
+    parse,
+    read,
+    refuse_secrets,
+)
+from selm_jax.config.settings import (
+    Candidates,
+    Compute,
+    Data,
+    Evaluation,
+    Experiment,
+    Feedback,
+    Labels,
+    Log,
+    Lora,
+    Model,
+    Remote,
+    Rollout,
+    Text,
+    Training,
+)
+
+__all__ = [
+    "Candidates",
+    "Compute",
+    "ConfigError",
+    "Data",
+    "Evaluation",
+    "Experiment",
+    "Feedback",
+    "Labels",
+    "Log",
+    "Lora",
+    "Model",
+    "Remote",
+    "Rollout",
+    "Text",
+    "Training",
+    "as_dict",
+    "dump",
+    "load",
+    "parse",
+    "read",
+    "refuse_secrets",
+    "user_code_in",
+]

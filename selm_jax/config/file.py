@@ -1,0 +1,192 @@
+"""Experiment files: read, changed by dotted overrides, checked, written.
+
+Every mistake is an error that names the file, the line, the key and what was expected.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from selm_jax.config import plain_yaml, secrets
+from selm_jax.config.consistency import inconsistencies
+from selm_jax.config.settings import Experiment
+from selm_jax.words import did_you_mean
+
+Override = (
+    str | tuple[str, Any]
+)  # `key.path=value`, the value as YAML; or the key and the value itself
+Places = dict[tuple[str, ...], str]  # where a key was given: `line 7`, or `override`
+
+
+class ConfigError(ValueError):
+    """An experiment file that does not say what to do."""
+
+
+def load(file: Path, overrides: Sequence[Override] = ()) -> Experiment:
+    """Reads an experiment file and applies overrides: `key.path=value`, or a key and its value.
+
+    Raises:
+      ConfigError: no such file, one that is no plain YAML, or see `parse`.
+    """
+    tree, places = read_with_places(file)
+    for override in overrides:
+        _set(tree, places, *_key_and_value(override))
+    return parse(tree, str(file), places)
+
+
+def read(file: Path) -> dict[str, Any]:
+    """The mapping of a YAML file, not looked at yet. Raises ConfigError where there is none."""
+    return read_with_places(file)[0]
+
+
+def read_with_places(file: Path) -> tuple[dict[str, Any], Places]:
+    """The mapping of a YAML file, and the line of each key."""
+    try:
+        tree, lines = plain_yaml.read_file(Path(file))
+    except FileNotFoundError as e:
+        raise ConfigError(f"{file}: no such experiment file") from e
+    except plain_yaml.YamlError as e:
+        raise ConfigError(f"{file}: {e}") from e
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{file}: a mapping of settings was expected, found {shown(tree)}")
+    return tree, {tuple(map(str, path)): f"line {line}" for path, line in lines.items()}
+
+
+def parse(
+    tree: Mapping[str, Any], where: str = "experiment", places: Places | None = None
+) -> Experiment:
+    """The experiment that a mapping describes.
+
+    Raises:
+      ConfigError: keys that are unknown, missing, of another type or out of their range, all of them
+        listed; settings that contradict each other; or what looks like a password.
+    """
+    refuse_secrets(tree, where, places)
+    tree = dict(tree)
+    training = tree.get("training")
+    if isinstance(training, Mapping):
+        rate = training.get("learning_rate")
+        if isinstance(rate, int | float | str):
+            tree["training"] = {**training, "learning_rate": [rate]}
+    try:
+        experiment = TypeAdapter(Experiment).validate_python(tree)
+    except ValidationError as e:
+        raise ConfigError(listed(where, explained(e, Experiment), places)) from None
+    if problems := list(inconsistencies(experiment)):
+        raise ConfigError(listed(where, problems, places))
+    return experiment
+
+
+def refuse_secrets(tree: Any, where: str, places: Places | None = None) -> None:
+    """Raises ConfigError where settings hold what looks like a key or password, without showing it."""
+    problems = [f"{'.'.join(path)}: {how}" for path, how in secrets.found(tree)]
+    if problems:
+        raise ConfigError(f"{listed(where, problems, places)}\n  {secrets.INSTEAD}")
+
+
+def dump(experiment: Experiment) -> str:
+    """All settings as YAML, defaults included; `parse` of it gives the experiment back."""
+    return plain_yaml.dump(as_dict(experiment))
+
+
+def as_dict(part: Any) -> dict[str, Any]:
+    """A (part of an) experiment as plain lists and dictionaries."""
+
+    def plain(x):
+        if isinstance(x, datetime.date):
+            return x.isoformat()
+        return list(x) if isinstance(x, tuple) else x
+
+    def build(items):
+        return {key: plain(value) for key, value in items}
+
+    return dataclasses.asdict(part, dict_factory=build)
+
+
+def listed(where: str, problems: Sequence[str], places: Places | None = None) -> str:
+    """Problems under the name of their file, each `key: what` behind the place of its key."""
+    lines = []
+    for problem in problems:
+        path = tuple(problem.partition(":")[0].split("."))
+        known = [path[:n] for n in range(len(path), 0, -1) if path[:n] in (places or {})]
+        place = f"{(places or {})[known[0]]}: " if known else ""
+        lines.append(f"\n  {place}{problem}")
+    return f"{where}:{''.join(lines)}"
+
+
+def explained(error: ValidationError, root: type) -> list[str]:
+    """What pydantic found, each as `key: what was found, what was expected`."""
+    return [_explain(each, root) for each in error.errors()]
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def _key_and_value(override: Override) -> tuple[str, Any]:
+    if not isinstance(override, str):
+        return override
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {key!r}: `key.path=value` was expected")
+    try:
+        return key, plain_yaml.read_value(text)
+    except plain_yaml.YamlError as e:
+        raise ConfigError(f"override {key}=...: the value: {e}") from e
+
+
+def _set(tree: dict[str, Any], places: Places, key: str, value: Any) -> None:
+    path = tuple(key.split("."))
+    for name in path[:-1]:
+        tree = tree.setdefault(name, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"override {key}=...: {name} is not a group of settings")
+    tree[path[-1]] = value
+    for known in [each for each in places if each[: len(path)] == path]:
+        del places[known]
+    places[path] = "override"
+
+
+# Of a type that pydantic names: what was expected.
+_EXPECTED = {
+    "string_type": "text was expected (in quotes, if it looks like a number or a truth value)",
+    "bool_type": "true or false was expected",
+    "dataclass_type": "a group of settings was expected",
+    "dict_type": "a group of settings was expected",
+    "tuple_type": "a number was expected, or a list of numbers",
+}
+
+
+def _explain(error: Mapping[str, Any], root: type) -> str:
+    path = ".".join(str(x) for x in error["loc"])
+    kind, found = error["type"], shown(error["input"])
+    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = [f.name for f in dataclasses.fields(_group(root, error["loc"][:-1]))]
+        hint = did_you_mean(str(error["loc"][-1]), known)
+        return f"{path}: unknown key{hint} Known here: {', '.join(known)}."
+    if kind in ("missing", "missing_argument"):
+        return f"{path}: missing"
+    if kind == "literal_error":
+        known = re.findall("'([^']*)'", error["ctx"]["expected"])
+        hint = did_you_mean(str(error["input"]), known)
+        return f"{path}: {found} is none of its values{hint} Expected one of {', '.join(known)}."
+    return f"{path}: {found}, {_EXPECTED.get(kind, error['msg'])}"
+
+
+def _group(root: type, path: Sequence[Any]) -> type:
+    """The dataclass that holds the settings at a path of keys."""
+    for key in path:
+        hint = get_type_hints(root)[key]  # a group, or one that may be absent
+        root = hint if isinstance(hint, type) else get_args(hint)[0]
+    return root

@@ -1,0 +1,230 @@
+"""YAML that means what is written: the core schema of YAML 1.2, and a place for every value.
+
+What YAML 1.1 reads otherwise stays as it is written: `042` is 42, `1:30`, `yes`, `no`, `on`, `off` and
+`2024-07-26` are texts, `5e-7` is a number; `true` and `false` alone are truth values. A key that is
+given twice is an error, as are tags of programming languages. Time and memory are bounded: aliases
+count as what they stand for.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+KeyPath = tuple[str | int, ...]
+_BYTES, _VALUES, _DEPTH = 1 << 20, 20_000, 50
+
+_INT = re.compile(r"[-+]?[0-9]+")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_BASED = {"0o": (re.compile("0o[0-7]+"), 8), "0x": (re.compile("0x[0-9a-fA-F]+"), 16)}
+_WORDS: Mapping[str, Any] = (
+    dict.fromkeys(("", "~", "null", "Null", "NULL"))
+    | dict.fromkeys(("true", "True", "TRUE"), True)
+    | dict.fromkeys(("false", "False", "FALSE"), False)
+    | dict.fromkeys((".inf", ".Inf", ".INF", "+.inf", "+.Inf", "+.INF"), float("inf"))
+    | dict.fromkeys(("-.inf", "-.Inf", "-.INF"), float("-inf"))
+    | dict.fromkeys((".nan", ".NaN", ".NAN"), float("nan"))
+)
+_PLAIN, _MERGE = "plain", "merge"
+_TAG = "tag:yaml.org,2002:"
+
+
+class YamlError(ValueError):
+    """What is written is no YAML, or could mean two things. Names the line, never what stands there."""
+
+
+def scalar(text: str) -> Any:
+    """What a text without quotes stands for: nothing, a truth value, a number, or the text itself."""
+    if text in _WORDS:
+        return _WORDS[text]
+    if len(text) > 400:
+        return text  # no number that anybody means; int() would take long, or refuse it
+    for pattern, base in _BASED.values():
+        if pattern.fullmatch(text):
+            return int(text[2:], base)
+    if _INT.fullmatch(text):
+        return int(text)
+    return float(text) if _FLOAT.fullmatch(text) else text
+
+
+def read_file(file: Path) -> tuple[Any, dict[KeyPath, int]]:
+    """What a file says, and the line of each value by its path of keys.
+
+    Raises:
+      OSError: the file cannot be read.
+      YamlError: it is no UTF-8, no YAML, too large, or has a key twice.
+    """
+    with file.open("rb") as stream:
+        data = stream.read(_BYTES + 1)
+    return read(decoded(data))
+
+
+def decoded(data: bytes) -> str:
+    """The text of a file. Raises YamlError unless it is UTF-8."""
+    if len(data) > _BYTES:
+        raise YamlError(f"more than {_BYTES:,} bytes; settings take a few thousand")
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data[:4]:
+        raise YamlError("the text is UTF-16 or UTF-32; save it as UTF-8")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        line = data.count(b"\n", 0, e.start) + 1
+        raise YamlError(
+            f"line {line}: the byte 0x{data[e.start]:02x} is not UTF-8; save the text as UTF-8"
+        ) from None
+
+
+def read(text: str) -> tuple[Any, dict[KeyPath, int]]:
+    """What a text says, and the line of each value by its path of keys."""
+    root = _composed(text)
+    reader = _Reader()
+    return (None if root is None else reader.value(root, ())), reader.lines
+
+
+def read_value(text: str) -> Any:
+    """A value as it stands behind `key=` on a command line, where nothing is a comment."""
+    root = _composed(text)
+    if root is None or root.tag in (_PLAIN, _MERGE):
+        return scalar(text.strip())
+    quoted = r""""(?:\\.|[^"\\])*"|'(?:''|[^'])*'"""
+    if re.search(r"(^|\s)#", re.sub(quoted, "", text)):
+        raise YamlError("a # behind a space would begin a comment; put the text in quotes")
+    return _Reader().value(root, ())
+
+
+def dump(value: Any, **how: Any) -> str:
+    """The value as YAML that this and other readers understand alike."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, **how)
+
+
+class _Loader(yaml.SafeLoader):
+    """Builds nodes; what a scalar without quotes and tag stands for is left to `scalar`."""
+
+    depth = count = 0
+
+    def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
+        self.depth += 1
+        self.count += 1
+        if self.depth > _DEPTH or self.count > _VALUES:
+            line = self.peek_event().start_mark.line + 1
+            raise YamlError(f"line {line}: more than {_VALUES:,} values or {_DEPTH} levels")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def resolve(self, kind: type, value: Any, implicit: Any) -> str:
+        if kind is yaml.ScalarNode and implicit[0]:
+            return _MERGE if value == "<<" else _PLAIN
+        return str(super().resolve(kind, value, (False, False)))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes each text that either this reader or one of YAML 1.1 would take for something else."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+for _tag, _pattern in (("int", _INT), ("int", re.compile("0o[0-7]+")), ("float", _FLOAT)):
+    _Dumper.add_implicit_resolver(
+        _TAG + _tag, re.compile(f"(?:{_pattern.pattern})$"), list("-+.0123456789")
+    )
+
+
+def _composed(text: str) -> yaml.Node | None:
+    try:
+        return yaml.compose(text, _Loader)
+    except yaml.reader.ReaderError as e:
+        line = text.count("\n", 0, e.position) + 1
+        raise YamlError(f"line {line}: not YAML: the character {e.character!r}") from None
+    except yaml.MarkedYAMLError as e:
+        mark = e.problem_mark or e.context_mark
+        line = f"line {mark.line + 1}: " if mark else ""
+        context = f"{e.context}, " if e.context else ""
+        raise YamlError(f"{line}not YAML: {context}{e.problem}") from None
+
+
+class _Reader:
+    """Values from nodes, with their lines."""
+
+    def __init__(self) -> None:
+        self.lines: dict[KeyPath, int] = {}
+        self.count = 0
+
+    def value(self, node: yaml.Node, path: KeyPath) -> Any:
+        line = node.start_mark.line + 1
+        self.lines[path] = line
+        self.count += 1
+        if self.count > _VALUES or len(path) > _DEPTH:
+            raise YamlError(
+                f"line {line}: more than {_VALUES:,} values or {_DEPTH} levels, aliases counted as what "
+                "they stand for"
+            )
+        if isinstance(node, yaml.MappingNode):
+            _check_tag(node, "map")
+            return self._mapping(node, path)
+        if isinstance(node, yaml.SequenceNode):
+            _check_tag(node, "seq")
+            return [self.value(each, (*path, i)) for i, each in enumerate(node.value)]
+        return _of_scalar(node)
+
+    def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[Any, Any]:
+        seen: dict[Any, int] = {}
+        merged: list[yaml.Node] = []
+        own: list[tuple[Any, yaml.Node]] = []
+        for key_node, value_node in node.value:
+            line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise YamlError(f"line {line}: a key that is a list or a mapping")
+            is_merge = key_node.tag == _MERGE
+            key = "<<" if is_merge else _of_scalar(key_node)
+            if key in seen:
+                raise YamlError(
+                    f"lines {seen[key]} and {line}: the key {'.'.join(map(str, (*path, key)))} is given "
+                    "twice; keep one of them"
+                )
+            seen[key] = line
+            if is_merge:
+                merged = list(self._merged(value_node))
+            else:
+                own.append((key, value_node))
+        found: dict[Any, Any] = {}
+        for each in reversed(merged):  # the first one counts, and what stands here more than any
+            found |= self.value(each, path)
+        for key, value_node in own:
+            found[key] = self.value(value_node, (*path, key))
+            self.lines[(*path, key)] = seen[key]
+        self.lines[path] = node.start_mark.line + 1
+        return found
+
+    def _merged(self, node: yaml.Node) -> Iterator[yaml.Node]:
+        several = isinstance(node, yaml.SequenceNode)
+        for each in node.value if several else [node]:
+            if not isinstance(each, yaml.MappingNode):
+                raise YamlError(f"line {node.start_mark.line + 1}: << stands for no mapping")
+            yield each
+
+
+def _check_tag(node: yaml.Node, *kinds: str) -> None:
+    if node.tag not in [_TAG + kind for kind in kinds]:
+        raise YamlError(f"line {node.start_mark.line + 1}: the tag {node.tag} is not read here")
+
+
+def _of_scalar(node: yaml.Node) -> Any:
+    if node.tag in (_PLAIN, _MERGE):
+        return scalar(node.value)
+    _check_tag(node, "str", "int", "float", "bool", "null")
+    if node.tag != f"{_TAG}str":
+        return scalar(node.value)
+    # JSON writes a character beyond the first 65,536 as a pair of escapes.
+    try:
+        return node.value.encode("utf-16", "surrogatepass").decode("utf-16")
+    except UnicodeDecodeError:
+        raise YamlError(
+            f"line {node.start_mark.line + 1}: half of a surrogate pair, which is no character"
+        ) from None

@@ -1,0 +1,106 @@
+"""The numbers that a setting takes, declared beside it: `rows: Annotated[int, Range(1)]`.
+
+A range refuses what is no number: NaN, infinity, true and false, texts.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, get_args, get_type_hints
+
+from pydantic_core import PydanticCustomError, core_schema
+
+MOST = 2**31 - 1  # what numpy's and JAX's own integers hold everywhere
+
+
+@dataclass(frozen=True, eq=False)
+class Range:
+    """The numbers from `low` to `high`.
+
+    Attributes:
+        above, below: `low`, `high` itself is not one of them.
+        whole: whole numbers alone; 8.0 is one.
+        also: numbers beside the range that have a meaning of their own.
+        advice: what to write instead, where other programs give a meaning to a number that is none here.
+    """
+
+    low: float = -math.inf
+    high: float = math.inf
+    above: bool = False
+    below: bool = False
+    whole: bool = False
+    also: tuple[float, ...] = ()
+    advice: str = ""
+
+    def __str__(self) -> str:
+        kind = "a whole number" if self.whole else "a number"
+        if self.low == -math.inf and self.high == math.inf:
+            return f"a finite {kind[2:]}"
+        low, high = (f"{bound:,}" for bound in (self.low, self.high))
+        if not self.above and not self.below and math.isfinite(self.low + self.high):
+            bounds = f"{low} or {high}" if self._is_pair else f"from {low} to {high}"
+            text = f"{kind} {bounds}" if not self._is_pair else bounds
+        else:
+            parts = []
+            if self.low != -math.inf:
+                parts.append(f"above {low}" if self.above else f"of at least {low}")
+            if self.high != math.inf:
+                parts.append(f"below {high}" if self.below else f"at most {high}")
+            text = f"{kind} {' and '.join(parts)}"
+        return " or ".join([text, *(f"{each:g}" for each in self.also)])
+
+    @property
+    def _is_pair(self) -> bool:
+        return self.whole and self.high == self.low + 1
+
+    def problem(self, value: object) -> str | None:
+        """What was expected in place of a value; None where it is in the range."""
+        number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if number and (value in self.also or self._holds(value)):
+            return None
+        return f"{self}{f'; {self.advice}' if self.advice else ''}"
+
+    def _holds(self, x: Any) -> bool:
+        if not abs(x) <= sys.float_info.max or (self.whole and x != math.floor(x)):
+            return False
+        low = x > self.low if self.above else x >= self.low
+        return low and (x < self.high if self.below else x <= self.high)
+
+    def checked(self, value: Any) -> Any:
+        """The value, a whole number as one. Raises PydanticCustomError for one out of the range."""
+        if (expected := self.problem(value)) is not None:
+            raise PydanticCustomError("range", "{expected} was expected", {"expected": expected})
+        return self.converted(value)
+
+    def converted(self, value: Any) -> int | float:
+        """A value of the range as Python's own number."""
+        return int(value) if self.whole else float(value)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
+        return core_schema.no_info_before_validator_function(self.checked, handler(source))
+
+
+def ranges_of(function: Callable[..., Any]) -> Mapping[str, Range]:
+    """The ranges that a function declares for its parameters, or a class for its fields, by name."""
+    found = {}
+    for name, hint in get_type_hints(function, include_extras=True).items():
+        for each in (hint, *get_args(hint)):
+            for declared in getattr(each, "__metadata__", ()):
+                if isinstance(declared, Range):
+                    found[name] = declared
+    return found
+
+
+# Numbers that many settings are.
+Count = Annotated[int, Range(1, MOST, whole=True)]
+Natural = Annotated[int, Range(0, MOST, whole=True)]  # with 0
+Positive = Annotated[float, Range(0, above=True)]
+NonNegative = Annotated[float, Range(0)]
+Axis = Annotated[int, Range(1, MOST, whole=True, also=(-1,))]  # of a mesh; -1: the devices left
+Share = Annotated[float, Range(0, 1, advice="it is a share: write 0.1 for 10 per cent")]
+# One more than a run's seed is its evaluation's; JAX takes the last 32 bits of larger ones in silence.
+Seed = Annotated[int, Range(0, MOST, whole=True)]

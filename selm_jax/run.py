@@ -62,7 +62,7 @@ from selm_jax.rows import (
 from selm_jax.store import Store
 from selm_jax.text.answers import check_answers, longest_answered
 from selm_jax.text.chat import Chat, ChatError
-from selm_jax.text.prompts import Message, Prompt, PromptSet, digest, load_data, portion
+from selm_jax.text.prompts import Message, Prompt, PromptSet, digest, load_data, rows_of
 from selm_jax.training.optimizer import optimizer
 from selm_jax.training.update import Shardings, Update, make_update
 from selm_jax.user_code import is_user_code
@@ -432,10 +432,7 @@ class Run:
     def prompts(self, t: int) -> list[Prompt]:
         """Those of iteration t: the usable ones among its rows."""
         d = self.experiment.data
-        seed = self.experiment.seed if d.shuffle else None
-        index = d.first_portion - 1 + t
-        rows = self.all_prompts.by_row()[d.skip :]
-        mine = portion(rows, index, self.experiment.portions, shuffle_seed=seed)
+        mine = rows_of(self.all_prompts.by_row(), t, self.experiment)
         found = [self.with_system(p) for p in mine if p is not None][: d.limit]
         if not found:
             raise RunError(f"{d.train}: of the {len(mine)} rows of iteration {t} none is usable")

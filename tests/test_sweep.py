@@ -440,6 +440,27 @@ def test_overrides_are_for_every_run_and_cells_come_after_them(tmp_path):
     assert found.members[3].experiment.output == str(tmp_path / "else/0.5/seed_7")
 
 
+def test_texts_of_a_sweep_arrive_as_they_are_written(tmp_path):
+    text = '😀 café \u2028 \u0085 # 1: "yes" \\ud83d \x7f'
+    file = sweep_file(
+        tmp_path, set={"data.system": text}, baseline=None,
+        grid={"x": {"a": {"text.template": {"name": f"a {text}"}}, "b": {"text.template": {}}}},
+    )  # fmt: skip
+    found = plan(file, ["data.prompt=yes"])
+    assert {m.experiment.data.system for m in found.members} == {text}
+    assert found.members[0].experiment.text.template == {"name": f"a {text}"}
+    assert {m.experiment.data.prompt for m in found.members} == {"yes"}
+
+
+def test_mistakes_of_a_sweep_name_their_line(tmp_path):
+    file = sweep_file(tmp_path, seeds=[1, -1])
+    with pytest.raises(ConfigError, match=r"line \d+: seeds.1: -1, a whole number from 0 to"):
+        plan(file)
+    file.write_text(file.read_text() + "seeds: [1]\n")
+    with pytest.raises(ConfigError, match=r"lines \d+ and \d+: the key seeds is given twice"):
+        plan(file)
+
+
 @pytest.mark.slow
 def test_killed_with_signal_9_and_started_again(finished, tmp_path):
     done, _ = finished

@@ -34,10 +34,13 @@ from selm_jax.evaluation.command import (
     Seed,
     Slots,
     Tensor,
+    TopP,
     app,
     default_out,
+    within,
 )
 from selm_jax.paths import place
+from selm_jax.ranges import Range
 
 
 @app.command(name="alpaca_eval")
@@ -106,8 +109,10 @@ def alpaca_eval(
     max_new_tokens: Annotated[
         int, typer.Option(help="Tokens of an answer, at most.", min=1)
     ] = 2048,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 0.7,
-    top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
+    temperature: Annotated[
+        float, typer.Option(help="0 is greedy.", callback=within(Range(0)))
+    ] = 0.7,
+    top_p: TopP = 1.0,
     seed: Seed = 0,
     revision: Revision = None,
     iteration: Iteration = None,

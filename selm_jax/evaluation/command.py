@@ -6,12 +6,14 @@ what would be drawn, read and asked, and does none of it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from selm_jax.paths import folder_to_write, place
+from selm_jax.ranges import MOST, Range
 
 app = typer.Typer(
     help="What checkpoints are worth: rewards, win rates, benchmarks. See docs/evaluate.md.",
@@ -32,7 +34,28 @@ Dtype = Annotated[str, typer.Option(help="auto (float32 on CPU, else bfloat16), 
 Tensor = Annotated[int, typer.Option(help="Devices that share each matrix.", min=1)]
 Slots = Annotated[int, typer.Option(help="Answers drawn together.", min=1)]
 MaxNewTokens = Annotated[int, typer.Option(help="Tokens of an answer, at most.", min=1)]
-Seed = Annotated[int, typer.Option(help="Of sampled answers and of intervals.", min=0)]
+Seed = Annotated[int, typer.Option(help="Of sampled answers and of intervals.", min=0, max=MOST)]
+
+
+def within(numbers: Range) -> Callable[[float], float]:
+    """What refuses the numbers of an option that a range does not hold; NaN is one of them."""
+
+    def checked(value: float) -> float:
+        if (expected := numbers.problem(value)) is not None:
+            raise typer.BadParameter(f"{value}; expected {expected}")
+        return value
+
+    return checked
+
+
+_TEMPERATURE = Range(1e-3, advice="--samples 0 asks for the likeliest answer instead")
+TopP = Annotated[
+    float,
+    typer.Option(
+        help="Of drawn answers.",
+        callback=within(Range(0, 1, above=True, advice="1 keeps all tokens")),
+    ),
+]
 Limit = Annotated[int | None, typer.Option(help="The first so many prompts alone.", min=1)]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Count tokens and judge calls; compute nothing.")
@@ -159,8 +182,10 @@ def winrate(
     samples: Annotated[
         int, typer.Option(help="Drawn answers per prompt; 0: the greedy answer.", min=0)
     ] = 0,
-    temperature: Annotated[float, typer.Option(help="Of drawn answers.")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="Of drawn answers.")] = 1.0,
+    temperature: Annotated[
+        float, typer.Option(help="Of drawn answers.", callback=within(_TEMPERATURE))
+    ] = 1.0,
+    top_p: TopP = 1.0,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Default: the first run's, or 512.", min=1)
     ] = None,

@@ -39,8 +39,10 @@ from selm_jax.evaluation.command import (
     Tensor,
     app,
     default_out,
+    within,
 )
 from selm_jax.paths import place
+from selm_jax.ranges import Range
 
 
 @app.command(name="mt_bench")
@@ -93,7 +95,7 @@ def mt_bench(
         ),
     ] = None,
     repeats: Annotated[int, typer.Option(help="Judgments of each turn.", min=1)] = 1,
-    judge_temperature: Annotated[float, typer.Option(min=0)] = 0.0,
+    judge_temperature: Annotated[float, typer.Option(callback=within(Range(0)))] = 0.0,
     judge_tokens: Annotated[int, typer.Option(help="Of a judgment, at most.", min=1)] = 2048,
     allow_malformed: Annotated[
         int | None,

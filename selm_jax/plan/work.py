@@ -18,7 +18,7 @@ from selm_jax.plan.phases import Blueprint
 from selm_jax.plan.rankers import is_relative
 from selm_jax.preferences.batches import updates_per_epoch
 from selm_jax.rollout.engine import bucket
-from selm_jax.text.prompts import portion
+from selm_jax.text.prompts import rows_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +99,7 @@ def lengths_of(
     e, assumed = b.experiment, []
     prompts = None
     if rows is not None:
-        index = e.data.first_portion
-        prompts = len(portion(range(rows), index, e.portions)[: e.data.limit])
+        prompts = len(rows_of(range(rows), 1, e)[: e.data.limit])
     elif Path(e.data.train).exists():
         prompts = len(b.prompts(1))
     else:

@@ -28,7 +28,7 @@ from typing import Any, Literal, TypeVar, overload
 import numpy as np
 from etils import epath
 
-from selm_jax.config import Data
+from selm_jax.config import Data, Experiment
 from selm_jax.text import tables
 from selm_jax.text.conversations import (
     Columns,
@@ -208,6 +208,25 @@ def load_data(
         on_bad_row=data.on_bad_row,
         duplicate_ids=data.duplicate_ids if pairs else "error",
     )
+
+
+def rows_of(rows: Sequence[T], t: int, e: Experiment) -> list[T]:
+    """The rows of iteration t among all of a data set, usable or not.
+
+    Raises:
+      DataError: there are fewer than the experiment's settings cut into portions.
+    """
+    d = e.data
+    left = rows[d.skip :]
+    if len(left) < e.portions:
+        skipped = f", {len(left):,} of them behind data.skip: {d.skip:,}" if d.skip else ""
+        named = "data.portions" if d.portions else "iterations, with data.first_portion, makes"
+        raise DataError(
+            f"{d.train}: has {len(rows):,} rows{skipped}; {named} {e.portions:,} portions of at least "
+            "one row each"
+        )
+    seed = e.seed if d.shuffle else None
+    return portion(left, d.first_portion - 1 + t, e.portions, shuffle_seed=seed)
 
 
 def portion(

@@ -112,6 +112,70 @@ def test_not_yaml_and_not_there(tmp_path):
         config.load(write(tmp_path, "- 1"))
 
 
+def test_mistakes_name_their_file_and_line(tmp_path):
+    lines = yaml.safe_dump(TREE, sort_keys=False).splitlines()
+    lines += ["rollout: {slots: 0,", "  top_p: 0}", "log:", "  tensorbord: false", "lora: 3"]
+    file = write(tmp_path, "\n".join(lines))
+
+    def line(key):
+        return next(n for n, each in enumerate(lines, 1) if key in each)
+
+    with pytest.raises(ConfigError) as error:
+        config.load(file, ["training.rows=none", "feedback.rule=best", "data.shuffle=yes"])
+    message = str(error.value)
+    assert message.startswith(f"{file}:\n")
+    for expected in (
+        f"line {line('slots')}: rollout.slots: 0, a whole number",
+        f"line {line('top_p')}: rollout.top_p: 0, a number above 0",
+        f"line {line('tensorbord')}: log.tensorbord: unknown key; did you mean 'tensorboard'?",
+        f"line {line('lora')}: lora: 3, a group of settings was expected",
+        "override: training.rows: 'none', a whole number",
+        "override: feedback.rule: 'best' is none of its values; did you mean 'best_worst'?",
+        "override: data.shuffle: 'yes', true or false was expected",
+    ):
+        assert f"\n  {expected}" in message, message
+    file = write(tmp_path, "\n".join(lines[:-5] + ["text: {max_length: 5}"]))
+    with pytest.raises(
+        ConfigError, match=rf"line {len(lines) - 4}: text.max_length: only text.lay"
+    ):
+        config.load(file)
+
+
+@pytest.mark.parametrize(
+    "override,said",
+    [
+        ("model.revision=042", "42, text was expected .in quotes"),
+        ("model.source=null", "null, text was expected"),
+        ("log.wandb=true", "true, text was expected"),
+        ("seed=1_000", "'1_000', a whole number"),
+        ("seed=1:30", "'1:30', a whole number"),
+        ("text.date=20240726", "20240726, a day such as 2024-07-26"),
+        ("text.date=2024-13-45", "'2024-13-45', a day"),
+        ("training=3", "3, a group of settings was expected"),
+        ("training.learning_rate=null", "null, a number was expected, or a list"),
+        ("model.source.x=3", "source is not a group"),
+        ("seed", "`key.path=value` was expected"),
+        ("seed=[1", "override seed=...: the value: line 1: not YAML"),
+        ("objective.loss=3", "3 is no name"),
+        ("feedback.settings={a: 1, a: 2}", "the key a is given twice"),
+    ],
+)
+def test_values_that_are_something_else_than_they_look(tmp_path, override, said):
+    file = write(tmp_path, yaml.safe_dump(TREE))
+    with pytest.raises(ConfigError, match=said):
+        config.load(file, [override])
+
+
+def test_values_mean_what_is_written(tmp_path):
+    file = tmp_path / "e.yaml"
+    file.write_bytes(b"\xef\xbb\xbf" + yaml.safe_dump(TREE).encode())  # a mark in front
+    experiment = config.load(
+        file, ["seed=042", "data.system=Answer #1", "model.revision='042'", ("data.prompt", "a=b")]
+    )
+    assert (experiment.seed, experiment.data.system) == (42, "Answer #1")
+    assert (experiment.model.revision, experiment.data.prompt) == ("042", "a=b")
+
+
 def _settings(cls=Experiment, prefix=""):
     for field in dataclasses.fields(cls):
         kind = typing.get_type_hints(cls)[field.name]

@@ -52,6 +52,8 @@ def found(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ..
             here = (*path, str(name))
             if _is_named(str(name), value):
                 yield here, "its name is that of a key"
+            elif name == "key_env" and isinstance(value, str) and not _is_variable(value):
+                yield here, "the name of an environment variable was expected, such as JUDGE_KEY"
             else:
                 yield from found(value, here)
             if (kind := _looks_like(str(name))) is not None:
@@ -69,6 +71,12 @@ def _is_named(name: str, value: Any) -> bool:
     if not isinstance(value, str) or not _NAMES.fullmatch(plain):
         return False
     return bool(value) and (plain != "token" or re.fullmatch(r"[\w.~+/=-]{8,}", value) is not None)
+
+
+def _is_variable(text: str) -> bool:
+    """Whether a text is the name of an environment variable, and not a key of letters and digits."""
+    mixed = len(text) >= 20 and re.search("[a-z]", text) and re.search("[0-9]", text)
+    return re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", text) is not None and not mixed
 
 
 def _looks_like(text: str) -> str | None:

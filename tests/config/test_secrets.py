@@ -93,6 +93,16 @@ def test_the_name_of_a_setting_tells_too(name):
         assert "abc" not in str(error.value).replace("abcdef", "")
 
 
+@pytest.mark.parametrize("value", ["token-abc123", "0123456789abcdef", "a1b2" * 8, "", "my key"])
+def test_a_key_in_place_of_the_name_of_its_variable(value):
+    for group in ("rollout.remote", "feedback.settings"):
+        with pytest.raises(
+            ConfigError, match=f"{group}.key_env: the name of an environment"
+        ) as error:
+            config.parse(with_value(f"{group}.key_env", value))
+        assert not value or value not in str(error.value)
+
+
 @pytest.mark.parametrize("key", HARMLESS)
 def test_what_is_no_key_passes(key):
     assert not list(secrets.found(with_value(key, HARMLESS[key])))

@@ -226,7 +226,7 @@ def test_a_model_without_a_tiny_one_is_named(tmp_path):
 def test_portions_that_the_warm_start_used_up_are_missed(tmp_path):
     with pytest.raises(ConfigError, match="3 portions cannot feed 3 iterations.*first_portion: 2"):
         config.load(FILES["zephyr_7b/selm"], ["data.portions=3"])
-    with pytest.raises(ConfigError, match="first_portion: 0, at least 1"):
+    with pytest.raises(ConfigError, match="first_portion: 0, a whole number from 1"):
         config.load(FILES["zephyr_7b/selm"], ["data.first_portion=0"])
 
 

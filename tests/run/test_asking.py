@@ -98,7 +98,7 @@ def test_parts_change_nothing(rank):
     assert [len(each) for each in whole.asked] == [10]
     assert [len(each) for each in several.asked] == [4, 4, 2]
     assert list(itertools.chain(*several.asked)) == whole.asked[0]
-    with pytest.raises(ConfigError, match="feedback.prompts_per_part: 0, at least 1 was expected"):
+    with pytest.raises(ConfigError, match="feedback.prompts_per_part: 0, a whole number from 1"):
         rank("none", whole, "feedback.prompts_per_part=0")
 
 

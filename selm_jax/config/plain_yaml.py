@@ -129,7 +129,13 @@ class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
+    def represent_str(self, data: str) -> yaml.Node:
+        # As a key PyYAML writes these line ends into single quotes, where they are read as a space.
+        style = '"' if re.search("[\x85\u2028\u2029]", data) else None
+        return self.represent_scalar(f"{_TAG}str", data, style)
 
+
+_Dumper.add_representer(str, _Dumper.represent_str)
 for _tag, _pattern in (("int", _INT), ("int", re.compile("0o[0-7]+")), ("float", _FLOAT)):
     _Dumper.add_implicit_resolver(
         _TAG + _tag, re.compile(f"(?:{_pattern.pattern})$"), list("-+.0123456789")

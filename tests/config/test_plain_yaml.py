@@ -50,6 +50,14 @@ def test_what_is_written_is_read_again_by_this_reader_and_by_json(value):
     assert read(json.dumps(tree, ensure_ascii=True))[0] == tree
 
 
+@pytest.mark.parametrize(
+    "text", ["\x85", "\u2028", "a\u2029b", "a\nb", "\n", " ", "\t", "\ufeff", "\x7f"]
+)
+def test_odd_texts_are_read_again_as_keys_too(text):
+    tree = {text: text, "in": [{text: 1}]}
+    assert read(plain_yaml.dump(tree))[0] == tree == yaml.safe_load(plain_yaml.dump(tree))
+
+
 @given(st.text())
 def test_other_readers_read_the_same_texts(text):
     assert yaml.safe_load(plain_yaml.dump({"key": text})) == {"key": text}

@@ -384,7 +384,9 @@ def running(pid: int) -> bool:
 
 def test_settings_that_cannot_be(tmp_path):
     file = tiny.experiment(tmp_path, rollout__remote={"engine": "vllm", "concurrency": 0})
-    with pytest.raises(config.ConfigError, match="rollout.remote.concurrency: 0, a whole number from 1"):
+    with pytest.raises(
+        config.ConfigError, match="rollout.remote.concurrency: 0, a whole number from 1"
+    ):
         config.load(file)
     with pytest.raises(config.ConfigError, match="rollout.remote.adress: unknown key"):
         config.load(file, ["rollout.remote={engine: vllm, adress: x}"])

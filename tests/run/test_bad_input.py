@@ -48,7 +48,7 @@ CONFIG_MISTAKES = {
     "unknown setting of a loss": (["objective.gama=1"], "gama", "beta"),
     "unknown value": (["training.schedule=cosin"], "training.schedule", "cosin"),
     "not an override": (["training.rows"], "training.rows", "key.path=value"),
-    "rates for other iterations": (["training.learning_rate=[1,2,3]"], "learning_rate", "3 values"),
+    "rates for other iterations": (["training.learning_rate=[1e-1,1e-2,1e-3]"], "learning_rate", "3 values"),
     "a mesh that does not fit": (["compute={data: 3, fsdp: 1}"], "mesh axes", "1 devices"),
 }  # fmt: skip
 

@@ -383,11 +383,10 @@ def _run(
     from selm_jax.run import Run
 
     if tiny:
-        from rich.console import Console
-
+        from selm_jax.progress import terminal
         from selm_jax.tiny import shrink
 
-        experiment = shrink(experiment, Console(quiet=not multihost.is_first()))
+        experiment = shrink(experiment, terminal(quiet=not multihost.is_first()))
     return Run(experiment, imports=imports)
 
 

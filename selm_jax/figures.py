@@ -19,6 +19,7 @@ from rich.console import Console
 
 from selm_jax import artifacts
 from selm_jax.preferences.examples import Example, from_parquet
+from selm_jax.progress import terminal
 from selm_jax.report import paper
 from selm_jax.report.data import RunData, report_data
 from selm_jax.report.drawing import PaperFigure
@@ -53,7 +54,7 @@ def write(
     Raises:
       RunError: nothing to draw.
     """
-    console = console or Console()
+    console = console or terminal()
     files = []
     for figure in _figures(runs, pairs, published, console):
         svg = out / f"{figure.name}.svg"

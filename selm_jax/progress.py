@@ -21,6 +21,15 @@ from rich.text import Text
 Advance = Callable[[int, int], None]
 
 
+def terminal(*, stderr: bool = False, quiet: bool = False) -> Console:
+    """The terminal, which shows every text as it is.
+
+    Paths, model names and prompts have brackets and colons in them: rich would take `[/data]` for the
+    end of a style, and `:smile:` for a picture.
+    """
+    return Console(stderr=stderr, quiet=quiet, markup=False, emoji=False)
+
+
 @contextlib.contextmanager
 def bar(console: Console, title: str, total: int, unit: str) -> Iterator[Advance]:
     """A progress bar over `total` items; where there is no terminal it shows nothing."""
@@ -28,10 +37,10 @@ def bar(console: Console, title: str, total: int, unit: str) -> Iterator[Advance
         yield lambda items, tokens=0: None
         return
     columns = (
-        TextColumn("{task.description:<24}"),
+        TextColumn("{task.description:<24}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn(unit),
+        TextColumn(unit, markup=False),
         _TokenRate(),
         TimeRemainingColumn(),
     )

@@ -45,7 +45,7 @@ from selm_jax.parallel.rules import (
 )
 from selm_jax.preferences.own_answers import OwnAnswers
 from selm_jax.preferences.packing import PreferenceBatch
-from selm_jax.progress import bar
+from selm_jax.progress import bar, terminal
 from selm_jax.rollout import remote
 from selm_jax.rollout.engine import Engine, decoding_params, decoding_shardings
 from selm_jax.rollout.sampling import Sampling
@@ -93,7 +93,7 @@ class Run:
         self.devices = devices
         self.folder = Path(experiment.output)
         # Of several processes one talks.
-        self.console = console or Console(quiet=not multihost.is_first())
+        self.console = console or terminal(quiet=not multihost.is_first())
         self.store = store
         self.imports = imports
         self.servers: dict[str, str | None] = {}  # versions of those that answered, by iteration

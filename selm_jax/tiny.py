@@ -268,7 +268,7 @@ def _say(before: Experiment, after: Experiment, console: Console) -> None:
         if old.get(key) != new.get(key):
             console.print(
                 f"  {key}: {old.get(key)} -> {new.get(key)}",
-                style="yellow", soft_wrap=True, markup=False, highlight=False,
+                style="yellow", soft_wrap=True, highlight=False,
             )  # fmt: skip
     console.rule(style="bold yellow")
 

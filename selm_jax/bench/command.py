@@ -22,6 +22,7 @@ from selm_jax.config import Training
 from selm_jax.memory import peak_mib, release
 from selm_jax.models.config import DecoderConfig, LayerKind, Rope
 from selm_jax.models.decoder import REMAT, Decoder, parameter_count
+from selm_jax.progress import terminal
 from selm_jax.weights import sources
 from selm_jax.weights.huggingface import checked_config, load
 
@@ -82,7 +83,7 @@ def main(
     devices = jax.device_count()
     default = dataclasses.replace(default, rows=-(-default.rows // devices) * devices)
     sizes = dataclasses.replace(default, **{k: v for k, v in asked.items() if v is not None})
-    console = Console()
+    console = terminal()
     with console.status("measuring; the first steps compile"):
         result = run(model, shape=shape, sizes=sizes, dtype=dtype, remat=remat, peak=peak)
     show(result, console)

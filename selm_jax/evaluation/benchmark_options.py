@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from selm_jax.evaluation import EvaluationError
 from selm_jax.evaluation.cost import Cost, show
 from selm_jax.paths import file_to_write, folder_to_write
+from selm_jax.progress import terminal
 
-console = Console(stderr=True)
+console = terminal(stderr=True)
 
 OptionalSource = Annotated[
     str | None,

@@ -135,13 +135,13 @@ def heldout(
     Costs one greedy answer and --samples drawn ones per prompt and model, and two readings of them,
     by the model and by the reference. A judge as ranker is asked once per answer.
     """
-    from rich.console import Console
 
     from selm_jax.evaluation import EvaluationError
     from selm_jax.evaluation import heldout as work
     from selm_jax.evaluation.answers import Asked, prompts_of
     from selm_jax.evaluation.contestants import build_ranker, contestants
     from selm_jax.evaluation.model import find
+    from selm_jax.progress import terminal
 
     found = contestants(sources, iteration=iteration, revision=revision, files=False)
     models = [m for c in found for m in c.models]
@@ -160,7 +160,7 @@ def heldout(
         asked=Asked(1, samples, max_new_tokens or (e.rollout.max_new_tokens if e else 512), seed=seed),
         beta=beta if beta is not None else e.objective.get("beta", 0.1) if e else 0.1,
         out=out, keep=keep, seed=seed, allow_malformed=allow_malformed, dry_run=dry_run,
-        console=Console(),
+        console=terminal(),
     )  # fmt: skip
 
 
@@ -206,11 +206,10 @@ def winrate(
     """
     from functools import partial
 
-    from rich.console import Console
-
     from selm_jax.evaluation import winrate as work
     from selm_jax.evaluation.answers import Asked, prompts_of
     from selm_jax.evaluation.contestants import build_ranker, contestants
+    from selm_jax.progress import terminal
 
     found = contestants(sources, iteration=iteration, revision=revision, files=True)
     models = [m for c in found for m in c.models]
@@ -221,7 +220,7 @@ def winrate(
         build_ranker(ranker, settings or [], models),
         open_model=_opener(e, dtype=dtype, tensor=tensor, slots=slots),
         asked=Asked(int(not samples), samples, length, temperature, top_p, seed),
-        out=out, keep=keep, allow_malformed=allow_malformed, dry_run=dry_run, console=Console(),
+        out=out, keep=keep, allow_malformed=allow_malformed, dry_run=dry_run, console=terminal(),
     )  # fmt: skip
 
 
@@ -263,17 +262,17 @@ def lm_eval(
     Log-likelihoods cost each context once and each continuation; generations up to the task's own
     limit. No judge is called. --dry-run counts it all.
     """
-    from rich.console import Console
 
     from selm_jax.evaluation import lm_eval as harness
     from selm_jax.evaluation.model import open_model
+    from selm_jax.progress import terminal
 
     model = open_model(
         source, revision=revision, iteration=iteration, dtype=dtype, tensor=tensor, slots=slots
     )
     harness.run(
         model, tasks, out=out or default_out(model.name, "lm_eval"), include=include, limit=limit,
-        chat=chat, system=system, seed=seed, dry_run=dry_run, console=Console(),
+        chat=chat, system=system, seed=seed, dry_run=dry_run, console=terminal(),
     )  # fmt: skip
 
 

@@ -43,7 +43,7 @@ from selm_jax.preferences.packing import (
     pack,
     unpack_tokens,
 )
-from selm_jax.progress import Advance
+from selm_jax.progress import Advance, terminal
 from selm_jax.rollout.engine import (
     Engine,
     Request,
@@ -166,7 +166,7 @@ def open_found(
     """
     if dtype not in ("auto", "float32", "bfloat16"):
         raise EvaluationError(f"dtype {dtype!r} is not one of auto, float32, bfloat16")
-    console = console or Console(stderr=True)
+    console = console or terminal(stderr=True)
     if text is None:
         text = found.experiment.text if found.experiment else Text()
     mesh = make_mesh((1, -1, tensor))

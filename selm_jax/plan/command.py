@@ -20,6 +20,7 @@ from selm_jax.plan.examine import Load, Options, Plan, examine
 from selm_jax.plan.measure import versions
 from selm_jax.plan.table import show
 from selm_jax.plan.topology import Target, has_libtpu, local_target, target
+from selm_jax.progress import terminal
 from selm_jax.weights.facts import config_json
 
 DOES_NOT_FIT = 3  # exit status
@@ -46,7 +47,7 @@ def main(
       TopologyError: an unknown topology.
       SourceError, UnsupportedModel: no config.json, or one that is not understood.
     """
-    console = console or Console()
+    console = console or terminal()
     targets = _targets(topologies, options.hbm, console)
     e = load(())
     file = config or config_json(e.model.source, e.model.revision)

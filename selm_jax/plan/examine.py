@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from rich.console import Console
+from rich.text import Text
 
 from selm_jax.config import Experiment
 from selm_jax.models.config import DecoderConfig
@@ -159,6 +160,6 @@ def compiled(
 
 
 def _fit(phase: Phase, where: Target, console: Console) -> Fit:
-    with console.status(f"{where.name}: compiling {phase.name}"):
+    with console.status(Text(f"{where.name}: compiling {phase.name}")):
         memory = measure(phase.lower(), where)
     return Fit(phase.name, phase.stage, memory, dict(phase.held), where.hbm)

@@ -7,6 +7,7 @@ import shlex
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from selm_jax.plan.examine import Fit, Options, Plan
 from selm_jax.plan.measure import gib, versions
@@ -23,7 +24,7 @@ def show(plan: Plan, options: Options, console: Console) -> None:
     """The memory of each program, the work of an iteration, what was assumed, and the verdict."""
     where = plan.target
     console.print()
-    console.rule(f"[bold]{where.name}", align="left")
+    console.rule(Text(where.name, "bold"), align="left")
     _say(
         console,
         f"{where.chips} chip{'s' * (where.chips > 1)}, {where.hbm / GIB:.2f} GiB for programs on "
@@ -117,34 +118,39 @@ def _iterations(plan: Plan, options: Options, console: Console) -> None:
     before = 0 if w.start is None else w.start.hours or 0
     hours = w.hours * e.iterations + before  # the start model is evaluated too
     cost = "" if options.price is None else f", ${hours * where.chips * options.price:,.0f}"
-    console.print(
-        f"[bold]{e.iterations} iteration{'s' * (e.iterations > 1)}: {hours:.1f} hours, "
-        f"{hours * where.chips:,.0f} chip hours{cost}[/] at {options.mfu:.0%} of the peak arithmetic and "
-        f"{options.mbu:.0%} of the memory's bandwidth (--mfu, --mbu); loading, compiling, saving not "
-        "counted",
-        highlight=False,
-    )  # fmt: skip
+    _say_first(
+        console,
+        f"{e.iterations} iteration{'s' * (e.iterations > 1)}: {hours:.1f} hours, "
+        f"{hours * where.chips:,.0f} chip hours{cost}",
+        f" at {options.mfu:.0%} of the peak arithmetic and {options.mbu:.0%} of the memory's "
+        "bandwidth (--mfu, --mbu); loading, compiling, saving not counted",
+    )
 
 
 def _verdict(plan: Plan, console: Console) -> None:
     name = plan.target.name
     if plan.fit:
         tight = min((1 - f.needed / f.hbm for f in plan.fits if f.needed is not None), default=1)
-        console.print(f"[bold green]FITS[/] on {name}, {tight:.0%} to spare", highlight=False)
+        _say_first(console, "FITS", f" on {name}, {tight:.0%} to spare", "bold green")
         return
-    console.print(f"[bold red]DOES NOT FIT[/] on {name}", highlight=False)
+    _say_first(console, "DOES NOT FIT", f" on {name}", "bold red")
     if plan.problem:
         _say(console, f"  {plan.problem}")
     for each in plan.fits:
         if each.memory.refused:
             _say(console, f"  {each.name}: {each.memory.refused}")
     if plan.instead:
-        console.print(f"[bold]it fits on[/]  --topology {plan.instead}", highlight=False)
+        _say_first(console, "it fits on", f"  --topology {plan.instead}")
     if plan.change:
-        console.print(f"[bold]it fits with[/]  {shlex.join(plan.change)}", highlight=False)
+        _say_first(console, "it fits with", f"  {shlex.join(plan.change)}")
     elif plan.tried and not plan.instead:
         _say(console, f"none of the {len(plan.tried)} changes tried is enough (--tries)")
 
 
 def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    console.print(Text(text), soft_wrap=True)
+
+
+def _say_first(console: Console, first: str, rest: str, style: str = "bold") -> None:
+    """A line whose beginning stands out."""
+    console.print(Text.assemble((first, style), rest))

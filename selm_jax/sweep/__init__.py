@@ -32,6 +32,7 @@ from selm_jax.iterate import iterate
 from selm_jax.lock import only_one
 from selm_jax.memory import release
 from selm_jax.parallel import multihost
+from selm_jax.progress import terminal
 from selm_jax.report import sweep_page
 from selm_jax.run import Run
 from selm_jax.store import Store
@@ -54,7 +55,7 @@ def sweep(plan: Sweep, console: Console | None = None) -> None:
     Raises:
       SweepError: runs that could not be finished; the others are.
     """
-    console = console or Console(quiet=not multihost.is_first())
+    console = console or terminal(quiet=not multihost.is_first())
     store = Store(plan.folder / "store")
     failed: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
@@ -69,7 +70,7 @@ def sweep(plan: Sweep, console: Console | None = None) -> None:
                     raise  # not about this run alone: a defect, a full disk
                 multihost.all_failed(f"sweep/{i}")
                 failed[name] = str(e)
-                console.print(f"{name}: {e}", style="red", markup=False)
+                console.print(f"{name}: {e}", style="red")
             release()
             multihost.on_first(lambda: str(write(plan, failed)))
     console.print(f"page: {plan.folder / PAGE}", soft_wrap=True)

@@ -14,12 +14,12 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
-from rich.console import Console
 
 from selm_jax.config import ConfigError, Experiment, as_dict, load
 from selm_jax.config.file import explained, listed, read_with_places
 from selm_jax.parallel import multihost
 from selm_jax.paths import claim, place
+from selm_jax.progress import terminal
 from selm_jax.ranges import Seed
 from selm_jax.tiny import shrink
 
@@ -205,5 +205,5 @@ def _check_distinct(file: Path, members: Sequence[Member]) -> None:
 
 def _tiny(member: Member) -> Member:
     e = member.experiment
-    small = shrink(e, Console(quiet=True))
+    small = shrink(e, terminal(quiet=True))
     return dataclasses.replace(member, experiment=dataclasses.replace(small, output=e.output))

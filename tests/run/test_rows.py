@@ -184,6 +184,16 @@ def test_a_system_column_is_used_and_told_of(make):
         assert first.content == "Be brief."
 
 
+def test_a_template_without_system_messages_names_the_column(make, model, tmp_path):
+    strict = shutil.copytree(model, tmp_path / "strict")
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('No system.') }}{% endif %}"
+    (strict / "chat_template.jinja").write_text(refuses + tiny.TEMPLATE)
+    changed, settings = {3: {"system": "Be brief."}}, {"model__source": str(strict)}
+    with pytest.raises(RunError, match="prompt p3: .*No system.*data.system_column to null"):
+        make(changed, **settings).check()
+    make(changed, **settings, data__system_column=None).check()
+
+
 SURROGATES = {"prompt": "Half an emoji \ud83d here", "chosen": "Yes \udc00.", "note": ["\ud83d"]}
 
 

@@ -80,7 +80,7 @@ def _values(hint: Any, numbers: Range | None) -> str:
     optional = types.NoneType in inner
     if numbers is not None:
         text = str(numbers)
-        if typing.get_origin(hint) is tuple:
+        if tuple in _leaves(hint):
             text += ", or a list of such"
     elif choices := [
         c for each in (hint, *inner) for c in typing.get_args(each) if each and _is_choice(each)

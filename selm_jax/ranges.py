@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import numbers
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, get_args, get_type_hints
 
@@ -72,8 +72,9 @@ class Range:
 
     def checked(self, value: Any) -> Any:
         """The value, a whole number as one. Raises PydanticCustomError for one out of the range."""
-        if (expected := self.problem(value)) is not None:
-            raise PydanticCustomError("range", "{expected} was expected", {"expected": expected})
+        if self.problem(value) is not None:
+            about = {"range": str(self), "advice": f"; {self.advice}" if self.advice else ""}
+            raise PydanticCustomError("range", "{range} was expected{advice}", about)
         return self.converted(value)
 
     def converted(self, value: Any) -> int | float:
@@ -86,13 +87,16 @@ class Range:
 
 def ranges_of(function: Callable[..., Any]) -> Mapping[str, Range]:
     """The ranges that a function declares for its parameters, or a class for its fields, by name."""
-    found = {}
-    for name, hint in get_type_hints(function, include_extras=True).items():
-        for each in (hint, *get_args(hint)):
-            for declared in getattr(each, "__metadata__", ()):
-                if isinstance(declared, Range):
-                    found[name] = declared
-    return found
+    hints = get_type_hints(function, include_extras=True)
+    declared = {name: next(_declared(hint), None) for name, hint in hints.items()}
+    return {name: found for name, found in declared.items() if found is not None}
+
+
+def _declared(hint: Any) -> Iterator[Range]:
+    """The ranges in a hint: of a number, of one or null, of several."""
+    yield from (each for each in getattr(hint, "__metadata__", ()) if isinstance(each, Range))
+    for inner in get_args(hint):
+        yield from _declared(inner)
 
 
 # Numbers that many settings are.

@@ -69,14 +69,8 @@ def parse(
         listed; settings that contradict each other; or what looks like a password.
     """
     refuse_secrets(tree, where, places)
-    tree = dict(tree)
-    training = tree.get("training")
-    if isinstance(training, Mapping):
-        rate = training.get("learning_rate")
-        if isinstance(rate, int | float | str):
-            tree["training"] = {**training, "learning_rate": [rate]}
     try:
-        experiment = TypeAdapter(Experiment).validate_python(tree)
+        experiment = TypeAdapter(Experiment).validate_python(dict(tree))
     except ValidationError as e:
         raise ConfigError(listed(where, explained(e, Experiment), places)) from None
     if problems := list(inconsistencies(experiment)):
@@ -164,7 +158,6 @@ _EXPECTED = {
     "bool_type": "true or false was expected",
     "dataclass_type": "a group of settings was expected",
     "dict_type": "a group of settings was expected",
-    "tuple_type": "a number was expected, or a list of numbers",
 }
 
 

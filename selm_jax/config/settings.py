@@ -20,6 +20,10 @@ _STRICT = ConfigDict(extra="forbid")
 Flag = Annotated[bool, Strict()]  # 1 and "yes" are none
 
 
+def _several(value: Any) -> Any:
+    return value if isinstance(value, list | tuple) else [value]
+
+
 def _day(value: Any) -> datetime.date:
     try:
         return value if isinstance(value, datetime.date) else datetime.date.fromisoformat(value)
@@ -40,6 +44,7 @@ Day = Annotated[datetime.date, BeforeValidator(_day)]
 All = Annotated[int, Range(1, MOST, whole=True, advice="null takes all")]  # a limit
 Size = Annotated[int, Range(1, 2**20, whole=True)]  # of arrays, along one axis
 Rate = Annotated[float, Range(0, 1, above=True)]
+Rates = Annotated[tuple[Rate, ...], BeforeValidator(_several)]  # one serves all iterations
 Decay = Annotated[float, Range(0, 1, below=True)]  # of a mean over updates
 _GREEDY = "for the likeliest answer alone set candidates.greedy: 1 and candidates.samples: 0"
 
@@ -160,7 +165,7 @@ class Feedback:
 
 @dataclass(frozen=True, config=_STRICT)
 class Training:
-    learning_rate: tuple[Rate, ...]  # peak, per iteration; one number serves all
+    learning_rate: Rates  # peak, per iteration; one number serves all
     global_batch: Size  # examples per update, exactly
     epochs: Count = 1  # over an iteration's examples
     row_length: Size = 1024  # tokens of a packed row

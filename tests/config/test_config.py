@@ -152,7 +152,7 @@ def test_mistakes_name_their_file_and_line(tmp_path):
         ("text.date=20240726", "20240726, a day such as 2024-07-26"),
         ("text.date=2024-13-45", "'2024-13-45', a day"),
         ("training=3", "3, a group of settings was expected"),
-        ("training.learning_rate=null", "null, a number was expected, or a list"),
+        ("training.learning_rate=null", "null, a number above 0"),
         ("model.source.x=3", "source is not a group"),
         ("seed", "`key.path=value` was expected"),
         ("seed=[1", "override seed=...: the value: line 1: not YAML"),

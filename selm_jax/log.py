@@ -40,14 +40,17 @@ class Writers:
             self.folder.mkdir(parents=True, exist_ok=True)
         if experiment.log.wandb is not None:
             self.wandb = _wandb_run(folder, experiment)
-        self.start_over(logged)
+        self.logged, self.gone = list(logged), 0
 
     def start_over(self, logged: Iterable[Mapping[str, Any]]) -> None:
         """Takes these lines for the record so far: some were taken out of it.
 
-        What wandb has it keeps. Its steps are the lines' numbers, so that it takes none twice.
+        What wandb has it keeps. Its steps are the lines' numbers, so that it takes none twice that is
+        written again; after lines out of the midst the numbers go on, or it would take no new ones.
         """
-        self.logged = list(logged)
+        before, self.logged = self.logged, list(logged)
+        if self.logged != before[: len(self.logged)]:
+            self.gone += len(before) - len(self.logged)
         if self.tensorboard is not None:
             self.tensorboard.close()
             self.tensorboard = None
@@ -59,7 +62,7 @@ class Writers:
             self._draw(line)
         self.logged.append(line)
         if self.wandb is not None:
-            step = len(self.logged)
+            step = len(self.logged) + self.gone
             self.wandb.log(_values(line) | {"iteration": line["iteration"]}, step=step)
 
     def _open_tensorboard(self) -> None:

@@ -159,6 +159,18 @@ def test_wandb_goes_on_in_its_run(begun, wandb):
     assert wandb.inits[2]["id"] != one["id"]
 
 
+def test_wandb_takes_what_is_new_after_a_line_out_of_the_midst(begun, wandb):
+    run = begun("log.wandb=mine")
+    run.log("evaluate", 0, {"loss": 0.0})
+    for step in (1, 2):
+        run.log("train", 1, {"step": step, "loss": step / 8})
+    run.forget_metrics(lambda line: line["stage"] == "evaluate")
+    run.log("train", 1, {"step": 3, "loss": 3 / 8})
+    (rows,) = wandb.rows.values()
+    found = [row.get("train/iteration_1/loss") for row in rows.values()]
+    assert found == [None, 1 / 8, 2 / 8, 3 / 8]
+
+
 class UsageError(Exception):
     pass
 

@@ -2,7 +2,8 @@
 
 A file is written beside its name, flushed to disk, and renamed. A folder likewise. What a stage
 did stands in `stage.json`: the digests of its inputs and outputs, its settings, counts and seconds.
-A stage is done when its entry is there and still true.
+A stage is done when its entry is there and still true. What a stage that was stopped goes on from has
+its SHA-256 beside it (`selm_jax.parts`) or in it (`write_sealed`), and is refused when that is another.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import pyarrow.parquet as pq
 
 from selm_jax import jsonl
 from selm_jax.paths import check_file
+from selm_jax.sealed import is_sealed, seal, sha256, unsealed
 
 
 class ArtifactError(RuntimeError):
@@ -30,6 +32,7 @@ class ArtifactError(RuntimeError):
 
 
 _PARTIAL = ".selm-partial"  # a name that is nobody else's: what has it is deleted
+_PUT_BACK = "Put it back from a copy"
 
 
 @contextlib.contextmanager
@@ -99,14 +102,52 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+    """JSON that carries its digest."""
+    write_json(path, seal(value))
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """What `write_sealed` has written.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ArtifactError: it is not as it was written.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError:
+        value = {}
+    if not is_sealed(value):
+        raise ArtifactError(
+            f"{path}: this file is not as it was written (its SHA-256 is another). {_PUT_BACK}"
+        )
+    return unsealed(value)
+
+
 def write_table(path: Path, table: pa.Table) -> None:
     with whole(path) as partial:
-        pq.write_table(table, partial, compression="zstd")
+        pq.write_table(table, partial, compression="zstd", write_page_checksum=True)
 
 
-def part_files(folder: Path, count: int) -> list[Path]:
-    """The files of a table in so many parts: parts of another number are not taken for these."""
-    return [folder / f"part-{part:05d}-of-{count:05d}.parquet" for part in range(count)]
+def read_table(
+    path: Path, schema: pa.Schema | None = None, columns: Sequence[str] | None = None
+) -> pa.Table:
+    """A table that `write_table` has written, with the checksum of every page compared.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ArtifactError: it cannot be read.
+    """
+    try:
+        return pq.read_table(path, schema=schema, columns=columns, page_checksum_verification=True)
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError, ValueError) as e:
+        raise ArtifactError(
+            f"{path}: this table is damaged ({e}). Put it back from a copy, or remove the stage that "
+            f"wrote it from {path.parent / 'stage.json'} to do that stage again"
+        ) from e
 
 
 def digest(path: Path) -> str:
@@ -123,8 +164,7 @@ def digest(path: Path) -> str:
 
 @lru_cache(maxsize=4096)  # by size and time of change: a model is read once a run, not once a stage
 def _file_digest(path: Path, size: int, changed: int) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+    return sha256(path)
 
 
 class Stages:
@@ -135,7 +175,39 @@ class Stages:
         self.file = folder / "stage.json"
 
     def read(self) -> dict[str, Any]:
-        return json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else {}
+        """The entries by stage. An entry may be taken out by hand; none may be changed.
+
+        Raises:
+          ArtifactError: an entry is not as it was written.
+        """
+        if not self.file.exists():
+            return {}
+        try:
+            entries = json.loads(self.file.read_bytes())
+            changed = [k for k, v in entries.items() if not is_sealed(v, k)]
+        except (ValueError, AttributeError) as e:  # it is no JSON, or another JSON
+            raise ArtifactError(f"{self.file}: this file is damaged ({e}). {_PUT_BACK}") from e
+        if changed:
+            raise ArtifactError(
+                f"{self.file}: the entry of stage {changed[0]!r} is not as it was written (its "
+                f"SHA-256 is another). {_PUT_BACK}, or remove the entry to do that stage again"
+            )
+        return entries
+
+    def digest(self, name: str) -> str:
+        """The digest of a file or folder of this iteration.
+
+        Raises:
+          ArtifactError: it is not as the stage that wrote it has left it.
+        """
+        now = digest(self.folder / name)
+        for stage, entry in self.read().items():
+            if entry.get("outputs", {}).get(name, now) != now:
+                raise ArtifactError(
+                    f"{self.folder / name}: it is not what stage {stage!r} wrote. {_PUT_BACK}, or "
+                    f"remove {stage!r} from {self.file} to do that stage again"
+                )
+        return now
 
     def is_done(self, stage: str, inputs: Mapping[str, str], settings: Mapping[str, Any]) -> bool:
         """Whether the stage finished with these inputs and settings and its outputs are intact.
@@ -197,7 +269,7 @@ class Stages:
         )
 
     def _put(self, stage: str, entry: dict[str, Any]) -> None:
-        write_json(self.file, self.read() | {stage: entry})
+        write_json(self.file, self.read() | {stage: seal(entry, stage)})
 
 
 def read_lines(path: Path) -> list[Any]:
@@ -213,16 +285,24 @@ def read_lines(path: Path) -> list[Any]:
         try:
             found.append(line.value())
         except jsonl.JsonError as error:
-            raise ArtifactError(
-                f"{path}, line {line.number}: not JSON: {error}. Take the line away, or put the "
-                "file back as it was written."
-            ) from error
+            raise _no_json(path, line, error) from error
     return found
+
+
+def _no_json(path: Path, line: jsonl.Line, error: jsonl.JsonError) -> ArtifactError:
+    return ArtifactError(
+        f"{path}, line {line.number}: not JSON: {error}. Take the line away, or put the "
+        "file back as it was written."
+    )
 
 
 def rewrite_lines(path: Path, keep: Callable[[dict[str, Any]], bool] = lambda line: True) -> bool:
     """Keeps the JSON lines that satisfy `keep`; a torn last line goes too. Returns whether the file
-    was another before."""
+    was another before.
+
+    Raises:
+      ArtifactError: another line is not JSON.
+    """
     if not path.exists():
         return False
     kept = []
@@ -230,8 +310,9 @@ def rewrite_lines(path: Path, keep: Callable[[dict[str, Any]], bool] = lambda li
         try:
             if keep(line.value()):
                 kept.append(line.text)
-        except jsonl.JsonError:
-            continue  # torn by a kill: the step that wrote it runs again
+        except jsonl.JsonError as error:
+            if line.ended:  # or else it was torn by a kill: the step that wrote it runs again
+                raise _no_json(path, line, error) from error
     text = "".join(line + "\n" for line in kept)
     if text.encode() == path.read_bytes():
         return False

@@ -15,7 +15,6 @@ from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -118,7 +117,7 @@ def collect(run: Run, t: int) -> Preview:
     if not (folder / "ranked.parquet").exists():
         return _from_data(run, t)
     columns = ["prompt_id", "score", "dropped", "chosen", "rejected"]
-    ranked = pq.read_table(folder / "ranked.parquet", columns=columns).to_pylist()
+    ranked = artifacts.read_table(folder / "ranked.parquet", columns=columns).to_pylist()
     best = {row["prompt_id"]: row["score"] for row in ranked if row["chosen"]}
     dropped = Counter({row["prompt_id"]: row["dropped"] for row in ranked}.values())
     del dropped[None]

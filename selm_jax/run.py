@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import json
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -59,6 +58,7 @@ from selm_jax.rows import (
     told_of_overlap,
     trained_too,
 )
+from selm_jax.sealed import sha256
 from selm_jax.store import Store
 from selm_jax.text.answers import check_answers, longest_answered
 from selm_jax.text.chat import Chat, ChatError
@@ -114,8 +114,11 @@ class Run:
 
     def reference(self, t: int) -> Path:
         """The folder of iteration t's reference."""
-        fixed = self.experiment.training.reference_policy == "start"
-        return self.policy(0 if fixed else t - 1)
+        return self.policy(self.reference_number(t))
+
+    def reference_number(self, t: int) -> int:
+        """The iteration that iteration t's reference came out of; 0 is the start model."""
+        return 0 if self.experiment.training.reference_policy == "start" else t - 1
 
     @property
     def metrics_file(self) -> Path:
@@ -338,7 +341,7 @@ class Run:
         if self.imports or not is_user_code(self.experiment.objective["loss"]):
             return getattr(self.objective, what)
         file = self.folder / "manifest.json"
-        return file.exists() and bool(json.loads(file.read_text()).get(what))
+        return file.exists() and bool(artifacts.read_sealed(file).get(what))
 
     def _may_import(self, key: str, name: str) -> str:
         """The name, unless it stands for code of the user's in a run that is only looked at."""
@@ -591,14 +594,15 @@ class Run:
         if not multihost.is_first():
             return
         file = self.folder / "manifest.json"
-        manifest = json.loads(file.read_text()) if file.exists() else {}
+        manifest = artifacts.read_sealed(file) if file.exists() else {}
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         servers = manifest.get("servers", {}) | self.servers
         device = jax.devices()[0]
-        artifacts.write_json(
+        artifacts.write_sealed(
             file,
             {
                 "name": self.name,
+                "config_sha256": sha256(self.folder / "config.yaml"),
                 "method": self.experiment.objective["loss"],
                 "objective": self.experiment.objective,
                 "rates": self.rates,

@@ -10,8 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from selm_jax import jsonl
-from selm_jax.artifacts import digest, remove, whole, write_json
+from selm_jax.artifacts import (
+    ArtifactError,
+    digest,
+    read_sealed,
+    remove,
+    whole,
+    write_sealed,
+)
 
 
 class Store:
@@ -43,7 +49,7 @@ class Store:
             for name, path in outputs.items():
                 _link(path, partial / name)
             digests = {name: digest(path) for name, path in outputs.items()}
-            write_json(partial / "entry.json", {"outputs": digests, "about": about})
+            write_sealed(partial / "entry.json", {"outputs": digests, "about": about})
 
     def take(self, key: str, folder: Path) -> dict[str, Any] | None:
         """Puts the outputs of an entry into `folder`; returns what is told about them.
@@ -66,13 +72,13 @@ class Store:
 def _told(entry: Path) -> dict[str, Any] | None:
     """What an entry says of itself; None unless that is whole and its files are as it says."""
     try:
-        told = jsonl.value((entry / "entry.json").read_text(encoding="utf-8"))
+        told = read_sealed(entry / "entry.json")
         about, outputs = told["about"], told["outputs"].items()
         if not isinstance(about, dict):
             return None
         kept = {path.name for path in entry.iterdir()}
         return told if all(n in kept and digest(entry / n) == sha for n, sha in outputs) else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ArtifactError, KeyError, TypeError, AttributeError):
         return None
 
 

@@ -181,6 +181,37 @@ def on_first(work: Callable[[], T]) -> T:
     return json.loads(json.dumps(result))
 
 
+def on_every(work: Callable[[], T]) -> list[T]:
+    """Runs `work` in every process, and gives all of them what each returns, as JSON, in order.
+
+    Of `work` that raises, the others never hear; what can go wrong is to be in what it returns.
+    """
+    if count() == 1:
+        return [work()]
+    client, key = distributed.global_state.client, f"selm/{next(_numbers)}"
+    assert client is not None
+    client.key_value_set(f"{key}/{index()}", json.dumps(work()))
+    each = [client.blocking_key_value_get(f"{key}/{i}", _WEEK) for i in range(count())]
+    return [json.loads(told) for told in each]
+
+
+def leave(name: str, value: Any) -> None:
+    """Leaves JSON under a name, for `left`; unlike all else here from any thread."""
+    client = distributed.global_state.client
+    assert client is not None
+    client.key_value_set(f"selm/left/{name}/{index()}", json.dumps(value), allow_overwrite=True)
+
+
+def left(name: str) -> list[Any]:
+    """What each process has left under a name; nothing of a process that is alone."""
+    if count() == 1:
+        return []
+    client = distributed.global_state.client
+    assert client is not None
+    each = [client.blocking_key_value_get(f"selm/left/{name}/{i}", _WEEK) for i in range(count())]
+    return [json.loads(value) for value in each]
+
+
 def check_same(what: str, value: Callable[[], Any]) -> None:
     """Compares what `value` returns, which is JSON, with that of the first process.
 

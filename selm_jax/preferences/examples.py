@@ -11,6 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from selm_jax import artifacts
+
 ROLES = ("chosen", "rejected", "explore")
 Ids: TypeAlias = tuple[int, ...]
 
@@ -158,7 +160,7 @@ def from_parquet(file: Path) -> list[Example]:
             _floats(row["scores"]),
             tuple(row["explored"] or ()),
         )
-        for row in pq.read_table(file, schema=SCHEMA).to_pylist()
+        for row in artifacts.read_table(file, SCHEMA).to_pylist()
     ]
 
 

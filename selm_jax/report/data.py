@@ -11,20 +11,23 @@ import json
 import math
 import re
 from collections.abc import Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from selm_jax import jsonl
-from selm_jax.config import plain_yaml
-
-
-class ReportError(ValueError):
-    """What runs have left cannot be shown, or not together. The message says what and why."""
-
+from selm_jax.report.reading import (
+    ReportError,
+    json_file,
+    mapping,
+    not_as_written,
+    number,
+    sealed_mapping,
+    settings,
+    table,
+    wrong,
+)
+from selm_jax.sealed import sha256
 
 STAGES = ("generate", "rank", "score", "train", "export", "evaluate")
 """The stages of one iteration in the order they run. Iteration 0 has only the last."""
@@ -64,11 +67,13 @@ class Answer:
 
 @dataclass(frozen=True)
 class Stage:
-    """What one finished stage recorded about itself. `seconds` is None where it kept no time."""
+    """What one finished stage recorded about itself. `seconds` is None where it kept no time;
+    `outputs` are digests of what it wrote."""
 
     name: str
     counts: Mapping[str, float]
     seconds: float | None
+    outputs: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def drops(self) -> dict[str, float]:
@@ -147,16 +152,20 @@ def report_data(run: Path) -> RunData:
             f"{run} is not a run folder: {' and '.join(missing)} missing. "
             "`selm run` writes both before its first stage; check the path."
         )
-    config_text, config = _settings(run / "config.yaml")
-    manifest = _mapping(_json_file(run / "manifest.json"), run / "manifest.json")
+    manifest = sealed_mapping(json_file(run / "manifest.json"), run / "manifest.json")
+    if manifest.pop("config_sha256", None) not in (None, sha256(run / "config.yaml")):
+        raise not_as_written(run / "config.yaml")
+    config_text, config = settings(run / "config.yaml")
 
     notes: list[str] = []
     folders = _iteration_folders(run)
     stages = {k: _stages(folder) for k, folder in folders.items()}
     # A reward model answers nothing: it is evaluated on pairs, and its figures say all.
     pairs = {k for k, folder in folders.items() if (folder / "pairs.parquet").is_file()}
-    claimed = {k for k in folders if "evaluate" in stages[k]} - pairs
-    tables = {k: _answers(k, folders[k], k in claimed) for k in folders}
+    tables = {
+        k: _answers(k, folder, None if k in pairs else stages[k].get("evaluate"))
+        for k, folder in folders.items()
+    }
     evaluates = _evaluates(config)
     evaluations, updates = _metrics(run / "metrics.jsonl", notes)
     planned = _planned(config)
@@ -241,47 +250,46 @@ def _stages(folder: Path) -> dict[str, Stage]:
     path = folder / "stage.json"
     if not path.is_file():
         return {}
-    entries = _mapping(_json_file(path), path)
+    entries = mapping(json_file(path), path)
     order = {name: place for place, name in enumerate(STAGES)}
     stages = {}
     for name in sorted(entries, key=lambda n: (order.get(n, len(order)), n)):
-        entry = _mapping(entries[name], path, name)
+        entry = sealed_mapping(entries[name], path, name)
         if not entry.get("done", True):
             continue  # begun: its settings are written down, its work is not finished
-        counts = _mapping(entry.get("counts", {}), path, f"{name}.counts")
+        counts = mapping(entry.get("counts", {}), path, f"{name}.counts")
         seconds = entry.get("seconds")
         stages[name] = Stage(
             name=name,
             counts={  # null: a judge was not readable
-                key: _number(n, path, f"{name}.counts.{key}")
+                key: number(n, path, f"{name}.counts.{key}")
                 for key, n in counts.items()
                 if n is not None
             },
-            seconds=None if seconds is None else _number(seconds, path, f"{name}.seconds"),
+            seconds=None if seconds is None else number(seconds, path, f"{name}.seconds"),
+            outputs=mapping(entry.get("outputs", {}), path, f"{name}.outputs"),
         )
     return stages
 
 
-def _answers(iteration: int, folder: Path, claimed: bool) -> tuple[Answer, ...]:
+def _answers(iteration: int, folder: Path, by: Stage | None) -> tuple[Answer, ...]:
+    """The table of held-out answers, which the finished stage `by` has written."""
     path = folder / "heldout.parquet"
     if not path.is_file():
-        if claimed:
+        if by is not None:
             raise FileNotFoundError(
                 f"{path} is missing, but {folder / 'stage.json'} says `evaluate` is done. "
                 "Copy the whole run folder, or run `selm eval` again."
             )
         return ()
-    try:
-        table = pq.read_table(path)
-    except pa.ArrowInvalid as error:
-        raise ReportError(f"{path} cannot be read as parquet: {error}") from error
-    missing = [name for name in _ANSWER_COLUMNS if name not in table.column_names]
+    found = table(path, None if by is None else by.outputs.get(path.name))
+    missing = [name for name in _ANSWER_COLUMNS if name not in found.column_names]
     if missing:
         raise ReportError(
-            f"{path} has no column {', '.join(missing)}; found {', '.join(table.column_names)}"
+            f"{path} has no column {', '.join(missing)}; found {', '.join(found.column_names)}"
         )
     answers = []
-    for row, values in enumerate(table.select(list(_ANSWER_COLUMNS)).to_pylist()):
+    for row, values in enumerate(found.select(list(_ANSWER_COLUMNS)).to_pylist()):
         for name in ("score", "logp", "logp_start"):
             values[name] = math.nan if values[name] is None else values[name]
         for name, wanted in _ANSWER_COLUMNS.items():
@@ -312,7 +320,7 @@ def _metrics(
             if isinstance(value, (int, float)) and not isinstance(value, bool)
         }
         if not isinstance(iteration, int):
-            raise _wrong(f"{where}, iteration", iteration, "a whole number")
+            raise wrong(f"{where}, iteration", iteration, "a whole number")
         for key, value in numbers.items():
             if not math.isfinite(value):
                 odd[key] = odd.get(key, 0) + 1
@@ -321,7 +329,7 @@ def _metrics(
         else:
             step = line.get("step")
             if not isinstance(step, int):
-                raise _wrong(f"{where}, step", step, "a whole number from 1")
+                raise wrong(f"{where}, step", step, "a whole number from 1")
             steps[iteration, step] = numbers
     notes.extend(
         f"{key} is not a finite number on {count} line{'s' * (count > 1)} of metrics.jsonl: "
@@ -354,39 +362,4 @@ def _metric_lines(path: Path, notes: list[str]) -> Iterator[tuple[str, dict[str,
                 )
                 return
             raise ReportError(f"{where} is not JSON: {error}") from error
-        yield where, _mapping(found, path, f"line {line.number}")
-
-
-def _settings(path: Path) -> tuple[str, dict[str, Any]]:
-    """The settings of a run, as they stand and as they are read."""
-    try:
-        text = plain_yaml.decoded(path.read_bytes())
-        return text, _mapping(plain_yaml.read(text)[0], path)
-    except plain_yaml.YamlError as error:
-        raise ReportError(f"{path}: {error}") from error
-
-
-def _json_file(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ReportError(f"{path} is not JSON: {error}") from error
-
-
-def _mapping(value: Any, path: Path, key: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        where = f"{path}, {key}" if key else str(path)
-        raise _wrong(where, value, "names with values")
-    return value
-
-
-def _number(value: Any, path: Path, key: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise _wrong(f"{path}, {key}", value, "a number")
-    return value
-
-
-def _wrong(where: str, found: Any, expected: str) -> ReportError:
-    shown = repr(found)
-    shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
-    return ReportError(f"{where}: found {shown}, expected {expected}")
+        yield where, mapping(found, path, f"line {line.number}")

@@ -128,11 +128,18 @@ def _always(*names: str) -> Callable[[Run], tuple[str, ...]]:
 
 
 def _policy(run: Run, t: int) -> dict[str, str]:
-    return {"policy": artifacts.digest(run.policy(t))}
+    return {"policy": _digest_of_policy(run, t)}
 
 
 def _reference(run: Run, t: int) -> dict[str, str]:
-    return {"reference": artifacts.digest(run.reference(t))}
+    return {"reference": _digest_of_policy(run, run.reference_number(t))}
+
+
+def _digest_of_policy(run: Run, t: int) -> str:
+    """Of the policy after iteration t, which is as its export has left it."""
+    if t == 0:
+        return artifacts.digest(run.policy(0))
+    return artifacts.Stages(run.iteration(t)).digest("model")
 
 
 def _training(run: Run, t: int) -> dict[str, str]:
@@ -142,7 +149,7 @@ def _training(run: Run, t: int) -> dict[str, str]:
 
 
 def _file(name: str) -> Callable[[Run, int], dict[str, str]]:
-    return lambda run, t: {name: artifacts.digest(run.iteration(t) / name)}
+    return lambda run, t: {name: artifacts.Stages(run.iteration(t)).digest(name)}
 
 
 def _prompts(run: Run, t: int) -> dict[str, str]:

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from selm_jax import artifacts
+from selm_jax import artifacts, parts
 from selm_jax.evaluation.cost import judges
 from selm_jax.feedback.judge_unread import UnreadableJudge, mostly, too_many
 from selm_jax.feedback.ranker import Question, counted, prompts_together, reported
@@ -59,7 +58,7 @@ def scores_in_parts(
     scores, told = [], Counter()
     try:
         with run.bar(f"iteration {t}  rank", len(questions), "prompts") as advance:
-            for i, file in enumerate(artifacts.part_files(run.iteration(t) / FOLDER, count)):
+            for i, file in enumerate(parts.files(run.iteration(t) / FOLDER, count)):
                 multihost.stop_if_told()
                 mine = slice(i * size, (i + 1) * size)
                 work = partial(_part, run, file, questions[mine], candidates[mine])
@@ -111,7 +110,7 @@ def _part(
     told = reported(run.ranker)
     rows = {"prompt_id": [q.id for q in questions], "scores": scores}
     about = json.dumps({"key": key, "told": told})
-    artifacts.write_table(file, pa.table(rows, SCORES.with_metadata({_ABOUT: about})))
+    parts.write(file, pa.table(rows, SCORES.with_metadata({_ABOUT: about})))
     return scores, told
 
 
@@ -122,9 +121,9 @@ def _ask(run: Run, questions: Sequence[Question], candidates: Sequence[Sequence[
 
 def _read(file: Path, key: str) -> tuple[Scores, Told] | None:
     """A part that is there and has this key."""
-    if not file.exists():
+    if not parts.is_there(file):
         return None
-    table = pq.read_table(file)
+    table = artifacts.read_table(file)
     about = json.loads((table.schema.metadata or {}).get(_ABOUT, b"{}"))
     if about.get("key") != key:
         return None

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
+import pyarrow as pa
 
 from selm_jax import artifacts
 from selm_jax.evaluation import frontier
@@ -100,7 +100,7 @@ def evaluate(run: Run, t: int) -> Counts:
         artifacts.write_table(run.iteration(t) / "heldout.parquet", answers)
         if of_pairs is not None:
             artifacts.write_table(run.iteration(t) / "heldout_pairs.parquet", of_pairs)
-    first = None if t == 0 else pq.read_table(run.iteration(0) / "heldout.parquet")
+    first = None if t == 0 else _answers_of_start(run)
     beta = e.objective.get("beta", 1.0)
     summary = frontier.summarize(answers, first, of_pairs, beta)
     run.forget_metrics(lambda m: m["stage"] == "evaluate" and m["iteration"] == t)
@@ -197,10 +197,16 @@ def _scores(run: Run, t: int, answers: Sequence[Sequence[str]]) -> list[Any] | N
         return scores_of(run, questions, answers)
     first = [each[0] for each in answers]  # the greedy one
     if t > 0:
-        start = pq.read_table(run.iteration(0) / "heldout.parquet").to_pylist()
+        start = _answers_of_start(run).to_pylist()
         of_prompt = {row["prompt_id"]: row["text"] for row in start if row["kind"] == "greedy"}
         first = [of_prompt[q.id] for q in questions]
     return scores_beside(partial(scores_of, run), questions, answers, first)
+
+
+def _answers_of_start(run: Run) -> pa.Table:
+    record = artifacts.Stages(run.iteration(0))
+    record.digest("heldout.parquet")  # which is as it was written
+    return artifacts.read_table(record.folder / "heldout.parquet")
 
 
 def has_pairs(run: Run) -> bool:

@@ -9,9 +9,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute
-import pyarrow.parquet as pq
 
-from selm_jax import artifacts
+from selm_jax import artifacts, parts
 from selm_jax.parallel import multihost
 from selm_jax.rollout.engine import Request, Response
 from selm_jax.rollout.remote import Server, named
@@ -45,7 +44,7 @@ def generate(run: Run, t: int) -> Counts:
     prompts = run.prompts(t)
     size = run.experiment.rollout.prompts_per_part
     files = response_files(run, t)
-    there = multihost.on_first(lambda: [file.exists() for file in files])
+    there = multihost.on_first(lambda: [parts.is_there(file) for file in files])
     wanted = run.experiment.candidates
     each = wanted.greedy + wanted.samples
     by = _by_server if each and run.experiment.rollout.remote else _here
@@ -62,12 +61,12 @@ def generate(run: Run, t: int) -> Counts:
 
             def write(responses: Sequence[Response], to: Path = file) -> None:
                 rows = [response_row(run, prompts[r.index], r) for r in responses]
-                artifacts.write_table(to, pa.Table.from_pylist(rows, schema=RESPONSES))
+                parts.write(to, pa.Table.from_pylist(rows, schema=RESPONSES))
 
             answer(part, requests, write)
     multihost.barrier()
     artifacts.wait_for(files)
-    answers = pa.concat_tables([pq.read_table(file, schema=RESPONSES) for file in files])
+    answers = pa.concat_tables([artifacts.read_table(file, RESPONSES) for file in files])
     return {
         "prompts": len(prompts),
         "responses": answers.num_rows,
@@ -143,8 +142,8 @@ def _by_server(run: Run, t: int, advance: Advance) -> Iterator[Answer]:
 
 def response_files(run: Run, t: int) -> list[Path]:
     """The parts of iteration t's responses; the same however many processes write them."""
-    parts = -(-len(run.prompts(t)) // run.experiment.rollout.prompts_per_part)
-    return artifacts.part_files(run.iteration(t) / "responses", parts)
+    count = -(-len(run.prompts(t)) // run.experiment.rollout.prompts_per_part)
+    return parts.files(run.iteration(t) / "responses", count)
 
 
 def response_row(run: Run, prompt: Prompt, response: Response) -> dict[str, Any]:

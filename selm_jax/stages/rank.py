@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from selm_jax import artifacts
 from selm_jax.annotate.store import AnnotationError, Store
@@ -108,7 +107,7 @@ def pool_of(run: Run, t: int) -> Pool:
     prompts = run.prompts(t)
     answers: dict[str, list[dict]] = {}
     for file in response_files(run, t):
-        for row in pq.read_table(file, schema=RESPONSES).to_pylist():
+        for row in artifacts.read_table(file, RESPONSES).to_pylist():
             answers.setdefault(row["prompt_id"], []).append(row)
     found = [_candidates(run, prompt, answers.get(prompt.id, [])) for prompt in prompts]
     able = [i for i, (_, usable) in enumerate(found) if usable]

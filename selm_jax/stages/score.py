@@ -7,8 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from selm_jax import artifacts
 from selm_jax.models.decoder import Params
 from selm_jax.parallel import multihost
@@ -90,7 +88,7 @@ def paired_examples(run: Run, t: int) -> tuple[list[Example], Counts]:
     prompts = {p.id: p for p in run.prompts(t)}
     text, head = run.experiment.text, run.config.head
     pairs: dict[str, dict[str, dict]] = {}  # prompt id -> role -> its row
-    for row in pq.read_table(run.iteration(t) / "ranked.parquet", schema=RANKED).to_pylist():
+    for row in artifacts.read_table(run.iteration(t) / "ranked.parquet", RANKED).to_pylist():
         for role in ROLES:
             if row[role]:
                 pair = pairs.setdefault(row["prompt_id"], {})

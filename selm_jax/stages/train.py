@@ -15,6 +15,7 @@ from selm_jax.parallel import multihost
 from selm_jax.preferences.examples import from_parquet, reference_of, start_of
 from selm_jax.run import Run, RunError
 from selm_jax.stages.generate import Counts
+from selm_jax.store import Store
 from selm_jax.training.checkpoint import Checkpoints
 from selm_jax.training.loop import Plan, train
 from selm_jax.training.state import TrainState
@@ -26,6 +27,7 @@ def train_policy(run: Run, t: int) -> Counts:
     """Updates from the start policy, or from the last checkpoint of this stage."""
     e = run.experiment
     plan = plan_of(run, t)
+    run.forget_metrics(lambda line: False)  # but what a kill tore
     checkpoints = checkpoints_of(run, t)
     if not checkpoints.has_final:
         start = run.start_of(t)
@@ -52,7 +54,7 @@ def train_policy(run: Run, t: int) -> Counts:
                     peak=e.learning_rate(t), place=run.place, report=report, **fixed,
                 )  # fmt: skip
         del fixed
-        checkpoints.save_final(state.params)
+        checkpoints.save_final(state.params, int(state.step))
     return plan.counts()
 
 
@@ -68,10 +70,17 @@ def checkpoints_of(run: Run, t: int) -> Checkpoints:
             _check_reference(run, t)
         return artifacts.digest(run.policy(t - 1))
 
+    def logged(step: int) -> str:
+        lines = run.logged("train", t)
+        if lines:
+            artifacts.flush(run.metrics_file)  # a checkpoint is not to outlive what it tells of
+        return Store.key(lines=[line for line in lines if line["step"] <= step])
+
     return Checkpoints(
         run.iteration(t) / "checkpoints",
         reference=multihost.on_first(start),
         keep=run.experiment.training.checkpoints_kept,
+        logged=logged,
     )
 
 

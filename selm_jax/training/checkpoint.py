@@ -2,8 +2,14 @@
 
 Every process writes its own shards, in the background, while the next updates are computed. A
 checkpoint gets its name, the number of its step, when all of them are through: until then it is a
-folder that nobody reads. In it lies `whole.json`: the size of each file, and the digest of the model
-that the iteration started from, without which it means nothing.
+folder that nobody reads. In it lies `whole.json`: the size and the SHA-256 of each file, the digest of
+the model that the iteration started from, without which it means nothing, and that of what was logged
+until then.
+
+Every process hashes the files that it has written, in the background too, and the first one what
+belongs to none; when a checkpoint is read, the processes hash equal shares of it. So every byte is
+hashed once on writing and once on reading, however many hosts there are (`selm_jax.sealed` says what
+that costs).
 
 The order of the data is a function of the step, so there is nothing else to save. When the last
 update is done only the parameters are kept, for the export.
@@ -11,7 +17,7 @@ update is done only the parameters are kept, for the export.
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +27,14 @@ import orbax.checkpoint as ocp
 from selm_jax import artifacts
 from selm_jax.models.decoder import Params
 from selm_jax.parallel import multihost
+from selm_jax.sealed import sha256_of
 from selm_jax.training.state import TrainState
 
 _FINAL = "final"
 _WHOLE = "whole.json"
 _UNNAMED = ".orbax-checkpoint-tmp"  # what orbax adds to a name until all is written
+# Orbax writes these when all else is there, with the time in them; nothing is restored from them.
+_LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 
 class Checkpoints:
@@ -34,15 +43,24 @@ class Checkpoints:
     Several processes call the same methods in the same order.
     """
 
-    def __init__(self, folder: Path, *, reference: str = "", keep: int = 1):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        reference: str = "",
+        keep: int = 1,
+        logged: Callable[[int], str] = lambda step: "",
+    ):
         """
         Args:
           reference: the digest of the model that the iteration starts from.
           keep: how many steps stay; the newest.
+          logged: the digest of what was logged of the updates up to a step; the first process is asked.
         """
         self.folder = Path(folder)
         self.reference = reference
         self.keep = keep
+        self.logged = logged
         self._writer: ocp.StandardCheckpointer | None = None
 
     def steps(self) -> list[int]:
@@ -55,7 +73,7 @@ class Checkpoints:
         Waits for the save before it; see `wait`. A step that is there already is left as it is.
         """
         if (step := int(state.step)) not in self.steps():
-            self._begin(str(step), state)
+            self._begin(str(step), state, step)
 
     def wait(self) -> None:
         """Waits for a save that is under way.
@@ -80,9 +98,12 @@ class Checkpoints:
         steps = self.steps()
         return self._read(str(steps[-1]), like) if steps else None
 
-    def save_final(self, params: Params) -> None:
-        """Saves what the export needs, waits for it, and deletes all steps."""
-        self._begin(_FINAL, {"params": params})
+    def save_final(self, params: Params, step: int = 0) -> None:
+        """Saves what the export needs, waits for it, and deletes all steps.
+
+        `step`: how many updates were made.
+        """
+        self._begin(_FINAL, {"params": params}, step)
         self.wait()
 
     @property
@@ -101,15 +122,40 @@ class Checkpoints:
 
     # Writing
 
-    def _begin(self, name: str, tree: Any) -> None:
+    def _begin(self, name: str, tree: Any, step: int) -> None:
         self.wait()
-        multihost.on_first(self._clear)
+        about = multihost.on_first(lambda: self._prepare(step))
         self._writer = ocp.StandardCheckpointer(
             async_options=ocp.options.AsyncOptions(
-                post_finalization_callback=lambda: self._seal(name)
+                barrier_sync_fn=self._when_written(name),
+                post_finalization_callback=lambda: self._seal(name, about),
             )
         )
         self._writer.save((self.folder / name).absolute(), tree)
+
+    def _prepare(self, step: int) -> dict[str, Any]:
+        self._clear()
+        return {"reference": self.reference, "step": step, "logged": self.logged(step)}
+
+    def _when_written(self, name: str) -> Callable[..., None]:
+        """What orbax calls in each of several processes when this one's files are written: they are
+        hashed, and then the others are waited for."""
+        barrier, told = ocp.multihost.get_barrier_sync_fn(), False
+
+        def wait(*, key: str, timeout_ms: int) -> None:
+            nonlocal told
+            if not told:
+                folder = self._unnamed(name)
+                own = _files(folder, f"ocdbt.process_{multihost.index()}/")
+                multihost.leave(str(self.folder / name), _hashed(folder, own))
+                told = True  # orbax waits here once more, when the first process has sealed
+            barrier(key=key, timeout_ms=timeout_ms)
+
+        return wait
+
+    def _unnamed(self, name: str) -> Path:
+        (folder,) = self.folder.glob(f"{name}{_UNNAMED}*")
+        return folder
 
     def _clear(self) -> None:
         """Removes what a process that died had begun."""
@@ -117,18 +163,15 @@ class Checkpoints:
         for left in self.folder.glob(f"*{_UNNAMED}*"):
             artifacts.remove(left)
 
-    def _seal(self, name: str) -> None:
+    def _seal(self, name: str, about: dict[str, Any]) -> None:
         """Called in the first process when all have written their shards, before orbax renames."""
-        (folder,) = self.folder.glob(f"{name}{_UNNAMED}*")
-        files = sorted(file for file in folder.rglob("*") if file.is_file())
-        sizes = {
-            file.relative_to(folder).as_posix(): file.stat().st_size
-            # Orbax writes the time into this one, later.
-            for file in files
-            if file.name != "_CHECKPOINT_METADATA"
-        }
-        about = {"reference": self.reference, "files": sizes}
-        (folder / _WHOLE).write_text(json.dumps(about, indent=1), encoding="utf-8")
+        folder = self._unnamed(name)
+        known: dict[str, Any] = {}
+        for of_process in multihost.left(str(self.folder / name)):
+            known |= of_process
+        known |= _hashed(folder, [file for file in _files(folder) if file not in known])
+        files = {file: known[file] for file in sorted(known) if file not in _LATER}
+        artifacts.write_sealed(folder / _WHOLE, about | {"files": files})
         artifacts.flush(folder)
 
     def _tidy(self) -> None:
@@ -143,33 +186,77 @@ class Checkpoints:
 
     def _read(self, name: str, like: Any) -> Any:
         path = (self.folder / name).absolute()
-        multihost.on_first(lambda: self._check(path))
+        files = multihost.on_first(lambda: self._check(path))
         artifacts.wait_for([path])
+        mine = sorted(files, key=lambda file: -files[file][0])[
+            multihost.index() :: multihost.count()
+        ]
+        faults = multihost.on_every(lambda: _faults(path, {file: files[file] for file in mine}))
+        if any(faults):
+            raise _unreadable(path, "; ".join(fault for each in faults for fault in each))
         try:
             with ocp.StandardCheckpointer() as reader:
                 return reader.restore(path, jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
         except (ValueError, KeyError, OSError) as e:
             raise _unreadable(path, str(e)) from e
 
-    def _check(self, path: Path) -> None:
-        """Raises ArtifactError if a file is missing or short, or the reference is another."""
+    def _check(self, path: Path) -> dict[str, tuple[int, str]]:
+        """The size and SHA-256 of each file.
+
+        Raises:
+          ArtifactError: they are not known, or the reference is another, or what was logged is.
+        """
         try:
-            about = json.loads((path / _WHOLE).read_text(encoding="utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError) as e:
-            raise _unreadable(path, f"{_WHOLE} is missing or torn") from e
-        for name, size in about["files"].items():
-            file = path / name
-            if not file.exists():
-                raise _unreadable(path, f"its file {name} is missing")
-            if file.stat().st_size != size:
-                found = file.stat().st_size
-                raise _unreadable(path, f"its file {name} has {found} bytes, {size} were written")
+            about = artifacts.read_sealed(path / _WHOLE)
+        except FileNotFoundError as e:
+            raise _unreadable(path, f"{_WHOLE} is missing") from e
+        except artifacts.ArtifactError as e:
+            raise _unreadable(path, f"{_WHOLE} is not what was written") from e
         if about["reference"] != self.reference:
             raise artifacts.ArtifactError(
                 f"{path}: this training started from the model with digest {about['reference']}, "
                 f"the model there now has {self.reference}. Put that model back, or delete "
                 f"{self.folder} to train this iteration again"
             )
+        if about["logged"] != self.logged(about["step"]):
+            raise artifacts.ArtifactError(
+                f"{path}: the lines of metrics.jsonl about this training's first {about['step']} "
+                "updates are not those that stood there when this checkpoint was written. Put them "
+                f"back, or delete {self.folder} to train this iteration again"
+            )
+        return about["files"]
+
+
+def _files(folder: Path, below: str = "") -> list[str]:
+    """The names of a folder's files, with the folders in it; those that begin so."""
+    files = (file for file in folder.rglob("*") if file.is_file())
+    names = (file.relative_to(folder).as_posix() for file in files)
+    return [name for name in names if name.startswith(below)]
+
+
+def _hashed(folder: Path, names: list[str]) -> dict[str, tuple[int, str]]:
+    files = [folder / name for name in names]
+    sizes = [file.stat().st_size for file in files]
+    return dict(zip(names, zip(sizes, sha256_of(files), strict=True), strict=True))
+
+
+def _faults(folder: Path, files: dict[str, tuple[int, str]]) -> list[str]:
+    """What is wrong with each file that is not as it was written."""
+    faults, there = [], []
+    for name, (size, _) in files.items():
+        file = folder / name
+        if not file.exists():
+            faults.append(f"its file {name} is missing")
+        elif (found := file.stat().st_size) != size:
+            faults.append(f"its file {name} has {found} bytes, {size} were written")
+        else:
+            there.append(name)
+    try:
+        found_now = _hashed(folder, there)
+    except OSError as e:  # the disk cannot read it
+        return [*faults, str(e)]
+    changed = [name for name in there if found_now[name][1] != files[name][1]]
+    return faults + [f"its file {name} has other bytes than were written" for name in changed]
 
 
 def _unreadable(path: Path, why: str) -> artifacts.ArtifactError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ import pytest
 from rich.console import Console
 from tiny import PROMPTS, experiment
 
+from selm_jax import artifacts
 from selm_jax.evaluation import EvaluationError
 from selm_jax.evaluation.model import Model, find, open_model
 from selm_jax.models.decoder import Decoder
@@ -111,7 +111,9 @@ def test_a_run_is_its_last_model(tmp_path):
     for t, done in ((1, True), (2, True), (3, False)):
         folder = run / f"iteration_{t}"
         folder.mkdir()
-        (folder / "stage.json").write_text(json.dumps({"export": {"done": done}}))
+        artifacts.Stages(folder).begin("export", {}, {})
+        if done:
+            artifacts.Stages(folder).finish("export", {}, {}, {}, {}, 0.0)
     last = find(str(run))
     assert (last.name, last.source) == ("run/iteration_2", str(run / "iteration_2" / "model"))
     assert dataclasses.asdict(find(str(run), iteration=1))["name"] == "run/iteration_1"

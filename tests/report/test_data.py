@@ -169,7 +169,7 @@ def test_answers_without_log_probabilities_are_left_out_of_kl_alone(run):
 
 def test_a_table_that_is_no_parquet(run):
     (run / "iteration_1" / "heldout.parquet").write_text("not parquet at all")
-    with pytest.raises(ReportError, match=r"heldout.parquet cannot be read as parquet"):
+    with pytest.raises(ReportError, match=r"heldout.parquet: this table is damaged"):
         report_data(run)
 
 

@@ -11,7 +11,7 @@ import pytest
 import tiny
 from rich.console import Console
 
-from selm_jax import artifacts, config
+from selm_jax import artifacts, config, parts
 from selm_jax.config import ConfigError
 from selm_jax.iterate import run_stage
 from selm_jax.parallel import multihost
@@ -88,8 +88,8 @@ def outcome(run):
     return (run.iteration(1) / "ranked.parquet").read_bytes(), entry["counts"]
 
 
-def parts(folder):
-    return sorted(path.name for path in (folder / "iteration_1" / "scores").iterdir())
+def kept_in(folder):
+    return sorted(path.name for path in (folder / "iteration_1" / "scores").glob("*.parquet"))
 
 
 def test_parts_change_nothing(rank):
@@ -107,7 +107,7 @@ def test_a_run_that_dies_in_the_second_part_does_not_ask_about_the_first_again(r
     first, second = Counting({2: fails}), Counting()
     with pytest.raises(RuntimeError, match="gone"):
         rank("died", first, FOUR)
-    assert parts(tmp_path / "died") == ["part-00000-of-00003.parquet"]
+    assert kept_in(tmp_path / "died") == ["part-00000-of-00003.parquet"]
     table = pq.read_table(tmp_path / "died/iteration_1/scores/part-00000-of-00003.parquet")
     assert table["prompt_id"].to_pylist() == first.asked[0]
     found = outcome(rank("died", second, FOUR))
@@ -161,7 +161,7 @@ def test_a_notice_keeps_the_parts_that_are_ranked(rank, how, kept, tmp_path):
     finally:
         signal.signal(signal.SIGTERM, before)
         multihost._told_to_stop.clear()
-    assert len(parts(tmp_path / "told")) == kept
+    assert len(kept_in(tmp_path / "told")) == kept
     again = Counting()
     assert outcome(rank("told", again, FOUR)) == expected
     assert len(again.asked) == 3 - kept
@@ -200,13 +200,13 @@ def test_a_part_of_other_candidates_is_not_taken(rank, change, tmp_path):
     run = Run(config.load(tmp_path / "run/config.yaml"), QUIET)
     pool = pool_of(run, 1)
     questions, candidates = pool.questions(pool.asked)
-    (file, *_) = artifacts.part_files(run.iteration(1) / asking.FOLDER, 3)
+    (file, *_) = parts.files(run.iteration(1) / asking.FOLDER, 3)
     if change == "text":
         candidates[3][0] += "!"
     elif change == "prompt":
         questions[0] = questions[-1]
     else:
-        artifacts.write_table(file, pq.read_table(file).replace_schema_metadata())
+        parts.write(file, pq.read_table(file).replace_schema_metadata())
     run.ranker = Counting()
     scores, told = asking.scores_in_parts(run, 1, questions, candidates)
     assert [len(each) for each in run.ranker.asked] == [4, 4, 2]
@@ -283,7 +283,7 @@ def test_a_users_rule_is_asked_in_parts_too(rank, monkeypatch, tmp_path):
     three = "feedback.prompts_per_part=3"
     with pytest.raises(Exception, match="the rule raised ValueError"):
         rank("died", None, *rule, three)
-    assert len(parts(tmp_path / "died")) == 2
+    assert len(kept_in(tmp_path / "died")) == 2
     (tmp_path / "fail").unlink()
     asked.unlink()
     assert outcome(rank("died", None, *rule, three)) == expected

@@ -1,7 +1,6 @@
 """Verbs that only look at a run folder or an experiment import none of the code that they name."""
 
 import importlib
-import json
 import shutil
 import sys
 
@@ -10,10 +9,11 @@ import tiny
 import yaml
 from rich.console import Console
 
-from selm_jax import cli, config
+from selm_jax import artifacts, cli, config
 from selm_jax.annotate import server
 from selm_jax.iterate import iterate, run_stage
 from selm_jax.run import Run, RunError
+from selm_jax.sealed import sha256
 
 MODULE = """
 import pathlib
@@ -69,6 +69,9 @@ def whose_code_is(folder, tmp_path, loss, rule, name="run"):
     tree["feedback"] |= {"ranker": rule, "settings": {}}
     tree["data"]["on_bad_row"] = "drop"
     (copy / "config.yaml").write_text(yaml.safe_dump(tree))
+    manifest = artifacts.read_sealed(copy / "manifest.json")
+    manifest["config_sha256"] = sha256(copy / "config.yaml")
+    artifacts.write_sealed(copy / "manifest.json", manifest)
     return copy
 
 
@@ -150,7 +153,7 @@ def test_a_run_that_is_looked_at_never_asks_its_code(mine):
     run.folder = mine / "made"
     assert not run.rates and not run.reference_free  # it has not begun
     run.folder.mkdir()
-    (run.folder / "manifest.json").write_text(json.dumps({"rates": True, "reference_free": True}))
+    artifacts.write_sealed(run.folder / "manifest.json", {"rates": True, "reference_free": True})
     run = Run(run.experiment, imports=False)
     run.folder = mine / "made"
     assert run.rates and run.reference_free

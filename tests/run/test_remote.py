@@ -37,7 +37,7 @@ QUIET = Console(quiet=True)
 
 def answers(run, t=1):
     rows = []
-    for file in sorted((run.iteration(t) / "responses").iterdir()):
+    for file in sorted((run.iteration(t) / "responses").glob("*.parquet")):
         rows += pq.read_table(file).to_pylist()
     return rows
 

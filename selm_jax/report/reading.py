@@ -1,0 +1,91 @@
+"""The files of a run folder, read for people: what they hold is checked, and what is wrong is named.
+
+Where a file carries a digest, or another file has it, that must be true; a run of a time when none was
+written is shown as it is.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from selm_jax import artifacts
+from selm_jax.config import plain_yaml
+from selm_jax.sealed import fits, unsealed
+
+
+class ReportError(ValueError):
+    """What runs have left cannot be shown, or not together. The message says what and why."""
+
+
+def text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ReportError(f"{path} is not UTF-8 text: {error}") from error
+
+
+def settings(path: Path) -> tuple[str, dict[str, Any]]:
+    """The settings of a run, as they stand and as they are read."""
+    try:
+        text = plain_yaml.decoded(path.read_bytes())
+        return text, mapping(plain_yaml.read(text)[0], path)
+    except plain_yaml.YamlError as error:
+        raise ReportError(f"{path}: {error}") from error
+
+
+def json_file(path: Path) -> Any:
+    try:
+        return json.loads(text_of(path))
+    except json.JSONDecodeError as error:
+        raise ReportError(f"{path} is not JSON: {error}") from error
+
+
+def table(path: Path, digest: str | None) -> pa.Table:
+    """A parquet file whose digest is this, if one is known."""
+    if digest is not None and artifacts.digest(path) != digest:
+        raise not_as_written(path)
+    try:
+        return artifacts.read_table(path)
+    except artifacts.ArtifactError as error:
+        raise ReportError(str(error)) from error
+
+
+def sealed_mapping(value: Any, path: Path, key: str = "") -> dict[str, Any]:
+    """A mapping, without the digest that it carries."""
+    found = mapping(value, path, key)
+    if not fits(found, key):
+        raise not_as_written(path, key)
+    return unsealed(found)
+
+
+def mapping(value: Any, path: Path, key: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise wrong(_where(path, key), value, "names with values")
+    return value
+
+
+def number(value: Any, path: Path, key: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise wrong(f"{path}, {key}", value, "a number")
+    return value
+
+
+def not_as_written(path: Path, key: str = "") -> ReportError:
+    return ReportError(
+        f"{_where(path, key)}: this is not as the run wrote it (its SHA-256 is another). Put the file "
+        "back from a copy"
+    )
+
+
+def wrong(where: str, found: Any, expected: str) -> ReportError:
+    shown = repr(found)
+    shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+    return ReportError(f"{where}: found {shown}, expected {expected}")
+
+
+def _where(path: Path, key: str) -> str:
+    return f"{path}, {key}" if key else str(path)

@@ -117,7 +117,7 @@ def _is_nothing(path: Path) -> bool:
     """A file that nobody loses: the system's, a lock of this program, or a mark that is being made."""
     if not path.is_file():
         return False
-    if path.name == ".lock":
+    if path.name == ".lock" or path.name.startswith(".lock."):
         return path.stat().st_size == 0 or {"machine", "process"} <= _json(path).keys()
     if path.name == MARK:
         return _TOLD.encode().startswith(path.read_bytes())

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from selm_jax import interrupt
 from selm_jax.evaluation.benchmark_command import app as evaluation
 from selm_jax.lab.command import app as lab
 from selm_jax.paths import file_to_write, folder_to_write, place
@@ -319,7 +320,8 @@ def main() -> None:
     that was told to stop and saved, and 76 for one whose other processes are gone."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
-        status = app(standalone_mode=False)
+        with interrupt.heard():
+            status = app(standalone_mode=False)
     except Exception as e:
         if _others_are_gone(e):
             _leave_the_others(

@@ -22,6 +22,8 @@ from jax._src import distributed  # its client has no public name; orbax uses it
 from jax._src.clusters import ClusterEnv
 from jax.experimental import multihost_utils
 
+from selm_jax import interrupt
+
 T = TypeVar("T")
 
 _EXPLICIT = ("SELM_COORDINATOR", "SELM_PROCESSES", "SELM_PROCESS")
@@ -315,11 +317,13 @@ def _on_sigterm(*_: Any) -> None:
 
 @contextlib.contextmanager
 def stop_deferred() -> Iterator[None]:
-    """Inside, whoever asks `should_stop` stops the run; it is not interrupted."""
+    """Inside, whoever asks `should_stop` stops the run; it is not interrupted. But by Ctrl-C in one of
+    several processes, of which the others do not hear: that one ends, and they with it."""
     global _deferred
     _deferred = True
     try:
-        yield
+        with interrupt.deferred() if count() == 1 else contextlib.nullcontext():
+            yield
     finally:
         _deferred = False
 
@@ -328,7 +332,14 @@ def should_stop() -> bool:
     """Whether to stop here: the same answer in all processes, at the same call.
 
     To be asked where stopping is possible: between updates, between batches of answers.
+
+    Raises:
+      KeyboardInterrupt: Ctrl-C was pressed in this one of several processes.
     """
+    if interrupt.asked():
+        if count() > 1:
+            raise KeyboardInterrupt
+        return True
     if _told_to_stop.is_set():
         return True
     if count() > 1 and multihost_utils.reached_preemption_sync_point(next(_boundaries)):
@@ -337,6 +348,11 @@ def should_stop() -> bool:
 
 
 def stop_if_told() -> None:
-    """Raises Stopped if the run is to stop; for places where nothing has to be saved first."""
+    """Raises what `stopped` gives if the run is to stop; where nothing has to be saved first."""
     if should_stop():
-        raise Stopped
+        raise stopped()
+
+
+def stopped() -> BaseException:
+    """What a run that is to stop ends with: KeyboardInterrupt after Ctrl-C, else Stopped."""
+    return KeyboardInterrupt() if interrupt.asked() else Stopped()

@@ -98,7 +98,8 @@ def train(
     Raises:
       TrainingError: a loss or gradient that is not finite, with the examples it came from. The last
         checkpoint is left as it is.
-      Stopped: the run was told to stop, and the state after the last update is saved.
+      Stopped, KeyboardInterrupt: the run was told to stop, by a signal or by Ctrl-C, and the state after
+        the last update is saved.
     """
     s = plan.settings
     count = len(plan.updates)
@@ -135,7 +136,7 @@ def train(
                 checkpoints.save(state)
             if stop:
                 checkpoints.wait()
-                raise multihost.Stopped
+                raise multihost.stopped()
     return state
 
 

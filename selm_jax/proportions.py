@@ -12,6 +12,8 @@ lost: values that are all the same then still say something about how far others
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 from jaxtyping import Float
 
@@ -27,10 +29,21 @@ def interval(
     Args:
       weights: of the prompts in the mean, such as how many answers each has.
     """
-    weights = np.ones(len(values)) if weights is None else weights / weights.mean()
-    mean = float(np.average(values, weights=weights))
-    observed = float(np.square(weights * (values - mean)).sum())
+    each = np.ones(len(values)) if weights is None else weights / weights.mean()
+    mean = float(np.average(values, weights=each))
+    observed = float(np.square(each * (values - mean)).sum())
     return ends(mean, len(values), dispersion(observed, len(values) * mean * (1 - mean)))
+
+
+def difference(gaps: Float[np.ndarray, " prompts"]) -> tuple[float, float]:
+    """Likewise of the mean of differences between two such values, which are from -1 to 1."""
+    low, high = interval((1 + gaps) / 2)
+    return 2 * low - 1, 2 * high - 1
+
+
+def counted(scores: Iterable[float | None]) -> bool:
+    """Whether all scores say right, half right or wrong: 1, 1/2 or 0. Then their mean is a share."""
+    return set(scores) <= {0, 0.5, 1}
 
 
 def dispersion(observed: float, binary: float) -> float:

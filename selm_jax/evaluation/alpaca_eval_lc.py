@@ -104,7 +104,9 @@ def fitting(rows: Sequence[Row], places: Sequence[int], gamed: Path) -> Iterator
     with package("metrics.glm_winrate") as glm:
         import pandas as pd
 
-        frame = pd.DataFrame([{key: row[key] for key in _FITTED} for row in rows], index=places)
+        frame = pd.DataFrame(
+            [{key: row[key] for key in _FITTED} for row in rows], index=list(places)
+        )
         theirs = glm.hf_hub_download, glm.fit_LogisticRegressionCV
         models: list[Any] = []
 

@@ -18,8 +18,8 @@ Row = Mapping[str, Any]
 class Journal:
     """Rows that took tokens or money, one JSON line each, found again by key.
 
-    The file only grows, by whole lines. A line torn by a kill is not read, and is taken away
-    by the first `add`.
+    The file only grows, by whole lines. A last line torn by a kill is not read, and is taken away
+    by the first `add`. One that is whole counts, whether or not a line feed ends it.
 
     Attributes:
         rows: by key, in the order of the file.
@@ -35,12 +35,14 @@ class Journal:
         if not file.exists():
             return
         raw = file.read_bytes()
-        whole = raw.rpartition(b"\n")[0] + b"\n" if b"\n" in raw else b""
-        self._whole = len(whole)
-        for line in jsonl.lines(whole):
+        self._whole = len(raw)
+        for line in jsonl.lines(raw):
             try:
                 self._take(line.value())
             except (ValueError, LookupError, TypeError, AttributeError) as error:
+                if not line.ended and isinstance(error, jsonl.JsonError):
+                    self._whole = len(raw) - len(line.raw)
+                    break
                 raise EvaluationError(
                     f"{file}, line {line.number}: {type(error).__name__}: {error}. It was not written "
                     "here, or was changed since; take the line away, or name another folder."
@@ -53,8 +55,10 @@ class Journal:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         if self._whole is not None:
             os.truncate(self.file, self._whole)
-            self._whole = None
         with self.file.open("ab") as f:
+            if self._whole and self.file.read_bytes()[-1:] != b"\n":
+                f.write(b"\n")  # others write files without one at the end
+            self._whole = None
             f.write(lines.encode("utf-8", "backslashreplace"))
             f.flush()
             os.fsync(f.fileno())

@@ -17,7 +17,9 @@ interval (`proportions`), which is no point where one side wins everything.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -108,7 +110,7 @@ def _beside(data: Comparisons, theta: float) -> float:
         )
 
     most = float(data.weight @ np.abs(data.x)) / RIDGE[1] + 1e-9
-    return optimize.brentq(score, -most, most)
+    return _root(score, -most, most)
 
 
 def _information(data: Comparisons, theta: float, phi: float) -> float:
@@ -119,11 +121,18 @@ def _information(data: Comparisons, theta: float, phi: float) -> float:
     return float(w @ (1 - along * data.x) ** 2)
 
 
-def _crossing(standing, level: float, inside: float, outside: float) -> float:
+def _crossing(
+    standing: Callable[[float], float], level: float, inside: float, outside: float
+) -> float:
     """The rate where `standing` reaches the level; 0 or 1 where it does not before `outside`."""
     if abs(standing(outside)) < abs(level):
         return float(outside > 0)
-    return float(_sigmoid(optimize.brentq(lambda t: standing(t) - level, inside, outside)))
+    return float(_sigmoid(_root(lambda t: standing(t) - level, inside, outside)))
+
+
+def _root(f: Callable[[float], float], one: float, other: float) -> float:
+    found: Any = optimize.brentq(f, one, other)
+    return found
 
 
 def _sigmoid(x):

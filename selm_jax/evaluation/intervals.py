@@ -54,7 +54,7 @@ def pooled(
       share: whether the values are from 0 to 1, and their mean a share.
     """
     if len(values) > 1:
-        return _over_seeds(crossed.estimate(values), values.shape[1], (0, 1) if share else None)
+        return _over_seeds(crossed.estimate(values), (0, 1) if share else None)
     (values,) = values
     mean, prompts = float(values.mean()), len(values)
     stderr = float(stats.sem(values)) if prompts > 1 else None
@@ -80,36 +80,32 @@ def difference(
     if len(values) == len(others) == 1:
         if not share:
             return pooled(values - others, seed)
-        half = pooled((1 + values - others) / 2, share=True)
-        return _scaled(half, -1, 1)
+        (gaps,) = values - others
+        stderr = float(stats.sem(gaps)) if len(gaps) > 1 else None
+        return Estimate(float(gaps.mean()), stderr, *proportions.difference(gaps))
     found = crossed.difference(values, others)
-    return _over_seeds(found, values.shape[1], (-1, 1) if share else None)
+    return _over_seeds(found, (-1, 1) if share else None)
 
 
-def _over_seeds(e: crossed.Estimate, prompts: int, ends: tuple[int, int] | None) -> Estimate:
-    """`ends` are those of the range of values; None: there is none.
+def _over_seeds(e: crossed.Estimate, share_of: tuple[int, int] | None) -> Estimate:
+    """`share_of` are the ends of the values' range, where their mean is a share or a difference of
+    shares."""
+    if share_of is not None:
+        return Estimate(e.mean, e.stderr, *bounded(e, *share_of))
+    alike = e.stderr == 0
+    return Estimate(e.mean, e.stderr, None if alike else e.low, None if alike else e.high)
+
+
+def bounded(e: crossed.Estimate, least: int, most: int) -> tuple[float, float]:
+    """The interval of a mean over seeds and prompts of values that lie from `least` to `most`.
 
     A share's squares are in part what `proportions` adds. That part is known, and so the squares
     have more degrees of freedom (Satterthwaite) than those that the seeds leave.
     """
-    if ends is None:
-        alike = e.stderr == 0
-        return Estimate(e.mean, e.stderr, None if alike else e.low, None if alike else e.high)
-    width = ends[1] - ends[0]
-    mean, squares = (e.mean - ends[0]) / width, (prompts * e.stderr / width) ** 2
-    dispersion = proportions.dispersion(squares, prompts * mean * (1 - mean))
+    width = most - least
+    mean, squares = (e.mean - least) / width, (e.prompts * e.stderr / width) ** 2
+    dispersion = proportions.dispersion(squares, e.prompts * mean * (1 - mean))
     freedom = e.freedom * (1 + proportions.ADDED / squares) ** 2 if squares else np.inf
     quantile = float(stats.t.ppf(0.975, freedom))
-    low, high = proportions.ends(mean, prompts, dispersion, quantile)
-    return _scaled(Estimate(mean, e.stderr / width, low, high), *ends)
-
-
-def _scaled(e: Estimate, low: int, high: int) -> Estimate:
-    """An estimate on a scale from 0 to 1, on one from `low` to `high`."""
-    width = high - low
-    return Estimate(
-        low + width * e.mean,
-        None if e.stderr is None else width * e.stderr,
-        None if e.low is None else low + width * e.low,
-        None if e.high is None else low + width * e.high,
-    )
+    low, high = proportions.ends(mean, e.prompts, dispersion, quantile)
+    return least + width * low, least + width * high

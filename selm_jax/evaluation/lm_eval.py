@@ -61,7 +61,13 @@ class Harness(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        return self.tokenizer.eos_token_id
+        eos = self.tokenizer.eos_token_id
+        if eos is None:
+            raise EvaluationError(
+                f"{self.model.name}: its tokenizer names no EOS token, which the harness wants to end "
+                "texts with. Name one in tokenizer_config.json (eos_token)"
+            )
+        return eos
 
     @property
     def prefix_token_id(self) -> int:

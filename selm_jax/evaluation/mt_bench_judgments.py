@@ -6,7 +6,7 @@ orders. A file holds the verdicts of one judge on any number of models.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ class Judgments:
     mode: str
     models: tuple[str, ...]
     judge: str
-    rows: list[Row]
+    rows: Sequence[Row]
 
 
 def journal(folder: Path, mode: str, judge: str) -> Journal:

@@ -6,8 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from scipy import stats
 
+from selm_jax import proportions
 from selm_jax.report.data import RunData
 from selm_jax.report.texts import TextMeasures, measure
 
@@ -192,8 +194,8 @@ def alarms(run: RunData) -> list[str]:
 def paired_difference(one: RunData, other: RunData) -> Difference | None:
     """Score of `other` minus score of `one`, last greedy answers, over the prompts both answered.
 
-    The interval is Student's t over prompts (mean ± t₀.₉₇₅ · s/√n). None with fewer than two
-    shared prompts.
+    The interval is Student's t over prompts (mean ± t₀.₉₇₅ · s/√n); where every score is 0, 1/2 or
+    1, that of a difference of shares (`proportions`). None with fewer than two shared prompts.
     """
     first, second = _last_scores(one), _last_scores(other)
     gaps = [second[prompt] - first[prompt] for prompt in first if prompt in second]
@@ -201,6 +203,8 @@ def paired_difference(one: RunData, other: RunData) -> Difference | None:
     if len(gaps) < 2:
         return None
     mean = sum(gaps) / len(gaps)
+    if proportions.counted([*first.values(), *second.values()]):
+        return Difference(mean, *proportions.difference(np.array(gaps)), len(gaps))
     half = float(stats.t.ppf(0.975, len(gaps) - 1)) * float(stats.sem(gaps))
     return Difference(mean, mean - half, mean + half, len(gaps))
 

@@ -12,12 +12,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from selm_jax import artifacts
+from selm_jax import artifacts, proportions
 from selm_jax.evaluation.crossed import estimate
+from selm_jax.evaluation.intervals import bounded
 from selm_jax.lab.stats import holm
 from selm_jax.report.data import RunData, report_data
 from selm_jax.report.sweep_page import Interval, Row
 from selm_jax.sweep.plan import Cell, Sweep
+
+_Range = tuple[int, int] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +80,14 @@ def _row(
 ) -> Row:
     """The cell of these runs and outcomes, by seed; `others` are its baseline's."""
     members = [m for m in plan.members if m.cell is cell]
+    scores = (
+        score
+        for o in (*own.values(), *others.values())
+        for values in o.greedy.values()
+        for score in values.tolist()
+    )
+    of_shares = proportions.counted(scores)
+    unit, gap = ((0, 1), (-1, 1)) if of_shares else (None, None)
     return Row(
         levels=tuple(cell.levels.values()),
         changes=cell.told,
@@ -87,16 +98,16 @@ def _row(
         baseline=cell.levels[plan.axis] == plan.baseline,
         ranked=_mean_count(runs, "rank", "candidates"),
         updates=_mean_count(runs, "train", "updates"),
-        greedy=_over(own, lambda o: _at_last(o.greedy)),
-        gain=_over(own, _gain),
-        sample=_over(own, lambda o: _at_last(o.sample)),
+        greedy=_over(own, lambda o: _at_last(o.greedy), unit),
+        gain=_over(own, _gain, gap),
+        sample=_over(own, lambda o: _at_last(o.sample), unit),
         kl=_over(own, lambda o: _at_last(o.kl)),
         tokens=_mean_metric(runs, "length"),
         cut_off=_mean_metric(runs, "cut_off"),
-        difference=_versus(own, others, lambda o: o.greedy),
-        difference_sample=_versus(own, others, lambda o: o.sample),
+        difference=_versus(own, others, lambda o: o.greedy, gap),
+        difference_sample=_versus(own, others, lambda o: o.sample, gap),
         difference_by_seed=_seeds_apart(own, others),
-        by_iteration=_by_iteration(own, lambda o: o.greedy),
+        by_iteration=_by_iteration(own, lambda o: o.greedy, unit),
         kl_by_iteration=_by_iteration(own, lambda o: o.kl),
     )
 
@@ -104,9 +115,10 @@ def _row(
 def _by_iteration(
     outcomes: Mapping[int, Outcome],
     which: Callable[[Outcome], Mapping[int, np.ndarray]],
+    share_of: _Range = None,
 ) -> dict[int, Interval]:
     ts = sorted({t for o in outcomes.values() for t in which(o)})
-    found = {t: _over(outcomes, lambda o, t=t: which(o).get(t)) for t in ts}
+    found = {t: _over(outcomes, lambda o, t=t: which(o).get(t), share_of) for t in ts}
     return {t: each for t, each in found.items() if each is not None}
 
 
@@ -121,6 +133,7 @@ def _gain(o: Outcome) -> np.ndarray | None:
 def _over(
     outcomes: Mapping[int, Outcome],
     which: Callable[[Outcome], np.ndarray | None],
+    share_of: _Range = None,
 ) -> Interval | None:
     """The mean over seeds and prompts of what `which` takes from each run."""
     values = [which(o) for o in outcomes.values()]
@@ -130,13 +143,14 @@ def _over(
         or len({o.prompts for o in outcomes.values()}) > 1
     ):
         return None
-    return _interval(np.array(values, np.float64))
+    return _interval(np.array(values, np.float64), share_of)
 
 
 def _versus(
     own: Mapping[int, Outcome],
     others: Mapping[int, Outcome],
     which: Callable[[Outcome], Mapping[int, np.ndarray]],
+    share_of: _Range = None,
 ) -> Interval | None:
     """The mean difference of the last iterations, paired by seed and prompt."""
     pairs = [(own[s], others[s]) for s in own if s in others]
@@ -144,7 +158,7 @@ def _versus(
         return None
     ends = [(_at_last(which(a)), _at_last(which(b))) for a, b in pairs]
     values = [a - b for a, b in ends if a is not None and b is not None]
-    return _interval(np.array(values)) if len(values) == len(pairs) else None
+    return _interval(np.array(values), share_of) if len(values) == len(pairs) else None
 
 
 def _seeds_apart(own: Mapping[int, Outcome], others: Mapping[int, Outcome]) -> dict[int, float]:
@@ -154,13 +168,20 @@ def _seeds_apart(own: Mapping[int, Outcome], others: Mapping[int, Outcome]) -> d
     return {s: each.mean for s, each in found.items() if each is not None}
 
 
-def _interval(values: Float[np.ndarray, "seeds prompts"]) -> Interval | None:
-    """Over the prompts that have a value in all seeds; None of fewer than two values."""
+def _interval(
+    values: Float[np.ndarray, "seeds prompts"], share_of: _Range = None
+) -> Interval | None:
+    """Over the prompts that have a value in all seeds; None of fewer than two values.
+
+    Args:
+      share_of: the ends of the values' range, where their mean is a share or a difference of shares.
+    """
     values = values[:, np.isfinite(values).all(axis=0)]
     if values.size < 2:
         return None
     e = estimate(values)
-    return Interval(e.mean, e.low, e.high, e.p, e.seeds)
+    low, high = (e.low, e.high) if share_of is None else bounded(e, *share_of)
+    return Interval(e.mean, low, high, e.p, e.seeds)
 
 
 def _ranks_alike(one: Mapping[int, RunData], other: Mapping[int, RunData]) -> bool:

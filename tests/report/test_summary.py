@@ -78,6 +78,14 @@ def test_paired_difference_is_the_paired_t_interval(make_run, tmp_path, run):
     assert found is not None and found.prompts == 12
     assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
     assert paired_difference(one, one).mean == 0
+
+    def scored(data, score):
+        return dataclasses.replace(
+            data, answers=[dataclasses.replace(a, score=score) for a in data.answers]
+        )
+
+    right = paired_difference(scored(one, 0.0), scored(other, 1.0))  # 12 of 12 is no certainty
+    assert right is not None and right.mean == 1 == right.high and 0.4 < right.low < 0.6
     assert paired_difference(one, dataclasses.replace(other, answers=())) is None
 
 

@@ -836,6 +836,16 @@ def test_a_torn_line_goes_when_the_next_one_comes(tmp_path):
     assert file.read_text() == '{"k": 1}\n{"k": 2}\n{"k": 3}\n'
 
 
+def test_a_whole_last_line_counts_without_a_line_feed(tmp_path):
+    file = tmp_path / "j.jsonl"
+    file.write_text('{"k": 1}\n\n{"k": 2}')
+    journal = Journal(file, lambda row: row["k"])
+    assert list(journal.rows) == [1, 2]
+    journal.add([{"k": 3}])
+    assert file.read_text() == '{"k": 1}\n\n{"k": 2}\n{"k": 3}\n'
+    assert list(Journal(file, lambda row: row["k"]).rows) == [1, 2, 3]
+
+
 def test_a_journal_keeps_lines_whole_whatever_they_hold(tmp_path):
     journal = Journal(tmp_path / "j.jsonl", lambda row: row["k"])
     rows = [{"k": i, "text": text} for i, text in enumerate(("a\u2028b\n", "\u0085", "\ud800", ""))]

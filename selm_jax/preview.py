@@ -299,6 +299,7 @@ def _counts(run: Run, t: int, found: Preview) -> Table:
             f"end tokens ({', '.join(chat.tokenizer.convert_ids_to_tokens(sorted(stops)))})",
             spread + (" (0: cut off)" if ends[0] else ""),
         )
+    table.add_row("control tokens that texts spell", Text(_spelled(run, t)))
     for key in CUT if e.text.layout == "paper" else ():
         table.add_row(key.replace("_", " "), f"{found.cut.get(key, 0):,}")
     table.add_row("dropped", _listed(found.dropped))
@@ -309,6 +310,23 @@ def _counts(run: Run, t: int, found: Preview) -> Table:
     over = sum(length > e.rollout.max_prompt_tokens for length in lengths)
     table.add_row("prompts longer than rollout.max_prompt_tokens", f"{over:,}")
     return table
+
+
+def _spelled(run: Run, t: int) -> str:
+    """`3 in 2 of 10 prompts, as tokens: 2 <|im_end|>, 1 <|im_start|>`; the data's answers count, too."""
+    e, every = run.experiment, run.prompts(t)
+    counts, prompts = Counter[str](), 0
+    for prompt in every:
+        texts = [m.content for m in prompt.messages]
+        texts += answers(prompt).values() if e.candidates.dataset else ()
+        found = [token for text in texts for token in run.chat.spelled.find(text)]
+        counts.update(found)
+        prompts += bool(found)
+    if not counts:
+        return "0"
+    how = e.text.special_tokens.replace("_", " ")
+    where = f"{counts.total():,} in {prompts:,} of {len(every):,} prompts, {how}"
+    return f"{where}: {_listed({token: n for token, n in counts.most_common()})}"
 
 
 def _bad_rows(run: Run) -> dict[str, int]:

@@ -66,12 +66,14 @@ def generate(run: Run, t: int) -> Counts:
             answer(part, requests, write)
     multihost.barrier()
     artifacts.wait_for(files)
+    spelled = sum(any(run.chat.spelled.find(m.content) for m in p.messages) for p in prompts)
     answers = pa.concat_tables([artifacts.read_table(file, RESPONSES) for file in files])
     return {
         "prompts": len(prompts),
         "responses": answers.num_rows,
         "tokens": pa.compute.sum(pa.compute.list_value_length(answers["token_ids"])).as_py() or 0,
         "cut_off": sum(x == "length" for x in answers["finish"].to_pylist()),
+        **({"prompts_spell_control_tokens": spelled} if spelled else {}),
     }
 
 

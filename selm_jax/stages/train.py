@@ -78,7 +78,7 @@ def checkpoints_of(run: Run, t: int) -> Checkpoints:
 
     return Checkpoints(
         run.iteration(t) / "checkpoints",
-        reference=multihost.on_first(start),
+        start=multihost.on_first(start),
         keep=run.experiment.training.checkpoints_kept,
         logged=logged,
     )

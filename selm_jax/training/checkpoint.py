@@ -47,18 +47,18 @@ class Checkpoints:
         self,
         folder: Path,
         *,
-        reference: str = "",
+        start: str = "",
         keep: int = 1,
         logged: Callable[[int], str] = lambda step: "",
     ):
         """
         Args:
-          reference: the digest of the model that the iteration starts from.
+          start: the digest of the model that the iteration starts from.
           keep: how many steps stay; the newest.
           logged: the digest of what was logged of the updates up to a step; the first process is asked.
         """
         self.folder = Path(folder)
-        self.reference = reference
+        self.start = start
         self.keep = keep
         self.logged = logged
         self._writer: ocp.StandardCheckpointer | None = None
@@ -135,7 +135,7 @@ class Checkpoints:
 
     def _prepare(self, step: int) -> dict[str, Any]:
         self._clear()
-        return {"reference": self.reference, "step": step, "logged": self.logged(step)}
+        return {"start": self.start, "step": step, "logged": self.logged(step)}
 
     def _when_written(self, name: str) -> Callable[..., None]:
         """What orbax calls in each of several processes when this one's files are written: they are
@@ -204,7 +204,7 @@ class Checkpoints:
         """The size and SHA-256 of each file.
 
         Raises:
-          ArtifactError: they are not known, or the reference is another, or what was logged is.
+          ArtifactError: they are not known, or the start is another, or what was logged is.
         """
         try:
             about = artifacts.read_sealed(path / _WHOLE)
@@ -212,10 +212,10 @@ class Checkpoints:
             raise _unreadable(path, f"{_WHOLE} is missing") from e
         except artifacts.ArtifactError as e:
             raise _unreadable(path, f"{_WHOLE} is not what was written") from e
-        if about["reference"] != self.reference:
+        if about["start"] != self.start:
             raise artifacts.ArtifactError(
-                f"{path}: this training started from the model with digest {about['reference']}, "
-                f"the model there now has {self.reference}. Put that model back, or delete "
+                f"{path}: this training started from the model with digest {about['start']}, "
+                f"the model there now has {self.start}. Put that model back, or delete "
                 f"{self.folder} to train this iteration again"
             )
         if about["logged"] != self.logged(about["step"]):

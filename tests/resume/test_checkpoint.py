@@ -211,13 +211,13 @@ def test_what_was_logged_until_a_checkpoint_belongs_to_it(state_on, tmp_path):
         Checkpoints(tmp_path, logged=lambda step: "otherwise").latest(state)
 
 
-def test_another_reference_is_refused(state_on, tmp_path):
+def test_another_start_is_refused(state_on, tmp_path):
     state = state_on((1, 1, 1), 2)
-    checkpoints = Checkpoints(tmp_path, reference="aaaa")
+    checkpoints = Checkpoints(tmp_path, start="aaaa")
     checkpoints.save(state)
     checkpoints.wait()
     with pytest.raises(ArtifactError, match="digest aaaa, the model there now has bbbb"):
-        Checkpoints(tmp_path, reference="bbbb").latest(state)
+        Checkpoints(tmp_path, start="bbbb").latest(state)
 
 
 def test_a_save_that_fails_says_so_and_leaves_the_one_before(state_on, tmp_path, monkeypatch):

@@ -72,9 +72,9 @@ def test_the_digest_is_that_of_the_reference(scored, fixed):
 
 def test_checkpoints_are_those_of_the_start_whatever_the_reference_is(scored):
     run, other = scored(True), scored(True, policy="other", name="other")
-    assert checkpoints_of(run, 2).reference == artifacts.digest(run.policy(1))
-    assert checkpoints_of(other, 2).reference == artifacts.digest(other.policy(1))
-    assert checkpoints_of(run, 2).reference != checkpoints_of(other, 2).reference
+    assert checkpoints_of(run, 2).start == artifacts.digest(run.policy(1))
+    assert checkpoints_of(other, 2).start == artifacts.digest(other.policy(1))
+    assert checkpoints_of(run, 2).start != checkpoints_of(other, 2).start
 
 
 def test_what_a_fixed_reference_scored_is_the_same_for_every_policy(scored):
@@ -94,7 +94,7 @@ def test_files_of_before_are_read_for_what_they_said(scored):
         SCHEMA.with_metadata({"reference": start}).metadata
     )
     pq.write_table(table, run.iteration(2) / "examples.parquet")
-    assert checkpoints_of(run, 2).reference == start
+    assert checkpoints_of(run, 2).start == start
     spoil(run.policy(1))
     with pytest.raises(artifacts.ArtifactError, match=f"starts from .* {run.policy(1)} has"):
         checkpoints_of(run, 2)

@@ -22,14 +22,18 @@ _BYTES, _VALUES, _DEPTH = 1 << 20, 20_000, 50
 _INT = re.compile(r"[-+]?[0-9]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _BASED = {"0o": (re.compile("0o[0-7]+"), 8), "0x": (re.compile("0x[0-9a-fA-F]+"), 16)}
-_WORDS: Mapping[str, Any] = (
-    dict.fromkeys(("", "~", "null", "Null", "NULL"))
-    | dict.fromkeys(("true", "True", "TRUE"), True)
-    | dict.fromkeys(("false", "False", "FALSE"), False)
-    | dict.fromkeys((".inf", ".Inf", ".INF", "+.inf", "+.Inf", "+.INF"), float("inf"))
-    | dict.fromkeys(("-.inf", "-.Inf", "-.INF"), float("-inf"))
-    | dict.fromkeys((".nan", ".NaN", ".NAN"), float("nan"))
-)
+_WORDS: Mapping[str, Any] = {
+    word: value
+    for words, value in (
+        (" ~ null Null NULL", None),
+        ("true True TRUE", True),
+        ("false False FALSE", False),
+        (".inf .Inf .INF +.inf +.Inf +.INF", float("inf")),
+        ("-.inf -.Inf -.INF", -float("inf")),
+        (".nan .NaN .NAN", float("nan")),
+    )
+    for word in words.split(" ")
+}
 _PLAIN, _MERGE = "plain", "merge"
 _TAG = "tag:yaml.org,2002:"
 

@@ -113,9 +113,9 @@ class Remote:
     engine: Literal["vllm", "sglang"]
     url: str = "http://127.0.0.1:8000"
     command: str | None = None  # starts it; {model} is the policy's folder. null: others do
-    start_seconds: Annotated[float, Range(1)] = 1800.0  # to wait until it serves that folder
+    start_seconds: Positive = 1800.0  # to wait until it serves that folder
     concurrency: Count = 256  # answers asked for at once
-    timeout: Annotated[float, Range(1)] = 600.0  # seconds for one answer
+    timeout: Positive = 600.0  # seconds for one answer
     retries: Natural = 6
     key_env: str | None = None  # environment variable that holds its API key
 

@@ -443,8 +443,9 @@ class Run:
 
     def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
         """Ids of what the policy answers. Raises RunError, with the prompt's id, if there are none."""
+        chat = self.chat  # whose own faults are not the prompt's
         try:
-            return self.chat.prompt_ids(prompt.messages)
+            return chat.prompt_ids(prompt.messages)
         except ChatError as e:
             raise RunError(f"prompt {prompt.id}: {e}") from e
 

@@ -129,6 +129,7 @@ def test_a_model_folder(base, capsys, monkeypatch, tmp_path, verb, file, content
         f"model.source={model}", "candidates.dataset=false",
     )  # fmt: skip
     assert what in message and hint in message and str(model) in message
+    assert "prompt p" not in message  # whose fault it is not
     assert nothing_of(out)
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from selm_jax import artifacts, config, stages
 from selm_jax.lock import only_one
+from selm_jax.paths import claim
 from selm_jax.run import Run, RunError
 from selm_jax.stages.generate import RESPONSES, response_files
 from selm_jax.stages.rank import rank
@@ -49,6 +50,7 @@ def make(tmp_path, model):
             for i in range(8)
         ]  # fmt: skip
         table = pa.Table.from_pylist(answers, schema=RESPONSES)
+        claim(found.folder)
         (file,) = response_files(found, 1)
         artifacts.write_table(file, table)
         return found

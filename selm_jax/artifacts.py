@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,8 +24,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from selm_jax import jsonl
-from selm_jax.paths import check_file
+from selm_jax.paths import check_file, is_leftover
 from selm_jax.sealed import is_sealed, seal, sha256, unsealed
+from selm_jax.words import some
 
 
 class ArtifactError(RuntimeError):
@@ -74,6 +76,15 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def link(at: Path, to: Path) -> None:
+    """Makes `at` a link to `to`, whatever it was a link to."""
+    at.parent.mkdir(parents=True, exist_ok=True)
+    partial = at.with_name(f"{at.name}.{os.getpid()}")
+    partial.unlink(missing_ok=True)
+    partial.symlink_to(to)
+    os.replace(partial, at)
 
 
 def wait_for(paths: Iterable[Path], seconds: float = 120) -> None:
@@ -127,7 +138,9 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
 def write_table(path: Path, table: pa.Table) -> None:
     with whole(path) as partial:
-        pq.write_table(table, partial, compression="zstd", write_page_checksum=True)
+        # Absolute: a path such as `a:b` would be taken for an address.
+        where = partial.absolute()
+        pq.write_table(table, where, compression="zstd", write_page_checksum=True)
 
 
 def read_table(
@@ -140,7 +153,9 @@ def read_table(
       ArtifactError: it cannot be read.
     """
     try:
-        return pq.read_table(path, schema=schema, columns=columns, page_checksum_verification=True)
+        return pq.read_table(
+            path.absolute(), schema=schema, columns=columns, page_checksum_verification=True
+        )
     except FileNotFoundError:
         raise
     except (pa.ArrowException, OSError, ValueError) as e:
@@ -153,18 +168,29 @@ def read_table(
 def digest(path: Path) -> str:
     """SHA-256 of a file, or of a folder's files and their names. In hex."""
     path = Path(path)
-    if not path.is_dir():
-        stat = path.stat()
-        return _file_digest(path, stat.st_size, stat.st_mtime_ns)
-    sha = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file()):
-        sha.update(f"{file.relative_to(path).as_posix()} {digest(file)}\n".encode())
-    return sha.hexdigest()
+    if path.is_dir():
+        lines = "".join(f"{name} {sha}\n" for name, sha in digests(path).items())
+        return hashlib.sha256(lines.encode()).hexdigest()
+    stat = path.stat()
+    return _file_digest(path, stat.st_size, stat.st_mtime_ns)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file of a folder, by its name there. What the system leaves in folders, such as
+    .DS_Store, is none of its files."""
+    files = (p for p in folder.rglob("*") if p.is_file() and not is_leftover(p.name))
+    return {file.relative_to(folder).as_posix(): digest(file) for file in sorted(files)}
 
 
 @lru_cache(maxsize=4096)  # by size and time of change: a model is read once a run, not once a stage
 def _file_digest(path: Path, size: int, changed: int) -> str:
     return sha256(path)
+
+
+def iterations(run: Path) -> dict[int, Path]:
+    """The folders of a run's iterations, in order. A copy, such as `iteration_1.bak`, is none."""
+    found = ((re.fullmatch(r"iteration_(\d+)", path.name), path) for path in run.iterdir())
+    return dict(sorted((int(name[1]), path) for name, path in found if name and path.is_dir()))
 
 
 class Stages:
@@ -203,9 +229,10 @@ class Stages:
         now = digest(self.folder / name)
         for stage, entry in self.read().items():
             if entry.get("outputs", {}).get(name, now) != now:
+                what = _differences(self.folder / name, entry.get("files", {}).get(name))
                 raise ArtifactError(
-                    f"{self.folder / name}: it is not what stage {stage!r} wrote. {_PUT_BACK}, or "
-                    f"remove {stage!r} from {self.file} to do that stage again"
+                    f"{self.folder / name}: it is not what stage {stage!r} wrote{what}. {_PUT_BACK}, "
+                    f"or remove {stage!r} from {self.file} to do that stage again"
                 )
         return now
 
@@ -237,7 +264,10 @@ class Stages:
             if not path.exists():
                 raise ArtifactError(f"{where}: its output {path} is missing. {redo}")
             if digest(path) != before:
-                raise ArtifactError(f"{where}: its output {path} is not what it wrote. {redo}")
+                what = _differences(path, entry.get("files", {}).get(name))
+                raise ArtifactError(
+                    f"{where}: its output {path} is not what it wrote{what}. {redo}"
+                )
         return True
 
     def begin(self, stage: str, inputs: Mapping[str, str], settings: Mapping[str, Any]) -> None:
@@ -253,8 +283,13 @@ class Stages:
         counts: Mapping[str, Any],
         seconds: float,
         shared: str | None = None,
+        logged: str | None = None,
     ) -> None:
-        """`shared` names the entry of the `Store` that the outputs were taken from."""
+        """
+        Args:
+          shared: the entry of the `Store` that the outputs were taken from.
+          logged: the digest of what the stage has written into metrics.jsonl.
+        """
         self._put(
             stage,
             {
@@ -262,14 +297,30 @@ class Stages:
                 "inputs": inputs,
                 "settings": settings,
                 "outputs": {name: digest(path) for name, path in outputs.items()},
+                "files": {name: digests(path) for name, path in outputs.items() if path.is_dir()},
                 "counts": counts,
                 "seconds": round(seconds, 3),
                 **({"shared": shared} if shared else {}),
+                **({"logged": logged} if logged else {}),
             },
         )
 
     def _put(self, stage: str, entry: dict[str, Any]) -> None:
         write_json(self.file, self.read() | {stage: seal(entry, stage)})
+
+
+def _differences(folder: Path, before: Mapping[str, str] | None) -> str:
+    """Which files of a folder are others than before, as the end of a sentence."""
+    if before is None or not folder.is_dir():
+        return ""
+    now = digests(folder)
+    kinds = {
+        "new": [name for name in now if name not in before],
+        "missing": [name for name in before if name not in now],
+        "changed": [name for name in before if now.get(name, before[name]) != before[name]],
+    }
+    told = [f"{kind}: {some(names)}" for kind, names in kinds.items() if names]
+    return f" ({'; '.join(told)})" if told else ""
 
 
 def read_lines(path: Path) -> list[Any]:

@@ -409,8 +409,8 @@ def _last_generated(folder: Path) -> int:
     from selm_jax import artifacts
 
     done = [
-        int(each.name.removeprefix("iteration_"))
-        for each in folder.glob("iteration_[1-9]*")
+        t
+        for t, each in artifacts.iterations(folder).items()
         if artifacts.Stages(each).read().get("generate", {}).get("done")
     ]
     if not done:

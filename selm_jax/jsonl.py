@@ -6,8 +6,9 @@ allows inside a text and which web pages are full of.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 
@@ -69,6 +70,12 @@ def value(text: str) -> Any:
         raise
     except ValueError as error:
         raise JsonError(str(error)) from error
+
+
+def digest(values: Iterable[Any]) -> str:
+    """SHA-256 of JSON values one after the other, in hex: of what they say, not of how it is spelt."""
+    lines = "".join(json.dumps(each, sort_keys=True) + "\n" for each in values)
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

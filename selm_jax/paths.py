@@ -9,7 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from selm_jax import jsonl
+from selm_jax.json_file import JsonFileError, read_object
+from selm_jax.words import some
 
 MARK = ".selm"
 _TOLD = "selm_jax made this folder, and replaces files in it.\n"
@@ -91,9 +92,8 @@ def claim(folder: Path) -> None:
     if folder.exists() and not _was_made_here(folder):
         found = sorted(each.name for each in folder.iterdir() if not _is_nothing(each))
         if found:
-            more = f" and {len(found) - 5} more" if len(found) > 5 else ""
             raise PathError(
-                f"{folder}: has something in it ({', '.join(found[:5])}{more}), and was not made by "
+                f"{folder}: has something in it ({some(found)}), and was not made by "
                 "this program. Nothing was written. Name a folder that is new or empty"
             )
     folder.mkdir(parents=True, exist_ok=True)
@@ -143,7 +143,6 @@ def _was_made_here(folder: Path) -> bool:
 def _json(file: Path) -> dict[str, Any]:
     """The JSON object of a file; empty where it is none."""
     try:
-        found = jsonl.value(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_object(file)
+    except (OSError, JsonFileError):
         return {}
-    return found if isinstance(found, dict) else {}

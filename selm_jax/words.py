@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+
+def some(words: Sequence[str], most: int = 5) -> str:
+    """A list as a person reads it: `a, b, c, d, e and 12 more`."""
+    more = f" and {len(words) - most:,} more" if len(words) > most else ""
+    return ", ".join(words[:most]) + more
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

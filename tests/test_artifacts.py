@@ -1,7 +1,10 @@
 """Files come whole or not at all, and a stage is done only while its record is true."""
 
+import hashlib
 import json
+from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from selm_jax import artifacts
@@ -93,3 +96,55 @@ def test_one_process_at_a_time(tmp_path):
         only_one(tmp_path).__enter__()
     with only_one(tmp_path):
         pass
+
+
+LEFTOVERS = [".DS_Store", "._part", "Thumbs.db", "desktop.ini", ".nfs00000a1", "below/.DS_Store"]
+
+
+@pytest.fixture
+def done(tmp_path):
+    """A finished stage with a folder of two files, and what asks whether it is done."""
+    stages, out = Stages(tmp_path / "iteration_1"), tmp_path / "iteration_1" / "responses"
+    for name in ("a", "below/b"):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text(name)
+    stages.finish("generate", {}, {}, {"responses": out}, {}, 1.0)
+    return out, lambda: stages.is_done("generate", {}, {})
+
+
+@pytest.mark.parametrize("name", LEFTOVERS)
+def test_what_the_system_leaves_in_a_folder_does_not_count(done, name):
+    out, is_done = done
+    (out / name).write_text("x")
+    assert is_done()
+
+
+def test_a_message_names_the_files_that_are_new_missing_or_changed(done):
+    out, is_done = done
+    (out / "notes.txt").write_text("a person's")
+    with pytest.raises(ArtifactError, match=r"responses is not what it wrote \(new: notes.txt\)"):
+        is_done()
+    (out / "a").rename(out / "below" / "c")
+    (out / "below" / "b").write_text("B!")
+    told = r"\(new: below/c, notes.txt; missing: a; changed: below/b\)\. To redo it"
+    with pytest.raises(ArtifactError, match=told):
+        is_done()
+    for i in range(7):
+        (out / f"x{i}").write_text("")
+    with pytest.raises(ArtifactError, match=r"notes.txt, x0, x1, x2 and 4 more; missing: a"):
+        is_done()
+
+
+def test_the_digest_of_a_folder_is_that_of_its_files(done):
+    """So run folders that record it alone are read as before."""
+    out, _ = done
+    lines = "".join(f"{n} {hashlib.sha256(n.encode()).hexdigest()}\n" for n in ("a", "below/b"))
+    assert artifacts.digest(out) == hashlib.sha256(lines.encode()).hexdigest()
+
+
+@pytest.mark.parametrize("name", ["a:b", "s3:x", "file:x", "hdfs:x", "a[1]", "a\\b", "~x"])
+def test_a_table_in_a_folder_of_any_name(name, tmp_path, monkeypatch):
+    """To pyarrow, a relative path such as `s3:x` is an address."""
+    monkeypatch.chdir(tmp_path)
+    artifacts.write_table(Path(name) / "t.parquet", pa.table({"a": [1]}))
+    assert [str(p) for p in Path().rglob("*.parquet")] == [f"{name}/t.parquet"]

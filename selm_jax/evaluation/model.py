@@ -11,7 +11,6 @@ of the parameters and its tokens. Batches, slots, meshes and what else is asked 
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -128,12 +127,11 @@ def find(source: str, *, revision: str | None = None, iteration: int | None = No
 
 def _exported(run: Path) -> list[int]:
     """The iterations of a run whose model is whole, in order."""
-    matches = (re.fullmatch(r"iteration_([1-9]\d*)", each.name) for each in run.iterdir())
-    return sorted(
-        int(match[1])
-        for match in matches
-        if match and artifacts.Stages(run / match[0]).read().get("export", {}).get("done")
-    )
+    return [
+        t
+        for t, folder in artifacts.iterations(run).items()
+        if artifacts.Stages(folder).read().get("export", {}).get("done")
+    ]
 
 
 def open_model(

@@ -53,7 +53,7 @@ def main(
     file = config or config_json(e.model.source, e.model.revision)
     settings = dict(e.objective)
     facts = read_facts(file, build_objective(settings.pop("loss"), **settings).rates)
-    console.print(f"model: the facts of {file}", highlight=False, soft_wrap=True)
+    console.print(f"model: the facts of {file}", highlight=False, soft_wrap=True, markup=False)
     plans = []
     for each in targets:
         plans.append(examine(load, facts, each, options, console))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from selm_jax import jsonl
+from selm_jax.artifacts import iterations
 from selm_jax.report.reading import (
     ReportError,
     json_file,
@@ -68,12 +69,13 @@ class Answer:
 @dataclass(frozen=True)
 class Stage:
     """What one finished stage recorded about itself. `seconds` is None where it kept no time;
-    `outputs` are digests of what it wrote."""
+    `outputs` are digests of what it wrote, `logged` that of its lines of metrics.jsonl, if it kept one."""
 
     name: str
     counts: Mapping[str, float]
     seconds: float | None
     outputs: Mapping[str, str] = field(default_factory=dict)
+    logged: str | None = None
 
     @property
     def drops(self) -> dict[str, float]:
@@ -158,7 +160,7 @@ def report_data(run: Path) -> RunData:
     config_text, config = settings(run / "config.yaml")
 
     notes: list[str] = []
-    folders = _iteration_folders(run)
+    folders = iterations(run)
     stages = {k: _stages(folder) for k, folder in folders.items()}
     # A reward model answers nothing: it is evaluated on pairs, and its figures say all.
     pairs = {k for k, folder in folders.items() if (folder / "pairs.parquet").is_file()}
@@ -167,6 +169,7 @@ def report_data(run: Path) -> RunData:
         for k, folder in folders.items()
     }
     evaluates = _evaluates(config)
+    _check_log(run / "metrics.jsonl", stages)
     evaluations, updates = _metrics(run / "metrics.jsonl", notes)
     planned = _planned(config)
     return RunData(
@@ -237,15 +240,6 @@ def _evaluates(config: Mapping[str, Any]) -> bool:
     return not (isinstance(data, dict) and "heldout" in data and data["heldout"] is None)
 
 
-def _iteration_folders(run: Path) -> dict[int, Path]:
-    found = {}
-    for folder in run.iterdir():
-        match = re.fullmatch(r"iteration_(\d+)", folder.name)
-        if match and folder.is_dir():
-            found[int(match[1])] = folder
-    return dict(sorted(found.items()))
-
-
 def _stages(folder: Path) -> dict[str, Stage]:
     path = folder / "stage.json"
     if not path.is_file():
@@ -268,6 +262,7 @@ def _stages(folder: Path) -> dict[str, Stage]:
             },
             seconds=None if seconds is None else number(seconds, path, f"{name}.seconds"),
             outputs=mapping(entry.get("outputs", {}), path, f"{name}.outputs"),
+            logged=entry.get("logged"),
         )
     return stages
 
@@ -345,6 +340,20 @@ def _metrics(
         for k, step in sorted(steps)
     )
     return dict(sorted(evaluations.items())), updates
+
+
+def _check_log(path: Path, stages: Mapping[int, Mapping[str, Stage]]) -> None:
+    """Raises ReportError if the lines of a finished stage are not those that it wrote."""
+    lines: dict[tuple[Any, Any], list[Any]] = {}
+    for _, line in _metric_lines(path, []):
+        lines.setdefault((line.get("iteration"), line.get("stage")), []).append(line)
+    for k, of_iteration in stages.items():
+        for name, stage in of_iteration.items():
+            if stage.logged not in (None, jsonl.digest(lines.get((k, name), []))):
+                raise ReportError(
+                    f"{path}: its lines of stage {name!r}, iteration {k}, are not what the stage "
+                    "wrote. Put the file back from a copy"
+                )
 
 
 def _metric_lines(path: Path, notes: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:

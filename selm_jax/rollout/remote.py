@@ -14,7 +14,6 @@ import asyncio
 import contextlib
 import fcntl
 import json
-import os
 import shlex
 import subprocess
 import time
@@ -53,13 +52,9 @@ def named(folder: Path) -> Path:
 
     The next policy may lie in the same folder: when an iteration is done anew.
     """
-    link = cache_root() / "served" / artifacts.digest(folder)
-    link.parent.mkdir(parents=True, exist_ok=True)
-    partial = link.with_name(f"{link.name}.{os.getpid()}")
-    partial.unlink(missing_ok=True)
-    partial.symlink_to(folder.resolve())
-    os.replace(partial, link)
-    return link
+    served = cache_root() / "served" / artifacts.digest(folder)
+    artifacts.link(served, folder.resolve())
+    return served
 
 
 def check(settings: Remote, tokens: int) -> None:

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from selm_jax import artifacts
+from selm_jax import artifacts, jsonl
 from selm_jax.config import as_dict, user_code_in
 from selm_jax.feedback.acquisition import MODEL_BASED
 from selm_jax.feedback.ranker import folders_of
@@ -75,6 +75,7 @@ class Stage:
         def begin() -> dict[str, str] | None:
             inputs = dict(self.inputs(run, t))
             if record.is_done(self.name, inputs, settings):
+                self._check_log(run, t, record)
                 return None
             if self.name not in record.read():  # it was taken out, to be done with other settings
                 for name in self.goes_on_from:
@@ -106,12 +107,25 @@ class Stage:
                 artifacts.remove(run.iteration(t) / name)
             # Killed between these two lines, a run takes its own work back.
             taken = key if found and found["run"] != store.name_of(run.folder) else None
-            record.finish(self.name, inputs, settings, outputs, counts, seconds, taken)
+            record.finish(
+                self.name, inputs, settings, outputs, counts, seconds, taken,
+                jsonl.digest(run.logged(self.name, t)),
+            )  # fmt: skip
 
         multihost.on_first(finish)
         release()  # or the next stage's peak would stand on this one's leavings
         run.say(self.name, t, counts, seconds, "" if found is None else f"as {found['run']}")
         return True
+
+    def _check_log(self, run: Run, t: int, record: artifacts.Stages) -> None:
+        """Raises ArtifactError if the lines that the stage has written into metrics.jsonl are others."""
+        before = record.read()[self.name].get("logged")  # versions before this one kept none
+        if before not in (None, jsonl.digest(run.logged(self.name, t))):
+            raise artifacts.ArtifactError(
+                f"{run.metrics_file}: its lines of stage {self.name!r}, iteration {t}, are not what "
+                f"the stage wrote. Put the file back from a copy; or, to do the stage again, remove "
+                f"{self.name!r} from {record.file}"
+            )
 
     def _taken(self, run: Run, t: int, found: Mapping[str, Any]) -> Counts:
         """What the stage of another run left besides its outputs."""

@@ -221,7 +221,8 @@ def shared(plan: Sweep) -> dict[str, tuple[int, int]]:
     """By stage: how often it was done in this sweep, and how often taken from another run."""
     counts: dict[str, tuple[int, int]] = {}
     for member in plan.members:
-        for folder in sorted(Path(member.experiment.output).glob("iteration_*")):
+        run = Path(member.experiment.output)
+        for folder in artifacts.iterations(run).values() if run.exists() else ():
             for name, entry in artifacts.Stages(folder).read().items():
                 if entry["done"]:
                     done, taken = counts.get(name, (0, 0))

@@ -17,6 +17,8 @@ update is done only the parameters are kept, for the export.
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,9 +31,11 @@ from selm_jax.models.decoder import Params
 from selm_jax.parallel import multihost
 from selm_jax.sealed import sha256_of
 from selm_jax.training.state import TrainState
+from selm_jax.weights.sources import cache_root
 
 _FINAL = "final"
 _WHOLE = "whole.json"
+_SPECIAL = frozenset("*?[]\\")
 _UNNAMED = ".orbax-checkpoint-tmp"  # what orbax adds to a name until all is written
 # Orbax writes these when all else is there, with the time in them; nothing is restored from them.
 _LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")
@@ -131,7 +135,7 @@ class Checkpoints:
                 post_finalization_callback=lambda: self._seal(name, about),
             )
         )
-        self._writer.save((self.folder / name).absolute(), tree)
+        self._writer.save(_for_orbax(self.folder) / name, tree)
 
     def _prepare(self, step: int) -> dict[str, Any]:
         self._clear()
@@ -196,7 +200,8 @@ class Checkpoints:
             raise _unreadable(path, "; ".join(fault for each in faults for fault in each))
         try:
             with ocp.StandardCheckpointer() as reader:
-                return reader.restore(path, jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
+                there = _for_orbax(self.folder) / name
+                return reader.restore(there, jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
         except (ValueError, KeyError, OSError) as e:
             raise _unreadable(path, str(e)) from e
 
@@ -257,6 +262,27 @@ def _faults(folder: Path, files: dict[str, tuple[int, str]]) -> list[str]:
         return [*faults, str(e)]
     changed = [name for name in there if found_now[name][1] != files[name][1]]
     return faults + [f"its file {name} has other bytes than were written" for name in changed]
+
+
+def _for_orbax(folder: Path) -> Path:
+    """A path to a folder that orbax and the library below it take for what it is.
+
+    They look for a path with `[`, `*` or `?` in it as a pattern, and read a backslash as a slash: what
+    is saved there is not found again. Such a folder gets a link in the cache.
+    """
+    folder = folder.absolute()
+    if _SPECIAL.isdisjoint(str(folder)):
+        return folder
+    name = hashlib.sha256(os.fsencode(folder)).hexdigest()
+    at = cache_root().absolute() / "checkpoints" / name
+    if not _SPECIAL.isdisjoint(str(at)):
+        raise artifacts.ArtifactError(
+            f"{folder}: checkpoints cannot be written below a path with one of "
+            f"{' '.join(sorted(_SPECIAL))}, nor linked to from {at}. Give the run another `output`, "
+            "or point SELM_CACHE to another folder"
+        )
+    artifacts.link(at, folder)
+    return at
 
 
 def _unreadable(path: Path, why: str) -> artifacts.ArtifactError:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from selm_jax.paths import is_leftover
 from selm_jax.weights.files import INDEX, WHOLE, WeightsError, damage_of, read_index
 from selm_jax.weights.wheels import sha256_of
 
@@ -103,7 +104,7 @@ def folder_digest(folder: Path) -> str:
     """SHA-256 over the names and contents of a folder's model files, in the order of names."""
     digest = hashlib.sha256()
     files = [*sorted(folder.iterdir()), *sorted(folder.glob(NAMED_TEMPLATES))]
-    for file in files:
+    for file in (file for file in files if not is_leftover(file.name)):
         if file.is_file() and file.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt"):
             name = file.relative_to(folder).as_posix()
             digest.update(f"{name}\0{sha256_of(file)}\n".encode())

@@ -13,8 +13,8 @@ import tiny
 ONE, TWO = (1, 1), (4, 2)
 STAGES = ("generate", "rank", "score", "train", "export", "evaluate")
 ORDER = [(0, "evaluate"), *((t, stage) for t in (1, 2) for stage in STAGES)]
-# And the digests that records carry of themselves, with their times.
-_TIMES = ("seconds", "created", "time/seconds", "time/tokens_per_second", "sha256")
+# And the digests that records carry of themselves and of lines, with their times.
+_TIMES = ("seconds", "created", "time/seconds", "time/tokens_per_second", "sha256", "logged")
 
 
 def experiment(folder: Path) -> Path:

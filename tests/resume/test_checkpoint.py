@@ -201,6 +201,32 @@ def test_each_of_several_processes_hashes_what_it_wrote_and_its_share_of_what_it
     )
 
 
+@pytest.mark.parametrize(
+    "name", ["a[1]", "[ab]", "a*", "a?", "a\\b", "a:b", "s3:", "a b", "a%20b#"]
+)
+def test_a_folder_of_any_name(state_on, name, tmp_path, monkeypatch):
+    """To the libraries below, some names are patterns, and a backslash is a slash."""
+    monkeypatch.setenv("SELM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    folder = Path(name) / "checkpoints"
+    saved, like = state_on((1, 2, 1), 7), state_on((1, 1, 1))
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(saved)
+    checkpoints.wait()
+    assert same(Checkpoints(folder).latest(like), saved)
+    checkpoints.save_final(saved.params)
+    assert same(Checkpoints(folder).final(like.params), saved.params)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name != "cache") == [name]
+    checkpoints.delete()
+    assert not folder.exists()
+
+
+def test_a_cache_of_such_a_name_is_no_way_out(state_on, tmp_path, monkeypatch):
+    monkeypatch.setenv("SELM_CACHE", str(tmp_path / "[cache]"))
+    with pytest.raises(ArtifactError, match="point SELM_CACHE to another folder"):
+        Checkpoints(tmp_path / "a[1]").save(state_on((1, 1, 1), 1))
+
+
 def test_what_was_logged_until_a_checkpoint_belongs_to_it(state_on, tmp_path):
     state = state_on((1, 1, 1), 2)
     checkpoints = Checkpoints(tmp_path, logged=lambda step: f"until {step}")

@@ -16,7 +16,10 @@ from selm_jax.artifacts import ArtifactError
 from selm_jax.iterate import iterate, run_stage
 from selm_jax.parallel import multihost
 from selm_jax.preferences.examples import from_parquet
+from selm_jax.report import page
+from selm_jax.report.data import ReportError
 from selm_jax.run import Run, RunError
+from selm_jax.sealed import seal, unsealed
 from selm_jax.stages.score import logps_of
 from selm_jax.stages.train import plan_of
 from selm_jax.weights.huggingface import load
@@ -56,15 +59,13 @@ def test_a_run_tells_its_whole_story(finished):
     assert not list(run.folder.rglob("*partial"))
 
 
-def test_the_manifest_has_what_every_evaluation_cost(tmp_path):
+def test_the_manifest_has_what_every_evaluation_cost(finished):
     """It had the last one's only after the run was started once more."""
-    run = go(tiny.experiment(tmp_path, iterations=1, training__learning_rate=[1e-3]))
-    before = json.loads((run.folder / "manifest.json").read_text())["feedback"]
-    assert {t: sorted(stages) for t, stages in before.items()} == {
-        "0": ["evaluate"], "1": ["evaluate", "rank"]
+    run, _ = finished
+    told = json.loads((run.folder / "manifest.json").read_text())["feedback"]
+    assert {t: sorted(stages) for t, stages in told.items()} == {
+        "0": ["evaluate"], "1": ["evaluate", "rank"], "2": ["evaluate", "rank"]
     }  # fmt: skip
-    again = go(tmp_path / "experiment.yaml")
-    assert json.loads((again.folder / "manifest.json").read_text())["feedback"] == before
 
 
 def test_other_processes_than_the_first_write_neither_settings_nor_manifest(tmp_path, monkeypatch):
@@ -116,6 +117,64 @@ def test_a_finished_run_does_nothing_again(finished, monkeypatch):
     monkeypatch.setattr("selm_jax.rollout.engine.Engine.generate", None)
     go(folder / "experiment.yaml")
     assert before == {p: p.stat().st_mtime_ns for p in run.folder.rglob("*.parquet")}
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of the finished run, and what starts it again."""
+    run, folder = finished
+    shutil.copytree(run.folder, tmp_path / "run")
+    return tmp_path / "run", lambda: go(folder / "experiment.yaml", f"output={tmp_path / 'run'}")
+
+
+def test_what_the_system_leaves_in_a_finished_run_is_no_matter(copied):
+    folder, again = copied
+    for where in [p for p in folder.rglob("*") if p.is_dir()]:
+        (where / ".DS_Store").write_text("x")
+        (where / "._a").write_text("x")
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*.parquet")}
+    again()
+    assert before == {p: p.stat().st_mtime_ns for p in folder.rglob("*.parquet")}
+    (folder / "iteration_1" / "model" / "notes.txt").write_text("x")
+    with pytest.raises(ArtifactError, match=r"model.*new: notes\.txt"):
+        again()
+
+
+@pytest.mark.parametrize("change", ["digit", "gone", "torn", "file"])
+@pytest.mark.parametrize("stage", ["train", "evaluate"])
+def test_a_line_of_metrics_that_is_another_is_refused(copied, stage, change):
+    folder, again = copied
+    file = folder / "metrics.jsonl"
+    lines = file.read_text().splitlines()
+    (n, *_) = (i for i, line in enumerate(lines) if f'"{stage}"' in line and "1" in line)
+    lines[n] = {
+        "digit": lines[n].replace("1", "2", 1), "gone": "", "torn": lines[n][:-3], "file": ""
+    }[change]  # fmt: skip
+    file.write_text("\n".join(line for line in lines if line) + "\n")
+    if change == "file":
+        file.unlink()
+    with pytest.raises(
+        ArtifactError, match=r"metrics\.jsonl(: its lines of stage '|, line \d+: not)"
+    ):
+        again()
+    with pytest.raises(ReportError, match=r"metrics\.jsonl"):
+        page.write([folder], folder / "page.html")
+    assert not (folder / "page.html").exists()
+
+
+def test_lines_that_nobody_wrote_down_are_taken_as_they_are(copied):
+    """Versions before kept no digest of them."""
+    folder, again = copied
+    for file in folder.rglob("stage.json"):
+        entries = json.loads(file.read_text())
+        older = {
+            stage: {k: v for k, v in unsealed(entry).items() if k not in ("logged", "files")}
+            for stage, entry in entries.items()
+        }
+        file.write_text(json.dumps({stage: seal(entry, stage) for stage, entry in older.items()}))
+    with (folder / "metrics.jsonl").open("a") as f:
+        f.write(json.dumps({"stage": "train", "iteration": 2, "step": 99, "loss": 0.0}) + "\n")
+    again()
 
 
 @pytest.mark.slow

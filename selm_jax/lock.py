@@ -218,7 +218,7 @@ def _read(file: Path) -> dict[str, Any]:
     """
     try:
         text = file.read_text(encoding="utf-8")
-        holder = jsonl.value(text) if text else {}
+        holder: Any = jsonl.value(text) if text else {}
     except ValueError:
         holder = None
     told = {"machine": str, "host": str, "process": int, "id": str}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from selm_jax.config import Data, Experiment
 from selm_jax.feedback.ranker import Question
 from selm_jax.objectives.losses import Objective
 from selm_jax.preferences.own_answers import OwnAnswers
+from selm_jax.progress import Advance
 from selm_jax.text.prompts import Prompt, PromptSet
 
 
@@ -63,12 +64,12 @@ def _asked(prompt: Prompt) -> tuple[tuple[str, str], ...]:
 
 
 def check_own_answers(
-    own: OwnAnswers, prompts: Sequence[Prompt], report: Callable[[int], None], strict: bool
+    own: OwnAnswers, prompts: Sequence[Prompt], report: Advance, strict: bool
 ) -> None:
     """Lays out the data's own answers to every prompt.
 
     Args:
-      report: is told that so many more are done.
+      report: is told that so many more prompts are done.
       strict: whether answers that do not fit are an error; or somebody else counts them.
 
     Raises:
@@ -79,7 +80,7 @@ def check_own_answers(
     for prompt in prompts:
         if why := own.misfit(prompt):
             found.append((prompt.id, why))
-        report(1)
+        report(1, 0)
     if found and strict:
         name, why = found[0]
         raise RunError(

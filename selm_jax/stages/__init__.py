@@ -106,7 +106,7 @@ class Stage:
             for name in self.scratch:  # a kill in the midst of it: what is gone is made once more
                 artifacts.remove(run.iteration(t) / name)
             # Killed between these two lines, a run takes its own work back.
-            taken = key if found and found["run"] != store.name_of(run.folder) else None
+            taken = key if store and found and found["run"] != store.name_of(run.folder) else None
             record.finish(
                 self.name, inputs, settings, outputs, counts, seconds, taken,
                 jsonl.digest(run.logged(self.name, t)),

@@ -63,7 +63,7 @@ def table(plan: Sweep) -> list[Row]:
     }
     rows = []
     for cell in plan.cells:
-        base = Cell({**cell.levels, plan.axis: plan.baseline}, ()).name
+        base = Cell({**cell.levels, plan.axis: plan.baseline}, {}).name
         runs, of_base = finished.get(cell.name, {}), finished.get(base, {})
         alike = base != cell.name and _ranks_alike(runs, of_base)
         others = outcomes.get(base, {}) if alike else {}

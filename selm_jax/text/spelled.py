@@ -77,8 +77,9 @@ class Literal:
         backend.add_tokens(stand_ins)
         self._backend = backend
         self._ids = {
-            backend.token_to_id(stand_in[token]): tokenizer.backend.token_to_id(token)
+            backend.token_to_id(stand_in[token]): i
             for token in spelled.tokens
+            if (i := tokenizer.backend.token_to_id(token)) is not None
         }
 
     def marked(self, text: str) -> str:

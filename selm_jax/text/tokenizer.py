@@ -3,7 +3,8 @@
 transformers rebuilds a tokenizer from the class that tokenizer_config.json names, and which ids come
 out depends on its version. Here tokenizer.json alone decides: its normalizer, its added tokens, its
 post-processor. Of tokenizer_config.json (and special_tokens_map.json) the names of BOS, EOS and the
-other special tokens are read, and the chat template. No code of a folder is ever run.
+other special tokens are read, and the chat template. transformers is asked only about a folder that
+has older files in its place. No code of a folder is ever run.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Tokenizer:
     """
 
     def __init__(self, folder: Path):
-        """Raises ChatError: there is no tokenizer.json, a file is damaged, or code is wanted."""
+        """Raises ChatError: there is no tokenizer, a file is damaged, or code is wanted."""
         self.folder = Path(folder)
         self.backend = read_backend(self.folder)
         self.special = _special_tokens(self.folder, self.backend)
@@ -111,7 +112,10 @@ class Tokenizer:
 
     def digest(self) -> str:
         """SHA-256 of all that the ids depend on."""
-        sha = hashlib.sha256((self.folder / FILE).read_bytes())
+        file = self.folder / FILE
+        sha = hashlib.sha256(
+            file.read_bytes() if file.is_file() else self.backend.to_str().encode()
+        )
         sha.update(json.dumps(self.special, sort_keys=True).encode())
         return sha.hexdigest()
 
@@ -121,30 +125,52 @@ class Tokenizer:
 
 
 def read_backend(folder: Path) -> tokenizers.Tokenizer:
-    """The folder's tokenizer.json, which neither cuts nor pads.
+    """The folder's tokenizer.json, or what older files say in its place; it neither cuts nor pads.
 
     Raises:
       ChatError: it is missing or damaged, or tokenizer_config.json names code of the folder.
     """
-    file = Path(folder) / FILE
-    if not file.is_file():
-        raise ChatError(
-            f"{folder}: no tokenizer ({FILE}) there. If the folder has it in another form, write the "
-            "file once with transformers, and look at what it makes of your texts: "
-            f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
-        )
-    refuse_code(Path(folder))
+    folder = Path(folder)
+    refuse_code(folder)
+    backend = _from_file(folder / FILE) if (folder / FILE).is_file() else _from_older_files(folder)
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _from_file(file: Path) -> tokenizers.Tokenizer:
     refuse_pointer(file)
     try:
-        backend = tokenizers.Tokenizer.from_file(str(file))
+        return tokenizers.Tokenizer.from_file(str(file))
     except Exception as e:  # the library raises this class itself
         raise ChatError(
             f"{file} is not a tokenizer that can be read ({e}). Take the file anew from where the "
             "model comes from"
         ) from e
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
+
+
+def _from_older_files(folder: Path) -> tokenizers.Tokenizer:
+    """The tokenizer that transformers makes of vocab.json and merges.txt, tokenizer.model, or the like.
+
+    Raises:
+      ChatError: there are no such files, or transformers makes nothing of them.
+    """
+    from transformers import AutoTokenizer  # here, because it takes seconds and is seldom needed
+
+    reason = "nor any older file with a vocabulary"
+    try:
+        made = AutoTokenizer.from_pretrained(
+            str(folder), trust_remote_code=False, local_files_only=True
+        )
+        # Without any of these files some classes are made all the same, with an empty vocabulary.
+        if any((folder / name).is_file() for name in made.vocab_files_names.values()):
+            return tokenizers.Tokenizer.from_str(made.backend_tokenizer.to_str())
+    except Exception as e:  # noqa: BLE001 - whatever goes wrong there, this folder has no tokenizer
+        reason = f"and transformers makes nothing of the folder's other files ({e})"
+    raise ChatError(
+        f"{folder}: no tokenizer there: no {FILE}, {reason}. Take {FILE} from where the model comes "
+        "from, or write it once from a tokenizer of your own with its save_pretrained"
+    )
 
 
 def refuse_code(folder: Path) -> None:

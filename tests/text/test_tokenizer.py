@@ -149,7 +149,7 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
     [
         ("tokenizer.json", POINTER, r"tokenizer\.json is a Git LFS pointer(.|\n)*git lfs pull"),
         ("tokenizer.json", "{}", r"tokenizer\.json is not a tokenizer that can be read"),
-        ("tokenizer.json", None, r"no tokenizer \(tokenizer\.json\)(.|\n)*save_pretrained"),
+        ("tokenizer.json", None, r"no tokenizer there: no tokenizer\.json(.|\n)*save_pretrained"),
         ("tokenizer_config.json", "{", r"tokenizer_config\.json is not JSON"),
         ("tokenizer_config.json", "[]", r"tokenizer_config\.json holds a list; an object"),
         ("chat_template.jinja", b"\xff{{ a }}", r"chat_template\.jinja is not UTF-8"),
@@ -171,6 +171,22 @@ def test_a_file_that_cannot_be_used_is_named(file, content, message, folder):
         (path / file).write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(ChatError, match=message):
         Chat(path)
+
+
+def test_older_files_serve_in_place_of_tokenizer_json(folder):
+    pytest.importorskip("transformers")
+    path = folder("smollm", name := "GPT2Tokenizer", fresh=name)
+    whole = Tokenizer(path)
+    model = json.loads((path / "tokenizer.json").read_text())["model"]
+    (path / "tokenizer.json").unlink()
+    (path / "vocab.json").write_text(json.dumps(model["vocab"]))
+    merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+    (path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    older = Tokenizer(path)
+    assert older.decode(older.encode("the  end 123")) == "the  end 123"
+    assert older.backend.get_vocab_size() >= len(model["vocab"]) > 256
+    assert older.special == whole.special and older.digest() != whole.digest()
+    assert older.encode("the") == whole.encode("the")
 
 
 def test_named_templates(folder):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,10 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 # Threads for eight devices however few the cores: a program waits in its collectives for all its
 # devices, and with fewer threads two programs in flight can wait for each other for ever.
 os.environ.setdefault("PJRT_NPROC", "32")
+
+# A shell that starts the tests in the background has them, and every process of theirs, ignore Ctrl-C.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import flax.linen as nn
 import jax

@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from selm_jax import jsonl
+from selm_jax.json_file import JsonFileError, read_object
 from selm_jax.paths import check_file, is_leftover
 from selm_jax.sealed import is_sealed, seal, sha256, unsealed
 from selm_jax.words import some
@@ -125,15 +126,21 @@ def read_sealed(path: Path) -> dict[str, Any]:
       FileNotFoundError: there is no such file.
       ArtifactError: it is not as it was written.
     """
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError:
-        value = {}
+    value = _object(path)
     if not is_sealed(value):
         raise ArtifactError(
             f"{path}: this file is not as it was written (its SHA-256 is another). {_PUT_BACK}"
         )
     return unsealed(value)
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a run. ArtifactError if it holds something else."""
+    try:
+        return read_object(path)
+    except JsonFileError as e:
+        what = str(e).removeprefix(f"{path} ")
+        raise ArtifactError(f"{path}: this file {what}. {_PUT_BACK}") from e
 
 
 def write_table(path: Path, table: pa.Table) -> None:
@@ -208,11 +215,8 @@ class Stages:
         """
         if not self.file.exists():
             return {}
-        try:
-            entries = json.loads(self.file.read_bytes())
-            changed = [k for k, v in entries.items() if not is_sealed(v, k)]
-        except (ValueError, AttributeError) as e:  # it is no JSON, or another JSON
-            raise ArtifactError(f"{self.file}: this file is damaged ({e}). {_PUT_BACK}") from e
+        entries = _object(self.file)
+        changed = [name for name, entry in entries.items() if not is_sealed(entry, name)]
         if changed:
             raise ArtifactError(
                 f"{self.file}: the entry of stage {changed[0]!r} is not as it was written (its "
@@ -246,10 +250,9 @@ class Stages:
         if entry is None:
             return False
         where = f"{self.folder}, stage {stage!r}"
-        redo = (
-            f"To redo it and what follows, remove {stage!r} from {self.file}; to keep it, set the "
-            "setting back, or give the changed experiment another `output`"
-        )
+        again = f"To redo it and what follows, remove {stage!r} from {self.file}; to keep it, "
+        redo = again + "set the setting back, or give the changed experiment another `output`"
+        restore = again + "put its files back as they were"
         for key in sorted(set(settings) | set(entry["settings"])):
             before, now = entry["settings"].get(key), settings.get(key)
             if before != now:
@@ -262,11 +265,11 @@ class Stages:
         for name, before in entry["outputs"].items():
             path = self.folder / name
             if not path.exists():
-                raise ArtifactError(f"{where}: its output {path} is missing. {redo}")
+                raise ArtifactError(f"{where}: its output {path} is missing. {restore}")
             if digest(path) != before:
                 what = _differences(path, entry.get("files", {}).get(name))
                 raise ArtifactError(
-                    f"{where}: its output {path} is not what it wrote{what}. {redo}"
+                    f"{where}: its output {path} is not what it wrote{what}. {restore}"
                 )
         return True
 

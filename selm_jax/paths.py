@@ -39,9 +39,15 @@ def place(text: str | Path) -> Path:
 
 
 def file_to_write(text: str | Path) -> Path:
-    """The path that a person gave for a file that is to be written. Raises PathError as
-    `check_file` does."""
-    return check_file(place(text))
+    """The path that a person gave for a file that is to be written.
+
+    Raises:
+      PathError: as `check_file`; or a run or a sweep goes on from the file that is there.
+    """
+    path = check_file(place(text))
+    if path.exists() and _is_record(path.resolve()):
+        raise PathError(f"{path}: belongs to a run, and stays as it is; expected another name")
+    return path
 
 
 def folder_to_write(text: str | Path) -> Path:
@@ -108,6 +114,18 @@ def is_leftover(name: str) -> bool:
 _LEFTOVERS = {".DS_Store", "Thumbs.db", "desktop.ini", ".directory"}
 
 
+_RECORDS = {MARK, "config.yaml", "manifest.json", "metrics.jsonl", "stage.json", "store"}
+
+
+def _is_record(file: Path) -> bool:
+    """Whether a run, a sweep or an evaluation reads the file when it goes on."""
+    for folder in filter(_is_marked, file.parents):
+        name = file.relative_to(folder).parts[0]
+        if name in _RECORDS or name.startswith((".lock", "iteration_")):
+            return True
+    return False
+
+
 def _is_marked(folder: Path) -> bool:
     mark = folder / MARK
     return mark.is_file() and mark.read_bytes() == _TOLD.encode()
@@ -129,6 +147,8 @@ def _was_made_here(folder: Path) -> bool:
     manifest = _json(folder / "manifest.json")
     if isinstance(manifest.get("versions"), dict) and "selm_jax" in manifest["versions"]:
         return True  # a run
+    if (folder.parent / "manifest.json").exists():
+        return False  # what lies in a run is a part of it, such as an iteration
     for file in (folder / "stage.json", *folder.glob("iteration_*/stage.json")):
         stages = _json(file).values()  # a run, or answers to a benchmark
         if stages and all(isinstance(each, dict) and "done" in each for each in stages):

@@ -96,9 +96,19 @@ def test_every_flipped_bit_of_sealed_json_is_refused(tmp_path):
         try:
             unnoticed.append((bit, artifacts.read_sealed(file)))
         except ArtifactError as e:
-            assert "manifest.json: this file is not as it was written" in str(e)
+            assert "manifest.json: this file is not " in str(e)  # as it was written, JSON, or UTF-8
     # None in the text; the new line at the end may become another space.
     assert all(bit // 8 == len(whole) - 1 and found == value for bit, found in unnoticed)
+
+
+@pytest.mark.parametrize("text", ["", "[" * 100_000, "[]", "null", "\0\xff", '\ufeff{"a": 1}'])
+def test_a_record_that_is_no_json_object_is_named(tmp_path, text):
+    file = tmp_path / "stage.json"
+    file.write_bytes(text.encode("utf-8" if text.startswith("\ufeff") else "latin-1"))
+    for read in (artifacts.Stages(tmp_path).read, lambda: artifacts.read_sealed(file)):
+        with pytest.raises(ArtifactError, match="stage.json: this file .*Put it back") as found:
+            read()
+        assert len(str(found.value)) < len(str(file)) + 200
 
 
 @pytest.mark.parametrize("done", [False, True])

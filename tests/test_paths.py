@@ -123,6 +123,26 @@ def test_home_is_home_on_the_command_line_and_in_files(tmp_path, monkeypatch):
             parser("~nobody-of-this-name/x")
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["config.yaml", "manifest.json", "metrics.jsonl", "iteration_1/stage.json", ".lock",
+     "iteration_1/model/config.json", "store/abc/entry.json", "run 1/config.yaml"],
+)  # fmt: skip
+def test_a_file_option_that_is_given_what_a_run_goes_on_from(name, tmp_path, capsys, monkeypatch):
+    for folder in {tmp_path, (tmp_path / name).parent if " " in name else tmp_path}:
+        claim(folder)
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("{}")
+    (tmp_path / "link").symlink_to(tmp_path / name)
+    for file in (tmp_path / name, tmp_path / "link"):
+        message = said(capsys, monkeypatch, "report", "run", f"--out={file}")
+        assert f"{file}: belongs to a run, and stays as it is" in message
+    assert (tmp_path / name).read_text() == "{}"
+    for free in ("report.html", "mine.json", "judge.sqlite"):
+        (tmp_path / free).touch()
+        assert paths.file_to_write(tmp_path / free) == tmp_path / free
+
+
 # --- run folders --------------------------------------------------------------------------------
 
 
@@ -228,6 +248,16 @@ def test_folders_of_versions_that_left_no_mark(name, torn, tmp_path):
             claim(tmp_path)
     else:
         claim(tmp_path)
+
+
+def test_an_iteration_of_a_run_is_no_run(tmp_path):
+    for name in ("manifest.json", "iteration_0/stage.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(RECORDS[name]))
+    claim(tmp_path)
+    with pytest.raises(PathError, match=r"iteration_0: has something in it \(stage.json\)"):
+        claim(tmp_path / "iteration_0")
+    assert [p.name for p in (tmp_path / "iteration_0").iterdir()] == ["stage.json"]
 
 
 LOCK = {"machine": "m", "host": "h", "process": 1, "id": "x"}

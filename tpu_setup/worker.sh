@@ -133,7 +133,7 @@ snapshot() {
   mkdir -p "$into" "$stages"
   (cd "$here" && find . -name stage.json -exec cp --parents -p {} "$stages" \;) || return 1
   cp -al "$here/." "$into/" || return 1 # a file went away meanwhile: next time
-  find "$into" \( -name '*.partial' -o -name '*.orbax-checkpoint-tmp*' -o -name '.lock*' \) \
+  find "$into" \( -name '*.selm-partial' -o -name '*.orbax-checkpoint-tmp*' -o -name '.lock*' \) \
     -prune -exec rm -rf {} + || return 1
   cp -a --remove-destination "$stages/." "$into/" || return 1
   rm -rf "$stages"

@@ -68,8 +68,8 @@ for step in 1 2 3 4 5 6 7 8; do
     continue
   fi
   sleep 0.4
-  echo "$(basename "$HOME")" >"$output/iteration_1/step-$step.partial"
-  mv "$output/iteration_1/step-$step.partial" "$output/iteration_1/step-$step"
+  echo "$(basename "$HOME")" >"$output/iteration_1/step-$step.selm-partial"
+  mv "$output/iteration_1/step-$step.selm-partial" "$output/iteration_1/step-$step"
   echo "{\\"steps\\": $step}" >"$output/iteration_1/stage.json"
   date +%s.%N >>"$HOME/steps.log"
 done

@@ -12,8 +12,13 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import yaml
+
+from selm_jax import artifacts, parts
+from selm_jax.lock import only_one
+from selm_jax.training import checkpoint
 
 FOLDER = Path(__file__).parents[2] / "tpu_setup"
 SCRIPTS = sorted(FOLDER.glob("*.sh"))
@@ -121,6 +126,26 @@ def test_finished_runs_that_another_starts_from_come_along(cloud):
     for k in (0, 1):
         model = cloud.worker(k) / "selm/runs/paper/zephyr_7b/warm_start/iteration_1/model"
         assert (model / "config.json").read_text() == "{}"
+
+
+def test_a_snapshot_has_what_a_run_goes_on_from_and_nothing_half_made(tmp_path):
+    """By the names that the program itself gives; they are told twice, here and in worker.sh."""
+    run, to = tmp_path / "run", tmp_path / "to"
+    part = run / "iteration_1/responses/part-00000-of-00001.parquet"
+    torn = run / f"iteration_1/checkpoints/3{checkpoint._UNNAMED}-1"
+    steps = (FOLDER / "worker.sh").read_text().rpartition("\ncase ")[0]
+    with only_one(run), artifacts.whole(run / "iteration_1/model") as folder:
+        for made in (folder, torn):
+            made.mkdir(parents=True)
+            (made / "shard").write_text("half")
+        parts.write(part, pa.table({"x": [1]}))
+        artifacts.write_json(run / "iteration_1/stage.json", {})
+        subprocess.run(["bash", "-c", f"{steps}\nsnapshot {run} {to}"], check=True)
+    found = {str(f.relative_to(to)) for f in to.rglob("*") if f.is_file()}
+    beside = part.with_name(f".{part.name}.sha256")
+    kept = (run / ".selm", run / "iteration_1/stage.json", part, beside)
+    assert found == {str(file.relative_to(run)) for file in kept}
+    assert [f.name for f in torn.parent.iterdir()] == [torn.name]  # what is copied loses nothing
 
 
 # --- what can go wrong ------------------------------------------------------------------------------

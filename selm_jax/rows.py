@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from selm_jax.config import Data, Experiment
 from selm_jax.feedback.ranker import Question
 from selm_jax.objectives.losses import Objective
-from selm_jax.preferences.own_answers import OwnAnswers
 from selm_jax.progress import Advance
 from selm_jax.text.prompts import Prompt, PromptSet
+from selm_jax.threads import of_each
 
 
 class RunError(ValueError):
@@ -64,11 +64,15 @@ def _asked(prompt: Prompt) -> tuple[tuple[str, str], ...]:
 
 
 def check_own_answers(
-    own: OwnAnswers, prompts: Sequence[Prompt], report: Advance, strict: bool
+    misfit: Callable[[Prompt], str | None],
+    prompts: Sequence[Prompt],
+    report: Advance,
+    strict: bool,
 ) -> None:
     """Lays out the data's own answers to every prompt.
 
     Args:
+      misfit: why the answers to a prompt do not fit, in words; `OwnAnswers.misfit` as a rule.
       report: is told that so many more prompts are done.
       strict: whether answers that do not fit are an error; or somebody else counts them.
 
@@ -76,11 +80,8 @@ def check_own_answers(
       RunError: answers do not fit the model or a row. The first prompt is named.
       UnusableAnswer, ExampleError: see `OwnAnswers.example`.
     """
-    found = []
-    for prompt in prompts:
-        if why := own.misfit(prompt):
-            found.append((prompt.id, why))
-        report(1, 0)
+    reasons = of_each(misfit, prompts, lambda: report(1, 0))
+    found = [(prompt.id, why) for prompt, why in zip(prompts, reasons, strict=True) if why]
     if found and strict:
         name, why = found[0]
         raise RunError(

@@ -63,6 +63,7 @@ from selm_jax.store import Store
 from selm_jax.text.answers import check_answers, longest_answered
 from selm_jax.text.chat import Chat, ChatError
 from selm_jax.text.prompts import Message, Prompt, PromptSet, digest, load_data, rows_of
+from selm_jax.threads import of_each
 from selm_jax.training.optimizer import optimizer
 from selm_jax.training.update import Shardings, Update, make_update
 from selm_jax.user_code import is_user_code
@@ -400,13 +401,15 @@ class Run:
             the chat template refuses a prompt. The message names it.
         """
         limit = self.experiment.rollout.max_prompt_tokens
-        of_each = [(self._length(p), p.id) for p in (*self.every_prompt(), *self.heldout)]
-        longest, name = max(of_each, key=lambda each: each[0])
+        prompts = [*self.every_prompt(), *self.heldout]
+        lengths = of_each(self._length, prompts)
+        longest = max(lengths)
         if longest > limit:
-            long = sum(length > limit for length, _ in of_each)
+            name = prompts[lengths.index(longest)].id
+            long = sum(length > limit for length in lengths)
             raise RunError(
                 f"prompt {name} has {longest} tokens, rollout.max_prompt_tokens is {limit} "
-                f"({long} of {len(of_each)} prompts are longer); raise it, shorten the prompts, or set "
+                f"({long} of {len(prompts)} prompts are longer); raise it, shorten the prompts, or set "
                 "data.on_bad_row to 'drop' to leave out and count such rows"
             )
         return longest
@@ -415,6 +418,12 @@ class Run:
         if (known := self._lengths.get(prompt.messages)) is None:
             known = self._lengths[prompt.messages] = len(self.prompt_ids(prompt))
         return known
+
+    def _misfit(self, prompt: Prompt) -> str | None:
+        """Why its own answers do not fit. Counts the prompt by the way: its ids are at hand then."""
+        if not self.rates and self._length(prompt) > self.experiment.rollout.max_prompt_tokens:
+            return None  # `longest_prompt` tells of it
+        return self.own_answers.misfit(prompt)
 
     @cached_property
     def _lengths(self) -> dict[tuple[Message, ...], int]:
@@ -559,6 +568,13 @@ class Run:
     def check_rows(self) -> None:
         """Looks at every row that is going to be used, for whatever would stop a later stage."""
         e, prompts = self.experiment, list(self.every_prompt())
+        strict = e.data.on_bad_row == "error"
+        look = e.candidates.dataset and (strict or self.rates)
+        check_heldout(e.data, self.heldout, self._trained_too)
+        if look:
+            pairs = [*prompts, *self.heldout] if self.rates else prompts
+            with self.bar("looks at the answers", len(pairs), "prompts") as advance:
+                check_own_answers(self._misfit, pairs, advance, strict)
         if not self.rates:
             _ = self.longest_prompt
         if e.candidates.dataset or e.text.layout == "paper":
@@ -566,12 +582,6 @@ class Run:
                 self.chat, prompts, layout=e.text.layout, on_bad_row=e.data.on_bad_row,
                 whole=self.rates,
             )  # fmt: skip
-        check_heldout(e.data, self.heldout, self._trained_too)
-        strict = e.data.on_bad_row == "error"
-        if e.candidates.dataset and (strict or self.rates):
-            pairs = [*prompts, *self.heldout] if self.rates else prompts
-            with self.bar("looks at the answers", len(pairs), "prompts") as advance:
-                check_own_answers(self.own_answers, pairs, advance, strict)
 
     def told_of_rows(self) -> Iterator[str]:
         """What was done with rows and columns of the data that is not as somebody may expect."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -73,6 +73,7 @@ class Chat:
         self._literal = Literal(self.tokenizer, self.spelled) if as_text else None
         own = self.tokenizer.encode("")  # what the tokenizer puts around any text
         self._bos: int | None = own[0] if own[:1] == [self.tokenizer.bos_token_id] else None
+        self._opened = lru_cache(32)(self._open)  # the answers to a prompt come one after another
 
     @cached_property
     def digest(self) -> str:
@@ -87,7 +88,7 @@ class Chat:
           ChatError: the template refuses the conversation, leaves its system message out, or
             writes BOS twice.
         """
-        ids = self._ids(messages, self._marked(messages, answer_follows=True))
+        _, ids = self._opened(tuple((m.role, m.content) for m in messages))
         if not ids:
             raise ChatError(f"the conversation {list(messages)!r} has no tokens")
         return ids
@@ -108,7 +109,7 @@ class Chat:
                 f"the answer spells out {', '.join(spelled)}, which ends one: {text!r}"
             )
         answered = [*messages, Message("assistant", text)]
-        prompt = self._marked(messages, answer_follows=True)
+        prompt, before = self._opened(tuple((m.role, m.content) for m in messages))
         full = self._marked(answered, answer_follows=False)
         both = f"prompt:       {self._plain(prompt)!r}\nconversation: {self._plain(full)!r}"
         if not full.startswith(prompt):
@@ -122,7 +123,7 @@ class Chat:
                 f"the chat template changes the answer, or puts more in front of it.\n{both}\n"
                 f"{_THINKING}"
             )
-        before, ids = self._ids(messages, prompt), self._ids(answered, full)
+        ids = self._ids(answered, full)
         if ids[: len(before)] == before:
             ids = ids[len(before) :]
         else:
@@ -222,6 +223,12 @@ class Chat:
             )
         if not set(self._within(answer + behind)) & set(self.stop_ids):
             raise ChatError(self._endless(full))
+
+    def _open(self, said: tuple[tuple[str, str], ...]) -> tuple[str, tuple[int, ...]]:
+        """(Role, content), ... with the header of an answer, as the template writes it, and its ids."""
+        messages = [Message(*each) for each in said]
+        prompt = self._marked(messages, answer_follows=True)
+        return prompt, self._ids(messages, prompt)
 
     def _rendered(self, messages: Sequence[Turn], answer_follows: bool) -> str:
         """What the template writes, with stand-ins for what messages spell."""

@@ -39,6 +39,7 @@ from selm_jax.text.conversations import (
     parse,
 )
 from selm_jax.text.tables import BadRow, DataError, Row
+from selm_jax.threads import of_each
 
 __all__ = [
     "DataError",
@@ -83,7 +84,9 @@ class PromptSet(Sequence[Prompt]):
     def without(self, reason: str, bad: Callable[[Prompt], bool]) -> PromptSet:
         """The same rows but for those that are `bad`, which are counted under `reason`."""
         rows = list(enumerate(self.by_row(), start=1))
-        out = tuple(number for number, found in rows if found is not None and bad(found))
+        there = [number for number, found in rows if found is not None]
+        told = of_each(bad, self.prompts)
+        out = tuple(number for number, is_bad in zip(there, told, strict=True) if is_bad)
         if not out:
             return self
         gone = set(out)

@@ -18,6 +18,7 @@ from selm_jax.rows import RunError
 from selm_jax.run import Run
 from selm_jax.text.chat import UnusableAnswer
 from selm_jax.text.prompts import DataError
+from selm_jax.text.template import Template
 
 PAIRS = {"data__chosen": "chosen", "data__rejected": "rejected", "candidates__dataset": True,
          "candidates__samples": 0, "data__heldout": None, "iterations": 2, "data__portions": 2}  # fmt: skip
@@ -253,3 +254,23 @@ def test_prompts_that_are_trained_on_too_are_counted(make, tmp_path):
         run = make(data__heldout=str(tmp_path / "heldout.jsonl"), rollout__max_prompt_tokens=100)
         say(run)
         assert "3 of 6 held-out prompts are trained on too (the first is h0)" in told(run)
+
+
+def test_no_text_is_rendered_twice(make, monkeypatch):
+    """Of a large data set the look at all rows takes minutes: 3 texts of a pair, each of them once."""
+    run = make()
+    _ = run.chat  # which tries a made-up question
+    rendered = []
+    render = Template.render
+
+    def counted(self, messages, answer_follows):
+        rendered.append((json.dumps(messages), answer_follows))
+        return render(self, messages, answer_follows)
+
+    monkeypatch.setattr(Template, "render", counted)
+    _ = run.own_answers
+    rendered.clear()
+    run.check_rows()
+    of_rows = [each for each in rendered if '"Yes."' not in each[0] and each[1]]
+    assert len(of_rows) <= 8 + 1  # the layout is tried once more
+    assert len(rendered) <= 3 * 8 + 2

@@ -52,6 +52,11 @@ def read_with_places(file: Path) -> tuple[dict[str, Any], Places]:
         tree, lines = plain_yaml.read_file(Path(file))
     except FileNotFoundError as e:
         raise ConfigError(f"{file}: no such experiment file") from e
+    except IsADirectoryError as e:
+        raise ConfigError(
+            f"{file}: a folder; an experiment file (YAML) was expected. A run folder's own is "
+            f"{Path(file) / 'config.yaml'}"
+        ) from e
     except plain_yaml.YamlError as e:
         raise ConfigError(f"{file}: {e}") from e
     if not isinstance(tree, dict):

@@ -257,7 +257,7 @@ def lm_eval(
     seed: Seed = 0,
     dry_run: DryRun = False,
 ) -> None:
-    """Academic benchmarks by the language model evaluation harness (needs selm_jax[lm-eval]).
+    """Academic benchmarks by the language model evaluation harness (needs lm-eval).
 
     Log-likelihoods cost each context once and each continuation; generations up to the task's own
     limit. No judge is called. --dry-run counts it all.

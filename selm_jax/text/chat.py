@@ -297,7 +297,8 @@ class Chat:
         ids, bos = self._tokens(rendered), self.tokenizer.bos_token_id
         if bos is not None and ids[:2] == (bos, bos):
             raise ChatError(
-                f"the chat template writes {self.tokenizer.bos_token} twice: {rendered!r}"
+                f"the chat template of {self.folder} writes {self.tokenizer.bos_token} twice: "
+                f"{rendered!r}. Take one of them out of the template (or out of the message)"
             )
         if self._bos is None or ids[:1] == (bos,) or self._writes_bos(messages, rendered):
             return ids

@@ -196,3 +196,8 @@ def test_no_setting_is_decoration():
         if f".{name}" not in code and name not in ("data", "fsdp", "tensor")
     ]
     assert not unread
+
+
+def test_a_folder_is_told_from_an_experiment_file(tmp_path):
+    with pytest.raises(ConfigError, match=r"a folder; an experiment file.*config\.yaml"):
+        config.load(tmp_path)

@@ -357,7 +357,9 @@ def _read_hub(
     if split is None:  # then load_dataset gives a mapping of all splits
         if len(found) > 1:
             there = ", ".join(found)
-            raise DataError(f"{name} has several splits: {there}. Say which one to read.")
+            raise DataError(
+                f"{name} has several splits: {there}. Say which one to read, with data.train_split or data.heldout_split."
+            )
         split, found = next(iter(found.items()))
     for number, values in enumerate(found, start=1):
         yield Row(f"{name} [{split}]", number, None, values)

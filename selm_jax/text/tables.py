@@ -118,7 +118,9 @@ def _split_of(folder: epath.Path, split: str | None) -> list[epath.Path]:
     if not splits:
         raise DataError(f"{folder}: no {', '.join(SUFFIXES)} file in this folder.")
     if split is None and len(splits) > 1:
-        raise DataError(f"{folder} has several splits: {there}. Say which one to read.")
+        raise DataError(
+            f"{folder} has several splits: {there}. Say which one to read, with data.train_split or data.heldout_split."
+        )
     name = next(iter(splits)) if split is None else split
     if name not in splits:
         hint = did_you_mean(name, splits)
@@ -144,7 +146,9 @@ def _saved_split(folder: epath.Path, split: str | None) -> epath.Path:
         return folder / names[0]
     if split is None:
         there = ", ".join(names)
-        raise DataError(f"{folder} has several splits: {there}. Say which one to read.")
+        raise DataError(
+            f"{folder} has several splits: {there}. Say which one to read, with data.train_split or data.heldout_split."
+        )
     if split not in names:
         raise DataError(
             f"{folder}: no split {split!r}{did_you_mean(split, names)} The splits are: "

@@ -6,13 +6,12 @@ written is shown as it is.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from selm_jax import artifacts
+from selm_jax import artifacts, jsonl
 from selm_jax.config import plain_yaml
 from selm_jax.sealed import fits, unsealed
 
@@ -39,8 +38,8 @@ def settings(path: Path) -> tuple[str, dict[str, Any]]:
 
 def json_file(path: Path) -> Any:
     try:
-        return json.loads(text_of(path))
-    except json.JSONDecodeError as error:
+        return jsonl.value(text_of(path))
+    except jsonl.JsonError as error:
         raise ReportError(f"{path} is not JSON: {error}") from error
 
 

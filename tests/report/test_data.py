@@ -92,6 +92,13 @@ def test_a_half_written_last_line_is_no_error_but_is_said(run):
     assert len(data.updates) == 90 and "half written" in data.notes[0]
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "iteration_1/stage.json"])
+def test_a_record_that_is_nested_too_deeply_is_named(run, name):
+    (run / name).write_text("[" * 100_000)
+    with pytest.raises(ReportError, match=rf"{name} is not JSON: .*nested too deeply"):
+        report_data(run)
+
+
 def test_a_broken_line_in_the_middle_is_an_error(run):
     path = run / "metrics.jsonl"
     lines = path.read_text().split("\n")

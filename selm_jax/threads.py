@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 S = TypeVar("S")
@@ -24,15 +25,19 @@ def of_each(
       whatever `f` raises first, in the order of the items; what has not begun is then left.
     """
     rest = iter(items)
+    workers = min(8, os.cpu_count() or 1)
+    begun: deque[Future[T]] = deque()  # a few for each worker: what comes after an error never begins
     found = []
-    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+    pool = ThreadPoolExecutor(workers)
     try:
         for first in itertools.islice(rest, 1):  # here: it may build what serves all of them
             found.append(f(first))
             done()
-        for result in pool.map(f, rest):
-            found.append(result)
+        begun.extend(pool.submit(f, item) for item in itertools.islice(rest, 4 * workers))
+        while begun:
+            found.append(begun.popleft().result())
             done()
+            begun.extend(pool.submit(f, item) for item in itertools.islice(rest, 1))
     finally:
         pool.shutdown(cancel_futures=True)
     return found

@@ -26,7 +26,9 @@ def of_each(
     """
     rest = iter(items)
     workers = min(8, os.cpu_count() or 1)
-    begun: deque[Future[T]] = deque()  # a few for each worker: what comes after an error never begins
+    begun: deque[Future[T]] = (
+        deque()
+    )  # a few for each worker: what comes after an error never begins
     found = []
     pool = ThreadPoolExecutor(workers)
     try:

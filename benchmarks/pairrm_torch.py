@@ -32,7 +32,7 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import DebertaV2Config, DebertaV2Model
 
-from selm_jax.feedback.pairrm import pairrm
+from selm_jax.feedback.models.pairrm import pairrm
 
 WORDS = [f"w{i}" for i in range(500)]
 SPECIAL = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]

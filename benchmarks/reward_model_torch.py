@@ -31,8 +31,8 @@ from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
+from selm_jax.feedback.models.reward_model import RewardModel, reward_model
 from selm_jax.feedback.ranker import Question
-from selm_jax.feedback.reward_model import RewardModel, reward_model
 from selm_jax.text.prompts import Message
 
 WORDS = [f"w{i}" for i in range(500)]

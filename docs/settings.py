@@ -23,7 +23,7 @@ from selm_jax.feedback.ranker import BUILT_IN
 from selm_jax.feedback.workers import user_function
 from selm_jax.objectives.build import TABLE
 from selm_jax.objectives.losses import RANGES
-from selm_jax.ranges import Range, ranges_of
+from selm_jax.shell.ranges import Range, ranges_of
 
 PAGE = Path(__file__).with_suffix(".md")
 HEAD = """# Every setting

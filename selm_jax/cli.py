@@ -12,10 +12,10 @@ from typing import Annotated
 
 import typer
 
-from selm_jax import interrupt
-from selm_jax.evaluation.benchmark_command import app as evaluation
+from selm_jax.evaluation.benchmarks.command import app as evaluation
 from selm_jax.lab.command import app as lab
-from selm_jax.paths import file_to_write, folder_to_write, place
+from selm_jax.shell import interrupt
+from selm_jax.shell.paths import file_to_write, folder_to_write, place
 
 app = typer.Typer(
     help="Self-Exploring Language Models in JAX: align a language model by exploring.",
@@ -80,9 +80,9 @@ def export(
     ] = "bfloat16",
 ) -> None:
     """One stage alone: the policy as a Hugging Face folder; and, if asked, a copy to publish."""
-    from selm_jax import artifacts
     from selm_jax.iterate import run_stage
     from selm_jax.parallel import multihost
+    from selm_jax.shell import artifacts
     from selm_jax.weights.export import convert_dtype
 
     run = _run(experiment, overrides, processes=True)
@@ -112,7 +112,7 @@ def preview(
     iteration: Iteration = 1,
 ) -> None:
     """Show what is trained on: rows coloured by role, counts and lengths. Computes nothing."""
-    from selm_jax import preview
+    from selm_jax.commands import preview
 
     preview.preview(_run(experiment, overrides, imports=False), iteration, rows)
 
@@ -279,7 +279,7 @@ def figures(
 ) -> None:
     """Draw the paper's figures 2 to 6 of any runs, with their data beside them."""
     _set_up_jax()
-    from selm_jax import figures
+    from selm_jax.commands import figures
 
     figures.write([_finished(run) for run in runs or []], out, pairs=pairs, published=published)
 
@@ -382,11 +382,11 @@ def _run(
 
     if processes:
         multihost.initialize()
-    from selm_jax.run import Run
+    from selm_jax.run.run import Run
 
     if tiny:
-        from selm_jax.progress import terminal
-        from selm_jax.tiny import shrink
+        from selm_jax.commands.tiny import shrink
+        from selm_jax.shell.progress import terminal
 
         experiment = shrink(experiment, terminal(quiet=not multihost.is_first()))
     return Run(experiment, imports=imports)
@@ -399,14 +399,14 @@ def _finished(folder: Path):
     experiment = config.load(folder / "config.yaml")
     experiment = dataclasses.replace(experiment, output=str(folder))
     _set_up_jax()
-    from selm_jax.run import Run
+    from selm_jax.run.run import Run
 
     return Run(experiment, imports=False)
 
 
 def _last_generated(folder: Path) -> int:
     """The last iteration whose answers are there. Raises ArtifactError if none is."""
-    from selm_jax import artifacts
+    from selm_jax.shell import artifacts
 
     done = [
         t

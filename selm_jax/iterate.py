@@ -14,11 +14,11 @@ import contextlib
 import itertools
 from collections.abc import Iterator
 
-from selm_jax import artifacts
-from selm_jax.lock import only_one
 from selm_jax.parallel import multihost
 from selm_jax.report import page
-from selm_jax.run import Run
+from selm_jax.run.run import Run
+from selm_jax.shell import artifacts
+from selm_jax.shell.lock import only_one
 from selm_jax.stages import EVALUATE, STAGES
 from selm_jax.training.checkpoint import Checkpoints
 

@@ -23,9 +23,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from selm_jax import artifacts, jsonl
 from selm_jax.annotate.agreement import alpha, shares
 from selm_jax.annotate.store import AnnotationError, Item, Store
+from selm_jax.shell import artifacts, jsonl
 
 LAYOUTS = ("trl", "ultrafeedback")
 SUFFIXES = (".jsonl", ".parquet")

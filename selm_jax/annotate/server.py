@@ -24,10 +24,10 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from selm_jax import jsonl
 from selm_jax.annotate.patience import Patient
 from selm_jax.annotate.render import markdown, plain, visible
 from selm_jax.annotate.store import AnnotationError, Item, Store, check_name
+from selm_jax.shell import jsonl
 
 TOKEN = "SELM_ANNOTATE_TOKEN"  # environment: a token that stays the same over restarts
 LARGEST_BODY = 64 * 1024

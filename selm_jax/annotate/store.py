@@ -23,7 +23,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from selm_jax import artifacts
+from selm_jax.shell import artifacts
 
 LONGEST_NAME = 64
 

@@ -15,14 +15,14 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from selm_jax import artifacts
 from selm_jax.bench.clock import Clock
 from selm_jax.bench.work import BenchError, MakeParams, Sizes, generation, training
 from selm_jax.config import Training
-from selm_jax.memory import peak_mib, release
 from selm_jax.models.config import DecoderConfig, LayerKind, Rope
 from selm_jax.models.decoder import REMAT, Decoder, parameter_count
-from selm_jax.progress import terminal
+from selm_jax.shell import artifacts
+from selm_jax.shell.memory import peak_mib, release
+from selm_jax.shell.progress import terminal
 from selm_jax.weights import sources
 from selm_jax.weights.huggingface import checked_config, load
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from selm_jax.config.settings import Experiment, Remote, Text
-from selm_jax.ranges import MOST
-from selm_jax.user_code import UserCodeError, check_name, is_user_code
+from selm_jax.shell.ranges import MOST
+from selm_jax.shell.user_code import UserCodeError, check_name, is_user_code
 
 
 def inconsistencies(e: Experiment) -> Iterator[str]:

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from selm_jax.config import plain_yaml, secrets
 from selm_jax.config.consistency import inconsistencies
 from selm_jax.config.settings import Experiment
-from selm_jax.words import did_you_mean
+from selm_jax.shell.words import did_you_mean
 
 Override = (
     str | tuple[str, Any]

@@ -13,8 +13,18 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Strict
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
-from selm_jax.paths import PathError, place
-from selm_jax.ranges import MOST, Axis, Count, Natural, NonNegative, Positive, Range, Seed, Share
+from selm_jax.shell.paths import PathError, place
+from selm_jax.shell.ranges import (
+    MOST,
+    Axis,
+    Count,
+    Natural,
+    NonNegative,
+    Positive,
+    Range,
+    Seed,
+    Share,
+)
 
 _STRICT = ConfigDict(extra="forbid")
 Flag = Annotated[bool, Strict()]  # 1 and "yes" are none

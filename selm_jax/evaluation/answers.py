@@ -16,13 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from selm_jax import artifacts, jsonl
 from selm_jax.evaluation import EvaluationError
 from selm_jax.evaluation.cost import Cost
 from selm_jax.evaluation.model import Found, Model
 from selm_jax.feedback.ranker import Question
-from selm_jax.progress import bar
 from selm_jax.rollout.sampling import Sampling
+from selm_jax.shell import artifacts, jsonl
+from selm_jax.shell.progress import bar
 from selm_jax.text.conversations import Message, Prompt, canonical_json
 from selm_jax.text.prompts import digest, load_data, load_prompts
 

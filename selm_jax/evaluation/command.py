@@ -12,8 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
-from selm_jax.paths import folder_to_write, place
-from selm_jax.ranges import MOST, Range
+from selm_jax.shell.paths import folder_to_write
+from selm_jax.shell.ranges import MOST, Range
 
 app = typer.Typer(
     help="What checkpoints are worth: rewards, win rates, benchmarks. See docs/evaluate.md.",
@@ -141,7 +141,7 @@ def heldout(
     from selm_jax.evaluation.answers import Asked, prompts_of
     from selm_jax.evaluation.contestants import build_ranker, contestants
     from selm_jax.evaluation.model import find
-    from selm_jax.progress import terminal
+    from selm_jax.shell.progress import terminal
 
     found = contestants(sources, iteration=iteration, revision=revision, files=False)
     models = [m for c in found for m in c.models]
@@ -209,7 +209,7 @@ def winrate(
     from selm_jax.evaluation import winrate as work
     from selm_jax.evaluation.answers import Asked, prompts_of
     from selm_jax.evaluation.contestants import build_ranker, contestants
-    from selm_jax.progress import terminal
+    from selm_jax.shell.progress import terminal
 
     found = contestants(sources, iteration=iteration, revision=revision, files=True)
     models = [m for c in found for m in c.models]
@@ -221,58 +221,6 @@ def winrate(
         open_model=_opener(e, dtype=dtype, tensor=tensor, slots=slots),
         asked=Asked(int(not samples), samples, length, temperature, top_p, seed),
         out=out, keep=keep, allow_malformed=allow_malformed, dry_run=dry_run, console=terminal(),
-    )  # fmt: skip
-
-
-@app.command("lm_eval")
-def lm_eval(
-    source: Source,
-    tasks: Annotated[
-        str,
-        typer.Option(help="NAME[:SHOTS],... of lm-eval; `paper` stands for the paper's six."),
-    ],
-    revision: Revision = None,
-    iteration: Iteration = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out",
-            "-o",
-            help="Folder; default: evaluations/MODEL/lm_eval.",
-            parser=folder_to_write,
-        ),
-    ] = None,
-    include: Annotated[
-        Path | None,
-        typer.Option(help="Folder of further task files.", metavar="FOLDER", parser=place),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="The first rows of each task.", min=1)] = None,
-    chat: Annotated[
-        bool, typer.Option("--chat/--no-chat", help="Through the model's chat template or not.")
-    ] = True,
-    system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    dtype: Dtype = "auto",
-    tensor: Tensor = 1,
-    slots: Slots = 16,
-    seed: Seed = 0,
-    dry_run: DryRun = False,
-) -> None:
-    """Academic benchmarks by the language model evaluation harness (needs lm-eval).
-
-    Log-likelihoods cost each context once and each continuation; generations up to the task's own
-    limit. No judge is called. --dry-run counts it all.
-    """
-
-    from selm_jax.evaluation import lm_eval as harness
-    from selm_jax.evaluation.model import open_model
-    from selm_jax.progress import terminal
-
-    model = open_model(
-        source, revision=revision, iteration=iteration, dtype=dtype, tensor=tensor, slots=slots
-    )
-    harness.run(
-        model, tasks, out=out or default_out(model.name, "lm_eval"), include=include, limit=limit,
-        chat=chat, system=system, seed=seed, dry_run=dry_run, console=terminal(),
     )  # fmt: skip
 
 

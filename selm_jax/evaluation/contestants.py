@@ -12,7 +12,7 @@ from selm_jax.config.plain_yaml import YamlError, read_value
 from selm_jax.evaluation import EvaluationError
 from selm_jax.evaluation.model import Found, find
 from selm_jax.feedback import ranker as rankers
-from selm_jax.paths import place
+from selm_jax.shell.paths import place
 
 
 @dataclass(frozen=True)

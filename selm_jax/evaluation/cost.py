@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from rich.console import Console
 from rich.table import Table
 
-from selm_jax.feedback.judge import JudgeRanker
+from selm_jax.feedback.judge.ranker import JudgeRanker
 from selm_jax.feedback.ranker import Ranker
 
 # English prose in the tokenizers of today: four characters a token. Of judges' requests alone, for

@@ -25,9 +25,9 @@ import numpy as np
 from jaxtyping import Float
 from scipy import optimize
 
-from selm_jax import proportions
 from selm_jax.evaluation import EvaluationError
-from selm_jax.evaluation.intervals import Estimate
+from selm_jax.statistics import proportions
+from selm_jax.statistics.intervals import Estimate
 
 RIDGE = (0.01, 1.0)  # of theta and phi
 _FARTHEST = 30.0  # a theta whose rate is 0 or 1 but for 1e-13

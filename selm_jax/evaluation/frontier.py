@@ -9,8 +9,8 @@ import pyarrow as pa
 from jaxtyping import Float
 from scipy import stats
 
-from selm_jax.evaluation.intervals import Estimate, difference, pooled
 from selm_jax.preferences.examples import Example
+from selm_jax.statistics.intervals import Estimate, difference, pooled
 from selm_jax.text.variety import distinct
 
 SCHEMA = pa.schema(

@@ -20,18 +20,18 @@ from jaxtyping import Float
 from rich.console import Console
 from rich.table import Table
 
-from selm_jax import artifacts
 from selm_jax.evaluation import EvaluationError, frontier
 from selm_jax.evaluation.answers import Asked, Stored, answered, cost
 from selm_jax.evaluation.contestants import Contestant
 from selm_jax.evaluation.cost import CHARACTERS_PER_TOKEN, Cost, judge_cost, judges, show
-from selm_jax.evaluation.intervals import Estimate, difference, pooled
 from selm_jax.evaluation.malformed import Malformed, unread_line
 from selm_jax.evaluation.model import Found, Model
 from selm_jax.evaluation.pairs import answered_pair
 from selm_jax.feedback.ranker import Ranker, is_relative, scores_beside
-from selm_jax.memory import release
 from selm_jax.preferences.examples import Example
+from selm_jax.shell import artifacts
+from selm_jax.shell.memory import release
+from selm_jax.statistics.intervals import Estimate, difference, pooled
 from selm_jax.text.conversations import Prompt
 from selm_jax.text.variety import distinct
 

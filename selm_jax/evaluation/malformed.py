@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from selm_jax.evaluation import EvaluationError
 from selm_jax.evaluation.cost import judges
-from selm_jax.feedback.judge_unread import PATIENCE
+from selm_jax.feedback.judge.unread import PATIENCE
 from selm_jax.feedback.ranker import Ranker, counted, reported
 
 

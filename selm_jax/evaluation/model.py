@@ -23,7 +23,6 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
-from selm_jax import artifacts
 from selm_jax.config import Experiment, Text
 from selm_jax.config import load as load_experiment
 from selm_jax.evaluation import EvaluationError
@@ -33,7 +32,6 @@ from selm_jax.models.decoder import Decoder, Params, abstract_params, stack, une
 from selm_jax.objectives.logprobs import TokenStats, token_statistics
 from selm_jax.parallel.mesh import compute_dtype, decode_mesh, make_mesh
 from selm_jax.parallel.rules import TRAINING, place_rows, shardings
-from selm_jax.paths import place
 from selm_jax.preferences.examples import Example
 from selm_jax.preferences.packing import (
     PreferenceBatch,
@@ -42,7 +40,6 @@ from selm_jax.preferences.packing import (
     pack,
     unpack_tokens,
 )
-from selm_jax.progress import Advance, terminal
 from selm_jax.rollout.engine import (
     Engine,
     Request,
@@ -52,6 +49,9 @@ from selm_jax.rollout.engine import (
     decoding_shardings,
 )
 from selm_jax.rollout.sampling import Sampling
+from selm_jax.shell import artifacts
+from selm_jax.shell.paths import place
+from selm_jax.shell.progress import Advance, terminal
 from selm_jax.text.chat import Chat, ChatError, Turn, stop_ids
 from selm_jax.text.tokenizer import Tokenizer
 from selm_jax.weights import sources

@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float
 
-from selm_jax import proportions
 from selm_jax.preferences.examples import Example
+from selm_jax.statistics import proportions
 from selm_jax.text.answers import answer_ids
 from selm_jax.text.chat import Chat, UnusableAnswer
 from selm_jax.text.prompts import Prompt

@@ -21,16 +21,16 @@ from jaxtyping import Float
 from rich.console import Console
 from rich.table import Table
 
-from selm_jax import artifacts
 from selm_jax.evaluation import EvaluationError, equal_length
 from selm_jax.evaluation.answers import Asked, Stored, answered, cost, read, together
 from selm_jax.evaluation.contestants import Contestant
 from selm_jax.evaluation.cost import CHARACTERS_PER_TOKEN, Cost, judge_cost, judges, show
-from selm_jax.evaluation.intervals import Estimate, pooled
 from selm_jax.evaluation.malformed import Malformed, unread_line
 from selm_jax.evaluation.model import Found, Model
 from selm_jax.feedback.ranker import Ranker, reported
-from selm_jax.memory import release
+from selm_jax.shell import artifacts
+from selm_jax.shell.memory import release
+from selm_jax.statistics.intervals import Estimate, pooled
 from selm_jax.text.conversations import Prompt
 
 Shares = Float[np.ndarray, " answers"]

@@ -20,8 +20,8 @@ from jaxtyping import Float64
 from selm_jax.annotate.agreement import alpha, mean_shares
 from selm_jax.annotate.store import Item, Judgement, Store
 from selm_jax.feedback.ranker import FeedbackError, Question, check_questions, check_scores
-from selm_jax.paths import place
-from selm_jax.ranges import Count
+from selm_jax.shell.paths import place
+from selm_jax.shell.ranges import Count
 
 STORE = "annotations.sqlite"  # in the run folder, where the settings name no other
 _POLL = 1.0  # seconds between two looks at the store

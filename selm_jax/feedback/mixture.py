@@ -35,8 +35,8 @@ from selm_jax.feedback.ranker import (
     prompts_together,
     reported,
 )
-from selm_jax.ranges import Range
-from selm_jax.words import did_you_mean
+from selm_jax.shell.ranges import Range
+from selm_jax.shell.words import did_you_mean
 
 Scores = Float64[np.ndarray, " candidates"]
 

@@ -17,9 +17,10 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Float64
 
-from selm_jax.ranges import ranges_of
-from selm_jax.user_code import FORM, is_user_code
-from selm_jax.words import did_you_mean
+from selm_jax.preferences.candidates import FeedbackError
+from selm_jax.shell.ranges import ranges_of
+from selm_jax.shell.user_code import FORM, is_user_code
+from selm_jax.shell.words import did_you_mean
 
 # Name -> where its builder stands. Strings, so that building one ranker imports that ranker's
 # libraries and no other's.
@@ -27,18 +28,14 @@ BUILT_IN: Mapping[str, str] = {
     "sentiment": "selm_jax.feedback.rules:sentiment",
     "length": "selm_jax.feedback.rules:length",
     "regex": "selm_jax.feedback.rules:regex",
-    "pairrm": "selm_jax.feedback.pairrm:pairrm",
-    "reward_model": "selm_jax.feedback.reward_model:reward_model",
+    "pairrm": "selm_jax.feedback.models.pairrm:pairrm",
+    "reward_model": "selm_jax.feedback.models.reward_model:reward_model",
     "verifiable": "selm_jax.feedback.rules:verifiable",
-    "judge": "selm_jax.feedback.judge:judge",
+    "judge": "selm_jax.feedback.judge.ranker:judge",
     "mixture": "selm_jax.feedback.mixture:mixture",
     "human": "selm_jax.feedback.human:human",
 }
 _USER_FUNCTION = "selm_jax.feedback.workers:user_function"
-
-
-class FeedbackError(Exception):
-    """A ranker, its scores or the rules that make pairs of them cannot be used as asked."""
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 
-from selm_jax.feedback.ranker import (
-    FeedbackError,
-    Question,
-    check_questions,
-    check_scores,
-)
-from selm_jax.ranges import Natural
+from selm_jax.feedback.ranker import FeedbackError, Question, check_questions, check_scores
+from selm_jax.shell.ranges import Natural
+from selm_jax.shell.words import did_you_mean
 from selm_jax.text.cells import shortened, structure
-from selm_jax.words import did_you_mean
 
 _FLAGS = {
     "a": re.ASCII,

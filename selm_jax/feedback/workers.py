@@ -26,7 +26,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 
-from selm_jax import processes
 from selm_jax.feedback.ranker import (
     FeedbackError,
     Question,
@@ -35,8 +34,9 @@ from selm_jax.feedback.ranker import (
     finite_number,
     row_values,
 )
-from selm_jax.ranges import Count, Natural, Positive
-from selm_jax.user_code import UserCodeError, function_at
+from selm_jax.shell import processes
+from selm_jax.shell.ranges import Count, Natural, Positive
+from selm_jax.shell.user_code import UserCodeError, function_at
 
 _START_SECONDS = 120.0  # for a process to start and import; no call's limit, but a limit
 _TIMEOUT = 60.0

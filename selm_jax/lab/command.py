@@ -14,8 +14,8 @@ from typing import Annotated, Any
 
 import typer
 
-from selm_jax import artifacts
-from selm_jax.paths import folder_to_write
+from selm_jax.shell import artifacts
+from selm_jax.shell.paths import folder_to_write
 
 app = typer.Typer(
     help="Small exact worlds: does an exploration term explore? See docs/exploration.md.",

@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from selm_jax import artifacts
+from selm_jax.shell import artifacts
 
 Record = dict[str, Any]
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from selm_jax.json_file import JsonFileError, read_object
 from selm_jax.models.config import (
     DecoderConfig,
     LayerKind,
@@ -23,6 +22,7 @@ from selm_jax.models.config import (
 )
 from selm_jax.models.config_keys import Json, Keys
 from selm_jax.models.config_rope import magnitude_of, rope_from, rope_of, rope_to
+from selm_jax.shell.json_file import JsonFileError, read_object
 
 _CLASSIFIER = "ForSequenceClassification"
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu"}

@@ -22,8 +22,8 @@ from selm_jax.objectives.losses import (
     weighted_optimism,
     xpo,
 )
-from selm_jax.user_code import FORM, UserCodeError, function_at, is_user_code
-from selm_jax.words import did_you_mean
+from selm_jax.shell.user_code import FORM, UserCodeError, function_at, is_user_code
+from selm_jax.shell.words import did_you_mean
 
 TABLE: dict[str, Callable[..., Objective]] = {
     f.__name__: f for f in (dpo, cdpo, robust, ipo, hinge, simpo, sft, selm, xpo, bradley_terry)

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax.nn import log_sigmoid, relu
 from jaxtyping import Array, Float
 
-from selm_jax.ranges import Range
+from selm_jax.shell.ranges import Range
 
 ROLES = ("chosen", "rejected", "explore")
 CONVENTIONS = ("alpha_beta", "alpha")

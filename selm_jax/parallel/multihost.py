@@ -22,7 +22,7 @@ from jax._src import distributed  # its client has no public name; orbax uses it
 from jax._src.clusters import ClusterEnv
 from jax.experimental import multihost_utils
 
-from selm_jax import interrupt
+from selm_jax.shell import interrupt
 
 T = TypeVar("T")
 

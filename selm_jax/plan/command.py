@@ -10,9 +10,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from selm_jax import artifacts
 from selm_jax.config import as_dict
-from selm_jax.json_file import JsonFileError, read_object
 from selm_jax.models.config import DecoderConfig, UnsupportedModel
 from selm_jax.models.families import from_hf, reward_model_json
 from selm_jax.objectives.build import build as build_objective
@@ -20,7 +18,9 @@ from selm_jax.plan.examine import Load, Options, Plan, examine
 from selm_jax.plan.measure import versions
 from selm_jax.plan.table import show
 from selm_jax.plan.topology import Target, has_libtpu, local_target, target
-from selm_jax.progress import terminal
+from selm_jax.shell import artifacts
+from selm_jax.shell.json_file import JsonFileError, read_object
+from selm_jax.shell.progress import terminal
 from selm_jax.weights.facts import config_json
 
 DOES_NOT_FIT = 3  # exit status

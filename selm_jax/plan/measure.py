@@ -18,8 +18,8 @@ from typing import Any
 
 import jax
 
-from selm_jax import artifacts
 from selm_jax.plan.topology import GIB, Target
+from selm_jax.shell import artifacts
 from selm_jax.weights.sources import cache_root
 
 

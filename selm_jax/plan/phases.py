@@ -25,7 +25,7 @@ from selm_jax.plan.topology import Target
 from selm_jax.preferences.examples import ROLES
 from selm_jax.preferences.packing import PreferenceBatch, Shape, empty
 from selm_jax.rollout.engine import Programs, decoding_params, decoding_shardings, programs
-from selm_jax.run import Run
+from selm_jax.run.run import Run
 from selm_jax.text.prompts import PromptSet
 from selm_jax.training.state import TrainState
 

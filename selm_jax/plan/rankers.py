@@ -12,8 +12,8 @@ import jax
 import numpy as np
 
 from selm_jax.config import Experiment, Feedback
-from selm_jax.feedback import pairrm, reward_model
-from selm_jax.feedback.buckets import Part, checked_batch, checked_dtype, parts
+from selm_jax.feedback.models import pairrm, reward_model
+from selm_jax.feedback.models.buckets import Part, checked_batch, checked_dtype, parts
 from selm_jax.models import deberta, flops
 from selm_jax.models.decoder import abstract_params
 from selm_jax.models.families import read_config as read_decoder

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 
 from selm_jax.bench.clock import PEAKS
-from selm_jax.words import did_you_mean
+from selm_jax.shell.words import did_you_mean
 
 GIB = 2**30
 

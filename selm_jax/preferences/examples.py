@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from selm_jax import artifacts
+from selm_jax.shell import artifacts
 
 ROLES = ("chosen", "rejected", "explore")
 Ids: TypeAlias = tuple[int, ...]

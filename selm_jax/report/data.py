@@ -15,8 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from selm_jax import jsonl
-from selm_jax.artifacts import iterations
 from selm_jax.report.reading import (
     ReportError,
     json_file,
@@ -28,7 +26,9 @@ from selm_jax.report.reading import (
     table,
     wrong,
 )
-from selm_jax.sealed import sha256
+from selm_jax.shell import jsonl
+from selm_jax.shell.artifacts import iterations
+from selm_jax.shell.sealed import sha256
 
 STAGES = ("generate", "rank", "score", "train", "export", "evaluate")
 """The stages of one iteration in the order they run. Iteration 0 has only the last."""

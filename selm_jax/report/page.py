@@ -13,12 +13,12 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from selm_jax import artifacts
-from selm_jax.paths import check_file
 from selm_jax.report import figures, summary
 from selm_jax.report.curves import Legend, Plot, implicit_reward_plots, loss_plots
 from selm_jax.report.data import Answer, ReportError, RunData, Stage, flatten, report_data
 from selm_jax.report.plots import run_style, swatch
+from selm_jax.shell import artifacts
+from selm_jax.shell.paths import check_file
 
 MAX_PROMPTS = 256
 """Held-out prompts whose answers are on the page; all prompts enter all numbers and plots."""

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from selm_jax import proportions
 from selm_jax.report.data import ReportError, RunData
 from selm_jax.report.drawing import COLOURS, MARKERS, MUTED, PaperFigure, dashes, matrix, svg
 from selm_jax.report.summary import number
+from selm_jax.statistics import proportions
 
 # --- Figure 2: who beats whom ---------------------------------------------------------------------
 

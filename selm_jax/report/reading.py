@@ -11,9 +11,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from selm_jax import artifacts, jsonl
 from selm_jax.config import plain_yaml
-from selm_jax.sealed import fits, unsealed
+from selm_jax.shell import artifacts, jsonl
+from selm_jax.shell.sealed import fits, unsealed
 
 
 class ReportError(ValueError):

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from selm_jax import proportions
 from selm_jax.report.data import RunData
 from selm_jax.report.texts import TextMeasures, measure
+from selm_jax.statistics import proportions
 
 
 @dataclass(frozen=True)

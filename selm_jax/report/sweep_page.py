@@ -9,11 +9,11 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from selm_jax import artifacts
 from selm_jax.report import summary
 from selm_jax.report.curves import Legend, Plot, values_in_words
 from selm_jax.report.page import STYLE, templates
 from selm_jax.report.plots import Estimated, Series, estimates, lines, run_style, swatch
+from selm_jax.shell import artifacts
 
 
 @dataclass(frozen=True)

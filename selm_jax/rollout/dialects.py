@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from selm_jax.endpoint import ServerError
 from selm_jax.rollout.sampling import Sampling
+from selm_jax.shell.endpoint import ServerError
 
 
 class Said(NamedTuple):

@@ -23,9 +23,13 @@ from pathlib import Path
 import httpx2
 import numpy as np
 
-from selm_jax import artifacts, processes
 from selm_jax.config import Remote
-from selm_jax.endpoint import (
+from selm_jax.rollout import server_log
+from selm_jax.rollout.dialects import DIALECTS, Said, Served
+from selm_jax.rollout.engine import Request, Response
+from selm_jax.rollout.sampling import Sampling
+from selm_jax.shell import artifacts, processes
+from selm_jax.shell.endpoint import (
     Endpoint,
     ServerError,
     Tries,
@@ -35,10 +39,6 @@ from selm_jax.endpoint import (
     for_each,
     is_here,
 )
-from selm_jax.rollout import server_log
-from selm_jax.rollout.dialects import DIALECTS, Said, Served
-from selm_jax.rollout.engine import Request, Response
-from selm_jax.rollout.sampling import Sampling
 from selm_jax.weights.sources import cache_root
 
 _LOOK_EVERY = 0.5  # seconds between two looks whether the server is there

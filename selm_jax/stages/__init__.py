@@ -19,22 +19,22 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from selm_jax import artifacts, jsonl
 from selm_jax.config import as_dict, user_code_in
-from selm_jax.feedback.acquisition import MODEL_BASED
 from selm_jax.feedback.ranker import folders_of
-from selm_jax.memory import release
 from selm_jax.parallel import multihost
-from selm_jax.run import Run
+from selm_jax.preferences.acquisition import MODEL_BASED
+from selm_jax.run.run import Run
+from selm_jax.shell import artifacts, jsonl
+from selm_jax.shell.memory import release
+from selm_jax.shell.store import Store
+from selm_jax.shell.user_code import source_digest
 from selm_jax.stages import asking
 from selm_jax.stages.evaluate import evaluate, has_pairs
 from selm_jax.stages.generate import Counts, generate
 from selm_jax.stages.rank import rank
 from selm_jax.stages.score import score
 from selm_jax.stages.train import export, train_policy
-from selm_jax.store import Store
 from selm_jax.text.prompts import digest as prompts_digest
-from selm_jax.user_code import source_digest
 
 
 @dataclasses.dataclass(frozen=True)

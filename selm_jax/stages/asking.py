@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from selm_jax import artifacts, parts
 from selm_jax.evaluation.cost import judges
-from selm_jax.feedback.judge_unread import UnreadableJudge, mostly, too_many
+from selm_jax.feedback.judge.unread import UnreadableJudge, mostly, too_many
 from selm_jax.feedback.ranker import Question, counted, prompts_together, reported
 from selm_jax.parallel import multihost
-from selm_jax.run import Run
-from selm_jax.store import Store
+from selm_jax.run.run import Run
+from selm_jax.shell import artifacts, parts
+from selm_jax.shell.store import Store
 
 Scores = list[list[float | None]]  # by prompt and candidate; None: a judge was not readable
 Told = dict[str, int | float]  # what a ranker reports

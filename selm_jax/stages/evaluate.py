@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from selm_jax import artifacts
 from selm_jax.evaluation import frontier
 from selm_jax.evaluation import pairs as pair_rewards
 from selm_jax.evaluation.pairs import answered_pair
@@ -22,8 +21,9 @@ from selm_jax.preferences.examples import Example
 from selm_jax.preferences.own_answers import rated_example
 from selm_jax.rollout.engine import Request
 from selm_jax.rollout.sampling import Sampling
-from selm_jax.rows import question
-from selm_jax.run import Run, RunError
+from selm_jax.run.rows import question
+from selm_jax.run.run import Run, RunError
+from selm_jax.shell import artifacts
 from selm_jax.stages.asking import check_read, scores_of, unread
 from selm_jax.stages.generate import Counts, response_row
 from selm_jax.stages.score import logps_of, rewards_of, too_long

@@ -10,11 +10,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute
 
-from selm_jax import artifacts, parts
 from selm_jax.parallel import multihost
 from selm_jax.rollout.engine import Request, Response
 from selm_jax.rollout.remote import Server, named
-from selm_jax.run import Run
+from selm_jax.run.run import Run
+from selm_jax.shell import artifacts, parts
 from selm_jax.text.prompts import Prompt
 
 Counts = dict[str, Any]

@@ -9,18 +9,20 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from selm_jax import artifacts
 from selm_jax.annotate.store import AnnotationError, Store
 from selm_jax.config import as_dict
-from selm_jax.feedback.acquisition import MODEL_BASED, Prospect, best
 from selm_jax.feedback.human import Human, items_of, store_of
-from selm_jax.feedback.labels import label
-from selm_jax.feedback.pairs import Candidate, Dropped, Pair, Report, draws, ranks, select
 from selm_jax.feedback.ranker import Question
 from selm_jax.parallel import multihost
+from selm_jax.preferences.acquisition import MODEL_BASED, Prospect, best
+from selm_jax.preferences.candidates import Candidate, Dropped, Pair
 from selm_jax.preferences.examples import ROLES, Example
-from selm_jax.rows import question
-from selm_jax.run import Run
+from selm_jax.preferences.labels import label
+from selm_jax.preferences.selection import draws, ranks, select
+from selm_jax.preferences.selection_report import Report
+from selm_jax.run.rows import question
+from selm_jax.run.run import Run
+from selm_jax.shell import artifacts
 from selm_jax.stages.asking import scores_in_parts, unread
 from selm_jax.stages.generate import RESPONSES, Counts, response_files
 from selm_jax.text.answers import answer_ids, check_spelled

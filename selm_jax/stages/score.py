@@ -7,13 +7,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from selm_jax import artifacts
 from selm_jax.models.decoder import Params
 from selm_jax.parallel import multihost
 from selm_jax.preferences.examples import ROLES, Example, to_table
 from selm_jax.preferences.own_answers import rated_example
 from selm_jax.preferences.packing import common_shape
-from selm_jax.run import Run, RunError
+from selm_jax.run.run import Run, RunError
+from selm_jax.shell import artifacts
 from selm_jax.stages.generate import Counts
 from selm_jax.stages.rank import RANKED
 from selm_jax.text.layout import paper_row

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import jax
 
-from selm_jax import artifacts
 from selm_jax.models.lora import merge
 from selm_jax.models.quantize import dequantize
 from selm_jax.parallel import multihost
 from selm_jax.preferences.examples import from_parquet, reference_of, start_of
-from selm_jax.run import Run, RunError
+from selm_jax.run.run import Run, RunError
+from selm_jax.shell import artifacts
+from selm_jax.shell.store import Store
 from selm_jax.stages.generate import Counts
-from selm_jax.store import Store
 from selm_jax.training.checkpoint import Checkpoints
 from selm_jax.training.loop import Plan, train
 from selm_jax.training.state import TrainState

@@ -27,15 +27,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from selm_jax import artifacts
 from selm_jax.iterate import iterate
-from selm_jax.lock import only_one
-from selm_jax.memory import release
 from selm_jax.parallel import multihost
-from selm_jax.progress import terminal
 from selm_jax.report import sweep_page
-from selm_jax.run import Run
-from selm_jax.store import Store
+from selm_jax.run.run import Run
+from selm_jax.shell import artifacts
+from selm_jax.shell.lock import only_one
+from selm_jax.shell.memory import release
+from selm_jax.shell.progress import terminal
+from selm_jax.shell.store import Store
 from selm_jax.sweep.plan import Sweep
 from selm_jax.sweep.table import as_csv, shared, table
 

@@ -15,13 +15,13 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from selm_jax.commands.tiny import shrink
 from selm_jax.config import ConfigError, Experiment, as_dict, load
 from selm_jax.config.file import explained, listed, read_with_places
 from selm_jax.parallel import multihost
-from selm_jax.paths import claim, place
-from selm_jax.progress import terminal
-from selm_jax.ranges import Seed
-from selm_jax.tiny import shrink
+from selm_jax.shell.paths import claim, place
+from selm_jax.shell.progress import terminal
+from selm_jax.shell.ranges import Seed
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))

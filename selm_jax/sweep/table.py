@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from selm_jax import artifacts, proportions
-from selm_jax.evaluation.crossed import estimate
-from selm_jax.evaluation.intervals import bounded
 from selm_jax.lab.stats import holm
 from selm_jax.report.data import RunData, report_data
 from selm_jax.report.sweep_page import Interval, Row
+from selm_jax.shell import artifacts
+from selm_jax.statistics import proportions
+from selm_jax.statistics.crossed import estimate
+from selm_jax.statistics.intervals import bounded
 from selm_jax.sweep.plan import Cell, Sweep
 
 _Range = tuple[int, int] | None

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from selm_jax import jsonl
+from selm_jax.shell import jsonl
 from selm_jax.text.tables import BadRow
 
 _DEEPEST = 64  # lists and objects inside each other, in a row

@@ -8,9 +8,9 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from selm_jax.shell.words import did_you_mean
 from selm_jax.text.cells import as_number, carried, check, shortened, unwrapped
 from selm_jax.text.tables import BadRow, DataError, Row
-from selm_jax.words import did_you_mean
 
 ROLES = ("system", "user", "assistant")
 

@@ -29,6 +29,7 @@ import numpy as np
 from etils import epath
 
 from selm_jax.config import Data, Experiment
+from selm_jax.shell.threads import of_each
 from selm_jax.text import tables
 from selm_jax.text.conversations import (
     Columns,
@@ -39,7 +40,6 @@ from selm_jax.text.conversations import (
     parse,
 )
 from selm_jax.text.tables import BadRow, DataError, Row
-from selm_jax.threads import of_each
 
 __all__ = [
     "DataError",

@@ -20,8 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
-from selm_jax import jsonl
-from selm_jax.words import did_you_mean
+from selm_jax.shell import jsonl
+from selm_jax.shell.words import did_you_mean
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".arrow")
 _TEXTS = (".jsonl", ".json", ".csv", ".tsv")

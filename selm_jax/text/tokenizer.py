@@ -17,7 +17,7 @@ from typing import Any
 
 import tokenizers
 
-from selm_jax import json_file
+from selm_jax.shell import json_file
 
 FILE = "tokenizer.json"
 CONFIG = "tokenizer_config.json"

@@ -8,7 +8,7 @@ until then.
 
 Every process hashes the files that it has written, in the background too, and the first one what
 belongs to none; when a checkpoint is read, the processes hash equal shares of it. So every byte is
-hashed once on writing and once on reading, however many hosts there are (`selm_jax.sealed` says what
+hashed once on writing and once on reading, however many hosts there are (`selm_jax.shell.sealed` says what
 that costs).
 
 The order of the data is a function of the step, so there is nothing else to save. When the last
@@ -26,10 +26,10 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from selm_jax import artifacts
 from selm_jax.models.decoder import Params
 from selm_jax.parallel import multihost
-from selm_jax.sealed import sha256_of
+from selm_jax.shell import artifacts
+from selm_jax.shell.sealed import sha256_of
 from selm_jax.training.state import TrainState
 from selm_jax.weights.sources import cache_root
 

@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from selm_jax.json_file import POINTER, JsonFileError, is_pointer, read_object
+from selm_jax.shell.json_file import POINTER, JsonFileError, is_pointer, read_object
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

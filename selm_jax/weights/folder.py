@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from selm_jax.paths import is_leftover
+from selm_jax.shell.paths import is_leftover
 from selm_jax.weights.files import INDEX, WHOLE, WeightsError, damage_of, read_index
 from selm_jax.weights.wheels import sha256_of
 

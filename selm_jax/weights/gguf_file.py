@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from gguf import GGUFReader, ReaderTensor
 
-from selm_jax.json_file import POINTER, is_pointer
+from selm_jax.shell.json_file import POINTER, is_pointer
 
 T = TypeVar("T")
 

@@ -31,8 +31,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from rich.console import Console
 
-from selm_jax.paths import PathError, place
-from selm_jax.progress import terminal
+from selm_jax.shell.paths import PathError, place
+from selm_jax.shell.progress import terminal
 from selm_jax.weights.files import INDEX, WHOLE, index_is_passed_over
 from selm_jax.weights.folder import (
     LICENCES,

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from selm_jax.annotate import patience, server
 from selm_jax.annotate.store import Store
-from selm_jax.feedback.judge_cache import AnswerCache
+from selm_jax.feedback.judge.cache import AnswerCache
 
 BATCH = "run/iteration_1"
 TOKEN = "a-token-for-the-tests-0123456789"

@@ -10,10 +10,11 @@ import jax
 import pytest
 from rich.console import Console
 
-from selm_jax import bench, memory
+from selm_jax import bench
 from selm_jax.bench import clock, command
 from selm_jax.bench.work import _examples
 from selm_jax.models.config import DecoderConfig, LayerKind, Rope
+from selm_jax.shell import memory
 
 SIZES = bench.Sizes(prompt=8, response=24, examples=5, rows=8, row_length=96, slots=4, steps=2)
 

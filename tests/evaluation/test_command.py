@@ -16,7 +16,7 @@ from selm_jax import config
 from selm_jax.evaluation.command import app
 from selm_jax.iterate import iterate
 from selm_jax.parallel.mesh import make_mesh
-from selm_jax.run import Run
+from selm_jax.run.run import Run
 
 pytestmark = pytest.mark.slow
 
@@ -27,7 +27,7 @@ def run(tmp_path_factory):
     file = tiny.experiment(tmp_path_factory.mktemp("command"))
     with pytest.MonkeyPatch.context() as patch:
         one = jax.devices()[:1]
-        patch.setattr("selm_jax.run.make_mesh", lambda sizes, *_, **__: make_mesh(sizes, one))
+        patch.setattr("selm_jax.run.run.make_mesh", lambda sizes, *_, **__: make_mesh(sizes, one))
         settings = ["objective.beta=0.3", "feedback.settings={target: 20}"]
         done = Run(config.load(file, settings), Console(quiet=True))
         iterate(done)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from selm_jax import proportions
 from selm_jax.evaluation.equal_length import RIDGE, Comparisons, estimate, fit
+from selm_jax.statistics import proportions
 
 
 def compared(y, lengths, prompt=None):

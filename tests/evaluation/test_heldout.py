@@ -19,7 +19,7 @@ from selm_jax.evaluation.answers import Asked, read
 from selm_jax.evaluation.contestants import contestants
 from selm_jax.evaluation.model import find, open_found
 from selm_jax.feedback import ranker as rankers
-from selm_jax.feedback.judge_budget import JudgeError
+from selm_jax.feedback.judge.budget import JudgeError
 from selm_jax.models.decoder import Decoder
 from selm_jax.text.conversations import Message, Prompt
 from selm_jax.weights.huggingface import load

@@ -11,12 +11,12 @@ import pytest
 from rich.console import Console
 from tiny import PROMPTS, experiment
 
-from selm_jax import artifacts
 from selm_jax.evaluation import EvaluationError
 from selm_jax.evaluation.model import Model, find, open_model
 from selm_jax.models.decoder import Decoder
 from selm_jax.parallel.mesh import make_mesh
 from selm_jax.preferences.examples import Example
+from selm_jax.shell import artifacts
 from selm_jax.text.conversations import Message
 from selm_jax.weights.huggingface import load
 

@@ -12,7 +12,7 @@ from tiny import PROMPTS, experiment, make_model
 from selm_jax.config import load
 from selm_jax.parallel.mesh import make_mesh
 from selm_jax.report import page
-from selm_jax.run import Run
+from selm_jax.run.run import Run
 from selm_jax.stages import EVALUATE
 
 
@@ -22,7 +22,7 @@ def run(tmp_path, monkeypatch):
     import jax
 
     monkeypatch.setattr(
-        "selm_jax.run.make_mesh", lambda sizes, *_, **__: make_mesh(sizes, jax.devices()[:1])
+        "selm_jax.run.run.make_mesh", lambda sizes, *_, **__: make_mesh(sizes, jax.devices()[:1])
     )
     file = experiment(tmp_path, evaluation__samples=2)
     rows = [
@@ -119,7 +119,7 @@ def test_data_without_pairs_gives_none(tmp_path, monkeypatch):
     import jax
 
     monkeypatch.setattr(
-        "selm_jax.run.make_mesh", lambda sizes, *_, **__: make_mesh(sizes, jax.devices()[:1])
+        "selm_jax.run.run.make_mesh", lambda sizes, *_, **__: make_mesh(sizes, jax.devices()[:1])
     )
     run = Run(load(experiment(tmp_path)), Console(quiet=True))
     run.open()

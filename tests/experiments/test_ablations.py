@@ -8,13 +8,13 @@ import jax
 import pytest
 from rich.console import Console
 
+from selm_jax.commands.tiny import ROWS
 from selm_jax.config import as_dict, load
 from selm_jax.parallel.mesh import make_mesh
 from selm_jax.sweep import sweep
 from selm_jax.sweep.plan import plan
 from selm_jax.sweep.table import table
 from selm_jax.text.prompts import portion
-from selm_jax.tiny import ROWS
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 ABLATIONS = EXPERIMENTS / "ablations"
@@ -116,7 +116,7 @@ def test_the_study_compares_at_equal_queries():
 def test_a_rehearsal_of_all_cells(file, tmp_path, monkeypatch):
     """Every setting runs to its end: tiny models, the files' own settings."""
     monkeypatch.setattr(
-        "selm_jax.run.make_mesh", lambda sizes, *_, **__: make_mesh(sizes, jax.devices()[:1])
+        "selm_jax.run.run.make_mesh", lambda sizes, *_, **__: make_mesh(sizes, jax.devices()[:1])
     )
     rehearsal = plan(ABLATIONS / file, output=str(tmp_path / "runs"), tiny=True)
     sweep(rehearsal, Console(quiet=True))

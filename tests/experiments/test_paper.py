@@ -14,15 +14,15 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from selm_jax import cli, config
+from selm_jax.commands.tiny import _FAMILIES, ROWS, make_model, shrink
 from selm_jax.config import ConfigError, as_dict
 from selm_jax.iterate import iterate
 from selm_jax.parallel.mesh import make_mesh
 from selm_jax.preferences.batches import updates_per_epoch
-from selm_jax.run import Run, RunError
+from selm_jax.run.run import Run, RunError
 from selm_jax.text.chat import Chat
 from selm_jax.text.layout import truncate
 from selm_jax.text.prompts import portion
-from selm_jax.tiny import _FAMILIES, ROWS, make_model, shrink
 from selm_jax.training.optimizer import learning_rate
 from selm_jax.weights.huggingface import load
 
@@ -50,7 +50,8 @@ ALPHA = {"zephyr_7b": 1e-3, "llama3_8b": 1e-4, "phi3_mini": 1e-3}
 def one_device():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "selm_jax.run.make_mesh", lambda sizes, *_, **__: make_mesh(sizes, jax.devices()[:1])
+            "selm_jax.run.run.make_mesh",
+            lambda sizes, *_, **__: make_mesh(sizes, jax.devices()[:1]),
         )
         yield
 

@@ -10,6 +10,7 @@ from selm_jax.parallel.mesh import make_mesh
 def one_device_for_runs():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "selm_jax.run.make_mesh", lambda sizes, *_, **__: make_mesh(sizes, jax.devices()[:1])
+            "selm_jax.run.run.make_mesh",
+            lambda sizes, *_, **__: make_mesh(sizes, jax.devices()[:1]),
         )
         yield

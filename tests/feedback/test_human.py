@@ -16,11 +16,11 @@ from rich.console import Console
 
 from selm_jax import cli, config
 from selm_jax.annotate.store import AnnotationError, Store
-from selm_jax.artifacts import Stages
 from selm_jax.feedback.human import STORE, Human, human
 from selm_jax.feedback.ranker import FeedbackError, Question, build, reported
 from selm_jax.iterate import run_stage
-from selm_jax.run import Run
+from selm_jax.run.run import Run
+from selm_jax.shell.artifacts import Stages
 from selm_jax.stages.rank import put_questions
 from selm_jax.text.prompts import Message
 

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from selm_jax.artifacts import ArtifactError
 from selm_jax.models.decoder import abstract_params
 from selm_jax.parallel import multihost
 from selm_jax.parallel.mesh import make_mesh
 from selm_jax.parallel.rules import TRAINING, shardings
+from selm_jax.shell.artifacts import ArtifactError
 from selm_jax.training import checkpoint as checkpoint_module
 from selm_jax.training.checkpoint import Checkpoints
 from selm_jax.training.optimizer import optimizer
@@ -255,7 +255,7 @@ def test_a_save_that_fails_says_so_and_leaves_the_one_before(state_on, tmp_path,
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr("selm_jax.artifacts.flush", full)
+        patch.setattr("selm_jax.shell.artifacts.flush", full)
         checkpoints.save(state_on((1, 1, 1), 2))
         with pytest.raises(ArtifactError, match="No space left on device.*is whole"):
             checkpoints.wait()

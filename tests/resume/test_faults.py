@@ -12,10 +12,11 @@ import runs
 import tiny
 from rich.console import Console
 
-from selm_jax import artifacts, cli, config
-from selm_jax.artifacts import ArtifactError
+from selm_jax import cli, config
 from selm_jax.iterate import iterate
-from selm_jax.run import Run
+from selm_jax.run.run import Run
+from selm_jax.shell import artifacts
+from selm_jax.shell.artifacts import ArtifactError
 
 QUIET = Console(quiet=True)
 

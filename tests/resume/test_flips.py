@@ -16,12 +16,13 @@ import runs
 import tiny
 from rich.console import Console
 
-from selm_jax import config, parts
+from selm_jax import config
 from selm_jax.cli import _is_for_the_user
 from selm_jax.iterate import iterate
 from selm_jax.parallel import multihost
 from selm_jax.report import page
-from selm_jax.run import Run
+from selm_jax.run.run import Run
+from selm_jax.shell import parts
 
 pytestmark = pytest.mark.slow
 
@@ -76,7 +77,7 @@ def stopped_in(stage, file, where):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(where)
-        patch.setattr("selm_jax.parts.write", write_and_count)
+        patch.setattr("selm_jax.shell.parts.write", write_and_count)
         patch.setattr(Run, "log", log_and_count)
         try:
             with pytest.raises(multihost.Stopped):

@@ -15,7 +15,7 @@ def one_device():
     first = jax.devices()[:1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "selm_jax.run.make_mesh",
+            "selm_jax.run.run.make_mesh",
             lambda sizes, devices=None, **_: make_mesh(sizes, devices or first),
         )
         patch.delenv("XLA_FLAGS", raising=False)  # for the processes that tests start

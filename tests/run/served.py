@@ -9,10 +9,10 @@ import forked
 import pytest
 
 from selm_jax.config import Remote
-from selm_jax.endpoint import Endpoint
 from selm_jax.rollout import remote
 from selm_jax.rollout.remote import Server
 from selm_jax.rollout.sampling import Sampling
+from selm_jax.shell.endpoint import Endpoint
 
 FOLDER = Path("/models/policy")
 

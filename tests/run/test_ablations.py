@@ -15,7 +15,7 @@ from rich.console import Console
 from selm_jax import config
 from selm_jax.iterate import iterate
 from selm_jax.preferences.examples import from_parquet
-from selm_jax.run import Run
+from selm_jax.run.run import Run
 from selm_jax.stages.score import logps_of
 
 QUIET = Console(quiet=True)

@@ -12,15 +12,16 @@ import pytest
 import tiny
 from rich.console import Console
 
-from selm_jax import artifacts, config, parts
+from selm_jax import config
 from selm_jax.config import ConfigError
 from selm_jax.iterate import run_stage
 from selm_jax.parallel import multihost
 from selm_jax.parallel.multihost import Stopped
-from selm_jax.run import Run
+from selm_jax.run.run import Run
+from selm_jax.shell import artifacts, parts
+from selm_jax.shell.store import Store
 from selm_jax.stages import asking
 from selm_jax.stages.rank import pool_of
-from selm_jax.store import Store
 
 QUIET = Console(quiet=True)
 FOUR = "feedback.prompts_per_part=4"  # of ten prompts: parts of 4, 4 and 2

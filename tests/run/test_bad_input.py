@@ -12,8 +12,9 @@ import time
 import pytest
 import tiny
 
-from selm_jax import artifacts, cli
-from selm_jax.lock import only_one
+from selm_jax import cli
+from selm_jax.shell import artifacts
+from selm_jax.shell.lock import only_one
 
 
 @pytest.fixture(scope="module")

@@ -12,14 +12,14 @@ from flax.traverse_util import flatten_dict
 from rich.console import Console
 
 from selm_jax import cli, config
-from selm_jax.artifacts import ArtifactError
 from selm_jax.iterate import iterate, run_stage
 from selm_jax.parallel import multihost
 from selm_jax.preferences.examples import from_parquet
 from selm_jax.report import page
 from selm_jax.report.data import ReportError
-from selm_jax.run import Run, RunError
-from selm_jax.sealed import seal, unsealed
+from selm_jax.run.run import Run, RunError
+from selm_jax.shell.artifacts import ArtifactError
+from selm_jax.shell.sealed import seal, unsealed
 from selm_jax.stages.score import logps_of
 from selm_jax.stages.train import plan_of
 from selm_jax.weights.huggingface import load

@@ -9,11 +9,12 @@ import tiny
 import yaml
 from rich.console import Console
 
-from selm_jax import artifacts, cli, config
+from selm_jax import cli, config
 from selm_jax.annotate import server
 from selm_jax.iterate import iterate, run_stage
-from selm_jax.run import Run, RunError
-from selm_jax.sealed import sha256
+from selm_jax.run.run import Run, RunError
+from selm_jax.shell import artifacts
+from selm_jax.shell.sealed import sha256
 
 MODULE = """
 import pathlib

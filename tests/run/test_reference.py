@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pyarrow.parquet as pq
 import pytest
 
-from selm_jax import artifacts
 from selm_jax.preferences.examples import SCHEMA, Example, reference_of, to_table
+from selm_jax.shell import artifacts
 from selm_jax.stages.train import checkpoints_of
 
 scoring = importlib.import_module("selm_jax.stages.score")  # a function hides the module

@@ -22,15 +22,15 @@ from rich.console import Console
 from served import FOLDER, client, command, no_long_waits, own_cache  # noqa: F401
 
 from selm_jax import config
-from selm_jax.artifacts import ArtifactError
 from selm_jax.config import Remote
-from selm_jax.endpoint import ServerError
 from selm_jax.iterate import iterate, run_stage
 from selm_jax.rollout import remote
 from selm_jax.rollout.engine import Request
 from selm_jax.rollout.remote import Server
 from selm_jax.rollout.sampling import Sampling
-from selm_jax.run import Run
+from selm_jax.run.run import Run
+from selm_jax.shell.artifacts import ArtifactError
+from selm_jax.shell.endpoint import ServerError
 
 QUIET = Console(quiet=True)
 
@@ -359,7 +359,7 @@ def test_a_server_that_does_not_want_to_end_is_made_to(tmp_path, monkeypatch):
 def test_a_server_ends_with_the_process_that_started_it(tmp_path, number):
     file = tmp_path / "pid"
     code = (
-        "import sys, time\nfrom selm_jax import processes\n"
+        "import sys, time\nfrom selm_jax.shell import processes\n"
         f"processes.start(['sh', '-c', 'echo $$ > {file}; exec sleep 600'], open('/dev/null', 'wb'))\n"
         "time.sleep(600)"
     )

@@ -14,11 +14,11 @@ from rich.console import Console
 from served import FOLDER, client, command, no_long_waits, own_cache  # noqa: F401
 
 from selm_jax import config
-from selm_jax.endpoint import ServerError
 from selm_jax.iterate import iterate, run_stage
 from selm_jax.rollout import remote, server_log
 from selm_jax.rollout.engine import Request
-from selm_jax.run import Run
+from selm_jax.run.run import Run
+from selm_jax.shell.endpoint import ServerError
 
 QUIET = Console(quiet=True)
 REQUESTS = [Request(i, (5, 6), 1, 1) for i in range(20)]

@@ -13,14 +13,15 @@ import pytest
 import tiny
 from rich.console import Console
 
-from selm_jax import config, preview
-from selm_jax.artifacts import ArtifactError
+from selm_jax import config
+from selm_jax.commands import preview
 from selm_jax.feedback.ranker import Question, build
 from selm_jax.iterate import iterate
 from selm_jax.models.config import ScalarHead
 from selm_jax.models.families import read_config
 from selm_jax.preferences.examples import ExampleError, from_parquet
-from selm_jax.run import Run, RunError
+from selm_jax.run.run import Run, RunError
+from selm_jax.shell.artifacts import ArtifactError
 from selm_jax.stages import STAGES
 from selm_jax.text.prompts import DataError, Message
 

@@ -11,11 +11,11 @@ import tiny
 from rich.console import Console
 
 from selm_jax import cli, config
+from selm_jax.commands.preview import preview
 from selm_jax.feedback.ranker import FeedbackError
 from selm_jax.preferences.own_answers import rated_example
-from selm_jax.preview import preview
-from selm_jax.rows import RunError
-from selm_jax.run import Run
+from selm_jax.run.rows import RunError
+from selm_jax.run.run import Run
 from selm_jax.text.chat import UnusableAnswer
 from selm_jax.text.prompts import DataError
 from selm_jax.text.template import Template

@@ -9,10 +9,11 @@ import pytest
 import tiny
 from rich.console import Console
 
-from selm_jax import artifacts, config, stages
-from selm_jax.lock import only_one
-from selm_jax.paths import claim
-from selm_jax.run import Run, RunError
+from selm_jax import config, stages
+from selm_jax.run.run import Run, RunError
+from selm_jax.shell import artifacts
+from selm_jax.shell.lock import only_one
+from selm_jax.shell.paths import claim
 from selm_jax.stages.generate import RESPONSES, response_files
 from selm_jax.stages.rank import rank
 from selm_jax.stages.score import paired_examples

@@ -11,12 +11,12 @@ from rich.console import Console
 from scripted_judge import Judge
 
 from selm_jax import config
-from selm_jax.feedback.judge_unread import UnreadableJudge
+from selm_jax.feedback.judge.unread import UnreadableJudge
 from selm_jax.iterate import run_stage
 from selm_jax.report import page
 from selm_jax.report.data import report_data
 from selm_jax.report.summary import paragraph
-from selm_jax.run import Run
+from selm_jax.run.run import Run
 
 PROSE = "It is fine, I think."
 

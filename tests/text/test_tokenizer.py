@@ -11,7 +11,7 @@ import pytest
 import tokenizers
 from tokenizer_folders import KINDS, texts, write
 
-from selm_jax.feedback.pairrm_inputs import read_backend as pairrm_backend
+from selm_jax.feedback.models.pairrm_inputs import read_backend as pairrm_backend
 from selm_jax.text.chat import Chat, ChatError, Message
 from selm_jax.text.tokenizer import Tokenizer
 

@@ -16,8 +16,8 @@ import pyarrow as pa
 import pytest
 import yaml
 
-from selm_jax import artifacts, parts
-from selm_jax.lock import only_one
+from selm_jax.shell import artifacts, parts
+from selm_jax.shell.lock import only_one
 from selm_jax.training import checkpoint
 
 FOLDER = Path(__file__).parents[2] / "tpu_setup"

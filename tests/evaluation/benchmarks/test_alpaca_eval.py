@@ -16,15 +16,14 @@ import pytest
 from scipy import optimize
 from typer.testing import CliRunner
 
-from selm_jax.artifacts import ArtifactError
 from selm_jax.cli import app
-from selm_jax.evaluation import EvaluationError, alpaca_eval_set
-from selm_jax.evaluation import alpaca_eval as alpaca
-from selm_jax.evaluation import alpaca_eval_annotate as annotate
-from selm_jax.evaluation import alpaca_eval_lc as lc
-from selm_jax.evaluation import alpaca_eval_published as lc_published
-from selm_jax.evaluation import alpaca_eval_score as score
-from selm_jax.evaluation.alpaca_eval_set import (
+from selm_jax.evaluation import EvaluationError
+from selm_jax.evaluation.benchmarks.alpaca_eval import annotate, score
+from selm_jax.evaluation.benchmarks.alpaca_eval import evaluate as alpaca
+from selm_jax.evaluation.benchmarks.alpaca_eval import instructions as alpaca_eval_set
+from selm_jax.evaluation.benchmarks.alpaca_eval import length_controlled as lc
+from selm_jax.evaluation.benchmarks.alpaca_eval import published as lc_published
+from selm_jax.evaluation.benchmarks.alpaca_eval.instructions import (
     BASELINE,
     Known,
     check_annotations,
@@ -33,8 +32,9 @@ from selm_jax.evaluation.alpaca_eval_set import (
     read_set,
 )
 from selm_jax.evaluation.model import Model
-from selm_jax.feedback.judge_budget import JudgeError
-from selm_jax.feedback.judge_client import Client
+from selm_jax.feedback.judge.budget import JudgeError
+from selm_jax.feedback.judge.client import Client
+from selm_jax.shell.artifacts import ArtifactError
 
 INSTRUCTIONS = ("Sing!", "What is a river?", 'Say {output_1} and {"a": 1}.', "Why?", "Count to 3.")
 BASELINES = ("La la.", "Water that runs\u2028downhill.", "I say {output_2}.", "Because.", "1 2 3")

@@ -11,13 +11,19 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from selm_jax import artifacts
 from selm_jax.cli import app
-from selm_jax.evaluation import EvaluationError, alpaca_eval_set
-from selm_jax.evaluation import alpaca_eval as alpaca
-from selm_jax.evaluation import alpaca_eval_lc as lc
-from selm_jax.evaluation import alpaca_eval_published as repo
-from selm_jax.evaluation.alpaca_eval_set import BASELINE, Known, check_annotations, read_annotations
+from selm_jax.evaluation import EvaluationError
+from selm_jax.evaluation.benchmarks.alpaca_eval import evaluate as alpaca
+from selm_jax.evaluation.benchmarks.alpaca_eval import instructions as alpaca_eval_set
+from selm_jax.evaluation.benchmarks.alpaca_eval import length_controlled as lc
+from selm_jax.evaluation.benchmarks.alpaca_eval import published as repo
+from selm_jax.evaluation.benchmarks.alpaca_eval.instructions import (
+    BASELINE,
+    Known,
+    check_annotations,
+    read_annotations,
+)
+from selm_jax.shell import artifacts
 
 N = 120
 REPOSITORY = "ALPACA_EVAL_REPOSITORY"  # names a clone, for the test that wants the real files

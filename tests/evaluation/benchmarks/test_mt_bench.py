@@ -16,18 +16,18 @@ import pytest
 from scipy import stats
 from typer.testing import CliRunner
 
-from selm_jax.artifacts import ArtifactError
 from selm_jax.cli import app
 from selm_jax.evaluation import EvaluationError
-from selm_jax.evaluation import mt_bench as bench
-from selm_jax.evaluation import mt_bench_judge as judging
-from selm_jax.evaluation import mt_bench_judgments as verdicts
-from selm_jax.evaluation import mt_bench_score as score
-from selm_jax.evaluation.benchmark_files import Journal
+from selm_jax.evaluation.benchmarks.files import Journal
+from selm_jax.evaluation.benchmarks.mt_bench import answer as bench
+from selm_jax.evaluation.benchmarks.mt_bench import judge as judging
+from selm_jax.evaluation.benchmarks.mt_bench import judgments as verdicts
+from selm_jax.evaluation.benchmarks.mt_bench import score
 from selm_jax.evaluation.model import Model
-from selm_jax.feedback.judge_answer import Completion
-from selm_jax.feedback.judge_budget import JudgeError
-from selm_jax.feedback.judge_client import Client
+from selm_jax.feedback.judge.answer import Completion
+from selm_jax.feedback.judge.budget import JudgeError
+from selm_jax.feedback.judge.client import Client
+from selm_jax.shell.artifacts import ArtifactError
 
 CATEGORIES = ("writing", "math", "stem", "poetry", "math")
 QUESTIONS = [

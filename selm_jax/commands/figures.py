@@ -1,0 +1,196 @@
+"""`selm figures RUN ... -o DIR`: the paper's figures of these runs, as SVG with their data as CSV.
+
+    figure2_win_rates                 every iteration of every run against every other
+    figure3_rewards_by_run, ..._by_iteration_RUN      histograms of held-out rewards
+    figure4_implicit_rewards          of chosen and rejected responses, SELM minus DPO, sorted
+    figure5_own_samples               the same of each policy's own held-out samples
+    figure6_one_change                held-out reward where one setting differs from the first run
+
+Figures 2, 3, 5 and 6 need what the runs have stored. Figure 4 runs the policies over preference pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from selm_jax.preferences.examples import Example, from_parquet
+from selm_jax.report import paper
+from selm_jax.report.data import RunData, report_data
+from selm_jax.report.drawing import PaperFigure
+from selm_jax.report.paper import Implicit
+from selm_jax.report.published import figures as published_figures
+from selm_jax.run.run import Run, RunError
+from selm_jax.shell import artifacts
+from selm_jax.shell.progress import terminal
+from selm_jax.stages.evaluate import fitting_pairs, has_pairs
+from selm_jax.stages.score import logps_of
+from selm_jax.text.prompts import load_prompts
+
+ROLES = ("chosen", "rejected")
+
+
+def write(
+    runs: Sequence[Run],
+    out: Path,
+    *,
+    pairs: str | None = None,
+    published: bool = False,
+    console: Console | None = None,
+) -> list[Path]:
+    """Writes each figure that these runs have the data for; says which ones they have not.
+
+    Args:
+      pairs: preference pairs for figure 4, a file or Hub id with the columns prompt, chosen and
+        rejected; None: the held-out pairs of the runs' data, or else those of their iteration 1.
+      published: the paper's own tables and its authors' model cards too, marked as such.
+
+    Returns:
+      the drawings; the data of each lies beside it.
+
+    Raises:
+      RunError: nothing to draw.
+    """
+    console = console or terminal()
+    files = []
+    for figure in _figures(runs, pairs, published, console):
+        svg = out / f"{figure.name}.svg"
+        with artifacts.whole(svg) as partial:
+            partial.write_bytes(figure.svg)
+        artifacts.write_text(svg.with_suffix(".csv"), figure.csv())
+        files.append(svg)
+        console.print(f"{svg}  {len(figure.rows)} rows in {svg.stem}.csv", soft_wrap=True)
+    if not files:
+        raise RunError("no figure could be drawn: no run has been evaluated, and none is published")
+    return files
+
+
+def _figures(
+    runs: Sequence[Run], pairs: str | None, published: bool, console: Console
+) -> Iterator[PaperFigure]:
+    if published:
+        yield from published_figures.figures()
+    data = [report_data(run.folder) for run in runs]
+    if not data:
+        return
+    labels = short_labels(data)
+    if not all(each.answers for each in data):
+        console.print("figures 2, 3, 5, 6: left out, not every run has held-out answers")
+    else:
+        yield paper.win_rates(data, labels)
+        yield from paper.reward_histograms(data, labels)
+        if (found := paper.panels(data, labels)) is not None:
+            yield found
+    base = next((i for i, run in enumerate(runs) if _is_dpo(run)), None)
+    others = [i for i, run in enumerate(runs) if not _is_dpo(run)]
+    if base is None or not others:
+        console.print("figures 4 and 5: left out, they need a run of dpo (or alpha 0) and another")
+        return
+    yield from _own_samples(runs, data, labels, base, others)
+    yield _pairs(runs, labels, base, others, pairs, console)
+
+
+def short_labels(runs: Sequence[RunData]) -> list[str]:
+    """The runs' names; where these are not all different, what tells their folders apart."""
+    names = [run.name for run in runs]
+    if len(set(names)) == len(names):
+        return names
+    paths = [run.path.resolve().parts for run in runs]
+    while all(len(p) > 1 for p in paths) and len({p[0] for p in paths}) == 1:
+        paths = [p[1:] for p in paths]
+    while all(len(p) > 1 for p in paths) and len({p[-1] for p in paths}) == 1:
+        paths = [p[:-1] for p in paths]
+    return ["/".join(p) for p in paths]
+
+
+def _is_dpo(run: Run) -> bool:
+    return run.experiment.objective["loss"] == "dpo" or run.experiment.objective.get("alpha") == 0
+
+
+def _beta(run: Run) -> float:
+    beta = run.experiment.objective.get("beta")
+    if beta is None:
+        raise RunError(f"{run.folder}: the objective has no beta, so it has no implicit reward")
+    return float(beta)
+
+
+def _own_samples(
+    runs: Sequence[Run],
+    data: Sequence[RunData],
+    labels: Sequence[str],
+    base: int,
+    others: Sequence[int],
+) -> Iterator[PaperFigure]:
+    """Figure 5, after iteration 2 as in the paper, or after the last one that all runs have."""
+    t = min(2, *(max(each.evaluations, default=0) for each in data))
+    found = {i: paper.own_samples(data[i], labels[i], t, _beta(runs[i])) for i in (base, *others)}
+    rewards = [each.of["own samples"].values() for each in found.values()]
+    if t and all(any(map(math.isfinite, each)) for each in rewards):
+        title = f"Implicit reward of own samples after iteration {t} (reference: the start model)"
+        yield paper.implicit_differences(
+            "figure5_own_samples", title, found[base], [found[i] for i in others]
+        )
+
+
+def _pairs(
+    runs: Sequence[Run],
+    labels: Sequence[str],
+    base: int,
+    others: Sequence[int],
+    pairs: str | None,
+    console: Console,
+) -> PaperFigure:
+    """Figure 4, after iteration 1 as in the paper: there all runs have the same reference."""
+    source, examples = _examples(runs[base], pairs)
+    for i in others:
+        if pairs is None and _examples(runs[i], None)[1] != examples:
+            raise RunError(
+                f"figure 4: {runs[base].folder} and {runs[i].folder} have different {source}; name "
+                "pairs for both with --pairs"
+            )
+    console.print(f"figure 4: {len(examples)} {source}")
+    known: dict[str, list[tuple[float, ...]]] = {}
+
+    def logps(run: Run, folder: Path) -> list[tuple[float, ...]]:
+        key = artifacts.digest(folder)
+        if key not in known:
+            known[key] = logps_of(run, run.load(folder), examples)
+        return known[key]
+
+    def implicit(i: int) -> Implicit:
+        run = runs[i]
+        policy, reference = logps(run, run.policy(1)), logps(run, run.reference(1))
+        of = {
+            role: {
+                e.prompt_id: _beta(run) * (p[e.roles[role]] - r[e.roles[role]])
+                for e, p, r in zip(examples, policy, reference, strict=True)
+            }
+            for role in ROLES
+        }
+        return Implicit(labels[i], of)
+
+    title = f"Implicit reward after iteration 1, {len(examples)} {source}"
+    return paper.implicit_differences(
+        "figure4_implicit_rewards", title, implicit(base), [implicit(i) for i in others]
+    )
+
+
+def _examples(run: Run, pairs: str | None) -> tuple[str, list[Example]]:
+    """The pairs of figure 4 in words and as token ids, without stored log-probabilities.
+
+    Pairs that cannot be scored, or fit no row, are left out as evaluation leaves them out.
+    """
+    if pairs is not None:
+        prompts = map(run.with_system, load_prompts(pairs, chosen="chosen", rejected="rejected"))
+        return f"pairs of {pairs}", fitting_pairs(run, prompts)[0]
+    if has_pairs(run):
+        return "held-out pairs", fitting_pairs(run, run.heldout)[0]
+    stored = from_parquet(run.iteration(1) / "examples.parquet")
+    trained = [
+        Example.of(e.prompt_id, e.prompt, {role: e.responses[e.roles[role]] for role in ROLES})
+        for e in stored
+    ]
+    return "pairs that iteration 1 was trained on", trained

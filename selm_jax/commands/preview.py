@@ -1,0 +1,379 @@
+"""`selm preview`: what is going to be trained on, before anything is.
+
+Shows the first rows of an iteration as decoded tokens, coloured by role, and counts over all of
+them what goes wrong silently elsewhere: BOS and end tokens, cut, dropped, tied and over-long texts.
+It needs the tokenizer and the data. Where the run folder has the iteration's ranked pairs or
+examples already, those are shown.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from selm_jax.preferences.batches import examples_of, updates_per_epoch
+from selm_jax.preferences.examples import ROLES, Example, ExampleError, from_parquet
+from selm_jax.preferences.packing import assign_rows
+from selm_jax.run.run import Run, RunError
+from selm_jax.shell import artifacts
+from selm_jax.shell.user_code import is_user_code
+from selm_jax.stages import STAGES
+from selm_jax.stages.score import paired_examples
+from selm_jax.text.answers import answers
+from selm_jax.text.chat import Chat, ChatError, UnusableAnswer
+from selm_jax.text.layout import paper_row
+
+STYLES = {"prompt": "blue", "scored": "green", "padding": "bright_black"}
+LETTERS = {"prompt": "p", "scored": "s", "padding": "."}  # where there are no colours
+CUT = ("prompts_cut", "responses_cut")
+
+
+class Alone(NamedTuple):
+    """A prompt whose answers are not there yet; else as an `Example`."""
+
+    prompt_id: str
+    prompt: tuple[int, ...]
+    responses: tuple[tuple[int, ...], ...] = ()
+    roles: Mapping[str, int] = {}
+
+    def playing(self, role: str) -> tuple[int, ...]:
+        return ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Preview:
+    """The rows of an iteration and what became of the others.
+
+    Attributes:
+      source: where the rows come from, in words.
+      rows: those that are trained on, or that could be.
+      dropped: reason -> prompts.
+      cut: what `text.layout: paper` cut -> rows.
+      tied: prompts whose best and worst scores are equal; None before they are ranked.
+      changed: settings that are not those that the run's files were made with, in words.
+    """
+
+    source: str
+    rows: Sequence[Example | Alone]
+    dropped: Mapping[str, int]
+    cut: Mapping[str, int]
+    tied: int | None = None
+    changed: Sequence[str] = ()
+
+
+def preview(run: Run, t: int, count: int) -> None:
+    """Prints the first `count` rows of iteration t, and counts and lengths of all.
+
+    Raises:
+      RunError: there is no such iteration, or a prompt cannot be rendered.
+      ChatError: an answer of the data cannot be used, and `data.on_bad_row` does not drop it.
+    """
+    last = run.experiment.portions - run.experiment.data.first_portion + 1
+    if not 1 <= t <= last:
+        raise RunError(f"iteration {t}: the data has portions for iterations 1 to {last}")
+    console, found = run.console, collect(run, t)
+    e = run.experiment
+    console.print(f"iteration {t}, layout {e.text.layout}: {found.source}", soft_wrap=True)
+    if not run.imports and is_user_code(e.objective["loss"]):
+        what = "reward" if run.rates else "language"
+        console.print(
+            f"objective.loss is code of yours, which preview does not import: shown as for a {what} "
+            "model",
+            style="yellow", soft_wrap=True,
+        )  # fmt: skip
+    for line in run.told_of_rows():
+        console.print(line, style="yellow", soft_wrap=True)
+    for change in found.changed:
+        console.print(f"made with other settings: {change}", style="yellow", soft_wrap=True)
+    if _has_colour(console):
+        console.print(Text("  ").join(Text(role, style) for role, style in STYLES.items()), "\n")
+    for number, row in enumerate(found.rows[:count], start=1):
+        console.print(drawn(row, number, run.chat, console), soft_wrap=True, end="\n\n")
+    examples = [row for row in found.rows if isinstance(row, Example)]
+    if examples:
+        _print_packing(run, t, examples, count)
+    console.print(_counts(run, t, found), end="\n\n")
+    console.print(_histogram(found.rows, console.width, "#" if console.options.ascii_only else "█"))
+    try:
+        run.check_rows()
+    except (RunError, ChatError, ExampleError) as error:
+        console.print(f"selm run will stop here: {error}", style="red", soft_wrap=True)
+
+
+# --- the rows ----------------------------------------------------------------------------------
+
+
+def collect(run: Run, t: int) -> Preview:
+    """The rows of iteration t: of the run folder, if it has them, else of the data."""
+    folder = run.iteration(t)
+    if not (folder / "ranked.parquet").exists():
+        return _from_data(run, t)
+    columns = ["prompt_id", "score", "dropped", "chosen", "rejected"]
+    ranked = artifacts.read_table(folder / "ranked.parquet", columns=columns).to_pylist()
+    best = {row["prompt_id"]: row["score"] for row in ranked if row["chosen"]}
+    dropped = Counter({row["prompt_id"]: row["dropped"] for row in ranked}.values())
+    del dropped[None]
+    tied = dropped["tie"] + sum(
+        row["score"] == best[row["prompt_id"]]
+        for row in ranked
+        if row["rejected"] and row["score"] is not None  # pairs that are taught have none
+    )
+    record = artifacts.Stages(folder).read()
+    if (file := folder / "examples.parquet").exists():
+        rows, counts = from_parquet(file), record.get("score", {}).get("counts", {})
+        cut = {key: counts[key] for key in CUT if key in counts}
+    else:
+        file = folder / "ranked.parquet"
+        rows, cut = paired_examples(run, t)
+    changed = [
+        f"{key} was {before!r} and is now {now!r}"
+        for key, (before, now) in sorted(_changes(run, t, record).items())
+    ]
+    return Preview(str(file), rows, +dropped, cut, tied, changed)
+
+
+def _from_data(run: Run, t: int) -> Preview:
+    """The prompts with the data's answers, if these are to compete, or alone."""
+    e = run.experiment
+    rows: list[Example | Alone] = []
+    dropped, cut = Counter[str](), Counter[str]()
+    for prompt in run.prompts(t):
+        ids = run.prompt_ids(prompt)
+        texts = answers(prompt) if e.candidates.dataset else {}
+        if not texts:
+            rows.append(Alone(prompt.id, ids))
+        elif e.text.layout == "paper":
+            length = e.text.max_length, e.text.max_prompt_length
+            row = paper_row(run.chat, prompt.messages, texts, *length)
+            rows.append(Example.of(prompt.id, row.prompt, row.responses))
+            cut.update(prompts_cut=row.prompt_cut, responses_cut=row.responses_cut)
+        else:
+            try:
+                rows.append(run.own_answers.example(prompt) or Alone(prompt.id, ids))
+            except UnusableAnswer:
+                if e.data.on_bad_row == "error":
+                    raise
+                dropped["unusable_answer"] += 1
+    with_answers = "with its answers" if e.candidates.dataset else "prompts alone"
+    source = f"{e.data.train}, {with_answers}; the policy's answers are not there yet"
+    return Preview(source, rows, dropped, cut)
+
+
+def _changes(run: Run, t: int, record: Mapping[str, dict]) -> dict[str, tuple[object, object]]:
+    """Key -> what it was and is, of the settings of the stages that made the run's files."""
+    found = {}
+    for stage in STAGES:
+        if stage.name in ("generate", "rank", "score") and stage.name in record:
+            before, now = record[stage.name]["settings"], stage.settings(run, t)
+            for key in before.keys() | now.keys():
+                if before.get(key) != now.get(key):
+                    found[key] = before.get(key), now.get(key)
+    return found
+
+
+def labels(row: Example | Alone) -> list[str]:
+    """The roles of each response: `chosen`, or `chosen + explore`."""
+    return [
+        " + ".join(role for role in ROLES if place in row.playing(role) and role in row.roles)
+        for place in range(len(row.responses))
+    ]
+
+
+# --- what is printed ---------------------------------------------------------------------------
+
+
+def drawn(row: Example | Alone, number: int, chat: Chat, console: Console) -> Text:
+    """A row as text: every token, special ones too, in the colours of its role or between marks."""
+    whole = Text(f"{number}  {row.prompt_id}", style="bold")
+    before = _decoded(chat, row.prompt)
+    parts = [("prompt", "prompt", row.prompt, before)]
+    for label, ids in zip(labels(row), row.responses, strict=True):
+        # Decoded behind the prompt: alone, some tokenizers would lose its first space.
+        both = _decoded(chat, (*row.prompt, *ids))
+        text = both[len(before) :] if both.startswith(before) else _decoded(chat, ids)
+        parts.append((label, "scored", ids, text))
+    for label, role, ids, text in parts:
+        unit = "token" if len(ids) == 1 else "tokens"
+        whole.append(f"\n{label}, {len(ids):,} {unit}: ", style="not bold italic")
+        whole.append_text(_piece(text, role, chat, console))
+    return whole
+
+
+def _decoded(chat: Chat, ids: Sequence[int]) -> str:
+    return chat.tokenizer.decode(ids)
+
+
+def _piece(text: str, role: str, chat: Chat, console: Console) -> Text:
+    line_break = r"\n" if console.options.ascii_only else "⏎"
+    text = text.replace("\n", f"{line_break}\n")
+    if not _has_colour(console):
+        return Text(f"[{role}]{text}[/{role}]")
+    piece = Text(text, style=f"not bold {STYLES[role]}")
+    piece.highlight_words(chat.tokenizer.all_special_tokens, "reverse")
+    piece.highlight_words([line_break], "dim")
+    return piece
+
+
+def _has_colour(console: Console) -> bool:
+    return console.color_system is not None and not console.no_color
+
+
+def _print_packing(run: Run, t: int, examples: Sequence[Example], count: int) -> None:
+    """How the first update's examples lie in rows: `ppssss..`, or bars in colour."""
+    settings, console = run.experiment.training, run.console
+    fitting = [e for e in examples if e.tokens <= settings.row_length]
+    updates = updates_per_epoch(len(fitting), settings.global_batch)
+    if updates:
+        fitting = examples_of(
+            0, fitting, global_batch=settings.global_batch, seed=run.experiment.seed, iteration=t
+        )
+    rows = assign_rows(fitting, settings.row_length)
+    used = sum(e.tokens for e in fitting) / max(len(rows) * settings.row_length, 1)
+    console.print(
+        f"{f'update 1 of {updates}' if updates else 'less than one update'}: {len(fitting):,} "
+        f"examples in {len(rows):,} rows of {settings.row_length:,} tokens, {used:.0%} of them used"
+        + ("" if _has_colour(console) else " (p: prompt, s: scored, .: padding)"),
+        soft_wrap=True,
+        highlight=False,
+    )
+    for row in rows[:count]:
+        roles = [
+            role
+            for i in row
+            for role, length in (("prompt", len(fitting[i].prompt)), ("scored", fitting[i].scored))
+            for _ in range(length)
+        ]
+        console.print(_bar(roles, settings.row_length, console))
+    console.print()
+
+
+def _bar(roles: Sequence[str], length: int, console: Console) -> Text:
+    """A row in cells of equal length, each with the role of its middle token."""
+    cells = min(console.width, length)
+    middles = [int((cell + 0.5) * length / cells) for cell in range(cells)]
+    each = [roles[token] if token < len(roles) else "padding" for token in middles]
+    if not _has_colour(console):
+        return Text("".join(LETTERS[role] for role in each))
+    return Text.assemble(*(("█" * len(list(run)), STYLES[role]) for role, run in groupby(each)))
+
+
+def _counts(run: Run, t: int, found: Preview) -> Table:
+    """What to look at before training, over all rows."""
+    e, chat = run.experiment, run.chat
+    bos, stops = chat.tokenizer.bos_token_id, set(chat.stop_ids)
+    responses = [ids for row in found.rows for ids in row.responses]
+    lengths = [len(row.prompt) for row in found.rows]
+    if e.text.layout == "paper":  # whose prompts are not those that are answered
+        lengths = [len(run.prompt_ids(prompt)) for prompt in run.prompts(t)]
+    examples = [row for row in found.rows if isinstance(row, Example)]
+    long = [row for row in examples if row.tokens > e.training.row_length]
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    table.add_row("rows", f"{len(found.rows):,}")
+    if bos is None:
+        table.add_row("BOS", "the tokenizer has none")
+    else:
+        name = chat.tokenizer.bos_token
+        front = [_leading(row.prompt, bos) for row in found.rows]
+        table.add_row(f"{name} in front", _spread(front, "rows"))
+        inside = [row.prompt.count(bos) - n for row, n in zip(found.rows, front, strict=True)]
+        table.add_row(f"{name} further on in a prompt", _spread(inside, "rows"))
+        if responses:
+            table.add_row(
+                f"{name} in a response", _spread((ids.count(bos) for ids in responses), "responses")
+            )
+    if responses:
+        ends = Counter(sum(token in stops for token in ids) for ids in responses)
+        spread = _spread(ends.elements(), "responses")
+        table.add_row(
+            f"end tokens ({', '.join(chat.tokenizer.convert_ids_to_tokens(sorted(stops)))})",
+            spread + (" (0: cut off)" if ends[0] else ""),
+        )
+    table.add_row("control tokens that texts spell", Text(_spelled(run, t)))
+    for key in CUT if e.text.layout == "paper" else ():
+        table.add_row(key.replace("_", " "), f"{found.cut.get(key, 0):,}")
+    table.add_row("dropped", _listed(found.dropped))
+    table.add_row("bad rows of the data", _listed(_bad_rows(run)))
+    table.add_row("tied", "not ranked yet" if found.tied is None else f"{found.tied:,}")
+    if examples:
+        table.add_row("longer than training.row_length", f"{len(long):,}")
+    over = sum(length > e.rollout.max_prompt_tokens for length in lengths)
+    table.add_row("prompts longer than rollout.max_prompt_tokens", f"{over:,}")
+    return table
+
+
+def _spelled(run: Run, t: int) -> str:
+    """`3 in 2 of 10 prompts, as tokens: 2 <|im_end|>, 1 <|im_start|>`; the data's answers count, too."""
+    e, every = run.experiment, run.prompts(t)
+    counts, prompts = Counter[str](), 0
+    for prompt in every:
+        texts = [m.content for m in prompt.messages]
+        texts += answers(prompt).values() if e.candidates.dataset else ()
+        found = [token for text in texts for token in run.chat.spelled.find(text)]
+        counts.update(found)
+        prompts += bool(found)
+    if not counts:
+        return "0"
+    how = e.text.special_tokens.replace("_", " ")
+    where = f"{counts.total():,} in {prompts:,} of {len(every):,} prompts, {how}"
+    return f"{where}: {_listed({token: n for token, n in counts.most_common()})}"
+
+
+def _bad_rows(run: Run) -> dict[str, int]:
+    """Reason -> rows of all the data, not of the iteration alone."""
+    return {reason: len(numbers) for reason, numbers in run.all_prompts.dropped.items()}
+
+
+def _leading(ids: Sequence[int], token: int) -> int:
+    return next((i for i, each in enumerate(ids) if each != token), len(ids))
+
+
+def _spread(numbers: Iterable[int], unit: str) -> str:
+    """`1 in 380 rows, 2 in 4 rows`."""
+    found = sorted(Counter(numbers).items())
+    return ", ".join(f"{n} in {count:,} {unit}" for n, count in found)
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {reason}" for reason, count in counts.items()) or "0"
+
+
+def _histogram(rows: Sequence[Example | Alone], width: int, block: str) -> Table:
+    """Lengths in tokens: of prompts, and of the responses of each role."""
+    lengths = {"prompt": [len(row.prompt) for row in rows]}
+    for role in ROLES:
+        of_role = [
+            len(row.responses[i]) for row in rows if role in row.roles for i in row.playing(role)
+        ]
+        if of_role:
+            lengths[role] = of_role
+    longest = max(map(max, lengths.values()), default=0) if rows else 0
+    step = next(s for k in range(9) for s in (10**k, 2 * 10**k, 5 * 10**k) if longest < 12 * s)
+    bar = max((width - 14) // len(lengths) - 9, 4)
+    table = Table(box=None, pad_edge=False, title=None)
+    table.add_column("tokens", justify="right", no_wrap=True)
+    for name in lengths:
+        table.add_column(name, no_wrap=True)
+    counts = {
+        name: np.bincount(np.asarray(each, int) // step, minlength=longest // step + 1)
+        for name, each in lengths.items()
+    }
+    for i in range(longest // step + 1):
+        cells = [
+            f"{each[i]:>6,} {block * round(bar * each[i] / max(each.max(), 1))}"
+            for each in counts.values()
+        ]
+        table.add_row(f"{i * step:,}-{(i + 1) * step - 1:,}", *cells)
+    for name, of in (("median", np.median), ("longest", max)):
+        table.add_row(name, *(f"{of(each):>6,.0f}" if each else "" for each in lengths.values()))
+    return table

@@ -1,0 +1,261 @@
+"""A model's answers against AlpacaEval's baseline: annotations, in the official format.
+
+Two ways to the same numbers. `ask` sends the requests itself, to any OpenAI-compatible server, and
+pays for no answer twice; `ask_package` leaves all to the `alpaca_eval` package. Both follow
+`weighted_alpaca_eval_gpt4_turbo`: one call for each instruction, one token, of which the
+probabilities of `m` (the first output shown) and `M` (the second) count; which output is shown
+first is drawn from the instruction's text. Equal outputs are a draw without a call.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from selm_jax.evaluation import EvaluationError
+from selm_jax.evaluation.benchmarks.alpaca_eval.instructions import BASELINE, EvalSet
+from selm_jax.evaluation.benchmarks.alpaca_eval.score import INSTALL, package
+from selm_jax.evaluation.benchmarks.files import read_text
+from selm_jax.feedback.judge.answer import Completion
+from selm_jax.feedback.judge.client import Client, Messages
+from selm_jax.feedback.judge.prompts import Template, weighted_preference
+from selm_jax.feedback.judge.unread import PATIENCE, Unread
+from selm_jax.shell.progress import Advance
+
+OFFICIAL = "weighted_alpaca_eval_gpt4_turbo"
+OFFICIAL_JUDGE = "gpt-4-1106-preview"
+_PROMPT_IN_PACKAGE = "evaluators_configs/alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt"
+# Of that file in alpaca_eval 0.6.6.
+PROMPT_SHA256 = "784227e6dc2832fc08c43d2c8ea3a308e7523780187a1aaad2f85e30bac85f62"
+# What the package's configuration sends to the official judge. Others are asked at temperature 0: vLLM
+# tells the token that is drawn among the five, in place of the fifth likeliest.
+SAMPLING: Mapping[str, Any] = {
+    "max_tokens": 1, "temperature": 1.0, "top_logprobs": 5, "extra": {"top_p": 1.0},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the judge is asked.
+
+    Attributes:
+        template: with {instruction}, {output_1} and {output_2}.
+        sha256: of its file, in hex.
+    """
+
+    template: Template
+    sha256: str
+
+    @property
+    def official(self) -> bool:
+        return self.sha256 == PROMPT_SHA256
+
+    def annotator(self, judge: str) -> str:
+        """The annotator's name: the official one for nothing but the official judge and prompt."""
+        if self.official and judge == OFFICIAL_JUDGE:
+            return OFFICIAL
+        return f"weighted_{judge}" + ("" if self.official else f"_prompt_{self.sha256[:8]}")
+
+
+def read_prompt(file: Path | None = None) -> Prompt:
+    """The judge's prompt from a file; None takes the one in the installed `alpaca_eval` package.
+
+    Raises:
+        EvaluationError: it is not there.
+        selm_jax.feedback.judge.budget.JudgeError: a placeholder is missing or unknown.
+    """
+    if file is None:
+        found = importlib.util.find_spec("alpaca_eval")  # does not import it
+        if found is None or found.origin is None:
+            raise EvaluationError(
+                f"the judge's prompt is AlpacaEval's, and is not shipped here. {INSTALL}, or name "
+                "a copy of its alpaca_eval_clf.txt with --prompt."
+            )
+        file = Path(found.origin).parent / _PROMPT_IN_PACKAGE
+    text = read_text(file)
+    needs = (("instruction",), ("output_1",), ("output_2",))
+    return Prompt(Template.parse(text, needs, str(file)), hashlib.sha256(text.encode()).hexdigest())
+
+
+def is_switched(instruction: str) -> bool:
+    """Whether the model's answer is shown first: the package's draw, with its seed 0."""
+    return random.Random(f"is_switched_outputs{instruction}0").choices([False, True], k=1)[0]
+
+
+def questions(
+    instructions: EvalSet, outputs: Sequence[Mapping[str, str]], prompt: Prompt
+) -> Iterator[tuple[int, Messages]]:
+    """(row, conversation) of every call that is needed, in order."""
+    for i, (instruction, baseline) in enumerate(_pairs(instructions)):
+        shown = [baseline, outputs[i]["output"]]
+        if shown[0] == shown[1]:
+            continue
+        if is_switched(instruction):
+            shown.reverse()
+        values = {"instruction": instruction, "output_1": shown[0], "output_2": shown[1]}
+        yield i, prompt.template.fill(values)
+
+
+async def ask(
+    instructions: EvalSet,
+    outputs: Sequence[Mapping[str, str]],
+    client: Client,
+    prompt: Prompt,
+    progress: Advance = lambda calls, tokens=0: None,
+    allow_missing: int = 0,
+) -> list[dict[str, Any]]:
+    """Annotations by our own client. What it could use is in its cache, whatever happens.
+
+    Args:
+        instructions: with the baseline's answers.
+        outputs: of `read_outputs`, of the same set.
+        client: not yet opened.
+        allow_missing: so many answers may tell no preference without stopping it.
+
+    Returns:
+        Rows in the set's order; an answer that tells neither m nor M has preference None.
+
+    Raises:
+        selm_jax.feedback.judge.budget.JudgeError: the server cannot be asked, or most of its answers
+            tell no preference; it is then not asked for the others.
+    """
+    todo = list(questions(instructions, outputs, prompt))
+    found: dict[int, Completion] = {}
+    watch = Unread(
+        f"the judge {client.model}", PATIENCE + allow_missing,
+        "Or accept so many with --allow-missing, which leaves them out.",
+    )  # fmt: skip
+    sampling = dict(SAMPLING) | ({} if client.model == OFFICIAL_JUDGE else {"temperature": 0.0})
+
+    def usable(answer: Completion) -> bool:
+        return weighted_preference(answer) is not None
+
+    def read(number: int, answer: Completion) -> None:
+        row = todo[number][0]
+        watch.add(None if usable(answer) else f"that to row {row}, {_lack(answer)}")
+        found[row] = answer
+        progress(1, answer.usage.total if answer.usage else 0)
+
+    async with client:
+        await client.complete_all(
+            (messages for _, messages in todo), read=read, usable=usable, **sampling
+        )
+    if watch.malformed > allow_missing:
+        watch.end()
+    annotator = prompt.annotator(client.model)
+    rows = zip(_pairs(instructions), outputs, strict=True)
+    return [_row(pair, output, annotator, found.get(i)) for i, (pair, output) in enumerate(rows)]
+
+
+def _lack(answer: Completion) -> str:
+    if not answer.logprobs:
+        return f"{answer.text!r:.40}, with no log-probabilities"
+    likeliest = ", ".join(repr(token) for token in list(answer.logprobs[0])[:5])
+    return f"whose likeliest tokens ({likeliest}) are neither 'm' nor 'M'"
+
+
+def ask_package(
+    instructions: EvalSet, outputs: Sequence[Mapping[str, str]], config: str, cache: Path
+) -> list[dict[str, Any]]:
+    """Annotations by the `alpaca_eval` package.
+
+    Args:
+        config: the name of one of its annotators, or the path of such a configuration.
+        cache: the file in which it keeps what it has been told; by itself it would keep it in its
+            own folder, for all projects together.
+
+    Raises:
+        EvaluationError: the package is not there, or fails.
+    """
+    baseline = [
+        dict(row) | {"output": output, "generator": BASELINE}
+        for row, (_, output) in zip(outputs, _pairs(instructions), strict=True)
+    ]
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    with package("annotators") as annotators:
+        try:
+            annotator = annotators.PairwiseAnnotator(
+                annotators_config=config, caching_path=str(cache)
+            )
+            found = annotator.annotate_head2head(
+                outputs_1=baseline, outputs_2=[dict(row) for row in outputs]
+            )
+        except Exception as error:  # of whatever kind: it is no library of exceptions
+            raise EvaluationError(
+                f"the alpaca_eval package, annotator {config!r}, stopped with "
+                f"{type(error).__name__}: {error}. What it has been told is in {cache}."
+            ) from error
+    return [{key: _plain(value) for key, value in row.items()} for row in found]
+
+
+def check_ready(instructions: EvalSet, config: str | None) -> None:
+    """Finds what annotating lacks before answers are drawn: the baseline's answers, or, if `config`
+    names an annotator of the package, the package.
+
+    Raises:
+        EvaluationError: says what is missing.
+    """
+    _pairs(instructions)
+    if config is not None:
+        with package("annotators"):
+            pass
+
+
+def _pairs(instructions: EvalSet) -> Iterator[tuple[str, str]]:
+    if instructions.baseline is None:
+        raise EvaluationError(
+            f"{instructions.source}: holds no answers of {BASELINE}, against which the model's are "
+            "judged. Name alpaca_eval_gpt4_baseline.json, or any published annotations.json, with "
+            "--instructions."
+        )
+    return zip(instructions.instructions, instructions.baseline, strict=True)
+
+
+def _row(
+    pair: tuple[str, str], output: Mapping[str, str], annotator: str, answer: Completion | None
+) -> dict[str, Any]:
+    instruction, baseline = pair
+    preference: float | None = 1.5  # equal outputs, if nobody was asked
+    if answer is not None:
+        second = weighted_preference(answer)
+        preference = None if second is None else 1 + second
+        if preference is not None and is_switched(instruction):
+            preference = 3 - preference
+    return {
+        "dataset": output["dataset"],
+        "instruction": instruction,
+        "output_1": baseline,
+        "generator_1": BASELINE,
+        "output_2": output["output"],
+        "generator_2": output["generator"],
+        "annotator": annotator,
+        "preference": preference,
+        "raw_completion": None if answer is None else _raw(answer),
+    }
+
+
+def _raw(answer: Completion) -> dict[str, Any]:
+    """The answer in the shape of OpenAI's choice, as published annotations hold it."""
+    content = [
+        # No infinity in JSON: -9999 is what OpenAI's server says for it.
+        {"top_logprobs": [{"token": token, "logprob": max(x, -9999.0)} for token, x in top.items()]}
+        for top in answer.logprobs or ()
+    ]
+    return {
+        "finish_reason": answer.finish,
+        "logprobs": {"content": content},
+        "message": {"content": answer.text, "role": "assistant"},
+    }
+
+
+def _plain(value: Any) -> Any:
+    """JSON's own kinds: numpy's numbers become Python's, NaN becomes None."""
+    if hasattr(value, "item"):
+        value = value.item()
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,0 +1,313 @@
+"""AlpacaEval's instructions, answers and annotations as files, and what makes them the real ones.
+
+The texts are not ours and are not shipped; their digests are. `instructions.txt` holds, for each
+of the 805 instructions in the official order, the first 16 hex digits of the SHA-256 of the
+instruction and of the baseline's answer to it, taken from published annotations. Order matters:
+the length-controlled win rate looks an instruction's difficulty up by the row's position.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from selm_jax.evaluation import EvaluationError
+from selm_jax.evaluation.benchmarks.files import Row, read_rows, text_of
+from selm_jax.shell.paths import place
+
+BASELINE = "gpt4_1106_preview"
+HUB_DATASET = "tatsu-lab/alpaca_eval"
+# Two other projects pin this revision and the digests of its files; we have not seen the Hub.
+HUB_REVISION = "2edc6fad8be6b14ea7230aabfd08188da6b8b814"
+_SET_FILE = "alpaca_eval_gpt4_baseline.json"
+
+
+@dataclass(frozen=True)
+class Known:
+    """Digests of a set's instructions and of its baseline's answers, in order."""
+
+    instructions: tuple[str, ...]
+    baseline: tuple[str, ...]
+
+    @staticmethod
+    def of(instructions: Sequence[str], baseline: Sequence[str]) -> Known:
+        return Known(tuple(map(_digest, instructions)), tuple(map(_digest, baseline)))
+
+
+@lru_cache(maxsize=1)
+def published() -> Known:
+    """The 805 of AlpacaEval 2."""
+    text = Path(__file__).with_name("instructions.txt").read_text(encoding="ascii")
+    instructions, baseline = zip(*(line.split() for line in text.splitlines()), strict=True)
+    return Known(instructions, baseline)
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """Instructions in the official order.
+
+    Attributes:
+        rows: (data set, instruction) each.
+        baseline: the baseline's answers in the same order; None where the file holds none.
+        source: where they came from.
+    """
+
+    rows: tuple[tuple[str, str], ...]
+    baseline: tuple[str, ...] | None
+    source: str
+
+    @property
+    def instructions(self) -> list[str]:
+        return [instruction for _, instruction in self.rows]
+
+
+def read_set(given: str | None = None, known: Known | None = None) -> EvalSet:
+    """Instructions, and the baseline's answers if they are there, verified.
+
+    Args:
+        given: JSON or JSON lines of rows with `instruction`, and `output` of `generator` (as in
+            alpaca_eval_gpt4_baseline.json, or any model's model_outputs.json) or `output_1` of
+            `generator_1` (as in any published annotations.json); or what else `data_file` takes.
+        known: what the texts must be; the published ones by default.
+
+    Raises:
+        EvaluationError: another text, another order, or a row too many or too few.
+    """
+    known = known or published()
+    path = data_file(_SET_FILE, given, "--instructions")
+    rows = read_rows(path)
+    instructions = [text_of(row, "instruction", path, i) for i, row in enumerate(rows)]
+    check_instructions(instructions, str(path), known)
+    named = [(row.get("dataset") or "", each) for row, each in zip(rows, instructions, strict=True)]
+    return EvalSet(tuple(named), _baseline(rows, path, known), str(path))
+
+
+def read_outputs(file: Path, known: Known | None = None) -> list[dict[str, str]]:
+    """A model's answers, as the official package takes them.
+
+    Raises:
+        EvaluationError: an instruction is missing, twice there, changed or out of place; an answer
+            is no text; several generators, or the baseline's own answers.
+    """
+    known = known or published()
+    rows = read_rows(file)
+    keys = ("instruction", "output", "generator")
+    found = [{key: text_of(row, key, file, i) for key in keys} for i, row in enumerate(rows)]
+    check_instructions([row["instruction"] for row in found], str(file), known)
+    _only_one("generator", found, file)
+    if found[0]["generator"] == BASELINE:
+        raise EvaluationError(f"{file}: these are the answers of the baseline {BASELINE} itself.")
+    names = [row.get("dataset") or "" for row in rows]
+    return [{"dataset": name} | row for name, row in zip(names, found, strict=True)]
+
+
+def read_annotations(
+    file: Path, known: Known | None = None, allow_missing: int = 0
+) -> list[dict[str, Any]]:
+    """`check_annotations` of a file."""
+    return check_annotations(read_rows(file), str(file), known, allow_missing)
+
+
+def check_annotations(
+    rows: Sequence[Row], where: str, known: Known | None = None, allow_missing: int = 0
+) -> list[dict[str, Any]]:
+    """Annotations of one model against the baseline, every row at its place.
+
+    Args:
+        rows: as the official package writes them.
+        where: names them in errors.
+        allow_missing: so many instructions may have no preference: null, NaN, or no row at all.
+
+    Returns:
+        The rows that are there; a missing preference is None.
+
+    Raises:
+        EvaluationError: rows that are partial, reordered or doubled; another baseline; several
+            models or annotators; a preference that is none.
+    """
+    known = known or published()
+    keys = ("instruction", "output_1", "generator_1", "output_2", "generator_2")
+    for i, row in enumerate(rows):
+        for key in keys:
+            text_of(row, key, where, i)
+    absent = check_instructions([row["instruction"] for row in rows], where, known, allow_missing)
+    for key in ("generator_1", "generator_2", "annotator"):
+        _only_one(key, rows, where)
+    baseline, model = rows[0]["generator_1"], rows[0]["generator_2"]
+    if baseline != BASELINE:
+        raise EvaluationError(
+            f"{where}: annotated against {baseline!r}; AlpacaEval 2's numbers are against "
+            f"{BASELINE!r}. Annotate the model's answers anew."
+        )
+    if model == BASELINE:
+        raise EvaluationError(f"{where}: {BASELINE!r} is annotated against itself.")
+    check_baseline([row["output_1"] for row in rows], where, known, places(rows, known))
+    missing = []
+    found = []
+    for i, row in enumerate(rows):
+        value = row.get("preference")
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            missing.append(i)
+            value = None
+        elif isinstance(value, bool) or not isinstance(value, int | float):
+            raise EvaluationError(f"{where}, row {i}: preference is {value!r}; expected a number.")
+        elif value != 0 and not 1 <= value <= 2:
+            raise EvaluationError(
+                f"{where}, row {i}: preference is {value!r}; expected 1 (the baseline's answer is "
+                "better) to 2 (the model's), or 0, a draw."
+            )
+        found.append(dict(row) | {"preference": value})
+    lost = len(missing) + len(absent)
+    if lost > allow_missing:
+        gone = f", and there is no row of {len(absent)} instructions" if absent else ""
+        raise EvaluationError(
+            f"{where}: {len(missing)} of {len(rows)} preferences are missing (rows "
+            f"{_some(missing)}): there the judge's answer could not be read{gone}. A win rate over "
+            f"the others is over another set; annotate again, or accept it with "
+            f"--allow-missing {lost}."
+        )
+    if not any(row["preference"] is not None for row in found):
+        raise EvaluationError(f"{where}: there is no preference to take a win rate of.")
+    return found
+
+
+def places(rows: Sequence[Row], known: Known | None = None) -> list[int]:
+    """Which instruction each row is about, counted from 0 in the official order."""
+    at = {digest: i for i, digest in enumerate((known or published()).instructions)}
+    return [at[_digest(row["instruction"])] for row in rows]
+
+
+def check_instructions(
+    found: Sequence[str], where: str, known: Known, allow_missing: int | None = None
+) -> list[int]:
+    """Every instruction, once, unchanged, at its place.
+
+    Args:
+        allow_missing: so many may be absent; None: none may, and none can be allowed.
+
+    Returns:
+        The numbers of those that are absent.
+
+    Raises:
+        EvaluationError: says which rows are not.
+    """
+    digests = [_digest(text) for text in found]
+    if tuple(digests) == known.instructions:
+        return []
+    places = {digest: i for i, digest in enumerate(known.instructions)}
+    held = set(digests)
+    missing = [i for digest, i in places.items() if digest not in held]
+    rest = [digest for digest in known.instructions if digest in held]
+    if digests == rest and len(missing) <= (allow_missing or 0):
+        return missing
+    faults = []
+    if missing:
+        faults.append(f"missing are the instructions {_some(missing)} of {len(places)}")
+    doubled = [i for i, n in Counter(digests).items() if n > 1 and i in places]
+    if doubled:
+        faults.append(f"more than once there are {_some([places[each] for each in doubled])}")
+    unknown = [i for i, digest in enumerate(digests) if digest not in places]
+    if unknown:
+        faults.append(
+            f"not AlpacaEval's are the texts of the rows {_some(unknown)}, such as "
+            f"{found[unknown[0]][:80]!r}"
+        )
+    if not doubled and not unknown and digests != rest:
+        i = next(i for i, digest in enumerate(digests) if digest != rest[i])
+        there = "the others are there" if missing else "the instructions are all there"
+        faults.append(f"{there}, but in another order: row {i} holds number {places[digests[i]]}")
+    accept = ""
+    if digests == rest and allow_missing is not None:
+        accept = (
+            " A win rate over those that are there is over another set; annotate the rest, or accept "
+            f"it with --allow-missing {len(missing)}."
+        )
+    raise EvaluationError(
+        f"{where}: {'; '.join(faults)} (counted from 0). Expected AlpacaEval's "
+        f"{len(places)} instructions, unchanged and in the official order.{accept}"
+    )
+
+
+def check_baseline(
+    found: Sequence[str], where: str, known: Known, places: Sequence[int] | None = None
+) -> None:
+    """Raises EvaluationError where an answer is not the published baseline's.
+
+    Args:
+        places: which instruction each answers; None: all do, in order.
+    """
+    expected = known.baseline if places is None else [known.baseline[i] for i in places]
+    pairs = zip(found, expected, strict=True)
+    other = [i for i, (text, digest) in enumerate(pairs) if _digest(text) != digest]
+    if other:
+        raise EvaluationError(
+            f"{where}: {len(other)} answers of the baseline are not the published ones of "
+            f"{BASELINE} (rows {_some(other)})."
+        )
+
+
+def data_file(name: str, given: str | None, option: str) -> Path:
+    """A file of AlpacaEval's data set.
+
+    Args:
+        given: a path; or "hub", which fetches it at the pinned revision; None takes a copy that was
+            fetched before.
+        option: where `given` came from, for errors.
+
+    Raises:
+        EvaluationError: it is not there.
+    """
+    from huggingface_hub import hf_hub_download
+
+    if given not in (None, "hub"):
+        if not place(given).is_file():
+            raise EvaluationError(f"{option} {given}: no such file.")
+        return place(given)
+    where = f"{name} of the Hub data set {HUB_DATASET} (revision {HUB_REVISION[:8]})"
+    try:
+        return Path(
+            hf_hub_download(
+                HUB_DATASET, name, repo_type="dataset", revision=HUB_REVISION,
+                local_files_only=given is None,
+            )
+        )  # fmt: skip
+    except (OSError, ValueError) as error:  # the Hub's errors are OSErrors
+        if given is None:
+            raise EvaluationError(
+                f"{where} is not on this machine. Name it with {option} FILE; {option} hub fetches "
+                "it."
+            ) from None
+        reason = str(error).strip().partition("\n")[0]
+        raise EvaluationError(f"{option} hub: {where} cannot be had: {reason}") from error
+
+
+def _baseline(rows: Sequence[Row], path: Path, known: Known) -> tuple[str, ...] | None:
+    for output, generator in (("output_1", "generator_1"), ("output", "generator")):
+        if all(row.get(generator) == BASELINE for row in rows):
+            texts = [text_of(row, output, path, i) for i, row in enumerate(rows)]
+            check_baseline(texts, str(path), known)
+            return tuple(texts)
+    return None
+
+
+def _only_one(key: str, rows: Sequence[Row], where: object) -> None:
+    names = sorted({str(row.get(key)) for row in rows})
+    if len(names) > 1:
+        raise EvaluationError(
+            f"{where}: {key} is {', '.join(names[:3])}{' ...' if names[3:] else ''}; expected one "
+            "for all rows."
+        )
+
+
+def _some(places: Sequence[int]) -> str:
+    return ", ".join(map(str, places[:5])) + (" ..." if len(places) > 5 else "")
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]

@@ -1,0 +1,373 @@
+"""`selm eval lm_eval`: the language model evaluation harness on our models (the extra `lm-eval`).
+
+The harness asks for three things: log-likelihoods of continuations, of whole texts, and generated
+texts that end at given words. Tokens, truncation and endings here are those of its own `HFLM`, so
+that scores are comparable; only the computing is ours. Continuations of one context share a packed
+row with it, so a question with four choices is read once, not four times.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from selm_jax.evaluation import EvaluationError
+from selm_jax.evaluation.cost import Cost, show
+from selm_jax.evaluation.model import Ids, Model
+from selm_jax.preferences.examples import Example
+from selm_jax.rollout.sampling import Sampling
+from selm_jax.shell import artifacts
+from selm_jax.shell.progress import bar
+from selm_jax.text.conversations import Message
+
+try:
+    from lm_eval import simple_evaluate
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import (
+        handle_stop_sequences,
+        has_bos_prefix,
+        normalize_gen_kwargs,
+        postprocess_generated_text,
+    )
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    from selm_jax.evaluation.benchmarks.lm_eval import tasks as lm_eval_tasks
+    from selm_jax.evaluation.benchmarks.lm_eval.tasks import load_tasks, tasks_of, version
+except ImportError as error:
+    raise EvaluationError(
+        f"the harness is not installed ({error}): pip install 'selm_jax[lm-eval]'"
+    ) from error
+
+_NEW_TOKENS = 256  # HFLM's, where a task does not say
+
+
+class Harness(TemplateLM):
+    """A model as the harness wants it."""
+
+    def __init__(self, model: Model, seed: int = 0):
+        super().__init__()
+        self.model, self.seed = model, seed
+        self.tokenizer = model.tokenizer
+
+    # Tokens, as HFLM has them
+
+    @property
+    def eot_token_id(self) -> int:
+        eos = self.tokenizer.eos_token_id
+        if eos is None:
+            raise EvaluationError(
+                f"{self.model.name}: its tokenizer names no EOS token, which the harness wants to end "
+                "texts with. Name one in tokenizer_config.json (eos_token)"
+            )
+        return eos
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text without context."""
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else bos
+
+    @property
+    def max_length(self) -> int:
+        return self.model.facts.max_positions
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs
+    ) -> list[int]:
+        """Ids with what the tokenizer puts around a text, but never a second BOS."""
+        settings = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        if add_special_tokens is None and has_bos_prefix(
+            string, self.tokenizer.decode(self.prefix_token_id)
+        ):
+            settings = {"add_special_tokens": False}
+        return self.tokenizer.encode(string, **settings)
+
+    # Chat
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.model.name.replace("/", "__")
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """By `text.chat`: a template that refuses or drops the system message is an error here."""
+        messages = [Message(m["role"], m["content"]) for m in chat_history]
+        if add_generation_prompt:
+            return self.model.chat.render(messages, answer_follows=True)
+        return self.model.chat.continued(messages)
+
+    # Log-likelihoods
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs
+    ) -> list[tuple[float, bool]]:
+        """(log-likelihood, whether greedy decoding would say it) of each (_, context, continuation)."""
+        by_context: dict[Ids, dict[Ids, list[int]]] = {}  # context -> continuation -> requests
+        for i, (_, context, continuation) in enumerate(requests):
+            before, after = self._fitted(tuple(context), tuple(continuation))
+            by_context.setdefault(before, {}).setdefault(after, []).append(i)
+        examples = [Example(str(i), c, tuple(r), {}) for i, (c, r) in enumerate(by_context.items())]
+        out: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        for responses, found in zip(by_context.values(), self._scored(examples), strict=True):
+            for which, answer in zip(responses.values(), found, strict=True):
+                for i in which:
+                    out[i] = answer
+                    if requests[i][0] is not None:
+                        self.cache_hook.add_partial("loglikelihood", requests[i][0], answer)
+        return out
+
+    def _fitted(self, context: Ids, continuation: Ids) -> tuple[Ids, Ids]:
+        """The pair without what is too much at the left: the model reads all but the last token."""
+        if not continuation or len(continuation) > self.max_length:
+            raise EvaluationError(
+                f"a continuation of {len(continuation)} tokens; from 1 to {self.max_length} "
+                "(max_position_embeddings) can be scored"
+            )
+        return context[-(self.max_length + 1 - len(continuation)) :], continuation
+
+    def _scored(self, examples: Sequence[Example]) -> list[list[tuple[float, bool]]]:
+        with bar(self.model.console, "log-likelihoods", len(examples), "contexts") as advance:
+            found = self.model.statistics(examples, advance)
+        return [
+            [(float(r.logprob.sum(dtype=float)), bool(r.likeliest.all())) for r in e] for e in found
+        ]
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        """Of whole texts: windows of the model's length, each token predicted once."""
+        windows, counts = [], []
+        for request in requests:
+            (string,) = request.args
+            pairs = get_rolling_token_windows(
+                token_list=self.tok_encode(string), prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length, context_len=1,
+            )  # fmt: skip
+            mine = [(None, *make_disjoint_window(pair)) for pair in pairs]
+            windows += mine
+            counts.append(len(mine))
+        values = iter(self._loglikelihood_tokens(windows))
+        out = [sum(next(values)[0] for _ in range(count)) for count in counts]
+        for request, total in zip(requests, out, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return out
+
+    # Generation
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        """Texts up to the first of their ends, which is left out; equal settings go together."""
+        groups: dict[str, list[int]] = {}
+        for i, request in enumerate(requests):
+            groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
+        out = [""] * len(requests)
+        for settings, members in groups.items():
+            prompts, limit, until, sampling = self._asked(
+                [requests[i].args[0] for i in members], json.loads(settings)
+            )
+            for i, text in zip(members, self._texts(prompts, limit, until, sampling), strict=True):
+                out[i] = text
+                self.cache_hook.add_partial("generate_until", requests[i].args, text)
+        return out
+
+    def _asked(
+        self, contexts: Sequence[str], settings: dict[str, Any]
+    ) -> tuple[list[Ids], int, list[str], Sampling | None]:
+        """Prompts, most new tokens, ends, and what to draw from; None for the likeliest tokens.
+
+        Raises:
+          EvaluationError: a setting that this engine does not have. To leave it out in silence
+            would give another benchmark.
+        """
+        kwargs = _normalised(settings)
+        eos = self.tokenizer.decode(self.eot_token_id, skip_special_tokens=False)
+        until = handle_stop_sequences(kwargs.pop("until"), eos=eos)
+        limit = kwargs.pop("max_gen_toks")
+        temperature = float(kwargs.pop("temperature", 1.0))
+        drawn = kwargs.pop("do_sample") and temperature > 0
+        filters = {key: kwargs.pop(key) for key in ("top_k", "top_p", "min_p") if key in kwargs}
+        if kwargs:
+            raise EvaluationError(
+                f"a task's generation_kwargs have {', '.join(sorted(kwargs))}, which this engine "
+                "does not know; it knows until, max_gen_toks, do_sample, temperature, top_k, top_p "
+                "and min_p"
+            )
+        room = self.max_length - limit
+        if room < 1:
+            raise EvaluationError(
+                f"a task wants up to {limit} new tokens; the model was made for {self.max_length} "
+                "in all (max_position_embeddings)"
+            )
+        prompts = [tuple(self.tok_encode(context)[-room:]) for context in contexts]
+        return prompts, limit, until, Sampling(temperature, **filters) if drawn else None
+
+    def _texts(
+        self, prompts: list[Ids], limit: int, until: list[str], sampling: Sampling | None
+    ) -> list[str]:
+        def ended(ids: Ids) -> bool:
+            text = self.tokenizer.decode(list(ids))  # an end may be a special token, or hold one
+            return any(end in text for end in until if end)
+
+        with bar(self.model.console, "generate", len(prompts), "texts") as advance:
+            responses = self.model.generate(
+                prompts, greedy=int(sampling is None), samples=int(sampling is not None),
+                max_new_tokens=limit, sampling=sampling or Sampling(), seed=self.seed,
+                progress=advance, ended=ended, also_stop=self._special(until),
+            )  # fmt: skip
+        out = []
+        for (response,) in responses:
+            # HFLM draws nothing after an end. The engine may have, and the text, which is read
+            # without special tokens, does not always show where the end was.
+            ends = range(1, len(response.tokens) + 1)
+            first = bisect.bisect_left(ends, True, key=lambda n: ended(response.tokens[:n]))
+            kept = list(response.tokens[: first + 1])
+            text = self.tokenizer.decode(kept, skip_special_tokens=True)
+            out.append(postprocess_generated_text(text, until, None))
+        return out
+
+    def _special(self, until: Sequence[str]) -> Ids:
+        """The ends that are one special token. They end a response with the very token."""
+        added = self.tokenizer.added_tokens_decoder.items()
+        return tuple(i for i, token in added if token.special and token.content in until)
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What the results say of the model."""
+        return {"selm_model": self.model.name, "selm_origin": self.model.folder.origin,
+                "dtype": str(self.model.dtype)}  # fmt: skip
+
+
+def _normalised(settings: dict[str, Any]) -> dict[str, Any]:
+    """A task's generation_kwargs as the harness reads them. `until: null` names no ends.
+
+    Raises:
+      EvaluationError: no new tokens are asked for, or an end is no text.
+    """
+    until = settings.get("until") or []
+    ends = [end for end in (until if isinstance(until, list) else [until]) if end is not None]
+    where = f"a task's generation_kwargs are {json.dumps(settings)}"
+    if odd := [end for end in ends if not isinstance(end, str)]:
+        raise EvaluationError(f"{where}: until holds {odd[0]!r}; expected texts, or null for none")
+    try:
+        found: dict[str, Any] = dict(normalize_gen_kwargs(settings | {"until": ends}, _NEW_TOKENS))
+    except (TypeError, ValueError) as error:
+        raise EvaluationError(f"{where}: {error}. Expected numbers there") from error
+    if found["max_gen_toks"] < 1:
+        raise EvaluationError(
+            f"{where}: max_gen_toks is {found['max_gen_toks']}; expected 1 new token or more. Correct "
+            "the task's file"
+        )
+    return found
+
+
+class Counter(Harness):
+    """Answers everything at once with nothing and counts what it would have cost."""
+
+    def __init__(self, model: Model):
+        super().__init__(model)
+        self.cost = Cost(model.name)
+
+    def _add(self, **more: int) -> None:
+        totals = {key: getattr(self.cost, key) + n for key, n in more.items()}
+        self.cost = dataclasses.replace(self.cost, **totals)
+
+    def _scored(self, examples: Sequence[Example]) -> list[list[tuple[float, bool]]]:
+        self._add(scored_tokens=sum(e.tokens for e in examples))
+        return [[(0.0, False)] * len(e.responses) for e in examples]
+
+    def _texts(
+        self, prompts: list[Ids], limit: int, until: list[str], sampling: Sampling | None
+    ) -> list[str]:
+        read = sum(map(len, prompts))
+        self._add(answers=len(prompts), prompt_tokens=read, new_tokens=limit * len(prompts))
+        return [""] * len(prompts)
+
+
+def run(
+    model: Model,
+    tasks: str,
+    *,
+    out: Path,
+    include: Path | None = None,
+    limit: int | None = None,
+    chat: bool = True,
+    system: str | None = None,
+    seed: int = 0,
+    dry_run: bool = False,
+    console: Console,
+) -> dict[str, Any]:
+    """Evaluates on the tasks; writes `results.json` and `samples/TASK.jsonl` into the folder `out`.
+
+    Args:
+      tasks: see `tasks_of`.
+      include: folder of further task files.
+      limit: the first so many rows of each task alone.
+      chat: prompts through the chat template, shots as earlier turns; else both as plain text.
+      dry_run: counts tokens and writes nothing.
+
+    Raises:
+      EvaluationError: see `tasks_of`; a task whose data cannot be had; `out` is there already.
+    """
+    if not dry_run and out.exists():
+        raise EvaluationError(f"{out} is there already; move it away or give another --out")
+    manager = lm_eval_tasks.manager(include)
+    loaded = load_tasks(tasks_of(tasks, manager), manager)
+    harness = Counter(model) if dry_run else Harness(model, seed)
+    evaluate: Any = simple_evaluate  # its decorator hides its parameters from type checkers
+    results = evaluate(
+        harness, tasks=loaded, limit=limit, apply_chat_template=chat, fewshot_as_multiturn=chat,
+        system_instruction=system, task_manager=manager, random_seed=seed, numpy_random_seed=seed,
+        torch_random_seed=seed, bootstrap_iters=0 if dry_run else 1000, log_samples=not dry_run,
+    )  # fmt: skip
+    if results is None:  # not the first of several processes
+        return {}
+    if isinstance(harness, Counter):
+        show([harness.cost], console)
+        return {}
+    results: dict[str, Any] = dict(results)
+    samples = results.pop("samples")
+    results["selm"] = {
+        "lm_eval": version(), "chat": chat, "shots_as_turns": chat, "limit": limit,
+        "tasks": [{"task": name, "version": results["versions"].get(name),
+                   "shots": results["n-shot"].get(name)} for name in results["results"]],
+    }  # fmt: skip
+    with artifacts.whole(out) as folder:
+        _write(folder / "results.json", results)
+        for name, rows in samples.items():
+            file = folder / "samples" / f"{re.sub(r'[^A-Za-z0-9._-]', '_', name)}.jsonl"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("".join(json.dumps(r, default=str) + "\n" for r in rows))
+    print_results(results, console)
+    console.print(f"results: {out}", soft_wrap=True)
+    return results
+
+
+def print_results(results: dict[str, Any], console: Console) -> None:
+    selm = results["selm"]
+    template = "chat template" if selm["chat"] else "no chat template"
+    shots = "shots as turns" if selm["shots_as_turns"] else "shots as text"
+    table = Table(title=f"lm-eval {version()}: {template}, {shots}", box=None)
+    for head in ("task", "version", "shots", "rows", "metric", "value", "standard error"):
+        table.add_column(head, justify="left" if head in ("task", "metric") else "right")
+    for name, metrics in results["results"].items():
+        rows = results["n-samples"].get(name, {}).get("effective", "")
+        facts = (str(results["versions"].get(name, "")), str(results["n-shot"].get(name, "")))
+        for key, value in metrics.items():
+            metric, _, filter_ = key.partition(",")
+            if not isinstance(value, int | float) or metric.endswith("_stderr") or not filter_:
+                continue
+            stderr = metrics.get(f"{metric}_stderr,{filter_}")
+            label = metric if filter_ == "none" else f"{metric}, {filter_}"
+            spread = f"{stderr:.4f}" if isinstance(stderr, float) else ""
+            table.add_row(name, *facts, str(rows), label, f"{value:.4f}", spread)
+    console.print(table)
+
+
+def _write(file: Path, value: Any) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(value, indent=2, default=str, ensure_ascii=False) + "\n")

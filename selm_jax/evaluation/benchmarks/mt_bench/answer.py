@@ -1,0 +1,289 @@
+"""MT-Bench: 80 questions of two turns, answered in FastChat's format.
+
+    FOLDER/                                  laid out as FastChat's data/mt_bench
+      model_answer/MODEL.jsonl               answers; one line a question
+      model_judgment/JUDGE_single.jsonl      judgments of any number of models (`mt_bench_judge`)
+      model_judgment/JUDGE_pair.jsonl
+      JUDGE_MODEL.json                       scores (`mt_bench_score`), and what they were made of
+
+The questions, the judge's prompts and the reference answers are not ours and not shipped: they are
+files of FastChat's (`question.jsonl`, `judge_prompts.jsonl`, `reference_answer/gpt-4.jsonl`). Their
+digests are here, so that other texts are not taken for MT-Bench.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import numpy as np
+
+from selm_jax.evaluation import EvaluationError
+from selm_jax.evaluation.benchmarks.files import Journal, chunks, file_name, pinned, read_rows
+from selm_jax.evaluation.cost import Cost
+from selm_jax.evaluation.model import Model
+from selm_jax.shell import artifacts
+from selm_jax.shell.progress import Advance
+from selm_jax.text.chat import ChatError
+from selm_jax.text.conversations import Message
+
+# By category, as FastChat's temperature_config; 0 is greedy.
+TEMPERATURES: Mapping[str, float] = {
+    "writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0,
+    "reasoning": 0.0, "stem": 0.1, "humanities": 0.1,
+}  # fmt: skip
+OTHER_TEMPERATURE = 0.7
+TURNS = 2
+# SHA-256 of the JSON list of [question_id, category, turns], in the order of the ids.
+QUESTIONS_SHA256 = "a74770fe8520f4621ca7c4e8326c11a2044fec00499d0178602136fbcfaba1c2"
+# SHA-256 of the JSON list of [question_id, first turn, second turn], in the order of the ids, of the
+# published answers to the questions that are judged with a reference.
+REFERENCES_SHA256 = "606194b8a0ba525f9b3dfcc67f330b267ebd820e01ac786fffa5fd14bd98ecea"
+ACCEPT = "If these are the ones you mean, say so with --unpublished; the record will, too"
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    id: int
+    category: str
+    turns: tuple[str, str]
+
+    @property
+    def temperature(self) -> float:
+        return TEMPERATURES.get(self.category, OTHER_TEMPERATURE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How answers are drawn. FastChat's limit; temperatures are the categories'."""
+
+    max_new_tokens: int = 1024
+    seed: int = 0
+
+
+def read_questions(file: Path, unpublished: bool = False) -> list[Question]:
+    """The questions, by id.
+
+    Args:
+        unpublished: takes others than MT-Bench's 80.
+
+    Raises:
+        EvaluationError: a row that is no question of two turns, an id that is there twice, or
+            other questions than the published ones.
+    """
+    found: dict[int, Question] = {}
+    for i, row in enumerate(read_rows(file)):
+        number, category, turns = (row.get(k) for k in ("question_id", "category", "turns"))
+        if not (isinstance(number, int) and isinstance(category, str) and _are_texts(turns)):
+            raise EvaluationError(
+                f"{file}, row {i}: expected question_id, category and {TURNS} texts as turns."
+            )
+        if number in found:
+            raise EvaluationError(f"{file}, row {i}: question {number} is there twice.")
+        found[number] = Question(number, category, (turns[0], turns[1]))
+    questions = sorted(found.values(), key=lambda q: q.id)
+    listed = json.dumps([[q.id, q.category, list(q.turns)] for q in questions])
+    if hashlib.sha256(listed.encode()).hexdigest() != QUESTIONS_SHA256 and not unpublished:
+        raise EvaluationError(
+            f"{file}: {len(questions)} questions, which are not the 80 of MT-Bench, or changed. "
+            f"{ACCEPT}."
+        )
+    return questions
+
+
+def answer_file(folder: Path, name: str) -> Path:
+    return folder / "model_answer" / f"{file_name(name)}.jsonl"
+
+
+def answer(
+    model: Model,
+    questions: Sequence[Question],
+    folder: Path,
+    decoding: Decoding,
+    name: str | None = None,
+    progress: Advance = lambda answers, tokens=0: None,
+) -> Path:
+    """Answers what is left of the questions: a line for each, sorted by question at the end. Lines
+    are on the disk as soon as both turns of the questions that are answered together are there.
+
+    Raises:
+        EvaluationError, ArtifactError, ChatError: the model cannot answer; the file there is of
+            another model or of other settings.
+    """
+    name = name or model.name
+    file = answer_file(folder, name)
+    stages, stage = artifacts.Stages(folder), f"answer {name}"
+    listed = [[q.id, q.category, *q.turns] for q in questions]
+    inputs = {
+        "model": pinned(model),
+        "questions": hashlib.sha256(json.dumps(listed).encode()).hexdigest(),
+    }
+    settings = dataclasses.asdict(decoding) | {"dtype": np.dtype(model.dtype).name}
+    if stages.is_done(stage, inputs, settings):
+        return file
+    began = time.monotonic()
+    stages.begin(stage, inputs, settings)
+    journal = _answers(file)
+    progress(TURNS * len(journal.rows), 0)
+    for temperature in sorted({q.temperature for q in questions}):
+        left = [q for q in questions if q.temperature == temperature and q.id not in journal.rows]
+        for chunk in chunks(left, model.slots):
+            journal.add(_both_turns(model, chunk, name, temperature, decoding, progress))
+    rows = sorted(journal.rows.values(), key=lambda row: row["question_id"])
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    artifacts.write_text(file, "".join(lines))
+    outputs = {str(file.relative_to(folder)): file}
+    stages.finish(stage, inputs, settings, outputs, counts(rows), time.monotonic() - began)
+    return file
+
+
+def _both_turns(
+    model: Model,
+    questions: Sequence[Question],
+    name: str,
+    temperature: float,
+    decoding: Decoding,
+    progress: Advance,
+) -> list[dict[str, Any]]:
+    """Rows of FastChat's answer format, with `finish` and `tokens` of each turn besides."""
+    conversations: list[list[Message]] = [[] for _ in questions]
+    said: list[list[Any]] = [[] for _ in questions]
+    for turn in range(TURNS):
+        for conversation, question in zip(conversations, questions, strict=True):
+            conversation.append(Message("user", question.turns[turn]))
+        try:
+            found = model.answer(
+                conversations, temperature=temperature, progress=progress,
+                **dataclasses.asdict(decoding),
+            )  # fmt: skip
+        except (EvaluationError, ChatError) as error:  # counts from the first of these
+            ids = ", ".join(str(question.id) for question in questions)
+            raise EvaluationError(f"turn {turn + 1} of the questions {ids}: {error}") from error
+        for conversation, answers, (each,) in zip(conversations, said, found, strict=True):
+            conversation.append(Message("assistant", each.text.strip()))
+            answers.append(each)
+    rows = []
+    for question, conversation, answers in zip(questions, conversations, said, strict=True):
+        turns = [m.content for m in conversation if m.role == "assistant"]
+        choice = {
+            "index": 0, "turns": turns, "finish": [a.finish for a in answers],
+            "tokens": [len(a.token_ids) for a in answers],
+        }  # fmt: skip
+        rows.append(
+            {
+                "question_id": question.id,
+                "answer_id": _answer_id(name, question.id, turns),
+                "model_id": name,
+                "choices": [choice],
+                "tstamp": time.time(),
+            }
+        )
+    return rows
+
+
+def counts(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    choices = [row["choices"][0] for row in rows]
+    return {
+        "answers": TURNS * len(rows),
+        "tokens": sum(sum(choice["tokens"]) for choice in choices),
+        "cut_off": sum(choice["finish"].count("length") for choice in choices),
+        "empty": sum(choice["turns"].count("") for choice in choices),
+    }
+
+
+def read_answers(
+    file: Path, questions: Sequence[Question], what: str = "answers"
+) -> tuple[str, dict[int, tuple[str, str]]]:
+    """The model's name, and its two answers by question, of a file of FastChat's answer format.
+
+    Args:
+        questions: those that must be answered.
+
+    Raises:
+        EvaluationError: a question is missing or there twice; a row is no answer; several models.
+    """
+    found: dict[int, tuple[str, str]] = {}
+    names = set()
+    for i, row in enumerate(read_rows(file)):
+        try:
+            number, turns = row["question_id"], row["choices"][0]["turns"]
+            names.add(row["model_id"])
+        except (LookupError, TypeError) as error:
+            raise EvaluationError(
+                f"{file}, row {i}: no answer of FastChat's format: {error!r}."
+            ) from error
+        if not _are_texts(turns):
+            raise EvaluationError(f"{file}, row {i}: expected {TURNS} texts as turns.")
+        if number in found:
+            raise EvaluationError(f"{file}, row {i}: question {number} is answered twice.")
+        found[number] = (turns[0], turns[1])
+    missing = [q.id for q in questions if q.id not in found]
+    if missing:
+        raise EvaluationError(
+            f"{file}: {what} to {len(missing)} questions are missing, such as "
+            f"{', '.join(map(str, missing[:5]))}."
+        )
+    if len(names) > 1:
+        raise EvaluationError(f"{file}: {what} of several models: {', '.join(sorted(names))}.")
+    return names.pop(), found
+
+
+def read_references(
+    file: Path, questions: Sequence[Question], unpublished: bool = False
+) -> dict[int, tuple[str, str]]:
+    """The reference answers by question.
+
+    Args:
+        questions: those that are judged with a reference.
+        unpublished: takes others than MT-Bench's.
+
+    Raises:
+        EvaluationError: as `read_answers`, or other answers than the published ones.
+    """
+    _, found = read_answers(file, questions, "reference answers")
+    listed = json.dumps([[q.id, *found[q.id]] for q in sorted(questions, key=lambda q: q.id)])
+    if hashlib.sha256(listed.encode()).hexdigest() != REFERENCES_SHA256 and not unpublished:
+        raise EvaluationError(
+            f"{file}: not MT-Bench's reference answers, or changed: a judge that is shown others "
+            f"gives other verdicts. {ACCEPT}."
+        )
+    return found
+
+
+def cost_of_answers(
+    model: Model, questions: Sequence[Question], folder: Path, decoding: Decoding, name: str
+) -> Cost:
+    """Upper bounds: the second turn reads the first one's answer, at its limit."""
+    done = _answers(answer_file(folder, name)).rows
+    left = [q for q in questions if q.id not in done]
+    first = model.prompt_ids([[Message("user", q.turns[0])] for q in left])
+    both = model.prompt_ids(
+        [[Message("user", q.turns[0]), Message("assistant", ""), Message("user", q.turns[1])]
+         for q in left]
+    )  # fmt: skip
+    read = sum(map(len, first)) + sum(map(len, both)) + len(left) * decoding.max_new_tokens
+    new = TURNS * len(left) * decoding.max_new_tokens
+    return Cost(name, answers=TURNS * len(left), prompt_tokens=read, new_tokens=new)
+
+
+def _answers(file: Path) -> Journal:
+    return Journal(file, lambda row: row["question_id"])
+
+
+def _are_texts(turns: Any) -> TypeGuard[list[str]]:
+    return (
+        isinstance(turns, list)
+        and len(turns) == TURNS
+        and all(isinstance(turn, str) for turn in turns)
+    )
+
+
+def _answer_id(name: str, question: int, turns: Sequence[str]) -> str:
+    """FastChat draws one at random; here the same answer has the same id."""
+    text = json.dumps([name, question, *turns])
+    return hashlib.sha256(text.encode()).hexdigest()[:22]

@@ -1,0 +1,313 @@
+"""A reward model as a ranker: a decoder with a scalar head, `*ForSequenceClassification` of one label.
+
+What it reads is the conversation with the answer, as the model's own chat template writes it, to the
+end; the score is the head's number at the last token, by transformers' rule (`ScalarHead.read`).
+Scores are those of each text by itself: no padding and no neighbour in a batch changes them.
+
+The answers to one question begin alike, so they are read as prompt trees (`preferences.packing`):
+what they have in common once, and each answer as a branch. Attention looks at whole rows, so that a
+tree saves products of weights and costs attention: an answer joins one where that pays.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float64
+
+from selm_jax.config import Text
+from selm_jax.feedback.models.buckets import (
+    BATCH,
+    Part,
+    check_choice,
+    checked_batch,
+    checked_dtype,
+    computed,
+    parts,
+    place,
+)
+from selm_jax.feedback.ranker import FeedbackError, Question, check_questions, check_scores
+from selm_jax.models.config import DecoderConfig, LongRope
+from selm_jax.models.decoder import Decoder, Params, abstract_params
+from selm_jax.models.families import read_config
+from selm_jax.models.flops import forward
+from selm_jax.parallel.alone import own_devices
+from selm_jax.parallel.mesh import make_mesh
+from selm_jax.parallel.rules import TRAINING, shardings
+from selm_jax.preferences.rewards import Ids, rewards_at, split
+from selm_jax.shell.ranges import Axis, Count
+from selm_jax.text.chat import Chat, ChatError
+from selm_jax.weights.huggingface import check, load
+from selm_jax.weights.sources import resolve
+
+TOO_LONG = ("error", "cut")
+
+# Tokens of a tree with several branches, at most: memory grows with their square.
+TOGETHER = 1024
+
+# What an entry of the attention scores costs beside its two products: mask, softmax, memory. Found on
+# CPU with the models of benchmarks/reward_model_torch.py; 2 and 8 choose much the same.
+_AROUND = 4
+
+_COUNTED = ("candidates", "cut", "tokens")
+
+
+class _Tree(NamedTuple):
+    """Answers to one question that are read together.
+
+    Attributes:
+        question: its number.
+        prompt: ids that all of its conversations begin with.
+        rests: per answer its ids behind those.
+        answers: the answers' numbers, among the question's different ones.
+    """
+
+    question: int
+    prompt: Ids
+    rests: list[Ids]
+    answers: list[int]
+
+    @property
+    def tokens(self) -> int:
+        return len(self.prompt) + sum(map(len, self.rests))
+
+
+class RewardModel:
+    """A reward model as a ranker (see `ranker.Ranker`)."""
+
+    name = "reward_model"
+
+    def __init__(
+        self,
+        folder: Path,
+        config: DecoderConfig,
+        chat: Chat,
+        mesh: jax.sharding.Mesh,
+        *,
+        max_length: int,
+        too_long: str,
+        dtype: Any,
+        batch: int,
+    ):
+        """`reward_model` builds one and says what the settings mean."""
+        assert config.head is not None
+        self.config, self._head = config, config.head
+        self._folder, self._chat, self._mesh, self._dtype = folder, chat, mesh, dtype
+        self.folders = (folder,)
+        self._max_length, self._cut, self._batch = max_length, too_long == "cut", batch
+        self._counts: Counter[str] = Counter()
+        self._forward = program(config, dtype)
+
+    def scores(
+        self, questions: Sequence[Question], candidates: Sequence[Sequence[str]]
+    ) -> list[Float64[np.ndarray, " candidates"]]:
+        """One float64 array `[candidates]` per question.
+
+        The weights are read from the folder for each call and given up behind it, because in a run
+        the policy's training comes next and wants the memory.
+
+        Raises:
+            FeedbackError: questions and candidates do not belong together, a conversation that the
+                template refuses, one that is too long, or a score that is not finite.
+        """
+        check_questions(self.name, questions, candidates)
+        self._counts.clear()
+        different, numbers = self._conversations(questions, candidates)
+        trees = [t for q, ids in enumerate(different) for t in _trees(q, ids, self.config)]
+        trees.sort(key=lambda tree: -tree.tokens)
+        self._counts["tokens"] = sum(tree.tokens for tree in trees)
+        found: list[dict[int, float]] = [{} for _ in questions]
+        for tree, values in self._computed(trees):
+            found[tree.question].update(zip(tree.answers, values, strict=True))
+        of_each = [[found[q][n] for n in each] for q, each in enumerate(numbers)]
+        return check_scores(self.name, questions, candidates, of_each)
+
+    def report(self) -> dict[str, float]:
+        """Counts of the last `scores`.
+
+        Keys: `candidates` read, those `cut` at `max_length`, and `tokens` computed, of which what
+        several answers have in common counts once.
+        """
+        return {key: self._counts[key] for key in _COUNTED}
+
+    def _conversations(
+        self, questions: Sequence[Question], candidates: Sequence[Sequence[str]]
+    ) -> tuple[list[list[Ids]], list[list[int]]]:
+        """Per question its different conversations, and which of them each candidate is."""
+        different: list[list[Ids]] = []
+        numbers: list[list[int]] = []
+        for question, texts in zip(questions, candidates, strict=True):
+            number: dict[Ids, int] = {}
+            ids = [self._ids(question, i, text) for i, text in enumerate(texts)]
+            numbers.append([number.setdefault(each, len(number)) for each in ids])
+            different.append(list(number))
+        return different, numbers
+
+    def _ids(self, question: Question, candidate: int, text: str) -> Ids:
+        """The conversation up to where its score is read."""
+        try:
+            ids = self._chat.conversation_ids(question.messages, text)
+        except ChatError as e:
+            raise FeedbackError(f"ranker {self.name!r}, prompt {question.id!r}: {e}") from e
+        self._counts["candidates"] += 1
+        if len(ids) > self._max_length:
+            if not self._cut:
+                raise FeedbackError(
+                    f"ranker {self.name!r}, prompt {question.id!r}, candidate {candidate}: with "
+                    f"its prompt the answer has {len(ids)} tokens, max_length is "
+                    f"{self._max_length} (the model was made for {self.config.max_positions}). "
+                    "Raise it, shorten the answers (rollout.max_new_tokens), or set too_long: cut, "
+                    "which reads such texts up to max_length and counts them"
+                )
+            self._counts["cut"] += 1
+            ids = ids[: self._max_length]
+        return self._head.read(ids)
+
+    def _computed(self, trees: Sequence[_Tree]) -> Iterator[tuple[_Tree, list[float]]]:
+        """Each tree with its rewards, in the order of its answers."""
+        if not trees:
+            return
+        devices = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
+        most = max(len(tree.answers) for tree in trees)
+        params, branches = self._load(), 1 << (most - 1).bit_length()
+
+        def start(part: Part) -> jax.Array:
+            return self._run(params, [trees[n] for n in part.items], part, branches)
+
+        these = parts([tree.tokens for tree in trees], devices, self._batch)
+        for part, values in computed(these, start):
+            for n, row in zip(part.items, values.tolist(), strict=False):
+                yield trees[n], row[: len(trees[n].answers)]
+
+    def _run(self, params: Params, trees: Sequence[_Tree], part: Part, branches: int) -> jax.Array:
+        """The rewards of one tree per row, then of rows that fill up; [rows, branches]."""
+        tokens, segment, branch, position = np.zeros((4, part.rows, part.time), np.int32)
+        places = np.zeros((part.rows, branches), np.int32)
+        for row, tree in enumerate(trees):
+            begin = len(tree.prompt)
+            stop = 0
+            for k, ids in enumerate((tree.prompt, *tree.rests)):
+                start, stop = stop, stop + len(ids)
+                tokens[row, start:stop], branch[row, start:stop] = ids, k
+                position[row, start:stop] = np.arange(len(ids)) + (begin if k else 0)
+                if k:
+                    places[row, k - 1] = stop - 1
+            segment[row, :stop] = 1
+        inputs = (tokens, segment, branch, position, places)
+        return self._forward(params, *(place(x, self._mesh) for x in inputs))
+
+    def _load(self) -> Params:
+        where = shardings(abstract_params(self.config), self._mesh, TRAINING)
+        return load(self._folder, self.config, dtype=self._dtype, shardings=where)
+
+
+def program(config: DecoderConfig, dtype: Any) -> Any:
+    """The jitted `(params, tokens, segment, branch, position, places) -> rewards`."""
+    decoder = Decoder(config, dtype)
+    return jax.jit(lambda params, *rows: rewards_at(decoder, params, *rows))
+
+
+def _trees(question: int, conversations: Sequence[Ids], config: DecoderConfig) -> Iterator[_Tree]:
+    """A question's different conversations as few trees."""
+    if not conversations:
+        return
+    prompt, rests = split(conversations)
+    tree = _Tree(question, prompt, [], [])
+    for n in sorted(range(len(rests)), key=lambda n: len(rests[n])):
+        if tree.answers and not _joins(tree, len(rests[n]), config):
+            yield tree
+            tree = _Tree(question, prompt, [], [])
+        tree.rests.append(rests[n])
+        tree.answers.append(n)
+    yield tree
+
+
+def _joins(tree: _Tree, more: int, config: DecoderConfig) -> bool:
+    """Whether `more` tokens cost less behind a tree than behind its prompt alone.
+
+    A row of n tokens costs d n + a n^2.
+    """
+    one = forward(config, rows=1, time=1, keys=1, scored=0)
+    d, a = one.dense, one.attention * (1 + _AROUND)
+    begin, end = len(tree.prompt), tree.tokens
+    alone = d * (begin + more) + a * (begin + more) ** 2
+    behind = d * more + a * ((end + more) ** 2 - end**2)
+    return end + more <= TOGETHER and behind < alone
+
+
+def reward_model(
+    source: str,
+    revision: str | None = None,
+    template: Mapping[str, Any] | None = None,
+    max_length: Count | None = None,
+    too_long: str = "error",
+    dtype: str = "auto",
+    batch: Annotated[int, BATCH] | None = None,
+    data: Axis = 1,
+    fsdp: Axis = -1,
+    tensor: Axis = 1,
+) -> RewardModel:
+    """A reward model from a folder or a Hub id, on all devices of this process.
+
+    Args:
+        source: config.json of a `*ForSequenceClassification` with one label, of a family that
+            `models.families` knows; tokenizer with its chat template; safetensors.
+        revision: of a Hub id.
+        template: variables of the chat template, such as `{enable_thinking: false}`.
+        max_length: tokens of a conversation with its answer. None: as many as the model was made
+            for; of a model with two tables of rotary frequencies (LongRoPE), as many as the first
+            serves, since a longer one makes all scores those of the second.
+        too_long: what a longer conversation is: an `error`, or `cut` at its end and counted.
+        dtype: of parameters and activations: `auto` (bfloat16, but float32 on CPU), `float32` or
+            `bfloat16`. Softmax, norms and the head are float32 always.
+        batch: rows of 512 tokens that one device computes at once; longer ones go together in
+            smaller number. None is 16, but 2 on CPU, whose caches hold no more.
+        data, fsdp, tensor: axes of the mesh, as under `compute`; parameters are cut over the last
+            two, rows over the first two.
+
+    Raises:
+        FeedbackError: an unknown setting, a model that gives no scores, or no chat template.
+        SourceError: no such folder or Hub id, or no safetensors in it.
+        UnsupportedModel: config.json describes a model that is not known, or with other than one
+            label.
+        WeightsError: the tensors are not those of the model, such as no `score.weight`.
+    """
+    check_choice("reward_model", "too_long", too_long, TOO_LONG)
+    on_cpu = jax.default_backend() == "cpu"
+    kind = checked_dtype("reward_model", dtype, on_cpu)
+    batch = checked_batch("reward_model", batch, on_cpu)
+    folder = resolve(source, revision=revision).path
+    config = read_config(folder)
+    if config.head is None:
+        raise FeedbackError(
+            f"ranker 'reward_model': {source} is a language model ({config.architecture}), which "
+            "gives no scores; expected a *ForSequenceClassification with one label. To train one "
+            "from it: `objective: {loss: bradley_terry}` (docs/feedback.md)"
+        )
+    longest = positions(config) if max_length is None else max_length
+    config = config.for_length(longest)
+    try:
+        chat = Chat(folder, Text(template=dict(template or {})), config.vocab_size)
+    except ChatError as e:
+        raise FeedbackError(
+            f"ranker 'reward_model': {e}. A reward model reads conversations as its own chat "
+            "template writes them; the tokenizer and template of the model that it was trained "
+            "from mostly serve"
+        ) from e
+    check(folder, config)
+    mesh = make_mesh((data, fsdp, tensor), own_devices())
+    return RewardModel(
+        folder, config, chat, mesh, max_length=longest, too_long=too_long, dtype=kind, batch=batch
+    )
+
+
+def positions(config: DecoderConfig) -> int:
+    """Tokens that the model serves without changing its tables of frequencies."""
+    scalings = [kind.rope.scaling for kind in config.kinds if kind.rope is not None]
+    originals = [each.original for each in scalings if isinstance(each, LongRope)]
+    return min([config.max_positions, *originals])

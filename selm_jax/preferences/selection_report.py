@@ -1,0 +1,136 @@
+"""What became of every prompt whose candidates were ranked: counts, for the report and the console."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from jaxtyping import Int
+
+from selm_jax.preferences.candidates import (
+    REASONS,
+    SOURCES,
+    Candidate,
+    Dropped,
+    FeedbackError,
+    Pair,
+    distinct,
+)
+from selm_jax.preferences.selection import PLACES, Scores, check_length, place, ranks
+
+
+@dataclass
+class Report:
+    """Counts over the prompts of one stage. Every prompt is one pair or one drop.
+
+    Call `add` once for each prompt; read `as_dict`. Counts are integers in `counts`, under the
+    keys of `as_dict`.
+    """
+
+    counts: Counter[str] = field(default_factory=Counter)
+    score_sums: dict[str, float] = field(default_factory=dict)
+
+    def add(
+        self, candidates: Sequence[Candidate], scores: Scores | None, result: Pair | Dropped
+    ) -> None:
+        """Counts one prompt.
+
+        Args:
+            candidates: the prompt's responses.
+            scores: `[candidates]`; None for a prompt that nobody scored, which is dropped.
+            result: what `select` and `label` made of them.
+
+        Raises:
+            FeedbackError: scores that do not fit the candidates, or a pair without scores.
+        """
+        texts = {each.text for each in candidates}
+        count = self.counts
+        count["prompts"] += 1
+        count["candidates"] += len(candidates)
+        count["duplicates"] += len(candidates) - len(texts)
+        count["empty"] += sum(each.is_empty for each in candidates)
+        count["cut_off"] += sum(each.finish == "length" for each in candidates)
+        count.update(f"candidates/{each.source}" for each in candidates)
+        if isinstance(result, Dropped):
+            count["drops"] += 1
+            count[f"drops/{result.reason}"] += 1
+        if scores is not None:
+            self._add_scores(candidates, scores, result)
+        elif isinstance(result, Pair):
+            raise FeedbackError("found a pair without scores; expected a dropped prompt.")
+
+    def _add_scores(
+        self, candidates: Sequence[Candidate], scores: Scores, result: Pair | Dropped
+    ) -> None:
+        check_length(candidates, scores)
+        count = self.counts
+        count["scored"] += 1
+        for candidate, score in zip(candidates, scores, strict=True):
+            if np.isnan(score):
+                continue
+            source = candidate.source
+            count[f"scored/{source}"] += 1
+            self.score_sums[source] = self.score_sums.get(source, 0.0) + float(score)
+        if isinstance(result, Dropped) and result.reason == "malformed":
+            return
+        ranked = ranks(scores)
+        count[_tie(ranked)] += 1
+        if isinstance(result, Dropped):
+            return
+        _, roles = distinct(candidates, result)
+        count["pairs"] += 1
+        count["tie_kept"] += int(ranked[result.chosen] == ranked[result.rejected])
+        count["label_against_scores"] += int(ranked[result.chosen] > ranked[result.rejected])
+        count[f"winner/{candidates[result.chosen].source}"] += 1
+        count[f"explore/{place(scores, result.explore)}"] += 1
+        count[f"explore_is/{_shared(roles)}"] += 1
+
+    def as_dict(self) -> dict[str, int | float]:
+        """A flat dict for a JSON report. Counts that stayed 0 are there; means of nothing are not.
+
+        Keys:
+            prompts, pairs, drops, drops/REASON: prompts = pairs + drops.
+            scored: prompts that were asked about and have scores, those dropped as malformed among
+                them; ties: those whose scores are all equal; ties_partial: those where only the
+                best or the worst score is shared, so that the order of the candidates decides.
+            tie_kept: pairs whose chosen and rejected scores are equal (`ties: first`);
+                label_against_scores: pairs whose rejected score is the higher (drawn labels).
+            candidates, candidates/SOURCE, cut_off, empty: candidates, all, by source, and those
+                of a kind; duplicates: candidates whose text an earlier one of the prompt has.
+            explore/PLACE: pairs by the place of the explore response among all candidates; of the
+                first of them, where all explore.
+            explore_is/chosen, rejected, both, neither: pairs by the roles that are the same
+                response as explore; winner/SOURCE: pairs by the source of the chosen response.
+            score_mean/SOURCE: mean score over all scored candidates of the source, in the ranker's unit.
+        """
+        means = {
+            f"score_mean/{source}": self.score_sums[source] / self.counts[f"scored/{source}"]
+            for source in SOURCES
+            if source in self.score_sums
+        }
+        return {key: self.counts[key] for key in _KEYS} | means
+
+
+_KEYS = (
+    *("prompts", "pairs", "drops", *(f"drops/{each}" for each in REASONS)),
+    *("scored", "ties", "ties_partial", "tie_kept", "label_against_scores"),
+    *("candidates", *(f"candidates/{each}" for each in SOURCES)),
+    *("cut_off", "empty", "duplicates"),
+    *(f"explore/{each}" for each in PLACES),
+    *(f"explore_is/{each}" for each in ("chosen", "rejected", "both", "neither")),
+    *(f"winner/{each}" for each in SOURCES),
+)
+
+
+def _tie(ranked: Int[np.ndarray, " candidates"]) -> str:
+    if ranked.max() == 1:
+        return "ties"
+    shared = (ranked == 1).sum() > 1 or (ranked == ranked.max()).sum() > 1
+    return "ties_partial" if shared else "ties_none"
+
+
+def _shared(roles: dict[str, int]) -> str:
+    shared = [role for role in ("chosen", "rejected") if roles[role] == roles["explore"]]
+    return "both" if len(shared) == 2 else (shared[0] if shared else "neither")

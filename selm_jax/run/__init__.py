@@ -1,0 +1,1 @@
+"""A run: an experiment at work in its folder."""

@@ -1,0 +1,114 @@
+"""Whether the rows of an experiment's data can be used: looked at before any work is done."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from selm_jax.config import Data, Experiment
+from selm_jax.feedback.ranker import Question
+from selm_jax.objectives.losses import Objective
+from selm_jax.shell.progress import Advance
+from selm_jax.shell.threads import of_each
+from selm_jax.text.prompts import Prompt, PromptSet
+
+
+class RunError(ValueError):
+    """The experiment and its data do not fit together."""
+
+
+def told_of(name: str, rows: PromptSet) -> Iterator[str]:
+    """What was done with rows and columns that is not as somebody may expect, in words."""
+    for note in rows.notes:
+        yield f"{name}: {note}"
+    for reason, numbers in rows.dropped.items():
+        yield f"{name}: rows left out, {reason}: {len(numbers):,}"
+
+
+def trained_too(heldout: Iterable[Prompt], trained: Iterable[Prompt]) -> list[Prompt]:
+    """The held-out prompts that are trained on as well: by their text, whatever the white space and
+    the system message."""
+    seen = {_asked(prompt) for prompt in trained}
+    return [prompt for prompt in heldout if _asked(prompt) in seen]
+
+
+def told_of_overlap(d: Data, heldout: Sequence[Prompt], twice: Sequence[Prompt]) -> Iterator[str]:
+    """What held-out prompts that are trained on too mean, in words."""
+    if twice:
+        yield (
+            f"{d.heldout}: {len(twice):,} of {len(heldout):,} held-out prompts are trained on too (the "
+            f"first is {twice[0].id}): what is measured on them says nothing about new prompts"
+        )
+
+
+def check_heldout(d: Data, heldout: Sequence[Prompt], twice: Sequence[Prompt]) -> None:
+    """Raises RunError if the held-out prompts are rows of the very data that is trained on."""
+    same = os.path.realpath(os.path.expanduser(d.train)) == os.path.realpath(
+        os.path.expanduser(d.heldout or "")
+    )
+    parts = (d.train_split, d.train_config) == (d.heldout_split, d.heldout_config)
+    if twice and same and parts:
+        raise RunError(
+            f"data.heldout: {d.heldout} is data.train, and {len(twice):,} of {len(heldout):,} held-out "
+            f"prompts are trained on too (the first is {twice[0].id}): they would measure what was "
+            "learned by heart. Name other rows: another file or split, or leave the front rows to "
+            "data.heldout with data.heldout_limit and data.skip. To look at training prompts on "
+            "purpose, name a copy of the file"
+        )
+
+
+def _asked(prompt: Prompt) -> tuple[tuple[str, str], ...]:
+    return tuple(
+        (m.role, " ".join(m.content.split())) for m in prompt.messages if m.role != "system"
+    )
+
+
+def check_own_answers(
+    misfit: Callable[[Prompt], str | None],
+    prompts: Sequence[Prompt],
+    report: Advance,
+    strict: bool,
+) -> None:
+    """Lays out the data's own answers to every prompt.
+
+    Args:
+      misfit: why the answers to a prompt do not fit, in words; `OwnAnswers.misfit` as a rule.
+      report: is told that so many more prompts are done.
+      strict: whether answers that do not fit are an error; or somebody else counts them.
+
+    Raises:
+      RunError: answers do not fit the model or a row. The first prompt is named.
+      UnusableAnswer, ExampleError: see `OwnAnswers.example`.
+    """
+    reasons = of_each(misfit, prompts, lambda: report(1, 0))
+    found = [(prompt.id, why) for prompt, why in zip(prompts, reasons, strict=True) if why]
+    if found and strict:
+        name, why = found[0]
+        raise RunError(
+            f"prompt {name}: {why}. {len(found):,} of {len(prompts):,} prompts do not fit. Shorten "
+            "these answers, or set data.on_bad_row to 'drop' to leave out and count such rows"
+        )
+
+
+def question(prompt: Prompt) -> Question:
+    """A prompt as rankers see it."""
+    return Question(prompt.messages[-1].content, prompt.messages, prompt.row, prompt.id)
+
+
+def check_rated(e: Experiment, objective: Objective) -> None:
+    """What a reward model's training asks of the experiment. Raises RunError if it is not so."""
+    if not (e.taught and e.data.rejected):
+        raise RunError(
+            f"{objective} trains a reward model on pairs of the data set: name data.chosen "
+            "and data.rejected, and set candidates: {greedy: 0, samples: 0, dataset: true}"
+        )
+    if e.lora is not None:
+        raise RunError(
+            f"{objective} trains a reward model, whose head adapters would leave at its "
+            "zeros; all parameters are trained: set lora: null"
+        )
+    if e.text.layout != "default":
+        raise RunError(
+            f"{objective} reads whole conversations, of which text.layout: "
+            f"{e.text.layout} knows nothing; set text.layout: default"
+        )

@@ -1,0 +1,1 @@
+"""What the program does to files, processes, networks and the terminal; nothing here knows the method."""

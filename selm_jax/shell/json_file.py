@@ -1,0 +1,60 @@
+"""JSON files that other programs wrote: an object, or an error that says what the file is instead."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from selm_jax.shell import jsonl
+
+_POINTER = b"version https://git-lfs"
+_MARKS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
+
+
+class JsonFileError(ValueError):
+    """A file that does not hold one JSON object. The message names the file and says what it is."""
+
+
+def is_pointer(file: Path) -> bool:
+    """Whether the file is what `git clone` leaves in place of a large one."""
+    with file.open("rb") as f:
+        return f.read(len(_POINTER)) == _POINTER
+
+
+POINTER = (
+    "is a Git LFS pointer, which stands for a file that was not downloaded. Run `git lfs pull` in its "
+    "folder, or download the file"
+)
+"""What to tell of one; words that follow its name."""
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+      JsonFileError: the file holds something else.
+      FileNotFoundError: no such file.
+    """
+    if is_pointer(file):
+        raise JsonFileError(f"{file} {POINTER}")
+    raw = file.read_bytes()
+    if raw.startswith(_MARKS):
+        raise JsonFileError(
+            f"{file} begins with a byte order mark, which JSON does not have and other programs "
+            "refuse. Save it as UTF-8 without one"
+        )
+    try:
+        found = jsonl.value(raw.decode("utf-8"))
+    except UnicodeDecodeError as e:
+        raise JsonFileError(f"{file} is not UTF-8 text; JSON was expected") from e
+    except jsonl.JsonError as e:
+        raise JsonFileError(f"{file} is not JSON: {e}") from e
+    if not isinstance(found, dict):
+        raise JsonFileError(f"{file} holds {_KINDS[type(found)]}; an object, {{...}}, was expected")
+    return found
+
+
+_KINDS = {
+    list: "a list", str: "a text", int: "a number", float: "a number", bool: "true or false",
+    type(None): "null",
+}  # fmt: skip

@@ -1,0 +1,97 @@
+"""Finished work, kept for the runs beside the one that did it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from selm_jax.shell.artifacts import (
+    ArtifactError,
+    digest,
+    read_sealed,
+    remove,
+    whole,
+    write_sealed,
+)
+
+
+class Store:
+    """Finished work by what it is a function of, so that runs beside each other do it once.
+
+    An entry is a folder, named by the digest of everything that its content depends on: the files
+    and folders that a stage left, and `entry.json` with their digests and what else there is to
+    tell. Nothing writes into a finished file, files are replaced whole; so an entry and the runs
+    that took it hold the same bytes as hard links, or as copies where there are no links.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+
+    @staticmethod
+    def key(**depends_on: Any) -> str:
+        """The name of the work that depends on these JSON values and on nothing else."""
+        text = json.dumps(depends_on, sort_keys=True, ensure_ascii=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def name_of(self, run: Path) -> str:
+        """The folder of a run beside this one, also after all of them have been moved."""
+        return os.path.relpath(run, self.folder.parent)
+
+    def put(self, key: str, outputs: Mapping[str, Path], about: Mapping[str, Any]) -> None:
+        """Keeps the outputs, by name, and JSON values about them."""
+        with whole(self.folder / key, replaces_folder=True) as partial:
+            partial.mkdir()
+            for name, path in outputs.items():
+                _link(path, partial / name)
+            digests = {name: digest(path) for name, path in outputs.items()}
+            write_sealed(partial / "entry.json", {"outputs": digests, "about": about})
+
+    def take(self, key: str, folder: Path) -> dict[str, Any] | None:
+        """Puts the outputs of an entry into `folder`; returns what is told about them.
+
+        None if there is no such entry, or if it is not what was kept: then it is removed.
+        """
+        entry = self.folder / key
+        if not entry.exists():
+            return None
+        told = _told(entry)
+        if told is None:
+            remove(entry)
+            return None
+        for name in told["outputs"]:
+            with whole(folder / name, replaces_folder=True) as partial:
+                _link(entry / name, partial)
+        return told["about"]
+
+
+def _told(entry: Path) -> dict[str, Any] | None:
+    """What an entry says of itself; None unless that is whole and its files are as it says."""
+    try:
+        told = read_sealed(entry / "entry.json")
+        about, outputs = told["about"], told["outputs"].items()
+        if not isinstance(about, dict):
+            return None
+        kept = {path.name for path in entry.iterdir()}
+        return told if all(n in kept and digest(entry / n) == sha for n, sha in outputs) else None
+    except (OSError, ArtifactError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _link(source: Path, target: Path) -> None:
+    """A file, or a folder of files, a second time, without its bytes a second time if possible."""
+
+    def one(a: str, b: str) -> None:
+        try:
+            os.link(a, b)
+        except OSError:  # another file system, or one that has no hard links
+            shutil.copyfile(a, b)
+
+    if source.is_dir():
+        shutil.copytree(source, target, copy_function=one)
+    else:
+        one(str(source), str(target))

@@ -1,0 +1,122 @@
+"""A function of yours, named in an experiment as `package.module:function`: the one import by name.
+
+An experiment names what it runs, so it is a program; these rules keep a name from reaching code that
+nobody wrote for it, such as `os:system`. The function stands in the named module, written in Python;
+the module is neither part of Python, nor of this program, nor of an installed package that knows
+nothing of this program.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import sys
+from importlib import metadata
+from pathlib import Path
+from types import FunctionType
+
+from selm_jax.shell.words import did_you_mean
+
+FORM = "package.module:function"
+
+
+class UserCodeError(ValueError):
+    """A name that stands for no function of the user's."""
+
+
+def is_user_code(name: str) -> bool:
+    """Whether a name (or a sum of names) stands for code of the user's."""
+    return ":" in name
+
+
+def function_at(path: str) -> FunctionType:
+    """The function at `package.module:function`.
+
+    Raises:
+        UserCodeError: another form, a module that is not the user's or cannot be imported, or no
+            Python function that is defined there.
+    """
+    check_name(path)
+    module_name, _, name = path.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:  # the module's own code can raise anything
+        raise UserCodeError(
+            f"importing {module_name!r} raised {type(error).__name__}: {error}. If it was not found, "
+            "add the folder that holds it to PYTHONPATH"
+        ) from error
+    where = f"{module_name} ({getattr(module, '__file__', None)})"
+    if not hasattr(module, name):
+        public = [each for each in vars(module) if not each.startswith("_")]
+        raise UserCodeError(f"{where} has no {name!r}{did_you_mean(name, public)}")
+    function = getattr(module, name)
+    if not isinstance(function, FunctionType):
+        raise UserCodeError(
+            f"{name!r} in {where} is a {type(function).__name__}; expected a Python function, "
+            "written with `def`"
+        )
+    if function.__module__ != module.__name__:
+        raise UserCodeError(
+            f"{name!r} is defined in {function.__module__}; expected a function that is defined in "
+            f"{where} itself"
+        )
+    return function
+
+
+def check_name(path: str) -> None:
+    """What can be said of a name without importing anything.
+
+    Raises:
+        UserCodeError: another form than `package.module:function`, or a package that is not the user's.
+    """
+    module_name, _, name = path.partition(":")
+    if not name.isidentifier() or not all(part.isidentifier() for part in module_name.split(".")):
+        raise UserCodeError(f"expected the form {FORM!r}")
+    package = module_name.partition(".")[0]
+    yours = f"A function of yours stands in a file of yours, named as {FORM}"
+    if package in sys.stdlib_module_names or package == "__main__":
+        raise UserCodeError(f"{package!r} is part of Python. {yours}")
+    if package == __name__.partition(".")[0]:
+        raise UserCodeError(f"{package!r} is this program. {yours}")
+    if not _is_installed(package):
+        return
+    for name in metadata.packages_distributions().get(package, []):
+        if any(each.startswith(("selm_jax", "selm-jax")) for each in metadata.requires(name) or []):
+            return
+    raise UserCodeError(
+        f"{package!r} is an installed package that was not made for this program: its metadata does "
+        f"not require selm_jax. {yours}; it may call what that package has"
+    )
+
+
+def source_digest(path: str) -> str:
+    """SHA-256 of the file that holds the function at `package.module:function`, as it is now.
+
+    Of what that file imports nothing is said.
+
+    Raises:
+        UserCodeError: there is no such file.
+    """
+    module = path.partition(":")[0]
+    try:
+        found = importlib.util.find_spec(module)
+    except (ImportError, ValueError):  # a package around it that is not there
+        found = None
+    file = Path(found.origin) if found is not None and found.origin else None
+    if file is None or not file.is_file():
+        raise UserCodeError(f"{path!r}: no file of the module {module!r} is found on PYTHONPATH")
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _is_installed(package: str) -> bool:
+    """Whether a package lies where installers put packages."""
+    if package in sys.modules:
+        module = sys.modules[package]
+        places = [getattr(module, "__file__", None), *getattr(module, "__path__", ())]
+    else:
+        found = importlib.util.find_spec(package)  # of a package at the top: imports nothing
+        places = [found.origin, *(found.submodule_search_locations or ())] if found else []
+    return any(
+        {"site-packages", "dist-packages"} & set(Path(each).parts) for each in places if each
+    )

@@ -24,8 +24,9 @@ from selm_jax.models.families import read_config
 from selm_jax.objectives import losses
 from selm_jax.preferences.examples import Example
 from selm_jax.preferences.packing import assign_rows, common_shape, pack
-from selm_jax.training.loop import mean_lengths, response_logps
+from selm_jax.training.loop import mean_lengths
 from selm_jax.training.optimizer import optimizer
+from selm_jax.training.scoring import score
 from selm_jax.training.state import TrainState
 from selm_jax.training.update import make_update
 from selm_jax.weights.huggingface import load
@@ -57,7 +58,7 @@ def main(model, data_file, kind):
             dataclasses.replace(example, reference=reference)
             for example, reference in zip(
                 group,
-                response_logps(group, shape, lambda batch: update.logps(params, batch)),
+                score(group, shape, lambda batch: update.logps(params, batch)),
                 strict=True,
             )
         ]
@@ -72,7 +73,7 @@ def main(model, data_file, kind):
         if not worker.wait():
             return
         began = time.perf_counter()
-        response_logps(group, shape, lambda batch: update.logps(state.params, batch))  # noqa: B023
+        score(group, shape, lambda batch: update.logps(state.params, batch))  # noqa: B023
         score_seconds = time.perf_counter() - began
         worker.begin()
         (batch,) = pack(group, shape)

@@ -27,8 +27,8 @@ from selm_jax.run.run import Run, RunError
 from selm_jax.shell import artifacts
 from selm_jax.shell.progress import terminal
 from selm_jax.stages.evaluate import fitting_pairs, has_pairs
-from selm_jax.stages.score import logps_of
 from selm_jax.text.prompts import load_prompts
+from selm_jax.training.scoring import Scorer
 
 ROLES = ("chosen", "rejected")
 
@@ -157,7 +157,9 @@ def _pairs(
     def logps(run: Run, folder: Path) -> list[tuple[float, ...]]:
         key = artifacts.digest(folder)
         if key not in known:
-            known[key] = logps_of(run, run.load(folder), examples)
+            settings = run.experiment.training
+            scorer = Scorer(run.update, run.place, settings.rows, settings.row_length)
+            known[key] = scorer.logps(run.load(folder), examples)
         return known[key]
 
     def implicit(i: int) -> Implicit:

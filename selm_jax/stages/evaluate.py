@@ -26,9 +26,10 @@ from selm_jax.run.run import Run, RunError
 from selm_jax.shell import artifacts
 from selm_jax.stages.asking import check_read, scores_of, unread
 from selm_jax.stages.generate import Counts, response_row
-from selm_jax.stages.score import logps_of, rewards_of, too_long
+from selm_jax.stages.score import too_long
 from selm_jax.text.answers import answers as answers_of
 from selm_jax.text.prompts import Prompt
+from selm_jax.training.scoring import Scorer
 
 
 def evaluate(run: Run, t: int) -> Counts:
@@ -75,9 +76,10 @@ def evaluate(run: Run, t: int) -> Counts:
             places.append([mine[k] for k in of])
     left_out = len(responses) - sum(map(len, places))
     pairs, pairs_left_out = heldout_pairs(run)
-    found = logps_of(run, params, examples + pairs)
+    scorer = _scorer(run)
+    found = scorer.logps(params, examples + pairs)
     del params
-    before = found if t == 0 else logps_of(run, run.load(run.policy(0)), examples + pairs)
+    before = found if t == 0 else scorer.logps(run.load(run.policy(0)), examples + pairs)
     policy, start = (_by_response(places, of[: len(places)]) for of in (found, before))
     rows = []
     for n, (response, text) in enumerate(zip(responses, texts, strict=True)):
@@ -158,7 +160,7 @@ def _evaluate_pairs(run: Run, t: int) -> Counts:
     examples = [example for *_, example in found]
     params = run.load(run.policy(t))
     with run.bar(f"iteration {t}  evaluate", len(examples), "pairs") as advance:
-        rewards = rewards_of(run, params, examples, lambda done: advance(done, 0))
+        rewards = _scorer(run).rewards(params, examples, lambda done: advance(done, 0))
     del params
     rows = [
         {
@@ -201,6 +203,11 @@ def _scores(run: Run, t: int, answers: Sequence[Sequence[str]]) -> list[Any] | N
         of_prompt = {row["prompt_id"]: row["text"] for row in start if row["kind"] == "greedy"}
         first = [of_prompt[q.id] for q in questions]
     return scores_beside(partial(scores_of, run), questions, answers, first)
+
+
+def _scorer(run: Run) -> Scorer:
+    settings = run.experiment.training
+    return Scorer(run.update, run.place, settings.rows, settings.row_length)
 
 
 def _answers_of_start(run: Run) -> pa.Table:

@@ -29,6 +29,7 @@ from selm_jax.text.answers import answer_ids, check_spelled
 from selm_jax.text.answers import answers as answers_of
 from selm_jax.text.chat import UnusableAnswer
 from selm_jax.text.prompts import Prompt
+from selm_jax.training.scoring import Scorer
 
 RANKED = pa.schema(
     [
@@ -192,17 +193,17 @@ def _prospects(
     run: Run, t: int, pool: Pool, which: Sequence[int]
 ) -> tuple[list[Prospect], dict[str, int]]:
     """Log-probabilities of candidates that have token ids, and what they cost."""
-    from selm_jax.stages.score import logps_of  # it reads what this file writes
-
     kept = [[c for c in pool.candidates[i] if c.token_ids] for i in which]
     examples = []
     for i, each in zip(which, kept, strict=True):
         ids = tuple(dict.fromkeys(c.token_ids for c in each if c.token_ids))
         prompt = pool.prompts[i]
         examples.append(Example(prompt.id, run.prompt_ids(prompt), ids, {}))
-    policy = logps_of(run, run.start_of(t), examples)
+    settings = run.experiment.training
+    scorer = Scorer(run.update, run.place, settings.rows, settings.row_length)
+    policy = scorer.logps(run.start_of(t), examples)
     compared = run.experiment.feedback.acquisition == "reward_gap" and t > 1
-    reference = logps_of(run, run.reference_of(t - 1), examples) if compared else policy
+    reference = scorer.logps(run.reference_of(t - 1), examples) if compared else policy
     prospects = []
     for e, each, p, r in zip(examples, kept, policy, reference, strict=True):
         at = [e.responses.index(c.token_ids) for c in each]

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Any
 
-from selm_jax.models.decoder import Params
 from selm_jax.parallel import multihost
 from selm_jax.preferences.examples import ROLES, Example, to_table
 from selm_jax.preferences.own_answers import rated_example
-from selm_jax.preferences.packing import common_shape
 from selm_jax.run.run import Run, RunError
 from selm_jax.shell import artifacts
 from selm_jax.stages.generate import Counts
 from selm_jax.stages.rank import RANKED
 from selm_jax.text.layout import paper_row
-from selm_jax.training.loop import response_logps
+from selm_jax.training.scoring import Scorer
 
 
 def score(run: Run, t: int) -> Counts:
@@ -28,14 +24,15 @@ def score(run: Run, t: int) -> Counts:
     examples, cut = paired_examples(run, t)
     logps: list[tuple[float, ...] | None] = [None] * len(examples)
     if examples and not run.reference_free:
-        params = run.reference_of(t)
+        params, settings = run.reference_of(t), run.experiment.training
+        scorer = Scorer(run.update, run.place, settings.rows, settings.row_length)
         with run.bar(f"iteration {t}  score", len(examples), "examples") as advance:
 
             def progress(done: int) -> None:
                 advance(done, 0)
                 multihost.stop_if_told()
 
-            logps[:] = logps_of(run, params, examples, progress)
+            logps[:] = scorer.logps(params, examples, progress)
     scored = [
         dataclasses.replace(e, reference=found) for e, found in zip(examples, logps, strict=True)
     ]
@@ -48,34 +45,6 @@ def score(run: Run, t: int) -> Counts:
         "tokens": sum(e.tokens for e in examples),
         **cut,
     }
-
-
-def logps_of(
-    run: Run, params: Params, examples: Sequence[Example], report=lambda done: None
-) -> list[tuple[float, ...]]:
-    """Log-probability of every response of every example."""
-    return _of_responses(run, run.update.logps, params, examples, report)
-
-
-def rewards_of(
-    run: Run, params: Params, examples: Sequence[Example], report=lambda done: None
-) -> list[tuple[float, ...]]:
-    """The same of rewards, of a reward model's parameters."""
-    return _of_responses(run, run.update.rewards, params, examples, report)
-
-
-def _of_responses(
-    run: Run,
-    of_batch: Callable[..., Any],
-    params: Params,
-    examples: Sequence[Example],
-    report: Callable[[int], None],
-) -> list[tuple[float, ...]]:
-    if not examples:
-        return []
-    settings = run.experiment.training
-    shape = common_shape([examples], rows=settings.rows, time=settings.row_length)
-    return response_logps(examples, shape, lambda batch: of_batch(params, run.place(batch)), report)
 
 
 def paired_examples(run: Run, t: int) -> tuple[list[Example], Counts]:

@@ -15,7 +15,7 @@ from selm_jax.models.decoder import Params
 from selm_jax.parallel import multihost
 from selm_jax.preferences.batches import examples_of, updates_per_epoch
 from selm_jax.preferences.examples import ROLES, Example
-from selm_jax.preferences.packing import PreferenceBatch, Shape, common_shape, pack, unpack
+from selm_jax.preferences.packing import PreferenceBatch, Shape, common_shape, pack
 from selm_jax.training.checkpoint import Checkpoints
 from selm_jax.training.optimizer import learning_rate
 from selm_jax.training.state import TrainState
@@ -154,20 +154,6 @@ def mean_lengths(examples: Sequence[Example]) -> np.ndarray:
         return np.mean([np.mean([len(e.responses[i]) for i in e.playing(role)]) for e in examples])
 
     return np.array([mean(role) for role in ROLES], np.float32)
-
-
-def response_logps(
-    examples: Sequence[Example],
-    shape: Shape,
-    logps: Callable[[PreferenceBatch], Any],
-    report: Callable[[int], None] = lambda rows: None,
-) -> list[tuple[float, ...]]:
-    """Log-probability of every response of every example under fixed parameters, float32."""
-    out = []
-    for batch in pack(examples, shape):
-        out.append(np.asarray(logps(batch)))
-        report(int(batch.weight.sum()))
-    return unpack(examples, shape, out)
 
 
 def _check_finite(metrics: Metrics, plan: Plan, step: int, examples: Sequence[Example]) -> None:

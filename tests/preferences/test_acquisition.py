@@ -19,7 +19,6 @@ from selm_jax.preferences.acquisition import Prospect, best, entropy, reward_gap
 from selm_jax.preferences.examples import Example
 from selm_jax.run.run import Run
 from selm_jax.stages.rank import pool_of
-from selm_jax.stages.score import logps_of
 
 logps = st.lists(st.floats(-200, 0), min_size=1, max_size=5)
 
@@ -119,7 +118,7 @@ def test_what_is_asked_is_what_the_acquisition_values_most(run):
     for i, each in enumerate(gap.candidates):
         ids = [Example("x", run.prompt_ids(gap.prompts[i]), (c.token_ids,), {}) for c in each]
         policy, reference = (
-            np.array(logps_of(run, run.load(run.policy(t)), ids))[:, 0] for t in (1, 0)
+            np.array(tiny.logps_of(run, run.load(run.policy(t)), ids))[:, 0] for t in (1, 0)
         )
         values["reward_gap"].append(np.ptp(policy - reference))
         values["entropy"].append(-policy[[c.source == "sample" for c in each]].mean())

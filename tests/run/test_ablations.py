@@ -16,7 +16,6 @@ from selm_jax import config
 from selm_jax.iterate import iterate
 from selm_jax.preferences.examples import from_parquet
 from selm_jax.run.run import Run
-from selm_jax.stages.score import logps_of
 
 QUIET = Console(quiet=True)
 
@@ -58,7 +57,7 @@ def test_a_fixed_reference_is_the_start_model_in_every_iteration(fixed):
     params = fixed.load(fixed.policy(0))
     for t in (1, 2):
         examples = from_parquet(fixed.iteration(t) / "examples.parquet")
-        for e, again in zip(examples, logps_of(fixed, params, examples), strict=True):
+        for e, again in zip(examples, tiny.logps_of(fixed, params, examples), strict=True):
             np.testing.assert_allclose(e.reference, again, rtol=1e-6, atol=1e-5)
     first = {m["iteration"]: m for m in lines_of(fixed) if m["step"] == 1}
     assert first[1]["loss"] == pytest.approx(math.log(2), abs=1e-6)
@@ -99,7 +98,7 @@ def test_stepwise_dpo_moves_the_reference_and_keeps_the_data(tmp_path):
         examples = from_parquet(run.iteration(t) / "examples.parquet")
         seen += [e.prompt_id for e in examples]
         params = run.load(run.policy(t - 1))
-        for e, again in zip(examples, logps_of(run, params, examples), strict=True):
+        for e, again in zip(examples, tiny.logps_of(run, params, examples), strict=True):
             np.testing.assert_allclose(e.reference, again, rtol=1e-6, atol=1e-5)
             text = {role: run.chat.text(e.responses[i]) for role, i in e.roles.items()}
             assert text == {role: rows[int(e.prompt_id[1:])][role] for role in text}

@@ -20,7 +20,6 @@ from selm_jax.report.data import ReportError
 from selm_jax.run.run import Run, RunError
 from selm_jax.shell.artifacts import ArtifactError
 from selm_jax.shell.sealed import seal, unsealed
-from selm_jax.stages.score import logps_of
 from selm_jax.stages.train import plan_of
 from selm_jax.weights.huggingface import load
 
@@ -93,7 +92,7 @@ def test_the_policy_moves_and_becomes_the_next_reference(finished):
     params = run.load(run.policy(1))
     examples = from_parquet(run.iteration(2) / "examples.parquet")
 
-    again = logps_of(run, params, examples)
+    again = tiny.logps_of(run, params, examples)
     for stored, now in zip(examples, again, strict=True):
         np.testing.assert_allclose(stored.reference, now, rtol=1e-6, atol=1e-5)
 
@@ -282,7 +281,7 @@ def test_a_base_model_is_taught_the_data_sets_answers(finished, tmp_path):
         assert run.chat.text(example.responses[0]) == "A kind answer."
         assert example.responses[0][-1] == end
     # The first loss is the start model's mean over all answer tokens, and over no other.
-    logps = logps_of(run, run.load(run.policy(0)), plan_of(run, 1).updates[0])
+    logps = tiny.logps_of(run, run.load(run.policy(0)), plan_of(run, 1).updates[0])
     tokens = sum(len(e.responses[0]) for e in plan_of(run, 1).updates[0])
     assert losses[0] == pytest.approx(-sum(x for (x,) in logps) / tokens, rel=1e-5)
 

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from selm_jax.models.config import DecoderConfig, LayerKind, Rope
 from selm_jax.models.decoder import Decoder
 from selm_jax.models.families import to_hf
+from selm_jax.training.scoring import Scorer
 from selm_jax.weights.huggingface import save
 
 TEMPLATE = (
@@ -103,3 +104,10 @@ def experiment(folder: Path, **changes) -> Path:
     file = folder / "experiment.yaml"
     file.write_text(yaml.safe_dump(tree))
     return file
+
+
+def logps_of(run, params, examples) -> list[tuple[float, ...]]:
+    """The log-probability of every response of every example, as the run's stages compute it."""
+    settings = run.experiment.training
+    scorer = Scorer(run.update, run.place, settings.rows, settings.row_length)
+    return scorer.logps(params, examples)

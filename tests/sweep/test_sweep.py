@@ -33,7 +33,6 @@ from selm_jax.rollout.engine import Engine
 from selm_jax.run.run import Run, RunError
 from selm_jax.shell.artifacts import Stages
 from selm_jax.shell.store import Store
-from selm_jax.stages.score import logps_of
 from selm_jax.statistics.crossed import estimate
 from selm_jax.sweep import SweepError, sweep, write
 from selm_jax.sweep.plan import plan
@@ -251,7 +250,7 @@ def test_the_papers_figures_of_its_runs(finished, tmp_path):
     dpo, selm = runs
     examples = from_parquet(dpo.iteration(1) / "examples.parquet")
     assert len(rows) == 2 * len(examples)
-    logps = [logps_of(run, run.load(run.policy(1)), examples) for run in (dpo, selm)]
+    logps = [tiny.logps_of(run, run.load(run.policy(1)), examples) for run in (dpo, selm)]
     for role in ("chosen", "rejected"):
         expected = {}
         for e, base, other in zip(examples, *logps, strict=True):

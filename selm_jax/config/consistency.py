@@ -42,6 +42,13 @@ def inconsistencies(e: Experiment) -> Iterator[str]:
         yield (
             f"feedback.acquisition: {e.feedback.acquisition}; only a feedback.budget has a use for it"
         )
+    budget, batch = e.feedback.budget, e.training.global_batch
+    if budget is not None and budget < batch and not e.taught:
+        yield (
+            f"feedback.budget: {budget:,} prompts of an iteration are ranked, each of which gives one "
+            f"pair at most: fewer than one batch of training.global_batch = {batch:,}. Raise the "
+            "budget, or lower training.global_batch"
+        )
     if e.data.rejected_score and not e.data.chosen_score:
         yield "data.rejected_score: there is no data.chosen_score to compare it with"
     asks_for_scores = "bradley_terry" in str(e.objective.get("loss")) and e.objective.get("margin")

@@ -90,6 +90,23 @@ def check_own_answers(
         )
 
 
+def check_batches(e: Experiment, prompts: Sequence[int]) -> None:
+    """Raises RunError if an iteration cannot fill one batch: a prompt gives one pair at most.
+
+    Args:
+      prompts: how many usable ones each iteration has, the first iteration's first.
+    """
+    batch = e.training.global_batch
+    for t, found in enumerate(prompts, 1):
+        if found < batch:
+            raise RunError(
+                f"{e.data.train}: iteration {t} has {found:,} usable prompts, each of which gives one "
+                f"pair at most: fewer than one batch of training.global_batch = {batch:,}. Set "
+                f"training.global_batch to {found:,} or less, or give each iteration more rows (see "
+                "data.portions, data.skip and data.limit)"
+            )
+
+
 def question(prompt: Prompt) -> Question:
     """A prompt as rankers see it."""
     return Question(prompt.messages[-1].content, prompt.messages, prompt.row, prompt.id)

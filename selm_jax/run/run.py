@@ -48,6 +48,7 @@ from selm_jax.rollout.sampling import Sampling
 from selm_jax.run.log import Writers
 from selm_jax.run.rows import (
     RunError,
+    check_batches,
     check_heldout,
     check_own_answers,
     check_rated,
@@ -582,6 +583,7 @@ class Run:
                 self.chat, prompts, layout=e.text.layout, on_bad_row=e.data.on_bad_row,
                 whole=self.rates,
             )  # fmt: skip
+        check_batches(e, [len(self.prompts(t)) for t in range(1, e.iterations + 1)])
 
     def told_of_rows(self) -> Iterator[str]:
         """What was done with rows and columns of the data that is not as somebody may expect."""

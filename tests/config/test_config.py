@@ -96,6 +96,7 @@ def test_all_mistakes_are_named_at_once(tmp_path):
         ),
         ({"training": {"learning_rate": 1, "global_batch": 0}}, "training.global_batch"),
         ({"rollout": {"slots": 0}}, "rollout.slots"),
+        ({"feedback": {"budget": 7}}, "fewer than one batch of training.global_batch = 8"),
     ],
 )
 def test_settings_that_contradict_each_other(change, said):

@@ -21,7 +21,8 @@ from selm_jax.text.prompts import DataError
 from selm_jax.text.template import Template
 
 PAIRS = {"data__chosen": "chosen", "data__rejected": "rejected", "candidates__dataset": True,
-         "candidates__samples": 0, "data__heldout": None, "iterations": 2, "data__portions": 2}  # fmt: skip
+         "candidates__samples": 0, "data__heldout": None, "iterations": 2, "data__portions": 2,
+         "training__global_batch": 1}  # fmt: skip
 TAUGHT = {"candidates__greedy": 0, "objective": {"loss": "dpo", "beta": 0.1}}
 SFT = {"candidates__greedy": 0, "objective": {"loss": "sft"}, "data__rejected": None}
 
@@ -166,6 +167,28 @@ def test_rows_that_the_ranker_cannot_use_are_found_at_the_start(make):
     changed[7] = {"instruction_id_list": ["punctuation:no_coma"], "kwargs": [{}]}
     with pytest.raises(FeedbackError, match="prompt 'p7': .*did you mean 'punctuation:no_comma'"):
         make(changed, feedback__ranker="verifiable").check()
+
+
+# Prompts enough for one update.
+
+
+def test_too_few_prompts_for_one_batch_are_found_before_any_work(make):
+    said = "iteration 1 has 4 usable prompts, .* fewer than one batch .* = 5. Set .* to 4 or less"
+    with pytest.raises(RunError, match=said):
+        make(training__global_batch=5).check()
+    run = make(training__global_batch=5)
+    preview(run, 1, 0)
+    assert "selm run will stop here:" in told(run) and "fewer than one batch" in told(run)
+
+
+def test_only_the_prompts_that_are_left_count(make):
+    """A row that is dropped gives no pair, and neither does one beyond the limit."""
+    bad = {6: {"chosen": ""}}
+    make(bad, data__on_bad_row="drop", training__global_batch=3).check()
+    with pytest.raises(RunError, match="iteration 2 has 3 usable prompts"):
+        make(bad, data__on_bad_row="drop", training__global_batch=4).check()
+    with pytest.raises(RunError, match="iteration 1 has 2 usable prompts"):
+        make(data__limit=2, training__global_batch=3).check()
 
 
 # What is said, on the command line.

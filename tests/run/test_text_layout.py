@@ -100,7 +100,8 @@ def test_a_bad_row_is_missing_from_its_iteration_alone(tmp_path):
 
 
 def test_a_prompt_too_long_to_answer_is_a_bad_row(tmp_path):
-    file = tiny.experiment(tmp_path, data__on_bad_row="drop", data__portions=2)
+    file = tiny.experiment(tmp_path, data__on_bad_row="drop", data__portions=2,
+                           training__global_batch=2)  # fmt: skip
     rows = [{"prompt_id": f"p{i}", "prompt": f"Say {i}."} for i in range(6)]
     rows[1]["prompt"] = "x" * 80
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))

@@ -82,7 +82,8 @@ def test_names_of_data_are_shown_as_they_are(tmp_path, capsys):
     folder = tmp_path / "a[" / "b] :smile:"
     folder.mkdir(parents=True)
     file = tiny.experiment(tmp_path, data__train=str(folder / "train.jsonl"), iterations=1,
-                           data__on_bad_row="drop", training__learning_rate=1e-3)  # fmt: skip
+                           data__on_bad_row="drop", training__learning_rate=1e-3,
+                           training__global_batch=1)  # fmt: skip
     (folder / "train.jsonl").write_text('{"prompt": "Say x."}\n{"prompt": ""}\n')
     Run(config.load(file)).check()
     assert f"{folder}/train.jsonl: rows left out, empty prompt: 1" in capsys.readouterr().out

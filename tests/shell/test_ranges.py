@@ -30,7 +30,7 @@ TREE = {
     "training": {"learning_rate": 5e-7, "global_batch": 8},
     "lora": {"rank": 4, "alpha": 8},
     "rollout": {"remote": {"engine": "vllm"}},
-    "feedback": {"budget": 5},
+    "feedback": {"budget": 8},
 }
 
 

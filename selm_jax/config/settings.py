@@ -6,10 +6,11 @@ The comments beside the fields are the reference of all settings; docs/settings.
 from __future__ import annotations
 
 import datetime
+from collections.abc import Callable
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Strict
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Strict, WrapValidator
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
@@ -25,8 +26,16 @@ from selm_jax.shell.ranges import (
     Seed,
     Share,
 )
+from selm_jax.shell.user_code import is_user_code
 
 _STRICT = ConfigDict(extra="forbid")
+
+# Names of what is built in, by setting: the one place that lists them.
+RuleName = Literal["best_worst", "swap", "top_random"]
+ExploreName = Literal["greedy", "sample", "all", "random", "best", "worst"]
+Ties = Literal["drop", "first"]
+CutOff = Literal["keep", "drop"]
+
 Flag = Annotated[bool, Strict()]  # 1 and "yes" are none
 
 
@@ -50,6 +59,11 @@ def _folder(text: str) -> str:
     return str(path) if text.startswith("~") else text
 
 
+def _or_yours(value: Any, built_in: Callable[[Any], Any]) -> Any:
+    return value if isinstance(value, str) and is_user_code(value) else built_in(value)
+
+
+OrYours = WrapValidator(_or_yours)  # a name of what is built in, or package.module:function
 Day = Annotated[datetime.date, BeforeValidator(_day)]
 All = Annotated[int, Range(1, MOST, whole=True, advice="null takes all")]  # a limit
 Size = Annotated[int, Range(1, 2**20, whole=True)]  # of arrays, along one axis
@@ -158,11 +172,13 @@ class Labels:
 class Feedback:
     ranker: str = "sentiment"  # a name of selm_jax.feedback, or package.module:function
     settings: dict[str, Any] = field(default_factory=dict)  # of the ranker
-    rule: Literal["best_worst", "swap", "top_random"] = "best_worst"
-    # Which is y_ref; all: the optimism term is the mean over all of the policy's own answers.
-    explore: Literal["greedy", "sample", "all", "random", "best", "worst"] = "greedy"
-    ties: Literal["drop", "first"] = "drop"  # first: as the authors' code
-    cut_off: Literal["keep", "drop"] = "keep"  # pairs with an answer cut at max_new_tokens
+    # Which answers become chosen and rejected; or a function of yours, package.module:function.
+    rule: Annotated[RuleName, OrYours] = "best_worst"
+    # Which is y_ref; all: the optimism term is the mean over all of the policy's own answers. Or a
+    # function of yours, package.module:function.
+    explore: Annotated[ExploreName, OrYours] = "greedy"
+    ties: Ties = "drop"  # first: as the authors' code
+    cut_off: CutOff = "keep"  # pairs with an answer cut at max_new_tokens
     min_margin: NonNegative = 0.0  # drop pairs whose scores differ by less
     labels: Labels = Labels()  # for studies: how the pair's label comes from the scores
     budget: All | None = None  # prompts per iteration that the ranker is asked about; null: all

@@ -9,7 +9,6 @@ function here, for one that shares this process's devices or state.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -173,18 +172,9 @@ def load(path: str) -> Callable[..., Any]:
         FeedbackError: as `user_function`.
     """
     try:
-        function = function_at(path)
+        return function_at(path, "prompt", "response", "row")
     except UserCodeError as error:
         raise FeedbackError(f"ranker {path!r}: {error}.") from error
-    name, signature = function.__name__, inspect.signature(function)
-    try:
-        signature.bind("", "", {})
-    except TypeError as error:
-        raise FeedbackError(
-            f"ranker {path!r}: the function is {name}{signature}; expected one that can be "
-            f"called as {name}(prompt, response, row): {error}."
-        ) from error
-    return function
 
 
 def evaluate(function: Callable[..., Any], call: Call) -> list[float]:

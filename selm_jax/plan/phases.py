@@ -26,6 +26,7 @@ from selm_jax.preferences.examples import ROLES
 from selm_jax.preferences.packing import PreferenceBatch, Shape, empty
 from selm_jax.rollout.engine import Programs, decoding_params, decoding_shardings, programs
 from selm_jax.run.run import Run
+from selm_jax.shell.user_code import is_user_code
 from selm_jax.text.prompts import PromptSet
 from selm_jax.training.state import TrainState
 
@@ -132,7 +133,8 @@ class Blueprint(Run):
     def responses(self) -> int:
         """The most distinct responses that an example can have."""
         e = self.experiment
-        if e.feedback.explore != "all" or "explore" not in self.objective.roles:
+        several = e.feedback.explore == "all" or is_user_code(e.feedback.explore)
+        if not several or "explore" not in self.objective.roles:
             return len(self.objective.roles)
         return e.candidates.greedy + e.candidates.samples + 2 * e.candidates.dataset
 

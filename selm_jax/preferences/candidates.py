@@ -11,7 +11,7 @@ SOURCES = ("greedy", "sample", "chosen", "rejected")
 FINISHES = ("stop", "length", "dataset")
 REASONS = (
     *("not_asked", "not_answered", "unusable_answer"),
-    *("malformed", "tie", "equal_text", "empty", "cut_off", "margin"),
+    *("malformed", "rule", "tie", "equal_text", "empty", "cut_off", "margin"),
 )
 ROLES = ("chosen", "rejected", "explore")
 
@@ -39,6 +39,7 @@ class Candidate:
             tokenised yet.
         finish: `stop` ended by itself, `length` was cut off, `dataset` was not generated here.
         sample: the number of the sample within its prompt.
+        explored: whether the optimism term takes it; set by `select`, for a rule to look at.
 
     Raises:
         FeedbackError: unknown source or finish, or token ids that are no tuple.
@@ -49,6 +50,7 @@ class Candidate:
     token_ids: tuple[int, ...] | None
     finish: str
     sample: int
+    explored: bool = False
 
     def __post_init__(self) -> None:
         check_choice("a candidate's source", self.source, SOURCES)
@@ -79,12 +81,12 @@ class Pair:
     """What is trained on for one prompt, as indices into its candidates.
 
     `explored` are the responses over which the optimism term takes its mean, where they are
-    several; `explore` is then the first of them.
+    several; `explore` is then the first of them. A rule that picks a pair leaves both to `select`.
     """
 
     chosen: int
     rejected: int
-    explore: int
+    explore: int = -1
     explored: tuple[int, ...] = ()
 
 
@@ -92,9 +94,9 @@ class Pair:
 class Dropped:
     """A prompt that gives no pair, and why: one of `REASONS`.
 
-    `select` gives all but three: `not_asked`, of a prompt beyond the budget; `not_answered`, of one
-    that too few people have ranked; `unusable_answer`, of one with an answer in the data that does
-    not become token ids.
+    `select` gives all but four: `rule`, which a rule of yours gives for reasons of its own;
+    `not_asked`, of a prompt beyond the budget; `not_answered`, of one that too few people have
+    ranked; `unusable_answer`, of one with an answer in the data that does not become token ids.
 
     Raises:
         FeedbackError: unknown reason (the report would lose the prompt).

@@ -1,5 +1,11 @@
 """From scores to preference pairs: pure functions.
 
+    select(candidates, scores, rule=RULES["best_worst"], explore=EXPLORES["greedy"], seed=(42, 1, 0))
+
+`select` asks two small functions, which an experiment names and anybody can write: a rule, which picks
+the chosen and the rejected response, and an explore rule, which picks those of the optimism term. What
+holds for every pair (ties, equal texts, empty and cut off responses, the margin) it does itself.
+
 The order of the candidates matters where scores tie; the authors' order is the model's own
 response first, then the dataset's chosen, then its rejected (online_feedback.py in the code
 published with arXiv 2405.19332).
@@ -7,22 +13,32 @@ published with arXiv 2405.19332).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypeAlias
+import dataclasses
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias, TypeVar, cast, get_args
 
 import numpy as np
-from jaxtyping import Int, Real
+from jaxtyping import Float64, Int, Real
 
+from selm_jax.config import CutOff, ExploreName, RuleName, Ties
 from selm_jax.preferences.candidates import Candidate, Dropped, FeedbackError, Pair, check_choice
+from selm_jax.shell.user_code import UserCodeError, described, function_at, is_user_code
 
-RULES = ("best_worst", "swap", "top_random")
-EXPLORES = ("greedy", "sample", "all", "random", "best", "worst")
-TIES = ("drop", "first")
-CUT_OFFS = ("keep", "drop")
-CUT_OFFS = ("keep", "drop")
+TIES = get_args(Ties)
+CUT_OFFS = get_args(CutOff)
 PLACES = ("best", "middle", "worst", "tied")
 
 Scores: TypeAlias = Sequence[float] | Real[np.ndarray, " candidates"]
+Known: TypeAlias = Float64[np.ndarray, " candidates"]  # finite scores, read-only
+
+# `(candidates, scores, rng)` to the pair, or to why there is none. The pair's `explore` is left to
+# `select`; the candidates that the optimism term takes have `explored` set.
+Rule: TypeAlias = Callable[[Sequence[Candidate], Known, np.random.Generator], Pair | Dropped]
+# `(candidates, scores, rng)` to the candidate that the optimism term takes, or to several.
+Explore: TypeAlias = Callable[
+    [Sequence[Candidate], Known, np.random.Generator], int | Sequence[int]
+]
 
 
 def ranks(scores: Scores) -> Int[np.ndarray, " candidates"]:
@@ -61,81 +77,187 @@ def place(scores: Scores, index: int) -> str:
     return "worst" if ranked[index] == ranked.max() else "middle"
 
 
+# Rules. NumPy's argmin and argmax take the first of equals: the authors' rule.
+
+
+def best_worst(candidates: Sequence[Candidate], scores: Known, rng: np.random.Generator) -> Pair:
+    """The best and the worst of all candidates (arXiv 2405.19332, algorithm 1)."""
+    ranked = ranks(scores)
+    return Pair(int(ranked.argmin()), int(ranked.argmax()))
+
+
+def swap(candidates: Sequence[Candidate], scores: Known, rng: np.random.Generator) -> Pair:
+    """The better and the worse of the data's chosen and y_ref (the paper's other rule, appendix D)."""
+    own = next(i for i, candidate in enumerate(candidates) if candidate.explored)
+    data = _first(candidates, "chosen", "rule: swap")
+    if own == data:
+        raise FeedbackError(
+            "rule: swap compares the data's chosen with y_ref, and feedback.explore took the data's "
+            "chosen itself. Take one of the model's own responses."
+        )
+    first, second = sorted((own, data))
+    return Pair(first, second) if scores[first] >= scores[second] else Pair(second, first)
+
+
+def top_random(candidates: Sequence[Candidate], scores: Known, rng: np.random.Generator) -> Pair:
+    """The best, and one drawn uniformly from those with a lower score."""
+    ranked = ranks(scores)
+    best = int(ranked.argmin())
+    lower = np.argsort(ranked, kind="stable")[(ranked == 1).sum() :]  # by rank, not by place
+    return Pair(best, int(lower[rng.integers(len(lower))]) if len(lower) else best)
+
+
+# Explore rules: which response is y_ref, whatever its rank.
+
+
+def greedy(candidates: Sequence[Candidate], scores: Known, rng: np.random.Generator) -> int:
+    """The model's greedy response (the paper)."""
+    return _first(candidates, "greedy", "explore: greedy")
+
+
+def sample(candidates: Sequence[Candidate], scores: Known, rng: np.random.Generator) -> int:
+    """The first sample."""
+    return _first(candidates, "sample", "explore: sample")
+
+
+def all_own(
+    candidates: Sequence[Candidate], scores: Known, rng: np.random.Generator
+) -> Sequence[int]:
+    """All of the model's own responses; the optimism term is their mean."""
+    return _own(candidates, "all")
+
+
+def random_own(candidates: Sequence[Candidate], scores: Known, rng: np.random.Generator) -> int:
+    """One drawn uniformly from the model's own, which is the same as `all` in expectation."""
+    own = _own(candidates, "random")
+    return own[int(rng.integers(len(own)))]
+
+
+def best_own(candidates: Sequence[Candidate], scores: Known, rng: np.random.Generator) -> int:
+    """The best of the model's own, the first of equals."""
+    own = _own(candidates, "best")
+    return own[int(ranks(scores[own]).argmin())]
+
+
+def worst_own(candidates: Sequence[Candidate], scores: Known, rng: np.random.Generator) -> int:
+    """The worst of the model's own, the first of equals."""
+    own = _own(candidates, "worst")
+    return own[int(ranks(scores[own]).argmax())]
+
+
+RULES: Mapping[RuleName, Rule] = {
+    "best_worst": best_worst,
+    "swap": swap,
+    "top_random": top_random,
+}
+EXPLORES: Mapping[ExploreName, Explore] = {
+    "greedy": greedy,
+    "sample": sample,
+    "all": all_own,
+    "random": random_own,
+    "best": best_own,
+    "worst": worst_own,
+}
+
+_F = TypeVar("_F", Rule, Explore)
+
+
+def rule_named(name: str) -> Rule:
+    """The rule that `feedback.rule` names: a built-in one, or a function of the user's.
+
+    Raises:
+        FeedbackError: there is none, or it cannot be called as `function(candidates, scores, rng)`.
+    """
+    return _named("feedback.rule", name, RULES)
+
+
+def explore_named(name: str) -> Explore:
+    """The explore rule that `feedback.explore` names; likewise."""
+    return _named("feedback.explore", name, EXPLORES)
+
+
+def _named(key: str, name: str, table: Mapping[Any, _F]) -> _F:
+    if not is_user_code(name):
+        check_choice(key, name, tuple(table))
+        return table[name]
+    try:
+        return cast(_F, function_at(name, "candidates", "scores", "rng"))
+    except UserCodeError as error:
+        raise FeedbackError(f"{key} {name!r}: {error}.") from error
+
+
 def select(
     candidates: Sequence[Candidate],
     scores: Scores,
     *,
-    rule: str = "best_worst",
-    explore: str = "greedy",
+    rule: Rule = best_worst,
+    explore: Explore = greedy,
     ties: str = "drop",
     cut_off: str = "keep",
     min_margin: float = 0.0,
-    seed: int | Sequence[int] | None = None,
+    seed: int | Sequence[int],
 ) -> Pair | Dropped:
     """Picks one prompt's chosen, rejected and explore responses.
 
     A prompt that fails several tests is dropped for the first reason in this order: `malformed` (a
-    score is NaN: what a judge said of that response could not be read), `tie` (the best and worst scores are equal), `equal_text` (chosen and rejected are the same text or
-    ids), `empty` (chosen or rejected), `cut_off`, `margin`.
+    score is NaN: what a judge said of that response could not be read), what the rule itself says,
+    `tie` (chosen and rejected have equal scores), `equal_text` (they are the same text or ids),
+    `empty` (one of them), `cut_off`, `margin`.
 
     Args:
         candidates: the prompt's responses; among equal scores the first in this order wins, as
             best and as worst.
         scores: `[candidates]`, higher is better; NaN where a judge was not readable.
-        rule: `best_worst` takes the best and worst of all candidates (arXiv 2405.19332, algorithm
-            1); `swap` the better and worse of the dataset's chosen and the explore response (the
-            other label update of the same paper's appendix D); `top_random` the best, and one
-            drawn uniformly from those with a lower score.
-        explore: the response of the optimism term, whatever its rank: the first greedy one, the
-            first sample, the `best` or `worst` of the model's own (the first of equals), `all` of
-            the model's own, over which the term takes its mean, or one drawn uniformly from them,
-            which is the same in expectation.
-        ties: `drop`, or `first` for the authors' rule: the first candidate is chosen and rejected
+        rule: picks chosen and rejected; see `RULES`.
+        explore: picks the responses of the optimism term; see `EXPLORES`.
+        ties: `drop`, or `first` for the authors' rule: the first of the two is chosen and rejected
             at once and the pair is kept, so that only the optimism term has a gradient.
         cut_off: `drop` refuses a prompt one of whose responses with a role was cut off.
-        min_margin: the least chosen score minus rejected score, in the ranker's unit.
-        seed: for `random` and `top_random`; one for each prompt, such as (seed, iteration, prompt
-            number), since the same seed draws the same place in the list.
+        min_margin: the least difference of the two scores, in the ranker's unit.
+        seed: of what the rules draw; one for each prompt, such as (seed, iteration, prompt number),
+            since the same seed draws the same place in the list.
 
     Raises:
-        FeedbackError: unknown option, no candidate for a role, a draw without a seed, or scores
-            that do not fit the candidates.
+        FeedbackError: unknown option, no candidate for a role, scores that do not fit the
+            candidates, or a rule that raises or returns what is no choice; it is named.
     """
-    check_choice("rule", rule, RULES)
     check_choice("ties", ties, TIES)
     check_choice("cut_off", cut_off, CUT_OFFS)
     if not 0.0 <= min_margin < float("inf"):
         raise FeedbackError(f"min_margin is {min_margin!r}; expected a number of at least 0.")
     check_length(candidates, scores)
-    if np.isnan(np.asarray(scores, np.float64)).any():
+    known = np.array(scores, np.float64)
+    known.flags.writeable = False  # or one rule could change what the next one sees
+    if np.isnan(known).any():
         return Dropped("malformed")
-    explorer = _explorer(candidates, scores, explore, seed)
-    pool = list(range(len(candidates)))
-    if rule == "swap":
-        pool = sorted({_first(candidates, "chosen", "rule: swap"), explorer})
-    ranked = ranks(np.asarray(scores)[pool])
-    # NumPy's argmin and argmax take the first of equals: the authors' rule.
-    best, worst = int(ranked.argmin()), int(ranked.argmax())
-    tied = bool(ranked.max() == 1)
-    if rule == "top_random" and not tied:
-        lower = np.argsort(ranked, kind="stable")[(ranked == 1).sum() :]  # by rank, not by place
-        worst = int(lower[draws(seed, "rule: top_random", 1).integers(len(lower))])
-    explored = tuple(_own(candidates)) if explore == "all" else ()
-    pair = Pair(pool[best], pool[worst], explorer, explored if len(explored) > 1 else ())
-    if tied and ties == "drop":
+    if not np.isfinite(known).all():
+        raise FeedbackError(f"scores are {scores!r}; expected a flat list of finite numbers.")
+    explored = _explored(explore, tuple(candidates), known, draws(seed, "feedback.explore"))
+    marked = tuple(
+        dataclasses.replace(each, explored=i in explored) for i, each in enumerate(candidates)
+    )
+    pair = _picked(rule, marked, known, draws(seed, "feedback.rule", 1))
+    if isinstance(pair, Dropped):
+        return pair
+    gap = float(abs(known[pair.chosen] - known[pair.rejected]))
+    if gap == 0.0 and ties == "drop":
         return Dropped("tie")
+    if gap == 0.0:
+        first = min(pair.chosen, pair.rejected)
+        pair = Pair(first, first)
     chosen, rejected = candidates[pair.chosen], candidates[pair.rejected]
-    if not tied and (chosen.text == rejected.text or chosen.identity == rejected.identity):
+    if pair.chosen != pair.rejected and (
+        chosen.text == rejected.text or chosen.identity == rejected.identity
+    ):
         return Dropped("equal_text")
     if chosen.is_empty or rejected.is_empty:
         return Dropped("empty")
-    others = [candidates[i] for i in explored]
-    trained = (chosen, rejected, candidates[pair.explore], *others)
+    trained = (chosen, rejected, *(candidates[i] for i in explored))
     if cut_off == "drop" and any(each.finish == "length" for each in trained):
         return Dropped("cut_off")
-    if scores[pair.chosen] - scores[pair.rejected] < min_margin:
+    if gap < min_margin:
         return Dropped("margin")
-    return pair
+    return Pair(pair.chosen, pair.rejected, explored[0], explored if len(explored) > 1 else ())
 
 
 def check_length(candidates: Sequence[Candidate], scores: Scores) -> None:
@@ -146,31 +268,6 @@ def check_length(candidates: Sequence[Candidate], scores: Scores) -> None:
         )
 
 
-def _explorer(
-    candidates: Sequence[Candidate],
-    scores: Scores,
-    explore: str,
-    seed: int | Sequence[int] | None,
-) -> int:
-    check_choice("explore", explore, EXPLORES)
-    if explore in ("greedy", "sample"):
-        return _first(candidates, explore, f"explore: {explore}")
-    own = _own(candidates)
-    if not own:
-        raise _no_candidate(candidates, "greedy or sample", f"explore: {explore}")
-    if explore == "all":
-        return own[0]
-    if explore == "random":
-        return own[int(draws(seed, "explore: random").integers(len(own)))]
-    ranked = ranks(np.asarray(scores)[own])
-    return own[int(ranked.argmin() if explore == "best" else ranked.argmax())]
-
-
-def _own(candidates: Sequence[Candidate]) -> list[int]:
-    """The model's own responses."""
-    return [i for i, each in enumerate(candidates) if each.source in ("greedy", "sample")]
-
-
 def draws(
     seed: int | Sequence[int] | None, asked: str, stream: int | None = None
 ) -> np.random.Generator:
@@ -179,6 +276,82 @@ def draws(
         raise FeedbackError(f"{asked} needs a seed for each prompt; found None.")
     key = () if stream is None else (stream,)
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
+
+
+# What a rule may return: anybody can write one, so everything is checked.
+
+
+def _explored(
+    explore: Explore, candidates: Sequence[Candidate], scores: Known, rng: np.random.Generator
+) -> tuple[int, ...]:
+    """The places that an explore rule picks, in rising order."""
+    result = _call(explore, candidates, scores, rng)
+    several = result if isinstance(result, Sequence | np.ndarray) else [result]
+    places = tuple(_index(explore, result, each, len(candidates)) for each in several)
+    if not places or len(set(places)) < len(places):
+        raise _refused(
+            explore, result, "a place in `candidates`, or several different ones in a list"
+        )
+    return tuple(sorted(places))
+
+
+def _picked(
+    rule: Rule, candidates: Sequence[Candidate], scores: Known, rng: np.random.Generator
+) -> Pair | Dropped:
+    """The pair that a rule picks, its places as plain numbers; `explore` is not filled in yet."""
+    result = _call(rule, candidates, scores, rng)
+    if isinstance(result, Dropped):
+        return result
+    if not isinstance(result, Pair):
+        raise _refused(rule, result, "a Pair or a Dropped of selm_jax.preferences.candidates")
+    pair = Pair(
+        _index(rule, result, result.chosen, len(candidates)),
+        _index(rule, result, result.rejected, len(candidates)),
+    )
+    if result.explore != pair.explore or result.explored:
+        raise _refused(
+            rule,
+            result,
+            "Pair(chosen, rejected) alone; feedback.explore says which responses explore",
+        )
+    if pair.chosen == pair.rejected and ranks(scores).max() > 1:
+        raise _refused(
+            rule, result, 'two different places, or Dropped("rule") where the prompt has no pair'
+        )
+    return pair
+
+
+def _call(function: Rule | Explore, *arguments: Any) -> Any:
+    try:
+        return function(*arguments)
+    except FeedbackError:
+        raise
+    except Exception as error:
+        raise FeedbackError(
+            f"{described(function)} raised {type(error).__name__}: {error}"
+        ) from error
+
+
+def _index(function: Rule | Explore, result: Any, value: Any, count: int) -> int:
+    try:
+        place = -1 if isinstance(value, bool | np.bool_) else operator.index(value)
+    except TypeError:
+        place = -1
+    if not 0 <= place < count:
+        raise _refused(function, result, f"places from 0 to {count - 1}, as whole numbers")
+    return place
+
+
+def _refused(function: Rule | Explore, result: Any, expected: str) -> FeedbackError:
+    return FeedbackError(f"{described(function)} returned {result!r}; expected {expected}.")
+
+
+def _own(candidates: Sequence[Candidate], explore: ExploreName) -> list[int]:
+    """The model's own responses, at least one."""
+    own = [i for i, each in enumerate(candidates) if each.source in ("greedy", "sample")]
+    if not own:
+        raise _no_candidate(candidates, "greedy or sample", f"explore: {explore}")
+    return own
 
 
 def _first(candidates: Sequence[Candidate], source: str, asked: str) -> int:

@@ -10,7 +10,7 @@ import datetime
 import importlib.metadata
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,8 +40,10 @@ from selm_jax.parallel.rules import (
     row_shardings,
     shardings,
 )
+from selm_jax.preferences.candidates import Dropped, Pair
 from selm_jax.preferences.own_answers import OwnAnswers
 from selm_jax.preferences.packing import PreferenceBatch
+from selm_jax.preferences.selection import explore_named, rule_named, select
 from selm_jax.rollout import remote
 from selm_jax.rollout.engine import Engine, decoding_params, decoding_shardings
 from selm_jax.rollout.sampling import Sampling
@@ -436,6 +438,17 @@ class Run:
         f = self.experiment.feedback
         return rankers.build(self._may_import("feedback.ranker", f.ranker), **f.settings)
 
+    @cached_property
+    def select(self) -> Callable[..., Pair | Dropped]:
+        """`selection.select` by the experiment's rules."""
+        f = self.experiment.feedback
+        return partial(
+            select,
+            rule=rule_named(self._may_import("feedback.rule", f.rule)),
+            explore=explore_named(self._may_import("feedback.explore", f.explore)),
+            ties=f.ties, cut_off=f.cut_off, min_margin=f.min_margin,
+        )  # fmt: skip
+
     # The prompts
 
     @cached_property
@@ -530,7 +543,7 @@ class Run:
 
     def check(self) -> None:
         """Builds everything that can fail before any work is done."""
-        _ = (self.objective, self.optimizer, self.all_prompts, self.heldout)
+        _ = (self.objective, self.optimizer, self.select, self.all_prompts, self.heldout)
         multihost.on_first(self._check_first)
         e = self.experiment
         there = ("chosen", "rejected") if e.data.rejected else ("chosen",)

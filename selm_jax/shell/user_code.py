@@ -11,10 +11,13 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from types import FunctionType
+from typing import Any
 
 from selm_jax.shell.words import did_you_mean
 
@@ -30,12 +33,15 @@ def is_user_code(name: str) -> bool:
     return ":" in name
 
 
-def function_at(path: str) -> FunctionType:
+def function_at(path: str, *parameters: str) -> FunctionType:
     """The function at `package.module:function`.
 
+    Args:
+        parameters: names of what it is going to be given, in this order; none asks nothing.
+
     Raises:
-        UserCodeError: another form, a module that is not the user's or cannot be imported, or no
-            Python function that is defined there.
+        UserCodeError: another form, a module that is not the user's or cannot be imported, no
+            Python function that is defined there, or one that does not take the parameters.
     """
     check_name(path)
     module_name, _, name = path.partition(":")
@@ -61,7 +67,22 @@ def function_at(path: str) -> FunctionType:
             f"{name!r} is defined in {function.__module__}; expected a function that is defined in "
             f"{where} itself"
         )
+    signature = inspect.signature(function)
+    try:
+        _ = signature.bind(*parameters) if parameters else None
+    except TypeError as error:
+        raise UserCodeError(
+            f"the function is {name}{signature}; expected one that can be called as "
+            f"{name}({', '.join(parameters)}): {error}"
+        ) from error
     return function
+
+
+def described(function: Callable[..., Any]) -> str:
+    """A function as a message names it: `my_rules:polite (/home/me/my_rules.py)`."""
+    code = getattr(function, "__code__", None)
+    where = f" ({code.co_filename})" if code is not None else ""
+    return f"{function.__module__}:{getattr(function, '__name__', function)}{where}"
 
 
 def check_name(path: str) -> None:

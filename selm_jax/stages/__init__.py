@@ -182,10 +182,10 @@ def _asked_with(run: Run, t: int) -> dict[str, str]:
 
 
 def _ranking(run: Run, t: int) -> dict[str, str]:
-    """The models that rank, if they are any, and the user's rules."""
+    """The models that rank, if they are any, and the functions of the user's that do."""
     folders = folders_of(run.ranker)
     models = {f"ranker {n}": artifacts.digest(folder) for n, folder in enumerate(folders, 1)}
-    return models | _code("feedback")(run, t)
+    return models | _code("feedback.ranker", "feedback.settings")(run, t)
 
 
 def _chat(run: Run, t: int) -> dict[str, str]:
@@ -193,16 +193,17 @@ def _chat(run: Run, t: int) -> dict[str, str]:
     return {"chat": run.chat.digest}
 
 
-def _code(section: str) -> Callable[[Run, int], dict[str, str]]:
-    """The source of the functions of the user's that a section of the experiment names."""
+def _code(*keys: str) -> Callable[[Run, int], dict[str, str]]:
+    """The source of the functions of the user's that these keys, and those within them, name."""
 
     def of(run: Run, t: int) -> dict[str, str]:
-        named = [
-            (key, name) for key, name in user_code_in(run.experiment) if key.startswith(section)
-        ]
+        named = [(key, name) for key, name in user_code_in(run.experiment) if key.startswith(keys)]
         return {f"{key} {name}": source_digest(name) for key, name in named}
 
     return of
+
+
+_pairing = _code("feedback.rule", "feedback.explore")
 
 
 def _unscored(run: Run, t: int) -> dict[str, bool]:
@@ -299,7 +300,7 @@ STAGES = (
             _chat,
             _file("responses"),
             _asked_with,
-            lambda run, t: {} if run.experiment.taught else _ranking(run, t),
+            lambda run, t: {} if run.experiment.taught else _ranking(run, t) | _pairing(run, t),
         ),
         _all(
             _pick(

@@ -15,10 +15,10 @@ from selm_jax.feedback.human import Human, items_of, store_of
 from selm_jax.feedback.ranker import Question
 from selm_jax.parallel import multihost
 from selm_jax.preferences.acquisition import MODEL_BASED, Prospect, best
-from selm_jax.preferences.candidates import Candidate, Dropped, Pair
+from selm_jax.preferences.candidates import Candidate, Dropped, FeedbackError, Pair
 from selm_jax.preferences.examples import ROLES, Example
 from selm_jax.preferences.labels import label
-from selm_jax.preferences.selection import draws, ranks, select
+from selm_jax.preferences.selection import draws, ranks
 from selm_jax.preferences.selection_report import Report
 from selm_jax.run.rows import question
 from selm_jax.run.run import Run
@@ -92,10 +92,7 @@ def rank(run: Run, t: int) -> Counts:
         if i not in scores:
             result: Pair | Dropped = Dropped(silent[i])
         else:
-            result = select(
-                each, scores[i], rule=f.rule, explore=f.explore, ties=f.ties, cut_off=f.cut_off,
-                min_margin=f.min_margin, seed=seed,
-            )  # fmt: skip
+            result = _selected(run, prompt, each, scores[i], seed)
         if isinstance(result, Pair):
             result, soft = label(result, scores[i], **as_dict(f.labels), seed=seed)
         report.add(each, scores.get(i), result)
@@ -103,6 +100,13 @@ def rank(run: Run, t: int) -> Counts:
     _write(run, t, rows)
     of_ranker = {f"ranker/{key}": value for key, value in told.items()}
     return report.as_dict() | pool.cost | unread(told) | of_ranker
+
+
+def _selected(run: Run, prompt: Prompt, candidates, scores, seed) -> Pair | Dropped:
+    try:
+        return run.select(candidates, scores, seed=seed)
+    except FeedbackError as error:
+        raise FeedbackError(f"prompt {prompt.id!r}: {error}") from error
 
 
 def pool_of(run: Run, t: int) -> Pool:

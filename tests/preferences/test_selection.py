@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -9,12 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
+from selm_jax.config import ExploreName, RuleName
 from selm_jax.feedback.ranker import FeedbackError
 from selm_jax.preferences import selection as pairs
 from selm_jax.preferences.candidates import SOURCES, Candidate, Dropped, Pair, distinct
 from selm_jax.preferences.labels import label
-from selm_jax.preferences.selection import place, ranks, select
+from selm_jax.preferences.selection import EXPLORES, RULES, place, ranks
 from selm_jax.preferences.selection_report import Report
+
+
+def select(candidates, scores, rule="best_worst", explore="greedy", seed=0, **rest):
+    """By the names of the built-in rules."""
+    rule, explore = pairs.rule_named(rule), pairs.explore_named(explore)
+    return pairs.select(candidates, scores, rule=rule, explore=explore, seed=seed, **rest)
 
 
 def candidate(source="greedy", text="text", ids=None, finish=None, sample=0):
@@ -52,8 +60,8 @@ def prompts(draw, scores=whole, most=6):
 
 options = st.fixed_dictionaries(
     {
-        "rule": st.sampled_from(pairs.RULES),
-        "explore": st.sampled_from(pairs.EXPLORES),
+        "rule": st.sampled_from(list(RULES)),
+        "explore": st.sampled_from(list(EXPLORES)),
         "ties": st.sampled_from(pairs.TIES),
         "cut_off": st.sampled_from(pairs.CUT_OFFS),
         "min_margin": st.sampled_from([0.0, 1.0, 3.0]),
@@ -179,8 +187,8 @@ class TestTopRandom:
         assert drawn == [select(made, scores, rule="top_random", seed=(1, i)) for i in range(300)]
 
     def test_needs_a_seed(self):
-        with pytest.raises(FeedbackError, match="rule: top_random needs a seed"):
-            select(trio(), [1.0, 2.0, 3.0], rule="top_random")
+        with pytest.raises((FeedbackError, TypeCheckError)):
+            select(trio(), [1.0, 2.0, 3.0], rule="top_random", seed=None)
 
 
 class TestAllTie:
@@ -303,8 +311,8 @@ class TestExplore:
             assert first == again
 
     def test_errors(self):
-        with pytest.raises(FeedbackError, match="random needs a seed"):
-            select(self.made, [0.0] * 6, explore="random")
+        with pytest.raises((FeedbackError, TypeCheckError)):
+            select(self.made, [0.0] * 6, explore="random", seed=None)
         with pytest.raises(FeedbackError, match="explore: sample needs .*greedy, chosen, rejected"):
             select(trio(), [0.0] * 3, explore="sample")
         with pytest.raises(FeedbackError, match="greedy or sample.*this prompt has: chosen"):
@@ -584,3 +592,114 @@ class TestReport:
     def test_scores_that_do_not_fit(self):
         with pytest.raises(FeedbackError, match="3 candidates and 1 scores"):
             Report().add(trio(), [1.0], Dropped("tie"))
+
+
+class TestYours:
+    """A rule is a function that anybody can write; what surrounds it is `select`'s."""
+
+    scores = (3.0, 1.0, 2.0)
+
+    @staticmethod
+    def by(returned, **rest):
+        rest = {"seed": 0} | rest
+        return pairs.select(trio(), TestYours.scores, rule=lambda *_: returned, **rest)
+
+    def test_it_is_given_candidates_scores_and_draws_of_its_own(self):
+        seen = []
+
+        def rule(candidates, scores, rng):
+            seen.append((candidates, scores, rng.random()))
+            return Pair(np.int64(2), 1)
+
+        def explore(candidates, scores, rng):
+            seen.append((candidates, scores, rng.random()))
+            return [2, 0]
+
+        result = pairs.select(trio(), self.scores, rule=rule, explore=explore, seed=(4, 1, 2))
+        assert result == Pair(2, 1, 0, (0, 2)) and type(result.chosen) is int
+        again = pairs.select(trio(), self.scores, rule=rule, explore=explore, seed=(4, 1, 2))
+        assert again == result
+        (of_explore, of_rule, *same), other = seen, np.random.default_rng((4, 1, 2)).random()
+        assert list(of_explore[0]) == trio() and list(of_explore[1]) == list(self.scores)
+        assert [each.explored for each in of_rule[0]] == [True, False, True]
+        assert of_explore[2] == other != of_rule[2]
+        assert [each[2] for each in same] == [of_explore[2], of_rule[2]]
+
+    @pytest.mark.parametrize(
+        ("returned", "expected"),
+        [
+            (Pair(0, 7), "from 0 to 2"),
+            (Pair(-1, 0), "from 0 to 2"),
+            (Pair(0.0, 1), "whole numbers"),
+            (Pair(True, 0), "whole numbers"),
+            (Pair(None, 0), "whole numbers"),
+            (Pair(1, 1), "two different places"),
+            (Pair(0, 1, 2), "feedback.explore says"),
+            ((0, 1), "a Pair or a Dropped"),
+            (None, "a Pair or a Dropped"),
+        ],
+    )
+    @pytest.mark.parametrize("ties", pairs.TIES)
+    def test_what_is_no_pair_is_refused(self, returned, expected, ties):
+        with pytest.raises(FeedbackError, match="returned .*expected") as error:
+            self.by(returned, ties=ties)
+        assert expected in str(error.value) and __file__ in str(error.value)
+
+    @pytest.mark.parametrize("returned", [3, -1, 1.0, True, None, "0", [], [0, 0], [0, 9], [[0]]])
+    def test_what_is_no_place_explores_nothing(self, returned):
+        with pytest.raises(FeedbackError, match="returned .*expected .*place") as error:
+            pairs.select(trio(), self.scores, explore=lambda *_: returned, seed=0)
+        assert __file__ in str(error.value)
+
+    def test_what_it_raises_names_it(self):
+        def greedy_of_mine(candidates, scores, rng):
+            return {}[0]
+
+        with pytest.raises(FeedbackError, match="greedy_of_mine .*raised KeyError: 0"):
+            pairs.select(trio(), self.scores, explore=greedy_of_mine, seed=0)
+
+    def test_it_cannot_change_what_the_next_one_sees(self):
+        def rule(candidates, scores, rng):
+            scores[0] = 9.0
+
+        with pytest.raises(FeedbackError, match="read-only"):
+            pairs.select(trio(), self.scores, rule=rule, seed=0)
+
+    def test_it_drops_for_reasons_of_its_own(self):
+        assert self.by(Dropped("rule")) == Dropped("rule")
+
+    def test_every_other_test_is_asked_of_its_pair(self):
+        def chosen(made, scores=self.scores, **rest):
+            return pairs.select(made, scores, rule=lambda *_: Pair(1, 2), seed=0, **rest)
+
+        cut = [*trio()[:2], candidate("sample", "cut", finish="length")]
+        assert chosen(trio("a", "b", "b")) == Dropped("equal_text")
+        assert chosen(trio("a", "b", " ")) == Dropped("empty")
+        assert chosen(cut, cut_off="drop") == Dropped("cut_off")
+        assert chosen(trio(), min_margin=1.5) == Dropped("margin")
+        assert chosen(trio(), [1.0, float("nan"), 2.0]) == Dropped("malformed")
+        assert chosen(trio(), [1.0, 2.0, 2.0]) == Dropped("tie")
+        assert chosen(trio(), [1.0, 2.0, 2.0], ties="first") == Pair(1, 1, 0)
+        # The lower score may be preferred: how far apart the two are is what the margin asks.
+        assert chosen(trio(), min_margin=1.0) == Pair(1, 2, 0)
+
+    def test_nothing_to_choose_from_is_a_tie(self):
+        made = [candidate(), candidate("sample")]
+        both = {"rule": lambda *_: Pair(1, 1), "seed": 0}
+        assert pairs.select(made, [2.0, 2.0], **both) == Dropped("tie")
+        assert pairs.select(made, [2.0, 2.0], ties="first", **both) == Pair(1, 1, 0)
+
+
+def test_the_tables_have_every_name_that_an_experiment_may_give():
+    assert tuple(RULES) == get_args(RuleName) and tuple(EXPLORES) == get_args(ExploreName)
+
+
+def test_the_draws_of_a_seed_stay_as_they_are():
+    """What runs of earlier versions drew: a resumed run has to draw the same."""
+    made = [candidate("greedy", "g"), *(candidate("sample", f"s{i}") for i in range(1, 6))]
+    scores = [3.0, 1.0, 4.0, 1.5, 5.0, 0.0]
+    drawn = [select(made, scores, "top_random", "random", (42, 1, i)) for i in range(12)]
+    assert [(pair.chosen, pair.rejected, pair.explore) for pair in drawn] == [
+        (4, 5, 3), (4, 2, 1), (4, 3, 5), (4, 5, 4), (4, 1, 4), (4, 5, 0),
+        (4, 0, 3), (4, 0, 5), (4, 5, 0), (4, 1, 1), (4, 3, 3), (4, 3, 3),
+    ]  # fmt: skip

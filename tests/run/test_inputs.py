@@ -191,6 +191,30 @@ def test_a_rule_whose_source_has_changed_is_seen(folder, selm, rules):
         assert "mine_of_inputs:rule" in said and "changed" in said
 
 
+PICK = """
+from selm_jax.preferences.candidates import Pair
+def pair(candidates, scores, rng):
+    return Pair({0}, 1 - {0})
+def explore(candidates, scores, rng):
+    return {0}
+"""
+
+
+@pytest.mark.parametrize("setting", ["pair", "explore"])
+def test_a_pair_rule_whose_source_has_changed_is_seen(folder, selm, rules, setting):
+    rules.write_text(PICK.format(0))
+    changes = {"candidates": {"greedy": 1, "samples": 1, "dataset": True}}
+    key = {"pair": "rule", "explore": "explore"}[setting]
+    feedback = {"ranker": "length", key: f"mine_of_inputs:{setting}"}
+    experiment = tiny.experiment(folder, **TAUGHT | changes, feedback=feedback)
+    for verb in ("generate", "rank", "rank"):
+        assert done(selm(verb, experiment))
+    rules.write_text(PICK.format(1))
+    for verb in ("rank", "score", "run"):
+        said = refused(selm(verb, experiment))
+        assert f"feedback.{key} mine_of_inputs:{setting}" in said and "changed" in said
+
+
 def test_a_loss_whose_source_has_changed_is_seen(folder, selm, rules):
     rules.write_text(LOSS.format("beta"))
     objective = {"loss": "mine_of_inputs:loss", "beta": 0.1}

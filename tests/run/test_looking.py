@@ -26,6 +26,9 @@ def loss(beta):
 
 def rule(prompt, response, row):
     return float(len(response))
+
+def pick(candidates, scores, rng):
+    return 0
 """
 
 
@@ -67,7 +70,7 @@ def whose_code_is(folder, tmp_path, loss, rule, name="run"):
     shutil.copytree(folder / name, copy)
     tree = yaml.safe_load((copy / "config.yaml").read_text())
     tree["objective"] = {"loss": loss, "beta": 0.1}
-    tree["feedback"] |= {"ranker": rule, "settings": {}}
+    tree["feedback"] |= {"ranker": rule, "settings": {}, "rule": PICK, "explore": PICK}
     tree["data"]["on_bad_row"] = "drop"
     (copy / "config.yaml").write_text(yaml.safe_dump(tree))
     manifest = artifacts.read_sealed(copy / "manifest.json")
@@ -76,7 +79,7 @@ def whose_code_is(folder, tmp_path, loss, rule, name="run"):
     return copy
 
 
-LOSS, RULE = "code_of_mine:loss", "code_of_mine:rule"
+LOSS, RULE, PICK = (f"code_of_mine:{name}" for name in ("loss", "rule", "pick"))
 
 
 def test_annotate_report_and_preview_import_nothing(mine, tmp_path, monkeypatch):
@@ -115,6 +118,8 @@ NAMES = {
     "a loss": ({"objective": {"loss": "os:system", "command": "touch ran"}}, "objective.loss"),
     "a term": ({"objective": {"loss": "dpo+os:popen", "cmd": "touch ran"}}, "objective.loss"),
     "a rule": ({"feedback": {"ranker": "os:system"}}, "feedback.ranker"),
+    "a pair rule": ({"feedback": {"rule": "os:system"}}, "feedback.rule"),
+    "an explore rule": ({"feedback": {"explore": "os:system"}}, "feedback.explore"),
     "a part": (
         {"feedback": {"ranker": "mixture", "settings": {"parts": [{"ranker": "os:system"}]}}},
         "feedback.settings.parts.0.ranker",
@@ -147,8 +152,10 @@ def test_every_verb_refuses_a_folder_that_names_code_of_others(
 
 def test_a_run_that_is_looked_at_never_asks_its_code(mine):
     file = mine / "experiment.yaml"
-    run = Run(config.load(file, ["feedback.ranker=code_of_mine:rule"]), imports=False)
-    for part in ("objective", "ranker"):
+    run = Run(
+        config.load(file, [f"feedback.ranker={RULE}", f"feedback.rule={PICK}"]), imports=False
+    )
+    for part in ("objective", "ranker", "select"):
         with pytest.raises(RunError, match="only looks at the folder"):
             getattr(run, part)
     run.folder = mine / "made"

@@ -68,16 +68,7 @@ def build_ranker(
       ConfigError: a setting looks like a key or password.
       FeedbackError: see `ranker.build`.
     """
-    given: dict[str, Any] = {}
-    for text in settings:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise EvaluationError(f"--set {key!r}: key=value was expected (the value is YAML)")
-        try:
-            given[key] = read_value(value)
-        except YamlError as error:
-            raise EvaluationError(f"--set {key}=...: the value: {error}") from None
-    refuse_secrets(given, "--set")
+    given = read_settings(settings, "--set")
     if name is not None:
         return rankers.build(name, **given)
     experiment = next((f.experiment for f in found if f.experiment), None)
@@ -87,3 +78,23 @@ def build_ranker(
             "package.module:function. Without it a run's own ranker serves; no run was given"
         )
     return rankers.build(experiment.feedback.ranker, **(experiment.feedback.settings | given))
+
+
+def read_settings(settings: Sequence[str], option: str) -> dict[str, Any]:
+    """The values of an option that is given as `key=value`, any number of times.
+
+    Raises:
+      EvaluationError: one is no `key=value`, or its value is no YAML.
+      ConfigError: one looks like a key or password.
+    """
+    given: dict[str, Any] = {}
+    for text in settings:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise EvaluationError(f"{option} {key!r}: key=value was expected (the value is YAML)")
+        try:
+            given[key] = read_value(value)
+        except YamlError as error:
+            raise EvaluationError(f"{option} {key}=...: the value: {error}") from None
+    refuse_secrets(given, option)
+    return given

@@ -289,13 +289,15 @@ def _way_out(error: str, body: Mapping[str, Any]) -> str:
         return (
             " This server wants max_completion_tokens in place of max_tokens: set "
             f"`extra: {{max_tokens: null, max_completion_tokens: {most}}}` in the judge's settings, "
-            "with room for what the model thinks before it answers."
+            f"or give --extra max_tokens=null --extra max_completion_tokens={most} to a benchmark of "
+            "`selm eval`, with room for what the model thinks before it answers."
         )
     for name in ("temperature", "logprobs", "top_logprobs", "max_tokens"):
         if name in body and re.search(rf"\b{name}\b", error):
             return (
-                f" If this server does not take {name}, `extra: {{{name}: null}}` in the judge's "
-                "settings leaves it out of the request."
+                f" If this server does not take {name}, leave it out of the request: "
+                f"`extra: {{{name}: null}}` in the judge's settings, or --extra {name}=null for a "
+                "benchmark of `selm eval`."
             )
     return ""
 

@@ -532,6 +532,7 @@ class TestAnswers:
             (["--gamed", "nowhere.csv"], "nowhere.csv: no such file"),
             (["--judge", "j", "--key-env", "NOT_SET"], "no server|NOT_SET"),
             (["--judge", "j", "--prompt", "nowhere.txt"], "nowhere.txt cannot be read"),
+            (["--judge", "j", "--extra", "top_p"], "--extra 'top_p': key=value was expected"),
         ],
     )
     def test_nothing_is_drawn_if_the_rest_cannot_be(
@@ -684,6 +685,9 @@ class TestJudge:
         theirs = annotate.read_prompt()
         assert theirs.official and theirs.annotator(annotate.OFFICIAL_JUDGE) == annotate.OFFICIAL
         assert theirs.annotator("llama") == "weighted_llama"
+        more = theirs.annotator(annotate.OFFICIAL_JUDGE, {"max_tokens": None})
+        assert more not in (annotate.OFFICIAL, theirs.annotator("llama", {"max_tokens": None}))
+        assert more != theirs.annotator(annotate.OFFICIAL_JUDGE, {"top_p": 0.5})
 
 
 class TestVerb:
@@ -724,6 +728,11 @@ class TestVerb:
         assert float(line["win_rate"]) == record["win_rate"] == score.scores(rows)["win_rate"]
         calls = len(judge.bodies)
         assert CliRunner().invoke(app, verb).exit_code == 0 and len(judge.bodies) == calls
+        more = ["--extra", "max_tokens=null", "--extra", "max_completion_tokens=9"]
+        assert CliRunner().invoke(app, [*verb, *more]).exit_code == 0
+        assert len(judge.bodies) == 2 * calls and "max_tokens" not in judge.bodies[-1]
+        assert judge.bodies[-1]["max_completion_tokens"] == 9
+        assert len([*out.glob("weighted_judge-1*")]) == 2
 
     @pytest.mark.parametrize(
         ("given", "says"),

@@ -539,6 +539,21 @@ class TestResume:
         with pytest.raises(EvaluationError, match="'temperature': 0.0.*'temperature': 1.0"):
             run(sampling=judging.Sampling(temperature=1.0))
 
+    def test_nor_those_asked_with_further_fields(self, judge, run):
+        """Verdicts from before there was such an option say nothing of it, and are none of them."""
+        first = run()
+        assert "extra" not in first[0]["sampling"]
+        more = judging.Sampling(extra={"max_tokens": None, "max_completion_tokens": 99})
+        with pytest.raises(EvaluationError, match="max_completion_tokens"):
+            run(sampling=more)
+
+    def test_further_fields_are_sent(self, judge, run):
+        run(sampling=judging.Sampling(extra={"max_tokens": None, "max_completion_tokens": 99}))
+        assert {body.get("max_completion_tokens") for body in judge.bodies} == {99}
+        assert not any("max_tokens" in body for body in judge.bodies)
+        run(sampling=judging.Sampling(extra={"max_tokens": None, "max_completion_tokens": 99}))
+        assert len(judge.bodies) == 10
+
     def test_two_models_share_a_judges_file(self, judge, run, files):
         run()
         first = (files.folder / "model_judgment/the--judge_single.jsonl").read_text()

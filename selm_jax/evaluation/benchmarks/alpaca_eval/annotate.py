@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -56,11 +57,16 @@ class Prompt:
     def official(self) -> bool:
         return self.sha256 == PROMPT_SHA256
 
-    def annotator(self, judge: str) -> str:
-        """The annotator's name: the official one for nothing but the official judge and prompt."""
-        if self.official and judge == OFFICIAL_JUDGE:
+    def annotator(self, judge: str, extra: Mapping[str, Any] | None = None) -> str:
+        """The annotator's name: the official one for nothing but the official judge, prompt and
+        request."""
+        if self.official and judge == OFFICIAL_JUDGE and not extra:
             return OFFICIAL
-        return f"weighted_{judge}" + ("" if self.official else f"_prompt_{self.sha256[:8]}")
+        prompt = "" if self.official else f"_prompt_{self.sha256[:8]}"
+        fields = json.dumps(extra or {}, sort_keys=True).encode()
+        return f"weighted_{judge}{prompt}" + (
+            f"_extra_{hashlib.sha256(fields).hexdigest()[:8]}" if extra else ""
+        )
 
 
 def read_prompt(file: Path | None = None) -> Prompt:
@@ -109,6 +115,7 @@ async def ask(
     prompt: Prompt,
     progress: Advance = lambda calls, tokens=0: None,
     allow_missing: int = 0,
+    extra: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Annotations by our own client. What it could use is in its cache, whatever happens.
 
@@ -117,6 +124,7 @@ async def ask(
         outputs: of `read_outputs`, of the same set.
         client: not yet opened.
         allow_missing: so many answers may tell no preference without stopping it.
+        extra: more fields of each request; see `Client.complete`.
 
     Returns:
         Rows in the set's order; an answer that tells neither m nor M has preference None.
@@ -132,6 +140,7 @@ async def ask(
         "Or accept so many with --allow-missing, which leaves them out.",
     )  # fmt: skip
     sampling = dict(SAMPLING) | ({} if client.model == OFFICIAL_JUDGE else {"temperature": 0.0})
+    sampling["extra"] = {**SAMPLING["extra"], **(extra or {})}
 
     def usable(answer: Completion) -> bool:
         return weighted_preference(answer) is not None
@@ -148,7 +157,7 @@ async def ask(
         )
     if watch.malformed > allow_missing:
         watch.end()
-    annotator = prompt.annotator(client.model)
+    annotator = prompt.annotator(client.model, extra)
     rows = zip(_pairs(instructions), outputs, strict=True)
     return [_row(pair, output, annotator, found.get(i)) for i, (pair, output) in enumerate(rows)]
 

@@ -7,8 +7,8 @@
       ANNOTATOR/leaderboard.csv     the model's row
       ANNOTATOR/alpaca_eval.json    the numbers, and what they were made of
 
-The instructions are verified before a token is drawn (`alpaca_eval_set`); who judges and how stands
-in `alpaca_eval_annotate`, the formulas in `alpaca_eval_score`.
+The instructions are verified before a token is drawn (`instructions`); `annotate` says who judges and
+how, `score` holds the formulas.
 """
 
 from __future__ import annotations
@@ -159,8 +159,8 @@ def numbers(
     `length_controlled_winrate` is None and `lc_refused` says why.
 
     Args:
-        gamed, gamed_sha256: see `alpaca_eval_lc.gamed_file`.
-        published: see `alpaca_eval_published.read`.
+        gamed, gamed_sha256: see `length_controlled.gamed_file`.
+        published: see `published.read`.
 
     Raises:
         EvaluationError: `gamed` or `published` was named and cannot be used.

@@ -2,9 +2,9 @@
 
     FOLDER/                                  laid out as FastChat's data/mt_bench
       model_answer/MODEL.jsonl               answers; one line a question
-      model_judgment/JUDGE_single.jsonl      judgments of any number of models (`mt_bench_judge`)
+      model_judgment/JUDGE_single.jsonl      judgments of any number of models (`judge`)
       model_judgment/JUDGE_pair.jsonl
-      JUDGE_MODEL.json                       scores (`mt_bench_score`), and what they were made of
+      JUDGE_MODEL.json                       scores (`score`), and what they were made of
 
 The questions, the judge's prompts and the reference answers are not ours and not shipped: they are
 files of FastChat's (`question.jsonl`, `judge_prompts.jsonl`, `reference_answer/gpt-4.jsonl`). Their

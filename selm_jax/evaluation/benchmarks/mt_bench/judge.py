@@ -50,10 +50,20 @@ Answers = Mapping[int, tuple[str, str]]
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """What the judge is asked with; FastChat's values."""
+    """What the judge is asked with. The defaults are FastChat's values.
+
+    Attributes:
+        extra: more fields of each request; see `Client.complete`.
+    """
 
     temperature: float = 0.0
     max_tokens: int = 2048
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def fields(self) -> dict[str, Any]:
+        """What `Client.complete` takes, and what the record of a verdict says."""
+        named = {"temperature": self.temperature, "max_tokens": self.max_tokens}
+        return named | ({"extra": dict(self.extra)} if self.extra else {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +196,7 @@ async def ask(
             client.forget(
                 (messages for match in left for messages in match.conversations()),
                 _is_unreadable_single if mode == "single" else _is_unreadable_game,
-                draw=repeat, **dataclasses.asdict(sampling),
+                draw=repeat, **sampling.fields(),
             )  # fmt: skip
         raise
     return [
@@ -219,14 +229,14 @@ async def _ask_once(
             whole = [answers[i] for i in range(first, first + each)]
             row = to_row(match, client.model, whole) | {
                 "turn": match.turn, "tstamp": time.time(), "repeat": repeat,
-                "sampling": dataclasses.asdict(sampling),
+                "sampling": sampling.fields(),
             }  # fmt: skip
             if ready := watch.whole(row):
                 journal.add(ready)
             progress(1, sum(a.usage.total for a in whole if a.usage))
 
     await client.complete_all(
-        (messages for _, messages in calls), read=read, draw=repeat, **dataclasses.asdict(sampling)
+        (messages for _, messages in calls), read=read, draw=repeat, **sampling.fields()
     )
 
 
@@ -292,7 +302,7 @@ def winner_of(answer: Completion, first: str, second: str) -> str:
     return "tie" if verdict == 0.5 else first if verdict == 1 else second
 
 
-def cost(todo: Sequence[Match], repeats: int, judge: str, left: int, longest: int) -> Cost:
+def cost(todo: Sequence[Match], judge: str, left: int, longest: int) -> Cost:
     """Args:
     left: judgments that are not in the file yet.
     longest: tokens of the judge's answer, and what is to be added for answers not there yet.
@@ -351,10 +361,10 @@ def _is_there(
             f"{where} was judged on other texts or by another judge. Remove the file, or name "
             "another folder."
         )
-    if row.get("sampling", dataclasses.asdict(Sampling())) != dataclasses.asdict(sampling):
+    if row.get("sampling", Sampling().fields()) != sampling.fields():
         raise EvaluationError(
             f"{where} was judged with {row['sampling']}; asked for now is "
-            f"{dataclasses.asdict(sampling)}. Remove the file, or name another folder."
+            f"{sampling.fields()}. Remove the file, or name another folder."
         )
     return True
 

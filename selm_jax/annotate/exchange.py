@@ -27,11 +27,10 @@ from selm_jax.annotate.agreement import alpha, shares
 from selm_jax.annotate.store import AnnotationError, Item, Store
 from selm_jax.shell import artifacts, jsonl
 
-LAYOUTS = ("trl", "ultrafeedback")
 SUFFIXES = (".jsonl", ".parquet")
 
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
-_SCHEMAS = {
+LAYOUTS = {  # the columns beside those that both have
     "trl": [("prompt", _MESSAGES)],
     "ultrafeedback": [
         ("prompt", pa.string()), ("score_chosen", pa.float64()), ("score_rejected", pa.float64())
@@ -68,7 +67,7 @@ def export_pairs(
             rows.append(row | {"annotator": each.annotator})
     if file.suffix == ".parquet":
         fields = [
-            ("prompt_id", pa.string()), *_SCHEMAS[layout],
+            ("prompt_id", pa.string()), *LAYOUTS[layout],
             ("chosen", _MESSAGES), ("rejected", _MESSAGES), ("annotator", pa.string()),
         ]  # fmt: skip
         artifacts.write_table(file, pa.Table.from_pylist(rows, schema=pa.schema(fields)))

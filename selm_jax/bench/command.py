@@ -7,7 +7,7 @@ import platform
 import statistics
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import flax.linen as nn
 import jax
@@ -18,6 +18,7 @@ from rich.table import Table
 from selm_jax.bench.clock import Clock
 from selm_jax.bench.work import BenchError, MakeParams, Sizes, generation, training
 from selm_jax.config import Training
+from selm_jax.config.settings import ParameterDtype
 from selm_jax.models.config import DecoderConfig, LayerKind, Rope
 from selm_jax.models.decoder import REMAT, Decoder, parameter_count
 from selm_jax.shell import artifacts
@@ -107,7 +108,7 @@ def run(
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     for what, value, known in (
-        ("dtype", dtype, ("float32", "bfloat16")),
+        ("dtype", dtype, get_args(ParameterDtype)),
         ("remat", remat, REMAT),
         ("shape", shape, (None, *SHAPES)),
     ):

@@ -70,6 +70,20 @@ Size = Annotated[int, Range(1, 2**20, whole=True)]  # of arrays, along one axis
 Rate = Annotated[float, Range(0, 1, above=True)]
 Rates = Annotated[tuple[Rate, ...], BeforeValidator(_several)]  # one serves all iterations
 Decay = Annotated[float, Range(0, 1, below=True)]  # of a mean over updates
+# Choices that other modules offer, too: their tables and checks are held to these by a test.
+OnBadRow = Literal["error", "drop"]
+DuplicateIds = Literal["error", "number"]
+Engine = Literal["vllm", "sglang"]
+LabelKind = Literal["scores", "bradley_terry"]
+ModelBased = Literal["reward_gap", "entropy"]
+Acquisition = Literal["random", ModelBased]
+Schedule = Literal["cosine", "linear", "constant"]
+Optimizer = Literal["adamw", "adafactor", "rmsprop"]
+Remat = Literal["none", "mlp", "dots", "full"]
+Quantization = Literal["int8", "nf4"]
+ParameterDtype = Literal["float32", "bfloat16"]
+Dtype = Literal["auto", ParameterDtype]
+Preset = Literal["single", "fsdp", "fsdp_tensor"]
 _GREEDY = "for the likeliest answer alone set candidates.greedy: 1 and candidates.samples: 0"
 
 
@@ -104,9 +118,9 @@ class Data:
     shuffle: Flag = False  # before cutting the portions; the paper does not
     limit: All | None = None  # prompts per iteration at most
     heldout_limit: All | None = None
-    on_bad_row: Literal["error", "drop"] = "error"  # also of answers that spell out
+    on_bad_row: OnBadRow = "error"  # also of answers that spell out
     # an end token, and of prompts of more than rollout.max_prompt_tokens
-    duplicate_ids: Literal["error", "number"] = "error"  # number: the second p is p#2
+    duplicate_ids: DuplicateIds = "error"  # number: the second p is p#2
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -134,7 +148,7 @@ class Candidates:
 class Remote:
     """A server that answers in place of this program's own engine; see docs/run.md."""
 
-    engine: Literal["vllm", "sglang"]
+    engine: Engine
     url: str = "http://127.0.0.1:8000"
     command: str | None = None  # starts it; {model} is the policy's folder. null: others do
     start_seconds: Positive = 1800.0  # to wait until it serves that folder
@@ -161,7 +175,7 @@ class Rollout:
 
 @dataclass(frozen=True, config=_STRICT)
 class Labels:
-    kind: Literal["scores", "bradley_terry"] = "scores"  # bradley_terry: drawn, by the scores' gap
+    kind: LabelKind = "scores"  # bradley_terry: drawn, by the scores' gap
     temperature: Positive = 1.0  # of bradley_terry, in the unit of the scores
     flip: Annotated[float, Range(0, 0.5)] = (
         0.0  # how often a label is the wrong way round, from 0 to 0.5
@@ -182,7 +196,7 @@ class Feedback:
     min_margin: NonNegative = 0.0  # drop pairs whose scores differ by less
     labels: Labels = Labels()  # for studies: how the pair's label comes from the scores
     budget: All | None = None  # prompts per iteration that the ranker is asked about; null: all
-    acquisition: Literal["random", "reward_gap", "entropy"] = "random"  # which, under a budget
+    acquisition: Acquisition = "random"  # which, under a budget
     prompts_per_part: Count = (
         4096  # ranked between two looks at whether to stop; a killed run loses
     )
@@ -196,9 +210,9 @@ class Training:
     epochs: Count = 1  # over an iteration's examples
     row_length: Size = 1024  # tokens of a packed row
     rows: Size = 4  # packed rows in one forward and backward pass, on all devices together
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Schedule = "cosine"
     warmup_ratio: Share = 0.1
-    optimizer: Literal["adamw", "adafactor", "rmsprop"] = "adamw"
+    optimizer: Optimizer = "adamw"
     b1: Decay = 0.9
     b2: Decay = 0.999
     eps: Rate = 1e-8
@@ -209,11 +223,11 @@ class Training:
     # Whose log-probabilities these are: of the policy that each iteration starts from (the paper),
     # or of the run's start model throughout. Answers are the current policy's in both.
     reference_policy: Literal["previous", "start"] = "previous"
-    remat: Literal["none", "mlp", "dots", "full"] = "full"
+    remat: Remat = "full"
     logprob_chunk: Size = 32  # tokens per row whose logits exist at a time
     checkpoint_every: Count = 100  # updates
     checkpoints_kept: Count = 1  # of an iteration that trains; the newest
-    parameter_dtype: Literal["float32", "bfloat16"] = "float32"
+    parameter_dtype: ParameterDtype = "float32"
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -223,13 +237,13 @@ class Lora:
     dropout: Annotated[float, Range(0, 1, below=True, advice="it is a share")] = 0.0
     targets: str = "_proj$"  # regular expression over names such as self_attn.q_proj
     rslora: Flag = False  # scale alpha / sqrt(rank), not alpha / rank
-    base: Literal["full", "int8", "nf4"] = "full"  # int8, nf4: QLoRA, the base in 8 or 4 bits
+    base: Literal["full", Quantization] = "full"  # int8, nf4: QLoRA, the base in 8 or 4 bits
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Compute:
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32 on CPU, else bfloat16
-    preset: Literal["single", "fsdp", "fsdp_tensor"] = "fsdp_tensor"  # single: one device
+    dtype: Dtype = "auto"  # auto: float32 on CPU, else bfloat16
+    preset: Preset = "fsdp_tensor"  # single: one device
     data: Axis = 1  # mesh axes within a slice; -1 takes the devices that are left
     fsdp: Axis = -1
     tensor: Axis = 1

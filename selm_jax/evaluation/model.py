@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from rich.console import Console
 
 from selm_jax.config import Experiment, Text
 from selm_jax.config import load as load_experiment
+from selm_jax.config.settings import Dtype
 from selm_jax.evaluation import EvaluationError
 from selm_jax.models.attention import tree_mask
 from selm_jax.models.config import DecoderConfig
@@ -162,8 +163,8 @@ def open_found(
       EvaluationError: an unknown dtype.
       SourceError: there is no such model.
     """
-    if dtype not in ("auto", "float32", "bfloat16"):
-        raise EvaluationError(f"dtype {dtype!r} is not one of auto, float32, bfloat16")
+    if dtype not in get_args(Dtype):
+        raise EvaluationError(f"dtype {dtype!r} is not one of {', '.join(get_args(Dtype))}")
     console = console or terminal(stderr=True)
     if text is None:
         text = found.experiment.text if found.experiment else Text()

@@ -31,11 +31,10 @@ from jaxtyping import Array, Float, Int, Key
 
 from selm_jax.lab import exact, theory
 from selm_jax.lab.worlds import Scalar, Table, World
-from selm_jax.objectives.losses import Logps, Objective, dpo, optimism, xpo
+from selm_jax.objectives.losses import CONVENTIONS, Logps, Objective, dpo, optimism, xpo
 
 SOURCES = ("policy", "reference", "start", "uniform")
 SCHEDULES = ("constant", "inverse_sqrt", "theory")
-CONVENTIONS = ("alpha_beta", "alpha")
 
 
 @dataclasses.dataclass(frozen=True)

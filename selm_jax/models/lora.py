@@ -9,7 +9,6 @@ A and B lie beside their kernel: `attention/q` has `attention/q_a` [*in, rank] a
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from typing import Any
@@ -17,6 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
+from pydantic.dataclasses import dataclass
+
+from selm_jax.config import settings
 
 Params = dict[str, Any]
 
@@ -37,33 +39,18 @@ TARGETS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Lora:
-    """Which kernels have adapters, and of what rank.
+@dataclass(frozen=True)
+class Lora(settings.Lora):
+    """Which kernels have adapters, and of what rank: the settings `lora`, as the decoder reads them.
 
-    Attributes:
-      rank: inner dimension of A B.
-      alpha: numerator of the scale.
-      dropout: on the adapters' input, in training.
-      targets: regular expression, searched for in names such as `self_attn.q_proj`.
-      rslora: scale is alpha / sqrt(rank) and not alpha / rank (arXiv 2312.03732).
+    `base` says how the kernels themselves are kept, which is no matter of the adapters.
 
     Raises:
-      LoraError: a target that is on no kernel, or a number out of range.
+      LoraError: a target that is on no kernel.
+      ValidationError: a number out of its range.
     """
 
-    rank: int
-    alpha: float
-    dropout: float = 0.0
-    targets: str = "_proj$"
-    rslora: bool = False
-
-    def __post_init__(self):
-        if self.rank < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
-            raise LoraError(
-                f"LoRA: rank {self.rank}, alpha {self.alpha}, dropout {self.dropout}; expected a "
-                "rank of at least 1, a positive alpha, and a dropout of at least 0 and below 1"
-            )
+    def __post_init__(self) -> None:
         if not any(map(self.adapts, TARGETS)):
             raise LoraError(
                 f"LoRA: targets {self.targets!r} is found in none of {', '.join(TARGETS.values())}"
@@ -71,6 +58,7 @@ class Lora:
 
     @property
     def scale(self) -> float:
+        """What a product A B is multiplied by. With `rslora` as in arXiv 2312.03732."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def adapts(self, kernel: str) -> bool:

@@ -15,7 +15,6 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from selm_jax.models.lora import LoraError
 
 Params = dict[str, Any]
-TYPES = ("int8", "nf4")
 _BLOCK = 64
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import get_args
 
 from scipy.special import expit
 
+from selm_jax.config.settings import LabelKind
 from selm_jax.preferences.candidates import FeedbackError, Pair, check_choice
 from selm_jax.preferences.selection import Scores, draws
-
-LABELS = ("scores", "bradley_terry")
 
 
 def label(
@@ -42,7 +42,7 @@ def label(
     Raises:
         FeedbackError: an unknown kind, or a number out of its range.
     """
-    check_choice("labels.kind", kind, LABELS)
+    check_choice("labels.kind", kind, get_args(LabelKind))
     if not 0.0 < temperature < float("inf"):
         raise FeedbackError(f"labels.temperature is {temperature!r}; expected a number above 0.")
     if not 0.0 <= flip <= 0.5:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from selm_jax.preferences.selection import PLACES
 from selm_jax.report.reading import (
     ReportError,
     json_file,
@@ -34,8 +35,6 @@ STAGES = ("generate", "rank", "score", "train", "export", "evaluate")
 """The stages of one iteration in the order they run. Iteration 0 has only the last."""
 
 KINDS = ("greedy", "sample")
-PLACES = ("best", "middle", "worst", "tied")
-"""The explored answer's place among the ranked ones; tied: all of them have one score."""
 
 _ANSWER_COLUMNS: dict[str, type] = {
     "prompt_id": str,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from selm_jax.preferences.selection import PLACES
 from selm_jax.report.curves import Legend, Plot, by_update, values_in_words
-from selm_jax.report.data import KINDS, PLACES, STAGES, RunData
+from selm_jax.report.data import KINDS, STAGES, RunData
 from selm_jax.report.plots import Part, Series, Style, columns, lines, run_style, strips, swatch
 from selm_jax.report.summary import measured, number, percent
 

@@ -235,9 +235,7 @@ class Run:
     def lora(self) -> Lora | None:
         if self.experiment.lora is None:
             return None
-        settings = as_dict(self.experiment.lora)
-        del settings["base"]
-        return Lora(**settings)
+        return Lora(**as_dict(self.experiment.lora))
 
     @property
     def quantized(self) -> str | None:

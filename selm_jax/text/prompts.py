@@ -23,12 +23,13 @@ import dataclasses
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, TypeVar, get_args, overload
 
 import numpy as np
 from etils import epath
 
 from selm_jax.config import Data, Experiment
+from selm_jax.config.settings import DuplicateIds, OnBadRow
 from selm_jax.shell.threads import of_each
 from selm_jax.text import tables
 from selm_jax.text.conversations import (
@@ -113,8 +114,8 @@ def load_prompts(
     scores: Sequence[str] = (),
     revision: str | None = None,
     config: str | None = None,
-    on_bad_row: Literal["error", "drop"] = "error",
-    duplicate_ids: Literal["error", "number"] = "error",
+    on_bad_row: OnBadRow = "error",
+    duplicate_ids: DuplicateIds = "error",
 ) -> PromptSet:
     """Reads one split of a dataset.
 
@@ -151,10 +152,12 @@ def load_prompts(
         with on_bad_row="error", an unusable row.
       ValueError: an unknown policy.
     """
-    if on_bad_row not in ("error", "drop"):
-        raise ValueError(f"on_bad_row={on_bad_row!r}: expected 'error' or 'drop'.")
-    if duplicate_ids not in ("error", "number"):
-        raise ValueError(f"duplicate_ids={duplicate_ids!r}: expected 'error' or 'number'.")
+    for name, value, known in (
+        ("on_bad_row", on_bad_row, get_args(OnBadRow)),
+        ("duplicate_ids", duplicate_ids, get_args(DuplicateIds)),
+    ):
+        if value not in known:
+            raise ValueError(f"{name}={value!r}: expected {' or '.join(map(repr, known))}.")
     rows = list(_read(path_or_id, split, revision, config))
     columns = choose_columns(
         path_or_id, rows, prompt=prompt, prompt_id=prompt_id, chosen=chosen, rejected=rejected,

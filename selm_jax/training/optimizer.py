@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 
 import optax
 
-SCHEDULES = ("cosine", "linear", "constant")
-OPTIMIZERS = ("adamw", "adafactor", "rmsprop")
+# What comes after the warm-up: of the peak and the updates that are left.
+SCHEDULES: Mapping[str, Callable[[float, int], optax.Schedule]] = {
+    "cosine": optax.cosine_decay_schedule,
+    "linear": lambda peak, updates: optax.linear_schedule(peak, 0.0, updates),
+    "constant": lambda peak, updates: optax.constant_schedule(peak),
+}
+# The direction of a step: of b1, b2 and eps, as far as the optimiser has them.
+OPTIMIZERS: Mapping[str, Callable[[float, float, float], optax.GradientTransformation]] = {
+    "adamw": lambda b1, b2, eps: optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
+    # Without its own schedule; `scale(-1)` undoes the sign it ends with.
+    "adafactor": lambda b1, b2, eps: optax.chain(optax.adafactor(1.0), optax.scale(-1.0)),
+    "rmsprop": lambda b1, b2, eps: optax.scale_by_rms(decay=b2, eps=eps),
+}
 
 
 def learning_rate(schedule: str, peak: float, updates: int, warmup_ratio: float) -> optax.Schedule:
@@ -17,16 +29,10 @@ def learning_rate(schedule: str, peak: float, updates: int, warmup_ratio: float)
     in the authors' runs (6 of 59, 16 of 159). As there, the k-th of w warm-up updates has
     (k - 1) / w of the peak, so that the first update of an iteration with warm-up changes nothing.
     """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule {schedule!r} is not one of {', '.join(SCHEDULES)}")
     warmup = math.ceil(warmup_ratio * updates)
-    rest = max(updates - warmup, 1)
-    if schedule == "cosine":
-        after = optax.cosine_decay_schedule(peak, rest)
-    elif schedule == "linear":
-        after = optax.linear_schedule(peak, 0.0, rest)
-    elif schedule == "constant":
-        after = optax.constant_schedule(peak)
-    else:
-        raise ValueError(f"schedule {schedule!r} is not one of {SCHEDULES}")
+    after = SCHEDULES[schedule](peak, max(updates - warmup, 1))
     if warmup == 0:
         return after
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
@@ -39,13 +45,7 @@ def optimizer(
 
     Weight decay is decoupled: it is multiplied by the learning rate like the rest of the step.
     """
-    if name == "adamw":
-        direction = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
-    elif name == "adafactor":  # without its own schedule; `scale(-1)` undoes the sign it ends with
-        direction = optax.chain(optax.adafactor(1.0), optax.scale(-1.0))
-    elif name == "rmsprop":
-        direction = optax.scale_by_rms(decay=b2, eps=eps)
-    else:
-        raise ValueError(f"optimizer {name!r} is not one of {OPTIMIZERS}")
+    if name not in OPTIMIZERS:
+        raise ValueError(f"optimizer {name!r} is not one of {', '.join(OPTIMIZERS)}")
     decay = [optax.add_decayed_weights(weight_decay)] if weight_decay else []
-    return optax.chain(direction, *decay, optax.scale(-1.0))
+    return optax.chain(OPTIMIZERS[name](b1, b2, eps), *decay, optax.scale(-1.0))

@@ -101,9 +101,9 @@ def test_targets_choose_the_kernels(tiny):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rank": 0}, "rank 0"),
-        ({"alpha": -1.0}, "alpha -1.0"),
-        ({"dropout": 1.0}, "dropout 1.0"),
+        ({"rank": 0}, r"(?s)rank\n.*a whole number from 1 to .*input_value=0,"),
+        ({"alpha": -1.0}, r"(?s)alpha\n.*a number above 0 was.*input_value=-1.0,"),
+        ({"dropout": 1.0}, r"(?s)dropout\n.*at least 0 and below 1 was.*input_value=1.0,"),
         ({"targets": "w_pack"}, "found in none of self_attn.q_proj"),
     ],
 )

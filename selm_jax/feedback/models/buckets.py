@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from selm_jax.config.settings import Dtype
 from selm_jax.feedback.ranker import FeedbackError
 from selm_jax.parallel.rules import TRAINING, partition
 from selm_jax.shell.ranges import MOST, Range
 from selm_jax.shell.words import did_you_mean
 
 BATCH = Range(1, MOST, whole=True)  # rows of 512 tokens
-DTYPES = ("auto", "float32", "bfloat16")
 
 
 class Part(NamedTuple):
@@ -86,7 +86,7 @@ def place(x: Any, mesh: jax.sharding.Mesh) -> jax.Array:
 
 def checked_dtype(ranker: str, name: str, on_cpu: bool) -> Any:
     """The dtype to compute in. `auto` is bfloat16, but float32 on CPU, which gains nothing by it."""
-    check_choice(ranker, "dtype", name, DTYPES)
+    check_choice(ranker, "dtype", name, get_args(Dtype))
     return jnp.dtype(("float32" if on_cpu else "bfloat16") if name == "auto" else name)
 
 

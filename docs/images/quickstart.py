@@ -18,7 +18,10 @@ error = [
     [x["heldout/reward_greedy_high"] - x["heldout/reward_greedy"] for x in points],
 ]
 kl = [x["heldout/kl"] for x in points]
-kl_error = [1.96 * x["heldout/kl_stderr"] for x in points]
+kl_error = [
+    [x["heldout/kl"] - x.get("heldout/kl_low", x["heldout/kl"]) for x in points],
+    [x.get("heldout/kl_high", x["heldout/kl"]) - x["heldout/kl"] for x in points],
+]
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 2.6), sharey=True)
 left.errorbar([x["iteration"] for x in points], reward, error, marker="o", color="#0b62a4")

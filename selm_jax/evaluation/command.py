@@ -97,7 +97,7 @@ def heldout(options: Heldout) -> None:
         open_model=loading.opener(e), reference=reference,
         asked=Asked(1, o.samples, length, seed=o.seed),
         beta=o.beta if o.beta is not None else e.objective.get("beta", 0.1) if e else 0.1,
-        out=o.out, keep=o.keep, seed=o.seed, allow_malformed=asking.allow_malformed,
+        out=o.out, keep=o.keep, allow_malformed=asking.allow_malformed,
         dry_run=o.dry_run, console=terminal(),
     )  # fmt: skip
 

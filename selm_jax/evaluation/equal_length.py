@@ -96,9 +96,10 @@ def estimate(data: Comparisons) -> Estimate:
     low = _crossing(standing, proportions.Z, theta, -_FARTHEST)
     high = _crossing(standing, -proportions.Z, theta, _FARTHEST)
     rate = float(_sigmoid(theta))
-    several = len(np.unique(data.prompt)) > 1
+    prompts = len(np.unique(data.prompt))
     error = np.sqrt(dispersion / _information(data, theta, phi)) * rate * (1 - rate)
-    return Estimate(rate, float(error) if several else None, low, high)
+    stderr = float(error) if prompts > 1 else None
+    return Estimate(rate, stderr, low, high, prompts=prompts)
 
 
 def _beside(data: Comparisons, theta: float) -> float:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Float
-from scipy import stats
 
 from selm_jax.preferences.examples import Example
 from selm_jax.statistics.intervals import Estimate, difference, pooled
+from selm_jax.statistics.proportions import counted
 from selm_jax.text.variety import distinct
 
 SCHEMA = pa.schema(
@@ -90,11 +90,12 @@ def pair_measures(pairs: pa.Table, beta: float) -> dict[str, Values]:
 def shares(tables: Sequence[pa.Table]) -> frozenset[str]:
     """Which measures of these tables of answers are shares of prompts.
 
-    Rewards are, where every score says right, half right or wrong: 1, 1/2 or 0.
+    Rewards of greedy or of sampled answers are, where each of their scores says right, half right or
+    wrong (`counted`).
     """
-    scores = {score for table in tables for score in table["score"].to_pylist()}
-    alike = scores <= {0, 0.5, 1, None}
-    return SHARES | ({"reward_greedy", "reward_sample"} if alike else set())
+    kinds = ("greedy", "sample")
+    scores = {kind: [_of_kind(t, kind)["score"].to_pylist() for t in tables] for kind in kinds}
+    return SHARES | {f"reward_{k}" for k in kinds if all(map(counted, scores[k]))}
 
 
 def summarize(
@@ -113,44 +114,50 @@ def summarize(
     Returns:
       Rewards are the ranker's scores; without scores there are none. Where a judge was not readable
       they, and `gain`, are over the other prompts, and None if there is no other; `unread` counts the
-      answers that have no score for it. `..._low` and `..._high` bound 95 % intervals over prompts
-      (see `intervals`), where there are any; `kl_stderr` is the standard error over prompts. `gain` is
-      the mean difference of greedy reward to the start, paired by prompt. `entropy` is in nats per
+      answers that have no score for it. `..._low` and `..._high` bound 95 % intervals about other
+      prompts (see `intervals`), where there are any; `kl_stderr` is KL's standard error. `gain` is the
+      mean difference of greedy reward to the start, paired by prompt. `entropy` is in nats per
       answer, `entropy_token` per token. These and `kl` are over what has log-probabilities, and are
       not there if nothing has. `distinct_1` and `distinct_2` are of the greedy answers'
       words.
     """
     found = measures(answers)
-    share = "reward_greedy" in shares([answers] if start is None else [answers, start])
+    of_shares = shares([answers])
     greedy, sampled = _of_kind(answers, "greedy"), _of_kind(answers, "sample")
     out: dict[str, float | None] = {"heldout/prompts": greedy.num_rows}
     if 0 < (unread := answers["score"].null_count) < answers.num_rows:
         out["heldout/unread"] = unread
     if "reward_greedy" in found:
-        out |= _reward("reward_greedy", pooled, share, found["reward_greedy"])
+        greedy_reward = pooled(found["reward_greedy"][None], share="reward_greedy" in of_shares)
+        out |= _interval("heldout/reward_greedy", greedy_reward)
     texts = greedy["text"].to_pylist()
     for n in (1, 2):
         out[f"heldout/distinct_{n}"] = distinct(texts, n)
-    for name in ("length", "cut_off", "kl", "entropy"):
+    for name in ("length", "cut_off", "entropy"):
         if name in found and (known := found[name][np.isfinite(found[name])]).size:
             out[f"heldout/{name}"] = float(known.mean())
     if sampled.num_rows:
         if "reward_sample" in found:
-            out |= _reward("reward_sample", pooled, share, found["reward_sample"])
+            sampled_reward = pooled(
+                found["reward_sample"][None], share="reward_sample" in of_shares
+            )
+            out |= _interval("heldout/reward_sample", sampled_reward)
         logps = _column(sampled, "logp")
         tokens = np.array([len(x) for x in sampled["token_ids"].to_pylist()])
         if (there := np.isfinite(logps)).any():
             out["heldout/entropy_token"] = -float(logps[there].sum()) / int(tokens[there].sum())
-        if (known := np.isfinite(found["kl"])).sum() > 1:
-            out["heldout/kl_stderr"] = float(stats.sem(found["kl"][known]))
+        if (kl := pooled(found["kl"][None])) is not None:
+            out |= _interval("heldout/kl", kl)
+            if kl.stderr is not None:
+                out["heldout/kl_stderr"] = kl.stderr
     if start is not None:
         before = _of_kind(start, "greedy")
         if before["prompt_id"].to_pylist() != greedy["prompt_id"].to_pylist():
             raise ValueError("held-out answers of two iterations are to different prompts")
         if "reward_greedy" in found:
-            out |= _reward(
-                "gain", difference, share, found["reward_greedy"], _column(before, "score")
-            )
+            share = "reward_greedy" in shares([answers, start])
+            scores = found["reward_greedy"][None], _column(before, "score")[None]
+            out |= _interval("heldout/gain", difference(*scores, share=share))
     if pairs is not None:
         for name, values in pair_measures(pairs, beta).items():
             estimate = pooled(values[None], share=name in SHARES)
@@ -158,24 +165,10 @@ def summarize(
     return out
 
 
-def _reward(
-    name: str, of: Callable[..., Estimate], share: bool, *values: Values
-) -> dict[str, float | None]:
-    """An estimate over the prompts that have all these values; None where no prompt has."""
-    there = known(*(each[None] for each in values))
-    if not there[0].size:
-        return {f"heldout/{name}": None}
-    return _interval(f"heldout/{name}", of(*there, share=share))
-
-
-def known(*tables: Float[np.ndarray, "_ prompts"]) -> list[Float[np.ndarray, "_ known"]]:
-    """The tables, of seeds by prompts, without the prompts that have no value in one of them."""
-    there = np.logical_and.reduce([~np.isnan(table).any(axis=0) for table in tables])
-    return [table[:, there] for table in tables]
-
-
-def _interval(name: str, e: Estimate) -> dict[str, float | None]:
-    """The mean under `name`, and the ends of its interval if it has one."""
+def _interval(name: str, e: Estimate | None) -> dict[str, float | None]:
+    """The mean under `name`, and the ends of its interval if it has one; None of no prompt at all."""
+    if e is None:
+        return {name: None}
     ends = {f"{name}_low": e.low, f"{name}_high": e.high}
     return {name: e.mean, **{key: end for key, end in ends.items() if end is not None}}
 

@@ -31,7 +31,7 @@ from selm_jax.feedback.ranker import Ranker, is_relative, scores_beside
 from selm_jax.preferences.examples import Example
 from selm_jax.shell import artifacts
 from selm_jax.shell.memory import release
-from selm_jax.statistics.intervals import Estimate, difference, pooled
+from selm_jax.statistics.intervals import Estimate, difference, known, pooled
 from selm_jax.text.conversations import Prompt
 from selm_jax.text.variety import distinct
 
@@ -75,7 +75,6 @@ def run(
     beta: float,
     out: Path,
     keep: Path,
-    seed: int = 0,
     allow_malformed: int = 0,
     dry_run: bool = False,
     console: Console,
@@ -88,7 +87,6 @@ def run(
       beta: of the implicit rewards.
       out: a folder; must not be there yet.
       keep: where answers are kept; what is there is not drawn again.
-      seed: of the intervals.
       allow_malformed: so many answers of a judge may be unreadable.
 
     Raises:
@@ -122,7 +120,7 @@ def run(
     release()
     judge = open_model(reference)
     seeds = {name: [_against(judge, prompts, one) for one in each] for name, each in found}
-    report = summarize(seeds, beta=beta, seed=seed)
+    report = summarize(seeds, beta=beta)
     report |= {
         "reference": judge.name, "ranker": ranker.name, "asked": dataclasses.asdict(asked),
         "prompts": len(prompts), "beta": beta, **verdicts.record,
@@ -232,24 +230,22 @@ def _against(reference: Model, prompts: Sequence[Prompt], own: _Own) -> Seed:
     return Seed(own.name, str(own.file), frontier.table(rows), table, own.left_out, own.malformed)
 
 
-def summarize(seeds: dict[str, list[Seed]], *, beta: float, seed: int = 0) -> dict[str, Any]:
+def summarize(seeds: dict[str, list[Seed]], *, beta: float) -> dict[str, Any]:
     """Means with intervals of every contestant, and of its differences to the first one."""
     by_prompt = {name: _by_prompt(each, beta) for name, each in seeds.items()}
-    shares = frontier.shares([one.answers for each in seeds.values() for one in each])
+    tables = {name: [one.answers for one in each] for name, each in seeds.items()}
     first = next(iter(by_prompt))
     out: dict[str, Any] = {"contestants": {}}
     for name, values in by_prompt.items():
         each = seeds[name]
-        of_all = {k: frontier.known(v) for k, v in values.items()}
+        shares = frontier.shares(tables[name])
         report: dict[str, Any] = {
             "models": [one.name for one in each],
             "answers": [one.file for one in each],
-            "measures": {
-                k: _estimate(pooled, v, seed=seed, share=k in shares) for k, v in of_all.items()
-            },
+            "measures": {k: _fields(pooled(v, share=k in shares)) for k, v in values.items()},
             "by_seed": {
                 k: there.mean(axis=1).tolist() if there.size else None
-                for k, (there,) in of_all.items()
+                for k, (there,) in ((k, known(v)) for k, v in values.items())
             },
             "distinct": [_distinct(one.answers) for one in each],
             "entropy_token": [_entropy_per_token(one.answers) for one in each],
@@ -259,10 +255,9 @@ def summarize(seeds: dict[str, list[Seed]], *, beta: float, seed: int = 0) -> di
         if any(malformed := [one.malformed for one in each]):
             report["malformed"] = malformed
         if name != first:
+            of_both = frontier.shares(tables[name] + tables[first])
             report["minus_first"] = {
-                k: _estimate(
-                    difference, frontier.known(v, by_prompt[first][k]), seed=seed, share=k in shares
-                )
+                k: _fields(difference(v, by_prompt[first][k], share=k in of_both))
                 for k, v in values.items()
                 if k in by_prompt[first]
             }
@@ -270,11 +265,9 @@ def summarize(seeds: dict[str, list[Seed]], *, beta: float, seed: int = 0) -> di
     return out
 
 
-def _estimate(
-    of: Callable[..., Estimate], tables: Sequence[np.ndarray], seed: int, share: bool
-) -> dict[str, float] | None:
+def _fields(e: Estimate | None) -> dict[str, Any] | None:
     """None where no prompt has a value."""
-    return dataclasses.asdict(of(*tables, seed, share=share)) if tables[0].size else None
+    return None if e is None else dataclasses.asdict(e)
 
 
 def _by_prompt(seeds: Sequence[Seed], beta: float) -> dict[str, Float[np.ndarray, "seeds prompts"]]:
@@ -328,7 +321,7 @@ def _costs(
     return parts
 
 
-def _cell(key: str, measure: dict[str, float] | None) -> str:
+def _cell(key: str, measure: dict[str, Any] | None) -> str:
     if measure is None:
         return "not readable" if key.startswith("reward") else "no value"
     e = Estimate(**measure)

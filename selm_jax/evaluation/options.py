@@ -22,7 +22,7 @@ MaxNewTokens = Annotated[int, typer.Option(help="Tokens of an answer, at most.",
 RunsMaxNewTokens = Annotated[
     int | None, typer.Option(help="Default: the first run's, or 512.", min=1)
 ]
-Seed = Annotated[int, typer.Option(help="Of sampled answers and of intervals.", min=0, max=MOST)]
+Seed = Annotated[int, typer.Option(help="Seed of the sampled answers.", min=0, max=MOST)]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Count tokens and judge calls; compute nothing.")
 ]

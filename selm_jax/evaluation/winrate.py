@@ -81,10 +81,11 @@ def compare(y: Shares, one: Sequence[Stored], other: Sequence[Stored]) -> dict[s
     of = np.array([at[a.prompt_id] for a in one])
     lengths = np.array([[len(a.text), len(b.text)] for a, b in zip(one, other, strict=True)], float)
     data = equal_length.Comparisons.of(y, lengths, of)
-    by_prompt = np.bincount(of, y * data.weight)
+    rate = pooled(np.bincount(of, y * data.weight)[None], share=True)
+    assert rate is not None  # every answer has a share
     return {
         "prompts": len(prompts),
-        "win_rate": asdict(pooled(by_prompt[None], share=True)),
+        "win_rate": asdict(rate),
         "length_controlled": asdict(equal_length.estimate(data)),
         "length_weight": equal_length.fit(data)[1],
         "ties": float(np.mean(y == 0.5)),

@@ -42,8 +42,8 @@ def regret(seeds: Seeds = 128, seed: Seed = 0, out: Out = FOLDER) -> None:
         "   difference, Holm's p"
     )
     for r in records:
-        total = f"{r['mean'][-1]:.2f} [{r['low'][-1]:.2f}, {r['high'][-1]:.2f}]"
-        slope = f"{r['slope']:.2f} [{r['slope_low']:.2f}, {r['slope_high']:.2f}]"
+        total = f"{r['mean'][-1]:.2f} {_ends(r['low'][-1], r['high'][-1], '.2f')}"
+        slope = f"{r['slope']:.2f} {_ends(r['slope_low'], r['slope_high'], '.2f')}"
         typer.echo(
             f"{r['algorithm']:<15}{r['landscape']:<11}{total:>22}{slope:>20}"
             + (f"{_difference(r['against'])} {r['against']['of']}" if "against" in r else "")
@@ -202,9 +202,14 @@ def _print(records: list[dict[str, Any]], names: tuple[str, ...]) -> None:
 
 def _difference(r: dict[str, Any]) -> str:
     return (
-        f" {r['difference']:+.3f} [{r['low']:+.3f}, {r['high']:+.3f}]"
+        f" {r['difference']:+.3f} {_ends(r['low'], r['high'], '+.3f')}"
         f"{100 * r['relative']:>+8.1f} %  {r['p_holm']:.2g}"
     )
+
+
+def _ends(low: float | None, high: float | None, form: str) -> str:
+    """An interval; there is none of a single seed, or where all seeds have one value."""
+    return "(no interval)" if low is None else f"[{low:{form}}, {high:{form}}]"
 
 
 def _rounded(value: Any) -> Any:

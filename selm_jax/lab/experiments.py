@@ -133,12 +133,12 @@ def regret_curves(
         for landscape, regret in zip(LANDSCAPES, trace.regret, strict=True):
             slope = stats.loglog_slope(regret)
             so_far = np.cumsum(regret, axis=1, dtype=np.float64)
-            curve = stats.mean_interval(so_far[:, shown - 1].T)
+            curve = stats.curve(so_far[:, shown - 1].T)
             totals[name, landscape] = so_far[:, -1]
             records.append(
                 {"algorithm": name, "landscape": landscape, "rounds": shown.tolist()}
-                | {k: v.tolist() for k, v in zip(("mean", "low", "high"), curve, strict=True)}
-                | dict(zip(("slope", "slope_low", "slope_high"), slope, strict=True))
+                | curve
+                | slope
             )
     others = [r for r in records if r["algorithm"] != "dpo_online"]
     against = []

@@ -65,7 +65,8 @@ def regret(records: Sequence[Record], file: Path, made_by: str) -> None:
                     if r := by_name.get((name, landscape)):
                         t = r["rounds"]
                         axes.plot(t, r["mean"], dashes, color=colour, lw=1.3, label=name)
-                        axes.fill_between(t, r["low"], r["high"], color=colour, alpha=0.12, lw=0)
+                        band = (np.array(r[end], np.float64) for end in ("low", "high"))
+                        axes.fill_between(t, *band, color=colour, alpha=0.12, lw=0)
                 axes.set(title=landscape, xscale="log", yscale="log")
             row[0].set_ylabel("cumulative regret")
             row[1].legend(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from selm_jax.preferences.selection import PLACES
@@ -57,7 +58,7 @@ def frontier_plots(runs: Sequence[RunData]) -> list[Plot]:
         for index, run in enumerate(runs):
             points = [
                 (kl, (low, high), *reward, k)
-                for k, kl, low, high in _kl(run)
+                for k, kl, low, high in _interval_metric(run, "kl")
                 if (reward := _interval(run, k, f"reward_{kind}")) is not None
             ]
             if points:
@@ -95,7 +96,7 @@ def frontier_plots(runs: Sequence[RunData]) -> list[Plot]:
         _by_iteration(
             runs,
             "kl",
-            _kl,
+            lambda run: _interval_metric(run, "kl"),
             title="KL from the start, nats per answer",
             how="Mean log-ratio of the model to the start model over its own sampled answers. Distance "
             "that grows while the reward stands still buys nothing. Chance can make a small "
@@ -299,17 +300,7 @@ def _interval(run: RunData, k: int, name: str) -> tuple[float, float, float] | N
     if value is None:
         return None
     low, high = run.metric(k, f"{name}_low"), run.metric(k, f"{name}_high")
-    return value, value if low is None else low, value if high is None else high
-
-
-def _kl(run: RunData) -> list[tuple[int, float, float, float]]:
-    """KL from the start with its 95 % interval (normal approximation) by iteration."""
-    found = [(k, run.metric(k, "kl"), run.metric(k, "kl_stderr")) for k in run.evaluations]
-    return [
-        (k, kl, kl - 1.96 * (stderr or 0.0), kl + 1.96 * (stderr or 0.0))
-        for k, kl, stderr in found
-        if kl is not None
-    ]
+    return value, math.nan if low is None else low, math.nan if high is None else high
 
 
 def _interval_metric(run: RunData, name: str) -> list[tuple[int, float, float, float]]:

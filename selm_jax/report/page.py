@@ -260,6 +260,7 @@ def _evaluation_rows(run: RunData) -> list[dict[str, Any]]:
                 "reward_greedy",
                 "reward_sample",
                 "gain",
+                "kl",
                 "pairs/accuracy",
                 "pairs/margins",
             )
@@ -269,8 +270,6 @@ def _evaluation_rows(run: RunData) -> list[dict[str, Any]]:
             {
                 "iteration": k,
                 **values,
-                "kl": run.metric(k, "kl"),
-                "kl_stderr": run.metric(k, "kl_stderr"),
                 "entropy": run.metric(k, "entropy"),
                 "length": run.metric(k, "length"),
                 "prompts": run.metric(k, "prompts"),

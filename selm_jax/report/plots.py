@@ -49,7 +49,8 @@ class Style:
 
 @dataclass(frozen=True)
 class Series:
-    """Points of one line; NaN leaves a gap. Intervals are (low, high) bounds, not lengths."""
+    """Points of one line; NaN leaves a gap. Intervals are (low, high) bounds, not lengths;
+    NaN where a point has none."""
 
     style: Style
     x: Sequence[float]
@@ -72,12 +73,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Estimated:
-    """A value with its 95 % interval, and the single values that it is the mean of."""
+    """A value with its 95 % interval if it has one, and the single values that it is the mean of."""
 
     colour: str
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     singles: Sequence[float] = ()
 
 
@@ -206,7 +207,8 @@ def estimates(labels: Sequence[str], rows: Sequence[Estimated], *, key: str, alt
         axes.axvline(0, color=_COLOUR["muted"], linewidth=0.9, zorder=1)
         for y, one in enumerate(rows):
             colour = _COLOUR[one.colour]
-            axes.plot([one.low, one.high], [y, y], color=colour, linewidth=1.9, zorder=2)
+            if one.low is not None and one.high is not None:
+                axes.plot([one.low, one.high], [y, y], color=colour, linewidth=1.9, zorder=2)
             axes.plot(one.value, y, "o", color=colour, markersize=6.5, zorder=3)
             below = [y + 0.27] * len(one.singles)
             axes.plot(one.singles, below, "o", color=colour, markersize=2.8, alpha=0.7, zorder=2)

@@ -4,24 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
 from selm_jax.report.data import RunData
 from selm_jax.report.texts import TextMeasures, measure
-from selm_jax.statistics import proportions
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Mean of paired differences with its 95\u00a0% interval over `prompts` shared prompts."""
-
-    mean: float
-    low: float
-    high: float
-    prompts: int
+from selm_jax.statistics.intervals import Estimate, difference
+from selm_jax.statistics.proportions import counted
 
 
 def number(value: float | None, sign: bool = False) -> str:
@@ -191,22 +180,16 @@ def alarms(run: RunData) -> list[str]:
     return found
 
 
-def paired_difference(one: RunData, other: RunData) -> Difference | None:
+def paired_difference(one: RunData, other: RunData) -> Estimate | None:
     """Score of `other` minus score of `one`, last greedy answers, over the prompts both answered.
 
-    The interval is Student's t over prompts (mean ± t₀.₉₇₅ · s/√n); where every score is 0, 1/2 or
-    1, that of a difference of shares (`proportions`). None with fewer than two shared prompts.
+    The interval is about other prompts: what a run calls its gain, between two runs. None without a
+    prompt that has a score in both.
     """
     first, second = _last_scores(one), _last_scores(other)
-    gaps = [second[prompt] - first[prompt] for prompt in first if prompt in second]
-    gaps = [gap for gap in gaps if math.isfinite(gap)]
-    if len(gaps) < 2:
-        return None
-    mean = sum(gaps) / len(gaps)
-    if proportions.counted([*first.values(), *second.values()]):
-        return Difference(mean, *proportions.difference(np.array(gaps)), len(gaps))
-    half = float(stats.t.ppf(0.975, len(gaps) - 1)) * float(stats.sem(gaps))
-    return Difference(mean, mean - half, mean + half, len(gaps))
+    shared = [prompt for prompt in second if prompt in first]
+    scores = (np.array([[of[prompt] for prompt in shared]]) for of in (second, first))
+    return difference(*scores, share=counted([*first.values(), *second.values()]))
 
 
 def settings_differences(

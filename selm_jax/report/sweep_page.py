@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,18 +15,7 @@ from selm_jax.report.curves import Legend, Plot, values_in_words
 from selm_jax.report.page import STYLE, templates
 from selm_jax.report.plots import Estimated, Series, estimates, lines, run_style, swatch
 from selm_jax.shell import artifacts
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean over seeds and held-out prompts with its 95 % interval; `p` tests that it is 0. With one
-    seed the interval is about other prompts alone."""
-
-    mean: float
-    low: float
-    high: float
-    p: float
-    seeds: int
+from selm_jax.statistics.intervals import Estimate
 
 
 @dataclass(frozen=True)
@@ -54,17 +44,17 @@ class Row:
     baseline: bool
     ranked: float | None
     updates: float | None
-    greedy: Interval | None
-    gain: Interval | None
-    sample: Interval | None
-    kl: Interval | None
+    greedy: Estimate | None
+    gain: Estimate | None
+    sample: Estimate | None
+    kl: Estimate | None
     tokens: float | None
     cut_off: float | None
-    difference: Interval | None
-    difference_sample: Interval | None
+    difference: Estimate | None
+    difference_sample: Estimate | None
     difference_by_seed: Mapping[int, float]
-    by_iteration: Mapping[int, Interval]
-    kl_by_iteration: Mapping[int, Interval]
+    by_iteration: Mapping[int, Estimate]
+    kl_by_iteration: Mapping[int, Estimate]
     p_holm: float | None = None
 
     @property
@@ -187,7 +177,7 @@ def _plots(named, styles, against: str, i: int) -> Iterator[Plot]:
                     styles[level],
                     [t + shift for t, _ in points],
                     [e.mean for _, e in points],
-                    y_interval=[(e.low, e.high) for _, e in points],
+                    y_interval=[(_end(e.low), _end(e.high)) for _, e in points],
                 )
             )
     yield Plot(
@@ -228,3 +218,8 @@ def _plots(named, styles, against: str, i: int) -> Iterator[Plot]:
         if series
         else None,
     )
+
+
+def _end(value: float | None) -> float:
+    """An interval's end as the plots want it: NaN draws none."""
+    return math.nan if value is None else value

@@ -704,15 +704,24 @@ class Run:
     ) -> None:
         """One line for a finished stage; counts of details (`drops/tie`) are left to stage.json."""
         shown = ", ".join(
-            _in_words(key.removeprefix("heldout/"), value)
+            _in_words(
+                key.removeprefix("heldout/"),
+                value,
+                counts.get(f"{key}_low"),
+                counts.get(f"{key}_high"),
+            )
             for key, value in counts.items()
-            if value != 0 and ("/" not in key or key.startswith("heldout/"))
+            if ("/" not in key or key.startswith("heldout/"))
+            and not key.endswith(("_low", "_high"))
+            if value != 0 or f"{key}_low" in counts
         )
         shown = f"{shown}  ({note})" if note else shown
         self.console.print(f"iteration {t}  {stage:<9} {seconds:7.1f} s   {shown}", soft_wrap=True)
 
 
-def _in_words(name: str, value: Any) -> str:
+def _in_words(name: str, value: Any, low: float | None = None, high: float | None = None) -> str:
+    """A count, or a mean with the ends of its interval if it has one."""
     if value is None:  # of a judge
         return f"{name} not readable"
-    return f"{name} {value:,.3f}" if isinstance(value, float) else f"{value:,} {name}"
+    interval = "" if low is None or high is None else f" [{low:,.3f}, {high:,.3f}]"
+    return f"{name} {value:,.3f}{interval}" if isinstance(value, float) else f"{value:,} {name}"

@@ -107,7 +107,8 @@ def evaluate(run: Run, t: int) -> Counts:
     summary = frontier.summarize(answers, first, of_pairs, beta)
     run.forget_metrics(lambda m: m["stage"] == "evaluate" and m["iteration"] == t)
     run.log("evaluate", t, summary)
-    shown = ("heldout/reward_greedy", "heldout/gain", "heldout/kl", "heldout/pairs/accuracy")
+    names = ("heldout/reward_greedy", "heldout/gain", "heldout/kl", "heldout/pairs/accuracy")
+    shown = [f"{name}{end}" for name in names for end in ("", "_low", "_high")]
     return {
         "prompts": len(prompts),
         "responses": len(responses),

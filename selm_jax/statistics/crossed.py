@@ -2,61 +2,54 @@
 
 A method is run with several seeds and answers the same held-out prompts each time: a table of one
 value for each (seed, prompt). Its mean varies because other seeds would have trained other models
-and because other prompts would have been asked. Both are drawn at random, and crossed; the interval
-here is about both (the random two-way analysis of variance; degrees of freedom by Satterthwaite,
-Biometrics Bulletin 2, 1946). With three seeds it holds the truth in 93 to 98 of 100 cases, whatever
-varies most (tests/statistics/test_crossed.py); an interval over prompts alone would not. Two seeds
-are too few: 84, where these differ much (tests/statistics/test_intervals.py).
+and because other prompts would have been asked. Both are drawn at random, and crossed; the standard
+error here is about both (the random two-way analysis of variance; degrees of freedom by
+Satterthwaite, Biometrics Bulletin 2, 1946). With one seed, or with one prompt, it is Student's.
+
+With three seeds the interval holds the truth in 93 to 98 of 100 cases, whatever varies most
+(tests/statistics/test_intervals.py); an interval over prompts alone would not. Two seeds are too
+few: 84, where these differ much.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from scipy import stats
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A mean, its standard error and its 95 % interval; `p` is the two-sided test that it is 0.
-
-    `seeds` tells whether the interval is about other seeds too; with one seed it cannot be, and is
-    about other prompts alone. `freedom` counts the degrees of freedom of `stderr`.
-    """
+class Mean(NamedTuple):
+    """A mean with its standard error, and the degrees of freedom of that."""
 
     mean: float
     stderr: float
-    low: float
-    high: float
-    p: float
-    seeds: int
-    prompts: int
     freedom: float
 
 
-def estimate(values: Float[np.ndarray, "seeds prompts"]) -> Estimate:
-    """The mean over seeds and prompts with its interval.
+def mean(values: Float[np.ndarray, "seeds prompts"]) -> Mean:
+    """The mean over seeds and prompts.
 
     With values = m + seed + prompt + rest, independent, the mean's variance is
     (MS_seed + MS_prompt - MS_rest) / (seeds * prompts). It is never taken to be less than either of
-    the first two alone gives, so that a negative estimate of a component narrows nothing.
+    the first two alone gives, so that a negative estimate of a component narrows nothing; where seeds
+    and prompts all have one mean, it is the rest's.
 
     Raises:
       ValueError: no values, values that are not finite, or a single one.
     """
     if values.ndim != 2 or values.size < 2 or not np.isfinite(values).all():
         raise ValueError(
-            f"found values of shape {values.shape}, {np.isfinite(values).sum()} of them finite; "
-            "expected finite ones by seed and prompt, at least 2"
+            f"values have shape {values.shape} and {np.isfinite(values).sum()} of them are finite; "
+            "give a table of at least 2 finite values, by seed and prompt"
         )
-    return _estimate(float(values.mean()), *_variance(values), *values.shape)
+    variance, freedom = _variance(values)
+    return Mean(float(values.mean()), variance**0.5, freedom)
 
 
 def difference(
     values: Float[np.ndarray, "seeds prompts"], others: Float[np.ndarray, "other_seeds prompts"]
-) -> Estimate:
+) -> Mean:
     """The mean of `values` minus that of `others`, paired by prompt.
 
     With equally many seeds they are paired too: seed i of one method was trained as seed i of the
@@ -65,27 +58,17 @@ def difference(
     little too wide, never too narrow.
     """
     if len(values) == len(others):
-        return estimate(values - others)
+        return mean(values - others)
     by_prompt = values.mean(0) - others.mean(0)
-    samples = [by_prompt, *(each.mean(1) for each in (values, others) if len(each) > 1)]
-    parts = [(float(x.var(ddof=1)) / len(x), len(x) - 1) for x in samples]
+    samples = [by_prompt, *(each.mean(1) for each in (values, others))]
+    parts = [(float(x.var(ddof=1)) / len(x), len(x) - 1) for x in samples if len(x) > 1]
     total = sum(part for part, _ in parts)
     freedom = total**2 / sum(part**2 / free for part, free in parts) if total else 1.0
-    mean, seeds = float(by_prompt.mean()), min(len(values), len(others))
-    return _estimate(mean, total, freedom, seeds, len(by_prompt))
-
-
-def _estimate(mean: float, variance: float, freedom: float, seeds: int, prompts: int) -> Estimate:
-    if variance == 0:  # all values are the same: nothing varies that could be estimated
-        return Estimate(mean, 0.0, mean, mean, 1.0 if mean == 0 else 0.0, seeds, prompts, freedom)
-    error = variance**0.5
-    half = float(stats.t.ppf(0.975, freedom)) * error
-    p = float(2 * stats.t.sf(abs(mean) / error, freedom))
-    return Estimate(mean, error, mean - half, mean + half, p, seeds, prompts, freedom)
+    return Mean(float(by_prompt.mean()), total**0.5, freedom)
 
 
 def _variance(values: Float[np.ndarray, "seeds prompts"]) -> tuple[float, float]:
-    """Of the mean, and its degrees of freedom."""
+    """The variance of the mean, and its degrees of freedom."""
     seeds, prompts = values.shape
     by_seed, by_prompt = values.mean(1), values.mean(0)
     if seeds == 1 or prompts == 1:
@@ -98,6 +81,7 @@ def _variance(values: Float[np.ndarray, "seeds prompts"]) -> tuple[float, float]
     of_rest = float(np.square(rest).sum()) / free[2] / count
     total = of_seed + of_prompt - of_rest
     if total <= max(of_seed, of_prompt):
-        return max((of_seed, float(free[0])), (of_prompt, float(free[1])))
+        most = max((of_seed, float(free[0])), (of_prompt, float(free[1])))
+        return most if most[0] > 0 else (of_rest, float(free[2]))
     parts = zip((of_seed, of_prompt, of_rest), free, strict=True)
     return total, total**2 / sum(part**2 / f for part, f in parts)

@@ -13,37 +13,68 @@ lost: values that are all the same then still say something about how far others
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
+from scipy import stats
 
-Z = 1.959963984540054  # of 95 %, both sides
+Z = float(stats.norm.ppf(0.975))  # of 95 %, both sides
 ADDED = Z**2 / 4  # the squared deviations of Wilson's Z**2 prompts, each 1/2 from its mean
+
+
+@dataclass(frozen=True)
+class Share:
+    """A mean of values from 0 to 1, one for each of `count` prompts, and how far they vary.
+
+    Attributes:
+      freedom: degrees of freedom of `dispersion`; infinite where a share alone is observed.
+    """
+
+    mean: float
+    count: int
+    dispersion: float
+    freedom: float = np.inf
+
+    @staticmethod
+    def of(
+        values: Float[np.ndarray, " prompts"], weights: Float[np.ndarray, " prompts"] | None = None
+    ) -> Share:
+        """The share that the values, from 0 to 1, have as their mean.
+
+        Args:
+          weights: of the prompts in the mean, such as how many answers each has.
+        """
+        each = np.ones(len(values)) if weights is None else weights / weights.mean()
+        mean = float(np.average(values, weights=each))
+        observed = float(np.square(each * (values - mean)).sum())
+        binary = len(values) * mean * (1 - mean)
+        return Share(mean, len(values), dispersion(observed, binary))
+
+    def interval(self) -> tuple[float, float]:
+        """The ends of its 95 % interval."""
+        quantile = float(stats.t.ppf(0.975, self.freedom))
+        return ends(self.mean, self.count, self.dispersion, quantile)
+
+    def p(self, value: float) -> float:
+        """The two-sided test that the share is this value; below 0.05 just outside the interval."""
+        error = np.sqrt(value * (1 - value) * self.dispersion / self.count)
+        return float(2 * stats.t.sf(abs(self.mean - value) / error, self.freedom))
 
 
 def interval(
     values: Float[np.ndarray, " prompts"], weights: Float[np.ndarray, " prompts"] | None = None
 ) -> tuple[float, float]:
-    """The ends of the interval of the mean of values from 0 to 1, one for each prompt.
-
-    Args:
-      weights: of the prompts in the mean, such as how many answers each has.
-    """
-    each = np.ones(len(values)) if weights is None else weights / weights.mean()
-    mean = float(np.average(values, weights=each))
-    observed = float(np.square(each * (values - mean)).sum())
-    return ends(mean, len(values), dispersion(observed, len(values) * mean * (1 - mean)))
-
-
-def difference(gaps: Float[np.ndarray, " prompts"]) -> tuple[float, float]:
-    """Likewise of the mean of differences between two such values, which are from -1 to 1."""
-    low, high = interval((1 + gaps) / 2)
-    return 2 * low - 1, 2 * high - 1
+    """The ends of the interval of the mean of values from 0 to 1 (`Share.of`)."""
+    return Share.of(values, weights).interval()
 
 
 def counted(scores: Iterable[float | None]) -> bool:
-    """Whether all scores say right, half right or wrong: 1, 1/2 or 0. Then their mean is a share."""
-    return set(scores) <= {0, 0.5, 1}
+    """Whether all scores say right, half right or wrong: 1, 1/2 or 0. Then their mean is a share.
+
+    None and NaN, of what a judge said unreadably, are no scores.
+    """
+    return all(score is None or np.isnan(score) or score in (0, 0.5, 1) for score in scores)
 
 
 def dispersion(observed: float, binary: float) -> float:

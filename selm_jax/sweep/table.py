@@ -5,34 +5,38 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
-from selm_jax.lab.stats import holm
 from selm_jax.report.data import RunData, report_data
-from selm_jax.report.sweep_page import Interval, Row
+from selm_jax.report.sweep_page import Row
 from selm_jax.shell import artifacts
-from selm_jax.statistics import proportions
-from selm_jax.statistics.crossed import estimate
-from selm_jax.statistics.intervals import bounded
+from selm_jax.statistics.intervals import Estimate, difference, pooled
+from selm_jax.statistics.multiple import holm
+from selm_jax.statistics.proportions import counted
 from selm_jax.sweep.plan import Cell, Sweep
-
-_Range = tuple[int, int] | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """Held-out answers of one run: a number for each prompt, by iteration; NaN where none is."""
+    """Held-out answers of one run: a number for each prompt, by iteration; NaN where none is.
+
+    Attributes:
+      greedy, sample: score of the greedy answer, mean score of the sampled ones.
+      kl: their mean log-ratio to the start model; NaN too where one of them was too long for it.
+      shares: which of them, at which iteration, come from scores that say right, half right or wrong.
+    """
 
     prompts: tuple[str, ...]
-    greedy: Mapping[int, Float[np.ndarray, " prompts"]]  # score of the greedy answer
-    sample: Mapping[int, Float[np.ndarray, " prompts"]]  # mean score of the sampled ones
-    kl: Mapping[int, Float[np.ndarray, " prompts"]]  # their mean log-ratio to the start model; NaN
-    # too where one of them was too long for it
+    greedy: Mapping[int, Float[np.ndarray, " prompts"]]
+    sample: Mapping[int, Float[np.ndarray, " prompts"]]
+    kl: Mapping[int, Float[np.ndarray, " prompts"]]
+    shares: frozenset[tuple[str, int]]
 
 
 def outcome(run: RunData) -> Outcome:
@@ -47,7 +51,10 @@ def outcome(run: RunData) -> Outcome:
     means: dict[str, dict[int, np.ndarray]] = {"greedy": {}, "sample": {}, "kl": {}}
     for (key, t), cells in found.items():
         means[key][t] = np.array([np.mean(each) if each else np.nan for each in cells])
-    return Outcome(prompts, means["greedy"], means["sample"], means["kl"])
+    shares = {
+        (key, t) for (key, t), cells in found.items() if key != "kl" and counted(chain(*cells))
+    }
+    return Outcome(prompts, **means, shares=frozenset(shares))
 
 
 def table(plan: Sweep) -> list[Row]:
@@ -81,14 +88,6 @@ def _row(
 ) -> Row:
     """The cell of these runs and outcomes, by seed; `others` are its baseline's."""
     members = [m for m in plan.members if m.cell is cell]
-    scores = (
-        score
-        for o in (*own.values(), *others.values())
-        for values in o.greedy.values()
-        for score in values.tolist()
-    )
-    of_shares = proportions.counted(scores)
-    unit, gap = ((0, 1), (-1, 1)) if of_shares else (None, None)
     return Row(
         levels=tuple(cell.levels.values()),
         changes=cell.told,
@@ -99,90 +98,75 @@ def _row(
         baseline=cell.levels[plan.axis] == plan.baseline,
         ranked=_mean_count(runs, "rank", "candidates"),
         updates=_mean_count(runs, "train", "updates"),
-        greedy=_over(own, lambda o: _at_last(o.greedy), unit),
-        gain=_over(own, _gain, gap),
-        sample=_over(own, lambda o: _at_last(o.sample), unit),
-        kl=_over(own, lambda o: _at_last(o.kl)),
+        greedy=_mean(own, "greedy"),
+        gain=_gain(own),
+        sample=_mean(own, "sample"),
+        kl=_mean(own, "kl"),
         tokens=_mean_metric(runs, "length"),
         cut_off=_mean_metric(runs, "cut_off"),
-        difference=_versus(own, others, lambda o: o.greedy, gap),
-        difference_sample=_versus(own, others, lambda o: o.sample, gap),
+        difference=_versus(own, others, "greedy"),
+        difference_sample=_versus(own, others, "sample"),
         difference_by_seed=_seeds_apart(own, others),
-        by_iteration=_by_iteration(own, lambda o: o.greedy, unit),
-        kl_by_iteration=_by_iteration(own, lambda o: o.kl),
+        by_iteration=_by_iteration(own, "greedy"),
+        kl_by_iteration=_by_iteration(own, "kl"),
     )
 
 
-def _by_iteration(
-    outcomes: Mapping[int, Outcome],
-    which: Callable[[Outcome], Mapping[int, np.ndarray]],
-    share_of: _Range = None,
-) -> dict[int, Interval]:
-    ts = sorted({t for o in outcomes.values() for t in which(o)})
-    found = {t: _over(outcomes, lambda o, t=t: which(o).get(t), share_of) for t in ts}
+class _Table(NamedTuple):
+    """One measure of several runs of a cell, and whether it is a share of prompts."""
+
+    values: Float[np.ndarray, "seeds prompts"]
+    share: bool
+    prompts: tuple[str, ...]
+
+
+def _table(outcomes: Sequence[Outcome], kind: str, t: int | None = None) -> _Table | None:
+    """The measure `kind` after iteration t, or after each run's last; None where a run lacks it, or
+    was asked other prompts than the others."""
+    found = [(o, getattr(o, kind)) for o in outcomes]
+    at = [max(by_iteration, default=0) if t is None else t for _, by_iteration in found]
+    pairs = list(zip(found, at, strict=True))
+    if len({o.prompts for o in outcomes}) != 1 or any(k not in each for (_, each), k in pairs):
+        return None
+    values = np.array([each[k] for (_, each), k in pairs], np.float64)
+    share = all((kind, k) in o.shares for (o, _), k in pairs)
+    return _Table(values, share, outcomes[0].prompts)
+
+
+def _mean(outcomes: Mapping[int, Outcome], kind: str, t: int | None = None) -> Estimate | None:
+    found = _table(list(outcomes.values()), kind, t)
+    return None if found is None else pooled(found.values, share=found.share)
+
+
+def _difference(one: _Table | None, other: _Table | None) -> Estimate | None:
+    """Paired by seed and prompt; None where either is missing or they are of other prompts."""
+    if one is None or other is None or one.prompts != other.prompts:
+        return None
+    return difference(one.values, other.values, share=one.share and other.share)
+
+
+def _gain(outcomes: Mapping[int, Outcome]) -> Estimate | None:
+    runs = list(outcomes.values())
+    return _difference(_table(runs, "greedy"), _table(runs, "greedy", 0))
+
+
+def _by_iteration(outcomes: Mapping[int, Outcome], kind: str) -> dict[int, Estimate]:
+    ts = sorted({t for o in outcomes.values() for t in getattr(o, kind)})
+    found = {t: _mean(outcomes, kind, t) for t in ts}
     return {t: each for t, each in found.items() if each is not None}
 
 
-def _at_last(values: Mapping[int, np.ndarray]) -> np.ndarray | None:
-    return values[max(values)] if values else None
-
-
-def _gain(o: Outcome) -> np.ndarray | None:
-    return o.greedy[max(o.greedy)] - o.greedy[0] if 0 in o.greedy else None
-
-
-def _over(
-    outcomes: Mapping[int, Outcome],
-    which: Callable[[Outcome], np.ndarray | None],
-    share_of: _Range = None,
-) -> Interval | None:
-    """The mean over seeds and prompts of what `which` takes from each run."""
-    values = [which(o) for o in outcomes.values()]
-    if (
-        not values
-        or any(v is None for v in values)
-        or len({o.prompts for o in outcomes.values()}) > 1
-    ):
-        return None
-    return _interval(np.array(values, np.float64), share_of)
-
-
 def _versus(
-    own: Mapping[int, Outcome],
-    others: Mapping[int, Outcome],
-    which: Callable[[Outcome], Mapping[int, np.ndarray]],
-    share_of: _Range = None,
-) -> Interval | None:
-    """The mean difference of the last iterations, paired by seed and prompt."""
-    pairs = [(own[s], others[s]) for s in own if s in others]
-    if not pairs or len({o.prompts for pair in pairs for o in pair}) > 1:
-        return None
-    ends = [(_at_last(which(a)), _at_last(which(b))) for a, b in pairs]
-    values = [a - b for a, b in ends if a is not None and b is not None]
-    return _interval(np.array(values), share_of) if len(values) == len(pairs) else None
+    own: Mapping[int, Outcome], others: Mapping[int, Outcome], kind: str
+) -> Estimate | None:
+    """The difference after the last iterations, over the seeds that both have."""
+    seeds = [s for s in own if s in others]
+    return _difference(*(_table([of[s] for s in seeds], kind) for of in (own, others)))
 
 
 def _seeds_apart(own: Mapping[int, Outcome], others: Mapping[int, Outcome]) -> dict[int, float]:
-    found = {
-        s: _versus({s: own[s]}, {s: others[s]}, lambda o: o.greedy) for s in own if s in others
-    }
+    found = {s: _versus({s: own[s]}, {s: others[s]}, "greedy") for s in own if s in others}
     return {s: each.mean for s, each in found.items() if each is not None}
-
-
-def _interval(
-    values: Float[np.ndarray, "seeds prompts"], share_of: _Range = None
-) -> Interval | None:
-    """Over the prompts that have a value in all seeds; None of fewer than two values.
-
-    Args:
-      share_of: the ends of the values' range, where their mean is a share or a difference of shares.
-    """
-    values = values[:, np.isfinite(values).all(axis=0)]
-    if values.size < 2:
-        return None
-    e = estimate(values)
-    low, high = (e.low, e.high) if share_of is None else bounded(e, *share_of)
-    return Interval(e.mean, low, high, e.p, e.seeds)
 
 
 def _ranks_alike(one: Mapping[int, RunData], other: Mapping[int, RunData]) -> bool:
@@ -198,8 +182,9 @@ def _ranks_alike(one: Mapping[int, RunData], other: Mapping[int, RunData]) -> bo
 
 def _with_holm(rows: Sequence[Row]) -> list[Row]:
     """All comparisons of the table are one family of tests."""
-    p = {i: row.difference.p for i, row in enumerate(rows) if row.difference is not None}
-    adjusted = dict(zip(p, holm(np.array(list(p.values()))), strict=True))
+    p = {i: each.p for i, each in enumerate(row.difference for row in rows) if each is not None}
+    p = {i: value for i, value in p.items() if value is not None}
+    adjusted = dict(zip(p, holm(np.array(list(p.values()))).tolist(), strict=True))
     return [dataclasses.replace(row, p_holm=adjusted.get(i)) for i, row in enumerate(rows)]
 
 

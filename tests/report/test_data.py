@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from selm_jax.report import paper
 from selm_jax.report.data import STAGES, ReportError, Stage, flatten, report_data
-from selm_jax.sweep.table import _over, outcome
+from selm_jax.sweep.table import _mean, outcome
 
 
 def test_reads_a_finished_run(run):
@@ -166,9 +166,9 @@ def test_answers_without_log_probabilities_are_left_out_of_kl_alone(run):
     found = report_data(run)
     assert [a.prompt_id for a in found.answers if math.isnan(a.logp)] == [lost["prompt_id"]]
     of_run = outcome(found)
-    kl = _over({0: of_run}, lambda o: o.kl[2])
+    kl = _mean({0: of_run}, "kl", 2)
     assert kl is not None and kl.mean == pytest.approx(np.nanmean(of_run.kl[2]))
-    assert _over({0: of_run}, lambda o: o.sample[2]) is not None
+    assert _mean({0: of_run}, "sample", 2) is not None
     mine = paper.own_samples(found, "mine", 2, 0.1)
     figure = paper.implicit_differences("n", "t", mine, [mine])
     assert len(figure.rows) == len(of_run.prompts) - 1

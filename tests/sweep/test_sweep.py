@@ -33,7 +33,7 @@ from selm_jax.rollout.engine import Engine
 from selm_jax.run.run import Run, RunError
 from selm_jax.shell.artifacts import Stages
 from selm_jax.shell.store import Store
-from selm_jax.statistics.crossed import estimate
+from selm_jax.statistics.intervals import pooled
 from selm_jax.sweep import SweepError, sweep, write
 from selm_jax.sweep.plan import plan
 from selm_jax.sweep.table import table
@@ -202,7 +202,7 @@ def test_the_table_holds_means_and_paired_differences_over_seeds_and_prompts(fin
             assert row.baseline and row.difference is None and row.p_holm is None
             continue
         gaps = values - np.array([scores["dpo", seed] for seed in SEEDS])
-        expected = estimate(gaps)
+        expected = pooled(gaps)
         assert (row.difference.mean, row.difference.low) == pytest.approx(
             (expected.mean, expected.low)
         )

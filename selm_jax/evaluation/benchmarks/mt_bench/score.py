@@ -1,9 +1,9 @@
 """MT-Bench's scores from judgments, with intervals.
 
 Means are over judgments, as FastChat's show_result takes them: all turns and repetitions alike,
-malformed ones left out and counted. Intervals (95 %) are over questions, each with all its judgments
-(two turns of a question and repetitions of a turn are not independent): of ratings the percentile
-bootstrap, of wins those of `proportions`. One question, or equal ratings alone, have no interval.
+malformed ones left out and counted. Intervals (95 %) are about other questions, each with all its
+judgments (two turns of a question and repetitions of a turn are not independent): of ratings those of
+`intervals.weighted`, of wins those of `proportions`. One question, or equal ratings alone, have none.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from scipy import stats
 
 from selm_jax.evaluation import EvaluationError
 from selm_jax.evaluation.benchmarks.mt_bench.answer import Question
 from selm_jax.evaluation.benchmarks.mt_bench.judgments import is_malformed, unread
 from selm_jax.statistics import proportions
+from selm_jax.statistics.intervals import weighted
 
-_RESAMPLES = 9999
 # The judge's prompts are FastChat's and cannot be mended here, and judges that follow them now and
 # then miss the format. Eight of 160 verdicts left out that would have been two points lower move
 # the mean by 0.1, less than half the width of its interval.
@@ -177,14 +176,8 @@ def _mean_of_scores(rows: Iterable[Row]) -> _Interval:
     sums, counts = _by_question(rows, lambda row: row["score"])
     if not len(sums):
         return None, None, None
-    mean = float(sums.sum() / counts.sum())
-    if len(sums) < 2 or np.ptp(sums / counts) == 0:
-        return mean, None, None
-    found = stats.bootstrap(
-        (sums, counts), lambda s, c, axis: s.sum(axis) / c.sum(axis), paired=True,
-        n_resamples=_RESAMPLES, method="percentile", rng=np.random.default_rng(0),
-    ).confidence_interval  # fmt: skip
-    return mean, float(found.low), float(found.high)
+    found = weighted(sums / counts, counts)
+    return float(sums.sum() / counts.sum()), found.low, found.high
 
 
 def _share(rows: Iterable[Row]) -> _Interval:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from selm_jax.objectives.roles import PAIR
 from selm_jax.preferences.examples import Example, from_parquet
 from selm_jax.report import paper
 from selm_jax.report.data import RunData, report_data
@@ -29,8 +30,6 @@ from selm_jax.shell.progress import terminal
 from selm_jax.stages.evaluate import fitting_pairs, has_pairs
 from selm_jax.text.prompts import load_prompts
 from selm_jax.training.scoring import Scorer
-
-ROLES = ("chosen", "rejected")
 
 
 def write(
@@ -170,7 +169,7 @@ def _pairs(
                 e.prompt_id: _beta(run) * (p[e.roles[role]] - r[e.roles[role]])
                 for e, p, r in zip(examples, policy, reference, strict=True)
             }
-            for role in ROLES
+            for role in PAIR
         }
         return Implicit(labels[i], of)
 
@@ -192,7 +191,7 @@ def _examples(run: Run, pairs: str | None) -> tuple[str, list[Example]]:
         return "held-out pairs", fitting_pairs(run, run.heldout)[0]
     stored = from_parquet(run.iteration(1) / "examples.parquet")
     trained = [
-        Example.of(e.prompt_id, e.prompt, {role: e.responses[e.roles[role]] for role in ROLES})
+        Example.of(e.prompt_id, e.prompt, {role: e.responses[e.roles[role]] for role in PAIR})
         for e in stored
     ]
     return "pairs that iteration 1 was trained on", trained

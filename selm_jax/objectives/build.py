@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from selm_jax.objectives.losses import (
-    ROLES,
     LossFunction,
     Objective,
     ObjectiveError,
@@ -22,6 +21,7 @@ from selm_jax.objectives.losses import (
     weighted_optimism,
     xpo,
 )
+from selm_jax.objectives.roles import ROLES
 from selm_jax.shell.user_code import FORM, UserCodeError, function_at, is_user_code
 from selm_jax.shell.words import did_you_mean
 

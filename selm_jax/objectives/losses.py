@@ -25,9 +25,9 @@ import jax.numpy as jnp
 from jax.nn import log_sigmoid, relu
 from jaxtyping import Array, Float
 
+from selm_jax.objectives.roles import CHOSEN, EXPLORE, PAIR, REJECTED, ROLES
 from selm_jax.shell.ranges import Range
 
-ROLES = ("chosen", "rejected", "explore")
 CONVENTIONS = ("alpha_beta", "alpha")
 
 PerExample = Float[Array, " examples"]
@@ -193,10 +193,10 @@ def sft() -> Objective:
     """
 
     def function(logps: Logps) -> tuple[PerExample, Metrics]:
-        losses = -logps.policy["chosen"] / logps.mean_lengths["chosen"]
-        return losses, {"loss/sft": losses, "logps/chosen": logps.policy["chosen"]}
+        losses = -logps.policy[CHOSEN] / logps.mean_lengths[CHOSEN]
+        return losses, {"loss/sft": losses} | _logps(logps, CHOSEN)
 
-    return Objective(("chosen",), function, ("sft",), reference_free=True)
+    return Objective((CHOSEN,), function, ("sft",), reference_free=True)
 
 
 def optimism(weight: float, beta: float = 1.0) -> Objective:
@@ -207,7 +207,7 @@ def optimism(weight: float, beta: float = 1.0) -> Objective:
     reported `optimism/reward` = beta * r(explore), nothing else.
     """
     _check(weight=weight, beta=beta)
-    return _explore("optimism", beta, lambda logps: weight * logps.log_ratio("explore"))
+    return _explore("optimism", beta, lambda logps: weight * logps.log_ratio(EXPLORE))
 
 
 def weighted_optimism(beta: float, alpha: float, convention: str = "alpha_beta") -> Objective:
@@ -230,7 +230,7 @@ def selm(beta: float, alpha: float, convention: str = "alpha_beta") -> Objective
 def xpo(beta: float, alpha: float) -> Objective:
     """dpo + alpha * log pi(y_ref). XPO, arXiv 2405.21046, as in TRL: the reference is not taken off."""
     _check(alpha=alpha)
-    term = _explore("xpo", beta, lambda logps: alpha * logps.policy["explore"])
+    term = _explore("xpo", beta, lambda logps: alpha * logps.policy[EXPLORE])
     return compose(dpo(beta), term)
 
 
@@ -250,22 +250,16 @@ def bradley_terry(
     e = label_smoothing
 
     def function(rewards: Rewards) -> tuple[PerExample, Metrics]:
-        chosen, rejected = rewards.model["chosen"], rewards.model["rejected"]
-        asked = margin * (rewards.scores["chosen"] - rewards.scores["rejected"])
+        chosen, rejected = (rewards.model[role] for role in PAIR)
+        asked = margin * (rewards.scores[CHOSEN] - rewards.scores[REJECTED])
         losses = _flipped(chosen - rejected - jax.lax.stop_gradient(asked), 1 - e, e)
         losses += centering * jnp.square(chosen + rejected)
         # Equal rewards are half right: a fresh head gives nothing else.
         right = (1 + jnp.sign(chosen - rejected)) / 2
-        return losses, {
-            "loss/bradley_terry": losses,
-            "rewards/chosen": chosen,
-            "rewards/rejected": rejected,
-            "rewards/margins": chosen - rejected,
-            "rewards/accuracies": right,
-        }
+        return losses, {"loss/bradley_terry": losses} | _rewards(chosen, rejected, right)
 
     return Objective(
-        ("chosen", "rejected"), function, ("bradley_terry",), "reward",
+        PAIR, function, ("bradley_terry",), "reward",
         reference_free=True, rates=True,
     )  # fmt: skip
 
@@ -325,20 +319,28 @@ def _pair(
     """loss(score(chosen) - score(rejected)), its rewards being beta * reward(role)."""
 
     def function(logps: Logps) -> tuple[PerExample, Metrics]:
-        losses = loss(score(logps, "chosen") - score(logps, "rejected"))
-        chosen, rejected = beta * reward(logps, "chosen"), beta * reward(logps, "rejected")
-        return losses, {
-            f"loss/{term}": losses,
-            "rewards/chosen": chosen,
-            "rewards/rejected": rejected,
-            "rewards/margins": chosen - rejected,
-            "rewards/accuracies": (chosen > rejected).astype(losses.dtype),
-            "logps/chosen": logps.policy["chosen"],
-            "logps/rejected": logps.policy["rejected"],
-        }
+        losses = loss(score(logps, CHOSEN) - score(logps, REJECTED))
+        chosen, rejected = (beta * reward(logps, role) for role in PAIR)
+        right = (chosen > rejected).astype(losses.dtype)
+        metrics = _rewards(chosen, rejected, right) | _logps(logps, *PAIR)
+        return losses, {f"loss/{term}": losses} | metrics
 
     reward_is = f"{beta:g} * {unit}"
-    return Objective(("chosen", "rejected"), function, (term,), reward_is, reference_free)
+    return Objective(PAIR, function, (term,), reward_is, reference_free)
+
+
+def _rewards(chosen: PerExample, rejected: PerExample, right: PerExample) -> Metrics:
+    """Rewards of the pair; `right` says how far the chosen response has the higher one."""
+    return {
+        f"rewards/{CHOSEN}": chosen,
+        f"rewards/{REJECTED}": rejected,
+        "rewards/margins": chosen - rejected,
+        "rewards/accuracies": right,
+    }
+
+
+def _logps(logps: Logps, *roles: str) -> Metrics:
+    return {f"logps/{role}": logps.policy[role] for role in roles}
 
 
 def _flipped(reward_margin: PerExample, right: float, wrong: float) -> PerExample:
@@ -348,13 +350,10 @@ def _flipped(reward_margin: PerExample, right: float, wrong: float) -> PerExampl
 def _explore(term: str, beta: float, loss: Callable[[Logps], PerExample]) -> Objective:
     def function(logps: Logps) -> tuple[PerExample, Metrics]:
         losses = loss(logps)
-        return losses, {
-            f"loss/{term}": losses,
-            "optimism/reward": beta * logps.log_ratio("explore"),
-            "logps/explore": logps.policy["explore"],
-        }
+        metrics = {"optimism/reward": beta * logps.log_ratio(EXPLORE)} | _logps(logps, EXPLORE)
+        return losses, {f"loss/{term}": losses} | metrics
 
-    return Objective(("explore",), function, (term,))
+    return Objective((EXPLORE,), function, (term,))
 
 
 RANGES = {

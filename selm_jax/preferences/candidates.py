@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from selm_jax.objectives.roles import ROLES
 from selm_jax.shell.words import did_you_mean
 
 SOURCES = ("greedy", "sample", "chosen", "rejected")
@@ -13,7 +14,6 @@ REASONS = (
     *("not_asked", "not_answered", "unusable_answer"),
     *("malformed", "rule", "tie", "equal_text", "empty", "cut_off", "margin"),
 )
-ROLES = ("chosen", "rejected", "explore")
 
 
 class FeedbackError(Exception):

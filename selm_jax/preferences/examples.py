@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from selm_jax.objectives.roles import ROLES
 from selm_jax.shell import artifacts
 
-ROLES = ("chosen", "rejected", "explore")
 Ids: TypeAlias = tuple[int, ...]
 
 

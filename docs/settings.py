@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from selm_jax.config import Experiment, settings
+from selm_jax.config.settings import groups
 from selm_jax.feedback.mixture import WEIGHT
 from selm_jax.feedback.ranker import BUILT_IN
 from selm_jax.feedback.workers import user_function
@@ -36,7 +37,7 @@ Numbers are numbers: `true`, `"8"`, `.nan` and `.inf` are none, and 1e6 is a who
 
 def page() -> str:
     parts = [HEAD]
-    for path, group in groups():
+    for path, group in groups(Experiment):
         rows = list(_fields(path, group))
         if rows:
             title = f"`{path}`" if path else "At the top"
@@ -46,19 +47,10 @@ def page() -> str:
     return "\n".join(parts)
 
 
-def groups(root: type = Experiment, path: str = "") -> Iterator[tuple[str, type]]:
-    """The groups of settings by their dotted keys, the experiment itself first."""
-    yield path, root
-    for name, hint in typing.get_type_hints(root).items():
-        for each in (hint, *typing.get_args(hint)):
-            if isinstance(each, type) and dataclasses.is_dataclass(each):
-                yield from groups(each, f"{path}.{name}" if path else name)
-
-
 def _fields(path: str, group: type) -> Iterator[tuple[str, ...]]:
     hints = typing.get_type_hints(group, include_extras=True)
     ranges, notes = ranges_of(group), _comments(group)
-    inner = {key for key, _ in groups()}
+    inner = {key for key, _ in groups(Experiment)}
     for field in dataclasses.fields(group):
         key = f"{path}.{field.name}" if path else field.name
         default = field.default

@@ -1,4 +1,4 @@
-"""Experiment files: read, changed by dotted overrides, checked, written.
+"""Experiment files: read, put on their base, changed by dotted overrides, checked, written.
 
 Every mistake is an error that names the file, the line, the key and what was expected.
 """
@@ -10,13 +10,13 @@ import datetime
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from selm_jax.config import plain_yaml, secrets
 from selm_jax.config.consistency import inconsistencies
-from selm_jax.config.settings import Experiment
+from selm_jax.config.settings import Experiment, groups
 from selm_jax.shell.words import did_you_mean
 
 Override = (
@@ -32,10 +32,14 @@ class ConfigError(ValueError):
 def load(file: Path, overrides: Sequence[Override] = ()) -> Experiment:
     """Reads an experiment file and applies overrides: `key.path=value`, or a key and its value.
 
+    A file may begin from another one: `base: selm.yaml`, which lies beside it. What the file sets then
+    replaces what its base sets. A group changes the keys that it names, except where its keys depend on
+    each other (`objective`, `feedback.settings`, `text.template`): such a group is replaced as a whole.
+
     Raises:
-      ConfigError: no such file, one that is no plain YAML, or see `parse`.
+      ConfigError: no such file, one that is no plain YAML, a file that is its own base, or see `parse`.
     """
-    tree, places = read_with_places(file)
+    tree, places = _on_its_base(Path(file))
     for override in overrides:
         _set(tree, places, *_key_and_value(override))
     return parse(tree, str(file), places)
@@ -62,6 +66,39 @@ def read_with_places(file: Path) -> tuple[dict[str, Any], Places]:
     if not isinstance(tree, dict):
         raise ConfigError(f"{file}: a mapping of settings was expected, found {shown(tree)}")
     return tree, {tuple(map(str, path)): f"line {line}" for path, line in lines.items()}
+
+
+def _on_its_base(file: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], Places]:
+    """The settings of a file over those of its base, if it names one; `above` named this file."""
+    if file.resolve() in above:
+        raise ConfigError(
+            f"{above[-1]}: base: {file}, which begins from this file; name another one"
+        )
+    tree, places = read_with_places(file)
+    if "base" not in tree:
+        return tree, places
+    name = tree.pop("base")
+    if not isinstance(name, str):
+        problem = f"base: {shown(name)}, the name of an experiment file was expected"
+        raise ConfigError(listed(str(file), [problem], places))
+    base = file.parent / name
+    whole, below = _on_its_base(base, (*above, file.resolve()))
+    _merge(whole, tree)
+    return whole, {key: f"{base}, {place}" for key, place in below.items()} | places
+
+
+def _merge(tree: dict[str, Any], changes: Mapping[str, Any], path: str = "") -> None:
+    """Puts changes into settings: those of a group one by one."""
+    for key, value in changes.items():
+        inner = f"{path}.{key}" if path else key
+        known = tree.get(key)
+        if inner in _GROUPS and isinstance(known, dict) and isinstance(value, Mapping):
+            _merge(known, value, inner)
+        else:
+            tree[key] = value
+
+
+_GROUPS = dict(groups(Experiment))
 
 
 def parse(
@@ -170,7 +207,8 @@ def _explain(error: Mapping[str, Any], root: type) -> str:
     path = ".".join(str(x) for x in error["loc"])
     kind, found = error["type"], shown(error["input"])
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = [f.name for f in dataclasses.fields(_group(root, error["loc"][:-1]))]
+        group = dict(groups(root))[".".join(map(str, error["loc"][:-1]))]
+        known = [f.name for f in dataclasses.fields(group)]
         hint = did_you_mean(str(error["loc"][-1]), known)
         return f"{path}: unknown key{hint} Known here: {', '.join(known)}."
     if kind in ("missing", "missing_argument"):
@@ -180,11 +218,3 @@ def _explain(error: Mapping[str, Any], root: type) -> str:
         hint = did_you_mean(str(error["input"]), known)
         return f"{path}: {found} is none of its values{hint} Expected one of {', '.join(known)}."
     return f"{path}: {found}, {_EXPECTED.get(kind, error['msg'])}"
-
-
-def _group(root: type, path: Sequence[Any]) -> type:
-    """The dataclass that holds the settings at a path of keys."""
-    for key in path:
-        hint = get_type_hints(root)[key]  # a group, or one that may be absent
-        root = hint if isinstance(hint, type) else get_args(hint)[0]
-    return root

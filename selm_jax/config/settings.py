@@ -5,10 +5,11 @@ The comments beside the fields are the reference of all settings; docs/settings.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Strict, WrapValidator
 from pydantic.dataclasses import dataclass
@@ -302,3 +303,12 @@ class Experiment:
     @property
     def portions(self) -> int:
         return self.data.portions or self.data.first_portion - 1 + self.iterations
+
+
+def groups(root: type, path: str = "") -> Iterator[tuple[str, type]]:
+    """The groups of settings by their dotted keys, as the type hints have them; first `root` as ""."""
+    yield path, root
+    for name, hint in get_type_hints(root).items():
+        for each in (hint, *get_args(hint)):  # a group, or one that may be absent
+            if isinstance(each, type) and dataclasses.is_dataclass(each):
+                yield from groups(each, f"{path}.{name}" if path else name)

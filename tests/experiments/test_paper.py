@@ -109,6 +109,32 @@ def test_the_settings_are_the_papers(name):
     assert (e.feedback.ties, e.feedback.rule) == ("drop" if e.taught else "first", "best_worst")
 
 
+DPO = {"objective": {"loss": "dpo", "beta": 0.01}}
+CHANGES = {  # of selm.yaml beside it
+    "zephyr_7b/iterative_dpo": DPO,
+    "llama3_8b/iterative_dpo": DPO,
+    "phi3_mini/iterative_dpo": DPO,
+    "zephyr_7b/warm_start": DPO | {
+        "iterations": 1,
+        "model": {"source": "HuggingFaceH4/mistral-7b-sft-beta"},
+        "data": {"first_portion": 1},
+        "candidates": {"greedy": 0},
+        "feedback": {"ties": "drop"},
+        "training": {"learning_rate": [5e-7]},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_file_on_a_base_changes_what_is_said_and_nothing_else(name):
+    expected = as_dict(config.load(FILES[f"{name.split('/')[0]}/selm"]))
+    expected["output"] = f"runs/paper/{name}"
+    for key, value in CHANGES[name].items():
+        free = key == "objective" or not isinstance(value, dict)
+        expected[key] = value if free else expected[key] | value
+    assert as_dict(config.load(FILES[name])) == expected
+
+
 def test_these_are_all_the_files():
     assert sorted(FILES) == sorted(TABLE)
 

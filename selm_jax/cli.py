@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-import os
-import sys
-import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from selm_jax.commands.ending import carried_out
 from selm_jax.evaluation.benchmarks.command import app as evaluation
 from selm_jax.lab.command import app as lab
-from selm_jax.shell import interrupt
 from selm_jax.shell.paths import file_to_write, folder_to_write, place
 
 app = typer.Typer(
@@ -43,25 +39,42 @@ def run(
     ] = False,
 ) -> None:
     """Run an experiment, or what is left of it, and write its report."""
+    from selm_jax.commands import runs
     from selm_jax.iterate import iterate
 
-    iterate(_run(experiment, overrides, tiny, processes=True))
+    iterate(runs.opened(experiment, overrides, tiny=tiny, processes=True))
 
 
-def _stage_verb(name: str, help: str) -> None:
+def _stage_verb(stage: str, help: str, name: str | None = None, old: str | None = None) -> None:
+    """A verb that runs one stage.
+
+    Args:
+      name: of the verb; default: the stage's.
+      old: the verb's former name, which still works.
+    """
+
     def verb(experiment: ConfigFile, iteration: Iteration, overrides: Overrides = None) -> None:
+        from selm_jax.commands import runs
         from selm_jax.iterate import run_stage
 
-        run_stage(_run(experiment, overrides, processes=True), name, iteration)
+        run_stage(runs.opened(experiment, overrides, processes=True), stage, iteration)
 
-    app.command(name, help=help)(verb)
+    def old_verb(experiment: ConfigFile, iteration: Iteration, overrides: Overrides = None) -> None:
+        typer.echo(f"`selm {old}` is called `selm {name}` now; use that name", err=True)
+        verb(experiment, iteration, overrides)
+
+    app.command(name or stage, help=help)(verb)
+    if old is not None:
+        app.command(old, help=help, hidden=True)(old_verb)
 
 
 _stage_verb("generate", "One stage alone: the policy answers the iteration's prompts.")
 _stage_verb("rank", "One stage alone: candidates are scored and paired.")
 _stage_verb("score", "One stage alone: log-probabilities under the reference.")
 _stage_verb("train", "One stage alone: the updates.")
-_stage_verb("evaluate", "One stage alone: held-out answers and their reward.")
+_stage_verb(
+    "evaluate", "One stage alone: held-out answers and their reward.", "measure", old="evaluate"
+)
 
 
 @app.command()
@@ -80,12 +93,13 @@ def export(
     ] = "bfloat16",
 ) -> None:
     """One stage alone: the policy as a Hugging Face folder; and, if asked, a copy to publish."""
+    from selm_jax.commands import runs
     from selm_jax.iterate import run_stage
     from selm_jax.parallel import multihost
     from selm_jax.shell import artifacts
     from selm_jax.weights.export import convert_dtype
 
-    run = _run(experiment, overrides, processes=True)
+    run = runs.opened(experiment, overrides, processes=True)
 
     def check(to: Path) -> None:
         if to.exists():
@@ -112,9 +126,9 @@ def preview(
     iteration: Iteration = 1,
 ) -> None:
     """Show what is trained on: rows coloured by role, counts and lengths. Computes nothing."""
-    from selm_jax.commands import preview
+    from selm_jax.commands import preview, runs
 
-    preview.preview(_run(experiment, overrides, imports=False), iteration, rows)
+    preview.preview(runs.opened(experiment, overrides, imports=False), iteration, rows)
 
 
 @app.command()
@@ -192,10 +206,11 @@ def annotate(
 ) -> None:
     """Let people rank the answers of an iteration, on a page of this machine."""
     from selm_jax.annotate import exchange, server
+    from selm_jax.commands import runs
     from selm_jax.stages.rank import put_questions
 
-    run = _finished(folder)
-    t = iteration or _last_generated(folder)
+    run = runs.finished(folder)
+    t = iteration or runs.last_generated(folder)
     store, batch = put_questions(run, t, minimum)
     if read is not None:
         typer.echo(f"{read}: {_told(exchange.import_pairs(store, batch, read))}")
@@ -278,10 +293,11 @@ def figures(
     ] = False,
 ) -> None:
     """Draw the paper's figures 2 to 6 of any runs, with their data beside them."""
-    _set_up_jax()
     from selm_jax.commands import figures
+    from selm_jax.commands.runs import finished
 
-    figures.write([_finished(run) for run in runs or []], out, pairs=pairs, published=published)
+    _set_up_jax()
+    figures.write([finished(run) for run in runs or []], out, pairs=pairs, published=published)
 
 
 @app.command()
@@ -315,123 +331,16 @@ def bench(
     bench.main(model, shape=shape, dtype=dtype, remat=remat, peak=peak, json=json, **sizes)
 
 
-def main() -> None:
-    """Entry point. Known errors are one message, not a trace; exit status 1, Ctrl-C 130, 75 for a run
-    that was told to stop and saved, and 76 for one whose other processes are gone."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    try:
-        with interrupt.heard():
-            status = app(standalone_mode=False)
-    except Exception as e:
-        if _others_are_gone(e):
-            _leave_the_others(
-                f"selm: another process of this run is gone; start all again\n{e}", 76
-            )
-        if os.environ.get("SELM_TRACEBACK") or not _is_for_the_user(e):
-            _leave_the_others(traceback.format_exc())
-            raise
-        message = f"selm: {getattr(e, 'format_message', e.__str__)()}"
-        _leave_the_others(message)
-        print(message, file=sys.stderr)
-        sys.exit(1)
-    if status == _INTERRUPTED:
-        message = "\nstopped; the same command goes on from here"
-        _leave_the_others(message, _INTERRUPTED)
-        print(message, file=sys.stderr)
-    if status:
-        sys.exit(status)
-
-
-def _leave_the_others(message: str, status: int = 1) -> None:
-    """Beside other processes of this run, ends at once: an orderly exit would wait for them, and
-    they for this one. They are told by the coordinator."""
-    jax = sys.modules.get("jax")
-    if jax is not None and jax.distributed.is_initialized():
-        print(message, file=sys.stderr, flush=True)
-        os._exit(status)
-
-
-def _others_are_gone(error: Exception) -> bool:
-    multihost = sys.modules.get("selm_jax.parallel.multihost")
-    return multihost is not None and multihost.others_are_gone(error)
-
-
-_INTERRUPTED = 130  # what typer returns after Ctrl-C
-
-
-def _is_for_the_user(error: Exception) -> bool:
-    """Whether its message was written for the user: ours, the system's, or a wrong option's."""
-    package = type(error).__module__.partition(".")[0]
-    return isinstance(error, OSError) or package in ("selm_jax", "typer", "click")
-
-
-def _run(
-    file: Path,
-    overrides: list[str] | None,
-    tiny: bool = False,
-    processes: bool = False,
-    imports: bool = True,
-):
-    """The run of an experiment file; with `processes`, together with those that run beside; with
-    `imports`, functions of the user's that it names are imported when they are needed."""
-    from selm_jax import config
-
-    experiment = config.load(file, overrides or [])
-    _set_up_jax()
-    from selm_jax.parallel import multihost
-
-    if processes:
-        multihost.initialize()
-    from selm_jax.run.run import Run
-
-    if tiny:
-        from selm_jax.commands.tiny import shrink
-        from selm_jax.shell.progress import terminal
-
-        experiment = shrink(experiment, terminal(quiet=not multihost.is_first()))
-    return Run(experiment, imports=imports)
-
-
-def _finished(folder: Path):
-    """The run in a folder, wherever the folder is now, to be looked at: none of its code is imported."""
-    from selm_jax import config
-
-    experiment = config.load(folder / "config.yaml")
-    experiment = dataclasses.replace(experiment, output=str(folder))
-    _set_up_jax()
-    from selm_jax.run.run import Run
-
-    return Run(experiment, imports=False)
-
-
-def _last_generated(folder: Path) -> int:
-    """The last iteration whose answers are there. Raises ArtifactError if none is."""
-    from selm_jax.shell import artifacts
-
-    done = [
-        t
-        for t, each in artifacts.iterations(folder).items()
-        if artifacts.Stages(each).read().get("generate", {}).get("done")
-    ]
-    if not done:
-        raise artifacts.ArtifactError(
-            f"{folder}: no iteration has answers yet; `selm generate` makes them"
-        )
-    return max(done)
-
-
 def _set_up_jax() -> None:
-    """What is compiled once is not compiled again, in this run or the next."""
-    import jax
+    from selm_jax.commands.runs import set_up_jax
 
-    from selm_jax.weights.sources import cache_root
-
-    jax.config.update("jax_compilation_cache_dir", str(cache_root() / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # restarts add them up
-    # Of two programs in flight on forced CPU devices, each can hold the threads that the other's
-    # collectives wait for; on other platforms this setting does nothing.
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    set_up_jax()
 
 
 app.add_typer(lab, name="lab", callback=_set_up_jax)
 app.add_typer(evaluation, name="eval", callback=_set_up_jax)
+
+
+def main() -> None:
+    """Entry point."""
+    carried_out(lambda: app(standalone_mode=False))

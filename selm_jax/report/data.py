@@ -273,7 +273,7 @@ def _answers(iteration: int, folder: Path, by: Stage | None) -> tuple[Answer, ..
         if by is not None:
             raise FileNotFoundError(
                 f"{path} is missing, but {folder / 'stage.json'} says `evaluate` is done. "
-                "Copy the whole run folder, or run `selm eval` again."
+                "Copy the whole run folder, or run `selm measure` again."
             )
         return ()
     found = table(path, None if by is None else by.outputs.get(path.name))

@@ -198,7 +198,9 @@ def test_rows_are_cut_evenly_over_the_chips_they_are_meant_for(name, chips):
 
 @pytest.mark.slow
 def test_the_warm_start_runs_tiny_from_the_command_line(tmp_path, monkeypatch):
-    monkeypatch.setattr("selm_jax.cli._set_up_jax", lambda: None)  # it is for the whole process
+    monkeypatch.setattr(
+        "selm_jax.commands.runs.set_up_jax", lambda: None
+    )  # it is for the whole process
     name = "zephyr_7b/warm_start"
     arguments = ["run", str(FILES[name]), f"output={tmp_path / 'run'}", "--tiny"]
     result = CliRunner().invoke(cli.app, arguments, catch_exceptions=False)

@@ -17,7 +17,7 @@ import tiny
 from rich.console import Console
 
 from selm_jax import config
-from selm_jax.cli import _is_for_the_user
+from selm_jax.commands.ending import is_for_the_user
 from selm_jax.iterate import iterate
 from selm_jax.parallel import multihost
 from selm_jax.report import page
@@ -109,7 +109,7 @@ def outcome(file, where, name, expected):
             go(file, "run")
             page.write([folder], where / "page.html")
     except Exception as e:  # noqa: BLE001  (whatever it is, it is judged)
-        assert _is_for_the_user(e), f"{name}: a traceback: {e!r}"
+        assert is_for_the_user(e), f"{name}: a traceback: {e!r}"
         named = (name.name, name.name.removeprefix(".").removesuffix(".sha256"), *name.parts[1:-1])
         assert any(each in str(e) for each in named), f"{name}: not named: {e}"
         return "refused"

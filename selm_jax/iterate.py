@@ -16,6 +16,7 @@ from collections.abc import Iterator
 
 from selm_jax.parallel import multihost
 from selm_jax.report import page
+from selm_jax.run.check import check
 from selm_jax.run.run import Run
 from selm_jax.shell import artifacts
 from selm_jax.shell.lock import only_one
@@ -28,13 +29,13 @@ def iterate(run: Run) -> None:
     with _held(run):
         done = [_evaluate(run, 0)]
         run.write_manifest()
-        for t in range(1, run.experiment.iterations + 1):
+        for t in run.iterations:
             done += [stage.run(run, t) for stage in STAGES]
-            Checkpoints(run.iteration(t) / "checkpoints").delete()  # the export is complete
+            Checkpoints(run.folder.iteration(t) / "checkpoints").delete()  # the export is complete
             done.append(_evaluate(run, t))
             run.write_manifest()
         if not any(done):
-            run.console.print(f"{run.folder}: every stage is done already")
+            run.console.print(f"{run.folder.path}: every stage is done already")
         write_report(run)
 
 
@@ -59,22 +60,24 @@ def run_stage(run: Run, name: str, t: int) -> None:
 def _held(run: Run) -> Iterator[None]:
     """The run folder is this run's alone; the first process holds it for all of them."""
     with contextlib.ExitStack() as stack:
-        multihost.on_first(lambda: stack.enter_context(only_one(run.folder)))
-        run.check()
+        multihost.on_first(lambda: stack.enter_context(only_one(run.folder.path)))
+        check(run)
         run.open()
         multihost.listen()
         try:
             yield
         except multihost.Stopped:
-            run.console.print(f"{run.folder}: told to stop; the same command goes on from here")
+            run.console.print(
+                f"{run.folder.path}: told to stop; the same command goes on from here"
+            )
             raise
 
 
 def write_report(run: Run) -> None:
     if not multihost.is_first():
         return
-    file = run.folder / "report.html"
-    page.write([run.folder], file)
+    file = run.folder.path / "report.html"
+    page.write([run.folder.path], file)
     run.console.print(f"report: {file}", soft_wrap=True)
 
 

@@ -24,12 +24,12 @@ from selm_jax.report.data import RunData, report_data
 from selm_jax.report.drawing import PaperFigure
 from selm_jax.report.paper import Implicit
 from selm_jax.report.published import figures as published_figures
-from selm_jax.run.run import Run, RunError
+from selm_jax.run.rows import RunError
+from selm_jax.run.run import Run
 from selm_jax.shell import artifacts
 from selm_jax.shell.progress import terminal
 from selm_jax.stages.evaluate import fitting_pairs, has_pairs
 from selm_jax.text.prompts import load_prompts
-from selm_jax.training.scoring import Scorer
 
 
 def write(
@@ -72,7 +72,7 @@ def _figures(
 ) -> Iterator[PaperFigure]:
     if published:
         yield from published_figures.figures()
-    data = [report_data(run.folder) for run in runs]
+    data = [report_data(run.folder.path) for run in runs]
     if not data:
         return
     labels = short_labels(data)
@@ -112,7 +112,9 @@ def _is_dpo(run: Run) -> bool:
 def _beta(run: Run) -> float:
     beta = run.experiment.objective.get("beta")
     if beta is None:
-        raise RunError(f"{run.folder}: the objective has no beta, so it has no implicit reward")
+        raise RunError(
+            f"{run.folder.path}: the objective has no beta, so it has no implicit reward"
+        )
     return float(beta)
 
 
@@ -156,9 +158,7 @@ def _pairs(
     def logps(run: Run, folder: Path) -> list[tuple[float, ...]]:
         key = artifacts.digest(folder)
         if key not in known:
-            settings = run.experiment.training
-            scorer = Scorer(run.update, run.place, settings.rows, settings.row_length)
-            known[key] = scorer.logps(run.load(folder), examples)
+            known[key] = run.programs.scorer.logps(run.programs.load(folder), examples)
         return known[key]
 
     def implicit(i: int) -> Implicit:
@@ -185,11 +185,13 @@ def _examples(run: Run, pairs: str | None) -> tuple[str, list[Example]]:
     Pairs that cannot be scored, or fit no row, are left out as evaluation leaves them out.
     """
     if pairs is not None:
-        prompts = map(run.with_system, load_prompts(pairs, chosen="chosen", rejected="rejected"))
+        prompts = map(
+            run.data.with_system, load_prompts(pairs, chosen="chosen", rejected="rejected")
+        )
         return f"pairs of {pairs}", fitting_pairs(run, prompts)[0]
     if has_pairs(run):
         return "held-out pairs", fitting_pairs(run, run.heldout)[0]
-    stored = from_parquet(run.iteration(1) / "examples.parquet")
+    stored = from_parquet(run.folder.iteration(1) / "examples.parquet")
     trained = [
         Example.of(e.prompt_id, e.prompt, {role: e.responses[e.roles[role]] for role in PAIR})
         for e in stored

@@ -22,7 +22,9 @@ from rich.text import Text
 from selm_jax.preferences.batches import examples_of, updates_per_epoch
 from selm_jax.preferences.examples import ROLES, Example, ExampleError, from_parquet
 from selm_jax.preferences.packing import assign_rows
-from selm_jax.run.run import Run, RunError
+from selm_jax.run.check import check_rows, told_of_data
+from selm_jax.run.rows import RunError
+from selm_jax.run.run import Run
 from selm_jax.shell import artifacts
 from selm_jax.shell.user_code import is_user_code
 from selm_jax.stages import STAGES
@@ -83,13 +85,13 @@ def preview(run: Run, t: int, count: int) -> None:
     e = run.experiment
     console.print(f"iteration {t}, layout {e.text.layout}: {found.source}", soft_wrap=True)
     if not run.imports and is_user_code(e.objective["loss"]):
-        what = "reward" if run.rates else "language"
+        what = "reward" if run.task.rates else "language"
         console.print(
             f"objective.loss is code of yours, which preview does not import: shown as for a {what} "
             "model",
             style="yellow", soft_wrap=True,
         )  # fmt: skip
-    for line in run.told_of_rows():
+    for line in told_of_data(run.data):
         console.print(line, style="yellow", soft_wrap=True)
     for change in found.changed:
         console.print(f"made with other settings: {change}", style="yellow", soft_wrap=True)
@@ -103,7 +105,7 @@ def preview(run: Run, t: int, count: int) -> None:
     console.print(_counts(run, t, found), end="\n\n")
     console.print(_histogram(found.rows, console.width, "#" if console.options.ascii_only else "█"))
     try:
-        run.check_rows()
+        check_rows(run)
     except (RunError, ChatError, ExampleError) as error:
         console.print(f"selm run will stop here: {error}", style="red", soft_wrap=True)
 
@@ -113,7 +115,7 @@ def preview(run: Run, t: int, count: int) -> None:
 
 def collect(run: Run, t: int) -> Preview:
     """The rows of iteration t: of the run folder, if it has them, else of the data."""
-    folder = run.iteration(t)
+    folder = run.folder.iteration(t)
     if not (folder / "ranked.parquet").exists():
         return _from_data(run, t)
     columns = ["prompt_id", "score", "dropped", "chosen", "rejected"]
@@ -146,7 +148,7 @@ def _from_data(run: Run, t: int) -> Preview:
     rows: list[Example | Alone] = []
     dropped, cut = Counter[str](), Counter[str]()
     for prompt in run.prompts(t):
-        ids = run.prompt_ids(prompt)
+        ids = run.data.prompt_ids(prompt)
         texts = answers(prompt) if e.candidates.dataset else {}
         if not texts:
             rows.append(Alone(prompt.id, ids))
@@ -157,7 +159,7 @@ def _from_data(run: Run, t: int) -> Preview:
             cut.update(prompts_cut=row.prompt_cut, responses_cut=row.responses_cut)
         else:
             try:
-                rows.append(run.own_answers.example(prompt) or Alone(prompt.id, ids))
+                rows.append(run.data.own_answers.example(prompt) or Alone(prompt.id, ids))
             except UnusableAnswer:
                 if e.data.on_bad_row == "error":
                     raise
@@ -272,7 +274,7 @@ def _counts(run: Run, t: int, found: Preview) -> Table:
     responses = [ids for row in found.rows for ids in row.responses]
     lengths = [len(row.prompt) for row in found.rows]
     if e.text.layout == "paper":  # whose prompts are not those that are answered
-        lengths = [len(run.prompt_ids(prompt)) for prompt in run.prompts(t)]
+        lengths = [len(run.data.prompt_ids(prompt)) for prompt in run.prompts(t)]
     examples = [row for row in found.rows if isinstance(row, Example)]
     long = [row for row in examples if row.tokens > e.training.row_length]
 
@@ -331,7 +333,7 @@ def _spelled(run: Run, t: int) -> str:
 
 def _bad_rows(run: Run) -> dict[str, int]:
     """Reason -> rows of all the data, not of the iteration alone."""
-    return {reason: len(numbers) for reason, numbers in run.all_prompts.dropped.items()}
+    return {reason: len(numbers) for reason, numbers in run.data.all_prompts.dropped.items()}
 
 
 def _leading(ids: Sequence[int], token: int) -> int:

@@ -149,7 +149,7 @@ def compiled(
     lengths = work.lengths_of(b, o.data_rows, o.heldout_rows, o.prompt_tokens, o.response_tokens)
     nothing = Plan(where, e, {}, (), lengths, None)
     try:
-        nothing = dataclasses.replace(nothing, mesh=dict(b.mesh.shape))
+        nothing = dataclasses.replace(nothing, mesh=dict(b.devices.mesh.shape))
         batches = work.batches_of_update(b, lengths)
         programs = [p for p in phases(b, batches) if stage in (None, p.stage)]
         todo = work.work_of(b, lengths, work.Assumed(o.mfu, o.mbu))

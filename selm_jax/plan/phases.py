@@ -1,8 +1,8 @@
 """The programs of an experiment, as its run makes them, from facts alone.
 
-`Blueprint` is the run itself with three things taken from the settings in place of files: the model's
-config.json, the longest prompt, the ids that end an answer. Meshes, rules, shardings, the jitted
-functions: all are the run's own, so that what is planned is what runs.
+`Blueprint` builds `run.programs.Programs`, as a run does, with three things taken from the settings in
+place of files: the model's config.json, the longest prompt, the ids that end an answer. Meshes, rules,
+shardings, the jitted functions: all are the run's own, so that what is planned is what runs.
 """
 
 from __future__ import annotations
@@ -24,10 +24,13 @@ from selm_jax.plan.rankers import Ranker, rankers_of
 from selm_jax.plan.topology import Target
 from selm_jax.preferences.examples import ROLES
 from selm_jax.preferences.packing import PreferenceBatch, Shape, empty
-from selm_jax.rollout.engine import Programs, decoding_params, decoding_shardings, programs
-from selm_jax.run.run import Run
+from selm_jax.rollout.engine import Programs as Generation
+from selm_jax.rollout.engine import decoding_params, programs
+from selm_jax.run.data import Data
+from selm_jax.run.devices import Devices
+from selm_jax.run.programs import Programs, Sizes
+from selm_jax.run.task import Task
 from selm_jax.shell.user_code import is_user_code
-from selm_jax.text.prompts import PromptSet
 from selm_jax.training.state import TrainState
 
 GENERATE, RANK, SCORE, TRAIN = "generate", "rank", "score", "train"
@@ -53,60 +56,45 @@ class Phase:
         return self.function.lower(*self.arguments)
 
 
-class Blueprint(Run):
-    """A run of which nothing is here but its settings and its model's facts."""
+class Blueprint:
+    """The programs of an experiment on a target, from its settings and its model's facts.
+
+    What a run reads from files is taken from the settings: the longest prompt is the longest that is
+    allowed.
+    """
 
     def __init__(self, experiment: Experiment, facts: DecoderConfig, target: Target):
-        super().__init__(experiment, devices=target.devices)
-        self._given, self.target = facts, target
+        self.experiment, self.facts, self.target = experiment, facts, target
+        self.task = Task(experiment.objective)
+        self.devices = Devices(experiment.compute, target.devices)
+        self.data = Data(experiment, self.task, model=None)
 
     @cached_property
-    def _stored(self) -> DecoderConfig:
-        return self._given
-
-    @cached_property
-    def _facts(self) -> DecoderConfig:
-        return self._given
-
-    @cached_property
-    def longest_prompt(self) -> int:
-        return self.experiment.rollout.max_prompt_tokens
-
-    @cached_property
-    def longest_sequence(self) -> int:
-        e = self.experiment
-        if self.objective.rates:  # whole conversations, of which a row is to hold the longest
-            return min(e.training.row_length, self._facts.max_positions)
-        answered = self.longest_prompt + e.rollout.max_new_tokens
-        if not self._facts.has_two_tables or not e.candidates.dataset:
-            return answered
-        return max(answered, e.text.max_length if e.text.layout == "paper" else 0)
-
-    def _without_long(self, found: PromptSet, name: str) -> PromptSet:
-        return found  # without a tokenizer nobody knows
-
-    @property
-    def stop_ids(self) -> tuple[int, ...]:
-        return (0, 1)  # which they are, and how many, changes nothing here
+    def programs(self) -> Programs:
+        # Which ids end an answer, and how many do, changes nothing here.
+        sizes = largest(self.experiment, self.facts, self.task.rates)
+        return Programs(
+            self.experiment, self.task, self.facts, sizes, stop_ids=(0, 1), devices=self.devices
+        )
 
     # Generation
 
     @cached_property
     def decoding_params(self) -> Any:
-        where = decoding_shardings(self.config, self.decode_mesh)
-        cast = partial(decoding_params, dtype=self.dtype, where=where)
-        return jax.tree.map(_placed, jax.eval_shape(cast, self.abstract_params), where)
+        where = self.programs.decoding_shardings
+        cast = partial(decoding_params, dtype=self.devices.dtype, where=where)
+        return jax.tree.map(_placed, jax.eval_shape(cast, self.programs.abstract_params), where)
 
     @cached_property
-    def generation(self) -> Programs:
-        return programs(self.engine, self.decoding_params)
+    def generation(self) -> Generation:
+        return programs(self.programs.engine, self.decoding_params)
 
     @cached_property
     def heldout_params(self) -> Mapping[str, int]:
         """`evaluate` keeps the parameters while it generates and ranks."""
         if self.experiment.data.heldout is None:
             return {}
-        return {"policy": shard_bytes(self.abstract_params)}
+        return {"policy": shard_bytes(self.programs.abstract_params)}
 
     # The ranker
 
@@ -134,45 +122,57 @@ class Blueprint(Run):
         """The most distinct responses that an example can have."""
         e = self.experiment
         several = e.feedback.explore == "all" or is_user_code(e.feedback.explore)
-        if not several or "explore" not in self.objective.roles:
-            return len(self.objective.roles)
+        if not several or "explore" not in self.task.objective.roles:
+            return len(self.task.objective.roles)
         return e.candidates.greedy + e.candidates.samples + 2 * e.candidates.dataset
 
     @cached_property
     def abstract_batch(self) -> PreferenceBatch:
         batch = empty(self.batch_shape)
-        return jax.tree.map(_placed, batch, self.batch_shardings(batch))
+        return jax.tree.map(_placed, batch, self.programs.batch_shardings(batch))
 
     @cached_property
     def abstract_start(self) -> Any:
         """What `start_of` gives: the parameters, quantised if the experiment says so."""
-        if self.quantized is None:
-            return self.abstract_params
+        if self.programs.quantized is None:
+            return self.programs.abstract_params
         work = jax.jit(quantize, static_argnums=1)
-        return outcome(work.lower(self.abstract_params, self.quantized))
+        return outcome(work.lower(self.programs.abstract_params, self.programs.quantized))
 
     @cached_property
     def abstract_state(self) -> TrainState:
-        return TrainState.abstract(self.abstract_trained, self.optimizer)
+        return TrainState.abstract(self.programs.abstract_trained, self.programs.optimizer)
 
     @cached_property
     def update_arguments(self) -> tuple[Any, ...]:
         """Of `Update.gradients`, as `training.loop.train` gives them."""
         live = self.experiment.training.reference == "live"
         means = jax.ShapeDtypeStruct((len(ROLES),), np.float32)
-        first = (self.abstract_trained, self.abstract_batch, means)
-        if self.lora is None:
-            return (*first, self.abstract_params if live else None, None, None)
+        first = (self.programs.abstract_trained, self.abstract_batch, means)
+        if self.programs.lora is None:
+            return (*first, self.programs.abstract_params if live else None, None, None)
         base = self.abstract_start
-        key = jax.eval_shape(lambda: jax.random.key(0)) if self.lora.dropout else None
+        key = jax.eval_shape(lambda: jax.random.key(0)) if self.programs.lora.dropout else None
         return (*first, base if live else None, base, key)
 
     @property
     def beside_updates(self) -> Mapping[str, int]:
         """What `apply` is not given and training holds: a live reference, the base of adapters."""
         *_, reference, base, _ = self.update_arguments
-        held = {"reference": shard_bytes(reference)} if self.lora is None and reference else {}
-        return held | ({} if base is None else {"base": shard_bytes(base)})
+        if base is not None:
+            return {"base": shard_bytes(base)}
+        return {"reference": shard_bytes(reference)} if reference else {}
+
+
+def largest(e: Experiment, facts: DecoderConfig, rates: bool) -> Sizes:
+    """The largest sizes that the settings allow."""
+    prompt = e.rollout.max_prompt_tokens
+    if rates:  # whole conversations, of which a row is to hold the longest
+        return Sizes(prompt, min(e.training.row_length, facts.max_positions))
+    answered = prompt + e.rollout.max_new_tokens
+    if not facts.has_two_tables or not e.candidates.dataset:
+        return Sizes(prompt, answered)
+    return Sizes(prompt, max(answered, e.text.max_length if e.text.layout == "paper" else 0))
 
 
 def phases(b: Blueprint, batches: int) -> Iterator[Phase]:
@@ -184,32 +184,34 @@ def phases(b: Blueprint, batches: int) -> Iterator[Phase]:
     e = b.experiment
     candidates = (e.candidates.greedy or e.candidates.samples) and e.rollout.remote is None
     answers = candidates or e.data.heldout is not None
-    if answers and not b.objective.rates:
+    if answers and not b.task.rates:
         yield from _generation(b)
     heldout = e.data.heldout is not None
-    asked = not b.objective.rates and (heldout or not e.taught)
+    asked = not b.task.rates and (heldout or not e.taught)
     for ranker in b.model_rankers if asked else ():
         others = {name: size for name, size in b.ranker_bytes.items() if name != ranker.name}
         name = "rank" if len(b.model_rankers) == 1 else f"rank: {ranker.name}"
         given = (ranker.params, *ranker.inputs)
         yield Phase(name, RANK, ranker.function, given, {**others, **b.heldout_params})
-    if not b.objective.reference_free:
+    if not b.task.reference_free:
         given = (b.abstract_start, b.abstract_batch)
-        yield Phase("score", SCORE, b.update.logps, given, b.ranker_bytes)
-    _, sums = jax.eval_shape(b.update.gradients, *b.update_arguments)
+        yield Phase("score", SCORE, b.programs.update.logps, given, b.ranker_bytes)
+    _, sums = jax.eval_shape(b.programs.update.gradients, *b.update_arguments)
     where = b.abstract_state.step.sharding
     sums = jax.tree.map(lambda x: _placed(x, where), sums)
     # Gradients are laid out like what is trained. `add` is `gradients` and a sum: it wants more.
-    grads = b.abstract_trained
+    grads = b.programs.abstract_trained
     held = {**b.ranker_bytes, "moments": shard_bytes(b.abstract_state.opt_state)}
     if batches == 1:
-        yield Phase("gradients", TRAIN, b.update.gradients, b.update_arguments, held)
+        yield Phase("gradients", TRAIN, b.programs.update.gradients, b.update_arguments, held)
     else:
         given = (grads, sums, *b.update_arguments)
-        yield Phase("gradients, add", TRAIN, b.update.add, given, held)
+        yield Phase("gradients, add", TRAIN, b.programs.update.add, given, held)
     rate = jax.ShapeDtypeStruct((), jnp.float32)
     given = (b.abstract_state, grads, sums, rate)
-    yield Phase("apply", TRAIN, b.update.apply, given, {**b.ranker_bytes, **b.beside_updates})
+    yield Phase(
+        "apply", TRAIN, b.programs.update.apply, given, {**b.ranker_bytes, **b.beside_updates}
+    )
 
 
 def _generation(b: Blueprint) -> Iterator[Phase]:

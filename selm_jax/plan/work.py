@@ -101,25 +101,25 @@ def lengths_of(
     if rows is not None:
         prompts = len(rows_of(range(rows), 1, e)[: e.data.limit])
     elif Path(e.data.train).exists():
-        prompts = len(b.prompts(1))
+        prompts = len(b.data.prompts(1))
     else:
         assumed.append(f"{e.data.train} is not here: --data-rows says how many rows it has")
     if e.data.heldout is None:
         heldout = 0
     elif heldout is None:
-        heldout = len(b.heldout) if Path(e.data.heldout).exists() else e.data.heldout_limit
+        heldout = len(b.data.heldout) if Path(e.data.heldout).exists() else e.data.heldout_limit
         if heldout is None:
             assumed.append(f"{e.data.heldout} is not here, evaluation not counted: --heldout-rows")
     elif e.data.heldout_limit is not None:
         heldout = min(heldout, e.data.heldout_limit)
     pairs = heldout or 0
     if heldout and Path(str(e.data.heldout)).exists():
-        local = b.heldout
+        local = b.data.heldout
         pairs = heldout * sum(None not in (p.chosen, p.rejected) for p in local) // len(local)
     elif heldout and (e.data.chosen, e.data.rejected) != ("chosen", "rejected"):
         pairs = 0  # held-out pairs are looked for under these names
     if prompt is None:
-        prompt = b.longest_prompt
+        prompt = b.programs.sizes.longest_prompt
         assumed.append(f"every prompt has {prompt:,} tokens, the most allowed: --prompt-tokens")
     if response is None:
         response = e.rollout.max_new_tokens
@@ -140,7 +140,7 @@ def longest_example(b: Blueprint) -> int:
     e, distinct = b.experiment, b.responses
     if e.candidates.dataset:  # its answers are as long as they are; whoever set row_length knew
         return e.training.row_length
-    return b.longest_prompt + distinct * e.rollout.max_new_tokens
+    return b.programs.sizes.longest_prompt + distinct * e.rollout.max_new_tokens
 
 
 def _example(b: Blueprint, of: Lengths) -> tuple[int, int]:
@@ -162,7 +162,7 @@ def _heldout_rows(b: Blueprint, of: Lengths) -> tuple[int, int]:
     e, t = b.experiment, b.experiment.training
     answers, heldout = 1 + e.evaluation.samples, of.heldout or 0
     kinds = [(of.pairs, 2)]  # examples and the responses of each
-    if not b.objective.rates:
+    if not b.task.rates:
         fit = of.prompt + answers * of.response <= t.row_length
         kinds.append((heldout, answers) if fit else (heldout * answers, 1))
     rows, most = 0, 0
@@ -184,7 +184,7 @@ def work_of(b: Blueprint, of: Lengths, assumed: Assumed) -> Work | None:
     if of.prompts is None:
         return None
     e, t, target = b.experiment, b.experiment.training, b.target
-    config, devices = b.config, len(target.devices)
+    config, devices = b.programs.config, len(target.devices)
     total, scored = _example(b, of)
     per_row = _per_row(b, of)
 
@@ -231,7 +231,7 @@ def work_of(b: Blueprint, of: Lengths, assumed: Assumed) -> Work | None:
     here = e.rollout.remote is None
     parts = generation("generate", of.prompts, each) if here else []
     parts += ranking("rank", examples, 0 if e.taught else candidates)
-    if not b.objective.reference_free:
+    if not b.task.reference_free:
         parts += scoring("score", examples)
     parts.append(passes("train", rows * t.row_length, train))
 
@@ -239,7 +239,7 @@ def work_of(b: Blueprint, of: Lengths, assumed: Assumed) -> Work | None:
         """As `stages.evaluate`; `models` score the answers: the policy, and the start model once
         they are two. A reward model scores pairs, and answers nothing."""
         heldout, answers, found = of.heldout or 0, 1 + e.evaluation.samples, []
-        if not b.objective.rates:
+        if not b.task.rates:
             found += generation("evaluate", heldout, answers)
             if is_relative(e.feedback):
                 found += ranking("evaluate", heldout * answers, 2)
@@ -252,7 +252,7 @@ def work_of(b: Blueprint, of: Lengths, assumed: Assumed) -> Work | None:
             found.append(passes("evaluate", models * tokens, models * flop))
         return _together("evaluate", found) if found else None
 
-    parts += [part for part in [evaluation(1 if b.objective.rates else 2)] if part is not None]
+    parts += [part for part in [evaluation(1 if b.task.rates else 2)] if part is not None]
     return Work(
         examples, updates, batches,
         useful=updates * t.global_batch * total, padded=rows * t.row_length, parts=tuple(parts),
@@ -271,10 +271,10 @@ def _together(name: str, parts: list[Part]) -> Part:
 def _decoding(b: Blueprint, of: Lengths, name: str, responses: int, assumed: Assumed) -> Part:
     """Answers drawn token by token. Slots are taken to be always full, and every copy of the model
     to read its weights and whole caches at every step: the mask hides entries, but spares none."""
-    target, slots = b.target, b.engine.slots
-    capacity = bucket(b.longest_prompt) + b.experiment.rollout.max_new_tokens
+    target, slots = b.target, b.programs.engine.slots
+    capacity = bucket(b.programs.sizes.longest_prompt) + b.experiment.rollout.max_new_tokens
     tokens = responses * of.response
-    flop = flops.forward(b.config, rows=tokens, time=1, keys=capacity, scored=1).total
+    flop = flops.forward(b.programs.config, rows=tokens, time=1, keys=capacity, scored=1).total
     if not (target.peak and target.bandwidth):
         return Part(name, tokens, flop, None)
     steps = math.ceil(responses / slots) * of.response

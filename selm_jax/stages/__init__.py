@@ -59,7 +59,7 @@ class Stage:
 
     def check(self, run: Run, t: int) -> None:
         """Raises ArtifactError if the stage was done with other inputs or settings than it has now."""
-        record = artifacts.Stages(run.iteration(t))
+        record = artifacts.Stages(run.folder.iteration(t))
         if self.name in record.read():
             record.is_done(self.name, self.inputs(run, t), self.settings(run, t))
 
@@ -69,7 +69,7 @@ class Stage:
         Of several processes all do the work; the first looks whether it is done, and records it.
         """
         multihost.stop_if_told()
-        record = artifacts.Stages(run.iteration(t))
+        record = artifacts.Stages(run.folder.iteration(t))
         settings = self.settings(run, t)
 
         def begin() -> dict[str, str] | None:
@@ -79,12 +79,14 @@ class Stage:
                 return None
             if self.name not in record.read():  # it was taken out, to be done with other settings
                 for name in self.goes_on_from:
-                    artifacts.remove(run.iteration(t) / name)
-            _ = run.writers  # there is work to do: what a tracker lacks is to be known before it
+                    artifacts.remove(run.folder.iteration(t) / name)
+            _ = (
+                run.folder.writers
+            )  # there is work to do: what a tracker lacks is to be known before it
             record.begin(self.name, inputs, settings)
             return inputs
 
-        outputs = {name: run.iteration(t) / name for name in self.outputs(run)}
+        outputs = {name: run.folder.iteration(t) / name for name in self.outputs(run)}
         if (inputs := multihost.on_first(begin)) is None:
             artifacts.wait_for(outputs.values())
             return False
@@ -93,7 +95,7 @@ class Stage:
         key = Store.key(stage=self.name, iteration=t, inputs=inputs, settings=settings)
         found = None
         if store is not None:
-            found = multihost.on_first(lambda: store.take(key, run.iteration(t)))
+            found = multihost.on_first(lambda: store.take(key, run.folder.iteration(t)))
         counts = self.work(run, t) if found is None else self._taken(run, t, found)
         multihost.barrier()
         artifacts.wait_for(outputs.values())
@@ -101,15 +103,17 @@ class Stage:
 
         def finish() -> None:
             if store is not None and found is None:
-                about = {"counts": counts, "logged": run.logged(self.name, t)}
-                store.put(key, outputs, {"run": store.name_of(run.folder), **about})
+                about = {"counts": counts, "logged": run.folder.logged(self.name, t)}
+                store.put(key, outputs, {"run": store.name_of(run.folder.path), **about})
             for name in self.scratch:  # a kill in the midst of it: what is gone is made once more
-                artifacts.remove(run.iteration(t) / name)
+                artifacts.remove(run.folder.iteration(t) / name)
             # Killed between these two lines, a run takes its own work back.
-            taken = key if store and found and found["run"] != store.name_of(run.folder) else None
+            taken = (
+                key if store and found and found["run"] != store.name_of(run.folder.path) else None
+            )
             record.finish(
                 self.name, inputs, settings, outputs, counts, seconds, taken,
-                jsonl.digest(run.logged(self.name, t)),
+                jsonl.digest(run.folder.logged(self.name, t)),
             )  # fmt: skip
 
         multihost.on_first(finish)
@@ -120,18 +124,18 @@ class Stage:
     def _check_log(self, run: Run, t: int, record: artifacts.Stages) -> None:
         """Raises ArtifactError if the lines that the stage has written into metrics.jsonl are others."""
         before = record.read()[self.name].get("logged")  # versions before this one kept none
-        if before not in (None, jsonl.digest(run.logged(self.name, t))):
+        if before not in (None, jsonl.digest(run.folder.logged(self.name, t))):
             raise artifacts.ArtifactError(
-                f"{run.metrics_file}: its lines of stage {self.name!r}, iteration {t}, are not what "
+                f"{run.folder.metrics_file}: its lines of stage {self.name!r}, iteration {t}, are not what "
                 f"the stage wrote. Put the file back from a copy; or, to do the stage again, remove "
                 f"{self.name!r} from {record.file}"
             )
 
     def _taken(self, run: Run, t: int, found: Mapping[str, Any]) -> Counts:
         """What the stage of another run left besides its outputs."""
-        run.forget_metrics(lambda line: (line["stage"], line["iteration"]) == (self.name, t))
+        run.folder.forget(lambda line: (line["stage"], line["iteration"]) == (self.name, t))
         for line in found["logged"]:
-            run.log(
+            run.folder.log(
                 self.name, t, {k: v for k, v in line.items() if k not in ("stage", "iteration")}
             )
         return found["counts"]
@@ -153,17 +157,17 @@ def _digest_of_policy(run: Run, t: int) -> str:
     """Of the policy after iteration t, which is as its export has left it."""
     if t == 0:
         return artifacts.digest(run.policy(0))
-    return artifacts.Stages(run.iteration(t)).digest("model")
+    return artifacts.Stages(run.folder.iteration(t)).digest("model")
 
 
 def _training(run: Run, t: int) -> dict[str, str]:
     """What the iteration's training was done with: its checkpoints are gone once they are exported."""
-    done = artifacts.Stages(run.iteration(t)).read().get("train", {})
+    done = artifacts.Stages(run.folder.iteration(t)).read().get("train", {})
     return {"training": Store.key(**{k: done.get(k) for k in ("inputs", "settings")})}
 
 
 def _file(name: str) -> Callable[[Run, int], dict[str, str]]:
-    return lambda run, t: {name: artifacts.Stages(run.iteration(t)).digest(name)}
+    return lambda run, t: {name: artifacts.Stages(run.folder.iteration(t)).digest(name)}
 
 
 def _prompts(run: Run, t: int) -> dict[str, str]:
@@ -208,7 +212,7 @@ _pairing = _code("feedback.rule", "feedback.explore")
 
 def _unscored(run: Run, t: int) -> dict[str, bool]:
     """An objective without a reference leaves its log-probabilities out."""
-    return {"objective.reference_free": True} if run.reference_free else {}
+    return {"objective.reference_free": True} if run.task.reference_free else {}
 
 
 def _all(*parts: Callable[[Run, int], Mapping[str, Any]]) -> Callable[[Run, int], dict[str, Any]]:
@@ -245,7 +249,7 @@ def _pick(*keys: str) -> Callable[[Run, int], dict[str, Any]]:
 def _rates(run: Run, t: int) -> dict[str, Any]:
     """A reward model is given other ids, and evaluated on other things. Said only where it is so:
     it is no setting of the experiment, but follows from its loss."""
-    if not run.rates:
+    if not run.task.rates:
         return {}
     return {"objective.rates": True, "data.on_bad_row": run.experiment.data.on_bad_row}
 
@@ -275,7 +279,7 @@ _SCORING = (
 
 
 def _of_evaluation(run: Run) -> tuple[str, ...]:
-    if run.rates:
+    if run.task.rates:
         return ("pairs.parquet",)
     return ("heldout.parquet", "heldout_pairs.parquet") if has_pairs(run) else ("heldout.parquet",)
 
@@ -335,14 +339,14 @@ STAGES = (
         export,
         _all(_file("examples.parquet"), lambda run, t: _policy(run, t - 1), _training),
         _pick(),
-        lambda run: ("model",) if run.lora is None else ("model", "adapter"),
+        lambda run: ("model",) if run.experiment.lora is None else ("model", "adapter"),
         shared=lambda run: False,  # the checkpoints it exports are no input that has a digest
     ),
 )
 EVALUATE = Stage(
     "evaluate",
     evaluate,
-    _all(_heldout, _chat, _policy, lambda run, t: {} if run.rates else _ranking(run, t)),
+    _all(_heldout, _chat, _policy, lambda run, t: {} if run.task.rates else _ranking(run, t)),
     _all(
         _pick(
             *("seed", "feedback.ranker", "feedback.settings", "evaluation"),

@@ -58,7 +58,7 @@ def scores_in_parts(
     scores, told = [], Counter()
     try:
         with run.bar(f"iteration {t}  rank", len(questions), "prompts") as advance:
-            for i, file in enumerate(parts.files(run.iteration(t) / FOLDER, count)):
+            for i, file in enumerate(parts.files(run.folder.iteration(t) / FOLDER, count)):
                 multihost.stop_if_told()
                 mine = slice(i * size, (i + 1) * size)
                 work = partial(_part, run, file, questions[mine], candidates[mine])
@@ -68,7 +68,7 @@ def scores_in_parts(
                 advance(len(found), 0)
         check_read(run, dict(told))
     except UnreadableJudge:
-        multihost.on_first(lambda: artifacts.remove(run.iteration(t) / FOLDER))
+        multihost.on_first(lambda: artifacts.remove(run.folder.iteration(t) / FOLDER))
         raise
     return scores, dict(told)
 

@@ -21,15 +21,14 @@ from selm_jax.preferences.examples import Example
 from selm_jax.preferences.own_answers import rated_example
 from selm_jax.rollout.engine import Request
 from selm_jax.rollout.sampling import Sampling
-from selm_jax.run.rows import question
-from selm_jax.run.run import Run, RunError
+from selm_jax.run.rows import RunError, question
+from selm_jax.run.run import Run
 from selm_jax.shell import artifacts
 from selm_jax.stages.asking import check_read, scores_of, unread
 from selm_jax.stages.generate import Counts, response_row
 from selm_jax.stages.score import too_long
 from selm_jax.text.answers import answers as answers_of
 from selm_jax.text.prompts import Prompt
-from selm_jax.training.scoring import Scorer
 
 
 def evaluate(run: Run, t: int) -> Counts:
@@ -42,13 +41,13 @@ def evaluate(run: Run, t: int) -> Counts:
     estimate the policy's KL. The random numbers are the same in every iteration, so that differences
     are not theirs; their seed is the experiment's plus one, so that they are not those of training.
     """
-    if run.rates:
+    if run.task.rates:
         return _evaluate_pairs(run, t)
     prompts = run.heldout
     e = run.experiment
-    params = run.load(run.policy(t))
+    params = run.programs.load(run.policy(t))
     requests = [
-        Request(i, run.prompt_ids(p), 1, e.evaluation.samples) for i, p in enumerate(prompts)
+        Request(i, run.data.prompt_ids(p), 1, e.evaluation.samples) for i, p in enumerate(prompts)
     ]
     each = 1 + e.evaluation.samples
     with run.bar(f"iteration {t}  evaluate", len(prompts) * each, "responses") as advance:
@@ -57,8 +56,8 @@ def evaluate(run: Run, t: int) -> Counts:
             advance(responses, tokens)
             multihost.stop_if_told()
 
-        decoding = run.decoding(params)
-        engine = dataclasses.replace(run.engine, sampling=Sampling())
+        decoding = run.programs.decoding(params)
+        engine = dataclasses.replace(run.programs.engine, sampling=Sampling())
         responses = engine.generate(
             decoding, requests, seed=e.seed + 1, iteration=0, progress=progress
         )
@@ -76,10 +75,10 @@ def evaluate(run: Run, t: int) -> Counts:
             places.append([mine[k] for k in of])
     left_out = len(responses) - sum(map(len, places))
     pairs, pairs_left_out = heldout_pairs(run)
-    scorer = _scorer(run)
+    scorer = run.programs.scorer
     found = scorer.logps(params, examples + pairs)
     del params
-    before = found if t == 0 else scorer.logps(run.load(run.policy(0)), examples + pairs)
+    before = found if t == 0 else scorer.logps(run.programs.load(run.policy(0)), examples + pairs)
     policy, start = (_by_response(places, of[: len(places)]) for of in (found, before))
     rows = []
     for n, (response, text) in enumerate(zip(responses, texts, strict=True)):
@@ -99,14 +98,14 @@ def evaluate(run: Run, t: int) -> Counts:
     if pairs:
         of_pairs = frontier.pair_table(pairs, found[len(examples) :], before[len(examples) :])
     if multihost.is_first():
-        artifacts.write_table(run.iteration(t) / "heldout.parquet", answers)
+        artifacts.write_table(run.folder.iteration(t) / "heldout.parquet", answers)
         if of_pairs is not None:
-            artifacts.write_table(run.iteration(t) / "heldout_pairs.parquet", of_pairs)
+            artifacts.write_table(run.folder.iteration(t) / "heldout_pairs.parquet", of_pairs)
     first = None if t == 0 else _answers_of_start(run)
     beta = e.objective.get("beta", 1.0)
     summary = frontier.summarize(answers, first, of_pairs, beta)
-    run.forget_metrics(lambda m: m["stage"] == "evaluate" and m["iteration"] == t)
-    run.log("evaluate", t, summary)
+    run.folder.forget(lambda m: m["stage"] == "evaluate" and m["iteration"] == t)
+    run.folder.log("evaluate", t, summary)
     names = ("heldout/reward_greedy", "heldout/gain", "heldout/kl", "heldout/pairs/accuracy")
     shown = [f"{name}{end}" for name in names for end in ("", "_low", "_high")]
     return {
@@ -149,7 +148,7 @@ def _evaluate_pairs(run: Run, t: int) -> Counts:
 
     Pairs that are too long are left out and counted where `data.on_bad_row` drops such rows.
     """
-    held, head = [(p, answers_of(p)) for p in run.heldout], run.config.head
+    held, head = [(p, answers_of(p)) for p in run.heldout], run.programs.config.head
     assert head is not None
     found = [(p, each, rated_example(run.chat, head, p, each, {})) for p, each in held]
     if run.experiment.data.on_bad_row == "drop":
@@ -159,9 +158,9 @@ def _evaluate_pairs(run: Run, t: int) -> Counts:
             f"{run.experiment.data.heldout}: all {len(held)} held-out pairs are too long"
         )
     examples = [example for *_, example in found]
-    params = run.load(run.policy(t))
+    params = run.programs.load(run.policy(t))
     with run.bar(f"iteration {t}  evaluate", len(examples), "pairs") as advance:
-        rewards = _scorer(run).rewards(params, examples, lambda done: advance(done, 0))
+        rewards = run.programs.scorer.rewards(params, examples, lambda done: advance(done, 0))
     del params
     rows = [
         {
@@ -174,10 +173,10 @@ def _evaluate_pairs(run: Run, t: int) -> Counts:
     ]
     table = pair_rewards.table(rows)
     if multihost.is_first():
-        artifacts.write_table(run.iteration(t) / "pairs.parquet", table)
+        artifacts.write_table(run.folder.iteration(t) / "pairs.parquet", table)
     summary = pair_rewards.summarize(table)
-    run.forget_metrics(lambda m: m["stage"] == "evaluate" and m["iteration"] == t)
-    run.log("evaluate", t, summary)
+    run.folder.forget(lambda m: m["stage"] == "evaluate" and m["iteration"] == t)
+    run.folder.log("evaluate", t, summary)
     shown = ("heldout/accuracy", "heldout/accuracy_low", "heldout/accuracy_high")
     counts = {"pairs": len(found), "too_long": len(held) - len(found)}
     return counts | {key: summary[key] for key in shown}
@@ -206,13 +205,8 @@ def _scores(run: Run, t: int, answers: Sequence[Sequence[str]]) -> list[Any] | N
     return scores_beside(partial(scores_of, run), questions, answers, first)
 
 
-def _scorer(run: Run) -> Scorer:
-    settings = run.experiment.training
-    return Scorer(run.update, run.place, settings.rows, settings.row_length)
-
-
 def _answers_of_start(run: Run) -> pa.Table:
-    record = artifacts.Stages(run.iteration(0))
+    record = artifacts.Stages(run.folder.iteration(0))
     record.digest("heldout.parquet")  # which is as it was written
     return artifacts.read_table(record.folder / "heldout.parquet")
 
@@ -230,7 +224,7 @@ def heldout_pairs(run: Run) -> tuple[list[Example], Counts]:
 def fitting_pairs(run: Run, prompts: Iterable[Prompt]) -> tuple[list[Example], Counts]:
     """The prompts' own pairs, as far as they have any that fit a row; and how many do not."""
     pairs, left_out = [], 0
-    longest = min(run.experiment.training.row_length, run.config.max_positions)
+    longest = min(run.experiment.training.row_length, run.programs.config.max_positions)
     for prompt in prompts:
         if prompt.chosen is None or prompt.rejected is None:
             continue

@@ -56,7 +56,8 @@ def generate(run: Run, t: int) -> Counts:
                 advance(len(mine) * each, 0)
                 continue
             requests = [
-                Request(i, run.prompt_ids(prompts[i]), wanted.greedy, wanted.samples) for i in mine
+                Request(i, run.data.prompt_ids(prompts[i]), wanted.greedy, wanted.samples)
+                for i in mine
             ]
 
             def write(responses: Sequence[Response], to: Path = file) -> None:
@@ -89,10 +90,10 @@ def _here(run: Run, t: int, advance: Advance) -> Iterator[Answer]:
     def answer(part: int, requests: Sequence[Request], write: Write) -> None:
         nonlocal params
         if params is None and any(request.wanted() for request in requests):
-            params = run.decoding(run.load(run.policy(t - 1)))
+            params = run.programs.decoding(run.programs.load(run.policy(t - 1)))
         responses: Sequence[Response] = ()
         if params is not None:
-            responses = run.engine.generate(
+            responses = run.programs.engine.generate(
                 params, requests, seed=run.experiment.seed, iteration=t, progress=progress
             )
         if part % multihost.count() == multihost.index():
@@ -104,17 +105,18 @@ def _here(run: Run, t: int, advance: Advance) -> Iterator[Answer]:
 @contextlib.contextmanager
 def _by_server(run: Run, t: int, advance: Advance) -> Iterator[Answer]:
     """A server that the first process asks, and starts if it is to; that process writes."""
-    settings, engine = run.experiment.rollout.remote, run.engine  # the one that it stands in for
+    settings = run.experiment.rollout.remote
+    engine = run.programs.engine  # the one that the server stands in for
     assert settings is not None
     policy = Server(
         settings,
         Path(multihost.on_first(lambda: str(named(run.policy(t - 1))))),
-        log=run.folder / "server.log",
+        log=run.folder.path / "server.log",
         sampling=engine.sampling,
-        longest_prompt=run.longest_prompt,
+        longest_prompt=run.programs.sizes.longest_prompt,
         max_new_tokens=engine.max_new_tokens,
         stop_ids=engine.stop_ids,
-        vocabulary=run.config.vocab_size,
+        vocabulary=run.programs.config.vocab_size,
         say=lambda text: run.console.print(f"iteration {t}  generate: {text}", soft_wrap=True),
     )
     with contextlib.ExitStack() as stack:
@@ -125,8 +127,7 @@ def _by_server(run: Run, t: int, advance: Advance) -> Iterator[Answer]:
                 nonlocal server
                 if server is None:
                     server = stack.enter_context(policy)
-                    run.servers[str(t)] = server.version
-                    run.write_manifest()
+                    run.folder.note_server(t, server.version)
                 seed = run.experiment.seed
                 write(server.generate(requests, seed=seed, iteration=t, progress=advance))
 
@@ -145,7 +146,7 @@ def _by_server(run: Run, t: int, advance: Advance) -> Iterator[Answer]:
 def response_files(run: Run, t: int) -> list[Path]:
     """The parts of iteration t's responses; the same however many processes write them."""
     count = -(-len(run.prompts(t)) // run.experiment.rollout.prompts_per_part)
-    return parts.files(run.iteration(t) / "responses", count)
+    return parts.files(run.folder.iteration(t) / "responses", count)
 
 
 def response_row(run: Run, prompt: Prompt, response: Response) -> dict[str, Any]:

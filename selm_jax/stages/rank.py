@@ -29,7 +29,6 @@ from selm_jax.text.answers import answer_ids, check_spelled
 from selm_jax.text.answers import answers as answers_of
 from selm_jax.text.chat import UnusableAnswer
 from selm_jax.text.prompts import Prompt
-from selm_jax.training.scoring import Scorer
 
 RANKED = pa.schema(
     [
@@ -137,7 +136,7 @@ def put_questions(run: Run, t: int, minimum: int | None = None) -> tuple[Store, 
     """
     if run.experiment.taught:
         raise AnnotationError(
-            f"{run.folder}: the data set's answers are taught as they are; there is nothing to rank"
+            f"{run.folder.path}: the data set's answers are taught as they are; there is nothing to rank"
         )
     f = run.experiment.feedback
     of_ranker = f.settings.get("minimum", 1) if f.ranker == "human" else None
@@ -146,7 +145,7 @@ def put_questions(run: Run, t: int, minimum: int | None = None) -> tuple[Store, 
             f"the ranker waits for {of_ranker} people per prompt, found a minimum of {minimum}; "
             "change feedback.settings.minimum"
         )
-    store = Store(store_of(run.folder, f.settings if f.ranker == "human" else {}))
+    store = Store(store_of(run.folder.path, f.settings if f.ranker == "human" else {}))
     pool = pool_of(run, t)
     items = [item for item in items_of(*pool.questions(pool.asked)) if item is not None]
     store.put(_batch(run, t), items, minimum or of_ranker or 1)
@@ -154,7 +153,7 @@ def put_questions(run: Run, t: int, minimum: int | None = None) -> tuple[Store, 
 
 
 def _batch(run: Run, t: int) -> str:
-    return f"{run.name}/iteration_{t}"
+    return f"{run.folder.name}/iteration_{t}"
 
 
 def _answered(run: Run, t: int, pool: Pool) -> list[int]:
@@ -164,12 +163,15 @@ def _answered(run: Run, t: int, pool: Pool) -> list[int]:
         return list(pool.asked)
     if ranker.wait:
         run.console.print(
-            f"iteration {t}  rank: waits for people; `selm annotate {run.folder}` asks them",
+            f"iteration {t}  rank: waits for people; `selm annotate {run.folder.path}` asks them",
             soft_wrap=True,
         )
     with run.bar(f"iteration {t}  rank", len(pool.asked), "prompts") as advance:
         found = ranker.collect(
-            run.folder, _batch(run, t), *pool.questions(pool.asked), lambda more: advance(more, 0)
+            run.folder.path,
+            _batch(run, t),
+            *pool.questions(pool.asked),
+            lambda more: advance(more, 0),
         )
     return [i for i, ready in zip(pool.asked, found, strict=True) if ready]
 
@@ -202,12 +204,13 @@ def _prospects(
     for i, each in zip(which, kept, strict=True):
         ids = tuple(dict.fromkeys(c.token_ids for c in each if c.token_ids))
         prompt = pool.prompts[i]
-        examples.append(Example(prompt.id, run.prompt_ids(prompt), ids, {}))
-    settings = run.experiment.training
-    scorer = Scorer(run.update, run.place, settings.rows, settings.row_length)
-    policy = scorer.logps(run.start_of(t), examples)
+        examples.append(Example(prompt.id, run.data.prompt_ids(prompt), ids, {}))
+    scorer = run.programs.scorer
+    policy = scorer.logps(run.programs.start_of(run.policy(t - 1)), examples)
     compared = run.experiment.feedback.acquisition == "reward_gap" and t > 1
-    reference = scorer.logps(run.reference_of(t - 1), examples) if compared else policy
+    reference = (
+        scorer.logps(run.programs.start_of(run.reference(t - 1)), examples) if compared else policy
+    )
     prospects = []
     for e, each, p, r in zip(examples, kept, policy, reference, strict=True):
         at = [e.responses.index(c.token_ids) for c in each]
@@ -240,7 +243,7 @@ def _teach(run: Run, t: int) -> Counts:
 def _write(run: Run, t: int, rows: list[dict]) -> None:
     table = pa.Table.from_pylist(rows, schema=RANKED)
     if multihost.is_first():
-        artifacts.write_table(run.iteration(t) / "ranked.parquet", table)
+        artifacts.write_table(run.folder.iteration(t) / "ranked.parquet", table)
 
 
 def _candidates(run: Run, prompt: Prompt, answers: Sequence[dict]) -> tuple[list[Candidate], bool]:
@@ -267,7 +270,7 @@ def _of_data(run: Run, prompt: Prompt, source: str) -> tuple[Candidate, bool]:
     )  # `layout: paper` and reward models make ids of pairs, not of candidates
     if run.experiment.text.layout == "default":
         try:
-            if run.rates:
+            if run.task.rates:
                 check_spelled(run.chat, prompt, source)
             else:
                 ids = answer_ids(run.chat, prompt, source)

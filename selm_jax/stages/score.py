@@ -8,12 +8,12 @@ from collections import Counter
 from selm_jax.parallel import multihost
 from selm_jax.preferences.examples import ROLES, Example, to_table
 from selm_jax.preferences.own_answers import rated_example
-from selm_jax.run.run import Run, RunError
+from selm_jax.run.rows import RunError
+from selm_jax.run.run import Run
 from selm_jax.shell import artifacts
 from selm_jax.stages.generate import Counts
 from selm_jax.stages.rank import RANKED
 from selm_jax.text.layout import paper_row
-from selm_jax.training.scoring import Scorer
 
 
 def score(run: Run, t: int) -> Counts:
@@ -23,22 +23,23 @@ def score(run: Run, t: int) -> Counts:
     """
     examples, cut = paired_examples(run, t)
     logps: list[tuple[float, ...] | None] = [None] * len(examples)
-    if examples and not run.reference_free:
-        params, settings = run.reference_of(t), run.experiment.training
-        scorer = Scorer(run.update, run.place, settings.rows, settings.row_length)
+    if examples and not run.task.reference_free:
+        params = run.programs.start_of(run.reference(t))
         with run.bar(f"iteration {t}  score", len(examples), "examples") as advance:
 
             def progress(done: int) -> None:
                 advance(done, 0)
                 multihost.stop_if_told()
 
-            logps[:] = scorer.logps(params, examples, progress)
+            logps[:] = run.programs.scorer.logps(params, examples, progress)
     scored = [
         dataclasses.replace(e, reference=found) for e, found in zip(examples, logps, strict=True)
     ]
     if multihost.is_first():
         reference = artifacts.digest(run.reference(t))
-        artifacts.write_table(run.iteration(t) / "examples.parquet", to_table(scored, reference))
+        artifacts.write_table(
+            run.folder.iteration(t) / "examples.parquet", to_table(scored, reference)
+        )
     return {
         "examples": len(examples),
         "responses": sum(len(e.responses) for e in examples),
@@ -55,9 +56,9 @@ def paired_examples(run: Run, t: int) -> tuple[list[Example], Counts]:
       reward model's pairs, how many were left out as too long (`data.on_bad_row: drop`).
     """
     prompts = {p.id: p for p in run.prompts(t)}
-    text, head = run.experiment.text, run.config.head
+    text, head = run.experiment.text, run.programs.config.head
     pairs: dict[str, dict[str, dict]] = {}  # prompt id -> role -> its row
-    for row in artifacts.read_table(run.iteration(t) / "ranked.parquet", RANKED).to_pylist():
+    for row in artifacts.read_table(run.folder.iteration(t) / "ranked.parquet", RANKED).to_pylist():
         for role in ROLES:
             if row[role]:
                 pair = pairs.setdefault(row["prompt_id"], {})
@@ -67,7 +68,7 @@ def paired_examples(run: Run, t: int) -> tuple[list[Example], Counts]:
     for prompt_id, pair in pairs.items():
         if (prompt := prompts.get(prompt_id)) is None:
             raise RunError(
-                f"{run.iteration(t) / 'ranked.parquet'}: prompt {prompt_id} is not among the "
+                f"{run.folder.iteration(t) / 'ranked.parquet'}: prompt {prompt_id} is not among the "
                 f"{len(prompts)} of iteration {t}; the data or its settings have changed"
             )
         texts = {role: row["text"] for role, row in pair.items()}
@@ -85,7 +86,7 @@ def paired_examples(run: Run, t: int) -> tuple[list[Example], Counts]:
             cut.update(prompts_cut=row.prompt_cut, responses_cut=row.responses_cut)
         else:
             responses = {role: tuple(row["token_ids"]) for role, row in pair.items()}
-            examples.append(Example.of(prompt_id, run.prompt_ids(prompt), responses))
+            examples.append(Example.of(prompt_id, run.data.prompt_ids(prompt), responses))
         _check_length(run, examples[-1])
     return examples, dict(cut)
 
@@ -94,13 +95,13 @@ def too_long(run: Run, example: Example) -> bool:
     """Whether a pair does not fit into a packed row, or an answer not into the model."""
     longest = len(example.prompt) + max(map(len, example.responses))
     row = run.experiment.training.row_length
-    return example.tokens > row or longest > run.config.max_positions
+    return example.tokens > row or longest > run.programs.config.max_positions
 
 
 def _check_length(run: Run, example: Example) -> None:
     longest = len(example.prompt) + max(map(len, example.responses))
-    if longest > run.config.max_positions:
+    if longest > run.programs.config.max_positions:
         raise RunError(
             f"prompt {example.prompt_id}: with its longest answer it has {longest} tokens; the "
-            f"model was made for {run.config.max_positions} (max_position_embeddings)"
+            f"model was made for {run.programs.config.max_positions} (max_position_embeddings)"
         )

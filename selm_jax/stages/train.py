@@ -12,7 +12,8 @@ from selm_jax.models.lora import merge
 from selm_jax.models.quantize import dequantize
 from selm_jax.parallel import multihost
 from selm_jax.preferences.examples import from_parquet, reference_of, start_of
-from selm_jax.run.run import Run, RunError
+from selm_jax.run.rows import RunError
+from selm_jax.run.run import Run
 from selm_jax.shell import artifacts
 from selm_jax.shell.store import Store
 from selm_jax.stages.generate import Counts
@@ -27,15 +28,15 @@ def train_policy(run: Run, t: int) -> Counts:
     """Updates from the start policy, or from the last checkpoint of this stage."""
     e = run.experiment
     plan = plan_of(run, t)
-    run.forget_metrics(lambda line: False)  # but what a kill tore
+    run.folder.forget(lambda line: False)  # but what a kill tore
     checkpoints = checkpoints_of(run, t)
     if not checkpoints.has_final:
-        start = run.start_of(t)
-        state = TrainState.create(run.trained(start, t), run.optimizer)
+        start = run.programs.start_of(run.policy(t - 1))
+        state = TrainState.create(run.programs.trained(start, t), run.programs.optimizer)
         state = checkpoints.latest(state) or state
-        fixed = run.fixed(start, t)
+        fixed = run.programs.fixed(start, t, run.policy(t - 1), run.reference(t))
         del start
-        run.forget_metrics(
+        run.folder.forget(
             lambda m: (
                 m["stage"] == "train"
                 and (m["iteration"] > t or (m["iteration"] == t and m["step"] > int(state.step)))
@@ -45,13 +46,13 @@ def train_policy(run: Run, t: int) -> Counts:
             advance(int(state.step), 0)
 
             def report(metrics):
-                run.log("train", t, metrics)
+                run.folder.log("train", t, metrics)
                 advance(1, metrics["tokens"])
 
             with multihost.stop_deferred():
                 state = train(
-                    plan, run.update, state, checkpoints,
-                    peak=e.learning_rate(t), place=run.place, report=report, **fixed,
+                    plan, run.programs.update, state, checkpoints,
+                    peak=e.learning_rate(t), place=run.programs.place, report=report, **fixed,
                 )  # fmt: skip
         del fixed
         checkpoints.save_final(state.params, int(state.step))
@@ -66,18 +67,20 @@ def checkpoints_of(run: Run, t: int) -> Checkpoints:
     """
 
     def start() -> str:
-        if not run.reference_free:
+        if not run.task.reference_free:
             _check_reference(run, t)
         return artifacts.digest(run.policy(t - 1))
 
     def logged(step: int) -> str:
-        lines = run.logged("train", t)
+        lines = run.folder.logged("train", t)
         if lines:
-            artifacts.flush(run.metrics_file)  # a checkpoint is not to outlive what it tells of
+            artifacts.flush(
+                run.folder.metrics_file
+            )  # a checkpoint is not to outlive what it tells of
         return Store.key(lines=[line for line in lines if line["step"] <= step])
 
     return Checkpoints(
-        run.iteration(t) / "checkpoints",
+        run.folder.iteration(t) / "checkpoints",
         start=multihost.on_first(start),
         keep=run.experiment.training.checkpoints_kept,
         logged=logged,
@@ -86,7 +89,7 @@ def checkpoints_of(run: Run, t: int) -> Checkpoints:
 
 def _check_reference(run: Run, t: int) -> None:
     """Raises ArtifactError if log-probabilities that iteration t is trained on are another model's."""
-    examples = run.iteration(t) / "examples.parquet"
+    examples = run.folder.iteration(t) / "examples.parquet"
     for scored, folder, what in (
         (
             reference_of(examples),
@@ -98,7 +101,7 @@ def _check_reference(run: Run, t: int) -> None:
         if scored not in ("", now := artifacts.digest(folder)):
             raise artifacts.ArtifactError(
                 f"{examples}: {what} the model with digest {scored}; {folder} has {now}. Put that "
-                f"model back, or remove 'score' from {run.iteration(t) / 'stage.json'} to score "
+                f"model back, or remove 'score' from {run.folder.iteration(t) / 'stage.json'} to score "
                 "this iteration again"
             )
 
@@ -109,19 +112,19 @@ def plan_of(run: Run, t: int) -> Plan:
     Raises:
       RunError: an example lacks a role, or the reference's score, that the objective needs.
     """
-    examples = from_parquet(run.iteration(t) / "examples.parquet")
-    stored = run.experiment.training.reference == "stored" and not run.reference_free
+    examples = from_parquet(run.folder.iteration(t) / "examples.parquet")
+    stored = run.experiment.training.reference == "stored" and not run.task.reference_free
     for example in examples:
-        if absent := set(run.objective.roles) - set(example.roles):
+        if absent := set(run.task.objective.roles) - set(example.roles):
             raise RunError(
-                f"{run.objective} needs the roles {', '.join(run.objective.roles)}; prompt "
+                f"{run.task.objective} needs the roles {', '.join(run.task.objective.roles)}; prompt "
                 f"{example.prompt_id} has no {', '.join(sorted(absent))}"
             )
         if stored and example.reference is None:
             raise RunError(
-                f"{run.objective} needs the reference's log-probabilities; prompt "
+                f"{run.task.objective} needs the reference's log-probabilities; prompt "
                 f"{example.prompt_id} has none. Remove 'score' from "
-                f"{run.iteration(t) / 'stage.json'} to score this iteration again"
+                f"{run.folder.iteration(t) / 'stage.json'} to score this iteration again"
             )
     e = run.experiment
     return Plan.make(e.training, examples, e.seed, t)
@@ -133,19 +136,19 @@ def export(run: Run, t: int) -> Counts:
     if not checkpoints.has_final:
         raise artifacts.ArtifactError(
             f"{checkpoints.folder}: the trained parameters are missing. Remove 'train' from "
-            f"{run.iteration(t) / 'stage.json'} to train this iteration again"
+            f"{run.folder.iteration(t) / 'stage.json'} to train this iteration again"
         )
-    params = checkpoints.final(run.abstract_trained)
-    if (lora := run.lora) is not None:
-        with _folder(run.iteration(t) / "adapter") as partial:
+    params = checkpoints.final(run.programs.abstract_trained)
+    if (lora := run.programs.lora) is not None:
+        with _folder(run.folder.iteration(t) / "adapter") as partial:
             base, revision = _base(run, t)
-            export_adapter(params, run.config, lora, base, partial, revision)
+            export_adapter(params, run.programs.config, lora, base, partial, revision)
         merged = jax.jit(lambda base, adapters: merge(dequantize(base), adapters, lora))
-        params = merged(run.start_of(t), params)
-    with _folder(run.iteration(t) / "model") as partial:
-        card = run.model_card(t) if partial else ""
-        export_folder(params, run.config, run.start.path, partial, card)
-    return {"parameters": run.parameters}
+        params = merged(run.programs.start_of(run.policy(t - 1)), params)
+    with _folder(run.folder.iteration(t) / "model") as partial:
+        card = run.folder.model_card(t, run.start.origin, run.task.rates) if partial else ""
+        export_folder(params, run.programs.config, run.start.path, partial, card)
+    return {"parameters": run.programs.parameters}
 
 
 def _base(run: Run, t: int) -> tuple[str, str | None]:

@@ -16,7 +16,8 @@ from rich.console import Console
 from selm_jax import cli, config
 from selm_jax.commands import preview
 from selm_jax.preferences.examples import Example, to_table
-from selm_jax.run.run import Run, RunError
+from selm_jax.run.rows import RunError
+from selm_jax.run.run import Run
 from selm_jax.shell import artifacts
 from selm_jax.stages import STAGES
 from selm_jax.stages.generate import RESPONSES, response_files
@@ -166,7 +167,7 @@ def test_over_long_rows_are_counted_not_refused(make, tmp_path):
     counts = table(shown(make(training__row_length=50)))  # bad rows, where such are dropped
     assert 0 < long and counts["bad rows of the data"].endswith(f", {long} answer too long")
     assert counts["longer than training.row_length"] == "0"
-    lengths = [len(run.prompt_ids(p)) for p in run.prompts(1)]
+    lengths = [len(run.data.prompt_ids(p)) for p in run.prompts(1)]
     over = sum(length > 28 for length in lengths)
     assert 0 < over < len(lengths)
     counts = table(shown(make(rollout__max_prompt_tokens=28)))  # bad rows, where such are dropped
@@ -201,10 +202,10 @@ def test_the_papers_layout(make):
 def test_ranked_pairs_and_then_examples_are_shown_where_they_are_there(make):
     answer_and_rank(make())
     run = make()
-    text, record = shown(run), artifacts.Stages(run.iteration(1))
+    text, record = shown(run), artifacts.Stages(run.folder.iteration(1))
     examples, _ = paired_examples(run, 1)
     counts = table(text)
-    assert f"{run.iteration(1) / 'ranked.parquet'}" in text.splitlines()[0]
+    assert f"{run.folder.iteration(1) / 'ranked.parquet'}" in text.splitlines()[0]
     assert int(counts["rows"]) == len(examples)
     ranked = record.read()["rank"]["counts"]
     for reason in ("tie", "empty", "unusable_answer"):
@@ -214,7 +215,7 @@ def test_ranked_pairs_and_then_examples_are_shown_where_they_are_there(make):
     assert re.search(r"^(chosen|rejected) \+ explore, \d+ tokens", text, flags=re.MULTILINE)
     assert "made with other settings" not in text
 
-    artifacts.write_table(run.iteration(1) / "examples.parquet", to_table(examples[1:]))
+    artifacts.write_table(run.folder.iteration(1) / "examples.parquet", to_table(examples[1:]))
     record.finish("score", {}, STAGES[2].settings(run, 1), {}, {"responses_cut": 3}, 0.0)
     text = shown(make())
     assert "examples.parquet" in text.splitlines()[0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import jax
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -15,7 +14,6 @@ from typer.testing import CliRunner
 from selm_jax import config
 from selm_jax.evaluation.command import app
 from selm_jax.iterate import iterate
-from selm_jax.parallel.mesh import make_mesh
 from selm_jax.run.run import Run
 
 pytestmark = pytest.mark.slow
@@ -26,8 +24,7 @@ def run(tmp_path_factory):
     """A finished run of two iterations, with settings that are no verb's defaults."""
     file = tiny.experiment(tmp_path_factory.mktemp("command"))
     with pytest.MonkeyPatch.context() as patch:
-        one = jax.devices()[:1]
-        patch.setattr("selm_jax.run.run.make_mesh", lambda sizes, *_, **__: make_mesh(sizes, one))
+        tiny.on_first_device(patch)
         settings = ["objective.beta=0.3", "feedback.settings={target: 20}"]
         done = Run(config.load(file, settings), Console(quiet=True))
         iterate(done)
@@ -47,14 +44,14 @@ def selm(tmp_path, monkeypatch):
 
 
 def greedy_scores(run: Run, t: int) -> np.ndarray:
-    rows = pq.read_table(run.iteration(t) / "heldout.parquet").to_pylist()
+    rows = pq.read_table(run.folder.iteration(t) / "heldout.parquet").to_pylist()
     return np.array([row["score"] for row in rows if row["kind"] == "greedy"])
 
 
 def test_heldout_takes_everything_from_the_run(run, selm, tmp_path):
-    told = selm("heldout", run.folder, "--dry-run")
+    told = selm("heldout", run.folder.path, "--dry-run")
     assert "nothing was computed" in told and not list(tmp_path.iterdir())
-    selm("heldout", run.folder)
+    selm("heldout", run.folder.path)
     report = json.loads((tmp_path / "evaluations/heldout/heldout.json").read_text())
     assert (report["prompts"], report["beta"], report["asked"]["limit"]) == (8, 0.3, 12)
     assert (report["reference"], report["ranker"]) == ("run/start", "length")
@@ -66,7 +63,7 @@ def test_heldout_takes_everything_from_the_run(run, selm, tmp_path):
 
 
 def test_winrate_of_the_last_model_and_its_start(run, selm, tmp_path):
-    sources = [run.folder, f"start={run.policy(0)}"]
+    sources = [run.folder.path, f"start={run.policy(0)}"]
     told = selm("winrate", *sources, "--dry-run")
     assert "nothing was computed" in told and not list(tmp_path.iterdir())
     selm("winrate", *sources)
@@ -96,7 +93,7 @@ doc_to_target: "{{{{text}}}}"
 metric_list: [{{metric: word_perplexity}}]
 """
     )
-    asked = ["lm_eval", run.folder, "--tasks", "local_river", "--include", folder]
+    asked = ["lm_eval", run.folder.path, "--tasks", "local_river", "--include", folder]
     assert "nothing was computed" in selm(*asked, "--dry-run")
     selm(*asked, "--no-chat")
     file = tmp_path / "evaluations/run--iteration_2/lm_eval/results.json"

@@ -7,10 +7,9 @@ import json
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
-from tiny import PROMPTS, experiment, make_model
+from tiny import PROMPTS, experiment, make_model, on_first_device
 
 from selm_jax.config import load
-from selm_jax.parallel.mesh import make_mesh
 from selm_jax.report import page
 from selm_jax.run.run import Run
 from selm_jax.stages import EVALUATE
@@ -19,11 +18,7 @@ from selm_jax.stages import EVALUATE
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """A run whose first iteration is another random model; its held-out prompts come with pairs."""
-    import jax
-
-    monkeypatch.setattr(
-        "selm_jax.run.run.make_mesh", lambda sizes, *_, **__: make_mesh(sizes, jax.devices()[:1])
-    )
+    on_first_device(monkeypatch)
     file = experiment(tmp_path, evaluation__samples=2)
     rows = [
         {"prompt_id": f"h{i}", "prompt": text, "chosen": f"Yes, {i}.", "rejected": f"No: {i}!"}
@@ -33,34 +28,34 @@ def run(tmp_path, monkeypatch):
     (tmp_path / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = Run(load(file), Console(quiet=True))
     run.open()
-    make_model(run.iteration(1) / "model", seed=1)
+    make_model(run.folder.iteration(1) / "model", seed=1)
     return run
 
 
 def test_pairs_are_measured_against_the_start_model(run):
     assert EVALUATE.run(run, 0) and EVALUATE.run(run, 1)
-    start, after = (json.loads(line) for line in run.metrics_file.read_text().splitlines())
+    start, after = (json.loads(line) for line in run.folder.metrics_file.read_text().splitlines())
     assert start["heldout/pairs/accuracy"] == 0.5 and start["heldout/pairs/margins"] == 0
     assert start["heldout/kl"] == 0
-    pairs = pq.read_table(run.iteration(1) / "heldout_pairs.parquet").to_pylist()
+    pairs = pq.read_table(run.folder.iteration(1) / "heldout_pairs.parquet").to_pylist()
     assert [row["prompt_id"] for row in pairs[::2]] == ["h0", "h1", "h3", "h4", "h5"]
     ratio = {(r["prompt_id"], r["role"]): r["logp"] - r["logp_start"] for r in pairs}
     margins = [ratio[p, "chosen"] - ratio[p, "rejected"] for p, role in ratio if role == "chosen"]
     assert after["heldout/pairs/margins"] == pytest.approx(0.1 * sum(margins) / 5, abs=1e-6)
     assert after["heldout/pairs/accuracy"] == sum(m > 0 for m in margins) / 5
-    sampled = [r for r in pq.read_table(run.iteration(1) / "heldout.parquet").to_pylist()
+    sampled = [r for r in pq.read_table(run.folder.iteration(1) / "heldout.parquet").to_pylist()
                if r["kind"] == "sample"]  # fmt: skip
     surprise = -sum(r["logp"] for r in sampled)
     assert after["heldout/entropy"] == pytest.approx(surprise / 12, rel=1e-5)
     tokens = sum(len(r["token_ids"]) for r in sampled)
     assert after["heldout/entropy_token"] == pytest.approx(surprise / tokens, rel=1e-5)
-    record = json.loads((run.iteration(1) / "stage.json").read_text())["evaluate"]
+    record = json.loads((run.folder.iteration(1) / "stage.json").read_text())["evaluate"]
     assert record["counts"]["pairs"] == 5 and record["counts"]["pairs_left_out"] == 1
     assert set(record["outputs"]) == {"heldout.parquet", "heldout_pairs.parquet"}
     assert not EVALUATE.run(run, 1)  # it is done
 
-    out = run.folder / "report.html"
-    page.write([run.folder], out)
+    out = run.folder.path / "report.html"
+    page.write([run.folder.path], out)
     text = out.read_text()
     assert "Pairs right" in text and "Entropy, nats" in text
 
@@ -80,14 +75,16 @@ def test_prompts_too_long_for_a_row_are_measured_as_far_as_they_can_be(run, tmp_
         overrides.append(f"output={tmp_path / str(row_length)}")
         one = Run(load(tmp_path / "experiment.yaml", overrides), Console(quiet=True))
         one.open()
-        make_model(one.iteration(1) / "model", seed=1)
+        make_model(one.folder.iteration(1) / "model", seed=1)
         assert EVALUATE.run(one, 0) and EVALUATE.run(one, 1)
-        found[row_length] = json.loads(one.metrics_file.read_text().splitlines()[1])
-        rows[row_length] = pq.read_table(one.iteration(1) / "heldout.parquet").to_pylist()
-        counts = json.loads((one.iteration(1) / "stage.json").read_text())["evaluate"]["counts"]
+        found[row_length] = json.loads(one.folder.metrics_file.read_text().splitlines()[1])
+        rows[row_length] = pq.read_table(one.folder.iteration(1) / "heldout.parquet").to_pylist()
+        counts = json.loads((one.folder.iteration(1) / "stage.json").read_text())["evaluate"][
+            "counts"
+        ]
         assert counts.get("answers_left_out") == {256: None, 128: 3}[row_length]
         assert counts["responses"] == 3 * len(prompts)
-    ids = len(one.prompt_ids(one.heldout[2]))
+    ids = len(one.data.prompt_ids(one.heldout[2]))
     assert ids + 12 < 128 < ids + sum(len(r["token_ids"]) for r in rows[128][6:9])
     for row, other in zip(rows[128], rows[256], strict=False):
         logps = {name: pytest.approx(other[name], abs=1e-4) for name in ("logp", "logp_start")}
@@ -102,7 +99,7 @@ def test_prompts_too_long_for_a_row_are_measured_as_far_as_they_can_be(run, tmp_
     assert (found[128]["heldout/prompts"], found[256]["heldout/prompts"]) == (4, 3)
     greedy = [row["score"] for row in rows[128] if row["kind"] == "greedy"]
     assert found[128]["heldout/reward_greedy"] == pytest.approx(sum(greedy) / 4)
-    page.write([one.folder], tmp_path / "report.html")
+    page.write([one.folder.path], tmp_path / "report.html")
 
 
 def test_no_answer_that_fits_leaves_only_what_needs_no_row(run, tmp_path):
@@ -110,19 +107,15 @@ def test_no_answer_that_fits_leaves_only_what_needs_no_row(run, tmp_path):
     (tmp_path / "heldout.jsonl").write_text(line + "\n")
     run = Run(load(tmp_path / "experiment.yaml", ["rollout.max_prompt_tokens=180"]), run.console)
     assert EVALUATE.run(run, 0)
-    found = json.loads(run.metrics_file.read_text())
+    found = json.loads(run.folder.metrics_file.read_text())
     assert "heldout/reward_greedy" in found
     assert not {key for key in found if "kl" in key or "entropy" in key}
 
 
 def test_data_without_pairs_gives_none(tmp_path, monkeypatch):
-    import jax
-
-    monkeypatch.setattr(
-        "selm_jax.run.run.make_mesh", lambda sizes, *_, **__: make_mesh(sizes, jax.devices()[:1])
-    )
+    on_first_device(monkeypatch)
     run = Run(load(experiment(tmp_path)), Console(quiet=True))
     run.open()
     EVALUATE.run(run, 0)
-    assert not (run.iteration(0) / "heldout_pairs.parquet").exists()
-    assert not any("pairs" in key for key in json.loads(run.metrics_file.read_text()))
+    assert not (run.folder.iteration(0) / "heldout_pairs.parquet").exists()
+    assert not any("pairs" in key for key in json.loads(run.folder.metrics_file.read_text()))

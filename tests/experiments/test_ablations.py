@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import jax
 import pytest
 from rich.console import Console
+from tiny import on_first_device
 
 from selm_jax.commands.tiny import ROWS
 from selm_jax.config import as_dict, load
-from selm_jax.parallel.mesh import make_mesh
 from selm_jax.sweep import sweep
 from selm_jax.sweep.plan import plan
 from selm_jax.sweep.table import table
@@ -115,9 +114,7 @@ def test_the_study_compares_at_equal_queries():
 @pytest.mark.parametrize("file", ["selm.yaml", "dpo.yaml"])
 def test_a_rehearsal_of_all_cells(file, tmp_path, monkeypatch):
     """Every setting runs to its end: tiny models, the files' own settings."""
-    monkeypatch.setattr(
-        "selm_jax.run.run.make_mesh", lambda sizes, *_, **__: make_mesh(sizes, jax.devices()[:1])
-    )
+    on_first_device(monkeypatch)
     rehearsal = plan(ABLATIONS / file, output=str(tmp_path / "runs"), tiny=True)
     sweep(rehearsal, Console(quiet=True))
     rows = {row.name: row for row in table(rehearsal)}

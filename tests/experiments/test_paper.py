@@ -11,15 +11,17 @@ import jax
 import numpy as np
 import pytest
 from rich.console import Console
+from tiny import on_first_device
 from typer.testing import CliRunner
 
 from selm_jax import cli, config
 from selm_jax.commands.tiny import _FAMILIES, ROWS, make_model, shrink
 from selm_jax.config import ConfigError, as_dict
 from selm_jax.iterate import iterate
-from selm_jax.parallel.mesh import make_mesh
 from selm_jax.preferences.batches import updates_per_epoch
-from selm_jax.run.run import Run, RunError
+from selm_jax.run import check as run_check
+from selm_jax.run.rows import RunError
+from selm_jax.run.run import Run
 from selm_jax.text.chat import Chat
 from selm_jax.text.layout import truncate
 from selm_jax.text.prompts import portion
@@ -49,10 +51,7 @@ ALPHA = {"zephyr_7b": 1e-3, "llama3_8b": 1e-4, "phi3_mini": 1e-3}
 @pytest.fixture(autouse=True, scope="module")
 def one_device():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "selm_jax.run.run.make_mesh",
-            lambda sizes, *_, **__: make_mesh(sizes, jax.devices()[:1]),
-        )
+        on_first_device(patch)
         yield
 
 
@@ -69,18 +68,18 @@ def check(run: Run) -> None:
     """All stages are done, each iteration made its updates, and the last model loads."""
     e = run.experiment
     for t in range(1, e.iterations + 1):
-        stages = json.loads((run.iteration(t) / "stage.json").read_text())
+        stages = json.loads((run.folder.iteration(t) / "stage.json").read_text())
         assert list(stages) == ["generate", "rank", "score", "train", "export", "evaluate"]
         assert all(stage["done"] for stage in stages.values())
         counts = {name: stage["counts"] for name, stage in stages.items()}
         examples = ROWS // e.portions
         assert counts["score"]["examples"] == examples
         assert counts["train"]["updates"] == examples // 4 > 1
-    lines = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
+    lines = [json.loads(line) for line in run.folder.metrics_file.read_text().splitlines()]
     firsts = [m["loss"] for m in lines if m["stage"] == "train" and m["step"] == 1]
     np.testing.assert_allclose(firsts, math.log(2), atol=1e-6)
     last = run.policy(e.iterations)
-    before, after = (load(folder, run.config) for folder in (run.policy(0), last))
+    before, after = (load(folder, run.programs.config) for folder in (run.policy(0), last))
     moved = jax.tree.map(lambda a, b: float(abs(a - b).max()), before, after)
     assert 0 < max(jax.tree.leaves(moved)) < 1e-4  # the file's own learning rates
     assert Chat(last).prompt_ids(run.prompts(1)[0].messages)
@@ -263,4 +262,4 @@ def test_pairs_alone_cannot_teach_selm(tmp_path):
     overrides = [f"output={tmp_path / 'run'}", "objective={loss: selm, beta: 0.01, alpha: 1e-3}"]
     e = shrink(config.load(FILES["zephyr_7b/warm_start"], overrides), Console(quiet=True))
     with pytest.raises(RunError, match="explore.*candidates.greedy: 1"):
-        Run(e, Console(quiet=True)).check()
+        run_check.check(Run(e, Console(quiet=True)))

@@ -109,7 +109,7 @@ def experiment(tmp_path_factory):
 class TestStage:
     def counts(self, experiment):
         run = Run(config.load(experiment), Console(quiet=True))
-        record = Stages(run.iteration(1))
+        record = Stages(run.folder.iteration(1))
         entries = record.read()
         entries.pop("rank", None)
         record.file.write_text(json.dumps(entries))

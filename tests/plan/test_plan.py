@@ -30,6 +30,7 @@ from selm_jax.plan.phases import Blueprint, phases
 from selm_jax.plan.remedies import remedy
 from selm_jax.plan.topology import GIB, Target, TopologyError, local_target, target
 from selm_jax.rollout import engine as rollout
+from selm_jax.run.programs import Programs
 from selm_jax.run.run import Run
 from selm_jax.stages.evaluate import evaluate
 from selm_jax.training.state import TrainState
@@ -91,31 +92,35 @@ def of(options: Sequence = (), **given) -> examine.Options:
 def test_the_programs_are_given_what_the_run_gives_them(tiny_one):
     load, read = tiny_one
     where = here()
-    e = load([f"rollout.max_prompt_tokens={Run(load()).longest_prompt}"])
+    e = load([f"rollout.max_prompt_tokens={Run(load()).data.longest_prompt}"])
     run, b = Run(e, Console(quiet=True)), Blueprint(e, read, where)
-    assert b.mesh == run.mesh and dict(b.mesh.shape) == {"data": 1, "fsdp": 4, "tensor": 2}
-    assert (b.config, b.dtype) == (run.config, run.dtype)
-    assert dataclasses.replace(b.engine, stop_ids=run.stop_ids) == run.engine
+    assert b.devices.mesh == run.devices.mesh and dict(b.devices.mesh.shape) == {
+        "data": 1,
+        "fsdp": 4,
+        "tensor": 2,
+    }
+    assert (b.programs.config, b.devices.dtype) == (run.programs.config, run.devices.dtype)
+    assert dataclasses.replace(b.programs.engine, stop_ids=run.chat.stop_ids) == run.programs.engine
     check = jax.tree_util.tree_map_with_path
 
     def same(path, planned, real):
         assert planned.shape == real.shape and planned.dtype == real.dtype, path
         assert planned.sharding.is_equivalent_to(real.sharding, real.ndim), path
 
-    params = run.load(run.policy(0))
-    check(same, b.abstract_params, params)
-    check(same, b.abstract_state, TrainState.create(params, run.optimizer))
-    decoding = run.decoding(params)
+    params = run.programs.load(run.policy(0))
+    check(same, b.programs.abstract_params, params)
+    check(same, b.abstract_state, TrainState.create(params, run.programs.optimizer))
+    decoding = run.programs.decoding(params)
     check(same, b.decoding_params, decoding)
-    check(same, b.generation.slots, rollout._empty(run.engine))
+    check(same, b.generation.slots, rollout._empty(run.programs.engine))
     _, (engine, _, tokens, lengths) = b.generation.prefill
     prefilled = rollout._prefill(
         engine, decoding, np.zeros(tokens.shape, np.int32), np.ones(lengths.shape, np.int32)
     )
     check(same, b.generation.prefilled, prefilled)
-    batch = run.place(rollout_batch(b))
+    batch = run.programs.place(rollout_batch(b))
     check(same, b.abstract_batch, batch)
-    gradients, sums = run.update.gradients(params, batch, np.ones(3, np.float32))
+    gradients, sums = run.programs.update.gradients(params, batch, np.ones(3, np.float32))
     names = {phase.name: phase for phase in phases(b, 2)}
     planned = names["gradients, add"].arguments
     check(same, planned[:2], (gradients, sums))
@@ -148,7 +153,7 @@ def test_what_lies_beside_a_program_is_counted(tiny_one):
     load, read = tiny_one
     b = Blueprint(load(), read, here())
     held = {phase.name: phase.held for phase in phases(b, 1)}
-    one = shard_bytes(b.abstract_params)
+    one = shard_bytes(b.programs.abstract_params)
     assert held["gradients"] == {"moments": 2 * one + 4}  # Adam's two trees and its count
     assert held["decode"]["policy"] == one  # `evaluate` generates and keeps them
     assert held["prefill"]["slots"] == shard_bytes(b.generation.slots)
@@ -316,9 +321,9 @@ def test_an_evaluation_is_counted_as_it_is_done(tmp_path, monkeypatch):
     e = config.load(file, ["training.row_length=64", "rollout.max_new_tokens=4"])
     run = Run(e, Console(quiet=True), devices=jax.devices()[:1])
     scored = []
-    place = Run.place
+    place = Programs.place
     monkeypatch.setattr(
-        Run, "place", lambda self, x: scored.append(x.tokens.size) or place(self, x)
+        Programs, "place", lambda self, x: scored.append(x.tokens.size) or place(self, x)
     )
     run.open()
     counts = evaluate(run, 0)
@@ -476,7 +481,7 @@ def test_hours_and_dollars_are_printed():
     lengths = work.lengths_of(b, ULTRAFEEDBACK, 2000, 200, 300)
     w = work.work_of(b, lengths, work.Assumed(0.4, 0.6))
     assert w is not None and w.hours is not None
-    plan = examine.Plan(b.target, e, dict(b.mesh.shape), (), lengths, w)
+    plan = examine.Plan(b.target, e, dict(b.devices.mesh.shape), (), lengths, w)
     console = quiet()
     command.show(plan, of(price=2.0), console)
     said = console.file.getvalue()  # type: ignore[attr-defined]
@@ -610,8 +615,8 @@ def test_tiny_programs_compile_for_a_slice_that_is_not_here(name, folder):
     plan = examine.compiled(e, read, where, of(), quiet())
     assert plan.fit and plan.mesh == {"data": 1, "fsdp": len(where.devices), "tensor": 1}
     b = Blueprint(e, read, where)
-    assert b.dtype == jnp.bfloat16 and shard_bytes(b.decoding_params) < 2 * sum(
-        x.value.size for x in jax.tree.leaves(abstract_params(b.config), is_leaf=_is_box)
+    assert b.devices.dtype == jnp.bfloat16 and shard_bytes(b.decoding_params) < 2 * sum(
+        x.value.size for x in jax.tree.leaves(abstract_params(b.programs.config), is_leaf=_is_box)
     ) + 2 * len(jax.tree.leaves(b.decoding_params))  # fmt: skip
     assert {f.name for f in plan.fits} >= {"prefill", "decode", "score", "apply"}
 

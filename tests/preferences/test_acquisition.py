@@ -93,11 +93,11 @@ def asked(run, t, acquisition="random"):
 
 @pytest.mark.parametrize("t", [1, 2])
 def test_a_budget_in_a_run(run, t):
-    counts = json.loads((run.iteration(t) / "stage.json").read_text())["rank"]["counts"]
+    counts = json.loads((run.folder.iteration(t) / "stage.json").read_text())["rank"]["counts"]
     assert counts["prompts"] == 8 and counts["asked"] == counts["scored"] == 5
     assert counts["drops/not_asked"] == 3 and counts["asked/candidates"] == 15
     assert counts["acquisition/forward_tokens"] > 0
-    rows = pq.read_table(run.iteration(t) / "ranked.parquet").to_pylist()
+    rows = pq.read_table(run.folder.iteration(t) / "ranked.parquet").to_pylist()
     silent = {row["prompt_id"] for row in rows if row["dropped"] == "not_asked"}
     assert len(silent) == 3
     for row in rows:
@@ -110,15 +110,16 @@ def test_a_budget_in_a_run(run, t):
 def test_what_is_asked_is_what_the_acquisition_values_most(run):
     gap, again, by_entropy = (asked(run, 2, name) for name in ("reward_gap",) * 2 + ("entropy",))
     assert gap.asked == again.asked
-    rows = pq.read_table(run.iteration(2) / "ranked.parquet").to_pylist()
+    rows = pq.read_table(run.folder.iteration(2) / "ranked.parquet").to_pylist()
     was = {row["prompt_id"] for row in rows if row["dropped"] != "not_asked"}
     assert {gap.prompts[i].id for i in gap.asked} == was
     # The oracle: each candidate alone, as an example of its own.
     values = {"reward_gap": [], "entropy": []}
     for i, each in enumerate(gap.candidates):
-        ids = [Example("x", run.prompt_ids(gap.prompts[i]), (c.token_ids,), {}) for c in each]
+        ids = [Example("x", run.data.prompt_ids(gap.prompts[i]), (c.token_ids,), {}) for c in each]
         policy, reference = (
-            np.array(tiny.logps_of(run, run.load(run.policy(t)), ids))[:, 0] for t in (1, 0)
+            np.array(tiny.logps_of(run, run.programs.load(run.policy(t)), ids))[:, 0]
+            for t in (1, 0)
         )
         values["reward_gap"].append(np.ptp(policy - reference))
         values["entropy"].append(-policy[[c.source == "sample" for c in each]].mean())

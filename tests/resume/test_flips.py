@@ -21,6 +21,7 @@ from selm_jax.commands.ending import is_for_the_user
 from selm_jax.iterate import iterate
 from selm_jax.parallel import multihost
 from selm_jax.report import page
+from selm_jax.run.folder import Folder
 from selm_jax.run.run import Run
 from selm_jax.shell import parts
 
@@ -65,7 +66,7 @@ def stopped_in(stage, file, where):
         if at == stage and done[at] == number:
             multihost._told_to_stop.set()
 
-    write, log = parts.write, Run.log
+    write, log = parts.write, Folder.log
 
     def write_and_count(part, table):
         write(part, table)
@@ -78,7 +79,7 @@ def stopped_in(stage, file, where):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(where)
         patch.setattr("selm_jax.shell.parts.write", write_and_count)
-        patch.setattr(Run, "log", log_and_count)
+        patch.setattr(Folder, "log", log_and_count)
         try:
             with pytest.raises(multihost.Stopped):
                 go(file, "run")

@@ -3,21 +3,15 @@
 import contextlib
 import threading
 
-import jax
 import pytest
 import stand_in
-
-from selm_jax.parallel.mesh import make_mesh
+import tiny
 
 
 @pytest.fixture(autouse=True, scope="module")
 def one_device():
-    first = jax.devices()[:1]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "selm_jax.run.run.make_mesh",
-            lambda sizes, devices=None, **_: make_mesh(sizes, devices or first),
-        )
+        tiny.on_first_device(patch)
         patch.delenv("XLA_FLAGS", raising=False)  # for the processes that tests start
         yield
 

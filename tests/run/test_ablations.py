@@ -27,7 +27,7 @@ def go(file, *overrides) -> Run:
 
 
 def lines_of(run: Run) -> list[dict]:
-    found = map(json.loads, run.metrics_file.read_text().splitlines())
+    found = map(json.loads, run.folder.metrics_file.read_text().splitlines())
     return [line for line in found if line["stage"] == "train"]
 
 
@@ -40,12 +40,12 @@ def fixed(tmp_path_factory):
 
 @pytest.mark.slow
 def test_all_of_the_policys_answers_explore(fixed):
-    ranked = pq.read_table(fixed.iteration(1) / "ranked.parquet").to_pylist()
+    ranked = pq.read_table(fixed.folder.iteration(1) / "ranked.parquet").to_pylist()
     drawn: dict[str, list[tuple[int, ...]]] = {}
     for row in ranked:
         assert row["explore"] == (row["dropped"] is None)
         drawn.setdefault(row["prompt_id"], []).append(tuple(row["token_ids"]))
-    examples = from_parquet(fixed.iteration(1) / "examples.parquet")
+    examples = from_parquet(fixed.folder.iteration(1) / "examples.parquet")
     assert examples
     for e in examples:
         assert [e.responses[i] for i in e.explored] == drawn[e.prompt_id]
@@ -54,9 +54,9 @@ def test_all_of_the_policys_answers_explore(fixed):
 
 @pytest.mark.slow
 def test_a_fixed_reference_is_the_start_model_in_every_iteration(fixed):
-    params = fixed.load(fixed.policy(0))
+    params = fixed.programs.load(fixed.policy(0))
     for t in (1, 2):
-        examples = from_parquet(fixed.iteration(t) / "examples.parquet")
+        examples = from_parquet(fixed.folder.iteration(t) / "examples.parquet")
         for e, again in zip(examples, tiny.logps_of(fixed, params, examples), strict=True):
             np.testing.assert_allclose(e.reference, again, rtol=1e-6, atol=1e-5)
     first = {m["iteration"]: m for m in lines_of(fixed) if m["step"] == 1}
@@ -68,7 +68,7 @@ def test_a_fixed_reference_is_the_start_model_in_every_iteration(fixed):
 @pytest.mark.slow
 def test_a_live_fixed_reference_gives_the_same_numbers(fixed, tmp_path):
     live = go(
-        fixed.folder / "config.yaml", f"output={tmp_path / 'live'}", "training.reference=live"
+        fixed.folder.path / "config.yaml", f"output={tmp_path / 'live'}", "training.reference=live"
     )
     ours, theirs = lines_of(live), lines_of(fixed)
     for a, b in zip(ours, theirs, strict=True):
@@ -95,14 +95,16 @@ def test_stepwise_dpo_moves_the_reference_and_keeps_the_data(tmp_path):
     )
     seen = []
     for t in (1, 2):
-        examples = from_parquet(run.iteration(t) / "examples.parquet")
+        examples = from_parquet(run.folder.iteration(t) / "examples.parquet")
         seen += [e.prompt_id for e in examples]
-        params = run.load(run.policy(t - 1))
+        params = run.programs.load(run.policy(t - 1))
         for e, again in zip(examples, tiny.logps_of(run, params, examples), strict=True):
             np.testing.assert_allclose(e.reference, again, rtol=1e-6, atol=1e-5)
             text = {role: run.chat.text(e.responses[i]) for role, i in e.roles.items()}
             assert text == {role: rows[int(e.prompt_id[1:])][role] for role in text}
-        counts = json.loads((run.iteration(t) / "stage.json").read_text())["generate"]["counts"]
+        counts = json.loads((run.folder.iteration(t) / "stage.json").read_text())["generate"][
+            "counts"
+        ]
         assert counts["responses"] == 0
     assert seen == [
         f"p{i}" for i in range(4, 16)

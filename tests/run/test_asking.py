@@ -84,10 +84,10 @@ def rank(answered, tmp_path):
 
 def outcome(run):
     """The bytes of what rank leaves, and its counts; it leaves nothing else."""
-    names = {path.name for path in run.iteration(1).iterdir()}
+    names = {path.name for path in run.folder.iteration(1).iterdir()}
     assert names == {"responses", "ranked.parquet", "stage.json"}
-    entry = artifacts.Stages(run.iteration(1)).read()["rank"]
-    return (run.iteration(1) / "ranked.parquet").read_bytes(), entry["counts"]
+    entry = artifacts.Stages(run.folder.iteration(1)).read()["rank"]
+    return (run.folder.iteration(1) / "ranked.parquet").read_bytes(), entry["counts"]
 
 
 def kept_in(folder):
@@ -202,7 +202,7 @@ def test_a_part_of_other_candidates_is_not_taken(rank, change, tmp_path):
     run = Run(config.load(tmp_path / "run/config.yaml"), QUIET)
     pool = pool_of(run, 1)
     questions, candidates = pool.questions(pool.asked)
-    (file, *_) = parts.files(run.iteration(1) / asking.FOLDER, 3)
+    (file, *_) = parts.files(run.folder.iteration(1) / asking.FOLDER, 3)
     if change == "text":
         candidates[3][0] += "!"
     elif change == "prompt":
@@ -314,10 +314,10 @@ def test_a_kill_between_the_store_and_the_record(rank, tmp_path, monkeypatch):
     nobody = Counting()
     run = rank("killed", nobody, store=store)
     assert outcome(run) == expected and not nobody.asked
-    assert not list(run.folder.rglob("*partial"))
-    assert "shared" not in artifacts.Stages(run.iteration(1)).read()["rank"]
+    assert not list(run.folder.path.rglob("*partial"))
+    assert "shared" not in artifacts.Stages(run.folder.iteration(1)).read()["rank"]
     beside = rank("beside", nobody, store=store)
-    assert "shared" in artifacts.Stages(beside.iteration(1)).read()["rank"]
+    assert "shared" in artifacts.Stages(beside.folder.iteration(1)).read()["rank"]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", "[" * 100_000, '{"outputs": 3, "about": {}}', "\0\xff",

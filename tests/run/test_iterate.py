@@ -17,7 +17,8 @@ from selm_jax.parallel import multihost
 from selm_jax.preferences.examples import from_parquet
 from selm_jax.report import page
 from selm_jax.report.data import ReportError
-from selm_jax.run.run import Run, RunError
+from selm_jax.run.rows import RunError
+from selm_jax.run.run import Run
 from selm_jax.shell.artifacts import ArtifactError
 from selm_jax.shell.sealed import seal, unsealed
 from selm_jax.stages.train import plan_of
@@ -39,29 +40,29 @@ def finished(tmp_path_factory):
 
 
 def metrics(run, stage):
-    lines = [json.loads(x) for x in run.metrics_file.read_text().splitlines()]
+    lines = [json.loads(x) for x in run.folder.metrics_file.read_text().splitlines()]
     return [x for x in lines if x["stage"] == stage]
 
 
 def test_a_run_tells_its_whole_story(finished):
     run, _ = finished
     for name in ("config.yaml", "manifest.json", "metrics.jsonl", "report.html"):
-        assert (run.folder / name).stat().st_size > 0
+        assert (run.folder.path / name).stat().st_size > 0
     for t in (1, 2):
-        folder = run.iteration(t)
+        folder = run.folder.iteration(t)
         assert len(list((folder / "responses").glob("part-*-of-00003.parquet"))) == 3
         stages = json.loads((folder / "stage.json").read_text())
         assert list(stages) == ["generate", "rank", "score", "train", "export", "evaluate"]
         assert all(stage["done"] for stage in stages.values())
         assert stages["generate"]["counts"]["responses"] == 16 * 3
         assert not (folder / "checkpoints").exists()
-    assert not list(run.folder.rglob("*partial"))
+    assert not list(run.folder.path.rglob("*partial"))
 
 
 def test_the_manifest_has_what_every_evaluation_cost(finished):
     """It had the last one's only after the run was started once more."""
     run, _ = finished
-    told = json.loads((run.folder / "manifest.json").read_text())["feedback"]
+    told = json.loads((run.folder.path / "manifest.json").read_text())["feedback"]
     assert {t: sorted(stages) for t, stages in told.items()} == {
         "0": ["evaluate"], "1": ["evaluate", "rank"], "2": ["evaluate", "rank"]
     }  # fmt: skip
@@ -72,7 +73,7 @@ def test_other_processes_than_the_first_write_neither_settings_nor_manifest(tmp_
     monkeypatch.setattr(multihost, "is_first", lambda: False)
     run.open()
     run.write_manifest()
-    assert not list(run.folder.rglob("*"))
+    assert not list(run.folder.path.rglob("*"))
 
 
 def test_the_first_update_of_each_iteration_costs_log_2(finished):
@@ -89,8 +90,8 @@ def test_the_policy_moves_and_becomes_the_next_reference(finished):
     assert (run.policy(1) / "model.safetensors").read_bytes() != (
         run.policy(0) / "model.safetensors"
     ).read_bytes()
-    params = run.load(run.policy(1))
-    examples = from_parquet(run.iteration(2) / "examples.parquet")
+    params = run.programs.load(run.policy(1))
+    examples = from_parquet(run.folder.iteration(2) / "examples.parquet")
 
     again = tiny.logps_of(run, params, examples)
     for stored, now in zip(examples, again, strict=True):
@@ -100,9 +101,9 @@ def test_the_policy_moves_and_becomes_the_next_reference(finished):
 def test_what_is_trained_on_is_what_was_generated(finished):
     run, _ = finished
     drawn = {}
-    for row in pq.read_table(run.iteration(1) / "responses").to_pylist():
+    for row in pq.read_table(run.folder.iteration(1) / "responses").to_pylist():
         drawn.setdefault(row["prompt_id"], []).append((row["kind"], tuple(row["token_ids"])))
-    for example in from_parquet(run.iteration(1) / "examples.parquet"):
+    for example in from_parquet(run.folder.iteration(1) / "examples.parquet"):
         ids = [x for _, x in drawn[example.prompt_id]]
         assert set(example.responses) <= set(ids)
         assert len(set(example.responses)) == len(example.responses)
@@ -112,17 +113,17 @@ def test_what_is_trained_on_is_what_was_generated(finished):
 
 def test_a_finished_run_does_nothing_again(finished, monkeypatch):
     run, folder = finished
-    before = {p: p.stat().st_mtime_ns for p in run.folder.rglob("*.parquet")}
+    before = {p: p.stat().st_mtime_ns for p in run.folder.path.rglob("*.parquet")}
     monkeypatch.setattr("selm_jax.rollout.engine.Engine.generate", None)
     go(folder / "experiment.yaml")
-    assert before == {p: p.stat().st_mtime_ns for p in run.folder.rglob("*.parquet")}
+    assert before == {p: p.stat().st_mtime_ns for p in run.folder.path.rglob("*.parquet")}
 
 
 @pytest.fixture
 def copied(finished, tmp_path):
     """A copy of the finished run, and what starts it again."""
     run, folder = finished
-    shutil.copytree(run.folder, tmp_path / "run")
+    shutil.copytree(run.folder.path, tmp_path / "run")
     return tmp_path / "run", lambda: go(folder / "experiment.yaml", f"output={tmp_path / 'run'}")
 
 
@@ -234,7 +235,7 @@ def test_adapters_are_trained_exported_and_started_anew(base, finished, tmp_path
     assert [m["loss"] for m in firsts] == pytest.approx([np.log(2)] * 2, abs=1e-4)
     assert all(m["grad_norm"] > 0 for m in firsts)
     for t in (1, 2):
-        before, after = (load(run.policy(i), run.config) for i in (t - 1, t))
+        before, after = (load(run.policy(i), run.programs.config) for i in (t - 1, t))
         changed = {
             path
             for path, x in flatten_dict(after).items()
@@ -243,10 +244,12 @@ def test_adapters_are_trained_exported_and_started_anew(base, finished, tmp_path
         trained = {("layers", "attention", "q"), ("layers", "mlp", "down")}
         # Four bits change the whole base, once: what they can hold they do not change again.
         assert changed == trained if base == "full" or t == 2 else changed > trained
-        settings = json.loads((run.iteration(t) / "adapter/adapter_config.json").read_text())
+        settings = json.loads((run.folder.iteration(t) / "adapter/adapter_config.json").read_text())
         assert settings["target_modules"] == ["down_proj", "q_proj"]
         assert settings["base_model_name_or_path"] == str(run.policy(t - 1))
-        outputs = json.loads((run.iteration(t) / "stage.json").read_text())["export"]["outputs"]
+        outputs = json.loads((run.folder.iteration(t) / "stage.json").read_text())["export"][
+            "outputs"
+        ]
         assert set(outputs) == {"model", "adapter"}
 
 
@@ -273,7 +276,7 @@ def test_a_base_model_is_taught_the_data_sets_answers(finished, tmp_path):
     )
     losses = [m["loss"] for m in metrics(run, "train")]
     assert losses[-1] < 0.7 * losses[0]
-    examples = from_parquet(run.iteration(1) / "examples.parquet")
+    examples = from_parquet(run.folder.iteration(1) / "examples.parquet")
     assert len(examples) == 16
     end = run.chat.stop_ids[0]
     for example in examples:
@@ -281,7 +284,7 @@ def test_a_base_model_is_taught_the_data_sets_answers(finished, tmp_path):
         assert run.chat.text(example.responses[0]) == "A kind answer."
         assert example.responses[0][-1] == end
     # The first loss is the start model's mean over all answer tokens, and over no other.
-    logps = tiny.logps_of(run, run.load(run.policy(0)), plan_of(run, 1).updates[0])
+    logps = tiny.logps_of(run, run.programs.load(run.policy(0)), plan_of(run, 1).updates[0])
     tokens = sum(len(e.responses[0]) for e in plan_of(run, 1).updates[0])
     assert losses[0] == pytest.approx(-sum(x for (x,) in logps) / tokens, rel=1e-5)
 
@@ -310,12 +313,12 @@ def test_a_preference_data_set_as_in_the_paper(finished, tmp_path):
         "iterations=1",
         "training.learning_rate=1e-3",
     )
-    ranked = pq.read_table(run.iteration(1) / "ranked.parquet").to_pylist()
+    ranked = pq.read_table(run.folder.iteration(1) / "ranked.parquet").to_pylist()
     assert [r["source"] for r in ranked[:3]] == ["greedy", "chosen", "rejected"]
     assert {r["rank"] for r in ranked[:3]} <= {1, 2, 3}
     end = run.chat.stop_ids[0]
     assert all(r["token_ids"][-1] == end for r in ranked if r["finish"] == "dataset")
-    counts = json.loads((run.iteration(1) / "stage.json").read_text())["rank"]["counts"]
+    counts = json.loads((run.folder.iteration(1) / "stage.json").read_text())["rank"]["counts"]
     places = [counts[f"explore/{x}"] for x in ("best", "middle", "worst", "tied")]
     assert sum(places) == counts["pairs"] == 16 - counts["drops"]
 
@@ -331,7 +334,7 @@ def test_changed_settings_never_resume_a_stage(finished):
 
 def taken_out(run, stage):
     """As the refusal says: the stage is removed from stage.json."""
-    file = run.iteration(1) / "stage.json"
+    file = run.folder.iteration(1) / "stage.json"
     stages = json.loads(file.read_text())
     del stages[stage]
     file.write_text(json.dumps(stages))
@@ -344,7 +347,7 @@ def test_answers_of_before_are_not_those_of_a_stage_that_is_done_anew(finished, 
     def generated(name, *overrides):
         run = Run(config.load(file, [f"output={tmp_path / name}", *overrides]), QUIET)
         run_stage(run, "generate", 1)
-        parts = sorted((run.iteration(1) / "responses").iterdir())
+        parts = sorted((run.folder.iteration(1) / "responses").iterdir())
         return run, [part.read_bytes() for part in parts]
 
     run, before = generated("redone")
@@ -366,7 +369,7 @@ def test_a_training_that_is_done_anew_goes_on_from_no_checkpoint(finished, tmp_p
 
     run = begun("redone")
     with monkeypatch.context() as patch, pytest.raises(multihost.Stopped):
-        patch.setattr(multihost, "should_stop", lambda: len(run.logged("train", 1)) == 2)
+        patch.setattr(multihost, "should_stop", lambda: len(run.folder.logged("train", 1)) == 2)
         run_stage(run, "train", 1)
     assert [m["step"] for m in metrics(run, "train")] == [1, 2]
     taken_out(run, "train")
@@ -380,7 +383,7 @@ def test_a_training_that_is_done_anew_goes_on_from_no_checkpoint(finished, tmp_p
 
 def test_what_was_exported_of_another_training_is_not_gone_on_with(finished, tmp_path):
     run, folder = finished
-    shutil.copytree(run.folder, tmp_path / "copy")
+    shutil.copytree(run.folder.path, tmp_path / "copy")
     changed = [f"output={tmp_path / 'copy'}", "training.learning_rate=[0.05, 5e-4]"]
     copy = Run(config.load(folder / "experiment.yaml", changed), QUIET)
     taken_out(copy, "train")
@@ -396,7 +399,7 @@ def test_what_was_exported_of_another_training_is_not_gone_on_with(finished, tmp
 def test_a_damaged_or_missing_artefact_is_named(finished, tmp_path):
     run, folder = finished
     copy = tmp_path / "copy"
-    shutil.copytree(run.folder, copy)
+    shutil.copytree(run.folder.path, copy)
     file = copy / "iteration_1" / "ranked.parquet"
     whole = file.read_bytes()
     file.write_bytes(whole[:-10] + b"0123456789")
@@ -414,8 +417,8 @@ def test_a_stage_runs_alone_and_asks_for_its_inputs(finished, tmp_path):
         run_stage(run, "rank", 1)
     run_stage(run, "generate", 1)
     run_stage(run, "rank", 1)
-    assert (run.iteration(1) / "ranked.parquet").exists()
-    assert not (run.iteration(1) / "examples.parquet").exists()
+    assert (run.folder.iteration(1) / "ranked.parquet").exists()
+    assert not (run.folder.iteration(1) / "examples.parquet").exists()
 
 
 def test_a_policy_is_handed_on_in_another_dtype_once(finished, tmp_path, monkeypatch, capsys):
@@ -425,8 +428,8 @@ def test_a_policy_is_handed_on_in_another_dtype_once(finished, tmp_path, monkeyp
     monkeypatch.setattr("sys.argv", command)
     cli.main()
     assert "the policy after iteration 2, in bfloat16" in capsys.readouterr().out
-    small = load(to, run.config)
-    for path, x in flatten_dict(load(run.policy(2), run.config)).items():
+    small = load(to, run.programs.config)
+    for path, x in flatten_dict(load(run.policy(2), run.programs.config)).items():
         np.testing.assert_array_equal(
             x.astype("bfloat16").astype("float32"), flatten_dict(small)[path]
         )

@@ -24,9 +24,9 @@ QUIET = Console(quiet=True)
 
 def drawn(run):
     """(tag, step) of every value in the event files, by how often it is there."""
-    run.writers.tensorboard.close()  # it writes in a thread of its own
+    run.folder.writers.tensorboard.close()  # it writes in a thread of its own
     found = Counter()
-    for file in (run.folder / "tensorboard").glob("events.out.tfevents.*"):
+    for file in (run.folder.path / "tensorboard").glob("events.out.tfevents.*"):
         raw = file.read_bytes()
         while raw:
             (size,) = struct.unpack("<Q", raw[:8])
@@ -38,7 +38,7 @@ def drawn(run):
 
 def recorded(run):
     found = Counter()
-    for line in artifacts.read_lines(run.metrics_file):
+    for line in artifacts.read_lines(run.folder.metrics_file):
         step = f"iteration_{line['iteration']}/" if "step" in line else ""
         tag = f"{line['stage']}/{step}loss"
         found[tag, line.get("step", line["iteration"])] += 1
@@ -53,7 +53,7 @@ def begun(tmp_path):
 
     def begin(*overrides):
         run = Run(config.load(file, overrides), QUIET)
-        run.folder.mkdir(exist_ok=True)
+        run.folder.path.mkdir(exist_ok=True)
         return run
 
     return begin
@@ -102,11 +102,11 @@ def test_a_resume_repeats_no_step(begun):
     """As a run that is killed after update 3, whose last checkpoint is of update 1."""
     first = begun()
     for step in (1, 2, 3):
-        first.log("train", 1, {"step": step, "loss": 0.5})
+        first.folder.log("train", 1, {"step": step, "loss": 0.5})
     again = begun()
-    again.forget_metrics(lambda line: line["step"] > 1)
+    again.folder.forget(lambda line: line["step"] > 1)
     for step in (2, 3, 4, 5):
-        again.log("train", 1, {"step": step, "loss": 0.5})
+        again.folder.log("train", 1, {"step": step, "loss": 0.5})
     assert drawn(again) == {("train/iteration_1/loss", step): 1 for step in range(1, 6)}
 
 
@@ -121,24 +121,24 @@ def test_whatever_happens_the_drawing_is_the_record(begun, wandb, seed):
         what = dice.random()
         if what < 0.7:
             step[t] += 1
-            run.log("train", t, {"step": step[t], "loss": 0.5})
+            run.folder.log("train", t, {"step": step[t], "loss": 0.5})
         elif what < 0.8:
-            run.log("evaluate", t, {"loss": None if dice.random() < 0.3 else 0.5})
-            run.forget_metrics(
+            run.folder.log("evaluate", t, {"loss": None if dice.random() < 0.3 else 0.5})
+            run.folder.forget(
                 lambda line, t=t: (line["stage"], line["iteration"]) == ("evaluate", t)
             )
         elif what < 0.9:
-            with run.metrics_file.open("a") as file:
+            with run.folder.metrics_file.open("a") as file:
                 file.write('{"stage": "train", "iter')
             run = begun("log.wandb=project")
         else:
             step[t] = dice.randint(0, step[t])
-            run.forget_metrics(
+            run.folder.forget(
                 lambda line, t=t: (
                     (line["stage"], line["iteration"]) == ("train", t) and line["step"] > step[t]
                 )
             )
-    run.log("evaluate", 9, {"loss": 0.5})
+    run.folder.log("evaluate", 9, {"loss": 0.5})
     assert drawn(run) == recorded(run)
     (rows,) = wandb.rows.values()
     assert sorted(rows) == list(range(1, max(rows) + 1))
@@ -147,26 +147,28 @@ def test_whatever_happens_the_drawing_is_the_record(begun, wandb, seed):
 def test_wandb_goes_on_in_its_run(begun, wandb):
     first = begun("log.wandb=mine")
     for step in (1, 2, 3):
-        first.log("train", 1, {"step": step, "loss": step / 8})
+        first.folder.log("train", 1, {"step": step, "loss": step / 8})
     again = begun("log.wandb=mine")
-    again.forget_metrics(lambda line: line["step"] > 1)
+    again.folder.forget(lambda line: line["step"] > 1)
     for step in (2, 3, 4, 5):
-        again.log("train", 1, {"step": step, "loss": step / 8})
+        again.folder.log("train", 1, {"step": step, "loss": step / 8})
     one, other = wandb.inits
     assert one == other and one["project"] == "mine" and one["resume"] == "allow"
     (rows,) = wandb.rows.values()
     assert [row["train/iteration_1/loss"] for row in rows.values()] == [n / 8 for n in range(1, 6)]
-    begun("log.wandb=mine", f"output={first.folder}_2").log("train", 1, {"step": 1, "loss": 1.0})
+    begun("log.wandb=mine", f"output={first.folder.path}_2").folder.log(
+        "train", 1, {"step": 1, "loss": 1.0}
+    )
     assert wandb.inits[2]["id"] != one["id"]
 
 
 def test_wandb_takes_what_is_new_after_a_line_out_of_the_midst(begun, wandb):
     run = begun("log.wandb=mine")
-    run.log("evaluate", 0, {"loss": 0.0})
+    run.folder.log("evaluate", 0, {"loss": 0.0})
     for step in (1, 2):
-        run.log("train", 1, {"step": step, "loss": step / 8})
-    run.forget_metrics(lambda line: line["stage"] == "evaluate")
-    run.log("train", 1, {"step": 3, "loss": 3 / 8})
+        run.folder.log("train", 1, {"step": step, "loss": step / 8})
+    run.folder.forget(lambda line: line["stage"] == "evaluate")
+    run.folder.log("train", 1, {"step": 3, "loss": 3 / 8})
     (rows,) = wandb.rows.values()
     found = [row.get("train/iteration_1/loss") for row in rows.values()]
     assert found == [None, 1 / 8, 2 / 8, 3 / 8]
@@ -184,11 +186,11 @@ def test_a_tracker_that_cannot_be_had_is_found_before_any_work(tmp_path, monkeyp
     with pytest.raises(LogError, match=f"{error}.*wandb login.*WANDB_MODE=offline") as caught:
         iterate(run)
     assert "\n" not in str(caught.value)
-    assert not run.iteration(0).exists() and not run.metrics_file.exists()
+    assert not run.folder.iteration(0).exists() and not run.folder.metrics_file.exists()
 
 
 def test_one_that_is_not_installed(begun, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     run = begun("log.wandb=mine")
     with pytest.raises(LogError, match="pip install"):
-        Writers(run.folder, run.experiment)
+        Writers(run.folder.path, run.experiment)

@@ -12,7 +12,8 @@ from rich.console import Console
 from selm_jax import cli, config
 from selm_jax.annotate import server
 from selm_jax.iterate import iterate, run_stage
-from selm_jax.run.run import Run, RunError
+from selm_jax.run.rows import RunError
+from selm_jax.run.run import Run
 from selm_jax.shell import artifacts
 from selm_jax.shell.sealed import sha256
 
@@ -152,17 +153,16 @@ def test_every_verb_refuses_a_folder_that_names_code_of_others(
 
 def test_a_run_that_is_looked_at_never_asks_its_code(mine):
     file = mine / "experiment.yaml"
-    run = Run(
-        config.load(file, [f"feedback.ranker={RULE}", f"feedback.rule={PICK}"]), imports=False
-    )
-    for part in ("objective", "ranker", "select"):
+    changes = [f"feedback.ranker={RULE}", f"feedback.rule={PICK}", f"output={mine / 'made'}"]
+    run = Run(config.load(file, changes), imports=False)
+    for part in (lambda: run.task.objective, lambda: run.ranker, lambda: run.select):
         with pytest.raises(RunError, match="only looks at the folder"):
-            getattr(run, part)
-    run.folder = mine / "made"
-    assert not run.rates and not run.reference_free  # it has not begun
-    run.folder.mkdir()
-    artifacts.write_sealed(run.folder / "manifest.json", {"rates": True, "reference_free": True})
+            part()
+    assert not run.task.rates and not run.task.reference_free  # it has not begun
+    run.folder.path.mkdir()
+    artifacts.write_sealed(
+        run.folder.path / "manifest.json", {"rates": True, "reference_free": True}
+    )
     run = Run(run.experiment, imports=False)
-    run.folder = mine / "made"
-    assert run.rates and run.reference_free
+    assert run.task.rates and run.task.reference_free
     assert not (mine / "imported").exists()

@@ -38,7 +38,7 @@ def done(tmp_path_factory):
 def start(done, tmp_path_factory):
     """The same run where it had evaluated the start model and nothing else."""
     folder = tmp_path_factory.mktemp("start") / "run"
-    shutil.copytree(done.folder, folder)
+    shutil.copytree(done.folder.path, folder)
     shutil.rmtree(folder / "iteration_1")
     log = folder / "metrics.jsonl"
     lines = [line for line in log.read_text().splitlines(True) if not json.loads(line)["iteration"]]
@@ -47,7 +47,7 @@ def start(done, tmp_path_factory):
 
 
 def tables(run):
-    return [pq.read_table(run.iteration(t) / "heldout.parquet") for t in (0, 1)]
+    return [pq.read_table(run.folder.iteration(t) / "heldout.parquet") for t in (0, 1)]
 
 
 def ends(found):
@@ -57,7 +57,7 @@ def ends(found):
 def test_console_eval_run_page_and_comparison_page_say_the_same(done, start):
     (line,) = re.findall(r"iteration 1  evaluate .*", console := done.console.export_text())
     assert "iteration 0  evaluate" in console
-    run, before = report_data(done.folder), report_data(start)
+    run, before = report_data(done.folder.path), report_data(start)
     gain = tuple(run.metric(1, f"gain{end}") for end in ("", "_low", "_high"))
     assert gain[0] and gain[1] < gain[2]
 
@@ -108,7 +108,7 @@ def test_they_agree_on_odd_scores_as_well(done, start, kind):
     found = heldout.summarize(seeds, beta=0.1)["contestants"]["trained"]["minus_first"]
     assert tuple(found["reward_greedy"][name] for name in ("mean", "low", "high")) == gain
 
-    run = report_data(done.folder)
+    run = report_data(done.folder.path)
     fresh = [
         dataclasses.replace(a, score=np.nan if score is None else score)
         for t, given in enumerate(scores)

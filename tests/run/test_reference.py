@@ -20,21 +20,22 @@ EXAMPLES = [Example("p", (1, 2), ((3,), (4,)), {"chosen": 0, "rejected": 1})]
 class Models:
     """As much of a run in its second iteration as both stages ask; each model is a folder of a word."""
 
-    reference_free = True  # of `score`: nothing is computed
     experiment = SimpleNamespace(training=SimpleNamespace(checkpoints_kept=1))
 
     def __init__(self, folder: Path, fixed: bool, policy: str = "trained"):
-        self.folder, self.fixed = folder, fixed
+        self.path, self.fixed = folder, fixed
+        self.task = SimpleNamespace(reference_free=True)  # `score` computes nothing
+        self.folder = SimpleNamespace(iteration=self.iteration)
         for name, word in (("start", "start"), ("policy", policy)):
             (folder / name).mkdir(parents=True)
             (folder / name / "model.safetensors").write_text(word)
         self.iteration(2).mkdir()
 
     def iteration(self, t: int) -> Path:
-        return self.folder / f"iteration_{t}"
+        return self.path / f"iteration_{t}"
 
     def policy(self, t: int) -> Path:
-        return self.folder / ("start" if t == 0 else "policy")
+        return self.path / ("start" if t == 0 else "policy")
 
     def reference(self, t: int) -> Path:
         return self.policy(0 if self.fixed else t - 1)
@@ -48,7 +49,7 @@ def scored(tmp_path, monkeypatch):
     def make(fixed: bool, policy: str = "trained", name: str = "run") -> Models:
         run = Models(tmp_path / name, fixed, policy)
         scoring.score(run, 2)
-        run.reference_free = False
+        run.task.reference_free = False
         return run
 
     return make

@@ -37,7 +37,7 @@ QUIET = Console(quiet=True)
 
 def answers(run, t=1):
     rows = []
-    for file in sorted((run.iteration(t) / "responses").glob("*.parquet")):
+    for file in sorted((run.folder.iteration(t) / "responses").glob("*.parquet")):
         rows += pq.read_table(file).to_pylist()
     return rows
 
@@ -153,12 +153,12 @@ def local(tmp_path_factory):
 def test_the_server_answers_what_the_engine_here_would(serving, local, tmp_path, engine):
     """It holds the same model: greedy answers are the same ids, text and ends."""
     here, file = local
-    params = here.decoding(here.load(here.policy(0)))
+    params = here.programs.decoding(here.programs.load(here.policy(0)))
     one = threading.Lock()
 
     def answer(body):
         with one:
-            (r,) = here.engine.generate(
+            (r,) = here.programs.engine.generate(
                 params, [Request(0, tuple(stand_in.prompt_of(body)), 1, 0)], seed=0, iteration=1
             )
         return 200, getattr(stand_in, engine)(list(r.tokens), r.finish)
@@ -185,15 +185,17 @@ def test_a_run_starts_a_server_for_each_policy_and_ends_it(tmp_path):
     )
     run = Run(config.load(file), QUIET)
     iterate(run)
-    served = re.findall(r"serving (.*) as process (\d+)", (run.folder / "server.log").read_text())
+    served = re.findall(
+        r"serving (.*) as process (\d+)", (run.folder.path / "server.log").read_text()
+    )
     assert [folder for folder, _ in served] == [str(remote.named(run.policy(t))) for t in (0, 1)]
     assert [os.path.realpath(folder) for folder, _ in served] == [
         os.path.realpath(run.policy(t)) for t in (0, 1)
     ]
     assert not [pid for _, pid in served if Path(f"/proc/{pid}").exists()]
-    assert all(row["token_ids"][-1] in run.stop_ids for t in (1, 2) for row in answers(run, t))
+    assert all(row["token_ids"][-1] in run.chat.stop_ids for t in (1, 2) for row in answers(run, t))
     iterate(run)  # done already: no server is started
-    assert (run.folder / "server.log").read_text().count("serving") == 2
+    assert (run.folder.path / "server.log").read_text().count("serving") == 2
 
 
 def test_parts_that_are_there_are_not_asked_for_again(serving, local, tmp_path):
@@ -404,7 +406,7 @@ def test_settings_that_cannot_be(tmp_path):
         run = Run(config.load(file, [f"rollout.remote={{engine: vllm, {wrong}}}"]), QUIET)
         with pytest.raises(ServerError, match=message):
             iterate(run)
-        assert not (run.folder / "iteration_0").exists(), "before any work"
+        assert not (run.folder.path / "iteration_0").exists(), "before any work"
     with pytest.raises(ServerError, match="rollout.remote.url holds a user name"):
         Server(
             Remote(engine="vllm", url="http://me:secret@host"), FOLDER, log=tmp_path / "log",

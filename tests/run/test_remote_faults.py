@@ -124,7 +124,7 @@ def test_what_is_there_already_is_looked_at_before_any_work(serving, tmp_path, c
     run = Run(config.load(experiment(tmp_path, server)), QUIET)
     with pytest.raises(ServerError, match=message):
         iterate(run)
-    assert not run.iteration(0).exists()
+    assert not run.folder.iteration(0).exists()
 
 
 def test_the_servers_version_is_in_the_manifest(serving, tmp_path):
@@ -134,5 +134,5 @@ def test_the_servers_version_is_in_the_manifest(serving, tmp_path):
     run_stage(Run(config.load(file), QUIET), "generate", 1)
     again = Run(config.load(file), QUIET)  # it asks nobody, and knows it still
     run_stage(again, "generate", 1)
-    manifest = json.loads((again.folder / "manifest.json").read_text())
+    manifest = json.loads((again.folder.path / "manifest.json").read_text())
     assert manifest["servers"] == {"1": "vllm 0.0.1"}

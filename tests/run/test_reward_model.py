@@ -20,7 +20,9 @@ from selm_jax.iterate import iterate
 from selm_jax.models.config import ScalarHead
 from selm_jax.models.families import read_config
 from selm_jax.preferences.examples import ExampleError, from_parquet
-from selm_jax.run.run import Run, RunError
+from selm_jax.run.check import check
+from selm_jax.run.rows import RunError
+from selm_jax.run.run import Run
 from selm_jax.shell.artifacts import ArtifactError
 from selm_jax.stages import STAGES
 from selm_jax.text.prompts import DataError, Message
@@ -73,7 +75,7 @@ def trained(tmp_path_factory):
 
 
 def lines(run, stage):
-    found = [json.loads(x) for x in run.metrics_file.read_text().splitlines()]
+    found = [json.loads(x) for x in run.folder.metrics_file.read_text().splitlines()]
     return [x for x in found if x["stage"] == stage]
 
 
@@ -98,7 +100,7 @@ def test_the_first_loss_is_that_of_equal_rewards_and_the_margins(trained):
 
 def test_what_is_trained_on_are_whole_conversations_and_the_datas_scores(trained):
     run, folder = trained
-    examples = from_parquet(run.iteration(1) / "examples.parquet")
+    examples = from_parquet(run.folder.iteration(1) / "examples.parquet")
     rows = {row["prompt_id"]: row for row in pairs(96, seed=1)}
     assert len(examples) == 96
     for e in examples:
@@ -120,11 +122,11 @@ def test_what_is_trained_on_are_whole_conversations_and_the_datas_scores(trained
 def test_transformers_reads_the_same_scores_from_the_exported_folder(trained):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     run, _ = trained
-    folder = run.iteration(1) / "model"
+    folder = run.folder.iteration(1) / "model"
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
     assert type(model).__name__ == "LlamaForSequenceClassification" and model.config.num_labels == 1
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    held = pq.read_table(run.iteration(1) / "pairs.parquet").to_pylist()
+    held = pq.read_table(run.folder.iteration(1) / "pairs.parquet").to_pylist()
     questions = [
         Question(row["prompt"], (Message("user", row["prompt"]),), {}, row["prompt_id"])
         for row in held
@@ -148,25 +150,25 @@ def test_transformers_reads_the_same_scores_from_the_exported_folder(trained):
 
 def test_the_folder_says_what_it_is(trained):
     run, _ = trained
-    folder = run.iteration(1) / "model"
+    folder = run.folder.iteration(1) / "model"
     assert read_config(folder).head == ScalarHead(1)  # the tokenizer's pad token
     card = (folder / "README.md").read_text()
     assert "pipeline_tag: text-classification" in card and "reward model" in card
-    assert "held-out pairs" in (run.folder / "report.html").read_text()
+    assert "held-out pairs" in (run.folder.path / "report.html").read_text()
     assert not any(stage.run(run, 1) for stage in STAGES)  # all are done, and know it
 
 
 def test_it_ranks_the_answers_of_the_next_run(trained, tmp_path):
     run, _ = trained
-    reward = shutil.copytree(run.iteration(1) / "model", tmp_path / "reward")
+    reward = shutil.copytree(run.folder.iteration(1) / "model", tmp_path / "reward")
     feedback = {"ranker": "reward_model", "settings": {"source": str(reward)}}
     once = {"iterations": 1, "training__learning_rate": 1e-3}
     asking = Run(config.load(tiny.experiment(tmp_path, feedback=feedback, **once)), QUIET)
-    asking.check()
+    check(asking)
     assert all(stage.run(asking, 1) for stage in STAGES[:2])
-    ranked = pq.read_table(asking.iteration(1) / "ranked.parquet").to_pylist()
+    ranked = pq.read_table(asking.folder.iteration(1) / "ranked.parquet").to_pylist()
     assert len({row["score"] for row in ranked}) > 20
-    counts = json.loads((asking.iteration(1) / "stage.json").read_text())["rank"]["counts"]
+    counts = json.loads((asking.folder.iteration(1) / "stage.json").read_text())["rank"]["counts"]
     assert counts["ranker/candidates"] == 96 and counts["ranker/cut"] == 0
     by_prompt: dict[str, list[dict]] = {}
     for row in ranked:
@@ -183,11 +185,11 @@ def test_it_ranks_the_answers_of_the_next_run(trained, tmp_path):
 
 def test_training_goes_on_from_a_reward_model(trained, tmp_path):
     run, _ = trained
-    shutil.copytree(run.iteration(1) / "model", tmp_path / "model")
+    shutil.copytree(run.folder.iteration(1) / "model", tmp_path / "model")
     file = experiment(tmp_path, data__limit=24, training__epochs=1)
     more = Run(config.load(file), QUIET)
-    more.check()
-    params, source = more.load(more.policy(0)), run.load(run.policy(1))
+    check(more)
+    params, source = more.programs.load(more.policy(0)), run.programs.load(run.policy(1))
     np.testing.assert_array_equal(params["score"], source["score"])
     assert np.any(params["score"])
 
@@ -209,7 +211,7 @@ def test_training_goes_on_from_a_reward_model(trained, tmp_path):
 def test_experiments_that_do_not_fit_are_refused(changes, message, tmp_path):
     def go():
         run = Run(config.load(experiment(tmp_path, **changes)), QUIET)
-        run.check()
+        check(run)
         STAGES[0].run(run, 1), STAGES[1].run(run, 1)
 
     with pytest.raises((RunError, DataError, config.ConfigError), match=message):
@@ -218,11 +220,11 @@ def test_experiments_that_do_not_fit_are_refused(changes, message, tmp_path):
 
 def test_a_reward_model_is_no_policy(trained, tmp_path):
     run, _ = trained
-    shutil.copytree(run.iteration(1) / "model", tmp_path / "model")
+    shutil.copytree(run.folder.iteration(1) / "model", tmp_path / "model")
     tiny.write_prompts(tmp_path / "train.jsonl")
     tiny.write_prompts(tmp_path / "heldout.jsonl")
     with pytest.raises(RunError, match="is a reward model, which says nothing"):
-        Run(config.load(tiny.experiment(tmp_path)), QUIET).check()
+        check(Run(config.load(tiny.experiment(tmp_path)), QUIET))
 
 
 def test_pairs_that_are_the_same_tokens_prefer_nothing(tmp_path):
@@ -234,6 +236,6 @@ def test_pairs_that_are_the_same_tokens_prefer_nothing(tmp_path):
     (tmp_path / "model" / "chat_template.jinja").write_text(template)
     run = Run(config.load(file), QUIET)
     STAGES[0].run(run, 1), STAGES[1].run(run, 1)
-    for work in (run.check, lambda: STAGES[2].run(run, 1)):
+    for work in (lambda: check(run), lambda: STAGES[2].run(run, 1)):
         with pytest.raises(ExampleError, match="prompt 1-5: chosen and rejected are the same"):
             work()

@@ -14,6 +14,7 @@ from selm_jax import cli, config
 from selm_jax.commands.preview import preview
 from selm_jax.feedback.ranker import FeedbackError
 from selm_jax.preferences.own_answers import rated_example
+from selm_jax.run.check import check, check_rows
 from selm_jax.run.rows import RunError
 from selm_jax.run.run import Run
 from selm_jax.text.chat import UnusableAnswer
@@ -71,10 +72,10 @@ LONG = {
 def test_an_answer_of_the_data_that_is_too_long_is_found_at_the_start(make, name):
     changes, settings, said = LONG[name]
     with pytest.raises(RunError, match="prompt p6: with its .*1 of 8 prompts.*on_bad_row") as e:
-        make({6: changes}, **settings).check()
+        check(make({6: changes}, **settings))
     assert said in str(e.value)
     run = make({6: changes}, **settings, data__on_bad_row="drop")
-    run.check()
+    check(run)
     assert "train.jsonl: rows left out, answer too long: 1" in told(run)
     assert [[p.id for p in run.prompts(t)] for t in (1, 2)] == [
         ["p0", "p1", "p2", "p3"], ["p4", "p5", "p7"]
@@ -82,17 +83,17 @@ def test_an_answer_of_the_data_that_is_too_long_is_found_at_the_start(make, name
 
 
 def test_answers_that_are_not_used_may_be_long(make):
-    make({6: {"rejected": "x" * 900}}, **SFT).check()
+    check(make({6: {"rejected": "x" * 900}}, **SFT))
     prompts_alone = {"candidates__dataset": False, "candidates__samples": 2}
-    make({6: {"rejected": "x" * 900}}, **prompts_alone).check()
+    check(make({6: {"rejected": "x" * 900}}, **prompts_alone))
     cut = {"text__max_length": 64, "text__max_prompt_length": 40}
-    make({6: {"rejected": "x" * 900}}, text__layout="paper", **cut).check()
+    check(make({6: {"rejected": "x" * 900}}, text__layout="paper", **cut))
 
 
 def test_all_are_too_long(make):
     changed = {i: {"chosen": f"{i}" * 200} for i in range(8)}
     with pytest.raises(RunError, match="the answers of all 8 prompts are too long: with its"):
-        make(changed, data__on_bad_row="drop").check()
+        check(make(changed, data__on_bad_row="drop"))
 
 
 def test_a_row_too_long_is_said_by_the_preview(make):
@@ -110,18 +111,18 @@ def test_an_answer_that_the_template_changes_is_found_in_whichever_row(make, mod
     (thinking / "chat_template.jinja").write_text(template)
     run = make({7: {"rejected": "No, <think>never</think>."}}, model__source=str(thinking))
     with pytest.raises(UnusableAnswer, match=r"prompt p7, rejected: .*changes the answer"):
-        run.check()
+        check(run)
 
 
 def test_pairs_of_a_reward_model_are_looked_at_too(make, tmp_path):
     settings = TAUGHT | {"objective": {"loss": "bradley_terry"}}
     with pytest.raises(RunError, match="prompt p6: .*made for 512"):
-        make({6: {"chosen": "x" * 600}}, **settings, training__row_length=1024).check()
+        check(make({6: {"chosen": "x" * 600}}, **settings, training__row_length=1024))
     heldout = [{"prompt": "Hm.", "chosen": "y" * 600, "rejected": "No."}]
     (tmp_path / "heldout.jsonl").write_text(json.dumps(heldout[0]) + "\n")
     settings |= {"data__heldout": str(tmp_path / "heldout.jsonl"), "training__row_length": 1024}
     with pytest.raises(RunError, match="prompt [0-9a-f]{16}: .*1 of 9 prompts"):
-        make(**settings).check()
+        check(make(**settings))
 
 
 # Scores of the data, as CSV keeps them: text.
@@ -138,12 +139,15 @@ def test_scores_in_csv_reach_the_margins(make, tmp_path):
         "prompt_id,prompt,chosen,rejected,good,bad\n"
         + "".join(f"p{i},Say {i}.,Yes.,No.,{i}.5, 1e-1\n" for i in range(8))
     )
-    run.check()
+    check(run)
     prompt = run.prompts(2)[0]
     assert prompt.id == "p4" and prompt.row == {"good": 4.5, "bad": 0.1}
     texts = {"chosen": "Yes.", "rejected": "No."}
     scores = {"chosen": prompt.row["good"], "rejected": prompt.row["bad"]}
-    assert rated_example(run.chat, run.config.head, prompt, texts, scores).scores == (4.5, 0.1)
+    assert rated_example(run.chat, run.programs.config.head, prompt, texts, scores).scores == (
+        4.5,
+        0.1,
+    )
 
 
 @pytest.mark.parametrize("value", [None, "high", True, "nan", [1]])
@@ -151,9 +155,9 @@ def test_a_score_that_is_no_number_is_a_bad_row(make, value):
     changed = {i: {"good": 1, "bad": "0"} for i in range(8)}
     changed[5] = {"good": value, "bad": 0}
     with pytest.raises(DataError, match=r"row 6 \(line 6\), column 'good': no number"):
-        make(changed, **SCORED).check()
+        check(make(changed, **SCORED))
     run = make(changed, **SCORED, data__on_bad_row="drop")
-    assert run.all_prompts.dropped == {"no number": (6,)}
+    assert run.data.all_prompts.dropped == {"no number": (6,)}
 
 
 # The columns that a ranker reads.
@@ -163,10 +167,10 @@ def test_rows_that_the_ranker_cannot_use_are_found_at_the_start(make):
     pytest.importorskip("if_verifiable")
     columns = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
     changed = {i: columns for i in range(8)}
-    make(changed, feedback__ranker="verifiable").check()
+    check(make(changed, feedback__ranker="verifiable"))
     changed[7] = {"instruction_id_list": ["punctuation:no_coma"], "kwargs": [{}]}
     with pytest.raises(FeedbackError, match="prompt 'p7': .*did you mean 'punctuation:no_comma'"):
-        make(changed, feedback__ranker="verifiable").check()
+        check(make(changed, feedback__ranker="verifiable"))
 
 
 # Prompts enough for one update.
@@ -175,7 +179,7 @@ def test_rows_that_the_ranker_cannot_use_are_found_at_the_start(make):
 def test_too_few_prompts_for_one_batch_are_found_before_any_work(make):
     said = "iteration 1 has 4 usable prompts, .* fewer than one batch .* = 5. Set .* to 4 or less"
     with pytest.raises(RunError, match=said):
-        make(training__global_batch=5).check()
+        check(make(training__global_batch=5))
     run = make(training__global_batch=5)
     preview(run, 1, 0)
     assert "selm run will stop here:" in told(run) and "fewer than one batch" in told(run)
@@ -184,11 +188,11 @@ def test_too_few_prompts_for_one_batch_are_found_before_any_work(make):
 def test_only_the_prompts_that_are_left_count(make):
     """A row that is dropped gives no pair, and neither does one beyond the limit."""
     bad = {6: {"chosen": ""}}
-    make(bad, data__on_bad_row="drop", training__global_batch=3).check()
+    check(make(bad, data__on_bad_row="drop", training__global_batch=3))
     with pytest.raises(RunError, match="iteration 2 has 3 usable prompts"):
-        make(bad, data__on_bad_row="drop", training__global_batch=4).check()
+        check(make(bad, data__on_bad_row="drop", training__global_batch=4))
     with pytest.raises(RunError, match="iteration 1 has 2 usable prompts"):
-        make(data__limit=2, training__global_batch=3).check()
+        check(make(data__limit=2, training__global_batch=3))
 
 
 # What is said, on the command line.
@@ -196,7 +200,7 @@ def test_only_the_prompts_that_are_left_count(make):
 
 def test_a_system_column_is_used_and_told_of(make):
     changed = {i: {"system": "Answer in French."} for i in range(6)}
-    for say in (lambda run: run.check(), lambda run: preview(run, 1, 1)):
+    for say in (lambda run: check(run), lambda run: preview(run, 1, 1)):
         run = make(changed)
         say(run)
         assert "the column 'system' gives 6 of 8 prompts their system message" in told(run)
@@ -214,8 +218,8 @@ def test_a_template_without_system_messages_names_the_column(make, model, tmp_pa
     (strict / "chat_template.jinja").write_text(refuses + tiny.TEMPLATE)
     changed, settings = {3: {"system": "Be brief."}}, {"model__source": str(strict)}
     with pytest.raises(RunError, match="prompt p3: .*No system.*data.system_column to null"):
-        make(changed, **settings).check()
-    make(changed, **settings, data__system_column=None).check()
+        check(make(changed, **settings))
+    check(make(changed, **settings, data__system_column=None))
 
 
 SURROGATES = {"prompt": "Half an emoji \ud83d here", "chosen": "Yes \udc00.", "note": ["\ud83d"]}
@@ -225,7 +229,7 @@ SURROGATES = {"prompt": "Half an emoji \ud83d here", "chosen": "Yes \udc00.", "n
 @pytest.mark.parametrize("verb", ["run", "preview", "generate"])
 def test_half_a_surrogate_pair_is_a_message_and_no_trace(make, capsys, monkeypatch, column, verb):
     run = make({6: {column: SURROGATES[column]}})
-    file = run.folder.parent / "experiment.yaml"
+    file = run.folder.path.parent / "experiment.yaml"
     more = ["-t", "1"] if verb == "generate" else []
     monkeypatch.setattr(sys, "argv", ["selm", verb, str(file), *more])
     with pytest.raises(SystemExit):
@@ -233,15 +237,15 @@ def test_half_a_surrogate_pair_is_a_message_and_no_trace(make, capsys, monkeypat
     message = capsys.readouterr().err
     assert f"train.jsonl, row 7 (line 7), column '{column}': lone surrogate" in message
     assert "Traceback" not in message
-    assert not [p for p in run.folder.rglob("*") if p.is_file() and p.name[0] != "."]
+    assert not [p for p in run.folder.path.rglob("*") if p.is_file() and p.name[0] != "."]
 
 
 def test_and_is_dropped_and_counted_where_bad_rows_are(make):
     changed = {i: {column: SURROGATES[column]} for i, column in enumerate(SURROGATES)}
     run = make(changed, data__on_bad_row="drop")
-    run.check()
+    check(run)
     assert "train.jsonl: rows left out, lone surrogate: 3" in told(run)
-    assert [p.id for p in run.all_prompts] == ["p3", "p4", "p5", "p6", "p7"]
+    assert [p.id for p in run.data.all_prompts] == ["p3", "p4", "p5", "p6", "p7"]
 
 
 # Held-out prompts that are trained on.
@@ -251,17 +255,17 @@ def test_prompts_of_the_training_data_are_not_held_out(make, tmp_path):
     file = str(tmp_path / "train.jsonl")
     for name in (file, f"{tmp_path}/./train.jsonl"):
         with pytest.raises(RunError, match="is data.train, and 8 of 8 held-out .* first is p0"):
-            make(data__heldout=name).check()
+            check(make(data__heldout=name))
     run = make(data__heldout=file)
     preview(run, 1, 0)
     assert "selm run will stop here: data.heldout:" in told(run)
     # The rows in front, which no portion is cut from, are others.
     front = {"data__heldout": file, "data__heldout_limit": 3}
     run = make(**front, data__skip=3)
-    run.check()
+    check(run)
     assert "trained on too" not in told(run)
     with pytest.raises(RunError, match="1 of 3 held-out prompts are trained on too .* is p2"):
-        make(**front, data__skip=2).check()
+        check(make(**front, data__skip=2))
 
 
 def test_prompts_that_are_trained_on_too_are_counted(make, tmp_path):
@@ -273,7 +277,7 @@ def test_prompts_that_are_trained_on_too_are_counted(make, tmp_path):
     ]  # fmt: skip
     rows = [{"prompt_id": f"h{i}", "prompt": prompt} for i, prompt in enumerate(prompts)]
     (tmp_path / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for say in (lambda run: run.check(), lambda run: preview(run, 1, 0)):
+    for say in (lambda run: check(run), lambda run: preview(run, 1, 0)):
         run = make(data__heldout=str(tmp_path / "heldout.jsonl"), rollout__max_prompt_tokens=100)
         say(run)
         assert "3 of 6 held-out prompts are trained on too (the first is h0)" in told(run)
@@ -291,9 +295,9 @@ def test_no_text_is_rendered_twice(make, monkeypatch):
         return render(self, messages, answer_follows)
 
     monkeypatch.setattr(Template, "render", counted)
-    _ = run.own_answers
+    _ = run.data.own_answers
     rendered.clear()
-    run.check_rows()
+    check_rows(run)
     of_rows = [each for each in rendered if '"Yes."' not in each[0] and each[1]]
     assert len(of_rows) <= 8 + 1  # the layout is tried once more
     assert len(rendered) <= 3 * 8 + 2

@@ -10,7 +10,9 @@ import tiny
 from rich.console import Console
 
 from selm_jax import config, stages
-from selm_jax.run.run import Run, RunError
+from selm_jax.run.check import check
+from selm_jax.run.rows import RunError
+from selm_jax.run.run import Run
 from selm_jax.shell import artifacts
 from selm_jax.shell.lock import only_one
 from selm_jax.shell.paths import claim
@@ -51,7 +53,7 @@ def make(tmp_path, model):
             for i in range(8)
         ]  # fmt: skip
         table = pa.Table.from_pylist(answers, schema=RESPONSES)
-        claim(found.folder)
+        claim(found.folder.path)
         (file,) = response_files(found, 1)
         artifacts.write_table(file, table)
         return found
@@ -60,19 +62,19 @@ def make(tmp_path, model):
 
 
 def ranked(run: Run) -> list[dict]:
-    return pq.read_table(run.iteration(1) / "ranked.parquet").to_pylist()
+    return pq.read_table(run.folder.iteration(1) / "ranked.parquet").to_pylist()
 
 
 def test_an_answer_that_spells_out_an_end_token_stops_the_run_at_its_start(make):
     run = make(3)
-    for work in (run.check, lambda: rank(run, 1)):
+    for work in (lambda: check(run), lambda: rank(run, 1)):
         with pytest.raises(UnusableAnswer, match=r"prompt p3, rejected: .*spells(.|\n)*on_bad_row"):
             work()
 
 
 def test_or_its_prompt_is_dropped_and_counted(make):
     run = make(3, 5, data__on_bad_row="drop")
-    run.check()
+    check(run)
     counts = rank(run, 1)
     assert counts["prompts"] == 8 and counts["pairs"] == 6
     assert counts["drops"] == counts["drops/unusable_answer"] == 2
@@ -108,16 +110,16 @@ def test_a_prompt_too_long_to_answer_is_a_bad_row(tmp_path):
     (tmp_path / "heldout.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[:3]))
     said = io.StringIO()
     run = Run(config.load(file), Console(file=said, width=200))
-    run.check()
+    check(run)
     assert [[p.id for p in run.prompts(t)] for t in (1, 2)] == [["p0", "p2"], ["p3", "p4", "p5"]]
-    assert [p.id for p in run.heldout] == ["p0", "p2"] and run.longest_prompt <= 64
-    assert run.all_prompts.dropped == {"prompt too long": (2,)}
+    assert [p.id for p in run.heldout] == ["p0", "p2"] and run.data.longest_prompt <= 64
+    assert run.data.all_prompts.dropped == {"prompt too long": (2,)}
     for name in ("train", "heldout"):
         assert f"{name}.jsonl: rows left out, prompt too long: 1" in said.getvalue()
     with pytest.raises(RunError, match=r"prompt p1 has .*on_bad_row to 'drop'"):
-        Run(config.load(file, ["data.on_bad_row=error"]), Console(quiet=True)).check()
+        check(Run(config.load(file, ["data.on_bad_row=error"]), Console(quiet=True)))
     with pytest.raises(RunError, match="all 6 prompts are longer than rollout.max_prompt_tokens"):
-        Run(config.load(file, ["rollout.max_prompt_tokens=4"]), Console(quiet=True)).check()
+        check(Run(config.load(file, ["rollout.max_prompt_tokens=4"]), Console(quiet=True)))
 
 
 def test_the_default_layout_trains_on_the_ids_that_were_drawn(make):
@@ -132,7 +134,7 @@ def test_the_default_layout_trains_on_the_ids_that_were_drawn(make):
 
 def test_the_papers_layout_renders_every_response_from_its_text(make):
     run = make(text__layout="paper")
-    run.check()
+    check(run)
     rank(run, 1)
     examples, cut = paired_examples(run, 1)
     assert len(examples) == 8 and cut == {"prompts_cut": 0, "responses_cut": 0}
@@ -177,17 +179,17 @@ def _lengths(example) -> list[int]:
 @pytest.mark.parametrize("layout", ["default", "paper"])
 def test_a_whole_iteration_and_its_manifest(make, layout):
     run = make(text__layout=layout)
-    with only_one(run.folder):
-        run.check()
+    with only_one(run.folder.path):
+        check(run)
         run.open()
         for stage in stages.STAGES[1:4]:
             stage.run(run, 1)
-    assert json.loads((run.folder / "manifest.json").read_text())["layout"] == layout
-    record = artifacts.Stages(run.iteration(1)).read()
+    assert json.loads((run.folder.path / "manifest.json").read_text())["layout"] == layout
+    record = artifacts.Stages(run.folder.iteration(1)).read()
     assert record["score"]["settings"]["text.layout"] == layout
     assert ("prompts_cut" in record["score"]["counts"]) == (layout == "paper")
     assert record["train"]["done"]
-    losses = [json.loads(line)["loss"] for line in run.metrics_file.read_text().splitlines()]
+    losses = [json.loads(line)["loss"] for line in run.folder.metrics_file.read_text().splitlines()]
     assert losses[0] == pytest.approx(0.6931, abs=1e-3)
 
 
@@ -200,7 +202,7 @@ def test_another_layout_does_not_go_on_from_these_files(make):
 
 
 def test_a_prompt_that_is_too_long_is_named_with_its_system_message(make):
-    assert make(rollout__max_prompt_tokens=64).longest_prompt <= 64
+    assert make(rollout__max_prompt_tokens=64).data.longest_prompt <= 64
     run = make(rollout__max_prompt_tokens=64, data__system="Be as brief as you can ever be. " * 4)
     with pytest.raises(RunError, match=r"prompt p0 has \d+ tokens.*is 64 \(8 of 8 prompts"):
-        run.check()
+        check(run)

@@ -72,7 +72,7 @@ def about(prompts):
 
 
 def counts(run, t, stage):
-    return json.loads((run.iteration(t) / "stage.json").read_text())[stage]["counts"]
+    return json.loads((run.folder.iteration(t) / "stage.json").read_text())[stage]["counts"]
 
 
 def test_ranking_counts_an_unreadable_prompt_as_such_and_not_as_a_tie(judged, judge):
@@ -84,13 +84,13 @@ def test_ranking_counts_an_unreadable_prompt_as_such_and_not_as_a_tie(judged, ju
     )  # fmt: skip
     run_stage(run, "rank", 1)
     found = counts(run, 1, "rank")
-    texts = {row["text"] for row in pq.read_table(run.iteration(1) / "ranked.parquet").to_pylist()
+    texts = {row["text"] for row in pq.read_table(run.folder.iteration(1) / "ranked.parquet").to_pylist()
              if row["prompt"] == prompts[0]}  # fmt: skip
     assert found["drops/malformed"] == 1 and found["malformed"] == len(texts)
     assert found["pairs"] + found["drops"] == found["scored"] == found["prompts"] == 6
     line = run.console.export_text()
     assert f"{len(texts)} malformed" in line
-    for row in pq.read_table(run.iteration(1) / "ranked.parquet").to_pylist():
+    for row in pq.read_table(run.folder.iteration(1) / "ranked.parquet").to_pylist():
         gone = row["prompt"] == prompts[0]
         assert (row["score"] is None) == (row["rank"] is None) == gone
         assert not gone or (row["dropped"] == "malformed" and not row["chosen"])
@@ -103,7 +103,7 @@ def test_ranking_stops_where_most_is_unreadable_and_goes_on_when_mended(judged, 
     run = judged(form, "feedback.prompts_per_part=2")
     with pytest.raises(UnreadableJudge, match=f"could not be read.*{PROSE}.*template"):
         run_stage(run, "rank", 1)
-    assert not (run.iteration(1) / "scores").exists()
+    assert not (run.folder.iteration(1) / "scores").exists()
     judge.says = about([])
     again = judged(form, "feedback.prompts_per_part=2")
     run_stage(again, "rank", 1)
@@ -116,7 +116,7 @@ def test_an_early_stop_keeps_no_part(judged, judge):
     run = judged("pairwise", "feedback.prompts_per_part=1")
     with pytest.raises(UnreadableJudge, match=r"20 of the first \d+ answers"):
         run_stage(run, "rank", 1)
-    assert 20 <= len(judge.bodies) <= 22 and not (run.iteration(1) / "scores").exists()
+    assert 20 <= len(judge.bodies) <= 22 and not (run.folder.iteration(1) / "scores").exists()
 
 
 @pytest.mark.parametrize("form", ["pointwise", "pairwise"])
@@ -125,18 +125,18 @@ def test_held_out_rewards_are_over_what_was_read(judged, judge, form):
     texts = [p.messages[-1].content for p in run.heldout]
     judge.says = about(texts[:1])
     run_stage(run, "evaluate", 0)
-    rows = pq.read_table(run.iteration(0) / "heldout.parquet").to_pylist()
+    rows = pq.read_table(run.folder.iteration(0) / "heldout.parquet").to_pylist()
     for row in rows:
         assert (row["score"] is None) == (row["prompt"] == texts[0] and row["score"] != 0.5)
     unread = sum(row["score"] is None for row in rows)
-    line = json.loads(run.metrics_file.read_text().splitlines()[-1])
+    line = json.loads(run.folder.metrics_file.read_text().splitlines()[-1])
     worth = 7.0 if form == "pointwise" else 0.5
     assert line["heldout/reward_greedy"] == worth
     assert line["heldout/unread"] == unread > 0
     assert counts(run, 0, "evaluate")["malformed"] > 0
     told = run.console.export_text()
     assert re.search(r"evaluate .*[1-9] malformed", told)
-    text = page.render([report_data(run.folder)])
+    text = page.render([report_data(run.folder.path)])
     assert f"{unread} judgements not readable" in text and "<b>not readable</b>" in text
 
 
@@ -146,16 +146,16 @@ def test_where_no_prompts_reward_is_known_there_is_a_word_and_no_number(judged, 
     calls = iter(range(10**6))
     judge.says = lambda body: PROSE if next(calls) % 4 == 0 else "[[7]]"
     run_stage(run, "evaluate", 0)
-    rows = pq.read_table(run.iteration(0) / "heldout.parquet").to_pylist()
+    rows = pq.read_table(run.folder.iteration(0) / "heldout.parquet").to_pylist()
     if len({(r["prompt"], r["text"]) for r in rows}) == len(rows):
         assert all((r["score"] is None) == (r["kind"] == "greedy") for r in rows)
-    text = run.metrics_file.read_text()
+    text = run.folder.metrics_file.read_text()
     assert "NaN" not in text
     line = json.loads(text.splitlines()[-1])
     assert line["heldout/reward_greedy"] is None
     assert line["heldout/gain"] is None if "heldout/gain" in line else True
     assert "reward_greedy not readable" in run.console.export_text()
-    data = report_data(run.folder)
+    data = report_data(run.folder.path)
     assert "could not be read" in paragraph(data)
     assert "<td>not readable</td>" in page.render([data])
 
@@ -166,4 +166,7 @@ def test_a_held_out_evaluation_of_nothing_readable_stops(judged, judge, form):
     run = judged(form)
     with pytest.raises(UnreadableJudge, match="8 of the first 8|could not be read"):
         run_stage(run, "evaluate", 0)
-    assert not run.metrics_file.exists() and not (run.iteration(0) / "heldout.parquet").exists()
+    assert (
+        not run.folder.metrics_file.exists()
+        and not (run.folder.iteration(0) / "heldout.parquet").exists()
+    )

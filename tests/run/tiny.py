@@ -8,13 +8,14 @@ from pathlib import Path
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import pytest
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from selm_jax.models.config import DecoderConfig, LayerKind, Rope
 from selm_jax.models.decoder import Decoder
 from selm_jax.models.families import to_hf
-from selm_jax.training.scoring import Scorer
+from selm_jax.parallel.mesh import make_mesh
 from selm_jax.weights.huggingface import save
 
 TEMPLATE = (
@@ -26,6 +27,15 @@ PROMPTS = [
     for verb in ("Describe", "Praise", "Review", "Sell", "Draw", "Explain")
     for thing in ("river", "chair", "song", "letter", "train", "soup", "garden", "coat")
 ]
+
+
+def on_first_device(patch: pytest.MonkeyPatch) -> None:
+    """Runs that are not given devices use the first one alone."""
+    first = jax.devices()[:1]
+    patch.setattr(
+        "selm_jax.run.devices.make_mesh",
+        lambda sizes, devices=None, **_: make_mesh(sizes, devices or first),
+    )
 
 
 def make_model(folder: Path, seed: int = 0) -> Path:
@@ -108,6 +118,4 @@ def experiment(folder: Path, **changes) -> Path:
 
 def logps_of(run, params, examples) -> list[tuple[float, ...]]:
     """The log-probability of every response of every example, as the run's stages compute it."""
-    settings = run.experiment.training
-    scorer = Scorer(run.update, run.place, settings.rows, settings.row_length)
-    return scorer.logps(params, examples)
+    return run.programs.scorer.logps(params, examples)

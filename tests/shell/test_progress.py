@@ -11,6 +11,7 @@ from rich.table import Table
 
 import selm_jax
 from selm_jax import config
+from selm_jax.run.check import check
 from selm_jax.run.run import Run
 from selm_jax.shell.progress import bar, terminal
 
@@ -85,5 +86,5 @@ def test_names_of_data_are_shown_as_they_are(tmp_path, capsys):
                            data__on_bad_row="drop", training__learning_rate=1e-3,
                            training__global_batch=1)  # fmt: skip
     (folder / "train.jsonl").write_text('{"prompt": "Say x."}\n{"prompt": ""}\n')
-    Run(config.load(file)).check()
+    check(Run(config.load(file)))
     assert f"{folder}/train.jsonl: rows left out, empty prompt: 1" in capsys.readouterr().out

@@ -27,10 +27,10 @@ from selm_jax import config
 from selm_jax.commands import figures
 from selm_jax.config import ConfigError
 from selm_jax.iterate import iterate
-from selm_jax.parallel.mesh import make_mesh
 from selm_jax.preferences.examples import from_parquet
 from selm_jax.rollout.engine import Engine
-from selm_jax.run.run import Run, RunError
+from selm_jax.run.rows import RunError
+from selm_jax.run.run import Run
 from selm_jax.shell.artifacts import Stages
 from selm_jax.shell.store import Store
 from selm_jax.statistics.intervals import pooled
@@ -55,10 +55,7 @@ RUNS = len(SEEDS) * CELLS
 @pytest.fixture(autouse=True, scope="module")
 def one_device():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "selm_jax.run.run.make_mesh",
-            lambda sizes, *_, **__: make_mesh(sizes, jax.devices()[:1]),
-        )
+        tiny.on_first_device(patch)
         patch.delenv("XLA_FLAGS", raising=False)  # for the processes that tests start
         yield
 
@@ -189,8 +186,8 @@ def test_the_table_holds_means_and_paired_differences_over_seeds_and_prompts(fin
             (r["prompt_id"], r["score"]) for r in rows.to_pylist() if r["kind"] == "greedy"
         )
         scores[member.cell.name, member.seed] = [score for _, score in greedy]
-        trained[member.cell.name, member.seed] = Run(member.experiment).logged("train", 1)
-        trained[member.cell.name, member.seed] += Run(member.experiment).logged("train", 2)
+        trained[member.cell.name, member.seed] = Run(member.experiment).folder.logged("train", 1)
+        trained[member.cell.name, member.seed] += Run(member.experiment).folder.logged("train", 2)
     rows = {row.name: row for row in table(done)}
     for name, row in rows.items():
         values = np.array([scores[name, seed] for seed in SEEDS])
@@ -248,9 +245,9 @@ def test_the_papers_figures_of_its_runs(finished, tmp_path):
         rows = list(csv.DictReader(f))
     # The pairs that both were trained on, scored again, the slow way: from what is stored.
     dpo, selm = runs
-    examples = from_parquet(dpo.iteration(1) / "examples.parquet")
+    examples = from_parquet(dpo.folder.iteration(1) / "examples.parquet")
     assert len(rows) == 2 * len(examples)
-    logps = [tiny.logps_of(run, run.load(run.policy(1)), examples) for run in (dpo, selm)]
+    logps = [tiny.logps_of(run, run.programs.load(run.policy(1)), examples) for run in (dpo, selm)]
     for role in ("chosen", "rejected"):
         expected = {}
         for e, base, other in zip(examples, *logps, strict=True):

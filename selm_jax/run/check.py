@@ -1,0 +1,112 @@
+"""What can fail before any work is paid for is looked at here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from selm_jax.feedback import ranker as rankers
+from selm_jax.models.quantize import check_installed
+from selm_jax.parallel import multihost
+from selm_jax.rollout import remote
+from selm_jax.run.data import Data
+from selm_jax.run.rows import (
+    RunError,
+    check_batches,
+    check_heldout,
+    check_own_answers,
+    check_rated,
+    question,
+    told_of,
+    told_of_overlap,
+)
+from selm_jax.run.run import Run
+from selm_jax.text.answers import check_answers
+
+
+def check(run: Run) -> None:
+    """Builds everything that can fail before any work is done.
+
+    Raises:
+      RunError, ChatError, ExampleError, MeshError: settings, data, model and devices do not fit
+        together.
+    """
+    e, data = run.experiment, run.data
+    objective = run.task.objective
+    _ = (run.select, data.all_prompts, data.heldout)
+    multihost.on_first(lambda: _check_ranker(run))
+    there = ("chosen", "rejected") if e.data.rejected else ("chosen",)
+    if e.taught and not set(objective.roles) <= set(there):
+        raise RunError(
+            f"{objective} needs the roles {', '.join(objective.roles)}, but no "
+            f"candidates compete, and the data set has {' and '.join(there)} alone. Answers alone "
+            "can teach `loss: sft`, pairs `loss: dpo`; for y_ref set candidates.greedy: 1"
+        )
+    if run.task.rates:
+        check_rated(e, objective)
+    for line in told_of_data(data):
+        run.console.print(line, style="yellow", soft_wrap=True)
+    if e.lora is not None and e.lora.base != "full":
+        check_installed()
+    _check_mesh(run)
+    check_rows(run)
+    _check_programs(run)
+    if e.training.parameter_dtype == "bfloat16" and min(e.training.learning_rate) < 1e-5:
+        run.console.print(
+            "training.parameter_dtype is bfloat16: at this learning rate most steps are "
+            "smaller than its resolution, and most parameters will not move",
+            style="yellow",
+        )
+
+
+def _check_ranker(run: Run) -> None:
+    """What the first process alone asks and writes to."""
+    rows = [] if run.experiment.taught else [*run.data.every_prompt(), *run.data.heldout]
+    rankers.check_asked(run.ranker, [question(prompt) for prompt in rows])
+
+
+def _check_mesh(run: Run) -> None:
+    rows, mesh = run.experiment.training.rows, run.devices.mesh
+    if rows % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        raise RunError(
+            f"training.rows is {rows}: rows are cut over the mesh axes data and "
+            f"fsdp ({mesh.shape['data']} x {mesh.shape['fsdp']})"
+        )
+
+
+def _check_programs(run: Run) -> None:
+    """Builds the programs, but compiles none."""
+    programs, server = run.programs, run.experiment.rollout.remote
+    _ = (programs.optimizer, programs.abstract_trained)
+    if run.task.rates:
+        return
+    _ = (programs.engine, programs.decoding_shardings)
+    if server is not None:
+        tokens = run.data.longest_prompt + run.experiment.rollout.max_new_tokens
+        multihost.on_first(lambda: remote.check(server, tokens))
+
+
+def check_rows(run: Run) -> None:
+    """Looks at every row that is going to be used, for whatever would stop a later stage."""
+    e, data = run.experiment, run.data
+    prompts, rates = list(data.every_prompt()), run.task.rates
+    strict = e.data.on_bad_row == "error"
+    check_heldout(e.data, data.heldout, data.trained_too)
+    if e.candidates.dataset and (strict or rates):
+        pairs = [*prompts, *data.heldout] if rates else prompts
+        with run.bar("looks at the answers", len(pairs), "prompts") as advance:
+            check_own_answers(data.misfit, pairs, advance, strict)
+    if not rates:
+        _ = data.longest_prompt
+    if e.candidates.dataset or e.text.layout == "paper":
+        check_answers(
+            data.chat, prompts, layout=e.text.layout, on_bad_row=e.data.on_bad_row, whole=rates
+        )
+    check_batches(e, [len(data.prompts(t)) for t in run.iterations])
+
+
+def told_of_data(data: Data) -> Iterator[str]:
+    """What was done with rows and columns of the data that is not as somebody may expect."""
+    d = data.experiment.data
+    yield from told_of(d.train, data.all_prompts)
+    yield from told_of(str(d.heldout), data.heldout_rows)
+    yield from told_of_overlap(d, data.heldout, data.trained_too)

@@ -1,0 +1,195 @@
+"""The prompts of an experiment: which are used in which iteration, and how long they are."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Literal
+
+from selm_jax.config import Experiment
+from selm_jax.parallel import multihost
+from selm_jax.preferences.own_answers import OwnAnswers
+from selm_jax.run.model import StartModel
+from selm_jax.run.rows import RunError, trained_too
+from selm_jax.run.task import Task
+from selm_jax.shell.threads import of_each
+from selm_jax.text.answers import longest_answered
+from selm_jax.text.chat import Chat, ChatError
+from selm_jax.text.prompts import Message, Prompt, PromptSet, digest, load_data, rows_of
+
+Part = Literal["train", "heldout"]
+
+
+class Data:
+    """The data of an experiment, read when it is first asked for.
+
+    Args:
+      model: whose tokenizer says how long a text is. A plan may have none: then no prompt is left
+        out as too long, and nothing can be asked about lengths.
+    """
+
+    def __init__(self, experiment: Experiment, task: Task, model: StartModel | None):
+        self.experiment, self.task, self._model = experiment, task, model
+
+    @property
+    def model(self) -> StartModel:
+        assert self._model is not None, "lengths were asked of data without a model"
+        return self._model
+
+    @property
+    def chat(self) -> Chat:
+        return self.model.chat
+
+    # The prompts
+
+    @cached_property
+    def all_prompts(self) -> PromptSet:
+        """Every usable row of `data.train`, and what was left out."""
+        return self._read("train")
+
+    def prompts(self, t: int) -> list[Prompt]:
+        """The prompts of iteration t: the usable ones among its rows. Raises RunError if none is."""
+        d = self.experiment.data
+        mine = rows_of(self.all_prompts.by_row(), t, self.experiment)
+        found = [self.with_system(p) for p in mine if p is not None][: d.limit]
+        if not found:
+            raise RunError(f"{d.train}: of the {len(mine)} rows of iteration {t} none is usable")
+        return found
+
+    def every_prompt(self) -> Iterator[Prompt]:
+        """The prompts of all portions from the first iteration's on."""
+        e = self.experiment
+        for t in range(1, e.portions - e.data.first_portion + 2):
+            yield from self.prompts(t)
+
+    @cached_property
+    def heldout_rows(self) -> PromptSet:
+        """Every usable row of `data.heldout`, and what was left out."""
+        if self.experiment.data.heldout is None:
+            return PromptSet(())
+        return self._read("heldout", pairs=self.task.rates)  # pairs are what is looked at
+
+    @cached_property
+    def heldout(self) -> list[Prompt]:
+        """The prompts that the policies are evaluated on."""
+        rows = self.heldout_rows[: self.experiment.data.heldout_limit]
+        return [self.with_system(p) for p in rows]
+
+    @cached_property
+    def trained_too(self) -> list[Prompt]:
+        """The held-out prompts that are trained on as well."""
+        return trained_too(self.heldout, self.every_prompt()) if self.heldout else []
+
+    def with_system(self, prompt: Prompt) -> Prompt:
+        """The prompt behind the experiment's system message, if it has one."""
+        system = self.experiment.data.system
+        if system is None:
+            return prompt
+        messages = (Message("system", system), *prompt.messages)
+        return dataclasses.replace(prompt, messages=messages)
+
+    def _read(self, part: Part, pairs: bool = True) -> PromptSet:
+        d = self.experiment.data
+        found = multihost.first_then_others(lambda: load_data(d, part, pairs=pairs))
+        multihost.check_same(f"digest of {getattr(d, part)}", lambda: digest(found))
+        if d.on_bad_row == "error" or self.task.rates or self._model is None:
+            return found  # a prompt that is too long is an error, or nothing is generated
+        return self._without_long(found, part)
+
+    def _without_long(self, found: PromptSet, part: Part) -> PromptSet:
+        e = self.experiment
+        name, limit = getattr(e.data, part), e.rollout.max_prompt_tokens
+        kept = found.without("prompt too long", lambda p: self._length(self.with_system(p)) > limit)
+        if not kept:
+            raise RunError(
+                f"{name}: all {len(found)} prompts are longer than rollout.max_prompt_tokens ({limit})"
+            )
+        if part == "heldout" or not e.candidates.dataset:
+            return kept
+        own = self.own_answers
+        fit = kept.without("answer too long", lambda p: not own.fits(self.with_system(p)))
+        if not fit:
+            why = own.misfit(self.with_system(kept[0]))
+            raise RunError(f"{name}: the answers of all {len(kept)} prompts are too long: {why}")
+        return fit
+
+    # Their lengths
+
+    def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        """Ids of what the policy answers. Raises RunError, with the prompt's id, if there are none."""
+        chat = self.chat  # whose own faults are not the prompt's
+        try:
+            return chat.prompt_ids(prompt.messages)
+        except ChatError as e:
+            raise RunError(f"prompt {prompt.id}: {e}") from e
+
+    @cached_property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt.
+
+        Raises:
+          RunError: it is longer than `rollout.max_prompt_tokens` and bad rows are not dropped, or
+            the chat template refuses a prompt. The message names it.
+        """
+        limit = self.experiment.rollout.max_prompt_tokens
+        prompts = [*self.every_prompt(), *self.heldout]
+        lengths = of_each(self._length, prompts)
+        longest = max(lengths)
+        if longest > limit:
+            name = prompts[lengths.index(longest)].id
+            long = sum(length > limit for length in lengths)
+            raise RunError(
+                f"prompt {name} has {longest} tokens, rollout.max_prompt_tokens is {limit} "
+                f"({long} of {len(prompts)} prompts are longer); raise it, shorten the prompts, or set "
+                "data.on_bad_row to 'drop' to leave out and count such rows"
+            )
+        return longest
+
+    @cached_property
+    def longest_sequence(self) -> int:
+        """Tokens of a prompt and its answer, at most.
+
+        The data set's answers are counted only where it matters: for a model with two tables of
+        rotary frequencies. Sequences longer than the model's positions are rejected when examples
+        are made. A reward model generates nothing, so only the data's answers count.
+        """
+        e, two_tables = self.experiment, self.model.facts.has_two_tables
+        if self.task.rates:
+            pairs = [*self.every_prompt(), *self.heldout] if two_tables else []
+            return longest_answered(self.chat, pairs, whole=True) or 1
+        answered = self.longest_prompt + e.rollout.max_new_tokens
+        if not two_tables or not e.candidates.dataset:
+            return answered
+        if e.text.layout == "paper":
+            return max(answered, e.text.max_length)
+        return max(answered, longest_answered(self.chat, self.every_prompt()))
+
+    @cached_property
+    def own_answers(self) -> OwnAnswers:
+        """How the data's answers are laid out, as far as they are used."""
+        e, facts = self.experiment, self.model.facts
+        alone = e.taught and not e.data.rejected
+        return OwnAnswers(
+            self.chat, e.text, ("chosen",) if alone else ("chosen", "rejected"),
+            facts.head, facts.max_positions, e.training.row_length,
+        )  # fmt: skip
+
+    def misfit(self, prompt: Prompt) -> str | None:
+        """Why a prompt's own answers do not fit, in words; None if they do.
+
+        The prompt is counted by the way, since its ids are at hand then.
+        """
+        if not self.task.rates and self._length(prompt) > self.experiment.rollout.max_prompt_tokens:
+            return None  # `longest_prompt` reports it
+        return self.own_answers.misfit(prompt)
+
+    def _length(self, prompt: Prompt) -> int:
+        if (known := self._lengths.get(prompt.messages)) is None:
+            known = self._lengths[prompt.messages] = len(self.prompt_ids(prompt))
+        return known
+
+    @cached_property
+    def _lengths(self) -> dict[tuple[Message, ...], int]:
+        """Tokens of prompts counted so far: a large data set takes a minute."""
+        return {}

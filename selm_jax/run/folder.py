@@ -1,0 +1,141 @@
+"""A run folder: where its files are, its metrics, its manifest and its model cards."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import platform
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from selm_jax.config import Experiment, dump
+from selm_jax.parallel import multihost
+from selm_jax.run.log import Writers
+from selm_jax.shell import artifacts
+from selm_jax.shell.sealed import sha256
+from selm_jax.weights.card import model_card
+
+_VERSIONS = (
+    *("selm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tokenizers", "jinja2"),
+)
+
+
+class Folder:
+    """The folder that `output` names. Of several processes the first alone writes into it."""
+
+    def __init__(self, experiment: Experiment):
+        self.experiment = experiment
+        self.path = Path(experiment.output)
+
+    # Where things are
+
+    @property
+    def name(self) -> str:
+        """The folder's own name, also where it was given as `.` or `..`."""
+        return self.path.resolve().name if self.path.name in ("", "..") else self.path.name
+
+    def iteration(self, t: int) -> Path:
+        return self.path / f"iteration_{t}"
+
+    def model(self, t: int) -> Path:
+        """The folder of the policy that iteration t trains, from 1 on."""
+        return self.iteration(t) / "model"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def manifest_file(self) -> Path:
+        return self.path / "manifest.json"
+
+    # Metrics
+
+    @cached_property
+    def writers(self) -> Writers:
+        """The trackers, opened when they are first asked for: before the first stage that has work."""
+        artifacts.rewrite_lines(self.metrics_file)  # a kill may have torn the last one
+        return Writers(self.path, self.experiment, artifacts.read_lines(self.metrics_file))
+
+    def logged(self, stage: str, t: int) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl that a stage of iteration t has written."""
+        found = artifacts.read_lines(self.metrics_file)
+        return [line for line in found if (line["stage"], line["iteration"]) == (stage, t)]
+
+    def log(self, stage: str, t: int, metrics: Mapping[str, Any]) -> None:
+        """Writes one line of metrics.jsonl, and the same to TensorBoard and wandb."""
+        if not multihost.is_first():
+            return
+        line = {"stage": stage, "iteration": t, **metrics}
+        writers = self.writers  # opened before the line is in the record, or it would show it twice
+        artifacts.append_line(self.metrics_file, line)
+        writers.write(line)
+
+    def forget(self, which: Callable[[dict[str, Any]], bool]) -> None:
+        """Drops lines of metrics.jsonl that are about to be written again."""
+        if multihost.is_first():
+            writers = self.writers
+            if artifacts.rewrite_lines(self.metrics_file, lambda line: not which(line)):
+                writers.start_over(artifacts.read_lines(self.metrics_file))
+
+    # What it says of the run
+
+    def write_config(self) -> None:
+        if multihost.is_first():
+            artifacts.write_text(self.path / "config.yaml", dump(self.experiment))
+
+    def write_manifest(self, facts: Mapping[str, Any]) -> None:
+        """Writes what computed this run, and what its ranker was asked so far.
+
+        Args:
+          facts: what the run knows of its model, objective and devices.
+        """
+        if not multihost.is_first():
+            return
+        before = self._manifest()
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        artifacts.write_sealed(
+            self.manifest_file,
+            {
+                "name": self.name,
+                "config_sha256": sha256(self.path / "config.yaml"),
+                **facts,
+                "versions": {v: importlib.metadata.version(v) for v in _VERSIONS},
+                "python": platform.python_version(),
+                "created": before.get("created", now),
+                "feedback": dict(self._asked()),
+                **({"servers": before["servers"]} if "servers" in before else {}),
+            },
+        )
+
+    def note_server(self, t: int, version: str | None) -> None:
+        """Writes into the manifest which version of a server answered in iteration t."""
+        found = self._manifest()
+        servers = found.get("servers", {}) | {str(t): version}
+        artifacts.write_sealed(self.manifest_file, found | {"servers": servers})
+
+    def _manifest(self) -> dict[str, Any]:
+        return artifacts.read_sealed(self.manifest_file) if self.manifest_file.exists() else {}
+
+    def _asked(self) -> Iterator[tuple[str, dict[str, dict[str, int | float]]]]:
+        """By iteration and stage: how many prompts the ranker was asked about, and what it and the
+        choice of them cost, from the counts of the finished stages."""
+        for t in range(self.experiment.iterations + 1):
+            stages = artifacts.Stages(self.iteration(t)).read()
+            of_stage = {}
+            for name, asked in (("rank", "scored"), ("evaluate", "prompts")):
+                counts = stages.get(name, {}).get("counts", {})
+                if asked in counts:
+                    cost = ("ranker/", "acquisition/")
+                    of_stage[name] = {"asked": counts[asked]} | {
+                        key: value for key, value in counts.items() if key.startswith(cost)
+                    }
+            if of_stage:
+                yield str(t), of_stage
+
+    def model_card(self, t: int, origin: Mapping[str, Any], rates: bool) -> str:
+        """The README.md of the policy after iteration t, which began from a model of this origin."""
+        metrics = artifacts.read_lines(self.metrics_file)
+        return model_card(self.experiment, self.name, t, origin, metrics, rates)

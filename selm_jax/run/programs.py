@@ -1,0 +1,229 @@
+"""What an experiment computes with: its parameters on the devices, its update and its engine.
+
+Everything here is a function of settings, of the model's facts and of two lengths. A plan builds the
+same programs as a run, from a `config.json` alone, so that what is planned is what runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from selm_jax.config import Experiment, as_dict
+from selm_jax.models.config import DecoderConfig
+from selm_jax.models.decoder import Decoder, Params, abstract_adapters, abstract_params
+from selm_jax.models.families import read_config
+from selm_jax.models.lora import Lora
+from selm_jax.models.lora import init as fresh_adapters
+from selm_jax.models.quantize import quantize
+from selm_jax.parallel.rules import place_rows, row_shardings, shardings
+from selm_jax.preferences.packing import PreferenceBatch
+from selm_jax.rollout.engine import Engine, decoding_params, decoding_shardings
+from selm_jax.rollout.sampling import Sampling
+from selm_jax.run.devices import Devices
+from selm_jax.run.task import Task
+from selm_jax.training.optimizer import optimizer
+from selm_jax.training.scoring import Scorer
+from selm_jax.training.update import Shardings, Update, make_update
+from selm_jax.weights.huggingface import load
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """The lengths that programs are made for, in tokens.
+
+    Attributes:
+      longest_prompt: the longest that is answered; 0 for a reward model, which answers nothing.
+      longest_sequence: a prompt and its answer at most. It chooses between a model's two tables of
+        rotary frequencies, where it has two.
+    """
+
+    longest_prompt: int
+    longest_sequence: int
+
+
+class Programs:
+    """The programs of an experiment. Each is made when it is first asked for.
+
+    Args:
+      facts: those of the model that is trained.
+      stop_ids: tokens that end an answer.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        task: Task,
+        facts: DecoderConfig,
+        sizes: Sizes,
+        stop_ids: tuple[int, ...],
+        devices: Devices,
+    ):
+        self.experiment, self.task, self.devices = experiment, task, devices
+        self.sizes, self.stop_ids = sizes, stop_ids
+        self.config = facts.for_length(sizes.longest_sequence)
+
+    # Parameters, abstractly
+
+    @cached_property
+    def abstract_params(self) -> Params:
+        """Shapes, dtypes and shardings of the model's parameters."""
+        dtype = self.experiment.training.parameter_dtype
+        return self._placed(abstract_params(self.config), dtype)
+
+    @cached_property
+    def abstract_trained(self) -> Params:
+        """Shapes, dtypes and shardings of what is trained: the adapters, or else all parameters."""
+        if self.lora is None:
+            return self.abstract_params
+        return self._placed(abstract_adapters(self.config, self.lora), "float32")
+
+    def _placed(self, boxed: Params, dtype: str) -> Params:
+        return jax.tree.map(
+            lambda x, where: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=where),
+            nn.unbox(boxed),
+            shardings(boxed, self.devices.mesh, self.devices.rules),
+        )
+
+    @property
+    def parameters(self) -> int:
+        """How many parameters the model has."""
+        return sum(x.size for x in jax.tree.leaves(self.abstract_params))
+
+    @cached_property
+    def lora(self) -> Lora | None:
+        if self.experiment.lora is None:
+            return None
+        return Lora(**as_dict(self.experiment.lora))
+
+    @property
+    def quantized(self) -> str | None:
+        """How the base of adapters is quantised, if it is."""
+        lora = self.experiment.lora
+        return None if lora is None or lora.base == "full" else lora.base
+
+    # Parameters, from model folders
+
+    def load(self, folder: Path) -> Params:
+        """Reads the parameters of a model folder, each straight into its place on the mesh.
+
+        A reward model that begins from a language model begins with a head of zeros.
+        """
+        return load(
+            folder,
+            self.config,
+            dtype=jnp.dtype(self.experiment.training.parameter_dtype),
+            shardings=jax.tree.map(lambda x: x.sharding, self.abstract_params),
+            fresh_head=self.config.head is not None and read_config(folder).head is None,
+        )
+
+    def start_of(self, folder: Path) -> Params:
+        """Reads what an iteration starts from, or its reference: quantised if `lora.base` says so."""
+        params = self.load(folder)
+        if self.quantized is None:
+            return params
+        return jax.jit(quantize, static_argnums=1)(params, self.quantized)
+
+    def trained(self, start: Params, t: int) -> Params:
+        """What iteration t trains, before its first update: all parameters, or fresh adapters."""
+        if self.lora is None:
+            return start
+        return fresh_adapters(self.abstract_trained, self._key(t))
+
+    def fixed(self, start: Params, t: int, policy: Path, reference: Path) -> dict[str, Any]:
+        """What iteration t's updates are given and leave as it is.
+
+        Args:
+          start: the parameters of the policy that the iteration starts from.
+          policy, reference: the model folders of that policy and of the reference.
+
+        Returns:
+          `training.loop.train`'s `reference`, `base` and `key`, as far as it needs them.
+        """
+        live = self.experiment.training.reference == "live"
+        if self.lora is None:  # a copy: the updates overwrite the parameters that they start from
+            return {"reference": self.start_of(reference) if live else None}
+        key = jax.random.fold_in(self._key(t), 1) if self.lora.dropout else None
+        second = None
+        if live:
+            second = start if reference == policy else self.start_of(reference)
+        return {"base": start, "reference": second, "key": key}
+
+    def _key(self, t: int) -> jax.Array:
+        return jax.random.fold_in(jax.random.key(self.experiment.seed), t)
+
+    def decoding(self, params: Params) -> Params:
+        """The parameters as the engine takes them, in the dtype of computing."""
+        return decoding_params(params, self.devices.dtype, self.decoding_shardings)
+
+    @property
+    def decoding_shardings(self) -> Any:
+        """Where the engine's parameters lie. Raises MeshError if the model cannot be cut like this."""
+        return decoding_shardings(self.config, self.devices.decode_mesh)
+
+    # Batches
+
+    def place(self, batch: PreferenceBatch) -> PreferenceBatch:
+        """Puts a batch on the devices, cut by rows; each process its own."""
+        return place_rows(batch, self.devices.mesh, self.devices.rules)
+
+    def batch_shardings(self, batch: PreferenceBatch) -> PreferenceBatch:
+        """Where a batch lies: cut by rows."""
+        return row_shardings(batch, self.devices.mesh, self.devices.rules)
+
+    # What is compiled
+
+    @cached_property
+    def optimizer(self) -> Any:
+        s = self.experiment.training
+        return optimizer(s.optimizer, b1=s.b1, b2=s.b2, eps=s.eps, weight_decay=s.weight_decay)
+
+    @cached_property
+    def update(self) -> Update:
+        """Log-probabilities, rewards, gradients and updates of what is trained."""
+        s = self.experiment.training
+        decoder = Decoder(
+            self.config,
+            self.devices.dtype,
+            s.remat,
+            lora=self.lora,
+            quantized=self.quantized is not None,
+        )
+        where = jax.tree.map(lambda x: x.sharding, self.abstract_trained)
+        replicated = NamedSharding(self.devices.mesh, PartitionSpec())
+        return make_update(
+            decoder,
+            self.task.objective,
+            self.optimizer,
+            chunk=s.logprob_chunk,
+            clip=s.clip,
+            shardings=Shardings(where, replicated),
+        )
+
+    @property
+    def scorer(self) -> Scorer:
+        """Scores examples under given parameters."""
+        s = self.experiment.training
+        return Scorer(self.update, self.place, s.rows, s.row_length)
+
+    @cached_property
+    def engine(self) -> Engine:
+        """What answers prompts."""
+        r = self.experiment.rollout
+        return Engine.fitted(
+            decoder=Decoder(self.config, self.devices.dtype, scan=False),
+            sampling=Sampling(r.temperature, r.top_k, r.top_p, r.min_p),
+            slots=r.slots,
+            max_prompt=self.sizes.longest_prompt,
+            max_new_tokens=r.max_new_tokens,
+            stop_ids=self.stop_ids,
+            prefill_rows=r.prefill_rows,
+            mesh=self.devices.decode_mesh,
+        )

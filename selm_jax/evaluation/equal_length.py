@@ -10,8 +10,9 @@ expected of answers of equal length. It is fitted by Newton's method with the pe
 everything, the second takes length to explain nothing until the data say so. Both terms are odd in
 (A, B), so the rates of A against B and of B against A sum to 1.
 
-The interval holds every theta that the data do not contradict: with phi fitted beside it, the score
-of theta lies within 1.96 of its standard errors. Without differences in length that is Wilson's
+The interval is about other prompts, each with all its answers. It holds every theta that the data do not
+contradict: with phi fitted beside it, the score of theta lies within 1.96 of its standard errors (Rao's
+score test, Proceedings of the Cambridge Philosophical Society 44, 1948). Without differences in length that is Wilson's
 interval (`proportions`), which is no point where one side wins everything.
 """
 

@@ -231,7 +231,10 @@ def _against(reference: Model, prompts: Sequence[Prompt], own: _Own) -> Seed:
 
 
 def summarize(seeds: dict[str, list[Seed]], *, beta: float) -> dict[str, Any]:
-    """Means with intervals of every contestant, and of its differences to the first one."""
+    """Means with intervals of every contestant, and of its differences to the first one.
+
+    The intervals are about other prompts, and where a contestant has several seeds about other seeds.
+    """
     by_prompt = {name: _by_prompt(each, beta) for name, each in seeds.items()}
     tables = {name: [one.answers for one in each] for name, each in seeds.items()}
     first = next(iter(by_prompt))

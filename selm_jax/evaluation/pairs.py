@@ -40,8 +40,9 @@ def summarize(pairs: pa.Table) -> dict[str, float]:
 
     Returns:
       `heldout/accuracy`, the share of pairs whose chosen answer has the higher reward, equal rewards
-      being half right; `..._low` and `..._high` bound its 95 % interval (`proportions`). Means of the
-      rewards of both, of their difference, and of -log sigmoid of it (`heldout/loss`).
+      being half right; `..._low` and `..._high` bound its 95 % interval, which is about other pairs
+      (`proportions`). Means of the rewards of both, of their difference, and of -log sigmoid of it
+      (`heldout/loss`).
     """
     chosen, rejected = (_column(pairs, f"reward_{role}") for role in ("chosen", "rejected"))
     margin = chosen - rejected

@@ -75,7 +75,7 @@ def _share(ranker: Ranker, one: float, other: float) -> float:
 
 
 def compare(y: Shares, one: Sequence[Stored], other: Sequence[Stored]) -> dict[str, Any]:
-    """The rates of one pair with intervals over prompts; a prompt's samples go together."""
+    """The rates of one pair with intervals about other prompts; a prompt's samples go together."""
     prompts = list(dict.fromkeys(a.prompt_id for a in one))
     at = {name: i for i, name in enumerate(prompts)}
     of = np.array([at[a.prompt_id] for a in one])

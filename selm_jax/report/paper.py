@@ -28,7 +28,8 @@ def win_rates(runs: Sequence[RunData], labels: Sequence[str]) -> PaperFigure:
 
     The scores are those that the runs' ranker gave and that are stored; a tie is half a win. Prompts
     for one of whose answers a judge gave no readable score are left out. The
-    players are every iteration of every run, the start models once. Raises ReportError if the
+    players are every iteration of every run, the start models once. The intervals are about other prompts
+    (`proportions`). Raises ReportError if the
     answers are not to the same prompts or not scored by one ranker.
     """
     _check_one_ranker(runs, "a win rate")

@@ -35,8 +35,8 @@ class Estimate:
     Attributes:
       stderr: None with a single value.
       low, high: None with a single value or equal ones, unless the mean is a share.
-      p: the two-sided test that the mean is 0, below 0.05 just where the interval leaves 0 out. 1
-        where every value is 0; None where no other interval is there, and of a share.
+      p: the two-sided test that the mean is 0, below 0.05 just where the interval leaves 0 out. Without
+        an interval 1 if every value is 0, else None. A share has none, a difference of shares has.
       seeds, prompts: what it is the mean over. With one seed it is about other prompts alone.
     """
 
@@ -56,7 +56,7 @@ class Estimate:
 
 
 def pooled(values: Float[np.ndarray, "seeds prompts"], *, share: bool = False) -> Estimate | None:
-    """The mean over seeds and prompts, of the prompts that have a value (not NaN) with every seed.
+    """The mean over seeds and prompts, of the prompts that have a finite value with every seed.
 
     None if no prompt has.
 
@@ -77,7 +77,7 @@ def difference(
     share: bool = False,
 ) -> Estimate | None:
     """The mean of `values` minus that of `others`, paired by prompt, and by seed where both have as
-    many; of the prompts that have a value (not NaN) in all of them. None if no prompt has.
+    many; of the prompts that have a finite value in all of them. None if no prompt has.
 
     Args:
       share: whether both are means of values from 0 to 1; their difference is from -1 to 1.
@@ -111,8 +111,8 @@ def weighted(
 
 
 def known(*tables: Float[np.ndarray, "_ prompts"]) -> list[Float[np.ndarray, "_ known"]]:
-    """The tables, of seeds by prompts, without the prompts that have no value (NaN) in one of them."""
-    there = np.logical_and.reduce([~np.isnan(table).any(axis=0) for table in tables])
+    """The tables, of seeds by prompts, without the prompts that have no finite value in one of them."""
+    there = np.logical_and.reduce([np.isfinite(table).all(axis=0) for table in tables])
     return [table[:, there] for table in tables]
 
 

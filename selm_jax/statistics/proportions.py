@@ -1,5 +1,6 @@
 """The 95 % interval of a share of prompts: won, right, cut off. It is no point where all are won.
 
+It is about other prompts, drawn at random like these; `intervals` makes it one about other seeds too.
 A bootstrap of 20 wins out of 20 draws nothing but wins, and would say that the share is 1 for sure.
 Wilson's interval (JASA 22, 1927) asks instead which true shares make the data likely. Here it is for
 values that need not be 0 or 1: a tie is 1/2, a prompt with several answers has their mean.

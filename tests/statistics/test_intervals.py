@@ -217,6 +217,7 @@ def test_unread_prompts_are_left_out_of_both_and_counted():
     b = np.array([[0.5, 1.0, np.nan, 1.0, 1.0]])
     assert difference(a, b) == difference(a[:, [0, 3, 4]], b[:, [0, 3, 4]])
     assert difference(a, b).prompts == 3 and pooled(a).prompts == 4
+    assert pooled(np.array([[1.0, np.inf, 3.0]])) == pooled(np.array([[1.0, 3.0]]))
     # with several seeds only what each of them has
     assert pooled(np.vstack([a, b])) == pooled(np.vstack([a, b])[:, [0, 3, 4]])
     nothing = np.full((1, 3), np.nan)

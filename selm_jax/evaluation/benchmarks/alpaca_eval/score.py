@@ -38,6 +38,8 @@ COLUMNS = (
 def scores(rows: Sequence[Row]) -> dict[str, Any]:
     """All that needs nothing but the annotations; names as in the leaderboard.
 
+    The win rate's interval is about other instructions (`proportions`); `standard_error` is the package's.
+
     Args:
         rows: of `alpaca_eval_set.check_annotations`.
     """

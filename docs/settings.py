@@ -144,7 +144,8 @@ def _comments(group: type) -> dict[str, str]:
         if token.type == tokenize.OP:
             depth += (token.string in "([{") - (token.string in ")]}")
         elif token.type == tokenize.NAME and token.string in names and not depth:
-            if token.line.strip().startswith(f"{token.string}:"):
+            before, after = token.line[: token.start[1]], token.line[token.end[1] :]
+            if not before.strip() and after.startswith(":"):
                 field = token.string
                 found[field], above = above, []
         elif token.type == tokenize.COMMENT:

@@ -18,7 +18,7 @@ from rich.table import Table
 from selm_jax.bench.clock import Clock
 from selm_jax.bench.work import BenchError, MakeParams, Sizes, generation, training
 from selm_jax.config import Training
-from selm_jax.config.settings import ParameterDtype
+from selm_jax.config.kinds import ParameterDtype
 from selm_jax.models.config import DecoderConfig, LayerKind, Rope
 from selm_jax.models.decoder import REMAT, Decoder, parameter_count
 from selm_jax.shell import artifacts

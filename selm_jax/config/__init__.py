@@ -15,14 +15,13 @@ from selm_jax.config.file import (
     read,
     refuse_secrets,
 )
+from selm_jax.config.kinds import CutOff, ExploreName, RuleName, Ties
 from selm_jax.config.settings import (
     Candidates,
     Compute,
-    CutOff,
     Data,
     Evaluation,
     Experiment,
-    ExploreName,
     Feedback,
     Labels,
     Log,
@@ -30,9 +29,7 @@ from selm_jax.config.settings import (
     Model,
     Remote,
     Rollout,
-    RuleName,
     Text,
-    Ties,
     Training,
 )
 

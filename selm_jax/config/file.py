@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +159,7 @@ def listed(where: str, problems: Sequence[str], places: Places | None = None) ->
 
 def explained(error: ValidationError, root: type) -> list[str]:
     """What pydantic found, each as `key: what was found, what was expected`."""
-    return [_explain(each, root) for each in error.errors()]
+    return [line for each in error.errors() for line in _explain(each, root)]
 
 
 def shown(value: Any) -> str:
@@ -203,18 +203,21 @@ _EXPECTED = {
 }
 
 
-def _explain(error: Mapping[str, Any], root: type) -> str:
+def _explain(error: Mapping[str, Any], root: type) -> Iterator[str]:
     path = ".".join(str(x) for x in error["loc"])
     kind, found = error["type"], shown(error["input"])
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
         group = dict(groups(root))[".".join(map(str, error["loc"][:-1]))]
         known = [f.name for f in dataclasses.fields(group)]
         hint = did_you_mean(str(error["loc"][-1]), known)
-        return f"{path}: unknown key{hint} Known here: {', '.join(known)}."
-    if kind in ("missing", "missing_argument"):
-        return f"{path}: missing"
-    if kind == "literal_error":
+        yield f"{path}: unknown key{hint} Known here: {', '.join(known)}."
+    elif kind in ("missing", "missing_argument"):
+        yield f"{path}: missing"
+    elif kind == "literal_error":
         known = re.findall("'([^']*)'", error["ctx"]["expected"])
         hint = did_you_mean(str(error["input"]), known)
-        return f"{path}: {found} is none of its values{hint} Expected one of {', '.join(known)}."
-    return f"{path}: {found}, {_EXPECTED.get(kind, error['msg'])}"
+        yield f"{path}: {found} is none of its values{hint} Expected one of {', '.join(known)}."
+    elif kind == "contradiction":
+        yield from (f"{path}.{problem}" for problem in error["ctx"]["problems"])
+    else:
+        yield f"{path}: {found}, {_EXPECTED.get(kind, error['msg'])}"

@@ -1,21 +1,52 @@
-"""The settings of an experiment: frozen dataclasses, each number with the range that it may have.
+"""The settings of an experiment: frozen dataclasses, each field with the values that it may have.
 
 The comments beside the fields are the reference of all settings; docs/settings.md is made of them.
+A rule about several settings of one group stands in the group, as a method that is made by `agree`;
+rules about several groups are in `consistency.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import field
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Literal, get_args, get_type_hints
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Strict, WrapValidator
+from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
-from pydantic_core import PydanticCustomError
 
-from selm_jax.shell.paths import PathError, place
+from selm_jax.config.kinds import (
+    Acquisition,
+    All,
+    Command,
+    CutOff,
+    Day,
+    Decay,
+    Dtype,
+    DuplicateIds,
+    Engine,
+    ExploreName,
+    Flag,
+    Folder,
+    Free,
+    LabelKind,
+    Loss,
+    OnBadRow,
+    Optimizer,
+    OrYours,
+    ParameterDtype,
+    Preset,
+    Quantization,
+    Rate,
+    Rates,
+    Remat,
+    RuleName,
+    Schedule,
+    Size,
+    Ties,
+    agree,
+)
 from selm_jax.shell.ranges import (
     MOST,
     Axis,
@@ -27,256 +58,250 @@ from selm_jax.shell.ranges import (
     Seed,
     Share,
 )
-from selm_jax.shell.user_code import is_user_code
 
 _STRICT = ConfigDict(extra="forbid")
-
-# Names of what is built in, by setting: the one place that lists them.
-RuleName = Literal["best_worst", "swap", "top_random"]
-ExploreName = Literal["greedy", "sample", "all", "random", "best", "worst"]
-Ties = Literal["drop", "first"]
-CutOff = Literal["keep", "drop"]
-
-Flag = Annotated[bool, Strict()]  # 1 and "yes" are none
-
-
-def _several(value: Any) -> Any:
-    return value if isinstance(value, list | tuple) else [value]
-
-
-def _day(value: Any) -> datetime.date:
-    try:
-        return value if isinstance(value, datetime.date) else datetime.date.fromisoformat(value)
-    except (TypeError, ValueError):
-        raise PydanticCustomError("day", "a day such as 2024-07-26 was expected") from None
-
-
-def _folder(text: str) -> str:
-    """A folder as a person writes it. What does not begin in their home folder stays word for word."""
-    try:
-        path = place(text)
-    except PathError as e:
-        raise PydanticCustomError("path", "{problem}", {"problem": str(e)}) from None
-    return str(path) if text.startswith("~") else text
-
-
-def _or_yours(value: Any, built_in: Callable[[Any], Any]) -> Any:
-    return value if isinstance(value, str) and is_user_code(value) else built_in(value)
-
-
-OrYours = WrapValidator(_or_yours)  # a name of what is built in, or package.module:function
-Day = Annotated[datetime.date, BeforeValidator(_day)]
-All = Annotated[int, Range(1, MOST, whole=True, advice="null takes all")]  # a limit
-Size = Annotated[int, Range(1, 2**20, whole=True)]  # of arrays, along one axis
-Rate = Annotated[float, Range(0, 1, above=True)]
-Rates = Annotated[tuple[Rate, ...], BeforeValidator(_several)]  # one serves all iterations
-Decay = Annotated[float, Range(0, 1, below=True)]  # of a mean over updates
-# Choices that other modules offer, too: their tables and checks are held to these by a test.
-OnBadRow = Literal["error", "drop"]
-DuplicateIds = Literal["error", "number"]
-Engine = Literal["vllm", "sglang"]
-LabelKind = Literal["scores", "bradley_terry"]
-ModelBased = Literal["reward_gap", "entropy"]
-Acquisition = Literal["random", ModelBased]
-Schedule = Literal["cosine", "linear", "constant"]
-Optimizer = Literal["adamw", "adafactor", "rmsprop"]
-Remat = Literal["none", "mlp", "dots", "full"]
-Quantization = Literal["int8", "nf4"]
-ParameterDtype = Literal["float32", "bfloat16"]
-Dtype = Literal["auto", ParameterDtype]
-Preset = Literal["single", "fsdp", "fsdp_tensor"]
 _GREEDY = "for the likeliest answer alone set candidates.greedy: 1 and candidates.samples: 0"
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Model:
-    source: str  # local Hugging Face folder, Hub id, or GGUF file
-    revision: str | None = None  # of a Hub id; what it resolved to is recorded
+    source: str  # The start model: a Hugging Face folder, a Hub id, or a GGUF file.
+    revision: str | None = None  # Branch, tag or commit of a Hub id; the commit is recorded.
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Data:
-    train: str  # .jsonl, .json, .csv, .tsv, .parquet, .arrow, a folder, or a Hub data set
-    heldout: str | None = None  # prompts for evaluation; null evaluates nothing
-    train_split: str | None = None  # of a Hub data set
-    heldout_split: str | None = None
-    train_config: str | None = None  # configuration of a Hub data set, where it has several
-    heldout_config: str | None = None
-    revision: str | None = None
-    prompt: str = "prompt"  # column: text, or a list of messages
-    prompt_id: str = "prompt_id"  # column; where it is absent ids are digests of the prompts
-    chosen: str | None = None  # columns of a preference data set (UltraFeedback: chosen, rejected)
-    rejected: str | None = None
-    chosen_score: str | None = None  # column of numbers: what the answer is worth. For `margin` of
-    # bradley_terry
-    rejected_score: str | None = None  # likewise; 0 where the experiment names none
-    system: str | None = None  # system message put before every prompt
-    # Column of each row's own, if there is one and `system` is null; null: no column is read so.
+    # What is trained on: .jsonl, .json, .csv, .tsv, .parquet, .arrow, a folder, or a Hub data set.
+    train: str
+    heldout: str | None = None  # Prompts for evaluation, as `train`; null evaluates nothing.
+    train_split: str | None = None  # Split of `train`, where it has several.
+    heldout_split: str | None = None  # Split of `heldout`, where it has several.
+    train_config: str | None = None  # Configuration of a Hub data set, where it has several.
+    heldout_config: str | None = None  # The same for `heldout`.
+    revision: str | None = None  # Branch, tag or commit of the Hub data sets.
+    prompt: str = "prompt"  # Column of the prompt: text, or a list of messages.
+    prompt_id: str = "prompt_id"  # Column of its id; without one, ids are digests of the prompts.
+    chosen: str | None = None  # Column of the preferred answer, such as UltraFeedback's `chosen`.
+    rejected: str | None = None  # Column of the other answer.
+    # Column of numbers: what the chosen answer is worth. The `margin` of bradley_terry reads it.
+    chosen_score: str | None = None
+    rejected_score: str | None = None  # The same for the rejected answer; 0 if there is no column.
+    system: str | None = None  # A system message that is put before every prompt.
+    # Column of each row's own system message, if the data has it and `system` is null; null: none.
     system_column: str | None = "system"
-    portions: Count | None = None  # iteration t takes the t-th of so many parts; null: one each
-    first_portion: Count = 1  # the first iteration's: 2 leaves out what a warm start was trained on
-    skip: Natural = 0  # rows at the front that no portion is cut from
-    shuffle: Flag = False  # before cutting the portions; the paper does not
-    limit: All | None = None  # prompts per iteration at most
-    heldout_limit: All | None = None
-    on_bad_row: OnBadRow = "error"  # also of answers that spell out
-    # an end token, and of prompts of more than rollout.max_prompt_tokens
-    duplicate_ids: DuplicateIds = "error"  # number: the second p is p#2
+    # The rows are cut into so many parts, and iteration t takes the t-th; null: one for each iteration.
+    portions: Count | None = None
+    first_portion: Count = 1  # The first iteration's part: 2 leaves out what a warm start has seen.
+    skip: Natural = 0  # So many rows at the front belong to no part.
+    shuffle: Flag = False  # Whether rows are shuffled before they are cut; the paper does not.
+    limit: All | None = None  # Prompts of an iteration at most.
+    heldout_limit: All | None = None  # Held-out prompts at most.
+    # What becomes of a row that cannot be used, of an answer that spells out an end token, and of a
+    # prompt of more than rollout.max_prompt_tokens: an error, or it is left out and counted.
+    on_bad_row: OnBadRow = "error"
+    # What a repeated id means: an error, or one more pair of the same prompt, with the id p#2.
+    duplicate_ids: DuplicateIds = "error"
+
+    @agree
+    def _agrees(self) -> Iterator[str]:
+        if self.system is not None and self.system_column not in (None, "system"):
+            yield (
+                f"system_column: {self.system_column} is to hold each row's system message, and "
+                "data.system is one for all; set one of them"
+            )
+        if self.rejected_score and not self.chosen_score:
+            yield "rejected_score: there is no data.chosen_score to compare it with"
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Text:
-    layout: Literal["default", "paper"] = "default"  # paper: as the authors' code, to compare with
-    max_length: Size = 1024  # of prompt + response; `layout: paper` alone cuts texts
-    max_prompt_length: Size = 512  # what a prompt is cut to where both together are too long
-    template: dict[str, Any] = field(default_factory=dict)  # variables: {enable_thinking: false}
-    date: Day = datetime.date(2024, 7, 26)  # "today" for templates that write the day;
-    # with the real one a run that is resumed tomorrow would have other prompts
-    # Control tokens that a message spells out, as `<|im_end|>`: tokens, as elsewhere, or its letters.
+    # How texts become tokens; `paper` does it as the authors' code, to compare with.
+    layout: Literal["default", "paper"] = "default"
+    max_length: Size = 1024  # Tokens of prompt and response; only `layout: paper` cuts them to it.
+    max_prompt_length: Size = 512  # What a prompt is cut to where both together are too long.
+    # Variables of the chat template, such as {enable_thinking: false}.
+    template: Free = field(default_factory=dict)
+    # The day that templates write as today's. With the real one, a run that is resumed tomorrow would
+    # have other prompts.
+    date: Day = datetime.date(2024, 7, 26)
+    # Whether a control token that a message spells out, as `<|im_end|>`, becomes that token, as
+    # elsewhere, or its letters.
     special_tokens: Literal["as_tokens", "as_text"] = "as_tokens"
+
+    @agree
+    def _agrees(self) -> Iterator[str]:
+        for key in ("max_length", "max_prompt_length"):
+            if self.layout != "paper" and getattr(self, key) != getattr(Text, key):
+                yield f"{key}: only text.layout: paper reads it; the default layout cuts nothing"
+        if self.max_prompt_length >= self.max_length:
+            yield (
+                f"max_prompt_length: {self.max_prompt_length}; less than text.max_length "
+                f"({self.max_length}) was expected, or no response would be left"
+            )
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Candidates:
-    greedy: Annotated[int, Range(0, 1, whole=True)] = (
-        1  # 1: the policy's likeliest answer competes (the paper's y_ref)
-    )
-    samples: Annotated[int, Range(0, 4096, whole=True)] = 0  # answers drawn from the policy
-    dataset: Flag = True  # the data set's chosen and rejected compete too (the paper)
+    # 1: the policy's likeliest answer competes, the paper's y_ref.
+    greedy: Annotated[int, Range(0, 1, whole=True)] = 1
+    samples: Annotated[int, Range(0, 4096, whole=True)] = 0  # Answers drawn from the policy.
+    dataset: Flag = True  # Whether the data set's two answers compete, too, as in the paper.
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Remote:
     """A server that answers in place of this program's own engine; see docs/run.md."""
 
-    engine: Engine
-    url: str = "http://127.0.0.1:8000"
-    command: str | None = None  # starts it; {model} is the policy's folder. null: others do
-    start_seconds: Positive = 1800.0  # to wait until it serves that folder
-    concurrency: Count = 256  # answers asked for at once
-    timeout: Positive = 600.0  # seconds for one answer
-    retries: Natural = 6
-    key_env: str | None = None  # environment variable that holds its API key
+    engine: Engine  # What the server runs.
+    url: str = "http://127.0.0.1:8000"  # Where it answers.
+    # Starts it; {model} stands for the policy's folder. null: somebody else starts it.
+    command: Command | None = None
+    start_seconds: Positive = 1800.0  # How long to wait until it serves that folder.
+    concurrency: Count = 256  # Answers that are asked for at once.
+    timeout: Positive = 600.0  # Seconds for one answer.
+    retries: Natural = 6  # How often a failed request is sent again.
+    key_env: str | None = None  # Environment variable that holds its API key.
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Rollout:
-    max_new_tokens: Size = 1024
-    # Of samples; greedy answers draw nothing.
+    max_new_tokens: Size = 1024  # Tokens of an answer at most; a longer one is cut off.
+    # Flattens (above 1) or sharpens the distribution that samples are drawn from.
     temperature: Annotated[float, Range(1e-3, advice=_GREEDY)] = 1.0
+    # Draws among the likeliest so many tokens; 0: among all.
     top_k: Annotated[int, Range(0, MOST, whole=True, advice="0 keeps all tokens")] = 0
+    # Draws among the likeliest tokens that have this probability together.
     top_p: Annotated[float, Range(0, 1, above=True, advice="1 keeps all tokens")] = 1.0
+    # Draws among tokens of at least this share of the likeliest one's probability.
     min_p: Annotated[float, Range(0, 1, advice="0 keeps all tokens")] = 0.0
-    slots: Size = 16  # responses decoded together, or the next number that the devices divide
-    prefill_rows: Size = 8  # prompts in one prefill; likewise
-    max_prompt_tokens: Size = 512  # a longer prompt is an error
-    prompts_per_part: Count = 256  # a killed run loses at most one part of the responses
-    remote: Remote | None = None  # a vLLM or SGLang server that answers; null: this program does
+    slots: Size = 16  # Answers decoded together, or the next number that the devices divide.
+    prefill_rows: Size = 8  # Prompts read together, or the next number that the devices divide.
+    max_prompt_tokens: Size = 512  # A prompt of more tokens is a bad row.
+    prompts_per_part: Count = 256  # A killed run loses one such part of the answers at most.
+    remote: Remote | None = None  # A vLLM or SGLang server that answers; null: this program does.
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Labels:
-    kind: LabelKind = "scores"  # bradley_terry: drawn, by the scores' gap
-    temperature: Positive = 1.0  # of bradley_terry, in the unit of the scores
-    flip: Annotated[float, Range(0, 0.5)] = (
-        0.0  # how often a label is the wrong way round, from 0 to 0.5
-    )
+    # Whether the higher score always wins, or a label is drawn by the gap of the scores.
+    kind: LabelKind = "scores"
+    temperature: Positive = 1.0  # Of bradley_terry, in the unit of the scores.
+    flip: Annotated[float, Range(0, 0.5)] = 0.0  # How often a label is turned round.
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Feedback:
-    ranker: str = "sentiment"  # a name of selm_jax.feedback, or package.module:function
-    settings: dict[str, Any] = field(default_factory=dict)  # of the ranker
+    ranker: str = (
+        "sentiment"  # Who ranks: a built-in name (docs/feedback.md) or package.module:function.
+    )
+    settings: Free = field(default_factory=dict)  # Settings of the ranker.
     # Which answers become chosen and rejected; or a function of yours, package.module:function.
     rule: Annotated[RuleName, OrYours] = "best_worst"
     # Which is y_ref; all: the optimism term is the mean over all of the policy's own answers. Or a
     # function of yours, package.module:function.
     explore: Annotated[ExploreName, OrYours] = "greedy"
-    ties: Ties = "drop"  # first: as the authors' code
-    cut_off: CutOff = "keep"  # pairs with an answer cut at max_new_tokens
-    min_margin: NonNegative = 0.0  # drop pairs whose scores differ by less
-    labels: Labels = Labels()  # for studies: how the pair's label comes from the scores
-    budget: All | None = None  # prompts per iteration that the ranker is asked about; null: all
-    acquisition: Acquisition = "random"  # which, under a budget
-    prompts_per_part: Count = (
-        4096  # ranked between two looks at whether to stop; a killed run loses
-    )
-    # at most one part of the scores. Few are slow: a reward model reads its weights for each part
+    # What becomes of a prompt whose best and worst scores are equal; first: as the authors' code.
+    ties: Ties = "drop"
+    cut_off: CutOff = "keep"  # What becomes of pairs with an answer cut at max_new_tokens.
+    min_margin: NonNegative = 0.0  # Pairs whose scores differ by less are dropped.
+    labels: Labels = Labels()  # For studies: how the pair's label comes from the scores.
+    budget: All | None = None  # Prompts of an iteration that the ranker is asked about; null: all.
+    acquisition: Acquisition = "random"  # Which prompts are asked about, under a budget.
+    # Prompts ranked between two looks at whether to stop; a killed run loses one such part at most.
+    # Small parts are slow: a reward model reads its weights for each.
+    prompts_per_part: Count = 4096
+
+    @agree
+    def _agrees(self) -> Iterator[str]:
+        if self.budget is None and self.acquisition != "random":
+            yield f"acquisition: {self.acquisition}; only a feedback.budget has a use for it"
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Training:
-    learning_rate: Rates  # peak, per iteration; one number serves all
-    global_batch: Size  # examples per update, exactly
-    epochs: Count = 1  # over an iteration's examples
-    row_length: Size = 1024  # tokens of a packed row
-    rows: Size = 4  # packed rows in one forward and backward pass, on all devices together
-    schedule: Schedule = "cosine"
-    warmup_ratio: Share = 0.1
-    optimizer: Optimizer = "adamw"
-    b1: Decay = 0.9
-    b2: Decay = 0.999
-    eps: Rate = 1e-8
-    weight_decay: Annotated[float, Range(0, 1)] = 0.0
+    learning_rate: Rates  # The peak, of each iteration; one number serves all.
+    global_batch: Size  # Examples of an update, exactly.
+    epochs: Count = 1  # How often an iteration goes over its examples.
+    row_length: Size = 1024  # Tokens of a packed row.
+    rows: Size = 4  # Packed rows in one forward and backward pass, on all devices together.
+    schedule: Schedule = "cosine"  # How the learning rate falls; fresh in each iteration.
+    warmup_ratio: Share = 0.1  # Share of an iteration's updates in which the rate rises.
+    optimizer: Optimizer = "adamw"  # Which optimiser; fresh in each iteration.
+    b1: Decay = 0.9  # Decay of the mean of gradients.
+    b2: Decay = 0.999  # Decay of the mean of squared gradients.
+    eps: Rate = 1e-8  # Keeps the step finite where squared gradients are near 0.
+    weight_decay: Annotated[float, Range(0, 1)] = 0.0  # Decoupled, times the learning rate.
     # Global norm of the gradient, at most; null: as it is.
     clip: Annotated[float, Range(0, above=True, advice="null switches clipping off")] | None = 1.0
-    reference: Literal["stored", "live"] = "stored"  # live: a second model in memory, same numbers
+    # Whether the reference's log-probabilities are computed once and stored, or by a second model in
+    # memory. The numbers are the same.
+    reference: Literal["stored", "live"] = "stored"
     # Whose log-probabilities these are: of the policy that each iteration starts from (the paper),
     # or of the run's start model throughout. Answers are the current policy's in both.
     reference_policy: Literal["previous", "start"] = "previous"
+    # What the backward pass computes again: nothing (none) to everything (full), for memory.
     remat: Remat = "full"
-    logprob_chunk: Size = 32  # tokens per row whose logits exist at a time
-    checkpoint_every: Count = 100  # updates
-    checkpoints_kept: Count = 1  # of an iteration that trains; the newest
-    parameter_dtype: ParameterDtype = "float32"
+    logprob_chunk: Size = 32  # Tokens per row whose logits exist at a time.
+    checkpoint_every: Count = 100  # Updates between two checkpoints.
+    checkpoints_kept: Count = 1  # How many of an iteration's newest checkpoints are kept.
+    parameter_dtype: ParameterDtype = "float32"  # What parameters and moments are kept in.
+
+    @agree
+    def _agrees(self) -> Iterator[str]:
+        tokens = self.rows * self.row_length
+        if tokens > MOST:
+            yield (
+                f"rows: {self.rows:,} rows of training.row_length {self.row_length:,} are {tokens:,} "
+                f"tokens at once; at most {MOST:,} were expected"
+            )
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Lora:
-    rank: Size
-    alpha: Positive
+    rank: Size  # Inner dimension of an adapter.
+    alpha: Positive  # Numerator of an adapter's scale, alpha / rank.
+    # Share of an adapter's inputs that are set to 0 in training.
     dropout: Annotated[float, Range(0, 1, below=True, advice="it is a share")] = 0.0
-    targets: str = "_proj$"  # regular expression over names such as self_attn.q_proj
-    rslora: Flag = False  # scale alpha / sqrt(rank), not alpha / rank
-    base: Literal["full", Quantization] = "full"  # int8, nf4: QLoRA, the base in 8 or 4 bits
+    targets: str = "_proj$"  # Regular expression, searched for in names such as self_attn.q_proj.
+    rslora: Flag = False  # Whether the scale is alpha / sqrt(rank).
+    base: Literal["full", Quantization] = "full"  # int8, nf4: QLoRA, the base in 8 or 4 bits.
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Compute:
-    dtype: Dtype = "auto"  # auto: float32 on CPU, else bfloat16
-    preset: Preset = "fsdp_tensor"  # single: one device
-    data: Axis = 1  # mesh axes within a slice; -1 takes the devices that are left
-    fsdp: Axis = -1
-    tensor: Axis = 1
-    dcn_data: Axis = -1  # between slices (on GPUs: hosts); -1 takes those that are left
-    dcn_fsdp: Count = 1
-    decode_tensor: Count | None = (
-        None  # devices of a copy of the model that generates; null: tensor
-    )
+    dtype: Dtype = "auto"  # What is computed in; auto: float32 on CPU, else bfloat16.
+    preset: Preset = "fsdp_tensor"  # How arrays lie on the devices (docs/scale.md); single: on one.
+    data: Axis = 1  # Devices of a slice that hold copies; -1 takes those that are left.
+    fsdp: Axis = -1  # Devices of a slice that share parameters and rows; -1 as above.
+    tensor: Axis = 1  # Devices of a slice that share each matrix; -1 as above.
+    dcn_data: Axis = -1  # Slices (on GPUs: hosts) that hold copies; -1 takes those that are left.
+    dcn_fsdp: Count = 1  # Slices that share parameters.
+    # Devices that share a copy of the model to generate; null: as many as `tensor`.
+    decode_tensor: Count | None = None
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Evaluation:
-    samples: Annotated[int, Range(1, 4096, whole=True)] = (
-        1  # answers drawn per held-out prompt, for reward and KL at temperature 1
-    )
+    # Answers drawn per held-out prompt, for reward and KL at temperature 1.
+    samples: Annotated[int, Range(1, 4096, whole=True)] = 1
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Log:
-    tensorboard: Flag = True
-    wandb: str | None = None  # project; needs the extra `wandb` and a login
+    tensorboard: Flag = True  # Whether metrics go to TensorBoard files in the run folder.
+    wandb: str | None = None  # Project in Weights & Biases; needs the extra `wandb` and a login.
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Experiment:
-    output: Annotated[str, AfterValidator(_folder)]  # the run folder
-    iterations: Count
+    output: Folder  # The run folder.
+    iterations: Count  # How often answers are made, ranked and trained on.
     model: Model
     data: Data
-    objective: dict[str, Any]  # loss: a name or package.module:function; the rest are its settings
+    # The key `loss` is a name, a sum of names, or package.module:function; the others are its settings.
+    objective: Loss
     training: Training
-    lora: Lora | None = None  # trains adapters; null trains all parameters
+    lora: Lora | None = None  # Trains adapters; null trains all parameters.
     text: Text = Text()
     candidates: Candidates = Candidates()
     rollout: Rollout = Rollout()
@@ -284,7 +309,7 @@ class Experiment:
     compute: Compute = Compute()
     evaluation: Evaluation = Evaluation()
     log: Log = Log()
-    seed: Seed = 42
+    seed: Seed = 42  # Of all that is drawn; the same seed gives the same run.
 
     def learning_rate(self, iteration: int) -> float:
         """The peak of iteration 1, 2, ..."""

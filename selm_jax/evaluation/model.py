@@ -25,7 +25,7 @@ from rich.console import Console
 
 from selm_jax.config import Experiment, Text
 from selm_jax.config import load as load_experiment
-from selm_jax.config.settings import Dtype
+from selm_jax.config.kinds import Dtype
 from selm_jax.evaluation import EvaluationError
 from selm_jax.models.attention import tree_mask
 from selm_jax.models.config import DecoderConfig

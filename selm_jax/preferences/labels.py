@@ -8,7 +8,7 @@ from typing import get_args
 
 from scipy.special import expit
 
-from selm_jax.config.settings import LabelKind
+from selm_jax.config.kinds import LabelKind
 from selm_jax.preferences.candidates import FeedbackError, Pair, check_choice
 from selm_jax.preferences.selection import Scores, draws
 

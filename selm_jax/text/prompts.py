@@ -29,7 +29,7 @@ import numpy as np
 from etils import epath
 
 from selm_jax.config import Data, Experiment
-from selm_jax.config.settings import DuplicateIds, OnBadRow
+from selm_jax.config.kinds import DuplicateIds, OnBadRow
 from selm_jax.shell.threads import of_each
 from selm_jax.text import tables
 from selm_jax.text.conversations import (

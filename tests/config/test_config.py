@@ -104,6 +104,25 @@ def test_settings_that_contradict_each_other(change, said):
         config.parse(TREE | change)
 
 
+def test_all_that_groups_contradict_is_named_at_once():
+    tree = TREE | {
+        "text": {"max_length": 5, "max_prompt_length": 7},
+        "data": {"train": "t", "system": "x", "system_column": "y", "rejected_score": "s"},
+        "feedback": {"acquisition": "entropy"},
+        "training": TREE["training"] | {"rows": 2**20, "row_length": 2**20},
+        "rollout": {"remote": {"engine": "vllm", "command": "vllm serve"}},
+        "objective": {"loss": "dpo", "beta": float("inf")},
+    }
+    with pytest.raises(ConfigError) as error:
+        config.parse(tree)
+    lines = [line.strip() for line in str(error.value).splitlines()[1:]]
+    assert sorted(line.partition(": ")[0] for line in lines) == [
+        "data.rejected_score", "data.system_column", "feedback.acquisition", "objective.beta",
+        "rollout.remote.command", "text.max_length", "text.max_prompt_length",
+        "text.max_prompt_length", "training.rows",
+    ]  # fmt: skip
+
+
 def test_not_yaml_and_not_there(tmp_path):
     with pytest.raises(ConfigError, match="no such experiment file"):
         config.load(tmp_path / "none.yaml")

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from selm_jax.config.settings import Dtype
+from selm_jax.config.kinds import Dtype
 from selm_jax.feedback.ranker import FeedbackError
 from selm_jax.parallel.rules import TRAINING, partition
 from selm_jax.shell.ranges import MOST, Range

@@ -1,0 +1,126 @@
+"""The kinds of value that settings take: names to choose among, days, folders, groups of any keys.
+
+Numbers are in `shell/ranges.py`. Whoever acts on a choice has a table or a check of the same names; a
+test holds these to the lists here.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+import shlex
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Strict, WrapValidator, model_validator
+from pydantic_core import PydanticCustomError
+
+from selm_jax.shell.paths import PathError, place
+from selm_jax.shell.ranges import MOST, Range
+from selm_jax.shell.user_code import is_user_code
+
+RuleName = Literal["best_worst", "swap", "top_random"]
+ExploreName = Literal["greedy", "sample", "all", "random", "best", "worst"]
+Ties = Literal["drop", "first"]
+CutOff = Literal["keep", "drop"]
+LabelKind = Literal["scores", "bradley_terry"]
+ModelBased = Literal["reward_gap", "entropy"]
+Acquisition = Literal["random", ModelBased]
+OnBadRow = Literal["error", "drop"]
+DuplicateIds = Literal["error", "number"]
+Engine = Literal["vllm", "sglang"]
+Schedule = Literal["cosine", "linear", "constant"]
+Optimizer = Literal["adamw", "adafactor", "rmsprop"]
+Remat = Literal["none", "mlp", "dots", "full"]
+Quantization = Literal["int8", "nf4"]
+ParameterDtype = Literal["float32", "bfloat16"]
+Dtype = Literal["auto", ParameterDtype]
+Preset = Literal["single", "fsdp", "fsdp_tensor"]
+
+
+def agree(rule: Callable[[Any], Iterator[str]]) -> Any:
+    """Makes a rule about the settings of one group part of the group: it yields `key: what is wrong`."""
+
+    def check(group: Any) -> Any:
+        refuse(list(rule(group)))
+        return group
+
+    return model_validator(mode="after")(check)
+
+
+def refuse(problems: list[str]) -> None:
+    """Raises PydanticCustomError for problems, each `key: what`, the key within what is validated."""
+    if problems:
+        raise PydanticCustomError("contradiction", "{problems}", {"problems": problems})
+
+
+def _several(value: Any) -> Any:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+def _day(value: Any) -> datetime.date:
+    try:
+        return value if isinstance(value, datetime.date) else datetime.date.fromisoformat(value)
+    except (TypeError, ValueError):
+        raise PydanticCustomError("day", "a day such as 2024-07-26 was expected") from None
+
+
+def _folder(text: str) -> str:
+    """A folder as a person writes it. What does not begin in their home folder stays word for word."""
+    try:
+        path = place(text)
+    except PathError as e:
+        raise PydanticCustomError("path", "{problem}", {"problem": str(e)}) from None
+    return str(path) if text.startswith("~") else text
+
+
+def _or_yours(value: Any, built_in: Callable[[Any], Any]) -> Any:
+    return value if isinstance(value, str) and is_user_code(value) else built_in(value)
+
+
+def _finite(settings: dict[str, Any]) -> dict[str, Any]:
+    refuse([f"{key}: {value}, a finite number was expected" for key, value in _infinite(settings)])
+    return settings
+
+
+def _infinite(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers that are none, wherever they lie, by their dotted keys."""
+    if isinstance(value, Mapping | list):
+        for name, each in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _infinite(each, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield key, value
+
+
+def _named_loss(objective: dict[str, Any]) -> dict[str, Any]:
+    loss = objective.get("loss")
+    if not isinstance(loss, str):
+        found = f"{loss!r} is no name" if "loss" in objective else "missing"
+        refuse([f"loss: {found}; it names the loss, for instance `selm` or `dpo`"])
+    return objective
+
+
+def _command(text: str) -> str:
+    """A command line that starts a server of the policy's folder."""
+    try:
+        parts = shlex.split(text)
+    except ValueError as e:
+        raise PydanticCustomError("command", "{problem}", {"problem": str(e)}) from None
+    if not any("{model}" in part for part in parts[1:]):
+        expected = "expected a program and {model} among its arguments, for the policy's folder"
+        raise PydanticCustomError("command", "{expected}", {"expected": expected})
+    return text
+
+
+Flag = Annotated[bool, Strict()]  # 1 and "yes" are none
+OrYours = WrapValidator(_or_yours)  # a name of what is built in, or package.module:function
+Day = Annotated[datetime.date, BeforeValidator(_day)]
+Folder = Annotated[str, AfterValidator(_folder)]
+Command = Annotated[str, AfterValidator(_command)]
+Free = Annotated[dict[str, Any], AfterValidator(_finite)]  # whose keys somebody else knows
+Loss = Annotated[Free, AfterValidator(_named_loss)]
+All = Annotated[int, Range(1, MOST, whole=True, advice="null takes all")]  # a limit
+Size = Annotated[int, Range(1, 2**20, whole=True)]  # of arrays, along one axis
+Rate = Annotated[float, Range(0, 1, above=True)]
+Rates = Annotated[tuple[Rate, ...], BeforeValidator(_several)]  # one serves all iterations
+Decay = Annotated[float, Range(0, 1, below=True)]  # of a mean over updates

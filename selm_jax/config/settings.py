@@ -142,7 +142,7 @@ class Text:
 
 @dataclass(frozen=True, config=_STRICT)
 class Candidates:
-    # 1: the policy's likeliest answer competes, the paper's y_ref.
+    # Whether (1) the policy's likeliest answer competes, the paper's y_ref.
     greedy: Annotated[int, Range(0, 1, whole=True)] = 1
     samples: Annotated[int, Range(0, 4096, whole=True)] = 0  # Answers drawn from the policy.
     dataset: Flag = True  # Whether the data set's two answers compete, too, as in the paper.

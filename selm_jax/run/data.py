@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Literal
 
 from selm_jax.config import Experiment
 from selm_jax.parallel import multihost
@@ -16,9 +15,7 @@ from selm_jax.run.task import Task
 from selm_jax.shell.threads import of_each
 from selm_jax.text.answers import longest_answered
 from selm_jax.text.chat import Chat, ChatError
-from selm_jax.text.prompts import Message, Prompt, PromptSet, digest, load_data, rows_of
-
-Part = Literal["train", "heldout"]
+from selm_jax.text.prompts import Message, Part, Prompt, PromptSet, digest, load_data, rows_of
 
 
 class Data:

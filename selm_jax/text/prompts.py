@@ -54,6 +54,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+Part = Literal["train", "heldout"]  # of the data of an experiment
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
@@ -188,9 +189,7 @@ def load_prompts(
     )
 
 
-def load_data(
-    data: Data, part: Literal["train", "heldout"] = "train", *, pairs: bool = True
-) -> PromptSet:
+def load_data(data: Data, part: Part = "train", *, pairs: bool = True) -> PromptSet:
     """`data.train` or `data.heldout`, read as the experiment says; `load_prompts` says the rest.
 
     Args:

@@ -14,7 +14,9 @@ from worker import jax_worker, read_data, versions
 
 from selm_jax.models.decoder import Decoder
 from selm_jax.models.families import read_config
-from selm_jax.rollout.engine import Engine, Request, decoding_params
+from selm_jax.rollout.engine import Engine
+from selm_jax.rollout.parameters import decoding_params
+from selm_jax.rollout.requests import Request
 from selm_jax.rollout.sampling import Sampling
 from selm_jax.weights.huggingface import load
 

@@ -23,7 +23,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from selm_jax.shell import artifacts
+from selm_jax.shell.paths import make_private
 
 LONGEST_NAME = 64
 
@@ -143,7 +143,7 @@ class Store:
     def __init__(self, path: Path):
         self.path = Path(path)
         try:
-            artifacts.make_private(self.path)
+            make_private(self.path)
             with self._open() as database:
                 database.execute("pragma journal_mode = wal")
                 database.executescript(_SCHEMA)

@@ -23,7 +23,9 @@ from selm_jax.parallel.mesh import decode_mesh, make_mesh
 from selm_jax.parallel.rules import TRAINING, place_rows, shardings
 from selm_jax.preferences.examples import Example
 from selm_jax.preferences.packing import common_shape, pack
-from selm_jax.rollout.engine import Engine, Request, decoding_params, decoding_shardings
+from selm_jax.rollout.engine import Engine
+from selm_jax.rollout.parameters import decoding_params, decoding_shardings
+from selm_jax.rollout.requests import Request
 from selm_jax.rollout.sampling import Sampling
 from selm_jax.training.loop import mean_lengths
 from selm_jax.training.optimizer import optimizer

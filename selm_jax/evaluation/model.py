@@ -41,20 +41,16 @@ from selm_jax.preferences.packing import (
     pack,
     unpack_tokens,
 )
-from selm_jax.rollout.engine import (
-    Engine,
-    Request,
-    Response,
-    bucket,
-    decoding_params,
-    decoding_shardings,
-)
+from selm_jax.rollout.engine import Engine, bucket
+from selm_jax.rollout.parameters import decoding_params, decoding_shardings
+from selm_jax.rollout.requests import Request, Response
 from selm_jax.rollout.sampling import Sampling
 from selm_jax.shell import artifacts
 from selm_jax.shell.paths import place
 from selm_jax.shell.progress import Advance, terminal
-from selm_jax.text.chat import Chat, ChatError, Turn, stop_ids
+from selm_jax.text.chat import Chat, ChatError, Turn
 from selm_jax.text.tokenizer import Tokenizer
+from selm_jax.text.vocabulary import stop_ids
 from selm_jax.weights import sources
 from selm_jax.weights.huggingface import checked_config, load
 

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array
 
 from selm_jax.lab import algorithms, exact, stats
+from selm_jax.lab.rounds import Examples, sample
 from selm_jax.lab.worlds import Table, World
 from selm_jax.models import families
 from selm_jax.models.decoder import Decoder, Params
@@ -120,7 +121,7 @@ def log_policy(decoder: Decoder, params: Params, tree: PreferenceBatch) -> Table
     return response_logps(decoder, params, tree, CHUNK)[:, 0]
 
 
-def examples(dw: DecoderWorld, data: algorithms.Examples, log_reference: Table) -> list[Example]:
+def examples(dw: DecoderWorld, data: Examples, log_reference: Table) -> list[Example]:
     """The pairs as the stages of a run would store them; a response that plays two roles is once."""
     reference = np.asarray(log_reference)
     out = []
@@ -184,7 +185,7 @@ def run(
     regrets = []
     for t in range(rounds):
         slots = table(state.params, dw.tree), dw.world.log_reference
-        new = algorithms.sample(
+        new = sample(
             jax.random.fold_in(key, t), dw.world, slots, (1.0, 1.0), settings, queries, explore=1
         )
         data += examples(dw, new, dw.world.log_reference)

@@ -1,8 +1,4 @@
-"""Experiments: many runs in one compiled program, and the questions asked of them.
-
-`run_many` runs every cell of a grid with the same seeds: two cells differ in nothing but their
-settings, so differences are taken within a seed, which removes most of their noise.
-"""
+"""Experiments: the questions that are asked of many runs (`many.run_many`)."""
 
 from __future__ import annotations
 
@@ -25,73 +21,13 @@ from selm_jax.lab.algorithms import (
     Length,
     Settings,
     Slot,
-    Trace,
     replace,
-    run,
     zoo,
 )
+from selm_jax.lab.many import Cell, keys, run_many
 from selm_jax.lab.stats import Record
 from selm_jax.lab.worlds import LANDSCAPES, WorldShape, make_world
 from selm_jax.objectives.losses import Objective, dpo, optimism
-
-Cell = dict[str, Any]  # settings of one cell: landscape, coverage, and fields of `Settings`
-
-BATCH = 256  # runs side by side at most: enough to fill vector units, few enough to stay in cache
-SETTINGS = tuple(field.name for field in dataclasses.fields(Settings))
-ASSUMED = 0.1  # the learner's temperature where the feedback has none
-
-
-def run_many(
-    shape: WorldShape,
-    algorithm: Algorithm,
-    length: Length,
-    cells: Sequence[Cell],
-    *,
-    seeds: int,
-    seed: int = 0,
-) -> Trace:
-    """Every cell with seeds 0, 1, ...: a `Trace` of numpy arrays [cells, seeds, rounds].
-
-    The learner knows the feedback's temperature unless a cell has another one as `assumed`. A seed
-    is a world and all the noise of the run. Equal arguments give equal bits.
-    """
-    defaults = {"landscape": "two_peaks", "coverage": 0.05}
-    defaults |= {name: getattr(Settings(), name) for name in SETTINGS}
-    if unknown := {key for cell in cells for key in cell} - defaults.keys():
-        raise ValueError(f"cells have {sorted(unknown)}; expected some of {list(defaults)}")
-    full = [defaults | cell for cell in cells]
-    for cell, given in zip(full, cells, strict=True):
-        cell["assumed"] = given.get("assumed", cell["temperature"] or ASSUMED)
-        cell["landscape"] = LANDSCAPES.index(cell["landscape"])
-    columns = {name: np.repeat([cell[name] for cell in full], seeds) for name in defaults}
-    columns = {
-        k: jnp.asarray(v, None if k == "landscape" else "float32") for k, v in columns.items()
-    }
-    which = jnp.tile(jnp.arange(seeds), len(cells))
-    trace = _compiled(shape, algorithm, length, seeds)(jax.random.key(seed), which, columns)
-    return jax.tree.map(lambda x: np.asarray(x).reshape(len(cells), seeds, -1), trace)
-
-
-@functools.cache
-def _compiled(shape: WorldShape, algorithm: Algorithm, length: Length, seeds: int):
-    def one(key, which, cell):
-        world_key, run_key = _keys(key, which)
-        world = make_world(world_key, shape, cell["landscape"], cell["coverage"])
-        settings = Settings(**{name: cell[name] for name in SETTINGS})
-        return run(run_key, world, algorithm, settings, length)
-
-    def every(key, which, columns):
-        # A whole divisor of the seeds, so that no cell's numbers depend on which others are there.
-        batch = max(n for n in range(1, BATCH + 1) if seeds % n == 0)
-        return jax.lax.map(lambda x: one(key, *x), (which, columns), batch_size=batch)
-
-    return jax.jit(every)
-
-
-def _keys(key, which):
-    """Of a seed's world, and of all the noise of its runs."""
-    return jax.random.split(jax.random.fold_in(key, which))
-
 
 # --- regret curves -------------------------------------------------------------------------------
 
@@ -396,7 +332,7 @@ def theorem(
 @functools.cache
 def _theorem(shape: WorldShape, rounds: int):
     def one(key, which):
-        world = make_world(_keys(key, which)[0], shape)
+        world = make_world(keys(key, which)[0], shape)
         return theory.of_world(world, rounds), exact.regret(world, world.log_reference)
 
     return jax.jit(jax.vmap(one, in_axes=(None, 0)))

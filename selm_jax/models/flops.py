@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 
 from selm_jax.models.config import DecoderConfig
-from selm_jax.models.deberta import DebertaConfig
+from selm_jax.models.config_deberta import DebertaConfig
 
 
 @dataclasses.dataclass(frozen=True)

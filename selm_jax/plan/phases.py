@@ -24,8 +24,9 @@ from selm_jax.plan.rankers import Ranker, rankers_of
 from selm_jax.plan.topology import Target
 from selm_jax.preferences.examples import ROLES
 from selm_jax.preferences.packing import PreferenceBatch, Shape, empty
-from selm_jax.rollout.engine import Programs as Generation
-from selm_jax.rollout.engine import decoding_params, programs
+from selm_jax.rollout.parameters import decoding_params
+from selm_jax.rollout.programs import Programs as Generation
+from selm_jax.rollout.programs import programs
 from selm_jax.run.data import Data
 from selm_jax.run.devices import Devices
 from selm_jax.run.programs import Programs, Sizes

@@ -138,6 +138,12 @@ def _groups(rows: Sequence[Row], place: int, against: str) -> Iterator[Group]:
 
 
 def _plots(named, styles, against: str, i: int) -> Iterator[Plot]:
+    yield _differences(named, styles, against, i)
+    yield _by_iteration(named, styles, i)
+    yield _against_kl(named, styles, i)
+
+
+def _differences(named, styles, against: str, i: int) -> Plot:
     shown = [(level, row, row.difference) for level, row in named if row.difference is not None]
     marks = [
         Estimated(
@@ -159,13 +165,16 @@ def _plots(named, styles, against: str, i: int) -> Iterator[Plot]:
             "seed, over prompts alone: a bar clear of the zero line is then a difference of these "
             "two models, which another seed need not show."
         )
-    yield Plot(
+    return Plot(
         f"Greedy reward minus that of {against}",
         how,
         estimates([level for level, *_ in shown], marks, key=f"difference-{i}", alt=alt)
         if shown
         else None,
     )
+
+
+def _by_iteration(named, styles, i: int) -> Plot:
     several = itertools.count()
     series = []
     for level, row in named:
@@ -180,7 +189,7 @@ def _plots(named, styles, against: str, i: int) -> Iterator[Plot]:
                     y_interval=[(_end(e.low), _end(e.high)) for _, e in points],
                 )
             )
-    yield Plot(
+    return Plot(
         "Reward of greedy answers",
         "Mean over seeds and held-out prompts by iteration; 0 is the start model. The prompts are "
         "the same for all: the differences are surer than these bars say.",
@@ -194,6 +203,9 @@ def _plots(named, styles, against: str, i: int) -> Iterator[Plot]:
         if series
         else None,
     )
+
+
+def _against_kl(named, styles, i: int) -> Plot:
     series = []
     for level, row in named:
         ts = [t for t in row.by_iteration if t in row.kl_by_iteration]
@@ -205,7 +217,7 @@ def _plots(named, styles, against: str, i: int) -> Iterator[Plot]:
                     [row.by_iteration[t].mean for t in ts],
                 )
             )
-    yield Plot(
+    return Plot(
         "Greedy reward against KL",
         "Each point is an iteration. Up is better, left is closer to the start model: a method is "
         "better where it lies higher at the same KL.",

@@ -19,66 +19,21 @@ import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from selm_jax.models.config import DecoderConfig
-from selm_jax.models.decoder import Decoder, LayerCache, Params, abstract_params, logits, unstack
-from selm_jax.parallel.rules import DECODE, partition, shardings
+from selm_jax.models.decoder import Decoder, LayerCache, Params, logits
+from selm_jax.parallel.rules import DECODE, partition
+from selm_jax.rollout.requests import Request, Response
 from selm_jax.rollout.sampling import Sampling, next_tokens, stream
 
 _LOOK_EVERY = 16  # tokens between two looks at a text that a word may end
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """A prompt and the responses wanted for it.
-
-    Attributes:
-      index: the number i of the prompt in its iteration, which names its random numbers.
-      draws: names them in its place, where a prompt has no lasting number; below 2^31.
-      prompt: token ids.
-      greedy: 1 for a greedy response, which is then sample 0.
-      samples: how many responses to draw; they are samples 1, 2, ... whether or not there is a
-        greedy one.
-    """
-
-    index: int
-    prompt: tuple[int, ...]
-    greedy: int
-    samples: int
-    draws: int | None = None
-
-    def wanted(self) -> list[int]:
-        return list(range(1 - self.greedy, 1 + self.samples))
-
-    @property
-    def drawn_by(self) -> int:
-        return self.index if self.draws is None else self.draws
-
-
-@dataclasses.dataclass(frozen=True)
-class Response:
-    """Token ids of one response; the stop id stands at the end if `finish` is "stop".
-
-    If it is "ended", the caller of `generate` found an end in the text; more tokens may follow.
-    """
-
-    index: int
-    sample: int
-    tokens: tuple[int, ...]
-    finish: str  # "stop", "length" or "ended"
-
-    @property
-    def greedy(self) -> bool:
-        return self.sample == 0
 
 
 @flax.struct.dataclass
@@ -162,7 +117,7 @@ class Engine:
         # Longest first: prompts of a prefill are of like length, and the short ones fill the end.
         queue = deque(sorted(requests, key=lambda r: (-len(r.prompt), r.index)))
         waiting: deque[_Waiting] = deque()  # prefilled, not yet in a slot
-        slots = _empty(self)
+        slots = empty(self)
         who: list[tuple[int, int] | None] = [None] * self.slots
         refill_at = max(1, self.slots // 8)
 
@@ -184,7 +139,7 @@ class Engine:
             # With nothing left to refill, run to the end.
             stop_at = refill_at if (queue or waiting) else self.slots
             steps = self.max_new_tokens if ended is None else _LOOK_EVERY
-            slots, seen = _decode(self, params, slots, np.int32(stop_at), np.int32(steps))
+            slots, seen = decode(self, params, slots, np.int32(stop_at), np.int32(steps))
             active, drawn, output = jax.device_get(seen)
             responses, cut = [], np.zeros(self.slots, bool)
             for slot, owner in enumerate(who):
@@ -202,27 +157,6 @@ class Engine:
             if cut.any():
                 slots = slots.replace(active=slots.active & ~cut)
             yield responses
-
-
-def decoding_params(params: Params, dtype: Any, where: Any = None) -> Params:
-    """Training parameters as the engine wants them: one tree per layer, in the dtype of decoding,
-    and laid out as `where` (`decoding_shardings`) says."""
-    return jax.jit(
-        lambda p: unstack(jax.tree.map(lambda x: x.astype(dtype), p)), out_shardings=where
-    )(params)
-
-
-def decoding_shardings(config: DecoderConfig, mesh: Mesh) -> Any:
-    """Where the parameters lie that generate, by `rules.DECODE`. The mesh has the devices of the
-    training parameters, in the same order (`parallel.mesh.decode_mesh`).
-
-    Raises:
-      MeshError: a parameter that the mesh does not cut evenly; it is named.
-    """
-    stacked = shardings(abstract_params(config), mesh, DECODE)
-    where = {k: v for k, v in stacked.items() if k != "layers"}
-    layer = jax.tree.map(lambda x: NamedSharding(mesh, P(*x.spec[1:])), stacked["layers"])
-    return where | {f"layer_{i}": layer for i in range(config.layers)}
 
 
 def bucket(length: int) -> int:
@@ -248,7 +182,7 @@ def _prefill_group(engine: Engine, params, group: list[Request], seed, iteration
     for row, request in enumerate(group):
         tokens[row, : len(request.prompt)] = request.prompt
         lengths[row] = len(request.prompt)
-    cache, logits = _prefill(engine, params, tokens, lengths)
+    cache, logits = prefill(engine, params, tokens, lengths)
     wanted = [
         (row, r.index, sample, np.asarray(_stream(seed, iteration, r.drawn_by, sample)))
         for row, r in enumerate(group)
@@ -264,10 +198,10 @@ def _cut(engine: Engine, tree: Any, *axes: str | None) -> Any:
     """Lays arrays on the mesh by the names of their first axes; what has no name is not cut."""
     if engine.mesh is None:
         return tree
-    return jax.lax.with_sharding_constraint(tree, _places(engine, tree, *axes))
+    return jax.lax.with_sharding_constraint(tree, places(engine, tree, *axes))
 
 
-def _places(engine: Engine, tree: Any, *axes: str | None) -> Any:
+def places(engine: Engine, tree: Any, *axes: str | None) -> Any:
     """The shardings that `_cut` gives."""
 
     def of(x: Array) -> NamedSharding:
@@ -280,16 +214,16 @@ def _places(engine: Engine, tree: Any, *axes: str | None) -> Any:
 def _cut_slots(engine: Engine, slots: Slots) -> Slots:
     if engine.mesh is None:
         return slots
-    return jax.lax.with_sharding_constraint(slots, _slot_places(engine, slots))
+    return jax.lax.with_sharding_constraint(slots, slot_places(engine, slots))
 
 
-def _slot_places(engine: Engine, slots: Slots) -> Slots:
-    rest = _places(engine, slots.replace(cache=()), "slots")
-    return rest.replace(cache=_places(engine, slots.cache, "slots", "kv_heads"))
+def slot_places(engine: Engine, slots: Slots) -> Slots:
+    rest = places(engine, slots.replace(cache=()), "slots")
+    return rest.replace(cache=places(engine, slots.cache, "slots", "kv_heads"))
 
 
 @partial(jax.jit, static_argnums=0)
-def _prefill(
+def prefill(
     engine: Engine,
     params: Params,
     tokens: Int[Array, "rows time"],
@@ -317,13 +251,11 @@ def _insert_taken(engine: Engine, slots: Slots, head: _Waiting, taken, into) -> 
     greedy = np.zeros(engine.slots, bool)
     for (row, _, sample, stream_), slot in zip(taken, into, strict=True):
         rows[slot], streams[slot], greedy[slot] = row, stream_, sample == 0
-    return _insert(
-        engine, slots, head.cache, head.logits, rows, head.lengths[rows], streams, greedy
-    )
+    return insert(engine, slots, head.cache, head.logits, rows, head.lengths[rows], streams, greedy)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _insert(engine, slots, cache, scores, rows, lengths, streams, greedy) -> Slots:
+def insert(engine, slots, cache, scores, rows, lengths, streams, greedy) -> Slots:
     """Copies prefilled rows into slots and draws the first token of each.
 
     Each slot looks up its row, and not each row its slot: on a mesh that is no device's business
@@ -359,7 +291,7 @@ def _insert(engine, slots, cache, scores, rows, lengths, streams, greedy) -> Slo
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _decode(
+def decode(
     engine: Engine, params: Params, slots: Slots, stop_at: Int[Array, ""], steps: Int[Array, ""]
 ) -> tuple[Slots, tuple[Array, Array, Array]]:
     """Decodes until `stop_at` slots are idle, or for so many steps. Returns also (active, drawn,
@@ -418,7 +350,7 @@ def _zeros(engine: Engine, rows: int, capacity: int) -> tuple[LayerCache, ...]:
 
 
 @partial(jax.jit, static_argnums=0)
-def _empty(engine: Engine) -> Slots:
+def empty(engine: Engine) -> Slots:
     n = engine.slots
     slots = Slots(
         cache=_zeros(engine, n, bucket(engine.max_prompt) + engine.max_new_tokens),
@@ -431,48 +363,3 @@ def _empty(engine: Engine) -> Slots:
         active=jnp.zeros(n, bool),
     )
     return _cut_slots(engine, slots)
-
-
-class Programs(NamedTuple):
-    """What `generate` runs, for a plan: jitted functions, and abstractly what they are given.
-
-    `slots` and `prefilled` are what lies in memory beside a prefill and beside decoding.
-    """
-
-    prefill: tuple[Any, tuple[Any, ...]]
-    insert: tuple[Any, tuple[Any, ...]]
-    decode: tuple[Any, tuple[Any, ...]]
-    slots: Slots
-    prefilled: tuple[Any, Any]
-
-
-def programs(engine: Engine, params: Params) -> Programs:
-    """The programs for prompts of `max_prompt` tokens, on the engine's mesh.
-
-    Args:
-      params: abstract, as `decoding_params` gives them.
-    """
-
-    def like(tree: Any, where: Any) -> Any:
-        return jax.tree.map(
-            lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, where
-        )
-
-    def of_host(*shape: int, dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    n, rows = engine.slots, engine.prefill_rows
-    slots = jax.eval_shape(partial(_empty, engine))
-    slots = like(slots, _slot_places(engine, slots))
-    prompts = (engine, params, of_host(rows, bucket(engine.max_prompt)), of_host(rows))
-    cache, scores = jax.eval_shape(partial(_prefill, engine), *prompts[1:])
-    cache = like(cache, _places(engine, cache, None, "kv_heads"))
-    scores = like(scores, _places(engine, scores, None))
-    flags = (of_host(n, 2, dtype=np.uint32), of_host(n, dtype=np.bool_))
-    return Programs(
-        prefill=(_prefill, prompts),
-        insert=(_insert, (engine, slots, cache, scores, of_host(n), of_host(n), *flags)),
-        decode=(_decode, (engine, params, slots, of_host(), of_host())),
-        slots=slots,
-        prefilled=(cache, scores),
-    )

@@ -26,7 +26,7 @@ import numpy as np
 from selm_jax.config import Remote
 from selm_jax.rollout import server_log
 from selm_jax.rollout.dialects import DIALECTS, Said, Served
-from selm_jax.rollout.engine import Request, Response
+from selm_jax.rollout.requests import Request, Response
 from selm_jax.rollout.sampling import Sampling
 from selm_jax.shell import artifacts, processes
 from selm_jax.shell.endpoint import (

@@ -25,7 +25,8 @@ from selm_jax.models.lora import init as fresh_adapters
 from selm_jax.models.quantize import quantize
 from selm_jax.parallel.rules import place_rows, row_shardings, shardings
 from selm_jax.preferences.packing import PreferenceBatch
-from selm_jax.rollout.engine import Engine, decoding_params, decoding_shardings
+from selm_jax.rollout.engine import Engine
+from selm_jax.rollout.parameters import decoding_params, decoding_shardings
 from selm_jax.rollout.sampling import Sampling
 from selm_jax.run.devices import Devices
 from selm_jax.run.task import Task

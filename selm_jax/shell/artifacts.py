@@ -345,8 +345,8 @@ def read_lines(path: Path) -> list[Any]:
 
 def _no_json(path: Path, line: jsonl.Line, error: jsonl.JsonError) -> ArtifactError:
     return ArtifactError(
-        f"{path}, line {line.number}: not JSON: {error}. Take the line away, or put the "
-        "file back as it was written."
+        f"{path}, line {line.number}: not JSON: {error}. {_PUT_BACK}; or take the line away, and the "
+        "stage that wrote it out of its iteration's stage.json to do that stage again"
     )
 
 
@@ -380,13 +380,6 @@ def append_line(path: Path, value: Mapping[str, Any]) -> None:
         f.write(json.dumps(value, ensure_ascii=False) + "\n")
 
 
-def make_private(path: Path) -> None:
-    """Makes an empty file that nobody else may read, unless there is a file: for a database, whose
-    neighbours (write-ahead log) take their permissions from it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-
-
 def flush(path: Path) -> None:
     """Has the system write a file, or a folder's files, to disk."""
     for file in [path] if path.is_file() else path.rglob("*"):
@@ -396,7 +389,7 @@ def flush(path: Path) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """The same of the names in a folder."""
+    """Has the system write the names in a folder to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -6,6 +6,7 @@ only if it made that folder: it leaves a mark in each that it takes.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,13 @@ def claim(folder: Path) -> None:
             )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARK).write_text(_TOLD, encoding="utf-8")
+
+
+def make_private(path: Path) -> None:
+    """Makes an empty file that nobody else may read, unless there is a file: for a database, whose
+    neighbours (write-ahead log) take their permissions from it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
 
 
 def is_leftover(name: str) -> bool:

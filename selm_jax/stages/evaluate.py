@@ -19,7 +19,7 @@ from selm_jax.feedback.ranker import is_relative, reported, scores_beside
 from selm_jax.parallel import multihost
 from selm_jax.preferences.examples import Example
 from selm_jax.preferences.own_answers import rated_example
-from selm_jax.rollout.engine import Request
+from selm_jax.rollout.requests import Request
 from selm_jax.rollout.sampling import Sampling
 from selm_jax.run.rows import RunError, question
 from selm_jax.run.run import Run

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.compute
 
 from selm_jax.parallel import multihost
-from selm_jax.rollout.engine import Request, Response
 from selm_jax.rollout.remote import Server, named
+from selm_jax.rollout.requests import Request, Response
 from selm_jax.run.run import Run
 from selm_jax.shell import artifacts, parts
 from selm_jax.text.prompts import Prompt

@@ -19,7 +19,8 @@ from typing import Protocol
 from selm_jax.config import Text
 from selm_jax.text.spelled import Literal, Spelled, control_tokens
 from selm_jax.text.template import Refused, Template
-from selm_jax.text.tokenizer import CONFIG, ChatError, Tokenizer, find_chat_template, read_object
+from selm_jax.text.tokenizer import ChatError, Tokenizer, find_chat_template
+from selm_jax.text.vocabulary import checked_vocabulary, stop_ids
 
 
 class UnusableAnswer(ChatError):
@@ -300,14 +301,12 @@ class Chat:
                 f"the chat template of {self.folder} writes {self.tokenizer.bos_token} twice: "
                 f"{rendered!r}. Take one of them out of the template (or out of the message)"
             )
-        if self._bos is None or ids[:1] == (bos,) or self._writes_bos(messages, rendered):
+        if self._bos is None or ids[:1] == (bos,):
             return ids
-        return (self._bos, *ids)
-
-    def _writes_bos(self, messages: Sequence[Turn], rendered: str) -> bool:
-        """Whether the template writes BOS, be it behind other text; what messages spell is theirs."""
-        bos = self.tokenizer.bos_token or ""
-        return rendered.count(bos) > sum(self._mark(m.content).count(bos) for m in messages)
+        # The template may write BOS behind other text; what messages spell is theirs.
+        text = self.tokenizer.bos_token or ""
+        spelled = sum(self._mark(m.content).count(text) for m in messages)
+        return ids if rendered.count(text) > spelled else (self._bos, *ids)
 
     def _tokens(self, marked: str) -> tuple[int, ...]:
         """Ids of what the template wrote, all of which the model's embedding has."""
@@ -338,25 +337,6 @@ _THINKING = (
 )
 
 
-def checked_vocabulary(tokenizer: Tokenizer, vocabulary: int | None) -> int | None:
-    """The rows of the model's embedding, if some token has none there; None if all have one.
-
-    Raises:
-      ChatError: ordinary text may have such a token. Of an added token it is enough that no text
-        has it: many models have a token for padding or images that their embedding does not know.
-    """
-    if vocabulary is None:
-        return None
-    ordinary, added = tokenizer.beyond(vocabulary)
-    if ordinary:
-        raise ChatError(
-            f"{tokenizer.folder}: the tokenizer has {len(tokenizer)} tokens, the model's embedding "
-            f"only {vocabulary}; {ordinary[0]!r} is an ordinary one without a row there. Take "
-            "tokenizer and model from the same place"
-        )
-    return vocabulary if added else None
-
-
 class Message:
     """A turn that this module makes."""
 
@@ -381,29 +361,3 @@ def _check_variables(
             raise ChatError(f"text.template: {name!r} is not for an experiment to set")
         if name not in template:
             raise ChatError(f"text.template: the chat template of {folder} never reads {name!r}")
-
-
-def stop_ids(folder: Path, tokenizer: Tokenizer, vocabulary: int | None = None) -> tuple[int, ...]:
-    """Tokens that end a text, from the generation config (where there is none, the model's, as
-    transformers does) and the tokenizer.
-
-    Raises:
-      ChatError: there are none, or one is no token of the model.
-    """
-    files = (folder / name for name in ("generation_config.json", "config.json"))
-    file = next((file for file in files if file.exists()), None)
-    configured = read_object(file).get("eos_token_id") if file else None
-    ids = configured if isinstance(configured, list) else [configured]
-    most = len(tokenizer) if vocabulary is None else vocabulary
-    named = [(each, f"{file}: eos_token_id") for each in ids]
-    named.append((tokenizer.eos_token_id, f"{folder / CONFIG}: eos_token {tokenizer.eos_token!r}"))
-    for i, where in named:
-        if i is not None and (type(i) is not int or not 0 <= i < most):
-            raise ChatError(
-                f"{where} has {i!r}; a token's id, from 0 to {most - 1}, was expected. Name the "
-                "token that ends an answer, or none"
-            )
-    stops = {i for i, _ in named if i is not None}
-    if not stops:
-        raise ChatError(f"{folder}: neither the generation config nor the tokenizer has an EOS")
-    return tuple(sorted(stops))

@@ -171,11 +171,7 @@ def load_prompts(
             found = _with_free_id(parse(row.values, columns), kept, columns, duplicate_ids)
         except BadRow as bad:
             if on_bad_row == "error":
-                column = f", column {bad.column!r}" if bad.column else ""
-                raise DataError(
-                    f"{row.where}{column}: {bad.reason}: {bad.detail} Mend the row, or set "
-                    "on_bad_row to 'drop' to leave out and count such rows."
-                ) from bad
+                raise _unusable(row, bad) from bad
             dropped.setdefault(bad.reason, []).append(number)
         else:
             kept[found.id] = found, row
@@ -186,6 +182,14 @@ def load_prompts(
         tuple(found for found, _ in kept.values()),
         {reason: tuple(numbers) for reason, numbers in dropped.items()},
         tuple(_notes(columns, kept.values())),
+    )
+
+
+def _unusable(row: Row, bad: BadRow) -> DataError:
+    column = f", column {bad.column!r}" if bad.column else ""
+    return DataError(
+        f"{row.where}{column}: {bad.reason}: {bad.detail} Mend the row, or set on_bad_row to 'drop' "
+        "to leave out and count such rows."
     )
 
 

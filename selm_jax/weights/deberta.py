@@ -22,8 +22,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from selm_jax.models.config import UnsupportedModel
+from selm_jax.models.config_deberta import DebertaConfig, from_hf
 from selm_jax.models.config_keys import size
-from selm_jax.models.deberta import DebertaConfig, Params, abstract_params, from_hf
+from selm_jax.models.deberta import Params, abstract_params
 from selm_jax.shell.json_file import JsonFileError, read_object
 from selm_jax.weights.files import (
     DTYPES,

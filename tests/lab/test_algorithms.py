@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from selm_jax.lab import algorithms, exact
+from selm_jax.lab import exact, rounds
 from selm_jax.lab.algorithms import POLICY, REFERENCE, Length, Settings, Slot, replace, zoo
-from selm_jax.lab.experiments import run_many
+from selm_jax.lab.many import run_many
 from selm_jax.lab.worlds import WorldShape, make_world
 from selm_jax.objectives.losses import ObjectiveError, dpo, optimism, selm
 
@@ -53,14 +53,14 @@ def test_without_alpha_selm_is_dpo(name):
 def test_without_alpha_loss_and_slope_are_dpos_bit_for_bit(small):
     w, log_policy = small
     plain = replace(ZOO["selm_practice"], bonus=None, explore=1)
-    data = algorithms.sample(
+    data = rounds.sample(
         jax.random.key(0), w, (log_policy, w.log_reference), (1.0, 1.0), Settings(), 20, explore=1
     )
     theta = jax.random.normal(jax.random.key(9), w.theta_star.shape)
 
     def both(algorithm):
         return jax.value_and_grad(
-            lambda th: algorithms.loss(algorithm, w, Settings(), th, w.log_reference, data, 0.0)
+            lambda th: rounds.loss(algorithm, w, Settings(), th, w.log_reference, data, 0.0)
         )(theta)
 
     for bonus in (replace(plain, bonus=optimism(1.0)), replace(plain, fit=selm(BETA, 0.0))):
@@ -114,7 +114,7 @@ def test_asker_and_judged_take_the_effect_apart():
 def test_alpha_falls_with_the_root_of_the_round(small):
     w, _ = small
     falling = replace(ZOO["selm_fixed"], schedule="inverse_sqrt", convention="alpha_beta")
-    weights = [algorithms.weight(falling, w, Settings(alpha=0.3), t, 9) for t in (1.0, 4.0, 9.0)]
+    weights = [rounds.weight(falling, w, Settings(alpha=0.3), t, 9) for t in (1.0, 4.0, 9.0)]
     np.testing.assert_allclose(weights, np.array([0.3, 0.15, 0.1]) * BETA, rtol=1e-6)
 
 
@@ -141,12 +141,12 @@ def test_wrong_algorithms_are_refused():
 
 def test_fit_plus_weighted_bonus_is_selm(small):
     w, log_policy = small
-    data = algorithms.sample(
+    data = rounds.sample(
         jax.random.key(0), w, (log_policy, w.log_reference), (1.0, 1.0), Settings(), 20, explore=1
     )
-    whole = algorithms.mean_loss(selm(BETA, 0.3), log_policy, w.log_reference, data)
-    fit = algorithms.mean_loss(dpo(BETA), log_policy, w.log_reference, data)
-    bonus = algorithms.mean_loss(optimism(1.0, BETA), log_policy, w.log_reference, data)
+    whole = rounds.mean_loss(selm(BETA, 0.3), log_policy, w.log_reference, data)
+    fit = rounds.mean_loss(dpo(BETA), log_policy, w.log_reference, data)
+    bonus = rounds.mean_loss(optimism(1.0, BETA), log_policy, w.log_reference, data)
     np.testing.assert_allclose(fit + 0.3 * BETA * bonus, whole, rtol=1e-6)
 
 
@@ -158,26 +158,22 @@ def test_sampled_losses_have_the_exact_expectation(small, temperature, flips):
     w, log_policy = small
     settings = Settings(temperature=temperature, flips=flips)
     slots, n = (log_policy, w.log_reference), 40_000
-    data = algorithms.sample(jax.random.key(5), w, slots, (1.0, 1.0), settings, n, explore=1)
-    pairs = algorithms.every_pair(w, *slots, settings)
+    data = rounds.sample(jax.random.key(5), w, slots, (1.0, 1.0), settings, n, explore=1)
+    pairs = rounds.every_pair(w, *slots, settings)
     np.testing.assert_allclose(pairs.sum(), 1, rtol=1e-5)
 
-    seen = algorithms.logps(
+    seen = rounds.logps(
         log_policy, w.log_reference, data.prompt,
         chosen=data.chosen, rejected=data.rejected, explore=data.explore,
     )  # fmt: skip
     for objective, expected in (
         (
             dpo(1.0),
-            algorithms.mean_loss(
-                dpo(1.0), log_policy, w.log_reference, algorithms.as_examples(pairs)
-            ),
+            rounds.mean_loss(dpo(1.0), log_policy, w.log_reference, rounds.as_examples(pairs)),
         ),
         (
             optimism(1.0),
-            algorithms.expected_bonus(
-                optimism(1.0), w, w.log_reference, log_policy, w.log_reference
-            ),
+            rounds.expected_bonus(optimism(1.0), w, w.log_reference, log_policy, w.log_reference),
         ),
     ):
         losses = np.asarray(objective(seen)[0])
@@ -191,7 +187,7 @@ def test_bradley_terry_from_gumbel_noise(small):
     n, tau = 40_000, 0.3
     one = jnp.log(jnp.array([[1.0, 0, 0, 0, 0, 0], [0, 0, 1.0, 0, 0, 0]]))
     two = jnp.log(jnp.array([[0, 0, 0, 1.0, 0, 0], [0, 1.0, 0, 0, 0, 0]]))
-    data = algorithms.sample(
+    data = rounds.sample(
         jax.random.key(3), w, (one, two), (1.0, 1.0), Settings(temperature=tau), n, explore=0
     )
     for x, (a, b) in enumerate([(0, 3), (2, 1)]):
@@ -203,14 +199,14 @@ def test_bradley_terry_from_gumbel_noise(small):
 
 def test_best_and_worst_of_many_without_noise(small):
     w, log_policy = small
-    data = algorithms.sample(
+    data = rounds.sample(
         jax.random.key(3), w, (log_policy,) * 4, (1.0,) * 4, Settings(temperature=0.0), 64, 2
     )
     better = w.reward[data.prompt, data.chosen], w.reward[data.prompt, data.rejected]
     assert np.all(better[0] >= better[1])
     explored = w.reward[data.prompt, data.explore]
     assert np.all((explored <= better[0]) & (explored >= better[1]))
-    all_wrong = algorithms.sample(
+    all_wrong = rounds.sample(
         jax.random.key(3), w, (log_policy,) * 4, (1.0,) * 4,
         Settings(temperature=0.0, flips=1.0), 64, 2,
     )  # fmt: skip
@@ -219,7 +215,7 @@ def test_best_and_worst_of_many_without_noise(small):
 
 def test_temperature_nought_is_the_most_probable_response(small):
     w, log_policy = small
-    data = algorithms.sample(
+    data = rounds.sample(
         jax.random.key(0), w, (log_policy, w.log_reference), (0.0, 1.0), Settings(), 32, explore=0
     )
     np.testing.assert_array_equal(data.explore, jnp.argmax(log_policy, axis=1)[data.prompt])
@@ -230,9 +226,9 @@ def test_replaced_data_forget(small):
     once = dataclasses.replace(ZOO["dpo_online"], kept=False, slots=(REFERENCE, REFERENCE))
     length = Length(rounds=3, queries=4, steps=400)
     w, _ = small
-    seen = jax.jit(lambda: algorithms.run(jax.random.key(0), w, once, Settings(), length))()
+    seen = jax.jit(lambda: rounds.run(jax.random.key(0), w, once, Settings(), length))()
     kept = replace(once, kept=True)
-    other = jax.jit(lambda: algorithms.run(jax.random.key(0), w, kept, Settings(), length))()
+    other = jax.jit(lambda: rounds.run(jax.random.key(0), w, kept, Settings(), length))()
     np.testing.assert_allclose(seen.regret[0], other.regret[0], rtol=1e-5)
     assert seen.regret[2] != other.regret[2]
     assert exact.regret(w, w.log_reference) > 0

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from selm_jax.lab import algorithms, decoder_world, exact
+from selm_jax.lab import algorithms, decoder_world, exact, rounds
 from selm_jax.objectives.losses import selm
 
 OBJECTIVE = selm(1.0, 0.3)
@@ -30,7 +30,7 @@ def table(dw, params):
 
 def sampled(dw, policy, count, seed=0):
     slots = policy, dw.world.log_reference
-    return algorithms.sample(
+    return rounds.sample(
         jax.random.key(seed), dw.world, slots, (1.0, 1.0), algorithms.Settings(), count, explore=1
     )
 
@@ -52,7 +52,7 @@ def test_the_packed_update_has_the_exact_gradient_of_its_pairs(dw, moved):
 
     def listed(p):
         log_pi = decoder_world.log_policy(dw.decoder, p, dw.tree)
-        return algorithms.mean_loss(OBJECTIVE, log_pi, dw.world.log_reference, data)
+        return rounds.mean_loss(OBJECTIVE, log_pi, dw.world.log_reference, data)
 
     value, slope = jax.jit(jax.value_and_grad(listed))(params)
     assert sums["examples"] == 40
@@ -66,14 +66,14 @@ def test_the_packed_gradient_is_an_unbiased_one_of_the_exact_expectation(dw, mov
     """Along a fixed direction, the mean over batches lies within 4 standard errors."""
     params, log_policy = moved
     settings = algorithms.Settings()
-    pairs = algorithms.every_pair(dw.world, log_policy, dw.world.log_reference, settings)
-    fit = algorithms.as_examples(pairs)
+    pairs = rounds.every_pair(dw.world, log_policy, dw.world.log_reference, settings)
+    fit = rounds.as_examples(pairs)
     update, *_ = decoder_world.compiled(dw.decoder, OBJECTIVE)
     parts = selm(1.0, 0.0), 0.3
 
     def expected(p):
         log_pi = decoder_world.log_policy(dw.decoder, p, dw.tree)
-        data_loss = algorithms.mean_loss(parts[0], log_pi, dw.world.log_reference, fit)
+        data_loss = rounds.mean_loss(parts[0], log_pi, dw.world.log_reference, fit)
         lowered = exact.mean(dw.world, dw.world.log_reference, log_pi - dw.world.log_reference)
         return data_loss + parts[1] * lowered
 

@@ -1,12 +1,14 @@
 """Identities of the paper (arXiv 2405.19332), each side from its own definition."""
 
+import equations
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from selm_jax.lab import exact
-from selm_jax.lab.algorithms import Settings, every_pair, expected_bonus
+from selm_jax.lab.algorithms import Settings
+from selm_jax.lab.rounds import every_pair, expected_bonus
 from selm_jax.objectives.losses import optimism
 
 
@@ -18,20 +20,20 @@ def some(seed, like):
 def test_inner_maximum_closed_form_is_that_of_a_blind_search(world, seed):
     w = world(seed, prompts=2, responses=5)
     r = some(seed, w.reward)
-    found, policy = exact.inner_maximum_by_search(w, r)
-    assert abs(found - exact.inner_maximum(w, r)) < 1e-6
+    found, policy = equations.inner_maximum_by_search(w, r)
+    assert abs(found - equations.inner_maximum(w, r)) < 1e-6
     best = exact.tilt(w.log_reference, r, w.beta)
-    assert abs(exact.inner_value(w, best, r) - found) < 1e-6
+    assert abs(equations.inner_value(w, best, r) - found) < 1e-6
     np.testing.assert_allclose(policy, best, atol=1e-3)
 
 
 def test_inner_maximum_does_not_see_a_shift_per_prompt(world):
     w = world()
     r, shift = some(1, w.reward), jnp.array([[5.0], [-2.0], [0.3]])
-    np.testing.assert_allclose(exact.inner_maximum(w, r + shift), exact.inner_maximum(w, r))
+    np.testing.assert_allclose(equations.inner_maximum(w, r + shift), equations.inner_maximum(w, r))
     pairs = every_pair(w, w.log_reference, w.log_reference, Settings())
     np.testing.assert_allclose(
-        exact.bilevel_value(w, r + shift, pairs, 0.3), exact.bilevel_value(w, r, pairs, 0.3)
+        equations.bilevel_value(w, r + shift, pairs, 0.3), equations.bilevel_value(w, r, pairs, 0.3)
     )
 
 
@@ -39,10 +41,10 @@ def test_theorem_5_1_whatever_rho_the_minimiser_is_the_reference(world):
     w = world()
     for seed in range(3):
         log_rho = jax.nn.log_softmax(3 * some(seed, w.reward))
-        found = exact.minimiser_around(log_rho, w.log_reference, w.beta)
+        found = equations.minimiser_around(log_rho, w.log_reference, w.beta)
         np.testing.assert_allclose(found, w.log_reference, atol=1e-10)
         # and it is a minimum: E_pi[r_rho] + beta KL(pi || rho) grows in every direction
-        rhat = exact.implicit_reward(log_rho, w.log_reference, w.beta)
+        rhat = equations.implicit_reward(log_rho, w.log_reference, w.beta)
 
         def cost(log_pi, log_rho=log_rho, rhat=rhat):
             return exact.mean(w, log_pi, rhat) + w.beta * exact.kl(w, log_pi, log_rho)
@@ -56,7 +58,7 @@ def test_value_difference_is_a_divergence(world):
     w = world()
     for seed in range(5):
         log_pi = jax.nn.log_softmax(2 * some(seed, w.reward))
-        lost = exact.value(w, exact.optimum(w)) - exact.value(w, log_pi)
+        lost = equations.value(w, exact.optimum(w)) - equations.value(w, log_pi)
         np.testing.assert_allclose(exact.regret(w, log_pi), lost, rtol=1e-9)
         assert lost > 0
 
@@ -66,12 +68,12 @@ def test_single_level_objective_is_the_bilevel_one_at_the_implicit_reward(world)
     w, alpha = world(), 0.4
     log_pi = w.log_policy(some(3, w.theta_star))
     pairs = every_pair(w, w.log_reference, w.log_reference, Settings(temperature=1.0))
-    rhat = exact.implicit_reward(log_pi, w.log_reference, w.beta)
+    rhat = equations.implicit_reward(log_pi, w.log_reference, w.beta)
     bonus = expected_bonus(optimism(alpha * w.beta), w, w.log_reference, log_pi, w.log_reference)
-    single = -exact.reward_loss(w, rhat, pairs) - bonus
-    np.testing.assert_allclose(exact.bilevel_value(w, rhat, pairs, alpha), single, rtol=1e-9)
+    single = -equations.reward_loss(rhat, pairs) - bonus
+    np.testing.assert_allclose(equations.bilevel_value(w, rhat, pairs, alpha), single, rtol=1e-9)
     # E_ref[implicit reward] = -beta KL(ref || pi)
-    mean = exact.mean_implicit_reward(w, log_pi, w.log_reference)
+    mean = equations.mean_implicit_reward(w, log_pi, w.log_reference)
     np.testing.assert_allclose(mean, -w.beta * exact.kl(w, w.log_reference, log_pi), rtol=1e-9)
 
 
@@ -81,7 +83,7 @@ def test_optimism_gradient_as_an_expectation_under_the_policy(world):
     theta = some(4, w.theta_star)
     slopes = jax.jacobian(w.log_policy)(theta)
     log_pi = w.log_policy(theta)
-    rhat = exact.implicit_reward(log_pi, w.log_reference, w.beta)
+    rhat = equations.implicit_reward(log_pi, w.log_reference, w.beta)
 
     def mean(weights):
         return jnp.einsum("x,xy,xyd->d", w.prompts, weights, slopes)
@@ -106,6 +108,6 @@ def test_in_a_table_the_term_pushes_along_what_the_policy_already_prefers(world)
 
 def test_coverage_of_the_optimum_by_itself_is_one(world):
     w = world()
-    assert exact.coverage(w) > 1
+    assert equations.coverage(w) > 1
     there = w.replace(log_reference=exact.optimum(w), reward=jnp.zeros_like(w.reward))
-    np.testing.assert_allclose(exact.coverage(there), 1)
+    np.testing.assert_allclose(equations.coverage(there), 1)

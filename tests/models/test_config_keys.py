@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from selm_jax.models import deberta
+from selm_jax.models import config_deberta
 from selm_jax.models.config import DecoderConfig, UnsupportedModel
 from selm_jax.models.config_keys import LIMITS, is_off
 from selm_jax.models.decoder import parameter_count
@@ -167,7 +167,7 @@ def test_an_odd_value_is_told_with_its_key_and_what_was_expected(changes, messag
         from_hf(hf("HuggingFaceTB--SmolLM3-3B") | changes)
 
 
-@pytest.mark.parametrize("key", sorted(deberta._USED | {"n_tasks", "cand1_prefix_id"}))
+@pytest.mark.parametrize("key", sorted(config_deberta._USED | {"n_tasks", "cand1_prefix_id"}))
 def test_pairrms_keys_with_odd_values_are_read_or_refused_at_once(key, tmp_path):
     base = {
         "model_type": "deberta-v2", "hidden_act": "gelu", "relative_attention": True,

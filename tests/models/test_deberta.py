@@ -9,16 +9,15 @@ import numpy as np
 import pytest
 
 from selm_jax.models.config import UnsupportedModel
+from selm_jax.models.config_deberta import DebertaConfig, from_hf
 from selm_jax.models.deberta import (
     Deberta,
-    DebertaConfig,
     LayerNorm,
     PairScorer,
     abstract_params,
     bucket,
     diagonals,
     disentangled_attention,
-    from_hf,
     slant,
     table_rows,
 )

@@ -17,7 +17,9 @@ from selm_jax.models.decoder import Decoder, abstract_params, unstack
 from selm_jax.models.families import read_config
 from selm_jax.parallel.mesh import make_mesh
 from selm_jax.parallel.rules import TRAINING, shardings
-from selm_jax.rollout.engine import Engine, Request, bucket, decoding_params
+from selm_jax.rollout.engine import Engine, bucket
+from selm_jax.rollout.parameters import decoding_params
+from selm_jax.rollout.requests import Request
 from selm_jax.rollout.sampling import Sampling, next_tokens, stream
 from selm_jax.weights.huggingface import load
 

@@ -13,7 +13,9 @@ from selm_jax.models.decoder import Decoder, abstract_params
 from selm_jax.parallel.mesh import MeshError, decode_mesh, make_mesh
 from selm_jax.parallel.rules import TRAINING, shardings
 from selm_jax.rollout import engine as module
-from selm_jax.rollout.engine import Engine, Request, decoding_params, decoding_shardings
+from selm_jax.rollout.engine import Engine
+from selm_jax.rollout.parameters import decoding_params, decoding_shardings
+from selm_jax.rollout.requests import Request
 from selm_jax.rollout.sampling import Sampling
 
 WARM = Sampling(temperature=1.2, top_p=0.97, min_p=0.01)
@@ -71,10 +73,10 @@ def collectives(compiled) -> list[str]:
 
 
 def decode(engine, params):
-    slots = module._empty(engine)
+    slots = module.empty(engine)
     one_slot = slots.cache[0].keys.sharding.shard_shape(slots.cache[0].keys.shape)
     assert one_slot[0] == engine.slots // engine.mesh.shape["data"]
-    return module._decode.lower(engine, params, slots, np.int32(1), np.int32(8)).compile()
+    return module.decode.lower(engine, params, slots, np.int32(1), np.int32(8)).compile()
 
 
 def test_copies_exchange_the_count_of_idle_slots_and_nothing_else(on):

@@ -25,8 +25,8 @@ from selm_jax import config
 from selm_jax.config import Remote
 from selm_jax.iterate import iterate, run_stage
 from selm_jax.rollout import remote
-from selm_jax.rollout.engine import Request
 from selm_jax.rollout.remote import Server
+from selm_jax.rollout.requests import Request
 from selm_jax.rollout.sampling import Sampling
 from selm_jax.run.run import Run
 from selm_jax.shell.artifacts import ArtifactError

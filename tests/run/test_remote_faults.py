@@ -16,7 +16,7 @@ from served import FOLDER, client, command, no_long_waits, own_cache  # noqa: F4
 from selm_jax import config
 from selm_jax.iterate import iterate, run_stage
 from selm_jax.rollout import remote, server_log
-from selm_jax.rollout.engine import Request
+from selm_jax.rollout.requests import Request
 from selm_jax.run.run import Run
 from selm_jax.shell.endpoint import ServerError
 

@@ -10,7 +10,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from selm_jax.models.deberta import from_hf
+from selm_jax.models.config_deberta import from_hf
 from selm_jax.weights.deberta import _tensors
 
 PREFIXES = ("<|source|>", "<|candidate1|>", "<|candidate2|>", "<|candidate|>")

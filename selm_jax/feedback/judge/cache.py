@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from selm_jax.feedback.ranker import FeedbackError
-from selm_jax.shell import artifacts
+from selm_jax.shell.paths import make_private
 
 _VERSION = 1  # of the table and of what the key is made of
 
@@ -52,7 +52,7 @@ class AnswerCache:
         # Autocommit: every statement is a transaction. Other writers are waited for, a minute.
         connection = None
         try:
-            artifacts.make_private(self.file)
+            make_private(self.file)
             connection = sqlite3.connect(self.file, timeout=60, isolation_level=None)
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")  # on the disk when `put` returns

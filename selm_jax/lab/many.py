@@ -1,0 +1,78 @@
+"""Many runs in one compiled program: every cell of a grid with the same seeds.
+
+Two cells differ in nothing but their settings, so differences are taken within a seed, which removes
+most of their noise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from selm_jax.lab.algorithms import Algorithm, Length, Settings
+from selm_jax.lab.rounds import Trace, run
+from selm_jax.lab.worlds import LANDSCAPES, WorldShape, make_world
+
+Cell = dict[str, Any]  # settings of one cell: landscape, coverage, and fields of `Settings`
+
+BATCH = 256  # runs side by side at most: enough to fill vector units, few enough to stay in cache
+SETTINGS = tuple(field.name for field in dataclasses.fields(Settings))
+ASSUMED = 0.1  # the learner's temperature where the feedback has none
+
+
+def run_many(
+    shape: WorldShape,
+    algorithm: Algorithm,
+    length: Length,
+    cells: Sequence[Cell],
+    *,
+    seeds: int,
+    seed: int = 0,
+) -> Trace:
+    """Every cell with seeds 0, 1, ...: a `Trace` of numpy arrays [cells, seeds, rounds].
+
+    The learner knows the feedback's temperature unless a cell has another one as `assumed`. A seed
+    is a world and all the noise of the run. Equal arguments give equal bits.
+    """
+    defaults = {"landscape": "two_peaks", "coverage": 0.05}
+    defaults |= {name: getattr(Settings(), name) for name in SETTINGS}
+    if unknown := {key for cell in cells for key in cell} - defaults.keys():
+        raise ValueError(f"cells have {sorted(unknown)}; expected some of {list(defaults)}")
+    full = [defaults | cell for cell in cells]
+    for cell, given in zip(full, cells, strict=True):
+        cell["assumed"] = given.get("assumed", cell["temperature"] or ASSUMED)
+        cell["landscape"] = LANDSCAPES.index(cell["landscape"])
+    columns = {name: np.repeat([cell[name] for cell in full], seeds) for name in defaults}
+    columns = {
+        k: jnp.asarray(v, None if k == "landscape" else "float32") for k, v in columns.items()
+    }
+    which = jnp.tile(jnp.arange(seeds), len(cells))
+    trace = _compiled(shape, algorithm, length, seeds)(jax.random.key(seed), which, columns)
+    return jax.tree.map(lambda x: np.asarray(x).reshape(len(cells), seeds, -1), trace)
+
+
+@functools.cache
+def _compiled(shape: WorldShape, algorithm: Algorithm, length: Length, seeds: int):
+    def one(key, which, cell):
+        world_key, run_key = keys(key, which)
+        world = make_world(world_key, shape, cell["landscape"], cell["coverage"])
+        settings = Settings(**{name: cell[name] for name in SETTINGS})
+        return run(run_key, world, algorithm, settings, length)
+
+    def every(key, which, columns):
+        # A whole divisor of the seeds, so that no cell's numbers depend on which others are there.
+        batch = max(n for n in range(1, BATCH + 1) if seeds % n == 0)
+        return jax.lax.map(lambda x: one(key, *x), (which, columns), batch_size=batch)
+
+    return jax.jit(every)
+
+
+def keys(key, which):
+    """Of a seed's world, and of all the noise of its runs."""
+    return jax.random.split(jax.random.fold_in(key, which))

@@ -1,0 +1,279 @@
+"""Rounds of sampling, feedback and fitting: what an `Algorithm` does on a `World`.
+
+Feedback at temperature tau shows rewards in units of tau: sigmoid((r1 - r2) / tau). A learner whose
+optimum is the world's must take that into account, or it fits r / tau and leaves the reference
+1 / tau times too far behind. So the losses see log-probabilities divided by tau, which is the same
+as a `beta` of beta / tau, the one value at which DPO fitted to endless data gives the optimum.
+
+Everything here can be jitted and vmapped over keys and settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, Key
+
+from selm_jax.lab import exact, theory
+from selm_jax.lab.algorithms import Algorithm, Length, Settings
+from selm_jax.lab.worlds import Scalar, Table, World
+from selm_jax.objectives.losses import Logps, Objective
+
+
+class Trace(NamedTuple):
+    """One number per round, of the policy after the round."""
+
+    regret: Float[Array, " rounds"]
+    reward: Float[Array, " rounds"]  # E_pi[r]
+    forward_kl: Float[Array, " rounds"]  # KL(pi_ref || pi), pi_ref the first reference
+    reverse_kl: Float[Array, " rounds"]  # KL(pi || pi_ref)
+    good: Float[Array, " rounds"]  # mass on the best responses
+    accuracy: Float[Array, " rounds"]  # pairs of the round whose chosen response is truly no worse
+
+
+class Examples(NamedTuple):
+    """Pairs as indices. `weight` is a count in sampled data, a probability in exact data."""
+
+    prompt: Int[Array, " examples"]
+    chosen: Int[Array, " examples"]
+    rejected: Int[Array, " examples"]
+    explore: Int[Array, " examples"]
+    weight: Float[Array, " examples"]
+
+
+def logps(
+    log_policy: Table, log_reference: Table, prompt: Int[Array, " n"], **roles: Int[Array, " n"]
+) -> Logps:
+    """What a loss sees: the number of each role's response in the tables, all of length 1."""
+    one = jnp.ones(prompt.shape)
+    return Logps(
+        policy={role: log_policy[prompt, y] for role, y in roles.items()},
+        reference={role: log_reference[prompt, y] for role, y in roles.items()},
+        lengths=dict.fromkeys(roles, one),
+        mean_lengths=dict.fromkeys(roles, jnp.ones(())),
+    )
+
+
+def mean_loss(
+    objective: Objective, log_policy: Table, log_reference: Table, data: Examples
+) -> Scalar:
+    """The objective's mean over the data."""
+    seen = logps(
+        log_policy, log_reference, data.prompt,
+        chosen=data.chosen, rejected=data.rejected, explore=data.explore,
+    )  # fmt: skip
+    losses, _ = objective(seen)
+    return jnp.sum(data.weight * losses) / jnp.sum(data.weight)
+
+
+def expected_bonus(
+    objective: Objective, world: World, explorer: Table, log_policy: Table, log_reference: Table
+) -> Scalar:
+    """E_{x~nu, y_ref~explorer}[loss(y_ref)], over all of them; explorer is a table of log pi."""
+    prompts, responses = jnp.indices(log_policy.shape).reshape(2, -1)
+    losses, _ = objective(logps(log_policy, log_reference, prompts, explore=responses))
+    return exact.mean(world, explorer, losses.reshape(log_policy.shape))
+
+
+def sample(
+    key: Key[Array, ""],
+    world: World,
+    slots: tuple[Table, ...],
+    temperatures: tuple[float, ...],
+    settings: Settings,
+    queries: int,
+    explore: int,
+) -> Examples:
+    """Prompts, candidates from each slot's log-probabilities, and noisy feedback on them.
+
+    Scores are r / temperature plus Gumbel noise, whose order is Plackett-Luce; of two candidates
+    the first wins with probability sigmoid((r1 - r2) / temperature), which is Bradley-Terry.
+    """
+    keys = jax.random.split(key, 3 + len(slots))
+    prompt = jax.random.categorical(keys[0], jnp.log(world.prompts), shape=(queries,))
+
+    def draw(key, table, temperature):
+        noise = jax.random.gumbel(key, (queries * table.shape[-1],))  # flat: see worlds._noise
+        return jnp.argmax(table[prompt] + temperature * noise.reshape(queries, -1), axis=-1)
+
+    drawn = [draw(*each) for each in zip(keys[3:], slots, temperatures, strict=True)]
+    candidates = jnp.stack(drawn, axis=-1)
+    noise = jax.random.gumbel(keys[1], candidates.shape)
+    scores = world.reward[prompt[:, None], candidates] + settings.temperature * noise
+    flipped = jax.random.uniform(keys[2], (queries,)) < settings.flips
+    best, worst = jnp.argmax(scores, -1), jnp.argmin(scores, -1)
+    pick = [jnp.where(flipped, worst, best), jnp.where(flipped, best, worst)]
+    chosen, rejected = (jnp.take_along_axis(candidates, i[:, None], -1)[:, 0] for i in pick)
+    return Examples(prompt, chosen, rejected, candidates[:, explore], jnp.ones(queries))
+
+
+def every_pair(
+    world: World, first: Table, second: Table, settings: Settings
+) -> Float[Array, "prompts chosen rejected"]:
+    """Probability of each labelled pair: what `sample` draws from, for two slots."""
+    gap = world.reward[:, :, None] - world.reward[:, None, :]
+    warm = jax.nn.sigmoid(gap / jnp.maximum(settings.temperature, 1e-12))
+    wins = jnp.where(settings.temperature > 0, warm, 0.5 + 0.5 * jnp.sign(gap))
+    wins = settings.flips + (1 - 2 * settings.flips) * wins
+    both = jnp.exp(first)[:, :, None] * jnp.exp(second)[:, None, :]
+    return world.prompts[:, None, None] * wins * (both + both.swapaxes(1, 2))
+
+
+def as_examples(pairs: Float[Array, "prompts chosen rejected"]) -> Examples:
+    """Every cell of the table as one weighted example. y_ref has no meaning here."""
+    index = jnp.indices(pairs.shape).reshape(3, -1)
+    return Examples(index[0], index[1], index[2], index[2], pairs.reshape(-1))
+
+
+def weight(algorithm: Algorithm, world: World, settings: Settings, t: Scalar, rounds: int) -> Any:
+    """What multiplies the bonus in round t = 1, 2, ...
+
+    Both are for log-probabilities in units of the temperature, as `loss` hands them over.
+    """
+    alpha = settings.alpha
+    if algorithm.schedule == "theory":
+        alpha = theory.of_world(world, rounds).alpha
+    elif algorithm.schedule == "inverse_sqrt":
+        alpha = alpha / jnp.sqrt(t)
+    return alpha * (world.beta if algorithm.convention == "alpha_beta" else settings.assumed)
+
+
+def loss(
+    algorithm: Algorithm,
+    world: World,
+    settings: Settings,
+    theta: Float[Array, " dimension"],
+    log_reference: Table,
+    data: Examples,
+    bonus_weight: Any,
+) -> Scalar:
+    """What a round's descent makes smaller."""
+    log_policy = world.log_policy(theta)
+    if algorithm.fit is None:  # the oracle; the factor makes its curvature that of DPO's loss
+        scale = (world.beta / settings.assumed) ** 2
+        return scale * exact.kl(world, exact.optimum(world), log_policy)
+    seen = log_policy / settings.assumed, log_reference / settings.assumed
+    total = mean_loss(algorithm.fit, *seen, data)
+    if algorithm.bonus is None:
+        return total
+    if algorithm.explore is None:
+        bonus = expected_bonus(algorithm.bonus, world, log_reference, *seen)
+    else:
+        bonus = mean_loss(algorithm.bonus, *seen, data)
+    return total + bonus_weight * bonus
+
+
+Descent = Callable[[Any, Table, Examples, Any], Any]  # theta, log reference, data, bonus's weight
+
+
+def descent(algorithm: Algorithm, world: World, settings: Settings, steps: int) -> Descent:
+    """What fits theta to a round's data: some steps down `loss`, inside the class's ball."""
+    adam = algorithm.optimizer == "adam"
+    optimizer = optax.scale_by_adam() if adam else optax.trace(0.9, nesterov=True)
+    rate = settings.rate * (1.0 if adam else (settings.assumed / world.beta) ** 2)
+    radius = settings.bound * jnp.linalg.norm(world.theta_star)
+
+    def fit(theta, log_reference, data, bonus_weight):
+        slope = jax.grad(
+            lambda th: loss(algorithm, world, settings, th, log_reference, data, bonus_weight)
+        )
+
+        def step(carry, _):
+            theta, state = carry
+            change, state = optimizer.update(slope(theta), state)
+            theta = theta - rate * change
+            theta = theta * jnp.minimum(1.0, radius / jnp.maximum(jnp.linalg.norm(theta), 1e-12))
+            return (theta, state), None
+
+        (theta, _), _ = jax.lax.scan(step, (theta, optimizer.init(theta)), None, steps)
+        return theta
+
+    return fit
+
+
+def no_data(algorithm: Algorithm, world: World, length: Length) -> Any:
+    """What is kept before the first round: probabilities of pairs, or empty places for examples."""
+    if algorithm.exact_data:
+        return jnp.zeros((*world.log_reference.shape, world.log_reference.shape[-1]))
+    places = length.queries * (length.rounds if algorithm.kept else 1)
+    nothing = jnp.zeros(places, jnp.int32)
+    return Examples(nothing, nothing, nothing, nothing, jnp.zeros(places))
+
+
+def ask(
+    key: Key[Array, ""],
+    t: Scalar,
+    world: World,
+    algorithm: Algorithm,
+    settings: Settings,
+    queries: int,
+    tables: Mapping[str, Table],
+    kept: Any,
+) -> tuple[Examples, Any, Scalar]:
+    """One round of feedback: the data to fit, what is kept of all rounds, and the share of the
+    round's pairs whose chosen response is truly no worse.
+
+    Args:
+      tables: log-probabilities of each of `SOURCES`.
+    """
+    slots = tuple(tables[s.source] for s in algorithm.slots)
+    if algorithm.exact_data:
+        new = every_pair(world, slots[0], slots[1], settings)
+        kept = kept + new if algorithm.kept else new
+        correct = jnp.sum(new * (world.reward[:, :, None] >= world.reward[:, None, :]))
+        return as_examples(kept), kept, correct
+    temperatures = tuple(s.temperature for s in algorithm.slots)
+    new = sample(
+        jax.random.fold_in(key, t), world, slots, temperatures, settings, queries,
+        algorithm.explore or 0,
+    )  # fmt: skip
+    at = t * queries if algorithm.kept else 0
+    kept = jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice(a, b, (at,)), kept, new)
+    better = world.reward[new.prompt, new.chosen] >= world.reward[new.prompt, new.rejected]
+    return kept, kept, jnp.mean(better)
+
+
+def run(
+    key: Key[Array, ""],
+    world: World,
+    algorithm: Algorithm,
+    settings: Settings,
+    length: Length,
+) -> Trace:
+    """One run, from theta = 0. Equal keys give equal noise whatever the algorithm's weights."""
+    fit = descent(algorithm, world, settings, length.steps)
+    uniform = jnp.full_like(world.log_reference, -jnp.log(world.log_reference.shape[-1]))
+
+    def one_round(carry, t):
+        theta, judged, log_reference, kept = carry
+        tables = {
+            "policy": world.log_policy(theta), "reference": log_reference,
+            "start": world.log_reference, "uniform": uniform,
+        }  # fmt: skip
+        data, kept, correct = ask(key, t, world, algorithm, settings, length.queries, tables, kept)
+        weighted = weight(algorithm, world, settings, t + 1.0, length.rounds)
+        if algorithm.split:
+            theta = fit(theta, log_reference, data, weighted * settings.asker)
+            judged = fit(judged, log_reference, data, weighted * settings.judged)
+        else:
+            theta = judged = fit(theta, log_reference, data, weighted)
+        log_policy = world.log_policy(judged)
+        seen = Trace(
+            exact.regret(world, log_policy),
+            exact.mean(world, log_policy, world.reward),
+            exact.kl(world, world.log_reference, log_policy),
+            exact.kl(world, log_policy, world.log_reference),
+            exact.mass_on_good(world, log_policy),
+            correct,
+        )
+        log_reference = log_policy if algorithm.moving else log_reference
+        return (theta, judged, log_reference, kept), seen
+
+    zero = jnp.zeros_like(world.theta_star)
+    start = zero, zero, world.log_reference, no_data(algorithm, world, length)
+    _, trace = jax.lax.scan(one_round, start, jnp.arange(length.rounds))
+    return trace

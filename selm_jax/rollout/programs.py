@@ -1,0 +1,67 @@
+"""The programs that decoding runs, with what they are given, for a plan that compiles them elsewhere."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from selm_jax.models.decoder import Params
+from selm_jax.rollout.engine import (
+    Engine,
+    Slots,
+    bucket,
+    decode,
+    empty,
+    insert,
+    places,
+    prefill,
+    slot_places,
+)
+
+
+class Programs(NamedTuple):
+    """What `generate` runs, for a plan: jitted functions, and abstractly what they are given.
+
+    `slots` and `prefilled` are what lies in memory beside a prefill and beside decoding.
+    """
+
+    prefill: tuple[Any, tuple[Any, ...]]
+    insert: tuple[Any, tuple[Any, ...]]
+    decode: tuple[Any, tuple[Any, ...]]
+    slots: Slots
+    prefilled: tuple[Any, Any]
+
+
+def programs(engine: Engine, params: Params) -> Programs:
+    """The programs for prompts of `max_prompt` tokens, on the engine's mesh.
+
+    Args:
+      params: abstract, as `decoding_params` gives them.
+    """
+
+    def like(tree: Any, where: Any) -> Any:
+        return jax.tree.map(
+            lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, where
+        )
+
+    def of_host(*shape: int, dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    n, rows = engine.slots, engine.prefill_rows
+    slots = jax.eval_shape(partial(empty, engine))
+    slots = like(slots, slot_places(engine, slots))
+    prompts = (engine, params, of_host(rows, bucket(engine.max_prompt)), of_host(rows))
+    cache, scores = jax.eval_shape(partial(prefill, engine), *prompts[1:])
+    cache = like(cache, places(engine, cache, None, "kv_heads"))
+    scores = like(scores, places(engine, scores, None))
+    flags = (of_host(n, 2, dtype=np.uint32), of_host(n, dtype=np.bool_))
+    return Programs(
+        prefill=(prefill, prompts),
+        insert=(insert, (engine, slots, cache, scores, of_host(n), of_host(n), *flags)),
+        decode=(decode, (engine, params, slots, of_host(), of_host())),
+        slots=slots,
+        prefilled=(cache, scores),
+    )

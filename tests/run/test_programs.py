@@ -1,0 +1,136 @@
+"""Programs are a function of settings, facts and sizes: they need neither a run nor a folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from rich.console import Console
+
+from selm_jax import config
+from selm_jax.models.families import from_hf
+from selm_jax.models.quantize import dequantize
+from selm_jax.run.data import Data
+from selm_jax.run.devices import Devices
+from selm_jax.run.programs import Programs, Sizes
+from selm_jax.run.run import Run
+from selm_jax.run.task import Task
+
+LORA = {"lora": {"rank": 2, "alpha": 4}}
+QLORA = {"lora": {"rank": 2, "alpha": 4, "base": "nf4", "targets": "q_proj"}}
+
+
+def programs_of(e, facts, sizes, stop_ids, devices=None) -> Programs:
+    return Programs(e, Task(e.objective), facts, sizes, stop_ids, Devices(e.compute, devices))
+
+
+def same(one, other) -> None:
+    """Both trees have the same shapes, dtypes and places."""
+
+    def check(path, a, b):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype), path
+        assert a.sharding.is_equivalent_to(b.sharding, len(a.shape)), path
+
+    jax.tree_util.tree_map_with_path(check, one, other)
+
+
+@pytest.mark.parametrize("changes", [{}, LORA, QLORA], ids=["full", "lora", "nf4"])
+def test_without_any_folder_they_are_those_of_the_run(tmp_path, changes):
+    file = tiny.experiment(tmp_path, compute__fsdp=4, compute__tensor=2, **changes)
+    e = config.load(file)
+    run = Run(e, Console(quiet=True), devices=jax.devices())
+    theirs = run.programs
+    facts = from_hf(json.loads((tmp_path / "model/config.json").read_text()))
+    loaded = theirs.start_of(run.policy(0))
+    for part in tmp_path.iterdir():  # nothing is left that could be read
+        shutil.rmtree(part) if part.is_dir() else part.unlink()
+
+    alone = programs_of(e, facts, theirs.sizes, run.chat.stop_ids, jax.devices())
+    assert dict(alone.devices.mesh.shape) == {"data": 1, "fsdp": 4, "tensor": 2}
+    assert (alone.config, alone.engine) == (theirs.config, theirs.engine)
+    same(alone.abstract_params, theirs.abstract_params)
+    same(alone.abstract_trained, theirs.abstract_trained)
+    assert alone.parameters == theirs.parameters == sum(x.size for x in _leaves(loaded))
+    if not changes:  # and what is loaded is as the abstract trees say
+        same(alone.abstract_params, loaded)
+        same(alone.decoding(loaded), theirs.decoding(loaded))
+
+
+def _leaves(params) -> list:
+    return jax.tree.leaves(jax.eval_shape(dequantize, params))
+
+
+@pytest.fixture
+def models(tmp_path):
+    """models(changes) -> programs, and the folders of two models that they can load."""
+    other = tiny.make_model(tmp_path / "other", seed=1)
+
+    def make(**changes):
+        e = config.load(tiny.experiment(tmp_path, **changes))
+        facts = from_hf(json.loads((other / "config.json").read_text()))
+        return programs_of(e, facts, Sizes(16, 28), (0,)), tmp_path / "model", other
+
+    return make
+
+
+def equal(one, other) -> bool:
+    return all(jax.tree.leaves(jax.tree.map(np.array_equal, one, other)))
+
+
+def test_a_stored_reference_is_not_loaded(models):
+    programs, policy, _ = models()
+    start = programs.start_of(policy)
+    assert programs.fixed(start, 1, policy, policy / "gone") == {"reference": None}
+
+
+def test_a_live_reference_is_a_second_copy_where_the_updates_overwrite_the_first(models):
+    programs, policy, other = models(training__reference="live")
+    start = programs.start_of(policy)
+    (again,) = programs.fixed(start, 1, policy, policy).values()
+    assert equal(again, start)
+    assert not any(a is b for a, b in zip(*map(jax.tree.leaves, (again, start)), strict=True))
+    (second,) = programs.fixed(start, 2, policy, other).values()
+    assert equal(second, programs.load(other)) and not equal(second, start)
+
+
+def test_adapters_share_their_base_with_a_live_reference_in_the_same_folder(models):
+    programs, policy, other = models(training__reference="live", **LORA)
+    start = programs.start_of(policy)
+    fixed = programs.fixed(start, 1, policy, policy)
+    assert fixed["base"] is start and fixed["reference"] is start and fixed["key"] is None
+    fixed = programs.fixed(start, 2, policy, other)
+    assert fixed["base"] is start and equal(fixed["reference"], programs.load(other))
+
+
+def test_adapters_and_their_dropout_are_drawn_anew_in_each_iteration(models):
+    lora = {"lora": {"rank": 2, "alpha": 4, "dropout": 0.1}}
+    programs, policy, _ = models(**lora)
+    start = programs.start_of(policy)
+    drawn = [programs.trained(start, t) for t in (1, 1, 2)]
+    assert equal(drawn[0], drawn[1]) and not equal(drawn[0], drawn[2])
+    keys = [
+        jax.random.key_data(programs.fixed(start, t, policy, policy)["key"]).tolist()
+        for t in (1, 1, 2)
+    ]
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_the_scorer_has_the_settings_rows(models):
+    programs, *_ = models(training__rows=3, training__row_length=72)
+    assert (programs.scorer.rows, programs.scorer.row_length) == (3, 72)
+    assert programs.scorer.update is programs.update
+
+
+def test_data_without_a_model_leaves_nothing_out_as_too_long(tmp_path):
+    e = config.load(tiny.experiment(tmp_path, data__on_bad_row="drop", data__portions=2))
+    lines = [{"prompt_id": f"p{i}", "prompt": "x" * (80 if i == 1 else 8)} for i in range(16)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    with_model, without = Run(e, Console(quiet=True)).data, Data(e, Task(e.objective), None)
+    assert [p.id for p in without.prompts(1)] == [f"p{i}" for i in range(8)]
+    assert [p.id for p in with_model.prompts(1)] == [f"p{i}" for i in range(8) if i != 1]
+    with pytest.raises(AssertionError, match="without a model"):
+        _ = without.longest_prompt

@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 
 from selm_jax.objectives.roles import PAIR
-from selm_jax.preferences.examples import Example, from_parquet
+from selm_jax.preferences.examples import Example
 from selm_jax.report import paper
 from selm_jax.report.data import RunData, report_data
 from selm_jax.report.drawing import PaperFigure
@@ -29,6 +29,7 @@ from selm_jax.run.run import Run
 from selm_jax.shell import artifacts
 from selm_jax.shell.progress import terminal
 from selm_jax.stages.evaluate import fitting_pairs, has_pairs
+from selm_jax.tables import examples as table
 from selm_jax.text.prompts import load_prompts
 
 
@@ -191,7 +192,7 @@ def _examples(run: Run, pairs: str | None) -> tuple[str, list[Example]]:
         return f"pairs of {pairs}", fitting_pairs(run, prompts)[0]
     if has_pairs(run):
         return "held-out pairs", fitting_pairs(run, run.heldout)[0]
-    stored = from_parquet(run.folder.iteration(1) / "examples.parquet")
+    stored = table.read(run.folder.iteration(1) / "examples.parquet")
     trained = [
         Example.of(e.prompt_id, e.prompt, {role: e.responses[e.roles[role]] for role in PAIR})
         for e in stored

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from selm_jax.preferences.batches import examples_of, updates_per_epoch
-from selm_jax.preferences.examples import ROLES, Example, ExampleError, from_parquet
+from selm_jax.preferences.examples import ROLES, Example, ExampleError
 from selm_jax.preferences.packing import assign_rows
 from selm_jax.run.check import check_rows, told_of_data
 from selm_jax.run.rows import RunError
@@ -29,6 +29,7 @@ from selm_jax.shell import artifacts
 from selm_jax.shell.user_code import is_user_code
 from selm_jax.stages import STAGES
 from selm_jax.stages.score import paired_examples
+from selm_jax.tables import examples, ranked
 from selm_jax.text.answers import answers
 from selm_jax.text.chat import Chat, ChatError, UnusableAnswer
 from selm_jax.text.layout import paper_row
@@ -118,19 +119,16 @@ def collect(run: Run, t: int) -> Preview:
     folder = run.folder.iteration(t)
     if not (folder / "ranked.parquet").exists():
         return _from_data(run, t)
-    columns = ["prompt_id", "score", "dropped", "chosen", "rejected"]
-    ranked = artifacts.read_table(folder / "ranked.parquet", columns=columns).to_pylist()
-    best = {row["prompt_id"]: row["score"] for row in ranked if row["chosen"]}
-    dropped = Counter({row["prompt_id"]: row["dropped"] for row in ranked}.values())
-    del dropped[None]
+    candidates = ranked.read(folder / "ranked.parquet", token_ids=False)
+    best = {row.prompt_id: row.score for row in candidates if row.chosen}
+    dropped = Counter({row.prompt_id: row.dropped for row in candidates if row.dropped}.values())
+    # Pairs that are taught have no scores: NaN, which equals nothing.
     tied = dropped["tie"] + sum(
-        row["score"] == best[row["prompt_id"]]
-        for row in ranked
-        if row["rejected"] and row["score"] is not None  # pairs that are taught have none
+        row.score == best[row.prompt_id] for row in candidates if row.rejected
     )
     record = artifacts.Stages(folder).read()
     if (file := folder / "examples.parquet").exists():
-        rows, counts = from_parquet(file), record.get("score", {}).get("counts", {})
+        rows, counts = examples.read(file), record.get("score", {}).get("counts", {})
         cut = {key: counts[key] for key in CUT if key in counts}
     else:
         file = folder / "ranked.parquet"

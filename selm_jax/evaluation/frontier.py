@@ -2,50 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
-import pyarrow as pa
 from jaxtyping import Float
 
 from selm_jax.preferences.examples import Example
 from selm_jax.statistics.intervals import Estimate, difference, pooled
 from selm_jax.statistics.proportions import counted
+from selm_jax.tables import heldout, heldout_pairs
 from selm_jax.text.variety import distinct
-
-SCHEMA = pa.schema(
-    [
-        ("prompt_id", pa.string()),
-        ("prompt", pa.string()),
-        ("kind", pa.string()),  # "greedy" or "sample"
-        ("sample", pa.int32()),
-        ("text", pa.string()),
-        ("token_ids", pa.list_(pa.int32())),
-        ("finish", pa.string()),  # "stop" or "length"
-        # Of the ranker, see `stages.evaluate`; null if it is people, or a judge that said nothing
-        # readable of this answer.
-        ("score", pa.float64()),
-        # Of the answer under the policy that gave it; null if it and its prompt are too long for a row.
-        ("logp", pa.float32()),
-        ("logp_start", pa.float32()),  # and under the start model
-    ]
-)
-
-PAIRS = pa.schema(
-    [
-        ("prompt_id", pa.string()),
-        ("role", pa.string()),  # "chosen" or "rejected"
-        ("logp", pa.float32()),  # of the data's answer under the policy
-        ("logp_start", pa.float32()),
-    ]
-)
 
 SHARES = frozenset({"accuracy", "cut_off"})  # of prompts, among the measures below
 
 Values = Float[np.ndarray, " prompts"]
 
 
-def measures(answers: pa.Table, scored: bool | None = None) -> dict[str, Values]:
+def measures(answers: Sequence[heldout.Row], scored: bool | None = None) -> dict[str, Values]:
     """One number per prompt of each measure, in the order of the prompts.
 
     `scored` says whether a ranker was asked; None: if there is any score. A prompt's samples are averaged: they are answers to one prompt, and no more prompts. Names:
@@ -61,14 +35,14 @@ def measures(answers: pa.Table, scored: bool | None = None) -> dict[str, Values]
     greedy, sampled = _of_kind(answers, "greedy"), _of_kind(answers, "sample")
     out: dict[str, Values] = {}
     if scored is None:
-        scored = answers["score"].null_count < answers.num_rows
-    if greedy.num_rows:
+        scored = not all(math.isnan(answer.score) for answer in answers)
+    if greedy:
         if scored:
             out["reward_greedy"] = _column(greedy, "score")
-        out["length"] = np.array([len(x) for x in greedy["token_ids"].to_pylist()], np.float64)
-        out["cut_off"] = np.array([x == "length" for x in greedy["finish"].to_pylist()], np.float64)
-    if sampled.num_rows:
-        prompts = len(set(sampled["prompt_id"].to_pylist()))
+        out["length"] = np.array([len(x.token_ids) for x in greedy], np.float64)
+        out["cut_off"] = np.array([x.finish == "length" for x in greedy], np.float64)
+    if sampled:
+        prompts = len({answer.prompt_id for answer in sampled})
         logp, before = _column(sampled, "logp"), _column(sampled, "logp_start")
         each = {"kl": logp - before, "entropy": -logp}
         if scored:
@@ -78,38 +52,40 @@ def measures(answers: pa.Table, scored: bool | None = None) -> dict[str, Values]
     return out
 
 
-def pair_measures(pairs: pa.Table, beta: float) -> dict[str, Values]:
+def pair_measures(pairs: Sequence[heldout_pairs.Row], beta: float) -> dict[str, Values]:
     """The same of held-out pairs: `margins` of implicit rewards, beta times the log-ratios, chosen
     minus rejected; and `accuracy`, whether the margin is above 0 (a margin of 0 counts half)."""
     ratio = beta * (_column(pairs, "logp") - _column(pairs, "logp_start"))
-    chosen = np.array([x == "chosen" for x in pairs["role"].to_pylist()])
+    chosen = np.array([x.role == "chosen" for x in pairs])
     margins = ratio[chosen] - ratio[~chosen]
     return {"margins": margins, "accuracy": (1 + np.sign(margins)) / 2}
 
 
-def shares(tables: Sequence[pa.Table]) -> frozenset[str]:
+def shares(tables: Sequence[Sequence[heldout.Row]]) -> frozenset[str]:
     """Which measures of these tables of answers are shares of prompts.
 
     Rewards of greedy or of sampled answers are, where each of their scores says right, half right or
     wrong (`counted`).
     """
-    kinds = ("greedy", "sample")
-    scores = {kind: [_of_kind(t, kind)["score"].to_pylist() for t in tables] for kind in kinds}
-    return SHARES | {f"reward_{k}" for k in kinds if all(map(counted, scores[k]))}
+
+    def of_kind(kind: str) -> bool:
+        return counted(answer.score for table in tables for answer in _of_kind(table, kind))
+
+    return SHARES | {f"reward_{kind}" for kind in ("greedy", "sample") if of_kind(kind)}
 
 
 def summarize(
-    answers: pa.Table,
-    start: pa.Table | None,
-    pairs: pa.Table | None = None,
+    answers: Sequence[heldout.Row],
+    start: Sequence[heldout.Row] | None,
+    pairs: Sequence[heldout_pairs.Row] | None = None,
     beta: float = 1.0,
 ) -> dict[str, float | None]:
     """The held-out metrics of one iteration: means of `measures` and of `pair_measures`.
 
     Args:
-      answers: held-out answers of the iteration's policy, by `SCHEMA`.
+      answers: held-out answers of the iteration's policy.
       start: those of the start model to the same prompts; None if these are they.
-      pairs: the data's held-out pairs, by `PAIRS`.
+      pairs: the data's held-out pairs.
 
     Returns:
       Rewards are the ranker's scores; without scores there are none. Where a judge was not readable
@@ -124,26 +100,26 @@ def summarize(
     found = measures(answers)
     of_shares = shares([answers])
     greedy, sampled = _of_kind(answers, "greedy"), _of_kind(answers, "sample")
-    out: dict[str, float | None] = {"heldout/prompts": greedy.num_rows}
-    if 0 < (unread := answers["score"].null_count) < answers.num_rows:
+    out: dict[str, float | None] = {"heldout/prompts": len(greedy)}
+    if 0 < (unread := sum(math.isnan(answer.score) for answer in answers)) < len(answers):
         out["heldout/unread"] = unread
     if "reward_greedy" in found:
         greedy_reward = pooled(found["reward_greedy"][None], share="reward_greedy" in of_shares)
         out |= _interval("heldout/reward_greedy", greedy_reward)
-    texts = greedy["text"].to_pylist()
+    texts = [answer.text for answer in greedy]
     for n in (1, 2):
         out[f"heldout/distinct_{n}"] = distinct(texts, n)
     for name in ("length", "cut_off", "entropy"):
         if name in found and (known := found[name][np.isfinite(found[name])]).size:
             out[f"heldout/{name}"] = float(known.mean())
-    if sampled.num_rows:
+    if sampled:
         if "reward_sample" in found:
             sampled_reward = pooled(
                 found["reward_sample"][None], share="reward_sample" in of_shares
             )
             out |= _interval("heldout/reward_sample", sampled_reward)
         logps = _column(sampled, "logp")
-        tokens = np.array([len(x) for x in sampled["token_ids"].to_pylist()])
+        tokens = np.array([len(answer.token_ids) for answer in sampled])
         if (there := np.isfinite(logps)).any():
             out["heldout/entropy_token"] = -float(logps[there].sum()) / int(tokens[there].sum())
         if (kl := pooled(found["kl"][None])) is not None:
@@ -152,7 +128,7 @@ def summarize(
                 out["heldout/kl_stderr"] = kl.stderr
     if start is not None:
         before = _of_kind(start, "greedy")
-        if before["prompt_id"].to_pylist() != greedy["prompt_id"].to_pylist():
+        if [answer.prompt_id for answer in before] != [answer.prompt_id for answer in greedy]:
             raise ValueError("held-out answers of two iterations are to different prompts")
         if "reward_greedy" in found:
             share = "reward_greedy" in shares([answers, start])
@@ -173,27 +149,22 @@ def _interval(name: str, e: Estimate | None) -> dict[str, float | None]:
     return {name: e.mean, **{key: end for key, end in ends.items() if end is not None}}
 
 
-def _of_kind(answers: pa.Table, kind: str) -> pa.Table:
-    return answers.filter(pa.compute.equal(answers["kind"], kind))
+def _of_kind(answers: Sequence[heldout.Row], kind: str) -> list[heldout.Row]:
+    return [answer for answer in answers if answer.kind == kind]
 
 
-def _column(answers: pa.Table, name: str) -> Float[np.ndarray, " n"]:
-    return np.asarray(answers[name].to_pylist(), np.float64)
+def _column(rows: Sequence[heldout.Row | heldout_pairs.Row], name: str) -> Float[np.ndarray, " n"]:
+    return np.array([getattr(row, name) for row in rows], np.float64)
 
 
-def table(rows: Sequence[dict]) -> pa.Table:
-    return pa.Table.from_pylist(list(rows), schema=SCHEMA)
-
-
-def pair_table(
+def pair_rows(
     pairs: Sequence[Example],
     policy: Sequence[tuple[float, ...]],
     start: Sequence[tuple[float, ...]],
-) -> pa.Table:
-    """By `PAIRS`, from the log-probabilities of each pair's responses."""
-    rows = [
-        {"prompt_id": e.prompt_id, "role": role, "logp": p[at], "logp_start": s[at]}
+) -> list[heldout_pairs.Row]:
+    """From the log-probabilities of each pair's responses under the policy and the start model."""
+    return [
+        heldout_pairs.Row(e.prompt_id, role, logp=p[at], logp_start=s[at])
         for e, p, s in zip(pairs, policy, start, strict=True)
         for role, at in e.roles.items()
     ]
-    return pa.Table.from_pylist(rows, schema=PAIRS)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from jaxtyping import Float
 from rich.console import Console
 from rich.table import Table
@@ -32,6 +31,7 @@ from selm_jax.preferences.examples import Example
 from selm_jax.shell import artifacts
 from selm_jax.shell.memory import release
 from selm_jax.statistics.intervals import Estimate, difference, known, pooled
+from selm_jax.tables import heldout, heldout_pairs
 from selm_jax.text.conversations import Prompt
 from selm_jax.text.variety import distinct
 
@@ -58,8 +58,8 @@ class Seed:
 
     name: str
     file: str
-    answers: pa.Table
-    pairs: pa.Table | None
+    answers: list[heldout.Row]
+    pairs: list[heldout_pairs.Row] | None
     left_out: int  # pairs that cannot be scored
     malformed: int  # answers of a judge about it that could not be read
 
@@ -133,9 +133,9 @@ def run(
         for name, each in seeds.items():
             for i, one in enumerate(each):
                 stem = f"{name.replace('/', '--')}-{i}"
-                artifacts.write_table(folder / f"{stem}.parquet", one.answers)
+                heldout.write(folder / f"{stem}.parquet", one.answers)
                 if one.pairs is not None:
-                    artifacts.write_table(folder / f"{stem}-pairs.parquet", one.pairs)
+                    heldout_pairs.write(folder / f"{stem}-pairs.parquet", one.pairs)
     print_report(report, console)
     console.print(f"results: {out}", soft_wrap=True)
     return report
@@ -217,17 +217,15 @@ def _against(reference: Model, prompts: Sequence[Prompt], own: _Own) -> Seed:
         for p, r in zip(a, b, strict=True)
     ]
     rows = [
-        {
-            "prompt_id": a.prompt_id, "prompt": a.messages[-1].content,
-            "kind": "sample" if a.sample else "greedy", "sample": a.sample, "text": a.text,
-            "token_ids": a.token_ids, "finish": a.finish,
-            "score": None if np.isnan(score) else score, "logp": logp, "logp_start": start,
-        }
+        heldout.Row(
+            a.prompt_id, a.messages[-1].content, "sample" if a.sample else "greedy", a.sample,
+            a.text, tuple(a.token_ids or ()), a.finish, score=score, logp=logp, logp_start=start,
+        )
         for a, score, (logp, start) in zip(own.answers, own.scores, flat, strict=True)
     ]  # fmt: skip
     pairs = own.examples[n:]
-    table = frontier.pair_table(pairs, own.logps[n:], before[n:]) if pairs else None
-    return Seed(own.name, str(own.file), frontier.table(rows), table, own.left_out, own.malformed)
+    of_pairs = frontier.pair_rows(pairs, own.logps[n:], before[n:]) if pairs else None
+    return Seed(own.name, str(own.file), rows, of_pairs, own.left_out, own.malformed)
 
 
 def summarize(seeds: dict[str, list[Seed]], *, beta: float) -> dict[str, Any]:
@@ -282,18 +280,17 @@ def _by_prompt(seeds: Sequence[Seed], beta: float) -> dict[str, Float[np.ndarray
     return {name: np.stack([each[name] for each in found]) for name in found[0]}
 
 
-def _distinct(answers: pa.Table) -> dict[str, float]:
+def _distinct(answers: Sequence[heldout.Row]) -> dict[str, float]:
     """Of greedy answers' words; of all samples' where there is no greedy one."""
-    kinds, texts = answers["kind"].to_pylist(), answers["text"].to_pylist()
-    kind = "greedy" if "greedy" in kinds else "sample"
-    mine = [text for text, k in zip(texts, kinds, strict=True) if k == kind]
+    kind = "greedy" if any(answer.kind == "greedy" for answer in answers) else "sample"
+    mine = [answer.text for answer in answers if answer.kind == kind]
     return {f"distinct_{n}": distinct(mine, n) for n in (1, 2, 3)}
 
 
-def _entropy_per_token(answers: pa.Table) -> float | None:
-    sampled = answers.filter(pa.compute.equal(answers["kind"], "sample"))
-    tokens = sum(len(x) for x in sampled["token_ids"].to_pylist())
-    return -sum(sampled["logp"].to_pylist()) / tokens if tokens else None
+def _entropy_per_token(answers: Sequence[heldout.Row]) -> float | None:
+    sampled = [answer for answer in answers if answer.kind == "sample"]
+    tokens = sum(len(answer.token_ids) for answer in sampled)
+    return -sum(answer.logp for answer in sampled) / tokens if tokens else None
 
 
 def _costs(

@@ -3,40 +3,21 @@ chose."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
-import pyarrow as pa
 from jaxtyping import Float
 
 from selm_jax.preferences.examples import Example
 from selm_jax.statistics import proportions
+from selm_jax.tables import pairs as table
 from selm_jax.text.answers import answer_ids
 from selm_jax.text.chat import Chat, UnusableAnswer
 from selm_jax.text.prompts import Prompt
 
-SCHEMA = pa.schema(
-    [
-        ("prompt_id", pa.string()),
-        ("prompt", pa.string()),
-        ("chosen", pa.string()),
-        ("rejected", pa.string()),
-        ("reward_chosen", pa.float32()),
-        ("reward_rejected", pa.float32()),
-    ]
-)
 
-
-def table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
-    return pa.Table.from_pylist(list(rows), schema=SCHEMA)
-
-
-def summarize(pairs: pa.Table) -> dict[str, float]:
+def summarize(pairs: Sequence[table.Row]) -> dict[str, float]:
     """The held-out metrics of a reward model.
-
-    Args:
-      pairs: by `SCHEMA`.
 
     Returns:
       `heldout/accuracy`, the share of pairs whose chosen answer has the higher reward, equal rewards
@@ -61,8 +42,8 @@ def summarize(pairs: pa.Table) -> dict[str, float]:
     }
 
 
-def _column(pairs: pa.Table, name: str) -> Float[np.ndarray, " n"]:
-    return np.asarray(pairs[name].to_pylist(), np.float64)
+def _column(pairs: Sequence[table.Row], name: str) -> Float[np.ndarray, " n"]:
+    return np.array([getattr(pair, name) for pair in pairs], np.float64)
 
 
 def answered_pair(chat: Chat, prompt: Prompt) -> Example | None:

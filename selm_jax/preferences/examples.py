@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, TypeAlias
-
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+from collections.abc import Mapping
+from typing import TypeAlias
 
 from selm_jax.objectives.roles import ROLES
-from selm_jax.shell import artifacts
 
 Ids: TypeAlias = tuple[int, ...]
 
@@ -93,76 +87,3 @@ class Example:
     @property
     def scored(self) -> int:
         return sum(map(len, self.responses))
-
-
-SCHEMA = pa.schema(
-    [
-        ("prompt_id", pa.string()),
-        ("prompt", pa.list_(pa.int32())),
-        ("responses", pa.list_(pa.list_(pa.int32()))),
-        *[(role, pa.int32()) for role in ROLES],
-        ("reference", pa.list_(pa.float32())),
-        ("scores", pa.list_(pa.float32())),
-        ("explored", pa.list_(pa.int32())),
-    ]
-)
-
-
-def to_table(examples: Sequence[Example], reference: str = "") -> pa.Table:
-    """One row per example; a role that nobody plays is null.
-
-    Args:
-      reference: the digest of the model that the log-probabilities are of; see `reference_of`.
-    """
-    rows: list[dict[str, Any]] = [
-        {
-            "prompt_id": e.prompt_id,
-            "prompt": e.prompt,
-            "responses": e.responses,
-            **{role: e.roles.get(role) for role in ROLES},
-            "reference": e.reference,
-            "scores": e.scores,
-            "explored": e.explored,
-        }
-        for e in examples
-    ]
-    return pa.Table.from_pylist(rows, schema=SCHEMA.with_metadata({_REFERENCE: reference}))
-
-
-_REFERENCE = "digest of the reference"
-# What files of before had in its place, called "reference": the digest of the policy that the
-# iteration starts from, which is another model under `reference_policy: start`.
-_START = "reference"
-
-
-def reference_of(file: Path) -> str:
-    """The digest of the model whose log-probabilities stand in a file of examples; "" if unknown."""
-    return _told(file, _REFERENCE)
-
-
-def start_of(file: Path) -> str:
-    """The digest of the policy that the iteration started from; "" but in files of before."""
-    return _told(file, _START)
-
-
-def _told(file: Path, key: str) -> str:
-    return (pq.read_schema(file).metadata or {}).get(key.encode(), b"").decode()
-
-
-def from_parquet(file: Path) -> list[Example]:
-    return [
-        Example(
-            row["prompt_id"],
-            tuple(row["prompt"]),
-            tuple(map(tuple, row["responses"])),
-            {role: row[role] for role in ROLES if row[role] is not None},
-            _floats(row["reference"]),
-            _floats(row["scores"]),
-            tuple(row["explored"] or ()),
-        )
-        for row in artifacts.read_table(file, SCHEMA).to_pylist()
-    ]
-
-
-def _floats(numbers: Sequence[float] | None) -> tuple[float, ...] | None:
-    return None if numbers is None else tuple(float(np.float32(x)) for x in numbers)

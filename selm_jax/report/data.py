@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,51 +17,35 @@ from typing import Any
 from selm_jax.preferences.selection import PLACES
 from selm_jax.report.reading import (
     ReportError,
+    check_digest,
     json_file,
     mapping,
     not_as_written,
     number,
     sealed_mapping,
     settings,
-    table,
     wrong,
 )
 from selm_jax.shell import jsonl
-from selm_jax.shell.artifacts import iterations
+from selm_jax.shell.artifacts import ArtifactError, iterations
 from selm_jax.shell.sealed import sha256
+from selm_jax.tables import heldout
 
 STAGES = ("generate", "rank", "score", "train", "export", "evaluate")
 """The stages of one iteration in the order they run. Iteration 0 has only the last."""
 
 KINDS = ("greedy", "sample")
 
-_ANSWER_COLUMNS: dict[str, type] = {
-    "prompt_id": str,
-    "prompt": str,
-    "kind": str,
-    "text": str,
-    "finish": str,
-    "score": float,
-    "logp": float,
-    "logp_start": float,
-}
-
 
 @dataclass(frozen=True)
-class Answer:
-    """One held-out answer. `logp` and `logp_start` are nats under its own and the start policy, NaN
-    where it was too long for a row; `score` is NaN where nobody scores held-out answers, or a judge
-    said nothing readable of this one (then its evaluation has the metric `unread`)."""
+class Answer(heldout.Row):
+    """One held-out answer, without its token ids, and the iteration whose policy gave it.
+
+    Where its `score` is NaN because a judge said nothing readable, its evaluation has the metric
+    `unread`.
+    """
 
     iteration: int
-    prompt_id: str
-    prompt: str
-    kind: str
-    text: str
-    finish: str
-    score: float
-    logp: float
-    logp_start: float
 
 
 @dataclass(frozen=True)
@@ -78,17 +61,17 @@ class Stage:
 
     @property
     def drops(self) -> dict[str, float]:
-        """Counts by the reason why something was dropped: `drops/REASON` or `dropped_REASON`."""
-        found = (
-            (re.fullmatch(r"(?:drops/|dropped_)(.+)", key), n) for key, n in self.counts.items()
-        )
-        return {match[1]: n for match, n in found if match}
+        """Counts by the reason why something was dropped."""
+        return {
+            key.removeprefix("drops/"): n
+            for key, n in self.counts.items()
+            if key.startswith("drops/")
+        }
 
     @property
     def explored(self) -> dict[str, float]:
-        """Counts of pairs by the place of the explored answer: `explore/PLACE`, `explore_PLACE`."""
-        both = {p: (f"explore/{p}", f"explore_{p}") for p in PLACES}
-        return {p: sum(self.counts.get(key, 0) for key in keys) for p, keys in both.items()}
+        """Counts of pairs by the place of the explored answer."""
+        return {place: self.counts.get(f"explore/{place}", 0) for place in PLACES}
 
 
 @dataclass(frozen=True)
@@ -276,24 +259,15 @@ def _answers(iteration: int, folder: Path, by: Stage | None) -> tuple[Answer, ..
                 "Copy the whole run folder, or run `selm measure` again."
             )
         return ()
-    found = table(path, None if by is None else by.outputs.get(path.name))
-    missing = [name for name in _ANSWER_COLUMNS if name not in found.column_names]
-    if missing:
-        raise ReportError(
-            f"{path} has no column {', '.join(missing)}; found {', '.join(found.column_names)}"
-        )
-    answers = []
-    for row, values in enumerate(found.select(list(_ANSWER_COLUMNS)).to_pylist()):
-        for name in ("score", "logp", "logp_start"):
-            values[name] = math.nan if values[name] is None else values[name]
-        for name, wanted in _ANSWER_COLUMNS.items():
-            if values[name] is None:
-                raise ReportError(f"{path}, row {row}: {name} is empty, expected a value")
-            values[name] = wanted(values[name])
-        if values["kind"] not in KINDS:
-            raise ReportError(f"{path}, row {row}: kind is {values['kind']!r}, expected {KINDS}")
-        answers.append(Answer(iteration=iteration, **values))
-    return tuple(answers)
+    check_digest(path, None if by is None else by.outputs.get(path.name))
+    try:
+        rows = heldout.read(path, token_ids=False)
+    except ArtifactError as error:
+        raise ReportError(str(error)) from error
+    for place, row in enumerate(rows):
+        if row.kind not in KINDS:
+            raise ReportError(f"{path}, row {place}: kind is {row.kind!r}, expected {KINDS}")
+    return tuple(Answer(**vars(row), iteration=iteration) for row in rows)
 
 
 def _metrics(

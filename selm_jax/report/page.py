@@ -332,8 +332,7 @@ def _amounts(stage: Stage, seconds: float | None = None) -> str:
     parts of others or no counts at all, and the reasons and places stand elsewhere."""
     parts = []
     for key, count in stage.counts.items():
-        plain = "/" not in key and not key.startswith(("dropped_", "explore_"))
-        if not plain or not count or (seconds and key not in _UNITS):
+        if "/" in key or not count or (seconds and key not in _UNITS):
             continue
         amount = count / seconds if seconds else count
         whole = not seconds or amount >= 100

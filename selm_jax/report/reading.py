@@ -9,8 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from selm_jax.config import plain_yaml
 from selm_jax.shell import artifacts, jsonl
 from selm_jax.shell.sealed import fits, unsealed
@@ -43,14 +41,10 @@ def json_file(path: Path) -> Any:
         raise ReportError(f"{path} is not JSON: {error}") from error
 
 
-def table(path: Path, digest: str | None) -> pa.Table:
-    """A parquet file whose digest is this, if one is known."""
+def check_digest(path: Path, digest: str | None) -> None:
+    """Raises ReportError if this is known to be the file's digest, and is not."""
     if digest is not None and artifacts.digest(path) != digest:
         raise not_as_written(path)
-    try:
-        return artifacts.read_table(path)
-    except artifacts.ArtifactError as error:
-        raise ReportError(str(error)) from error
 
 
 def sealed_mapping(value: Any, path: Path, key: str = "") -> dict[str, Any]:

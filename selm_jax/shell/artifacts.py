@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -150,9 +150,7 @@ def write_table(path: Path, table: pa.Table) -> None:
         pq.write_table(table, where, compression="zstd", write_page_checksum=True)
 
 
-def read_table(
-    path: Path, schema: pa.Schema | None = None, columns: Sequence[str] | None = None
-) -> pa.Table:
+def read_table(path: Path) -> pa.Table:
     """A table that `write_table` has written, with the checksum of every page compared.
 
     Raises:
@@ -160,9 +158,7 @@ def read_table(
       ArtifactError: it cannot be read.
     """
     try:
-        return pq.read_table(
-            path.absolute(), schema=schema, columns=columns, page_checksum_verification=True
-        )
+        return pq.read_table(path.absolute(), page_checksum_verification=True)
     except FileNotFoundError:
         raise
     except (pa.ArrowException, OSError, ValueError) as e:

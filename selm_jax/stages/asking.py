@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 
 from selm_jax.evaluation.cost import judges
 from selm_jax.feedback.judge.unread import UnreadableJudge, mostly, too_many
@@ -19,14 +18,12 @@ from selm_jax.parallel import multihost
 from selm_jax.run.run import Run
 from selm_jax.shell import artifacts, parts
 from selm_jax.shell.store import Store
+from selm_jax.tables import scores as table
 
 Scores = list[list[float | None]]  # by prompt and candidate; None: a judge was not readable
 Told = dict[str, int | float]  # what a ranker reports
 
-# A score is null where a judge's answer could not be read.
-SCORES = pa.schema([("prompt_id", pa.string()), ("scores", pa.list_(pa.float64()))])
 FOLDER = "scores"
-_ABOUT = b"selm"  # in a part's metadata: what it is of, and what the ranker told
 
 
 def scores_of(
@@ -108,32 +105,33 @@ def _part(
         return found
     scores = _ask(run, questions, candidates)
     told = reported(run.ranker)
-    rows = {"prompt_id": [q.id for q in questions], "scores": scores}
-    about = json.dumps({"key": key, "told": told})
-    parts.write(file, pa.table(rows, SCORES.with_metadata({_ABOUT: about})))
+    rows = [table.Row(q.id, tuple(of)) for q, of in zip(questions, _arrays(scores), strict=True)]
+    table.write(file, rows, about=json.dumps({"key": key, "told": told}))
     return scores, told
 
 
 def _ask(run: Run, questions: Sequence[Question], candidates: Sequence[Sequence[str]]) -> Scores:
-    scores = run.ranker.scores(questions, candidates)
-    return [[None if np.isnan(x) else float(x) for x in each] for each in scores]
+    return _plain(run.ranker.scores(questions, candidates))
 
 
 def _read(file: Path, key: str) -> tuple[Scores, Told] | None:
     """A part that is there and has this key."""
     if not parts.is_there(file):
         return None
-    table = artifacts.read_table(file)
-    about = json.loads((table.schema.metadata or {}).get(_ABOUT, b"{}"))
+    about = json.loads(table.about(file) or "{}")
     if about.get("key") != key:
         return None
-    return table["scores"].to_pylist(), about["told"]
+    return _plain([row.scores for row in table.read(file)]), about["told"]
 
 
 def _key(questions: Sequence[Question], candidates: Sequence[Sequence[str]]) -> str:
     """Names what is asked: what was cut otherwise, or chosen otherwise under a budget, is other."""
     prompts = [question.id for question in questions]
     return Store.key(prompts=prompts, candidates=candidates)
+
+
+def _plain(scores: Iterable[Iterable[float]]) -> Scores:
+    return [[None if np.isnan(x) else float(x) for x in each] for each in scores]
 
 
 def _arrays(scores: Scores) -> list[np.ndarray]:

@@ -4,12 +4,10 @@ a reward model's rewards of held-out pairs (pairs.parquet)."""
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
-
-import numpy as np
-import pyarrow as pa
 
 from selm_jax.evaluation import frontier
 from selm_jax.evaluation import pairs as pair_rewards
@@ -25,8 +23,9 @@ from selm_jax.run.rows import RunError, question
 from selm_jax.run.run import Run
 from selm_jax.shell import artifacts
 from selm_jax.stages.asking import check_read, scores_of, unread
-from selm_jax.stages.generate import Counts, response_row
+from selm_jax.stages.generate import Counts
 from selm_jax.stages.score import too_long
+from selm_jax.tables import heldout, heldout_pairs, pairs
 from selm_jax.text.answers import answers as answers_of
 from selm_jax.text.prompts import Prompt
 
@@ -74,36 +73,38 @@ def evaluate(run: Run, t: int) -> Counts:
             examples.append(example)
             places.append([mine[k] for k in of])
     left_out = len(responses) - sum(map(len, places))
-    pairs, pairs_left_out = heldout_pairs(run)
+    of_data, pairs_left_out = fitting_pairs(run, run.heldout)
     scorer = run.programs.scorer
-    found = scorer.logps(params, examples + pairs)
+    found = scorer.logps(params, examples + of_data)
     del params
-    before = found if t == 0 else scorer.logps(run.programs.load(run.policy(0)), examples + pairs)
+    before = found if t == 0 else scorer.logps(run.programs.load(run.policy(0)), examples + of_data)
     policy, start = (_by_response(places, of[: len(places)]) for of in (found, before))
     rows = []
     for n, (response, text) in enumerate(zip(responses, texts, strict=True)):
         i, k = divmod(n, each)
         rows.append(
-            {
-                **response_row(run, prompts[i], response),
-                "prompt": prompts[i].messages[-1].content,
-                "text": text,
-                "score": None if scores is None or np.isnan(scores[i][k]) else float(scores[i][k]),
-                "logp": policy.get(n),
-                "logp_start": start.get(n),
-            }
+            heldout.Row(
+                prompts[i].id,
+                prompts[i].messages[-1].content,
+                "greedy" if response.greedy else "sample",
+                response.sample,
+                text,
+                response.tokens,
+                response.finish,
+                score=math.nan if scores is None else float(scores[i][k]),
+                logp=policy.get(n, math.nan),
+                logp_start=start.get(n, math.nan),
+            )
         )
-    answers = frontier.table(rows)
-    of_pairs = None
-    if pairs:
-        of_pairs = frontier.pair_table(pairs, found[len(examples) :], before[len(examples) :])
+    n = len(examples)
+    of_pairs = frontier.pair_rows(of_data, found[n:], before[n:]) if of_data else None
     if multihost.is_first():
-        artifacts.write_table(run.folder.iteration(t) / "heldout.parquet", answers)
+        heldout.write(run.folder.iteration(t) / "heldout.parquet", rows)
         if of_pairs is not None:
-            artifacts.write_table(run.folder.iteration(t) / "heldout_pairs.parquet", of_pairs)
+            heldout_pairs.write(run.folder.iteration(t) / "heldout_pairs.parquet", of_pairs)
     first = None if t == 0 else _answers_of_start(run)
     beta = e.objective.get("beta", 1.0)
-    summary = frontier.summarize(answers, first, of_pairs, beta)
+    summary = frontier.summarize(rows, first, of_pairs, beta)
     run.folder.forget(lambda m: m["stage"] == "evaluate" and m["iteration"] == t)
     run.folder.log("evaluate", t, summary)
     names = ("heldout/reward_greedy", "heldout/gain", "heldout/kl", "heldout/pairs/accuracy")
@@ -111,7 +112,7 @@ def evaluate(run: Run, t: int) -> Counts:
     return {
         "prompts": len(prompts),
         "responses": len(responses),
-        **({"pairs": len(pairs)} if pairs else {}),
+        **({"pairs": len(of_data)} if of_data else {}),
         **({"answers_left_out": left_out} if left_out else {}),
         **pairs_left_out,
         **unread(told),
@@ -163,18 +164,19 @@ def _evaluate_pairs(run: Run, t: int) -> Counts:
         rewards = run.programs.scorer.rewards(params, examples, lambda done: advance(done, 0))
     del params
     rows = [
-        {
-            "prompt_id": prompt.id,
-            "prompt": prompt.messages[-1].content,
-            **each,
-            **{f"reward_{role}": of_pair[e.roles[role]] for role in each},
-        }
+        pairs.Row(
+            prompt.id,
+            prompt.messages[-1].content,
+            chosen=each["chosen"],
+            rejected=each["rejected"],
+            reward_chosen=of_pair[e.roles["chosen"]],
+            reward_rejected=of_pair[e.roles["rejected"]],
+        )
         for (prompt, each, e), of_pair in zip(found, rewards, strict=True)
     ]
-    table = pair_rewards.table(rows)
     if multihost.is_first():
-        artifacts.write_table(run.folder.iteration(t) / "pairs.parquet", table)
-    summary = pair_rewards.summarize(table)
+        pairs.write(run.folder.iteration(t) / "pairs.parquet", rows)
+    summary = pair_rewards.summarize(rows)
     run.folder.forget(lambda m: m["stage"] == "evaluate" and m["iteration"] == t)
     run.folder.log("evaluate", t, summary)
     shown = ("heldout/accuracy", "heldout/accuracy_low", "heldout/accuracy_high")
@@ -199,31 +201,26 @@ def _scores(run: Run, t: int, answers: Sequence[Sequence[str]]) -> list[Any] | N
         return scores_of(run, questions, answers)
     first = [each[0] for each in answers]  # the greedy one
     if t > 0:
-        start = _answers_of_start(run).to_pylist()
-        of_prompt = {row["prompt_id"]: row["text"] for row in start if row["kind"] == "greedy"}
+        start = _answers_of_start(run)
+        of_prompt = {row.prompt_id: row.text for row in start if row.kind == "greedy"}
         first = [of_prompt[q.id] for q in questions]
     return scores_beside(partial(scores_of, run), questions, answers, first)
 
 
-def _answers_of_start(run: Run) -> pa.Table:
+def _answers_of_start(run: Run) -> list[heldout.Row]:
     record = artifacts.Stages(run.folder.iteration(0))
     record.digest("heldout.parquet")  # which is as it was written
-    return artifacts.read_table(record.folder / "heldout.parquet")
+    return heldout.read(record.folder / "heldout.parquet")
 
 
 def has_pairs(run: Run) -> bool:
     """Whether the held-out prompts have a chosen and a rejected answer each can be tried on."""
-    return bool(heldout_pairs(run)[0])
-
-
-def heldout_pairs(run: Run) -> tuple[list[Example], Counts]:
-    """The held-out data's own pairs, as far as it has any that fit a row; and how many do not."""
-    return fitting_pairs(run, run.heldout)
+    return bool(fitting_pairs(run, run.heldout)[0])
 
 
 def fitting_pairs(run: Run, prompts: Iterable[Prompt]) -> tuple[list[Example], Counts]:
     """The prompts' own pairs, as far as they have any that fit a row; and how many do not."""
-    pairs, left_out = [], 0
+    found, left_out = [], 0
     longest = min(run.experiment.training.row_length, run.programs.config.max_positions)
     for prompt in prompts:
         if prompt.chosen is None or prompt.rejected is None:
@@ -232,5 +229,5 @@ def fitting_pairs(run: Run, prompts: Iterable[Prompt]) -> tuple[list[Example], C
         if example is None or example.tokens > longest:
             left_out += 1
         else:
-            pairs.append(example)
-    return pairs, {"pairs_left_out": left_out} if left_out else {}
+            found.append(example)
+    return found, {"pairs_left_out": left_out} if left_out else {}

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-
-import pyarrow as pa
-import pyarrow.compute
 
 from selm_jax.parallel import multihost
 from selm_jax.rollout.remote import Server, named
 from selm_jax.rollout.requests import Request, Response
 from selm_jax.run.run import Run
 from selm_jax.shell import artifacts, parts
+from selm_jax.tables import responses
+from selm_jax.text.chat import Chat
 from selm_jax.text.prompts import Prompt
 
 Counts = dict[str, Any]
@@ -22,17 +22,6 @@ Advance = Callable[[int, int], None]  # responses and tokens since the last call
 Write = Callable[[Sequence[Response]], None]
 # Answers the requests of a part, by its number, and writes them.
 Answer = Callable[[int, Sequence[Request], Write], None]
-
-RESPONSES = pa.schema(
-    [
-        ("prompt_id", pa.string()),
-        ("sample", pa.int32()),  # 0 is the greedy one
-        ("kind", pa.string()),
-        ("token_ids", pa.list_(pa.int32())),
-        ("text", pa.string()),
-        ("finish", pa.string()),
-    ]
-)
 
 
 def generate(run: Run, t: int) -> Counts:
@@ -60,20 +49,24 @@ def generate(run: Run, t: int) -> Counts:
                 for i in mine
             ]
 
-            def write(responses: Sequence[Response], to: Path = file) -> None:
-                rows = [response_row(run, prompts[r.index], r) for r in responses]
-                parts.write(to, pa.Table.from_pylist(rows, schema=RESPONSES))
+            def write(found: Sequence[Response], to: Path = file) -> None:
+                responses.write(to, [_row(prompts[r.index], r, run.chat) for r in found])
 
             answer(part, requests, write)
     multihost.barrier()
     artifacts.wait_for(files)
     spelled = sum(any(run.chat.spelled.find(m.content) for m in p.messages) for p in prompts)
-    answers = pa.concat_tables([artifacts.read_table(file, RESPONSES) for file in files])
+    counts = Counter[str]()
+    for file in files:  # one at a time: together they may be large
+        rows = responses.read(file)
+        counts.update(
+            responses=len(rows),
+            tokens=sum(len(row.token_ids) for row in rows),
+            cut_off=sum(row.finish == "length" for row in rows),
+        )
     return {
         "prompts": len(prompts),
-        "responses": answers.num_rows,
-        "tokens": pa.compute.sum(pa.compute.list_value_length(answers["token_ids"])).as_py() or 0,
-        "cut_off": sum(x == "length" for x in answers["finish"].to_pylist()),
+        **counts,
         **({"prompts_spell_control_tokens": spelled} if spelled else {}),
     }
 
@@ -91,13 +84,13 @@ def _here(run: Run, t: int, advance: Advance) -> Iterator[Answer]:
         nonlocal params
         if params is None and any(request.wanted() for request in requests):
             params = run.programs.decoding(run.programs.load(run.policy(t - 1)))
-        responses: Sequence[Response] = ()
+        found: Sequence[Response] = ()
         if params is not None:
-            responses = run.programs.engine.generate(
+            found = run.programs.engine.generate(
                 params, requests, seed=run.experiment.seed, iteration=t, progress=progress
             )
         if part % multihost.count() == multihost.index():
-            write(responses)
+            write(found)
 
     yield answer
 
@@ -149,12 +142,7 @@ def response_files(run: Run, t: int) -> list[Path]:
     return parts.files(run.folder.iteration(t) / "responses", count)
 
 
-def response_row(run: Run, prompt: Prompt, response: Response) -> dict[str, Any]:
-    return {
-        "prompt_id": prompt.id,
-        "sample": response.sample,
-        "kind": "greedy" if response.greedy else "sample",
-        "token_ids": response.tokens,
-        "text": run.chat.text(response.tokens),
-        "finish": response.finish,
-    }
+def _row(prompt: Prompt, r: Response, chat: Chat) -> responses.Row:
+    text = chat.text(r.tokens)
+    kind = "greedy" if r.greedy else "sample"
+    return responses.Row(prompt.id, r.sample, kind, r.tokens, text, r.finish)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 
+import numpy as np
+
 from selm_jax.parallel import multihost
-from selm_jax.preferences.examples import ROLES, Example, to_table
+from selm_jax.preferences.examples import ROLES, Example
 from selm_jax.preferences.own_answers import rated_example
 from selm_jax.run.rows import RunError
 from selm_jax.run.run import Run
 from selm_jax.shell import artifacts
 from selm_jax.stages.generate import Counts
-from selm_jax.stages.rank import RANKED
+from selm_jax.tables import examples as table
+from selm_jax.tables import ranked
 from selm_jax.text.layout import paper_row
 
 
@@ -37,9 +40,7 @@ def score(run: Run, t: int) -> Counts:
     ]
     if multihost.is_first():
         reference = artifacts.digest(run.reference(t))
-        artifacts.write_table(
-            run.folder.iteration(t) / "examples.parquet", to_table(scored, reference)
-        )
+        table.write(run.folder.iteration(t) / "examples.parquet", scored, reference)
     return {
         "examples": len(examples),
         "responses": sum(len(e.responses) for e in examples),
@@ -57,11 +58,11 @@ def paired_examples(run: Run, t: int) -> tuple[list[Example], Counts]:
     """
     prompts = {p.id: p for p in run.prompts(t)}
     text, head = run.experiment.text, run.programs.config.head
-    pairs: dict[str, dict[str, dict]] = {}  # prompt id -> role -> its row
-    for row in artifacts.read_table(run.folder.iteration(t) / "ranked.parquet", RANKED).to_pylist():
+    pairs: dict[str, dict[str, ranked.Row]] = {}  # prompt id -> role -> its row
+    for row in ranked.read(run.folder.iteration(t) / "ranked.parquet"):
         for role in ROLES:
-            if row[role]:
-                pair = pairs.setdefault(row["prompt_id"], {})
+            if getattr(row, role):
+                pair = pairs.setdefault(row.prompt_id, {})
                 several = sum(name.startswith("explore") for name in pair)
                 pair[role if role not in pair else f"{role}/{several + 1}"] = row
     examples, cut = [], Counter[str]()
@@ -71,9 +72,10 @@ def paired_examples(run: Run, t: int) -> tuple[list[Example], Counts]:
                 f"{run.folder.iteration(t) / 'ranked.parquet'}: prompt {prompt_id} is not among the "
                 f"{len(prompts)} of iteration {t}; the data or its settings have changed"
             )
-        texts = {role: row["text"] for role, row in pair.items()}
+        texts = {role: row.text for role, row in pair.items()}
         if head is not None:
-            scores = {role: pair[role]["score"] for role in texts}
+            given = {role: row.score for role, row in pair.items()}
+            scores = {role: None if np.isnan(score) else score for role, score in given.items()}
             examples.append(rated_example(run.chat, head, prompt, texts, scores))
             if run.experiment.data.on_bad_row == "drop" and too_long(run, examples[-1]):
                 examples.pop()
@@ -85,7 +87,7 @@ def paired_examples(run: Run, t: int) -> tuple[list[Example], Counts]:
             examples.append(Example.of(prompt_id, row.prompt, row.responses))
             cut.update(prompts_cut=row.prompt_cut, responses_cut=row.responses_cut)
         else:
-            responses = {role: tuple(row["token_ids"]) for role, row in pair.items()}
+            responses = {role: row.token_ids or () for role, row in pair.items()}
             examples.append(Example.of(prompt_id, run.data.prompt_ids(prompt), responses))
         _check_length(run, examples[-1])
     return examples, dict(cut)

@@ -11,12 +11,12 @@ import jax
 from selm_jax.models.lora import merge
 from selm_jax.models.quantize import dequantize
 from selm_jax.parallel import multihost
-from selm_jax.preferences.examples import from_parquet, reference_of, start_of
 from selm_jax.run.rows import RunError
 from selm_jax.run.run import Run
 from selm_jax.shell import artifacts
 from selm_jax.shell.store import Store
 from selm_jax.stages.generate import Counts
+from selm_jax.tables import examples as table
 from selm_jax.training.checkpoint import Checkpoints
 from selm_jax.training.loop import Plan, train
 from selm_jax.training.state import TrainState
@@ -92,11 +92,15 @@ def _check_reference(run: Run, t: int) -> None:
     examples = run.folder.iteration(t) / "examples.parquet"
     for scored, folder, what in (
         (
-            reference_of(examples),
+            table.reference_of(examples),
             run.reference(t),
             "the reference's log-probabilities are those of",
         ),
-        (start_of(examples), run.policy(t - 1), "it was scored in an iteration that starts from"),
+        (
+            table.start_of(examples),
+            run.policy(t - 1),
+            "it was scored in an iteration that starts from",
+        ),
     ):
         if scored not in ("", now := artifacts.digest(folder)):
             raise artifacts.ArtifactError(
@@ -112,7 +116,7 @@ def plan_of(run: Run, t: int) -> Plan:
     Raises:
       RunError: an example lacks a role, or the reference's score, that the objective needs.
     """
-    examples = from_parquet(run.folder.iteration(t) / "examples.parquet")
+    examples = table.read(run.folder.iteration(t) / "examples.parquet")
     stored = run.experiment.training.reference == "stored" and not run.task.reference_free
     for example in examples:
         if absent := set(run.task.objective.roles) - set(example.roles):

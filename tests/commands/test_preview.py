@@ -8,20 +8,21 @@ import re
 import sys
 from types import SimpleNamespace
 
-import pyarrow as pa
 import pytest
 import tiny
 from rich.console import Console
 
 from selm_jax import cli, config
 from selm_jax.commands import preview
-from selm_jax.preferences.examples import Example, to_table
+from selm_jax.preferences.examples import Example
 from selm_jax.run.rows import RunError
 from selm_jax.run.run import Run
 from selm_jax.shell import artifacts
 from selm_jax.stages import STAGES
-from selm_jax.stages.generate import RESPONSES, response_files
+from selm_jax.stages.generate import response_files
 from selm_jax.stages.score import paired_examples
+from selm_jax.tables import examples as examples_table
+from selm_jax.tables import responses
 
 PAIRS = {"data__chosen": "chosen", "data__rejected": "rejected", "candidates__dataset": True,
          "candidates__samples": 0, "data__heldout": None, "data__on_bad_row": "drop",
@@ -74,14 +75,19 @@ def answer_and_rank(run: Run) -> None:
     ended, no = (*chat.tokens("Well."), 1), (*chat.tokens("No."), 1)
     answers = [ended, (1,), no, chat.tokens("Well, well")]
     rows = [
-        {"prompt_id": p.id, "sample": 0, "kind": "greedy", "token_ids": answers[i % 4],
-         "text": chat.text(answers[i % 4]), "finish": "length" if i % 4 == 3 else "stop"}
+        responses.Row(
+            p.id,
+            0,
+            "greedy",
+            ids := answers[i % 4],
+            chat.text(ids),
+            "length" if i % 4 == 3 else "stop",
+        )
         for i, p in enumerate(run.prompts(1))
-    ]  # fmt: skip
-    table = pa.Table.from_pylist(rows, schema=RESPONSES)
+    ]
     each = run.experiment.rollout.prompts_per_part
     for n, file in enumerate(response_files(run, 1)):
-        artifacts.write_table(file, table.slice(n * each, each))
+        responses.write(file, rows[n * each : (n + 1) * each])
     STAGES[1].run(run, 1)
 
 
@@ -215,7 +221,7 @@ def test_ranked_pairs_and_then_examples_are_shown_where_they_are_there(make):
     assert re.search(r"^(chosen|rejected) \+ explore, \d+ tokens", text, flags=re.MULTILINE)
     assert "made with other settings" not in text
 
-    artifacts.write_table(run.folder.iteration(1) / "examples.parquet", to_table(examples[1:]))
+    examples_table.write(run.folder.iteration(1) / "examples.parquet", examples[1:])
     record.finish("score", {}, STAGES[2].settings(run, 1), {}, {"responses_cut": 3}, 0.0)
     text = shown(make())
     assert "examples.parquet" in text.splitlines()[0]

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from scipy import stats
 
 from selm_jax.evaluation import frontier
+from selm_jax.tables import heldout
 
 
 def answers(scores):
-    return frontier.table(
-        [
-            {
-                "prompt_id": f"p{i}", "prompt": "?", "kind": "greedy", "sample": 0, "text": f"word {i}",
-                "token_ids": [1, 2], "finish": "stop", "score": score, "logp": -1.0,
-                "logp_start": -1.0,
-            }
-            for i, score in enumerate(scores)
-        ]
-    )  # fmt: skip
+    return [
+        heldout.Row(f"p{i}", "?", "greedy", 0, f"word {i}", (1, 2), "stop", score, -1.0, -1.0)
+        for i, score in enumerate(scores)
+    ]
 
 
 def ends(found, name):
@@ -45,3 +42,12 @@ def test_a_reward_of_any_other_kind_has_an_interval_only_where_it_varies():
         found = frontier.summarize(answers(same), None)
         assert found["heldout/reward_greedy"] == pytest.approx(0.7)
         assert "heldout/reward_greedy_low" not in found
+
+
+@pytest.mark.parametrize(("greedy", "sample"), [(0.5, 0.7), (0.7, 0.5), (0.7, 0.7), (1.0, 0.0)])
+def test_each_kind_of_answers_is_a_share_by_its_own_scores(greedy, sample):
+    rows = answers([greedy]) + [
+        dataclasses.replace(each, kind="sample", sample=1) for each in answers([sample])
+    ]
+    shares = frontier.shares([rows])
+    assert ("reward_greedy" in shares, "reward_sample" in shares) == (greedy != 0.7, sample != 0.7)

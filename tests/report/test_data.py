@@ -62,8 +62,8 @@ def test_a_stage_that_has_begun_is_not_done(run):
     assert report_data(run).unfinished == ("Iteration 3: export, evaluate not finished yet.",)
 
 
-def test_both_spellings_of_drops_and_places():
-    counts = {"dropped_tie": 1, "drops/empty": 2, "drops": 3, "explore_best": 4, "explore/worst": 5}
+def test_drops_by_reason_and_pairs_by_place_of_the_explored_answer():
+    counts = {"drops/tie": 1, "drops/empty": 2, "drops": 3, "explore/best": 4, "explore/worst": 5}
     stage = Stage("rank", {**counts, "explore_is/chosen": 9}, None)
     assert stage.drops == {"tie": 1, "empty": 2}
     assert stage.explored == {"best": 4, "middle": 0, "worst": 5, "tied": 0}

@@ -14,8 +14,8 @@ from rich.console import Console
 
 from selm_jax import config
 from selm_jax.iterate import iterate
-from selm_jax.preferences.examples import from_parquet
 from selm_jax.run.run import Run
+from selm_jax.tables.examples import read as read_examples
 
 QUIET = Console(quiet=True)
 
@@ -45,7 +45,7 @@ def test_all_of_the_policys_answers_explore(fixed):
     for row in ranked:
         assert row["explore"] == (row["dropped"] is None)
         drawn.setdefault(row["prompt_id"], []).append(tuple(row["token_ids"]))
-    examples = from_parquet(fixed.folder.iteration(1) / "examples.parquet")
+    examples = read_examples(fixed.folder.iteration(1) / "examples.parquet")
     assert examples
     for e in examples:
         assert [e.responses[i] for i in e.explored] == drawn[e.prompt_id]
@@ -56,7 +56,7 @@ def test_all_of_the_policys_answers_explore(fixed):
 def test_a_fixed_reference_is_the_start_model_in_every_iteration(fixed):
     params = fixed.programs.load(fixed.policy(0))
     for t in (1, 2):
-        examples = from_parquet(fixed.folder.iteration(t) / "examples.parquet")
+        examples = read_examples(fixed.folder.iteration(t) / "examples.parquet")
         for e, again in zip(examples, tiny.logps_of(fixed, params, examples), strict=True):
             np.testing.assert_allclose(e.reference, again, rtol=1e-6, atol=1e-5)
     first = {m["iteration"]: m for m in lines_of(fixed) if m["step"] == 1}
@@ -95,7 +95,7 @@ def test_stepwise_dpo_moves_the_reference_and_keeps_the_data(tmp_path):
     )
     seen = []
     for t in (1, 2):
-        examples = from_parquet(run.folder.iteration(t) / "examples.parquet")
+        examples = read_examples(run.folder.iteration(t) / "examples.parquet")
         seen += [e.prompt_id for e in examples]
         params = run.programs.load(run.policy(t - 1))
         for e, again in zip(examples, tiny.logps_of(run, params, examples), strict=True):

@@ -14,7 +14,6 @@ from rich.console import Console
 from selm_jax import cli, config
 from selm_jax.iterate import iterate, run_stage
 from selm_jax.parallel import multihost
-from selm_jax.preferences.examples import from_parquet
 from selm_jax.report import page
 from selm_jax.report.data import ReportError
 from selm_jax.run.rows import RunError
@@ -22,6 +21,7 @@ from selm_jax.run.run import Run
 from selm_jax.shell.artifacts import ArtifactError
 from selm_jax.shell.sealed import seal, unsealed
 from selm_jax.stages.train import plan_of
+from selm_jax.tables.examples import read as read_examples
 from selm_jax.weights.huggingface import load
 
 QUIET = Console(quiet=True)
@@ -91,7 +91,7 @@ def test_the_policy_moves_and_becomes_the_next_reference(finished):
         run.policy(0) / "model.safetensors"
     ).read_bytes()
     params = run.programs.load(run.policy(1))
-    examples = from_parquet(run.folder.iteration(2) / "examples.parquet")
+    examples = read_examples(run.folder.iteration(2) / "examples.parquet")
 
     again = tiny.logps_of(run, params, examples)
     for stored, now in zip(examples, again, strict=True):
@@ -103,7 +103,7 @@ def test_what_is_trained_on_is_what_was_generated(finished):
     drawn = {}
     for row in pq.read_table(run.folder.iteration(1) / "responses").to_pylist():
         drawn.setdefault(row["prompt_id"], []).append((row["kind"], tuple(row["token_ids"])))
-    for example in from_parquet(run.folder.iteration(1) / "examples.parquet"):
+    for example in read_examples(run.folder.iteration(1) / "examples.parquet"):
         ids = [x for _, x in drawn[example.prompt_id]]
         assert set(example.responses) <= set(ids)
         assert len(set(example.responses)) == len(example.responses)
@@ -276,7 +276,7 @@ def test_a_base_model_is_taught_the_data_sets_answers(finished, tmp_path):
     )
     losses = [m["loss"] for m in metrics(run, "train")]
     assert losses[-1] < 0.7 * losses[0]
-    examples = from_parquet(run.folder.iteration(1) / "examples.parquet")
+    examples = read_examples(run.folder.iteration(1) / "examples.parquet")
     assert len(examples) == 16
     end = run.chat.stop_ids[0]
     for example in examples:

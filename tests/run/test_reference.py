@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import pyarrow.parquet as pq
 import pytest
 
-from selm_jax.preferences.examples import SCHEMA, Example, reference_of, to_table
+from selm_jax.preferences.examples import Example
 from selm_jax.shell import artifacts
 from selm_jax.stages.train import checkpoints_of
+from selm_jax.tables import examples as table
 
 scoring = importlib.import_module("selm_jax.stages.score")  # a function hides the module
 EXAMPLES = [Example("p", (1, 2), ((3,), (4,)), {"chosen": 0, "rejected": 1})]
@@ -62,8 +63,8 @@ def spoil(folder: Path) -> None:
 @pytest.mark.parametrize("fixed", [True, False], ids=["start", "previous"])
 def test_the_digest_is_that_of_the_reference(scored, fixed):
     run = scored(fixed)
-    examples = run.iteration(2) / "examples.parquet"
-    assert reference_of(examples) == artifacts.digest(run.reference(2))
+    examples = run.folder.iteration(2) / "examples.parquet"
+    assert table.reference_of(examples) == artifacts.digest(run.reference(2))
     checkpoints_of(run, 2)
     spoil(run.reference(2))
     with pytest.raises(artifacts.ArtifactError, match=f"log-prob.* {run.reference(2)} has") as told:
@@ -91,10 +92,9 @@ def test_files_of_before_are_read_for_what_they_said(scored):
     """Under the same name they had the digest of the policy that the iteration starts from."""
     run = scored(True)
     start = artifacts.digest(run.policy(1))
-    table = to_table(EXAMPLES).replace_schema_metadata(
-        SCHEMA.with_metadata({"reference": start}).metadata
-    )
-    pq.write_table(table, run.iteration(2) / "examples.parquet")
+    file = run.folder.iteration(2) / "examples.parquet"
+    table.write(file, EXAMPLES)
+    pq.write_table(pq.read_table(file).replace_schema_metadata({"reference": start}), file)
     assert checkpoints_of(run, 2).start == start
     spoil(run.policy(1))
     with pytest.raises(artifacts.ArtifactError, match=f"starts from .* {run.policy(1)} has"):

@@ -19,12 +19,13 @@ from selm_jax.feedback.ranker import Question, build
 from selm_jax.iterate import iterate
 from selm_jax.models.config import ScalarHead
 from selm_jax.models.families import read_config
-from selm_jax.preferences.examples import ExampleError, from_parquet
+from selm_jax.preferences.examples import ExampleError
 from selm_jax.run.check import check
 from selm_jax.run.rows import RunError
 from selm_jax.run.run import Run
 from selm_jax.shell.artifacts import ArtifactError
 from selm_jax.stages import STAGES
+from selm_jax.tables.examples import read as read_examples
 from selm_jax.text.prompts import DataError, Message
 
 QUIET = Console(quiet=True)
@@ -100,7 +101,7 @@ def test_the_first_loss_is_that_of_equal_rewards_and_the_margins(trained):
 
 def test_what_is_trained_on_are_whole_conversations_and_the_datas_scores(trained):
     run, folder = trained
-    examples = from_parquet(run.folder.iteration(1) / "examples.parquet")
+    examples = read_examples(run.folder.iteration(1) / "examples.parquet")
     rows = {row["prompt_id"]: row for row in pairs(96, seed=1)}
     assert len(examples) == 96
     for e in examples:

@@ -3,7 +3,6 @@
 import io
 import json
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiny
@@ -16,9 +15,10 @@ from selm_jax.run.run import Run
 from selm_jax.shell import artifacts
 from selm_jax.shell.lock import only_one
 from selm_jax.shell.paths import claim
-from selm_jax.stages.generate import RESPONSES, response_files
+from selm_jax.stages.generate import response_files
 from selm_jax.stages.rank import rank
 from selm_jax.stages.score import paired_examples
+from selm_jax.tables import responses
 from selm_jax.text.chat import UnusableAnswer
 from selm_jax.text.layout import paper_ids
 
@@ -48,14 +48,12 @@ def make(tmp_path, model):
         (tmp_path / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
         found = Run(config.load(file), Console(quiet=True))
         answers = [
-            {"prompt_id": f"p{i}", "sample": 0, "kind": "greedy", "token_ids": [40 + i, 1],
-             "text": found.chat.text([40 + i, 1]), "finish": "stop"}
+            responses.Row(f"p{i}", 0, "greedy", (40 + i, 1), found.chat.text([40 + i, 1]), "stop")
             for i in range(8)
-        ]  # fmt: skip
-        table = pa.Table.from_pylist(answers, schema=RESPONSES)
+        ]
         claim(found.folder.path)
         (file,) = response_files(found, 1)
-        artifacts.write_table(file, table)
+        responses.write(file, answers)
         return found
 
     return run

@@ -27,7 +27,6 @@ from selm_jax import config
 from selm_jax.commands import figures
 from selm_jax.config import ConfigError
 from selm_jax.iterate import iterate
-from selm_jax.preferences.examples import from_parquet
 from selm_jax.rollout.engine import Engine
 from selm_jax.run.rows import RunError
 from selm_jax.run.run import Run
@@ -37,6 +36,7 @@ from selm_jax.statistics.intervals import pooled
 from selm_jax.sweep import SweepError, sweep, write
 from selm_jax.sweep.plan import plan
 from selm_jax.sweep.table import table
+from selm_jax.tables.examples import read as read_examples
 from selm_jax.text.conversations import Message
 
 QUIET = Console(quiet=True)
@@ -245,7 +245,7 @@ def test_the_papers_figures_of_its_runs(finished, tmp_path):
         rows = list(csv.DictReader(f))
     # The pairs that both were trained on, scored again, the slow way: from what is stored.
     dpo, selm = runs
-    examples = from_parquet(dpo.folder.iteration(1) / "examples.parquet")
+    examples = read_examples(dpo.folder.iteration(1) / "examples.parquet")
     assert len(rows) == 2 * len(examples)
     logps = [tiny.logps_of(run, run.programs.load(run.policy(1)), examples) for run in (dpo, selm)]
     for role in ("chosen", "rejected"):

@@ -1,0 +1,99 @@
+"""The candidates of an iteration's prompts: the policy's answers, then the data set's."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from selm_jax.feedback.ranker import Question
+from selm_jax.preferences.candidates import Candidate
+from selm_jax.run.rows import question
+from selm_jax.tables import ranked, responses
+from selm_jax.text.answers import answer_ids, answers, check_spelled
+from selm_jax.text.chat import Chat, UnusableAnswer
+from selm_jax.text.prompts import Prompt
+
+
+@dataclasses.dataclass(frozen=True)
+class OfData:
+    """How the data set's answers become candidates.
+
+    Attributes:
+      layout: `text.layout`. Only the default layout makes token ids of candidates; the others make
+        them of pairs.
+      rates: whether a reward model is trained, which reads whole conversations: no token ids either.
+      on_bad_row: `data.on_bad_row`; "error" raises for an answer that cannot be used.
+    """
+
+    chat: Chat
+    layout: str
+    rates: bool
+    on_bad_row: str
+
+    def candidate(self, prompt: Prompt, source: str) -> tuple[Candidate, bool]:
+        """The answer called `chosen` or `rejected`, and whether it can be used.
+
+        Raises:
+          UnusableAnswer: it cannot, and bad rows are errors.
+        """
+        ids, usable = None, True
+        if self.layout == "default":
+            try:
+                if self.rates:
+                    check_spelled(self.chat, prompt, source)
+                else:
+                    ids = answer_ids(self.chat, prompt, source)
+            except UnusableAnswer:
+                if self.on_bad_row == "error":
+                    raise
+                usable = False
+        return Candidate(source, answers(prompt)[source], ids, "dataset", 0), usable
+
+
+@dataclasses.dataclass(frozen=True)
+class Pool:
+    """The prompts of an iteration with all their candidates, before anybody is asked.
+
+    `usable` says of each prompt whether all its answers can be used, `asked` which of these prompts
+    the budget lets be asked about, `cost` what the choice of them cost.
+    """
+
+    prompts: Sequence[Prompt]
+    candidates: Sequence[Sequence[Candidate]]
+    usable: Sequence[bool]
+    asked: Sequence[int]
+    cost: dict[str, int]
+
+    def questions(self, which: Sequence[int]) -> tuple[list[Question], list[list[str]]]:
+        """What a ranker is given: prompts, and the texts of their candidates."""
+        texts = [[each.text for each in self.candidates[i]] for i in which]
+        return [question(self.prompts[i]) for i in which], texts
+
+
+def pool(prompts: Sequence[Prompt], drawn: Iterable[responses.Row], of_data: OfData | None) -> Pool:
+    """All candidates of the prompts, in the order of the authors: the policy's, chosen, rejected.
+
+    Args:
+      drawn: the policy's answers, of all prompts.
+      of_data: makes candidates of the data set's answers; None if these do not compete.
+    """
+    own: dict[str, list[Candidate]] = {prompt.id: [] for prompt in prompts}
+    for row in drawn:
+        candidate = Candidate(row.kind, row.text, row.token_ids, row.finish, row.sample)
+        own.setdefault(row.prompt_id, []).append(candidate)
+    candidates, usable = [], []
+    for prompt in prompts:
+        found = [] if of_data is None else [of_data.candidate(prompt, s) for s in answers(prompt)]
+        candidates.append(own[prompt.id] + [candidate for candidate, _ in found])
+        usable.append(all(able for _, able in found))
+    asked = [i for i, able in enumerate(usable) if able]
+    return Pool(prompts, candidates, usable, asked, {})
+
+
+def row_of(prompt: Prompt, place: int, c: Candidate, **known: Any) -> ranked.Row:
+    """The row of the prompt's candidate number `place`, with what is known of it besides."""
+    text = prompt.messages[-1].content
+    return ranked.Row(
+        prompt.id, text, place, c.source, c.sample, c.token_ids, c.text, c.finish, **known
+    )

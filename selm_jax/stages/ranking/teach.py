@@ -1,0 +1,49 @@
+"""The data set's answers as what is trained on, as they are: nobody ranks them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from selm_jax.config import Data
+from selm_jax.stages.ranking.candidates import OfData, row_of
+from selm_jax.tables import ranked
+from selm_jax.text.prompts import Prompt
+
+
+def taught(
+    prompts: Iterable[Prompt], of_data: OfData, data: Data
+) -> tuple[list[ranked.Row], dict[str, int]]:
+    """The rows of the prompts all of whose answers can be used, and how many there are.
+
+    Args:
+      data: says which columns hold rejected answers and scores, if any do.
+    """
+    columns = {"chosen": data.chosen_score}
+    if data.rejected:
+        columns["rejected"] = data.rejected_score
+    rows, unusable = [], 0
+    for prompt in prompts:
+        found = [(role, of_data.candidate(prompt, role)) for role in columns]
+        if not all(usable for _, (_, usable) in found):
+            unusable += 1
+            continue
+        rows += [
+            row_of(
+                prompt,
+                i,
+                candidate,
+                rank=i + 1,
+                score=_score(prompt, columns[role]),
+                **{role: True},
+            )
+            for i, (role, (candidate, _)) in enumerate(found)
+        ]
+    what = "pairs" if data.rejected else "answers"
+    counts = {what: len(rows) // len(columns)}
+    return rows, counts | {"drops": unusable, "drops/unusable_answer": unusable}
+
+
+def _score(prompt: Prompt, column: str | None) -> float:
+    """What the data says that an answer is worth; NaN where the experiment names no column."""
+    return math.nan if column is None else prompt.row[column]  # a float: rows were checked

@@ -1,0 +1,106 @@
+"""Rows of a table as dataclasses: a field's annotation says the type of its column.
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    prompt_id: Text
+    score: Float64  # NaN in a row is null in the file
+    rank: Int32 | None
+"""
+
+from __future__ import annotations
+
+import math
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from selm_jax.shell import artifacts
+
+Text = Annotated[str, pa.string()]
+Int32 = Annotated[int, pa.int32()]
+Bool = Annotated[bool, pa.bool_()]
+# NaN stands for a number that is not known. In the file it is null, also within a list.
+Float32 = Annotated[float, pa.float32()]
+Float64 = Annotated[float, pa.float64()]
+Numbers = Annotated[tuple[float, ...], pa.list_(pa.float64())]
+_TOKEN_IDS = pa.list_(pa.int32())
+Ids = Annotated[tuple[int, ...], _TOKEN_IDS]
+
+Row = TypeVar("Row")
+
+
+def schema_of(row: type) -> pa.Schema:
+    """The columns of a dataclass, in the order of its fields, as they stand in files."""
+    return pa.schema([(field.name, field.type) for field in _fields(row)])
+
+
+def _fields(row: type) -> list[pa.Field]:
+    """The same, with what may be null: where the dataclass has None or NaN."""
+    fields = []
+    for name, hint in typing.get_type_hints(row, include_extras=True).items():
+        either = typing.get_args(hint) if type(None) in typing.get_args(hint) else (hint,)
+        column = either[0].__metadata__[0]
+        fields.append(pa.field(name, column, len(either) > 1 or pa.types.is_floating(column)))
+    return fields
+
+
+def table_of(
+    row: type[Row], rows: Sequence[Row], metadata: Mapping[str, str] | None = None
+) -> pa.Table:
+    """A table of these rows, and `metadata` beside its columns."""
+    schema = schema_of(row)
+    if metadata:
+        schema = schema.with_metadata(metadata)
+    columns = [
+        pa.array([getattr(each, name) for each in rows], column, from_pandas=True)
+        for name, column in zip(schema.names, schema.types, strict=True)
+    ]
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def read_rows(path: Path, row: type[Row], token_ids: bool = True) -> list[Row]:
+    """The rows of a file that holds a table of this kind; further columns are passed over.
+
+    Args:
+      token_ids: whether token ids are wanted. If not, they are (), which is much faster.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ArtifactError: it is damaged, or it is another table.
+    """
+    table, schema = artifacts.read_table(path), schema_of(row)
+    if missing := [name for name in schema.names if name not in table.column_names]:
+        found = ", ".join(table.column_names)
+        raise _another(f"{path} has no column {', '.join(missing)}; found {found}", path)
+    try:
+        table = table.select(schema.names).cast(schema)
+    except pa.ArrowException as error:
+        raise _another(f"{path} has a column of another type ({error})", path) from error
+    columns = []
+    for field, column in zip(_fields(row), table.columns, strict=True):
+        if column.null_count and not field.nullable:
+            at = pc.index(pc.is_null(column), True).as_py()
+            raise _another(f"{path}, row {at}: {field.name} is empty, expected a value", path)
+        skipped = field.type == _TOKEN_IDS and not token_ids
+        columns.append([()] * len(table) if skipped else _values(field.type, column.to_pylist()))
+    return [row(*values) for values in zip(*columns, strict=True)]
+
+
+def _values(column: pa.DataType, values: list[Any]) -> list[Any]:
+    """Values of a column as rows have them."""
+    if pa.types.is_list(column):
+        return [None if x is None else tuple(_values(column.value_type, x)) for x in values]
+    if pa.types.is_floating(column):
+        return [math.nan if x is None else x for x in values]
+    return values
+
+
+def _another(what: str, path: Path) -> artifacts.ArtifactError:
+    return artifacts.ArtifactError(
+        f"{what}. Put the table back from a copy, or remove the stage that wrote it from "
+        f"{path.parent / 'stage.json'} to do that stage again"
+    )

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from selm_jax.annotate.agreement import alpha, shares
-from selm_jax.annotate.store import AnnotationError, Item, Store
+from selm_jax.annotate.store import AnnotationError, Annotations, Item
 from selm_jax.shell import artifacts, jsonl
 
 SUFFIXES = (".jsonl", ".parquet")
@@ -39,7 +39,7 @@ LAYOUTS = {  # the columns beside those that both have
 
 
 def export_pairs(
-    store: Store, batch: str, file: Path, layout: str = "trl"
+    store: Annotations, batch: str, file: Path, layout: str = "trl"
 ) -> dict[str, int | float]:
     """Writes what people said of a batch.
 
@@ -78,7 +78,7 @@ def export_pairs(
     return counts if agreement is None else counts | {"alpha": agreement}
 
 
-def import_pairs(store: Store, batch: str, file: Path) -> dict[str, int]:
+def import_pairs(store: Annotations, batch: str, file: Path) -> dict[str, int]:
     """Reads rankings of a batch's questions from a file in either layout.
 
     All rows of a person on a prompt together must rank all of its answers; a row without

@@ -26,7 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from selm_jax.annotate.patience import Patient
 from selm_jax.annotate.render import markdown, plain, visible
-from selm_jax.annotate.store import AnnotationError, Item, Store, check_name
+from selm_jax.annotate.store import AnnotationError, Annotations, Item, check_name
 from selm_jax.shell import jsonl
 
 TOKEN = "SELM_ANNOTATE_TOKEN"  # environment: a token that stays the same over restarts
@@ -48,7 +48,7 @@ _HERE = Path(__file__).parent
 class Desk:
     """Who has which question before them, and what comes next."""
 
-    store: Store
+    store: Annotations
     batch: str
     held: dict[str, tuple[str, float]] = field(default_factory=dict)  # person -> question, since
 
@@ -77,7 +77,7 @@ def shown_order(annotator: str, question: str, count: int) -> list[int]:
     return sorted(range(count), key=keys.__getitem__)
 
 
-def make_app(store: Store, batch: str, title: str, token: str) -> ASGIApp:
+def make_app(store: Annotations, batch: str, title: str, token: str) -> ASGIApp:
     """The ASGI application that serves one batch of a store."""
     desk = Desk(store, batch)
     files = {
@@ -89,7 +89,7 @@ def make_app(store: Store, batch: str, title: str, token: str) -> ASGIApp:
     )
     page = environment.get_template("page.html.jinja").render(title=visible(title))
 
-    async def get_page(request: Request) -> Response:
+    async def get_page(request: Request) -> Response:  # noqa: ARG001 (starlette passes it)
         return Response(page, media_type="text/html")
 
     async def get_file(request: Request) -> Response:
@@ -115,7 +115,7 @@ def make_app(store: Store, batch: str, title: str, token: str) -> ASGIApp:
     return _Guard(Starlette(routes=routes), token)
 
 
-def serve(store: Store, batch: str, title: str, host: str, port: int, say=print) -> None:
+def serve(store: Annotations, batch: str, title: str, host: str, port: int, say=print) -> None:
     """Serves a batch until Ctrl-C.
 
     Args:

@@ -137,7 +137,7 @@ class Progress:
     seconds: float | None
 
 
-class Store:
+class Annotations:
     """The file of questions and answers. Several processes may have it open at once."""
 
     def __init__(self, path: Path):

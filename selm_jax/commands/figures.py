@@ -23,7 +23,7 @@ from selm_jax.report import paper
 from selm_jax.report.data import RunData, report_data
 from selm_jax.report.drawing import PaperFigure
 from selm_jax.report.paper import Implicit
-from selm_jax.report.published import figures as published_figures
+from selm_jax.report.published import drawing as published_numbers
 from selm_jax.run.rows import RunError
 from selm_jax.run.run import Run
 from selm_jax.shell import artifacts
@@ -72,7 +72,7 @@ def _figures(
     runs: Sequence[Run], pairs: str | None, published: bool, console: Console
 ) -> Iterator[PaperFigure]:
     if published:
-        yield from published_figures.figures()
+        yield from published_numbers.figures()
     data = [report_data(run.folder.path) for run in runs]
     if not data:
         return

@@ -47,7 +47,7 @@ class Alone(NamedTuple):
     responses: tuple[tuple[int, ...], ...] = ()
     roles: Mapping[str, int] = {}
 
-    def playing(self, role: str) -> tuple[int, ...]:
+    def playing(self, role: str) -> tuple[int, ...]:  # noqa: ARG002 (as an Example's)
         return ()
 
 

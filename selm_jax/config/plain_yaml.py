@@ -130,7 +130,7 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """Quotes each text that either this reader or one of YAML 1.1 would take for something else."""
 
-    def ignore_aliases(self, data: Any) -> bool:
+    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002 (yaml passes it)
         return True
 
     def represent_str(self, data: str) -> yaml.Node:

@@ -24,7 +24,7 @@ from selm_jax.rollout.sampling import Sampling
 from selm_jax.shell import artifacts, jsonl
 from selm_jax.shell.progress import bar
 from selm_jax.text.conversations import Message, Prompt, canonical_json
-from selm_jax.text.prompts import digest, load_data, load_prompts
+from selm_jax.text.prompts import load_data, load_prompts, prompts_digest
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def kept(model: Model, prompts: Sequence[Prompt], asked: Asked, folder: Path) ->
     """Where these answers are kept: the name tells bytes of the model, prompts and settings apart."""
     facts = {
         "model": {k: v for k, v in model.folder.origin.items() if k != "source"},
-        "prompts": digest(prompts), "asked": vars(asked), "dtype": str(model.dtype),
+        "prompts": prompts_digest(prompts), "asked": vars(asked), "dtype": str(model.dtype),
         "template": str(model.text),
     }  # fmt: skip
     name = hashlib.sha256(canonical_json(facts)).hexdigest()[:12]

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from selm_jax.annotate.agreement import alpha, mean_shares
-from selm_jax.annotate.store import Item, Judgement, Store
+from selm_jax.annotate.store import Annotations, Item, Judgement
 from selm_jax.feedback.ranker import FeedbackError, Question, check_questions, check_scores
 from selm_jax.shell.paths import place
 from selm_jax.shell.ranges import Count
@@ -64,7 +64,7 @@ class Human:
             For each prompt, whether it can be scored.
         """
         items = items_of(questions, candidates)
-        store = Store(self.store or folder / STORE)
+        store = Annotations(self.store or folder / STORE)
         store.put(batch, [item for item in items if item is not None], self.minimum)
         done = 0
         while True:

@@ -130,13 +130,13 @@ def idea(
 ) -> None:
     """Your loss against SELM and DPO: the same worlds, queries and seeds, in every landscape."""
     from selm_jax.lab import experiments, plots, stats
-    from selm_jax.objectives.build import build
+    from selm_jax.objectives.build import build_objective
 
     choices = [_choices(setting) for setting in settings or []]
-    tried = {f"selm alpha={a}": build("selm", beta=beta, alpha=a) for a in (0.01, 0.1)}
+    tried = {f"selm alpha={a}": build_objective("selm", beta=beta, alpha=a) for a in (0.01, 0.1)}
     for values in itertools.product(*choices):
         name = " ".join((loss.rpartition(":")[2], *(f"{k}={v:g}" for k, v in values)))
-        tried[name] = build(loss, beta=beta, **dict(values))
+        tried[name] = build_objective(loss, beta=beta, **dict(values))
     found = _collect(experiments.idea(tried, seeds, seed, beta=beta), "objective")
     compared = stats.correct([r for r in found if r["objective"] != "dpo"])
     records = _write(compared, out / "lab_idea.json")

@@ -13,7 +13,6 @@ that cost 1.5 times). `unstack` turns the first form of the parameters into the 
 
 from __future__ import annotations
 
-import functools
 import math
 from functools import lru_cache, partial
 from typing import Any, cast
@@ -308,7 +307,6 @@ def rewards(params: Params, hidden: Float[Array, "*batch embed"]) -> Float[Array
     return jnp.einsum("...d,d->...", hidden.astype(jnp.float32), w)
 
 
-@lru_cache(maxsize=8)  # a run asks a dozen times, and tracing takes as long as a small update
 def abstract_params(config: DecoderConfig) -> Params:
     """Shapes, dtypes and logical axes of every parameter; nothing is allocated. Not to be changed.
 
@@ -317,13 +315,12 @@ def abstract_params(config: DecoderConfig) -> Params:
     return _abstract(config)["params"]
 
 
-@lru_cache(maxsize=8)
 def abstract_adapters(config: DecoderConfig, lora: Lora) -> Params:
-    """The same of the adapters."""
+    """Shapes, dtypes and logical axes of every adapter. Not to be changed."""
     return _abstract(config, lora)["lora"]
 
 
-@functools.lru_cache(maxsize=16)  # a run asks dozens of times, and tracing takes a second
+@lru_cache(maxsize=16)  # a run asks dozens of times, and tracing takes a second
 def _abstract(config: DecoderConfig, lora: Lora | None = None) -> dict[str, Params]:
     tokens = jnp.zeros((1, 2), jnp.int32)
     mask = jnp.ones((1, 2, 2), bool)

@@ -30,7 +30,7 @@ TABLE: dict[str, Callable[..., Objective]] = {
 } | {"optimism": weighted_optimism}
 
 
-def build(name: str, **settings: object) -> Objective:
+def build_objective(name: str, **settings: object) -> Objective:
     """The objective of a YAML file: a name of `TABLE`, a function of yours, or a sum of these.
 
     In a sum each term takes the settings that it has a parameter for, so one beta serves them all:

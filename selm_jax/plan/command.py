@@ -13,7 +13,7 @@ from rich.console import Console
 from selm_jax.config import as_dict
 from selm_jax.models.config import DecoderConfig, UnsupportedModel
 from selm_jax.models.families import from_hf, reward_model_json
-from selm_jax.objectives.build import build as build_objective
+from selm_jax.objectives.build import build_objective
 from selm_jax.plan.examine import Load, Options, Plan, examine
 from selm_jax.plan.measure import versions
 from selm_jax.plan.table import show

@@ -90,11 +90,12 @@ def is_relative(f: Feedback) -> bool:
 def _build(e: Experiment, name: str, settings: Mapping[str, Any], target: Target) -> Ranker:
     kind = checked_dtype(name, settings.get("dtype", "auto"), target.on_cpu)
     batch = checked_batch(name, settings.get("batch"), target.on_cpu)
-    build = _pairrm if name == "pairrm" else _reward_model
-    return build(e, settings, target, kind, batch)
+    if name == "pairrm":
+        return _pairrm(settings, target, kind, batch)
+    return _reward_model(e, settings, target, kind, batch)
 
 
-def _pairrm(e: Experiment, settings: Mapping[str, Any], target: Target, kind, batch) -> Ranker:
+def _pairrm(settings: Mapping[str, Any], target: Target, kind, batch) -> Ranker:
     folder = Path(str(settings.get("folder", "")))
     here = (folder / "config.json").exists()
     config = read_config(folder) if here else PairRMConfig(LARGE)  # the published one

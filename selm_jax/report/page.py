@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from selm_jax.report import figures, summary
+from selm_jax.report import run_plots, summary
 from selm_jax.report.curves import Legend, Plot, implicit_reward_plots, loss_plots
 from selm_jax.report.data import Answer, ReportError, RunData, Stage, flatten, report_data
 from selm_jax.report.plots import run_style, swatch
@@ -114,28 +114,28 @@ def render(runs: Sequence[RunData]) -> str:
 
 def sections(runs: Sequence[RunData], labels: Sequence[str]) -> list[Section]:
     """The sections that hold plots, in the reader's order."""
-    legend = figures.run_legend(labels)
+    legend = run_plots.run_legend(labels)
     return [
         Section(
             "reward",
             "Held-out reward",
             "Did the answers to prompts that were never trained on get better?",
-            figures.reward_plots(runs),
+            run_plots.reward_plots(runs),
             legend,
         ),
         Section(
             "frontier",
             "Reward against distance",
             "What did the reward cost, measured by how far the policy moved?",
-            figures.frontier_plots(runs),
+            run_plots.frontier_plots(runs),
             legend,
         ),
         Section(
             "texts",
             "The answers themselves",
             "Is the reward earned, or did the answers collapse?",
-            figures.answer_plots(runs),
-            figures.answer_legend(labels),
+            run_plots.answer_plots(runs),
+            run_plots.answer_legend(labels),
         ),
         Section(
             "loss",
@@ -155,13 +155,13 @@ def sections(runs: Sequence[RunData], labels: Sequence[str]) -> list[Section]:
             "ranking",
             "Ranking",
             "How good was the answer each iteration's model explored, and what was dropped and why?",
-            figures.explore_plots(runs, labels),
+            run_plots.explore_plots(runs, labels),
         ),
         Section(
             "time",
             "Time",
             "Where did the time go, and how fast was each stage?",
-            figures.time_plots(runs, labels),
+            run_plots.time_plots(runs, labels),
             legend,
         ),
     ]

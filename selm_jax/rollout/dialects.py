@@ -74,7 +74,7 @@ def _vllm_body(name, prompt, sampling, most, stop_ids, seed) -> dict[str, Any]:
     }
 
 
-def _sglang_body(name, prompt, sampling, most, stop_ids, seed) -> dict[str, Any]:
+def _sglang_body(name, prompt, sampling, most, stop_ids, seed) -> dict[str, Any]:  # noqa: ARG001
     # It takes no seed but in a mode of its own, and with `ignore_eos` no stop ids either.
     parameters = {
         "max_new_tokens": most,

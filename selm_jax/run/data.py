@@ -15,7 +15,15 @@ from selm_jax.run.task import Task
 from selm_jax.shell.threads import of_each
 from selm_jax.text.answers import longest_answered
 from selm_jax.text.chat import Chat, ChatError
-from selm_jax.text.prompts import Message, Part, Prompt, PromptSet, digest, load_data, rows_of
+from selm_jax.text.prompts import (
+    Message,
+    Part,
+    Prompt,
+    PromptSet,
+    load_data,
+    prompts_digest,
+    rows_of,
+)
 
 
 class Data:
@@ -89,7 +97,7 @@ class Data:
     def _read(self, part: Part, pairs: bool = True) -> PromptSet:
         d = self.experiment.data
         found = multihost.first_then_others(lambda: load_data(d, part, pairs=pairs))
-        multihost.check_same(f"digest of {getattr(d, part)}", lambda: digest(found))
+        multihost.check_same(f"digest of {getattr(d, part)}", lambda: prompts_digest(found))
         if d.on_bad_row == "error" or self.task.rates or self._model is None:
             return found  # a prompt that is too long is an error, or nothing is generated
         return self._without_long(found, part)

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from selm_jax.objectives.build import build
+from selm_jax.objectives.build import build_objective
 from selm_jax.objectives.losses import Objective
 from selm_jax.run.rows import RunError
 from selm_jax.shell import artifacts
@@ -32,7 +32,7 @@ class Task:
         loss = settings.pop("loss")
         if self.looked_at is not None:
             refuse_user_code(self.looked_at, "objective.loss", loss)
-        return build(loss, **settings)
+        return build_objective(loss, **settings)
 
     @cached_property
     def rates(self) -> bool:

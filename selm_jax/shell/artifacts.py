@@ -186,7 +186,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 @lru_cache(maxsize=4096)  # by size and time of change: a model is read once a run, not once a stage
-def _file_digest(path: Path, size: int, changed: int) -> str:
+def _file_digest(path: Path, size: int, changed: int) -> str:  # noqa: ARG001 (keys of the cache)
     return sha256(path)
 
 

@@ -34,7 +34,7 @@ from selm_jax.stages.generate import Counts, generate
 from selm_jax.stages.rank import rank
 from selm_jax.stages.score import score
 from selm_jax.stages.train import export, train_policy
-from selm_jax.text.prompts import digest as prompts_digest
+from selm_jax.text.prompts import prompts_digest
 
 
 @dataclasses.dataclass(frozen=True)

@@ -115,7 +115,7 @@ def _by_server(run: Run, t: int, advance: Advance) -> Iterator[Answer]:
     with contextlib.ExitStack() as stack:
         server = None
 
-        def answer(part: int, requests: Sequence[Request], write: Write) -> None:
+        def answer(part: int, requests: Sequence[Request], write: Write) -> None:  # noqa: ARG001
             def ask() -> None:
                 nonlocal server
                 if server is None:

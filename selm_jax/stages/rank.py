@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from selm_jax.annotate.store import AnnotationError, Store
+from selm_jax.annotate.store import AnnotationError, Annotations
 from selm_jax.feedback.human import Human
 from selm_jax.parallel import multihost
 from selm_jax.run.run import Run
@@ -59,7 +59,7 @@ def pool_of(run: Run, t: int) -> Pool:
     )  # fmt: skip
 
 
-def put_questions(run: Run, t: int, minimum: int | None = None) -> tuple[Store, str]:
+def put_questions(run: Run, t: int, minimum: int | None = None) -> tuple[Annotations, str]:
     """Puts an iteration's questions where people are asked them; see `people.put`.
 
     Returns:

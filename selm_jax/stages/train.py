@@ -18,7 +18,7 @@ from selm_jax.shell.store import Store
 from selm_jax.stages.generate import Counts
 from selm_jax.tables import examples as table
 from selm_jax.training.checkpoint import Checkpoints
-from selm_jax.training.loop import Plan, train
+from selm_jax.training.loop import TrainingPlan, train
 from selm_jax.training.state import TrainState
 from selm_jax.weights.export import export_folder
 from selm_jax.weights.peft import export_adapter
@@ -110,7 +110,7 @@ def _check_reference(run: Run, t: int) -> None:
             )
 
 
-def plan_of(run: Run, t: int) -> Plan:
+def plan_of(run: Run, t: int) -> TrainingPlan:
     """The updates of iteration t, from its examples.
 
     Raises:
@@ -131,7 +131,7 @@ def plan_of(run: Run, t: int) -> Plan:
                 f"{run.folder.iteration(t) / 'stage.json'} to score this iteration again"
             )
     e = run.experiment
-    return Plan.make(e.training, examples, e.seed, t)
+    return TrainingPlan.make(e.training, examples, e.seed, t)
 
 
 def export(run: Run, t: int) -> Counts:

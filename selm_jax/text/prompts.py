@@ -47,10 +47,10 @@ __all__ = [
     "Message",
     "Prompt",
     "PromptSet",
-    "digest",
     "load_data",
     "load_prompts",
     "portion",
+    "prompts_digest",
 ]
 
 T = TypeVar("T")
@@ -270,7 +270,7 @@ def portion(
     return [prompts[i] for i in order[(index - 1) * size : index * size].tolist()]
 
 
-def digest(prompts: Iterable[Prompt]) -> str:
+def prompts_digest(prompts: Iterable[Prompt]) -> str:
     """SHA-256, in hex, of the prompts as canonical JSON lines, in order and with every field."""
     sha = hashlib.sha256()
     for one in prompts:

@@ -29,7 +29,7 @@ class TrainingError(RuntimeError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """What an iteration is going to do: fixed before its first update."""
 
     settings: Training
@@ -41,7 +41,7 @@ class Plan:
     @classmethod
     def make(
         cls, settings: Training, examples: Sequence[Example], seed: int, iteration: int
-    ) -> Plan:
+    ) -> TrainingPlan:
         """Raises TrainingError if the examples do not fill one batch, ExampleError for a long one."""
         per_epoch = updates_per_epoch(len(examples), settings.global_batch)
         if per_epoch == 0:
@@ -73,7 +73,7 @@ class Plan:
 
 
 def train(
-    plan: Plan,
+    plan: TrainingPlan,
     update: Update,
     state: TrainState,
     checkpoints: Checkpoints,
@@ -156,7 +156,9 @@ def mean_lengths(examples: Sequence[Example]) -> np.ndarray:
     return np.array([mean(role) for role in ROLES], np.float32)
 
 
-def _check_finite(metrics: Metrics, plan: Plan, step: int, examples: Sequence[Example]) -> None:
+def _check_finite(
+    metrics: Metrics, plan: TrainingPlan, step: int, examples: Sequence[Example]
+) -> None:
     bad = [name for name in ("loss", "grad_norm") if not np.isfinite(metrics[name])]
     if bad:
         ids = ", ".join(e.prompt_id for e in examples[:8])

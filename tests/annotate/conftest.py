@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from forked import free_port
 
-from selm_jax.annotate.store import Item, Store
+from selm_jax.annotate.store import Annotations, Item
 
 TOKEN = "a-token-for-the-tests-0123456789"
 BATCH = "run/iteration_1"
@@ -21,14 +21,14 @@ SERVE = """
 import os, signal, sys
 from pathlib import Path
 from selm_jax.annotate import server
-from selm_jax.annotate.store import Store
+from selm_jax.annotate.store import Annotations
 file, port, die = sys.argv[1:]
-class Dying(Store):
+class Dying(Annotations):
     def judge(self, *arguments, **settings):
         if die == "after":
             super().judge(*arguments, **settings)
         os.kill(os.getpid(), signal.SIGKILL)
-store = (Store if die == "never" else Dying)(Path(file))
+store = (Annotations if die == "never" else Dying)(Path(file))
 server.serve(store, "run/iteration_1", "run/iteration_1", "127.0.0.1", int(port))
 """
 
@@ -75,7 +75,7 @@ def item():
 
 @pytest.fixture
 def store(tmp_path):
-    return Store(tmp_path / "people" / "annotations.sqlite")
+    return Annotations(tmp_path / "people" / "annotations.sqlite")
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def serve():
     """Serves the given questions; returns the server."""
     running = []
 
-    def start(store: Store, items, minimum: int = 1, die: str = "never") -> Served:
+    def start(store: Annotations, items, minimum: int = 1, die: str = "never") -> Served:
         store.put(BATCH, items, minimum)
         served = Served(store.path)
         running.append(served)

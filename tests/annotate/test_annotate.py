@@ -19,7 +19,7 @@ from selm_jax.annotate.agreement import alpha, mean_shares, shares
 from selm_jax.annotate.exchange import export_pairs, import_pairs
 from selm_jax.annotate.render import markdown, plain
 from selm_jax.annotate.server import shown_order
-from selm_jax.annotate.store import AnnotationError, Item, Judgement, Store, is_ranking
+from selm_jax.annotate.store import AnnotationError, Annotations, Item, Judgement, is_ranking
 
 BATCH = "run/iteration_1"
 rankings = st.lists(st.integers(0, 3), min_size=2, max_size=5).map(
@@ -33,7 +33,7 @@ class TestStore:
         store.put(BATCH, [question])
         for _ in range(2):  # the page sends an act again when it has heard no reply
             store.judge(question.digest, " Ada ", (2, 1, 2), request="one", seconds=4.0)
-        (found,) = Store(store.path).judgements(BATCH)
+        (found,) = Annotations(store.path).judgements(BATCH)
         assert found == Judgement(question.digest, "Ada", (2, 1, 2), 4.0)
         with sqlite3.connect(store.path) as database:
             assert database.execute("pragma journal_mode").fetchone() == ("wal",)
@@ -111,7 +111,7 @@ class TestStore:
             store.put(BATCH, [item(0)], 0)
         (tmp_path / "no.sqlite").write_text("This is no database, but a text of some length.")
         with pytest.raises(AnnotationError, match="no.sqlite"):
-            Store(tmp_path / "no.sqlite")
+            Annotations(tmp_path / "no.sqlite")
 
     @given(rankings)
     def test_rankings_are_known(self, ranks):
@@ -120,7 +120,7 @@ class TestStore:
 
 
 def _judge_all(path, items, name):
-    store = Store(path)
+    store = Annotations(path)
     for each in items:
         store.judge(each.digest, name, (1, 2, 3), request=f"{name} {each.digest}")
 
@@ -243,7 +243,7 @@ class TestExchange:
         agreement = counts.pop("alpha")  # of Ada and Bob, who ranked one question both
         assert agreement == pytest.approx(alpha(store.judgements(BATCH))) and agreement < 1
         assert counts == {"rows": 2 + 5 + 6, "all_equal": 1, "skips": 1}
-        other = Store(tmp_path / "other.sqlite")
+        other = Annotations(tmp_path / "other.sqlite")
         other.put(BATCH, store.items(BATCH))
         assert import_pairs(other, BATCH, file) == {"rows": 13, "rankings": 3}
         assert import_pairs(other, BATCH, file) == {"rows": 13, "rankings": 0}

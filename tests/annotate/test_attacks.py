@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selm_jax.annotate import patience, server
-from selm_jax.annotate.store import Store
+from selm_jax.annotate.store import Annotations
 from selm_jax.feedback.judge.cache import AnswerCache
 
 BATCH = "run/iteration_1"
@@ -24,7 +24,7 @@ VERBS = ("next", "judge", "undo")
 
 @pytest.fixture(scope="module")
 def app(tmp_path_factory, item):
-    store = Store(tmp_path_factory.mktemp("attacked") / "annotations.sqlite")
+    store = Annotations(tmp_path_factory.mktemp("attacked") / "annotations.sqlite")
     store.put(BATCH, [item(0)])
     return server.make_app(store, BATCH, "title", TOKEN)
 
@@ -103,7 +103,7 @@ def port(tmp_path, item, monkeypatch):
         ready.set()
 
     monkeypatch.setattr(uvicorn.Server, "run", remembered)
-    store = Store(tmp_path / "annotations.sqlite")
+    store = Annotations(tmp_path / "annotations.sqlite")
     store.put(BATCH, [item(0)])
     thread = threading.Thread(
         target=server.serve, args=(store, BATCH, "title", "127.0.0.1", 0, say), daemon=True
@@ -139,7 +139,7 @@ def test_who_sends_half_a_request_is_hung_up_on(port, name, before):
 
 
 def test_databases_are_their_owners_alone(tmp_path, item):
-    store = Store(tmp_path / "annotations.sqlite")
+    store = Annotations(tmp_path / "annotations.sqlite")
     store.put(BATCH, [item(0)])
     with store._open() as database, AnswerCache(tmp_path / "judge.sqlite") as cache:
         database.execute("begin immediate")

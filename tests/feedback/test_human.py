@@ -15,7 +15,7 @@ import tiny
 from rich.console import Console
 
 from selm_jax import cli, config
-from selm_jax.annotate.store import AnnotationError, Store
+from selm_jax.annotate.store import AnnotationError, Annotations
 from selm_jax.feedback.human import STORE, Human, human
 from selm_jax.feedback.ranker import FeedbackError, Question, build, reported
 from selm_jax.iterate import run_stage
@@ -44,7 +44,7 @@ class TestRanker:
     def test_works_with_what_has_arrived(self, tmp_path):
         ranker = build("human", wait=False)
         assert ranker.collect(tmp_path, "b", QUESTIONS, TEXTS) == [False, True, False]
-        store = Store(tmp_path / STORE)
+        store = Annotations(tmp_path / STORE)
         assert [item.answers for item in store.items("b")] == [("a", "b", "c"), ("x", "y")]
         store.judge(store.items("b")[1].digest, "Ada", (2, 1), request="1", seconds=36.0)
         store.judge(store.items("b")[0].digest, "Ada", None, request="2", seconds=36.0)
@@ -58,7 +58,7 @@ class TestRanker:
     def test_the_minimum_and_the_mean(self, tmp_path):
         ranker = human(wait=False, minimum=2)
         ranker.collect(tmp_path, "b", QUESTIONS[:1], TEXTS[:1])
-        store = Store(tmp_path / STORE)
+        store = Annotations(tmp_path / STORE)
         answer(store, "b")
         assert ranker.collect(tmp_path, "b", QUESTIONS[:1], TEXTS[:1]) == [False]
         answer(store, "b", "Bob", ranks=(2, 1, 2))
@@ -77,7 +77,7 @@ class TestRanker:
         waiting.start()
         while not done:
             time.sleep(0.01)
-        store = Store(tmp_path / STORE)
+        store = Annotations(tmp_path / STORE)
         first, second = store.items("b")
         store.judge(first.digest, "Ada", (1, 2, 3), request="1")
         assert waiting.is_alive()

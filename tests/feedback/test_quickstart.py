@@ -14,7 +14,7 @@ import pytest
 from tiny_pairrm import make_pairrm
 
 from selm_jax import cli
-from selm_jax.annotate.store import Store
+from selm_jax.annotate.store import Annotations
 
 QUICKSTART = Path(__file__).parents[2] / "experiments" / "quickstart.yaml"
 
@@ -169,9 +169,9 @@ def test_people(tmp_path):
     pool = ThreadPoolExecutor(1)
     waiting = pool.submit(cli.app, command, standalone_mode=False)
     file = run / "annotations.sqlite"
-    while not (waiting.done() or (file.exists() and Store(file).batches())):
+    while not (waiting.done() or (file.exists() and Annotations(file).batches())):
         time.sleep(0.05)
-    (batch,) = Store(file).batches()
+    (batch,) = Annotations(file).batches()
     labels = [
         {
             "annotator": "Ada",
@@ -179,7 +179,7 @@ def test_people(tmp_path):
             "chosen": [{"role": "assistant", "content": better}],
             "rejected": [{"role": "assistant", "content": worse}],
         }
-        for item in Store(file).items(batch)
+        for item in Annotations(file).items(batch)
         for i, better in enumerate(item.answers)
         for worse in item.answers[i + 1 :]  # as they stand: the greedy answer is the best
     ]

@@ -11,7 +11,7 @@ from selm_jax import config
 from selm_jax.lab import command, experiments, plots, stats
 from selm_jax.lab.algorithms import Length
 from selm_jax.lab.worlds import WorldShape
-from selm_jax.objectives.build import build
+from selm_jax.objectives.build import build_objective
 from selm_jax.objectives.losses import ROLES, Logps, Objective
 
 ROOT = Path(__file__).parents[2]
@@ -104,7 +104,7 @@ def test_my_idea_is_one_function_in_the_laboratory_and_in_the_experiment(monkeyp
     role = {r: jnp.array([-1.0 - i, -3.0 + i]) for i, r in enumerate(ROLES)}
     still = {r: jnp.array([-2.0, -2.0]) for r in ROLES}
     logps = Logps(role, still, still, {r: jnp.ones(()) for r in ROLES})
-    built = build(loss, beta=beta, weight=weight)
+    built = build_objective(loss, beta=beta, weight=weight)
     np.testing.assert_array_equal(asked[[*asked][2]](logps)[0], built(logps)[0])
     assert not np.array_equal(asked[[*asked][3]](logps)[0], built(logps)[0])
 

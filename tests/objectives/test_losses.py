@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selm_jax.objectives import losses as L
-from selm_jax.objectives.build import build
+from selm_jax.objectives.build import build_objective
 from selm_jax.objectives.losses import Logps, Objective, ObjectiveError, compose
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "trl_losses.json").read_text())
@@ -112,7 +112,7 @@ def test_every_loss_equals_its_formula(name, seed, beta, alpha, e):  # Item 1
     logps = random_logps(seed)
     mine = {"beta": beta, "alpha": alpha, "label_smoothing": e, "gamma": 2 * e}
     mine = {key: mine[key] for key in EXAMPLES[name]}
-    losses, metrics = build(name, **mine)(logps)
+    losses, metrics = build_objective(name, **mine)(logps)
     np.testing.assert_allclose(losses, oracle(name, logps, **mine), rtol=2e-5, atol=1e-5)
     terms = [value for key, value in metrics.items() if key.startswith("loss/")]
     np.testing.assert_array_equal(sum(terms), losses)
@@ -124,7 +124,7 @@ def test_trl_gives_the_same(trl, case):
         lambda x: jnp.asarray(x, jnp.float32), case["logps"], is_leaf=lambda x: isinstance(x, list)
     )
     mean_lengths = {role: n.mean() for role, n in arrays["lengths"].items()}
-    losses, metrics = build(case["name"], **case["settings"])(
+    losses, metrics = build_objective(case["name"], **case["settings"])(
         Logps(**arrays, mean_lengths=mean_lengths)
     )
     assert float(losses.mean()) == pytest.approx(case["loss"], rel=1e-5)
@@ -144,7 +144,7 @@ def test_golden_values_cover_the_forms_and_say_their_versions():
 def test_ipo_of_sums():
     logps = random_logps(0)
     h = np.asarray(logps.log_ratio("chosen") - logps.log_ratio("rejected"), np.float64)
-    losses, _ = build("ipo", beta=0.5, length_normalized=False)(logps)
+    losses, _ = build_objective("ipo", beta=0.5, length_normalized=False)(logps)
     np.testing.assert_allclose(losses, (h - 1.0) ** 2, rtol=1e-5)
 
 
@@ -156,7 +156,7 @@ def test_ipo_of_sums():
 def test_the_first_loss_is_log_2(seed, beta, alpha, convention):  # Item 2
     logps = random_logps(seed)
     start = logps.replace(reference=logps.policy)
-    losses, _ = build("selm", beta=beta, alpha=alpha, convention=convention)(start)
+    losses, _ = build_objective("selm", beta=beta, alpha=alpha, convention=convention)(start)
     np.testing.assert_array_equal(losses, np.full(5, np.log(2), np.float32))
 
 
@@ -170,7 +170,10 @@ def test_alpha_0_is_dpo_to_the_bit(seed, compiled):  # Item 3
         losses, gradients = (jax.jit(function) if compiled else function)(logps)
         return losses, gradients.policy
 
-    dpo, selm = results(build("dpo", beta=0.01)), results(build("selm", beta=0.01, alpha=0.0))
+    dpo, selm = (
+        results(build_objective("dpo", beta=0.01)),
+        results(build_objective("selm", beta=0.01, alpha=0.0)),
+    )
     for left, right in zip(jax.tree.leaves(dpo), jax.tree.leaves(selm), strict=True):
         np.testing.assert_array_equal(left, right)
     assert not np.any(selm[1]["explore"])
@@ -182,7 +185,7 @@ def test_gradient_by_log_probabilities(seed, beta, alpha):  # Item 4, as coded
     logps = random_logps(seed)
     h = np.asarray(logps.log_ratio("chosen") - logps.log_ratio("rejected"), np.float64)
     pull = beta * np.array([sigmoid(-beta * x) for x in h])
-    found = gradient(build("selm", beta=beta, alpha=alpha), logps).policy
+    found = gradient(build_objective("selm", beta=beta, alpha=alpha), logps).policy
     np.testing.assert_allclose(found["chosen"], -pull, rtol=2e-5, atol=1e-6)
     np.testing.assert_allclose(found["rejected"], pull, rtol=2e-5, atol=1e-6)
     np.testing.assert_allclose(found["explore"], np.full(5, alpha * beta), rtol=1e-6)
@@ -192,7 +195,7 @@ def test_gradient_by_log_probabilities(seed, beta, alpha):  # Item 4, as coded
 def test_gradient_against_finite_differences(name):  # Item 4
     with jax.enable_x64(True):
         logps = random_logps(1, dtype=jnp.float64)
-        objective, step = build(name, **EXAMPLES[name]), 1e-5
+        objective, step = build_objective(name, **EXAMPLES[name]), 1e-5
         found = gradient(objective, logps).policy
         for role in objective.roles:
             up = with_policy(logps, **{role: logps.policy[role] + step})
@@ -208,7 +211,7 @@ def test_descent_on_optimism_lowers_what_the_reference_says():  # Item 5
     def loss(theta):
         policy = {"explore": jax.nn.log_softmax(theta)[None, y_ref]}
         logps = Logps(policy, {"explore": jnp.zeros(1)}, {}, {})
-        return build("optimism", beta=0.1, alpha=0.1)(logps)[0].sum()
+        return build_objective("optimism", beta=0.1, alpha=0.1)(logps)[0].sum()
 
     path = [theta]
     for _ in range(5):
@@ -224,7 +227,7 @@ def test_a_constant_on_the_reference_moves_the_value_alone(seed, shift):  # Item
     moved = logps.replace(
         reference=logps.reference | {"explore": logps.reference["explore"] + jnp.float32(shift)}
     )
-    objective = build("selm", beta=0.1, alpha=0.5)
+    objective = build_objective("selm", beta=0.1, alpha=0.5)
     for left, right in zip(
         jax.tree.leaves(gradient(objective, logps).policy),
         jax.tree.leaves(gradient(objective, moved).policy),
@@ -244,13 +247,13 @@ def test_both_conventions():  # Item 7
         ({"convention": "alpha"}, 1e-3),
     ):
         for name in ("selm", "dpo+optimism"):
-            found = gradient(build(name, **paper, **extra), logps).policy["explore"]
+            found = gradient(build_objective(name, **paper, **extra), logps).policy["explore"]
             np.testing.assert_allclose(found, np.full(5, weight), rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_no_gradient_through_the_reference(name):  # Item 10
-    found = gradient(build(name, **EXAMPLES[name]), random_logps(3))
+    found = gradient(build_objective(name, **EXAMPLES[name]), random_logps(3))
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(found.reference))
     assert any(np.any(leaf) for leaf in jax.tree.leaves(found.policy))
 
@@ -262,7 +265,7 @@ def test_huge_margins_stay_finite(name, margin):  # Item 11
     policy = {"chosen": zeros + margin, "rejected": zeros, "explore": zeros + margin}
     ones = dict.fromkeys(L.ROLES, jnp.ones(2))
     logps = Logps(policy, dict.fromkeys(L.ROLES, zeros), ones, dict.fromkeys(L.ROLES, jnp.ones(())))
-    objective = build(
+    objective = build_objective(
         name, **(EXAMPLES[name] | ({"beta": 1.0} if "beta" in EXAMPLES[name] else {}))
     )
     losses, metrics = objective(logps)
@@ -338,7 +341,7 @@ def test_optimism_is_minus_the_inner_maximum(
     beta, alpha, (log_ref, theta) = 0.3, 0.2, world(seed)
     everything = jnp.arange(SPACE)
     logps = over_the_space(theta, log_ref, everything, everything, everything)
-    losses, metrics = build("optimism", beta=beta, alpha=alpha)(logps)
+    losses, metrics = build_objective("optimism", beta=beta, alpha=alpha)(logps)
     kl = jnp.exp(log_ref) @ (log_ref - jax.nn.log_softmax(theta))
     np.testing.assert_allclose(jnp.exp(log_ref) @ losses, -alpha * beta * kl, rtol=1e-12)
     np.testing.assert_allclose(
@@ -351,7 +354,7 @@ def test_the_two_gradients_of_equation_4_3_agree(x64, seed):  # Items 4 and 8
     beta, alpha, (log_ref, theta) = 0.3, 0.2, world(seed)
     everything, w, l = jnp.arange(SPACE), 1, 4
     pair = jnp.full(SPACE, w), jnp.full(SPACE, l)
-    objective = build("selm", beta=beta, alpha=alpha)
+    objective = build_objective("selm", beta=beta, alpha=alpha)
 
     def loss(theta):
         logps = over_the_space(theta, log_ref, *pair, everything)
@@ -376,7 +379,7 @@ def test_the_least_rewarded_policy_is_the_reference(x64, seed):  # Item 8: theor
     log_rho = jax.nn.log_softmax(theta)
     everything = jnp.arange(SPACE)
     logps = over_the_space(theta, log_ref, everything, everything, everything)
-    reward = build("optimism", beta=beta, alpha=1.0)(logps)[1]["optimism/reward"]
+    reward = build_objective("optimism", beta=beta, alpha=1.0)(logps)[1]["optimism/reward"]
     closed_form = jax.nn.log_softmax(log_rho - reward / beta)  # argmin E[r] + beta KL(. || rho)
     np.testing.assert_allclose(closed_form, log_ref, rtol=1e-10)
 
@@ -392,7 +395,7 @@ def test_the_least_rewarded_policy_is_the_reference(x64, seed):  # Item 8: theor
 @pytest.mark.parametrize("seed", range(3))
 def test_sampled_exploration_estimates_the_exact_expectation(x64, seed):  # Item 9
     log_ref, theta = world(seed)
-    objective = build("selm", beta=0.3, alpha=2.0)
+    objective = build_objective("selm", beta=0.3, alpha=2.0)
 
     def losses(theta, explore):
         pair = jnp.full(explore.shape, 1), jnp.full(explore.shape, 4)
@@ -416,8 +419,10 @@ def test_every_loss_takes_optimism(name):  # Item 15
     logps = random_logps(4)
     mine = EXAMPLES[name]
     beta = mine.get("beta", 0.1)
-    losses, metrics = build(f"{name}+optimism", **(mine | {"beta": beta, "alpha": 0.01}))(logps)
-    plain, plain_metrics = build(name, **mine)(logps)
+    losses, metrics = build_objective(f"{name}+optimism", **(mine | {"beta": beta, "alpha": 0.01}))(
+        logps
+    )
+    plain, plain_metrics = build_objective(name, **mine)(logps)
     term = 0.01 * beta * logps.log_ratio("explore")
     np.testing.assert_allclose(losses, plain + term, rtol=1e-5)
     np.testing.assert_allclose(metrics["loss/optimism"], term, rtol=1e-5)
@@ -431,9 +436,9 @@ def test_every_loss_takes_optimism(name):  # Item 15
 def test_selm_is_the_sum_by_any_spelling():
     logps = random_logps(5)
     spellings = [
-        build("selm", beta=0.1, alpha=0.01),
-        build("dpo+optimism", beta=0.1, alpha=0.01),
-        build(" optimism + dpo ", beta=0.1, alpha=0.01),
+        build_objective("selm", beta=0.1, alpha=0.01),
+        build_objective("dpo+optimism", beta=0.1, alpha=0.01),
+        build_objective(" optimism + dpo ", beta=0.1, alpha=0.01),
         L.selm(0.1, 0.01),
         compose(L.dpo(0.1), L.optimism(0.001)),
     ]
@@ -445,7 +450,7 @@ def test_selm_is_the_sum_by_any_spelling():
 @pytest.mark.parametrize("name", PAIR)
 def test_metrics_have_trls_names_and_meaning(name):
     logps = random_logps(6)
-    losses, metrics = build(name, **EXAMPLES[name])(logps)
+    losses, metrics = build_objective(name, **EXAMPLES[name])(logps)
     beta = EXAMPLES[name]["beta"]
     for role in ("chosen", "rejected"):
         per_token = logps.policy[role] / logps.lengths[role]
@@ -460,20 +465,20 @@ def test_metrics_have_trls_names_and_meaning(name):
 
 
 def test_roles_say_which_responses_the_batch_needs():
-    assert build("sft").roles == ("chosen",)
-    assert build("dpo", beta=0.1).roles == ("chosen", "rejected")
-    assert build("sft+optimism", beta=0.1, alpha=0.1).roles == ("chosen", "explore")
+    assert build_objective("sft").roles == ("chosen",)
+    assert build_objective("dpo", beta=0.1).roles == ("chosen", "rejected")
+    assert build_objective("sft+optimism", beta=0.1, alpha=0.1).roles == ("chosen", "explore")
     logps = random_logps(0)
     only_pairs = logps.replace(policy={k: logps.policy[k] for k in ("chosen", "rejected")})
-    build("dpo", beta=0.1)(only_pairs)
+    build_objective("dpo", beta=0.1)(only_pairs)
     with pytest.raises(ObjectiveError, match=r"dpo\+optimism.*explore.*chosen.*rejected"):
-        build("selm", beta=0.1, alpha=0.1)(only_pairs)
+        build_objective("selm", beta=0.1, alpha=0.1)(only_pairs)
 
 
 def test_losses_are_per_example_so_microbatches_add_up():
     logps = random_logps(7, examples=9)
     for name, mine in EXAMPLES.items():
-        objective = build(name, **mine)
+        objective = build_objective(name, **mine)
         parts = []
         for cut in (slice(0, 2), slice(2, 9)):
             cut_leaf = lambda x, cut=cut: x[cut] if x.ndim else x
@@ -486,7 +491,7 @@ def test_losses_are_per_example_so_microbatches_add_up():
 def test_sft_is_the_mean_over_tokens_not_over_examples():
     logps = random_logps(8)
     tokens = float(logps.lengths["chosen"].sum())
-    losses, _ = build("sft")(logps)
+    losses, _ = build_objective("sft")(logps)
     np.testing.assert_allclose(losses.mean(), -logps.policy["chosen"].sum() / tokens, rtol=1e-6)
 
 
@@ -495,14 +500,14 @@ def test_an_empty_slot_of_the_batch_is_finite(name):
     """Rows are padded with examples of no tokens, weighted 0: a NaN there would still spread."""
     zeros = dict.fromkeys(L.ROLES, jnp.zeros(3))
     logps = Logps(zeros, zeros, zeros, dict.fromkeys(L.ROLES, jnp.float32(7)))
-    objective = build(name, **EXAMPLES[name])
+    objective = build_objective(name, **EXAMPLES[name])
     for leaf in jax.tree.leaves((objective(logps), gradient(objective, logps))):
         assert np.all(np.isfinite(leaf))
 
 
 @pytest.mark.parametrize("name", ["selm", "ipo+optimism"])
 def test_compiles_and_keeps_float32(name):
-    objective = build(name, beta=0.1, alpha=0.01)
+    objective = build_objective(name, beta=0.1, alpha=0.01)
     logps = random_logps(9)
     losses, metrics = jax.jit(objective)(logps)
     np.testing.assert_allclose(losses, objective(logps)[0], rtol=1e-6)
@@ -555,7 +560,7 @@ def test_compiles_and_keeps_float32(name):
 )
 def test_mistakes_are_told_kindly(name, given_settings, words):
     with pytest.raises(ObjectiveError, match=words):
-        build(name, **given_settings)
+        build_objective(name, **given_settings)
 
 
 def test_the_error_is_a_value_error():
@@ -624,19 +629,19 @@ def my_module(tmp_path, monkeypatch):
 
 def test_a_function_of_yours(my_module):
     logps = random_logps(0)
-    objective = build(f"{my_module}:length_penalty", strength=0.5)
+    objective = build_objective(f"{my_module}:length_penalty", strength=0.5)
     losses, metrics = objective(logps)
     np.testing.assert_allclose(losses, 0.5 * logps.lengths["chosen"])
     assert objective.roles == L.ROLES and metrics.keys() == {"loss/length"}
 
-    objective = build(f"{my_module}:doubled", beta=0.1)
+    objective = build_objective(f"{my_module}:doubled", beta=0.1)
     assert objective.roles == ("chosen", "rejected")
     np.testing.assert_allclose(objective(logps)[0], 2 * L.dpo(0.1)(logps)[0])
 
 
 def test_a_function_of_yours_in_a_sum(my_module):
     logps = random_logps(0)
-    objective = build(
+    objective = build_objective(
         f"selm+{my_module}:length_penalty", beta=0.1, alpha=0.01, strength=0.5, floor=9
     )
     expected = L.selm(0.1, 0.01)(logps)[0] + 0.5 * jnp.maximum(logps.lengths["chosen"], 9)
@@ -667,9 +672,9 @@ def test_a_function_of_yours_in_a_sum(my_module):
 )
 def test_mistakes_in_a_path_are_told_kindly(my_module, path, given_settings, words):
     with pytest.raises(ObjectiveError, match=words):
-        build(path, **given_settings)
+        build_objective(path, **given_settings)
 
 
 def test_a_fault_inside_your_module_is_not_hidden(my_module):
     with pytest.raises(ObjectiveError, match="No module named 'a_module_that_is_not_there'"):
-        build("my_broken_losses_for_test:f")
+        build_objective("my_broken_losses_for_test:f")

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selm_jax.objectives.build import build
+from selm_jax.objectives.build import build_objective
 from selm_jax.objectives.losses import ObjectiveError, Rewards
 
 seeds = st.integers(0, 2**32 - 1)
@@ -45,9 +45,9 @@ def test_the_mean_is_trls(seed, margin, centering):
     asked = None
     if margin is not None:  # their column `margin` holds what the scores' gap is here
         asked = margin * (rewards.scores["chosen"] - rewards.scores["rejected"])
-    losses, metrics = build("bradley_terry", margin=margin or 0.0, centering=centering or 0.0)(
-        rewards
-    )
+    losses, metrics = build_objective(
+        "bradley_terry", margin=margin or 0.0, centering=centering or 0.0
+    )(rewards)
     expected = trl(chosen, rejected, asked, centering)
     np.testing.assert_allclose(losses.mean(), expected, rtol=2e-5, atol=1e-6)
     assert metrics["rewards/accuracies"].tolist() == (chosen > rejected).tolist()
@@ -63,15 +63,15 @@ def test_smoothing_expects_labels_that_are_wrong_that_often(seed, e):
         model=rewards.model
         | {"chosen": rewards.model["rejected"], "rejected": rewards.model["chosen"]}
     )
-    plain = build("bradley_terry")
+    plain = build_objective("bradley_terry")
     expected = (1 - e) * plain(rewards)[0] + e * plain(swapped)[0]
-    smoothed = build("bradley_terry", label_smoothing=e)(rewards)[0]
+    smoothed = build_objective("bradley_terry", label_smoothing=e)(rewards)[0]
     np.testing.assert_allclose(smoothed, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_the_gradient_is_that_of_finite_differences_and_passes_by_the_scores():
     rewards = some(3)
-    objective = build("bradley_terry", margin=0.5, label_smoothing=0.1, centering=0.05)
+    objective = build_objective("bradley_terry", margin=0.5, label_smoothing=0.1, centering=0.05)
     gradient = jax.grad(lambda r: objective(r)[0].sum())(rewards)
     for scores in gradient.scores.values():
         np.testing.assert_array_equal(scores, 0)
@@ -87,7 +87,7 @@ def test_the_gradient_is_that_of_finite_differences_and_passes_by_the_scores():
 
 def test_equal_rewards_cost_log_2_and_are_half_right():
     zeros = dict.fromkeys(("chosen", "rejected"), jnp.zeros(3))
-    losses, metrics = build("bradley_terry")(Rewards(zeros, zeros))
+    losses, metrics = build_objective("bradley_terry")(Rewards(zeros, zeros))
     np.testing.assert_allclose(losses, math.log(2), rtol=1e-6)
     assert metrics["rewards/accuracies"].tolist() == [0.5] * 3
 
@@ -95,7 +95,7 @@ def test_equal_rewards_cost_log_2_and_are_half_right():
 @pytest.mark.parametrize("gap", [-1e4, 1e4])
 def test_huge_gaps_stay_finite(gap):
     model = {"chosen": jnp.full(2, gap), "rejected": jnp.zeros(2)}
-    objective = build("bradley_terry", centering=0.01)
+    objective = build_objective("bradley_terry", centering=0.01)
     rewards = Rewards(model, jax.tree.map(jnp.zeros_like, model))
     for leaf in jax.tree.leaves(
         (objective(rewards), jax.grad(lambda r: objective(r)[0].sum())(rewards))
@@ -107,9 +107,11 @@ def test_what_reads_rewards_and_what_reads_log_probabilities_cannot_be_summed():
     with pytest.raises(
         ObjectiveError, match=r"bradley_terry\+dpo cannot be summed: .*reward model"
     ):
-        build("bradley_terry+dpo", beta=0.1)
-    assert build("bradley_terry").rates and build("bradley_terry").reference_free
-    assert not build("selm", beta=0.1, alpha=0.1).rates
+        build_objective("bradley_terry+dpo", beta=0.1)
+    assert (
+        build_objective("bradley_terry").rates and build_objective("bradley_terry").reference_free
+    )
+    assert not build_objective("selm", beta=0.1, alpha=0.1).rates
 
 
 @pytest.mark.parametrize(
@@ -123,4 +125,4 @@ def test_what_reads_rewards_and_what_reads_log_probabilities_cannot_be_summed():
 )
 def test_settings_that_mean_nothing_are_refused(mine, message):
     with pytest.raises(ObjectiveError, match=message):
-        build("bradley_terry", **mine)
+        build_objective("bradley_terry", **mine)

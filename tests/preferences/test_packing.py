@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from selm_jax.models.attention import tree_mask
 from selm_jax.models.decoder import Decoder
-from selm_jax.objectives.build import build
+from selm_jax.objectives.build import build_objective
 from selm_jax.objectives.losses import ROLES, Logps
 from selm_jax.preferences.examples import Example, ExampleError
 from selm_jax.preferences.packing import Shape, assign_rows, common_shape, pack, unpack
@@ -41,7 +41,7 @@ OBJECTIVES = {
 
 
 def objective(name: str):
-    return build(
+    return build_objective(
         OBJECTIVES[name]["loss"], **{k: v for k, v in OBJECTIVES[name].items() if k != "loss"}
     )
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from selm_jax.models.config import ScalarHead
 from selm_jax.models.decoder import Decoder, rewards, unembedding
-from selm_jax.objectives.build import build
+from selm_jax.objectives.build import build_objective
 from selm_jax.preferences.examples import ROLES, Example
 from selm_jax.preferences.packing import Shape, common_shape, pack, unpack
 from selm_jax.preferences.rewards import response_rewards, split
@@ -73,7 +73,9 @@ def test_the_gradient_of_packed_rows_is_that_of_each_conversation_alone(world):
         for e in some_examples(6, seed=1)
     ]
     settings = {"margin": 0.3, "centering": 0.05, "label_smoothing": 0.1}
-    update = make_update(decoder, build("bradley_terry", **settings), optax.sgd(1.0), chunk=16)
+    update = make_update(
+        decoder, build_objective("bradley_terry", **settings), optax.sgd(1.0), chunk=16
+    )
     means = np.ones(len(ROLES), np.float32)
     batches = pack(examples, SHAPE)
     gradients, sums = update.gradients(params, batches[0], means)

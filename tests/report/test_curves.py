@@ -6,7 +6,7 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from selm_jax import report
-from selm_jax.objectives.build import build
+from selm_jax.objectives.build import build_objective
 from selm_jax.objectives.losses import Logps
 from selm_jax.objectives.roles import ROLES
 
@@ -16,5 +16,5 @@ def test_every_metric_of_an_objective_that_is_drawn_is_reported():
     code = "".join(file.read_text(encoding="utf-8") for file in files)
     drawn = set(re.findall(r'"((?:loss|rewards|logps|optimism)/\w+)"', code))
     one = dict.fromkeys(ROLES, jnp.ones(1))
-    _, metrics = build("selm", beta=0.1, alpha=0.01)(Logps(one, one, one, one))
+    _, metrics = build_objective("selm", beta=0.1, alpha=0.01)(Logps(one, one, one, one))
     assert len(drawn) > 5 and drawn <= metrics.keys()

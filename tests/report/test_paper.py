@@ -12,7 +12,7 @@ import pytest
 from selm_jax.report import paper, published
 from selm_jax.report.data import ReportError, report_data
 from selm_jax.report.drawing import LABEL
-from selm_jax.report.published.figures import figures as published_figures
+from selm_jax.report.published.drawing import figures as published_figures
 
 
 @pytest.fixture

@@ -192,7 +192,7 @@ GIVEN = {  # what must be given besides
 
 @pytest.mark.parametrize("kind,name,key", SETTINGS)
 def test_numbers_of_losses_and_rankers_are_checked_when_they_are_built(kind, name, key):
-    build = {"objective": objectives.build, "ranker": ranker.build}[kind]
+    build = {"objective": objectives.build_objective, "ranker": ranker.build}[kind]
     given = dict(GIVEN.get(name, {}))
     if kind == "objective":
         needed = inspect.signature(TABLE[name]).parameters.items()

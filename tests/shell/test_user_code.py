@@ -69,9 +69,9 @@ def test_what_is_no_function_of_yours_is_refused_by_all_who_import_by_name(mine,
     with pytest.raises(FeedbackError, match=said):
         ranker.build(path)
     with pytest.raises(ObjectiveError, match=said):
-        objectives.build(path)
+        objectives.build_objective(path)
     with pytest.raises(ObjectiveError, match=said):
-        objectives.build(f"dpo+{path}", beta=0.1)
+        objectives.build_objective(f"dpo+{path}", beta=0.1)
     with pytest.raises(FeedbackError, match=said):
         ranker.build("mixture", parts=[{"ranker": path}])
 

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selm_jax.text.prompts import DataError, Message, Prompt, digest, load_prompts, portion
+from selm_jax.text.prompts import DataError, Message, Prompt, load_prompts, portion, prompts_digest
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "experiments" / "data"
@@ -488,8 +488,10 @@ def test_digest_sees_every_field_and_the_order():
         '{"chosen":"c","id":"a","messages":[["user","How is the soup?"]],'
         '"rejected":"r","row":{"m":null,"n":1}}\n'
     )
-    assert digest([base]) == hashlib.sha256(line.encode()).hexdigest()
-    assert digest([Prompt("a", turns(USER), "c", "r", {"m": None, "n": 1})]) == digest([base])
+    assert prompts_digest([base]) == hashlib.sha256(line.encode()).hexdigest()
+    assert prompts_digest(
+        [Prompt("a", turns(USER), "c", "r", {"m": None, "n": 1})]
+    ) == prompts_digest([base])
     others = [
         [Prompt("b", turns(USER), "c", "r", {"n": 1, "m": None})],
         [Prompt("a", turns(AGAIN), "c", "r", {"n": 1, "m": None})],
@@ -502,7 +504,7 @@ def test_digest_sees_every_field_and_the_order():
         numbered(2),
         numbered(2)[::-1],
     ]
-    assert len({digest(o) for o in [[base], *others]}) == len(others) + 1
+    assert len({prompts_digest(o) for o in [[base], *others]}) == len(others) + 1
 
 
 # Any data, written the obvious way and read back.
@@ -547,7 +549,7 @@ def test_round_trip(tmp_path_factory, case):
     for kind in KINDS if as_strings else KINDS[:-1]:
         found = load_prompts(write(folder / f"x{kind}", rows))
         assert list(found) == prompts
-        assert digest(found) == digest(prompts)
+        assert prompts_digest(found) == prompts_digest(prompts)
 
 
 def test_a_bad_row_is_left_out_of_its_portion_and_moves_no_other(tmp_path):

@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from selm_jax.models.decoder import Decoder, abstract_params
-from selm_jax.objectives.build import build
+from selm_jax.objectives.build import build_objective
 from selm_jax.objectives.losses import ROLES
 from selm_jax.parallel.mesh import make_mesh
 from selm_jax.parallel.rules import TRAINING, partition, shardings
@@ -76,7 +76,9 @@ def world(tiny, random_params):
     def made(loss: str):
         settings = {"selm": {"beta": 0.1, "alpha": 0.2}, "sft": {}}[loss]
         step = optimizer("adamw", **SETTINGS)
-        return make_update(decoder, build(loss, **settings), step, chunk=16, clip=1.0), step
+        return make_update(
+            decoder, build_objective(loss, **settings), step, chunk=16, clip=1.0
+        ), step
 
     def fresh(seed: int = 0):
         return jax.tree.map(jnp.copy, random_params(decoder.config, seed))
@@ -289,7 +291,7 @@ def test_unit_rate_optimisers_are_optaxs_own(name, decay):
 def test_every_optimiser_descends(name, world):
     update, _ = world("selm")
     step = optimizer(name, **SETTINGS)
-    apply = make_update(world.decoder, build("sft"), step, chunk=16, clip=1.0).apply
+    apply = make_update(world.decoder, build_objective("sft"), step, chunk=16, clip=1.0).apply
     examples = some_examples()
     state = TrainState.create(world.fresh(), step)
     losses = []
@@ -309,7 +311,7 @@ def test_the_mean_gradient_is_clipped_by_its_global_norm(world):
     norm = float(optax.tree.norm(mean))
     for clip, factor in ((None, 1.0), (2 * norm, 1.0), (norm / 4, 0.25)):
         descent = optax.scale(-1.0)
-        update = make_update(world.decoder, build("sft"), descent, chunk=16, clip=clip)
+        update = make_update(world.decoder, build_objective("sft"), descent, chunk=16, clip=clip)
         state = TrainState.create(world.fresh(), descent)
         state, metrics = update.apply(state, gradients, sums, np.float32(0.5))
         expected = jax.tree.map(lambda x, g, f=factor: x - 0.5 * f * g, world.fresh(), mean)
@@ -377,7 +379,7 @@ def run_on(mesh, decoder, params):
         axes = ("rows", None, None, None)[: x.ndim]
         return jax.device_put(x, partition("batch", axes, x.shape, mesh, TRAINING))
 
-    objective, step = build("selm", beta=0.1, alpha=0.2), optimizer("adamw", **SETTINGS)
+    objective, step = build_objective("selm", beta=0.1, alpha=0.2), optimizer("adamw", **SETTINGS)
     update = make_update(decoder, objective, step, chunk=16, clip=1.0, shardings=where)
     params = jax.tree.map(lambda x, s: jax.device_put(jnp.copy(x), s), params, at)
     state = TrainState.create(params, step)

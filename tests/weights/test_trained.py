@@ -12,7 +12,7 @@ import pytest
 
 from selm_jax.models.decoder import Decoder
 from selm_jax.models.families import read_config
-from selm_jax.objectives.build import build
+from selm_jax.objectives.build import build_objective
 from selm_jax.preferences.examples import Example
 from selm_jax.preferences.packing import common_shape, pack
 from selm_jax.training.optimizer import optimizer
@@ -41,7 +41,9 @@ def trained(name: str):
         for i in range(3)
     ]
     step = optimizer("adamw", b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.0)
-    update = make_update(Decoder(config), build("selm", beta=0.1, alpha=0.1), step, chunk=16)
+    update = make_update(
+        Decoder(config), build_objective("selm", beta=0.1, alpha=0.1), step, chunk=16
+    )
     (batch,) = pack(examples, common_shape([examples], rows=2, time=TIME))
     params = load(FAMILIES / name, config)
     gradients, sums = update.gradients(params, batch, np.array([9, 12, 7], np.float32))

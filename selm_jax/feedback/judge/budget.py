@@ -37,7 +37,7 @@ def check_numbers(declared: Callable[..., Any], settings: Mapping[str, Any]) -> 
 
 
 @dataclass
-class Counts(Tries):
+class Calls(Tries):
     """What became of the requests since the client was opened.
 
     Attributes:

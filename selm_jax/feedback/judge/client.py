@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from selm_jax.feedback.judge.answer import Completion, parse_completion
-from selm_jax.feedback.judge.budget import Budget, Counts, JudgeError, Timeout, check_numbers
+from selm_jax.feedback.judge.budget import Budget, Calls, JudgeError, Timeout, check_numbers
 from selm_jax.feedback.judge.cache import AnswerCache, request_key
 from selm_jax.shell.endpoint import Endpoint, ServerError, api_key, checked_url, for_each
 from selm_jax.shell.ranges import Count, Natural, NonNegative
@@ -72,7 +72,7 @@ class Client:
         self.url = _chat_url(base_url)
         self.concurrency = concurrency
         self.budget = Budget() if budget is None else budget
-        self.counts = Counts()
+        self.counts = Calls()
         self._endpoint = Endpoint(
             self.url, key_env=key_env, concurrency=concurrency, timeout=timeout, retries=retries,
             backoff=backoff,
@@ -88,7 +88,7 @@ class Client:
 
     async def __aenter__(self) -> Client:  # noqa: PYI034  (beartype takes no Self on a method)
         self._cache.__enter__()
-        self._endpoint.tries = self.counts = Counts()
+        self._endpoint.tries = self.counts = Calls()
         self._slots = asyncio.Semaphore(self.concurrency)
         await self._endpoint.__aenter__()
         return self

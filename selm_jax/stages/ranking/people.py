@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from selm_jax.annotate.store import AnnotationError, Store
+from selm_jax.annotate.store import AnnotationError, Annotations
 from selm_jax.config import Feedback
 from selm_jax.feedback.human import Human, items_of, store_of
 from selm_jax.stages.ranking.candidates import Pool
@@ -13,7 +13,7 @@ from selm_jax.stages.ranking.candidates import Pool
 
 def put(
     folder: Path, feedback: Feedback, batch: str, pool: Pool, minimum: int | None = None
-) -> Store:
+) -> Annotations:
     """Puts the pool's questions where people are asked them, whichever ranker the run has.
 
     Args:
@@ -31,7 +31,7 @@ def put(
             f"the ranker waits for {of_ranker} people per prompt, found a minimum of {minimum}; "
             "change feedback.settings.minimum"
         )
-    store = Store(store_of(folder, feedback.settings if human else {}))
+    store = Annotations(store_of(folder, feedback.settings if human else {}))
     items = [item for item in items_of(*pool.questions(pool.asked)) if item is not None]
     store.put(batch, items, minimum or of_ranker or 1)
     return store

@@ -42,7 +42,7 @@ SAMPLING: Mapping[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Prompt:
+class AnnotatorPrompt:
     """What the judge is asked.
 
     Attributes:
@@ -69,7 +69,7 @@ class Prompt:
         )
 
 
-def read_prompt(file: Path | None = None) -> Prompt:
+def read_prompt(file: Path | None = None) -> AnnotatorPrompt:
     """The judge's prompt from a file; None takes the one in the installed `alpaca_eval` package.
 
     Raises:
@@ -86,7 +86,9 @@ def read_prompt(file: Path | None = None) -> Prompt:
         file = Path(found.origin).parent / _PROMPT_IN_PACKAGE
     text = read_text(file)
     needs = (("instruction",), ("output_1",), ("output_2",))
-    return Prompt(Template.parse(text, needs, str(file)), hashlib.sha256(text.encode()).hexdigest())
+    return AnnotatorPrompt(
+        Template.parse(text, needs, str(file)), hashlib.sha256(text.encode()).hexdigest()
+    )
 
 
 def is_switched(instruction: str) -> bool:
@@ -95,7 +97,7 @@ def is_switched(instruction: str) -> bool:
 
 
 def questions(
-    instructions: EvalSet, outputs: Sequence[Mapping[str, str]], prompt: Prompt
+    instructions: EvalSet, outputs: Sequence[Mapping[str, str]], prompt: AnnotatorPrompt
 ) -> Iterator[tuple[int, Messages]]:
     """(row, conversation) of every call that is needed, in order."""
     for i, (instruction, baseline) in enumerate(_pairs(instructions)):
@@ -112,7 +114,7 @@ async def ask(
     instructions: EvalSet,
     outputs: Sequence[Mapping[str, str]],
     client: Client,
-    prompt: Prompt,
+    prompt: AnnotatorPrompt,
     progress: Advance = lambda calls, tokens=0: None,
     allow_missing: int = 0,
     extra: Mapping[str, Any] | None = None,

@@ -27,7 +27,7 @@ from selm_jax.evaluation.benchmarks.alpaca_eval import instructions as alpaca_ev
 from selm_jax.evaluation.benchmarks.alpaca_eval import length_controlled as lc
 from selm_jax.evaluation.benchmarks.alpaca_eval import published as alpaca_eval_published
 from selm_jax.evaluation.benchmarks.alpaca_eval import score
-from selm_jax.evaluation.benchmarks.alpaca_eval.annotate import Prompt, questions
+from selm_jax.evaluation.benchmarks.alpaca_eval.annotate import AnnotatorPrompt, questions
 from selm_jax.evaluation.benchmarks.alpaca_eval.instructions import BASELINE, EvalSet
 from selm_jax.evaluation.benchmarks.files import Journal, chunks, file_name, pinned
 from selm_jax.evaluation.cost import CHARACTERS_PER_TOKEN, Cost
@@ -242,7 +242,7 @@ def cost_of_answers(model: Model, instructions: EvalSet, folder: Path, decoding:
 def cost_of_judging(
     judge: str,
     instructions: EvalSet,
-    prompt: Prompt,
+    prompt: AnnotatorPrompt,
     outputs: Sequence[Mapping[str, str]] | None,
     longest: int,
 ) -> Cost:

@@ -93,7 +93,7 @@ def _annotations(
     texts: files.EvalSet,
     answers: Sequence[Mapping[str, str]],
     client: Client | None,
-    question: annotate.Prompt | None,
+    question: annotate.AnnotatorPrompt | None,
     extra: Mapping[str, Any],
     folder: Path,
 ) -> list[dict[str, Any]] | None:

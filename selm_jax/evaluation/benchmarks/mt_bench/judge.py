@@ -67,7 +67,7 @@ class Sampling:
 
 
 @dataclasses.dataclass(frozen=True)
-class Prompt:
+class JudgePrompt:
     name: str
     system: str
     template: str
@@ -96,7 +96,7 @@ class Match:
         ]
 
 
-def read_prompts(file: Path, unpublished: bool = False) -> dict[str, Prompt]:
+def read_prompts(file: Path, unpublished: bool = False) -> dict[str, JudgePrompt]:
     """FastChat's judge_prompts.jsonl, by name.
 
     Raises:
@@ -106,7 +106,7 @@ def read_prompts(file: Path, unpublished: bool = False) -> dict[str, Prompt]:
     rows = read_rows(file)
     keys = ("name", "system_prompt", "prompt_template")
     listed = sorted([text_of(row, key, file, i) for key in keys] for i, row in enumerate(rows))
-    prompts = {name: Prompt(name, system, template) for name, system, template in listed}
+    prompts = {name: JudgePrompt(name, system, template) for name, system, template in listed}
     for (mode, with_reference, turn), name in PROMPTS.items():
         if name not in prompts:
             raise EvaluationError(f"{file}: the prompt {name!r} is missing.")
@@ -129,7 +129,7 @@ def matches(
     questions: Sequence[Question],
     answers: Sequence[tuple[str, Answers]],
     references: Answers,
-    prompts: Mapping[str, Prompt],
+    prompts: Mapping[str, JudgePrompt],
 ) -> list[Match]:
     """All judgments of one model, or of two against each other, in FastChat's order.
 

@@ -94,7 +94,7 @@ class _Judge:
     mode: str
     repeats: int
     sampling: judging.Sampling
-    templates: Mapping[str, judging.Prompt]
+    templates: Mapping[str, judging.JudgePrompt]
     references: judging.Answers
     files: Mapping[str, Path]
 

@@ -134,7 +134,7 @@ def _yaml(value: Any) -> str:
 
 def _comments(group: type) -> dict[str, str]:
     """The comments of a dataclass by field: behind it, and above it where they begin with a capital."""
-    source = inspect.getsource(group)
+    source = "".join(inspect.getsource(each) for each in reversed(group.__mro__[:-1]))
     found: dict[str, list[str]] = {}
     above: list[str] = []
     field = ""

@@ -29,6 +29,7 @@ from selm_jax.config.settings import (
     Model,
     Remote,
     Rollout,
+    SamplingSettings,
     Text,
     Training,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "Remote",
     "Rollout",
     "RuleName",
+    "SamplingSettings",
     "Text",
     "Ties",
     "Training",

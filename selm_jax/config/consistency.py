@@ -61,6 +61,7 @@ def user_code_in(e: Experiment) -> Iterator[tuple[str, str]]:
     """(dotted key, name) of the functions of the user's that an experiment names."""
     terms = str(e.objective.get("loss")).split("+")
     named: list[tuple[str, Any]] = [("objective.loss", term.strip()) for term in terms]
+    named += [("rollout.filter", e.rollout.filter)]
     named += [("feedback.rule", e.feedback.rule), ("feedback.explore", e.feedback.explore)]
     todo: list[tuple[str, Any, Any]] = [("feedback", e.feedback.ranker, e.feedback.settings)]
     while todo:

@@ -17,7 +17,7 @@ from pydantic_core import PydanticCustomError
 
 from selm_jax.shell.paths import PathError, place
 from selm_jax.shell.ranges import MOST, Range
-from selm_jax.shell.user_code import is_user_code
+from selm_jax.shell.user_code import UserCodeError, check_name, is_user_code
 
 RuleName = Literal["best_worst", "swap", "top_random"]
 ExploreName = Literal["greedy", "sample", "all", "random", "best", "worst"]
@@ -78,6 +78,14 @@ def _or_yours(value: Any, built_in: Callable[[Any], Any]) -> Any:
     return value if isinstance(value, str) and is_user_code(value) else built_in(value)
 
 
+def _yours(name: str) -> str:
+    try:
+        check_name(name)
+    except UserCodeError as e:
+        raise PydanticCustomError("yours", "{problem}", {"problem": str(e)}) from None
+    return name
+
+
 def _finite(settings: dict[str, Any]) -> dict[str, Any]:
     refuse([f"{key}: {value}, a finite number was expected" for key, value in _infinite(settings)])
     return settings
@@ -114,6 +122,7 @@ def _command(text: str) -> str:
 
 Flag = Annotated[bool, Strict()]  # 1 and "yes" are none
 OrYours = WrapValidator(_or_yours)  # a name of what is built in, or package.module:function
+Yours = Annotated[str, AfterValidator(_yours)]  # package.module:function
 Day = Annotated[datetime.date, BeforeValidator(_day)]
 Folder = Annotated[str, AfterValidator(_folder)]
 Command = Annotated[str, AfterValidator(_command)]

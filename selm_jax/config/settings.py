@@ -45,6 +45,7 @@ from selm_jax.config.kinds import (
     Schedule,
     Size,
     Ties,
+    Yours,
     agree,
 )
 from selm_jax.shell.ranges import (
@@ -57,6 +58,7 @@ from selm_jax.shell.ranges import (
     Range,
     Seed,
     Share,
+    ranges_of,
 )
 
 _STRICT = ConfigDict(extra="forbid")
@@ -163,9 +165,14 @@ class Remote:
     key_env: str | None = None  # Environment variable that holds its API key.
 
 
-@dataclass(frozen=True, config=_STRICT)
-class Rollout:
-    max_new_tokens: Size = 1024  # Tokens of an answer at most; a longer one is cut off.
+@dataclasses.dataclass(frozen=True)
+class SamplingSettings:
+    """How the tokens of samples are drawn; greedy answers draw nothing.
+
+    Raises:
+        ValueError: a number out of its range.
+    """
+
     # Flattens (above 1) or sharpens the distribution that samples are drawn from.
     temperature: Annotated[float, Range(1e-3, advice=_GREEDY)] = 1.0
     # Draws among the likeliest so many tokens; 0: among all.
@@ -174,11 +181,32 @@ class Rollout:
     top_p: Annotated[float, Range(0, 1, above=True, advice="1 keeps all tokens")] = 1.0
     # Draws among tokens of at least this share of the likeliest one's probability.
     min_p: Annotated[float, Range(0, 1, advice="0 keeps all tokens")] = 0.0
+
+    def __post_init__(self):
+        for name, declared in ranges_of(SamplingSettings).items():
+            value = getattr(self, name)
+            if (expected := declared.problem(value)) is not None:
+                raise ValueError(f"{name} is {value}; expected {expected}")
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Rollout(SamplingSettings):
+    # A function of yours, package.module:function, on the logits that samples are drawn from.
+    filter: Yours | None = None
+    max_new_tokens: Size = 1024  # Tokens of an answer at most; a longer one is cut off.
     slots: Size = 16  # Answers decoded together, or the next number that the devices divide.
     prefill_rows: Size = 8  # Prompts read together, or the next number that the devices divide.
     max_prompt_tokens: Size = 512  # A prompt of more tokens is a bad row.
     prompts_per_part: Count = 256  # A killed run loses one such part of the answers at most.
     remote: Remote | None = None  # A vLLM or SGLang server that answers; null: this program does.
+
+    @agree
+    def _agrees(self) -> Iterator[str]:
+        if self.remote is not None and self.filter is not None:
+            yield (
+                f"filter: {self.filter}; the server of rollout.remote draws the tokens and cannot run "
+                "a function of yours. Remove one of the two"
+            )
 
 
 @dataclass(frozen=True, config=_STRICT)

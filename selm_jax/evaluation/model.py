@@ -239,12 +239,10 @@ class Model:
         *,
         max_new_tokens: int,
         temperature: float = 1.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        min_p: float = 0.0,
         samples: int = 1,
         seed: int = 0,
         progress: Advance = lambda answers, tokens=0: None,
+        **filters: Any,
     ) -> list[list[Answer]]:
         """Answers to conversations that end with a user's turn: per conversation its samples.
 
@@ -253,6 +251,7 @@ class Model:
           seed: with the conversation and the number of the sample it determines an answer. Two
             equal conversations so get equal answers.
           progress: called with answers finished and tokens drawn since the last call.
+          filters: others of `Sampling`'s settings, such as `top_p`.
 
         Raises:
           ChatError, EvaluationError: a conversation that the template refuses, or that leaves no
@@ -261,7 +260,7 @@ class Model:
         greedy = temperature == 0
         if greedy and samples != 1:
             raise EvaluationError(f"temperature 0 gives one answer, {samples} samples were asked")
-        sampling = Sampling() if greedy else Sampling(temperature, top_k, top_p, min_p)
+        sampling = Sampling() if greedy else Sampling(temperature, **filters)
         responses = self.generate(
             self.prompt_ids(conversations), greedy=int(greedy), samples=0 if greedy else samples,
             max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, progress=progress,

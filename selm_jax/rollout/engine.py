@@ -30,6 +30,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from selm_jax.models.decoder import Decoder, LayerCache, Params, logits
 from selm_jax.parallel.rules import DECODE, partition
+from selm_jax.rollout.filters import check_drawn
 from selm_jax.rollout.requests import Request, Response
 from selm_jax.rollout.sampling import Sampling, next_tokens, stream
 
@@ -100,6 +101,7 @@ class Engine:
 
         Raises:
           ValueError: a prompt without tokens or longer than `max_prompt`; it is named.
+          FilterError: the user's filter left a sample no token to draw.
         """
         for request in requests:
             if not 0 < len(request.prompt) <= self.max_prompt:
@@ -146,6 +148,7 @@ class Engine:
                 if owner is None:
                     continue
                 tokens = tuple(int(x) for x in output[slot, : drawn[slot]])
+                check_drawn(self.sampling.filter, tokens, *owner)
                 if not active[slot]:
                     finish = "stop" if tokens[-1] in self.stop_ids else "length"
                 elif ended is not None and ended(tokens):

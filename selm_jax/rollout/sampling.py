@@ -7,17 +7,26 @@ The random number that sample s of prompt i draws at position t is a function of
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from selm_jax.config import SamplingSettings
+
 _BLOCK = 256
+NOTHING_LEFT = -1  # in place of a token, where a filter of the user's left none to draw
+
+# `(logits[slots, vocab], t[slots])` to logits of the same shape, -inf where a token is not to be
+# drawn; `t` counts the tokens that the response has already. Pure: it is traced, once.
+Filter: TypeAlias = Callable[[Array, Array], Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling:
-    """What to draw from. Filters apply in the order temperature, top-k, top-p, min-p.
+class Sampling(SamplingSettings):
+    """What to draw from, in the order of filters of yours, temperature, top-k, top-p, min-p.
 
     Attributes:
       temperature: divides the logits; > 0 (greedy answers do not draw at all).
@@ -25,22 +34,16 @@ class Sampling:
       top_p: keep the fewest tokens whose probabilities sum to at least top_p (ties as above); 1
         keeps all.
       min_p: keep tokens at least min_p times as likely as the likeliest; 0 keeps all.
+      filter: a function of the user's on the logits; None changes nothing.
     """
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
+    filter: Filter | None = None
 
-    def __post_init__(self):
-        if not self.temperature > 0:
-            raise ValueError(f"temperature is {self.temperature}; it must be above 0")
-        if self.top_k < 0:
-            raise ValueError(f"top_k is {self.top_k}; it must be 0 (all) or more")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; it must lie in (0, 1]")
-        if not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p is {self.min_p}; it must lie in [0, 1]")
+    @classmethod
+    def of(cls, settings: SamplingSettings, filter: Filter | None = None) -> Sampling:
+        """With the settings of a group that has more of them, such as `rollout`."""
+        names = [each.name for each in dataclasses.fields(SamplingSettings)]
+        return cls(**{name: getattr(settings, name) for name in names}, filter=filter)
 
 
 def stream(seed: int, iteration: int, prompt: int, sample: int) -> UInt32[Array, "2"]:
@@ -64,20 +67,51 @@ def uniforms(streams: UInt32[Array, "slots 2"], t: Int[Array, " slots"]) -> Floa
 def probabilities(
     logits: Float[Array, "slots vocab"], settings: Sampling
 ) -> Float[Array, "slots vocab"]:
-    """Unnormalised probabilities after the filters; the likeliest token has 1."""
+    """Unnormalised probabilities after the built-in filters; the likeliest token has 1."""
     p = jnp.exp((logits - logits.max(-1, keepdims=True)) / settings.temperature)
-    if settings.top_k:
-        kth = jax.lax.top_k(p, min(settings.top_k, p.shape[-1]))[0][:, -1:]
-        p = jnp.where(p >= kth, p, 0)
-    if settings.top_p < 1:
-        ordered = jnp.sort(p, axis=-1, descending=True)
-        before = jnp.cumsum(ordered, axis=-1) - ordered  # mass of all likelier tokens
-        kept = before < settings.top_p * ordered.sum(-1, keepdims=True)
-        least = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
-        p = jnp.where(p >= least, p, 0)
-    if settings.min_p:
-        p = jnp.where(p >= settings.min_p, p, 0)
+    for least in BUILT_IN:
+        if (bound := least(p, settings)) is not None:
+            p = jnp.where(p >= bound, p, 0)
     return p
+
+
+Bound: TypeAlias = Float[Array, "slots 1"] | float | None
+
+
+def _top_k(p: Float[Array, "slots vocab"], settings: Sampling) -> Bound:
+    if not settings.top_k:
+        return None
+    return jax.lax.top_k(p, min(settings.top_k, p.shape[-1]))[0][:, -1:]
+
+
+def _top_p(p: Float[Array, "slots vocab"], settings: Sampling) -> Bound:
+    if settings.top_p == 1:
+        return None
+    ordered = jnp.sort(p, axis=-1, descending=True)
+    before = jnp.cumsum(ordered, axis=-1) - ordered  # mass of all likelier tokens
+    kept = before < settings.top_p * ordered.sum(-1, keepdims=True)
+    return jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+
+
+def _min_p(
+    p: Float[Array, "slots vocab"],  # noqa: ARG001 (all filters have one signature)
+    settings: Sampling,
+) -> Bound:
+    return settings.min_p or None
+
+
+# The built-in filters, in order: each says how likely a token has to be; None keeps all.
+BUILT_IN: tuple[Callable[[Array, Sampling], Bound], ...] = (_top_k, _top_p, _min_p)
+
+
+def filtered(
+    logits: Float[Array, "slots vocab"], t: Int[Array, " slots"], user: Filter
+) -> Float[Array, "slots vocab"]:
+    """What a filter of the user's makes of each slot's logits.
+
+    It is shown one slot at a time, so that no response can depend on another.
+    """
+    return jax.vmap(lambda row, t: user(row[None], t[None])[0])(logits, t)
 
 
 def draw(p: Float[Array, "slots vocab"], uniform: Float[Array, " slots"]) -> Int[Array, " slots"]:
@@ -122,6 +156,12 @@ def next_tokens(
     greedy: Bool[Array, " slots"],
     settings: Sampling,
 ) -> Int[Array, " slots"]:
-    """The likeliest token where `greedy`, else a draw."""
-    sampled = draw(probabilities(logits, settings), uniforms(streams, t))
+    """The likeliest token where `greedy`, else a draw; `NOTHING_LEFT` where a filter of the user's
+    leaves no finite logit, or one that is none."""
+    of_samples = logits
+    if settings.filter is not None:
+        of_samples = filtered(logits, t, settings.filter)
+    sampled = draw(probabilities(of_samples, settings), uniforms(streams, t))
+    if settings.filter is not None:
+        sampled = jnp.where(jnp.isfinite(of_samples.max(-1)), sampled, NOTHING_LEFT)
     return jnp.where(greedy, jnp.argmax(logits, axis=-1), sampled).astype(jnp.int32)

@@ -26,10 +26,11 @@ from selm_jax.models.quantize import quantize
 from selm_jax.parallel.rules import place_rows, row_shardings, shardings
 from selm_jax.preferences.packing import PreferenceBatch
 from selm_jax.rollout.engine import Engine
+from selm_jax.rollout.filters import filter_named
 from selm_jax.rollout.parameters import decoding_params, decoding_shardings
-from selm_jax.rollout.sampling import Sampling
+from selm_jax.rollout.sampling import Filter, Sampling
 from selm_jax.run.devices import Devices
-from selm_jax.run.task import Task
+from selm_jax.run.task import Task, refuse_user_code
 from selm_jax.training.optimizer import optimizer
 from selm_jax.training.scoring import Scorer
 from selm_jax.training.update import Shardings, Update, make_update
@@ -214,13 +215,23 @@ class Programs:
         s = self.experiment.training
         return Scorer(self.update, self.place, s.rows, s.row_length)
 
+    @property
+    def _filter(self) -> Filter | None:
+        """The user's sampler filter, if the experiment names one."""
+        name = self.experiment.rollout.filter
+        if name is None:
+            return None
+        if self.task.looked_at is not None:
+            refuse_user_code(self.task.looked_at, "rollout.filter", name)
+        return filter_named(name, self.config.vocab_size)
+
     @cached_property
     def engine(self) -> Engine:
         """What answers prompts."""
         r = self.experiment.rollout
         return Engine.fitted(
             decoder=Decoder(self.config, self.devices.dtype, scan=False),
-            sampling=Sampling(r.temperature, r.top_k, r.top_p, r.min_p),
+            sampling=Sampling.of(r, self._filter),
             slots=r.slots,
             max_prompt=self.sizes.longest_prompt,
             max_new_tokens=r.max_new_tokens,

@@ -240,6 +240,10 @@ def _pick(*keys: str) -> Callable[[Run, int], dict[str, Any]]:
             found["training.learning_rate"] = run.experiment.learning_rate(t)
         if t == 1:  # both are the start model
             found.pop("training.reference_policy", None)
+        if (
+            found.get("rollout.filter", "") is None
+        ):  # runs from before there was one are as they are
+            del found["rollout.filter"]
         # Where and in which portions the work is done changes nothing about what comes out.
         return {k: v for k, v in found.items() if k not in _FREE}
 
@@ -288,7 +292,7 @@ STAGES = (
     Stage(
         "generate",
         generate,
-        _all(_prompts, _chat, lambda run, t: _policy(run, t - 1)),
+        _all(_prompts, _chat, lambda run, t: _policy(run, t - 1), _code("rollout.filter")),
         _pick(
             *("seed", "candidates.greedy", "candidates.samples", "rollout"),
             *("training.parameter_dtype", "compute.dtype", *_TEMPLATE),

@@ -221,3 +221,16 @@ def test_no_setting_is_decoration():
 def test_a_folder_is_told_from_an_experiment_file(tmp_path):
     with pytest.raises(ConfigError, match=r"a folder; an experiment file.*config\.yaml"):
         config.load(tmp_path)
+
+
+def test_a_filter_is_a_function_of_the_users_and_runs_here(tmp_path):
+    file = write(tmp_path, yaml.safe_dump(TREE))
+    assert config.load(file, ["rollout.filter=mine:keep"]).rollout.filter == "mine:keep"
+    with pytest.raises(ConfigError, match="rollout.filter: 'top_k', expected the form"):
+        config.load(file, ["rollout.filter=top_k"])
+    with pytest.raises(ConfigError, match="rollout.filter: 'os:system', 'os' is part of Python"):
+        config.load(file, ["rollout.filter=os:system"])
+    with pytest.raises(
+        ConfigError, match="rollout.filter: mine:keep; the server of rollout.remote"
+    ):
+        config.load(file, ["rollout.filter=mine:keep", "rollout.remote={engine: vllm}"])

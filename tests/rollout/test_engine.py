@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from functools import cache, partial
@@ -18,6 +19,7 @@ from selm_jax.models.families import read_config
 from selm_jax.parallel.mesh import make_mesh
 from selm_jax.parallel.rules import TRAINING, shardings
 from selm_jax.rollout.engine import Engine, bucket
+from selm_jax.rollout.filters import FilterError
 from selm_jax.rollout.parameters import decoding_params
 from selm_jax.rollout.requests import Request
 from selm_jax.rollout.sampling import Sampling, next_tokens, stream
@@ -374,3 +376,45 @@ def test_the_real_model_says_the_same_in_any_company(real):
     one = run(1, 1, requests)
     assert run(5, 2, requests[::-1]) == one
     assert run(16, 8, requests) == one
+
+
+# --- a filter of the user's --------------------------------------------------------------------
+
+
+def crowded(logits, t):
+    """Would make neighbours depend on each other, if it were shown any; early tokens are even."""
+    even = jnp.arange(logits.shape[-1]) % 2 == 0
+    return jnp.where(even | (t[:, None] > 2), logits - logits.mean(axis=0), -jnp.inf)
+
+
+def test_a_filter_leaves_answers_independent_of_slots_and_greedy_ones_alone(world, answers):
+    base, params = world()
+    warm = dataclasses.replace(WARM, filter=crowded)
+    some = some_requests()[:12]
+    found = {
+        slots: dataclasses.replace(base(slots=slots), sampling=warm).generate(
+            params, some, seed=SEED, iteration=ITERATION
+        )
+        for slots in (1, 16)
+    }
+    assert found[1] == found[16]
+    chosen = {r.index for r in some}
+    before = [r for r in answers if r.index in chosen]
+    assert [r for r in found[16] if r.greedy] == [r for r in before if r.greedy] != []
+    assert found[16] != before
+    assert all(token % 2 == 0 for r in found[16] if not r.greedy for token in r.tokens[:3])
+
+
+def test_a_filter_that_leaves_nothing_is_an_error(world):
+    base, params = world()
+
+    def nothing(logits, t):
+        return jnp.where(t[:, None] < 2, logits, -jnp.inf)
+
+    engine = dataclasses.replace(
+        base(slots=4), sampling=dataclasses.replace(WARM, filter=nothing), stop_ids=()
+    )
+    asked = [Request(3, (1, 2, 3), 1, 0), Request(7, (1, 2), 0, 2)]
+    assert engine.generate(params, asked[:1], seed=SEED, iteration=ITERATION)  # greedy
+    with pytest.raises(FilterError, match=r"left sample \d of prompt 7 .* no token .* after 2"):
+        engine.generate(params, asked, seed=SEED, iteration=ITERATION)

@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from selm_jax.config import Rollout
 from selm_jax.rollout.sampling import (
+    NOTHING_LEFT,
     Sampling,
     draw,
     next_tokens,
@@ -274,3 +276,65 @@ def test_greedy_rows_take_the_likeliest_and_the_others_draw():
     drawn = draw(probabilities(logits, s), uniforms(streams, t))
     np.testing.assert_array_equal(got[~greedy], drawn[~greedy])
     assert (np.asarray(got) != logits.argmax(-1))[~greedy].any()
+
+
+# --- a filter of the user's --------------------------------------------------------------------
+
+
+def drawn(logits, filter, t=3, greedy=False, **settings):
+    streams = jnp.stack([stream(0, 1, i, 1) for i in range(len(logits))])
+    settings = Sampling(**settings, filter=filter)
+    ts, rows = jnp.full(len(logits), t), jnp.full(len(logits), greedy)
+    return np.asarray(jax.jit(partial(next_tokens, settings=settings))(logits, streams, ts, rows))
+
+
+LOGITS = np.random.default_rng(2).normal(size=(50, 30)).astype(np.float32)
+
+
+def test_a_filter_keeps_what_it_keeps_and_its_draw():
+    def odd(logits, t):
+        return jnp.where(jnp.arange(logits.shape[-1]) % 2 == 1, logits, -jnp.inf)
+
+    found = drawn(LOGITS, odd, temperature=1.5)
+    assert (found % 2 == 1).all() and len(set(found)) > 8
+    left = np.where(np.arange(30) % 2 == 1, LOGITS, -np.inf)
+    np.testing.assert_array_equal(found, drawn(left, None, temperature=1.5))
+    np.testing.assert_array_equal(drawn(LOGITS, odd, greedy=True), LOGITS.argmax(-1))
+    np.testing.assert_array_equal(drawn(LOGITS, odd, top_k=1), left.argmax(-1))  # before the others
+
+
+def test_a_filter_knows_how_far_the_answer_is():
+    def late(logits, t):
+        return jnp.where((jnp.arange(logits.shape[-1]) == 7) & (t[:, None] < 4), -jnp.inf, logits)
+
+    sure = np.full((20, 30), -50, np.float32)
+    sure[:, 7] = 0
+    assert (drawn(sure, late, t=4) == 7).all() and (drawn(sure, late, t=3) != 7).all()
+
+
+def test_a_filter_cannot_see_the_neighbours():
+    def crowd(logits, t):
+        return logits - 9 * logits.mean(axis=0, keepdims=True)
+
+    found = drawn(LOGITS, crowd)
+    for i in range(0, 50, 7):
+        settings = Sampling(filter=crowd)
+        streams = stream(0, 1, i, 1)[None]
+        one = jnp.array([3]), jnp.array([False])
+        assert next_tokens(LOGITS[i : i + 1], streams, *one, settings=settings)[0] == found[i]
+
+
+@pytest.mark.parametrize("bad", [-jnp.inf, jnp.inf, jnp.nan])
+def test_where_a_filter_leaves_nothing_no_token_is_drawn(bad):
+    def broken(logits, t):
+        return jnp.where(logits[:, :1] > 0, bad, logits)
+
+    found = drawn(LOGITS, broken)
+    np.testing.assert_array_equal(found == NOTHING_LEFT, LOGITS[:, 0] > 0)
+    assert (drawn(LOGITS, broken, greedy=True) == LOGITS.argmax(-1)).all()
+
+
+def test_settings_of_a_group_become_one_value():
+    rollout = Rollout(temperature=0.5, top_k=3, slots=7)
+    assert Sampling.of(rollout) == Sampling(temperature=0.5, top_k=3)
+    assert Sampling.of(rollout, filter=len) != Sampling.of(rollout)

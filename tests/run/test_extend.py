@@ -12,8 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 import yaml
+from rich.console import Console
 
-from selm_jax import cli
+from selm_jax import cli, config
+from selm_jax.models.decoder import Decoder
+from selm_jax.run.run import Run
 
 PAGE = Path(__file__).parents[2] / "docs" / "extend.md"
 
@@ -43,7 +46,7 @@ def selm(tmp_path, monkeypatch, capsys):
     return run
 
 
-def written(folder: Path, *titles: str) -> tuple[Path, list[str]]:
+def written(folder: Path, *titles: str, **more) -> tuple[Path, list[str]]:
     """A tiny experiment with these sections' files and settings, and the names of its modules."""
     changes, modules = {}, []
     for title in titles:
@@ -51,7 +54,7 @@ def written(folder: Path, *titles: str) -> tuple[Path, list[str]]:
         (folder / name).write_text(code)
         modules.append(name.removesuffix(".py"))
         changes |= {f"{group}__{k}": v for group, keys in settings.items() for k, v in keys.items()}
-    changes |= {"iterations": 1, "training__learning_rate": 1e-3, "data__heldout": None}
+    changes |= {"iterations": 1, "training__learning_rate": 1e-3, "data__heldout": None} | more
     return tiny.experiment(folder, **changes), modules
 
 
@@ -126,3 +129,51 @@ def test_nonsense_is_refused_with_file_and_prompt(
     assert "Traceback" not in said
     done = (tmp_path / "run" / "iteration_1" / "responses").exists()
     assert done == (name in ("pick", "first"))  # what can be known before work is
+
+
+def of_heldout(folder: Path) -> list[dict]:
+    return pq.read_table(folder / "run" / "iteration_0" / "heldout.parquet").to_pylist()
+
+
+def test_a_sampler_filter(tmp_path, selm, all_logits):
+    """Its samples are within it, its greedy answers and held-out ones as without it."""
+    plain, filtered = tmp_path / "plain", tmp_path / "filtered"
+    for each, titles in ((plain, ()), (filtered, ("A sampler filter",))):
+        each.mkdir()
+        sys.path.insert(0, str(each))
+        file, modules = written(each, *titles, data__heldout=str(each / "heldout.jsonl"))
+        if titles:
+            assert "[prompt]" in selm("preview", file)
+            assert not set(modules) & set(sys.modules)
+        selm("run", file)
+    assert of_heldout(plain) == of_heldout(filtered)
+    forget(modules)
+    assert "examples.parquet" in selm("preview", file) and not set(modules) & set(sys.modules)
+    sys.path.remove(str(plain))
+    sys.path.remove(str(filtered))
+
+    run = Run(config.load(file), Console(quiet=True))
+    prompts = {p.id: run.data.prompt_ids(p) for p in run.prompts(1)}
+    decoder, params = Decoder(run.programs.config), run.programs.load(run.policy(0))
+    kept = {}
+    for folder in (plain, filtered):
+        shares = []
+        for rows in ranked(folder).values():
+            for row in (each for each in rows if each["source"] == "sample"):
+                ids = (*prompts[row["prompt_id"]], *row["token_ids"])
+                scores = np.asarray(all_logits(decoder, params, np.array([ids])))[0]
+                scores = scores[len(ids) - len(row["token_ids"]) - 1 : -1]
+                least = scores.max(-1) - scores.std(-1) - 1e-4
+                shares.append(scores[np.arange(len(scores)), list(row["token_ids"])] >= least)
+        kept[folder] = np.concatenate(shares).mean()
+    assert kept[filtered] == 1 > kept[plain] + 0.2
+    greedy = [
+        [
+            r["token_ids"]
+            for rows in ranked(folder).values()
+            for r in rows
+            if r["source"] == "greedy"
+        ]
+        for folder in (plain, filtered)
+    ]
+    assert greedy[0] == greedy[1] != []

@@ -215,6 +215,31 @@ def test_a_pair_rule_whose_source_has_changed_is_seen(folder, selm, rules, setti
         assert f"feedback.{key} mine_of_inputs:{setting}" in said and "changed" in said
 
 
+FILTER = "def keep(logits, t):\n    return {} * logits\n"
+
+
+def test_a_filter_whose_source_has_changed_is_seen(folder, selm, rules):
+    rules.write_text(FILTER.format(1))
+    changes = {"candidates": {"greedy": 1, "samples": 1, "dataset": True}}
+    experiment = tiny.experiment(folder, **TAUGHT | changes)
+    assert done(selm("generate", experiment))
+    stage = folder / "run" / "iteration_1" / "stage.json"
+    kept = json.loads(stage.read_text())["generate"]
+    assert not any("filter" in key for key in kept["settings"] | kept["inputs"])  # as before
+    filtered = tiny.experiment(folder, **TAUGHT | changes, rollout__filter="mine_of_inputs:keep")
+    assert "rollout.filter" in refused(selm("generate", filtered))
+    filtered = tiny.experiment(
+        folder,
+        **TAUGHT | changes,
+        rollout__filter="mine_of_inputs:keep",
+        output=str(folder / "two"),
+    )
+    assert done(selm("generate", filtered)) and done(selm("generate", filtered))
+    rules.write_text(FILTER.format(2))
+    said = refused(selm("generate", filtered))
+    assert "rollout.filter mine_of_inputs:keep" in said and "changed" in said
+
+
 def test_a_loss_whose_source_has_changed_is_seen(folder, selm, rules):
     rules.write_text(LOSS.format("beta"))
     objective = {"loss": "mine_of_inputs:loss", "beta": 0.1}

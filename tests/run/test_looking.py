@@ -72,6 +72,7 @@ def whose_code_is(folder, tmp_path, loss, rule, name="run"):
     tree = yaml.safe_load((copy / "config.yaml").read_text())
     tree["objective"] = {"loss": loss, "beta": 0.1}
     tree["feedback"] |= {"ranker": rule, "settings": {}, "rule": PICK, "explore": PICK}
+    tree["rollout"]["filter"] = PICK
     tree["data"]["on_bad_row"] = "drop"
     (copy / "config.yaml").write_text(yaml.safe_dump(tree))
     manifest = artifacts.read_sealed(copy / "manifest.json")
@@ -121,6 +122,7 @@ NAMES = {
     "a rule": ({"feedback": {"ranker": "os:system"}}, "feedback.ranker"),
     "a pair rule": ({"feedback": {"rule": "os:system"}}, "feedback.rule"),
     "an explore rule": ({"feedback": {"explore": "os:system"}}, "feedback.explore"),
+    "a filter": ({"rollout": {"filter": "os:system"}}, "rollout.filter"),
     "a part": (
         {"feedback": {"ranker": "mixture", "settings": {"parts": [{"ranker": "os:system"}]}}},
         "feedback.settings.parts.0.ranker",

@@ -1,0 +1,56 @@
+"""A sampler filter of the user's (`rollout.filter`): found by its name, and tried on shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from selm_jax.rollout.sampling import NOTHING_LEFT, Filter
+from selm_jax.shell.user_code import UserCodeError, described, function_at
+
+
+class FilterError(ValueError):
+    """A sampler filter that cannot be used."""
+
+
+def filter_named(name: str, vocabulary: int) -> Filter:
+    """The filter at `package.module:function`; see `sampling.Filter`.
+
+    Args:
+        vocabulary: how many tokens there are.
+
+    Raises:
+        FilterError: there is none, it does not take (logits, t), it cannot be traced, or it gives
+            another shape or kind of numbers than it is given.
+    """
+    try:
+        user: Filter = function_at(name, "logits", "t")
+    except UserCodeError as error:
+        raise FilterError(f"rollout.filter {name!r}: {error}") from error
+    logits = jax.ShapeDtypeStruct((1, vocabulary), jnp.float32)
+    try:
+        found = jax.eval_shape(user, logits, jax.ShapeDtypeStruct((1,), jnp.int32))
+    except Exception as error:  # the user's function can raise anything
+        raise FilterError(
+            f"rollout.filter {described(user)} cannot be traced by JAX: {type(error).__name__}: "
+            f"{error}"
+        ) from error
+    same = getattr(found, "shape", None) == logits.shape and found.dtype == logits.dtype
+    if not same:
+        raise FilterError(
+            f"rollout.filter {described(user)} returned {found} for logits {logits}; expected logits "
+            "of the same shape and dtype, -inf where a token is not to be drawn"
+        )
+    return user
+
+
+def check_drawn(user: Filter | None, tokens: Sequence[int], prompt: int, sample: int) -> None:
+    """Raises FilterError if the filter left a sample no token to draw."""
+    if user is not None and NOTHING_LEFT in tokens:
+        raise FilterError(
+            f"rollout.filter {described(user)} left sample {sample} of prompt {prompt} (the first is "
+            f"0) no token to draw after {tokens.index(NOTHING_LEFT)}: all logits were -inf, or one "
+            "was NaN or inf. Keep at least one token in each row"
+        )

@@ -159,7 +159,7 @@ def _pairs(
     def logps(run: Run, folder: Path) -> list[tuple[float, ...]]:
         key = artifacts.digest(folder)
         if key not in known:
-            known[key] = run.programs.scorer.logps(run.programs.load(folder), examples)
+            known[key] = run.programs.policy(folder, run.chat).logps(examples)
         return known[key]
 
     def implicit(i: int) -> Implicit:

@@ -16,13 +16,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from selm_jax.config import Experiment
 from selm_jax.evaluation import EvaluationError
 from selm_jax.evaluation.cost import Cost
 from selm_jax.evaluation.model import Found, Model
 from selm_jax.feedback.ranker import Question
+from selm_jax.policy.policy import Policy, numbered
 from selm_jax.rollout.sampling import Sampling
 from selm_jax.shell import artifacts, jsonl
-from selm_jax.shell.progress import bar
+from selm_jax.shell.progress import Advance, bar
 from selm_jax.text.conversations import Message, Prompt, canonical_json
 from selm_jax.text.prompts import load_data, load_prompts, prompts_digest
 
@@ -67,6 +69,13 @@ class Asked:
         if not self.greedy and not self.samples:
             raise EvaluationError("neither a greedy answer nor samples are asked for")
 
+    @classmethod
+    def of_run(cls, e: Experiment) -> Asked:
+        """As a run asks its policies. Samples are at temperature 1 without filters whatever `rollout`
+        says: only then do they estimate the policy's KL. Their seed is the experiment's plus one, so
+        that their random numbers are not those of training."""
+        return cls(1, e.evaluation.samples, e.rollout.max_new_tokens, seed=e.seed + 1)
+
     @property
     def each(self) -> int:
         return self.greedy + self.samples
@@ -100,21 +109,21 @@ def prompts_of(
     ]
 
 
-def answer(model: Model, prompts: Sequence[Prompt], asked: Asked) -> list[Stored]:
-    """Every prompt's answers: the greedy one, then samples."""
-    ids = model.prompt_ids([p.messages for p in prompts])
-    with bar(model.console, f"answers of {model.name}", len(ids) * asked.each, "answers") as step:
-        responses = model.generate(
-            ids, greedy=asked.greedy, samples=asked.samples, max_new_tokens=asked.limit,
-            sampling=Sampling(asked.temperature, top_p=asked.top_p), seed=asked.seed, progress=step,
-        )  # fmt: skip
-    return [
-        Stored(
-            p.id, p.messages, r.sample, model.chat.text(r.tokens), r.finish, r.tokens, dict(p.row)
-        )
-        for p, each in zip(prompts, responses, strict=True)
-        for r in each
-    ]
+def answer(
+    policy: Policy, prompts: Sequence[Prompt], asked: Asked, progress: Advance
+) -> list[Stored]:
+    """Every prompt's answers: the greedy one, then samples. A prompt's place in the list names its
+    random numbers, as in a run."""
+    ids = policy.prompt_ids([p.messages for p in prompts])
+    responses = policy.answer(
+        numbered(ids, greedy=asked.greedy, samples=asked.samples), max_new_tokens=asked.limit,
+        sampling=Sampling(asked.temperature, top_p=asked.top_p), seed=asked.seed, progress=progress,
+    )  # fmt: skip
+    found = []
+    for r in responses:
+        p, text = prompts[r.index], policy.chat.text(r.tokens)
+        found.append(Stored(p.id, p.messages, r.sample, text, r.finish, r.tokens, dict(p.row)))
+    return found
 
 
 def kept(model: Model, prompts: Sequence[Prompt], asked: Asked, folder: Path) -> Path:
@@ -122,7 +131,7 @@ def kept(model: Model, prompts: Sequence[Prompt], asked: Asked, folder: Path) ->
     facts = {
         "model": {k: v for k, v in model.folder.origin.items() if k != "source"},
         "prompts": prompts_digest(prompts), "asked": vars(asked), "dtype": str(model.dtype),
-        "template": str(model.text),
+        "template": str(model.text), "draws": "by place",
     }  # fmt: skip
     name = hashlib.sha256(canonical_json(facts)).hexdigest()[:12]
     return folder / model.name.replace("/", "--") / f"answers-{name}.jsonl"
@@ -134,7 +143,10 @@ def answered(
     """The kept answers, or else new ones, which are then kept. Also where."""
     file = kept(model, prompts, asked, folder)
     if not file.exists():
-        write(file, answer(model, prompts, asked), model.name)
+        total = len(prompts) * asked.each
+        with bar(model.console, f"answers of {model.name}", total, "answers") as progress:
+            answers = answer(model, prompts, asked, progress)
+        write(file, answers, model.name)
     return read(file), file
 
 

@@ -5,6 +5,7 @@ Every verb has `--dry-run`, which counts what would be drawn, read and asked, an
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated
@@ -23,7 +24,7 @@ from selm_jax.evaluation.options import (
     TopP,
     within,
 )
-from selm_jax.shell.ranges import Range
+from selm_jax.shell.ranges import MOST, Range
 from selm_jax.shell.verbs import verb
 
 app = typer.Typer(
@@ -51,12 +52,29 @@ class Heldout:
     beta: Annotated[
         float | None, typer.Option(help="Of implicit rewards; default: the first run's, or 0.1.")
     ] = None
-    samples: Annotated[int, typer.Option(help="Drawn answers per prompt.", min=1)] = 1
+    samples: Annotated[
+        int | None,
+        typer.Option(help="Drawn answers per prompt; default: the first run's, or 1.", min=1),
+    ] = None
     max_new_tokens: RunsMaxNewTokens = None
     loading: Loading
     out: Results = KEEP / "heldout"
     keep: Keep = KEEP
-    seed: Seed = 0
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            help="Seed of the sampled answers; default: that of the first run's own, or 0.",
+            min=0,
+            max=MOST,
+        ),
+    ] = None
+    as_in_run: Annotated[
+        bool,
+        typer.Option(
+            help="Score in the packed rows of the first run: log-probabilities are then its own to "
+            "the last bit. Takes the memory that the run takes for it."
+        ),
+    ] = False
     dry_run: DryRun = False
 
 
@@ -90,12 +108,14 @@ def heldout(options: Heldout) -> None:
             "without it a run's start model serves, and no run was given"
         )
     e = run.experiment if run else None
-    length = o.max_new_tokens or (e.rollout.max_new_tokens if e else 512)
+    asked = Asked.of_run(e) if e else Asked()
+    given = {"samples": o.samples, "limit": o.max_new_tokens, "seed": o.seed}
+    asked = dataclasses.replace(asked, **{k: v for k, v in given.items() if v is not None})
     work.run(
         found, prompts_of(models, asking.prompts, asking.split, asking.limit),
         build_ranker(asking.ranker, asking.settings or [], models),
-        open_model=loading.opener(e), reference=reference,
-        asked=Asked(1, o.samples, length, seed=o.seed),
+        open_model=loading.opener(e, as_in_run=o.as_in_run), reference=reference,
+        asked=asked,
         beta=o.beta if o.beta is not None else e.objective.get("beta", 0.1) if e else 0.1,
         out=o.out, keep=o.keep, allow_malformed=asking.allow_malformed,
         dry_run=o.dry_run, console=terminal(),

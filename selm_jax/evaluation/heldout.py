@@ -10,6 +10,7 @@ seeds of one method are pooled with prompts as clusters (`intervals`).
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,14 @@ from rich.console import Console
 from rich.table import Table
 
 from selm_jax.evaluation import EvaluationError, frontier
-from selm_jax.evaluation.answers import Asked, Stored, answered, cost
+from selm_jax.evaluation.answers import Asked, answered, cost
 from selm_jax.evaluation.contestants import Contestant
 from selm_jax.evaluation.cost import CHARACTERS_PER_TOKEN, Cost, judge_cost, judges, show
 from selm_jax.evaluation.malformed import Malformed, unread_line
+from selm_jax.evaluation.measuring import Own, against, fitting_pairs, measured, scores_of
 from selm_jax.evaluation.model import Found, Model
-from selm_jax.evaluation.pairs import answered_pair
-from selm_jax.feedback.ranker import Ranker, is_relative, scores_beside
-from selm_jax.preferences.examples import Example
+from selm_jax.feedback.ranker import Ranker, is_relative
+from selm_jax.preferences.examples import Ids
 from selm_jax.shell import artifacts
 from selm_jax.shell.memory import release
 from selm_jax.statistics.intervals import Estimate, difference, known, pooled
@@ -110,13 +111,15 @@ def run(
         first, _ = answered(open_model(reference), prompts, _greedy(asked), keep)
         beside = [each.text for each in first]
 
-    def scored(by_prompt: Sequence[Sequence[Stored]]) -> tuple[list[float], int]:
-        return _scores(ranker, by_prompt, beside), verdicts.add(ranker)
+    def of(model: Model) -> _Asked:
+        answers, file = answered(model, prompts, asked, keep)
+        scores = scores_of(ranker.scores, prompts, answers, beside)
+        malformed = verdicts.add(ranker)
+        ids = model.prompt_ids([p.messages for p in prompts])
+        own = measured(model, prompts, answers, scores)
+        return _Asked(model.name, file, len(model.tokenizer), ids, own, malformed)
 
-    found = [
-        (c.name, [_own(open_model(m), prompts, scored, asked, keep) for m in c.models])
-        for c in contestants
-    ]
+    found = [(c.name, [of(open_model(m)) for m in c.models]) for c in contestants]
     release()
     judge = open_model(reference)
     seeds = {name: [_against(judge, prompts, one) for one in each] for name, each in found}
@@ -142,18 +145,14 @@ def run(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Own:
-    """What a model says of itself, before the reference is asked."""
+class _Asked:
+    """What is known of a model before the reference is asked."""
 
     name: str
     file: Path
-    tokens: int
-    answers: list[Stored]
-    scores: list[float]
-    examples: list[Example]  # a prompt's answers, then the pairs
-    prompts: int  # how many of the examples are prompts
-    logps: list[tuple[float, ...]]
-    left_out: int
+    tokens: int  # of its vocabulary
+    prompt_ids: list[Ids]
+    own: Own
     malformed: int
 
 
@@ -161,71 +160,17 @@ def _greedy(asked: Asked) -> Asked:
     return dataclasses.replace(asked, greedy=1, samples=0)
 
 
-def _scores(
-    ranker: Ranker, by_prompt: Sequence[Sequence[Stored]], beside: Sequence[str] | None
-) -> list[float]:
-    """Of every answer, flat; with `beside`, one text for each prompt, beside that."""
-    questions = [each[0].question for each in by_prompt]
-    texts = [[a.text for a in each] for each in by_prompt]
-    if beside is None:
-        found = ranker.scores(questions, texts)
-    else:
-        found = scores_beside(ranker.scores, questions, texts, beside)
-    return [float(x) for each in found for x in each]
-
-
-def _own(
-    model: Model,
-    prompts: Sequence[Prompt],
-    scored: Callable[[Sequence[Sequence[Stored]]], tuple[list[float], int]],
-    asked: Asked,
-    keep: Path,
-) -> _Own:
-    answers, file = answered(model, prompts, asked, keep)
-    by_prompt = [answers[i : i + asked.each] for i in range(0, len(answers), asked.each)]
-    scores, malformed = scored(by_prompt)
-    ids = model.prompt_ids([p.messages for p in prompts])
-    examples = [
-        Example(p.id, i, tuple(a.token_ids or () for a in each), {})
-        for p, i, each in zip(prompts, ids, by_prompt, strict=True)
-    ]
-    both = [p for p in prompts if p.chosen is not None and p.rejected is not None]
-    pairs = [e for p in both if (e := answered_pair(model.chat, p)) is not None]
-    pairs = [e for e in pairs if e.tokens <= model.facts.max_positions]
-    logps = model.logprobs(examples + pairs)
-    return _Own(
-        model.name, file, len(model.tokenizer), answers, scores, examples + pairs, len(examples),
-        logps, len(both) - len(pairs), malformed,
-    )  # fmt: skip
-
-
-def _against(reference: Model, prompts: Sequence[Prompt], own: _Own) -> Seed:
-    """The same with the reference's log-probabilities of the same tokens."""
+def _against(reference: Model, prompts: Sequence[Prompt], one: _Asked) -> Seed:
+    """The tables, once it is sure that the reference reads the same tokens."""
     ids = reference.prompt_ids([p.messages for p in prompts])
-    if len(reference.tokenizer) != own.tokens or ids != [
-        e.prompt for e in own.examples[: own.prompts]
-    ]:
+    if len(reference.tokenizer) != one.tokens or ids != one.prompt_ids:
         raise EvaluationError(
-            f"{own.name} and the reference {reference.name} do not have the same tokens: a KL "
+            f"{one.name} and the reference {reference.name} do not have the same tokens: a KL "
             "between them means nothing. --reference names the model that this one started from"
         )
-    before = reference.logprobs(own.examples)
-    n = own.prompts
-    flat = [
-        (p, r)
-        for a, b in zip(own.logps[:n], before[:n], strict=True)
-        for p, r in zip(a, b, strict=True)
-    ]
-    rows = [
-        heldout.Row(
-            a.prompt_id, a.messages[-1].content, "sample" if a.sample else "greedy", a.sample,
-            a.text, tuple(a.token_ids or ()), a.finish, score=score, logp=logp, logp_start=start,
-        )
-        for a, score, (logp, start) in zip(own.answers, own.scores, flat, strict=True)
-    ]  # fmt: skip
-    pairs = own.examples[n:]
-    of_pairs = frontier.pair_rows(pairs, own.logps[n:], before[n:]) if pairs else None
-    return Seed(own.name, str(own.file), rows, of_pairs, own.left_out, own.malformed)
+    found = against(reference, one.own)
+    left_out = one.own.pairs_left_out
+    return Seed(one.name, str(one.file), found.answers, found.pairs, left_out, one.malformed)
 
 
 def summarize(seeds: dict[str, list[Seed]], *, beta: float) -> dict[str, Any]:
@@ -288,7 +233,7 @@ def _distinct(answers: Sequence[heldout.Row]) -> dict[str, float]:
 
 
 def _entropy_per_token(answers: Sequence[heldout.Row]) -> float | None:
-    sampled = [answer for answer in answers if answer.kind == "sample"]
+    sampled = [a for a in answers if a.kind == "sample" and math.isfinite(a.logp)]
     tokens = sum(len(answer.token_ids) for answer in sampled)
     return -sum(answer.logp for answer in sampled) / tokens if tokens else None
 
@@ -300,8 +245,7 @@ def _costs(
     """Scored tokens are counted as if every answer took its limit."""
     parts, scored, answers = [], 0, 0
     for model in (open_model(m) for c in contestants for m in c.models):
-        both = [p for p in prompts if p.chosen is not None and p.rejected is not None]
-        pairs = [e for p in both if (e := answered_pair(model.chat, p)) is not None]
+        pairs, _ = fitting_pairs(model, prompts)
         read = sum(map(len, model.prompt_ids([p.messages for p in prompts])))
         mine = read + len(prompts) * asked.each * asked.limit + sum(e.tokens for e in pairs)
         parts.append(dataclasses.replace(cost(model, prompts, asked, keep), scored_tokens=mine))

@@ -84,15 +84,19 @@ class Loading:
 
         return self.opener(None)(find(source, revision=self.revision, iteration=self.iteration))
 
-    def opener(self, experiment: Experiment | None) -> Callable[[Found], Model]:
-        """Makes models ready: those of a run by its text settings, others by those of `experiment`."""
+    def opener(
+        self, experiment: Experiment | None, as_in_run: bool = False
+    ) -> Callable[[Found], Model]:
+        """Makes models ready: those of a run by its text settings, others by those of `experiment`;
+        with `as_in_run` all of them score in the rows of `experiment`."""
         from selm_jax.evaluation.model import open_found
 
         def open_one(found: Found) -> Model:
             text = None if found.experiment or not experiment else experiment.text
             return open_found(
-                found, text=text, dtype=self.dtype, tensor=self.tensor, slots=self.slots
-            )
+                found, text=text, dtype=self.dtype, tensor=self.tensor, slots=self.slots,
+                as_in=experiment if as_in_run else None,
+            )  # fmt: skip
 
         return open_one
 

@@ -3,7 +3,7 @@ chose."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -55,3 +55,12 @@ def answered_pair(chat: Chat, prompt: Prompt) -> Example | None:
     if ids["chosen"] == ids["rejected"]:  # they differ in what the template takes away
         return None
     return Example.of(prompt.id, chat.prompt_ids(prompt.messages), ids)
+
+
+def pairs_within(chat: Chat, prompts: Iterable[Prompt], longest: int) -> tuple[list[Example], int]:
+    """The prompts' own pairs, of those that have two answers; and how many cannot follow their prompts,
+    or take more than `longest` tokens together with them."""
+    both = [p for p in prompts if p.chosen is not None and p.rejected is not None]
+    pairs = [answered_pair(chat, prompt) for prompt in both]
+    fit = [e for e in pairs if e is not None and e.tokens <= longest]
+    return fit, len(both) - len(fit)

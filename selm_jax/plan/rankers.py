@@ -13,14 +13,16 @@ import numpy as np
 
 from selm_jax.config import Experiment, Feedback
 from selm_jax.feedback.models import pairrm, reward_model
-from selm_jax.feedback.models.buckets import Part, checked_batch, checked_dtype, parts
+from selm_jax.feedback.models.settings import checked_batch, checked_dtype
 from selm_jax.models import deberta, flops
 from selm_jax.models.decoder import abstract_params
 from selm_jax.models.families import read_config as read_decoder
 from selm_jax.parallel.alone import own_devices
 from selm_jax.parallel.mesh import make_mesh
-from selm_jax.parallel.rules import TRAINING, partition, shardings
+from selm_jax.parallel.rules import TRAINING, partition, row_shardings, shardings
 from selm_jax.plan.topology import Target
+from selm_jax.preferences.layouts import Part, parts
+from selm_jax.preferences.packing import Shape, empty
 from selm_jax.weights.deberta import LARGE, PairRMConfig, dtypes, read_config
 from selm_jax.weights.facts import config_json
 from selm_jax.weights.sources import SourceError
@@ -41,7 +43,7 @@ class Ranker:
     name: str
     function: Any
     params: Any
-    inputs: tuple[jax.ShapeDtypeStruct, ...]
+    inputs: tuple[Any, ...]
     stays: bool
     devices: int
     read: Any
@@ -142,16 +144,19 @@ def _reward_model(
     )  # fmt: skip
     candidates = c.greedy + c.samples + 2 * c.dataset
     branches = 1 << (candidates - 1).bit_length()
-    rows = _ints(mesh, part.rows, part.time)
-    inputs = (rows, rows, rows, rows, _ints(mesh, part.rows, branches))
+    largest = empty(Shape(part.rows, part.time, part.time, 1, branches))
+    inputs = jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        largest, row_shardings(largest, mesh),
+    )  # fmt: skip
 
     def read(prompt: int, response: int, candidates: int) -> tuple[int, float]:
         tokens = prompt + candidates * response
         work = flops.forward(config, rows=1, time=tokens, keys=tokens, scored=0)
         return tokens, work.total
 
-    function = reward_model.program(config, kind)
-    return Ranker("reward model", function, params, inputs, False, mesh.size, read)
+    function = reward_model.program(config, kind, mesh).rewards
+    return Ranker("reward model", function, params, (inputs,), False, mesh.size, read)
 
 
 def _longest(tokens: int, mesh: jax.sharding.Mesh, batch: int) -> Part:

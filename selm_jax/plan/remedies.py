@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 from selm_jax.config import Experiment, Feedback
-from selm_jax.feedback.models.buckets import checked_batch
+from selm_jax.feedback.models.settings import checked_batch
 from selm_jax.parallel.mesh import MeshError
 from selm_jax.plan.phases import GENERATE, RANK, SCORE, TRAIN
 from selm_jax.plan.rankers import MODELS

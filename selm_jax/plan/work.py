@@ -157,7 +157,7 @@ def _example(b: Blueprint, of: Lengths) -> tuple[int, int]:
 def _heldout_rows(b: Blueprint, of: Lengths) -> tuple[int, int]:
     """Packed rows of an evaluation, those that fill the last batch included, and the most scored
     tokens of one. Held-out prompts are never cut: answers that do not fit a row with those to the
-    same prompt stand each in one of its own (`stages.evaluate.in_rows`). Where lengths are bounds, one
+    same prompt stand each in one of its own (`evaluation.measuring.in_rows`). Where lengths are bounds, one
     beyond a row counts as a whole row, though the stage would leave it out."""
     e, t = b.experiment, b.experiment.training
     answers, heldout = 1 + e.evaluation.samples, of.heldout or 0

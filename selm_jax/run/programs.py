@@ -24,6 +24,8 @@ from selm_jax.models.lora import Lora
 from selm_jax.models.lora import init as fresh_adapters
 from selm_jax.models.quantize import quantize
 from selm_jax.parallel.rules import place_rows, row_shardings, shardings
+from selm_jax.policy.policy import Batches, Policy
+from selm_jax.preferences.layouts import OneShape
 from selm_jax.preferences.packing import PreferenceBatch
 from selm_jax.rollout.engine import Engine
 from selm_jax.rollout.filters import filter_named
@@ -31,6 +33,7 @@ from selm_jax.rollout.parameters import decoding_params, decoding_shardings
 from selm_jax.rollout.sampling import Filter, Sampling
 from selm_jax.run.devices import Devices
 from selm_jax.run.task import Task, refuse_user_code
+from selm_jax.text.chat import Chat
 from selm_jax.training.optimizer import optimizer
 from selm_jax.training.scoring import Scorer
 from selm_jax.training.update import Shardings, Update, make_update
@@ -213,7 +216,20 @@ class Programs:
     def scorer(self) -> Scorer:
         """Scores examples under given parameters."""
         s = self.experiment.training
-        return Scorer(self.update, self.place, s.rows, s.row_length)
+        return Scorer(self.update, self.place, OneShape(s.rows, s.row_length))
+
+    def policy(self, folder: Path, chat: Chat) -> Policy:
+        """The model of a folder, to answer and to score as all models of the run do."""
+        r, t, d = self.experiment.rollout, self.experiment.training, self.devices
+        batches = Batches(
+            r.slots, r.prefill_rows, self.sizes.longest_prompt, self.sizes.longest_sequence,
+            t.rows, t.row_length, t.logprob_chunk,
+        )  # fmt: skip
+        return Policy(
+            str(folder), lambda: self.load(folder), self.config,
+            chat=lambda: chat, stop_ids=lambda: self.stop_ids, mesh=d.mesh,
+            decode_mesh=d.decode_mesh, dtype=d.dtype, rules=d.rules, batches=batches,
+        )  # fmt: skip
 
     @property
     def _filter(self) -> Filter | None:

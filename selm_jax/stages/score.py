@@ -30,8 +30,8 @@ def score(run: Run, t: int) -> Counts:
         params = run.programs.start_of(run.reference(t))
         with run.bar(f"iteration {t}  score", len(examples), "examples") as advance:
 
-            def progress(done: int) -> None:
-                advance(done, 0)
+            def progress(done: int, tokens: int) -> None:
+                advance(done, tokens)
                 multihost.stop_if_told()
 
             logps[:] = run.programs.scorer.logps(params, examples, progress)

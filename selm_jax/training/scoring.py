@@ -1,79 +1,179 @@
-"""Scoring: what fixed parameters say of every response of examples, without training anything."""
+"""Scoring: what fixed parameters say of every response of examples, without training anything.
+
+    scorer = Scorer(readers(decoder, chunk, replicated), place, OneShape(rows, row_length))
+    logps = scorer.logps(params, examples)
+
+Whoever scores texts does it here: a run, `selm eval`, a reward model as a ranker. They differ in their
+layouts (`preferences.layouts`), and in nothing else.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+import functools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar, cast
 
-import numpy as np
+import jax
+import jax.numpy as jnp
+from jax.sharding import Sharding
 
-from selm_jax.models.decoder import Params
+from selm_jax.models.attention import tree_mask
+from selm_jax.models.decoder import Decoder, Params, unembedding
+from selm_jax.objectives.logprobs import TokenStats, token_statistics
 from selm_jax.preferences.examples import Example
-from selm_jax.preferences.packing import PreferenceBatch, Shape, common_shape, pack, unpack
-from selm_jax.training.update import Update
+from selm_jax.preferences.layouts import Layout
+from selm_jax.preferences.packing import PreferenceBatch, Shape, pack, unpack, unpack_tokens
+from selm_jax.preferences.rewards import response_rewards
+from selm_jax.training.update import Update, response_logps
 
-Report = Callable[[int], None]  # takes the number of examples scored since the last call
+# Takes how many examples and tokens were scored since the last call.
+Report = Callable[[int, int], None]
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+class Readers(NamedTuple):
+    """Compiled functions of parameters and a batch, which may lie on many devices; what they give
+    lies on each of them.
+
+    logps(params, batch) -> response log-probabilities [rows, segments, branches]
+    rewards(params, batch) -> the same of a reward model's rewards
+    statistics(params, batch) -> TokenStats [rows, scored]
+    """
+
+    logps: Callable[..., Any]
+    rewards: Callable[..., Any]
+    statistics: Callable[..., Any]
+
+
+def readers(decoder: Decoder, chunk: int, replicated: Sharding | None = None) -> Readers:
+    """The functions that read with this decoder; each compiles at its first call with a shape, once
+    for all models of one config.
+
+    Args:
+      chunk: tokens per row whose logits exist at a time.
+      replicated: where results lie; None means one device.
+    """
+    return _readers(cast(Any, decoder), chunk, replicated)
+
+
+@functools.lru_cache(maxsize=16)
+def _readers(decoder: Decoder, chunk: int, replicated: Sharding | None) -> Readers:
+    def compiled(of_batch: Callable[..., Any]) -> Callable[..., Any]:
+        return jax.jit(of_batch, out_shardings=replicated)
+
+    return Readers(
+        logps=compiled(lambda params, batch: response_logps(decoder, params, batch, chunk)),
+        rewards=compiled(lambda params, batch: response_rewards(decoder, params, batch)),
+        statistics=compiled(lambda params, batch: _statistics(decoder, params, batch, chunk)),
+    )
+
+
+def _statistics(decoder: Decoder, params: Params, batch: PreferenceBatch, chunk: int) -> TokenStats:
+    """Of all scored tokens of a packed batch, [rows, scored]."""
+    mask = tree_mask(batch.segment, batch.branch)
+    hidden, _ = decoder.apply({"params": params}, batch.tokens, batch.position, mask)
+    predicting = jnp.take_along_axis(hidden, batch.predictor[..., None], axis=1)
+    cap = decoder.config.logit_cap
+    return token_statistics(predicting, batch.target, unembedding(params), chunk, cap)
 
 
 @dataclasses.dataclass(frozen=True)
 class Scorer:
-    """Scores responses in batches of one shape, so that each function compiles once per shape.
+    """Scores responses in few shapes, because each function compiles once per shape.
 
     Attributes:
-      update: whose compiled `logps` and `rewards` score.
+      read: the compiled functions. Those of a run's `Update` score alike, but know no statistics.
       place: puts a batch on the devices.
-      rows: rows of a batch.
-      row_length: tokens of a row.
+      layout: which examples share a batch, and of what shape.
     """
 
-    update: Update
+    read: Readers | Update
     place: Callable[[PreferenceBatch], PreferenceBatch]
-    rows: int
-    row_length: int
+    layout: Layout
 
     def logps(
-        self, params: Params, examples: Sequence[Example], report: Report = lambda done: None
+        self,
+        params: Params,
+        examples: Sequence[Example],
+        report: Report = lambda examples, tokens=0: None,
     ) -> list[tuple[float, ...]]:
         """log pi(response | prompt) in nats, float32: a tuple per example, a number per response.
 
         Raises:
           ExampleError: an example that does not fit a row.
         """
-        return self._of_responses(self.update.logps, params, examples, report)
+        return self._scored(self.read.logps, params, examples, report, unpack)
 
     def rewards(
-        self, params: Params, examples: Sequence[Example], report: Report = lambda done: None
+        self,
+        params: Params,
+        examples: Sequence[Example],
+        report: Report = lambda examples, tokens=0: None,
     ) -> list[tuple[float, ...]]:
         """The same of a reward model's rewards."""
-        return self._of_responses(self.update.rewards, params, examples, report)
+        return self._scored(self.read.rewards, params, examples, report, unpack)
 
-    def _of_responses(
+    def statistics(
+        self,
+        params: Params,
+        examples: Sequence[Example],
+        report: Report = lambda examples, tokens=0: None,
+    ) -> list[tuple[TokenStats, ...]]:
+        """Of each response the `TokenStats` of its tokens, numpy arrays [tokens]."""
+        return self._scored(self.read.statistics, params, examples, report, _unpack_statistics)
+
+    def _scored(
         self,
         compiled: Callable[..., Any],
         params: Params,
         examples: Sequence[Example],
         report: Report,
-    ) -> list[tuple[float, ...]]:
-        if not examples:
-            return []
-        shape = common_shape([examples], rows=self.rows, time=self.row_length)
-        return score(examples, shape, lambda batch: compiled(params, self.place(batch)), report)
+        unpacked: Callable[[Sequence[Example], Shape, Sequence[Any]], list[tuple[Any, ...]]],
+    ) -> list[tuple[Any, ...]]:
+        groups = list(self.layout(examples)) if examples else []
+        batches = (
+            (n, batch)
+            for n, group in enumerate(groups)
+            for batch in pack([examples[i] for i in group.which], group.shape)
+        )
+        values: list[list[Any]] = [[] for _ in groups]
+        for (n, batch), of_batch in one_ahead(
+            batches, lambda numbered: compiled(params, self.place(numbered[1]))
+        ):
+            values[n].append(of_batch)
+            report(int(batch.weight.sum()), int((batch.segment > 0).sum()))
+        found: list[tuple[Any, ...]] = [()] * len(examples)
+        for (which, shape), of_group in zip(groups, values, strict=True):
+            those = unpacked([examples[i] for i in which], shape, of_group)
+            for i, of_example in zip(which, those, strict=True):
+                found[i] = of_example
+        return found
 
 
-def score(
-    examples: Sequence[Example],
-    shape: Shape,
-    of_batch: Callable[[PreferenceBatch], Any],
-    report: Report = lambda done: None,
-) -> list[tuple[float, ...]]:
-    """One number for every response of every example, float32, from a function of packed batches.
+def one_ahead(items: Iterable[A], start: Callable[[A], B]) -> Iterator[tuple[A, B]]:
+    """Each item with what `start` gives for it, on the host (numpy arrays).
 
-    Args:
-      of_batch: from a batch of this shape to [rows, segments, branches].
+    The devices work on one item while the host makes the next.
     """
-    out = []
-    for batch in pack(examples, shape):
-        out.append(np.asarray(of_batch(batch)))
-        report(int(batch.weight.sum()))
-    return unpack(examples, shape, out)
+    running: deque[tuple[A, B]] = deque()
+    for item in items:
+        running.append((item, start(item)))
+        if len(running) == 2:
+            first, values = running.popleft()
+            yield first, jax.device_get(values)
+    for item, values in running:
+        yield item, jax.device_get(values)
+
+
+def _unpack_statistics(
+    examples: Sequence[Example], shape: Shape, batches: Sequence[TokenStats]
+) -> list[tuple[TokenStats, ...]]:
+    fields = [unpack_tokens(examples, shape, of) for of in zip(*batches, strict=True)]
+    return [
+        tuple(TokenStats(*of_response) for of_response in zip(*of_example, strict=True))
+        for of_example in zip(*fields, strict=True)
+    ]

@@ -54,12 +54,12 @@ def evaluated(folders, tmp_path):
 
 def first_token(folder, model, all_logits) -> np.ndarray:
     """log-probabilities of each prompt's first answer token, [prompts, vocab]."""
-    params = load(folder, model.facts)
+    params = load(folder, model.config)
     ids = model.prompt_ids([p.messages for p in prompts_with()])
     rows = np.zeros((len(ids), max(map(len, ids))), np.int32)
     for row, each in zip(rows, ids, strict=True):
         row[: len(each)] = each
-    logits = all_logits(Decoder(model.facts), params, jnp.asarray(rows))
+    logits = all_logits(Decoder(model.config), params, jnp.asarray(rows))
     last = np.array([len(each) - 1 for each in ids])
     return np.asarray(jax.nn.log_softmax(logits)[np.arange(len(ids)), last], np.float64)
 
@@ -69,11 +69,11 @@ def test_kl_and_entropy_are_those_of_the_distributions(folders, model, evaluated
     policy, reference = (first_token(f, model, all_logits) for f in folders)
     kl = np.sum(np.exp(policy) * (policy - reference), axis=1).mean()
     entropy = -np.sum(np.exp(policy) * policy, axis=1).mean()
-    report = evaluated([f"one={folders[0]}"], asked=Asked(0, 24, 1))
+    report = evaluated([f"one={folders[0]}"], asked=Asked(0, 200, 1))
     found = report["contestants"]["one"]["measures"]
     for name, exact in (("kl", kl), ("entropy", entropy)):
         assert abs(found[name]["mean"] - exact) < 0.1 * exact + 0.02, name
-    # and the error of 24 samples is what it says: some, and less than the thing itself
+    # and the error of 200 samples is what it says: some, and less than the thing itself
     assert 0 < found["kl"]["stderr"] < kl
 
 
@@ -124,8 +124,8 @@ def test_seeds_of_one_method_are_pooled_by_prompt(folders, evaluated):
 
 
 def test_a_dry_run_computes_nothing(folders, evaluated, tmp_path, monkeypatch):
-    monkeypatch.setattr("selm_jax.evaluation.model.Model.generate", None)
-    monkeypatch.setattr("selm_jax.evaluation.model.Model.statistics", None)
+    monkeypatch.setattr("selm_jax.policy.policy.Policy.answer", None)
+    monkeypatch.setattr("selm_jax.policy.policy.Policy.logps", None)
     seen = Console(record=True, width=160)
     evaluated([f"one={folders[0]}"], dry_run=True, console=seen)
     shown = seen.export_text()
@@ -178,7 +178,7 @@ class TestAJudge:
     def test_prose_is_an_error_and_nothing_is_written(
         self, folders, evaluated, rating, prose, tmp_path, monkeypatch
     ):
-        monkeypatch.setattr("selm_jax.evaluation.model.Model.statistics", None)  # scores nothing
+        monkeypatch.setattr("selm_jax.policy.policy.Policy.logps", None)  # scores nothing
         with pytest.raises(
             EvaluationError, match="3 of 36 answers so far .*'p0': 'Quite good.'"
         ) as e:

@@ -15,6 +15,7 @@ from selm_jax.evaluation import EvaluationError
 from selm_jax.evaluation.model import Model, find, open_model
 from selm_jax.models.decoder import Decoder
 from selm_jax.parallel.mesh import make_mesh
+from selm_jax.policy.policy import PolicyError, numbered
 from selm_jax.preferences.examples import Example
 from selm_jax.shell import artifacts
 from selm_jax.text.conversations import Message
@@ -42,61 +43,60 @@ def examples() -> list[Example]:
 
 def test_statistics_are_those_of_each_sequence_alone(model, examples, all_logits):
     found = model.statistics(examples)
-    params = load(model.folder.path, model.facts)
+    params = load(model.folder.path, model.config)
     rows = np.zeros((sum(len(e.responses) for e in examples), 512), np.int32)
     both = [(e.prompt, r, s) for e, f in zip(examples, found, strict=True)
             for r, s in zip(e.responses, f, strict=True)]  # fmt: skip
     for row, (prompt, response, _) in zip(rows, both, strict=True):
         row[: len(prompt) + len(response)] = (*prompt, *response)
-    table = all_logits(Decoder(model.facts), params, jnp.asarray(rows))
+    table = all_logits(Decoder(model.config), params, jnp.asarray(rows))
     logps = np.asarray(jax.nn.log_softmax(table))
     best = np.asarray(table.argmax(-1))
     for row, (prompt, response, got) in enumerate(both):
         at = len(prompt) - 1 + np.arange(len(response))
         np.testing.assert_allclose(got.logprob, logps[row, at, response], atol=2e-5)
         assert (got.likeliest == (best[row, at] == response)).all()
-    sums = model.logprobs(examples)
-    assert sums[5] == pytest.approx([float(x.logprob.sum()) for x in found[5]], abs=1e-4)
+    for sums, each in zip(model.logps(examples), found, strict=True):
+        assert sums == pytest.approx([float(x.logprob.sum()) for x in each], abs=1e-4)
 
 
 def test_eight_devices_score_as_one(model, examples):
     wide = Model(
         model.found, model.folder, text=model.text, mesh=make_mesh((2, 2, 2)),
-        dtype=model.dtype, slots=8, console=model.console,
+        dtype=model.dtype, held=None, batches=model.batches, console=model.console,
     )  # fmt: skip
-    for a, b in zip(wide.logprobs(examples), model.logprobs(examples), strict=True):
+    for a, b in zip(wide.logps(examples), model.logps(examples), strict=True):
         assert a == pytest.approx(b, abs=1e-4)
 
 
 def test_an_answer_depends_on_seed_prompt_and_sample_alone(model, folders):
     how = {"max_new_tokens": 8, "temperature": 0.9, "top_p": 0.95, "samples": 2}
-    whole = model.answer(ASKED, **how, seed=5)
+    whole = model.reply(ASKED, **how, seed=5)
     few = open_model(str(folders[0]), slots=2, console=Console(quiet=True))
-    assert few.answer(ASKED[::-1][:4], **how, seed=5) == whole[::-1][:4]
-    assert model.answer(ASKED, **how, seed=6) != whole
+    assert few.reply(ASKED[::-1][:4], **how, seed=5) == whole[::-1][:4]
+    assert model.reply(ASKED, **how, seed=6) != whole
     assert all(a != b for a, b in whole)
-    greedy = model.answer(ASKED, max_new_tokens=8, temperature=0)
+    greedy = model.reply(ASKED, max_new_tokens=8, temperature=0)
     assert [len(x) for x in greedy] == [1] * len(ASKED)
-    with pytest.raises(EvaluationError, match="one answer"):
-        model.answer(ASKED, max_new_tokens=8, temperature=0, samples=2)
+    with pytest.raises(PolicyError, match="one answer"):
+        model.reply(ASKED, max_new_tokens=8, temperature=0, samples=2)
 
 
 def test_an_end_in_the_text_ends_a_response_early(model):
     prompts = model.prompt_ids(ASKED)
-    whole = model.generate(prompts, greedy=1, samples=0, max_new_tokens=64)
-    end = whole[0][0].tokens[2]
-    got = model.generate(
-        prompts, greedy=1, samples=0, max_new_tokens=64, ended=lambda ids: end in ids
-    )
-    for (a,), (b,) in zip(got, whole, strict=True):
+    requests = numbered(prompts, greedy=1, samples=0)
+    whole = model.answer(requests, max_new_tokens=64)
+    end = whole[0].tokens[2]
+    got = model.answer(requests, max_new_tokens=64, ended=lambda ids: end in ids)
+    for a, b in zip(got, whole, strict=True):
         assert a.tokens == b.tokens[: len(a.tokens)]
         assert (a.finish == "ended") == (end in a.tokens and len(a.tokens) < len(b.tokens))
-    assert len(got[0][0].tokens) < 64
+    assert len(got[0].tokens) < 64
 
 
 def test_too_long_a_conversation_is_named(model):
-    with pytest.raises(EvaluationError, match=r"sequence 1 may have .* made for 512"):
-        model.answer([ASKED[0], [Message("user", "river " * 600)]], max_new_tokens=8)
+    with pytest.raises(PolicyError, match=r"sequence 1 may have .* made for 512"):
+        model.reply([ASKED[0], [Message("user", "river " * 600)]], max_new_tokens=8)
 
 
 def test_a_run_is_its_last_model(tmp_path):

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 from tiny import PROMPTS, experiment, make_model, on_first_device
+from typer.testing import CliRunner
 
 from selm_jax.config import load
+from selm_jax.evaluation.command import app
 from selm_jax.report import page
 from selm_jax.run.run import Run
+from selm_jax.shell import artifacts
 from selm_jax.stages import EVALUATE
+
+LOGPS = ["logp", "logp_start"]
 
 
 @pytest.fixture
@@ -58,6 +64,40 @@ def test_pairs_are_measured_against_the_start_model(run):
     page.write([run.folder.path], out)
     text = out.read_text()
     assert "Pairs right" in text and "Entropy, nats" in text
+
+
+def test_eval_heldout_gives_the_runs_own_numbers(run, tmp_path, monkeypatch):
+    """One path: in the run's rows to the bit, in others to the last bits of log-probabilities."""
+    assert EVALUATE.run(run, 0) and EVALUATE.run(run, 1)
+    artifacts.Stages(run.folder.iteration(1)).begin("export", {}, {})
+    artifacts.Stages(run.folder.iteration(1)).finish("export", {}, {}, {}, {}, 0.0)
+    monkeypatch.chdir(tmp_path)
+    own = [
+        pq.read_table(run.folder.iteration(1) / f"heldout{end}.parquet") for end in ("", "_pairs")
+    ]
+    metrics = json.loads(run.folder.metrics_file.read_text().splitlines()[1])
+    for out, flags in (("same", ["--as-in-run"]), ("other", [])):
+        told = CliRunner().invoke(app, ["heldout", str(run.folder.path), "-o", out, *flags])
+        assert told.exit_code == 0, (told.output, told.exception)
+        (pairs,) = (tmp_path / out).glob("*-pairs.parquet")
+        tables = [
+            pq.read_table(str(pairs).replace(end, ".parquet")) for end in ("-pairs.parquet", "?")
+        ]
+        report = json.loads((tmp_path / out / "heldout.json").read_text())
+        (found,) = report["contestants"].values()
+        measures = {name: one["mean"] for name, one in found["measures"].items()}
+        names = {n: f"heldout/{n}" for n in ("kl", "entropy", "reward_greedy", "reward_sample")}
+        names |= {n: f"heldout/pairs/{n}" for n in ("margins", "accuracy")}
+        expected = {name: metrics[key] for name, key in names.items()}
+        if flags:
+            assert [t.equals(o) for t, o in zip(tables, own, strict=True)] == [True, True]
+            assert {name: measures[name] for name in names} == expected
+        else:
+            assert tables[0].drop(LOGPS).equals(own[0].drop(LOGPS))
+            for table, mine in zip(tables, own, strict=True):
+                for name in LOGPS:
+                    np.testing.assert_allclose(table[name], mine[name], atol=1e-4)
+            assert {name: measures[name] for name in names} == pytest.approx(expected, abs=1e-4)
 
 
 def test_prompts_too_long_for_a_row_are_measured_as_far_as_they_can_be(run, tmp_path):

@@ -273,7 +273,7 @@ def test_a_models_answers_are_drawn_once(folders, files, tmp_path, monkeypatch):
         "open_model": lambda found: open_found(found, slots=8, console=QUIET),
     }
     first = compared(names, rankers.build("length", target=20), tmp_path, **how)
-    monkeypatch.setattr("selm_jax.evaluation.model.Model.generate", None)  # to call it would fail
+    monkeypatch.setattr("selm_jax.policy.policy.Policy.answer", None)  # to call it would fail
     (tmp_path / "out").rename(tmp_path / "before")
     assert compared(names, rankers.build("length", target=20), tmp_path, **how) == first
 

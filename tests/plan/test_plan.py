@@ -24,13 +24,13 @@ from typer.testing import CliRunner
 from selm_jax import cli, config
 from selm_jax.models import deberta, flops
 from selm_jax.models.decoder import abstract_params
+from selm_jax.parallel.rules import place_rows
 from selm_jax.plan import command, examine, topology, work
 from selm_jax.plan.measure import measure, shard_bytes, wanted
 from selm_jax.plan.phases import Blueprint, phases
 from selm_jax.plan.remedies import remedy
 from selm_jax.plan.topology import GIB, Target, TopologyError, local_target, target
 from selm_jax.rollout import engine as rollout
-from selm_jax.run.programs import Programs
 from selm_jax.run.run import Run
 from selm_jax.stages.evaluate import evaluate
 from selm_jax.training.state import TrainState
@@ -321,9 +321,9 @@ def test_an_evaluation_is_counted_as_it_is_done(tmp_path, monkeypatch):
     e = config.load(file, ["training.row_length=64", "rollout.max_new_tokens=4"])
     run = Run(e, Console(quiet=True), devices=jax.devices()[:1])
     scored = []
-    place = Programs.place
     monkeypatch.setattr(
-        Programs, "place", lambda self, x: scored.append(x.tokens.size) or place(self, x)
+        "selm_jax.policy.policy.place_rows",
+        lambda batch, **how: scored.append(batch.tokens.size) or place_rows(batch, **how),
     )
     run.open()
     counts = evaluate(run, 0)

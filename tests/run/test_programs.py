@@ -14,6 +14,7 @@ from rich.console import Console
 from selm_jax import config
 from selm_jax.models.families import from_hf
 from selm_jax.models.quantize import dequantize
+from selm_jax.preferences.layouts import OneShape
 from selm_jax.run.data import Data
 from selm_jax.run.devices import Devices
 from selm_jax.run.programs import Programs, Sizes
@@ -121,8 +122,8 @@ def test_adapters_and_their_dropout_are_drawn_anew_in_each_iteration(models):
 
 def test_the_scorer_has_the_settings_rows(models):
     programs, *_ = models(training__rows=3, training__row_length=72)
-    assert (programs.scorer.rows, programs.scorer.row_length) == (3, 72)
-    assert programs.scorer.update is programs.update
+    assert programs.scorer.layout == OneShape(3, 72)
+    assert programs.scorer.read is programs.update
 
 
 def test_data_without_a_model_leaves_nothing_out_as_too_long(tmp_path):

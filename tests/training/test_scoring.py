@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from selm_jax.preferences.examples import Example, ExampleError
+from selm_jax.preferences.layouts import OneShape
 from selm_jax.training.scoring import Scorer
 from selm_jax.training.update import Update
 
@@ -27,7 +28,9 @@ def scorer(rows: int, row_length: int, seen: list | None = None) -> Scorer:
     def never(*_):
         raise AssertionError("nothing is trained")
 
-    return Scorer(Update(never, never, never, compiled, never), lambda b: b, rows, row_length)
+    return Scorer(
+        Update(never, never, never, compiled, never), lambda b: b, OneShape(rows, row_length)
+    )
 
 
 @pytest.mark.parametrize(("rows", "row_length"), [(1, 16), (2, 24), (8, 64)])
@@ -38,7 +41,7 @@ def test_each_response_gets_its_own_number(rows, row_length):
 
 def test_all_batches_have_one_shape_and_all_examples_are_reported():
     seen, done = [], []
-    scorer(2, 16, seen).logps(1.0, EXAMPLES, done.append)
+    scorer(2, 16, seen).logps(1.0, EXAMPLES, lambda examples, tokens: done.append(examples))
     assert len(seen) == len(done) > 1
     assert set(seen) == {(2, 16)}
     assert sum(done) == len(EXAMPLES)
@@ -46,9 +49,7 @@ def test_all_batches_have_one_shape_and_all_examples_are_reported():
 
 def test_rewards_are_those_of_the_compiled_rewards():
     s = scorer(2, 16)
-    swapped = Scorer(
-        s.update._replace(logps=s.update.rewards, rewards=s.update.logps), s.place, 2, 16
-    )
+    swapped = Scorer(s.read._replace(logps=s.read.rewards, rewards=s.read.logps), s.place, s.layout)
     assert swapped.rewards(2.0, EXAMPLES) == s.logps(2.0, EXAMPLES)
 
 

@@ -25,23 +25,21 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jaxtyping import Float64, Int
 
-from selm_jax.feedback.models.buckets import (
+from selm_jax.feedback.models.pairrm_inputs import FIRST, SOURCE, Ids, PairTokens, conversation
+from selm_jax.feedback.models.settings import (
     BATCH,
-    Part,
     check_choice,
     checked_batch,
     checked_dtype,
-    computed,
-    parts,
-    place,
 )
-from selm_jax.feedback.models.pairrm_inputs import FIRST, SOURCE, Ids, PairTokens, conversation
 from selm_jax.feedback.ranker import FeedbackError, Question, check_questions, check_scores
 from selm_jax.models.deberta import PairScorer, Params, abstract_params
 from selm_jax.parallel.alone import own_devices
 from selm_jax.parallel.mesh import make_mesh
-from selm_jax.parallel.rules import TRAINING, shardings
+from selm_jax.parallel.rules import TRAINING, place_rows, shardings
+from selm_jax.preferences.layouts import Part, parts
 from selm_jax.preferences.selection import ranks
+from selm_jax.training.scoring import one_ahead
 from selm_jax.weights.deberta import PairRMConfig, load, read_config
 from selm_jax.weights.sources import resolve
 
@@ -265,7 +263,7 @@ class PairRM:
         lengths = [rows[pair.row].length(pair) for pair in todo]
         these = parts(lengths, self._mesh.shape["data"], self._batch)
         logit: dict[Comparison, float] = {}
-        for part, values in computed(these, lambda part: self._run(rows, todo, part)):
+        for part, values in one_ahead(these, lambda part: self._run(rows, todo, part)):
             logit.update(zip((todo[n] for n in part.items), values.tolist(), strict=False))
         return np.array([logit[pair] for pair in meant], np.float64)
 
@@ -280,8 +278,7 @@ class PairRM:
             lengths[n], prefixes[n] = starts[-1], starts[:3] + 1  # behind each [CLS]
             tokens[n, : starts[-1]] = np.concatenate(segments)
             tokens[n, prefixes[n]] = self._tokens.prefix_ids
-        inputs = (place(x, self._mesh) for x in (tokens, lengths, prefixes))
-        return self._forward(self._params, *inputs)
+        return self._forward(self._params, *place_rows((tokens, lengths, prefixes), self._mesh))
 
 
 def program(config: PairRMConfig, dtype: Any, *, on_cpu: bool) -> Any:

@@ -12,24 +12,22 @@ tree saves products of weights and costs attention: an answer joins one where th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float64
 
 from selm_jax.config import Text
-from selm_jax.feedback.models.buckets import (
+from selm_jax.feedback.models.settings import (
     BATCH,
-    Part,
     check_choice,
     checked_batch,
     checked_dtype,
-    computed,
-    parts,
-    place,
 )
 from selm_jax.feedback.ranker import FeedbackError, Question, check_questions, check_scores
 from selm_jax.models.config import DecoderConfig, LongRope
@@ -38,10 +36,13 @@ from selm_jax.models.families import read_config
 from selm_jax.models.flops import forward
 from selm_jax.parallel.alone import own_devices
 from selm_jax.parallel.mesh import make_mesh
-from selm_jax.parallel.rules import TRAINING, shardings
-from selm_jax.preferences.rewards import Ids, rewards_at, split
+from selm_jax.parallel.rules import TRAINING, place_rows, shardings
+from selm_jax.preferences.examples import Example, Ids
+from selm_jax.preferences.layouts import Trees
+from selm_jax.preferences.rewards import split
 from selm_jax.shell.ranges import Axis, Count
 from selm_jax.text.chat import Chat, ChatError
+from selm_jax.training.scoring import Readers, Scorer, readers
 from selm_jax.weights.huggingface import check, load
 from selm_jax.weights.sources import resolve
 
@@ -55,26 +56,6 @@ TOGETHER = 1024
 _AROUND = 4
 
 _COUNTED = ("candidates", "cut", "tokens")
-
-
-class _Tree(NamedTuple):
-    """Answers to one question that are read together.
-
-    Attributes:
-        question: its number.
-        prompt: ids that all of its conversations begin with.
-        rests: per answer its ids behind those.
-        answers: the answers' numbers, among the question's different ones.
-    """
-
-    question: int
-    prompt: Ids
-    rests: list[Ids]
-    answers: list[int]
-
-    @property
-    def tokens(self) -> int:
-        return len(self.prompt) + sum(map(len, self.rests))
 
 
 class RewardModel:
@@ -99,9 +80,12 @@ class RewardModel:
         self.config, self._head = config, config.head
         self._folder, self._chat, self._mesh, self._dtype = folder, chat, mesh, dtype
         self.folders = (folder,)
-        self._max_length, self._cut, self._batch = max_length, too_long == "cut", batch
+        self._max_length, self._cut = max_length, too_long == "cut"
         self._counts: Counter[str] = Counter()
-        self._forward = program(config, dtype)
+        ways = mesh.shape["data"] * mesh.shape["fsdp"]
+        self._scorer = Scorer(
+            program(config, dtype, mesh), partial(place_rows, mesh=mesh), Trees(ways, batch)
+        )
 
     def scores(
         self, questions: Sequence[Question], candidates: Sequence[Sequence[str]]
@@ -117,14 +101,24 @@ class RewardModel:
         """
         check_questions(self.name, questions, candidates)
         self._counts.clear()
-        different, numbers = self._conversations(questions, candidates)
-        trees = [t for q, ids in enumerate(different) for t in _trees(q, ids, self.config)]
-        trees.sort(key=lambda tree: -tree.tokens)
-        self._counts["tokens"] = sum(tree.tokens for tree in trees)
-        found: list[dict[int, float]] = [{} for _ in questions]
-        for tree, values in self._computed(trees):
-            found[tree.question].update(zip(tree.answers, values, strict=True))
-        of_each = [[found[q][n] for n in each] for q, each in enumerate(numbers)]
+        each = [
+            [self._ids(question, i, text) for i, text in enumerate(texts)]
+            for question, texts in zip(questions, candidates, strict=True)
+        ]
+        of_question = [
+            trees(q.id, ids, self.config) for q, ids in zip(questions, each, strict=True)
+        ]
+        examples = [tree for some in of_question for tree in some]
+        self._counts["tokens"] = sum(tree.tokens for tree in examples)
+        rewards = iter(self._scorer.rewards(self._load(), examples) if examples else ())
+        of_each = []
+        for some, conversations in zip(of_question, each, strict=True):
+            reward = {
+                tree.prompt + rest: float(value)
+                for tree in some
+                for rest, value in zip(tree.responses, next(rewards), strict=True)
+            }
+            of_each.append([reward[ids] for ids in conversations])
         return check_scores(self.name, questions, candidates, of_each)
 
     def report(self) -> dict[str, float]:
@@ -134,19 +128,6 @@ class RewardModel:
         several answers have in common counts once.
         """
         return {key: self._counts[key] for key in _COUNTED}
-
-    def _conversations(
-        self, questions: Sequence[Question], candidates: Sequence[Sequence[str]]
-    ) -> tuple[list[list[Ids]], list[list[int]]]:
-        """Per question its different conversations, and which of them each candidate is."""
-        different: list[list[Ids]] = []
-        numbers: list[list[int]] = []
-        for question, texts in zip(questions, candidates, strict=True):
-            number: dict[Ids, int] = {}
-            ids = [self._ids(question, i, text) for i, text in enumerate(texts)]
-            numbers.append([number.setdefault(each, len(number)) for each in ids])
-            different.append(list(number))
-        return different, numbers
 
     def _ids(self, question: Question, candidate: int, text: str) -> Ids:
         """The conversation up to where its score is read."""
@@ -168,73 +149,50 @@ class RewardModel:
             ids = ids[: self._max_length]
         return self._head.read(ids)
 
-    def _computed(self, trees: Sequence[_Tree]) -> Iterator[tuple[_Tree, list[float]]]:
-        """Each tree with its rewards, in the order of its answers."""
-        if not trees:
-            return
-        devices = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
-        most = max(len(tree.answers) for tree in trees)
-        params, branches = self._load(), 1 << (most - 1).bit_length()
-
-        def start(part: Part) -> jax.Array:
-            return self._run(params, [trees[n] for n in part.items], part, branches)
-
-        these = parts([tree.tokens for tree in trees], devices, self._batch)
-        for part, values in computed(these, start):
-            for n, row in zip(part.items, values.tolist(), strict=False):
-                yield trees[n], row[: len(trees[n].answers)]
-
-    def _run(self, params: Params, trees: Sequence[_Tree], part: Part, branches: int) -> jax.Array:
-        """The rewards of one tree per row, then of rows that fill up; [rows, branches]."""
-        tokens, segment, branch, position = np.zeros((4, part.rows, part.time), np.int32)
-        places = np.zeros((part.rows, branches), np.int32)
-        for row, tree in enumerate(trees):
-            begin = len(tree.prompt)
-            stop = 0
-            for k, ids in enumerate((tree.prompt, *tree.rests)):
-                start, stop = stop, stop + len(ids)
-                tokens[row, start:stop], branch[row, start:stop] = ids, k
-                position[row, start:stop] = np.arange(len(ids)) + (begin if k else 0)
-                if k:
-                    places[row, k - 1] = stop - 1
-            segment[row, :stop] = 1
-        inputs = (tokens, segment, branch, position, places)
-        return self._forward(params, *(place(x, self._mesh) for x in inputs))
-
     def _load(self) -> Params:
         where = shardings(abstract_params(self.config), self._mesh, TRAINING)
         return load(self._folder, self.config, dtype=self._dtype, shardings=where)
 
 
-def program(config: DecoderConfig, dtype: Any) -> Any:
-    """The jitted `(params, tokens, segment, branch, position, places) -> rewards`."""
-    decoder = Decoder(config, dtype)
-    return jax.jit(lambda params, *rows: rewards_at(decoder, params, *rows))
+def program(config: DecoderConfig, dtype: Any, mesh: jax.sharding.Mesh) -> Readers:
+    """The compiled functions, of which a ranker calls `rewards`."""
+    return readers(Decoder(config, dtype), 1, NamedSharding(mesh, PartitionSpec()))
 
 
-def _trees(question: int, conversations: Sequence[Ids], config: DecoderConfig) -> Iterator[_Tree]:
-    """A question's different conversations as few trees."""
+def trees(name: str, conversations: Sequence[Ids], config: DecoderConfig) -> list[Example]:
+    """The different ones among a question's conversations, as few trees.
+
+    Raises:
+        FeedbackError: a conversation of a single token.
+    """
     if not conversations:
-        return
-    prompt, rests = split(conversations)
-    tree = _Tree(question, prompt, [], [])
-    for n in sorted(range(len(rests)), key=lambda n: len(rests[n])):
-        if tree.answers and not _joins(tree, len(rests[n]), config):
-            yield tree
-            tree = _Tree(question, prompt, [], [])
-        tree.rests.append(rests[n])
-        tree.answers.append(n)
-    yield tree
+        return []
+    different = tuple(dict.fromkeys(conversations))
+    prompt, rests = split(different)
+    if not prompt:
+        raise FeedbackError(
+            f"ranker 'reward_model', prompt {name!r}: a conversation has {min(map(len, different))} "
+            "token that the model may read. Raise max_length, or look at what the chat template writes"
+        )
+    found: list[list[Ids]] = []
+    tokens = 0  # of the last tree
+    for rest in sorted(rests, key=len):
+        if not found or not _joins(len(prompt), tokens, len(rest), config):
+            found.append([])
+            tokens = len(prompt)
+        found[-1].append(rest)
+        tokens += len(rest)
+    return [Example(name, prompt, tuple(each), {}) for each in found]
 
 
-def _joins(tree: _Tree, more: int, config: DecoderConfig) -> bool:
-    """Whether `more` tokens cost less behind a tree than behind its prompt alone.
+def _joins(begin: int, end: int, more: int, config: DecoderConfig) -> bool:
+    """Whether `more` tokens cost less behind a tree of `end` tokens than behind its prompt alone,
+    which has `begin`.
 
     A row of n tokens costs d n + a n^2.
     """
     one = forward(config, rows=1, time=1, keys=1, scored=0)
     d, a = one.dense, one.attention * (1 + _AROUND)
-    begin, end = len(tree.prompt), tree.tokens
     alone = d * (begin + more) + a * (begin + more) ** 2
     behind = d * more + a * ((end + more) ** 2 - end**2)
     return end + more <= TOGETHER and behind < alone

@@ -486,7 +486,7 @@ class TestAnswers:
         assert [row["instruction"] for row in rows] == list(INSTRUCTIONS)
         assert {row["generator"] for row in rows} == {"mine"}
         assert rows == read_outputs(file)
-        alone = model.answer(
+        alone = model.reply(
             [[alpaca.Message("user", INSTRUCTIONS[3])]], max_new_tokens=5, temperature=0.7
         )
         assert rows[3]["output"] == alone[0][0].text.strip()
@@ -495,7 +495,7 @@ class TestAnswers:
         texts = read_set(str(set_file))
         whole = alpaca.answer(model, texts, tmp_path / "whole", DECODING).read_bytes()
         asked = []
-        answer = Model.answer
+        answer = Model.reply
 
         def stops(self, conversations, **settings):
             asked.append(len(conversations))
@@ -503,7 +503,7 @@ class TestAnswers:
                 raise KeyboardInterrupt
             return answer(self, conversations, **settings)
 
-        monkeypatch.setattr(Model, "answer", stops)
+        monkeypatch.setattr(Model, "reply", stops)
         monkeypatch.setattr(alpaca, "chunks", lambda items, _: [items[:2], items[2:]])
         folder = tmp_path / "out"
         with pytest.raises(KeyboardInterrupt):
@@ -538,7 +538,7 @@ class TestAnswers:
     def test_nothing_is_drawn_if_the_rest_cannot_be(
         self, set_file, prompt_file, model_folder, tmp_path, monkeypatch, given, says
     ):
-        monkeypatch.setattr(Model, "answer", lambda *_, **__: pytest.fail("a token was drawn"))
+        monkeypatch.setattr(Model, "reply", lambda *_, **__: pytest.fail("a token was drawn"))
         monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
         if "holds" in says:
             rows = json.loads(set_file.read_text())
@@ -553,7 +553,7 @@ class TestAnswers:
     def test_nothing_is_drawn_before_the_instructions_are_verified(
         self, set_file, model_folder, tmp_path, monkeypatch
     ):
-        monkeypatch.setattr(Model, "answer", lambda *_, **__: pytest.fail("a token was drawn"))
+        monkeypatch.setattr(Model, "reply", lambda *_, **__: pytest.fail("a token was drawn"))
         dump(set_file, moved(json.loads(set_file.read_text())))
         out = tmp_path / "out"
         verb = ["eval", "alpaca_eval", str(model_folder), "--instructions", str(set_file)]

@@ -19,6 +19,7 @@ from selm_jax.evaluation import EvaluationError
 from selm_jax.evaluation.benchmarks.lm_eval import adapter as lm_eval
 from selm_jax.evaluation.benchmarks.lm_eval import tasks as lm_eval_tasks
 from selm_jax.evaluation.model import open_model
+from selm_jax.policy.policy import named_by_text
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed (the extra `lm-eval`)")
 from lm_eval import simple_evaluate
@@ -246,8 +247,9 @@ def test_special_tokens_end_texts_as_in_the_hf_model(chatml_base):
     rng = np.random.default_rng(4)
     contexts = [sentence(rng, int(n)) for n in rng.integers(1, 9, 8)]
     prompts = [tuple(ours.tok_encode(c)) for c in contexts]
-    unended = ours.model.generate(prompts, greedy=1, samples=0, max_new_tokens=40)
-    said = [ours.tokenizer.decode(list(response.tokens)) for (response,) in unended]
+    asked = named_by_text(prompts, greedy=1, samples=0)
+    unended = ours.model.answer(asked, max_new_tokens=40)
+    said = [ours.tokenizer.decode(list(response.tokens)) for response in unended]
     # An end of several tokens, as gsm8k_cot_llama has one: a piece of what the model says.
     around = next(m[0] for m in (re.search(r"[!-~]<\|im_end\|>[!-~]", s) for s in said) if m)
     texts = []
@@ -258,16 +260,15 @@ def test_special_tokens_end_texts_as_in_the_hf_model(chatml_base):
         ["im_e"],  # theirs sees it in the token's name
     ):
         settings = {"until": until, "max_gen_toks": 40, "do_sample": False}
-        asked = instances("generate_until", [(c, settings) for c in contexts])
-        texts.append(theirs.generate_until(asked))
-        assert ours.generate_until(asked) == texts[-1], until
+        until_there = instances("generate_until", [(c, settings) for c in contexts])
+        texts.append(theirs.generate_until(until_there))
+        assert ours.generate_until(until_there) == texts[-1], until
     # A token that is an end stops the engine at once, and is the response's last.
     end = ours.tokenizer.convert_tokens_to_ids("<|im_end|>")
-    stopped = ours.model.generate(
-        prompts, greedy=1, samples=0, max_new_tokens=40,
-        also_stop=ours._special(["Q:", "</s>", "<|im_end|>"]),
-    )  # fmt: skip
-    for (free,), (short,) in zip(unended, stopped, strict=True):
+    stopped = ours.model.answer(
+        asked, max_new_tokens=40, also_stop=ours._special(["Q:", "</s>", "<|im_end|>"])
+    )
+    for free, short in zip(unended, stopped, strict=True):
         length = free.tokens.index(end) + 1 if end in free.tokens else len(free.tokens)
         assert short.tokens == free.tokens[:length]
     whole, *ended = texts

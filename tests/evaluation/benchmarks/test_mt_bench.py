@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import io
 import json
 import re
@@ -230,14 +231,14 @@ class TestAnswers:
     def calls(self, monkeypatch):
         """What the model is asked."""
         found = []
-        answer = Model.answer
+        answer = Model.reply
 
         def spy(self, conversations, **settings):
             asked = [[(m.role, m.content) for m in c] for c in conversations]
             found.append((settings["temperature"], asked))
             return answer(self, conversations, **settings)
 
-        monkeypatch.setattr(Model, "answer", spy)
+        monkeypatch.setattr(Model, "reply", spy)
         return found
 
     def test_fastchats_format_and_two_turns(self, model, files, calls):
@@ -304,7 +305,7 @@ class TestAnswers:
             choice = {"turns": ["a", "b"], "finish": ["stop"] * 2, "tokens": [1, 1]}
             return [{"question_id": q.id, "choices": [choice]} for q in asked]
 
-        monkeypatch.setattr(model, "slots", 1)
+        monkeypatch.setattr(model, "batches", dataclasses.replace(model.batches, slots=1))
         monkeypatch.setattr(bench, "_both_turns", both)
         questions = bench.read_questions(files.questions, unpublished=True)
         bench.answer(model, questions, files.folder, DECODING)

@@ -82,8 +82,8 @@ def answer(
     todo = [i for i in range(len(conversations)) if i not in journal.rows]
     todo.sort(key=lambda i: len(instructions.instructions[i]))  # like lengths are drawn together
     progress(len(journal.rows), 0)
-    for chunk in chunks(todo, 4 * model.slots):
-        found = model.answer(
+    for chunk in chunks(todo, 4 * model.batches.slots):
+        found = model.reply(
             [conversations[i] for i in chunk], progress=progress, **dataclasses.asdict(decoding)
         )
         journal.add(
@@ -116,11 +116,11 @@ def _check_room(model: Model, conversations: list[list[Message]], decoding: Deco
     """Finds what cannot be answered before anything is."""
     lengths = [len(prompt) for prompt in model.prompt_ids(conversations)]
     longest = max(range(len(lengths)), key=lengths.__getitem__)
-    if lengths[longest] + decoding.max_new_tokens > model.facts.max_positions:
+    if lengths[longest] + decoding.max_new_tokens > model.config.max_positions:
         raise EvaluationError(
             f"{model.name}: instruction {longest} (counted from 0) has {lengths[longest]} tokens, "
             f"its answer may have {decoding.max_new_tokens}; the model was made for "
-            f"{model.facts.max_positions} together. Lower --max-new-tokens."
+            f"{model.config.max_positions} together. Lower --max-new-tokens."
         )
 
 

@@ -21,8 +21,9 @@ from rich.table import Table
 
 from selm_jax.evaluation import EvaluationError
 from selm_jax.evaluation.cost import Cost, show
-from selm_jax.evaluation.model import Ids, Model
-from selm_jax.preferences.examples import Example
+from selm_jax.evaluation.model import Model
+from selm_jax.policy.policy import named_by_text
+from selm_jax.preferences.examples import Example, Ids
 from selm_jax.rollout.sampling import Sampling
 from selm_jax.shell import artifacts
 from selm_jax.shell.progress import bar
@@ -77,7 +78,7 @@ class Harness(TemplateLM):
 
     @property
     def max_length(self) -> int:
-        return self.model.facts.max_positions
+        return self.model.config.max_positions
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs
@@ -215,13 +216,13 @@ class Harness(TemplateLM):
             return any(end in text for end in until if end)
 
         with bar(self.model.console, "generate", len(prompts), "texts") as advance:
-            responses = self.model.generate(
-                prompts, greedy=int(sampling is None), samples=int(sampling is not None),
+            responses = self.model.answer(
+                named_by_text(prompts, greedy=int(sampling is None), samples=int(sampling is not None)),
                 max_new_tokens=limit, sampling=sampling or Sampling(), seed=self.seed,
                 progress=advance, ended=ended, also_stop=self._special(until),
             )  # fmt: skip
         out = []
-        for (response,) in responses:
+        for response in responses:
             # HFLM draws nothing after an end. The engine may have, and the text, which is read
             # without special tokens, does not always show where the end was.
             ends = range(1, len(response.tokens) + 1)

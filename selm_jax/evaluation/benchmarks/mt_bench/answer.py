@@ -27,6 +27,7 @@ from selm_jax.evaluation import EvaluationError
 from selm_jax.evaluation.benchmarks.files import Journal, chunks, file_name, pinned, read_rows
 from selm_jax.evaluation.cost import Cost
 from selm_jax.evaluation.model import Model
+from selm_jax.policy.policy import PolicyError
 from selm_jax.shell import artifacts
 from selm_jax.shell.progress import Advance
 from selm_jax.text.chat import ChatError
@@ -132,7 +133,7 @@ def answer(
     progress(TURNS * len(journal.rows), 0)
     for temperature in sorted({q.temperature for q in questions}):
         left = [q for q in questions if q.temperature == temperature and q.id not in journal.rows]
-        for chunk in chunks(left, model.slots):
+        for chunk in chunks(left, model.batches.slots):
             journal.add(_both_turns(model, chunk, name, temperature, decoding, progress))
     rows = sorted(journal.rows.values(), key=lambda row: row["question_id"])
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -157,11 +158,11 @@ def _both_turns(
         for conversation, question in zip(conversations, questions, strict=True):
             conversation.append(Message("user", question.turns[turn]))
         try:
-            found = model.answer(
+            found = model.reply(
                 conversations, temperature=temperature, progress=progress,
                 **dataclasses.asdict(decoding),
             )  # fmt: skip
-        except (EvaluationError, ChatError) as error:  # counts from the first of these
+        except (PolicyError, ChatError) as error:  # counts from the first of these
             ids = ", ".join(str(question.id) for question in questions)
             raise EvaluationError(f"turn {turn + 1} of the questions {ids}: {error}") from error
         for conversation, answers, (each,) in zip(conversations, said, found, strict=True):

@@ -1,0 +1,166 @@
+"""What is known of a model on held-out prompts: one path, for `selm run` and for `selm eval heldout`.
+
+    answers = answer(policy, prompts, asked)                        evaluation.answers
+    scores = scores_of(ranker.scores, prompts, answers, beside)
+    own = measured(policy, prompts, answers, scores)                and the policy may go
+    found = against(start, own)                                     rows of `tables`
+
+The policy scores its own answers and the data's pairs, then the start model the same tokens. So the
+two need not be in memory together, and one start model serves many policies.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from selm_jax.evaluation import frontier
+from selm_jax.evaluation.answers import Stored
+from selm_jax.evaluation.pairs import pairs_within
+from selm_jax.feedback.ranker import Question, scores_beside
+from selm_jax.policy.policy import Policy
+from selm_jax.preferences.examples import Example
+from selm_jax.tables import heldout, heldout_pairs
+from selm_jax.text.prompts import Prompt
+
+Logps = list[tuple[float, ...]]
+# From questions and the answers to each to one array of scores per question.
+Score = Callable[[Sequence[Question], Sequence[Sequence[str]]], Sequence[Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Own:
+    """A policy's answers, and what it says of them and of the data's pairs.
+
+    Attributes:
+      scores: of each answer; NaN where a judge was not readable. None: no ranker was asked.
+      examples: the answers, each to be scored once, then the pairs.
+      places: which answers each of those examples that are no pairs has.
+      logps: of the examples.
+      left_out: answers that fit no row, and so have no log-probabilities.
+      pairs_left_out: pairs that cannot be scored.
+    """
+
+    answers: Sequence[Stored]
+    scores: Sequence[float] | None
+    examples: Sequence[Example]
+    places: Sequence[Sequence[int]]
+    logps: Logps
+    left_out: int
+    pairs_left_out: int
+
+    @property
+    def pairs(self) -> Sequence[Example]:
+        return self.examples[len(self.places) :]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tables:
+    """What is found of the answers, and of the pairs; None without pairs."""
+
+    answers: list[heldout.Row]
+    pairs: list[heldout_pairs.Row] | None
+
+
+def scores_of(
+    score: Score,
+    prompts: Sequence[Prompt],
+    answers: Sequence[Stored],
+    beside: Sequence[str] | None = None,
+) -> list[float]:
+    """The scores of all answers, in their order.
+
+    Args:
+      answers: to each prompt as many, in the order of the prompts.
+      beside: where scores compare the answers to one prompt, what each is compared with: one text for
+        each prompt.
+    """
+    if not prompts:
+        return []
+    each = len(answers) // len(prompts)
+    by_prompt = [answers[i : i + each] for i in range(0, len(answers), each)]
+    questions = [mine[0].question for mine in by_prompt]
+    texts = [[a.text for a in mine] for mine in by_prompt]
+    if beside is None:
+        found = score(questions, texts)
+    else:
+        found = scores_beside(score, questions, texts, beside)
+    return [float(x) for mine in found for x in mine]
+
+
+def measured(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    answers: Sequence[Stored],
+    scores: Sequence[float] | None,
+) -> Own:
+    """The policy's log-probabilities of its answers and of the data's pairs.
+
+    Args:
+      answers: to each prompt as many, in the order of the prompts.
+    """
+    row = policy.batches.row_length or math.inf
+    each = len(answers) // len(prompts) if prompts else 0
+    examples, places = [], []
+    for i, ids in enumerate(policy.prompt_ids([p.messages for p in prompts])):
+        mine = range(i * each, (i + 1) * each)
+        whole = Example(prompts[i].id, ids, tuple(answers[n].token_ids or () for n in mine), {})
+        for example, of in in_rows(whole, row):
+            examples.append(example)
+            places.append([mine[k] for k in of])
+    pairs, left_out = fitting_pairs(policy, prompts)
+    examples += pairs
+    return Own(
+        answers, scores, examples, places, policy.logps(examples),
+        len(answers) - sum(map(len, places)), left_out,
+    )  # fmt: skip
+
+
+def against(start: Policy | None, own: Own) -> Tables:
+    """The tables, with the start model's log-probabilities of the same tokens; None: the policy is
+    the start model."""
+    before = own.logps if start is None else start.logps(own.examples)
+    n = len(own.places)
+    policy, first = (_by_answer(own.places, logps[:n]) for logps in (own.logps, before))
+    scores = own.scores or [math.nan] * len(own.answers)
+    answers = [
+        heldout.Row(
+            a.prompt_id, a.messages[-1].content, "sample" if a.sample else "greedy", a.sample,
+            a.text, tuple(a.token_ids or ()), a.finish, score=score,
+            logp=policy.get(i, math.nan), logp_start=first.get(i, math.nan),
+        )
+        for i, (a, score) in enumerate(zip(own.answers, scores, strict=True))
+    ]  # fmt: skip
+    pairs = frontier.pair_rows(own.pairs, own.logps[n:], before[n:]) if own.pairs else None
+    return Tables(answers, pairs)
+
+
+def fitting_pairs(policy: Policy, prompts: Sequence[Prompt]) -> tuple[list[Example], int]:
+    """The data's own pairs that the policy can score, and how many it cannot."""
+    positions = policy.config.max_positions
+    return pairs_within(
+        policy.chat, prompts, min(positions, policy.batches.row_length or positions)
+    )
+
+
+def in_rows(example: Example, longest: float) -> list[tuple[Example, tuple[int, ...]]]:
+    """The example, or if it is longer than a row one example for each response that fits; and which
+    of its responses each has.
+
+    Held-out prompts are whole, those trained on may be cut: a row need not hold one with all answers.
+    """
+    every = tuple(range(len(example.responses)))
+    if example.tokens <= longest:
+        return [(example, every)]
+    alone = [dataclasses.replace(example, responses=(r,)) for r in example.responses]
+    return [(one, (k,)) for k, one in zip(every, alone, strict=True) if one.tokens <= longest]
+
+
+def _by_answer(places: Sequence[Sequence[int]], logps: Logps) -> dict[int, float]:
+    return {
+        i: float(logp)
+        for which, of_example in zip(places, logps, strict=True)
+        for i, logp in zip(which, of_example, strict=True)
+    }

@@ -1,0 +1,38 @@
+"""What rankers with a model share: their settings."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import jax.numpy as jnp
+
+from selm_jax.config.kinds import Dtype
+from selm_jax.feedback.ranker import FeedbackError
+from selm_jax.shell.ranges import MOST, Range
+from selm_jax.shell.words import did_you_mean
+
+BATCH = Range(1, MOST, whole=True)  # rows of 512 tokens
+
+
+def checked_dtype(ranker: str, name: str, on_cpu: bool) -> Any:
+    """The dtype to compute in. `auto` is bfloat16, but float32 on CPU, which gains nothing by it."""
+    check_choice(ranker, "dtype", name, get_args(Dtype))
+    return jnp.dtype(("float32" if on_cpu else "bfloat16") if name == "auto" else name)
+
+
+def checked_batch(ranker: str, batch: int | None, on_cpu: bool) -> int:
+    """Rows of 512 tokens; None is 16, but 2 on CPU, whose caches hold no more."""
+    if batch is None:
+        return 2 if on_cpu else 16
+    if (expected := BATCH.problem(batch)) is not None:
+        raise FeedbackError(f"{ranker}: batch is {batch!r}; expected {expected}.")
+    return int(batch)
+
+
+def check_choice(ranker: str, name: str, value: str, expected: tuple[str, ...]) -> None:
+    """Raises FeedbackError unless the setting has one of the values."""
+    if value not in expected:
+        raise FeedbackError(
+            f"{ranker}: {name} is {value!r}{did_you_mean(str(value), expected)} "
+            f"Expected one of {', '.join(expected)}."
+        )

@@ -1,0 +1,298 @@
+"""A language model that answers and scores.
+
+    responses = policy.answer(numbered(prompts, greedy=1, samples=2), max_new_tokens=512)
+    logps = policy.logps(examples)
+
+A response is a function of the parameters, the seed, its prompt, and the numbers that name its draws;
+a log-probability of the parameters and its tokens. Batches, slots, meshes and what else is asked for
+do not enter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from selm_jax.models.config import DecoderConfig
+from selm_jax.models.decoder import Decoder, Params
+from selm_jax.objectives.logprobs import TokenStats
+from selm_jax.parallel.rules import TRAINING, Rules, place_rows
+from selm_jax.policy.weights import Weights
+from selm_jax.preferences.examples import Example, Ids
+from selm_jax.preferences.layouts import ByLength, Layout, OneShape
+from selm_jax.rollout.engine import Engine, bucket
+from selm_jax.rollout.requests import Request, Response
+from selm_jax.rollout.sampling import Sampling
+from selm_jax.shell.progress import Advance
+from selm_jax.text.chat import Chat, ChatError, Turn
+from selm_jax.training.scoring import Scorer, readers
+
+_T = TypeVar("_T")
+
+
+class PolicyError(ValueError):
+    """What a model is asked for that it cannot do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """How much goes together. It changes what a model says in the last bits of numbers alone, but for
+    `longest_sequence`.
+
+    Attributes:
+      slots: answers that are drawn together.
+      prefill_rows: prompts that are read together before they are answered.
+      longest_prompt: tokens of the longest prompt, where one program is to serve all calls; None:
+        of the longest prompt of each call.
+      longest_sequence: of a model with two tables of rotary frequencies, the length whose table all
+        sequences get (`DecoderConfig.for_length`), as in training; None: each that of its own length.
+      rows, row_length: of a packed batch that is scored, and its tokens per row. None: as fits the
+        lengths and the devices, so that an example may be as long as it is.
+      chunk: tokens per row whose logits exist at a time.
+    """
+
+    slots: int = 16
+    prefill_rows: int = 8
+    longest_prompt: int | None = None
+    longest_sequence: int | None = None
+    rows: int | None = None
+    row_length: int | None = None
+    chunk: int = 32
+
+    def layout(self, ways: int, heads: int) -> Layout:
+        if self.rows is not None and self.row_length is not None:
+            return OneShape(self.rows, self.row_length)
+        return ByLength(ways, 2048 if jax.default_backend() == "cpu" else 16384, heads)
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """One answer. `token_ids` ends with the stop token if `finish` is "stop"; else it is "length"."""
+
+    text: str
+    token_ids: Ids
+    finish: str
+
+
+class Policy:
+    """A model ready to answer and to score.
+
+    Attributes:
+      name: for tables, files and errors.
+      config: the decoder's.
+      weights: its parameters.
+      batches: how much goes together.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        load: Callable[[], Params],
+        config: DecoderConfig,
+        *,
+        chat: Callable[[], Chat],
+        stop_ids: Callable[[], Ids],
+        mesh: Mesh,
+        decode_mesh: Mesh,
+        dtype: Any,
+        rules: Rules = TRAINING,
+        batches: Batches = Batches(),
+    ):
+        """
+        Args:
+          load: reads the parameters, when they are first needed (`Weights`).
+          chat, stop_ids: called when they are first needed; not every model has a chat template.
+          decode_mesh: the devices of `mesh` in the same order (`parallel.mesh.decode_mesh`).
+          dtype: of the computation.
+        """
+        self.name, self.config, self.dtype, self.batches = name, config, dtype, batches
+        self.mesh, self.decode_mesh, self.rules = mesh, decode_mesh, rules
+        self.weights = Weights(
+            load, config, dtype=dtype, mesh=mesh, decode_mesh=decode_mesh, rules=rules
+        )
+        self._chat, self._stop_ids = chat, stop_ids
+
+    @cached_property
+    def chat(self) -> Chat:
+        """Raises ChatError for a model without a chat template."""
+        return self._chat()
+
+    @cached_property
+    def stop_ids(self) -> Ids:
+        return self._stop_ids()
+
+    def prompt_ids(self, conversations: Sequence[Sequence[Turn]]) -> list[Ids]:
+        """The conversations and the headers of the answers that are to follow.
+
+        Raises:
+          ChatError: the template refuses one; its place in the list (from 0) is named.
+        """
+        found = []
+        for i, messages in enumerate(conversations):
+            try:
+                found.append(self.chat.prompt_ids(messages))
+            except ChatError as e:
+                raise ChatError(f"conversation {i}: {e}") from e
+        return found
+
+    def answer(
+        self,
+        requests: Sequence[Request],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling = Sampling(),  # noqa: B008 (it is frozen)
+        seed: int = 0,
+        progress: Advance = lambda answers, tokens=0: None,
+        ended: Callable[[Ids], bool] | None = None,
+        also_stop: Ids = (),
+    ) -> list[Response]:
+        """The responses to all requests, in the order (index, sample).
+
+        Args:
+          progress: called with responses finished and tokens drawn since the last call.
+          ended: may end responses that no stop token ends; see `Engine.generate`.
+          also_stop: stop tokens besides the model's own.
+
+        Raises:
+          PolicyError: a prompt that leaves no room for its answer.
+        """
+        stops = tuple(sorted({*self.stop_ids, *also_stop}))
+        found: list[Response] = []
+        for config, members in self._by_config([len(r.prompt) + max_new_tokens for r in requests]):
+            mine = [requests[i] for i in members]
+            longest = self.batches.longest_prompt or bucket(max(len(r.prompt) for r in mine))
+            engine = Engine.fitted(
+                decoder=Decoder(config, self.dtype, scan=False), sampling=sampling,
+                slots=self.batches.slots, max_prompt=longest, max_new_tokens=max_new_tokens,
+                stop_ids=stops, prefill_rows=self.batches.prefill_rows,
+                mesh=self.decode_mesh,
+            )  # fmt: skip
+            found += engine.generate(
+                self.weights.to_answer(), mine, seed=seed, iteration=0, progress=progress,
+                ended=ended,
+            )  # fmt: skip
+        return sorted(found, key=lambda r: (r.index, r.sample))
+
+    def reply(
+        self,
+        conversations: Sequence[Sequence[Turn]],
+        *,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        samples: int = 1,
+        seed: int = 0,
+        progress: Advance = lambda answers, tokens=0: None,
+        **filters: Any,
+    ) -> list[list[Answer]]:
+        """Answers, as text, to conversations that end with a user's turn: per conversation its samples.
+
+        Args:
+          temperature: 0 gives the likeliest token each time, and one sample.
+          seed: with the conversation and the number of the sample it determines an answer
+            (`named_by_text`).
+          filters: others of `Sampling`'s settings, such as `top_p`.
+
+        Raises:
+          ChatError, PolicyError: a conversation that the template refuses, or that leaves no room for
+            its answer.
+        """
+        greedy = temperature == 0
+        if greedy and samples != 1:
+            raise PolicyError(f"temperature 0 gives one answer, {samples} samples were asked")
+        prompts = self.prompt_ids(conversations)
+        responses = self.answer(
+            named_by_text(prompts, greedy=int(greedy), samples=0 if greedy else samples),
+            max_new_tokens=max_new_tokens,
+            sampling=Sampling() if greedy else Sampling(temperature, **filters),
+            seed=seed, progress=progress,
+        )  # fmt: skip
+        found: list[list[Answer]] = [[] for _ in prompts]
+        for r in responses:
+            found[r.index].append(Answer(self.chat.text(r.tokens), r.tokens, r.finish))
+        return found
+
+    def logps(
+        self, examples: Sequence[Example], progress: Advance = lambda examples, tokens=0: None
+    ) -> list[tuple[float, ...]]:
+        """log pi(response | prompt) of every response of every example, in nats, float32.
+
+        Raises:
+          PolicyError: an example beyond the model's positions.
+          ExampleError: one beyond `batches.row_length`.
+        """
+        return self._scored(Scorer.logps, examples, progress)
+
+    def statistics(
+        self, examples: Sequence[Example], progress: Advance = lambda examples, tokens=0: None
+    ) -> list[tuple[TokenStats, ...]]:
+        """Per response of each example `TokenStats` of its tokens, numpy arrays [tokens]; raises what
+        `logps` does."""
+        return self._scored(Scorer.statistics, examples, progress)
+
+    def rewards(
+        self, examples: Sequence[Example], progress: Advance = lambda examples, tokens=0: None
+    ) -> list[tuple[float, ...]]:
+        """The reward of every response of every example, of a model with a head; raises what `logps`
+        does."""
+        return self._scored(Scorer.rewards, examples, progress, unread=0)
+
+    def _scored(
+        self,
+        score: Callable[..., list[_T]],
+        examples: Sequence[Example],
+        progress: Advance,
+        unread: int = 1,
+    ) -> list[_T]:
+        # A response's last token predicts nothing that is scored: it needs no position.
+        lengths = [len(e.prompt) + max(map(len, e.responses)) - unread for e in examples]
+        found: dict[int, _T] = {}
+        for config, members in self._by_config(lengths):
+            mine = [examples[i] for i in members]
+            of_mine = score(self._scorer(config), self.weights.to_score(), mine, progress)
+            found.update(zip(members, of_mine, strict=True))
+        return [found[i] for i in range(len(examples))]
+
+    def _scorer(self, config: DecoderConfig) -> Scorer:
+        ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        return Scorer(
+            readers(Decoder(config, self.dtype), self.batches.chunk, everywhere),
+            partial(place_rows, mesh=self.mesh, rules=self.rules),
+            self.batches.layout(ways, config.heads),
+        )
+
+    def _by_config(self, lengths: Sequence[int]) -> list[tuple[DecoderConfig, list[int]]]:
+        """Which sequences go under which config."""
+        by_config: dict[DecoderConfig, list[int]] = {}
+        for i, length in enumerate(lengths):
+            if length > self.config.max_positions:
+                raise PolicyError(
+                    f"{self.name}: sequence {i} may have {length} tokens with its answer; the model "
+                    f"was made for {self.config.max_positions} (max_position_embeddings)"
+                )
+            config = self.config.for_length(self.batches.longest_sequence or length)
+            by_config.setdefault(config, []).append(i)
+        return list(by_config.items())
+
+
+def numbered(prompts: Sequence[Ids], *, greedy: int, samples: int) -> list[Request]:
+    """Requests whose draws are named by the prompt's place in the list: in a fixed set of prompts."""
+    return [Request(i, prompt, greedy, samples) for i, prompt in enumerate(prompts)]
+
+
+def named_by_text(prompts: Sequence[Ids], *, greedy: int, samples: int) -> list[Request]:
+    """Requests whose draws are named by what the prompt says, wherever it stands: where prompts come
+    in any order, a few at a time. Two equal prompts so get equal responses."""
+    return [Request(i, prompt, greedy, samples, _name(prompt)) for i, prompt in enumerate(prompts)]
+
+
+def _name(prompt: Ids) -> int:
+    digest = hashlib.sha256(np.asarray(prompt, np.int32).tobytes()).digest()
+    return int.from_bytes(digest[:4], "little") >> 1

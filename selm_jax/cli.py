@@ -111,7 +111,7 @@ def export(
 
     def publish(to: Path) -> None:
         with artifacts.whole(to) as partial:
-            convert_dtype(run.policy(iteration), partial, dtype)
+            convert_dtype(run.policy(iteration).path, partial, dtype)
         typer.echo(f"{to}: the policy after iteration {iteration}, in {dtype}")
 
     if to is not None:
@@ -207,7 +207,7 @@ def annotate(
     """Let people rank the answers of an iteration, on a page of this machine."""
     from selm_jax.annotate import exchange, server
     from selm_jax.commands import runs
-    from selm_jax.stages.rank import put_questions
+    from selm_jax.stages.questions import put_questions
 
     run = runs.finished(folder)
     t = iteration or runs.last_generated(folder)

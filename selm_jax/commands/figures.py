@@ -17,6 +17,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from selm_jax.evaluation.pairs import pairs_within
 from selm_jax.objectives.roles import PAIR
 from selm_jax.preferences.examples import Example
 from selm_jax.report import paper
@@ -28,7 +29,6 @@ from selm_jax.run.rows import RunError
 from selm_jax.run.run import Run
 from selm_jax.shell import artifacts
 from selm_jax.shell.progress import terminal
-from selm_jax.stages.evaluate import fitting_pairs, has_pairs
 from selm_jax.tables import examples as table
 from selm_jax.text.prompts import load_prompts
 
@@ -164,7 +164,7 @@ def _pairs(
 
     def implicit(i: int) -> Implicit:
         run = runs[i]
-        policy, reference = logps(run, run.policy(1)), logps(run, run.reference(1))
+        policy, reference = logps(run, run.policy(1).path), logps(run, run.start.path)
         of = {
             role: {
                 e.prompt_id: _beta(run) * (p[e.roles[role]] - r[e.roles[role]])
@@ -185,13 +185,14 @@ def _examples(run: Run, pairs: str | None) -> tuple[str, list[Example]]:
 
     Pairs that cannot be scored, or fit no row, are left out as evaluation leaves them out.
     """
+    longest = min(run.experiment.training.row_length, run.programs.config.max_positions)
     if pairs is not None:
         prompts = map(
             run.data.with_system, load_prompts(pairs, chosen="chosen", rejected="rejected")
         )
-        return f"pairs of {pairs}", fitting_pairs(run, prompts)[0]
-    if has_pairs(run):
-        return "held-out pairs", fitting_pairs(run, run.heldout)[0]
+        return f"pairs of {pairs}", pairs_within(run.chat, prompts, longest)[0]
+    if heldout := pairs_within(run.chat, run.heldout, longest)[0]:
+        return "held-out pairs", heldout
     stored = table.read(run.folder.iteration(1) / "examples.parquet")
     trained = [
         Example.of(e.prompt_id, e.prompt, {role: e.responses[e.roles[role]] for role in PAIR})

@@ -23,12 +23,15 @@ from selm_jax.preferences.batches import examples_of, updates_per_epoch
 from selm_jax.preferences.examples import ROLES, Example, ExampleError
 from selm_jax.preferences.packing import assign_rows
 from selm_jax.run.check import check_rows, told_of_data
-from selm_jax.run.rows import RunError
+from selm_jax.run.inputs import StoredTable
+from selm_jax.run.rows import RunError, prompt_ids
 from selm_jax.run.run import Run
 from selm_jax.shell import artifacts
 from selm_jax.shell.user_code import is_user_code
-from selm_jax.stages import STAGES
-from selm_jax.stages.score import paired_examples
+from selm_jax.stages.generate import generate
+from selm_jax.stages.rank import rank, teach
+from selm_jax.stages.score import paired_examples, score
+from selm_jax.stages.step import Step
 from selm_jax.tables import examples, ranked
 from selm_jax.text.answers import answers
 from selm_jax.text.chat import Chat, ChatError, UnusableAnswer
@@ -132,7 +135,8 @@ def collect(run: Run, t: int) -> Preview:
         cut = {key: counts[key] for key in CUT if key in counts}
     else:
         file = folder / "ranked.parquet"
-        rows, cut = paired_examples(run, t)
+        step = Step.of(run, score.name, t, score.keys(run))
+        rows, cut = paired_examples(step, run.prompts(t), StoredTable(folder, file.name), run.chat)
     changed = [
         f"{key} was {before!r} and is now {now!r}"
         for key, (before, now) in sorted(_changes(run, t, record).items())
@@ -146,7 +150,7 @@ def _from_data(run: Run, t: int) -> Preview:
     rows: list[Example | Alone] = []
     dropped, cut = Counter[str](), Counter[str]()
     for prompt in run.prompts(t):
-        ids = run.data.prompt_ids(prompt)
+        ids = prompt_ids(run.chat, prompt)
         texts = answers(prompt) if e.candidates.dataset else {}
         if not texts:
             rows.append(Alone(prompt.id, ids))
@@ -170,9 +174,9 @@ def _from_data(run: Run, t: int) -> Preview:
 def _changes(run: Run, t: int, record: Mapping[str, dict]) -> dict[str, tuple[object, object]]:
     """Key -> what it was and is, of the settings of the stages that made the run's files."""
     found = {}
-    for stage in STAGES:
-        if stage.name in ("generate", "rank", "score") and stage.name in record:
-            before, now = record[stage.name]["settings"], stage.settings(run, t)
+    for stage in (generate, teach if run.experiment.taught else rank, score):
+        if stage.name in record:
+            before, now = record[stage.name]["settings"], stage.recorded(run, t)
             for key in before.keys() | now.keys():
                 if before.get(key) != now.get(key):
                     found[key] = before.get(key), now.get(key)
@@ -272,7 +276,7 @@ def _counts(run: Run, t: int, found: Preview) -> Table:
     responses = [ids for row in found.rows for ids in row.responses]
     lengths = [len(row.prompt) for row in found.rows]
     if e.text.layout == "paper":  # whose prompts are not those that are answered
-        lengths = [len(run.data.prompt_ids(prompt)) for prompt in run.prompts(t)]
+        lengths = [len(prompt_ids(run.chat, prompt)) for prompt in run.prompts(t)]
     examples = [row for row in found.rows if isinstance(row, Example)]
     long = [row for row in examples if row.tokens > e.training.row_length]
 

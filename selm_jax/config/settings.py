@@ -283,6 +283,11 @@ class Training:
                 f"tokens at once; at most {MOST:,} were expected"
             )
 
+    def peak(self, iteration: int) -> float:
+        """The learning rate at the peak of iteration 1, 2, ..."""
+        rates = self.learning_rate
+        return rates[0] if len(rates) == 1 else rates[iteration - 1]
+
 
 @dataclass(frozen=True, config=_STRICT)
 class Lora:
@@ -341,8 +346,7 @@ class Experiment:
 
     def learning_rate(self, iteration: int) -> float:
         """The peak of iteration 1, 2, ..."""
-        rates = self.training.learning_rate
-        return rates[0] if len(rates) == 1 else rates[iteration - 1]
+        return self.training.peak(iteration)
 
     @property
     def taught(self) -> bool:

@@ -16,12 +16,13 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeAlias, TypeVar, cast, get_args
 
 import numpy as np
 from jaxtyping import Float64, Int, Real
 
-from selm_jax.config import CutOff, ExploreName, RuleName, Ties
+from selm_jax.config import CutOff, ExploreName, Feedback, RuleName, Ties
 from selm_jax.preferences.candidates import Candidate, Dropped, FeedbackError, Pair, check_choice
 from selm_jax.shell.user_code import UserCodeError, described, function_at, is_user_code
 
@@ -258,6 +259,18 @@ def select(
     if gap < min_margin:
         return Dropped("margin")
     return Pair(pair.chosen, pair.rejected, explored[0], explored if len(explored) > 1 else ())
+
+
+def by_settings(f: Feedback) -> Callable[..., Pair | Dropped]:
+    """`select` as the settings of `feedback` say, of candidates, scores and seed.
+
+    Raises:
+        FeedbackError: a rule that cannot be found or called.
+    """
+    return partial(
+        select, rule=rule_named(f.rule), explore=explore_named(f.explore), ties=f.ties,
+        cut_off=f.cut_off, min_margin=f.min_margin,
+    )  # fmt: skip
 
 
 def check_length(candidates: Sequence[Candidate], scores: Scores) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from selm_jax.feedback import ranker as rankers
 from selm_jax.models.quantize import check_installed
 from selm_jax.parallel import multihost
+from selm_jax.preferences.selection import by_settings
 from selm_jax.rollout import remote
 from selm_jax.run.data import Data
 from selm_jax.run.rows import (
@@ -32,7 +33,7 @@ def check(run: Run) -> None:
     """
     e, data = run.experiment, run.data
     objective = run.task.objective
-    _ = (run.select, data.all_prompts, data.heldout)
+    _ = (by_settings(e.feedback), data.all_prompts, data.heldout)
     multihost.on_first(lambda: _check_ranker(run))
     there = ("chosen", "rejected") if e.data.rejected else ("chosen",)
     if e.taught and not set(objective.roles) <= set(there):
@@ -61,7 +62,7 @@ def check(run: Run) -> None:
 def _check_ranker(run: Run) -> None:
     """What the first process alone asks and writes to."""
     rows = [] if run.experiment.taught else [*run.data.every_prompt(), *run.data.heldout]
-    rankers.check_asked(run.ranker, [question(prompt) for prompt in rows])
+    rankers.check_asked(run.ranker.ranker, [question(prompt) for prompt in rows])
 
 
 def _check_mesh(run: Run) -> None:

@@ -10,11 +10,11 @@ from selm_jax.config import Experiment
 from selm_jax.parallel import multihost
 from selm_jax.preferences.own_answers import OwnAnswers
 from selm_jax.run.model import StartModel
-from selm_jax.run.rows import RunError, trained_too
+from selm_jax.run.rows import RunError, prompt_ids, trained_too
 from selm_jax.run.task import Task
 from selm_jax.shell.threads import of_each
 from selm_jax.text.answers import longest_answered
-from selm_jax.text.chat import Chat, ChatError
+from selm_jax.text.chat import Chat
 from selm_jax.text.prompts import (
     Message,
     Part,
@@ -121,14 +121,6 @@ class Data:
 
     # Their lengths
 
-    def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
-        """Ids of what the policy answers. Raises RunError, with the prompt's id, if there are none."""
-        chat = self.chat  # whose own faults are not the prompt's
-        try:
-            return chat.prompt_ids(prompt.messages)
-        except ChatError as e:
-            raise RunError(f"prompt {prompt.id}: {e}") from e
-
     @cached_property
     def longest_prompt(self) -> int:
         """Tokens of the longest prompt.
@@ -191,7 +183,7 @@ class Data:
 
     def _length(self, prompt: Prompt) -> int:
         if (known := self._lengths.get(prompt.messages)) is None:
-            known = self._lengths[prompt.messages] = len(self.prompt_ids(prompt))
+            known = self._lengths[prompt.messages] = len(prompt_ids(self.chat, prompt))
         return known
 
     @cached_property

@@ -95,6 +95,7 @@ class Folder:
         if not multihost.is_first():
             return
         before = self._manifest()
+        servers = before.get("servers", {}) | dict(self._servers())
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         artifacts.write_sealed(
             self.manifest_file,
@@ -106,15 +107,9 @@ class Folder:
                 "python": platform.python_version(),
                 "created": before.get("created", now),
                 "feedback": dict(self._asked()),
-                **({"servers": before["servers"]} if "servers" in before else {}),
+                **({"servers": servers} if servers else {}),
             },
         )
-
-    def note_server(self, t: int, version: str | None) -> None:
-        """Writes into the manifest which version of a server answered in iteration t."""
-        found = self._manifest()
-        servers = found.get("servers", {}) | {str(t): version}
-        artifacts.write_sealed(self.manifest_file, found | {"servers": servers})
 
     def _manifest(self) -> dict[str, Any]:
         return artifacts.read_sealed(self.manifest_file) if self.manifest_file.exists() else {}
@@ -135,7 +130,39 @@ class Folder:
             if of_stage:
                 yield str(t), of_stage
 
+    def _servers(self) -> Iterator[tuple[str, str | None]]:
+        """By iteration, the version of the server that answered."""
+        for t in range(1, self.experiment.iterations + 1):
+            done = artifacts.Stages(self.iteration(t)).read().get("generate", {})
+            if "server/version" in (counts := done.get("counts", {})):
+                yield str(t), counts["server/version"]
+
     def model_card(self, t: int, origin: Mapping[str, Any], rates: bool) -> str:
         """The README.md of the policy after iteration t, which began from a model of this origin."""
         metrics = artifacts.read_lines(self.metrics_file)
         return model_card(self.experiment, self.name, t, origin, metrics, rates)
+
+
+class StageLog:
+    """The lines of metrics.jsonl that one stage of one iteration writes."""
+
+    def __init__(self, folder: Folder, stage: str, t: int):
+        self._folder, self.stage, self.t = folder, stage, t
+        self.file = folder.metrics_file
+
+    def __call__(self, metrics: Mapping[str, Any]) -> None:
+        """Writes one line."""
+        self._folder.log(self.stage, self.t, metrics)
+
+    def lines(self) -> list[dict[str, Any]]:
+        return self._folder.logged(self.stage, self.t)
+
+    def forget(self) -> None:
+        """Drops the lines, which are about to be written again."""
+        self._folder.forget(lambda m: (m["stage"], m["iteration"]) == (self.stage, self.t))
+
+    def forget_after(self, step: int) -> None:
+        """Drops the lines of later steps, and of later iterations of the same stage."""
+        self._folder.forget(
+            lambda m: m["stage"] == self.stage and (m["iteration"], m["step"]) > (self.t, step)
+        )

@@ -10,6 +10,7 @@ from selm_jax.feedback.ranker import Question
 from selm_jax.objectives.losses import Objective
 from selm_jax.shell.progress import Advance
 from selm_jax.shell.threads import of_each
+from selm_jax.text.chat import Chat, ChatError
 from selm_jax.text.prompts import Prompt, PromptSet
 
 
@@ -129,3 +130,11 @@ def check_rated(e: Experiment, objective: Objective) -> None:
             f"{objective} reads whole conversations, of which text.layout: "
             f"{e.text.layout} knows nothing; set text.layout: default"
         )
+
+
+def prompt_ids(chat: Chat, prompt: Prompt) -> tuple[int, ...]:
+    """Ids of what the policy answers. Raises RunError, with the prompt's id, if there are none."""
+    try:
+        return chat.prompt_ids(prompt.messages)
+    except ChatError as e:
+        raise RunError(f"prompt {prompt.id}: {e}") from e

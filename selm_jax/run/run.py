@@ -14,9 +14,8 @@ makes the same parts again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property, partial
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from rich.console import Console
@@ -24,19 +23,19 @@ from rich.console import Console
 from selm_jax.config import Experiment
 from selm_jax.feedback import ranker as rankers
 from selm_jax.parallel import multihost
-from selm_jax.preferences.candidates import Dropped, Pair
-from selm_jax.preferences.selection import explore_named, rule_named, select
+from selm_jax.preferences.acquisition import MODEL_BASED
 from selm_jax.run.data import Data
 from selm_jax.run.devices import Devices
 from selm_jax.run.folder import Folder
+from selm_jax.run.inputs import LazyRanker, Model, Words
 from selm_jax.run.model import StartModel
 from selm_jax.run.programs import Programs, Sizes
 from selm_jax.run.task import Task, refuse_user_code
+from selm_jax.run.wanted import Wanted
 from selm_jax.shell.progress import bar, terminal
 from selm_jax.shell.store import Store
 from selm_jax.text.chat import Chat
 from selm_jax.text.prompts import Prompt
-from selm_jax.weights.sources import ModelFolder
 
 
 class Run:
@@ -58,6 +57,7 @@ class Run:
         imports: bool = True,
     ):
         self.experiment, self.store, self.imports = experiment, store, imports
+        self.wanted = Wanted()  # which stages are asked for
         # Of several processes one talks.
         self.console = console or terminal(quiet=not multihost.is_first())
         self.folder = Folder(experiment)
@@ -82,8 +82,9 @@ class Run:
         return range(1, self.experiment.iterations + 1)
 
     @property
-    def start(self) -> ModelFolder:
-        return self.model.folder
+    def start(self) -> Model:
+        """The start model."""
+        return Model(self.model.folder.path, origin=self.model.folder.origin)
 
     @property
     def fixed_reference(self) -> bool:
@@ -102,39 +103,30 @@ class Run:
         return self.model.chat
 
     @cached_property
-    def ranker(self) -> rankers.Ranker:
+    def ranker(self) -> LazyRanker:
         f = self.experiment.feedback
-        return rankers.build(self._importable("feedback.ranker", f.ranker), **f.settings)
-
-    @cached_property
-    def select(self) -> Callable[..., Pair | Dropped]:
-        """`selection.select` by the experiment's rules."""
-        f = self.experiment.feedback
-        return partial(
-            select,
-            rule=rule_named(self._importable("feedback.rule", f.rule)),
-            explore=explore_named(self._importable("feedback.explore", f.explore)),
-            ties=f.ties, cut_off=f.cut_off, min_margin=f.min_margin,
-        )  # fmt: skip
-
-    def _importable(self, key: str, name: str) -> str:
         if not self.imports:
-            refuse_user_code(self.folder.path, key, name)
-        return name
+            refuse_user_code(self.folder.path, "feedback.ranker", f.ranker)
+        return LazyRanker(lambda: rankers.build(f.ranker, **f.settings))
 
-    # Model folders, for a stage that is run alone
+    def policy(self, t: int) -> Model:
+        """The policy after iteration t; 0 is the start model."""
+        return self.start if t == 0 else Model(self.folder.model(t), self.folder.iteration(t))
 
-    def policy(self, t: int) -> Path:
-        """The folder of the policy after iteration t; 0 is the start model."""
-        return self.start.path if t == 0 else self.folder.model(t)
+    def looked_at(self, t: int, policy: Model) -> tuple[Model | None, Model | None]:
+        """The policy that answered in iteration t, and the reference that it was trained against, as
+        far as the acquisition of a budget looks at them."""
+        acquisition = self.experiment.feedback.acquisition
+        if acquisition not in MODEL_BASED:
+            return None, None
+        compared = acquisition == "reward_gap" and t > 1  # in iteration 1 both are the start model
+        before = self.start if self.fixed_reference else self.policy(max(t - 2, 0))
+        return policy, before if compared else None
 
-    def reference(self, t: int) -> Path:
-        """The folder of iteration t's reference."""
-        return self.policy(self.reference_number(t))
-
-    def reference_number(self, t: int) -> int:
-        """The iteration that iteration t's reference came out of; 0 is the start model."""
-        return 0 if self.fixed_reference else t - 1
+    def card(self, t: int) -> Words:
+        """The README.md of the policy after iteration t."""
+        origin, rates = self.model.folder.origin, self.task.rates
+        return Words(lambda: self.folder.model_card(t, origin, rates))
 
     # What it says
 
@@ -151,7 +143,7 @@ class Run:
                 "rates": self.task.rates,
                 "reference_free": self.task.reference_free,
                 "layout": self.experiment.text.layout,
-                "model": self.start.origin,
+                "model": self.model.folder.origin,
                 "parameters": self.programs.parameters,
                 **self.devices.described(),
             }

@@ -196,12 +196,14 @@ def iterations(run: Path) -> dict[int, Path]:
     return dict(sorted((int(name[1]), path) for name, path in found if name and path.is_dir()))
 
 
+FORMAT = 2  # of stage.json's entries
+
+
 class Stages:
     """The stages of one iteration, as `stage.json` tells them."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
-        self.file = folder / "stage.json"
+        self.folder, self.file = folder, folder / "stage.json"
 
     def read(self) -> dict[str, Any]:
         """The entries by stage. An entry may be taken out by hand; none may be changed.
@@ -249,7 +251,11 @@ class Stages:
         again = f"To redo it and what follows, remove {stage!r} from {self.file}; to keep it, "
         redo = again + "set the setting back, or give the changed experiment another `output`"
         restore = again + "put its files back as they were"
-        for key in sorted(set(settings) | set(entry["settings"])):
+        keys = set(settings) | set(entry["settings"])
+        if "format" not in entry:  # versions before this one kept fewer settings and inputs
+            keys &= set(settings) & set(entry["settings"])
+            inputs = {name: now for name, now in inputs.items() if name in entry["inputs"]}
+        for key in sorted(keys):
             before, now = entry["settings"].get(key), settings.get(key)
             if before != now:
                 raise ArtifactError(f"{where}: {key} was {before!r} and is now {now!r}. {redo}")
@@ -271,7 +277,7 @@ class Stages:
 
     def begin(self, stage: str, inputs: Mapping[str, str], settings: Mapping[str, Any]) -> None:
         """Writes down what the stage is about to work with, so that a resumed one cannot differ."""
-        self._put(stage, {"done": False, "inputs": inputs, "settings": settings})
+        self._put(stage, {"format": FORMAT, "done": False, "inputs": inputs, "settings": settings})
 
     def finish(
         self,
@@ -292,6 +298,7 @@ class Stages:
         self._put(
             stage,
             {
+                "format": FORMAT,
                 "done": True,
                 "inputs": inputs,
                 "settings": settings,

@@ -15,9 +15,10 @@ from selm_jax.evaluation.cost import judges
 from selm_jax.feedback.judge.unread import UnreadableJudge, mostly, too_many
 from selm_jax.feedback.ranker import Question, counted, prompts_together, reported
 from selm_jax.parallel import multihost
-from selm_jax.run.run import Run
+from selm_jax.run.inputs import LazyRanker
 from selm_jax.shell import artifacts, parts
 from selm_jax.shell.store import Store
+from selm_jax.stages.step import Step
 from selm_jax.tables import scores as table
 
 Scores = list[list[float | None]]  # by prompt and candidate; None: a judge was not readable
@@ -27,17 +28,20 @@ FOLDER = "scores"
 
 
 def scores_of(
-    run: Run, questions: Sequence[Question], candidates: Sequence[Sequence[str]]
+    ranker: LazyRanker, questions: Sequence[Question], candidates: Sequence[Sequence[str]]
 ) -> list[np.ndarray]:
     """The ranker's scores, one array per question. It is asked in the first process alone: it may
     be people, or a server with a budget, and what a model says of a text may hang on its batch."""
-    return _arrays(multihost.on_first(lambda: _ask(run, questions, candidates)))
+    return _arrays(multihost.on_first(lambda: _ask(ranker, questions, candidates)))
 
 
 def scores_in_parts(
-    run: Run, t: int, questions: Sequence[Question], candidates: Sequence[Sequence[str]]
+    step: Step,
+    ranker: LazyRanker,
+    questions: Sequence[Question],
+    candidates: Sequence[Sequence[str]],
 ) -> tuple[list[np.ndarray], Told]:
-    """The scores of iteration t's candidates, and what the ranker told: the sums over all parts.
+    """The scores of an iteration's candidates, and what the ranker told: the sums over all parts.
 
     Parts that are there are not asked about again, whichever process has asked. People are asked
     once for all: what they said is kept as it is, and more of them may have said something since.
@@ -47,30 +51,31 @@ def scores_in_parts(
       UnreadableJudge: most of a judge's answers cannot be read. No part is kept: what could be read
         is in the judge's cache, and of a mended judge the rest is to be asked again.
     """
-    if run.experiment.feedback.ranker == "human":
-        scores = scores_of(run, questions, candidates)
-        return scores, multihost.on_first(lambda: reported(run.ranker))
-    size = multihost.on_first(lambda: _prompts_per_part(run))
+    feedback = step.settings.feedback
+    if feedback.ranker == "human":
+        scores = scores_of(ranker, questions, candidates)
+        return scores, multihost.on_first(lambda: reported(ranker.ranker))
+    size = multihost.on_first(lambda: _prompts_per_part(ranker, feedback.prompts_per_part))
     count = -(-len(questions) // size) or 1  # one that is empty tells that nothing was asked
     scores, told = [], Counter()
     try:
-        with run.bar(f"iteration {t}  rank", len(questions), "prompts") as advance:
-            for i, file in enumerate(parts.files(run.folder.iteration(t) / FOLDER, count)):
+        with step.bar(len(questions), "prompts") as advance:
+            for i, file in enumerate(parts.files(step.folder / FOLDER, count)):
                 multihost.stop_if_told()
                 mine = slice(i * size, (i + 1) * size)
-                work = partial(_part, run, file, questions[mine], candidates[mine])
+                work = partial(_part, ranker, file, questions[mine], candidates[mine])
                 found, of_part = multihost.on_first(work)
                 scores += _arrays(found)
                 told.update(of_part)
                 advance(len(found), 0)
-        check_read(run, dict(told))
+        check_read(step, ranker, dict(told))
     except UnreadableJudge:
-        multihost.on_first(lambda: artifacts.remove(run.folder.iteration(t) / FOLDER))
+        multihost.on_first(lambda: artifacts.remove(step.folder / FOLDER))
         raise
     return scores, dict(told)
 
 
-def check_read(run: Run, told: Told) -> None:
+def check_read(step: Step, ranker: LazyRanker, told: Told) -> None:
     """Looks at what the ranker told of all that a stage has asked: a judge that is asked too little
     to be stopped on the way is stopped here.
 
@@ -79,8 +84,8 @@ def check_read(run: Run, told: Told) -> None:
     """
     malformed, answers = counted(told, "malformed"), counted(told, "asked")
     if mostly(malformed, answers):
-        examples = multihost.on_first(lambda: [x for j in judges(run.ranker) for x in j.unread])
-        name = f"ranker {run.experiment.feedback.ranker!r}"
+        examples = multihost.on_first(lambda: [x for j in judges(ranker.ranker) for x in j.unread])
+        name = f"ranker {step.settings.feedback.ranker!r}"
         raise too_many(name, malformed, answers, *examples[:1])
 
 
@@ -90,28 +95,33 @@ def unread(told: Told) -> Told:
     return {"malformed": counted(told, "malformed")} if judged else {}
 
 
-def _prompts_per_part(run: Run) -> int:
+def _prompts_per_part(ranker: LazyRanker, wanted: int) -> int:
     """As many as the experiment says, or the next number that cuts no group of the ranker's."""
-    together = prompts_together(run.ranker)
-    return -(-run.experiment.feedback.prompts_per_part // together) * together
+    together = prompts_together(ranker.ranker)
+    return -(-wanted // together) * together
 
 
 def _part(
-    run: Run, file: Path, questions: Sequence[Question], candidates: Sequence[Sequence[str]]
+    ranker: LazyRanker,
+    file: Path,
+    questions: Sequence[Question],
+    candidates: Sequence[Sequence[str]],
 ) -> tuple[Scores, Told]:
     """The scores of one part and what the ranker told: read if they are there, else asked for."""
     key = _key(questions, candidates)
     if (found := _read(file, key)) is not None:
         return found
-    scores = _ask(run, questions, candidates)
-    told = reported(run.ranker)
+    scores = _ask(ranker, questions, candidates)
+    told = reported(ranker.ranker)
     rows = [table.Row(q.id, tuple(of)) for q, of in zip(questions, _arrays(scores), strict=True)]
     table.write(file, rows, about=json.dumps({"key": key, "told": told}))
     return scores, told
 
 
-def _ask(run: Run, questions: Sequence[Question], candidates: Sequence[Sequence[str]]) -> Scores:
-    return _plain(run.ranker.scores(questions, candidates))
+def _ask(
+    ranker: LazyRanker, questions: Sequence[Question], candidates: Sequence[Sequence[str]]
+) -> Scores:
+    return _plain(ranker.ranker.scores(questions, candidates))
 
 
 def _read(file: Path, key: str) -> tuple[Scores, Told] | None:

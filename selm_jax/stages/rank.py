@@ -2,100 +2,126 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from selm_jax.annotate.store import AnnotationError, Annotations
+from selm_jax.config import Experiment
 from selm_jax.feedback.human import Human
 from selm_jax.parallel import multihost
-from selm_jax.run.run import Run
-from selm_jax.stages.asking import scores_in_parts, unread
-from selm_jax.stages.generate import Counts, response_files
+from selm_jax.preferences.acquisition import MODEL_BASED
+from selm_jax.preferences.selection import by_settings
+from selm_jax.run.inputs import LazyRanker, Model, StoredTable
+from selm_jax.run.rows import prompt_ids
+from selm_jax.run.task import Task
+from selm_jax.stages import asking
 from selm_jax.stages.ranking import budget, candidates, people
 from selm_jax.stages.ranking.candidates import OfData, Pool
 from selm_jax.stages.ranking.pairs import pairs
 from selm_jax.stages.ranking.teach import taught
-from selm_jax.tables import ranked, responses
+from selm_jax.stages.settings import SCORING, TEMPLATE
+from selm_jax.stages.stage import Counts, stage
+from selm_jax.stages.step import Step
+from selm_jax.tables import ranked
+from selm_jax.tables import responses as answers
+from selm_jax.text.chat import Chat
+from selm_jax.text.prompts import Prompt
+
+_OF_DATA = ("text.layout", "objective.rates", "data.on_bad_row", *TEMPLATE)
 
 
-def rank(run: Run, t: int) -> Counts:
+def _settings(e: Experiment, _task: Task) -> tuple[str, ...]:
+    scoring = SCORING if e.feedback.acquisition in MODEL_BASED else ()
+    return ("seed", "candidates.dataset", "feedback", *_OF_DATA, *scoring)
+
+
+@stage(
+    leaves=("ranked.parquet",),
+    settings=_settings,
+    shared=lambda settings: settings.feedback.ranker != "human",  # people rank a run's answers
+    goes_on_from=(asking.FOLDER,),
+    scratch=(asking.FOLDER,),
+)
+def rank(
+    step: Step,
+    prompts: list[Prompt],
+    responses: StoredTable,
+    ranker: LazyRanker,
+    chat: Chat,
+    policy: Model | None = None,
+    reference: Model | None = None,
+) -> Counts:
     """The ranker scores the candidates of the prompts that it is asked about; each becomes a pair
-    or a counted drop. Answers of the data that are taught as they are need no ranker."""
-    e = run.experiment
-    if e.taught:
-        rows, counts = taught(run.prompts(t), _of_data(run), e.data)
-    else:
-        pool = pool_of(run, t)
-        answered = multihost.on_first(lambda: _answered(run, t, pool))
-        found, told = scores_in_parts(run, t, *pool.questions(answered))
-        scores = dict(zip(answered, found, strict=True))
-        rows, report = pairs(pool, scores, run.select, e.feedback.labels, seed=(e.seed, t))
-        of_ranker = {f"ranker/{key}": value for key, value in told.items()}
-        counts = report.as_dict() | pool.cost | unread(told) | of_ranker
+    or a counted drop.
+
+    Args:
+      policy, reference: what a budget's acquisition looks at: the policy that answered, and the
+        reference that it was trained against.
+    """
+    pool = pool_of(step, prompts, responses, chat, policy, reference)
+    answered = multihost.on_first(lambda: _answered(step, ranker, pool))
+    found, told = asking.scores_in_parts(step, ranker, *pool.questions(answered))
+    scores = dict(zip(answered, found, strict=True))
+    feedback, seed = step.settings.feedback, (step.settings.seed, step.t)
+    rows, report = pairs(pool, scores, by_settings(feedback), feedback.labels, seed=seed)
     if multihost.is_first():
-        ranked.write(run.folder.iteration(t) / "ranked.parquet", rows)
+        ranked.write(step.folder / "ranked.parquet", rows)
+    of_ranker = {f"ranker/{key}": value for key, value in told.items()}
+    return report.as_dict() | pool.cost | asking.unread(told) | of_ranker
+
+
+@stage(
+    name="rank",
+    leaves=("ranked.parquet",),
+    settings=("data.rejected", "data.chosen_score", "data.rejected_score", *_OF_DATA),
+)
+def teach(step: Step, prompts: list[Prompt], chat: Chat) -> Counts:
+    """The data set's answers are what is trained on, as they are: there is nothing to rank."""
+    rows, counts = taught(prompts, _of_data(step, chat), step.settings.data)
+    if multihost.is_first():
+        ranked.write(step.folder / "ranked.parquet", rows)
     return counts
 
 
-def pool_of(run: Run, t: int) -> Pool:
-    """Every candidate of an iteration, and which prompts are to be asked about.
-
-    The policy of a budget's acquisition is the one that generated, policy t-1; its own reference is
-    that of iteration t-1. In iteration 1 both are the start model, and the choice is random.
-    """
-    e, f = run.experiment, run.experiment.feedback
-    drawn = (row for file in response_files(run, t) for row in responses.read(file))
-    pool = candidates.pool(run.prompts(t), drawn, _of_data(run) if e.candidates.dataset else None)
-    if f.budget is None:
+def pool_of(
+    step: Step,
+    prompts: list[Prompt],
+    responses: StoredTable,
+    chat: Chat,
+    policy: Model | None,
+    reference: Model | None,
+) -> Pool:
+    """Every candidate of an iteration, and which prompts are to be asked about."""
+    feedback = step.settings.feedback
+    of_data = _of_data(step, chat) if step.settings.candidates.dataset else None
+    drawn = (row for file in answers.files(responses.path) for row in answers.read(file))
+    pool = candidates.pool(prompts, drawn, of_data)
+    if feedback.budget is None:
         return pool
-
-    def logps(model: Path) -> budget.Logps:
-        return lambda examples: run.programs.scorer.logps(run.programs.start_of(model), examples)
-
-    compared = f.acquisition == "reward_gap" and t > 1
     return budget.within(
-        pool, f.budget, acquisition=f.acquisition, seed=(e.seed, t), prompt_ids=run.data.prompt_ids,
-        policy=logps(run.policy(t - 1)),
-        reference=logps(run.reference(t - 1)) if compared else None,
+        pool, feedback.budget, acquisition=feedback.acquisition,
+        seed=(step.settings.seed, step.t), prompt_ids=lambda prompt: prompt_ids(chat, prompt),
+        policy=_logps(step, policy), reference=_logps(step, reference),
     )  # fmt: skip
 
 
-def put_questions(run: Run, t: int, minimum: int | None = None) -> tuple[Annotations, str]:
-    """Puts an iteration's questions where people are asked them; see `people.put`.
-
-    Returns:
-      the store, and the name of the batch.
-
-    Raises:
-      AnnotationError: there is nothing to rank, or the ranker waits for another minimum.
-    """
-    if run.experiment.taught:
-        raise AnnotationError(
-            f"{run.folder.path}: the data set's answers are taught as they are; there is nothing to rank"
-        )
-    batch = _batch(run, t)
-    feedback = run.experiment.feedback
-    return people.put(run.folder.path, feedback, batch, pool_of(run, t), minimum), batch
+def _logps(step: Step, model: Model | None) -> budget.Logps | None:
+    """What a model says of examples; it is loaded when it is asked."""
+    if model is None:
+        return None
+    scorer, load = step.programs.scorer, step.programs.start_of
+    return lambda examples: scorer.logps(load(model.path), examples)
 
 
-def _batch(run: Run, t: int) -> str:
-    return f"{run.folder.name}/iteration_{t}"
-
-
-def _answered(run: Run, t: int, pool: Pool) -> list[int]:
+def _answered(step: Step, ranker: LazyRanker, pool: Pool) -> list[int]:
     """The prompts that the ranker can score: all that are asked about, but for people."""
-    ranker = run.ranker
-    if not isinstance(ranker, Human):
+    human = ranker.ranker
+    if not isinstance(human, Human):
         return list(pool.asked)
-    if ranker.wait:
-        run.console.print(
-            f"iteration {t}  rank: waits for people; `selm annotate {run.folder.path}` asks them",
-            soft_wrap=True,
-        )
-    with run.bar(f"iteration {t}  rank", len(pool.asked), "prompts") as advance:
-        batch = _batch(run, t)
-        return people.answered(ranker, run.folder.path, batch, pool, lambda more: advance(more, 0))
+    run = step.folder.parent
+    if human.wait:
+        step.say(f"waits for people; `selm annotate {run}` asks them")
+    with step.bar(len(pool.asked), "prompts") as advance:
+        batch = people.batch(step.run, step.t)
+        return people.answered(human, run, batch, pool, lambda more: advance(more, 0))
 
 
-def _of_data(run: Run) -> OfData:
-    e = run.experiment
-    return OfData(run.chat, e.text.layout, run.task.rates, e.data.on_bad_row)
+def _of_data(step: Step, chat: Chat) -> OfData:
+    layout, on_bad_row = step.settings.text.layout, step.settings.data.on_bad_row
+    return OfData(chat, layout, step.task.rates, on_bad_row)

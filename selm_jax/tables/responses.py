@@ -33,3 +33,8 @@ def read(path: Path) -> list[Row]:
 def write(path: Path, rows: Sequence[Row]) -> None:
     """Writes one part, and its SHA-256 beside it."""
     parts.write(path, table_of(Row, rows))
+
+
+def files(folder: Path) -> list[Path]:
+    """The parts of a folder of answers, in order."""
+    return sorted(folder.glob("part-*.parquet"))

@@ -17,10 +17,8 @@ from selm_jax.commands import preview
 from selm_jax.preferences.examples import Example
 from selm_jax.run.rows import RunError
 from selm_jax.run.run import Run
-from selm_jax.shell import artifacts
-from selm_jax.stages import STAGES
-from selm_jax.stages.generate import response_files
-from selm_jax.stages.score import paired_examples
+from selm_jax.shell import artifacts, parts
+from selm_jax.stages.score import score
 from selm_jax.tables import examples as examples_table
 from selm_jax.tables import responses
 
@@ -86,9 +84,11 @@ def answer_and_rank(run: Run) -> None:
         for i, p in enumerate(run.prompts(1))
     ]
     each = run.experiment.rollout.prompts_per_part
-    for n, file in enumerate(response_files(run, 1)):
+    for n, file in enumerate(
+        parts.files(run.folder.iteration(1) / "responses", -(-len(rows) // each))
+    ):
         responses.write(file, rows[n * each : (n + 1) * each])
-    STAGES[1].run(run, 1)
+    tiny.do(run, "rank", 1)
 
 
 # --- the rows ----------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ def test_over_long_rows_are_counted_not_refused(make, tmp_path):
     counts = table(shown(make(training__row_length=50)))  # bad rows, where such are dropped
     assert 0 < long and counts["bad rows of the data"].endswith(f", {long} answer too long")
     assert counts["longer than training.row_length"] == "0"
-    lengths = [len(run.data.prompt_ids(p)) for p in run.prompts(1)]
+    lengths = [len(run.chat.prompt_ids(p.messages)) for p in run.prompts(1)]
     over = sum(length > 28 for length in lengths)
     assert 0 < over < len(lengths)
     counts = table(shown(make(rollout__max_prompt_tokens=28)))  # bad rows, where such are dropped
@@ -209,7 +209,7 @@ def test_ranked_pairs_and_then_examples_are_shown_where_they_are_there(make):
     answer_and_rank(make())
     run = make()
     text, record = shown(run), artifacts.Stages(run.folder.iteration(1))
-    examples, _ = paired_examples(run, 1)
+    examples, _ = tiny.paired(run, 1)
     counts = table(text)
     assert f"{run.folder.iteration(1) / 'ranked.parquet'}" in text.splitlines()[0]
     assert int(counts["rows"]) == len(examples)
@@ -222,7 +222,7 @@ def test_ranked_pairs_and_then_examples_are_shown_where_they_are_there(make):
     assert "made with other settings" not in text
 
     examples_table.write(run.folder.iteration(1) / "examples.parquet", examples[1:])
-    record.finish("score", {}, STAGES[2].settings(run, 1), {}, {"responses_cut": 3}, 0.0)
+    record.finish("score", {}, score.recorded(run, 1), {}, {"responses_cut": 3}, 0.0)
     text = shown(make())
     assert "examples.parquet" in text.splitlines()[0]
     assert int(table(text)["rows"]) == len(examples) - 1

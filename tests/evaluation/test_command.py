@@ -63,7 +63,7 @@ def test_heldout_takes_everything_from_the_run(run, selm, tmp_path):
 
 
 def test_winrate_of_the_last_model_and_its_start(run, selm, tmp_path):
-    sources = [run.folder.path, f"start={run.policy(0)}"]
+    sources = [run.folder.path, f"start={run.policy(0).path}"]
     told = selm("winrate", *sources, "--dry-run")
     assert "nothing was computed" in told and not list(tmp_path.iterdir())
     selm("winrate", *sources)

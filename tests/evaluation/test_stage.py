@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
-from tiny import PROMPTS, experiment, make_model, on_first_device
+from tiny import PROMPTS, do, experiment, make_model, on_first_device
 from typer.testing import CliRunner
 
 from selm_jax.config import load
@@ -16,7 +16,6 @@ from selm_jax.evaluation.command import app
 from selm_jax.report import page
 from selm_jax.run.run import Run
 from selm_jax.shell import artifacts
-from selm_jax.stages import EVALUATE
 
 LOGPS = ["logp", "logp_start"]
 
@@ -39,7 +38,7 @@ def run(tmp_path, monkeypatch):
 
 
 def test_pairs_are_measured_against_the_start_model(run):
-    assert EVALUATE.run(run, 0) and EVALUATE.run(run, 1)
+    assert do(run, "evaluate", 0) and do(run, "evaluate", 1)
     start, after = (json.loads(line) for line in run.folder.metrics_file.read_text().splitlines())
     assert start["heldout/pairs/accuracy"] == 0.5 and start["heldout/pairs/margins"] == 0
     assert start["heldout/kl"] == 0
@@ -58,7 +57,7 @@ def test_pairs_are_measured_against_the_start_model(run):
     record = json.loads((run.folder.iteration(1) / "stage.json").read_text())["evaluate"]
     assert record["counts"]["pairs"] == 5 and record["counts"]["pairs_left_out"] == 1
     assert set(record["outputs"]) == {"heldout.parquet", "heldout_pairs.parquet"}
-    assert not EVALUATE.run(run, 1)  # it is done
+    assert not do(run, "evaluate", 1)  # it is done
 
     out = run.folder.path / "report.html"
     page.write([run.folder.path], out)
@@ -68,7 +67,7 @@ def test_pairs_are_measured_against_the_start_model(run):
 
 def test_eval_heldout_gives_the_runs_own_numbers(run, tmp_path, monkeypatch):
     """One path: in the run's rows to the bit, in others to the last bits of log-probabilities."""
-    assert EVALUATE.run(run, 0) and EVALUATE.run(run, 1)
+    assert do(run, "evaluate", 0) and do(run, "evaluate", 1)
     artifacts.Stages(run.folder.iteration(1)).begin("export", {}, {})
     artifacts.Stages(run.folder.iteration(1)).finish("export", {}, {}, {}, {}, 0.0)
     monkeypatch.chdir(tmp_path)
@@ -116,7 +115,7 @@ def test_prompts_too_long_for_a_row_are_measured_as_far_as_they_can_be(run, tmp_
         one = Run(load(tmp_path / "experiment.yaml", overrides), Console(quiet=True))
         one.open()
         make_model(one.folder.iteration(1) / "model", seed=1)
-        assert EVALUATE.run(one, 0) and EVALUATE.run(one, 1)
+        assert do(one, "evaluate", 0) and do(one, "evaluate", 1)
         found[row_length] = json.loads(one.folder.metrics_file.read_text().splitlines()[1])
         rows[row_length] = pq.read_table(one.folder.iteration(1) / "heldout.parquet").to_pylist()
         counts = json.loads((one.folder.iteration(1) / "stage.json").read_text())["evaluate"][
@@ -124,7 +123,7 @@ def test_prompts_too_long_for_a_row_are_measured_as_far_as_they_can_be(run, tmp_
         ]
         assert counts.get("answers_left_out") == {256: None, 128: 3}[row_length]
         assert counts["responses"] == 3 * len(prompts)
-    ids = len(one.data.prompt_ids(one.heldout[2]))
+    ids = len(one.chat.prompt_ids(one.heldout[2].messages))
     assert ids + 12 < 128 < ids + sum(len(r["token_ids"]) for r in rows[128][6:9])
     for row, other in zip(rows[128], rows[256], strict=False):
         logps = {name: pytest.approx(other[name], abs=1e-4) for name in ("logp", "logp_start")}
@@ -146,7 +145,7 @@ def test_no_answer_that_fits_leaves_only_what_needs_no_row(run, tmp_path):
     line = json.dumps({"prompt_id": "long", "prompt": "x" * 140})
     (tmp_path / "heldout.jsonl").write_text(line + "\n")
     run = Run(load(tmp_path / "experiment.yaml", ["rollout.max_prompt_tokens=180"]), run.console)
-    assert EVALUATE.run(run, 0)
+    assert do(run, "evaluate", 0)
     found = json.loads(run.folder.metrics_file.read_text())
     assert "heldout/reward_greedy" in found
     assert not {key for key in found if "kl" in key or "entropy" in key}
@@ -156,6 +155,6 @@ def test_data_without_pairs_gives_none(tmp_path, monkeypatch):
     on_first_device(monkeypatch)
     run = Run(load(experiment(tmp_path)), Console(quiet=True))
     run.open()
-    EVALUATE.run(run, 0)
+    do(run, "evaluate", 0)
     assert not (run.folder.iteration(0) / "heldout_pairs.parquet").exists()
     assert not any("pairs" in key for key in json.loads(run.folder.metrics_file.read_text()))

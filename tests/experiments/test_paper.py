@@ -79,7 +79,7 @@ def check(run: Run) -> None:
     firsts = [m["loss"] for m in lines if m["stage"] == "train" and m["step"] == 1]
     np.testing.assert_allclose(firsts, math.log(2), atol=1e-6)
     last = run.policy(e.iterations)
-    before, after = (load(folder, run.programs.config) for folder in (run.policy(0), last))
+    before, after = (load(folder, run.programs.config) for folder in (run.policy(0).path, last))
     moved = jax.tree.map(lambda a, b: float(abs(a - b).max()), before, after)
     assert 0 < max(jax.tree.leaves(moved)) < 1e-4  # the file's own learning rates
     assert Chat(last).prompt_ids(run.prompts(1)[0].messages)

@@ -21,7 +21,7 @@ from selm_jax.feedback.ranker import FeedbackError, Question, build, reported
 from selm_jax.iterate import run_stage
 from selm_jax.run.run import Run
 from selm_jax.shell.artifacts import Stages
-from selm_jax.stages.rank import put_questions
+from selm_jax.stages.questions import put_questions
 from selm_jax.text.prompts import Message
 
 

@@ -107,7 +107,7 @@ def test_the_programs_are_given_what_the_run_gives_them(tiny_one):
         assert planned.shape == real.shape and planned.dtype == real.dtype, path
         assert planned.sharding.is_equivalent_to(real.sharding, real.ndim), path
 
-    params = run.programs.load(run.policy(0))
+    params = run.programs.load(run.policy(0).path)
     check(same, b.programs.abstract_params, params)
     check(same, b.abstract_state, TrainState.create(params, run.programs.optimizer))
     decoding = run.programs.decoding(params)

@@ -18,7 +18,6 @@ from selm_jax.iterate import iterate
 from selm_jax.preferences.acquisition import Prospect, best, entropy, reward_gap
 from selm_jax.preferences.examples import Example
 from selm_jax.run.run import Run
-from selm_jax.stages.rank import pool_of
 
 logps = st.lists(st.floats(-200, 0), min_size=1, max_size=5)
 
@@ -88,7 +87,7 @@ def asked(run, t, acquisition="random"):
     feedback = dataclasses.replace(run.experiment.feedback, acquisition=acquisition)
     other = copy.copy(run)
     other.experiment = dataclasses.replace(run.experiment, feedback=feedback)
-    return pool_of(other, t)
+    return tiny.pool(other, t)
 
 
 @pytest.mark.parametrize("t", [1, 2])
@@ -116,9 +115,12 @@ def test_what_is_asked_is_what_the_acquisition_values_most(run):
     # The oracle: each candidate alone, as an example of its own.
     values = {"reward_gap": [], "entropy": []}
     for i, each in enumerate(gap.candidates):
-        ids = [Example("x", run.data.prompt_ids(gap.prompts[i]), (c.token_ids,), {}) for c in each]
+        ids = [
+            Example("x", run.chat.prompt_ids(gap.prompts[i].messages), (c.token_ids,), {})
+            for c in each
+        ]
         policy, reference = (
-            np.array(tiny.logps_of(run, run.programs.load(run.policy(t)), ids))[:, 0]
+            np.array(tiny.logps_of(run, run.programs.load(run.policy(t).path), ids))[:, 0]
             for t in (1, 0)
         )
         values["reward_gap"].append(np.ptp(policy - reference))

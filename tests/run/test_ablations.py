@@ -54,7 +54,7 @@ def test_all_of_the_policys_answers_explore(fixed):
 
 @pytest.mark.slow
 def test_a_fixed_reference_is_the_start_model_in_every_iteration(fixed):
-    params = fixed.programs.load(fixed.policy(0))
+    params = fixed.programs.load(fixed.policy(0).path)
     for t in (1, 2):
         examples = read_examples(fixed.folder.iteration(t) / "examples.parquet")
         for e, again in zip(examples, tiny.logps_of(fixed, params, examples), strict=True):
@@ -97,7 +97,7 @@ def test_stepwise_dpo_moves_the_reference_and_keeps_the_data(tmp_path):
     for t in (1, 2):
         examples = read_examples(run.folder.iteration(t) / "examples.parquet")
         seen += [e.prompt_id for e in examples]
-        params = run.programs.load(run.policy(t - 1))
+        params = run.programs.load(run.policy(t - 1).path)
         for e, again in zip(examples, tiny.logps_of(run, params, examples), strict=True):
             np.testing.assert_allclose(e.reference, again, rtol=1e-6, atol=1e-5)
             text = {role: run.chat.text(e.responses[i]) for role, i in e.roles.items()}

@@ -17,11 +17,13 @@ from selm_jax.config import ConfigError
 from selm_jax.iterate import run_stage
 from selm_jax.parallel import multihost
 from selm_jax.parallel.multihost import Stopped
+from selm_jax.run.inputs import LazyRanker
 from selm_jax.run.run import Run
 from selm_jax.shell import artifacts, parts
 from selm_jax.shell.store import Store
 from selm_jax.stages import asking
-from selm_jax.stages.rank import pool_of
+from selm_jax.stages.rank import rank as rank_stage
+from selm_jax.stages.step import Step
 
 QUIET = Console(quiet=True)
 FOUR = "feedback.prompts_per_part=4"  # of ten prompts: parts of 4, 4 and 2
@@ -75,7 +77,7 @@ def rank(answered, tmp_path):
             shutil.copytree(answered.parent / "run", folder)
         run = Run(config.load(answered, [f"output={folder}", *overrides]), QUIET, store=store)
         if ranker is not None:
-            run.ranker = ranker
+            run.ranker = LazyRanker(lambda: ranker)
         run_stage(run, "rank", 1)
         return run
 
@@ -200,7 +202,7 @@ def test_a_part_of_other_candidates_is_not_taken(rank, change, tmp_path):
     with pytest.raises(RuntimeError):
         rank("run", Counting({2: fails}), FOUR)
     run = Run(config.load(tmp_path / "run/config.yaml"), QUIET)
-    pool = pool_of(run, 1)
+    pool = tiny.pool(run, 1)
     questions, candidates = pool.questions(pool.asked)
     (file, *_) = parts.files(run.folder.iteration(1) / asking.FOLDER, 3)
     if change == "text":
@@ -209,9 +211,10 @@ def test_a_part_of_other_candidates_is_not_taken(rank, change, tmp_path):
         questions[0] = questions[-1]
     else:
         parts.write(file, pq.read_table(file).replace_schema_metadata())
-    run.ranker = Counting()
-    scores, told = asking.scores_in_parts(run, 1, questions, candidates)
-    assert [len(each) for each in run.ranker.asked] == [4, 4, 2]
+    ranker = Counting()
+    step = tiny.step_of(run, rank_stage, 1)
+    scores, told = asking.scores_in_parts(step, LazyRanker(lambda: ranker), questions, candidates)
+    assert [len(each) for each in ranker.asked] == [4, 4, 2]
     of_texts = [each.tolist() for each in scores]
     assert of_texts == Counting().scores(questions, candidates) and told["candidates"] == 30
 
@@ -246,19 +249,19 @@ def test_a_bar_tells_how_far_it_is(rank, monkeypatch):
         told.append(about)
         yield lambda items, tokens: told.append(items)
 
-    monkeypatch.setattr(Run, "bar", bar)
+    monkeypatch.setattr(Step, "bar", bar)
     with pytest.raises(RuntimeError):
         rank("run", Counting({2: fails}), FOUR)
     rank("run", Counting(), FOUR)
-    about = ("iteration 1  rank", 10, "prompts")
+    about = (10, "prompts")
     assert told == [about, 4, about, 4, 4, 2]
 
 
 def test_where_nothing_is_asked_the_counts_are_there(rank):
     run = rank("run", Counting())
     none = Counting()
-    run.ranker = none
-    scores, told = asking.scores_in_parts(run, 1, [], [])
+    step = tiny.step_of(run, rank_stage, 1)
+    scores, told = asking.scores_in_parts(step, LazyRanker(lambda: none), [], [])
     assert scores == [] and none.asked == [[]]
     assert told == {"candidates": 0, "malformed": 0, "cost": 0}
 

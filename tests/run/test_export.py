@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 
-from selm_jax.stages.train import _base
+from selm_jax.run.inputs import Model
 
 
 @pytest.mark.parametrize(
@@ -23,9 +21,7 @@ from selm_jax.stages.train import _base
     ids=["hub", "wheel", "folder", "gguf"],
 )  # fmt: skip
 def test_adapters_name_their_base_as_the_experiment_does(origin, expected, tmp_path):
-    run = SimpleNamespace(
-        start=SimpleNamespace(path=tmp_path / "cache" / "snapshots" / "a", origin=origin),
-        policy=lambda t: tmp_path / "run" / f"iteration_{t}" / "model",
-    )
-    assert _base(run, 1) == expected
-    assert _base(run, 2) == (str(tmp_path / "run" / "iteration_1" / "model"), None)
+    start = Model(tmp_path / "cache" / "snapshots" / "a", origin=origin)
+    assert start.called == expected
+    folder = tmp_path / "run" / "iteration_1"
+    assert Model(folder / "model", folder).called == (str(folder / "model"), None)

@@ -153,7 +153,7 @@ def test_a_sampler_filter(tmp_path, selm, all_logits):
     sys.path.remove(str(filtered))
 
     run = Run(config.load(file), Console(quiet=True))
-    prompts = {p.id: run.data.prompt_ids(p) for p in run.prompts(1)}
+    prompts = {p.id: run.chat.prompt_ids(p.messages) for p in run.prompts(1)}
     decoder, params = Decoder(run.programs.config), run.programs.load(run.policy(0))
     kept = {}
     for folder in (plain, filtered):

@@ -20,7 +20,7 @@ from selm_jax.run.rows import RunError
 from selm_jax.run.run import Run
 from selm_jax.shell.artifacts import ArtifactError
 from selm_jax.shell.sealed import seal, unsealed
-from selm_jax.stages.train import plan_of
+from selm_jax.stages.train import plan_of, train
 from selm_jax.tables.examples import read as read_examples
 from selm_jax.weights.huggingface import load
 
@@ -87,10 +87,10 @@ def test_the_first_update_of_each_iteration_costs_log_2(finished):
 
 def test_the_policy_moves_and_becomes_the_next_reference(finished):
     run, _ = finished
-    assert (run.policy(1) / "model.safetensors").read_bytes() != (
-        run.policy(0) / "model.safetensors"
+    assert (run.policy(1).path / "model.safetensors").read_bytes() != (
+        run.policy(0).path / "model.safetensors"
     ).read_bytes()
-    params = run.programs.load(run.policy(1))
+    params = run.programs.load(run.policy(1).path)
     examples = read_examples(run.folder.iteration(2) / "examples.parquet")
 
     again = tiny.logps_of(run, params, examples)
@@ -195,7 +195,7 @@ def test_iterative_dpo_differs_by_settings_only_and_equals_selm_at_alpha_0(finis
                 "training.learning_rate=1e-3",
             )
         )
-    a, b = ((run.policy(1) / "model.safetensors").read_bytes() for run in runs)
+    a, b = ((run.policy(1).path / "model.safetensors").read_bytes() for run in runs)
     assert a == b
 
 
@@ -235,7 +235,7 @@ def test_adapters_are_trained_exported_and_started_anew(base, finished, tmp_path
     assert [m["loss"] for m in firsts] == pytest.approx([np.log(2)] * 2, abs=1e-4)
     assert all(m["grad_norm"] > 0 for m in firsts)
     for t in (1, 2):
-        before, after = (load(run.policy(i), run.programs.config) for i in (t - 1, t))
+        before, after = (load(run.policy(i).path, run.programs.config) for i in (t - 1, t))
         changed = {
             path
             for path, x in flatten_dict(after).items()
@@ -246,7 +246,7 @@ def test_adapters_are_trained_exported_and_started_anew(base, finished, tmp_path
         assert changed == trained if base == "full" or t == 2 else changed > trained
         settings = json.loads((run.folder.iteration(t) / "adapter/adapter_config.json").read_text())
         assert settings["target_modules"] == ["down_proj", "q_proj"]
-        assert settings["base_model_name_or_path"] == str(run.policy(t - 1))
+        assert settings["base_model_name_or_path"] == str(run.policy(t - 1).path)
         outputs = json.loads((run.folder.iteration(t) / "stage.json").read_text())["export"][
             "outputs"
         ]
@@ -284,8 +284,11 @@ def test_a_base_model_is_taught_the_data_sets_answers(finished, tmp_path):
         assert run.chat.text(example.responses[0]) == "A kind answer."
         assert example.responses[0][-1] == end
     # The first loss is the start model's mean over all answer tokens, and over no other.
-    logps = tiny.logps_of(run, run.programs.load(run.policy(0)), plan_of(run, 1).updates[0])
-    tokens = sum(len(e.responses[0]) for e in plan_of(run, 1).updates[0])
+    (first, *_) = plan_of(
+        tiny.step_of(run, train, 1), tiny.stored(run, 1, "examples.parquet")
+    ).updates
+    logps = tiny.logps_of(run, run.programs.load(run.policy(0).path), first)
+    tokens = sum(len(e.responses[0]) for e in first)
     assert losses[0] == pytest.approx(-sum(x for (x,) in logps) / tokens, rel=1e-5)
 
     with pytest.raises(RunError, match="dpo needs the roles chosen, rejected"):
@@ -392,7 +395,7 @@ def test_what_was_exported_of_another_training_is_not_gone_on_with(finished, tmp
     taken_out(copy, "export")
     with pytest.raises(ArtifactError, match=r"stage 'evaluate': its input policy has changed"):
         iterate(copy)
-    weights = [(each.policy(1) / "model.safetensors").read_bytes() for each in (run, copy)]
+    weights = [(each.policy(1).path / "model.safetensors").read_bytes() for each in (run, copy)]
     assert weights[0] != weights[1]
 
 
@@ -429,11 +432,11 @@ def test_a_policy_is_handed_on_in_another_dtype_once(finished, tmp_path, monkeyp
     cli.main()
     assert "the policy after iteration 2, in bfloat16" in capsys.readouterr().out
     small = load(to, run.programs.config)
-    for path, x in flatten_dict(load(run.policy(2), run.programs.config)).items():
+    for path, x in flatten_dict(load(run.policy(2).path, run.programs.config)).items():
         np.testing.assert_array_equal(
             x.astype("bfloat16").astype("float32"), flatten_dict(small)[path]
         )
-    assert (to / "README.md").read_text() == (run.policy(2) / "README.md").read_text()
+    assert (to / "README.md").read_text() == (run.policy(2).path / "README.md").read_text()
     with pytest.raises(SystemExit):
         cli.main()
     assert "is there already" in capsys.readouterr().err

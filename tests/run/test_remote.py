@@ -153,7 +153,7 @@ def local(tmp_path_factory):
 def test_the_server_answers_what_the_engine_here_would(serving, local, tmp_path, engine):
     """It holds the same model: greedy answers are the same ids, text and ends."""
     here, file = local
-    params = here.programs.decoding(here.programs.load(here.policy(0)))
+    params = here.programs.decoding(here.programs.load(here.policy(0).path))
     one = threading.Lock()
 
     def answer(body):
@@ -163,7 +163,7 @@ def test_the_server_answers_what_the_engine_here_would(serving, local, tmp_path,
             )
         return 200, getattr(stand_in, engine)(list(r.tokens), r.finish)
 
-    server = serving(engine, remote.named(here.policy(0)), answer=answer)
+    server = serving(engine, remote.named(here.policy(0).path), answer=answer)
     settings = f"rollout.remote={{engine: {engine}, url: '{server.url}'}}"
     run = Run(config.load(file, [f"output={tmp_path}/run", settings]), QUIET)
     run_stage(run, "generate", 1)
@@ -188,9 +188,11 @@ def test_a_run_starts_a_server_for_each_policy_and_ends_it(tmp_path):
     served = re.findall(
         r"serving (.*) as process (\d+)", (run.folder.path / "server.log").read_text()
     )
-    assert [folder for folder, _ in served] == [str(remote.named(run.policy(t))) for t in (0, 1)]
+    assert [folder for folder, _ in served] == [
+        str(remote.named(run.policy(t).path)) for t in (0, 1)
+    ]
     assert [os.path.realpath(folder) for folder, _ in served] == [
-        os.path.realpath(run.policy(t)) for t in (0, 1)
+        os.path.realpath(run.policy(t).path) for t in (0, 1)
     ]
     assert not [pid for _, pid in served if Path(f"/proc/{pid}").exists()]
     assert all(row["token_ids"][-1] in run.chat.stop_ids for t in (1, 2) for row in answers(run, t))
@@ -206,7 +208,7 @@ def test_parts_that_are_there_are_not_asked_for_again(serving, local, tmp_path):
         asked.append(tuple(body["prompt"]))
         return (400, {}) if len(asked) > 20 else stand_in.some_letters(body)
 
-    server = serving("vllm", remote.named(here.policy(0)), answer=answer)
+    server = serving("vllm", remote.named(here.policy(0).path), answer=answer)
     overrides = [
         f"output={tmp_path}/run",
         f"rollout.remote={{engine: vllm, url: '{server.url}', concurrency: 1}}",

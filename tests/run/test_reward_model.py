@@ -24,11 +24,11 @@ from selm_jax.run.check import check
 from selm_jax.run.rows import RunError
 from selm_jax.run.run import Run
 from selm_jax.shell.artifacts import ArtifactError
-from selm_jax.stages import STAGES
 from selm_jax.tables.examples import read as read_examples
 from selm_jax.text.prompts import DataError, Message
 
 QUIET = Console(quiet=True)
+STAGES = ("generate", "rank", "score", "train", "export")
 WARM, COLD = ("glad", "kind", "warm", "fond"), ("cold", "dull", "grim", "sour")
 
 
@@ -156,7 +156,7 @@ def test_the_folder_says_what_it_is(trained):
     card = (folder / "README.md").read_text()
     assert "pipeline_tag: text-classification" in card and "reward model" in card
     assert "held-out pairs" in (run.folder.path / "report.html").read_text()
-    assert not any(stage.run(run, 1) for stage in STAGES)  # all are done, and know it
+    assert not any(tiny.do(run, stage, 1) for stage in STAGES)  # all are done, and know it
 
 
 def test_it_ranks_the_answers_of_the_next_run(trained, tmp_path):
@@ -166,7 +166,7 @@ def test_it_ranks_the_answers_of_the_next_run(trained, tmp_path):
     once = {"iterations": 1, "training__learning_rate": 1e-3}
     asking = Run(config.load(tiny.experiment(tmp_path, feedback=feedback, **once)), QUIET)
     check(asking)
-    assert all(stage.run(asking, 1) for stage in STAGES[:2])
+    assert all(tiny.do(asking, stage, 1) for stage in STAGES[:2])
     ranked = pq.read_table(asking.folder.iteration(1) / "ranked.parquet").to_pylist()
     assert len({row["score"] for row in ranked}) > 20
     counts = json.loads((asking.folder.iteration(1) / "stage.json").read_text())["rank"]["counts"]
@@ -181,7 +181,7 @@ def test_it_ranks_the_answers_of_the_next_run(trained, tmp_path):
     weights = (reward / "model.safetensors").read_bytes()
     (reward / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
     with pytest.raises(ArtifactError, match="its input ranker 1 has changed"):
-        STAGES[1].run(Run(asking.experiment, QUIET), 1)
+        tiny.do(Run(asking.experiment, QUIET), STAGES[1], 1)
 
 
 def test_training_goes_on_from_a_reward_model(trained, tmp_path):
@@ -190,7 +190,7 @@ def test_training_goes_on_from_a_reward_model(trained, tmp_path):
     file = experiment(tmp_path, data__limit=24, training__epochs=1)
     more = Run(config.load(file), QUIET)
     check(more)
-    params, source = more.programs.load(more.policy(0)), run.programs.load(run.policy(1))
+    params, source = more.programs.load(more.policy(0).path), run.programs.load(run.policy(1).path)
     np.testing.assert_array_equal(params["score"], source["score"])
     assert np.any(params["score"])
 
@@ -213,7 +213,7 @@ def test_experiments_that_do_not_fit_are_refused(changes, message, tmp_path):
     def go():
         run = Run(config.load(experiment(tmp_path, **changes)), QUIET)
         check(run)
-        STAGES[0].run(run, 1), STAGES[1].run(run, 1)
+        tiny.do(run, STAGES[0], 1), tiny.do(run, STAGES[1], 1)
 
     with pytest.raises((RunError, DataError, config.ConfigError), match=message):
         go()
@@ -236,7 +236,7 @@ def test_pairs_that_are_the_same_tokens_prefer_nothing(tmp_path):
     template = tiny.TEMPLATE.replace("m['content']", "m['content'][:20].rstrip('x')")
     (tmp_path / "model" / "chat_template.jinja").write_text(template)
     run = Run(config.load(file), QUIET)
-    STAGES[0].run(run, 1), STAGES[1].run(run, 1)
-    for work in (lambda: check(run), lambda: STAGES[2].run(run, 1)):
+    tiny.do(run, STAGES[0], 1), tiny.do(run, STAGES[1], 1)
+    for work in (lambda: check(run), lambda: tiny.do(run, STAGES[2], 1)):
         with pytest.raises(ExampleError, match="prompt 1-5: chosen and rejected are the same"):
             work()

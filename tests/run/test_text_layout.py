@@ -8,16 +8,13 @@ import pytest
 import tiny
 from rich.console import Console
 
-from selm_jax import config, stages
+from selm_jax import config
 from selm_jax.run.check import check
 from selm_jax.run.rows import RunError
 from selm_jax.run.run import Run
-from selm_jax.shell import artifacts
+from selm_jax.shell import artifacts, parts
 from selm_jax.shell.lock import only_one
 from selm_jax.shell.paths import claim
-from selm_jax.stages.generate import response_files
-from selm_jax.stages.rank import rank
-from selm_jax.stages.score import paired_examples
 from selm_jax.tables import responses
 from selm_jax.text.chat import UnusableAnswer
 from selm_jax.text.layout import paper_ids
@@ -52,7 +49,7 @@ def make(tmp_path, model):
             for i in range(8)
         ]
         claim(found.folder.path)
-        (file,) = response_files(found, 1)
+        (file,) = parts.files(found.folder.iteration(1) / "responses", 1)
         responses.write(file, answers)
         return found
 
@@ -65,7 +62,7 @@ def ranked(run: Run) -> list[dict]:
 
 def test_an_answer_that_spells_out_an_end_token_stops_the_run_at_its_start(make):
     run = make(3)
-    for work in (lambda: check(run), lambda: rank(run, 1)):
+    for work in (lambda: check(run), lambda: tiny.do(run, "rank", 1)):
         with pytest.raises(UnusableAnswer, match=r"prompt p3, rejected: .*spells(.|\n)*on_bad_row"):
             work()
 
@@ -73,7 +70,8 @@ def test_an_answer_that_spells_out_an_end_token_stops_the_run_at_its_start(make)
 def test_or_its_prompt_is_dropped_and_counted(make):
     run = make(3, 5, data__on_bad_row="drop")
     check(run)
-    counts = rank(run, 1)
+    tiny.do(run, "rank", 1)
+    counts = tiny.counts_of(run, "rank", 1)
     assert counts["prompts"] == 8 and counts["pairs"] == 6
     assert counts["drops"] == counts["drops/unusable_answer"] == 2
     reasons = {row["prompt_id"]: row["dropped"] for row in ranked(run)}
@@ -81,7 +79,7 @@ def test_or_its_prompt_is_dropped_and_counted(make):
     assert set(reasons.values()) == {None, "unusable_answer"}
     without = [r["prompt_id"] for r in ranked(run) if r["token_ids"] is None]
     assert without == ["p3", "p5"]  # the answer that is bad; the others keep their ids
-    examples, _ = paired_examples(run, 1)
+    examples, _ = tiny.paired(run, 1)
     assert [e.prompt_id for e in examples] == ["p0", "p1", "p2", "p4", "p6", "p7"]
 
 
@@ -122,8 +120,8 @@ def test_a_prompt_too_long_to_answer_is_a_bad_row(tmp_path):
 
 def test_the_default_layout_trains_on_the_ids_that_were_drawn(make):
     run = make()
-    rank(run, 1)
-    examples, cut = paired_examples(run, 1)
+    tiny.do(run, "rank", 1)
+    examples, cut = tiny.paired(run, 1)
     assert cut == {}
     for i, example in enumerate(examples):
         assert example.prompt == run.chat.prompt_ids(run.prompts(1)[i].messages)
@@ -133,8 +131,8 @@ def test_the_default_layout_trains_on_the_ids_that_were_drawn(make):
 def test_the_papers_layout_renders_every_response_from_its_text(make):
     run = make(text__layout="paper")
     check(run)
-    rank(run, 1)
-    examples, cut = paired_examples(run, 1)
+    tiny.do(run, "rank", 1)
+    examples, cut = tiny.paired(run, 1)
     assert len(examples) == 8 and cut == {"prompts_cut": 0, "responses_cut": 0}
     for prompt, example in zip(run.prompts(1), examples, strict=True):
         texts = {
@@ -152,12 +150,12 @@ def test_the_papers_layout_renders_every_response_from_its_text(make):
 
 def test_what_the_papers_layout_cuts_is_counted(make):
     run = make(text__layout="paper")
-    rank(run, 1)
-    whole, _ = paired_examples(run, 1)
+    tiny.do(run, "rank", 1)
+    whole, _ = tiny.paired(run, 1)
     lengths = sorted(len(e.prompt) + max(_lengths(e)) for e in whole)
     limit, kept = lengths[4], lengths[4] - 30  # the prompts alone are longer than `kept`
     run = make(text__layout="paper", text__max_length=limit, text__max_prompt_length=kept)
-    examples, cut = paired_examples(run, 1)
+    examples, cut = tiny.paired(run, 1)
     changed = [(a.prompt != b.prompt, a.responses != b.responses)
                for a, b in zip(whole, examples, strict=True)]  # fmt: skip
     assert cut == {
@@ -180,8 +178,8 @@ def test_a_whole_iteration_and_its_manifest(make, layout):
     with only_one(run.folder.path):
         check(run)
         run.open()
-        for stage in stages.STAGES[1:4]:
-            stage.run(run, 1)
+        for stage in ("rank", "score", "train"):
+            tiny.do(run, stage, 1)
     assert json.loads((run.folder.path / "manifest.json").read_text())["layout"] == layout
     record = artifacts.Stages(run.folder.iteration(1)).read()
     assert record["score"]["settings"]["text.layout"] == layout
@@ -193,10 +191,10 @@ def test_a_whole_iteration_and_its_manifest(make, layout):
 
 def test_another_layout_does_not_go_on_from_these_files(make):
     run = make()
-    stages.STAGES[1].run(run, 1)
+    tiny.do(run, "rank", 1)
     other = make(text__layout="paper")
     with pytest.raises(artifacts.ArtifactError, match=r"text.layout was 'default' and is now 'pap"):
-        stages.STAGES[1].run(other, 1)
+        tiny.do(other, "rank", 1)
 
 
 def test_a_prompt_that_is_too_long_is_named_with_its_system_message(make):

@@ -12,10 +12,17 @@ import pytest
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from selm_jax.iterate import iteration, measure
 from selm_jax.models.config import DecoderConfig, LayerKind, Rope
 from selm_jax.models.decoder import Decoder
 from selm_jax.models.families import to_hf
 from selm_jax.parallel.mesh import make_mesh
+from selm_jax.run.inputs import StoredTable
+from selm_jax.run.wanted import Wanted
+from selm_jax.shell import artifacts
+from selm_jax.stages.rank import pool_of, rank
+from selm_jax.stages.score import paired_examples, score
+from selm_jax.stages.step import Step
 from selm_jax.weights.huggingface import save
 
 TEMPLATE = (
@@ -119,3 +126,36 @@ def experiment(folder: Path, **changes) -> Path:
 def logps_of(run, params, examples) -> list[tuple[float, ...]]:
     """The log-probability of every response of every example, as the run's stages compute it."""
     return run.programs.scorer.logps(params, examples)
+
+
+def do(run, name: str, t: int) -> bool:
+    """Does one stage of a run whose inputs are there; says whether there was work to do."""
+    run.wanted = Wanted(name, t)
+    measure(run, 0, run.start) if t == 0 else iteration(run, t, run.policy(t - 1))
+    return run.wanted.did[name, t]
+
+
+def step_of(run, stage, t) -> Step:
+    """What the body of a stage is given besides its inputs."""
+    return Step.of(run, stage.name, t, stage.keys(run))
+
+
+def stored(run, t, name) -> StoredTable:
+    return StoredTable(run.folder.iteration(t), name)
+
+
+def counts_of(run, name: str, t: int) -> dict:
+    return artifacts.Stages(run.folder.iteration(t)).read()[name]["counts"]
+
+
+def paired(run, t):
+    """The examples that stage `score` makes of ranked.parquet, and what it cuts."""
+    step = step_of(run, score, t)
+    return paired_examples(step, run.prompts(t), stored(run, t, "ranked.parquet"), run.chat)
+
+
+def pool(run, t):
+    """The candidates that stage `rank` makes of the answers."""
+    looked_at = run.looked_at(t, run.policy(t - 1))
+    responses = stored(run, t, "responses")
+    return pool_of(step_of(run, rank, t), run.prompts(t), responses, run.chat, *looked_at)

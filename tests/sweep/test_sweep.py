@@ -247,7 +247,9 @@ def test_the_papers_figures_of_its_runs(finished, tmp_path):
     dpo, selm = runs
     examples = read_examples(dpo.folder.iteration(1) / "examples.parquet")
     assert len(rows) == 2 * len(examples)
-    logps = [tiny.logps_of(run, run.programs.load(run.policy(1)), examples) for run in (dpo, selm)]
+    logps = [
+        tiny.logps_of(run, run.programs.load(run.policy(1).path), examples) for run in (dpo, selm)
+    ]
     for role in ("chosen", "rejected"):
         expected = {}
         for e, base, other in zip(examples, *logps, strict=True):

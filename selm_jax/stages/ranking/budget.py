@@ -24,7 +24,7 @@ def within(
     acquisition: str,
     seed: tuple[int, int],
     prompt_ids: Callable[[Prompt], tuple[int, ...]],
-    policy: Logps,
+    policy: Logps | None,
     reference: Logps | None,
 ) -> Pool:
     """The pool with the prompts chosen that the acquisition values most.
@@ -41,7 +41,7 @@ def within(
     """
     able = [i for i in pool.asked if len({c.text for c in pool.candidates[i]}) > 1]
     values, cost = np.zeros(len(able)), {}
-    if acquisition in MODEL_BASED and able:
+    if policy is not None and able:
         found, cost = prospects(pool, able, prompt_ids, policy, reference)
         values = np.array([MODEL_BASED[acquisition](prospect) for prospect in found])
     chosen = best(values, budget, draws(seed, "the budget", 3))

@@ -47,3 +47,8 @@ def answered(
     """
     found = human.collect(folder, batch, *pool.questions(pool.asked), report)
     return [i for i, ready in zip(pool.asked, found, strict=True) if ready]
+
+
+def batch(run: str, t: int) -> str:
+    """What the questions of a run's iteration are called."""
+    return f"{run}/iteration_{t}"

@@ -1,0 +1,119 @@
+"""The settings that a stage says it depends on, and no others.
+
+A stage names its settings once, for `stage.json`. It reads the experiment through `Declared`, which
+refuses every other setting: a stage cannot come to depend on a setting that is not recorded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from selm_jax.config import Experiment, as_dict, user_code_in
+from selm_jax.run.task import Task
+from selm_jax.shell.user_code import source_digest
+
+# Where and in which portions the work is done changes nothing about what comes out. The keys of a
+# judge say how it is reached and what it may cost; `workers` is how many processes run a rule.
+FREE = frozenset(
+    {
+        *("rollout.slots", "rollout.prefill_rows", "feedback.prompts_per_part"),
+        *("training.checkpoint_every", "training.checkpoints_kept"),
+    }
+)
+FREE_OF_RANKERS = frozenset(
+    {
+        *(
+            "concurrency",
+            "timeout",
+            "retries",
+            "backoff",
+            "cache",
+            "base_url",
+            "key_env",
+            "workers",
+        ),
+        *("max_total_tokens", "max_cost", "price_prompt", "price_completion"),
+    }
+)
+
+
+_OF_TASK = ("objective.rates", "objective.reference_free")
+
+
+class UndeclaredSetting(Exception):
+    """A stage reads a setting that it does not say it depends on. This is a fault of the stage."""
+
+
+class Declared:
+    """The experiment, as far as a stage may read it: `declared.training.rows`.
+
+    Args:
+      keys: dotted keys; one of a group stands for all its settings.
+    """
+
+    def __init__(self, stage: str, group: Any, keys: frozenset[str], prefix: str = ""):
+        self._stage, self._group, self._keys, self._prefix = stage, group, keys, prefix
+
+    def __getattr__(self, name: str) -> Any:
+        key = self._prefix + name
+        if any(key == each or key.startswith(each + ".") for each in self._keys):
+            return getattr(self._group, name)
+        within = [each for each in self._keys if each.startswith(key + ".")]
+        if not within:
+            raise UndeclaredSetting(
+                f"stage {self._stage!r} reads the setting {key}, which it does not declare; name it "
+                "in the stage's `settings`, so that a change of it is noticed"
+            )
+        value = getattr(self._group, name)
+        if isinstance(value, Mapping):
+            return {k: v for k, v in value.items() if f"{key}.{k}" in within}
+        if dataclasses.is_dataclass(value):
+            return Declared(self._stage, value, self._keys, key + ".")
+        return value  # a group that is not there: None
+
+
+def recorded(experiment: Experiment, task: Task, keys: frozenset[str], t: int) -> dict[str, Any]:
+    """The declared settings of iteration t by dotted key, as `stage.json` keeps them.
+
+    What follows from the objective (`objective.rates`) is kept where it is so: it is no setting.
+    """
+    tree, found = as_dict(experiment), {}
+    tree["feedback"]["settings"] = _without(tree["feedback"]["settings"], FREE_OF_RANKERS)
+    if (server := tree["rollout"]["remote"]) is not None:
+        tree["rollout"]["remote"] = server["engine"]  # how it is reached is free
+    for key in sorted(keys):
+        if key in _OF_TASK:
+            found |= {key: True} if getattr(task, key.removeprefix("objective.")) else {}
+            continue
+        value: Any = tree
+        for part in key.split("."):
+            value = (
+                value.get(part) if isinstance(value, dict) else None
+            )  # a group that is not there
+        if isinstance(value, dict):
+            found |= {f"{key}.{k}": v for k, v in value.items()}
+        else:
+            found[key] = value
+    if "training.learning_rate" in found:
+        found["training.learning_rate"] = experiment.learning_rate(t)
+    if t == 1:  # both are the start model
+        found.pop("training.reference_policy", None)
+    return {k: v for k, v in found.items() if k not in FREE}
+
+
+def sources(experiment: Experiment, keys: frozenset[str]) -> dict[str, str]:
+    """The digests of the source of the user's functions that declared settings name."""
+    return {
+        f"{key} {name}": source_digest(name)
+        for key, name in user_code_in(experiment)
+        if any(key == each or key.startswith(each + ".") for each in keys)
+    }
+
+
+def _without(tree: Any, keys: frozenset[str]) -> Any:
+    """Nested lists and dictionaries without these keys."""
+    if isinstance(tree, dict):
+        return {k: _without(v, keys) for k, v in tree.items() if k not in keys}
+    return [_without(x, keys) for x in tree] if isinstance(tree, list) else tree

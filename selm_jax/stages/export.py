@@ -1,0 +1,68 @@
+"""export: the new policy as a Hugging Face folder (model/), and its adapters (adapter/)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from selm_jax.models.lora import merge
+from selm_jax.models.quantize import dequantize
+from selm_jax.parallel import multihost
+from selm_jax.run.inputs import Model, Training, Words
+from selm_jax.shell import artifacts
+from selm_jax.stages.stage import Counts, stage
+from selm_jax.stages.step import Step
+from selm_jax.weights.export import export_folder
+from selm_jax.weights.peft import export_adapter
+
+
+def _leaves(step: Step, **_given: Any) -> tuple[str, ...]:
+    return ("model",) if step.settings.lora is None else ("model", "adapter")
+
+
+@stage(
+    settings=("lora",),
+    leaves=_leaves,
+    gives=lambda folder: Model(folder / "model", folder),
+    shared=False,  # the checkpoints that it exports are no input that has a digest
+    ends=("checkpoints",),
+)
+def export(step: Step, policy: Model, start: Model, training: Training, card: Words) -> Counts:
+    """The trained parameters as a Hugging Face folder, complete with tokenizer and card.
+
+    Args:
+      policy: the model that was trained from.
+      start: whose tokenizer and template the new policy keeps.
+    """
+    programs = step.programs
+    checkpoints = training.checkpoints(policy)
+    if not checkpoints.has_final:
+        raise artifacts.ArtifactError(
+            f"{checkpoints.folder}: the trained parameters are missing. Remove 'train' from "
+            f"{step.folder / 'stage.json'} to train this iteration again"
+        )
+    params = checkpoints.final(programs.abstract_trained)
+    if (lora := programs.lora) is not None:
+        with _folder(step.folder / "adapter") as partial:
+            base, revision = policy.called
+            export_adapter(params, programs.config, lora, base, partial, revision)
+        merged = jax.jit(lambda base, adapters: merge(dequantize(base), adapters, lora))
+        params = merged(programs.start_of(policy.path), params)
+    with _folder(step.folder / "model") as partial:
+        export_folder(params, programs.config, start.path, partial, card.write() if partial else "")
+    return {"parameters": programs.parameters}
+
+
+@contextlib.contextmanager
+def _folder(path: Path) -> Iterator[Path | None]:
+    """Where the first process writes; the others go through the same motions, which bring the
+    parameters to it, and write nothing: None."""
+    if multihost.is_first():
+        with artifacts.whole(path, replaces_folder=True) as partial:
+            yield partial
+    else:
+        yield None

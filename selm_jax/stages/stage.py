@@ -1,0 +1,248 @@
+"""A stage is a function of what it is given; it is done once, and its outcome is found again.
+
+    @stage(leaves=("examples.parquet",), settings=("text", "training.row_length"))
+    def score(step: Step, prompts: list[Prompt], ranked: StoredTable, reference: Model, chat: Chat) -> Counts:
+        ...
+
+`score(run, t, prompts, ranked, reference, run.chat)` digests every argument and the named settings
+and looks the stage up in the iteration's `stage.json`: done with these, it is left alone; done with
+others, it is refused; not done, it is taken from what runs beside this one have done, or the body
+runs. What is passed in is what the stage depends on, so there is no second list that could be wrong.
+The body gets a `Step`, which leads to nothing that it was not given.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from selm_jax.config import Experiment
+from selm_jax.parallel import multihost
+from selm_jax.run.folder import StageLog
+from selm_jax.run.inputs import Model, StoredTable, Training, digests_of
+from selm_jax.run.task import Task
+from selm_jax.shell import artifacts, jsonl
+from selm_jax.shell.memory import release
+from selm_jax.shell.store import Store
+from selm_jax.stages.declared import recorded, sources
+from selm_jax.stages.step import Step
+
+if TYPE_CHECKING:
+    from selm_jax.run.run import Run
+
+Counts = dict[str, Any]
+Left = StoredTable | Model | Training | None
+
+
+def stage(
+    *,
+    settings: tuple[str, ...] | Callable[[Experiment, Task], tuple[str, ...]],
+    leaves: tuple[str, ...] | Callable[..., tuple[str, ...]] = (),
+    gives: Callable[[Path], Left] | None = None,
+    name: str | None = None,
+    shared: Callable[[Experiment], bool] | bool = True,
+    goes_on_from: tuple[str, ...] = (),
+    scratch: tuple[str, ...] = (),
+    ends: tuple[str, ...] = (),
+) -> Callable[[Callable[..., Counts]], Stage]:
+    """Makes a stage of a function `(step, ...) -> counts`.
+
+    Args:
+      settings: the experiment's that the body may read, by dotted key; a group stands for all in it.
+        A function, where they depend on the experiment itself.
+      leaves: the files and folders of the iteration that the body writes and that must stay as they
+        are; or a function of the body's arguments that says which.
+      gives: what the call returns, from the folder of the iteration; by default the one table left.
+      name: the stage's name in `stage.json`, if it is not the function's.
+      shared: whether another run with these inputs and settings would leave the same: then, in a
+        sweep, one of them does the work.
+      goes_on_from: folders of which a stopped one goes on; one that begins anew takes none of them.
+      scratch: those that nobody reads once what it leaves is there.
+      ends: folders of earlier stages that nobody reads once this one is recorded as done.
+    """
+
+    def decorate(body: Callable[..., Counts]) -> Stage:
+        return Stage(
+            body,
+            name or body.__name__,
+            settings,
+            leaves,
+            gives,
+            shared,
+            goes_on_from,
+            scratch,
+            ends,
+        )
+
+    return decorate
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What `@stage` makes of a function; see there."""
+
+    body: Callable[..., Counts]
+    name: str
+    settings: tuple[str, ...] | Callable[[Experiment, Task], tuple[str, ...]]
+    leaves: tuple[str, ...] | Callable[..., tuple[str, ...]]
+    gives: Callable[[Path], Left] | None
+    shared: Callable[[Experiment], bool] | bool
+    goes_on_from: tuple[str, ...]
+    scratch: tuple[str, ...]
+    ends: tuple[str, ...]
+
+    def __call__(self, run: Run, t: int, *arguments: Any, **named: Any) -> Any:
+        """Does the stage unless it is done, and returns what it leaves.
+
+        A stage that is given no prompts has nothing to do. Where one stage alone is asked for
+        (`run.wanted`), the stages before it are looked at and those after it are left.
+
+        Raises:
+          ArtifactError: the stage was done with other inputs or settings, or what it left is not as
+            it was.
+        """
+        given = inspect.signature(self.body).bind(None, *arguments, **named).arguments
+        call = _Call(self, run, t, {k: v for k, v in list(given.items())[1:]})  # all but the step
+        if not any(isinstance(value, list) and not value for value in given.values()):
+            match run.wanted.says(self.name, t):
+                case "do":
+                    run.wanted.note(self.name, t, call.do())
+                case "check":
+                    multihost.on_first(call.check)
+        if self.gives is not None:
+            return self.gives(call.folder)
+        return StoredTable(call.folder, self.leaves[0]) if isinstance(self.leaves, tuple) else None
+
+    def recorded(self, run: Run, t: int) -> dict[str, Any]:
+        """The settings of iteration t that `stage.json` keeps for the stage."""
+        return recorded(run.experiment, run.task, self.keys(run), t)
+
+    def keys(self, run: Run) -> frozenset[str]:
+        """The settings that the stage declares in this run."""
+        declared = self.settings
+        return frozenset(
+            declared if isinstance(declared, tuple) else declared(run.experiment, run.task)
+        )
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One stage of one iteration of a run, with what it is given."""
+
+    stage: Stage
+    run: Run
+    t: int
+    given: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.stage.name
+
+    @property
+    def folder(self) -> Path:
+        return self.run.folder.iteration(self.t)
+
+    @property
+    def record(self) -> artifacts.Stages:
+        return artifacts.Stages(self.folder)
+
+    def settings(self) -> dict[str, Any]:
+        return self.stage.recorded(self.run, self.t)
+
+    def inputs(self) -> dict[str, str]:
+        """The digests of all that the stage is given; the first process alone works them out."""
+        return digests_of(self.given) | sources(self.run.experiment, self.stage.keys(self.run))
+
+    def check(self) -> None:
+        """Raises ArtifactError if the stage was done with other inputs or settings than it has now."""
+        if self.name in self.record.read():
+            self.record.is_done(self.name, self.inputs(), self.settings())
+
+    def do(self) -> bool:
+        """Does the stage unless it is done; says whether it did.
+
+        Of several processes all do the work; the first looks whether it is done, and records it.
+        """
+        multihost.stop_if_told()
+        step = Step.of(self.run, self.name, self.t, self.stage.keys(self.run))
+        names = self.stage.leaves
+        names = names if isinstance(names, tuple) else names(step, **self.given)
+        outputs = {name: self.folder / name for name in names}
+        settings = self.settings()
+        inputs = multihost.on_first(lambda: self._begin(settings))
+        if inputs is None:
+            artifacts.wait_for(outputs.values())
+            self._clear(self.stage.ends)
+            return False
+        began = time.perf_counter()
+        share = self.stage.shared
+        store = self.run.store if share is True or (share and share(step.settings)) else None
+        key = Store.key(stage=self.name, iteration=self.t, inputs=inputs, settings=settings)
+        found = None
+        if store is not None:
+            found = multihost.on_first(lambda: store.take(key, self.folder))
+        counts = self.stage.body(step, **self.given) if found is None else self._taken(step, found)
+        multihost.barrier()
+        artifacts.wait_for(outputs.values())
+        seconds = time.perf_counter() - began
+
+        def finish() -> None:
+            here = None if store is None else store.name_of(self.run.folder.path)
+            logged = step.log.lines()
+            if store is not None and found is None:
+                store.put(key, outputs, {"run": here, "counts": counts, "logged": logged})
+            for (
+                name
+            ) in self.stage.scratch:  # a kill in the midst of it: what is gone is made once more
+                artifacts.remove(self.folder / name)
+            # Killed between these two lines, a run takes its own work back.
+            taken = key if found and found["run"] != here else None
+            self.record.finish(
+                self.name, inputs, settings, outputs, counts, seconds, taken, jsonl.digest(logged)
+            )
+
+        multihost.on_first(finish)
+        self._clear(self.stage.ends)
+        release()  # or the next stage's peak would stand on this one's leavings
+        note = "" if found is None else f"as {found['run']}"
+        self.run.say(self.name, self.t, counts, seconds, note)
+        return True
+
+    def _begin(self, settings: Mapping[str, Any]) -> dict[str, str] | None:
+        """The inputs, written down before the work begins; None if it is done."""
+        inputs, record = self.inputs(), self.record
+        if record.is_done(self.name, inputs, settings):
+            self._check_log()
+            return None
+        if self.name not in record.read():  # it was taken out, to be done with other settings
+            for name in self.stage.goes_on_from:
+                artifacts.remove(self.folder / name)
+        _ = self.run.folder.writers  # what a tracker lacks is to be known before the work
+        record.begin(self.name, inputs, settings)
+        return inputs
+
+    def _clear(self, names: tuple[str, ...]) -> None:
+        if names:
+            multihost.on_first(lambda: [artifacts.remove(self.folder / name) for name in names])
+
+    def _check_log(self) -> None:
+        """Raises ArtifactError if the lines that the stage has written into metrics.jsonl are others."""
+        before = self.record.read()[self.name].get("logged")  # versions before this one kept none
+        log = StageLog(self.run.folder, self.name, self.t)
+        if before not in (None, jsonl.digest(log.lines())):
+            raise artifacts.ArtifactError(
+                f"{log.file}: its lines of stage {self.name!r}, iteration {self.t}, are not what the "
+                f"stage wrote. Put the file back from a copy; or, to do the stage again, remove "
+                f"{self.name!r} from {self.record.file}"
+            )
+
+    def _taken(self, step: Step, found: Mapping[str, Any]) -> Counts:
+        """What the stage of another run left besides its outputs."""
+        step.log.forget()
+        for line in found["logged"]:
+            step.log({k: v for k, v in line.items() if k not in ("stage", "iteration")})
+        return found["counts"]

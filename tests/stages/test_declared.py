@@ -1,0 +1,57 @@
+"""A stage reads the settings that it declares, and what it declares is recorded."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import tiny
+
+from selm_jax import config
+from selm_jax.run.task import Task
+from selm_jax.stages.declared import FREE, Declared, UndeclaredSetting, recorded
+
+TASK = Task({"loss": "selm", "beta": 0.1, "alpha": 0.01})
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("declared")
+    return config.load(tiny.experiment(folder, feedback={"ranker": "length", "settings": {}}))
+
+
+def test_a_declared_setting_is_the_experiments(experiment):
+    settings = Declared("score", experiment, frozenset({"training.rows", "text", "seed"}))
+    assert settings.training.rows == experiment.training.rows
+    assert settings.text is experiment.text
+    assert settings.seed == experiment.seed
+
+
+@pytest.mark.parametrize("path", ["training.row_length", "rollout", "objective", "lora"])
+def test_any_other_setting_is_refused(experiment, path):
+    settings = Declared("score", experiment, frozenset({"training.rows", "text"}))
+    with pytest.raises(UndeclaredSetting, match=f"'score' reads the setting {path}"):
+        found = settings
+        for name in path.split("."):
+            found = getattr(found, name)
+
+
+def test_a_group_that_is_not_there_is_none(experiment):
+    assert experiment.lora is None
+    assert Declared("score", experiment, frozenset({"lora.base"})).lora is None
+
+
+def test_of_an_open_group_only_the_declared_keys_are_read(experiment):
+    settings = Declared("evaluate", experiment, frozenset({"objective.beta"}))
+    assert settings.objective == {"beta": 0.1}
+
+
+def test_every_declared_setting_is_recorded_unless_it_changes_nothing(experiment):
+    found = recorded(experiment, TASK, frozenset({"rollout", "seed", "text.layout"}), 1)
+    names = {f"rollout.{field.name}" for field in dataclasses.fields(experiment.rollout)}
+    assert set(found) == (names | {"seed", "text.layout"}) - FREE
+
+
+def test_what_is_recorded_of_the_learning_rate_is_the_iterations(experiment):
+    found = [recorded(experiment, TASK, frozenset({"training.learning_rate"}), t) for t in (1, 2)]
+    assert [each["training.learning_rate"] for each in found] == [1e-3, 5e-4]

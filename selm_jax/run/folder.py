@@ -95,7 +95,6 @@ class Folder:
         if not multihost.is_first():
             return
         before = self._manifest()
-        servers = before.get("servers", {}) | dict(self._servers())
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         artifacts.write_sealed(
             self.manifest_file,
@@ -107,9 +106,15 @@ class Folder:
                 "python": platform.python_version(),
                 "created": before.get("created", now),
                 "feedback": dict(self._asked()),
-                **({"servers": servers} if servers else {}),
+                **({"servers": before["servers"]} if "servers" in before else {}),
             },
         )
+
+    def note_server(self, t: int, version: str | None) -> None:
+        """Writes into the manifest which version of a server answered in iteration t."""
+        found = self._manifest()
+        servers = found.get("servers", {}) | {str(t): version}
+        artifacts.write_sealed(self.manifest_file, found | {"servers": servers})
 
     def _manifest(self) -> dict[str, Any]:
         return artifacts.read_sealed(self.manifest_file) if self.manifest_file.exists() else {}
@@ -129,13 +134,6 @@ class Folder:
                     }
             if of_stage:
                 yield str(t), of_stage
-
-    def _servers(self) -> Iterator[tuple[str, str | None]]:
-        """By iteration, the version of the server that answered."""
-        for t in range(1, self.experiment.iterations + 1):
-            done = artifacts.Stages(self.iteration(t)).read().get("generate", {})
-            if "server/version" in (counts := done.get("counts", {})):
-                yield str(t), counts["server/version"]
 
     def model_card(self, t: int, origin: Mapping[str, Any], rates: bool) -> str:
         """The README.md of the policy after iteration t, which began from a model of this origin."""

@@ -45,11 +45,10 @@ def generate(step: Step, policy: Model, prompts: list[Prompt], chat: Chat) -> Co
     there = multihost.on_first(lambda: [parts.is_there(file) for file in files])
     wanted = step.settings.candidates
     each = wanted.greedy + wanted.samples
-    told: Counts = {}
     by = _by_server if each and step.settings.rollout.remote else _here
     with (
         step.bar(len(prompts) * each, "responses") as advance,
-        by(step, policy, advance, told) as answer,
+        by(step, policy, advance) as answer,
     ):
         for part, file in enumerate(files):
             mine = range(part * size, min((part + 1) * size, len(prompts)))
@@ -75,12 +74,11 @@ def generate(step: Step, policy: Model, prompts: list[Prompt], chat: Chat) -> Co
         "tokens": sum(len(row.token_ids) for row in answers),
         "cut_off": sum(row.finish == "length" for row in answers),
         **({"prompts_spell_control_tokens": spelled} if spelled else {}),
-        **told,
     }
 
 
 @contextlib.contextmanager
-def _here(step: Step, policy: Model, advance: Advance, _told: Counts) -> Iterator[Answer]:
+def _here(step: Step, policy: Model, advance: Advance) -> Iterator[Answer]:
     """The engine here: every process knows all answers, and each writes its parts."""
     params, progress = None, counting(advance)  # stopped, the part is lost; those before it are not
 
@@ -100,7 +98,7 @@ def _here(step: Step, policy: Model, advance: Advance, _told: Counts) -> Iterato
 
 
 @contextlib.contextmanager
-def _by_server(step: Step, policy: Model, advance: Advance, told: Counts) -> Iterator[Answer]:
+def _by_server(step: Step, policy: Model, advance: Advance) -> Iterator[Answer]:
     """A server that the first process asks, and starts if it is to; that process writes."""
     programs, engine = step.programs, step.programs.engine  # the one that it stands in for
     settings = step.settings.rollout.remote
@@ -123,6 +121,7 @@ def _by_server(step: Step, policy: Model, advance: Advance, told: Counts) -> Ite
             def ask() -> None:
                 if not entered:
                     entered.append(stack.enter_context(server))
+                    step.note_server(server.version)
                 seed = step.settings.seed
                 write(entered[0].generate(requests, seed=seed, iteration=step.t, progress=advance))
 
@@ -130,7 +129,6 @@ def _by_server(step: Step, policy: Model, advance: Advance, told: Counts) -> Ite
             multihost.stop_if_told()
 
         yield answer
-        told["server/version"] = multihost.on_first(lambda: server.version if entered else None)
     if server.tries.retries:
         step.say(f"{server.tries.retries:,} of {server.tries.requests:,} requests were sent again")
 

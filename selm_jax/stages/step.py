@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -33,6 +34,7 @@ class Step:
       task: what follows from the objective, as far as the stage declares it.
       programs: compiled functions and the mesh.
       log: the stage's lines of metrics.jsonl.
+      note_server: notes in the manifest which version of a server answered; for the first process.
     """
 
     run: str
@@ -43,6 +45,7 @@ class Step:
     task: Task
     programs: Programs
     log: StageLog
+    note_server: Callable[[str | None], None]
     console: Console
 
     @classmethod
@@ -57,6 +60,7 @@ class Step:
             task=cast(Task, Declared(stage, run.task, keys, "objective.")),
             programs=run.programs,
             log=StageLog(run.folder, stage, t),
+            note_server=partial(run.folder.note_server, t),
             console=run.console,
         )
 

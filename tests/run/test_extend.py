@@ -154,7 +154,7 @@ def test_a_sampler_filter(tmp_path, selm, all_logits):
 
     run = Run(config.load(file), Console(quiet=True))
     prompts = {p.id: run.chat.prompt_ids(p.messages) for p in run.prompts(1)}
-    decoder, params = Decoder(run.programs.config), run.programs.load(run.policy(0))
+    decoder, params = Decoder(run.programs.config), run.programs.load(run.policy(0).path)
     kept = {}
     for folder in (plain, filtered):
         shares = []

@@ -299,8 +299,8 @@ def test_another_kind_of_server_is_named(serving):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("sh -c 'echo out of memory; exit 3'", "ended with status 3"),
-        ("sh -c 'echo out of memory; kill -9 $$'", "ended with status 137"),
+        ("sh -c 'echo out of memory; exit 3' {model}", "ended with status 3"),
+        ("sh -c 'echo out of memory; kill -9 $$' {model}", "ended with status 137"),
         ("vlmm serve {model}", "vlmm: No such file"),
     ],
 )
@@ -312,7 +312,7 @@ def test_a_command_that_ends_says_its_last_words(tmp_path, text, message):
 
 def test_a_server_that_is_there_already_is_not_taken_for_the_commands(serving, tmp_path):
     server = serving("vllm", FOLDER)
-    policy = command(tmp_path, "sleep 60", server.server_port)
+    policy = command(tmp_path, "sh -c 'sleep 60' {model}", server.server_port)
     with (
         pytest.raises(
             ServerError, match=r"answers already, before .* \(it serves /models/policy\)"
@@ -343,7 +343,7 @@ def test_the_server_of_a_killed_run_is_waited_for_until_all_of_it_has_ended(tmp_
 def test_a_command_that_serves_another_model_is_found_out(tmp_path):
     port = forked.free_port()
     text = f"{sys.executable} {stand_in.__file__} vllm /models/another {port}"
-    policy = command(tmp_path, text, port)
+    policy = command(tmp_path, text + " {model}", port)
     with pytest.raises(ServerError, match="serves /models/another, found where"), policy:
         pass
 
@@ -353,7 +353,7 @@ def test_a_server_that_does_not_want_to_end_is_made_to(tmp_path, monkeypatch):
     port, file = forked.free_port(), tmp_path / "pids"
     serve = f"{sys.executable} {stand_in.__file__} vllm {FOLDER} {port}"
     script = f"trap '' TERM; sleep 600 & echo $$ $! > {file}; {serve}; sleep 600"
-    with command(tmp_path, f"sh -c {json.dumps(script)}", port):
+    with command(tmp_path, f"sh -c {json.dumps(script)} {{model}}", port):
         pids = [int(pid) for pid in file.read_text().split()]
         assert all(map(running, pids))
     assert not any(map(running, pids))

@@ -25,7 +25,7 @@ def _leaves(step: Step, **_given: Any) -> tuple[str, ...]:
 
 
 @stage(
-    settings=("lora",),
+    settings=("lora", "training.parameter_dtype"),
     leaves=_leaves,
     gives=lambda folder: Model(folder / "model", folder),
     shared=False,  # the checkpoints that it exports are no input that has a digest

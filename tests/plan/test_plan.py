@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import tiny_pairrm
 from rich.console import Console
-from tiny import experiment, make_model
+from tiny import counts_of, do, experiment, make_model
 from typer.testing import CliRunner
 
 from selm_jax import cli, config
@@ -32,7 +32,6 @@ from selm_jax.plan.remedies import remedy
 from selm_jax.plan.topology import GIB, Target, TopologyError, local_target, target
 from selm_jax.rollout import engine as rollout
 from selm_jax.run.run import Run
-from selm_jax.stages.evaluate import evaluate
 from selm_jax.training.state import TrainState
 from selm_jax.weights import facts
 from selm_jax.weights.deberta import LARGE
@@ -326,7 +325,8 @@ def test_an_evaluation_is_counted_as_it_is_done(tmp_path, monkeypatch):
         lambda batch, **how: scored.append(batch.tokens.size) or place_rows(batch, **how),
     )
     run.open()
-    counts = evaluate(run, 0)
+    do(run, "evaluate", 0)
+    counts = counts_of(run, "evaluate", 0)
     assert (counts["prompts"], counts["responses"], counts["pairs"]) == (8, 24, 8)
 
     where = dataclasses.replace(here(), devices=jax.devices()[:1], chips=1)

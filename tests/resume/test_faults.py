@@ -147,8 +147,8 @@ def test_a_changed_setting_is_named_also_of_a_stage_that_only_began(file, whole,
     stage = artifacts.Stages(copy / "iteration_1")
     entry = stage.read()["train"]
     stage.begin("train", entry["inputs"], entry["settings"])
-    with pytest.raises(ArtifactError, match=r"'train': objective.beta was 0.1 and is now 0.2"):
-        go(file, f"output={copy}", "objective.beta=0.2")
+    with pytest.raises(ArtifactError, match=r"'train': objective.alpha was 0.01 and is now 0.02"):
+        go(file, f"output={copy}", "objective.alpha=0.02")
 
 
 def test_a_reference_that_is_another_is_refused(file, whole, tmp_path):

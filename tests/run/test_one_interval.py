@@ -6,8 +6,6 @@ import re
 import shutil
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import tiny
 from rich.console import Console
@@ -20,6 +18,7 @@ from selm_jax.report.data import report_data
 from selm_jax.report.summary import number, paired_difference
 from selm_jax.run.run import Run
 from selm_jax.sweep.table import _gain, outcome
+from selm_jax.tables import heldout as table
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +46,7 @@ def start(done, tmp_path_factory):
 
 
 def tables(run):
-    return [pq.read_table(run.folder.iteration(t) / "heldout.parquet") for t in (0, 1)]
+    return [table.read(run.folder.iteration(t) / "heldout.parquet") for t in (0, 1)]
 
 
 def ends(found):
@@ -65,8 +64,8 @@ def test_console_eval_run_page_and_comparison_page_say_the_same(done, start):
     assert f"gain {mean} [{low}, {high}]" in line
 
     seeds = {
-        name: [heldout.Seed(name, "", table, None, 0, 0)]
-        for name, table in zip(("start", "trained"), tables(done), strict=True)
+        name: [heldout.Seed(name, "", rows, None, 0, 0)]
+        for name, rows in zip(("start", "trained"), tables(done), strict=True)
     }
     found = heldout.summarize(seeds, beta=0.1)["contestants"]["trained"]["minus_first"]
     assert tuple(found["reward_greedy"][name] for name in ("mean", "low", "high")) == gain
@@ -81,15 +80,17 @@ def test_console_eval_run_page_and_comparison_page_say_the_same(done, start):
     assert ends(_gain({0: outcome(run)})) == gain
 
 
-def scored(table, scores):
-    column = table.column_names.index("score")
-    return table.set_column(column, "score", pa.array(scores, pa.float64()))
+def scored(rows, scores):
+    return [
+        dataclasses.replace(row, score=np.nan if score is None else score)
+        for row, score in zip(rows, scores, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("kind", ["right or wrong", "unread", "all equal", "one prompt"])
 def test_they_agree_on_odd_scores_as_well(done, start, kind):
     before, after = tables(done)
-    rng, n = np.random.default_rng(0), before.num_rows
+    rng, n = np.random.default_rng(0), len(before)
     scores = [rng.choice([0, 0.5, 1], n).tolist() for _ in range(2)]
     if kind == "unread":
         scores[0][0] = scores[1][4] = None  # two greedy answers
@@ -102,8 +103,8 @@ def test_they_agree_on_odd_scores_as_well(done, start, kind):
     gain = tuple(logged.get(f"heldout/gain{end}") for end in ("", "_low", "_high"))
 
     seeds = {
-        name: [heldout.Seed(name, "", table, None, 0, 0)]
-        for name, table in (("start", before), ("trained", after))
+        name: [heldout.Seed(name, "", rows, None, 0, 0)]
+        for name, rows in (("start", before), ("trained", after))
     }
     found = heldout.summarize(seeds, beta=0.1)["contestants"]["trained"]["minus_first"]
     assert tuple(found["reward_greedy"][name] for name in ("mean", "low", "high")) == gain

@@ -46,7 +46,7 @@ def test_without_any_folder_they_are_those_of_the_run(tmp_path, changes):
     run = Run(e, Console(quiet=True), devices=jax.devices())
     theirs = run.programs
     facts = from_hf(json.loads((tmp_path / "model/config.json").read_text()))
-    loaded = theirs.start_of(run.policy(0))
+    loaded = theirs.start_of(run.policy(0).path)
     for part in tmp_path.iterdir():  # nothing is left that could be read
         shutil.rmtree(part) if part.is_dir() else part.unlink()
 

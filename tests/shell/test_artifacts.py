@@ -10,6 +10,7 @@ import pytest
 from selm_jax.shell import artifacts
 from selm_jax.shell.artifacts import ArtifactError, Stages
 from selm_jax.shell.lock import only_one
+from selm_jax.shell.sealed import seal, unsealed
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path):
@@ -72,6 +73,21 @@ def test_a_stage_is_done_while_its_record_is_true(tmp_path):
     artifacts.write_text(out, "another")
     with pytest.raises(ArtifactError, match="is not what it wrote"):
         stages.is_done("train", inputs, settings)
+
+
+def test_an_entry_of_an_earlier_version_is_compared_by_what_it_has(tmp_path):
+    """It kept fewer inputs and settings; those that it kept must still be the same."""
+    stages = Stages(tmp_path)
+    stages.begin("train", {"in": "abc"}, {"beta": 0.1})
+    stages.finish("train", {"in": "abc"}, {"beta": 0.1}, {}, {}, 1.0)
+    entry = unsealed(stages.read()["train"])
+    assert entry.pop("format") == artifacts.FORMAT
+    stages.file.write_text(json.dumps({"train": seal(entry, "train")}))
+    assert stages.is_done("train", {"in": "abc", "more": "x"}, {"beta": 0.1, "gamma": 1})
+    with pytest.raises(ArtifactError, match=r"beta was 0\.1 and is now 0\.2"):
+        stages.is_done("train", {"in": "abc", "more": "x"}, {"beta": 0.2, "gamma": 1})
+    with pytest.raises(ArtifactError, match="its input in has changed"):
+        stages.is_done("train", {"in": "abd", "more": "x"}, {"beta": 0.1})
 
 
 def test_a_stage_that_began_does_not_go_on_with_other_settings(tmp_path):

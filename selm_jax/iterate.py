@@ -18,6 +18,7 @@ from selm_jax.stages.train import train
 
 def iterate(run: Run) -> None:
     """Runs what is left of the experiment, then writes the report."""
+    run.wanted = Wanted()  # all stages
     with held(run):
         policy = run.start
         measure(run, 0, policy)
@@ -65,5 +66,9 @@ def run_stage(run: Run, name: str, t: int) -> None:
                 f"iteration {t}, stage {name!r}: {e.filename or e} is missing; "
                 "run the stages before it first"
             ) from e
-        if not run.wanted.worked:
+        if (name, t) not in run.wanted.did:
+            run.console.print(
+                f"iteration {t}  {name}: nothing to do, there are no held-out prompts"
+            )
+        elif not run.wanted.worked:
             run.console.print(f"iteration {t}  {name}: done already")

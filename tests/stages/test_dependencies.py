@@ -18,7 +18,7 @@ import tiny
 from rich.console import Console
 
 from selm_jax import config
-from selm_jax.iterate import iterate, iteration, measure
+from selm_jax.iterate import iterate, iteration, measure, run_stage
 from selm_jax.run.run import Run
 from selm_jax.stages import stage as stages
 
@@ -203,3 +203,21 @@ def test_the_start_is_measured_on_held_out_prompts_alone(run, monkeypatch):
     assert set(found["evaluate"]) == {
         "policy", "start", "heldout", "chat", "feedback.ranker rule_of_dependencies:rank",
     }  # fmt: skip
+
+
+def test_one_stage_alone_and_then_all(run):
+    """The stages before the one that is asked for are looked at, those after it left."""
+    again = Run(run.experiment, QUIET)
+    run_stage(again, "rank", 1)
+    assert again.wanted.did == {("rank", 1): False}
+    iterate(again)
+    every = {("evaluate", 0): False} | {(name, 1): False for name in STAGES}
+    assert again.wanted.did == every
+
+
+def test_a_stage_that_is_given_no_prompts_says_so(run):
+    data = dataclasses.replace(run.experiment.data, heldout=None)
+    experiment = dataclasses.replace(run.experiment, data=data)
+    again = Run(experiment, Console(record=True, width=200))
+    run_stage(again, "evaluate", 1)
+    assert "evaluate: nothing to do, there are no held-out prompts" in again.console.export_text()

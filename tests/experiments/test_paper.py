@@ -78,7 +78,7 @@ def check(run: Run) -> None:
     lines = [json.loads(line) for line in run.folder.metrics_file.read_text().splitlines()]
     firsts = [m["loss"] for m in lines if m["stage"] == "train" and m["step"] == 1]
     np.testing.assert_allclose(firsts, math.log(2), atol=1e-6)
-    last = run.policy(e.iterations)
+    last = run.policy(e.iterations).path
     before, after = (load(folder, run.programs.config) for folder in (run.policy(0).path, last))
     moved = jax.tree.map(lambda a, b: float(abs(a - b).max()), before, after)
     assert 0 < max(jax.tree.leaves(moved)) < 1e-4  # the file's own learning rates

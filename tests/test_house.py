@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -76,3 +77,21 @@ def test_classes_are_small():
 )
 def test_members_are_counted(text, count):
     assert members(ast.parse(text).body[0]) == count
+
+
+SCRIPTS = sorted(
+    file
+    for folder in ("benchmarks", "docs", "experiments", "examples")
+    for file in (PACKAGE.parent / folder).rglob("*.py")
+)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda file: file.name)
+def test_scripts_beside_the_package_import_what_is_there(script):
+    """Nothing runs them here, and what they measure takes minutes."""
+    for node in ast.walk(ast.parse(script.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("selm_jax"):
+            module = importlib.import_module(node.module)
+            for name in (each.name for each in node.names):
+                if not hasattr(module, name):
+                    importlib.import_module(f"{node.module}.{name}")

@@ -23,10 +23,11 @@ from selm_jax.models.decoder import Decoder
 from selm_jax.models.families import read_config
 from selm_jax.objectives import losses
 from selm_jax.preferences.examples import Example
+from selm_jax.preferences.layouts import Group
 from selm_jax.preferences.packing import assign_rows, common_shape, pack
 from selm_jax.training.loop import mean_lengths
 from selm_jax.training.optimizer import optimizer
-from selm_jax.training.scoring import score
+from selm_jax.training.scoring import Scorer
 from selm_jax.training.state import TrainState
 from selm_jax.training.update import make_update
 from selm_jax.weights.huggingface import load
@@ -52,13 +53,15 @@ def main(model, data_file, kind):
     adamw = optimizer("adamw", b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0)
     update = make_update(decoder, objective, adamw, chunk=Training.logprob_chunk, clip=1.0)
     params = load(Path(model), config)
+    one_shape = lambda examples: iter([Group(range(len(examples)), shape)])
+    scorer = Scorer(update, lambda batch: batch, one_shape)
 
     groups = [
         [
             dataclasses.replace(example, reference=reference)
             for example, reference in zip(
                 group,
-                score(group, shape, lambda batch: update.logps(params, batch)),
+                scorer.logps(params, group),
                 strict=True,
             )
         ]
@@ -73,7 +76,7 @@ def main(model, data_file, kind):
         if not worker.wait():
             return
         began = time.perf_counter()
-        score(group, shape, lambda batch: update.logps(state.params, batch))  # noqa: B023
+        scorer.logps(state.params, group)
         score_seconds = time.perf_counter() - began
         worker.begin()
         (batch,) = pack(group, shape)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from selm_jax.shell.paths import folder_to_write
+from selm_jax.shell.paths import folder_to_write, place
 from selm_jax.shell.ranges import MOST, Range
 
 if TYPE_CHECKING:  # these load JAX, which `selm eval --help` does without
@@ -41,6 +41,11 @@ Keep = Annotated[
         help="Folder of kept answers; what is there is not drawn again.", parser=folder_to_write
     ),
 ]
+
+
+def file_to_read(help: str) -> Any:
+    """The option of a file that is read."""
+    return typer.Option(help=help, metavar="FILE", parser=place)
 
 
 def within(numbers: Range) -> Callable[[float], float]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from selm_jax.config import Experiment, dump
 from selm_jax.parallel import multihost
-from selm_jax.run.log import Writers
+from selm_jax.run.log import Writers, logged
 from selm_jax.shell import artifacts
 from selm_jax.shell.sealed import sha256
 from selm_jax.weights.card import model_card
@@ -61,8 +61,7 @@ class Folder:
 
     def logged(self, stage: str, t: int) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl that a stage of iteration t has written."""
-        found = artifacts.read_lines(self.metrics_file)
-        return [line for line in found if (line["stage"], line["iteration"]) == (stage, t)]
+        return logged(self.metrics_file, stage, t)
 
     def log(self, stage: str, t: int, metrics: Mapping[str, Any]) -> None:
         """Writes one line of metrics.jsonl, and the same to TensorBoard and wandb."""

@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from selm_jax.feedback.ranker import Ranker, folders_of
 from selm_jax.parallel import multihost
+from selm_jax.run.log import logged
 from selm_jax.shell import artifacts
 from selm_jax.shell.store import Store
 from selm_jax.text.chat import Chat
@@ -100,14 +101,10 @@ class Training:
     def _logged(self, step: int) -> str:
         """Names the metrics of the updates up to a checkpoint, which is not to outlive them."""
         file, t = self.folder.parent / "metrics.jsonl", int(self.folder.name.rpartition("_")[2])
-        mine = [
-            line
-            for line in artifacts.read_lines(file)
-            if (line["stage"], line["iteration"]) == ("train", t)
-        ]
-        if mine:
+        lines = logged(file, "train", t)
+        if lines:
             artifacts.flush(file)
-        return Store.key(lines=[line for line in mine if line["step"] <= step])
+        return Store.key(lines=[line for line in lines if line["step"] <= step])
 
 
 @dataclass(frozen=True)

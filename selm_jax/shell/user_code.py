@@ -79,7 +79,7 @@ def function_at(path: str, *parameters: str) -> FunctionType:
 
 
 def described(function: Callable[..., Any]) -> str:
-    """A function as a message names it: `my_rules:polite (/home/me/my_rules.py)`."""
+    """A function as a message names it: `my_rules:polite (my_rules.py)`."""
     code = getattr(function, "__code__", None)
     where = f" ({code.co_filename})" if code is not None else ""
     return f"{function.__module__}:{getattr(function, '__name__', function)}{where}"

@@ -195,9 +195,8 @@ class _Call:
             logged = step.log.lines()
             if store is not None and found is None:
                 store.put(key, outputs, {"run": here, "counts": counts, "logged": logged})
-            for (
-                name
-            ) in self.stage.scratch:  # a kill in the midst of it: what is gone is made once more
+            # After a kill in the midst of this, what is gone is made once more.
+            for name in self.stage.scratch:
                 artifacts.remove(self.folder / name)
             # Killed between these two lines, a run takes its own work back.
             taken = key if found and found["run"] != here else None

@@ -35,7 +35,5 @@ def model(folders) -> Model:
 
 @pytest.fixture
 def judge():
-    judge = Judge()
-    yield judge
-    judge.http.shutdown()
-    judge.http.server_close()
+    with Judge() as judge:
+        yield judge

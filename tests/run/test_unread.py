@@ -36,10 +36,8 @@ def answered(tmp_path_factory):
 
 @pytest.fixture
 def judge():
-    judge = Judge()
-    yield judge
-    judge.http.shutdown()
-    judge.http.server_close()
+    with Judge() as judge:
+        yield judge
 
 
 @pytest.fixture

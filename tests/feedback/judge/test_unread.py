@@ -19,10 +19,8 @@ NAN = float("nan")
 
 @pytest.fixture
 def judge():
-    judge = Judge()
-    yield judge
-    judge.http.shutdown()
-    judge.http.server_close()
+    with Judge() as judge:
+        yield judge
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from selm_jax.evaluation.options import (
     OwnResults,
     Seed,
     TopP,
+    file_to_read,
     within,
 )
 from selm_jax.shell.paths import place
@@ -56,28 +57,18 @@ class Options:
     ] = None
     outputs: Annotated[
         Path | None,
-        typer.Option(
-            help="In place of MODEL: its model_outputs.json.", metavar="FILE", parser=place
-        ),
+        file_to_read("In place of MODEL: its model_outputs.json."),
     ] = None
     annotations: Annotated[
         Path | None,
-        typer.Option(
-            help="In place of MODEL: score these annotations; asks nobody.",
-            metavar="FILE",
-            parser=place,
-        ),
+        file_to_read("In place of MODEL: score these annotations; asks nobody."),
     ] = None
     out: OwnResults = None
     name: Name = None
     judging: Judging
     prompt: Annotated[
         Path | None,
-        typer.Option(
-            help="The judge's prompt, alpaca_eval_clf.txt; default: the package's.",
-            metavar="FILE",
-            parser=place,
-        ),
+        file_to_read("The judge's prompt, alpaca_eval_clf.txt; default: the package's."),
     ] = None
     annotator: Annotated[
         str | None,

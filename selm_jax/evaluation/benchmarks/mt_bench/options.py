@@ -9,8 +9,15 @@ from typing import Annotated
 import typer
 
 from selm_jax.evaluation.benchmarks.options import Judging, Name, OptionalSource
-from selm_jax.evaluation.options import DryRun, Loading, MaxNewTokens, OwnResults, Seed, within
-from selm_jax.shell.paths import place
+from selm_jax.evaluation.options import (
+    DryRun,
+    Loading,
+    MaxNewTokens,
+    OwnResults,
+    Seed,
+    file_to_read,
+    within,
+)
 from selm_jax.shell.ranges import Range
 
 
@@ -19,23 +26,17 @@ class Options:
     model: OptionalSource = None
     questions: Annotated[
         Path,
-        typer.Option(help="FastChat's data/mt_bench/question.jsonl.", metavar="FILE", parser=place),
+        file_to_read("FastChat's data/mt_bench/question.jsonl."),
     ] = Path("question.jsonl")
     answers: Annotated[
         Path | None,
-        typer.Option(
-            help="In place of MODEL: its answers, in FastChat's format.",
-            metavar="FILE",
-            parser=place,
-        ),
+        file_to_read("In place of MODEL: its answers, in FastChat's format."),
     ] = None
     judgments: Annotated[
         Path | None,
-        typer.Option(
-            help="In place of MODEL: score these judgments of FastChat's format, of the model --name; "
-            "asks nobody.",
-            metavar="FILE",
-            parser=place,
+        file_to_read(
+            "In place of MODEL: score these judgments of FastChat's format, of the model --name; "
+            "asks nobody."
         ),
     ] = None
     out: OwnResults = None
@@ -43,23 +44,15 @@ class Options:
     judging: Judging
     prompts: Annotated[
         Path,
-        typer.Option(help="FastChat's data/judge_prompts.jsonl.", metavar="FILE", parser=place),
+        file_to_read("FastChat's data/judge_prompts.jsonl."),
     ] = Path("judge_prompts.jsonl")
     references: Annotated[
         Path,
-        typer.Option(
-            help="FastChat's data/mt_bench/reference_answer/gpt-4.jsonl.",
-            metavar="FILE",
-            parser=place,
-        ),
+        file_to_read("FastChat's data/mt_bench/reference_answer/gpt-4.jsonl."),
     ] = Path("reference_answer/gpt-4.jsonl")
     against: Annotated[
         Path | None,
-        typer.Option(
-            help="Compare in pairs with the model of these answers, in place of rating.",
-            metavar="FILE",
-            parser=place,
-        ),
+        file_to_read("Compare in pairs with the model of these answers, in place of rating."),
     ] = None
     repeats: Annotated[int, typer.Option(help="Judgments of each turn.", min=1)] = 1
     judge_temperature: Annotated[

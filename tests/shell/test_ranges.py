@@ -236,9 +236,3 @@ def test_the_page_of_all_settings_is_that_of_the_code():
             each for each in text.splitlines() if f"| `{path}` |" in each or f"`{path}`**" in each
         ]
         assert str(range) in line
-    groups = dict(page.groups(Experiment))
-    for group, kind in groups.items():
-        said = page._comments(kind)
-        for field in dataclasses.fields(kind):
-            path = f"{group}.{field.name}" if group else field.name
-            assert path in groups or said.get(field.name), f"{path} has no sentence"

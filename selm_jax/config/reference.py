@@ -1,0 +1,141 @@
+"""The reference of all settings: what each may be, its default, and what it does.
+
+    for setting in reference("rollout"):
+        print(setting.key, setting.values, setting.default, setting.text)
+
+It is read from the classes in `settings.py`: the type hint of a field says which values it may have,
+and the comment beside it says what it does. `selm settings` and docs/settings.md show the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import inspect
+import io
+import tokenize
+import types
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from selm_jax.config.settings import Experiment, groups
+from selm_jax.shell.ranges import Range, ranges_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One setting.
+
+    Attributes:
+      key: dotted, such as `training.rows`.
+      values: which values it may have, in words: its type with its range or its names.
+      default: as YAML writes it; None for a setting that must be given, "" for a group that is made
+        of its own defaults.
+      text: what it does.
+    """
+
+    key: str
+    values: str
+    default: str | None
+    text: str
+
+
+def sections() -> tuple[str, ...]:
+    """The dotted keys of the groups of settings; "" is the top of an experiment file."""
+    return tuple(path for path, _ in groups(Experiment))
+
+
+def reference(section: str = "") -> Iterator[Setting]:
+    """The settings of one section, in the order of the class that declares them.
+
+    Raises:
+      KeyError: there is no such section.
+    """
+    group = dict(groups(Experiment))[section]
+    hints, ranges = get_type_hints(group, include_extras=True), ranges_of(group)
+    texts = _comments(group)
+    for field in dataclasses.fields(group):
+        key = f"{section}.{field.name}" if section else field.name
+        if key in sections():
+            values = f"a group, see `{key}`"
+        else:
+            values = _values(hints[field.name], ranges.get(field.name))
+        yield Setting(key, values, _default(field), texts.get(field.name, ""))
+
+
+def numbers_of(function: Callable[..., Any], ranges: Mapping[str, Range]) -> Iterator[Setting]:
+    """The numbers that a loss or a ranker takes as parameters; they have no text.
+
+    Args:
+      ranges: the range of each parameter that is listed.
+    """
+    for key, parameter in inspect.signature(function).parameters.items():
+        if key in ranges:
+            required = parameter.default is parameter.empty
+            default = None if required else as_yaml(parameter.default)
+            yield Setting(key, str(ranges[key]), default, "")
+
+
+def as_yaml(value: Any) -> str:
+    """A default as it is written in an experiment file."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value) or '""'
+
+
+def _default(field: dataclasses.Field[Any]) -> str | None:
+    if field.default_factory is not dataclasses.MISSING:
+        return as_yaml(field.default_factory())
+    if field.default is dataclasses.MISSING:
+        return None
+    return "" if dataclasses.is_dataclass(field.default) else as_yaml(field.default)
+
+
+_WORDS = {str: "text", bool: "true or false", dict: "a group", datetime.date: "a day"}
+
+
+def _values(hint: Any, numbers: Range | None) -> str:
+    """Which values a type hint allows, in words."""
+    inner, leaves = get_args(hint), _leaves(hint)
+    choices = [c for each in (hint, *inner) if get_origin(each) is Literal for c in get_args(each)]
+    if numbers is not None:
+        text = f"{numbers}, or a list of such" if tuple in leaves else str(numbers)
+    elif choices:
+        text = ", ".join(f"`{each}`" for each in choices)
+    else:
+        text = next(_WORDS[each] for each in leaves if each in _WORDS)
+    return f"{text}, or null" if types.NoneType in inner else text
+
+
+def _leaves(hint: Any) -> list[Any]:
+    """The plain types that a hint is made of, the outermost first."""
+    origin, inner = get_origin(hint), get_args(hint)
+    own = [origin] if isinstance(origin, type) else []
+    return [*own, *(leaf for each in inner for leaf in _leaves(each))] if inner else [hint]
+
+
+def _comments(group: type) -> dict[str, str]:
+    """The comments of a class by field: behind a field, or above it if they begin with a capital."""
+    source = "".join(inspect.getsource(each) for each in reversed(group.__mro__[:-1]))
+    names = {each.name for each in dataclasses.fields(group)}
+    found: dict[str, list[str]] = {}
+    above: list[str] = []
+    field, depth = "", 0
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.OP:
+            depth += (token.string in "([{") - (token.string in ")]}")
+        elif token.type == tokenize.NAME and token.string in names and not depth:
+            before, after = token.line[: token.start[1]], token.line[token.end[1] :]
+            if not before.strip() and after.startswith(":"):
+                field = token.string
+                found[field], above = above, []
+        elif token.type == tokenize.COMMENT:
+            text = token.string.removeprefix("#").strip()
+            own_line = token.line.strip().startswith("#")
+            if own_line and (above or text[0].isupper()):
+                above.append(text)
+            elif field:
+                found[field].append(text)
+    return {name: " ".join(lines) for name, lines in found.items()}

@@ -1,1 +1,1 @@
-"""What is made smaller: log-probabilities of responses, and the losses made of them."""
+"""The losses, and the log-probabilities of responses from which they are computed."""

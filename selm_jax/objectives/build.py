@@ -1,4 +1,4 @@
-"""From an experiment file to an objective: names, sums of names, functions of yours."""
+"""Builds the objective that an experiment names: a loss, a sum of losses, or your own function."""
 
 import inspect
 from collections.abc import Callable
@@ -31,18 +31,18 @@ TABLE: dict[str, Callable[..., Objective]] = {
 
 
 def build_objective(name: str, **settings: object) -> Objective:
-    """The objective of a YAML file: a name of `TABLE`, a function of yours, or a sum of these.
+    """Builds an objective from a name in `TABLE`, your own function, or a sum of these.
 
-    In a sum each term takes the settings that it has a parameter for, so one beta serves them all:
-    `build("ipo+optimism", beta=0.1, alpha=0.001)` is ipo(0.1) plus 0.001 * 0.1 * r(explore), and
-    with convention="alpha" plus 0.001 * r(explore). Any loss takes optimism like that; "selm" is
-    "dpo+optimism".
+    In a sum, each term receives the settings for which it has a parameter, so all terms share one
+    beta: `build_objective("ipo+optimism", beta=0.1, alpha=0.001)` is ipo(0.1) plus
+    0.001 * 0.1 * r(explore); with convention="alpha" it is ipo(0.1) plus 0.001 * r(explore).
+    Optimism can be added to any loss in this way; "selm" is "dpo+optimism".
 
-    A function of yours is `package.module:function`. It is called with its settings as keywords and
-    returns an `Objective`, or a function(logps) -> (losses, metrics), which is fed all three roles.
-    To train a reward model it returns an `Objective` that `rates`.
+    Your own function is written `package.module:function`. It is called with its settings as
+    keyword arguments and returns an `Objective`, or a function(logps) -> (losses, metrics), which
+    is given all three roles. To train a reward model, return an `Objective` with `rates=True`.
 
-    Raises ObjectiveError for an unknown name, and for a setting that is missing or that no term has.
+    Raises ObjectiveError for an unknown name, a missing setting, or a setting that no term has.
     """
     terms = [term.strip() for term in name.split("+")]
     if twice := [term for term in terms if terms.count(term) > 1]:
@@ -75,7 +75,7 @@ def _factory(term: str) -> Callable[..., Any]:
     if not is_user_code(term):
         raise ObjectiveError(
             f"unknown objective {term!r}{did_you_mean(term, TABLE)} Known: {', '.join(TABLE)}; "
-            f"sums like 'ipo+optimism'; a function of yours as {FORM!r}"
+            f"sums such as 'ipo+optimism'; your own function as {FORM!r}"
         )
     try:
         return function_at(term)

@@ -1,7 +1,7 @@
-"""The objective: what an update makes smaller, as pure functions of log-probabilities.
+"""The losses that training minimises, as pure functions of log-probabilities.
 
 A response's log-probability is the sum over its tokens, in nats. A response plays a role: `chosen`
-(y_w), `rejected` (y_l), or `explore` (y_ref, which the reference policy wrote). With
+(y_w), `rejected` (y_l), or `explore` (y_ref, sampled from the reference policy). With
 
     r(role) = log pi(response) - log pi_ref(response)     the log-ratio; beta * r: implicit reward
     h       = r(chosen) - r(rejected)                     the margin
@@ -13,7 +13,8 @@ SELM (arXiv 2405.19332, equation 4.2) minimises
 so that descent LOWERS the likelihood of what the reference would say anyway: that is the optimism.
 
 An objective maps `Logps` to one loss per example and named metrics per example; the update averages
-both. One that trains a reward model (`bradley_terry`) maps `Rewards` instead. A YAML file names an objective, a sum of several, or a function of yours: see `build.py`.
+both. An objective that trains a reward model (`bradley_terry`) maps `Rewards` instead. A YAML file
+names an objective, a sum of several, or your own function: see `build.py`.
 """
 
 from collections.abc import Callable
@@ -35,22 +36,22 @@ Metrics = dict[str, PerExample]
 
 
 class ObjectiveError(ValueError):
-    """An objective that cannot be built, or that the batch cannot feed."""
+    """An objective cannot be built, or the batch lacks something that it needs."""
 
 
 @flax.struct.dataclass
 class Logps:
-    """All that a loss may know of its batch: float32 numbers per example, keyed by role."""
+    """Everything a loss can use from its batch: float32 numbers per example, keyed by role."""
 
     policy: dict[str, PerExample]
     reference: dict[str, PerExample]
     lengths: dict[str, PerExample]  # scored tokens per response
-    # Mean tokens over ALL examples of the update, not of this microbatch: only so is a token mean
-    # exact when an update is accumulated from microbatches.
+    # Mean number of tokens over ALL examples of the update, not only this microbatch: a mean over
+    # tokens would otherwise be wrong when an update is accumulated from microbatches.
     mean_lengths: dict[str, Float[Array, ""]]
 
     def log_ratio(self, role: str) -> PerExample:
-        """r(role). The reference is data: no gradient goes through it."""
+        """r(role), in nats. The reference is data: no gradient flows through it."""
         return self.policy[role] - jax.lax.stop_gradient(self.reference[role])
 
     def log_ratio_per_token(self, role: str) -> PerExample:
@@ -62,16 +63,16 @@ class Logps:
 
     @property
     def given(self) -> dict[str, PerExample]:
-        """One number per role that the batch has."""
+        """The policy's log-probabilities; its keys are the roles that the batch has."""
         return self.policy
 
 
 @flax.struct.dataclass
 class Rewards:
-    """The same for a loss of a reward model, whose responses have one number each."""
+    """Everything a reward model's loss can use from its batch: one number per response."""
 
-    model: dict[str, PerExample]  # r(prompt, response), of the model that is trained
-    scores: dict[str, PerExample]  # what the data says the responses are worth; 0 if nothing
+    model: dict[str, PerExample]  # r(prompt, response) by the model in training
+    scores: dict[str, PerExample]  # the responses' scores in the data; 0 if it has none
 
     @property
     def given(self) -> dict[str, PerExample]:
@@ -84,12 +85,13 @@ Score = Callable[[Logps, str], PerExample]
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss and the responses that it needs. Called with `Logps`, it gives (losses, metrics).
+    """A loss and the roles that it needs; call it with `Logps` to get (losses, metrics).
 
-    `rates` says that it is called with `Rewards` instead, and so trains a reward model. `terms` are its names under `loss/`; `reward` says in words what its `rewards/...` are, None if
-    unsaid. `compose` reads both. `reference_free` says that it never looks at the reference, which
-    then need not be scored. Raises ObjectiveError if the batch lacks a role, or if `function`
-    did not return one number per example.
+    With `rates`, it is called with `Rewards` instead and trains a reward model. `terms` are its
+    names under `loss/`. `reward` describes in words what its `rewards/...` metrics are; None leaves
+    it open. `compose` reads both. With `reference_free`, the loss does not use the reference, so
+    the reference is not scored. Calling it raises ObjectiveError if the batch lacks a role, or if
+    `function` does not return one number per example.
     """
 
     roles: tuple[str, ...]
@@ -112,8 +114,8 @@ class Objective:
         for name, value in {"the loss": losses, **metrics}.items():
             if jnp.shape(value) != expected:
                 raise ObjectiveError(
-                    f"{self}: {name} has shape {jnp.shape(value)}, expected {expected}: one number "
-                    "per example, not their mean (the update averages over all its microbatches)"
+                    f"{self}: {name} has shape {jnp.shape(value)}, expected {expected}. Return one "
+                    "number per example, not their mean: the update takes the mean itself"
                 )
         return losses, metrics
 
@@ -121,7 +123,7 @@ class Objective:
         return "objective " + ("+".join(self.terms) or getattr(self.function, "__name__", "?"))
 
 
-# The losses. e is label_smoothing, the probability that a label is wrong.
+# The losses. In the formulas, e is label_smoothing: the probability that a label is wrong.
 
 
 def dpo(beta: float) -> Objective:
@@ -151,10 +153,10 @@ def robust(beta: float, label_smoothing: float) -> Objective:
 
 
 def ipo(beta: float, length_normalized: bool = True) -> Objective:
-    """(h - 1/(2 beta))^2. IPO, arXiv 2310.12036 equation 17, whose tau is beta here.
+    """(h - 1/(2 beta))^2. IPO, arXiv 2310.12036 equation 17; its tau is called beta here.
 
-    `length_normalized`: h is made of log-ratios per token, as in TRL 1.16; else of sums, as in TRL
-    0.8.6. The two want different betas.
+    If `length_normalized`, h is computed from log-ratios per token, as in TRL 1.16; otherwise from
+    their sums, as in TRL 0.8.6. The two forms need different betas.
     """
     _check(beta=beta)
     if not isinstance(length_normalized, bool):
@@ -170,7 +172,7 @@ def hinge(beta: float) -> Objective:
 
 
 def simpo(beta: float, gamma: float) -> Objective:
-    """-log sigmoid(beta (log pi(y_w)/|y_w| - log pi(y_l)/|y_l|) - gamma). No reference.
+    """-log sigmoid(beta (log pi(y_w)/|y_w| - log pi(y_l)/|y_l|) - gamma), without a reference.
 
     SimPO, arXiv 2405.14734; TRL's CPO "simpo". `gamma` is the margin, in units of reward, by which
     the chosen response should win; beta does not multiply it (TRL's default: 0.5). SimPO's own
@@ -188,8 +190,8 @@ def simpo(beta: float, gamma: float) -> Objective:
 def sft() -> Objective:
     """Cross entropy of the chosen response: the mean over all tokens of the update. TRL's "sft".
 
-    Per example -log pi(y_w) / (mean length over the update), whose mean over the update's examples
-    is the sum over tokens / the number of tokens.
+    An example's loss is -log pi(y_w) / (mean length over the update). Its mean over the update's
+    examples is therefore the sum over tokens / the number of tokens.
     """
 
     def function(logps: Logps) -> tuple[PerExample, Metrics]:
@@ -200,21 +202,22 @@ def sft() -> Objective:
 
 
 def optimism(weight: float, beta: float = 1.0) -> Objective:
-    """weight * r(explore): SELM's term, arXiv 2405.19332 equation 4.2.
+    """weight * r(explore): SELM's exploration term, arXiv 2405.19332 equation 4.2.
 
-    The paper drops the constant -weight * log pi_ref(y_ref), the authors' code and this keep it:
-    the gradient is the same, and the term is 0 where the policy is the reference. `beta` scales the
-    reported `optimism/reward` = beta * r(explore), nothing else.
+    The paper drops the constant -weight * log pi_ref(y_ref). The authors' code keeps it, and so
+    does this function: the gradient is the same, and the term is 0 while the policy equals the
+    reference. `beta` only scales the reported metric `optimism/reward` = beta * r(explore).
     """
     _check(weight=weight, beta=beta)
     return _explore("optimism", beta, lambda logps: weight * logps.log_ratio(EXPLORE))
 
 
 def weighted_optimism(beta: float, alpha: float, convention: str = "alpha_beta") -> Objective:
-    """`optimism`, its weight by alpha. The SELM paper writes two conventions, 1/beta-fold apart:
+    """`optimism` with its weight given by alpha, in either of the SELM paper's two conventions.
 
-    "alpha_beta": alpha * beta, as equations 4.2 and 4.3, the authors' code and their alphas;
-    "alpha": alpha alone, as Algorithms 1 and 2, the regret proof, and XPO.
+    "alpha_beta": the weight is alpha * beta, as in equations 4.2 and 4.3 and in the authors' code
+    (their published alphas are in this convention);
+    "alpha": the weight is alpha, as in Algorithms 1 and 2, the regret proof, and XPO.
     """
     _check(beta=beta, alpha=alpha)
     if convention not in CONVENTIONS:
@@ -223,12 +226,12 @@ def weighted_optimism(beta: float, alpha: float, convention: str = "alpha_beta")
 
 
 def selm(beta: float, alpha: float, convention: str = "alpha_beta") -> Objective:
-    """dpo + optimism. SELM, arXiv 2405.19332; the conventions are `weighted_optimism`'s."""
+    """dpo + optimism. SELM, arXiv 2405.19332; `weighted_optimism` explains `convention`."""
     return compose(dpo(beta), weighted_optimism(beta, alpha, convention))
 
 
 def xpo(beta: float, alpha: float) -> Objective:
-    """dpo + alpha * log pi(y_ref). XPO, arXiv 2405.21046, as in TRL: the reference is not taken off."""
+    """dpo + alpha * log pi(y_ref). XPO, arXiv 2405.21046; like TRL, without -log pi_ref(y_ref)."""
     _check(alpha=alpha)
     term = _explore("xpo", beta, lambda logps: alpha * logps.policy[EXPLORE])
     return compose(dpo(beta), term)
@@ -237,14 +240,16 @@ def xpo(beta: float, alpha: float) -> Objective:
 def bradley_terry(
     margin: float = 0.0, label_smoothing: float = 0.0, centering: float = 0.0
 ) -> Objective:
-    """-(1-e) log sigmoid(d) - e log sigmoid(-d) + centering * (r(y_w) + r(y_l))^2, of a reward model.
+    """A reward model's loss: -(1-e) log sigmoid(d) - e log sigmoid(-d) + centering * s^2.
 
         d = r(y_w) - r(y_l) - margin * (score(y_w) - score(y_l))
+        s = r(y_w) + r(y_l)
 
-    r is the model's reward; arXiv 2203.02155 equation 1. `margin` makes the gap of the data's scores
-    the gap that rewards should have (arXiv 2307.09288 equation 2, where the data rates the gap
-    itself); TRL's column `margin`. `centering` draws the rewards' mean to 0, which the first term
-    leaves free (arXiv 2312.09244 equation 2); TRL's `center_rewards_coefficient`, 0.01 there.
+    r is the model's reward; arXiv 2203.02155 equation 1. With `margin`, rewards should differ by at
+    least margin times the difference of the data's scores (arXiv 2307.09288 equation 2, where the
+    data contains the difference itself; TRL's column `margin`). `centering` pulls the mean reward
+    towards 0; the first two terms do not determine it (arXiv 2312.09244 equation 2; TRL's
+    `center_rewards_coefficient`, 0.01 there).
     """
     _check(margin=margin, label_smoothing=label_smoothing, centering=centering)
     e = label_smoothing
@@ -254,7 +259,7 @@ def bradley_terry(
         asked = margin * (rewards.scores[CHOSEN] - rewards.scores[REJECTED])
         losses = _flipped(chosen - rejected - jax.lax.stop_gradient(asked), 1 - e, e)
         losses += centering * jnp.square(chosen + rejected)
-        # Equal rewards are half right: a fresh head gives nothing else.
+        # Equal rewards count as half right: a newly initialised head gives only equal rewards.
         right = (1 + jnp.sign(chosen - rejected)) / 2
         return losses, {"loss/bradley_terry": losses} | _rewards(chosen, rejected, right)
 
@@ -265,24 +270,25 @@ def bradley_terry(
 
 
 def compose(*objectives: Objective) -> Objective:
-    """The sum of the losses, all the metrics, the union of the roles.
+    """The sum of several objectives: losses are added, metrics merged, roles united.
 
-    Raises ObjectiveError where a name would stand for two things: a loss term named twice, rewards
-    of two meanings, or, when called, any other metric but `logps/...` that two objectives report.
-    And where one reads log-probabilities and another the rewards of a reward model.
+    Raises ObjectiveError if a loss term occurs twice, if the objectives define `rewards/...`
+    differently, or if some read log-probabilities and others the rewards of a reward model. Calling
+    the sum raises ObjectiveError if two objectives report the same metric (except `logps/...`).
     """
     terms = tuple(term for objective in objectives for term in objective.terms)
     rewards = list(dict.fromkeys(o.reward for o in objectives if o.reward is not None))
     if len(set(terms)) < len(terms):
-        raise ObjectiveError(f"{'+'.join(terms)} has one loss term twice; name each once")
+        raise ObjectiveError(f"{'+'.join(terms)} has a loss term twice; name each only once")
     if len({objective.rates for objective in objectives}) > 1:
         raise ObjectiveError(
-            f"{'+'.join(terms)} cannot be summed: some terms train a language model by its "
-            "log-probabilities, others a reward model by its rewards"
+            f"{'+'.join(terms)} cannot be summed: some terms train a language model (from "
+            "log-probabilities), others a reward model (from rewards)"
         )
     if len(rewards) > 1:
         raise ObjectiveError(
-            f"{'+'.join(terms)}: rewards/... would be both {' and '.join(rewards)}"
+            f"{'+'.join(terms)} cannot be summed: the metrics rewards/... would mean both "
+            f"{' and '.join(rewards)}; give the terms the same beta, or sum other losses"
         )
 
     def function(logps: Logps) -> tuple[PerExample, Metrics]:
@@ -291,7 +297,9 @@ def compose(*objectives: Objective) -> Objective:
             losses, found = objective(logps)
             own = {name for name in found if not _is_shared(objective, name)}
             if clash := (own & metrics.keys()) | (owned & found.keys()):
-                raise ObjectiveError(f"two terms of a sum report {sorted(clash)}; rename one's")
+                raise ObjectiveError(
+                    f"two terms of a sum report the metrics {sorted(clash)}; rename them in one"
+                )
             total, metrics, owned = total + losses, metrics | found, owned | own
         return total, metrics
 
@@ -302,8 +310,8 @@ def compose(*objectives: Objective) -> Objective:
 
 
 def _is_shared(objective: Objective, name: str) -> bool:
-    """Whether another objective of a sum would report the same numbers under this name."""
-    said = objective.reward is not None  # and `compose` has seen that all who say it agree
+    """Whether other objectives of the sum report the same numbers under this name."""
+    said = objective.reward is not None  # `compose` has checked that the objectives agree on it
     return name.startswith("logps/") or (said and name.startswith("rewards/"))
 
 
@@ -316,7 +324,7 @@ def _pair(
     unit: str = "log-ratio",
     reference_free: bool = False,
 ) -> Objective:
-    """loss(score(chosen) - score(rejected)), its rewards being beta * reward(role)."""
+    """An objective with loss(score(chosen) - score(rejected)) and rewards beta * reward(role)."""
 
     def function(logps: Logps) -> tuple[PerExample, Metrics]:
         losses = loss(score(logps, CHOSEN) - score(logps, REJECTED))
@@ -330,7 +338,7 @@ def _pair(
 
 
 def _rewards(chosen: PerExample, rejected: PerExample, right: PerExample) -> Metrics:
-    """Rewards of the pair; `right` says how far the chosen response has the higher one."""
+    """The metrics `rewards/...`; `right` is 1 where the chosen response has the higher reward."""
     return {
         f"rewards/{CHOSEN}": chosen,
         f"rewards/{REJECTED}": rejected,

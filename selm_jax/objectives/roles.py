@@ -1,4 +1,4 @@
-"""The roles that the responses to a prompt play in a loss."""
+"""The roles that responses to a prompt play in a loss."""
 
 CHOSEN, REJECTED, EXPLORE = "chosen", "rejected", "explore"
 PAIR = (CHOSEN, REJECTED)  # y_w and y_l

@@ -89,7 +89,7 @@ def test_padding_up_to_whole_chunks_gets_no_gradient_and_changes_none():
 
 
 def sizes(jaxpr) -> list[int]:
-    """Of every array in a program, those of its inner programs included."""
+    """The size of every array in a program, inner programs included."""
     found = [v.aval.size for v in [*jaxpr.invars, *jaxpr.outvars] if hasattr(v.aval, "size")]
     for equation in jaxpr.eqns:
         found += [v.aval.size for v in equation.outvars if hasattr(v.aval, "size")]

@@ -44,7 +44,7 @@ alphas = st.just(0.0) | st.floats(1e-6, 1.0)
 
 
 def random_logps(seed: int, examples: int = 5, dtype=jnp.float32) -> Logps:
-    """Log-probabilities as responses of 1 to 60 tokens have them."""
+    """Random log-probabilities of plausible size for responses of 1 to 60 tokens."""
     rng = np.random.default_rng(seed)
     lengths = {role: rng.integers(1, 60, examples).astype(float) for role in L.ROLES}
     policy = {role: -n * rng.uniform(0.2, 2.0, examples) for role, n in lengths.items()}
@@ -55,7 +55,7 @@ def random_logps(seed: int, examples: int = 5, dtype=jnp.float32) -> Logps:
 
 
 def gradient(objective: Objective, logps: Logps) -> Logps:
-    """Of the sum of the losses, with respect to every number that the objective reads."""
+    """The gradient of the summed losses with respect to every number that the objective reads."""
     return jax.grad(lambda batch: objective(batch)[0].sum())(logps)
 
 
@@ -63,7 +63,7 @@ def with_policy(logps: Logps, **policy) -> Logps:
     return logps.replace(policy=logps.policy | policy)
 
 
-# ---- the slow, obvious forms ----------------------------------------------------------------------
+# ---- the slow, obvious forms ---------------------------------------------------------------------
 
 
 def sigmoid(x: float) -> float:
@@ -148,7 +148,7 @@ def test_ipo_of_sums():
     np.testing.assert_allclose(losses, (h - 1.0) ** 2, rtol=1e-5)
 
 
-# ---- what SELM must satisfy -----------------------------------------------------------------------
+# ---- what SELM must satisfy ----------------------------------------------------------------------
 
 
 @settings(max_examples=25, deadline=None)
@@ -276,7 +276,7 @@ def test_huge_margins_stay_finite(name, margin):  # Item 11
         np.testing.assert_allclose(found.policy["chosen"], [-1.0, -1.0])
 
 
-# ---- a finite space, where expectations are sums --------------------------------------------------
+# ---- a finite space, where expectations are sums -------------------------------------------------
 
 SPACE = 7
 
@@ -411,7 +411,7 @@ def test_sampled_exploration_estimates_the_exact_expectation(x64, seed):  # Item
     assert np.all(np.abs(rows[drawn].mean(0) - jnp.exp(log_ref) @ rows) <= error)
 
 
-# ---- sums, metrics, batches -----------------------------------------------------------------------
+# ---- sums, metrics, batches ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [*PAIR, "sft"])
@@ -514,7 +514,7 @@ def test_compiles_and_keeps_float32(name):
     assert {leaf.dtype for leaf in jax.tree.leaves((losses, metrics))} == {jnp.dtype("float32")}
 
 
-# ---- names and settings ---------------------------------------------------------------------------
+# ---- names and settings --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -550,7 +550,7 @@ def test_compiles_and_keeps_float32(name):
         ("simpo", {"beta": 2.0, "gamma": -1}, "gamma is -1"),
         ("ipo", {"beta": 0.1, "length_normalized": "no"}, "length_normalized is 'no'"),
         ("dpo+dpo", {"beta": 0.1}, "names dpo twice"),
-        ("selm+dpo", {"beta": 0.1, "alpha": 0.1}, r"dpo\+optimism\+dpo has one loss term twice"),
+        ("selm+dpo", {"beta": 0.1, "alpha": 0.1}, r"dpo\+optimism\+dpo has a loss term twice"),
         (
             "dpo+simpo",
             {"beta": 0.1, "gamma": 0},

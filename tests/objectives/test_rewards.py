@@ -28,7 +28,7 @@ def some(seed: int, examples: int = 6) -> Rewards:
 
 
 def trl(chosen, rejected, margin=None, center_rewards_coefficient=None) -> float:
-    """RewardTrainer.compute_loss of TRL 1.x, in float64: a mean, and the mean of the centering."""
+    """TRL 1.x's RewardTrainer.compute_loss, in float64: the mean loss plus the mean centering."""
     chosen, rejected = np.asarray(chosen, np.float64), np.asarray(rejected, np.float64)
     gap = chosen - rejected - (0 if margin is None else np.asarray(margin, np.float64))
     loss = np.mean(np.log1p(np.exp(-gap)))
@@ -43,7 +43,7 @@ def test_the_mean_is_trls(seed, margin, centering):
     rewards = some(seed)
     chosen, rejected = rewards.model["chosen"], rewards.model["rejected"]
     asked = None
-    if margin is not None:  # their column `margin` holds what the scores' gap is here
+    if margin is not None:  # TRL's column `margin` contains the difference of the scores
         asked = margin * (rewards.scores["chosen"] - rewards.scores["rejected"])
     losses, metrics = build_objective(
         "bradley_terry", margin=margin or 0.0, centering=centering or 0.0

@@ -14,10 +14,11 @@ PYTHONS = ("3.11", "3.12", "3.13")
 
 
 def asked_for() -> list[Requirement]:
-    """What `pip install '.[test]'` and the extra `wandb` ask for, the package itself left out."""
+    """What `pip install '.[test]'` and the extras `wandb` and `docs` ask for, without the package."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    found, waiting, seen = [], [*project["dependencies"], *extras["test"], *extras["wandb"]], set()
+    locked = (each for name in ("test", "wandb", "docs") for each in extras[name])
+    found, waiting, seen = [], [*project["dependencies"], *locked], set()
     while waiting:
         requirement = Requirement(waiting.pop())
         if requirement.name != project["name"]:

@@ -1,1 +1,1 @@
-"""What the program does to files, processes, networks and the terminal; nothing here knows the method."""
+"""Files, processes, networks and the terminal; nothing in this package knows the method."""

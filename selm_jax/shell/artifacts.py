@@ -1,9 +1,10 @@
-"""The only way a stage leaves a file behind: whole or not at all, and with a digest.
+"""How a stage writes its files: complete or not at all, and with a digest.
 
-A file is written beside its name, flushed to disk, and renamed. A folder likewise. What a stage
-did stands in `stage.json`: the digests of its inputs and outputs, its settings, counts and seconds.
-A stage is done when its entry is there and still true. What a stage that was stopped goes on from has
-its SHA-256 beside it (`selm_jax.shell.parts`) or in it (`write_sealed`), and is refused when that is another.
+A file or a folder is written under a temporary name, flushed to disk, and renamed. `stage.json`
+records what each stage did: the digests of its inputs and outputs, its settings, counts and
+seconds. A stage is done if it has an entry there that still matches the files. The files from which
+a stopped stage resumes carry their SHA-256 beside them (`selm_jax.shell.parts`) or inside
+(`write_sealed`), and are refused if it does not match.
 """
 
 from __future__ import annotations
@@ -31,23 +32,23 @@ from selm_jax.shell.words import some
 
 
 class ArtifactError(RuntimeError):
-    """A run folder that cannot be gone on with. The message says what to do."""
+    """A run folder cannot be continued. The message says what to do."""
 
 
-_PARTIAL = ".selm-partial"  # a name that is nobody else's: what has it is deleted
+_PARTIAL = ".selm-partial"  # no other program uses this suffix: what has it is deleted
 _PUT_BACK = "Put it back from a copy"
 
 
 @contextlib.contextmanager
 def whole(path: Path, *, replaces_folder: bool = False) -> Iterator[Path]:
-    """Yields a path to write a file or a folder to; on success it becomes `path`.
+    """Yields a temporary path to write a file or a folder to; on success it becomes `path`.
 
-    If the body raises, nothing stays. If the process dies, the leftover has the suffix
+    If the body raises, nothing is left behind. If the process dies, the leftover has the suffix
     `.selm-partial` and the next attempt removes it. A link to a file stays a link.
 
     Args:
-      replaces_folder: what is at `path` is the caller's own, also if it is a folder. By default a
-        folder stays as it is: a path that a person gave may lead to anything.
+      replaces_folder: also replace a folder at `path`, which the caller must own. By default a
+        folder is never replaced: a path that a person gave may lead to anything.
 
     Raises:
       PathError: a file cannot be written there; see `paths.check_file`.
@@ -72,7 +73,7 @@ def whole(path: Path, *, replaces_folder: bool = False) -> Iterator[Path]:
 
 
 def remove(path: Path) -> None:
-    """Deletes a file or a folder, if it is there. Of a link only the link."""
+    """Deletes a file or a folder if it exists. Of a link only the link is deleted."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -80,7 +81,7 @@ def remove(path: Path) -> None:
 
 
 def link(at: Path, to: Path) -> None:
-    """Makes `at` a link to `to`, whatever it was a link to."""
+    """Makes `at` a link to `to`, replacing an older link."""
     at.parent.mkdir(parents=True, exist_ok=True)
     partial = at.with_name(f"{at.name}.{os.getpid()}")
     partial.unlink(missing_ok=True)
@@ -89,18 +90,18 @@ def link(at: Path, to: Path) -> None:
 
 
 def wait_for(paths: Iterable[Path], seconds: float = 120) -> None:
-    """Returns when all paths are there: a shared folder shows another host's files with delay.
+    """Waits until all paths exist: a shared folder shows another host's files with a delay.
 
     Raises:
-      ArtifactError: one is not, after so many seconds.
+      ArtifactError: a path still does not exist after this many seconds.
     """
     until = time.monotonic() + seconds
     for path in paths:
         while not path.exists():
             if time.monotonic() > until:
                 raise ArtifactError(
-                    f"{path}: another process of this run wrote it, and it is not to be seen here "
-                    f"after {seconds:.0f} s. All hosts have to see one run folder (docs/run.md)"
+                    f"{path}: written by another process but not visible on this host after "
+                    f"{seconds:.0f} s. All hosts must share the run folder (docs/run.md)"
                 )
             time.sleep(0.1)
 
@@ -115,27 +116,27 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
-    """JSON that carries its digest."""
+    """Writes JSON that carries its own digest."""
     write_json(path, seal(value))
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """What `write_sealed` has written.
+    """Reads JSON that `write_sealed` wrote, and checks its digest.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ArtifactError: it is not as it was written.
+      ArtifactError: the file has changed since it was written.
     """
     value = _object(path)
     if not is_sealed(value):
         raise ArtifactError(
-            f"{path}: this file is not as it was written (its SHA-256 is another). {_PUT_BACK}"
+            f"{path}: this file is not as it was written (its SHA-256 does not match). {_PUT_BACK}"
         )
     return unsealed(value)
 
 
 def _object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a run. ArtifactError if it holds something else."""
+    """Reads the object in a JSON file of a run. ArtifactError if it contains anything else."""
     try:
         return read_object(path)
     except JsonFileError as e:
@@ -145,17 +146,17 @@ def _object(path: Path) -> dict[str, Any]:
 
 def write_table(path: Path, table: pa.Table) -> None:
     with whole(path) as partial:
-        # Absolute: a path such as `a:b` would be taken for an address.
+        # Absolute: pyarrow would take a path such as `a:b` for a URI.
         where = partial.absolute()
         pq.write_table(table, where, compression="zstd", write_page_checksum=True)
 
 
 def read_table(path: Path) -> pa.Table:
-    """A table that `write_table` has written, with the checksum of every page compared.
+    """Reads a table that `write_table` wrote, and verifies the checksum of every page.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ArtifactError: it cannot be read.
+      ArtifactError: the table is damaged.
     """
     try:
         return pq.read_table(path.absolute(), page_checksum_verification=True)
@@ -163,13 +164,13 @@ def read_table(path: Path) -> pa.Table:
         raise
     except (pa.ArrowException, OSError, ValueError) as e:
         raise ArtifactError(
-            f"{path}: this table is damaged ({e}). Put it back from a copy, or remove the stage that "
-            f"wrote it from {path.parent / 'stage.json'} to do that stage again"
+            f"{path}: this table is damaged ({e}). {_PUT_BACK}, or delete the entry of the stage "
+            f"that wrote it from {path.parent / 'stage.json'} to run that stage again"
         ) from e
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file, or of a folder's files and their names. In hex."""
+    """SHA-256 of a file, or of a folder's files and their names, in hex."""
     path = Path(path)
     if path.is_dir():
         lines = "".join(f"{name} {sha}\n" for name, sha in digests(path).items())
@@ -179,19 +180,18 @@ def digest(path: Path) -> str:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file of a folder, by its name there. What the system leaves in folders, such as
-    .DS_Store, is none of its files."""
+    """SHA-256 of each file in a folder, by relative path. Files such as .DS_Store do not count."""
     files = (p for p in folder.rglob("*") if p.is_file() and not is_leftover(p.name))
     return {file.relative_to(folder).as_posix(): digest(file) for file in sorted(files)}
 
 
-@lru_cache(maxsize=4096)  # by size and time of change: a model is read once a run, not once a stage
+@lru_cache(maxsize=4096)  # by size and mtime: a model is read once per run, not once per stage
 def _file_digest(path: Path, size: int, changed: int) -> str:  # noqa: ARG001 (keys of the cache)
     return sha256(path)
 
 
 def iterations(run: Path) -> dict[int, Path]:
-    """The folders of a run's iterations, in order. A copy, such as `iteration_1.bak`, is none."""
+    """The folders of a run's iterations, in order. A copy such as `iteration_1.bak` is ignored."""
     found = ((re.fullmatch(r"iteration_(\d+)", path.name), path) for path in run.iterdir())
     return dict(sorted((int(name[1]), path) for name, path in found if name and path.is_dir()))
 
@@ -200,16 +200,16 @@ FORMAT = 2  # of stage.json's entries
 
 
 class Stages:
-    """The stages of one iteration, as `stage.json` tells them."""
+    """The stages of one iteration, as recorded in `stage.json`."""
 
     def __init__(self, folder: Path):
         self.folder, self.file = folder, folder / "stage.json"
 
     def read(self) -> dict[str, Any]:
-        """The entries by stage. An entry may be taken out by hand; none may be changed.
+        """The entries by stage. A person may delete an entry, but not change one.
 
         Raises:
-          ArtifactError: an entry is not as it was written.
+          ArtifactError: an entry has changed since it was written.
         """
         if not self.file.exists():
             return {}
@@ -218,7 +218,7 @@ class Stages:
         if changed:
             raise ArtifactError(
                 f"{self.file}: the entry of stage {changed[0]!r} is not as it was written (its "
-                f"SHA-256 is another). {_PUT_BACK}, or remove the entry to do that stage again"
+                f"SHA-256 does not match). {_PUT_BACK}, or delete the entry to run that stage again"
             )
         return entries
 
@@ -226,15 +226,15 @@ class Stages:
         """The digest of a file or folder of this iteration.
 
         Raises:
-          ArtifactError: it is not as the stage that wrote it has left it.
+          ArtifactError: it has changed since a stage wrote it.
         """
         now = digest(self.folder / name)
         for stage, entry in self.read().items():
             if entry.get("outputs", {}).get(name, now) != now:
                 what = _differences(self.folder / name, entry.get("files", {}).get(name))
                 raise ArtifactError(
-                    f"{self.folder / name}: it is not what stage {stage!r} wrote{what}. {_PUT_BACK}, "
-                    f"or remove {stage!r} from {self.file} to do that stage again"
+                    f"{self.folder / name}: it is not what stage {stage!r} wrote{what}. "
+                    f"{_PUT_BACK}, or delete {stage!r} from {self.file} to run that stage again"
                 )
         return now
 
@@ -242,17 +242,17 @@ class Stages:
         """Whether the stage finished with these inputs and settings and its outputs are intact.
 
         Raises:
-          ArtifactError: it finished, or began, with others. Changed settings never resume a stage.
+          ArtifactError: it started with others (they never resume a stage), or an output changed.
         """
         entry = self.read().get(stage)
         if entry is None:
             return False
         where = f"{self.folder}, stage {stage!r}"
-        again = f"To redo it and what follows, remove {stage!r} from {self.file}; to keep it, "
-        redo = again + "set the setting back, or give the changed experiment another `output`"
-        restore = again + "put its files back as they were"
+        again = f"To run it and the later stages again, delete {stage!r} from {self.file}; to keep "
+        redo = again + "it, undo the change, or give the changed experiment another `output`"
+        restore = again + "it, restore the original files"
         keys = set(settings) | set(entry["settings"])
-        if "format" not in entry:  # versions before this one kept fewer settings and inputs
+        if "format" not in entry:  # earlier versions recorded fewer settings and inputs
             keys &= set(settings) & set(entry["settings"])
             inputs = {name: now for name, now in inputs.items() if name in entry["inputs"]}
         for key in sorted(keys):
@@ -276,7 +276,7 @@ class Stages:
         return True
 
     def begin(self, stage: str, inputs: Mapping[str, str], settings: Mapping[str, Any]) -> None:
-        """Writes down what the stage is about to work with, so that a resumed one cannot differ."""
+        """Records the stage's inputs and settings, so that a resumed stage must have the same."""
         self._put(stage, {"format": FORMAT, "done": False, "inputs": inputs, "settings": settings})
 
     def finish(
@@ -290,10 +290,11 @@ class Stages:
         shared: str | None = None,
         logged: str | None = None,
     ) -> None:
-        """
+        """Records that the stage is done, with the digests of its outputs.
+
         Args:
           shared: the entry of the `Store` that the outputs were taken from.
-          logged: the digest of what the stage has written into metrics.jsonl.
+          logged: the digest of the lines that the stage wrote into metrics.jsonl.
         """
         self._put(
             stage,
@@ -316,7 +317,7 @@ class Stages:
 
 
 def _differences(folder: Path, before: Mapping[str, str] | None) -> str:
-    """Which files of a folder are others than before, as the end of a sentence."""
+    """Which files of a folder are new, missing or changed, in brackets for an error message."""
     if before is None or not folder.is_dir():
         return ""
     now = digests(folder)
@@ -330,7 +331,7 @@ def _differences(folder: Path, before: Mapping[str, str] | None) -> str:
 
 
 def read_lines(path: Path) -> list[Any]:
-    """The values of a file of JSON lines; none if there is no such file.
+    """The values in a file of JSON lines; an empty list if the file does not exist.
 
     Raises:
       ArtifactError: a line is not JSON.
@@ -348,17 +349,16 @@ def read_lines(path: Path) -> list[Any]:
 
 def _no_json(path: Path, line: jsonl.Line, error: jsonl.JsonError) -> ArtifactError:
     return ArtifactError(
-        f"{path}, line {line.number}: not JSON: {error}. {_PUT_BACK}; or take the line away, and the "
-        "stage that wrote it out of its iteration's stage.json to do that stage again"
+        f"{path}, line {line.number}: not JSON: {error}. {_PUT_BACK}; or delete this line, and "
+        "delete the stage that wrote it from its iteration's stage.json to run that stage again"
     )
 
 
 def rewrite_lines(path: Path, keep: Callable[[dict[str, Any]], bool] = lambda line: True) -> bool:
-    """Keeps the JSON lines that satisfy `keep`; a torn last line goes too. Returns whether the file
-    was another before.
+    """Removes JSON lines that fail `keep`, and a torn last one. Returns whether the file changed.
 
     Raises:
-      ArtifactError: another line is not JSON.
+      ArtifactError: a line before the last is not JSON.
     """
     if not path.exists():
         return False
@@ -368,7 +368,7 @@ def rewrite_lines(path: Path, keep: Callable[[dict[str, Any]], bool] = lambda li
             if keep(line.value()):
                 kept.append(line.text)
         except jsonl.JsonError as error:
-            if line.ended:  # or else it was torn by a kill: the step that wrote it runs again
+            if line.ended:  # if not, a kill cut it off, and the step that wrote it runs again
                 raise _no_json(path, line, error) from error
     text = "".join(line + "\n" for line in kept)
     if text.encode() == path.read_bytes():
@@ -378,13 +378,13 @@ def rewrite_lines(path: Path, keep: Callable[[dict[str, Any]], bool] = lambda li
 
 
 def append_line(path: Path, value: Mapping[str, Any]) -> None:
-    """Adds one JSON line."""
+    """Appends one JSON line to a file."""
     with path.open("a", encoding="utf-8") as f:
         f.write(json.dumps(value, ensure_ascii=False) + "\n")
 
 
 def flush(path: Path) -> None:
-    """Has the system write a file, or a folder's files, to disk."""
+    """Flushes a file, or all files of a folder, to disk (fsync)."""
     for file in [path] if path.is_file() else path.rglob("*"):
         if file.is_file():
             with file.open("rb") as f:
@@ -392,7 +392,7 @@ def flush(path: Path) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Has the system write the names in a folder to disk."""
+    """Flushes a folder's list of names to disk (fsync)."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Asking a server over HTTP, and asking again where that can help. API keys reach no text.
+"""An HTTP client for JSON servers that retries temporary faults. It never prints an API key.
 
 async with Endpoint("http://127.0.0.1:8000/v1/completions") as endpoint:
     answer = await endpoint.ask({"prompt": "Hello"}, read=json.loads)
@@ -21,15 +21,15 @@ from typing import Any, TypeVar
 import httpx2
 
 _LONGEST_WAIT = 60.0  # seconds between two tries, unless the server asks for more
-_LONGEST_RETRY_AFTER = 600.0  # seconds; who asks for more has closed for the day
+_LONGEST_RETRY_AFTER = 600.0  # seconds; a server that asks for more is given up
 _MOST_BYTES = 16 << 20  # of one answer: a server may stream without end
-_SECRET = 8  # a key shorter than this ("EMPTY") is a placeholder and may stand in a text
+_SECRET = 8  # a key shorter than this ("EMPTY") is a placeholder and may be shown
 
 T = TypeVar("T")
 
 
 class ServerError(Exception):
-    """A server cannot be asked, or what it answers cannot be used."""
+    """A server cannot be reached, or its answers cannot be used."""
 
 
 class _Fault(Exception):
@@ -43,12 +43,12 @@ class _Fault(Exception):
 
 @dataclass
 class Tries:
-    """What became of the requests.
+    """Counts of requests, retries and failures.
 
     Attributes:
-        requests: sent to the server, retries included.
+        requests: requests sent to the server, including retries.
         retries: requests sent again after a fault.
-        failures: answers given up.
+        failures: requests that were given up without an answer.
     """
 
     requests: int = 0
@@ -57,26 +57,27 @@ class Tries:
 
 
 class Endpoint:
-    """One address that takes JSON by POST.
+    """One URL that accepts JSON by POST.
 
-    Faults of the way (connection, time, 408, 409, 429, 5xx, an answer that cannot be read) are tried
-    again, after a wait that doubles, with jitter, and no shorter than the server's Retry-After.
+    Temporary faults (connection, timeout, 408, 409, 429, 5xx, an answer that cannot be read) are
+    retried after a wait that doubles each time, with jitter, and that is never shorter than the
+    server's Retry-After.
 
-    The API key is read from the environment for each request and kept nowhere. Should the server
-    send it back, it is cut out of what is returned and shown.
+    The API key is read from the environment for each request and is not stored. If the server
+    sends it back, it is removed from what is returned and shown.
 
     Args:
-        url: the address.
-        key_env: name of the environment variable that holds the API key; None sends no key.
-        concurrency: most connections at once.
+        url: the server's URL.
+        key_env: name of the environment variable that contains the API key; None sends no key.
+        concurrency: maximum number of connections at once.
         timeout: seconds for one whole answer.
-        retries: most times one request is sent again.
+        retries: maximum number of retries of one request.
         backoff: seconds before the first retry.
-        on_fault: told each fault in words, before it is waited for another try. What it raises ends
-            the request.
+        on_fault: called with a description of each fault, before the wait for the next try. If it
+            raises, the request ends.
 
     Attributes:
-        tries: what became of the requests since it was opened.
+        tries: counts of requests, retries and failures.
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class Endpoint:
     async def __aenter__(self) -> Endpoint:  # noqa: PYI034  (beartype takes no Self on a method)
         self._closing = asyncio.Event()
         limits = httpx2.Limits(max_connections=self.concurrency)
-        # One limit of time stands over the whole answer (`_post`); httpx2's are for its parts.
+        # `_post` limits the time of the whole answer; httpx2's timeouts limit single steps.
         self._http = httpx2.AsyncClient(
             timeout=None, limits=limits, trust_env=not is_here(self.url)
         )
@@ -120,7 +121,7 @@ class Endpoint:
         await self._http.aclose()
 
     def close_soon(self) -> None:
-        """From now on nobody waits for another try. Requests under way are not disturbed."""
+        """Stops further retries. Requests already under way are not interrupted."""
         self._closing.set()
 
     @property
@@ -128,16 +129,16 @@ class Endpoint:
         return self._closing.is_set()
 
     async def ask(self, body: Mapping[str, Any], read: Callable[[str], T], about: str = "") -> T:
-        """What `read` makes of the answer.
+        """Sends a request and returns what `read` makes of the answer.
 
         Args:
-            body: JSON.
-            read: raises ValueError for an answer that is not whole or not what was asked for, and
-                ServerError for one that another try would not mend.
-            about: stands behind the address in errors.
+            body: the JSON object to send.
+            read: parses the answer's text. It raises ValueError for an answer that is incomplete or
+                malformed, and ServerError for one that a retry would not fix.
+            about: text to put after the URL in errors.
 
         Raises:
-            ServerError: no answer that can be read, after all tries.
+            ServerError: no try gave an answer that can be read.
         """
         first = ""
         for attempt in range(self.retries + 1):
@@ -154,7 +155,7 @@ class Endpoint:
                 wait = min(self.backoff * 2.0 ** min(attempt, 60), _LONGEST_WAIT) * random.uniform(
                     0.5, 1
                 )
-                # Jitter on top: else all who were told to wait come back in the same instant.
+                # More jitter: otherwise all clients that were told to wait return at once.
                 wait = max(wait, fault.wait * random.uniform(1, 1.1))
                 if not await self._still_open_after(wait):
                     break
@@ -185,7 +186,7 @@ class Endpoint:
         except TimeoutError:
             raise _Fault(f"no whole answer within {self.timeout:g} s") from None
         except httpx2.RequestError as error:
-            # `from None`: the error holds the request, and the request the key.
+            # `from None`: the error contains the request, which contains the key.
             what = f"{type(error).__name__}: {error}"
             raise _Fault(_without(key, what)) from None
         text = _without(key, raw.decode("utf-8", "replace"))
@@ -200,32 +201,34 @@ class Endpoint:
 
 
 def api_key(key_env: str | None) -> str:
-    """The API key that an environment variable holds; empty without a variable.
+    """The API key in an environment variable; an empty text if `key_env` is None.
 
     Raises:
-        ServerError: it holds none that can be sent.
+        ServerError: the variable is not set, is empty, or cannot be sent as a key.
     """
     if key_env is None:
         return ""
     key = os.environ.get(key_env, "").strip()
     if not (key and key.isascii() and key.isprintable()):
         raise ServerError(
-            f"key_env is {key_env!r}, but that environment variable is "
-            f"{'no key (it has characters that none has)' if key else 'not set or empty'}."
+            f"key_env is {key_env!r}, but that environment variable "
+            f"{'has characters that no API key has' if key else 'is not set or empty'}."
         )
     return key
 
 
 def authorization(key: str) -> dict[str, str]:
-    """The header that carries an API key; none for an empty one."""
+    """The HTTP header with an API key; no header for an empty key."""
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 async def for_each(todo: Iterable[T], do: Callable[[T], Awaitable[None]], at_once: int) -> None:
-    """`do` for each of them, so many at a time; they are drawn from only as one of these comes free.
+    """Awaits `do` for each item, at most `at_once` at a time.
+
+    The next item is taken from the iterable only when one of these has finished.
 
     Raises:
-        Exception: the first error of all; nothing more is begun after it.
+        Exception: the first error of any item; no further item is started after it.
     """
     left = iter(todo)  # shared by the workers
 
@@ -242,28 +245,29 @@ async def for_each(todo: Iterable[T], do: Callable[[T], Awaitable[None]], at_onc
 
 
 def is_here(url: str) -> bool:
-    """Whether an address is of this machine; a proxy that the environment names is not for these."""
+    """Whether a URL points to this machine; such requests bypass the environment's proxy."""
     return httpx2.URL(url).host in ("localhost", "127.0.0.1", "::1")
 
 
 def checked_url(url: str, name: str) -> httpx2.URL:
-    """The address of a server, without a key in it.
+    """Parses a server's URL and checks that it contains no key.
 
     Args:
-        name: of the setting, for errors.
+        url: the URL to check.
+        name: the setting's name, for errors.
 
     Raises:
-        ServerError: it is none, or holds what may be a secret.
+        ServerError: it is not an HTTP URL, or it contains what may be a secret.
     """
     try:
         found = httpx2.URL(url)
     except httpx2.InvalidURL as error:
-        raise ServerError(f"{name} {url!r} is no URL: {error}.") from None
+        raise ServerError(f"{name} {url!r} is not a URL: {error}.") from None
     if found.userinfo or found.query:
         # Not shown: it may well be a secret.
         raise ServerError(
             f"{name} holds a user name, a password or a query (`?...`); expected "
-            "http(s)://host[:port][/path]. A key belongs into the environment: see key_env."
+            "http(s)://host[:port][/path]. Put a key into the environment: see key_env."
         )
     if found.scheme not in ("http", "https") or not found.host:
         raise ServerError(f"{name} is {url!r}; expected http(s)://host[:port][/path].")
@@ -282,12 +286,12 @@ def _status_fault(status: int, retry_after: str | None, text: str) -> _Fault:
         return _Fault(what, final=True)
     wait = _seconds(retry_after)
     if wait > _LONGEST_RETRY_AFTER:
-        return _Fault(f"{what}; it asks to come back after {wait:.0f} s", final=True)
+        return _Fault(f"{what}; it asks to wait {wait:.0f} s before a retry", final=True)
     return _Fault(what, wait=wait)
 
 
 def _seconds(retry_after: str | None) -> float:
-    """Of a Retry-After header: seconds or a date (RFC 9110, 10.2.3); 0 for what is neither."""
+    """Seconds to wait by a Retry-After header: a number or a date (RFC 9110, 10.2.3), else 0."""
     if retry_after is None:
         return 0.0
     try:

@@ -1,4 +1,4 @@
-"""JSON files that other programs wrote: an object, or an error that says what the file is instead."""
+"""Reads JSON objects from files that other programs wrote, or says what is wrong with the file."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ _MARKS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
 
 
 class JsonFileError(ValueError):
-    """A file that does not hold one JSON object. The message names the file and says what it is."""
+    """A file does not contain one JSON object. The message names the file and says what it is."""
 
 
 def is_pointer(file: Path) -> bool:
-    """Whether the file is what `git clone` leaves in place of a large one."""
+    """Whether the file is a Git LFS pointer, which `git clone` leaves in place of a large file."""
     with file.open("rb") as f:
         return f.read(len(_POINTER)) == _POINTER
 
 
 POINTER = (
-    "is a Git LFS pointer, which stands for a file that was not downloaded. Run `git lfs pull` in its "
-    "folder, or download the file"
+    "is a Git LFS pointer; the file itself was not downloaded. Run `git lfs pull` in its folder, "
+    "or download the file"
 )
-"""What to tell of one; words that follow its name."""
+"""The message for such a file, to be put after its name."""
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Reads the object in a JSON file.
 
     Raises:
-      JsonFileError: the file holds something else.
+      JsonFileError: the file contains anything else.
       FileNotFoundError: no such file.
     """
     if is_pointer(file):

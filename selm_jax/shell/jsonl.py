@@ -1,7 +1,7 @@
-"""JSON lines in: one JSON value on each line of a file. Everything that reads such lines does it here.
+"""Reads JSON lines, one JSON value per line. All code that reads such files uses this module.
 
-Only a line feed ends a line. `str.splitlines` also cuts at U+2028, U+2029 and U+0085, which JSON
-allows inside a text and which web pages are full of.
+Only a line feed ends a line. `str.splitlines` also splits at U+2028, U+2029 and U+0085, which JSON
+allows inside a string and which are common in text from web pages.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from typing import Any, NamedTuple
 
 
 class JsonError(ValueError):
-    """A text that is not one JSON value. The message says why, in words that follow a place."""
+    """A text is not one JSON value. The message says why; callers put the place before it."""
 
 
 class Line(NamedTuple):
-    """One line that is not blank.
+    """One line of a file that is not blank.
 
     Attributes:
-      number: from 1, in its file; blank lines count.
+      number: its number in the file, from 1; blank lines count.
       raw: its bytes, without the line feed.
-      ended: a line feed ended it. The last line has none where a kill tore it, or where its writer
-        leaves the last one out.
+      ended: whether it ends with a line feed. The last line may not: a kill cut it off, or its
+        writer omits the last line feed.
     """
 
     number: int
@@ -32,19 +32,19 @@ class Line(NamedTuple):
 
     @property
     def text(self) -> str:
-        """Raises JsonError if the bytes are not UTF-8."""
+        """The line as text. Raises JsonError if the bytes are not UTF-8."""
         try:
             return self.raw.decode("utf-8")
         except UnicodeDecodeError as error:
             raise JsonError("not UTF-8 text. Save the file as UTF-8") from error
 
     def value(self) -> Any:
-        """The JSON value. Raises JsonError, as `value` does."""
+        """The JSON value of the line. Raises JsonError if there is none."""
         return value(self.text)
 
 
 def lines(raw: bytes) -> Iterator[Line]:
-    """The lines of a file's bytes that are not blank. A byte order mark at the start is no text."""
+    """Splits a file's bytes into the lines that are not blank. Drops a byte order mark."""
     rows = raw.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     for number, row in enumerate(rows, start=1):
         if row.strip():
@@ -52,11 +52,11 @@ def lines(raw: bytes) -> Iterator[Line]:
 
 
 def value(text: str) -> Any:
-    """One JSON value.
+    """Parses one JSON value.
 
     Raises:
-      JsonError: the text is not JSON, an object has a key twice (which one is meant would be a
-        guess), a number is too long, or lists and objects are nested too deeply to be read.
+      JsonError: the text is not JSON, an object has a key twice (it would be a guess which one is
+        meant), a number is too long, or lists and objects are nested too deeply to be read.
     """
     try:
         return json.loads(text, object_pairs_hook=_object)
@@ -73,7 +73,7 @@ def value(text: str) -> Any:
 
 
 def digest(values: Iterable[Any]) -> str:
-    """SHA-256 of JSON values one after the other, in hex: of what they say, not of how it is spelt."""
+    """SHA-256 of a sequence of JSON values, in hex. Spacing and order of keys do not matter."""
     lines = "".join(json.dumps(each, sort_keys=True) + "\n" for each in values)
     return hashlib.sha256(lines.encode()).hexdigest()
 
@@ -83,5 +83,5 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise JsonError(f"the key {twice!r} stands twice in one object")
+        raise JsonError(f"the key {twice!r} appears twice in one object")
     return found

@@ -1,19 +1,21 @@
-"""One run at a time in a run folder, also where hosts share it, and never held by the dead.
+"""A lock on a run folder that also works across hosts and is released when its holder dies.
 
-The name of a file says who holds the lock: `.lock.ID` is held by ID, a name that is never given again;
-`.lock` is free. Whoever takes a lock, free or of the dead, renames that file away. A rename is one atomic
-operation of the file system, of NFS too, and of several that name the same source one alone succeeds: for
-the others the source is gone. So of all who find a dead holder one succeeds it, and a late one cannot take
-the lock of the successor for that of the dead, whose name it still has in mind.
+The lock is a file whose name says who holds it: `.lock.ID` is held by the process that chose the
+random ID, which is never used again; `.lock` is free. A process takes a lock, be it free or of a
+dead holder, by renaming that file away. A rename is atomic, on NFS too: if several processes rename
+the same source, one succeeds and the others find that the source is gone. So a dead holder has
+exactly one successor, and a slow process cannot mistake the successor's lock for the dead holder's,
+because the names differ.
 
-A holder is alive if it has locked its file (flock: the system lets go of it when the process dies, however
-it dies), which counts on its own machine alone, since not every network file system tells other hosts; or,
-for other machines, if it renews the file's time. What nobody renews for `LEASE` seconds is over, and who was
-suspended for so long ends when it finds its name gone.
+On its own machine, a holder is alive if it has an flock on its file, which the system releases
+however the process dies. Not every network file system shows an flock to other hosts; for them, a
+holder is alive if it renews the file's modification time. A lock that was not renewed for `LEASE`
+seconds has expired. A process that was suspended for that long ends itself when it finds that its
+file is gone.
 
-Where no lock is to be seen, several may make one. Therefore who has put its name there looks whether
-another stands beside it, and if so takes its own back: of two that put first and look then, at least one
-sees the other.
+If there is no lock file at all, several processes may create one at the same time. Therefore each
+checks, after creating its own, whether there is another one, and withdraws if so: if all create
+first and check afterwards, at most one of them sees only its own.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ from selm_jax.shell.artifacts import ArtifactError
 from selm_jax.shell.paths import claim
 
 RENEW = 10.0  # seconds between renewals
-LEASE = 60.0  # seconds without a renewal, after which a holder is taken for dead
+LEASE = 60.0  # seconds without a renewal after which a holder counts as dead
 
 _FREE = ".lock"
 _NEW, _OLD = ".lock-new", ".lock-old"
@@ -47,19 +49,19 @@ _HELD = re.compile(r"\.lock\.[0-9a-f]{32}")
 
 @contextlib.contextmanager
 def only_one(folder: Path) -> Iterator[None]:
-    """Holds a run folder for this process and its run.
+    """Locks a run folder for this process while the body runs.
 
-    The lease of another host that does not renew it is waited for, up to `LEASE` seconds: a machine
-    that replaces a preempted one goes on by itself.
+    If another host holds the lock, this waits up to `LEASE` seconds for it to expire, so that a
+    machine that replaces a preempted one continues without help.
 
     Raises:
-      ArtifactError: another process is at work there; the message says which. Or a lock there is damaged,
-        or not this program's.
-      PathError: the folder has something in it that this program did not make.
+      ArtifactError: another process is using the folder (the message says which), or a lock file
+        there is damaged or belongs to another program.
+      PathError: the folder contains something that this program did not make.
     """
     claim(folder)
     while (held := _take(folder)) is None:
-        time.sleep(random.uniform(0, 0.05))  # others are at it too: not in step with them
+        time.sleep(random.uniform(0, 0.05))  # at random: others may retry at the same time
     file, handle = held
     with handle:
         ended = threading.Event()
@@ -76,10 +78,10 @@ def only_one(folder: Path) -> Iterator[None]:
 
 
 def _take(folder: Path) -> tuple[Path, IO[str]] | None:
-    """Our own file, held and open; None if somebody else was quicker.
+    """Tries to take the lock: our own lock file, open; None if another process was faster.
 
     Raises:
-      ArtifactError: another process has the lock.
+      ArtifactError: another process holds the lock.
     """
     held = _held(folder)
     source = held[0] if held else folder / _FREE
@@ -118,22 +120,23 @@ def _take(folder: Path) -> tuple[Path, IO[str]] | None:
 
 
 def _held(folder: Path) -> list[Path]:
-    """The locks that somebody holds: one, but for a moment while several make the first."""
+    """The held lock files: at most one, except for a moment while several create the first."""
     return sorted(file for file in folder.iterdir() if _HELD.fullmatch(file.name))
 
 
 def _rename(source: Path, target: Path) -> bool:
-    """Whether `source` was there and has become `target`, a name of our own."""
+    """Renames `source` to `target`, a name of our own. False if `source` did not exist."""
     try:
         os.rename(source, target)
     except FileNotFoundError:
-        # A file server that is asked twice, because its answer was lost, denies what it has done.
+        # If a file server's answer was lost, the request is repeated, and then fails although the
+        # first one succeeded.
         return target.exists()
     return True
 
 
 def _tidy(folder: Path, mine: Path) -> None:
-    """Removes what processes that were killed while they took a lock have left."""
+    """Removes temporary files of processes that were killed while they took a lock."""
     for file in (*folder.glob(f"{_NEW}.*"), *folder.glob(f"{_OLD}.*")):
         with contextlib.suppress(FileNotFoundError):
             if file.stat().st_mtime < mine.stat().st_mtime - LEASE:
@@ -141,19 +144,19 @@ def _tidy(folder: Path, mine: Path) -> None:
 
 
 def _check_that_it_is_over(folder: Path, file: Path, holder: dict[str, Any]) -> None:
-    """Returns when the holder of a lock is dead; raises ArtifactError if it lives."""
+    """Returns if the holder of a lock is dead; raises ArtifactError if it is alive."""
     if holder.get("machine") != _machine():
         _wait_for_its_end(folder, file, holder)
         return
     with file.open() as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # the system knows that it lives
+        except BlockingIOError:  # its process still has the flock
             raise _refusal(folder, holder) from None
 
 
 def _machine() -> str:
-    """Names the running system: the same in its containers, another after it has been restarted."""
+    """An ID of the running system: the same in all its containers, new after a reboot."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return boot.read_text().strip() if boot.exists() else socket.gethostname()
 
@@ -161,60 +164,60 @@ def _machine() -> str:
 def _refusal(folder: Path, holder: dict[str, Any]) -> ArtifactError:
     who = f" (process {holder['process']} on {holder['host']})" if holder else ""
     return ArtifactError(
-        f"{folder}: another process{who} is at work in this run folder. Wait for it, stop it, or "
-        "give this run another `output`"
+        f"{folder}: another process{who} is using this run folder. Wait for it, stop it, or give "
+        "this run another `output`"
     )
 
 
 def _wait_for_its_end(folder: Path, file: Path, holder: dict[str, Any]) -> None:
-    """Returns when the lease of another host is over.
+    """Waits until the lease of another host has expired.
 
     Raises:
-      ArtifactError: it is renewed.
-      FileNotFoundError: the lock has become another's.
+      ArtifactError: the other host renews it.
+      FileNotFoundError: another process has taken the lock.
     """
     renewed = _renewed(file)
-    # Ages by this host's own clock from now on: those of two hosts may differ.
+    # Measured by this host's own clock, since the clocks of two hosts may differ.
     until = time.monotonic() + LEASE
     print(
-        f"{folder}: process {holder.get('process')} on {holder.get('host')} was at work here; "
-        f"waiting up to {LEASE:.0f} s for a sign of life",
+        f"{folder}: in use by process {holder.get('process')} on {holder.get('host')}; waiting up "
+        f"to {LEASE:.0f} s to see whether it is still running",
         file=sys.stderr,
     )
     while _renewed(file) == renewed:
-        if time.monotonic() >= until:  # looked at once more, however long the last sleep was
+        if time.monotonic() >= until:  # after one more look, however long the last sleep was
             return
         time.sleep(min(1.0, LEASE / 10))
     raise _refusal(folder, _read(file))
 
 
 def _renewed(file: Path) -> int:
-    with file.open() as handle:  # opened: then a file server is asked, not what is remembered of it
+    with file.open() as handle:  # opening a file bypasses NFS's cache of attributes
         return os.fstat(handle.fileno()).st_mtime_ns
 
 
 def _renew(file: Path, ended: threading.Event) -> None:
-    """Renews the lease until `ended`; if it has become another's, ends this process at once."""
+    """Renews the lease until `ended` is set; ends this process if another one took the lock."""
     while not ended.wait(RENEW):
         try:
             os.utime(file)
         except FileNotFoundError:
             print(
-                f"selm: {file}: this process was silent for {LEASE:.0f} s and another one has "
-                "taken over; it ends here, and nothing is lost",
+                f"selm: {file}: this process did not respond for {LEASE:.0f} s and another one has "
+                "taken over. This one stops; nothing is lost",
                 file=sys.stderr,
             )
             os._exit(1)
         except OSError:
-            continue  # a file server that is away for a moment
+            continue  # a file server may be unreachable for a moment
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """Who holds a lock; empty where nobody does.
+    """Reads who holds a lock; empty if nobody does.
 
     Raises:
-      ArtifactError: the file does not say it in this program's words.
-      FileNotFoundError: it has become another's.
+      ArtifactError: the file is damaged or not a lock of this program.
+      FileNotFoundError: another process has taken the lock.
     """
     try:
         text = file.read_text(encoding="utf-8")
@@ -226,7 +229,7 @@ def _read(file: Path) -> dict[str, Any]:
         isinstance(holder, dict) and all(isinstance(holder.get(k), v) for k, v in told.items())
     ):
         raise ArtifactError(
-            f"{file}: is damaged, or not a lock of this program. If nothing is at work in this "
+            f"{file}: is damaged, or not a lock of this program. If no process is using this "
             "folder, delete the file and start again"
         )
     return holder

@@ -1,4 +1,4 @@
-"""How much memory was needed, and giving back what is not needed any more."""
+"""Measures peak memory, and returns freed memory to the system."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import jax
 
 
 def peak_mib() -> float:
-    """The most that any device ever held, in MiB; where devices do not say, this process.
+    """Peak memory of any device in MiB; of this process if the devices do not report it.
 
-    On Linux the process's peak is counted from the last `release` on.
+    On Linux the process's peak is measured since the last `release`.
     """
     held = [device.memory_stats() for device in jax.local_devices()]
     if all(stats and "peak_bytes_in_use" in stats for stats in held):
@@ -27,10 +27,10 @@ def peak_mib() -> float:
 
 
 def release() -> None:
-    """Gives freed memory back to the system, and lets the process's peak start anew (Linux).
+    """Returns freed memory to the system and resets the process's peak (Linux only).
 
-    The C library keeps freed blocks of some megabytes, such as one layer's weights, for itself:
-    after a generation on CPU these are three quarters of a gigabyte for a model of half a one.
+    The C library keeps freed blocks of a few megabytes, such as one layer's weights: about 0.75 GB
+    after generating on CPU with a model of 0.5 GB.
     """
     gc.collect()
     if sys.platform != "linux":
@@ -39,5 +39,5 @@ def release() -> None:
         libc.malloc_trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak
-    except PermissionError:  # some sandboxes; the peak then goes on counting from the start
+    except PermissionError:  # in some sandboxes; the peak then counts from the process's start
         return

@@ -1,7 +1,7 @@
-"""The parts of a table that a stage writes one after the other, so that a stopped one goes on.
+"""Tables that a stage writes part by part, so that a stopped stage can resume.
 
-Beside each part stands its SHA-256, which is compared before the part is taken. When the stage is done,
-`stage.json` has the digest of them all.
+Each part has a file beside it with its SHA-256, which is checked before the part is used. When the
+stage is done, `stage.json` has the digest of the whole folder.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from selm_jax.shell.sealed import sha256
 
 
 def files(folder: Path, count: int) -> list[Path]:
-    """The files of a table in so many parts: parts of another number are not taken for these."""
+    """The files of a table in `count` parts. Files of another count have other names."""
     return [folder / f"part-{part:05d}-of-{count:05d}.parquet" for part in range(count)]
 
 
 def write(file: Path, table: pa.Table) -> None:
-    """Writes one part, and its SHA-256 beside it, as `sha256sum --check` reads it.
+    """Writes one part, and beside it its SHA-256 in the format of `sha256sum --check`.
 
-    The part is there when both files are: if the process dies between them, it is made again.
+    A part counts as written if both files exist: if the process dies between them, it is redone.
     """
     beside = _beside(file)
     beside.unlink(missing_ok=True)
@@ -31,10 +31,10 @@ def write(file: Path, table: pa.Table) -> None:
 
 
 def is_there(file: Path) -> bool:
-    """Whether a part is there.
+    """Whether a part has been written.
 
     Raises:
-      ArtifactError: it is there, and not as it was written.
+      ArtifactError: the part has changed since it was written.
     """
     beside = _beside(file)
     if not (file.exists() and beside.exists()):
@@ -42,13 +42,13 @@ def is_there(file: Path) -> bool:
     if beside.read_bytes() != _told(file).encode():
         raise ArtifactError(
             f"{file}: this part is not as it was written: its SHA-256 is not the one in "
-            f"{beside.name}. Delete it: the same command makes this part again"
+            f"{beside.name}. Delete the part and run the same command to make it again"
         )
     return True
 
 
 def _beside(file: Path) -> Path:
-    """Hidden: who reads the folder as one table passes over it."""
+    """The digest's file. It is hidden: readers of the folder as one table ignore it."""
     return file.with_name(f".{file.name}.sha256")
 
 

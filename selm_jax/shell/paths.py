@@ -1,7 +1,7 @@
-"""Which paths this program writes to. A path comes from a person, and what lies there may be theirs.
+"""Checks a path before the program writes there, so that it never replaces a person's own files.
 
-A file replaces a file, never a folder. Into a folder that has something in it this program writes
-only if it made that folder: it leaves a mark in each that it takes.
+A file may replace a file, but never a folder. The program writes into a folder that is not empty
+only if it made that folder itself: it leaves a mark (`.selm`) in each folder that it makes.
 """
 
 from __future__ import annotations
@@ -18,59 +18,59 @@ _TOLD = "selm_jax made this folder, and replaces files in it.\n"
 
 
 class PathError(RuntimeError):
-    """A path that cannot serve for what it was given. Nothing was written; the message says why."""
+    """A path cannot be used as requested. Nothing was written; the message says why."""
 
 
 def place(text: str | Path) -> Path:
-    """The path that a person meant: `~` at its beginning is their home folder.
+    """The path that a person entered, with a leading `~` replaced by the home folder.
 
     Raises:
-      PathError: it is empty, or begins with `~NAME` where nobody of that name has a home.
+      PathError: it is empty, or begins with `~NAME` and there is no such user.
     """
     if not str(text):
-        raise PathError("an empty path names nothing; expected the name of a file or folder")
+        raise PathError("the path is empty; expected the name of a file or folder")
     if not str(text).startswith("~"):
         return Path(text)
     try:
         return Path(text).expanduser()
     except RuntimeError:
         raise PathError(
-            f"{text}: nobody of this name has a home folder here; write ./{text} if that is meant"
+            f"{text}: there is no user of this name; write ./{text} for a file of this name"
         ) from None
 
 
 def file_to_write(text: str | Path) -> Path:
-    """The path that a person gave for a file that is to be written.
+    """The path that a person entered for a file to write, if it may be written.
 
     Raises:
-      PathError: as `check_file`; or a run or a sweep goes on from the file that is there.
+      PathError: no file can be written there (see `check_file`), or a run needs the file there.
     """
     path = check_file(place(text))
     if path.exists() and _is_record(path.resolve()):
-        raise PathError(f"{path}: belongs to a run, and stays as it is; expected another name")
+        raise PathError(f"{path}: belongs to a run and is not replaced; choose another name")
     return path
 
 
 def folder_to_write(text: str | Path) -> Path:
-    """The path that a person gave for a folder that is to be made, or added to.
+    """The path that a person entered for a folder to make or to add to.
 
     Raises:
-      PathError: a file is there, or in place of a folder around it.
+      PathError: the path or one of its parents is a file.
     """
     return _check_folder(place(text))
 
 
 def check_file(path: Path) -> Path:
-    """The path, if a file may be written there.
+    """Returns the path if a file may be written there.
 
     Raises:
-      PathError: a folder is there, or something else that is no file, such as a device; or what
-        should be a folder around it is a file.
+      PathError: there is a folder, or something else that is not a file, such as a device; or one
+        of its parents is a file.
     """
     if path.is_dir():
-        raise PathError(f"{path}: is a folder, and stays as it is; expected the name of a file")
+        raise PathError(f"{path}: is a folder and is not replaced; expected the name of a file")
     if path.exists() and not path.is_file():
-        raise PathError(f"{path}: is no file that could be replaced; expected the name of a file")
+        raise PathError(f"{path}: is not a regular file; expected the name of a file")
     return _check_above(path)
 
 
@@ -88,10 +88,10 @@ def _check_above(path: Path) -> Path:
 
 
 def claim(folder: Path) -> None:
-    """Makes a folder, or takes one that is empty or was made by this program.
+    """Makes a folder and marks it, or accepts one that is empty or was made by this program.
 
     Raises:
-      PathError: something else is in it.
+      PathError: the folder contains something that this program did not make.
     """
     _check_folder(folder)
     if _is_marked(folder):
@@ -100,22 +100,24 @@ def claim(folder: Path) -> None:
         found = sorted(each.name for each in folder.iterdir() if not _is_nothing(each))
         if found:
             raise PathError(
-                f"{folder}: has something in it ({some(found)}), and was not made by "
-                "this program. Nothing was written. Name a folder that is new or empty"
+                f"{folder}: is not empty ({some(found)}) and was not made by this program. "
+                "Nothing was written. Choose a folder that is new or empty"
             )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARK).write_text(_TOLD, encoding="utf-8")
 
 
 def make_private(path: Path) -> None:
-    """Makes an empty file that nobody else may read, unless there is a file: for a database, whose
-    neighbours (write-ahead log) take their permissions from it."""
+    """Makes an empty file that only its owner may read, unless the file exists.
+
+    For a database: SQLite gives the files that it adds (the write-ahead log) the same permissions.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
 
 
 def is_leftover(name: str) -> bool:
-    """Whether the system leaves files of this name where nobody asked for them."""
+    """Whether operating systems create files of this name by themselves, such as .DS_Store."""
     return name in _LEFTOVERS or name.startswith(("._", ".nfs"))
 
 
@@ -126,7 +128,7 @@ _RECORDS = {MARK, "config.yaml", "manifest.json", "metrics.jsonl", "stage.json",
 
 
 def _is_record(file: Path) -> bool:
-    """Whether a run, a sweep or an evaluation reads the file when it goes on."""
+    """Whether a run, a sweep or an evaluation needs the file to resume."""
     for folder in filter(_is_marked, file.parents):
         name = file.relative_to(folder).parts[0]
         if name in _RECORDS or name.startswith((".lock", "iteration_")):
@@ -140,7 +142,7 @@ def _is_marked(folder: Path) -> bool:
 
 
 def _is_nothing(path: Path) -> bool:
-    """A file that nobody loses: the system's, a lock of this program, or a mark that is being made."""
+    """Whether a file may be ignored: the system's, our lock, or a mark that is being written."""
     if not path.is_file():
         return False
     if path.name == ".lock" or path.name.startswith(".lock."):
@@ -151,12 +153,12 @@ def _is_nothing(path: Path) -> bool:
 
 
 def _was_made_here(folder: Path) -> bool:
-    """Whether a version of this program that left no mark has made the folder: by its records."""
+    """Whether the folder's files show that an early version, which left no mark, made it."""
     manifest = _json(folder / "manifest.json")
     if isinstance(manifest.get("versions"), dict) and "selm_jax" in manifest["versions"]:
         return True  # a run
     if (folder.parent / "manifest.json").exists():
-        return False  # what lies in a run is a part of it, such as an iteration
+        return False  # a folder inside a run is a part of it, such as an iteration
     for file in (folder / "stage.json", *folder.glob("iteration_*/stage.json")):
         stages = _json(file).values()  # a run, or answers to a benchmark
         if stages and all(isinstance(each, dict) and "done" in each for each in stages):
@@ -169,7 +171,7 @@ def _was_made_here(folder: Path) -> bool:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    """The JSON object of a file; empty where it is none."""
+    """The JSON object in a file; empty if there is none."""
     try:
         return read_object(file)
     except (OSError, JsonFileError):

@@ -1,12 +1,13 @@
-"""Processes that end with the one that started them, however that ends, and all that they have started.
+"""Child processes that end, with all their descendants, whenever their parent ends.
 
-`start` puts this file, run as a program, between the two: it starts the command in a session of its own
-and ends all of it when its standard input does, which is so when `stop` says it, and when whoever started
-it was killed.
+`start` runs this file as a program between the parent and the command. It starts the command in a
+new session, and ends everything in it when its standard input closes: `stop` closes it, and the
+system does if the parent is killed.
 
-A program that makes itself a daemon leaves group, session and parent: its child belongs to process 1
-then, and nobody knows whose it was. On Linux a process that has called `adopt` gets such children
-itself, and `kill_descendants` finds them. On other systems these two do nothing, and daemons stay.
+A program that turns itself into a daemon leaves its group, session and parent: process 1 becomes
+its parent, and its origin is lost. On Linux a process that has called `adopt` becomes the parent
+instead, and `kill_descendants` finds such daemons. On other systems these two functions do nothing
+and daemons survive.
 """
 
 from __future__ import annotations
@@ -24,23 +25,25 @@ from pathlib import Path
 from typing import IO
 
 _SET_CHILD_SUBREAPER = 36  # of prctl(2)
-_ROUNDS = 50  # what is started while the others are killed is found by the next round
+_ROUNDS = 50  # a process that is started while others are killed is found in the next round
 
 
 def start(command: Sequence[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
-    """Starts the command; what it says goes to `log`. The process returned ends when the command does,
-    with its status."""
+    """Starts the command with its output going to `log`.
+
+    The returned process ends when the command does, with the command's status.
+    """
     return subprocess.Popen(
         [sys.executable, "-P", __file__, *command],
         stdin=subprocess.PIPE,
         stdout=log,
         stderr=log,
-        start_new_session=True,  # a Ctrl-C at the terminal is for the run, which then stops this
+        start_new_session=True,  # Ctrl-C at the terminal reaches only the run, which stops this
     )
 
 
 def stop(process: subprocess.Popen[bytes], seconds: float) -> None:
-    """Ends the command and all it started: it is asked to, and after so many seconds made to."""
+    """Ends the command and all its descendants: SIGTERM, and SIGKILL after `seconds`."""
     assert process.stdin is not None
     with contextlib.suppress(BrokenPipeError):
         process.stdin.write(f"{seconds}\n".encode())
@@ -49,13 +52,13 @@ def stop(process: subprocess.Popen[bytes], seconds: float) -> None:
 
 
 def adopt() -> None:
-    """From now on children whose parents have ended are this process's, and so are found."""
+    """Makes this process the new parent of descendants whose own parent has ended (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def kill_descendants(pid: int) -> None:
-    """Kills all that a process has started, and what that has started; not the process itself."""
+    """Kills all descendants of a process, but not the process itself (Linux)."""
     for _ in range(_ROUNDS):
         found = _descendants(pid)
         if not found:
@@ -63,15 +66,15 @@ def kill_descendants(pid: int) -> None:
         for each in found:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(each, signal.SIGKILL)
-        time.sleep(0.001)  # what is dead stays in the table until its parent has looked
+        time.sleep(0.001)  # a dead process stays in the table until its parent has waited for it
 
 
 def _descendants(pid: int) -> list[int]:
-    """The descendants of a process that are alive."""
+    """The process IDs of all living descendants of a process."""
     parents: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            # The name stands in brackets and may hold anything; state and parent follow it.
+            # The program's name is in brackets and may contain anything; state and parent follow.
             state, parent = stat.read_text(errors="replace").rpartition(")")[2].split()[:2]
             if state not in "ZX":
                 parents.setdefault(int(parent), []).append(int(stat.parent.name))
@@ -84,6 +87,7 @@ def _descendants(pid: int) -> list[int]:
 
 
 def _keep(command: Sequence[str]) -> int:
+    """Runs the command, ends all its descendants, and returns the command's status."""
     adopt()
     try:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
@@ -92,14 +96,14 @@ def _keep(command: Sequence[str]) -> int:
         return 127
     threading.Thread(target=_end_when_told, args=(process,), daemon=True).start()
     status = process.wait()
-    _signal(process, signal.SIGKILL)  # whoever it left behind
+    _signal(process, signal.SIGKILL)  # the processes that it left behind
     kill_descendants(os.getpid())
     return status if status >= 0 else 128 - status
 
 
 def _end_when_told(process: subprocess.Popen[bytes]) -> None:
-    # Not by sys.stdin, whose lock would be held when this process ends.
-    told = os.read(0, 64)  # empty: the one who started us is gone
+    # Not with sys.stdin, whose lock would be held when this process ends.
+    told = os.read(0, 64)  # empty if the parent is gone
     _signal(process, signal.SIGTERM)
     try:
         process.wait(float(told or 30))

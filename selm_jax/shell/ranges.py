@@ -1,6 +1,6 @@
-"""The numbers that a setting takes, declared beside it: `rows: Annotated[int, Range(1)]`.
+"""Ranges of allowed numbers, declared at the setting: `rows: Annotated[int, Range(1)]`.
 
-A range refuses what is no number: NaN, infinity, true and false, texts.
+A range also refuses NaN, infinity, true, false and texts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 from pydantic_core import PydanticCustomError, core_schema
 
-MOST = 2**31 - 1  # what numpy's and JAX's own integers hold everywhere
+MOST = 2**31 - 1  # the largest 32-bit integer, JAX's default
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,10 +22,10 @@ class Range:
     """The numbers from `low` to `high`.
 
     Attributes:
-        above, below: `low`, `high` itself is not one of them.
-        whole: whole numbers alone; 8.0 is one.
-        also: numbers beside the range that have a meaning of their own.
-        advice: what to write instead, where other programs give a meaning to a number that is none here.
+        above, below: whether `low` (`high`) itself is excluded.
+        whole: allow whole numbers only; 8.0 is one.
+        also: allowed numbers outside the range, which have a special meaning.
+        advice: what to write instead of a number that other programs allow and this one does not.
     """
 
     low: float = -math.inf
@@ -58,7 +58,7 @@ class Range:
         return self.whole and self.high == self.low + 1
 
     def problem(self, value: object) -> str | None:
-        """What was expected in place of a value; None where it is in the range."""
+        """What was expected instead of the value; None if the value is in the range."""
         number = isinstance(value, numbers.Real) and not isinstance(value, bool)
         if number and (value in self.also or self._holds(value)):
             return None
@@ -71,14 +71,14 @@ class Range:
         return low and (x < self.high if self.below else x <= self.high)
 
     def checked(self, value: Any) -> Any:
-        """The value, a whole number as one. Raises PydanticCustomError for one out of the range."""
+        """The value as an int or a float. Raises PydanticCustomError if it is out of range."""
         if self.problem(value) is not None:
             about = {"range": str(self), "advice": f"; {self.advice}" if self.advice else ""}
             raise PydanticCustomError("range", "{range} was expected{advice}", about)
         return self.converted(value)
 
     def converted(self, value: Any) -> int | float:
-        """A value of the range as Python's own number."""
+        """A value in the range as an int or a float."""
         return int(value) if self.whole else float(value)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
@@ -86,25 +86,25 @@ class Range:
 
 
 def ranges_of(function: Callable[..., Any]) -> Mapping[str, Range]:
-    """The ranges that a function declares for its parameters, or a class for its fields, by name."""
+    """The ranges declared for a function's parameters or a class's fields, by name."""
     hints = get_type_hints(function, include_extras=True)
     declared = {name: next(_declared(hint), None) for name, hint in hints.items()}
     return {name: found for name, found in declared.items() if found is not None}
 
 
 def _declared(hint: Any) -> Iterator[Range]:
-    """The ranges in a hint: of a number, of one or null, of several."""
+    """The ranges inside a type hint, such as those in `Count | None` or `list[Count]`."""
     yield from (each for each in getattr(hint, "__metadata__", ()) if isinstance(each, Range))
     for inner in get_args(hint):
         yield from _declared(inner)
 
 
-# Numbers that many settings are.
+# Types that many settings share.
 Count = Annotated[int, Range(1, MOST, whole=True)]
-Natural = Annotated[int, Range(0, MOST, whole=True)]  # with 0
+Natural = Annotated[int, Range(0, MOST, whole=True)]  # 0 included
 Positive = Annotated[float, Range(0, above=True)]
 NonNegative = Annotated[float, Range(0)]
-Axis = Annotated[int, Range(1, MOST, whole=True, also=(-1,))]  # of a mesh; -1: the devices left
+Axis = Annotated[int, Range(1, MOST, whole=True, also=(-1,))]  # of a mesh; -1: remaining devices
 Share = Annotated[float, Range(0, 1, advice="it is a share: write 0.1 for 10 per cent")]
-# One more than a run's seed is its evaluation's; JAX takes the last 32 bits of larger ones in silence.
+# The evaluation uses the run's seed plus 1; JAX silently drops all but 32 bits of a larger one.
 Seed = Annotated[int, Range(0, MOST, whole=True)]

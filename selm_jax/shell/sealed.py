@@ -1,10 +1,10 @@
-"""SHA-256 of files, and of JSON that carries its own: what was written is told from what was damaged.
+"""SHA-256 of files, and JSON that carries its own SHA-256, to detect damage and changes.
 
-What it costs: every byte that is written is read once more, from memory as a rule, and every byte
-that a run goes on from is read twice. One thread does about 1 GB a second where the processor has
-instructions for SHA-256, and a third of that where it has none; as many files are hashed at a time as
-there are cores, up to eight. For a checkpoint of 84 GB (7B parameters and their moments) that is some
-ten seconds of eight cores, beside the updates, or 84 of one, and less where several hosts share it.
+The cost: every byte written is read once more, usually from memory, and every byte that a run
+resumes from is read twice. One thread hashes about 1 GB/s if the processor has instructions for
+SHA-256, and a third of that if not. Up to eight files are hashed in parallel, one per core. A
+checkpoint of 84 GB (7B parameters and their moments) takes about 84 seconds of one core or ten
+seconds of eight, in parallel with the updates, and less if several hosts share it.
 """
 
 from __future__ import annotations
@@ -21,39 +21,38 @@ _KEY = "sha256"
 
 
 def sha256(file: Path) -> str:
-    """Of a file's bytes, in hex."""
+    """SHA-256 of a file's bytes, in hex."""
     with file.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def sha256_of(files: Iterable[Path]) -> list[str]:
-    """Of each file, several at a time: hashing lets other threads work."""
+    """SHA-256 of each file, several in parallel: hashing releases Python's lock (the GIL)."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return list(pool.map(sha256, files))
 
 
 def seal(value: Mapping[str, Any], name: str = "") -> dict[str, Any]:
-    """The same JSON with its digest in it, which is also of the name that it goes by."""
+    """A copy of a JSON object with the digest of its content and of its name added."""
     return dict(value) | {_KEY: _of(value, name)}
 
 
 def is_sealed(value: Any, name: str = "") -> bool:
-    """Whether this is JSON as `seal` has given it back."""
+    """Whether a value is a JSON object whose digest, added by `seal`, matches its content."""
     return isinstance(value, dict) and value.get(_KEY) == _of(value, name)
 
 
 def fits(value: Mapping[str, Any], name: str = "") -> bool:
-    """Whether the digest that JSON carries is its own; what carries none, fits."""
+    """Whether a JSON object has no digest, or one that matches its content."""
     return _KEY not in value or is_sealed(value, name)
 
 
 def unsealed(value: Mapping[str, Any]) -> dict[str, Any]:
-    """The JSON without its digest."""
+    """A copy of a JSON object without its digest."""
     return {k: v for k, v in value.items() if k != _KEY}
 
 
 def _of(value: Mapping[str, Any], name: str) -> str:
-    as_read = json.loads(
-        json.dumps([name, unsealed(value)])
-    )  # its keys are texts, tuples are lists
+    # As it would be read from a file: keys become texts, tuples become lists.
+    as_read = json.loads(json.dumps([name, unsealed(value)]))
     return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Finished work, kept for the runs beside the one that did it."""
+"""A store of finished stages that several runs share."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from selm_jax.shell.artifacts import (
 
 
 class Store:
-    """Finished work by what it is a function of, so that runs beside each other do it once.
+    """Outputs of stages, stored by what they depend on, so that several runs do the work once.
 
-    An entry is a folder, named by the digest of everything that its content depends on: the files
-    and folders that a stage left, and `entry.json` with their digests and what else there is to
-    tell. Nothing writes into a finished file, files are replaced whole; so an entry and the runs
-    that took it hold the same bytes as hard links, or as copies where there are no links.
+    An entry is a folder, named by the digest of everything that its content depends on. It contains
+    the files and folders that a stage wrote, and `entry.json` with their digests and further
+    values. Finished files are never written to, only replaced; so an entry and the runs that use it
+    share the same bytes as hard links, or as copies if the file system has no links.
     """
 
     def __init__(self, folder: Path):
@@ -34,16 +34,16 @@ class Store:
 
     @staticmethod
     def key(**depends_on: Any) -> str:
-        """The name of the work that depends on these JSON values and on nothing else."""
+        """The name of the entry for work that depends on exactly these JSON values."""
         text = json.dumps(depends_on, sort_keys=True, ensure_ascii=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def name_of(self, run: Path) -> str:
-        """The folder of a run beside this one, also after all of them have been moved."""
+        """A run's folder relative to the store's parent, so that all may be moved together."""
         return os.path.relpath(run, self.folder.parent)
 
     def put(self, key: str, outputs: Mapping[str, Path], about: Mapping[str, Any]) -> None:
-        """Keeps the outputs, by name, and JSON values about them."""
+        """Stores the outputs, by name, and JSON values that describe them."""
         with whole(self.folder / key, replaces_folder=True) as partial:
             partial.mkdir()
             for name, path in outputs.items():
@@ -52,9 +52,9 @@ class Store:
             write_sealed(partial / "entry.json", {"outputs": digests, "about": about})
 
     def take(self, key: str, folder: Path) -> dict[str, Any] | None:
-        """Puts the outputs of an entry into `folder`; returns what is told about them.
+        """Puts the outputs of an entry into `folder`; returns the values stored with them.
 
-        None if there is no such entry, or if it is not what was kept: then it is removed.
+        None if there is no such entry, or if it is damaged: then it is removed.
         """
         entry = self.folder / key
         if not entry.exists():
@@ -70,7 +70,7 @@ class Store:
 
 
 def _told(entry: Path) -> dict[str, Any] | None:
-    """What an entry says of itself; None unless that is whole and its files are as it says."""
+    """The content of an entry's `entry.json`; None if that or a file of the entry is damaged."""
     try:
         told = read_sealed(entry / "entry.json")
         about, outputs = told["about"], told["outputs"].items()
@@ -83,7 +83,7 @@ def _told(entry: Path) -> dict[str, Any] | None:
 
 
 def _link(source: Path, target: Path) -> None:
-    """A file, or a folder of files, a second time, without its bytes a second time if possible."""
+    """Makes `target` a hard link to a file (for a folder, to each file), or a copy if it must."""
 
     def one(a: str, b: str) -> None:
         try:

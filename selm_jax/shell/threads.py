@@ -1,4 +1,4 @@
-"""The same work for many things, in threads: for calls that let other threads work, as tokenizers' do."""
+"""A parallel map in threads, for functions that release the GIL, such as tokenizers."""
 
 from __future__ import annotations
 
@@ -16,23 +16,22 @@ T = TypeVar("T")
 def of_each(
     f: Callable[[S], T], items: Iterable[S], done: Callable[[], None] = lambda: None
 ) -> list[T]:
-    """What `f` gives for each, in their order, worked out on as many as eight cores at a time.
+    """The results of `f` for all items, in order, computed by up to eight threads.
 
     Args:
-      done: is called in this thread when one more result is there.
+      done: called in this thread after each result.
 
     Raises:
-      whatever `f` raises first, in the order of the items; what has not begun is then left.
+      what `f` raises for the first item, in order, that fails; items not yet started are skipped.
     """
     rest = iter(items)
     workers = min(8, os.cpu_count() or 1)
-    begun: deque[Future[T]] = (
-        deque()
-    )  # a few for each worker: what comes after an error never begins
+    # Only a few per worker are submitted ahead: after an error no further item starts.
+    begun: deque[Future[T]] = deque()
     found = []
     pool = ThreadPoolExecutor(workers)
     try:
-        for first in itertools.islice(rest, 1):  # here: it may build what serves all of them
+        for first in itertools.islice(rest, 1):  # in this thread: it may build shared objects
             found.append(f(first))
             done()
         begun.extend(pool.submit(f, item) for item in itertools.islice(rest, 4 * workers))

@@ -1,9 +1,9 @@
-"""A function of yours, named in an experiment as `package.module:function`: the one import by name.
+"""Imports a user's function that an experiment names as `package.module:function`.
 
-An experiment names what it runs, so it is a program; these rules keep a name from reaching code that
-nobody wrote for it, such as `os:system`. The function stands in the named module, written in Python;
-the module is neither part of Python, nor of this program, nor of an installed package that knows
-nothing of this program.
+An experiment that names functions is a program; these rules keep it from calling code that was not
+written for this purpose, such as `os:system`. The function must be written in Python and defined in
+the named module itself. The module must not belong to Python, to this program, or to an installed
+package that does not require this program. Nothing else in this program imports by name.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ FORM = "package.module:function"
 
 
 class UserCodeError(ValueError):
-    """A name that stands for no function of the user's."""
+    """A name does not lead to a function that the user wrote."""
 
 
 def is_user_code(name: str) -> bool:
-    """Whether a name (or a sum of names) stands for code of the user's."""
+    """Whether a name (or a sum of names) refers to a user's function."""
     return ":" in name
 
 
@@ -37,11 +37,12 @@ def function_at(path: str, *parameters: str) -> FunctionType:
     """The function at `package.module:function`.
 
     Args:
-        parameters: names of what it is going to be given, in this order; none asks nothing.
+        parameters: names of the positional arguments that it will be called with; without any, its
+            signature is not checked.
 
     Raises:
-        UserCodeError: another form, a module that is not the user's or cannot be imported, no
-            Python function that is defined there, or one that does not take the parameters.
+        UserCodeError: the name has another form, the module is not the user's or cannot be
+            imported, or it defines no such Python function with these parameters.
     """
     check_name(path)
     module_name, _, name = path.partition(":")
@@ -49,8 +50,8 @@ def function_at(path: str, *parameters: str) -> FunctionType:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # the module's own code can raise anything
         raise UserCodeError(
-            f"importing {module_name!r} raised {type(error).__name__}: {error}. If it was not found, "
-            "add the folder that holds it to PYTHONPATH"
+            f"importing {module_name!r} raised {type(error).__name__}: {error}. If the module was "
+            "not found, add its folder to PYTHONPATH"
         ) from error
     where = f"{module_name} ({getattr(module, '__file__', None)})"
     if not hasattr(module, name):
@@ -64,8 +65,8 @@ def function_at(path: str, *parameters: str) -> FunctionType:
         )
     if function.__module__ != module.__name__:
         raise UserCodeError(
-            f"{name!r} is defined in {function.__module__}; expected a function that is defined in "
-            f"{where} itself"
+            f"{name!r} is defined in {function.__module__}; expected a function that {where} "
+            "defines itself"
         )
     signature = inspect.signature(function)
     try:
@@ -79,23 +80,24 @@ def function_at(path: str, *parameters: str) -> FunctionType:
 
 
 def described(function: Callable[..., Any]) -> str:
-    """A function as a message names it: `my_rules:polite (my_rules.py)`."""
+    """A function's name for messages: `my_rules:polite (my_rules.py)`."""
     code = getattr(function, "__code__", None)
     where = f" ({code.co_filename})" if code is not None else ""
     return f"{function.__module__}:{getattr(function, '__name__', function)}{where}"
 
 
 def check_name(path: str) -> None:
-    """What can be said of a name without importing anything.
+    """Checks a name as far as possible without importing anything.
 
     Raises:
-        UserCodeError: another form than `package.module:function`, or a package that is not the user's.
+        UserCodeError: it is not of the form `package.module:function`, or the package is not the
+            user's.
     """
     module_name, _, name = path.partition(":")
     if not name.isidentifier() or not all(part.isidentifier() for part in module_name.split(".")):
         raise UserCodeError(f"expected the form {FORM!r}")
     package = module_name.partition(".")[0]
-    yours = f"A function of yours stands in a file of yours, named as {FORM}"
+    yours = f"Put your function into a file of your own and name it as {FORM}"
     if package in sys.stdlib_module_names or package == "__main__":
         raise UserCodeError(f"{package!r} is part of Python. {yours}")
     if package == __name__.partition(".")[0]:
@@ -106,15 +108,15 @@ def check_name(path: str) -> None:
         if any(each.startswith(("selm_jax", "selm-jax")) for each in metadata.requires(name) or []):
             return
     raise UserCodeError(
-        f"{package!r} is an installed package that was not made for this program: its metadata does "
-        f"not require selm_jax. {yours}; it may call what that package has"
+        f"{package!r} is an installed package that was not made for this program: its metadata "
+        f"does not require selm_jax. {yours}; your function may call that package"
     )
 
 
 def source_digest(path: str) -> str:
-    """SHA-256 of the file that holds the function at `package.module:function`, as it is now.
+    """SHA-256 of the file that defines the function at `package.module:function`, as it is now.
 
-    Of what that file imports nothing is said.
+    Modules that this file imports are not included.
 
     Raises:
         UserCodeError: there is no such file.
@@ -126,17 +128,19 @@ def source_digest(path: str) -> str:
         found = None
     file = Path(found.origin) if found is not None and found.origin else None
     if file is None or not file.is_file():
-        raise UserCodeError(f"{path!r}: no file of the module {module!r} is found on PYTHONPATH")
+        raise UserCodeError(
+            f"{path!r}: no file of the module {module!r} was found. Add its folder to PYTHONPATH"
+        )
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _is_installed(package: str) -> bool:
-    """Whether a package lies where installers put packages."""
+    """Whether a package is in a folder where installers put packages."""
     if package in sys.modules:
         module = sys.modules[package]
         places = [getattr(module, "__file__", None), *getattr(module, "__path__", ())]
     else:
-        found = importlib.util.find_spec(package)  # of a package at the top: imports nothing
+        found = importlib.util.find_spec(package)  # for a top-level name this imports nothing
         places = [found.origin, *(found.submodule_search_locations or ())] if found else []
     return any(
         {"site-packages", "dist-packages"} & set(Path(each).parts) for each in places if each

@@ -1,4 +1,4 @@
-"""The words of error messages."""
+"""Phrases for error messages: short lists and "did you mean"."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Iterable, Sequence
 
 
 def some(words: Sequence[str], most: int = 5) -> str:
-    """A list as a person reads it: `a, b, c, d, e and 12 more`."""
+    """A list as readable text: `a, b, c, d, e and 12 more`."""
     more = f" and {len(words) - most:,} more" if len(words) > most else ""
     return ", ".join(words[:most]) + more
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The nearest of `known`, as `"; did you mean 'x'?"`, or `"."` when nothing is near.
+    """`"; did you mean 'x'?"` with the most similar of `known`, or `"."` if none is similar.
 
-    Case does not count.
+    Case is ignored.
     """
     lowered = {each.lower(): each for each in known}
     near = difflib.get_close_matches(word.lower(), lowered, n=1, cutoff=0.5)

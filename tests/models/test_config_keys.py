@@ -206,10 +206,10 @@ def test_pairrms_keys_with_odd_values_are_read_or_refused_at_once(key, tmp_path)
         ('{"a": 1}'.encode("utf-16"), "config.json begins with a byte order mark"),
         (b'{"a": "\xff"}', "config.json is not UTF-8 text"),
         (b"[" * 100_000, "config.json is not JSON: .*nested too deeply"),
-        (b'{"a": 1, "a": 2}', "config.json is not JSON: the key 'a' stands twice"),
+        (b'{"a": 1, "a": 2}', "config.json is not JSON: the key 'a' appears twice"),
         (
             b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 700\n",
-            "config.json is a Git LFS pointer, .*git lfs pull",
+            "config.json is a Git LFS pointer; .*git lfs pull",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Files come whole or not at all, and a stage is done only while its record is true."""
+"""A file is written completely or not at all; a stage counts as done only if its record is true."""
 
 import hashlib
 import json
@@ -34,7 +34,7 @@ def test_a_leftover_of_a_kill_is_replaced(tmp_path):
 
 
 def test_a_link_to_the_file_that_is_there_leaves_nothing_beside_it(tmp_path):
-    """Renaming one link of a file over another does nothing, and says nothing."""
+    """Renaming one hard link of a file over another does nothing, without an error."""
     file = tmp_path / "a"
     file.write_text("x")
     with artifacts.whole(file) as partial:
@@ -143,7 +143,7 @@ def test_a_message_names_the_files_that_are_new_missing_or_changed(done):
     (out / "a").rename(out / "below" / "c")
     (out / "below" / "b").write_text("B!")
     told = (
-        r"\(new: below/c, notes.txt; missing: a; changed: below/b\)\. .* put its files back as they"
+        r"\(new: below/c, notes.txt; missing: a; changed: below/b\)\. .* restore the original files"
     )
     with pytest.raises(ArtifactError, match=told):
         is_done()

@@ -1,4 +1,4 @@
-"""Whatever writes JSON lines is read back by the one reader of them."""
+"""JSON lines from any writer are read back by the one reader."""
 
 import json
 
@@ -32,7 +32,7 @@ def test_every_value_comes_back_with_its_line(rows, ascii_only, ended, mark):
     [
         ('{"a": 1', "Expecting ',' delimiter at character 8"),
         ('[1,\n 2,\n x]', "Expecting value at line 3, character 2"),
-        ('{"a": {"b": 1, "b": 2}}', "the key 'b' stands twice"),
+        ('{"a": {"b": 1, "b": 2}}', "the key 'b' appears twice"),
         ("[" * 100_000, "nested too deeply"),
         ('{"a":' * 100_000, "nested too deeply"),
         ("1" * 5000, "limit .* for integer string conversion"),

@@ -1,4 +1,4 @@
-"""One run at a time in a folder, and nobody dead holds it."""
+"""At most one run uses a folder at a time, and a dead process never keeps its lock."""
 
 from __future__ import annotations
 
@@ -166,10 +166,10 @@ def _left(folder, kind):
 )  # fmt: skip
 @pytest.mark.parametrize("machines", [3, 1])
 def test_however_they_interleave_one_alone_is_inside(tmp_path, monkeypatch, kind, machines, tried):
-    """Three come to a folder at the same time, from as many machines or one, and are stopped anywhere.
+    """Three processes take the lock at the same time, on three machines or one, in random order.
 
-    The system's locks of one machine are not seen on the others. Who is left by a process of this test
-    is alive for the others; what lay there before is of the dead.
+    The flocks of one machine are not seen on the others. Holders that this test starts count as
+    alive; the locks that were there before belong to dead ones.
     """
     me = threading.local()
     monkeypatch.setattr(lock, "_machine", lambda: f"machine {me.number % machines}")
@@ -202,12 +202,13 @@ def test_however_they_interleave_one_alone_is_inside(tmp_path, monkeypatch, kind
                         pass  # the others have their turns meanwhile
                     inside.remove(number)
             except ArtifactError as e:
-                assert "refused" in str(e) or "at work in this run folder" in str(e)
+                assert "refused" in str(e) or "is using this run folder" in str(e)
 
         interleaved.run([lambda n=n: come(n) for n in range(3)], FILES, seed)
         assert max(most, default=0) <= 1, f"seed {seed}: {max(most)} inside at once"
         entered += next(times)
     tried(
-        f"{kind}, 3 contenders of {machines} machines: {ORDERS} orders, {entered} entered, never two"
+        f"{kind}, 3 contenders on {machines} machines: {ORDERS} orders, {entered} entered, "
+        "no two at once"
     )
     assert entered >= 0.8 * ORDERS

@@ -1,4 +1,4 @@
-"""Parts of tables, and JSON that carries its digest: as they were written, or refused by name."""
+"""Parts of tables and JSON with its own digest are read unchanged, or refused by name."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_every_flipped_bit_of_a_part_or_its_digest_is_refused(tmp_path):
         whole = path.read_bytes()
         for bit in range(0, 8 * len(whole), 29):
             path.write_bytes(flipped(whole, bit))
-            with pytest.raises(ArtifactError, match=f"{file.name}: .*Delete it"):
+            with pytest.raises(ArtifactError, match=f"{file.name}: .*Delete the part"):
                 parts.is_there(file)
         path.write_bytes(whole)
     assert parts.is_there(file)

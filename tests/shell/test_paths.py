@@ -1,4 +1,4 @@
-"""What a person names is never deleted: files replace files, and folders are this program's or empty."""
+"""No file that a person names is deleted: files replace files, and folders are ours or empty."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def experiment(tmp_path_factory):
 
 
 def said(capsys, monkeypatch, *arguments) -> str:
-    """What `selm` says when it refuses: one message, no trace."""
+    """The error message of a `selm` command that is refused: one message, no traceback."""
     monkeypatch.setattr(sys, "argv", ["selm", *map(str, arguments)])
     with pytest.raises(SystemExit) as stop:
         cli.main()
@@ -85,7 +85,7 @@ FOLDERS = [name for name, parser in PATHS.items() if parser is paths.folder_to_w
 
 
 def test_every_path_of_the_command_line_is_looked_at():
-    """None is a bare `Path`, which would know no home folder and replace whatever is there."""
+    """No path is a bare `Path`, which would not expand `~` and might replace anything."""
     assert set(PATHS.values()) == {paths.place, paths.file_to_write, paths.folder_to_write}
     assert {"selm report --out", "selm plan --json", "selm bench --json"} <= set(FILES)
     assert {"selm annotate --export", "selm eval mt_bench --cache"} <= set(FILES)
@@ -120,7 +120,7 @@ def test_home_is_home_on_the_command_line_and_in_files(tmp_path, monkeypatch):
     for parser in set(PATHS.values()):
         assert parser("~/x") == tmp_path / "home" / "x"
         assert parser("a/~/x") == Path("a/~/x")
-        with pytest.raises(PathError, match="~nobody-of-this-name/x: nobody"):
+        with pytest.raises(PathError, match="~nobody-of-this-name/x: there is no user"):
             parser("~nobody-of-this-name/x")
 
 
@@ -137,7 +137,7 @@ def test_a_file_option_that_is_given_what_a_run_goes_on_from(name, tmp_path, cap
     (tmp_path / "link").symlink_to(tmp_path / name)
     for file in (tmp_path / name, tmp_path / "link"):
         message = said(capsys, monkeypatch, "report", "run", f"--out={file}")
-        assert f"{file}: belongs to a run, and stays as it is" in message
+        assert f"{file}: belongs to a run and is not replaced" in message
     assert (tmp_path / name).read_text() == "{}"
     for free in ("report.html", "mine.json", "judge.sqlite"):
         (tmp_path / free).touch()
@@ -166,10 +166,10 @@ def test_a_folder_that_is_not_a_runs(verb, experiment, theirs, capsys, monkeypat
     before = content(theirs)
     which = ["--iteration", "1"] if verb == "generate" else []
     message = said(capsys, monkeypatch, verb, experiment, *which, f"output={theirs}")
-    assert f"{theirs}: has something in it (.lock, chapters, config.yaml)" in message
+    assert f"{theirs}: is not empty (.lock, chapters, config.yaml)" in message
     assert content(theirs) == before
     monkeypatch.chdir(theirs)
-    assert "has something in it" in said(capsys, monkeypatch, verb, experiment, *which, "output=.")
+    assert "is not empty" in said(capsys, monkeypatch, verb, experiment, *which, "output=.")
     assert content(theirs) == before
 
 
@@ -179,7 +179,7 @@ def test_an_output_without_a_name(experiment, theirs, capsys, monkeypatch):
     message = said(capsys, monkeypatch, "run", experiment, "output=")
     assert "output: " in message
     message = said(capsys, monkeypatch, "run", experiment, "output=''")
-    assert "output: " in message and "an empty path names nothing" in message
+    assert "output: " in message and "the path is empty" in message
     assert content(theirs) == before
 
 
@@ -195,7 +195,7 @@ def test_a_folder_that_is_not_a_sweeps(tiny_too, experiment, tmp_path, theirs, c
     file.write_text(yaml.safe_dump(said_))
     before = content(theirs)
     message = said(capsys, monkeypatch, "sweep", file, *(["--tiny"] if tiny_too else []))
-    assert f"{theirs}: has something in it" in message
+    assert f"{theirs}: is not empty" in message
     assert content(theirs) == before
 
 
@@ -213,7 +213,7 @@ def test_a_rehearsal_keeps_off_a_folder_that_is_not_its_own(
         "model.source=org/zephyr",
         f"output={tmp_path / 'thesis'}",
     )
-    assert f"{theirs}: has something in it" in message
+    assert f"{theirs}: is not empty" in message
     assert content(theirs) == before
 
 
@@ -224,7 +224,7 @@ def test_a_folder_that_is_held_is_marked_and_stays_this_programs(tmp_path):
     (folder / "stray").write_text("a note that somebody put there")
     claim(folder)
     (folder / paths.MARK).unlink()
-    with pytest.raises(PathError, match=r"has something in it \(anything, stray\)"):
+    with pytest.raises(PathError, match=r"is not empty \(anything, stray\)"):
         claim(folder)
 
 
@@ -256,7 +256,7 @@ def test_an_iteration_of_a_run_is_no_run(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(json.dumps(RECORDS[name]))
     claim(tmp_path)
-    with pytest.raises(PathError, match=r"iteration_0: has something in it \(stage.json\)"):
+    with pytest.raises(PathError, match=r"iteration_0: is not empty \(stage.json\)"):
         claim(tmp_path / "iteration_0")
     assert [p.name for p in (tmp_path / "iteration_0").iterdir()] == ["stage.json"]
 
@@ -323,8 +323,8 @@ def test_a_link_stays_a_link_and_what_it_leads_to_stays(tmp_path, theirs):
 
 def test_a_device_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(PathError, match="is no file"):
+    with pytest.raises(PathError, match="is not a regular file"):
         artifacts.write_json(tmp_path / "pipe", {})
-    with pytest.raises(PathError, match="is no file"):
+    with pytest.raises(PathError, match="is not a regular file"):
         paths.file_to_write("/dev/null")
     assert not list(tmp_path.glob("*partial"))

@@ -1,4 +1,4 @@
-"""What a rule or a server leaves behind: daemons that have left their group, session and parent."""
+"""Daemons that a rule or a server leaves behind (new group, session and parent) are ended."""
 
 from __future__ import annotations
 

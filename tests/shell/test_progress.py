@@ -1,4 +1,4 @@
-"""The terminal shows texts as they are, whatever rich would make of them."""
+"""The terminal shows texts literally, even where rich would read them as markup."""
 
 import ast
 import io
@@ -68,7 +68,7 @@ def test_every_text_is_literal(shown, say, times, text):
 
 
 def test_nobody_makes_another_terminal():
-    """Where a console or a column of a bar is made by hand, texts with brackets are read as styles."""
+    """A console or a text column made elsewhere would read text in brackets as styles."""
     made = {}
     for file in MODULES:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):

@@ -1,4 +1,4 @@
-"""Every number of an experiment has a range, and what is out of it is refused when it is read."""
+"""Every number in an experiment has a range, and values outside it are refused on reading."""
 
 import dataclasses
 import importlib

@@ -1,4 +1,4 @@
-"""The same work for many things, several at a time."""
+"""The parallel map in threads: order, errors and laziness."""
 
 import threading
 

@@ -1,4 +1,4 @@
-"""An experiment names functions of yours: yours alone, and never to be run by verbs that look."""
+"""An experiment names only the user's own functions; verbs that only look never call them."""
 
 import importlib
 import sys
@@ -116,7 +116,7 @@ def test_a_module_that_ends_the_program_is_told_of(tmp_path, monkeypatch):
 
 
 def test_one_place_alone_imports_by_a_name_that_an_experiment_may_hold():
-    """What else imports by name takes names of tables in this program."""
+    """All other imports by name take their names from tables in this program."""
     package = Path(ranker.__file__).parent.parent
     found = {
         str(file.relative_to(package)): line.strip()
@@ -127,6 +127,8 @@ def test_one_place_alone_imports_by_a_name_that_an_experiment_may_hold():
     assert found == {
         "shell/user_code.py": "module = importlib.import_module(module_name)",
         "feedback/ranker.py": "builder = getattr(importlib.import_module(module), attribute)",
-        "evaluation/benchmarks/alpaca_eval/score.py": 'found = importlib.import_module(f"alpaca_eval.{module}")',
+        "evaluation/benchmarks/alpaca_eval/score.py": (
+            'found = importlib.import_module(f"alpaca_eval.{module}")'
+        ),
     }
     assert all(each.startswith("selm_jax.") for each in ranker.BUILT_IN.values())

@@ -1,4 +1,4 @@
-"""Verbs from dataclasses: the same command line that a function with these parameters would have."""
+"""A verb made from a dataclass has the same command line as a function with these parameters."""
 
 from __future__ import annotations
 

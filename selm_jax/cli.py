@@ -267,13 +267,13 @@ def sweep(
 
     multihost.initialize()
     from selm_jax.sweep import sweep
-    from selm_jax.sweep.plan import plan
+    from selm_jax.sweep.grid import read_sweep
 
     try:
         numbers = [int(each) for each in seeds.split(",")] if seeds else None
     except ValueError:
         raise typer.BadParameter(f"--seeds {seeds}: expected numbers, such as 1,2,3") from None
-    sweep(plan(file, overrides or [], base=base, output=output, seeds=numbers, tiny=tiny))
+    sweep(read_sweep(file, overrides or [], base=base, output=output, seeds=numbers, tiny=tiny))
 
 
 @app.command()

@@ -1,9 +1,9 @@
-"""`selm sweep FILE`: one experiment in many settings and with many seeds, and one page about all.
+"""`selm sweep FILE`: one experiment in many settings and with several seeds, and one page for all.
 
-A sweep file names a base experiment and a grid of changes to it:
+A sweep file names a base experiment, found from the file's own folder, and a grid of changes to it:
 
     output: runs/alpha
-    base: experiments/quickstart.yaml
+    base: quickstart.yaml
     seeds: [1, 2, 3]
     set: {iterations: 2}                      # in every run
     grid:
@@ -13,9 +13,10 @@ A sweep file names a base experiment and a grid of changes to it:
       training.global_batch: [8, 16]          # the same in short, where a level is a value
     baseline: {method: dpo}                   # what the other levels of this axis are compared with
 
-Every cell of the grid is run with every seed, in a run folder like any other; the first seed's
-cells come first. A stage whose inputs and settings equal those of another run's is not done again:
-the first iteration's answers serve every objective, the start model's held-out answers all of them.
+Every cell of the grid runs with every seed, each in its own run folder, and the first seed's cells
+come first. Before any of them trains, every cell's objective, ranker and data are built. A stage is
+not repeated if another run of the sweep did it with the same inputs and settings: the first
+iteration's answers serve every objective, and the start model's held-out answers serve all runs.
 """
 
 from __future__ import annotations
@@ -30,74 +31,112 @@ from rich.console import Console
 from selm_jax.iterate import iterate
 from selm_jax.parallel import multihost
 from selm_jax.report import sweep_page
+from selm_jax.run.check import check
 from selm_jax.run.run import Run
 from selm_jax.shell import artifacts
 from selm_jax.shell.lock import only_one
 from selm_jax.shell.memory import release
 from selm_jax.shell.progress import terminal
 from selm_jax.shell.store import Store
-from selm_jax.sweep.plan import Sweep
-from selm_jax.sweep.table import as_csv, shared, table
+from selm_jax.sweep.grid import Sweep
+from selm_jax.sweep.table import as_csv, shared, shown, table
 
 PAGE = "report.html"
 
 
 class SweepError(RuntimeError):
-    """Some runs of a sweep could not be finished. The message names them."""
+    """Some runs of a sweep cannot start or could not be finished. The message names them."""
 
 
-def sweep(plan: Sweep, console: Console | None = None) -> None:
-    """Runs what is left of a sweep, then writes its table and its page.
+def sweep(grid: Sweep, console: Console | None = None) -> None:
+    """Runs what is left of a sweep, then writes and prints its table and writes its page.
 
-    The page is written after every run, about those that are finished. Of several processes all
-    run, and the first writes.
+    The page is written after every run, from the runs that are finished. If there are several
+    processes, all of them run and the first one writes.
 
     Raises:
-      SweepError: runs that could not be finished; the others are.
+      SweepError: a cell cannot be built, so nothing was trained; or some runs failed, and the others
+        are finished.
     """
     console = console or terminal(quiet=not multihost.is_first())
-    store = Store(plan.folder / "store")
+    store = Store(grid.folder / "store")
     failed: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
-        multihost.on_first(lambda: stack.enter_context(only_one(plan.folder)))
-        for i, member in enumerate(plan.members, 1):
+        multihost.on_first(lambda: stack.enter_context(only_one(grid.folder)))
+        _check_every_cell(grid, console)
+        for i, member in enumerate(grid.members, 1):
             name = f"{member.cell.name}, seed {member.seed}"
-            console.rule(f"{i} of {len(plan.members)}: {name}")
+            console.rule(f"{i} of {len(grid.members)}: {name}")
             try:
                 iterate(Run(member.experiment, console, store=store))
             except Exception as e:
-                if multihost.others_are_gone(e) or not type(e).__module__.startswith("selm_jax."):
-                    raise  # not about this run alone: a defect, a full disk
+                if not _concerns_one_run(e):
+                    raise
                 multihost.all_failed(f"sweep/{i}")
                 failed[name] = str(e)
                 console.print(f"{name}: {e}", style="red")
             release()
-            multihost.on_first(lambda: str(write(plan, failed)))
-    console.print(f"page: {plan.folder / PAGE}", soft_wrap=True)
+            multihost.on_first(lambda: str(write(grid, failed)))
+    multihost.on_first(lambda: console.print(shown(table(grid), grid)))
+    console.print(f"page: {grid.folder / PAGE}", soft_wrap=True)
     if failed:
-        listed = "\n  ".join(f"{name}: {why}" for name, why in failed.items())
-        raise SweepError(f"{len(failed)} of {len(plan.members)} runs failed:\n  {listed}")
+        raise SweepError(f"{len(failed)} of {len(grid.members)} runs failed:{_listed(failed)}")
 
 
-def write(plan: Sweep, failed: Mapping[str, str] | None = None) -> Path:
+def _check_every_cell(grid: Sweep, console: Console) -> None:
+    """Builds the objective, ranker, data and programs of every cell, with its first seed.
+
+    Raises:
+      SweepError: some of them cannot be built; all of those are named.
+    """
+    console.print(f"checking {len(grid.cells)} settings before any of them trains")
+    quiet, failed, seen = terminal(quiet=True), dict[str, str](), set[str]()
+    for i, member in enumerate(grid.members, 1):
+        if member.cell.name in seen:
+            continue
+        seen.add(member.cell.name)
+        try:
+            check(Run(member.experiment, quiet))
+        except Exception as e:
+            if not _concerns_one_run(e):
+                raise
+            multihost.all_failed(f"sweep/check/{i}")
+            failed[member.cell.name] = str(e)
+    if failed:
+        raise SweepError(
+            f"{len(failed)} of {len(grid.cells)} settings cannot run, so nothing was trained:"
+            f"{_listed(failed)}"
+        )
+
+
+def _concerns_one_run(error: Exception) -> bool:
+    """Whether other runs can go on. A defect, a full disk or a dead process would stop them too."""
+    return type(error).__module__.startswith("selm_jax.") and not multihost.others_are_gone(error)
+
+
+def _listed(failed: Mapping[str, str]) -> str:
+    return "".join(f"\n  {name}: {why}" for name, why in failed.items())
+
+
+def write(grid: Sweep, failed: Mapping[str, str] | None = None) -> Path:
     """Writes table.csv and report.html about the runs that are finished; returns the page."""
-    rows = table(plan)
-    with artifacts.whole(plan.folder / "table.csv") as partial, partial.open("w", newline="") as f:
+    rows = table(grid)
+    with artifacts.whole(grid.folder / "table.csv") as partial, partial.open("w", newline="") as f:
         lines = list(as_csv(rows))
         writer = csv.DictWriter(f, list(lines[0]))
         writer.writeheader()
         writer.writerows(lines)
-    page = plan.folder / PAGE
+    page = grid.folder / PAGE
     sweep_page.write(
         page,
         rows,
-        title=plan.title,
-        about=plan.about,
-        command=plan.command,
-        axes=list(plan.members[0].cell.levels),
-        axis=plan.axis,
-        against=plan.baseline,
+        title=grid.title,
+        about=grid.about,
+        command=grid.command,
+        axes=list(grid.members[0].cell.levels),
+        axis=grid.axis,
+        against=grid.baseline,
         failed=failed or {},
-        shared=shared(plan),
+        shared=shared(grid),
     )
     return page

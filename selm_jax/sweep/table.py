@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
+from rich.table import Table
 
 from selm_jax.report.data import RunData, report_data
 from selm_jax.report.sweep_page import Row
@@ -19,7 +20,7 @@ from selm_jax.shell import artifacts
 from selm_jax.statistics.intervals import Estimate, difference, pooled
 from selm_jax.statistics.multiple import holm
 from selm_jax.statistics.proportions import counted
-from selm_jax.sweep.plan import Cell, Sweep
+from selm_jax.sweep.grid import Cell, Sweep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +58,10 @@ def outcome(run: RunData) -> Outcome:
     return Outcome(prompts, **means, shares=frozenset(shares))
 
 
-def table(plan: Sweep) -> list[Row]:
+def table(grid: Sweep) -> list[Row]:
     """One row for each cell, about its finished runs."""
     finished: dict[str, dict[int, RunData]] = {}
-    for member in plan.members:
+    for member in grid.members:
         folder = Path(member.experiment.output)
         if (folder / "manifest.json").exists():
             data = report_data(folder)
@@ -70,32 +71,32 @@ def table(plan: Sweep) -> list[Row]:
         name: {s: outcome(run) for s, run in runs.items()} for name, runs in finished.items()
     }
     rows = []
-    for cell in plan.cells:
-        base = Cell({**cell.levels, plan.axis: plan.baseline}, {}).name
+    for cell in grid.cells:
+        base = Cell({**cell.levels, grid.axis: grid.baseline}, {}).name
         runs, of_base = finished.get(cell.name, {}), finished.get(base, {})
         alike = base != cell.name and _ranks_alike(runs, of_base)
         others = outcomes.get(base, {}) if alike else {}
-        rows.append(_row(plan, cell, runs, outcomes.get(cell.name, {}), others))
+        rows.append(_row(grid, cell, runs, outcomes.get(cell.name, {}), others))
     return _with_holm(rows)
 
 
 def _row(
-    plan: Sweep,
+    grid: Sweep,
     cell: Cell,
     runs: Mapping[int, RunData],
     own: Mapping[int, Outcome],
     others: Mapping[int, Outcome],
 ) -> Row:
     """The cell of these runs and outcomes, by seed; `others` are its baseline's."""
-    members = [m for m in plan.members if m.cell is cell]
+    members = [m for m in grid.members if m.cell is cell]
     return Row(
         levels=tuple(cell.levels.values()),
         changes=cell.told,
         runs=tuple(
-            (m.seed, os.path.relpath(m.experiment.output, plan.folder), m.seed in runs)
+            (m.seed, os.path.relpath(m.experiment.output, grid.folder), m.seed in runs)
             for m in members
         ),
-        baseline=cell.levels[plan.axis] == plan.baseline,
+        baseline=cell.levels[grid.axis] == grid.baseline,
         ranked=_mean_count(runs, "rank", "candidates"),
         updates=_mean_count(runs, "train", "updates"),
         greedy=_mean(own, "greedy"),
@@ -203,10 +204,10 @@ def _mean_metric(runs: Mapping[int, RunData], name: str) -> float | None:
     return float(np.mean(known)) if known and len(known) == len(runs) else None
 
 
-def shared(plan: Sweep) -> dict[str, tuple[int, int]]:
+def shared(grid: Sweep) -> dict[str, tuple[int, int]]:
     """By stage: how often it was done in this sweep, and how often taken from another run."""
     counts: dict[str, tuple[int, int]] = {}
-    for member in plan.members:
+    for member in grid.members:
         run = Path(member.experiment.output)
         for folder in artifacts.iterations(run).values() if run.exists() else ():
             for name, entry in artifacts.Stages(folder).read().items():
@@ -231,3 +232,25 @@ def as_csv(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
         line["difference_seeds"] = None if row.difference is None else row.difference.seeds
         line["p"] = None if row.difference is None else row.difference.p
         yield line | {"p_holm": row.p_holm}
+
+
+def shown(rows: Sequence[Row], grid: Sweep) -> Table:
+    """The rows for a terminal: held-out score, KL, and the difference to the baseline."""
+    found = Table(box=None, pad_edge=False, title=f"{grid.title}: after the last iteration")
+    found.add_column("setting", overflow="fold", ratio=2)
+    for name in ("seeds", "score", "KL", f"against {grid.baseline}", "p (Holm)"):
+        found.add_column(name, justify="right", overflow="fold")
+    for row in rows:
+        of_all = len(row.runs)
+        versus = str(row.difference or ("baseline" if row.baseline else "-"))
+        found.add_row(
+            row.name,
+            f"{row.seeds}" if row.seeds == of_all else f"{row.seeds} of {of_all}",
+            _number(row.greedy), _number(row.kl), versus,
+            "" if row.p_holm is None else f"{row.p_holm:.2g}",
+        )  # fmt: skip
+    return found
+
+
+def _number(value: Estimate | None) -> str:
+    return "-" if value is None else f"{value.mean:.3f}"

@@ -11,7 +11,7 @@ from tiny import on_first_device
 from selm_jax.commands.tiny import ROWS
 from selm_jax.config import as_dict, load
 from selm_jax.sweep import sweep
-from selm_jax.sweep.plan import plan
+from selm_jax.sweep.grid import read_sweep
 from selm_jax.sweep.table import table
 from selm_jax.text.prompts import portion
 
@@ -26,7 +26,7 @@ def from_the_root(monkeypatch):
 
 
 def cells(file: str):
-    return {m.cell.name: m.experiment for m in plan(ABLATIONS / file).members}
+    return {m.cell.name: m.experiment for m in read_sweep(ABLATIONS / file).members}
 
 
 def changed(experiment, base) -> set[str]:
@@ -98,7 +98,7 @@ def test_every_change_of_selm_is_the_one_that_its_name_says():
 
 
 def test_the_study_compares_at_equal_queries():
-    study = plan(EXPERIMENTS / "study/sweep.yaml")
+    study = read_sweep(EXPERIMENTS / "study/sweep.yaml")
     assert len(study.members) == 2 * 4 * 3
     assert (study.axis, study.baseline) == ("method", "dpo")
     asked = set()
@@ -115,7 +115,7 @@ def test_the_study_compares_at_equal_queries():
 def test_a_rehearsal_of_all_cells(file, tmp_path, monkeypatch):
     """Every setting runs to its end: tiny models, the files' own settings."""
     on_first_device(monkeypatch)
-    rehearsal = plan(ABLATIONS / file, output=str(tmp_path / "runs"), tiny=True)
+    rehearsal = read_sweep(ABLATIONS / file, output=str(tmp_path / "runs"), tiny=True)
     sweep(rehearsal, Console(quiet=True))
     rows = {row.name: row for row in table(rehearsal)}
     assert all(row.seeds == 1 and row.greedy is not None for row in rows.values())

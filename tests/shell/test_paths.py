@@ -148,7 +148,7 @@ def test_a_file_option_that_is_given_what_a_run_goes_on_from(name, tmp_path, cap
 
 
 def test_home_is_home_in_an_experiment_and_a_sweep(experiment, tmp_path, monkeypatch):
-    from selm_jax.sweep.plan import plan
+    from selm_jax.sweep.grid import read_sweep
 
     monkeypatch.setenv("HOME", str(tmp_path))
     assert config.load(experiment, ["output=~/x"]).output == str(tmp_path / "x")
@@ -156,7 +156,7 @@ def test_home_is_home_in_an_experiment_and_a_sweep(experiment, tmp_path, monkeyp
     file = tmp_path / "sweep.yaml"
     grid = {"training.global_batch": [2, 4]}
     file.write_text(yaml.safe_dump({"output": "~/s", "base": "~/base.yaml", "grid": grid}))
-    found = plan(file)
+    found = read_sweep(file)
     assert found.folder == tmp_path / "s"
     assert found.members[0].experiment.output.startswith(str(tmp_path / "s"))
 

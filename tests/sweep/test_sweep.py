@@ -34,8 +34,8 @@ from selm_jax.shell.artifacts import Stages
 from selm_jax.shell.store import Store
 from selm_jax.statistics.intervals import pooled
 from selm_jax.sweep import SweepError, sweep, write
-from selm_jax.sweep.plan import plan
-from selm_jax.sweep.table import table
+from selm_jax.sweep.grid import read_sweep
+from selm_jax.sweep.table import shown, table
 from selm_jax.tables.examples import read as read_examples
 from selm_jax.text.conversations import Message
 
@@ -103,7 +103,7 @@ def finished(tmp_path_factory):
     """The plan of a finished sweep, and what was generated for it."""
     with pytest.MonkeyPatch.context() as patch:
         drawn = count_generations(patch)
-        done = plan(sweep_file(tmp_path_factory.mktemp("sweep")))
+        done = read_sweep(sweep_file(tmp_path_factory.mktemp("sweep")))
         sweep(done, QUIET)
     return done, drawn
 
@@ -319,8 +319,8 @@ def test_a_sweep_that_was_stopped_goes_on_to_the_same_bytes(finished, tmp_path, 
 
     monkeypatch.setattr(Store, "put", stopping)
     with pytest.raises(Stop):
-        sweep(plan(file), QUIET)
-    sweep(plan(file), QUIET)
+        sweep(read_sweep(file), QUIET)
+    sweep(read_sweep(file), QUIET)
     mine = first_iteration(tmp_path / "sweep")
     theirs = first_iteration(done.folder)
     assert mine == {name: data for name, data in theirs.items() if f"seed_{SEEDS[0]}/" in name}
@@ -330,19 +330,19 @@ def test_a_sweep_that_was_stopped_goes_on_to_the_same_bytes(finished, tmp_path, 
 
 @pytest.mark.slow
 def test_failures_are_named_and_only_like_is_compared_with_like(tmp_path):
-    """One run cannot be trained; of the others one has another ranker."""
+    """One run has ties alone, which shows when it is ranked; of the others one has another ranker."""
     grid = {
         "change": {
             "nothing": {},
             "ranker": {"feedback.ranker": "sentiment", "feedback.ties": "first"},
-            "batch": {"training.global_batch": 1000},
+            "batch": {"feedback.ranker": "sentiment"},
         }
     }
     file = sweep_file(tmp_path, grid=grid, baseline=None, seeds=[1], set=ONE)
     named = "(?s)1 of 3 runs failed.*batch, seed 1: .*fewer than one batch"
     with pytest.raises(SweepError, match=named):
-        sweep(plan(file), QUIET)
-    nothing, ranker, batch = table(plan(file))
+        sweep(read_sweep(file), QUIET)
+    nothing, ranker, batch = table(read_sweep(file))
     assert nothing.seeds == ranker.seeds == 1
     assert nothing.greedy is not None and ranker.greedy is not None
     assert ranker.difference is None  # another meaning of reward
@@ -354,7 +354,7 @@ def test_failures_are_named_and_only_like_is_compared_with_like(tmp_path):
 @pytest.mark.slow
 def test_one_seed_is_said_to_be_one_and_others_can_be_named(tmp_path):
     file = sweep_file(tmp_path, set=ONE)
-    few, more = plan(file, seeds=[7]), plan(file)
+    few, more = read_sweep(file, seeds=[7]), read_sweep(file)
     assert few.command.endswith("--seeds 7") and "--seeds" not in more.command
     sweep(few, QUIET)
     assert table(few)[1].difference.seeds == 1
@@ -368,7 +368,7 @@ def test_one_seed_is_said_to_be_one_and_others_can_be_named(tmp_path):
 
 @pytest.mark.slow
 def test_what_only_the_first_process_is_refused_fails_in_both(tmp_path):
-    """Two processes; the first alone builds rankers. The other run is finished, by both."""
+    """Two processes; the first alone builds rankers. Neither trains the setting that could run."""
     grid = {
         "change": {
             "judge": {"feedback.ranker": "judge", "feedback.settings": {"model": "nobody"}},
@@ -382,9 +382,58 @@ def test_what_only_the_first_process_is_refused_fails_in_both(tmp_path):
     )  # fmt: skip
     assert both.wait() == [1, 1], both.output()
     refused, also = (log.read_text() for log in both.logs)
-    assert "1 of 2 runs failed" in refused and "judge, seed 1: judge: no server" in refused
-    assert "judge, seed 1: process 0 failed: " in also
-    assert "1 of 2 runs finished" in (tmp_path / "sweep/report.html").read_text()
+    assert "1 of 2 settings cannot run" in refused and "judge: judge: no server" in refused
+    assert "judge: process 0 failed: " in also
+    assert not list((tmp_path / "sweep").rglob("stage.json"))
+
+
+WRONG = {
+    "loss": ({"objective.loss": "selmm"}, "selmm"),
+    "ranker": ({"feedback.ranker": "lenght"}, "lenght"),
+    "data": ({"data.train": "nowhere.jsonl"}, "nowhere.jsonl"),
+    "batch": ({"training.global_batch": 1000}, "fewer than one batch"),
+}
+
+
+@pytest.mark.parametrize("changes, why", WRONG.values(), ids=WRONG.keys())
+def test_a_mistake_in_the_last_cell_is_found_before_the_first_one_trains(
+    changes, why, tmp_path, monkeypatch
+):
+    grid = {"change": {"nothing": {}, "wrong": changes}}
+    file = sweep_file(tmp_path, grid=grid, baseline=None, seeds=[1, 2], set=ONE)
+    monkeypatch.setattr("selm_jax.sweep.iterate", None)
+    with pytest.raises(SweepError, match=f"(?s)1 of 2 settings cannot run.*\n  wrong: .*{why}"):
+        sweep(read_sweep(file), QUIET)
+
+
+def test_base_starts_at_the_sweep_files_own_folder(tmp_path, monkeypatch):
+    (tmp_path / "sweeps").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    tiny.experiment(tmp_path)
+    file = sweep_file(tmp_path, base="../experiment.yaml").rename(tmp_path / "sweeps/sweep.yaml")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert len(read_sweep(file).members) == RUNS
+    assert len(read_sweep(file, base="../experiment.yaml").members) == RUNS  # the command line's
+    file.write_text(file.read_text().replace("../experiment.yaml", "experiment.yaml"))
+    with pytest.raises(ConfigError, match="experiment.yaml: no such experiment file"):
+        read_sweep(file)
+    monkeypatch.chdir(tmp_path)  # where earlier versions looked
+    with pytest.raises(ConfigError, match=r"own folder.*Write `base: \.\./experiment.yaml`"):
+        read_sweep(file)
+
+
+@pytest.mark.slow
+def test_it_ends_with_its_table(finished, capsys):
+    done, _ = finished
+    for width in (60, 120):
+        console = Console(width=width, markup=False)
+        console.print(shown(table(done), done))
+        told = capsys.readouterr().out
+        words = " ".join(told.split())
+        assert max(map(len, told.splitlines())) <= width
+        assert "against dpo" in words and "baseline" in words and "alpha 10" in words
+        row = table(done)[1]
+        assert f"{row.greedy.mean:.3f}" in told and f"{row.difference.mean:.3f}" in told
 
 
 def test_a_store_never_hands_out_what_was_damaged(tmp_path):
@@ -426,13 +475,15 @@ def test_a_file_that_says_nothing_sensible_is_refused_before_any_work(changes, m
     if "iterations" in str(changes):
         changes |= {"set": {"training.learning_rate": 1e-3}}
     with pytest.raises(ConfigError, match=message):
-        plan(sweep_file(tmp_path, **changes))
+        read_sweep(sweep_file(tmp_path, **changes))
     assert not (tmp_path / "sweep").exists()
 
 
 def test_overrides_are_for_every_run_and_cells_come_after_them(tmp_path):
     file = sweep_file(tmp_path, grid={"objective.alpha": [0, 0.5]}, baseline=None)
-    found = plan(file, ["objective.beta=0.7", "objective.alpha=9"], output=str(tmp_path / "else"))
+    found = read_sweep(
+        file, ["objective.beta=0.7", "objective.alpha=9"], output=str(tmp_path / "else")
+    )
     assert {m.experiment.objective["beta"] for m in found.members} == {0.7}
     assert [m.experiment.objective["alpha"] for m in found.members] == [0, 0.5, 0, 0.5]
     assert [m.seed for m in found.members] == [1, 1, 7, 7]
@@ -446,7 +497,7 @@ def test_texts_of_a_sweep_arrive_as_they_are_written(tmp_path):
         tmp_path, set={"data.system": text}, baseline=None,
         grid={"x": {"a": {"text.template": {"name": f"a {text}"}}, "b": {"text.template": {}}}},
     )  # fmt: skip
-    found = plan(file, ["data.prompt=yes"])
+    found = read_sweep(file, ["data.prompt=yes"])
     assert {m.experiment.data.system for m in found.members} == {text}
     assert found.members[0].experiment.text.template == {"name": f"a {text}"}
     assert {m.experiment.data.prompt for m in found.members} == {"yes"}
@@ -455,10 +506,10 @@ def test_texts_of_a_sweep_arrive_as_they_are_written(tmp_path):
 def test_mistakes_of_a_sweep_name_their_line(tmp_path):
     file = sweep_file(tmp_path, seeds=[1, -1])
     with pytest.raises(ConfigError, match=r"line \d+: seeds.1: -1, a whole number from 0 to"):
-        plan(file)
+        read_sweep(file)
     file.write_text(file.read_text() + "seeds: [1]\n")
     with pytest.raises(ConfigError, match=r"lines \d+ and \d+: the key seeds is given twice"):
-        plan(file)
+        read_sweep(file)
 
 
 @pytest.mark.slow

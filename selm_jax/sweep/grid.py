@@ -1,10 +1,11 @@
-"""A sweep file, and the experiments that follow from it."""
+"""A sweep file, and the runs that its grid asks for."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import json
+import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -29,7 +30,7 @@ class File:
     """What a sweep file says."""
 
     output: str  # the sweep's folder
-    base: str  # the experiment file, from where `selm` is started
+    base: str  # the experiment file; a relative path starts at the sweep file's own folder
     grid: dict[str, dict[str, dict[str, Any]] | list[Any]]
     seeds: tuple[Seed, ...] = (42,)
     set: dict[str, Any] = field(default_factory=dict)  # of every run, by dotted key
@@ -70,7 +71,7 @@ class Member:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """A sweep that has been looked over: every run's experiment is one."""
+    """A sweep whose file has been checked: every member's experiment is valid."""
 
     folder: Path
     title: str
@@ -85,7 +86,7 @@ class Sweep:
         return list({id(m.cell): m.cell for m in self.members}.values())
 
 
-def plan(
+def read_sweep(
     file: Path,
     overrides: Sequence[str] = (),
     *,
@@ -94,20 +95,20 @@ def plan(
     seeds: Sequence[int] | None = None,
     tiny: bool = False,
 ) -> Sweep:
-    """The runs of a sweep file, none of them begun.
+    """Reads a sweep file and lists its runs. None of them is started.
 
     Args:
-      overrides: `key.path=value`, in every run; what a cell changes comes after them.
-      base, output, seeds: instead of the file's.
-      tiny: each experiment becomes a rehearsal of itself, and the sweep's folder ends in -tiny.
+      overrides: `key.path=value`, applied to every run before the changes of its cell.
+      base, output, seeds: replace the file's own. A relative `base` starts at the working directory.
+      tiny: each experiment becomes a small rehearsal, and the sweep's folder ends in -tiny.
 
     Raises:
-      ConfigError: the file, or an experiment of it, does not say what to do; or two cells say the
-        same.
-      PathError: with `tiny`, something else is in the sweep's folder.
+      ConfigError: the file or one of its experiments is invalid, or two cells are the same.
+      PathError: with `tiny`, the sweep's folder holds files of another program.
     """
     said = _file(file)
-    base, output, seeds = base or said.base, output or said.output, tuple(seeds or said.seeds)
+    output, seeds = output or said.output, tuple(seeds or said.seeds)
+    from_file = _base(file, said.base) if base is None else place(base)
     folder = place(f"{output.rstrip('/')}-tiny" if tiny else output)
     axes = {name: _levels(file, name, axis) for name, axis in said.grid.items()}
     axis, level = _baseline(file, said.baseline, axes)
@@ -120,7 +121,7 @@ def plan(
         changes = [*said.set.items(), *overrides, *cell.changes.items()]
         changes += [("seed", seed), ("output", str(where))]
         try:
-            experiment = load(place(base), changes)
+            experiment = load(from_file, changes)
         except ConfigError as e:
             raise ConfigError(f"{file}, cell {cell.name}: {e}") from None
         members.append(Member(cell, seed, experiment))
@@ -130,13 +131,29 @@ def plan(
         members = [_tiny(member) for member in members]
     command = shlex.join(
         ["selm", "sweep", str(file), *overrides]
-        + (["--base", base] if base != said.base else [])
+        + (["--base", base] if base is not None else [])
         + (["--output", output] if output != said.output else [])
         + (["--seeds", ",".join(map(str, seeds))] if seeds != said.seeds else [])
         + (["--tiny"] if tiny else [])
     )
     title = said.title or Path(file).stem
     return Sweep(folder, title, said.about, command, axis, level, tuple(members))
+
+
+def _base(file: Path, name: str) -> Path:
+    """The experiment file that a sweep file names, from the sweep file's own folder.
+
+    Raises:
+      ConfigError: the file exists only under the working directory, which earlier versions used.
+    """
+    found = file.parent / Path(name).expanduser()
+    if not found.exists() and (old := place(name)).exists():
+        beside = os.path.relpath(old, file.parent)
+        raise ConfigError(
+            f"{file}: base: {name} is relative to the sweep file's own folder, and {found} does "
+            f"not exist. Write `base: {beside}`"
+        )
+    return found
 
 
 def _file(file: Path) -> File:

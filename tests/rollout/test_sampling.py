@@ -169,6 +169,40 @@ def test_filters_are_what_they_say(seed, s):
         np.testing.assert_allclose(row, expected, rtol=1e-4)
 
 
+def odd_logits(seed: int, vocab: int, shape: str) -> np.ndarray:
+    """Logits of three slots: random, with many ties, peaked or flat."""
+    x = np.random.default_rng(seed).normal(size=(3, vocab)).astype(np.float32)
+    return {"random": 3 * x, "tied": np.round(x), "peaked": 60 * x, "flat": 0 * x}[shape]
+
+
+shapes = st.sampled_from(["random", "tied", "peaked", "flat"])
+
+
+@given(st.integers(0, 2**32 - 1), shapes, st.integers(1, 301))
+@settings(max_examples=60, deadline=None)
+def test_top_k_keeps_what_a_sort_keeps(seed, shape, k):
+    logits = odd_logits(seed, 300, shape)
+    p = np.asarray(probabilities(logits, Sampling()))
+    kept = np.asarray(probabilities(logits, Sampling(top_k=k))) > 0
+    least = np.sort(p, axis=-1)[:, ::-1][:, min(k, 300) - 1, None]
+    np.testing.assert_array_equal(kept, (p >= least) & (p > 0))
+
+
+@given(st.integers(0, 2**32 - 1), shapes, st.floats(-6, 0))
+@settings(max_examples=60, deadline=None)
+def test_top_p_keeps_what_a_sort_keeps(seed, shape, exponent):
+    """All tokens down to some probability have enough mass, and without the last ties they have not."""
+    top_p = 10.0**exponent
+    logits = odd_logits(seed, 300, shape)
+    everything = np.asarray(probabilities(logits, Sampling()), np.float64)
+    kept = np.asarray(probabilities(logits, Sampling(top_p=top_p))) > 0
+    for p, inside in zip(everything, kept, strict=True):
+        least = p[inside].min()
+        np.testing.assert_array_equal(inside, (p >= least) & (p > 0))
+        assert p[inside].sum() >= top_p * p.sum() * (1 - 1e-5)
+        assert p[p > least].sum() < top_p * p.sum() * (1 + 1e-5)
+
+
 def test_no_filter_is_the_softmax():
     logits = np.random.default_rng(0).normal(size=(4, 50)).astype(np.float32)
     p = probabilities(logits, Sampling())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -16,7 +17,7 @@ from selm_jax.weights.sources import cache_root
 
 def opened(
     file: Path,
-    overrides: list[str] | None,
+    overrides: Sequence[config.Override] | None,
     *,
     tiny: bool = False,
     processes: bool = False,

@@ -8,6 +8,7 @@
 from selm_jax.config.consistency import user_code_in
 from selm_jax.config.file import (
     ConfigError,
+    Override,
     as_dict,
     dump,
     load,
@@ -48,6 +49,7 @@ __all__ = [
     "Log",
     "Lora",
     "Model",
+    "Override",
     "Remote",
     "Rollout",
     "RuleName",

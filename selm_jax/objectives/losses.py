@@ -17,7 +17,7 @@ both. An objective that trains a reward model (`bradley_terry`) maps `Rewards` i
 names an objective, a sum of several, or your own function: see `build.py`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import flax.struct
@@ -109,7 +109,13 @@ class Objective:
         given = batch.given
         if absent := [role for role in self.roles if role not in given]:
             raise ObjectiveError(f"{self} needs {absent}; the batch has {list(given)}")
-        losses, metrics = self.function(batch)
+        found = self.function(batch)
+        if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Mapping)):
+            raise ObjectiveError(
+                f"{self} returned a {type(found).__name__}. Return two things: one loss per example, "
+                "and a dictionary of metrics, which may be empty"
+            )
+        losses, metrics = found
         expected = given[self.roles[0]].shape
         for name, value in {"the loss": losses, **metrics}.items():
             if jnp.shape(value) != expected:

@@ -62,3 +62,11 @@ class Weights:
             if all(x.dtype == self._dtype for x in jax.tree.leaves(stacked)):
                 self._stacked = None
         return self._apart
+
+    def hold(self, params: Params) -> None:
+        """Takes other parameters in place of those held: stacked ones, each in its place on `mesh`."""
+        self._stacked, self._apart = params, None
+
+    def forget(self) -> None:
+        """Gives up the parameters held: they are read anew when they are next needed."""
+        self._stacked = self._apart = None

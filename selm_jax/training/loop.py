@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import jax
@@ -107,26 +107,18 @@ def train(
     for step in range(int(state.step), count):
         began = time.perf_counter()
         examples = plan.updates[step]
-        means = mean_lengths(examples)
         batches = pack(examples, plan.shape)
-        gradients, sums = None, None
-        for i, batch in enumerate(map(place, batches)):
-            drop = None if key is None else jax.random.fold_in(jax.random.fold_in(key, step), i)
-            fixed = (means, reference, base, drop)
-            if gradients is None:
-                gradients, sums = update.gradients(state.params, batch, *fixed)
-            else:
-                gradients, sums = update.add(gradients, sums, state.params, batch, *fixed)
-        _settle(gradients)
-        now = np.float32(cast(Any, rate(step)))
-        state, metrics = update.apply(state, gradients, sums, now)
-        del gradients  # or the next update would hold two
-        metrics = {k: float(v) for k, v in metrics.items()}
+        drop = None if key is None else jax.random.fold_in(key, step)
+        now = float(np.float32(cast(Any, rate(step))))
+        state, metrics = one_update(
+            update, state, map(place, batches), now,
+            means=mean_lengths(examples), reference=reference, base=base, key=drop,
+        )  # fmt: skip
         _check_finite(metrics, plan, step, examples)
         seconds = time.perf_counter() - began
         tokens = sum(e.tokens for e in examples)
         report(
-            {"step": step + 1, **metrics, "learning_rate": float(now)}
+            {"step": step + 1, **metrics, "learning_rate": now}
             | {"tokens": tokens, "padded": len(batches) * plan.shape.rows * plan.shape.time}
             | {"time/seconds": seconds, "time/tokens_per_second": tokens / seconds}
         )
@@ -138,6 +130,42 @@ def train(
                 checkpoints.wait()
                 raise multihost.stopped()
     return state
+
+
+def one_update(
+    update: Update,
+    state: TrainState,
+    batches: Iterable[PreferenceBatch],
+    learning_rate: float,
+    *,
+    means: np.ndarray,
+    reference: Params | None = None,
+    base: Params | None = None,
+    key: jax.Array | None = None,
+) -> tuple[TrainState, Metrics]:
+    """One update by all its batches, whose gradients are summed before the step. The state is donated.
+
+    Args:
+      batches: on the devices; they may differ in shape.
+      means: `mean_lengths` of all their examples.
+      reference, base: as for `train`.
+      key: draws this update's dropout, anew for every batch.
+
+    Returns:
+      The new state, and the update's metrics: the means over its examples, and `grad_norm`.
+    """
+    gradients, sums = None, None
+    for i, batch in enumerate(batches):
+        drop = None if key is None else jax.random.fold_in(key, i)
+        fixed = (means, reference, base, drop)
+        if gradients is None:
+            gradients, sums = update.gradients(state.params, batch, *fixed)
+        else:
+            gradients, sums = update.add(gradients, sums, state.params, batch, *fixed)
+    _settle(gradients)
+    state, metrics = update.apply(state, gradients, sums, np.float32(learning_rate))
+    del gradients  # or the next update would hold two
+    return state, {k: float(v) for k, v in metrics.items()}
 
 
 def _settle(tree: Any) -> None:

@@ -1,0 +1,5 @@
+"""The error of the public API."""
+
+
+class ApiError(ValueError):
+    """Arguments that do not fit together. The message says what is wrong and what to do."""

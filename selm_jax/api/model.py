@@ -1,0 +1,296 @@
+"""A language model in Python: it answers, it scores, and a `Trainer` trains it in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float32
+
+from selm_jax import config
+from selm_jax.api.answers import Answers
+from selm_jax.api.errors import ApiError
+from selm_jax.api.pairs import Pairs
+from selm_jax.api.prompts import PromptLike, read_prompts
+from selm_jax.commands.runs import set_up_jax
+from selm_jax.evaluation.model import find
+from selm_jax.models.decoder import Params
+from selm_jax.models.lora import merge
+from selm_jax.models.quantize import dequantize
+from selm_jax.objectives.roles import ROLES
+from selm_jax.policy.policy import Batches, Policy, numbered
+from selm_jax.preferences.candidates import Candidate
+from selm_jax.preferences.examples import Example
+from selm_jax.rollout.sampling import Filter, Sampling
+from selm_jax.run.devices import Devices
+from selm_jax.run.model import StartModel
+from selm_jax.run.programs import Programs, Sizes
+from selm_jax.run.task import Task
+from selm_jax.shell import artifacts
+from selm_jax.shell.paths import folder_to_write
+from selm_jax.shell.progress import bar, terminal
+from selm_jax.weights.export import export_folder
+
+Settings = Mapping[str, Any]
+
+
+def load(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    iteration: int | None = None,
+    lora: Settings | None = None,
+    compute: Settings | None = None,
+    text: Settings | None = None,
+    parameter_dtype: str = config.Training.parameter_dtype,
+    slots: int = config.Rollout.slots,
+    devices: Sequence[Any] | None = None,
+) -> Model:
+    """Opens a language model. Its weights are read when they are first needed.
+
+    Args:
+      source: a Hugging Face folder, a Hub id, a GGUF file, or the folder of a run.
+      revision: branch, tag or commit of a Hub id.
+      iteration: of a run, the iteration whose model is wanted; 0 is its start model, None its last.
+      lora: trains adapters in place of all parameters: the settings `lora` of an experiment file,
+        such as `{"rank": 16, "alpha": 32}`.
+      compute: how the model lies on the devices: the settings `compute`, such as
+        `{"preset": "fsdp", "fsdp": 4}`. By default all devices share the parameters.
+      text: what the chat template reads besides the messages: the settings `text`.
+      parameter_dtype: what parameters are kept in, "float32" or "bfloat16".
+      slots: answers that are drawn together.
+      devices: those to use; None uses all there are.
+
+    Raises:
+      SourceError: there is no such model.
+      ConfigError: a setting that is unknown or out of its range.
+      RunError: the model is a reward model and cannot generate text.
+    """
+    set_up_jax()
+    found = find(str(source), revision=revision, iteration=iteration)
+    if text is None and found.experiment is not None:
+        text = config.as_dict(found.experiment.text)
+    experiment = _experiment(
+        "selm.load",
+        model={"source": found.source, "revision": found.revision},
+        training={"parameter_dtype": parameter_dtype},
+        lora=lora, compute=compute or {}, text=text or {}, rollout={"slots": slots},
+    )  # fmt: skip
+    start = StartModel(experiment, Task({"loss": "sft"}), terminal(stderr=True))
+    return Model(found.name, start, Devices(experiment.compute, devices))
+
+
+def _experiment(where: str, *, training: Settings, **groups: Any) -> config.Experiment:
+    """The settings of a model as an experiment has them, checked alike; nobody reads the others."""
+    unread = {
+        "output": "unread", "iterations": 1, "data": {"train": "unread"},
+        "objective": {"loss": "unread"}, "candidates": {"samples": 1, "dataset": False},
+    }  # fmt: skip
+    training = {"learning_rate": 1.0, "global_batch": 1, **training}
+    return config.parse(unread | groups | {"training": training}, where)
+
+
+class Model:
+    """A language model. `selm.load` makes one.
+
+    Attributes:
+      name: for tables and errors.
+      updates: how many updates `Trainer`s have made of it.
+      experiment: its settings, as an experiment file has them.
+    """
+
+    def __init__(self, name: str, start: StartModel, devices: Devices):
+        self.name, self.updates, self.experiment = name, 0, start.experiment
+        self._start, self._devices = start, devices
+        self._base: Params | None = None  # what adapters are on
+        self._adapters: Params | None = None
+        self._programs = Programs(
+            self.experiment, start.task, start.facts, Sizes(0, 0), start.chat.stop_ids, devices
+        )
+        slots = self.experiment.rollout.slots
+        self._policy = Policy(
+            name, self._read, start.facts,
+            chat=lambda: start.chat, stop_ids=lambda: start.chat.stop_ids,
+            mesh=devices.mesh, decode_mesh=devices.decode_mesh, dtype=devices.dtype,
+            rules=devices.rules, batches=Batches(slots, min(8, slots)),
+        )  # fmt: skip
+
+    def generate(
+        self,
+        prompts: Sequence[PromptLike],
+        *,
+        greedy: int = 1,
+        samples: int = 0,
+        max_new_tokens: int = 256,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        filter: Filter | None = None,
+        seed: int = 0,
+    ) -> Answers:
+        """Answers the prompts.
+
+        Args:
+          prompts: texts, or conversations that end with a user's turn.
+          greedy: 1 for the likeliest answer, the paper's y_ref; 0 for none.
+          samples: answers drawn besides, per prompt.
+          max_new_tokens: of an answer at most; a longer one is cut off.
+          temperature, top_k, top_p, min_p: how samples are drawn, as in `rollout`.
+          filter: a function of yours on the logits that samples are drawn from.
+          seed: with a prompt's place in the list and a sample's number it determines what is drawn.
+            Give each iteration its own.
+
+        Raises:
+          ApiError: no prompts, a prompt that is no conversation, or no answers asked for.
+          ChatError: the chat template refuses a conversation.
+          PolicyError: a prompt that leaves no room for its answer.
+        """
+        read = read_prompts(prompts)
+        if greedy not in (0, 1) or samples < 0 or greedy + samples == 0 or max_new_tokens < 1:
+            raise ApiError(
+                f"greedy={greedy}, samples={samples}, max_new_tokens={max_new_tokens}: nothing can "
+                "be answered. Set greedy to 0 or 1, samples to 1 or more, and max_new_tokens above 0"
+            )
+        ids = self._policy.prompt_ids([each.messages for each in read])
+        with bar(self._start.console, "answers", len(ids) * (greedy + samples), "answers") as told:
+            responses = self._policy.answer(
+                numbered(ids, greedy=greedy, samples=samples), max_new_tokens=max_new_tokens,
+                sampling=Sampling(temperature, top_k, top_p, min_p, filter=filter), seed=seed,
+                progress=told,
+            )  # fmt: skip
+        found: list[list[Candidate]] = [[] for _ in ids]
+        for r in responses:
+            text, source = self._policy.chat.text(r.tokens), "greedy" if r.greedy else "sample"
+            found[r.index].append(Candidate(source, text, tuple(r.tokens), r.finish, r.sample))
+        return Answers(tuple(read), tuple(ids), tuple(map(tuple, found)), self, self.updates)
+
+    def logps(self, pairs: Pairs) -> dict[str, Float32[np.ndarray, " pairs"]]:
+        """log pi(response | prompt) of each pair's responses under the model as it is now.
+
+        Returns:
+          For each role ("chosen", "rejected", "explore") a float32 array `[pairs]`, in nats. Where
+          several responses explore, it is their mean.
+
+        Raises:
+          ApiError: the pairs were made with another tokenizer.
+        """
+        found = self.scores_of(pairs.examples, pairs.tokenizer)
+
+        def of_role(role: str) -> Float32[np.ndarray, " pairs"]:
+            each = [
+                np.mean([logps[i] for i in example.playing(role)], dtype=np.float32)
+                for example, logps in zip(pairs.examples, found, strict=True)
+            ]
+            return np.array(each, np.float32)
+
+        return {role: of_role(role) for role in ROLES}
+
+    def scores_of(self, examples: Sequence[Example], tokenizer: str) -> list[tuple[float, ...]]:
+        """log pi of every distinct response of every example, in nats; `logps` has them by role.
+
+        Raises:
+          ApiError: `tokenizer` is not the digest of this model's.
+        """
+        self.check_tokenizer(tokenizer)
+        with bar(self._start.console, "log-probabilities", len(examples), "pairs") as told:
+            return self._policy.logps(examples, told)
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes the model as a new Hugging Face folder; adapters are merged into their base.
+
+        Raises:
+          ApiError: the folder is there already.
+        """
+        folder = folder_to_write(str(folder))
+        if folder.exists():
+            raise ApiError(f"{folder} is there already. Give the name of a new folder")
+        with artifacts.whole(folder) as partial:
+            params, source = self._policy.weights.to_score(), self._start.folder.path
+            export_folder(params, self._programs.config, source, partial, self._card())
+        return folder
+
+    def _card(self) -> str:
+        source = self.experiment.model.source
+        return (
+            "---\nlibrary_name: transformers\ntags: [selm_jax]\n---\n\n"
+            f"# {self.name}\n\nTrained from `{source}` with selm_jax: {self.updates} updates.\n"
+        )
+
+    def __repr__(self) -> str:
+        mesh = self._devices.mesh
+        return (
+            f"{self.name}: {self._programs.parameters:,} parameters on {mesh.size} "
+            f"{mesh.devices.flat[0].platform} devices, {self.updates} updates"
+        )
+
+    # What a trainer needs
+
+    @property
+    def tokenizer(self) -> str:
+        """The digest of the tokenizer, by which token ids are known to be this model's."""
+        return self._start.chat.tokenizer.digest()
+
+    def check_tokenizer(self, digest: str) -> None:
+        """Raises ApiError if token ids are those of another tokenizer."""
+        if digest != self.tokenizer:
+            raise ApiError(
+                f"these answers are token ids of another model's tokenizer than that of {self.name}. "
+                "Use them with the model that wrote them, or have this one generate its own"
+            )
+
+    def programs(self, task: Task, training: Settings, longest: int) -> Programs:
+        """What a run would compile to train this model with these settings."""
+        e = config.as_dict(self.experiment)
+        training = e["training"] | training
+        groups = {key: e[key] for key in ("model", "lora", "compute", "text", "rollout")}
+        experiment = _experiment("selm.Trainer", **groups, training=training)
+        return Programs(
+            experiment, task, self._start.facts, Sizes(0, longest), self._policy.stop_ids,
+            self._devices,
+        )  # fmt: skip
+
+    @property
+    def base(self) -> Params:
+        """What adapters are on, quantised if the settings say so; without adapters the parameters."""
+        if self._programs.lora is None:
+            return self.trained
+        if self._base is None:
+            self._base = self._programs.start_of(self._start.folder.path)
+        return self._base
+
+    @property
+    def trained(self) -> Params:
+        """What updates change: all parameters, or the adapters."""
+        if self._programs.lora is None:
+            return self._policy.weights.to_score()
+        if self._adapters is None:
+            self._adapters = self._programs.trained(self.base, 1)
+        return self._adapters
+
+    def become(self, trained: Params) -> None:
+        """Takes what an update has made of `trained`."""
+        self.updates += 1
+        if self._programs.lora is None:
+            self._policy.weights.hold(trained)
+        else:
+            self._adapters = trained
+            self._policy.weights.forget()
+
+    def fixed(self, programs: Programs) -> dict[str, Any]:
+        """What updates are given and leave as it is; see `Programs.fixed`."""
+        folder = self._start.folder.path
+        base = self.base if programs.lora is not None else {}
+        return programs.fixed(base, 1, folder, folder)
+
+    def _read(self) -> Params:
+        lora = self._programs.lora
+        if lora is None:
+            return self._programs.load(self._start.folder.path)
+        merged: Callable[[Params, Params], Params] = jax.jit(
+            lambda base, adapters: merge(dequantize(base), adapters, lora)
+        )
+        return merged(self.base, self.trained)

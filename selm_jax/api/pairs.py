@@ -1,0 +1,188 @@
+"""From scores to pairs: who is chosen, who is rejected, who explores, and what the reference says."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import numpy as np
+
+from selm_jax.api.answers import Answers, Writer
+from selm_jax.api.errors import ApiError
+from selm_jax.config import CutOff, ExploreName, RuleName, Ties
+from selm_jax.objectives.roles import ROLES
+from selm_jax.preferences.candidates import Dropped, FeedbackError, Pair
+from selm_jax.preferences.examples import Example
+from selm_jax.preferences.selection import (
+    Explore,
+    Rule,
+    Scores,
+    explore_named,
+    rule_named,
+    select,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Pairs(Sequence[Example]):
+    """What is trained on, one example per prompt. `selm.pairs` makes them; a slice is `Pairs` too.
+
+    Attributes:
+      examples: token ids, which response plays which role, and the reference's log-probabilities.
+      rows: the same for people: prompt, the text of each role, the scores.
+      drops: how many prompts gave no pair, by reason.
+      tokenizer: the digest of the tokenizer whose ids these are.
+    """
+
+    examples: tuple[Example, ...]
+    rows: tuple[Mapping[str, Any], ...]
+    drops: Mapping[str, int]
+    tokenizer: str
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> Pairs: ...
+    def __getitem__(self, index: int | slice) -> Example | Pairs:
+        if not isinstance(index, slice):
+            return self.examples[index]
+        return dataclasses.replace(self, examples=self.examples[index], rows=self.rows[index])
+
+    def batches(self, size: int, seed: int = 0) -> Iterator[Pairs]:
+        """The pairs in batches of `size`, in an order that `seed` draws; the last may be smaller."""
+        order = np.random.default_rng(seed).permutation(len(self))
+        for start in range(0, len(self), size):
+            which = order[start : start + size]
+            yield dataclasses.replace(
+                self,
+                examples=tuple(self.examples[i] for i in which),
+                rows=tuple(self.rows[i] for i in which),
+            )
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row per pair: prompt, chosen, rejected, explore, score_chosen, score_rejected."""
+        import pandas as pd
+
+        return pd.DataFrame(list(self.rows))
+
+    @property
+    def told(self) -> str:
+        """How many pairs there are and why the other prompts gave none; for no pairs, what to do."""
+        reasons = ", ".join(f"{n} {reason}" for reason, n in self.drops.items())
+        dropped = f", {sum(self.drops.values())} prompts dropped ({reasons})" if reasons else ""
+        return f"{len(self)} pairs{dropped}" + ("" if len(self) else f". {_REMEDY}")
+
+    def __repr__(self) -> str:
+        lines = [self.told]
+        for row in self.rows[:4]:
+            lines += [f"  {row['prompt']!r}", *(f"    {r:<8} {row[r]!r}" for r in ROLES)]
+        return "\n".join(lines + ["  ..."] * (len(self) > 4))
+
+
+_REMEDY = (
+    "Where all answers to a prompt score alike, draw more samples or at a higher temperature, use a "
+    'ranker that tells them apart, or set ties="first"'
+)
+
+
+def pairs(
+    answers: Answers,
+    scores: Sequence[Scores],
+    *,
+    rule: RuleName | Rule = "best_worst",
+    explore: ExploreName | Explore = "greedy",
+    ties: Ties = "drop",
+    cut_off: CutOff = "keep",
+    min_margin: float = 0.0,
+    reference: Writer | None | Literal["writer"] = "writer",
+    seed: int = 0,
+) -> Pairs:
+    """Picks each prompt's chosen, rejected and explore answers, and has the reference score them.
+
+    The reference's log-probabilities are kept as data, as in a run: however many updates follow,
+    they stay those of the reference as it is now.
+
+    Args:
+      answers: of `Model.generate`.
+      scores: for each prompt an array `[answers]`, higher is better; NaN drops the prompt.
+      rule: picks chosen and rejected: "best_worst", "swap", "top_random", or a function
+        `(candidates, scores, rng) -> Pair`.
+      explore: picks the answers of the optimism term: "greedy", "sample", "all", "random", "best",
+        "worst", or a function `(candidates, scores, rng) -> place`.
+      ties: "drop", or "first" as the authors' code: best and worst are then one answer.
+      cut_off: "drop" leaves out prompts one of whose answers with a role was cut off.
+      min_margin: the least difference of the two scores, in the ranker's unit.
+      reference: who is pi_ref; "writer" is the model that wrote the answers (the paper), None leaves
+        the scores out, for a loss without a reference.
+      seed: of what the rules draw.
+
+    Returns:
+      The pairs; prompts without one are counted in `drops`.
+
+    Raises:
+      ApiError: scores for another number of prompts, or the writer was trained since it answered.
+      FeedbackError: an unknown rule, scores that do not fit the answers, or no candidate for a role.
+    """
+    if len(answers) != len(scores):
+        raise ApiError(
+            f"there are answers to {len(answers)} prompts and scores for {len(scores)}. Give an array "
+            "of scores for each prompt: selm.ranker(...)(prompts, answers)"
+        )
+    rule = rule_named(rule) if isinstance(rule, str) else rule
+    explore = explore_named(explore) if isinstance(explore, str) else explore
+    examples, rows, drops = [], [], Counter[str]()
+    for i, (each, of_prompt) in enumerate(zip(answers, scores, strict=True)):
+        try:
+            picked = select(
+                each, of_prompt, rule=rule, explore=explore, ties=ties, cut_off=cut_off,
+                min_margin=min_margin, seed=(seed, i),
+            )  # fmt: skip
+        except FeedbackError as error:
+            raise FeedbackError(f"prompt {i}: {error}") from error
+        if isinstance(picked, Dropped):
+            drops[picked.reason] += 1
+        else:
+            examples.append(_example(answers, i, picked))
+            rows.append(_row(answers, i, of_prompt, picked))
+    made = Pairs(tuple(examples), tuple(rows), dict(drops), answers.model.tokenizer)
+    return _scored(made, answers, reference)
+
+
+def _example(answers: Answers, i: int, pair: Pair) -> Example:
+    ids = [each.token_ids or () for each in answers[i]]
+    roles = {role: ids[getattr(pair, role)] for role in ROLES}
+    further = {f"explore/{n}": ids[k] for n, k in enumerate(pair.explored[1:], 2)}
+    return Example.of(answers.prompts[i].id, answers.prompt_ids[i], roles | further)
+
+
+def _row(answers: Answers, i: int, scores: Scores, pair: Pair) -> dict[str, Any]:
+    texts = {role: answers[i][getattr(pair, role)].text for role in ROLES}
+    of_pair = {f"score_{r}": float(scores[getattr(pair, r)]) for r in ("chosen", "rejected")}
+    return {"prompt": answers.prompts[i].messages[-1].content} | texts | of_pair
+
+
+def _scored(made: Pairs, answers: Answers, reference: Writer | None | str) -> Pairs:
+    if reference == "writer":
+        reference = answers.model
+        if reference.updates != answers.updates:
+            raise ApiError(
+                f"{reference.name} was trained by {reference.updates - answers.updates} updates since "
+                "it wrote these answers: it is no longer their reference. Make the pairs before you "
+                "train, or name another model: selm.pairs(..., reference=model)"
+            )
+    if reference is None or isinstance(reference, str) or not made.examples:
+        return made
+    found = reference.scores_of(made.examples, made.tokenizer)
+    examples = [
+        dataclasses.replace(example, reference=logps)
+        for example, logps in zip(made.examples, found, strict=True)
+    ]
+    return dataclasses.replace(made, examples=tuple(examples))

@@ -1,0 +1,93 @@
+"""Who scores answers: the rankers of an experiment file by their names, or a function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float64
+
+from selm_jax.api.answers import Answers
+from selm_jax.api.errors import ApiError
+from selm_jax.api.prompts import PromptLike, read_prompts
+from selm_jax.feedback import ranker as rankers
+from selm_jax.feedback.rules import RuleRanker
+
+Scores = list[Float64[np.ndarray, " answers"]]
+Function = Callable[[str, str, dict[str, Any]], float]
+
+
+class Ranker:
+    """Scores answers: `ranker(prompts, answers)`. `selm.ranker` makes one.
+
+    Attributes:
+      inner: the ranker as the stages of a run ask it.
+    """
+
+    def __init__(self, inner: rankers.Ranker):
+        self.inner = inner
+
+    def __call__(
+        self,
+        prompts: Sequence[PromptLike],
+        answers: Answers | Sequence[Sequence[str]],
+        rows: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Scores:
+        """One score per answer; higher is better, and the unit is the ranker's own.
+
+        Args:
+          prompts: what was answered.
+          answers: of `Model.generate`, or for each prompt a list of texts.
+          rows: for each prompt what else the ranker reads, such as `{"target": "Paris"}`.
+
+        Returns:
+          A float64 array `[answers]` for each prompt. NaN stands where a judge's reply could not be
+          read.
+
+        Raises:
+          ApiError: the lists do not have the same length.
+          FeedbackError: the ranker cannot score an answer; the message names the prompt by its place.
+
+        >>> ranker("length", target=3)(["Say yes."], [["Yes.", "Yes, of course I will."]])
+        [array([-2., -2.])]
+        """
+        read = read_prompts(prompts)
+        texts = answers.texts if isinstance(answers, Answers) else [list(each) for each in answers]
+        if not len(read) == len(texts) == len(rows or read):
+            raise ApiError(
+                f"there are {len(read)} prompts, answers to {len(texts)} and rows for "
+                f"{len(rows or read)}. Give as many of each"
+            )
+        questions = [
+            rankers.Question(each.messages[-1].content, each.messages, row, each.id)
+            for each, row in zip(read, rows or [{}] * len(read), strict=True)
+        ]
+        rankers.check_asked(self.inner, questions)
+        return self.inner.scores(questions, texts)
+
+    def __repr__(self) -> str:
+        return f"ranker {self.inner.name}"
+
+
+def ranker(name: str | Function, /, **settings: Any) -> Ranker:
+    """The ranker that `feedback.ranker` names in an experiment file, or a function of yours.
+
+    Args:
+      name: "sentiment", "length", "regex", "pairrm", "reward_model", "verifiable", "judge",
+        "mixture", `package.module:function`, or a function `(prompt, answer, row) -> number`,
+        which is called in this process.
+      settings: the ranker's own, as in `feedback.settings`.
+
+    Raises:
+      FeedbackError: an unknown name, or a setting that the ranker does not have.
+
+    >>> polite = ranker(lambda prompt, answer, row: float("please" in answer))
+    >>> polite(["Ask for tea."], [["Tea.", "Tea, please."]])
+    [array([0., 1.])]
+    """
+    if isinstance(name, str):
+        return Ranker(rankers.build(name, **settings))
+    if settings:
+        raise ApiError(f"a function takes no settings, found {', '.join(settings)}. Leave them out")
+    return Ranker(RuleRanker(getattr(name, "__name__", "function"), name))

@@ -1,0 +1,129 @@
+"""Whole experiments from Python, and what they left, as pandas tables."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from selm_jax.commands import runs
+from selm_jax.iterate import iterate
+from selm_jax.report.data import RunData, report_data
+from selm_jax.shell import artifacts
+from selm_jax.shell.paths import place
+from selm_jax.tables import ranked
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def run(
+    experiment: str | Path, settings: Mapping[str, Any] | None = None, *, tiny: bool = False
+) -> RunFolder:
+    """Runs an experiment, or what is left of it, as `selm run` does.
+
+    Args:
+      experiment: an experiment file (YAML).
+      settings: changed settings by their dotted keys, such as `{"training.learning_rate": 1e-6}`.
+      tiny: rehearses it with a tiny random model and made-up rows.
+
+    Returns:
+      What it left, as `read` gives it.
+
+    Raises:
+      ConfigError: a file that is no experiment, or a setting that is unknown or out of its range.
+    """
+    given = list((settings or {}).items())
+    work = runs.opened(place(str(experiment)), given, tiny=tiny, processes=True)
+    iterate(work)
+    return read(work.folder.path)
+
+
+def read(folder: str | Path) -> RunFolder:
+    """What a run has left so far, checked against the digests that it wrote.
+
+    Raises:
+      FileNotFoundError: this is not the folder of a run.
+      ReportError: a file is not as the run wrote it; the message names it.
+    """
+    return RunFolder(place(str(folder)), report_data(place(str(folder))))
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class RunFolder:
+    """The folder of a run. `selm.read` makes one; each table is a pandas DataFrame.
+
+    Attributes:
+      path: the folder.
+      data: all that the report shows.
+    """
+
+    path: Path
+    data: RunData
+
+    @cached_property
+    def metrics(self) -> pd.DataFrame:
+        """A row per update and per evaluation: `stage` ("train" or "evaluate"), `iteration`, `step`
+        (of an update, from 1 in each iteration), and a column per metric."""
+        updates = [
+            {"stage": "train", "iteration": each.iteration, "step": each.step} | dict(each.metrics)
+            for each in self.data.updates
+        ]
+        evaluations = [
+            {"stage": "evaluate", "iteration": t} | dict(metrics)
+            for t, metrics in self.data.evaluations.items()
+        ]
+        return _table([*updates, *evaluations], ["stage", "iteration", "step"])
+
+    @cached_property
+    def answers(self) -> pd.DataFrame:
+        """A row per candidate of every iteration: prompt, text, score, rank (1 is best), the roles
+        that it plays (`chosen`, `rejected`, `explore`), and why the prompt was dropped, if it was."""
+        return _table(
+            [{"iteration": t} | vars(row) for t, row in self._ranked()],
+            ["iteration", "prompt_id", "prompt", "source", "text", "score"],
+        ).drop(columns="token_ids", errors="ignore")
+
+    @cached_property
+    def pairs(self) -> pd.DataFrame:
+        """A row per pair: iteration, prompt_id, prompt, the texts of `chosen`, `rejected` and
+        `explore` (the first, where several explore), score_chosen, score_rejected."""
+        found: dict[tuple[int, str], dict[str, Any]] = {}
+        for t, row in self._ranked():
+            for role in ("chosen", "rejected", "explore"):
+                if getattr(row, role):
+                    about = {"iteration": t, "prompt_id": row.prompt_id, "prompt": row.prompt}
+                    pair = found.setdefault((t, row.prompt_id), about)
+                    pair.setdefault(role, row.text)
+                    if role != "explore":
+                        pair[f"score_{role}"] = row.score
+        columns = ["chosen", "rejected", "explore", "score_chosen", "score_rejected"]
+        return _table(list(found.values()), ["iteration", "prompt_id", "prompt", *columns])
+
+    @cached_property
+    def heldout(self) -> pd.DataFrame:
+        """A row per held-out answer: iteration (0 is the start model), prompt, text, the ranker's
+        score, and its log-probability in nats under the policy that gave it (`logp`) and under the
+        start model (`logp_start`)."""
+        rows = [{"iteration": each.iteration} | vars(each) for each in self.data.answers]
+        columns = ["iteration", "prompt_id", "prompt", "kind", "text", "score"]
+        return _table(rows, columns).drop(columns="token_ids", errors="ignore")
+
+    def _ranked(self) -> Iterator[tuple[int, ranked.Row]]:
+        for t, folder in artifacts.iterations(self.path).items():
+            if (file := folder / "ranked.parquet").exists():
+                yield from ((t, row) for row in ranked.read(file, token_ids=False))
+
+    def __repr__(self) -> str:
+        rest = "".join(f"\n  {each}" for each in self.data.unfinished)
+        return f"{self.path}: {self.data.method}, {len(self.data.updates)} updates{rest}"
+
+
+def _table(rows: list[dict[str, Any]], first: list[str]) -> pd.DataFrame:
+    """A table with these columns first, whether or not there are rows."""
+    import pandas as pd
+
+    others = dict.fromkeys(key for row in rows for key in row if key not in first)
+    return pd.DataFrame(rows, columns=[*first, *others])

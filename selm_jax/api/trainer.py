@@ -1,0 +1,172 @@
+"""Updates of a model by any loss: those of a run, one call at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from selm_jax.api.errors import ApiError
+from selm_jax.api.model import Model
+from selm_jax.api.pairs import Pairs
+from selm_jax.config import Training
+from selm_jax.models.config import DecoderConfig
+from selm_jax.objectives.build import build_objective
+from selm_jax.objectives.losses import LossFunction, Objective
+from selm_jax.objectives.roles import ROLES
+from selm_jax.preferences.examples import Example
+from selm_jax.preferences.layouts import ByLength, Layout, OneShape
+from selm_jax.preferences.packing import PreferenceBatch, Shape, pack
+from selm_jax.run.programs import Programs
+from selm_jax.run.task import Task
+from selm_jax.training.loop import TrainingError, mean_lengths, one_update
+from selm_jax.training.state import TrainState
+
+_TOKENS = 2048  # of a batch on one device: more are added up in several
+
+
+class Trainer:
+    """Trains a model in place, update by update.
+
+    Attributes:
+      model: what is trained; it answers and scores with its new parameters after each step.
+      objective: the loss with the roles that it needs.
+      learning_rate: a number, or a function of the update's number, from 0; it may be set anew.
+      updates: how many this trainer has made.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        loss: str | Objective | LossFunction,
+        learning_rate: float | Callable[[int], float],
+        optimizer: str = Training.optimizer,
+        b1: float = Training.b1,
+        b2: float = Training.b2,
+        eps: float = Training.eps,
+        weight_decay: float = Training.weight_decay,
+        clip: float | None = Training.clip,
+        remat: str = Training.remat,
+        logprob_chunk: int = Training.logprob_chunk,
+        rows: int | None = None,
+        row_length: int | None = None,
+    ):
+        """
+        Args:
+          model: of `selm.load`.
+          loss: `selm.loss("selm", beta=0.1, alpha=1e-3)`, a name without settings such as "sft", or
+            a function `logps -> (losses, metrics)`, each an array `[pairs]` (see `Logps`).
+          learning_rate: of each update; no warm-up and no decay are added.
+          optimizer, b1, b2, eps, weight_decay, clip, remat, logprob_chunk: as in `training`.
+          rows, row_length: of a packed batch and its tokens per row, as in `training`. None: as they
+            fit the pairs.
+
+        Raises:
+          ObjectiveError: an unknown loss, or a setting that it needs.
+          ConfigError: a setting out of its range.
+        """
+        self.model, self.learning_rate, self.updates = model, learning_rate, 0
+        self.objective = _objective(loss)
+        rate = {} if callable(learning_rate) else {"learning_rate": learning_rate}
+        self._settings = rate | {
+            "optimizer": optimizer, "b1": b1, "b2": b2, "eps": eps, "weight_decay": weight_decay,
+            "clip": clip, "remat": remat, "logprob_chunk": logprob_chunk,
+        }  # fmt: skip
+        self._size = (rows, row_length)
+        self._compiled: dict[DecoderConfig, Programs] = {}
+        self._shapes: dict[int, Shape] = {}
+        self._moments: Any = None
+        self._programs(1)  # so that wrong settings are found out here
+
+    def step(self, pairs: Pairs) -> dict[str, float]:
+        """One update by the mean loss over all these pairs.
+
+        Returns:
+          Means over the pairs: `loss`, what the loss reports, and besides `grad_norm` (before
+          clipping), `examples` and `learning_rate`.
+
+        Raises:
+          TrainingError: there are no pairs, or the loss or its gradient is not finite.
+          ApiError: pairs of another tokenizer, or without the reference's scores.
+        """
+        self._check(pairs)
+        examples = pairs.examples
+        programs = self._programs(max(len(e.prompt) + max(map(len, e.responses)) for e in examples))
+        params = self.model.trained
+        if self._moments is None:
+            self._moments = TrainState.create(params, programs.optimizer).opt_state
+        state = TrainState(jnp.int32(self.updates), params, self._moments)
+        rate = self.learning_rate
+        rate = float(rate(self.updates)) if callable(rate) else rate
+        fixed = self.model.fixed(programs)
+        if fixed.get("key") is not None:
+            fixed["key"] = jax.random.fold_in(fixed["key"], self.updates)
+        batches = map(programs.place, self._packed(examples, programs))
+        state, metrics = one_update(
+            programs.update, state, batches, rate, means=mean_lengths(examples), **fixed
+        )
+        self.model.become(state.params)
+        self._moments, self.updates = state.opt_state, self.updates + 1
+        if not np.isfinite([metrics["loss"], metrics["grad_norm"]]).all():
+            raise TrainingError(
+                f"update {self.updates}: the loss is {metrics['loss']} and the norm of its gradient "
+                f"{metrics['grad_norm']}. The parameters of {self.model.name} are no longer usable: "
+                "load the model again, and take a smaller learning_rate or look at the loss"
+            )
+        return metrics | {"learning_rate": rate}
+
+    def _programs(self, longest: int) -> Programs:
+        """What is compiled for sequences up to this length; few models have more than one form."""
+        task = Task({"loss": str(self.objective)})
+        task.objective = self.objective
+        made = self.model.programs(task, self._settings, longest)
+        return self._compiled.setdefault(made.config, made)
+
+    def _packed(
+        self, examples: tuple[Example, ...], programs: Programs
+    ) -> Iterator[PreferenceBatch]:
+        for group in self._layout(programs)(examples):
+            shape = self._grown(group.shape)
+            yield from pack([examples[i] for i in group.which], shape)
+
+    def _layout(self, programs: Programs) -> Layout:
+        rows, row_length = self._size
+        if rows is not None and row_length is not None:
+            return OneShape(rows, row_length)
+        mesh = programs.devices.mesh
+        return ByLength(mesh.shape["data"] * mesh.shape["fsdp"], _TOKENS, programs.config.heads)
+
+    def _grown(self, shape: Shape) -> Shape:
+        """The largest shape so far of this row length: after few updates none is compiled any more."""
+        before = dataclasses.astuple(self._shapes.get(shape.time, shape))
+        self._shapes[shape.time] = Shape(*map(max, before, dataclasses.astuple(shape)))
+        return self._shapes[shape.time]
+
+    def _check(self, pairs: Pairs) -> None:
+        if not len(pairs):
+            raise TrainingError(f"there is nothing to train on: {pairs.told}")
+        self.model.check_tokenizer(pairs.tokenizer)
+        scored = all(each.reference is not None for each in pairs.examples)
+        if not scored and not self.objective.reference_free:
+            raise ApiError(
+                f"{self.objective} compares with a reference, and these pairs were made with "
+                "reference=None. Make them with the default, or name a model"
+            )
+
+
+def _objective(loss: str | Objective | LossFunction) -> Objective:
+    if isinstance(loss, str):
+        loss = build_objective(loss)
+    if not callable(loss):
+        raise ApiError(
+            f"loss is {loss!r}. Give selm.loss(NAME, ...), a name, or a function of log-probabilities"
+        )
+    made = loss if isinstance(loss, Objective) else Objective(ROLES, loss)
+    if made.rates:
+        raise ApiError(f"{made} trains a reward model: use `selm run` with an experiment file")
+    return made

@@ -1,5 +1,6 @@
 """Builds the objective that an experiment names: a loss, a sum of losses, or your own function."""
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from typing import Any, cast
@@ -66,7 +67,11 @@ def build_objective(name: str, **settings: object) -> Objective:
         parts.append(
             made if isinstance(made, Objective) else Objective(ROLES, cast(LossFunction, made))
         )
-    return parts[0] if len(parts) == 1 else compose(*parts)
+    objective = parts[0] if len(parts) == 1 else compose(*parts)
+    match settings.get("beta"):
+        case int() | float() as beta:
+            return dataclasses.replace(objective, beta=float(beta))
+    return objective
 
 
 def _factory(term: str) -> Callable[..., Any]:

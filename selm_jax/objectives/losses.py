@@ -90,7 +90,8 @@ class Objective:
     With `rates`, it is called with `Rewards` instead and trains a reward model. `terms` are its
     names under `loss/`. `reward` describes in words what its `rewards/...` metrics are; None leaves
     it open. `compose` reads both. With `reference_free`, the loss does not use the reference, so
-    the reference is not scored. Calling it raises ObjectiveError if the batch lacks a role, or if
+    the reference is not scored. `beta` scales the implicit rewards that are measured for every
+    objective (`measures`). Calling it raises ObjectiveError if the batch lacks a role, or if
     `function` does not return one number per example.
     """
 
@@ -100,6 +101,7 @@ class Objective:
     reward: str | None = None
     reference_free: bool = False
     rates: bool = False
+    beta: float = 1.0
 
     def __post_init__(self):
         if not self.roles or not set(self.roles) <= set(ROLES):

@@ -27,7 +27,8 @@ from jaxtyping import Array, Float
 from selm_jax.models.attention import tree_mask
 from selm_jax.models.decoder import Decoder, Params, unembedding
 from selm_jax.objectives.logprobs import token_logprobs
-from selm_jax.objectives.losses import Logps, Objective, Rewards
+from selm_jax.objectives.losses import Logps, Metrics, Objective, Rewards
+from selm_jax.objectives.measures import measures
 from selm_jax.preferences.examples import ROLES
 from selm_jax.preferences.packing import PreferenceBatch
 from selm_jax.preferences.rewards import response_rewards
@@ -108,7 +109,8 @@ def loss_sums(
     plain = decoder.clone(lora=None)
     if objective.rates:
         rewards = _of_roles(batch, response_rewards(decoder, params, batch))
-        return _sums(batch, *objective(Rewards(rewards, _of_roles(batch, batch.scores))))
+        given = Rewards(rewards, _of_roles(batch, batch.scores))
+        return _sums(batch, *_measured(objective, given))
     if base is None:
         policy = response_logps(plain, params, batch, chunk)
     else:
@@ -117,11 +119,17 @@ def loss_sums(
     if reference_params is not None:
         reference = response_logps(plain, reference_params, batch, chunk)
     logps = by_role(batch, policy, jax.lax.stop_gradient(reference), mean_lengths)
-    return _sums(batch, *objective(logps))
+    return _sums(batch, *_measured(objective, logps))
+
+
+def _measured(objective: Objective, given: Logps | Rewards) -> tuple[PerExample, Metrics]:
+    """The losses, and what is measured of every objective; what the loss reports itself wins."""
+    losses, metrics = objective(given)
+    return losses, measures(given, objective) | metrics
 
 
 def _sums(
-    batch: PreferenceBatch, losses: PerExample, metrics: dict[str, PerExample]
+    batch: PreferenceBatch, losses: PerExample, metrics: Metrics
 ) -> tuple[Float[Array, ""], Sums]:
     """Over the batch's examples; empty segments do not count."""
     weight = batch.weight.reshape(-1)

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from selm_jax.models.decoder import Decoder, abstract_params
 from selm_jax.objectives.build import build_objective
-from selm_jax.objectives.losses import ROLES
+from selm_jax.objectives.losses import ROLES, Objective
 from selm_jax.parallel.mesh import make_mesh
 from selm_jax.parallel.rules import TRAINING, partition, shardings
 from selm_jax.preferences.examples import Example
@@ -172,6 +172,26 @@ def test_metrics_are_means_over_examples(world):
     }
     for name, value in expected.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_a_loss_that_reports_nothing_is_measured_all_the_same(world):
+    """A user's loss that returns no metrics gets those of SELM's own, and what it reports wins."""
+
+    def mine(logps):
+        return jnp.square(logps.log_ratio("explore")), {
+            "rewards/chosen": 7 + logps.policy["chosen"] * 0
+        }
+
+    objective = Objective(ROLES, mine, beta=0.1)
+    update = make_update(world.decoder, objective, optimizer("adamw", **SETTINGS), chunk=16)
+    examples, params = some_examples(), world.fresh()
+    theirs, _ = world("selm")
+    _, sums = totals(update, params, pack(examples, SHAPE), examples)
+    _, of_selm = totals(theirs, params, pack(examples, SHAPE), examples)
+    assert {key for key in of_selm if not key.startswith(("loss/", "optimism/"))} <= set(sums)
+    for key in ("logps/chosen", "log_ratios/explore", "rewards/margins", "rewards/accuracies"):
+        np.testing.assert_allclose(sums[key], of_selm[key], rtol=1e-6, err_msg=key)
+    np.testing.assert_allclose(sums["rewards/chosen"], 7 * len(examples), rtol=1e-6)
 
 
 # --- the reference -----------------------------------------------------------------------------

@@ -48,7 +48,7 @@ def iteration(run: Run, t: int, policy: Model) -> Model:
 
 def measure(run: Run, t: int, policy: Model) -> StoredTable:
     """The policy on held-out prompts (heldout.parquet), or a reward model on pairs (pairs.parquet)."""
-    if run.task.rates:
+    if not run.task.answers:
         return evaluate_pairs(run, t, policy, run.heldout, run.chat)
     first = None if t == 0 else StoredTable(run.folder.iteration(0), "heldout.parquet")
     return evaluate(run, t, policy, run.start, run.heldout, run.ranker, run.chat, first)

@@ -89,10 +89,9 @@ def preview(run: Run, t: int, count: int) -> None:
     e = run.experiment
     console.print(f"iteration {t}, layout {e.text.layout}: {found.source}", soft_wrap=True)
     if not run.imports and is_user_code(e.objective["loss"]):
-        what = "reward" if run.task.rates else "language"
         console.print(
-            f"objective.loss is code of yours, which preview does not import: shown as for a {what} "
-            "model",
+            "objective.loss is code of yours, which preview does not import: shown as for a "
+            f"{run.task.trains}",
             style="yellow", soft_wrap=True,
         )  # fmt: skip
     for line in told_of_data(run.data):

@@ -320,20 +320,23 @@ def reward_model_json(hf: Mapping[str, Any], pad: int | None) -> Json:
 
 def read_config(folder: Path) -> DecoderConfig:
     """The facts of the model in a Hugging Face folder."""
-    return _read(folder, lambda hf: hf)
+    return _read(Path(folder) / "config.json", lambda hf: hf)
 
 
-def read_as_reward_model(folder: Path, pad: int | None) -> DecoderConfig:
-    """The same of the reward model that begins from it; `pad` as in `reward_model_json`."""
-    return _read(folder, lambda hf: reward_model_json(hf, pad))
+def read_as_reward_model(file: Path, pad: int | None) -> DecoderConfig:
+    """The facts of the reward model that begins from the model of this config.json.
+
+    Args:
+      pad: see `reward_model_json`.
+    """
+    return _read(file, lambda hf: reward_model_json(hf, pad))
 
 
-def _read(folder: Path, change: Callable[[Json], Json]) -> DecoderConfig:
-    file = Path(folder) / "config.json"
+def _read(file: Path, change: Callable[[Json], Json]) -> DecoderConfig:
     try:
         return from_hf(change(read_object(file)))
     except UnsupportedModel as e:
-        raise UnsupportedModel(f"{folder}: {e}") from e
+        raise UnsupportedModel(f"{file.parent}: {e}") from e
     except JsonFileError as e:
         raise UnsupportedModel(str(e)) from e
 

@@ -12,12 +12,12 @@ from rich.console import Console
 
 from selm_jax.config import as_dict
 from selm_jax.models.config import DecoderConfig, UnsupportedModel
-from selm_jax.models.families import from_hf, reward_model_json
-from selm_jax.objectives.build import build_objective
+from selm_jax.models.families import from_hf
 from selm_jax.plan.examine import Load, Options, Plan, examine
 from selm_jax.plan.measure import versions
 from selm_jax.plan.table import show
 from selm_jax.plan.topology import Target, has_libtpu, local_target, target
+from selm_jax.run.task import task_of
 from selm_jax.shell import artifacts
 from selm_jax.shell.json_file import JsonFileError, read_object
 from selm_jax.shell.progress import terminal
@@ -51,8 +51,7 @@ def main(
     targets = _targets(topologies, options.hbm, console)
     e = load(())
     file = config or config_json(e.model.source, e.model.revision)
-    settings = dict(e.objective)
-    facts = read_facts(file, build_objective(settings.pop("loss"), **settings).rates)
+    facts = task_of(e.objective).facts(read_facts(file), file, pad=lambda: 0)
     console.print(f"model: the facts of {file}", highlight=False, soft_wrap=True, markup=False)
     plans = []
     for each in targets:
@@ -63,13 +62,10 @@ def main(
     return 0 if all(plan.fit for plan in plans) else DOES_NOT_FIT
 
 
-def read_facts(file: Path, rates: bool = False) -> DecoderConfig:
-    """Of the model that this config.json describes, under whatever name it is stored; with `rates`
-    of the reward model that begins from it."""
+def read_facts(file: Path) -> DecoderConfig:
+    """The facts of the model that a config.json describes, under whatever name it is stored."""
     try:
-        hf = read_object(file)
-        facts = from_hf(hf)
-        return from_hf(reward_model_json(hf, 0)) if rates and facts.head is None else facts
+        return from_hf(read_object(file))
     except JsonFileError as e:
         raise UnsupportedModel(str(e)) from e
     except UnsupportedModel as e:

@@ -29,8 +29,8 @@ from selm_jax.rollout.programs import Programs as Generation
 from selm_jax.rollout.programs import programs
 from selm_jax.run.data import Data
 from selm_jax.run.devices import Devices
-from selm_jax.run.programs import Programs, Sizes
-from selm_jax.run.task import Task
+from selm_jax.run.programs import Programs
+from selm_jax.run.task import task_of
 from selm_jax.shell.user_code import is_user_code
 from selm_jax.training.state import TrainState
 
@@ -66,14 +66,14 @@ class Blueprint:
 
     def __init__(self, experiment: Experiment, facts: DecoderConfig, target: Target):
         self.experiment, self.facts, self.target = experiment, facts, target
-        self.task = Task(experiment.objective)
+        self.task = task_of(experiment.objective)
         self.devices = Devices(experiment.compute, target.devices)
         self.data = Data(experiment, self.task, model=None)
 
     @cached_property
     def programs(self) -> Programs:
         # Which ids end an answer, and how many do, changes nothing here.
-        sizes = largest(self.experiment, self.facts, self.task.rates)
+        sizes = self.task.largest(self.experiment, self.facts)
         return Programs(
             self.experiment, self.task, self.facts, sizes, stop_ids=(0, 1), devices=self.devices
         )
@@ -165,17 +165,6 @@ class Blueprint:
         return {"reference": shard_bytes(reference)} if reference else {}
 
 
-def largest(e: Experiment, facts: DecoderConfig, rates: bool) -> Sizes:
-    """The largest sizes that the settings allow."""
-    prompt = e.rollout.max_prompt_tokens
-    if rates:  # whole conversations, of which a row is to hold the longest
-        return Sizes(prompt, min(e.training.row_length, facts.max_positions))
-    answered = prompt + e.rollout.max_new_tokens
-    if not facts.has_two_tables or not e.candidates.dataset:
-        return Sizes(prompt, answered)
-    return Sizes(prompt, max(answered, e.text.max_length if e.text.layout == "paper" else 0))
-
-
 def phases(b: Blueprint, batches: int) -> Iterator[Phase]:
     """The programs in the order in which an iteration runs them.
 
@@ -184,11 +173,10 @@ def phases(b: Blueprint, batches: int) -> Iterator[Phase]:
     """
     e = b.experiment
     candidates = (e.candidates.greedy or e.candidates.samples) and e.rollout.remote is None
-    answers = candidates or e.data.heldout is not None
-    if answers and not b.task.rates:
-        yield from _generation(b)
     heldout = e.data.heldout is not None
-    asked = not b.task.rates and (heldout or not e.taught)
+    if b.task.answers and (candidates or heldout):
+        yield from _generation(b)
+    asked = b.task.answers and (heldout or not e.taught)
     for ranker in b.model_rankers if asked else ():
         others = {name: size for name, size in b.ranker_bytes.items() if name != ranker.name}
         name = "rank" if len(b.model_rankers) == 1 else f"rank: {ranker.name}"

@@ -162,7 +162,7 @@ def _heldout_rows(b: Blueprint, of: Lengths) -> tuple[int, int]:
     e, t = b.experiment, b.experiment.training
     answers, heldout = 1 + e.evaluation.samples, of.heldout or 0
     kinds = [(of.pairs, 2)]  # examples and the responses of each
-    if not b.task.rates:
+    if b.task.answers:
         fit = of.prompt + answers * of.response <= t.row_length
         kinds.append((heldout, answers) if fit else (heldout * answers, 1))
     rows, most = 0, 0
@@ -239,7 +239,7 @@ def work_of(b: Blueprint, of: Lengths, assumed: Assumed) -> Work | None:
         """As `stages.evaluate`; `models` score the answers: the policy, and the start model once
         they are two. A reward model scores pairs, and answers nothing."""
         heldout, answers, found = of.heldout or 0, 1 + e.evaluation.samples, []
-        if not b.task.rates:
+        if b.task.answers:
             found += generation("evaluate", heldout, answers)
             if is_relative(e.feedback):
                 found += ranking("evaluate", heldout * answers, 2)
@@ -252,7 +252,7 @@ def work_of(b: Blueprint, of: Lengths, assumed: Assumed) -> Work | None:
             found.append(passes("evaluate", models * tokens, models * flop))
         return _together("evaluate", found) if found else None
 
-    parts += [part for part in [evaluation(1 if b.task.rates else 2)] if part is not None]
+    parts += [part for part in [evaluation(2 if b.task.answers else 1)] if part is not None]
     return Work(
         examples, updates, batches,
         useful=updates * t.global_batch * total, padded=rows * t.row_length, parts=tuple(parts),

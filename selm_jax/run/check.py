@@ -15,7 +15,6 @@ from selm_jax.run.rows import (
     check_batches,
     check_heldout,
     check_own_answers,
-    check_rated,
     question,
     told_of,
     told_of_overlap,
@@ -42,8 +41,7 @@ def check(run: Run) -> None:
             f"candidates compete, and the data set has {' and '.join(there)} alone. Answers alone "
             "can teach `loss: sft`, pairs `loss: dpo`; for y_ref set candidates.greedy: 1"
         )
-    if run.task.rates:
-        check_rated(e, objective)
+    run.task.check_settings(e)
     for line in told_of_data(data):
         run.console.print(line, style="yellow", soft_wrap=True)
     if e.lora is not None and e.lora.base != "full":
@@ -78,7 +76,7 @@ def _check_programs(run: Run) -> None:
     """Builds the programs, but compiles none."""
     programs, server = run.programs, run.experiment.rollout.remote
     _ = (programs.optimizer, programs.abstract_trained)
-    if run.task.rates:
+    if not run.task.answers:
         return
     _ = (programs.engine, programs.decoding_shardings)
     if server is not None:
@@ -88,20 +86,21 @@ def _check_programs(run: Run) -> None:
 
 def check_rows(run: Run) -> None:
     """Looks at every row that is going to be used, for whatever would stop a later stage."""
-    e, data = run.experiment, run.data
-    prompts, rates = list(data.every_prompt()), run.task.rates
+    e, data, task = run.experiment, run.data, run.task
+    prompts = list(data.every_prompt())
     strict = e.data.on_bad_row == "error"
     check_heldout(e.data, data.heldout, data.trained_too)
-    if e.candidates.dataset and (strict or rates):
-        pairs = [*prompts, *data.heldout] if rates else prompts
-        with run.bar("looks at the answers", len(pairs), "prompts") as advance:
-            check_own_answers(data.misfit, pairs, advance, strict)
-    if not rates:
+    own = task.whose_answers(prompts, data.heldout, strict) if e.candidates.dataset else ()
+    if own:
+        with run.bar("looks at the answers", len(own), "prompts") as advance:
+            check_own_answers(data.misfit, own, advance, strict)
+    if task.answers:
         _ = data.longest_prompt
     if e.candidates.dataset or e.text.layout == "paper":
         check_answers(
-            data.chat, prompts, layout=e.text.layout, on_bad_row=e.data.on_bad_row, whole=rates
-        )
+            data.chat, prompts, layout=e.text.layout, on_bad_row=e.data.on_bad_row,
+            whole=not task.answers,
+        )  # fmt: skip
     check_batches(e, [len(data.prompts(t)) for t in run.iterations])
 
 

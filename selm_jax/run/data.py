@@ -11,7 +11,7 @@ from selm_jax.parallel import multihost
 from selm_jax.preferences.own_answers import OwnAnswers
 from selm_jax.run.model import StartModel
 from selm_jax.run.rows import RunError, prompt_ids, trained_too
-from selm_jax.run.task import Task
+from selm_jax.run.task import Sizes, Task
 from selm_jax.shell.threads import of_each
 from selm_jax.text.answers import longest_answered
 from selm_jax.text.chat import Chat
@@ -73,7 +73,7 @@ class Data:
         """Every usable row of `data.heldout`, and what was left out."""
         if self.experiment.data.heldout is None:
             return PromptSet(())
-        return self._read("heldout", pairs=self.task.rates)  # pairs are what is looked at
+        return self._read("heldout", pairs=not self.task.answers)
 
     @cached_property
     def heldout(self) -> list[Prompt]:
@@ -98,8 +98,8 @@ class Data:
         d = self.experiment.data
         found = multihost.first_then_others(lambda: load_data(d, part, pairs=pairs))
         multihost.check_same(f"digest of {getattr(d, part)}", lambda: prompts_digest(found))
-        if d.on_bad_row == "error" or self.task.rates or self._model is None:
-            return found  # a prompt that is too long is an error, or nothing is generated
+        if d.on_bad_row == "error" or not self.task.answers or self._model is None:
+            return found  # a prompt that is too long is an error, or none is answered
         return self._without_long(found, part)
 
     def _without_long(self, found: PromptSet, part: Part) -> PromptSet:
@@ -144,23 +144,21 @@ class Data:
         return longest
 
     @cached_property
-    def longest_sequence(self) -> int:
-        """Tokens of a prompt and its answer, at most.
+    def sizes(self) -> Sizes:
+        """The lengths that programs are made for.
 
-        The data set's answers are counted only where it matters: for a model with two tables of
-        rotary frequencies. Sequences longer than the model's positions are rejected when examples
-        are made. A reward model generates nothing, so only the data's answers count.
+        Sequences longer than the model's positions are rejected when examples are made.
         """
-        e, two_tables = self.experiment, self.model.facts.has_two_tables
-        if self.task.rates:
-            pairs = [*self.every_prompt(), *self.heldout] if two_tables else []
-            return longest_answered(self.chat, pairs, whole=True) or 1
-        answered = self.longest_prompt + e.rollout.max_new_tokens
-        if not two_tables or not e.candidates.dataset:
-            return answered
-        if e.text.layout == "paper":
-            return max(answered, e.text.max_length)
-        return max(answered, longest_answered(self.chat, self.every_prompt()))
+        longest_prompt = self.longest_prompt if self.task.answers else 0
+        return self.task.sizes(
+            self.experiment, self.model.facts, longest_prompt, self._longest_answered
+        )
+
+    def _longest_answered(self) -> int:
+        """Tokens of the data's longest conversation with an answer of its own."""
+        answers = self.task.answers
+        prompts = [*self.every_prompt(), *(() if answers else self.heldout)]
+        return longest_answered(self.chat, prompts, whole=not answers)
 
     @cached_property
     def own_answers(self) -> OwnAnswers:
@@ -177,7 +175,8 @@ class Data:
 
         The prompt is counted by the way, since its ids are at hand then.
         """
-        if not self.task.rates and self._length(prompt) > self.experiment.rollout.max_prompt_tokens:
+        limit = self.experiment.rollout.max_prompt_tokens
+        if self.task.answers and self._length(prompt) > limit:
             return None  # `longest_prompt` reports it
         return self.own_answers.misfit(prompt)
 

@@ -134,10 +134,10 @@ class Folder:
             if of_stage:
                 yield str(t), of_stage
 
-    def model_card(self, t: int, origin: Mapping[str, Any], rates: bool) -> str:
+    def model_card(self, t: int, origin: Mapping[str, Any], pipeline: str, method: str) -> str:
         """The README.md of the policy after iteration t, which began from a model of this origin."""
         metrics = artifacts.read_lines(self.metrics_file)
-        return model_card(self.experiment, self.name, t, origin, metrics, rates)
+        return model_card(self.experiment, self.name, t, origin, metrics, pipeline, method)
 
 
 class StageLog:

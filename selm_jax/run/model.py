@@ -8,9 +8,7 @@ from rich.console import Console
 
 from selm_jax.config import Experiment
 from selm_jax.models.config import DecoderConfig
-from selm_jax.models.families import read_as_reward_model
 from selm_jax.parallel import multihost
-from selm_jax.run.rows import RunError
 from selm_jax.run.task import Task
 from selm_jax.text.chat import Chat
 from selm_jax.weights import sources
@@ -39,20 +37,9 @@ class StartModel:
 
     @cached_property
     def facts(self) -> DecoderConfig:
-        """The facts of what is trained: a reward model may begin from a language model.
-
-        Raises:
-          RunError: a language model is to be trained from a reward model.
-        """
-        if self.task.rates and self._stored.head is None:
-            return read_as_reward_model(self.folder.path, self.chat.tokenizer.pad_token_id)
-        if self._stored.head is not None and not self.task.rates:
-            raise RunError(
-                f"{self.folder.path} is a reward model, which says nothing; objective "
-                f"{self.task.settings['loss']} trains a language model. Name one as model.source, "
-                "and this one as ranker: `feedback: {ranker: reward_model, settings: {source: ...}}`"
-            )
-        return self._stored
+        """The facts of what is trained; see `Task.facts`."""
+        file = self.folder.path / "config.json"
+        return self.task.facts(self._stored, file, lambda: self.chat.tokenizer.pad_token_id)
 
     @cached_property
     def chat(self) -> Chat:
@@ -64,6 +51,5 @@ class StartModel:
         """
         e = self.experiment
         chat = Chat(self.folder.path, e.text, self._stored.vocab_size)
-        if not self.task.rates and (e.text.layout == "default" or not e.taught):
-            chat.check_made_up()
+        self.task.check_chat(chat, e)
         return chat

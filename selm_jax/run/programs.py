@@ -6,7 +6,6 @@ same programs as a run, from a `config.json` alone, so that what is planned is w
 
 from __future__ import annotations
 
-import dataclasses
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,26 +31,12 @@ from selm_jax.rollout.filters import filter_named
 from selm_jax.rollout.parameters import decoding_params, decoding_shardings
 from selm_jax.rollout.sampling import Filter, Sampling
 from selm_jax.run.devices import Devices
-from selm_jax.run.task import Task, refuse_user_code
+from selm_jax.run.task import Sizes, Task, refuse_user_code
 from selm_jax.text.chat import Chat
 from selm_jax.training.optimizer import optimizer
 from selm_jax.training.scoring import Scorer
 from selm_jax.training.update import Shardings, Update, make_update
 from selm_jax.weights.huggingface import load
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """The lengths that programs are made for, in tokens.
-
-    Attributes:
-      longest_prompt: the longest that is answered; 0 for a reward model, which answers nothing.
-      longest_sequence: a prompt and its answer at most. It chooses between a model's two tables of
-        rotary frequencies, where it has two.
-    """
-
-    longest_prompt: int
-    longest_sequence: int
 
 
 class Programs:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from selm_jax.config import Data, Experiment
 from selm_jax.feedback.ranker import Question
-from selm_jax.objectives.losses import Objective
 from selm_jax.shell.progress import Advance
 from selm_jax.shell.threads import of_each
 from selm_jax.text.chat import Chat, ChatError
@@ -111,25 +110,6 @@ def check_batches(e: Experiment, prompts: Sequence[int]) -> None:
 def question(prompt: Prompt) -> Question:
     """A prompt as rankers see it."""
     return Question(prompt.messages[-1].content, prompt.messages, prompt.row, prompt.id)
-
-
-def check_rated(e: Experiment, objective: Objective) -> None:
-    """What a reward model's training asks of the experiment. Raises RunError if it is not so."""
-    if not (e.taught and e.data.rejected):
-        raise RunError(
-            f"{objective} trains a reward model on pairs of the data set: name data.chosen "
-            "and data.rejected, and set candidates: {greedy: 0, samples: 0, dataset: true}"
-        )
-    if e.lora is not None:
-        raise RunError(
-            f"{objective} trains a reward model, whose head adapters would leave at its "
-            "zeros; all parameters are trained: set lora: null"
-        )
-    if e.text.layout != "default":
-        raise RunError(
-            f"{objective} reads whole conversations, of which text.layout: "
-            f"{e.text.layout} knows nothing; set text.layout: default"
-        )
 
 
 def prompt_ids(chat: Chat, prompt: Prompt) -> tuple[int, ...]:

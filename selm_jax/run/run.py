@@ -29,8 +29,8 @@ from selm_jax.run.devices import Devices
 from selm_jax.run.folder import Folder
 from selm_jax.run.inputs import LazyRanker, Model, Words
 from selm_jax.run.model import StartModel
-from selm_jax.run.programs import Programs, Sizes
-from selm_jax.run.task import Task, refuse_user_code
+from selm_jax.run.programs import Programs
+from selm_jax.run.task import Task, refuse_user_code, task_of
 from selm_jax.run.wanted import Wanted
 from selm_jax.shell.progress import bar, terminal
 from selm_jax.shell.store import Store
@@ -61,19 +61,27 @@ class Run:
         # Of several processes one talks.
         self.console = console or terminal(quiet=not multihost.is_first())
         self.folder = Folder(experiment)
-        self.task = Task(experiment.objective, None if imports else self.folder.path)
         self.devices = Devices(experiment.compute, devices)
-        self.model = StartModel(experiment, self.task, self.console)
-        self.data = Data(experiment, self.task, self.model)
+
+    @cached_property
+    def task(self) -> Task:
+        return task_of(self.experiment.objective, None if self.imports else self.folder.path)
+
+    @cached_property
+    def model(self) -> StartModel:
+        return StartModel(self.experiment, self.task, self.console)
+
+    @cached_property
+    def data(self) -> Data:
+        return Data(self.experiment, self.task, self.model)
 
     @cached_property
     def programs(self) -> Programs:
         """What computes. The data is read for its lengths."""
-        longest_prompt = 0 if self.task.rates else self.data.longest_prompt
-        sizes = Sizes(longest_prompt, self.data.longest_sequence)
         return Programs(
-            self.experiment, self.task, self.model.facts, sizes, self.chat.stop_ids, self.devices
-        )
+            self.experiment, self.task, self.model.facts, self.data.sizes, self.chat.stop_ids,
+            self.devices,
+        )  # fmt: skip
 
     # What Algorithm 1 reads
 
@@ -125,8 +133,9 @@ class Run:
 
     def card(self, t: int) -> Words:
         """The README.md of the policy after iteration t."""
-        origin, rates = self.model.folder.origin, self.task.rates
-        return Words(lambda: self.folder.model_card(t, origin, rates))
+        origin, pipeline = self.model.folder.origin, self.task.pipeline
+        method = self.task.method(self.experiment)
+        return Words(lambda: self.folder.model_card(t, origin, pipeline, method))
 
     # What it says
 

@@ -1,60 +1,304 @@
-"""What an experiment trains, as its loss says: a language model or a reward model."""
+"""What an experiment trains: a language model on preference pairs, or a reward model on pairs.
+
+The loss decides which, and the task says all that follows from it.
+
+                            LanguageModel                        RewardModel
+    an example              a prompt and its answers             both conversations of a pair, whole
+    held out                its own answers to prompts           the data's pairs
+    before the work         the template, the longest prompt     that the data has pairs to train on
+    lengths that count      prompts and the answers to them      conversations of the data
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import cached_property
+import abc
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
+
+from selm_jax.config import Experiment, Text
+from selm_jax.models.config import DecoderConfig, ScalarHead
+from selm_jax.models.families import read_as_reward_model
 from selm_jax.objectives.build import build_objective
 from selm_jax.objectives.losses import Objective
-from selm_jax.run.rows import RunError
+from selm_jax.preferences.examples import Example, Ids
+from selm_jax.preferences.own_answers import rated_example
+from selm_jax.run.rows import RunError, prompt_ids
 from selm_jax.shell import artifacts
 from selm_jax.shell.user_code import is_user_code
+from selm_jax.tables import ranked
+from selm_jax.text.answers import answer_ids, check_spelled
+from selm_jax.text.chat import Chat
+from selm_jax.text.layout import paper_row
+from selm_jax.text.prompts import Prompt
+
+Prompts = Sequence[Prompt]
+Pad = Callable[[], int | None]
+Pair = Mapping[str, ranked.Row]  # ranked answers by role
 
 
-class Task:
-    """The objective of an experiment, and what follows from it.
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """The lengths that programs are made for, in tokens.
+
+    Attributes:
+      longest_prompt: the longest that is answered; 0 for a reward model, which answers nothing.
+      longest_sequence: the longest prompt with its answer. It chooses between a model's two tables
+        of rotary frequencies, if it has two.
+    """
+
+    longest_prompt: int
+    longest_sequence: int
+
+
+class Task(abc.ABC):
+    """What is trained by an objective.
+
+    Attributes:
+      rates: whether it is a reward model; manifests and `stage.json` keep it under this name.
+      trains: what is trained, in words.
+      answers: whether the model answers prompts, in training and in the held-out evaluation. One
+        that does not is evaluated on held-out pairs.
+      pipeline: the kind of model by the name that the Hub has for it.
+      example_settings: the settings that making an example reads, besides those of its text.
+      reference_free: whether the reference need not be scored.
+      loss: the name of the objective's loss.
+      looked_at: the folder of a run that is only looked at, whose code is never imported.
+    """
+
+    rates: ClassVar[bool]
+    trains: ClassVar[str]
+    answers: ClassVar[bool]
+    pipeline: ClassVar[str]
+    example_settings: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self, loss: str, objective: Objective | None, reference_free: bool, looked_at: Path | None
+    ):
+        self.loss, self._objective = loss, objective
+        self.reference_free, self.looked_at = reference_free, looked_at
+
+    @property
+    def objective(self) -> Objective:
+        """Raises RunError if it is code of the user's and the run is only looked at."""
+        if self._objective is None:
+            raise RunError(_not_imported(self.looked_at, "objective.loss", self.loss))
+        return self._objective
+
+    @abc.abstractmethod
+    def facts(self, stored: DecoderConfig, file: Path, pad: Pad) -> DecoderConfig:
+        """The facts of the model that is trained.
+
+        Args:
+          stored: those of the model that it starts from.
+          file: that model's config.json.
+          pad: gives its padding token.
+
+        Raises:
+          RunError: a language model cannot start from a reward model.
+        """
+
+    def check_chat(self, chat: Chat, e: Experiment) -> None:
+        """Raises ChatError if the tokenizer and template cannot serve."""
+
+    def check_settings(self, e: Experiment) -> None:
+        """Raises RunError if the experiment does not have what the training needs."""
+
+    @abc.abstractmethod
+    def whose_answers(self, trained: Prompts, heldout: Prompts, strict: bool) -> Prompts:
+        """The prompts whose answers in the data are laid out before the work begins.
+
+        Args:
+          strict: whether an answer that does not fit is an error. Otherwise it was left out already.
+        """
+
+    @abc.abstractmethod
+    def sizes(
+        self, e: Experiment, facts: DecoderConfig, longest_prompt: int, of_data: Callable[[], int]
+    ) -> Sizes:
+        """The lengths that the programs of a run are made for.
+
+        Args:
+          longest_prompt: tokens of the longest prompt that is answered; 0 if none is.
+          of_data: gives the tokens of the data's longest conversation with an answer of its own.
+        """
+
+    @abc.abstractmethod
+    def largest(self, e: Experiment, facts: DecoderConfig) -> Sizes:
+        """The largest sizes that the settings allow, for a plan."""
+
+    @abc.abstractmethod
+    def candidate_ids(self, chat: Chat, prompt: Prompt, source: str) -> Ids | None:
+        """Ids of the data's answer `source` as a candidate; None if only whole pairs have ids.
+
+        Raises:
+          UnusableAnswer: the answer cannot be used.
+        """
+
+    @abc.abstractmethod
+    def example(
+        self, chat: Chat, head: ScalarHead | None, text: Text, prompt: Prompt, pair: Pair
+    ) -> tuple[Example, Mapping[str, int]]:
+        """What is trained on, from a prompt and its ranked answers by role; and what was cut."""
+
+    def leaves_out_long(self, e: Experiment) -> bool:
+        """Whether examples that are too long are left out and counted; otherwise they are errors."""
+        return False
+
+    @abc.abstractmethod
+    def method(self, e: Experiment) -> str:
+        """What the model was trained on, for its card: the end of a sentence."""
+
+
+class LanguageModel(Task):
+    """A language model that is trained on pairs of answers, its own or the data's."""
+
+    rates, answers = False, True
+    trains, pipeline = "language model", "text-generation"
+
+    def facts(self, stored: DecoderConfig, file: Path, pad: Pad) -> DecoderConfig:
+        if stored.head is not None:
+            raise RunError(
+                f"{file.parent} is a reward model and cannot generate text, but objective "
+                f"{self.loss} trains a language model. Name a language model as model.source; to rank with this "
+                "one, set `feedback: {ranker: reward_model, settings: {source: ...}}`"
+            )
+        return stored
+
+    def check_chat(self, chat: Chat, e: Experiment) -> None:
+        if e.text.layout == "default" or not e.taught:
+            chat.check_made_up()
+
+    def whose_answers(self, trained: Prompts, heldout: Prompts, strict: bool) -> Prompts:
+        return trained if strict else ()
+
+    def sizes(
+        self, e: Experiment, facts: DecoderConfig, longest_prompt: int, of_data: Callable[[], int]
+    ) -> Sizes:
+        answered = longest_prompt + e.rollout.max_new_tokens
+        if facts.has_two_tables and e.candidates.dataset:
+            own = e.text.max_length if e.text.layout == "paper" else of_data()
+            answered = max(answered, own)
+        return Sizes(longest_prompt, answered)
+
+    def largest(self, e: Experiment, facts: DecoderConfig) -> Sizes:
+        return self.sizes(e, facts, e.rollout.max_prompt_tokens, lambda: 0)
+
+    def candidate_ids(self, chat: Chat, prompt: Prompt, source: str) -> Ids | None:
+        return answer_ids(chat, prompt, source)
+
+    def example(
+        self, chat: Chat, head: ScalarHead | None, text: Text, prompt: Prompt, pair: Pair
+    ) -> tuple[Example, Mapping[str, int]]:
+        if text.layout == "paper":
+            texts = {role: row.text for role, row in pair.items()}
+            row = paper_row(chat, prompt.messages, texts, text.max_length, text.max_prompt_length)
+            cut = {"prompts_cut": row.prompt_cut, "responses_cut": row.responses_cut}
+            return Example.of(prompt.id, row.prompt, row.responses), cut
+        responses = {role: row.token_ids or () for role, row in pair.items()}
+        return Example.of(prompt.id, prompt_ids(chat, prompt), responses), {}
+
+    def method(self, e: Experiment) -> str:
+        return (
+            f"answers that the ranker `{e.feedback.ranker}` scored, in the manner of Self-Exploring "
+            "Language Models (https://arxiv.org/abs/2405.19332)."
+        )
+
+
+class RewardModel(Task):
+    """A reward model that is trained on the data's pairs of conversations. It answers nothing."""
+
+    rates, answers = True, False
+    trains, pipeline = "reward model", "text-classification"
+    example_settings = ("data.on_bad_row",)
+
+    def facts(self, stored: DecoderConfig, file: Path, pad: Pad) -> DecoderConfig:
+        return stored if stored.head is not None else read_as_reward_model(file, pad())
+
+    def check_settings(self, e: Experiment) -> None:
+        if not (e.taught and e.data.rejected):
+            raise RunError(
+                f"objective {self.loss} trains a reward model on pairs of the data set: name data.chosen "
+                "and data.rejected, and set candidates: {greedy: 0, samples: 0, dataset: true}"
+            )
+        if e.lora is not None:
+            raise RunError(
+                f"objective {self.loss} trains a reward model, and adapters would leave its head at "
+                "zeros. Set lora: null to train all parameters"
+            )
+        if e.text.layout != "default":
+            raise RunError(
+                f"objective {self.loss} trains a reward model, which reads whole conversations; "
+                f"text.layout: {e.text.layout} does not write them. Set text.layout: default"
+            )
+
+    def whose_answers(self, trained: Prompts, heldout: Prompts, strict: bool) -> Prompts:
+        return [*trained, *heldout]
+
+    def sizes(
+        self, e: Experiment, facts: DecoderConfig, longest_prompt: int, of_data: Callable[[], int]
+    ) -> Sizes:
+        return Sizes(longest_prompt, max(1, of_data()) if facts.has_two_tables else 1)
+
+    def largest(self, e: Experiment, facts: DecoderConfig) -> Sizes:
+        longest = min(e.training.row_length, facts.max_positions)  # a row is to hold it
+        return self.sizes(e, facts, e.rollout.max_prompt_tokens, lambda: longest)
+
+    def candidate_ids(self, chat: Chat, prompt: Prompt, source: str) -> Ids | None:
+        check_spelled(chat, prompt, source)
+
+    def example(
+        self, chat: Chat, head: ScalarHead | None, text: Text, prompt: Prompt, pair: Pair
+    ) -> tuple[Example, Mapping[str, int]]:
+        assert head is not None
+        texts = {role: row.text for role, row in pair.items()}
+        scores = {role: None if np.isnan(row.score) else row.score for role, row in pair.items()}
+        return rated_example(chat, head, prompt, texts, scores), {}
+
+    def leaves_out_long(self, e: Experiment) -> bool:
+        return e.data.on_bad_row == "drop"
+
+    def method(self, e: Experiment) -> str:
+        return (
+            "pairs of the data set. A reward model: the score of a conversation with its answer, as "
+            "the chat template writes it, is the one label's logit."
+        )
+
+
+def task_of(settings: Mapping[str, Any], looked_at: Path | None = None) -> Task:
+    """The task of an experiment.
 
     Args:
       settings: the experiment's `objective`: the loss and its arguments.
       looked_at: the folder of a run that is only looked at. Code of the user's is then never
         imported: what follows from it is read from the run's manifest.
+
+    Raises:
+      ObjectiveError: the loss cannot be built.
     """
-
-    def __init__(self, settings: Mapping[str, Any], looked_at: Path | None = None):
-        self.settings, self.looked_at = settings, looked_at
-
-    @cached_property
-    def objective(self) -> Objective:
-        settings = dict(self.settings)
-        loss = settings.pop("loss")
-        if self.looked_at is not None:
-            refuse_user_code(self.looked_at, "objective.loss", loss)
-        return build_objective(loss, **settings)
-
-    @cached_property
-    def rates(self) -> bool:
-        """Whether a reward model is trained."""
-        return self._says("rates")
-
-    @cached_property
-    def reference_free(self) -> bool:
-        """Whether the reference need not be scored."""
-        return self._says("reference_free")
-
-    def _says(self, what: str) -> bool:
-        if self.looked_at is None or not is_user_code(self.settings["loss"]):
-            return getattr(self.objective, what)
-        file = self.looked_at / "manifest.json"
-        return file.exists() and bool(artifacts.read_sealed(file).get(what))
+    arguments = dict(settings)
+    loss = arguments.pop("loss")
+    if looked_at is not None and is_user_code(loss):
+        file = looked_at / "manifest.json"
+        said = artifacts.read_sealed(file) if file.exists() else {}  # none before the run begins
+        objective, rates, free = None, said.get("rates"), bool(said.get("reference_free"))
+    else:
+        objective = build_objective(loss, **arguments)
+        rates, free = objective.rates, objective.reference_free
+    return (RewardModel if rates else LanguageModel)(loss, objective, free, looked_at)
 
 
 def refuse_user_code(folder: Path, key: str, name: str) -> None:
     """Raises RunError if a setting of a run that is only looked at names code of the user's."""
     if is_user_code(name):
-        raise RunError(
-            f"{folder / 'config.yaml'}: {key} is {name!r}, code that this verb does not run: "
-            "it only looks at the folder"
-        )
+        raise RunError(_not_imported(folder, key, name))
+
+
+def _not_imported(folder: Path | None, key: str, name: str) -> str:
+    return (
+        f"{folder}/config.yaml: {key} is {name!r}, code that this verb does not run: it only "
+        "looks at the folder"
+    )

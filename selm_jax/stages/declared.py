@@ -58,20 +58,30 @@ class Declared:
 
     def __getattr__(self, name: str) -> Any:
         key = self._prefix + name
-        if any(key == each or key.startswith(each + ".") for each in self._keys):
+        if _covers(self._keys, key):
             return getattr(self._group, name)
         within = [each for each in self._keys if each.startswith(key + ".")]
         if not within:
-            raise UndeclaredSetting(
-                f"stage {self._stage!r} reads the setting {key}, which it does not declare; name it "
-                "in the stage's `settings`, so that a change of it is noticed"
-            )
+            raise _undeclared(self._stage, key)
         value = getattr(self._group, name)
         if isinstance(value, Mapping):
             return {k: v for k, v in value.items() if f"{key}.{k}" in within}
         if dataclasses.is_dataclass(value):
             return Declared(self._stage, value, self._keys, key + ".")
         return value  # a group that is not there: None
+
+
+class DeclaredTask:
+    """The task, as far as a stage may read it. Which task it is counts as `objective.rates`."""
+
+    def __init__(self, stage: str, task: Task, keys: frozenset[str]):
+        self._stage, self._task, self._keys = stage, task, keys
+
+    def __getattr__(self, name: str) -> Any:
+        key = {"objective": name, "reference_free": _OF_TASK[1]}.get(name, _OF_TASK[0])
+        if not _covers(self._keys, key):
+            raise _undeclared(self._stage, key)
+        return getattr(self._task, name)
 
 
 def recorded(experiment: Experiment, task: Task, keys: frozenset[str], t: int) -> dict[str, Any]:
@@ -108,8 +118,20 @@ def sources(experiment: Experiment, keys: frozenset[str]) -> dict[str, str]:
     return {
         f"{key} {name}": source_digest(name)
         for key, name in user_code_in(experiment)
-        if any(key == each or key.startswith(each + ".") for each in keys)
+        if _covers(keys, key)
     }
+
+
+def _covers(keys: frozenset[str], key: str) -> bool:
+    """Whether a setting is declared: itself, or a group that it is in."""
+    return any(key == each or key.startswith(each + ".") for each in keys)
+
+
+def _undeclared(stage: str, key: str) -> UndeclaredSetting:
+    return UndeclaredSetting(
+        f"stage {stage!r} reads the setting {key}, which it does not declare; name it in the stage's "
+        "`settings`, so that a change of it is noticed"
+    )
 
 
 def _without(tree: Any, keys: frozenset[str]) -> Any:

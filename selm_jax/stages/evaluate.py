@@ -114,7 +114,7 @@ def evaluate_pairs(step: Step, policy: Model, heldout: list[Prompt], chat: Chat)
     held, head = [(p, answers_of(p)) for p in heldout], step.programs.config.head
     assert head is not None
     found = [(p, each, rated_example(chat, head, p, each, {})) for p, each in held]
-    if step.settings.data.on_bad_row == "drop":
+    if step.task.leaves_out_long(step.settings):
         found = [each for each in found if not too_long(step, each[2])]
     if not found:
         raise RunError(f"{step.settings.data.heldout}: all {len(held)} held-out pairs are too long")

@@ -124,4 +124,4 @@ def _answered(step: Step, ranker: LazyRanker, pool: Pool) -> list[int]:
 
 def _of_data(step: Step, chat: Chat) -> OfData:
     layout, on_bad_row = step.settings.text.layout, step.settings.data.on_bad_row
-    return OfData(chat, layout, step.task.rates, on_bad_row)
+    return OfData(chat, layout, step.task.candidate_ids, on_bad_row)

@@ -6,30 +6,24 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping
 
-import numpy as np
-
 from selm_jax.config import Experiment
 from selm_jax.parallel import multihost
 from selm_jax.preferences.examples import ROLES, Example
-from selm_jax.preferences.own_answers import rated_example
 from selm_jax.run.inputs import Model, StoredTable
-from selm_jax.run.rows import RunError, prompt_ids
-from selm_jax.run.task import Task
+from selm_jax.run.rows import RunError
+from selm_jax.run.task import Pair, Task
 from selm_jax.stages.settings import SCORING
 from selm_jax.stages.stage import Counts, stage
 from selm_jax.stages.step import Step, counting
 from selm_jax.tables import examples as table
 from selm_jax.tables import ranked as ranked_table
 from selm_jax.text.chat import Chat
-from selm_jax.text.layout import paper_row
 from selm_jax.text.prompts import Prompt
-
-Pair = Mapping[str, ranked_table.Row]  # by role
 
 
 def _settings(_e: Experiment, task: Task) -> tuple[str, ...]:
-    of_rated = ("data.on_bad_row",) if task.rates else ()
-    return ("text", "objective.rates", "objective.reference_free", *SCORING, *of_rated)
+    own = ("text", "objective.rates", "objective.reference_free", *task.example_settings)
+    return (*own, *SCORING)
 
 
 @stage(leaves=("examples.parquet",), settings=_settings)
@@ -76,11 +70,14 @@ def paired_examples(
                 f"{ranked.path}: prompt {prompt_id} is not among the {len(prompts)} of iteration "
                 f"{step.t}; the data or its settings have changed"
             )
-        example, of_example = _example(step, chat, prompt, pair)
+        head, text = step.programs.config.head, step.settings.text
+        example, of_example = step.task.example(chat, head, text, prompt, pair)
+        if step.task.leaves_out_long(step.settings) and too_long(step, example):
+            cut["too_long"] += 1
+            continue
         cut.update(of_example)
-        if example is not None:
-            _check_length(example, step.programs.config.max_positions)
-            examples.append(example)
+        _check_length(example, step.programs.config.max_positions)
+        examples.append(example)
     return examples, dict(cut)
 
 
@@ -94,26 +91,6 @@ def _pairs(ranked: StoredTable) -> Mapping[str, Pair]:
                 several = sum(name.startswith("explore") for name in pair)
                 pair[role if role not in pair else f"{role}/{several + 1}"] = row
     return pairs
-
-
-def _example(
-    step: Step, chat: Chat, prompt: Prompt, pair: Pair
-) -> tuple[Example | None, Mapping[str, int]]:
-    """The example of a pair, or None if it is left out as too long; and what was cut."""
-    texts, text = {role: row.text for role, row in pair.items()}, step.settings.text
-    if (head := step.programs.config.head) is not None:
-        given = {role: row.score for role, row in pair.items()}
-        scores = {role: None if np.isnan(score) else score for role, score in given.items()}
-        example = rated_example(chat, head, prompt, texts, scores)
-        if step.settings.data.on_bad_row == "drop" and too_long(step, example):
-            return None, {"too_long": 1}
-        return example, {}
-    if text.layout == "paper":
-        row = paper_row(chat, prompt.messages, texts, text.max_length, text.max_prompt_length)
-        cut = {"prompts_cut": row.prompt_cut, "responses_cut": row.responses_cut}
-        return Example.of(prompt.id, row.prompt, row.responses), cut
-    responses = {role: row.token_ids or () for role, row in pair.items()}
-    return Example.of(prompt.id, prompt_ids(chat, prompt), responses), {}
 
 
 def too_long(step: Step, example: Example) -> bool:

@@ -16,7 +16,7 @@ from selm_jax.run.folder import StageLog
 from selm_jax.run.programs import Programs
 from selm_jax.run.task import Task
 from selm_jax.shell.progress import bar
-from selm_jax.stages.declared import Declared
+from selm_jax.stages.declared import Declared, DeclaredTask
 
 if TYPE_CHECKING:
     from selm_jax.run.run import Run
@@ -57,7 +57,7 @@ class Step:
             t=t,
             folder=run.folder.iteration(t),
             settings=cast(Experiment, Declared(stage, run.experiment, keys)),
-            task=cast(Task, Declared(stage, run.task, keys, "objective.")),
+            task=cast(Task, DeclaredTask(stage, run.task, keys)),
             programs=run.programs,
             log=StageLog(run.folder, stage, t),
             note_server=partial(run.folder.note_server, t),

@@ -20,7 +20,8 @@ def model_card(
     iteration: int,
     origin: Mapping[str, str],
     metrics: Iterable[Mapping[str, Any]],
-    rates: bool = False,
+    pipeline: str,
+    method: str,
 ) -> str:
     """README.md of the policy after an iteration.
 
@@ -31,12 +32,12 @@ def model_card(
       name: of the run.
       origin: where the start model came from (`sources.ModelFolder.origin`).
       metrics: lines of metrics.jsonl.
-      rates: the policy is a reward model.
+      pipeline: the kind of model by the name that the Hub has for it.
+      method: what the policy was trained on, in words.
     """
     e = experiment
     lines = list(metrics)
-    task = "text-classification" if rates else "text-generation"
-    header: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": task}
+    header: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": pipeline}
     if origin["kind"] in ("hub", "wheel"):
         header |= {"base_model": e.model.source, "base_model_relation": "finetune"}
     if _HUB_ID.fullmatch(e.data.train) and not Path(e.data.train).exists():
@@ -45,17 +46,7 @@ def model_card(
     header["tags"] = list(dict.fromkeys(["selm_jax", loss, "preference-optimization", "alignment"]))
     pinned = next((origin[k] for k in ("commit", "sha256") if k in origin), "")
     settings = ", ".join(f"{k} {v}" for k, v in e.objective.items() if k != "loss")
-    method = f"`{loss}`{f' ({settings})' if settings else ''} on "
-    if rates:
-        method += (
-            "pairs of the data set. A reward model: the score of a conversation with its answer, as "
-            "the chat template writes it, is the one label's logit."
-        )
-    else:
-        method += (
-            f"answers that the ranker `{e.feedback.ranker}` scored, in the manner of Self-Exploring "
-            "Language Models (https://arxiv.org/abs/2405.19332)."
-        )
+    objective = f"`{loss}`{f' ({settings})' if settings else ''}"
     data = (
         f"- start model: `{e.model.source}` ({origin['kind']}{pinned and f', {pinned}'})\n"
         f"- prompts: `{e.data.train}`, part {e.data.first_portion - 1 + iteration} of {e.portions}"
@@ -64,7 +55,7 @@ def model_card(
         f"---\n{plain_yaml.dump(header)}---",
         f"# {name}, iteration {iteration} of {e.iterations}",
         f"Trained from `{e.model.source}` with selm_jax.",
-        f"## Method\n\n{method}",
+        f"## Method\n\n{objective} on {method}",
         f"## Data\n\n{data}",
         *_metrics(lines, iteration),
         f"## Settings\n\n```yaml\n{dump(e)}```",

@@ -17,16 +17,16 @@ from selm_jax.models.quantize import dequantize
 from selm_jax.preferences.layouts import OneShape
 from selm_jax.run.data import Data
 from selm_jax.run.devices import Devices
-from selm_jax.run.programs import Programs, Sizes
+from selm_jax.run.programs import Programs
 from selm_jax.run.run import Run
-from selm_jax.run.task import Task
+from selm_jax.run.task import Sizes, task_of
 
 LORA = {"lora": {"rank": 2, "alpha": 4}}
 QLORA = {"lora": {"rank": 2, "alpha": 4, "base": "nf4", "targets": "q_proj"}}
 
 
 def programs_of(e, facts, sizes, stop_ids, devices=None) -> Programs:
-    return Programs(e, Task(e.objective), facts, sizes, stop_ids, Devices(e.compute, devices))
+    return Programs(e, task_of(e.objective), facts, sizes, stop_ids, Devices(e.compute, devices))
 
 
 def same(one, other) -> None:
@@ -130,7 +130,7 @@ def test_data_without_a_model_leaves_nothing_out_as_too_long(tmp_path):
     e = config.load(tiny.experiment(tmp_path, data__on_bad_row="drop", data__portions=2))
     lines = [{"prompt_id": f"p{i}", "prompt": "x" * (80 if i == 1 else 8)} for i in range(16)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
-    with_model, without = Run(e, Console(quiet=True)).data, Data(e, Task(e.objective), None)
+    with_model, without = Run(e, Console(quiet=True)).data, Data(e, task_of(e.objective), None)
     assert [p.id for p in without.prompts(1)] == [f"p{i}" for i in range(8)]
     assert [p.id for p in with_model.prompts(1)] == [f"p{i}" for i in range(8) if i != 1]
     with pytest.raises(AssertionError, match="without a model"):

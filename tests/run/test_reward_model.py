@@ -202,8 +202,8 @@ def test_training_goes_on_from_a_reward_model(trained, tmp_path):
     ("changes", "message"),
     [
         ({"candidates": {"greedy": 1, "dataset": True}}, "candidates: {greedy: 0, samples: 0"),
-        ({"lora": {"rank": 2, "alpha": 4}}, "head adapters would leave at its zeros"),
-        ({"text__layout": "paper"}, "text.layout: paper knows nothing"),
+        ({"lora": {"rank": 2, "alpha": 4}}, "adapters would leave its head at zeros"),
+        ({"text__layout": "paper"}, "text.layout: paper does not write them"),
         ({"data__chosen_score": "goood"}, "missing column 'goood'; did you mean 'good'"),
         ({"data__chosen_score": None, "data__rejected_score": None}, "objective.margin: asks for"),
         ({"data__chosen_score": None}, "no data.chosen_score to compare"),
@@ -224,7 +224,7 @@ def test_a_reward_model_is_no_policy(trained, tmp_path):
     shutil.copytree(run.folder.iteration(1) / "model", tmp_path / "model")
     tiny.write_prompts(tmp_path / "train.jsonl")
     tiny.write_prompts(tmp_path / "heldout.jsonl")
-    with pytest.raises(RunError, match="is a reward model, which says nothing"):
+    with pytest.raises(RunError, match="is a reward model and cannot generate text"):
         check(Run(config.load(tiny.experiment(tmp_path)), QUIET))
 
 

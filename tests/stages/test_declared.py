@@ -8,10 +8,10 @@ import pytest
 import tiny
 
 from selm_jax import config
-from selm_jax.run.task import Task
-from selm_jax.stages.declared import FREE, Declared, UndeclaredSetting, recorded
+from selm_jax.run.task import task_of
+from selm_jax.stages.declared import FREE, Declared, DeclaredTask, UndeclaredSetting, recorded
 
-TASK = Task({"loss": "selm", "beta": 0.1, "alpha": 0.01})
+TASK = task_of({"loss": "selm", "beta": 0.1, "alpha": 0.01})
 
 
 @pytest.fixture(scope="module")
@@ -55,3 +55,22 @@ def test_every_declared_setting_is_recorded_unless_it_changes_nothing(experiment
 def test_what_is_recorded_of_the_learning_rate_is_the_iterations(experiment):
     found = [recorded(experiment, TASK, frozenset({"training.learning_rate"}), t) for t in (1, 2)]
     assert [each["training.learning_rate"] for each in found] == [1e-3, 5e-4]
+
+
+@pytest.mark.parametrize(
+    ("declares", "reads", "key"),
+    [
+        ("objective.reference_free", "candidate_ids", "objective.rates"),
+        ("objective.rates", "reference_free", "objective.reference_free"),
+        ("objective.rates", "objective", "objective"),
+        ("objective.beta", "objective", "objective"),
+    ],
+)
+def test_what_of_the_task_is_not_declared_is_refused(declares, reads, key):
+    with pytest.raises(UndeclaredSetting, match=f"'score' reads the setting {key}, which"):
+        getattr(DeclaredTask("score", TASK, frozenset({declares})), reads)
+
+
+def test_the_declared_task_is_the_experiments():
+    task = DeclaredTask("score", TASK, frozenset({"objective"}))
+    assert task.objective is TASK.objective and task.candidate_ids == TASK.candidate_ids

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from selm_jax.feedback.ranker import Question
 from selm_jax.preferences.candidates import Candidate
+from selm_jax.preferences.examples import Ids
 from selm_jax.run.rows import question
 from selm_jax.tables import ranked, responses
-from selm_jax.text.answers import answer_ids, answers, check_spelled
+from selm_jax.text.answers import answers
 from selm_jax.text.chat import Chat, UnusableAnswer
 from selm_jax.text.prompts import Prompt
 
@@ -22,13 +23,13 @@ class OfData:
     Attributes:
       layout: `text.layout`. Only the default layout makes token ids of candidates; the others make
         them of pairs.
-      rates: whether a reward model is trained, which reads whole conversations: no token ids either.
+      ids: gives the token ids of a prompt's answer (`Task.candidate_ids`).
       on_bad_row: `data.on_bad_row`; "error" raises for an answer that cannot be used.
     """
 
     chat: Chat
     layout: str
-    rates: bool
+    ids: Callable[[Chat, Prompt, str], Ids | None]
     on_bad_row: str
 
     def candidate(self, prompt: Prompt, source: str) -> tuple[Candidate, bool]:
@@ -40,10 +41,7 @@ class OfData:
         ids, usable = None, True
         if self.layout == "default":
             try:
-                if self.rates:
-                    check_spelled(self.chat, prompt, source)
-                else:
-                    ids = answer_ids(self.chat, prompt, source)
+                ids = self.ids(self.chat, prompt, source)
             except UnusableAnswer:
                 if self.on_bad_row == "error":
                     raise

@@ -131,10 +131,8 @@ def all_logits() -> Callable[..., jax.Array]:
 
     def run(decoder: Decoder, params: Params, tokens) -> jax.Array:
         rows, time = tokens.shape
-        at = jnp.arange(time)
-        mask = jnp.broadcast_to(at[:, None] >= at, (rows, time, time))
-        positions = jnp.broadcast_to(at, (rows, time))
-        hidden, _ = decoder.apply({"params": params}, tokens, positions, mask)
+        positions = jnp.broadcast_to(jnp.arange(time), (rows, time))
+        hidden, _ = decoder.apply({"params": params}, tokens, positions)
         return logits(decoder.config, params, hidden)
 
     return run

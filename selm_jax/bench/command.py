@@ -180,8 +180,7 @@ def _model(model: str, shape: str | None) -> tuple[str, DecoderConfig, MakeParam
 
     def init(key):
         tokens = jnp.zeros((1, 2), jnp.int32)
-        mask = jnp.ones((1, 2, 2), bool)
-        return nn.unbox(Decoder(config).init(key, tokens, tokens, mask)["params"])
+        return nn.unbox(Decoder(config).init(key, tokens, tokens)["params"])
 
     def make_params(where):
         return jax.jit(init, out_shardings=where)(jax.random.key(0))

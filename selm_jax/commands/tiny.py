@@ -168,7 +168,7 @@ def make_model(folder: Path, family: Family) -> None:
     ids["bos_token_id"] = tokenizer.token_to_id(bos)
     _write_json(folder / "config.json", to_hf(config) | ids)
     two = jnp.zeros((1, 2), jnp.int32)
-    variables = Decoder(config).init(jax.random.key(0), two, two, jnp.ones((1, 2, 2), bool))
+    variables = Decoder(config).init(jax.random.key(0), two, two)
     save(nn.unbox(variables["params"]), config, folder)
 
 

@@ -94,7 +94,7 @@ def make(seed: int = 0, *, prompts: int = 3, length: int = 4, beta: float = 0.1)
 
     decoder = Decoder(CONFIG)
     tokens = jnp.zeros((1, 2), jnp.int32)
-    variables = decoder.init(jax.random.key(seed), tokens, tokens, jnp.ones((1, 2, 2), bool))
+    variables = decoder.init(jax.random.key(seed), tokens, tokens)
     params = nn.unbox(variables)["params"]
     log_reference = jax.jit(log_policy, static_argnums=0)(decoder, params, tree)
 

@@ -1,22 +1,76 @@
-"""Grouped-query attention under an explicit mask.
+"""Grouped-query attention, and who sees whom.
 
-The mask is the only thing that says who sees whom: packing, padding, prompt trees, sliding windows
-and the cache of a rollout are all masks. Letters: r rows, t queries, s keys, k key-value heads,
-g query heads per key-value head, h head_dim.
+In a row of packed prompt trees (`preferences.packing`) the queries that see a key stand side by
+side: they begin with the key's own token and end with its segment, if the key belongs to the prompt,
+or else with its branch. So one integer per key is the whole mask:
+
+    q sees k   iff   k <= q < end[k]                          q and k: places in the row
+               and   position[q] - position[k] < window       in a layer that has a window
+
+Two examples, the first with responses a and b, the second with c; the last place is padding:
+
+                 p0 p1 p2 a0 a1 b0 b1 q0 c0  .
+        end       7  7  7  5  5  7  7  9  9  0
+        p0        x
+        p1        x  x
+        p2        x  x  x
+        a0        x  x  x  x
+        a1        x  x  x  x  x
+        b0        x  x  x        x
+        b1        x  x  x        x  x
+        q0                             x
+        c0                             x  x
+        .
+
+Source: the column form of FlashMask (arXiv 2410.01359). Letters: r rows, t queries, s keys,
+k key-value heads, g query heads per key-value head, h head_dim.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 
+class Sight(NamedTuple):
+    """Who sees whom in one layer, as drawn above.
+
+    Attributes:
+      position: of each query along its own path, [r, t].
+      key_position: the same of the keys, [r, s] or [1, s].
+      end: one past the last query that sees each key, [r, s]; None: no key has an end.
+      place: where each query stands among the keys, [r, t]; None: queries and keys are the same
+        tokens.
+      window: how many positions a query sees, its own included, []; None: all.
+    """
+
+    position: Int[Array, "r t"]
+    key_position: Int[Array, "#r s"]
+    end: Int[Array, "r s"] | None = None
+    place: Int[Array, "r t"] | None = None
+    window: Int[Array, ""] | None = None
+
+    def mask(self) -> Bool[Array, "#r t s"]:
+        """The mask that these integers stand for."""
+        keys = jnp.arange(self.key_position.shape[1])
+        place = keys[None] if self.place is None else self.place
+        seen = keys <= place[:, :, None]
+        if self.end is not None:
+            seen &= place[:, :, None] < self.end[:, None, :]
+        if self.window is not None:
+            ago = self.position[:, :, None] - self.key_position[:, None, :]
+            seen &= ago < self.window
+        return seen
+
+
 def attention(
     query: Float[Array, "r t heads h"],
     keys: Float[Array, "r s k h"],
     values: Float[Array, "r s k h"],
-    mask: Bool[Array, "r t s"],
+    sight: Sight,
     *,
     scale: float,
     cap: float | None = None,
@@ -28,7 +82,7 @@ def attention(
     scores = jnp.einsum("rtkgh,rskh->rkgts", query, keys, preferred_element_type=jnp.float32)
     scores = soft_cap(scores, cap)
     # A large finite number, not -inf: rows of padding see nothing and must not become NaN.
-    scores = jnp.where(mask[:, None, None], scores, -1e30)
+    scores = jnp.where(sight.mask()[:, None, None], scores, -1e30)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
     # Heads in front, then moved: asked for "rtkgh" at once, XLA on CPU copies the values transposed.
     context = jnp.einsum("rkgts,rskh->rkgth", weights, values)
@@ -38,19 +92,3 @@ def attention(
 def soft_cap(x: Array, cap: float | None) -> Array:
     """cap * tanh(x / cap): nearly x where it is small, and never beyond the cap (Gemma 2)."""
     return x if cap is None else cap * jnp.tanh(x / cap)
-
-
-def tree_mask(
-    segment: Int[Array, "rows time"], branch: Int[Array, "rows time"]
-) -> Bool[Array, "rows time time"]:
-    """Who sees whom in rows of packed prompt trees (see `preferences.packing`).
-
-    A token sees, causally, the prompt of its own segment (branch 0) and its own branch. Windows are
-    the decoder's: it counts them in positions, which go along the branch, so that sibling branches
-    that lie between in the row do not use a window up.
-    """
-    time = jnp.arange(segment.shape[1])
-    causal = time[:, None] >= time[None, :]
-    same_segment = segment[:, :, None] == segment[:, None, :]
-    own_path = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
-    return causal & same_segment & own_path & (segment[:, :, None] > 0)

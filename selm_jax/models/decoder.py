@@ -1,7 +1,7 @@
 """The decoder: one Linen module for every family, used as a pure function.
 
-    variables = Decoder(config).init(key, tokens, positions, mask)
-    hidden, _ = Decoder(config).apply(variables, tokens, positions, mask)
+    variables = Decoder(config).init(key, tokens, positions)
+    hidden, _ = Decoder(config).apply(variables, tokens, positions, end)
     scores = logits(config, variables["params"], hidden)     of a language model
     scores = rewards(variables["params"], hidden)            of a reward model (`config.head`)
 
@@ -14,6 +14,7 @@ that cost 1.5 times). `unstack` turns the first form of the parameters into the 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache, partial
 from typing import Any, cast
 
@@ -22,9 +23,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from selm_jax.models.attention import attention, soft_cap
+from selm_jax.models.attention import Sight, attention, soft_cap
 from selm_jax.models.config import DecoderConfig
 from selm_jax.models.linear import project
 from selm_jax.models.lora import Lora
@@ -116,7 +117,7 @@ class Attention(nn.Module):
     lora: Lora | None
 
     @nn.compact
-    def __call__(self, x, rotation, mask, cache: LayerCache | None, index):
+    def __call__(self, x, rotation, sight: Sight, cache: LayerCache | None, index):
         c = self.config
         d, n, k, h = c.embed, c.heads, c.kv_heads, c.head_dim
         kv_axes = ("embed", "kv_heads", "head_dim")
@@ -129,9 +130,10 @@ class Attention(nn.Module):
         keys = checkpoint_name(rotate(keys, rotation), "qkv")
         if cache is not None:
             cache = _write(cache, keys, values, index)
-            keys, values = jnp.swapaxes(cache.keys, 1, 2), jnp.swapaxes(cache.values, 1, 2)
+            if sight.place is not None:  # else the new tokens are all that there is to see
+                keys, values = jnp.swapaxes(cache.keys, 1, 2), jnp.swapaxes(cache.values, 1, 2)
         scale = h**-0.5 if c.query_scale is None else c.query_scale
-        context = attention(query, keys, values, mask, scale=scale, cap=c.attention_cap)
+        context = attention(query, keys, values, sight, scale=scale, cap=c.attention_cap)
         context = checkpoint_name(context, "context")
         o_axes = ("heads", "head_dim", "embed")
         return _linear(self, "o", context, o_axes, (n, h, d), inputs=2, bias=c.out_bias), cache
@@ -180,16 +182,16 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, way, kind, cache: LayerCache | None, index):
-        """`way` is (rotation, mask): how this layer sees positions; or, with `kind`, that of every
+        """`way` is (rotation, sight): how this layer sees positions; or, with `kind`, that of every
         kind of layer stacked, and which of them is this one's."""
         c = self.config
 
         def behind(name: str, y: Array) -> Array:
             return Norm(c, name=name)(y) if c.post_norms else y
 
-        rotation, mask = way if kind is None else jax.tree.map(lambda x: x[kind], way)
+        rotation, sight = way if kind is None else jax.tree.map(lambda x: x[kind], way)
         y = Norm(c, name="attention_norm")(x)
-        y, cache = Attention(c, self.lora, name="attention")(y, rotation, mask, cache, index)
+        y, cache = Attention(c, self.lora, name="attention")(y, rotation, sight, cache, index)
         x = x + behind("attention_post_norm", y)
         y = MLP(c, self.lora, name="mlp")(Norm(c, name="mlp_norm")(x))
         return x + behind("mlp_post_norm", y), cache
@@ -219,7 +221,7 @@ class Decoder(nn.Module):
         self,
         tokens: Int[Array, "rows time"],
         positions: Int[Array, "rows time"],
-        mask: Bool[Array, "rows time keys"],
+        end: Int[Array, "rows time"] | None = None,
         cache: LayerCache | tuple[LayerCache, ...] | None = None,
         index: Int[Array, " rows"] | None = None,
     ) -> tuple[Float[Array, "rows time embed"], Any]:
@@ -227,9 +229,10 @@ class Decoder(nn.Module):
 
         Args:
           tokens, positions: ids, and their positions along their own path.
-          mask: which keys each token sees, before any window; keys are the tokens themselves, or
-            the cache's entries, of which entry i has position i.
+          end: one past the last token that sees each token (`models.attention`); None: every later
+            one does. Tokens also see what the cache holds before their index, entry i at position i.
           cache: stacked over layers (`scan`) or one `LayerCache` per layer; None when training.
+            Tokens that fill it all see only each other.
           index: where in the cache the first of the new tokens goes, per row.
         """
         c = self.config
@@ -237,15 +240,12 @@ class Decoder(nn.Module):
         x = embedding[tokens].astype(self.dtype)
         if c.embed_scale != 1:
             x = x * jnp.asarray(c.embed_scale, self.dtype)
-        key_positions = positions if cache is None else jnp.arange(mask.shape[2])[None]
-        ago = positions[:, :, None] - key_positions[:, None, :]
         kinds = c.distinct_kinds
+        sight = _sight(positions, end, cache, index)
+        windows = _windows([kind.window for kind in kinds])
         ways: Any = tuple(
-            (
-                rotations(positions, kind.rope, c.head_dim),
-                mask if kind.window is None else mask & (ago < kind.window),
-            )
-            for kind in kinds
+            (rotations(positions, kind.rope, c.head_dim), sight._replace(window=window))
+            for kind, window in zip(kinds, windows, strict=True)
         )
         kind_of = [kinds.index(kind) for kind in c.kinds]
 
@@ -283,6 +283,23 @@ class Decoder(nn.Module):
         elif not c.tied:
             _weight(self, "unembedding", ("vocab", "embed"), embedding.shape, c.embed)
         return x, cache
+
+
+def _sight(positions: Array, end: Array | None, cache: Any, index: Array | None) -> Sight:
+    """Who sees whom, before any window; arguments as the decoder's."""
+    time = positions.shape[1]
+    capacity = time if cache is None else jax.tree.leaves(cache)[0].shape[-2]
+    if capacity == time:
+        return Sight(positions, positions, end)
+    place = cast(Array, index)[:, None] + jnp.arange(time)
+    return Sight(positions, jnp.arange(capacity)[None], place=place)
+
+
+def _windows(windows: Sequence[int | None]) -> list[Array | None]:
+    """Each kind's window as an array, so that they can be stacked; None where no kind has one."""
+    if not any(windows):
+        return [None] * len(windows)
+    return [jnp.int32(jnp.iinfo(jnp.int32).max if w is None else w) for w in windows]
 
 
 def unembedding(params: Params) -> Float[Array, "vocab embed"]:
@@ -323,8 +340,7 @@ def abstract_adapters(config: DecoderConfig, lora: Lora) -> Params:
 @lru_cache(maxsize=16)  # a run asks dozens of times, and tracing takes a second
 def _abstract(config: DecoderConfig, lora: Lora | None = None) -> dict[str, Params]:
     tokens = jnp.zeros((1, 2), jnp.int32)
-    mask = jnp.ones((1, 2, 2), bool)
-    return jax.eval_shape(Decoder(config, lora=lora).init, jax.random.key(0), tokens, tokens, mask)
+    return jax.eval_shape(Decoder(config, lora=lora).init, jax.random.key(0), tokens, tokens)
 
 
 def unstack(params: Params) -> Params:

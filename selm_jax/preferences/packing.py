@@ -7,9 +7,14 @@ For two examples, with responses a, b and c:
     segment     1  1  1    1  1  1    1  1    2  2    2  2    0 0   example in this row; 0 = padding
     branch      0  0  0    1  1  1    2  2    0  0    1  1    0 0   0 = prompt, k = k-th response
     position    0  1  2    3  4  5    3  4    0  1    2  3    0 0   each branch continues its prompt
+    end         8  8  8    6  6  6    8  8   12 12   12 12    0 0   one past the last token that sees it
 
-A token sees its own segment's prompt and its own branch (`models.attention.tree_mask`), so one
-forward pass gives for every response exactly what a pass over prompt + response alone would give.
+A token sees its own segment's prompt and its own branch, so one forward pass gives for every
+response exactly what a pass over prompt + response alone would give. `end` says it all
+(`models.attention` draws the mask): a token is seen from its own place up to where the part of the
+tree that hangs on it ends. Nothing in that asks how deep the tree is: laid out depth first, answers
+that share a beginning, or turns that branch in turn, are masked by the same integer. Only what is
+scored, and how it is listed, is made for trees of a prompt and its responses.
 
 Only responses are scored, and scored tokens are listed apart, so that the unembedding, the largest
 matrix, meets nothing else:
@@ -50,6 +55,7 @@ class PreferenceBatch:
     segment: Int[Array, "rows time"]
     branch: Int[Array, "rows time"]
     position: Int[Array, "rows time"]
+    end: Int[Array, "rows time"]
     target: Int[Array, "rows scored"]
     predictor: Int[Array, "rows scored"]
     owner: Int[Array, "rows scored"]
@@ -198,6 +204,7 @@ def empty(shape: Shape) -> PreferenceBatch:
         segment=ints(shape.time),
         branch=ints(shape.time),
         position=ints(shape.time),
+        end=ints(shape.time),
         target=ints(shape.scored),
         predictor=ints(shape.scored),
         owner=ints(shape.scored) + shape.segments * shape.branches,
@@ -217,7 +224,7 @@ def _fill_row(batch: Any, r: int, examples: Sequence[Example], shape: Shape) -> 
         )
     time = scored = 0
     for s, example in enumerate(examples):
-        prompt_end = time + len(example.prompt)
+        prompt_end, tree_end = time + len(example.prompt), time + example.tokens
         for k, ids in enumerate((example.prompt, *example.responses)):
             end = time + len(ids)
             batch.tokens[r, time:end] = ids
@@ -225,6 +232,7 @@ def _fill_row(batch: Any, r: int, examples: Sequence[Example], shape: Shape) -> 
             batch.branch[r, time:end] = k
             begin = 0 if k == 0 else len(example.prompt)
             batch.position[r, time:end] = np.arange(begin, begin + len(ids))
+            batch.end[r, time:end] = tree_end if k == 0 else end
             if k > 0:
                 stop = scored + len(ids)
                 batch.target[r, scored:stop] = ids

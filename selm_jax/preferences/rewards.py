@@ -13,7 +13,6 @@ from typing import TypeAlias
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from selm_jax.models.attention import tree_mask
 from selm_jax.models.decoder import Decoder, Params, rewards
 from selm_jax.preferences.packing import PreferenceBatch
 
@@ -40,7 +39,7 @@ def response_rewards(
     """The reward of every response in the batch, float32; 0 where there is none."""
     last = batch.last_of_response()
     at = jnp.maximum(last, 0).reshape(last.shape[0], -1)
-    rows = batch.tokens, batch.segment, batch.branch, batch.position
+    rows = batch.tokens, batch.position, batch.end
     return jnp.where(last >= 0, rewards_at(decoder, params, *rows, at).reshape(last.shape), 0)
 
 
@@ -48,12 +47,10 @@ def rewards_at(
     decoder: Decoder,
     params: Params,
     tokens: Int[Array, "rows time"],
-    segment: Int[Array, "rows time"],
-    branch: Int[Array, "rows time"],
     position: Int[Array, "rows time"],
+    end: Int[Array, "rows time"],
     places: Int[Array, "rows some"],
 ) -> Float[Array, "rows some"]:
     """The head's number at some places of packed rows, float32."""
-    mask = tree_mask(segment, branch)
-    hidden, _ = decoder.apply({"params": params}, tokens, position, mask)
+    hidden, _ = decoder.apply({"params": params}, tokens, position, end)
     return rewards(params, jnp.take_along_axis(hidden, places[..., None], axis=1))

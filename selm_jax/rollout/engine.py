@@ -235,11 +235,10 @@ def prefill(
     """Keys and values of the prompts, and the logits after each one's last token."""
     rows, time = tokens.shape
     tokens = _cut(engine, tokens, "slots")
-    at = jnp.arange(time)
-    mask = jnp.broadcast_to(at[:, None] >= at[None, :], (rows, time, time))
-    positions = jnp.broadcast_to(at, (rows, time))
+    positions = jnp.broadcast_to(jnp.arange(time), (rows, time))
+    end = _cut(engine, jnp.where(positions < lengths[:, None], lengths[:, None], 0), "slots")
     hidden, cache = engine.decoder.apply(
-        {"params": params}, tokens, positions, mask, _zeros(engine, rows, time),
+        {"params": params}, tokens, positions, end, _zeros(engine, rows, time),
         jnp.zeros(rows, jnp.int32),
     )  # fmt: skip
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
@@ -306,10 +305,8 @@ def decode(
 
     def step(state: tuple[Slots, Array]) -> tuple[Slots, Array]:
         slots, done = state
-        key_position = jnp.arange(slots.cache[0].keys.shape[2])
-        mask = slots.position[:, None] >= key_position
         hidden, cache = engine.decoder.apply(
-            {"params": params}, slots.token[:, None], slots.position[:, None], mask[:, None],
+            {"params": params}, slots.token[:, None], slots.position[:, None], None,
             slots.cache, slots.position,
         )  # fmt: skip
         scores = _scores(engine, params, hidden[:, 0])

@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
 
-from selm_jax.models.attention import tree_mask
 from selm_jax.models.decoder import Decoder, Params, unembedding
 from selm_jax.objectives.logprobs import TokenStats, token_statistics
 from selm_jax.preferences.examples import Example
@@ -74,8 +73,7 @@ def _readers(decoder: Decoder, chunk: int, replicated: Sharding | None) -> Reade
 
 def _statistics(decoder: Decoder, params: Params, batch: PreferenceBatch, chunk: int) -> TokenStats:
     """Of all scored tokens of a packed batch, [rows, scored]."""
-    mask = tree_mask(batch.segment, batch.branch)
-    hidden, _ = decoder.apply({"params": params}, batch.tokens, batch.position, mask)
+    hidden, _ = decoder.apply({"params": params}, batch.tokens, batch.position, batch.end)
     predicting = jnp.take_along_axis(hidden, batch.predictor[..., None], axis=1)
     cap = decoder.config.logit_cap
     return token_statistics(predicting, batch.target, unembedding(params), chunk, cap)

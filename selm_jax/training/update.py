@@ -24,7 +24,6 @@ import optax
 from jax.sharding import Sharding
 from jaxtyping import Array, Float
 
-from selm_jax.models.attention import tree_mask
 from selm_jax.models.decoder import Decoder, Params, unembedding
 from selm_jax.objectives.logprobs import token_logprobs
 from selm_jax.objectives.losses import Logps, Metrics, Objective, Rewards
@@ -50,10 +49,9 @@ def response_logps(
 
     `key` draws the dropout of the adapters; without it there is none.
     """
-    mask = tree_mask(batch.segment, batch.branch)
     variables = {"params": params} | ({} if adapters is None else {"lora": adapters})
     rngs = None if key is None else {"dropout": key}
-    hidden, _ = decoder.apply(variables, batch.tokens, batch.position, mask, rngs=rngs)
+    hidden, _ = decoder.apply(variables, batch.tokens, batch.position, batch.end, rngs=rngs)
     predicting = jnp.take_along_axis(hidden, batch.predictor[..., None], axis=1)
     per_token = token_logprobs(
         predicting, batch.target, unembedding(params), chunk, decoder.config.logit_cap

@@ -37,15 +37,13 @@ def some_tokens(rows: int, time: int, vocab: int = 96, seed: int = 0) -> np.ndar
 
 
 def causal(rows: int, time: int):
-    """Positions and mask of rows that are one sequence each."""
-    at = jnp.arange(time)
-    mask = at[:, None] >= at
-    return jnp.broadcast_to(at, (rows, time)), jnp.broadcast_to(mask, (rows, time, time))
+    """Positions and ends of rows that are one sequence each."""
+    return jnp.broadcast_to(jnp.arange(time), (rows, time)), jnp.full((rows, time), time)
 
 
 @cache
 def apply(decoder: Decoder):
-    """apply(decoder)(params, tokens, positions, mask, ...) -> hidden, cache"""
+    """apply(decoder)(params, tokens, positions, end, ...) -> hidden, cache"""
     return jax.jit(lambda params, *args: decoder.apply({"params": params}, *args))
 
 
@@ -63,11 +61,11 @@ def test_padding_is_irrelevant(window, side, tiny, random_params):
     def padded(seed):
         at = slice(7, 19) if side == "left" else slice(0, 12)
         wide, positions = some_tokens(2, 19, seed=seed), some_tokens(2, 19, seed=seed + 1)
-        mask = np.random.default_rng(seed).random((2, 19, 19)) < 0.5
-        mask[:, at] = False
+        # Padding sees any of the padding, and on the right the sequence, too.
+        ends = np.random.default_rng(seed).integers(0, 8 if side == "left" else 20, (2, 19))
         wide[:, at] = tokens
-        positions[:, at], mask[:, at, at] = causal(2, 12)
-        hidden, _ = run(params, wide, positions, mask)
+        positions[:, at], ends[:, at] = causal(2, 12)[0], 19
+        hidden, _ = run(params, wide, positions, ends)
         return hidden[:, at]
 
     np.testing.assert_allclose(padded(1), alone, atol=2e-5)
@@ -77,7 +75,7 @@ def test_padding_is_irrelevant(window, side, tiny, random_params):
 def test_a_token_that_sees_nothing_is_finite(tiny, random_params):
     config = tiny()
     tokens, positions = some_tokens(1, 4), jnp.zeros((1, 4), jnp.int32)
-    nothing = jnp.zeros((1, 4, 4), bool)
+    nothing = jnp.zeros((1, 4), jnp.int32)
     hidden, _ = apply(Decoder(config))(random_params(config), tokens, positions, nothing)
     assert np.isfinite(hidden).all()
 
@@ -85,11 +83,11 @@ def test_a_token_that_sees_nothing_is_finite(tiny, random_params):
 def test_positions_are_relative(tiny, random_params):
     config = tiny()
     run = partial(apply(Decoder(config)), random_params(config))
-    tokens, (positions, mask) = some_tokens(2, 16), causal(2, 16)
-    near, _ = run(tokens, positions, mask)
-    far, _ = run(tokens, positions + 700, mask)
+    tokens, (positions, end) = some_tokens(2, 16), causal(2, 16)
+    near, _ = run(tokens, positions, end)
+    far, _ = run(tokens, positions + 700, end)
     np.testing.assert_allclose(near, far, atol=5e-4)
-    stretched, _ = run(tokens, positions * 2, mask)
+    stretched, _ = run(tokens, positions * 2, end)
     assert np.abs(stretched - near).max() > 0.1
 
 
@@ -172,8 +170,7 @@ def test_prefill_and_cached_steps_equal_one_forward(window, scan, tiny, random_p
     for count in (3, 1, 1):
         positions = index[:, None] + np.arange(count)
         new = np.take_along_axis(tokens, positions, axis=1)
-        mask = positions[:, :, None] >= np.arange(capacity)
-        hidden, cache = run(new, positions, mask, cache, jnp.array(index))
+        hidden, cache = run(new, positions, None, cache, jnp.array(index))
         expected = np.take_along_axis(np.asarray(full), positions[..., None], axis=1)
         np.testing.assert_allclose(hidden, expected, atol=2e-5)
         index += count

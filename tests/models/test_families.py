@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from selm_jax.models.attention import tree_mask
 from selm_jax.models.config import DecoderConfig, LongRope, UnsupportedModel
 from selm_jax.models.config_keys import HARMLESS
 from selm_jax.models.decoder import Decoder, LayerCache, logits, parameter_count, unstack
@@ -49,11 +48,11 @@ def params_of(name: str):
 
 @cache
 def forward(config: DecoderConfig):
-    """(params, tokens, positions, mask) -> logits, compiled once per family and shape."""
+    """(params, tokens, positions, end) -> logits, compiled once per family and shape."""
     decoder = Decoder(config)
 
-    def run(params, tokens, positions, mask):
-        hidden, _ = decoder.apply({"params": params}, tokens, positions, mask)
+    def run(params, tokens, positions, end):
+        hidden, _ = decoder.apply({"params": params}, tokens, positions, end)
         return logits(config, params, hidden)
 
     return jax.jit(run)
@@ -67,8 +66,8 @@ def full_logits(name: str) -> np.ndarray:
 
 
 def causal(rows: int, time: int) -> np.ndarray:
-    at = np.arange(time)
-    return np.broadcast_to(at[:, None] >= at, (rows, time, time))
+    """The ends of rows in which every later token sees each one."""
+    return np.full((rows, time), time)
 
 
 def worst(parity, name: str, form: str, ours, theirs) -> None:
@@ -116,13 +115,13 @@ def test_padding_on_either_side_changes_nothing(name, parity):
     length, pad = TIME - 60, 60
     tokens = np.random.default_rng(1).integers(0, 96, (2, TIME)).astype(np.int32)
     positions = np.random.default_rng(2).integers(0, TIME, (2, TIME)).astype(np.int32)
-    mask = np.random.default_rng(3).random((2, TIME, TIME)) < 0.5
+    # Padding sees any of the padding, and on the right the sequence, too.
+    ends = np.random.default_rng(3).integers(0, (pad + 1, TIME + 1), (TIME, 2)).T
     for row, at in enumerate((slice(pad, None), slice(0, length))):
         tokens[row, at] = golden.tokens()[row, :length]
         positions[row, at] = np.arange(length)
-        mask[row, at] = False
-        mask[row, at, at] = causal(1, length)[0]
-    found = forward(config_of(name))(params_of(name), tokens, positions, mask)
+        ends[row, at] = TIME
+    found = forward(config_of(name))(params_of(name), tokens, positions, ends)
     ours = np.stack([found[0, pad:], found[1, :length]])
     worst(parity, name, "padded", ours, full_logits(name)[:, :length])
 
@@ -137,9 +136,8 @@ def test_packed_trees_are_separate_sequences(name, parity):
     ]
     shape = common_shape([trees], rows=2, time=TIME)
     (batch,) = pack(trees, shape)
-    mask = tree_mask(jnp.asarray(batch.segment), jnp.asarray(batch.branch))
     run, params = forward(config_of(name)), params_of(name)
-    packed = np.asarray(run(params, batch.tokens, batch.position, mask))
+    packed = np.asarray(run(params, batch.tokens, batch.position, batch.end))
     # The four sequences by themselves, two rows at a time through the same program.
     for segment, tree in enumerate(trees, start=1):
         alone = np.zeros((2, TIME), np.int32)
@@ -161,9 +159,9 @@ def test_prefill_and_cached_decoding_are_one_forward_pass(name, parity):
     capacity, prefilled, steps = 1056, 1024, 24
 
     @jax.jit
-    def run(params, tokens, positions, mask, cache, index):
+    def run(params, tokens, positions, cache, index):
         variables = {"params": params}
-        hidden, cache = decoder.apply(variables, tokens, positions, mask, cache, index)
+        hidden, cache = decoder.apply(variables, tokens, positions, None, cache, index)
         return logits(config, params, hidden), cache
 
     def zeros(length):
@@ -173,8 +171,7 @@ def test_prefill_and_cached_decoding_are_one_forward_pass(name, parity):
     tokens = golden.tokens()
     positions = np.broadcast_to(np.arange(prefilled), (2, prefilled))
     first, cache = run(
-        params, tokens[:, :prefilled], positions, causal(2, prefilled), zeros(prefilled),
-        jnp.zeros(2, jnp.int32),
+        params, tokens[:, :prefilled], positions, zeros(prefilled), jnp.zeros(2, jnp.int32)
     )  # fmt: skip
     worst(parity, name, "cached", first, full_logits(name)[:, :prefilled])
     cache = jax.tree.map(
@@ -182,8 +179,7 @@ def test_prefill_and_cached_decoding_are_one_forward_pass(name, parity):
     )
     for t in range(prefilled, prefilled + steps):
         at = np.full((2, 1), t)
-        mask = np.broadcast_to(np.arange(capacity) <= t, (2, 1, capacity))
-        found, cache = run(params, tokens[:, t : t + 1], at, mask, cache, at[:, 0])
+        found, cache = run(params, tokens[:, t : t + 1], at, cache, at[:, 0])
         worst(parity, name, "cached", found[:, 0], full_logits(name)[:, t])
 
 

@@ -32,14 +32,10 @@ def adapters_of(config, lora, seed=0, b=True):
 
 def hidden(decoder, params, adapters=None, key=None, seed=0):
     tokens = np.random.default_rng(seed).integers(0, 96, (2, 12)).astype(np.int32)
-    at = jnp.arange(12)
-    positions, mask = (
-        jnp.broadcast_to(at, (2, 12)),
-        jnp.broadcast_to(at[:, None] >= at, (2, 12, 12)),
-    )
+    positions = jnp.broadcast_to(jnp.arange(12), (2, 12))
     variables = {"params": params} | ({} if adapters is None else {"lora": adapters})
     rngs = None if key is None else {"dropout": key}
-    return decoder.apply(variables, tokens, positions, mask, rngs=rngs)[0]
+    return decoder.apply(variables, tokens, positions, rngs=rngs)[0]
 
 
 @pytest.mark.parametrize("name", LORAS)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selm_jax.models.attention import tree_mask
+from selm_jax.models.attention import Sight
 from selm_jax.models.decoder import Decoder
 from selm_jax.objectives.build import build_objective
 from selm_jax.objectives.losses import ROLES, Logps
@@ -138,11 +138,34 @@ def test_positions_predictors_and_owners(found):
                 assert batch.tokens[r][follows].tolist() == [target]
 
 
+def tree_mask(segment, branch) -> np.ndarray:
+    """Who sees whom, the slow obvious form: causally, one's own segment's prompt and own branch."""
+    at = np.arange(segment.shape[1])
+    same_segment = segment[:, :, None] == segment[:, None, :]
+    own_path = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
+    return (at[:, None] >= at) & same_segment & own_path & (segment[:, :, None] > 0)
+
+
+@given(examples())
+@settings(max_examples=200, deadline=None)
+def test_one_integer_per_key_is_the_whole_mask(found):
+    at = np.arange(SHAPE.time)
+    for batch in pack(found, SHAPE):
+        expected = tree_mask(batch.segment, batch.branch)
+        seen = (at <= at[:, None]) & (at[:, None] < batch.end[:, None, :])
+        np.testing.assert_array_equal(seen, expected)
+        sight = Sight(batch.position, batch.position, batch.end)
+        np.testing.assert_array_equal(sight.mask(), expected)
+        ago = batch.position[:, :, None] - batch.position[:, None, :]
+        near = sight._replace(window=jnp.int32(3)).mask()
+        np.testing.assert_array_equal(near, expected & (ago < 3))
+
+
 @given(examples())
 @settings(max_examples=50, deadline=None)
 def test_the_mask_is_the_path_of_each_token(found):
     for batch in pack(found, SHAPE):
-        mask = np.asarray(tree_mask(batch.segment, batch.branch))
+        mask = np.asarray(Sight(batch.position, batch.position, batch.end).mask())
         for r in range(SHAPE.rows):
             for t in np.flatnonzero(batch.segment[r]):
                 path = [
@@ -153,6 +176,36 @@ def test_the_mask_is_the_path_of_each_token(found):
                     and batch.position[r, s] <= batch.position[r, t]
                 ]
                 assert np.flatnonzero(mask[r, t]).tolist() == path
+
+
+def test_a_tree_of_depth_three_is_masked_by_the_same_integer(tiny, random_params):
+    """A prompt, two beginnings, and two ends of each, depth first: each path says what it says alone."""
+    rng = np.random.default_rng(0)
+    #         prompt, a,  a's ends, b,  b's ends
+    parents = (None, 0, 1, 1, 0, 4, 4)
+    lengths = (5, 3, 4, 2, 1, 3, 3)
+    starts = np.cumsum([0, *lengths])
+    paths = [[n] if p is None else None for n, p in enumerate(parents)]
+    for n, parent in enumerate(parents[1:], start=1):
+        paths[n] = [*paths[parent], n]
+    time = int(starts[-1]) + 2  # the last two are padding
+    tokens = rng.integers(0, VOCAB, (1, time)).astype(np.int32)
+    position, end = np.zeros((2, 1, time), np.int32)
+    places = [np.arange(starts[n], starts[n + 1]) for n in range(len(parents))]
+    for n, path in enumerate(paths):
+        before = sum(lengths[i] for i in path[:-1])
+        position[0, places[n]] = before + np.arange(lengths[n])
+        below = [i for i, other in enumerate(paths) if n in other]
+        end[0, places[n]] = starts[max(below) + 1]
+
+    decoder = Decoder(tiny(window=9))
+    variables = {"params": random_params(decoder.config)}
+    run = jax.jit(lambda *row: decoder.apply(variables, *row)[0])
+    packed = run(tokens, position, end)
+    for path in paths:
+        own = np.concatenate([places[n] for n in path])
+        alone = run(tokens[:, own], np.arange(len(own))[None])
+        np.testing.assert_allclose(packed[:, own], alone, rtol=1e-5, atol=2e-5)
 
 
 def test_an_example_too_long_is_named_with_its_sizes():

@@ -48,10 +48,8 @@ def alone(decoder, params, conversations) -> jax.Array:
     tokens = np.random.default_rng(9).integers(0, 96, (rows, time)).astype(np.int32)
     for row, ids in enumerate(conversations):
         tokens[row, : len(ids)] = ids
-    at = jnp.arange(time)
-    positions = jnp.broadcast_to(at, (rows, time))
-    mask = jnp.broadcast_to(at[:, None] >= at, (rows, time, time))
-    hidden, _ = decoder.apply({"params": params}, tokens, positions, mask)
+    positions = jnp.broadcast_to(jnp.arange(time), (rows, time))
+    hidden, _ = decoder.apply({"params": params}, tokens, positions)
     last = jnp.array([len(ids) - 1 for ids in conversations])
     return rewards(params, hidden[jnp.arange(rows), last])
 

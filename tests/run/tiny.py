@@ -78,7 +78,7 @@ def make_model(folder: Path, seed: int = 0) -> Path:
     )  # fmt: skip
     (folder / "config.json").write_text(json.dumps(to_hf(config) | {"eos_token_id": 1}))
     one = jnp.zeros((1, 2), jnp.int32)
-    variables = Decoder(config).init(jax.random.key(seed), one, one, jnp.ones((1, 2, 2), bool))
+    variables = Decoder(config).init(jax.random.key(seed), one, one)
     save(nn.unbox(variables["params"]), config, folder)
     return folder
 

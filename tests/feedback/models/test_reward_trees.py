@@ -54,9 +54,7 @@ def one_by_one(folder, conversations) -> list[float]:
     for ids in conversations:
         row = jnp.asarray([ids])
         n = row.shape[1]
-        hidden, _ = decoder.apply(
-            {"params": params}, row, jnp.arange(n)[None], jnp.tril(jnp.ones((1, n, n), bool))
-        )
+        hidden, _ = decoder.apply({"params": params}, row, jnp.arange(n)[None])
         found.append(float(rewards(params, hidden[0, -1])))
     return found
 

@@ -43,6 +43,7 @@ def iteration(run: Run, t: int, policy: Model) -> Model:
     training = train(run, t, policy, examples, reference)  # checkpoints/
     policy = export(run, t, policy, run.start, training, run.card(t))  # model/
     measure(run, t, policy)
+    run.complete_card(t)
     return policy
 
 

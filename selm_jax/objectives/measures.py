@@ -14,9 +14,9 @@ from selm_jax.objectives.roles import CHOSEN, PAIR, REJECTED
 def measures(batch: Logps | Rewards, objective: Objective) -> Metrics:
     """Metrics per example, in nats, of the roles that the objective needs.
 
-    An objective without a reference has no log-ratios and no implicit rewards. Equal rewards count
-    as a wrong order of a language model, and as half right of a reward model, whose fresh head gives
-    nothing else.
+    An objective without a reference has no log-ratios and no implicit rewards. Two equal rewards
+    count as the wrong order for a language model, and as half right for a reward model, whose fresh
+    head gives nothing else.
     """
     roles = objective.roles
     if isinstance(batch, Rewards):

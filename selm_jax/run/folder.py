@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import os
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
@@ -138,6 +139,22 @@ class Folder:
         """The README.md of the policy after iteration t, which began from a model of this origin."""
         metrics = artifacts.read_lines(self.metrics_file)
         return model_card(self.experiment, self.name, t, origin, metrics, pipeline, method)
+
+    def complete_card(self, t: int, origin: Mapping[str, Any], rates: bool) -> None:
+        """Writes the model card of iteration t again, now that its policy is evaluated.
+
+        A card that an earlier version has sealed with the model stays as it is.
+        """
+        card, stages = self.model(t) / artifacts.CARD, artifacts.Stages(self.iteration(t))
+        if not card.exists() or not stages.may_complete("export", "model"):
+            return
+        artifacts.rewrite_lines(self.metrics_file)  # a kill may have torn the last one
+        text = self.model_card(t, origin, rates)
+        if text.encode() != card.read_bytes():
+            # Renamed from outside: a leftover of a kill would be a file too many in the model folder.
+            partial = self.iteration(t) / artifacts.CARD
+            artifacts.write_text(partial, text)
+            os.replace(partial, card)
 
 
 class StageLog:

@@ -137,6 +137,11 @@ class Run:
         method = self.task.method(self.experiment)
         return Words(lambda: self.folder.model_card(t, origin, pipeline, method))
 
+    def complete_card(self, t: int) -> None:
+        """Adds the evaluation of the policy after iteration t to its README.md."""
+        if multihost.is_first():
+            self.folder.complete_card(t, self.model.folder.origin, self.task.rates)
+
     # What it says
 
     def open(self) -> None:

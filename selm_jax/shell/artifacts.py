@@ -10,14 +10,12 @@ a stopped stage resumes carry their SHA-256 beside them (`selm_jax.shell.parts`)
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +23,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from selm_jax.shell import jsonl
+from selm_jax.shell.digests import CARD, digest, digests
 from selm_jax.shell.json_file import JsonFileError, read_object
-from selm_jax.shell.paths import check_file, is_leftover
-from selm_jax.shell.sealed import is_sealed, seal, sha256, unsealed
+from selm_jax.shell.paths import check_file
+from selm_jax.shell.sealed import is_sealed, seal, unsealed
 from selm_jax.shell.words import some
 
 
@@ -169,27 +168,6 @@ def read_table(path: Path) -> pa.Table:
         ) from e
 
 
-def digest(path: Path) -> str:
-    """SHA-256 of a file, or of a folder's files and their names, in hex."""
-    path = Path(path)
-    if path.is_dir():
-        lines = "".join(f"{name} {sha}\n" for name, sha in digests(path).items())
-        return hashlib.sha256(lines.encode()).hexdigest()
-    stat = path.stat()
-    return _file_digest(path, stat.st_size, stat.st_mtime_ns)
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file in a folder, by relative path. Files such as .DS_Store do not count."""
-    files = (p for p in folder.rglob("*") if p.is_file() and not is_leftover(p.name))
-    return {file.relative_to(folder).as_posix(): digest(file) for file in sorted(files)}
-
-
-@lru_cache(maxsize=4096)  # by size and mtime: a model is read once per run, not once per stage
-def _file_digest(path: Path, size: int, changed: int) -> str:  # noqa: ARG001 (keys of the cache)
-    return sha256(path)
-
-
 def iterations(run: Path) -> dict[int, Path]:
     """The folders of a run's iterations, in order. A copy such as `iteration_1.bak` is ignored."""
     found = ((re.fullmatch(r"iteration_(\d+)", path.name), path) for path in run.iterdir())
@@ -228,15 +206,18 @@ class Stages:
         Raises:
           ArtifactError: it has changed since a stage wrote it.
         """
-        now = digest(self.folder / name)
+        path = self.folder / name
         for stage, entry in self.read().items():
-            if entry.get("outputs", {}).get(name, now) != now:
-                what = _differences(self.folder / name, entry.get("files", {}).get(name))
-                raise ArtifactError(
-                    f"{self.folder / name}: it is not what stage {stage!r} wrote{what}. "
-                    f"{_PUT_BACK}, or delete {stage!r} from {self.file} to run that stage again"
-                )
-        return now
+            if name in entry.get("outputs", {}):
+                now = digest(path, _unsealed(entry, name))
+                if entry["outputs"][name] != now:
+                    what = _differences(path, entry, name)
+                    raise ArtifactError(
+                        f"{path}: it is not what stage {stage!r} wrote{what}. {_PUT_BACK}, or delete "
+                        f"{stage!r} from {self.file} to run that stage again"
+                    )
+                return now
+        return digest(path)
 
     def is_done(self, stage: str, inputs: Mapping[str, str], settings: Mapping[str, Any]) -> bool:
         """Whether the stage finished with these inputs and settings and its outputs are intact.
@@ -268,12 +249,17 @@ class Stages:
             path = self.folder / name
             if not path.exists():
                 raise ArtifactError(f"{where}: its output {path} is missing. {restore}")
-            if digest(path) != before:
-                what = _differences(path, entry.get("files", {}).get(name))
+            if digest(path, _unsealed(entry, name)) != before:
+                what = _differences(path, entry, name)
                 raise ArtifactError(
                     f"{where}: its output {path} is not what it wrote{what}. {restore}"
                 )
         return True
+
+    def may_complete(self, stage: str, name: str) -> bool:
+        """Whether the stage is done and the card in its output folder may be replaced."""
+        entry = self.read().get(stage, {})
+        return bool(entry.get("done")) and CARD in _unsealed(entry, name)
 
     def begin(self, stage: str, inputs: Mapping[str, str], settings: Mapping[str, Any]) -> None:
         """Records the stage's inputs and settings, so that a resumed stage must have the same."""
@@ -303,8 +289,8 @@ class Stages:
                 "done": True,
                 "inputs": inputs,
                 "settings": settings,
-                "outputs": {name: digest(path) for name, path in outputs.items()},
-                "files": {name: digests(path) for name, path in outputs.items() if path.is_dir()},
+                "outputs": {name: digest(path, (CARD,)) for name, path in outputs.items()},
+                "files": {n: digests(p, (CARD,)) for n, p in outputs.items() if p.is_dir()},
                 "counts": counts,
                 "seconds": round(seconds, 3),
                 **({"shared": shared} if shared else {}),
@@ -316,11 +302,18 @@ class Stages:
         write_json(self.file, self.read() | {stage: seal(entry, stage)})
 
 
-def _differences(folder: Path, before: Mapping[str, str] | None) -> str:
+def _unsealed(entry: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    """Files of an output folder that may change: the card, unless an earlier version recorded it."""
+    files = entry.get("files", {}).get(name)
+    return () if files is None or CARD in files else (CARD,)
+
+
+def _differences(folder: Path, entry: Mapping[str, Any], name: str) -> str:
     """Which files of a folder are new, missing or changed, in brackets for an error message."""
+    before = entry.get("files", {}).get(name)
     if before is None or not folder.is_dir():
         return ""
-    now = digests(folder)
+    now = digests(folder, _unsealed(entry, name))
     kinds = {
         "new": [name for name in now if name not in before],
         "missing": [name for name in before if name not in now],

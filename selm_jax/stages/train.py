@@ -65,7 +65,7 @@ def check_reference(examples: StoredTable, policy: Model, reference: Model) -> N
         ),
         (table.start_of(examples.path), policy, "it was scored in an iteration that starts from"),
     ):
-        if scored not in ("", now := artifacts.digest(model.path)):
+        if scored not in ("", now := model.digest):
             raise artifacts.ArtifactError(
                 f"{examples.path}: {what} the model with digest {scored}; {model.path} has {now}. Put "
                 f"that model back, or remove 'score' from {examples.folder / 'stage.json'} to score "

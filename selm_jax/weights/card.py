@@ -25,8 +25,8 @@ def model_card(
 ) -> str:
     """README.md of the policy after an iteration.
 
-    Equal for equal runs, however often they were killed: times are left out, and so is the held-out
-    evaluation of this policy, which is made after its export. That of its start is shown.
+    Equal runs have equal cards, however often they were killed: times are left out. The held-out
+    evaluation of this policy is in the card once it is finished; until then the card says so.
 
     Args:
       name: of the run.
@@ -57,24 +57,29 @@ def model_card(
         f"Trained from `{e.model.source}` with selm_jax.",
         f"## Method\n\n{objective} on {method}",
         f"## Data\n\n{data}",
-        *_metrics(lines, iteration),
+        *_metrics(lines, iteration, evaluated=e.data.heldout is not None),
         f"## Settings\n\n```yaml\n{dump(e)}```",
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _metrics(lines: list[Mapping[str, Any]], iteration: int) -> list[str]:
+def _metrics(lines: list[Mapping[str, Any]], iteration: int, evaluated: bool) -> list[str]:
     parts = []
     trained = [m for m in lines if m["stage"] == "train" and m["iteration"] == iteration]
     if trained:
         last = trained[-1]
-        parts += [f"## Metrics\n\nOf the last update ({last['step']}):", _table(last)]
-    before = [m for m in lines if m["stage"] == "evaluate" and m["iteration"] == iteration - 1]
-    if before:
-        what = "start model" if iteration == 1 else f"policy after iteration {iteration - 1}"
-        parts += [f"Held-out evaluation of the {what}, from which this iteration began:"]
-        parts += [_table(before[-1])]
-    return parts
+        parts += [f"## Metrics\n\nThe last update ({last['step']}):", _table(last)]
+    own = _evaluation(lines, iteration, "This policy")
+    if not own and evaluated:
+        own = ["This policy has no held-out evaluation yet."]
+    parts += own
+    before = "The start model" if iteration == 1 else f"The policy after iteration {iteration - 1}"
+    return parts + _evaluation(lines, iteration - 1, f"{before}, from which this one was trained")
+
+
+def _evaluation(lines: list[Mapping[str, Any]], iteration: int, who: str) -> list[str]:
+    found = [m for m in lines if m["stage"] == "evaluate" and m["iteration"] == iteration]
+    return [f"{who}, on held-out prompts:", _table(found[-1])] if found else []
 
 
 def _table(metrics: Mapping[str, Any]) -> str:

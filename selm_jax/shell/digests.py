@@ -1,0 +1,35 @@
+"""Digests of files and folders, by which a run recognises its own results."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+
+from selm_jax.shell.paths import is_leftover
+from selm_jax.shell.sealed import sha256
+
+CARD = "README.md"
+"""The model card in a model folder. It is completed after the evaluation, so no digest covers it."""
+
+
+def digest(path: Path, without: tuple[str, ...] = ()) -> str:
+    """SHA-256 of a file, or of a folder's files and their names except `without`, in hex."""
+    path = Path(path)
+    if path.is_dir():
+        lines = "".join(f"{name} {sha}\n" for name, sha in digests(path, without).items())
+        return hashlib.sha256(lines.encode()).hexdigest()
+    stat = path.stat()
+    return _file_digest(path, stat.st_size, stat.st_mtime_ns)
+
+
+def digests(folder: Path, without: tuple[str, ...] = ()) -> dict[str, str]:
+    """SHA-256 of each file in a folder, by relative path. Files such as .DS_Store do not count."""
+    files = (p for p in folder.rglob("*") if p.is_file() and not is_leftover(p.name))
+    names = {file.relative_to(folder).as_posix(): file for file in sorted(files)}
+    return {name: digest(file) for name, file in names.items() if name not in without}
+
+
+@lru_cache(maxsize=4096)  # by size and mtime: a model is read once per run, not once per stage
+def _file_digest(path: Path, size: int, changed: int) -> str:  # noqa: ARG001 (keys of the cache)
+    return sha256(path)

@@ -50,7 +50,7 @@ class Ranker:
           FeedbackError: the ranker cannot score an answer; the message names the prompt by its place.
 
         >>> ranker("length", target=3)(["Say yes."], [["Yes.", "Yes, of course I will."]])
-        [array([-2., -2.])]
+        [array([ -1., -19.])]
         """
         read = read_prompts(prompts)
         texts = answers.texts if isinstance(answers, Answers) else [list(each) for each in answers]

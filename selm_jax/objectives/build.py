@@ -44,6 +44,14 @@ def build_objective(name: str, **settings: object) -> Objective:
     is given all three roles. To train a reward model, return an `Objective` with `rates=True`.
 
     Raises ObjectiveError for an unknown name, a missing setting, or a setting that no term has.
+
+    >>> build_objective("ipo+optimism", beta=0.1, alpha=0.001).roles
+    ('chosen', 'rejected', 'explore')
+    >>> build_objective("sft").reference_free
+    True
+    >>> build_objective("dpo")
+    Traceback (most recent call last):
+    selm_jax.objectives.losses.ObjectiveError: objective dpo: dpo needs the setting 'beta'
     """
     terms = [term.strip() for term in name.split("+")]
     if twice := [term for term in terms if terms.count(term) > 1]:

@@ -33,6 +33,12 @@ def token_logprobs(
       chunk: tokens per row whose logits exist at a time. Rows stay whole, so that a batch sharded
         by rows is never gathered. Need not divide p.
       cap: of the logits, as in Gemma 2; None leaves them.
+
+    Two tokens that are equally likely have log 1/2 each, in whatever chunks they are computed:
+
+    >>> hidden, unembedding = jnp.ones((1, 3, 4)), jnp.ones((2, 4))
+    >>> token_logprobs(hidden, jnp.array([[0, 1, 0]]), unembedding, chunk=2).round(4)
+    Array([[-0.6931, -0.6931, -0.6931]], dtype=float32)
     """
     p = targets.shape[1]
     chunk = min(chunk, p)

@@ -234,7 +234,16 @@ def weighted_optimism(beta: float, alpha: float, convention: str = "alpha_beta")
 
 
 def selm(beta: float, alpha: float, convention: str = "alpha_beta") -> Objective:
-    """dpo + optimism. SELM, arXiv 2405.19332; `weighted_optimism` explains `convention`."""
+    """dpo + optimism. SELM, arXiv 2405.19332; `weighted_optimism` explains `convention`.
+
+    Where the policy is the reference, the loss is log 2, whatever alpha is:
+
+    >>> same = {role: jnp.array([-10.0]) for role in ROLES}
+    >>> one = {role: jnp.ones(1) for role in ROLES}
+    >>> losses, metrics = selm(beta=0.1, alpha=0.01)(Logps(same, same, one, one))
+    >>> round(float(losses[0]), 4), float(metrics["optimism/reward"][0])
+    (0.6931, 0.0)
+    """
     return compose(dpo(beta), weighted_optimism(beta, alpha, convention))
 
 

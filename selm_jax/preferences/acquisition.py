@@ -82,6 +82,9 @@ def best(
 
     Raises:
         FeedbackError: a value that is not finite, or a budget below 1.
+
+    >>> best([0.1, 0.9, 0.5], budget=2, rng=np.random.default_rng(0)).tolist()
+    [1, 2]
     """
     known = np.asarray(values, np.float64)
     if not np.isfinite(known).all():

@@ -14,14 +14,22 @@ T = TypeVar("T")
 
 
 def updates_per_epoch(examples: int, global_batch: int) -> int:
-    """Whole batches only, as the authors' code counts: 15,283 examples by 256 are 59 updates."""
+    """Whole batches only, as the authors' code counts: 15,283 examples by 256 are 59 updates.
+
+    >>> updates_per_epoch(15_283, 256)
+    59
+    """
     return examples // global_batch
 
 
 def examples_of(
     step: int, examples: Sequence[T], *, global_batch: int, seed: int, iteration: int
 ) -> list[T]:
-    """The `global_batch` examples of update `step` (0-based, counted through all epochs)."""
+    """The `global_batch` examples of update `step` (0-based, counted through all epochs).
+
+    >>> examples_of(0, "abcdef", global_batch=3, seed=42, iteration=1)
+    ['d', 'e', 'c']
+    """
     epoch, within = divmod(step, updates_per_epoch(len(examples), global_batch))
     # Raw bits, because numpy keeps them the same for ever, but not its permutations (NEP 19).
     bits = np.random.Philox(np.random.SeedSequence([seed, iteration, epoch]))

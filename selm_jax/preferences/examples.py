@@ -66,6 +66,11 @@ class Example:
         """The example whose roles have these responses; equal ones stand in it once.
 
         Further responses that explore are named `explore/2`, `explore/3`, ...
+
+        >>> pair = {"chosen": (7, 2), "rejected": (8, 2), "explore": (7, 2)}
+        >>> example = Example.of("p0", (1, 5), pair)
+        >>> example.responses, dict(example.roles)
+        (((7, 2), (8, 2)), {'chosen': 0, 'rejected': 1, 'explore': 0})
         """
         distinct = tuple(dict.fromkeys(responses.values()))
         places = {name: distinct.index(ids) for name, ids in responses.items()}

@@ -122,7 +122,11 @@ def _by_time(
 
 
 def row_length(tokens: int) -> int:
-    """Of rows for examples of so many tokens: 128, 192, 256, 384, 512, ..., 1.5 times at most."""
+    """Of rows for examples of so many tokens: 128, 192, 256, 384, 512, ..., 1.5 times at most.
+
+    >>> [row_length(tokens) for tokens in (1, 128, 129, 200, 400)]
+    [128, 128, 192, 256, 512]
+    """
     power = 1 << max(7, (tokens - 1).bit_length())
     return power * 3 // 4 if power > 128 and tokens <= power * 3 // 4 else power
 

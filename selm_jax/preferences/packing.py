@@ -146,6 +146,17 @@ def pack(examples: Sequence[Example], shape: Shape) -> list[PreferenceBatch]:
     Raises:
       ExampleError: an example that is longer than a row.
       ValueError: a row that needs more of something than `shape` has (see `common_shape`).
+
+    The example that the top of this file draws first, with responses of three and two tokens:
+
+    >>> pair = {"chosen": (21, 22, 23), "rejected": (31, 32)}
+    >>> example = Example.of("p0", (11, 12, 13), pair)
+    >>> shape = common_shape([[example]], rows=1, time=10)
+    >>> (batch,) = pack([example], shape)
+    >>> batch.tokens.tolist(), batch.position.tolist()
+    ([[11, 12, 13, 21, 22, 23, 31, 32, 0, 0]], [[0, 1, 2, 3, 4, 5, 3, 4, 0, 0]])
+    >>> batch.target[0, :5].tolist(), batch.predictor[0, :5].tolist()
+    ([21, 22, 23, 31, 32], [2, 3, 4, 2, 6])
     """
     rows = assign_rows(examples, shape.time)
     batches = []

@@ -53,6 +53,9 @@ def ranks(scores: Scores) -> Int[np.ndarray, " candidates"]:
 
     Raises:
         FeedbackError: not one-dimensional, or not finite (NaN has no rank).
+
+    >>> ranks([0.5, 0.9, 0.5, 0.1]).tolist()
+    [2, 1, 2, 4]
     """
     values = np.asarray(scores, dtype=np.float64)
     if values.ndim != 1 or not np.isfinite(values).all():
@@ -69,6 +72,9 @@ def place(scores: Scores, index: int) -> str:
 
     Raises:
         FeedbackError: as `ranks`.
+
+    >>> [place([0.5, 0.9, 0.5, 0.1], i) for i in range(4)]
+    ['middle', 'best', 'middle', 'worst']
     """
     ranked = ranks(scores)
     if ranked.max() == 1:
@@ -82,7 +88,11 @@ def place(scores: Scores, index: int) -> str:
 
 
 def best_worst(candidates: Sequence[Candidate], scores: Known, rng: np.random.Generator) -> Pair:
-    """The best and the worst of all candidates (arXiv 2405.19332, algorithm 1)."""
+    """The best and the worst of all candidates (arXiv 2405.19332, algorithm 1).
+
+    >>> best_worst([], np.array([0.5, 0.9, 0.1]), np.random.default_rng(0))
+    Pair(chosen=1, rejected=2, explore=-1, explored=())
+    """
     ranked = ranks(scores)
     return Pair(int(ranked.argmin()), int(ranked.argmax()))
 

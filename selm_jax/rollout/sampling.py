@@ -35,6 +35,12 @@ class Sampling(SamplingSettings):
         keeps all.
       min_p: keep tokens at least min_p times as likely as the likeliest; 0 keeps all.
       filter: a function of the user's on the logits; None changes nothing.
+
+    >>> Sampling(temperature=0.7, top_p=0.9).top_k
+    0
+    >>> Sampling(top_p=1.5)
+    Traceback (most recent call last):
+    ValueError: top_p is 1.5; expected ...
     """
 
     filter: Filter | None = None
@@ -47,7 +53,12 @@ class Sampling(SamplingSettings):
 
 
 def stream(seed: int, iteration: int, prompt: int, sample: int) -> UInt32[Array, "2"]:
-    """The key of one response's random numbers."""
+    """The key of one response's random numbers.
+
+    >>> same = stream(42, 1, 7, 2) == stream(42, 1, 7, 2)
+    >>> bool(same.all())
+    True
+    """
     key = jax.random.key(seed, impl="threefry2x32")
     for number in (iteration, prompt, sample):
         key = jax.random.fold_in(key, number)
@@ -67,7 +78,12 @@ def uniforms(streams: UInt32[Array, "slots 2"], t: Int[Array, " slots"]) -> Floa
 def probabilities(
     logits: Float[Array, "slots vocab"], settings: Sampling
 ) -> Float[Array, "slots vocab"]:
-    """Unnormalised probabilities after the built-in filters; the likeliest token has 1."""
+    """Unnormalised probabilities after the built-in filters; the likeliest token has 1.
+
+    >>> logits = jnp.log(jnp.array([[0.5, 0.3, 0.2]]))
+    >>> probabilities(logits, Sampling(top_k=2)).round(2)
+    Array([[1. , 0.6, 0. ]], dtype=float32)
+    """
     p = jnp.exp((logits - logits.max(-1, keepdims=True)) / settings.temperature)
     for least in BUILT_IN:
         if (bound := least(p, settings)) is not None:
@@ -145,6 +161,11 @@ def draw(p: Float[Array, "slots vocab"], uniform: Float[Array, " slots"]) -> Int
     One random number a token, where Gumbel noise needs one for each entry of the vocabulary. Sums
     are taken over blocks first: the block, then the token in it. Resolution is that of float32,
     2^-23 of the mass. A token of probability zero is never drawn.
+
+    Of the probabilities 1/2, 1/4, 1/4 the number 0.6 falls on the second:
+
+    >>> draw(jnp.array([[2.0, 1.0, 1.0]]), jnp.array([0.6])).tolist()
+    [1]
     """
     slots, vocab = p.shape
     blocks = jnp.pad(p, ((0, 0), (0, -vocab % _BLOCK))).reshape(slots, -1, _BLOCK)

@@ -1,13 +1,13 @@
-"""Feedback: who judges the responses.
+"""Rankers, which score the responses to each prompt.
 
-* `ranker`: the protocol every ranker keeps (`scores(questions, candidates)`), the one check of
-  scores, and `build(name, **settings)`.
+* `ranker`: the protocol of all rankers (`scores(questions, candidates)`), the check of scores that
+  all share, and `build(name, **settings)`.
 * `rules`: rankers that need no model: sentiment, length, regular expressions, verifiable
-  instructions. `workers`: a user's function, in processes of its own.
+  instructions. `workers`: a user's function, in separate processes.
 * `models`: PairRM, the paper's ranker, which reads two answers side by side, and reward models.
 * `judge`: a language model behind an OpenAI-compatible server.
-* `human`: people, through the store that `annotate` fills. `mixture`: a weighted sum.
+* `human`: people, through the store that `annotate` fills. `mixture`: a weighted sum of rankers.
 
-A ranker sees text only. What is trained on are the token ids that were generated. How scores become
-pairs is in `preferences`: `selection`, `labels`, `acquisition`.
+Rankers see text only; training uses the token ids that were generated. `preferences` (`selection`,
+`labels`, `acquisition`) turns scores into pairs.
 """

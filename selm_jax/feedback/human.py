@@ -1,8 +1,7 @@
-"""People as a ranker: their rankings, from the store that `selm annotate` fills.
+"""People as a ranker: reads their rankings from the store that `selm annotate` fills.
 
-The score of an answer is the mean share of the other answers of its prompt that it beats, a tie
-counting half, over the people who ranked the prompt. It compares the answers of one prompt and
-says nothing across prompts.
+An answer's score is the share of its prompt's other answers that it beats (a tie counts half),
+averaged over the people who ranked the prompt. Scores are comparable only within one prompt.
 """
 
 from __future__ import annotations
@@ -23,16 +22,16 @@ from selm_jax.feedback.ranker import FeedbackError, Question, check_questions, c
 from selm_jax.shell.paths import place
 from selm_jax.shell.ranges import Count
 
-STORE = "annotations.sqlite"  # in the run folder, where the settings name no other
+STORE = "annotations.sqlite"  # in the run folder, unless the settings name another file
 _POLL = 1.0  # seconds between two looks at the store
 
 
 @dataclass
 class Human:
-    """What people said. Build it with `human`.
+    """A ranker that uses people's rankings. Build it with `human`.
 
-    `collect` first: it puts the questions before people, and says which prompts have answers
-    enough; `scores` is for these.
+    Call `collect` first: it shows the questions to people and returns which prompts enough people
+    have ranked. `scores` works for these prompts.
     """
 
     store: Path | None
@@ -50,15 +49,15 @@ class Human:
         candidates: Sequence[Sequence[str]],
         progress: Callable[[int], None] = lambda more: None,
     ) -> list[bool]:
-        """Puts the questions where `selm annotate` finds them; waits for people if asked to.
+        """Puts the questions into the store for `selm annotate`, and waits for people if `wait`.
 
-        A wait ends when every question was ranked, or skipped, by `minimum` people. Prompts with
-        fewer than two different answers are put before nobody: their answers are equal.
+        The wait ends when `minimum` people have ranked or skipped every question. Prompts with
+        fewer than two different answers are shown to nobody: their answers are equal.
 
         Args:
-            folder: the run's, which holds the store if the settings name none.
-            batch: what these questions are called, such as `iteration_1`.
-            progress: told how many more questions are done, each time that some are.
+            folder: the run folder, which contains the store unless the settings name another file.
+            batch: a name for these questions, such as `iteration_1`.
+            progress: called with the number of newly finished questions.
 
         Returns:
             For each prompt, whether it can be scored.
@@ -96,17 +95,18 @@ class Human:
                 continue
             if item.digest not in self.judged:
                 raise FeedbackError(
-                    f"ranker 'human', prompt {question.id!r}: nobody was asked, or fewer than "
-                    f"{self.minimum} people answered. People rank an iteration's candidates "
-                    "(`selm annotate`)."
+                    f"ranker 'human', prompt {question.id!r}: fewer than {self.minimum} people "
+                    "have ranked its candidates. Rank them with `selm annotate`."
                 )
             of_text = mean_shares(self.judged[item.digest])
             found.append(np.array([of_text[item.answers.index(text)] for text in texts]))
         return check_scores(self.name, questions, candidates, found)
 
     def report(self) -> dict[str, int | float]:
-        """Of the last `collect`: questions put, rankings, skips, people, the hours they took, and
-        Krippendorff's alpha if two people ranked the same prompt."""
+        """Counts of the last `collect`: `questions`, `rankings`, `skips`, `annotators`, `hours`.
+
+        Also `alpha` (Krippendorff's) if two people ranked the same prompt.
+        """
         return dict(self.told)
 
     def _read(self, judgements: Sequence[Judgement]) -> None:
@@ -130,7 +130,7 @@ class Human:
 def items_of(
     questions: Sequence[Question], candidates: Sequence[Sequence[str]]
 ) -> list[Item | None]:
-    """The questions as people see them: each text once. None where there are fewer than two."""
+    """The questions as people see them, each text once. None if there are fewer than two texts."""
     items = []
     for question, texts in zip(questions, candidates, strict=True):
         distinct = tuple(dict.fromkeys(texts))
@@ -143,14 +143,14 @@ def human(store: str | None = None, wait: bool = True, minimum: Count = 1) -> Hu
     """People who rank the candidates on the page of `selm annotate`.
 
     Args:
-        store: file of the answers; by default `annotations.sqlite` in the run folder. On a local
-            disk.
-        wait: whether the stage waits until all is ranked or skipped. If not, prompts that too few
-            people have ranked give no pair, and are counted.
-        minimum: how many people are to rank each prompt.
+        store: file of the rankings, on a local disk; by default `annotations.sqlite` in the run
+            folder.
+        wait: whether the stage waits until all prompts are ranked or skipped. If not, prompts that
+            too few people have ranked give no pair, and are counted.
+        minimum: how many people must rank each prompt.
 
     Raises:
-        FeedbackError: a setting that cannot be used.
+        FeedbackError: a setting is invalid.
     """
     if not isinstance(wait, bool):
         raise FeedbackError(f"ranker 'human': wait is {wait!r}; expected true or false.")
@@ -158,6 +158,6 @@ def human(store: str | None = None, wait: bool = True, minimum: Count = 1) -> Hu
 
 
 def store_of(folder: Path, settings: Mapping[str, Any]) -> Path:
-    """The file of answers of a run whose ranker has these settings."""
+    """The file of people's rankings for a run whose ranker has these settings."""
     named = settings.get("store")
     return place(named) if named else folder / STORE

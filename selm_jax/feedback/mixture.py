@@ -1,15 +1,15 @@
-"""Several rankers as one: a weighted sum of their scores, each brought to one scale per prompt.
+"""A weighted sum of several rankers' scores, each of which may be rescaled per prompt.
 
 The scales, over the candidates of one prompt:
 
-* `none`: the ranker's own unit.
+* `none`: the ranker's own scores, unchanged.
 * `zscore`: (score - mean) / standard deviation (of the population); all equal gives 0.
 * `minmax`: (score - lowest) / (highest - lowest), from 0 to 1; all equal gives 1/2.
 * `rank`: the share of the other candidates that it beats, a tie counting half, from 0 to 1; a
   candidate without others gets 1/2.
 
-The last three forget how sure a ranker is: a difference of a hair and one of a mile between two
-candidates come out the same. Only comparisons within one prompt mean anything after them.
+The last three discard how sure a ranker is: a small and a large difference between two candidates
+give the same result. After them only comparisons within one prompt are meaningful.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def none(scores: Scores) -> Scores:
 
 
 def minmax(scores: Scores) -> Scores:
-    """To [0, 1] over the candidates; all equal gives 1/2."""
+    """Rescales the scores to [0, 1] over the candidates; all equal gives 1/2."""
     if not len(scores) or scores.min() == scores.max():
         return np.full(len(scores), 0.5)
     scores = scores / np.abs(scores).max()  # so that no difference overflows
@@ -54,21 +54,21 @@ def minmax(scores: Scores) -> Scores:
 
 
 def zscore(scores: Scores) -> Scores:
-    """To mean 0 and standard deviation 1 over the candidates; all equal gives 0."""
-    scaled = minmax(scores)  # the same z-scores, and no square that overflows or vanishes
+    """Rescales the scores to mean 0 and standard deviation 1; all equal gives 0."""
+    scaled = minmax(scores)  # has the same z-scores, and no square overflows or underflows
     spread = scaled.std() if len(scores) else 0.0
     return (scaled - scaled.mean()) / spread if spread else np.zeros(len(scores))
 
 
 def rank(scores: Scores) -> Scores:
-    """The share of the others that each candidate beats, a tie counting half."""
+    """The share of the other candidates that each one beats; a tie counts half."""
     if len(scores) < 2:
         return np.full(len(scores), 0.5)
     wins = np.sign(scores[:, None] - scores).sum(1)  # wins - losses, against each of the others
     return (1 + wins / (len(scores) - 1)) / 2
 
 
-WEIGHT = Range()  # of a part; a negative one punishes
+WEIGHT = Range()  # of a part; a negative weight penalizes
 SCALES: Mapping[str, Callable[[Scores], Scores]] = {
     "none": none,
     "zscore": zscore,
@@ -106,7 +106,7 @@ class Mixture:
         return math.lcm(*(prompts_together(part.ranker) for part in self.parts))
 
     def check(self, questions: Sequence[Question]) -> None:
-        """Raises FeedbackError for rows that a part cannot use."""
+        """Raises FeedbackError if a part cannot use a row."""
         for part in self.parts:
             check_asked(part.ranker, questions)
 
@@ -116,7 +116,7 @@ class Mixture:
         """One float64 array `[candidates]` per question; see `ranker.Ranker`.
 
         Raises:
-            FeedbackError: a part's own, or a sum that is not finite.
+            FeedbackError: a part raised it, or a sum is not finite.
         """
         totals = [np.zeros(len(texts)) for texts in candidates]
         unread = [np.zeros(len(texts), bool) for texts in candidates]
@@ -125,14 +125,14 @@ class Mixture:
             for total, gaps, scores in zip(totals, unread, found, strict=True):
                 mine = np.isnan(scores)
                 if mine.any() and part.normalise != "none":
-                    gaps[:] = True  # the scale is one over all candidates
+                    gaps[:] = True  # the scale depends on all candidates
                     continue
                 gaps |= mine
                 total += part.weight * SCALES[part.normalise](scores)
         return check_scores(self.name, questions, candidates, totals, unread)
 
     def report(self) -> dict[str, int | float]:
-        """What the parts report, under `NUMBER.RANKER/`; parts are counted from 1."""
+        """The reports of all parts, with the prefix `NUMBER.RANKER/`; parts count from 1."""
         return {
             f"{number}.{part.ranker.name}/{key}": value
             for number, part in enumerate(self.parts, 1)
@@ -144,13 +144,13 @@ def mixture(parts: Any) -> Mixture:
     """A weighted sum of rankers.
 
     Args:
-        parts: for each ranker `ranker` (a name or `package.module:function`), and if wanted
-            `settings` (its own), `weight` (1 by default; a negative one punishes) and `normalise`
-            (`none` by default; see the top of this file).
+        parts: a list of mappings with the key `ranker` (a name or `package.module:function`) and
+            optionally `settings` (the ranker's own), `weight` (1 by default; a negative weight
+            penalizes) and `normalise` (`none` by default; see the top of this file).
 
     Raises:
-        FeedbackError: no parts, an unknown key or scale, a weight that is no finite number, or a
-            part that cannot be built; names the part, counted from 1.
+        FeedbackError: there are no parts, a key or scale is unknown, a weight is not a finite
+            number, or a part cannot be built; the message names the part, counted from 1.
     """
     if isinstance(parts, str | Mapping) or not isinstance(parts, Sequence) or not parts:
         raise FeedbackError(
@@ -182,8 +182,8 @@ def _part(number: int, given: Any) -> Part:
         )
     if given["ranker"] == "human":
         raise FeedbackError(
-            f"{where}: people cannot be a part: they are asked first, and may leave prompts "
-            "unanswered. Let them rank alone (ranker: human)."
+            f"{where}: ranker 'human' cannot be part of a mixture, because people may leave "
+            "prompts unranked. Use it alone (ranker: human)."
         )
     try:
         return Part(build(given["ranker"], **given.get("settings", {})), float(weight), scale)

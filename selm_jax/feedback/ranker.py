@@ -1,7 +1,7 @@
-"""What a ranker is, how one is built from its name, and the one check of scores.
+"""The protocol of rankers, `build` to make one from its name, and the check of scores.
 
-A ranker gives every candidate response of every prompt one number; higher is better. The unit of
-the number belongs to the ranker: only comparisons within one prompt are used for pairs.
+A ranker gives every candidate response of every prompt one number; higher is better. Each ranker
+has its own scale: pairs are made only from comparisons within one prompt.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from selm_jax.shell.ranges import ranges_of
 from selm_jax.shell.user_code import FORM, is_user_code
 from selm_jax.shell.words import did_you_mean
 
-# Name -> where its builder stands. Strings, so that building one ranker imports that ranker's
-# libraries and no other's.
+# Name -> its builder. These are strings, so that building a ranker imports only its own libraries.
 BUILT_IN: Mapping[str, str] = {
     "sentiment": "selm_jax.feedback.rules:sentiment",
     "length": "selm_jax.feedback.rules:length",
@@ -40,13 +39,13 @@ _USER_FUNCTION = "selm_jax.feedback.workers:user_function"
 
 @dataclass(frozen=True)
 class Question:
-    """One prompt whose responses are to be judged.
+    """One prompt whose responses are to be scored.
 
     Attributes:
         prompt: text of the last user turn.
         messages: the whole conversation; objects with `.role` and `.content`.
-        row: the dataset row's other columns, by name; lists and objects among them.
-        id: names the prompt in files and in errors.
+        row: the dataset row's other columns, by name; values may be lists and objects.
+        id: the prompt's ID in files and errors.
     """
 
     prompt: str
@@ -55,7 +54,7 @@ class Question:
     id: str
 
     def own_row(self) -> dict[str, Any]:
-        """A copy of the row: a rule that adds to it, or to a list in it, reaches no other call."""
+        """A deep copy of the row: changes that a rule makes to it do not affect other calls."""
         return copy.deepcopy(dict(self.row))
 
 
@@ -63,28 +62,31 @@ class Question:
 class Ranker(Protocol):
     """Scores candidate responses. An implementation ends with `return check_scores(...)`.
 
-    It may also have a method `report() -> dict[str, int | float]`: counts of its last `scores`,
-    such as requests and cost, which are added up where it is asked in parts; see `reported`. And
-    attributes: `relative`, true if its scores compare the candidates that were given together
-    (`is_relative`); `together`, of one that reads prompts in groups (`prompts_together`);
-    `folders`, of the models that it reads, on whose bytes its scores depend (`folders_of`). And a
-    method `check(questions)`, which raises for rows that it will not be able to use (`check_asked`).
+    A ranker may also have these members:
+
+    * `report() -> dict[str, int | float]`: counts of its last `scores`, such as requests and cost.
+      The counts of several calls are added up (`reported`).
+    * `relative`: true if a score depends on the other candidates of the call (`is_relative`).
+    * `together`: the group size of a ranker that reads prompts in groups (`prompts_together`).
+    * `folders`: the folders of its models, whose bytes determine its scores (`folders_of`).
+    * `check(questions)`: raises for rows that the ranker cannot use (`check_asked`).
     """
 
     @property
     def name(self) -> str:
-        """Names the ranker in reports and errors."""
+        """The ranker's name in reports and errors."""
         ...
 
     def scores(
         self, questions: Sequence[Question], candidates: Sequence[Sequence[str]]
     ) -> list[Float64[np.ndarray, " candidates"]]:
-        """One array per question, one score per candidate; higher is better. NaN stands where a
-        judge was asked and its answer could not be read; nothing else may give it.
+        """Returns one array per question with one score per candidate; higher is better.
+
+        A score is NaN only if a judge was asked and its answer could not be read.
 
         Args:
             questions: the prompts.
-            candidates: per prompt its responses; prompts may differ in how many they have.
+            candidates: the responses to each prompt; their number may differ between prompts.
 
         Raises:
             FeedbackError: a score is missing, not a number or not finite.
@@ -98,14 +100,14 @@ def build(name: str, /, **settings: Any) -> Ranker:
     Args:
         name: a key of `BUILT_IN`, or `package.module:function` for a function
             `(prompt: str, response: str, row: dict) -> float`.
-        settings: the ranker's own settings, such as `target` for `length`. A user's function
-            takes those of `workers.user_function`; its own belong in its module.
+        settings: the ranker's own settings, such as `target` for `length`. A user's function has
+            those of `workers.user_function`; put further settings into your module.
 
     Raises:
-        FeedbackError: unknown name, unknown or missing setting, or a setting the ranker refuses.
+        FeedbackError: the name or a setting is unknown, or a setting is missing or invalid.
     """
     if not isinstance(name, str):
-        raise FeedbackError(f"{name!r} is no name of a ranker; expected a text.")
+        raise FeedbackError(f"{name!r} is not the name of a ranker; expected a text.")
     path = (name,) if is_user_code(name) else ()
     found = _USER_FUNCTION if path else BUILT_IN.get(name)
     if found is None:
@@ -131,32 +133,34 @@ def build(name: str, /, **settings: Any) -> Ranker:
 
 
 def reported(ranker: Ranker) -> dict[str, int | float]:
-    """What a ranker tells of its last `scores`; empty if it tells nothing."""
+    """A ranker's counts of its last `scores`; empty if it has no method `report`."""
     report = getattr(ranker, "report", None)
     return {} if report is None else report()
 
 
 def counted(report: Mapping[str, int | float], what: str) -> int:
-    """The sum of one count over the parts of a mixture, which stand in its report under their names."""
+    """The sum of one count over all parts of a mixture, whose reports have prefixed keys."""
     return sum(int(n) for key, n in report.items() if key.rpartition("/")[2] == what)
 
 
 def is_relative(ranker: Ranker) -> bool:
-    """Whether a score says how a candidate stands among the others of its prompt and nothing else,
-    so that a mean over prompts is no measure of a policy."""
+    """Whether a score only compares a candidate with the others of its prompt.
+
+    Then a mean over prompts does not measure a policy.
+    """
     return getattr(ranker, "relative", False)
 
 
 def folders_of(ranker: Ranker) -> tuple[Path, ...]:
-    """The folders of the models that a ranker is, if it is any."""
+    """The folders of a ranker's models; empty if it has none."""
     return getattr(ranker, "folders", ())
 
 
 def check_asked(ranker: Ranker, questions: Sequence[Question]) -> None:
-    """Has a ranker that reads the rows' columns look at them before anything is paid for.
+    """Lets a ranker that uses the rows' columns check them before any expensive work.
 
     Raises:
-        FeedbackError: it cannot use a row; the message names the prompt.
+        FeedbackError: the ranker cannot use a row; the message names the prompt.
     """
     check = getattr(ranker, "check", None)
     if check is not None:
@@ -164,8 +168,7 @@ def check_asked(ranker: Ranker, questions: Sequence[Question]) -> None:
 
 
 def prompts_together(ranker: Ranker) -> int:
-    """How many prompts, from the first on, a ranker reads as a group: asked about a part of a group,
-    it gives other scores."""
+    """How many consecutive prompts a ranker reads as a group; splitting a group changes scores."""
     return getattr(ranker, "together", 1)
 
 
@@ -175,8 +178,14 @@ def scores_beside(
     answers: Sequence[Sequence[str]],
     others: Sequence[str],
 ) -> list[list[float]]:
-    """By prompt, the score of each answer beside the prompt's one text in `others`, and no other: only
-    so do the scores that a relative ranker gives two policies measure the same."""
+    """Scores each answer in comparison with its prompt's one text in `others`.
+
+    A relative ranker's scores are comparable across policies only if every answer is compared with
+    the same text.
+
+    Returns:
+        For each prompt, the scores of its answers.
+    """
     found = iter(
         scores(
             [q for q, each in zip(questions, answers, strict=True) for _ in each],
@@ -193,12 +202,12 @@ def _check_settings(
         if key not in parameters:
             raise FeedbackError(
                 f"ranker {name!r}: unknown setting {key!r}{did_you_mean(key, parameters)} "
-                f"It takes {_listed(parameters) or 'no settings'}."
+                f"Expected {'one of ' + _listed(parameters) if parameters else 'no settings'}."
             )
     for key, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and key not in settings:
             raise FeedbackError(
-                f"ranker {name!r}: the setting {key!r} is missing and has no default."
+                f"ranker {name!r}: the setting {key!r} is missing and has no default. Add it."
             )
 
 
@@ -209,11 +218,11 @@ def _listed(names: Iterable[str]) -> str:
 def check_questions(
     name: str, questions: Sequence[Question], candidates: Sequence[Sequence[str]]
 ) -> None:
-    """Refuses questions and candidates that do not belong together.
+    """Checks that there is one list of candidates for each question.
 
     Raises:
-        FeedbackError: not one list of candidates per question, or a bare string for a list
-            (its letters would be scored as responses).
+        FeedbackError: the lengths differ, or a string was given in place of a list (its letters
+            would be scored as responses).
     """
     if len(questions) != len(candidates):
         raise FeedbackError(
@@ -235,28 +244,28 @@ def check_scores(
     scores: Sequence[Any],
     unread: Sequence[Bool[np.ndarray, " candidates"]] | None = None,
 ) -> list[Float64[np.ndarray, " candidates"]]:
-    """The one check every score passes: one finite real number per candidate.
+    """Checks a ranker's scores: one finite real number per candidate.
 
     Args:
-        name: the ranker's name, for the error.
+        name: the ranker's name, for errors.
         questions: the prompts.
-        candidates: per prompt its responses.
-        scores: per prompt a list or array of numbers, as the ranker made them.
-        unread: per prompt which candidates a judge said nothing readable about. They get NaN,
-            whatever stands in `scores`.
+        candidates: the responses to each prompt.
+        scores: for each prompt, the ranker's list or array of numbers.
+        unread: for each prompt, which candidates a judge gave no readable answer about. Their
+            scores become NaN.
 
     Returns:
-        Per prompt a new float64 array `[candidates]`.
+        For each prompt, a new float64 array `[candidates]`.
 
     Raises:
-        FeedbackError: wrong shape, or a score that is no finite number; names the ranker, the
-            prompt's id and the candidate's index (from 0).
+        FeedbackError: the shape is wrong, or a score is not a finite number; the message names the
+            ranker, the prompt's ID and the candidate's index (from 0).
     """
     check_questions(name, questions, candidates)
     if len(scores) != len(questions):
         raise FeedbackError(
-            f"ranker {name!r}: {len(questions)} prompts went in, scores for {len(scores)} came "
-            "out; expected one row of scores per prompt."
+            f"ranker {name!r}: returned scores for {len(scores)} of {len(questions)} prompts; "
+            "expected one row of scores per prompt."
         )
     checked = []
     nowhere = [np.zeros(len(texts), bool) for texts in candidates]
@@ -279,7 +288,7 @@ def check_scores(
 
 
 def row_values(row: Any, count: int) -> Sequence[Any] | np.ndarray | None:
-    """A list or array of scores as `count` values, or None when it is anything else."""
+    """A list or array of scores as `count` values; None if it is anything else."""
     if hasattr(row, "shape"):
         array = np.asarray(row)  # one transfer for a device array, not one per element
         return array if array.shape[:1] == (count,) else None
@@ -291,13 +300,13 @@ def finite_number(value: Any, where: str) -> float:
     """The score as a float.
 
     Raises:
-        FeedbackError: it is no single finite real number; `where` stands before what was found.
+        FeedbackError: it is not a single finite real number; the message begins with `where`.
     """
     try:
         array = np.asarray(value)
     except ValueError:  # a ragged nest of lists
         array = None
-    # Kinds: bool, signed, unsigned, float. A string that reads like a number is still refused.
+    # Kinds: bool, signed, unsigned, float. A string that looks like a number is still refused.
     if array is None or array.ndim or array.dtype.kind not in "biuf":
         raise FeedbackError(
             f"{where}: the score is {value!r} ({type(value).__name__}); expected one real number."
@@ -305,7 +314,7 @@ def finite_number(value: Any, where: str) -> float:
     number = float(array)
     if not np.isfinite(number):
         raise FeedbackError(
-            f"{where}: the score is {number}; expected a finite number. A response that cannot "
-            "be judged needs a low score of your choice."
+            f"{where}: the score is {number}; expected a finite number. Give a response that "
+            "cannot be judged a low score of your choice."
         )
     return number

@@ -1,7 +1,7 @@
 """Rankers that need no model: sentiment, length, regular expressions, verifiable instructions.
 
-A rule looks at one response at a time and runs in this process: these are quick, and their code is
-known. A user's own function runs in processes of its own; see `workers`.
+A rule scores one response at a time and runs in this process, since its code is fast and trusted. A
+user's own function runs in separate processes; see `workers`.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class RuleRanker:
     """A function of one response, as a ranker.
 
     Attributes:
-        name: names the rule in reports and errors.
-        function: `(prompt, response, row) -> number`; `row` is a copy at every call, so a rule that
-            adds to it cannot reach the next candidate.
-        check_row: raises FeedbackError for a row that the function could not use.
+        name: the rule's name in reports and errors.
+        function: `(prompt, response, row) -> number`. `row` is a new copy for every call, so that
+            changes to it do not affect the next candidate.
+        check_row: raises FeedbackError for a row that the function cannot use.
     """
 
     name: str
@@ -44,7 +44,7 @@ class RuleRanker:
     check_row: Callable[[Mapping[str, Any]], Any] = lambda row: None
 
     def check(self, questions: Sequence[Question]) -> None:
-        """Raises FeedbackError, with the prompt's id, for the first row that cannot be used."""
+        """Raises FeedbackError with the prompt's ID for the first row that cannot be used."""
         for question in questions:
             try:
                 self.check_row(question.row)
@@ -59,8 +59,8 @@ class RuleRanker:
         """One float64 array `[candidates]` per question; see `ranker.Ranker`.
 
         Raises:
-            FeedbackError: the rule raised, or returned what is no finite number; names the rule,
-                the prompt's id and the candidate's index.
+            FeedbackError: the rule raised, or did not return a finite number; the message names the
+                rule, the prompt's ID and the candidate's index.
         """
         check_questions(self.name, questions, candidates)
         raw = [
@@ -82,7 +82,7 @@ class RuleRanker:
 
 
 def sentiment() -> RuleRanker:
-    """VADER's compound sentiment of the response, from -1 (worst mood) to 1 (best).
+    """VADER's compound sentiment of the response, from -1 (most negative) to 1 (most positive).
 
     Source: Hutto and Gilbert (2014), "VADER: A Parsimonious Rule-based Model for Sentiment
     Analysis of Social Media Text"; the word list is English. The value is rounded to 4 places and
@@ -105,10 +105,10 @@ def sentiment() -> RuleRanker:
 
 
 def length(target: Natural | None = None) -> RuleRanker:
-    """Length of the response in characters; with a target, minus the distance from it.
+    """The length of the response in characters, or minus its distance from a target length.
 
     Args:
-        target: characters; None means the longer the better.
+        target: the target in characters; None means the longer the better.
     """
     if target is None:
         return RuleRanker("length", lambda _, response, __: len(response))
@@ -116,9 +116,9 @@ def length(target: Natural | None = None) -> RuleRanker:
 
 
 def regex(pattern: str, flags: str = "") -> RuleRanker:
-    """How many times the pattern matches in the response (without overlaps, as `re.finditer`).
+    """The number of matches of a pattern in the response (without overlaps, like `re.finditer`).
 
-    An empty match counts too: `\\A(?!.*sorry)` with flags `s` scores 1 without the word, else 0.
+    An empty match counts: `\\A(?!.*sorry)` with flags `s` scores 1 for a text without "sorry".
 
     Args:
         pattern: a Python regular expression.
@@ -158,30 +158,31 @@ def verifiable(
     kwargs: str = "kwargs",
     instructions: Mapping[str, Any] | None = None,
 ) -> RuleRanker:
-    """How far the response follows the instructions that a program can check (IFEval's 25 kinds).
+    """How well the response follows instructions that a program can check (IFEval's 25 kinds).
 
     Source: Zhou et al. (2023), "Instruction-Following Evaluation for Large Language Models",
     arXiv 2311.07911, through the package if-verifiable. Thoughts before `</think>` do not count;
     an empty response scores 0. The language check is seeded: a response always scores the same.
 
     Args:
-        score: `partial_strict` is the share of the prompt's instructions that are followed,
-            `binary_strict` 1 if all are, else 0; the `loose` ones forgive a first or last line
-            too many and asterisks.
-        ids: the row's column of instruction ids, such as `punctuation:no_comma`.
-        kwargs: the row's column of their arguments: for each id a mapping, None for those unused.
-            Both columns may also be kept as text, in JSON or as Python prints them.
-        instructions: arguments by id, the same for every prompt, in place of the row's columns:
+        score: `partial_strict` is the share of the prompt's instructions that are followed;
+            `binary_strict` is 1 if all are, else 0. The `loose` ones ignore asterisks and an extra
+            first or last line.
+        ids: the column of the row with instruction ids, such as `punctuation:no_comma`.
+        kwargs: the column of the row with their arguments: one mapping per id, in which unused
+            arguments may be None. Both columns may also be text, in JSON or as Python prints them.
+        instructions: arguments by id, for all prompts alike, in place of the row's columns:
             `{punctuation:no_comma: {}}`.
 
     Raises:
-        FeedbackError: if-verifiable is not installed, an unknown score, or instructions that cannot
-            be checked.
+        FeedbackError: if-verifiable is not installed, the score is unknown, or the instructions
+            cannot be checked.
     """
     if score not in VERIFIABLE_SCORES:
         raise FeedbackError(
-            f"ranker 'verifiable': unknown score {score!r}{did_you_mean(str(score), VERIFIABLE_SCORES)} "
-            f"Expected one of {', '.join(VERIFIABLE_SCORES)}."
+            f"ranker 'verifiable': unknown score {score!r}"
+            f"{did_you_mean(str(score), VERIFIABLE_SCORES)} Expected one of "
+            f"{', '.join(VERIFIABLE_SCORES)}."
         )
     try:
         import langdetect
@@ -192,7 +193,7 @@ def verifiable(
             f"ranker 'verifiable': cannot import if-verifiable ({error}). "
             "Install it: pip install if-verifiable"
         ) from error
-    langdetect.DetectorFactory.seed = 0  # its own guesses are random otherwise
+    langdetect.DetectorFactory.seed = 0  # otherwise its results are random
 
     for_all = None
     if instructions is not None:
@@ -210,7 +211,7 @@ def verifiable(
             if "nltk" not in str(error):
                 raise
             raise FeedbackError(
-                "the check needs data of nltk that is not on this machine; fetch it once with "
+                "the check needs nltk data that is not on this machine. Download it with "
                 "python -m nltk.downloader punkt_tab"
             ) from error
         return getattr(scores, score)
@@ -225,7 +226,7 @@ def verifiable(
 def _of_row(
     row: Mapping[str, Any], ids: str, kwargs: str, known: Mapping[str, Any]
 ) -> tuple[list[str], list[dict[str, Any]]]:
-    """The row's instructions, checked."""
+    """The ids and arguments of a row's instructions, after checks."""
     for column in (ids, kwargs):
         if column not in row:
             raise FeedbackError(
@@ -239,7 +240,7 @@ def _of_row(
 
 
 def _listed(row: Mapping[str, Any], column: str, kind: type) -> list[Any]:
-    """The column's list, of things of one kind or of None."""
+    """The list in a column, whose items are of one type or None."""
     value = row[column]
     found = structure(value) if isinstance(value, str) else value
     if not isinstance(found, list | tuple) or not all(isinstance(x, kind | None) for x in found):
@@ -251,8 +252,11 @@ def _listed(row: Mapping[str, Any], column: str, kind: type) -> list[Any]:
 def _checked(
     names: list[str], given: list[Any], known: Mapping[str, Any]
 ) -> tuple[list[str], list[dict[str, Any]]]:
-    """Instruction ids and their arguments. The package skips ids it does not know, and draws what
-    an instruction lacks at random: here both are errors."""
+    """Checks instruction ids and their arguments.
+
+    Unknown ids and missing arguments are errors here. The package would skip unknown ids and choose
+    missing arguments at random.
+    """
     if not names or len(names) != len(given):
         raise FeedbackError(
             f"found {len(names)} instruction ids and {len(given)} mappings of arguments; expected "
@@ -264,5 +268,7 @@ def _checked(
             raise FeedbackError(f"unknown instruction id {name!r}{did_you_mean(str(name), known)}")
         needed = known[name](name).get_instruction_args_keys()
         if missing := [key for key in needed if each.get(key) is None]:
-            raise FeedbackError(f"the instruction {name!r} lacks its {', '.join(missing)}.")
+            raise FeedbackError(
+                f"the instruction {name!r} lacks its arguments {', '.join(missing)}."
+            )
     return names, arguments

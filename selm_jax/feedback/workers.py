@@ -1,9 +1,10 @@
-"""A user's function as a ranker, in processes of its own with a limit of time for every call.
+"""A user's function as a ranker, run in separate processes with a time limit for every call.
 
-Processes are the default because only a process can be stopped: a rule that hangs, crashes or eats
-all memory then costs one error that names the prompt, not the night's run. They are spawned, not
-forked: JAX runs threads, and a fork copies their locks but not the threads. `workers: 0` calls the
-function here, for one that shares this process's devices or state.
+Separate processes are the default because only a process can be stopped: a function that hangs,
+crashes or exhausts memory then causes an error that names the prompt, and does not take the whole
+run down. Processes are spawned, not forked: JAX runs threads, and a fork copies their locks but not
+the threads. `workers: 0` calls the function in this process, if it needs this process's devices or
+state.
 """
 
 from __future__ import annotations
@@ -37,19 +38,19 @@ from selm_jax.shell import processes
 from selm_jax.shell.ranges import Count, Natural, Positive
 from selm_jax.shell.user_code import UserCodeError, function_at
 
-_START_SECONDS = 120.0  # for a process to start and import; no call's limit, but a limit
+_START_SECONDS = 120.0  # for a process to start and import the function
 _TIMEOUT = 60.0
 _BATCH = 64
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of the function.
+    """One call of the user's function.
 
     Attributes:
-        arguments: of the call.
-        places: for each score that it is to give, what is judged, in words.
-        vectorised: it is to give a list of scores.
+        arguments: the positional arguments.
+        places: for each expected score, a description of the response, for errors.
+        vectorised: whether the function returns a list of scores.
     """
 
     arguments: tuple[Any, ...]
@@ -64,7 +65,7 @@ class Call:
 
     @property
     def beginning(self) -> str:
-        """Of the (first) response."""
+        """The first 60 characters of the (first) response, for errors."""
         response = self.arguments[1][0] if self.vectorised else self.arguments[1]
         return repr(response[:60])
 
@@ -75,10 +76,10 @@ class FunctionRanker:
 
     Attributes:
         name: `package.module:function`.
-        function: the same, imported here.
-        workers: processes; 0 calls `function` here.
-        timeout: seconds for one call, in processes alone.
-        batch: most responses of one call; None hands over one response, not lists.
+        function: the same function, imported in this process.
+        workers: number of processes; 0 calls `function` in this process.
+        timeout: seconds for one call; ignored with 0 workers.
+        batch: maximum responses per call; None calls the function with one response, not lists.
     """
 
     name: str
@@ -93,8 +94,8 @@ class FunctionRanker:
         """One float64 array `[candidates]` per question; see `ranker.Ranker`.
 
         Raises:
-            FeedbackError: the function raised, took too long, died, or returned what is no finite
-                number; names the function, the prompt's id and the candidate's index.
+            FeedbackError: the function raised, took too long, died, or did not return a finite
+                number; the message names the function, the prompt's ID and the candidate's index.
         """
         check_questions(self.name, questions, candidates)
         calls = list(self._calls(questions, candidates))
@@ -109,7 +110,7 @@ class FunctionRanker:
     def _calls(
         self, questions: Sequence[Question], candidates: Sequence[Sequence[str]]
     ) -> Iterator[Call]:
-        # Every call gets a row of its own: a rule that adds to it cannot reach the next candidate.
+        # Every call gets its own copy of the row: changes to it do not affect the next candidate.
         each = [
             (f"ranker {self.name!r}, prompt {question.id!r}, candidate {index}", question, text)
             for question, texts in zip(questions, candidates, strict=True)
@@ -139,37 +140,37 @@ def user_function(
         path: `package.module:function`, importable from `sys.path`. The function is
             `(prompt: str, response: str, row: dict) -> float`, or, vectorised,
             `(prompts: list[str], responses: list[str], rows: list[dict]) -> list[float]`.
-        workers: processes that call it; in them JAX sees the CPU alone, since the accelerator
-            is this process's. 0 calls it here, without a limit of time.
+        workers: number of processes that call it. JAX sees only the CPU there, since this process
+            uses the accelerator. 0 calls the function in this process, without a time limit.
         timeout: seconds for one call; 60 by default.
         vectorised: whether the function takes lists.
-        batch: most responses of one vectorised call, over all prompts; 64 by default.
+        batch: maximum responses of one vectorised call, over all prompts; 64 by default.
 
     Raises:
-        FeedbackError: bad path, the module cannot be imported, it has no such function, the
-            function cannot be called with three arguments, or a setting that cannot be.
+        FeedbackError: the module cannot be imported, it has no such function, the function cannot
+            be called with three arguments, or a setting is invalid.
     """
     where = f"ranker {path!r}"
     if workers == 0 and timeout is not None:
         raise FeedbackError(
-            f"{where}: found timeout {timeout!r} with workers 0; a call in this process cannot be "
-            "stopped. Take the timeout away, or set workers to 1 or more."
+            f"{where}: found timeout {timeout!r} with workers 0, but a call in this process cannot "
+            "be stopped. Remove the timeout, or set workers to 1 or more."
         )
     seconds = _TIMEOUT if timeout is None else timeout
     if not isinstance(vectorised, bool) or (batch is not None and not vectorised):
         raise FeedbackError(
-            f"{where}: found vectorised {vectorised!r} and batch {batch!r}; expected true or "
-            "false, and a batch only where it is true."
+            f"{where}: found vectorised {vectorised!r} and batch {batch!r}; expected vectorised to "
+            "be true or false, and a batch only if it is true."
         )
     size = _BATCH if batch is None else batch
     return FunctionRanker(path, load(path), workers, seconds, size if vectorised else None)
 
 
 def load(path: str) -> Callable[..., Any]:
-    """The function at `package.module:function`.
+    """Imports the function at `package.module:function`.
 
     Raises:
-        FeedbackError: as `user_function`.
+        FeedbackError: there is no such function of the user's; see `user_function`.
     """
     try:
         return function_at(path, "prompt", "response", "row")
@@ -178,10 +179,10 @@ def load(path: str) -> Callable[..., Any]:
 
 
 def evaluate(function: Callable[..., Any], call: Call) -> list[float]:
-    """The scores of one call, checked.
+    """Calls the function and checks its scores.
 
     Raises:
-        FeedbackError: it raised, or returned anything but one finite number for each response.
+        FeedbackError: it raised, or did not return one finite number for each response.
     """
     try:
         result = function(*call.arguments)
@@ -192,7 +193,7 @@ def evaluate(function: Callable[..., Any], call: Call) -> list[float]:
     values = row_values(result, len(call.places)) if call.vectorised else [result]
     if values is None:
         raise FeedbackError(
-            f"{call.where}: the rule returned {result!r}; expected a list of one number for each "
+            f"{call.where}: the rule returned {result!r}; expected a list with one number for each "
             f"of {len(call.places)} responses."
         )
     return [finite_number(v, place) for v, place in zip(values, call.places, strict=True)]
@@ -201,11 +202,13 @@ def evaluate(function: Callable[..., Any], call: Call) -> list[float]:
 def in_processes(
     path: str, calls: Sequence[Call], workers: int, timeout: float
 ) -> list[list[float]]:
-    """`evaluate` for each call, in order, in at most `workers` processes.
+    """Runs `evaluate` for each call in at most `workers` processes; returns scores in order.
+
+    It leaves no process behind, and none that these started.
 
     Raises:
-        FeedbackError: as `evaluate`, or a call took longer than `timeout` seconds, or its process
-            died. No process is left behind, nor any that it started.
+        FeedbackError: `evaluate` raised it, a call took longer than `timeout` seconds, or its
+            process died.
     """
     found: list[list[float]] = [[]] * len(calls)
     todo = iter(range(len(calls)))
@@ -234,7 +237,7 @@ def in_processes(
 
 
 class _Worker:
-    """One process, seen from here. It starts at once, and is ready when it first answers."""
+    """A worker process, as the parent sees it. It is ready when it has sent its first answer."""
 
     def __init__(self, path: str):
         context = multiprocessing.get_context("spawn")
@@ -255,15 +258,15 @@ class _Worker:
         except Exception as error:  # the row is the user's: pickling it can raise anything
             raise FeedbackError(
                 f"{call.where}: the row cannot be sent to another process "
-                f"({type(error).__name__}: {error}). With workers: 0 it need not be."
+                f"({type(error).__name__}: {error}). Set workers: 0 to call the function here."
             ) from error
         self.deadline = time.monotonic() + timeout
 
     def has_answered(self) -> bool:
-        """Whether `answer` has one, or an end of the process to tell of.
+        """Whether the process has answered or ended, so that `answer` will not block.
 
         Raises:
-            FeedbackError: it has not, and its time is up.
+            FeedbackError: it has not, and the time limit is over.
         """
         if self.connection.poll():
             return True
@@ -278,7 +281,7 @@ class _Worker:
 
     def answer(self) -> list[float]:
         try:
-            reply = json.loads(self.connection.recv_bytes())  # numbers and text: nothing unpickled
+            reply = json.loads(self.connection.recv_bytes())  # JSON: nothing is unpickled
         except (EOFError, ConnectionResetError):
             raise self._died() from None
         if "error" in reply:
@@ -295,20 +298,20 @@ class _Worker:
         if self.call is None:
             return FeedbackError(f"{self.started} died when it started ({how}).")
         return FeedbackError(
-            f"{self.call.where}: the rule's process died ({how}; signal 9 is often the want of "
-            f"memory). The response begins {self.call.beginning}."
+            f"{self.call.where}: the rule's process died ({how}; signal 9 often means that it ran "
+            f"out of memory). The response begins {self.call.beginning}."
         )
 
     def kill(self) -> None:
-        """Ends the process and all it started, daemons too (see `processes`).
+        """Kills the process and all its descendants, including daemons (see `shell.processes`).
 
-        Those of a process that something else has killed are process 1's by then, and not found.
+        If something else has killed the process, its daemons have moved to process 1 and survive.
         """
         assert self.process.pid is not None  # it was started
         with contextlib.suppress(ProcessLookupError):
-            os.kill(self.process.pid, signal.SIGSTOP)  # so that it starts no more of them
+            os.kill(self.process.pid, signal.SIGSTOP)  # so that it starts no more processes
         processes.kill_descendants(self.process.pid)
-        with contextlib.suppress(ProcessLookupError):  # it is gone, or has no group of its own yet
+        with contextlib.suppress(ProcessLookupError):  # it has ended, or has no own group yet
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.kill()
         self.process.join()
@@ -316,8 +319,8 @@ class _Worker:
 
 
 def _serve(connection: multiprocessing.connection.Connection, path: str) -> None:
-    """What a worker process does: says `ready`, then answers calls until it is stopped."""
-    os.setsid()  # a group of its own, so that it can be stopped with all that it starts
+    """The main function of a worker process: reports that it is ready, then answers calls."""
+    os.setsid()  # its own process group, so that it can be stopped with all its children
     processes.adopt()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["JAX_PLATFORMS"] = "cpu"

@@ -1,4 +1,4 @@
-"""Runs that rankers take part in, on one device; what the mesh changes is tested elsewhere."""
+"""Runs with rankers, on one device; effects of the mesh are tested elsewhere."""
 
 import pytest
 import tiny

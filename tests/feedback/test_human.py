@@ -1,4 +1,4 @@
-"""People as a ranker: what is asked, waited for, counted; and the command that serves it."""
+"""People as a ranker: questions, waiting and counts, and the command that serves the page."""
 
 import json
 import os
@@ -86,7 +86,7 @@ class TestRanker:
         assert found == [[True, True, False]] and sum(done) == 2
 
     def test_refusals(self, tmp_path):
-        with pytest.raises(FeedbackError, match="prompt 'p0': nobody was asked"):
+        with pytest.raises(FeedbackError, match="prompt 'p0': fewer than 1 people have ranked"):
             human().scores(QUESTIONS, TEXTS)
         with pytest.raises(FeedbackError, match="minimum is 0"):
             build("human", minimum=0)
@@ -97,7 +97,7 @@ class TestRanker:
 
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory):
-    """Its first iteration's answers are there."""
+    """An experiment whose first iteration has its answers."""
     file = tiny.experiment(
         tmp_path_factory.mktemp("people"), data__heldout=None,
         feedback={"ranker": "human", "settings": {"wait": False}, "prompts_per_part": 1},

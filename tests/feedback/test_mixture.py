@@ -1,4 +1,4 @@
-"""Mixtures: one scale per prompt, weighted sums, whatever the scores."""
+"""Mixtures of rankers: scales per prompt and weighted sums, for all scores."""
 
 import json
 
@@ -133,7 +133,8 @@ def test_is_relative_if_a_part_is_or_its_scale_makes_it():
     judge = {"ranker": "judge", "settings": {"model": "m", "base_url": "http://h/v1"}}
     rating = judge | {"settings": judge["settings"] | {"form": "pointwise"}}
     for parts, relative in (
-        ([one], False), ([one, judge], True), ([rating], False), ([one | {"normalise": "rank"}], True),
+        ([one], False), ([one, judge], True), ([rating], False),
+        ([one | {"normalise": "rank"}], True),
     ):  # fmt: skip
         assert is_relative(build("mixture", parts=parts)) == relative
 
@@ -157,7 +158,7 @@ def test_a_sum_that_overflows_is_an_error():
         ([{"ranker": "length", "weight": float("nan")}], "weight is nan"),
         ([{"ranker": "length", "normalise": "zscor"}], "'zscor'; did you mean 'zscore'"),
         ([{"ranker": "length"}, {"ranker": "lenght"}], "part 2: unknown ranker 'lenght'"),
-        ([{"ranker": "human"}], "part 1: people cannot be a part"),
+        ([{"ranker": "human"}], "part 1: ranker 'human' cannot be part"),
         ([{"ranker": "regex"}], "part 1: ranker 'regex': the setting 'pattern' is missing"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The quickstart with every ranker, by `feedback=` on the command line and nothing else."""
+"""The quickstart with every ranker, changed only by `feedback=` on the command line."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ QUICKSTART = Path(__file__).parents[2] / "experiments" / "quickstart.yaml"
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory):
-    """One cache of compiled programs for all runs here: they differ in their rankers alone."""
+    """One cache of compiled programs for all runs here, which differ only in their rankers."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SELM_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -160,7 +160,7 @@ def test_a_function_of_ones_own(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_people(tmp_path):
-    """The run waits; another command brings their rankings in; it goes on to its report."""
+    """The run waits; another command imports rankings; the run continues to its report."""
     run = tmp_path / "q-tiny"
     command = [
         "run", str(QUICKSTART), "--tiny", f"output={tmp_path}/q", "feedback={ranker: human}",

@@ -1,4 +1,4 @@
-"""The protocol, the builder and the one check of scores."""
+"""The protocol of rankers, their builder and the check of scores."""
 
 import importlib
 import sys
@@ -58,7 +58,7 @@ def test_settings_are_checked():
         build("sentiment", x=1)
     with pytest.raises(FeedbackError, match="'pattern' is missing"):
         build("regex")
-    with pytest.raises(FeedbackError, match="unknown setting 'scale'.*takes 'workers'"):
+    with pytest.raises(FeedbackError, match="unknown setting 'scale'.*one of 'workers'"):
         build("my_rules:polite", scale=2)
 
 
@@ -131,7 +131,7 @@ def test_a_row_of_the_wrong_shape_names_the_prompt(row):
 def test_prompts_candidates_and_rows_must_be_as_many():
     with pytest.raises(FeedbackError, match="2 questions and 1 lists"):
         check_scores("r", TWO, RAGGED[:1], [[0.0, 1.0]])
-    with pytest.raises(FeedbackError, match="2 prompts went in, scores for 1"):
+    with pytest.raises(FeedbackError, match="returned scores for 1 of 2 prompts"):
         check_scores("r", TWO, RAGGED, [[0.0, 1.0]])
 
 

@@ -1,4 +1,4 @@
-"""A user's function in processes of its own: right, in order, stopped in time, never left behind."""
+"""A user's function in separate processes: right, in order, stopped in time, never left behind."""
 
 import importlib
 import json
@@ -73,8 +73,9 @@ def devices(prompt, response, row):
 
 def many(prompts, responses, rows):
     assert isinstance(prompts, list) and len(prompts) == len(responses) == len(rows)
-    scores = [len(p) + 10 * len(r) + 100 * row["weight"] for p, r, row in zip(prompts, responses, rows)]
-    return [s + 1000 * len(responses) for s in scores]
+    extra = 1000 * len(responses)
+    each = zip(prompts, responses, rows)
+    return [len(p) + 10 * len(r) + 100 * row["weight"] + extra for p, r, row in each]
 
 def too_few(prompts, responses, rows):
     return [1.0] * (len(responses) - 1)
@@ -223,7 +224,7 @@ def test_a_call_that_takes_too_long_is_stopped_with_all_it_started(rules, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("name", "how"), [("dies", "signal 9; signal 9 is often"), ("leaves", "exit code 3")]
+    ("name", "how"), [("dies", "signal 9; signal 9 often means"), ("leaves", "exit code 3")]
 )
 def test_a_process_that_dies_names_what_it_was_at(rules, name, how):
     with pytest.raises(FeedbackError, match=rf"prompt 'p0', candidate \d: .* died \({how}"):
@@ -325,7 +326,7 @@ class TestBuilding:
             ({"workers": 0, "timeout": 5.0}, "cannot be stopped"),
             ({"timeout": 0.0}, "timeout is 0"),
             ({"timeout": float("nan")}, "timeout is nan"),
-            ({"batch": 4}, "a batch only where"),
+            ({"batch": 4}, "a batch only if"),
             ({"vectorised": True, "batch": 0}, "batch is 0"),
             ({"workrs": 1}, "unknown setting 'workrs'; did you mean 'workers'"),
             ({"path": "x:y"}, "unknown setting 'path'"),

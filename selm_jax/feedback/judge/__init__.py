@@ -1,1 +1,1 @@
-"""A language model behind an OpenAI-compatible server as the ranker; no answer is paid for twice."""
+"""A language model behind an OpenAI-compatible server as a ranker. No answer is paid for twice."""

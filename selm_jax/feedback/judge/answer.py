@@ -1,6 +1,6 @@
-"""One answer of an OpenAI-compatible server, and how it is read from the body of its reply.
+"""Parses a chat completion: the reply of an OpenAI-compatible server.
 
-The format is OpenAI's chat completion object, as vLLM, SGLang and Ollama send it too.
+vLLM, SGLang and Ollama send the same format.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-_SAID = ("text", "output_text")  # kinds of a message's parts that are its text
+_SAID = ("text", "output_text")  # types of the parts of a message that contain its text
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of one answer, as the server counts them."""
+    """Token counts of one answer, as the server reports them."""
 
     prompt: int
     completion: int
@@ -28,13 +28,13 @@ class Usage:
 
 @dataclass(frozen=True)
 class Completion:
-    """One answer.
+    """One answer of the server.
 
     Attributes:
         text: the message's content; empty if there was none.
-        logprobs: for each token of the answer, the log-probability (nats) of the likeliest tokens
-            by their text; None if the server sent none.
-        usage: tokens; None if the server did not count them.
+        logprobs: for each token of the answer, a mapping from the text of the most likely tokens to
+            their log-probability (nats); None if the server sent none.
+        usage: token counts; None if the server did not report them.
         finish: the server's finish_reason, such as `stop` or `length`.
     """
 
@@ -45,7 +45,7 @@ class Completion:
 
     @staticmethod
     def restore(stored: Mapping[str, Any]) -> Completion:
-        """The inverse of `dataclasses.asdict`, through JSON."""
+        """Rebuilds a completion from the JSON of `dataclasses.asdict`."""
         logprobs, usage = stored["logprobs"], stored["usage"]
         return Completion(
             stored["text"],
@@ -56,10 +56,10 @@ class Completion:
 
 
 def parse_completion(body: str) -> Completion:
-    """Reads the body of a reply with status 200.
+    """Parses the body of a reply with status 200.
 
     Raises:
-        ValueError: it is no chat completion; the message says why.
+        ValueError: it is not a chat completion; the message says why.
     """
     try:
         tree = json.loads(body)
@@ -71,7 +71,7 @@ def parse_completion(body: str) -> Completion:
 
 
 def _text(content: Any) -> str:
-    """The text of a message: it may be in parts, of which those that are thoughts say nothing."""
+    """The text of a message, which may be a list of parts; parts with thoughts are left out."""
     if isinstance(content, list):
         return "".join(part["text"] for part in content if part["type"] in _SAID)
     if not isinstance(content, str | None):
@@ -93,7 +93,7 @@ def _logprobs(choice: Mapping[str, Any]) -> tuple[dict[str, float], ...] | None:
 
 
 def _usage(tree: Mapping[str, Any]) -> Usage | None:
-    """The server's count; None if it is not there or no count: the answer is paid for all the same."""
+    """The reported token counts; None if they are missing or malformed: that is not an error."""
     usage: Any = tree.get("usage")
     try:
         found = Usage(int(usage["prompt_tokens"]), int(usage.get("completion_tokens") or 0))

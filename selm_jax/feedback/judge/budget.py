@@ -1,4 +1,4 @@
-"""What asking a judge costs, what it may cost, and the counts of what was asked."""
+"""Counts of a judge's requests, their cost, and a limit on it."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ Timeout = Annotated[float, Range(1e-3)]  # seconds
 
 
 class JudgeError(FeedbackError):
-    """A judge cannot be asked, or what it answers cannot be used."""
+    """A judge cannot be asked, or its answers cannot be used."""
 
 
 class BudgetExceeded(JudgeError):
-    """The next request could cost more than is left. All that was paid for is in the cache."""
+    """The next request could exceed the budget. All answers that were paid for are in the cache."""
 
 
 def check_numbers(declared: Callable[..., Any], settings: Mapping[str, Any]) -> None:
-    """Refuses settings out of the ranges that a function or class declares for them.
+    """Checks settings against the ranges that a function or class declares for them.
 
     Raises:
-        JudgeError: names the setting.
+        JudgeError: a setting is out of range; the message names it.
     """
     for name, numbers in ranges_of(declared).items():
         value = settings.get(name)
@@ -38,15 +38,15 @@ def check_numbers(declared: Callable[..., Any], settings: Mapping[str, Any]) -> 
 
 @dataclass
 class Calls(Tries):
-    """What became of the requests since the client was opened.
+    """Counts of a client's requests and answers since it was opened.
 
     Attributes:
-        asked: answers that were asked for; every one is from the cache, shared, paid or an error.
-        cache_hits: found on disk.
-        shared: asked for while the same request was under way; paid once.
-        answers: whole answers of the server, paid for and stored.
-        without_usage: answers whose tokens the server did not count.
-        prompt_tokens, completion_tokens: of the paid answers, by the server's count.
+        asked: calls for an answer; each is served from the cache, shared, paid for, or fails.
+        cache_hits: answers found on disk.
+        shared: calls made while the same request was under way; paid once.
+        answers: complete answers of the server, paid for and stored.
+        without_usage: answers for which the server reported no token counts.
+        prompt_tokens, completion_tokens: tokens of the paid answers, as reported by the server.
     """
 
     asked: int = 0
@@ -63,20 +63,20 @@ class Calls(Tries):
 
 @dataclass
 class Budget:
-    """A limit on tokens, on money, on both or on none, and what is spent of it.
+    """Optional limits on tokens and on money, and how much of them has been spent.
 
-    It holds for one process: answers from the cache are free, and a resumed run has its whole
-    budget again. Requests under way are set aside at the size of the largest answer so far, so
-    that the limit is crossed only by requests sent before the first answer came back, or by an
-    answer larger than all before it.
+    The budget is for one process: answers from the cache are free, and a resumed run starts with
+    the whole budget again. For each request under way it reserves the size of the largest answer so
+    far. So the limit can be exceeded only by requests sent before the first answer arrived, or by
+    an answer larger than all before it.
 
     Attributes:
-        max_total_tokens: prompt and completion tokens together; None is no limit.
-        max_cost: in the unit of the prices; None is no limit.
-        price_prompt, price_completion: per million tokens; None if unknown.
+        max_total_tokens: limit on prompt and completion tokens together; None is no limit.
+        max_cost: limit on the cost, in the currency of the prices; None is no limit.
+        price_prompt, price_completion: price per million tokens; None if unknown.
 
     Raises:
-        JudgeError: a number that is no limit or price, or a limit on cost without prices.
+        JudgeError: a limit or price is out of range, or there is a limit on cost without prices.
     """
 
     max_total_tokens: Tokens | None = None
@@ -92,7 +92,8 @@ class Budget:
             raise JudgeError("judge: give both price_prompt and price_completion, or neither.")
         if self.max_cost is not None and not self.priced:
             raise JudgeError(
-                "judge: max_cost needs price_prompt and price_completion, per million tokens."
+                "judge: max_cost needs prices. Set price_prompt and price_completion, per million "
+                "tokens."
             )
 
     @property
@@ -104,17 +105,17 @@ class Budget:
         return self.max_total_tokens is not None or self.max_cost is not None
 
     def cost_of(self, usage: Usage) -> float:
-        """In the unit of the prices; 0 without prices."""
+        """The cost of an answer in the currency of the prices; 0 without prices."""
         if self.price_prompt is None or self.price_completion is None:
             return 0.0
         millions = usage.prompt * self.price_prompt + usage.completion * self.price_completion
         return millions / 1e6
 
     def reserve(self) -> None:
-        """Before a request is sent.
+        """Reserves budget for a request. Call it before sending the request.
 
         Raises:
-            BudgetExceeded: it may not be.
+            BudgetExceeded: the request might exceed the budget.
         """
         for name, limit, spent, most in (
             ("max_total_tokens", self.max_total_tokens, self.tokens, self._most_tokens),
@@ -124,14 +125,14 @@ class Budget:
             if limit is not None and (spent >= limit or spent + aside > limit):
                 raise BudgetExceeded(
                     f"judge: the budget {name}: {limit:g} does not allow another request "
-                    f"({spent:.6g} is spent, {aside:.6g} set aside for the requests under way and "
-                    "the next). Every answer that was paid for is in the cache: run again to go "
-                    "on from there, with a higher limit to go further."
+                    f"({spent:.6g} is spent, {aside:.6g} reserved for the requests under way and "
+                    "the next one). All answers paid for are in the cache. Raise the limit and run "
+                    "again to continue from there."
                 )
         self._under_way += 1
 
     def release(self, usage: Usage | None) -> None:
-        """After a request: `usage` of its answer, None if there was none."""
+        """Releases a request's reservation and records the `usage` of its answer, if any."""
         self._under_way -= 1
         if usage is not None:
             cost = self.cost_of(usage)

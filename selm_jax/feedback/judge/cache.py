@@ -1,7 +1,7 @@
-"""Answers that were paid for, on disk: one SQLite file that a killed process cannot spoil.
+"""A cache of paid answers on disk, in an SQLite file that a killed process cannot damage.
 
-An answer is filed under the SHA-256 of all that its request says. It is on the disk before anybody
-sees it, so that whatever was decided with it can be decided again without paying again.
+The key of an answer is the SHA-256 of its whole request. Answers are on disk before they are used,
+so that a run can be repeated without paying again.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from typing import Any
 from selm_jax.feedback.ranker import FeedbackError
 from selm_jax.shell.paths import make_private
 
-_VERSION = 1  # of the table and of what the key is made of
+_VERSION = 1  # of the table and of the way the key is made
 
 
 def request_key(body: Mapping[str, Any], draw: int = 0) -> str:
-    """SHA-256, in hex, of a request: model name, messages (template and texts), sampling.
+    """SHA-256 of a request (model name, messages, sampling settings), in hex.
 
     Args:
         body: the JSON body of the request. The order of its keys does not matter.
-        draw: tells repeated requests of one body apart, where several samples are wanted.
+        draw: number of the sample, if several samples for the same body are wanted.
 
     Raises:
-        FeedbackError: the body is not JSON (a lone surrogate in a text is no character).
+        FeedbackError: the body cannot be written as JSON (such as a text with a lone surrogate).
     """
     try:
         text = json.dumps([body, draw], sort_keys=True, ensure_ascii=False, allow_nan=False)
@@ -38,10 +38,10 @@ def request_key(body: Mapping[str, Any], draw: int = 0) -> str:
 
 
 class AnswerCache:
-    """Answers by key. A context manager; several processes may have the file open.
+    """A cache of answers by key; a context manager. Several processes may use the file at once.
 
     Raises:
-        FeedbackError: the file is not such a cache, or was written by another version.
+        FeedbackError: the file is not such a cache, or another version wrote it.
     """
 
     def __init__(self, file: Path):
@@ -49,7 +49,7 @@ class AnswerCache:
         self._connection: sqlite3.Connection | None = None
 
     def __enter__(self) -> AnswerCache:  # noqa: PYI034  (beartype takes no Self on a method)
-        # Autocommit: every statement is a transaction. Other writers are waited for, a minute.
+        # Autocommit: every statement is a transaction. It waits up to a minute for other writers.
         connection = None
         try:
             make_private(self.file)
@@ -60,7 +60,7 @@ class AnswerCache:
             if version not in (0, _VERSION):
                 raise FeedbackError(
                     f"{self.file}: found version {version} of the judge's cache; expected "
-                    f"{_VERSION}. Name another file with `cache`."
+                    f"{_VERSION}. Choose another file with `cache`."
                 )
             connection.execute(
                 "CREATE TABLE IF NOT EXISTS answers "
@@ -71,8 +71,8 @@ class AnswerCache:
             if connection is not None:
                 connection.close()
             raise FeedbackError(
-                f"{self.file}: cannot be used as a judge's cache: {error}. Name another file with "
-                "`cache`."
+                f"{self.file}: cannot be used as a judge's cache: {error}. Choose another file "
+                "with `cache`."
             ) from error
         except FeedbackError:
             if connection is not None:
@@ -91,15 +91,15 @@ class AnswerCache:
         self._connection = None
 
     def get(self, key: str) -> dict[str, Any] | None:
-        """The answer filed under `key`, or None."""
+        """The answer stored under `key`, or None."""
         row = self._open().execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()
         return None if row is None else json.loads(row[0])
 
     def put(self, key: str, body: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
-        """Files an answer, with its request for people who read the cache. The first one stays.
+        """Stores an answer, unless its key has one, and its request for people to read.
 
         Raises:
-            FeedbackError: the answer could not be written (the disk is full, say).
+            FeedbackError: the answer could not be written, for example because the disk is full.
         """
         row = (key, body["model"], json.dumps(body), json.dumps(answer))
         try:
@@ -108,7 +108,7 @@ class AnswerCache:
             raise FeedbackError(f"{self.file}: an answer could not be written: {error}.") from error
 
     def remove(self, key: str) -> None:
-        """Forgets the answer filed under `key`, if there is one."""
+        """Deletes the answer stored under `key`, if there is one."""
         self._open().execute("DELETE FROM answers WHERE key = ?", (key,))
 
     def _open(self) -> sqlite3.Connection:

@@ -3,7 +3,7 @@
     async with Client("judge-model", cache=file, base_url="http://127.0.0.1:8000/v1") as client:
         completion = await client.complete([{"role": "user", "content": "Hello"}], max_tokens=9)
 
-It knows nothing of rankers; evaluations use it as it is.
+It does not depend on rankers, so evaluations use it too.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ Messages = Sequence[Mapping[str, str]]
 
 
 class Client:
-    """Asks one model of one server, never the same thing twice.
+    """A client for one model of one server that never sends the same request twice.
 
-    An answer is in the cache, on disk, before it is returned. The same request from two tasks at
-    once is sent once. Faults of the way are tried again (`endpoint.Endpoint`). An answer lost on the
-    way may have been paid for: no client can know; only what arrived is counted.
+    An answer is in the cache on disk before it is returned. If two tasks make the same request at
+    once, it is sent once. Temporary faults are retried (`endpoint.Endpoint`). An answer lost on the
+    way may have been paid for, which no client can know; only answers that arrived are counted.
 
-    The API key is read from the environment for each request and kept nowhere. Should the server
-    send it back, it is cut out of what is stored and shown.
+    The API key is read from the environment for each request and is not stored. If the server
+    sends it back, it is removed from what is stored and shown.
 
     Args:
-        model: the name the server knows the model by.
-        cache: file of the answers; see `judge_cache`. It tells models apart by name alone: give two
-            servers that call different models by one name two files.
-        base_url: such as `http://127.0.0.1:8000/v1`; None takes $OPENAI_BASE_URL.
-        key_env: name of the environment variable that holds the API key; None sends no key.
-        concurrency: most requests under way at once.
+        model: the model's name on the server.
+        cache: file of the answers; see `cache.AnswerCache`. It distinguishes models by name only:
+            use two files if two servers have different models of the same name.
+        base_url: such as `http://127.0.0.1:8000/v1`; None uses $OPENAI_BASE_URL.
+        key_env: name of the environment variable that contains the API key; None sends no key.
+        concurrency: maximum number of requests under way at once.
         timeout: seconds for one whole answer.
-        retries: most times one request is sent again.
+        retries: maximum number of retries of one request.
         backoff: seconds before the first retry.
-        budget: what may be spent; kept over several openings of the client.
+        budget: limits on what may be spent; it counts on when the client is opened again.
 
     Raises:
-        JudgeError: a setting that cannot be used, or the key's variable is not set.
+        JudgeError: a setting is invalid, or the environment variable of the key is not set.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Client:
         self._cache = AnswerCache(cache)
         self.cache = self._cache.file
         self._under_way: dict[str, asyncio.Task[Completion]] = {}
-        self._unusable: dict[str, Completion] = {}  # so that one process asks for each only once
+        self._unusable: dict[str, Completion] = {}  # so that a process requests each only once
 
     async def __aenter__(self) -> Client:  # noqa: PYI034  (beartype takes no Self on a method)
         self._cache.__enter__()
@@ -99,8 +99,8 @@ class Client:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # Requests under way are paid for: whatever happened, their answers are waited for and
-        # stored. Those that wait for another try give up.
+        # Requests under way cost money: whatever happened, wait for their answers and store them.
+        # Requests that wait for a retry give up.
         self._endpoint.close_soon()
         await asyncio.gather(*self._under_way.values(), return_exceptions=True)
         await self._endpoint.__aexit__(kind, error, trace)
@@ -120,18 +120,19 @@ class Client:
         """The model's answer to a conversation, from the cache if it is there.
 
         Args:
-            messages: `{"role": ..., "content": ...}` each.
-            max_tokens, temperature: the server's defaults where None.
-            top_logprobs: how many of the likeliest tokens to tell for each token of the answer.
-            draw: number of the sample, where several of one request are wanted.
-            extra: more fields of the request's body, such as `max_completion_tokens`; None takes
-                a field away, such as `max_tokens` for a server that refuses it.
-            usable: whether the answer can be used. One that cannot is no use to a later run either:
-                it is remembered by this client alone and never written to the cache.
+            messages: mappings `{"role": ..., "content": ...}`.
+            max_tokens, temperature: None uses the server's defaults.
+            top_logprobs: for how many of the most likely tokens to request log-probabilities, at
+                each token of the answer.
+            draw: number of the sample, if several samples for the same request are wanted.
+            extra: more fields of the request's body, such as `max_completion_tokens`. A value of
+                None removes a field, such as `max_tokens` for a server that refuses it.
+            usable: whether an answer can be used. This client remembers unusable answers but does
+                not write them to the cache, so that a later run requests them again.
 
         Raises:
-            JudgeError: the answer could not be had.
-            BudgetExceeded: it may not be paid for.
+            JudgeError: the server gave no answer.
+            BudgetExceeded: the request might exceed the budget.
         """
         body = self._body(messages, max_tokens, temperature, top_logprobs, extra)
         key = request_key(body, draw)
@@ -145,11 +146,11 @@ class Client:
             task = asyncio.create_task(self._pay(key, body, usable))
             task.add_done_callback(lambda _: self._under_way.pop(key))
             self._under_way[key] = task
-        # Shielded: a caller that is cancelled does not throw a paid answer away.
+        # Shielded: if the caller is cancelled, the paid answer is still stored.
         return await asyncio.shield(self._under_way[key])
 
     def _known(self, key: str, usable: Callable[[Completion], bool]) -> Completion | None:
-        """The answer that is there already, if there is one."""
+        """The answer from memory or from the cache, if there is one."""
         if key in self._unusable:
             return self._unusable[key]
         if not (stored := self._cache.get(key)):
@@ -167,19 +168,19 @@ class Client:
         read: Callable[[int, Completion], T] = lambda _, answer: answer,
         **sampling: Any,
     ) -> list[T]:
-        """`complete` for each conversation; answers in the order of the conversations.
+        """Calls `complete` for each conversation; returns the answers in the same order.
 
-        After the first error nothing more is sent; answers under way are still stored (by the end
-        of the client's `async with`).
+        After the first error no more requests are sent; answers under way are still stored before
+        the client's `async with` ends.
 
         Args:
-            conversations: drawn from only as requests come free.
-            read: `(number of the conversation, answer)` -> what is kept of the answer; called as
-                answers arrive. Its errors stop the rest as others do.
-            sampling: as in `complete`, `usable` among it.
+            conversations: an iterable; the next item is taken only when a request can be sent.
+            read: `(number of the conversation, answer)` -> the value to return for it; called as
+                answers arrive. If it raises, no more requests are sent.
+            sampling: the other arguments of `complete`, including `usable`.
 
         Raises:
-            JudgeError: as `complete`: the first error of all.
+            JudgeError: the first error of any conversation; see `complete`.
         """
         answers: dict[int, T] = {}
 
@@ -201,10 +202,12 @@ class Client:
         draw: int = 0,
         extra: Mapping[str, Any] | None = None,
     ) -> None:
-        """Takes answers for which `which` is true out of the cache, so that they are asked again.
+        """Deletes answers for which `which` is true from the cache; later calls request them again.
+
+        The client must not be open.
 
         Args:
-            conversations, and the rest: as `complete` was asked. The client is not open.
+            conversations, and the rest: the same arguments that `complete` was called with.
         """
         with self._cache:
             for messages in conversations:
@@ -258,8 +261,8 @@ class Client:
         self.counts.without_usage += 1
         if self.budget.limited:
             raise JudgeError(
-                f"{self.url}: the answer has no `usage`, so the budget cannot be kept. Take away "
-                "max_total_tokens and max_cost, or use a server that counts its tokens."
+                f"{self.url}: the answer has no `usage`, so the budget cannot be enforced. Remove "
+                "max_total_tokens and max_cost, or use a server that reports token counts."
             )
         return completion
 
@@ -268,8 +271,8 @@ class Client:
             return await self._endpoint.ask(body, _read, about=f", model {self.model!r}")
         except ServerError as error:
             raise JudgeError(
-                f"{error}.{_way_out(str(error), body)} Answers that came are in the cache: once this is mended, run again to go "
-                "on from there."
+                f"{error}.{_way_out(str(error), body)} All answers that arrived are in the cache. "
+                "Fix the cause and run again to continue from there."
             ) from None
 
 
@@ -277,25 +280,26 @@ def _read(text: str) -> Completion:
     try:
         return parse_completion(text)
     except ValueError as error:
-        raise ValueError(f"no chat completion ({error})") from None
+        raise ValueError(f"not a chat completion ({error})") from None
 
 
 def _way_out(error: str, body: Mapping[str, Any]) -> str:
-    """What to set where a server refuses a field of the request; "" where it does not say so."""
+    """Advice on settings if the server refuses a field of the request; "" for other errors."""
     if "HTTP status 4" not in error:
         return ""
     if "max_completion_tokens" in error and "max_tokens" in body:
         most = body["max_tokens"]
         return (
-            " This server wants max_completion_tokens in place of max_tokens: set "
-            f"`extra: {{max_tokens: null, max_completion_tokens: {most}}}` in the judge's settings, "
-            f"or give --extra max_tokens=null --extra max_completion_tokens={most} to a benchmark of "
-            "`selm eval`, with room for what the model thinks before it answers."
+            " This server expects max_completion_tokens instead of max_tokens: set "
+            f"`extra: {{max_tokens: null, max_completion_tokens: {most}}}` in the judge's "
+            "settings, or pass --extra max_tokens=null --extra max_completion_tokens="
+            f"{most} to a benchmark of `selm eval`. Allow for the model's thoughts before its "
+            "answer."
         )
     for name in ("temperature", "logprobs", "top_logprobs", "max_tokens"):
         if name in body and re.search(rf"\b{name}\b", error):
             return (
-                f" If this server does not take {name}, leave it out of the request: "
+                f" If this server does not support {name}, leave it out of the request: "
                 f"`extra: {{{name}: null}}` in the judge's settings, or --extra {name}=null for a "
                 "benchmark of `selm eval`."
             )
@@ -306,8 +310,8 @@ def _chat_url(base_url: str | None) -> str:
     base = base_url or os.environ.get("OPENAI_BASE_URL")
     if not base:
         raise JudgeError(
-            "judge: no server. Set base_url, such as http://127.0.0.1:8000/v1, or the environment "
-            "variable OPENAI_BASE_URL."
+            "judge: no server is given. Set base_url, such as http://127.0.0.1:8000/v1, or the "
+            "environment variable OPENAI_BASE_URL."
         )
     try:
         url = checked_url(base, "base_url")

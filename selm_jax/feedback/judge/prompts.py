@@ -1,7 +1,7 @@
-"""What a judge is asked, and how its answer is read. Pure functions of text.
+"""Prompts for a judge and parsers of its answers, as pure functions of text.
 
-An answer that does not say plainly what was asked for is malformed: it reads as None, and what then
-becomes of it is the caller's choice. Nothing is guessed.
+An answer without a clear verdict is malformed. The parsers return None for it and never guess; the
+caller decides what to do.
 """
 
 from __future__ import annotations
@@ -97,29 +97,32 @@ class Template:
     """A conversation with placeholders.
 
     Attributes:
-        messages: (role, text) each.
+        messages: pairs (role, text).
     """
 
     messages: tuple[tuple[str, str], ...]
 
     @staticmethod
     def parse(text: str, needs: Sequence[Sequence[str]], where: str) -> Template:
-        """Reads a template.
+        """Parses a template.
 
         Args:
             text: messages as `<|im_start|>ROLE`, a new line, the text, `<|im_end|>`; without such
-                marks the whole is one user message. White space around a message goes.
-            needs: groups of placeholders' names; the template must use one of each group, and no
-                other names.
-            where: names the template in errors.
+                marks the whole text is one user message. White space around a message is removed.
+            needs: groups of placeholder names; the template must use at least one of each group,
+                and no other names.
+            where: the template's name for errors.
 
         Raises:
-            JudgeError: an unknown placeholder, a group without one, or text outside the marks.
+            JudgeError: a placeholder is unknown or missing, or there is text outside the marks.
         """
         found = tuple((role, content.strip()) for role, content in _MESSAGE.findall(text))
         outside = _MESSAGE.sub("", text).strip()
         if found and outside:
-            raise JudgeError(f"{where}: found text outside the messages: {outside[:80]!r}.")
+            raise JudgeError(
+                f"{where}: found text outside the messages: {outside[:80]!r}. Put it between "
+                "<|im_start|>ROLE and <|im_end|>, or remove it."
+            )
         if not found:
             found = (("user", outside),)
         names = {m[2] for _, content in found for m in _PLACEHOLDER.finditer(content) if m[2]}
@@ -132,11 +135,11 @@ class Template:
         for group in needs:
             if names.isdisjoint(group):
                 wanted = " or ".join(f"{{{name}}}" for name in group)
-                raise JudgeError(f"{where}: the placeholder {wanted} is missing.")
+                raise JudgeError(f"{where}: the placeholder {wanted} is missing. Add it.")
         return Template(found)
 
     def fill(self, values: Mapping[str, str]) -> list[dict[str, str]]:
-        """The messages with every placeholder replaced once: braces in a value stay as they are."""
+        """The messages with all placeholders replaced. Braces in a value are left unchanged."""
 
         def replace(match: re.Match[str]) -> str:
             return values[match[2]] if match[2] else f"{{{match[1]}}}"
@@ -148,10 +151,10 @@ class Template:
 
 
 def read_verdict(answer: Completion) -> float | None:
-    """Of a pairwise answer: 1 for [[A]], 0 for [[B]], 0.5 for [[tie]] or MT-Bench's [[C]].
+    """Reads a pairwise answer: 1 for [[A]], 0 for [[B]], 0.5 for [[tie]] or MT-Bench's [[C]].
 
     Returns:
-        None if there is no verdict, or two that differ.
+        None if there is no verdict, or there are verdicts that differ.
     """
     found = {each.upper() for each in _VERDICT.findall(_after_thinking(answer.text))}
     values = {"A": 1.0, "B": 0.0, "C": 0.5, "TIE": 0.5}
@@ -160,17 +163,20 @@ def read_verdict(answer: Completion) -> float | None:
 
 
 def read_rating(answer: Completion) -> float | None:
-    """Of a pointwise answer: the number in double square brackets.
+    """Reads a pointwise answer: the number in double square brackets.
 
     Returns:
-        None if there is none, or two that differ, or one that is not from 1 to 10.
+        None if there is no number, if there are several that differ, or if it is not from 1 to 10.
     """
     found = {float(each) for each in _RATING.findall(_after_thinking(answer.text))}
     return found.pop() if len(found) == 1 and 1 <= min(found) <= 10 else None
 
 
 def _after_thinking(text: str) -> str:
-    """A verdict that is only thought about is none. Unclosed thoughts leave nothing."""
+    """The text after `</think>`: a verdict inside the thoughts does not count.
+
+    Thoughts without an end leave nothing.
+    """
     before, _, after = text.rpartition("</think>")
     return "" if not before and after.lstrip().startswith("<think>") else after
 
@@ -178,12 +184,12 @@ def _after_thinking(text: str) -> str:
 def weighted_preference(answer: Completion) -> float | None:
     """AlpacaEval 2's preference for the second of two outputs, called m and M, from 0 to 1.
 
-    P(M) / (P(m) + P(M)) at the first token, where a token that is not among the likeliest has
-    probability 0: `preference` - 1 of weighted_alpaca_eval_gpt4_turbo.
+    It is P(M) / (P(m) + P(M)) at the first token; a token that is not among the reported ones has
+    probability 0. This equals `preference` - 1 of weighted_alpaca_eval_gpt4_turbo.
 
     Returns:
-        None if neither is among them, or the answer has no log-probabilities: llama.cpp leaves them
-        out of one whose token is part of a character.
+        None if neither token is reported, or the answer has no log-probabilities: llama.cpp omits
+        them if the token is part of a character.
     """
     first = answer.logprobs[0] if answer.logprobs else {}
     m, M = first.get("m", -math.inf), first.get("M", -math.inf)

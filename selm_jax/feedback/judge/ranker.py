@@ -1,11 +1,12 @@
-"""A language model as the judge, behind any OpenAI-compatible server.
+"""A ranker that asks a language model (the judge) behind any OpenAI-compatible server.
 
-Three forms, each a way from answers to one score per candidate:
+There are three forms of judging, each of which gives one score per candidate:
 
-* `pairwise`: every two candidates are compared in both orders. A win counts 1, a tie 1/2; two
-  orders that disagree are a tie. The score is the mean over all other candidates, from 0 to 1.
-* `logprob`: as pairwise, but AlpacaEval 2's way: the judge answers with one token, and what counts
-  is its probability (`judge_prompts.weighted_preference`). The two orders are averaged.
+* `pairwise`: every two candidates are compared in both orders. A win counts 1, a tie 1/2; if the
+  two orders disagree, the result is a tie. The score is the mean over all other candidates, from 0
+  to 1.
+* `logprob`: as pairwise, but as AlpacaEval 2 does it: the judge answers with one token, and the
+  token's probability counts (`prompts.weighted_preference`). The two orders are averaged.
 * `pointwise`: each candidate is rated alone; the score is the rating, from 1 to 10.
 
 n candidates cost n (n - 1) requests in the first two forms and n in the third. Equal texts are a
@@ -46,8 +47,8 @@ from selm_jax.weights.sources import cache_root
 
 T = TypeVar("T")
 
-# The first name of each group is ours; the others are those of AlpacaEval's and MT-Bench's
-# templates, which so can be used as they are.
+# The first name of each group is ours. The others are those of AlpacaEval and MT-Bench, so that
+# their templates can be used unchanged.
 _PROMPT = ("conversation", "prompt", "instruction", "question")
 _ONE = ("response", "answer", "output")
 _FIRST = ("response_a", "answer_a", "output_1")
@@ -55,9 +56,10 @@ _SECOND = ("response_b", "answer_b", "output_2")
 
 
 class Form(NamedTuple):
-    """How one kind of judge is asked and read.
+    """The prompt, parser and sampling settings of one form of judging.
 
-    `read` gives a rating, or how far the first response won, from 0 to 1; None: malformed.
+    `read` returns a rating, or a number from 0 to 1 for how far the first response won, or None for
+    a malformed answer.
     """
 
     template: str
@@ -76,9 +78,9 @@ def _first_wins(answer: Completion) -> float | None:
 FORMS: Mapping[str, Form] = {
     "pairwise": Form(PAIRWISE, (_FIRST, _SECOND), read_verdict, 1024, 0.0),
     "pointwise": Form(POINTWISE, (_ONE,), read_rating, 1024, 0.0),
-    # AlpacaEval 2's settings, one token and the five likeliest told, but for its temperature of 1:
-    # vLLM tells the token that is drawn among the five, in place of the fifth likeliest. What it tells
-    # are the probabilities before the temperature.
+    # AlpacaEval 2's settings, one token and five log-probabilities, except for its temperature of
+    # 1: vLLM reports the sampled token among the five, in place of the fifth most likely one. The
+    # probabilities it reports are those before the temperature.
     "logprob": Form(LOGPROB, (_FIRST, _SECOND), _first_wins, 1, 0.0, 5),
 }
 _COUNTED = ("comparisons", "ratings", "malformed", "disagreements", "dropped")
@@ -90,15 +92,16 @@ class JudgeRanker:
     """A judge as a ranker. Build it with `judge`.
 
     Attributes:
-        client: asks the server; its cache and its budget last.
-        form: a name of `FORMS`.
-        template: with the placeholders of the form.
-        sampling: of every request; see `Client.complete`.
+        client: sends the requests; its cache and budget persist between calls of `scores`.
+        form: a name in `FORMS`.
+        template: the prompt, with the placeholders of the form.
+        sampling: arguments for every request; see `Client.complete`.
         on_malformed: see `judge`.
-        counts: `comparisons` or `ratings`, `malformed` answers, `disagreements` (comparisons
-            whose two orders name different winners), `dropped` prompts; of the last `scores`.
-        unread: which answer of the last `scores` was the first malformed one, and how it ends.
-        watch: of all answers so far, and what stops a judge that is hardly ever understood.
+        counts: counts of the last `scores`: `comparisons` or `ratings`, `malformed` answers,
+            `disagreements` (comparisons whose two orders name different winners), and `dropped`
+            prompts.
+        unread: a description of the first malformed answer of the last `scores`.
+        watch: counts all answers so far, and stops the run if most of them are malformed.
     """
 
     client: Client
@@ -120,19 +123,19 @@ class JudgeRanker:
     ) -> list[Float64[np.ndarray, " candidates"]]:
         """One float64 array `[candidates]` per question; see `ranker.Ranker`.
 
-        A score is NaN where the judge said nothing that could be read: of a rating that was not,
-        of a response none of whose comparisons were, and with `on_malformed: drop` of all responses
-        to a prompt one of whose comparisons was not.
+        A score is NaN if the judge's answers about it are malformed: the rating, or all comparisons
+        of the response. With `on_malformed: drop`, one malformed comparison makes the scores of all
+        responses to its prompt NaN.
 
         Raises:
-            JudgeError: the server could not be asked, or (`on_malformed: error`) its answer not
-                read, or most of its answers are not. Those that could be read are in the cache.
+            JudgeError: the server gave no answer, most answers are malformed, or (with
+                `on_malformed: error`) one is. The readable answers are in the cache.
             BudgetExceeded: the budget is spent.
         """
         check_questions(self.name, questions, candidates)
         self.counts.clear()
         self.unread.clear()
-        # Equal texts are judged once: the same request would be the same answer anyhow.
+        # Equal texts are judged once: the same request would have the same answer.
         texts = [list(dict.fromkeys(each)) for each in candidates]
         values = iter(_run(self._values(questions, texts)))
         found = []
@@ -145,7 +148,7 @@ class JudgeRanker:
         return check_scores(self.name, questions, candidates, found, unread)
 
     def report(self) -> dict[str, int | float]:
-        """Counts of the last `scores`: the client's and the ranker's; `cost` if prices are set."""
+        """Counts of the last `scores` by the client and the ranker; `cost` if prices are set."""
         client = self.client
         report = client.counts.as_dict() | {key: self.counts[key] for key in _COUNTED}
         if client.budget.priced:
@@ -160,7 +163,7 @@ class JudgeRanker:
     async def _values(
         self, questions: Sequence[Question], texts: Sequence[Sequence[str]]
     ) -> list[float | None]:
-        """What each request's answer says, in the order of the requests; None: malformed."""
+        """The value read from each answer, in the order of the requests; None if malformed."""
         ids = [q.id for q, each in zip(questions, texts, strict=True) for _ in self._asks(each)]
 
         def conversations() -> Iterator[Messages]:
@@ -187,8 +190,8 @@ class JudgeRanker:
                 self.unread.append(about)
             if self.on_malformed == "error":
                 raise JudgeError(
-                    f"ranker {self.name!r}, prompt {ids[index]!r}: the judge's answer says nothing "
-                    f"that can be read: {ends}. Change the template, or set on_malformed."
+                    f"ranker {self.name!r}, prompt {ids[index]!r}: the judge's answer has no "
+                    f"verdict that can be read: {ends}. Change the template, or set on_malformed."
                 )
             self.watch.add(about)
             return None
@@ -199,19 +202,22 @@ class JudgeRanker:
             )
 
     def _end_of(self, answer: Completion) -> str:
-        """How an answer that could not be read ends, and what it lacks, in words."""
+        """Describes a malformed answer for an error: its end, and what is missing."""
         lacks = ""
         if self.form == "logprob" and not answer.logprobs:
             lacks = (
-                ", without log-probabilities; a server that sends no `logprobs` with `top_logprobs` "
-                "has to be asked with form: pairwise"
+                ", without log-probabilities; use form: pairwise with a server that does not "
+                "support `logprobs` and `top_logprobs`"
             )
         return f"{answer.text[-200:]!r} (finish: {answer.finish}{lacks})"
 
     def _wins(
         self, asked: Sequence[float | None], candidates: Sequence[int]
     ) -> Float[np.ndarray, " candidates"]:
-        """Mean wins; `asked` goes over ordered pairs of texts, `candidates` says whose text."""
+        """Each candidate's mean wins, from the values of all ordered pairs of different texts.
+
+        `candidates` has the index of each candidate's text.
+        """
         count = max(candidates, default=-1) + 1
         first = dict(zip(itertools.permutations(range(count), 2), asked, strict=True))
         won, unread = np.full((count, count), 0.5), np.eye(count, dtype=bool)
@@ -228,10 +234,10 @@ class JudgeRanker:
             elif not disagree:
                 won[i, j] = one
             won[j, i] = 1 - won[i, j]
-        if count < 2:  # nothing was asked: one response, or several that are the same
+        if count < 2:  # no requests: one response, or several with the same text
             return np.full(len(candidates), 0.5)
         of_each = won[np.ix_(candidates, candidates)]
-        scores = (of_each.sum(1) - 0.5) / (len(candidates) - 1)  # but for itself
+        scores = (of_each.sum(1) - 0.5) / (len(candidates) - 1)  # without itself
         if self.on_malformed == "drop" and unread.sum() > count:
             return np.full(len(candidates), np.nan)
         scores[np.take(unread.all(axis=1), candidates)] = np.nan
@@ -267,27 +273,26 @@ def judge(
     """A judge behind an OpenAI-compatible server.
 
     Args:
-        model: the name the server knows the judge by.
+        model: the judge's name on the server.
         form: `pairwise`, `pointwise` or `logprob`; see the top of this file.
-        base_url, key_env, concurrency, timeout, retries, backoff: see `judge_client.Client`.
-        template: path of a text file in place of the form's own template; see `Template.parse`.
+        base_url, key_env, concurrency, timeout, retries, backoff: see `client.Client`.
+        template: path of a text file to use instead of the form's template; see `Template.parse`.
             Placeholders: {conversation} or {prompt} (the last user turn), and {response}, or
-            {response_a} and {response_b}; AlpacaEval's and MT-Bench's names work too. Pairwise
-            answers must say [[A]], [[B]], [[tie]] or [[C]] (a tie), pointwise ones such as [[7]],
-            logprob ones m (the first) or M.
-        on_malformed: what an answer that says nothing readable does. `tie`: its comparison is a
-            tie beside those of the response that could be read (the default; not for pointwise);
-            a response without any has no score. `drop`: no candidate of the prompt that was
-            compared has a score; of those that were rated, those that could be read have (the
-            default for pointwise). `error`: stops. A prompt one of whose candidates has no score
-            gives no pair.
-        max_tokens, temperature: of the judge's answer; 1024 and 0 by default, 1 and 0 for logprob.
+            {response_a} and {response_b}; AlpacaEval's and MT-Bench's names work too. The judge
+            must answer [[A]], [[B]], [[tie]] or [[C]] (a tie) if pairwise, a number such as [[7]]
+            if pointwise, and m (the first) or M if logprob.
+        on_malformed: what to do with an answer that cannot be read. `tie` (the default; not for
+            pointwise): the comparison is a tie; a response without any readable comparison has no
+            score. `drop` (the default for pointwise): after a malformed comparison no candidate of
+            the prompt has a score; a malformed rating leaves only its own candidate without one.
+            `error`: stop. A prompt with a candidate that has no score gives no pair.
+        max_tokens, temperature: of the judge's answer; by default 1024 and 0 (logprob: 1 and 0).
         extra: more fields of the request's body; see `Client.complete`.
         cache: file of the paid answers; by default `judge.sqlite` in the cache folder of selm_jax.
-        max_total_tokens, max_cost, price_prompt, price_completion: see `judge_budget.Budget`.
+        max_total_tokens, max_cost, price_prompt, price_completion: see `budget.Budget`.
 
     Raises:
-        JudgeError: a setting that cannot be used; a template without its placeholders.
+        JudgeError: a setting is invalid, or the template lacks a placeholder.
     """
     if form not in FORMS:
         raise JudgeError(
@@ -299,7 +304,7 @@ def judge(
     if policy not in MALFORMED or (pointwise and policy == "tie"):
         raise JudgeError(
             f"judge: on_malformed is {policy!r}; expected one of {', '.join(MALFORMED)}"
-            f"{', and not tie: a rating is no comparison' if pointwise else ''}."
+            f"{', but not tie: a rating is not a comparison' if pointwise else ''}."
         )
     facts = FORMS[form]
     sampling = {
@@ -335,14 +340,14 @@ def _template(path: str | None, form: Form) -> Template:
 
 
 def _conversation(question: Question) -> str:
-    """The prompt alone, or all turns, each under its role."""
+    """The prompt if there is one message; otherwise all messages, each with its role."""
     if len(question.messages) < 2:
         return question.prompt
     return "\n\n".join(f"{m.role.capitalize()}: {m.content}" for m in question.messages)
 
 
 def _run(work: Coroutine[Any, Any, T]) -> T:
-    """Runs to the end; in a notebook, whose thread runs a loop already, in another thread."""
+    """Runs a coroutine to its end; in another thread if this one has an event loop (a notebook)."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:

@@ -1,7 +1,7 @@
-"""Answers of a judge that say nothing readable: how many there are, and when they are too many.
+"""Counts a judge's malformed answers, and stops when there are too many.
 
-A few of them cost a pair or a number each. A judge most of whose answers cannot be read is the wrong
-model, or has the wrong template, and is stopped before it has been asked everything.
+A few malformed answers only cost a pair or a number each. If most answers are malformed, the model
+or the template is wrong, and the run stops before it has paid for all requests.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ PATIENCE = 20
 
 
 class UnreadableJudge(JudgeError):
-    """Most of a judge's answers cannot be read."""
+    """Most of a judge's answers are malformed."""
 
 
 @dataclass
 class Unread:
-    """Counts a judge's answers over all its `scores`.
+    """Counts a judge's answers over all calls of `scores`.
 
     Attributes:
-        judge: names it in errors.
-        patience: so many unreadable answers, and more than half of all, stop it.
-        or_else: another way out than to change the judge, for the error; a sentence.
-        answers, malformed: so far.
-        first: the first malformed one, in words; "" if there is none.
+        judge: the judge's name for errors.
+        patience: stop when this many answers, and more than half of all, are malformed.
+        or_else: a sentence for the error with an alternative to changing the judge.
+        answers, malformed: counts so far.
+        first: a description of the first malformed answer; "" if there is none.
     """
 
     judge: str
@@ -37,15 +37,18 @@ class Unread:
     first: str = ""
 
     def restart(self, patience: int, or_else: str) -> None:
-        """Counts from nothing again, with this patience."""
+        """Sets all counts to 0, and the patience and the alternative to these."""
         self.patience, self.or_else = patience, or_else
         self.answers, self.malformed, self.first = 0, 0, ""
 
     def add(self, about: str | None) -> None:
-        """Counts one answer: `about` is None if it could be read, else says which it is and how it ends.
+        """Counts one answer.
+
+        Args:
+            about: None if the answer could be read; otherwise a description of it.
 
         Raises:
-            UnreadableJudge: they are too many now.
+            UnreadableJudge: too many answers are malformed.
         """
         self.answers += 1
         if about is None:
@@ -56,10 +59,10 @@ class Unread:
             self.end()
 
     def end(self) -> None:
-        """Looks once more when nothing else is asked, which may have been too little for `add`.
+        """Checks the counts after the last answer, even if there are fewer than `patience`.
 
         Raises:
-            UnreadableJudge: most answers could not be read.
+            UnreadableJudge: most answers are malformed.
         """
         if mostly(self.malformed, self.answers):
             raise too_many(self.judge, self.malformed, self.answers, self.first, self.or_else)
@@ -74,7 +77,8 @@ def too_many(
 ) -> UnreadableJudge:
     such = f", such as {example}" if example else ""
     return UnreadableJudge(
-        f"{judge}: {malformed} of the first {answers} answers could not be read{such}. Ask another "
-        "model, or change the judge's form, template or max_tokens. They are not kept: when the judge "
-        f"is mended, the same command asks for them again.{or_else and f' {or_else}'}"
+        f"{judge}: {malformed} of the first {answers} answers could not be read{such}. Use another "
+        "model, or change the judge's form, template or max_tokens. Unreadable answers are not "
+        "kept: the same command requests them again after the judge is fixed."
+        f"{or_else and f' {or_else}'}"
     )

@@ -1,1 +1,1 @@
-"""Rankers that are models: PairRM, which reads two answers side by side, and reward models."""
+"""Rankers that are neural networks: PairRM, which compares two answers, and reward models."""

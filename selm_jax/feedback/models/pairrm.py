@@ -1,15 +1,16 @@
-"""PairRM, the ranker of the SELM paper: reads two responses side by side, says which is better.
+"""PairRM, the ranker of the SELM paper: reads two responses together and says which is better.
 
-Model: Jiang et al. 2023 (LLM-Blender, arXiv 2306.02561). A pair is read as three segments
+Model: Jiang et al. 2023 (LLM-Blender, arXiv 2306.02561). The input of a pair has three segments
 
     [CLS] <|source|> S [SEP]  [CLS] <|candidate1|> A [SEP]  [CLS] <|candidate2|> B [SEP]
 
-and gives logit(A, B), above 0 where A is better. It is not antisymmetric: the order counts. So
-scores compare all candidates of a prompt in both orders, score_i = mean over j of logit(i, j) -
-logit(j, i).
+and the output is logit(A, B), above 0 if A is better. It is not antisymmetric: the order matters.
+So the scores compare all candidates of a prompt in both orders: score_i = mean over j of
+logit(i, j) - logit(j, i).
 
-A source longer than its budget is cut at the end, and so is a candidate; each candidate has 412
-tokens, and half of what the source leaves of its 1224. Cut texts are counted (`PairRM.report`).
+A source or candidate that exceeds its token budget is cut at the end. The source's budget is 1224
+tokens; each candidate's is 412 plus half of what the source does not use. Cut texts are counted
+(`PairRM.report`).
 """
 
 from __future__ import annotations
@@ -46,14 +47,14 @@ from selm_jax.weights.sources import resolve
 COMPATS = ("per_row", "llm_blender")
 MODES = ("[A,B]+[B,A]", "[A,B]", "[B,A]")
 
-# LLM-Blender's default batches, by which its budgets depend on the rows beside a row.
+# LLM-Blender's default batch sizes: its budgets depend on the other rows of the batch.
 _BLENDER_RANK, _BLENDER_COMPARE = 8, 4
 
 _COUNTED = ("sources", "sources_cut", "candidates", "candidates_cut", "comparisons")
 
 
 class Comparison(NamedTuple):
-    """Candidates of row `row` to be read side by side, in this order."""
+    """Two candidates of row `row` to compare, in this order."""
 
     row: int
     first: int
@@ -61,7 +62,7 @@ class Comparison(NamedTuple):
 
 
 class _Row(NamedTuple):
-    """A source and its candidates as token ids with their special tokens, cut to their budgets."""
+    """A source and its candidates as token ids with special tokens, cut to their budgets."""
 
     source: Ids
     candidates: list[Ids]
@@ -72,7 +73,7 @@ class _Row(NamedTuple):
 
 
 class PairRM:
-    """PairRM as a ranker (see `ranker.Ranker`), and its comparisons by themselves."""
+    """PairRM as a ranker (see `ranker.Ranker`), with methods for single comparisons."""
 
     name = "pairrm"
     relative = True
@@ -89,12 +90,12 @@ class PairRM:
         batch: int = 16,
         folder: Path | None = None,
     ):
-        """`pairrm` builds one from a folder and says what the settings mean.
+        """Use `pairrm` to build one from a folder; it documents the settings.
 
         Args:
-            params: of `PairScorer`, replicated on the mesh.
-            mesh: batches are cut over its axis `data`.
-            folder: where they come from.
+            params: parameters of `PairScorer`, replicated on the mesh.
+            mesh: batches are split over its axis `data`.
+            folder: the folder that the parameters come from.
         """
         self.folders = () if folder is None else (folder,)
         self.config, self._params, self._tokens, self._mesh = config, params, tokens, mesh
@@ -106,15 +107,15 @@ class PairRM:
     def scores(
         self, questions: Sequence[Question], candidates: Sequence[Sequence[str]]
     ) -> list[Float64[np.ndarray, " candidates"]]:
-        """One float64 array `[candidates]` per question: n (n - 1) comparisons each.
+        """One float64 array `[candidates]` per question, from n (n - 1) comparisons each.
 
-        What is read: the text of the last user turn. A question with earlier answers is put in
-        LLM-Blender's form for conversations (`conversation`). A system message has no place in
-        either and is left out, as in the authors' own rankings.
+        The source is the text of the last user turn. A question with earlier answers is written in
+        LLM-Blender's form for conversations (`conversation`). Neither includes a system message,
+        as in the authors' own rankings.
 
         Raises:
-            FeedbackError: questions and candidates do not belong together, turns that do not take
-                turns, or a score that is not finite.
+            FeedbackError: questions and candidates do not match, the roles of a conversation do not
+                alternate, or a score is not finite.
         """
         check_questions(self.name, questions, candidates)
         self._counts.clear()
@@ -123,7 +124,7 @@ class PairRM:
         return check_scores(self.name, questions, candidates, [mean_wins(m) for m in matrices])
 
     def report(self) -> dict[str, float]:
-        """Counts of the last `scores` (and of comparisons since): texts read, texts cut, forwards.
+        """Counts since the start of the last `scores`: texts read, texts cut, and comparisons.
 
         Keys: `sources`, `sources_cut`, `candidates`, `candidates_cut`, `comparisons`.
         """
@@ -132,7 +133,7 @@ class PairRM:
     def matrices(
         self, sources: Sequence[str], candidates: Sequence[Sequence[str]]
     ) -> list[Float64[np.ndarray, "n n"]]:
-        """Per source all logits: entry (i, j) is logit(i, j), 0 on the diagonal."""
+        """One matrix of logits per source: entry (i, j) is logit(i, j), 0 on the diagonal."""
         rows = self._encode(sources, candidates, _BLENDER_RANK)
         pairs = [
             Comparison(r, i, j)
@@ -149,11 +150,11 @@ class PairRM:
     def ranks(
         self, sources: Sequence[str], candidates: Sequence[Sequence[str]]
     ) -> list[Int[np.ndarray, " candidates"]]:
-        """Per source the candidates' ranks from 1, the best; equal scores share the better rank."""
+        """The candidates' ranks per source, 1 is best; equal scores share the better rank."""
         return [ranks(mean_wins(m)) for m in self.matrices(sources, candidates)]
 
     def logits(self, pairs: Sequence[tuple[str, str, str]]) -> Float64[np.ndarray, " pairs"]:
-        """logit(A, B) of each (source, A, B), above 0 where A is better."""
+        """The logits of triples (source, A, B); above 0 if A is better."""
         return self.compare(*(zip(*pairs, strict=True) if pairs else ((), (), ())), mode="[A,B]")
 
     def compare(
@@ -163,14 +164,14 @@ class PairRM:
         second: Iterable[str],
         mode: str = "[A,B]+[B,A]",
     ) -> Float64[np.ndarray, " pairs"]:
-        """Compares A (`first`) with B (`second`).
+        """Compares A (`first`) with B (`second`) for each source.
 
         Args:
-            mode: `[A,B]+[B,A]` gives logit(A, B) - logit(B, A), above 0 where A is better;
-                `[A,B]` gives logit(A, B); `[B,A]` gives logit(B, A), above 0 where B is better.
+            mode: `[A,B]+[B,A]` gives logit(A, B) - logit(B, A), above 0 if A is better; `[A,B]`
+                gives logit(A, B); `[B,A]` gives logit(B, A), above 0 if B is better.
 
         Raises:
-            FeedbackError: unknown mode.
+            FeedbackError: the mode is unknown.
         """
         check_choice("pairrm", "mode", mode, MODES)
         both = [[a, b] for a, b in zip(first, second, strict=True)]
@@ -187,17 +188,17 @@ class PairRM:
     def best_of(
         self, sources: Sequence[str], candidates: Sequence[Sequence[str]], seed: int | None = None
     ) -> list[int]:
-        """Per source the index of the candidate that is left after one bubble pass.
+        """The index of each source's best candidate, found in one pass over the candidates.
 
-        n - 1 comparisons in both orders, against n (n - 1) / 2 for `ranks`. The winner so far
-        meets the next candidate; the next one wins a tie, as in LLM-Blender. Preferences that go in
-        a circle make the outcome depend on the order.
+        This takes n - 1 comparisons in both orders, and `ranks` n (n - 1) / 2. Each comparison is
+        between the winner so far and the next candidate, which wins a tie, as in LLM-Blender. If
+        the preferences are cyclic, the result depends on the order of the candidates.
 
         Args:
-            seed: of the order of each source's candidates; None is the order given.
+            seed: shuffles each source's candidates first; None keeps the given order.
 
         Raises:
-            FeedbackError: a source without candidates.
+            FeedbackError: a source has no candidates.
         """
         if empty := [r for r, each in enumerate(candidates) if not each]:
             raise FeedbackError(
@@ -223,11 +224,15 @@ class PairRM:
     def _encode(
         self, sources: Sequence[str], candidates: Sequence[Sequence[str]], beside: int
     ) -> list[_Row]:
-        """`beside`: rows that share their candidates' budget under `compat: llm_blender`."""
+        """Encodes sources and candidates as token ids, cut to their budgets.
+
+        Args:
+            beside: how many rows share one candidate budget under `compat: llm_blender`.
+        """
         if len(sources) != len(candidates):
             raise FeedbackError(
-                f"pairrm: found {len(sources)} sources and candidates for {len(candidates)}; "
-                "expected as many."
+                f"pairrm: found {len(sources)} sources and {len(candidates)} lists of candidates; "
+                "expected one list per source."
             )
         blender = self._compat == "llm_blender"
         flat = [text for each in candidates for text in each]
@@ -255,7 +260,7 @@ class PairRM:
     def _logits(
         self, rows: Sequence[_Row], pairs: Sequence[Comparison]
     ) -> Float64[np.ndarray, " pairs"]:
-        """Each comparison's logit. Equal texts are compared once, so their scores are equal."""
+        """The logit of each comparison. Equal texts are compared once: their scores are equal."""
         same = [_first_equal(row.candidates) for row in rows]
         meant = [Comparison(r, same[r][i], same[r][j]) for r, i, j in pairs]
         todo = sorted(set(meant), key=lambda p: (-rows[p.row].length(p), p))
@@ -268,14 +273,14 @@ class PairRM:
         return np.array([logit[pair] for pair in meant], np.float64)
 
     def _run(self, rows: Sequence[_Row], todo: Sequence[Comparison], part: Part) -> jax.Array:
-        """The logits of a part, then of rows that fill up; [rows], on the devices."""
+        """The logits `[rows]` of a part's comparisons, then of padding rows; on the devices."""
         tokens = np.full((part.rows, part.time), self._tokens.pad, np.int32)
         lengths = np.ones(part.rows, np.int32)
         prefixes = np.zeros((part.rows, 3), np.int32)
         for n, (r, i, j) in enumerate(todo[part.items.start : part.items.stop]):
             segments = (rows[r].source, rows[r].candidates[i], rows[r].candidates[j])
             starts = np.cumsum([0, *map(len, segments)])
-            lengths[n], prefixes[n] = starts[-1], starts[:3] + 1  # behind each [CLS]
+            lengths[n], prefixes[n] = starts[-1], starts[:3] + 1  # after each [CLS]
             tokens[n, : starts[-1]] = np.concatenate(segments)
             tokens[n, prefixes[n]] = self._tokens.prefix_ids
         return self._forward(self._params, *place_rows((tokens, lengths, prefixes), self._mesh))
@@ -283,13 +288,13 @@ class PairRM:
 
 def program(config: PairRMConfig, dtype: Any, *, on_cpu: bool) -> Any:
     """The jitted `(params, tokens, lengths, prefixes) -> logits`; see `PairScorer`."""
-    # On CPU one head's scores stay in the cache; four fill an accelerator well.
+    # Heads computed at once: on CPU the scores of one fit in the cache; accelerators prefer four.
     scorer = PairScorer(config.encoder, config.tasks, dtype, 1 if on_cpu else 4)
     return jax.jit(lambda params, *inputs: scorer.apply({"params": params}, *inputs))
 
 
 def mean_wins(matrix: Float64[np.ndarray, "n n"]) -> Float64[np.ndarray, " n"]:
-    """score_i = sum over j of (C[i, j] - C[j, i]) / n: LLM-Blender's, the diagonal in the mean."""
+    """LLM-Blender's scores, score_i = sum over j of (C[i, j] - C[j, i]) / n, diagonal included."""
     return (matrix - matrix.T).mean(axis=1) if len(matrix) else np.zeros(0)
 
 
@@ -299,22 +304,22 @@ def pairrm(
     dtype: str = "auto",
     batch: Annotated[int, BATCH] | None = None,
 ) -> PairRM:
-    """PairRM from a folder or a Hub id (`llm-blender/PairRM-hf`), on all devices of this process.
+    """Loads PairRM from a folder or a Hub id (`llm-blender/PairRM-hf`) onto all local devices.
 
     Args:
         folder: config.json, tokenizer.json and safetensors, in either published layout.
-        compat: `per_row` cuts each row by itself, as the model's own recipe for transformers does.
+        compat: `per_row` cuts each row by itself, like the model's own recipe for transformers.
             `llm_blender` cuts as that package does: a candidate's budget depends on the longest
-            source among the 8 rows (4 in `compare` and `logits`) that were given together, which
-            the parts of a run's ranking do not cut, and `[SEP]` in a text becomes a space.
-        dtype: of activations and matrices: `auto` (bfloat16, but float32 on CPU), `float32` or
-            `bfloat16`. Softmax, norms and the head are float32 always.
-        batch: pairs of 512 tokens that one device computes at once; longer ones go together in
-            smaller number. None is 16, but 2 on CPU, whose caches hold no more.
+            source among the 8 rows of its group (4 in `compare` and `logits`), and `[SEP]` in a
+            text becomes a space. A run never splits such a group.
+        dtype: dtype of activations and matrices: `auto` (bfloat16, but float32 on CPU), `float32`
+            or `bfloat16`. Softmax, norms and the head are always float32.
+        batch: how many pairs of 512 tokens one device computes at once (fewer if they are longer).
+            None is 16, but 2 on CPU, because of its smaller caches.
 
     Raises:
-        FeedbackError: an unknown setting, or a tokenizer that does not fit.
-        SourceError: no such folder or Hub id, or no safetensors in it; pickled weights
+        FeedbackError: a setting is unknown, or the tokenizer does not fit the model.
+        SourceError: there is no such folder or Hub id, or no safetensors in it; pickled weights
             (`pytorch_model.bin`) are never read.
         UnsupportedModel: config.json describes another model.
         WeightsError: the tensors are not those of the model.
@@ -335,6 +340,6 @@ def pairrm(
 
 
 def _first_equal(texts: Sequence[Ids]) -> list[int]:
-    """For each text the index of the first that equals it."""
+    """For each text, the index of the first text that equals it."""
     first: dict[bytes, int] = {}
     return [first.setdefault(ids.tobytes(), i) for i, ids in enumerate(texts)]

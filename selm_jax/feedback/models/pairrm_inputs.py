@@ -1,4 +1,4 @@
-"""What PairRM reads: texts as segments of token ids, and conversations as texts."""
+"""PairRM's inputs: texts as segments of token ids, and conversations as texts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _TURNS = (
 
 
 class PairTokens:
-    """Texts to segments. The tokenizer is the folder's tokenizer.json, in the `tokenizers` library.
+    """Encodes texts as PairRM's segments, with the tokenizer.json of the model's folder.
 
     Raises:
         FeedbackError: the tokenizer is missing, lacks a special token, or does not fit the model.
@@ -38,8 +38,8 @@ class PairTokens:
         file = Path(folder) / FILE
         if not file.is_file():
             raise FeedbackError(
-                f"ranker 'pairrm': {file} is missing. Take it from llm-blender/PairRM-hf, or write "
-                "it once with transformers: AutoTokenizer.from_pretrained('microsoft/"
+                f"ranker 'pairrm': {file} is missing. Take it from llm-blender/PairRM-hf, or "
+                "create it with transformers: AutoTokenizer.from_pretrained('microsoft/"
                 f"deberta-v3-large').save_pretrained({str(folder)!r})"
             )
         try:
@@ -47,48 +47,50 @@ class PairTokens:
         except ChatError as e:
             raise FeedbackError(f"ranker 'pairrm': {e}") from e
         known = self._tokenizer.token_to_id
-        # As transformers' add_tokens does it, which is how PairRM's four came behind DeBERTa's.
+        # Like transformers' add_tokens, which appended PairRM's four tokens to DeBERTa's.
         new = [t for t in (SOURCE, FIRST, SECOND, EITHER) if known(t) is None]
         self._tokenizer.add_tokens([AddedToken(t, normalized=True) for t in new])
         names = ("[CLS]", "[SEP]", "[PAD]", SOURCE, FIRST, SECOND)
         found = [i for i in map(known, names) if i is not None]
         if len(found) < len(names):
             lacking = ", ".join(name for name in names if known(name) is None)
-            raise FeedbackError(f"ranker 'pairrm': {file} has no token {lacking}")
+            raise FeedbackError(
+                f"ranker 'pairrm': {file} has no token {lacking}; expected PairRM's tokenizer"
+            )
         self._cls, self._sep, self.pad, *_ = found
         self.prefix_ids = tuple(found[3:])
         if config.prefix_ids not in (None, self.prefix_ids):
             raise FeedbackError(
-                f"ranker 'pairrm': {file} gives the prefix tokens the ids {self.prefix_ids}, "
-                f"config.json {config.prefix_ids}"
+                f"ranker 'pairrm': {file} gives the prefix tokens the ids {self.prefix_ids}, but "
+                f"config.json the ids {config.prefix_ids}; take both files from one source"
             )
         if (most := max(found)) >= config.encoder.vocab_size:
             raise FeedbackError(
-                f"ranker 'pairrm': {file} has token ids up to {most}, the model's embedding only "
-                f"{config.encoder.vocab_size} rows"
+                f"ranker 'pairrm': {file} has token ids up to {most}, but the model's embedding "
+                f"only has {config.encoder.vocab_size} rows; take both from one source"
             )
 
     def encode(self, prefix: str, texts: Sequence[str]) -> list[Ids]:
-        """Each text as [CLS] prefix text [SEP], uncut. Prefixes inside a text become spaces."""
+        """Encodes each text as [CLS] prefix text [SEP], uncut. Prefixes in a text become spaces."""
         glued = [prefix + _PREFIXES.sub(" ", text) for text in texts]
         encodings = self._tokenizer.encode_batch(glued, add_special_tokens=False)
         return [np.array([self._cls, *e.ids, self._sep], np.int32) for e in encodings]
 
     def cut(self, ids: Ids, budget: int) -> Ids:
-        """The first tokens and the final [SEP], `budget` in all."""
+        """Cuts a segment to `budget` tokens, the last of which is [SEP]."""
         return ids if len(ids) <= budget else np.append(ids[: budget - 1], np.int32(self._sep))
 
 
 def conversation(question: Question, candidates: Sequence[str]) -> tuple[str, list[str]]:
-    """(source, candidates) as PairRM reads them.
+    """Writes a conversation as PairRM's texts (source, candidates).
 
-    One user turn: its text, and the responses as they are. Several: LLM-Blender's form for
-    conversations, with all user turns in the source, and in every candidate the earlier answers
-    before its own.
+    With one user turn, these are its text and the responses. With several turns, it is
+    LLM-Blender's form for conversations: the source has all user turns, and each candidate has the
+    earlier answers before its own.
 
     Raises:
-        FeedbackError: the messages are not user and assistant in turn, ending with the user; a
-            system message may come first.
+        FeedbackError: user and assistant do not alternate, or the last message is not the user's.
+            A system message may come first.
     """
     turns = list(question.messages)
     turns = turns[1:] if turns and turns[0].role == "system" else turns
@@ -99,8 +101,8 @@ def conversation(question: Question, candidates: Sequence[str]) -> tuple[str, li
     ):
         raise FeedbackError(
             f"ranker 'pairrm', prompt {question.id!r}: the roles are "
-            f"{[t.role for t in question.messages]}; expected user and assistant in turn, from a "
-            "user to a user."
+            f"{[t.role for t in question.messages]}; expected user and assistant in turn, "
+            "beginning and ending with the user."
         )
     asked = [t.content for t in turns[::2]]
     answers = [t.content for t in turns[1::2]]

@@ -1,12 +1,14 @@
-"""A reward model as a ranker: a decoder with a scalar head, `*ForSequenceClassification` of one label.
+"""A reward model as a ranker: a decoder with a scalar head.
 
-What it reads is the conversation with the answer, as the model's own chat template writes it, to the
-end; the score is the head's number at the last token, by transformers' rule (`ScalarHead.read`).
-Scores are those of each text by itself: no padding and no neighbour in a batch changes them.
+Such a model is a `*ForSequenceClassification` with one label. It reads the conversation with the
+answer, written by the model's own chat template; the score is the head's output at the last token,
+by transformers' rule (`ScalarHead.read`). A score depends on its own text only, not on padding or
+on other texts in the batch.
 
-The answers to one question begin alike, so they are read as prompt trees (`preferences.packing`):
-what they have in common once, and each answer as a branch. Attention looks at whole rows, so that a
-tree saves products of weights and costs attention: an answer joins one where that pays.
+The answers to one question share a prefix, so they are read as prompt trees
+(`preferences.packing`): the prefix once, and each answer as a branch. Attention computes whole
+rows, so a larger tree saves matrix products but costs more attention: an answer joins a tree only
+if that is cheaper.
 """
 
 from __future__ import annotations
@@ -48,11 +50,11 @@ from selm_jax.weights.sources import resolve
 
 TOO_LONG = ("error", "cut")
 
-# Tokens of a tree with several branches, at most: memory grows with their square.
+# Maximum tokens of a tree with several branches: memory grows with the square of the tokens.
 TOGETHER = 1024
 
-# What an entry of the attention scores costs beside its two products: mask, softmax, memory. Found on
-# CPU with the models of benchmarks/reward_model_torch.py; 2 and 8 choose much the same.
+# Cost of an attention score (mask, softmax, memory) relative to its matrix products. Measured on
+# CPU with the models of benchmarks/reward_model_torch.py; 2 and 8 give almost the same trees.
 _AROUND = 4
 
 _COUNTED = ("candidates", "cut", "tokens")
@@ -75,7 +77,7 @@ class RewardModel:
         dtype: Any,
         batch: int,
     ):
-        """`reward_model` builds one and says what the settings mean."""
+        """Use `reward_model` to build one; it documents the settings."""
         assert config.head is not None
         self.config, self._head = config, config.head
         self._folder, self._chat, self._mesh, self._dtype = folder, chat, mesh, dtype
@@ -92,12 +94,12 @@ class RewardModel:
     ) -> list[Float64[np.ndarray, " candidates"]]:
         """One float64 array `[candidates]` per question.
 
-        The weights are read from the folder for each call and given up behind it, because in a run
-        the policy's training comes next and wants the memory.
+        Each call reads the weights from the folder and frees them afterwards, because in a run the
+        training that follows needs the memory.
 
         Raises:
-            FeedbackError: questions and candidates do not belong together, a conversation that the
-                template refuses, one that is too long, or a score that is not finite.
+            FeedbackError: questions and candidates do not match, a conversation is too long or
+                refused by the chat template, or a score is not finite.
         """
         check_questions(self.name, questions, candidates)
         self._counts.clear()
@@ -124,13 +126,13 @@ class RewardModel:
     def report(self) -> dict[str, float]:
         """Counts of the last `scores`.
 
-        Keys: `candidates` read, those `cut` at `max_length`, and `tokens` computed, of which what
-        several answers have in common counts once.
+        Keys: `candidates` (answers read), `cut` (answers cut at `max_length`) and `tokens`
+        (computed tokens; a prefix that several answers share counts once).
         """
         return {key: self._counts[key] for key in _COUNTED}
 
     def _ids(self, question: Question, candidate: int, text: str) -> Ids:
-        """The conversation up to where its score is read."""
+        """The token ids of the conversation, up to the token where its score is read."""
         try:
             ids = self._chat.conversation_ids(question.messages, text)
         except ChatError as e:
@@ -140,10 +142,10 @@ class RewardModel:
             if not self._cut:
                 raise FeedbackError(
                     f"ranker {self.name!r}, prompt {question.id!r}, candidate {candidate}: with "
-                    f"its prompt the answer has {len(ids)} tokens, max_length is "
-                    f"{self._max_length} (the model was made for {self.config.max_positions}). "
-                    "Raise it, shorten the answers (rollout.max_new_tokens), or set too_long: cut, "
-                    "which reads such texts up to max_length and counts them"
+                    f"its prompt the answer has {len(ids)} tokens, but max_length is "
+                    f"{self._max_length} (the model supports {self.config.max_positions}). Raise "
+                    "max_length, shorten the answers (rollout.max_new_tokens), or set too_long: "
+                    "cut, which cuts such texts at max_length and counts them"
                 )
             self._counts["cut"] += 1
             ids = ids[: self._max_length]
@@ -155,15 +157,15 @@ class RewardModel:
 
 
 def program(config: DecoderConfig, dtype: Any, mesh: jax.sharding.Mesh) -> Readers:
-    """The compiled functions, of which a ranker calls `rewards`."""
+    """The compiled functions of the model; a ranker calls `rewards`."""
     return readers(Decoder(config, dtype), 1, NamedSharding(mesh, PartitionSpec()))
 
 
 def trees(name: str, conversations: Sequence[Ids], config: DecoderConfig) -> list[Example]:
-    """The different ones among a question's conversations, as few trees.
+    """Groups a question's distinct conversations into as few trees as is efficient.
 
     Raises:
-        FeedbackError: a conversation of a single token.
+        FeedbackError: a conversation has only a single token.
     """
     if not conversations:
         return []
@@ -171,8 +173,9 @@ def trees(name: str, conversations: Sequence[Ids], config: DecoderConfig) -> lis
     prompt, rests = split(different)
     if not prompt:
         raise FeedbackError(
-            f"ranker 'reward_model', prompt {name!r}: a conversation has {min(map(len, different))} "
-            "token that the model may read. Raise max_length, or look at what the chat template writes"
+            f"ranker 'reward_model', prompt {name!r}: a conversation has only "
+            f"{min(map(len, different))} token. Raise max_length, or check what the chat template "
+            "writes"
         )
     found: list[list[Ids]] = []
     tokens = 0  # of the last tree
@@ -186,10 +189,9 @@ def trees(name: str, conversations: Sequence[Ids], config: DecoderConfig) -> lis
 
 
 def _joins(begin: int, end: int, more: int, config: DecoderConfig) -> bool:
-    """Whether `more` tokens cost less behind a tree of `end` tokens than behind its prompt alone,
-    which has `begin`.
+    """Whether an answer of `more` tokens is cheaper in an existing tree than in a new one.
 
-    A row of n tokens costs d n + a n^2.
+    The tree has `end` tokens, its prompt `begin`. A row of n tokens costs d n + a n^2.
     """
     one = forward(config, rows=1, time=1, keys=1, scored=0)
     d, a = one.dense, one.attention * (1 + _AROUND)
@@ -210,30 +212,29 @@ def reward_model(
     fsdp: Axis = -1,
     tensor: Axis = 1,
 ) -> RewardModel:
-    """A reward model from a folder or a Hub id, on all devices of this process.
+    """Opens a reward model in a folder or on the Hub, for all devices of this process.
 
     Args:
-        source: config.json of a `*ForSequenceClassification` with one label, of a family that
-            `models.families` knows; tokenizer with its chat template; safetensors.
-        revision: of a Hub id.
+        source: folder or Hub id with the config.json of a `*ForSequenceClassification` with one
+            label (of a family in `models.families`), a tokenizer with chat template, safetensors.
+        revision: revision of a Hub id.
         template: variables of the chat template, such as `{enable_thinking: false}`.
-        max_length: tokens of a conversation with its answer. None: as many as the model was made
-            for; of a model with two tables of rotary frequencies (LongRoPE), as many as the first
-            serves, since a longer one makes all scores those of the second.
-        too_long: what a longer conversation is: an `error`, or `cut` at its end and counted.
-        dtype: of parameters and activations: `auto` (bfloat16, but float32 on CPU), `float32` or
-            `bfloat16`. Softmax, norms and the head are float32 always.
-        batch: rows of 512 tokens that one device computes at once; longer ones go together in
-            smaller number. None is 16, but 2 on CPU, whose caches hold no more.
-        data, fsdp, tensor: axes of the mesh, as under `compute`; parameters are cut over the last
+        max_length: maximum tokens of a conversation with its answer. None is the model's limit;
+            with two tables of rotary frequencies (LongRoPE) it is the limit of the first, since a
+            longer text would change all scores to those of the second.
+        too_long: what to do with a longer conversation: `error`, or `cut` its end and count it.
+        dtype: dtype of parameters and activations: `auto` (bfloat16, but float32 on CPU), `float32`
+            or `bfloat16`. Softmax, norms and the head are always float32.
+        batch: how many rows of 512 tokens one device computes at once (fewer if they are longer).
+            None is 16, but 2 on CPU, because of its smaller caches.
+        data, fsdp, tensor: axes of the mesh, as under `compute`; parameters are split over the last
             two, rows over the first two.
 
     Raises:
-        FeedbackError: an unknown setting, a model that gives no scores, or no chat template.
-        SourceError: no such folder or Hub id, or no safetensors in it.
-        UnsupportedModel: config.json describes a model that is not known, or with other than one
-            label.
-        WeightsError: the tensors are not those of the model, such as no `score.weight`.
+        FeedbackError: a setting is unknown, the model gives no scores, or has no chat template.
+        SourceError: there is no such folder or Hub id, or no safetensors in it.
+        UnsupportedModel: config.json describes an unknown model, or not exactly one label.
+        WeightsError: the tensors are not those of the model; for example `score.weight` is missing.
     """
     check_choice("reward_model", "too_long", too_long, TOO_LONG)
     on_cpu = jax.default_backend() == "cpu"
@@ -253,9 +254,8 @@ def reward_model(
         chat = Chat(folder, Text(template=dict(template or {})), config.vocab_size)
     except ChatError as e:
         raise FeedbackError(
-            f"ranker 'reward_model': {e}. A reward model reads conversations as its own chat "
-            "template writes them; the tokenizer and template of the model that it was trained "
-            "from mostly serve"
+            f"ranker 'reward_model': {e}. A reward model needs a chat template: usually the "
+            "tokenizer and template of the model that it was trained from work"
         ) from e
     check(folder, config)
     mesh = make_mesh((data, fsdp, tensor), own_devices())
@@ -265,7 +265,7 @@ def reward_model(
 
 
 def positions(config: DecoderConfig) -> int:
-    """Tokens that the model serves without changing its tables of frequencies."""
+    """How many tokens the model supports without switching to other rotary frequencies."""
     scalings = [kind.rope.scaling for kind in config.kinds if kind.rope is not None]
     originals = [each.original for each in scalings if isinstance(each, LongRope)]
     return min([config.max_positions, *originals])

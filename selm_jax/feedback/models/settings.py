@@ -1,4 +1,4 @@
-"""What rankers with a model share: their settings."""
+"""Checks of the settings that rankers with a model share."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ BATCH = Range(1, MOST, whole=True)  # rows of 512 tokens
 
 
 def checked_dtype(ranker: str, name: str, on_cpu: bool) -> Any:
-    """The dtype to compute in. `auto` is bfloat16, but float32 on CPU, which gains nothing by it."""
+    """The dtype to compute in. `auto` is bfloat16, but float32 on CPU, which is not slower."""
     check_choice(ranker, "dtype", name, get_args(Dtype))
     return jnp.dtype(("float32" if on_cpu else "bfloat16") if name == "auto" else name)
 
 
 def checked_batch(ranker: str, batch: int | None, on_cpu: bool) -> int:
-    """Rows of 512 tokens; None is 16, but 2 on CPU, whose caches hold no more."""
+    """The batch size in rows of 512 tokens; None is 16, but 2 on CPU with its smaller caches."""
     if batch is None:
         return 2 if on_cpu else 16
     if (expected := BATCH.problem(batch)) is not None:
@@ -30,7 +30,7 @@ def checked_batch(ranker: str, batch: int | None, on_cpu: bool) -> int:
 
 
 def check_choice(ranker: str, name: str, value: str, expected: tuple[str, ...]) -> None:
-    """Raises FeedbackError unless the setting has one of the values."""
+    """Raises FeedbackError unless the setting has one of the expected values."""
     if value not in expected:
         raise FeedbackError(
             f"{ranker}: {name} is {value!r}{did_you_mean(str(value), expected)} "

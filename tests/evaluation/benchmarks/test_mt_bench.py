@@ -499,7 +499,7 @@ class TestResume:
         twice, not even the first game of a pair whose second one was lost."""
         verdict = "[[6]]" if mode == "single" else "[[A]]"
         judge.says = lambda body: verdict if len(judge.bodies) <= 7 else {"choices": []}
-        with pytest.raises(JudgeError, match="no chat completion"):
+        with pytest.raises(JudgeError, match="not a chat completion"):
             run(mode, concurrency=1, retries=0)
         file = files.folder / "model_judgment" / f"the--judge_{mode}.jsonl"
         text = file.read_text()

@@ -1,4 +1,4 @@
-"""The judge against a real HTTP server that is slow, wrong, rude, and cuts its lines."""
+"""The judge against a real HTTP server that is slow, wrong or rude, or cuts connections."""
 
 import asyncio
 import contextlib
@@ -44,7 +44,7 @@ JUDGE = "judge, against a server that fails"  # heading of the summary's lines
 
 
 class Server:
-    """Answers as `behave(body, attempt)` says, and remembers everything.
+    """A server that answers with `behave(body, attempt)` and records all requests.
 
     `behave` returns a fault of `FAULTS`, or the text, or the whole JSON of an answer.
     `asked` and `answered` count by the last message; `answered` are whole, right replies.
@@ -476,7 +476,7 @@ class TestBudget:
     @pytest.mark.parametrize(
         ("limits", "what"),
         [
-            ({"max_cost": 1.0}, "needs price_prompt"),
+            ({"max_cost": 1.0}, "needs prices"),
             ({"price_prompt": 1.0}, "both"),
             ({"max_total_tokens": -1}, "max_total_tokens is -1"),
             ({"max_cost": float("nan"), "price_prompt": 1.0, "price_completion": 1.0}, "nan"),
@@ -577,7 +577,7 @@ class TestSecrecy:
 
     def test_a_key_that_no_header_can_carry_is_not_shown(self, client, monkeypatch):
         monkeypatch.setenv("JUDGE_KEY", "sk-secret\nX-Other: 1")
-        with pytest.raises(JudgeError, match="no key") as caught:
+        with pytest.raises(JudgeError, match="characters that no API key has") as caught:
             client(key_env="JUDGE_KEY")
         assert "sk-secret" not in str(caught.value)
 
@@ -911,9 +911,9 @@ class TestLogprob:
     [
         ({"form": "pairwize"}, "unknown form 'pairwize'; did you mean 'pairwise'"),
         ({"on_malformed": "guess"}, "on_malformed is 'guess'"),
-        ({"form": "pointwise", "on_malformed": "tie"}, "not tie: a rating is no comparison"),
+        ({"form": "pointwise", "on_malformed": "tie"}, "not tie: a rating is not a comparison"),
         ({"max_tokens": 0}, "max_tokens is 0"),
-        ({"max_cost": 1.0}, "needs price_prompt"),
+        ({"max_cost": 1.0}, "needs prices"),
         ({"modle": 1}, "unknown setting 'modle'; did you mean 'model'"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Answers of a judge that say nothing readable: no number is made of them, and nothing is kept."""
+"""Malformed answers of a judge become no number, and are not kept."""
 
 import contextlib
 import itertools
@@ -64,7 +64,7 @@ SAYS = {
 @pytest.mark.parametrize("form", SAYS)
 @pytest.mark.parametrize("policy", ["tie", "drop"])
 def test_a_score_is_there_exactly_where_something_was_read(judge, ranker, form, policy):
-    """Every subset of what three responses can be asked about is unreadable once."""
+    """Every subset of the requests about three responses is unreadable once."""
     if (form, policy) == ("pointwise", "tie"):
         return
     texts = ["a", "bb", "ccc"]
@@ -176,7 +176,7 @@ def test_a_server_without_log_probabilities_is_told_so(judge, ranker):
 
 
 def vllm(body, draw):
-    """What vLLM tells: the drawn token first, then the likeliest, cut to as many as were asked for."""
+    """vLLM's log-probabilities: the sampled token first, then the likeliest, cut to length."""
     logps = {"The": -0.7, "I": -1.0, "Both": -2.0, "M": -4.0, "m": -5.0, "Yes": -6.0, "Any": -7.0}
     likeliest = sorted(logps, key=logps.get, reverse=True)
     drawn = draw if body["temperature"] > 0 else likeliest[0]

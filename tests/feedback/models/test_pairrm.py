@@ -110,7 +110,7 @@ def theirs(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def one_device():
-    """One device here; a test of its own takes all eight."""
+    """Uses one device; a separate test uses all eight."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "make_mesh", lambda *_: make_mesh((1, 1, 1), jax.devices()[:1]))
         yield
@@ -123,7 +123,7 @@ def ours(theirs) -> PairRM:
 
 @pytest.fixture
 def copy(theirs, tmp_path):
-    """The folder again, to be spoiled."""
+    """A copy of the model's folder, to be damaged."""
     for file in theirs.folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     return tmp_path
@@ -350,7 +350,7 @@ MATRICES = st.integers(1, 6).flatmap(
 
 
 class Table(PairRM):
-    """The rules alone: logits are looked up in a matrix, texts are row numbers."""
+    """The rules without the model: logits are looked up in a matrix, texts are row numbers."""
 
     def __init__(self, matrices):
         self._matrices = matrices

@@ -138,7 +138,7 @@ def test_scores_are_those_of_transformers(family, make, record_property):
 
 @pytest.mark.parametrize("pad", [NEWLINE, END, None])
 def test_the_pad_token_is_passed_over_where_it_ends_a_text_too(pad, make):
-    """`pad_token_id` may be a token that texts end with; then transformers reads before it."""
+    """If texts end with the pad token, transformers reads the score before it, and so must we."""
     folder, model = make("llama", pad)
     ids = [each for texts in conversations(folder) for each in texts]
     assert all(each[-2:] == [END, NEWLINE] for each in ids)
@@ -229,12 +229,12 @@ def test_too_long_texts_are_refused_or_cut_and_counted(make):
     assert cut.report()["cut"] == 1
 
 
-# --- what is refused --------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def copy(make, tmp_path):
-    """A folder to spoil."""
+    """A copy of the model's folder, to be damaged."""
     return Path(shutil.copytree(make("llama")[0], tmp_path / "model"))
 
 
@@ -297,7 +297,7 @@ def test_settings_that_mean_nothing_are_refused(settings, message, make):
 
 
 def test_a_score_that_is_no_number_names_its_prompt(copy):
-    """From weights that are numbers: others are refused when they are loaded."""
+    """The weights here are finite: others are refused when they are loaded."""
     tensors = load_file(copy / "model.safetensors")
     tensors["score.weight"] = np.full_like(tensors["score.weight"], 3e38)
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})

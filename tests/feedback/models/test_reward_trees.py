@@ -1,4 +1,4 @@
-"""A reward model's scores of trees in shared batches, against each conversation alone in a row."""
+"""A reward model gives trees in shared batches the same scores as each conversation alone."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CANDIDATES = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The tiny chat model with a head of random numbers in the place of its unembedding."""
+    """The tiny chat model with a random scalar head in place of its unembedding."""
     root = tmp_path_factory.mktemp("reward")
     language = tiny.make_model(root / "language")
     config = dataclasses.replace(read_config(language), head=ScalarHead())
@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
 
 
 def one_by_one(folder, conversations) -> list[float]:
-    """The slow obvious form: no tree, no neighbour, no padding."""
+    """The slow obvious form: no tree, no other row, no padding."""
     config = read_config(folder)
     decoder, params = Decoder(config), load(folder, config)
     found = []

@@ -80,9 +80,9 @@ def probabilities(
 ) -> Float[Array, "slots vocab"]:
     """Unnormalised probabilities after the built-in filters; the likeliest token has 1.
 
-    >>> logits = jnp.log(jnp.array([[0.5, 0.3, 0.2]]))
-    >>> probabilities(logits, Sampling(top_k=2)).round(2)
-    Array([[1. , 0.6, 0. ]], dtype=float32)
+    >>> logits = jnp.log(jnp.array([[0.5, 0.25, 0.125]]))
+    >>> probabilities(logits, Sampling(top_k=2)).round(3)
+    Array([[1. , 0.5, 0. ]], dtype=float32)
     """
     p = jnp.exp((logits - logits.max(-1, keepdims=True)) / settings.temperature)
     for least in BUILT_IN:

@@ -57,8 +57,15 @@ def as_restructured_text(lines: list[str]) -> None:
             literal = True
         elif not indented:
             literal = False
-        found.append(line if literal else re.sub(r"(?<![`:])`([^`\n]+)`(?!`)", r"``\1``", line))
+        found.append(line if literal else _marked(line))
     lines[:] = found
+
+
+def _marked(line: str) -> str:
+    """A line whose code is marked as Sphinx wants it, and whose bars are bars."""
+    parts = re.split(r"(?<![`:])`([^`\n]+)`(?!`)", line)  # prose and code in turn
+    marked = [f"``{p}``" if i % 2 else p.replace("|", r"\|") for i, p in enumerate(parts)]
+    return re.sub(r"(?<=\S``)(?=\w)", r"\\ ", "".join(marked))  # as in `Trainer`s
 
 
 def _is_prose(before: list[str]) -> bool:

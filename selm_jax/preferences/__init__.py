@@ -1,1 +1,1 @@
-"""Preference examples: on disk, packed into prompt trees, in a deterministic order."""
+"""From ranked candidates to preference pairs, and from pairs to packed batches."""

@@ -1,8 +1,8 @@
-"""Which prompts are worth asking about, when answers cost: pure functions of log-probabilities.
+"""Acquisition: which prompts to ask the ranker about when only a budget of them can be asked.
 
-An acquisition gives every prompt one value; those with the highest are asked until the budget is
-spent. The log-probabilities are those of the candidates that exist already; nothing is generated
-for them.
+An acquisition gives every prompt one value, and the prompts with the highest values are asked until
+the budget is spent. Values are pure functions of the log-probabilities of the candidates that exist
+already; nothing more is generated.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from selm_jax.preferences.candidates import FeedbackError
 
 @dataclass(frozen=True)
 class Prospect:
-    """What is known of a prompt before anybody is asked.
+    """What is known about a prompt before its candidates are ranked.
 
     Attributes:
         policy: log-probability of every candidate under the policy that generated, in nats.
-        reference: the same under that policy's own reference.
-        drawn: which candidates are draws from the policy; the greedy answer and the data's are not.
+        reference: log-probability of every candidate under that policy's reference, in nats.
+        drawn: which candidates were sampled from the policy (not greedy, not from the data).
     """
 
     policy: Float[np.ndarray, " candidates"]
@@ -35,28 +35,31 @@ class Prospect:
         finite = np.isfinite(self.policy).all() and np.isfinite(self.reference).all()
         if len(shapes) > 1 or not finite or not len(self.policy):
             raise FeedbackError(
-                f"a prompt's log-probabilities are {self.policy} and {self.reference}, with "
-                f"{self.drawn} drawn; expected as many finite numbers of each, at least one."
+                f"a prompt has policy log-probabilities {self.policy}, reference log-probabilities "
+                f"{self.reference} and drawn {self.drawn}; expected one finite number of each for "
+                "every candidate, and at least one candidate."
             )
 
 
 def reward_gap(prospect: Prospect) -> float:
-    """The largest difference of implicit rewards between two candidates, over beta.
+    """The largest difference of implicit rewards between two candidates, divided by beta.
 
     Source: Muldrew et al. (2024), "Active Preference Learning for Large Language Models", arXiv
     2402.08114, preference certainty of the implicit Bradley-Terry model: |r(x, y1) - r(x, y2)|
-    with r = beta log(policy / reference). They ask where it is largest: where the policy is sure,
-    and wrong if the answer says so. Without a step away from the reference it is 0 everywhere.
+    with r = beta log(policy / reference). They ask about the prompts where it is largest: there the
+    policy is sure, and an answer that disagrees teaches most. While the policy equals the
+    reference, it is 0 for every prompt.
     """
     ratio = prospect.policy - prospect.reference
     return float(ratio.max() - ratio.min())
 
 
 def entropy(prospect: Prospect) -> float:
-    """The policy's entropy on the prompt, in nats: the mean of -log policy over its draws.
+    """The policy's entropy on the prompt, in nats: the mean of -log policy over its samples.
 
-    Source: arXiv 2402.08114, predictive entropy, estimated by the draws that there are. It is the
-    entropy at temperature 1 if the draws were made so. Without draws all candidates stand in.
+    Source: arXiv 2402.08114, predictive entropy, estimated from the existing samples. It estimates
+    the entropy at temperature 1 if the samples were drawn at temperature 1. Without samples, the
+    mean is taken over all candidates.
     """
     drawn = prospect.drawn if prospect.drawn.any() else np.ones_like(prospect.drawn)
     return float(-prospect.policy[drawn].mean())
@@ -73,22 +76,23 @@ def best(
     budget: int,
     rng: np.random.Generator,
 ) -> Int[np.ndarray, " asked"]:
-    """The prompts with the highest values, as rising indices.
+    """The indices of the prompts with the highest values, in rising order.
 
     Args:
-        values: `[prompts]`, finite. All equal (the acquisition `random`) is a uniform draw.
-        budget: how many at most.
+        values: `[prompts]`, finite. If all are equal (the acquisition `random`), the prompts are
+            drawn uniformly.
+        budget: how many prompts at most.
         rng: decides among equal values.
 
     Raises:
-        FeedbackError: a value that is not finite, or a budget below 1.
+        FeedbackError: if a value is not finite, or the budget is below 1.
 
     >>> best([0.1, 0.9, 0.5], budget=2, rng=np.random.default_rng(0)).tolist()
     [1, 2]
     """
     known = np.asarray(values, np.float64)
     if not np.isfinite(known).all():
-        raise FeedbackError(f"values of prompts are {values!r}; expected finite numbers.")
+        raise FeedbackError(f"the prompts' values are {values!r}; expected finite numbers.")
     if budget < 1:
         raise FeedbackError(f"the budget is {budget} prompts; expected at least 1.")
     order = rng.random(len(known))

@@ -1,4 +1,4 @@
-"""The candidates of a prompt, and what becomes of them: a pair, or a drop with its reason."""
+"""The candidates of a prompt, and what becomes of them: a pair, or a drop and its reason."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REASONS = (
 
 
 class FeedbackError(Exception):
-    """A ranker, its scores or the rules that make pairs of them cannot be used as asked."""
+    """A ranker, its scores, or a rule that makes pairs of them cannot be used."""
 
 
 def check_choice(name: str, value: str, expected: tuple[str, ...]) -> None:
@@ -33,16 +33,18 @@ class Candidate:
     """One response to one prompt.
 
     Attributes:
-        source: `greedy` and `sample` are the model's own; `chosen` and `rejected` the dataset's.
+        source: `greedy` or `sample` for the model's own response, `chosen` or `rejected` for one
+            from the dataset.
         text: the response as people and rankers read it.
-        token_ids: the ids that are trained on, an end token included; None for text that is not
+        token_ids: the ids used in training, including an end token; None if the text has not been
             tokenised yet.
-        finish: `stop` ended by itself, `length` was cut off, `dataset` was not generated here.
+        finish: `stop` if it ended by itself, `length` if it was cut off, `dataset` if it was not
+            generated here.
         sample: the number of the sample within its prompt.
-        explored: whether the optimism term takes it; set by `select`, for a rule to look at.
+        explored: whether it is in the optimism term; `select` sets it, so that a rule can use it.
 
     Raises:
-        FeedbackError: unknown source or finish, or token ids that are no tuple.
+        FeedbackError: if the source or finish is unknown, or `token_ids` is not a tuple.
     """
 
     source: str
@@ -57,31 +59,31 @@ class Candidate:
         check_choice("a candidate's finish", self.finish, FINISHES)
         if self.token_ids is not None and not isinstance(self.token_ids, tuple):
             raise FeedbackError(
-                f"a candidate's token_ids are a {type(self.token_ids).__name__}; expected a tuple "
-                "of ints or None (an array would compare element by element)."
+                f"a candidate's token_ids have type {type(self.token_ids).__name__}; expected a "
+                "tuple of ints or None (arrays are compared element by element)."
             )
 
     @property
     def identity(self) -> tuple[str, object]:
-        """Equal for two candidates of a prompt exactly when they are the same response.
+        """A key that is equal for two candidates of a prompt if they are the same response.
 
-        Ids are compared with ids and text with text, never one with the other: a text can have
-        several tokenisations, and then "the same" would not be transitive.
+        Token ids are compared with ids and text with text, never ids with text: a text can have
+        several tokenisations, so that equality would not be transitive.
         """
         return ("text", self.text) if self.token_ids is None else ("ids", self.token_ids)
 
     @property
     def is_empty(self) -> bool:
-        """Nothing but white space."""
+        """Whether the text contains only white space."""
         return not self.text.strip()
 
 
 @dataclass(frozen=True)
 class Pair:
-    """What is trained on for one prompt, as indices into its candidates.
+    """A prompt's responses for training, as indices into its candidates.
 
-    `explored` are the responses over which the optimism term takes its mean, where they are
-    several; `explore` is then the first of them. A rule that picks a pair leaves both to `select`.
+    If several responses explore, `explored` lists them all: the optimism term is their mean, and
+    `explore` is the first of them. A rule that picks a pair leaves both fields to `select`.
     """
 
     chosen: int
@@ -92,14 +94,14 @@ class Pair:
 
 @dataclass(frozen=True)
 class Dropped:
-    """A prompt that gives no pair, and why: one of `REASONS`.
+    """The reason, one of `REASONS`, why a prompt gives no pair.
 
-    `select` gives all but four: `rule`, which a rule of yours gives for reasons of its own;
-    `not_asked`, of a prompt beyond the budget; `not_answered`, of one that too few people have
-    ranked; `unusable_answer`, of one with an answer in the data that does not become token ids.
+    `select` uses all reasons but four: `rule` is for a user's own rule; `not_asked` for a prompt
+    beyond the budget; `not_answered` for a prompt that too few people have ranked; and
+    `unusable_answer` for an answer in the data that cannot be turned into token ids.
 
     Raises:
-        FeedbackError: unknown reason (the report would lose the prompt).
+        FeedbackError: if the reason is unknown (the report would lose the prompt).
     """
 
     reason: str
@@ -109,13 +111,13 @@ class Dropped:
 
 
 def distinct(candidates: Sequence[Candidate], pair: Pair) -> tuple[list[int], dict[str, int]]:
-    """The pair's responses without repeats, so that none is computed twice.
+    """The pair's responses without duplicates, so that none is computed twice.
 
-    Two candidates are the same response when their token ids are equal, or, without ids, their
-    texts (`Candidate.identity`).
+    Two candidates are the same response if their token ids are equal or, without ids, their texts
+    (`Candidate.identity`).
 
     Returns:
-        keep: indices into the candidates, one to three, in the order chosen, rejected, explore.
+        keep: one to three indices into the candidates, in the order chosen, rejected, explore.
         roles: for each role, its index into `keep`.
     """
     keep: list[int] = []

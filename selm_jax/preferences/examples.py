@@ -12,7 +12,7 @@ Ids: TypeAlias = tuple[int, ...]
 
 
 class ExampleError(ValueError):
-    """An example that cannot be trained on. The message names it."""
+    """An example cannot be used for training. The message names the example."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,16 +20,16 @@ class Example:
     """One prompt with its responses, as token ids.
 
     Attributes:
-      prompt_id: where it came from.
-      prompt: ids of the prompt, generation header included.
-      responses: ids of each distinct response, its end token included if it has one. A response
-        that plays two roles stands here once.
+      prompt_id: the id of the prompt in the data.
+      prompt: token ids of the prompt, including the generation header.
+      responses: token ids of each distinct response, including its end token if it has one. A
+        response that plays two roles is listed once.
       roles: role -> index into `responses`.
-      reference: log-probability of each response under the reference, once it is scored.
-      scores: what the data says each response is worth, where it says so.
-      explored: indices of the responses that explore together, where they are several: the optimism
-        term is their mean, and one that was drawn twice stands here twice. Empty: the one whose
-        role is `explore` does alone.
+      reference: log-probability of each response under the reference, once it has been scored.
+      scores: each response's score in the data, if the data has scores.
+      explored: indices of all responses that explore, if there are several: the optimism term is
+        their mean, and a response that was sampled twice is listed twice. If empty, only the
+        response with the role `explore` explores.
     """
 
     prompt_id: str
@@ -44,26 +44,32 @@ class Example:
         if not self.prompt:
             raise ExampleError(f"example {self.prompt_id}: the prompt has no tokens")
         if not self.responses:
-            raise ExampleError(f"example {self.prompt_id}: there are no responses")
+            raise ExampleError(f"example {self.prompt_id} has no responses")
         for i, response in enumerate(self.responses):
             if not response:
                 raise ExampleError(f"example {self.prompt_id}: response {i} has no tokens")
         for role, i in self.roles.items():
             if role not in ROLES or not 0 <= i < len(self.responses):
-                raise ExampleError(f"example {self.prompt_id}: role {role!r} -> response {i}")
+                raise ExampleError(
+                    f"example {self.prompt_id}: role {role!r} -> response {i}; expected one of "
+                    f"{', '.join(ROLES)} and a response from 0 to {len(self.responses) - 1}"
+                )
         if not all(0 <= i < len(self.responses) for i in self.explored):
-            raise ExampleError(f"example {self.prompt_id}: explored -> responses {self.explored}")
+            raise ExampleError(
+                f"example {self.prompt_id}: explored -> responses {self.explored}; expected "
+                f"numbers from 0 to {len(self.responses) - 1}"
+            )
         given = {"reference log-probabilities": self.reference, "scores": self.scores}
         for what, numbers in given.items():
             if numbers is not None and len(numbers) != len(self.responses):
                 raise ExampleError(
-                    f"example {self.prompt_id}: {len(numbers)} {what} for "
-                    f"{len(self.responses)} responses"
+                    f"example {self.prompt_id} has {len(numbers)} {what} for "
+                    f"{len(self.responses)} responses; expected one for each"
                 )
 
     @classmethod
     def of(cls, prompt_id: str, prompt: Ids, responses: Mapping[str, Ids]) -> Example:
-        """The example whose roles have these responses; equal ones stand in it once.
+        """Makes an example from the response of each role; equal responses are stored once.
 
         Further responses that explore are named `explore/2`, `explore/3`, ...
 
@@ -80,13 +86,13 @@ class Example:
         return cls(prompt_id, prompt, distinct, roles, explored=several)
 
     def playing(self, role: str) -> tuple[int, ...]:
-        """The responses that play a role; the first response if none does."""
+        """Indices of the responses that play a role; (0,) if none does."""
         several = role == "explore" and self.explored
         return self.explored if several else (self.roles.get(role, 0),)
 
     @property
     def tokens(self) -> int:
-        """Positions that the example takes in a row: the prompt once, every response once."""
+        """The number of positions that the example takes in a row: prompt plus responses."""
         return len(self.prompt) + self.scored
 
     @property

@@ -1,4 +1,4 @@
-"""Labels as a noisy judge would give them, for studies with a gold reward."""
+"""Simulates the labels of a noisy judge, for studies with a gold reward."""
 
 from __future__ import annotations
 
@@ -22,25 +22,27 @@ def label(
     flip: float = 0.0,
     seed: int | Sequence[int] | None = None,
 ) -> tuple[Pair, float]:
-    """Says which of a pair's two responses is preferred, as a noisy judge with these scores would.
+    """Draws which of a pair's two responses a noisy judge with these scores prefers.
 
-    The judge prefers the chosen one with probability 1 (`scores`)
-    or sigmoid((score of chosen - score of rejected) / temperature) (`bradley_terry`; Bradley and
-    Terry 1952; 1/2 for equal scores), and says the opposite with probability `flip`.
+    The judge prefers the chosen response with probability 1 (`scores`) or
+    sigmoid((score of chosen - score of rejected) / temperature) (`bradley_terry`; Bradley and Terry
+    1952; 1/2 for equal scores), and reports the opposite with probability `flip`.
 
     Args:
-        pair: what `select` picked.
+        pair: the pair that `select` picked.
         scores: `[candidates]`.
-        temperature: in the unit of the scores, above 0.
+        kind: `scores` or `bradley_terry`.
+        temperature: above 0, in the unit of the scores.
         flip: from 0 to 1/2.
-        seed: one for each prompt, as for `select`; the draw is independent of `select`'s.
+        seed: one for each prompt, as for `select`; the draw is independent of those of `select`.
 
     Returns:
-        The pair, chosen and rejected exchanged if the judge says so, and the soft label: with what
-        probability this judge prefers what is chosen now. A response paired with itself stays: 1/2.
+        The pair, with chosen and rejected exchanged if the judge prefers the rejected response, and
+        the soft label: the probability that this judge prefers the response now chosen. A pair of a
+        response with itself stays as it is; its soft label is 1/2.
 
     Raises:
-        FeedbackError: an unknown kind, or a number out of its range.
+        FeedbackError: if the kind is unknown or a number is out of its range.
     """
     check_choice("labels.kind", kind, get_args(LabelKind))
     if not 0.0 < temperature < float("inf"):

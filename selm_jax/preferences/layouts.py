@@ -1,12 +1,13 @@
-"""Which examples share a batch, and of what shape: many lengths through few compiled programs.
+"""Groups examples into batches of few shapes, so that few programs have to be compiled.
 
-Every shape is one compilation, and every place of a batch that holds nothing is computed for nothing.
-A layout weighs the one against the other:
+Every shape costs one compilation, and every padded place of a batch is wasted computation. The
+layouts trade one against the other:
 
-    OneShape   all batches alike, of sizes that are given: a run, whose memory is planned for them
-    ByLength   one shape for each of few row lengths: a model that is opened once, for some thousand texts
-    Trees      more row lengths, and batches that get smaller with what is left: a ranker, which reads a
-               million texts in many calls
+    OneShape   all batches have one given shape: for a run, whose memory is planned for that shape
+    ByLength   one shape for each of a few row lengths: for a model that is loaded once, to score
+               some thousand texts
+    Trees      more row lengths, and smaller batches for the last examples: for a ranker, which
+               reads a million texts in many calls
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from selm_jax.preferences.packing import Shape, assign_rows, common_shape
 
 
 class Group(NamedTuple):
-    """Examples that are packed together, by their numbers, and the shape of their batches."""
+    """The indices of examples that are packed together, and the shape of their batches."""
 
     which: Sequence[int]
     shape: Shape
@@ -33,7 +34,7 @@ Layout: TypeAlias = Callable[[Sequence[Example]], Iterator[Group]]
 
 @dataclasses.dataclass(frozen=True)
 class OneShape:
-    """All examples in batches of one shape, of so many rows of so many tokens."""
+    """All examples in batches of one shape: `rows` rows of `row_length` tokens."""
 
     rows: int
     row_length: int
@@ -45,12 +46,12 @@ class OneShape:
 
 @dataclasses.dataclass(frozen=True)
 class ByLength:
-    """Examples of like length together, the longest first, each row length in one shape.
+    """Examples of similar length together, the longest first, with one shape per row length.
 
     Attributes:
-      ways: into how many parts a mesh cuts rows.
-      tokens: of a batch in one such part, at most.
-      heads: of attention, whose scores are held for a whole batch.
+      ways: number of parts into which the mesh splits the rows.
+      tokens: the most tokens that one such part of a batch may have.
+      heads: attention heads; their scores for a whole batch must fit in memory.
     """
 
     ways: int
@@ -83,17 +84,17 @@ class ByLength:
         yield group
 
     def rows(self, time: int) -> int:
-        """Rows of a batch, at most: so many that devices are busy, and attention's scores fit."""
+        """The most rows per batch: enough to keep devices busy while attention scores still fit."""
         scores = self._SCORES // (self.heads * time * time)
         return max(1, min(self.tokens // time, scores)) * self.ways
 
 
 @dataclasses.dataclass(frozen=True)
 class Trees:
-    """Batches by `parts`. All that is given at once has one number of branches.
+    """Batches as cut by `parts`; all batches of one call have the same number of branches.
 
     Attributes:
-      ways: into how many parts a mesh cuts rows.
+      ways: number of parts into which the mesh splits the rows.
       batch: rows of 512 tokens in one such part.
     """
 
@@ -115,14 +116,14 @@ class Trees:
 def _by_time(
     examples: Sequence[Example], of: Callable[[int], int]
 ) -> Iterator[tuple[int, list[int]]]:
-    """(tokens of a row, the examples for it), both with the longest first."""
+    """Yields (row length, indices of the examples that need it), the longest first in both."""
     order = sorted(range(len(examples)), key=lambda i: -examples[i].tokens)
     for time, which in itertools.groupby(order, key=lambda i: of(examples[i].tokens)):
         yield time, list(which)
 
 
 def row_length(tokens: int) -> int:
-    """Of rows for examples of so many tokens: 128, 192, 256, 384, 512, ..., 1.5 times at most.
+    """The row length for an example of `tokens` tokens: 128, 192, 256, 384, 512, ...
 
     >>> [row_length(tokens) for tokens in (1, 128, 129, 200, 400)]
     [128, 128, 192, 256, 512]
@@ -132,12 +133,12 @@ def row_length(tokens: int) -> int:
 
 
 class Part(NamedTuple):
-    """Neighbours in a list that is sorted by length, computed together.
+    """Neighbours in a list sorted by length that are computed in one batch.
 
     Attributes:
         items: their places in the list.
-        rows: of their batch: a power of two per device, so that few shapes are compiled.
-        time: padded length, of every row.
+        rows: rows of the batch: a power of two per device, so that few shapes are compiled.
+        time: the padded length of every row.
     """
 
     items: range
@@ -149,10 +150,10 @@ def parts(lengths: Sequence[int], devices: int, batch: int) -> Iterator[Part]:
     """Cuts a list of texts into parts of one padded length each.
 
     Args:
-        lengths: in tokens, the longest first: memory that does not suffice is found out at once.
-        devices: over which rows are cut.
-        batch: rows of 512 tokens that one device computes at once; longer ones go together in
-            smaller number, shorter ones in larger.
+        lengths: of the texts in tokens, the longest first, so that a lack of memory shows at once.
+        devices: number of devices over which rows are split.
+        batch: rows of 512 tokens that one device computes at once. A part has fewer rows if they
+            are longer, and more if they are shorter.
     """
     start = 0
     while start < len(lengths):
@@ -167,6 +168,6 @@ def parts(lengths: Sequence[int], devices: int, batch: int) -> Iterator[Part]:
 
 
 def padded(length: int) -> int:
-    """The next of few lengths: multiples of 64, and from 512 on of 128."""
+    """Rounds a length up to a multiple of 64, or of 128 above 512."""
     step = 64 if length <= 512 else 128
     return -(-length // step) * step

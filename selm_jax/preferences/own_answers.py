@@ -1,7 +1,7 @@
-"""The data set's own answers as what would be trained on: known before anything is computed.
+"""Checks before a run starts that the data's own answers fit the model and a packed row.
 
-An answer that does not fit the model or a packed row stops training. So that it does not do so after
-days of generating and ranking, all rows are laid out once at the start.
+An answer that does not fit stops training. All rows are therefore laid out once at the start, so
+that this does not happen after days of generating and ranking.
 """
 
 from __future__ import annotations
@@ -21,13 +21,15 @@ from selm_jax.text.prompts import Prompt
 
 @dataclasses.dataclass(frozen=True)
 class OwnAnswers:
-    """How a run lays out the data's answers, and the room that they have.
+    """How a run lays out the data's answers, and how long they may be.
 
     Attributes:
+      chat: the chat template and tokenizer.
+      text: the run's settings `text`.
       sources: which of `chosen` and `rejected` are used.
-      head: of a reward model, which reads whole conversations; None of a language model.
-      positions: tokens that the model was made for, of a prompt with one answer.
-      row: tokens of a packed row, which holds a prompt with all answers.
+      head: a reward model's head, which reads whole conversations; None for a language model.
+      positions: the most tokens that the model can read: a prompt with one answer.
+      row: tokens of a packed row, which contains a prompt with all its answers.
     """
 
     chat: Chat
@@ -38,11 +40,11 @@ class OwnAnswers:
     row: int
 
     def example(self, prompt: Prompt) -> Example | None:
-        """The prompt with all its own answers; None if it has none.
+        """The prompt with all its answers from the data as an example; None if it has none.
 
         Raises:
-          UnusableAnswer: an answer cannot follow the prompt.
-          ExampleError: a reward model could not tell the answers apart.
+          UnusableAnswer: if an answer cannot follow the prompt.
+          ExampleError: if a reward model could not tell the answers apart.
         """
         texts = {name: text for name, text in answers(prompt).items() if name in self.sources}
         if not texts:
@@ -59,10 +61,10 @@ class OwnAnswers:
         return Example.of(prompt.id, self.chat.prompt_ids(prompt.messages), responses)
 
     def misfit(self, prompt: Prompt) -> str | None:
-        """Why the prompt's own answers do not fit, in words; None if they do, or if there are none.
+        """Says why the prompt's own answers do not fit; None if they fit or there are none.
 
         Raises:
-          UnusableAnswer, ExampleError: as `example`.
+          UnusableAnswer, ExampleError: as for `example`.
         """
         example = self.example(prompt)
         if example is None:
@@ -71,17 +73,17 @@ class OwnAnswers:
         if longest > self.positions:
             return (
                 f"with its longest answer in the data it has {longest} tokens; the model was made "
-                f"for {self.positions} (max_position_embeddings)"
+                f"for at most {self.positions} (max_position_embeddings)"
             )
         if example.tokens > self.row:
             return (
-                f"with its answers in the data it takes {example.tokens} tokens of a row, which has "
+                f"with its answers in the data it takes {example.tokens} tokens; a row has "
                 f"{self.row} (training.row_length)"
             )
         return None
 
     def fits(self, prompt: Prompt) -> bool:
-        """Whether its answers fit. One that cannot be used is another matter, which is told apart."""
+        """Whether the prompt's answers fit; True for unusable answers, which are reported apart."""
         try:
             return self.misfit(prompt) is None
         except UnusableAnswer:
@@ -95,20 +97,23 @@ def rated_example(
     texts: Mapping[str, str],
     scores: Mapping[str, float | None],
 ) -> Example:
-    """What a reward model is trained on: the conversations of a pair, whole.
+    """The training example of a reward model: the whole conversations of a pair.
 
     Args:
-      texts: of the answers, by role.
-      scores: what the data says of them; None is 0 where it says something of the other.
+      chat: the chat template and tokenizer.
+      head: the reward model's head.
+      prompt: the prompt of the pair.
+      texts: the answers by role.
+      scores: the answers' scores in the data by role. If only one has a score, the other gets 0.
 
     Raises:
-      ExampleError: both conversations are the same tokens.
+      ExampleError: if both conversations have the same tokens.
     """
     whole = [head.read(chat.conversation_ids(prompt.messages, text)) for text in texts.values()]
     if len(set(whole)) < len(whole):
         raise ExampleError(
-            f"prompt {prompt.id}: {' and '.join(texts)} are the same {len(whole[0])} tokens to the "
-            "model, so that nothing is preferred. Remove the row"
+            f"prompt {prompt.id}: {' and '.join(texts)} become the same {len(whole[0])} tokens, so "
+            "that the model cannot prefer one of them. Remove the row"
         )
     before, rests = split(whole)
     given = None

@@ -1,8 +1,8 @@
-"""Rewards of packed responses: a reward model reads conversations as prompt trees too.
+"""Rewards of packed responses: a reward model also reads conversations as prompt trees.
 
-A reward model gives one number for a whole conversation, at its last token, so where the prompt ends
-is nothing to it. Conversations that begin alike are packed as a tree: what they have in common is
-the prompt, read once, and each one's rest is a branch.
+A reward model gives one number for a whole conversation, at its last token; where the prompt ends
+does not matter. Conversations that begin alike are packed as a tree: their common beginning is
+read once, as the prompt, and the rest of each is a branch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Ids: TypeAlias = tuple[int, ...]
 
 
 def split(conversations: Sequence[Ids]) -> tuple[Ids, list[Ids]]:
-    """What conversations have in common at their beginning, and the rest of each, never empty.
+    """Splits conversations into their common beginning and the rest of each, which is never empty.
 
     Args:
       conversations: token ids, each up to where its score is read (`ScalarHead.read`).
@@ -51,6 +51,6 @@ def rewards_at(
     end: Int[Array, "rows time"],
     places: Int[Array, "rows some"],
 ) -> Float[Array, "rows some"]:
-    """The head's number at some places of packed rows, float32."""
+    """The reward head's output at some places of packed rows, float32."""
     hidden, _ = decoder.apply({"params": params}, tokens, position, end)
     return rewards(params, jnp.take_along_axis(hidden, places[..., None], axis=1))

@@ -1,14 +1,15 @@
 """From scores to preference pairs: pure functions.
 
-    select(candidates, scores, rule=RULES["best_worst"], explore=EXPLORES["greedy"], seed=(42, 1, 0))
+    select(candidates, scores, rule=RULES["swap"], explore=EXPLORES["greedy"], seed=(42, 1, 0))
 
-`select` asks two small functions, which an experiment names and anybody can write: a rule, which picks
-the chosen and the rejected response, and an explore rule, which picks those of the optimism term. What
-holds for every pair (ties, equal texts, empty and cut off responses, the margin) it does itself.
+`select` calls two small functions that an experiment names and a user can write: a rule, which
+picks the chosen and the rejected response, and an explore rule, which picks the responses for the
+optimism term. `select` itself handles ties, equal texts, empty and cut off responses, and the
+margin.
 
-The order of the candidates matters where scores tie; the authors' order is the model's own
-response first, then the dataset's chosen, then its rejected (online_feedback.py in the code
-published with arXiv 2405.19332).
+If scores tie, the order of the candidates decides. The authors' order is the model's own response,
+then the dataset's chosen, then its rejected (online_feedback.py in the code published with arXiv
+2405.19332).
 """
 
 from __future__ import annotations
@@ -33,17 +34,17 @@ PLACES = ("best", "middle", "worst", "tied")
 Scores: TypeAlias = Sequence[float] | Real[np.ndarray, " candidates"]
 Known: TypeAlias = Float64[np.ndarray, " candidates"]  # finite scores, read-only
 
-# `(candidates, scores, rng)` to the pair, or to why there is none. The pair's `explore` is left to
-# `select`; the candidates that the optimism term takes have `explored` set.
+# `(candidates, scores, rng)` to the pair, or to the reason why there is none. `select` fills in the
+# pair's `explore`; the candidates in the optimism term have `explored` set.
 Rule: TypeAlias = Callable[[Sequence[Candidate], Known, np.random.Generator], Pair | Dropped]
-# `(candidates, scores, rng)` to the candidate that the optimism term takes, or to several.
+# `(candidates, scores, rng)` to the candidate, or the candidates, for the optimism term.
 Explore: TypeAlias = Callable[
     [Sequence[Candidate], Known, np.random.Generator], int | Sequence[int]
 ]
 
 
 def ranks(scores: Scores) -> Int[np.ndarray, " candidates"]:
-    """Ranks from 1 (highest score); equal scores share the better rank, as in PairRM's own ranking.
+    """Ranks from 1 (highest score); equal scores share the better rank, as in PairRM.
 
     Args:
         scores: `[candidates]`, finite.
@@ -52,7 +53,7 @@ def ranks(scores: Scores) -> Int[np.ndarray, " candidates"]:
         int64 `[candidates]`: 1 + how many scores are strictly higher.
 
     Raises:
-        FeedbackError: not one-dimensional, or not finite (NaN has no rank).
+        FeedbackError: if the scores are not one-dimensional, or not finite (NaN has no rank).
 
     >>> ranks([0.5, 0.9, 0.5, 0.1]).tolist()
     [2, 1, 2, 4]
@@ -64,14 +65,14 @@ def ranks(scores: Scores) -> Int[np.ndarray, " candidates"]:
 
 
 def place(scores: Scores, index: int) -> str:
-    """Where candidate `index` stands among all candidates of its prompt.
+    """The place of candidate `index` among all candidates of its prompt.
 
     Returns:
-        `tied` when all scores are equal, else `best` or `worst` for the highest or lowest score,
-        shared or not, else `middle`.
+        `tied` if all scores are equal; otherwise `best` or `worst` for the highest or lowest score
+        (even if shared), and `middle` for any other.
 
     Raises:
-        FeedbackError: as `ranks`.
+        FeedbackError: as for `ranks`.
 
     >>> [place([0.5, 0.9, 0.5, 0.1], i) for i in range(4)]
     ['middle', 'best', 'middle', 'worst']
@@ -84,7 +85,7 @@ def place(scores: Scores, index: int) -> str:
     return "worst" if ranked[index] == ranked.max() else "middle"
 
 
-# Rules. NumPy's argmin and argmax take the first of equals: the authors' rule.
+# Rules. Among equal scores NumPy's argmin and argmax take the first, like the authors' code.
 
 
 def best_worst(candidates: Sequence[Candidate], scores: Known, rng: np.random.Generator) -> Pair:
@@ -98,13 +99,13 @@ def best_worst(candidates: Sequence[Candidate], scores: Known, rng: np.random.Ge
 
 
 def swap(candidates: Sequence[Candidate], scores: Known, rng: np.random.Generator) -> Pair:
-    """The better and the worse of the data's chosen and y_ref (the paper's other rule, appendix D)."""
+    """The better and the worse of the data's chosen and y_ref (the paper's appendix D)."""
     own = next(i for i, candidate in enumerate(candidates) if candidate.explored)
     data = _first(candidates, "chosen", "rule: swap")
     if own == data:
         raise FeedbackError(
-            "rule: swap compares the data's chosen with y_ref, and feedback.explore took the data's "
-            "chosen itself. Take one of the model's own responses."
+            "rule: swap compares the data's chosen with y_ref, but feedback.explore picked the "
+            "data's chosen as y_ref. Let it pick one of the model's own responses."
         )
     first, second = sorted((own, data))
     return Pair(first, second) if scores[first] >= scores[second] else Pair(second, first)
@@ -139,19 +140,19 @@ def all_own(
 
 
 def random_own(candidates: Sequence[Candidate], scores: Known, rng: np.random.Generator) -> int:
-    """One drawn uniformly from the model's own, which is the same as `all` in expectation."""
+    """One of the model's own responses, drawn uniformly; equal to `all` in expectation."""
     own = _own(candidates, "random")
     return own[int(rng.integers(len(own)))]
 
 
 def best_own(candidates: Sequence[Candidate], scores: Known, rng: np.random.Generator) -> int:
-    """The best of the model's own, the first of equals."""
+    """The best of the model's own responses; the first of them if several are equally good."""
     own = _own(candidates, "best")
     return own[int(ranks(scores[own]).argmin())]
 
 
 def worst_own(candidates: Sequence[Candidate], scores: Known, rng: np.random.Generator) -> int:
-    """The worst of the model's own, the first of equals."""
+    """The worst of the model's own responses; the first of them if several are equally bad."""
     own = _own(candidates, "worst")
     return own[int(ranks(scores[own]).argmax())]
 
@@ -174,16 +175,17 @@ _F = TypeVar("_F", Rule, Explore)
 
 
 def rule_named(name: str) -> Rule:
-    """The rule that `feedback.rule` names: a built-in one, or a function of the user's.
+    """The rule that `feedback.rule` names: a built-in rule or the user's own function.
 
     Raises:
-        FeedbackError: there is none, or it cannot be called as `function(candidates, scores, rng)`.
+        FeedbackError: if there is no such rule, or it cannot be called as
+            `function(candidates, scores, rng)`.
     """
     return _named("feedback.rule", name, RULES)
 
 
 def explore_named(name: str) -> Explore:
-    """The explore rule that `feedback.explore` names; likewise."""
+    """The explore rule that `feedback.explore` names; raises like `rule_named`."""
     return _named("feedback.explore", name, EXPLORES)
 
 
@@ -211,26 +213,26 @@ def select(
     """Picks one prompt's chosen, rejected and explore responses.
 
     A prompt that fails several tests is dropped for the first reason in this order: `malformed` (a
-    score is NaN: what a judge said of that response could not be read), what the rule itself says,
-    `tie` (chosen and rejected have equal scores), `equal_text` (they are the same text or ids),
-    `empty` (one of them), `cut_off`, `margin`.
+    score is NaN because the judge's answer could not be read), the rule's own reason, `tie` (chosen
+    and rejected have equal scores), `equal_text` (they have the same text or ids), `empty` (one of
+    them), `cut_off`, `margin`.
 
     Args:
-        candidates: the prompt's responses; among equal scores the first in this order wins, as
-            best and as worst.
-        scores: `[candidates]`, higher is better; NaN where a judge was not readable.
+        candidates: the prompt's responses. Among equal scores the first in this order is picked,
+            both as best and as worst.
+        scores: `[candidates]`, higher is better; NaN where the judge's answer could not be read.
         rule: picks chosen and rejected; see `RULES`.
         explore: picks the responses of the optimism term; see `EXPLORES`.
-        ties: `drop`, or `first` for the authors' rule: the first of the two is chosen and rejected
-            at once and the pair is kept, so that only the optimism term has a gradient.
-        cut_off: `drop` refuses a prompt one of whose responses with a role was cut off.
-        min_margin: the least difference of the two scores, in the ranker's unit.
-        seed: of what the rules draw; one for each prompt, such as (seed, iteration, prompt number),
-            since the same seed draws the same place in the list.
+        ties: `drop`, or `first` for the authors' rule: the first of the two becomes both chosen
+            and rejected, and the pair is kept, so that only the optimism term has a gradient.
+        cut_off: `drop` drops a prompt if a response with a role was cut off.
+        min_margin: the smallest allowed difference of the two scores, in the ranker's unit.
+        seed: for the random choices of the rules. Use a different one for each prompt, such as
+            (seed, iteration, prompt number): the same seed draws the same place in the list.
 
     Raises:
-        FeedbackError: unknown option, no candidate for a role, scores that do not fit the
-            candidates, or a rule that raises or returns what is no choice; it is named.
+        FeedbackError: if an option is unknown, a role has no candidate, there is not one score per
+            candidate, or a rule raises or returns something invalid (the message names it).
     """
     check_choice("ties", ties, TIES)
     check_choice("cut_off", cut_off, CUT_OFFS)
@@ -238,7 +240,7 @@ def select(
         raise FeedbackError(f"min_margin is {min_margin!r}; expected a number of at least 0.")
     check_length(candidates, scores)
     known = np.array(scores, np.float64)
-    known.flags.writeable = False  # or one rule could change what the next one sees
+    known.flags.writeable = False  # otherwise one rule could change the scores for the next one
     if np.isnan(known).any():
         return Dropped("malformed")
     if not np.isfinite(known).all():
@@ -272,10 +274,10 @@ def select(
 
 
 def by_settings(f: Feedback) -> Callable[..., Pair | Dropped]:
-    """`select` as the settings of `feedback` say, of candidates, scores and seed.
+    """`select` with the options of the `feedback` settings; call it with candidates, scores, seed.
 
     Raises:
-        FeedbackError: a rule that cannot be found or called.
+        FeedbackError: if a rule cannot be found or called.
     """
     return partial(
         select, rule=rule_named(f.rule), explore=explore_named(f.explore), ties=f.ties,
@@ -286,34 +288,34 @@ def by_settings(f: Feedback) -> Callable[..., Pair | Dropped]:
 def check_length(candidates: Sequence[Candidate], scores: Scores) -> None:
     if len(candidates) != len(scores) or not len(candidates):
         raise FeedbackError(
-            f"found {len(candidates)} candidates and {len(scores)} scores; expected one score for "
-            "each candidate, and at least one candidate."
+            f"there are {len(candidates)} candidates and {len(scores)} scores; expected one score "
+            "for each candidate, and at least one candidate."
         )
 
 
 def draws(
     seed: int | Sequence[int] | None, asked: str, stream: int | None = None
 ) -> np.random.Generator:
-    """Random numbers of a prompt. Draws for different ends come from different streams."""
+    """The random generator of a prompt. Each `stream` is independent of the others."""
     if seed is None:
-        raise FeedbackError(f"{asked} needs a seed for each prompt; found None.")
+        raise FeedbackError(f"{asked} needs a seed for each prompt, but seed is None.")
     key = () if stream is None else (stream,)
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
 
 
-# What a rule may return: anybody can write one, so everything is checked.
+# Users can write rules, so everything that a rule returns is checked.
 
 
 def _explored(
     explore: Explore, candidates: Sequence[Candidate], scores: Known, rng: np.random.Generator
 ) -> tuple[int, ...]:
-    """The places that an explore rule picks, in rising order."""
+    """The indices of the candidates that an explore rule picks, in rising order."""
     result = _call(explore, candidates, scores, rng)
     several = result if isinstance(result, Sequence | np.ndarray) else [result]
     places = tuple(_index(explore, result, each, len(candidates)) for each in several)
     if not places or len(set(places)) < len(places):
         raise _refused(
-            explore, result, "a place in `candidates`, or several different ones in a list"
+            explore, result, "an index into `candidates`, or a list of different indices"
         )
     return tuple(sorted(places))
 
@@ -321,7 +323,7 @@ def _explored(
 def _picked(
     rule: Rule, candidates: Sequence[Candidate], scores: Known, rng: np.random.Generator
 ) -> Pair | Dropped:
-    """The pair that a rule picks, its places as plain numbers; `explore` is not filled in yet."""
+    """The pair that a rule picks, as plain integers and with `explore` not filled in yet."""
     result = _call(rule, candidates, scores, rng)
     if isinstance(result, Dropped):
         return result
@@ -335,11 +337,11 @@ def _picked(
         raise _refused(
             rule,
             result,
-            "Pair(chosen, rejected) alone; feedback.explore says which responses explore",
+            "Pair(chosen, rejected) alone; feedback.explore picks the responses that explore",
         )
     if pair.chosen == pair.rejected and ranks(scores).max() > 1:
         raise _refused(
-            rule, result, 'two different places, or Dropped("rule") where the prompt has no pair'
+            rule, result, 'two different indices, or Dropped("rule") if the prompt has no pair'
         )
     return pair
 
@@ -361,7 +363,7 @@ def _index(function: Rule | Explore, result: Any, value: Any, count: int) -> int
     except TypeError:
         place = -1
     if not 0 <= place < count:
-        raise _refused(function, result, f"places from 0 to {count - 1}, as whole numbers")
+        raise _refused(function, result, f"indices from 0 to {count - 1}, as whole numbers")
     return place
 
 
@@ -370,7 +372,7 @@ def _refused(function: Rule | Explore, result: Any, expected: str) -> FeedbackEr
 
 
 def _own(candidates: Sequence[Candidate], explore: ExploreName) -> list[int]:
-    """The model's own responses, at least one."""
+    """The indices of the model's own responses; raises FeedbackError if there are none."""
     own = [i for i, each in enumerate(candidates) if each.source in ("greedy", "sample")]
     if not own:
         raise _no_candidate(candidates, "greedy or sample", f"explore: {explore}")
@@ -388,5 +390,5 @@ def _no_candidate(candidates: Sequence[Candidate], source: str, asked: str) -> F
     found = ", ".join(each.source for each in candidates) or "none"
     return FeedbackError(
         f"{asked} needs a candidate of source {source}; this prompt has: {found}. "
-        "Generate one, or ask for another."
+        "Generate one, or choose another rule."
     )

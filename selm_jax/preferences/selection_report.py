@@ -1,4 +1,4 @@
-"""What became of every prompt whose candidates were ranked: counts, for the report and the console."""
+"""Counts what became of the ranked prompts, for the report and the console."""
 
 from __future__ import annotations
 
@@ -23,10 +23,9 @@ from selm_jax.preferences.selection import PLACES, Scores, check_length, place, 
 
 @dataclass
 class Report:
-    """Counts over the prompts of one stage. Every prompt is one pair or one drop.
+    """Counts over the prompts of one stage. Every prompt becomes a pair or is dropped.
 
-    Call `add` once for each prompt; read `as_dict`. Counts are integers in `counts`, under the
-    keys of `as_dict`.
+    Call `add` once for each prompt, then read `as_dict`. `counts` has the same keys as `as_dict`.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -39,11 +38,11 @@ class Report:
 
         Args:
             candidates: the prompt's responses.
-            scores: `[candidates]`; None for a prompt that nobody scored, which is dropped.
-            result: what `select` and `label` made of them.
+            scores: `[candidates]`; None for a prompt that was not scored and is therefore dropped.
+            result: the outcome of `select` and `label`.
 
         Raises:
-            FeedbackError: scores that do not fit the candidates, or a pair without scores.
+            FeedbackError: if there is not one score per candidate, or a pair has no scores.
         """
         texts = {each.text for each in candidates}
         count = self.counts
@@ -59,7 +58,7 @@ class Report:
         if scores is not None:
             self._add_scores(candidates, scores, result)
         elif isinstance(result, Pair):
-            raise FeedbackError("found a pair without scores; expected a dropped prompt.")
+            raise FeedbackError("a prompt without scores became a pair; it has to be dropped.")
 
     def _add_scores(
         self, candidates: Sequence[Candidate], scores: Scores, result: Pair | Dropped
@@ -88,22 +87,24 @@ class Report:
         count[f"explore_is/{_shared(roles)}"] += 1
 
     def as_dict(self) -> dict[str, int | float]:
-        """A flat dict for a JSON report. Counts that stayed 0 are there; means of nothing are not.
+        """A flat dict for a JSON report: all counts, also those that are 0, and the mean scores.
 
         Keys:
             prompts, pairs, drops, drops/REASON: prompts = pairs + drops.
-            scored: prompts that were asked about and have scores, those dropped as malformed among
-                them; ties: those whose scores are all equal; ties_partial: those where only the
-                best or the worst score is shared, so that the order of the candidates decides.
+            scored: prompts with scores, including those dropped as malformed;
+                ties: prompts whose scores are all equal; ties_partial: prompts where only the best
+                or the worst score is shared, so that the order of the candidates decides.
             tie_kept: pairs whose chosen and rejected scores are equal (`ties: first`);
-                label_against_scores: pairs whose rejected score is the higher (drawn labels).
-            candidates, candidates/SOURCE, cut_off, empty: candidates, all, by source, and those
-                of a kind; duplicates: candidates whose text an earlier one of the prompt has.
-            explore/PLACE: pairs by the place of the explore response among all candidates; of the
-                first of them, where all explore.
+                label_against_scores: pairs whose rejected score is higher (drawn labels).
+            candidates, candidates/SOURCE: number of candidates, in total and by source;
+                cut_off, empty: candidates that were cut off, or contain only white space;
+                duplicates: candidates with the same text as an earlier one of their prompt.
+            explore/PLACE: pairs by the place of the explore response among all candidates; if
+                several explore, by the place of the first.
             explore_is/chosen, rejected, both, neither: pairs by the roles that are the same
                 response as explore; winner/SOURCE: pairs by the source of the chosen response.
-            score_mean/SOURCE: mean score over all scored candidates of the source, in the ranker's unit.
+            score_mean/SOURCE: mean score of the source's scored candidates, in the ranker's unit;
+                absent if the source has none.
         """
         means = {
             f"score_mean/{source}": self.score_sums[source] / self.counts[f"scored/{source}"]

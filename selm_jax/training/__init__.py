@@ -1,1 +1,1 @@
-"""The update: state, optimiser, the jitted step, checkpoints, the loop over one iteration."""
+"""Training: the state, optimisers, the compiled update, checkpoints, and the training loop."""

@@ -1,18 +1,18 @@
-"""The state of training on disk, through orbax: sharded, whole, and enough to go on exactly.
+"""Checkpoints: saves the training state with orbax so that training can resume exactly.
 
-Every process writes its own shards, in the background, while the next updates are computed. A
-checkpoint gets its name, the number of its step, when all of them are through: until then it is a
-folder that nobody reads. In it lies `whole.json`: the size and the SHA-256 of each file, the digest of
-the model that the iteration started from, without which it means nothing, and that of what was logged
-until then.
+Every process writes its own shards, in the background, while the next updates are computed. When
+all processes have finished, the checkpoint's folder gets its name, the number of its step; before
+that, nobody reads the folder. It contains `whole.json`: the size and SHA-256 of each file, the
+digest of the model that the iteration started from (the checkpoint is only valid for that model),
+and the digest of the metrics logged until then.
 
-Every process hashes the files that it has written, in the background too, and the first one what
-belongs to none; when a checkpoint is read, the processes hash equal shares of it. So every byte is
-hashed once on writing and once on reading, however many hosts there are (`selm_jax.shell.sealed` says what
-that costs).
+Every process hashes the files that it has written, also in the background; the first process hashes
+the files that belong to none. When a checkpoint is read, the processes hash equal shares of it. So
+every byte is hashed once on writing and once on reading, however many hosts there are
+(`selm_jax.shell.sealed` says what that costs).
 
-The order of the data is a function of the step, so there is nothing else to save. When the last
-update is done only the parameters are kept, for the export.
+The order of the data is a function of the step, so there is nothing else to save. After the last
+update only the parameters are kept, for the export.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from selm_jax.weights.sources import cache_root
 _FINAL = "final"
 _WHOLE = "whole.json"
 _SPECIAL = frozenset("*?[]\\")
-_UNNAMED = ".orbax-checkpoint-tmp"  # what orbax adds to a name until all is written
-# Orbax writes these when all else is there, with the time in them; nothing is restored from them.
+_UNNAMED = ".orbax-checkpoint-tmp"  # orbax adds this to a name until everything is written
+# Orbax writes these files last and with the time in them; nothing is restored from them.
 _LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 
 class Checkpoints:
-    """The checkpoints of one iteration, each in a folder named by its step, or `final`.
+    """The checkpoints of one iteration, each in a folder named after its step, or `final`.
 
-    Several processes call the same methods in the same order.
+    If there are several processes, all call the same methods in the same order.
     """
 
     def __init__(
@@ -57,9 +57,10 @@ class Checkpoints:
     ):
         """
         Args:
+          folder: where the checkpoints are stored.
           start: the digest of the model that the iteration starts from.
-          keep: how many steps stay; the newest.
-          logged: the digest of what was logged of the updates up to a step; the first process is asked.
+          keep: how many of the newest steps to keep.
+          logged: returns the digest of the metrics logged up to a step; called in process 0.
         """
         self.folder = Path(folder)
         self.start = start
@@ -68,42 +69,45 @@ class Checkpoints:
         self._writer: ocp.StandardCheckpointer | None = None
 
     def steps(self) -> list[int]:
-        """Those that are whole, as the first process sees them."""
+        """The steps with a complete checkpoint, as the first process sees them."""
         return multihost.on_first(self._steps)
 
     def save(self, state: TrainState) -> None:
-        """Begins to save the state under its step. `state` may be donated as soon as this returns.
+        """Starts saving the state under its step. `state` may be donated as soon as this returns.
 
-        Waits for the save before it; see `wait`. A step that is there already is left as it is.
+        Waits for the previous save first; see `wait`. Does nothing if the step is saved already.
         """
         if (step := int(state.step)) not in self.steps():
             self._begin(str(step), state, step)
 
     def wait(self) -> None:
-        """Waits for a save that is under way.
+        """Waits until the current save is finished, if there is one.
 
         Raises:
-          ArtifactError: it went wrong; the checkpoint before it is whole.
+          ArtifactError: if the save failed; the previous checkpoint is undamaged.
         """
         if self._writer is not None:
             writer, self._writer = self._writer, None
             try:
                 writer.close()
-            except Exception as e:  # whatever the libraries below make of a full disk
+            except Exception as e:  # libraries raise various exceptions when a disk is full
                 raise artifacts.ArtifactError(
                     f"{self.folder}: a checkpoint could not be written ({e}). The one before it is "
-                    "whole; the same command goes on from there"
+                    "undamaged; run the same command to continue from there"
                 ) from e
             multihost.on_first(self._tidy)
 
     def latest(self, like: TrainState) -> TrainState | None:
-        """The newest state, laid out like `like` (arrays or abstract arrays with shardings), which
-        may be on another mesh, or of another number of processes, than the one that was saved."""
+        """Loads the newest state with the shardings of `like`; None if there is none.
+
+        `like` contains arrays or abstract arrays. Its mesh and its number of processes may differ
+        from those of the state that was saved.
+        """
         steps = self.steps()
         return self._read(str(steps[-1]), like) if steps else None
 
     def save_final(self, params: Params, step: int = 0) -> None:
-        """Saves what the export needs, waits for it, and deletes all steps.
+        """Saves the parameters for the export, waits until they are saved, and deletes all steps.
 
         `step`: how many updates were made.
         """
@@ -142,8 +146,10 @@ class Checkpoints:
         return {"start": self.start, "step": step, "logged": self.logged(step)}
 
     def _when_written(self, name: str) -> Callable[..., None]:
-        """What orbax calls in each of several processes when this one's files are written: they are
-        hashed, and then the others are waited for."""
+        """The function that orbax calls in each process when that process has written its files.
+
+        It hashes these files, then waits for the other processes.
+        """
         barrier, told = ocp.multihost.get_barrier_sync_fn(), False
 
         def wait(*, key: str, timeout_ms: int) -> None:
@@ -152,7 +158,7 @@ class Checkpoints:
                 folder = self._unnamed(name)
                 own = _files(folder, f"ocdbt.process_{multihost.index()}/")
                 multihost.leave(str(self.folder / name), _hashed(folder, own))
-                told = True  # orbax waits here once more, when the first process has sealed
+                told = True  # orbax calls this again after the first process has sealed
             barrier(key=key, timeout_ms=timeout_ms)
 
         return wait
@@ -162,13 +168,17 @@ class Checkpoints:
         return folder
 
     def _clear(self) -> None:
-        """Removes what a process that died had begun."""
+        """Removes unfinished checkpoints of a process that died."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for left in self.folder.glob(f"*{_UNNAMED}*"):
             artifacts.remove(left)
 
     def _seal(self, name: str, about: dict[str, Any]) -> None:
-        """Called in the first process when all have written their shards, before orbax renames."""
+        """Writes `whole.json`.
+
+        Called in the first process after all have written their shards, before orbax renames the
+        folder.
+        """
         folder = self._unnamed(name)
         known: dict[str, Any] = {}
         for of_process in multihost.left(str(self.folder / name)):
@@ -179,7 +189,7 @@ class Checkpoints:
         artifacts.flush(folder)
 
     def _tidy(self) -> None:
-        """Deletes the steps that are not kept any more; one is always whole."""
+        """Deletes old steps; at least one complete checkpoint always remains."""
         if self.folder.exists():
             artifacts.flush_folder(self.folder)
         old = self._steps()
@@ -206,34 +216,35 @@ class Checkpoints:
             raise _unreadable(path, str(e)) from e
 
     def _check(self, path: Path) -> dict[str, tuple[int, str]]:
-        """The size and SHA-256 of each file.
+        """Reads the size and SHA-256 of each file from `whole.json`.
 
         Raises:
-          ArtifactError: they are not known, or the start is another, or what was logged is.
+          ArtifactError: if `whole.json` cannot be read, or the checkpoint belongs to another start
+            model or to other logged metrics.
         """
         try:
             about = artifacts.read_sealed(path / _WHOLE)
         except FileNotFoundError as e:
             raise _unreadable(path, f"{_WHOLE} is missing") from e
         except artifacts.ArtifactError as e:
-            raise _unreadable(path, f"{_WHOLE} is not what was written") from e
+            raise _unreadable(path, f"{_WHOLE} was changed or damaged") from e
         if about["start"] != self.start:
             raise artifacts.ArtifactError(
-                f"{path}: this training started from the model with digest {about['start']}, "
-                f"the model there now has {self.start}. Put that model back, or delete "
+                f"{path}: this training started from a model with digest {about['start']}, but the "
+                f"model there now has digest {self.start}. Restore the old model, or delete "
                 f"{self.folder} to train this iteration again"
             )
         if about["logged"] != self.logged(about["step"]):
             raise artifacts.ArtifactError(
                 f"{path}: the lines of metrics.jsonl about this training's first {about['step']} "
-                "updates are not those that stood there when this checkpoint was written. Put them "
-                f"back, or delete {self.folder} to train this iteration again"
+                "updates have changed since this checkpoint was written. Restore them, or delete "
+                f"{self.folder} to train this iteration again"
             )
         return about["files"]
 
 
 def _files(folder: Path, below: str = "") -> list[str]:
-    """The names of a folder's files, with the folders in it; those that begin so."""
+    """Paths of all files below a folder, relative to it, that begin with `below`."""
     files = (file for file in folder.rglob("*") if file.is_file())
     names = (file.relative_to(folder).as_posix() for file in files)
     return [name for name in names if name.startswith(below)]
@@ -246,14 +257,14 @@ def _hashed(folder: Path, names: list[str]) -> dict[str, tuple[int, str]]:
 
 
 def _faults(folder: Path, files: dict[str, tuple[int, str]]) -> list[str]:
-    """What is wrong with each file that is not as it was written."""
+    """One message for each file that is missing or has changed since it was written."""
     faults, there = [], []
     for name, (size, _) in files.items():
         file = folder / name
         if not file.exists():
             faults.append(f"its file {name} is missing")
         elif (found := file.stat().st_size) != size:
-            faults.append(f"its file {name} has {found} bytes, {size} were written")
+            faults.append(f"its file {name} has {found} bytes, but {size} were written")
         else:
             there.append(name)
     try:
@@ -261,14 +272,14 @@ def _faults(folder: Path, files: dict[str, tuple[int, str]]) -> list[str]:
     except OSError as e:  # the disk cannot read it
         return [*faults, str(e)]
     changed = [name for name in there if found_now[name][1] != files[name][1]]
-    return faults + [f"its file {name} has other bytes than were written" for name in changed]
+    return faults + [f"its file {name} was changed or damaged" for name in changed]
 
 
 def _for_orbax(folder: Path) -> Path:
-    """A path to a folder that orbax and the library below it take for what it is.
+    """A path to the folder without the characters that orbax and its libraries misread.
 
-    They look for a path with `[`, `*` or `?` in it as a pattern, and read a backslash as a slash: what
-    is saved there is not found again. Such a folder gets a link in the cache.
+    They take a path with `[`, `*` or `?` for a pattern and a backslash for a slash, and then do not
+    find what they have saved. Such a folder gets a link in the cache, whose path is returned.
     """
     folder = folder.absolute()
     if _SPECIAL.isdisjoint(str(folder)):
@@ -277,9 +288,9 @@ def _for_orbax(folder: Path) -> Path:
     at = cache_root().absolute() / "checkpoints" / name
     if not _SPECIAL.isdisjoint(str(at)):
         raise artifacts.ArtifactError(
-            f"{folder}: checkpoints cannot be written below a path with one of "
-            f"{' '.join(sorted(_SPECIAL))}, nor linked to from {at}. Give the run another `output`, "
-            "or point SELM_CACHE to another folder"
+            f"{folder}: checkpoints cannot be written to a path with one of the characters "
+            f"{' '.join(sorted(_SPECIAL))}, and the cache {at} has one too. Give the run another "
+            "`output`, or set SELM_CACHE to another folder"
         )
     artifacts.link(at, folder)
     return at
@@ -287,6 +298,6 @@ def _for_orbax(folder: Path) -> Path:
 
 def _unreadable(path: Path, why: str) -> artifacts.ArtifactError:
     return artifacts.ArtifactError(
-        f"{path}: this checkpoint cannot be read ({why}). Delete the folder: the iteration's "
-        "training starts again from its last whole checkpoint, or from its beginning"
+        f"{path}: this checkpoint cannot be read ({why}). Delete the folder; the iteration's "
+        "training then starts again from its last complete checkpoint, or from its beginning"
     )

@@ -1,4 +1,4 @@
-"""The updates of one iteration."""
+"""The training loop: all updates of one iteration."""
 
 from __future__ import annotations
 
@@ -25,30 +25,35 @@ Metrics = dict[str, float]
 
 
 class TrainingError(RuntimeError):
-    """Training cannot start or go on."""
+    """Training cannot start or continue."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingPlan:
-    """What an iteration is going to do: fixed before its first update."""
+    """The updates that an iteration is going to make, fixed before the first one."""
 
     settings: Training
-    updates: Sequence[Sequence[Example]]  # the examples of each
+    updates: Sequence[Sequence[Example]]  # the examples of each update
     shape: Shape
     iteration: int
-    left_over: int  # examples in no update, because the last batch would not be whole
+    left_over: int  # examples that are in no update because they do not fill a batch
 
     @classmethod
     def make(
         cls, settings: Training, examples: Sequence[Example], seed: int, iteration: int
     ) -> TrainingPlan:
-        """Raises TrainingError if the examples do not fill one batch, ExampleError for a long one."""
+        """Makes the plan of an iteration.
+
+        Raises:
+          TrainingError: if the examples do not fill one batch.
+          ExampleError: if an example does not fit a row.
+        """
         per_epoch = updates_per_epoch(len(examples), settings.global_batch)
         if per_epoch == 0:
             raise TrainingError(
                 f"iteration {iteration} has {len(examples)} examples, fewer than one batch of "
-                f"training.global_batch = {settings.global_batch}. The rank stage's counts say "
-                "what was dropped and why"
+                f"training.global_batch = {settings.global_batch}. Use more prompts or a smaller "
+                "batch; the counts of the rank stage show which prompts were dropped and why"
             )
         updates = tuple(
             examples_of(
@@ -85,21 +90,21 @@ def train(
     key: jax.Array | None = None,
     report: Callable[[Metrics], None],
 ) -> TrainState:
-    """Runs the updates from `state.step` on. The state is donated.
+    """Runs the updates from number `state.step` to the last. The state is donated.
 
     Args:
-      peak: the iteration's learning rate.
+      peak: the iteration's peak learning rate.
       place: puts a batch on the devices.
       reference: parameters of a live reference; None uses the stored log-probabilities.
-      base: what adapters are on; None where all parameters are trained.
-      key: draws the adapters' dropout, anew for every update and batch; None where there is none.
-      report: takes the metrics of each finished update, in order.
+      base: the base model under adapters; None if all parameters are trained.
+      key: seeds the adapters' dropout, different in every update and batch; None without dropout.
+      report: is called with the metrics of each finished update, in order.
 
     Raises:
-      TrainingError: a loss or gradient that is not finite, with the examples it came from. The last
-        checkpoint is left as it is.
-      Stopped, KeyboardInterrupt: the run was told to stop, by a signal or by Ctrl-C, and the state after
-        the last update is saved.
+      TrainingError: if a loss or gradient is not finite; the message names the examples. The last
+        checkpoint stays as it is.
+      Stopped, KeyboardInterrupt: if a signal or Ctrl-C stops the run; the state after the last
+        update has been saved.
     """
     s = plan.settings
     count = len(plan.updates)
@@ -143,16 +148,19 @@ def one_update(
     base: Params | None = None,
     key: jax.Array | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """One update by all its batches, whose gradients are summed before the step. The state is donated.
+    """Makes one update: sums the gradients of all batches, then takes a step. Donates the state.
 
     Args:
+      update: the compiled functions.
+      state: the state before the update.
       batches: on the devices; they may differ in shape.
-      means: `mean_lengths` of all their examples.
+      learning_rate: of this update.
+      means: `mean_lengths` of all examples in the batches.
       reference, base: as for `train`.
-      key: draws this update's dropout, anew for every batch.
+      key: seeds this update's dropout, which differs in every batch; None without dropout.
 
     Returns:
-      The new state, and the update's metrics: the means over its examples, and `grad_norm`.
+      The new state and the update's metrics: means over its examples, and `grad_norm`.
     """
     gradients, sums = None, None
     for i, batch in enumerate(batches):
@@ -164,19 +172,22 @@ def one_update(
             gradients, sums = update.add(gradients, sums, state.params, batch, *fixed)
     _settle(gradients)
     state, metrics = update.apply(state, gradients, sums, np.float32(learning_rate))
-    del gradients  # or the next update would hold two
+    del gradients  # otherwise two gradients would be in memory during the next update
     return state, {k: float(v) for k, v in metrics.items()}
 
 
 def _settle(tree: Any) -> None:
-    """Waits, on several CPU devices only: there two programs in flight can hold the threads that
-    each other's collectives need, for ever."""
+    """Waits for results if there are several CPU devices.
+
+    On these, two programs running at once can deadlock: each holds the threads that the other's
+    collectives need.
+    """
     if jax.default_backend() == "cpu" and jax.device_count() > 1:
         jax.block_until_ready(tree)
 
 
 def mean_lengths(examples: Sequence[Example]) -> np.ndarray:
-    """Mean scored tokens of each role's response over an update's examples, [roles]."""
+    """The mean number of scored tokens of each role's response in an update, [roles]."""
 
     def mean(role):
         return np.mean([np.mean([len(e.responses[i]) for i in e.playing(role)]) for e in examples])
@@ -191,7 +202,7 @@ def _check_finite(
     if bad:
         ids = ", ".join(e.prompt_id for e in examples[:8])
         raise TrainingError(
-            f"iteration {plan.iteration}, update {step + 1}: {', '.join(bad)} is not finite. Its "
-            f"examples: {ids}{', ...' if len(examples) > 8 else ''}. The last checkpoint is whole; "
-            "a smaller training.learning_rate is the usual remedy"
+            f"iteration {plan.iteration}, update {step + 1}: {' and '.join(bad)} not finite. The "
+            f"update's examples: {ids}{', ...' if len(examples) > 8 else ''}. Usually a smaller "
+            "training.learning_rate helps; the last checkpoint is undamaged"
         )

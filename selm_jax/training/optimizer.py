@@ -1,4 +1,4 @@
-"""Optimisers and learning-rate schedules, all optax's."""
+"""Optimisers and learning-rate schedules, all from optax."""
 
 from __future__ import annotations
 
@@ -7,27 +7,28 @@ from collections.abc import Callable, Mapping
 
 import optax
 
-# What comes after the warm-up: of the peak and the updates that are left.
+# The schedule after the warm-up, as a function of the peak and the number of remaining updates.
 SCHEDULES: Mapping[str, Callable[[float, int], optax.Schedule]] = {
     "cosine": optax.cosine_decay_schedule,
     "linear": lambda peak, updates: optax.linear_schedule(peak, 0.0, updates),
     "constant": lambda peak, updates: optax.constant_schedule(peak),
 }
-# The direction of a step: of b1, b2 and eps, as far as the optimiser has them.
+# The direction of a step, as a function of b1, b2 and eps; an optimiser may ignore some of them.
 OPTIMIZERS: Mapping[str, Callable[[float, float, float], optax.GradientTransformation]] = {
     "adamw": lambda b1, b2, eps: optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
-    # Without its own schedule; `scale(-1)` undoes the sign it ends with.
+    # Adafactor without its own schedule; optax's version negates the step, `scale(-1)` undoes this.
     "adafactor": lambda b1, b2, eps: optax.chain(optax.adafactor(1.0), optax.scale(-1.0)),
     "rmsprop": lambda b1, b2, eps: optax.scale_by_rms(decay=b2, eps=eps),
 }
 
 
 def learning_rate(schedule: str, peak: float, updates: int, warmup_ratio: float) -> optax.Schedule:
-    """Linear warm-up to `peak`, then the schedule, which ends at zero after the last update.
+    """Linear warm-up to `peak`, then the named schedule up to the iteration's last update.
 
-    The schedule is fresh in every iteration. Warm-up takes ceil(warmup_ratio * updates) updates, as
-    in the authors' runs (6 of 59, 16 of 159). As there, the k-th of w warm-up updates has
-    (k - 1) / w of the peak, so that the first update of an iteration with warm-up changes nothing.
+    `cosine` and `linear` reach zero after the last update. The schedule starts anew in every
+    iteration. Warm-up takes ceil(warmup_ratio * updates) updates, as in the authors' runs (6 of 59,
+    16 of 159). As there, the k-th of w warm-up updates has (k - 1) / w of the peak, so that the
+    first update of an iteration with warm-up changes nothing.
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule {schedule!r} is not one of {', '.join(SCHEDULES)}")
@@ -41,7 +42,7 @@ def learning_rate(schedule: str, peak: float, updates: int, warmup_ratio: float)
 def optimizer(
     name: str, *, b1: float, b2: float, eps: float, weight_decay: float
 ) -> optax.GradientTransformation:
-    """Gradients to steps at learning rate 1.
+    """Turns gradients into steps for a learning rate of 1.
 
     Weight decay is decoupled: it is multiplied by the learning rate like the rest of the step.
     """

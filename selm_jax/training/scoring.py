@@ -1,10 +1,10 @@
-"""Scoring: what fixed parameters say of every response of examples, without training anything.
+"""Scoring: log-probabilities or rewards of every response of examples under fixed parameters.
 
     scorer = Scorer(readers(decoder, chunk, replicated), place, OneShape(rows, row_length))
     logps = scorer.logps(params, examples)
 
-Whoever scores texts does it here: a run, `selm eval`, a reward model as a ranker. They differ in their
-layouts (`preferences.layouts`), and in nothing else.
+All scoring goes through this module: a run's, `selm eval`'s, a reward model's as a ranker. They
+differ only in their layouts (`preferences.layouts`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from selm_jax.preferences.packing import PreferenceBatch, Shape, pack, unpack, u
 from selm_jax.preferences.rewards import response_rewards
 from selm_jax.training.update import Update, response_logps
 
-# Takes how many examples and tokens were scored since the last call.
+# Called with the number of examples and of tokens scored since the last call.
 Report = Callable[[int, int], None]
 
 A = TypeVar("A")
@@ -35,11 +35,12 @@ B = TypeVar("B")
 
 
 class Readers(NamedTuple):
-    """Compiled functions of parameters and a batch, which may lie on many devices; what they give
-    lies on each of them.
+    """Compiled functions of parameters and a batch, which may be sharded over many devices.
+
+    Their results are replicated on every device.
 
     logps(params, batch) -> response log-probabilities [rows, segments, branches]
-    rewards(params, batch) -> the same of a reward model's rewards
+    rewards(params, batch) -> a reward model's rewards [rows, segments, branches]
     statistics(params, batch) -> TokenStats [rows, scored]
     """
 
@@ -49,12 +50,14 @@ class Readers(NamedTuple):
 
 
 def readers(decoder: Decoder, chunk: int, replicated: Sharding | None = None) -> Readers:
-    """The functions that read with this decoder; each compiles at its first call with a shape, once
-    for all models of one config.
+    """The `Readers` of a decoder.
+
+    Each function compiles at its first call with a shape, once for all models of one config.
 
     Args:
-      chunk: tokens per row whose logits exist at a time.
-      replicated: where results lie; None means one device.
+      decoder: the model.
+      chunk: tokens per row whose logits are computed at a time.
+      replicated: the sharding of results; None means one device.
     """
     return _readers(cast(Any, decoder), chunk, replicated)
 
@@ -72,7 +75,7 @@ def _readers(decoder: Decoder, chunk: int, replicated: Sharding | None) -> Reade
 
 
 def _statistics(decoder: Decoder, params: Params, batch: PreferenceBatch, chunk: int) -> TokenStats:
-    """Of all scored tokens of a packed batch, [rows, scored]."""
+    """The `TokenStats` of all scored tokens of a packed batch, [rows, scored]."""
     hidden, _ = decoder.apply({"params": params}, batch.tokens, batch.position, batch.end)
     predicting = jnp.take_along_axis(hidden, batch.predictor[..., None], axis=1)
     cap = decoder.config.logit_cap
@@ -84,9 +87,9 @@ class Scorer:
     """Scores responses in few shapes, because each function compiles once per shape.
 
     Attributes:
-      read: the compiled functions. Those of a run's `Update` score alike, but know no statistics.
+      read: the compiled functions. A run's `Update` gives the same scores but has no `statistics`.
       place: puts a batch on the devices.
-      layout: which examples share a batch, and of what shape.
+      layout: groups examples into batches and gives each its shape.
     """
 
     read: Readers | Update
@@ -102,7 +105,7 @@ class Scorer:
         """log pi(response | prompt) in nats, float32: a tuple per example, a number per response.
 
         Raises:
-          ExampleError: an example that does not fit a row.
+          ExampleError: if an example does not fit a row.
         """
         return self._scored(self.read.logps, params, examples, report, unpack)
 
@@ -112,7 +115,7 @@ class Scorer:
         examples: Sequence[Example],
         report: Report = lambda examples, tokens=0: None,
     ) -> list[tuple[float, ...]]:
-        """The same of a reward model's rewards."""
+        """A reward model's rewards: a tuple per example, a number per response; see `logps`."""
         return self._scored(self.read.rewards, params, examples, report, unpack)
 
     def statistics(
@@ -121,7 +124,7 @@ class Scorer:
         examples: Sequence[Example],
         report: Report = lambda examples, tokens=0: None,
     ) -> list[tuple[TokenStats, ...]]:
-        """Of each response the `TokenStats` of its tokens, numpy arrays [tokens]."""
+        """The `TokenStats` of each response's tokens, as numpy arrays [tokens]; see `logps`."""
         return self._scored(self.read.statistics, params, examples, report, _unpack_statistics)
 
     def _scored(
@@ -153,9 +156,9 @@ class Scorer:
 
 
 def one_ahead(items: Iterable[A], start: Callable[[A], B]) -> Iterator[tuple[A, B]]:
-    """Each item with what `start` gives for it, on the host (numpy arrays).
+    """Yields each item with the result of `start(item)`, on the host (numpy arrays).
 
-    The devices work on one item while the host makes the next.
+    The devices work on one item while the host prepares the next.
     """
     running: deque[tuple[A, B]] = deque()
     for item in items:

@@ -26,8 +26,8 @@ class TrainState:
     def abstract(cls, params: Params, optimizer: optax.GradientTransformation) -> TrainState:
         """Shapes, dtypes and shardings of a state; `params` may be abstract too.
 
-        The moments are laid out like the parameters they belong to. What is not of a parameter's
-        shape (counts, Adafactor's rows and columns) is on all devices.
+        Moments are sharded like their parameters. Other arrays, which have no parameter's shape
+        (counts, Adafactor's rows and columns), are replicated on all devices.
         """
         everywhere = jax.tree.leaves(params)[0].sharding
         if isinstance(everywhere, NamedSharding):
@@ -50,9 +50,9 @@ class TrainState:
 
     @classmethod
     def create(cls, params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-        """A fresh state, laid out as `abstract` says."""
+        """A fresh state with the shardings of `abstract`."""
         like = cls.abstract(params, optimizer)
-        # Said outright: zeros do not depend on the parameters, and XLA would put all on one device.
+        # Explicit shardings: zeros do not depend on the parameters, so XLA would use one device.
         shardings = jax.tree.map(lambda x: x.sharding, like.opt_state)
         opt_state = jax.jit(optimizer.init, out_shardings=shardings)(params)
         step = jax.jit(lambda: jnp.zeros((), jnp.int32), out_shardings=like.step.sharding)()

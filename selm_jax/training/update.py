@@ -9,8 +9,8 @@ The loss of an example is a function of its responses' log-ratios (`objectives.l
 averages over its `global_batch` examples exactly, whatever the packing, the number of microbatches
 or the mesh: sums and counts travel, and means are taken once.
 
-Every function here is `jax.jit` with explicit shardings and donated buffers, which is what pjit
-became. XLA partitions it over the mesh.
+Every function is compiled by `jax.jit` with explicit shardings and donated buffers; XLA partitions
+it over the mesh.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def response_logps(
 ) -> Float[Array, "rows segments branches"]:
     """log pi(response | prompt) of every response in the batch, float32; 0 where there is none.
 
-    `key` draws the dropout of the adapters; without it there is none.
+    `key` seeds the dropout of the adapters; None means no dropout.
     """
     variables = {"params": params} | ({} if adapters is None else {"lora": adapters})
     rngs = None if key is None else {"dropout": key}
@@ -65,7 +65,10 @@ def by_role(
     reference: Float[Array, "rows segments branches"],
     mean_lengths: Float[Array, " roles"],
 ) -> Logps:
-    """The log-probabilities of each role's response, or their mean, one entry per segment."""
+    """The log-probabilities of each role's response, one entry per segment.
+
+    If several responses explore, the role `explore` has their mean.
+    """
     lengths = batch.sum_by_response(jnp.ones(batch.target.shape, jnp.float32))
     return Logps(
         policy=_of_roles(batch, policy),
@@ -95,15 +98,15 @@ def loss_sums(
     base: Params | None = None,
     key: Array | None = None,
 ) -> tuple[Float[Array, ""], Sums]:
-    """Sum of the loss over the batch's examples, and the sums of the metrics.
+    """The sum of the loss over the batch's examples, and the sums of the metrics.
 
-    Of an objective that `rates`, `params` are a reward model's, and nothing else is looked at. With
-    `reference_params` the reference is run live by the same function; otherwise its stored
-    log-probabilities are used. Both give the same numbers. With `base`, `params` are the adapters
-    of the decoder's `lora`, and the base stays as it is.
+    If the objective `rates`, `params` are a reward model's, and the reference is not used. With
+    `reference_params` the reference's log-probabilities are computed live by the same function;
+    otherwise the stored ones are used. Both give the same numbers. With `base`, `params` are the
+    adapters of the decoder's `lora`, and the base stays as it is.
     """
     if (base is None) != (decoder.lora is None):
-        raise ValueError("a decoder with adapters needs `base`, one without has none")
+        raise ValueError("pass `base` for a decoder with adapters, and only for such a decoder")
     plain = decoder.clone(lora=None)
     if objective.rates:
         rewards = _of_roles(batch, response_rewards(decoder, params, batch))
@@ -129,7 +132,7 @@ def _measured(objective: Objective, given: Logps | Rewards) -> tuple[PerExample,
 def _sums(
     batch: PreferenceBatch, losses: PerExample, metrics: Metrics
 ) -> tuple[Float[Array, ""], Sums]:
-    """Over the batch's examples; empty segments do not count."""
+    """Sums losses and metrics over the batch's examples; empty segments have weight 0."""
     weight = batch.weight.reshape(-1)
     sums = {name: jnp.sum(weight * value) for name, value in metrics.items()}
     loss = jnp.sum(weight * losses)
@@ -140,12 +143,12 @@ class Update(NamedTuple):
     """The compiled functions of a run. Arguments marked * are donated.
 
     gradients(params, batch, mean_lengths[, reference, base, key]) -> (gradients, sums)
-    add(gradients*, sums*, params, batch, mean_lengths[, reference, base, key]) -> the same
+    add(gradients*, sums*, params, batch, mean_lengths[, reference, base, key]) -> (gradients, sums)
     apply(state*, gradients, sums, learning_rate) -> (state, metrics)
     logps(params, batch) -> response log-probabilities [rows, segments, branches], no adapters
-    rewards(params, batch) -> the same of a reward model's rewards
+    rewards(params, batch) -> a reward model's rewards [rows, segments, branches]
 
-    `params` and the state's are what is trained: all parameters, or the adapters on `base`.
+    `params` and `state.params` are the trained parameters: all, or the adapters on `base`.
     """
 
     gradients: Callable[..., tuple[Params, Sums]]
@@ -156,7 +159,7 @@ class Update(NamedTuple):
 
 
 class Shardings(NamedTuple):
-    """Where things lie; None everywhere means one device."""
+    """The shardings of parameters and of replicated results; None everywhere means one device."""
 
     params: Any = None
     replicated: Sharding | None = None
@@ -171,11 +174,11 @@ def make_update(
     clip: float | None = None,
     shardings: Shardings = Shardings(),  # noqa: B008 (a NamedTuple, immutable)
 ) -> Update:
-    """Compiles nothing yet; each function compiles at its first call with a shape.
+    """Makes the functions of a run; each compiles at its first call with a shape.
 
-    `optimizer` gives steps at learning rate 1 (see `training.optimizer`); the rate is an argument of
-    `apply`, so that iterations with their own schedules share one compilation. `clip` bounds the
-    global norm of the mean gradient; None leaves it.
+    `optimizer` gives steps for a learning rate of 1 (see `training.optimizer`). The learning rate
+    is an argument of `apply`, so that iterations with different schedules share one compilation.
+    `clip` bounds the global norm of the mean gradient; None does not.
     """
 
     def gradients(params, batch, mean_lengths, reference=None, base=None, key=None):
@@ -195,8 +198,8 @@ def make_update(
     def apply(state, grads, sums, learning_rate):
         count = sums["examples"]
         norm = optax.tree.norm(grads) / count
-        # Mean and clipping as one factor, here and not in optax's chain: a second tree of
-        # gradients would otherwise be held while the norm is awaited.
+        # Mean and clipping are one factor here, not a part of optax's chain: that would keep a
+        # second tree of gradients in memory until the norm is known.
         factor = (1.0 if clip is None else jnp.minimum(1.0, clip / norm)) / count
         grads = jax.tree.map(lambda g: factor * g, grads)
         steps, opt_state = optimizer.update(grads, state.opt_state, state.params)

@@ -60,7 +60,7 @@ def test_equal_values_are_a_fair_draw():
 def test_refusals():
     with pytest.raises(FeedbackError, match="finite"):
         prospect([-1, np.nan])
-    with pytest.raises(FeedbackError, match="as many"):
+    with pytest.raises(FeedbackError, match="one finite number of each"):
         prospect([-1, -2], drawn=[True])
     with pytest.raises(FeedbackError, match="budget is 0"):
         best([1.0], 0, np.random.default_rng(0))
@@ -83,7 +83,7 @@ def run(tmp_path_factory):
 
 
 def asked(run, t, acquisition="random"):
-    """What another acquisition would ask about in the same run."""
+    """The prompts that another acquisition would ask about in the same run."""
     feedback = dataclasses.replace(run.experiment.feedback, acquisition=acquisition)
     other = copy.copy(run)
     other.experiment = dataclasses.replace(run.experiment, feedback=feedback)

@@ -1,4 +1,4 @@
-"""Layouts: every example once, in shapes that hold it, few of them and little of them empty."""
+"""Layouts: every example once, in a few shapes that fit it and have little padding."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from selm_jax.preferences.packing import assign_rows, pack
 
 
 def spread(count: int, most: int = 900, seed: int = 0) -> list[Example]:
-    """Examples whose lengths are spread as texts' are: many short ones, a few long ones."""
+    """Examples with lengths distributed like those of texts: many short, a few long."""
     rng = np.random.default_rng(seed)
     found = []
     for i in range(count):
@@ -42,7 +42,7 @@ def test_every_example_is_in_one_group_that_packs(layout, count):
 
 
 def batches_of(layout, examples):
-    """(shape, rows that hold something) of every batch."""
+    """(shape, number of rows that are not empty) of every batch."""
     for which, shape in layout(examples):
         need = len(assign_rows([examples[i] for i in which], shape.time))
         for start in range(0, need, shape.rows):
@@ -54,7 +54,7 @@ def places(layout, examples) -> int:
 
 
 def test_a_row_length_is_one_shape_by_length():
-    """As many programs as row lengths, however many examples and batches."""
+    """There are as many programs as row lengths, however many examples and batches."""
     examples = spread(2000)
     lengths = {row_length(e.tokens) for e in examples}
     found = list(batches_of(LAYOUTS["by length"], examples))
@@ -78,7 +78,7 @@ def test_trees_take_no_more_shapes_and_places_than_their_parts():
 
 
 def test_calls_of_like_lengths_share_their_shapes():
-    """A ranker is called for a few prompts at a time: what is compiled for them is compiled soon."""
+    """A ranker is called for a few prompts at a time: soon no call needs a new program."""
     seen, new = set(), []
     for seed in range(12):
         shapes = {shape for shape, _ in batches_of(LAYOUTS["trees"], spread(60, seed=seed))}

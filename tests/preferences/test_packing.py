@@ -75,12 +75,10 @@ def random_examples(seed: int, count: int) -> list[Example]:
     for i in range(count):
         n = int(rng.integers(2, 4))
         roles = {"chosen": 0, "rejected": 1, "explore": int(rng.integers(0, n))}
-        found.append(
-            Example(
-                f"x{i}", some(rng.integers(1, 11)), tuple(some(rng.integers(1, 8)) for _ in range(n)),
-                roles, tuple(rng.uniform(-30, 0, n).astype(np.float32)),
-            )
-        )  # fmt: skip
+        prompt = some(rng.integers(1, 11))
+        responses = tuple(some(rng.integers(1, 8)) for _ in range(n))
+        reference = tuple(rng.uniform(-30, 0, n).astype(np.float32))
+        found.append(Example(f"x{i}", prompt, responses, roles, reference))
     return found
 
 

@@ -43,7 +43,7 @@ def world(tiny, random_params):
 
 
 def alone(decoder, params, conversations) -> jax.Array:
-    """The reward of each conversation in a row by itself, junk behind it. [conversations]"""
+    """The reward of each conversation in a row by itself, followed by junk. [conversations]"""
     rows, time = len(conversations), 16
     tokens = np.random.default_rng(9).integers(0, 96, (rows, time)).astype(np.int32)
     for row, ids in enumerate(conversations):

@@ -20,7 +20,7 @@ from selm_jax.preferences.selection_report import Report
 
 
 def select(candidates, scores, rule="best_worst", explore="greedy", seed=0, **rest):
-    """By the names of the built-in rules."""
+    """Calls `select` with built-in rules given by name."""
     rule, explore = pairs.rule_named(rule), pairs.explore_named(explore)
     return pairs.select(candidates, scores, rule=rule, explore=explore, seed=seed, **rest)
 
@@ -508,7 +508,7 @@ class TestReport:
         expected |= {"candidates": 6, "ties": 0, "label_against_scores": 1}
         assert {key: counts[key] for key in expected} == expected
         assert counts["score_mean/greedy"] == 4.0
-        with pytest.raises(FeedbackError, match="a pair without scores"):
+        with pytest.raises(FeedbackError, match="without scores became a pair"):
             report.add(trio(), None, Pair(0, 1, 0))
 
     @given(st.lists(prompts(), max_size=6), options)
@@ -595,7 +595,7 @@ class TestReport:
 
 
 class TestYours:
-    """A rule is a function that anybody can write; what surrounds it is `select`'s."""
+    """A user can write a rule; `select` does everything around it."""
 
     scores = (3.0, 1.0, 2.0)
 
@@ -633,8 +633,8 @@ class TestYours:
             (Pair(0.0, 1), "whole numbers"),
             (Pair(True, 0), "whole numbers"),
             (Pair(None, 0), "whole numbers"),
-            (Pair(1, 1), "two different places"),
-            (Pair(0, 1, 2), "feedback.explore says"),
+            (Pair(1, 1), "two different indices"),
+            (Pair(0, 1, 2), "feedback.explore picks"),
             ((0, 1), "a Pair or a Dropped"),
             (None, "a Pair or a Dropped"),
         ],
@@ -646,8 +646,8 @@ class TestYours:
         assert expected in str(error.value) and __file__ in str(error.value)
 
     @pytest.mark.parametrize("returned", [3, -1, 1.0, True, None, "0", [], [0, 0], [0, 9], [[0]]])
-    def test_what_is_no_place_explores_nothing(self, returned):
-        with pytest.raises(FeedbackError, match="returned .*expected .*place") as error:
+    def test_an_invalid_explore_result_is_refused(self, returned):
+        with pytest.raises(FeedbackError, match="returned .*expected .*ind(ex|ices)") as error:
             pairs.select(trio(), self.scores, explore=lambda *_: returned, seed=0)
         assert __file__ in str(error.value)
 
@@ -695,7 +695,7 @@ def test_the_tables_have_every_name_that_an_experiment_may_give():
 
 
 def test_the_draws_of_a_seed_stay_as_they_are():
-    """What runs of earlier versions drew: a resumed run has to draw the same."""
+    """The draws of earlier versions: a resumed run has to draw the same."""
     made = [candidate("greedy", "g"), *(candidate("sample", f"s{i}") for i in range(1, 6))]
     scores = [3.0, 1.0, 4.0, 1.5, 5.0, 0.0]
     drawn = [select(made, scores, "top_random", "random", (42, 1, i)) for i in range(12)]

@@ -223,7 +223,7 @@ def test_a_folder_of_any_name(state_on, name, tmp_path, monkeypatch):
 
 def test_a_cache_of_such_a_name_is_no_way_out(state_on, tmp_path, monkeypatch):
     monkeypatch.setenv("SELM_CACHE", str(tmp_path / "[cache]"))
-    with pytest.raises(ArtifactError, match="point SELM_CACHE to another folder"):
+    with pytest.raises(ArtifactError, match="set SELM_CACHE to another folder"):
         Checkpoints(tmp_path / "a[1]").save(state_on((1, 1, 1), 1))
 
 
@@ -242,7 +242,7 @@ def test_another_start_is_refused(state_on, tmp_path):
     checkpoints = Checkpoints(tmp_path, start="aaaa")
     checkpoints.save(state)
     checkpoints.wait()
-    with pytest.raises(ArtifactError, match="digest aaaa, the model there now has bbbb"):
+    with pytest.raises(ArtifactError, match="digest aaaa, but the model there now has digest bbbb"):
         Checkpoints(tmp_path, start="bbbb").latest(state)
 
 
@@ -257,7 +257,7 @@ def test_a_save_that_fails_says_so_and_leaves_the_one_before(state_on, tmp_path,
     with monkeypatch.context() as patch:
         patch.setattr("selm_jax.shell.artifacts.flush", full)
         checkpoints.save(state_on((1, 1, 1), 2))
-        with pytest.raises(ArtifactError, match="No space left on device.*is whole"):
+        with pytest.raises(ArtifactError, match="No space left on device.*is undamaged"):
             checkpoints.wait()
     assert checkpoints.steps() == [1]
     checkpoints.save(state_on((1, 1, 1), 2))

@@ -25,7 +25,7 @@ from selm_jax.training.optimizer import OPTIMIZERS, learning_rate, optimizer
 from selm_jax.training.state import TrainState
 from selm_jax.training.update import Shardings, make_update
 
-# One shape for all: every further one would be a further compilation.
+# One shape for all tests: each further shape costs a compilation.
 SHAPE = Shape(rows=8, time=64, scored=64, segments=8, branches=3)
 SETTINGS = {"b1": 0.9, "b2": 0.99, "eps": 1e-3, "weight_decay": 0.0}
 
@@ -208,7 +208,7 @@ def test_a_live_reference_equals_a_stored_one(world):
 
 
 def test_no_gradient_reaches_a_live_reference(world):
-    """Not even where it is the very tree that is trained."""
+    """Not even if the reference and the trained parameters are the same object."""
     update, _ = world("selm")
     params = world.fresh()
     examples = scored(update, params, some_examples())
@@ -220,7 +220,7 @@ def test_no_gradient_reaches_a_live_reference(world):
 
 @pytest.mark.parametrize("alone", [False, True])
 def test_at_step_0_the_loss_is_log_2_whatever_alpha(world, alone):
-    """Also where the stored reference was computed in other company."""
+    """Also if the stored reference was computed in different batches."""
     update, _ = world("selm")
     examples, params = some_examples(), world.fresh()
     groups = [[e] for e in examples] if alone else [examples]
@@ -276,7 +276,7 @@ def steps_of(step, rates, params, gradients):
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_unit_rate_optimisers_are_optaxs_own(name, decay):
-    """The rate is outside; with a schedule inside optax does the same."""
+    """Our rate is applied outside the optimiser; optax's, inside, gives the same steps."""
     rng = np.random.default_rng(0)
     params = {"w": jnp.asarray(rng.normal(size=(200, 150)), jnp.float32), "b": jnp.ones(5)}
     gradients = [
@@ -441,7 +441,7 @@ def test_eight_devices_do_what_one_does(sizes, on_one_device):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_moments_lie_where_their_parameters_lie(name, tiny, random_params):
-    """On a mesh no device holds more of the optimiser than its share."""
+    """On a mesh no device has more of the optimiser's state than its share."""
     mesh = make_mesh((1, 8, 1))
     config = tiny(embed=128, mlp=256)  # large enough for adafactor to factor
     at = shardings(abstract_params(config), mesh, TRAINING)

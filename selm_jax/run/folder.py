@@ -140,7 +140,7 @@ class Folder:
         metrics = artifacts.read_lines(self.metrics_file)
         return model_card(self.experiment, self.name, t, origin, metrics, pipeline, method)
 
-    def complete_card(self, t: int, origin: Mapping[str, Any], rates: bool) -> None:
+    def complete_card(self, t: int, origin: Mapping[str, Any], pipeline: str, method: str) -> None:
         """Writes the model card of iteration t again, now that its policy is evaluated.
 
         A card that an earlier version has sealed with the model stays as it is.
@@ -149,7 +149,7 @@ class Folder:
         if not card.exists() or not stages.may_complete("export", "model"):
             return
         artifacts.rewrite_lines(self.metrics_file)  # a kill may have torn the last one
-        text = self.model_card(t, origin, rates)
+        text = self.model_card(t, origin, pipeline, method)
         if text.encode() != card.read_bytes():
             # Renamed from outside: a leftover of a kill would be a file too many in the model folder.
             partial = self.iteration(t) / artifacts.CARD

@@ -140,7 +140,8 @@ class Run:
     def complete_card(self, t: int) -> None:
         """Adds the evaluation of the policy after iteration t to its README.md."""
         if multihost.is_first():
-            self.folder.complete_card(t, self.model.folder.origin, self.task.rates)
+            method = self.task.method(self.experiment)
+            self.folder.complete_card(t, self.model.folder.origin, self.task.pipeline, method)
 
     # What it says
 

@@ -17,6 +17,7 @@ from selm_jax.feedback.judge.budget import Calls
 from selm_jax.feedback.models import pairrm, reward_model
 from selm_jax.objectives.build import TABLE, build_objective
 from selm_jax.objectives.losses import Logps, Rewards
+from selm_jax.objectives.measures import measures
 from selm_jax.objectives.roles import ROLES
 from selm_jax.preferences.candidates import REASONS, SOURCES
 from selm_jax.preferences.selection import PLACES
@@ -71,7 +72,7 @@ def of_losses():
         lengths = {role: jnp.ones(()) for role in ROLES}
         batch = Rewards(one, one) if objective.rates else Logps(one, one, one, lengths)
         _, metrics = objective(batch)
-        found |= set(metrics)
+        found |= {*metrics, *measures(batch, objective)}
     return found
 
 

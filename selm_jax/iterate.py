@@ -3,7 +3,7 @@ reference. Each call is a stage, which is done once: a run that was stopped goes
 
 from __future__ import annotations
 
-from selm_jax.run.held import held, write_report
+from selm_jax.run.held import drop_models, held, tell_time_left, write_report
 from selm_jax.run.inputs import Model, StoredTable
 from selm_jax.run.run import Run
 from selm_jax.run.wanted import Wanted
@@ -25,6 +25,8 @@ def iterate(run: Run) -> None:
         for t in run.iterations:
             policy = iteration(run, t, policy)
             run.write_manifest()
+            drop_models(run, t)
+            tell_time_left(run, t)
         if not run.wanted.worked:
             run.console.print(f"{run.folder.path}: every stage is done already")
         write_report(run)

@@ -1,7 +1,7 @@
 """How the program ends: what it says, and with which status.
 
-Exit status 1 is an error, 130 is Ctrl-C, 75 a run that was told to stop and saved (that one ends
-itself), and 76 a run of several processes whose others are gone.
+Exit status 1 is an error, 130 is Ctrl-C, 75 is a run that was told to stop and saved (it ends by
+itself), and 76 is a process of a run whose other processes are gone.
 """
 
 from __future__ import annotations
@@ -13,22 +13,26 @@ from collections.abc import Callable
 from typing import Any
 
 from selm_jax.shell import interrupt
+from selm_jax.shell.progress import talks
 
 _INTERRUPTED = 130  # what typer returns after Ctrl-C
 
 
 def carried_out(work: Callable[[], Any]) -> None:
-    """Does the work, which returns an exit status, and ends the program with it. An error whose
-    message was written for the user is that message and no trace; $SELM_TRACEBACK shows the trace."""
+    """Does the work, which returns an exit status, and ends the program with that status.
+
+    An error whose message was written for the user is shown without a traceback, unless `--verbose`
+    or $SELM_TRACEBACK asks for it.
+    """
     try:
         with interrupt.heard():
             status = work()
     except Exception as e:
         if _others_are_gone(e):
             _leave_the_others(
-                f"selm: another process of this run is gone; start all again\n{e}", 76
+                f"selm: another process of this run is gone; start all of them again\n{e}", 76
             )
-        if os.environ.get("SELM_TRACEBACK") or not is_for_the_user(e):
+        if os.environ.get("SELM_TRACEBACK") or talks().verbose or not is_for_the_user(e):
             _leave_the_others(traceback.format_exc())
             raise
         message = f"selm: {getattr(e, 'format_message', e.__str__)()}"
@@ -36,7 +40,7 @@ def carried_out(work: Callable[[], Any]) -> None:
         print(message, file=sys.stderr)
         sys.exit(1)
     if status == _INTERRUPTED:
-        message = "\nstopped; the same command goes on from here"
+        message = "\nstopped; the same command continues from here"
         _leave_the_others(message, _INTERRUPTED)
         print(message, file=sys.stderr)
     if status:
@@ -50,8 +54,8 @@ def is_for_the_user(error: Exception) -> bool:
 
 
 def _leave_the_others(message: str, status: int = 1) -> None:
-    """Beside other processes of this run, ends at once: an orderly exit would wait for them, and
-    they for this one. They are told by the coordinator."""
+    """Ends at once if other processes of this run exist: an orderly exit would wait for them, and
+    they for this one. The coordinator tells them."""
     jax = sys.modules.get("jax")
     if jax is not None and jax.distributed.is_initialized():
         print(message, file=sys.stderr, flush=True)

@@ -1,82 +1,43 @@
-"""`selm preview`: what is going to be trained on, before anything is.
+"""`selm preview`: what will be trained on, and what would stop the run.
 
-Shows the first rows of an iteration as decoded tokens, coloured by role, and counts over all of
-them what goes wrong silently elsewhere: BOS and end tokens, cut, dropped, tied and over-long texts.
-It needs the tokenizer and the data. Where the run folder has the iteration's ranked pairs or
-examples already, those are shown.
+It shows the first rows of an iteration as decoded tokens, coloured by role, and counts over all
+rows what goes wrong silently elsewhere: BOS and end tokens, and texts that are cut, dropped, tied or
+too long. It builds the loss and the ranker and checks every row, as `selm run` does. If the run
+folder has the iteration's pairs or examples, and they belong to the present data, those are shown.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
-from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from selm_jax.commands.ending import is_for_the_user
+from selm_jax.commands.preview_rows import CUT, Alone, Preview, collect, labels
 from selm_jax.preferences.batches import examples_of, updates_per_epoch
-from selm_jax.preferences.examples import ROLES, Example, ExampleError
+from selm_jax.preferences.examples import ROLES, Example
 from selm_jax.preferences.packing import assign_rows
-from selm_jax.run.check import check_rows, told_of_data
-from selm_jax.run.inputs import StoredTable
+from selm_jax.run.check import check_objective, check_rows, told_of_data
 from selm_jax.run.rows import RunError, prompt_ids
 from selm_jax.run.run import Run
-from selm_jax.shell import artifacts
 from selm_jax.shell.user_code import is_user_code
-from selm_jax.stages.generate import generate
-from selm_jax.stages.rank import rank, teach
-from selm_jax.stages.score import paired_examples, score
-from selm_jax.stages.step import Step
-from selm_jax.tables import examples, ranked
 from selm_jax.text.answers import answers
-from selm_jax.text.chat import Chat, ChatError, UnusableAnswer
-from selm_jax.text.layout import paper_row
+from selm_jax.text.chat import Chat
 
 STYLES = {"prompt": "blue", "scored": "green", "padding": "bright_black"}
 LETTERS = {"prompt": "p", "scored": "s", "padding": "."}  # where there are no colours
-CUT = ("prompts_cut", "responses_cut")
 
 
-class Alone(NamedTuple):
-    """A prompt whose answers are not there yet; else as an `Example`."""
+def preview(run: Run, t: int, count: int) -> bool:
+    """Prints the first `count` rows of iteration t, then counts and lengths over all rows.
 
-    prompt_id: str
-    prompt: tuple[int, ...]
-    responses: tuple[tuple[int, ...], ...] = ()
-    roles: Mapping[str, int] = {}
-
-    def playing(self, role: str) -> tuple[int, ...]:  # noqa: ARG002 (as an Example's)
-        return ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Preview:
-    """The rows of an iteration and what became of the others.
-
-    Attributes:
-      source: where the rows come from, in words.
-      rows: those that are trained on, or that could be.
-      dropped: reason -> prompts.
-      cut: what `text.layout: paper` cut -> rows.
-      tied: prompts whose best and worst scores are equal; None before they are ranked.
-      changed: settings that are not those that the run's files were made with, in words.
-    """
-
-    source: str
-    rows: Sequence[Example | Alone]
-    dropped: Mapping[str, int]
-    cut: Mapping[str, int]
-    tied: int | None = None
-    changed: Sequence[str] = ()
-
-
-def preview(run: Run, t: int, count: int) -> None:
-    """Prints the first `count` rows of iteration t, and counts and lengths of all.
+    Returns:
+      whether `selm run` would start with these settings, this data and this run folder.
 
     Raises:
       RunError: there is no such iteration, or a prompt cannot be rendered.
@@ -90,8 +51,8 @@ def preview(run: Run, t: int, count: int) -> None:
     console.print(f"iteration {t}, layout {e.text.layout}: {found.source}", soft_wrap=True)
     if not run.imports and is_user_code(e.objective["loss"]):
         console.print(
-            "objective.loss is code of yours, which preview does not import: shown as for a "
-            f"{run.task.trains}",
+            f"objective.loss is your own code, which is not imported from a run folder: the rows "
+            f"are shown as for {run.task.trains}. Give the experiment file to have it imported",
             style="yellow", soft_wrap=True,
         )  # fmt: skip
     for line in told_of_data(run.data):
@@ -107,87 +68,23 @@ def preview(run: Run, t: int, count: int) -> None:
         _print_packing(run, t, examples, count)
     console.print(_counts(run, t, found), end="\n\n")
     console.print(_histogram(found.rows, console.width, "#" if console.options.ascii_only else "█"))
+    problem = found.stale or _problem(run)
+    if problem:
+        console.print(f"selm run will stop here: {problem}", style="red", soft_wrap=True)
+    return problem is None
+
+
+def _problem(run: Run) -> str | None:
+    """Why `selm run` would refuse the settings or the data; None if it would not."""
     try:
+        if run.imports or not is_user_code(run.experiment.objective["loss"]):
+            check_objective(run)
         check_rows(run)
-    except (RunError, ChatError, ExampleError) as error:
-        console.print(f"selm run will stop here: {error}", style="red", soft_wrap=True)
-
-
-# --- the rows ----------------------------------------------------------------------------------
-
-
-def collect(run: Run, t: int) -> Preview:
-    """The rows of iteration t: of the run folder, if it has them, else of the data."""
-    folder = run.folder.iteration(t)
-    if not (folder / "ranked.parquet").exists():
-        return _from_data(run, t)
-    candidates = ranked.read(folder / "ranked.parquet", token_ids=False)
-    best = {row.prompt_id: row.score for row in candidates if row.chosen}
-    dropped = Counter({row.prompt_id: row.dropped for row in candidates if row.dropped}.values())
-    # Pairs that are taught have no scores: NaN, which equals nothing.
-    tied = dropped["tie"] + sum(
-        row.score == best[row.prompt_id] for row in candidates if row.rejected
-    )
-    record = artifacts.Stages(folder).read()
-    if (file := folder / "examples.parquet").exists():
-        rows, counts = examples.read(file), record.get("score", {}).get("counts", {})
-        cut = {key: counts[key] for key in CUT if key in counts}
-    else:
-        file = folder / "ranked.parquet"
-        step = Step.of(run, score.name, t, score.keys(run))
-        rows, cut = paired_examples(step, run.prompts(t), StoredTable(folder, file.name), run.chat)
-    changed = [
-        f"{key} was {before!r} and is now {now!r}"
-        for key, (before, now) in sorted(_changes(run, t, record).items())
-    ]
-    return Preview(str(file), rows, +dropped, cut, tied, changed)
-
-
-def _from_data(run: Run, t: int) -> Preview:
-    """The prompts with the data's answers, if these are to compete, or alone."""
-    e = run.experiment
-    rows: list[Example | Alone] = []
-    dropped, cut = Counter[str](), Counter[str]()
-    for prompt in run.prompts(t):
-        ids = prompt_ids(run.chat, prompt)
-        texts = answers(prompt) if e.candidates.dataset else {}
-        if not texts:
-            rows.append(Alone(prompt.id, ids))
-        elif e.text.layout == "paper":
-            length = e.text.max_length, e.text.max_prompt_length
-            row = paper_row(run.chat, prompt.messages, texts, *length)
-            rows.append(Example.of(prompt.id, row.prompt, row.responses))
-            cut.update(prompts_cut=row.prompt_cut, responses_cut=row.responses_cut)
-        else:
-            try:
-                rows.append(run.data.own_answers.example(prompt) or Alone(prompt.id, ids))
-            except UnusableAnswer:
-                if e.data.on_bad_row == "error":
-                    raise
-                dropped["unusable_answer"] += 1
-    with_answers = "with its answers" if e.candidates.dataset else "prompts alone"
-    source = f"{e.data.train}, {with_answers}; the policy's answers are not there yet"
-    return Preview(source, rows, dropped, cut)
-
-
-def _changes(run: Run, t: int, record: Mapping[str, dict]) -> dict[str, tuple[object, object]]:
-    """Key -> what it was and is, of the settings of the stages that made the run's files."""
-    found = {}
-    for stage in (generate, teach if run.experiment.taught else rank, score):
-        if stage.name in record:
-            before, now = record[stage.name]["settings"], stage.recorded(run, t)
-            for key in before.keys() | now.keys():
-                if before.get(key) != now.get(key):
-                    found[key] = before.get(key), now.get(key)
-    return found
-
-
-def labels(row: Example | Alone) -> list[str]:
-    """The roles of each response: `chosen`, or `chosen + explore`."""
-    return [
-        " + ".join(role for role in ROLES if place in row.playing(role) and role in row.roles)
-        for place in range(len(row.responses))
-    ]
+    except Exception as error:
+        if not is_for_the_user(error):
+            raise
+        return str(error)
+    return None
 
 
 # --- what is printed ---------------------------------------------------------------------------

@@ -2,56 +2,88 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 
 from selm_jax import config
+from selm_jax.config import Experiment
 from selm_jax.parallel import multihost
 from selm_jax.run.run import Run
-from selm_jax.shell import artifacts
+from selm_jax.shell import artifacts, compiling
+from selm_jax.shell.progress import talks, terminal
 from selm_jax.weights.sources import cache_root
 
 
+def settings_of(place: Path, overrides: Sequence[config.Override] = ()) -> Experiment:
+    """The experiment of a YAML file, or of a run folder, which is then its `output`.
+
+    Raises:
+      ConfigError: as `config.load`; or the folder is not a run folder.
+    """
+    if not place.is_dir():
+        return config.load(place, overrides)
+    file = place / "config.yaml"
+    if not file.exists():
+        raise config.ConfigError(
+            f"{place}: this folder has no config.yaml, so it is not a run folder. Give an "
+            "experiment file (YAML) or a run folder"
+        )
+    return config.load(file, [("output", str(place)), *overrides])
+
+
 def opened(
-    file: Path,
+    place: Path,
     overrides: Sequence[config.Override] | None,
     *,
     tiny: bool = False,
     processes: bool = False,
-    imports: bool = True,
 ) -> Run:
-    """The run of an experiment file.
+    """The run of an experiment file or a run folder.
 
     Args:
-      tiny: it is a rehearsal, with a tiny random model and made-up rows.
-      processes: together with those that run beside.
-      imports: functions of the user's that it names are imported when they are needed.
+      tiny: rehearse it with a tiny random model and made-up rows.
+      processes: work together with the other processes of this run.
     """
-    experiment = config.load(file, overrides or [])
+    experiment = settings_of(place, overrides or [])
     set_up_jax()
     if processes:
         multihost.initialize()
     if tiny:
-        from selm_jax.commands.tiny import shrink
-        from selm_jax.shell.progress import terminal
+        experiment = _rehearsal(experiment)
+    quiet = talks().quiet or not multihost.is_first()
+    return Run(experiment, terminal(quiet=quiet))
 
-        experiment = shrink(experiment, terminal(quiet=not multihost.is_first()))
-    return Run(experiment, imports=imports)
+
+def looked_at(place: Path, overrides: list[str] | None, *, tiny: bool = False) -> Run:
+    """The same run, to be looked at.
+
+    Functions that an experiment file names are imported, as `selm run` does. Those that a run folder
+    names are not: the folder may be somebody else's.
+    """
+    experiment = settings_of(place, overrides or [])
+    set_up_jax()
+    if tiny:
+        experiment = _rehearsal(experiment)
+    return Run(experiment, terminal(), imports=not (place.is_dir() or place.name == "config.yaml"))
+
+
+def _rehearsal(experiment: Experiment) -> Experiment:
+    from selm_jax.commands.tiny import shrink
+
+    return shrink(experiment, terminal(quiet=talks().quiet or not multihost.is_first()))
 
 
 def finished(folder: Path) -> Run:
-    """The run in a folder, wherever the folder is now, to be looked at: none of its code is imported."""
-    experiment = config.load(folder / "config.yaml")
-    experiment = dataclasses.replace(experiment, output=str(folder))
+    """The run in a folder, wherever the folder is now. None of its code is imported."""
+    experiment = settings_of(folder)
     set_up_jax()
     return Run(experiment, imports=False)
 
 
 def last_generated(folder: Path) -> int:
-    """The last iteration whose answers are there. Raises ArtifactError if none is."""
+    """The last iteration that has answers. Raises ArtifactError if there is none."""
     done = [
         t
         for t, each in artifacts.iterations(folder).items()
@@ -59,15 +91,21 @@ def last_generated(folder: Path) -> int:
     ]
     if not done:
         raise artifacts.ArtifactError(
-            f"{folder}: no iteration has answers yet; `selm generate` makes them"
+            f"{folder}: no iteration has answers yet; run `selm generate` first"
         )
     return max(done)
 
 
 def set_up_jax() -> None:
-    """What is compiled once is not compiled again, in this run or the next."""
+    """Keeps compiled programs on disk, so that neither this run nor the next compiles them again."""
     jax.config.update("jax_compilation_cache_dir", str(cache_root() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # restarts add them up
     # Of two programs in flight on forced CPU devices, each can hold the threads that the other's
     # collectives wait for; on other platforms this setting does nothing.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+    compiling.watch(_say_compiled)
+
+
+def _say_compiled(line: str) -> None:
+    if talks().verbose:
+        terminal(stderr=True).print(line, style="dim", highlight=False)

@@ -1,10 +1,9 @@
 """`selm run EXPERIMENT --tiny`: the same experiment, small enough for any machine.
 
-The file is the real one: its loss, iterations, portions, learning rates, layout and rules stay as
-they are. What needs weights, a data set or an accelerator is replaced: the model by a random one of
-the same family, the data by 64 rows made up here, sizes by small ones. Nothing is downloaded, and
-every replacement is printed. Made twice, the inputs are the same byte for byte, so that a tiny run
-resumes like any other.
+The experiment keeps its loss, iterations, portions, learning rates, layout and rules. What needs
+weights, a data set or an accelerator is replaced: the model by a random one of the same family, the
+data by 64 made-up rows, and sizes by small ones. Nothing is downloaded, and every replacement is
+printed. The inputs are the same bytes every time, so a tiny run resumes like any other.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ from selm_jax.models.families import from_hf, to_hf
 from selm_jax.parallel import multihost
 from selm_jax.shell import artifacts
 from selm_jax.shell.paths import claim
+from selm_jax.shell.user_code import is_user_code
 from selm_jax.weights.huggingface import save
 
 ROWS, HELDOUT = 64, 8
@@ -92,14 +92,14 @@ _SIZES = {
 
 
 def shrink(experiment: Experiment, console: Console) -> Experiment:
-    """The experiment at a tiny size, its inputs written; prints each setting that is replaced.
+    """Makes the experiment tiny, writes its inputs, and prints each setting that it replaces.
 
     Args:
-      experiment: with `output: X`; the tiny one has `output: X-tiny`, and its inputs lie there.
+      experiment: its `output: X` becomes `output: X-tiny`, and its inputs are written there.
 
     Raises:
-      ConfigError: a model whose family has no tiny one.
-      PathError: something else is in the folder `X-tiny`.
+      ConfigError: there is no tiny model of this family.
+      PathError: the folder `X-tiny` holds files of another program.
     """
     e = experiment
     output = f"{e.output.rstrip('/')}-tiny"
@@ -178,8 +178,8 @@ def _family(source: str) -> Family:
             return family
     known = ", ".join(name for names in _FAMILIES for name in names)
     raise ConfigError(
-        f"--tiny: model.source is {source!r}; there are tiny models for names with one of {known}. "
-        "Add your family to selm_jax/commands/tiny.py"
+        f"--tiny: there is no tiny model for model.source {source!r}, only for names that contain "
+        f"one of {known}. Add your family to selm_jax/commands/tiny.py"
     )
 
 
@@ -225,10 +225,14 @@ def _rows(data: Data, split: str, count: int) -> Iterator[dict[str, Any]]:
 
 
 def _feedback(feedback: Feedback) -> Feedback:
-    """`length`, which needs nothing, in place of what needs weights, a server or words."""
-    if _is_here(feedback.ranker, feedback.settings):
-        return feedback
-    return replace(feedback, ranker="length", settings={})
+    """`length`, which needs nothing, instead of a ranker that needs weights, a server or words.
+
+    A user's own ranker stays, so that it is rehearsed. It may give all random letters the same score,
+    so ties are kept.
+    """
+    if not _is_here(feedback.ranker, feedback.settings):
+        return replace(feedback, ranker="length", settings={})
+    return replace(feedback, ties="first") if is_user_code(feedback.ranker) else feedback
 
 
 def _is_here(ranker: str, settings: Mapping[str, Any]) -> bool:
@@ -258,9 +262,9 @@ def _rows_of_devices() -> int:
 
 
 def _say(before: Experiment, after: Experiment, console: Console) -> None:
-    console.rule("TINY: a rehearsal. Its numbers mean nothing", style="bold yellow")
+    console.rule("TINY: a rehearsal whose numbers mean nothing", style="bold yellow")
     console.print(
-        f"random model, {ROWS} made-up rows; everything else is the experiment's own. Replaced:",
+        f"a random model and {ROWS} made-up rows; all else is the experiment's own. Replaced settings:",
         style="yellow",
     )
     old, new = _flat(as_dict(before)), _flat(as_dict(after))

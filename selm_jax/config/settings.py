@@ -30,6 +30,7 @@ from selm_jax.config.kinds import (
     Flag,
     Folder,
     Free,
+    KeptModels,
     LabelKind,
     Loss,
     OnBadRow,
@@ -342,6 +343,9 @@ class Experiment:
     compute: Compute = Compute()
     evaluation: Evaluation = Evaluation()
     log: Log = Log()
+    # Which models stay on disk: those of all iterations, or the last one. A model that the next
+    # iteration still needs is deleted after that iteration.
+    keep_models: KeptModels = "all"
     seed: Seed = 42  # Of all that is drawn; the same seed gives the same run.
 
     def learning_rate(self, iteration: int) -> float:

@@ -1,6 +1,6 @@
-"""`selm eval ...`: what a checkpoint is worth, from the command line.
+"""`selm eval ...`: how good a checkpoint is, from the command line.
 
-Every verb has `--dry-run`, which counts what would be drawn, read and asked, and does none of it.
+Every verb has `--dry-run`, which counts tokens and judge calls and does no work.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from selm_jax.shell.ranges import MOST, Range
 from selm_jax.shell.verbs import verb
 
 app = typer.Typer(
-    help="What checkpoints are worth: rewards, win rates, benchmarks. See docs/evaluate.md.",
+    help="Measure how good checkpoints are. Rewards, win rates, benchmarks (docs/evaluate.md).",
     no_args_is_help=True,
 )
 
@@ -41,20 +41,26 @@ class Heldout:
         list[str],
         typer.Argument(
             metavar="[NAME=]MODEL[,MODEL...]...",
-            help="Model or run folders, ids, GGUF files; after a comma: further seeds of one method.",
+            help="Model or run folders, Hub ids or GGUF files. Seeds of one method are joined by commas.",
         ),
     ]
     asking: Asking
     reference: Annotated[
         str | None,
-        typer.Option(help="For KL and implicit rewards; default: the first run's start."),
+        typer.Option(
+            help="Model against which KL and implicit rewards are measured.",
+            show_default="the first run's start model",
+        ),
     ] = None
     beta: Annotated[
-        float | None, typer.Option(help="Of implicit rewards; default: the first run's, or 0.1.")
+        float | None,
+        typer.Option(help="Beta of implicit rewards.", show_default="the first run's, or 0.1"),
     ] = None
     samples: Annotated[
         int | None,
-        typer.Option(help="Drawn answers per prompt; default: the first run's, or 1.", min=1),
+        typer.Option(
+            help="Sampled answers per prompt.", min=1, show_default="the first run's, or 1"
+        ),
     ] = None
     max_new_tokens: RunsMaxNewTokens = None
     loading: Loading
@@ -63,27 +69,33 @@ class Heldout:
     seed: Annotated[
         int | None,
         typer.Option(
-            help="Seed of the sampled answers; default: that of the first run's own, or 0.",
+            help="Seed of the sampled answers.",
             min=0,
             max=MOST,
+            show_default="the first run's, or 0",
         ),
     ] = None
     as_in_run: Annotated[
         bool,
         typer.Option(
-            help="Score in the packed rows of the first run: log-probabilities are then its own to "
-            "the last bit. Takes the memory that the run takes for it."
+            help="Score in the packed rows of the first run, so that log-probabilities equal its own "
+            "to the last bit. This takes as much memory as the run."
         ),
     ] = False
     dry_run: DryRun = False
 
 
-@verb(app)
+@verb(
+    app,
+    needs="models, held-out prompts, a ranker, and a reference model",
+    writes="tables and a summary into the folder of --out",
+    example="selm eval heldout runs/selm --limit 64",
+)
 def heldout(options: Heldout) -> None:
-    """Reward, KL, entropy, implicit rewards, length and variety on held-out prompts and pairs.
+    """Measure reward and KL on held-out prompts.
 
-    Costs one greedy answer and --samples drawn ones per prompt and model, and two readings of them,
-    by the model and by the reference. A judge as ranker is asked once per answer.
+    Also entropy, length, variety and implicit rewards of pairs. Each model gives one greedy answer and --samples sampled ones
+    per prompt, and the model and the reference each score them. A judge is asked once per answer.
     """
     from selm_jax.evaluation import EvaluationError
     from selm_jax.evaluation import heldout as work
@@ -104,8 +116,8 @@ def heldout(options: Heldout) -> None:
         reference = find(str(run.run), iteration=0)
     else:
         raise EvaluationError(
-            "--reference names the model that KL and implicit rewards are measured against; "
-            "without it a run's start model serves, and no run was given"
+            "there is no reference model: no run was given whose start model could serve. Name one "
+            "with --reference; KL and implicit rewards are measured against it"
         )
     e = run.experiment if run else None
     asked = Asked.of_run(e) if e else Asked()
@@ -130,20 +142,18 @@ class Winrate:
         list[str],
         typer.Argument(
             metavar="[NAME=]MODEL|ANSWERS.jsonl...",
-            help="Two or more models, or files of answers (see docs/evaluate.md).",
+            help="Two or more models or files of answers (docs/evaluate.md).",
         ),
     ]
     asking: Asking
     samples: Annotated[
-        int, typer.Option(help="Drawn answers per prompt; 0: the greedy answer.", min=0)
+        int, typer.Option(help="Sampled answers per prompt; 0 uses the greedy answer.", min=0)
     ] = 0
     temperature: Annotated[
         float,
         typer.Option(
-            help="Of drawn answers.",
-            callback=within(
-                Range(1e-3, advice="--samples 0 asks for the likeliest answer instead")
-            ),
+            help="Temperature of the sampled answers.",
+            callback=within(Range(1e-3, advice="--samples 0 uses the greedy answer instead")),
         ),
     ] = 1.0
     top_p: TopP = 1.0
@@ -155,12 +165,17 @@ class Winrate:
     dry_run: DryRun = False
 
 
-@verb(app)
+@verb(
+    app,
+    needs="two or more models or files of answers, prompts, and a ranker",
+    writes="tables and a summary into the folder of --out",
+    example="selm eval winrate runs/dpo runs/selm --limit 64",
+)
 def winrate(options: Winrate) -> None:
-    """Who beats whom: every two contestants compared prompt by prompt, raw and at equal length.
+    """Compare models prompt by prompt.
 
-    Costs one answer per prompt and model, unless it is kept. A judge is asked twice per pair and
-    prompt, once in each order; a judge that rates, once per answer.
+    Every two are compared, raw and at equal length. Each model answers each prompt once, unless the answer is kept from before. A judge is asked
+    twice per pair and prompt, once in each order; a judge that rates is asked once per answer.
     """
     from selm_jax.evaluation import winrate as work
     from selm_jax.evaluation.answers import Asked, prompts_of

@@ -1,4 +1,4 @@
-"""Options that several verbs of `selm eval` share, each defined once."""
+"""Options that several verbs of `selm eval` share. Each is defined here once."""
 
 from __future__ import annotations
 
@@ -18,38 +18,51 @@ if TYPE_CHECKING:  # these load JAX, which `selm eval --help` does without
 
 KEEP = Path("evaluations")
 
-MaxNewTokens = Annotated[int, typer.Option(help="Tokens of an answer, at most.", min=1)]
+MaxNewTokens = Annotated[int, typer.Option(help="Most tokens per answer.", min=1)]
 RunsMaxNewTokens = Annotated[
-    int | None, typer.Option(help="Default: the first run's, or 512.", min=1)
+    int | None,
+    typer.Option(
+        help="Most tokens per answer.", min=1, show_default="the first run's setting, or 512"
+    ),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the sampled answers.", min=0, max=MOST)]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Count tokens and judge calls; compute nothing.")
+    bool, typer.Option("--dry-run", help="Count tokens and judge calls, and compute nothing.")
 ]
 Results = Annotated[
-    Path, typer.Option("--out", "-o", help="Folder of results.", parser=folder_to_write)
+    Path,
+    typer.Option(
+        "--out", "-o", help="Folder for the results.", metavar="FOLDER", parser=folder_to_write
+    ),
 ]
 OwnResults = Annotated[
     Path | None,
     typer.Option(
-        "--out", "-o", help="Folder; default: evaluations/MODEL/VERB.", parser=folder_to_write
+        "--out",
+        "-o",
+        help="Folder for the results.",
+        metavar="FOLDER",
+        parser=folder_to_write,
+        show_default="evaluations/MODEL/VERB",
     ),
 ]
 Keep = Annotated[
     Path,
     typer.Option(
-        help="Folder of kept answers; what is there is not drawn again.", parser=folder_to_write
+        help="Folder for answers, which later calls use again.",
+        metavar="FOLDER",
+        parser=folder_to_write,
     ),
 ]
 
 
-def file_to_read(help: str) -> Any:
-    """The option of a file that is read."""
-    return typer.Option(help=help, metavar="FILE", parser=place)
+def file_to_read(help: str, default: str | bool = True) -> Any:
+    """The option of a file that is read, with its default in words if it has none."""
+    return typer.Option(help=help, metavar="FILE", parser=place, show_default=default)
 
 
 def within(numbers: Range) -> Callable[[float], float]:
-    """What refuses the numbers of an option that a range does not hold; NaN is one of them."""
+    """A callback that refuses numbers outside a range, and NaN."""
 
     def checked(value: float) -> float:
         if (expected := numbers.problem(value)) is not None:
@@ -62,7 +75,7 @@ def within(numbers: Range) -> Callable[[float], float]:
 TopP = Annotated[
     float,
     typer.Option(
-        help="Nucleus threshold of sampled answers.",
+        help="Sample from the most likely tokens that have this much probability together.",
         callback=within(Range(0, 1, above=True, advice="1 keeps all tokens")),
     ),
 ]
@@ -70,21 +83,36 @@ TopP = Annotated[
 
 @dataclass(frozen=True)
 class Loading:
-    """Which of a source's models is meant, and how it is made ready."""
+    """Which model of a source is meant, and how it is loaded."""
 
     iteration: Annotated[
         int | None,
-        typer.Option("--iteration", "-t", help="Of a run; 0 is its start; default: last."),
+        typer.Option(
+            "--iteration",
+            "-t",
+            help="Iteration of a run; 0 is its start model.",
+            show_default="the last one",
+        ),
     ] = None
-    revision: Annotated[str | None, typer.Option(help="Of a Hub id: branch, tag or commit.")] = None
+    revision: Annotated[
+        str | None,
+        typer.Option(help="Branch, tag or commit of a Hub id.", show_default="the main branch"),
+    ] = None
     dtype: Annotated[
-        str, typer.Option(help="auto (float32 on CPU, else bfloat16), or its name.")
+        str,
+        typer.Option(
+            help="Number format: float32, bfloat16, or auto (float32 on a CPU, else bfloat16)."
+        ),
     ] = "auto"
-    tensor: Annotated[int, typer.Option(help="Devices that share each matrix.", min=1)] = 1
-    slots: Annotated[int, typer.Option(help="Answers drawn together.", min=1)] = 16
+    tensor: Annotated[
+        int, typer.Option(help="Number of devices that share each matrix.", min=1)
+    ] = 1
+    slots: Annotated[
+        int, typer.Option(help="Number of answers that are generated together.", min=1)
+    ] = 16
 
     def open(self, source: str) -> Model:
-        """The model of a folder, Hub id, GGUF file or run."""
+        """Loads the model of a folder, Hub id, GGUF file or run."""
         from selm_jax.evaluation.model import find
 
         return self.opener(None)(find(source, revision=self.revision, iteration=self.iteration))
@@ -92,8 +120,10 @@ class Loading:
     def opener(
         self, experiment: Experiment | None, as_in_run: bool = False
     ) -> Callable[[Found], Model]:
-        """Makes models ready: those of a run by its text settings, others by those of `experiment`;
-        with `as_in_run` all of them score in the rows of `experiment`."""
+        """Loads models: those of a run with its text settings, others with those of `experiment`.
+
+        With `as_in_run` all of them score in the packed rows of `experiment`.
+        """
         from selm_jax.evaluation.model import open_found
 
         def open_one(found: Found) -> Model:
@@ -108,33 +138,46 @@ class Loading:
 
 @dataclass(frozen=True)
 class Asking:
-    """The prompts that models answer, and who judges the answers."""
+    """Which prompts the models answer, and who judges the answers."""
 
     prompts: Annotated[
         str | None,
-        typer.Option(help="File or Hub data set; default: data.heldout of the first run given."),
+        typer.Option(
+            help="File or Hub data set of prompts.",
+            show_default="data.heldout of the first run",
+        ),
     ] = None
-    split: Annotated[str | None, typer.Option(help="Of --prompts.")] = None
-    limit: Annotated[int | None, typer.Option(help="The first so many prompts alone.", min=1)] = (
-        None
-    )
+    split: Annotated[
+        str | None, typer.Option(help="Split of --prompts.", show_default="the only one")
+    ] = None
+    limit: Annotated[
+        int | None,
+        typer.Option(help="Use only the first prompts, this many.", min=1, show_default="all"),
+    ] = None
     ranker: Annotated[
         str | None,
-        typer.Option("--ranker", help="Who judges, by name; default: the ranker of the first run."),
+        typer.Option(
+            "--ranker", help="Name of the ranker that judges.", show_default="the first run's"
+        ),
     ] = None
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="A setting of the ranker: key=value (YAML).")
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="A setting of the ranker as key=value (YAML). May be given several times.",
+            show_default="the first run's",
+        ),
     ] = None
     allow_malformed: Annotated[
         int,
         typer.Option(
-            help="So many answers of a judge may be unreadable; they count as ties (heldout: as "
-            "the mean of their prompts' readable ratings).",
+            help="How many of a judge's answers may be unreadable. They count as ties; in heldout, "
+            "as the mean of the prompt's readable ratings.",
             min=0,
         ),
     ] = 0
 
 
 def default_out(model: str, verb: str) -> Path:
-    """Where a verb leaves what it found about a model, unless it is told."""
+    """Where a verb writes its results about a model by default."""
     return KEEP / model.replace("/", "--") / verb

@@ -1,6 +1,6 @@
-"""`selm lab ...`: the laboratory's experiments from the command line.
+"""`selm lab ...`: the laboratory's experiments, from the command line.
 
-Each verb prints its findings, and writes every number to NAME.json and the figure to NAME.svg.
+Each verb prints its findings and writes all numbers to NAME.json and the figure to NAME.svg.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,27 +17,53 @@ import typer
 
 from selm_jax.shell import artifacts
 from selm_jax.shell.paths import folder_to_write
+from selm_jax.shell.verbs import Work, verb
 
 app = typer.Typer(
-    help="Small exact worlds: does an exploration term explore? See docs/exploration.md.",
+    help="Test exploration in small worlds. Their regret is exact (docs/exploration.md).",
     no_args_is_help=True,
 )
 
-Seeds = Annotated[int, typer.Option(help="Worlds, each with its own noise, per setting.", min=2)]
-Seed = Annotated[int, typer.Option(help="The number from which all the seeds follow.")]
+Seed = Annotated[int, typer.Option(help="Number from which all random numbers follow.")]
 Out = Annotated[
     Path,
-    typer.Option("--out", "-o", help="Folder for the numbers and figures.", parser=folder_to_write),
-]
-FOLDER = Path("runs/lab")
+    typer.Option(
+        "--out", "-o", help="Folder for numbers and figures.", metavar="FOLDER",
+        parser=folder_to_write,
+    ),
+]  # fmt: skip
 
 
-@app.command()
-def regret(seeds: Seeds = 128, seed: Seed = 0, out: Out = FOLDER) -> None:
-    """Cumulative regret of every algorithm in every landscape, and its slope."""
+@dataclass(frozen=True)
+class Sampled:
+    """How many worlds are tried, and where the findings go."""
+
+    seeds: Annotated[
+        int, typer.Option(help="Worlds per setting, each with its own noise.", min=2)
+    ] = 128
+    seed: Seed = 0
+    out: Out = Path("runs/lab")
+
+
+def _lab_verb(name: str, arguments: str = "", files: str = "") -> Callable[[Work], Work]:
+    """A verb of the laboratory, which needs no model and no data."""
+    files = files or f"lab_{name}.json and lab_{name}.svg"
+    return verb(
+        app, name, needs="nothing, and no accelerator",
+        writes=f"{files} into the folder of --out, and a summary to the terminal",
+        example=f"selm lab {name} {arguments}--seeds 16",
+    )  # fmt: skip
+
+
+@_lab_verb("regret")
+def regret(o: Sampled) -> None:
+    """Measure the regret of all algorithms.
+
+    In every landscape, with the slope of the regret.
+    """
     from selm_jax.lab import experiments, plots
 
-    records = _write(experiments.regret_curves(seeds, seed), out / "lab_regret.json")
+    records = _write(experiments.regret_curves(o.seeds, o.seed), o.out / "lab_regret.json")
     typer.echo(
         f"{'algorithm':<15}{'landscape':<11}{'regret, 95 %':>22}{'slope, 95 %':>20}"
         "   difference, Holm's p"
@@ -48,29 +75,37 @@ def regret(seeds: Seeds = 128, seed: Seed = 0, out: Out = FOLDER) -> None:
             f"{r['algorithm']:<15}{r['landscape']:<11}{total:>22}{slope:>20}"
             + (f"{_difference(r['against'])} {r['against']['of']}" if "against" in r else "")
         )
-    made = _made_by("regret", seeds, seed, "regret_curves")
-    plots.regret(records, out / "lab_regret.svg", made)
+    made = _made_by("regret", o.seeds, o.seed, "regret_curves")
+    plots.regret(records, o.out / "lab_regret.svg", made)
 
 
-@app.command(name="map")
-def map_(
+@dataclass(frozen=True, kw_only=True)
+class Mapped:
+    """Options of `selm lab map`."""
+
     landscape: Annotated[
-        str, typer.Option(help="two_peaks, needle, smooth or random.")
-    ] = "two_peaks",
+        str, typer.Option(help="Landscape of rewards: two_peaks, needle, smooth or random.")
+    ] = "two_peaks"
     dimensions: Annotated[
-        str | None, typer.Option(help="Of the features, such as 4,16,tabular; all by default.")
-    ] = None,
-    seeds: Seeds = 128,
-    seed: Seed = 0,
-    out: Out = FOLDER,
-) -> None:
-    """Where SELM's term lowers regret and where not: alpha, noise, coverage, dimension."""
+        str | None,
+        typer.Option(help="Feature dimensions such as 4,16,tabular.", show_default="all"),
+    ] = None
+    sampled: Sampled
+
+
+@_lab_verb("map", "--landscape needle ", "lab_map_LANDSCAPE.json and two SVG files")
+def map_(options: Mapped) -> None:
+    """Map where SELM's term lowers regret.
+
+    It varies alpha, noise, coverage and dimension.
+    """
     from selm_jax.lab import experiments, plots, stats, worlds
 
+    landscape, dimensions, o = options.landscape, options.dimensions, options.sampled
     if landscape not in worlds.LANDSCAPES:
         raise typer.BadParameter(f"landscape {landscape!r}; expected one of {worlds.LANDSCAPES}")
     asked = experiments.MAP_DIMENSIONS if dimensions is None else _dimensions(dimensions)
-    parts = experiments.optimism_map(seeds, seed, landscape=landscape, dimensions=asked)
+    parts = experiments.optimism_map(o.seeds, o.seed, landscape=landscape, dimensions=asked)
     found = _collect(parts, "dimension")
     verb = f"map --landscape {landscape}" + (f" --dimensions {dimensions}" if dimensions else "")
     everything = []
@@ -85,74 +120,101 @@ def map_(
                 f"against {against} DPO, alpha {which}: of {len(chosen)} settings {less} have less "
                 f"regret, {more} more, {len(chosen) - less - more} undecided (Holm, 5 %)"
             )
-        made = _made_by(verb, seeds, seed, "optimism_map") + f"; against {against} DPO"
-        plots.heat_maps(records, out / f"lab_map_{landscape}_{against}.svg", made)
+        made = _made_by(verb, o.seeds, o.seed, "optimism_map") + f"; against {against} DPO"
+        plots.heat_maps(records, o.out / f"lab_map_{landscape}_{against}.svg", made)
         everything += records
-    _write(everything, out / f"lab_map_{landscape}.json")
+    _write(everything, o.out / f"lab_map_{landscape}.json")
 
 
-@app.command()
-def conditions(seeds: Seeds = 128, seed: Seed = 0, out: Out = FOLDER) -> None:
-    """One condition at a time: landscape, data, noise, reference, sampler, solver."""
+@_lab_verb("conditions")
+def conditions(o: Sampled) -> None:
+    """Vary one condition at a time.
+
+    Landscape, data, noise, reference, sampler and solver.
+    """
     from selm_jax.lab import experiments, plots, stats
 
-    found = stats.correct(_collect(experiments.one_at_a_time(seeds, seed), "condition"))
-    records = _write(found, out / "lab_conditions.json")
+    found = stats.correct(_collect(experiments.one_at_a_time(o.seeds, o.seed), "condition"))
+    records = _write(found, o.out / "lab_conditions.json")
     _print(records, ("condition", "alpha"))
-    made = _made_by("conditions", seeds, seed, "one_at_a_time")
-    plots.table(records, "alpha", "condition", out / "lab_conditions.svg", made)
+    made = _made_by("conditions", o.seeds, o.seed, "one_at_a_time")
+    plots.table(records, "alpha", "condition", o.out / "lab_conditions.svg", made)
 
 
-@app.command()
-def why(seeds: Seeds = 128, seed: Seed = 0, out: Out = FOLDER) -> None:
-    """Better data or another fit? The term in the asking policy alone, in the judged one alone."""
+@_lab_verb("why")
+def why(o: Sampled) -> None:
+    """Tell better data from a better fit.
+
+    SELM's term is used only where data is collected, or only in the fit.
+    """
     from selm_jax.lab import experiments, plots, stats
 
-    found = stats.correct(_collect(experiments.why(seeds, seed), "condition"))
-    records = _write(found, out / "lab_why.json")
+    found = stats.correct(_collect(experiments.why(o.seeds, o.seed), "condition"))
+    records = _write(found, o.out / "lab_why.json")
     _print(records, ("condition", "variant", "setting"))
     for r in records:
         r["variant and setting"] = f"{r['variant']}\n{r['setting']:g}"
-    made = _made_by("why", seeds, seed, "why")
-    plots.table(records, "variant and setting", "condition", out / "lab_why.svg", made)
+    made = _made_by("why", o.seeds, o.seed, "why")
+    plots.table(records, "variant and setting", "condition", o.out / "lab_why.svg", made)
 
 
-@app.command()
-def idea(
-    loss: Annotated[str, typer.Argument(help="As in a YAML: name, sum, package.module:function.")],
+@dataclass(frozen=True, kw_only=True)
+class Idea:
+    """Options of `selm lab idea`."""
+
+    loss: Annotated[
+        str,
+        typer.Argument(
+            help="Loss as in an experiment file: a name, a sum, or package.module:function."
+        ),
+    ]
     settings: Annotated[
-        list[str] | None, typer.Argument(help="key=value of the loss; key=a,b,c tries each.")
-    ] = None,
-    beta: Annotated[float, typer.Option(help="KL strength, of the loss and of the world.")] = 0.1,
-    seeds: Seeds = 128,
-    seed: Seed = 0,
-    out: Out = FOLDER,
-) -> None:
-    """Your loss against SELM and DPO: the same worlds, queries and seeds, in every landscape."""
+        list[str] | None,
+        typer.Argument(
+            help="Settings of the loss as key=value; key=a,b,c tries each value.",
+            metavar="[KEY=VALUE]...",
+        ),
+    ] = None
+    beta: Annotated[
+        float, typer.Option(help="Strength of the KL penalty, in the loss and in the world.")
+    ] = 0.1
+    sampled: Sampled
+
+
+@_lab_verb("idea", "selm alpha=0.1,1 ")
+def idea(options: Idea) -> None:
+    """Compare your loss with SELM and DPO.
+
+    In the same worlds, with the same queries and seeds.
+    """
     from selm_jax.lab import experiments, plots, stats
     from selm_jax.objectives.build import build_objective
 
+    loss, settings, beta, o = options.loss, options.settings, options.beta, options.sampled
     choices = [_choices(setting) for setting in settings or []]
     tried = {f"selm alpha={a}": build_objective("selm", beta=beta, alpha=a) for a in (0.01, 0.1)}
     for values in itertools.product(*choices):
         name = " ".join((loss.rpartition(":")[2], *(f"{k}={v:g}" for k, v in values)))
         tried[name] = build_objective(loss, beta=beta, **dict(values))
-    found = _collect(experiments.idea(tried, seeds, seed, beta=beta), "objective")
+    found = _collect(experiments.idea(tried, o.seeds, o.seed, beta=beta), "objective")
     compared = stats.correct([r for r in found if r["objective"] != "dpo"])
-    records = _write(compared, out / "lab_idea.json")
+    records = _write(compared, o.out / "lab_idea.json")
     _print(records, ("objective", "landscape"))
     verb = " ".join(["idea", loss, *(settings or []), f"--beta {beta:g}"])
-    made = _made_by(verb, seeds, seed, "idea")
-    plots.table(records, "landscape", "objective", out / "lab_idea.svg", made)
+    made = _made_by(verb, o.seeds, o.seed, "idea")
+    plots.table(records, "landscape", "objective", o.out / "lab_idea.svg", made)
 
 
-@app.command()
-def theory(seeds: Seeds = 128, seed: Seed = 0, out: Out = FOLDER) -> None:
-    """What the SELM paper's Theorem 5.3 prescribes in these worlds, and what comes of it."""
+@_lab_verb("theory", files="lab_theory.json")
+def theory(o: Sampled) -> None:
+    """Test the paper's Theorem 5.3.
+
+    Alpha is set as it prescribes, and the regret is compared with its bound.
+    """
     from selm_jax.lab import experiments, stats
 
-    found = _collect(experiments.theorem(seeds, seed), "beta")
-    records = _write(stats.correct(found), out / "lab_theory.json")
+    found = _collect(experiments.theorem(o.seeds, o.seed), "beta")
+    records = _write(stats.correct(found), o.out / "lab_theory.json")
     typer.echo(
         f"{'beta':>5}{'T':>5}{'R_max':>7}{'alpha':>10}{'bound':>10}{'worst':>8}"
         "   regret at this alpha to DPO's, Holm's p"
@@ -164,20 +226,32 @@ def theory(seeds: Seeds = 128, seed: Seed = 0, out: Out = FOLDER) -> None:
         )
 
 
-@app.command()
-def decoder(
-    alphas: Annotated[str, typer.Option(help="Separated by commas.")] = "0.01,0.1,1",
-    rounds: Annotated[int, typer.Option(help="Of 8 queries and 4 updates each.", min=1)] = 12,
-    rate: Annotated[float, typer.Option(help="Adam's learning rate.")] = 1e-3,
-    seeds: Seeds = 8,
-    seed: Seed = 0,
-    out: Out = FOLDER,
-) -> None:
-    """A real (tiny) decoder, trained by the packed update: its exact regret to that of DPO."""
+@dataclass(frozen=True, kw_only=True)
+class OfDecoder:
+    """Options of `selm lab decoder`."""
+
+    alphas: Annotated[str, typer.Option(help="Values of alpha, separated by commas.")] = (
+        "0.01,0.1,1"
+    )
+    rounds: Annotated[
+        int, typer.Option(help="Number of rounds, each of 8 queries and 4 updates.", min=1)
+    ] = 12
+    rate: Annotated[float, typer.Option(help="Adam's learning rate.")] = 1e-3
+    seeds: Annotated[int, typer.Option(help="Worlds per setting.", min=2)] = 8
+    seed: Seed = 0
+    out: Out = Path("runs/lab")
+
+
+@_lab_verb("decoder", files="lab_decoder.json")
+def decoder(o: OfDecoder) -> None:
+    """Train a tiny decoder in such a world.
+
+    With the packed update of real runs; its exact regret is compared with that of DPO.
+    """
     from selm_jax.lab import decoder_world
 
-    found = decoder_world.regret(_numbers(alphas), seeds, seed, rounds=rounds, rate=rate)
-    records = _write(found, out / "lab_decoder.json")
+    found = decoder_world.regret(_numbers(o.alphas), o.seeds, o.seed, rounds=o.rounds, rate=o.rate)
+    records = _write(found, o.out / "lab_decoder.json")
     typer.echo(
         f"DPO: cumulative regret {records[0]['base']:.3f}; untrained: {records[0]['still']:.3f}"
     )
@@ -186,7 +260,7 @@ def decoder(
 
 
 def _collect(parts: Iterable[list[dict[str, Any]]], name: str) -> list[dict[str, Any]]:
-    """All the records; says after each part how long it took, for the waiting."""
+    """Collects all records, and says after each part how long it took."""
     records, start = [], time.monotonic()
     for part in parts:
         records += part
@@ -208,12 +282,12 @@ def _difference(r: dict[str, Any]) -> str:
 
 
 def _ends(low: float | None, high: float | None, form: str) -> str:
-    """An interval; there is none of a single seed, or where all seeds have one value."""
+    """An interval. A single seed has none, and neither have seeds of one value."""
     return "(no interval)" if low is None else f"[{low:{form}}, {high:{form}}]"
 
 
 def _rounded(value: Any) -> Any:
-    """Six digits of every float. What is printed and drawn is what is written."""
+    """Rounds every float to six digits, so that what is printed and drawn is what is written."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):
@@ -222,7 +296,7 @@ def _rounded(value: Any) -> Any:
 
 
 def _write(records: list[dict[str, Any]], file: Path) -> list[dict[str, Any]]:
-    """One record a line, rounded; returns what it wrote."""
+    """Writes one record per line, rounded, and returns what it wrote."""
     records = _rounded(records)
     lines = ",\n".join(json.dumps(r, separators=(",", ":")) for r in records)
     artifacts.write_text(file, f"[\n{lines}\n]\n")
@@ -248,7 +322,7 @@ def _dimensions(text: str) -> list[int | None]:
     try:
         return [None if x == "tabular" else int(x) for x in text.split(",")]
     except ValueError as error:
-        raise typer.BadParameter(f"{text!r}; expected such as 4,16,tabular") from error
+        raise typer.BadParameter(f"{text!r}; expected a list such as 4,16,tabular") from error
 
 
 def _choices(setting: str) -> list[tuple[str, float]]:

@@ -30,19 +30,9 @@ def check(run: Run) -> None:
       RunError, ChatError, ExampleError, MeshError: settings, data, model and devices do not fit
         together.
     """
-    e, data = run.experiment, run.data
-    objective = run.task.objective
-    _ = (by_settings(e.feedback), data.all_prompts, data.heldout)
-    multihost.on_first(lambda: _check_ranker(run))
-    there = ("chosen", "rejected") if e.data.rejected else ("chosen",)
-    if e.taught and not set(objective.roles) <= set(there):
-        raise RunError(
-            f"{objective} needs the roles {', '.join(objective.roles)}, but no "
-            f"candidates compete, and the data set has {' and '.join(there)} alone. Answers alone "
-            "can teach `loss: sft`, pairs `loss: dpo`; for y_ref set candidates.greedy: 1"
-        )
-    run.task.check_settings(e)
-    for line in told_of_data(data):
+    e = run.experiment
+    check_objective(run)
+    for line in told_of_data(run.data):
         run.console.print(line, style="yellow", soft_wrap=True)
     if e.lora is not None and e.lora.base != "full":
         check_installed()
@@ -55,6 +45,27 @@ def check(run: Run) -> None:
             "smaller than its resolution, and most parameters will not move",
             style="yellow",
         )
+
+
+def check_objective(run: Run) -> None:
+    """Builds the loss, the rule that picks pairs and the ranker, and reads the data for them.
+
+    Raises:
+      RunError: the loss needs something that the data does not have.
+    """
+    e, data = run.experiment, run.data
+    objective = run.task.objective
+    _ = (by_settings(e.feedback), data.all_prompts, data.heldout)
+    multihost.on_first(lambda: _check_ranker(run))
+    there = ("chosen", "rejected") if e.data.rejected else ("chosen",)
+    if e.taught and not set(objective.roles) <= set(there):
+        raise RunError(
+            f"{objective} needs the roles {', '.join(objective.roles)}, but no "
+            f"candidates compete, and the data set has only {' and '.join(there)}. Train on "
+            "answers with `loss: sft` or on pairs with `loss: dpo`; for y_ref, set "
+            "candidates.greedy: 1"
+        )
+    run.task.check_settings(e)
 
 
 def _check_ranker(run: Run) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from selm_jax.config import Experiment, dump
 from selm_jax.parallel import multihost
 from selm_jax.run.log import Writers, logged
-from selm_jax.shell import artifacts
+from selm_jax.shell import artifacts, loglines
 from selm_jax.shell.sealed import sha256
 from selm_jax.weights.card import model_card
 
@@ -57,8 +57,8 @@ class Folder:
     @cached_property
     def writers(self) -> Writers:
         """The trackers, opened when they are first asked for: before the first stage that has work."""
-        artifacts.rewrite_lines(self.metrics_file)  # a kill may have torn the last one
-        return Writers(self.path, self.experiment, artifacts.read_lines(self.metrics_file))
+        loglines.rewrite_lines(self.metrics_file)  # a kill may have torn the last one
+        return Writers(self.path, self.experiment, loglines.read_lines(self.metrics_file))
 
     def logged(self, stage: str, t: int) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl that a stage of iteration t has written."""
@@ -70,15 +70,15 @@ class Folder:
             return
         line = {"stage": stage, "iteration": t, **metrics}
         writers = self.writers  # opened before the line is in the record, or it would show it twice
-        artifacts.append_line(self.metrics_file, line)
+        loglines.append_line(self.metrics_file, line)
         writers.write(line)
 
     def forget(self, which: Callable[[dict[str, Any]], bool]) -> None:
         """Drops lines of metrics.jsonl that are about to be written again."""
         if multihost.is_first():
             writers = self.writers
-            if artifacts.rewrite_lines(self.metrics_file, lambda line: not which(line)):
-                writers.start_over(artifacts.read_lines(self.metrics_file))
+            if loglines.rewrite_lines(self.metrics_file, lambda line: not which(line)):
+                writers.start_over(loglines.read_lines(self.metrics_file))
 
     # What it says of the run
 
@@ -137,7 +137,7 @@ class Folder:
 
     def model_card(self, t: int, origin: Mapping[str, Any], pipeline: str, method: str) -> str:
         """The README.md of the policy after iteration t, which began from a model of this origin."""
-        metrics = artifacts.read_lines(self.metrics_file)
+        metrics = loglines.read_lines(self.metrics_file)
         return model_card(self.experiment, self.name, t, origin, metrics, pipeline, method)
 
     def complete_card(self, t: int, origin: Mapping[str, Any], pipeline: str, method: str) -> None:
@@ -148,7 +148,7 @@ class Folder:
         card, stages = self.model(t) / artifacts.CARD, artifacts.Stages(self.iteration(t))
         if not card.exists() or not stages.may_complete("export", "model"):
             return
-        artifacts.rewrite_lines(self.metrics_file)  # a kill may have torn the last one
+        loglines.rewrite_lines(self.metrics_file)  # a kill may have torn the last one
         text = self.model_card(t, origin, pipeline, method)
         if text.encode() != card.read_bytes():
             # Renamed from outside: a leftover of a kill would be a file too many in the model folder.

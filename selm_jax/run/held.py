@@ -8,8 +8,11 @@ from collections.abc import Iterator
 from selm_jax.parallel import multihost
 from selm_jax.report import page
 from selm_jax.run.check import check
+from selm_jax.run.remaining import time_left
 from selm_jax.run.run import Run
+from selm_jax.shell import artifacts
 from selm_jax.shell.lock import only_one
+from selm_jax.shell.words import duration
 
 
 @contextlib.contextmanager
@@ -31,6 +34,38 @@ def held(run: Run) -> Iterator[None]:
                 f"{run.folder.path}: told to stop; the same command goes on from here"
             )
             raise
+
+
+def drop_models(run: Run, t: int) -> None:
+    """Deletes the models that no iteration after t needs, if the experiment keeps only the last one.
+
+    The next iteration starts from the model of iteration t. Only the acquisition `reward_gap` asks
+    the model before it, too. The start model is not in the run folder and always stays.
+    """
+    if run.experiment.keep_models == "all":
+        return
+    first = t  # the first that stays
+    if t < run.experiment.iterations and run.looked_at(t + 1, run.policy(t))[1] == run.policy(
+        t - 1
+    ):
+        first = t - 1
+
+    def drop() -> None:
+        for u in range(1, first):
+            artifacts.Stages(run.folder.iteration(u)).let_go("export", "model")
+
+    multihost.on_first(drop)
+
+
+def tell_time_left(run: Run, t: int) -> None:
+    """Says after iteration t how long the rest of the run takes, if there is a rest."""
+    left = time_left(run.folder.path, run.experiment.iterations)
+    if left and run.wanted.worked:
+        run.console.print(
+            f"iteration {t} of {run.experiment.iterations} is done; the rest takes about "
+            f"{duration(left)}",
+            highlight=False,
+        )
 
 
 def write_report(run: Run) -> None:

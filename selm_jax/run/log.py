@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from selm_jax.config import Experiment, as_dict
-from selm_jax.shell import artifacts
+from selm_jax.shell import loglines
 
 WANDB_ID = "wandb_id"  # file of the run folder: the id by which a resumed run goes on in wandb
 
@@ -119,5 +119,5 @@ def _wandb_run(folder: Path, experiment: Experiment) -> Any:
 
 def logged(metrics: Path, stage: str, t: int) -> list[dict[str, Any]]:
     """The lines of a file metrics.jsonl that a stage of iteration t has written."""
-    found = artifacts.read_lines(metrics)
+    found = loglines.read_lines(metrics)
     return [line for line in found if (line["stage"], line["iteration"]) == (stage, t)]

@@ -186,7 +186,9 @@ class Run:
             if value != 0 or f"{key}_low" in counts
         )
         shown = f"{shown}  ({note})" if note else shown
-        self.console.print(f"iteration {t}  {stage:<9} {seconds:7.1f} s   {shown}", soft_wrap=True)
+        # In a file the line stays whole; a terminal breaks it between words.
+        line = f"iteration {t}  {stage:<9} {seconds:7.1f} s   {shown}"
+        self.console.print(line, soft_wrap=not self.console.is_terminal)
 
 
 def _in_words(name: str, value: Any, low: float | None = None, high: float | None = None) -> str:

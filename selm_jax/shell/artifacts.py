@@ -15,19 +15,18 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from selm_jax.shell import jsonl
 from selm_jax.shell.digests import CARD, digest, digests
 from selm_jax.shell.json_file import JsonFileError, read_object
 from selm_jax.shell.paths import check_file
 from selm_jax.shell.sealed import is_sealed, seal, unsealed
-from selm_jax.shell.words import some
+from selm_jax.shell.words import redo, some
 
 
 class ArtifactError(RuntimeError):
@@ -163,8 +162,8 @@ def read_table(path: Path) -> pa.Table:
         raise
     except (pa.ArrowException, OSError, ValueError) as e:
         raise ArtifactError(
-            f"{path}: this table is damaged ({e}). {_PUT_BACK}, or delete the entry of the stage "
-            f"that wrote it from {path.parent / 'stage.json'} to run that stage again"
+            f"{path}: this table is damaged ({e}). {_PUT_BACK}, or run the stage that "
+            f"wrote it again: {redo(path.parent, 'STAGE')}"
         ) from e
 
 
@@ -196,7 +195,8 @@ class Stages:
         if changed:
             raise ArtifactError(
                 f"{self.file}: the entry of stage {changed[0]!r} is not as it was written (its "
-                f"SHA-256 does not match). {_PUT_BACK}, or delete the entry to run that stage again"
+                f"SHA-256 does not match). {_PUT_BACK}, or run that stage again: "
+                f"{redo(self.folder, changed[0])}"
             )
         return entries
 
@@ -208,13 +208,15 @@ class Stages:
         """
         path = self.folder / name
         for stage, entry in self.read().items():
+            if name in entry.get("gone", ()):
+                return entry["outputs"][name]
             if name in entry.get("outputs", {}):
                 now = digest(path, _unsealed(entry, name))
                 if entry["outputs"][name] != now:
                     what = _differences(path, entry, name)
                     raise ArtifactError(
-                        f"{path}: it is not what stage {stage!r} wrote{what}. {_PUT_BACK}, or delete "
-                        f"{stage!r} from {self.file} to run that stage again"
+                        f"{path}: it is not what stage {stage!r} wrote{what}. {_PUT_BACK}, or run "
+                        f"that stage again: {redo(self.folder, stage)}"
                     )
                 return now
         return digest(path)
@@ -229,8 +231,8 @@ class Stages:
         if entry is None:
             return False
         where = f"{self.folder}, stage {stage!r}"
-        again = f"To run it and the later stages again, delete {stage!r} from {self.file}; to keep "
-        redo = again + "it, undo the change, or give the changed experiment another `output`"
+        again = f"To run it and what follows again: {redo(self.folder, stage)}; to keep "
+        undo = again + "it, undo the change, or give the changed experiment another `output`"
         restore = again + "it, restore the original files"
         keys = set(settings) | set(entry["settings"])
         if "format" not in entry:  # earlier versions recorded fewer settings and inputs
@@ -239,14 +241,16 @@ class Stages:
         for key in sorted(keys):
             before, now = entry["settings"].get(key), settings.get(key)
             if before != now:
-                raise ArtifactError(f"{where}: {key} was {before!r} and is now {now!r}. {redo}")
+                raise ArtifactError(f"{where}: {key} was {before!r} and is now {now!r}. {undo}")
         for name, now in inputs.items():
             if entry["inputs"].get(name) != now:
-                raise ArtifactError(f"{where}: its input {name} has changed since it ran. {redo}")
+                raise ArtifactError(f"{where}: its input {name} has changed since it ran. {undo}")
         if not entry["done"]:
             return False
         for name, before in entry["outputs"].items():
             path = self.folder / name
+            if name in entry.get("gone", ()):
+                continue
             if not path.exists():
                 raise ArtifactError(f"{where}: its output {path} is missing. {restore}")
             if digest(path, _unsealed(entry, name)) != before:
@@ -255,6 +259,17 @@ class Stages:
                     f"{where}: its output {path} is not what it wrote{what}. {restore}"
                 )
         return True
+
+    def gone(self) -> set[str]:
+        """The outputs that were deleted on purpose, by `let_go`."""
+        return {name for entry in self.read().values() for name in entry.get("gone", ())}
+
+    def let_go(self, stage: str, name: str) -> None:
+        """Deletes an output that nothing needs any more. Its stage stays done, its digest known."""
+        entry = self.read()[stage]
+        if name not in entry.get("gone", ()):
+            self._put(stage, unsealed(entry) | {"gone": [*entry.get("gone", ()), name]})
+        remove(self.folder / name)  # after a kill in the middle of this it is deleted once more
 
     def may_complete(self, stage: str, name: str) -> bool:
         """Whether the stage is done and the card in its output folder may be replaced."""
@@ -321,59 +336,6 @@ def _differences(folder: Path, entry: Mapping[str, Any], name: str) -> str:
     }
     told = [f"{kind}: {some(names)}" for kind, names in kinds.items() if names]
     return f" ({'; '.join(told)})" if told else ""
-
-
-def read_lines(path: Path) -> list[Any]:
-    """The values in a file of JSON lines; an empty list if the file does not exist.
-
-    Raises:
-      ArtifactError: a line is not JSON.
-    """
-    if not path.exists():
-        return []
-    found = []
-    for line in jsonl.lines(path.read_bytes()):
-        try:
-            found.append(line.value())
-        except jsonl.JsonError as error:
-            raise _no_json(path, line, error) from error
-    return found
-
-
-def _no_json(path: Path, line: jsonl.Line, error: jsonl.JsonError) -> ArtifactError:
-    return ArtifactError(
-        f"{path}, line {line.number}: not JSON: {error}. {_PUT_BACK}; or delete this line, and "
-        "delete the stage that wrote it from its iteration's stage.json to run that stage again"
-    )
-
-
-def rewrite_lines(path: Path, keep: Callable[[dict[str, Any]], bool] = lambda line: True) -> bool:
-    """Removes JSON lines that fail `keep`, and a torn last one. Returns whether the file changed.
-
-    Raises:
-      ArtifactError: a line before the last is not JSON.
-    """
-    if not path.exists():
-        return False
-    kept = []
-    for line in jsonl.lines(path.read_bytes()):
-        try:
-            if keep(line.value()):
-                kept.append(line.text)
-        except jsonl.JsonError as error:
-            if line.ended:  # if not, a kill cut it off, and the step that wrote it runs again
-                raise _no_json(path, line, error) from error
-    text = "".join(line + "\n" for line in kept)
-    if text.encode() == path.read_bytes():
-        return False
-    write_text(path, text)
-    return True
-
-
-def append_line(path: Path, value: Mapping[str, Any]) -> None:
-    """Appends one JSON line to a file."""
-    with path.open("a", encoding="utf-8") as f:
-        f.write(json.dumps(value, ensure_ascii=False) + "\n")
 
 
 def flush(path: Path) -> None:

@@ -1,9 +1,10 @@
-"""Ctrl-C: the first one ends the program or has it stop at the next safe place, the second ends it at once.
+"""Ctrl-C: the first one ends the program, or lets it stop at the next safe place; the second one kills it.
 
-Python raises KeyboardInterrupt wherever the program is. In a garbage collection, in a `__del__` or in a
-callback of a library, nobody can take it: it is printed as ignored, and the program goes on. Here it is
-remembered, and raised anew a moment later. Where something has to be saved first it is not raised at
-all: whoever asks `asked` stops the program.
+Python raises KeyboardInterrupt wherever the program is. In a garbage collection, in a `__del__` or in
+a callback of a library nobody can take it: it is printed as ignored, and the program continues.
+Other code catches it and drops it. So a thread watches the main one from the first Ctrl-C on, and
+raises KeyboardInterrupt again as long as nobody handles one. Where something must be saved first,
+nothing is raised: whoever asks `asked` stops the program.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-_LATER = 0.05  # seconds until it is raised anew
+_PATIENCE = 0.1  # seconds between two looks; two in a row that see nobody handle it raise it again
 _asked = threading.Event()
 _anew = threading.Event()  # the next signal is our own
 _deferred = False
@@ -24,23 +25,19 @@ _deferred = False
 
 @contextlib.contextmanager
 def heard() -> Iterator[None]:
-    """Inside, Ctrl-C is not lost. In a thread that is not the main one nothing changes."""
+    """Inside, Ctrl-C is not lost. In a thread other than the main one nothing changes."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = signal.getsignal(signal.SIGINT)
-    if before is signal.SIG_IGN:  # a shell's `command &`: this process is not meant
+    if before is signal.SIG_IGN:  # a shell's `command &`: Ctrl-C is not for this process
         yield
         return
     hook = sys.unraisablehook
 
     def unraisable(lost: Any) -> None:
-        if issubclass(lost.exc_type, KeyboardInterrupt) and _asked.is_set():
-            again = threading.Timer(_LATER, _send)
-            again.daemon = True
-            again.start()
-        else:
-            hook(lost)
+        if not (issubclass(lost.exc_type, KeyboardInterrupt) and _asked.is_set()):
+            hook(lost)  # the other is raised again, so it need not be printed
 
     signal.signal(signal.SIGINT, _on_sigint)
     sys.unraisablehook = unraisable
@@ -69,20 +66,38 @@ def deferred() -> Iterator[None]:
         _deferred = False
 
 
-def _send() -> None:
-    if _asked.is_set():
-        _anew.set()
-        os.kill(os.getpid(), signal.SIGINT)
+def _watch() -> None:
+    """Raises KeyboardInterrupt in the main thread again, until somebody handles it."""
+    unseen = 0
+    pause = threading.Event()
+    while not pause.wait(_PATIENCE) and _asked.is_set():
+        # An exception on its way between two handlers is not seen either: so look twice.
+        unseen = 0 if _deferred or _is_handled() else unseen + 1
+        if unseen >= 2 and not _anew.is_set():
+            unseen = 0
+            _anew.set()
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def _is_handled() -> bool:
+    """Whether the main thread is in an `except`, a `finally` or an `__exit__` that has one."""
+    found: Any = sys._current_exceptions().get(threading.main_thread().ident or 0)
+    error = found[1] if isinstance(found, tuple) else found  # a tuple before Python 3.12
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
 
 
 def _on_sigint(*_: Any) -> None:
     if _anew.is_set():
         _anew.clear()
-    elif _asked.is_set():  # the system ends it, also where Python has no turn
+    elif _asked.is_set():  # the system kills it, even where Python gets no turn
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
-    _asked.set()
+    else:
+        _asked.set()
+        threading.Thread(target=_watch, daemon=True).start()
     if not _deferred:
         raise KeyboardInterrupt
-    # Not through sys.stderr, which may be in the midst of a line.
-    os.write(2, b"\nstopping when this update is saved; Ctrl-C once more ends at once\n")
+    # Not through sys.stderr, which may be in the middle of a line.
+    os.write(2, b"\nstopping as soon as this update is saved; Ctrl-C again kills the program\n")

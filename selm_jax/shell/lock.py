@@ -77,6 +77,24 @@ def only_one(folder: Path) -> Iterator[None]:
                 file.unlink(missing_ok=True)
 
 
+def holder(folder: Path) -> dict[str, Any] | None:
+    """Who is at work in a run folder: `process` and `host`. None if nobody is.
+
+    A process of another machine counts as long as it renews its lease.
+    """
+    for file in _held(folder):
+        with contextlib.suppress(FileNotFoundError):
+            found = _read(file)
+            if found.get("machine") != _machine():
+                return found if time.time() - file.stat().st_mtime < LEASE else None
+            with file.open() as handle:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:  # its process still has the flock
+                    return found
+    return None
+
+
 def _take(folder: Path) -> tuple[Path, IO[str]] | None:
     """Tries to take the lock: our own lock file, open; None if another process was faster.
 

@@ -9,11 +9,12 @@
         model: Annotated[str, typer.Argument(help="...")]
         loading: Loading
 
-    @verb(app)
+    @verb(app, needs="a model", writes="a table to the terminal", example="selm measure my_model")
     def measure(options: Options) -> None: ...
 
 makes `measure MODEL --dtype ...`. A field that is a dataclass is a group of options, so verbs that
-share a group define its options once, and hand it on as one value.
+share a group define its options once and pass it on as one value. Every verb says what it needs,
+what it writes and how it is called, and every verb has `--quiet` and `--verbose`.
 """
 
 from __future__ import annotations
@@ -21,35 +22,64 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
+from selm_jax.shell.progress import Talk, talk
+
 Work = TypeVar("Work", bound=Callable[[Any], None])
 
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Show results and errors, but no progress.")
+]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Say what is compiled, and show tracebacks.")
+]
 
-def verb(app: typer.Typer, name: str | None = None) -> Callable[[Work], Work]:
-    """Decorates a function of one dataclass: it becomes a verb of `app`, described by its docstring.
+
+def verb(
+    app: typer.Typer,
+    name: str | None = None,
+    *,
+    needs: str,
+    writes: str,
+    example: str,
+    hidden: bool = False,
+) -> Callable[[Work], Work]:
+    """Decorates a function of one dataclass and makes it a verb of `app`, with its docstring as help.
 
     Args:
-      name: of the verb; default: the function's.
+      name: the verb's name; the function's by default.
+      needs, writes: what must be there, and where the result goes. Both end their sentences.
+      example: a command line that can be typed as it stands.
+      hidden: whether `--help` of the program leaves the verb out.
     """
 
     def register(work: Work) -> Work:
         (parameter,) = inspect.signature(work, eval_str=True).parameters.values()
         options = parameter.annotation
-        parameters = list(_parameters(options))
+        parameters = [*_parameters(options), *_TALK]
 
         def called(**given: Any) -> None:
+            talk(Talk(quiet=given.pop("quiet"), verbose=given.pop("verbose")))
             work(_collected(options, given))
 
-        called.__name__, called.__doc__ = work.__name__, work.__doc__
+        called.__name__ = work.__name__
         called.__annotations__ = {each.name: each.annotation for each in parameters}
         called.__signature__ = inspect.Signature(parameters)  # typer reads this one
-        app.command(name or work.__name__)(called)
+        doc = inspect.cleandoc(work.__doc__ or "")
+        help = f"{doc}\n\nNeeds: {needs}.\n\nWrites: {writes}.\n\n\b\nExample:\n  {example}"
+        app.command(name or work.__name__, help=help, hidden=hidden)(called)
         return work
 
     return register
+
+
+_TALK = [
+    inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=False)
+    for name, annotation in (("quiet", Quiet), ("verbose", Verbose))
+]
 
 
 def _fields(options: type) -> Iterator[tuple[dataclasses.Field, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 
 def some(words: Sequence[str], most: int = 5) -> str:
@@ -20,3 +21,21 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     lowered = {each.lower(): each for each in known}
     near = difflib.get_close_matches(word.lower(), lowered, n=1, cutoff=0.5)
     return f"; did you mean {lowered[near[0]]!r}?" if near else "."
+
+
+def redo(iteration: Path, stage: str) -> str:
+    """The command that does a stage again, given the folder of its iteration."""
+    return f"`selm redo {iteration.parent} {stage} -t {iteration.name.removeprefix('iteration_')}`"
+
+
+def duration(seconds: float) -> str:
+    """A duration as a person says it: `40 s`, `12 min`, `3 h 20 min`, `2 days 4 h`."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min"
+    return f"{hours // 24} days {hours % 24} h"

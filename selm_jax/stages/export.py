@@ -14,6 +14,7 @@ from selm_jax.models.quantize import dequantize
 from selm_jax.parallel import multihost
 from selm_jax.run.inputs import Model, Training, Words
 from selm_jax.shell import artifacts
+from selm_jax.shell.words import redo
 from selm_jax.stages.stage import Counts, stage
 from selm_jax.stages.step import Step
 from selm_jax.weights.export import export_folder
@@ -42,8 +43,8 @@ def export(step: Step, policy: Model, start: Model, training: Training, card: Wo
     checkpoints = training.checkpoints(policy)
     if not checkpoints.has_final:
         raise artifacts.ArtifactError(
-            f"{checkpoints.folder}: the trained parameters are missing. Remove 'train' from "
-            f"{step.folder / 'stage.json'} to train this iteration again"
+            f"{checkpoints.folder}: the trained parameters are missing. To train this "
+            f"iteration again: {redo(step.folder, 'train')}"
         )
     params = checkpoints.final(programs.abstract_trained)
     if (lora := programs.lora) is not None:

@@ -28,6 +28,7 @@ from selm_jax.run.task import Task
 from selm_jax.shell import artifacts, jsonl
 from selm_jax.shell.memory import release
 from selm_jax.shell.store import Store
+from selm_jax.shell.words import redo
 from selm_jax.stages.declared import recorded, sources
 from selm_jax.stages.step import Step
 
@@ -159,7 +160,7 @@ class _Call:
 
     def check(self) -> None:
         """Raises ArtifactError if the stage was done with other inputs or settings than it has now."""
-        if self.name in self.record.read():
+        if not self._is_fresh():
             self.record.is_done(self.name, self.inputs(), self.settings())
 
     def do(self) -> bool:
@@ -175,7 +176,8 @@ class _Call:
         settings = self.settings()
         inputs = multihost.on_first(lambda: self._begin(settings))
         if inputs is None:
-            artifacts.wait_for(outputs.values())
+            gone = self.record.gone()
+            artifacts.wait_for(path for name, path in outputs.items() if name not in gone)
             self._clear(self.stage.ends)
             return False
         began = time.perf_counter()
@@ -214,15 +216,37 @@ class _Call:
     def _begin(self, settings: Mapping[str, Any]) -> dict[str, str] | None:
         """The inputs, written down before the work begins; None if it is done."""
         inputs, record = self.inputs(), self.record
-        if record.is_done(self.name, inputs, settings):
-            self._check_log()
-            return None
-        if self.name not in record.read():  # it was taken out, to be done with other settings
+        if self._is_fresh():
             for name in self.stage.goes_on_from:
                 artifacts.remove(self.folder / name)
+        elif record.is_done(self.name, inputs, settings):
+            self._check_log()
+            return None
+        self._check_models()
         _ = self.run.folder.writers  # what a tracker lacks is to be known before the work
         record.begin(self.name, inputs, settings)
         return inputs
+
+    def _check_models(self) -> None:
+        """Raises ArtifactError if a model that the work needs was deleted by `keep_models: last`."""
+        for model in self.given.values():
+            if not isinstance(model, Model) or model.iteration is None:
+                continue
+            if model.path.name in artifacts.Stages(model.iteration).gone():
+                raise artifacts.ArtifactError(
+                    f"{model.path}: stage {self.name!r} of iteration {self.t} needs this model, which "
+                    "keep_models: last has deleted. To make it again: "
+                    f"{redo(self.run.folder.iteration(1), 'generate')}"
+                )
+
+    def _is_fresh(self) -> bool:
+        """Whether the stage has left nothing to go on from: it never began, it was taken out of
+        `stage.json`, or it was stopped before its first part. Then any settings may begin it."""
+        entry = self.record.read().get(self.name)
+        if entry is None or entry["done"]:
+            return entry is None
+        begun = (self.folder / name for name in self.stage.goes_on_from)
+        return not any(file.is_file() for folder in begun for file in folder.rglob("*"))
 
     def _clear(self, names: tuple[str, ...]) -> None:
         if names:
@@ -235,8 +259,8 @@ class _Call:
         if before not in (None, jsonl.digest(log.lines())):
             raise artifacts.ArtifactError(
                 f"{log.file}: its lines of stage {self.name!r}, iteration {self.t}, are not what the "
-                f"stage wrote. Put the file back from a copy; or, to do the stage again, remove "
-                f"{self.name!r} from {self.record.file}"
+                f"stage wrote. Put the file back from a copy, or do the stage again: "
+                f"{redo(self.folder, self.name)}"
             )
 
     def _taken(self, step: Step, found: Mapping[str, Any]) -> Counts:

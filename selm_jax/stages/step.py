@@ -14,6 +14,7 @@ from selm_jax.config import Experiment
 from selm_jax.parallel import multihost
 from selm_jax.run.folder import StageLog
 from selm_jax.run.programs import Programs
+from selm_jax.run.remaining import time_left
 from selm_jax.run.task import Task
 from selm_jax.shell.progress import bar
 from selm_jax.stages.declared import Declared, DeclaredTask
@@ -34,6 +35,7 @@ class Step:
       task: what follows from the objective, as far as the stage declares it.
       programs: compiled functions and the mesh.
       log: the stage's lines of metrics.jsonl.
+      iterations: how many the run has; only the time left is told by it.
       note_server: notes in the manifest which version of a server answered; for the first process.
     """
 
@@ -47,6 +49,7 @@ class Step:
     log: StageLog
     note_server: Callable[[str | None], None]
     console: Console
+    iterations: int
 
     @classmethod
     def of(cls, run: Run, stage: str, t: int, keys: frozenset[str]) -> Step:
@@ -62,6 +65,7 @@ class Step:
             log=StageLog(run.folder, stage, t),
             note_server=partial(run.folder.note_server, t),
             console=run.console,
+            iterations=run.experiment.iterations,
         )
 
     def say(self, text: str) -> None:
@@ -70,7 +74,8 @@ class Step:
     def bar(self, total: int, unit: str) -> Any:
         """A progress bar. Its context gives a function that takes how many more are done, and of how
         many tokens."""
-        return bar(self.console, f"iteration {self.t}  {self.stage}", total, unit)
+        after = time_left(self.folder.parent, self.iterations, self.stage, self.t)
+        return bar(self.console, f"iteration {self.t}  {self.stage}", total, unit, after)
 
 
 def counting(advance: Callable[[int, int], None]) -> Callable[..., None]:

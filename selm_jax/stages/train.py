@@ -9,6 +9,7 @@ from selm_jax.parallel import multihost
 from selm_jax.run.inputs import Model, StoredTable, Training
 from selm_jax.run.rows import RunError
 from selm_jax.shell import artifacts
+from selm_jax.shell.words import redo
 from selm_jax.stages.stage import Counts, stage
 from selm_jax.stages.step import Step
 from selm_jax.tables import examples as table
@@ -68,8 +69,7 @@ def check_reference(examples: StoredTable, policy: Model, reference: Model) -> N
         if scored not in ("", now := model.digest):
             raise artifacts.ArtifactError(
                 f"{examples.path}: {what} the model with digest {scored}; {model.path} has {now}. Put "
-                f"that model back, or remove 'score' from {examples.folder / 'stage.json'} to score "
-                "this iteration again"
+                f"that model back, or score this iteration again: {redo(examples.folder, 'score')}"
             )
 
 
@@ -90,7 +90,7 @@ def plan_of(step: Step, examples: StoredTable) -> loop.TrainingPlan:
         if stored and example.reference is None:
             raise RunError(
                 f"{objective} needs the reference's log-probabilities; prompt "
-                f"{example.prompt_id} has none. Remove 'score' from "
-                f"{examples.folder / 'stage.json'} to score this iteration again"
+                f"{example.prompt_id} has none. To score this iteration again: "
+                f"{redo(examples.folder, 'score')}"
             )
     return loop.TrainingPlan.make(step.settings.training, found, step.settings.seed, step.t)

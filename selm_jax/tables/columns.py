@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from selm_jax.shell import artifacts
+from selm_jax.shell.words import redo
 
 Text = Annotated[str, pa.string()]
 Int32 = Annotated[int, pa.int32()]
@@ -101,6 +102,6 @@ def _values(column: pa.DataType, values: list[Any]) -> list[Any]:
 
 def _another(what: str, path: Path) -> artifacts.ArtifactError:
     return artifacts.ArtifactError(
-        f"{what}. Put the table back from a copy, or remove the stage that wrote it from "
-        f"{path.parent / 'stage.json'} to do that stage again"
+        f"{what}. Put the table back from a copy, or run the stage that wrote it again: "
+        f"{redo(path.parent, 'STAGE')}"
     )

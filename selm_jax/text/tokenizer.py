@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,7 @@ def _from_older_files(folder: Path) -> tokenizers.Tokenizer:
     Raises:
       ChatError: there are no such files, or transformers makes nothing of them.
     """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found"
     from transformers import AutoTokenizer  # here, because it takes seconds and is seldom needed
 
     reason = "nor any older file with a vocabulary"

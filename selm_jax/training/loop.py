@@ -52,8 +52,7 @@ class TrainingPlan:
         if per_epoch == 0:
             raise TrainingError(
                 f"iteration {iteration} has {len(examples)} examples, fewer than one batch of "
-                f"training.global_batch = {settings.global_batch}. Use more prompts or a smaller "
-                "batch; the counts of the rank stage show which prompts were dropped and why"
+                f"training.global_batch = {settings.global_batch}. {_more_examples(len(examples))}"
             )
         updates = tuple(
             examples_of(
@@ -75,6 +74,16 @@ class TrainingPlan:
             "tokens_useful": sum(e.tokens for examples in self.updates for e in examples),
             "tokens_padded": rows * self.shape.time,
         }
+
+
+def _more_examples(count: int) -> str:
+    """What to change if there are too few examples for one batch."""
+    smaller = f"Set training.global_batch to {count:,} or less, or give" if count else "Give"
+    return (
+        f"{smaller} the iteration more rows, or have fewer prompts dropped: `selm preview` counts "
+        "the reasons. `feedback.ties: first` keeps prompts whose answers have equal scores; more "
+        "candidates.samples or a higher rollout.temperature makes answers differ"
+    )
 
 
 def train(

@@ -265,10 +265,60 @@ def test_the_histogram_counts_every_length(make):
         assert sum(int(line[column]) for line in histogram) == len(rows)
 
 
-def test_ranked_pairs_of_other_data(make):
+def test_ranked_pairs_of_other_data_are_not_shown_and_stop_the_run(make):
     answer_and_rank(make())
-    with pytest.raises(RunError, match=r"ranked.parquet: prompt p2 is not among the 2 of iterat"):
-        preview.collect(make(data__limit=2), 1)
+    run = make(data__limit=2)
+    assert not preview.preview(run, 1, 8)
+    text = run.console.file.getvalue()
+    assert "train.jsonl, with its answers; the policy's answers are not there yet" in text
+    assert table(text)["rows"] == "2"
+    assert re.search(r"selm run will stop here: .*other prompts.*`selm redo .* rank -t 1`", text)
+
+
+def test_ranked_pairs_of_other_settings_stop_the_run(make):
+    answer_and_rank(make())
+    run = make(feedback__min_margin=3.0)
+    assert not preview.preview(run, 1, 8)
+    text = run.console.file.getvalue()
+    assert "made with other settings: feedback.min_margin was 0.0 and is now 3.0" in text
+    assert re.search(r"selm run will stop here: .*other settings.*`selm redo .* rank -t 1`", text)
+
+
+WRONG = {
+    "loss": ({"objective": {"loss": "selmm"}}, "selmm"),
+    "ranker": ({"feedback__ranker": "lenght"}, "lenght"),
+    "a setting of the ranker": ({"feedback__settings": {"targt": 3}}, "targt"),
+    "batch": ({"training__global_batch": 1000}, "fewer than one batch"),
+}
+
+
+@pytest.mark.parametrize("changes, why", WRONG.values(), ids=WRONG.keys())
+def test_the_loss_and_the_ranker_are_built(make, changes, why, tmp_path, monkeypatch, capsys):
+    make(**changes)
+    monkeypatch.setattr(sys, "argv", ["selm", "preview", str(tmp_path / "experiment.yaml")])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    told = capsys.readouterr()
+    assert stop.value.code == 1 and why in told.out + told.err
+
+
+def test_broken_data_over_old_rows_is_an_error(make, tmp_path, monkeypatch, capsys):
+    answer_and_rank(make())
+    (tmp_path / "train.jsonl").write_text('{"prompt": "Say 0."\n')
+    monkeypatch.setattr(sys, "argv", ["selm", "preview", str(tmp_path / "experiment.yaml")])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 1 and "invalid JSON" in capsys.readouterr().err
+
+
+def test_a_rehearsal_can_be_previewed(make, tmp_path, monkeypatch, capsys):
+    make(output=str(tmp_path / "tried"), data__on_bad_row="error")
+    source = "model.source=SmolLM2-nowhere"
+    argv = ["selm", "preview", str(tmp_path / "experiment.yaml"), "--tiny", "-n", "1", source]
+    monkeypatch.setattr(sys, "argv", argv)
+    cli.main()
+    text = capsys.readouterr().out
+    assert "TINY" in text and "tried-tiny/inputs/train.jsonl" in text and "[prompt]" in text
 
 
 def test_nothing_is_left(make):

@@ -182,7 +182,7 @@ def test_parts_of_another_ranker_are_not_taken(rank, tmp_path):
     with pytest.raises(RuntimeError):
         rank("changed", Counting({3: fails}, unit=-1.0), FOUR)
     other = (FOUR, "feedback.settings={target: 9}")
-    with pytest.raises(artifacts.ArtifactError, match="feedback.settings.*remove 'rank'"):
+    with pytest.raises(artifacts.ArtifactError, match="feedback.settings.*selm redo .* rank -t 1"):
         rank("changed", None, *other)
     forget_rank(tmp_path / "changed")
     assert outcome(rank("changed", None, *other)) == outcome(rank("whole", None, *other))

@@ -17,7 +17,7 @@ from selm_jax import config
 from selm_jax.iterate import iterate
 from selm_jax.run.log import LogError, Writers
 from selm_jax.run.run import Run
-from selm_jax.shell import artifacts
+from selm_jax.shell import loglines
 
 QUIET = Console(quiet=True)
 
@@ -38,7 +38,7 @@ def drawn(run):
 
 def recorded(run):
     found = Counter()
-    for line in artifacts.read_lines(run.folder.metrics_file):
+    for line in loglines.read_lines(run.folder.metrics_file):
         step = f"iteration_{line['iteration']}/" if "step" in line else ""
         tag = f"{line['stage']}/{step}loss"
         found[tag, line.get("step", line["iteration"])] += 1

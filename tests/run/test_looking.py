@@ -1,5 +1,6 @@
 """Verbs that only look at a run folder or an experiment import none of the code that they name."""
 
+import contextlib
 import importlib
 import shutil
 import sys
@@ -89,7 +90,9 @@ def test_annotate_report_and_preview_import_nothing(mine, tmp_path, monkeypatch)
     monkeypatch.setattr(server, "serve", lambda *_: None)
     selm(monkeypatch, "annotate", run)
     selm(monkeypatch, "report", run, "-o", tmp_path / "page.html")
-    selm(monkeypatch, "preview", run / "config.yaml", f"output={run}", "--rows", "2")
+    for given in ([run], [run / "config.yaml", f"output={run}"]):
+        with contextlib.suppress(SystemExit):  # its settings are not those of its rows
+            selm(monkeypatch, "preview", *given, "--rows", "2")
     assert not (mine / "imported").exists() and "code_of_mine" not in sys.modules
 
 
@@ -107,13 +110,18 @@ def test_figures_import_nothing(mine, tmp_path, monkeypatch):
     assert not (mine / "imported").exists() and "code_of_mine" not in sys.modules
 
 
-def test_preview_of_what_has_not_begun_imports_nothing(mine, tmp_path, monkeypatch, capsys):
-    selm(
-        monkeypatch, "preview", mine / "experiment.yaml", f"output={tmp_path}/new",
-        "data.on_bad_row=drop", f"objective={{loss: '{LOSS}', beta: 0.1}}", f"feedback.ranker={RULE}",
-    )  # fmt: skip
-    assert "objective.loss is code of yours" in capsys.readouterr().out
-    assert not (mine / "imported").exists() and "code_of_mine" not in sys.modules
+def test_preview_of_an_experiment_file_builds_the_users_loss_and_ranker(
+    mine, tmp_path, monkeypatch, capsys
+):
+    given = ["preview", mine / "experiment.yaml", f"output={tmp_path}/new"]
+    selm(monkeypatch, *given, f"feedback.ranker={RULE}")
+    assert (mine / "imported").exists()
+    capsys.readouterr()
+    for change in ("objective.loss=code_of_mine:los", "feedback.ranker=code_of_mine:rul"):
+        with pytest.raises(SystemExit) as stop:
+            selm(monkeypatch, *given, change)
+        told = capsys.readouterr()
+        assert stop.value.code == 1 and change.partition("=")[2] in told.out + told.err
 
 
 NAMES = {

@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from selm_jax.shell import artifacts
+from selm_jax.shell import artifacts, loglines
 from selm_jax.shell.artifacts import ArtifactError, Stages
 from selm_jax.shell.lock import only_one
 from selm_jax.shell.sealed import seal, unsealed
@@ -100,10 +100,10 @@ def test_a_stage_that_began_does_not_go_on_with_other_settings(tmp_path):
 def test_lines_are_dropped_by_condition_and_when_torn(tmp_path):
     file = tmp_path / "m.jsonl"
     for step in range(4):
-        artifacts.append_line(file, {"step": step})
+        loglines.append_line(file, {"step": step})
     with file.open("a") as f:
         f.write('{"step": 4, "lo')
-    artifacts.rewrite_lines(file, lambda line: line["step"] < 2)
+    loglines.rewrite_lines(file, lambda line: line["step"] < 2)
     assert [json.loads(x)["step"] for x in file.read_text().splitlines()] == [0, 1]
 
 

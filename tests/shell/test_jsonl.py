@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selm_jax.shell import artifacts, jsonl
+from selm_jax.shell import artifacts, jsonl, loglines
 
 SEPARATORS = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\x1dh\x1ei\rj"
 texts = st.text(st.sampled_from(SEPARATORS + " é\n") | st.characters(exclude_categories=["Cs"]))
@@ -54,18 +54,19 @@ def test_lines_are_rewritten_whatever_their_texts_hold(tmp_path):
     file = tmp_path / "metrics.jsonl"
     rows = [{"step": step, "said": SEPARATORS} for step in range(4)]
     for row in rows:
-        artifacts.append_line(file, row)
+        loglines.append_line(file, row)
     with file.open("ab") as f:
         f.write('{"step": 4, "said": "é'.encode()[:-1])  # a kill cuts inside a character
-    artifacts.rewrite_lines(file, lambda line: line["step"] != 1)
-    assert artifacts.read_lines(file) == [rows[0], rows[2], rows[3]]
-    assert artifacts.read_lines(tmp_path / "absent.jsonl") == []
+    loglines.rewrite_lines(file, lambda line: line["step"] != 1)
+    assert loglines.read_lines(file) == [rows[0], rows[2], rows[3]]
+    assert loglines.read_lines(tmp_path / "absent.jsonl") == []
 
 
 def test_a_line_that_is_not_json_is_named(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 1}\n\nnone\n')
     with pytest.raises(
-        artifacts.ArtifactError, match=r"metrics\.jsonl, line 3: not JSON.*stage\.json"
+        artifacts.ArtifactError,
+        match=r"metrics\.jsonl, line 3: not JSON.*`selm redo .* STAGE -t T`",
     ):
-        artifacts.read_lines(file)
+        loglines.read_lines(file)

@@ -9,6 +9,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from selm_jax.shell.progress import Talk, talks
 from selm_jax.shell.verbs import verb
 
 
@@ -31,7 +32,7 @@ class Options:
 def call():
     app, seen = typer.Typer(), []
 
-    @verb(app, "greet_all")
+    @verb(app, "greet_all", needs="a voice", writes="to the air", example="greet_all ann")
     def greet(options: Options) -> None:
         """Says hello."""
         seen.append(options)
@@ -63,9 +64,30 @@ def test_what_typer_refuses_stays_refused(call, wrong):
     assert told.exit_code == 2 and seen is None
 
 
+@pytest.mark.parametrize(
+    ("flags", "how"),
+    [([], Talk()), (["-q"], Talk(quiet=True)), (["--verbose"], Talk(verbose=True))],
+)
+def test_every_verb_has_one_quiet_and_one_verbose_switch(call, flags, how):
+    _, seen = call("ann", "--token", "t", *flags)
+    assert seen == Options(names=["ann"], place=Place(), token="t") and talks() == how
+
+
 def test_help_shows_the_docstring_and_each_option(call):
     told, _ = call("--help")
-    for text in ("Says hello.", "Who.", "--host", "Its name.", "--port", "-p", "--limit", "--loud"):
+    for text in (
+        "Says hello.",
+        "Needs: a voice.",
+        "Writes: to the air.",
+        "greet_all ann",
+        "Who.",
+        "--host",
+        "Its name.",
+        "--port",
+        "-p",
+        "--limit",
+        "--loud",
+    ):
         assert text in told.output
 
 
@@ -80,4 +102,4 @@ def test_two_groups_with_one_option_are_refused():
     work.__annotations__["options"] = Twice
     Twice.__annotations__.update(one=Place, other=Place)
     with pytest.raises(ValueError, match="duplicate parameter name: 'host'"):
-        verb(typer.Typer())(work)
+        verb(typer.Typer(), needs="", writes="", example="")(work)

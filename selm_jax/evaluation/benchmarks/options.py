@@ -1,4 +1,4 @@
-"""What the verbs of benchmarks that a judge scores share: options, costs, progress."""
+"""What the verbs of judged benchmarks share: options, costs, progress."""
 
 from __future__ import annotations
 
@@ -21,59 +21,87 @@ console = terminal(stderr=True)
 OptionalSource = Annotated[
     str | None,
     typer.Argument(
-        metavar="[MODEL]", help="Model folder, Hub id, GGUF file, or run folder (its last model)."
+        metavar="[MODEL]",
+        help="Model folder, Hub id, GGUF file, or run folder (its last model).",
+        show_default="the files that options name",
     ),
 ]
-Name = Annotated[str | None, typer.Option(help="What to call the model in the files.")]
+Name = Annotated[
+    str | None,
+    typer.Option(help="Name of the model in the files.", show_default="the model's own"),
+]
 
 
 @dataclass(frozen=True)
 class Judging:
-    """The judge's server, and what may be spent there."""
+    """The judge and its server, and how much may be spent."""
 
-    judge: Annotated[str | None, typer.Option(help="The judge, as its server knows it.")] = None
+    judge: Annotated[
+        str | None,
+        typer.Option(help="Name of the judge at its server.", show_default="no judge is asked"),
+    ] = None
     base_url: Annotated[
         str | None,
         typer.Option(
-            help="The judge's server: http(s)://host[:port]/v1; default: $OPENAI_BASE_URL."
+            help="The judge's server: http(s)://host[:port]/v1.",
+            show_default="$OPENAI_BASE_URL",
         ),
     ] = None
     key_env: Annotated[
-        str | None, typer.Option(help="The environment variable with the API key.")
+        str | None,
+        typer.Option(
+            help="Name of the environment variable with the API key.", show_default="no key is sent"
+        ),
     ] = None
     extra: Annotated[
         list[str] | None,
         typer.Option(
-            help="One more field of each request, key=value (YAML); key=null leaves a field out."
+            help="A further field of each request as key=value (YAML); key=null leaves a field out.",
+            show_default="no field",
         ),
     ] = None
-    concurrency: Annotated[int, typer.Option(help="Judge calls under way at once.", min=1)] = 16
+    concurrency: Annotated[
+        int, typer.Option(help="Number of judge calls at the same time.", min=1)
+    ] = 16
     cache: Annotated[
-        Path | None, typer.Option(help="File of the judge's paid answers.", parser=file_to_write)
+        Path | None,
+        typer.Option(
+            help="File that keeps the judge's paid answers.",
+            metavar="FILE",
+            parser=file_to_write,
+            show_default="judge.sqlite in the folder of results",
+        ),
     ] = None
-    max_cost: Annotated[float | None, typer.Option(help="Spend no more; needs both prices.")] = None
+    max_cost: Annotated[
+        float | None,
+        typer.Option(help="Most dollars to spend. Needs both prices.", show_default="no limit"),
+    ] = None
     price_prompt: Annotated[
-        float | None, typer.Option(help="Per million tokens the judge reads.")
+        float | None,
+        typer.Option(
+            help="Dollars per million tokens that the judge reads.", show_default="unknown"
+        ),
     ] = None
     price_completion: Annotated[
-        float | None, typer.Option(help="Per million tokens it writes.")
+        float | None,
+        typer.Option(help="Dollars per million tokens that it writes.", show_default="unknown"),
     ] = None
 
     def fields(self) -> dict[str, Any]:
-        """Further fields of each request.
+        """The further fields of each request.
 
         Raises:
-          EvaluationError, ConfigError: one is no key=value, or looks like a password.
+          EvaluationError, ConfigError: a field is not key=value, or looks like a password.
         """
         from selm_jax.evaluation.contestants import read_settings
 
         return read_settings(self.extra or [], "--extra")
 
     def client(self, folder: Path) -> Client | None:
-        """The judge's client, not yet opened, with its cache in the folder; None without a judge.
+        """The judge's client, not opened yet, with its cache in the folder. None without a judge.
 
         Raises:
-          JudgeError: a setting that cannot be used, or the key is missing.
+          JudgeError: a setting cannot be used, or the key is missing.
         """
         from selm_jax.feedback.judge.budget import Budget
         from selm_jax.feedback.judge.client import Client
@@ -92,13 +120,13 @@ def show_costs(costs: list[Cost]) -> None:
     if left:
         show(left, console)
     else:
-        typer.echo("nothing is left to be drawn or asked")
+        typer.echo("every answer and judgment is there already")
 
 
 def exactly_one(**given: object) -> None:
     if sum(value is not None for value in given.values()) != 1:
         names = [each if each.isupper() else f"--{each}" for each in given]
-        raise EvaluationError(f"give one of {', '.join(names)}")
+        raise EvaluationError(f"give exactly one of {', '.join(names)}")
 
 
 def open_bar(title: str, total: int, unit: str):

@@ -7,13 +7,18 @@ from selm_jax.evaluation.command import app
 from selm_jax.shell.verbs import verb
 
 
-@verb(app)
+@verb(
+    app,
+    needs="a model, the published baseline (--instructions hub fetches it), and a judge to score it",
+    writes="model_outputs.json, annotations.json and scores into the folder of --out",
+    example="selm eval alpaca_eval runs/selm --instructions hub --dry-run",
+)
 def alpaca_eval(options: Options) -> None:
-    """AlpacaEval 2.0: answer, annotate, score.
+    """Run AlpacaEval 2.0.
 
-    Costs 805 answers of at most --max-new-tokens tokens and, with --judge or --annotator, 805 judge
-    calls of one token, which read about 1,000 tokens each. Without a judge it stops at
-    model_outputs.json. Started again, it goes on from what is there.
+    The model gives 805 answers. With --judge or --annotator there are 805 judge calls, which read
+    about 1,000 tokens and write one. Without a judge it stops at model_outputs.json. The same
+    command continues from what is there.
     """
     from selm_jax.evaluation.benchmarks.alpaca_eval.run import run
 

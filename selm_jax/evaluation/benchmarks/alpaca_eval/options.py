@@ -25,22 +25,27 @@ from selm_jax.shell.ranges import Range
 
 @dataclass(frozen=True)
 class LengthControl:
-    """What the length-controlled win rate is fitted with."""
+    """The data from which the length-controlled win rate is fitted."""
 
     gamed: Annotated[
         str | None,
-        typer.Option(help="df_gamed.csv, for the length-controlled rate; 'hub' fetches it."),
+        typer.Option(
+            help="df_gamed.csv, for the length-controlled rate; 'hub' fetches it.",
+            show_default="no length-controlled rate",
+        ),
     ] = None
     gamed_sha256: Annotated[
-        str | None, typer.Option(help="SHA-256 of --gamed, if it is not the published file.")
+        str | None,
+        typer.Option(help="Expected SHA-256 of --gamed.", show_default="the published file's"),
     ] = None
     published: Annotated[
         Path | None,
         typer.Option(
-            help="In place of --gamed: a clone of AlpacaEval's repository, or a folder with the five "
-            "files of it that docs/evaluate.md names.",
+            help="Instead of --gamed: a clone of AlpacaEval's repository, or a folder with the five "
+            "of its files that docs/evaluate.md names.",
             metavar="FOLDER",
             parser=place,
+            show_default="--gamed",
         ),
     ] = None
 
@@ -51,40 +56,46 @@ class Options:
     instructions: Annotated[
         str | None,
         typer.Option(
-            help="alpaca_eval_gpt4_baseline.json or any published annotations.json, for the 805 "
-            "instructions and the baseline's answers; 'hub' fetches it."
+            help="File with the 805 instructions and the baseline's answers: "
+            "alpaca_eval_gpt4_baseline.json or a published annotations.json; 'hub' fetches it.",
+            show_default="needed to answer and to annotate",
         ),
     ] = None
     outputs: Annotated[
         Path | None,
-        file_to_read("In place of MODEL: its model_outputs.json."),
+        file_to_read("Instead of MODEL: its model_outputs.json.", "MODEL answers"),
     ] = None
     annotations: Annotated[
         Path | None,
-        file_to_read("In place of MODEL: score these annotations; asks nobody."),
+        file_to_read(
+            "Instead of MODEL: annotations to score. No judge is asked.", "a judge is asked"
+        ),
     ] = None
     out: OwnResults = None
     name: Name = None
     judging: Judging
     prompt: Annotated[
         Path | None,
-        file_to_read("The judge's prompt, alpaca_eval_clf.txt; default: the package's."),
+        file_to_read(
+            "File of the judge's prompt, alpaca_eval_clf.txt.", "that of the alpaca_eval package"
+        ),
     ] = None
     annotator: Annotated[
         str | None,
         typer.Option(
-            help="Annotate through the alpaca_eval package instead: the name of its configuration, "
-            "such as weighted_alpaca_eval_gpt4_turbo, or a path."
+            help="Annotate with the alpaca_eval package instead: name or path of its configuration, "
+            "such as weighted_alpaca_eval_gpt4_turbo.",
+            show_default="--judge",
         ),
     ] = None
     control: LengthControl
     allow_missing: Annotated[
-        int, typer.Option(help="So many instructions may lack a readable preference.", min=0)
+        int, typer.Option(help="How many preferences may be missing or unreadable.", min=0)
     ] = 0
     max_new_tokens: MaxNewTokens = 2048
-    temperature: Annotated[float, typer.Option(help="0 is greedy.", callback=within(Range(0)))] = (
-        0.7
-    )
+    temperature: Annotated[
+        float, typer.Option(help="Temperature of answers; 0 is greedy.", callback=within(Range(0)))
+    ] = 0.7
     top_p: TopP = 1.0
     seed: Seed = 0
     loading: Loading

@@ -24,29 +24,45 @@ class Options:
     ]
     tasks: Annotated[
         str,
-        typer.Option(help="NAME[:SHOTS],... of lm-eval; `paper` stands for the paper's six."),
+        typer.Option(
+            help="Tasks of lm-eval as NAME[:SHOTS],...; `paper` stands for the paper's six."
+        ),
     ]
     out: OwnResults = None
     include: Annotated[
         Path | None,
-        typer.Option(help="Folder of further task files.", metavar="FOLDER", parser=place),
+        typer.Option(
+            help="Folder of further task files.",
+            metavar="FOLDER",
+            parser=place,
+            show_default="only lm-eval's",
+        ),
     ] = None
-    limit: Annotated[int | None, typer.Option(help="The first rows of each task.", min=1)] = None
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            help="Use only the first rows of each task, this many.", min=1, show_default="all"
+        ),
+    ] = None
     chat: Annotated[
-        bool, typer.Option("--chat/--no-chat", help="Through the model's chat template or not.")
+        bool, typer.Option("--chat/--no-chat", help="Use the model's chat template.")
     ] = True
-    system: Annotated[str | None, typer.Option(help="System message.")] = None
+    system: Annotated[str | None, typer.Option(help="System message.", show_default="none")] = None
     seed: Seed = 0
     loading: Loading
     dry_run: DryRun = False
 
 
-@verb(app)
+@verb(
+    app,
+    needs="a model and lm-eval (`pip install 'selm_jax[lm-eval]'`)",
+    writes="the harness's results into the folder of --out",
+    example="selm eval lm_eval runs/selm --tasks arc_easy:0 --limit 100",
+)
 def lm_eval(options: Options) -> None:
-    """Academic benchmarks by the language model evaluation harness (needs lm-eval).
+    """Run academic benchmarks.
 
-    Log-likelihoods cost each context once and each continuation; generations up to the task's own
-    limit. No judge is called. --dry-run counts it all.
+    The language model evaluation harness runs them. No judge is called. --dry-run counts the tokens that the tasks take.
     """
     from selm_jax.evaluation.benchmarks.lm_eval import adapter as harness
     from selm_jax.shell.progress import terminal

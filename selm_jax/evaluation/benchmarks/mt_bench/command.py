@@ -7,13 +7,18 @@ from selm_jax.evaluation.command import app
 from selm_jax.shell.verbs import verb
 
 
-@verb(app)
+@verb(
+    app,
+    needs="a model, FastChat's files of MT-Bench, and a judge to score it",
+    writes="answers, judgments and scores into the folder of --out",
+    example="selm eval mt_bench runs/selm --questions question.jsonl --dry-run",
+)
 def mt_bench(options: Options) -> None:
-    """MT-Bench: answer 80 questions of two turns, have them rated or compared, score.
+    """Run MT-Bench.
 
-    Costs 160 answers of at most --max-new-tokens tokens and, with --judge, 160 judge calls for each
-    of --repeats (320 with --against), of up to --judge-tokens tokens. Without a judge it stops at
-    the answers. Started again, it goes on from what is there.
+    The model gives 160 answers, two for each of 80 questions. With --judge there are 160 judge calls for each of --repeats, or
+    320 with --against. Without a judge it stops at the answers. The same command continues from
+    what is there.
     """
     from selm_jax.evaluation.benchmarks.mt_bench.run import run
 

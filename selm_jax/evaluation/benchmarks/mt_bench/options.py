@@ -26,17 +26,18 @@ class Options:
     model: OptionalSource = None
     questions: Annotated[
         Path,
-        file_to_read("FastChat's data/mt_bench/question.jsonl."),
+        file_to_read("File of questions: FastChat's data/mt_bench/question.jsonl."),
     ] = Path("question.jsonl")
     answers: Annotated[
         Path | None,
-        file_to_read("In place of MODEL: its answers, in FastChat's format."),
+        file_to_read("Instead of MODEL: its answers in FastChat's format.", "MODEL answers"),
     ] = None
     judgments: Annotated[
         Path | None,
         file_to_read(
-            "In place of MODEL: score these judgments of FastChat's format, of the model --name; "
-            "asks nobody."
+            "Instead of MODEL: judgments in FastChat's format, of the model --name. No judge is "
+            "asked.",
+            "a judge is asked",
         ),
     ] = None
     out: OwnResults = None
@@ -44,34 +45,37 @@ class Options:
     judging: Judging
     prompts: Annotated[
         Path,
-        file_to_read("FastChat's data/judge_prompts.jsonl."),
+        file_to_read("File of the judge's prompts: FastChat's data/judge_prompts.jsonl."),
     ] = Path("judge_prompts.jsonl")
     references: Annotated[
         Path,
-        file_to_read("FastChat's data/mt_bench/reference_answer/gpt-4.jsonl."),
+        file_to_read(
+            "File of reference answers: FastChat's data/mt_bench/reference_answer/gpt-4.jsonl."
+        ),
     ] = Path("reference_answer/gpt-4.jsonl")
     against: Annotated[
         Path | None,
-        file_to_read("Compare in pairs with the model of these answers, in place of rating."),
+        file_to_read("Compare with the model of these answers instead of rating.", "rate answers"),
     ] = None
-    repeats: Annotated[int, typer.Option(help="Judgments of each turn.", min=1)] = 1
+    repeats: Annotated[int, typer.Option(help="Number of judgments per turn.", min=1)] = 1
     judge_temperature: Annotated[
-        float, typer.Option(help="0 asks for the likeliest judgment.", callback=within(Range(0)))
+        float, typer.Option(help="Temperature of the judge.", callback=within(Range(0)))
     ] = 0.0
-    judge_tokens: Annotated[int, typer.Option(help="Tokens of a judgment, at most.", min=1)] = 2048
+    judge_tokens: Annotated[int, typer.Option(help="Most tokens per judgment.", min=1)] = 2048
     allow_malformed: Annotated[
         int | None,
         typer.Option(
-            help="So many verdicts may be unreadable; they are left out of the means. Default: 5 % "
-            "of them: judges now and then miss the format that FastChat's prompts ask for, and 8 of "
-            "160 left out that were two points lower move the mean by 0.1.",
+            help="How many verdicts may be unreadable. They are left out of the means. Judges "
+            "sometimes miss the format that FastChat's prompts ask for; leaving out 8 of 160 that "
+            "were two points lower moves the mean by 0.1.",
             min=0,
+            show_default="5 % of them",
         ),
     ] = None
     unpublished: Annotated[
         bool,
         typer.Option(
-            help="Accept questions, prompts and reference answers that are not MT-Bench's."
+            help="Accept questions, prompts and reference answers that are not MT-Bench's own."
         ),
     ] = False
     max_new_tokens: MaxNewTokens = 1024

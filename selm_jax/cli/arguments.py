@@ -1,0 +1,42 @@
+"""Arguments and options that several verbs share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from selm_jax.shell.paths import file_to_write, place
+
+Experiment = Annotated[
+    Path,
+    typer.Argument(
+        help="Experiment file (YAML), or a run folder, which holds its own.",
+        metavar="EXPERIMENT",
+        parser=place,
+    ),
+]
+Run = Annotated[Path, typer.Argument(help="Run folder.", metavar="RUN", parser=place)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="Settings to change; `selm settings` lists them.", metavar="[KEY.PATH=VALUE]..."
+    ),
+]
+Json = Annotated[
+    Path | None,
+    typer.Option(
+        help="Also write the result to this JSON file.",
+        metavar="FILE",
+        parser=file_to_write,
+        show_default="no file",
+    ),
+]
+Iteration = Annotated[int, typer.Option("--iteration", "-t", help="Number of the iteration.")]
+Tiny = Annotated[
+    bool,
+    typer.Option(
+        "--tiny", help="Rehearse it with a tiny random model and 64 made-up rows, in OUTPUT-tiny."
+    ),
+]

@@ -1,0 +1,42 @@
+"""How long the rest of a run takes, from the stages that it has timed so far."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+from selm_jax.shell import artifacts
+
+
+def time_left(run: Path, iterations: int, stage: str = "", t: int = 0) -> float | None:
+    """Seconds that the stages take that are not done yet, apart from one that is at work.
+
+    A stage is expected to take as long as it took on average in the iterations before.
+
+    Args:
+      stage, t: the stage that is at work, if one is.
+
+    Returns:
+      None until the first iteration is done, because some stage has not been timed before that.
+    """
+    if not run.exists():
+        return None
+    entries = {
+        u: artifacts.Stages(folder).read() for u, folder in artifacts.iterations(run).items()
+    }
+    seconds = defaultdict(list)
+    for each in entries.values():
+        for name, entry in each.items():
+            if entry["done"]:
+                seconds[name].append(entry["seconds"])
+    first = {name for name, entry in entries.get(1, {}).items() if entry["done"]}
+    names = first | ({"evaluate"} if "evaluate" in entries.get(0, {}) else set())
+    if "export" not in first or not names <= set(seconds):
+        return None
+    left = 0.0
+    for u in range(1, iterations + 1):
+        for name in names:
+            if (u, name) != (t, stage) and not entries.get(u, {}).get(name, {}).get("done"):
+                left += statistics.fmean(seconds[name])
+    return left

@@ -1,0 +1,48 @@
+"""Whether XLA is compiling a program now, so that a bar that stands still can say why."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+_BEGINS = "/jax/compilation_cache/compile_requests_use_cache"
+_ENDS = "/jax/core/compile/backend_compile_duration"
+_LONG = 1.0  # seconds of compiling that are worth a line
+
+_say: Callable[[str], None] | None = None
+_since: float | None = None
+
+
+def watch(say: Callable[[str], None]) -> None:
+    """Listens to JAX from the first call on. The compilation cache must be on: its look-up is heard.
+
+    Args:
+      say: takes a line for each program that took long to compile.
+    """
+    global _say
+    if _say is None:
+        import jax  # here, because the command line shows its help without it
+
+        jax.monitoring.register_event_listener(_begins)
+        jax.monitoring.register_event_duration_secs_listener(_ends)
+    _say = say
+
+
+def seconds() -> float | None:
+    """How long XLA has been compiling its present program; None if it compiles none."""
+    return None if _since is None else time.monotonic() - _since
+
+
+def _begins(event: str, **_: Any) -> None:
+    global _since
+    if event == _BEGINS:
+        _since = time.monotonic()
+
+
+def _ends(event: str, duration_secs: float, **about: Any) -> None:
+    global _since
+    if event == _ENDS:
+        _since = None
+        if _say is not None and duration_secs >= _LONG:
+            _say(f"compiled {about.get('fun_name', 'a program')} in {duration_secs:.1f} s")

@@ -1,0 +1,55 @@
+"""A rehearsal of an experiment with a ranker of the user's."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import pytest
+import tiny
+from rich.console import Console
+
+from selm_jax import config
+from selm_jax.commands.tiny import shrink
+from selm_jax.iterate import iterate
+from selm_jax.run.run import Run
+from selm_jax.shell import artifacts
+
+QUIET = Console(quiet=True)
+CODE = """
+def score(prompt, response, row):
+    return 1.0 if "a word that random letters do not spell" in response else 0.0
+"""
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """An experiment whose ranker gives all random letters the same score."""
+    (tmp_path / "ranker_of_mine.py").write_text(CODE)
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    sys.modules.pop("ranker_of_mine", None)
+    tiny.on_first_device(monkeypatch)
+    file = tiny.experiment(
+        tmp_path, feedback={"ranker": "ranker_of_mine:score"}, model={"source": "smollm"},
+        iterations=1, training__learning_rate=1e-3,
+    )  # fmt: skip
+    return config.load(file)
+
+
+def test_the_ranker_stays_and_ties_are_kept(mine):
+    feedback = shrink(mine, QUIET).feedback
+    assert (feedback.ranker, feedback.ties) == ("ranker_of_mine:score", "first")
+
+
+def test_a_ranker_of_ours_keeps_the_rule_for_ties(tmp_path):
+    e = config.load(tiny.experiment(tmp_path, model={"source": "smollm"}))
+    assert shrink(e, QUIET).feedback == e.feedback
+
+
+@pytest.mark.slow
+def test_it_runs_to_its_end_though_all_answers_tie(mine):
+    small = shrink(mine, QUIET)
+    iterate(Run(small, QUIET))
+    record = artifacts.Stages(Run(small).folder.iteration(1)).read()
+    assert record["train"]["counts"]["updates"] > 0 and record["export"]["done"]

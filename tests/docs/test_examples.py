@@ -1,0 +1,76 @@
+"""The examples of the pages run: Python on a finished run, and the README's block on a tiny model."""
+
+import os
+import re
+
+import pages
+import pytest
+import tiny
+from typer.testing import CliRunner
+
+import selm_jax as selm
+from selm_jax.cli import app
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder in which runs/quickstart is a finished run of one iteration."""
+    folder = tmp_path_factory.mktemp("reader")
+    before = os.getcwd()
+    os.chdir(folder)
+    experiment = tiny.experiment(
+        folder, output="runs/quickstart", iterations=1, log__tensorboard=False
+    )
+    selm.run(experiment, {})
+    os.chdir(before)
+    return folder
+
+
+def python_of(page):
+    """The blocks of a page that read a run."""
+    found = pages.blocks((pages.ROOT / "docs" / page).read_text(encoding="utf-8"), "python")
+    return [block for block in found if "runs/quickstart" in block]
+
+
+@pytest.mark.parametrize("page", ["metrics.md", "files.md", "troubleshooting.md"])
+def test_what_reads_a_run_runs(page, finished, monkeypatch, capsys):
+    monkeypatch.chdir(finished)
+    found = python_of(page)
+    assert found
+    for block in found:
+        exec(block, {})  # noqa: S102 (lines of our own pages)
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["show runs/quickstart", "report runs/quickstart -o page.html", "settings training"],
+)
+def test_what_looks_at_a_run_runs(command, finished, monkeypatch):
+    monkeypatch.chdir(finished)
+    told = CliRunner().invoke(app, command.split())
+    assert told.exit_code == 0, told.output
+
+
+def test_the_readme_has_the_lines_that_the_page_on_python_has():
+    """Those are run on a tiny model by tests/api/test_ten_lines.py."""
+    readme = (pages.ROOT / "README.md").read_text(encoding="utf-8")
+    lines = pages.blocks((pages.ROOT / "docs" / "api.md").read_text(encoding="utf-8"), "python")[0]
+    assert lines in pages.blocks(readme, "python")
+
+
+def test_the_readme_has_what_ci_takes_from_it():
+    """`.ci/run` installs, tests and runs by these lines."""
+    readme = (pages.ROOT / "README.md").read_text(encoding="utf-8")
+    script = (pages.ROOT / ".ci" / "run").read_text()
+    for pattern in re.findall(r"grep (?:-m 1|-qx) '?(\S+?(?: \S+?)*?)'? README\.md", script):
+        assert re.search(pattern if "^" in pattern else f"^{pattern}$", readme, re.MULTILINE), (
+            pattern
+        )
+
+
+def test_the_page_of_settings_is_what_its_script_writes():
+    import runpy
+
+    script = runpy.run_path(str(pages.ROOT / "docs" / "settings.py"))
+    assert script["PAGE"].read_text(encoding="utf-8") == script["page"]()

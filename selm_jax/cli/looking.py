@@ -103,8 +103,10 @@ class Reporting:
     """Options of `selm report`."""
 
     runs: Annotated[
-        list[Path],
-        typer.Argument(help="Run folders. Several are compared.", metavar="RUN...", parser=place),
+        list[str],
+        typer.Argument(
+            help="Run folders. Several are compared. NAME=FOLDER names one.", metavar="RUN..."
+        ),
     ]
     out: Annotated[
         Path | None,
@@ -119,7 +121,7 @@ class Reporting:
     app,
     needs="run folders with at least one finished stage",
     writes="one HTML file that needs no network",
-    example="selm report runs/dpo runs/selm -o compared.html",
+    example="selm report dpo=runs/a selm=runs/b -o compared.html",
 )
 def report(options: Reporting) -> None:
     """Write the page of one or several runs.
@@ -128,9 +130,10 @@ def report(options: Reporting) -> None:
     """
     from selm_jax.report import page
 
-    runs = options.runs
-    out = options.out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
-    page.write(runs, out)
+    names, folders = zip(*map(page.named, options.runs), strict=True)
+    where = folders[0] / "report.html" if len(folders) == 1 else Path("report.html")
+    out = options.out or where
+    page.write(folders, out, names)
     typer.echo(f"report: {out}")
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
 
 from selm_jax.report.data import RunData, Update
+from selm_jax.report.drawn import Drawing
 from selm_jax.report.plots import Series, Style, lines, run_style, swatch
 from selm_jax.report.summary import number
 
@@ -20,87 +23,127 @@ _UPDATES = "update, counted through the whole run"
 
 @dataclass(frozen=True)
 class Plot:
-    """`svg` is None where no run has anything to draw yet; the page then says so."""
+    """`drawing` is None where no run has anything to draw yet; the page then says so."""
 
     title: str
     how: str
-    svg: Markup | None
+    drawing: Drawing | None
     legend: Legend = ()
 
 
-def loss_plots(runs: Sequence[RunData]) -> list[Plot]:
-    smooth = "Faint: every update; line: running mean."
-    return [
-        by_update(runs, "loss", "Loss", f"The two terms together. {smooth}"),
-        by_update(
-            runs,
-            "loss/dpo",
-            "Preference term",
-            "Starts at log 2 ≈ 0.69 in every iteration, because policy and reference are then "
-            "the same. Dotted rules part the iterations.",
-        ),
-        by_update(
-            runs,
-            "loss/optimism",
-            "Optimism term",
-            "Starts at 0 and falls as the policy leaves the explored answers of the model it "
-            "started from. Mind the scale: it is small beside the preference term.",
-        ),
-        by_update(
-            runs,
-            "logps/chosen",
-            "Log-probability of chosen answers",
-            "Sum over the answer, nats. A steady fall while the margin grows means that both "
-            "answers lose probability.",
-        ),
-        by_update(
-            runs, "grad_norm", "Gradient norm", "Before clipping. Spikes name the updates to doubt."
-        ),
-        by_update(runs, "learning_rate", "Learning rate", "As applied at each update."),
+_SMOOTH = "Faint: every update; line: running mean."
+_IMPLICIT = (
+    "β times the log-ratio of policy to reference; 0 at the start of an iteration. Chosen should end "
+    "above rejected. All of them falling together is the usual drift of DPO."
+)
+_TERMS = {
+    "loss/dpo": (
+        "Preference term",
+        "Starts at log 2 ≈ 0.69 in every iteration, where policy and reference are the same.",
+    ),
+    "loss/optimism": (
+        "Optimism term",
+        "Starts at 0 and falls as the policy leaves the explored answers. Mind the small scale.",
+    ),
+}
+_DRAWN_ELSEWHERE = {
+    *("loss", "grad_norm", "learning_rate", "step", "iteration", "examples", "optimism/reward"),
+    *("logps/chosen", "logps/rejected"),
+}
+_KINDS_ELSEWHERE = ("rewards/", "time/", "tokens", "padded")
+
+
+def loss_plots(runs: Sequence[RunData], labels: Sequence[str]) -> list[Plot]:
+    """What every objective has."""
+    logps = (
+        "Sum over the answer, nats. A steady fall while the margin grows means that both answers "
+    )
+    logps += "lose probability."
+    specs = [
+        ("loss", "Loss", f"All terms together. {_SMOOTH}"),
+        ("logps/chosen", "Log-probability of chosen answers", logps),
+        ("logps/rejected", "Log-probability of rejected answers", logps),
+        ("grad_norm", "Gradient norm", "Before clipping. Spikes mark the updates to doubt."),
+        ("learning_rate", "Learning rate", "As applied at each update."),
     ]
+    return _present([by_update(runs, labels, *spec) for spec in specs], runs)
 
 
-def implicit_reward_plots(runs: Sequence[RunData]) -> list[Plot]:
+def own_plots(runs: Sequence[RunData], labels: Sequence[str]) -> list[Plot]:
+    """The terms of the loss, and every further metric that an objective has logged."""
+    found = dict.fromkeys(
+        key for run in runs for update in run.updates for key in update.metrics if _is_own(key)
+    )
+    plots = []
+    for key in found:
+        title, how = _TERMS.get(key, (_title(key), f"The metric {key} at every update. {_SMOOTH}"))
+        having = [
+            label
+            for run, label in zip(runs, labels, strict=True)
+            if any(key in update.metrics for update in run.updates)
+        ]
+        if len(having) < len(runs):
+            how += f" Logged by {', '.join(having)} alone."
+        plots.append(by_update(runs, labels, key, title, how))
+    return [plot for plot in plots if plot.drawing is not None]
+
+
+def _is_own(key: str) -> bool:
+    return key not in _DRAWN_ELSEWHERE and not key.startswith(_KINDS_ELSEWHERE)
+
+
+def _title(key: str) -> str:
+    kind, _, name = key.partition("/")
+    known = {"loss": "Loss term", "log_ratios": "Log-ratio", "logps": "Log-probability"}
+    return f"{known[kind]}, {name}" if kind in known and name else key
+
+
+def implicit_reward_plots(runs: Sequence[RunData], labels: Sequence[str]) -> list[Plot]:
     roles = [
         ("rewards/chosen", "chosen", Style("c2", marker="^")),
         ("rewards/rejected", "rejected", Style("c1", dashes="5 2", marker="s")),
-        ("optimism/reward", "explore", Style("c0", dashes="1.6 1.8", marker="o")),
+        (_explore(runs), "explore", Style("c0", dashes="1.6 1.8", marker="o")),
     ]
-    how = (
-        "β times the log-ratio of policy to reference; 0 at the start of an iteration. Chosen "
-        "should end above rejected; all three falling together is the usual drift of DPO."
-    )
     if len(runs) > 1:
-        plots = [by_update(runs, key, f"Implicit reward, {role}", how) for key, role, _ in roles]
+        plots = [
+            by_update(runs, labels, key, f"Implicit reward, {role}", _IMPLICIT)
+            for key, role, _ in roles
+        ]
     else:
         series, present = [], []
         for key, role, style in roles:
-            curve = _curve(runs[0].updates, key, style)
+            curve = _curve(runs[0].updates, key, style, role)
             series += curve
             if curve:
                 present.append((swatch(Style(style.colour, style.dashes, "")), role))
-        svg = _update_svg(runs, series, "implicit", "Implicit rewards of chosen, rejected, explore")
-        plots = [Plot("Implicit rewards", how, svg, tuple(present))]
-    plots.append(
-        by_update(
-            runs, "rewards/margins", "Margin", "Chosen minus rejected. It should grow from 0."
-        )
+        title = "Implicit rewards of chosen, rejected, explore"
+        drawing = _draw_updates(runs, series, "implicit", title)
+        plots = [Plot("Implicit rewards", _IMPLICIT, drawing, tuple(present))]
+    margin = "Chosen minus rejected. It should grow from 0."
+    accuracy = (
+        "Share of pairs whose chosen answer has the higher implicit reward. Near 100 % early means "
+        "that pairs are easy or are being memorised."
     )
-    plots.append(
-        by_update(
-            runs,
-            "rewards/accuracies",
-            "Accuracy",
-            "Share of pairs whose chosen answer has the higher implicit reward. Near 100 % early "
-            "means that pairs are easy or are being memorised.",
-            percent=True,
-        )
-    )
-    return plots
+    plots.append(by_update(runs, labels, "rewards/margins", "Margin", margin))
+    plots.append(by_update(runs, labels, "rewards/accuracies", "Accuracy", accuracy, percent=True))
+    return _present(plots, runs)
+
+
+def _explore(runs: Sequence[RunData]) -> str:
+    """The metric of the explored answer's reward: runs of earlier versions have the second alone."""
+    measured = any("rewards/explore" in run.updates[-1].metrics for run in runs if run.updates)
+    return "rewards/explore" if measured else "optimism/reward"
+
+
+def _present(plots: Sequence[Plot], runs: Sequence[RunData]) -> list[Plot]:
+    """The plots with something to draw; all of them as long as nothing is trained."""
+    trained = any(run.updates for run in runs)
+    return [plot for plot in plots if plot.drawing is not None or not trained]
 
 
 def by_update(
     runs: Sequence[RunData],
+    labels: Sequence[str],
     metric: str,
     title: str,
     how: str,
@@ -108,12 +151,18 @@ def by_update(
     percent: bool = False,
     include: Sequence[float] = (),
 ) -> Plot:
-    series = [s for i, run in enumerate(runs) for s in _curve(run.updates, metric, run_style(i))]
-    key = metric.replace("/", "-").replace("_", "-")
-    return Plot(title, how, _update_svg(runs, series, key, title, percent=percent, include=include))
+    series = [
+        s
+        for i, (run, label) in enumerate(zip(runs, labels, strict=True))
+        for s in _curve(run.updates, metric, run_style(i), label)
+    ]
+    # The key enters the drawing as an id; a metric's name is text of the loss's author.
+    key = "u-" + re.sub(r"[^a-z0-9]+", "-", metric.lower()) + f"-{zlib.crc32(metric.encode()):x}"
+    drawing = _draw_updates(runs, series, key, title, percent=percent, include=include)
+    return Plot(title, how, drawing)
 
 
-def _update_svg(
+def _draw_updates(
     runs: Sequence[RunData],
     series: list[Series],
     key: str,
@@ -121,7 +170,7 @@ def _update_svg(
     *,
     percent: bool = False,
     include: Sequence[float] = (),
-) -> Markup | None:
+) -> Drawing | None:
     if not series:
         return None
     borders = {tuple(u.index - 0.5 for u in run.updates if u.step == 1) for run in runs}
@@ -137,10 +186,11 @@ def _update_svg(
         rules=rules,
         percent=percent,
         include=include,
+        title=title,
     )
 
 
-def _curve(updates: Sequence[Update], metric: str, style: Style) -> list[Series]:
+def _curve(updates: Sequence[Update], metric: str, style: Style, label: str) -> list[Series]:
     """One metric over updates, broken between iterations: the reference changes there."""
     x: list[float] = []
     raw: list[float] = []
@@ -156,8 +206,10 @@ def _curve(updates: Sequence[Update], metric: str, style: Style) -> list[Series]
         x += [u.index for u in part] + [part[-1].index + 0.5]
         raw += [*values, math.nan]
         mean += [*running_mean(values, width), math.nan]
-    smooth = Series(style=style, x=x, y=mean, markers=len(present) < 24)
-    return [smooth] if raw == mean else [Series(style, x, raw, markers=False, faint=True), smooth]
+    smooth = Series(style=style, x=x, y=mean, markers=len(present) < 24, label=label)
+    if raw == mean:
+        return [smooth]
+    return [Series(style, x, raw, markers=False, faint=True, label=label), smooth]
 
 
 def running_mean(values: Sequence[float], width: int) -> list[float]:

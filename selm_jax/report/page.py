@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,20 +13,26 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from selm_jax.report import run_plots, summary
-from selm_jax.report.curves import Legend, Plot, implicit_reward_plots, loss_plots
-from selm_jax.report.data import Answer, ReportError, RunData, Stage, flatten, report_data
+from selm_jax.report import answer, cards, run_plots, run_tables, summary, words
+from selm_jax.report.curves import (
+    Legend,
+    Plot,
+    implicit_reward_plots,
+    loss_plots,
+    own_plots,
+)
+from selm_jax.report.data import ReportError, RunData, report_data
+from selm_jax.report.files import Table, link
+from selm_jax.report.header import facts, is_rehearsal
 from selm_jax.report.plots import run_style, swatch
 from selm_jax.shell import artifacts
-from selm_jax.shell.paths import check_file
+from selm_jax.shell.paths import check_file, place
 
-MAX_PROMPTS = 256
-"""Held-out prompts whose answers are on the page; all prompts enter all numbers and plots."""
-
-STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
-
-_UNITS = ("prompts", "candidates", "responses", "tokens", "updates", "examples", "tokens_useful")
-"""The counts that are work; of these alone a throughput is worth reading."""
+_HERE = Path(__file__).parent
+STYLE = (_HERE / "page.css").read_text(encoding="utf-8")
+SCRIPT = "".join(
+    (_HERE / name).read_text(encoding="utf-8") for name in ("page.js", "words.js", "save.js")
+)
 
 
 @dataclass(frozen=True)
@@ -40,15 +46,18 @@ class Section:
     legend: Legend = ()
 
 
-def write(runs: Sequence[Path], out: Path) -> None:
+def write(runs: Sequence[Path], out: Path, names: Sequence[str | None] = ()) -> None:
     """Writes the report of the run folders `runs` to the file `out`, whole or not at all.
 
     The same folders give the same bytes. Several runs are drawn over each other.
 
+    Args:
+      names: what the runs are called on the page; None is a run's own name.
+
     Raises:
       PathError: `out` is a folder.
       FileNotFoundError, ReportError: a run folder is not there or not readable (see
-        `report_data`), no run or the same run twice was asked for.
+        `report_data`), no run or the same run or name twice was asked for.
     """
     if not runs:
         raise ReportError("no run to report on; expected at least one run folder")
@@ -56,10 +65,25 @@ def write(runs: Sequence[Path], out: Path) -> None:
     twice = {str(f) for f in folders if [g.resolve() for g in folders].count(f.resolve()) > 1}
     if twice:
         raise ReportError(f"the same run folder twice: {', '.join(sorted(twice))}; name each once")
+    given = [name for name in names if name]
+    if twice := sorted({name for name in given if given.count(name) > 1}):
+        raise ReportError(f"two runs are called {twice[0]!r}; give each a name of its own")
     check_file(Path(out))
-    text = render([report_data(folder) for folder in folders])
+    found = [report_data(folder) for folder in folders]
+    if names:
+        pairs = zip(found, names, strict=True)
+        found = [dataclasses.replace(run, name=name or run.name) for run, name in pairs]
+    text = render(found)
     with artifacts.whole(Path(out)) as partial:
         partial.write_text(text, encoding="utf-8", newline="\n")
+
+
+def named(argument: str) -> tuple[str | None, Path]:
+    """The name and the folder in `NAME=FOLDER`, or None and the folder that is meant as a whole."""
+    name, equals, folder = argument.partition("=")
+    if not equals or "/" in name or place(argument).exists():
+        return None, place(argument)
+    return name.strip() or None, place(folder)
 
 
 def templates() -> jinja2.Environment:
@@ -73,17 +97,15 @@ def templates() -> jinja2.Environment:
         finalize=printable,
     )
     environment.filters.update(number=summary.number, percent=summary.percent)
+    environment.globals.update(link=link)
     return environment
 
 
 def render(runs: Sequence[RunData]) -> str:
     """The page as text."""
     labels = unique_labels(runs)
-    script = (Path(__file__).parent / "page.js").read_text(encoding="utf-8")
-    # The policy names our one script by its hash: no text of a run can become a script,
-    # and nothing can be fetched, even if the escaping had a hole.
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    answers, left_out = answer_cards(runs, labels)
+    script = SCRIPT
+    answers, left_out = cards.answer_cards(runs, labels)
     several = len(runs) > 1
     return (
         templates()
@@ -93,8 +115,7 @@ def render(runs: Sequence[RunData]) -> str:
             several=several,
             style=Markup(STYLE),
             script=Markup(script),
-            policy="default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
-            f"script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'",
+            policy=policy(script),
             runs=[
                 _run_view(run, label, i)
                 for i, (run, label) in enumerate(zip(runs, labels, strict=True))
@@ -103,52 +124,120 @@ def render(runs: Sequence[RunData]) -> str:
                 (label, summary.paired_difference(runs[0], run))
                 for run, label in list(zip(runs, labels, strict=True))[1:]
             ],
+            verdict=answer.of_runs(runs, labels) if several else "",
+            rehearsals=[
+                label for run, label in zip(runs, labels, strict=True) if is_rehearsal(run.settings)
+            ],
             sections=sections(runs, labels),
+            pairs=cards.pairs(runs, labels),
+            words=words.of_page(runs, labels),
+            side_by_side=_dropped_side_by_side(runs, labels),
             answers=answers,
             left_out=left_out,
-            different_settings=summary.settings_differences([run.settings for run in runs]),
-            different_machines=summary.settings_differences([_machine(run) for run in runs]),
+            differences=[
+                _differences(caption, key, labels, tables)
+                for caption, key, tables in (
+                    ("Settings that differ", "settings", [run.settings for run in runs]),
+                    (
+                        "Versions and machines that differ",
+                        "machines",
+                        [run_tables.machine(run) for run in runs],
+                    ),
+                )
+                if several
+            ],
         )
     )
+
+
+def policy(script: str) -> str:
+    """The page's own rules: nothing is fetched, and no script but this one, named by its hash, runs.
+
+    No text of a run could become a script even if the escaping had a hole.
+    """
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return (
+        "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; "
+        f"script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    )
+
+
+def _differences(
+    caption: str, key: str, labels: Sequence[str], tables: Sequence[Mapping[str, str]]
+) -> dict[str, Any]:
+    rows = summary.settings_differences(tables)
+    table = Table(f"{key}_that_differ", ["key", *labels], [[k, *values] for k, values in rows])
+    return {"caption": caption, "rows": rows, "links": table.links}
+
+
+def _dropped_side_by_side(runs: Sequence[RunData], labels: Sequence[str]) -> dict[str, Any] | None:
+    """Dropped prompts of several runs in one table: reasons by run, over all iterations."""
+    found = [run_tables.dropped(run) for run in runs]
+    if len(runs) == 1 or not any(found):
+        return None
+    sums = [
+        {row["title"]: sum(count for count, _ in row["cells"]) for row in each["rows"]}
+        if each
+        else {}
+        for each in found
+    ]
+    totals = [
+        sum(n for title, n in each.items() if not title.startswith("of the kept")) for each in sums
+    ]
+    titles = list(dict.fromkeys(title for each in sums for title in each))
+    rows = [
+        (title, [(each.get(title, 0), each.get(title, 0) / total if total else None)
+                 for each, total in zip(sums, totals, strict=True)])
+        for title in titles
+    ]  # fmt: skip
+    table = Table("dropped", ["outcome", *labels], [[t, *(n for n, _ in row)] for t, row in rows])
+    return {"rows": rows, "links": table.links}
 
 
 def sections(runs: Sequence[RunData], labels: Sequence[str]) -> list[Section]:
     """The sections that hold plots, in the reader's order."""
     legend = run_plots.run_legend(labels)
-    return [
+    found = [
         Section(
             "reward",
             "Held-out reward",
             "Did the answers to prompts that were never trained on get better?",
-            run_plots.reward_plots(runs),
+            run_plots.reward_plots(runs, labels),
             legend,
         ),
         Section(
             "frontier",
             "Reward against distance",
             "What did the reward cost, measured by how far the policy moved?",
-            run_plots.frontier_plots(runs),
+            run_plots.frontier_plots(runs, labels),
             legend,
         ),
         Section(
             "texts",
             "The answers themselves",
             "Is the reward earned, or did the answers collapse?",
-            run_plots.answer_plots(runs),
+            run_plots.answer_plots(runs, labels),
             run_plots.answer_legend(labels),
         ),
         Section(
             "loss",
             "Loss",
             "Did the optimisation go well?",
-            loss_plots(runs),
+            loss_plots(runs, labels),
             legend,
         ),
         Section(
             "implicit",
             "Implicit rewards",
             "What did the policy learn to tell apart?",
-            implicit_reward_plots(runs),
+            implicit_reward_plots(runs, labels),
+            legend,
+        ),
+        Section(
+            "terms",
+            "Terms and metrics of the objective",
+            "What does each term of the loss do, and what else does the objective report?",
+            own_plots(runs, labels),
             legend,
         ),
         Section(
@@ -165,6 +254,7 @@ def sections(runs: Sequence[RunData], labels: Sequence[str]) -> list[Section]:
             legend,
         ),
     ]
+    return [section for section in found if section.plots]
 
 
 def unique_labels(runs: Sequence[RunData]) -> list[str]:
@@ -175,179 +265,36 @@ def unique_labels(runs: Sequence[RunData]) -> list[str]:
     ]
 
 
-def answer_cards(
-    runs: Sequence[RunData], labels: Sequence[str]
-) -> tuple[list[dict[str, Any]], int]:
-    """One card per held-out prompt, its answers by run and kind, iterations side by side.
-
-    Also the number of prompts beyond `MAX_PROMPTS`, which get no card. A prompt is its id and its
-    text: runs that use an id for different texts get different cards.
-    """
-    cards: dict[tuple[str, str], dict[tuple[int, str], list[Answer]]] = {}
-    for index, run in enumerate(runs):
-        for answer in run.answers:
-            card = cards.setdefault((answer.prompt_id, answer.prompt), {})
-            card.setdefault((index, answer.kind), []).append(answer)
-    shown = [
-        {
-            "id": prompt_id,
-            "prompt": prompt,
-            "gain": _gain(groups.get((0, "greedy"), [])),
-            "groups": [
-                {
-                    "label": labels[index] if len(runs) > 1 else "",
-                    "swatch": swatch(run_style(index)) if len(runs) > 1 else "",
-                    "kind": kind,
-                    "answers": [_answer_view(runs[index], a, answers) for a in answers],
-                }
-                for (index, kind), answers in sorted(groups.items())
-            ],
-        }
-        for (prompt_id, prompt), groups in list(cards.items())[:MAX_PROMPTS]
-    ]
-    return shown, max(0, len(cards) - MAX_PROMPTS)
-
-
-def _answer_view(run: RunData, answer: Answer, group: Sequence[Answer]) -> dict[str, Any]:
-    start = [other.score for other in group if other.iteration == 0]
-    only = len(start) == 1 and answer.iteration > 0
-    return {
-        "iteration": answer.iteration,
-        "text": answer.text,
-        "cut_off": answer.finish == "length",
-        "finish": answer.finish,
-        "score": answer.score,
-        "unread": math.isnan(answer.score) and bool(run.metric(answer.iteration, "unread")),
-        "change": answer.score - start[0] if only else None,
-    }
-
-
-def _gain(greedy: Sequence[Answer]) -> float:
-    """Score of the last greedy answer minus the start model's; 0 where either is missing."""
-    scores = {a.iteration: a.score for a in greedy if math.isfinite(a.score)}
-    return scores[max(scores)] - scores[0] if 0 in scores else 0.0
-
-
 def _run_view(run: RunData, label: str, index: int) -> dict[str, Any]:
     known = summary.evaluated(run)
-    last = known[-1] if known else None
+    evaluations, dropped = run_tables.evaluation_rows(run), run_tables.dropped(run)
+    stages = run_tables.stage_rows(run)
+    manifest = run_tables.manifest(run)
+    tables = {
+        "evaluations": run_tables.evaluation_table(label, evaluations),
+        "dropped": dropped and run_tables.dropped_table(label, dropped),
+        "stages": run_tables.stage_table(label, stages),
+        "manifest": Table(f"{label}_versions", ["key", "value"], list(manifest.items())),
+    }
     return {
         "label": label,
         "swatch": swatch(run_style(index)),
+        "facts": facts(run),
         "progress": summary.progress(run),
         "paragraph": summary.paragraph(run),
         "alarms": summary.alarms(run),
         "unfinished": run.unfinished,
         "notes": run.notes,
         "method": run.method,
-        "last": last,
-        "evaluations": _evaluation_rows(run),
+        "last": known[-1] if known else None,
+        "evaluations": evaluations,
         "pairs": any(run.metric(k, "pairs/accuracy") is not None for k in run.evaluations),
-        "dropped": _dropped(run),
-        "stages": _stage_rows(run),
+        "dropped": dropped,
+        "stages": stages,
         "config": run.config_text,
-        "manifest": _manifest(run),
+        "manifest": manifest,
+        "links": {key: table.links if table else "" for key, table in tables.items()},
     }
-
-
-def _evaluation_rows(run: RunData) -> list[dict[str, Any]]:
-    greedy = summary.measured(run, "greedy")
-    rows = []
-    for k in sorted(set(run.evaluations) | set(greedy)):
-        values = {
-            name: tuple(run.metric(k, f"{name}{end}") for end in ("", "_low", "_high"))
-            for name in (
-                "reward_greedy",
-                "reward_sample",
-                "gain",
-                "kl",
-                "pairs/accuracy",
-                "pairs/margins",
-            )
-        }
-        values["accuracy"], values["margins"] = values["pairs/accuracy"], values["pairs/margins"]
-        rows.append(
-            {
-                "iteration": k,
-                **values,
-                "entropy": run.metric(k, "entropy"),
-                "length": run.metric(k, "length"),
-                "prompts": run.metric(k, "prompts"),
-                "unread": run.metric(k, "unread"),
-                "texts": greedy.get(k),
-            }
-        )
-    return rows
-
-
-def _dropped(run: RunData) -> dict[str, Any] | None:
-    """Kept pairs and dropped prompts by reason (rows) and iteration (columns)."""
-    ranked = {k: stages["rank"] for k, stages in run.stages.items() if "rank" in stages}
-    if not ranked:
-        return None
-    reasons = dict.fromkeys(reason for stage in ranked.values() for reason in stage.drops)
-    pairs = {k: stage.counts.get("pairs", 0) for k, stage in ranked.items()}
-    totals = {k: pairs[k] + sum(stage.drops.values()) for k, stage in ranked.items()}
-
-    def row(title: str, counts: dict[int, float]) -> dict[str, Any]:
-        return {
-            "title": title,
-            "cells": [(counts[k], counts[k] / totals[k] if totals[k] else None) for k in ranked],
-        }
-
-    rows = [row("kept as pairs", pairs)] + [
-        row(
-            reason.replace("_", " "), {k: stage.drops.get(reason, 0) for k, stage in ranked.items()}
-        )
-        for reason in reasons
-    ]
-    # Kept, yet in no update: the last batch of an iteration would not have been whole.
-    left = {k: _count(run, k, "train", "left_over") for k in ranked}
-    if any(left.values()):
-        rows.append(row("of the kept: left over from the last batch", left))
-    return {"columns": list(ranked), "rows": rows}
-
-
-def _count(run: RunData, iteration: int, stage: str, key: str) -> float:
-    found = run.stages[iteration].get(stage)
-    return found.counts.get(key, 0) if found else 0
-
-
-def _stage_rows(run: RunData) -> list[dict[str, Any]]:
-    return [
-        {
-            "iteration": k,
-            "name": stage.name,
-            "seconds": stage.seconds,
-            "work": _amounts(stage),
-            "rate": _amounts(stage, stage.seconds) if stage.seconds else "–",
-        }
-        for k, stages in run.stages.items()
-        for stage in stages.values()
-    ]
-
-
-def _amounts(stage: Stage, seconds: float | None = None) -> str:
-    """A stage's counts, or with its seconds its throughput. Counts with a `/` in their name are
-    parts of others or no counts at all, and the reasons and places stand elsewhere."""
-    parts = []
-    for key, count in stage.counts.items():
-        if "/" in key or not count or (seconds and key not in _UNITS):
-            continue
-        amount = count / seconds if seconds else count
-        whole = not seconds or amount >= 100
-        text = f"{amount:,.0f}" if whole else summary.number(amount)
-        parts.append(f"{text} {key.replace('_', ' ')}")
-    return ", ".join(parts) or "–"
-
-
-def _manifest(run: RunData) -> dict[str, str]:
-    return dict(flatten({key: value for key, value in run.manifest.items() if key != "name"}))
-
-
-def _machine(run: RunData) -> dict[str, str]:
-    """The manifest but for what the ranker was asked."""
-    return {k: v for k, v in _manifest(run).items() if not k.startswith("feedback")}
 
 
 def printable(value: Any) -> Any:

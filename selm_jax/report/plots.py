@@ -1,36 +1,24 @@
-"""Single plots as inline SVG that follows the page's light or dark colours.
+"""Single plots: lines, stacked bars, and estimates beside zero.
 
-matplotlib draws with marker colours that stand for roles; `_inline` replaces each by a CSS
-variable, so one drawing serves both colour schemes. No text of a run's author enters a drawing:
-run names stand in the page's legends, where they are escaped. The bytes depend on the input alone.
+Each function returns a `Drawing`: the SVG for the page, a PDF for a paper, and the data as CSV. No
+text of a run's author enters the SVG: run names stand in the page's legends, where they are escaped.
+The bytes depend on the input alone.
 """
 
 from __future__ import annotations
 
-import html
-import io
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import matplotlib
 import matplotlib.style
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-_ROLES = ("ink", "muted", "grid", "surface", "c0", "c1", "c2", "c3", "c4", "c5")
-_COLOUR = {role: f"#fe00{index:02x}" for index, role in enumerate(_ROLES)}
-_RC = {
-    "svg.hashsalt": "selm_jax.report",  # otherwise ids differ from run to run
-    "svg.fonttype": "none",  # text stays text: small, searchable, in the page's own font
-    "path.simplify_threshold": 0.4,  # of a point: long curves stay small, no change is visible
-    "font.size": 9.5,
-    "axes.unicode_minus": True,
-    "text.usetex": False,
-}
+from selm_jax.report.drawn import COLOUR, RC, Drawing, drawn
+
 _SIZE = (4.7, 2.75)  # inches; drawn at the width of its column
 _DASHES = ("", "5 2", "1.6 1.8", "7 2 1.6 2")
 _MARKERS = "os^Dv"
@@ -50,7 +38,7 @@ class Style:
 @dataclass(frozen=True)
 class Series:
     """Points of one line; NaN leaves a gap. Intervals are (low, high) bounds, not lengths;
-    NaN where a point has none."""
+    NaN where a point has none. `label` names the line in the PDF and in the data."""
 
     style: Style
     x: Sequence[float]
@@ -60,15 +48,17 @@ class Series:
     tags: Sequence[str] | None = None
     markers: bool = True
     faint: bool = False
+    label: str = ""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One part of every stacked bar: values per bar, and the text written inside each."""
+    """One part of every stacked bar: values per bar, the text written inside each, and its name."""
 
     colour: str
     values: Sequence[float]
     texts: Sequence[str]
+    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -102,15 +92,17 @@ def lines(
     zero: bool = False,
     percent: bool = False,
     include: Sequence[float] = (),
-) -> Markup:
+    title: str = "",
+) -> Drawing:
     """Lines with optional interval bars. `rules` are vertical separators, `zero` marks y = 0,
-    `percent` writes y as per cent of 1, `include` names values that the y axis must reach."""
-    with matplotlib.style.context(["default", _RC]):
+    `percent` writes y as percent of 1, `include` names values that the y axis must reach, and
+    `title` stands above the PDF."""
+    with matplotlib.style.context(["default", RC]):
         figure, axes = _axes(xlabel)
         for x in rules:
-            axes.axvline(x, color=_COLOUR["grid"], linewidth=0.8, linestyle=(0, (2, 2)), zorder=0.5)
+            axes.axvline(x, color=COLOUR["grid"], linewidth=0.8, linestyle=(0, (2, 2)), zorder=0.5)
         if zero:
-            axes.axhline(0, color=_COLOUR["muted"], linewidth=0.8, zorder=1)
+            axes.axhline(0, color=COLOUR["muted"], linewidth=0.8, zorder=1)
             axes.spines["bottom"].set_visible(False)
         for one in series:
             _draw(axes, one)
@@ -130,12 +122,30 @@ def lines(
             axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.3g}\u00a0%"))
         else:
             _scale(axes)
-        return _inline(figure, key, alt)
+        return drawn(figure, key, alt, _points(series, xlabel), title)
 
 
-def columns(labels: Sequence[str], parts: Sequence[Part], *, key: str, alt: str) -> Markup:
+def _points(series: Sequence[Series], xlabel: str) -> list[dict[str, object]]:
+    """The points as rows. A faint line and the running mean over it are two columns."""
+    rows: dict[tuple[str, float], dict[str, object]] = {}
+    smoothed = any(one.faint for one in series)
+    for one in series:
+        name = ("every update" if one.faint else "running mean") if smoothed else "value"
+        for i, (x, y) in enumerate(zip(one.x, one.y, strict=True)):
+            if math.isfinite(y):
+                row = rows.setdefault((one.label, x), {"line": one.label, xlabel: x})
+                row[name] = y
+                for of, ends in ((name, one.y_interval), ("x", one.x_interval)):
+                    if ends is not None:
+                        row |= {f"{of}_low": ends[i][0], f"{of}_high": ends[i][1]}
+    return list(rows.values())
+
+
+def columns(
+    labels: Sequence[str], parts: Sequence[Part], *, key: str, alt: str, title: str = ""
+) -> Drawing:
     """Upright stacked bars of shares, 0..1, one per label."""
-    with matplotlib.style.context(["default", _RC]):
+    with matplotlib.style.context(["default", RC]):
         figure, axes = _axes("iteration")
         below = [0.0] * len(labels)
         for part in parts:
@@ -144,8 +154,9 @@ def columns(labels: Sequence[str], parts: Sequence[Part], *, key: str, alt: str)
                 part.values,
                 bottom=below,
                 width=0.62,
-                color=_COLOUR[part.colour],
-                edgecolor=_COLOUR["surface"],
+                color=COLOUR[part.colour],
+                label=part.label,
+                edgecolor=COLOUR["surface"],
                 linewidth=1.2,
             )
             for place, (value, text) in enumerate(zip(part.values, part.texts, strict=True)):
@@ -157,7 +168,7 @@ def columns(labels: Sequence[str], parts: Sequence[Part], *, key: str, alt: str)
         middle, half = (len(labels) - 1) / 2, max(len(labels), 3) / 2 + 0.1
         axes.set_xlim(middle - half, middle + half)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.0f}\u00a0%"))
-        return _inline(figure, key, alt)
+        return drawn(figure, key, alt, _shares(labels, parts, "iteration"), title)
 
 
 def strips(
@@ -168,10 +179,11 @@ def strips(
     alt: str,
     xlabel: str,
     longest: float,
-) -> Markup:
+    title: str = "",
+) -> Drawing:
     """Lying stacked bars, one per label, first label on top. `longest` sets the axis, so that
     several of these plots can be compared."""
-    with matplotlib.style.context(["default", _RC]):
+    with matplotlib.style.context(["default", RC]):
         figure, axes = _axes(xlabel, height=0.75 + 0.34 * max(len(labels), 2))
         before = [0.0] * len(labels)
         for part in parts:
@@ -180,8 +192,9 @@ def strips(
                 part.values,
                 left=before,
                 height=0.6,
-                color=_COLOUR[part.colour],
-                edgecolor=_COLOUR["surface"],
+                color=COLOUR[part.colour],
+                label=part.label,
+                edgecolor=COLOUR["surface"],
                 linewidth=1.2,
             )
             for place, (value, text) in enumerate(zip(part.values, part.texts, strict=True)):
@@ -192,21 +205,31 @@ def strips(
         axes.invert_yaxis()
         axes.set_xlim(0, 1.03 * longest)
         axes.grid(False, axis="y")
-        axes.grid(True, axis="x", color=_COLOUR["grid"], linewidth=0.8)
-        return _inline(figure, key, alt)
+        axes.grid(True, axis="x", color=COLOUR["grid"], linewidth=0.8)
+        return drawn(figure, key, alt, _shares(labels, parts, xlabel), title)
 
 
-def estimates(labels: Sequence[str], rows: Sequence[Estimated], *, key: str, alt: str) -> Markup:
+def _shares(labels: Sequence[str], parts: Sequence[Part], what: str) -> list[dict[str, object]]:
+    return [
+        {"bar": label, "part": part.label, what: part.values[i]}
+        for i, label in enumerate(labels)
+        for part in parts
+    ]
+
+
+def estimates(
+    labels: Sequence[str], rows: Sequence[Estimated], *, key: str, alt: str, title: str = ""
+) -> Drawing:
     """Values with intervals beside a line at 0, one row for each label, the first on top.
 
     The labels are written into the drawing: they must not be text that a run's author wrote, but
     names of settings.
     """
-    with matplotlib.style.context(["default", _RC]):
+    with matplotlib.style.context(["default", RC]):
         figure, axes = _axes("", height=0.7 + 0.34 * max(len(labels), 2))
-        axes.axvline(0, color=_COLOUR["muted"], linewidth=0.9, zorder=1)
+        axes.axvline(0, color=COLOUR["muted"], linewidth=0.9, zorder=1)
         for y, one in enumerate(rows):
-            colour = _COLOUR[one.colour]
+            colour = COLOUR[one.colour]
             if one.low is not None and one.high is not None:
                 axes.plot([one.low, one.high], [y, y], color=colour, linewidth=1.9, zorder=2)
             axes.plot(one.value, y, "o", color=colour, markersize=6.5, zorder=3)
@@ -215,9 +238,13 @@ def estimates(labels: Sequence[str], rows: Sequence[Estimated], *, key: str, alt
         axes.set_yticks(range(len(labels)), [_escaped(label) for label in labels])
         axes.set_ylim(max(len(labels), 2) - 0.4, -0.6)
         axes.grid(False, axis="y")
-        axes.grid(True, axis="x", color=_COLOUR["grid"], linewidth=0.8)
+        axes.grid(True, axis="x", color=COLOUR["grid"], linewidth=0.8)
         axes.margins(x=0.08)
-        return _inline(figure, key, alt)
+        data: list[dict[str, object]] = [
+            {"line": label, "value": one.value, "value_low": one.low, "value_high": one.high}
+            for label, one in zip(labels, rows, strict=True)
+        ]
+        return drawn(figure, key, alt, data, title)
 
 
 def _escaped(text: str) -> str:
@@ -256,11 +283,11 @@ def _axes(xlabel: str, height: float = _SIZE[1]) -> tuple[Figure, Axes]:
     axes = figure.add_subplot()
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(_COLOUR["muted"])
-    axes.tick_params(length=0, labelcolor=_COLOUR["muted"], pad=5)
-    axes.grid(True, axis="y", color=_COLOUR["grid"], linewidth=0.8)
+    axes.spines["bottom"].set_color(COLOUR["muted"])
+    axes.tick_params(length=0, labelcolor=COLOUR["muted"], pad=5)
+    axes.grid(True, axis="y", color=COLOUR["grid"], linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.set_xlabel(xlabel, color=_COLOUR["muted"])
+    axes.set_xlabel(xlabel, color=COLOUR["muted"])
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 2.5, 5, 10]))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: _tick(v)))
@@ -269,7 +296,7 @@ def _axes(xlabel: str, height: float = _SIZE[1]) -> tuple[Figure, Axes]:
 
 
 def _draw(axes: Axes, one: Series) -> None:
-    style, colour = one.style, _COLOUR[one.style.colour]
+    style, colour = one.style, COLOUR[one.style.colour]
     for x, (low, high) in zip(one.x, one.y_interval or (), strict=False):
         axes.plot([x, x], [low, high], color=colour, linewidth=1.2, alpha=0.75)
     for y, (low, high) in zip(one.y, one.x_interval or (), strict=False):
@@ -282,10 +309,11 @@ def _draw(axes: Axes, one: Series) -> None:
         alpha=0.3 if one.faint else 1.0,
         marker=style.marker if one.markers else "",
         markersize=5,
-        markerfacecolor=_COLOUR["surface"] if style.hollow else colour,
+        markerfacecolor=COLOUR["surface"] if style.hollow else colour,
         markeredgecolor=colour,
         solid_joinstyle="round",
         clip_on=False,  # a marker on the axis stays whole
+        label="" if one.faint else one.label,
     )
     if style.dashes and not one.faint:
         # The page's dashes are in SVG units, matplotlib's in line widths.
@@ -298,13 +326,13 @@ def _draw(axes: Axes, one: Series) -> None:
                 (x, y),
                 xytext=(5, 5),
                 textcoords="offset points",
-                color=_COLOUR["ink"],
+                color=COLOUR["ink"],
                 annotation_clip=False,
             )
 
 
 def _inside(axes: Axes, x: float, y: float, text: str) -> None:
-    axes.text(x, y, text, ha="center", va="center_baseline", color=_COLOUR["surface"], fontsize=8.5)
+    axes.text(x, y, text, ha="center", va="center_baseline", color=COLOUR["surface"], fontsize=8.5)
 
 
 def _scale(axes: Axes) -> None:
@@ -321,7 +349,7 @@ def _scale(axes: Axes) -> None:
         xycoords="axes fraction",
         xytext=(2, 3),
         textcoords="offset points",
-        color=_COLOUR["muted"],
+        color=COLOUR["muted"],
         fontsize=8.5,
     )
 
@@ -329,33 +357,3 @@ def _scale(axes: Axes) -> None:
 def _tick(value: float) -> str:
     text = f"{value:.6g}" if abs(value) < 10_000 else f"{value:,.0f}"
     return text.replace("-", "−")
-
-
-def _inline(figure: Figure, key: str, alt: str) -> Markup:
-    """The figure as an `<svg>` for the middle of a page: no prolog, no ids but its own."""
-    buffer = io.StringIO()
-    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-    svg = buffer.getvalue()
-    view = re.search(r'viewBox="([^"]*)"', svg)
-    body = re.search(r"<svg[^>]*>(.*)</svg>", svg, re.DOTALL)
-    assert view and body, "matplotlib writes one svg element with a viewBox"
-    inner = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", body[1], flags=re.DOTALL)
-    inner = re.sub(r"font-family: [^;\"]*;? ?", "", inner)
-    inner = re.sub(r"#fe00([0-9a-f]{2})", lambda m: f"var(--{_ROLES[int(m[1], 16)]})", inner)
-    inner = inner.replace("xlink:href", "href")
-    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', inner))
-    inner = re.sub(r' id="([^"]*)"', lambda m: f' id="{key}-{m[1]}"' if m[1] in used else "", inner)
-    inner = re.sub(r'(href="#|url\(#)', lambda m: f"{m[1]}{key}-", inner)
-    inner = re.sub(r'\b(?:d|x|y|transform)="[^"]*"', _short_numbers, inner)
-    inner = re.sub(r">\s+<", "><", inner).strip()
-    return Markup(
-        f'<svg class="plot" viewBox="{view[1]}" role="img" aria-label="{html.escape(alt)}">'
-        f"{inner}</svg>"
-    )
-
-
-def _short_numbers(match: re.Match[str]) -> str:
-    """Coordinates to a hundredth of a point, which no screen shows."""
-    text = re.sub(r"(\.\d\d)\d+", r"\1", match[0])
-    return re.sub(r"\s*\n\s*", " ", text)

@@ -22,12 +22,13 @@ def run_legend(labels: Sequence[str]) -> Legend:
     return tuple((swatch(run_style(i)), label) for i, label in enumerate(labels))
 
 
-def reward_plots(runs: Sequence[RunData]) -> list[Plot]:
+def reward_plots(runs: Sequence[RunData], labels: Sequence[str]) -> list[Plot]:
     plots = []
     for kind in KINDS:
         plots.append(
             _by_iteration(
                 runs,
+                labels,
                 f"reward_{kind}",
                 lambda run, kind=kind: _interval_metric(run, f"reward_{kind}"),
                 title=f"Reward of {_KIND_TITLE[kind]}",
@@ -40,6 +41,7 @@ def reward_plots(runs: Sequence[RunData]) -> list[Plot]:
     plots.append(
         _by_iteration(
             runs,
+            labels,
             "gain",
             lambda run: _interval_metric(run, "gain"),
             title="Gain over the start model",
@@ -51,7 +53,7 @@ def reward_plots(runs: Sequence[RunData]) -> list[Plot]:
     return plots
 
 
-def frontier_plots(runs: Sequence[RunData]) -> list[Plot]:
+def frontier_plots(runs: Sequence[RunData], labels: Sequence[str]) -> list[Plot]:
     plots = []
     for kind in reversed(KINDS):
         series = []
@@ -70,6 +72,7 @@ def frontier_plots(runs: Sequence[RunData]) -> list[Plot]:
                         x_interval=[p[1] for p in points],
                         y_interval=[(p[3], p[4]) for p in points],
                         tags=[str(p[5]) for p in points],
+                        label=labels[index],
                     )
                 )
         alt = (
@@ -82,11 +85,12 @@ def frontier_plots(runs: Sequence[RunData]) -> list[Plot]:
                 how="Each point is an iteration, numbered. Up is better, left is closer to the "
                 "start model; the better of two methods lies higher at the same KL. Bars are 95 % "
                 "intervals both ways. KL is estimated from sampled answers.",
-                svg=lines(
+                drawing=lines(
                     series,
                     key=f"frontier-{kind}",
                     alt=alt,
                     xlabel="KL from the start, nats per answer",
+                    title=f"{_KIND_REWARD[kind]} reward against KL",
                 )
                 if series
                 else None,
@@ -95,6 +99,7 @@ def frontier_plots(runs: Sequence[RunData]) -> list[Plot]:
     plots.append(
         _by_iteration(
             runs,
+            labels,
             "kl",
             lambda run: _interval_metric(run, "kl"),
             title="KL from the start, nats per answer",
@@ -107,7 +112,7 @@ def frontier_plots(runs: Sequence[RunData]) -> list[Plot]:
     return plots
 
 
-def answer_plots(runs: Sequence[RunData]) -> list[Plot]:
+def answer_plots(runs: Sequence[RunData], labels: Sequence[str]) -> list[Plot]:
     """Length, variety and cut-offs, computed from the texts."""
     specs: list[tuple[str, str, str, tuple[float, float]]] = [
         (
@@ -143,10 +148,11 @@ def answer_plots(runs: Sequence[RunData]) -> list[Plot]:
                             style=_kind_style(index, kind),
                             x=list(table[kind]),
                             y=[getattr(value, key) for value in table[kind].values()],
+                            label=f"{labels[index]}, {kind}" if len(runs) > 1 else kind,
                         )
                     )
         alt = f"{title} by iteration. " + values_in_words(series)
-        svg = lines(
+        drawing = lines(
             series,
             key=key.replace("_", "-"),
             alt=alt,
@@ -154,8 +160,9 @@ def answer_plots(runs: Sequence[RunData]) -> list[Plot]:
             whole_x=True,
             percent=key == "cut_off",
             include=include,
+            title=title,
         )
-        plots.append(Plot(title=title, how=how, svg=svg if series else None))
+        plots.append(Plot(title=title, how=how, drawing=drawing if series else None))
     return plots
 
 
@@ -180,19 +187,25 @@ def explore_plots(runs: Sequence[RunData], labels: Sequence[str]) -> list[Plot]:
         parts = []
         for place in places:
             shares = [row[place] / sum(row.values()) for row in counts.values()]
-            parts.append(Part(colours[place], shares, [percent(share) for share in shares]))
+            parts.append(Part(colours[place], shares, [percent(share) for share in shares], place))
         alt = "Place of the explored answer among the ranked. " + " ".join(
             f"Iteration {k}: " + ", ".join(f"{row[place]:.0f} {place}" for place in places) + "."
             for k, row in counts.items()
         )
-        svg = columns([str(k) for k in counts], parts, key=f"explore-{index}", alt=alt)
+        drawing = columns(
+            [str(k) for k in counts],
+            parts,
+            key=f"explore-{index}",
+            alt=alt,
+            title="Place of the explored answer",
+        )
         plots.append(
             Plot(
                 title=label if len(runs) > 1 else "Place of the explored answer",
                 how="Among the ranked answers to its prompt, shared places included. The best is "
                 "mostly the chosen answer and the worst the rejected one; one in the middle serves "
                 "only the optimism term. Tied: all answers have one score.",
-                svg=svg if counts else None,
+                drawing=drawing if counts else None,
                 legend=tuple((swatch(Style(colours[p]), block=True), p) for p in places),
             )
         )
@@ -215,7 +228,9 @@ def time_plots(runs: Sequence[RunData], labels: Sequence[str]) -> list[Plot]:
         parts = []
         for name in present:
             values = [row.get(name, 0.0) / scale for row in rows.values()]
-            parts.append(Part(f"c{names.index(name) % 6}", values, [number(v) for v in values]))
+            parts.append(
+                Part(f"c{names.index(name) % 6}", values, [number(v) for v in values], name)
+            )
         alt = "Time of each stage. " + " ".join(
             f"Iteration {k}: " + ", ".join(f"{n} {number(s)} s" for n, s in row.items()) + "."
             for k, row in rows.items()
@@ -226,13 +241,14 @@ def time_plots(runs: Sequence[RunData], labels: Sequence[str]) -> list[Plot]:
                 title=label if len(runs) > 1 else "Time by stage",
                 how="Where an iteration's time goes. The longest part is the one worth speeding "
                 "up; the table holds the exact seconds.",
-                svg=strips(
+                drawing=strips(
                     ticks,
                     parts,
                     key=f"time-{index}",
                     alt=alt,
                     xlabel=unit,
                     longest=longest / scale,
+                    title="Time by stage",
                 )
                 if rows
                 else None,
@@ -243,10 +259,13 @@ def time_plots(runs: Sequence[RunData], labels: Sequence[str]) -> list[Plot]:
             )
         )
     compiling = "The first updates of an iteration include compiling."
-    plots.append(by_update(runs, "time/seconds", "Seconds per update", compiling, include=(0, 0)))
+    plots.append(
+        by_update(runs, labels, "time/seconds", "Seconds per update", compiling, include=(0, 0))
+    )
     plots.append(
         by_update(
             runs,
+            labels,
             "time/tokens_per_second",
             "Training tokens per second",
             f"Higher is faster. {compiling}",
@@ -258,6 +277,7 @@ def time_plots(runs: Sequence[RunData], labels: Sequence[str]) -> list[Plot]:
 
 def _by_iteration(
     runs: Sequence[RunData],
+    labels: Sequence[str],
     key: str,
     points: Callable[[RunData], list[tuple[int, float, float, float]]],
     *,
@@ -278,12 +298,13 @@ def _by_iteration(
                     x=[row[0] + shift for row in rows],
                     y=[row[1] for row in rows],
                     y_interval=[(row[2], row[3]) for row in rows],
+                    label=labels[index],
                 )
             )
     if not series:
         return Plot(title, how, None)
     alt = f"{title} by iteration. " + values_in_words(series)
-    svg = lines(
+    drawing = lines(
         series,
         key=key.replace("_", "-"),
         alt=alt,
@@ -291,8 +312,9 @@ def _by_iteration(
         whole_x=True,
         zero=zero,
         include=include,
+        title=title,
     )
-    return Plot(title, how, svg)
+    return Plot(title, how, drawing)
 
 
 def _interval(run: RunData, k: int, name: str) -> tuple[float, float, float] | None:

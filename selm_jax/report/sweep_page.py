@@ -168,7 +168,13 @@ def _differences(named, styles, against: str, i: int) -> Plot:
     return Plot(
         f"Greedy reward minus that of {against}",
         how,
-        estimates([level for level, *_ in shown], marks, key=f"difference-{i}", alt=alt)
+        estimates(
+            [level for level, *_ in shown],
+            marks,
+            key=f"difference-{i}",
+            alt=alt,
+            title=f"Greedy reward minus that of {against}",
+        )
         if shown
         else None,
     )
@@ -187,6 +193,7 @@ def _by_iteration(named, styles, i: int) -> Plot:
                     [t + shift for t, _ in points],
                     [e.mean for _, e in points],
                     y_interval=[(_end(e.low), _end(e.high)) for _, e in points],
+                    label=level,
                 )
             )
     return Plot(
@@ -215,6 +222,7 @@ def _against_kl(named, styles, i: int) -> Plot:
                     styles[level],
                     [row.kl_by_iteration[t].mean for t in ts],
                     [row.by_iteration[t].mean for t in ts],
+                    label=level,
                 )
             )
     return Plot(

@@ -10,9 +10,10 @@ from html.parser import HTMLParser
 
 import pytest
 
-from selm_jax.report import page
+from selm_jax.report import cards
+from selm_jax.report.cards import answer_cards
 from selm_jax.report.data import report_data
-from selm_jax.report.page import answer_cards, render, unique_labels, write
+from selm_jax.report.page import render, unique_labels, write
 from selm_jax.report.plots import Series, lines, run_style
 
 VOID = {"meta", "link", "input", "br"}
@@ -105,13 +106,13 @@ def test_colours_follow_the_page(several):
 
 def test_a_curve_that_stands_still_is_drawn_flat():
     noise = Series(run_style(0), [1, 2, 3], [math.log(2), math.log(2) + 1e-7, math.log(2)])
-    svg = lines([noise], key="k", alt="flat", xlabel="update")
+    svg = lines([noise], key="k", alt="flat", xlabel="update").svg
     ticks = re.findall(r">(0\.\d+)<", svg)
     assert len(ticks) == len(set(ticks)) > 1
 
 
 def test_tiny_values_share_one_power_of_ten():
-    svg = lines([Series(run_style(0), [1, 2], [-2e-5, -3e-5])], key="k", alt="a", xlabel="x")
+    svg = lines([Series(run_style(0), [1, 2], [-2e-5, -3e-5])], key="k", alt="a", xlabel="x").svg
     assert "× 10⁻⁵" in svg and "e−05" not in svg
 
 
@@ -204,22 +205,25 @@ def test_the_script_is_the_one_the_policy_allows(run):
 
 def test_answers_stand_side_by_side(several):
     runs = [report_data(folder) for folder in several]
-    cards, left_out = answer_cards(runs, unique_labels(runs))
-    assert left_out == 0 and len(cards) == 12
-    groups = cards[0]["groups"]
-    assert [(g["label"], g["kind"]) for g in groups][:3] == [
-        ("selm", "greedy"),
-        ("selm", "sample"),
-        ("dpo", "greedy"),
-    ]
-    assert [a["iteration"] for a in groups[0]["answers"]] == [0, 1, 2, 3]
-    first, last = groups[0]["answers"][0], groups[0]["answers"][-1]
+    found, left_out = answer_cards(runs, unique_labels(runs))
+    assert left_out == 0 and len(found) == 12
+    groups = found[0]["groups"]
+    assert [g["kind"] for g in groups][:4] == [f"greedy, iteration {t}" for t in (3, 2, 1, 0)]
+    assert [a["label"] for a in groups[0]["answers"]] == ["selm", "dpo"]  # the third got no further
+    assert [a["label"] for a in groups[2]["answers"]] == ["selm", "dpo", "part"]
+    last, first = groups[0]["answers"][0], groups[3]["answers"][0]
     assert last["change"] == pytest.approx(last["score"] - first["score"])
-    assert cards[0]["gain"] == pytest.approx(last["change"])
+    assert found[0]["gain"] == pytest.approx(last["change"])
+
+
+def test_iterations_of_one_run_stand_side_by_side(run):
+    (card, *_), _ = answer_cards([report_data(run)], ["quickstart"])
+    assert [g["kind"] for g in card["groups"]] == ["greedy", "sample"]
+    assert [a["iteration"] for a in card["groups"][0]["answers"]] == [0, 1, 2, 3]
 
 
 def test_left_out_prompts_are_counted(run, monkeypatch):
-    monkeypatch.setattr(page, "MAX_PROMPTS", 5)
+    monkeypatch.setattr(cards, "MAX_PROMPTS", 5)
     text = render([report_data(run)])
     assert "7 more prompts are in the run folders" in text
     assert text.count('class="card"') == 5
@@ -250,13 +254,13 @@ def test_in_a_browser(run, tmp_path):
     """The script runs under the page's own policy, and paging and searching work."""
     out = tmp_path / "report.html"
     write([run], out)
-    assert re.search(r'<button[^>]*id="previous"[^>]*disabled', _browse(out, tmp_path / "p1"))
+    assert re.search(r'<button[^>]*class="previous"[^>]*disabled', _browse(out, tmp_path / "p1"))
 
     driver = """
       const press = (key) => document.body.dispatchEvent(
         new KeyboardEvent("keydown", {key, bubbles: true}));
-      const log = [], place = document.getElementById("place");
-      const search = document.getElementById("search");
+      const log = [], place = document.querySelector(".place");
+      const search = document.querySelector(".search");
       const visible = () => [...document.querySelectorAll(".card")]
         .filter((c) => !c.hidden).map((c) => c.querySelector("h3").textContent).join();
       press("ArrowRight"); press("ArrowRight"); log.push(place.textContent, visible());
@@ -264,7 +268,7 @@ def test_in_a_browser(run, tmp_path):
       search.value = "about NUMBER 7."; search.dispatchEvent(new Event("input"));
       log.push(place.textContent, visible());
       search.value = "nowhere to be found"; search.dispatchEvent(new Event("input"));
-      log.push(place.textContent, visible(), document.getElementById("none").hidden);
+      log.push(place.textContent, visible(), document.querySelector(".none").hidden);
       document.title = log.join("|");
     """
     text = out.read_text(encoding="utf-8")

@@ -1,0 +1,104 @@
+"""The answer of a comparison in one sentence: which runs or methods differ from the first, and by
+how much."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from selm_jax.report.data import RunData
+from selm_jax.report.summary import number, paired_difference
+from selm_jax.statistics.intervals import Estimate
+from selm_jax.statistics.multiple import holm
+
+_LEVEL = 0.05
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A name, its score minus the baseline's, and p after Holm's correction; None: no test."""
+
+    name: str
+    difference: Estimate
+    p_holm: float | None
+
+    @property
+    def differs(self) -> bool:
+        return self.p_holm is not None and self.p_holm < _LEVEL
+
+    def __str__(self) -> str:
+        d = self.difference
+        interval = f", 95 % interval {number(d.low)} to {number(d.high)}"
+        p = "" if self.p_holm is None else f", p {number(self.p_holm)}"
+        return f"{self.name} {number(d.mean, sign=True)}{interval if d.low is not None else ''}{p}"
+
+
+def of_runs(runs: Sequence[RunData], labels: Sequence[str]) -> str:
+    """The answer of a page that compares runs with the first of them."""
+    if ranked_by := _several_rankers(runs):
+        return f"The runs were scored by {ranked_by} different rankers, so their rewards do not compare."
+    found = [paired_difference(runs[0], run) for run in runs[1:]]
+    return sentence(labels[0], with_holm(list(zip(labels[1:], found, strict=True))), seeds=1)
+
+
+def with_holm(found: Sequence[tuple[str, Estimate | None]]) -> list[Compared]:
+    """The comparisons that could be made, as one family of tests."""
+    made = [(name, each) for name, each in found if each is not None]
+    p = {i: each.p for i, (_, each) in enumerate(made) if each.p is not None}
+    adjusted = dict(zip(p, holm(np.array(list(p.values()), float)).tolist(), strict=True))
+    return [Compared(name, each, adjusted.get(i)) for i, (name, each) in enumerate(made)]
+
+
+def sentence(baseline: str, compared: Sequence[Compared], seeds: int) -> str:
+    """What the comparisons with a baseline say.
+
+    "Neither selm nor mine differs from dpo at 2 seeds (selm −0.02, 95 % interval −0.1 to 0.06, p 1;
+    ...)." Whatever has p below 0.05 after Holm's correction differs.
+    """
+    if not compared:
+        return f"There is nothing to compare with {baseline} yet: no shared held-out prompt has scores."
+    at = f"at {seeds} seed{'' if seeds == 1 else 's'}"
+    clear = [each for each in compared if each.differs]
+    same = [each for each in compared if not each.differs]
+    parts = []
+    for each in clear:
+        way = "better" if each.difference.mean > 0 else "worse"
+        parts.append(f"{each.name} is {way} than {baseline} {at} ({_numbers([each])}).")
+    if same:
+        also = " clearly" if clear else ""
+        names = [each.name for each in same]
+        who = names[0] if len(names) == 1 else _neither(names)
+        does = "does not differ" if len(names) == 1 else "differs"
+        parts.append(f"{who} {does}{also} from {baseline} {at} ({_numbers(same)}).")
+    text = " ".join(part[0].upper() + part[1:] if i else part for i, part in enumerate(parts))
+    text = text[0].upper() + text[1:] if text.startswith(("neither", "none")) else text
+    if seeds == 1:
+        text += " With one seed this is about other prompts, not about other seeds."
+    return text
+
+
+def _neither(names: Sequence[str]) -> str:
+    if len(names) == 2:
+        return f"neither {names[0]} nor {names[1]}"
+    return f"none of {', '.join(names[:-1])} and {names[-1]}"
+
+
+def _numbers(compared: Sequence[Compared]) -> str:
+    if len(compared) == 1:
+        return str(compared[0]).removeprefix(f"{compared[0].name} ")
+    return "; ".join(map(str, compared))
+
+
+def _several_rankers(runs: Sequence[RunData]) -> int:
+    """How many rankers scored the runs, if it was more than one."""
+    rankers = {
+        tuple(
+            (k, v)
+            for k, v in run.settings.items()
+            if k.startswith(("feedback.ranker", "feedback.settings"))
+        )
+        for run in runs
+    }
+    return len(rankers) if len(rankers) > 1 else 0

@@ -1,0 +1,137 @@
+"""One figure as the page shows it (SVG), as a paper wants it (PDF), and its data (CSV).
+
+matplotlib draws with marker colours that stand for roles. In the SVG each becomes a CSS variable, so
+that one drawing serves light and dark pages; in the PDF it becomes the colour of the light page.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib.colors
+import matplotlib.style
+from markupsafe import Markup
+from matplotlib.artist import Artist
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.text import Text
+
+from selm_jax.report.files import csv_text
+
+_LIGHT = {
+    "ink": "#1d2127", "muted": "#5b626d", "grid": "#e4e4de", "surface": "#ffffff",
+    "c0": "#1c6fc4", "c1": "#942c10", "c2": "#00594a", "c3": "#743080", "c4": "#8a6800",
+    "c5": "#68737c",
+}  # fmt: skip  # page.css, light
+_ROLES = tuple(_LIGHT)
+COLOUR = {role: f"#fe00{index:02x}" for index, role in enumerate(_ROLES)}
+RC = {
+    "svg.hashsalt": "selm_jax.report",  # otherwise ids differ from run to run
+    "svg.fonttype": "none",  # text stays text: small, searchable, in the page's own font
+    "pdf.fonttype": 3,  # embedded; TrueType (42) would take half of the time of a page
+    "path.simplify_threshold": 0.4,  # of a point: long curves stay small, no change is visible
+    "font.size": 9.5,
+    "axes.unicode_minus": True,
+    "text.usetex": False,
+}
+LONGEST = 3000
+"""Rows of a plot's CSV on the page. Of longer data every n-th row is there; metrics.jsonl has all."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A plot: `svg` for the middle of a page, `pdf` with its own title and legend, `csv` the data."""
+
+    svg: Markup
+    pdf: bytes
+    csv: str
+
+
+def drawn(
+    figure: Figure, key: str, alt: str, rows: Sequence[Mapping[str, object]], title: str = ""
+) -> Drawing:
+    """The drawing of a figure; `key` sets its ids apart on a page, `alt` says it in words."""
+    thin = rows[:: -(-len(rows) // LONGEST) or 1]
+    columns = list(dict.fromkeys(name for row in thin for name in row))
+    data = csv_text(columns, [[row.get(name) for name in columns] for row in thin])
+    return Drawing(_inline(figure, key, alt), _paper(figure, title), data)
+
+
+def _paper(figure: Figure, title: str) -> bytes:
+    """The figure as a PDF. It changes the figure, so it comes last."""
+    (axes,) = figure.axes
+    handles, labels = axes.get_legend_handles_labels()
+    named = {name: handle for handle, name in zip(handles, labels, strict=True) if name}
+    if len(named) > 1:
+        legend = figure.legend(
+            list(named.values()), list(named), loc="outside lower left", ncols=3, frameon=False
+        )
+        for text in legend.get_texts():
+            text.set_parse_math(False)  # a dollar in a run's name begins no formula
+    axes.set_title(title, loc="left", fontsize=10, parse_math=False)
+    for artist in figure.findobj():
+        _in_light_colours(artist)
+    buffer = io.BytesIO()
+    nothing = dict.fromkeys(("CreationDate", "Creator", "Producer"))
+    with matplotlib.style.context(RC):
+        figure.savefig(buffer, format="pdf", facecolor="white", metadata=nothing)
+    return buffer.getvalue()
+
+
+def _in_light_colours(artist: Artist) -> None:
+    match artist:
+        case Line2D():
+            artist.set_color(_light(artist.get_color()))
+            artist.set_markerfacecolor(_light(artist.get_markerfacecolor()))
+            artist.set_markeredgecolor(_light(artist.get_markeredgecolor()))
+        case Patch():
+            artist.set_facecolor(_light(artist.get_facecolor()))
+            artist.set_edgecolor(_light(artist.get_edgecolor()))
+        case Text():
+            artist.set_color(_light(artist.get_color()))
+
+
+def _light(colour: Any) -> Any:
+    """The light page's colour for a marker colour; any other colour as it is."""
+    if isinstance(colour, str) and colour == "none":
+        return colour
+    rgba = matplotlib.colors.to_rgba(colour)
+    name = matplotlib.colors.to_hex(rgba)  # without alpha
+    found = {COLOUR[role]: _LIGHT[role] for role in _ROLES}.get(name)
+    return colour if found is None else (*matplotlib.colors.to_rgb(found), rgba[3])
+
+
+def _inline(figure: Figure, key: str, alt: str) -> Markup:
+    """The figure as an `<svg>` for the middle of a page: no prolog, no ids but its own."""
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    svg = buffer.getvalue()
+    view = re.search(r'viewBox="([^"]*)"', svg)
+    body = re.search(r"<svg[^>]*>(.*)</svg>", svg, re.DOTALL)
+    assert view and body, "matplotlib writes one svg element with a viewBox"
+    inner = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", body[1], flags=re.DOTALL)
+    inner = re.sub(r"font-family: [^;\"]*;? ?", "", inner)
+    inner = re.sub(r"#fe00([0-9a-f]{2})", lambda m: f"var(--{_ROLES[int(m[1], 16)]})", inner)
+    inner = inner.replace("xlink:href", "href")
+    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', inner))
+    inner = re.sub(r' id="([^"]*)"', lambda m: f' id="{key}-{m[1]}"' if m[1] in used else "", inner)
+    inner = re.sub(r'(href="#|url\(#)', lambda m: f"{m[1]}{key}-", inner)
+    inner = re.sub(r'\b(?:d|x|y|transform)="[^"]*"', _short_numbers, inner)
+    inner = re.sub(r">\s+<", "><", inner).strip()
+    return Markup(
+        f'<svg class="plot" viewBox="{view[1]}" role="img" aria-label="{html.escape(alt)}">'
+        f"{inner}</svg>"
+    )
+
+
+def _short_numbers(match: re.Match[str]) -> str:
+    """Coordinates to a hundredth of a point, which no screen shows."""
+    text = re.sub(r"(\.\d\d)\d+", r"\1", match[0])
+    return re.sub(r"\s*\n\s*", " ", text)

@@ -1,0 +1,73 @@
+"""What the head of a page says of a run: what was trained, on what, how, with which code, and when."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Any
+
+from selm_jax.report.data import RunData
+
+
+def facts(run: RunData) -> list[tuple[str, str]]:
+    """Titles and texts, in the order of reading; what a run does not say is left out."""
+    s, m = run.settings, run.manifest
+    versions = _mapping(m.get("versions"))
+    rows = {
+        "Model": _joined(s.get("model.source"), _revision(m), _parameters(m)),
+        "Objective": _with_settings(s, "objective.loss", "objective."),
+        "Ranker": _with_settings(s, "feedback.ranker", "feedback.settings."),
+        "Training data": _joined(s.get("data.train"), _rows(s.get("data.limit"))),
+        "Held-out data": _joined(s.get("data.heldout"), _rows(s.get("data.heldout_limit"))),
+        "Iterations": s.get("iterations", ""),
+        "Seed": s.get("seed", ""),
+        "Versions": _joined(*(f"{name} {versions[name]}" for name in versions)),
+        "Commit": str(m.get("commit") or ""),
+        "Device": _joined(m.get("device"), m.get("platform"), _count(m.get("devices"), "device")),
+        "Begun": str(m.get("created", "")).replace("T", " ").replace("+00:00", " UTC"),
+    }
+    return [(title, text) for title, text in rows.items() if text and text != "null"]
+
+
+def is_rehearsal(settings: Mapping[str, str]) -> bool:
+    """Whether `--tiny` made the run: its model then lies in the inputs of a folder NAME-tiny."""
+    parts = PurePath(settings.get("model.source", "")).parts
+    return parts[-2:] == ("inputs", "model") and parts[-3:-2] != () and parts[-3].endswith("-tiny")
+
+
+def _with_settings(settings: Mapping[str, str], key: str, prefix: str) -> str:
+    """A name, and in brackets what was set for it."""
+    given = ", ".join(
+        f"{name.removeprefix(prefix)} {value}"
+        for name, value in settings.items()
+        if name.startswith(prefix) and name != key and value not in ("{}", "null")
+    )
+    name = settings.get(key, "")
+    return f"{name} ({given})" if name and given else name
+
+
+def _parameters(manifest: Mapping[str, Any]) -> str:
+    model = _mapping(manifest.get("model"))
+    found = manifest.get("parameters", model.get("parameters"))
+    return f"{found:,} parameters" if isinstance(found, int) else ""
+
+
+def _revision(manifest: Mapping[str, Any]) -> str:
+    commit = _mapping(manifest.get("model")).get("commit")
+    return f"commit {str(commit)[:10]}" if commit else ""
+
+
+def _rows(limit: str | None) -> str:
+    return "" if limit in (None, "null") else f"first {limit} rows"
+
+
+def _count(value: Any, word: str) -> str:
+    return f"{value} {word}{'' if value == 1 else 's'}" if isinstance(value, int) else ""
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _joined(*parts: Any) -> str:
+    return ", ".join(str(part) for part in parts if part)

@@ -1,0 +1,145 @@
+"""The tables of a run: for the page in words, and as data for its CSV and LaTeX files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from selm_jax.report import summary
+from selm_jax.report.data import RunData, Stage, flatten
+from selm_jax.report.files import Table
+
+_UNITS = ("prompts", "candidates", "responses", "tokens", "updates", "examples", "tokens_useful")
+"""The counts that are work; of these alone a throughput is worth reading."""
+
+
+def evaluation_rows(run: RunData) -> list[dict[str, Any]]:
+    greedy = summary.measured(run, "greedy")
+    rows = []
+    for k in sorted(set(run.evaluations) | set(greedy)):
+        values = {
+            name: tuple(run.metric(k, f"{name}{end}") for end in ("", "_low", "_high"))
+            for name in (
+                "reward_greedy",
+                "reward_sample",
+                "gain",
+                "kl",
+                "pairs/accuracy",
+                "pairs/margins",
+            )
+        }
+        values["accuracy"], values["margins"] = values["pairs/accuracy"], values["pairs/margins"]
+        rows.append(
+            {
+                "iteration": k,
+                **values,
+                "entropy": run.metric(k, "entropy"),
+                "length": run.metric(k, "length"),
+                "prompts": run.metric(k, "prompts"),
+                "unread": run.metric(k, "unread"),
+                "texts": greedy.get(k),
+            }
+        )
+    return rows
+
+
+def dropped(run: RunData) -> dict[str, Any] | None:
+    """Kept pairs and dropped prompts by reason (rows) and iteration (columns)."""
+    ranked = {k: stages["rank"] for k, stages in run.stages.items() if "rank" in stages}
+    if not ranked:
+        return None
+    reasons = dict.fromkeys(reason for stage in ranked.values() for reason in stage.drops)
+    pairs = {k: stage.counts.get("pairs", 0) for k, stage in ranked.items()}
+    totals = {k: pairs[k] + sum(stage.drops.values()) for k, stage in ranked.items()}
+
+    def row(title: str, counts: dict[int, float]) -> dict[str, Any]:
+        return {
+            "title": title,
+            "cells": [(counts[k], counts[k] / totals[k] if totals[k] else None) for k in ranked],
+        }
+
+    rows = [row("kept as pairs", pairs)] + [
+        row(
+            reason.replace("_", " "), {k: stage.drops.get(reason, 0) for k, stage in ranked.items()}
+        )
+        for reason in reasons
+    ]
+    # Kept, yet in no update: the last batch of an iteration would not have been whole.
+    left = {k: _count(run, k, "train", "left_over") for k in ranked}
+    if any(left.values()):
+        rows.append(row("of the kept: left over from the last batch", left))
+    return {"columns": list(ranked), "rows": rows}
+
+
+def _count(run: RunData, iteration: int, stage: str, key: str) -> float:
+    found = run.stages[iteration].get(stage)
+    return found.counts.get(key, 0) if found else 0
+
+
+def stage_rows(run: RunData) -> list[dict[str, Any]]:
+    return [
+        {
+            "iteration": k,
+            "name": stage.name,
+            "seconds": stage.seconds,
+            "work": _amounts(stage),
+            "rate": _amounts(stage, stage.seconds) if stage.seconds else "–",
+        }
+        for k, stages in run.stages.items()
+        for stage in stages.values()
+    ]
+
+
+def _amounts(stage: Stage, seconds: float | None = None) -> str:
+    """A stage's counts, or with its seconds its throughput. Counts with a `/` in their name are
+    parts of others or no counts at all, and the reasons and places stand elsewhere."""
+    parts = []
+    for key, count in stage.counts.items():
+        if "/" in key or not count or (seconds and key not in _UNITS):
+            continue
+        amount = count / seconds if seconds else count
+        whole = not seconds or amount >= 100
+        text = f"{amount:,.0f}" if whole else summary.number(amount)
+        parts.append(f"{text} {key.replace('_', ' ')}")
+    return ", ".join(parts) or "–"
+
+
+def manifest(run: RunData) -> dict[str, str]:
+    return dict(flatten({key: value for key, value in run.manifest.items() if key != "name"}))
+
+
+def machine(run: RunData) -> dict[str, str]:
+    """The manifest but for what the ranker was asked."""
+    return {k: v for k, v in manifest(run).items() if not k.startswith("feedback")}
+
+
+def evaluation_table(label: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The held-out numbers, unrounded, with the ends of their intervals in columns of their own."""
+    intervals = ("reward_greedy", "reward_sample", "gain", "kl", "accuracy", "margins")
+    intervals = [n for n in intervals if any(row[n][0] is not None for row in rows)]
+    texts = ("words", "distinct_2", "different", "cut_off")
+    columns = ["iteration", *(f"{n}{end}" for n in intervals for end in ("", "_low", "_high"))]
+    columns += ["entropy", "tokens", *texts, "prompts"]
+    data = [
+        [
+            row["iteration"],
+            *(value for n in intervals for value in row[n]),
+            *(row["entropy"], row["length"]),
+            *(getattr(row["texts"], n, None) for n in texts),
+            row["prompts"],
+        ]
+        for row in rows
+    ]
+    return Table(f"{label}_heldout", columns, data)
+
+
+def dropped_table(label: str, found: Mapping[str, Any]) -> Table:
+    columns = ["outcome", *(f"iteration {k}" for k in found["columns"])]
+    rows = [[row["title"], *(count for count, _ in row["cells"])] for row in found["rows"]]
+    return Table(f"{label}_dropped", columns, rows)
+
+
+def stage_table(label: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    names = ("iteration", "name", "seconds", "work", "rate")
+    columns = ("iteration", "stage", "seconds", "work done", "per second")
+    return Table(f"{label}_stages", columns, [[row[name] for name in names] for row in rows])

@@ -1,0 +1,89 @@
+"""Which words tell two sets of answers apart: between iterations, and between methods."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from selm_jax.report.data import Answer, RunData
+from selm_jax.text.variety import words
+
+_SHOWN = 12
+_CLEAR = 1.96
+
+
+@dataclass(frozen=True)
+class Change:
+    """A word, how often it stands in 1000 words of the first and of the second set, and how sure the
+    change is (z of its log-odds ratio)."""
+
+    word: str
+    before: float
+    after: float
+    z: float
+
+
+@dataclass(frozen=True)
+class Changes:
+    """The words that the second set uses more and those that it uses less, the surest first."""
+
+    title: str
+    more: Sequence[Change]
+    less: Sequence[Change]
+
+
+def changes(title: str, before: Sequence[str], after: Sequence[str]) -> Changes:
+    """Compares the words of two sets of texts.
+
+    z is the log-odds ratio over its standard deviation, with an informative Dirichlet prior made of
+    both sets (Monroe, Colaresi and Quinn, Political Analysis 16, 2008, equations 15 to 22). Words
+    whose z is within 1.96 of 0 are left out; z is a guide to reading, not a test.
+    """
+    one, two = (_counts(texts) for texts in (before, after))
+    n, m = one.total(), two.total()
+    if not n or not m:
+        return Changes(title, (), ())
+    prior = one + two
+    total = prior.total()
+    scale = min(total, 500) / total
+    found = []
+    for word, count in prior.items():
+        a = count * scale
+        rest = total * scale - a
+        if rest <= 0:
+            continue  # the only word there is
+        y, x = two[word] + a, one[word] + a
+        odds = math.log(y / (m - two[word] + rest)) - math.log(x / (n - one[word] + rest))
+        z = odds / math.sqrt(1 / y + 1 / x)
+        if abs(z) > _CLEAR:
+            found.append(Change(word, 1000 * one[word] / n, 1000 * two[word] / m, z))
+    found.sort(key=lambda each: (-each.z, each.word))
+    more = [each for each in found if each.z > 0][:_SHOWN]
+    return Changes(title, more, [each for each in reversed(found) if each.z < 0][:_SHOWN])
+
+
+def of_page(runs: Sequence[RunData], labels: Sequence[str]) -> list[Changes]:
+    """Of each run the last iteration against the start, and of several runs each against the first."""
+    found = []
+    for run, label in zip(runs, labels, strict=True):
+        ts = sorted({a.iteration for a in run.answers})
+        if len(ts) > 1:
+            title = f"{label}: iteration {ts[-1]} against iteration {ts[0]}"
+            found.append(changes(title, _texts(run, ts[0]), _texts(run, ts[-1])))
+    last = [max((a.iteration for a in run.answers), default=0) for run in runs]
+    for run, label, t in list(zip(runs, labels, last, strict=True))[1:]:
+        if run.answers and runs[0].answers:
+            title = f"{label} against {labels[0]}, each after its last iteration"
+            found.append(changes(title, _texts(runs[0], last[0]), _texts(run, t)))
+    return found
+
+
+def _texts(run: RunData, t: int) -> list[str]:
+    answers: list[Answer] = [a for a in run.answers if a.iteration == t]
+    return [a.text for a in answers]
+
+
+def _counts(texts: Sequence[str]) -> Counter[str]:
+    return Counter(word.lower() for text in texts for word in words(text) if word[0].isalnum())

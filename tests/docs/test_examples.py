@@ -18,9 +18,8 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reader")
     before = os.getcwd()
     os.chdir(folder)
-    experiment = tiny.experiment(
-        folder, output="runs/quickstart", iterations=1, log__tensorboard=False
-    )
+    changes = {"output": "runs/quickstart", "iterations": 1, "training__learning_rate": 1e-3}
+    experiment = tiny.experiment(folder, **changes)
     selm.run(experiment, {})
     os.chdir(before)
     return folder

@@ -1,9 +1,9 @@
-"""Evaluation: what a checkpoint says, how good that is, and how sure one may be of it.
+"""Evaluation of checkpoints: answers, scores and their intervals.
 
-`frontier` is what a run measures of itself after each iteration; the other modules are the verbs
-of `selm eval`. A model is made ready once, in `model`; what a verb will cost stands in `cost`.
+`frontier` has the measures that a run takes after each iteration; the other modules implement the
+commands of `selm eval`. `model` opens models for all of them; `cost` estimates costs in advance.
 """
 
 
 class EvaluationError(ValueError):
-    """An evaluation that cannot be made as asked. The message says why and what to do."""
+    """An evaluation cannot be done as requested. The message says why and what to do."""

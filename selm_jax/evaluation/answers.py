@@ -1,9 +1,9 @@
-"""Answers of one model to one set of prompts, as a file of JSON lines: made once, judged often.
+"""A model's answers to a set of prompts, as a file of JSON lines: generated once, judged often.
 
-    {"prompt_id", "messages": [{"role", "content"}, ...], "row": {...}, "sample": 0, "text", "finish",
-     "token_ids": [...], "model"}
+    {"prompt_id", "messages": [{"role", "content"}, ...], "row": {...}, "sample": 0, "text",
+     "finish", "token_ids": [...], "model"}
 
-Sample 0 is the greedy answer, 1, 2, ... are drawn ones. Files of other tools do as long as they have
+Sample 0 is the greedy answer; 1, 2, ... are sampled ones. Files of other tools work if they have
 `prompt_id`, `messages` (or `prompt`) and `text`.
 """
 
@@ -49,13 +49,14 @@ class Stored:
 
 @dataclass(frozen=True)
 class Asked:
-    """How answers are drawn; the defaults estimate a policy's KL and entropy: temperature 1, no
-    filters.
+    """Which answers to generate, and how.
+
+    The defaults (temperature 1, no filters) estimate a policy's KL and entropy.
 
     Attributes:
-      greedy: 1 for the likeliest answer.
-      samples: answers drawn.
-      limit: tokens of an answer, at most.
+      greedy: 1 for a greedy answer, 0 for none.
+      samples: number of sampled answers.
+      limit: maximum tokens of an answer.
     """
 
     greedy: int = 1
@@ -67,13 +68,16 @@ class Asked:
 
     def __post_init__(self):
         if not self.greedy and not self.samples:
-            raise EvaluationError("neither a greedy answer nor samples are asked for")
+            raise EvaluationError("no answers are requested: set greedy to 1, or samples above 0")
 
     @classmethod
     def of_run(cls, e: Experiment) -> Asked:
-        """As a run asks its policies. Samples are at temperature 1 without filters whatever `rollout`
-        says: only then do they estimate the policy's KL. Their seed is the experiment's plus one, so
-        that their random numbers are not those of training."""
+        """The settings with which a run evaluates its policies.
+
+        Samples are drawn at temperature 1 without filters, regardless of `rollout`: only then do
+        they estimate the policy's KL. Their seed is the experiment's plus one, so that their random
+        numbers differ from those of training.
+        """
         return cls(1, e.evaluation.samples, e.rollout.max_new_tokens, seed=e.seed + 1)
 
     @property
@@ -84,10 +88,10 @@ class Asked:
 def prompts_of(
     found: Sequence[Found], file: str | None, split: str | None, limit: int | None
 ) -> list[Prompt]:
-    """The held-out prompts: of a file, or those of the first run's settings.
+    """The held-out prompts from a file, or else from the settings of the first run.
 
     Raises:
-      EvaluationError: neither is there.
+      EvaluationError: there is neither a file nor a run with held-out prompts.
       DataError: see `load_prompts`.
     """
     experiment = next((f.experiment for f in found if f.experiment), None)
@@ -96,8 +100,8 @@ def prompts_of(
         prompts = load_prompts(file, split=split)
     elif experiment is None or experiment.data.heldout is None:
         raise EvaluationError(
-            "no prompts: --prompts names a file (.jsonl, .parquet, ...) or a Hub data set. "
-            "Without it those of a run's data.heldout serve, and no run with such was given"
+            "no prompts: without --prompts a run's data.heldout is used, and none of the runs "
+            "given has one. Give a file (.jsonl, .parquet, ...) or a Hub data set with --prompts"
         )
     else:
         d = experiment.data
@@ -112,8 +116,10 @@ def prompts_of(
 def answer(
     policy: Policy, prompts: Sequence[Prompt], asked: Asked, progress: Advance
 ) -> list[Stored]:
-    """Every prompt's answers: the greedy one, then samples. A prompt's place in the list names its
-    random numbers, as in a run."""
+    """Generates each prompt's answers: the greedy one, then samples.
+
+    As in a run, a prompt's position in the list determines its random numbers.
+    """
     ids = policy.prompt_ids([p.messages for p in prompts])
     responses = policy.answer(
         numbered(ids, greedy=asked.greedy, samples=asked.samples), max_new_tokens=asked.limit,
@@ -127,7 +133,7 @@ def answer(
 
 
 def kept(model: Model, prompts: Sequence[Prompt], asked: Asked, folder: Path) -> Path:
-    """Where these answers are kept: the name tells bytes of the model, prompts and settings apart."""
+    """The cache file of these answers; its name depends on the model's bytes, prompts, settings."""
     facts = {
         "model": {k: v for k, v in model.folder.origin.items() if k != "source"},
         "prompts": prompts_digest(prompts), "asked": vars(asked), "dtype": str(model.dtype),
@@ -140,7 +146,7 @@ def kept(model: Model, prompts: Sequence[Prompt], asked: Asked, folder: Path) ->
 def answered(
     model: Model, prompts: Sequence[Prompt], asked: Asked, folder: Path
 ) -> tuple[list[Stored], Path]:
-    """The kept answers, or else new ones, which are then kept. Also where."""
+    """Returns cached answers, generating and caching them if there are none, and the cache file."""
     file = kept(model, prompts, asked, folder)
     if not file.exists():
         total = len(prompts) * asked.each
@@ -151,9 +157,9 @@ def answered(
 
 
 def cost(model: Model, prompts: Sequence[Prompt], asked: Asked, folder: Path | None) -> Cost:
-    """Of answers that are not kept yet."""
+    """The cost of generating the answers; nothing if they are cached."""
     if folder is not None and kept(model, prompts, asked, folder).exists():
-        return Cost(f"{model.name} (kept answers)")
+        return Cost(f"{model.name} (cached answers)")
     count = len(prompts) * asked.each
     read_ = sum(map(len, model.prompt_ids([p.messages for p in prompts])))
     return Cost(model.name, answers=count, prompt_tokens=read_, new_tokens=count * asked.limit)
@@ -173,10 +179,11 @@ def write(file: Path, answers: Iterable[Stored], model: str) -> None:
 
 
 def read(file: Path) -> list[Stored]:
-    """The answers of a file, in its order.
+    """Reads the answers in a file, in its order.
 
     Raises:
-      EvaluationError: no such file, a line that is no answer, or two of one prompt and sample.
+      EvaluationError: there is no such file, a line is not an answer, or two lines have the same
+        prompt and sample.
     """
     try:
         raw = file.read_bytes()
@@ -187,12 +194,12 @@ def read(file: Path) -> list[Stored]:
         one = _parsed(line, f"{file}, line {line.number}")
         if (one.prompt_id, one.sample) in found:
             raise EvaluationError(
-                f"{file}, line {line.number}: a second answer {one.sample} to prompt {one.prompt_id!r}; "
-                "several answers to one prompt have different numbers as `sample`"
+                f"{file}, line {line.number}: a second answer with `sample` {one.sample} to prompt "
+                f"{one.prompt_id!r}. Give each answer to a prompt its own `sample` number"
             )
         found[one.prompt_id, one.sample] = one
     if not found:
-        raise EvaluationError(f"{file}: there is no answer in it")
+        raise EvaluationError(f"{file}: the file has no answers; expected one JSON line per answer")
     return list(found.values())
 
 
@@ -204,7 +211,7 @@ def _parsed(line: jsonl.Line, where: str) -> Stored:
         messages = tuple(Message(str(m["role"]), str(m["content"])) for m in row["messages"])
         name, text = row["prompt_id"], row["text"]
         if not messages or not isinstance(name, str) or not isinstance(text, str):
-            raise TypeError("prompt_id and text are to be texts, and messages not empty")
+            raise TypeError("prompt_id and text must be texts, and messages must not be empty")
         ids = row.get("token_ids")
         return Stored(
             name, messages, int(row.get("sample", 0)), text, str(row.get("finish", "")),
@@ -212,17 +219,17 @@ def _parsed(line: jsonl.Line, where: str) -> Stored:
         )  # fmt: skip
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise EvaluationError(
-            f"{where}: no answer: {type(error).__name__}: {error}. Expected an object with "
+            f"{where}: not an answer: {type(error).__name__}: {error}. Expected an object with "
             "prompt_id, messages (or prompt) and text"
         ) from error
 
 
 def together(sets: dict[str, list[Stored]]) -> dict[str, dict[tuple[str, int], Stored]]:
-    """The same answers by (prompt, sample), once it is sure that all are to the same prompts.
+    """Checks that all sets answer the same prompts; returns the answers by (prompt, sample).
 
     Raises:
-      EvaluationError: a prompt or sample that one has and another lacks, or a conversation that is
-        not the same; the first ones are named.
+      EvaluationError: a set lacks a prompt or sample that another one has, or a conversation
+        differs; the message names the first ones.
     """
     keyed = {name: {(a.prompt_id, a.sample): a for a in each} for name, each in sets.items()}
     first, *others = keyed
@@ -232,13 +239,15 @@ def together(sets: dict[str, list[Stored]]) -> dict[str, dict[tuple[str, int], S
             if lost := [key for key in x if key not in y]:
                 listed = ", ".join(f"{p!r} (sample {s})" for p, s in lost[:3])
                 raise EvaluationError(
-                    f"{two} has no answer to {len(lost)} of {len(x)} prompts that {one} answers: "
-                    f"{listed}{', ...' if len(lost) > 3 else ''}. Compare answers to the same prompts"
+                    f"{two} lacks {len(lost)} of {len(x)} answers that {one} has: to prompt "
+                    f"{listed}{', ...' if len(lost) > 3 else ''}. Compare answers to the same "
+                    "prompts"
                 )
         for key in a:
             if a[key].messages != b[key].messages:
                 raise EvaluationError(
-                    f"prompt {key[0]!r} is not the same in {first} and {other}: "
-                    f"{a[key].messages[-1].content[:80]!r} and {b[key].messages[-1].content[:80]!r}"
+                    f"prompt {key[0]!r} differs between {first} and {other}: "
+                    f"{a[key].messages[-1].content[:80]!r} and "
+                    f"{b[key].messages[-1].content[:80]!r}. Compare answers to the same prompts"
                 )
     return keyed

@@ -1,4 +1,4 @@
-"""Who is compared, as the command line names them: `[NAME=]SOURCE[,SOURCE...]`."""
+"""Parses the models to compare from the command line: `[NAME=]SOURCE[,SOURCE...]`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from selm_jax.shell.paths import place
 
 @dataclass(frozen=True)
 class Contestant:
-    """A name, and what stands behind it: models (several are seeds of one method) or a file."""
+    """A name with its models (several are seeds of one method) or its file of answers."""
 
     name: str
     models: tuple[Found, ...] = ()
@@ -27,13 +27,13 @@ class Contestant:
 def contestants(
     names: Sequence[str], *, iteration: int | None, revision: str | None, files: bool
 ) -> list[Contestant]:
-    """Reads the arguments.
+    """Parses the arguments.
 
     Args:
-      files: whether `.jsonl` files of answers may stand for models.
+      files: whether `.jsonl` files of answers are allowed in place of models.
 
     Raises:
-      EvaluationError: two of one name, or a source that is not there.
+      EvaluationError: two arguments have the same name, or a source does not exist.
     """
     out = []
     for text in names:
@@ -42,18 +42,20 @@ def contestants(
         if files and rest.endswith(".jsonl"):
             file = place(rest)
             if not file.is_file():
-                raise EvaluationError(f"{rest}: no such file of answers; found from {Path.cwd()}")
+                raise EvaluationError(
+                    f"{rest}: there is no such file of answers (seen from {Path.cwd()})"
+                )
             out.append(Contestant(name or file.stem, file=file))
             continue
         parts = [p for p in rest.split(",") if p]
         if not parts or (files and len(parts) > 1):
-            raise EvaluationError(f"{text!r}: one model{' or file' if files else ''} was expected")
+            raise EvaluationError(f"{text!r}: expected one model{' or file' if files else ''}")
         models = tuple(find(p, iteration=iteration, revision=revision) for p in parts)
         out.append(Contestant(name or models[0].name, models))
     seen = [c.name for c in out]
     if twice := {n for n in seen if seen.count(n) > 1}:
         raise EvaluationError(
-            f"{', '.join(sorted(twice))} stands there twice; tell them apart as NAME=SOURCE"
+            f"the name {', '.join(sorted(twice))} is given twice; give them names as NAME=SOURCE"
         )
     return out
 
@@ -61,10 +63,10 @@ def contestants(
 def build_ranker(
     name: str | None, settings: Sequence[str], found: Sequence[Found]
 ) -> rankers.Ranker:
-    """The ranker of the command line (`--ranker`, `--set key=value`), else the first run's.
+    """Builds the ranker of the command line (`--ranker`, `--set key=value`) or of the first run.
 
     Raises:
-      EvaluationError: nobody names one, or a setting that is no `key=value`.
+      EvaluationError: no ranker is given, or a setting is not of the form `key=value`.
       ConfigError: a setting looks like a key or password.
       FeedbackError: see `ranker.build`.
     """
@@ -74,8 +76,9 @@ def build_ranker(
     experiment = next((f.experiment for f in found if f.experiment), None)
     if experiment is None:
         raise EvaluationError(
-            f"--ranker names who judges: one of {', '.join(rankers.BUILT_IN)}, or your own "
-            "package.module:function. Without it a run's own ranker serves; no run was given"
+            "no ranker: without --ranker a run's own ranker is used, and no run was given. Give "
+            f"--ranker with one of {', '.join(rankers.BUILT_IN)}, or your own "
+            "package.module:function"
         )
     return rankers.build(experiment.feedback.ranker, **(experiment.feedback.settings | given))
 
@@ -84,8 +87,8 @@ def read_settings(settings: Sequence[str], option: str) -> dict[str, Any]:
     """The values of an option that is given as `key=value`, any number of times.
 
     Raises:
-      EvaluationError: one is no `key=value`, or its value is no YAML.
-      ConfigError: one looks like a key or password.
+      EvaluationError: a setting is not of the form `key=value`, or its value is not YAML.
+      ConfigError: a setting looks like a key or password.
     """
     given: dict[str, Any] = {}
     for text in settings:

@@ -1,4 +1,4 @@
-"""What an evaluation will take at most, counted before anything is spent (`--dry-run`)."""
+"""Upper bounds of an evaluation's cost, computed before anything is spent (`--dry-run`)."""
 
 from __future__ import annotations
 
@@ -11,24 +11,23 @@ from rich.table import Table
 from selm_jax.feedback.judge.ranker import JudgeRanker
 from selm_jax.feedback.ranker import Ranker
 
-# English prose in the tokenizers of today: four characters a token. Of judges' requests alone, for
-# whose tokenizer nobody here can speak.
+# Typical for English text. Used only for judges' requests, since their tokenizers are not known.
 CHARACTERS_PER_TOKEN = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Upper bounds, of one part of an evaluation.
+    """Upper bounds of the cost of one part of an evaluation.
 
     Attributes:
       what: the part: a model's or a judge's name.
-      answers: texts that will be drawn.
-      prompt_tokens: read to draw them; a prompt once, however many answers it gets.
-      new_tokens: drawn, if no answer ends before its limit.
-      scored_tokens: read by a model for log-probabilities.
-      judge_calls: requests to a judge, not counting those that its cache answers.
-      judge_tokens: of these requests and their answers, at four characters a token; an answer of
-        ours that is not there yet counts with its limit.
+      answers: number of answers to generate.
+      prompt_tokens: prompt tokens to read for them; each prompt counts once.
+      new_tokens: tokens to generate if every answer reaches its limit.
+      scored_tokens: tokens to score for log-probabilities.
+      judge_calls: requests to a judge, if none is answered from its cache.
+      judge_tokens: tokens of these requests and their answers, at four characters per token; an
+        answer that has not been generated yet counts with its limit.
     """
 
     what: str
@@ -58,7 +57,7 @@ def judges(ranker: Ranker) -> list[JudgeRanker]:
 
 
 def judge_cost(judge: JudgeRanker, calls: int, characters: int) -> Cost:
-    """Of so many requests that show the judge so many characters in all, and of its answers."""
+    """The cost of `calls` requests with `characters` characters in total, and of their answers."""
     template = sum(len(text) for _, text in judge.template.messages)
     tokens = (characters + calls * template) // CHARACTERS_PER_TOKEN
     tokens += calls * judge.sampling["max_tokens"]
@@ -66,9 +65,9 @@ def judge_cost(judge: JudgeRanker, calls: int, characters: int) -> Cost:
 
 
 def show(costs: Iterable[Cost], console: Console) -> None:
-    """A table with a column for each part and for their sum; what costs nothing is left out."""
+    """Prints a table with a column for each part and for their sum, without rows of zeros."""
     costs = list(costs)
-    table = Table(title="what it costs; nothing was computed and nobody was asked", box=None)
+    table = Table(title="estimated cost; nothing was computed or requested", box=None)
     table.add_column("", no_wrap=True)
     for name in [c.what for c in costs] + ["together"] * (len(costs) > 1):
         table.add_column(name, justify="right", overflow="fold")

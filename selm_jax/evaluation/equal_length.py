@@ -1,19 +1,21 @@
-"""The win rate at equal length: a logistic model of the shares y of one pair's answers,
+"""The win rate at equal length, by a logistic model of how far one model's answers win.
+
+The shares y of model A's wins over model B are modelled as
 
     y ~ sigmoid(theta + phi * tanh((length A - length B) / s))
 
-with s the standard deviation (ddof 1) of the differences in characters: AlpacaEval 2's
-`length_controlled_v1` without its term of instruction difficulty, whose numbers are fitted on that
-benchmark's own leaderboard and exist for no other prompts. The rate is sigmoid(theta): what is
-expected of answers of equal length. It is fitted by Newton's method with the penalty
-0.005 theta^2 + 0.5 phi^2 on the summed loss: the first keeps theta finite where one side wins
-everything, the second takes length to explain nothing until the data say so. Both terms are odd in
-(A, B), so the rates of A against B and of B against A sum to 1.
+where s is the standard deviation (ddof 1) of the differences in characters. This is AlpacaEval 2's
+`length_controlled_v1` without its term for instruction difficulty, which is fitted on that
+benchmark's leaderboard and does not exist for other prompts. The rate is sigmoid(theta): the
+expected share for answers of equal length. The fit uses Newton's method with the penalty
+0.005 theta^2 + 0.5 phi^2 on the summed loss: the first term keeps theta finite if one side wins
+everything, the second keeps phi near 0 unless the data show an effect of length. Both terms of the
+model change sign if A and B are swapped, so the rates of A against B and of B against A sum to 1.
 
-The interval is about other prompts, each with all its answers. It holds every theta that the data do not
-contradict: with phi fitted beside it, the score of theta lies within 1.96 of its standard errors (Rao's
-score test, Proceedings of the Cambridge Philosophical Society 44, 1948). Without differences in length that is Wilson's
-interval (`proportions`), which is no point where one side wins everything.
+The interval is over prompts, each with all its answers. It contains every theta that the data do
+not contradict: with phi refitted, the score of theta is within 1.96 of its standard errors (Rao's
+score test, Proceedings of the Cambridge Philosophical Society 44, 1948). Without differences in
+length this is Wilson's interval (`proportions`), which is not a point even if one side wins all.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ from selm_jax.evaluation import EvaluationError
 from selm_jax.statistics import proportions
 from selm_jax.statistics.intervals import Estimate
 
-RIDGE = (0.01, 1.0)  # of theta and phi
-_FARTHEST = 30.0  # a theta whose rate is 0 or 1 but for 1e-13
+RIDGE = (0.01, 1.0)  # penalties of theta and phi
+_FARTHEST = 30.0  # the rate of this theta is 1 (or 0) up to 1e-13
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,10 @@ class Comparisons:
     """How far A won, from 0 to 1, in each comparison with B.
 
     Attributes:
-      y: the shares.
-      x: tanh of the difference in length, in its standard deviations.
+      y: how far A won.
+      x: tanh of the difference in length, in standard deviations.
       prompt: the number of each comparison's prompt, from 0.
-      weight: of each comparison: all those of a prompt together weigh 1.
+      weight: the weight of each comparison; those of a prompt sum to 1.
     """
 
     y: Float[np.ndarray, " answers"]
@@ -56,7 +58,7 @@ class Comparisons:
         lengths: Float[np.ndarray, "answers 2"],
         prompt: np.ndarray,
     ) -> Comparisons:
-        """From the lengths in characters of both answers."""
+        """Builds comparisons from the shares and the lengths of both answers in characters."""
         delta = lengths[:, 0] - lengths[:, 1]
         spread = delta.std(ddof=1) if len(delta) > 1 else 0.0
         x = np.tanh(delta / spread) if spread else np.zeros_like(delta)
@@ -67,7 +69,7 @@ class Comparisons:
 
 
 def fit(data: Comparisons) -> tuple[float, float]:
-    """theta and phi of the model above."""
+    """Fits theta and phi of the model (see the top of this file)."""
     features = np.stack([np.ones_like(data.x), data.x])  # [2, answers]
     b = np.zeros(2)
     for _ in range(100):
@@ -78,18 +80,20 @@ def fit(data: Comparisons) -> tuple[float, float]:
         b += np.clip(step, -2, 2)  # the loss is convex; a first step from 0 may go too far
         if np.abs(step).max() < 1e-10:
             return float(b[0]), float(b[1])
-    raise EvaluationError("the length-controlled fit did not converge; the answers are odd")
+    raise EvaluationError(
+        "the length-controlled fit did not converge. Check the answers: lengths may be extreme"
+    )
 
 
 def estimate(data: Comparisons) -> Estimate:
-    """The rate at equal length."""
+    """The win rate at equal length, with its interval."""
     theta, phi = fit(data)
     p = data.rates(theta, phi)
     observed = np.square(np.bincount(data.prompt, data.weight * (data.y - p))).sum()
     dispersion = proportions.dispersion(observed, float((data.weight * p * (1 - p)).sum()))
 
     def standing(at: float) -> float:
-        """Standard errors by which the score of this theta is above 0."""
+        """The score of theta at this value, in its standard errors."""
         beside = _beside(data, at)
         score = float((data.weight * (data.y - data.rates(at, beside))).sum())
         return score / np.sqrt(dispersion * _information(data, at, beside))
@@ -104,7 +108,7 @@ def estimate(data: Comparisons) -> Estimate:
 
 
 def _beside(data: Comparisons, theta: float) -> float:
-    """phi, fitted with theta given: where its penalised score, which only falls, is 0."""
+    """Fits phi for a given theta: the root of its penalised score, which is decreasing."""
 
     def score(phi: float) -> float:
         return float((data.weight * data.x * (data.y - data.rates(theta, phi))).sum()) - (
@@ -116,7 +120,7 @@ def _beside(data: Comparisons, theta: float) -> float:
 
 
 def _information(data: Comparisons, theta: float, phi: float) -> float:
-    """About theta, where phi is not known either."""
+    """The information about theta if phi is unknown too."""
     p = data.rates(theta, phi)
     w = data.weight * p * (1 - p)
     along = float(w @ data.x) / (float(w @ data.x**2) + RIDGE[1])
@@ -126,7 +130,7 @@ def _information(data: Comparisons, theta: float, phi: float) -> float:
 def _crossing(
     standing: Callable[[float], float], level: float, inside: float, outside: float
 ) -> float:
-    """The rate where `standing` reaches the level; 0 or 1 where it does not before `outside`."""
+    """The rate where `standing` reaches the level; 0 or 1 if it does not before `outside`."""
     if abs(standing(outside)) < abs(level):
         return float(outside > 0)
     return float(_sigmoid(_root(lambda t: standing(t) - level, inside, outside)))

@@ -1,4 +1,4 @@
-"""Held-out reward against divergence from the start: what exploration bought, and at what price."""
+"""Measures on held-out prompts: reward, and KL divergence from the start model."""
 
 from __future__ import annotations
 
@@ -14,23 +14,29 @@ from selm_jax.statistics.proportions import counted
 from selm_jax.tables import heldout, heldout_pairs
 from selm_jax.text.variety import distinct
 
-SHARES = frozenset({"accuracy", "cut_off"})  # of prompts, among the measures below
+SHARES = frozenset({"accuracy", "cut_off"})  # measures below that are shares of prompts
 
 Values = Float[np.ndarray, " prompts"]
 
 
 def measures(answers: Sequence[heldout.Row], scored: bool | None = None) -> dict[str, Values]:
-    """One number per prompt of each measure, in the order of the prompts.
+    """Computes one number per prompt for each measure, in the order of the prompts.
 
-    `scored` says whether a ranker was asked; None: if there is any score. A prompt's samples are averaged: they are answers to one prompt, and no more prompts. Names:
-      reward_greedy, reward_sample: the ranker's scores, if there are any. NaN for a prompt of one of
-        whose answers a judge said nothing readable.
-      length, cut_off: tokens of the greedy answer, and whether it was cut at its limit.
-      kl: log pi(y) - log pi_start(y), in nats, of answers y drawn from pi at temperature 1. It is
-        about the tokens that were drawn, so never about padding.
-      entropy: -log pi(y) of the same answers: its mean estimates the entropy of pi's answers.
-        Both are NaN for a prompt of whose samples one has no log-probability: to leave out its
-        longest answers alone would bend its mean.
+    A prompt's samples are averaged, since they do not count as separate prompts.
+
+    Args:
+      scored: whether a ranker scored the answers; None: if any answer has a score.
+
+    Returns:
+      By name:
+      reward_greedy, reward_sample: the ranker's scores, if there are any; NaN for a prompt if a
+        judge's verdict on one of its answers could not be read.
+      length, cut_off: tokens of the greedy answer, and whether it was cut off at its limit.
+      kl: log pi(y) - log pi_start(y), in nats, of answers y sampled from pi at temperature 1. It
+        includes only sampled tokens, never padding.
+      entropy: -log pi(y) of the same answers; its mean estimates the entropy of pi's answers.
+        Both are NaN for a prompt if one of its samples has no log-probability: leaving out only its
+        longest answers would bias the mean.
     """
     greedy, sampled = _of_kind(answers, "greedy"), _of_kind(answers, "sample")
     out: dict[str, Values] = {}
@@ -53,8 +59,12 @@ def measures(answers: Sequence[heldout.Row], scored: bool | None = None) -> dict
 
 
 def pair_measures(pairs: Sequence[heldout_pairs.Row], beta: float) -> dict[str, Values]:
-    """The same of held-out pairs: `margins` of implicit rewards, beta times the log-ratios, chosen
-    minus rejected; and `accuracy`, whether the margin is above 0 (a margin of 0 counts half)."""
+    """Computes one number per held-out pair for each measure.
+
+    Returns:
+      `margins`: the implicit reward (beta times the log-ratio) of the chosen answer minus that of
+      the rejected one; `accuracy`: 1 if the margin is above 0, 1/2 if it is 0, else 0.
+    """
     ratio = beta * (_column(pairs, "logp") - _column(pairs, "logp_start"))
     chosen = np.array([x.role == "chosen" for x in pairs])
     margins = ratio[chosen] - ratio[~chosen]
@@ -62,10 +72,9 @@ def pair_measures(pairs: Sequence[heldout_pairs.Row], beta: float) -> dict[str, 
 
 
 def shares(tables: Sequence[Sequence[heldout.Row]]) -> frozenset[str]:
-    """Which measures of these tables of answers are shares of prompts.
+    """The names of the measures that are shares of prompts in these tables.
 
-    Rewards of greedy or of sampled answers are, where each of their scores says right, half right or
-    wrong (`counted`).
+    Rewards are shares if all scores are 0, 1/2 or 1 (`counted`).
     """
 
     def of_kind(kind: str) -> bool:
@@ -84,18 +93,18 @@ def summarize(
 
     Args:
       answers: held-out answers of the iteration's policy.
-      start: those of the start model to the same prompts; None if these are they.
+      start: the start model's answers to the same prompts; None if `answers` are the start model's.
       pairs: the data's held-out pairs.
 
     Returns:
-      Rewards are the ranker's scores; without scores there are none. Where a judge was not readable
-      they, and `gain`, are over the other prompts, and None if there is no other; `unread` counts the
-      answers that have no score for it. `..._low` and `..._high` bound 95 % intervals about other
-      prompts (see `intervals`), where there are any; `kl_stderr` is KL's standard error. `gain` is the
-      mean difference of greedy reward to the start, paired by prompt. `entropy` is in nats per
-      answer, `entropy_token` per token. These and `kl` are over what has log-probabilities, and are
-      not there if nothing has. `distinct_1` and `distinct_2` are of the greedy answers'
-      words.
+      Metrics by name. Rewards are the ranker's scores, if there are any. If some of a judge's
+      verdicts cannot be read, rewards and `gain` are over the other prompts (None if there are
+      none), and `unread` counts the answers without a score. `gain` is the mean difference of
+      greedy reward to the start model, paired by prompt. `entropy` is in nats per answer,
+      `entropy_token` in nats per token; these and `kl` are over answers that have
+      log-probabilities, and absent if there are none. `distinct_1` and `distinct_2` are computed
+      from the words of the greedy answers. `..._low` and `..._high` bound 95 % intervals over
+      prompts (see `intervals`), if there are any; `kl_stderr` is the standard error of KL.
     """
     found = measures(answers)
     of_shares = shares([answers])
@@ -129,7 +138,7 @@ def summarize(
     if start is not None:
         before = _of_kind(start, "greedy")
         if [answer.prompt_id for answer in before] != [answer.prompt_id for answer in greedy]:
-            raise ValueError("held-out answers of two iterations are to different prompts")
+            raise ValueError("the held-out answers of two iterations are to different prompts")
         if "reward_greedy" in found:
             share = "reward_greedy" in shares([answers, start])
             scores = found["reward_greedy"][None], _column(before, "score")[None]
@@ -142,7 +151,7 @@ def summarize(
 
 
 def _interval(name: str, e: Estimate | None) -> dict[str, float | None]:
-    """The mean under `name`, and the ends of its interval if it has one; None of no prompt at all."""
+    """The mean under `name` (None without an estimate), and its interval's ends if there is one."""
     if e is None:
         return {name: None}
     ends = {f"{name}_low": e.low, f"{name}_high": e.high}
@@ -162,7 +171,7 @@ def pair_rows(
     policy: Sequence[tuple[float, ...]],
     start: Sequence[tuple[float, ...]],
 ) -> list[heldout_pairs.Row]:
-    """From the log-probabilities of each pair's responses under the policy and the start model."""
+    """Table rows from the pairs' log-probabilities under the policy and the start model."""
     return [
         heldout_pairs.Row(e.prompt_id, role, logp=p[at], logp_start=s[at])
         for e, p, s in zip(pairs, policy, start, strict=True)

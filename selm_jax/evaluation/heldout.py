@@ -1,10 +1,10 @@
-"""`selm eval heldout`: what can be known of checkpoints without a judge.
+"""Runs `selm eval heldout`: measures checkpoints on held-out prompts and pairs.
 
-Each model answers held-out prompts greedily and by samples at temperature 1; a ranker scores the
-answers (one that only compares gets each beside the reference's greedy answer); the model and a
-reference score the samples, and the data's own pairs. Every measure is one
-number per prompt (`frontier.measures`), so that models are compared prompt by prompt and several
-seeds of one method are pooled with prompts as clusters (`intervals`).
+Each model answers held-out prompts greedily and by samples at temperature 1. A ranker scores the
+answers; a relative one compares each with the reference's greedy answer. The model and a reference
+compute log-probabilities of the samples and of the data's own pairs. Every measure is one number
+per prompt (`frontier.measures`), so that models are compared prompt by prompt, and several seeds of
+a method are pooled with prompts as clusters (`intervals`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from selm_jax.text.variety import distinct
 
 Open = Callable[[Found], Model]
 
-# What the table shows, and what it is called there.
+# The rows of the printed table: measure -> label.
 SHOWN = {
     "reward_greedy": "reward, greedy",
     "reward_sample": "reward, sampled",
@@ -49,20 +49,20 @@ SHOWN = {
     "length": "tokens",
     "cut_off": "cut off",
 }
-# What stands for an answer about which the judge could not be read; see `JudgeRanker`.
+# How an answer counts if the judge's verdict on it could not be read; see `JudgeRanker`.
 _COUNTED_AS = "no reward: means are over the prompts all of whose answers have one"
 
 
 @dataclasses.dataclass(frozen=True)
 class Seed:
-    """One model of a contestant: its answers and pairs with all scores, and where answers are kept."""
+    """One model of a contestant: its scored answers and pairs, and the file of its answers."""
 
     name: str
     file: str
     answers: list[heldout.Row]
     pairs: list[heldout_pairs.Row] | None
-    left_out: int  # pairs that cannot be scored
-    malformed: int  # answers of a judge about it that could not be read
+    left_out: int  # number of pairs that cannot be scored
+    malformed: int  # number of a judge's answers about it that could not be read
 
 
 def run(
@@ -83,27 +83,26 @@ def run(
     """Evaluates the contestants and writes `heldout.json` and each model's table into `out`.
 
     Args:
-      contestants: the first one is what the others are compared with.
-      reference: what KL and implicit rewards are measured against.
-      beta: of the implicit rewards.
-      out: a folder; must not be there yet.
-      keep: where answers are kept; what is there is not drawn again.
-      allow_malformed: so many answers of a judge may be unreadable.
+      contestants: the models; the others are compared with the first one.
+      reference: the model against which KL and implicit rewards are measured.
+      beta: the factor of the implicit rewards.
+      out: a folder that must not exist yet.
+      keep: the cache folder of answers; answers in it are not generated again.
+      allow_malformed: how many of a judge's answers may be unreadable.
 
     Raises:
-      EvaluationError: people are the ranker, a reference with other tokens, more malformed answers
-        than allowed, `out` is there.
+      EvaluationError: the ranker is `human`, the reference has another tokenizer, there are more
+        malformed answers than allowed, or `out` exists.
     """
     if ranker.name == "human":
         raise EvaluationError(
-            "the ranker is people, who are asked about nothing else than what is trained on; name "
-            "another one with --ranker"
+            "ranker 'human' works only for training data; give another one with --ranker"
         )
     if dry_run:
         show(_costs(contestants, prompts, open_model, reference, asked, ranker, keep), console)
         return {}
     if out.exists():
-        raise EvaluationError(f"{out} is there already; move it away or give another --out")
+        raise EvaluationError(f"{out} exists already. Move it away, or give another --out")
     verdicts = Malformed(allow_malformed, _COUNTED_AS)
     verdicts.watch(ranker)
     beside = None
@@ -146,11 +145,11 @@ def run(
 
 @dataclasses.dataclass(frozen=True)
 class _Asked:
-    """What is known of a model before the reference is asked."""
+    """A model's own results, before the reference computes its log-probabilities."""
 
     name: str
     file: Path
-    tokens: int  # of its vocabulary
+    tokens: int  # size of its vocabulary
     prompt_ids: list[Ids]
     own: Own
     malformed: int
@@ -161,12 +160,17 @@ def _greedy(asked: Asked) -> Asked:
 
 
 def _against(reference: Model, prompts: Sequence[Prompt], one: _Asked) -> Seed:
-    """The tables, once it is sure that the reference reads the same tokens."""
+    """Completes the tables with the reference's log-probabilities.
+
+    Raises:
+      EvaluationError: the reference has other tokens.
+    """
     ids = reference.prompt_ids([p.messages for p in prompts])
     if len(reference.tokenizer) != one.tokens or ids != one.prompt_ids:
         raise EvaluationError(
-            f"{one.name} and the reference {reference.name} do not have the same tokens: a KL "
-            "between them means nothing. --reference names the model that this one started from"
+            f"{one.name} and the reference {reference.name} have different tokenizers or chat "
+            "templates, so a KL between them is meaningless. Give the model that this one was "
+            "trained from with --reference"
         )
     found = against(reference, one.own)
     left_out = one.own.pairs_left_out
@@ -174,9 +178,9 @@ def _against(reference: Model, prompts: Sequence[Prompt], one: _Asked) -> Seed:
 
 
 def summarize(seeds: dict[str, list[Seed]], *, beta: float) -> dict[str, Any]:
-    """Means with intervals of every contestant, and of its differences to the first one.
+    """Means with intervals for every contestant, and for its differences to the first one.
 
-    The intervals are about other prompts, and where a contestant has several seeds about other seeds.
+    The intervals are over prompts, and also over seeds if a contestant has several.
     """
     by_prompt = {name: _by_prompt(each, beta) for name, each in seeds.items()}
     tables = {name: [one.answers for one in each] for name, each in seeds.items()}
@@ -212,7 +216,7 @@ def summarize(seeds: dict[str, list[Seed]], *, beta: float) -> dict[str, Any]:
 
 
 def _fields(e: Estimate | None) -> dict[str, Any] | None:
-    """None where no prompt has a value."""
+    """An estimate as JSON; None if no prompt has a value."""
     return None if e is None else dataclasses.asdict(e)
 
 
@@ -226,7 +230,7 @@ def _by_prompt(seeds: Sequence[Seed], beta: float) -> dict[str, Float[np.ndarray
 
 
 def _distinct(answers: Sequence[heldout.Row]) -> dict[str, float]:
-    """Of greedy answers' words; of all samples' where there is no greedy one."""
+    """Distinct n-grams of the greedy answers' words, or of all samples' if there are none."""
     kind = "greedy" if any(answer.kind == "greedy" for answer in answers) else "sample"
     mine = [answer.text for answer in answers if answer.kind == kind]
     return {f"distinct_{n}": distinct(mine, n) for n in (1, 2, 3)}
@@ -242,7 +246,7 @@ def _costs(
     contestants: Sequence[Contestant], prompts: Sequence[Prompt], open_model: Open,
     reference: Found, asked: Asked, ranker: Ranker, keep: Path,
 ) -> list[Cost]:  # fmt: skip
-    """Scored tokens are counted as if every answer took its limit."""
+    """The cost of each part. Scored tokens are counted as if every answer reached its limit."""
     parts, scored, answers = [], 0, 0
     for model in (open_model(m) for c in contestants for m in c.models):
         pairs, _ = fitting_pairs(model, prompts)
@@ -258,7 +262,7 @@ def _costs(
     parts.append(own)
     limit, models = asked.limit * CHARACTERS_PER_TOKEN, sum(len(c.models) for c in contestants)
     for judge in judges(ranker):
-        # A pairwise one is shown two answers, in both orders.
+        # A pairwise judge reads two answers, in both orders.
         shown, times = (1, 1) if judge.form == "pointwise" else (2, 2)
         read = sum(shown * limit + len(p.messages[-1].content) for p in prompts) * asked.each
         parts.append(judge_cost(judge, times * answers, times * models * read))

@@ -1,7 +1,7 @@
-"""Answers of a judge that could not be read: counted, and no more of them than are allowed.
+"""Counts a judge's malformed answers in an evaluation, and stops if there are more than allowed.
 
-In a run such an answer costs a pair (`on_malformed`), and the run goes on. A measurement is reported:
-what it says for an answer that was never understood must have been accepted first.
+In a run a malformed answer only costs a pair (`on_malformed`). In an evaluation it would change a
+reported number, so the user must allow it explicitly.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from selm_jax.feedback.ranker import Ranker, counted, reported
 
 @dataclass
 class Malformed:
-    """Of all that a ranker is asked in one evaluation.
+    """Counts of all judges' answers in one evaluation.
 
     Attributes:
-      allowed: so many may be malformed.
-      counted_as: what stands for them then.
-      answers, malformed: of the judges, so far.
+      allowed: how many may be malformed.
+      counted_as: how malformed answers count in the results, for messages.
+      answers, malformed: counts so far.
     """
 
     allowed: int
@@ -30,22 +30,23 @@ class Malformed:
     malformed: int = 0
 
     def watch(self, ranker: Ranker, askings: int = 1) -> None:
-        """Has the ranker's judges stop early only beyond what is allowed.
+        """Sets the patience of the ranker's judges, so that they do not stop below the limit.
 
         Args:
-          askings: how often each answer is asked for.
+          askings: how often each answer is requested.
         """
         for judge in judges(ranker):
             judge.watch.restart(
                 PATIENCE + askings * self.allowed,
-                f"Or accept so many with --allow-malformed, which counts them as {self.counted_as}.",
+                "Or allow a number of them with --allow-malformed, which counts them as "
+                f"{self.counted_as}.",
             )
 
     def add(self, ranker: Ranker) -> int:
-        """Adds the ranker's last `scores`; how many malformed answers it met there.
+        """Adds the counts of the ranker's last `scores`; returns how many were malformed there.
 
         Raises:
-          EvaluationError: there are now more than allowed.
+          EvaluationError: more answers are malformed than allowed.
         """
         report = reported(ranker)
         found = counted(report, "malformed")
@@ -56,17 +57,17 @@ class Malformed:
             example = next((f", such as {j.unread[0]}" for j in asked if j.unread), "")
             files = ", ".join(dict.fromkeys(str(j.client.cache) for j in asked))
             raise EvaluationError(
-                f"the ranker {ranker.name}: {self.malformed} of {self.answers} answers so far could "
-                f"not be read{example}. No result was written; what could be read is in the judge's "
-                f"cache{files and f' ({files})'}, the rest is asked again. Change the judge or its "
-                f"template, or accept it with --allow-malformed {self.malformed}, which counts them as "
-                f"{self.counted_as}."
+                f"the ranker {ranker.name}: {self.malformed} of {self.answers} answers so far "
+                f"could not be read{example}. No result was written. Readable answers are in the "
+                f"judge's cache{files and f' ({files})'}; the others will be requested again. "
+                "Change the judge or its template, or accept this with --allow-malformed "
+                f"{self.malformed}, which counts them as {self.counted_as}."
             )
         return found
 
     @property
     def record(self) -> dict[str, int]:
-        """For the results; nothing where no judge was asked."""
+        """The counts for the results; empty if no judge was used."""
         if not self.answers:
             return {}
         return {
@@ -76,10 +77,10 @@ class Malformed:
 
 
 def unread_line(report: dict, counted_as: str) -> str:
-    """For the terminal; empty if all was read."""
+    """A note on malformed answers for the terminal; empty if there are none."""
     if not report.get("malformed"):
         return ""
     return (
-        f"{report['malformed']} of {report['judge_answers']} answers of the judge could not be read; "
-        f"they count as {counted_as}"
+        f"{report['malformed']} of {report['judge_answers']} answers of the judge could not be "
+        f"read; they count as {counted_as}"
     )

@@ -1,12 +1,13 @@
-"""What is known of a model on held-out prompts: one path, for `selm run` and for `selm eval heldout`.
+"""Measures a model on held-out prompts, for both `selm run` and `selm eval heldout`.
 
     answers = answer(policy, prompts, asked)                        evaluation.answers
     scores = scores_of(ranker.scores, prompts, answers, beside)
-    own = measured(policy, prompts, answers, scores)                and the policy may go
+    own = measured(policy, prompts, answers, scores)                the policy may be freed now
     found = against(start, own)                                     rows of `tables`
 
-The policy scores its own answers and the data's pairs, then the start model the same tokens. So the
-two need not be in memory together, and one start model serves many policies.
+First the policy computes log-probabilities of its own answers and of the data's pairs, then the
+start model does so for the same tokens. So the two need not be in memory together, and one start
+model serves many policies.
 """
 
 from __future__ import annotations
@@ -26,21 +27,21 @@ from selm_jax.tables import heldout, heldout_pairs
 from selm_jax.text.prompts import Prompt
 
 Logps = list[tuple[float, ...]]
-# From questions and the answers to each to one array of scores per question.
+# A function of questions and of the answers to each, which returns an array of scores per question.
 Score = Callable[[Sequence[Question], Sequence[Sequence[str]]], Sequence[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Own:
-    """A policy's answers, and what it says of them and of the data's pairs.
+    """A policy's answers, and its log-probabilities of them and of the data's pairs.
 
     Attributes:
-      scores: of each answer; NaN where a judge was not readable. None: no ranker was asked.
-      examples: the answers, each to be scored once, then the pairs.
-      places: which answers each of those examples that are no pairs has.
-      logps: of the examples.
-      left_out: answers that fit no row, and so have no log-probabilities.
-      pairs_left_out: pairs that cannot be scored.
+      scores: a score for each answer; NaN if a judge's verdict could not be read. None: no ranker.
+      examples: examples with the answers, each answer once, and after them the pairs.
+      places: for each example with answers, the indices of its answers.
+      logps: the log-probabilities of all examples' responses.
+      left_out: number of answers that are too long for a row and have no log-probabilities.
+      pairs_left_out: number of pairs that cannot be scored.
     """
 
     answers: Sequence[Stored]
@@ -58,7 +59,7 @@ class Own:
 
 @dataclasses.dataclass(frozen=True)
 class Tables:
-    """What is found of the answers, and of the pairs; None without pairs."""
+    """Table rows for the answers, and for the pairs (None without pairs)."""
 
     answers: list[heldout.Row]
     pairs: list[heldout_pairs.Row] | None
@@ -73,9 +74,8 @@ def scores_of(
     """The scores of all answers, in their order.
 
     Args:
-      answers: to each prompt as many, in the order of the prompts.
-      beside: where scores compare the answers to one prompt, what each is compared with: one text for
-        each prompt.
+      answers: the same number for each prompt, in the order of the prompts.
+      beside: for a relative ranker, one text per prompt with which its answers are compared.
     """
     if not prompts:
         return []
@@ -96,10 +96,10 @@ def measured(
     answers: Sequence[Stored],
     scores: Sequence[float] | None,
 ) -> Own:
-    """The policy's log-probabilities of its answers and of the data's pairs.
+    """Computes the policy's log-probabilities of its answers and of the data's pairs.
 
     Args:
-      answers: to each prompt as many, in the order of the prompts.
+      answers: the same number for each prompt, in the order of the prompts.
     """
     row = policy.batches.row_length or math.inf
     each = len(answers) // len(prompts) if prompts else 0
@@ -119,8 +119,11 @@ def measured(
 
 
 def against(start: Policy | None, own: Own) -> Tables:
-    """The tables, with the start model's log-probabilities of the same tokens; None: the policy is
-    the start model."""
+    """Builds the tables, with the start model's log-probabilities of the same tokens.
+
+    Args:
+      start: None if the policy itself is the start model.
+    """
     before = own.logps if start is None else start.logps(own.examples)
     n = len(own.places)
     policy, first = (_by_answer(own.places, logps[:n]) for logps in (own.logps, before))
@@ -138,7 +141,7 @@ def against(start: Policy | None, own: Own) -> Tables:
 
 
 def fitting_pairs(policy: Policy, prompts: Sequence[Prompt]) -> tuple[list[Example], int]:
-    """The data's own pairs that the policy can score, and how many it cannot."""
+    """The data's own pairs that the policy can score, and the number of those that it cannot."""
     positions = policy.config.max_positions
     return pairs_within(
         policy.chat, prompts, min(positions, policy.batches.row_length or positions)
@@ -146,10 +149,12 @@ def fitting_pairs(policy: Policy, prompts: Sequence[Prompt]) -> tuple[list[Examp
 
 
 def in_rows(example: Example, longest: float) -> list[tuple[Example, tuple[int, ...]]]:
-    """The example, or if it is longer than a row one example for each response that fits; and which
-    of its responses each has.
+    """Splits an example that is longer than a row into one example per response that fits.
 
-    Held-out prompts are whole, those trained on may be cut: a row need not hold one with all answers.
+    Held-out prompts are never truncated, so a prompt with all its answers may not fit in a row.
+
+    Returns:
+      Examples, each with the indices of its responses.
     """
     every = tuple(range(len(example.responses)))
     if example.tokens <= longest:

@@ -1,4 +1,4 @@
-"""A name on the command line as a policy: the last model of a run, a folder, a Hub id, a GGUF file.
+"""Opens a model by its name on the command line: a run, a folder, a Hub id or a GGUF file.
 
 model = open_model("runs/quickstart")
 answers = model.reply(conversations, ...)
@@ -36,12 +36,12 @@ from selm_jax.weights.huggingface import checked_config, load
 
 @dataclass(frozen=True)
 class Found:
-    """What a name on the command line stands for.
+    """A model that a name on the command line refers to.
 
     Attributes:
-      name: for tables and files: `RUN/iteration_3`, the folder's name, or the Hub id.
-      source, revision: for `weights.sources.resolve`.
-      run: the run's folder, if it is the model of a run, and `experiment` its settings.
+      name: its name in tables and files: `RUN/iteration_3`, the folder's name, or the Hub id.
+      source, revision: arguments for `weights.sources.resolve`.
+      run: the run's folder if it is the model of a run; then `experiment` has the run's settings.
     """
 
     name: str
@@ -52,21 +52,21 @@ class Found:
 
 
 def find(source: str, *, revision: str | None = None, iteration: int | None = None) -> Found:
-    """What a name stands for.
+    """Finds the model that a name refers to.
 
     Args:
       source: a run folder, a model folder, a Hub id or a GGUF file.
-      revision: of a Hub id.
-      iteration: of a run: its model after this iteration, 0 for its start; None: its last model.
+      revision: the revision of a Hub id.
+      iteration: for a run, use the model after this iteration (0: the start model); None: the last.
 
     Raises:
-      EvaluationError: a run without such a model, or an iteration of something else.
+      EvaluationError: the run has no such model, or an iteration was given for something else.
     """
     path = place(source)
     if not (path / "manifest.json").is_file() or (path / "config.json").is_file():
         if iteration is not None:
             raise EvaluationError(
-                f"{source} is no run folder (no manifest.json there): it has no iteration "
+                f"{source} is not a run folder (it has no manifest.json), so it has no iteration "
                 f"{iteration}. Leave the iteration out"
             )
         if path.name == "model" and path.parent.name.startswith("iteration_"):
@@ -77,8 +77,8 @@ def find(source: str, *, revision: str | None = None, iteration: int | None = No
     t = there[-1] if iteration is None else iteration
     if t not in there or there == [0] and iteration is None:
         raise EvaluationError(
-            f"{source}: no model of iteration {1 if iteration is None else t}; finished are "
-            f"{', '.join(map(str, there))} (0 is the start model). `selm run` goes on from there"
+            f"{source}: there is no model of iteration {1 if iteration is None else t}; finished "
+            f"are {', '.join(map(str, there))} (0 is the start model). Continue with `selm run`"
         )
     if t == 0:
         model = experiment.model
@@ -88,7 +88,7 @@ def find(source: str, *, revision: str | None = None, iteration: int | None = No
 
 
 def _exported(run: Path) -> list[int]:
-    """The iterations of a run whose model is whole, in order."""
+    """The iterations of a run whose model was exported completely, in order."""
     return [
         t
         for t, folder in artifacts.iterations(run).items()
@@ -99,7 +99,7 @@ def _exported(run: Path) -> list[int]:
 def open_model(
     source: str, *, revision: str | None = None, iteration: int | None = None, **how: Any
 ) -> Model:
-    """The model that `find` finds; for `how` see `open_found`."""
+    """Opens the model of a name (see `find`); for `how` see `open_found`."""
     return open_found(find(source, revision=revision, iteration=iteration), **how)
 
 
@@ -113,22 +113,23 @@ def open_found(
     as_in: Experiment | None = None,
     console: Console | None = None,
 ) -> Model:
-    """Makes a model ready. Its weights are read when they are first needed.
+    """Opens a model. Its weights are read when they are first needed.
 
     Args:
-      text: what the chat template reads besides the messages; None: as the run's settings say.
-      dtype: of parameters and computation: auto (float32 on CPU, else bfloat16), float32, bfloat16.
-      tensor: devices that share each matrix; the others share rows and parameters.
-      slots: answers that are drawn together.
-      as_in: the settings of a run, whose packed rows and whose dtype of parameters are taken, so that
-        log-probabilities are the run's own to the bit. None: rows as they fit lengths and devices.
+      text: settings of the chat template; None: the run's own, if it is the model of a run.
+      dtype: dtype of parameters and computation: auto (float32 on CPU, else bfloat16), float32 or
+        bfloat16.
+      tensor: how many devices share each matrix; the others share rows and parameters.
+      slots: how many answers are generated together.
+      as_in: settings of a run whose row sizes and parameter dtype are used, so that
+        log-probabilities equal the run's to the bit. None: rows that fit lengths and devices.
 
     Raises:
-      EvaluationError: an unknown dtype.
+      EvaluationError: the dtype is unknown.
       SourceError: there is no such model.
     """
     if dtype not in get_args(Dtype):
-        raise EvaluationError(f"dtype {dtype!r} is not one of {', '.join(get_args(Dtype))}")
+        raise EvaluationError(f"dtype is {dtype!r}; expected one of {', '.join(get_args(Dtype))}")
     console = console or terminal(stderr=True)
     if text is None:
         text = found.experiment.text if found.experiment else Text()
@@ -151,13 +152,13 @@ def _batches(slots: int, as_in: Experiment | None) -> Batches:
 
 
 class Model(Policy):
-    """A policy that `open_model` made of a name.
+    """A policy that `open_model` opened.
 
     Attributes:
-      found: see `find`.
-      folder: its files, and `folder.origin`, which pins their bytes.
-      text: what the chat template reads besides the messages.
-      console: where progress is shown.
+      found: the result of `find`.
+      folder: its files; `folder.origin` identifies their bytes.
+      text: settings of the chat template.
+      console: the terminal for progress bars.
     """
 
     def __init__(
@@ -172,7 +173,7 @@ class Model(Policy):
         batches: Batches,
         console: Console,
     ):
-        """`open_found` makes one. `held` is the dtype of the parameters, if it is not `dtype`."""
+        """Use `open_found` to make one. `held` is the parameters' dtype if it is not `dtype`."""
         self.found, self.folder, self.text, self.console = found, folder, text, console
         config = checked_config(folder.path)
 
@@ -190,5 +191,5 @@ class Model(Policy):
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """Of any model, whether or not it has a chat template."""
+        """The model's tokenizer, which needs no chat template."""
         return Tokenizer(self.folder.path)

@@ -1,5 +1,4 @@
-"""Held-out pairs of the data: as what a model scores, and how often a reward model agrees with who
-chose."""
+"""Held-out pairs of the data: examples to score, and a reward model's accuracy on them."""
 
 from __future__ import annotations
 
@@ -20,10 +19,10 @@ def summarize(pairs: Sequence[table.Row]) -> dict[str, float]:
     """The held-out metrics of a reward model.
 
     Returns:
-      `heldout/accuracy`, the share of pairs whose chosen answer has the higher reward, equal rewards
-      being half right; `..._low` and `..._high` bound its 95 % interval, which is about other pairs
-      (`proportions`). Means of the rewards of both, of their difference, and of -log sigmoid of it
-      (`heldout/loss`).
+      `heldout/accuracy`, the share of pairs whose chosen answer has the higher reward (equal
+      rewards count half), with `..._low` and `..._high`, the ends of its 95 % interval over pairs
+      (`proportions`); and the means of both rewards, of their difference (`heldout/margin`), and of
+      -log sigmoid of the difference (`heldout/loss`).
     """
     chosen, rejected = (_column(pairs, f"reward_{role}") for role in ("chosen", "rejected"))
     margin = chosen - rejected
@@ -47,19 +46,22 @@ def _column(pairs: Sequence[table.Row], name: str) -> Float[np.ndarray, " n"]:
 
 
 def answered_pair(chat: Chat, prompt: Prompt) -> Example | None:
-    """The prompt with its chosen and its rejected answer; None if one of them cannot follow it."""
+    """The prompt with both its answers; None if one is unusable or they are equal."""
     try:
         ids = {role: answer_ids(chat, prompt, role) for role in ("chosen", "rejected")}
     except UnusableAnswer:
         return None
-    if ids["chosen"] == ids["rejected"]:  # they differ in what the template takes away
+    if ids["chosen"] == ids["rejected"]:  # they differ only in text that the template removes
         return None
     return Example.of(prompt.id, chat.prompt_ids(prompt.messages), ids)
 
 
 def pairs_within(chat: Chat, prompts: Iterable[Prompt], longest: int) -> tuple[list[Example], int]:
-    """The prompts' own pairs, of those that have two answers; and how many cannot follow their prompts,
-    or take more than `longest` tokens together with them."""
+    """The data's pairs as examples, and the number of pairs that were left out.
+
+    A pair is left out if an answer is unusable, or if it has more than `longest` tokens with its
+    prompt. Prompts without two answers do not count.
+    """
     both = [p for p in prompts if p.chosen is not None and p.rejected is not None]
     pairs = [answered_pair(chat, prompt) for prompt in both]
     fit = [e for e in pairs if e is not None and e.tokens <= longest]

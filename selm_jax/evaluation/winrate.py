@@ -1,10 +1,10 @@
-"""`selm eval winrate A B ...`: who beats whom, by any ranker or judge, from stored answers.
+"""Runs `selm eval winrate A B ...`: pairwise win rates from stored answers, by any ranker.
 
-For every two contestants the ranker sees both answers to each prompt, once as (A, B) and once as
-(B, A). How far A won is a share from 0 to 1, a tie 1/2; a judge's share is that of its two orders
-of the answers, which are a tie where they disagree. The two askings must give shares that sum to 1.
+For every two contestants the ranker scores both answers to each prompt, once as (A, B) and once as
+(B, A). How far A won is a share from 0 to 1; a tie is 1/2. A judge itself compares both orders of
+the answers; if they disagree, it is a tie. The shares of (A, B) and (B, A) must sum to 1.
 
-`equal_length` says how the rate at equal length is found.
+`equal_length` computes the win rate at equal length.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from selm_jax.text.conversations import Prompt
 Shares = Float[np.ndarray, " answers"]
 
 _TOLERANCE = 1e-6
-_COUNTED_AS = "ties"  # answers of a judge that could not be read
+_COUNTED_AS = "ties"  # how malformed answers of a judge count
 
 
 def shares(
@@ -45,7 +45,7 @@ def shares(
     """How far each answer of `one` beats that of `other`, from 0 to 1.
 
     Raises:
-      EvaluationError: asked the other way round, the ranker says something else.
+      EvaluationError: the ranker's result depends on the order of the two answers.
     """
     questions = [a.question for a in one]
     forth = ranker.scores(questions, [[a.text, b.text] for a, b in zip(one, other, strict=True)])
@@ -57,16 +57,19 @@ def shares(
         at = int(odd.argmax())
         raise EvaluationError(
             f"the ranker {ranker.name} is not antisymmetric: at prompt {one[at].prompt_id!r} "
-            f"{names[0]} beats {names[1]} by {won[at]:.4g}, but the other way round {names[1]} beats "
-            f"{names[0]} by {lost[at]:.4g} ({int((odd > _TOLERANCE).sum())} of {len(odd)} prompts). "
-            "It draws numbers, or its scores depend on more than prompt and answer"
+            f"{names[0]} beats {names[1]} by {won[at]:.4g}, but in the other order {names[1]} "
+            f"beats {names[0]} by {lost[at]:.4g} ({int((odd > _TOLERANCE).sum())} of {len(odd)} "
+            "answers). It is random, or its scores depend on the order. Use another ranker"
         )
     return won
 
 
 def _share(ranker: Ranker, one: float, other: float) -> float:
-    """Of two scores: judges that compare give shares; of all others only who has more counts. What
-    a judge said unreadably is a tie, if so many may be (`Malformed`)."""
+    """How far the first of two scores wins, from 0 to 1.
+
+    Scores of judges that compare are shares already; for all other rankers only the order counts.
+    An unreadable answer of a judge is a tie (`Malformed` limits their number).
+    """
     if np.isnan(one) or np.isnan(other):
         return 0.5
     if getattr(ranker, "form", None) in ("pairwise", "logprob"):
@@ -75,7 +78,7 @@ def _share(ranker: Ranker, one: float, other: float) -> float:
 
 
 def compare(y: Shares, one: Sequence[Stored], other: Sequence[Stored]) -> dict[str, Any]:
-    """The rates of one pair with intervals about other prompts; a prompt's samples go together."""
+    """The win rates of one pair, with intervals over prompts; a prompt's samples are one unit."""
     prompts = list(dict.fromkeys(a.prompt_id for a in one))
     at = {name: i for i, name in enumerate(prompts)}
     of = np.array([at[a.prompt_id] for a in one])
@@ -110,24 +113,24 @@ def run(
 
     Args:
       contestants: models, or files of answers (`answers`).
-      prompts: what models are to answer; not called if all contestants are files.
-      out: a folder; must not be there yet.
-      keep: where models' answers are kept; what is there is not drawn again.
-      allow_malformed: so many answers of a judge may be unreadable; an answer that enters several
-        comparisons counts in each.
+      prompts: returns the prompts for models; not called if all contestants are files.
+      out: a folder that must not exist yet.
+      keep: the cache folder of answers; answers in it are not generated again.
+      allow_malformed: how many of a judge's answers may be unreadable; an answer that is used in
+        several comparisons counts in each.
 
     Raises:
-      EvaluationError: fewer than two contestants, answers to different prompts, a ranker that is
-        not antisymmetric, more malformed answers than allowed, `out` is there.
+      EvaluationError: there are fewer than two contestants, they answered different prompts, the
+        ranker is not antisymmetric, there are more malformed answers than allowed, or `out` exists.
     """
     if len(contestants) < 2:
-        raise EvaluationError(f"{len(contestants)} contestant; two or more can be compared")
+        raise EvaluationError(f"found {len(contestants)} contestant; expected two or more")
     if ranker.name == "human":
         raise EvaluationError(
-            "people answer on `selm annotate`'s page, not here; name another ranker"
+            "ranker 'human' works only with `selm annotate`; give another one with --ranker"
         )
     if not dry_run and out.exists():
-        raise EvaluationError(f"{out} is there already; move it away or give another --out")
+        raise EvaluationError(f"{out} exists already. Move it away, or give another --out")
     if dry_run:
         show(_costs(contestants, prompts, ranker, open_model, asked, keep), console)
         return {}
@@ -146,7 +149,7 @@ def run(
     verdicts.watch(ranker, askings=2)
     for a, b in itertools.combinations(ordered, 2):
         y = shares(ranker, ordered[a], ordered[b], (a, b))
-        verdicts.add(ranker)  # of the second asking, which says what the first said
+        verdicts.add(ranker)  # only of the reverse order, which repeats the first one's answers
         pairs.append({"a": a, "b": b, **compare(y, ordered[a], ordered[b])})
         pairs[-1] |= {"ranker": reported(ranker)}
         lines += [
@@ -154,8 +157,8 @@ def run(
             for (name, sample), share in zip(order, y, strict=True)
         ]
     report = {
-        "ranker": ranker.name, **verdicts.record, "answers": files, "pairs": pairs, "ridge": equal_length.RIDGE,
-        "matrix": matrix(list(ordered), pairs, "win_rate"),
+        "ranker": ranker.name, **verdicts.record, "answers": files, "pairs": pairs,
+        "ridge": equal_length.RIDGE, "matrix": matrix(list(ordered), pairs, "win_rate"),
         "length_controlled_matrix": matrix(list(ordered), pairs, "length_controlled"),
     }  # fmt: skip
     with artifacts.whole(out) as folder:
@@ -169,7 +172,7 @@ def run(
 
 
 def matrix(names: Sequence[str], pairs: Sequence[dict], key: str) -> list[list[float]]:
-    """Entry (i, j): how often i beats j; 1/2 on the diagonal."""
+    """The matrix of win rates: entry (i, j) is how often i beats j; 1/2 on the diagonal."""
     rates = {(p["a"], p["b"]): p[key]["mean"] for p in pairs}
     rates |= {(b, a): 1 - rate for (a, b), rate in rates.items()}
     return [[rates.get((a, b), 0.5) for b in names] for a in names]
@@ -194,7 +197,7 @@ def _costs(
             parts.append(cost(open_model(c.models[0]), those, asked, keep))
     others = len(contestants) - 1
     for judge in judges(ranker):
-        # Both orders of each pair; a rating is of one answer, and the cache keeps it.
+        # Pairs are judged in both orders; a rating is of one answer, and the cache reuses it.
         times = 1 if judge.form == "pointwise" else 2 * others
         calls = count * len(contestants) * (1 if judge.form == "pointwise" else others)
         parts.append(judge_cost(judge, calls, times * sum(characters)))
@@ -204,8 +207,8 @@ def _costs(
 def print_report(report: dict[str, Any], names: list[str], console: Console) -> None:
     prompts = report["pairs"][0]["prompts"]
     for key, title in (
-        ("matrix", "wins of the row over the column, a tie half"),
-        ("length_controlled_matrix", "the same at equal length"),
+        ("matrix", "win rate of row over column, in % (ties count half)"),
+        ("length_controlled_matrix", "win rate at equal length, in %"),
     ):
         table = Table(title=f"{title}; {prompts} prompts; ranker: {report['ranker']}", box=None)
         table.add_column("")

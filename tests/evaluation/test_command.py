@@ -1,4 +1,4 @@
-"""The verbs as a reader of README.md calls them, on a finished run: what they take from it unasked."""
+"""The commands as in README.md, on a finished run: which defaults they take from it."""
 
 from __future__ import annotations
 

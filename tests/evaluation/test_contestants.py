@@ -1,4 +1,4 @@
-"""What the command line says of contestants and of who judges them."""
+"""Parsing of contestants and rankers from the command line."""
 
 import pytest
 from typer.testing import CliRunner

@@ -1,5 +1,4 @@
-"""The rate at equal length: the fit against another optimiser, its interval against Wilson's and by
-simulation."""
+"""The rate at equal length: the fit against another optimiser, its interval by simulation."""
 
 from __future__ import annotations
 
@@ -53,7 +52,7 @@ def test_without_differences_in_length_it_is_wilsons_interval(wins):
 @pytest.mark.parametrize("n", [20, 100])
 @pytest.mark.parametrize("rate", [0.5, 0.8, 0.95])
 def test_it_holds_the_rate_at_equal_length(rate, n):
-    """Answers of A are longer, and length wins: the raw rate is far above the one at equal length."""
+    """A's answers are longer, and length wins: the raw rate is far above that at equal length."""
     rng, theta, held = np.random.default_rng(0), np.log(rate / (1 - rate)), 0
     for _ in range(150):
         lengths = np.stack([rng.normal(600, 150, n), rng.normal(500, 150, n)], 1)

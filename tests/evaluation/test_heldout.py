@@ -1,4 +1,4 @@
-"""Held-out measures against exact enumeration of the first token, and against themselves swapped."""
+"""Held-out measures against exact enumeration of the first token, and with models swapped."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_a_ranker_that_only_compares_sees_each_answer_beside_the_references(fold
 
 
 def test_people_are_not_asked(folders, evaluated, tmp_path):
-    with pytest.raises(EvaluationError, match="people"):
+    with pytest.raises(EvaluationError, match="ranker 'human'"):
         evaluated([f"one={folders[0]}"], ranker=rankers.build("human"))
     assert not (tmp_path / "out").exists()
 

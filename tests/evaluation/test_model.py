@@ -1,4 +1,4 @@
-"""A model made ready: answers and scores against full forwards, whatever goes beside them."""
+"""An opened model: answers and scores equal full forward passes, in any batch."""
 
 from __future__ import annotations
 
@@ -117,5 +117,5 @@ def test_a_run_is_its_last_model(tmp_path):
     last = find(str(run))
     assert (last.name, last.source) == ("run/iteration_2", str(run / "iteration_2" / "model"))
     assert dataclasses.asdict(find(str(run), iteration=1))["name"] == "run/iteration_1"
-    with pytest.raises(EvaluationError, match="no run folder"):
+    with pytest.raises(EvaluationError, match="not a run folder"):
         find(str(tmp_path / "model"), iteration=1)

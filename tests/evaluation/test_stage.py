@@ -1,4 +1,4 @@
-"""What a run measures of itself: held-out pairs, entropy and variety beside reward and KL."""
+"""A run's own evaluation: held-out pairs, entropy and variety, besides reward and KL."""
 
 from __future__ import annotations
 

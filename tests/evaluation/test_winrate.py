@@ -1,4 +1,4 @@
-"""Who beats whom: the fit against another optimiser, the matrix against counting, faults injected."""
+"""Win rates: the fit against another optimiser, the matrix against counting, faults injected."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ def test_the_matrix_is_a_count(files, tmp_path):
     assert any(p["ties"] > 0 for p in report["pairs"])
     lines = (tmp_path / "out" / "comparisons.jsonl").read_text().splitlines()
     assert len(lines) == 3 * 30
-    with pytest.raises(EvaluationError, match="there already"):
+    with pytest.raises(EvaluationError, match="exists already"):
         compared(files, score, tmp_path)
 
 
 def test_wins_by_length_alone_are_none_at_equal_length():
-    """A ranker that wants length and nothing else: raw says one wins, length-controlled does not."""
+    """A ranker that prefers length alone: the raw rate shows a winner, the controlled one none."""
     rng = np.random.default_rng(2)
     one = answers(["x" * int(n) for n in rng.integers(40, 90, 48)])
     other = answers(["x" * int(n) for n in rng.integers(20, 80, 48)])
@@ -148,10 +148,10 @@ def spoiled(lines, how):
 @pytest.mark.parametrize(
     ("how", "says"),
     [
-        ("missing", r"no answer to 1 of 30 prompts .* 'p3'"),
-        ("twice", "line 31: a second answer 0 to prompt 'p3'"),
-        ("changed", "'p3' is not the same"),
-        ("no text", "line 4: no answer: KeyError: 'text'"),
+        ("missing", r"lacks 1 of 30 answers .* 'p3'"),
+        ("twice", "line 31: a second answer with `sample` 0 to prompt 'p3'"),
+        ("changed", "'p3' differs between"),
+        ("no text", "line 4: not an answer: KeyError: 'text'"),
     ],
 )
 def test_bad_files_of_answers_are_named(files, tmp_path, how, says):
@@ -259,7 +259,9 @@ def test_the_verb_takes_what_is_allowed(scripted, files, tmp_path):
     given = ["eval", "winrate", *files[:2], "--ranker", "judge", "-o", str(tmp_path / "out")]
     settings = scripted(lambda a, b: "Hm.")
     given += [text for key, value in settings.items() for text in ("--set", f"{key}={value}")]
-    assert "accept so many with --allow-malformed" in str(CliRunner().invoke(app, given).exception)
+    assert "allow a number of them with --allow-malformed" in str(
+        CliRunner().invoke(app, given).exception
+    )
     assert not (tmp_path / "out").exists()
     result = CliRunner().invoke(app, [*given, "--allow-malformed", "60"])
     assert result.exit_code == 0 and "60 of 60 answers of the judge" in result.output
@@ -279,7 +281,7 @@ def test_a_models_answers_are_drawn_once(folders, files, tmp_path, monkeypatch):
 
 
 def test_who_is_compared_must_be_told_apart(files):
-    with pytest.raises(EvaluationError, match="long stands there twice"):
+    with pytest.raises(EvaluationError, match="the name long is given twice"):
         contestants([files[0], files[0]], iteration=None, revision=None, files=True)
     with pytest.raises(EvaluationError, match="no such file"):
         contestants(["x=gone.jsonl"], iteration=None, revision=None, files=True)

@@ -1,1 +1,1 @@
-"""Benchmarks that others made: AlpacaEval 2, MT-Bench and the tasks of lm-eval."""
+"""Established benchmarks: AlpacaEval 2, MT-Bench and the tasks of lm-eval."""

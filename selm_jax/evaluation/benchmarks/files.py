@@ -1,4 +1,4 @@
-"""Files of benchmarks: rows that are read, rows that grow as they are paid for, and their names."""
+"""Files of benchmarks: tables that are read, and journals to which results are appended."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ Row = Mapping[str, Any]
 
 
 class Journal:
-    """Rows that took tokens or money, one JSON line each, found again by key.
+    """A file of expensive results, one JSON line each, that are found again by key.
 
-    The file only grows, by whole lines. A last line torn by a kill is not read, and is taken away
-    by the first `add`. One that is whole counts, whether or not a line feed ends it.
+    Lines are only appended. A last line that a kill cut off is ignored, and the first `add` removes
+    it. A complete last line counts, even without a line feed at its end.
 
     Attributes:
-        rows: by key, in the order of the file.
+        rows: the results by key, in the order of the file.
 
     Raises:
-        EvaluationError: a line that is no object or lacks its key, or a key that is there twice.
+        EvaluationError: a line is not an object or lacks its key, or a key appears twice.
     """
 
     def __init__(self, file: Path, key: Callable[[Mapping[str, Any]], Hashable]):
@@ -44,12 +44,13 @@ class Journal:
                     self._whole = len(raw) - len(line.raw)
                     break
                 raise EvaluationError(
-                    f"{file}, line {line.number}: {type(error).__name__}: {error}. It was not written "
-                    "here, or was changed since; take the line away, or name another folder."
+                    f"{file}, line {line.number}: {type(error).__name__}: {error}. This program "
+                    "did not write this line, or it was changed. Delete it, or choose another "
+                    "folder."
                 ) from error
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Appends rows; they are on the disk when this returns."""
+        """Appends rows and flushes them to disk."""
         rows = [dict(row) for row in rows]
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +58,7 @@ class Journal:
             os.truncate(self.file, self._whole)
         with self.file.open("ab") as f:
             if self._whole and self.file.read_bytes()[-1:] != b"\n":
-                f.write(b"\n")  # others write files without one at the end
+                f.write(b"\n")  # other programs may leave out the last line feed
             self._whole = None
             f.write(lines.encode("utf-8", "backslashreplace"))
             f.flush()
@@ -68,15 +69,15 @@ class Journal:
     def _take(self, row: dict[str, Any]) -> None:
         key = self._key(row)
         if key in self.rows:
-            raise ValueError(f"{key!r} is there twice")
+            raise ValueError(f"{key!r} appears twice")
         self.rows[key] = row
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
-    """A JSON list of objects, or one object on each line.
+    """Reads a JSON list of objects, or a file with one object per line.
 
     Raises:
-        EvaluationError: it is neither, or empty.
+        EvaluationError: the file is neither, or is empty.
     """
     text = read_text(file)
     try:
@@ -85,9 +86,11 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
         else:
             rows = [line.value() for line in jsonl.lines(text.encode())]
     except ValueError as error:
-        raise EvaluationError(f"{file}: no JSON: {error}.") from error
+        raise EvaluationError(
+            f"{file}: not JSON: {error}. Expected a list of objects, or one object per line."
+        ) from error
     if not rows or not all(isinstance(row, dict) for row in rows):
-        raise EvaluationError(f"{file}: expected a list of objects, one for each instruction.")
+        raise EvaluationError(f"{file}: expected a list of objects, or one object per line.")
     return rows
 
 
@@ -107,13 +110,13 @@ def text_of(row: Row, key: str, where: object, i: int) -> str:
 
 
 def pinned(model: Model) -> str:
-    """What tells a model's bytes from others', wherever they lie."""
+    """A text that identifies a model's bytes, independent of their location."""
     origin = {key: value for key, value in model.folder.origin.items() if key != "source"}
     return json.dumps(origin, sort_keys=True)
 
 
 def file_name(name: str) -> str:
-    """A name as a file may have it: a Hub id's slash is none of a folder."""
+    """A file name for a model's name: the slash of a Hub id is replaced."""
     return name.replace("/", "--")
 
 

@@ -1,4 +1,4 @@
-"""A tiny model; the published data."""
+"""Fixtures: a tiny model, and the published data."""
 
 from __future__ import annotations
 

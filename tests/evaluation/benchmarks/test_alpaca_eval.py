@@ -1,4 +1,4 @@
-"""AlpacaEval: published annotations give published figures; nothing else is taken for them."""
+"""AlpacaEval: published annotations give the published numbers; other files are refused."""
 
 from __future__ import annotations
 
@@ -108,8 +108,8 @@ class TestPublished:
             assert found[key] == int(line[key]), key
         rates = ("win_rate", "standard_error", "discrete_win_rate")
         for key in rates:
-            # A double holds 15 digits for sure. The 16th and 17th are the last bit of sums, in which
-            # the package of today differs from the file as well.
+            # A double has 15 reliable digits. The 16th and 17th are the last bit of sums, in which
+            # today's package differs from the file as well.
             assert f"{found[key]:.15g}" == f"{float(line[key]):.15g}", key
         shown = ", ".join(f"{key} {found[key]:.15g}" for key in rates)
         counts = f"n {found['n_wins']}/{found['n_draws']}/{found['n_wins_base']}"
@@ -153,7 +153,9 @@ class TestPublished:
         prompts = shared / "alpaca_eval/prompts.jsonl"
         rows = [json.loads(line) for line in prompts.read_text().split("\n") if line]
         file = dump(tmp_path / "set.json", [{"instruction": row["prompt"]} for row in rows])
-        with pytest.raises(EvaluationError, match="all there, but in another order: row 0 holds"):
+        with pytest.raises(
+            EvaluationError, match="the instructions are in another order: row 0 has"
+        ):
             read_set(str(file))
 
 
@@ -170,7 +172,7 @@ class TestWinRate:
                 assert ours[key] == pytest.approx(value, rel=1e-13), key
 
     def test_no_preference_at_all(self):
-        with pytest.raises(EvaluationError, match="no preference"):
+        with pytest.raises(EvaluationError, match="no row has a preference"):
             score.win_rate(np.array([]))
 
 
@@ -269,8 +271,8 @@ class TestLengthControlled:
 
     @pytest.mark.parametrize("c", [0.005, 2.78, 1e4])
     def test_a_refit_is_the_penalised_minimum(self, rows, tmp_path, c):
-        """Against liblinear, as the package calls it but for the tolerance. The least C leaves nothing
-        of some weights."""
+        """Against liblinear, called as by the package except for the tolerance. With the smallest C
+        some weights are 0."""
         from sklearn.linear_model import LogisticRegression
 
         gamed = write_csv(tmp_path / "df_gamed.csv", gamed_frame(np.random.default_rng(2)))
@@ -362,12 +364,12 @@ def with_row(i, **changes):
 
 
 BAD_SETS = [
-    (moved, "another order: row 0 holds number 1"),
-    (lambda rows: rows[:-1], "missing are the instructions 4 of 5"),
-    (lambda rows: [*rows, rows[2]], "more than once there are 2"),
-    (lambda rows: [*rows[:-1], rows[0]], "missing are the instructions 4 .*more than once .* 0"),
-    (with_row(3, instruction="Why not?"), "missing .* 3 of 5; not AlpacaEval's .* 3, .*'Why not"),
-    (with_row(3, instruction="Why? "), "not AlpacaEval's .* rows 3"),
+    (moved, "another order: row 0 has number 1"),
+    (lambda rows: rows[:-1], "instructions 4 of 5 are missing"),
+    (lambda rows: [*rows, rows[2]], "instructions 2 appear more than once"),
+    (lambda rows: [*rows[:-1], rows[0]], "instructions 4 .*missing; instructions 0 .*than once"),
+    (with_row(3, instruction="Why not?"), "3 of 5 .*; .* rows 3 are not AlpacaEval's, .*'Why not"),
+    (with_row(3, instruction="Why? "), "rows 3 are not AlpacaEval's"),
     (with_row(3, instruction=None), "row 3: 'instruction' is None"),
 ]
 
@@ -436,7 +438,7 @@ class TestBadFiles:
         gone = [row for i, row in enumerate(rows) if i != 3]
         with pytest.raises(EvaluationError, match="instructions 3 of 5.*--allow-missing 1"):
             check_annotations(gone, "here")
-        with pytest.raises(EvaluationError, match="no row of 1 instructions.*--allow-missing 2"):
+        with pytest.raises(EvaluationError, match="1 instructions have no row.*--allow-missing 2"):
             check_annotations(gone, "here", allow_missing=1)
         found = check_annotations(gone, "here", allow_missing=2)
         assert alpaca_eval_set.places(found) == [0, 1, 2, 4]
@@ -454,7 +456,7 @@ class TestBadFiles:
         result = CliRunner().invoke(app, verb)
         assert result.exit_code == 0 and "no preference in    2 instructions" in result.output
         nothing = [row | {"preference": None} for row in annotations()]
-        with pytest.raises(EvaluationError, match="no preference to take"):
+        with pytest.raises(EvaluationError, match="no row has a preference"):
             check_annotations(nothing, "here", allow_missing=5)
 
     @pytest.mark.parametrize("text", ["", "[]", "{", "[1]", '{"a": 1}\n{"b"', "\xff"])
@@ -521,14 +523,17 @@ class TestAnswers:
         assert len(asked) == 4
 
     def test_what_leaves_no_room_is_found_before_anything_is_drawn(self, model, set_file, tmp_path):
-        with pytest.raises(EvaluationError, match="instruction 2 .*for 512 together. Lower --max"):
+        with pytest.raises(EvaluationError, match="instruction 2 .*only 512 together. Lower --max"):
             alpaca.answer(model, read_set(str(set_file)), tmp_path, alpaca.Decoding(500))
         assert not (tmp_path / "stage.json").exists()
 
     @pytest.mark.parametrize(
         ("given", "says"),
         [
-            (["--judge", "j", "--base-url", "http://127.0.0.1:9/v1"], "holds no answers of gpt4"),
+            (
+                ["--judge", "j", "--base-url", "http://127.0.0.1:9/v1"],
+                "no answers of the baseline gpt4",
+            ),
             (["--gamed", "nowhere.csv"], "nowhere.csv: no such file"),
             (["--judge", "j", "--key-env", "NOT_SET"], "no server|NOT_SET"),
             (["--judge", "j", "--prompt", "nowhere.txt"], "nowhere.txt cannot be read"),
@@ -540,7 +545,7 @@ class TestAnswers:
     ):
         monkeypatch.setattr(Model, "reply", lambda *_, **__: pytest.fail("a token was drawn"))
         monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-        if "holds" in says:
+        if "baseline" in says:
             rows = json.loads(set_file.read_text())
             dump(set_file, [{"instruction": row["instruction"]} for row in rows])
         verb = ["eval", "alpaca_eval", str(model_folder), "--instructions", str(set_file)]

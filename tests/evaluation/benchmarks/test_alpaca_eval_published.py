@@ -1,4 +1,4 @@
-"""The length-controlled rate from the repository's files: made-up ones, whose truth is known."""
+"""The length-controlled rate from the repository's files, with made-up files of known truth."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_the_rate_is_that_of_the_true_file_at_the_published_c(world, c):
 
 
 def test_a_model_without_a_stored_fit_has_the_usual_c(world):
-    """One that is not there, one of another judge, and one whose stored fit is of other annotations."""
+    """A model without a fit, one of another judge, and one whose fit is of other annotations."""
     usual = world.true_fit(repo.USUAL_C).rate
     folder = world.repository()
     for changes, stored in (

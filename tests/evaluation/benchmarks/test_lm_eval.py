@@ -319,7 +319,7 @@ def test_the_verb_writes_results_with_names_versions_and_shots(model, task_folde
     assert results["config"]["selm_origin"]["sha256"] == model.folder.origin["sha256"]
     lines = (out / "samples" / "local_write.jsonl").read_text().splitlines()
     assert len(lines) == 3 and "resps" in json.loads(lines[0])
-    with pytest.raises(EvaluationError, match="there already"):
+    with pytest.raises(EvaluationError, match="exists already"):
         lm_eval.run(model, "local_write", out=out, **asked)
 
 
@@ -341,15 +341,15 @@ def test_a_dry_run_counts_and_writes_nothing(model, task_folder, tmp_path):
     ("tasks", "says"),
     [
         ("local_chose", "did you mean 'local_choice'"),
-        ("local_choice:two", "'two' shots"),
-        (" , ", "names none"),
+        ("local_choice:two", "'two' is not a number of shots"),
+        (" , ", "--tasks is empty"),
         ("local_choice,local_choice:3", "local_choice twice"),
         (
             "local_choice:14",
-            "14 shots, but there are 13 rows .* besides the question .*local_choice:13",
+            "14 shots, but there are only 13 rows .* besides the question .*local_choice:13",
         ),
         ("local_write,local_choice:99", "task local_choice: 99 shots"),
-        ("local_rolling:1", "whole texts take no shots"),
+        ("local_rolling:1", "whole texts and cannot have shots"),
     ],
 )
 def test_tasks_that_nobody_knows_are_errors(model, task_folder, tmp_path, tasks, says):
@@ -380,8 +380,8 @@ def test_a_setting_that_the_engine_lacks_is_an_error(ours):
         ({"max_new_tokens": -3}, "max_gen_toks is -3"),
         ({"max_gen_toks": "many"}, "'many'.*Expected numbers"),
         ({"max_gen_toks": 3, "temperature": None}, "temperature.*Expected numbers"),
-        ({"max_gen_toks": 3, "until": ["a", 5]}, "until holds 5; expected texts"),
-        ({"max_gen_toks": 3, "until": 5}, "until holds 5"),
+        ({"max_gen_toks": 3, "until": ["a", 5]}, "until has 5; expected texts"),
+        ({"max_gen_toks": 3, "until": 5}, "until has 5"),
     ],
 )
 def test_odd_generation_settings_are_named(ours, settings, says):

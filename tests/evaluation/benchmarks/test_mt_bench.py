@@ -1,4 +1,4 @@
-"""MT-Bench: FastChat's files in and out, a scripted judge between, nothing guessed."""
+"""MT-Bench: FastChat's files in and out, with a scripted judge; no verdict is guessed."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ class TestQuestions:
     @pytest.mark.parametrize(
         ("change", "says"),
         [
-            ({"question_id": 81}, "row 1: question 81 is there twice"),
+            ({"question_id": 81}, "row 1: question 81 appears twice"),
             ({"question_id": "82"}, "row 1: expected question_id"),
             ({"turns": ["one"]}, "row 1: expected .*2 texts"),
             ({"turns": ["one", 2]}, "row 1: expected .*2 texts"),
@@ -209,7 +209,10 @@ class TestQuestions:
             (lambda rows: rows[:-1], "answers to 1 questions are missing, such as 85"),
             (lambda rows: [*rows, rows[0]], "row 5: question 81 is answered twice"),
             (lambda rows: [rows[0] | {"model_id": "z"}, *rows[1:]], "several models: one, z"),
-            (lambda rows: [rows[0] | {"choices": []}, *rows[1:]], "row 0: no answer of FastChat"),
+            (
+                lambda rows: [rows[0] | {"choices": []}, *rows[1:]],
+                "row 0: not an answer in FastChat",
+            ),
             (
                 lambda rows: [rows[0] | {"choices": [{"turns": ["a"]}]}, *rows[1:]],
                 "row 0: expected 2 texts",
@@ -487,8 +490,8 @@ class TestVerdicts:
         if allowed is not None:
             assert score.check_malformed(rows, given, tmp_path) == allowed
             return
-        says = rf"{malformed} of 160 verdicts .*question 0, turn 1.*'Hm 0'.*--allow-malformed {malformed}"
-        with pytest.raises(EvaluationError, match=says):
+        says = rf"{malformed} of 160 verdicts .*question 0, turn 1.*'Hm 0'.*--allow-malformed "
+        with pytest.raises(EvaluationError, match=f"{says}{malformed}"):
             score.check_malformed(rows, given, tmp_path)
 
 
@@ -571,7 +574,7 @@ class TestResume:
         with pytest.raises(EvaluationError, match="single.jsonl, line 1"):
             run()
         file.write_text(whole + whole.split("\n")[0] + "\n")
-        with pytest.raises(EvaluationError, match="line 11: .*is there twice"):
+        with pytest.raises(EvaluationError, match="line 11: .*appears twice"):
             run()
 
 
@@ -627,8 +630,10 @@ class TestScores:
         of_question = rng.normal(6, 1, 80)
         rows = [
             {"question_id": q.id, "turn": turn, "score": float(x)}
-            for q, x in zip(questions, of_question, strict=True) for turn in (1, 2) for _ in range(3)
-        ]  # fmt: skip
+            for q, x in zip(questions, of_question, strict=True)
+            for turn in (1, 2)
+            for _ in range(3)
+        ]
         found = score.single(rows, questions)["overall"]
         half = 1.96 * of_question.std(ddof=1) / np.sqrt(80)
         assert found["high"] - found["low"] == pytest.approx(2 * half, rel=0.05)
@@ -636,7 +641,7 @@ class TestScores:
     @pytest.mark.parametrize(
         ("change", "says"),
         [
-            (lambda rows: rows[:-1], "1 of 10 turns are missing, such as of question 85, turn 2"),
+            (lambda rows: rows[:-1], "1 of 10 turns are missing, such as question 85, turn 2"),
             (lambda rows: [], "10 of 10 turns"),
             (lambda rows: [*rows, rows[0] | {"question_id": 7}], "of question 7"),
         ],
@@ -741,7 +746,9 @@ class TestVerb:
         given = ("--answers", files.one, "--against", files.two)
         result = self.verb(files, judge, *given)
         file = files.folder / "model_judgment/the--judge_pair.jsonl"
-        says = f"{file}: 2 of 10 verdicts could not be read, 0 may be; such as that on question 81"
+        says = (
+            f"{file}: 2 of 10 verdicts could not be read, more than the 0 allowed; such as that on "
+        )
         assert says in str(result.exception) and "'I like both.'" in str(result.exception)
         assert not list(files.folder.glob("*.json"))
         assert len(file.read_text().splitlines()) == 10 and len(judge.bodies) == 20
@@ -789,7 +796,7 @@ class TestVerb:
             }
             assert set(record["files"]) == {"questions", "judgments"}
         assert record["overall"]["malformed"]
-        says = "judgments are of one, two; --name is not given"
+        says = "judgments are about one, two; --name is not given"
         assert says in str(self.scored(files, "--judgments", file).exception)
         result = self.scored(files, "--judgments", file, "--name", "three")
         assert "--name is none of them" in str(result.exception)
@@ -811,9 +818,9 @@ class TestVerb:
     @pytest.mark.parametrize(
         ("spoil", "says"),
         [
-            (lambda rows: [*rows, rows[0]], "row 10: .* there twice"),
+            (lambda rows: [*rows, rows[0]], "row 10: .* appears twice"),
             (lambda rows: [rows[0] | {"score": "7"}, *rows[1:]], "row 0: .*expected a rating"),
-            (lambda rows: [{"question_id": 81}, *rows[1:]], "row 0: no verdict .*KeyError"),
+            (lambda rows: [{"question_id": 81}, *rows[1:]], "row 0: not a verdict .*KeyError"),
             (lambda rows: rows[:-1], "judgments of 1 of 10 turns are missing"),
             (lambda rows: [rows[0] | {"judge": ["x", "y"]}, *rows[1:]], "several judges: j, x"),
         ],

@@ -1,1 +1,1 @@
-"""AlpacaEval 2: 805 answers, a judge's annotations of them, and the numbers of the leaderboard."""
+"""AlpacaEval 2: answers to 805 instructions, a judge's annotations, and win rates."""

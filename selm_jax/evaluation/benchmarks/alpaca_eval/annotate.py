@@ -1,10 +1,10 @@
-"""A model's answers against AlpacaEval's baseline: annotations, in the official format.
+"""Annotations of a model's answers against AlpacaEval's baseline, in the official format.
 
-Two ways to the same numbers. `ask` sends the requests itself, to any OpenAI-compatible server, and
-pays for no answer twice; `ask_package` leaves all to the `alpaca_eval` package. Both follow
-`weighted_alpaca_eval_gpt4_turbo`: one call for each instruction, one token, of which the
-probabilities of `m` (the first output shown) and `M` (the second) count; which output is shown
-first is drawn from the instruction's text. Equal outputs are a draw without a call.
+There are two ways to the same numbers. `ask` sends the requests itself, to any OpenAI-compatible
+server, and pays for no answer twice; `ask_package` calls the `alpaca_eval` package. Both follow
+`weighted_alpaca_eval_gpt4_turbo`: one call per instruction asks for one token, and the
+probabilities of `m` (the first output shown) and `M` (the second) are used. Which output is shown
+first is random, seeded by the instruction's text. Equal outputs are a draw without a call.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from selm_jax.shell.progress import Advance
 OFFICIAL = "weighted_alpaca_eval_gpt4_turbo"
 OFFICIAL_JUDGE = "gpt-4-1106-preview"
 _PROMPT_IN_PACKAGE = "evaluators_configs/alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt"
-# Of that file in alpaca_eval 0.6.6.
+# SHA-256 of that file in alpaca_eval 0.6.6.
 PROMPT_SHA256 = "784227e6dc2832fc08c43d2c8ea3a308e7523780187a1aaad2f85e30bac85f62"
-# What the package's configuration sends to the official judge. Others are asked at temperature 0: vLLM
-# tells the token that is drawn among the five, in place of the fifth likeliest.
+# What the package's configuration sends to the official judge. Other judges use temperature 0: vLLM
+# reports the sampled token among the five, in place of the fifth most likely one.
 SAMPLING: Mapping[str, Any] = {
     "max_tokens": 1, "temperature": 1.0, "top_logprobs": 5, "extra": {"top_p": 1.0},
 }  # fmt: skip
@@ -43,11 +43,11 @@ SAMPLING: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class AnnotatorPrompt:
-    """What the judge is asked.
+    """The judge's prompt.
 
     Attributes:
-        template: with {instruction}, {output_1} and {output_2}.
-        sha256: of its file, in hex.
+        template: the text with {instruction}, {output_1} and {output_2}.
+        sha256: SHA-256 of its file, in hex.
     """
 
     template: Template
@@ -58,8 +58,7 @@ class AnnotatorPrompt:
         return self.sha256 == PROMPT_SHA256
 
     def annotator(self, judge: str, extra: Mapping[str, Any] | None = None) -> str:
-        """The annotator's name: the official one for nothing but the official judge, prompt and
-        request."""
+        """The annotator's name: the official one only if judge, prompt and request are official."""
         if self.official and judge == OFFICIAL_JUDGE and not extra:
             return OFFICIAL
         prompt = "" if self.official else f"_prompt_{self.sha256[:8]}"
@@ -70,18 +69,18 @@ class AnnotatorPrompt:
 
 
 def read_prompt(file: Path | None = None) -> AnnotatorPrompt:
-    """The judge's prompt from a file; None takes the one in the installed `alpaca_eval` package.
+    """Reads the judge's prompt from a file; by default from the installed `alpaca_eval` package.
 
     Raises:
-        EvaluationError: it is not there.
+        EvaluationError: the prompt was not found.
         selm_jax.feedback.judge.budget.JudgeError: a placeholder is missing or unknown.
     """
     if file is None:
         found = importlib.util.find_spec("alpaca_eval")  # does not import it
         if found is None or found.origin is None:
             raise EvaluationError(
-                f"the judge's prompt is AlpacaEval's, and is not shipped here. {INSTALL}, or name "
-                "a copy of its alpaca_eval_clf.txt with --prompt."
+                f"AlpacaEval's prompt for the judge is not included here. Run {INSTALL}, or give a "
+                "copy of its alpaca_eval_clf.txt with --prompt."
             )
         file = Path(found.origin).parent / _PROMPT_IN_PACKAGE
     text = read_text(file)
@@ -92,14 +91,14 @@ def read_prompt(file: Path | None = None) -> AnnotatorPrompt:
 
 
 def is_switched(instruction: str) -> bool:
-    """Whether the model's answer is shown first: the package's draw, with its seed 0."""
+    """Whether the model's answer is shown first: the package's random choice, with its seed 0."""
     return random.Random(f"is_switched_outputs{instruction}0").choices([False, True], k=1)[0]
 
 
 def questions(
     instructions: EvalSet, outputs: Sequence[Mapping[str, str]], prompt: AnnotatorPrompt
 ) -> Iterator[tuple[int, Messages]]:
-    """(row, conversation) of every call that is needed, in order."""
+    """Yields (row, conversation) for every call that is needed, in order."""
     for i, (instruction, baseline) in enumerate(_pairs(instructions)):
         shown = [baseline, outputs[i]["output"]]
         if shown[0] == shown[1]:
@@ -119,27 +118,27 @@ async def ask(
     allow_missing: int = 0,
     extra: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """Annotations by our own client. What it could use is in its cache, whatever happens.
+    """Annotates with our own client. Its cache keeps all usable answers, whatever happens.
 
     Args:
-        instructions: with the baseline's answers.
-        outputs: of `read_outputs`, of the same set.
-        client: not yet opened.
-        allow_missing: so many answers may tell no preference without stopping it.
+        instructions: the instructions with the baseline's answers.
+        outputs: the result of `read_outputs`, for the same instructions.
+        client: a client that is not open yet.
+        allow_missing: how many answers may lack a preference.
         extra: more fields of each request; see `Client.complete`.
 
     Returns:
-        Rows in the set's order; an answer that tells neither m nor M has preference None.
+        Rows in the order of the instructions; without m or M in the answer, the preference is None.
 
     Raises:
-        selm_jax.feedback.judge.budget.JudgeError: the server cannot be asked, or most of its answers
-            tell no preference; it is then not asked for the others.
+        selm_jax.feedback.judge.budget.JudgeError: the server gave no answer, or most of its answers
+            lack a preference; then no more requests are sent.
     """
     todo = list(questions(instructions, outputs, prompt))
     found: dict[int, Completion] = {}
     watch = Unread(
         f"the judge {client.model}", PATIENCE + allow_missing,
-        "Or accept so many with --allow-missing, which leaves them out.",
+        "Or allow a number of them with --allow-missing, which leaves them out.",
     )  # fmt: skip
     sampling = dict(SAMPLING) | ({} if client.model == OFFICIAL_JUDGE else {"temperature": 0.0})
     sampling["extra"] = {**SAMPLING["extra"], **(extra or {})}
@@ -174,15 +173,15 @@ def _lack(answer: Completion) -> str:
 def ask_package(
     instructions: EvalSet, outputs: Sequence[Mapping[str, str]], config: str, cache: Path
 ) -> list[dict[str, Any]]:
-    """Annotations by the `alpaca_eval` package.
+    """Annotates with the `alpaca_eval` package.
 
     Args:
         config: the name of one of its annotators, or the path of such a configuration.
-        cache: the file in which it keeps what it has been told; by itself it would keep it in its
-            own folder, for all projects together.
+        cache: the file in which the package caches answers. By default it would use its own folder
+            for all projects together.
 
     Raises:
-        EvaluationError: the package is not there, or fails.
+        EvaluationError: the package is not installed, or fails.
     """
     baseline = [
         dict(row) | {"output": output, "generator": BASELINE}
@@ -197,20 +196,23 @@ def ask_package(
             found = annotator.annotate_head2head(
                 outputs_1=baseline, outputs_2=[dict(row) for row in outputs]
             )
-        except Exception as error:  # of whatever kind: it is no library of exceptions
+        except Exception as error:  # the package does not document what it raises
             raise EvaluationError(
                 f"the alpaca_eval package, annotator {config!r}, stopped with "
-                f"{type(error).__name__}: {error}. What it has been told is in {cache}."
+                f"{type(error).__name__}: {error}. The answers so far are in {cache}: fix the "
+                "cause and run again."
             ) from error
     return [{key: _plain(value) for key, value in row.items()} for row in found]
 
 
 def check_ready(instructions: EvalSet, config: str | None) -> None:
-    """Finds what annotating lacks before answers are drawn: the baseline's answers, or, if `config`
-    names an annotator of the package, the package.
+    """Checks that annotating will be possible, before any answers are generated.
+
+    Args:
+        config: the name of an annotator of the package, if it is to be used.
 
     Raises:
-        EvaluationError: says what is missing.
+        EvaluationError: the baseline's answers or the package are missing.
     """
     _pairs(instructions)
     if config is not None:
@@ -221,9 +223,9 @@ def check_ready(instructions: EvalSet, config: str | None) -> None:
 def _pairs(instructions: EvalSet) -> Iterator[tuple[str, str]]:
     if instructions.baseline is None:
         raise EvaluationError(
-            f"{instructions.source}: holds no answers of {BASELINE}, against which the model's are "
-            "judged. Name alpaca_eval_gpt4_baseline.json, or any published annotations.json, with "
-            "--instructions."
+            f"{instructions.source}: has no answers of the baseline {BASELINE}, which the model's "
+            "answers are compared with. Give alpaca_eval_gpt4_baseline.json, or any published "
+            "annotations.json, with --instructions."
         )
     return zip(instructions.instructions, instructions.baseline, strict=True)
 
@@ -232,7 +234,7 @@ def _row(
     pair: tuple[str, str], output: Mapping[str, str], annotator: str, answer: Completion | None
 ) -> dict[str, Any]:
     instruction, baseline = pair
-    preference: float | None = 1.5  # equal outputs, if nobody was asked
+    preference: float | None = 1.5  # without an answer: the outputs are equal
     if answer is not None:
         second = weighted_preference(answer)
         preference = None if second is None else 1 + second
@@ -252,9 +254,9 @@ def _row(
 
 
 def _raw(answer: Completion) -> dict[str, Any]:
-    """The answer in the shape of OpenAI's choice, as published annotations hold it."""
+    """The answer in the format of OpenAI's `choice`, as in published annotations."""
     content = [
-        # No infinity in JSON: -9999 is what OpenAI's server says for it.
+        # JSON has no infinity; OpenAI's server sends -9999 for it.
         {"top_logprobs": [{"token": token, "logprob": max(x, -9999.0)} for token, x in top.items()]}
         for top in answer.logprobs or ()
     ]
@@ -266,7 +268,7 @@ def _raw(answer: Completion) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """JSON's own kinds: numpy's numbers become Python's, NaN becomes None."""
+    """Converts a value to JSON's types: numpy's numbers become Python's, NaN becomes None."""
     if hasattr(value, "item"):
         value = value.item()
     return None if isinstance(value, float) and math.isnan(value) else value

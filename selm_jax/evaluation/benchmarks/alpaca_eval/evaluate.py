@@ -1,14 +1,14 @@
 """AlpacaEval 2.0: 805 answers, their annotations, and the numbers of the leaderboard.
 
     FOLDER/
-      answers.jsonl                 as they were drawn, with their ends and tokens
-      model_outputs.json            what the official package takes
-      ANNOTATOR/annotations.json    in the official format
+      answers.jsonl                 answers as generated, with token counts and why they ended
+      model_outputs.json            the official package's input
+      ANNOTATOR/annotations.json    annotations in the official format
       ANNOTATOR/leaderboard.csv     the model's row
-      ANNOTATOR/alpaca_eval.json    the numbers, and what they were made of
+      ANNOTATOR/alpaca_eval.json    the numbers and the files they are based on
 
-The instructions are verified before a token is drawn (`instructions`); `annotate` says who judges and
-how, `score` holds the formulas.
+`instructions` verifies the instructions before anything is generated, `annotate` asks the judge,
+and `score` has the formulas.
 """
 
 from __future__ import annotations
@@ -39,8 +39,10 @@ from selm_jax.text.conversations import Message
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """How answers are drawn. The defaults are those of AlpacaEval's entry for Zephyr 7B; the SELM
-    paper does not tell its own."""
+    """How answers are sampled.
+
+    The defaults are those of AlpacaEval's entry for Zephyr 7B; the SELM paper does not give any.
+    """
 
     max_new_tokens: int = 2048
     temperature: float = 0.7
@@ -56,18 +58,20 @@ def answer(
     name: str | None = None,
     progress: Advance = lambda answers, tokens=0: None,
 ) -> Path:
-    """Draws what is left of the answers; `model_outputs.json` when all are there.
+    """Generates the answers that are still missing, and writes `model_outputs.json`.
 
     Args:
         name: the `generator` of the answers; by default the model's name.
 
     Raises:
-        EvaluationError, ArtifactError, ChatError: the model cannot answer an instruction; the
-            folder holds answers of another model or of other settings.
+        EvaluationError, ArtifactError, ChatError: the model cannot answer an instruction, or the
+            folder has answers of another model or with other settings.
     """
     name = name or model.name
     if name == BASELINE:
-        raise EvaluationError(f"the model cannot be called {BASELINE}, as the baseline is: --name")
+        raise EvaluationError(
+            f"the model cannot have the baseline's name {BASELINE}; give another one with --name"
+        )
     outputs = folder / "model_outputs.json"
     stages = artifacts.Stages(folder)
     inputs = {"model": pinned(model)}
@@ -80,7 +84,7 @@ def answer(
     stages.begin("answer", inputs, settings)
     journal = answers_of(folder, instructions)
     todo = [i for i in range(len(conversations)) if i not in journal.rows]
-    todo.sort(key=lambda i: len(instructions.instructions[i]))  # like lengths are drawn together
+    todo.sort(key=lambda i: len(instructions.instructions[i]))  # similar lengths in one batch
     progress(len(journal.rows), 0)
     for chunk in chunks(todo, 4 * model.batches.slots):
         found = model.reply(
@@ -113,27 +117,30 @@ def answer(
 
 
 def _check_room(model: Model, conversations: list[list[Message]], decoding: Decoding) -> None:
-    """Finds what cannot be answered before anything is."""
+    """Checks that prompts and answers fit the model, before anything is generated."""
     lengths = [len(prompt) for prompt in model.prompt_ids(conversations)]
     longest = max(range(len(lengths)), key=lengths.__getitem__)
     if lengths[longest] + decoding.max_new_tokens > model.config.max_positions:
         raise EvaluationError(
-            f"{model.name}: instruction {longest} (counted from 0) has {lengths[longest]} tokens, "
-            f"its answer may have {decoding.max_new_tokens}; the model was made for "
+            f"{model.name}: instruction {longest} (counted from 0) has {lengths[longest]} tokens "
+            f"and its answer up to {decoding.max_new_tokens}, but the model supports only "
             f"{model.config.max_positions} together. Lower --max-new-tokens."
         )
 
 
 def answers_of(folder: Path, instructions: EvalSet) -> Journal:
-    """The answers drawn so far, by number of the instruction.
+    """The answers generated so far, by the number of the instruction.
 
     Raises:
-        EvaluationError: one of them answers another instruction than the set's.
+        EvaluationError: an answer belongs to another instruction.
     """
     journal = Journal(folder / "answers.jsonl", lambda row: row["index"])
     for i, row in journal.rows.items():
         if i not in range(len(instructions.rows)) or row["instruction"] != instructions.rows[i][1]:
-            raise EvaluationError(f"{journal.file}: answer {i!r} is not to instruction {i!r}")
+            raise EvaluationError(
+                f"{journal.file}: answer {i!r} does not belong to instruction {i!r}. Choose "
+                "another folder with --out"
+            )
     return journal
 
 
@@ -153,9 +160,9 @@ def numbers(
     gamed_sha256: str | None = None,
     published: Path | None = None,
 ) -> dict[str, Any]:
-    """Raw and length-controlled rates of checked annotations, and what the latter's data were.
+    """Raw and length-controlled win rates of checked annotations, and the data of the latter.
 
-    Where neither `gamed` nor `published` is named and df_gamed.csv or the package is not to be had,
+    If neither `gamed` nor `published` is given, and df_gamed.csv or the package is missing,
     `length_controlled_winrate` is None and `lc_refused` says why.
 
     Args:
@@ -163,7 +170,7 @@ def numbers(
         published: see `published.read`.
 
     Raises:
-        EvaluationError: `gamed` or `published` was named and cannot be used.
+        EvaluationError: `gamed` or `published` was given and cannot be used.
     """
     found = score.scores(rows)
     places = alpaca_eval_set.places(rows)
@@ -184,10 +191,10 @@ def numbers(
 def check_length_control(
     gamed: str | None, gamed_sha256: str | None, published: Path | None
 ) -> None:
-    """Finds what the length-controlled rate lacks before anything is paid for.
+    """Checks that the length-controlled rate can be computed, before anything is paid for.
 
     Raises:
-        EvaluationError: a file that is named is not the one it should be, or the package is not there.
+        EvaluationError: a given file is not the expected one, or the package is not installed.
     """
     if published is not None:
         alpaca_eval_published.read(published)
@@ -199,7 +206,7 @@ def check_length_control(
 
 
 def write_annotations(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Into the annotator's folder, as the official package does."""
+    """Writes the annotations into the annotator's folder, as the official package does."""
     path = folder / file_name(rows[0]["annotator"]) / "annotations.json"
     artifacts.write_json(path, rows)
     return path
@@ -208,10 +215,10 @@ def write_annotations(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
 def write_numbers(
     folder: Path, rows: Sequence[Mapping[str, Any]], found: Mapping[str, Any], made_of: Mapping
 ) -> Path:
-    """`leaderboard.csv` and `alpaca_eval.json`, into the annotator's folder.
+    """Writes `leaderboard.csv` and `alpaca_eval.json` into the annotator's folder.
 
     Args:
-        made_of: paths by what they are; recorded with their SHA-256.
+        made_of: paths of the input files by name; recorded with their SHA-256.
     """
     annotator, model = rows[0]["annotator"], rows[0]["generator_2"]
     text = score.leaderboard(model, found)
@@ -246,13 +253,15 @@ def cost_of_judging(
     outputs: Sequence[Mapping[str, str]] | None,
     longest: int,
 ) -> Cost:
-    """Args:
-    outputs: None where they are not there yet; then each counts as `longest` tokens.
+    """An estimate of the cost of annotating.
+
+    Args:
+        outputs: None if they have not been generated; then each counts as `longest` tokens.
     """
     empty = [{"output": ""} for _ in instructions.rows]
     asked = list(questions(instructions, outputs or empty, prompt))
     characters = sum(len(m["content"]) for _, messages in asked for m in messages)
-    tokens = characters // CHARACTERS_PER_TOKEN + len(asked)  # and one of the answer
+    tokens = characters // CHARACTERS_PER_TOKEN + len(asked)  # plus one token per answer
     if outputs is None:
         tokens += len(asked) * longest
     return Cost(judge, judge_calls=len(asked), judge_tokens=tokens)

@@ -1,9 +1,9 @@
-"""AlpacaEval's instructions, answers and annotations as files, and what makes them the real ones.
+"""Reads AlpacaEval's instructions, answers and annotations, and verifies that they are genuine.
 
-The texts are not ours and are not shipped; their digests are. `instructions.txt` holds, for each
-of the 805 instructions in the official order, the first 16 hex digits of the SHA-256 of the
-instruction and of the baseline's answer to it, taken from published annotations. Order matters:
-the length-controlled win rate looks an instruction's difficulty up by the row's position.
+The texts belong to AlpacaEval and are not included here; their digests are. `instructions.txt` has,
+for each of the 805 instructions in the official order, the first 16 hex digits of the SHA-256 of
+the instruction and of the baseline's answer, taken from published annotations. The order matters:
+the length-controlled win rate looks up an instruction's difficulty by the position of its row.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from selm_jax.shell.paths import place
 
 BASELINE = "gpt4_1106_preview"
 HUB_DATASET = "tatsu-lab/alpaca_eval"
-# Two other projects pin this revision and the digests of its files; we have not seen the Hub.
+# As pinned by two other projects, with digests of the files; not compared with the Hub itself.
 HUB_REVISION = "2edc6fad8be6b14ea7230aabfd08188da6b8b814"
 _SET_FILE = "alpaca_eval_gpt4_baseline.json"
 
@@ -42,7 +42,7 @@ class Known:
 
 @lru_cache(maxsize=1)
 def published() -> Known:
-    """The 805 of AlpacaEval 2."""
+    """The digests of AlpacaEval 2's 805 instructions and baseline answers."""
     text = Path(__file__).with_name("instructions.txt").read_text(encoding="ascii")
     instructions, baseline = zip(*(line.split() for line in text.splitlines()), strict=True)
     return Known(instructions, baseline)
@@ -53,9 +53,9 @@ class EvalSet:
     """Instructions in the official order.
 
     Attributes:
-        rows: (data set, instruction) each.
-        baseline: the baseline's answers in the same order; None where the file holds none.
-        source: where they came from.
+        rows: pairs (data set, instruction).
+        baseline: the baseline's answers in the same order; None if the file has none.
+        source: the file that they come from.
     """
 
     rows: tuple[tuple[str, str], ...]
@@ -68,16 +68,17 @@ class EvalSet:
 
 
 def read_set(given: str | None = None, known: Known | None = None) -> EvalSet:
-    """Instructions, and the baseline's answers if they are there, verified.
+    """Reads and verifies the instructions, and the baseline's answers if the file has them.
 
     Args:
-        given: JSON or JSON lines of rows with `instruction`, and `output` of `generator` (as in
-            alpaca_eval_gpt4_baseline.json, or any model's model_outputs.json) or `output_1` of
-            `generator_1` (as in any published annotations.json); or what else `data_file` takes.
-        known: what the texts must be; the published ones by default.
+        given: a file of JSON or JSON lines. Its rows have `instruction`, and either `output` and
+            `generator` (like alpaca_eval_gpt4_baseline.json or a model's model_outputs.json) or
+            `output_1` and `generator_1` (like a published annotations.json). For other values see
+            `data_file`.
+        known: digests of the expected texts; by default those of the published ones.
 
     Raises:
-        EvaluationError: another text, another order, or a row too many or too few.
+        EvaluationError: a text or the order differs, or there are too many or too few rows.
     """
     known = known or published()
     path = data_file(_SET_FILE, given, "--instructions")
@@ -89,11 +90,11 @@ def read_set(given: str | None = None, known: Known | None = None) -> EvalSet:
 
 
 def read_outputs(file: Path, known: Known | None = None) -> list[dict[str, str]]:
-    """A model's answers, as the official package takes them.
+    """Reads and verifies a model's answers, in the official package's input format.
 
     Raises:
-        EvaluationError: an instruction is missing, twice there, changed or out of place; an answer
-            is no text; several generators, or the baseline's own answers.
+        EvaluationError: an instruction is missing, doubled, changed or in the wrong place; an
+            answer is not a text; there are several generators; or these are the baseline's answers.
     """
     known = known or published()
     rows = read_rows(file)
@@ -102,7 +103,9 @@ def read_outputs(file: Path, known: Known | None = None) -> list[dict[str, str]]
     check_instructions([row["instruction"] for row in found], str(file), known)
     _only_one("generator", found, file)
     if found[0]["generator"] == BASELINE:
-        raise EvaluationError(f"{file}: these are the answers of the baseline {BASELINE} itself.")
+        raise EvaluationError(
+            f"{file}: these are the answers of the baseline {BASELINE} itself; expected a model's."
+        )
     names = [row.get("dataset") or "" for row in rows]
     return [{"dataset": name} | row for name, row in zip(names, found, strict=True)]
 
@@ -110,26 +113,26 @@ def read_outputs(file: Path, known: Known | None = None) -> list[dict[str, str]]
 def read_annotations(
     file: Path, known: Known | None = None, allow_missing: int = 0
 ) -> list[dict[str, Any]]:
-    """`check_annotations` of a file."""
+    """Reads annotations from a file and checks them (`check_annotations`)."""
     return check_annotations(read_rows(file), str(file), known, allow_missing)
 
 
 def check_annotations(
     rows: Sequence[Row], where: str, known: Known | None = None, allow_missing: int = 0
 ) -> list[dict[str, Any]]:
-    """Annotations of one model against the baseline, every row at its place.
+    """Checks annotations of one model against the baseline.
 
     Args:
-        rows: as the official package writes them.
-        where: names them in errors.
-        allow_missing: so many instructions may have no preference: null, NaN, or no row at all.
+        rows: annotations in the official package's format.
+        where: their name in errors.
+        allow_missing: how many instructions may lack a preference (null, NaN, or no row at all).
 
     Returns:
-        The rows that are there; a missing preference is None.
+        The rows; a missing preference is None.
 
     Raises:
-        EvaluationError: rows that are partial, reordered or doubled; another baseline; several
-            models or annotators; a preference that is none.
+        EvaluationError: rows are missing, reordered or doubled; there is another baseline, or
+            several models or annotators; or a preference is invalid.
     """
     known = known or published()
     keys = ("instruction", "output_1", "generator_1", "output_2", "generator_2")
@@ -142,11 +145,13 @@ def check_annotations(
     baseline, model = rows[0]["generator_1"], rows[0]["generator_2"]
     if baseline != BASELINE:
         raise EvaluationError(
-            f"{where}: annotated against {baseline!r}; AlpacaEval 2's numbers are against "
-            f"{BASELINE!r}. Annotate the model's answers anew."
+            f"{where}: annotated against {baseline!r}, but AlpacaEval 2's baseline is "
+            f"{BASELINE!r}. Annotate the model's answers again."
         )
     if model == BASELINE:
-        raise EvaluationError(f"{where}: {BASELINE!r} is annotated against itself.")
+        raise EvaluationError(
+            f"{where}: {BASELINE!r} is annotated against itself; expected another model."
+        )
     check_baseline([row["output_1"] for row in rows], where, known, places(rows, known))
     missing = []
     found = []
@@ -165,20 +170,20 @@ def check_annotations(
         found.append(dict(row) | {"preference": value})
     lost = len(missing) + len(absent)
     if lost > allow_missing:
-        gone = f", and there is no row of {len(absent)} instructions" if absent else ""
+        gone = f", and {len(absent)} instructions have no row" if absent else ""
         raise EvaluationError(
             f"{where}: {len(missing)} of {len(rows)} preferences are missing (rows "
-            f"{_some(missing)}): there the judge's answer could not be read{gone}. A win rate over "
-            f"the others is over another set; annotate again, or accept it with "
+            f"{_some(missing)}), because the judge's answers could not be read{gone}. Leaving them "
+            "out would change the set of instructions. Annotate again, or accept this with "
             f"--allow-missing {lost}."
         )
     if not any(row["preference"] is not None for row in found):
-        raise EvaluationError(f"{where}: there is no preference to take a win rate of.")
+        raise EvaluationError(f"{where}: no row has a preference. Annotate again.")
     return found
 
 
 def places(rows: Sequence[Row], known: Known | None = None) -> list[int]:
-    """Which instruction each row is about, counted from 0 in the official order."""
+    """The number of each row's instruction, counted from 0 in the official order."""
     at = {digest: i for i, digest in enumerate((known or published()).instructions)}
     return [at[_digest(row["instruction"])] for row in rows]
 
@@ -186,16 +191,17 @@ def places(rows: Sequence[Row], known: Known | None = None) -> list[int]:
 def check_instructions(
     found: Sequence[str], where: str, known: Known, allow_missing: int | None = None
 ) -> list[int]:
-    """Every instruction, once, unchanged, at its place.
+    """Checks that every instruction is there once, unchanged and in its place.
 
     Args:
-        allow_missing: so many may be absent; None: none may, and none can be allowed.
+        allow_missing: how many may be absent. None: none, and the error does not offer the option.
 
     Returns:
-        The numbers of those that are absent.
+        The numbers of the instructions that are absent.
 
     Raises:
-        EvaluationError: says which rows are not.
+        EvaluationError: instructions are missing, doubled, changed or reordered; the message lists
+            the rows.
     """
     digests = [_digest(text) for text in found]
     if tuple(digests) == known.instructions:
@@ -208,25 +214,26 @@ def check_instructions(
         return missing
     faults = []
     if missing:
-        faults.append(f"missing are the instructions {_some(missing)} of {len(places)}")
+        faults.append(f"instructions {_some(missing)} of {len(places)} are missing")
     doubled = [i for i, n in Counter(digests).items() if n > 1 and i in places]
     if doubled:
-        faults.append(f"more than once there are {_some([places[each] for each in doubled])}")
+        doubles = _some([places[each] for each in doubled])
+        faults.append(f"instructions {doubles} appear more than once")
     unknown = [i for i, digest in enumerate(digests) if digest not in places]
     if unknown:
         faults.append(
-            f"not AlpacaEval's are the texts of the rows {_some(unknown)}, such as "
+            f"the texts of rows {_some(unknown)} are not AlpacaEval's, such as "
             f"{found[unknown[0]][:80]!r}"
         )
     if not doubled and not unknown and digests != rest:
         i = next(i for i, digest in enumerate(digests) if digest != rest[i])
-        there = "the others are there" if missing else "the instructions are all there"
-        faults.append(f"{there}, but in another order: row {i} holds number {places[digests[i]]}")
+        there = "the other instructions" if missing else "the instructions"
+        faults.append(f"{there} are in another order: row {i} has number {places[digests[i]]}")
     accept = ""
     if digests == rest and allow_missing is not None:
         accept = (
-            " A win rate over those that are there is over another set; annotate the rest, or accept "
-            f"it with --allow-missing {len(missing)}."
+            " Leaving them out would change the set of instructions. Annotate the rest, or accept "
+            f"this with --allow-missing {len(missing)}."
         )
     raise EvaluationError(
         f"{where}: {'; '.join(faults)} (counted from 0). Expected AlpacaEval's "
@@ -237,10 +244,10 @@ def check_instructions(
 def check_baseline(
     found: Sequence[str], where: str, known: Known, places: Sequence[int] | None = None
 ) -> None:
-    """Raises EvaluationError where an answer is not the published baseline's.
+    """Raises EvaluationError if an answer is not the published baseline's.
 
     Args:
-        places: which instruction each answers; None: all do, in order.
+        places: the number of the instruction for each answer; None: all instructions, in order.
     """
     expected = known.baseline if places is None else [known.baseline[i] for i in places]
     pairs = zip(found, expected, strict=True)
@@ -248,20 +255,20 @@ def check_baseline(
     if other:
         raise EvaluationError(
             f"{where}: {len(other)} answers of the baseline are not the published ones of "
-            f"{BASELINE} (rows {_some(other)})."
+            f"{BASELINE} (rows {_some(other)}). Use the published file."
         )
 
 
 def data_file(name: str, given: str | None, option: str) -> Path:
-    """A file of AlpacaEval's data set.
+    """The path of a file of AlpacaEval's data set.
 
     Args:
-        given: a path; or "hub", which fetches it at the pinned revision; None takes a copy that was
-            fetched before.
-        option: where `given` came from, for errors.
+        given: a path, or "hub" to download the file at the pinned revision. None uses a copy that
+            was downloaded before.
+        option: the command-line option of `given`, for errors.
 
     Raises:
-        EvaluationError: it is not there.
+        EvaluationError: the file is not there or cannot be downloaded.
     """
     from huggingface_hub import hf_hub_download
 
@@ -280,11 +287,14 @@ def data_file(name: str, given: str | None, option: str) -> Path:
     except (OSError, ValueError) as error:  # the Hub's errors are OSErrors
         if given is None:
             raise EvaluationError(
-                f"{where} is not on this machine. Name it with {option} FILE; {option} hub fetches "
-                "it."
+                f"{where} is not on this machine. Give it with {option} FILE, or download it with "
+                f"{option} hub."
             ) from None
         reason = str(error).strip().partition("\n")[0]
-        raise EvaluationError(f"{option} hub: {where} cannot be had: {reason}") from error
+        raise EvaluationError(
+            f"{option} hub: {where} could not be downloaded: {reason}. Give a copy with "
+            f"{option} FILE"
+        ) from error
 
 
 def _baseline(rows: Sequence[Row], path: Path, known: Known) -> tuple[str, ...] | None:
@@ -300,8 +310,8 @@ def _only_one(key: str, rows: Sequence[Row], where: object) -> None:
     names = sorted({str(row.get(key)) for row in rows})
     if len(names) > 1:
         raise EvaluationError(
-            f"{where}: {key} is {', '.join(names[:3])}{' ...' if names[3:] else ''}; expected one "
-            "for all rows."
+            f"{where}: {key} is {', '.join(names[:3])}{' ...' if names[3:] else ''}; expected the "
+            "same in all rows."
         )
 
 

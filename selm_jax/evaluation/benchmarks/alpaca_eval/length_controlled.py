@@ -1,15 +1,15 @@
-"""AlpacaEval's length-controlled win rate: the package's own fit, and how sure it is.
+"""AlpacaEval's length-controlled win rate: the package's own fit, and an interval for it.
 
 The fit is a logistic regression of the preferences on the difference in length, the difficulty of
-the instruction and the model, steadied by annotations of a baseline made concise and verbose
-(`df_gamed.csv`, or what `alpaca_eval_published` makes of it). The rate is the mean of what it
-predicts at equal length.
+the instruction and the model. Annotations of a concise and a verbose version of the baseline
+(`df_gamed.csv`, or its replacement by `published`) regularise it. The rate is the mean prediction
+at equal length.
 
-The package's `lc_standard_error` is the spread of these predictions over instructions, divided by
-sqrt(805): not how far the rate would move if other instructions were drawn, which is 1.8 to 6 times
-as much. The interval here is. Instructions are drawn anew, each with its annotation, and the fit is
-made anew for each draw; its standard error gives an interval as `proportions` has it, which is no
-point where everything is lost.
+The package's `lc_standard_error` is the standard deviation of these predictions over instructions,
+divided by sqrt(805). That is not how much the rate would vary with other instructions, which is 1.8
+to 6 times as much. The interval here measures the latter: instructions are resampled with their
+annotations, and the fit is repeated for each resample. The standard error gives an interval by
+`proportions`, which does not shrink to a point if the model loses (or wins) everything.
 """
 
 from __future__ import annotations
@@ -32,28 +32,28 @@ from selm_jax.shell import artifacts
 from selm_jax.statistics import proportions
 
 GAMED_FILE = "df_gamed.csv"
-# As two other projects pin it at `HUB_REVISION`.
+# As pinned by two other projects at `HUB_REVISION`.
 GAMED_SHA256 = "97aeec3f1c7de6dee6fd31fe66f1702623f4614c3efe1c6fc5f4927cd5fd674d"
 _GAMED_COLUMNS = {
     "model", "preference", "index", "std_delta_len", "instruction_difficulty", "not_gamed_baseline",
 }  # fmt: skip
 _FITTED = ("preference", "output_1", "output_2", "generator_1", "generator_2", "annotator")
-_STEADY = 0.1  # the weight of a gamed annotation
+_STEADY = 0.1  # the weight of an annotation of a gamed baseline
 _RESAMPLES = 1000
-_DRAW = 100  # resamples that are fitted together
+_DRAW = 100  # how many resamples are fitted together
 
-Weights = Float[np.ndarray, "fits 3"]  # of length, of difficulty, and of the model
+Weights = Float[np.ndarray, "fits 3"]  # weights of length, difficulty and model
 
 
 def gamed_file(given: str | None, sha256: str | None = None) -> Path:
-    """`df_gamed.csv`, its bytes checked.
+    """The path of `df_gamed.csv`, after a check of its digest.
 
     Args:
-        given: see `alpaca_eval_set.data_file`.
-        sha256: in hex, what to expect in place of the published file.
+        given: see `instructions.data_file`.
+        sha256: the expected digest in hex; by default the published file's.
 
     Raises:
-        EvaluationError: it is not there, or another file.
+        EvaluationError: the file is missing, or is another one.
     """
     file = data_file(GAMED_FILE, given, "--gamed")
     expected = (sha256 or GAMED_SHA256).lower()
@@ -61,26 +61,29 @@ def gamed_file(given: str | None, sha256: str | None = None) -> Path:
     if found != expected:
         raise EvaluationError(
             f"{file}: its SHA-256 is {found}; expected {expected}. With another file the "
-            "length-controlled win rate is not the leaderboard's. If it is the one you mean, say so "
-            f"with --gamed-sha256 {found}."
+            "length-controlled win rate would not be the leaderboard's. To use this file anyway, "
+            f"add --gamed-sha256 {found}."
         )
     with file.open(encoding="utf-8", newline="") as f:
         missing = _GAMED_COLUMNS.difference(next(csv.reader(f), []))
     if missing:
-        raise EvaluationError(f"{file}: the columns {', '.join(sorted(missing))} are missing.")
+        raise EvaluationError(
+            f"{file}: the columns {', '.join(sorted(missing))} are missing; expected the format of "
+            f"{GAMED_FILE}."
+        )
     return file
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What the package found.
+    """The result of the package's fit.
 
     Attributes:
         rate, spread: `length_controlled_winrate` and `lc_standard_error`, in percent.
-        c: the regularisation, given or chosen by cross-validation.
-        weights: of length, difficulty and model.
-        extreme: the rate is so far from the raw one that the package's authors take it for a sign
-            that the fit may have failed.
+        c: the regularisation C, given or chosen by cross-validation.
+        weights: weights of length, difficulty and model.
+        extreme: whether the rate is so far from the raw one that the fit may have failed, by the
+            package's own rule.
     """
 
     rate: float
@@ -92,15 +95,15 @@ class Fit:
 
 @contextmanager
 def fitting(rows: Sequence[Row], places: Sequence[int], gamed: Path) -> Iterator[Any]:
-    """Yields a function of C (None: cross-validation chooses) that fits as the package does.
+    """Yields the package's fit as a function of C (None: chosen by cross-validation).
 
     Args:
-        rows: of `check_annotations`.
-        places: which instruction each row is about: the package looks its difficulty up by it.
-        gamed: of `gamed_file`, or of `alpaca_eval_published.write_gamed`.
+        rows: the result of `check_annotations`.
+        places: the number of each row's instruction, by which its difficulty is looked up.
+        gamed: the file of `gamed_file`, or of `published.write_gamed`.
 
     Raises:
-        EvaluationError: the package is not there.
+        EvaluationError: the package is not installed.
     """
     with package("metrics.glm_winrate") as glm:
         import pandas as pd
@@ -129,7 +132,7 @@ def fitting(rows: Sequence[Row], places: Sequence[int], gamed: Path) -> Iterator
             return Fit(rate, float(found["lc_standard_error"]), chosen,
                        (length, difficulty, model), bool(extreme))  # fmt: skip
 
-        glm.hf_hub_download = lambda **_: str(gamed)  # the one file it asks for
+        glm.hf_hub_download = lambda **_: str(gamed)  # the only file that it downloads
         glm.fit_LogisticRegressionCV = keep
         try:
             yield fit
@@ -140,7 +143,7 @@ def fitting(rows: Sequence[Row], places: Sequence[int], gamed: Path) -> Iterator
 def described(
     fit: Fit, rows: Sequence[Row], places: Sequence[int], gamed: Path, seed: int = 0
 ) -> dict[str, Any]:
-    """A fit with its interval, under the names of the leaderboard where it has one."""
+    """A fit and its interval, under the leaderboard's names where there are any."""
     error, low, high = interval(Regression.of(rows, places, gamed), fit, seed)
     return {
         "length_controlled_winrate": fit.rate,
@@ -155,12 +158,12 @@ def described(
 
 @dataclass(frozen=True)
 class Regression:
-    """What the fit reads. Rows of the gamed baselines come last.
+    """The input of the fit. The rows of the gamed baselines come last.
 
     Attributes:
-        features: tanh of the difference in length, difficulty, and 1 for the model's own rows.
-        wins: how far the model won, from 0 to 1; a row that has no preference weighs 0.
-        weight: of each row.
+        features: tanh of the difference in length; difficulty; and 1 for the model's own rows.
+        wins: how far the model won, from 0 to 1.
+        weight: the weight of each row; 0 for a row without a preference.
         own: how many rows are the model's.
     """
 
@@ -194,7 +197,7 @@ class Regression:
 
 
 def interval(data: Regression, fit: Fit, seed: int = 0) -> tuple[float, float, float]:
-    """The rate's standard error over instructions, and its 95 % interval; in percent."""
+    """The rate's standard error over instructions, and its 95 % interval, in percent."""
     rng, n = np.random.default_rng(seed), data.own
     start, found = np.array(fit.weights), []
     for _ in range(_RESAMPLES // _DRAW):
@@ -213,11 +216,10 @@ def interval(data: Regression, fit: Fit, seed: int = 0) -> tuple[float, float, f
 def refit(
     data: Regression, weight: Float[np.ndarray, "fits rows"], c: float, start: np.ndarray
 ) -> Weights:
-    """The weights b that minimise |b| (sum of magnitudes) + C times the weighted log loss, once for
-    each row of `weight`.
+    """Minimises |b|_1 + C times the weighted log loss, once for each row of `weight`.
 
-    Newton's method, with coordinate descent on each quadratic model: that is exact where a weight
-    is 0, and the loss is convex.
+    It uses Newton's method with coordinate descent on each quadratic model. This gives weights that
+    are exactly 0, and the loss is convex.
     """
     x = data.features
     products = (x[:, :, None] * x[:, None, :]).reshape(len(x), 9)
@@ -226,14 +228,15 @@ def refit(
         p = _sigmoid(b @ x.T)
         gradient = c * (weight * (p - data.wins)) @ x
         curvature = c * ((weight * p * (1 - p)) @ products).reshape(-1, 3, 3)
-        curvature += 1e-9 * np.eye(3)  # a model that wins or loses everything has none
+        curvature += 1e-9 * np.eye(3)  # it vanishes for a model that wins or loses everything
         new = _quadratic(b, gradient, curvature)
         step = np.clip(new - b, -2, 2)
         b = b + step
         if np.abs(step).max() < 1e-8:
             return b
     raise EvaluationError(
-        "the length-controlled fit did not converge on a resample: the annotations are odd"
+        "the length-controlled fit did not converge on a resample. Check the annotations: their "
+        "preferences or lengths may be degenerate"
     )
 
 

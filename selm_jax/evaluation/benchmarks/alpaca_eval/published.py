@@ -1,18 +1,20 @@
-"""What AlpacaEval's length-controlled fit needs, from five files of its public repository.
+"""Reconstructs the data of AlpacaEval's length-controlled fit from its public repository.
 
-The fit reads `df_gamed.csv`: annotations of the baseline made concise and made verbose, and how
-difficult each instruction is. That file is not in the repository, but what follows from it is:
+The fit needs `df_gamed.csv`: annotations of a concise and a verbose version of the baseline, and
+the difficulty of each instruction. That file is not in the repository, but five other files
+determine everything that the fit uses:
 
-- A stored annotation file holds `glm_preference` = sigmoid(theta + psi * difficulty), to ten
-  digits, and the stored weights hold theta and psi. So the difficulties follow to 5e-8.
-- Of the two gamed baselines the fit sees tanh of the standardised difference in length, which
-  follows from their outputs, the difficulty, and two sums of their preferences. These sums stand
-  here: they were read off the score equations of ten stored fits, which agree.
+- A stored annotation file has `glm_preference` = sigmoid(theta + psi * difficulty), to ten digits,
+  and the stored weights include theta and psi. This gives the difficulties to 5e-8.
+- The fit uses three things of the two gamed baselines: tanh of the standardised difference in
+  length, which follows from their outputs; the difficulty; and two sums of their preferences.
+  `SUMS` has these sums: they were computed from the score equations of ten stored fits, which
+  agree.
 
-`write_gamed` makes a file in the format of `df_gamed.csv` with the same sums and other preferences
-row by row. With the regularisation C of a stored fit it gives that fit's rate within 4e-7 points.
-Which C cross-validation chooses depends on the rows, and so C is taken from the stored fits:
-`nearest_c` finds that of a model which is among them.
+`write_gamed` writes a file in the format of `df_gamed.csv` with the same sums but other preferences
+in each row. With the regularisation C of a stored fit it gives that fit's rate within 4e-7 points.
+The C that cross-validation would choose depends on the rows; therefore C is taken from the stored
+fits: `nearest_c` finds it for a model that is among them.
 """
 
 from __future__ import annotations
@@ -39,9 +41,9 @@ from selm_jax.evaluation.benchmarks.alpaca_eval.instructions import (
 from selm_jax.evaluation.benchmarks.files import Row, read_rows, text_of
 from selm_jax.shell import artifacts
 
-COMMIT = "cd543a149df89434d8a54582c0151c0b945c3d20"  # of the repository, that the digests are of
+COMMIT = "cd543a149df89434d8a54582c0151c0b945c3d20"  # the repository's commit of the digests
 _JUDGE = "weighted_alpaca_eval_gpt4_turbo"
-_OF_FIT = "vicuna-13b-v1.5"  # the model whose stored annotations hold the fit's preferences
+_OF_FIT = "vicuna-13b-v1.5"  # the model whose stored annotations include the fit's preferences
 WEIGHTS = f"src/alpaca_eval/metrics/weights/{_JUDGE}/length_controlled_v1/baseline_{BASELINE}.csv"
 FITTED = f"results/{_OF_FIT}/{_JUDGE}/{_JUDGE}/annotations.json"
 OUTPUTS = f"results/{BASELINE}/model_outputs.json"
@@ -56,21 +58,21 @@ SHA256: Mapping[str, str] = {
 }
 # Over the gamed baselines' rows, the sums of preference times tanh(length) and times difficulty.
 SUMS = (-182.692375, 413.0468)
-# The C among which the package chooses, and the one that most stored fits have.
+# The values of C among which the package chooses, and the one of most stored fits.
 CHOICES = tuple(np.logspace(-4, 4, 10).tolist())
 USUAL_C = CHOICES[5]
-_NEAR = 0.05  # weights that lie farther apart are not of one fit
+_NEAR = 0.05  # weights that differ by more belong to different fits
 
-Weights = tuple[float, float, float]  # of length, of difficulty, and of the model
+Weights = tuple[float, float, float]  # weights of length, difficulty and model
 
 
 @dataclass(frozen=True)
 class Published:
-    """The files' contents.
+    """The contents of the repository's files.
 
     Attributes:
-      weights: by model, of the fits behind the leaderboard.
-      difficulty: of each instruction.
+      weights: by model, the weights of the leaderboard's fits.
+      difficulty: the difficulty of each instruction.
       lengths: standardised differences in length of the concise and of the verbose baseline.
     """
 
@@ -80,17 +82,17 @@ class Published:
 
 
 def read(folder: Path) -> Published:
-    """From a folder that holds the files at their places in the repository, such as a clone.
+    """Reads the files from a clone of the repository, or a folder with the same layout.
 
     Raises:
-      EvaluationError: a file is not there or is another one.
+      EvaluationError: a file is missing or differs from the expected one.
     """
     for name, expected in SHA256.items():
         if not (folder / name).is_file():
             raise EvaluationError(
                 f"--published {folder}: {name} is not there. Expected a clone of AlpacaEval's "
-                "repository, or a folder with five of its files at their places (docs/evaluate.md "
-                "names them and the commands that fetch them)."
+                "repository, or a folder with five of its files in the same layout "
+                "(docs/evaluate.md lists them and the commands to download them)."
             )
         if (found := artifacts.digest(folder / name)) != expected:
             raise EvaluationError(
@@ -108,7 +110,7 @@ def read(folder: Path) -> Published:
 
 
 def write_gamed(found: Published, file: Path) -> None:
-    """A file in the format of `df_gamed.csv`, which gives the same fits."""
+    """Writes a file in the format of `df_gamed.csv` that gives the same fits."""
     delta, difficulty = np.concatenate(found.lengths), np.tile(found.difficulty, 2)
     preference = _with_sums(np.stack([np.tanh(delta), difficulty], 1), np.array(SUMS))
     count = len(found.difficulty)
@@ -127,7 +129,7 @@ def write_gamed(found: Published, file: Path) -> None:
 def _with_sums(
     features: Float[np.ndarray, "rows 2"], sums: Float[np.ndarray, "2"]
 ) -> Float[np.ndarray, " rows"]:
-    """Preferences from 0 to 1 whose sums with the features are these."""
+    """Preferences from 0 to 1 whose sums with the features have these values."""
 
     def preferences(q: np.ndarray) -> np.ndarray:
         return 1 / (1 + np.exp(-features @ q))
@@ -135,8 +137,8 @@ def _with_sums(
     found = optimize.root(lambda q: features.T @ preferences(q) - sums, np.zeros(2), tol=1e-12)
     if not np.allclose(features.T @ preferences(found.x), sums, atol=1e-7):
         raise EvaluationError(
-            "no preferences of the gamed baselines have the sums that the stored fits have. The "
-            "files are not those that the sums were read off."
+            "no preferences of the gamed baselines give the sums of the stored fits. The files "
+            f"differ from those of commit {COMMIT[:8]} of AlpacaEval's repository."
         )
     return preferences(found.x)
 
@@ -173,10 +175,10 @@ def _standardised(delta: np.ndarray) -> np.ndarray:
 
 
 def length_controlled(rows: Sequence[Row], places: Sequence[int], folder: Path) -> dict[str, Any]:
-    """The rate with its interval, where its C is from, and the digests of the files.
+    """The rate with its interval, the origin of its C, and the digests of the files.
 
     Args:
-      rows, places: see `alpaca_eval_lc.fitting`.
+      rows, places: see `length_controlled.fitting`.
       folder: see `read`.
     """
     found = read(folder)
@@ -193,7 +195,7 @@ def length_controlled(rows: Sequence[Row], places: Sequence[int], folder: Path) 
 
 
 def nearest_c(fits: Sequence[lc.Fit], stored: Weights) -> float | None:
-    """The C of the fit that has the stored weights; None if none has: they are of other annotations."""
+    """The C of the fit with the stored weights; None if they belong to other annotations."""
     apart = [max(map(abs, np.subtract(fit.weights, stored).tolist())) for fit in fits]
     nearest = int(np.argmin(apart))
     return fits[nearest].c if apart[nearest] < _NEAR else None

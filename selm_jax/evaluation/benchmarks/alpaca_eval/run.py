@@ -1,4 +1,4 @@
-"""`selm eval alpaca_eval` from its options: which of the three parts are left, and each of them."""
+"""Runs `selm eval alpaca_eval`: answering, annotating and scoring, as far as not done yet."""
 
 from __future__ import annotations
 
@@ -21,17 +21,21 @@ from selm_jax.shell.lock import only_one
 
 
 def run(options: Options) -> None:
-    """Answers, annotates and scores what the options ask for, and shows the scores.
+    """Answers, annotates and scores as the options request, and prints the scores.
 
     Raises:
-      EvaluationError: options that contradict each other, and as the functions that do the work.
+      EvaluationError: options contradict each other, or a step fails.
     """
     o, judge = options, options.judging.judge
     exactly_one(MODEL=o.model, outputs=o.outputs, annotations=o.annotations)
     if judge and o.annotator:
-        raise EvaluationError("--judge asks a server, --annotator the package: give one of them")
+        raise EvaluationError(
+            "--judge uses a server and --annotator the package, but not both: give one of them"
+        )
     if o.control.gamed and o.control.published:
-        raise EvaluationError("--gamed and --published both serve the same fit: give one of them")
+        raise EvaluationError(
+            "--gamed and --published are two sources for the same fit: give one of them"
+        )
     if o.annotations is not None:
         _score_only(options, o.annotations)
         return
@@ -57,7 +61,7 @@ def run(options: Options) -> None:
         show_costs(costs)
         return
 
-    client = o.judging.client(folder)  # before anything is drawn: its key may be missing
+    client = o.judging.client(folder)  # before anything is generated: its key may be missing
     with only_one(folder):
         outputs = o.outputs
         if model is not None:
@@ -65,7 +69,7 @@ def run(options: Options) -> None:
                 outputs = evaluate.answer(model, texts, folder, decoding, name, advance)
             answers = files.read_outputs(outputs)
         assert answers is not None and outputs is not None
-        typer.echo(f"{outputs}: {len(answers)} answers, each to its instruction")
+        typer.echo(f"{outputs}: {len(answers)} answers, checked against the instructions")
         rows = _annotations(options, texts, answers, client, question, extra, folder)
         if rows is None:
             return
@@ -97,7 +101,7 @@ def _annotations(
     extra: Mapping[str, Any],
     folder: Path,
 ) -> list[dict[str, Any]] | None:
-    """By the judge or by the package; None if neither is asked."""
+    """Annotations by the judge or by the package; None if neither is requested."""
     if client is not None and question is not None:
         with open_bar(f"{client.model}  annotates", len(answers), "calls") as advance:
             return asyncio.run(

@@ -1,10 +1,9 @@
-"""AlpacaEval's numbers from annotations.
+"""Computes AlpacaEval's win rates from annotations.
 
-A preference x is 1 where the baseline's answer wins, 2 where the model's does, and in between by the
-judge's probabilities; 0, in old files, and 1.5 are draws. The raw win rate is 100 mean(x - 1), its
-standard error 100 std(x - 1) / sqrt(n); the discrete one counts wins and half the draws.
-
-The length-controlled win rate stands in `alpaca_eval_lc`.
+A preference x is 1 if the baseline's answer wins, 2 if the model's wins, and between them according
+to the judge's probabilities; 1.5 (and 0, in old files) is a draw. The raw win rate is
+100 mean(x - 1) and its standard error 100 std(x - 1) / sqrt(n); the discrete win rate counts wins
+and half the draws. `length_controlled` has the length-controlled win rate.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from selm_jax.statistics import proportions
 
 INSTALL = "pip install 'selm_jax[alpaca-eval]'"
 
-# Of the official leaderboard.csv, in its order.
+# The columns of the official leaderboard.csv, in its order.
 COLUMNS = (
     "win_rate", "standard_error", "n_wins", "n_wins_base", "n_draws", "n_total",
     "discrete_win_rate", "mode", "avg_length", "length_controlled_winrate", "lc_standard_error",
@@ -36,12 +35,13 @@ COLUMNS = (
 
 
 def scores(rows: Sequence[Row]) -> dict[str, Any]:
-    """All that needs nothing but the annotations; names as in the leaderboard.
+    """All numbers that depend on the annotations only, under the leaderboard's names.
 
-    The win rate's interval is about other instructions (`proportions`); `standard_error` is the package's.
+    The interval of the win rate is over instructions (`proportions`); `standard_error` is the
+    package's.
 
     Args:
-        rows: of `alpaca_eval_set.check_annotations`.
+        rows: the result of `instructions.check_annotations`.
     """
     found = [row["preference"] for row in rows if row["preference"] is not None]
     preferences = np.array(found, np.float64)
@@ -51,19 +51,19 @@ def scores(rows: Sequence[Row]) -> dict[str, Any]:
     return rates | {
         "win_rate_low": 100 * low,
         "win_rate_high": 100 * high,
-        "avg_length": int(np.mean(lengths)),  # characters, cut off to a whole number
+        "avg_length": int(np.mean(lengths)),  # characters, rounded down
         "missing": len(alpaca_eval_set.published().instructions) - len(found),
     }
 
 
 def win_rate(preferences: Float64[np.ndarray, " n"]) -> dict[str, float | int | None]:
-    """Win rates in percent; see the top of this file. One preference has no standard error: None.
+    """Win rates in percent (see the top of this file). The error of one preference is None.
 
     Raises:
-        EvaluationError: no preference at all.
+        EvaluationError: there are no preferences.
     """
     if not preferences.size:
-        raise EvaluationError("there is no preference to take a win rate of.")
+        raise EvaluationError("no row has a preference. Annotate again.")
     x = wins(preferences)
     won, losses, draws = int((x > 0.5).sum()), int((x < 0.5).sum()), int((x == 0.5).sum())
     error = float(x.std(ddof=1) / np.sqrt(x.size) * 100) if x.size > 1 else None
@@ -79,17 +79,18 @@ def win_rate(preferences: Float64[np.ndarray, " n"]) -> dict[str, float | int | 
 
 
 def wins(preferences: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
-    """How far the model won, from 0 to 1."""
+    """How far the model won in each row, from 0 (lost) to 1 (won)."""
     return np.where(preferences == 0, 1.5, preferences) - 1
 
 
 @contextlib.contextmanager
 def package(module: str) -> Iterator[Any]:
-    """A module of `alpaca_eval`, which leaves the process as it was: it sets the root logger's
-    level when imported, and scikit-learn's settings when it fits.
+    """Imports a module of `alpaca_eval`, and undoes its side effects at the end.
+
+    The package sets the root logger's level on import, and scikit-learn's settings when it fits.
 
     Raises:
-        EvaluationError: it cannot be imported.
+        EvaluationError: the package cannot be imported.
     """
     import importlib
 
@@ -97,13 +98,13 @@ def package(module: str) -> Iterator[Any]:
     level = root.level
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pkg_resources, and of scikit-learn's `penalty`
+            warnings.simplefilter("ignore")  # about pkg_resources and scikit-learn's `penalty`
             try:
                 found = importlib.import_module(f"alpaca_eval.{module}")
                 import sklearn
             except ImportError as error:
                 raise EvaluationError(
-                    f"the alpaca_eval package cannot be imported ({error}). {INSTALL}"
+                    f"the alpaca_eval package cannot be imported ({error}). Run {INSTALL}"
                 ) from error
             root.setLevel(logging.ERROR)  # it warns at every call
             with sklearn.config_context():
@@ -123,7 +124,7 @@ def leaderboard(name: str, scored: Row) -> str:
 
 
 def table(name: str, scored: Row) -> str:
-    """For the terminal: the rates with 95 % intervals."""
+    """The win rates with 95 % intervals, as text for the terminal."""
     low, high = scored["win_rate_low"], scored["win_rate_high"]
     outcomes = f"{scored['n_wins']} won, {scored['n_draws']} drawn, {scored['n_wins_base']} lost"
     lines = [
@@ -136,12 +137,12 @@ def table(name: str, scored: Row) -> str:
         lines.insert(1, f"  no preference in    {scored['missing']} instructions; left out")
     if scored.get("length_controlled_winrate") is not None:
         rate, low, high = (scored[f"length_controlled_winrate{x}"] for x in ("", "_low", "_high"))
-        line = f"  length-controlled   {rate:6.2f} %  [{low:.2f}, {high:.2f}], C = {scored['lc_c']:.4g}"
-        lines.insert(-2, line)
+        ends = f"[{low:.2f}, {high:.2f}], C = {scored['lc_c']:.4g}"
+        lines.insert(-2, f"  length-controlled   {rate:6.2f} %  {ends}")
         if scored.get("lc_far_from_raw"):
             lines.append(
-                "  the two rates are far apart; the package warns that the fit may fail so"
+                "  the two rates are far apart; the package warns that the fit may have failed"
             )
     elif "lc_refused" in scored:
-        lines.append(f"  length-controlled   refused: {scored['lc_refused']}")
+        lines.append(f"  length-controlled   not computed: {scored['lc_refused']}")
     return "\n".join(lines)

@@ -1,1 +1,1 @@
-"""The tasks of the language model evaluation harness, on our models (the extra `lm-eval`)."""
+"""The tasks of the language model evaluation harness (lm-eval) on our models."""

@@ -1,9 +1,9 @@
-"""`selm eval lm_eval`: the language model evaluation harness on our models (the extra `lm-eval`).
+"""Runs the language model evaluation harness (lm-eval) on our models, for `selm eval lm_eval`.
 
-The harness asks for three things: log-likelihoods of continuations, of whole texts, and generated
-texts that end at given words. Tokens, truncation and endings here are those of its own `HFLM`, so
-that scores are comparable; only the computing is ours. Continuations of one context share a packed
-row with it, so a question with four choices is read once, not four times.
+The harness needs three things: log-likelihoods of continuations, log-likelihoods of whole texts,
+and generated texts that end at given strings. Tokens, truncation and stops are those of its own
+`HFLM`, so that scores are comparable; only the computation is ours. All continuations of a context
+share a packed row with it, so a question with four choices is read once, not four times.
 """
 
 from __future__ import annotations
@@ -44,35 +44,35 @@ try:
     from selm_jax.evaluation.benchmarks.lm_eval.tasks import load_tasks, tasks_of, version
 except ImportError as error:
     raise EvaluationError(
-        f"the harness is not installed ({error}): pip install 'selm_jax[lm-eval]'"
+        f"lm-eval is not installed ({error}). Run pip install 'selm_jax[lm-eval]'"
     ) from error
 
-_NEW_TOKENS = 256  # HFLM's, where a task does not say
+_NEW_TOKENS = 256  # HFLM's default for tasks that do not set it
 
 
 class Harness(TemplateLM):
-    """A model as the harness wants it."""
+    """Adapts a model to the harness's interface."""
 
     def __init__(self, model: Model, seed: int = 0):
         super().__init__()
         self.model, self.seed = model, seed
         self.tokenizer = model.tokenizer
 
-    # Tokens, as HFLM has them
+    # Tokens, like HFLM's
 
     @property
     def eot_token_id(self) -> int:
         eos = self.tokenizer.eos_token_id
         if eos is None:
             raise EvaluationError(
-                f"{self.model.name}: its tokenizer names no EOS token, which the harness wants to end "
-                "texts with. Name one in tokenizer_config.json (eos_token)"
+                f"{self.model.name}: its tokenizer has no EOS token, which the harness needs. Set "
+                "eos_token in tokenizer_config.json"
             )
         return eos
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context."""
+        """The token before a text without context."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else bos
 
@@ -83,7 +83,7 @@ class Harness(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs
     ) -> list[int]:
-        """Ids with what the tokenizer puts around a text, but never a second BOS."""
+        """Encodes a text with the tokenizer's special tokens, but never with a second BOS."""
         settings = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         if add_special_tokens is None and has_bos_prefix(
             string, self.tokenizer.decode(self.prefix_token_id)
@@ -100,7 +100,7 @@ class Harness(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """By `text.chat`: a template that refuses or drops the system message is an error here."""
+        """Applies the chat template (`text.chat`). It must not refuse or drop a system message."""
         messages = [Message(m["role"], m["content"]) for m in chat_history]
         if add_generation_prompt:
             return self.model.chat.render(messages, answer_follows=True)
@@ -111,7 +111,7 @@ class Harness(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs
     ) -> list[tuple[float, bool]]:
-        """(log-likelihood, whether greedy decoding would say it) of each (_, context, continuation)."""
+        """For each (_, context, continuation): its log-likelihood, and whether it is greedy."""
         by_context: dict[Ids, dict[Ids, list[int]]] = {}  # context -> continuation -> requests
         for i, (_, context, continuation) in enumerate(requests):
             before, after = self._fitted(tuple(context), tuple(continuation))
@@ -127,11 +127,12 @@ class Harness(TemplateLM):
         return out
 
     def _fitted(self, context: Ids, continuation: Ids) -> tuple[Ids, Ids]:
-        """The pair without what is too much at the left: the model reads all but the last token."""
+        """The pair cut at the left to the model's length, which need not include the last token."""
         if not continuation or len(continuation) > self.max_length:
             raise EvaluationError(
-                f"a continuation of {len(continuation)} tokens; from 1 to {self.max_length} "
-                "(max_position_embeddings) can be scored"
+                f"a continuation has {len(continuation)} tokens; expected from 1 to "
+                f"{self.max_length} (max_position_embeddings). Leave this task out, or use a model "
+                "for longer texts"
             )
         return context[-(self.max_length + 1 - len(continuation)) :], continuation
 
@@ -143,7 +144,7 @@ class Harness(TemplateLM):
         ]
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        """Of whole texts: windows of the model's length, each token predicted once."""
+        """Log-likelihoods of whole texts, in windows of the model's length, each token once."""
         windows, counts = [], []
         for request in requests:
             (string,) = request.args
@@ -163,7 +164,7 @@ class Harness(TemplateLM):
     # Generation
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        """Texts up to the first of their ends, which is left out; equal settings go together."""
+        """Generates texts up to the first stop string, which is left out; batched by settings."""
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
@@ -180,11 +181,11 @@ class Harness(TemplateLM):
     def _asked(
         self, contexts: Sequence[str], settings: dict[str, Any]
     ) -> tuple[list[Ids], int, list[str], Sampling | None]:
-        """Prompts, most new tokens, ends, and what to draw from; None for the likeliest tokens.
+        """Prompts, maximum new tokens, stop strings, and sampling settings (None: greedy).
 
         Raises:
-          EvaluationError: a setting that this engine does not have. To leave it out in silence
-            would give another benchmark.
+          EvaluationError: this engine does not support a setting. To ignore it would change the
+            benchmark.
         """
         kwargs = _normalised(settings)
         eos = self.tokenizer.decode(self.eot_token_id, skip_special_tokens=False)
@@ -196,14 +197,14 @@ class Harness(TemplateLM):
         if kwargs:
             raise EvaluationError(
                 f"a task's generation_kwargs have {', '.join(sorted(kwargs))}, which this engine "
-                "does not know; it knows until, max_gen_toks, do_sample, temperature, top_k, top_p "
-                "and min_p"
+                "does not support. It supports until, max_gen_toks, do_sample, temperature, top_k, "
+                "top_p and min_p"
             )
         room = self.max_length - limit
         if room < 1:
             raise EvaluationError(
-                f"a task wants up to {limit} new tokens; the model was made for {self.max_length} "
-                "in all (max_position_embeddings)"
+                f"a task needs up to {limit} new tokens, but the model supports only "
+                f"{self.max_length} in all (max_position_embeddings). Lower the task's max_gen_toks"
             )
         prompts = [tuple(self.tok_encode(context)[-room:]) for context in contexts]
         return prompts, limit, until, Sampling(temperature, **filters) if drawn else None
@@ -212,19 +213,21 @@ class Harness(TemplateLM):
         self, prompts: list[Ids], limit: int, until: list[str], sampling: Sampling | None
     ) -> list[str]:
         def ended(ids: Ids) -> bool:
-            text = self.tokenizer.decode(list(ids))  # an end may be a special token, or hold one
+            text = self.tokenizer.decode(list(ids))  # a stop may be or contain a special token
             return any(end in text for end in until if end)
 
         with bar(self.model.console, "generate", len(prompts), "texts") as advance:
             responses = self.model.answer(
-                named_by_text(prompts, greedy=int(sampling is None), samples=int(sampling is not None)),
+                named_by_text(
+                    prompts, greedy=int(sampling is None), samples=int(sampling is not None)
+                ),
                 max_new_tokens=limit, sampling=sampling or Sampling(), seed=self.seed,
                 progress=advance, ended=ended, also_stop=self._special(until),
             )  # fmt: skip
         out = []
         for response in responses:
-            # HFLM draws nothing after an end. The engine may have, and the text, which is read
-            # without special tokens, does not always show where the end was.
+            # HFLM generates nothing after a stop string. The engine may have, and the text, which
+            # is decoded without special tokens, does not always show where the stop was.
             ends = range(1, len(response.tokens) + 1)
             first = bisect.bisect_left(ends, True, key=lambda n: ended(response.tokens[:n]))
             kept = list(response.tokens[: first + 1])
@@ -233,41 +236,41 @@ class Harness(TemplateLM):
         return out
 
     def _special(self, until: Sequence[str]) -> Ids:
-        """The ends that are one special token. They end a response with the very token."""
+        """The stop strings that are one special token; generation stops right at this token."""
         added = self.tokenizer.added_tokens_decoder.items()
         return tuple(i for i, token in added if token.special and token.content in until)
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the results say of the model."""
+        """The model's description in the results."""
         return {"selm_model": self.model.name, "selm_origin": self.model.folder.origin,
                 "dtype": str(self.model.dtype)}  # fmt: skip
 
 
 def _normalised(settings: dict[str, Any]) -> dict[str, Any]:
-    """A task's generation_kwargs as the harness reads them. `until: null` names no ends.
+    """A task's generation_kwargs, as the harness reads them. `until: null` means no stop strings.
 
     Raises:
-      EvaluationError: no new tokens are asked for, or an end is no text.
+      EvaluationError: the number of new tokens is below 1, or a stop string is not a text.
     """
     until = settings.get("until") or []
     ends = [end for end in (until if isinstance(until, list) else [until]) if end is not None]
     where = f"a task's generation_kwargs are {json.dumps(settings)}"
     if odd := [end for end in ends if not isinstance(end, str)]:
-        raise EvaluationError(f"{where}: until holds {odd[0]!r}; expected texts, or null for none")
+        raise EvaluationError(f"{where}: until has {odd[0]!r}; expected texts, or null for none")
     try:
         found: dict[str, Any] = dict(normalize_gen_kwargs(settings | {"until": ends}, _NEW_TOKENS))
     except (TypeError, ValueError) as error:
         raise EvaluationError(f"{where}: {error}. Expected numbers there") from error
     if found["max_gen_toks"] < 1:
         raise EvaluationError(
-            f"{where}: max_gen_toks is {found['max_gen_toks']}; expected 1 new token or more. Correct "
-            "the task's file"
+            f"{where}: max_gen_toks is {found['max_gen_toks']}; expected 1 new token or more. "
+            "Correct the task's file"
         )
     return found
 
 
 class Counter(Harness):
-    """Answers everything at once with nothing and counts what it would have cost."""
+    """Counts the cost of all requests without computing anything (`--dry-run`)."""
 
     def __init__(self, model: Model):
         super().__init__(model)
@@ -302,20 +305,21 @@ def run(
     dry_run: bool = False,
     console: Console,
 ) -> dict[str, Any]:
-    """Evaluates on the tasks; writes `results.json` and `samples/TASK.jsonl` into the folder `out`.
+    """Evaluates a model on tasks; writes `results.json` and `samples/TASK.jsonl` into `out`.
 
     Args:
       tasks: see `tasks_of`.
-      include: folder of further task files.
-      limit: the first so many rows of each task alone.
-      chat: prompts through the chat template, shots as earlier turns; else both as plain text.
-      dry_run: counts tokens and writes nothing.
+      include: folder with further task files.
+      limit: use only the first `limit` rows of each task.
+      chat: apply the chat template, with shots as earlier turns; otherwise all is plain text.
+      dry_run: only count tokens and write nothing.
 
     Raises:
-      EvaluationError: see `tasks_of`; a task whose data cannot be had; `out` is there already.
+      EvaluationError: a task is unknown (see `tasks_of`), its data cannot be loaded, or `out`
+        exists.
     """
     if not dry_run and out.exists():
-        raise EvaluationError(f"{out} is there already; move it away or give another --out")
+        raise EvaluationError(f"{out} exists already. Move it away, or give another --out")
     manager = lm_eval_tasks.manager(include)
     loaded = load_tasks(tasks_of(tasks, manager), manager)
     harness = Counter(model) if dry_run else Harness(model, seed)

@@ -1,4 +1,4 @@
-"""Tasks of the language model evaluation harness: names, data and shots, checked before any work."""
+"""Loads tasks of lm-eval, and checks names, data and numbers of shots before any work."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from lm_eval.tasks import TaskManager
 from selm_jax.evaluation import EvaluationError
 from selm_jax.shell.words import did_you_mean
 
-# Table 2 of the paper and its caption: task -> shots. CoT of GSM8K is the harness's `gsm8k_cot`;
-# the paper's single number of TruthfulQA is mc2, as on the leaderboard of its time.
+# Table 2 of the paper and its caption: task -> shots. GSM8K with CoT is the harness's `gsm8k_cot`;
+# the paper's single number for TruthfulQA is mc2, as on the leaderboard at the time.
 PAPER = {
     "gsm8k_cot": 8,
     "hellaswag": 10,
@@ -24,11 +24,13 @@ PAPER = {
 
 
 def tasks_of(text: str, manager: TaskManager) -> dict[str, int | None]:
-    """Shots by task of `NAME[:SHOTS],...`, None as the task has them; `paper` stands for six.
+    """Parses `NAME[:SHOTS],...` into shots by task; `paper` stands for the paper's six tasks.
+
+    Without SHOTS the value is None, for the task's own number.
 
     Raises:
-      EvaluationError: a name that the harness does not know, or twice the same; shots that are no
-        number, or nothing.
+      EvaluationError: a name is unknown or appears twice, shots are not a number, or there is no
+        task.
     """
     found: list[tuple[str, int | None]] = []
     for part in filter(None, (p.strip() for p in text.split(","))):
@@ -38,34 +40,39 @@ def tasks_of(text: str, manager: TaskManager) -> dict[str, int | None]:
         name, colon, shots = part.partition(":")
         if name not in manager.all_tasks:
             raise EvaluationError(
-                f"lm-eval {version()} knows no task {name!r}{did_you_mean(name, manager.all_tasks)} "
-                "`paper` stands for the paper's six; --include adds a folder of your own (YAML)"
+                f"lm-eval {version()} has no task {name!r}{did_you_mean(name, manager.all_tasks)} "
+                "`paper` stands for the paper's six tasks; --include adds your own folder (YAML)"
             )
         if colon and not shots.isdecimal():
-            raise EvaluationError(f"--tasks {part}: {shots!r} shots; a whole number was expected")
+            raise EvaluationError(
+                f"--tasks {part}: {shots!r} is not a number of shots; expected a whole number"
+            )
         found.append((name, int(shots) if colon else None))
     names = [name for name, _ in found]
     if twice := {n for n in names if names.count(n) > 1}:
-        raise EvaluationError(f"--tasks names {', '.join(sorted(twice))} twice")
+        raise EvaluationError(f"--tasks has {', '.join(sorted(twice))} twice; give each once")
     if not found:
-        raise EvaluationError("--tasks names none; `paper` stands for the paper's six")
+        raise EvaluationError(
+            "--tasks is empty; expected names of tasks, or `paper` for the paper's six"
+        )
     return dict(found)
 
 
 def load_tasks(shots: dict[str, int | None], manager: TaskManager) -> list[Any]:
-    """Tasks (or groups of them) with their data and shots.
+    """Loads tasks (or groups of tasks) with their data and shots.
 
     Raises:
-      EvaluationError: data that cannot be had, or more shots than there are rows to take them from.
+      EvaluationError: data cannot be loaded, or there are fewer rows than shots.
     """
     out = []
     for name, count in shots.items():
         try:
             loaded: Any = manager.load([name])
-        # Whatever the library of data sets raises: the network, a missing file, a bad row.
+        # The `datasets` library raises many kinds: network, a missing file, a bad row.
         except Exception as error:
             raise EvaluationError(
-                f"task {name}: its data could not be loaded: {type(error).__name__}: {error}"
+                f"task {name}: its data could not be loaded: {type(error).__name__}: {error}. "
+                "Check the network and the task's file"
             ) from error
         for task in loaded["tasks"].values() if count is not None else ():
             task.set_config(key="num_fewshot", value=count)
@@ -77,26 +84,28 @@ def load_tasks(shots: dict[str, int | None], manager: TaskManager) -> list[Any]:
 
 
 def _check_shots(task: Any) -> None:
-    """Finds what the harness would notice at the first row, with a traceback."""
+    """Checks the number of shots, which the harness would only do at the first row."""
     name, shots = task.config.task, task.config.num_fewshot or 0
     if shots and task.OUTPUT_TYPE == "loglikelihood_rolling":
-        raise EvaluationError(f"task {name}: whole texts take no shots; {shots} were asked for")
+        raise EvaluationError(
+            f"task {name}: it scores whole texts and cannot have shots; found {shots}. Use {name}:0"
+        )
     sampler = getattr(task, "sampler", None)
     if not shots or sampler is None:
         return
-    # A question that is itself among the rows is no shot for itself.
+    # A question that is among these rows cannot be a shot for itself.
     itself = task.fewshot_cfg.split == task.config.test_split
     rows = len(sampler.fewshot_docs()) - itself
     if shots > rows:
         raise EvaluationError(
-            f"task {name}: {shots} shots, but there are {rows} rows to take them from"
-            f"{' besides the question itself' if itself else ''}. Ask for fewer: {name}:{max(rows, 0)}"
+            f"task {name}: {shots} shots, but there are only {rows} rows for them"
+            f"{' besides the question itself' if itself else ''}. Use at most {name}:{max(rows, 0)}"
         )
 
 
 def manager(include: Path | None) -> TaskManager:
     if include is not None and not include.is_dir():
-        raise EvaluationError(f"--include {include}: no such folder")
+        raise EvaluationError(f"--include {include}: there is no such folder")
     return TaskManager(include_path=None if include is None else str(include))
 
 

@@ -1,14 +1,14 @@
 """MT-Bench: 80 questions of two turns, answered in FastChat's format.
 
-    FOLDER/                                  laid out as FastChat's data/mt_bench
-      model_answer/MODEL.jsonl               answers; one line a question
+    FOLDER/                                  same layout as FastChat's data/mt_bench
+      model_answer/MODEL.jsonl               answers, one line per question
       model_judgment/JUDGE_single.jsonl      judgments of any number of models (`judge`)
       model_judgment/JUDGE_pair.jsonl
-      JUDGE_MODEL.json                       scores (`score`), and what they were made of
+      JUDGE_MODEL.json                       scores (`score`) and the files they are based on
 
-The questions, the judge's prompts and the reference answers are not ours and not shipped: they are
-files of FastChat's (`question.jsonl`, `judge_prompts.jsonl`, `reference_answer/gpt-4.jsonl`). Their
-digests are here, so that other texts are not taken for MT-Bench.
+The questions, the judge's prompts and the reference answers belong to FastChat and are not included
+here (`question.jsonl`, `judge_prompts.jsonl`, `reference_answer/gpt-4.jsonl`). Their digests are,
+so that other texts are not mistaken for MT-Bench.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from selm_jax.shell.progress import Advance
 from selm_jax.text.chat import ChatError
 from selm_jax.text.conversations import Message
 
-# By category, as FastChat's temperature_config; 0 is greedy.
+# Temperature by category, as in FastChat's temperature_config; 0 is greedy.
 TEMPERATURES: Mapping[str, float] = {
     "writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0,
     "reasoning": 0.0, "stem": 0.1, "humanities": 0.1,
@@ -42,10 +42,10 @@ OTHER_TEMPERATURE = 0.7
 TURNS = 2
 # SHA-256 of the JSON list of [question_id, category, turns], in the order of the ids.
 QUESTIONS_SHA256 = "a74770fe8520f4621ca7c4e8326c11a2044fec00499d0178602136fbcfaba1c2"
-# SHA-256 of the JSON list of [question_id, first turn, second turn], in the order of the ids, of the
-# published answers to the questions that are judged with a reference.
+# SHA-256 of the published reference answers: of the JSON list of [question_id, first turn, second
+# turn], in the order of the ids.
 REFERENCES_SHA256 = "606194b8a0ba525f9b3dfcc67f330b267ebd820e01ac786fffa5fd14bd98ecea"
-ACCEPT = "If these are the ones you mean, say so with --unpublished; the record will, too"
+ACCEPT = "To use them anyway, add --unpublished; the record will say so"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,21 +61,21 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """How answers are drawn. FastChat's limit; temperatures are the categories'."""
+    """How answers are generated: FastChat's limit, and the temperature of each category."""
 
     max_new_tokens: int = 1024
     seed: int = 0
 
 
 def read_questions(file: Path, unpublished: bool = False) -> list[Question]:
-    """The questions, by id.
+    """Reads the questions, sorted by id.
 
     Args:
-        unpublished: takes others than MT-Bench's 80.
+        unpublished: accept other questions than MT-Bench's 80.
 
     Raises:
-        EvaluationError: a row that is no question of two turns, an id that is there twice, or
-            other questions than the published ones.
+        EvaluationError: a row is not a question of two turns, an id appears twice, or the questions
+            differ from the published ones.
     """
     found: dict[int, Question] = {}
     for i, row in enumerate(read_rows(file)):
@@ -85,14 +85,16 @@ def read_questions(file: Path, unpublished: bool = False) -> list[Question]:
                 f"{file}, row {i}: expected question_id, category and {TURNS} texts as turns."
             )
         if number in found:
-            raise EvaluationError(f"{file}, row {i}: question {number} is there twice.")
+            raise EvaluationError(
+                f"{file}, row {i}: question {number} appears twice. Delete one of them."
+            )
         found[number] = Question(number, category, (turns[0], turns[1]))
     questions = sorted(found.values(), key=lambda q: q.id)
     listed = json.dumps([[q.id, q.category, list(q.turns)] for q in questions])
     if hashlib.sha256(listed.encode()).hexdigest() != QUESTIONS_SHA256 and not unpublished:
         raise EvaluationError(
-            f"{file}: {len(questions)} questions, which are not the 80 of MT-Bench, or changed. "
-            f"{ACCEPT}."
+            f"{file}: {len(questions)} questions, which are not the 80 of MT-Bench, or were "
+            f"changed. {ACCEPT}."
         )
     return questions
 
@@ -109,12 +111,14 @@ def answer(
     name: str | None = None,
     progress: Advance = lambda answers, tokens=0: None,
 ) -> Path:
-    """Answers what is left of the questions: a line for each, sorted by question at the end. Lines
-    are on the disk as soon as both turns of the questions that are answered together are there.
+    """Answers the questions that are not answered yet, and writes one line for each.
+
+    Questions are answered in batches; after both turns of a batch its lines are written to disk. At
+    the end the lines are sorted by question.
 
     Raises:
-        EvaluationError, ArtifactError, ChatError: the model cannot answer; the file there is of
-            another model or of other settings.
+        EvaluationError, ArtifactError, ChatError: the model cannot answer, or the existing file
+            belongs to another model or other settings.
     """
     name = name or model.name
     file = answer_file(folder, name)
@@ -151,7 +155,7 @@ def _both_turns(
     decoding: Decoding,
     progress: Advance,
 ) -> list[dict[str, Any]]:
-    """Rows of FastChat's answer format, with `finish` and `tokens` of each turn besides."""
+    """Answers both turns; rows in FastChat's format, plus `finish` and `tokens` of each turn."""
     conversations: list[list[Message]] = [[] for _ in questions]
     said: list[list[Any]] = [[] for _ in questions]
     for turn in range(TURNS):
@@ -162,7 +166,7 @@ def _both_turns(
                 conversations, temperature=temperature, progress=progress,
                 **dataclasses.asdict(decoding),
             )  # fmt: skip
-        except (PolicyError, ChatError) as error:  # counts from the first of these
+        except (PolicyError, ChatError) as error:  # it numbers the conversations of this batch
             ids = ", ".join(str(question.id) for question in questions)
             raise EvaluationError(f"turn {turn + 1} of the questions {ids}: {error}") from error
         for conversation, answers, (each,) in zip(conversations, said, found, strict=True):
@@ -200,13 +204,14 @@ def counts(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 def read_answers(
     file: Path, questions: Sequence[Question], what: str = "answers"
 ) -> tuple[str, dict[int, tuple[str, str]]]:
-    """The model's name, and its two answers by question, of a file of FastChat's answer format.
+    """Reads a file in FastChat's format: the model's name, and its two answers by question.
 
     Args:
-        questions: those that must be answered.
+        questions: the questions that must be answered.
 
     Raises:
-        EvaluationError: a question is missing or there twice; a row is no answer; several models.
+        EvaluationError: a question is missing or appears twice, a row is not an answer, or there
+            are several models.
     """
     found: dict[int, tuple[str, str]] = {}
     names = set()
@@ -216,42 +221,47 @@ def read_answers(
             names.add(row["model_id"])
         except (LookupError, TypeError) as error:
             raise EvaluationError(
-                f"{file}, row {i}: no answer of FastChat's format: {error!r}."
+                f"{file}, row {i}: not an answer in FastChat's format: {error!r}. Correct the row."
             ) from error
         if not _are_texts(turns):
             raise EvaluationError(f"{file}, row {i}: expected {TURNS} texts as turns.")
         if number in found:
-            raise EvaluationError(f"{file}, row {i}: question {number} is answered twice.")
+            raise EvaluationError(
+                f"{file}, row {i}: question {number} is answered twice. Delete one of the answers."
+            )
         found[number] = (turns[0], turns[1])
     missing = [q.id for q in questions if q.id not in found]
     if missing:
         raise EvaluationError(
             f"{file}: {what} to {len(missing)} questions are missing, such as "
-            f"{', '.join(map(str, missing[:5]))}."
+            f"{', '.join(map(str, missing[:5]))}. Give a file with all of them."
         )
     if len(names) > 1:
-        raise EvaluationError(f"{file}: {what} of several models: {', '.join(sorted(names))}.")
+        raise EvaluationError(
+            f"{file}: has {what} of several models: {', '.join(sorted(names))}; expected one model."
+        )
     return names.pop(), found
 
 
 def read_references(
     file: Path, questions: Sequence[Question], unpublished: bool = False
 ) -> dict[int, tuple[str, str]]:
-    """The reference answers by question.
+    """Reads the reference answers, by question.
 
     Args:
-        questions: those that are judged with a reference.
-        unpublished: takes others than MT-Bench's.
+        questions: the questions that are judged with a reference.
+        unpublished: accept other answers than MT-Bench's.
 
     Raises:
-        EvaluationError: as `read_answers`, or other answers than the published ones.
+        EvaluationError: the file is malformed (see `read_answers`), or the answers differ from the
+            published ones.
     """
     _, found = read_answers(file, questions, "reference answers")
     listed = json.dumps([[q.id, *found[q.id]] for q in sorted(questions, key=lambda q: q.id)])
     if hashlib.sha256(listed.encode()).hexdigest() != REFERENCES_SHA256 and not unpublished:
         raise EvaluationError(
-            f"{file}: not MT-Bench's reference answers, or changed: a judge that is shown others "
-            f"gives other verdicts. {ACCEPT}."
+            f"{file}: not MT-Bench's reference answers, or changed. With others the judge's "
+            f"verdicts would differ. {ACCEPT}."
         )
     return found
 
@@ -259,7 +269,7 @@ def read_references(
 def cost_of_answers(
     model: Model, questions: Sequence[Question], folder: Path, decoding: Decoding, name: str
 ) -> Cost:
-    """Upper bounds: the second turn reads the first one's answer, at its limit."""
+    """An upper bound of the cost: the second turn reads the first answer, at its limit."""
     done = _answers(answer_file(folder, name)).rows
     left = [q for q in questions if q.id not in done]
     first = model.prompt_ids([[Message("user", q.turns[0])] for q in left])
@@ -285,6 +295,6 @@ def _are_texts(turns: Any) -> TypeGuard[list[str]]:
 
 
 def _answer_id(name: str, question: int, turns: Sequence[str]) -> str:
-    """FastChat draws one at random; here the same answer has the same id."""
+    """An id that depends only on the answer; FastChat's ids are random."""
     text = json.dumps([name, question, *turns])
     return hashlib.sha256(text.encode()).hexdigest()[:22]

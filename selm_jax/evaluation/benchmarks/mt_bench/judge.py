@@ -1,10 +1,10 @@
 """MT-Bench's judge: FastChat's prompts and judgment format, over any OpenAI-compatible server.
 
 `single` rates each turn's answer from 1 to 10; `pair` compares two models in both orders. Questions
-of math, reasoning and coding are judged with a reference answer. Where FastChat's reading of a
-verdict guesses, this one does not: two different verdicts, a rating out of 1 to 10, or a number in
-single brackets that no "rating" stands before (a citation, say) are malformed: score -1 or winner
-"error", as FastChat writes what it cannot read. They are counted, and left out of every mean.
+of math, reasoning and coding are judged with a reference answer. Unlike FastChat's parser, this one
+never guesses: two different verdicts, a rating outside 1 to 10, or a number in single brackets
+without "rating" before it (such as a citation) are malformed, and get FastChat's marks for that:
+score -1 or winner "error". They are counted, and left out of every mean.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ PROMPTS: Mapping[tuple[str, bool, int], str] = {
     ("pair", False, 2): "pair-v2-multi-turn",
     ("pair", True, 2): "pair-math-v1-multi-turn",
 }
-_GIVE_UP = 20  # so many malformed verdicts and no other: this judge does not understand
+_GIVE_UP = 20  # give up on a judge whose first 20 verdicts are all malformed
 
 Answers = Mapping[int, tuple[str, str]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """What the judge is asked with. The defaults are FastChat's values.
+    """Sampling settings of the judge. The defaults are FastChat's values.
 
     Attributes:
         extra: more fields of each request; see `Client.complete`.
@@ -61,7 +61,7 @@ class Sampling:
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def fields(self) -> dict[str, Any]:
-        """What `Client.complete` takes, and what the record of a verdict says."""
+        """The arguments for `Client.complete`, which are also recorded with each verdict."""
         named = {"temperature": self.temperature, "max_tokens": self.max_tokens}
         return named | ({"extra": dict(self.extra)} if self.extra else {})
 
@@ -75,11 +75,11 @@ class JudgePrompt:
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-    """One judgment: a turn of a question, of one model or of two.
+    """One judgment to make: a turn of a question, for one model or two.
 
     Attributes:
         prompt: the name of the judge's prompt.
-        system, asked: the texts of the calls: one, or both orders of a pair.
+        system, asked: the system message, and the user message of each call (a pair has two).
     """
 
     question: int
@@ -97,10 +97,10 @@ class Match:
 
 
 def read_prompts(file: Path, unpublished: bool = False) -> dict[str, JudgePrompt]:
-    """FastChat's judge_prompts.jsonl, by name.
+    """Reads FastChat's judge_prompts.jsonl, by name.
 
     Raises:
-        EvaluationError: a prompt is missing, asks for what there is not, or is not the published
+        EvaluationError: a prompt is missing, has wrong placeholders, or differs from the published
             one.
     """
     rows = read_rows(file)
@@ -109,7 +109,7 @@ def read_prompts(file: Path, unpublished: bool = False) -> dict[str, JudgePrompt
     prompts = {name: JudgePrompt(name, system, template) for name, system, template in listed}
     for (mode, with_reference, turn), name in PROMPTS.items():
         if name not in prompts:
-            raise EvaluationError(f"{file}: the prompt {name!r} is missing.")
+            raise EvaluationError(f"{file}: the prompt {name!r} is missing. Use FastChat's file.")
         wanted = _fields(mode, with_reference, turn)
         found = {field for _, field, _, _ in string.Formatter().parse(prompts[name].template)}
         if found - {None} != wanted:
@@ -135,7 +135,7 @@ def matches(
 
     Args:
         answers: (name, answers) of each model.
-        references: for the questions `WITH_REFERENCE` at least.
+        references: reference answers, at least for the categories `WITH_REFERENCE`.
     """
     models = tuple(name for name, _ in answers)
     found = []
@@ -162,16 +162,15 @@ async def ask(
     sampling: Sampling,
     progress: Advance = lambda judgments, tokens=0: None,
 ) -> list[dict[str, Any]]:
-    """Judges what is left; a verdict is in the file as soon as it is whole and one of this call's
-    verdicts could be read. Where none can, nothing is kept: once repaired, the judge is asked again.
+    """Judges the matches that have no verdict yet; returns the rows of all matches.
 
-    Returns:
-        The rows of these matches, whenever they were judged.
+    Verdicts are written to the file. Malformed ones are held back until one can be read: if none
+    can, nothing is kept, and a repaired judge is asked again.
 
     Raises:
-        EvaluationError: a verdict in the file is about other answers, or was asked for otherwise;
-            the first verdicts are malformed without exception, or all there are.
-        selm_jax.feedback.judge.budget.JudgeError: the server cannot be asked.
+        EvaluationError: a verdict in the file is about other answers or settings, or all of the
+            first verdicts are malformed.
+        selm_jax.feedback.judge.budget.JudgeError: the server gave no answer.
     """
     watch = _Watch()
     try:
@@ -185,12 +184,12 @@ async def ask(
                 progress(len(todo) - len(left), 0)
                 if left:
                     await _ask_once(mode, left, repeat, client, journal, sampling, watch, progress)
-        if watch.held:  # few, and the last: an earlier verdict speaks for the judge, or none does
+        if watch.held:  # only a few were left to judge: look at the earlier verdicts as well
             if all(is_malformed(row) for row in journal.rows.values()):
                 raise watch.given_up()
             journal.add(watch.held)
     except _GivenUp:
-        # Only now: answers that were under way have come, and are in the cache.
+        # Only now, when the answers that were under way have arrived in the cache.
         for repeat in range(repeats):
             left = [m for m in todo if (m.question, m.turn, m.models, repeat) not in journal.rows]
             client.forget(
@@ -246,15 +245,14 @@ class _GivenUp(EvaluationError):
 
 @dataclasses.dataclass
 class _Watch:
-    """Stops a judge that never gives a verdict before it has cost all it can, and holds malformed
-    verdicts back until one can be read: what is in the file is not asked again."""
+    """Gives up early on a judge whose verdicts are all malformed, and does not store these."""
 
     understood: bool = False
     held: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def whole(self, row: dict[str, Any]) -> list[dict[str, Any]]:
-        """The rows to write now that this one is there."""
-        if len(self.held) >= _GIVE_UP:  # it is given up; this one was under way
+        """Adds a verdict; returns the rows that may be written now."""
+        if len(self.held) >= _GIVE_UP:  # already given up; this one was under way
             return []
         self.understood |= not is_malformed(row)
         self.held.append(row)
@@ -269,19 +267,19 @@ class _Watch:
         return _GivenUp(
             f"the judge's first {len(self.held)} verdicts cannot be read, such as that "
             f"{unread(self.held[-1])}. Expected [[rating]], or [[A]], [[B]] or [[C]]. They are not "
-            "kept: ask another model, or this one again when it is repaired."
+            "kept. Use another judge, or run again when this one is repaired."
         )
 
 
 def score_of(answer: Completion) -> float:
-    """The rating, or -1. Double brackets as asked for; single ones only after the word rating."""
+    """The rating, or -1: in double brackets, or in single ones after the word "rating"."""
     found = read_rating(answer)
     if found is None and "[[" not in answer.text:
         values = {float(x) for x in _SINGLE.findall(answer.text)}
         found = values.pop() if len(values) == 1 and 1 <= min(values) <= 10 else None
     if found is None:
         return -1
-    return int(found) if found == int(found) else found  # 7 and 7.5, as FastChat writes them
+    return int(found) if found == int(found) else found  # 7 and 7.5, like FastChat
 
 
 def _is_unreadable_single(answer: Completion) -> bool:
@@ -303,9 +301,11 @@ def winner_of(answer: Completion, first: str, second: str) -> str:
 
 
 def cost(todo: Sequence[Match], judge: str, left: int, longest: int) -> Cost:
-    """Args:
-    left: judgments that are not in the file yet.
-    longest: tokens of the judge's answer, and what is to be added for answers not there yet.
+    """An estimate of the cost of judging.
+
+    Args:
+        left: number of judgments that are not in the file yet.
+        longest: tokens of the judge's answer, plus an allowance for answers not generated yet.
     """
     calls = len(todo[0].asked)
     characters = sum(len(m.system) + len(text) for m in todo for text in m.asked)
@@ -358,13 +358,13 @@ def _is_there(
     where = f"{journal.file}: question {match.question}, turn {match.turn}, of {match.models}"
     if tuple(row.get(key) for key in keys) != match.asked or row["judge"] != [judge, match.prompt]:
         raise EvaluationError(
-            f"{where} was judged on other texts or by another judge. Remove the file, or name "
+            f"{where} was judged on other texts or by another judge. Delete the file, or choose "
             "another folder."
         )
     if row.get("sampling", Sampling().fields()) != sampling.fields():
         raise EvaluationError(
-            f"{where} was judged with {row['sampling']}; asked for now is "
-            f"{sampling.fields()}. Remove the file, or name another folder."
+            f"{where} was judged with {row['sampling']}, and now the settings are "
+            f"{sampling.fields()}. Delete the file, or choose another folder."
         )
     return True
 
@@ -372,7 +372,7 @@ def _is_there(
 def _values(
     question: Question, answers: Sequence[tuple[str, str]], references: Answers
 ) -> dict[str, str]:
-    """All that a template may name."""
+    """The values of all placeholders that a template may use."""
     values = {"question": question.turns[0]}
     named = {"a": 0, "b": 1}
     for turn in range(TURNS):

@@ -1,7 +1,7 @@
-"""MT-Bench's judgments as files of FastChat's format: one JSON line for each verdict.
+"""MT-Bench's judgments as files in FastChat's format: one JSON line for each verdict.
 
-`single` rates the answer to a turn, `pair` says which of two models' answers is better, in both
-orders. A file holds the verdicts of one judge on any number of models.
+`single` verdicts rate the answer to a turn; `pair` verdicts say which of two models' answers is
+better, in both orders. A file has the verdicts of one judge on any number of models.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Judgments:
-    """All verdicts on one model, or on one against another, of one judge.
+    """All verdicts of one judge on one model, or on one model against another.
 
     Attributes:
         mode: "single" or "pair".
-        models: the model's name, or both.
+        models: the name of the model, or of both models.
     """
 
     mode: str
@@ -37,20 +37,20 @@ class Judgments:
 
 
 def journal(folder: Path, mode: str, judge: str) -> Journal:
-    """The file of a judge's verdicts, of any number of models."""
+    """The file of a judge's verdicts on any number of models."""
     file = folder / "model_judgment" / f"{file_name(judge)}_{mode}.jsonl"
     return Journal(file, lambda row: _key(mode, row))
 
 
 def read(file: Path, name: str | None = None) -> Judgments:
-    """The verdicts of a file, such as FastChat's `gpt-4_single.jsonl`.
+    """Reads the verdicts on one model from a file, such as FastChat's `gpt-4_single.jsonl`.
 
     Args:
-        name: of the model, or of the first of two, where the file is about several.
+        name: the name of the model (for pairs, of the first one) if the file is about several.
 
     Raises:
-        EvaluationError: there is no such file; a line is no verdict; the file is about several models
-            and `name` is none of them; verdicts of several judges.
+        EvaluationError: there is no such file, a line is not a verdict, there are verdicts of
+            several judges, or `name` does not select one model (or pair) of the file.
     """
     rows = read_rows(file)
     mode = "pair" if "g1_winner" in rows[0] else "single"
@@ -60,24 +60,29 @@ def read(file: Path, name: str | None = None) -> Judgments:
             key = _key(mode, row)
         except (LookupError, TypeError, ValueError) as error:
             raise EvaluationError(
-                f"{file}, row {i}: no verdict of FastChat's format: {type(error).__name__}: {error}."
+                f"{file}, row {i}: not a verdict in FastChat's format: {type(error).__name__}: "
+                f"{error}. Correct or delete the line."
             ) from error
         if key in seen:
-            raise EvaluationError(f"{file}, row {i}: the verdict {key!r} is there twice.")
+            raise EvaluationError(
+                f"{file}, row {i}: the verdict {key!r} appears twice. Delete one of them."
+            )
         seen.add(key)
     about = sorted({tuple(row[key] for key in _MODELS[mode]) for row in rows})
     mine = [models for models in about if name in (None, models[0])]
     if len(mine) != 1:
-        which = "none of them" if not mine else "there for several" if name else "not given"
+        which = "none of them" if not mine else "in several of them" if name else "not given"
         listed = ", ".join(" against ".join(models) for models in about[:10])
         raise EvaluationError(
-            f"{file}: its judgments are of {listed}{', ...' if about[10:] else ''}; --name is {which}. "
-            "Expected the name of the model, or of the first of two, that is to be scored."
+            f"{file}: its judgments are about {listed}{', ...' if about[10:] else ''}; --name is "
+            f"{which}. Give the name of the model to score (for a pair, of the first one)."
         )
     found = [row for row in rows if tuple(row[key] for key in _MODELS[mode]) == mine[0]]
     judges = sorted({str(row["judge"][0]) for row in found})
     if len(judges) > 1:
-        raise EvaluationError(f"{file}: judgments of several judges: {', '.join(judges)}.")
+        raise EvaluationError(
+            f"{file}: has judgments of several judges: {', '.join(judges)}; expected one judge."
+        )
     return Judgments(mode, mine[0], judges[0], found)
 
 
@@ -86,20 +91,20 @@ def is_malformed(row: Row) -> bool:
 
 
 def unread(row: Row) -> str:
-    """Where a malformed verdict stands and how it ends, for errors."""
+    """The place and the end of a malformed verdict, for errors."""
     second = "g1_winner" in row and row["g1_winner"] != "error"
     text = str(row.get("judgment", row.get(f"g{1 + second}_judgment", "")))
     return f"on question {row['question_id']}, turn {row['turn']}, which ends {text[-120:]!r}"
 
 
 def _key(mode: str, row: Row) -> tuple:
-    """Which verdict it is. Raises LookupError, TypeError or ValueError if it is none."""
+    """The key of a verdict. Raises LookupError, TypeError or ValueError if it is malformed."""
     for name in _VERDICT[mode]:
         value = row[name]
         if mode == "pair" and value not in _WINNERS:
             raise ValueError(f"{name} is {value!r}; expected one of {', '.join(_WINNERS)}")
         if mode == "single" and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise ValueError(f"{name} is {value!r}; expected a rating")
-    row["judge"][0]  # every verdict says whose it is
+    row["judge"][0]  # every verdict names its judge
     names = tuple(row[name] for name in _MODELS[mode])
     return row["question_id"], row["turn"], names, row.get("repeat", 0)

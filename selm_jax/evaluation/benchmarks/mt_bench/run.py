@@ -1,4 +1,4 @@
-"""`selm eval mt_bench` from its options: which of the three parts are left, and each of them."""
+"""Runs `selm eval mt_bench`: answering, judging and scoring, as far as not done yet."""
 
 from __future__ import annotations
 
@@ -30,15 +30,17 @@ Named = tuple[str, judging.Answers]  # a model's name, and its answers
 
 
 def run(options: Options) -> None:
-    """Answers, judges and scores what the options ask for, and shows the scores.
+    """Answers, judges and scores as the options request, and prints the scores.
 
     Raises:
-      EvaluationError: options that contradict each other, and as the functions that do the work.
+      EvaluationError: options contradict each other, or a step fails.
     """
     o = options
     exactly_one(MODEL=o.model, answers=o.answers, judgments=o.judgments)
     if o.judgments is not None and (o.judging.judge or o.against):
-        raise EvaluationError("--judgments are there already: leave --judge and --against out")
+        raise EvaluationError(
+            "--judgments gives finished judgments: leave out --judge and --against"
+        )
     asked = bench.read_questions(o.questions, o.unpublished)
     if o.judgments is not None:
         _score_only(options, asked, o.judgments)
@@ -51,7 +53,7 @@ def run(options: Options) -> None:
     folder = o.out or default_out(name, "mt_bench")
     if others and others[0][0] == name:
         raise EvaluationError(
-            f"{o.against}: answers of {name!r} itself. Another --name tells them apart"
+            f"{o.against}: has answers of {name!r} itself. Give the model another --name"
         )
     if own is not None:
         own = (name, own[1])
@@ -81,13 +83,13 @@ def run(options: Options) -> None:
 
 @dataclass(frozen=True)
 class _Judge:
-    """Who judges, and by what.
+    """The judge, its prompts and its settings.
 
     Attributes:
         mode: "single" or "pair".
         templates: the judge's prompts, by name.
-        references: reference answers by question, for those that are judged with one.
-        files: what these were read from.
+        references: reference answers by question, for questions that are judged with one.
+        files: the files that prompts and references were read from.
     """
 
     name: str
@@ -100,10 +102,10 @@ class _Judge:
 
     @classmethod
     def of(cls, options: Options, asked: Sequence[bench.Question]) -> _Judge | None:
-        """Reads the files; None where nobody is to judge.
+        """Reads the judge's files; None if the options name no judge.
 
         Raises:
-          EvaluationError: a file is not there, or is not MT-Bench's.
+          EvaluationError: a file is missing, or is not MT-Bench's.
         """
         o = options
         if o.judging.judge is None:
@@ -132,7 +134,7 @@ def _costs(
     others: Sequence[Named],
     folder: Path,
 ) -> list[Cost]:
-    """What is left to be drawn, and what is left to be judged."""
+    """The cost of the answers and of the judgments that are still missing."""
     costs = []
     if model is not None:
         decoding = bench.Decoding(options.max_new_tokens, options.seed)
@@ -142,7 +144,7 @@ def _costs(
         todo = judge.matches(asked, [own or (name, nothing), *others])
         journal = verdicts.journal(folder, judge.mode, judge.name)
         left = judging.left_of(todo, judge.repeats, journal)
-        # Turn 1 shows one answer, turn 2 two.
+        # The judge reads one answer at turn 1 and two at turn 2.
         unknown = 0 if own else 3 * options.max_new_tokens // 2
         longest = judge.sampling.max_tokens + unknown
         costs.append(judging.cost(todo, f"{judge.name} ({judge.mode})", left, longest))
@@ -156,7 +158,7 @@ def _ask(
     client: Client,
     folder: Path,
 ) -> tuple[verdicts.Judgments, Path]:
-    """All judgments of the models, and their file; those that are in it are not asked again."""
+    """All judgments of the models, and their file. Those in the file are not requested again."""
     todo = judge.matches(asked, models)
     journal = verdicts.journal(folder, judge.mode, judge.name)
     with open_bar(f"{judge.name}  judges", len(todo) * judge.repeats, "judgments") as advance:
@@ -185,11 +187,11 @@ def _score(
     where: Path,
     how: Mapping[str, Any],
 ) -> None:
-    """Writes and shows the scores of judgments, which are in the file `where`.
+    """Writes and prints the scores of judgments from the file `where`.
 
     Args:
-        made: what they were made of, by what it is.
-        how: more that the record says of the judging.
+        made: the input files by name.
+        how: more fields for the record of how they were judged.
     """
     rows = judged.rows
     allowed = score.check_malformed(rows, options.allow_malformed, where)

@@ -1,9 +1,10 @@
 """MT-Bench's scores from judgments, with intervals.
 
-Means are over judgments, as FastChat's show_result takes them: all turns and repetitions alike,
-malformed ones left out and counted. Intervals (95 %) are about other questions, each with all its
-judgments (two turns of a question and repetitions of a turn are not independent): of ratings those of
-`intervals.weighted`, of wins those of `proportions`. One question, or equal ratings alone, have none.
+Means are over judgments, as in FastChat's show_result: all turns and repetitions count the same;
+malformed ones are left out and counted. The 95 % intervals are over questions, each with all its
+judgments (the two turns of a question, and repetitions of a turn, are not independent). Those of
+ratings are by `intervals.weighted`, those of wins by `proportions`. There is no interval for a
+single question, or if all ratings are equal.
 """
 
 from __future__ import annotations
@@ -21,69 +22,76 @@ from selm_jax.evaluation.benchmarks.mt_bench.judgments import is_malformed, unre
 from selm_jax.statistics import proportions
 from selm_jax.statistics.intervals import weighted
 
-# The judge's prompts are FastChat's and cannot be mended here, and judges that follow them now and
-# then miss the format. Eight of 160 verdicts left out that would have been two points lower move
-# the mean by 0.1, less than half the width of its interval.
+# FastChat's prompts cannot be improved here, and even good judges sometimes miss the format.
+# Leaving out 8 of 160 verdicts that would have been two points lower moves the mean by 0.1, less
+# than half the width of its interval.
 ALLOWED = 0.05
 
 Row = Mapping[str, Any]
 
 
 def check_malformed(rows: Sequence[Row], allowed: int | None, file: Path) -> int:
-    """How many verdicts may be malformed.
+    """Checks that there are not too many malformed verdicts; returns the limit.
 
     Args:
-        allowed: None is the share `ALLOWED`, rounded down.
-        file: where the verdicts are.
+        allowed: the limit; None is the share `ALLOWED` of all verdicts, rounded down.
+        file: the file of the verdicts, for errors.
 
     Raises:
-        EvaluationError: more of them are.
+        EvaluationError: there are more malformed verdicts.
     """
     allowed = int(ALLOWED * len(rows)) if allowed is None else allowed
     malformed = [row for row in rows if is_malformed(row)]
     if len(malformed) > allowed:
         raise EvaluationError(
-            f"{file}: {len(malformed)} of {len(rows)} verdicts could not be read, {allowed} may be; "
-            f"such as that {unread(malformed[0])}. A mean over the others is over another set. "
-            "No scores were written, the verdicts stay in the file. Ask another judge, or accept it "
-            f"with --allow-malformed {len(malformed)}, which leaves them out of the means."
+            f"{file}: {len(malformed)} of {len(rows)} verdicts could not be read, more than the "
+            f"{allowed} allowed; such as that {unread(malformed[0])}. Averaging only the readable "
+            "verdicts would change the question set. No scores were written; the verdicts stay in "
+            "the file. Use another judge, or accept this with --allow-malformed "
+            f"{len(malformed)}, which leaves them out of the means."
         )
     return allowed
 
 
 def single(rows: Sequence[Row], questions: Sequence[Question]) -> dict[str, Any]:
-    """Of one model: `overall`, `turn_1`, `turn_2` and `categories`, each with `score`, `low`,
-    `high`, `judgments` and `malformed`; `spread` is the mean standard deviation of the repetitions
-    of one judgment, None for a single one.
+    """The scores of one model.
+
+    Returns:
+        The groups `overall`, `turn_1`, `turn_2` and `categories`, each with `score`, `low`, `high`,
+        `judgments` and `malformed`; and `spread`, the mean standard deviation of repetitions of a
+        judgment (None without repetitions).
 
     Raises:
-        EvaluationError: judgments are partial, or none can be read.
+        EvaluationError: judgments are missing, or none can be read.
     """
     _check(rows, questions)
     return _by_group(rows, questions, _mean_score) | {"spread": _spread(rows)}
 
 
 def pair(rows: Sequence[Row], questions: Sequence[Question]) -> dict[str, Any]:
-    """Of model 1 against model 2, in the same groups: `win`, `loss`, `tie` (counts; two orders that
-    disagree are a tie), `win_rate`, `loss_rate`, and `win_rate_adjusted`, which counts a tie half,
-    with its `low` and `high`.
+    """The win rates of model 1 against model 2.
+
+    Returns:
+        The groups of `single`, each with the counts `win`, `loss` and `tie` (two orders that
+        disagree are a tie), `win_rate`, `loss_rate`, and `win_rate_adjusted`, which counts a tie
+        half, with its `low` and `high`.
 
     Raises:
-        EvaluationError: judgments are partial, or none can be read.
+        EvaluationError: judgments are missing, or none can be read.
     """
     _check(rows, questions)
     return _by_group(rows, questions, _win_rates)
 
 
 def outcome(row: Row) -> float:
-    """Of model 1: 1 won, 0 lost, 1/2 a tie or two orders that disagree."""
+    """Model 1's result: 1 if it won, 0 if it lost, 1/2 for a tie or if the orders disagree."""
     if row["g1_winner"] == "tie" or row["g1_winner"] != row["g2_winner"]:
         return 0.5
     return float(row["g1_winner"] == "model_1")
 
 
 def table(title: str, found: Mapping[str, Any]) -> str:
-    """For the terminal."""
+    """The scores as text for the terminal."""
     key = "score" if "score" in found["overall"] else "win_rate_adjusted"
     groups = {"overall": found["overall"], "turn 1": found["turn_1"], "turn 2": found["turn_2"]}
     lines = [title]
@@ -107,12 +115,15 @@ def _ends(group: Mapping[str, Any]) -> str:
 
 
 def _check(rows: Sequence[Row], questions: Sequence[Question]) -> None:
-    """Every question, both turns, equally often."""
+    """Checks that both turns of every question were judged equally often."""
     times: dict[tuple[int, int], int] = {(q.id, turn): 0 for q in questions for turn in (1, 2)}
     for row in rows:
         place = (row["question_id"], row["turn"])
         if place not in times:
-            raise EvaluationError(f"a judgment is of question {place[0]}, which was not asked.")
+            raise EvaluationError(
+                f"there is a judgment of question {place[0]}, which is not among the questions. "
+                "Give the questions that were judged."
+            )
         times[place] += 1
     most = max(times.values(), default=0)
     partial = [place for place, count in times.items() if count < most]
@@ -120,12 +131,12 @@ def _check(rows: Sequence[Row], questions: Sequence[Question]) -> None:
         number, turn = partial[0] if partial else next(iter(times))
         raise EvaluationError(
             f"judgments of {len(partial) or len(times)} of {len(times)} turns are missing, such as "
-            f"of question {number}, turn {turn}. A mean over the others is another benchmark's; "
-            "judge the rest first."
+            f"question {number}, turn {turn}. Averaging only the others would change the question "
+            "set. Judge the rest first."
         )
     if all(is_malformed(row) for row in rows):
         raise EvaluationError(
-            f"none of {len(rows)} judgments can be read: there is no score. Ask another judge."
+            f"none of {len(rows)} judgments can be read, so there is no score. Use another judge."
         )
 
 
@@ -172,7 +183,7 @@ _Interval = tuple[float | None, float | None, float | None]
 
 
 def _mean_of_scores(rows: Iterable[Row]) -> _Interval:
-    """The mean over readable rows and the ends of its interval over questions."""
+    """The mean score of readable rows, and the ends of its interval over questions."""
     sums, counts = _by_question(rows, lambda row: row["score"])
     if not len(sums):
         return None, None, None
@@ -181,7 +192,7 @@ def _mean_of_scores(rows: Iterable[Row]) -> _Interval:
 
 
 def _share(rows: Iterable[Row]) -> _Interval:
-    """How often model 1 won, a tie half, likewise."""
+    """The share of rows that model 1 won (a tie counts half), and the ends of its interval."""
     sums, counts = _by_question(rows, outcome)
     if not len(sums):
         return None, None, None
@@ -191,7 +202,7 @@ def _share(rows: Iterable[Row]) -> _Interval:
 def _by_question(
     rows: Iterable[Row], value: Callable[[Row], float]
 ) -> tuple[Float[np.ndarray, " questions"], Float[np.ndarray, " questions"]]:
-    """Sums and numbers of the values of each question's readable rows."""
+    """For each question, the sum and the count of the values of its readable rows."""
     found: dict[int, list[float]] = {}
     for row in rows:
         if not is_malformed(row):
@@ -201,7 +212,7 @@ def _by_question(
 
 
 def _spread(rows: Sequence[Row]) -> float | None:
-    """How far the judge disagrees with itself."""
+    """How much repetitions of a judgment differ: their mean standard deviation, or None."""
     repeated: dict[tuple[int, int], list[float]] = {}
     for row in rows:
         if not is_malformed(row):

@@ -35,7 +35,7 @@ def show(run: Path, console: Console) -> None:
     entries = {
         t: artifacts.Stages(folder).read() for t, folder in artifacts.iterations(run).items()
     }
-    console.print(f"{run}: {_state(run, experiment, entries)}", soft_wrap=True)
+    console.print(f"{run}: {_state(run, experiment, entries)}", highlight=False)
     console.print(
         f"{experiment.model.source}, {experiment.objective['loss']}, ranker "
         f"{experiment.feedback.ranker}, seed {experiment.seed}",

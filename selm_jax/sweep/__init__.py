@@ -36,7 +36,7 @@ from selm_jax.run.run import Run
 from selm_jax.shell import artifacts
 from selm_jax.shell.lock import only_one
 from selm_jax.shell.memory import release
-from selm_jax.shell.progress import terminal
+from selm_jax.shell.progress import talks, terminal
 from selm_jax.shell.store import Store
 from selm_jax.sweep.grid import Sweep
 from selm_jax.sweep.table import as_csv, shared, shown, table
@@ -58,7 +58,8 @@ def sweep(grid: Sweep, console: Console | None = None) -> None:
       SweepError: a cell cannot be built, so nothing was trained; or some runs failed, and the others
         are finished.
     """
-    console = console or terminal(quiet=not multihost.is_first())
+    results = console or terminal(quiet=not multihost.is_first())
+    console = terminal(quiet=True) if talks().quiet else results
     store = Store(grid.folder / "store")
     failed: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
@@ -77,8 +78,8 @@ def sweep(grid: Sweep, console: Console | None = None) -> None:
                 console.print(f"{name}: {e}", style="red")
             release()
             multihost.on_first(lambda: str(write(grid, failed)))
-    multihost.on_first(lambda: console.print(shown(table(grid), grid)))
-    console.print(f"page: {grid.folder / PAGE}", soft_wrap=True)
+    multihost.on_first(lambda: results.print(shown(table(grid), grid)))
+    results.print(f"page: {grid.folder / PAGE}", soft_wrap=True)
     if failed:
         raise SweepError(f"{len(failed)} of {len(grid.members)} runs failed:{_listed(failed)}")
 

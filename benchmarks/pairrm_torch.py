@@ -1,10 +1,10 @@
-"""PairRM here against the same model in torch: pairs per second, one process, taking turns.
+"""Compares our PairRM with the same model in torch: pairs per second, taking turns in one process.
 
     python benchmarks/pairrm_torch.py --rounds 5
 
-Both compute the same logits from the same random weights (checked first) in float32 on CPU. Ours
-starts from texts; torch, which is transformers' DebertaV2Model and PairRM's head, starts from token
-ids, sorted by length and in batches of as many tokens as ours. Needs torch.
+Both compute the same logits from the same random weights (this is checked first), in float32 on
+CPU. Ours starts from texts. The torch side (transformers' DebertaV2Model with PairRM's head) starts
+from token ids, sorted by length and in batches of the same number of tokens. Needs torch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-# Before torch starts its threads: spinning, they would take the cores from the other side's turn.
+# Set before torch starts its threads: spinning threads would slow down the other side's turn.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -37,9 +37,9 @@ from selm_jax.feedback.models.pairrm import pairrm
 WORDS = [f"w{i}" for i in range(500)]
 SPECIAL = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
 PREFIXES = ["<|source|>", "<|candidate1|>", "<|candidate2|>", "<|candidate|>"]
-BATCH_TOKENS = 1024  # of one forward, as the default of `pairrm` on CPU
+BATCH_TOKENS = 1024  # tokens of one forward pass, like the default of `pairrm` on CPU
 
-# hidden size, layers, heads, size of the MLP; base is DeBERTa-v3-base without its embedding: 86 M.
+# Hidden size, layers, heads, MLP size. base is DeBERTa-v3-base without its embedding: 86 M.
 SIZES = {"tiny": (128, 4, 4, 512), "base": (768, 12, 12, 3072)}
 
 
@@ -85,7 +85,7 @@ def write_folder(model: TorchPairRM, folder: Path) -> None:
 
 
 def some_pairs(count: int) -> list[tuple[str, str, str]]:
-    """Sources of 20 to 120 words and candidates of 30 to 250; a word is a token."""
+    """Random pairs: sources of 20 to 120 words, candidates of 30 to 250; each word is a token."""
     rng = random.Random(0)
     sizes = [
         (rng.randint(20, 120), rng.randint(30, 250), rng.randint(30, 250)) for _ in range(count)
@@ -94,7 +94,7 @@ def some_pairs(count: int) -> list[tuple[str, str, str]]:
 
 
 def torch_batches(pairs: list[tuple[str, str, str]]):
-    """(numbers of the pairs, (ids, mask, where the prefixes stand)) of each batch."""
+    """For each batch: (indices of its pairs, (ids, mask, positions of the prefixes))."""
     vocab = {token: i for i, token in enumerate([*SPECIAL, *WORDS, *PREFIXES])}
 
     def encode(pair):
@@ -162,8 +162,10 @@ def compare(size: str, count: int, rounds: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="turns of each side")
-    parser.add_argument("--pairs", type=int, default=16, help="pairs of the base size; tiny has 8x")
-    parser.add_argument("--json", type=Path, help="where every second goes")
+    parser.add_argument(
+        "--pairs", type=int, default=16, help="pairs for base; tiny uses 8x as many"
+    )
+    parser.add_argument("--json", type=Path, help="file for all measured times")
     settings = parser.parse_args()
     results = [
         compare("tiny", 8 * settings.pairs, settings.rounds),

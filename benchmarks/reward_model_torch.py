@@ -1,12 +1,13 @@
-"""Reward models here against transformers in torch: answers per second, one process, taking turns.
+"""Compares our reward models with transformers in torch: answers per second, taking turns.
 
     python benchmarks/reward_model_torch.py --rounds 5
 
-Both compute the same scores from the same random weights (checked first) in float32 on CPU: four
-answers to each prompt. Ours starts from texts; torch, which is LlamaForSequenceClassification, starts
-from token ids, sorted by length and in batches of as many tokens as ours. Needs torch, and a machine
-that does nothing else: on a busy one XLA's threads wait for each other, and the ratio of the seconds
-says little. The table has the ratio of CPU seconds too, which suffers less.
+Both run in one process and compute the same scores from the same random weights (this is checked
+first), in float32 on CPU, for four answers to each prompt. Ours starts from texts. The torch side
+(LlamaForSequenceClassification) starts from token ids, sorted by length and in batches of the same
+number of tokens. Needs torch and an idle machine: on a busy one XLA's threads wait for each other,
+and the ratio of times is not reliable. The table also has the ratio of CPU seconds, which is less
+affected.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
-# Before torch starts its threads: spinning, they would take the cores from the other side's turn.
+# Set before torch starts its threads: spinning threads would slow down the other side's turn.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -38,15 +39,15 @@ from selm_jax.text.prompts import Message
 WORDS = [f"w{i}" for i in range(500)]
 SPECIAL = ["[PAD]", "[UNK]", "[USER]", "[ASSISTANT]", "[END]"]
 TEMPLATE = "{% for m in messages %}[{{ m.role | upper }}] {{ m.content }} [END] {% endfor %}"
-ANSWERS = 4  # to each prompt
-BATCH_TOKENS = 1024  # of one forward, as the default of `reward_model` on CPU
+ANSWERS = 4  # per prompt
+BATCH_TOKENS = 1024  # tokens of one forward pass, like the default of `reward_model` on CPU
 
-# width, layers, heads, key-value heads, width of the MLP; small is SmolLM2-135M without its embedding.
+# Width, layers, heads, key-value heads, MLP width. small is SmolLM2-135M without its embedding.
 SIZES = {"tiny": (128, 4, 4, 2, 384), "small": (576, 30, 9, 3, 1536)}
 
 
 def make(size: str, folder: Path) -> LlamaForSequenceClassification:
-    """A random reward model, written to the folder with a tokenizer of whole words."""
+    """Makes a random reward model and writes it to the folder, with a tokenizer of whole words."""
     width, layers, heads, kv_heads, mlp = SIZES[size]
     vocab = {token: i for i, token in enumerate([*SPECIAL, *WORDS])}
     torch.manual_seed(0)
@@ -70,7 +71,7 @@ def make(size: str, folder: Path) -> LlamaForSequenceClassification:
 
 
 def some_texts(prompts: int) -> tuple[list[Question], list[list[str]]]:
-    """Prompts of 20 to 200 words with answers of 30 to 250; a word is a token."""
+    """Random prompts of 20 to 200 words with answers of 30 to 250; each word is a token."""
     rng = random.Random(0)
 
     def text(low: int, high: int) -> str:
@@ -82,7 +83,7 @@ def some_texts(prompts: int) -> tuple[list[Question], list[list[str]]]:
 
 
 def torch_batches(folder: Path, questions, answers):
-    """(numbers of the answers, (ids, mask)) of each batch."""
+    """For each batch: (indices of its answers, (ids, mask))."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     encoded = [
         tokenizer.encode(f"[USER] {q.prompt} [END] [ASSISTANT] {text} [END]").ids
@@ -102,7 +103,7 @@ def torch_batches(folder: Path, questions, answers):
 
 
 def timed(work) -> tuple[float, float]:
-    """Seconds, and seconds of all cores together."""
+    """Runs `work`; returns the elapsed seconds and the CPU seconds of all cores."""
     began = time.perf_counter(), time.process_time()
     work()
     return time.perf_counter() - began[0], time.process_time() - began[1]
@@ -116,7 +117,7 @@ def compare(size: str, prompts: int, rounds: int) -> dict:
         model = make(size, folder)
         batches = torch_batches(folder, questions, answers)
         ranker: RewardModel = reward_model(name)
-        params = ranker._load()  # read once: what is compared is scoring
+        params = ranker._load()  # read once: the benchmark compares only scoring
         ranker._load = lambda: params
 
         def in_torch() -> np.ndarray:
@@ -159,9 +160,9 @@ def ratio(seconds: dict[str, list[float]]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="turns of each side")
-    parser.add_argument("--prompts", type=int, default=8, help="of the small size; tiny has 8x")
+    parser.add_argument("--prompts", type=int, default=8, help="for small; tiny uses 8x as many")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--json", type=Path, help="where every second goes")
+    parser.add_argument("--json", type=Path, help="file for all measured times")
     settings = parser.parse_args()
     results = [
         compare(size, settings.prompts * (8 if size == "tiny" else 1), settings.rounds)

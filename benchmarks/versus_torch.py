@@ -1,11 +1,12 @@
-"""This package against the authors' recipe, TRL, transformers and Tunix: one command, one run.
+"""Compares this package with the authors' recipe, TRL, transformers and Tunix.
 
     python benchmarks/versus_torch.py --torch-python VENV/bin/python --tunix-python VENV/bin/python
 
-Same weights, same token ids, same batch, float32. Each contestant is a process of its own; the
-processes of one comparison live at the same time and take turns, step by step, so that a slow minute
-of the machine is everybody's. Ratios are of medians over the same rounds. benchmarks/README.md says
-how to make the two environments; what has none is left out, and the table says so.
+All use the same weights, token ids and batches, in float32. Each contestant is a separate process;
+the processes of a comparison run at the same time and take turns, step by step, so that a slow
+minute of the machine affects all of them. Ratios are ratios of medians over the same rounds.
+benchmarks/README.md says how to make the two environments; contestants without one are left out,
+and the table says so.
 """
 
 from __future__ import annotations
@@ -29,21 +30,21 @@ from rich.console import Console
 from rich.table import Table
 
 HERE = Path(__file__).resolve().parent
-PATIENCE = 900  # seconds until a contestant that does not answer is given up
+PATIENCE = 900  # seconds to wait for a contestant's answer
 
 
 @dataclass(frozen=True)
 class Contestant:
     key: str
     title: str
-    environment: str  # whose Python: ours, torch, tunix
+    environment: str  # which Python runs it: ours, torch, tunix
     script: str
     arguments: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Contestants whose steps take turns. `per_step` of `unit` come out of one step of each."""
+    """Contestants whose steps take turns; their speed is counted in `unit` per second."""
 
     title: str
     unit: str
@@ -53,11 +54,15 @@ class Comparison:
 ALL = {
     c.key: c
     for c in (
-        Contestant("selm", "SELM update, three distinct responses", "ours", "selm_train", ("distinct",)),
+        Contestant(
+            "selm", "SELM update, three distinct responses", "ours", "selm_train", ("distinct",)
+        ),
         Contestant("selm_shared", "SELM update, shared roles", "ours", "selm_train", ("shared",)),
         Contestant("selm_dpo", "our update, DPO on pairs", "ours", "selm_train", ("dpo",)),
         Contestant("authors", "the authors' recipe, torch", "torch", "authors_train"),
-        Contestant("trl_cached", "TRL DPO, reference precomputed", "torch", "trl_train", ("cached",)),
+        Contestant(
+            "trl_cached", "TRL DPO, reference precomputed", "torch", "trl_train", ("cached",)
+        ),
         Contestant("trl_live", "TRL DPO, reference live", "torch", "trl_train", ("live",)),
         Contestant("tunix_live", "Tunix DPO, reference live", "tunix", "tunix_train", ("live",)),
         Contestant("tunix_none", "Tunix DPO, no reference", "tunix", "tunix_train", ("none",)),
@@ -77,7 +82,7 @@ COMPARISONS = (
 
 @dataclass(frozen=True)
 class Bar:
-    """`ours` is to be at least `wanted` times as fast as `theirs`, or to need at most so much."""
+    """A goal: `ours` has at least `wanted` times the speed of `theirs`, or at most that memory."""
 
     title: str
     comparison: str
@@ -88,19 +93,33 @@ class Bar:
 
 
 BARS = (
-    Bar("examples/s, three distinct responses, against the authors' recipe", "SELM", "speed", "selm", "authors", 2.0),
-    Bar("examples/s, shared roles, against the authors' recipe", "SELM", "speed", "selm_shared", "authors", 2.5),
-    Bar("SELM on 4 examples against TRL DPO on 4 pairs, cached reference", "DPO", "speed", "selm", "trl_cached", 1.0),
+    Bar(
+        "examples/s, three distinct responses, against the authors' recipe", "SELM", "speed",
+        "selm", "authors", 2.0,
+    ),
+    Bar(
+        "examples/s, shared roles, against the authors' recipe", "SELM", "speed",
+        "selm_shared", "authors", 2.5,
+    ),
+    Bar(
+        "SELM on 4 examples against TRL DPO on 4 pairs, cached reference", "DPO", "speed",
+        "selm", "trl_cached", 1.0,
+    ),
     Bar("peak memory against the authors' recipe", "SELM", "memory", "selm", "authors", 0.6),
-    Bar("peak memory against TRL DPO, cached reference", "DPO", "memory", "selm", "trl_cached", 0.6),
+    Bar(
+        "peak memory against TRL DPO, cached reference", "DPO", "memory", "selm", "trl_cached", 0.6
+    ),
     Bar("peak memory against TRL DPO, live reference", "DPO", "memory", "selm", "trl_live", 0.6),
-    Bar("tokens/s against transformers generate", "generation", "speed", "engine", "transformers", 1.7),
+    Bar(
+        "tokens/s against transformers generate", "generation", "speed",
+        "engine", "transformers", 1.7,
+    ),
     Bar("tokens/s against Tunix Sampler", "generation", "speed", "engine", "tunix_sampler", 1.0),
 )  # fmt: skip
 
 
 class Process:
-    """A contestant at work."""
+    """The running process of a contestant."""
 
     def __init__(self, contestant: Contestant, python: str, model: Path, data: Path, logs: Path):
         self.contestant = contestant
@@ -146,13 +165,15 @@ class Process:
         if not line:
             self.process.kill()
             tail = self.log.read_text(errors="replace")[-2000:]
-            sys.exit(f"{self.contestant.title} stopped or gave no answer; its log ends:\n{tail}")
+            sys.exit(
+                f"{self.contestant.title} stopped or did not answer. The end of its log:\n{tail}"
+            )
         return json.loads(line)
 
 
 @dataclass
 class Measured:
-    """One contestant in one comparison: what it said of itself, and its steps after warm-up."""
+    """Results of a contestant in a comparison: its versions, and its steps after the warm-up."""
 
     about: dict
     steps: list[dict] = field(default_factory=list)
@@ -177,7 +198,7 @@ class Measured:
 def compare(
     comparison: Comparison, pythons: dict[str, str], model: Path, data: Path, folder: Path, a
 ) -> dict[str, Measured]:
-    """Runs one comparison: everybody gets ready and warm, then the rounds."""
+    """Runs one comparison: starts and warms up all contestants, then runs the rounds."""
     folder = folder / comparison.title
     folder.mkdir()
     processes: dict[str, Process] = {}
@@ -206,14 +227,14 @@ def compare(
 
 
 def check_tokens(contestant: Contestant, step: dict, a) -> None:
-    """Everybody draws the same number of tokens."""
+    """Checks that a contestant generated the expected number of tokens."""
     expected = a.prompts * a.response
     if step.get("tokens", expected) != expected:
-        sys.exit(f"{contestant.title} drew {step['tokens']} tokens, not {expected}")
+        sys.exit(f"{contestant.title} generated {step['tokens']} tokens; expected {expected}")
 
 
 def make_data(model: Path, a) -> dict:
-    """Token ids for everybody: words whose text is one token, so that text and ids agree."""
+    """Makes the data for all contestants, from words of one token, so that texts match the ids."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
@@ -260,7 +281,7 @@ def make_data(model: Path, a) -> dict:
 
 
 def loss_difference(found: dict[str, Measured]) -> float | None:
-    """The largest difference between our losses and the authors' recipe's: the same computation?"""
+    """The largest difference between our losses and those of the authors' recipe."""
     if "authors" not in found:
         return None
     both = zip(found["selm"].steps, found["authors"].steps, strict=True)
@@ -374,8 +395,8 @@ def notes(results, worst: float | None, a) -> list[str]:
     )
     scoring = (
         "Our steps and those of TRL with a precomputed reference read stored log-probabilities. "
-        "Storing them costs one forward pass of each example, once an iteration, which is not in "
-        "the step: it is measured beside it as scoring."
+        "Computing them takes one forward pass over each example, once per iteration, which is not "
+        "part of the step: it is measured separately as scoring."
     )
     out = [work, machine, scoring]
     if worst is not None:
@@ -385,8 +406,8 @@ def notes(results, worst: float | None, a) -> list[str]:
         )
         ratio = statistics.median(found["authors"].seconds) / whole
         out.append(
-            f"With scoring counted, three distinct responses, SELM is {ratio:.2f} times as fast as "
-            f"the authors' recipe. Their losses differ by at most {worst:.1e} in any round."
+            f"Including scoring, SELM with three distinct responses is {ratio:.2f} times as fast "
+            f"as the authors' recipe. Their losses differ by at most {worst:.1e} in any round."
         )
     return out
 
@@ -413,8 +434,8 @@ def arguments() -> argparse.Namespace:
     add("--response", type=int, default=64, help="tokens of a response")
     add("--seed", type=int, default=0)
     add("--only", action="append", choices=[c.title for c in COMPARISONS])
-    add("--json", type=Path, help="write everything measured here")
-    add("--markdown", type=Path, help="write the tables here")
+    add("--json", type=Path, help="file for all measurements")
+    add("--markdown", type=Path, help="file for the tables")
     return parser.parse_args()
 
 
@@ -437,8 +458,8 @@ def main() -> None:
     worst = loss_difference(results.get("SELM", {}))
     verdicts = [judge(bar, results) for bar in BARS if bar.comparison in results]
     body, bars, remarks = rows(results, a), bar_rows(verdicts), notes(results, worst, a)
-    show("What was measured", HEADS, body)
-    show("The bars", BAR_HEADS, bars)
+    show("Measurements", HEADS, body)
+    show("Goals", BAR_HEADS, bars)
     print("\n".join(remarks))
     if a.json:
         a.json.write_text(
@@ -460,7 +481,7 @@ def main() -> None:
         parts = [markdown(HEADS, body), markdown(BAR_HEADS, bars), listed]
         a.markdown.write_text("\n\n".join(parts) + "\n")
     if worst is not None and worst > 1e-3:
-        sys.exit("SELM and the authors' recipe did not compute the same losses: compare nothing")
+        sys.exit("SELM and the authors' recipe computed different losses: ignore these results")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""The recipe of the SELM authors in plain torch (scripts/selm_trainer.py of their repository).
+"""The training step of the SELM authors (scripts/selm_trainer.py in their code), in plain torch.
 
 usage: authors_train.py MODEL DATA
 
-Policy: one forward pass over [chosen; rejected], a second one over the reference response, full
-logits. The reference model does the same, live, without gradients. Then backward, clipping to norm
-1, AdamW. Their own code needs versions of its libraries that are long gone.
+The policy does one forward pass over [chosen; rejected] and a second one over the reference
+response, with full logits. The reference model does the same in each step, without gradients. Then
+come the backward pass, clipping to norm 1, and AdamW. Their own code cannot be used because it
+needs outdated versions of its libraries.
 """
 
 import os
@@ -53,7 +54,7 @@ def main(model_folder, data_file):
 
 
 def three(model, ids, prompt):
-    """Log-probability of the chosen, the rejected and the reference response of each example."""
+    """Log-probabilities of the chosen, rejected and reference responses of each example."""
     both = logps(model, ids[:2].flatten(0, 1), prompt)
     return *both.chunk(2), logps(model, ids[2], prompt)
 

@@ -1,4 +1,4 @@
-"""The rollout engine of this package.
+"""Generation with the rollout engine of this package.
 
 usage: selm_generate.py MODEL DATA
 """

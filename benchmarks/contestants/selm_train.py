@@ -2,8 +2,9 @@
 
 usage: selm_train.py MODEL DATA KIND        KIND: distinct, shared or dpo
 
-distinct: three responses an example. shared: in two examples of three the explored response is also
-the chosen or the rejected one, and stands in the tree once. dpo: pairs, for the DPO trainers.
+distinct: three responses per example. shared: in two of three examples the explored response is
+also the chosen or the rejected one, and is in the tree once. dpo: pairs, to compare with DPO
+trainers.
 """
 
 import dataclasses
@@ -32,8 +33,8 @@ from selm_jax.training.state import TrainState
 from selm_jax.training.update import make_update
 from selm_jax.weights.huggingface import load
 
-# Examples to a row. Distinct ones are equally long and have a row each; of mixed ones two share a
-# row, or the short would be padded to the long.
+# Examples per row. Distinct examples have the same length and get a row each; shared ones differ in
+# length, and two share a row to avoid padding.
 PER_ROW = {"distinct": 1, "dpo": 1, "shared": 2}
 
 
@@ -88,7 +89,7 @@ def main(model, data_file, kind):
 
 
 def row_length(groups, rows):
-    """The shortest in which every group fits into so many rows."""
+    """The shortest row length with which every group fits into `rows` rows."""
     time = max(example.tokens for group in groups for example in group)
     while any(len(assign_rows(group, time)) > rows for group in groups):
         time += 1

@@ -1,4 +1,4 @@
-"""`generate` of transformers.
+"""Generation with transformers' `generate`.
 
 usage: transformers_generate.py MODEL DATA
 """

@@ -18,13 +18,13 @@ from worker import read_data, torch_worker, versions
 
 
 class Orders(TrainerCallback):
-    """Makes the trainer wait before each step for its order."""
+    """Makes the trainer wait for an order before each step."""
 
     def __init__(self, worker):
         self.worker, self.said = worker, False
 
     def on_step_begin(self, *_, **__):
-        if not self.said:  # only now are the reference log-probabilities there
+        if not self.said:  # the reference log-probabilities have just been computed
             self.worker.ready(versions("trl", "torch", "transformers"))
             self.said = True
         if not self.worker.wait():
@@ -38,7 +38,7 @@ class Orders(TrainerCallback):
 def main(model_folder, data_file, kind):
     data = read_data(data_file)
     s, steps = data["settings"], data["train"]
-    # The trainer appends the end token to each response by itself.
+    # The trainer itself appends the end token to each response.
     pairs = [
         {"prompt": row["prompt_text"], "chosen": row["texts"][0], "rejected": row["texts"][1]}
         for rows in steps
@@ -72,7 +72,7 @@ def main(model_folder, data_file, kind):
 
 
 def checked(step, examples, s):
-    """Stops where the trainer's batch is not the one that the others get."""
+    """Wraps the training step; raises if its batch differs from that of the other contestants."""
 
     def training_step(model, inputs, *rest, **named):
         size = 2 * examples
@@ -84,7 +84,9 @@ def checked(step, examples, s):
         time = s["prompt"] + s["response"]
         expected = ((size, time), size * time, size * s["response"])
         if found != expected:
-            raise ValueError(f"TRL made a batch of {found}, the others have {expected}")
+            raise ValueError(
+                f"TRL made a batch of {found}, but the others have {expected}. Check its settings"
+            )
         return step(model, inputs, *rest, **named)
 
     return training_step

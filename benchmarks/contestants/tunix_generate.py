@@ -1,4 +1,4 @@
-"""Tunix's Sampler.
+"""Generation with Tunix's Sampler.
 
 usage: tunix_generate.py MODEL DATA
 """
@@ -29,7 +29,7 @@ def main(model_folder, data_file):
             head_dim=config.head_dim,
         ),
     )
-    # The sampler takes text and puts its own first token before it.
+    # The sampler takes texts and adds its own first token.
     texts = [p["text"] for p in prompts]
     worker = jax_worker()
     worker.ready(versions("google-tunix", "jax", "flax"))

@@ -1,4 +1,4 @@
-"""The model in Tunix."""
+"""Loads the model into Tunix."""
 
 import json
 from pathlib import Path
@@ -8,10 +8,10 @@ from tunix.models.llama3 import model, params
 
 
 def load(folder):
-    """A Llama from a Hugging Face folder, float32, and its configuration.
+    """Loads a Llama in float32 from a Hugging Face folder; returns it with its configuration.
 
-    Tunix 0.1.7 rotates by its own base whatever rope_theta says, so its numbers are not the
-    model's where that differs. Its speed is.
+    Tunix 0.1.7 ignores rope_theta and always uses its own rotary base, so its numbers differ from
+    the model's if that is another. This does not affect its speed.
     """
     hf = json.loads((Path(folder) / "config.json").read_text())
     config = model.ModelConfig(

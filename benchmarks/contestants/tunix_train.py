@@ -1,7 +1,7 @@
 """Tunix's DPOTrainer, full fine-tuning on pairs.
 
 usage: tunix_train.py MODEL DATA KIND        KIND: live, or none (Tunix then drops the reference
-term of the loss: the time of a cached reference, another loss)
+term from the loss: the time is that of a cached reference, but the loss differs)
 """
 
 import os
@@ -38,7 +38,7 @@ def main(model_folder, data_file, kind):
     )
 
     def feed():
-        # The trainer asks for a batch once it has queued the step before: wait for that step here.
+        # The trainer requests a batch after queueing the previous step: wait for that step here.
         worker.ready(versions("google-tunix", "jax", "flax"))
         for i, rows in enumerate(steps):
             if i:

@@ -1,10 +1,10 @@
-"""What every contestant shares: one step at a time, on order, timed the same way.
+"""The protocol of all contestants: single steps on request, timed in the same way.
 
-A contestant is a process. It gets ready, says so with one line of JSON, and then waits: each line on
-its standard input is an order for one step, and each step answers with one line of JSON. At the end
-of its input it ends. So the steps of several contestants can take turns.
+A contestant is a process. When it is ready, it prints one line of JSON and waits. Each line on its
+standard input requests one step, and each step prints one line of JSON. It exits when its input
+ends. So the steps of several contestants can take turns.
 
-This file is imported by the Pythons of all contestants: standard library only.
+All contestants' environments import this file, so it uses only the standard library.
 """
 
 import json
@@ -15,15 +15,15 @@ import time
 
 
 class Worker:
-    """The contestant's side of the pipe, and its clock.
+    """A contestant's end of the pipe, and its clock.
 
-    Around each step the clock times a 2048^3 float32 matrix product, which says what the machine
-    was worth at that moment: a virtual machine's cores are not always whole.
+    Before and after each step the clock times a 2048^3 float32 matrix product, to measure the
+    machine's speed at that moment: a virtual machine does not always get its full cores.
     """
 
     def __init__(self, matmul):
-        """`matmul` computes one such product, to its end."""
-        # Libraries print. The pipe is ours; what they print goes to the log.
+        """`matmul` computes one such product and waits for its result."""
+        # Libraries may print. The pipe is reserved for answers; other output goes to the log.
         self._pipe = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
         self._matmul = matmul
@@ -34,7 +34,7 @@ class Worker:
         self._send({"versions": versions})
 
     def wait(self):
-        """Blocks until the next step is ordered; False when there are no more."""
+        """Waits for the next request; False if there are no more."""
         return bool(sys.stdin.readline())
 
     def begin(self):
@@ -49,7 +49,7 @@ class Worker:
         )
 
     def _rate(self):
-        # The best of two: the first after a step pays for the memory that the step gave back.
+        # The best of two: the first one after a step must allocate memory that the step freed.
         best = 0.0
         for _ in range(2):
             began = time.perf_counter()
@@ -78,7 +78,7 @@ def jax_worker():
 
 
 def peak_mib():
-    """The most memory that this process ever held, in MiB."""
+    """Peak memory of this process in MiB."""
     try:
         with open("/proc/self/status") as f:
             return next(int(line.split()[1]) for line in f if line.startswith("VmHWM")) / 1024

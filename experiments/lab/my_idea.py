@@ -1,10 +1,11 @@
-"""An exploration term of your own, tried in the laboratory, then on a language model.
+"""An example of your own exploration term, for the laboratory and for a language model.
 
-Against SELM and DPO, in four landscapes, with 128 seeds, from the root of the repository:
+Run these commands in the root of the repository. In the laboratory, compare the term with SELM and
+DPO, in four landscapes and with 128 seeds:
 
     PYTHONPATH=. selm lab idea dpo+experiments.lab.my_idea:saturating weight=0.01,0.1
 
-On a language model, the same function under the same name (`my_idea.yaml` beside this file):
+Train a language model with the same function (see `my_idea.yaml` in this folder):
 
     PYTHONPATH=. selm run experiments/lab/my_idea.yaml
 """
@@ -13,9 +14,10 @@ from jax.nn import softplus
 
 
 def saturating(weight: float, beta: float):
-    """Optimism that stops pushing once the reference's response has become unlikely.
+    """Optimism whose gradient vanishes when the reference's response has become unlikely.
 
-    SELM's term is linear in the log-ratio: it pushes on for ever. This one flattens out below 0.
+    SELM's term is linear in the log-ratio, so its gradient never vanishes. This one flattens out
+    for log-ratios below 0.
     """
 
     def loss(logps):

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from selm_jax.api.answers import Answers
+    from selm_jax.api.losses import loss
     from selm_jax.api.model import Model, load
     from selm_jax.api.pairs import Pairs, pairs
     from selm_jax.api.ranking import Ranker, ranker
     from selm_jax.api.runs import RunFolder, read, run
     from selm_jax.api.trainer import Trainer
-    from selm_jax.objectives.build import build_objective as loss
     from selm_jax.objectives.losses import Logps, Objective
 
 __version__ = "0.1.0"
@@ -52,7 +52,7 @@ _WHERE = {
     "RunFolder": "api.runs:RunFolder",
     "Trainer": "api.trainer:Trainer",
     "load": "api.model:load",
-    "loss": "objectives.build:build_objective",
+    "loss": "api.losses:loss",
     "pairs": "api.pairs:pairs",
     "ranker": "api.ranking:ranker",
     "read": "api.runs:read",

@@ -27,8 +27,8 @@ from selm_jax.preferences.examples import Example
 from selm_jax.rollout.sampling import Filter, Sampling
 from selm_jax.run.devices import Devices
 from selm_jax.run.model import StartModel
-from selm_jax.run.programs import Programs, Sizes
-from selm_jax.run.task import Task
+from selm_jax.run.programs import Programs
+from selm_jax.run.task import Sizes, Task, task_of
 from selm_jax.shell import artifacts
 from selm_jax.shell.paths import folder_to_write
 from selm_jax.shell.progress import bar, terminal
@@ -79,7 +79,7 @@ def load(
         training={"parameter_dtype": parameter_dtype},
         lora=lora, compute=compute or {}, text=text or {}, rollout={"slots": slots},
     )  # fmt: skip
-    start = StartModel(experiment, Task({"loss": "sft"}), terminal(stderr=True))
+    start = StartModel(experiment, task_of({"loss": "sft"}), terminal(stderr=True))
     return Model(found.name, start, Devices(experiment.compute, devices))
 
 

@@ -10,19 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from selm_jax.api import losses
 from selm_jax.api.errors import ApiError
 from selm_jax.api.model import Model
 from selm_jax.api.pairs import Pairs
 from selm_jax.config import Training
 from selm_jax.models.config import DecoderConfig
-from selm_jax.objectives.build import build_objective
 from selm_jax.objectives.losses import LossFunction, Objective
-from selm_jax.objectives.roles import ROLES
 from selm_jax.preferences.examples import Example
 from selm_jax.preferences.layouts import ByLength, Layout, OneShape
 from selm_jax.preferences.packing import PreferenceBatch, Shape, pack
 from selm_jax.run.programs import Programs
-from selm_jax.run.task import Task
+from selm_jax.run.task import LanguageModel
 from selm_jax.training.loop import TrainingError, mean_lengths, one_update
 from selm_jax.training.state import TrainState
 
@@ -71,7 +70,11 @@ class Trainer:
           ConfigError: a setting out of its range.
         """
         self.model, self.learning_rate, self.updates = model, learning_rate, 0
-        self.objective = _objective(loss)
+        self.objective = loss if isinstance(loss, Objective) else losses.loss(loss)
+        if self.objective.rates:
+            raise ApiError(
+                f"{self.objective} trains a reward model. Use `selm run` with an experiment file"
+            )
         rate = {} if callable(learning_rate) else {"learning_rate": learning_rate}
         self._settings = rate | {
             "optimizer": optimizer, "b1": b1, "b2": b2, "eps": eps, "weight_decay": weight_decay,
@@ -122,8 +125,8 @@ class Trainer:
 
     def _programs(self, longest: int) -> Programs:
         """What is compiled for sequences up to this length; few models have more than one form."""
-        task = Task({"loss": str(self.objective)})
-        task.objective = self.objective
+        o = self.objective
+        task = LanguageModel(str(o), o, o.reference_free, looked_at=None)
         made = self.model.programs(task, self._settings, longest)
         return self._compiled.setdefault(made.config, made)
 
@@ -157,16 +160,3 @@ class Trainer:
                 f"{self.objective} compares with a reference, and these pairs were made with "
                 "reference=None. Make them with the default, or name a model"
             )
-
-
-def _objective(loss: str | Objective | LossFunction) -> Objective:
-    if isinstance(loss, str):
-        loss = build_objective(loss)
-    if not callable(loss):
-        raise ApiError(
-            f"loss is {loss!r}. Give selm.loss(NAME, ...), a name, or a function of log-probabilities"
-        )
-    made = loss if isinstance(loss, Objective) else Objective(ROLES, loss)
-    if made.rates:
-        raise ApiError(f"{made} trains a reward model: use `selm run` with an experiment file")
-    return made

@@ -238,7 +238,7 @@ def test_prompts_that_give_no_pair(model, answers):
 def test_scores_that_do_not_fit(answers):
     with pytest.raises(ApiError, match="6 prompts and scores for 1"):
         selm.pairs(answers, [np.zeros(4)])
-    with pytest.raises(FeedbackError, match="prompt 0: found 4 candidates and 2 scores"):
+    with pytest.raises(FeedbackError, match="prompt 0: .*4 candidates and 2 scores"):
         selm.pairs(answers, [[1.0, 2.0]] * len(PROMPTS))
     with pytest.raises(FeedbackError, match="feedback.rule is 'best_wrst'.*best_worst"):
         selm.pairs(answers, [np.arange(4.0)] * len(PROMPTS), rule="best_wrst")

@@ -79,7 +79,7 @@ def training(
     where = Shardings(shardings(abstract_params(config), mesh, TRAINING), _replicated(mesh))
     adamw = optimizer("adamw", b1=Training.b1, b2=Training.b2, eps=Training.eps, weight_decay=0.0)
     update = make_update(
-        Decoder(config, jnp.dtype(dtype), remat), selm(0.01, 0.001), adamw,
+        Decoder(config, jnp.dtype(dtype), remat, mesh=mesh), selm(0.01, 0.001), adamw,
         chunk=Training.logprob_chunk, clip=Training.clip, shardings=where,
     )  # fmt: skip
     examples = _examples(sizes, config.vocab_size)
@@ -122,8 +122,8 @@ def generation(
     if sizes.response < 2:
         raise BenchError("response is 1: the first token comes from the prefill, none is decoded")
     mesh = make_mesh((1, -1, 1))
-    decoder = Decoder(config, jnp.dtype(dtype), scan=False)
     decoding = decode_mesh(mesh, 1)
+    decoder = Decoder(config, jnp.dtype(dtype), scan=False, mesh=decoding)
     params = decoding_params(
         make_params(shardings(abstract_params(config), mesh, TRAINING)),
         jnp.dtype(dtype),

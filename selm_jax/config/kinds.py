@@ -36,6 +36,7 @@ Quantization = Literal["int8", "nf4"]
 KeptModels = Literal["all", "last"]
 ParameterDtype = Literal["float32", "bfloat16"]
 Dtype = Literal["auto", ParameterDtype]
+AttentionBackEnd = Literal["auto", "einsum", "blocks"]
 Preset = Literal["single", "fsdp", "fsdp_tensor"]
 
 

@@ -19,6 +19,7 @@ from pydantic.dataclasses import dataclass
 from selm_jax.config.kinds import (
     Acquisition,
     All,
+    AttentionBackEnd,
     Command,
     CutOff,
     Day,
@@ -312,6 +313,9 @@ class Compute:
     dcn_fsdp: Count = 1  # Slices that share parameters.
     # Devices that share a copy of the model to generate; null: as many as `tensor`.
     decode_tensor: Count | None = None
+    # What attention is computed with; auto chooses by platform and length, the others are there to
+    # compare with: all scores at once, or block by block what is seen.
+    attention: AttentionBackEnd = "auto"
 
 
 @dataclass(frozen=True, config=_STRICT)

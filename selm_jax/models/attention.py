@@ -1,69 +1,31 @@
-"""Grouped-query attention, and who sees whom.
+"""Grouped-query attention: one function, and what it is computed with.
 
-In a row of packed prompt trees (`preferences.packing`) the queries that see a key stand side by
-side: they begin with the key's own token and end with its segment, if the key belongs to the prompt,
-or else with its branch. So one integer per key is the whole mask:
-
-    q sees k   iff   k <= q < end[k]                          q and k: places in the row
-               and   position[q] - position[k] < window       in a layer that has a window
-
-Two examples, the first with responses a and b, the second with c; the last place is padding:
-
-                 p0 p1 p2 a0 a1 b0 b1 q0 c0  .
-        end       7  7  7  5  5  7  7  9  9  0
-        p0        x
-        p1        x  x
-        p2        x  x  x
-        a0        x  x  x  x
-        a1        x  x  x  x  x
-        b0        x  x  x        x
-        b1        x  x  x        x  x
-        q0                             x
-        c0                             x  x
-        .
-
-Source: the column form of FlashMask (arXiv 2410.01359). Letters: r rows, t queries, s keys,
-k key-value heads, g query heads per key-value head, h head_dim.
+Who sees whom is said by one integer per key (`models.sight`). Short rows are computed by one product
+of all queries with all keys, in which what is unseen is masked (`einsum`, here); long ones block by
+block, where blocks that nobody sees are left out (`models.attention_blocks`). Both give the same
+within rounding. Letters: r rows, t queries, s keys, k key-value heads, g query heads per key-value
+head, h head_dim.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
 
+from selm_jax.config.kinds import AttentionBackEnd
+from selm_jax.models.attention_blocks import blockwise
+from selm_jax.models.sight import Sight
+from selm_jax.parallel.mesh import platform_of
 
-class Sight(NamedTuple):
-    """Who sees whom in one layer, as drawn above.
-
-    Attributes:
-      position: of each query along its own path, [r, t].
-      key_position: the same of the keys, [r, s] or [1, s].
-      end: one past the last query that sees each key, [r, s]; None: no key has an end.
-      place: where each query stands among the keys, [r, t]; None: queries and keys are the same
-        tokens.
-      window: how many positions a query sees, its own included, []; None: all.
-    """
-
-    position: Int[Array, "r t"]
-    key_position: Int[Array, "#r s"]
-    end: Int[Array, "r s"] | None = None
-    place: Int[Array, "r t"] | None = None
-    window: Int[Array, ""] | None = None
-
-    def mask(self) -> Bool[Array, "#r t s"]:
-        """The mask that these integers stand for."""
-        keys = jnp.arange(self.key_position.shape[1])
-        place = keys[None] if self.place is None else self.place
-        seen = keys <= place[:, :, None]
-        if self.end is not None:
-            seen &= place[:, :, None] < self.end[:, None, :]
-        if self.window is not None:
-            ago = self.position[:, :, None] - self.key_position[:, None, :]
-            seen &= ago < self.window
-        return seen
+# Tokens of a row from which blocks are taken. On CPU they are faster from here on
+# (docs/performance.md); elsewhere nothing has been timed, and what counts is memory.
+_BLOCKS_FROM = {"cpu": 512}
+_ELSEWHERE = 1024
 
 
 def attention(
@@ -74,8 +36,56 @@ def attention(
     *,
     scale: float,
     cap: float | None = None,
+    back_end: AttentionBackEnd = "auto",
+    mesh: Mesh | None = None,
 ) -> Float[Array, "r t heads h"]:
-    """softmax(cap(scale * q k^T)) v, the softmax in float32. A query that sees nothing gets a mean."""
+    """softmax(cap(scale * q k^T)) v, the softmax in float32.
+
+    A query that sees nothing is padding; it gets something finite.
+
+    Args:
+      cap: of the scores, as in Gemma 2; None leaves them.
+      back_end: what to compute with; `auto` chooses by platform and length.
+      mesh: what the arrays lie on, rows on its axes data and fsdp, heads on tensor; None for one
+        device.
+    """
+    if _chosen(back_end, sight, mesh) == "einsum":
+        return einsum(query, keys, values, sight, scale, cap)
+
+    def computed(query, keys, values, sight):
+        return blockwise(query, keys, values, sight, scale, cap)
+
+    if mesh is not None and mesh.size > 1:
+        # Which blocks are visited is a matter of each device's own rows.
+        rows, heads = P(("data", "fsdp")), P(("data", "fsdp"), None, "tensor")
+        computed = jax.shard_map(
+            computed,
+            mesh=mesh,
+            in_specs=(heads, heads, heads, Sight(*cast(Any, (rows, rows, rows, rows, P())))),
+            out_specs=heads,
+            check_vma=False,
+        )
+    return computed(query, keys, values, sight)
+
+
+def _chosen(back_end: AttentionBackEnd, sight: Sight, mesh: Mesh | None) -> AttentionBackEnd:
+    if sight.place is not None:  # queries that look into a cache are few
+        return "einsum"
+    if back_end != "auto":
+        return back_end
+    longest = sight.position.shape[1]
+    return "blocks" if longest >= _BLOCKS_FROM.get(platform_of(mesh), _ELSEWHERE) else "einsum"
+
+
+def einsum(
+    query: Float[Array, "r t heads h"],
+    keys: Float[Array, "r s k h"],
+    values: Float[Array, "r s k h"],
+    sight: Sight,
+    scale: float,
+    cap: float | None = None,
+) -> Float[Array, "r t heads h"]:
+    """All scores at once. A query that sees nothing gets the mean of all values."""
     r, t, heads, h = query.shape
     k = keys.shape[2]
     query = query.reshape(r, t, k, heads // k, h) * scale

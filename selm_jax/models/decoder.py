@@ -14,7 +14,7 @@ that cost 1.5 times). `unstack` turns the first form of the parameters into the 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any, cast
 
@@ -23,14 +23,17 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from selm_jax.models.attention import Sight, attention, soft_cap
+from selm_jax.config.kinds import AttentionBackEnd
+from selm_jax.models.attention import attention, soft_cap
 from selm_jax.models.config import DecoderConfig
 from selm_jax.models.linear import project
 from selm_jax.models.lora import Lora
 from selm_jax.models.quantize import dequantize
 from selm_jax.models.rope import rotate, rotations
+from selm_jax.models.sight import Sight
 
 Params = dict[str, Any]
 
@@ -115,6 +118,7 @@ class Norm(nn.Module):
 class Attention(nn.Module):
     config: DecoderConfig
     lora: Lora | None
+    attend: Callable[..., Array]
 
     @nn.compact
     def __call__(self, x, rotation, sight: Sight, cache: LayerCache | None, index):
@@ -133,7 +137,7 @@ class Attention(nn.Module):
             if sight.place is not None:  # else the new tokens are all that there is to see
                 keys, values = jnp.swapaxes(cache.keys, 1, 2), jnp.swapaxes(cache.values, 1, 2)
         scale = h**-0.5 if c.query_scale is None else c.query_scale
-        context = attention(query, keys, values, sight, scale=scale, cap=c.attention_cap)
+        context = self.attend(query, keys, values, sight, scale=scale, cap=c.attention_cap)
         context = checkpoint_name(context, "context")
         o_axes = ("heads", "head_dim", "embed")
         return _linear(self, "o", context, o_axes, (n, h, d), inputs=2, bias=c.out_bias), cache
@@ -179,6 +183,7 @@ class Block(nn.Module):
 
     config: DecoderConfig
     lora: Lora | None
+    attend: Callable[..., Array]
 
     @nn.compact
     def __call__(self, x, way, kind, cache: LayerCache | None, index):
@@ -191,7 +196,8 @@ class Block(nn.Module):
 
         rotation, sight = way if kind is None else jax.tree.map(lambda x: x[kind], way)
         y = Norm(c, name="attention_norm")(x)
-        y, cache = Attention(c, self.lora, name="attention")(y, rotation, sight, cache, index)
+        layer = Attention(c, self.lora, self.attend, name="attention")
+        y, cache = layer(y, rotation, sight, cache, index)
         x = x + behind("attention_post_norm", y)
         y = MLP(c, self.lora, name="mlp")(Norm(c, name="mlp_norm")(x))
         return x + behind("mlp_post_norm", y), cache
@@ -207,6 +213,8 @@ class Decoder(nn.Module):
       scan: layers stacked and scanned, or one by one.
       lora: adapters, whose variables are the collection `lora`; None for a model without.
       quantized: the layers' kernels are what `models.quantize` makes of them; scanned layers only.
+      back_end: what attention is computed with (`models.attention`).
+      mesh: what rows and heads lie on; None for one device.
     """
 
     config: DecoderConfig
@@ -215,6 +223,8 @@ class Decoder(nn.Module):
     scan: bool = True
     lora: Lora | None = None
     quantized: bool = False
+    back_end: AttentionBackEnd = "auto"
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(
@@ -248,6 +258,7 @@ class Decoder(nn.Module):
             for kind, window in zip(kinds, windows, strict=True)
         )
         kind_of = [kinds.index(kind) for kind in c.kinds]
+        attend = partial(attention, back_end=self.back_end, mesh=self.mesh)
 
         block = Block
         if self.quantized:  # inside rematerialisation: what it gives is not kept
@@ -266,12 +277,12 @@ class Decoder(nn.Module):
                 in_axes=cast(Any, (every, every if which is None else 0, 0, every)),
                 length=c.layers,
                 metadata_params={nn.PARTITION_NAME: "layers"},
-            )(c, self.lora, name="layers")(x, ways, which, cast(Any, cache), index)
+            )(c, self.lora, attend, name="layers")(x, ways, which, cast(Any, cache), index)
         else:
             written = []
             for i in range(c.layers):
                 layer_cache = cache[i] if isinstance(cache, tuple) else None
-                layer = block(c, self.lora, name=f"layer_{i}")
+                layer = block(c, self.lora, attend, name=f"layer_{i}")
                 x, layer_cache = layer(x, ways[kind_of[i]], None, layer_cache, index)
                 written.append(layer_cache)
             cache = tuple(written) if cache is not None else None

@@ -66,6 +66,11 @@ def make_mesh(
     return Mesh(create_hybrid_device_mesh(sizes, dcn, devices), AXES, axis_types=_TYPES)
 
 
+def platform_of(mesh: Mesh | None) -> str:
+    """`cpu`, `gpu` or `tpu`: of the mesh's devices, which need not be here, or else of jax's own."""
+    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+
+
 def count_slices(devices: Sequence[Any]) -> int:
     """How many networks of their own (TPU slices; on GPUs, NVLink domains) the devices lie in."""
     return len({getattr(device, "slice_index", 0) for device in devices})

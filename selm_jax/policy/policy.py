@@ -20,6 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from selm_jax.config.kinds import AttentionBackEnd
 from selm_jax.models.config import DecoderConfig
 from selm_jax.models.decoder import Decoder, Params
 from selm_jax.objectives.logprobs import TokenStats
@@ -104,6 +105,7 @@ class Policy:
         dtype: Any,
         rules: Rules = TRAINING,
         batches: Batches = Batches(),
+        back_end: AttentionBackEnd = "auto",
     ):
         """
         Args:
@@ -111,9 +113,11 @@ class Policy:
           chat, stop_ids: called when they are first needed; not every model has a chat template.
           decode_mesh: the devices of `mesh` in the same order (`parallel.mesh.decode_mesh`).
           dtype: of the computation.
+          back_end: what attention is computed with.
         """
         self.name, self.config, self.dtype, self.batches = name, config, dtype, batches
         self.mesh, self.decode_mesh, self.rules = mesh, decode_mesh, rules
+        self.back_end: AttentionBackEnd = back_end
         self.weights = Weights(
             load, config, dtype=dtype, mesh=mesh, decode_mesh=decode_mesh, rules=rules
         )
@@ -169,7 +173,11 @@ class Policy:
             mine = [requests[i] for i in members]
             longest = self.batches.longest_prompt or bucket(max(len(r.prompt) for r in mine))
             engine = Engine.fitted(
-                decoder=Decoder(config, self.dtype, scan=False), sampling=sampling,
+                decoder=Decoder(
+                    config, self.dtype, scan=False, back_end=self.back_end,
+                    mesh=self.decode_mesh,
+                ),
+                sampling=sampling,
                 slots=self.batches.slots, max_prompt=longest, max_new_tokens=max_new_tokens,
                 stop_ids=stops, prefill_rows=self.batches.prefill_rows,
                 mesh=self.decode_mesh,
@@ -263,7 +271,11 @@ class Policy:
         ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         return Scorer(
-            readers(Decoder(config, self.dtype), self.batches.chunk, everywhere),
+            readers(
+                Decoder(config, self.dtype, back_end=self.back_end, mesh=self.mesh),
+                self.batches.chunk,
+                everywhere,
+            ),
             partial(place_rows, mesh=self.mesh, rules=self.rules),
             self.batches.layout(ways, config.heads),
         )

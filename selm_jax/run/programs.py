@@ -185,6 +185,8 @@ class Programs:
             s.remat,
             lora=self.lora,
             quantized=self.quantized is not None,
+            back_end=self.experiment.compute.attention,
+            mesh=self.devices.mesh,
         )
         where = jax.tree.map(lambda x: x.sharding, self.abstract_trained)
         replicated = NamedSharding(self.devices.mesh, PartitionSpec())
@@ -214,6 +216,7 @@ class Programs:
             str(folder), lambda: self.load(folder), self.config,
             chat=lambda: chat, stop_ids=lambda: self.stop_ids, mesh=d.mesh,
             decode_mesh=d.decode_mesh, dtype=d.dtype, rules=d.rules, batches=batches,
+            back_end=self.experiment.compute.attention,
         )  # fmt: skip
 
     @property
@@ -231,7 +234,13 @@ class Programs:
         """What answers prompts."""
         r = self.experiment.rollout
         return Engine.fitted(
-            decoder=Decoder(self.config, self.devices.dtype, scan=False),
+            decoder=Decoder(
+                self.config,
+                self.devices.dtype,
+                scan=False,
+                back_end=self.experiment.compute.attention,
+                mesh=self.devices.decode_mesh,
+            ),
             sampling=Sampling.of(r, self._filter),
             slots=r.slots,
             max_prompt=self.sizes.longest_prompt,

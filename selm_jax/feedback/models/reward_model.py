@@ -158,7 +158,7 @@ class RewardModel:
 
 def program(config: DecoderConfig, dtype: Any, mesh: jax.sharding.Mesh) -> Readers:
     """The compiled functions of the model; a ranker calls `rewards`."""
-    return readers(Decoder(config, dtype), 1, NamedSharding(mesh, PartitionSpec()))
+    return readers(Decoder(config, dtype, mesh=mesh), 1, NamedSharding(mesh, PartitionSpec()))
 
 
 def trees(name: str, conversations: Sequence[Ids], config: DecoderConfig) -> list[Example]:

@@ -1,0 +1,214 @@
+"""Attention block by block, in plain JAX: what no query sees is not computed.
+
+A row of queries and keys is cut into blocks. A block of queries meets a block of keys only if one of
+its queries may see one of the keys, which follows from `end` alone, at run time; all that meet are
+visited one after the other. Softmax is computed online (FlashAttention, arXiv 2205.14135): each block
+of queries keeps the largest score so far, the sum of exponentials under it and the weighted sum of
+values. The backward pass computes the scores again from the queries, the keys and one float per
+query and head, the logsumexp. Nothing of time x time ever exists.
+
+The loop's length is data, which is no matter: the derivative is written out, so JAX differentiates no
+loop. Letters: r rows, t tokens, k key-value heads, g query heads per key-value head, h head_dim;
+n blocks of all rows together, b tokens of a block, q = g * b queries of a block with one key head.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from selm_jax.models.sight import Sight
+
+BLOCK = 128
+
+# The largest score counts as at least _FLOOR, far above what is unseen: so the weight of the unseen
+# is exp(_UNSEEN - _FLOOR) = 0 even for a query that sees nothing.
+_UNSEEN, _FLOOR = -1e30, -1e20
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def blockwise(
+    query: Float[Array, "r t heads h"],
+    keys: Float[Array, "r t k h"],
+    values: Float[Array, "r t k h"],
+    sight: Sight,
+    scale: float,
+    cap: float | None = None,
+    block: int = BLOCK,
+) -> Float[Array, "r t heads h"]:
+    """softmax(cap(scale * q k^T)) v, the softmax in float32. A query that sees nothing gets zeros.
+
+    Args:
+      sight: one in which queries and keys are the same tokens (`place` is None).
+      block: tokens of a block; need not divide t.
+    """
+    return _forward(query, keys, values, sight, scale, cap, block)[0]
+
+
+class Visits(NamedTuple):
+    """Which block of queries meets which block of keys; of both lists the first `count` are meant.
+
+    Blocks are numbered through all rows.
+    """
+
+    queries: Int[Array, " visits"]
+    keys: Int[Array, " visits"]
+    count: Int[Array, ""]
+
+
+def visits(sight: Sight, block: int) -> Visits:
+    """All visits that the sight asks for, row by row. `block` must divide its time."""
+    rows, time = sight.position.shape
+    i, j = np.tril_indices(time // block)
+    ends, of_queries, of_keys = (
+        x.reshape(rows, -1, block) for x in (_ends(sight), sight.position, sight.key_position)
+    )
+    meet = ends.max(2)[:, j] > i * block
+    if sight.window is not None:
+        meet &= of_queries.min(2)[:, i] - of_keys.max(2)[:, j] < sight.window
+    order = jnp.argsort(~meet.reshape(-1), stable=True)
+    first = order // len(i) * (time // block)  # of the row
+    i, j = (first + jnp.asarray(x)[order % len(i)] for x in (i, j))
+    return Visits(i, j, jnp.sum(meet))
+
+
+def _forward(query, keys, values, sight, scale, cap, block):
+    time, k = query.shape[1], keys.shape[2]
+    pad = partial(_pad, block=block)
+    scores = partial(_scores, _padded(sight, block), scale, cap, block)
+    q, key_blocks, value_blocks = (_cut(pad(x), k, block) for x in (query, keys, values))
+    meeting = visits(_padded(sight, block), block)
+
+    def visit(step, state):
+        i, j = meeting.queries[step], meeting.keys[step]
+        most, total, context = (_at(x, i) for x in state)
+        s, _ = scores(_at(q, i), _at(key_blocks, j), i, j)
+        now = jnp.maximum(most, s.max(-1))
+        weights, keep = jnp.exp(s - now[..., None]), jnp.exp(most - now)
+        more = _product("kqs,ksh->kqh", weights.astype(values.dtype), _at(value_blocks, j))
+        new = now, keep * total + weights.sum(-1), keep[..., None] * context + more
+        return tuple(_put(x, y, i) for x, y in zip(state, new, strict=True))
+
+    zeros = jnp.zeros(q.shape, jnp.float32)
+    start = zeros[..., 0] + _FLOOR, zeros[..., 0], zeros
+    most, total, context = jax.lax.fori_loop(0, meeting.count, visit, start)
+    sees = total > 0
+    total = jnp.where(sees, total, 1)
+    # Of a query that sees nothing, one that makes exp(score - logsumexp) zero.
+    logsumexp = jnp.where(sees, most + jnp.log(total), -_FLOOR)
+    context = _join((context / total[..., None]).astype(query.dtype), query.shape[0], block)[
+        :, :time
+    ]
+    # Named, or rematerialisation that keeps the context would compute all of this again for the sum.
+    context, logsumexp = (checkpoint_name(x, "context") for x in (context, logsumexp))
+    return context, (query, keys, values, sight, context, logsumexp)
+
+
+def _backward(scale, cap, block, kept, gradient):
+    """With p the weights and o the context: ds = p * (do v^T - do . o), dv = p^T do, dq = ds k."""
+    query, keys, values, sight, context, logsumexp = kept
+    rows, time, k = query.shape[0], query.shape[1], keys.shape[2]
+    pad = partial(_pad, block=block)
+    scores = partial(_scores, _padded(sight, block), scale, cap, block)
+    q, key_blocks, value_blocks, d_context, context = (
+        _cut(pad(x), k, block) for x in (query, keys, values, gradient, context)
+    )
+    along = jnp.sum(d_context.astype(jnp.float32) * context.astype(jnp.float32), -1)
+    meeting = visits(_padded(sight, block), block)
+
+    def visit(step, state):
+        i, j = meeting.queries[step], meeting.keys[step]
+        d_q, d_keys, d_values = state
+        s, slope = scores(_at(q, i), _at(key_blocks, j), i, j)
+        weights = jnp.exp(s - _at(logsumexp, i)[..., None])
+        d_weights = _product("kqh,ksh->kqs", _at(d_context, i), _at(value_blocks, j))
+        d_s = weights * (d_weights - _at(along, i)[..., None]) * slope * scale
+        weights, d_s = weights.astype(values.dtype), d_s.astype(query.dtype)
+        more = _product("kqs,ksh->kqh", d_s, _at(key_blocks, j))
+        d_q = _put(d_q, _at(d_q, i) + more, i)
+        more = _product("kqs,kqh->ksh", d_s, _at(q, i))
+        d_keys = _put(d_keys, _at(d_keys, j) + more, j)
+        more = _product("kqs,kqh->ksh", weights, _at(d_context, i))
+        return d_q, d_keys, _put(d_values, _at(d_values, j) + more, j)
+
+    start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, key_blocks, value_blocks))
+    found = jax.lax.fori_loop(0, meeting.count, visit, start)
+    like = query, keys, values
+    found = (
+        _join(d, rows, block)[:, :time].astype(x.dtype) for d, x in zip(found, like, strict=True)
+    )
+    return *found, None
+
+
+blockwise.defvjp(_forward, _backward)
+
+
+def _scores(sight, scale, cap, block, q, keys, i, j):
+    """[k, q, b] of block i of queries and j of keys, capped and masked; and the cap's derivative."""
+    n = sight.position.shape[1] // block
+    s = _product("kqh,ksh->kqs", q, keys) * scale
+    slope: float | Array = 1.0
+    if cap is not None:
+        s = cap * jnp.tanh(s / cap)
+        slope = 1 - (s / cap) ** 2
+    at = jnp.arange(block)
+    place = i % n * block + at
+    end, position, key_position = (
+        _at(x.reshape(-1, block), at)
+        for x, at in ((sight.end, j), (sight.position, i), (sight.key_position, j))
+    )
+    seen = (j % n * block + at <= place[:, None]) & (place[:, None] < end)
+    if sight.window is not None:
+        seen &= position[:, None] - key_position < sight.window
+    return jnp.where(jnp.tile(seen, (q.shape[1] // block, 1)), s, _UNSEEN), slope
+
+
+def _padded(sight: Sight, block: int) -> Sight:
+    """With an end for each key, and padding to whole blocks, which nobody sees."""
+    position, key_position, end = (
+        _pad(x, block) for x in (sight.position, sight.key_position, _ends(sight))
+    )
+    return Sight(position, key_position, end, window=sight.window)
+
+
+def _ends(sight: Sight) -> Int[Array, "r t"]:
+    if sight.end is not None:
+        return sight.end
+    return jnp.full_like(sight.position, sight.position.shape[1])
+
+
+def _product(form: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(form, a, b, preferred_element_type=jnp.float32)
+
+
+def _pad(x: Array, block: int) -> Array:
+    """[r, t, ...] with zeros behind t, up to whole blocks."""
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), *((0, 0),) * (x.ndim - 2)))
+
+
+def _cut(x: Float[Array, "r t heads h"], k: int, block: int) -> Float[Array, "n k q h"]:
+    """Blocks; heads that share a key head are put one behind the other."""
+    h = x.shape[-1]
+    x = x.reshape(-1, block, k, x.shape[2] // k, h)
+    return x.transpose(0, 2, 3, 1, 4).reshape(x.shape[0], k, -1, h)
+
+
+def _join(x: Float[Array, "n k q h"], rows: int, block: int) -> Float[Array, "r t heads h"]:
+    """Undoes `_cut`."""
+    n, k, _, h = x.shape
+    x = x.reshape(n, k, -1, block, h).transpose(0, 3, 1, 2, 4)
+    return x.reshape(rows, -1, k * x.shape[3], h)
+
+
+def _at(x: Array, i: Array) -> Array:
+    return jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
+
+
+def _put(x: Array, new: Array, i: Array) -> Array:
+    return jax.lax.dynamic_update_index_in_dim(x, new, i, 0)

@@ -1,8 +1,8 @@
 """`selm bench`: how fast this machine trains and answers, and how near that is to its peak.
 
-One model, synthetic tokens, the same functions as a run uses: updates on packed prompt trees of
-three distinct responses with stored reference log-probabilities, and the rollout engine. Times are
-held against hand-counted floating point operations (`models.flops`).
+It measures one model on synthetic tokens with the functions that a run uses: updates on packed
+prompt trees of three distinct responses with stored reference log-probabilities, and the rollout
+engine. Times are compared with hand-counted floating point operations (`models.flops`).
 """
 
 from selm_jax.bench.command import main, run

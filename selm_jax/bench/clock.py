@@ -1,4 +1,4 @@
-"""Times of repeated work, held against what the devices could do meanwhile."""
+"""Times of repeated work, compared with what the devices could have done meanwhile."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from selm_jax.models.flops import Flops
 # entry that occurs in the device's kind counts. A device of TPU v2, v3 and 7x is half a chip.
 PEAKS = (
     ("TPU v2", 22.5), ("TPU v3", 61.5), ("TPU v4", 275), ("TPU v5 lite", 197), ("TPU v5e", 197),
-    ("TPU v5", 459), ("TPU v6 lite", 918), ("TPU v6e", 918), ("TPU7x", 2307 / 2), ("H100 PCIe", 756),
-    ("H100 NVL", 835), ("H100", 989), ("H200", 989), ("GH200", 989), ("B200", 2250),
+    ("TPU v5", 459), ("TPU v6 lite", 918), ("TPU v6e", 918), ("TPU7x", 2307 / 2),
+    ("H100 PCIe", 756), ("H100 NVL", 835),
+    ("H100", 989), ("H200", 989), ("GH200", 989), ("B200", 2250),
     ("A100", 312), ("A10G", 70), ("A10", 125), ("L40S", 362), ("L40", 181), ("L4", 121),
 )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """Seconds of each repetition, and what the devices could do meanwhile (TFLOP/s; None unknown)."""
+    """Seconds of each repetition, and the peak TFLOP/s of the devices meanwhile (None: unknown)."""
 
     seconds: list[float]
     peak: list[float | None]
@@ -47,7 +48,13 @@ class Times:
 
 @dataclasses.dataclass(frozen=True)
 class Clock:
-    """Times repetitions. `peak` is of all devices together; `matmul` measures it where none is."""
+    """Times repetitions.
+
+    Attributes:
+      peak: TFLOP/s of all devices together; None if it is unknown.
+      source: where the peak is from, in words.
+      matmul: measures the peak if it is unknown.
+    """
 
     peak: float | None
     source: str
@@ -57,15 +64,17 @@ class Clock:
     def make(cls, peak: float | None, dtype: str) -> Clock:
         count, kind = jax.device_count(), jax.devices()[0].device_kind
         if peak is not None:
-            return cls(peak * count, f"{peak:g} TFLOP/s a device, as given", None)
+            return cls(peak * count, f"{peak:g} TFLOP/s per device, as given", None)
         if jax.default_backend() == "cpu":
             return cls(
                 None, "a 2048^3 float32 matrix product before and after each step", _matmul()
             )
         known = next((tflops for name, tflops in PEAKS if name in kind), None)
         if known is None or dtype != "bfloat16":
-            return cls(None, f"not known for {kind} in {dtype}; --peak says it", None)
-        return cls(known * count, f"{known:g} bfloat16 TFLOP/s a {kind}, data sheet", None)
+            return cls(None, f"unknown for {kind} in {dtype}; give it with --peak", None)
+        return cls(
+            known * count, f"{known:g} bfloat16 TFLOP/s per {kind}, from its data sheet", None
+        )
 
     def measure(self, step: Callable[[], Any], count: int) -> Times:
         seconds, peaks = [], []
@@ -80,7 +89,10 @@ class Clock:
 
 
 def _matmul() -> Callable[[], float]:
-    """Measures TFLOP/s of a 2048^3 float32 product: virtual cores are not always whole ones."""
+    """Makes a function that measures the TFLOP/s of a 2048^3 float32 matrix product.
+
+    Virtual cores are not always whole ones, so the peak of a CPU is measured.
+    """
     x = jax.random.normal(jax.random.key(0), (2048, 2048))
     product = jax.jit(lambda x: x @ x)
     product(x).block_until_ready()

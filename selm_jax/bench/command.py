@@ -1,4 +1,4 @@
-"""One measurement from its arguments to its table."""
+"""`selm bench`, from its arguments to its table."""
 
 from __future__ import annotations
 
@@ -61,20 +61,21 @@ def main(
     peak: float | None = None,
     json: Path | None = None,
 ) -> None:
-    """Measures and prints a table.
+    """Measures, and prints a table.
 
     Args:
-      model: folder, Hub id or GGUF file.
-      shape: a key of `SHAPES`; random weights of that shape instead of `model`.
-      prompt, response, examples, rows, row_length, slots, steps: see `Sizes`; None takes what suits
+      model: a folder, Hub id or GGUF file.
+      shape: a key of `SHAPES`, to measure random weights of that shape instead of `model`.
+      prompt, response, examples, rows, row_length, slots, steps: see `Sizes`; None uses what suits
         the platform.
-      dtype: of the computation: auto (float32 on CPU, else bfloat16), float32 or bfloat16.
+      dtype: number format of the computation: auto (float32 on CPU, else bfloat16), float32 or
+        bfloat16.
       remat: what the backward pass keeps (`models.decoder.REMAT`).
-      peak: TFLOP/s of one device, where the table of peaks does not know it.
-      json: everything measured, as a file.
+      peak: TFLOP/s of one device, if the table of peaks does not have it.
+      json: a file for everything that was measured.
 
     Raises:
-      BenchError: an unknown shape, dtype or remat, or sizes that make no sense.
+      BenchError: shape, dtype or remat is unknown, or the sizes make no sense.
     """
     asked = {
         "prompt": prompt, "response": response, "examples": examples, "rows": rows,
@@ -101,9 +102,9 @@ def run(
     remat: str = Training.remat,
     peak: float | None = None,
 ) -> dict[str, Any]:
-    """Measures; arguments as for `main`. Everything in the result is plain JSON.
+    """Measures, with the arguments of `main`. The result is plain JSON.
 
-    Seconds are of every counted repetition; tokens, examples and FLOP rates are at their median.
+    It has the seconds of every counted repetition; rates are those of the median repetition.
     """
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -113,7 +114,9 @@ def run(
         ("shape", shape, (None, *SHAPES)),
     ):
         if value not in known:
-            raise BenchError(f"{what} {value!r} is not one of {', '.join(filter(None, known))}")
+            raise BenchError(
+                f"--{what} is {value!r}; expected one of {', '.join(filter(None, known))}"
+            )
     name, config, make_params = _model(model, shape)
     clock = Clock.make(peak, dtype)
     release()
@@ -144,7 +147,7 @@ def run(
 
 
 def show(result: dict[str, Any], console: Console) -> None:
-    """The result as a table."""
+    """Prints the result as a table."""
     device, model, memory = result["device"], result["model"], result["memory"]
     title = f"{model['name']}, {model['parameters'] / 1e6:.0f} M parameters, {model['dtype']}"
     table = Table(title=f"{title}; {device['count']} x {device['kind']}")
@@ -171,7 +174,7 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 
 def _model(model: str, shape: str | None) -> tuple[str, DecoderConfig, MakeParams]:
-    """Its name, its facts, and a function that makes its parameters under given shardings."""
+    """The model's name and facts, and a function that makes its parameters with given shardings."""
     if shape is None:
         folder = sources.resolve(model).path
         config = checked_config(folder)

@@ -36,20 +36,20 @@ MakeParams = Callable[[Any], Params]  # from a tree of shardings
 
 
 class BenchError(ValueError):
-    """A measurement that cannot be made as asked."""
+    """The measurement that was asked for cannot be made."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What is measured.
+    """The sizes of what is measured.
 
     Attributes:
-      prompt, response: most tokens of each; examples draw lengths from half of it to all of it, so
-        that rows have the padding that packing leaves in practice. Generation has full lengths.
-      examples: per update.
-      rows, row_length: of the packed batch.
-      slots: responses that decode together.
-      steps: repetitions, after one that is not counted.
+      prompt, response: most tokens of a prompt and of a response. Examples have half to all of
+        them, so that rows have as much padding as in practice. Generation uses full lengths.
+      examples: number of examples per update.
+      rows, row_length: rows of a packed batch, and tokens of a row.
+      slots: number of responses that are decoded together.
+      steps: number of repetitions, after one that does not count.
     """
 
     prompt: int
@@ -74,7 +74,7 @@ def training(
     remat: str,
     clock: Clock,
 ) -> dict[str, Any]:
-    """Updates of SELM on stored reference log-probabilities, as `training.loop` makes them."""
+    """Measures updates of SELM with stored reference log-probabilities, as in `training.loop`."""
     mesh = make_mesh((1, -1, 1))
     where = Shardings(shardings(abstract_params(config), mesh, TRAINING), _replicated(mesh))
     adamw = optimizer("adamw", b1=Training.b1, b2=Training.b2, eps=Training.eps, weight_decay=0.0)
@@ -118,9 +118,11 @@ def training(
 def generation(
     config: DecoderConfig, make_params: MakeParams, sizes: Sizes, dtype: str, clock: Clock
 ) -> dict[str, Any]:
-    """Prompts read and tokens drawn after the first, which comes from the prefill."""
+    """Measures reading prompts, and decoding all tokens but the first, which the prefill gives."""
     if sizes.response < 2:
-        raise BenchError("response is 1: the first token comes from the prefill, none is decoded")
+        raise BenchError(
+            "response is 1: the prefill gives the first token, so none is decoded. Use 2 or more"
+        )
     mesh = make_mesh((1, -1, 1))
     decoding = decode_mesh(mesh, 1)
     decoder = Decoder(config, jnp.dtype(dtype), scan=False, mesh=decoding)
@@ -172,7 +174,7 @@ def generation(
 
 
 def _examples(sizes: Sizes, vocab: int) -> list[Example]:
-    """Three distinct responses each; prompts and responses of half to all of their most tokens."""
+    """Random examples of three distinct responses, with half to all of the most tokens."""
     rng = np.random.default_rng(0)
 
     def ids(most: int) -> tuple[int, ...]:

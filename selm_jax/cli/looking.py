@@ -35,8 +35,9 @@ class Previewing:
 def preview(options: Previewing) -> None:
     """Show what a run will train on.
 
-    It also says what would stop the run. Rows are coloured by role (prompt, scored, padding), with counts and lengths over all rows.
-    The loss and the ranker are built, and every row is checked. Nothing is computed.
+    It also says what would stop the run. Rows are coloured by role (prompt, scored, padding), with
+    counts and lengths over all rows. The loss and the ranker are built, and every row is checked.
+    Nothing is computed.
     """
     from selm_jax.commands import preview, runs
 

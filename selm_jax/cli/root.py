@@ -37,7 +37,8 @@ def selm(
     selm show RUN              see how far a run is
     selm report RUN [RUN ...]  write its page, or compare several runs
 
-    `selm VERB -h` explains a verb. `selm --install-completion` completes verbs and options with Tab.
+    `selm VERB -h` explains a verb. After `selm --install-completion`, Tab completes verbs and
+    options.
     """
     talk(Talk())
 

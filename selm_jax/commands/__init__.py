@@ -1,1 +1,1 @@
-"""Verbs of the command line that are more than one call: preview, figures and the tiny stand-ins."""
+"""The work of those verbs of the command line that are more than one call."""

@@ -3,10 +3,11 @@
     figure2_win_rates                 every iteration of every run against every other
     figure3_rewards_by_run, ..._by_iteration_RUN      histograms of held-out rewards
     figure4_implicit_rewards          of chosen and rejected responses, SELM minus DPO, sorted
-    figure5_own_samples               the same of each policy's own held-out samples
+    figure5_own_samples               the same for each policy's own held-out samples
     figure6_one_change                held-out reward where one setting differs from the first run
 
-Figures 2, 3, 5 and 6 need what the runs have stored. Figure 4 runs the policies over preference pairs.
+Figures 2, 3, 5 and 6 need what the runs have stored. For figure 4 the policies score preference
+pairs.
 """
 
 from __future__ import annotations
@@ -41,18 +42,18 @@ def write(
     published: bool = False,
     console: Console | None = None,
 ) -> list[Path]:
-    """Writes each figure that these runs have the data for; says which ones they have not.
+    """Writes each figure for which these runs have the data, and says which are left out.
 
     Args:
-      pairs: preference pairs for figure 4, a file or Hub id with the columns prompt, chosen and
-        rejected; None: the held-out pairs of the runs' data, or else those of their iteration 1.
-      published: the paper's own tables and its authors' model cards too, marked as such.
+      pairs: a file or Hub id with preference pairs for figure 4, in the columns prompt, chosen and
+        rejected. None uses the held-out pairs of the runs' data, or else those of iteration 1.
+      published: also draws the paper's own tables and its authors' model cards, marked as such.
 
     Returns:
-      the drawings; the data of each lies beside it.
+      the drawings; the data of each is beside it.
 
     Raises:
-      RunError: nothing to draw.
+      RunError: there is nothing to draw.
     """
     console = console or terminal()
     files = []
@@ -64,7 +65,9 @@ def write(
         files.append(svg)
         console.print(f"{svg}  {len(figure.rows)} rows in {svg.stem}.csv", soft_wrap=True)
     if not files:
-        raise RunError("no figure could be drawn: no run has been evaluated, and none is published")
+        raise RunError(
+            "no figure could be drawn: no run has held-out answers, and --published is not given"
+        )
     return files
 
 
@@ -94,7 +97,7 @@ def _figures(
 
 
 def short_labels(runs: Sequence[RunData]) -> list[str]:
-    """The runs' names; where these are not all different, what tells their folders apart."""
+    """The runs' names, or the parts in which their folders differ if two names are equal."""
     names = [run.name for run in runs]
     if len(set(names)) == len(names):
         return names
@@ -126,7 +129,7 @@ def _own_samples(
     base: int,
     others: Sequence[int],
 ) -> Iterator[PaperFigure]:
-    """Figure 5, after iteration 2 as in the paper, or after the last one that all runs have."""
+    """Figure 5, after iteration 2 as in the paper, or after the last iteration of all runs."""
     t = min(2, *(max(each.evaluations, default=0) for each in data))
     found = {i: paper.own_samples(data[i], labels[i], t, _beta(runs[i])) for i in (base, *others)}
     rewards = [each.of["own samples"].values() for each in found.values()]
@@ -145,7 +148,7 @@ def _pairs(
     pairs: str | None,
     console: Console,
 ) -> PaperFigure:
-    """Figure 4, after iteration 1 as in the paper: there all runs have the same reference."""
+    """Figure 4, after iteration 1 as in the paper, where all runs have the same reference."""
     source, examples = _examples(runs[base], pairs)
     for i in others:
         if pairs is None and _examples(runs[i], None)[1] != examples:
@@ -181,9 +184,9 @@ def _pairs(
 
 
 def _examples(run: Run, pairs: str | None) -> tuple[str, list[Example]]:
-    """The pairs of figure 4 in words and as token ids, without stored log-probabilities.
+    """The pairs of figure 4, in words and as token ids, without stored log-probabilities.
 
-    Pairs that cannot be scored, or fit no row, are left out as evaluation leaves them out.
+    Pairs that cannot be scored or fit no row are left out, as in the evaluation.
     """
     longest = min(run.experiment.training.row_length, run.programs.config.max_positions)
     if pairs is not None:

@@ -1,8 +1,8 @@
 """`selm preview`: what will be trained on, and what would stop the run.
 
 It shows the first rows of an iteration as decoded tokens, coloured by role, and counts over all
-rows what goes wrong silently elsewhere: BOS and end tokens, and texts that are cut, dropped, tied or
-too long. It builds the loss and the ranker and checks every row, as `selm run` does. If the run
+rows what goes wrong silently elsewhere: BOS and end tokens, and texts that are cut, dropped, tied
+or too long. It builds the loss and the ranker and checks every row, as `selm run` does. If the run
 folder has the iteration's pairs or examples, and they belong to the present data, those are shown.
 """
 
@@ -166,7 +166,7 @@ def _bar(roles: Sequence[str], length: int, console: Console) -> Text:
 
 
 def _counts(run: Run, t: int, found: Preview) -> Table:
-    """What to look at before training, over all rows."""
+    """The counts over all rows to look at before training."""
     e, chat = run.experiment, run.chat
     bos, stops = chat.tokenizer.bos_token_id, set(chat.stop_ids)
     responses = [ids for row in found.rows for ids in row.responses]
@@ -213,7 +213,7 @@ def _counts(run: Run, t: int, found: Preview) -> Table:
 
 
 def _spelled(run: Run, t: int) -> str:
-    """`3 in 2 of 10 prompts, as tokens: 2 <|im_end|>, 1 <|im_start|>`; the data's answers count, too."""
+    """`3 in 2 of 10 prompts, as tokens: 2 <|im_end|>, 1 <|im_start|>`, with the data's answers."""
     e, every = run.experiment, run.prompts(t)
     counts, prompts = Counter[str](), 0
     for prompt in every:

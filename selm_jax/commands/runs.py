@@ -59,8 +59,8 @@ def opened(
 def looked_at(place: Path, overrides: list[str] | None, *, tiny: bool = False) -> Run:
     """The same run, to be looked at.
 
-    Functions that an experiment file names are imported, as `selm run` does. Those that a run folder
-    names are not: the folder may be somebody else's.
+    Functions that an experiment file names are imported, as `selm run` does. Those that a run
+    folder names are not: the folder may be somebody else's.
     """
     experiment = settings_of(place, overrides or [])
     set_up_jax()
@@ -97,7 +97,7 @@ def last_generated(folder: Path) -> int:
 
 
 def set_up_jax() -> None:
-    """Keeps compiled programs on disk, so that neither this run nor the next compiles them again."""
+    """Keeps compiled programs on disk, so that they are compiled once for this run and the next."""
     jax.config.update("jax_compilation_cache_dir", str(cache_root() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # restarts add them up
     # Of two programs in flight on forced CPU devices, each can hold the threads that the other's

@@ -227,8 +227,8 @@ def _rows(data: Data, split: str, count: int) -> Iterator[dict[str, Any]]:
 def _feedback(feedback: Feedback) -> Feedback:
     """`length`, which needs nothing, instead of a ranker that needs weights, a server or words.
 
-    A user's own ranker stays, so that it is rehearsed. It may give all random letters the same score,
-    so ties are kept.
+    A user's own ranker stays, so that it is rehearsed. It may give all random letters the same
+    score, so ties are kept.
     """
     if not _is_here(feedback.ranker, feedback.settings):
         return replace(feedback, ranker="length", settings={})
@@ -236,7 +236,7 @@ def _feedback(feedback: Feedback) -> Feedback:
 
 
 def _is_here(ranker: str, settings: Mapping[str, Any]) -> bool:
-    """Whether a ranker works on this machine and the made-up rows; of a mixture, all its parts."""
+    """Whether a ranker, or every part of a mixture, works here and on the made-up rows."""
     if ranker in ("pairrm", "reward_model"):
         folder = settings.get("folder" if ranker == "pairrm" else "source", "")
         return (Path(str(folder)) / "config.json").exists()
@@ -256,7 +256,7 @@ def _is_here(ranker: str, settings: Mapping[str, Any]) -> bool:
 
 
 def _rows_of_devices() -> int:
-    """At least 8 rows, and a whole number on each device."""
+    """At least 8 rows, and equally many on each device."""
     devices = jax.device_count()
     return devices * -(-8 // devices)
 
@@ -264,7 +264,7 @@ def _rows_of_devices() -> int:
 def _say(before: Experiment, after: Experiment, console: Console) -> None:
     console.rule("TINY: a rehearsal whose numbers mean nothing", style="bold yellow")
     console.print(
-        f"a random model and {ROWS} made-up rows; all else is the experiment's own. Replaced settings:",
+        f"a random model and {ROWS} made-up rows; all else is the experiment's own. Replaced:",
         style="yellow",
     )
     old, new = _flat(as_dict(before)), _flat(as_dict(after))

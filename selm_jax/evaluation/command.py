@@ -41,7 +41,7 @@ class Heldout:
         list[str],
         typer.Argument(
             metavar="[NAME=]MODEL[,MODEL...]...",
-            help="Model or run folders, Hub ids or GGUF files. Seeds of one method are joined by commas.",
+            help="Model or run folders, Hub ids, GGUF files. Commas join the seeds of one method.",
         ),
     ]
     asking: Asking
@@ -78,8 +78,8 @@ class Heldout:
     as_in_run: Annotated[
         bool,
         typer.Option(
-            help="Score in the packed rows of the first run, so that log-probabilities equal its own "
-            "to the last bit. This takes as much memory as the run."
+            help="Score in the packed rows of the first run, so that log-probabilities equal its "
+            "own to the last bit. This takes as much memory as the run."
         ),
     ] = False
     dry_run: DryRun = False
@@ -92,10 +92,11 @@ class Heldout:
     example="selm eval heldout runs/selm --limit 64",
 )
 def heldout(options: Heldout) -> None:
-    """Measure reward and KL on held-out prompts.
+    """Measure reward and KL of held-out answers.
 
-    Also entropy, length, variety and implicit rewards of pairs. Each model gives one greedy answer and --samples sampled ones
-    per prompt, and the model and the reference each score them. A judge is asked once per answer.
+    Also entropy, length, variety and implicit rewards of pairs. Each model gives one greedy answer
+    and --samples sampled ones per prompt, which it and the reference score. A judge is asked once
+    per answer.
     """
     from selm_jax.evaluation import EvaluationError
     from selm_jax.evaluation import heldout as work
@@ -174,8 +175,9 @@ class Winrate:
 def winrate(options: Winrate) -> None:
     """Compare models prompt by prompt.
 
-    Every two are compared, raw and at equal length. Each model answers each prompt once, unless the answer is kept from before. A judge is asked
-    twice per pair and prompt, once in each order; a judge that rates is asked once per answer.
+    Every two are compared, raw and at equal length. Each model answers each prompt once, unless
+    the answer is kept from before. A judge is asked twice per pair and prompt, once in each order;
+    a judge that rates is asked once per answer.
     """
     from selm_jax.evaluation import winrate as work
     from selm_jax.evaluation.answers import Asked, prompts_of

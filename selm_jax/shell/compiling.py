@@ -15,7 +15,7 @@ _since: float | None = None
 
 
 def watch(say: Callable[[str], None]) -> None:
-    """Listens to JAX from the first call on. The compilation cache must be on: its look-up is heard.
+    """Listens to JAX from the first call on. It hears the look-ups of the compilation cache.
 
     Args:
       say: takes a line for each program that took long to compile.

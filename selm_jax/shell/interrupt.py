@@ -1,7 +1,7 @@
-"""Ctrl-C: the first one ends the program, or lets it stop at the next safe place; the second one kills it.
+"""Ctrl-C: the first one ends the program or lets it stop at the next safe place; the second kills.
 
-Python raises KeyboardInterrupt wherever the program is. In a garbage collection, in a `__del__` or in
-a callback of a library nobody can take it: it is printed as ignored, and the program continues.
+Python raises KeyboardInterrupt wherever the program is. In a garbage collection, in a `__del__` or
+in a callback of a library nobody can take it: it is printed as ignored, and the program continues.
 Other code catches it and drops it. So a thread watches the main one from the first Ctrl-C on, and
 raises KeyboardInterrupt again as long as nobody handles one. Where something must be saved first,
 nothing is raised: whoever asks `asked` stops the program.

@@ -30,8 +30,8 @@ def read_lines(path: Path) -> list[Any]:
 
 def _not_json(path: Path, line: jsonl.Line, error: jsonl.JsonError) -> artifacts.ArtifactError:
     return artifacts.ArtifactError(
-        f"{path}, line {line.number}: not JSON: {error}. Put it back from a copy; or delete this line and do "
-        f"the stage that wrote it again: {redo(path.parent / 'T', 'STAGE')}"
+        f"{path}, line {line.number}: not JSON: {error}. Put it back from a copy; or delete "
+        f"this line and do the stage that wrote it again: {redo(path.parent / 'T', 'STAGE')}"
     )
 
 

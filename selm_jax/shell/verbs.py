@@ -47,7 +47,7 @@ def verb(
     example: str,
     hidden: bool = False,
 ) -> Callable[[Work], Work]:
-    """Decorates a function of one dataclass and makes it a verb of `app`, with its docstring as help.
+    """Makes a function of one dataclass a verb of `app`, with the docstring as its help.
 
     Args:
       name: the verb's name; the function's by default.

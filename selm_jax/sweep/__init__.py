@@ -55,8 +55,8 @@ def sweep(grid: Sweep, console: Console | None = None) -> None:
     processes, all of them run and the first one writes.
 
     Raises:
-      SweepError: a cell cannot be built, so nothing was trained; or some runs failed, and the others
-        are finished.
+      SweepError: a cell cannot be built, so nothing was trained; or some runs failed, and the
+        others are finished.
     """
     results = console or terminal(quiet=not multihost.is_first())
     console = terminal(quiet=True) if talks().quiet else results
@@ -120,7 +120,7 @@ def _listed(failed: Mapping[str, str]) -> str:
 
 
 def write(grid: Sweep, failed: Mapping[str, str] | None = None) -> Path:
-    """Writes table.csv and report.html about the runs that are finished; returns the page."""
+    """Writes table.csv and report.html for the finished runs, and returns the page."""
     rows = table(grid)
     with artifacts.whole(grid.folder / "table.csv") as partial, partial.open("w", newline="") as f:
         lines = list(as_csv(rows))

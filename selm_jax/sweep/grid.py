@@ -27,7 +27,7 @@ from selm_jax.shell.ranges import Seed
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class File:
-    """What a sweep file says."""
+    """The content of a sweep file."""
 
     output: str  # the sweep's folder
     base: str  # the experiment file; a relative path starts at the sweep file's own folder
@@ -41,7 +41,7 @@ class File:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One setting of the grid: the level of each axis, and what they change together."""
+    """One cell of the grid: a level of each axis, and the settings that they change."""
 
     levels: Mapping[str, str]
     changes: Mapping[str, Any]  # by dotted key, in the order of the axes
@@ -52,7 +52,7 @@ class Cell:
 
     @property
     def told(self) -> tuple[str, ...]:
-        """The changes as a command line would have them."""
+        """The changes as they are written on a command line."""
         return tuple(f"{k}={json.dumps(v, ensure_ascii=False)}" for k, v in self.changes.items())
 
     @property
@@ -99,7 +99,7 @@ def read_sweep(
 
     Args:
       overrides: `key.path=value`, applied to every run before the changes of its cell.
-      base, output, seeds: replace the file's own. A relative `base` starts at the working directory.
+      base, output, seeds: replace the file's own. A relative `base` starts at the working folder.
       tiny: each experiment becomes a small rehearsal, and the sweep's folder ends in -tiny.
 
     Raises:
@@ -165,7 +165,7 @@ def _file(file: Path) -> File:
 
 
 def _levels(file: Path, name: str, axis: Mapping[str, Any] | Sequence[Any]) -> dict[str, Any]:
-    """What each level of an axis changes, by its name."""
+    """The changes of each level of an axis, by the level's name."""
     if isinstance(axis, Mapping):
         levels = dict(axis)
     else:
@@ -186,9 +186,7 @@ def _baseline(
         name = list(axes)[-1]
         return name, next(iter(axes[name]))
     if len(said) != 1:
-        raise ConfigError(
-            f"{file}: baseline names {len(said)} axes; one axis and its level, please"
-        )
+        raise ConfigError(f"{file}: baseline names {len(said)} axes; name one axis and its level")
     ((name, level),) = said.items()
     if name not in axes or level not in axes[name]:
         known = "; ".join(f"{axis}: {', '.join(levels)}" for axis, levels in axes.items())
@@ -206,7 +204,7 @@ def _cell(axes: Mapping[str, Mapping[str, Any]], chosen: Sequence[str]) -> Cell:
 
 
 def _check_distinct(file: Path, members: Sequence[Member]) -> None:
-    """Raises ConfigError for two runs with one folder, or with the same settings."""
+    """Raises ConfigError if two runs have the same folder or the same settings."""
     names: dict[str, str] = {}
     for m in members:
         name = f"{m.cell.name}, seed {m.seed}"
@@ -214,10 +212,12 @@ def _check_distinct(file: Path, members: Sequence[Member]) -> None:
         where = settings.pop("output")
         if (other := names.setdefault(where, name)) != name:
             raise ConfigError(
-                f"{file}: {other} and {name} have one folder, {where}; rename a level"
+                f"{file}: {other} and {name} have one folder, {where}. Rename a level"
             )
         if (other := names.setdefault(json.dumps(settings), name)) != name:
-            raise ConfigError(f"{file}: {other} and {name} have the same settings")
+            raise ConfigError(
+                f"{file}: {other} and {name} have the same settings. Change or remove one"
+            )
 
 
 def _tiny(member: Member) -> Member:

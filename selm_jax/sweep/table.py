@@ -1,4 +1,4 @@
-"""What the finished runs of a sweep measured: one row for each cell, compared with its baseline."""
+"""The results of a sweep's finished runs: one row for each cell, compared with its baseline."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from selm_jax.sweep.grid import Cell, Sweep
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """Held-out answers of one run: a number for each prompt, by iteration; NaN where none is.
+    """Held-out answers of one run: a number for each prompt and iteration, or NaN.
 
     Attributes:
-      greedy, sample: score of the greedy answer, mean score of the sampled ones.
-      kl: their mean log-ratio to the start model; NaN too where one of them was too long for it.
-      shares: which of them, at which iteration, come from scores that say right, half right or wrong.
+      greedy, sample: score of the greedy answer, and mean score of the sampled ones.
+      kl: mean log-ratio of the sampled ones to the start model; NaN if one was too long for it.
+      shares: the measures and iterations whose scores are all right, half right or wrong.
     """
 
     prompts: tuple[str, ...]
@@ -59,7 +59,7 @@ def outcome(run: RunData) -> Outcome:
 
 
 def table(grid: Sweep) -> list[Row]:
-    """One row for each cell, about its finished runs."""
+    """One row for each cell, from its finished runs."""
     finished: dict[str, dict[int, RunData]] = {}
     for member in grid.members:
         folder = Path(member.experiment.output)
@@ -87,7 +87,7 @@ def _row(
     own: Mapping[int, Outcome],
     others: Mapping[int, Outcome],
 ) -> Row:
-    """The cell of these runs and outcomes, by seed; `others` are its baseline's."""
+    """The row of a cell. Runs and outcomes are by seed; `others` are those of the baseline."""
     members = [m for m in grid.members if m.cell is cell]
     return Row(
         levels=tuple(cell.levels.values()),
@@ -122,8 +122,10 @@ class _Table(NamedTuple):
 
 
 def _table(outcomes: Sequence[Outcome], kind: str, t: int | None = None) -> _Table | None:
-    """The measure `kind` after iteration t, or after each run's last; None where a run lacks it, or
-    was asked other prompts than the others."""
+    """The measure `kind` after iteration t, or after the last one of each run.
+
+    None if a run lacks it, or had other prompts than the others.
+    """
     found = [(o, getattr(o, kind)) for o in outcomes]
     at = [max(by_iteration, default=0) if t is None else t for _, by_iteration in found]
     pairs = list(zip(found, at, strict=True))
@@ -140,7 +142,7 @@ def _mean(outcomes: Mapping[int, Outcome], kind: str, t: int | None = None) -> E
 
 
 def _difference(one: _Table | None, other: _Table | None) -> Estimate | None:
-    """Paired by seed and prompt; None where either is missing or they are of other prompts."""
+    """The difference, paired by seed and prompt. None if one is missing or the prompts differ."""
     if one is None or other is None or one.prompts != other.prompts:
         return None
     return difference(one.values, other.values, share=one.share and other.share)
@@ -171,7 +173,7 @@ def _seeds_apart(own: Mapping[int, Outcome], others: Mapping[int, Outcome]) -> d
 
 
 def _ranks_alike(one: Mapping[int, RunData], other: Mapping[int, RunData]) -> bool:
-    """Whether their scores have one meaning: the same ranker gave them."""
+    """Whether their scores mean the same, because one ranker gave all of them."""
     rankers = {
         tuple(
             (k, v) for k, v in run.settings.items() if re.match(r"feedback\.(ranker|settings)", k)
@@ -182,7 +184,7 @@ def _ranks_alike(one: Mapping[int, RunData], other: Mapping[int, RunData]) -> bo
 
 
 def _with_holm(rows: Sequence[Row]) -> list[Row]:
-    """All comparisons of the table are one family of tests."""
+    """Corrects the p-values: all comparisons of the table are one family of tests."""
     p = {i: each.p for i, each in enumerate(row.difference for row in rows) if each is not None}
     p = {i: value for i, value in p.items() if value is not None}
     adjusted = dict(zip(p, holm(np.array(list(p.values()))).tolist(), strict=True))
@@ -190,7 +192,7 @@ def _with_holm(rows: Sequence[Row]) -> list[Row]:
 
 
 def _mean_count(runs: Mapping[int, RunData], stage: str, key: str) -> float | None:
-    """Of a run's iterations together, the mean over runs."""
+    """The sum over a run's iterations, averaged over runs."""
     sums = [
         sum(stages[stage].counts.get(key, 0) for stages in run.stages.values() if stage in stages)
         for run in runs.values()
@@ -205,7 +207,7 @@ def _mean_metric(runs: Mapping[int, RunData], name: str) -> float | None:
 
 
 def shared(grid: Sweep) -> dict[str, tuple[int, int]]:
-    """By stage: how often it was done in this sweep, and how often taken from another run."""
+    """By stage: how often this sweep did it, and how often it took it from another run."""
     counts: dict[str, tuple[int, int]] = {}
     for member in grid.members:
         run = Path(member.experiment.output)
@@ -219,7 +221,7 @@ def shared(grid: Sweep) -> dict[str, tuple[int, int]]:
 
 
 def as_csv(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
-    """The rows as flat values, by the names of table.csv's columns."""
+    """The rows as flat values, with the names of table.csv's columns."""
     for row in rows:
         line: dict[str, Any] = {"cell": ", ".join(row.levels)}
         line["runs"] = sum(done for *_, done in row.runs)

@@ -69,7 +69,7 @@ def test_the_result_is_json_and_the_table_shows_it(tmp_path, capsys, monkeypatch
     assert found["memory"]["training_mib"] > 0
     shown = capsys.readouterr().out
     assert f"{found['training']['tokens_per_second']['useful']:,.0f} useful" in shown
-    assert "peak: 1 TFLOP/s a device, as given" in shown
+    assert "peak: 1 TFLOP/s per device, as given" in shown
 
 
 def test_an_unknown_peak_is_not_made_up(result, capsys, monkeypatch):
@@ -109,9 +109,9 @@ def test_the_table_of_peaks_takes_the_right_line(kind, tflops, monkeypatch):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"shape": "9t"}, "shape '9t' is not one of 135m, 1b"),
-        ({"dtype": "int8"}, "dtype 'int8' is not one of float32, bfloat16"),
-        ({"remat": "some"}, "remat 'some' is not one of none"),
+        ({"shape": "9t"}, "--shape is '9t'; expected one of 135m, 1b"),
+        ({"dtype": "int8"}, "--dtype is 'int8'; expected one of float32, bfloat16"),
+        ({"remat": "some"}, "--remat is 'some'; expected one of none"),
         ({"sizes": dataclasses.replace(SIZES, response=1)}, "response is 1"),
     ],
 )

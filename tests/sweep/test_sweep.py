@@ -330,7 +330,7 @@ def test_a_sweep_that_was_stopped_goes_on_to_the_same_bytes(finished, tmp_path, 
 
 @pytest.mark.slow
 def test_failures_are_named_and_only_like_is_compared_with_like(tmp_path):
-    """One run has ties alone, which shows when it is ranked; of the others one has another ranker."""
+    """One run has only ties, which shows when it is ranked; another one has another ranker."""
     grid = {
         "change": {
             "nothing": {},
@@ -453,7 +453,7 @@ def test_a_store_never_hands_out_what_was_damaged(tmp_path):
 
 
 BAD = {
-    "unknown axis in the baseline": ({"baseline": {"metod": "dpo"}}, "baseline metod: dpo is not in"),
+    "unknown axis in the baseline": ({"baseline": {"metod": "dpo"}}, "baseline metod: dpo is not"),
     "unknown level": ({"baseline": {"method": "ppo"}}, "method: dpo, alpha 10"),
     "unknown key": ({"grd": {}}, "grd: "),
     "unknown setting": (
@@ -461,7 +461,9 @@ BAD = {
     ),
     "no axis": ({"grid": {}}, "grid has no axis"),
     "an axis without levels": ({"grid": {"seeds": {}}}, "axis seeds has no levels"),
-    "the same twice": ({"grid": {"method": {"a": {}, "b": {}}}}, "a, seed 1 and b, seed 1 have the same"),
+    "the same twice": (
+        {"grid": {"method": {"a": {}, "b": {}}}}, "a, seed 1 and b, seed 1 have the same"
+    ),
     "one folder twice": ({"grid": {"x": {"a b": {}, "a/b": {"iterations": 1}}}}, "have one folder"),
     "seeds in the grid": ({"grid": {"seed": [1, 2]}}, "name seeds in `seeds`"),
     "no such base": ({"base": "nowhere.yaml"}, "no such experiment file"),

@@ -56,7 +56,7 @@ class Judging:
     extra: Annotated[
         list[str] | None,
         typer.Option(
-            help="A further field of each request as key=value (YAML); key=null leaves a field out.",
+            help="Further field of each request as key=value (YAML); key=null leaves one out.",
             show_default="no field",
         ),
     ] = None

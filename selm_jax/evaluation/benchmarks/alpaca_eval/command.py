@@ -9,7 +9,7 @@ from selm_jax.shell.verbs import verb
 
 @verb(
     app,
-    needs="a model, the published baseline (--instructions hub fetches it), and a judge to score it",
+    needs="a model, the baseline (--instructions hub fetches it), and a judge to score it",
     writes="model_outputs.json, annotations.json and scores into the folder of --out",
     example="selm eval alpaca_eval runs/selm --instructions hub --dry-run",
 )

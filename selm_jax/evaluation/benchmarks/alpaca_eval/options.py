@@ -41,8 +41,8 @@ class LengthControl:
     published: Annotated[
         Path | None,
         typer.Option(
-            help="Instead of --gamed: a clone of AlpacaEval's repository, or a folder with the five "
-            "of its files that docs/evaluate.md names.",
+            help="Instead of --gamed: a clone of AlpacaEval's repository, or a folder with the "
+            "five of its files that docs/evaluate.md names.",
             metavar="FOLDER",
             parser=place,
             show_default="--gamed",
@@ -83,7 +83,7 @@ class Options:
     annotator: Annotated[
         str | None,
         typer.Option(
-            help="Annotate with the alpaca_eval package instead: name or path of its configuration, "
+            help="Annotate with the alpaca_eval package instead: its configuration's name or path, "
             "such as weighted_alpaca_eval_gpt4_turbo.",
             show_default="--judge",
         ),

@@ -62,7 +62,8 @@ class Options:
 def lm_eval(options: Options) -> None:
     """Run academic benchmarks.
 
-    The language model evaluation harness runs them. No judge is called. --dry-run counts the tokens that the tasks take.
+    The language model evaluation harness runs them. No judge is called. --dry-run counts the
+    tokens that the tasks take.
     """
     from selm_jax.evaluation.benchmarks.lm_eval import adapter as harness
     from selm_jax.shell.progress import terminal

@@ -83,7 +83,7 @@ def test_its_verb_and_its_options_exist(command):
             continue
         known = {option for p in group.params for option in (*p.opts, *p.secondary_opts)}
         asked = set(re.findall(r"(?<!\S)\[?(--?[a-z][\w-]*)", command.text))
-        assert asked <= known | {"--help"}, asked - known
+        assert asked <= known | {"--help", "-h"}, asked - known
 
 
 @pytest.mark.parametrize(

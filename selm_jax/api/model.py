@@ -105,7 +105,7 @@ class Model:
     def __init__(self, name: str, start: StartModel, devices: Devices):
         self.name, self.updates, self.experiment = name, 0, start.experiment
         self._start, self._devices = start, devices
-        self._base: Params | None = None  # what adapters are on
+        self._kept_base: Params | None = None  # what adapters are on
         self._adapters: Params | None = None
         self._programs = Programs(
             self.experiment, start.task, start.facts, Sizes(0, 0), start.chat.stop_ids, devices
@@ -178,7 +178,7 @@ class Model:
         Raises:
           ApiError: the pairs were made with another tokenizer.
         """
-        found = self.scores_of(pairs.examples, pairs.tokenizer)
+        found = self._scores_of(pairs.examples, pairs.tokenizer)
 
         def of_role(role: str) -> Float32[np.ndarray, " pairs"]:
             each = [
@@ -189,13 +189,13 @@ class Model:
 
         return {role: of_role(role) for role in ROLES}
 
-    def scores_of(self, examples: Sequence[Example], tokenizer: str) -> list[tuple[float, ...]]:
+    def _scores_of(self, examples: Sequence[Example], tokenizer: str) -> list[tuple[float, ...]]:
         """log pi of every distinct response of every example, in nats; `logps` has them by role.
 
         Raises:
           ApiError: `tokenizer` is not the digest of this model's.
         """
-        self.check_tokenizer(tokenizer)
+        self._check_tokenizer(tokenizer)
         with bar(self._start.console, "log-probabilities", len(examples), "pairs") as told:
             return self._policy.logps(examples, told)
 
@@ -227,14 +227,14 @@ class Model:
             f"{mesh.devices.flat[0].platform} devices, {self.updates} updates"
         )
 
-    # What a trainer needs
+    # What pairs and trainers use; the rest of the package and users do not
 
     @property
     def tokenizer(self) -> str:
         """The digest of the tokenizer, by which token ids are known to be this model's."""
         return self._start.chat.tokenizer.digest()
 
-    def check_tokenizer(self, digest: str) -> None:
+    def _check_tokenizer(self, digest: str) -> None:
         """Raises ApiError if token ids are those of another tokenizer."""
         if digest != self.tokenizer:
             raise ApiError(
@@ -242,7 +242,7 @@ class Model:
                 "Use them with the model that wrote them, or have this one generate its own"
             )
 
-    def programs(self, task: Task, training: Settings, longest: int) -> Programs:
+    def _programs_of(self, task: Task, training: Settings, longest: int) -> Programs:
         """What a run would compile to train this model with these settings."""
         e = config.as_dict(self.experiment)
         training = e["training"] | training
@@ -254,25 +254,25 @@ class Model:
         )  # fmt: skip
 
     @property
-    def base(self) -> Params:
+    def _base(self) -> Params:
         """What adapters are on, quantised if the settings say so; without adapters the parameters."""
         if self._programs.lora is None:
-            return self.trained
-        if self._base is None:
-            self._base = self._programs.start_of(self._start.folder.path)
-        return self._base
+            return self._trained
+        if self._kept_base is None:
+            self._kept_base = self._programs.start_of(self._start.folder.path)
+        return self._kept_base
 
     @property
-    def trained(self) -> Params:
+    def _trained(self) -> Params:
         """What updates change: all parameters, or the adapters."""
         if self._programs.lora is None:
             return self._policy.weights.to_score()
         if self._adapters is None:
-            self._adapters = self._programs.trained(self.base, 1)
+            self._adapters = self._programs.trained(self._base, 1)
         return self._adapters
 
-    def become(self, trained: Params) -> None:
-        """Takes what an update has made of `trained`."""
+    def _become(self, trained: Params) -> None:
+        """Takes what an update has made of `_trained`."""
         self.updates += 1
         if self._programs.lora is None:
             self._policy.weights.hold(trained)
@@ -280,10 +280,10 @@ class Model:
             self._adapters = trained
             self._policy.weights.forget()
 
-    def fixed(self, programs: Programs) -> dict[str, Any]:
+    def _fixed(self, programs: Programs) -> dict[str, Any]:
         """What updates are given and leave as it is; see `Programs.fixed`."""
         folder = self._start.folder.path
-        base = self.base if programs.lora is not None else {}
+        base = self._base if programs.lora is not None else {}
         return programs.fixed(base, 1, folder, folder)
 
     def _read(self) -> Params:
@@ -293,4 +293,4 @@ class Model:
         merged: Callable[[Params, Params], Params] = jax.jit(
             lambda base, adapters: merge(dequantize(base), adapters, lora)
         )
-        return merged(self.base, self.trained)
+        return merged(self._base, self._trained)

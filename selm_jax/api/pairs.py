@@ -180,7 +180,7 @@ def _scored(made: Pairs, answers: Answers, reference: Writer | None | str) -> Pa
             )
     if reference is None or isinstance(reference, str) or not made.examples:
         return made
-    found = reference.scores_of(made.examples, made.tokenizer)
+    found = reference._scores_of(made.examples, made.tokenizer)
     examples = [
         dataclasses.replace(example, reference=logps)
         for example, logps in zip(made.examples, found, strict=True)

@@ -100,20 +100,20 @@ class Trainer:
         self._check(pairs)
         examples = pairs.examples
         programs = self._programs(max(len(e.prompt) + max(map(len, e.responses)) for e in examples))
-        params = self.model.trained
+        params = self.model._trained
         if self._moments is None:
             self._moments = TrainState.create(params, programs.optimizer).opt_state
         state = TrainState(jnp.int32(self.updates), params, self._moments)
         rate = self.learning_rate
         rate = float(rate(self.updates)) if callable(rate) else rate
-        fixed = self.model.fixed(programs)
+        fixed = self.model._fixed(programs)
         if fixed.get("key") is not None:
             fixed["key"] = jax.random.fold_in(fixed["key"], self.updates)
         batches = map(programs.place, self._packed(examples, programs))
         state, metrics = one_update(
             programs.update, state, batches, rate, means=mean_lengths(examples), **fixed
         )
-        self.model.become(state.params)
+        self.model._become(state.params)
         self._moments, self.updates = state.opt_state, self.updates + 1
         if not np.isfinite([metrics["loss"], metrics["grad_norm"]]).all():
             raise TrainingError(
@@ -127,7 +127,7 @@ class Trainer:
         """What is compiled for sequences up to this length; few models have more than one form."""
         o = self.objective
         task = LanguageModel(str(o), o, o.reference_free, looked_at=None)
-        made = self.model.programs(task, self._settings, longest)
+        made = self.model._programs_of(task, self._settings, longest)
         return self._compiled.setdefault(made.config, made)
 
     def _packed(
@@ -153,7 +153,7 @@ class Trainer:
     def _check(self, pairs: Pairs) -> None:
         if not len(pairs):
             raise TrainingError(f"there is nothing to train on: {pairs.told}")
-        self.model.check_tokenizer(pairs.tokenizer)
+        self.model._check_tokenizer(pairs.tokenizer)
         scored = all(each.reference is not None for each in pairs.examples)
         if not scored and not self.objective.reference_free:
             raise ApiError(

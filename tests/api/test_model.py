@@ -58,9 +58,9 @@ def test_its_updates_are_those_of_a_run_to_the_bit(tmp_path, lora):
         trainer.step(Pairs(tuple(batch), ({},) * len(batch), {}, model.tokenizer))
     assert trainer.updates > 2
     if lora is None:  # of adapters, dropout is drawn from the run's seed
-        assert equal(model.trained, selm.load(tmp_path / "run").trained)
+        assert equal(model._trained, selm.load(tmp_path / "run")._trained)
     saved = selm.load(model.save(tmp_path / "saved"))
-    assert equal(saved.trained, model._policy.weights.to_score())
+    assert equal(saved._trained, model._policy.weights.to_score())
 
 
 def test_what_it_says_changes_with_its_parameters_and_the_reference_does_not(model, pairs):
@@ -95,7 +95,7 @@ def test_logps_are_those_of_each_response_alone(model, pairs, alone_logps, sprea
 
     tokens, starts, stops = spread(pairs.examples, sum(len(e.responses) for e in pairs), 128)
     decoder = Decoder(model._programs.config)
-    found = iter(np.asarray(alone_logps(decoder, model.trained, tokens, starts, stops)))
+    found = iter(np.asarray(alone_logps(decoder, model._trained, tokens, starts, stops)))
     expected = [[next(found) for _ in e.responses] for e in pairs]
     for role, values in model.logps(pairs).items():
         right = [each[e.roles[role]] for each, e in zip(expected, pairs, strict=True)]
@@ -106,7 +106,7 @@ def test_where_several_explore_their_mean_counts(model, answers):
     scores = selm.ranker("length")(PROMPTS, answers)
     pairs = selm.pairs(answers, scores, explore="all")
     example = next(e for e in pairs if len(e.explored) > 1)
-    each = model.scores_of([example], model.tokenizer)[0]
+    each = model._scores_of([example], model.tokenizer)[0]
     place = pairs.examples.index(example)
     expected = np.mean([each[i] for i in example.explored])
     assert model.logps(pairs)["explore"][place] == pytest.approx(expected, rel=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -11,9 +12,14 @@ import pandas as pd
 import pytest
 import tiny
 
-PAGE = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-LINES, GIVEN = BLOCKS[:2]
+ROOT = Path(__file__).parents[2]
+
+
+def blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+LINES, GIVEN = blocks("docs/api.md")[:2]
 REAL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
@@ -56,6 +62,13 @@ def test_the_ten_lines_run_as_they_are_written(tmp_path, monkeypatch, real_model
     assert real_model
     monkeypatch.chdir(tmp_path)
     check(executed(LINES, tmp_path))
+
+
+def test_the_readme_shows_the_same_lines():
+    def meant(code: str) -> str:
+        return ast.dump(ast.parse(code))
+
+    assert meant(LINES) in map(meant, blocks("README.md"))
 
 
 def test_importing_the_package_is_quick_and_loads_no_jax():

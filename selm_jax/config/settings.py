@@ -271,7 +271,9 @@ class Training:
     reference_policy: Literal["previous", "start"] = "previous"
     # What the backward pass computes again: nothing (none) to everything (full), for memory.
     remat: Remat = "full"
-    logprob_chunk: Size = 32  # Tokens per row whose logits exist at a time.
+    # Tokens per row whose logits exist at a time; on accelerators at least as many as make 512 tokens
+    # of a device.
+    logprob_chunk: Size = 32
     checkpoint_every: Count = 100  # Updates between two checkpoints.
     checkpoints_kept: Count = 1  # How many of an iteration's newest checkpoints are kept.
     parameter_dtype: ParameterDtype = "float32"  # What parameters and moments are kept in.

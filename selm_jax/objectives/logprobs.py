@@ -5,17 +5,32 @@
 The full logits of a batch are its largest array by far (rows x time x vocabulary). Here they exist
 for one chunk of tokens at a time, in both directions: the backward pass computes a chunk's logits
 again from what the forward pass kept, one float per token (the logsumexp). Always float32.
+
+On a mesh, rows lie on its axes data and fsdp, the unembedding's vocabulary on tensor and its width on
+fsdp. Left to itself the compiler gathers the unembedding, which is large, in every turn of the loop
+over chunks. Here each device gathers its cut of the vocabulary once, before the loop, and its gradient
+is summed once, behind it; the cuts of the vocabulary are put together behind the loop, too.
 Letters: r rows, p scored tokens of a row, c tokens of a chunk, d embed, v vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
+
+from selm_jax.parallel.mesh import platform_of
+
+DEVICE_CHUNK = 512  # tokens of a device whose logits exist at a time, at least; not on CPU
+
+# Where things lie on a mesh: tokens by rows, what is by chunks likewise, and the unembedding.
+_ROWS, _CHUNKS, _UNEMBEDDING = P(("data", "fsdp")), P(None, ("data", "fsdp")), P("tensor", "fsdp")
 
 
 def token_logprobs(
@@ -24,15 +39,21 @@ def token_logprobs(
     unembedding: Float[Array, "v d"],
     chunk: int,
     cap: float | None = None,
+    *,
+    mesh: Mesh | None = None,
+    frozen: bool = False,
 ) -> Float[Array, "r p"]:
     """log p(target | context) for every scored token.
 
     Args:
       hidden: the state that predicts each target.
       unembedding: logits are `hidden @ unembedding.T`.
-      chunk: tokens per row whose logits exist at a time. Rows stay whole, so that a batch sharded
-        by rows is never gathered. Need not divide p.
+      chunk: tokens per row whose logits exist at a time; on accelerators at least as many as make
+        `DEVICE_CHUNK` tokens of a device. Rows stay whole, so that a batch sharded by rows is never
+        gathered. Need not divide p.
       cap: of the logits, as in Gemma 2; None leaves them.
+      mesh: what the arrays lie on; None for one device.
+      frozen: the unembedding is not trained: it gets no gradient, and none is computed.
 
     Two tokens that are equally likely have log 1/2 each, in whatever chunks they are computed:
 
@@ -41,11 +62,9 @@ def token_logprobs(
     Array([[-0.6931, -0.6931, -0.6931]], dtype=float32)
     """
     p = targets.shape[1]
-    chunk = min(chunk, p)
-    padding = -p % chunk
-    hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
-    targets = jnp.pad(targets, ((0, 0), (0, padding)))
-    return cast(Array, _logprobs(hidden, targets, unembedding, chunk, cap))[:, :p]
+    how = _How(_chunk(chunk, targets, mesh), cap, mesh, frozen)
+    hidden, targets = _whole_chunks(hidden, how.chunk), _whole_chunks(targets, how.chunk)
+    return cast(Array, _logprobs(hidden, targets, unembedding, how))[:, :p]
 
 
 class TokenStats(NamedTuple):
@@ -66,72 +85,174 @@ def token_statistics(
     unembedding: Float[Array, "v d"],
     chunk: int,
     cap: float | None = None,
+    *,
+    mesh: Mesh | None = None,
 ) -> TokenStats:
     """`token_logprobs` and what else the same logits tell, forward only; arguments as there."""
     p = targets.shape[1]
-    chunk = min(chunk, p)
-    padding = -p % chunk
-    hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
-    targets = jnp.pad(targets, ((0, 0), (0, padding)))
-    w = unembedding.astype(hidden.dtype)
+    chunk = _chunk(chunk, targets, mesh)
+    hidden, targets = _whole_chunks(hidden, chunk), _whole_chunks(targets, chunk)
 
-    def of_chunk(args):
-        h, y = args
-        logits = _logits(h, w, cap)
-        normalizer = jax.nn.logsumexp(logits, axis=-1)
-        logprob = jnp.take_along_axis(logits, y[..., None], axis=-1)[..., 0] - normalizer
-        return TokenStats(logprob, jnp.argmax(logits, axis=-1) == y)
+    def of_device(hidden, targets, w):
+        w, first = _own_cut(w.astype(hidden.dtype), mesh)
 
-    found = jax.lax.map(of_chunk, (_split(hidden, chunk), _split(targets, chunk)))
-    return TokenStats(*(_join(x)[:, :p] for x in found))
+        def of_chunk(args):
+            h, y = args
+            logits = _logits(h, w, cap)
+            best = first + jnp.argmax(logits, axis=-1)
+            return _sums(logits, y - first), jnp.max(logits, axis=-1), best
 
+        sums, largest, best = jax.lax.map(of_chunk, (_split(hidden, chunk), _split(targets, chunk)))
+        target, normalizer = _over_vocabulary(sums, mesh)
+        if _cuts_vocabulary(mesh):
+            of_all = jax.lax.pmax(largest, "tensor")
+            # Of equal ones the first, wherever it lies.
+            best = jax.lax.pmin(
+                jnp.where(largest == of_all, best, jnp.iinfo(jnp.int32).max), "tensor"
+            )
+        return _join(target - normalizer), _join(best) == targets
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _logprobs(hidden, targets, unembedding, chunk, cap):
-    return _forward(hidden, targets, unembedding, chunk, cap)[0]
-
-
-def _forward(hidden, targets, unembedding, chunk, cap):
-    w = unembedding.astype(hidden.dtype)
-
-    def of_chunk(args):
-        h, y = args
-        logits = _logits(h, w, cap)
-        normalizer = jax.nn.logsumexp(logits, axis=-1)
-        return jnp.take_along_axis(logits, y[..., None], axis=-1)[..., 0] - normalizer, normalizer
-
-    logprob, normalizer = jax.lax.map(of_chunk, (_split(hidden, chunk), _split(targets, chunk)))
-    return _join(logprob), (hidden, targets, unembedding, normalizer)
+    run = _on(mesh, of_device, (_ROWS, _ROWS, _UNEMBEDDING), (_ROWS, _ROWS))
+    return TokenStats(*(x[:, :p] for x in run(hidden, targets, unembedding)))
 
 
-def _backward(chunk, cap, kept, gradient):
+class _How(NamedTuple):
+    """`token_logprobs`'s arguments that are no arrays."""
+
+    chunk: int
+    cap: float | None
+    mesh: Mesh | None
+    frozen: bool
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _logprobs(hidden, targets, unembedding, how: _How):
+    return _forward(hidden, targets, unembedding, how)[0]
+
+
+def _forward(hidden, targets, unembedding, how: _How):
+    chunk, cap, mesh, _ = how
+
+    def of_device(hidden, targets, w):
+        w, first = _own_cut(w.astype(hidden.dtype), mesh)
+
+        def of_chunk(args):
+            h, y = args
+            return _sums(_logits(h, w, cap), y - first)
+
+        sums = jax.lax.map(of_chunk, (_split(hidden, chunk), _split(targets, chunk)))
+        target, normalizer = _over_vocabulary(sums, mesh)
+        return _join(target - normalizer), normalizer
+
+    run = _on(mesh, of_device, (_ROWS, _ROWS, _UNEMBEDDING), (_ROWS, _CHUNKS))
+    logprob, normalizer = run(hidden, targets, unembedding)
+    return logprob, (hidden, targets, unembedding, normalizer)
+
+
+def _backward(how: _How, kept, gradient):
     """d/dz log p(y) = onehot(y) - softmax(z); d/dx cap * tanh(x / cap) = 1 - (z / cap)^2."""
-    hidden, targets, unembedding, normalizer = kept
-    w = unembedding.astype(hidden.dtype)
+    chunk, cap, mesh, frozen = how
+    dtype = kept[2].dtype
 
-    def of_chunk(d_w, args):
-        h, y, z, g = args
-        logits = _logits(h, w, cap)
-        onehot = y[..., None] == jnp.arange(w.shape[0])
-        d_logits = g[..., None] * (onehot - jnp.exp(logits - z[..., None]))
-        if cap is not None:
-            d_logits *= 1 - (logits / cap) ** 2
-        d_logits = d_logits.astype(h.dtype)
-        d_w += jnp.einsum("rcv,rcd->vd", d_logits, h, preferred_element_type=jnp.float32)
-        return d_w, jnp.einsum("rcv,vd->rcd", d_logits, w)
+    def of_device(hidden, targets, w, normalizer, gradient):
+        w, first = _own_cut(w.astype(hidden.dtype), mesh)
 
-    chunks = (_split(hidden, chunk), _split(targets, chunk), normalizer, _split(gradient, chunk))
-    d_w, d_hidden = jax.lax.scan(of_chunk, jnp.zeros(w.shape, jnp.float32), chunks)
-    return _join(d_hidden), None, d_w.astype(unembedding.dtype)
+        def of_chunk(d_w, args):
+            h, y, z, g = args
+            logits = _logits(h, w, cap)
+            onehot = (y - first)[..., None] == jnp.arange(w.shape[0])
+            d_logits = g[..., None] * (onehot - jnp.exp(logits - z[..., None]))
+            if cap is not None:
+                d_logits *= 1 - (logits / cap) ** 2
+            d_logits = d_logits.astype(h.dtype)
+            if not frozen:
+                d_w += jnp.einsum("rcv,rcd->vd", d_logits, h, preferred_element_type=jnp.float32)
+            return d_w, jnp.einsum("rcv,vd->rcd", d_logits, w)
+
+        chunks = _split(hidden, chunk), _split(targets, chunk), normalizer, _split(gradient, chunk)
+        start = jnp.zeros((0,) if frozen else w.shape, jnp.float32)
+        d_w, d_hidden = jax.lax.scan(of_chunk, start, chunks)
+        if _cuts_vocabulary(mesh):
+            d_hidden = jax.lax.psum(d_hidden, "tensor")
+        if not frozen and _several(mesh):
+            d_w = jax.lax.psum_scatter(d_w, "fsdp", scatter_dimension=1, tiled=True)
+            d_w = jax.lax.psum(d_w, "data")
+        return _join(d_hidden), d_w.astype(dtype)
+
+    given = _ROWS, _ROWS, _UNEMBEDDING, _CHUNKS, _ROWS
+    found = _ROWS, P() if frozen else _UNEMBEDDING
+    d_hidden, d_w = _on(mesh, of_device, given, found)(*kept, gradient)
+    return d_hidden, None, None if frozen else d_w
 
 
 _logprobs.defvjp(_forward, _backward)
+
+
+# --- one chunk, or one cut of the vocabulary ------------------------------------------------------
 
 
 def _logits(h: Float[Array, "r c d"], w: Float[Array, "v d"], cap: float | None) -> Array:
     """[r, c, v]"""
     raw = jnp.einsum("rcd,vd->rcv", h, w, preferred_element_type=jnp.float32)
     return raw if cap is None else cap * jnp.tanh(raw / cap)
+
+
+def _sums(logits: Float[Array, "r c v"], y: Int[Array, "r c"]) -> tuple[Array, Array]:
+    """The target's logit, 0 where another cut has it, and the logsumexp of this cut."""
+    size = logits.shape[-1]
+    target = jnp.take_along_axis(logits, jnp.clip(y, 0, size - 1)[..., None], axis=-1)[..., 0]
+    return jnp.where((y >= 0) & (y < size), target, 0), jax.nn.logsumexp(logits, axis=-1)
+
+
+def _over_vocabulary(sums: tuple[Array, Array], mesh: Mesh | None) -> tuple[Array, Array]:
+    """What `_sums` would give of the whole vocabulary."""
+    target, normalizer = sums
+    if not _cuts_vocabulary(mesh):
+        return target, normalizer
+    largest = jax.lax.pmax(normalizer, "tensor")
+    total = jax.lax.psum(jnp.exp(normalizer - largest), "tensor")
+    return jax.lax.psum(target, "tensor"), largest + jnp.log(total)
+
+
+# --- on a mesh --------------------------------------------------------------------------------
+
+
+def _several(mesh: Mesh | None) -> bool:
+    return mesh is not None and mesh.size > 1
+
+
+def _cuts_vocabulary(mesh: Mesh | None) -> bool:
+    return mesh is not None and mesh.shape["tensor"] > 1
+
+
+def _on(mesh: Mesh | None, of_device: Callable[..., Any], given: Any, found: Any) -> Any:
+    """The function of each device's own arrays, as one of the whole arrays."""
+    if not _several(mesh):
+        return of_device
+    return jax.shard_map(of_device, mesh=mesh, in_specs=given, out_specs=found, check_vma=False)
+
+
+def _own_cut(w: Array, mesh: Mesh | None) -> tuple[Float[Array, "v d"], Any]:
+    """Of this device's cut of the vocabulary the whole width, and which token is its first."""
+    if not _several(mesh):
+        return w, 0
+    w = jax.lax.all_gather(w, "fsdp", axis=1, tiled=True)
+    return w, jax.lax.axis_index("tensor") * w.shape[0]
+
+
+def _chunk(asked: int, targets: Int[Array, "r p"], mesh: Mesh | None) -> int:
+    """Tokens per row of one turn. An accelerator reads the unembedding in every turn: few tokens
+    would leave it waiting for its memory."""
+    rows, p = targets.shape
+    if platform_of(mesh) != "cpu":
+        own = rows if mesh is None else rows // (mesh.shape["data"] * mesh.shape["fsdp"])
+        asked = max(asked, -(-DEVICE_CHUNK // own))
+    return min(asked, p)
+
+
+def _whole_chunks(x: Array, chunk: int) -> Array:
+    """[r, p, ...] with zeros behind p, up to whole chunks."""
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % chunk), *((0, 0),) * (x.ndim - 2)))
 
 
 def _split(x: Array, chunk: int) -> Array:

@@ -78,8 +78,10 @@ def _statistics(decoder: Decoder, params: Params, batch: PreferenceBatch, chunk:
     """The `TokenStats` of all scored tokens of a packed batch, [rows, scored]."""
     hidden, _ = decoder.apply({"params": params}, batch.tokens, batch.position, batch.end)
     predicting = jnp.take_along_axis(hidden, batch.predictor[..., None], axis=1)
-    cap = decoder.config.logit_cap
-    return token_statistics(predicting, batch.target, unembedding(params), chunk, cap)
+    return token_statistics(
+        predicting, batch.target, unembedding(params), chunk, decoder.config.logit_cap,
+        mesh=decoder.mesh,
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

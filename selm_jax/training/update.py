@@ -54,8 +54,9 @@ def response_logps(
     hidden, _ = decoder.apply(variables, batch.tokens, batch.position, batch.end, rngs=rngs)
     predicting = jnp.take_along_axis(hidden, batch.predictor[..., None], axis=1)
     per_token = token_logprobs(
-        predicting, batch.target, unembedding(params), chunk, decoder.config.logit_cap
-    )
+        predicting, batch.target, unembedding(params), chunk, decoder.config.logit_cap,
+        mesh=decoder.mesh, frozen=adapters is not None,
+    )  # fmt: skip
     return batch.sum_by_response(per_token)
 
 

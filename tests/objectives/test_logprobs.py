@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from selm_jax.objectives.logprobs import token_logprobs
+from selm_jax.objectives.logprobs import token_logprobs, token_statistics
+from selm_jax.parallel.mesh import make_mesh
+from selm_jax.plan.topology import target
 
 ROWS, SCORED, EMBED, VOCAB = 3, 12, 16, 50
 
@@ -126,3 +132,112 @@ def test_compiled_memory_is_a_chunks_not_the_batchs():
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert scratch(partial(token_logprobs, chunk=16)) < scratch(plain) / 4
+
+
+def test_a_frozen_unembedding_pays_for_no_gradient():
+    h, y, w, g = inputs(5)
+
+    def products(frozen):
+        found = partial(token_logprobs, chunk=4, frozen=frozen)
+        return str(jax.make_jaxpr(partial(with_gradients, found))(h, y, w, g)).count("dot_general")
+
+    assert products(frozen=True) == products(frozen=False) - 1
+    value, d_h, d_w = with_gradients(partial(token_logprobs, chunk=4, frozen=True), h, y, w, g)
+    trained = with_gradients(partial(token_logprobs, chunk=4), h, y, w, g)
+    np.testing.assert_array_equal(value, trained[0])
+    np.testing.assert_array_equal(d_h, trained[1])
+    assert not np.any(d_w) and np.any(trained[2])
+
+
+# --- on a mesh ---------------------------------------------------------------------------------
+
+NAMES = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+COLLECTIVE = rf"= (?:\(.*?\)|\S+) ({NAMES})(?:-start)?\("
+
+
+def collectives(hlo: str) -> tuple[Counter, Counter]:
+    """The collectives of a compiled program by name: outside of its loops, and inside of them."""
+    bodies = dict(
+        re.findall(r"^(?:ENTRY )?%?([\w.\-]+) \(.*?\{\n(.*?)^\}", hlo, re.MULTILINE | re.DOTALL)
+    )
+    calls = {
+        name: set(re.findall(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)", body))
+        for name, body in bodies.items()
+    }
+    looping = set(re.findall(r"(?:body|condition)=%?([\w.\-]+)", hlo))
+    while more := set().union(*(calls.get(name, set()) for name in looping)) - looping:
+        looping |= more
+    outside, inside = Counter(), Counter()
+    for name, body in bodies.items():
+        (inside if name in looping else outside).update(re.findall(COLLECTIVE, body))
+    return outside, inside
+
+
+def on_mesh(mesh):
+    """Where hidden states, targets, the unembedding and the weight of each token lie."""
+    rows = NamedSharding(mesh, P(("data", "fsdp")))
+    return rows, rows, NamedSharding(mesh, P("tensor", "fsdp")), rows
+
+
+@pytest.mark.parametrize("cap", [None, 2.5])
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2), (1, 2, 4), (8, 1, 1)])
+def test_a_mesh_gives_what_one_device_gives(sizes, cap):
+    rng = np.random.default_rng(6)
+    args = (
+        jnp.asarray(rng.normal(size=(8, 13, 16)), jnp.float32),
+        jnp.asarray(rng.integers(0, 52, (8, 13)), jnp.int32),
+        jnp.asarray(rng.normal(size=(52, 16)), jnp.float32),
+        jnp.asarray(rng.normal(size=(8, 13)), jnp.float32),
+    )
+    mesh = make_mesh(sizes, jax.devices()[:8])
+    placed = tuple(map(jax.device_put, args, on_mesh(mesh)))
+    logprobs = partial(token_logprobs, chunk=5, cap=cap)
+    alone = jax.jit(partial(with_gradients, logprobs))(*args)
+    compiled = jax.jit(partial(with_gradients, partial(logprobs, mesh=mesh))).lower(*placed)
+    compiled = compiled.compile()
+    for a, b in zip(compiled(*placed), alone, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    outside, inside = collectives(compiled.as_text())
+    assert outside and not inside
+
+    statistics = partial(token_statistics, chunk=5, cap=cap)
+    found = jax.jit(partial(statistics, mesh=mesh))(*placed[:3])
+    expected = jax.jit(statistics)(*args[:3])
+    np.testing.assert_allclose(found.logprob, expected.logprob, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(found.likeliest, expected.likeliest)
+    assert 0 < found.likeliest.sum() < found.likeliest.size
+
+
+def test_where_only_rows_are_cut_values_are_equal_to_the_bit():
+    h, y, w, g = inputs(7)
+    mesh = make_mesh((1, 1, 1), jax.devices()[:1])
+    found = with_gradients(partial(token_logprobs, chunk=5, mesh=mesh), h, y, w, g)
+    for a, b in zip(
+        found, with_gradients(partial(token_logprobs, chunk=5), h, y, w, g), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.libtpu
+def test_on_tpus_the_unembedding_is_gathered_once_and_never_in_a_loop():
+    """Llama-3-8B's head on v5e:4x8, rows of 3,200, at the default setting of the chunk."""
+    mesh = make_mesh((1, 32, 1), target("v5e:4x8").devices)
+    shapes = (
+        ((32, 3200, 4096), jnp.bfloat16),
+        ((32, 3200), jnp.int32),
+        ((128256, 4096), jnp.float32),
+    )
+    args = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+        for (shape, dtype), where in zip(
+            (*shapes, ((32, 3200), jnp.float32)), on_mesh(mesh), strict=True
+        )
+    ]
+    where = on_mesh(mesh)
+    both = partial(with_gradients, partial(token_logprobs, chunk=32, mesh=mesh))
+    compiled = jax.jit(both, out_shardings=(where[0], where[0], where[2])).lower(*args).compile()
+    outside, inside = collectives(compiled.as_text())
+    assert not inside
+    # Forward and backward share one gather, and the gradient is summed once.
+    assert outside == {"all-gather": 1, "reduce-scatter": 1}

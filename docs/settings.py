@@ -21,9 +21,10 @@ from selm_jax.shell.ranges import Range, ranges_of
 PAGE = Path(__file__).with_suffix(".md")
 HEAD = """# Every setting
 
-Made from the code by `python docs/settings.py`. A setting is changed in the file or on the command line, such as
-`training.rows=8`. The file is YAML 1.2: `042` is 42, `yes` and `1:30` are texts, and a key that is given twice is an error.
-Numbers are numbers: `true`, `"8"`, `.nan` and `.inf` are none, and 1e6 is a whole one. What is **bold** has no default and must be given.
+This page is written by `python docs/settings.py` from the code. Change a setting in the experiment file or on the command
+line, such as `training.rows=8`; `selm settings` shows the same in the terminal. The file is YAML 1.2: `042` is 42, `yes` and
+`1:30` are texts, and a key that occurs twice is an error. Where a number is expected, `true`, `"8"`, `.nan` and `.inf` are
+refused; `1e6` counts as a whole number. A setting in **bold** has no default and must be given.
 """
 _NUMBERS = ("where", "setting", "range", "default")
 

@@ -26,17 +26,32 @@ FORMS = [command for command in [*OURS, *pages.mentions()] if command.is_form]
 FORMS += [command for command in pages.mentions() if not command.is_form]
 OTHERS = [command for command in COMMANDS if command not in OURS]
 
-# Commands that no test runs as they are written, by what they begin with, and why. A command that
-# is not here is run somewhere in the tests with these very words, or at another size.
-NOT_RUN = {
-    "selm eval lm_eval": "fetches the tasks' data from the Hub",
-    "selm eval alpaca_eval": "asks a judge",
-    "selm eval mt_bench": "asks a judge",
-    "selm run experiments/paper": "needs accelerators, and hours",
-    "selm sweep experiments/ablations": "needs accelerators, and hours",
-    "selm sweep experiments/study": "takes two hours",
-    "selm plan": "needs libtpu, and minutes for each program",
-    "selm bench": "measures the machine",
+# What a command needs that no test has, by what it begins with. These are read and not run.
+NEEDS = {
+    "selm eval lm_eval": "the network: tasks' data from the Hub",
+    "selm eval alpaca_eval": "a judge, and files that are not ours to ship",
+    "selm eval mt_bench": "a judge, and files that are not ours to ship",
+    "selm run experiments/paper": "accelerators, and hours",
+    "selm report runs/paper": "the runs of the line before",
+    "selm sweep experiments/ablations": "accelerators, and hours",
+    "selm sweep experiments/study": "two hours",
+    "selm plan": "libtpu, and minutes for each program; tests/plan has smaller ones",
+    "selm bench": "a quiet machine; tests/bench has a smaller one",
+    "selm run my.yaml": "the reader's experiment",
+    "selm sweep idea.yaml": "the reader's experiment",
+    "selm annotate": "people; tests/annotate has a browser",
+}
+# Where the others are run: with these words, or the same verb on a tiny model or a small world.
+RUN = {
+    "selm run experiments/quickstart.yaml": ".ci/run",
+    "selm run experiments/reward_model.yaml": "tests/run/test_reward_model.py",
+    "selm preview": "tests/commands/test_preview.py",
+    "selm report": "tests/docs/test_examples.py",
+    "selm figures": "tests/run/test_looking.py",
+    "selm export": "tests/run/test_export.py",
+    "selm eval heldout": "tests/evaluation/test_heldout.py",
+    "selm eval winrate": "tests/evaluation/test_winrate.py",
+    "selm lab": "tests/lab/test_experiments.py",
 }
 
 
@@ -117,6 +132,17 @@ def test_what_it_names_exists(command):
         assert words[words.index("-m") + 1] in {mark.split(":")[0] for mark in marks}
 
 
-def test_what_is_not_run_is_on_a_page():
-    for start in NOT_RUN:
+@pytest.mark.parametrize("command", TYPED, ids=ids)
+def test_it_is_run_somewhere_or_needs_what_no_test_has(command):
+    words = " ".join(command.words())
+    known = [start for start in {**NEEDS, **RUN} if words.startswith(start)]
+    assert known, f"{words}: say in {__name__} where it is run, or what it needs"
+
+
+def test_where_commands_are_run_exists():
+    assert all((ROOT / file).exists() for file in RUN.values())
+
+
+def test_nothing_is_said_of_commands_that_stand_nowhere():
+    for start in {**NEEDS, **RUN}:
         assert any(start in command.text for command in [*OURS, *FORMS]), start

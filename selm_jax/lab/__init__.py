@@ -1,11 +1,13 @@
 """Small worlds in which every response can be listed, so that regret is computed, not estimated.
 
 worlds          prompts, responses, rewards, a reference policy; pytrees made from a key
-exact           values, optima, divergences, the bilevel problem: sums over all responses
-algorithms      rounds of sampling, feedback and fitting; the losses are `objectives.losses`
+exact           values, optima, divergences, regret: sums over all responses
+algorithms      what is done in a round; the losses are `objectives.losses`
+rounds          rounds of sampling, feedback and fitting
 theory          the constants of the SELM paper's theorem
-experiments     many runs in one compiled program, and what is asked of them
+many            many runs in one compiled program
+experiments     the experiments, each a question about many runs
 stats           intervals, slopes, corrections for many tests
-plots           figures that carry their command
-decoder_world   the same questions put to a real `Decoder` trained by the packed update
+plots           figures that contain their command
+decoder_world   the same questions for a real `Decoder` trained by the packed update
 """

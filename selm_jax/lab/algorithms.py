@@ -3,14 +3,15 @@
     theta = 0                                                  the policy is the reference
     for each round:
         candidates ~ the algorithm's slots (policy, reference, ...), prompts ~ the world
-        chosen, rejected = best and worst of them, as noisy feedback sees it
+        chosen, rejected = best and worst of them according to noisy feedback
         theta = some descent steps on  mean over the data of fit(logps) + weight * bonus(logps)
 
-`fit` and `bonus` are objectives of `objectives.losses`, the very functions that train the language
-model: they see `Logps` and nothing of the world. An objective's settings are plain numbers; what
-differs between runs of one program (alpha, noise, coverage) is in `Settings`, as arrays.
+`fit` and `bonus` are objectives of `objectives.losses`, the same functions that train language
+models: they see only `Logps`, nothing else of the world. An objective's settings are plain numbers;
+the values that differ between runs of one program (alpha, noise, coverage) are arrays in
+`Settings`.
 
-Here stands what there is to do; `rounds.run` does it.
+This module describes algorithms; `rounds.run` runs them.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ SCHEDULES = ("constant", "inverse_sqrt", "theory")
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """Where one candidate comes from, and at what temperature (0: the most probable response).
+    """The source of one candidate and its sampling temperature (0: the most probable response).
 
-    policy: the current one; reference: the current reference, which moves if the algorithm's does;
-    start: the first reference; uniform: every response alike.
+    policy: the current policy; reference: the current reference, which may move; start: the first
+    reference; uniform: all responses with equal probability.
     """
 
     source: str
@@ -39,7 +40,7 @@ class Slot:
 
     def __post_init__(self):
         if self.source not in SOURCES:
-            raise ValueError(f"source {self.source!r}; expected one of {SOURCES}")
+            raise ValueError(f"source is {self.source!r}; expected one of {SOURCES}")
 
 
 POLICY, REFERENCE, START, UNIFORM = map(Slot, SOURCES)
@@ -47,23 +48,27 @@ POLICY, REFERENCE, START, UNIFORM = map(Slot, SOURCES)
 
 @dataclasses.dataclass(frozen=True)
 class Algorithm:
-    """What is done in a round; static.
+    """The steps of a round; static under jit.
 
     Attributes:
+      name: of the algorithm, for records and errors.
       slots: the candidates of a prompt; the best becomes chosen, the worst rejected.
-      fit: the objective; None is the oracle, which is told the optimum and fits it.
+      fit: the objective. None is the oracle, which knows the optimum and fits it.
       bonus: a second objective, whose loss is multiplied by the round's weight.
-      convention: the weight is alpha * beta or alpha, as in `losses.weighted_optimism`, where beta
-        is the losses': beta / temperature.
+      convention: whether the weight is alpha * beta or alpha, as in `losses.weighted_optimism`;
+        beta is that of the losses: beta / temperature.
       schedule: of alpha: constant; inverse_sqrt, alpha / sqrt(round); theory, the theorem's.
-      explore: which slot is y_ref; None: the bonus is its exact expectation over the reference.
-      exact_data: no sampling at all: every pair with its probability (two slots only).
-      moving: after each round the policy becomes the reference (of losses and slots, not of J).
-      kept: pairs are kept for ever; otherwise only the round's are trained on.
-      split: the policy that asks (the `policy` of slots) and the policy that is judged are fitted
-        apart, each with its own share of the bonus (`Settings.asker`, `Settings.judged`). So what
-        better data do is told from what a different fit to the same data does.
-      optimizer: momentum, which goes for the argmax; adam, as language models are trained.
+      explore: the slot of y_ref. None: the bonus is its exact expectation over the reference.
+      exact_data: whether to use every pair with its probability instead of samples (two slots
+        only).
+      moving: whether the policy becomes the reference after each round (for losses and slots, not
+        for J).
+      kept: whether the pairs of all rounds are used; otherwise only those of the current round.
+      split: whether the policy that samples (`policy` in slots) and the policy that is evaluated
+        are fitted separately, each with its own share of the bonus (`Settings.asker`,
+        `Settings.judged`). This separates the effect of better data from that of a different fit to
+        the same data.
+      optimizer: momentum, which converges to the minimum; adam, as for language models.
     """
 
     name: str
@@ -92,13 +97,16 @@ class Algorithm:
         ):
             raise ValueError(f"{self.name}: exact data need two slots at temperature 1")
         if self.moving and self.split:
-            raise ValueError(f"{self.name}: with two policies, which would the reference follow?")
+            raise ValueError(
+                f"{self.name}: `moving` and `split` cannot be combined, because it is unclear "
+                "which of the two policies becomes the reference"
+            )
         if self.explore is None:
             for o in (self.fit, self.bonus):
                 if o is not None and "explore" in o.roles and o.roles != ("explore",):
                     raise ValueError(
-                        f"{self.name}: {o} reads y_ref beside other responses, so its expectation "
-                        "is not taken exactly; say which slot is y_ref with explore=0 or 1"
+                        f"{self.name}: {o} reads y_ref and other responses, so its expectation "
+                        "cannot be computed exactly; choose the slot of y_ref with explore=0 or 1"
                     )
 
 
@@ -109,11 +117,11 @@ def replace(algorithm: Algorithm, **changes: Any) -> Algorithm:
 def zoo(beta: float, alpha: float = 0.0) -> dict[str, Algorithm]:
     """The algorithms of the literature, by name.
 
-    `alpha` is that of XPO, whose loss carries it inside; the others take `Settings.alpha`.
+    `alpha` is used only for XPO, whose loss contains it; the others use `Settings.alpha`.
     """
     fit, term = dpo(beta), optimism(1.0, beta)
     selm = Algorithm("selm", fit=fit, bonus=term)
-    data = (START, START)  # the data set's own two responses
+    data = (START, START)  # the dataset's own two responses
     made = [
         # SELM's Algorithm 2 as written, in both readings of its last line.
         replace(selm, name="selm_fixed", convention="alpha"),
@@ -136,7 +144,7 @@ def zoo(beta: float, alpha: float = 0.0) -> dict[str, Algorithm]:
         Algorithm("uniform", slots=(UNIFORM, UNIFORM), fit=fit),
         Algorithm("oracle"),
     ]  # fmt: skip
-    # Iterative DPO, SELM's own baseline: the same without the term. (selm_fixed's is dpo_online.)
+    # Iterative DPO, SELM's baseline: the same without the term. (For selm_fixed it is dpo_online.)
     made += [
         replace(a, name=a.name.replace("selm", "dpo"), bonus=None)
         for a in made
@@ -147,13 +155,17 @@ def zoo(beta: float, alpha: float = 0.0) -> dict[str, Algorithm]:
 
 @flax.struct.dataclass
 class Settings:
-    """What differs between runs of one compiled program.
+    """The values that may differ between runs of one compiled program.
 
-    alpha: of the bonus. temperature: of the Bradley-Terry feedback, in units of reward (0: the best
-    always wins). assumed: the temperature that the learner reckons with, above 0. flips: probability
-    that a label is turned round afterwards. bound: the class is |theta| <= bound * |theta_star|.
-    rate: descent step, in units of 1 / (beta / assumed)^2 (momentum) or of theta (adam). asker,
-    judged: factors of the bonus's weight in the two fits of an algorithm that is `split`.
+    Attributes:
+      alpha: weight of the bonus.
+      temperature: of the Bradley-Terry feedback, in units of reward (0: the best always wins).
+      assumed: the temperature that the learner assumes, above 0.
+      flips: probability that a label is flipped afterwards.
+      bound: the policy class is |theta| <= bound * |theta_star|.
+      rate: the size of a descent step, in units of 1 / (beta / assumed)^2 (momentum) or of theta
+        (adam).
+      asker, judged: factors of the bonus's weight in the two fits of a `split` algorithm.
     """
 
     alpha: Any = 0.0
@@ -167,7 +179,7 @@ class Settings:
 
 
 class Length(NamedTuple):
-    """How long a run is; static. `queries` pairs are compared in each of `rounds` rounds."""
+    """The length of a run (static): in each of `rounds` rounds, `queries` pairs are compared."""
 
     rounds: int = 32
     queries: int = 4

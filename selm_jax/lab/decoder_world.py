@@ -1,8 +1,8 @@
-"""The laboratory's questions, put to a real decoder trained by the real packed update.
+"""A world whose policy is a real decoder, trained by the real packed update.
 
-The vocabulary is a few letters and an end token, a response is at most a few tokens: every response
-can be listed, packed as the branches of one prompt tree, and scored in one pass. So the policy is
-known exactly, as a `World` needs it, while its parameters move as those of a language model do.
+The vocabulary is a few letters and an end token, and a response is at most a few tokens, so every
+response can be listed, packed as a branch of one prompt tree, and scored in one pass. The policy is
+therefore known exactly, as a `World` needs it, but its parameters are those of a language model.
 """
 
 from __future__ import annotations
@@ -51,16 +51,18 @@ CONFIG = families.from_hf(
     }
 )
 ROUNDS, RATE = 12, 1e-3  # of a run
-CHUNK = 64  # tokens whose logits exist at a time
+CHUNK = 64  # tokens whose logits are computed at a time
 PACKED = Shape(rows=8, time=64, scored=64, segments=32, branches=3)  # of the examples
 
 
 class DecoderWorld(NamedTuple):
-    """A world, the tokens behind its tables, and the decoder whose policy they list.
+    """A world, the tokens of its prompts and responses, and the decoder that is its policy.
 
     Attributes:
-      world: tables over `prompts` and `responses`; its reference is the decoder at `params`.
-      responses: every response: strings of letters ended by END, or cut off at full length.
+      world: tables over `prompts` and `responses`; its reference is the decoder with `params`.
+      prompts: the tokens of every prompt.
+      responses: the tokens of every response: letters ended by END, or cut off at full length.
+      decoder, params: the decoder and its first parameters.
       tree: all responses of all prompts, packed.
     """
 
@@ -73,13 +75,15 @@ class DecoderWorld(NamedTuple):
 
 
 def make(seed: int = 0, *, prompts: int = 3, length: int = 4, beta: float = 0.1) -> DecoderWorld:
-    """A random decoder and a reward with two peaks.
+    """A world with a random decoder and a reward with two peaks.
 
-    A prompt is one letter. Up to 0.6 is paid for repeating it, 1 for the one response that recites
-    the next letters in order; nothing leads from the first to the second.
+    A prompt is one letter. Repeating it gives a reward of up to 0.6; the single response with the
+    next letters in order gives 1. No path of rising reward leads from the first to the second.
     """
     if not 1 <= prompts <= LETTERS:
-        raise ValueError(f"{prompts} prompts; there are 1 to {LETTERS}: a prompt is one letter")
+        raise ValueError(
+            f"prompts is {prompts}; a prompt is one letter, so expected 1 to {LETTERS}"
+        )
     ended = [
         (*letters, END)
         for n in range(length)
@@ -109,7 +113,7 @@ def make(seed: int = 0, *, prompts: int = 3, length: int = 4, beta: float = 0.1)
         log_reference=log_reference,
         reward=rewards,
         features=None,
-        theta_star=jnp.zeros(0),  # no decoder of this size need reach the optimum
+        theta_star=jnp.zeros(0),  # a decoder of this size may not be able to reach the optimum
         good=(rewards == 1).astype(jnp.float32),
         beta=beta,
     )
@@ -117,12 +121,12 @@ def make(seed: int = 0, *, prompts: int = 3, length: int = 4, beta: float = 0.1)
 
 
 def log_policy(decoder: Decoder, params: Params, tree: PreferenceBatch) -> Table:
-    """log pi(response | prompt) of every response, one row per prompt."""
+    """log pi(response | prompt) for every response, one row per prompt."""
     return response_logps(decoder, params, tree, CHUNK)[:, 0]
 
 
 def examples(dw: DecoderWorld, data: Examples, log_reference: Table) -> list[Example]:
-    """The pairs as the stages of a run would store them; a response that plays two roles is once."""
+    """The pairs as examples, like those of a run; a response with two roles is stored once."""
     reference = np.asarray(log_reference)
     out = []
     for i, (x, *played) in enumerate(zip(*map(np.asarray, data[:4]), strict=True)):
@@ -154,7 +158,7 @@ def packed_gradient(
 
 @functools.cache
 def compiled(decoder: Decoder, objective: Objective):
-    """The update, its optimiser, and log_policy(params, tree): one compilation for all seeds."""
+    """The update, its optimiser, and log_policy(params, tree), compiled once for all seeds."""
     step = optimizer("adamw", b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.0)
     update = make_update(decoder, objective, step, chunk=CHUNK, clip=1.0)
     return update, step, jax.jit(lambda params, tree: log_policy(decoder, params, tree))
@@ -171,11 +175,11 @@ def run(
     rate: float = RATE,
     settings: algorithms.Settings | None = None,
 ) -> list[float]:
-    """Algorithm 2 with a fixed reference: the exact regret after each round.
+    """Runs Algorithm 2 with a fixed reference; returns the exact regret after each round.
 
-    Each round asks `queries` pairs (policy against reference, whose response is also y_ref), keeps
-    them, and makes `updates` steps of Adam on all pairs so far. The objective's beta should be the
-    world's over `settings.temperature` (see `algorithms`).
+    Each round compares `queries` pairs (policy against reference, whose response is also y_ref),
+    and makes `updates` steps of Adam on all pairs so far. The objective's beta should be that of
+    the world divided by `settings.temperature` (see `rounds`).
     """
     settings = settings or algorithms.Settings()
     update, step, table = compiled(cast(Any, dw.decoder), objective)  # modules are hashable
@@ -199,10 +203,10 @@ def run(
 def regret(
     alphas: Sequence[float], seeds: int, seed: int = 0, *, rounds: int = ROUNDS, rate: float = RATE
 ) -> list[stats.Record]:
-    """SELM's cumulative regret with a real decoder; differences to DPO (alpha 0), within a seed.
+    """SELM's cumulative regret with a real decoder, compared with DPO (alpha 0) for each seed.
 
-    `still` is the regret of the decoder that is not trained at all, over as many rounds: what is
-    not well below it has learnt nothing.
+    `still` is the regret of the untrained decoder over the same number of rounds. A regret that is
+    not well below it means that nothing was learnt.
     """
     worlds = [make(seed + s) for s in range(seeds)]
     totals = np.zeros((1 + len(alphas), seeds))

@@ -23,7 +23,7 @@ def kl(world: World, log_p: Table, log_q: Table) -> Scalar:
 
 
 def tilt(log_reference: Table, reward: Table, beta: float) -> Table:
-    """log pi_r: pi_r(y|x) is in proportion to pi_ref(y|x) exp(r(x, y) / beta)."""
+    """log pi_r, where pi_r(y|x) is proportional to pi_ref(y|x) exp(r(x, y) / beta)."""
     return jax.nn.log_softmax(log_reference + reward / beta, axis=-1)
 
 
@@ -33,10 +33,10 @@ def optimum(world: World) -> Table:
 
 
 def regret(world: World, log_policy: Table) -> Scalar:
-    """J(pi_star) - J(pi), as beta KL(pi || pi_star): the same number, without cancellation."""
+    """J(pi_star) - J(pi), computed as beta KL(pi || pi_star), which is equal but more accurate."""
     return world.beta * kl(world, log_policy, optimum(world))
 
 
 def mass_on_good(world: World, log_policy: Table) -> Scalar:
-    """Probability of the responses of highest reward (`World.good`)."""
+    """The probability of the responses with the highest reward (`World.good`)."""
     return mean(world, log_policy, world.good)

@@ -1,4 +1,4 @@
-"""Experiments: the questions that are asked of many runs (`many.run_many`)."""
+"""The experiments of the laboratory; each makes many runs with `many.run_many`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from selm_jax.objectives.losses import Objective, dpo, optimism
 
 REGRET_SHAPE = WorldShape(prompts=8, responses=16, dimension=8)
 REGRET_LENGTH = Length(rounds=128, queries=1)
-REGRET_ALPHA = 0.1  # as in the convention alpha * beta
+REGRET_ALPHA = 0.1  # in the convention alpha * beta
 BASES = {f"selm_{x}": f"dpo_{x}" for x in ("moving", "practice", "code")}  # others: dpo_online
 
 
@@ -44,13 +44,14 @@ def regret_curves(
     shape: WorldShape = REGRET_SHAPE,
     length: Length = REGRET_LENGTH,
 ) -> list[Record]:
-    """Every algorithm of the zoo in every landscape: its cumulative regret, and the slope of that.
+    """Cumulative regret, and its slope, of every algorithm of the zoo in every landscape.
 
-    The optimism weighs the same in all of them, whatever their convention; `selm_theory` has the
-    theorem's weight instead, and the uniform policy is asked but never judged. The curve is given
-    at some rounds, evenly spaced in log t; the slope is of all of the last three quarters. An
-    algorithm with the term is compared, within a seed, with itself without it, others with DPO on
-    the same two slots (`base` says which); these comparisons are one family of tests.
+    The weight of optimism is the same in all of them, whatever their convention, except that
+    `selm_theory` has the theorem's weight. In `uniform`, the uniform policy gives the candidates
+    but is not the one evaluated. The curve contains some rounds, evenly spaced in log t; the slope
+    uses all of the last three quarters. For each seed, an algorithm with the term is compared with
+    itself without the term, and others with DPO on the same two slots (`of` says with which); all
+    comparisons are one family of tests.
     """
     beta, temperature = shape.beta, Settings().temperature
     algorithms = zoo(beta, REGRET_ALPHA * beta)
@@ -110,12 +111,12 @@ def optimism_map(
     coverages: Sequence[float] = MAP_COVERAGES,
     dimensions: Sequence[int | None] = MAP_DIMENSIONS,
 ) -> Iterator[list[Record]]:
-    """Cumulative regret of Algorithm 2 (fixed reference) against DPO without the term.
+    """Cumulative regret of Algorithm 2 (fixed reference) compared with DPO without the term.
 
-    Yields the records of one dimension at a time: `against` is "online", the same algorithm at
-    alpha 0, or "passive", DPO on pairs of the reference. Equal queries, equal seeds. A negative
-    alpha is the opposite of optimism; theory has no use for it, a map that only looked where
-    theory looks would not know.
+    Yields the records of one dimension at a time. `against` is "online", the same algorithm at
+    alpha 0, or "passive", DPO on pairs of the reference; queries and seeds are the same. A negative
+    alpha is the opposite of optimism. The theory does not consider it, but a map restricted to the
+    theory's range could not show whether it helps.
     """
     algorithms = zoo(shape.beta)
     selm = replace(algorithms["selm_fixed"], convention="alpha_beta")
@@ -147,7 +148,7 @@ Condition = tuple[str, WorldShape, Algorithm, Length, Cell]
 
 
 def conditions() -> list[Condition]:
-    """A base case, and what it becomes when one thing at a time is changed."""
+    """A base case, and variants of it that each change one thing."""
     shape = WorldShape(prompts=16, responses=16, dimension=16)
     length = Length(rounds=32, queries=2)
     base = replace(zoo(shape.beta)["selm_fixed"], name="base", convention="alpha_beta")
@@ -204,9 +205,12 @@ def conditions() -> list[Condition]:
 def one_at_a_time(
     seeds: int, seed: int = 0, cases: Sequence[Condition] | None = None
 ) -> Iterator[list[Record]]:
-    """Each condition at each alpha of `ALPHAS` against itself at alpha 0; one condition a time."""
+    """Compares each condition at each alpha of `ALPHAS` with itself at alpha 0.
+
+    Yields the records of one condition at a time.
+    """
     cases = conditions() if cases is None else cases
-    programs: dict[Any, list[Cell]] = {}  # cells that one compilation serves
+    programs: dict[Any, list[Cell]] = {}  # the cells that share one compilation
     for _, shape, algorithm, length, cell in cases:
         programs.setdefault((shape, algorithm, length), []).append(cell)
     done: dict[Any, Iterator[np.ndarray]] = {}
@@ -230,12 +234,13 @@ WHY_ALPHAS = (0.03, 0.1, 0.3)
 
 
 def why(seeds: int, seed: int = 0) -> Iterator[list[Record]]:
-    """Where the effect of the term comes from, in some of the conditions; one condition a time.
+    """Finds out where the effect of the term comes from, in some of the conditions.
 
-    `variant` "both" is SELM; in "asker" only the policy that asks has the term and a plain DPO fit
-    to its data is judged: the worth of the data alone; in "judged" the data are those of plain DPO
-    and the fit has the term: the worth of the fit alone. "bound" has no term at all (alpha is 0)
-    and another size of the policy class: what plain regularisation would have done.
+    Yields the records of one condition at a time. `variant` "both" is SELM. In "asker" only the
+    policy that samples is fitted with the term, and a plain DPO fit to its data is evaluated: the
+    effect of the data alone. In "judged" the data is that of plain DPO, and the evaluated fit has
+    the term: the effect of the fit alone. "bound" has no term (alpha is 0) and another size of the
+    policy class: the effect of plain regularisation.
     """
     for name, shape, base, length, cell in conditions():
         if name not in WHY:
@@ -273,9 +278,10 @@ def idea(
     shape: WorldShape = IDEA_SHAPE,
     length: Length = IDEA_LENGTH,
 ) -> Iterator[list[Record]]:
-    """Any objectives on the same worlds, queries and seeds as DPO; one objective a time.
+    """Compares any objectives with DPO on the same worlds, queries and seeds.
 
-    Pairs are a policy's sample against the reference's, which is also y_ref; the reference is fixed.
+    Yields the records of one objective at a time. A pair is a sample of the policy and one of the
+    reference, which is also y_ref; the reference is fixed.
     """
     shape = dataclasses.replace(shape, beta=beta)
     cells = [{"landscape": name} for name in LANDSCAPES]
@@ -303,12 +309,12 @@ def theorem(
     betas: Sequence[float] = (0.1, 0.3, 1.0),
     horizons: Sequence[int] = (32, 128),
 ) -> Iterator[list[Record]]:
-    """The theorem's constants in the worlds of the base condition, and what its alpha does there.
+    """The theorem's constants in the worlds of the base condition, and the regret with its alpha.
 
-    One pair a round, as Algorithm 2 has it. Constants are medians over the seeds. The theorem's
-    rewards are those that the feedback shows, r / temperature, so `bound` (without its constant)
-    and `worst`, the regret of never leaving the reference, are in that unit; the regrets that are
-    compared, of the theorem's alpha and of DPO, are in units of r as everywhere else.
+    There is one pair per round, as in Algorithm 2. Constants are medians over the seeds. The
+    theorem's rewards are those on which the feedback depends, r / temperature, so `bound` (without
+    its constant) and `worst`, the regret of never leaving the reference, are in that unit. The
+    compared regrets, with the theorem's alpha and of DPO, are in units of r as everywhere else.
     """
     temperature = Settings().temperature
     for beta, rounds in itertools.product(betas, horizons):

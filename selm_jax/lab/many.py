@@ -1,7 +1,7 @@
-"""Many runs in one compiled program: every cell of a grid with the same seeds.
+"""Runs every cell of a grid with the same seeds, in one compiled program.
 
-Two cells differ in nothing but their settings, so differences are taken within a seed, which removes
-most of their noise.
+Cells differ only in their settings, so they can be compared for each seed, which removes most of
+the noise.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from selm_jax.lab.worlds import LANDSCAPES, WorldShape, make_world
 
 Cell = dict[str, Any]  # settings of one cell: landscape, coverage, and fields of `Settings`
 
-BATCH = 256  # runs side by side at most: enough to fill vector units, few enough to stay in cache
+BATCH = 256  # the most runs computed together: fills vector units, but still fits in the cache
 SETTINGS = tuple(field.name for field in dataclasses.fields(Settings))
-ASSUMED = 0.1  # the learner's temperature where the feedback has none
+ASSUMED = 0.1  # the learner's temperature if the feedback's is 0
 
 
 def run_many(
@@ -35,15 +35,15 @@ def run_many(
     seeds: int,
     seed: int = 0,
 ) -> Trace:
-    """Every cell with seeds 0, 1, ...: a `Trace` of numpy arrays [cells, seeds, rounds].
+    """Runs every cell with seeds 0, 1, ...: a `Trace` of numpy arrays [cells, seeds, rounds].
 
-    The learner knows the feedback's temperature unless a cell has another one as `assumed`. A seed
-    is a world and all the noise of the run. Equal arguments give equal bits.
+    The learner knows the feedback's temperature unless a cell sets `assumed`. A seed determines the
+    world and all noise of the run. Equal arguments give bit-identical results.
     """
     defaults = {"landscape": "two_peaks", "coverage": 0.05}
     defaults |= {name: getattr(Settings(), name) for name in SETTINGS}
     if unknown := {key for cell in cells for key in cell} - defaults.keys():
-        raise ValueError(f"cells have {sorted(unknown)}; expected some of {list(defaults)}")
+        raise ValueError(f"cells have unknown keys {sorted(unknown)}; known are {list(defaults)}")
     full = [defaults | cell for cell in cells]
     for cell, given in zip(full, cells, strict=True):
         cell["assumed"] = given.get("assumed", cell["temperature"] or ASSUMED)
@@ -66,7 +66,7 @@ def _compiled(shape: WorldShape, algorithm: Algorithm, length: Length, seeds: in
         return run(run_key, world, algorithm, settings, length)
 
     def every(key, which, columns):
-        # A whole divisor of the seeds, so that no cell's numbers depend on which others are there.
+        # A divisor of the number of seeds, so that a cell's numbers do not depend on other cells.
         batch = max(n for n in range(1, BATCH + 1) if seeds % n == 0)
         return jax.lax.map(lambda x: one(key, *x), (which, columns), batch_size=batch)
 
@@ -74,5 +74,5 @@ def _compiled(shape: WorldShape, algorithm: Algorithm, length: Length, seeds: in
 
 
 def keys(key, which):
-    """Of a seed's world, and of all the noise of its runs."""
+    """The keys of a seed: (for its world, for all the noise of its runs)."""
     return jax.random.split(jax.random.fold_in(key, which))

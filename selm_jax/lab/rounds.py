@@ -1,9 +1,9 @@
-"""Rounds of sampling, feedback and fitting: what an `Algorithm` does on a `World`.
+"""Runs an `Algorithm` on a `World`: rounds of sampling, feedback and fitting.
 
-Feedback at temperature tau shows rewards in units of tau: sigmoid((r1 - r2) / tau). A learner whose
-optimum is the world's must take that into account, or it fits r / tau and leaves the reference
-1 / tau times too far behind. So the losses see log-probabilities divided by tau, which is the same
-as a `beta` of beta / tau, the one value at which DPO fitted to endless data gives the optimum.
+Feedback at temperature tau depends on rewards in units of tau: sigmoid((r1 - r2) / tau). A learner
+must take this into account; otherwise it fits r / tau and moves 1 / tau times too far from the
+reference. So the losses get log-probabilities divided by tau. This is equivalent to a `beta` of
+beta / tau, the only value with which DPO, fitted to infinite data, gives the world's optimum.
 
 Everything here can be jitted and vmapped over keys and settings.
 """
@@ -25,7 +25,7 @@ from selm_jax.objectives.losses import Logps, Objective
 
 
 class Trace(NamedTuple):
-    """One number per round, of the policy after the round."""
+    """One number per round, about the policy after the round."""
 
     regret: Float[Array, " rounds"]
     reward: Float[Array, " rounds"]  # E_pi[r]
@@ -36,7 +36,7 @@ class Trace(NamedTuple):
 
 
 class Examples(NamedTuple):
-    """Pairs as indices. `weight` is a count in sampled data, a probability in exact data."""
+    """Pairs as indices; `weight` is a count in sampled data and a probability in exact data."""
 
     prompt: Int[Array, " examples"]
     chosen: Int[Array, " examples"]
@@ -48,7 +48,7 @@ class Examples(NamedTuple):
 def logps(
     log_policy: Table, log_reference: Table, prompt: Int[Array, " n"], **roles: Int[Array, " n"]
 ) -> Logps:
-    """What a loss sees: the number of each role's response in the tables, all of length 1."""
+    """The `Logps` for a loss, from tables of log-probabilities; every response has length 1."""
     one = jnp.ones(prompt.shape)
     return Logps(
         policy={role: log_policy[prompt, y] for role, y in roles.items()},
@@ -61,7 +61,7 @@ def logps(
 def mean_loss(
     objective: Objective, log_policy: Table, log_reference: Table, data: Examples
 ) -> Scalar:
-    """The objective's mean over the data."""
+    """The mean loss of an objective over the data."""
     seen = logps(
         log_policy, log_reference, data.prompt,
         chosen=data.chosen, rejected=data.rejected, explore=data.explore,
@@ -73,7 +73,7 @@ def mean_loss(
 def expected_bonus(
     objective: Objective, world: World, explorer: Table, log_policy: Table, log_reference: Table
 ) -> Scalar:
-    """E_{x~nu, y_ref~explorer}[loss(y_ref)], over all of them; explorer is a table of log pi."""
+    """E_{x~nu, y_ref~explorer}[loss(y_ref)], computed exactly; explorer is a table of log pi."""
     prompts, responses = jnp.indices(log_policy.shape).reshape(2, -1)
     losses, _ = objective(logps(log_policy, log_reference, prompts, explore=responses))
     return exact.mean(world, explorer, losses.reshape(log_policy.shape))
@@ -88,10 +88,11 @@ def sample(
     queries: int,
     explore: int,
 ) -> Examples:
-    """Prompts, candidates from each slot's log-probabilities, and noisy feedback on them.
+    """Samples prompts, a candidate from each slot, and noisy feedback on the candidates.
 
-    Scores are r / temperature plus Gumbel noise, whose order is Plackett-Luce; of two candidates
-    the first wins with probability sigmoid((r1 - r2) / temperature), which is Bradley-Terry.
+    Scores are r / temperature plus Gumbel noise, so their order follows the Plackett-Luce model; of
+    two candidates the first wins with probability sigmoid((r1 - r2) / temperature), as in the
+    Bradley-Terry model.
     """
     keys = jax.random.split(key, 3 + len(slots))
     prompt = jax.random.categorical(keys[0], jnp.log(world.prompts), shape=(queries,))
@@ -114,7 +115,7 @@ def sample(
 def every_pair(
     world: World, first: Table, second: Table, settings: Settings
 ) -> Float[Array, "prompts chosen rejected"]:
-    """Probability of each labelled pair: what `sample` draws from, for two slots."""
+    """The probability of each labelled pair for two slots: the distribution of `sample`."""
     gap = world.reward[:, :, None] - world.reward[:, None, :]
     warm = jax.nn.sigmoid(gap / jnp.maximum(settings.temperature, 1e-12))
     wins = jnp.where(settings.temperature > 0, warm, 0.5 + 0.5 * jnp.sign(gap))
@@ -124,15 +125,15 @@ def every_pair(
 
 
 def as_examples(pairs: Float[Array, "prompts chosen rejected"]) -> Examples:
-    """Every cell of the table as one weighted example. y_ref has no meaning here."""
+    """Turns every cell of the table into a weighted example; its y_ref is meaningless."""
     index = jnp.indices(pairs.shape).reshape(3, -1)
     return Examples(index[0], index[1], index[2], index[2], pairs.reshape(-1))
 
 
 def weight(algorithm: Algorithm, world: World, settings: Settings, t: Scalar, rounds: int) -> Any:
-    """What multiplies the bonus in round t = 1, 2, ...
+    """The weight of the bonus in round t = 1, 2, ...
 
-    Both are for log-probabilities in units of the temperature, as `loss` hands them over.
+    With either convention it applies to log-probabilities divided by the temperature, as in `loss`.
     """
     alpha = settings.alpha
     if algorithm.schedule == "theory":
@@ -151,7 +152,7 @@ def loss(
     data: Examples,
     bonus_weight: Any,
 ) -> Scalar:
-    """What a round's descent makes smaller."""
+    """The loss that the descent of a round minimises."""
     log_policy = world.log_policy(theta)
     if algorithm.fit is None:  # the oracle; the factor makes its curvature that of DPO's loss
         scale = (world.beta / settings.assumed) ** 2
@@ -171,7 +172,7 @@ Descent = Callable[[Any, Table, Examples, Any], Any]  # theta, log reference, da
 
 
 def descent(algorithm: Algorithm, world: World, settings: Settings, steps: int) -> Descent:
-    """What fits theta to a round's data: some steps down `loss`, inside the class's ball."""
+    """A function that fits theta to a round's data by descent steps inside the class's ball."""
     adam = algorithm.optimizer == "adam"
     optimizer = optax.scale_by_adam() if adam else optax.trace(0.9, nesterov=True)
     rate = settings.rate * (1.0 if adam else (settings.assumed / world.beta) ** 2)
@@ -196,7 +197,7 @@ def descent(algorithm: Algorithm, world: World, settings: Settings, steps: int) 
 
 
 def no_data(algorithm: Algorithm, world: World, length: Length) -> Any:
-    """What is kept before the first round: probabilities of pairs, or empty places for examples."""
+    """The data before the first round: a table of zeros, or examples with weight 0."""
     if algorithm.exact_data:
         return jnp.zeros((*world.log_reference.shape, world.log_reference.shape[-1]))
     places = length.queries * (length.rounds if algorithm.kept else 1)
@@ -214,11 +215,16 @@ def ask(
     tables: Mapping[str, Table],
     kept: Any,
 ) -> tuple[Examples, Any, Scalar]:
-    """One round of feedback: the data to fit, what is kept of all rounds, and the share of the
-    round's pairs whose chosen response is truly no worse.
+    """One round of feedback.
 
     Args:
+      t: the round, from 0.
       tables: log-probabilities of each of `SOURCES`.
+      kept: the data kept so far.
+
+    Returns:
+      The data to fit, the data kept from all rounds, and the share of the round's pairs whose
+      chosen response is truly at least as good.
     """
     slots = tuple(tables[s.source] for s in algorithm.slots)
     if algorithm.exact_data:
@@ -244,7 +250,7 @@ def run(
     settings: Settings,
     length: Length,
 ) -> Trace:
-    """One run, from theta = 0. Equal keys give equal noise whatever the algorithm's weights."""
+    """One run, from theta = 0. Equal keys give equal noise, also with different weights."""
     fit = descent(algorithm, world, settings, length.steps)
     uniform = jnp.full_like(world.log_reference, -jnp.log(world.log_reference.shape[-1]))
 

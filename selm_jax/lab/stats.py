@@ -1,4 +1,4 @@
-"""What numbers over seeds allow one to say."""
+"""Statistics over seeds: means with intervals, slopes, comparisons and corrected p-values."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Record = dict[str, Any]
 def over_seeds(
     values: np.ndarray | jax.Array, base: np.ndarray | jax.Array | float = 0
 ) -> Estimate:
-    """The mean of one value for each seed, minus `base`'s; its interval is about other seeds.
+    """The mean over seeds of values minus `base`, with an interval that applies to other seeds.
 
-    NaN, without an interval, where a run diverged.
+    It is NaN, without an interval, if a run diverged.
     """
     columns = (np.broadcast_to(np.asarray(x, np.float64), np.shape(values)) for x in (values, base))
     found = difference(*(column[:, None] for column in columns))
@@ -28,7 +28,7 @@ def over_seeds(
 
 
 def curve(values: Float[np.ndarray, "points seeds"]) -> Record:
-    """Means over seeds with the ends of their intervals, which are about other seeds."""
+    """Means over seeds with the ends of their intervals, which apply to other seeds."""
     found = [over_seeds(each) for each in values]
     return {name: [getattr(e, name) for e in found] for name in ("mean", "low", "high")}
 
@@ -36,10 +36,11 @@ def curve(values: Float[np.ndarray, "points seeds"]) -> Record:
 def loglog_slope(regret: Float[np.ndarray, "seeds rounds"]) -> Record:
     """Slope of log cumulative regret against log t over the last three quarters, by least squares.
 
-    The cumulative regret is the mean over seeds, and the interval is about other seeds. 1: regret per
-    round stands still; 1/2: the rate of the SELM paper's theorem; 0: nothing more is lost. The slope is
-    a smooth function of a mean, so its error is that of the mean of what each seed adds to it, to
-    first order (the delta method: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, ch. 21).
+    The cumulative regret is the mean over seeds, and the interval applies to other seeds. A slope
+    of 1 means constant regret per round, 1/2 is the rate in the SELM paper's theorem, and 0 means
+    no further regret. The slope is a smooth function of a mean, so to first order its error is that
+    of a mean over seeds (the delta method: Efron and Tibshirani, An Introduction to the Bootstrap,
+    1993, ch. 21).
     """
     rounds = regret.shape[1]
     late = slice(rounds // 4, rounds)
@@ -53,9 +54,9 @@ def loglog_slope(regret: Float[np.ndarray, "seeds rounds"]) -> Record:
 
 
 def compare(total: np.ndarray | jax.Array, base: np.ndarray | jax.Array) -> Record:
-    """How cumulative regret [seeds] differs from another's with the same seeds.
+    """Compares the cumulative regret [seeds] of two algorithms with the same seeds.
 
-    `p` is 1 where all seeds differ by the same amount: nothing can be said of others then.
+    `p` is 1 if all seeds differ by the same amount, because then there is no interval.
     """
     found = over_seeds(total, base)
     return {
@@ -69,6 +70,6 @@ def compare(total: np.ndarray | jax.Array, base: np.ndarray | jax.Array) -> Reco
 
 
 def correct(records: list[Record]) -> list[Record]:
-    """Adds Holm's p over all records; they are one family of tests."""
+    """Adds Holm's corrected p-values to all records, which form one family of tests."""
     adjusted = holm(np.array([r["p"] for r in records]))
     return [r | {"p_holm": float(p)} for r, p in zip(records, adjusted, strict=True)]

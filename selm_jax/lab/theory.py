@@ -1,8 +1,9 @@
-"""The constants of Theorem 5.3 (SELM, arXiv 2405.19332), and what they say about alpha.
+"""The constants of Theorem 5.3 (SELM, arXiv 2405.19332), and the alpha that follows from them.
 
-The theorem speaks of Algorithm 2 over T rounds, a policy class of finite size |Pi| in which
-|log pi / pi_ref| <= R_max, and its preference complexity d; alpha stands without beta and L_DPO is
-a mean over the data. It holds with probability 1 - delta, up to a constant that is not given.
+The theorem is about Algorithm 2 over T rounds, a policy class of finite size |Pi| in which
+|log pi / pi_ref| <= R_max, and its preference complexity d. The weight of the term is alpha (not
+alpha * beta), and L_DPO is a mean over the data. The theorem holds with probability 1 - delta, up
+to a constant that is not given.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from selm_jax.lab.worlds import Scalar, World
 
 
 class Constants(NamedTuple):
-    """What the theorem prescribes, and the bound on cumulative regret without its constant."""
+    """The theorem's constants, and its bound on cumulative regret up to the unknown constant."""
 
     r_max: Scalar
     log_size: Scalar  # log(|Pi| / delta)
@@ -30,7 +31,7 @@ def constants(
 ) -> Constants:
     """eta = sqrt(T d / (exp(4 R_max) log(|Pi|/delta))), alpha = 2 / (eta exp(4 R_max)).
 
-    Equal to alpha = 2 exp(-2 R_max) sqrt(log(|Pi|/delta) / (T d)), which does not overflow.
+    This equals alpha = 2 exp(-2 R_max) sqrt(log(|Pi|/delta) / (T d)), which does not overflow.
     """
     r_max, log_size = jnp.asarray(r_max), jnp.asarray(log_size)
     eta = jnp.exp(-2 * r_max) * jnp.sqrt(rounds * d / log_size)
@@ -40,10 +41,10 @@ def constants(
 
 
 def of_world(world: World, rounds: int, delta: float = 0.05) -> Constants:
-    """The theorem's constants for a world: the smallest R_max that its optimum allows, its own d.
+    """The theorem's constants for a world, with its d and the smallest possible R_max.
 
-    A log-linear class is infinite; |Pi| stands for a cover of its parameters to 1/T, of which there
-    are (1 + 2 R_max T)^d.
+    A log-linear class is infinite, so |Pi| is the size of a cover of its parameters with resolution
+    1/T: (1 + 2 R_max T)^d.
     """
     d = world.dimension
     r_max = jnp.max(jnp.abs(exact.optimum(world) - world.log_reference))

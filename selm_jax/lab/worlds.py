@@ -27,7 +27,10 @@ LANDSCAPES = ("two_peaks", "needle", "smooth", "random")
 
 @flax.struct.dataclass
 class World:
-    """Everything that is true. `features` None means tabular."""
+    """A world: its prompts, reference policy, true reward and policy class.
+
+    If `features` is None, the policy class is tabular.
+    """
 
     prompts: Float[Array, " prompts"]  # probabilities
     log_reference: Table
@@ -50,12 +53,12 @@ class World:
 
 @dataclasses.dataclass(frozen=True)
 class WorldShape:
-    """What a world is made of; static, so that one shape is one compilation.
+    """The sizes of a world; static, so that each shape needs one compilation.
 
     Attributes:
-      prompts, responses: how many.
-      dimension: of the shared features; None is tabular.
-      beta: KL strength, in units of reward.
+      prompts, responses: how many there are.
+      dimension: of the shared features; None means tabular.
+      beta: strength of the KL penalty, in units of reward.
     """
 
     prompts: int = 4
@@ -65,7 +68,7 @@ class WorldShape:
 
     def __post_init__(self):
         if min(self.prompts, self.responses, self.dimension or 1) < 1 or self.beta <= 0:
-            raise ValueError(f"{self}: sizes must be at least 1 and beta positive")
+            raise ValueError(f"{self}: sizes must be at least 1 and beta must be positive")
 
 
 def make_world(
@@ -76,12 +79,13 @@ def make_world(
 ) -> World:
     """A random world of this shape.
 
-    Each prompt's responses lie on a ring. The reference sits around a random place of it. `coverage`
-    is the mass that it gives, in total, to the good responses: the sixteenth of highest reward.
-    `landscape` is a name of `LANDSCAPES` or, so that one program serves them all, its index.
+    Each prompt's responses are on a ring, and the reference is centred at a random place of it. The
+    good responses are the sixteenth with the highest reward; `coverage` is the total probability
+    that the reference gives to them. `landscape` is a name of `LANDSCAPES` or its index, with which
+    one program can compute all of them.
     """
     if isinstance(landscape, str) and landscape not in LANDSCAPES:
-        raise ValueError(f"landscape {landscape!r}; expected one of {LANDSCAPES}")
+        raise ValueError(f"landscape is {landscape!r}; expected one of {LANDSCAPES}")
     index = LANDSCAPES.index(landscape) if isinstance(landscape, str) else landscape
     places, logits, reward_key, features_key = jax.random.split(key, 4)
     at = jnp.arange(shape.responses) / shape.responses
@@ -111,7 +115,7 @@ def make_world(
 def landscapes(
     key: Key[Array, ""], at: Float[Array, " responses"], centre: Float[Array, "prompts 1"]
 ) -> Float[Array, "landscapes prompts responses"]:
-    """Rewards in [0, 1] on the ring, in the order of `LANDSCAPES`; the reference sits at `centre`.
+    """Rewards in [0, 1] on the ring, in the order of `LANDSCAPES`; the reference is at `centre`.
 
     two_peaks: a broad peak of 0.6 under the reference, a narrow one of 1 on the other side;
     needle: 1 on the other side, 0 elsewhere; smooth: three random waves; random: independent.
@@ -133,7 +137,7 @@ def _to_unit(height: Table) -> Table:
 
 
 def _nearest(at: Array, target: Array) -> Array:
-    """The ring moved by less than one step, so that a response lies exactly on the target."""
+    """Moves the ring by less than one step, so that a response is exactly at the target."""
     gap = (at - target + 0.5) % 1 - 0.5
     closest = jnp.argmin(jnp.abs(gap), axis=-1, keepdims=True)
     return at - jnp.take_along_axis(gap, closest, axis=-1)
@@ -145,17 +149,21 @@ def _bump(at: Array, centre: Array, width: float) -> Array:
 
 
 def _noise(key: Key[Array, ""], shape: tuple[int, ...]) -> Array:
-    """Uniform, of unit variance. Normal numbers, or an array not drawn flat, take XLA longer to
-    compile than all the rest of a run."""
+    """Uniform random numbers of unit variance.
+
+    With normal numbers, or with an array that is not drawn flat, XLA would compile longer than for
+    all the rest of a run.
+    """
     flat = jax.random.uniform(key, (math.prod(shape),), minval=-(3**0.5), maxval=3**0.5)
     return flat.reshape(shape)
 
 
 def _features(key, reward, shape: WorldShape):
-    """Random features that contain the reward, and theta_star, whose policy is the optimum.
+    """Random features whose span contains the reward, and theta_star, whose policy is the optimum.
 
-    The reward is one column beside columns of noise, all of unit variance, then all are mirrored in
-    a random plane: no coordinate is special. |features(x, y)| is about 1, as in a tabular world.
+    One column is the reward and the others are noise, all of unit variance. All are then reflected
+    in a random plane, so that no coordinate is special. |features(x, y)| is about 1, as in a
+    tabular world.
     """
     centred = reward - jnp.mean(reward)
     if shape.dimension is None:

@@ -1,7 +1,7 @@
-"""The facts that make one decoder of many: `DecoderConfig`.
+"""`DecoderConfig`: the hyperparameters by which one decoder computes many model families.
 
-A family of models is a set of values here, never a subclass and never a test on a name. Where the
-values come from a `config.json`, see `models.families`.
+A family of models is a set of values here, never a subclass and never a test on a name.
+`models.families` reads the values from a `config.json`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ class Linear:
 class Llama3:
     """Low frequencies divided by `factor`, high ones kept, those between interpolated (Llama 3.1).
 
-    A wavelength above original / low is low, one below original / high is high.
+    A frequency is low if its wavelength is above original / low, and high if it is below
+    original / high.
     """
 
     factor: float
@@ -35,15 +36,16 @@ class Llama3:
 
 @dataclasses.dataclass(frozen=True)
 class LongRope:
-    """A divisor for each frequency, of which there are two tables (LongRoPE, arXiv 2402.13753).
+    """A divisor for each frequency, from one of two tables (LongRoPE, arXiv 2402.13753).
 
     Attributes:
       short, long: the tables, [head_dim / 2].
-      original: positions before the extension. Sequences up to it want `short`, longer ones `long`.
-      magnitude: multiplies cosines and sines, under either table.
-      extended: whether `long` is used. Decided once for a run, by the longest sequence that it may
-        see (`DecoderConfig.for_length`), so that no log-probability depends on what else is in the
-        batch. vLLM decides so too; transformers looks at the longest sequence of each batch.
+      original: positions before the extension. Sequences up to this length use `short`, longer
+        ones `long`.
+      magnitude: multiplies cosines and sines, with either table.
+      extended: whether `long` is used. This is decided once for a run, by the longest sequence that
+        it may see (`DecoderConfig.for_length`), so that no log-probability depends on what else is
+        in the batch. vLLM does the same; transformers looks at the longest sequence of each batch.
     """
 
     short: tuple[float, ...]
@@ -59,7 +61,7 @@ class Rope:
 
     Attributes:
       theta: base of the frequencies.
-      scaling: how they are changed for longer contexts.
+      scaling: how the frequencies are changed for longer contexts.
     """
 
     theta: float
@@ -68,7 +70,7 @@ class Rope:
 
 @dataclasses.dataclass(frozen=True)
 class LayerKind:
-    """What layers of one model may differ in: how they see positions.
+    """The properties in which layers of one model may differ: position embedding and window.
 
     Attributes:
       rope: None leaves queries and keys as they are (NoPE).
@@ -81,20 +83,20 @@ class LayerKind:
 
 @dataclasses.dataclass(frozen=True)
 class ScalarHead:
-    """One number for a whole text in place of logits: what makes a reward model of a decoder.
+    """A reward model's head: one number for a whole text in place of logits.
 
     Attributes:
-      pad: `pad_token_id` of `config.json`. Tokens of this id at the end of a text are passed over,
-        even if they belong to it, since transformers takes them for padding.
+      pad: `pad_token_id` of `config.json`. Tokens with this id at the end of a text are skipped,
+        even if they belong to the text, because transformers takes them for padding.
     """
 
     pad: int | None = None
 
     def read(self, ids: tuple[int, ...]) -> tuple[int, ...]:
-        """A text up to the token at which its score is read, which is the last of what is returned.
+        """Cuts a text after the token at which its score is read.
 
-        transformers reads at the rightmost token that is not `pad`; or at the first of all, if
-        there is none but those. A model that sees no later token has no use for the rest.
+        Like transformers, this is the last token that is not `pad`; the first token if all are
+        `pad`. A causal model does not need the tokens after it.
         """
         end = len(ids)
         while end > 1 and ids[end - 1] == self.pad:
@@ -104,7 +106,7 @@ class ScalarHead:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """The facts that the decoder needs. Hashable, so that it can be a static argument of jit.
+    """The decoder's hyperparameters. Hashable, so that it can be a static argument of jit.
 
     Attributes:
       vocab_size: rows of the embedding.
@@ -113,18 +115,20 @@ class DecoderConfig:
       mlp: width of the gated MLP.
       kinds: one entry per layer.
       norm_eps: epsilon inside the root mean square.
-      tied: the unembedding is the embedding.
-      max_positions: positions that the model was made for.
-      architecture: the family's class of language models; names of stored tensors follow from it.
+      tied: whether the unembedding is the embedding.
+      max_positions: the number of positions that the model was made for.
+      architecture: the family's class of language models; it determines the names of tensors.
       activation: of the MLP's gate, "silu" or "gelu" (its tanh form).
-      qkv_bias, out_bias, mlp_bias: biases of the projections into attention, out of it, of the MLP.
-      qk_norm: queries and keys of each head are normed before they are rotated.
-      post_norms: attention and MLP are normed behind as well as before.
+      qkv_bias, out_bias, mlp_bias: whether the projections into attention, out of attention, and
+        of the MLP have biases.
+      qk_norm: whether queries and keys of each head are normalised before they are rotated.
+      post_norms: whether outputs of attention and MLP are normalised, in addition to their inputs.
       norm_offset: added to the stored scales of norms.
       embed_scale: multiplies embedded tokens.
-      query_scale: multiplies queries; None is head_dim ** -0.5.
-      attention_cap, logit_cap: c * tanh(x / c) of attention scores and of logits; None leaves them.
-      head: of a reward model, which has no unembedding; None is a language model.
+      query_scale: multiplies queries; None means head_dim ** -0.5.
+      attention_cap, logit_cap: c in c * tanh(x / c), applied to attention scores and to logits;
+        None applies nothing.
+      head: a reward model's head, in place of the unembedding; None for a language model.
     """
 
     vocab_size: int
@@ -165,7 +169,7 @@ class DecoderConfig:
                     if len(getattr(scaling, name)) != self.head_dim // 2:
                         raise UnsupportedModel(
                             f"{name}_factor has {len(getattr(scaling, name))} numbers; head_dim "
-                            f"{self.head_dim} wants {self.head_dim // 2}"
+                            f"{self.head_dim} needs {self.head_dim // 2}"
                         )
 
     @property
@@ -178,19 +182,19 @@ class DecoderConfig:
 
     @property
     def has_two_tables(self) -> bool:
-        """Whether the frequencies depend on the length of the sequence (LongRoPE)."""
+        """Whether rotary frequencies depend on the length of the sequence (LongRoPE)."""
         return any(k.rope is not None and isinstance(k.rope.scaling, LongRope) for k in self.kinds)
 
     def for_length(self, positions: int) -> DecoderConfig:
         """The config for sequences of up to `positions` tokens: chooses the table of LongRoPE.
 
         Raises:
-          UnsupportedModel: the model was made for fewer positions.
+          UnsupportedModel: if the model was made for fewer positions.
         """
         if positions > self.max_positions:
             raise UnsupportedModel(
-                f"sequences of up to {positions} tokens are asked for; the model was made for "
-                f"{self.max_positions} (max_position_embeddings)"
+                f"the settings allow sequences of up to {positions} tokens; the model was made for "
+                f"at most {self.max_positions} (max_position_embeddings)"
             )
 
         def choose(kind: LayerKind) -> LayerKind:

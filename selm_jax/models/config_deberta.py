@@ -1,4 +1,4 @@
-"""A DeBERTa-v3's facts, and how they are read from `config.json`."""
+"""`DebertaConfig`, the hyperparameters of a DeBERTa-v3, and how to read it from `config.json`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from selm_jax.models.config_keys import is_off, number, size
 
 @dataclasses.dataclass(frozen=True)
 class DebertaConfig:
-    """The facts that the encoder needs. Hashable, so that it can be a static argument of jit.
+    """The encoder's hyperparameters. Hashable, so that it can be a static argument of jit.
 
     Attributes:
       vocab_size: rows of the embedding.
@@ -20,8 +20,8 @@ class DebertaConfig:
       layers, heads: `heads` divides `embed`.
       mlp: width of the MLP.
       norm_eps: epsilon inside the layer norms.
-      buckets: distance buckets on each side; distances nearer than half of it are exact.
-      max_distance: distances from here on share the last bucket.
+      buckets: distance buckets on each side; distances below half of this number are exact.
+      max_distance: all distances from this one upwards share the last bucket.
     """
 
     vocab_size: int
@@ -35,11 +35,13 @@ class DebertaConfig:
 
     def __post_init__(self):
         if self.embed % self.heads:
-            raise UnsupportedModel(f"{self.heads} heads do not divide a width of {self.embed}")
+            raise UnsupportedModel(
+                f"hidden_size {self.embed} is not divisible by {self.heads} attention heads"
+            )
         if self.buckets < 4 or self.buckets % 2 or self.max_distance < self.buckets:
             raise UnsupportedModel(
                 f"position_buckets is {self.buckets} and the largest distance {self.max_distance}; "
-                "expected an even number of at least 4, and a distance of at least as much"
+                "expected an even number of at least 4, and a distance at least as large"
             )
 
     @property
@@ -47,8 +49,8 @@ class DebertaConfig:
         return self.embed // self.heads
 
 
-# The values that the modules below compute. A key that is missing has transformers' default, which
-# for several of these is another value, so each must be there.
+# The values that `models/deberta.py` supports. Every key must be present, because a missing key has
+# transformers' default, which for several keys is a different value.
 _REQUIRED: Mapping[str, tuple[Any, ...]] = {
     "model_type": ("deberta-v2",),
     "hidden_act": ("gelu",),
@@ -58,7 +60,7 @@ _REQUIRED: Mapping[str, tuple[Any, ...]] = {
     "norm_rel_ebd": ("layer_norm",),
     "type_vocab_size": (0,),
 }
-# Keys that may only have the value under which they change nothing.
+# Keys that may only have the value with which they change nothing.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "conv_kernel_size": (0, None),
     "is_decoder": (False,),
@@ -74,7 +76,7 @@ _SIZES = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
     "position_buckets", "max_position_embeddings",
 )  # fmt: skip
-# Keys that say nothing about the hidden states: training, pooling and heads not used here, labels.
+# Keys without effect on the hidden states: for training, unused pooling and heads, and labels.
 _HARMLESS = {
     "_name_or_path", "architectures", "attention_probs_dropout_prob", "hidden_dropout_prob",
     "initializer_range", "pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "dtype",
@@ -87,11 +89,11 @@ _HARMLESS = {
 
 
 def from_hf(hf: Mapping[str, Any]) -> DebertaConfig:
-    """The encoder's facts from the dictionary of a `config.json` of `DebertaV2Model`.
+    """The `DebertaConfig` for the dictionary of a `config.json` of `DebertaV2Model`.
 
     Raises:
-      UnsupportedModel: a key is missing, has a value that the encoder does not compute, or is not
-        understood here. The message names all of them.
+      UnsupportedModel: if keys are missing, unknown, or have values that the encoder does not
+        support. The message names all of them.
     """
     problems = [
         f"{key} is {hf.get(key)!r}, not {allowed[0]!r}"
@@ -107,7 +109,7 @@ def from_hf(hf: Mapping[str, Any]) -> DebertaConfig:
     problems += [f"{key} is missing" for key in sorted(wanted - set(hf))]
     known = _USED | set(_REQUIRED) | set(_NEUTRAL) | _HARMLESS
     unknown = sorted(key for key in set(hf) - known if not is_off(hf[key]))
-    problems += [f"{key} is not understood here" for key in unknown]
+    problems += [f"{key} is not supported" for key in unknown]
     if not problems:
         for key in _SIZES:
             size(key, hf[key])
@@ -125,7 +127,7 @@ def from_hf(hf: Mapping[str, Any]) -> DebertaConfig:
                 problems.append(f"{key} is {hf[key]!r}, not {value}")
     if problems:
         raise UnsupportedModel(
-            "config.json: this is not the DeBERTa-v3 that models/deberta.py computes: "
+            "config.json: selm_jax/models/deberta.py does not support this DeBERTa-v3 model: "
             + "; ".join(problems)
         )
     distance = hf.get("max_relative_positions", -1)

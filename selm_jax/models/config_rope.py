@@ -1,4 +1,4 @@
-"""Rotary position embeddings in a `config.json`, both ways; what all families have in common."""
+"""Reads and writes the rotary position embeddings of a `config.json`, for all model families."""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ _ORIGINAL, _POSITIONS = "original_max_position_embeddings", "max_position_embedd
 
 
 def rope_from(k: Keys, theta: float) -> Rope:
-    """transformers 5 keeps everything under `rope_parameters`, earlier versions the base at the top
-    level and the rest under `rope_scaling`."""
+    """Reads the `Rope` of a model; `theta` is the default base.
+
+    transformers 5 stores everything under `rope_parameters`; earlier versions store the base at the
+    top level and the rest under `rope_scaling`.
+    """
     new, old = k.object("rope_parameters"), k.object("rope_scaling")
     if new and old and new != old:
         raise UnsupportedModel(
-            f"config.json: rope_parameters {new!r:.200} but rope_scaling {old!r:.200}"
+            f"config.json: rope_parameters {new!r:.200} and rope_scaling {old!r:.200} contradict "
+            "each other"
         )
     return rope_of(new or old, k.number("rope_theta", None) or theta, k)
 
@@ -31,11 +35,13 @@ def rope_of(parameters: Mapping[str, Any], theta: float, k: Keys) -> Rope:
     p = dict(parameters)
     kinds = {str(p.pop(key)) for key in ("rope_type", "type") if key in p}
     inner = number("rope_theta", p.pop("rope_theta", theta))
-    # Where only one place names the base, the other one's default says nothing.
+    # The two bases can contradict each other only if both are given: a default does not count.
     if k("rope_theta", None) is not None and "rope_theta" in parameters and inner != theta:
-        raise UnsupportedModel(f"config.json: rope_theta {theta} but rope_parameters says {inner}")
+        raise UnsupportedModel(
+            f"config.json: rope_theta is {theta}, but rope_parameters says {inner}"
+        )
     if p.pop("partial_rotary_factor", 1.0) not in (1.0, None):
-        raise UnsupportedModel("config.json: partial_rotary_factor is not 1")
+        raise UnsupportedModel("config.json: partial_rotary_factor must be 1")
     original = k.size(_ORIGINAL, None)
     try:
         match sorted(kinds) or ["default"]:
@@ -55,19 +61,19 @@ def rope_of(parameters: Mapping[str, Any], theta: float, k: Keys) -> Rope:
                 inside = p.pop(_ORIGINAL, original)
                 if original not in (None, inside):
                     raise UnsupportedModel(
-                        f"config.json: {_ORIGINAL} {original} but rope scaling says {inside}"
+                        f"config.json: {_ORIGINAL} is {original}, but rope scaling says {inside}"
                     )
                 scaling = _longrope(p, size(_ORIGINAL, inside or k.size(_POSITIONS)), k)
             case found:
-                raise UnsupportedModel(f"config.json: rope of type {', '.join(found)} is unknown")
+                raise UnsupportedModel(f"config.json: unknown rope type {', '.join(found)}")
     except KeyError as missing:
         raise UnsupportedModel(
             f"config.json: rope scaling {parameters!r:.200} has no {missing}"
         ) from None
     if p:
         raise UnsupportedModel(
-            f"config.json: rope parameters {', '.join(sorted(p))} are not known for "
-            f"{''.join(kinds) or 'default'!r}: {parameters!r:.200}"
+            f"config.json: rope type {''.join(kinds) or 'default'!r} does not have the parameters "
+            f"{', '.join(sorted(p))}: {parameters!r:.200}"
         )
     return Rope(inner, scaling)
 
@@ -98,7 +104,7 @@ def _table(p: Json, key: str) -> tuple[float, ...]:
 
 
 def magnitude_of(factor: float, original: int) -> float:
-    """LongRoPE's, for a context extended by `factor` (arXiv 2402.13753; Phi-3's default)."""
+    """LongRoPE's `magnitude` for a context extended by `factor` (arXiv 2402.13753; as in Phi-3)."""
     return (
         1.0
         if factor <= 1 or original == 1
@@ -107,7 +113,7 @@ def magnitude_of(factor: float, original: int) -> float:
 
 
 def rope_to(rope: Rope | None) -> Json:
-    assert rope is not None  # of the families, SmolLM3 alone has layers without
+    assert rope is not None  # only SmolLM3 has layers without rope, and it passes one with rope
     match rope.scaling:
         case None:
             scaling = None

@@ -1,17 +1,17 @@
 """DeBERTa-v3: PairRM's backbone and head, as pure Linen modules.
 
-An encoder without absolute positions: where a token stands reaches the scores through its distance
-to every other token (He et al. 2021, arXiv 2006.03654, eq. 4; v3: arXiv 2111.09543). Query i scores
-key j by
+The encoder has no absolute positions: a token's position affects the scores only through its
+distance to every other token (He et al. 2021, arXiv 2006.03654, eq. 4; v3: arXiv 2111.09543). The
+score of query i and key j is
 
     (q_i . k_j + q_i . K[b(i - j)] + k_j . Q[b(i - j)]) / sqrt(3 head_dim)
 
 with K and Q the key and query projections of one table of distance embeddings, and b the bucket of
 a distance: exact when near, logarithmic when far.
 
-Both terms of distance are constant along a diagonal of the table in i - j. So they are computed per
-diagonal, as one matrix product with the table's rows in the diagonals' order, and then slanted into
-place (`slant`), which moves memory and gathers nothing. On CPU this took 0.9 of the time of the
+Both distance terms use one row of the table for each diagonal i - j. So they are computed per
+diagonal, as one matrix product with the table's rows in the diagonals' order, and then shifted into
+place (`slant`), which copies memory and gathers nothing. On CPU this took 0.9 times as long as the
 fastest gather over buckets (256 to 1024 tokens); accelerators are good at products, not at gathers.
 
 Letters: r rows, t tokens (queries), s tokens (keys), h head_dim, p diagonals.
@@ -38,13 +38,13 @@ def bucket(
 ) -> Int32[np.ndarray, "*d"]:
     """The signed bucket of each distance, before it is clipped to the table.
 
-    Distances up to half of `buckets` are their own bucket; beyond, buckets grow with the logarithm.
-    In float32 as transformers' `make_log_bucket_position`: at max_distance - 1 the logarithms'
-    quotient is 1, and in float64 its rounding could lift the ceiling to the next bucket.
+    Each distance up to half of `buckets` has its own bucket; beyond, buckets are logarithmic. The
+    computation is in float32, like transformers' `make_log_bucket_position`: at max_distance - 1
+    the quotient of the logarithms is 1, and rounding in float64 could give the next bucket.
     """
     middle = buckets // 2
     far = np.maximum(np.abs(distance), middle).astype(np.float32)
-    # Both logarithms as arrays: numpy's scalar one may round otherwise.
+    # Both logarithms are of arrays: numpy may round the logarithm of a scalar differently.
     whole = np.log(np.full_like(far, (max_distance - 1) / middle))
     steps = np.ceil(np.log(far / np.float32(middle)) / whole * np.float32(middle - 1)) + middle
     return np.where(np.abs(distance) <= middle, distance, steps * np.sign(distance)).astype(
@@ -59,15 +59,16 @@ def table_rows(config: DebertaConfig, distance: Int[np.ndarray, "*d"]) -> Int32[
 
 
 def diagonals(time: int) -> Int[np.ndarray, " 2*time"]:
-    """i - j along the columns that `slant` reads; the last one is not used."""
+    """The distances i - j of the columns that `slant` reads; the last column is not used."""
     return time - 1 - np.arange(2 * time)
 
 
 def slant(x: Float[Array, "*lead t p"]) -> Float[Array, "*lead t t"]:
-    """out[i, j] = x[i, t - 1 - i + j], for p = 2 t columns.
+    """Shifts each row: out[i, j] = x[i, t - 1 - i + j], for p = 2 t columns.
 
-    In a row of memory, one step down and one to the left is p - 1 entries on: cut at t - 1 and read
-    with rows one entry shorter, every row begins where it should.
+    In memory, the entry one row down and one column to the left is p - 1 entries ahead. So, if the
+    first t - 1 entries are cut off and the rest is read in rows of p - 1, every row starts at the
+    right entry.
     """
     *lead, t, p = x.shape
     flat = x.reshape(*lead, t * p)[..., t - 1 : -1]
@@ -86,13 +87,14 @@ def disentangled_attention(
     """Attention by content and distance, the softmax in float32.
 
     Args:
-      to_query, to_key: what is scored against queries and against keys, per diagonal: the keys
-        of the distances i - j, and the queries of j - i, in the order of `diagonals`.
-      real: which tokens are no padding. Only keys are masked: what a padded query computes is read
-        by nobody.
-      heads_at_once: heads per step of a loop. One keeps the scores in a CPU's cache, which
-        halves the time; more fill an accelerator and need their share of memory,
-        20 rows t^2 bytes a head.
+      query, key, value: of the tokens.
+      to_query: the keys of the distances i - j, scored against queries, in the order of
+        `diagonals`.
+      to_key: the queries of the distances j - i, scored against keys, in the order of `diagonals`.
+      real: which tokens are not padding. Only keys are masked; the results of padded queries are
+        never used.
+      heads_at_once: heads per step of a loop. With one, the scores stay in a CPU's cache, which
+        halves the time. More make better use of an accelerator; each needs 20 rows t^2 bytes.
     """
 
     def head(q, k, v, to_q, to_k):
@@ -112,7 +114,7 @@ def disentangled_attention(
 
 
 def _parameter(module: nn.Module, name: str, axes: tuple[str | None, ...], shape, init) -> Array:
-    """A parameter with the logical names of its axes, from which its place on a mesh follows."""
+    """A parameter with logical axis names, which determine its sharding on a mesh."""
     return cast(Array, module.param(name, nn.with_logical_partitioning(init, axes), shape))
 
 
@@ -134,7 +136,7 @@ class LayerNorm(nn.Module):
 
 
 class Dense(nn.Module):
-    """x W + b over the last `len(inputs)` axes, each a pair of a logical name and a size."""
+    """x W + b over the last `len(inputs)` axes; each axis is a pair (logical name, size)."""
 
     inputs: tuple[tuple[str | None, int], ...]
     outputs: tuple[tuple[str | None, int], ...]
@@ -150,7 +152,7 @@ class Dense(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each added to its input and normed after (post-norm)."""
+    """Attention and MLP, each added to its input and then normalised (post-norm)."""
 
     config: DebertaConfig
     dtype: Any
@@ -182,11 +184,11 @@ class Block(nn.Module):
 
 
 class Deberta(nn.Module):
-    """Token ids to hidden states.
+    """The encoder: maps token ids to hidden states.
 
     Attributes:
-      config: the facts.
-      dtype: of activations and matrix products; norms and the softmax are float32 always.
+      config: the encoder's hyperparameters.
+      dtype: of activations and matrix products; norms and the softmax are always float32.
       heads_at_once: see `disentangled_attention`.
     """
 
@@ -198,7 +200,7 @@ class Deberta(nn.Module):
     def __call__(
         self, tokens: Int[Array, "rows time"], lengths: Int[Array, " rows"]
     ) -> Float[Array, "rows time embed"]:
-        """Hidden states of the last layer; those at and after `lengths` mean nothing."""
+        """Hidden states of the last layer; those at positions >= `lengths` are meaningless."""
         c = self.config
         normal = nn.initializers.normal(0.02)
         embedding = _parameter(
@@ -220,7 +222,7 @@ class Deberta(nn.Module):
 
 
 class PairScorer(nn.Module):
-    """PairRM: one source and two candidates in a row -> how much better the first is.
+    """PairRM: scores how much better the first of two candidates is, given their source.
 
     Jiang et al. 2023 (LLM-Blender, arXiv 2306.02561), section 3.2, in the published model's form:
     score(c) = W2 tanh(W1 [h_source ; h_c] + b1) + b2 and logit = mean over tasks of
@@ -239,11 +241,11 @@ class PairScorer(nn.Module):
         lengths: Int[Array, " rows"],
         prefixes: Int[Array, "rows 3"],
     ) -> Float[Array, " rows"]:
-        """The logit of each row, above 0 where the first candidate is the better one.
+        """The logit of each row; it is above 0 if the first candidate is better.
 
         Args:
-          tokens, lengths: ids, padded at the end.
-          prefixes: where the prefix tokens of source, first and second candidate stand.
+          tokens, lengths: token ids, padded at the end.
+          prefixes: positions of the prefix tokens of source, first and second candidate.
         """
         d = self.config.embed
         encoder = Deberta(self.config, self.dtype, self.heads_at_once, name="encoder")

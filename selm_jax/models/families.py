@@ -1,8 +1,7 @@
-"""Model families as facts: Hugging Face `config.json` <-> `DecoderConfig`, both ways.
+"""Converts between Hugging Face `config.json` and `DecoderConfig`, for each model family.
 
-`from_hf` and `to_hf` are inverse to each other: each family says, side by side, what it reads and
-what it writes beyond what all families share. What becomes of the other keys, and of odd values,
-`config_keys` says.
+`from_hf` and `to_hf` are inverse to each other. For each family, two functions side by side read
+and write the keys that not all families share. `config_keys` handles unknown keys and bad values.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ def _llama_to(c: DecoderConfig) -> Json:
 
 
 def _mistral_from(k: Keys, c: Json) -> Json:
-    # A Mistral config without the key has transformers' default window, not none.
+    # Without the key, a Mistral config has transformers' default window, so it does have one.
     return _all_alike(c, rope_from(k, 1e4), k.size("sliding_window", 4096, null=True))
 
 
@@ -58,7 +57,7 @@ def _phi3_to(c: DecoderConfig) -> Json:
     hf: Json = {"sliding_window": c.kinds[0].window} | rope_to(rope)
     if rope is not None and isinstance(rope.scaling, LongRope):
         original = rope.scaling.original
-        # Earlier versions of transformers take these three keys under rope_scaling and no more.
+        # Earlier versions of transformers accept only these three keys under rope_scaling.
         if rope.scaling.magnitude == magnitude_of(c.max_positions / original, original):
             for key in ("original_max_position_embeddings", "attention_factor"):
                 del hf["rope_scaling"][key]
@@ -90,12 +89,13 @@ def _smollm3_from(k: Keys, c: Json) -> Json:
     has_rope = k("no_rope_layers", None) or [(i + 1) % every != 0 for i in range(n)]
     if not isinstance(has_rope, list) or len(has_rope) != n or not set(map(str, has_rope)) <= _BITS:
         raise UnsupportedModel(
-            f"config.json: no_rope_layers is {has_rope!r:.60}; expected {n} of 0 and 1"
+            f"config.json: no_rope_layers is {has_rope!r:.60}; expected a list of {n} zeros and "
+            "ones"
         )
     rope = rope_from(k, 2e6)
     types = k.texts("layer_types")
     window = _window_if(k, None)
-    k("max_window_layers", None)  # Qwen's, which the published files have; this family has no use
+    k("max_window_layers", None)  # a key of Qwen in the published files; this family ignores it
     if types is None:  # transformers' rule: the layers without rope slide
         types = ["full_attention" if has_rope[i] else "sliding_attention" for i in range(n)]
     windows = _windows(types, window, n)
@@ -103,7 +103,7 @@ def _smollm3_from(k: Keys, c: Json) -> Json:
     return {"kinds": kinds} | _biases_from(k)
 
 
-# How layers with and without rotary embeddings are told in JSON.
+# How JSON marks layers with and without rotary embeddings.
 _BITS = {"0", "1", "True", "False"}
 
 
@@ -118,7 +118,7 @@ def _smollm3_to(c: DecoderConfig) -> Json:
 
 
 def _gemma_from(k: Keys, c: Json) -> Json:
-    """What Gemma 2 and 3 share."""
+    """The facts that Gemma 2 and 3 share."""
     k.only("attention_bias", False, None)
     k.only("use_bidirectional_attention", None, False)
     return {
@@ -189,7 +189,7 @@ def _gemma3_to(c: DecoderConfig) -> Json:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A `model_type`: its class, its defaults, and how its own facts are read and written."""
+    """A `model_type`: its class, its defaults, and functions that read and write its own keys."""
 
     architecture: str
     read: Callable[[Keys, Json], Json]
@@ -199,7 +199,7 @@ class Family:
     activation: str = "silu"
     head_dim: int | None = None  # transformers' default; None: hidden_size / num_attention_heads
     pad: int | None = None  # transformers' default of pad_token_id
-    classifier: str = ""  # the class of reward models, where it is not named like `architecture`
+    classifier: str = ""  # the class of reward models, if its name does not follow `architecture`
 
     @property
     def reward_model(self) -> str:
@@ -235,16 +235,16 @@ FAMILIES = {
 
 
 def from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
-    """The decoder's facts from the dictionary of a `config.json`.
+    """The `DecoderConfig` for the dictionary of a `config.json`.
 
     Raises:
-      UnsupportedModel: an unknown family, a key that is missing or that nobody here understands, or
-        a known key with a value that the decoder cannot express. The message names the key.
+      UnsupportedModel: if the family is unknown, a key is missing or not understood, or a known
+        key has a value that the decoder cannot express. The message names the key.
     """
     name = hf.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
         raise UnsupportedModel(
-            f"config.json: model_type is {name!r}; this version knows {', '.join(FAMILIES)}"
+            f"config.json: model_type is {name!r}; this version supports {', '.join(FAMILIES)}"
         )
     family, k = FAMILIES[name], Keys(hf)
     heads, width = k.size("num_attention_heads"), k.size("hidden_size")
@@ -254,7 +254,7 @@ def from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     if not isinstance(activation, str) or activation not in _ACTIVATIONS:
         raise UnsupportedModel(
             f"config.json: {family.activation_key} is {activation!r}; "
-            f"the decoder knows {', '.join(_ACTIVATIONS)}"
+            f"the decoder supports {', '.join(_ACTIVATIONS)}"
         )
     common = {
         "vocab_size": k.size("vocab_size"),
@@ -278,8 +278,8 @@ def from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
 def to_hf(config: DecoderConfig) -> Json:
     """The part of `config.json` that describes the model; `from_hf(to_hf(c)) == c`.
 
-    Written with the keys that every version of transformers and vLLM reads (`rope_theta`,
-    `rope_scaling`), not with those of transformers 5 alone.
+    It uses the keys that every version of transformers and vLLM reads (`rope_theta`,
+    `rope_scaling`), not the keys that only transformers 5 reads.
     """
     name, family = next(
         (n, f) for n, f in FAMILIES.items() if f.architecture == config.architecture
@@ -307,11 +307,12 @@ def to_hf(config: DecoderConfig) -> Json:
 
 
 def reward_model_json(hf: Mapping[str, Any], pad: int | None) -> Json:
-    """The `config.json` of a reward model that begins from the model of this one.
+    """The `config.json` of a reward model that starts from the model of the given `config.json`.
 
     Args:
-      pad: `pad_token_id`, if `hf` does not say it. Without any, transformers scores one text at a
-        time and refuses batches.
+      hf: the model's `config.json`.
+      pad: `pad_token_id`, used if `hf` has none. If both are None, transformers scores only one
+        text at a time and refuses batches.
     """
     family = FAMILIES[hf["model_type"]]
     given = hf.get("pad_token_id", family.pad)
@@ -319,14 +320,15 @@ def reward_model_json(hf: Mapping[str, Any], pad: int | None) -> Json:
 
 
 def read_config(folder: Path) -> DecoderConfig:
-    """The facts of the model in a Hugging Face folder."""
+    """Reads the `DecoderConfig` of the model in a Hugging Face folder."""
     return _read(Path(folder) / "config.json", lambda hf: hf)
 
 
 def read_as_reward_model(file: Path, pad: int | None) -> DecoderConfig:
-    """The facts of the reward model that begins from the model of this config.json.
+    """Reads the config of a reward model that starts from the model of this config.json.
 
     Args:
+      file: the config.json.
       pad: see `reward_model_json`.
     """
     return _read(file, lambda hf: reward_model_json(hf, pad))
@@ -345,7 +347,7 @@ def _read(file: Path, change: Callable[[Json], Json]) -> DecoderConfig:
 
 
 def _head_from(k: Keys, family: Family) -> ScalarHead | None:
-    """A reward model's head, by the class that `config.json` names."""
+    """A reward model's head if `config.json` names a classifier; otherwise None."""
     names, pad = k.texts("architectures") or [], k("pad_token_id", family.pad)
     labels, count = k.object("id2label", None), k.size("num_labels", None)
     if not any(name.endswith(_CLASSIFIER) for name in names):
@@ -353,10 +355,10 @@ def _head_from(k: Keys, family: Family) -> ScalarHead | None:
     found = len(labels) if labels is not None else 2 if count is None else count
     if found != 1:
         said = "id2label" if labels is not None else "num_labels"
-        default = " (transformers' default, where neither id2label nor num_labels is there)"
+        default = " (transformers' default without id2label and num_labels)"
         raise UnsupportedModel(
-            f"config.json: {names[0]} with {found} labels by {said}"
-            f"{default * (labels is None and count is None)}; a reward model has one, its score"
+            f"config.json: {names[0]} has {found} labels according to {said}"
+            f"{default * (labels is None and count is None)}; expected one label, the reward"
         )
     return ScalarHead(pad)
 
@@ -384,7 +386,7 @@ def _biases_to(c: DecoderConfig) -> Json:
 
 
 def _upper_windows(k: Keys, c: Json, rope: Rope) -> Json:
-    """Qwen's rule: with `use_sliding_window` the layers from `max_window_layers` on slide."""
+    """Qwen's rule: with `use_sliding_window`, layers from `max_window_layers` upwards slide."""
     n, lower = c["layers"], k.count("max_window_layers", 28)
     window = _window_if(k, 4096)
     types = k.texts("layer_types") or [
@@ -394,13 +396,13 @@ def _upper_windows(k: Keys, c: Json, rope: Rope) -> Json:
 
 
 def _window_if(k: Keys, default: int | None) -> int | None:
-    """The window, if `use_sliding_window` says that there is one."""
+    """The size of the window if `use_sliding_window` is true; otherwise None."""
     window = k.size("sliding_window", default, null=True)
     return window if k.flag("use_sliding_window") else None
 
 
 def _alternating(layers: int, every: int) -> list[str]:
-    """Every so many layers one sees all."""
+    """Layer types in which every `every`-th layer has full attention and the others slide."""
     kinds = "full_attention", "sliding_attention"
     return [kinds[(i + 1) % every != 0] for i in range(layers)]
 
@@ -409,7 +411,8 @@ def _windows(types: list[str], window: int | None, layers: int) -> list[int | No
     known = {"full_attention": None, "sliding_attention": window}
     if len(types) != layers or not set(types) <= set(known):
         raise UnsupportedModel(
-            f"config.json: layer_types is {types!r:.200}; expected {layers} of {', '.join(known)}"
+            f"config.json: layer_types is {types!r:.200}; expected a list of {layers} out of "
+            f"{', '.join(known)}"
         )
     return [known[t] for t in types]
 

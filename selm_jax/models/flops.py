@@ -1,9 +1,9 @@
-"""Floating point operations of the decoder and of PairRM's encoder, counted by hand.
+"""Counts the floating point operations of the decoder and of PairRM's encoder by formulas.
 
-A multiplication with its addition counts as two. Norms, softmax, rotations and the optimiser are
-left out: under 1 % of any model that one trains. The backward pass does twice the forward pass's
-work; what rematerialisation computes again is not counted, as is the custom for model FLOP
-utilisation (PaLM, arXiv 2204.02311, appendix B).
+A multiply-add counts as two operations. Norms, softmax, rotations and the optimiser are left out:
+they are under 1 % for any model of practical size. The backward pass does twice the forward pass's
+work; recomputation by rematerialisation is not counted, as usual for model FLOP utilisation (PaLM,
+arXiv 2204.02311, appendix B).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from selm_jax.models.config_deberta import DebertaConfig
 
 @dataclasses.dataclass(frozen=True)
 class Flops:
-    """Of the weights' products in the layers, of attention, and of the unembedding."""
+    """Operations of the layers' matrix products, of attention, and of the unembedding."""
 
     dense: int
     attention: int
@@ -28,12 +28,13 @@ class Flops:
 
 
 def forward(config: DecoderConfig, *, rows: int, time: int, keys: int, scored: int) -> Flops:
-    """One forward pass over [rows, time] tokens.
+    """Operations of one forward pass over [rows, time] tokens.
 
     Args:
-      keys: entries that every token's scores are computed for. A mask hides some of them, but their
-        scores are computed all the same, so they count.
-      scored: tokens of each row that meet the unembedding.
+      config: the model.
+      rows, time: shape of the batch.
+      keys: number of keys per token. Scores are computed for masked keys too, so these count.
+      scored: tokens of each row whose logits are computed.
     """
     c = config
     heads, kv_heads = c.heads * c.head_dim, c.kv_heads * c.head_dim
@@ -48,16 +49,17 @@ def forward(config: DecoderConfig, *, rows: int, time: int, keys: int, scored: i
 def forward_and_backward(
     config: DecoderConfig, *, rows: int, time: int, keys: int, scored: int
 ) -> Flops:
-    """One pass of training: the forward pass and twice as much behind it."""
+    """Operations of a forward and a backward pass: three times those of the forward pass."""
     once = forward(config, rows=rows, time=time, keys=keys, scored=scored)
     return Flops(3 * once.dense, 3 * once.attention, 3 * once.head)
 
 
 def encoder(config: DebertaConfig, *, rows: int, time: int) -> int:
-    """One forward pass of DeBERTa over [rows, time] tokens.
+    """Operations of one forward pass of DeBERTa over [rows, time] tokens.
 
-    Attention by distance scores every token against 2 * time distances, in both directions: with
-    content scores and the mean of values, 1 + 2 + 2 + 1 products of time x time x embed.
+    Attention by distance scores every token against 2 * time distances, in both directions. With
+    the content scores and the weighted mean of the values, this makes 1 + 2 + 2 + 1 products of
+    time x time x embed.
     """
     c = config
     weights = c.layers * (4 * c.embed * c.embed + 2 * c.embed * c.mlp)

@@ -1,8 +1,8 @@
-"""The matrix product with a kernel, and its gradient written out.
+"""The matrix product with a kernel, with a hand-written gradient that is faster on CPU.
 
-`x @ w` would do. But the gradient that JAX derives for `w` comes out transposed, and XLA's CPU
-backend then writes a transposed copy of the incoming gradient and leaves its fast matrix product,
-which makes an MLP's forward and backward pass a good deal slower.
+The result is that of `x @ w`. But JAX derives a transposed gradient for `w`, for which XLA's CPU
+backend copies the incoming gradient and does not use its fast matrix product. This makes an MLP's
+forward and backward pass much slower.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """LoRA: low-rank adapters as a second collection of variables (arXiv 2106.09685).
 
-A kernel W of the decoder that an adapter is on gives x W + scale * dropout(x) A B. The base without
-the collection is the model that training started from: the reference.
+A kernel W of the decoder with an adapter computes x W + scale * dropout(x) A B. Without the
+collection, the decoder is the model that training started from: the reference.
 
-A and B lie beside their kernel: `attention/q` has `attention/q_a` [*in, rank] and `attention/q_b`
-[rank, *out]. B starts at zero, so that adapters change nothing until they are trained.
+A and B are named after their kernel: `attention/q` has `attention/q_a` [*in, rank] and
+`attention/q_b` [rank, *out]. B starts at zero, so adapters change nothing until they are trained.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ Params = dict[str, Any]
 
 
 class LoraError(ValueError):
-    """Adapters that cannot be had as asked."""
+    """The settings of LoRA adapters cannot be used."""
 
 
-# Our kernels by the names that PEFT's users know them by.
+# Our kernels and their names in PEFT.
 TARGETS = {
     "attention/q": "self_attn.q_proj",
     "attention/k": "self_attn.k_proj",
@@ -41,24 +41,28 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Lora(settings.Lora):
-    """Which kernels have adapters, and of what rank: the settings `lora`, as the decoder reads them.
+    """The settings `lora` for the decoder: which kernels have adapters, and their rank.
 
-    `base` says how the kernels themselves are kept, which is no matter of the adapters.
+    `base`, the precision of the kernels themselves, does not affect the adapters.
 
     Raises:
-      LoraError: a target that is on no kernel.
-      ValidationError: a number out of its range.
+      LoraError: if `targets` matches no kernel.
+      ValidationError: if a number is out of its range.
     """
 
     def __post_init__(self) -> None:
         if not any(map(self.adapts, TARGETS)):
             raise LoraError(
-                f"LoRA: targets {self.targets!r} is found in none of {', '.join(TARGETS.values())}"
+                f"lora.targets is {self.targets!r}, which matches none of the kernels "
+                f"{', '.join(TARGETS.values())}; name one of them, or write a regular expression"
             )
 
     @property
     def scale(self) -> float:
-        """What a product A B is multiplied by. With `rslora` as in arXiv 2312.03732."""
+        """The factor of the product A B: alpha / rank, or with `rslora` alpha / sqrt(rank).
+
+        rsLoRA: arXiv 2312.03732.
+        """
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def adapts(self, kernel: str) -> bool:
@@ -67,9 +71,9 @@ class Lora(settings.Lora):
 
 
 def init(abstract: Params, key: jax.Array) -> Params:
-    """Fresh adapters: A uniform in +-1/sqrt(inputs), as PEFT draws it, and B zero.
+    """New adapters: A is drawn uniformly from +-1/sqrt(inputs), as in PEFT, and B is zero.
 
-    `abstract` has shapes, stacked over layers (A is [layers, *in, rank]), and shardings if wanted.
+    `abstract` has shapes, stacked over layers (A is [layers, *in, rank]), and optional shardings.
     """
     flat = flatten_dict(abstract)
 
@@ -89,7 +93,7 @@ def init(abstract: Params, key: jax.Array) -> Params:
 
 
 def merge(params: Params, adapters: Params, lora: Lora) -> Params:
-    """The parameters with the adapters' products added: the same function without adapters."""
+    """Adds the adapters' products to the parameters, which then need no adapters."""
     flat: dict[tuple[str, ...], Any] = flatten_dict(params)  # pyright: ignore
     extra: dict[tuple[str, ...], Any] = flatten_dict(adapters)  # pyright: ignore
     for path, a in extra.items():

@@ -1,8 +1,8 @@
-"""A frozen base in 8 or 4 bits, for adapters to be trained on (QLoRA, arXiv 2305.14314).
+"""Quantises a frozen base model to 8 or 4 bits, for training adapters on it (QLoRA, 2305.14314).
 
-The kernels of the layers become `qwix.QArray`s: integers and a scale per block of 64 inputs and per
-output. A layer turns them back into numbers when it is its turn, so that one layer's are there at a
-time. Embedding, unembedding, norms and biases stay as they are.
+The kernels of the layers become `qwix.QArray`s: integers, and a scale per block of 64 inputs and
+per output. A layer dequantises its kernels when it runs, so that only one layer's kernels exist in
+full at a time. Embedding, unembedding, norms and biases stay as they are.
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ def quantize(params: Params, qtype: str) -> Params:
     """The parameters (stacked over layers) with the layers' kernels quantised.
 
     Args:
+      params: the parameters, stacked over layers.
       qtype: "int8", or "nf4" for four bits at the quantiles of a normal distribution.
 
     Raises:
-      LoraError: `qwix` is not installed; the message says how to.
+      LoraError: if `qwix` is not installed.
     """
     qwix = _qwix()
 
     def of(path: tuple[str, ...], x: Any) -> Any:
         if path[0] != "layers" or x.ndim < 3 or path[-1].endswith("_bias"):
             return x
-        inputs = 2 if path[-1] == "o" else 1  # of the axes behind the layer's
+        inputs = 2 if path[-1] == "o" else 1  # the last input axis; axis 0 is the layer
         block = _BLOCK if x.shape[inputs] % _BLOCK == 0 else x.shape[inputs]
         others = [axis for axis in range(x.ndim) if axis != inputs]
         return qwix.quantize(x, qtype, channelwise_axes=others, tiled_axes={inputs: block})

@@ -1,4 +1,4 @@
-"""Rotary position embeddings, scaled or not."""
+"""Rotary position embeddings, with or without scaling for long contexts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def frequencies(rope: Rope, head_dim: int) -> Float32[np.ndarray, " half"]:
             return plain / np.array(long if extended else short, np.float32)
         case Llama3(factor, low, high, original):
             wavelength = np.float32(2 * math.pi) / plain
-            # 0 at the longest wavelength that is still kept in part, 1 at the shortest.
+            # 0 for low frequencies, 1 for high ones, and linear in between.
             kept = (original / wavelength - low) / (high - low)
             kept = np.clip(kept, 0, 1).astype(np.float32)
             return (1 - kept) * plain / np.float32(factor) + kept * plain
@@ -35,7 +35,7 @@ def frequencies(rope: Rope, head_dim: int) -> Float32[np.ndarray, " half"]:
 def rotations(positions: Int[Array, "rows time"], rope: Rope | None, head_dim: int) -> Rotation:
     """Cosines and sines of the angle of each position and frequency.
 
-    Always float32: in bfloat16 position 257 would be 256. Without rope the angle is 0.
+    They are always float32: in bfloat16 position 257 would become 256. Without rope the angle is 0.
     """
     if rope is None:
         angle = jnp.zeros((*positions.shape, 1, head_dim // 2), jnp.float32)
@@ -48,7 +48,7 @@ def rotations(positions: Int[Array, "rows time"], rope: Rope | None, head_dim: i
 
 
 def rotate(x: Float[Array, "rows time heads head_dim"], rotation: Rotation) -> Array:
-    """Turns the pairs (x[i], x[i + half]) by their angles (the layout of Hugging Face weights)."""
+    """Rotates the pairs (x[i], x[i + half]) by their angles, as Hugging Face weights expect."""
     cos, sin = rotation
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

@@ -114,8 +114,8 @@ class Objective:
         found = self.function(batch)
         if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Mapping)):
             raise ObjectiveError(
-                f"{self} returned a {type(found).__name__}. Return two things: one loss per example, "
-                "and a dictionary of metrics, which may be empty"
+                f"{self} returned a {type(found).__name__}. Return two things: one loss per "
+                "example, and a dictionary of metrics, which may be empty"
             )
         losses, metrics = found
         expected = given[self.roles[0]].shape

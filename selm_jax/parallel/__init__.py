@@ -1,1 +1,1 @@
-"""Devices: the mesh, and which logical axis of an array lies on which of its axes."""
+"""Parallelism: the device mesh, sharding rules, and the coordination of several processes."""

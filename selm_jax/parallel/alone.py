@@ -1,4 +1,4 @@
-"""What one process of several can run a program on without the others."""
+"""Finds the devices on which one of several processes can run a program without the others."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import jax
 
 
 def own_devices(devices: Sequence[Any] | None = None) -> list[Any]:
-    """The devices on which one process of several can run a program by itself: its own ones.
+    """The devices on which one process can run a program by itself: usually all of its own.
 
-    Of a v5e slice of more than 16 chips it is one: there a program runs on one chip or on all of
-    them, and for four the compiler refuses ("On platforms with limited ICI routing device assignment
-    should include all slice devices"; seen for 4x8 and larger, not for 4x4, v5p or v6e).
+    In a v5e slice of more than 16 chips it is one device: there a program must run on one chip or
+    on all chips of the slice. For four, the compiler fails with "On platforms with limited ICI
+    routing device assignment should include all slice devices" (seen for 4x8 and larger, not for
+    4x4, v5p or v6e).
 
     Args:
-      devices: of all processes; if given, the process of the first is meant.
+      devices: the devices of all processes. If given, the process of the first device is meant.
     """
     index = jax.process_index() if devices is None else devices[0].process_index
     devices = jax.devices() if devices is None else devices

@@ -1,9 +1,9 @@
-"""Several processes, one program: who they are, and how they agree on small things.
+"""Coordinates the several processes of one run: they find each other and agree on small values.
 
-Every process runs the same stages in the same order; arrays are cut over the devices of all. What
-only one may do (write a file, look whether one is there, ask a judge) is done by the first and told
-to the others: `on_first`. This goes through the coordinator of `jax.distributed`, not through the
-devices, so that a process may wait for hours while another one ranks.
+Every process runs the same stages in the same order; arrays are sharded over the devices of all.
+Work that only one process may do (write a file, check whether one exists, ask a judge) is done by
+the first, which sends the result to the others: `on_first`. This uses the coordinator of
+`jax.distributed`, not the devices, so that a process may wait for hours while another one ranks.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ T = TypeVar("T")
 
 _EXPLICIT = ("SELM_COORDINATOR", "SELM_PROCESSES", "SELM_PROCESS")
 _SLICES = ("MEGASCALE_COORDINATOR_ADDRESS", "MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID")
-_WEEK = 7 * 24 * 3600 * 1000  # milliseconds: people may be asked meanwhile
-_numbers = itertools.count()  # the same in all processes, which all come by in the same order
+_WEEK = 7 * 24 * 3600 * 1000  # milliseconds: people may have to answer in between
+_numbers = itertools.count()  # equal in all processes, because all make the same calls in order
 _boundaries = itertools.count()
 _told_to_stop = threading.Event()
 _deferred = False
@@ -40,43 +40,45 @@ class MultihostError(RuntimeError):
 
 
 class Stopped(SystemExit):
-    """The run was told to stop (SIGTERM, preemption) and has saved what there was to save.
+    """The run was told to stop (SIGTERM, preemption) and has saved its state.
 
-    The process leaves with status 75, EX_TEMPFAIL of sysexits.h: try again.
+    The process exits with status 75, EX_TEMPFAIL of sysexits.h: try again.
     """
 
     def __init__(self):
         super().__init__(75)
 
 
-# --- who they are ---------------------------------------------------------------------------------
+# --- finding each other ---------------------------------------------------------------------------
 
 
 def initialize() -> None:
-    """Joins the other processes, if there are any; before anything else of jax.
+    """Joins the other processes, if there are any. Call it before anything else of jax.
 
-    On TPU pods, under SLURM and under Open MPI jax finds out by itself. Elsewhere the environment
-    says it: SELM_COORDINATOR=host:port (of process 0), SELM_PROCESSES, SELM_PROCESS.
+    On TPU pods, under SLURM and under Open MPI jax finds the other processes itself. Elsewhere set
+    the environment variables SELM_COORDINATOR=host:port (of process 0), SELM_PROCESSES and
+    SELM_PROCESS.
 
     Raises:
-      MultihostError: the environment says it in part, or not in numbers; or who knows it, such as
-        a TPU's metadata server, does not answer.
+      MultihostError: if these variables are incomplete or invalid, or if a service that knows the
+        processes, such as a TPU's metadata server, does not answer.
     """
     with _unasked():
         arguments = found(os.environ)
         if arguments is None:
             return
-        # Of CPU devices: between processes there is no other way than gloo.
+        # For CPU devices: gloo is the only implementation that works between processes.
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(**arguments)
 
 
 @contextlib.contextmanager
 def _unasked() -> Iterator[None]:
-    """Inside, jax asks no metadata server for slices where TPU_SKIP_MDS_QUERY says not to.
+    """A context in which jax respects TPU_SKIP_MDS_QUERY and does not ask for slices.
 
-    GKE's containers say so; jax would ask all the same, wait, and fail where nobody answers
-    (https://github.com/jax-ml/jax/issues/40854). What is empty it does not ask for.
+    GKE's containers set this variable. jax would ask the metadata server regardless, wait, and fail
+    if there is none (https://github.com/jax-ml/jax/issues/40854). It does not ask for values that
+    are set, even if they are empty.
     """
     skip = "TPU_SKIP_MDS_QUERY" in os.environ
     unsaid = [name for name in _SLICES if skip and name not in os.environ]
@@ -85,11 +87,11 @@ def _unasked() -> Iterator[None]:
         yield
     finally:
         for name in unsaid:
-            del os.environ[name]  # libtpu reads them, too
+            del os.environ[name]  # libtpu reads them too
 
 
 def found(environment: Mapping[str, str]) -> dict[str, Any] | None:
-    """What `jax.distributed.initialize` has to be told; None where this process is alone."""
+    """The arguments for `jax.distributed.initialize`; None if this is the only process."""
     given = [name for name in _EXPLICIT if name in environment]
     if given:
         try:
@@ -98,15 +100,15 @@ def found(environment: Mapping[str, str]) -> dict[str, Any] | None:
         except (KeyError, ValueError):
             shown = ", ".join(f"{name}={environment.get(name, '(not set)')}" for name in _EXPLICIT)
             raise MultihostError(
-                f"{shown}: expected all three, such as SELM_COORDINATOR=10.0.0.1:1234 "
+                f"{shown}: set all three, for example SELM_COORDINATOR=10.0.0.1:1234 "
                 "SELM_PROCESSES=2 SELM_PROCESS=0"
             ) from None
         if not 0 <= numbers[1] < numbers[0] or ":" not in address:
             raise MultihostError(
                 f"SELM_COORDINATOR={address}, SELM_PROCESS={index} of SELM_PROCESSES={count}: "
-                "expected host:port, and a process from 0 to one less than their number"
+                "expected host:port, and a process from 0 to SELM_PROCESSES - 1"
             )
-        # No local_device_ids: all devices of this host, and jax looks no further.
+        # Without local_device_ids jax uses all devices of this host.
         return {
             "coordinator_address": address, "num_processes": numbers[0], "process_id": numbers[1],
             "cluster_detection_method": "deactivate",
@@ -117,14 +119,17 @@ def found(environment: Mapping[str, str]) -> dict[str, Any] | None:
                 return None if cluster.get_process_count() == 1 else _all_gpus_of(environment)
     except OSError as e:
         raise MultihostError(
-            f"how many processes are to be one run was asked in vain: {e}. On a TPU where there is no "
-            "metadata server set TPU_SKIP_MDS_QUERY=1"
+            f"the number of processes could not be found: {e}. On a TPU without a metadata server "
+            "set TPU_SKIP_MDS_QUERY=1"
         ) from e
     return None
 
 
 def _all_gpus_of(environment: Mapping[str, str]) -> dict[str, Any]:
-    """Under SLURM jax gives each process one GPU, which is wrong where a node has one process."""
+    """Arguments for all GPUs of a node if SLURM runs one process per node; otherwise empty.
+
+    Under SLURM jax would give each process only one GPU.
+    """
     nodes = environment.get("SLURM_STEP_NUM_NODES")
     gpus = environment.get("SLURM_GPUS_ON_NODE", "")
     if nodes and nodes == environment.get("SLURM_NTASKS") and gpus.isdigit():
@@ -144,16 +149,16 @@ def is_first() -> bool:
     return index() == 0
 
 
-# --- how they agree -------------------------------------------------------------------------------
+# --- agreeing on values ---------------------------------------------------------------------------
 
 
 def on_first(work: Callable[[], T]) -> T:
-    """Runs `work` in the first process, and gives what it returns, as JSON, to all.
+    """Runs `work` in the first process only, and returns its result, as JSON, in all processes.
 
     Raises:
-      Exception: what `work` raised, in the first process.
-      MultihostError: the same in the others, with its message; or the first process is at other
-        work than this one.
+      Exception: in the first process, the exception that `work` raised.
+      MultihostError: in the other processes, with the message of that exception; or if the first
+        process is not at the same call as this one.
     """
     if count() == 1:
         return work()
@@ -164,8 +169,8 @@ def on_first(work: Callable[[], T]) -> T:
         told = json.loads(client.blocking_key_value_get(key, _WEEK))
         if told["work"] != name:
             raise MultihostError(
-                f"process 0 is at {told['work']}, process {index()} at {name}: they have gone "
-                "different ways. Start all of them again"
+                f"process 0 is at {told['work']}, but process {index()} is at {name}: they are out "
+                "of step. Start all of them again"
             )
         if "error" in told:
             raise MultihostError(f"process 0 failed: {told['error']}")
@@ -184,9 +189,10 @@ def on_first(work: Callable[[], T]) -> T:
 
 
 def on_every(work: Callable[[], T]) -> list[T]:
-    """Runs `work` in every process, and gives all of them what each returns, as JSON, in order.
+    """Runs `work` in every process, and returns the list of all results, as JSON, in each.
 
-    Of `work` that raises, the others never hear; what can go wrong is to be in what it returns.
+    `work` must not raise, because the other processes would not learn of it; it has to return its
+    errors.
     """
     if count() == 1:
         return [work()]
@@ -198,14 +204,14 @@ def on_every(work: Callable[[], T]) -> list[T]:
 
 
 def leave(name: str, value: Any) -> None:
-    """Leaves JSON under a name, for `left`; unlike all else here from any thread."""
+    """Stores JSON under a name for `left`. Unlike the other functions, any thread may call it."""
     client = distributed.global_state.client
     assert client is not None
     client.key_value_set(f"selm/left/{name}/{index()}", json.dumps(value), allow_overwrite=True)
 
 
 def left(name: str) -> list[Any]:
-    """What each process has left under a name; nothing of a process that is alone."""
+    """The values that the processes stored with `leave`, in order; [] with a single process."""
     if count() == 1:
         return []
     client = distributed.global_state.client
@@ -215,10 +221,10 @@ def left(name: str) -> list[Any]:
 
 
 def check_same(what: str, value: Callable[[], Any]) -> None:
-    """Compares what `value` returns, which is JSON, with that of the first process.
+    """Checks that `value` returns the same JSON here as in the first process.
 
     Raises:
-      MultihostError: the first process has another one.
+      MultihostError: if they differ; the message begins with `what`.
     """
     if count() == 1:
         return
@@ -226,16 +232,17 @@ def check_same(what: str, value: Callable[[], Any]) -> None:
     first = on_first(lambda: mine)
     if first != mine:
         raise MultihostError(
-            f"{what}: {first} in process 0, {mine} in process {index()}. Name a revision, or a "
-            "folder that all hosts see"
+            f"{what}: {first} in process 0, but {mine} in process {index()}. Give a revision, or a "
+            "folder that all hosts share"
         )
 
 
 def all_failed(name: str, seconds: int = 120) -> None:
-    """Returns when every process has come here: what failed, failed in all of them.
+    """Waits until every process has called this, which shows that all of them have failed.
 
     Raises:
-      MultihostError: the others have not after so many seconds; they are at work without this one.
+      MultihostError: if the others have not called it after that many seconds, and so are still
+        working.
     """
     if count() == 1:
         return
@@ -245,13 +252,13 @@ def all_failed(name: str, seconds: int = 120) -> None:
         client.wait_at_barrier(f"selm/failed/{name}", seconds * 1000)
     except jax.errors.JaxRuntimeError as e:
         raise MultihostError(
-            f"process {index()} alone has failed; no other came by within {seconds} s. Start all "
+            f"process {index()} has failed, but the others have not within {seconds} s. Start all "
             "of them again"
         ) from e
 
 
 def barrier() -> None:
-    """Waits until every process has come here."""
+    """Waits until every process has called this."""
     if count() > 1:
         client = distributed.global_state.client
         assert client is not None
@@ -259,7 +266,7 @@ def barrier() -> None:
 
 
 def first_then_others(work: Callable[[], T]) -> T:
-    """Runs `work` everywhere, in the others when the first is through: it may fill a shared cache."""
+    """Runs `work` in the first process, then in the others, so that it can fill a shared cache."""
     if count() == 1:
         return work()
     result = [None]
@@ -271,7 +278,7 @@ def first_then_others(work: Callable[[], T]) -> T:
     return result[0] if is_first() else work()  # pyright: ignore
 
 
-# What jax says in its own words, of its coordinator and of gloo, when another process does not answer.
+# Parts of the messages of jax, its coordinator and gloo if another process does not answer.
 _GONE = (
     *("CoordinationService", "heartbeat", "Socket closed", "Connection reset by peer"),
     *("Connection closed by peer", "Connection refused"),
@@ -279,10 +286,10 @@ _GONE = (
 
 
 def others_are_gone(error: BaseException) -> bool:
-    """Whether an error is that another process of this run has died, and none of this one's own.
+    """Whether the cause of an error is that another process of this run has died.
 
-    So it is if an error that it comes from is jax's, and says so, or orbax waited in vain for the
-    others to write their parts of a checkpoint.
+    This is so if the error, or one of its causes, is a jax error with such a message, or orbax's
+    timeout while waiting for the others to write their parts of a checkpoint.
     """
     if count() == 1:
         return False
@@ -301,9 +308,9 @@ def others_are_gone(error: BaseException) -> bool:
 
 
 def listen() -> None:
-    """From now on SIGTERM stops the run: at once where nothing is lost, else when it has saved.
+    """Makes SIGTERM stop the run: at once if nothing would be lost, otherwise after saving.
 
-    With several processes jax listens itself, and passes the notice of one on to all.
+    With several processes jax handles the signal, and passes it on from one process to all.
     """
     if count() == 1 and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _on_sigterm)
@@ -317,8 +324,11 @@ def _on_sigterm(*_: Any) -> None:
 
 @contextlib.contextmanager
 def stop_deferred() -> Iterator[None]:
-    """Inside, whoever asks `should_stop` stops the run; it is not interrupted. But by Ctrl-C in one of
-    several processes, of which the others do not hear: that one ends, and they with it."""
+    """A context in which signals do not interrupt the run; it stops where it calls `should_stop`.
+
+    With several processes, Ctrl-C in one of them still interrupts: the others do not learn of it,
+    so this process ends, and they end with it.
+    """
     global _deferred
     _deferred = True
     try:
@@ -329,12 +339,12 @@ def stop_deferred() -> Iterator[None]:
 
 
 def should_stop() -> bool:
-    """Whether to stop here: the same answer in all processes, at the same call.
+    """Whether to stop here; the same call returns the same answer in all processes.
 
-    To be asked where stopping is possible: between updates, between batches of answers.
+    Call it wherever stopping is possible: between updates, between batches of answers.
 
     Raises:
-      KeyboardInterrupt: Ctrl-C was pressed in this one of several processes.
+      KeyboardInterrupt: if there are several processes and Ctrl-C was pressed in this one.
     """
     if interrupt.asked():
         if count() > 1:
@@ -343,16 +353,16 @@ def should_stop() -> bool:
     if _told_to_stop.is_set():
         return True
     if count() > 1 and multihost_utils.reached_preemption_sync_point(next(_boundaries)):
-        _told_to_stop.set()  # jax says so once
+        _told_to_stop.set()  # jax reports it only once
     return _told_to_stop.is_set()
 
 
 def stop_if_told() -> None:
-    """Raises what `stopped` gives if the run is to stop; where nothing has to be saved first."""
+    """Raises `stopped()` if the run is to stop; for places where nothing has to be saved first."""
     if should_stop():
         raise stopped()
 
 
 def stopped() -> BaseException:
-    """What a run that is to stop ends with: KeyboardInterrupt after Ctrl-C, else Stopped."""
+    """The exception with which to end a run: KeyboardInterrupt after Ctrl-C, otherwise Stopped."""
     return KeyboardInterrupt() if interrupt.asked() else Stopped()

@@ -1,7 +1,7 @@
-"""Which logical axis of an array lies on which axis of the mesh: one table for each purpose.
+"""Sharding rules: tables that map the logical axes of arrays to axes of the mesh.
 
-A rule for an axis of size 1 does nothing, so `fsdp_tensor` on one device is `single`. The other
-presets are for saying what is meant, and for being told where the mesh says otherwise.
+A rule for a mesh axis of size 1 has no effect, so `fsdp_tensor` on one device is `single`. The
+other presets state what you intend, and give an error if the mesh does not match.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _SINGLE: Rules = {
     "norm": None,
     "rank": None,  # of LoRA
 }
-# Parameters, gradients and moments are cut over `fsdp`; each layer is gathered when it is its turn.
+# Parameters, gradients and moments are sharded over `fsdp`; each layer is gathered when it runs.
 _FSDP: Rules = {**_SINGLE, "embed": "fsdp"}
 _TENSOR: Rules = {"vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor"}
 
@@ -42,8 +42,8 @@ PRESETS: Mapping[str, Rules] = {
 }
 TRAINING = PRESETS["fsdp_tensor"]
 
-# Generation reads all weights for every token, so gathering them each time is out of the question:
-# a copy of the model lies on the devices of a `tensor` axis, and the others have further slots.
+# Generation reads all weights for every token, so gathering them each time would be too slow: each
+# copy of the model is on the devices of a `tensor` axis, and the other axes have further slots.
 DECODE: Rules = {
     **{axis: None for axis in _SINGLE if axis != "rows"},
     **_TENSOR,
@@ -52,13 +52,13 @@ DECODE: Rules = {
 
 
 def check_preset(name: str, mesh: Mesh) -> None:
-    """Refuses a mesh with an axis on which this preset would put nothing.
+    """Checks that the preset uses every axis of the mesh.
 
     Raises:
-      MeshError: the preset is not known, or the axis would hold copies that compute the same.
+      MeshError: if the preset is unknown, or devices along an axis would all compute the same.
     """
     if name not in PRESETS:
-        raise MeshError(f"compute.preset is {name!r}; there are {', '.join(PRESETS)}")
+        raise MeshError(f"compute.preset is {name!r}; expected one of {', '.join(PRESETS)}")
     used: set[str | None] = {"data"} if name != "single" else set()
     for axes in PRESETS[name].values():
         used.update((axes,) if isinstance(axes, str) or axes is None else ())
@@ -66,43 +66,54 @@ def check_preset(name: str, mesh: Mesh) -> None:
         if size > 1 and axis not in used:
             raise MeshError(
                 f"compute.preset is {name!r}, but the mesh axis {axis!r} has {size} devices, which "
-                f"would all do the same; set compute.{axis}: 1, or another preset"
+                f"would all compute the same; set compute.{axis}: 1, or use another preset"
             )
 
 
 def partition(
     name: str, axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, rules: Rules
 ) -> NamedSharding:
-    """Where an array with these logical axes lies.
+    """The sharding of an array with these logical axes.
+
+    Args:
+      name: the name of the array, for error messages.
+      axes: the logical name of each of its axes; None for an axis that is never sharded.
+      shape: its shape.
+      mesh: the mesh.
+      rules: the table of rules.
 
     Raises:
-      MeshError: an axis that the table does not know, two axes on one mesh axis, or a dimension
-        that the mesh axis does not divide. `name` says which array.
+      MeshError: if an axis has no rule, two axes are mapped to one mesh axis, or a size is not
+        divisible by the mesh axis.
     """
     spec, taken = [], set()
     for axis, size in zip(axes, shape, strict=True):
         if axis is not None and axis not in rules:
-            raise MeshError(f"{name}: no rule for its axis {axis!r}; there are {sorted(rules)}")
+            raise MeshError(
+                f"{name}: there is no rule for its axis {axis!r}, only for {sorted(rules)}"
+            )
         on = rules[axis] if axis is not None else None
         on = (on,) if isinstance(on, str) else on or ()
         if unknown := set(on) - set(mesh.axis_names):
             raise MeshError(
-                f"{name}: its axis {axis!r} is to lie on {unknown.pop()!r}; the mesh has "
+                f"{name}: its axis {axis!r} is mapped to {unknown.pop()!r}; the mesh has only "
                 f"{', '.join(mesh.axis_names)}"
             )
         on = tuple(a for a in on if mesh.shape[a] > 1)
         if clash := taken.intersection(on):
-            raise MeshError(f"{name}: two of its axes {axes} fall on mesh axis {clash.pop()!r}")
+            raise MeshError(f"{name}: two of its axes {axes} are on mesh axis {clash.pop()!r}")
         parts = math.prod(mesh.shape[a] for a in on)
         if size % parts:
-            raise MeshError(f"{name}: axis {axis!r} of size {size} cannot be cut in {parts} ({on})")
+            raise MeshError(
+                f"{name}: axis {axis!r} of size {size} is not divisible by {parts} ({on})"
+            )
         taken.update(on)
         spec.append(on if len(on) > 1 else on[0] if on else None)
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
 def shardings(abstract: Any, mesh: Mesh, rules: Rules) -> Any:
-    """A sharding for every leaf of an abstract parameter tree (`models.decoder.abstract_params`)."""
+    """The sharding of every leaf of an abstract parameter tree, as from `abstract_params`."""
 
     def of_leaf(path, box):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -114,7 +125,7 @@ def shardings(abstract: Any, mesh: Mesh, rules: Rules) -> Any:
 
 
 def row_shardings(batch: Any, mesh: Mesh, rules: Rules = TRAINING) -> Any:
-    """Where every array of a batch lies: cut along its first axis, the rows."""
+    """The sharding of every array of a batch: along its first axis, the rows."""
 
     def of_array(x):
         axes = ("rows",) + (None,) * (x.ndim - 1)
@@ -124,7 +135,7 @@ def row_shardings(batch: Any, mesh: Mesh, rules: Rules = TRAINING) -> Any:
 
 
 def place_rows(batch: Any, mesh: Mesh, rules: Rules = TRAINING) -> Any:
-    """Puts a batch on the devices, cut by rows; each process its own."""
+    """Puts a batch on the devices, sharded by rows; each process puts its own part."""
 
     def put(x, where):
         x = np.asarray(x)

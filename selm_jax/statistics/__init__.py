@@ -1,11 +1,11 @@
-"""Intervals: what numbers over prompts and seeds say about others. One number has one interval.
+"""Confidence intervals for results over prompts and seeds. Every number has one interval.
 
-intervals    a mean over prompts and seeds, or a paired difference of two: `pooled`, `difference`
-crossed      its standard error over seeds and prompts that are both drawn at random
-proportions  a share of prompts, near 0 and 1 too
-multiple     Holm's correction where several differences are tested at once
+intervals    of a mean over prompts and seeds, or of a paired difference: `pooled`, `difference`
+crossed      the standard error if both seeds and prompts are drawn at random
+proportions  of a share of prompts, also near 0 and 1
+multiple     Holm's correction for several tests
 
-All intervals are 95 % intervals, none draws random numbers, and each says what it is about. Rates at
-equal length (`evaluation.equal_length`, AlpacaEval's fit) bring their own standard error, and make
-their intervals of it with `proportions`.
+All intervals are 95 % intervals, none uses random numbers, and each says to which population it
+applies. Win rates at equal length (`evaluation.equal_length`, AlpacaEval's fit) have their own
+standard error, from which `proportions` makes their intervals.
 """

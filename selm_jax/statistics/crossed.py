@@ -1,14 +1,14 @@
-"""What a number per seed and prompt says about other seeds and other prompts.
+"""The standard error of a mean over seeds and prompts that are both drawn at random.
 
-A method is run with several seeds and answers the same held-out prompts each time: a table of one
-value for each (seed, prompt). Its mean varies because other seeds would have trained other models
-and because other prompts would have been asked. Both are drawn at random, and crossed; the standard
-error here is about both (the random two-way analysis of variance; degrees of freedom by
+A method is run with several seeds and answers the same held-out prompts each time, which gives a
+table of one value for each (seed, prompt). Its mean would differ with other seeds, which train
+other models, and with other prompts. Seeds and prompts are crossed random factors; the standard
+error takes both into account (random two-way analysis of variance; degrees of freedom by
 Satterthwaite, Biometrics Bulletin 2, 1946). With one seed, or with one prompt, it is Student's.
 
-With three seeds the interval holds the truth in 93 to 98 of 100 cases, whatever varies most
-(tests/statistics/test_intervals.py); an interval over prompts alone would not. Two seeds are too
-few: 84, where these differ much.
+With three seeds the interval contains the true value in 93 to 98 of 100 cases, whichever factor
+varies more (tests/statistics/test_intervals.py); an interval over prompts alone would not. Two
+seeds are too few: 84 of 100 cases if seeds differ much.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jaxtyping import Float
 
 
 class Mean(NamedTuple):
-    """A mean with its standard error, and the degrees of freedom of that."""
+    """A mean, its standard error, and the degrees of freedom of the standard error."""
 
     mean: float
     stderr: float
@@ -28,20 +28,20 @@ class Mean(NamedTuple):
 
 
 def mean(values: Float[np.ndarray, "seeds prompts"]) -> Mean:
-    """The mean over seeds and prompts.
+    """The mean over seeds and prompts, with its standard error.
 
     With values = m + seed + prompt + rest, independent, the mean's variance is
-    (MS_seed + MS_prompt - MS_rest) / (seeds * prompts). It is never taken to be less than either of
-    the first two alone gives, so that a negative estimate of a component narrows nothing; where seeds
-    and prompts all have one mean, it is the rest's.
+    (MS_seed + MS_prompt - MS_rest) / (seeds * prompts). We never use less than MS_seed or MS_prompt
+    alone would give, so that a negative estimate of a component does not narrow the interval. If
+    all seeds and all prompts have the same mean, we use MS_rest.
 
     Raises:
-      ValueError: no values, values that are not finite, or a single one.
+      ValueError: if there are fewer than two values, or some are not finite.
     """
     if values.ndim != 2 or values.size < 2 or not np.isfinite(values).all():
         raise ValueError(
             f"values have shape {values.shape} and {np.isfinite(values).sum()} of them are finite; "
-            "give a table of at least 2 finite values, by seed and prompt"
+            "expected a table, by seed and prompt, of at least 2 values, all finite"
         )
     variance, freedom = _variance(values)
     return Mean(float(values.mean()), variance**0.5, freedom)
@@ -52,10 +52,10 @@ def difference(
 ) -> Mean:
     """The mean of `values` minus that of `others`, paired by prompt.
 
-    With equally many seeds they are paired too: seed i of one method was trained as seed i of the
-    other. Else the seeds of each are drawn by themselves, and the variances of prompts and of
-    either's seeds add up. The rest of each table is then counted in two of them: the interval is a
-    little too wide, never too narrow.
+    If both have the same number of seeds, these are paired too: seed i of one method belongs to
+    seed i of the other. Otherwise the seeds are independent, and the variances of the prompts and
+    of the seeds of either method are added. Each table's residual variance is then counted twice,
+    so the interval is a little too wide, but never too narrow.
     """
     if len(values) == len(others):
         return mean(values - others)

@@ -1,18 +1,17 @@
-"""Means over prompts and seeds, and paired differences of two, with their 95 % intervals.
+"""95 % confidence intervals of means over prompts and seeds, and of paired differences.
 
-What an interval is about: other prompts of the same kind, drawn at random, each with all its answers;
-with several seeds other seeds of the method as well, at once (`crossed`). With one seed nothing is
-said about others.
+An interval applies to other prompts of the same kind, drawn at random, each with all its answers;
+with several seeds it applies to other seeds of the method at the same time (`crossed`). With one
+seed it says nothing about other seeds.
 
-The interval is mean +- t * stderr, with Student's t (Biometrika 6, 1908): of the same kind for one seed
-as for several, and without random numbers. tests/statistics/test_intervals.py has how often it holds
-the truth. A percentile bootstrap of a mean is narrower and holds it more seldom: it takes no account
-of how few prompts its own spread is estimated from, and drawn from three seeds it finds nothing
-beyond the least and the greatest of them.
+The interval is mean +- t * stderr, with Student's t (Biometrika 6, 1908), for one seed and for
+several, without random numbers. tests/statistics/test_intervals.py measures its coverage. A
+percentile bootstrap of a mean is narrower and has a lower coverage: it ignores how few prompts its
+own spread is estimated from, and with three seeds it cannot leave the range of these three.
 
-A mean that is a share, of values from 0 to 1, has the interval of `proportions` instead, which is no
-point where all are won. Where values may lie anywhere and are all the same there is no interval, for
-nothing tells how far others would lie from them.
+If the mean is a share (the mean of values from 0 to 1), the interval is that of `proportions`,
+which does not shrink to a point if all prompts are won. If values are not shares and are all equal,
+there is no interval, because nothing shows how far other values would differ.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from scipy import stats
 
 from selm_jax.statistics import crossed, proportions
 
-_EQUAL = 1e-12  # of the values: what rounding leaves of a difference between equal ones
+_EQUAL = 1e-12  # relative to the values: differences below this are rounding errors
 
 
 @dataclass(frozen=True)
@@ -33,11 +32,14 @@ class Estimate:
     """A mean, its standard error, and its 95 % interval.
 
     Attributes:
-      stderr: None with a single value.
-      low, high: None with a single value or equal ones, unless the mean is a share.
-      p: the two-sided test that the mean is 0, below 0.05 just where the interval leaves 0 out. Without
-        an interval 1 if every value is 0, else None. A share has none, a difference of shares has.
-      seeds, prompts: what it is the mean over. With one seed it is about other prompts alone.
+      mean: the mean.
+      stderr: its standard error; None for a single value.
+      low, high: the interval; None for a single value or equal values, unless the mean is a share.
+      p: p-value of the two-sided test that the mean is 0; it is below 0.05 if and only if the
+        interval excludes 0. Without an interval it is 1 if every value is 0, otherwise None. It is
+        None for a share, but not for a difference of shares.
+      seeds, prompts: numbers of seeds and prompts in the mean. With one seed the interval applies
+        only to other prompts.
     """
 
     mean: float
@@ -56,12 +58,13 @@ class Estimate:
 
 
 def pooled(values: Float[np.ndarray, "seeds prompts"], *, share: bool = False) -> Estimate | None:
-    """The mean over seeds and prompts, of the prompts that have a finite value with every seed.
+    """The mean over seeds and prompts, using prompts that have a finite value with every seed.
 
-    None if no prompt has.
+    Returns None if there are no such prompts.
 
     Args:
-      share: whether the values are from 0 to 1, and their mean a share.
+      values: one for each seed and prompt; NaN if unknown.
+      share: whether the values are from 0 to 1, so that their mean is a share.
     """
     (values,) = known(values)
     if not values.size:
@@ -76,10 +79,13 @@ def difference(
     *,
     share: bool = False,
 ) -> Estimate | None:
-    """The mean of `values` minus that of `others`, paired by prompt, and by seed where both have as
-    many; of the prompts that have a finite value in all of them. None if no prompt has.
+    """The mean of `values` minus that of `others`, paired by prompt.
+
+    It is paired by seed too if both have the same number of seeds. It uses only prompts with a
+    finite value everywhere, and returns None if there are none.
 
     Args:
+      values, others: one for each seed and prompt; NaN if unknown.
       share: whether both are means of values from 0 to 1; their difference is from -1 to 1.
     """
     values, others = known(values, others)
@@ -88,7 +94,7 @@ def difference(
     seeds, most = sorted((len(values), len(others)))
     found = crossed.difference(values, others) if most * values.shape[1] > 1 else None
     largest = max(np.abs(values).max(), np.abs(others).max())
-    if seeds < most:  # each seed of the one against the mean of the other's
+    if seeds < most:  # compare each seed of one with the mean over the seeds of the other
         values, others = (
             x if len(x) == most else x.mean(0, keepdims=True) for x in (values, others)
         )
@@ -98,11 +104,15 @@ def difference(
 def weighted(
     values: Float[np.ndarray, " clusters"], weights: Float[np.ndarray, " clusters"]
 ) -> Estimate:
-    """The mean over answers that come in clusters: of questions, whose means and numbers are given.
+    """The mean over answers that are clustered by question.
 
-    It is about other questions, each with all its answers. The mean is a ratio of two sums; its
-    standard error is that of the ratio linearised (Cochran, Sampling Techniques, 1977, section 6.4),
-    and with equal weights the plain one.
+    The interval applies to other questions, each with all its answers. The mean is a ratio of two
+    sums; its standard error is that of the linearised ratio (Cochran, Sampling Techniques, 1977,
+    section 6.4), which with equal weights is the ordinary standard error.
+
+    Args:
+      values: the mean of each question's answers.
+      weights: the number of each question's answers.
     """
     mean = np.average(values, weights=weights)
     gaps = (mean + weights / weights.mean() * (values - mean))[None]
@@ -111,7 +121,7 @@ def weighted(
 
 
 def known(*tables: Float[np.ndarray, "_ prompts"]) -> list[Float[np.ndarray, "_ known"]]:
-    """The tables, of seeds by prompts, without the prompts that have no finite value in one of them."""
+    """The tables (seeds by prompts) without prompts for which some value is not finite."""
     there = np.logical_and.reduce([np.isfinite(table).all(axis=0) for table in tables])
     return [table[:, there] for table in tables]
 
@@ -126,10 +136,11 @@ def _estimate(
     """The estimate of the mean of `gaps`.
 
     Args:
-      found: their mean with its standard error; None of a single value.
-      largest: the greatest magnitude of what they are differences of.
-      seeds: how many it is about.
-      least: of a share the least that it can be, 0 or -1; None of other means.
+      gaps: values or differences, by seed and prompt.
+      found: their mean with its standard error; None for a single value.
+      largest: the largest magnitude of the values that were subtracted.
+      seeds: the number of seeds to report.
+      least: the smallest possible value of a share, 0 or -1; None if the mean is not a share.
     """
     mean, prompts = float(gaps.mean()), gaps.shape[1]
     stderr = None if found is None else found.stderr
@@ -149,10 +160,10 @@ def _estimate(
 def _share(
     gaps: Float[np.ndarray, "seeds prompts"], found: crossed.Mean | None, least: int
 ) -> proportions.Share:
-    """Values from `least` to 1 as a share from 0 to 1.
+    """Rescales values from `least` to 1 to a share from 0 to 1.
 
-    Over several seeds the squares are in part what `proportions` adds. That part is known, and so
-    they have more degrees of freedom (Satterthwaite) than those that the seeds leave.
+    With several seeds, a part of the sum of squares is the constant that `proportions` adds. This
+    part is known exactly, so there are more degrees of freedom (Satterthwaite) than the seeds give.
     """
     if len(gaps) == 1 or found is None:
         return proportions.Share.of((gaps.ravel() - least) / (1 - least))

@@ -1,4 +1,4 @@
-"""Several tests at once."""
+"""Holm's correction for several tests at once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from jaxtyping import Float
 
 
 def holm(p: Float[np.ndarray, " tests"]) -> Float[np.ndarray, " tests"]:
-    """Adjusts p-values so that one below 0.05 is a false claim in at most 5 % of such families.
+    """Adjusts p-values so that at most 5 % of such families of tests contain a false claim.
 
     Holm, Scandinavian Journal of Statistics 6, 1979. It needs no assumption about how the tests
     depend on each other. (scipy has only corrections of the false discovery rate, and statsmodels,

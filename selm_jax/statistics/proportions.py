@@ -1,14 +1,15 @@
-"""The 95 % interval of a share of prompts: won, right, cut off. It is no point where all are won.
+"""The 95 % interval of a share of prompts: won, right, cut off. It has a width even at 0 and 1.
 
-It is about other prompts, drawn at random like these; `intervals` makes it one about other seeds too.
-A bootstrap of 20 wins out of 20 draws nothing but wins, and would say that the share is 1 for sure.
-Wilson's interval (JASA 22, 1927) asks instead which true shares make the data likely. Here it is for
-values that need not be 0 or 1: a tie is 1/2, a prompt with several answers has their mean.
+It applies to other prompts, drawn at random like these; `intervals` extends it to other seeds. A
+bootstrap of 20 wins out of 20 draws only wins, and would say that the share is certainly 1.
+Wilson's interval (JASA 22, 1927) contains instead all true shares under which the data is likely.
+Here it is extended to values between 0 and 1: a tie is 1/2, and a prompt with several answers has
+their mean.
 
-Such values vary less than wins and losses with the same mean do. `dispersion` is by how much, and
-the interval is Wilson's for count / dispersion prompts. To the squares that are observed, and to
-those of wins and losses, it adds as many prompts as Wilson's own formula does, half won and half
-lost: values that are all the same then still say something about how far others may lie from them.
+Such values vary less than wins and losses with the same mean. `dispersion` is the ratio of the two
+variances, and the interval is Wilson's for count / dispersion prompts. To the sums of squares of
+both, it adds as many prompts as Wilson's own formula does, half won and half lost, so that the
+interval has a width even if all values are equal.
 """
 
 from __future__ import annotations
@@ -20,16 +21,19 @@ import numpy as np
 from jaxtyping import Float
 from scipy import stats
 
-Z = float(stats.norm.ppf(0.975))  # of 95 %, both sides
+Z = float(stats.norm.ppf(0.975))  # quantile for a two-sided 95 % interval
 ADDED = Z**2 / 4  # the squared deviations of Wilson's Z**2 prompts, each 1/2 from its mean
 
 
 @dataclass(frozen=True)
 class Share:
-    """A mean of values from 0 to 1, one for each of `count` prompts, and how far they vary.
+    """The mean of values from 0 to 1, one for each of `count` prompts, and their dispersion.
 
     Attributes:
-      freedom: degrees of freedom of `dispersion`; infinite where a share alone is observed.
+      mean: the share.
+      count: number of prompts.
+      dispersion: see the function `dispersion`.
+      freedom: degrees of freedom of `dispersion`; infinite if only a share is observed.
     """
 
     mean: float
@@ -41,10 +45,11 @@ class Share:
     def of(
         values: Float[np.ndarray, " prompts"], weights: Float[np.ndarray, " prompts"] | None = None
     ) -> Share:
-        """The share that the values, from 0 to 1, have as their mean.
+        """The share that is the mean of these values from 0 to 1.
 
         Args:
-          weights: of the prompts in the mean, such as how many answers each has.
+          values: one for each prompt.
+          weights: of the prompts in the mean, such as the number of answers of each.
         """
         each = np.ones(len(values)) if weights is None else weights / weights.mean()
         mean = float(np.average(values, weights=each))
@@ -53,12 +58,15 @@ class Share:
         return Share(mean, len(values), dispersion(observed, binary))
 
     def interval(self) -> tuple[float, float]:
-        """The ends of its 95 % interval."""
+        """The lower and upper end of the 95 % interval."""
         quantile = float(stats.t.ppf(0.975, self.freedom))
         return ends(self.mean, self.count, self.dispersion, quantile)
 
     def p(self, value: float) -> float:
-        """The two-sided test that the share is this value; below 0.05 just outside the interval."""
+        """The p-value of the two-sided test that the share is `value`.
+
+        It is below 0.05 if and only if `value` is outside the interval.
+        """
         error = np.sqrt(value * (1 - value) * self.dispersion / self.count)
         return float(2 * stats.t.sf(abs(self.mean - value) / error, self.freedom))
 
@@ -66,30 +74,30 @@ class Share:
 def interval(
     values: Float[np.ndarray, " prompts"], weights: Float[np.ndarray, " prompts"] | None = None
 ) -> tuple[float, float]:
-    """The ends of the interval of the mean of values from 0 to 1 (`Share.of`)."""
+    """The lower and upper end of the interval of a mean of values from 0 to 1 (`Share.of`)."""
     return Share.of(values, weights).interval()
 
 
 def counted(scores: Iterable[float | None]) -> bool:
-    """Whether all scores say right, half right or wrong: 1, 1/2 or 0. Then their mean is a share.
+    """Whether all scores are 1, 1/2 or 0 (right, half right, wrong), so that their mean is a share.
 
-    None and NaN, of what a judge said unreadably, are no scores.
+    None and NaN, for unreadable answers of a judge, are ignored.
     """
     return all(score is None or np.isnan(score) or score in (0, 0.5, 1) for score in scores)
 
 
 def dispersion(observed: float, binary: float) -> float:
-    """How far values vary, of how far wins and losses with the same means would.
+    """The variance of values relative to that of wins and losses with the same mean.
 
     Args:
-      observed: the sum of squared deviations from what is expected.
-      binary: the sum of p (1 - p).
+      observed: the sum of squared deviations from the expected values.
+      binary: the sum of p (1 - p) over the prompts.
     """
     return (observed + ADDED) / (binary + ADDED)
 
 
 def ends(mean: float, count: float, dispersion: float, quantile: float = Z) -> tuple[float, float]:
-    """Wilson's interval around a mean of so many values from 0 to 1 with this dispersion."""
+    """Wilson's interval of the mean of `count` values from 0 to 1 with this dispersion."""
     odds = quantile**2 * dispersion / count
     middle = (mean + odds / 2) / (1 + odds)
     half = np.sqrt(odds * mean * (1 - mean) + odds**2 / 4) / (1 + odds)

@@ -1,4 +1,4 @@
-"""Rows of a table as dataclasses: a field's annotation says the type of its column.
+"""Defines tables by dataclasses: the annotation of a field gives the type of its column.
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -24,7 +24,7 @@ from selm_jax.shell.words import redo
 Text = Annotated[str, pa.string()]
 Int32 = Annotated[int, pa.int32()]
 Bool = Annotated[bool, pa.bool_()]
-# NaN stands for a number that is not known. In the file it is null, also within a list.
+# NaN stands for an unknown number. In the file it is null, also within a list.
 Float32 = Annotated[float, pa.float32()]
 Float64 = Annotated[float, pa.float64()]
 Numbers = Annotated[tuple[float, ...], pa.list_(pa.float64())]
@@ -35,12 +35,12 @@ Row = TypeVar("Row")
 
 
 def schema_of(row: type) -> pa.Schema:
-    """The columns of a dataclass, in the order of its fields, as they stand in files."""
+    """The schema of a dataclass's table: one column per field, in the same order."""
     return pa.schema([(field.name, field.type) for field in _fields(row)])
 
 
 def _fields(row: type) -> list[pa.Field]:
-    """The same, with what may be null: where the dataclass has None or NaN."""
+    """The columns as Arrow fields; they are nullable if the dataclass allows None or NaN."""
     fields = []
     for name, hint in typing.get_type_hints(row, include_extras=True).items():
         either = typing.get_args(hint) if type(None) in typing.get_args(hint) else (hint,)
@@ -52,7 +52,7 @@ def _fields(row: type) -> list[pa.Field]:
 def table_of(
     row: type[Row], rows: Sequence[Row], metadata: Mapping[str, str] | None = None
 ) -> pa.Table:
-    """A table of these rows, and `metadata` beside its columns."""
+    """Makes a table of rows, with optional `metadata` in its schema."""
     schema = schema_of(row)
     if metadata:
         schema = schema.with_metadata(metadata)
@@ -64,35 +64,37 @@ def table_of(
 
 
 def read_rows(path: Path, row: type[Row], token_ids: bool = True) -> list[Row]:
-    """The rows of a file that holds a table of this kind; further columns are passed over.
+    """Reads the rows of a table from a file; additional columns are ignored.
 
     Args:
-      token_ids: whether token ids are wanted. If not, they are (), which is much faster.
+      path: a parquet file.
+      row: the dataclass of the table.
+      token_ids: whether to read token ids. Otherwise they are (), which is much faster.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ArtifactError: it is damaged, or it is another table.
+      FileNotFoundError: if there is no such file.
+      ArtifactError: if the file is damaged or contains a different table.
     """
     table, schema = artifacts.read_table(path), schema_of(row)
     if missing := [name for name in schema.names if name not in table.column_names]:
         found = ", ".join(table.column_names)
-        raise _another(f"{path} has no column {', '.join(missing)}; found {found}", path)
+        raise _another(f"{path} has no column {', '.join(missing)}; it has {found}", path)
     try:
         table = table.select(schema.names).cast(schema)
     except pa.ArrowException as error:
-        raise _another(f"{path} has a column of another type ({error})", path) from error
+        raise _another(f"{path} has a column of the wrong type ({error})", path) from error
     columns = []
     for field, column in zip(_fields(row), table.columns, strict=True):
         if column.null_count and not field.nullable:
             at = pc.index(pc.is_null(column), True).as_py()
-            raise _another(f"{path}, row {at}: {field.name} is empty, expected a value", path)
+            raise _another(f"{path}, row {at}: {field.name} is empty; expected a value", path)
         skipped = field.type == _TOKEN_IDS and not token_ids
         columns.append([()] * len(table) if skipped else _values(field.type, column.to_pylist()))
     return [row(*values) for values in zip(*columns, strict=True)]
 
 
 def _values(column: pa.DataType, values: list[Any]) -> list[Any]:
-    """Values of a column as rows have them."""
+    """Converts the values of a column from Arrow to those in rows (tuples, NaN)."""
     if pa.types.is_list(column):
         return [None if x is None else tuple(_values(column.value_type, x)) for x in values]
     if pa.types.is_floating(column):
@@ -102,6 +104,6 @@ def _values(column: pa.DataType, values: list[Any]) -> list[Any]:
 
 def _another(what: str, path: Path) -> artifacts.ArtifactError:
     return artifacts.ArtifactError(
-        f"{what}. Put the table back from a copy, or run the stage that wrote it again: "
+        f"{what}. Restore the table from a copy, or run the stage that wrote it again: "
         f"{redo(path.parent, 'STAGE')}"
     )

@@ -1,4 +1,7 @@
-"""What an iteration is trained on, with the reference's log-probabilities (examples.parquet)."""
+"""The training examples of an iteration, with the reference's log-probabilities.
+
+File: examples.parquet.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ _OfResponses = Annotated[tuple[float, ...], pa.list_(pa.float32())]
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """An `Example`, each role in a column: the place of its response, None if nobody plays it."""
+    """An `Example`; the column of each role has the index of its response, None without one."""
 
     prompt_id: Text
     prompt: Ids
@@ -35,8 +38,8 @@ class Row:
 
 SCHEMA = schema_of(Row)
 _REFERENCE = "digest of the reference"
-# What files of before had in its place, called "reference": the digest of the policy that the
-# iteration starts from, which is another model under `reference_policy: start`.
+# Earlier versions stored another digest, called "reference": that of the policy from which the
+# iteration starts. With `reference_policy: start` this is a different model.
 _START = "reference"
 
 
@@ -52,9 +55,12 @@ def read(path: Path) -> list[Example]:
 
 
 def write(path: Path, examples: Sequence[Example], reference: str = "") -> None:
-    """
+    """Writes the examples.
+
     Args:
-      reference: the digest of the model that the log-probabilities are of; see `reference_of`.
+      path: the file.
+      examples: the examples.
+      reference: the digest of the model that gave the log-probabilities; see `reference_of`.
     """
     rows = [
         Row(
@@ -68,12 +74,15 @@ def write(path: Path, examples: Sequence[Example], reference: str = "") -> None:
 
 
 def reference_of(path: Path) -> str:
-    """The digest of the model whose log-probabilities stand in a file of examples; "" if unknown."""
+    """The digest of the model that gave a file's log-probabilities; "" if unknown."""
     return _told(path, _REFERENCE)
 
 
 def start_of(path: Path) -> str:
-    """The digest of the policy that the iteration started from; "" but in files of before."""
+    """The digest of the policy from which the iteration started, in files of earlier versions.
+
+    In files of this version it is "".
+    """
     return _told(path, _START)
 
 

@@ -1,4 +1,4 @@
-"""Held-out answers of a policy, with all that is known of them (heldout.parquet)."""
+"""A policy's held-out answers, with scores and log-probabilities (heldout.parquet)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from selm_jax.tables.columns import (
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One answer."""
+    """One held-out answer."""
 
     prompt_id: Text
     prompt: Text
@@ -30,10 +30,10 @@ class Row:
     text: Text
     token_ids: Ids
     finish: Text  # "stop" or "length"
-    # Of the ranker, see `stages.evaluate`; NaN if it is people, or a judge that said nothing readable
-    # of this answer.
+    # The ranker's score, see `stages.evaluate`. NaN if people rank, or if a judge's answer about it
+    # could not be read.
     score: Float64
-    # Of the answer under the policy that gave it; NaN if it and its prompt are too long for a row.
+    # Under the policy that wrote the answer; NaN if prompt and answer are too long for a row.
     logp: Float32
     logp_start: Float32  # and under the start model
 
@@ -42,7 +42,7 @@ SCHEMA = schema_of(Row)
 
 
 def read(path: Path, token_ids: bool = True) -> list[Row]:
-    """The answers; without `token_ids` theirs are ()."""
+    """Reads the answers; without `token_ids`, every `Row.token_ids` is ()."""
     return read_rows(path, Row, token_ids)
 
 

@@ -12,7 +12,7 @@ from selm_jax.tables.columns import Float32, Text, read_rows, schema_of, table_o
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One answer of a pair."""
+    """One answer of a held-out pair."""
 
     prompt_id: Text
     role: Text  # "chosen" or "rejected"

@@ -12,7 +12,7 @@ from selm_jax.tables.columns import Float32, Text, read_rows, schema_of, table_o
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One pair."""
+    """One held-out pair with its rewards."""
 
     prompt_id: Text
     prompt: Text

@@ -12,7 +12,7 @@ from selm_jax.tables.columns import Ids, Int32, Text, read_rows, schema_of, tabl
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One answer."""
+    """One answer of the policy."""
 
     prompt_id: Text
     sample: Int32  # 0 is the greedy one
@@ -26,7 +26,7 @@ SCHEMA = schema_of(Row)
 
 
 def read(path: Path) -> list[Row]:
-    """The answers of one part."""
+    """Reads the answers of one part."""
     return read_rows(path, Row)
 
 
@@ -36,5 +36,5 @@ def write(path: Path, rows: Sequence[Row]) -> None:
 
 
 def files(folder: Path) -> list[Path]:
-    """The parts of a folder of answers, in order."""
+    """The files of a folder of answers, in order."""
     return sorted(folder.glob("part-*.parquet"))

@@ -1,4 +1,4 @@
-"""What a ranker has said of an iteration's candidates, part by part (scores/part-*.parquet)."""
+"""The ranker's scores of an iteration's candidates, in parts (scores/part-*.parquet)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ABOUT = "selm"
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """The scores of a prompt's candidates, in their order; NaN where a judge was not readable."""
+    """The scores of a prompt's candidates, in order; NaN if a judge's answer was not readable."""
 
     prompt_id: Text
     scores: Numbers
@@ -30,7 +30,7 @@ def read(path: Path) -> list[Row]:
 
 
 def about(path: Path) -> str:
-    """What was written with the scores; "" if nothing was."""
+    """The text `about` that was written with the scores; "" if there is none."""
     return (pq.read_schema(path).metadata or {}).get(_ABOUT.encode(), b"").decode()
 
 
@@ -38,6 +38,8 @@ def write(path: Path, rows: Sequence[Row], about: str) -> None:
     """Writes one part, and its SHA-256 beside it.
 
     Args:
-      about: what the scores are of, for who finds them; see `about`.
+      path: the file.
+      rows: the scores.
+      about: identifies what was scored; read it with the function `about`.
     """
     parts.write(path, table_of(Row, rows, {_ABOUT: about}))

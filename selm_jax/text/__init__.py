@@ -1,1 +1,1 @@
-"""Text at the edges: datasets of prompts in (`prompts`), chat templates to token ids (`chat`)."""
+"""Text: reads datasets of prompts (`prompts`) and turns conversations into token ids (`chat`)."""

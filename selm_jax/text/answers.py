@@ -1,4 +1,4 @@
-"""The answers that the data set has: as responses, and what is wrong with them said early."""
+"""The dataset's own answers: turns them into token ids, and finds unusable ones early."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from selm_jax.text.chat import Chat, ChatError, UnusableAnswer
 from selm_jax.text.layout import paper_ids
 from selm_jax.text.prompts import Prompt
 
-_MEND = "Mend the row, or set data.on_bad_row to 'drop' to leave out and count such prompts"
+_MEND = "Fix the row, or set data.on_bad_row to 'drop' to leave out and count such prompts"
 
 
 def answers(prompt: Prompt) -> dict[str, str]:
-    """`chosen` and `rejected`, as far as the data has them."""
+    """The texts of `chosen` and `rejected`, if the data has them."""
     both = {"chosen": prompt.chosen, "rejected": prompt.rejected}
     return {source: text for source, text in both.items() if text is not None}
 
 
 def answer_ids(chat: Chat, prompt: Prompt, source: str) -> tuple[int, ...]:
-    """Ids of the answer called `chosen` or `rejected`, in the default layout.
+    """The ids of the answer called `chosen` or `rejected`, in the default layout.
 
     Raises:
-      UnusableAnswer: it cannot follow the prompt; the message names both.
+      UnusableAnswer: if it cannot follow the prompt; the message names both.
     """
     try:
         return chat.response_ids(prompt.messages, answers(prompt)[source])
@@ -30,28 +30,34 @@ def answer_ids(chat: Chat, prompt: Prompt, source: str) -> tuple[int, ...]:
 
 
 def check_spelled(chat: Chat, prompt: Prompt, source: str) -> None:
-    """Raises UnusableAnswer, as `answer_ids`, if the answer spells out an end token.
+    """Raises UnusableAnswer if the answer spells out an end token.
 
-    All that a whole conversation asks of an answer: nothing follows the prompt as it stood.
+    This is the only check of an answer in a whole conversation, as a reward model reads it.
     """
     if spelled := chat.spelled_ends(answers(prompt)[source]):
         raise UnusableAnswer(
-            f"prompt {prompt.id}, {source}: the answer spells out {', '.join(spelled)}, which ends "
-            f"one.\n{_MEND}"
+            f"prompt {prompt.id}, {source}: the answer spells out the end token "
+            f"{', '.join(spelled)}.\n{_MEND}"
         )
 
 
 def check_answers(
     chat: Chat, prompts: Iterable[Prompt], *, layout: str, on_bad_row: str, whole: bool = False
 ) -> None:
-    """Finds what would stop a later stage, hours from now, as far as it is quick to see.
+    """Quickly finds problems that would stop a later stage, hours from now.
 
-    The layout is tried with one prompt of each sequence of roles: a template that does not serve
-    mostly fails for all prompts of such a sequence. And, unless bad rows are dropped, every answer
-    is searched for end tokens. `whole`: prompt and answer are read as one, by a reward model.
+    The layout is tried with one prompt of each sequence of roles, because an unsuitable template
+    usually fails for all prompts with that sequence. Unless bad rows are dropped, every answer is
+    searched for end tokens.
+
+    Args:
+      chat: the chat template and tokenizer.
+      prompts: the prompts to check.
+      layout, on_bad_row: the settings `text.layout` and `data.on_bad_row`.
+      whole: whether a reward model reads prompt and answer as one conversation.
 
     Raises:
-      ChatError: the template does not serve, or an answer spells out an end token. The message
+      ChatError: if the template is unsuitable, or an answer spells out an end token. The message
         names the prompt.
     """
     tried: set[tuple[str, ...]] = set()
@@ -75,9 +81,9 @@ def check_answers(
 
 
 def longest_answered(chat: Chat, prompts: Iterable[Prompt], whole: bool = False) -> int:
-    """Tokens of the longest prompt with one of its data set's answers; 0 if there are none.
+    """The tokens of the longest prompt with one of the data's answers; 0 if there are none.
 
-    Answers that cannot be used are not counted: they are dropped, or stop the run elsewhere.
+    Unusable answers are not counted: they are dropped, or stop the run elsewhere.
     """
     longest = 0
     for prompt in prompts:

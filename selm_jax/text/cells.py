@@ -1,5 +1,4 @@
-"""What one cell of a row holds: conversations and numbers that were kept as text, and values that a
-row may carry along."""
+"""Reads the cells of a row: conversations and numbers stored as text, and the other columns."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ from typing import Any
 from selm_jax.shell import jsonl
 from selm_jax.text.tables import BadRow
 
-_DEEPEST = 64  # lists and objects inside each other, in a row
+_DEEPEST = 64  # the deepest nesting of lists and objects in a row
 _STRING = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
 _PIECES = re.compile(rf"""{_STRING}|['"]|\}}\s+(?=\{{)""", re.DOTALL)
 _STRINGS = re.compile(_STRING, re.DOTALL)
@@ -26,13 +25,13 @@ _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII)
 
 
 def unwrapped(value: Any, column: str) -> Any:
-    """The list of messages that a cell holds as text; any other value as it is.
+    """Reads a list of messages that a cell contains as text; returns any other value unchanged.
 
-    pandas writes a list of messages into CSV as Python text, other tools as JSON. Taken for a plain
-    text, all of it would be trained on, braces too.
+    pandas writes a list of messages into CSV as Python text, other tools as JSON. Taken as plain
+    text, all of it would be used in training, including the braces.
 
     Raises:
-      BadRow: the text begins as a list of messages and cannot be read as one.
+      BadRow: if the text begins like a list of messages but cannot be read as one.
     """
     if not isinstance(value, str) or not value.lstrip().startswith(("[", "{", "array(")):
         return value
@@ -42,16 +41,16 @@ def unwrapped(value: Any, column: str) -> Any:
         return found
     if found is None and _BEGINS_AS_MESSAGES.match(value):
         detail = (
-            f"{shortened(value)} begins as a list of messages that was kept as text, but is neither "
-            "whole JSON nor a whole Python list. Keep conversations in .jsonl or .parquet; a text "
-            'that is meant so stands as [{"role": "user", "content": ...}] there.'
+            f"{shortened(value)} begins like a list of messages stored as text, but is neither "
+            "valid JSON nor a valid Python list. Store conversations in .jsonl or .parquet. If it "
+            'is a plain text, store it there as [{"role": "user", "content": ...}].'
         )
         raise BadRow("bad message", column, detail)
     return value
 
 
 def structure(text: str) -> list[Any] | dict[str, Any] | None:
-    """The list or object that a text is in JSON or in Python; None if it is neither. Nothing runs."""
+    """Reads a list or object from JSON or a Python literal (no code is run); None if neither."""
     for read in (jsonl.value, _python):
         try:
             found = read(text)
@@ -62,7 +61,7 @@ def structure(text: str) -> list[Any] | dict[str, Any] | None:
 
 
 def as_number(value: Any) -> float | None:
-    """The finite number that a cell holds, as such or as text; None if it holds none."""
+    """The finite number in a cell, stored as a number or as text; None if there is none."""
     if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
         value = float(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -74,12 +73,12 @@ def as_number(value: Any) -> float | None:
 
 
 def carried(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns that go along with a prompt, as values that JSON has.
+    """The other columns of a prompt's row, as values that JSON can represent.
 
     A date becomes ISO text, a decimal number a float. Columns of bytes and the like are left out.
 
     Raises:
-      BadRow: see `check`.
+      BadRow: as for `check`.
     """
     kept = {}
     for column, value in values.items():
@@ -92,11 +91,11 @@ def carried(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check(value: Any, column: str, depth: int = 0) -> None:
-    """Looks through texts, lists and objects.
+    """Checks a value and, recursively, the lists and objects in it.
 
     Raises:
-      BadRow: a text holds half a surrogate pair, which nothing can write as UTF-8, or the lists and
-        objects are nested too deeply.
+      BadRow: if a text contains half of a surrogate pair, which cannot be written as UTF-8, or if
+        lists and objects are nested too deeply.
     """
     if isinstance(value, str):
         if not value.isascii():
@@ -110,7 +109,7 @@ def check(value: Any, column: str, depth: int = 0) -> None:
 
 
 def shortened(value: object) -> str:
-    """The value as Python prints it, cut where it is long."""
+    """The value's `repr`, cut to 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -120,14 +119,14 @@ def _check_text(text: str, column: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         detail = (
-            f"{text[error.start]!a} at character {error.start + 1} is half of a pair that "
-            "stands for one character; alone it is none, and UTF-8 cannot hold it."
+            f"{text[error.start]!a} at character {error.start + 1} is half of a surrogate pair; "
+            "alone it is not a character and cannot be written as UTF-8."
         )
         raise BadRow("lone surrogate", column, detail) from error
 
 
 def _is_message(value: Any) -> bool:
-    """Whether it is a turn in the usual keys, or in ShareGPT's (which are refused, as such)."""
+    """Whether a value is a message with the usual keys, or with ShareGPT's (refused later)."""
     if not isinstance(value, dict):
         return False
     sharegpt = {"from", "value"} <= value.keys() and value["from"] in ("human", "gpt", "system")
@@ -135,15 +134,15 @@ def _is_message(value: Any) -> bool:
 
 
 def _python(text: str) -> Any:
-    """A Python literal. Raises ValueError or SyntaxError if it is none.
+    """Reads a Python literal; raises ValueError or SyntaxError if the text is not one.
 
-    What is inside the texts is set aside first, so that the parser gets nothing that is deep.
-    numpy writes an array of objects without commas, and pandas an array into a cell: they are added.
+    Deep nesting is refused before the parser sees it; brackets inside strings do not count. numpy,
+    and so pandas, writes an array of objects without commas; they are added here.
     """
 
     def piece(found: re.Match[str]) -> str:
         if len(found[0]) == 1:
-            raise ValueError("a text that does not end")
+            raise ValueError("a string that does not end")
         return found[0] if found[0][0] in "'\"" else "},"
 
     whole = _PIECES.sub(piece, text)
@@ -156,7 +155,7 @@ def _python(text: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Raises TypeError for a kind that JSON does not have."""
+    """The value as JSON types; raises TypeError for a type that JSON does not have."""
     if value is None or isinstance(value, str | int | float):
         return value
     if isinstance(value, decimal.Decimal):

@@ -1,10 +1,10 @@
-"""Conversations to token ids, the boundary between prompt and response checked.
+"""Turns conversations into token ids, and checks the boundary between prompt and response.
 
 The layout: the prompt is the rendered conversation with the header of the answer; a response is the
-answer and exactly one end token. The BOS token stands once, in front of the prompt, if the model
-has one: where the template does not write it, it is put there as the tokenizer itself would. (A
-template that opens every user turn with BOS, as Llama 2's does, keeps those.) Generated responses
-never come this way: they are trained on as the ids that were drawn.
+answer and exactly one end token. If the model has a BOS token, it is at the beginning of the prompt
+once: if the template does not write it, it is added, as the tokenizer itself would. (A template
+that opens every user turn with BOS, like Llama 2's, keeps those.) Generated responses do not pass
+through this module: training uses the ids that were sampled.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from selm_jax.text.vocabulary import checked_vocabulary, stop_ids
 
 
 class UnusableAnswer(ChatError):
-    """An answer that cannot follow its prompt; other answers may."""
+    """An answer cannot follow its prompt; other answers may."""
 
 
 class Turn(Protocol):
@@ -42,18 +42,18 @@ class Chat:
 
     Args:
       folder: a Hugging Face folder.
-      settings: `template` and `date` are what the template reads besides the messages;
-        `special_tokens` says what control tokens are that a message spells out.
-      vocabulary: rows of the model's embedding; None: nobody asks.
+      settings: `template` and `date` are passed to the template in addition to the messages;
+        `special_tokens` says how to treat control tokens that a message spells out.
+      vocabulary: rows of the model's embedding; None skips the checks that need it.
 
     Attributes:
       stop_ids: tokens that end a response, from the generation config and the tokenizer.
       spelled: finds control tokens in texts.
 
     Raises:
-      ChatError: a folder without tokenizer, without chat template or without an end token, a file
-        that cannot be read, more ordinary tokens than the embedding has rows, or a variable that
-        the template does not read.
+      ChatError: if the folder has no tokenizer, chat template or end token, a file cannot be read,
+        the tokenizer has more ordinary tokens than the embedding has rows, or the template does
+        not read a variable of `settings.template`.
     """
 
     def __init__(self, folder: Path, settings: Text = Text(), vocabulary: int | None = None):  # noqa: B008 (it is frozen)
@@ -72,22 +72,22 @@ class Chat:
         self.spelled = Spelled(control_tokens(self.tokenizer, self.stop_ids))
         as_text = settings.special_tokens == "as_text"
         self._literal = Literal(self.tokenizer, self.spelled) if as_text else None
-        own = self.tokenizer.encode("")  # what the tokenizer puts around any text
+        own = self.tokenizer.encode("")  # the special tokens that the tokenizer adds to any text
         self._bos: int | None = own[0] if own[:1] == [self.tokenizer.bos_token_id] else None
         self._opened = lru_cache(32)(self._open)  # the answers to a prompt come one after another
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of what the folder says: tokenizer, special tokens, template and ends."""
+        """The SHA-256 of the tokenizer, special tokens, template and stop tokens."""
         said = [self.tokenizer.digest(), self._template.source, self.stop_ids]
         return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
     def prompt_ids(self, messages: Sequence[Turn]) -> tuple[int, ...]:
-        """The conversation and the header of the answer that is to follow.
+        """The ids of the conversation and of the header of the answer that is to follow.
 
         Raises:
-          ChatError: the template refuses the conversation, leaves its system message out, or
-            writes BOS twice.
+          ChatError: if the template refuses the conversation, omits its system message, or writes
+            BOS twice.
         """
         _, ids = self._opened(tuple((m.role, m.content) for m in messages))
         if not ids:
@@ -95,19 +95,19 @@ class Chat:
         return ids
 
     def response_ids(self, messages: Sequence[Turn], text: str) -> tuple[int, ...]:
-        """The answer's ids, ended by the template's end token, as they follow `prompt_ids`.
+        """The answer's ids as they follow `prompt_ids`, up to the template's end token.
 
         Raises:
-          UnusableAnswer: the answer is empty or spells out an end token; or the template does not
-            render the prompt as a prefix of the conversation (both renderings are shown), puts
+          UnusableAnswer: if the answer is empty or spells out an end token, or if the template does
+            not render the prompt as a prefix of the conversation (the message shows both), puts
             more in front of the answer, or does not end it with a stop token.
-          ChatError: the template refuses the conversation.
+          ChatError: if the template refuses the conversation.
         """
         if not text.strip():
             raise UnusableAnswer("the answer is empty: there is nothing to score")
         if spelled := self.spelled_ends(text):
             raise UnusableAnswer(
-                f"the answer spells out {', '.join(spelled)}, which ends one: {text!r}"
+                f"the answer spells out the end token {', '.join(spelled)}: {text!r}"
             )
         answered = [*messages, Message("assistant", text)]
         prompt, before = self._opened(tuple((m.role, m.content) for m in messages))
@@ -128,7 +128,8 @@ class Chat:
         if ids[: len(before)] == before:
             ids = ids[len(before) :]
         else:
-            # A token spans the boundary. After this prompt it can never be drawn: tokenize apart.
+            # A token spans the boundary, so the policy could never sample it after this prompt:
+            # tokenize prompt and answer separately.
             ids = self._within(answer)
         end = next((i for i, token in enumerate(ids) if token in self.stop_ids), None)
         if end is None:
@@ -136,21 +137,21 @@ class Chat:
         return ids[: end + 1]
 
     def conversation_ids(self, messages: Sequence[Turn], text: str) -> tuple[int, ...]:
-        """The conversation with an answer, as a reward model reads it: all that the template writes.
+        """The ids of the whole conversation with an answer, as a reward model reads it.
 
-        What stands behind the answer's end token belongs to it (most often a line break). The text
-        is taken as it is: an empty answer is one too.
+        Everything that the template writes is included, also what follows the answer's end token
+        (most often a line break). The answer is not checked and may be empty.
 
         Raises:
           ChatError: as for `prompt_ids`.
         """
         answered = [*messages, Message("assistant", text)]
         rendered = self._marked(answered, answer_follows=False)
-        self._check_system(answered, rendered, answer_follows=False)  # some forget it only now
+        self._check_system(answered, rendered, answer_follows=False)  # some omit it only here
         return self._ids(answered, rendered)
 
     def spelled_ends(self, text: str) -> list[str]:
-        """The end tokens that a text spells out, if what it spells is a token."""
+        """The end tokens that a text spells out; none if `special_tokens` is `as_text`."""
         if self._literal is not None:
             return []
         if not any(end in text for end in self._stop_texts):  # the usual case, and much faster
@@ -158,27 +159,29 @@ class Chat:
         return self._names(i for i in self.tokens(text) if i in self.stop_ids)
 
     def text(self, ids: Sequence[int]) -> str:
-        """What people and rankers read: special tokens left out, white space around it stripped."""
+        """The text that people and rankers read: without special tokens, white space stripped."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
 
     def render(self, messages: Sequence[Turn], answer_follows: bool) -> str:
-        """The conversation as the template writes it, with the header of an answer or without.
+        """Renders the conversation with the template, with or without the header of an answer.
 
         Raises:
-          ChatError: the template refuses the conversation or leaves its system message out.
+          ChatError: if the template refuses the conversation or omits its system message.
         """
         return self._plain(self._marked(messages, answer_follows))
 
     def rendered_ids(self, messages: Sequence[Turn], *more: Sequence[Turn]) -> tuple[int, ...]:
-        """Ids of what the template writes of conversations without headers, one behind the other:
-        BOS stands in front only if the template writes it."""
+        """The ids of conversations rendered without headers, one after another.
+
+        BOS is not added: it is there only if the template writes it.
+        """
         return self._tokens("".join(self._marked(each, False) for each in (messages, *more)))
 
     def continued(self, messages: Sequence[Turn]) -> str:
-        """The conversation with its last message left open, for a model to go on with.
+        """Renders the conversation with its last message left open, for a model to continue.
 
         Raises:
-          ChatError: the template refuses it, or does not keep the last message.
+          ChatError: if the template refuses the conversation or changes the last message.
         """
         *before, last = messages
         opened = [*before, Message(last.role, last.content + _HERE)]
@@ -189,55 +192,55 @@ class Chat:
         text, here, _ = rendered.rpartition(_HERE.rstrip())
         if not here or last.content.strip() not in text:
             raise ChatError(
-                f"the chat template of {self.folder} changes the last message, so that no model can "
-                f"go on with it: {rendered!r}"
+                f"the chat template of {self.folder} changes the last message, so that a model "
+                f"cannot continue it: {rendered!r}"
             )
-        trimmed = not rendered[len(text) :].startswith(_HERE)  # as transformers leaves it then
+        trimmed = not rendered[len(text) :].startswith(_HERE)  # transformers then strips it too
         return self._plain(text.rstrip() if trimmed else text)
 
     def tokens(self, text: str) -> tuple[int, ...]:
-        """Ids of a text and nothing around it."""
+        """The ids of a text, without any special tokens around it."""
         return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
     def check_made_up(self) -> None:
-        """Tries the template with a made-up question and answer.
+        """Checks the template with a made-up question and answer.
 
-        The header that a prompt ends with must be what an answer follows, and a stop token must end
-        an answer: else the policy goes on with turns that it makes up itself.
+        A prompt must end with the header that an answer follows, and an answer must end with a stop
+        token; otherwise the policy would continue with turns that it makes up itself.
 
         Raises:
-          ChatError: it is not so.
+          ChatError: if this is not the case.
         """
         question, answer = [Message("user", "Is it?")], "Yes."
         prompt = self._marked(question, answer_follows=True)
         full = self._marked([*question, Message("assistant", answer)], answer_follows=False)
         before, found, behind = full.rpartition(answer)
         if not found:
-            raise ChatError(f"the chat template of {self.folder} leaves an answer out: {full!r}")
+            raise ChatError(f"the chat template of {self.folder} omits the answer: {full!r}")
         opens = prompt != self._marked(question, answer_follows=False)  # there is a header
         if not opens and (not full.startswith(prompt) or before[len(prompt) :].strip()):
             raise ChatError(
                 f"the chat template of {self.folder} does not begin an answer: it writes "
-                f"{before[len(prompt) :]!r} in front of one, but not where one is asked for "
+                f"{before[len(prompt) :]!r} before an answer, but not when asked to begin one "
                 f"(add_generation_prompt).\nprompt:       {prompt!r}\nconversation: {full!r}\n"
-                "Add the header to the template, behind `{% if add_generation_prompt %}`"
+                "Add this header to the template, after `{% if add_generation_prompt %}`"
             )
         if not set(self._within(answer + behind)) & set(self.stop_ids):
             raise ChatError(self._endless(full))
 
     def _open(self, said: tuple[tuple[str, str], ...]) -> tuple[str, tuple[int, ...]]:
-        """(Role, content), ... with the header of an answer, as the template writes it, and its ids."""
+        """Renders messages, given as (role, content), with the header of an answer: (text, ids)."""
         messages = [Message(*each) for each in said]
         prompt = self._marked(messages, answer_follows=True)
         return prompt, self._ids(messages, prompt)
 
     def _rendered(self, messages: Sequence[Turn], answer_follows: bool) -> str:
-        """What the template writes, with stand-ins for what messages spell."""
+        """The template's output, with stand-ins for control tokens that messages spell out."""
         said = [{"role": m.role, "content": self._mark(m.content)} for m in messages]
         return self._template.render(said, answer_follows)
 
     def _marked(self, messages: Sequence[Turn], answer_follows: bool) -> str:
-        """The same; raises ChatError if the template refuses or leaves a system message out."""
+        """Like `_rendered`; raises ChatError if the template refuses or omits a system message."""
         try:
             rendered = self._rendered(messages, answer_follows)
         except Refused as e:
@@ -253,20 +256,20 @@ class Chat:
         return marked if self._literal is None else self._literal.plain(marked)
 
     def _check_system(self, messages: Sequence[Turn], rendered: str, answer_follows: bool) -> None:
-        """Raises ChatError if the rendered conversation has a system message no more."""
+        """Raises ChatError if the rendered conversation lacks a system message."""
         for i, message in enumerate(messages):
             if message.role == "system" and (content := message.content.strip()):
                 rest = [*messages[:i], *messages[i + 1 :]]
                 there = self._mark(content) in rendered
                 if not there and rendered == self._try(rest, answer_follows):
                     raise ChatError(
-                        f"the chat template of {self.folder} leaves out the system message "
-                        f"{content!r}. Put what it says into the user's turn (data.system puts a "
-                        "system message before every prompt, and data.system_column the row's own)"
+                        f"the chat template of {self.folder} omits the system message {content!r}. "
+                        "Put its text into the user's turn instead (data.system adds a system "
+                        "message to every prompt, data.system_column the one of the row)"
                     )
 
     def _try(self, messages: Sequence[Turn], answer_follows: bool) -> str | None:
-        """The conversation as the template writes it; None if it refuses."""
+        """The rendered conversation; None if the template refuses it."""
         try:
             return self._rendered(messages, answer_follows)
         except Refused:
@@ -279,11 +282,11 @@ class Chat:
         others = [m for m in messages if m.role != "system"]
         if len(others) < len(messages) and self._try(others, answer_follows):
             return said + (
-                "It takes the conversation without the system message: leave data.system out (and "
-                "set data.system_column to null, where a column holds such messages), "
-                "or put what it says into the user's turn"
+                "It accepts the conversation without the system message: remove data.system (and "
+                "set data.system_column to null if a column has system messages), "
+                "or put its text into the user's turn"
             )
-        return said + "Bring the turns into an order that it takes (mostly user, assistant, user)"
+        return said + "Use an order of turns that it accepts (mostly user, assistant, user)"
 
     def _endless(self, full: str) -> str:
         return (
@@ -294,33 +297,33 @@ class Chat:
         )
 
     def _ids(self, messages: Sequence[Turn], rendered: str) -> tuple[int, ...]:
-        """Ids of a rendered conversation, with BOS in front once if the model has it."""
+        """The ids of a rendered conversation, beginning with one BOS if the model has it."""
         ids, bos = self._tokens(rendered), self.tokenizer.bos_token_id
         if bos is not None and ids[:2] == (bos, bos):
             raise ChatError(
                 f"the chat template of {self.folder} writes {self.tokenizer.bos_token} twice: "
-                f"{rendered!r}. Take one of them out of the template (or out of the message)"
+                f"{rendered!r}. Remove one of them from the template (or from the message)"
             )
         if self._bos is None or ids[:1] == (bos,):
             return ids
-        # The template may write BOS behind other text; what messages spell is theirs.
+        # The template may write BOS after other text; a BOS that a message spells does not count.
         text = self.tokenizer.bos_token or ""
         spelled = sum(self._mark(m.content).count(text) for m in messages)
         return ids if rendered.count(text) > spelled else (self._bos, *ids)
 
     def _tokens(self, marked: str) -> tuple[int, ...]:
-        """Ids of what the template wrote, all of which the model's embedding has."""
+        """The ids of a rendered text; raises ChatError if the model's embedding lacks one."""
         ids = self.tokens(marked) if self._literal is None else tuple(self._literal.encode(marked))
         if self._vocabulary is not None and max(ids, default=0) >= self._vocabulary:
             raise ChatError(
-                f"the text {self._plain(marked)!r} has the token {self._names([max(ids)])[0]!r}, "
-                f"whose id is {max(ids)}; the model's embedding has {self._vocabulary} rows. Take "
-                "the token out of the text, or a model whose embedding has it"
+                f"the text {self._plain(marked)!r} has the token {self._names([max(ids)])[0]!r} "
+                f"with id {max(ids)}, but the model's embedding has only {self._vocabulary} rows. "
+                "Remove the token from the text, or use a model whose embedding has it"
             )
         return ids
 
     def _within(self, marked: str) -> tuple[int, ...]:
-        """Ids of a text that goes on from another: without the space that opens a text alone."""
+        """The ids of a text that continues another, without the space added to a text alone."""
         anchor = self.tokenizer.eos_token or self._names(self.stop_ids)[0]
         return self._tokens(anchor + marked)[1:]
 
@@ -328,28 +331,27 @@ class Chat:
         return self.tokenizer.convert_ids_to_tokens(list(ids))
 
 
-_HERE = (
-    "\ue000here "  # behind a message that is left open; the space tells whether texts are trimmed
-)
+# Marks the end of a message that is left open; the space shows whether the template trims texts.
+_HERE = "\ue000here "
 _THINKING = (
-    "Where the prompt ends there must begin an answer as the data has it. A thinking model's "
-    "template mostly does so with `text.template: {enable_thinking: false}`"
+    "The answer must begin directly after the prompt. For a thinking model, setting "
+    "`text.template: {enable_thinking: false}` usually achieves this"
 )
 
 
 class Message:
-    """A turn that this module makes."""
+    """A message that this module creates."""
 
     def __init__(self, role: str, content: str):
         self.role, self.content = role, content
 
 
 def _squeezed(text: str) -> str:
-    """Without white space: templates trim answers, and some add a space."""
+    """The text without white space, because templates trim answers and some add a space."""
     return "".join(text.split())
 
 
-# What a template is given besides messages; special tokens come with the tokenizer.
+# Variables of a template that this package sets; special tokens come from the tokenizer.
 _OURS = {"messages", "add_generation_prompt", "tools", "documents", "strftime_now", "today"}
 
 
@@ -358,6 +360,8 @@ def _check_variables(
 ) -> None:
     for name in variables:
         if name in _OURS or name in tokenizer.special:
-            raise ChatError(f"text.template: {name!r} is not for an experiment to set")
+            raise ChatError(f"text.template cannot set {name!r}; remove it")
         if name not in template:
-            raise ChatError(f"text.template: the chat template of {folder} never reads {name!r}")
+            raise ChatError(
+                f"text.template sets {name!r}, but the chat template of {folder} never reads it"
+            )

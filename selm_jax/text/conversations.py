@@ -1,4 +1,4 @@
-"""What a row of a dataset means: a conversation up to a user turn, and up to two answers to it."""
+"""Reads a row of a dataset: a conversation up to a user turn, and up to two answers to it."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class Message:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """What a model is asked, and the answers that the dataset offers.
+    """A conversation for a model to answer, and the answers that the dataset has.
 
     Attributes:
       id: unique in its set.
       messages: the conversation up to and including the last user turn.
       chosen: the preferred answer's text, if the data has one.
       rejected: the other answer's text, if the data has one.
-      row: the other columns: text, numbers, truth values, dates (as ISO text), nothing, and lists
-        and objects of these. Rules and reports may read them. Columns of bytes are not kept.
+      row: the other columns, for rules and reports to read: text, numbers, booleans, dates (as ISO
+        text), null, and lists and objects of these. Columns of bytes are not kept.
     """
 
     id: str
@@ -44,7 +44,7 @@ class Prompt:
 
 
 class Columns(NamedTuple):
-    """The columns to read; None for what this dataset does not have."""
+    """The names of the columns to read; None for a column that this dataset does not have."""
 
     prompt: str | None
     prompt_id: str | None
@@ -65,10 +65,10 @@ def choose_columns(
     system: str | None = None,
     scores: Sequence[str] = (),
 ) -> Columns:
-    """Settles which columns are read. The arguments are those of `load_prompts`.
+    """Decides which columns are read. The arguments are those of `load_prompts`.
 
     Raises:
-      DataError: a column is missing from every row, or a pair of strings has no prompt.
+      DataError: if a column is missing from every row, or a pair of strings has no prompt.
     """
     readable = [(row, row.values) for row in rows if not isinstance(row.values, BadRow)]
     there = dict.fromkeys(name for _, values in readable for name in values)
@@ -93,7 +93,7 @@ def choose_columns(
         for row, values in readable:
             if _is_plain_text(values.get(chosen), chosen):
                 raise DataError(
-                    f"{row.where}, column {chosen!r}: a string, and there is no column 'prompt'. "
+                    f"{row.where}, column {chosen!r}: a string, but there is no column 'prompt'. "
                     f"The columns are: {', '.join(there)}. Where the prompt ends inside two "
                     "strings would be a guess. Give the prompt a column of its own and name it, or "
                     "write each side as a list of messages."
@@ -112,7 +112,7 @@ def choose_columns(
 
 
 def parse(values: Mapping[str, Any] | BadRow, columns: Columns) -> Prompt:
-    """The row as a `Prompt`. Raises BadRow, with the reason and the column, if it cannot be one."""
+    """Makes a `Prompt` of a row; raises BadRow, with the reason and the column, if it cannot."""
     if isinstance(values, BadRow):
         raise values
     row = carried({name: value for name, value in values.items() if name not in columns})
@@ -137,7 +137,7 @@ def parse(values: Mapping[str, Any] | BadRow, columns: Columns) -> Prompt:
     chosen = answers[columns.chosen][1] if columns.chosen else None
     rejected = answers[columns.rejected][1] if columns.rejected else None
     if chosen and rejected and chosen.strip() == rejected.strip():
-        detail = f"both are {shortened(chosen)}, which prefers nothing."
+        detail = f"both are {shortened(chosen)}, so there is no preference."
         raise BadRow("chosen equals rejected", columns.rejected, detail)
     return Prompt(
         id=_identity(values, columns.prompt_id, messages),
@@ -151,12 +151,12 @@ def parse(values: Mapping[str, Any] | BadRow, columns: Columns) -> Prompt:
 def _is_plain_text(value: Any, column: str) -> bool:
     try:
         return isinstance(unwrapped(value, column), str)
-    except BadRow:  # which `parse` says
+    except BadRow:  # `parse` reports it
         return False
 
 
 def canonical_json(value: Any) -> bytes:
-    """One spelling for one value: sorted keys, no spaces, ASCII. What digests are taken of."""
+    """The value as JSON in a unique form for digests: sorted keys, no spaces, ASCII."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
 
 
@@ -171,7 +171,7 @@ def _value(values: Mapping[str, Any], column: str, if_null: str) -> Any:
 def _score(values: Mapping[str, Any], column: str) -> float:
     found = as_number(_value(values, column, "no number"))
     if found is None:
-        raise BadRow("no number", column, f"{shortened(values[column])} is no finite number.")
+        raise BadRow("no number", column, f"{shortened(values[column])} is not a finite number.")
     return found
 
 
@@ -183,16 +183,16 @@ def _messages(value: Any, column: str) -> tuple[Message, ...]:
     for number, item in enumerate(value, start=1):
         if not isinstance(item, dict) or not {"role", "content"} <= item.keys():
             detail = (
-                f"message {number} is {shortened(item)}; expected an object of role and content."
+                f"message {number} is {shortened(item)}; expected an object with role and content."
             )
             raise BadRow("bad message", column, detail)
-        # Parquet gives every message every key that one of them has, null where it has it not.
+        # In Parquet every message has every key that one of them has, with null if it is missing.
         extra = [k for k, v in item.items() if k not in ("role", "content") and v is not None]
         if item["role"] not in ROLES or not isinstance(item["content"], str) or extra:
             detail = (
                 f"message {number} has role {item['role']!r}, content of type "
-                f"{type(item['content']).__name__} and other keys {extra}; expected a role out of "
-                f"{', '.join(ROLES)}, a text, and nothing else."
+                f"{type(item['content']).__name__} and other keys {extra}; expected one of the "
+                f"roles {', '.join(ROLES)}, a string, and no other keys."
             )
             raise BadRow("bad message", column, detail)
         messages.append(Message(item["role"], item["content"]))
@@ -200,13 +200,13 @@ def _messages(value: Any, column: str) -> tuple[Message, ...]:
 
 
 def _answer(value: Any, column: str) -> tuple[tuple[Message, ...], str]:
-    """The messages before the answer (none if the value is the answer alone), and its text."""
+    """(The messages before the answer, the answer's text); a string is the answer alone."""
     if isinstance(value, str):
         before, text = (), value
     else:
         messages = _messages(value, column)
         if not messages or messages[-1].role != "assistant":
-            detail = "the last message is not one of the assistant."
+            detail = "the last message is not from the assistant."
             raise BadRow("no assistant answer", column, detail)
         before, text = messages[:-1], messages[-1].content
     if not text.strip():
@@ -215,7 +215,7 @@ def _answer(value: Any, column: str) -> tuple[tuple[Message, ...], str]:
 
 
 def _join(given: Any, before: tuple[Message, ...], columns: Columns) -> tuple[Message, ...]:
-    """The prompt from its own column (if any) and from the answers' conversation (if any)."""
+    """Combines the prompt of its own column, if any, with that of the answers' conversation."""
     if given is None:
         return before
     if isinstance(given, str):
@@ -228,7 +228,7 @@ def _join(given: Any, before: tuple[Message, ...], columns: Columns) -> tuple[Me
         messages = _messages(given, columns.prompt or "")
         agrees = messages == before
     if before and not agrees:
-        detail = f"this prompt is not the one in the conversation of column {columns.chosen!r}."
+        detail = f"this prompt differs from the one in the conversation of {columns.chosen!r}."
         raise BadRow("prompt mismatch", columns.prompt, detail)
     return messages
 
@@ -236,7 +236,7 @@ def _join(given: Any, before: tuple[Message, ...], columns: Columns) -> tuple[Me
 def _with_system(
     system: Any, messages: tuple[Message, ...], column: str | None
 ) -> tuple[Message, ...]:
-    """The conversation behind the system message of its own column, where that has one."""
+    """Puts the system message of its own column, if there is one, before the conversation."""
     if column is None or system is None:
         return messages
     if not isinstance(system, str):
@@ -247,7 +247,7 @@ def _with_system(
     if first is None:
         return (Message("system", system), *messages)
     if first.strip() != system.strip():
-        detail = f"the conversation has the system message {shortened(first)} already."
+        detail = f"the conversation already has the system message {shortened(first)}."
         raise BadRow("two system messages", column, detail)
     return messages
 

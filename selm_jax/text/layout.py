@@ -1,16 +1,16 @@
-"""`text.layout: paper`: prompt and responses as the authors' code lays them out, for comparison.
+"""`text.layout: paper`: lays out prompt and responses like the authors' code, for comparison.
 
-What differs from the default (`text.chat`), with the places in the code published with arXiv
-2405.19332:
+It differs from the default (`text.chat`) in the following; the places are in the code published
+with arXiv 2405.19332:
 
-- The prompt is rendered without the header of the answer, and each response is the template of the
-  answer alone: header and end text are scored (src/alignment/data.py:82-91).
-- BOS is put in front of every prompt and EOS behind every response, whether or not the template
-  wrote them (scripts/selm_trainer.py:196-215). With Llama 3 both stand twice, and one more BOS
-  begins every response. An answer that was cut off is ended as if it had ended by itself.
+- The prompt is rendered without the header of the answer, and each response is the template applied
+  to the answer alone: header and end text are scored (src/alignment/data.py:82-91).
+- BOS is put before every prompt and EOS after every response, even if the template wrote them
+  already (scripts/selm_trainer.py:196-215). With Llama 3 both occur twice, and every response
+  begins with one more BOS. An answer that was cut off is ended as if it had ended by itself.
 - Texts are cut by a rule that looks at the chosen and the rejected response (:217-234): `truncate`.
 
-Responses are rendered from text, the policy's too, and so may have other ids than were drawn.
+All responses are rendered from text, so the policy's may have other ids than were sampled.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Ids = tuple[int, ...]
 
 
 class PaperRow(NamedTuple):
-    """What is trained on for one prompt: ids of the prompt, and of the response of each role."""
+    """The token ids of one prompt and of the response of each role, as used in training."""
 
     prompt: Ids
     responses: dict[str, Ids]
@@ -42,25 +42,27 @@ def paper_row(
     """Lays out a prompt and its responses as the authors' code does.
 
     Args:
+      chat: the chat template and tokenizer.
       messages: the conversation up to the last user turn.
-      texts: role -> the response's text; among the roles are `chosen` and `rejected`.
+      texts: role -> the response's text; the roles must include `chosen` and `rejected`.
+      max_length, max_prompt_length: see `truncate`.
 
     Raises:
-      ChatError: the tokenizer has no BOS or EOS to add, or the template refuses an answer alone.
+      ChatError: if the tokenizer has no BOS or EOS, or the template refuses an answer alone.
     """
     rendered = {role: paper_ids(chat, messages, text) for role, text in texts.items()}
     prompts = {prompt for prompt, _ in rendered.values()}
     if len(prompts) > 1:
         raise ChatError(
-            "text.layout: paper: tokens span the end of the prompt, and differently for its "
-            f"responses, so that they have no prompt in common: {list(prompts)}"
+            "text.layout: paper: tokens span the end of the prompt differently for its responses, "
+            f"so that these have no common prompt: {list(prompts)}. Use text.layout: default"
         )
     responses = {role: ids for role, (_, ids) in rendered.items()}
     return truncate(prompts.pop(), responses, max_length, max_prompt_length)
 
 
 def paper_ids(chat: Chat, messages: Sequence[Turn], text: str) -> tuple[Ids, Ids]:
-    """Ids of the prompt and of one response, as long as they are."""
+    """The ids of the prompt and of one response, before `truncate`."""
     bos, eos = chat.tokenizer.bos_token_id, chat.tokenizer.eos_token_id
     if bos is None or eos is None:
         raise ChatError(
@@ -73,11 +75,11 @@ def paper_ids(chat: Chat, messages: Sequence[Turn], text: str) -> tuple[Ids, Ids
         both = chat.rendered_ids(messages, answer)
     except ChatError as e:
         raise ChatError(
-            "text.layout: paper renders an answer alone, as the authors did, which this model's "
-            f"template does not allow. Use text.layout: default. ({e})"
+            "text.layout: paper renders an answer alone, like the authors' code, but this model's "
+            f"template does not allow that. Use text.layout: default. ({e})"
         ) from e
     start = len(before)
-    if both[:start] != before:  # the prompt's last token has become one with what follows
+    if both[:start] != before:  # the prompt's last token was merged with the text that follows
         start -= 1
     return (bos, *both[:start]), (*both[start:], eos)
 
@@ -85,14 +87,14 @@ def paper_ids(chat: Chat, messages: Sequence[Turn], text: str) -> tuple[Ids, Ids
 def truncate(
     prompt: Ids, responses: Mapping[str, Ids], max_length: int, max_prompt_length: int
 ) -> PaperRow:
-    """The authors' rule (selm_trainer.py:217-234, `keep_end`).
+    """Cuts prompt and responses by the authors' rule (selm_trainer.py:217-234, `keep_end`).
 
-    The longer of `chosen` and `rejected` counts. If it does not fit into `max_length` tokens behind
-    the prompt, the prompt keeps its last `max_prompt_length`, and so may lose BOS and header. If it
-    still does not fit, every response keeps its first `max_length - max_prompt_length`, and so
-    loses its end. With the paper's 1024 and 512, and a prompt of 100 tokens, a response of 924
-    tokens stays whole and one of 925 keeps 512. Other roles are cut along, but never the cause: an
-    explore response may be longer than `max_length`.
+    The longer of `chosen` and `rejected` decides. If the prompt with it has more than `max_length`
+    tokens, the prompt keeps its last `max_prompt_length`, and so may lose BOS and header. If it is
+    still too long, every response keeps its first `max_length - max_prompt_length`, and so loses
+    its end. With the paper's 1024 and 512, and a prompt of 100 tokens, a response of 924 tokens
+    stays whole and one of 925 keeps 512. Other roles are cut too but do not decide: an explore
+    response may be longer than `max_length`.
     """
     longer = max(len(responses["chosen"]), len(responses["rejected"]))
     kept = prompt

@@ -1,20 +1,21 @@
-"""Prompts and preference pairs in: from local files, from a bucket, or from the Hugging Face Hub.
+"""Loads prompts and preference pairs from local files, a bucket, or the Hugging Face Hub.
 
-Every row becomes a `Prompt`: the conversation up to its last user turn and, where the data has
-them, a chosen and a rejected answer. A row that cannot be used is an error that names it, or, when
-asked for, a counted drop. Nothing is dropped silently.
+Every row becomes a `Prompt`: the conversation up to its last user turn and, if the data has them, a
+chosen and a rejected answer. A row that cannot be used is an error that names it, or, if you choose
+so, it is dropped and counted. Nothing is dropped silently.
 
-These rows are understood:
+These forms of rows are supported:
 
     prompt only                  {"prompt": str}  or  {"prompt": [{role, content}, ...]}
     explicit pair                a prompt as above, "chosen" and "rejected" as str or [assistant]
     UltraFeedback-binarized      {"prompt": str, "chosen": [..., user, assistant], "rejected": ...}
     conversational, no prompt    {"chosen": [..., user, assistant], "rejected": ...}
 
-A column `system` beside them holds the row's system message. A list of messages may be kept as text,
-in JSON or as Python prints it (pandas does so in CSV).
+A further column `system` may contain the row's system message. A list of messages may be stored as
+text, in JSON or as Python prints it (pandas does so in CSV).
 
-A pair of plain strings without a prompt is refused: where the prompt ends would be a guess.
+A pair of plain strings without a prompt is refused, because we would have to guess where the prompt
+ends.
 """
 
 from __future__ import annotations
@@ -61,12 +62,12 @@ _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 @dataclasses.dataclass(frozen=True)
 class PromptSet(Sequence[Prompt]):
-    """The prompts of one split, in file order; use it as a list.
+    """The prompts of one split, in file order; use it like a list.
 
     Attributes:
       prompts: the usable rows.
-      dropped: reason -> numbers of the rows left out. Rows count from 1 over the whole split.
-      notes: what was done with columns that nobody named, or was not, in words.
+      dropped: reason -> numbers of the dropped rows, counted from 1 over the whole split.
+      notes: sentences about columns that were read, or not read, without being named.
     """
 
     prompts: tuple[Prompt, ...]
@@ -84,7 +85,7 @@ class PromptSet(Sequence[Prompt]):
         return self.prompts[index]
 
     def without(self, reason: str, bad: Callable[[Prompt], bool]) -> PromptSet:
-        """The same rows but for those that are `bad`, which are counted under `reason`."""
+        """A copy in which the prompts that are `bad` are dropped and counted under `reason`."""
         rows = list(enumerate(self.by_row(), start=1))
         there = [number for number, found in rows if found is not None]
         told = of_each(bad, self.prompts)
@@ -96,7 +97,7 @@ class PromptSet(Sequence[Prompt]):
         return PromptSet(kept, {**self.dropped, reason: out}, self.notes)
 
     def by_row(self) -> list[Prompt | None]:
-        """Every row of the split, in file order; None for one that was left out."""
+        """Every row of the split, in file order; None for a row that was dropped."""
         out = {number for numbers in self.dropped.values() for number in numbers}
         kept = iter(self.prompts)
         rows = range(1, len(self.prompts) + len(out) + 1)
@@ -121,37 +122,39 @@ def load_prompts(
     """Reads one split of a dataset.
 
     Args:
-      path_or_id: a .jsonl, .json (a list of objects), .parquet, .arrow, .csv or .tsv file (text also
-        as .gz), a folder of such files (they may lie in its `data/`), a folder that
-        `Dataset.save_to_disk` left, or a Hub dataset id `owner/name`. A name whose parent folder exists
-        is a path.
-      split: which split of a folder or Hub dataset. In a folder, split `train` is the file
-        `train.parquet` or the shards `train-00000-of-00002.parquet`, ... May be left out where
-        there is only one; a single file takes none.
+      path_or_id: a .jsonl, .json (a list of objects), .parquet, .arrow, .csv or .tsv file (text
+        also as .gz), a folder of such files (they may be in its `data/`), a folder that
+        `Dataset.save_to_disk` wrote, or a Hub dataset id `owner/name`. A name whose parent folder
+        exists is a path.
+      split: the split of a folder or Hub dataset. In a folder, split `train` is the file
+        `train.parquet` or the shards `train-00000-of-00002.parquet`, ... May be omitted if there
+        is only one; a single file has none.
       prompt: column of the prompt.
       prompt_id: column of the id. If the data has no column of the default name, the id is the
         first 16 hex digits of the SHA-256 of the messages.
-      chosen: column of the preferred answer. None: `chosen`, if the data has it.
-      rejected: column of the other answer. None: `rejected`, if the data has it.
-      system: column of the row's system message, which goes before its prompt; where it is null or
-        blank the row has none. If the data has no column of the default name, no row has. None: no
-        column is read so.
-      scores: columns of numbers, as such or as text; `Prompt.row` holds them as floats.
-      revision: commit, tag or branch of a Hub dataset. Local files take none.
-      config: which configuration of a Hub dataset, as `load_dataset` calls its second argument.
+      chosen: column of the preferred answer. None means `chosen`, if the data has this column.
+      rejected: column of the other answer. None means `rejected`, if the data has this column.
+      system: column of the row's system message, which is put before its prompt; a null or blank
+        cell means no system message. The column may be missing if it has the default name. None
+        reads no system messages.
+      scores: columns of numbers, stored as numbers or as text; `Prompt.row` has them as floats.
+      revision: commit, tag or branch of a Hub dataset; not allowed for local files.
+      config: configuration of a Hub dataset: the second argument of `load_dataset`.
       on_bad_row: "error" stops at the first unusable row. "drop" leaves such rows out and lists
         them in `PromptSet.dropped` under one of: invalid JSON, not an object, wrong number of
-        cells, missing column, missing id, no number, wrong type, bad message, empty prompt, empty response,
-        no assistant answer, last message not a user turn, prompt mismatch, two system messages,
-        chosen equals rejected, lone surrogate, nested too deeply, duplicate id, duplicate row.
-      duplicate_ids: what an id means that comes again. "error": a bad row. "number": one more pair
-        for the same prompt; it is kept as `ID#2`, `ID#3`, ... A row that repeats prompt and answers
-        of an earlier one, or an id that names two prompts, stays a bad row.
+        cells, missing column, missing id, no number, wrong type, bad message, empty prompt, empty
+        response, no assistant answer, last message not a user turn, prompt mismatch, two system
+        messages, chosen equals rejected, lone surrogate, nested too deeply, duplicate id, duplicate
+        row.
+      duplicate_ids: how to treat an id that occurs again. "error": as a bad row. "number": as one
+        more pair for the same prompt, which gets the id `ID#2`, `ID#3`, ... In both cases a row
+        that repeats the prompt and answers of an earlier one, or the id of a different prompt, is a
+        bad row.
 
     Raises:
-      DataError: a missing file, split or column, a file that cannot be read, no usable row, or,
-        with on_bad_row="error", an unusable row.
-      ValueError: an unknown policy.
+      DataError: if a file, split or column is missing, a file cannot be read, no row is usable, or,
+        with on_bad_row="error", a row is unusable.
+      ValueError: if `on_bad_row` or `duplicate_ids` has an unknown value.
     """
     for name, value, known in (
         ("on_bad_row", on_bad_row, get_args(OnBadRow)),
@@ -177,7 +180,7 @@ def load_prompts(
             kept[found.id] = found, row
     if not kept:
         counts = {reason: len(numbers) for reason, numbers in dropped.items()}
-        raise DataError(f"{path_or_id}: no usable row: {len(rows)} read, dropped {counts}.")
+        raise DataError(f"{path_or_id}: no usable row: read {len(rows)}, dropped {counts}.")
     return PromptSet(
         tuple(found for found, _ in kept.values()),
         {reason: tuple(numbers) for reason, numbers in dropped.items()},
@@ -188,16 +191,18 @@ def load_prompts(
 def _unusable(row: Row, bad: BadRow) -> DataError:
     column = f", column {bad.column!r}" if bad.column else ""
     return DataError(
-        f"{row.where}{column}: {bad.reason}: {bad.detail} Mend the row, or set on_bad_row to 'drop' "
+        f"{row.where}{column}: {bad.reason}: {bad.detail} Fix the row, or set on_bad_row to 'drop' "
         "to leave out and count such rows."
     )
 
 
 def load_data(data: Data, part: Part = "train", *, pairs: bool = True) -> PromptSet:
-    """`data.train` or `data.heldout`, read as the experiment says; `load_prompts` says the rest.
+    """Loads `data.train` or `data.heldout` with the experiment's settings; see `load_prompts`.
 
     Args:
-      pairs: whether the data's answers are needed, or are read where there are any.
+      data: the settings `data`.
+      part: which of the two to load.
+      pairs: whether every row needs answers; otherwise they are read only if there are any.
     """
     path, split, config = {
         "train": (data.train, data.train_split, data.train_config),
@@ -220,19 +225,19 @@ def load_data(data: Data, part: Part = "train", *, pairs: bool = True) -> Prompt
 
 
 def rows_of(rows: Sequence[T], t: int, e: Experiment) -> list[T]:
-    """The rows of iteration t among all of a data set, usable or not.
+    """The rows of iteration t, given all rows of a dataset, usable or not.
 
     Raises:
-      DataError: there are fewer than the experiment's settings cut into portions.
+      DataError: if there are fewer rows than portions.
     """
     d = e.data
     left = rows[d.skip :]
     if len(left) < e.portions:
-        skipped = f", {len(left):,} of them behind data.skip: {d.skip:,}" if d.skip else ""
-        named = "data.portions" if d.portions else "iterations, with data.first_portion, makes"
+        skipped = f", {len(left):,} of them after data.skip: {d.skip:,}" if d.skip else ""
+        named = "data.portions asks" if d.portions else "iterations and data.first_portion ask"
         raise DataError(
-            f"{d.train}: has {len(rows):,} rows{skipped}; {named} {e.portions:,} portions of at least "
-            "one row each"
+            f"{d.train} has {len(rows):,} rows{skipped}; {named} for {e.portions:,} portions of at "
+            "least one row each. Use fewer portions or more data"
         )
     seed = e.seed if d.shuffle else None
     return portion(left, d.first_portion - 1 + t, e.portions, shuffle_seed=seed)
@@ -243,20 +248,20 @@ def portion(
 ) -> list[T]:
     """The `index`-th of `portions` equal parts, one for each iteration.
 
-    As in the paper's runs (arXiv 2405.19332, reference code), parts are contiguous, hold
-    len(prompts) // portions prompts each, and the remainder at the end belongs to no part: 61,135
-    rows give 4 parts of 15,283 (3 rows unused) or 3 parts of 20,378 (1 row unused).
+    As in the paper's runs (arXiv 2405.19332, reference code), parts are contiguous and have
+    len(prompts) // portions prompts each; the remainder at the end is in no part. So 61,135 rows
+    give 4 parts of 15,283 (3 rows unused) or 3 parts of 20,378 (1 row unused).
 
     Args:
-      prompts: the whole set, the same one for every index: of a data set its rows, usable or not
-        (`PromptSet.by_row`), or one bad row would move every later part.
+      prompts: the whole set, the same for every index. For a dataset, pass all its rows, usable or
+        not (`PromptSet.by_row`); otherwise one bad row would shift every later part.
       index: from 1 to `portions`.
       portions: how many parts.
       shuffle_seed: if given (zero or more), the set is shuffled before it is cut. The order depends
-        on the seed and the length alone. The reference code does not shuffle.
+        only on the seed and the length. The reference code does not shuffle.
 
     Raises:
-      ValueError: an index outside 1..portions, or more portions than prompts.
+      ValueError: if the index is outside 1..portions, or there are more portions than prompts.
     """
     if not 1 <= index <= portions:
         raise ValueError(f"portion {index} of {portions}: expected an index from 1 to {portions}.")
@@ -265,13 +270,13 @@ def portion(
         raise ValueError(f"{len(prompts)} prompts cannot be cut into {portions} portions.")
     order = np.arange(len(prompts))
     if shuffle_seed is not None:
-        # numpy keeps raw bits the same for ever, but not Generator.permutation (its NEP 19).
+        # numpy promises never to change raw bits, but not Generator.permutation (NEP 19).
         order = np.argsort(np.random.Philox(key=shuffle_seed).random_raw(len(order)), kind="stable")
     return [prompts[i] for i in order[(index - 1) * size : index * size].tolist()]
 
 
 def prompts_digest(prompts: Iterable[Prompt]) -> str:
-    """SHA-256, in hex, of the prompts as canonical JSON lines, in order and with every field."""
+    """The SHA-256, in hex, of the prompts in order, with every field, as canonical JSON lines."""
     sha = hashlib.sha256()
     for one in prompts:
         fields = {
@@ -288,14 +293,14 @@ def prompts_digest(prompts: Iterable[Prompt]) -> str:
 def _with_free_id(
     new: Prompt, kept: Mapping[str, tuple[Prompt, Row]], columns: Columns, policy: str
 ) -> Prompt:
-    """`new`, under the next free number if its id is taken and the policy allows that."""
+    """`new`, with the next free number added to its id if it is taken and `policy` allows that."""
     column = columns.prompt_id or columns.prompt or columns.chosen
     name, count = new.id, 1
     while name in kept:
         old, row = kept[name]
         if policy == "error":
             detail = (
-                f"{name!r} is already the id of {row.where}. If a prompt may have several pairs, "
+                f"{name!r} is already the id of {row.where}. If prompts may have several pairs, "
                 "set duplicate_ids to 'number'."
             )
             raise BadRow("duplicate id", column, detail)
@@ -303,14 +308,14 @@ def _with_free_id(
             detail = f"{name!r} is already the id of another prompt, {row.where}."
             raise BadRow("duplicate id", column, detail)
         if (old.chosen, old.rejected) == (new.chosen, new.rejected):
-            raise BadRow("duplicate row", column, f"prompt and answers are those of {row.where}.")
+            raise BadRow("duplicate row", column, f"prompt and answers are as in {row.where}.")
         count += 1
         name = f"{new.id}#{count}"
     return dataclasses.replace(new, id=name)
 
 
 def _notes(columns: Columns, kept: Iterable[tuple[Prompt, Row]]) -> Iterator[str]:
-    """What was done with columns of system messages."""
+    """Sentences about columns of system messages that were read, or that may have been missed."""
     rows = list(kept)
     if columns.system is not None:
         values = [row.values for _, row in rows if not isinstance(row.values, BadRow)]
@@ -322,8 +327,8 @@ def _notes(columns: Columns, kept: Iterable[tuple[Prompt, Row]]) -> Iterator[str
     for name in dict.fromkeys(name for prompt, _ in rows for name in prompt.row):
         if name.lower().startswith("system"):
             yield (
-                f"the column {name!r} is not read. If it holds system messages, set "
-                f"data.system_column to {name!r}, and data.system to null"
+                f"the column {name!r} is not read. If it contains system messages, set "
+                f"data.system_column to {name!r} and data.system to null"
             )
 
 
@@ -337,8 +342,8 @@ def _read(
     for what, given in (("revision", revision), ("configuration", config)):
         if given is not None:
             raise DataError(
-                f"{path_or_id} is read as a local path, which has no {what} {given!r}. Leave the "
-                f"{what} out, or name a Hub dataset, owner/name."
+                f"{path_or_id} is read as a local path, which has no {what} {given!r}. Remove the "
+                f"{what}, or name a Hub dataset, owner/name."
             )
     return tables.read(path, split)
 
@@ -346,7 +351,7 @@ def _read(
 def _read_hub(
     name: str, split: str | None, revision: str | None, config: str | None
 ) -> Iterator[Row]:
-    import datasets  # here, because it takes seconds and local files do not need it
+    import datasets  # imported late: it takes seconds, and local files do not need it
 
     try:
         found: Any = datasets.load_dataset(name, config, split=split, revision=revision)
@@ -356,15 +361,16 @@ def _read_hub(
             if config is None and "onfig name is missing" in str(error)
             else ""
         )
-        raise DataError(  # RuntimeError: it comes with a program, which `datasets` does not run
-            f"{name}: no such file or folder, and the Hub gave no such dataset (configuration "
-            f"{config!r}, split {split!r}, revision {revision!r}): {error}{hint}"
+        raise DataError(  # RuntimeError: the dataset is a script, which `datasets` does not run
+            f"{name}: there is no such file or folder, and the Hub has no such dataset "
+            f"(configuration {config!r}, split {split!r}, revision {revision!r}): {error}{hint}"
         ) from error
     if split is None:  # then load_dataset gives a mapping of all splits
         if len(found) > 1:
             there = ", ".join(found)
             raise DataError(
-                f"{name} has several splits: {there}. Say which one to read, with data.train_split or data.heldout_split."
+                f"{name} has several splits: {there}. Choose one with data.train_split or "
+                "data.heldout_split."
             )
         split, found = next(iter(found.items()))
     for number, values in enumerate(found, start=1):

@@ -1,13 +1,13 @@
-"""A process that renders chat templates, and is ended where one takes too long or too much.
+"""A separate process that renders chat templates with limits on time and memory.
 
-A chat template is a program that comes with a model. Jinja's sandbox keeps it from files and from
-Python's insides, but not from a loop without end or a text without end, and nothing in the same
-process can. So templates are rendered here, under the operating system's limits of time and memory;
-`template` is the other side.
+A chat template is a program that comes with a model. Jinja's sandbox keeps it away from files and
+from Python's internals, but cannot stop an endless loop or an endless text, and nothing in the same
+process can. So templates are rendered in this process, under the operating system's limits of time
+and memory; `template` runs it.
 
-Each line of standard input is JSON, [key, source, variables]: the source comes once for each key.
-Each line of standard output is the answer, an object with one of the keys `text`, `refused` (what
-the template itself says), `syntax` and `failed`, and with `line` where it is known.
+Each line of standard input is JSON, [key, source, variables]; the source is sent once for each key.
+Each line of standard output is the answer, an object with one of the keys `text`, `refused` (the
+template's own message), `syntax` and `failed`, and with `line` if it is known.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from jinja2 import nodes
 
 
 class _Refused(jinja2.TemplateError):
-    """What a template says that refuses a conversation."""
+    """A template refuses a conversation by calling `raise_exception`."""
 
 
 class _Generation(jinja2.ext.Extension):
-    """{% generation %}, by which some templates tell which part is the model's: all is rendered."""
+    """The tag {% generation %}, by which some templates mark the model's part; it has no effect."""
 
     tags: ClassVar[set[str]] = {"generation"}
 
@@ -44,7 +44,7 @@ class _Generation(jinja2.ext.Extension):
 
 
 def _environment() -> jinja2.Environment:
-    """Jinja as chat templates expect it, which is how transformers sets it up."""
+    """Jinja as chat templates expect it: with the same options as in transformers."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
@@ -61,7 +61,7 @@ def _raise(message: object) -> None:
 
 
 def _tojson(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    """Jinja's own filter escapes what would be HTML."""
+    """The filter `tojson` without HTML escapes, unlike Jinja's own."""
     return json.dumps(
         value,
         ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys,
@@ -80,7 +80,7 @@ def _answer(compiled: dict[str, jinja2.Template], request: bytes, most: int) -> 
         key, source, variables = json.loads(request)
         if source is not None:
             compiled[key] = _environment().from_string(source)
-        if variables is None:  # to see whether it compiles
+        if variables is None:  # only to check that it compiles
             return {"text": ""}
         text = _rendered(compiled[key], variables)
         if len(text) > most + 10 * len(request):
@@ -91,13 +91,13 @@ def _answer(compiled: dict[str, jinja2.Template], request: bytes, most: int) -> 
     except jinja2.TemplateSyntaxError as e:
         return {"syntax": e.message or "", "line": e.lineno}
     except MemoryError:
-        return {"failed": "it takes more memory than a chat template may"}
-    except Exception as e:  # noqa: BLE001 - whatever a template does is told in the other process
+        return {"failed": "it needs too much memory"}
+    except Exception as e:  # noqa: BLE001 - the other process reports whatever goes wrong
         return {"failed": f"{type(e).__name__}: {e}"[:1000], "line": _line(e)}
 
 
 def _line(error: BaseException) -> int | None:
-    """The line of the template where an error came up."""
+    """The line of the template where an error occurred."""
     line, trace = None, error.__traceback__
     while trace is not None:
         if trace.tb_frame.f_code.co_filename == "<template>":
@@ -107,12 +107,12 @@ def _line(error: BaseException) -> int | None:
 
 
 def main(seconds: int, memory: int, most: int) -> None:
-    """Answers until standard input ends.
+    """Answers requests until standard input ends.
 
     Args:
-      seconds: of computing for one answer; more of it ends the process with SIGXCPU.
-      memory: bytes that the process may have.
-      most: characters of a text, besides ten for each of the request.
+      seconds: CPU time for one answer; exceeding it ends the process with SIGXCPU.
+      memory: the most bytes that the process may use.
+      most: the most characters of a text, plus ten for each byte of the request.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the other process to handle
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -1,10 +1,10 @@
-"""Control tokens that a message spells out, such as a user's `<|im_end|>`.
+"""Handles control tokens that a message spells out, such as a user's `<|im_end|>`.
 
-A tokenizer does not tell whether a template or a user wrote `<|im_end|>`: to the model both are the
-end of a turn. `Literal` encodes what messages spell as text, and what the template writes as tokens.
-Both are told apart by stand-ins, characters that Unicode leaves to private use: before a template
-sees a message, one stands there for each control token that it spells; behind the template, another
-stands for each one that the template wrote.
+A tokenizer cannot tell whether the template or a user wrote `<|im_end|>`: to the model both end the
+turn. `Literal` encodes control tokens as text if a message spells them, and as tokens if the
+template wrote them. Stand-ins, characters from Unicode's private use area, tell them apart: before
+rendering, one kind replaces each control token in a message; after rendering, another kind replaces
+each one that the template wrote.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ import tokenizers
 
 from selm_jax.text.tokenizer import ChatError, Tokenizer
 
-# The first stand-ins: of messages, and of the template. Icon fonts use the characters below these.
+# The first stand-ins for messages and for the template. Icon fonts use the characters below these.
 _SPELLED, _WRITTEN = 0xF8000, 0x108000
 _MOST = 0x7FF0
 
 
 def control_tokens(tokenizer: Tokenizer, stop_ids: Iterable[int]) -> list[str]:
-    """The tokens that steer: those that the tokenizer calls special, and those that end a text."""
+    """The control tokens: those that the tokenizer marks as special, and those that end a text."""
     added = tokenizer.added_tokens_decoder
     stops = set(stop_ids)
     return [t.content for i, t in sorted(added.items()) if (t.special or i in stops) and t.content]
 
 
 class Spelled:
-    """Finds control tokens in texts, the longest where several begin."""
+    """Finds control tokens in texts; if several begin at one place, the longest."""
 
     def __init__(self, tokens: Sequence[str]):
         self.tokens = list(tokens)
@@ -47,18 +47,21 @@ class Spelled:
 
 
 class Literal:
-    """Encodes conversations whose messages are text and nothing else.
+    """Encodes conversations so that control tokens in messages become ordinary text.
 
     Args:
-      tokenizer: what a template writes becomes the ids that this one gives.
-      spelled: its control tokens.
+      tokenizer: the model's tokenizer.
+      spelled: finds its control tokens.
+
+    Raises:
+      ChatError: if there are more control tokens than stand-ins.
     """
 
     def __init__(self, tokenizer: Tokenizer, spelled: Spelled):
         if len(spelled.tokens) > _MOST:
             raise ChatError(
-                f"text.special_tokens: as_text serves {_MOST:,} control tokens, {tokenizer.folder} has "
-                f"{len(spelled.tokens):,}"
+                f"text.special_tokens: as_text supports at most {_MOST:,} control tokens, but "
+                f"{tokenizer.folder} has {len(spelled.tokens):,}. Use another value"
             )
         self._spelled = spelled
         whole = json.loads(tokenizer.backend.to_str())
@@ -71,7 +74,7 @@ class Literal:
                 stand_ins.append(
                     tokenizers.AddedToken(stand_in[each["content"]], special=False, **flags)
                 )
-                each["special"] = True  # or `encode_special_tokens` would not make it text
+                each["special"] = True  # otherwise `encode_special_tokens` would not apply to it
         backend = tokenizers.Tokenizer.from_str(json.dumps(whole))
         backend.encode_special_tokens = True
         backend.add_tokens(stand_ins)
@@ -83,26 +86,26 @@ class Literal:
         }
 
     def marked(self, text: str) -> str:
-        """A message as the template is to see it.
+        """Replaces the control tokens of a message by stand-ins, before the template sees it.
 
         Raises:
-          ChatError: it has a character that is used as a stand-in.
+          ChatError: if the message has a character that is used as a stand-in.
         """
         if found := next((c for c in text if _is_spelled(c) or ord(c) >= _WRITTEN), None):
             raise ChatError(
-                f"a message has the character U+{ord(found):X}, which Unicode leaves to private use; "
-                "text.special_tokens: as_text needs it for itself. Remove the character"
+                f"a message has the private-use character U+{ord(found):X}, which "
+                "text.special_tokens: as_text uses internally. Remove the character"
             )
         return self._spelled.replace(text, _SPELLED)
 
     def plain(self, marked: str) -> str:
-        """A marked text as people read it."""
+        """A text with its stand-ins replaced by the control tokens, as people read it."""
         return "".join(
             self._spelled.tokens[ord(c) - _SPELLED] if _is_spelled(c) else c for c in marked
         )
 
     def encode(self, marked: str) -> list[int]:
-        """Ids of a text that a template made of marked messages."""
+        """The ids of a text that a template rendered from marked messages."""
         text = self.plain(self._spelled.replace(marked, _WRITTEN))
         ids = self._backend.encode(text, add_special_tokens=False).ids
         return [self._ids.get(i, i) for i in ids]

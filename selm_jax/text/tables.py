@@ -1,8 +1,8 @@
-"""Files of rows in: .jsonl, .json, .csv, .tsv (each also as .gz), .parquet, .arrow; alone, as the
-splits of a folder, or as the folder that `Dataset.save_to_disk` left.
+"""Reads rows from .jsonl, .json, .csv, .tsv (each also as .gz), .parquet and .arrow files.
 
-A row keeps where it stood, so that whatever is wrong with it can be said with file, row and line.
-Paths may lie in a bucket (`gs://...`, through etils.epath). A split is read whole, into memory.
+The path may be one file, a folder with a file for each split, or a folder that
+`Dataset.save_to_disk` wrote. Each row remembers its place, so that an error can name file, row and
+line. Paths may be in a bucket (`gs://...`, through etils.epath). A whole split is read into memory.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from selm_jax.shell.words import did_you_mean
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".arrow")
 _TEXTS = (".jsonl", ".json", ".csv", ".tsv")
-# The Hub's older files have the first digits of a digest behind the count.
+# In the Hub's older files, the first digits of a digest follow the count.
 _SHARD = re.compile(r"(?P<split>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})(-[0-9a-f]{16})?")
 
 
 class DataError(ValueError):
-    """A dataset that cannot be used as it is. The message names the file, the row, the column."""
+    """A dataset cannot be used as it is. The message names the file, the row, the column."""
 
 
 class BadRow(Exception):
-    """Why one row cannot be used. Never leaves `load_prompts`: there it is an error or a count."""
+    """A row cannot be used; `load_prompts` turns this into a DataError or counts it."""
 
     def __init__(self, reason: str, column: str | None, detail: str):
         super().__init__(reason, column, detail)
@@ -42,11 +42,11 @@ class BadRow(Exception):
 
 
 class Row(NamedTuple):
-    """One row as it was read: its values by column, or why there are none."""
+    """One row as it was read: its values by column, or the reason why it has none."""
 
     file: str
-    number: int  # from 1, in its file
-    line: int | None  # where it begins, in a file of lines
+    number: int  # counted from 1 in its file
+    line: int | None  # the line where it begins, in a file of lines
     values: Mapping[str, Any] | BadRow
 
     @property
@@ -55,11 +55,11 @@ class Row(NamedTuple):
 
 
 def read(path: epath.Path, split: str | None) -> Iterator[Row]:
-    """The rows of a file, or of one split of a folder, in order.
+    """Yields the rows of a file, or of one split of a folder, in order.
 
     Raises:
-      DataError: no such path or split, a kind of file that is not known, a shard that is missing,
-        or a file that cannot be read as what its name says.
+      DataError: if there is no such path or split, a file has an unknown suffix, a shard is
+        missing, or a file cannot be read as what its suffix says.
     """
     if not path.exists():
         _raise_missing(path)
@@ -67,21 +67,21 @@ def read(path: epath.Path, split: str | None) -> Iterator[Row]:
         files = _split_of(path, split)
     elif split is not None:
         raise DataError(
-            f"{path} is one file, so it has no split {split!r}. Leave the split out, or name the "
-            "folder that holds a file for each split."
+            f"{path} is a single file, so it has no split {split!r}. Remove the split, or name the "
+            "folder that has a file for each split."
         )
     else:
         files = [path]
     for file in files:
         if (kind := kind_of(file.name)) is None:
             raise DataError(
-                f"{file}: not one of the known kinds, {', '.join(SUFFIXES)}; texts also as .gz."
+                f"{file}: unknown type of file. Use {', '.join(SUFFIXES)}; text also as .gz."
             )
         yield from _READERS[kind](file)
 
 
 def kind_of(name: str) -> str | None:
-    """The suffix that says what kind of file a name is of, without `.gz`; None if none does."""
+    """The suffix of a file name without `.gz`, such as `.jsonl`; None if it is not supported."""
     path = epath.Path(name)
     suffix = path.suffix
     if suffix == ".gz":
@@ -119,7 +119,8 @@ def _split_of(folder: epath.Path, split: str | None) -> list[epath.Path]:
         raise DataError(f"{folder}: no {', '.join(SUFFIXES)} file in this folder.")
     if split is None and len(splits) > 1:
         raise DataError(
-            f"{folder} has several splits: {there}. Say which one to read, with data.train_split or data.heldout_split."
+            f"{folder} has several splits: {there}. Choose one with data.train_split or "
+            "data.heldout_split."
         )
     name = next(iter(splits)) if split is None else split
     if name not in splits:
@@ -130,24 +131,25 @@ def _split_of(folder: epath.Path, split: str | None) -> list[epath.Path]:
     if [(i, n) for i, n, _ in shards] != [(i, count) for i in range(count)]:
         found = ", ".join(file.name for *_, file in shards)
         raise DataError(
-            f"{folder}: split {name!r} should be one file or a whole set of shards, but there is: "
-            f"{found}. Fetch what is missing, or remove what is there twice."
+            f"{folder}: split {name!r} should be one file or a complete set of shards, but its "
+            f"files are: {found}. Fetch the missing files, or remove those that are there twice."
         )
     return [file for *_, file in shards]
 
 
-_SAVED = "state.json"  # what `Dataset.save_to_disk` writes beside its .arrow files
+_SAVED = "state.json"  # `Dataset.save_to_disk` writes it beside its .arrow files
 
 
 def _saved_split(folder: epath.Path, split: str | None) -> epath.Path:
-    """The folder of one split of what `DatasetDict.save_to_disk` left."""
+    """The folder of one split in a folder that `DatasetDict.save_to_disk` wrote."""
     names = sorted(each.name for each in folder.iterdir() if (each / _SAVED).exists())
     if split is None and len(names) == 1:
         return folder / names[0]
     if split is None:
         there = ", ".join(names)
         raise DataError(
-            f"{folder} has several splits: {there}. Say which one to read, with data.train_split or data.heldout_split."
+            f"{folder} has several splits: {there}. Choose one with data.train_split or "
+            "data.heldout_split."
         )
     if split not in names:
         raise DataError(
@@ -158,7 +160,7 @@ def _saved_split(folder: epath.Path, split: str | None) -> epath.Path:
 
 
 def _saved(folder: epath.Path, split: str | None) -> list[epath.Path]:
-    """The files of what `Dataset.save_to_disk` left, in its order."""
+    """The files of a folder that `Dataset.save_to_disk` wrote, in their order."""
     state = folder / _SAVED
     try:
         told = jsonl.value(_text(state))
@@ -168,15 +170,16 @@ def _saved(folder: epath.Path, split: str | None) -> list[epath.Path]:
         )
     except (jsonl.JsonError, TypeError, KeyError) as error:
         raise DataError(
-            f"{state}: not what Dataset.save_to_disk writes ({type(error).__name__}: {error}). Save "
-            "the data set again, or take the file away to have the folder's files read by their names."
+            f"{state}: not in the form that Dataset.save_to_disk writes ({type(error).__name__}: "
+            f"{error}). Save the dataset again, or remove this file; then the folder's files are "
+            "read by their names."
         ) from error
     if split not in (None, own):
         raise DataError(
-            f"{folder} is one saved data set, so it has no split {split!r}. Leave the split out."
+            f"{folder} is a single saved dataset, so it has no split {split!r}. Remove the split."
         )
     if lost := [name for name in names if not (folder / name).exists()]:
-        raise DataError(f"{folder}: {', '.join(lost)} is named in {_SAVED} and missing. Fetch it.")
+        raise DataError(f"{folder}: {', '.join(lost)} is named in {_SAVED} but missing. Fetch it.")
     return [folder / name for name in names]
 
 
@@ -187,7 +190,7 @@ def _text(file: epath.Path) -> str:
             raw = gzip.decompress(raw)
         except (OSError, EOFError, zlib.error) as error:
             raise DataError(
-                f"{file}: cannot be unpacked: {error}. Fetch the file again."
+                f"{file}: cannot be unpacked: {error}. Download the file again."
             ) from error
     try:
         return raw.decode("utf-8-sig")
@@ -234,10 +237,10 @@ def _csv(file: epath.Path, delimiter: str = ",") -> Iterator[Row]:
     try:
         header = next(reader, [])
         if len(set(header)) < len(header):
-            raise DataError(f"{file}, line 1: a column name stands twice: {', '.join(header)}.")
+            raise DataError(f"{file}, line 1: a column name occurs twice: {', '.join(header)}.")
         number, line = 0, reader.line_num + 1
         for cells in reader:
-            if cells:  # a blank line is no row
+            if cells:  # a blank line is not a row
                 number += 1
                 if len(cells) == len(header):
                     values = dict(zip(header, cells, strict=True))
@@ -251,7 +254,7 @@ def _csv(file: epath.Path, delimiter: str = ",") -> Iterator[Row]:
 
 
 def _arrow_table(handle: Any) -> pa.Table:
-    """A table as a stream, which `datasets` writes, or as a file, which pyarrow writes."""
+    """Reads a table in Arrow's stream format (as `datasets` writes) or file format (pyarrow)."""
     try:
         return pa.ipc.open_file(handle).read_all()
     except pa.ArrowInvalid:
@@ -260,7 +263,7 @@ def _arrow_table(handle: Any) -> pa.Table:
 
 
 def _columns(file: epath.Path, kind: str, table_of: Callable[[Any], pa.Table]) -> Iterator[Row]:
-    """The rows of a file that holds columns."""
+    """Yields the rows of a columnar file."""
     number = 0
     try:
         with file.open("rb") as handle:
@@ -273,7 +276,7 @@ def _columns(file: epath.Path, kind: str, table_of: Callable[[Any], pa.Table]) -
         raise DataError(f"{file}: cannot be read as {kind}: {error}") from error
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{file}: a text behind row {number} is not UTF-8 ({error}). Write the file anew, with "
+            f"{file}: a text after row {number} is not UTF-8 ({error}). Write the file again with "
             "texts in UTF-8."
         ) from error
 

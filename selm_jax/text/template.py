@@ -1,4 +1,4 @@
-"""A chat template, rendered in a process of its own (`renderer`), where it is bounded."""
+"""Renders chat templates in a separate process (`renderer`) with limits on time and memory."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from typing import Any
 
 from selm_jax.text.tokenizer import ChatError
 
-SECONDS = 5  # of computing, for one conversation; it takes about a millisecond
+SECONDS = 5  # CPU time for one conversation; it usually takes about a millisecond
 MEMORY = 1 << 30  # bytes of the process that renders
-CHARACTERS = 1_000_000  # that a template may write, besides ten for each that it is given
+CHARACTERS = 1_000_000  # that a template may write, plus ten for each byte that it is given
 
 
 class Refused(Exception):
-    """The template refuses a conversation, with its own words."""
+    """The template refuses a conversation; the message is the template's own."""
 
 
 class Template:
-    """A chat template and what it reads besides messages.
+    """A chat template with its variables.
 
     Args:
       source: Jinja source.
-      where: the file that it is from, for messages.
-      variables: what it reads besides, such as the texts of special tokens.
-      date: what `strftime_now` takes for today.
+      where: the file that contains it, for error messages.
+      variables: further variables of the template, such as the texts of special tokens.
+      date: today's date for `strftime_now`.
 
     Raises:
-      ChatError: Jinja cannot compile it.
+      ChatError: if Jinja cannot compile it.
     """
 
     def __init__(self, source: str, where: str, variables: Mapping[str, Any], date: datetime.date):
@@ -47,11 +47,11 @@ class Template:
         self._ask(None)
 
     def render(self, messages: Sequence[Mapping[str, str]], answer_follows: bool) -> str:
-        """The conversation as the template writes it, with the header of an answer or without.
+        """Renders the conversation, with or without the header of an answer.
 
         Raises:
-          Refused: the template says that it does not take this conversation.
-          ChatError: the template fails, or takes too long or too much.
+          Refused: if the template refuses this conversation.
+          ChatError: if the template fails, or exceeds its limits of time or memory.
         """
         given = {"messages": messages, "add_generation_prompt": answer_follows}
         return self._ask(self._variables | given)
@@ -65,27 +65,27 @@ class Template:
             raise Refused(answer["refused"])
         if "syntax" in answer:
             raise ChatError(
-                f"{self.where}{at}: the chat template is not valid Jinja: {answer['syntax']}. Mend "
-                "the template, or take it anew from where the model comes from"
+                f"{self.where}{at}: the chat template is not valid Jinja: {answer['syntax']}. Fix "
+                "the template, or download it again from where the model comes from"
             )
         raise ChatError(
-            f"{self.where}{at}: the chat template fails: {answer['failed']}. Mend the template, or "
-            "take it anew from where the model comes from"
+            f"{self.where}{at}: the chat template fails: {answer['failed']}. Fix the template, or "
+            "download it again from where the model comes from"
         )
 
 
 class _Process:
-    """The process that renders: one, for all templates of this process; started when it is needed."""
+    """The process that renders all templates of this process; it is started when needed."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._started: subprocess.Popen[bytes] | None = None
-        self._of = 0  # the process that started it: a fork of that one needs its own
+        self._of = 0  # the id of the process that started it: a fork needs its own
         self._known: set[str] = set()
 
     def ask(self, key: str, source: str, variables: Mapping[str, Any] | None) -> dict[str, Any]:
         with self._lock:
-            for _ in range(2):  # one that died of something else is started once more
+            for _ in range(2):  # if it died for another reason, it is started once more
                 process = self._running()
                 request = [key, None if key in self._known else source, variables]
                 answer = self._answer(process, json.dumps(request, default=str).encode())
@@ -96,12 +96,12 @@ class _Process:
                 ended = process.wait()
                 self._started = None
                 if ended == -signal.SIGXCPU:
-                    return {"failed": f"it is not done after {SECONDS} seconds of computing"}
+                    return {"failed": f"it is not done after {SECONDS} seconds of CPU time"}
             return {"failed": f"the process that rendered it ended with status {ended}"}
 
     @staticmethod
     def _answer(process: subprocess.Popen[bytes], request: bytes) -> dict[str, Any] | None:
-        """None if the process is gone."""
+        """Sends a request and reads the answer; None if the process has died."""
         assert process.stdin is not None and process.stdout is not None
         try:
             process.stdin.write(request + b"\n")
@@ -124,11 +124,11 @@ class _Process:
         return self._started
 
     def stop(self) -> None:
-        """Ends the process; the next question starts another."""
+        """Ends the process; the next request starts a new one."""
         process, self._started = self._started, None
         if process is not None and self._of == os.getpid():
             with contextlib.suppress(OSError):
-                process.communicate()  # closes its input, at whose end it leaves
+                process.communicate()  # closes its input, which makes it exit
 
 
 _PROCESS = _Process()

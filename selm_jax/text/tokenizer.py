@@ -1,10 +1,10 @@
-"""The tokenizer of a model folder: the ids of its tokenizer.json, whatever its other files say.
+"""The tokenizer of a model folder, built from its tokenizer.json alone.
 
-transformers rebuilds a tokenizer from the class that tokenizer_config.json names, and which ids come
-out depends on its version. Here tokenizer.json alone decides: its normalizer, its added tokens, its
-post-processor. Of tokenizer_config.json (and special_tokens_map.json) the names of BOS, EOS and the
-other special tokens are read, and the chat template. transformers is asked only about a folder that
-has older files in its place. No code of a folder is ever run.
+transformers rebuilds a tokenizer from the class that tokenizer_config.json names, so that the token
+ids depend on the version of transformers. Here only tokenizer.json decides: its normalizer, its
+added tokens, its post-processor. tokenizer_config.json (and special_tokens_map.json) give only the
+names of BOS, EOS and other special tokens, and the chat template. transformers is used only for a
+folder that has older files and no tokenizer.json. Code in a folder is never run.
 """
 
 from __future__ import annotations
@@ -23,23 +23,27 @@ from selm_jax.shell import json_file
 FILE = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
 
-_ALWAYS = ("bos_token", "eos_token")  # a template that writes one must write one token
+_ALWAYS = ("bos_token", "eos_token")  # if a template writes one of these, it must be one token
 
 
 class ChatError(ValueError):
-    """Text that does not become unambiguous token ids, or a folder that does not say how."""
+    """A text cannot be turned into unambiguous token ids, or a folder lacks what this needs."""
 
 
 class Tokenizer:
-    """Texts to ids and back.
+    """Converts texts to token ids and back.
 
     Attributes:
       folder: the model folder.
-      special: the special tokens that tokenizer_config.json names, such as `bos_token`.
+      special: name -> text of the special tokens in tokenizer_config.json, such as `bos_token`.
     """
 
     def __init__(self, folder: Path):
-        """Raises ChatError: there is no tokenizer, a file is damaged, or code is wanted."""
+        """Reads the folder.
+
+        Raises:
+          ChatError: if there is no tokenizer, a file is damaged, or the tokenizer needs code.
+        """
         self.folder = Path(folder)
         self.backend = read_backend(self.folder)
         self.special = _special_tokens(self.folder, self.backend)
@@ -66,12 +70,12 @@ class Tokenizer:
 
     @property
     def added_tokens_decoder(self) -> dict[int, tokenizers.AddedToken]:
-        """Id -> token, of those that are found in a text before anything else is."""
+        """Id -> added token. Added tokens are found in a text before the text is split."""
         return self.backend.get_added_tokens_decoder()
 
     @property
     def all_special_tokens(self) -> list[str]:
-        """The added tokens that are special, and those with a name."""
+        """The added tokens that are marked as special, and the special tokens with a name."""
         marked = [t.content for t in self.added_tokens_decoder.values() if t.special]
         return list(dict.fromkeys([*marked, *self.special.values()]))
 
@@ -84,14 +88,14 @@ class Tokenizer:
         return self.backend.get_vocab_size()
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Ids of a text; with what the tokenizer puts around any text, or without."""
+        """The ids of a text, with or without the special tokens that the tokenizer adds to it."""
         try:
             return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         except (TypeError, UnicodeEncodeError) as e:
-            raise ChatError(f"no text that can be encoded (a lone surrogate?): {text!r}") from e
+            raise ChatError(f"this text cannot be encoded (a lone surrogate?): {text!r}") from e
 
     def decode(self, ids: int | Sequence[int], skip_special_tokens: bool = False) -> str:
-        """The text of ids; spaces stay as the tokens have them."""
+        """The text of token ids; spaces are not cleaned up."""
         ids = [ids] if isinstance(ids, int) else list(ids)
         return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
@@ -102,7 +106,7 @@ class Tokenizer:
         return self.backend.token_to_id(token)
 
     def beyond(self, vocabulary: int) -> tuple[list[str], list[str]]:
-        """Tokens without a row in an embedding of this size: (ordinary ones, added ones)."""
+        """(Ordinary tokens, added tokens) that have no row in an embedding of this size."""
         added = {i: token.content for i, token in self.added_tokens_decoder.items()}
         if max(len(self), *added, 0) < vocabulary:  # the usual case, without reading all names
             return [], []
@@ -112,7 +116,7 @@ class Tokenizer:
         return ordinary, [token for i, token in sorted(over.items()) if i in added]
 
     def digest(self) -> str:
-        """SHA-256 of all that the ids depend on."""
+        """The SHA-256 of everything that the ids depend on."""
         file = self.folder / FILE
         sha = hashlib.sha256(
             file.read_bytes() if file.is_file() else self.backend.to_str().encode()
@@ -126,10 +130,10 @@ class Tokenizer:
 
 
 def read_backend(folder: Path) -> tokenizers.Tokenizer:
-    """The folder's tokenizer.json, or what older files say in its place; it neither cuts nor pads.
+    """Reads tokenizer.json, or older files in its place, and turns off truncation and padding.
 
     Raises:
-      ChatError: it is missing or damaged, or tokenizer_config.json names code of the folder.
+      ChatError: if it is missing or damaged, or tokenizer_config.json names code in the folder.
     """
     folder = Path(folder)
     refuse_code(folder)
@@ -145,57 +149,57 @@ def _from_file(file: Path) -> tokenizers.Tokenizer:
         return tokenizers.Tokenizer.from_file(str(file))
     except Exception as e:  # the library raises this class itself
         raise ChatError(
-            f"{file} is not a tokenizer that can be read ({e}). Take the file anew from where the "
+            f"{file} cannot be read as a tokenizer ({e}). Download the file again from where the "
             "model comes from"
         ) from e
 
 
 def _from_older_files(folder: Path) -> tokenizers.Tokenizer:
-    """The tokenizer that transformers makes of vocab.json and merges.txt, tokenizer.model, or the like.
+    """Lets transformers make the tokenizer from older files, such as vocab.json or tokenizer.model.
 
     Raises:
-      ChatError: there are no such files, or transformers makes nothing of them.
+      ChatError: if there are no such files, or transformers cannot make a tokenizer of them.
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found"
-    from transformers import AutoTokenizer  # here, because it takes seconds and is seldom needed
+    from transformers import AutoTokenizer  # imported late: it takes seconds and is seldom needed
 
-    reason = "nor any older file with a vocabulary"
+    reason = "and no older file with a vocabulary"
     try:
         made = AutoTokenizer.from_pretrained(
             str(folder), trust_remote_code=False, local_files_only=True
         )
-        # Without any of these files some classes are made all the same, with an empty vocabulary.
+        # Even without these files some classes give a tokenizer, with an empty vocabulary.
         if any((folder / name).is_file() for name in made.vocab_files_names.values()):
             return tokenizers.Tokenizer.from_str(made.backend_tokenizer.to_str())
     except Exception as e:  # noqa: BLE001 - whatever goes wrong there, this folder has no tokenizer
-        reason = f"and transformers makes nothing of the folder's other files ({e})"
+        reason = f"and transformers cannot make a tokenizer of the other files ({e})"
     raise ChatError(
-        f"{folder}: no tokenizer there: no {FILE}, {reason}. Take {FILE} from where the model comes "
-        "from, or write it once from a tokenizer of your own with its save_pretrained"
+        f"{folder} has no tokenizer: no {FILE}, {reason}. Download {FILE} from where the model "
+        "comes from, or write it from a tokenizer of your own with its save_pretrained"
     )
 
 
 def refuse_code(folder: Path) -> None:
-    """Raises ChatError if tokenizer_config.json asks for Python code of the folder."""
+    """Raises ChatError if tokenizer_config.json names Python code in the folder."""
     if code := read_object(folder / CONFIG).get("auto_map"):
         raise ChatError(
-            f"{folder / CONFIG}: auto_map names Python code of the folder ({json.dumps(code)}), "
-            f"which is never run here. If {FILE} is all that the tokenizer needs, remove auto_map "
-            "from the file; if not, take another model"
+            f"{folder / CONFIG}: auto_map names Python code in the folder ({json.dumps(code)}), "
+            f"which is never run. If the tokenizer needs only {FILE}, remove auto_map from the "
+            "file; otherwise use another model"
         )
 
 
 def refuse_pointer(file: Path) -> None:
-    """Raises ChatError for what `git clone` leaves in place of a large file."""
+    """Raises ChatError for a Git LFS pointer, which `git clone` leaves in place of a large file."""
     if json_file.is_pointer(file):
         raise ChatError(f"{file} {json_file.POINTER}")
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """A JSON object from a file of a model folder; an empty one where there is no file.
+    """Reads a JSON object from a file of a model folder; {} if there is no such file.
 
     Raises:
-      ChatError: the file holds something else.
+      ChatError: if the file does not contain a JSON object.
     """
     if not file.is_file():
         return {}
@@ -206,13 +210,13 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def find_chat_template(folder: Path) -> tuple[str, str] | None:
-    """(the file that has it, the template) of a model folder; None if there is no chat template.
+    """Finds the chat template of a model folder: (its file, the template); None if there is none.
 
-    Of several templates with names it is the one called `default`. A file goes before what
-    tokenizer_config.json says, as in transformers.
+    Of several named templates it takes the one called `default`. As in transformers, a template in
+    a file of its own takes precedence over tokenizer_config.json.
 
     Raises:
-      ChatError: there are several templates, and none is called `default`.
+      ChatError: if there are several templates and none is called `default`.
     """
     folder = Path(folder)
     file = folder / "chat_template.jinja"
@@ -234,22 +238,22 @@ def find_chat_template(folder: Path) -> tuple[str, str] | None:
         named = {each.get("name"): each.get("template") for each in named}
     if not isinstance(named, dict) or not all(isinstance(t, str) for t in named.values()):
         raise ChatError(
-            f"{config}: chat_template is neither a text nor a list of objects with name and template"
+            f"{config}: chat_template is neither a string nor a list of objects with the keys name "
+            "and template"
         )
     if "default" not in named:
         raise ChatError(
-            f"{folder} has chat templates with the names {', '.join(map(str, [*named, *others]))}, "
-            "and none called default, which is the one that is read. Save the one that you mean as "
-            f"{file}"
+            f"{folder} has the chat templates {', '.join(map(str, [*named, *others]))}, but none "
+            f"called default, which is the one that is used. Save the one that you want as {file}"
         )
     return str(config), named["default"]
 
 
 def _special_tokens(folder: Path, backend: tokenizers.Tokenizer) -> dict[str, str]:
-    """Name -> token, of the names that end in `_token`, as far as tokenizer.json has the token."""
+    """Name -> text of the special tokens (`..._token`) that exist in tokenizer.json."""
     config = read_object(folder / CONFIG)
     said: Mapping[str, Any] = config
-    if "added_tokens_decoder" not in config:  # before that key, the other file had the last word
+    if "added_tokens_decoder" not in config:  # an older folder: the map takes precedence
         said = config | read_object(folder / "special_tokens_map.json")
     special = {}
     for name, value in said.items():
@@ -261,6 +265,6 @@ def _special_tokens(folder: Path, backend: tokenizers.Tokenizer) -> dict[str, st
         elif name in _ALWAYS:
             raise ChatError(
                 f"{folder / CONFIG} names {token!r} as {name}, but {folder / FILE} has no such "
-                "token. Take both files from the same model"
+                "token. Use both files of the same model"
             )
     return special

@@ -1,4 +1,4 @@
-"""A model's tokens beside its tokenizer's: which of them end a text, and which the model cannot read."""
+"""Compares the tokenizer with its model: which tokens end a text, and which have no embedding."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from selm_jax.text.tokenizer import CONFIG, ChatError, Tokenizer, read_object
 
 
 def checked_vocabulary(tokenizer: Tokenizer, vocabulary: int | None) -> int | None:
-    """The rows of the model's embedding, if some token has none there; None if all have one.
+    """Returns `vocabulary` if some added token has no embedding; None if all tokens have one.
+
+    Many models have an added token without an embedding, for padding or images; this is fine as
+    long as no text contains it.
 
     Raises:
-      ChatError: ordinary text may have such a token. Of an added token it is enough that no text
-        has it: many models have a token for padding or images that their embedding does not know.
+      ChatError: if an ordinary token has no embedding.
     """
     if vocabulary is None:
         return None
@@ -20,18 +22,19 @@ def checked_vocabulary(tokenizer: Tokenizer, vocabulary: int | None) -> int | No
     if ordinary:
         raise ChatError(
             f"{tokenizer.folder}: the tokenizer has {len(tokenizer)} tokens, the model's embedding "
-            f"only {vocabulary}; {ordinary[0]!r} is an ordinary one without a row there. Take "
-            "tokenizer and model from the same place"
+            f"only {vocabulary} rows; the ordinary token {ordinary[0]!r} has no row. Use the "
+            "tokenizer that belongs to the model"
         )
     return vocabulary if added else None
 
 
 def stop_ids(folder: Path, tokenizer: Tokenizer, vocabulary: int | None = None) -> tuple[int, ...]:
-    """Tokens that end a text, from the generation config (where there is none, the model's, as
-    transformers does) and the tokenizer.
+    """The ids of the tokens that end a text, from the generation config and the tokenizer.
+
+    Without a generation config, config.json is read in its place, as in transformers.
 
     Raises:
-      ChatError: there are none, or one is no token of the model.
+      ChatError: if there are none, or one is not a token of the model.
     """
     files = (folder / name for name in ("generation_config.json", "config.json"))
     file = next((file for file in files if file.exists()), None)
@@ -43,10 +46,13 @@ def stop_ids(folder: Path, tokenizer: Tokenizer, vocabulary: int | None = None) 
     for i, where in named:
         if i is not None and (type(i) is not int or not 0 <= i < most):
             raise ChatError(
-                f"{where} has {i!r}; a token's id, from 0 to {most - 1}, was expected. Name the "
-                "token that ends an answer, or none"
+                f"{where} is {i!r}; expected the id of a token, from 0 to {most - 1}. Name the "
+                "token that ends an answer, or remove the entry"
             )
     stops = {i for i, _ in named if i is not None}
     if not stops:
-        raise ChatError(f"{folder}: neither the generation config nor the tokenizer has an EOS")
+        raise ChatError(
+            f"{folder}: neither the generation config nor the tokenizer has an EOS token. Set "
+            "eos_token_id in generation_config.json"
+        )
     return tuple(sorted(stops))

@@ -1,6 +1,6 @@
-"""Weights: where a model comes from, and how its tensors reach the devices.
+"""Weights: finds models, reads their tensors onto the devices, and exports them.
 
-Every source (a local folder, a GGUF file, a Hub id) first becomes ONE thing: a local Hugging Face
-folder with config.json, tokenizer files and safetensors (`sources.resolve`). Everything downstream
-reads such folders and nothing else.
+Every source (a local folder, a GGUF file, a Hub id) is first turned into a local Hugging Face
+folder with config.json, tokenizer files and safetensors (`sources.resolve`). Everything else reads
+only such folders.
 """

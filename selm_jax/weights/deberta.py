@@ -1,10 +1,10 @@
-"""PairRM's folders: the facts in config.json, and safetensors -> the parameters of `PairScorer`.
+"""Reads a PairRM folder: its config.json, and its safetensors as parameters of `PairScorer`.
 
 Two layouts are published, with the same tensors under the same names:
 
-- `llm-blender/PairRM-hf`: config.json is DebertaV2Model's, with PairRM's own keys beside them.
-- `llm-blender/PairRM`: config.json is LLM-Blender's `RankerConfig`, which names the encoder,
-  microsoft/deberta-v3-large, in place of describing it. `LARGE` is what the name stands for.
+- `llm-blender/PairRM-hf`: config.json is that of DebertaV2Model with additional keys for PairRM.
+- `llm-blender/PairRM`: config.json is LLM-Blender's `RankerConfig`, which only names the encoder,
+  microsoft/deberta-v3-large. `LARGE` is the config of this encoder.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from selm_jax.weights.files import (
     refuse_not_finite,
 )
 
-# microsoft/deberta-v3-large, its embedding cut to the 128001 tokens in use and PairRM's four.
+# microsoft/deberta-v3-large, with its embedding cut to the 128001 used tokens plus PairRM's four.
 LARGE = DebertaConfig(
     vocab_size=128005,
     embed=1024,
@@ -49,14 +49,14 @@ LARGE = DebertaConfig(
 
 @dataclasses.dataclass(frozen=True)
 class PairRMConfig:
-    """What config.json says.
+    """PairRM's config.json.
 
     Attributes:
-      encoder: the facts of the encoder.
-      tasks: scores per candidate, of which the mean counts.
-      source_tokens: a source is cut to so many tokens, [CLS] and [SEP] among them.
-      candidate_tokens: so many are left for each candidate beside the longest source.
-      prefix_ids: ids of <|source|>, <|candidate1|>, <|candidate2|>; None where not stated.
+      encoder: the encoder's hyperparameters.
+      tasks: scores per candidate; their mean is used.
+      source_tokens: the most tokens of a source, including [CLS] and [SEP]; longer ones are cut.
+      candidate_tokens: the tokens left for each candidate next to the longest source.
+      prefix_ids: ids of <|source|>, <|candidate1|>, <|candidate2|>; None if not stated.
     """
 
     encoder: DebertaConfig
@@ -68,7 +68,7 @@ class PairRMConfig:
 
 _PREFIX_KEYS = ("source_prefix_id", "cand1_prefix_id", "cand2_prefix_id")
 _OWN_KEYS = {*_PREFIX_KEYS, "cand_prefix_id", "n_tasks", "drop_out"}
-# Of RankerConfig's keys those that decide what is computed. The others are about its training.
+# The keys of RankerConfig that affect the computation. The others are about its training.
 _RANKER = {
     "ranker_type": "pairranker",
     "model_type": "deberta",
@@ -77,10 +77,10 @@ _RANKER = {
 
 
 def read_config(folder: Path) -> PairRMConfig:
-    """The facts of the PairRM in `folder`, in either layout.
+    """Reads the config of the PairRM in `folder`, in either layout.
 
     Raises:
-      UnsupportedModel: another model, a missing key, or a value that is not computed here.
+      UnsupportedModel: if it is another model, a key is missing, or a value is not supported.
     """
     file = Path(folder) / "config.json"
     try:
@@ -97,7 +97,7 @@ def read_config(folder: Path) -> PairRMConfig:
 def _from_ranker_config(hf: Mapping[str, Any]) -> PairRMConfig:
     for key, value in _RANKER.items():
         if hf[key] != value:
-            raise UnsupportedModel(f"{key} is {hf[key]!r}; this version knows {value!r} alone")
+            raise UnsupportedModel(f"{key} is {hf[key]!r}; this version supports only {value!r}")
     tasks, source, candidate = (
         size(key, hf[key]) for key in ("n_tasks", "source_maxlength", "candidate_maxlength")
     )
@@ -130,7 +130,7 @@ _INSIDE = {
     "down": ("output.dense", 1),
     "mlp_norm": ("output.LayerNorm", None),
 }
-# Our module -> their module (or tensor), and how many leading axes of our kernel are its inputs.
+# Our module -> (their module or tensor, number of leading axes of our kernel that are inputs).
 # Our kernels are [*in, *out]; theirs are [out, in].
 _MODULES = _OUTSIDE | {
     f"encoder/layers/{ours}": (_LAYER + theirs, inputs)
@@ -142,7 +142,7 @@ _LEFTOVER = {_EMBEDDINGS + "position_ids"}
 
 @dataclasses.dataclass(frozen=True)
 class _Tensor:
-    """One parameter: our path, the shape of one layer of it, and what it is called there."""
+    """One parameter: its path and the shape of one layer in our tree, and its stored name."""
 
     path: tuple[str, ...]
     shape: tuple[int, ...]
@@ -158,7 +158,7 @@ class _Tensor:
         return math.prod(self.shape[self.inputs :]), math.prod(self.shape[: self.inputs])
 
     def kind(self, dtype: Any) -> Any:
-        """Its dtype: `dtype` for the encoder's matrices; norms, biases and the head are float32."""
+        """The parameter's dtype: `dtype` for the encoder's matrices, float32 for all others."""
         return dtype if self.path[0] == "encoder" and len(self.stored_shape) == 2 else np.float32
 
     def ours(self, stored: np.ndarray) -> np.ndarray:
@@ -191,13 +191,16 @@ def load(
     """Reads the parameters of `PairScorer` from `folder`.
 
     Args:
+      folder: the model folder.
+      config: the encoder's hyperparameters.
+      tasks: scores per candidate.
       dtype: of the encoder's matrices. Norms, biases and the head stay float32.
-      place: puts one finished parameter on the devices, given its path; by default on the default
-        device. No more than one parameter, of all layers, is in host memory at a time.
+      place: puts one parameter, given its path, on the devices; by default on the default device.
+        At most one parameter (of all layers) is in host memory at a time.
 
     Raises:
-      WeightsError: tensors missing, unknown, of the wrong shape or dtype, or with NaN or infinity
-        (all are listed), or a file that is missing or not whole.
+      WeightsError: if tensors are missing, unknown, of the wrong shape or dtype, or contain NaN or
+        infinity (all are listed), or a file is missing or incomplete.
     """
     place = place or (lambda path, x: jax.device_put(x))
     tensors = list(_tensors(config, tasks))
@@ -226,7 +229,7 @@ def load(
 
 
 def dtypes(config: DebertaConfig, tasks: int, dtype: Any) -> Params:
-    """The dtype of each parameter that `load` gives, as a tree of `PairScorer`'s."""
+    """The dtype of each parameter that `load` returns, as a tree."""
     return unflatten_dict({t.path: np.dtype(t.kind(dtype)) for t in _tensors(config, tasks)})
 
 
@@ -240,8 +243,8 @@ def _check(checkpoint: Checkpoint, tensors: list[_Tensor], layers: int) -> None:
     problems = [f"missing: {name}" for name in wanted if name not in found]
     problems += [f"unknown: {name}" for name in sorted(set(found) - set(wanted) - _LEFTOVER)]
     problems += [
-        f"{name}: {found[name].dtype} of shape {found[name].shape}, config.json implies floats of "
-        f"shape {shape}"
+        f"{name}: {found[name].dtype} of shape {found[name].shape}, but config.json implies floats "
+        f"of shape {shape}"
         for name, shape in wanted.items()
         if name in found and (found[name].shape != shape or found[name].dtype not in DTYPES)
     ]

@@ -1,4 +1,4 @@
-"""A finished policy as a Hugging Face folder that transformers, vLLM and lm-eval load as it is."""
+"""Exports a policy as a Hugging Face folder that transformers, vLLM and lm-eval can load."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from selm_jax.weights.files import (
 from selm_jax.weights.folder import carried, links_out
 from selm_jax.weights.huggingface import save
 
-# The key under which a folder's settings name Python files of its own.
+# The key with which the JSON files of a folder refer to Python code in the folder.
 _CODE = "auto_map"
 
 
@@ -39,19 +39,20 @@ def export_folder(
 ) -> None:
     """Writes weights, config, tokenizer and model card into `folder`, which must not exist.
 
-    The config is the source model's, key by key, since the model is of the same shape; only the
-    dtype of the stored weights is set anew, and what makes a reward model of it, if it is one.
-    Where it names code (`auto_map`), that is left out: no code goes with the model, and none is
-    needed.
+    The config is that of the source model; only the dtype of the weights is changed and, for a
+    reward model, the keys that describe its head. The key `auto_map`, which refers to code, is
+    removed: no code is exported, and none is needed.
 
     Args:
+      params: the parameters.
+      config: the model's config.
       source: the Hugging Face folder that training started from.
-      folder: None for the processes that only bring their parts of the parameters.
+      folder: None for processes that only contribute their shards of the parameters.
       card: the text of README.md.
-      max_shard_bytes: of one safetensors file.
+      max_shard_bytes: the most bytes of data in one safetensors file.
 
     Raises:
-      WeightsError: a file that goes with the model is a link to one outside `source`.
+      WeightsError: if a file to be copied is a link to a file outside `source`.
     """
     if folder is not None:
         _write_folder(source, folder, str(params["embedding"].dtype), config)
@@ -64,18 +65,21 @@ def convert_dtype(
 ) -> None:
     """Writes the model in `source` into `folder`, which must not exist, with weights of `dtype`.
 
-    For what leaves a run: within it weights stay as they were trained, because the next iteration
-    starts from them and updates are smaller than bfloat16 can tell.
+    This is for models that leave a run. Within a run, weights keep the dtype of training, because
+    the next iteration starts from them and updates may be too small for bfloat16.
 
     Args:
+      source: the folder to read.
+      folder: the folder to write.
       dtype: "float32", "bfloat16" or "float16".
+      max_shard_bytes: the most bytes of data in one safetensors file.
 
     Raises:
-      WeightsError: `source` is not whole, or another dtype.
+      WeightsError: if `source` is incomplete, or the dtype is not one of these.
     """
     kinds = {np.dtype(known).name: np.dtype(known) for known in DTYPES.values()}
     if dtype not in kinds:
-        raise WeightsError(f"dtype {dtype!r}: weights are stored as one of {', '.join(kinds)}")
+        raise WeightsError(f"dtype is {dtype!r}; expected one of {', '.join(kinds)}")
     kind = kinds[dtype]
     checkpoint = open_checkpoint(source)
     entries = {n: stored_like(t.shape, kind) for n, t in checkpoint.tensors.items()}
@@ -87,12 +91,12 @@ def convert_dtype(
 
 
 def _narrowed(checkpoint: Checkpoint, name: str, kind: np.dtype) -> np.ndarray:
-    with np.errstate(over="ignore"):  # said below, by name
+    with np.errstate(over="ignore"):  # reported below with the tensor's name
         found = checkpoint.read(name).astype(kind)
     if not np.isfinite(found).all():
         raise WeightsError(
-            f"{checkpoint.folder}: {name} holds numbers that are too large for {kind.name}, or no "
-            "numbers at all; export as bfloat16 or float32"
+            f"{checkpoint.folder}: {name} contains numbers too large for {kind.name}, or NaN or "
+            "infinity; export as bfloat16 or float32"
         )
     return found
 
@@ -100,7 +104,7 @@ def _narrowed(checkpoint: Checkpoint, name: str, kind: np.dtype) -> np.ndarray:
 def _write_folder(
     source: Path, folder: Path, dtype: str, config: DecoderConfig | None = None
 ) -> None:
-    """All but the weights and the card."""
+    """Writes all files of the folder but the weights and the card."""
     hf: dict[str, Any] = json.loads((source / "config.json").read_text(encoding="utf-8"))
     if config is not None and config.head is not None:
         hf = reward_model_json(hf, config.head.pad)
@@ -111,14 +115,14 @@ def _write_folder(
         (folder / name).parent.mkdir(exist_ok=True)
         _copy(source / name, folder / name)
     hf.pop(_CODE, None)
-    # transformers 5 writes `dtype`, earlier versions and others `torch_dtype`, which all can read.
+    # transformers 5 writes `dtype`, earlier versions and other tools `torch_dtype`; all read both.
     for key in [key for key in ("dtype", "torch_dtype") if key in hf] or ["torch_dtype"]:
         hf[key] = dtype
     _write_json(folder / "config.json", hf)
 
 
 def _copy(file: Path, to: Path) -> None:
-    """Byte for byte, but for what names code that stays behind."""
+    """Copies a file, without the key `auto_map` if it is a JSON file with this key."""
     if file.suffix == ".json" and f'"{_CODE}"'.encode() in file.read_bytes():
         settings = json.loads(file.read_text(encoding="utf-8"))
         if isinstance(settings, dict) and settings.pop(_CODE, None) is not None:

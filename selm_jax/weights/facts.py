@@ -1,4 +1,4 @@
-"""A model's config.json without its weights: what a plan needs, and a few kilobytes."""
+"""Gets a model's config.json, a few kilobytes that are enough for a plan, without its weights."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from selm_jax.weights.wheels import WHEELS
 
 
 def config_json(source: str, revision: str | None = None, cache: Path | None = None) -> Path:
-    """The config.json of a local folder, a GGUF file or a Hub id; weights are not fetched.
+    """The config.json of a local folder, a GGUF file or a Hub id; weights are not downloaded.
 
     Raises:
-      SourceError: there is none here and the Hub gives none; the message says what to do.
+      SourceError: if it is neither on this machine nor on the Hub; the message says what to do.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -27,8 +27,8 @@ def config_json(source: str, revision: str | None = None, cache: Path | None = N
         return sources.resolve(source, cache=cache).path / "config.json"
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
         raise SourceError(
-            f"{source}: no such folder here (the current one is {Path.cwd()}), and not a Hub id. "
-            "To plan without the model, give its config.json: --config FILE"
+            f"{source}: there is no such folder (the current one is {Path.cwd()}), and this is not "
+            "a Hub id. To plan without the model, give its config.json: --config FILE"
         )
     here = try_to_load_from_cache(source, "config.json", revision=revision)
     if isinstance(here, str):
@@ -46,9 +46,9 @@ def config_json(source: str, revision: str | None = None, cache: Path | None = N
                 lambda: hf_hub_download(source, "config.json", revision=revision, etag_timeout=5),
             )
         )
-    except Exception as error:  # whatever the Hub's client raises, as in `sources`
+    except Exception as error:  # the Hub's client raises various exceptions, as in `sources`
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise SourceError(
-            f"{source}: its config.json is not on this machine, and the Hub gives none ({reason}). "
-            "Give the file: --config FILE"
+            f"{source}: its config.json is not on this machine, and could not be downloaded from "
+            f"the Hub ({reason}). Give the file: --config FILE"
         ) from error

@@ -1,4 +1,4 @@
-"""Safetensors files of a folder: one, or several with an index. Read by parts, written in a stream.
+"""Reads parts of safetensors files, one or several with an index, and writes such files.
 
 The format (https://github.com/huggingface/safetensors, "Format"): eight bytes of header length,
 little-endian; the header as JSON, padded with spaces to a multiple of eight; the data.
@@ -22,18 +22,18 @@ from selm_jax.shell.json_file import POINTER, JsonFileError, is_pointer, read_ob
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-"""What parameters may be stored as, by safetensors' names."""
+"""The dtypes that parameters may be stored in, by safetensors' names."""
 
 MAX_SHARD_BYTES = 5 * 10**9
-"""Of one file; transformers' "5GB", which file systems and downloads everywhere can take."""
+"""The most bytes of data in one file: transformers' "5GB", fine for file systems and downloads."""
 
 
 class WeightsError(ValueError):
-    """The tensors in a folder are not those of the model that its config.json describes."""
+    """The tensors in a folder are damaged, or do not match its config.json."""
 
 
 class Stored(NamedTuple):
-    """A tensor in a file: its shape, and its dtype by safetensors' name."""
+    """The shape of a tensor in a file, and safetensors' name of its dtype."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -44,11 +44,12 @@ class Stored(NamedTuple):
 
 
 class Checkpoint:
-    """The tensors of a folder, mapped into memory: what is not looked at is not read.
+    """The tensors of a folder, mapped into memory: only the parts that are used are read.
 
     Attributes:
-      tensors: every tensor by name.
-      file_of: the name of the file that it is in.
+      folder: the folder.
+      tensors: shape and dtype of every tensor, by name.
+      file_of: the name of each tensor's file.
     """
 
     def __init__(self, folder: Path, where: Mapping[str, tuple[np.memmap, int, Stored]]):
@@ -58,7 +59,7 @@ class Checkpoint:
         self._where = where  # file, first byte, what
 
     def read(self, name: str, cuts: Sequence[slice] = ()) -> np.ndarray:
-        """The part of a tensor that the slices cut out: a view of the file, not a copy."""
+        """The part of a tensor that the slices select: a view of the file, not a copy."""
         file, first, stored = self._where[name]
         flat = file[first : first + stored.bytes].view(DTYPES[stored.dtype])
         part = flat.reshape(stored.shape)[tuple(cuts)]
@@ -69,7 +70,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """Opens a single (`model.safetensors`) or an indexed checkpoint.
 
     Raises:
-      WeightsError: a file is missing or not whole, or the index does not tell the truth.
+      WeightsError: if a file is missing or incomplete, or the index names a missing tensor.
     """
     folder = Path(folder)
     index = folder / INDEX
@@ -84,16 +85,17 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         for name in wanted:
             if name not in held:
                 raise WeightsError(
-                    f"{index}: says that {name} is in {file}, which has no such tensor"
+                    f"{index} says that {name} is in {file}, which has no such tensor. Get both "
+                    "files again"
                 )
             where[name] = held[name]
     return Checkpoint(folder, where)
 
 
 def damage_of(path: Path) -> str | None:
-    """Why this is not a whole safetensors file, in words that follow its name; None if it is one.
+    """Says why a safetensors file is damaged, as words that follow its name; None if it is not.
 
-    Reads the header alone, and compares it with the file's size.
+    Only the header is read and compared with the file's size.
     """
     if is_pointer(path):
         return POINTER
@@ -107,7 +109,7 @@ def damage_of(path: Path) -> str | None:
 def _open_file(path: Path) -> dict[str, tuple[np.memmap, int, Stored]]:
     if wrong := damage_of(path):
         raise WeightsError(f"{path} {wrong}")
-    # Read here and not through the library, which would copy every part on the host first.
+    # The library would copy every part on the host first; mapping the file avoids this.
     file = np.memmap(path, np.uint8, "r")
     start = 8 + int.from_bytes(file[:8].tobytes(), "little")
     header = json.loads(file[8:start].tobytes())
@@ -119,16 +121,18 @@ def _open_file(path: Path) -> dict[str, tuple[np.memmap, int, Stored]]:
 
 
 def index_is_passed_over(folder: Path) -> bool:
-    """Whether the folder has an index that says nothing: transformers reads `model.safetensors`
-    where it is there, and an index only where it is not. An older save may have left one."""
+    """Whether the folder's index is ignored because there is a `model.safetensors`.
+
+    transformers does the same. An earlier save may have left the index.
+    """
     return (folder / WHOLE).is_file() and (folder / INDEX).exists()
 
 
 def read_index(folder: Path) -> dict[str, str] | None:
-    """The file of each tensor, by the index; None where `model.safetensors` is to hold them all.
+    """Reads the file of each tensor from the index; None if `model.safetensors` has all of them.
 
     Raises:
-      WeightsError: the index is none.
+      WeightsError: if the index is invalid.
     """
     index = folder / INDEX
     if (folder / WHOLE).is_file() or not index.exists():
@@ -145,16 +149,16 @@ def read_index(folder: Path) -> dict[str, str] | None:
 
 
 def refuse_not_finite(checkpoint: Checkpoint, names: Iterable[str]) -> None:
-    """Raises WeightsError if there are any names: those of tensors with NaN or infinity."""
+    """Raises WeightsError unless `names`, the tensors with NaN or infinity, is empty."""
     bad = list(dict.fromkeys(names))
     if not bad:
         return
     shown = "\n  ".join(f"{name}, in {checkpoint.file_of[name]}" for name in bad[:20])
     more = f"\n  ... and {len(bad) - 20} more" if len(bad) > 20 else ""
     raise WeightsError(
-        f"{checkpoint.folder}: these tensors hold NaN or infinity:\n  {shown}{more}\n"
-        "With such weights a model computes nothing. Get the files again and compare their digests "
-        "with the source's; if a training wrote them, it has diverged: go back to a model before it"
+        f"{checkpoint.folder}: these tensors contain NaN or infinity:\n  {shown}{more}\n"
+        "A model cannot compute anything with such weights. Get the files again and compare their "
+        "digests with the source's. If training wrote them, it diverged: use an earlier model"
     )
 
 
@@ -165,12 +169,13 @@ def write(
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes tensors into `folder`: as model.safetensors if that is small enough, else in parts.
+    """Writes tensors into `folder`, as one model.safetensors or as several files with an index.
 
     Args:
-      tensors: what will come, in the order of the files.
-      values: the tensors themselves, in that order; one is held at a time.
-      max_shard_bytes: of data in one file. A larger tensor has a file of its own.
+      folder: an existing folder.
+      tensors: name -> shape and dtype, in the order of the files.
+      values: the tensors themselves, in that order; one is in memory at a time.
+      max_shard_bytes: the most bytes of data in one file. A larger tensor gets its own file.
     """
     shards = _shards(tensors, max_shard_bytes)
     file_of: dict[str, str] = {}
@@ -190,9 +195,9 @@ def write(
 def write_file(
     path: Path, tensors: Mapping[str, Stored], coming: Iterator[tuple[str, np.ndarray]]
 ) -> None:
-    """Writes one file of these tensors, which come next and in this order.
+    """Writes one file with these tensors, taken from the iterator `coming` in this order.
 
-    The library's own writer makes files that nobody but their owner can read.
+    The library's own writer makes files that only their owner can read.
     """
     with path.open("wb") as file:
         file.write(_header(tensors))
@@ -200,14 +205,14 @@ def write_file(
             found, value = next(coming)
             stored = stored_like(value.shape, value.dtype)
             assert (found, stored) == (expected, tensors[expected]), (found, stored, expected)
-            # Bytes, because bfloat16 is not a type of Python's buffers.
+            # As bytes, because Python's buffers do not support bfloat16.
             file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
         file.flush()
         os.fsync(file.fileno())
 
 
 def stored_like(shape: Sequence[int], dtype: Any) -> Stored:
-    """What an array of this shape and dtype will be stored as."""
+    """The `Stored` of an array with this shape and dtype."""
     name = next(name for name, known in DTYPES.items() if np.dtype(known) == np.dtype(dtype))
     return Stored(tuple(shape), name)
 
@@ -225,7 +230,7 @@ def _shards(tensors: Mapping[str, Stored], most: int) -> list[list[str]]:
 
 
 def _header(tensors: Mapping[str, Stored]) -> bytes:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for this mark
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers requires this
     offset = 0
     for name, stored in tensors.items():
         header[name] = {

@@ -1,4 +1,4 @@
-"""A model folder as it is found: what keeps it from being one, its digest, and what goes with it."""
+"""Checks a model folder, computes its digest, and lists the files to copy with the model."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from selm_jax.weights.wheels import sha256_of
 
 NAMED_TEMPLATES = "additional_chat_templates/*.jinja"
 
-# What goes with a model wherever it goes: tokenizer, chat templates and settings of generation; and
-# the licence, which those of many models ask to be handed on. No code and no pickles.
+# Files that are copied with a model: tokenizer, chat templates and generation settings; and the
+# licence, because many licences require it. No code and no pickles.
 SETTINGS = (
     "tokenizer.json",
     "tokenizer.*.json",
@@ -41,44 +41,43 @@ LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 
 
 def carried(folder: Path) -> Iterator[str]:
-    """The names of the files that go with the model, relative to the folder."""
+    """The paths, relative to the folder, of the files that are copied with the model."""
     return (n for n in _names(folder, *SETTINGS, *LICENCES) if (folder / n).is_file())
 
 
 def links_out(folder: Path) -> list[str]:
-    """What is wrong with links among the files that an export takes over: a target elsewhere, which
-    would be handed on with the model, or none.
+    """One message for each exported file that is a link to outside the folder, or a broken link.
 
-    The Hub's cache is made of links, from a snapshot to the files beside it (`blobs`): those are
-    taken for the files themselves.
+    An export would publish the target of such a link with the model. In the Hub's cache, files of a
+    snapshot are links into the folder `blobs` beside it; these are allowed.
     """
     home = folder.resolve()
     inside = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
     wrong = []
     for name in _names(folder, *SETTINGS, *LICENCES, "config.json", "README.md"):
-        target = Path(os.path.realpath(folder / name))  # which a circle of links does not upset
+        target = Path(os.path.realpath(folder / name))  # does not fail on a circle of links
         if not target.exists():
-            wrong.append(f"{name} is a link to {target}, which is not there")
+            wrong.append(f"{name} is a link to {target}, which does not exist")
         elif not any(target.is_relative_to(each) for each in inside):
             wrong.append(
-                f"{name} is a link to {target}, outside the folder, and an export would hand that "
-                "on; put the file itself there (cp -L)"
+                f"{name} is a link to {target}, outside the folder, and an export would publish "
+                "that file; replace the link by the file itself (cp -L)"
             )
     return wrong
 
 
 def _names(folder: Path, *patterns: str) -> Iterator[str]:
-    """The names in a folder that fit a pattern; those of broken links, too, which globs pass over."""
+    """The names in a folder that match a pattern, including broken links, which globs skip."""
     for place in (folder, (folder / NAMED_TEMPLATES).parent):
         for entry in sorted(place.iterdir()) if place.is_dir() else []:
             name = entry.relative_to(folder).as_posix()
-            # A star stands for part of a name here, not for folders.
+            # Here a star matches a part of a name, but not a slash.
             if any(fnmatchcase(name, p) and name.count("/") == p.count("/") for p in patterns):
                 yield name
 
 
 def problems_of(folder: Path) -> list[str]:
-    """What keeps this folder from being a model; empty when nothing does."""
+    """One message for each reason why a folder is not a usable model; empty if it is."""
     problems = links_out(folder)
     if not (folder / "config.json").is_file():
         problems.append("config.json is missing")
@@ -101,7 +100,7 @@ def problems_of(folder: Path) -> list[str]:
 
 
 def folder_digest(folder: Path) -> str:
-    """SHA-256 over the names and contents of a folder's model files, in the order of names."""
+    """The SHA-256 of the names and contents of a folder's model files, in order of their names."""
     digest = hashlib.sha256()
     files = [*sorted(folder.iterdir()), *sorted(folder.glob(NAMED_TEMPLATES))]
     for file in (file for file in files if not is_leftover(file.name)):

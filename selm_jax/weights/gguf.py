@@ -1,9 +1,10 @@
-"""GGUF in, Hugging Face folder out: a checkpoint of llama.cpp as plain float32 safetensors.
+"""Converts a GGUF file of llama.cpp into a Hugging Face folder with float32 safetensors.
 
-A GGUF file holds weights (often quantised), hyperparameters and the tokenizer in one file. `convert`
-reads all three and writes what transformers, vLLM and this package read: config.json,
+A GGUF file contains weights (often quantised), hyperparameters and the tokenizer. `convert` reads
+all three and writes the files that transformers, vLLM and this package read: config.json,
 generation_config.json, tokenizer.json, tokenizer_config.json, chat_template.jinja and
-safetensors. Only what is known to come out right is converted; the rest is refused by name.
+safetensors. It converts only what is known to be converted correctly; anything else is an error
+that names it.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -40,30 +41,30 @@ TYPES = (
     Type.F32, Type.F16, Type.BF16, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0,
     Type.Q4_K, Type.Q5_K, Type.Q6_K,
 )  # fmt: skip
-"""Tensor types that are converted: those that a test holds against their definition."""
+"""The supported tensor types; a test compares each with its definition."""
 
-_SPARE_BYTES = 64 << 20  # tokenizer files, and room for the disk to breathe
+_SPARE_BYTES = 64 << 20  # for tokenizer files, and some reserve
 
 
 def convert(gguf_path: str | Path, out_folder: str | Path) -> Path:
-    """Write the Hugging Face folder of a GGUF file, whole or not at all.
+    """Writes the Hugging Face folder of a GGUF file, completely or not at all.
 
-    The folder is built beside `out_folder` and renamed when complete. Where `out_folder` already
+    The folder is built beside `out_folder` and renamed when complete. If `out_folder` already
     exists (another process was quicker), that folder is kept. One tensor is in memory at a time.
 
     Args:
       gguf_path: a GGUF file of an architecture in `gguf_model.FAMILIES`, with a byte-level BPE
         tokenizer; or any one file of a model that is split into several.
-      out_folder: the folder to make; its parents are made too.
+      out_folder: the folder to make; its parents are created too.
 
     Returns:
       `out_folder`.
 
     Raises:
-      GGUFError: damaged file, one of several missing, or an architecture, tensor, tensor type or
-        tokenizer not known here.
-      FileNotFoundError: no such file.
-      OSError: with errno ENOSPC where the disk is too full; nothing is left behind.
+      GGUFError: if a file is damaged or missing, or an architecture, tensor, tensor type or
+        tokenizer is not supported.
+      FileNotFoundError: if there is no such file.
+      OSError: with errno ENOSPC if there is not enough free space; nothing is left behind.
     """
     path, out = Path(gguf_path), Path(out_folder)
     model = open_gguf(path)
@@ -76,8 +77,8 @@ def convert(gguf_path: str | Path, out_folder: str | Path) -> Path:
             factors = _plain(path, tensor)
             if factors.shape != (config["head_dim"] // 2,):
                 raise GGUFError(
-                    f"{path}: tensor {ROPE_FACTORS} has shape {factors.shape}, the head size is "
-                    f"{config['head_dim']}"
+                    f"{path}: tensor {ROPE_FACTORS} has shape {factors.shape}; expected "
+                    f"{config['head_dim'] // 2} numbers, half of the head size"
                 )
             config["rope_scaling"] = rope_scaling(path, factors, config)
     tokenizer = build_tokenizer(fields)
@@ -114,8 +115,9 @@ def _check_types(model: Gguf) -> None:
     for tensor in model.tensors:
         if tensor.tensor_type not in TYPES:
             raise GGUFError(
-                f"{model.file_of[tensor.name]}: tensor {tensor.name} is of type {tensor.tensor_type.name}; converted "
-                f"here: {', '.join(t.name for t in TYPES)}"
+                f"{model.file_of[tensor.name]}: tensor {tensor.name} has the type "
+                f"{tensor.tensor_type.name}, which is not supported; supported are "
+                f"{', '.join(t.name for t in TYPES)}"
             )
 
 
@@ -123,16 +125,19 @@ def _plain(path: Path, tensor: ReaderTensor) -> Float32[np.ndarray, ...]:
     with np.errstate(all="ignore"):  # damaged numbers are reported below, by name
         values = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
     if not np.isfinite(values).all():
-        raise GGUFError(f"{path}: tensor {tensor.name} holds NaN or infinity: the file is damaged")
+        raise GGUFError(
+            f"{path}: tensor {tensor.name} contains NaN or infinity, so the file is damaged. "
+            "Download it again"
+        )
     return values
 
 
 def _unpermute(
     values: Float32[np.ndarray, "rows columns"], heads: int
 ) -> Float32[np.ndarray, "rows columns"]:
-    """Rows of a query or key projection, from llama.cpp's order back to Hugging Face's.
+    """Reorders the rows of a query or key projection from llama.cpp's order to Hugging Face's.
 
-    Rope turns pairs of rows. Hugging Face pairs row i with row i + head_dim / 2 of the same head;
+    Rope rotates pairs of rows. Hugging Face pairs row i with row i + head_dim / 2 of the same head;
     llama.cpp's converter interleaves them (2i with 2i + 1) for the llama architecture.
     """
     rows, columns = values.shape
@@ -145,13 +150,13 @@ def _unpermute(
 
 @contextlib.contextmanager
 def _whole_folder(out: Path, needed: int) -> Iterator[Path]:
-    """A folder beside `out` to write into; it becomes `out` on success and is removed otherwise."""
+    """Yields a folder beside `out`, which is renamed to `out` on success and removed on failure."""
     out.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(out.parent).free
     if free < needed:
         raise OSError(
             errno.ENOSPC,
-            f"{needed / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free on this disk",
+            f"{needed / 1e6:.0f} MB are needed, but only {free / 1e6:.0f} MB are free on this disk",
             str(out.parent),
         )
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".incoming-") as work:
@@ -161,7 +166,7 @@ def _whole_folder(out: Path, needed: int) -> Iterator[Path]:
         try:
             os.rename(folder, out)
         except OSError as error:
-            # A folder with files in it stands there already: the other process won the race.
+            # There already is a folder with files: another process was quicker.
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
 
@@ -177,6 +182,6 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _sync(file: Any) -> None:
-    """Reach the disk before the rename does: a power cut must not leave a whole-looking folder."""
+    """Writes the file to disk before the folder is renamed, in case of a power cut in between."""
     file.flush()
     os.fsync(file.fileno())

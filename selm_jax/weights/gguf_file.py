@@ -1,7 +1,7 @@
-"""The reading half of the GGUF converter: keys and tensors, with errors that name both.
+"""Reads the keys and tensors of GGUF files, with errors that name them.
 
-llama.cpp splits large models into files `NAME-00001-of-00003.gguf`. The first has the keys; each has
-some of the tensors, its number (`split.no`, from 0) and how many files there are (`split.count`).
+llama.cpp splits large models into files `NAME-00001-of-00003.gguf`. The first has the keys; each
+has some of the tensors, its number (`split.no`, from 0) and the number of files (`split.count`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})")
 
 
 class GGUFError(ValueError):
-    """The GGUF file is damaged, or holds something this converter does not know."""
+    """The GGUF file is damaged, or contains something that the converter does not support."""
 
 
 class Gguf(NamedTuple):
@@ -31,7 +31,7 @@ class Gguf(NamedTuple):
 
     Attributes:
       fields: the keys, by name.
-      tensors: those of all files, one file after the other.
+      tensors: the tensors of all files, in order.
       file_of: the file of each tensor, by its name.
     """
 
@@ -41,10 +41,10 @@ class Gguf(NamedTuple):
 
 
 def files_of(path: Path) -> list[Path]:
-    """All files of the model that this file holds, or holds a part of, in order.
+    """All files, in order, of the model of which this file is the whole or a part.
 
     Raises:
-      GGUFError: one is missing.
+      GGUFError: if one is missing.
     """
     part = _PART.fullmatch(path.stem)
     if part is None:
@@ -62,18 +62,18 @@ def files_of(path: Path) -> list[Path]:
 
 
 def model_name(path: Path) -> str:
-    """The name of the model's file without its suffix and without the number of a part."""
+    """The name of the model's file without suffix and without the number of a part."""
     part = _PART.fullmatch(path.stem)
     return path.stem if part is None else part[1]
 
 
 def open_gguf(path: Path) -> Gguf:
-    """The model that this file holds, or holds a part of: its keys and tensor list read.
+    """Opens the model of which this file is the whole or a part; reads its keys and tensor list.
 
     Raises:
-      FileNotFoundError: no such file.
-      GGUFError: not GGUF, cut off, or damaged where the reader can see it; or a part is missing, or
-        is one of another model.
+      FileNotFoundError: if there is no such file.
+      GGUFError: if it is not GGUF, cut off or visibly damaged; or if a part is missing or belongs
+        to another model.
     """
     files = files_of(path)
     readers = [_read(file) for file in files]
@@ -83,21 +83,22 @@ def open_gguf(path: Path) -> Gguf:
         count = fields.get("split.count", int) or 1
         if count != len(files):
             raise GGUFError(
-                f"{file}: it is one of {count} files (split.count), but its name stands for one of "
-                f"{len(files)}. Keep the names that the files came with: NAME-00001-of-{count:05d}.gguf"
+                f"{file} is one of {count} files according to its key split.count, but one of "
+                f"{len(files)} according to its name. Keep the original names of the files: "
+                f"NAME-00001-of-{count:05d}.gguf"
             )
         if (said := fields.get("split.no", int) or 0) != number:
             raise GGUFError(
-                f"{file}: it is part {said + 1} by its key split.no and part {number + 1} by its "
-                "name. Get the files anew"
+                f"{file} is part {said + 1} according to its key split.no, but part {number + 1} "
+                "according to its name. Download the files again"
             )
         tensors += reader.tensors
         file_of |= {tensor.name: file for tensor in reader.tensors}
     wanted = Fields(files[0], readers[0]).get("split.tensors.count", int)
     if wanted not in (None, len(tensors)):
         raise GGUFError(
-            f"{files[0]}: its {len(files)} files hold {len(tensors)} tensors, key "
-            f"split.tensors.count says {wanted}. Get the files anew"
+            f"{files[0]}: its {len(files)} files have {len(tensors)} tensors, but key "
+            f"split.tensors.count says {wanted}. Download the files again"
         )
     return Gguf(readers[0].fields, tensors, file_of)
 
@@ -112,26 +113,26 @@ def _read(path: Path) -> GGUFReader:
     if magic != b"GGUF":
         raise GGUFError(f"{path}: not a GGUF file: it starts with {magic!r}, expected b'GGUF'")
     try:
-        # A reader of damaged bytes counts wildly before it fails; its overflow warnings say nothing
-        # that the error below does not.
+        # On damaged bytes the reader computes nonsense before it fails; its overflow warnings add
+        # nothing to the error below.
         with np.errstate(all="ignore"):
             return GGUFReader(path)
     except (ValueError, IndexError, KeyError, TypeError, ArithmeticError, MemoryError) as error:
         raise GGUFError(
-            f"{path}: damaged, cut off, or of a newer format ({type(error).__name__}: {error}); "
-            f"the file has {path.stat().st_size} bytes: compare with the source, download again"
+            f"{path}: damaged, cut off, or of a newer format ({type(error).__name__}: {error}). "
+            f"The file has {path.stat().st_size} bytes; compare with the source, download it again"
         ) from error
 
 
 class Fields:
-    """The key/value half of the file, with errors (GGUFError) that name the file and the key."""
+    """Reads the key/value pairs of a file, with GGUFErrors that name the file and the key."""
 
     def __init__(self, path: Path, reader: GGUFReader | Gguf):
         self.path = path
         self._fields = reader.fields
 
     def get(self, key: str, kind: type[T]) -> T | None:
-        """One value of this Python type (list for an array), or None where the key is absent."""
+        """The value of a key, of this Python type (list for an array); None if it is absent."""
         field = self._fields.get(key)
         if field is None:
             return None
@@ -139,37 +140,37 @@ class Fields:
             value = field.contents()
         except (ValueError, IndexError) as error:
             raise GGUFError(f"{self.path}: key {key} cannot be read: {error}") from error
-        # bool is an int to Python; a flag where a number belongs is a damaged file to us
+        # In Python a bool is an int; here a flag in place of a number means a damaged file.
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise GGUFError(
-                f"{self.path}: key {key} holds {value!r:.80}, expected one {kind.__name__}"
+                f"{self.path}: key {key} is {value!r:.80}; expected the type {kind.__name__}"
             )
         return value
 
     def need(self, key: str, kind: type[T]) -> T:
-        """As `get`, but an absent key is an error."""
+        """Like `get`, but an absent key is an error."""
         value = self.get(key, kind)
         if value is None:
             raise GGUFError(f"{self.path}: key {key} is missing")
         return value
 
     def size(self, key: str) -> int:
-        """A count of at least one."""
+        """The value of a key that must be a whole number of at least 1."""
         value = self.need(key, int)
         if value <= 0:
-            raise GGUFError(f"{self.path}: key {key} is {value}, expected at least 1")
+            raise GGUFError(f"{self.path}: key {key} is {value}; expected at least 1")
         return value
 
     def number(self, key: str) -> float:
-        """A float32 as the shortest decimal that gives it back: 1e-05, not 9.99999974e-06."""
+        """The value of a key as a positive number: 1e-05 instead of float32's 9.99999974e-06."""
         value = float(str(np.float32(self.need(key, float))))
         if not 0 < value < float("inf"):
-            raise GGUFError(f"{self.path}: key {key} is {value}, expected a positive number")
+            raise GGUFError(f"{self.path}: key {key} is {value}; expected a positive number")
         return value
 
     def texts(self, key: str) -> list[str]:
-        """An array of strings."""
+        """The value of a key that must be an array of strings."""
         values = self.need(key, list)
         if not all(isinstance(v, str) for v in values):
-            raise GGUFError(f"{self.path}: key {key} holds other things than texts")
+            raise GGUFError(f"{self.path}: key {key} is not an array of strings only")
         return values

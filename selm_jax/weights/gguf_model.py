@@ -1,7 +1,7 @@
-"""What model a GGUF file holds: its config.json, and its tensors by their Hugging Face names.
+"""Reads the model in a GGUF file: its config.json, and its tensors by their Hugging Face names.
 
-Only what is known to come out right is here; a key, tensor or architecture that is not is refused
-by name, because read past it the model would run, and be wrong.
+Only what is known to be converted correctly is supported. Any other key, tensor or architecture is
+an error that names it; if it were ignored, the model would run and be wrong.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ ROPE_FACTORS = "rope_freqs.weight"
 
 @dataclass(frozen=True)
 class Family:
-    """How an architecture of llama.cpp differs from the others here.
+    """The properties in which the supported architectures of llama.cpp differ.
 
     Attributes:
-      config: what its config.json says beside the common keys.
-      qkv_bias: the projections into attention have biases.
-      qk_norm: queries and keys of each head are normed.
-      interleaved: rows of query and key projections are in llama.cpp's own order.
-      rope_factors: it may have a tensor with a divisor for each of rope's frequencies.
+      architecture: the class in transformers.
+      config: keys of config.json in addition to the common ones.
+      qkv_bias: whether the projections into attention have biases.
+      qk_norm: whether queries and keys of each head are normalised.
+      interleaved: whether rows of query and key projections are in llama.cpp's own order.
+      rope_factors: whether there may be a tensor with a divisor for each of rope's frequencies.
     """
 
     architecture: str
@@ -57,7 +58,7 @@ FAMILIES = {
     ),
 }
 
-# The keys of a model, behind its architecture's name.
+# The keys of a model, without their prefix, the name of the architecture.
 _KEYS = {
     "block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size",
     "attention.head_count", "attention.head_count_kv", "attention.key_length",
@@ -86,7 +87,7 @@ _LAYER = {
 
 
 def hf_name(name: str) -> str | None:
-    """The Hugging Face name of a tensor; None if it is not known here."""
+    """The Hugging Face name of a tensor; None if it is not supported."""
     stem, _, kind = name.rpartition(".")
     if stem in _TOP and kind == "weight":
         return f"{_TOP[stem]}.{kind}"
@@ -108,27 +109,28 @@ class Named(NamedTuple):
 
 
 def read_model(fields: Fields, reader: Gguf) -> tuple[Family, Json]:
-    """The architecture and the content of config.json, but for scaled rope (`rope_scaling`).
+    """The architecture and the content of config.json, except for `rope_scaling`.
 
     Raises:
-      GGUFError: an architecture or a key not known here, or values that do not fit together.
+      GGUFError: if the architecture or a key is not supported, or values do not fit together.
     """
     name = fields.need("general.architecture", str)
     if name not in FAMILIES:
         raise GGUFError(
-            f"{fields.path}: architecture {name!r}; converted here: {', '.join(FAMILIES)}. "
-            "Get the model as a Hugging Face folder (safetensors) instead"
+            f"{fields.path}: architecture {name!r} is not supported; supported are "
+            f"{', '.join(FAMILIES)}. Get the model as a Hugging Face folder (safetensors) instead"
         )
     family = FAMILIES[name]
     for key in reader.fields:
         if key.startswith(f"{name}.") and key.removeprefix(f"{name}.") not in _KEYS:
             raise GGUFError(
-                f"{fields.path}: key {key} is not known here; what it changes would be lost"
+                f"{fields.path}: key {key} is not supported, and ignoring it could give a wrong "
+                "model. Get the model as a Hugging Face folder (safetensors) instead"
             )
 
     hidden = fields.size(f"{name}.embedding_length")
     heads, kv_heads, head_dim = _heads(fields, reader, name, hidden)
-    theta = 10000.0  # llama.cpp's default where the key is absent
+    theta = 10000.0  # llama.cpp's default if the key is absent
     if f"{name}.rope.freq_base" in reader.fields:
         theta = fields.number(f"{name}.rope.freq_base")
     config: Json = {
@@ -155,7 +157,7 @@ def read_model(fields: Fields, reader: Gguf) -> tuple[Family, Json]:
     if config["num_hidden_layers"] > len(reader.tensors):
         raise GGUFError(
             f"{fields.path}: key {name}.block_count is {config['num_hidden_layers']}, but the file "
-            f"holds only {len(reader.tensors)} tensors"
+            f"has only {len(reader.tensors)} tensors"
         )
     return family, config | _special_ids(fields, config["vocab_size"])
 
@@ -168,14 +170,14 @@ def _heads(fields: Fields, reader: Gguf, name: str, hidden: int) -> tuple[int, i
     head_dim = fields.get(f"{name}.attention.key_length", int) or hidden // heads
     if heads % kv_heads or head_dim % 2 or head_dim == 0:
         raise GGUFError(
-            f"{fields.path}: {heads} heads, {kv_heads} key/value heads, head size {head_dim}: "
-            "the first must be a multiple of the second and the size even"
+            f"{fields.path}: {heads} heads, {kv_heads} key/value heads, head size {head_dim}; "
+            "the first must be a multiple of the second, and the head size must be even"
         )
     for key in (f"{name}.attention.value_length", f"{name}.rope.dimension_count"):
         if fields.get(key, int) not in (None, head_dim):
             raise GGUFError(
-                f"{fields.path}: key {key} is {fields.get(key, int)}, the head size is {head_dim}; "
-                "only equal sizes (rope over the whole head) are converted"
+                f"{fields.path}: key {key} is {fields.get(key, int)}, but the head size is "
+                f"{head_dim}; only equal sizes (rope over the whole head) are supported"
             )
     return heads, kv_heads, head_dim
 
@@ -195,18 +197,17 @@ def _special_ids(fields: Fields, vocab_size: int) -> Json:
     return found
 
 
-# --- rope for longer contexts -----------------------------------------------------------------------
+# --- rope for longer contexts ---------------------------------------------------------------------
 
 
 def rope_scaling(path: Path, factors: Float[np.ndarray, " pairs"], config: Json) -> Json | None:
-    """`rope_scaling` of config.json from the divisors of rope's frequencies.
+    """`rope_scaling` for config.json, reconstructed from the divisors of rope's frequencies.
 
-    llama.cpp keeps only these divisors. The settings that they come from are those of Llama 3.1,
-    3.2 and 3.3, which differ in `factor` alone, or they are not known: the divisors of the guess
-    are computed again and must be those in the file.
+    llama.cpp stores only these divisors. We assume the settings of Llama 3.1, 3.2 and 3.3, which
+    differ only in `factor`, compute their divisors, and compare them with those in the file.
 
     Raises:
-      GGUFError: they are not.
+      GGUFError: if they differ.
     """
     if np.all(factors == 1):
         return None
@@ -220,8 +221,8 @@ def rope_scaling(path: Path, factors: Float[np.ndarray, " pairs"], config: Json)
     expected = _llama3_divisors(guess, config["rope_theta"], config["head_dim"])
     if not np.allclose(factors, expected, rtol=1e-4, atol=0):
         raise GGUFError(
-            f"{path}: tensor {ROPE_FACTORS} holds divisors of rope's frequencies that are not those "
-            f"of Llama 3.1 to 3.3 (factor {guess['factor']:g}); config.json cannot say them. "
+            f"{path}: tensor {ROPE_FACTORS} has divisors of rope's frequencies that differ from "
+            f"those of Llama 3.1 to 3.3 (factor {guess['factor']:g}) and are not supported. "
             "Get the model as a Hugging Face folder (safetensors) instead"
         )
     return guess
@@ -235,14 +236,14 @@ def _llama3_divisors(scaling: Json, theta: float, head_dim: int) -> Float[np.nda
     return 1 / (kept + (1 - kept) / scaling["factor"])
 
 
-# --- tensors ----------------------------------------------------------------------------------------
+# --- tensors --------------------------------------------------------------------------------------
 
 
 def named_tensors(path: Path, reader: Gguf, family: Family, config: Json) -> list[Named]:
-    """Every tensor but the divisors of rope, checked: none missing, none unknown, none misshapen.
+    """Every tensor of the model except the divisors of rope.
 
     Raises:
-      GGUFError: one of these, by its name in the file.
+      GGUFError: if a tensor is missing, unknown or of the wrong shape; the message names it.
     """
     expected = _expected_shapes(family, config)
     found: dict[str, Named] = {}
@@ -252,15 +253,15 @@ def named_tensors(path: Path, reader: Gguf, family: Family, config: Json) -> lis
         name = hf_name(tensor.name)
         if name is None or name not in expected or name in found:
             raise GGUFError(
-                f"{reader.file_of[tensor.name]}: tensor {tensor.name} has no place in a {config['model_type']} model of "
-                f"{config['num_hidden_layers']} layers"
+                f"{reader.file_of[tensor.name]}: a {config['model_type']} model of "
+                f"{config['num_hidden_layers']} layers has no tensor {tensor.name}"
             )
         # GGUF lists the fastest-running dimension first, numpy and safetensors last.
         shape = tuple(int(n) for n in reversed(tensor.shape))
         if shape != expected[name]:
             raise GGUFError(
-                f"{reader.file_of[tensor.name]}: tensor {tensor.name} has shape {shape}, "
-                f"the file's own settings ask for {expected[name]}"
+                f"{reader.file_of[tensor.name]}: tensor {tensor.name} has shape {shape}, but the "
+                f"file's own hyperparameters imply {expected[name]}"
             )
         found[name] = Named(name, tensor, shape)
     if missing := sorted(expected.keys() - found.keys()):

@@ -1,7 +1,7 @@
-"""The tokenizer inside a GGUF file, rebuilt as Hugging Face's tokenizer.json.
+"""Rebuilds the tokenizer inside a GGUF file as Hugging Face's tokenizer.json.
 
-Byte-level BPE only: the file's tokens and merges, and a named rule for how text is cut before the
-merges run.
+Only byte-level BPE is supported: the file contains tokens and merges, and the name of a rule that
+splits text before the merges.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SPECIAL_IDS = {
 }
 
 
-# Contractions, words, numbers, symbols, line ends, blanks; {} is how many digits stay together.
+# Contractions, words, numbers, symbols, line ends, blanks; {} is the number of digits in a piece.
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{}"
     r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -50,13 +50,13 @@ def _split(digits: str) -> pre_tokenizers.PreTokenizer:
 
 @dataclass(frozen=True)
 class _Rule:
-    """How text becomes the pieces in which merges run.
+    """How text is split into pieces, within which merges apply.
 
     Attributes:
       cut: makes the pre-tokenizer.
-      nfc: text is brought to Unicode's form NFC first.
-      whole_words: a piece that is a token is that token, whatever the merges say.
-      bos: BOS is put before a text unless the file says otherwise.
+      nfc: whether text is first normalised to Unicode's NFC.
+      whole_words: whether a piece that is a token becomes that token, regardless of the merges.
+      bos: whether BOS is put before a text unless the file says otherwise.
     """
 
     cut: Callable[[], pre_tokenizers.PreTokenizer]
@@ -65,8 +65,8 @@ class _Rule:
     bos: bool = False
 
 
-# GGUF carries only a name for the rule; what the name means is code. A wrong guess gives near-right
-# tokens, so a name not listed here is an error.
+# GGUF contains only the name of the rule; its meaning is in llama.cpp's code. A wrong guess would
+# give almost correct tokens, so a name that is not listed here is an error.
 _RULES = {
     "smollm": _Rule(
         lambda: pre_tokenizers.Sequence(
@@ -79,29 +79,28 @@ _RULES = {
 
 
 def build_tokenizer(fields: Fields) -> Tokenizer:
-    """The tokenizer, with every token under its own id. It puts BOS before a text where the model's
-    own does.
+    """The tokenizer, with the same ids; it puts BOS before a text if the model's own does.
 
     Raises:
-      GGUFError: a kind of tokenizer not known here, or lists that do not fit together.
+      GGUFError: if the kind of tokenizer is not supported, or its lists do not fit together.
     """
     model = fields.need("tokenizer.ggml.model", str)
     pre = fields.need("tokenizer.ggml.pre", str)
     if model != "gpt2" or pre not in _RULES:
         raise GGUFError(
-            f"{fields.path}: tokenizer {model!r} with pre {pre!r}; known here: 'gpt2' with "
-            f"{sorted(_RULES)}. Get the model as a Hugging Face folder instead"
+            f"{fields.path}: tokenizer {model!r} with pre {pre!r} is not supported; supported are "
+            f"'gpt2' with {sorted(_RULES)}. Get the model as a Hugging Face folder instead"
         )
     rule = _RULES[pre]
     for flag in ("add_eos_token", "add_space_prefix"):
         if fields.get(f"tokenizer.ggml.{flag}", bool):
-            raise GGUFError(f"{fields.path}: tokenizer.ggml.{flag} is set; not converted here")
+            raise GGUFError(f"{fields.path}: tokenizer.ggml.{flag} is set, which is not supported")
 
     tokens = fields.texts("tokenizer.ggml.tokens")
     vocab = {token: i for i, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
         twice = next(token for i, token in enumerate(tokens) if vocab[token] != i)
-        raise GGUFError(f"{fields.path}: token {twice!r} stands twice in the vocabulary")
+        raise GGUFError(f"{fields.path}: token {twice!r} occurs twice in the vocabulary")
     merges = []
     for row, merge in enumerate(fields.texts("tokenizer.ggml.merges")):
         left, _, right = merge.partition(" ")
@@ -112,8 +111,8 @@ def build_tokenizer(fields: Fields) -> Tokenizer:
             )
         merges.append((left, right))
 
-    # unk_token=None, as published: a byte the vocabulary lacks is left out, never turned into the
-    # end-of-text mark.
+    # unk_token=None, as published: a byte that is not in the vocabulary is left out and never
+    # becomes the end-of-text token.
     bpe = models.BPE(vocab=vocab, merges=merges, unk_token=None, ignore_merges=rule.whole_words)
     tokenizer = Tokenizer(bpe)
     if rule.nfc:
@@ -145,8 +144,8 @@ def _adds_bos(fields: Fields) -> bool:
 
 
 def eos_ids(fields: Fields) -> dict[str, Any]:
-    """`eos_token_id` of generation_config.json: the end of a text and, where it is another token,
-    that of a turn."""
+    """`eos_token_id` for generation_config.json: the end-of-text token and, if different, the
+    end-of-turn token."""
     eos = fields.need(SPECIAL_IDS["eos"], int)
     key = "tokenizer.ggml.eot_token_id"
     turn = fields.get(key, int)
@@ -156,7 +155,7 @@ def eos_ids(fields: Fields) -> dict[str, Any]:
 
 
 def tokenizer_config(fields: Fields, config: dict[str, Any]) -> dict[str, Any]:
-    """What tokenizer_config.json says beside tokenizer.json; `config` is the model's."""
+    """The content of tokenizer_config.json; `config` is the model's config.json."""
     tokens = fields.texts("tokenizer.ggml.tokens")
     special = {name: fields.get(key, int) for name, key in SPECIAL_IDS.items()}
     return {

@@ -1,10 +1,10 @@
-"""Hugging Face folders of safetensors <-> the parameter tree, one tensor at a time.
+"""Reads and writes Hugging Face folders of safetensors, one tensor at a time.
 
-What is called what, and how it lies there, is `weights.names`.
+`weights.names` maps our parameters to names and layouts of tensors.
 
-Reading: each process reads the bytes of its own shards and no others. A parameter of all layers is
-one stacked array, which is made on the devices at once and filled layer by layer, so that the host
-never holds more than one layer's tensor.
+When reading, each process reads only the bytes of its own shards. A parameter of all layers is one
+stacked array, which is created on the devices and filled layer by layer, so that the host never has
+more than one layer's tensor in memory.
 """
 
 from __future__ import annotations
@@ -55,17 +55,19 @@ def load(
     shardings: Any = None,
     fresh_head: bool = False,
 ) -> Params:
-    """Reads the parameters of the model in `folder`, each straight into its shards.
+    """Reads the parameters of the model in `folder`, each directly into its shards.
 
     Args:
-      dtype: of the parameters; what is stored as something else is cast on the devices.
-      shardings: a tree like the parameters, of `NamedSharding`; None puts all on the first device.
-      fresh_head: `folder` holds the language model that the reward model of `config` begins from.
-        Its unembedding is not read, and the head is zeros: every text's reward is 0.
+      folder: the model folder.
+      config: the model's config.
+      dtype: of the parameters; tensors stored with another dtype are cast on the devices.
+      shardings: a tree of `NamedSharding`, like the parameters; None puts all on the first device.
+      fresh_head: whether `folder` has a language model from which the reward model of `config`
+        starts. Its unembedding is not read, and the head is zero: every text's reward is 0.
 
     Raises:
-      WeightsError: tensors missing, unknown, of the wrong shape or dtype, or with NaN or infinity
-        (all of them are listed), or a file that is missing or not whole.
+      WeightsError: if tensors are missing, unknown, of the wrong shape or dtype, or contain NaN or
+        infinity (all are listed), or a file is missing or incomplete.
     """
     rows = tensors(config)
     checkpoint = open_checkpoint(folder)
@@ -78,7 +80,7 @@ def load(
     shapes = tuple((config.layers, *rows[path].shape) for path in stacked)
     zeros = _zeros(shapes, np.dtype(dtype), tuple(where[path] for path in stacked))()
     params = dict(zip(stacked, zeros, strict=True))
-    finite: list[tuple[str, jax.Array]] = []  # fetched when all is read: devices need not wait
+    finite: list[tuple[str, jax.Array]] = []  # fetched at the end, so that devices need not wait
     for path, row in rows.items():
         if fresh_head and path == ("score",):
             (params[path],) = _zeros((row.shape,), np.dtype(dtype), (where[path],))()
@@ -88,7 +90,7 @@ def load(
                 finite.append((row.name.format(layer), is_finite))
         else:
             x = _from_file(checkpoint, row.name, row, where[path])
-            # A copy even if the dtype is right: on CPU an array may be the mapped file itself.
+            # A copy even if the dtype is right: on CPU the array may be a view of the mapped file.
             params[path], is_finite = jax.block_until_ready(
                 _caster(np.dtype(dtype), where[path])(x)
             )
@@ -99,21 +101,22 @@ def load(
 
 
 def check(folder: Path, config: DecoderConfig) -> None:
-    """Finds out whether `load` would read the folder, from the headers of its files alone.
+    """Checks that `load` can read the folder; reads only the headers of its files.
 
     Raises:
-      WeightsError: as `load`.
+      WeightsError: as for `load`, but for NaN and infinity.
     """
     _check(open_checkpoint(folder), config)
 
 
 def checked_config(folder: Path) -> DecoderConfig:
-    """The facts of the model in a folder: those that config.json tells, if its tensors are of such a
-    model. Asked for before anything is made of the sizes, which config.json may say as it likes.
+    """Reads the config of the model in a folder and checks that its tensors match.
+
+    Use it before allocating anything by the sizes in config.json, which may be wrong.
 
     Raises:
-      UnsupportedModel: config.json cannot be read, or tells of a model that is not computed here.
-      WeightsError: as `load`.
+      UnsupportedModel: if config.json cannot be read or describes an unsupported model.
+      WeightsError: as for `check`.
     """
     config = read_config(folder)
     check(folder, config)
@@ -123,9 +126,9 @@ def checked_config(folder: Path) -> DecoderConfig:
 def _fill(
     checkpoint: Checkpoint, row: Tensor, layer: int, stack: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The stack with the parameter of this layer in it, in the same memory; whether it is finite."""
+    """Reads one layer's parameter into the stack, in place; returns (stack, whether finite)."""
     x = _from_file(checkpoint, row.name.format(layer), row, _of_layer(stack.sharding))
-    # Waits, or the host would read on, and hold what the devices have taken or will take.
+    # Wait; otherwise the host would read ahead and keep in memory what devices have not yet taken.
     filled = jax.block_until_ready(_filler(stack.sharding)(stack, x, layer))
     x.delete()
     return filled
@@ -147,8 +150,8 @@ def _read(
 ) -> np.ndarray:
     """The part of a parameter between `bounds` (start, stop of each of our axes), as a view.
 
-    A stored axis is several of ours, flattened. Of those the first can be cut in the file; cuts of
-    the others are not in one piece there and are made in memory.
+    A stored axis may consist of several of our axes, flattened. The first of these can be cut in
+    the file; the others are not contiguous there, so they are cut in memory.
     """
     groups = _stored_axes(row)
     cuts = []
@@ -167,7 +170,7 @@ def _read(
 
 
 def _stored_axes(row: Tensor) -> list[tuple[int, ...]]:
-    """Which of our axes each axis of the stored tensor is made of."""
+    """For each axis of the stored tensor, the axes of our parameter that it consists of."""
     axes = tuple(range(len(row.shape)))
     if row.inputs is not None:  # [*in, *out] is stored as [out, in]
         return [axes[row.inputs :], axes[: row.inputs]]
@@ -175,15 +178,17 @@ def _stored_axes(row: Tensor) -> list[tuple[int, ...]]:
 
 
 def _of_layer(stacked: Sharding) -> Sharding:
-    """Where one layer of a stacked parameter lies."""
+    """The sharding of one layer of a stacked parameter."""
     if not isinstance(stacked, NamedSharding):
         return stacked
     return NamedSharding(stacked.mesh, PartitionSpec(*stacked.spec[1:]))
 
 
 def _of_scalar(sharding: Sharding) -> Sharding:
-    """Where a number about a parameter lies: wherever the parameter does, so that every process
-    comes to the same conclusion."""
+    """The sharding of a scalar about a parameter: on all of the parameter's devices.
+
+    So every process can read it and comes to the same conclusion.
+    """
     if not isinstance(sharding, NamedSharding):
         return sharding
     return NamedSharding(sharding.mesh, PartitionSpec())
@@ -191,7 +196,7 @@ def _of_scalar(sharding: Sharding) -> Sharding:
 
 @lru_cache(maxsize=16)
 def _zeros(shapes: tuple[tuple[int, ...], ...], dtype: np.dtype, shardings: tuple[Sharding, ...]):
-    """Makes an array of zeros in each of the places, nowhere whole."""
+    """Makes arrays of zeros directly with their shardings, never whole on one device."""
     return jax.jit(
         lambda: tuple(jnp.zeros(shape, dtype) for shape in shapes), out_shardings=shardings
     )
@@ -199,8 +204,10 @@ def _zeros(shapes: tuple[tuple[int, ...], ...], dtype: np.dtype, shardings: tupl
 
 @lru_cache(maxsize=256)
 def _filler(sharding: Sharding):
-    """(stack, x, layer) -> the stack with x at this layer, in the stack's own memory; and whether
-    all of x is finite, which costs one more look at each number on the devices."""
+    """(stack, x, layer) -> (stack with x at this layer, whether x is finite).
+
+    The stack is donated. The check costs one more pass over x on the devices.
+    """
 
     def fill(stack, x, layer):
         x = x.astype(stack.dtype)
@@ -212,7 +219,7 @@ def _filler(sharding: Sharding):
 
 @lru_cache(maxsize=256)
 def _caster(dtype: np.dtype, sharding: Sharding):
-    """x -> a copy of this dtype, and whether all of it is finite."""
+    """x -> (a copy of x with this dtype, whether all of it is finite)."""
 
     def cast_to(x):
         x = x.astype(dtype)
@@ -232,15 +239,15 @@ def _check(checkpoint: Checkpoint, config: DecoderConfig) -> None:
     for name in [name for name in wanted if name in found]:
         shape, dtype = found[name]
         if shape != wanted[name]:
-            problems.append(f"{name}: shape {shape}, config.json implies {wanted[name]}")
+            problems.append(f"{name}: shape {shape}, but config.json implies {wanted[name]}")
         if dtype not in DTYPES:
             problems.append(
-                f"{name}: stored as {dtype}; only {', '.join(DTYPES)} are read. A quantised "
+                f"{name}: stored as {dtype}; only {', '.join(DTYPES)} are supported. A quantised "
                 "checkpoint has to be dequantised first"
             )
     if "lm_head.weight" in unknown and config.tied:
         problems.append(
-            "lm_head.weight: differs from model.embed_tokens.weight, though config.json says "
+            "lm_head.weight: differs from model.embed_tokens.weight, although config.json has "
             "tie_word_embeddings"
         )
     if problems:
@@ -252,17 +259,17 @@ def _check(checkpoint: Checkpoint, config: DecoderConfig) -> None:
 
 
 def _is_second_embedding(checkpoint: Checkpoint, head: str) -> bool:
-    """Whether a stored head is the embedding once more, as some writers of tied models do it."""
+    """Whether a stored head is a copy of the embedding, which some tools write for tied models."""
     embedding = "model.embed_tokens.weight"
     stored = checkpoint.tensors.get(head)
     if stored is None or stored != checkpoint.tensors.get(embedding):
         return False
     if len(stored.shape) != 2 or stored.dtype not in DTYPES:
-        return False  # which is told of the embedding
-    some = 1024  # rows at a time: two whole embeddings would be too much
+        return False  # reported for the embedding
+    some = 1024  # rows at a time: two whole embeddings would need too much memory
 
     def rows(name: str, at: int) -> np.ndarray:
-        # As bytes: a number that is NaN differs from itself, and is refused later by its name.
+        # As bytes, because NaN differs from itself; NaN is reported later with the tensor's name.
         return checkpoint.read(name, [slice(at, at + some), slice(None)]).view(np.uint8)
 
     return all(
@@ -283,9 +290,10 @@ def save(
 ) -> None:
     """Writes the parameters into `folder` as safetensors, in their own dtypes, from any mesh.
 
-    One file, or several of at most `max_shard_bytes` of data with an index. The tensors are
-    streamed: one of one layer is on the host at a time. Where the parameters are spread over several
-    processes all of them have to call this, those that do not write with None for a folder.
+    It writes one file, or several of at most `max_shard_bytes` of data with an index. Tensors are
+    streamed: one tensor of one layer is on the host at a time. If the parameters are sharded over
+    several processes, all of them have to call this; those that do not write pass None for
+    `folder`.
     """
     if folder is None:
         for _ in to_hf_tensors(params, config):
@@ -300,9 +308,9 @@ def save(
 
 
 def to_hf_tensors(params: Params, config: DecoderConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, tensor) pairs in Hugging Face's names and layouts, in a fixed order.
+    """Yields (name, tensor) in Hugging Face's names and layouts, in a fixed order.
 
-    Where the parameters are spread over several processes, each of them has to go through all.
+    If the parameters are sharded over several processes, each of them has to iterate over all.
     """
     flat = _flat(params)
     for name, layer, parts in _stored(config):
@@ -315,10 +323,9 @@ def _flat(params: Params) -> dict[tuple[str, ...], jax.Array]:
 
 
 def fetch(x: jax.Array, layer: int | None) -> np.ndarray:
-    """A parameter, or one layer of a stacked one, on the host: of all processes, if it is spread
-    over several.
+    """Copies a parameter, or one layer of a stacked one, to the host, gathered from all processes.
 
-    Of a copy that is thrown away: an array that was once fetched keeps what was fetched.
+    It fetches a temporary copy, because a JAX array keeps a host copy once it was fetched.
     """
     everywhere = None
     if not x.is_fully_addressable:
@@ -346,7 +353,7 @@ def _to_theirs(x: np.ndarray, row: Tensor) -> np.ndarray:
 
 
 def _stored(config: DecoderConfig) -> Iterator[tuple[str, int | None, list[Tensor]]]:
-    """(name, layer, parameters that it is made of) of every stored tensor, layer by layer."""
+    """Yields (name, layer, the parameters that it contains) of every stored tensor, by layer."""
     by_name: dict[str, list[Tensor]] = {}
     for row in tensors(config).values():
         by_name.setdefault(row.name, []).append(row)
@@ -360,6 +367,6 @@ def _stored(config: DecoderConfig) -> Iterator[tuple[str, int | None, list[Tenso
 
 
 def _whole_shape(parts: list[Tensor]) -> tuple[int, ...]:
-    """Of a stored tensor: its parts lie one below the other."""
+    """The shape of a stored tensor whose parts are concatenated along the first axis."""
     shapes = [row.stored_shape for row in parts]
     return sum(shape[0] for shape in shapes), *shapes[0][1:]

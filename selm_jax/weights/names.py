@@ -1,8 +1,8 @@
-"""What each parameter is called in a Hugging Face folder, and how it lies there.
+"""Maps each parameter to its name and layout in a Hugging Face folder.
 
-`tensors(config)` is the whole map; reading and writing use the same rows, so they cannot disagree.
-Our kernels are [*in, *out] with heads as an axis of their own; Hugging Face's are [out, in]. Some
-families store several kernels in one tensor, one below the other.
+`tensors(config)` is the whole map; reading and writing both use it, so they cannot disagree. Our
+kernels are [*in, *out] with a separate axis for heads; Hugging Face's are [out, in]. Some families
+store several kernels in one tensor, concatenated along the outputs.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ class Tensor(NamedTuple):
     """Where one parameter is stored.
 
     Attributes:
-      path: ours.
-      shape: ours, of one layer.
-      name: theirs; `{}` is the layer.
+      path: the parameter's path in our tree.
+      shape: its shape there, for one layer.
+      name: the name of the stored tensor; `{}` is the number of the layer.
       inputs: how many leading axes of our kernel are its inputs. A kernel is flattened to
-        [inputs, outputs] and transposed; None keeps the parameter as it is.
+        [inputs, outputs] and transposed; None means that the parameter is stored as it is.
       first: the row of the stored tensor at which this parameter begins; 0 unless it is fused.
     """
 
@@ -43,7 +43,7 @@ class Tensor(NamedTuple):
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        """Of this parameter's part of the stored tensor."""
+        """The shape of this parameter's part of the stored tensor."""
         if self.inputs is None:
             return (math.prod(self.shape),) if self.path[-1].endswith("_bias") else self.shape
         return math.prod(self.shape[self.inputs :]), math.prod(self.shape[: self.inputs])
@@ -71,7 +71,8 @@ _NORMS = {
     ("attention", "q_norm"): "self_attn.q_norm",
     ("attention", "k_norm"): "self_attn.k_norm",
 }
-# With norms behind as well, the name of the norm before the MLP means the one behind attention.
+# In models with post-norms, `post_attention_layernorm` is the norm after attention; in others it is
+# the norm before the MLP.
 _POST_NORMS = {
     ("attention_post_norm",): "post_attention_layernorm",
     ("mlp_norm",): "pre_feedforward_layernorm",
@@ -87,7 +88,7 @@ _FUSED = {
 
 
 def tensors(config: DecoderConfig) -> dict[Path, Tensor]:
-    """Every parameter of the model, in a fixed order: parts of one stored tensor follow each other."""
+    """Every parameter of the model in a fixed order; parts of one tensor are consecutive."""
     leaves = cast(dict[Path, Any], flatten_dict(nn.unbox(abstract_params(config))))
     rows = {path: _tensor(path, leaf.shape, config) for path, leaf in leaves.items()}
     return _fuse(rows, _FUSED.get(config.architecture, {}))

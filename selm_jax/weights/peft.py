@@ -1,4 +1,4 @@
-"""Adapters as a folder that the `peft` library loads onto the model they were trained on."""
+"""Exports LoRA adapters as a folder that the `peft` library can load onto their base model."""
 
 from __future__ import annotations
 
@@ -28,14 +28,18 @@ def export_adapter(
 ) -> None:
     """Writes adapter_config.json and adapter_model.safetensors into `folder`, which must not exist.
 
-    PEFT adapts stored tensors, which may be several of our kernels below each other (Phi-3's
-    `qkv_proj`). Kernels of rank r that share a tensor become one adapter of rank n r there: their
-    A below each other, their B along a diagonal of blocks. The product is the same.
+    PEFT adapts stored tensors, each of which may contain several of our kernels (Phi-3's
+    `qkv_proj`). The adapters of n kernels in one tensor, each of rank r, become one adapter of rank
+    n r: their A are concatenated, their B are the blocks of a block-diagonal matrix. The product is
+    the same.
 
     Args:
-      base: the model that the adapters were trained on, as PEFT's users will have to name it: a
-        Hub id, or a folder.
-      folder: None for the processes that only bring their parts of the adapters.
+      adapters: the parameters of the adapters.
+      config: the base model's config.
+      lora: the settings of the adapters.
+      base: the model that the adapters were trained on, as PEFT's users have to name it: a Hub id
+        or a folder.
+      folder: None for processes that only contribute their shards of the adapters.
       revision: the commit of a Hub id.
     """
     flat = flatten_dict(adapters)
@@ -48,7 +52,7 @@ def export_adapter(
             a, b = _pair(parts, flat, layer, lora)
             where = f"base_model.model.{module.format(layer)}"
             stored[f"{where}.lora_A.weight"], stored[f"{where}.lora_B.weight"] = a, b
-    # The scale is alpha / rank (or its root); where the rank is n times as large, so is alpha.
+    # The scale is alpha / rank (or its root); if the rank is n times as large, so must be alpha.
     grown = {m: r / lora.rank for m, r in ranks.items() if r != lora.rank}
     if folder is None:
         return
@@ -80,7 +84,7 @@ def _has(row: Tensor, lora: Lora) -> bool:
 
 
 def _adapted(config: DecoderConfig, lora: Lora) -> Iterator[tuple[str, list[Tensor]]]:
-    """(name, its kernels in order) of every stored tensor with an adapter."""
+    """Yields (name, kernels in order) of every stored tensor with an adapter."""
     by_name: dict[str, list[Tensor]] = {}
     for row in tensors(config).values():
         by_name.setdefault(row.name, []).append(row)

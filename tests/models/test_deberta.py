@@ -24,7 +24,7 @@ from selm_jax.models.deberta import (
 from selm_jax.parallel.mesh import make_mesh
 from selm_jax.parallel.rules import TRAINING, shardings
 
-# As PairRM in all that concerns distances, tiny in the rest.
+# Like PairRM in everything about distances, otherwise tiny.
 TINY = DebertaConfig(
     vocab_size=64, embed=32, layers=2, heads=2, mlp=48, norm_eps=1e-7, buckets=256, max_distance=512
 )
@@ -126,7 +126,7 @@ def test_layer_norm_is_float32_inside():
 
 @pytest.fixture(scope="module")
 def in_torch():
-    """Our random parameters in transformers' own model."""
+    """transformers' model with our random parameters."""
     torch = pytest.importorskip("torch")
     from transformers import DebertaV2Config, DebertaV2Model
 
@@ -184,7 +184,7 @@ def test_hidden_states_are_those_of_transformers(in_torch, parity):
 
 
 def test_parameters_find_their_place_on_a_mesh():
-    """Cut over fsdp and tensor, and the same logits."""
+    """Parameters sharded over fsdp and tensor give the same logits."""
     params = random_params(TINY)
     rng = np.random.default_rng(2)
     inputs = (
@@ -240,5 +240,7 @@ def test_all_problems_are_listed_at_once():
 
 
 def test_heads_must_divide_the_width():
-    with pytest.raises(UnsupportedModel, match="3 heads do not divide a width of 32"):
+    with pytest.raises(
+        UnsupportedModel, match="hidden_size 32 is not divisible by 3 attention heads"
+    ):
         from_hf(HF | {"num_attention_heads": 3})

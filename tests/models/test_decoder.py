@@ -1,4 +1,4 @@
-"""The decoder against itself in its other forms, and its facts one by one."""
+"""The decoder in all its forms gives the same results, and each config field has its effect."""
 
 from __future__ import annotations
 

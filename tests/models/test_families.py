@@ -71,7 +71,7 @@ def causal(rows: int, time: int) -> np.ndarray:
 
 
 def worst(parity, name: str, form: str, ours, theirs) -> None:
-    """Records and bounds the largest difference."""
+    """Records the largest difference and checks its bound."""
     difference = float(np.abs(np.asarray(ours) - np.asarray(theirs)).max())
     parity(name, form, difference)
     assert difference <= ATOL, f"{name}, {form}: logits differ by {difference:.1e}"
@@ -211,7 +211,7 @@ IDLE = {
 
 
 def _changed(value):
-    """Values other than this one, of its kind."""
+    """Other values of the same type."""
     match value:
         case bool():
             return [not value]
@@ -307,7 +307,7 @@ def test_longrope_chooses_its_table_once_for_a_run():
     for length, extended in ((512, False), (513, True)):
         scaling = config.for_length(length).kinds[0].rope.scaling
         assert isinstance(scaling, LongRope) and scaling.extended is extended
-    with pytest.raises(UnsupportedModel, match="5000 tokens .* made for 4096"):
+    with pytest.raises(UnsupportedModel, match="5000 tokens; the model was made for at most 4096"):
         config.for_length(5000)
 
 

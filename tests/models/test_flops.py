@@ -1,4 +1,4 @@
-"""The hand count against what XLA counts in the program itself."""
+"""Our formulas for FLOPs against XLA's count for the compiled program."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters: nothing before training, one product after it, and gradients for nothing else."""
+"""Adapters change nothing before training, add one product after it, and alone get gradients."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LORAS = {
 
 
 def adapters_of(config, lora, seed=0, b=True):
-    """Fresh adapters; with `b` as if trained: B is not zero."""
+    """New adapters; with `b`, B is not zero, as after training."""
     found = init(nn.unbox(abstract_adapters(config, lora)), jax.random.key(seed))
     if not b:
         return found
@@ -100,7 +100,7 @@ def test_targets_choose_the_kernels(tiny):
         ({"rank": 0}, r"(?s)rank\n.*a whole number from 1 to .*input_value=0,"),
         ({"alpha": -1.0}, r"(?s)alpha\n.*a number above 0 was.*input_value=-1.0,"),
         ({"dropout": 1.0}, r"(?s)dropout\n.*at least 0 and below 1 was.*input_value=1.0,"),
-        ({"targets": "w_pack"}, "found in none of self_attn.q_proj"),
+        ({"targets": "w_pack"}, "matches none of the kernels self_attn.q_proj"),
     ],
 )
 def test_what_cannot_be_is_refused(changes, message):

@@ -50,9 +50,9 @@ def test_padding_is_by_default_that_of_transformers(family):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"id2label": {"0": "bad", "1": "good"}}, "with 2 labels by id2label; .* has one"),
-        ({"id2label": None, "num_labels": 3}, "with 3 labels by num_labels"),
-        ({"id2label": None}, r"with 2 labels by num_labels \(transformers' default"),
+        ({"id2label": {"0": "no", "1": "yes"}}, "has 2 labels according to id2label; expected one"),
+        ({"id2label": None, "num_labels": 3}, "has 3 labels according to num_labels"),
+        ({"id2label": None}, r"has 2 labels according to num_labels \(transformers' default"),
     ],
 )
 def test_other_numbers_of_labels_are_refused(changes, message):
@@ -72,7 +72,7 @@ def test_padding_is_that_of_the_model_or_else_of_the_tokenizer():
 
 @pytest.fixture
 def folder(tmp_path):
-    """A language model beside the reward model that begins from it."""
+    """A language model beside the reward model that starts from it."""
     hf = reward_model_json(json_of("qwen2"), None)
     (tmp_path / "config.json").write_text(json.dumps(hf))
     return tmp_path

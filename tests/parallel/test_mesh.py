@@ -99,7 +99,7 @@ def test_a_table_that_cuts_two_axes_alike_is_refused(tiny):
 
 def test_a_table_that_lacks_an_axis_is_refused(tiny):
     rules = {k: v for k, v in TRAINING.items() if k != "mlp"}
-    with pytest.raises(MeshError, match="no rule for its axis 'mlp'"):
+    with pytest.raises(MeshError, match="there is no rule for its axis 'mlp'"):
         shardings(abstract_params(tiny()), make_mesh((1, 8, 1)), rules)
 
 
@@ -139,11 +139,11 @@ def test_slices_are_joined_on_the_axes_that_are_told():
 
 
 def test_slices_that_are_not_there_are_refused():
-    with pytest.raises(MeshError, match="want 2 slices; the 8 devices lie in 1"):
+    with pytest.raises(MeshError, match="need 2 slices; the 8 devices are in 1"):
         make_mesh((1, -1, 1), dcn=(2, 1, 1))
     with pytest.raises(MeshError, match="in 3 slices do not cover the 8 devices"):
         make_mesh((1, -1, 1), dcn=(3, 1, 1))
-    with pytest.raises(MeshError, match="sizes are 1 or more"):
+    with pytest.raises(MeshError, match="sizes must be at least 1"):
         make_mesh((1, -1, 1), dcn=(0, 1, 1))
 
 
@@ -164,7 +164,7 @@ def test_presets_take_the_meshes_they_are_for():
     check_preset("single", make_mesh((1, 1, 1), jax.devices()[:1]))
     check_preset("fsdp", make_mesh((2, 4, 1)))
     check_preset("fsdp_tensor", make_mesh((2, 2, 2)))
-    with pytest.raises(MeshError, match="'fsbp'; there are single, fsdp, fsdp_tensor"):
+    with pytest.raises(MeshError, match="'fsbp'; expected one of single, fsdp, fsdp_tensor"):
         check_preset("fsbp", make_mesh((1, 8, 1)))
 
 

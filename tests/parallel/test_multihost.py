@@ -66,8 +66,8 @@ def test_a_coordinator_by_environment_comes_first(surroundings):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"SELM_PROCESS": None}, r"SELM_PROCESS=\(not set\): expected all three"),
-        ({"SELM_PROCESSES": "two"}, "SELM_PROCESSES=two.*expected all three"),
+        ({"SELM_PROCESS": None}, r"SELM_PROCESS=\(not set\): set all three"),
+        ({"SELM_PROCESSES": "two"}, "SELM_PROCESSES=two.*set all three"),
         ({"SELM_PROCESS": "3"}, "SELM_PROCESS=3 of SELM_PROCESSES=3"),
         ({"SELM_COORDINATOR": "10.0.0.1"}, "expected host:port"),
     ],
@@ -125,9 +125,11 @@ def test_the_second_process_is_told_what_came_of_the_same_work(second):
 
 def test_processes_that_have_gone_different_ways_do_not_go_on(second):
     second(work="another", result=[1])
-    with pytest.raises(MultihostError, match="process 0 is at another, process 1 at work: "):
+    with pytest.raises(MultihostError, match="process 0 is at another, but process 1 is at work: "):
         multihost.on_first(work)
-    with pytest.raises(MultihostError, match="process 1 alone has failed.* within 3 s"):
+    with pytest.raises(
+        MultihostError, match="process 1 has failed, but the others have not within 3 s"
+    ):
         multihost.all_failed("sweep/1", seconds=3)
 
 

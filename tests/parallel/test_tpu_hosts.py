@@ -152,7 +152,9 @@ def test_slices_of_gke_are_one_run(joins):
 
 @pytest.mark.parametrize("environment", [{}, {"TPU_WORKER_HOSTNAMES": "localhost"}])
 def test_a_metadata_server_that_does_not_answer_is_named(joins, environment):
-    with pytest.raises(MultihostError, match="in vain: .*127.0.0.1.*TPU_SKIP_MDS_QUERY=1"):
+    with pytest.raises(
+        MultihostError, match="could not be found: .*127.0.0.1.*TPU_SKIP_MDS_QUERY=1"
+    ):
         joins(None, environment)
 
 

@@ -454,7 +454,7 @@ def test_a_mesh_that_does_not_fit_is_a_verdict(tiny_one):
     console = quiet()
     uneven = lambda change: load(["training.rows=6", *change])
     plan = examine.examine(uneven, read, here(), of(tries=0), console)
-    assert not plan.fit and "'rows' of size 6 cannot be cut in 4" in str(plan.problem)
+    assert not plan.fit and "'rows' of size 6 is not divisible by 4" in str(plan.problem)
     taught = lambda change: load([*TAUGHT, "training.rows=6", *change])
     assert examine.examine(taught, read, here(), of(), console).change == ("training.rows=8",)
 
@@ -597,7 +597,7 @@ def test_a_config_that_cannot_be_had_says_what_to_do(monkeypatch):
     monkeypatch.setattr(facts, "hf_hub_download", silent)
     with pytest.raises(SourceError, match=r"acme/novel-9b: its config.json .*--config FILE"):
         facts.config_json("acme/novel-9b")
-    with pytest.raises(SourceError, match=r"runs/x/model: no such folder.*--config FILE"):
+    with pytest.raises(SourceError, match=r"runs/x/model: there is no such folder.*--config FILE"):
         facts.config_json("runs/x/model")
 
 

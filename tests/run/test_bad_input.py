@@ -80,8 +80,8 @@ DATA_MISTAKES = {
     "empty prompt": ([(4, {"prompt": "  "})], [], "row 5", "empty prompt"),
     "empty response": ([(1, {"chosen": ""})], PAIRS, "row 2", "empty response"),
     "prompt too long": ([(3, {"prompt": "so " * 200})], [], "max_prompt_tokens", "64"),
-    "skip beyond the rows": ([], ["data.skip=9"], "6 rows, 0 of them behind data.skip: 9", "2 portions"),
-    "skip leaves too few": ([], ["data.skip=5"], "6 rows, 1 of them behind data.skip: 5", "2 portions"),
+    "skip beyond the rows": ([], ["data.skip=9"], "6 rows, 0 of them after data.skip: 9", "2 portions"),
+    "skip leaves too few": ([], ["data.skip=5"], "6 rows, 1 of them after data.skip: 5", "2 portions"),
     "more portions than rows": ([], ["data.portions=7"], "6 rows; data.portions", "7 portions"),
     "more iterations than rows": (
         [], ["iterations=7", "training.learning_rate=1e-3"], "6 rows; iterations", "7 portions"

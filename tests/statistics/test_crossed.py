@@ -57,5 +57,5 @@ def test_seeds_that_cannot_be_paired_bring_their_own_error_each():
 def test_values_that_are_no_table_of_numbers_are_refused():
     assert mean(np.full((3, 4), 2.0))[:2] == (2, 0)
     for bad in (np.zeros((1, 1)), np.zeros((0, 3)), np.array([[1.0, np.nan]])):
-        with pytest.raises(ValueError, match="at least 2 finite values"):
+        with pytest.raises(ValueError, match="at least 2 values, all finite"):
             mean(bad)

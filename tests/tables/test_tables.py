@@ -106,7 +106,9 @@ class TestTable:
     def test_a_table_of_another_kind_is_refused(self, table, tmp_path):
         file = tmp_path / "t.parquet"
         artifacts.write_table(file, pa.table({"prompt_id": ["p0"], "answer": ["x"]}))
-        with pytest.raises(ArtifactError, match="has no column .*; found prompt_id, answer. Put"):
+        with pytest.raises(
+            ArtifactError, match="has no column .*; it has prompt_id, answer. Restore"
+        ):
             table.read(file)
 
     def test_a_column_of_another_type_is_refused(self, table, tmp_path):
@@ -116,7 +118,7 @@ class TestTable:
         *_, last = (name for name in found.column_names if found.schema.field(name).type != TEXT)
         at = found.column_names.index(last)
         artifacts.write_table(file, found.set_column(at, last, pa.array(["much"] * len(found))))
-        with pytest.raises(ArtifactError, match="t.parquet has a column of another type"):
+        with pytest.raises(ArtifactError, match="t.parquet has a column of the wrong type"):
             table.read(file)
 
     def test_a_hole_where_a_value_must_be_is_refused(self, table, tmp_path):

@@ -51,7 +51,7 @@ def test_a_list_of_messages_that_was_cut_is_no_plain_text(value, data):
         cut = whole[: data.draw(st.integers(len('[{"content":'), len(whole) - 1))]
         with pytest.raises(BadRow) as caught:
             cells.unwrapped(cut, "chosen")
-        assert caught.value.column == "chosen" and "kept as text" in caught.value.detail
+        assert caught.value.column == "chosen" and "stored as text" in caught.value.detail
 
 
 @given(st.one_of(texts, st.lists(texts), st.dictionaries(texts, texts), st.integers()))

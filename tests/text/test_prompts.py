@@ -253,10 +253,10 @@ def test_invalid_json_line(tmp_path):
 
 def test_nothing_left_is_an_error_even_when_dropping(tmp_path):
     (tmp_path / "x.jsonl").write_text("{\n")
-    with pytest.raises(DataError, match=r"no usable row: 1 read, dropped \{'invalid JSON': 1\}"):
+    with pytest.raises(DataError, match=r"no usable row: read 1, dropped \{'invalid JSON': 1\}"):
         load_prompts(str(tmp_path / "x.jsonl"), on_bad_row="drop")
     (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(DataError, match="no usable row: 0 read"):
+    with pytest.raises(DataError, match="no usable row: read 0"):
         load_prompts(str(tmp_path / "empty.jsonl"))
 
 
@@ -315,13 +315,13 @@ def test_missing_file_suggests_a_neighbour(tmp_path):
 
 def test_unreadable_files(tmp_path):
     cases = {
-        "x.txt": (b"hello", "known kinds"),
+        "x.txt": (b"hello", "unknown type of file"),
         "x.parquet": (b"PAR1 but not really", "cannot be read as parquet"),
         "x.json": (b'{"prompt": "a"}\n{"prompt": "b"}', "invalid JSON: .*line 2, .*jsonl"),
         "y.json": (b'{"prompt": "a"}', "found dict, expected a list"),
         "x.jsonl": (b'{"prompt": "a"}\n{"prompt": "\xff"}', "line 2: not UTF-8"),
         "x.csv": (b'prompt,n\n"a"b,1\n', "line 2: invalid CSV"),
-        "y.csv": (b"prompt,prompt\na,b\n", "stands twice"),
+        "y.csv": (b"prompt,prompt\na,b\n", "occurs twice"),
         "z.csv": (b"prompt,n\na,1\nb\n", r"row 2 \(line 3\): wrong number of cells"),
     }
     for name, (content, message) in cases.items():
@@ -359,12 +359,12 @@ def test_splits_of_a_folder(tmp_path):
         load_prompts(str(tmp_path))
     with pytest.raises(DataError, match=r"no split 'trian'; .* 'train'\?.*test, train"):
         load_prompts(str(tmp_path), split="trian")
-    with pytest.raises(DataError, match="is one file"):
+    with pytest.raises(DataError, match="is a single file"):
         load_prompts(str(tmp_path / "test.jsonl"), split="test")
     with pytest.raises(DataError, match="no revision 'main'"):
         load_prompts(str(tmp_path), split="test", revision="main")
     (tmp_path / "data" / "train-00001-of-00003.parquet").unlink()
-    with pytest.raises(DataError, match="whole set of shards.*train-00000-of-00003"):
+    with pytest.raises(DataError, match="complete set of shards.*train-00000-of-00003"):
         load_prompts(str(tmp_path), split="train")
     write(tmp_path / "test.json", [{"prompt": "test"}])
     with pytest.raises(DataError, match=r"there twice"):

@@ -80,7 +80,7 @@ def test_every_kind_reads_the_same(tmp_path, kind):
         file.write_bytes(KINDS[kind](rows))
     assert list(load_prompts(str(tmp_path / "folder"), split="train")) == expected
     file.unlink()
-    with pytest.raises(DataError, match="whole set of shards"):
+    with pytest.raises(DataError, match="complete set of shards"):
         load_prompts(str(tmp_path / "folder"), split="train")
 
 
@@ -110,22 +110,24 @@ def test_a_saved_folder_that_is_not_whole(tmp_path):
     datasets.disable_progress_bars()
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved", num_shards=2)
     folder = tmp_path / "saved"
-    with pytest.raises(DataError, match="is one saved data set, so it has no split 'train'"):
+    with pytest.raises(DataError, match="is a single saved dataset, so it has no split 'train'"):
         load_prompts(str(folder), split="train")
     (folder / "data-00001-of-00002.arrow").unlink()
     with pytest.raises(
-        DataError, match=r"data-00001-of-00002.arrow is named in state.json and mis"
+        DataError, match=r"data-00001-of-00002.arrow is named in state.json but mis"
     ):
         load_prompts(str(folder))
     for state in ("[]", "{", '{"_data_files": 3, "_split": null}', '{"_data_files": []}'):
         (folder / "state.json").write_text(state)
-        with pytest.raises(DataError, match=r"state\.json: not what Dataset\.save_to_disk writes"):
+        with pytest.raises(
+            DataError, match=r"state\.json: not in the form that Dataset\.save_to_disk writes"
+        ):
             load_prompts(str(folder))
     # Its names lead nowhere else.
     (tmp_path / "x.arrow").write_bytes(KINDS[".arrow"](ROWS))
     away = {"_data_files": [{"filename": "../x.arrow"}], "_split": None}
     (folder / "state.json").write_text(json.dumps(away))
-    with pytest.raises(DataError, match=r"x\.arrow is named in state\.json and missing"):
+    with pytest.raises(DataError, match=r"x\.arrow is named in state\.json but missing"):
         load_prompts(str(folder))
 
 
@@ -149,15 +151,15 @@ def test_files_that_are_damaged(tmp_path):
         "x.arrow": (b"ARROW1\0\0 but not really", "cannot be read as arrow"),
         "cut.arrow": (KINDS[".arrow"](ROWS)[:-30], "cannot be read as arrow"),
         "empty.arrow": (b"", "cannot be read as arrow"),
-        "bytes.parquet": (parquet([]), "no usable row: 0 read"),
-        "x.parquet.gz": (gzip.compress(parquet(ROWS)), "known kinds"),
+        "bytes.parquet": (parquet([]), "no usable row: read 0"),
+        "x.parquet.gz": (gzip.compress(parquet(ROWS)), "unknown type of file"),
     }  # fmt: skip
     for name, (content, message) in cases.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(DataError, match=f"{name}.*{message}"):
             load_prompts(str(tmp_path / name))
     pq.write_table(pa.table({"prompt": no_text}), tmp_path / "bytes.parquet")
-    with pytest.raises(DataError, match="bytes.parquet: a text behind row 0 is not UTF-8"):
+    with pytest.raises(DataError, match="bytes.parquet: a text after row 0 is not UTF-8"):
         load_prompts(str(tmp_path / "bytes.parquet"))
 
 

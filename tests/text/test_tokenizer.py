@@ -148,8 +148,8 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
     ("file", "content", "message"),
     [
         ("tokenizer.json", POINTER, r"tokenizer\.json is a Git LFS pointer(.|\n)*git lfs pull"),
-        ("tokenizer.json", "{}", r"tokenizer\.json is not a tokenizer that can be read"),
-        ("tokenizer.json", None, r"no tokenizer there: no tokenizer\.json(.|\n)*save_pretrained"),
+        ("tokenizer.json", "{}", r"tokenizer\.json cannot be read as a tokenizer"),
+        ("tokenizer.json", None, r"has no tokenizer: no tokenizer\.json(.|\n)*save_pretrained"),
         ("tokenizer_config.json", "{", r"tokenizer_config\.json is not JSON"),
         ("tokenizer_config.json", "[]", r"tokenizer_config\.json holds a list; an object"),
         ("chat_template.jinja", b"\xff{{ a }}", r"chat_template\.jinja is not UTF-8"),
@@ -158,7 +158,7 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
         ("generation_config.json", b"\xff\xfe{\0}\0", r"generation_config\.json begins with a byte"),
         ("generation_config.json", "[" * 99_999, r"generation_config\.json is not JSON"),
         *(
-            ("generation_config.json", json.dumps({"eos_token_id": each}), rf"eos_token_id has {said};")
+            ("generation_config.json", json.dumps({"eos_token_id": each}), rf"eos_token_id is {said};")
             for each, said in [(-1, "-1"), (9999, "9999"), ([1, "2"], "'2'"), (1.5, "1.5"), (True, "True")]
         ),
     ],
@@ -198,9 +198,9 @@ def test_named_templates(folder):
     two = [{"name": "rag", "template": "x"}, {"name": "default", "template": "{{ bos_token }}"}]
     assert of(two).render([Message("user", "a")], True) == "<|im_start|>"
     for templates in (two[:1], {"rag": "x"}):
-        with pytest.raises(ChatError, match="names rag, and none called default"):
+        with pytest.raises(ChatError, match="has the chat templates rag, but none called default"):
             of(templates)
-    with pytest.raises(ChatError, match="chat_template is neither a text"):
+    with pytest.raises(ChatError, match="chat_template is neither a string"):
         of([1])
 
 
@@ -223,7 +223,9 @@ def test_an_added_token_beyond_the_embedding_is_refused_where_it_appears(folder)
         lambda: chat.conversation_ids([Message("user", "Hi")], "so [PAD]"),
         lambda: chat.rendered_ids([Message("user", "Hi [PAD]")]),
     ):
-        with pytest.raises(ChatError, match=rf"\[PAD\](.|\n)*id is {rows}; the model's embedding"):
+        with pytest.raises(
+            ChatError, match=rf"\[PAD\](.|\n)*with id {rows}, but the model's embedding"
+        ):
             ask()
     config = json.loads((path / "tokenizer_config.json").read_text())
     (path / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "[PAD]"}))
@@ -233,5 +235,5 @@ def test_an_added_token_beyond_the_embedding_is_refused_where_it_appears(folder)
 
 def test_ordinary_tokens_beyond_the_embedding_are_refused_at_once(folder):
     path = folder("llama_2")
-    with pytest.raises(ChatError, match="is an ordinary one without a row there"):
+    with pytest.raises(ChatError, match="has no row"):
         Chat(path, vocabulary=len(Tokenizer(path)) - 1)

@@ -407,27 +407,27 @@ def test_the_real_one(real_tokenizer):
 @pytest.mark.parametrize(
     ("change", "drop", "message"),
     [
-        ({"general.architecture": "gemma"}, (), "architecture 'gemma'; converted here: llama"),
-        ({"tokenizer.ggml.pre": "tekken"}, (), "pre 'tekken'; known here.*smollm"),
+        ({"general.architecture": "gemma"}, (), "architecture 'gemma' is not supported.*llama"),
+        ({"tokenizer.ggml.pre": "tekken"}, (), "pre 'tekken' is not supported.*smollm"),
         ({"tokenizer.ggml.model": "llama"}, (), "tokenizer 'llama'"),
         ({"tokenizer.ggml.add_eos_token": True}, (), "add_eos_token is set"),
         ({"tokenizer.ggml.eot_token_id": 266}, (), "eot_token_id is 266, outside"),
         ({"tokenizer.ggml.merges": ["h e", "x yz"]}, (), "merges, row 1: 'x yz'"),
-        ({"tokenizer.ggml.tokens": ["a"] * 266}, (), "'a' stands twice"),
+        ({"tokenizer.ggml.tokens": ["a"] * 266}, (), "'a' occurs twice"),
         ({"tokenizer.ggml.token_type": [1] * 265}, (), "266 tokens but 265 token types"),
         ({"tokenizer.ggml.eos_token_id": 266}, (), "eos_token_id is 266, outside"),
-        ({"llama.rope.scaling.type": "linear"}, (), "llama.rope.scaling.type is not known here"),
-        ({"llama.rope.dimension_count": 8}, (), "dimension_count is 8, the head size is 16"),
+        ({"llama.rope.scaling.type": "linear"}, (), "llama.rope.scaling.type is not supported"),
+        ({"llama.rope.dimension_count": 8}, (), "dimension_count is 8, but the head size is 16"),
         ({"llama.block_count": 0}, (), "block_count is 0"),
         ({"llama.block_count": 3}, (), "9 tensors are missing.*layers.2"),
         ({"llama.block_count": 2**31}, (), "block_count is 2147483648, but the file"),
-        ({"llama.block_count": 1}, (), r"blk\.1\.\w+\.weight has no place in .* 1 layers"),
+        ({"llama.block_count": 1}, (), r"model of 1 layers has no tensor blk\.1\.\w+\.weight"),
         (
             {"llama.attention.head_count": [4, 4]},
             (),
-            r"head_count holds \[4, 4\], expected one int",
+            r"head_count is \[4, 4\]; expected the type int",
         ),
-        ({"llama.attention.head_count": True}, (), "head_count holds True, expected one int"),
+        ({"llama.attention.head_count": True}, (), "head_count is True; expected the type int"),
         ({"llama.attention.head_count_kv": 3}, (), "4 heads, 3 key/value heads"),
         (
             {"llama.feed_forward_length": 95},
@@ -438,10 +438,10 @@ def test_the_real_one(real_tokenizer):
         (
             {"rope_freqs.weight": np.full(8, 3, np.float32)},
             (),
-            "rope_freqs.weight holds divisors .* not those of Llama 3.1 to 3.3",
+            "rope_freqs.weight has divisors .* those of Llama 3.1 to 3.3",
         ),
-        ({"rope_freqs.weight": np.ones(7, np.float32)}, (), r"shape \(7,\), the head size is 16"),
-        ({"blk.0.attn_q.bias": np.ones(64, np.float32)}, (), "attn_q.bias has no place"),
+        ({"rope_freqs.weight": np.ones(7, np.float32)}, (), r"shape \(7,\); expected 8 numbers"),
+        ({"blk.0.attn_q.bias": np.ones(64, np.float32)}, (), "has no tensor blk.0.attn_q.bias"),
         (
             {"output_norm.weight": np.full(64, np.inf, np.float32)},
             (),
@@ -468,7 +468,7 @@ def test_a_tensor_type_without_a_way_back_is_named(tmp_path, tiny_gguf, monkeypa
     at = data.index(b"output_norm.weight") + len("output_norm.weight") + 4 + 8
     assert data[at : at + 4] == bytes(4)
     path.write_bytes(data[:at] + int(Q.I32).to_bytes(4, "little") + data[at + 4 :])
-    with pytest.raises(GGUFError, match=r"m\.gguf: tensor output_norm\.weight is of type I32"):
+    with pytest.raises(GGUFError, match=r"m\.gguf: tensor output_norm\.weight has the type I32"):
         convert(path, tmp_path / "out")
 
 
@@ -555,6 +555,6 @@ def test_disk_full_is_seen_before_writing(tmp_path, tiny_gguf, monkeypatch):
     path = tiny_gguf(tmp_path / "m.gguf")
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
-    with pytest.raises(OSError, match=r"67 MB are needed, 1 MB are free"):
+    with pytest.raises(OSError, match=r"67 MB are needed, but only 1 MB are free"):
         convert(path, tmp_path / "cache" / "out")
     assert list((tmp_path / "cache").iterdir()) == []

@@ -67,7 +67,7 @@ def test_a_missing_part_is_named(parts, lost, tmp_path):
 
 def test_a_part_under_another_name_is_told(parts, tmp_path):
     alone = part(parts, 1).rename(tmp_path / "alone.gguf")
-    with pytest.raises(GGUFError, match=r"alone\.gguf: it is one of 4 files .* one of 1\."):
+    with pytest.raises(GGUFError, match=r"alone\.gguf is one of 4 files .* one of 1 according"):
         convert(alone, tmp_path / "out")
 
 
@@ -75,7 +75,7 @@ def test_parts_in_the_wrong_order_are_told(parts, tmp_path):
     part(parts, 2).rename(tmp_path / "kept")
     part(parts, 3).rename(part(parts, 2))
     (tmp_path / "kept").rename(part(parts, 3))
-    with pytest.raises(GGUFError, match="00002-of-00004.gguf: it is part 3 .* and part 2 by its"):
+    with pytest.raises(GGUFError, match="00002-of-00004.gguf is part 3 .*, but part 2 according"):
         convert(part(parts, 1), tmp_path / "out")
 
 
@@ -85,14 +85,16 @@ def test_a_part_of_another_model_is_told(parts, tiny_gguf, tmp_path):
     name = "blk.1.ffn_up.weight"
     tiny_gguf(tmp_path / "other" / "m.gguf", kind=Q.Q8_0, split=5, drop=(name,))
     shutil.copyfile(part(tmp_path / "other", 4), part(parts, 4))
-    with pytest.raises(GGUFError, match="hold 19 tensors, key split.tensors.count says 20"):
+    with pytest.raises(GGUFError, match="have 19 tensors, but key split.tensors.count says 20"):
         convert(part(parts, 1), tmp_path / "out")
 
 
 def test_what_is_wrong_with_a_tensor_is_told_with_its_own_file(tiny_gguf, tmp_path):
     bad = {"output_norm.weight": np.full(64, np.nan, np.float32)}
     first = tiny_gguf(tmp_path / "m.gguf", split=1, change=bad)
-    with pytest.raises(GGUFError, match="00002-of-00020.gguf: tensor output_norm.weight holds NaN"):
+    with pytest.raises(
+        GGUFError, match="00002-of-00020.gguf: tensor output_norm.weight contains NaN"
+    ):
         convert(first, tmp_path / "out")
 
 

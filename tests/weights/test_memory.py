@@ -180,7 +180,7 @@ def test_each_of_two_processes_reads_its_own_half(tmp_path):
     whole = (folder / "model.safetensors").read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
     for read, mine, wrong in found:
-        assert f"hold NaN or infinity:\n  {name}, in model.safetensors" in wrong
+        assert f"contain NaN or infinity:\n  {name}, in model.safetensors" in wrong
         assert read == mine
         assert abs(read - (len(whole) - header) / 2) < 1000  # but for the norms, which all have
     before = load_file(folder / "model.safetensors")

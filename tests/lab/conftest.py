@@ -1,4 +1,4 @@
-"""Small worlds, at double precision where identities are held to many digits."""
+"""Small worlds, in double precision for identities that are tested to many digits."""
 
 import jax
 import pytest

@@ -1,4 +1,4 @@
-"""What the SELM paper (arXiv 2405.19332) says of a world, computed from its definitions."""
+"""Quantities of the SELM paper (arXiv 2405.19332), computed from their definitions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def mean_implicit_reward(world: World, log_policy: Table, log_reference: Table) 
 
 
 def coverage(world: World) -> Scalar:
-    """max pi_star / pi_ref: how much more often the optimum says something than the reference."""
+    """max pi_star / pi_ref: how much more probable a response is under the optimum."""
     return jnp.exp(jnp.max(exact.optimum(world) - world.log_reference))
 
 
@@ -54,7 +54,7 @@ def inner_maximum(world: World, reward: Table) -> Scalar:
 
 
 def inner_maximum_by_search(world: World, reward: Table) -> tuple[float, Table]:
-    """`inner_maximum` by BFGS over all policies, told nothing but F and its slope."""
+    """`inner_maximum` found by BFGS over all policies, from F and its gradient alone."""
     shape = world.log_reference.shape
     rate = jax.jit(
         jax.value_and_grad(
@@ -76,7 +76,7 @@ def inner_maximum_by_search(world: World, reward: Table) -> tuple[float, Table]:
 def bilevel_value(
     world: World, reward: Table, pairs: Float[Array, "prompts first second"], alpha: float
 ) -> Scalar:
-    """-L_lr(r; D) + alpha max_pi F(pi; r): what equation 4.1 maximises over r."""
+    """-L_lr(r; D) + alpha max_pi F(pi; r), which equation 4.1 maximises over r."""
     return -reward_loss(reward, pairs) + alpha * inner_maximum(world, reward)
 
 

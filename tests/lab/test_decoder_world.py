@@ -1,4 +1,4 @@
-"""A real decoder: its exact gradients against the packed update's, and its world."""
+"""A real decoder: its exact gradients against those of the packed update, and its world."""
 
 import jax
 import jax.numpy as jnp

@@ -81,7 +81,7 @@ def test_an_idea_is_judged_on_the_queries_of_dpo():
 
 
 def test_my_idea_is_one_function_in_the_laboratory_and_in_the_experiment(monkeypatch, tmp_path):
-    """What `selm lab idea` builds from the words of my_idea.py is what my_idea.yaml trains with."""
+    """`selm lab idea` builds from my_idea.py the same function that my_idea.yaml trains with."""
     monkeypatch.syspath_prepend(ROOT)
     asked = {}
 

@@ -47,7 +47,7 @@ def test_slope_of_a_power_law(power):
 
 @pytest.mark.parametrize("seeds", [64, 128])
 def test_the_interval_of_a_slope_holds_it_nearly_as_often_as_it_says(seeds):
-    """Seeds differ in how much they lose, by a factor that is lognormal, and in how fast they learn."""
+    """Seeds differ in their regret, by a lognormal factor, and in how fast they learn."""
     rng, t = np.random.default_rng(4), np.arange(1, 101)
 
     def draw(n):

@@ -1,4 +1,4 @@
-"""What a process may run alone."""
+"""The devices on which a process can run a program alone."""
 
 from __future__ import annotations
 

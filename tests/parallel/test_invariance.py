@@ -1,4 +1,4 @@
-"""One experiment, whatever it runs on: the same answers, the same losses, the same weights."""
+"""An experiment gives the same answers, losses and weights on any mesh."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def results(folder: Path):
 @pytest.fixture(scope="module")
 def go(tmp_path_factory):
     folder = tmp_path_factory.mktemp("invariance")
-    # Adam's first steps are +-rate wherever there is a gradient at all, so that one of 1e-12 and its
-    # rounding move a weight by the whole rate. Above eps a step is as exact as its gradient.
+    # Adam's first steps are +-rate wherever there is any gradient, so that a gradient of 1e-12, or
+    # its rounding, moves a weight by the whole rate. Above eps a step is as exact as its gradient.
     # Rows that hold one example: the four of a batch are 4, 2 or 1 microbatches.
     file = tiny.experiment(
         folder, output="run", training__rows=2, training__eps=1e-3, training__row_length=80,
@@ -70,7 +70,7 @@ def go(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain(go):
-    """On one device, two rows at a time, nothing computed twice."""
+    """The run on one device, with two rows at a time and no rematerialisation."""
     return go("1 device")
 
 
@@ -87,7 +87,7 @@ def test_adapters_are_the_same_on_several_processes(go, tried):
 
 
 def compare(here, there) -> str:
-    """Holds two runs against each other; says by how much they differ."""
+    """Compares two runs and reports by how much they differ."""
     responses, losses, weights, parts = here
     others, losses_there, weights_there, parts_there = there
     assert parts_there == parts and others == responses

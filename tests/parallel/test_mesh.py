@@ -1,4 +1,4 @@
-"""The mesh and its table of rules: what fits is placed, what does not is an error by name."""
+"""The mesh and its sharding rules: arrays that do not fit are errors that name them."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_a_rule_for_an_axis_that_the_mesh_lacks_is_refused(tiny):
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """As much of a TPU's device as a mesh looks at."""
+    """The attributes of a TPU device that a mesh reads."""
 
     id: int
     slice_index: int
@@ -189,7 +189,8 @@ CUTS = {
     "single": {},
     "fsdp": {"embed": "fsdp"},
     "fsdp_tensor": {
-        "embed": "fsdp", "vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor",
+        "embed": "fsdp", "vocab": "tensor", "heads": "tensor", "kv_heads": "tensor",
+        "mlp": "tensor",
     },
     "decode": {"vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor"},
 }  # fmt: skip

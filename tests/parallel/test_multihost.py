@@ -87,7 +87,7 @@ def test_one_process_is_the_first_and_agrees_with_itself():
 
 
 class Told:
-    """What the coordinator has from process 0."""
+    """The values that process 0 has sent to the coordinator."""
 
     def __init__(self, **told):
         self.told = told
@@ -101,7 +101,7 @@ class Told:
 
 @pytest.fixture
 def second(monkeypatch):
-    """Makes this process the second of two; what the first has told is given."""
+    """Makes this process the second of two; the values sent by the first are given."""
 
     def be(**told):
         monkeypatch.setattr(multihost, "count", lambda: 2)
@@ -144,9 +144,12 @@ def test_processes_that_found_different_models_do_not_begin(second):
 @pytest.mark.parametrize(
     ("error", "gone"),
     [
-        # As jax 0.10 says it to the survivor, when process 1, process 0 and a peer of gloo were killed.
+        # The messages of jax 0.10 after process 1, process 0 and a peer of gloo were killed.
         (
-            "INTERNAL: Barrier failed because: task is set to ERROR: UNAVAILABLE: Task 1 heartbeat timeout",
+            (
+                "INTERNAL: Barrier failed because: task is set to ERROR: UNAVAILABLE: Task 1 "
+                "heartbeat timeout"
+            ),
             True,
         ),
         ("UNAVAILABLE: recvmsg:Connection reset by peer\nAdditional GRPC error information", True),

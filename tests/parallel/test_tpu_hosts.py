@@ -159,7 +159,7 @@ def test_a_metadata_server_that_does_not_answer_is_named(joins, environment):
 
 
 def test_two_processes_join_as_hosts_of_a_pod():
-    """As on GKE, but that the devices are of this machine and the coordinator's port is a free one."""
+    """As on GKE, except that devices are this machine's and the coordinator's port is free."""
     program = (
         "from selm_jax.parallel import multihost as m; m.initialize(); import jax; "
         "print(m.count(), m.index(), jax.device_count(), m.on_first(lambda: 'the same'))"

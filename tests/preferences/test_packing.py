@@ -177,7 +177,7 @@ def test_the_mask_is_the_path_of_each_token(found):
 
 
 def test_a_tree_of_depth_three_is_masked_by_the_same_integer(tiny, random_params):
-    """A prompt, two beginnings, and two ends of each, depth first: each path says what it says alone."""
+    """A prompt, two beginnings and two ends of each, depth first: each path is as if alone."""
     rng = np.random.default_rng(0)
     #         prompt, a,  a's ends, b,  b's ends
     parents = (None, 0, 1, 1, 0, 4, 4)

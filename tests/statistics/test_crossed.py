@@ -38,8 +38,8 @@ def test_one_seed_or_one_prompt_leaves_students_t(shape):
 
 @given(st.integers(2, 4), st.integers(2, 5), st.integers(0, 99))
 def test_what_varies_has_an_error_whatever_cancels(seeds, prompts, seed):
-    """Also where every seed and every prompt have one mean: two seeds that are each other's opposite
-    on two prompts had an error of 0."""
+    """Also if all seeds and all prompts have the same mean: the error of two opposite seeds on
+    two prompts used to be 0."""
     values = np.random.default_rng(seed).normal(size=(seeds, prompts))
     values -= values.mean(0)
     values -= values.mean(1, keepdims=True)

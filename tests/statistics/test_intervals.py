@@ -1,4 +1,4 @@
-"""Intervals against what is known of the numbers that they were drawn from."""
+"""Intervals against the known distributions from which the numbers were drawn."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_mean_over_prompts(draw, least, prompts):
 
 
 def test_a_paired_gain_over_prompts():
-    """Prompts differ much more than the two policies do: not paired, nothing would be seen."""
+    """Prompts differ much more than the two policies, so only pairing shows the difference."""
     rng, found = np.random.default_rng(1), []
     for _ in range(DRAWS):
         prompt = 3 * rng.normal(size=(1, 48))
@@ -128,7 +128,7 @@ def test_a_gain_in_a_share_holds_the_truth(before, after, seeds):
 
 @pytest.mark.parametrize("questions", [10, 80])
 def test_a_mean_of_judgments_that_come_by_question(questions):
-    """As MT-Bench's: two turns a question, of which some cannot be read."""
+    """As in MT-Bench: two turns per question, some of them unreadable."""
     rng, found = np.random.default_rng(3), []
     for _ in range(DRAWS):
         counts = rng.integers(1, 3, questions)
@@ -231,7 +231,7 @@ def test_unread_prompts_are_left_out_of_both_and_counted():
     st.booleans(),
 )
 def test_an_interval_is_never_a_point(values, share):
-    """Either there is none, which its text says, or it has a width and holds the mean."""
+    """An interval has a width and contains the mean, or there is none and the text says so."""
     found = [pooled(values, share=False), difference(values, values[:1], share=False)]
     if share:
         values = np.minimum(values, 1)

@@ -1,4 +1,4 @@
-"""Holm's correction, by hand and by its promise."""
+"""Holm's correction, computed by hand and checked for its error rate."""
 
 import numpy as np
 

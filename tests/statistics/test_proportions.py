@@ -1,4 +1,4 @@
-"""Intervals of shares hold the truth as often as they say, near their ends as well."""
+"""Intervals of shares have their nominal coverage, also near 0 and 1."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def wins(rng, p, n):
 
 
 def ties(rng, p, n):
-    """Of the rarer outcome four in ten are ties instead."""
+    """Four in ten of the rarer outcome are ties instead."""
     tie, u = 0.8 * min(p, 1 - p), rng.random(n)
     return np.where(u < tie, 0.5, np.where(u < tie / 2 + p, 1.0, 0.0))
 

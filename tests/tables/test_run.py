@@ -23,7 +23,7 @@ WHERE = {
 
 
 def finished(folder, **changes) -> Run:
-    """A run on pairs: its heldout data too has answers to be tried on."""
+    """A run on pairs, whose held-out data has answers too."""
     file = tiny.experiment(
         folder, data__chosen="chosen", data__rejected="rejected", iterations=1,
         training__learning_rate=1e-3, training__checkpoint_every=100, **changes,

@@ -1,4 +1,4 @@
-"""Every table: what is written is read back, as the bytes that it always had; others are refused."""
+"""Every table is read back as written, keeps its bytes, and refuses other tables."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ NAN = math.nan
 TEXT, INT, IDS = pa.string(), pa.int32(), pa.list_(pa.int32())
 COLUMNS = {
     responses: {
-        "prompt_id": TEXT, "sample": INT, "kind": TEXT, "token_ids": IDS, "text": TEXT, "finish": TEXT,
+        "prompt_id": TEXT, "sample": INT, "kind": TEXT, "token_ids": IDS, "text": TEXT,
+        "finish": TEXT,
     },
     ranked: {
         "prompt_id": TEXT, "prompt": TEXT, "candidate": INT, "source": TEXT, "sample": INT,
@@ -54,7 +55,9 @@ ROWS = {
         responses.Row("p1", 1, "sample", (), "", "length"),
     ],
     ranked: [
-        ranked.Row("p0", "?", 0, "greedy", 0, (5,), "x", "stop", 0.1, 1, chosen=True, preference=0.9),
+        ranked.Row(
+            "p0", "?", 0, "greedy", 0, (5,), "x", "stop", 0.1, 1, chosen=True, preference=0.9
+        ),
         ranked.Row("p0", "?", 1, "chosen", 0, None, "y", "dataset", 0.0, 2, rejected=True),
         ranked.Row("p1", "?", 0, "sample", 2, (), "", "length", dropped="tie"),
     ],
@@ -71,12 +74,12 @@ ROWS = {
 
 
 def as_text(rows) -> list[str]:
-    """For comparing: NaN is not equal to itself."""
+    """The rows as text, to compare them although NaN differs from itself."""
     return list(map(repr, rows))
 
 
 def in_files(row) -> dict:
-    """A row as it stands in a file, in which what is not known is null."""
+    """A row as stored in a file, with null for unknown values."""
     found = dataclasses.asdict(row)
     return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in found.items()}
 

@@ -51,7 +51,7 @@ def sentencepiece_like(
 
 
 def _finish(tokenizer: Tokenizer, specials, bos: str | None, rstrip: bool = False) -> Tokenizer:
-    """Adds special tokens (those that end with ~ are ordinary added ones), and BOS to every text."""
+    """Adds special tokens (or ordinary added tokens if they end with ~), and BOS to every text."""
     for name in specials:
         token, special = name.removesuffix("~"), not name.endswith("~")
         swallows = rstrip and token not in ("<s>", "</s>", "<|endoftext|>")
@@ -86,7 +86,7 @@ def phi_3(bos: str | None = None) -> Tokenizer:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A tokenizer, the names of its special tokens, and what the right layout of its turns is.
+    """A tokenizer, the names of its special tokens, and the correct layout of its turns.
 
     `bos` counts the BOS tokens in front of a prompt; `stops` is the generation config's
     eos_token_id; `settings` are what an experiment needs for answers from a data set.
@@ -149,7 +149,7 @@ BROKEN = {
 
 
 def write(folder: Path, name: str) -> Path:
-    """A model folder as far as `Chat` reads it."""
+    """Writes the files of a model folder that `Chat` reads."""
     family = (FAMILIES | BROKEN)[name]
     tokenizer = family.tokenizer()
     folder.mkdir(parents=True, exist_ok=True)

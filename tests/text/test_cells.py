@@ -1,4 +1,4 @@
-"""Cells: conversations and numbers that were kept as text, and texts that are none."""
+"""Cells: conversations and numbers stored as text, and texts that are neither."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ messages = st.lists(
 
 
 def as_numpy(value):
-    """What pandas writes into a CSV cell of a column that it read from parquet."""
+    """The text that pandas writes into a CSV cell of a column that it read from parquet."""
     array = np.empty(len(value), dtype=object)
     array[:] = value
     return str(array)
@@ -83,10 +83,11 @@ def test_what_begins_as_messages_is_whole_or_refused_and_nothing_runs(text, tmp_
 @pytest.mark.parametrize(
     ("value", "number"),
     [
-        (7, 7.0), (8.5, 8.5), ("8.5", 8.5), (" 7 ", 7.0), ("-1e-3", -1e-3), (".5", 0.5), ("3.", 3.0),
+        (7, 7.0), (8.5, 8.5), ("8.5", 8.5), (" 7 ", 7.0), ("-1e-3", -1e-3), (".5", 0.5),
+        ("3.", 3.0),
         ("", None), (None, None), (True, None), ("nan", None), ("inf", None), ("1_0", None),
-        ("1,5", None), (10**400, None), ("0x1", None), ("seven", None), ([1], None), ("1e999", None),
-        (float("nan"), None), (float("inf"), None),
+        ("1,5", None), (10**400, None), ("0x1", None), ("seven", None), ([1], None),
+        ("1e999", None), (float("nan"), None), (float("inf"), None),
     ],
 )  # fmt: skip
 def test_numbers(value, number):
@@ -94,7 +95,10 @@ def test_numbers(value, number):
 
 
 ASKED = [
-    [{"content": "Be brief. It's \"new\".", "role": "system"}, {"content": f"Say {i}.", "role": "user"}]
+    [
+        {"content": "Be brief. It's \"new\".", "role": "system"},
+        {"content": f"Say {i}.", "role": "user"},
+    ]
     for i in range(3)
 ]  # fmt: skip
 

@@ -36,10 +36,19 @@ def user(*texts: str) -> list[Message]:
 
 PROMPTS = {  # of user("a", "b", "c")
     "llama_2": "<s>[INST] a [/INST] b </s><s>[INST] c [/INST]",
-    "llama_3": "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\na<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nb<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nc<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+    "llama_3": (
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\na<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nb<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nc<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    ),
     "llama_3_2": (
-        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
-        "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\na<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nb<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nc<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
+        "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+        "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\na<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nb<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nc<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
     ),
     "mistral_0_1": "<s>[INST] a [/INST]b</s> [INST] c [/INST]",
     "mistral_0_3": "<s>[INST] a[/INST] b</s>[INST] c[/INST]",
@@ -70,7 +79,8 @@ PROMPTS = {  # of user("a", "b", "c")
         "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n"
     ),
     "smollm_3": (
-        "<|im_start|>system\n## Metadata\n\nToday Date: 26 July 2024\nReasoning Mode: /think\n\n## Custom Instructions\n\nYou are a helpful AI assistant.\n\n"
+        "<|im_start|>system\n## Metadata\n\nToday Date: 26 July 2024\nReasoning Mode: /think\n\n"
+        "## Custom Instructions\n\nYou are a helpful AI assistant.\n\n"
         "<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
         "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n"
     ),
@@ -88,7 +98,7 @@ def test_the_layout_of_every_family(family, facts, chat):
 
 
 def test_the_answer_is_tokenized_as_it_stands_behind_the_header(chat):
-    """Without the space that a tokenizer of this kind puts in front of any text it sees alone."""
+    """There is no space in front, which this kind of tokenizer adds to any text alone."""
     zephyr = chat("zephyr")
     assert pieces(zephyr, zephyr.response_ids(user("Hi"), "Hi Hi")) == ["Hi", "▁Hi", "</s>"]
     llama = chat("llama_3")
@@ -197,7 +207,7 @@ def test_stop_ids_are_the_generation_configs_and_the_tokenizers(chat):
 
 
 def test_without_a_generation_config_the_models_own_end_counts(chat, tmp_path):
-    """As transformers makes a generation config of it; with one, it is not read."""
+    """Like transformers, we read config.json only if there is no generation config."""
     folder = shutil.copytree(chat("llama_2").folder, tmp_path / "model")
     (folder / "config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
     own = Chat(folder).tokenizer.eos_token_id
@@ -241,7 +251,7 @@ def test_mistral_0_3_forgets_the_system_message_when_the_answer_is_there(chat):
 
 
 def test_a_whole_conversation_is_all_that_the_template_writes(chat):
-    """What a reward model reads: BOS once, and what stands behind the end token too."""
+    """A reward model reads BOS once, and also the text after the end token."""
     for family in ("smollm_2", "llama_3", "gemma_2"):
         ids = chat(family).conversation_ids(user("a"), "b")
         before = chat(family).prompt_ids(user("a"))
@@ -301,7 +311,7 @@ def test_a_template_without_an_end(chat):
 
 
 def test_an_end_that_the_generation_config_does_not_know(chat):
-    """As the first generation_config.json of Gemma 2."""
+    """As in the first generation_config.json of Gemma 2."""
     with pytest.raises(
         ChatError, match=r"does not end.*<eos>.*eos_token_id in .*generation_config"
     ):
@@ -378,7 +388,7 @@ def test_a_made_up_answer_begins_and_ends_in_every_family(family, chat):
 
 @pytest.mark.parametrize("name", ["always_thinking", "qwen_3"])
 def test_a_template_that_thinks_serves_where_only_the_policy_answers(name, chat):
-    """Though no answer of a data set can follow its header."""
+    """It works although no answer of a dataset can follow its header."""
     thinking = chat(name, Text(date=Text().date))
     thinking.check_made_up()
     with pytest.raises(ChatError):
@@ -416,7 +426,7 @@ TURNS = "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
 @pytest.mark.parametrize("opening", OPENINGS)
 @pytest.mark.parametrize("said", ["a", "<s>", "<s> a <s>"])
 def test_a_template_that_writes_its_bos_gets_no_other(opening, said, chat, tmp_path):
-    """Be it behind other text: what servers make of such a template has that one alone."""
+    """BOS is not added even if the template writes it after other text; servers do the same."""
     model = with_template(chat("zephyr").folder, tmp_path, opening + TURNS)
     rendered = model.render(user(said), answer_follows=True)
     assert model.prompt_ids(user(said)) == model.tokens(rendered)
@@ -425,7 +435,7 @@ def test_a_template_that_writes_its_bos_gets_no_other(opening, said, chat, tmp_p
 
 @pytest.mark.parametrize("said", ["a", "a <s>", "<s> a"])
 def test_a_bos_that_a_message_spells_is_not_the_templates(said, chat):
-    """Zephyr's template writes none, so that one is put in front."""
+    """Zephyr's template does not write BOS, so it is added."""
     model = chat("zephyr")
     bos = model.tokenizer.bos_token_id
     assert model.prompt_ids(user(said)) == (

@@ -123,7 +123,7 @@ def test_the_rule_by_hand(prompt, chosen, rejected, explore, kept):
 
 
 def tokenize_row(model, messages, texts, max_length, max_prompt_length):
-    """One row as selm_trainer.py does it: each response with a prompt of its own, in dictionaries."""
+    """One row, laid out like selm_trainer.py: each response has its own prompt, in dicts."""
     tokenizer = transformers_own(model.folder)
 
     def template(turns):

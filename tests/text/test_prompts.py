@@ -1,4 +1,4 @@
-"""Loading prompts: every format, every kind of bad row, portions, digests, the quickstart's data."""
+"""Loads prompts: every format, every kind of bad row, portions, digests, the quickstart's data."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ BAD = {
         {"prompt": "x"}, {"prompt": [{"role": "user", "content": ""}]},
         "empty prompt", "prompt", "message 1",
     ),
-    "blank prompt beside a conversation": (UF, {**UF, "prompt": ""}, "empty prompt", "prompt", "''"),
+    "blank prompt of a pair": (UF, {**UF, "prompt": ""}, "empty prompt", "prompt", "''"),
     "a key is missing": ({"prompt": "x"}, {"promt": "y"}, "missing column", "prompt", "promt"),
     "a number": ({"prompt": "x"}, {"prompt": 3}, "wrong type", "prompt", "3"),
     "ends with the assistant": (
@@ -186,7 +186,13 @@ BAD = {
         {"prompt": "x"}, {"prompt": [{"role": "user", "content": [{"type": "image"}]}]},
         "bad message", "prompt", "list",
     ),
-    "blank answer": (UF, {**UF, "rejected": [USER, said("")]}, "empty response", "rejected", "text"),
+    "blank answer": (
+        UF,
+        {**UF, "rejected": [USER, said("")]},
+        "empty response",
+        "rejected",
+        "text",
+    ),
     "null answer": (UF, {**UF, "chosen": None}, "empty response", "chosen", "null"),
     "no answer": (UF, {**UF, "rejected": [USER]}, "no assistant answer", "rejected", "assistant"),
     "equal answers": (

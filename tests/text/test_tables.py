@@ -147,7 +147,10 @@ def test_files_that_are_damaged(tmp_path):
     cases = {
         "cut.jsonl.gz": (whole[:-20], "cannot be unpacked"),
         "plain.jsonl.gz": (jsonl(ROWS), "cannot be unpacked"),
-        "flipped.csv.gz": (whole[:30] + bytes([whole[30] ^ 255]) + whole[31:], "cannot be unpacked"),
+        "flipped.csv.gz": (
+            whole[:30] + bytes([whole[30] ^ 255]) + whole[31:],
+            "cannot be unpacked",
+        ),
         "x.arrow": (b"ARROW1\0\0 but not really", "cannot be read as arrow"),
         "cut.arrow": (KINDS[".arrow"](ROWS)[:-30], "cannot be read as arrow"),
         "empty.arrow": (b"", "cannot be read as arrow"),

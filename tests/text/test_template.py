@@ -1,4 +1,4 @@
-"""Chat templates render as transformers renders them, and cannot take more than their share."""
+"""Chat templates render as in transformers, within limits on time and memory."""
 
 from __future__ import annotations
 
@@ -63,8 +63,14 @@ class Day:
 
 PIECES = [
     "{{ messages | tojson }}|{{ messages | tojson(indent=2) }}",
-    "{% for m in messages %}\n  {% if loop.first %}{% continue %}{% endif %}\n{{ m.role }}\n{% endfor %}",
-    "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
+    (
+        "{% for m in messages %}\n  {% if loop.first %}{% continue %}{% endif %}\n"
+        "{{ m.role }}\n{% endfor %}"
+    ),
+    (
+        "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}"
+        "{{ ns.n }}"
+    ),
     "{{ strftime_now('%d %B %Y, %H:%M') }}",
     "{% if tools is not none %}tools{% endif %}{% if documents %}documents{% endif %}{{ nothing }}",
     "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}\n{% endfor %}.",
@@ -98,8 +104,12 @@ HOSTILE = {
     "{{ 'a' * 2000000 }}": r"writes 2,000,0\d\d characters",
     "{{ '%9000000000d' % 1 }}": "not done after 1|too much memory|MemoryError|Overflow",
     "{{ 'a'.center(10 ** 10) }}": "too much memory|MemoryError",
-    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}": "not done after 1",
-    "{% macro f(n) %}{{ f(n + 1) }}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}": "not done after 1|Recursion",
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}": (
+        "not done after 1"
+    ),
+    "{% macro f(n) %}{{ f(n + 1) }}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}": (
+        "not done after 1|Recursion"
+    ),
     "{{ 9 ** (9 ** 9) }}": "not done after 1|MemoryError|too much memory",
     "{{ 1 / 0 }}": "line 1: the chat template fails: ZeroDivisionError",
     "{% include '/etc/passwd' %}": "TemplateNotFound: '?/etc/passwd",
@@ -113,7 +123,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("source", HOSTILE)
 def test_a_template_is_bounded(source, monkeypatch):
-    """In time and memory; and the next one is served as if nothing had been."""
+    """Time and memory are limited, and the next template renders normally."""
     monkeypatch.setattr(template, "SECONDS", 1)
     monkeypatch.setattr(template, "MEMORY", 256 << 20)
     template._PROCESS.stop()  # what is started next has this limit
@@ -137,7 +147,7 @@ def test_a_template_is_bounded(source, monkeypatch):
     ],
 )
 def test_what_is_not_jinja_is_said_so(source, message):
-    """And not taken for a matter of the order of turns."""
+    """The message does not advise another order of turns."""
     with pytest.raises(ChatError, match=message) as error:
         of(source)
     assert "turns" not in str(error.value) and "Fix the template" in str(error.value)

@@ -1,4 +1,4 @@
-"""Token ids are those of tokenizer.json, whatever class its neighbours name; no folder's code runs."""
+"""Only tokenizer.json determines token ids, and code in a model folder is never run."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_ids_are_those_of_tokenizer_json(kind, name, folder):
 
 @pytest.mark.parametrize(("kind", "name"), [c for c in CLASSES if c[0] != "deberta"])
 def test_a_conversation_has_those_ids_too(kind, name, folder):
-    """As far as the product makes any: the text that the template writes, and BOS in front."""
+    """The ids of the rendered text, with BOS in front."""
     path = folder(kind, name)
     chat = Chat(path)
     right = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
@@ -108,7 +108,7 @@ def test_names_are_those_of_the_config_or_before_its_last_form_of_the_map(folder
 
 
 def test_a_name_of_a_token_that_the_file_has_not(folder):
-    """One more token than the embedding has rows would be made of it."""
+    """It would become one more token than the embedding has rows."""
     assert Tokenizer(folder("llama_2", pad_token="[PAD]")).pad_token_id is None
     with pytest.raises(ChatError, match=r"tokenizer_config\.json names '<end>' as eos_token"):
         Tokenizer(folder("llama_2", eos_token="<end>"))
@@ -126,11 +126,14 @@ class Evil(PreTrainedTokenizerFast): pass
 
 @pytest.mark.parametrize("use", ["Chat", "Tokenizer", "read_backend"])
 def test_code_of_a_folder_is_refused_and_nobody_is_asked(use, folder, tmp_path):
-    """Though somebody says yes to everything."""
+    """It is refused even if every question is answered with yes."""
     path = folder("smollm", auto_map={"AutoTokenizer": ["evil.Evil", "evil.Evil"]})
     (path / "evil.py").write_text(EVIL.format(mark=str(tmp_path / "ran")))
     module = "chat" if use == "Chat" else "tokenizer"
-    code = f"from pathlib import Path; from selm_jax.text.{module} import {use}; {use}(Path({str(path)!r}))"
+    code = (
+        f"from pathlib import Path; from selm_jax.text.{module} import {use}; "
+        f"{use}(Path({str(path)!r}))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], input="y\n" * 9, capture_output=True, text=True, check=False
     )
@@ -144,6 +147,9 @@ def test_code_of_a_folder_is_refused_and_nobody_is_asked(use, folder, tmp_path):
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 
 
+BEGINS_WITH_A_BYTE = r"generation_config\.json begins with a byte"
+
+
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
@@ -154,12 +160,18 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
         ("tokenizer_config.json", "[]", r"tokenizer_config\.json holds a list; an object"),
         ("chat_template.jinja", b"\xff{{ a }}", r"chat_template\.jinja is not UTF-8"),
         ("generation_config.json", "eos: 1", r"generation_config\.json is not JSON"),
-        ("generation_config.json", b"\xef\xbb\xbf{}", r"generation_config\.json begins with a byte"),
-        ("generation_config.json", b"\xff\xfe{\0}\0", r"generation_config\.json begins with a byte"),
+        ("generation_config.json", b"\xef\xbb\xbf{}", BEGINS_WITH_A_BYTE),
+        ("generation_config.json", b"\xff\xfe{\0}\0", BEGINS_WITH_A_BYTE),
         ("generation_config.json", "[" * 99_999, r"generation_config\.json is not JSON"),
         *(
-            ("generation_config.json", json.dumps({"eos_token_id": each}), rf"eos_token_id is {said};")
-            for each, said in [(-1, "-1"), (9999, "9999"), ([1, "2"], "'2'"), (1.5, "1.5"), (True, "True")]
+            (
+                "generation_config.json",
+                json.dumps({"eos_token_id": each}),
+                rf"eos_token_id is {said};",
+            )
+            for each, said in (
+                *((-1, "-1"), (9999, "9999"), ([1, "2"], "'2'"), (1.5, "1.5"), (True, "True")),
+            )
         ),
     ],
 )  # fmt: skip
@@ -208,7 +220,7 @@ def test_named_templates(folder):
 
 
 def test_an_added_token_beyond_the_embedding_is_refused_where_it_appears(folder):
-    """As `[PAD]`, which many fine-tuned models have behind the last row of their embedding."""
+    """For example `[PAD]`, whose id in many fine-tuned models is beyond their embedding."""
     path = folder("llama_2", fresh=True)
     backend = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
     rows = backend.get_vocab_size()

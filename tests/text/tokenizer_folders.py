@@ -1,4 +1,4 @@
-"""Model folders as far as `Chat` reads them: one for each kind of tokenizer that a family has.
+"""Model folders with the files that `Chat` reads, one for each kind of tokenizer.
 
 Each is made like the published one, small: what cuts texts, what stands in for spaces, digits, form
 of Unicode, BOS, and the class that the published tokenizer_config.json names.
@@ -196,7 +196,12 @@ KINDS = {
     "gemma": Kind(
         lambda: sentences(_GEMMA, "<bos>", legacy=False),
         ("GemmaTokenizer", "GemmaTokenizerFast"),
-        {"bos_token": "<bos>", "eos_token": "<|im_end|>", "pad_token": "<pad>", "unk_token": "<unk>"},
+        {
+            "bos_token": "<bos>",
+            "eos_token": "<|im_end|>",
+            "pad_token": "<pad>",
+            "unk_token": "<unk>",
+        },
     ),
     "deberta": Kind(
         deberta,
@@ -218,7 +223,7 @@ def write(folder: Path, kind: Kind, name: str, **config: Any) -> Path:
 
 
 def texts(count: int, special: list[str], seed: int = 0) -> list[str]:
-    """Random ones of what tokenizers differ in."""
+    """Random texts of the characters that tokenizers treat differently."""
     draw = random.Random(seed)
     bits = [
         *(

@@ -79,7 +79,7 @@ def write_tiny(
     change: dict | None = None,
     split: int = 0,
 ) -> Path:
-    """Write the file; with `split` several of so many tensors each, of which the first is returned.
+    """Writes the file; with `split`, several files with that many tensors each. Returns the first.
 
     `drop` leaves out tensors or keys by name; `change` sets or adds them.
 

@@ -1,4 +1,4 @@
-"""Which files of a folder hold the model, and numbers in them that are none."""
+"""Which files of a folder contain the model, and NaN and infinity in them."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ def test_a_tied_model_that_stores_an_odd_embedding_twice_is_told_its_dtype(folde
 
 
 def test_more_layers_than_there_are_tensors_are_refused_at_once(folder):
-    """A number that config.json may have, and this model has not."""
+    """config.json may name a number of layers that this model does not have."""
     hf = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 9999}
     (folder / "config.json").write_text(json.dumps(hf))
     began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What goes with a model into an export, and what does not: code, and files from elsewhere."""
+"""The files that an export copies, and those that it does not: code, and linked files."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_the_digest_of_a_folder_sees_its_other_templates(model):
 
 
 def test_an_export_names_no_code(model, tmp_path):
-    """As Phi-3's folders do, which transformers loads with classes of its own."""
+    """Like Phi-3's folders, which transformers can load with its own classes."""
     named = {
         "AutoConfig": "configuration_tiny.TinyConfig",
         "AutoTokenizer": ["tokenizer_tiny.T", None],
@@ -149,7 +149,7 @@ def test_a_linked_folder_of_templates_is_refused_too(model, tmp_path):
 
 
 def test_a_link_to_nothing_is_named(model):
-    """So a Hub snapshot looks that was copied without the files it links to."""
+    """This is a Hub snapshot that was copied without the files to which it links."""
     (model / "tokenizer.json").unlink()
     (model / "tokenizer.json").symlink_to("../../blobs/0123abcd")
     with pytest.raises(

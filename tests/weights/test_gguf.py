@@ -174,7 +174,7 @@ def test_every_type_is_tested():
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])
 def test_divisors_of_rope_become_the_settings_of_llama_3(tmp_path, tiny_gguf, factor):
-    """As transformers computes the frequencies that those settings mean."""
+    """The frequencies are those that transformers computes from the settings."""
     torch = pytest.importorskip("torch")
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -335,7 +335,8 @@ def test_any_text_comes_back(folder, text):
 # As published in the tokenizer.json of Llama 3 and of Qwen 2.
 PATTERNS = {
     "llama-bpe": (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
         r"|\s*[\r\n]+|\s+(?!\S)|\s+"
     ),
     "qwen2": (
@@ -497,7 +498,7 @@ def test_cut_anywhere_is_an_error_and_leaves_nothing(tmp_path, tiny_gguf):
 )
 @given(data=st.data())
 def test_damaged_headers_convert_or_are_refused(tmp_path, tiny_gguf, data):
-    """No byte of the header can bring out another kind of error, or a half-written folder."""
+    """No damaged byte of the header causes another kind of error or an incomplete folder."""
     path, out = tmp_path / "m.gguf", tmp_path / "out"
     whole = bytearray(tiny_gguf(path, kind=Q.Q4_0).read_bytes())
     header = 6100

@@ -1,4 +1,4 @@
-"""A GGUF model in several files is the model in one; parts that are missing or strange are named."""
+"""A GGUF model in several files equals the model in one; missing or wrong parts are named."""
 
 import shutil
 from pathlib import Path
@@ -33,7 +33,7 @@ def part(folder: Path, n: int, count: int = 4, name: str = "m") -> Path:
 
 @pytest.mark.parametrize("given", [1, 2, 4])
 def test_parts_are_the_whole(made, parts, given, tmp_path):
-    """Whichever of them is named."""
+    """Any of the parts can be named."""
     whole = convert(made[0], tmp_path / "whole")
     found = convert(part(parts, given), tmp_path / "found")
     for file in whole.iterdir():
@@ -80,7 +80,7 @@ def test_parts_in_the_wrong_order_are_told(parts, tmp_path):
 
 
 def test_a_part_of_another_model_is_told(parts, tiny_gguf, tmp_path):
-    """With a tensor less than the first file counts."""
+    """There is one tensor fewer than the first file says."""
     (tmp_path / "other").mkdir()
     name = "blk.1.ffn_up.weight"
     tiny_gguf(tmp_path / "other" / "m.gguf", kind=Q.Q8_0, split=5, drop=(name,))

@@ -1,4 +1,4 @@
-"""Hugging Face folders: what is written is read back bit by bit, what is wrong is listed."""
+"""Hugging Face folders are read back bit by bit, and all faults of a folder are listed."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_saving_twice_gives_the_same_bytes(tiny, random_params, tmp_path):
 
 
 def written(params, config, folder, **options) -> dict[str, bytes]:
-    """What `save` leaves, file by file."""
+    """The bytes of every file that `save` writes."""
     folder.mkdir()
     save(params, config, folder, **options)
     return {file.name: file.read_bytes() for file in folder.iterdir()}
@@ -147,7 +147,7 @@ def test_each_byte_of_a_shard_is_read_once(mesh, folder, monkeypatch):
 
 
 def test_heads_cut_inside(tiny, random_params, tmp_path):
-    """Any cut of ours, also one that lies scattered in the file."""
+    """Any slice of our axes, also one that is not contiguous in the file."""
     config = tiny()
     params = random_params(config)
     save(params, config, tmp_path)
@@ -196,7 +196,7 @@ def test_parameters_are_on_the_first_device_by_default(folder):
 
 
 def test_parameters_outlive_the_file(folder, random_params):
-    """None of them is the mapped file."""
+    """No parameter is a view of the mapped file."""
     path, config, tensors = folder
     save_file(tensors, path / "model.safetensors")
     params = load(path, config)

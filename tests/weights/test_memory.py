@@ -1,4 +1,4 @@
-"""What loading costs: host memory above the parameters, and what each process reads.
+"""The cost of loading: host memory beyond the parameters, and the bytes each process reads.
 
 Both are measured in processes of their own.
 """
@@ -57,10 +57,13 @@ from selm_jax.weights.huggingface import load, save
 folder, mesh = Path(sys.argv[1]), json.loads(sys.argv[2])
 config = read_config(folder)
 where = mesh and shardings(abstract_params(config), make_mesh(mesh), TRAINING)
-# What is paid once (compiler, thread pools) is paid before, on a small model.
-small = dataclasses.replace(config, embed=64, heads=4, kv_heads=4, head_dim=16, mlp=128, vocab_size=64)
+# Pay one-time costs (compiler, thread pools) beforehand, with a small model.
+small = dataclasses.replace(
+    config, embed=64, heads=4, kv_heads=4, head_dim=16, mlp=128, vocab_size=64
+)
 with tempfile.TemporaryDirectory() as f:
-    save(jax.tree.map(lambda x: jnp.zeros(x.shape), nn.unbox(abstract_params(small))), small, Path(f))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), nn.unbox(abstract_params(small)))
+    save(zeros, small, Path(f))
     load(Path(f), small, shardings=where)
 print("ready", flush=True)
 sys.stdin.readline()
@@ -71,7 +74,7 @@ sys.stdin.readline()
 
 
 def held(pid: int) -> int:
-    """Bytes of memory that are the process's own: pages of mapped files are not counted.
+    """Bytes of the process's own memory, without pages of mapped files.
 
     Those are the checkpoint as it lies in the system's page cache. They count as resident while
     they are mapped, but the system drops them when it wants to.

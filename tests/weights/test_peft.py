@@ -64,7 +64,7 @@ def test_peft_gives_our_logits(name, lora, all_logits, tmp_path):
 
 
 def test_an_adapters_files_are_as_open_as_any_other_and_name_what_they_belong_to(tmp_path):
-    """Without torch: safetensors itself reads them. A new file's mode is the user's to say (umask)."""
+    """Without torch: safetensors reads the files. The user's umask decides a new file's mode."""
     folder, lora = FAMILIES / "llama-3.1", Lora(2, 4.0)
     config = read_config(folder)
     adapters = init(nn.unbox(abstract_adapters(config, lora)), jax.random.key(0))

@@ -410,7 +410,7 @@ def test_interrupted_download_leaves_nothing(wheel, no_hub, cache, monkeypatch):
 
 
 def test_a_silent_network_is_given_up(monkeypatch, cache, tmp_path):
-    """Name look-ups can hang for longer than any HTTP timeout."""
+    """DNS lookups can hang for longer than any HTTP timeout."""
     done = threading.Event()
     monkeypatch.setattr(sources.HfApi, "model_info", lambda *_, **__: done.wait(30))
     monkeypatch.setattr(sources, "_HUB_DEADLINE", 0.05)
@@ -497,7 +497,7 @@ def hub(model):
 
 
 def apart(home: Path, *requests: tuple, endpoint: str, **environment) -> list[dict]:
-    """Resolve in a process of its own; per request the folder or the error, what was said, seconds."""
+    """Resolves in a new process; for each request: folder or error, console output, seconds."""
     code = """
 import io, json, sys, time
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What is trained here is what transformers loads: every family, one real update, one folder."""
+"""transformers loads exactly what was trained here: every family, one real update, one folder."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ QUICK = ("gemma-3", "llama-3.1", "phi-3-128k")  # the others are slow tests
 
 
 def trained(name: str):
-    """The checkpoint after one SELM update, large enough to change what it says."""
+    """The checkpoint after one SELM update large enough to change its outputs."""
     config = read_config(FAMILIES / name).for_length(TIME)
     rng = np.random.default_rng(0)
 

@@ -95,7 +95,9 @@ class Algorithm:
         if self.exact_data and (
             len(self.slots) != 2 or any(s.temperature != 1 for s in self.slots)
         ):
-            raise ValueError(f"{self.name}: exact data need two slots at temperature 1")
+            raise ValueError(
+                f"{self.name}: `exact_data` requires exactly two slots at temperature 1"
+            )
         if self.moving and self.split:
             raise ValueError(
                 f"{self.name}: `moving` and `split` cannot be combined, because it is unclear "

@@ -55,7 +55,7 @@ def build_objective(name: str, **settings: object) -> Objective:
     """
     terms = [term.strip() for term in name.split("+")]
     if twice := [term for term in terms if terms.count(term) > 1]:
-        raise ObjectiveError(f"objective {name} names {twice[0]} twice")
+        raise ObjectiveError(f"objective {name} names {twice[0]} twice; name each term once")
     factories = {term: _factory(term) for term in terms}
     parameters = {term: inspect.signature(f).parameters for term, f in factories.items()}
     known = list(dict.fromkeys(key for keys in parameters.values() for key in keys))

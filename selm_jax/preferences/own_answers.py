@@ -40,7 +40,7 @@ class OwnAnswers:
     row: int
 
     def example(self, prompt: Prompt) -> Example | None:
-        """The prompt with all its answers from the data as an example; None if it has none.
+        """Makes an example of a prompt and all its answers in the data; None if it has none.
 
         Raises:
           UnusableAnswer: if an answer cannot follow the prompt.

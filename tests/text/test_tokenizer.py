@@ -146,7 +146,6 @@ def test_code_of_a_folder_is_refused_and_nobody_is_asked(use, folder, tmp_path):
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 
-
 BEGINS_WITH_A_BYTE = r"generation_config\.json begins with a byte"
 
 

@@ -254,7 +254,7 @@ def test_all_that_is_wrong_is_listed(folder):
         load(path, config)
     text = str(error.value)
     assert f"missing: {gone}" in text and f"unknown: {unknown}" in text and str(path) in text
-    assert f"{odd}: shape (64, 31), config.json implies (64, 32)" in text
+    assert f"{odd}: shape (64, 31), but config.json implies (64, 32)" in text
 
 
 def test_a_transposed_matrix_is_not_taken(folder):

@@ -537,7 +537,8 @@ def test_tensors_that_do_not_fit_are_listed(copy):
     message = str(caught.value)
     assert f"missing: {gone}" in message and "unknown: extra.weight" in message
     assert (
-        f"{wrong}: F32 of shape (48, 32), config.json implies floats of shape (32, 48)" in message
+        f"{wrong}: F32 of shape (48, 32), but config.json implies floats of shape (32, 48)"
+        in message
     )
 
 

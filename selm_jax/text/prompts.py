@@ -134,9 +134,8 @@ def load_prompts(
         first 16 hex digits of the SHA-256 of the messages.
       chosen: column of the preferred answer. None means `chosen`, if the data has this column.
       rejected: column of the other answer. None means `rejected`, if the data has this column.
-      system: column of the row's system message, which is put before its prompt; a null or blank
-        cell means no system message. The column may be missing if it has the default name. None
-        reads no system messages.
+      system: column of the row's system message, which is put before its prompt unless it is null
+        or blank. The column may be missing if it has the default name. None reads none.
       scores: columns of numbers, stored as numbers or as text; `Prompt.row` has them as floats.
       revision: commit, tag or branch of a Hub dataset; not allowed for local files.
       config: configuration of a Hub dataset: the second argument of `load_dataset`.
@@ -147,9 +146,8 @@ def load_prompts(
         messages, chosen equals rejected, lone surrogate, nested too deeply, duplicate id, duplicate
         row.
       duplicate_ids: how to treat an id that occurs again. "error": as a bad row. "number": as one
-        more pair for the same prompt, which gets the id `ID#2`, `ID#3`, ... In both cases a row
-        that repeats the prompt and answers of an earlier one, or the id of a different prompt, is a
-        bad row.
+        more pair for the same prompt, with the id `ID#2`, `ID#3`, ... Exact copies of a row, and
+        ids of different prompts, are always bad rows.
 
     Raises:
       DataError: if a file, split or column is missing, a file cannot be read, no row is usable, or,

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# create.sh SETTINGS: asks for the slice and returns; it comes when there is room for it.
+# create.sh SETTINGS: requests the slice and returns. The slice is created when capacity is available.
 # shellcheck source=lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
@@ -7,4 +7,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 read_settings "$1"
 check_share
 create_slice || exit 1
-say "asked for; its state: $(slice_state)"
+say "requested; its state: $(slice_state)"

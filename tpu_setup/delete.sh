@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# delete.sh SETTINGS [--yes NAME]: deletes the slice, whose name is asked for. The bucket is left as it is.
+# delete.sh SETTINGS [--yes NAME]: deletes the slice, after you type its name. The bucket is not changed.
 # shellcheck source=lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
@@ -9,10 +9,10 @@ if (($# == 3)); then
   [[ $2 == --yes ]] || die "usage: delete.sh SETTINGS [--yes NAME]"
   answer=$3
 else
-  printf 'This deletes %s (%s, %s, project %s) and its disks.\nIts name, to go on: ' \
+  printf 'This deletes %s (%s, %s, project %s) and its disks.\nType its name to continue: ' \
     "$NAME" "$ACCELERATOR" "$ZONE" "$PROJECT"
   IFS= read -r answer || true
 fi
-[[ $answer == "$NAME" ]] || die "that is not its name; nothing was deleted"
+[[ $answer == "$NAME" ]] || die "the name does not match; nothing was deleted"
 delete_slice
 say "deleted"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# install.sh SETTINGS: this checkout, in a virtual environment, on all workers.
+# install.sh SETTINGS: installs this checkout on all workers, in a virtual environment.
 # shellcheck source=lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 

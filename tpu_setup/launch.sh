@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # launch.sh SETTINGS [--with FOLDER]... EXPERIMENT [key.path=value]...
-# Starts the experiment on all workers, detached, and returns. What the bucket has of it is fetched
-# first, so a run goes on where it was. --with fetches another run's folder too, such as
-# paper/zephyr_7b/warm_start.
+# Starts the experiment on all workers, detached, and returns. First it downloads the run's copy from
+# the bucket, so that the run continues where it was. --with also downloads another run's folder, such
+# as paper/zephyr_7b/warm_start.
 # shellcheck source=lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
@@ -18,6 +18,6 @@ while [[ ${1:-} == --with ]]; do
 done
 (($#)) || die "$usage"
 read_experiment "$@"
-launch_run "${before[@]}" || die "the launch of $RUN broke off, as told above"
+launch_run "${before[@]}" || die "the launch of $RUN failed; the reason is above"
 say "started. Its log: gcloud compute tpus tpu-vm ssh $NAME --project=$PROJECT --zone=$ZONE" \
   "--command='tail -f selm-logs/${RUN//\//-}.log'"

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Read by the scripts beside it: the settings file, checked; and gcloud, said once.
+# Functions for the other scripts: reading and checking the settings file, and calling gcloud.
 
 set -euo pipefail
 { set +x; } 2>/dev/null # a trace would show what is sent to the workers
@@ -45,14 +45,14 @@ read_settings() {
         printf -v "$key" '%s' "${BASH_REMATCH[2]}"
         ;;
       *TOKEN* | *KEY* | *SECRET* | *PASSWORD*)
-        die "$1, line $number: $key looks like a secret. Export it in your shell; it does not" \
-          "belong into a file that lies about"
+        die "$1, line $number: $key looks like a secret. Remove it from this file and export it in" \
+          "your shell"
         ;;
       *) die "$1, line $number: unknown setting $key; example.env lists them all" ;;
     esac
   done <"$1"
   if [[ $ACCELERATOR == tpu7x* || $ACCELERATOR == v7* ]]; then
-    die "ACCELERATOR: the Cloud TPU API does not serve $ACCELERATOR; GKE does: see gke_jobset.yaml"
+    die "ACCELERATOR: the Cloud TPU API does not support $ACCELERATOR; use GKE: see gke_jobset.yaml"
   fi
   local name='[a-z]([a-z0-9-]{0,46}[a-z0-9])?'
   matches PROJECT '[a-z][a-z0-9:.-]{4,61}[a-z0-9]' 'the id of a project, such as my-project-123'
@@ -68,7 +68,7 @@ read_settings() {
   [[ -z $SHARED ]] || matches SHARED '[a-z0-9.-]+:/[A-Za-z0-9._/-]+' 'an NFS share, SERVER:/PATH'
 }
 
-# Hosts of the slice, which are its workers: README.md has the table.
+# The number of hosts of the slice, which are its workers; see the table in README.md.
 hosts() {
   local number=${ACCELERATOR##*-}
   case $ACCELERATOR in
@@ -79,11 +79,11 @@ hosts() {
   esac
 }
 
-# Told before a slice costs. Not by delete.sh: a slice can always be deleted.
+# Checked before a slice costs money. Not by delete.sh: a slice can always be deleted.
 check_share() {
   (($(hosts) == 1)) || [[ -n $SHARED ]] ||
-    die "SHARED is not set, and $ACCELERATOR has $(hosts) workers, which have to see one runs/:" \
-      "README.md, 'More than one worker'"
+    die "SHARED is not set, and $ACCELERATOR has $(hosts) workers, which must share one runs/ folder." \
+      "See README.md, 'More than one worker'"
 }
 
 matches() {
@@ -106,7 +106,7 @@ read_experiment() {
   for override in "${OVERRIDES[@]}"; do
     [[ $override =~ ^[A-Za-z_][A-Za-z0-9_.]*=[^[:cntrl:]]*$ ]] ||
       die "'$override': expected an override key.path=value"
-    [[ $override != output=* ]] || die "output is runs/$RUN here, so that it can be copied and found again"
+    [[ $override != output=* ]] || die "output cannot be changed: these scripts copy and restore runs/$RUN"
   done
 }
 
@@ -118,7 +118,7 @@ tpus() {
   gcloud compute tpus "$group" "$verb" "$@" --project="$PROJECT" --zone="$ZONE" --quiet
 }
 
-# on WORKER ARGUMENT...: a command on one worker, or on all. stdin is not theirs: ssh would eat it.
+# on WORKER ARGUMENT...: runs a command on one worker or on all. stdin is closed: ssh would consume it.
 on() {
   local worker=$1 quoted
   shift
@@ -126,7 +126,7 @@ on() {
   tpus tpu-vm ssh "$NAME" --worker="$worker" --command="${quoted% }" </dev/null
 }
 
-# A new TPU VM says ACTIVE some time before its ssh answers.
+# Retries, because a new TPU VM becomes ACTIVE some time before its ssh answers.
 patiently() {
   local try
   for try in 1 2 3 4 5; do
@@ -138,7 +138,7 @@ patiently() {
 
 send() { tpus tpu-vm scp "$1" "$NAME:$2" --worker=all </dev/null; }
 
-# The state of the queued resource; ABSENT if there is none. Fails where gcloud cannot tell.
+# The state of the queued resource; ABSENT if there is none. Fails if gcloud fails.
 slice_state() {
   local answer
   if answer=$(tpus queued-resources describe "$NAME" --format='value(state.state)' 2>&1); then
@@ -151,16 +151,16 @@ slice_state() {
   fi
 }
 
-# --- what the scripts and watch.sh share ------------------------------------------------------------
+# --- steps that the scripts and watch.sh share ------------------------------------------------------
 
-# Status 2: asking again would not help.
+# Status 2: a retry would not help.
 create_slice() {
   local capacity=() answer
   case $CAPACITY in
     spot) capacity=(--spot) ;;
     reserved) capacity=(--reserved) ;;
   esac
-  say "asking for $NAME: $ACCELERATOR, $CAPACITY, $RUNTIME, in $ZONE"
+  say "requesting $NAME: $ACCELERATOR, $CAPACITY, $RUNTIME, in $ZONE"
   if answer=$(tpus queued-resources create "$NAME" --node-id="$NAME" \
     --accelerator-type="$ACCELERATOR" --runtime-version="$RUNTIME" \
     --scopes=https://www.googleapis.com/auth/cloud-platform "${capacity[@]}" 2>&1); then
@@ -168,8 +168,8 @@ create_slice() {
   fi
   printf '%s\n' "$answer" >&2
   if grep -Eqi 'quota' <<<"$answer"; then
-    say "refused: no quota for $ACCELERATOR ($CAPACITY) in $ZONE. README.md, 'Quota', says how to ask for" \
-      "it; another ZONE or CAPACITY may have some" >&2
+    say "refused: no quota for $ACCELERATOR ($CAPACITY) in $ZONE. Request it (README.md, 'Quota'), or try" \
+      "another ZONE or CAPACITY" >&2
     return 2
   fi
   ! grep -q 'ALREADY_EXISTS' <<<"$answer" || return 0
@@ -182,7 +182,7 @@ delete_slice() {
   tpus queued-resources delete "$NAME" --force
 }
 
-# Files that may hold a token; .dockerignore and .gitignore say the same.
+# Files that may contain a token; .dockerignore and .gitignore have the same list.
 is_private() {
   case "${1##*/}" in
     example.env) return 1 ;;
@@ -191,7 +191,7 @@ is_private() {
   esac
 }
 
-# The checkout as it stands, with files that git does not know yet and without ignored ones.
+# Packs the checkout, including files that git does not track yet, without ignored ones.
 pack() {
   if git -C "$ROOT" rev-parse --is-inside-work-tree >/dev/null 2>&1; then
     git -C "$ROOT" ls-files -z --cached --others --exclude-standard
@@ -210,16 +210,16 @@ install_all() {
     return 1
   }
   say "installing"
-  # The scripts come with the checkout, so the first step has to be said here. It replaces nothing: a run
-  # may be going on.
+  # The scripts are in the checkout, so this first step is spelled out here. It replaces nothing yet,
+  # because a run may be active.
   local unpack="rm -rf selm.new && mkdir selm.new && tar -xzf selm.tgz -C selm.new && bash selm.new/tpu_setup/worker.sh install $SHARED"
   if ! tpus tpu-vm ssh "$NAME" --worker=all --command="$unpack" </dev/null; then
-    say "the installation failed on at least one worker; its end is above, by host name" >&2
+    say "the installation failed on at least one worker; the end of its log is above, with its host name" >&2
     return 1
   fi
 }
 
-# Tokens go by scp, in a file that only its owner may read, and never as an argument.
+# Sends tokens by scp, in a file that only its owner may read, and never as an argument.
 send_secrets() {
   local key sent=() file=$TEMPORARY/secrets
   rm -f "$file"
@@ -235,10 +235,10 @@ send_secrets() {
   on all bash selm/tpu_setup/worker.sh prepare-secrets && send "$file" .selm/secrets && rm -f "$file"
 }
 
-# launch_run [FOLDER...]: RUN on all workers; FOLDERs are finished runs that it starts from.
+# launch_run [FOLDER...]: starts RUN on all workers; FOLDERs are finished runs that it starts from.
 launch_run() {
   local where=all run
-  [[ -z $SHARED ]] || where=0 # one folder, seen by all: one worker fetches it
+  [[ -z $SHARED ]] || where=0 # with a shared folder one worker downloads it
   on 0 bash selm/tpu_setup/worker.sh check-bucket "$RUN" "$BUCKET" || return 1
   for run in "$@" "$RUN"; do
     on "$where" bash selm/tpu_setup/worker.sh restore "$run" "$BUCKET" || return 1
@@ -247,13 +247,13 @@ launch_run() {
   say "starting: selm run $EXPERIMENT output=runs/$RUN ${OVERRIDES[*]}"
   on all bash selm/tpu_setup/worker.sh start "$RUN" "$EXPERIMENT" "${OVERRIDES[@]}" || return 1
   patiently on 0 bash selm/tpu_setup/worker.sh copy "$RUN" "$BUCKET" "$SYNC" || {
-    say "$RUN was started, but nothing copies it to the bucket: worker 0 cannot be reached. watch.sh joins" \
-      "the run and sees to that" >&2
+    say "$RUN was started, but nothing copies it to the bucket: worker 0 cannot be reached. Start watch.sh" \
+      "with the same arguments: it finds the run and starts the copying" >&2
     return 1
   }
 }
 
-# Sees to it that RUN is copied. Says whether all of it is, now that it has ended.
+# Makes sure that RUN is being copied. Succeeds if the run has ended and all of it has been copied.
 see_to_copy() {
   local answer script=selm/tpu_setup/worker.sh
   local ask="if [ -f $script ]; then bash $script copy $RUN $BUCKET $SYNC; else echo selm-copy done; fi"
@@ -261,8 +261,8 @@ see_to_copy() {
   grep -q '^selm-copy done' <<<"$answer"
 }
 
-# What each worker says of RUN: `running`, `copying`, `exit STATUS` or `absent`, one a line. Fails where
-# one cannot be reached.
+# The state of RUN on each worker, one per line: `running`, `copying`, `exit STATUS` or `absent`. Fails if
+# a worker cannot be reached.
 run_status() {
   local answer script=selm/tpu_setup/worker.sh
   local ask="if [ -f $script ]; then bash $script status $RUN; else echo selm-status absent; fi"

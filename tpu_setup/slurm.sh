@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # sbatch tpu_setup/slurm.sh EXPERIMENT [key.path=value]...
-# The experiment on one host with 8 GPUs, from the folder that sbatch is called in. A job that is
-# preempted or out of time is put back into the queue and goes on from its run folder.
+# Runs the experiment on one host with 8 GPUs, in the folder in which sbatch was called. A job that is
+# preempted or out of time is put back into the queue and continues from its run folder.
 #SBATCH --job-name=selm
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -25,16 +25,16 @@ if [[ -f .venv/bin/activate ]]; then
   source .venv/bin/activate
 fi
 
-# SLURM tells this script (B:), which tells the run; the run saves and leaves with 75. Tokens are in the
-# environment that sbatch hands on; they are no arguments.
+# SLURM signals this script (B:), which signals the run; the run saves and exits with 75. Tokens are
+# passed by sbatch in the environment, not as arguments.
 stopped='' told=''
 srun --kill-on-bad-exit=1 selm run "$@" &
 run=$!
 trap 'stopped=yes' TERM
 wait "$run" || true
 while kill -0 "$run" 2>/dev/null; do # `wait` ends at the signal, before the run does
-  # Not by `kill`: srun answers TERM by killing the run. It is step 0, the job's first srun, which may
-  # not have begun yet.
+  # Not with `kill`: on TERM srun would kill the run. The run is step 0 (the job's first srun), which may
+  # not have started yet.
   if [[ -n $stopped && -z $told ]]; then
     if scancel --signal=TERM "${SLURM_JOB_ID:?}.0"; then told=yes; else sleep 5 && continue; fi
   fi

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # watch.sh SETTINGS [--delete-when-done NAME] [--with FOLDER]... EXPERIMENT [key.path=value]...
-# From nothing to a finished run: creates the slice if there is none, installs, launches, and looks
-# every POLL seconds. A preempted slice is deleted by its name, asked for again, and the run goes on
-# from the bucket. Stopped itself (Ctrl-C) and started again, it goes on watching.
+# Does everything for a run: creates the slice if there is none, installs, launches, and checks every
+# POLL seconds. A preempted slice is deleted by its name and requested again, and the run continues from
+# the bucket. If this script is stopped (Ctrl-C) and started again, it continues to watch.
 # shellcheck source=lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
@@ -28,29 +28,29 @@ done
 (($#)) || die "$usage"
 read_experiment "$@"
 
-# Told to stop, saved, and left; or left behind by another worker (134: by jax's own watch), which says itself
-# why it ended. The same command goes on.
+# The run was told to stop and saved, or it lost another worker (134: found by JAX), whose own status says
+# why. In all these cases the same command continues it.
 STOPPED='75|76|134|143'
-costs="The slice is still there, and costs: delete.sh removes it"
+costs="The slice still exists and costs money: delete.sh removes it"
 launched='' said='' told='' refused=0 silent=0 failed=0 half=0 starts=0 preemptions=0
 
-start_here() { # a slice that is ACTIVE and does not run it
+start_here() { # for a slice that is ACTIVE and does not run the experiment
   if install_all && launch_run "${before[@]}"; then
     launched=yes
     return
   fi
-  # A slice that is preempted meanwhile looks like a failed installation.
+  # A preemption during these steps looks like a failed installation.
   [[ $(slice_state) == ACTIVE ]] || return 0
   starts=$((starts + 1))
-  ((starts < 2)) || die "it cannot be started on $NAME. $costs"
-  say "once more" # at the next look, which shows how far it came: it may be running
+  ((starts < 2)) || die "the run cannot be started on $NAME. $costs"
+  say "trying once more" # after the next check, which may find it running
 }
 
-look() { # a slice that is ACTIVE
+look() { # checks a slice that is ACTIVE
   local statuses summary bad alive absent copied=''
   if ! statuses=$(run_status) || [[ -z $statuses ]]; then
     silent=$((silent + 1))
-    ((silent < 10)) || die "$NAME is ACTIVE, but its workers have not answered ten times. $costs"
+    ((silent < 10)) || die "$NAME is ACTIVE, but its workers did not answer ten times in a row. $costs"
     return 0
   fi
   silent=0
@@ -60,27 +60,27 @@ look() { # a slice that is ACTIVE
   bad=$(grep -Evcx "running|copying|absent|exit (0|$STOPPED)" <<<"$statuses") || true
   alive=$(grep -Ecx 'running|copying' <<<"$statuses") || true
   absent=$(grep -Fcx absent <<<"$statuses") || true
-  # Whoever started it: the launch may have broken off before the copying began, or that was killed.
+  # In any case: the launch may have failed before the copying began, or the copier was killed.
   if grep -Fqvx absent <<<"$statuses" && see_to_copy; then copied=yes; fi
   if ((bad)) && [[ -n $launched ]]; then
     failed=$((failed + 1))
-    ((failed > 1)) || return 0 # one look later, a slice that was preempted says so
+    ((failed > 1)) || return 0 # if the cause was a preemption, the next check shows it
     on 0 tail -n 30 "selm-logs/${RUN//\//-}.log" >&2 || true
     die "$RUN failed ($summary); the end of its log is above. $costs"
   elif ((absent)) && grep -Fqx running <<<"$statuses"; then
-    # Started on some workers: they wait for the others. Seen twice, it is no launch under way.
+    # It runs on some workers, which wait for the others. If seen twice, no launch is under way.
     half=$((half + 1))
     ((half > 1)) || return 0
-    say "$RUN is running on some of the workers only; it is stopped, and started on all"
-    on all bash selm/tpu_setup/worker.sh stop "$RUN" || true # what is left is seen at the next look
+    say "$RUN is running on some of the workers only; stopping it to start it on all"
+    on all bash selm/tpu_setup/worker.sh stop "$RUN" || true # the next check finds the rest
     half=0
   elif ((alive)); then
-    # One that failed before this watch began, and is still copied, is waited for and started anew.
+    # A run that failed before this watch began, and is still being copied, is started again later.
     ((bad)) || launched=yes failed=0
     half=0
     grep -Fqvx running <<<"$statuses" || starts=0
   elif [[ -z $copied ]] && grep -q '^exit' <<<"$statuses"; then
-    return 0 # its end is not in the bucket yet; that is being done
+    return 0 # the last copy to the bucket is not finished yet
   elif ! grep -Eqvx 'exit 0' <<<"$statuses"; then
     finish
   else # new, or told to stop, or restarted, or failed before this watch began
@@ -89,7 +89,7 @@ look() { # a slice that is ACTIVE
 }
 
 finish() {
-  say "finished; the run is in $BUCKET/runs/$RUN, the folder that its file \`latest\` names"
+  say "finished; the run is in $BUCKET/runs/$RUN, in the folder that the file \`latest\` names"
   if [[ -n $delete ]]; then
     delete_slice
   else
@@ -101,7 +101,7 @@ finish() {
 while :; do
   if ! state=$(slice_state); then
     silent=$((silent + 1))
-    ((silent < 10)) || die "gcloud has not answered ten times"
+    ((silent < 10)) || die "gcloud failed ten times in a row; its last message is above"
     sleep "$POLL"
     continue
   fi
@@ -113,7 +113,7 @@ while :; do
       create_slice || status=$?
       if ((status)); then
         refused=$((refused + 1))
-        ((status == 1 && refused < 5)) || die "$NAME was not created"
+        ((status == 1 && refused < 5)) || die "$NAME was not created; the reason is above"
       else
         refused=0
       fi
@@ -127,7 +127,7 @@ while :; do
       ;;
     FAILED)
       tpus queued-resources describe "$NAME" --format='yaml(state)' >&2 || true
-      die "the request for $NAME failed, as told above; delete.sh removes it"
+      die "the request for $NAME failed; the reason is above. Delete it with delete.sh"
       ;;
   esac
   sleep "$POLL"

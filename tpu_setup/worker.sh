@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# What a worker does. It comes with the checkout into ~/selm; the scripts beside it call it.
+# Runs on a worker. It is part of the checkout in ~/selm; the other scripts call it.
 #
-#   install [SHARED]            ~/selm.new becomes ~/selm, with a virtual environment; runs/ on this disk
-#                               or on a share. Refused while a run is going on here
-#   prepare-secrets             an empty file for tokens, which only this user may read
-#   check-bucket RUN BUCKET     writes the time into runs/RUN/started there
-#   restore RUN BUCKET          runs/RUN from the bucket, unless it is here
-#   start RUN EXPERIMENT ...    selm run, detached; its log is ~/selm-logs/RUN.log
-#   stop RUN                    tells it to save and leave, and waits for that
-#   copy RUN BUCKET SECONDS     runs/RUN to the bucket every so often, and once more at its end. May be
-#                               called at any time; says `selm-copy done` when that last copy is there
-#   status RUN                  `selm-status running|copying|exit N|absent`
+#   install [SHARED]            makes ~/selm.new the new ~/selm, with a virtual environment; runs/ is on
+#                               this disk or on a share. Refused while a run is active here
+#   prepare-secrets             makes an empty file for tokens that only this user may read
+#   check-bucket RUN BUCKET     checks that the bucket is writable: writes the time into runs/RUN/started
+#   restore RUN BUCKET          copies runs/RUN from the bucket, unless it exists here
+#   start RUN EXPERIMENT ...    starts selm run, detached; its log is ~/selm-logs/RUN.log
+#   stop RUN                    tells the run to save and exit, and waits for it
+#   copy RUN BUCKET SECONDS     copies runs/RUN to the bucket every SECONDS, and once more at its end. May
+#                               be called at any time; prints `selm-copy done` after the last copy
+#   status RUN                  prints `selm-status running|copying|exit N|absent`
 set -euo pipefail
 { set +x; } 2>/dev/null
 cd "$HOME"
@@ -33,7 +33,7 @@ make_venv() {
   for python in python3.13 python3.12 python3.11; do
     if command -v "$python" && "$python" -m venv --clear "$VENV"; then return; fi
   done
-  # The images' own Python is 3.10. uv fetches a newer one.
+  # The images' own Python is 3.10. uv downloads a newer one.
   python3 -m pip install --user --quiet uv
   python3 -m uv venv --clear --seed --python 3.12 "$VENV"
 }
@@ -43,7 +43,7 @@ apt() { sudo apt-get -o DPkg::Lock::Timeout=600 -qq "$@"; }
 mount_share() {
   local try
   if mountpoint -q "$SHARE"; then return; fi
-  # A new machine is busy with updates of its own. apt waits for dpkg's lock, not for that of its lists.
+  # A new machine runs updates of its own. apt waits for dpkg's lock, but not for the lock of its lists.
   for try in 1 2 3 4 5 6; do
     if apt update; then break; fi
     [[ $try == 6 ]] || sleep 20
@@ -58,13 +58,13 @@ install() {
   local pid
   for pid in "$STATE"/*.run.pid; do
     if is_alive "${pid%.pid}"; then
-      fail "$(basename "${pid%.run.pid}") is running here; nothing was installed, it would lose its files"
+      fail "$(basename "${pid%.run.pid}") is running here and needs its files; nothing was installed"
     fi
   done
   rm -rf selm
   mv selm.new selm
   mkdir -p "$LOGS"
-  # A process of its own: inside `if` nothing would stop at the first failure.
+  # In a separate process: inside `if`, bash would not stop at the first failure.
   if ! bash selm/tpu_setup/worker.sh install-steps "$@" >"$LOGS/install.log" 2>&1; then
     tail -n 20 "$LOGS/install.log" >&2
     fail "the installation failed; the end of ~/selm-logs/install.log is above"
@@ -86,16 +86,16 @@ install_steps() {
 
 # --- the bucket -------------------------------------------------------------------------------------
 
-# BUCKET/runs/RUN has two folders, a and b, and a file `latest` that names the whole one of them. A copy
-# goes into the other one and is named when it is complete: whenever a machine is lost, one is whole.
+# BUCKET/runs/RUN has two folders, a and b, and a file `latest` with the name of the complete one. A copy
+# is written into the other one, and `latest` is changed when it is complete: so one is always complete.
 latest() {
   local answer
   if answer=$(gcloud storage cat "$1/latest" 2>&1); then
     [[ $answer == [ab] ]] || return 1
     echo "$answer"
   elif ! grep -q 'matched no objects' <<<"$answer"; then
-    # Only these words say that nothing is there. After any other, a run that began anew would in time
-    # replace what the bucket has.
+    # Only this message means that there is no copy. After any other error a new run would eventually
+    # overwrite the copy in the bucket.
     printf '%s\n' "$answer" >&2
     return 1
   fi
@@ -109,7 +109,7 @@ check_bucket() {
 restore() {
   local here=$RUNS/$1 there=$2/runs/$1 slot partial
   if [[ -d $here ]]; then
-    echo "$(hostname): runs/$1 is here"
+    echo "$(hostname): runs/$1 exists here"
     return
   fi
   slot=$(latest "$there") || fail "$there cannot be read"
@@ -122,17 +122,17 @@ restore() {
   mkdir -p "$partial" "$(dirname "$here")"
   gcloud storage rsync --recursive "$there/$slot" "$partial" >/dev/null || fail "$there/$slot was not copied"
   mv "$partial" "$here"
-  echo "$(hostname): runs/$1 fetched from $there/$slot"
+  echo "$(hostname): runs/$1 copied from $there/$slot"
 }
 
-# stage.json first: what it calls done was whole before it said so. Then links, which takes no time and
-# no room: the run replaces its files, it does not write into them.
+# stage.json is copied first: files of stages that it marks as done were complete before. Then hard links
+# are made, which takes no time or space: the run replaces its files and never writes into them.
 snapshot() {
   local here=$1 into=$2 stages=$2.stages
   rm -rf "$into" "$stages"
   mkdir -p "$into" "$stages"
   (cd "$here" && find . -name stage.json -exec cp --parents -p {} "$stages" \;) || return 1
-  cp -al "$here/." "$into/" || return 1 # a file went away meanwhile: next time
+  cp -al "$here/." "$into/" || return 1 # a file was removed meanwhile: try again later
   find "$into" \( -name '*.selm-partial' -o -name '*.orbax-checkpoint-tmp*' -o -name '.lock*' \) \
     -prune -exec rm -rf {} + || return 1
   cp -a --remove-destination "$stages/." "$into/" || return 1
@@ -141,7 +141,7 @@ snapshot() {
 
 copy_once() {
   local run=$1 there=$2/runs/$1 slot
-  [[ -d $RUNS/ ]] || return 1 # it is being installed anew
+  [[ -d $RUNS/ ]] || return 1 # it is being installed again
   [[ -d $RUNS/$run ]] || return 0
   snapshot "$RUNS/$run" "$RUNS/.snapshots/$run" || return 1
   slot=$(latest "$there") || return 1
@@ -163,14 +163,14 @@ copier() {
       done
       copy_once "$run" "$bucket" || echo "$(date -u +%FT%TZ) not copied; again in $every s"
     done
-    touch "$file.ended" # before all of it is copied, now that it has ended
+    touch "$file.ended" # the run has ended, and the last copy begins
     until copy_once "$run" "$bucket"; do sleep "$every"; done
     is_alive "$file.run" || break # it was started again meanwhile
   done
   mv "$file.ended" "$file.copied"
 }
 
-# Whether the last copy began after the run's end.
+# Succeeds if the last copy began after the run's end.
 is_copied() { [[ $1.copied -nt $1.status ]] && ! is_alive "$1.run"; }
 
 # --- the run ----------------------------------------------------------------------------------------
@@ -179,7 +179,7 @@ key() { echo "${1//\//-}"; }
 
 is_alive() { [[ -f $1.pid ]] && kill -0 "$(<"$1.pid")" 2>/dev/null; }
 
-# detach FILE LOG COMMAND...: in a session of its own; its process id stands in FILE.pid.
+# detach FILE LOG COMMAND...: starts a command in a new session; its process id is in FILE.pid.
 detach() {
   local file=$1 log=$2
   shift 2
@@ -217,12 +217,12 @@ stop() {
   is_alive "$file" || return 0
   pid=$(<"$file.pid")
   for ((waited = 0; waited < 120; waited++)); do
-    # selm itself, once: the shell around it writes the status, what selm has started it ends.
+    # Signal selm itself, once: its parent shell writes the status, and selm ends its own children.
     [[ -n $told ]] || ! pkill -TERM -P "$pid" || told=yes
     is_alive "$file" || return 0
     sleep 1
   done
-  kill -KILL -- "-$pid" # what it saved before is whole
+  kill -KILL -- "-$pid" # its last checkpoint is complete
 }
 
 copy() {

@@ -1,4 +1,4 @@
-"""TRL's DPOTrainer, full fine-tuning on pairs.
+"""Full fine-tuning on pairs with TRL's DPOTrainer.
 
 usage: trl_train.py MODEL DATA KIND        KIND: cached (precomputed reference) or live
 """

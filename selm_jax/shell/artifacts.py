@@ -318,7 +318,7 @@ class Stages:
 
 
 def _unsealed(entry: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    """Files of an output folder that may change: the card, unless an earlier version recorded it."""
+    """Files of an output folder that may change: the card, unless an early version recorded it."""
     files = entry.get("files", {}).get(name)
     return () if files is None or CARD in files else (CARD,)
 
@@ -347,7 +347,7 @@ def flush(path: Path) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Flushes a folder's list of names to disk (fsync)."""
+    """Flushes a folder itself to disk (fsync), so that a renamed file survives a crash."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

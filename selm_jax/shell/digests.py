@@ -10,7 +10,7 @@ from selm_jax.shell.paths import is_leftover
 from selm_jax.shell.sealed import sha256
 
 CARD = "README.md"
-"""The model card in a model folder. It is completed after the evaluation, so no digest covers it."""
+"""The model card of a model folder. It is completed after the evaluation: no digest covers it."""
 
 
 def digest(path: Path, without: tuple[str, ...] = ()) -> str:

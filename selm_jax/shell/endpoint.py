@@ -266,7 +266,7 @@ def checked_url(url: str, name: str) -> httpx2.URL:
     if found.userinfo or found.query:
         # Not shown: it may well be a secret.
         raise ServerError(
-            f"{name} holds a user name, a password or a query (`?...`); expected "
+            f"{name} contains a user name, a password or a query (`?...`); expected "
             "http(s)://host[:port][/path]. Put a key into the environment: see key_env."
         )
     if found.scheme not in ("http", "https") or not found.host:

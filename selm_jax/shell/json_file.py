@@ -46,11 +46,11 @@ def read_object(file: Path) -> dict[str, Any]:
     try:
         found = jsonl.value(raw.decode("utf-8"))
     except UnicodeDecodeError as e:
-        raise JsonFileError(f"{file} is not UTF-8 text; JSON was expected") from e
+        raise JsonFileError(f"{file} is not UTF-8 text; expected JSON") from e
     except jsonl.JsonError as e:
         raise JsonFileError(f"{file} is not JSON: {e}") from e
     if not isinstance(found, dict):
-        raise JsonFileError(f"{file} holds {_KINDS[type(found)]}; an object, {{...}}, was expected")
+        raise JsonFileError(f"{file} contains {_KINDS[type(found)]}; expected an object, {{...}}")
     return found
 
 

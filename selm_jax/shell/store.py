@@ -21,7 +21,7 @@ from selm_jax.shell.artifacts import (
 
 
 class Store:
-    """Outputs of stages, stored by what they depend on, so that several runs do the work once.
+    """Outputs of finished stages, found again by a digest of everything that they depend on.
 
     An entry is a folder, named by the digest of everything that its content depends on. It contains
     the files and folders that a stage wrote, and `entry.json` with their digests and further

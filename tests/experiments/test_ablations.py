@@ -1,4 +1,4 @@
-"""The ablations and the study as files: what they change, and what follows from it."""
+"""The files of the ablations and of the study: their changes, and the effects of these."""
 
 from __future__ import annotations
 

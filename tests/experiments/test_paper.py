@@ -1,4 +1,4 @@
-"""The paper's experiments as files: what they say, what follows from it, and that they run."""
+"""The files of the paper's experiments: their settings, the effects of these, and tiny runs."""
 
 from __future__ import annotations
 

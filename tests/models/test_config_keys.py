@@ -196,9 +196,9 @@ def test_pairrms_keys_with_odd_values_are_read_or_refused_at_once(key, tmp_path)
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        (b"[1, 2]", "config.json holds a list; an object"),
-        (b'"llama"', "config.json holds a text; an object"),
-        (b"null", "config.json holds null; an object"),
+        (b"[1, 2]", "config.json contains a list; expected an object"),
+        (b'"llama"', "config.json contains a text; expected an object"),
+        (b"null", "config.json contains null; expected an object"),
         (b"", "config.json is not JSON"),
         (b"{", "config.json is not JSON"),
         (b"\xef\xbb\xbf{}", "config.json begins with a byte order mark"),

@@ -22,12 +22,12 @@ def slice_of(kind: str, hosts: int, first: int = 0) -> list[Device]:
     "kind, hosts, count",
     [("TPU v5 lite", 4, 4), ("TPU v5 lite", 8, 1), ("TPU v5", 8, 4), ("TPU v6 lite", 8, 4)],
 )
-def test_of_a_large_v5e_slice_it_is_one_chip(kind, hosts, count):
+def test_on_a_large_v5e_slice_a_process_uses_one_chip_alone(kind, hosts, count):
     devices = slice_of(kind, hosts)
     assert own_devices(devices) == devices[:count]
 
 
-def test_here_they_are_all():
+def test_on_this_machine_a_process_uses_all_devices():
     assert own_devices() == jax.local_devices()
 
 

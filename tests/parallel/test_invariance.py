@@ -76,7 +76,7 @@ def plain(go):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(SHAPES)[1:])
-def test_the_same_whatever_it_runs_on(name, go, plain, tried):
+def test_results_do_not_depend_on_devices_and_processes(name, go, plain, tried):
     tried(f"{name}: {compare(plain, go(name))}")
 
 

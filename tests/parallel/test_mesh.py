@@ -39,14 +39,14 @@ def test_eight_devices_are_there():
         ((1, 1, 8), (1, 1, 8)),
     ],
 )
-def test_one_size_takes_what_is_left(asked, got):
+def test_one_axis_takes_the_remaining_devices(asked, got):
     mesh = make_mesh(asked)
     assert tuple(mesh.shape.values()) == got and mesh.axis_names == AXES
     assert set(mesh.axis_types) == {AxisType.Auto}
     assert sorted(d.id for d in mesh.devices.flat) == list(range(8))
 
 
-def test_some_of_the_devices():
+def test_a_mesh_of_some_of_the_devices():
     mesh = make_mesh((1, -1, 1), jax.devices()[2:5])
     assert [d.id for d in mesh.devices.flat] == [2, 3, 4]
 
@@ -123,7 +123,7 @@ class Chip:
     device_kind: str = "fake"
 
 
-def test_slices_are_joined_on_the_axes_that_are_told():
+def test_slices_are_joined_on_the_given_axes():
     chips = [Chip(i, i % 2) for i in range(16)]  # listed in turns
     for dcn, axis in (((2, 1, 1), 0), ((1, 2, 1), 1)):
         mesh = make_mesh((2, -1, 2), chips, dcn=dcn)
@@ -155,7 +155,7 @@ def test_slices_that_are_not_there_are_refused():
         ("fsdp", (1, 4, 2), "'tensor' has 2"),
     ],
 )
-def test_devices_that_would_all_do_the_same_are_refused(preset, sizes, named):
+def test_devices_that_would_repeat_the_same_work_are_refused(preset, sizes, named):
     with pytest.raises(MeshError, match=f"{preset!r}, but the mesh axis {named} devices"):
         check_preset(preset, make_mesh(sizes))
 
@@ -234,7 +234,7 @@ def test_every_parameter_of_every_family_has_its_place(preset, tried):
     assert walked > 100
 
 
-def test_the_tables_name_no_axis_that_nothing_has(tiny):
+def test_every_axis_of_the_tables_is_used(tiny):
     used = set()
     for tree in (abstract_params(tiny()), abstract_adapters(tiny(), Lora(rank=4, alpha=8))):
         boxes = jax.tree.leaves(tree, is_leaf=lambda x: hasattr(x, "names"))

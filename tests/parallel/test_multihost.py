@@ -1,4 +1,4 @@
-"""How processes find each other, agree, and are told to stop."""
+"""Processes find each other, agree, and stop together."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def surroundings(monkeypatch):
     return be
 
 
-def test_alone(surroundings):
+def test_a_single_process_is_alone(surroundings):
     assert surroundings({}) is None
     assert surroundings(SLURM | {"SLURM_NTASKS": "1"}) is None
     # In a job's script, outside `srun`, there is no step.
@@ -52,7 +52,7 @@ def test_under_slurm_a_process_has_all_gpus_of_its_node(surroundings):
     assert surroundings(SLURM | {"SLURM_NTASKS": "16"}) == {}
 
 
-def test_under_open_mpi_jax_finds_out(surroundings):
+def test_under_open_mpi_jax_finds_the_processes(surroundings):
     assert surroundings(OMPI) == {}
 
 
@@ -72,7 +72,7 @@ def test_a_coordinator_by_environment_comes_first(surroundings):
         ({"SELM_COORDINATOR": "10.0.0.1"}, "expected host:port"),
     ],
 )
-def test_an_environment_that_says_it_in_part(surroundings, changes, message):
+def test_an_incomplete_environment_is_refused(surroundings, changes, message):
     with pytest.raises(MultihostError, match=message):
         surroundings({k: v for k, v in (TOLD | changes).items() if v is not None})
 
@@ -115,7 +115,7 @@ def work():
     raise AssertionError("the first process does it")
 
 
-def test_the_second_process_is_told_what_came_of_the_same_work(second):
+def test_the_second_process_gets_the_result_of_the_first(second):
     second(work="work", result=[1])
     assert multihost.on_first(work) == [1]
     second(work="work", error="OSError: full")
@@ -157,7 +157,7 @@ def test_processes_that_found_different_models_do_not_begin(second):
         ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17179869184 bytes.", False),
     ],
 )
-def test_who_is_left_by_the_others_says_so(second, monkeypatch, error, gone):
+def test_a_process_left_by_the_others_says_so(second, monkeypatch, error, gone):
     error = jax.errors.JaxRuntimeError(error)
     assert not multihost.others_are_gone(error), "alone there are no others"
     second()

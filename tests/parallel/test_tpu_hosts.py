@@ -1,5 +1,7 @@
-"""Hosts of a Cloud TPU and of GKE find each other: jax looks at the environment and asks a metadata
-server, here one that really answers or really does not."""
+"""Hosts of a Cloud TPU and of GKE find each other through the environment and a metadata server.
+
+The tests run a real HTTP server, which answers or does not.
+"""
 
 from __future__ import annotations
 

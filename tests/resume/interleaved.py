@@ -1,4 +1,4 @@
-"""Threads that take turns line by line, in an order that a seed decides: the same every time."""
+"""Runs threads that take turns line by line, in an order that a seed determines."""
 
 from __future__ import annotations
 

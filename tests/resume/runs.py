@@ -1,4 +1,4 @@
-"""Runs to be killed: how they are started, watched and compared."""
+"""Starts, watches and compares runs for the tests that kill them."""
 
 from __future__ import annotations
 

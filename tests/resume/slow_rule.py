@@ -1,4 +1,4 @@
-"""A rule that takes its time, so that ranking can be interrupted, and notes whom it was asked about."""
+"""A slow rule, so that ranking can be interrupted; it records the prompts it was called with."""
 
 import time
 from pathlib import Path

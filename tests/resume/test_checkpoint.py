@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, sharded, restored onto whatever mesh there is now."""
+"""Checkpoints are complete or absent, are sharded, and can be restored onto any mesh."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_what_is_saved_is_the_state_as_it_was(state_on, tmp_path):
 
 
 @pytest.mark.parametrize("keep", [1, 2])
-def test_the_newest_are_kept_and_the_final_one_alone(state_on, tmp_path, keep):
+def test_the_newest_checkpoints_are_kept_and_at_the_end_only_the_last(state_on, tmp_path, keep):
     checkpoints = Checkpoints(tmp_path, keep=keep)
     for step in (1, 2, 3):
         checkpoints.save(state_on((1, 1, 1), step))
@@ -94,7 +94,7 @@ def test_the_newest_are_kept_and_the_final_one_alone(state_on, tmp_path, keep):
     assert same(checkpoints.final(params), params)
 
 
-def test_what_was_begun_and_not_finished_is_not_there(state_on, tmp_path):
+def test_an_unfinished_checkpoint_does_not_count(state_on, tmp_path):
     state = state_on((1, 1, 1), 5)
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(state)
@@ -221,7 +221,7 @@ def test_a_folder_of_any_name(state_on, name, tmp_path, monkeypatch):
     assert not folder.exists()
 
 
-def test_a_cache_of_such_a_name_is_no_way_out(state_on, tmp_path, monkeypatch):
+def test_a_cache_folder_of_an_odd_name_does_not_help(state_on, tmp_path, monkeypatch):
     monkeypatch.setenv("SELM_CACHE", str(tmp_path / "[cache]"))
     with pytest.raises(ArtifactError, match="set SELM_CACHE to another folder"):
         Checkpoints(tmp_path / "a[1]").save(state_on((1, 1, 1), 1))
@@ -237,7 +237,7 @@ def test_what_was_logged_until_a_checkpoint_belongs_to_it(state_on, tmp_path):
         Checkpoints(tmp_path, logged=lambda step: "otherwise").latest(state)
 
 
-def test_another_start_is_refused(state_on, tmp_path):
+def test_a_checkpoint_of_another_start_is_refused(state_on, tmp_path):
     state = state_on((1, 1, 1), 2)
     checkpoints = Checkpoints(tmp_path, start="aaaa")
     checkpoints.save(state)

@@ -1,4 +1,4 @@
-"""Faults made for real: a full disk in each stage, damaged files, changed settings, a second run."""
+"""Real faults: a full disk in each stage, damaged files, changed settings, a second run."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_a_changed_setting_is_named_also_of_a_stage_that_only_began(file, whole,
         go(file, f"output={copy}", "objective.alpha=0.02")
 
 
-def test_a_reference_that_is_another_is_refused(file, whole, tmp_path):
+def test_a_changed_reference_is_refused(file, whole, tmp_path):
     """Also where no stage before it is left that would notice: `selm train` alone."""
     from selm_jax.iterate import run_stage
 

@@ -1,4 +1,4 @@
-"""One flipped bit anywhere in a run's folder: refused by the file's name, or without effect on any output.
+"""A flipped bit anywhere in a run folder is refused with the file's name, or changes no output.
 
 A disk or a network that flips a bit is rare; a run of a week that reads terabytes back meets one. Each case
 copies a folder, flips one bit of a file in it, and gives the command again. The files are drawn evenly,

@@ -1,5 +1,7 @@
-"""kill -9 and SIGTERM at random moments: a run that was stopped ends with the bytes of one that
-was not, in one process and in two that are one run."""
+"""Runs that are stopped at random (kill -9, SIGTERM) end with the same bytes as uninterrupted ones.
+
+This holds for runs with one process and with two.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,7 @@ def test_killed_runs_end_with_the_same_bytes(file, whole, shape, kills, tried):
     assert not runs.differences(found, expected)
 
 
-def test_who_is_left_by_a_killed_process_says_that_all_are_to_start_again(file, whole, tried):
+def test_processes_left_by_a_killed_one_say_that_all_must_start_again(file, whole, tried):
     expected, _ = whole(runs.TWO)
     where = file.parent / "left"
     run = runs.start(file, where, runs.TWO)

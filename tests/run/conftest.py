@@ -1,4 +1,4 @@
-"""The loop is tested on one device; what the mesh changes is tested in tests/training."""
+"""Fixtures: the loop is tested on one device; tests/training tests the effects of the mesh."""
 
 import contextlib
 import threading

@@ -1,4 +1,4 @@
-"""Starts `selm` in processes of its own, quickly: one that has imported everything is forked.
+"""Starts `selm` in separate processes, quickly: forks a process that has imported everything.
 
 A fresh interpreter would import for seconds before it does anything; a test that starts hundreds
 has not got these. What is forked has never touched a device: everything from there on is real.

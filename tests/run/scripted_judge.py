@@ -1,4 +1,4 @@
-"""A judge that says what a script tells it, over real HTTP."""
+"""A judge behind a real HTTP server whose answers are scripted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clients of a server that stands in for vLLM or SGLang, with waits that no test has time for."""
+"""Clients of a stand-in for a vLLM or SGLang server, with short waits for tests."""
 
 from __future__ import annotations
 

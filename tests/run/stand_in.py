@@ -1,4 +1,4 @@
-"""A server that speaks as vLLM or SGLang do, as far as `rollout.remote` listens; no model, no JAX.
+"""A stand-in for vLLM and SGLang servers, as far as `rollout.remote` uses them; without a model.
 
 python stand_in.py vllm FOLDER PORT [--dies ANSWERS LAST_WORDS]
 

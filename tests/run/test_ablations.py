@@ -1,5 +1,4 @@
-"""Settings that ablations change: who explores, whose log-probabilities are the reference, what is
-ranked anew. Each on the whole loop."""
+"""The settings of the ablations on the whole loop: exploring answers, reference, and ranking."""
 
 from __future__ import annotations
 

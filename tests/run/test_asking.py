@@ -1,4 +1,4 @@
-"""The ranker is asked in parts: what is kept of them, and what is not taken for one."""
+"""Ranking in parts: which finished parts are reused after a stop, and which are not."""
 
 import contextlib
 import itertools
@@ -156,7 +156,7 @@ def sigterm():
     # A notice that does not interrupt is looked at behind the part; a signal ends it at once.
     [(told_to_stop, 2), (sigterm, 1)],
 )
-def test_a_notice_keeps_the_parts_that_are_ranked(rank, how, kept, tmp_path):
+def test_a_stop_notice_keeps_the_ranked_parts(rank, how, kept, tmp_path):
     expected = outcome(rank("whole", Counting(), FOUR))
     before = signal.getsignal(signal.SIGTERM)
     try:

@@ -148,7 +148,7 @@ def test_responses_longer_than_a_row_are_refused_before_training(
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:01\nsize 9\n"
 MODEL_MISTAKES = {
-    "config.json is a list": ("config.json", lambda raw: b"[]", "holds a list"),
+    "config.json is a list": ("config.json", lambda raw: b"[]", "contains a list"),
     "config.json is a pointer": ("config.json", lambda raw: POINTER, "config.json is a Git LFS"),
     "a text for a number": (
         "config.json", lambda raw: raw.replace(b'"hidden_size": 32', b'"hidden_size": "32"'),

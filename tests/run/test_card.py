@@ -1,4 +1,4 @@
-"""The model card of an iteration holds the numbers of that iteration's policy."""
+"""The model card of an iteration has the numbers of that iteration's policy."""
 
 from __future__ import annotations
 

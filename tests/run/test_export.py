@@ -1,4 +1,4 @@
-"""What an export says of where it comes from: names that others can use, not places of this machine."""
+"""An export names its origin so that others can use it, without paths of this machine."""
 
 from __future__ import annotations
 

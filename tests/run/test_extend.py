@@ -1,4 +1,4 @@
-"""What docs/extend.md shows works as it is written there: in `selm run` and in `selm preview`."""
+"""The examples of docs/extend.md work as written there, in `selm run` and in `selm preview`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a result depends on is seen when it changes: tokenizer, template, data, a rule's source.
+"""A change of a result's inputs is detected: tokenizer, template, data, the source of a rule.
 
 Written against the command line and the tables of a run folder: whichever way a run keeps its books,
 nothing may be made of two models' token ids, of two states of the data, or of two rules.

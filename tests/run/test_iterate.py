@@ -1,4 +1,4 @@
-"""The loop on a tiny model: what it leaves behind, and what it refuses."""
+"""The loop on a tiny model: its outputs, and the changes that it refuses."""
 
 import json
 import math
@@ -127,7 +127,7 @@ def copied(finished, tmp_path):
     return tmp_path / "run", lambda: go(folder / "experiment.yaml", f"output={tmp_path / 'run'}")
 
 
-def test_what_the_system_leaves_in_a_finished_run_is_no_matter(copied):
+def test_files_of_the_operating_system_in_a_finished_run_do_not_matter(copied):
     folder, again = copied
     for where in [p for p in folder.rglob("*") if p.is_dir()]:
         (where / ".DS_Store").write_text("x")
@@ -162,7 +162,7 @@ def test_a_line_of_metrics_that_is_another_is_refused(copied, stage, change):
     assert not (folder / "page.html").exists()
 
 
-def test_lines_that_nobody_wrote_down_are_taken_as_they_are(copied):
+def test_metrics_of_earlier_versions_without_a_digest_are_accepted(copied):
     """Versions before kept no digest of them."""
     folder, again = copied
     for file in folder.rglob("stage.json"):
@@ -343,7 +343,7 @@ def taken_out(run, stage):
     file.write_text(json.dumps(stages))
 
 
-def test_answers_of_before_are_not_those_of_a_stage_that_is_done_anew(finished, tmp_path):
+def test_a_stage_that_runs_again_does_not_reuse_old_answers(finished, tmp_path):
     _, folder = finished
     file, cold = folder / "experiment.yaml", "rollout.temperature=0.01"
 
@@ -360,7 +360,7 @@ def test_answers_of_before_are_not_those_of_a_stage_that_is_done_anew(finished, 
     assert redone == fresh != before
 
 
-def test_a_training_that_is_done_anew_goes_on_from_no_checkpoint(finished, tmp_path, monkeypatch):
+def test_a_training_that_runs_again_ignores_old_checkpoints(finished, tmp_path, monkeypatch):
     _, folder = finished
     file = folder / "experiment.yaml"
 
@@ -384,7 +384,7 @@ def test_a_training_that_is_done_anew_goes_on_from_no_checkpoint(finished, tmp_p
     assert losses[0] == losses[1] and losses[0][0][0] == 1
 
 
-def test_what_was_exported_of_another_training_is_not_gone_on_with(finished, tmp_path):
+def test_an_export_of_another_training_is_refused(finished, tmp_path):
     run, folder = finished
     shutil.copytree(run.folder.path, tmp_path / "copy")
     changed = [f"output={tmp_path / 'copy'}", "training.learning_rate=[0.05, 5e-4]"]

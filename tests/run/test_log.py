@@ -1,4 +1,4 @@
-"""TensorBoard and wandb beside the record: opened before any work, and each line in them once."""
+"""TensorBoard and wandb are opened before any work, and have every line of metrics.jsonl once."""
 
 from __future__ import annotations
 

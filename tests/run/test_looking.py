@@ -1,4 +1,4 @@
-"""Verbs that only look at a run folder or an experiment import none of the code that they name."""
+"""Commands that only read a run folder or an experiment never import the code that it names."""
 
 import contextlib
 import importlib

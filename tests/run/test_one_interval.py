@@ -88,7 +88,7 @@ def scored(rows, scores):
 
 
 @pytest.mark.parametrize("kind", ["right or wrong", "unread", "all equal", "one prompt"])
-def test_they_agree_on_odd_scores_as_well(done, start, kind):
+def test_the_intervals_agree_for_unusual_scores_too(done, start, kind):
     before, after = tables(done)
     rng, n = np.random.default_rng(0), len(before)
     scores = [rng.choice([0, 0.5, 1], n).tolist() for _ in range(2)]

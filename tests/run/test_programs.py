@@ -1,4 +1,4 @@
-"""Programs are a function of settings, facts and sizes: they need neither a run nor a folder."""
+"""Compiled programs depend only on settings and sizes: they need neither a run nor a folder."""
 
 from __future__ import annotations
 

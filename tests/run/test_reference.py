@@ -1,4 +1,4 @@
-"""Whose log-probabilities examples.parquet holds, under the name of that model and no other."""
+"""The reference log-probabilities in examples.parquet have the digest of the right model."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_what_a_fixed_reference_scored_is_the_same_for_every_policy(scored):
     assert one.read_bytes() == two.read_bytes()
 
 
-def test_files_of_before_are_read_for_what_they_said(scored):
+def test_files_of_earlier_versions_keep_their_meaning(scored):
     """Under the same name they had the digest of the policy that the iteration starts from."""
     run = scored(True)
     table.write(run.examples.path, EXAMPLES)

@@ -1,4 +1,4 @@
-"""Answers from a server: what is asked, what is taken, whom it serves, and how it ends."""
+"""Answers from a server: requests, accepted answers, the served policy, and how the server ends."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_answers_have_their_end_whatever_the_server_likes(serving, engine, said,
         ((400, {"message": "maximum context length is 4"}), "maximum context length is 4"),
     ],
 )
-def test_what_is_no_answer_is_refused(serving, answer, message):
+def test_a_malformed_answer_is_refused(serving, answer, message):
     server = serving("vllm", FOLDER, answer=lambda body: answer)
     with client(server, retries=1) as policy, pytest.raises(ServerError, match=re.escape(message)):
         policy.generate([Request(0, (5,), 1, 0)], seed=0, iteration=1)
@@ -120,7 +120,7 @@ def test_what_is_no_answer_is_refused(serving, answer, message):
     assert policy.tries.retries == again
 
 
-def test_a_fault_of_the_way_is_tried_again_and_order_is_kept(serving):
+def test_a_temporary_fault_is_retried_and_order_is_kept(serving):
     failed = set()
 
     def answer(body):
@@ -229,7 +229,7 @@ def test_parts_that_are_there_are_not_asked_for_again(serving, local, tmp_path):
 # --- whom it serves, and how it ends --------------------------------------------------------------
 
 
-def test_it_is_waited_for_until_it_serves_the_policy(serving):
+def test_a_run_waits_until_the_server_serves_the_policy(serving):
     server, said = serving("vllm", None), []
     policy = client(server, start_seconds=60)
 
@@ -257,7 +257,7 @@ def test_it_is_waited_for_until_it_serves_the_policy(serving):
         ("/models/policy/.", "it serves /models/policy/."),
     ],
 )
-def test_another_model_never_answers(serving, folder, message):
+def test_answers_of_another_model_are_never_used(serving, folder, message):
     policy = client(serving("vllm", folder))
     with pytest.raises(ServerError, match=re.escape(message)), policy:
         pass
@@ -282,7 +282,7 @@ def test_a_server_that_has_another_model_by_now_is_not_asked_for_the_next_part(s
             policy.generate(requests, seed=0, iteration=1)
 
 
-def test_a_proxy_is_for_others_than_this_machine(serving, monkeypatch):
+def test_no_proxy_is_used_for_this_machine(serving, monkeypatch):
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nobody listens
     monkeypatch.delenv("no_proxy", raising=False)
@@ -304,7 +304,7 @@ def test_another_kind_of_server_is_named(serving):
         ("vlmm serve {model}", "vlmm: No such file"),
     ],
 )
-def test_a_command_that_ends_says_its_last_words(tmp_path, text, message):
+def test_the_error_shows_the_last_output_of_a_command_that_ended(tmp_path, text, message):
     with pytest.raises(ServerError, match=message) as caught, command(tmp_path, text):
         pass
     assert "out of memory" in str(caught.value) or "vlmm" in str(caught.value)
@@ -348,7 +348,7 @@ def test_a_command_that_serves_another_model_is_found_out(tmp_path):
         pass
 
 
-def test_a_server_that_does_not_want_to_end_is_made_to(tmp_path, monkeypatch):
+def test_a_server_that_ignores_sigterm_is_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "_TERMINATE_SECONDS", 0.2)
     port, file = forked.free_port(), tmp_path / "pids"
     serve = f"{sys.executable} {stand_in.__file__} vllm {FOLDER} {port}"
@@ -409,7 +409,7 @@ def test_settings_that_cannot_be(tmp_path):
         with pytest.raises(ServerError, match=message):
             iterate(run)
         assert not (run.folder.path / "iteration_0").exists(), "before any work"
-    with pytest.raises(ServerError, match="rollout.remote.url holds a user name"):
+    with pytest.raises(ServerError, match="rollout.remote.url contains a user name"):
         Server(
             Remote(engine="vllm", url="http://me:secret@host"), FOLDER, log=tmp_path / "log",
             sampling=Sampling(), longest_prompt=1, max_new_tokens=1, stop_ids=(1,),

@@ -1,4 +1,4 @@
-"""A server that dies, has another version, or too short a context."""
+"""Faults of a server: it dies, has another version, or its context is too short."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_vllms_crash_on_a_cpu_has_its_way_out(tmp_path):
         policy.generate(REQUESTS, seed=0, iteration=1)
 
 
-def test_an_error_that_was_met_first_is_told(serving):
+def test_the_first_fault_is_in_the_error(serving):
     """Of a server that was not started here; the last fault alone would say nothing of it."""
     calls = iter(range(100))
     server = serving("vllm", FOLDER)
@@ -76,7 +76,7 @@ def test_an_error_that_was_met_first_is_told(serving):
     )
 
 
-def test_a_story_is_short_however_long_the_log(tmp_path):
+def test_the_error_is_short_for_a_long_log(tmp_path):
     log = tmp_path / "log"
     log.write_bytes(b"\xff" * 10**6 + b"\nValueError: here\n" + b"line\n" * 50_000)
     text = server_log.story(log)

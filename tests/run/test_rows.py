@@ -1,5 +1,7 @@
-"""Every row is looked at before any work: what would stop a later stage stops the run at its start,
-or is dropped and counted."""
+"""All rows are checked before any work: a bad row stops the run at its start, or is dropped.
+
+Dropped rows are counted.
+"""
 
 import io
 import json
@@ -227,7 +229,9 @@ SURROGATES = {"prompt": "Half an emoji \ud83d here", "chosen": "Yes \udc00.", "n
 
 @pytest.mark.parametrize("column", SURROGATES)
 @pytest.mark.parametrize("verb", ["run", "preview", "generate"])
-def test_half_a_surrogate_pair_is_a_message_and_no_trace(make, capsys, monkeypatch, column, verb):
+def test_half_a_surrogate_pair_gives_a_message_without_traceback(
+    make, capsys, monkeypatch, column, verb
+):
     run = make({6: {column: SURROGATES[column]}})
     file = run.folder.path.parent / "experiment.yaml"
     more = ["-t", "1"] if verb == "generate" else []
@@ -240,7 +244,7 @@ def test_half_a_surrogate_pair_is_a_message_and_no_trace(make, capsys, monkeypat
     assert not [p for p in run.folder.path.rglob("*") if p.is_file() and p.name[0] != "."]
 
 
-def test_and_is_dropped_and_counted_where_bad_rows_are(make):
+def test_or_half_a_surrogate_pair_is_dropped_and_counted_as_a_bad_row(make):
     changed = {i: {column: SURROGATES[column]} for i, column in enumerate(SURROGATES)}
     run = make(changed, data__on_bad_row="drop")
     check(run)

@@ -1,4 +1,4 @@
-"""Every kind of argument has a digest, and a stage that is given anything else says so."""
+"""Every kind of stage input has a digest; any other argument is an error."""
 
 from __future__ import annotations
 

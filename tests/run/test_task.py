@@ -1,4 +1,4 @@
-"""The two tasks: which of them a loss has, and what each says."""
+"""The two tasks: which one a loss belongs to, and what each provides."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_the_loss_decides(objective, kind):
     assert task.reference_free is task.objective.reference_free
 
 
-def test_both_tasks_say_the_same_things():
+def test_both_tasks_provide_the_same_things():
     def says(kind):
         return {name for name in dir(kind) if not name.startswith("_")}
 

@@ -1,4 +1,4 @@
-"""What `text` changes in a run: rows that cannot be used, the authors' layout, and what is said."""
+"""Effects of the `text` settings on a run: unusable rows, the authors' layout, and messages."""
 
 import io
 import json
@@ -67,7 +67,7 @@ def test_an_answer_that_spells_out_an_end_token_stops_the_run_at_its_start(make)
             work()
 
 
-def test_or_its_prompt_is_dropped_and_counted(make):
+def test_or_the_prompt_of_such_an_answer_is_dropped_and_counted(make):
     run = make(3, 5, data__on_bad_row="drop")
     check(run)
     tiny.do(run, "rank", 1)

@@ -1,4 +1,4 @@
-"""A judge that says nothing usable, in a run: no number, no tie and no pair is made of it."""
+"""Malformed answers of a judge in a run become no number, no tie and no pair."""
 
 import json
 import re
@@ -138,7 +138,7 @@ def test_held_out_rewards_are_over_what_was_read(judged, judge, form):
     assert f"{unread} judgements not readable" in text and "<b>not readable</b>" in text
 
 
-def test_where_no_prompts_reward_is_known_there_is_a_word_and_no_number(judged, judge):
+def test_without_any_known_reward_the_report_has_a_word_and_no_number(judged, judge):
     """Every greedy answer unreadable, every other one not: no mean of anything."""
     run = judged("pointwise", "evaluation.samples=3")
     calls = iter(range(10**6))

@@ -1,4 +1,4 @@
-"""A tiny random chat model and a tiny experiment: everything real but the size."""
+"""A tiny random chat model and a tiny experiment; everything is real except the size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run imports, imported: the forked processes of `forked` begin with it."""
+"""Imports everything that a run needs, before `forked` forks its processes."""
 
 import matplotlib.pyplot as plt
 import orbax.checkpoint as ocp

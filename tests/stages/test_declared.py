@@ -1,4 +1,4 @@
-"""A stage reads the settings that it declares, and what it declares is recorded."""
+"""A stage reads only the settings that it declares, and these are recorded."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_what_is_recorded_of_the_learning_rate_is_the_iterations(experiment):
         ("objective.beta", "objective", "objective"),
     ],
 )
-def test_what_of_the_task_is_not_declared_is_refused(declares, reads, key):
+def test_an_undeclared_setting_of_the_task_is_refused(declares, reads, key):
     with pytest.raises(UndeclaredSetting, match=f"'score' reads the setting {key}, which"):
         getattr(DeclaredTask("score", TASK, frozenset({declares})), reads)
 

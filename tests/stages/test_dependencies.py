@@ -1,4 +1,4 @@
-"""Every stage against every input: a change is seen by the stages that depend on it, and by no other.
+"""A change of an input is detected by exactly the stages that depend on it (all pairs are tried).
 
 What is compared is what a stage would write into `stage.json` before and after a change, for the whole
 iteration; `tests/run/test_inputs.py` shows that a stage whose record has changed is refused.

@@ -1,5 +1,7 @@
-"""A stage reads nothing that it was not passed: its step leads to no run, and what its programs read
-of the experiment is what the stage declares."""
+"""A stage uses only what it was given: its step has no reference to the run.
+
+Its programs read only those settings of the experiment that the stage declares.
+"""
 
 from __future__ import annotations
 

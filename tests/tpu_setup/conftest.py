@@ -1,4 +1,4 @@
-"""A cloud in a folder: a stand-in for gcloud, and workers whose Python installs nothing."""
+"""Fixtures: a cloud in a folder, with a stand-in for gcloud and workers that install nothing."""
 
 from __future__ import annotations
 
@@ -48,17 +48,23 @@ MOUNTPOINT = """#!/bin/bash
 """
 SUDO = """#!/bin/bash
 echo "$*" >>"$HOME/sudo.log"
-if [[ $1 == mount ]]; then rmdir "$5" && mkdir -p "$STANDIN/share" && ln -s "$STANDIN/share" "$5"; fi
+if [[ $1 == mount ]]; then
+  rmdir "$5" && mkdir -p "$STANDIN/share" && ln -s "$STANDIN/share" "$5"
+fi
 """
 SELM = """#!/bin/bash
-# Eight steps, a file for each, as a run that resumes: what is there is not done again. The first worker
-# does them; on a share, the others see them done.
+# Eight steps with a file for each, like a run that resumes: finished steps are not repeated. The
+# first worker does them; on a share, the others wait for its files.
 trap 'exit 75' TERM
 output=$(printf '%s\\n' "$@" | sed -n 's/^output=//p')
 mkdir -p "$output/iteration_1"
-echo "$* HF_TOKEN=$(sha256sum <<<"$HF_TOKEN" | cut -c1-8) secrets:$(ls "$HOME/.selm/secrets" 2>&1 | wc -l)" >>"$HOME/selm.log"
+token=$(sha256sum <<<"$HF_TOKEN" | cut -c1-8)
+echo "$* HF_TOKEN=$token secrets:$(ls "$HOME/.selm/secrets" 2>&1 | wc -l)" >>"$HOME/selm.log"
 if [[ " $* " == *" fail=yes "* ]]; then echo "ERROR: the loss is not finite" >&2; exit 1; fi
-if [[ "$*" =~ \\ stop=([0-9]+) && ! -e "$HOME/stopped" ]]; then touch "$HOME/stopped"; exit "${BASH_REMATCH[1]}"; fi
+if [[ "$*" =~ \\ stop=([0-9]+) && ! -e "$HOME/stopped" ]]; then
+  touch "$HOME/stopped"
+  exit "${BASH_REMATCH[1]}"
+fi
 for step in 1 2 3 4 5 6 7 8; do
   [[ -e $output/iteration_1/step-$step ]] && continue
   while ((step > $(cat "$STANDIN/hold"))); do sleep 0.1; done # until it is preempted

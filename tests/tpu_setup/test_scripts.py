@@ -34,7 +34,7 @@ def no_secret_was_told(cloud, *outputs: str) -> None:
     assert left == []
 
 
-# --- from nothing to a result -----------------------------------------------------------------------
+# --- from nothing to a result ---------------------------------------------------------------------
 
 
 def test_watch_takes_an_empty_project_to_a_finished_run(cloud):
@@ -75,7 +75,7 @@ def test_watch_goes_on_through_two_preemptions(cloud, shared):
     assert all(c[4] == "selm-1" and "--force" in c for c in deleted)
     assert "preempted (2 so far)" in done.stdout
     # A share outlives the slices; a disk does not.
-    fetched = done.stdout.count("fetched from gs://my-bucket/selm/runs/quickstart/")
+    fetched = done.stdout.count("copied from gs://my-bucket/selm/runs/quickstart/")
     assert fetched == (0 if shared else 2)
     # The last machines did only what the ones before had not: the run was resumed, not redone.
     assert len((cloud.worker(0) / "steps.log").read_text().splitlines()) == 2
@@ -148,7 +148,7 @@ def test_a_snapshot_has_what_a_run_goes_on_from_and_nothing_half_made(tmp_path):
     assert [f.name for f in torn.parent.iterdir()] == [torn.name]  # what is copied loses nothing
 
 
-# --- what can go wrong ------------------------------------------------------------------------------
+# --- what can go wrong ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("script", ["create", "watch"])
@@ -254,7 +254,7 @@ def test_a_bucket_that_cannot_be_read_is_not_taken_for_an_empty_one(cloud, error
     assert (cloud.bucket / "latest").read_text() == "a" and not (cloud.bucket / "b").exists()
 
 
-# --- a launch that breaks off, a copy that is lost ---------------------------------------------------
+# --- a launch that breaks off, a copy that is lost ------------------------------------------------
 
 
 def test_a_run_whose_launch_broke_off_before_the_copying_is_joined(cloud):
@@ -319,7 +319,7 @@ def test_a_copy_that_broke_off_is_never_restored(cloud):
     assert "iteration_1/half" not in copied and len(copied) == 9
 
 
-# --- the share ---------------------------------------------------------------------------------------
+# --- the share ------------------------------------------------------------------------------------
 
 
 def test_the_share_is_mounted_when_apt_has_its_locks_and_lists(cloud):
@@ -368,7 +368,7 @@ def test_every_script_that_needs_the_share_asks_for_it_and_a_slice_can_be_delete
     assert cloud.script("delete", "--yes", "selm-1").returncode == 0
 
 
-# --- names, secrets, deletion -----------------------------------------------------------------------
+# --- names, secrets, deletion ---------------------------------------------------------------------
 
 BAD = {
     "NAME": ["my slice", "Selm", "selm_1", "-selm", "selm;reboot", "$(reboot)", "", "s" * 60],
@@ -556,7 +556,7 @@ def test_generations_and_capacities(cloud, accelerator, runtime, capacity):
     assert flags == ({f"--{capacity}"} if capacity != "on-demand" else set())
 
 
-# --- the files themselves ---------------------------------------------------------------------------
+# --- the files themselves -------------------------------------------------------------------------
 
 
 def test_shellcheck_finds_nothing():

@@ -93,7 +93,7 @@ def _logprobs(choice: Mapping[str, Any]) -> tuple[dict[str, float], ...] | None:
 
 
 def _usage(tree: Mapping[str, Any]) -> Usage | None:
-    """The reported token counts; None if they are missing or malformed: that is not an error."""
+    """The reported token counts, or None if they are missing or malformed."""
     usage: Any = tree.get("usage")
     try:
         found = Usage(int(usage["prompt_tokens"]), int(usage.get("completion_tokens") or 0))

@@ -15,7 +15,7 @@ BATCH = Range(1, MOST, whole=True)  # rows of 512 tokens
 
 
 def checked_dtype(ranker: str, name: str, on_cpu: bool) -> Any:
-    """The dtype to compute in. `auto` is bfloat16, but float32 on CPU, which is not slower."""
+    """The dtype to compute in. `auto` is bfloat16, but float32 on CPU (bfloat16 gains nothing)."""
     check_choice(ranker, "dtype", name, get_args(Dtype))
     return jnp.dtype(("float32" if on_cpu else "bfloat16") if name == "auto" else name)
 

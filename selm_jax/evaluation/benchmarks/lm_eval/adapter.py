@@ -127,7 +127,10 @@ class Harness(TemplateLM):
         return out
 
     def _fitted(self, context: Ids, continuation: Ids) -> tuple[Ids, Ids]:
-        """The pair cut at the left to the model's length, which need not include the last token."""
+        """Cuts the context at its left so that the pair fits the model.
+
+        The model never reads the last token of the continuation, so that token needs no room.
+        """
         if not continuation or len(continuation) > self.max_length:
             raise EvaluationError(
                 f"a continuation has {len(continuation)} tokens; expected from 1 to "

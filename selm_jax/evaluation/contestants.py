@@ -27,7 +27,7 @@ class Contestant:
 def contestants(
     names: Sequence[str], *, iteration: int | None, revision: str | None, files: bool
 ) -> list[Contestant]:
-    """Parses the arguments.
+    """Parses the command line's models or files into contestants with distinct names.
 
     Args:
       files: whether `.jsonl` files of answers are allowed in place of models.

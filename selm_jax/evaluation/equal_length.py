@@ -130,7 +130,10 @@ def _information(data: Comparisons, theta: float, phi: float) -> float:
 def _crossing(
     standing: Callable[[float], float], level: float, inside: float, outside: float
 ) -> float:
-    """The rate where `standing` reaches the level; 0 or 1 if it does not before `outside`."""
+    """One end of the interval: the rate of the theta at which `standing` equals `level`.
+
+    The search goes from theta `inside` to `outside`; if there is no such theta, the end is 0 or 1.
+    """
     if abs(standing(outside)) < abs(level):
         return float(outside > 0)
     return float(_sigmoid(_root(lambda t: standing(t) - level, inside, outside)))

@@ -71,7 +71,7 @@ def whole(path: Path, *, replaces_folder: bool = False) -> Iterator[Path]:
 
 
 def remove(path: Path) -> None:
-    """Deletes a file or a folder if it exists. Of a link only the link is deleted."""
+    """Deletes a file or a folder if it exists. For a link, only the link itself is deleted."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

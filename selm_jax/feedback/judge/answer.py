@@ -56,7 +56,7 @@ class Completion:
 
 
 def parse_completion(body: str) -> Completion:
-    """Parses the body of a reply with status 200.
+    """Parses the body of a successful reply as a chat completion.
 
     Raises:
         ValueError: it is not a chat completion; the message says why.

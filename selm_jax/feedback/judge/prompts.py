@@ -104,7 +104,7 @@ class Template:
 
     @staticmethod
     def parse(text: str, needs: Sequence[Sequence[str]], where: str) -> Template:
-        """Parses a template.
+        """Parses a template's messages and checks its placeholders.
 
         Args:
             text: messages as `<|im_start|>ROLE`, a new line, the text, `<|im_end|>`; without such

@@ -42,7 +42,7 @@ class Unread:
         self.answers, self.malformed, self.first = 0, 0, ""
 
     def add(self, about: str | None) -> None:
-        """Counts one answer.
+        """Counts one answer of the judge, and stops if too many are malformed.
 
         Args:
             about: None if the answer could be read; otherwise a description of it.

@@ -39,7 +39,7 @@ from selm_jax.text.conversations import Message
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """How answers are sampled.
+    """Settings with which answers to AlpacaEval are sampled.
 
     The defaults are those of AlpacaEval's entry for Zephyr 7B; the SELM paper does not give any.
     """

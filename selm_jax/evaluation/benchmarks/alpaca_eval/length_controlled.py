@@ -76,7 +76,7 @@ def gamed_file(given: str | None, sha256: str | None = None) -> Path:
 
 @dataclass(frozen=True)
 class Fit:
-    """The result of the package's fit.
+    """The result of the `alpaca_eval` package's length-controlled fit.
 
     Attributes:
         rate, spread: `length_controlled_winrate` and `lc_standard_error`, in percent.

@@ -68,7 +68,7 @@ Weights = tuple[float, float, float]  # weights of length, difficulty and model
 
 @dataclass(frozen=True)
 class Published:
-    """The contents of the repository's files.
+    """The data in AlpacaEval's public repository that the length-controlled fit needs.
 
     Attributes:
       weights: by model, the weights of the leaderboard's fits.

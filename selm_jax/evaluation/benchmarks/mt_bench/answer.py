@@ -68,7 +68,7 @@ class Decoding:
 
 
 def read_questions(file: Path, unpublished: bool = False) -> list[Question]:
-    """Reads the questions, sorted by id.
+    """Reads MT-Bench's questions, sorted by id.
 
     Args:
         unpublished: accept other questions than MT-Bench's 80.
@@ -246,7 +246,7 @@ def read_answers(
 def read_references(
     file: Path, questions: Sequence[Question], unpublished: bool = False
 ) -> dict[int, tuple[str, str]]:
-    """Reads the reference answers, by question.
+    """Reads MT-Bench's reference answers, by question.
 
     Args:
         questions: the questions that are judged with a reference.

@@ -121,7 +121,8 @@ class Trainer:
                 f"{metrics['grad_norm']}. The parameters of {self.model.name} are no longer usable: "
                 "load the model again, and take a smaller learning_rate or look at the loss"
             )
-        return metrics | {"learning_rate": rate}
+        first = {name: metrics.pop(name) for name in ("loss", "grad_norm")}
+        return first | metrics | {"learning_rate": rate}
 
     def _programs(self, longest: int) -> Programs:
         """What is compiled for sequences up to this length; few models have more than one form."""

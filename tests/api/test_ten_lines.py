@@ -42,6 +42,7 @@ def check(names: dict) -> None:
     assert count and {role: len(values) for role, values in by_role.items()} == {
         role: count for role in ("chosen", "rejected", "explore")
     }
+    assert list(stepped)[:2] == ["loss", "grad_norm"], "what a person looks at first"
     assert stepped["loss"] == pytest.approx(0.6931, abs=1e-4)
     assert stepped["grad_norm"] > 0
     assert isinstance(metrics, pd.DataFrame)

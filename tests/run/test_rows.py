@@ -60,12 +60,12 @@ def told(run: Run) -> str:
 
 LONG = {
     # name: (changes of row 6, settings, what is said)
-    "the model": ({"chosen": "x" * 600}, {"training__row_length": 1024}, "made for 512"),
+    "the model": ({"chosen": "x" * 600}, {"training__row_length": 1024}, "made for at most 512"),
     "a row": ({"rejected": "x" * 200}, {}, "has 128 (training.row_length)"),
     "a row, both": ({"chosen": "x" * 60, "rejected": "y" * 60}, {}, "has 128 (training.row_length)"),
     "a row, taught pairs": ({"rejected": "x" * 200}, TAUGHT, "has 128 (training.row_length)"),
     "the model, taught answers": (
-        {"chosen": "x" * 600}, SFT | {"training__row_length": 1024}, "made for 512",
+        {"chosen": "x" * 600}, SFT | {"training__row_length": 1024}, "made for at most 512",
     ),
 }  # fmt: skip
 
@@ -118,7 +118,7 @@ def test_an_answer_that_the_template_changes_is_found_in_whichever_row(make, mod
 
 def test_pairs_of_a_reward_model_are_looked_at_too(make, tmp_path):
     settings = TAUGHT | {"objective": {"loss": "bradley_terry"}}
-    with pytest.raises(RunError, match="prompt p6: .*made for 512"):
+    with pytest.raises(RunError, match="prompt p6: .*made for at most 512"):
         check(make({6: {"chosen": "x" * 600}}, **settings, training__row_length=1024))
     heldout = [{"prompt": "Hm.", "chosen": "y" * 600, "rejected": "No."}]
     (tmp_path / "heldout.jsonl").write_text(json.dumps(heldout[0]) + "\n")

@@ -742,8 +742,8 @@ class TestVerb:
     @pytest.mark.parametrize(
         ("given", "says"),
         [
-            ([], "give one of MODEL, --outputs, --annotations"),
-            (["m", "--outputs", "x"], "give one of MODEL"),
+            ([], "give exactly one of MODEL, --outputs, --annotations"),
+            (["m", "--outputs", "x"], "give exactly one of MODEL"),
             (["m", "--judge", "a", "--annotator", "b"], "one of them"),
         ],
     )

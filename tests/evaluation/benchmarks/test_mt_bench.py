@@ -728,7 +728,7 @@ class TestVerb:
         assert f"overall      {record['overall']['score']:6.3f}" in result.output
         assert len(judge.bodies) == 10
         result = self.verb(files, judge, *more, "--dry-run")
-        assert "nothing is left" in result.output
+        assert "is there already" in result.output
         again = self.verb(files, judge, *more)
         assert again.exit_code == 0 and len(judge.bodies) == 10
 
@@ -838,8 +838,8 @@ class TestVerb:
     @pytest.mark.parametrize(
         ("given", "says"),
         [
-            ([], "give one of MODEL, --answers, --judgments"),
-            (["--judgments", "{one}"], "leave --judge and --against out"),
+            ([], "give exactly one of MODEL, --answers, --judgments"),
+            (["--judgments", "{one}"], "leave out --judge and --against"),
             (["--answers", "{one}", "--against", "{one}"], "answers of 'one' itself"),
             (["--answers", "{one}", "--references", "{one}x"], "cannot be read"),
         ],

@@ -428,10 +428,14 @@ def on_one_device(tiny, random_params):
     return decoder, params, run_on(make_mesh((1, 1, 1), jax.devices()[:1]), decoder, params)
 
 
-@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2), (1, 4, 2)])
-def test_eight_devices_do_what_one_does(sizes, on_one_device):
+@pytest.mark.parametrize(
+    ("sizes", "back_end"), [((1, 8, 1), "auto"), ((2, 2, 2), "auto"), ((1, 4, 2), "blocks")]
+)
+def test_eight_devices_do_what_one_does(sizes, back_end, on_one_device):
     decoder, params, (losses, logps, state) = on_one_device
-    found, found_logps, found_state = run_on(make_mesh(sizes), decoder, params)
+    mesh = make_mesh(sizes)
+    cut = decoder.clone(mesh=mesh, back_end=back_end)
+    found, found_logps, found_state = run_on(mesh, cut, params)
     np.testing.assert_allclose(found, losses, rtol=1e-5)
     np.testing.assert_allclose(found_logps, logps, rtol=1e-5, atol=1e-4)
     assert_close(found_state.params, state.params, rtol=0, atol=1e-6)

@@ -7,8 +7,9 @@ better:
 * `ultrafeedback`: as HuggingFaceH4/ultrafeedback_binarized: `prompt` is the last user turn,
   `chosen` and `rejected` whole conversations; `score_chosen` and `score_rejected` from 0 to 1.
 
-Both have `prompt_id` and `annotator` besides. Answers that share a place make no row of their own;
-a person to whom all answers are equal, or who skipped, leaves none.
+Both also have `prompt_id`, `annotator`, and `comment`, which is null where a person wrote none.
+Answers that share a place make no row of their own; a person to whom all answers are equal, or who
+skipped, leaves none.
 """
 
 from __future__ import annotations
@@ -64,11 +65,12 @@ def export_pairs(
         equal += not pairs
         for better, worse in pairs:
             row = _row(items[each.question], shares(each.ranks).tolist(), better, worse, layout)
-            rows.append(row | {"annotator": each.annotator})
+            rows.append(row | {"annotator": each.annotator, "comment": each.comment})
     if file.suffix == ".parquet":
         fields = [
             ("prompt_id", pa.string()), *LAYOUTS[layout],
             ("chosen", _MESSAGES), ("rejected", _MESSAGES), ("annotator", pa.string()),
+            ("comment", pa.string()),
         ]  # fmt: skip
         artifacts.write_table(file, pa.Table.from_pylist(rows, schema=pa.schema(fields)))
     else:

@@ -71,13 +71,15 @@ function save() {
     for (const i of group) ranks[question.answers[i].index] = 1 + better;
     better += group.length;
   }
-  act("judge", { question: question.digest, ranks, seconds: seconds() });
+  act("judge", { question: question.digest, ranks, seconds: seconds(), comment: comment() });
 }
 
 function skip() {
   if (busy || !question) return;
-  act("judge", { question: question.digest, ranks: null, seconds: seconds() });
+  act("judge", { question: question.digest, ranks: null, seconds: seconds(), comment: comment() });
 }
+
+const comment = () => $("comment").value.trim() || null;
 
 function undo() {
   if (!busy) act("undo", {});
@@ -168,6 +170,7 @@ function show(view, path) {
   for (const each of document.querySelectorAll(".progress, .who")) each.hidden = false;
   $("name").textContent = localStorage.name;
   progress(view.progress);
+  $("comment").value = view.comment || "";
   if (question) {
     if (view.ranks) {
       const order = question.answers.map((_, i) => i);
@@ -282,6 +285,7 @@ function source() {
 const keys = { "=": join, t: tie, s: skip, u: undo, m: source, backspace: clear, enter: save };
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.altKey || event.metaKey || event.repeat || !$("hello").hidden) return;
+  if (event.target.closest("textarea, summary")) return; // writes, or opens the instructions
   const key = event.key.toLowerCase();
   if (key === "enter" && event.target.closest("button:not(.pick), a")) return; // presses that one
   const place = /^[1-9]$/.test(key) ? Number(key) - 1 : /^[a-i]$/.test(key) ? key.charCodeAt(0) - 97 : -1;

@@ -17,6 +17,7 @@ from typing import Any
 
 import jinja2
 import uvicorn
+from markupsafe import Markup
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -24,9 +25,10 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from selm_jax.annotate.checks import LONGEST_COMMENT, AnnotationError, check_name
 from selm_jax.annotate.patience import Patient
 from selm_jax.annotate.render import markdown, plain, visible
-from selm_jax.annotate.store import AnnotationError, Annotations, Item, check_name
+from selm_jax.annotate.store import Annotations, Item
 from selm_jax.shell import jsonl
 
 TOKEN = "SELM_ANNOTATE_TOKEN"  # environment: a token that stays the same over restarts
@@ -77,8 +79,14 @@ def shown_order(annotator: str, question: str, count: int) -> list[int]:
     return sorted(range(count), key=keys.__getitem__)
 
 
-def make_app(store: Annotations, batch: str, title: str, token: str) -> ASGIApp:
-    """The ASGI application that serves one batch of a store."""
+def make_app(
+    store: Annotations, batch: str, title: str, token: str, instructions: str = ""
+) -> ASGIApp:
+    """The ASGI application that serves one batch of a store.
+
+    Args:
+        instructions: what the annotators read above every question, in Markdown.
+    """
     desk = Desk(store, batch)
     files = {
         "page.js": ("text/javascript", (_HERE / "page.js").read_text(encoding="utf-8")),
@@ -87,7 +95,11 @@ def make_app(store: Annotations, batch: str, title: str, token: str) -> ASGIApp:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    page = environment.get_template("page.html.jinja").render(title=visible(title))
+    page = environment.get_template("page.html.jinja").render(
+        title=visible(title),
+        instructions=Markup(markdown(instructions)) if instructions.strip() else "",
+        longest_comment=LONGEST_COMMENT,
+    )
 
     async def get_page(request: Request) -> Response:  # noqa: ARG001 (starlette passes it)
         return Response(page, media_type="text/html")
@@ -115,10 +127,19 @@ def make_app(store: Annotations, batch: str, title: str, token: str) -> ASGIApp:
     return _Guard(Starlette(routes=routes), token)
 
 
-def serve(store: Annotations, batch: str, title: str, host: str, port: int, say=print) -> None:
+def serve(
+    store: Annotations,
+    batch: str,
+    title: str,
+    host: str,
+    port: int,
+    say: Callable[[str], object] = print,
+    instructions: str = "",
+) -> None:
     """Serves a batch until Ctrl-C.
 
     Args:
+        instructions: see `make_app`.
         port: 0 takes one that is free.
         say: told the address, token included, once the port is taken.
 
@@ -131,7 +152,7 @@ def serve(store: Annotations, batch: str, title: str, host: str, port: int, say=
             f"the token in {TOKEN} cannot be used; expected at least 16 letters, digits, - or _."
         )
     config = uvicorn.Config(
-        make_app(store, batch, title, token),
+        make_app(store, batch, title, token, instructions),
         host=host, port=port, log_level="error", access_log=False, timeout_graceful_shutdown=2,
         http=Patient,
     )  # fmt: skip  # no access log: it would hold the token
@@ -209,6 +230,7 @@ def _judge(desk: Desk, body: Mapping[str, Any]) -> dict[str, Any]:
     desk.store.judge(
         question, annotator, ranks,
         request=_text(body, "request"), shown=order, seconds=float(seconds),
+        comment=body.get("comment"),
     )  # fmt: skip
     return _view(desk, annotator, desk.next(annotator))
 
@@ -220,7 +242,7 @@ def _undo(desk: Desk, body: Mapping[str, Any]) -> dict[str, Any]:
         return _view(desk, annotator, desk.next(annotator))
     item, before = undone
     desk.hold(annotator, item.digest)
-    return _view(desk, annotator, item) | {"ranks": before.ranks}
+    return _view(desk, annotator, item) | {"ranks": before.ranks, "comment": before.comment}
 
 
 def _text(body: Mapping[str, Any], key: str) -> str:

@@ -16,16 +16,20 @@ import datetime
 import hashlib
 import json
 import sqlite3
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from selm_jax.annotate.checks import (
+    AnnotationError,
+    check_comment,
+    check_minimum,
+    check_name,
+    is_ranking,
+)
 from selm_jax.shell.paths import make_private
-
-LONGEST_NAME = 64
 
 _SCHEMA = """
 create table if not exists questions (
@@ -50,7 +54,8 @@ create table if not exists events (
     ranks text,
     shown text,
     seconds real,
-    at text not null
+    at text not null,
+    comment text
 ) strict;
 create index if not exists events_of on events (question, annotator, id);
 create view if not exists judgements as
@@ -68,10 +73,6 @@ where b.batch = :batch group by b.question
 having coalesce(sum(j.kind = 'rank'), 0) < b.minimum
     and coalesce(sum(j.kind = 'skip'), 0) < b.minimum
 """
-
-
-class AnnotationError(ValueError):
-    """Questions or answers that cannot be used. The message names them."""
 
 
 @dataclass(frozen=True)
@@ -110,12 +111,14 @@ class Judgement:
         annotator: the person's name.
         ranks: for each answer 1 + how many are better; None for a skipped question.
         seconds: how long the person had it before them; None if that is not known.
+        comment: what the person wrote beside it; None for nothing.
     """
 
     question: str
     annotator: str
     ranks: tuple[int, ...] | None
     seconds: float | None
+    comment: str | None = None
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,7 @@ class Annotations:
             with self._open() as database:
                 database.execute("pragma journal_mode = wal")
                 database.executescript(_SCHEMA)
+                _add_comments(database)
         except (OSError, sqlite3.Error) as error:
             raise AnnotationError(
                 f"{self.path}: not a file of annotations that can be opened: {error}. Name a file "
@@ -222,6 +226,7 @@ class Annotations:
         request: str,
         shown: Sequence[int] | None = None,
         seconds: float | None = None,
+        comment: str | None = None,
     ) -> bool:
         """Notes a ranking, or with `ranks` None a skip.
 
@@ -231,14 +236,15 @@ class Annotations:
             request: names this act; one that is noted already is not noted again.
             shown: the order in which the person saw the answers.
             seconds: how long the person took.
+            comment: what the person wrote beside it, at most `LONGEST_COMMENT` characters.
 
         Returns:
             Whether it is new.
 
         Raises:
-            AnnotationError: unknown question, a name that cannot be used, or no ranking.
+            AnnotationError: unknown question, a name or comment that cannot be used, or no ranking.
         """
-        name = check_name(annotator)
+        name, comment = check_name(annotator), check_comment(comment)
         with self._open() as database:
             row = self._row(database, question)
             count = len(json.loads(row["answers"]))
@@ -249,7 +255,7 @@ class Annotations:
                     "the first place are followed by a third."
                 )
             kind = "skip" if ranks is None else "rank"
-            values = (_json(ranks), _json(shown), seconds)
+            values = (_json(ranks), _json(shown), seconds, comment)
             return _note(database, request, question, name, kind, *values)
 
     def undo(self, batch: str, annotator: str, *, request: str) -> tuple[Item, Judgement] | None:
@@ -277,7 +283,7 @@ class Annotations:
                 {"annotator": name, "batch": batch, "question": done and done["question"]},
             ).fetchone()
             if row is not None:
-                _note(database, request, row["question"], name, "undo", None, None, None)
+                _note(database, request, row["question"], name, "undo", *[None] * 4)
             database.execute("commit")
             return None if row is None else (_item(row), _judgement(row))
 
@@ -326,39 +332,11 @@ class Annotations:
             database.close()
 
 
-def check_minimum(minimum: Any) -> None:
-    """Raises AnnotationError unless it is a whole number of at least 1."""
-    if not isinstance(minimum, int) or isinstance(minimum, bool) or minimum < 1:
-        raise AnnotationError(
-            f"minimum is {minimum!r}; expected how many people are to rank each prompt, at least 1."
-        )
-
-
-def check_name(name: Any) -> str:
-    """A person's name without space around it, in Unicode's composed form.
-
-    Raises:
-        AnnotationError: empty, too long, or not printable.
-    """
-    text = unicodedata.normalize("NFC", name).strip() if isinstance(name, str) else ""
-    if not text or len(text) > LONGEST_NAME or not text.isprintable():
-        raise AnnotationError(
-            f"the name is {name!r}; expected 1 to {LONGEST_NAME} printable characters."
-        )
-    return text
-
-
-def is_ranking(ranks: Sequence[Any]) -> bool:
-    """Whether each is 1 + how many are smaller."""
-    numbers = all(type(r) is int for r in ranks)
-    return numbers and all(r == 1 + sum(s < r for s in ranks) for r in ranks)
-
-
 def _note(database: sqlite3.Connection, request: str, *values: Any) -> bool:
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
     done = database.execute(
         "insert or ignore into events (request, question, annotator, kind, ranks, shown, seconds, "
-        "at) values (?, ?, ?, ?, ?, ?, ?, ?)",
+        "comment, at) values (?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (request, *values, now),
     )
     return done.rowcount == 1
@@ -379,4 +357,12 @@ def _item(row: Mapping[str, Any] | sqlite3.Row) -> Item:
 
 def _judgement(row: sqlite3.Row) -> Judgement:
     ranks = None if row["ranks"] is None else tuple(json.loads(row["ranks"]))
-    return Judgement(row["question"], row["annotator"], ranks, row["seconds"])
+    return Judgement(row["question"], row["annotator"], ranks, row["seconds"], row["comment"])
+
+
+def _add_comments(database: sqlite3.Connection) -> None:
+    """Adds the column to a file that an earlier version made."""
+    if "comment" not in {row["name"] for row in database.execute("pragma table_info(events)")}:
+        # Another process may have added it since.
+        with contextlib.suppress(sqlite3.OperationalError):
+            database.execute("alter table events add column comment text")

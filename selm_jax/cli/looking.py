@@ -169,7 +169,7 @@ class Drawing:
 @verb(
     app,
     needs="finished runs of one ranker with the same held-out prompts, or --published alone",
-    writes="SVG and CSV files into the folder of --out",
+    writes="SVG, PDF, PNG and CSV files into the folder of --out",
     example="selm figures runs/dpo runs/selm -o figures",
 )
 def figures(options: Drawing) -> None:
@@ -243,14 +243,16 @@ def annotate(options: Annotating) -> None:
 
     o = options
     t = o.iteration or runs.last_generated(o.run)
-    store, batch = put_questions(runs.finished(o.run), t, o.minimum)
+    run = runs.finished(o.run)
+    store, batch = put_questions(run, t, o.minimum)
     if o.read is not None:
         typer.echo(f"{o.read}: {_told(exchange.import_pairs(store, batch, o.read))}")
     elif o.export is not None:
         typer.echo(f"{o.export}: {_told(exchange.export_pairs(store, batch, o.export, o.layout))}")
     else:
         typer.echo(f"{store.path}: {len(store.items(batch))} questions. Ctrl-C ends.")
-        server.serve(store, batch, batch, o.host, o.port, typer.echo)
+        instructions = str(run.experiment.feedback.settings.get("instructions", ""))
+        server.serve(store, batch, batch, o.host, o.port, typer.echo, instructions)
 
 
 def _told(counts: Mapping[str, int | float]) -> str:

@@ -139,7 +139,9 @@ def items_of(
     return items
 
 
-def human(store: str | None = None, wait: bool = True, minimum: Count = 1) -> Human:
+def human(
+    store: str | None = None, wait: bool = True, minimum: Count = 1, instructions: str = ""
+) -> Human:
     """People who rank the candidates on the page of `selm annotate`.
 
     Args:
@@ -148,12 +150,15 @@ def human(store: str | None = None, wait: bool = True, minimum: Count = 1) -> Hu
         wait: whether the stage waits until all prompts are ranked or skipped. If not, prompts that
             too few people have ranked give no pair, and are counted.
         minimum: how many people must rank each prompt.
+        instructions: what annotators read above every question, in Markdown.
 
     Raises:
         FeedbackError: a setting is invalid.
     """
     if not isinstance(wait, bool):
         raise FeedbackError(f"ranker 'human': wait is {wait!r}; expected true or false.")
+    if not isinstance(instructions, str):
+        raise FeedbackError(f"ranker 'human': instructions is {instructions!r}; expected a text.")
     return Human(place(store) if store else None, wait, minimum)
 
 

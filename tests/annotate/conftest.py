@@ -22,14 +22,15 @@ import os, signal, sys
 from pathlib import Path
 from selm_jax.annotate import server
 from selm_jax.annotate.store import Annotations
-file, port, die = sys.argv[1:]
+file, port, die, instructions = sys.argv[1:]
 class Dying(Annotations):
     def judge(self, *arguments, **settings):
         if die == "after":
             super().judge(*arguments, **settings)
         os.kill(os.getpid(), signal.SIGKILL)
 store = (Annotations if die == "never" else Dying)(Path(file))
-server.serve(store, "run/iteration_1", "run/iteration_1", "127.0.0.1", int(port))
+batch = "run/iteration_1"
+server.serve(store, batch, batch, "127.0.0.1", int(port), instructions=instructions)
 """
 
 
@@ -42,9 +43,9 @@ class Served:
         self.url = f"http://127.0.0.1:{self.port}/{TOKEN}/"
         self.process: subprocess.Popen | None = None
 
-    def start(self, die: str = "never") -> None:
+    def start(self, die: str = "never", instructions: str = "") -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVE, str(self.file), str(self.port), die],
+            [sys.executable, "-c", SERVE, str(self.file), str(self.port), die, instructions],
             env=os.environ | {"SELM_ANNOTATE_TOKEN": TOKEN},
         )
         for _ in range(300):
@@ -83,11 +84,13 @@ def serve():
     """Serves the given questions; returns the server."""
     running = []
 
-    def start(store: Annotations, items, minimum: int = 1, die: str = "never") -> Served:
+    def start(
+        store: Annotations, items, minimum: int = 1, die: str = "never", instructions: str = ""
+    ) -> Served:
         store.put(BATCH, items, minimum)
         served = Served(store.path)
         running.append(served)
-        served.start(die)
+        served.start(die, instructions)
         return served
 
     yield start

@@ -208,7 +208,8 @@ class TestAgreement:
     def test_alpha_against_the_definition(self):
         """Krippendorff's ordinal metric by its sums, for two people and pairs of answers."""
         ranks = [[(1, 2), (2, 1), (1, 2), (1, 1)], [(1, 2), (1, 2), (1, 1), (1, 1)]]
-        found = [Judgement(f"q{q}", f"P{n}", r, None) for n in (0, 1) for q, r in enumerate(ranks[n])]  # fmt: skip
+        of_all = ((n, q, r) for n in (0, 1) for q, r in enumerate(ranks[n]))
+        found = [Judgement(f"q{q}", f"P{n}", r, None) for n, q, r in of_all]
         units = [(shares(a)[i], shares(b)[i]) for a, b in zip(*ranks, strict=True) for i in (0, 1)]
         values = [v for unit in units for v in unit]
         count = {v: values.count(v) for v in sorted(set(values))}
@@ -324,3 +325,36 @@ class TestExchange:
         with pytest.raises(AnnotationError, match="ends in .jsonl or .parquet"):
             export_pairs(store, BATCH, tmp_path / "x.csv")
         assert store.judgements(BATCH) == []
+
+
+class TestComments:
+    def test_a_comment_is_kept_trimmed_and_exported(self, store, item, tmp_path):
+        items = [item(0), item(1)]
+        store.put(BATCH, items)
+        for n, text in enumerate(("  =1+1, late\ud800 ", "   ")):
+            store.judge(items[n].digest, "Ada", (1, 2, 3), request=f"r{n}", comment=text)
+        assert [j.comment for j in store.judgements(BATCH)] == ["=1+1, late?", None]
+        for name in ("pairs.jsonl", "pairs.parquet"):
+            export_pairs(store, BATCH, tmp_path / name)
+        rows = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+        assert [row["comment"] for row in rows] == ["=1+1, late?"] * 3 + [None] * 3
+        assert pq.read_table(tmp_path / "pairs.parquet")["comment"].to_pylist() == [
+            row["comment"] for row in rows
+        ]
+
+    @pytest.mark.parametrize("wrong", [7, ["a"], "x" * 4001])
+    def test_what_is_no_comment_is_refused(self, store, item, wrong):
+        store.put(BATCH, [item(0)])
+        with pytest.raises(AnnotationError, match="the comment is .*at most 4000 characters"):
+            store.judge(item(0).digest, "Ada", (1, 2, 3), request="r", comment=wrong)
+        assert store.judgements(BATCH) == []
+
+    def test_a_file_of_an_earlier_version_is_taken_on(self, store, item):
+        store.put(BATCH, [item(0), item(1)])
+        store.judge(item(0).digest, "Ada", (1, 2, 3), request="r0")
+        with sqlite3.connect(store.path) as database:
+            database.execute("drop view judgements")
+            database.execute("alter table events drop column comment")
+        again = Annotations(store.path)
+        again.judge(item(1).digest, "Ada", None, request="r1", comment="unclear")
+        assert [j.comment for j in again.judgements(BATCH)] == [None, "unclear"]

@@ -64,7 +64,9 @@ def test_what_is_nested_deeply_is_refused(app, verb, open_, close):
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
     | st.sampled_from(["\ud800", "Ada", "x" * 200, 10**400, "\0"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2)
+    ),
     max_leaves=5,
 )  # fmt: skip
 
@@ -120,7 +122,9 @@ HALVES = {
     "nothing": b"",
     "half a line": b"GET /",
     "half a header": WHOLE[:-2],
-    "half a body": f"POST /{TOKEN}/next HTTP/1.1\r\nHost: h\r\nContent-Length: 9\r\n\r\n{{".encode(),
+    "half a body": (
+        f"POST /{TOKEN}/next HTTP/1.1\r\nHost: h\r\nContent-Length: 9\r\n\r\n{{".encode()
+    ),
 }
 
 

@@ -260,7 +260,8 @@ def test_the_page_is_closed_before_the_server_is_back(item, store, serve, person
 
 def test_hostile_text_is_text(store, serve, person, shot):
     texts = (HOSTILE, RTL, LONG, NUL, MARKDOWN, " \n")
-    page = person(serve(store, [Item("p<b>", (("system", "Be\x00kind."), ("user", HOSTILE)), texts)]), "Ada")  # fmt: skip
+    hostile = Item("p<b>", (("system", "Be\x00kind."), ("user", HOSTILE)), texts)
+    page = person(serve(store, [hostile]), "Ada")
     page.wait_for_selector(".answer")
     shot(page, "6-hostile")
     page.screenshot(full_page=True)
@@ -320,3 +321,33 @@ def test_four_answers_stand_two_and_two(store, serve, browser, person, shot):
     shot(page, "11-four")
     boxes = [page.locator(".answer").nth(i).bounding_box() for i in range(4)]
     assert len({box["x"] for box in boxes}) == len({box["y"] for box in boxes}) == 2
+
+
+def test_instructions_a_comment_and_undo_on_a_phone(store, item, serve, person, shot, browser):
+    """Instructions are shown as text, a comment is kept and comes back with Undo, and every button
+    is large enough for a finger."""
+    told = "Prefer **kind** answers.\n\n<script>document.title = 'owned'</script>"
+    served = serve(store, [item(0), item(1)], instructions=told)
+    page = person(served, "Ada")
+    page.set_viewport_size({"width": 400, "height": 800})
+    question_shown(page, 0)
+    assert page.locator("#instructions strong").inner_text() == "kind"
+    assert page.title() != "owned" and page.locator("#instructions script").count() == 0
+    page.fill("#comment", "A is as good, but late = T")  # no letter of it is a key of the page
+    assert page.locator(".answer.placed").count() == 0
+    for button in page.locator("footer button:visible, .pick, #rename").all():
+        box = button.bounding_box()
+        assert box["width"] >= 44 and box["height"] >= 44, button.inner_text()
+    shot(page, "phone")
+    page.click(".pick >> nth=0")
+    page.click(".pick >> nth=1")
+    page.click("#save")
+    question_shown(page, 1)
+    assert page.input_value("#comment") == ""
+    (judged,) = store.judgements(BATCH)
+    assert judged.comment == "A is as good, but late = T"
+    assert page.locator("#undo").inner_text().startswith("Undo")
+    page.click("#undo")
+    question_shown(page, 0)
+    assert page.input_value("#comment") == "A is as good, but late = T"
+    assert store.judgements(BATCH) == []

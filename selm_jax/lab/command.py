@@ -1,6 +1,7 @@
 """`selm lab ...`: the laboratory's experiments, from the command line.
 
-Each verb prints its findings and writes all numbers to NAME.json and the figure to NAME.svg.
+Each verb prints its findings, and writes all numbers to NAME.json and the figure to NAME.svg,
+NAME.pdf and NAME.png.
 """
 
 from __future__ import annotations
@@ -138,7 +139,14 @@ def conditions(o: Sampled) -> None:
     records = _write(found, o.out / "lab_conditions.json")
     _print(records, ("condition", "alpha"))
     made = _made_by("conditions", o.seeds, o.seed, "one_at_a_time")
-    plots.table(records, "alpha", "condition", o.out / "lab_conditions.svg", made)
+    plots.table(
+        records,
+        "alpha",
+        "condition",
+        o.out / "lab_conditions.svg",
+        made,
+        "the same at alpha 0 (DPO)",
+    )
 
 
 @_lab_verb("why")
@@ -155,7 +163,7 @@ def why(o: Sampled) -> None:
     for r in records:
         r["variant and setting"] = f"{r['variant']}\n{r['setting']:g}"
     made = _made_by("why", o.seeds, o.seed, "why")
-    plots.table(records, "variant and setting", "condition", o.out / "lab_why.svg", made)
+    plots.table(records, "variant and setting", "condition", o.out / "lab_why.svg", made, "DPO")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +210,7 @@ def idea(options: Idea) -> None:
     _print(records, ("objective", "landscape"))
     verb = " ".join(["idea", loss, *(settings or []), f"--beta {beta:g}"])
     made = _made_by(verb, o.seeds, o.seed, "idea")
-    plots.table(records, "landscape", "objective", o.out / "lab_idea.svg", made)
+    plots.table(records, "landscape", "objective", o.out / "lab_idea.svg", made, "DPO")
 
 
 @_lab_verb("theory", files="lab_theory.json")

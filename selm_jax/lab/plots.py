@@ -1,4 +1,4 @@
-"""Figures of the laboratory, as SVG files that say how to make them again.
+"""Figures of the laboratory, as SVG, PDF and PNG files that say how to make them again.
 
 The last lines of every figure are the command, the seeds and the function whose numbers are drawn.
 Equal records give equal bytes.
@@ -35,6 +35,7 @@ _COLOURS = matplotlib.colors.LinearSegmentedColormap.from_list(
     "regret", ["#0b62a4", "#9cc5e4", "#ffffff", "#f0b590", "#b3541e"]
 )
 _FULL = 0.3  # relative difference of full colour
+_UNSURE = "#5b626d"  # of a number that is not clear: 6 to 1 on white
 # A row of panels each: what keeps the first reference and all its data, and what does not.
 _FIXED = {
     "selm_fixed": ("#b3541e", "-"), "selm_theory": ("#b3541e", ":"), "xpo": ("#7a4fa0", "-"),
@@ -70,7 +71,8 @@ def regret(records: Sequence[Record], file: Path, made_by: str) -> None:
                 axes.set(title=landscape, xscale="log", yscale="log")
             row[0].set_ylabel("cumulative regret")
             row[1].legend(
-                *row[0].get_legend_handles_labels(), loc="upper center", ncols=6 if len(lines) <= 6 else 5, frameon=False,
+                *row[0].get_legend_handles_labels(), loc="upper center",
+                ncols=6 if len(lines) <= 6 else 5, frameon=False,
                 bbox_to_anchor=(1.1, -0.14),
             )  # fmt: skip
         for axes in panels[-1]:
@@ -90,7 +92,7 @@ def heat_maps(records: Sequence[Record], file: Path, made_by: str) -> None:
     rows = list(dict.fromkeys(r["dimension"] for r in records))
     columns = list(dict.fromkeys(r["coverage"] for r in records))
     with matplotlib.style.context(["default", _RC]):
-        figure = Figure(figsize=(3.0 * len(columns) + 0.6, 1.75 * len(rows) + 1.2))
+        figure = Figure(figsize=(3.0 * len(columns) + 0.6, 1.75 * len(rows) + 1.45))
         panels = figure.subplots(len(rows), len(columns), squeeze=False)
         for i, row in enumerate(rows):
             for j, column in enumerate(columns):
@@ -100,10 +102,15 @@ def heat_maps(records: Sequence[Record], file: Path, made_by: str) -> None:
                 panels[i, j].set_xlabel("alpha" if i == len(rows) - 1 else "")
                 panels[i, j].set_ylabel("noise" if j == 0 else "")
         height = figure.get_figheight()
+        against = ", ".join(f"{name} DPO" for name in dict.fromkeys(r["against"] for r in records))
+        figure.suptitle(
+            f"Cumulative regret of SELM minus that of {against}, in % of it",
+            x=0.05, y=1 - 0.05 / height, ha="left", va="top", fontsize=10,
+        )  # fmt: skip
         figure.subplots_adjust(
             left=0.05,
             right=0.995,
-            top=1 - 0.3 / height,
+            top=1 - 0.55 / height,
             bottom=0.95 / height,
             hspace=0.5,
             wspace=0.16,
@@ -111,16 +118,24 @@ def heat_maps(records: Sequence[Record], file: Path, made_by: str) -> None:
         _save(figure, file, made_by + ". " + _KEY)
 
 
-def table(records: Sequence[Record], x: str, y: str, file: Path, made_by: str) -> None:
-    """One heat map, as `heat_maps`; `x` and `y` name fields of the records."""
+def table(
+    records: Sequence[Record], x: str, y: str, file: Path, made_by: str, against: str
+) -> None:
+    """One heat map, as `heat_maps`.
+
+    Args:
+      x, y: fields of the records.
+      against: what the regret is compared with, in words.
+    """
     rows, columns = (len({r[k] for r in records}) for k in (y, x))
     with matplotlib.style.context(["default", _RC]):
-        figure = Figure(figsize=(max(2.6 + 0.62 * columns, 7.5), 0.24 * rows + 1.5))
+        figure = Figure(figsize=(max(2.6 + 0.62 * columns, 7.5), 0.24 * rows + 1.75))
         axes = figure.subplots()
         _table(axes, records, x, y)
         axes.set_xlabel(x)
+        axes.set_title(f"Cumulative regret minus that of {against}, in % of it", loc="left")
         height = figure.get_figheight()
-        figure.subplots_adjust(left=0.32, right=0.98, top=1 - 0.1 / height, bottom=1.2 / height)
+        figure.subplots_adjust(left=0.32, right=0.98, top=1 - 0.35 / height, bottom=1.2 / height)
         _save(figure, file, made_by + ". " + _KEY)
 
 
@@ -137,9 +152,8 @@ def _table(axes: Axes, records: Sequence[Record], x: str, y: str) -> None:
         i, j = ys.index(r[y]), xs.index(r[x])
         sure = r["p_holm"] < 0.05
         shown[i, j] = r["relative"] if sure else 0
-        dark = sure and abs(r["relative"]) > 0.75 * _FULL
         percent = f"{100 * r['relative']:+.0f}".replace("-", "−")
-        colour = "white" if dark else "black" if sure else "#999999"
+        colour = _readable_on(_cell_colour(shown[i, j])) if sure else _UNSURE
         axes.text(j, i, percent, ha="center", va="center", fontsize=7.5, color=colour)
     axes.imshow(shown, cmap=_COLOURS, vmin=-_FULL, vmax=_FULL, aspect="auto")
     label = [[f"{v:g}" if isinstance(v, float) else str(v) for v in values] for values in (xs, ys)]
@@ -160,5 +174,30 @@ def _save(figure: Figure, file: Path, made_by: str) -> None:
     figure.text(
         0.01, 0.06 / figure.get_figheight(), "\n".join(lines), fontsize=7.5, color="#555555"
     )
-    with artifacts.whole(file) as partial:
-        figure.savefig(partial, format="svg", facecolor="white", metadata={"Date": None})
+    nothing = {"svg": ("Date",), "pdf": ("CreationDate", "Producer"), "png": ("Software",)}
+    for kind, keys in nothing.items():
+        with artifacts.whole(file.with_suffix(f".{kind}")) as partial:
+            figure.savefig(
+                partial, format=kind, facecolor="white", dpi=200, metadata=dict.fromkeys(keys)
+            )
+
+
+def _cell_colour(relative: float) -> tuple[float, float, float]:
+    red, green, blue, _ = _COLOURS((relative / _FULL + 1) / 2)
+    return red, green, blue
+
+
+def _readable_on(colour: tuple[float, float, float]) -> str:
+    """Black or white, whichever has more contrast on a colour: always 4.5 to 1 or more (AA)."""
+    return "white" if contrast(colour, (1, 1, 1)) > contrast(colour, (0, 0, 0)) else "black"
+
+
+def contrast(one: Sequence[float], other: Sequence[float]) -> float:
+    """The contrast ratio of two sRGB colours, 1 to 21 (WCAG 2.2)."""
+
+    def luminance(colour: Sequence[float]) -> float:
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour]
+        return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)

@@ -44,12 +44,35 @@ def test_figures_are_the_same_bytes_and_say_how_they_were_made(small_map, tmp_pa
 
 def test_only_what_survives_correction_has_a_colour(tmp_path):
     cell = {"dimension": 4, "coverage": 0.1, "temperature": 0.1, "relative": -0.5}
+    cell |= {"against": "online"}
     for p in (0.04, 0.06):
         other = cell | {"temperature": 0.3, "relative": 0.0, "p_holm": 1.0, "alpha": 0.1}
         records = [cell | {"alpha": 0.1, "p_holm": p}, other]
         plots.heat_maps(records, tmp_path / f"{p}.svg", "")
     with_colour, without = ((tmp_path / f"{p}.svg").read_text() for p in (0.04, 0.06))
-    assert "#999999" in without and with_colour != without
+    assert plots._UNSURE in without and with_colour != without
+
+
+def test_every_number_of_a_cell_can_be_read(tmp_path):
+    """AA: 4.5 to 1, of sure numbers on any colour of a cell and of unsure ones on white."""
+    for relative in np.linspace(-0.6, 0.6, 121):
+        colour = plots._cell_colour(relative)
+        ink = {"white": (1, 1, 1), "black": (0, 0, 0)}[plots._readable_on(colour)]
+        assert plots.contrast(ink, colour) >= 4.5, relative
+    unsure = tuple(int(plots._UNSURE[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    assert plots.contrast(unsure, (1, 1, 1)) >= 4.5
+    assert plots.contrast((1, 1, 1), (0, 0, 0)) == pytest.approx(21)
+
+
+def test_a_figure_says_what_it_is_compared_against_in_every_format(small_map, tmp_path):
+    records = stats.correct([r for r in small_map if r["against"] == "online"])
+    plots.heat_maps(records, tmp_path / "map.svg", "")
+    plots.table(records, "alpha", "coverage", tmp_path / "one.svg", "", "DPO")
+    assert "minus that of online DPO" in (tmp_path / "map.svg").read_text()
+    assert "Cumulative regret minus that of DPO" in (tmp_path / "one.svg").read_text()
+    for name in ("map", "one"):
+        assert (tmp_path / f"{name}.pdf").read_bytes().startswith(b"%PDF-")
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_map_asks_three_hundred_questions_and_more():

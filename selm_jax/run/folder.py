@@ -15,6 +15,7 @@ from selm_jax.config import Experiment, dump
 from selm_jax.parallel import multihost
 from selm_jax.run.log import Writers, logged
 from selm_jax.shell import artifacts, loglines
+from selm_jax.shell.commit import commit
 from selm_jax.shell.sealed import sha256
 from selm_jax.weights.card import model_card
 
@@ -103,6 +104,7 @@ class Folder:
                 "config_sha256": sha256(self.path / "config.yaml"),
                 **facts,
                 "versions": {v: importlib.metadata.version(v) for v in _VERSIONS},
+                "commit": commit(),
                 "python": platform.python_version(),
                 "created": before.get("created", now),
                 "feedback": dict(self._asked()),

@@ -1,4 +1,4 @@
-"""`selm figures RUN ... -o DIR`: the paper's figures of these runs, as SVG with their data as CSV.
+"""`selm figures RUN ... -o DIR`: the paper's figures of these runs, as SVG, PDF and PNG with their data as CSV.
 
     figure2_win_rates                 every iteration of every run against every other
     figure3_rewards_by_run, ..._by_iteration_RUN      histograms of held-out rewards
@@ -50,7 +50,7 @@ def write(
       published: also draws the paper's own tables and its authors' model cards, marked as such.
 
     Returns:
-      the drawings; the data of each is beside it.
+      the drawings as SVG; PDF, PNG and the data of each are beside it.
 
     Raises:
       RunError: there is nothing to draw.
@@ -59,8 +59,9 @@ def write(
     files = []
     for figure in _figures(runs, pairs, published, console):
         svg = out / f"{figure.name}.svg"
-        with artifacts.whole(svg) as partial:
-            partial.write_bytes(figure.svg)
+        for kind, content in figure.drawings.items():
+            with artifacts.whole(svg.with_suffix(f".{kind}")) as partial:
+                partial.write_bytes(content)
         artifacts.write_text(svg.with_suffix(".csv"), figure.csv())
         files.append(svg)
         console.print(f"{svg}  {len(figure.rows)} rows in {svg.stem}.csv", soft_wrap=True)

@@ -38,7 +38,10 @@ class Compared:
 def of_runs(runs: Sequence[RunData], labels: Sequence[str]) -> str:
     """The answer of a page that compares runs with the first of them."""
     if ranked_by := _several_rankers(runs):
-        return f"The runs were scored by {ranked_by} different rankers, so their rewards do not compare."
+        return (
+            f"The runs were scored by {ranked_by} different rankers, so their rewards cannot be "
+            "compared."
+        )
     found = [paired_difference(runs[0], run) for run in runs[1:]]
     return sentence(labels[0], with_holm(list(zip(labels[1:], found, strict=True))), seeds=1)
 
@@ -58,7 +61,7 @@ def sentence(baseline: str, compared: Sequence[Compared], seeds: int) -> str:
     ...)." Whatever has p below 0.05 after Holm's correction differs.
     """
     if not compared:
-        return f"There is nothing to compare with {baseline} yet: no shared held-out prompt has scores."
+        return f"There is nothing to compare with {baseline} yet: no shared prompt has scores."
     at = f"at {seeds} seed{'' if seeds == 1 else 's'}"
     clear = [each for each in compared if each.differs]
     same = [each for each in compared if not each.differs]
@@ -69,20 +72,19 @@ def sentence(baseline: str, compared: Sequence[Compared], seeds: int) -> str:
     if same:
         also = " clearly" if clear else ""
         names = [each.name for each in same]
-        who = names[0] if len(names) == 1 else _neither(names)
+        who = names[0] if len(names) == 1 else _none_of(names)
         does = "does not differ" if len(names) == 1 else "differs"
         parts.append(f"{who} {does}{also} from {baseline} {at} ({_numbers(same)}).")
-    text = " ".join(part[0].upper() + part[1:] if i else part for i, part in enumerate(parts))
-    text = text[0].upper() + text[1:] if text.startswith(("neither", "none")) else text
+    text = " ".join(parts)
     if seeds == 1:
         text += " With one seed this is about other prompts, not about other seeds."
     return text
 
 
-def _neither(names: Sequence[str]) -> str:
+def _none_of(names: Sequence[str]) -> str:
     if len(names) == 2:
-        return f"neither {names[0]} nor {names[1]}"
-    return f"none of {', '.join(names[:-1])} and {names[-1]}"
+        return f"Neither {names[0]} nor {names[1]}"
+    return f"None of {', '.join(names[:-1])} and {names[-1]}"
 
 
 def _numbers(compared: Sequence[Compared]) -> str:

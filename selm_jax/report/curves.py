@@ -33,8 +33,8 @@ class Plot:
 
 _SMOOTH = "Faint: every update; line: running mean."
 _IMPLICIT = (
-    "β times the log-ratio of policy to reference; 0 at the start of an iteration. Chosen should end "
-    "above rejected. All of them falling together is the usual drift of DPO."
+    "β times the log-ratio of policy to reference; 0 at the start of an iteration. Chosen should "
+    "end above rejected. All of them falling together is the usual drift of DPO."
 )
 _TERMS = {
     "loss/dpo": (
@@ -130,7 +130,7 @@ def implicit_reward_plots(runs: Sequence[RunData], labels: Sequence[str]) -> lis
 
 
 def _explore(runs: Sequence[RunData]) -> str:
-    """The metric of the explored answer's reward: runs of earlier versions have the second alone."""
+    """The metric of the explored answer's reward; earlier versions logged only the second one."""
     measured = any("rewards/explore" in run.updates[-1].metrics for run in runs if run.updates)
     return "rewards/explore" if measured else "optimism/reward"
 

@@ -50,8 +50,11 @@ class Answer(heldout.Row):
 
 @dataclass(frozen=True)
 class Stage:
-    """What one finished stage recorded about itself. `seconds` is None where it kept no time;
-    `outputs` are digests of what it wrote, `logged` that of its lines of metrics.jsonl, if it kept one."""
+    """What one finished stage recorded about itself.
+
+    `seconds` is None if it recorded no time. `outputs` are digests of the files it wrote; `logged`
+    is the digest of its lines in metrics.jsonl, or None.
+    """
 
     name: str
     counts: Mapping[str, float]

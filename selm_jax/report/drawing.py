@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import matplotlib.style
 import numpy as np
 from matplotlib.figure import Figure
+
+from selm_jax.report.files import no_formula
 
 Rows = list[dict[str, Any]]
 
@@ -19,8 +21,10 @@ MARKERS = "os^Dv*"
 LABEL = "published, not measured here"
 INK, MUTED, _GRID, PUBLISHED = "#1d2127", "#5b626d", "#e4e4de", "#8b8f96"
 _RC = {
-    "svg.hashsalt": "selm_jax.paper", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False,
-    "axes.spines.right": False, "axes.edgecolor": MUTED, "axes.labelcolor": MUTED,
+    "svg.hashsalt": "selm_jax.paper", "svg.fonttype": "none", "font.size": 9,
+    "pdf.fonttype": 42,  # TrueType, which publishers ask for
+    "axes.spines.top": False, "axes.spines.right": False,
+    "axes.edgecolor": MUTED, "axes.labelcolor": MUTED,
     "xtick.color": MUTED, "ytick.color": MUTED, "text.color": INK, "axes.grid": True,
     "axes.axisbelow": True, "grid.color": _GRID, "legend.frameon": False, "axes.titlesize": 10,
     "axes.titlelocation": "left", "font.family": "sans-serif", "legend.fontsize": 8,
@@ -29,37 +33,51 @@ _RC = {
 
 @dataclass(frozen=True)
 class PaperFigure:
-    """A drawing and the numbers in it; `name` is that of its two files."""
+    """A drawing and the numbers in it. `name` is that of its files; `drawings` go by suffix."""
 
     name: str
     rows: Rows
-    svg: bytes
+    drawings: Mapping[str, bytes]
+
+    @property
+    def svg(self) -> bytes:
+        return self.drawings["svg"]
 
     def csv(self) -> str:
         out = io.StringIO()
         writer = csv.DictWriter(out, list(self.rows[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(self.rows)
+        for row in self.rows:
+            writer.writerow({k: no_formula(v) if isinstance(v, str) else v for k, v in row.items()})
         return out.getvalue()
 
 
-def svg(
+def drawings(
     size: tuple[float, float], draw: Callable[[Figure], None], source: str | None = None
-) -> bytes:
-    """The drawing, as bytes; with a source it says that its numbers were published elsewhere."""
+) -> dict[str, bytes]:
+    """The drawing as SVG, PDF and PNG; with a source it says that its numbers were published
+    elsewhere. The same numbers give the same bytes."""
     with matplotlib.style.context(["default", _RC]):
         figure = Figure(figsize=size, layout="constrained")
         draw(figure)
         if source is not None:
             figure.text(0.99, 0.995, LABEL, ha="right", va="top", fontsize=8, color="#a33c00")
-        out = io.BytesIO()
-        figure.savefig(
-            out, format="svg", facecolor="white", metadata={"Date": None, "Creator": None}
-        )
-        return out.getvalue()
+        nothing = {
+            "svg": ("Date", "Creator"),
+            "pdf": ("CreationDate", "Creator", "Producer"),
+            "png": ("Software",),
+        }
+        found = {}
+        for kind, keys in nothing.items():
+            out = io.BytesIO()
+            figure.savefig(
+                out, format=kind, facecolor="white", dpi=300, metadata=dict.fromkeys(keys)
+            )
+            found[kind] = out.getvalue()
+        return found
 
 
-def matrix(rows: Rows, title: str, source: str | None = None) -> bytes:
+def matrix(rows: Rows, title: str, source: str | None = None) -> dict[str, bytes]:
     names = list(dict.fromkeys(row["row"] for row in rows))
     values = np.array([row["win_rate"] for row in rows]).reshape(len(names), -1)
 
@@ -87,7 +105,7 @@ def matrix(rows: Rows, title: str, source: str | None = None) -> bytes:
             spine.set_visible(False)
 
     size = 2.4 + 0.52 * len(names)
-    return svg((size + 0.6, size), draw, source)
+    return drawings((size + 0.6, size), draw, source)
 
 
 def dashes(i: int) -> Any:

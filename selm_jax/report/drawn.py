@@ -1,7 +1,8 @@
 """One figure as the page shows it (SVG), as a paper wants it (PDF), and its data (CSV).
 
-matplotlib draws with marker colours that stand for roles. In the SVG each becomes a CSS variable, so
-that one drawing serves light and dark pages; in the PDF it becomes the colour of the light page.
+matplotlib draws with marker colours that stand for roles. In the SVG each becomes a CSS
+variable, so that one drawing serves light and dark pages; in the PDF it becomes the
+colour of the light page.
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ RC = {
     "text.usetex": False,
 }
 LONGEST = 3000
-"""Rows of a plot's CSV on the page. Of longer data every n-th row is there; metrics.jsonl has all."""
+"""The most rows in a plot's CSV on the page. Longer data are thinned; metrics.jsonl has all."""
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A plot: `svg` for the middle of a page, `pdf` with its own title and legend, `csv` the data."""
+    """A plot: `svg` for a page, `pdf` with its own title and legend, `csv` with the data."""
 
     svg: Markup
     pdf: bytes

@@ -59,7 +59,11 @@ def csv_text(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
 def _plain(cell: Cell) -> str:
     if (number := _number(cell)) is not None:
         return number
-    text = str(cell)
+    return no_formula(str(cell))
+
+
+def no_formula(text: str) -> str:
+    """The text, with an apostrophe before it if a spreadsheet would run it as a formula."""
     return f"'{text}" if re.match(r"\s*[=+\-@\t\r]", text) else text
 
 

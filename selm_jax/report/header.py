@@ -1,4 +1,4 @@
-"""What the head of a page says of a run: what was trained, on what, how, with which code, and when."""
+"""The head of a page: which model was trained, on what, how, with which code, and when."""
 
 from __future__ import annotations
 

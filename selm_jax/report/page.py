@@ -151,7 +151,7 @@ def render(runs: Sequence[RunData]) -> str:
 
 
 def policy(script: str) -> str:
-    """The page's own rules: nothing is fetched, and no script but this one, named by its hash, runs.
+    """The page's security policy: it fetches nothing and runs this script alone, known by its hash.
 
     No text of a run could become a script even if the escaping had a hole.
     """
@@ -243,7 +243,7 @@ def sections(runs: Sequence[RunData], labels: Sequence[str]) -> list[Section]:
         Section(
             "ranking",
             "Ranking",
-            "How good was the answer each iteration's model explored, and what was dropped and why?",
+            "How good was each iteration's explored answer, and what was dropped and why?",
             run_plots.explore_plots(runs, labels),
         ),
         Section(

@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from selm_jax.report.data import ReportError, RunData
-from selm_jax.report.drawing import COLOURS, MARKERS, MUTED, PaperFigure, dashes, matrix, svg
+from selm_jax.report.drawing import COLOURS, MARKERS, MUTED, PaperFigure, dashes, drawings, matrix
 from selm_jax.report.summary import number
 from selm_jax.statistics import proportions
 
@@ -26,11 +26,11 @@ from selm_jax.statistics import proportions
 def win_rates(runs: Sequence[RunData], labels: Sequence[str]) -> PaperFigure:
     """Share of held-out prompts on which the row's greedy answer scores higher than the column's.
 
-    The scores are those that the runs' ranker gave and that are stored; a tie is half a win. Prompts
-    for one of whose answers a judge gave no readable score are left out. The
-    players are every iteration of every run, the start models once. The intervals are about other prompts
-    (`proportions`). Raises ReportError if the
-    answers are not to the same prompts or not scored by one ranker.
+    The scores are those that the runs' ranker gave and that are stored; a tie is half a win. A
+    prompt is left out if a judge gave no readable score for one of its answers. The players are
+    every iteration of every run; equal start models are one player. The intervals are about other
+    prompts (`proportions`). Raises ReportError if the answers are not to the same prompts or not
+    scored by one ranker.
     """
     _check_one_ranker(runs, "a win rate")
     players: dict[str, dict[tuple[str, str], float]] = {}
@@ -121,7 +121,7 @@ def _histogram(name: str, title: str, groups: Mapping[str, Sequence[float]]) -> 
         axes.set_title(f"Rewards {title}" if title.startswith("after") else f"Rewards of {title}")
         figure.legend(loc="outside lower left", ncols=2)
 
-    return PaperFigure(name, rows, svg((5.6, 3.6 + 0.2 * (len(groups) // 2)), draw))
+    return PaperFigure(name, rows, drawings((5.6, 3.6 + 0.2 * (len(groups) // 2)), draw))
 
 
 # --- Figures 4 and 5: implicit rewards, SELM minus DPO --------------------------------------------
@@ -154,7 +154,8 @@ def implicit_differences(
             known = (p for p in base if math.isfinite(rewards[p] - base[p]))
             gaps = sorted((rewards[p] - base[p], p) for p in known)
             rows += [
-                {"run": other.label, "minus": baseline.label, "role": role, "place": i, "prompt_id": p,
+                {"run": other.label, "minus": baseline.label, "role": role, "place": i,
+                 "prompt_id": p,
                  "reward": rewards[p], "baseline_reward": base[p], "difference": gap}
                 for i, (gap, p) in enumerate(gaps)
             ]  # fmt: skip
@@ -180,7 +181,7 @@ def implicit_differences(
         panels[0].set_ylabel(f"implicit reward minus {baseline.label}'s")
         figure.suptitle(title, x=0.01, ha="left", fontsize=10)
 
-    return PaperFigure(name, rows, svg((4.2 * len(roles) + 0.6, 3.5), draw))
+    return PaperFigure(name, rows, drawings((4.2 * len(roles) + 0.6, 3.5), draw))
 
 
 def own_samples(run: RunData, label: str, t: int, beta: float) -> Implicit:
@@ -261,7 +262,7 @@ def panels(runs: Sequence[RunData], labels: Sequence[str]) -> PaperFigure | None
 
     height = 3.1 * -(-len(names) // 3)
     return PaperFigure(
-        "figure6_one_change", rows, svg((3.0 * min(len(names), 3) + 0.6, height), draw)
+        "figure6_one_change", rows, drawings((3.0 * min(len(names), 3) + 0.6, height), draw)
     )
 
 
@@ -309,7 +310,8 @@ def _check_one_ranker(runs: Sequence[RunData], what: str) -> None:
     if len(rankers) > 1:
         raise ReportError(
             f"the runs were scored by {len(rankers)} rankers, so {what} over all of them means "
-            f"nothing: {'; '.join(', '.join(v for _, v in r) for r in sorted(rankers))}. Name runs of one"
+            f"nothing: {'; '.join(', '.join(v for _, v in r) for r in sorted(rankers))}. "
+            "Name runs of one ranker"
         )
 
 

@@ -1,7 +1,7 @@
 """Single plots: lines, stacked bars, and estimates beside zero.
 
 Each function returns a `Drawing`: the SVG for the page, a PDF for a paper, and the data as CSV. No
-text of a run's author enters the SVG: run names stand in the page's legends, where they are escaped.
+text of a run's author enters the SVG: run names stand in the page's legends, which escape them.
 The bytes depend on the input alone.
 """
 
@@ -63,7 +63,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Estimated:
-    """A value with its 95 % interval if it has one, and the single values that it is the mean of."""
+    """A value, its 95 % interval if it has one, and the single values whose mean it is."""
 
     colour: str
     value: float
@@ -122,17 +122,21 @@ def lines(
             axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.3g}\u00a0%"))
         else:
             _scale(axes)
-        return drawn(figure, key, alt, _points(series, xlabel), title)
+        return drawn(figure, key, alt, _points(series, xlabel, whole_x), title)
 
 
-def _points(series: Sequence[Series], xlabel: str) -> list[dict[str, object]]:
-    """The points as rows. A faint line and the running mean over it are two columns."""
+def _points(series: Sequence[Series], xlabel: str, whole: bool) -> list[dict[str, object]]:
+    """The points as rows. A faint line and the running mean over it are two columns.
+
+    With `whole`, x counts something: what a line is shifted by, so as to hide no other, is no data.
+    """
     rows: dict[tuple[str, float], dict[str, object]] = {}
     smoothed = any(one.faint for one in series)
     for one in series:
         name = ("every update" if one.faint else "running mean") if smoothed else "value"
         for i, (x, y) in enumerate(zip(one.x, one.y, strict=True)):
             if math.isfinite(y):
+                x = round(x) if whole else x
                 row = rows.setdefault((one.label, x), {"line": one.label, xlabel: x})
                 row[name] = y
                 for of, ends in ((name, one.y_interval), ("x", one.x_interval)):

@@ -1,7 +1,7 @@
-"""The files of a run folder, read for people: what they hold is checked, and what is wrong is named.
+"""Reads the files of a run folder for a report: checks what they hold and names what is wrong.
 
-Where a file carries a digest, or another file has it, that must be true; a run of a time when none was
-written is shown as it is.
+Where a file's digest is recorded, the file must match it. Runs of early versions recorded none and
+are shown as they are.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def number(value: Any, path: Path, key: str) -> float:
 
 def not_as_written(path: Path, key: str = "") -> ReportError:
     return ReportError(
-        f"{_where(path, key)}: this is not as the run wrote it (its SHA-256 is another). Put the file "
-        "back from a copy"
+        f"{_where(path, key)}: this is not as the run wrote it (its SHA-256 is another). Put the "
+        "file back from a copy"
     )
 
 

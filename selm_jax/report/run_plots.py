@@ -32,8 +32,9 @@ def reward_plots(runs: Sequence[RunData], labels: Sequence[str]) -> list[Plot]:
                 f"reward_{kind}",
                 lambda run, kind=kind: _interval_metric(run, f"reward_{kind}"),
                 title=f"Reward of {_KIND_TITLE[kind]}",
-                how="Mean score on the held-out prompts (of a ranker that compares: beside the start "
-                "model's greedy answer); bars are 95 % intervals. Iteration 0 is the start model. "
+                how="Mean score on the held-out prompts (a ranker that compares sees the start "
+                "model's greedy answer beside it); bars are 95 % intervals. Iteration 0 is the "
+                "start model. "
                 "Overlapping bars alone do not mean there is no difference: the prompts are the "
                 "same, so look at the gain.",
             )
@@ -103,9 +104,9 @@ def frontier_plots(runs: Sequence[RunData], labels: Sequence[str]) -> list[Plot]
             "kl",
             lambda run: _interval_metric(run, "kl"),
             title="KL from the start, nats per answer",
-            how="Mean log-ratio of the model to the start model over its own sampled answers. Distance "
-            "that grows while the reward stands still buys nothing. Chance can make a small "
-            "estimate negative.",
+            how="Mean log-ratio of the model to the start model over its own sampled answers. "
+            "Distance that grows while the reward stands still buys nothing. Chance can make a "
+            "small estimate negative.",
             include=(0, 0),
         )
     )

@@ -85,8 +85,9 @@ def paragraph(run: RunData) -> str:
         )
     if run.evaluations and not known:
         return (
-            "People compare answers and score none, so nothing can be said about a held-out reward. "
-            "How far the policy went from the start is below, and the answers are there to read."
+            "People compare answers and score none, so nothing can be said about a held-out "
+            "reward. How far the policy went from the start is below, and the answers are there to "
+            "read."
         )
     if not known:
         return "No held-out evaluation is finished yet, so nothing can be said about the reward."

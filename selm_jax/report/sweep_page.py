@@ -10,9 +10,12 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from selm_jax.report import summary
+from selm_jax.report import answer, summary
 from selm_jax.report.curves import Legend, Plot, values_in_words
-from selm_jax.report.page import STYLE, templates
+from selm_jax.report.data import RunData, report_data
+from selm_jax.report.files import Table
+from selm_jax.report.header import facts, is_rehearsal
+from selm_jax.report.page import SCRIPT, STYLE, policy, templates
 from selm_jax.report.plots import Estimated, Series, estimates, lines, run_style, swatch
 from selm_jax.shell import artifacts
 from selm_jax.statistics.intervals import Estimate
@@ -68,12 +71,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Group:
-    """The rows that are compared with one baseline, and their plots."""
+    """The rows that are compared with one baseline, what comes of it, and their plots."""
 
     title: str
+    verdict: str
     rows: Sequence[Row]
     plots: Sequence[Plot]
     legend: Legend
+    links: Markup
 
 
 def write(
@@ -97,6 +102,7 @@ def write(
       shared: by stage, how often it was done and how often taken from another run.
     """
     place = list(axes).index(axis)  # of the compared level among a row's
+    base = _base(out.parent, rows)
     text = (
         templates()
         .get_template("sweep.html.jinja")
@@ -105,12 +111,14 @@ def write(
             about=about,
             command=command,
             style=Markup(STYLE),
-            policy="default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; "
-            "form-action 'none'",
+            script=Markup(SCRIPT),
+            policy=policy(SCRIPT),
+            base=[] if base is None else facts(base),
+            rehearsed=base is not None and is_rehearsal(base.settings),
             axis=axis,
             place=place,
             against=against,
-            groups=list(_groups(rows, place, against)),
+            groups=list(_groups(rows, place, axis, against)),
             finished=sum(row.seeds for row in rows),
             planned=sum(len(row.runs) for row in rows),
             seeds=sorted({seed for row in rows for seed, *_ in row.runs}),
@@ -122,7 +130,7 @@ def write(
     artifacts.write_text(out, text)
 
 
-def _groups(rows: Sequence[Row], place: int, against: str) -> Iterator[Group]:
+def _groups(rows: Sequence[Row], place: int, axis: str, against: str) -> Iterator[Group]:
     """Rows that differ in the compared axis alone; each row keeps its style in all groups."""
 
     def rest(row: Row) -> tuple[str, ...]:
@@ -134,7 +142,55 @@ def _groups(rows: Sequence[Row], place: int, against: str) -> Iterator[Group]:
         mine = [row for row in rows if rest(row) == key]
         named = [(row.levels[place], row) for row in mine]
         legend = tuple((swatch(styles[level]), level) for level, _ in named)
-        yield Group(", ".join(key), mine, list(_plots(named, styles, against, i)), legend)
+        title = ", ".join(key)
+        yield Group(
+            title=title,
+            verdict=_verdict(named, against),
+            rows=mine,
+            plots=list(_plots(named, styles, against, i)),
+            legend=legend,
+            links=_numbers(title or "comparison", axis, named).links,
+        )
+
+
+def _base(folder: Path, rows: Sequence[Row]) -> RunData | None:
+    """A finished run, of the baseline if possible: its facts hold what all runs have in common."""
+    for row in sorted(rows, key=lambda row: not row.baseline):
+        for _, run, finished in row.runs:
+            if finished and (folder / run / "config.yaml").is_file():
+                return report_data(folder / run)
+    return None
+
+
+def _verdict(named: Sequence[tuple[str, Row]], against: str) -> str:
+    """The answer of a group, with p after the correction over all comparisons of the sweep."""
+    compared = [
+        answer.Compared(level, row.difference, row.p_holm)
+        for level, row in named
+        if row.difference is not None
+    ]
+    seeds = min((each.difference.seeds for each in compared), default=1)
+    return answer.sentence(against, compared, seeds)
+
+
+def _numbers(title: str, axis: str, named: Sequence[tuple[str, Row]]) -> Table:
+    """The group's table, unrounded."""
+    single = ("seeds", "ranked", "updates", "tokens", "cut_off", "p_holm")
+    estimated = ("greedy", "gain", "difference", "sample", "difference_sample", "kl")
+    columns = [axis, *single, *(f"{n}{end}" for n in estimated for end in ("", "_low", "_high"))]
+    data = [
+        [
+            level,
+            *(getattr(row, name) for name in single),
+            *(
+                getattr(getattr(row, name), end, None)
+                for name in estimated
+                for end in ("mean", "low", "high")
+            ),
+        ]
+        for level, row in named
+    ]
+    return Table(title, columns, data)
 
 
 def _plots(named, styles, against: str, i: int) -> Iterator[Plot]:

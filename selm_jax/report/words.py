@@ -16,8 +16,7 @@ _CLEAR = 1.96
 
 @dataclass(frozen=True)
 class Change:
-    """A word, how often it stands in 1000 words of the first and of the second set, and how sure the
-    change is (z of its log-odds ratio)."""
+    """A word, its count in 1000 words before and after, and how sure the change is (z)."""
 
     word: str
     before: float
@@ -65,7 +64,7 @@ def changes(title: str, before: Sequence[str], after: Sequence[str]) -> Changes:
 
 
 def of_page(runs: Sequence[RunData], labels: Sequence[str]) -> list[Changes]:
-    """Of each run the last iteration against the start, and of several runs each against the first."""
+    """Compares each run's last iteration with its start, and each run with the first."""
     found = []
     for run, label in zip(runs, labels, strict=True):
         ts = sorted({a.iteration for a in run.answers})

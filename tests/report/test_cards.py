@@ -1,4 +1,4 @@
-"""The browser of training pairs: all candidates of a prompt, their roles, and why it was dropped."""
+"""The browser of training pairs: a prompt's candidates, their roles, and why it was dropped."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ HOSTILE = "<script>alert(1)</script>"
 def rows(prompt: int, dropped: str | None = None, text: str = "fine") -> list[ranked.Row]:
     return [
         ranked.Row(
-            prompt_id=f"t{prompt}", prompt=f"Question {prompt}?", candidate=i, source="sample" if i else "greedy",
-            sample=i, token_ids=(1, 2), text=f"{text} {prompt} {i}", finish="length" if i == 2 else "stop",
+            prompt_id=f"t{prompt}", prompt=f"Question {prompt}?", candidate=i,
+            source="sample" if i else "greedy", sample=i, token_ids=(1, 2),
+            text=f"{text} {prompt} {i}", finish="length" if i == 2 else "stop",
             score=[0.2, 0.9, math.nan][i], rank=i, chosen=i == 1 and dropped is None,
-            rejected=i == 0 and dropped is None, explore=i == 0 and dropped is None, dropped=dropped,
+            rejected=i == 0 and dropped is None, explore=i == 0 and dropped is None,
+            dropped=dropped,
         )
         for i in range(3)
     ]  # fmt: skip

@@ -13,6 +13,7 @@ from selm_jax.report.curves import loss_plots
 from selm_jax.report.data import report_data
 from selm_jax.report.files import Table, csv_text, latex_text, link
 from selm_jax.report.page import render
+from selm_jax.report.run_plots import reward_plots
 
 
 def cells(text: str) -> list[list[str]]:
@@ -84,6 +85,12 @@ def test_the_data_of_a_plot_are_the_metrics(run):
     ]
     assert raw == pytest.approx([u.metrics["loss"] for u in data.updates], rel=1e-5)
     assert {row[0] for row in rows} == {"mine"}
+
+
+def test_the_shift_that_keeps_lines_apart_is_not_in_the_data(run):
+    data = report_data(run)
+    plot = reward_plots([data, data], ["a", "b"])[0]
+    assert {row[1] for row in cells(plot.drawing.csv)[1:]} == {"0", "1", "2", "3"}
 
 
 def test_the_pdf_is_in_real_colours_and_the_same_every_time(run):

@@ -1,4 +1,4 @@
-"""The paper's figures: their data are what the runs hold, and published numbers say what they are."""
+"""The paper's figures: their data are what the runs hold; published numbers are marked."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ def test_histograms_hold_every_answer_once(two):
     runs, labels = two
     by_run, *by_iteration = paper.reward_histograms(runs, labels)
     assert len(by_iteration) == 2
-    for figure, groups in ((by_run, labels), (by_iteration[0], ["start", *(f"iteration {t}" for t in (1, 2, 3))])):  # fmt: skip
+    iterations = ["start", *(f"iteration {t}" for t in (1, 2, 3))]
+    for figure, groups in ((by_run, labels), (by_iteration[0], iterations)):
         assert list(dict.fromkeys(row["group"] for row in figure.rows)) == groups
         for group in groups:
             mine = [row for row in figure.rows if row["group"] == group]
@@ -84,7 +85,8 @@ def test_own_samples_are_differences_sorted_and_averaged_by_prompt(two):
     one, other = (paper.own_samples(r, l, 2, 0.1) for r, l in zip(runs, labels, strict=True))
     # The made-up runs have log-ratios of 4 nats per iteration.
     assert list(one.of["own samples"].values()) == pytest.approx([0.1 * 8] * 12)
-    shifted = paper.Implicit("selm", {"own samples": {p: v + int(p[1:]) for p, v in one.of["own samples"].items()}})  # fmt: skip
+    moved = {p: v + int(p[1:]) for p, v in one.of["own samples"].items()}
+    shifted = paper.Implicit("selm", {"own samples": moved})
     figure = paper.implicit_differences("figure5_own_samples", "own", other, [shifted])
     gaps = [row["difference"] for row in figure.rows]
     assert gaps == sorted(gaps) == pytest.approx(list(range(12)))
@@ -112,7 +114,11 @@ def test_panels_put_each_run_where_it_differs(make_run, tmp_path):
 
 def test_a_figures_csv_is_its_data_and_its_bytes_are_the_same_every_time(two):
     one, again = (paper.win_rates(*two) for _ in range(2))
-    assert one.svg == again.svg
+    assert one.drawings == again.drawings
+    starts = {"svg": b"<?xml", "pdf": b"%PDF-", "png": b"\x89PNG"}
+    assert {kind: one.drawings[kind].startswith(start) for kind, start in starts.items()} == {
+        "svg": True, "pdf": True, "png": True,
+    }  # fmt: skip
     rows = list(csv.DictReader(io.StringIO(one.csv())))
     assert [float(row["win_rate"]) for row in rows] == [row["win_rate"] for row in one.rows]
 
@@ -148,3 +154,9 @@ def test_published_tables_agree_with_themselves():
                 assert both == pytest.approx(expected, abs=0.011), (a, b)
     with pytest.raises(ValueError, match="no published numbers 'table3'"):
         published.load("table3")
+
+
+def test_a_runs_name_becomes_no_formula_in_the_data(two):
+    (runs, _), name = two, "=HYPERLINK(1)"
+    rows = list(csv.DictReader(io.StringIO(paper.win_rates(runs, [name, "dpo"]).csv())))
+    assert any(row["row"] == f"'{name}, iteration 1" for row in rows)

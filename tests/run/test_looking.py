@@ -104,9 +104,11 @@ def test_figures_import_nothing(mine, tmp_path, monkeypatch):
     base = whose_code_is(tmp_path, tmp_path / "base", "dpo", RULE, "dpo")
     run = whose_code_is(tmp_path, tmp_path / "mine", LOSS, RULE, "dpo")
     selm(monkeypatch, "figures", base, run, "-o", tmp_path / "figures")
-    assert {"figure4_implicit_rewards.svg", "figure5_own_samples.svg"} <= {
-        each.name for each in (tmp_path / "figures").iterdir()
-    }
+    assert {
+        "figure4_implicit_rewards.svg",
+        "figure4_implicit_rewards.pdf",
+        "figure5_own_samples.svg",
+    } <= {each.name for each in (tmp_path / "figures").iterdir()}
     assert not (mine / "imported").exists() and "code_of_mine" not in sys.modules
 
 

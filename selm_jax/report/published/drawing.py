@@ -1,11 +1,11 @@
-"""What was published, drawn so that nobody takes it for measured: hollow, dotted, grey, and marked."""
+"""Published numbers, drawn so that nobody takes them for measured: hollow, dotted, grey, marked."""
 
 from __future__ import annotations
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from selm_jax.report.drawing import LABEL, PUBLISHED, PaperFigure, matrix, svg
+from selm_jax.report.drawing import LABEL, PUBLISHED, PaperFigure, drawings, matrix
 from selm_jax.report.published import NAMES, Published, load
 
 
@@ -45,7 +45,8 @@ def _published_by_iteration(data: Published, column: str, unit: str) -> PaperFig
                 line = start + [(t, value) for m, t, value in points if m == method]
                 if len(line) > len(start):
                     axes.plot(
-                        *zip(*line, strict=True), marker=marker, markerfacecolor="white", color=PUBLISHED,
+                        *zip(*line, strict=True), marker=marker, markerfacecolor="white",
+                        color=PUBLISHED,
                         linestyle=":", linewidth=1.3, label=f"{method}, {LABEL}",
                     )  # fmt: skip
             axes.set_title(base, style="italic")
@@ -55,7 +56,7 @@ def _published_by_iteration(data: Published, column: str, unit: str) -> PaperFig
         grid[0].set_ylabel(unit)
 
     name = f"published_{data.name}_{column}"
-    return PaperFigure(name, rows, svg((3.5 * len(bases) + 0.4, 3.4), draw, data.source))
+    return PaperFigure(name, rows, drawings((3.5 * len(bases) + 0.4, 3.4), draw, data.source))
 
 
 def _win_rates(name: str) -> PaperFigure:

@@ -7,7 +7,7 @@ better:
 * `ultrafeedback`: as HuggingFaceH4/ultrafeedback_binarized: `prompt` is the last user turn,
   `chosen` and `rejected` whole conversations; `score_chosen` and `score_rejected` from 0 to 1.
 
-Both also have `prompt_id`, `annotator`, and `comment`, which is null where a person wrote none.
+Both also have `prompt_id`, `annotator`, and `comment` where the person wrote one.
 Answers that share a place make no row of their own; a person to whom all answers are equal, or who
 skipped, leaves none.
 """
@@ -65,7 +65,8 @@ def export_pairs(
         equal += not pairs
         for better, worse in pairs:
             row = _row(items[each.question], shares(each.ranks).tolist(), better, worse, layout)
-            rows.append(row | {"annotator": each.annotator, "comment": each.comment})
+            said = {} if each.comment is None else {"comment": each.comment}
+            rows.append(row | {"annotator": each.annotator} | said)
     if file.suffix == ".parquet":
         fields = [
             ("prompt_id", pa.string()), *LAYOUTS[layout],

@@ -113,7 +113,7 @@ MODEL_MISTAKES = {
     ),
     "no Jinja": ("chat_template.jinja", "\n{% if %}", "chat_template.jinja, line 2", "not valid Jinja"),
     "a failure": ("chat_template.jinja", "{{ 1 + 'a' }}", "template fails: TypeError", "line 1"),
-    "stop beyond": ("generation_config.json", '{"eos_token_id": 320}', "eos_token_id has 320", "319"),
+    "stop beyond": ("generation_config.json", '{"eos_token_id": 320}', "eos_token_id is 320", "319"),
     "code": ("tokenizer_config.json", '{"auto_map": {"A": "evil.A"}}', "auto_map", "never run"),
 }  # fmt: skip
 

@@ -59,7 +59,7 @@ def main(model, data_file, kind):
 
     groups = [
         [
-            dataclasses.replace(example, reference=reference)
+            dataclasses.replace(example, reference_logps=reference)
             for example, reference in zip(
                 group,
                 scorer.logps(params, group),

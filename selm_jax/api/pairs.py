@@ -182,7 +182,7 @@ def _scored(made: Pairs, answers: Answers, reference: Writer | None | str) -> Pa
         return made
     found = reference._scores_of(made.examples, made.tokenizer)
     examples = [
-        dataclasses.replace(example, reference=logps)
+        dataclasses.replace(example, reference_logps=logps)
         for example, logps in zip(made.examples, found, strict=True)
     ]
     return dataclasses.replace(made, examples=tuple(examples))

@@ -87,7 +87,7 @@ def ranker(name: str | Function, /, **settings: Any) -> Ranker:
     [array([0., 1.])]
     """
     if isinstance(name, str):
-        return Ranker(rankers.build(name, **settings))
+        return Ranker(rankers.build_ranker(name, **settings))
     if settings:
         raise ApiError(f"a function takes no settings, found {', '.join(settings)}. Leave them out")
     return Ranker(RuleRanker(getattr(name, "__name__", "function"), name))

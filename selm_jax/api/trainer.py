@@ -21,7 +21,7 @@ from selm_jax.preferences.examples import Example
 from selm_jax.preferences.layouts import ByLength, Layout, OneShape
 from selm_jax.preferences.packing import PreferenceBatch, Shape, pack
 from selm_jax.run.programs import Programs
-from selm_jax.run.task import LanguageModel
+from selm_jax.run.task import task_with
 from selm_jax.training.loop import TrainingError, mean_lengths, one_update
 from selm_jax.training.state import TrainState
 
@@ -126,9 +126,7 @@ class Trainer:
 
     def _programs(self, longest: int) -> Programs:
         """What is compiled for sequences up to this length; few models have more than one form."""
-        o = self.objective
-        task = LanguageModel(str(o), o, o.reference_free, looked_at=None)
-        made = self.model._programs_of(task, self._settings, longest)
+        made = self.model._programs_of(task_with(self.objective), self._settings, longest)
         return self._compiled.setdefault(made.config, made)
 
     def _packed(
@@ -155,7 +153,7 @@ class Trainer:
         if not len(pairs):
             raise TrainingError(f"there is nothing to train on: {pairs.told}")
         self.model._check_tokenizer(pairs.tokenizer)
-        scored = all(each.reference is not None for each in pairs.examples)
+        scored = all(each.reference_logps is not None for each in pairs.examples)
         if not scored and not self.objective.reference_free:
             raise ApiError(
                 f"{self.objective} compares with a reference, and these pairs were made with "

@@ -19,8 +19,9 @@ from rich.text import Text
 
 from selm_jax.commands.ending import is_for_the_user
 from selm_jax.commands.preview_rows import CUT, Alone, Preview, collect, labels
+from selm_jax.objectives.roles import ROLES
 from selm_jax.preferences.batches import examples_of, updates_per_epoch
-from selm_jax.preferences.examples import ROLES, Example
+from selm_jax.preferences.examples import Example
 from selm_jax.preferences.packing import assign_rows
 from selm_jax.run.check import check_objective, check_rows, told_of_data
 from selm_jax.run.rows import RunError, prompt_ids

@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from selm_jax.preferences.examples import ROLES, Example
+from selm_jax.objectives.roles import ROLES
+from selm_jax.preferences.examples import Example
 from selm_jax.run.inputs import StoredTable, digests_of
 from selm_jax.run.rows import prompt_ids
 from selm_jax.run.run import Run

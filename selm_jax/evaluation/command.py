@@ -101,7 +101,7 @@ def heldout(options: Heldout) -> None:
     from selm_jax.evaluation import EvaluationError
     from selm_jax.evaluation import heldout as work
     from selm_jax.evaluation.answers import Asked, prompts_of
-    from selm_jax.evaluation.contestants import build_ranker, contestants
+    from selm_jax.evaluation.contestants import contestants, ranker_for
     from selm_jax.evaluation.model import find
     from selm_jax.shell.progress import terminal
 
@@ -126,7 +126,7 @@ def heldout(options: Heldout) -> None:
     asked = dataclasses.replace(asked, **{k: v for k, v in given.items() if v is not None})
     work.run(
         found, prompts_of(models, asking.prompts, asking.split, asking.limit),
-        build_ranker(asking.ranker, asking.settings or [], models),
+        ranker_for(asking.ranker, asking.settings or [], models),
         open_model=loading.opener(e, as_in_run=o.as_in_run), reference=reference,
         asked=asked,
         beta=o.beta if o.beta is not None else e.objective.get("beta", 0.1) if e else 0.1,
@@ -181,7 +181,7 @@ def winrate(options: Winrate) -> None:
     """
     from selm_jax.evaluation import winrate as work
     from selm_jax.evaluation.answers import Asked, prompts_of
-    from selm_jax.evaluation.contestants import build_ranker, contestants
+    from selm_jax.evaluation.contestants import contestants, ranker_for
     from selm_jax.shell.progress import terminal
 
     o, asking, loading = options, options.asking, options.loading
@@ -193,7 +193,7 @@ def winrate(options: Winrate) -> None:
     length = o.max_new_tokens or (e.rollout.max_new_tokens if e else 512)
     work.run(
         found, partial(prompts_of, models, asking.prompts, asking.split, asking.limit),
-        build_ranker(asking.ranker, asking.settings or [], models),
+        ranker_for(asking.ranker, asking.settings or [], models),
         open_model=loading.opener(e),
         asked=Asked(int(not o.samples), o.samples, length, o.temperature, o.top_p, o.seed),
         out=o.out, keep=o.keep, allow_malformed=asking.allow_malformed, dry_run=o.dry_run,

@@ -60,19 +60,17 @@ def contestants(
     return out
 
 
-def build_ranker(
-    name: str | None, settings: Sequence[str], found: Sequence[Found]
-) -> rankers.Ranker:
+def ranker_for(name: str | None, settings: Sequence[str], found: Sequence[Found]) -> rankers.Ranker:
     """Builds the ranker of the command line (`--ranker`, `--set key=value`) or of the first run.
 
     Raises:
       EvaluationError: no ranker is given, or a setting is not of the form `key=value`.
       ConfigError: a setting looks like a key or password.
-      FeedbackError: see `ranker.build`.
+      FeedbackError: see `ranker.build_ranker`.
     """
     given = read_settings(settings, "--set")
     if name is not None:
-        return rankers.build(name, **given)
+        return rankers.build_ranker(name, **given)
     experiment = next((f.experiment for f in found if f.experiment), None)
     if experiment is None:
         raise EvaluationError(
@@ -80,7 +78,9 @@ def build_ranker(
             f"--ranker with one of {', '.join(rankers.BUILT_IN)}, or your own "
             "package.module:function"
         )
-    return rankers.build(experiment.feedback.ranker, **(experiment.feedback.settings | given))
+    return rankers.build_ranker(
+        experiment.feedback.ranker, **(experiment.feedback.settings | given)
+    )
 
 
 def read_settings(settings: Sequence[str], option: str) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from selm_jax.feedback.ranker import (
     FeedbackError,
     Question,
     Ranker,
-    build,
+    build_ranker,
     check_asked,
     check_scores,
     folders_of,
@@ -186,6 +186,8 @@ def _part(number: int, given: Any) -> Part:
             "prompts unranked. Use it alone (ranker: human)."
         )
     try:
-        return Part(build(given["ranker"], **given.get("settings", {})), float(weight), scale)
+        return Part(
+            build_ranker(given["ranker"], **given.get("settings", {})), float(weight), scale
+        )
     except FeedbackError as error:
         raise FeedbackError(f"{where}: {error}") from error

@@ -94,7 +94,7 @@ class Ranker(Protocol):
         ...
 
 
-def build(name: str, /, **settings: Any) -> Ranker:
+def build_ranker(name: str, /, **settings: Any) -> Ranker:
     """Builds the ranker called `name`.
 
     Args:

@@ -24,7 +24,8 @@ from selm_jax.lab.worlds import Table, World
 from selm_jax.models import families
 from selm_jax.models.decoder import Decoder, Params
 from selm_jax.objectives.losses import Objective, selm
-from selm_jax.preferences.examples import ROLES, Example
+from selm_jax.objectives.roles import ROLES
+from selm_jax.preferences.examples import Example
 from selm_jax.preferences.packing import PreferenceBatch, Shape, common_shape, pack
 from selm_jax.training.optimizer import optimizer
 from selm_jax.training.state import TrainState

@@ -19,10 +19,10 @@ import numpy as np
 from selm_jax.config import Experiment
 from selm_jax.models.config import DecoderConfig
 from selm_jax.models.quantize import quantize
+from selm_jax.objectives.roles import ROLES
 from selm_jax.plan.measure import shard_bytes
 from selm_jax.plan.rankers import Ranker, rankers_of
 from selm_jax.plan.topology import Target
-from selm_jax.preferences.examples import ROLES
 from selm_jax.preferences.packing import PreferenceBatch, Shape, empty
 from selm_jax.rollout.parameters import decoding_params
 from selm_jax.rollout.programs import Programs as Generation

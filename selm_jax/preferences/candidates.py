@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from selm_jax.objectives.roles import ROLES
 from selm_jax.shell.words import did_you_mean
 
 SOURCES = ("greedy", "sample", "chosen", "rejected")
@@ -108,25 +106,3 @@ class Dropped:
 
     def __post_init__(self) -> None:
         check_choice("the reason of a drop", self.reason, REASONS)
-
-
-def distinct(candidates: Sequence[Candidate], pair: Pair) -> tuple[list[int], dict[str, int]]:
-    """The pair's responses without duplicates, so that none is computed twice.
-
-    Two candidates are the same response if their token ids are equal or, without ids, their texts
-    (`Candidate.identity`).
-
-    Returns:
-        keep: one to three indices into the candidates, in the order chosen, rejected, explore.
-        roles: for each role, its index into `keep`.
-    """
-    keep: list[int] = []
-    seen: dict[object, int] = {}
-    roles: dict[str, int] = {}
-    for role, index in zip(ROLES, (pair.chosen, pair.rejected, pair.explore), strict=True):
-        identity = candidates[index].identity
-        if identity not in seen:
-            seen[identity] = len(keep)
-            keep.append(index)
-        roles[role] = seen[identity]
-    return keep, roles

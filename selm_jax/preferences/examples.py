@@ -25,7 +25,7 @@ class Example:
       responses: token ids of each distinct response, including its end token if it has one. A
         response that plays two roles is listed once.
       roles: role -> index into `responses`.
-      reference: log-probability of each response under the reference, once it has been scored.
+      reference_logps: log-probability of each response under the reference, once it has been scored.
       scores: each response's score in the data, if the data has scores.
       explored: indices of all responses that explore, if there are several: the optimism term is
         their mean, and a response that was sampled twice is listed twice. If empty, only the
@@ -36,7 +36,7 @@ class Example:
     prompt: tuple[int, ...]
     responses: tuple[tuple[int, ...], ...]
     roles: Mapping[str, int]
-    reference: tuple[float, ...] | None = None
+    reference_logps: tuple[float, ...] | None = None
     scores: tuple[float, ...] | None = None
     explored: tuple[int, ...] = ()
 
@@ -59,7 +59,7 @@ class Example:
                 f"example {self.prompt_id}: explored -> responses {self.explored}; expected "
                 f"numbers from 0 to {len(self.responses) - 1}"
             )
-        given = {"reference log-probabilities": self.reference, "scores": self.scores}
+        given = {"reference log-probabilities": self.reference_logps, "scores": self.scores}
         for what, numbers in given.items():
             if numbers is not None and len(numbers) != len(self.responses):
                 raise ExampleError(

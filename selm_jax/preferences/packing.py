@@ -38,7 +38,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
-from selm_jax.preferences.examples import ROLES, Example, ExampleError
+from selm_jax.objectives.roles import ROLES
+from selm_jax.preferences.examples import Example, ExampleError
 
 
 @flax.struct.dataclass
@@ -257,7 +258,7 @@ def _fill_row(batch: Any, r: int, examples: Sequence[Example], shape: Shape) -> 
             for k in played:
                 batch.roles[r, s, i, k] += 1 / len(played)
         batch.weight[r, s] = 1
-        if example.reference is not None:
-            batch.reference[r, s, : len(example.reference)] = example.reference
+        if example.reference_logps is not None:
+            batch.reference[r, s, : len(example.reference_logps)] = example.reference_logps
         if example.scores is not None:
             batch.scores[r, s, : len(example.scores)] = example.scores

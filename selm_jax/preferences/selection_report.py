@@ -16,7 +16,6 @@ from selm_jax.preferences.candidates import (
     Dropped,
     FeedbackError,
     Pair,
-    distinct,
 )
 from selm_jax.preferences.selection import PLACES, Scores, check_length, place, ranks
 
@@ -78,13 +77,12 @@ class Report:
         count[_tie(ranked)] += 1
         if isinstance(result, Dropped):
             return
-        _, roles = distinct(candidates, result)
         count["pairs"] += 1
         count["tie_kept"] += int(ranked[result.chosen] == ranked[result.rejected])
         count["label_against_scores"] += int(ranked[result.chosen] > ranked[result.rejected])
         count[f"winner/{candidates[result.chosen].source}"] += 1
         count[f"explore/{place(scores, result.explore)}"] += 1
-        count[f"explore_is/{_shared(roles)}"] += 1
+        count[f"explore_is/{_explored_is(candidates, result)}"] += 1
 
     def as_dict(self) -> dict[str, int | float]:
         """A flat dict for a JSON report: all counts, also those that are 0, and the mean scores.
@@ -132,6 +130,9 @@ def _tie(ranked: Int[np.ndarray, " candidates"]) -> str:
     return "ties_partial" if shared else "ties_none"
 
 
-def _shared(roles: dict[str, int]) -> str:
-    shared = [role for role in ("chosen", "rejected") if roles[role] == roles["explore"]]
+def _explored_is(candidates: Sequence[Candidate], pair: Pair) -> str:
+    """Which of `chosen` and `rejected` is the same response as the explored one."""
+    explored = candidates[pair.explore].identity
+    places = {"chosen": pair.chosen, "rejected": pair.rejected}
+    shared = [role for role, i in places.items() if candidates[i].identity == explored]
     return "both" if len(shared) == 2 else (shared[0] if shared else "neither")

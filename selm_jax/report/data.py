@@ -325,7 +325,7 @@ def _check_log(path: Path, stages: Mapping[int, Mapping[str, Stage]]) -> None:
         lines.setdefault((line.get("iteration"), line.get("stage")), []).append(line)
     for k, of_iteration in stages.items():
         for name, stage in of_iteration.items():
-            if stage.logged not in (None, jsonl.digest(lines.get((k, name), []))):
+            if stage.logged not in (None, jsonl.values_digest(lines.get((k, name), []))):
                 raise ReportError(
                     f"{path}: its lines of stage {name!r}, iteration {k}, are not what the stage "
                     "wrote. Put the file back from a copy"

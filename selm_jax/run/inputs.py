@@ -17,7 +17,7 @@ from selm_jax.feedback.ranker import Ranker, folders_of
 from selm_jax.parallel import multihost
 from selm_jax.run.log import logged
 from selm_jax.shell import artifacts
-from selm_jax.shell.store import Store
+from selm_jax.shell.shared_stages import key_of
 from selm_jax.text.chat import Chat
 from selm_jax.text.prompts import Prompt, prompts_digest
 from selm_jax.training.checkpoint import Checkpoints
@@ -90,7 +90,7 @@ class Training:
 
     def digests(self, name: str) -> Mapping[str, str]:
         done = artifacts.Stages(self.folder).read().get("train", {})
-        return {name: Store.key(**{k: done.get(k) for k in ("inputs", "settings")})}
+        return {name: key_of(**{k: done.get(k) for k in ("inputs", "settings")})}
 
     def checkpoints(self, policy: Model, keep: int = 1) -> Checkpoints:
         """Its checkpoints, which mean nothing without the model that it starts from."""
@@ -104,7 +104,7 @@ class Training:
         lines = logged(file, "train", t)
         if lines:
             artifacts.flush(file)
-        return Store.key(lines=[line for line in lines if line["step"] <= step])
+        return key_of(lines=[line for line in lines if line["step"] <= step])
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from selm_jax.run.programs import Programs
 from selm_jax.run.task import Task, refuse_user_code, task_of
 from selm_jax.run.wanted import Wanted
 from selm_jax.shell.progress import bar, terminal
-from selm_jax.shell.store import Store
+from selm_jax.shell.shared_stages import SharedStages
 from selm_jax.text.chat import Chat
 from selm_jax.text.prompts import Prompt
 
@@ -53,7 +53,7 @@ class Run:
         experiment: Experiment,
         console: Console | None = None,
         devices: Sequence[Any] | None = None,
-        store: Store | None = None,
+        store: SharedStages | None = None,
         imports: bool = True,
     ):
         self.experiment, self.store, self.imports = experiment, store, imports
@@ -115,7 +115,7 @@ class Run:
         f = self.experiment.feedback
         if not self.imports:
             refuse_user_code(self.folder.path, "feedback.ranker", f.ranker)
-        return LazyRanker(lambda: rankers.build(f.ranker, **f.settings))
+        return LazyRanker(lambda: rankers.build_ranker(f.ranker, **f.settings))
 
     def policy(self, t: int) -> Model:
         """The policy after iteration t; 0 is the start model."""

@@ -281,14 +281,19 @@ def task_of(settings: Mapping[str, Any], looked_at: Path | None = None) -> Task:
     """
     arguments = dict(settings)
     loss = arguments.pop("loss")
-    if looked_at is not None and is_user_code(loss):
-        file = looked_at / "manifest.json"
-        said = artifacts.read_sealed(file) if file.exists() else {}  # none before the run begins
-        objective, rates, free = None, said.get("rates"), bool(said.get("reference_free"))
-    else:
-        objective = build_objective(loss, **arguments)
-        rates, free = objective.rates, objective.reference_free
-    return (RewardModel if rates else LanguageModel)(loss, objective, free, looked_at)
+    if looked_at is None or not is_user_code(loss):
+        return task_with(build_objective(loss, **arguments), loss, looked_at)
+    file = looked_at / "manifest.json"
+    said = artifacts.read_sealed(file) if file.exists() else {}  # none before the run begins
+    return (RewardModel if said.get("rates") else LanguageModel)(
+        loss, None, bool(said.get("reference_free")), looked_at
+    )
+
+
+def task_with(objective: Objective, loss: str = "", looked_at: Path | None = None) -> Task:
+    """The task of an objective that is built already."""
+    kind = RewardModel if objective.rates else LanguageModel
+    return kind(loss or str(objective), objective, objective.reference_free, looked_at)
 
 
 def refuse_user_code(folder: Path, key: str, name: str) -> None:

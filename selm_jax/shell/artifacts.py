@@ -294,7 +294,7 @@ class Stages:
         """Records that the stage is done, with the digests of its outputs.
 
         Args:
-          shared: the entry of the `Store` that the outputs were taken from.
+          shared: the entry of the `SharedStages` that the outputs were taken from.
           logged: the digest of the lines that the stage wrote into metrics.jsonl.
         """
         self._put(

@@ -72,7 +72,7 @@ def value(text: str) -> Any:
         raise JsonError(str(error)) from error
 
 
-def digest(values: Iterable[Any]) -> str:
+def values_digest(values: Iterable[Any]) -> str:
     """SHA-256 of a sequence of JSON values, in hex. Spacing and order of keys do not matter."""
     lines = "".join(json.dumps(each, sort_keys=True) + "\n" for each in values)
     return hashlib.sha256(lines.encode()).hexdigest()

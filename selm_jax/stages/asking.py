@@ -17,7 +17,7 @@ from selm_jax.feedback.ranker import Question, counted, prompts_together, report
 from selm_jax.parallel import multihost
 from selm_jax.run.inputs import LazyRanker
 from selm_jax.shell import artifacts, parts
-from selm_jax.shell.store import Store
+from selm_jax.shell.shared_stages import key_of
 from selm_jax.stages.step import Step
 from selm_jax.tables import scores as table
 
@@ -137,7 +137,7 @@ def _read(file: Path, key: str) -> tuple[Scores, Told] | None:
 def _key(questions: Sequence[Question], candidates: Sequence[Sequence[str]]) -> str:
     """Names what is asked: what was cut otherwise, or chosen otherwise under a budget, is other."""
     prompts = [question.id for question in questions]
-    return Store.key(prompts=prompts, candidates=candidates)
+    return key_of(prompts=prompts, candidates=candidates)
 
 
 def _plain(scores: Iterable[Iterable[float]]) -> Scores:

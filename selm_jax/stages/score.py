@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Mapping
 
 from selm_jax.config import Experiment
+from selm_jax.objectives.roles import ROLES
 from selm_jax.parallel import multihost
-from selm_jax.preferences.examples import ROLES, Example
+from selm_jax.preferences.examples import Example
 from selm_jax.run.inputs import Model, StoredTable
 from selm_jax.run.rows import RunError
 from selm_jax.run.task import Pair, Task
@@ -41,7 +42,8 @@ def score(
         with step.bar(len(examples), "examples") as advance:
             logps[:] = step.programs.scorer.logps(params, examples, counting(advance))
     scored = [
-        dataclasses.replace(e, reference=found) for e, found in zip(examples, logps, strict=True)
+        dataclasses.replace(e, reference_logps=found)
+        for e, found in zip(examples, logps, strict=True)
     ]
     if multihost.is_first():
         table.write(step.folder / "examples.parquet", scored, reference.digest)

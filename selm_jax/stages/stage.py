@@ -27,7 +27,7 @@ from selm_jax.run.inputs import Model, StoredTable, Training, digests_of
 from selm_jax.run.task import Task
 from selm_jax.shell import artifacts, jsonl
 from selm_jax.shell.memory import release
-from selm_jax.shell.store import Store
+from selm_jax.shell.shared_stages import key_of
 from selm_jax.shell.words import redo
 from selm_jax.stages.declared import recorded, sources
 from selm_jax.stages.step import Step
@@ -183,7 +183,7 @@ class _Call:
         began = time.perf_counter()
         share = self.stage.shared
         store = self.run.store if share is True or (share and share(step.settings)) else None
-        key = Store.key(stage=self.name, iteration=self.t, inputs=inputs, settings=settings)
+        key = key_of(stage=self.name, iteration=self.t, inputs=inputs, settings=settings)
         found = None
         if store is not None:
             found = multihost.on_first(lambda: store.take(key, self.folder))
@@ -203,7 +203,14 @@ class _Call:
             # Killed between these two lines, a run takes its own work back.
             taken = key if found and found["run"] != here else None
             self.record.finish(
-                self.name, inputs, settings, outputs, counts, seconds, taken, jsonl.digest(logged)
+                self.name,
+                inputs,
+                settings,
+                outputs,
+                counts,
+                seconds,
+                taken,
+                jsonl.values_digest(logged),
             )
 
         multihost.on_first(finish)
@@ -256,7 +263,7 @@ class _Call:
         """Raises ArtifactError if the lines that the stage has written into metrics.jsonl are others."""
         before = self.record.read()[self.name].get("logged")  # versions before this one kept none
         log = StageLog(self.run.folder, self.name, self.t)
-        if before not in (None, jsonl.digest(log.lines())):
+        if before not in (None, jsonl.values_digest(log.lines())):
             raise artifacts.ArtifactError(
                 f"{log.file}: its lines of stage {self.name!r}, iteration {self.t}, are not what the "
                 f"stage wrote. Put the file back from a copy, or do the stage again: "

@@ -60,11 +60,15 @@ def check_reference(examples: StoredTable, policy: Model, reference: Model) -> N
     """Raises ArtifactError if log-probabilities that are to be trained on are another model's."""
     for scored, model, what in (
         (
-            table.reference_of(examples.path),
+            table.reference_digest(examples.path),
             reference,
             "the reference's log-probabilities are those of",
         ),
-        (table.start_of(examples.path), policy, "it was scored in an iteration that starts from"),
+        (
+            table.start_digest(examples.path),
+            policy,
+            "it was scored in an iteration that starts from",
+        ),
     ):
         if scored not in ("", now := model.digest):
             raise artifacts.ArtifactError(
@@ -87,7 +91,7 @@ def plan_of(step: Step, examples: StoredTable) -> loop.TrainingPlan:
                 f"{objective} needs the roles {', '.join(objective.roles)}; prompt "
                 f"{example.prompt_id} has no {', '.join(sorted(absent))}"
             )
-        if stored and example.reference is None:
+        if stored and example.reference_logps is None:
             raise RunError(
                 f"{objective} needs the reference's log-probabilities; prompt "
                 f"{example.prompt_id} has none. To score this iteration again: "

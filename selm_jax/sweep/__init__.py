@@ -37,7 +37,7 @@ from selm_jax.shell import artifacts
 from selm_jax.shell.lock import only_one
 from selm_jax.shell.memory import release
 from selm_jax.shell.progress import talks, terminal
-from selm_jax.shell.store import Store
+from selm_jax.shell.shared_stages import SharedStages
 from selm_jax.sweep.grid import Sweep
 from selm_jax.sweep.table import as_csv, shared, shown, table
 
@@ -60,7 +60,7 @@ def sweep(grid: Sweep, console: Console | None = None) -> None:
     """
     results = console or terminal(quiet=not multihost.is_first())
     console = terminal(quiet=True) if talks().quiet else results
-    store = Store(grid.folder / "store")
+    store = SharedStages(grid.folder / "store")
     failed: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
         multihost.on_first(lambda: stack.enter_context(only_one(grid.folder)))

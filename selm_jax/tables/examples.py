@@ -13,7 +13,8 @@ from typing import Annotated
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from selm_jax.preferences.examples import ROLES, Example
+from selm_jax.objectives.roles import ROLES
+from selm_jax.preferences.examples import Example
 from selm_jax.shell import artifacts
 from selm_jax.tables.columns import Ids, Int32, Text, read_rows, schema_of, table_of
 
@@ -60,25 +61,25 @@ def write(path: Path, examples: Sequence[Example], reference: str = "") -> None:
     Args:
       path: the file.
       examples: the examples.
-      reference: the digest of the model that gave the log-probabilities; see `reference_of`.
+      reference: the digest of the model that gave the log-probabilities; see `reference_digest`.
     """
     rows = [
         Row(
             e.prompt_id, e.prompt, e.responses,
             e.roles.get("chosen"), e.roles.get("rejected"), e.roles.get("explore"),
-            e.reference, e.scores, e.explored,
+            e.reference_logps, e.scores, e.explored,
         )
         for e in examples
     ]  # fmt: skip
     artifacts.write_table(path, table_of(Row, rows, {_REFERENCE: reference}))
 
 
-def reference_of(path: Path) -> str:
+def reference_digest(path: Path) -> str:
     """The digest of the model that gave a file's log-probabilities; "" if unknown."""
     return _told(path, _REFERENCE)
 
 
-def start_of(path: Path) -> str:
+def start_digest(path: Path) -> str:
     """The digest of the policy from which the iteration started, in files of earlier versions.
 
     In files of this version it is "".

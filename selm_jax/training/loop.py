@@ -12,9 +12,10 @@ import numpy as np
 
 from selm_jax.config import Training
 from selm_jax.models.decoder import Params
+from selm_jax.objectives.roles import ROLES
 from selm_jax.parallel import multihost
 from selm_jax.preferences.batches import examples_of, updates_per_epoch
-from selm_jax.preferences.examples import ROLES, Example
+from selm_jax.preferences.examples import Example
 from selm_jax.preferences.packing import PreferenceBatch, Shape, common_shape, pack
 from selm_jax.training.checkpoint import Checkpoints
 from selm_jax.training.optimizer import learning_rate

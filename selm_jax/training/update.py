@@ -28,7 +28,7 @@ from selm_jax.models.decoder import Decoder, Params, unembedding
 from selm_jax.objectives.logprobs import token_logprobs
 from selm_jax.objectives.losses import Logps, Metrics, Objective, Rewards
 from selm_jax.objectives.measures import measures
-from selm_jax.preferences.examples import ROLES
+from selm_jax.objectives.roles import ROLES
 from selm_jax.preferences.packing import PreferenceBatch
 from selm_jax.preferences.rewards import response_rewards
 from selm_jax.training.state import TrainState

@@ -73,7 +73,9 @@ def test_what_it_says_changes_with_its_parameters_and_the_reference_does_not(mod
     margin = (after["chosen"] - before["chosen"]) - (after["rejected"] - before["rejected"])
     assert (margin > 0).all()
     first = pairs[0]
-    assert before["chosen"][0] == pytest.approx(first.reference[first.roles["chosen"]], abs=1e-4)
+    assert before["chosen"][0] == pytest.approx(
+        first.reference_logps[first.roles["chosen"]], abs=1e-4
+    )
     fresh = model.generate(PROMPTS, greedy=1, samples=3, max_new_tokens=12)
     assert fresh.updates == model.updates == 3
 

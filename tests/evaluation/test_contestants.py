@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 from selm_jax.config import ConfigError
 from selm_jax.evaluation import EvaluationError
 from selm_jax.evaluation.command import app
-from selm_jax.evaluation.contestants import build_ranker
+from selm_jax.evaluation.contestants import ranker_for
 from selm_jax.feedback.ranker import FeedbackError, Question
 
 QUESTION = Question("q", (), {}, "p")
@@ -14,12 +14,12 @@ QUESTION = Question("q", (), {}, "p")
 
 @pytest.mark.parametrize("text", ["100", "1e2", "1E+2", "100.0"])
 def test_a_number_with_an_exponent_is_a_number(text):
-    ranker = build_ranker("length", [f"target={text}"], [])
+    ranker = ranker_for("length", [f"target={text}"], [])
     assert ranker.scores([QUESTION], [["x" * 100, "x"]])[0].tolist() == [0.0, -99.0]
 
 
 def test_values_are_read_as_in_experiment_files():
-    ranker = build_ranker("regex", ["pattern=a #b", "flags=i"], [])
+    ranker = ranker_for("regex", ["pattern=a #b", "flags=i"], [])
     assert ranker.scores([QUESTION], [["A #B", "a"]])[0].tolist() == [1.0, 0.0]
     for setting, error, said in (
         ("target=yes", FeedbackError, "target is 'yes'; expected a whole number"),
@@ -30,7 +30,7 @@ def test_values_are_read_as_in_experiment_files():
         ("target={api_key: abc}", ConfigError, "target.api_key: its name is that of a key"),
     ):
         with pytest.raises(error, match=said):
-            build_ranker("length", [setting], [])
+            ranker_for("length", [setting], [])
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def evaluated(folders, tmp_path):
         found = contestants(names, iteration=None, revision=None, files=False)
         more = {"beta": BETA, "console": QUIET} | more
         return heldout.run(
-            found, prompts or prompts_with(), ranker or rankers.build("length", target=5),
+            found, prompts or prompts_with(), ranker or rankers.build_ranker("length", target=5),
             open_model=lambda f: open_found(f, slots=48, console=QUIET),
             reference=find(str(folders[1])), asked=asked or Asked(1, 2, 8),
             out=tmp_path / out, keep=tmp_path / "kept", **more,
@@ -135,7 +135,7 @@ def test_a_dry_run_computes_nothing(folders, evaluated, tmp_path, monkeypatch):
 
 def test_a_ranker_that_only_compares_sees_each_answer_beside_the_references(folders, evaluated):
     part = {"ranker": "length", "settings": {"target": 5}, "weight": 1.0, "normalise": "zscore"}
-    ranker = rankers.build("mixture", parts=[part])
+    ranker = rankers.build_ranker("mixture", parts=[part])
     report = evaluated([f"one={folders[0]}", f"two={folders[1]}"], ranker=ranker)
     assert report["beside"] == f"{folders[1].name}, greedy"
     one, two = (report["contestants"][name]["measures"] for name in ("one", "two"))
@@ -154,7 +154,7 @@ def test_a_ranker_that_only_compares_sees_each_answer_beside_the_references(fold
 
 def test_people_are_not_asked(folders, evaluated, tmp_path):
     with pytest.raises(EvaluationError, match="ranker 'human'"):
-        evaluated([f"one={folders[0]}"], ranker=rankers.build("human"))
+        evaluated([f"one={folders[0]}"], ranker=rankers.build_ranker("human"))
     assert not (tmp_path / "out").exists()
 
 
@@ -163,7 +163,7 @@ class TestAJudge:
     def rating(self, judge, tmp_path):
         template = tmp_path / "template.txt"
         template.write_text("{prompt}<<>>{response}")
-        return rankers.build(
+        return rankers.build_ranker(
             "judge", model="scripted", form="pointwise", base_url=judge.url, retries=0,
             template=str(template), cache=str(tmp_path / "cache.sqlite"),
         )  # fmt: skip

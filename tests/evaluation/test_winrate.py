@@ -48,9 +48,9 @@ def compared(names, ranker, tmp_path, **more):
 
 
 def test_the_matrix_is_a_count(files, tmp_path):
-    report = compared(files, rankers.build("length", target=20), tmp_path)
+    report = compared(files, rankers.build_ranker("length", target=20), tmp_path)
     sets = [read(tmp_path / f"{n}.jsonl") for n in ("long", "short", "mixed")]
-    score = rankers.build("length", target=20)
+    score = rankers.build_ranker("length", target=20)
     for i, j in itertools.product(range(3), repeat=2):
         wins = []
         for a, b in zip(sets[i], sets[j], strict=True):
@@ -95,7 +95,7 @@ def test_one_prompt_is_reported_in_json_that_every_reader_takes(tmp_path):
         write(tmp_path / f"{name}.jsonl", answers([text]), name)
     seen = Console(record=True, width=200)
     files = [str(tmp_path / f"{name}.jsonl") for name in ("one", "two")]
-    compared(files, rankers.build("length", target=1), tmp_path, console=seen)
+    compared(files, rankers.build_ranker("length", target=1), tmp_path, console=seen)
 
     def refuse(constant):
         raise AssertionError(f"{constant} is no JSON")
@@ -158,7 +158,7 @@ def test_bad_files_of_answers_are_named(files, tmp_path, how, says):
     file = tmp_path / "short.jsonl"
     file.write_text(spoiled(file.read_text().splitlines(), how))
     with pytest.raises(EvaluationError, match=says):
-        compared(files, rankers.build("length", target=20), tmp_path)
+        compared(files, rankers.build_ranker("length", target=20), tmp_path)
     assert not (tmp_path / "out").exists()
 
 
@@ -196,7 +196,7 @@ def scripted(judge, tmp_path):
 def test_a_judge_is_asked_in_both_orders_and_not_twice(
     judge, scripted, files, tmp_path, verdict, rate
 ):
-    one, seen = rankers.build("judge", **scripted(verdict)), Console(record=True, width=160)
+    one, seen = rankers.build_ranker("judge", **scripted(verdict)), Console(record=True, width=160)
     compared(files[:2], one, tmp_path, dry_run=True, console=seen)
     assert not judge.bodies and not (tmp_path / "out").exists()
     assert " 60 " in seen.export_text()  # two orders of thirty prompts, at most
@@ -220,7 +220,7 @@ def test_a_judge_in_prose_is_an_error_unless_allowed(judge, scripted, files, tmp
     prompts = lengths[1].count(len("good "))
     malformed = prompts * (1 if form == "pointwise" else 2)  # a pair is asked in both orders
     assert malformed
-    one, before = rankers.build("judge", **scripted(says, form)), sorted(tmp_path.iterdir())
+    one, before = rankers.build_ranker("judge", **scripted(says, form)), sorted(tmp_path.iterdir())
     says_so = rf"{malformed} of 60 answers so far .*'Well, that has its merits.*cache\.sqlite"
     with pytest.raises(EvaluationError, match=f"{says_so}.*--allow-malformed {malformed}, .* ties"):
         compared(files[:2], one, tmp_path, allow_malformed=malformed - 1)
@@ -247,7 +247,7 @@ def test_malformed_answers_of_all_pairs_and_of_a_mixtures_judge_count(scripted, 
     parts = [
         {"ranker": "length", "settings": {"target": 3}}, {"ranker": "judge", "settings": settings}
     ]  # fmt: skip
-    one = rankers.build("mixture", parts=parts)
+    one = rankers.build_ranker("mixture", parts=parts)
     with pytest.raises(EvaluationError, match="ranker mixture: 60 of 120 answers so far .*'Hm.'"):
         compared(files, one, tmp_path, allow_malformed=59)
     with pytest.raises(EvaluationError, match="ranker mixture: 120 of 180 answers so far"):
@@ -274,10 +274,10 @@ def test_a_models_answers_are_drawn_once(folders, files, tmp_path, monkeypatch):
         "prompts": lambda: prompts,
         "open_model": lambda found: open_found(found, slots=8, console=QUIET),
     }
-    first = compared(names, rankers.build("length", target=20), tmp_path, **how)
+    first = compared(names, rankers.build_ranker("length", target=20), tmp_path, **how)
     monkeypatch.setattr("selm_jax.policy.policy.Policy.answer", None)  # to call it would fail
     (tmp_path / "out").rename(tmp_path / "before")
-    assert compared(names, rankers.build("length", target=20), tmp_path, **how) == first
+    assert compared(names, rankers.build_ranker("length", target=20), tmp_path, **how) == first
 
 
 def test_who_is_compared_must_be_told_apart(files):

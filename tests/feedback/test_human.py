@@ -17,7 +17,7 @@ from rich.console import Console
 from selm_jax import cli, config
 from selm_jax.annotate.store import AnnotationError, Annotations
 from selm_jax.feedback.human import STORE, Human, human
-from selm_jax.feedback.ranker import FeedbackError, Question, build, reported
+from selm_jax.feedback.ranker import FeedbackError, Question, build_ranker, reported
 from selm_jax.iterate import run_stage
 from selm_jax.run.run import Run
 from selm_jax.shell.artifacts import Stages
@@ -42,7 +42,7 @@ def answer(store, batch, name="Ada", ranks=None):
 
 class TestRanker:
     def test_works_with_what_has_arrived(self, tmp_path):
-        ranker = build("human", wait=False)
+        ranker = build_ranker("human", wait=False)
         assert ranker.collect(tmp_path, "b", QUESTIONS, TEXTS) == [False, True, False]
         store = Annotations(tmp_path / STORE)
         assert [item.answers for item in store.items("b")] == [("a", "b", "c"), ("x", "y")]
@@ -89,10 +89,10 @@ class TestRanker:
         with pytest.raises(FeedbackError, match="prompt 'p0': fewer than 1 people have ranked"):
             human().scores(QUESTIONS, TEXTS)
         with pytest.raises(FeedbackError, match="minimum is 0"):
-            build("human", minimum=0)
+            build_ranker("human", minimum=0)
         with pytest.raises(FeedbackError, match="wait is 'no'"):
             human(wait="no")
-        assert isinstance(build("human", store=str(tmp_path / "s")), Human)
+        assert isinstance(build_ranker("human", store=str(tmp_path / "s")), Human)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from selm_jax.feedback.mixture import SCALES, Mixture, Part
 from selm_jax.feedback.ranker import (
     FeedbackError,
     Question,
-    build,
+    build_ranker,
     check_scores,
     is_relative,
     prompts_together,
@@ -107,7 +107,7 @@ def test_built_from_settings_and_nested():
         {"ranker": "length", "settings": {"target": 3}, "weight": 2, "normalise": "rank"},
         {"ranker": "mixture", "settings": inner, "weight": -1},
     ]
-    ranker = build("mixture", **json.loads(json.dumps({"parts": parts})))
+    ranker = build_ranker("mixture", **json.loads(json.dumps({"parts": parts})))
     (scores,) = ranker.scores([question()], [["aaa", "bb", "a"]])
     assert scores.tolist() == [2.0 - 6.0, 1.0 - 2.0, 0.0 - 2.0]
     assert ranker.name == "mixture" and reported(ranker) == {}
@@ -136,7 +136,7 @@ def test_is_relative_if_a_part_is_or_its_scale_makes_it():
         ([one], False), ([one, judge], True), ([rating], False),
         ([one | {"normalise": "rank"}], True),
     ):  # fmt: skip
-        assert is_relative(build("mixture", parts=parts)) == relative
+        assert is_relative(build_ranker("mixture", parts=parts)) == relative
 
 
 def test_a_sum_that_overflows_is_an_error():
@@ -164,4 +164,4 @@ def test_a_sum_that_overflows_is_an_error():
 )
 def test_bad_parts(parts, what):
     with pytest.raises(Exception, match=what):
-        build("mixture", parts=parts)
+        build_ranker("mixture", parts=parts)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from selm_jax.feedback import ranker
-from selm_jax.feedback.ranker import FeedbackError, Question, build, check_scores
+from selm_jax.feedback.ranker import FeedbackError, Question, build_ranker, check_scores
 
 
 def question(prompt="Q?", id="p0", **row):
@@ -31,7 +31,7 @@ def test_every_built_in_name_has_a_builder():
         "mixture": {"parts": [{"ranker": "length"}]},
     }
     for name, of_name in settings.items():
-        assert build(name, **of_name).name == name
+        assert build_ranker(name, **of_name).name == name
 
 
 @pytest.mark.parametrize(
@@ -40,12 +40,12 @@ def test_every_built_in_name_has_a_builder():
 )
 def test_unknown_name_suggests_the_nearest(wrong, right):
     with pytest.raises(FeedbackError, match=f"unknown ranker '{wrong}'; did you mean '{right}'"):
-        build(wrong)
+        build_ranker(wrong)
 
 
 def test_a_name_near_nothing_still_lists_what_there_is():
     with pytest.raises(FeedbackError) as caught:
-        build("zzzz")
+        build_ranker("zzzz")
     assert "did you mean" not in str(caught.value)
     for name in [*ranker.BUILT_IN, "package.module:function"]:
         assert name in str(caught.value)
@@ -53,13 +53,13 @@ def test_a_name_near_nothing_still_lists_what_there_is():
 
 def test_settings_are_checked():
     with pytest.raises(FeedbackError, match="unknown setting 'targt'; did you mean 'target'"):
-        build("length", targt=3)
+        build_ranker("length", targt=3)
     with pytest.raises(FeedbackError, match="unknown setting 'x'.*no settings"):
-        build("sentiment", x=1)
+        build_ranker("sentiment", x=1)
     with pytest.raises(FeedbackError, match="'pattern' is missing"):
-        build("regex")
+        build_ranker("regex")
     with pytest.raises(FeedbackError, match="unknown setting 'scale'.*one of 'workers'"):
-        build("my_rules:polite", scale=2)
+        build_ranker("my_rules:polite", scale=2)
 
 
 def test_a_ranker_may_tell_of_its_work():
@@ -73,15 +73,15 @@ def test_a_ranker_may_tell_of_its_work():
             return {"asked": 3}
 
     assert ranker.reported(Telling()) == {"asked": 3}
-    assert ranker.reported(build("length")) == {}
+    assert ranker.reported(build_ranker("length")) == {}
 
 
 def test_building_one_rule_does_not_load_another_rules_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "vaderSentiment", None)
     monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
-    assert build("length").scores([question()], [["abc"]])[0].tolist() == [3.0]
+    assert build_ranker("length").scores([question()], [["abc"]])[0].tolist() == [3.0]
     with pytest.raises(FeedbackError, match="pip install vaderSentiment"):
-        build("sentiment")
+        build_ranker("sentiment")
 
 
 @pytest.mark.parametrize(
@@ -137,4 +137,4 @@ def test_prompts_candidates_and_rows_must_be_as_many():
 
 def test_one_string_is_not_a_list_of_candidates():
     with pytest.raises(FeedbackError, match="prompt 'p1': the candidates are one string"):
-        build("length").scores(TWO, [["a", "b"], "cd"])
+        build_ranker("length").scores(TWO, [["a", "b"], "cd"])

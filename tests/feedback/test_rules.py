@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selm_jax.feedback import rules
-from selm_jax.feedback.ranker import FeedbackError, Question, build, check_asked
+from selm_jax.feedback.ranker import FeedbackError, Question, build_ranker, check_asked
 from selm_jax.text.prompts import load_prompts
 
 
@@ -65,7 +65,7 @@ class TestLength:
     @pytest.mark.parametrize("target", [-1, True])
     def test_bad_target(self, target):
         with pytest.raises(FeedbackError, match="target is"):
-            build("length", target=target)
+            build_ranker("length", target=target)
 
 
 class TestRegex:
@@ -96,7 +96,7 @@ class TestRegex:
 
     def test_a_pattern_of_a_yaml_number_is_refused(self):
         with pytest.raises(Exception, match="42"):  # our check, or the annotations' where checked
-            build("regex", pattern=42)
+            build_ranker("regex", pattern=42)
 
 
 def follow(*instructions, **settings):
@@ -106,7 +106,7 @@ def follow(*instructions, **settings):
         "instruction_id_list": [name for name, _ in instructions],
         "kwargs": [arguments for _, arguments in instructions],
     }
-    return build("verifiable", **settings), question(**columns)
+    return build_ranker("verifiable", **settings), question(**columns)
 
 
 NO_COMMA = ("punctuation:no_comma", {"num_words": None, "relation": None})
@@ -139,17 +139,19 @@ class TestVerifiable:
 
     def test_the_same_instructions_for_every_prompt(self):
         follow()
-        ranker = build("verifiable", instructions={NO_COMMA[0]: {}, TWO_WORDS[0]: TWO_WORDS[1]})
+        ranker = build_ranker(
+            "verifiable", instructions={NO_COMMA[0]: {}, TWO_WORDS[0]: TWO_WORDS[1]}
+        )
         for _ in range(2):
             assert ranker.scores([question()], [["a b", "a, b, c"]])[0].tolist() == [1.0, 0.0]
         with pytest.raises(FeedbackError, match="lacks its arguments num_words, relation"):
-            build("verifiable", instructions={TWO_WORDS[0]: {}})
+            build_ranker("verifiable", instructions={TWO_WORDS[0]: {}})
         with pytest.raises(FeedbackError, match="instructions: found 0 instruction ids"):
-            build("verifiable", instructions={})
+            build_ranker("verifiable", instructions={})
 
     def test_columns_by_other_names(self):
         follow()
-        ranker = build("verifiable", ids="what", kwargs="how")
+        ranker = build_ranker("verifiable", ids="what", kwargs="how")
         asked = question(what=[NO_COMMA[0]], how=[None])
         assert ranker.scores([asked], [["a", "a,"]])[0].tolist() == [1.0, 0.0]
 
@@ -200,13 +202,13 @@ class TestVerifiable:
     def test_rows_are_looked_at_before_there_are_answers(self):
         ranker, asked = follow(NO_COMMA)
         bad = question(id="p7", instruction_id_list="none", kwargs=[{}])
-        mixed = build("mixture", parts=[{"ranker": "length"}, {"ranker": "verifiable"}])
+        mixed = build_ranker("mixture", parts=[{"ranker": "length"}, {"ranker": "verifiable"}])
         for each in (ranker, mixed):
             check_asked(each, [asked])
             with pytest.raises(FeedbackError, match="'p7': .*'none'; expected a list of texts"):
                 check_asked(each, [asked, bad])
-        check_asked(build("verifiable", instructions={NO_COMMA[0]: {}}), [bad])
-        check_asked(build("length"), [bad])
+        check_asked(build_ranker("verifiable", instructions={NO_COMMA[0]: {}}), [bad])
+        check_asked(build_ranker("length"), [bad])
 
     def test_a_row_without_instructions(self):
         ranker, _ = follow()
@@ -229,11 +231,11 @@ class TestVerifiable:
     def test_without_the_extra_it_says_what_to_install(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "if_verifiable", None)
         with pytest.raises(FeedbackError, match="pip install if-verifiable"):
-            build("verifiable")
+            build_ranker("verifiable")
 
     def test_unknown_score(self):
         with pytest.raises(FeedbackError, match="'partial_strikt'; did you mean 'partial_strict'"):
-            build("verifiable", score="partial_strikt")
+            build_ranker("verifiable", score="partial_strikt")
 
 
 def test_a_rules_own_error_is_kept_as_the_cause():

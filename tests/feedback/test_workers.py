@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from selm_jax.feedback import workers
-from selm_jax.feedback.ranker import FeedbackError, Question, build
+from selm_jax.feedback.ranker import FeedbackError, Question, build_ranker
 
 MODULE = """
 import json, math, os, subprocess, sys, time
@@ -116,7 +116,7 @@ HERE_AND_THERE = pytest.mark.parametrize("count", [0, 2])
 
 @HERE_AND_THERE
 def test_gets_prompt_response_and_row(rules, count):
-    ranker = build(f"{rules}:good", workers=count)
+    ranker = build_ranker(f"{rules}:good", workers=count)
     assert ranker.name == f"{rules}:good"
     questions = [question("four", "a", weight=10), question("", "b", weight=1)]
     scores = ranker.scores(questions, [["x", "xy"], ["xyz"]])
@@ -127,7 +127,7 @@ def test_gets_prompt_response_and_row(rules, count):
 @HERE_AND_THERE
 def test_cannot_change_the_row_of_the_next_candidate(rules, count):
     row = {"weight": 5}
-    ranker = build(f"{rules}:spoils_its_row", workers=count)
+    ranker = build_ranker(f"{rules}:spoils_its_row", workers=count)
     (scores,) = ranker.scores([Question("q", (), row, "p")], [["a", "b"]])
     assert scores.tolist() == [6.0, 6.0] and row == {"weight": 5}
 
@@ -136,14 +136,14 @@ def test_cannot_change_the_row_of_the_next_candidate(rules, count):
 def test_cannot_change_a_list_of_the_next_candidate(rules, settings):
     row = {"given": [{"n": 5}]}
     name = "spoils_their_lists" if settings else "spoils_its_list"
-    ranker = build(f"{rules}:{name}", workers=0, **settings)
+    ranker = build_ranker(f"{rules}:{name}", workers=0, **settings)
     (scores,) = ranker.scores([Question("q", (), row, "p")], [["a", "b"]])
     assert scores.tolist() == [6.0, 6.0] and row == {"given": [{"n": 5}]}
 
 
 def test_runs_in_as_many_processes_as_asked_and_by_default_in_one_of_its_own(rules):
     for settings, expected in [({"workers": 3}, 3), ({}, 1), ({"workers": 0}, 0)]:
-        found = build(f"{rules}:who", **settings).scores([question()], [["x"] * 60])
+        found = build_ranker(f"{rules}:who", **settings).scores([question()], [["x"] * 60])
         others = {int(pid) for pid in found[0]} - {os.getpid()}
         assert len(others) == expected
         for pid in others:
@@ -155,13 +155,13 @@ def test_order_is_kept_however_many_work(rules):
     texts = [["x" * i for i in range(j % 7)] for j in range(50)]
     questions = [question("", str(j), weight=1) for j in range(50)]
     for count in (1, 3):
-        found = build(f"{rules}:good", workers=count).scores(questions, texts)
+        found = build_ranker(f"{rules}:good", workers=count).scores(questions, texts)
         assert [each.tolist() for each in found] == [[len(t) for t in each] for each in texts]
 
 
 def test_nothing_to_judge_starts_nothing(rules):
-    assert build(f"{rules}:good").scores([], []) == []
-    assert build(f"{rules}:good").scores([question()], [[]])[0].shape == (0,)
+    assert build_ranker(f"{rules}:good").scores([], []) == []
+    assert build_ranker(f"{rules}:good").scores([question()], [[]])[0].shape == (0,)
 
 
 @HERE_AND_THERE
@@ -176,7 +176,7 @@ def test_a_fault_names_rule_prompt_and_candidate(rules, name, what, count):
     path = f"{rules}:{name}"
     questions = [question(id="ok"), question(id="row-17")]
     with pytest.raises(FeedbackError) as caught:
-        build(path, workers=count).scores(questions, [["fine"], ["fine", "fine", "bad"]])
+        build_ranker(path, workers=count).scores(questions, [["fine"], ["fine", "fine", "bad"]])
     assert str(caught.value).startswith(f"ranker '{path}', prompt 'row-17', candidate 2: {what}")
     if name == "raises" and count:
         assert 'return row["no_such_column"]' in caught.value.__notes__[0]
@@ -187,7 +187,7 @@ def test_a_fault_names_rule_prompt_and_candidate(rules, name, what, count):
 @pytest.mark.parametrize(("name", "what"), [("nothing", "None"), ("word", "'7/10'")])
 def test_what_is_no_number_is_shown(rules, name, what):
     with pytest.raises(FeedbackError, match=f"candidate 0: the score is {what}"):
-        build(f"{rules}:{name}", workers=0).scores([question()], [["a"]])
+        build_ranker(f"{rules}:{name}", workers=0).scores([question()], [["a"]])
 
 
 def gone(pid):
@@ -209,7 +209,7 @@ def wait_until(done, seconds=20):
 def test_a_call_that_takes_too_long_is_stopped_with_all_it_started(rules, tmp_path):
     file = tmp_path / "pids.json"
     questions = [question(id="ok"), question(id="row-17", file=str(file))]
-    ranker = build(f"{rules}:hangs", workers=2, timeout=0.5)
+    ranker = build_ranker(f"{rules}:hangs", workers=2, timeout=0.5)
     began = time.monotonic()
     with pytest.raises(FeedbackError) as caught:
         ranker.scores(questions, [["fine"] * 5, ["fine", "bad " + "x" * 99]])
@@ -228,20 +228,20 @@ def test_a_call_that_takes_too_long_is_stopped_with_all_it_started(rules, tmp_pa
 )
 def test_a_process_that_dies_names_what_it_was_at(rules, name, how):
     with pytest.raises(FeedbackError, match=rf"prompt 'p0', candidate \d: .* died \({how}"):
-        build(f"{rules}:{name}").scores([question()], [["fine", "bad"]])
+        build_ranker(f"{rules}:{name}").scores([question()], [["fine", "bad"]])
 
 
 def test_a_row_that_cannot_travel(rules):
     row = {"weight": 1, "hook": lambda: 0}
-    ranker = build(f"{rules}:good")
+    ranker = build_ranker(f"{rules}:good")
     with pytest.raises(FeedbackError, match="'p', candidate 0: the row cannot be sent.*workers: 0"):
         ranker.scores([Question("q", (), row, "p")], [["a"]])
-    here = build(f"{rules}:good", workers=0)
+    here = build_ranker(f"{rules}:good", workers=0)
     assert here.scores([Question("q", (), row, "p")], [["a"]])[0].tolist() == [2.0]
 
 
 def test_a_module_that_is_there_no_more(rules, tmp_path):
-    ranker = build(f"{rules}:good")
+    ranker = build_ranker(f"{rules}:good")
     (tmp_path / "house_rules" / "taste.py").write_text("good = None\n")
     with pytest.raises(FeedbackError, match="is a NoneType; expected a Python function"):
         ranker.scores([question(weight=1)], [["a"]])
@@ -249,16 +249,16 @@ def test_a_module_that_is_there_no_more(rules, tmp_path):
 
 @pytest.mark.slow
 def test_in_a_worker_jax_sees_the_cpu_alone(rules):
-    assert build(f"{rules}:devices").scores([question()], [["a"]])[0].tolist() == [1.0]
+    assert build_ranker(f"{rules}:devices").scores([question()], [["a"]])[0].tolist() == [1.0]
 
 
 ORPHAN = """
 import sys
-from selm_jax.feedback.ranker import Question, build
+from selm_jax.feedback.ranker import Question, build_ranker
 if __name__ == "__main__":
     sys.path.insert(0, sys.argv[1])
     row = {"file": sys.argv[2]}
-    build("house_rules.taste:hangs").scores([Question("q", (), row, "p")], [["bad"]])
+    build_ranker("house_rules.taste:hangs").scores([Question("q", (), row, "p")], [["bad"]])
 """
 
 
@@ -276,7 +276,7 @@ def test_a_killed_run_leaves_no_process_behind(rules, tmp_path):
 class TestVectorised:
     @HERE_AND_THERE
     def test_takes_lists_over_all_prompts(self, rules, count):
-        ranker = build(f"{rules}:many", workers=count, vectorised=True, batch=4)
+        ranker = build_ranker(f"{rules}:many", workers=count, vectorised=True, batch=4)
         questions = [question("", "a", weight=1), question("q", "b", weight=2)]
         found = ranker.scores(questions, [["", "x", "xx"], ["", "x", "xx"]])
         # four in the first call, two in the second
@@ -286,16 +286,16 @@ class TestVectorised:
         ]
 
     def test_an_array_is_a_list(self, rules):
-        ranker = build(f"{rules}:an_array", vectorised=True)
+        ranker = build_ranker(f"{rules}:an_array", vectorised=True)
         assert ranker.scores([question()], [["a", "b"]])[0].tolist() == [0.0, 1.0]
 
     def test_too_few_and_a_bad_one(self, rules):
         with pytest.raises(FeedbackError, match=r"candidate 0, and 2 more: .*\[1.0, 1.0\].* of 3"):
-            build(f"{rules}:too_few", workers=0, vectorised=True).scores(
+            build_ranker(f"{rules}:too_few", workers=0, vectorised=True).scores(
                 [question()], [["a", "b", "c"]]
             )
         with pytest.raises(FeedbackError, match="prompt 'p0', candidate 1: the score is inf"):
-            build(f"{rules}:one_bad", vectorised=True).scores([question()], [["a", "bad"]])
+            build_ranker(f"{rules}:one_bad", vectorised=True).scores([question()], [["a", "bad"]])
 
 
 class TestBuilding:
@@ -316,7 +316,7 @@ class TestBuilding:
     )
     def test_bad_paths_are_found_when_the_ranker_is_built(self, rules, path, what):
         with pytest.raises(FeedbackError, match=what):
-            build(path)
+            build_ranker(path)
 
     @pytest.mark.parametrize(
         ("settings", "what"),
@@ -334,9 +334,9 @@ class TestBuilding:
     )
     def test_settings(self, rules, settings, what):
         with pytest.raises(FeedbackError, match=what):
-            build(f"{rules}:good", **settings)
+            build_ranker(f"{rules}:good", **settings)
 
     def test_a_process_that_does_not_start(self, rules, monkeypatch):
         monkeypatch.setattr(workers, "_START_SECONDS", 0.0)
         with pytest.raises(FeedbackError, match="its process did not start within 0 s"):
-            build(f"{rules}:good").scores([question()], [["a"]])
+            build_ranker(f"{rules}:good").scores([question()], [["a"]])

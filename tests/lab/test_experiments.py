@@ -12,7 +12,8 @@ from selm_jax.lab import command, experiments, plots, stats
 from selm_jax.lab.algorithms import Length
 from selm_jax.lab.worlds import WorldShape
 from selm_jax.objectives.build import build_objective
-from selm_jax.objectives.losses import ROLES, Logps, Objective
+from selm_jax.objectives.losses import Logps, Objective
+from selm_jax.objectives.roles import ROLES
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"shape": WorldShape(prompts=2, responses=6), "length": Length(3, 2, 4)}

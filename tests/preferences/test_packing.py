@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from selm_jax.models.attention import Sight
 from selm_jax.models.decoder import Decoder
 from selm_jax.objectives.build import build_objective
-from selm_jax.objectives.losses import ROLES, Logps
+from selm_jax.objectives.losses import Logps
+from selm_jax.objectives.roles import ROLES
 from selm_jax.preferences.examples import Example, ExampleError
 from selm_jax.preferences.packing import Shape, assign_rows, common_shape, pack, unpack
 from selm_jax.training.update import loss_sums, response_logps
@@ -111,7 +112,9 @@ def test_every_example_stands_whole_in_exactly_one_row(found):
 @settings(max_examples=100, deadline=None)
 def test_unpack_undoes_pack(found):
     batches = pack(found, SHAPE)
-    assert unpack(found, SHAPE, [b.reference for b in batches]) == [e.reference for e in found]
+    assert unpack(found, SHAPE, [b.reference for b in batches]) == [
+        e.reference_logps for e in found
+    ]
 
 
 @given(examples())
@@ -226,7 +229,7 @@ def test_the_common_shape_fits_every_group(groups):
     shape = common_shape(groups, rows=3, time=SHAPE.time)
     for group in groups:
         assert unpack(group, shape, [b.reference for b in pack(group, shape)]) == [
-            e.reference for e in group
+            e.reference_logps for e in group
         ]
 
 
@@ -347,7 +350,7 @@ def test_gradients_of_every_objective_are_those_of_the_slow_path(gradients, spre
         for i, e in enumerate(found):
             played[i] = [first[i] + e.roles[role] for role in ROLES]
         reference = np.zeros(MOST, np.float32)
-        reference[: first[-1]] = [x for e in found for x in e.reference]
+        reference[: first[-1]] = [x for e in found for x in e.reference_logps]
         weight = (np.arange(6) < len(found)).astype(np.float32)
         expected = slow(spread(found, MOST, LONGEST), played, reference, weight)
 

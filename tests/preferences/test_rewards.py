@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from selm_jax.models.config import ScalarHead
 from selm_jax.models.decoder import Decoder, rewards, unembedding
 from selm_jax.objectives.build import build_objective
-from selm_jax.preferences.examples import ROLES, Example
+from selm_jax.objectives.roles import ROLES
+from selm_jax.preferences.examples import Example
 from selm_jax.preferences.packing import Shape, common_shape, pack, unpack
 from selm_jax.preferences.rewards import response_rewards, split
 from selm_jax.training.update import make_update

@@ -13,7 +13,7 @@ from jaxtyping import TypeCheckError
 from selm_jax.config import ExploreName, RuleName
 from selm_jax.feedback.ranker import FeedbackError
 from selm_jax.preferences import selection as pairs
-from selm_jax.preferences.candidates import SOURCES, Candidate, Dropped, Pair, distinct
+from selm_jax.preferences.candidates import SOURCES, Candidate, Dropped, Pair
 from selm_jax.preferences.labels import label
 from selm_jax.preferences.selection import EXPLORES, RULES, place, ranks
 from selm_jax.preferences.selection_report import Report
@@ -202,7 +202,6 @@ class TestAllTie:
     def test_is_kept_by_the_authors_rule_and_counted(self):
         result = select(self.same, [0.5] * 3, ties="first")
         assert result == Pair(0, 0, 0)
-        assert distinct(self.same, result) == ([0], {"chosen": 0, "rejected": 0, "explore": 0})
         report = Report()
         report.add(self.same, [0.5] * 3, result)
         counts = report.as_dict()
@@ -427,44 +426,26 @@ class TestCandidate:
             Dropped("ties")
 
 
-class TestDistinct:
-    @given(prompts(), st.data())
-    def test_exact(self, prompt, data):
+class TestIdentity:
+    @given(prompts())
+    def test_it_is_equal_exactly_for_the_same_response(self, prompt):
         candidates, _ = prompt
-        index = st.integers(0, len(candidates) - 1)
-        pair = Pair(data.draw(index), data.draw(index), data.draw(index))
-        keep, roles = distinct(candidates, pair)
-
-        def same(i, j):
-            a, b = candidates[i], candidates[j]
-            if a.token_ids is None or b.token_ids is None:
-                return a.token_ids is b.token_ids and a.text == b.text
-            return a.token_ids == b.token_ids
-
-        in_order = [pair.chosen, pair.rejected, pair.explore]
-        # No response twice, none lost, none that plays no role.
-        assert not any(same(i, j) for n, i in enumerate(keep) for j in keep[:n])
-        assert list(roles) == ["chosen", "rejected", "explore"]
-        for role, index in zip(roles, in_order, strict=True):
-            assert same(keep[roles[role]], index)
-        assert set(roles.values()) == set(range(len(keep)))
-        # First seen first: the places in `keep` appear in rising order.
-        assert list(dict.fromkeys(roles.values())) == list(range(len(keep)))
-        assert keep == [i for i in dict.fromkeys(in_order) if i in keep]
+        for a in candidates:
+            for b in candidates:
+                if a.token_ids is None or b.token_ids is None:
+                    same = a.token_ids is b.token_ids and a.text == b.text
+                else:
+                    same = a.token_ids == b.token_ids
+                assert (a.identity == b.identity) == same
 
     def test_ids_decide_where_there_are_ids(self):
-        made = [candidate(text="a", ids=(1,)), candidate("chosen", "a", ids=(2,))]
-        assert distinct(made, Pair(1, 0, 0)) == (
-            [1, 0],
-            {"chosen": 0, "rejected": 1, "explore": 1},
-        )
+        one, other = candidate(text="a", ids=(1,)), candidate("chosen", "a", ids=(2,))
+        assert one.identity != other.identity
+        assert one.identity == candidate("sample", "b", ids=(1,)).identity
 
     def test_ids_and_bare_text_are_never_the_same(self):
-        made = [candidate(text="a", ids=(1,)), candidate("chosen", "a"), candidate("sample", "a")]
-        assert distinct(made, Pair(0, 1, 2)) == (
-            [0, 1],
-            {"chosen": 0, "rejected": 1, "explore": 1},
-        )
+        with_ids, bare = candidate(text="a", ids=(1,)), candidate("chosen", "a")
+        assert with_ids.identity != bare.identity == candidate("sample", "a").identity
 
 
 class TestReport:

@@ -57,7 +57,7 @@ def test_a_fixed_reference_is_the_start_model_in_every_iteration(fixed):
     for t in (1, 2):
         examples = read_examples(fixed.folder.iteration(t) / "examples.parquet")
         for e, again in zip(examples, tiny.logps_of(fixed, params, examples), strict=True):
-            np.testing.assert_allclose(e.reference, again, rtol=1e-6, atol=1e-5)
+            np.testing.assert_allclose(e.reference_logps, again, rtol=1e-6, atol=1e-5)
     first = {m["iteration"]: m for m in lines_of(fixed) if m["step"] == 1}
     assert first[1]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert abs(first[2]["optimism/reward"]) > 1e-4  # the policy has left it already
@@ -98,7 +98,7 @@ def test_stepwise_dpo_moves_the_reference_and_keeps_the_data(tmp_path):
         seen += [e.prompt_id for e in examples]
         params = run.programs.load(run.policy(t - 1).path)
         for e, again in zip(examples, tiny.logps_of(run, params, examples), strict=True):
-            np.testing.assert_allclose(e.reference, again, rtol=1e-6, atol=1e-5)
+            np.testing.assert_allclose(e.reference_logps, again, rtol=1e-6, atol=1e-5)
             text = {role: run.chat.text(e.responses[i]) for role, i in e.roles.items()}
             assert text == {role: rows[int(e.prompt_id[1:])][role] for role in text}
         counts = json.loads((run.folder.iteration(t) / "stage.json").read_text())["generate"][

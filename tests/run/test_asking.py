@@ -20,7 +20,7 @@ from selm_jax.parallel.multihost import Stopped
 from selm_jax.run.inputs import LazyRanker
 from selm_jax.run.run import Run
 from selm_jax.shell import artifacts, parts
-from selm_jax.shell.store import Store
+from selm_jax.shell.shared_stages import SharedStages
 from selm_jax.stages import asking
 from selm_jax.stages.rank import rank as rank_stage
 from selm_jax.stages.step import Step
@@ -297,7 +297,7 @@ def test_a_users_rule_is_asked_in_parts_too(rank, monkeypatch, tmp_path):
 
 def test_what_another_run_has_finished_leaves_no_parts_behind(rank, tmp_path):
     """In a sweep: a run that was stopped in its second part takes what a run beside it has done."""
-    store = Store(tmp_path / "store")
+    store = SharedStages(tmp_path / "store")
     with pytest.raises(RuntimeError):
         rank("stopped", Counting({2: fails}), FOUR, store=store)
     expected = outcome(rank("beside", Counting(), store=store))
@@ -307,7 +307,7 @@ def test_what_another_run_has_finished_leaves_no_parts_behind(rank, tmp_path):
 
 def test_a_kill_between_the_store_and_the_record(rank, tmp_path, monkeypatch):
     """The run takes its own work back, as its own, and leaves no half-made file."""
-    store = Store(tmp_path / "store")
+    store = SharedStages(tmp_path / "store")
     expected = outcome(rank("whole", Counting(), store=store))
     shutil.rmtree(store.folder)
     with monkeypatch.context() as patch:
@@ -327,7 +327,7 @@ def test_a_kill_between_the_store_and_the_record(rank, tmp_path, monkeypatch):
                                   '{"about": {}}', '{"outputs": {"../x": "1"}, "about": {}}',
                                   '{"outputs": {"ranked.parquet": 3}, "about": {}}'])  # fmt: skip
 def test_an_entry_that_is_damaged_is_made_anew(rank, tmp_path, text):
-    store = Store(tmp_path / "store")
+    store = SharedStages(tmp_path / "store")
     expected = outcome(rank("one", Counting(), store=store))
     (entry,) = store.folder.glob("*/entry.json")
     good = artifacts.read_sealed(entry)

@@ -95,7 +95,7 @@ def test_the_policy_moves_and_becomes_the_next_reference(finished):
 
     again = tiny.logps_of(run, params, examples)
     for stored, now in zip(examples, again, strict=True):
-        np.testing.assert_allclose(stored.reference, now, rtol=1e-6, atol=1e-5)
+        np.testing.assert_allclose(stored.reference_logps, now, rtol=1e-6, atol=1e-5)
 
 
 def test_what_is_trained_on_is_what_was_generated(finished):
@@ -280,7 +280,7 @@ def test_a_base_model_is_taught_the_data_sets_answers(finished, tmp_path):
     assert len(examples) == 16
     end = run.chat.stop_ids[0]
     for example in examples:
-        assert example.reference is None and dict(example.roles) == {"chosen": 0}
+        assert example.reference_logps is None and dict(example.roles) == {"chosen": 0}
         assert run.chat.text(example.responses[0]) == "A kind answer."
         assert example.responses[0][-1] == end
     # The first loss is the start model's mean over all answer tokens, and over no other.

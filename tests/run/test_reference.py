@@ -51,7 +51,7 @@ def spoil(model: Model) -> None:
 @pytest.mark.parametrize("fixed", [True, False], ids=["start", "previous"])
 def test_the_digest_is_that_of_the_reference(scored, fixed):
     run = scored(fixed)
-    assert table.reference_of(run.examples.path) == run.reference.digest
+    assert table.reference_digest(run.examples.path) == run.reference.digest
     run.check()
     spoil(run.reference)
     with pytest.raises(

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from selm_jax import config
 from selm_jax.commands import preview
-from selm_jax.feedback.ranker import Question, build
+from selm_jax.feedback.ranker import Question, build_ranker
 from selm_jax.iterate import iterate
 from selm_jax.models.config import ScalarHead
 from selm_jax.models.families import read_config
@@ -106,7 +106,7 @@ def test_what_is_trained_on_are_whole_conversations_and_the_datas_scores(trained
     assert len(examples) == 96
     for e in examples:
         row = rows[e.prompt_id]
-        assert e.reference is None and e.scores == (row["good"], row["bad"])
+        assert e.reference_logps is None and e.scores == (row["good"], row["bad"])
         for role in ("chosen", "rejected"):
             whole = run.chat.tokenizer.decode([*e.prompt, *e.responses[e.roles[role]]])
             assert whole == (
@@ -133,7 +133,7 @@ def test_transformers_reads_the_same_scores_from_the_exported_folder(trained):
         for row in held
     ]
     answers = [[row["chosen"], row["rejected"]] for row in held]
-    ours = build("reward_model", source=str(folder)).scores(questions, answers)
+    ours = build_ranker("reward_model", source=str(folder)).scores(questions, answers)
     for row, texts, scores in zip(held, answers, ours, strict=True):
         stored = [row["reward_chosen"], row["reward_rejected"]]
         np.testing.assert_allclose(scores, stored, atol=1e-4)  # packed rows say the same

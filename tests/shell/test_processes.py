@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from selm_jax.feedback.ranker import FeedbackError, Question, build
+from selm_jax.feedback.ranker import FeedbackError, Question, build_ranker
 from selm_jax.shell import processes
 
 RULES = """
@@ -48,11 +48,11 @@ def hangs(prompt, response, row):
 RUN = """
 import sys
 from selm_jax.shell import processes
-from selm_jax.feedback.ranker import Question, build
+from selm_jax.feedback.ranker import Question, build_ranker
 if __name__ == "__main__":
     sys.path.insert(0, sys.argv[1])
     row = {"file": sys.argv[2]}
-    build("leaving_rules:hangs").scores([Question("q", (), row, "p")], [["1"]])
+    build_ranker("leaving_rules:hangs").scores([Question("q", (), row, "p")], [["1"]])
 """
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="daemons are found on Linux alone")
@@ -86,7 +86,7 @@ def gone(file, seconds=30):
 
 def asked(name, file, texts, **settings):
     questions = [Question("q", (), {"file": str(file)}, "p")]
-    return build(f"leaving_rules:{name}", **settings).scores(questions, [texts])
+    return build_ranker(f"leaving_rules:{name}", **settings).scores(questions, [texts])
 
 
 def test_daemons_end_with_the_ranking(file):

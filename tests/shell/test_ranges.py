@@ -192,7 +192,7 @@ GIVEN = {  # what must be given besides
 
 @pytest.mark.parametrize("kind,name,key", SETTINGS)
 def test_numbers_of_losses_and_rankers_are_checked_when_they_are_built(kind, name, key):
-    build = {"objective": objectives.build_objective, "ranker": ranker.build}[kind]
+    build = {"objective": objectives.build_objective, "ranker": ranker.build_ranker}[kind]
     given = dict(GIVEN.get(name, {}))
     if kind == "objective":
         needed = inspect.signature(TABLE[name]).parameters.items()
@@ -206,7 +206,7 @@ def test_the_weight_of_a_part_is_a_number():
     for value in (math.nan, math.inf, True, "1", None):
         parts = [{"ranker": "length", "weight": value}]
         with pytest.raises(FeedbackError, match="part 1: weight is .*; expected a finite number"):
-            ranker.build("mixture", parts=parts)
+            ranker.build_ranker("mixture", parts=parts)
 
 
 def test_every_number_of_a_builder_has_a_range():

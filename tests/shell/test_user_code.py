@@ -67,13 +67,13 @@ def test_what_is_no_function_of_yours_is_refused_by_all_who_import_by_name(mine,
     with pytest.raises(UserCodeError, match=said):
         function_at(path)
     with pytest.raises(FeedbackError, match=said):
-        ranker.build(path)
+        ranker.build_ranker(path)
     with pytest.raises(ObjectiveError, match=said):
         objectives.build_objective(path)
     with pytest.raises(ObjectiveError, match=said):
         objectives.build_objective(f"dpo+{path}", beta=0.1)
     with pytest.raises(FeedbackError, match=said):
-        ranker.build("mixture", parts=[{"ranker": path}])
+        ranker.build_ranker("mixture", parts=[{"ranker": path}])
 
 
 def test_nothing_is_imported_to_refuse_what_is_not_yours(tmp_path):

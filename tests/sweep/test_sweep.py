@@ -31,7 +31,7 @@ from selm_jax.rollout.engine import Engine
 from selm_jax.run.rows import RunError
 from selm_jax.run.run import Run
 from selm_jax.shell.artifacts import Stages
-from selm_jax.shell.store import Store
+from selm_jax.shell.shared_stages import SharedStages
 from selm_jax.statistics.intervals import pooled
 from selm_jax.sweep import SweepError, sweep, write
 from selm_jax.sweep.grid import read_sweep
@@ -261,7 +261,7 @@ def test_the_papers_figures_of_its_runs(finished, tmp_path):
         for row in mine:
             (e,) = (e for e in examples if e.prompt_id == row["prompt_id"])
             policy = logps[1][examples.index(e)][e.roles[role]]
-            reward = 0.1 * (policy - e.reference[e.roles[role]])
+            reward = 0.1 * (policy - e.reference_logps[e.roles[role]])
             assert float(row["reward"]) == pytest.approx(reward, abs=1e-5)
 
 
@@ -309,7 +309,7 @@ class Stop(Exception):
 def test_a_sweep_that_was_stopped_goes_on_to_the_same_bytes(finished, tmp_path, monkeypatch):
     done, _ = finished
     file = sweep_file(tmp_path, seeds=[SEEDS[0]], set=ONE)
-    put, puts = Store.put, []
+    put, puts = SharedStages.put, []
 
     def stopping(self, key, *rest):
         puts.append(key)
@@ -317,7 +317,7 @@ def test_a_sweep_that_was_stopped_goes_on_to_the_same_bytes(finished, tmp_path, 
             raise Stop
         put(self, key, *rest)
 
-    monkeypatch.setattr(Store, "put", stopping)
+    monkeypatch.setattr(SharedStages, "put", stopping)
     with pytest.raises(Stop):
         sweep(read_sweep(file), QUIET)
     sweep(read_sweep(file), QUIET)
@@ -437,7 +437,7 @@ def test_it_ends_with_its_table(finished, capsys):
 
 
 def test_a_store_never_hands_out_what_was_damaged(tmp_path):
-    store, out = Store(tmp_path / "store"), tmp_path / "out.txt"
+    store, out = SharedStages(tmp_path / "store"), tmp_path / "out.txt"
     out.write_text("right")
     key = store.key(stage="x", settings={"a": 1})
     assert (

@@ -73,7 +73,7 @@ def test_the_examples_of_a_run_read_back_equal(runs, tmp_path):
         file = run.folder.iteration(1) / "examples.parquet"
         found = examples.read(file)
         assert found
-        examples.write(tmp_path / "again.parquet", found, examples.reference_of(file))
+        examples.write(tmp_path / "again.parquet", found, examples.reference_digest(file))
         assert examples.read(tmp_path / "again.parquet") == found
         assert (tmp_path / "again.parquet").read_bytes() == file.read_bytes()
 

@@ -159,10 +159,11 @@ def test_examples_are_read_back_with_the_model_that_scored_them(tmp_path):
     file = tmp_path / "examples.parquet"
     examples.write(file, EXAMPLES, "abc")
     assert examples.read(file) == EXAMPLES
-    assert examples.reference_of(file) == "abc" and examples.start_of(file) == ""
+    assert examples.reference_digest(file) == "abc" and examples.start_digest(file) == ""
     rows = [
         dataclasses.asdict(e)
         | {role: e.roles.get(role) for role in ("chosen", "rejected", "explore")}
+        | {"reference": e.reference_logps}
         for e in EXAMPLES
     ]
     schema = examples.SCHEMA.with_metadata({"digest of the reference": "abc"})

@@ -16,7 +16,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from selm_jax.models.decoder import Decoder, abstract_params
 from selm_jax.objectives.build import build_objective
-from selm_jax.objectives.losses import ROLES, Objective
+from selm_jax.objectives.losses import Objective
+from selm_jax.objectives.roles import ROLES
 from selm_jax.parallel.mesh import make_mesh
 from selm_jax.parallel.rules import TRAINING, partition, shardings
 from selm_jax.preferences.examples import Example
@@ -91,7 +92,7 @@ def scored(update, params, examples):
     """The examples with their log-probabilities under `params` as reference."""
     batches = pack(examples, SHAPE)
     found = unpack(examples, SHAPE, [np.asarray(update.logps(params, b)) for b in batches])
-    return [dataclasses.replace(e, reference=r) for e, r in zip(examples, found, strict=True)]
+    return [dataclasses.replace(e, reference_logps=r) for e, r in zip(examples, found, strict=True)]
 
 
 # --- means -------------------------------------------------------------------------------------
@@ -122,7 +123,8 @@ def test_responses_that_explore_together_give_the_mean_of_each_alone(world):
     params = world.fresh()
     examples = scored(update, params, some_examples())
     shifted = [
-        dataclasses.replace(e, reference=tuple(r + 1 for r in e.reference)) for e in examples
+        dataclasses.replace(e, reference_logps=tuple(r + 1 for r in e.reference_logps))
+        for e in examples
     ]
     explored = (2, 0, 2, 1)
     together = [dataclasses.replace(e, explored=explored) for e in shifted]
@@ -142,7 +144,7 @@ def test_the_loss_of_sft_is_the_mean_over_tokens(world):
     examples = some_examples()
     params = world.fresh()
     _, sums = totals(update, params, pack(examples, SHAPE), examples)
-    chosen = sum(float(e.reference[0]) for e in scored(world("selm")[0], params, examples))
+    chosen = sum(float(e.reference_logps[0]) for e in scored(world("selm")[0], params, examples))
     tokens = sum(len(e.responses[0]) for e in examples)
     np.testing.assert_allclose(sums["loss"] / sums["examples"], -chosen / tokens, rtol=1e-5)
 
@@ -151,14 +153,14 @@ def test_metrics_are_means_over_examples(world):
     update, step = world("selm")
     examples = some_examples()
     params = world.fresh()
-    logps = [e.reference for e in scored(update, params, examples)]
+    logps = [e.reference_logps for e in scored(update, params, examples)]
     gradients, sums = totals(update, params, pack(examples, SHAPE), examples)
     norm = math.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(gradients)))
     _, metrics = update.apply(TrainState.create(params, step), gradients, sums, np.float32(0))
 
     def ratio(role):
         each = zip(logps, examples, strict=True)
-        return np.array([p[e.roles[role]] - e.reference[e.roles[role]] for p, e in each])
+        return np.array([p[e.roles[role]] - e.reference_logps[e.roles[role]] for p, e in each])
 
     margin = 0.1 * (ratio("chosen") - ratio("rejected"))
     expected = {
@@ -202,7 +204,7 @@ def test_a_live_reference_equals_a_stored_one(world):
     reference = world.fresh(seed=5)
     examples = scored(update, reference, some_examples())
     stored = totals(update, world.fresh(), pack(examples, SHAPE), examples)
-    unscored = [dataclasses.replace(e, reference=None) for e in examples]
+    unscored = [dataclasses.replace(e, reference_logps=None) for e in examples]
     live = totals(update, world.fresh(), pack(unscored, SHAPE), examples, reference)
     assert_close(live, stored, atol=1e-5)
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 from selm_jax.config import Labels, as_dict
+from selm_jax.objectives.roles import ROLES
 from selm_jax.preferences.candidates import Candidate, Dropped, FeedbackError, Pair
-from selm_jax.preferences.examples import ROLES
 from selm_jax.preferences.labels import label
 from selm_jax.preferences.selection import ranks
 from selm_jax.preferences.selection_report import Report

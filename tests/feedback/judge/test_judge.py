@@ -36,7 +36,7 @@ from selm_jax.feedback.judge.prompts import (
     weighted_preference,
 )
 from selm_jax.feedback.judge.ranker import judge
-from selm_jax.feedback.ranker import FeedbackError, Question, build, reported
+from selm_jax.feedback.ranker import FeedbackError, Question, build_ranker, reported
 from selm_jax.shell import endpoint
 
 KEY = "sk-0123456789-secret"
@@ -740,7 +740,7 @@ def longer_wins(body, _):
 def ranker(server, file):
     def make(**settings):
         quick = {"cache": str(file), "base_url": server.url, "backoff": 0.01, "timeout": 1.0}
-        return build("judge", model="m", **(quick | settings))
+        return build_ranker("judge", model="m", **(quick | settings))
 
     return make
 

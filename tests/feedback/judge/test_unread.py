@@ -12,7 +12,7 @@ from scripted_judge import Judge, reply
 from selm_jax.feedback.judge.answer import parse_completion
 from selm_jax.feedback.judge.budget import JudgeError
 from selm_jax.feedback.judge.unread import UnreadableJudge
-from selm_jax.feedback.ranker import Question, build, counted
+from selm_jax.feedback.ranker import Question, build_ranker, counted
 
 NAN = float("nan")
 
@@ -34,9 +34,9 @@ def ranker(judge, tmp_path):
         quick = {"base_url": judge.url, "retries": 0, "cache": str(tmp_path / "cache.sqlite")}
         about = quick | {"model": "m", "form": form, "template": str(template)} | settings
         if ranker == "judge":
-            return build("judge", **about)
+            return build_ranker("judge", **about)
         part = {"ranker": "judge", "settings": about, **ranker}
-        return build("mixture", parts=[{"ranker": "length"}, part])
+        return build_ranker("mixture", parts=[{"ranker": "length"}, part])
 
     return make
 

@@ -20,7 +20,7 @@ from tiny_pairrm import PREFIXES, WORDS, write_tokenizer
 from selm_jax.feedback.models import pairrm as module
 from selm_jax.feedback.models.pairrm import PairRM, mean_wins, pairrm
 from selm_jax.feedback.models.pairrm_inputs import conversation
-from selm_jax.feedback.ranker import FeedbackError, Question, build, prompts_together
+from selm_jax.feedback.ranker import FeedbackError, Question, build_ranker, prompts_together
 from selm_jax.models.config import UnsupportedModel
 from selm_jax.parallel.mesh import make_mesh
 from selm_jax.weights import deberta as weights
@@ -472,7 +472,9 @@ def test_bfloat16_ranks_as_float32_does(theirs, ours, tell):
 
 
 def test_it_is_a_ranker_by_name(theirs):
-    ranker = build("pairrm", folder=str(theirs.folder), compat="llm_blender", dtype="float32")
+    ranker = build_ranker(
+        "pairrm", folder=str(theirs.folder), compat="llm_blender", dtype="float32"
+    )
     assert ranker.name == "pairrm"
     assert ranker.scores([question("what")], [["a", "b"]])[0].shape == (2,)
 

@@ -13,7 +13,7 @@ import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
 
-from selm_jax.feedback.ranker import FeedbackError, Question, build
+from selm_jax.feedback.ranker import FeedbackError, Question, build_ranker
 from selm_jax.models.config import UnsupportedModel
 from selm_jax.parallel.mesh import make_mesh
 from selm_jax.text.prompts import Message
@@ -123,7 +123,7 @@ def theirs(model, ids: list[list[int]], side: str | None = None, pad: int = 0) -
 @pytest.mark.parametrize("family", FAMILIES)
 def test_scores_are_those_of_transformers(family, make, record_property):
     folder, model = make(family)
-    found = build("reward_model", source=str(folder)).scores(QUESTIONS, CANDIDATES)
+    found = build_ranker("reward_model", source=str(folder)).scores(QUESTIONS, CANDIDATES)
     assert [len(each) for each in found] == [8, 3, 8, 0]
     ours = np.concatenate(found)
     ids = [each for texts in conversations(folder) for each in texts]
@@ -142,7 +142,9 @@ def test_the_pad_token_is_passed_over_where_it_ends_a_text_too(pad, make):
     folder, model = make("llama", pad)
     ids = [each for texts in conversations(folder) for each in texts]
     assert all(each[-2:] == [END, NEWLINE] for each in ids)
-    ours = np.concatenate(build("reward_model", source=str(folder)).scores(QUESTIONS, CANDIDATES))
+    ours = np.concatenate(
+        build_ranker("reward_model", source=str(folder)).scores(QUESTIONS, CANDIDATES)
+    )
     np.testing.assert_allclose(ours, theirs(model, ids, pad=pad or 0), atol=ATOL)
     if pad is not None:
         for side in ("left", "right"):
@@ -157,12 +159,12 @@ def test_the_pad_token_is_passed_over_where_it_ends_a_text_too(pad, make):
 
 def test_no_neighbour_batch_or_mesh_changes_a_score(make, monkeypatch):
     folder, _ = make("gemma2")  # whose layers' windows are another way to see too much
-    ranker = build("reward_model", source=str(folder))
+    ranker = build_ranker("reward_model", source=str(folder))
     whole = ranker.scores(QUESTIONS, CANDIDATES)
     assert whole[0][1] == whole[0][3]  # equal texts, to the bit
     for other in (
-        build("reward_model", source=str(folder), batch=1),
-        build("reward_model", source=str(folder), data=2, fsdp=2, tensor=2),
+        build_ranker("reward_model", source=str(folder), batch=1),
+        build_ranker("reward_model", source=str(folder), data=2, fsdp=2, tensor=2),
     ):
         for a, b in zip(whole, other.scores(QUESTIONS, CANDIDATES), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5)
@@ -180,19 +182,19 @@ def test_no_neighbour_batch_or_mesh_changes_a_score(make, monkeypatch):
 
 def test_one_device_gives_what_eight_give(make, monkeypatch):
     folder, _ = make("qwen2")
-    eight = build("reward_model", source=str(folder)).scores(QUESTIONS, CANDIDATES)
+    eight = build_ranker("reward_model", source=str(folder)).scores(QUESTIONS, CANDIDATES)
     monkeypatch.setattr(
         "selm_jax.feedback.models.reward_model.make_mesh",
         lambda sizes, _: make_mesh(sizes, jax.devices()[:1]),
     )
-    one = build("reward_model", source=str(folder)).scores(QUESTIONS, CANDIDATES)
+    one = build_ranker("reward_model", source=str(folder)).scores(QUESTIONS, CANDIDATES)
     for a, b in zip(one, eight, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 def test_what_answers_have_in_common_is_computed_once(make):
     folder, _ = make("llama")
-    ranker = build("reward_model", source=str(folder))
+    ranker = build_ranker("reward_model", source=str(folder))
     ranker.scores(QUESTIONS[2:3], [["Yes.", "No.", "Yes."]])
     (texts,) = conversations(folder, QUESTIONS[2:3], [["Yes.", "No."]])
     report = ranker.report()
@@ -205,7 +207,9 @@ def test_bfloat16_ranks_as_float32_does(make):
     folder, _ = make("llama")
     texts = [f"{word} {n}" for word in ("A river", "soup", "No") for n in range(6)]
     full, half = (
-        build("reward_model", source=str(folder), dtype=dtype).scores(QUESTIONS[:1], [texts])[0]
+        build_ranker("reward_model", source=str(folder), dtype=dtype).scores(
+            QUESTIONS[:1], [texts]
+        )[0]
         for dtype in ("float32", "bfloat16")
     )
     assert not np.array_equal(full, half)
@@ -217,13 +221,13 @@ def test_too_long_texts_are_refused_or_cut_and_counted(make):
     long = ["soup " * 300, "Yes."]
     (ids,) = conversations(folder, QUESTIONS[:1], [long])
     assert len(ids[0]) > 100 > len(ids[1])
-    refuse = build("reward_model", source=str(folder), max_length=100)
+    refuse = build_ranker("reward_model", source=str(folder), max_length=100)
     with pytest.raises(
         FeedbackError,
         match=rf"prompt 'p0', candidate 0: .* has {len(ids[0])} tokens, max_length is 100",
     ):
         refuse.scores(QUESTIONS[:1], [long])
-    cut = build("reward_model", source=str(folder), max_length=100, too_long="cut")
+    cut = build_ranker("reward_model", source=str(folder), max_length=100, too_long="cut")
     found = cut.scores(QUESTIONS[:1], [long])[0]
     np.testing.assert_allclose(found, theirs(model, [each[:100] for each in ids]), atol=ATOL)
     assert cut.report()["cut"] == 1
@@ -243,7 +247,7 @@ def test_a_language_model_is_no_reward_model(tmp_path):
     with pytest.raises(
         FeedbackError, match=r"language model \(LlamaForCausalLM\).*loss: bradley_terry"
     ):
-        build("reward_model", source=str(folder))
+        build_ranker("reward_model", source=str(folder))
 
 
 def test_more_labels_than_one_are_no_score(copy):
@@ -251,7 +255,7 @@ def test_more_labels_than_one_are_no_score(copy):
     hf = json.loads(file.read_text())
     file.write_text(json.dumps(hf | {"id2label": {"0": "bad", "1": "good"}}))
     with pytest.raises(UnsupportedModel, match="LlamaForSequenceClassification with 2 labels"):
-        build("reward_model", source=str(copy))
+        build_ranker("reward_model", source=str(copy))
 
 
 def test_a_head_that_is_not_there_is_not_made_up(copy):
@@ -259,13 +263,13 @@ def test_a_head_that_is_not_there_is_not_made_up(copy):
     del tensors["score.weight"]
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(WeightsError, match=r"missing: score\.weight"):
-        build("reward_model", source=str(copy))
+        build_ranker("reward_model", source=str(copy))
 
 
 def test_without_a_chat_template_it_says_whose_to_take(copy):
     (copy / "chat_template.jinja").unlink()
     with pytest.raises(FeedbackError, match="no chat template.*trained from"):
-        build("reward_model", source=str(copy))
+        build_ranker("reward_model", source=str(copy))
 
 
 def test_a_system_message_that_the_template_leaves_out_is_an_error(copy):
@@ -275,7 +279,7 @@ def test_a_system_message_that_the_template_leaves_out_is_an_error(copy):
         only.replace("{% endfor %}", "{% endif %}{% endfor %}")
     )
     with pytest.raises(FeedbackError, match="prompt 'p1': .*omits the system message 'Be kind.'"):
-        build("reward_model", source=str(copy)).scores(QUESTIONS[1:2], [["Yes."]])
+        build_ranker("reward_model", source=str(copy)).scores(QUESTIONS[1:2], [["Yes."]])
 
 
 @pytest.mark.parametrize(
@@ -291,7 +295,7 @@ def test_a_system_message_that_the_template_leaves_out_is_an_error(copy):
 )
 def test_settings_that_mean_nothing_are_refused(settings, message, make):
     with pytest.raises((FeedbackError, UnsupportedModel), match=message):
-        build("reward_model", source=str(make("llama")[0]), **settings)
+        build_ranker("reward_model", source=str(make("llama")[0]), **settings)
 
 
 def test_a_score_that_is_no_number_names_its_prompt(copy):
@@ -300,4 +304,4 @@ def test_a_score_that_is_no_number_names_its_prompt(copy):
     tensors["score.weight"] = np.full_like(tensors["score.weight"], 3e38)
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(FeedbackError, match="prompt 'p0', candidate 0.*(nan|inf)"):
-        build("reward_model", source=str(copy)).scores(QUESTIONS[:1], [["Yes."]])
+        build_ranker("reward_model", source=str(copy)).scores(QUESTIONS[:1], [["Yes."]])

@@ -20,7 +20,13 @@ from selm_jax.shell.artifacts import (
 )
 
 
-class Store:
+def key_of(**depends_on: Any) -> str:
+    """Names work by the JSON values that it depends on: a SHA-256, in hex."""
+    text = json.dumps(depends_on, sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class SharedStages:
     """Outputs of finished stages, found again by a digest of everything that they depend on.
 
     An entry is a folder, named by the digest of everything that its content depends on. It contains
@@ -31,12 +37,6 @@ class Store:
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
-
-    @staticmethod
-    def key(**depends_on: Any) -> str:
-        """The name of the entry for work that depends on exactly these JSON values."""
-        text = json.dumps(depends_on, sort_keys=True, ensure_ascii=True)
-        return hashlib.sha256(text.encode()).hexdigest()
 
     def name_of(self, run: Path) -> str:
         """A run's folder relative to the store's parent, so that all may be moved together."""

@@ -78,28 +78,28 @@ class Data:
     # What is trained on: .jsonl, .json, .csv, .tsv, .parquet, .arrow, a folder, or a Hub data set.
     train: str
     heldout: str | None = None  # Prompts for evaluation, as `train`; null evaluates nothing.
-    train_split: str | None = None  # Split of `train`, where it has several.
-    heldout_split: str | None = None  # Split of `heldout`, where it has several.
-    train_config: str | None = None  # Configuration of a Hub data set, where it has several.
-    heldout_config: str | None = None  # The same for `heldout`.
+    train_split: str | None = None  # Split of `train`, if it has several.
+    heldout_split: str | None = None  # Split of `heldout`, if it has several.
+    train_config: str | None = None  # Configuration of `train` on the Hub, if it has several.
+    heldout_config: str | None = None  # Configuration of `heldout` on the Hub, if it has several.
     revision: str | None = None  # Branch, tag or commit of the Hub data sets.
     prompt: str = "prompt"  # Column of the prompt: text, or a list of messages.
-    prompt_id: str = "prompt_id"  # Column of its id; without one, ids are digests of the prompts.
+    prompt_id: str = "prompt_id"  # Column of the prompt's id; without it, ids are digests.
     chosen: str | None = None  # Column of the preferred answer, such as UltraFeedback's `chosen`.
     rejected: str | None = None  # Column of the other answer.
-    # Column of numbers: what the chosen answer is worth. The `margin` of bradley_terry reads it.
+    # Column of the chosen answer's score, which the `margin` of bradley_terry reads.
     chosen_score: str | None = None
-    rejected_score: str | None = None  # The same for the rejected answer; 0 if there is no column.
+    rejected_score: str | None = None  # Column of the rejected answer's score; null means 0.
     system: str | None = None  # A system message that is put before every prompt.
-    # Column of each row's own system message, if the data has it and `system` is null; null: none.
+    # Column of each row's own system message; it is read if the data has it and `system` is null.
     system_column: str | None = "system"
-    # The rows are cut into so many parts, and iteration t takes the t-th; null: one for each iteration.
+    # Number of parts into which the rows are cut; iteration t takes part t. null: one per iteration.
     portions: Count | None = None
-    first_portion: Count = 1  # The first iteration's part: 2 leaves out what a warm start has seen.
-    skip: Natural = 0  # So many rows at the front belong to no part.
+    first_portion: Count = 1  # The part that iteration 1 takes; 2 skips what a warm start has seen.
+    skip: Natural = 0  # Number of rows at the front that belong to no part.
     shuffle: Flag = False  # Whether rows are shuffled before they are cut; the paper does not.
-    limit: All | None = None  # Prompts of an iteration at most.
-    heldout_limit: All | None = None  # Held-out prompts at most.
+    limit: All | None = None  # Most prompts of an iteration; null takes all.
+    heldout_limit: All | None = None  # Most held-out prompts; null takes all.
     # What becomes of a row that cannot be used, of an answer that spells out an end token, and of a
     # prompt of more than rollout.max_prompt_tokens: an error, or it is left out and counted.
     on_bad_row: OnBadRow = "error"
@@ -119,7 +119,7 @@ class Data:
 
 @dataclass(frozen=True, config=_STRICT)
 class Text:
-    # How texts become tokens; `paper` does it as the authors' code, to compare with.
+    # How texts become tokens; `paper` follows the authors' code, for comparisons.
     layout: Literal["default", "paper"] = "default"
     max_length: Size = 1024  # Tokens of prompt and response; only `layout: paper` cuts them to it.
     max_prompt_length: Size = 512  # What a prompt is cut to where both together are too long.
@@ -195,7 +195,7 @@ class SamplingSettings:
 class Rollout(SamplingSettings):
     # A function of yours, package.module:function, on the logits that samples are drawn from.
     filter: Yours | None = None
-    max_new_tokens: Size = 1024  # Tokens of an answer at most; a longer one is cut off.
+    max_new_tokens: Size = 1024  # Most tokens of an answer; a longer one is cut off.
     slots: Size = 16  # Answers decoded together, or the next number that the devices divide.
     prefill_rows: Size = 8  # Prompts read together, or the next number that the devices divide.
     max_prompt_tokens: Size = 512  # A prompt of more tokens is a bad row.
@@ -215,8 +215,8 @@ class Rollout(SamplingSettings):
 class Labels:
     # Whether the higher score always wins, or a label is drawn by the gap of the scores.
     kind: LabelKind = "scores"
-    temperature: Positive = 1.0  # Of bradley_terry, in the unit of the scores.
-    flip: Annotated[float, Range(0, 0.5)] = 0.0  # How often a label is turned round.
+    temperature: Positive = 1.0  # Temperature of `bradley_terry`, in the unit of the scores.
+    flip: Annotated[float, Range(0, 0.5)] = 0.0  # Probability that a label is swapped.
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -250,8 +250,8 @@ class Feedback:
 @dataclass(frozen=True, config=_STRICT)
 class Training:
     learning_rate: Rates  # The peak, of each iteration; one number serves all.
-    global_batch: Size  # Examples of an update, exactly.
-    epochs: Count = 1  # How often an iteration goes over its examples.
+    global_batch: Size  # Number of examples in each update.
+    epochs: Count = 1  # Number of passes over an iteration's examples.
     row_length: Size = 1024  # Tokens of a packed row.
     rows: Size = 4  # Packed rows in one forward and backward pass, on all devices together.
     schedule: Schedule = "cosine"  # How the learning rate falls; fresh in each iteration.
@@ -261,7 +261,7 @@ class Training:
     b2: Decay = 0.999  # Decay of the mean of squared gradients.
     eps: Rate = 1e-8  # Keeps the step finite where squared gradients are near 0.
     weight_decay: Annotated[float, Range(0, 1)] = 0.0  # Decoupled, times the learning rate.
-    # Global norm of the gradient, at most; null: as it is.
+    # Largest global norm of the gradient; null does not clip.
     clip: Annotated[float, Range(0, above=True, advice="null switches clipping off")] | None = 1.0
     # Whether the reference's log-probabilities are computed once and stored, or by a second model in
     # memory. The numbers are the same.
@@ -335,7 +335,7 @@ class Log:
 @dataclass(frozen=True, config=_STRICT)
 class Experiment:
     output: Folder  # The run folder.
-    iterations: Count  # How often answers are made, ranked and trained on.
+    iterations: Count  # Number of times that answers are generated, ranked and trained on.
     model: Model
     data: Data
     # The key `loss` is a name, a sum of names, or package.module:function; the others are its settings.
@@ -352,7 +352,7 @@ class Experiment:
     # Which models stay on disk: those of all iterations, or the last one. A model that the next
     # iteration still needs is deleted after that iteration.
     keep_models: KeptModels = "all"
-    seed: Seed = 42  # Of all that is drawn; the same seed gives the same run.
+    seed: Seed = 42  # Seed of all random draws; the same seed gives the same run.
 
     def learning_rate(self, iteration: int) -> float:
         """The peak of iteration 1, 2, ..."""

@@ -36,7 +36,7 @@ Quantization = Literal["int8", "nf4"]
 KeptModels = Literal["all", "last"]
 ParameterDtype = Literal["float32", "bfloat16"]
 Dtype = Literal["auto", ParameterDtype]
-AttentionBackEnd = Literal["auto", "einsum", "blocks"]
+AttentionBackEnd = Literal["auto", "einsum", "blocks", "kernel"]
 Preset = Literal["single", "fsdp", "fsdp_tensor"]
 
 

@@ -316,7 +316,7 @@ class Compute:
     # Devices that share a copy of the model to generate; null: as many as `tensor`.
     decode_tensor: Count | None = None
     # What attention is computed with; auto chooses by platform and length, the others are there to
-    # compare with: all scores at once, or block by block what is seen.
+    # compare with: all scores at once, block by block what is seen, or likewise a kernel for TPUs.
     attention: AttentionBackEnd = "auto"
 
 

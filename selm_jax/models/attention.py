@@ -2,9 +2,9 @@
 
 Who sees whom is said by one integer per key (`models.sight`). Short rows are computed by one product
 of all queries with all keys, in which what is unseen is masked (`einsum`, here); long ones block by
-block, where blocks that nobody sees are left out (`models.attention_blocks`). Both give the same
-within rounding. Letters: r rows, t queries, s keys, k key-value heads, g query heads per key-value
-head, h head_dim.
+block, where blocks that nobody sees are left out: on TPUs by a kernel (`models.attention_tpu`),
+elsewhere in plain JAX (`models.attention_blocks`). All give the same within rounding. Letters: r
+rows, t queries, s keys, k key-value heads, g query heads per key-value head, h head_dim.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from selm_jax.models.attention_blocks import blockwise
 from selm_jax.models.sight import Sight
 from selm_jax.parallel.mesh import platform_of
 
-# Tokens of a row from which blocks are taken. On CPU they are faster from here on
+# Tokens of a row from which the einsum is left. On CPU the blocks are faster from here on
 # (docs/performance.md); elsewhere nothing has been timed, and what counts is memory.
-_BLOCKS_FROM = {"cpu": 512}
+_FROM = {"cpu": 512, "tpu": 512}
 _ELSEWHERE = 1024
 
 
@@ -49,11 +49,17 @@ def attention(
       mesh: what the arrays lie on, rows on its axes data and fsdp, heads on tensor; None for one
         device.
     """
-    if _chosen(back_end, sight, mesh) == "einsum":
+    platform = platform_of(mesh)
+    chosen = _chosen(back_end, sight, platform)
+    if chosen == "einsum":
         return einsum(query, keys, values, sight, scale, cap)
 
     def computed(query, keys, values, sight):
-        return blockwise(query, keys, values, sight, scale, cap)
+        if chosen == "blocks":
+            return blockwise(query, keys, values, sight, scale, cap)
+        from selm_jax.models.attention_tpu import kernel  # Pallas: nobody else waits for it
+
+        return kernel(query, keys, values, sight, scale, cap, interpret=platform != "tpu")
 
     if mesh is not None and mesh.size > 1:
         # Which blocks are visited is a matter of each device's own rows.
@@ -65,16 +71,17 @@ def attention(
             out_specs=heads,
             check_vma=False,
         )
-    return computed(query, keys, values, sight)
+    return cast(Array, computed(query, keys, values, sight))
 
 
-def _chosen(back_end: AttentionBackEnd, sight: Sight, mesh: Mesh | None) -> AttentionBackEnd:
+def _chosen(back_end: AttentionBackEnd, sight: Sight, platform: str) -> AttentionBackEnd:
     if sight.place is not None:  # queries that look into a cache are few
         return "einsum"
     if back_end != "auto":
         return back_end
-    longest = sight.position.shape[1]
-    return "blocks" if longest >= _BLOCKS_FROM.get(platform_of(mesh), _ELSEWHERE) else "einsum"
+    if sight.position.shape[1] < _FROM.get(platform, _ELSEWHERE):
+        return "einsum"
+    return "kernel" if platform == "tpu" else "blocks"
 
 
 def einsum(

@@ -315,8 +315,9 @@ class Compute:
     dcn_fsdp: Count = 1  # Slices that share parameters.
     # Devices that share a copy of the model to generate; null: as many as `tensor`.
     decode_tensor: Count | None = None
-    # What attention is computed with; auto chooses by platform and length, the others are there to
-    # compare with: all scores at once, block by block what is seen, or likewise a kernel for TPUs.
+    # How attention is computed. `auto` chooses einsum (all scores at once) or blocks (only the blocks
+    # that are seen) by platform and row length. `kernel` does the same as blocks in a TPU kernel; it
+    # has been compiled for TPUs but has not run on one.
     attention: AttentionBackEnd = "auto"
 
 

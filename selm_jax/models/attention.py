@@ -1,10 +1,11 @@
 """Grouped-query attention: one function, and what it is computed with.
 
-Who sees whom is said by one integer per key (`models.sight`). Short rows are computed by one product
-of all queries with all keys, in which what is unseen is masked (`einsum`, here); long ones block by
-block, where blocks that nobody sees are left out: on TPUs by a kernel (`models.attention_tpu`),
-elsewhere in plain JAX (`models.attention_blocks`). All give the same within rounding. Letters: r
-rows, t queries, s keys, k key-value heads, g query heads per key-value head, h head_dim.
+Who sees whom is said by one integer per key (`models.sight`). Short rows are computed by one
+product of all queries with all keys, in which what is unseen is masked (`einsum`, here); long ones
+block by block, where blocks that nobody sees are left out (`models.attention_blocks`). A kernel for
+TPUs does likewise (`models.attention_tpu`); it is compiled in tests but has not run on a TPU, so it
+must be asked for. All give the same within rounding. Letters: r rows, t queries, s keys, k
+key-value heads, g query heads per key-value head, h head_dim.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from selm_jax.models.attention_blocks import blockwise
 from selm_jax.models.sight import Sight
 from selm_jax.parallel.mesh import platform_of
 
-# Tokens of a row from which the einsum is left. On CPU the blocks are faster from here on
+# Tokens of a row from which blocks are taken. On CPU they are faster from here on
 # (docs/performance.md); elsewhere nothing has been timed, and what counts is memory.
-_FROM = {"cpu": 512, "tpu": 512}
+_BLOCKS_FROM = {"cpu": 512}
 _ELSEWHERE = 1024
 
 
@@ -79,9 +80,8 @@ def _chosen(back_end: AttentionBackEnd, sight: Sight, platform: str) -> Attentio
         return "einsum"
     if back_end != "auto":
         return back_end
-    if sight.position.shape[1] < _FROM.get(platform, _ELSEWHERE):
-        return "einsum"
-    return "kernel" if platform == "tpu" else "blocks"
+    longest = sight.position.shape[1]
+    return "blocks" if longest >= _BLOCKS_FROM.get(platform, _ELSEWHERE) else "einsum"
 
 
 def einsum(
@@ -101,7 +101,8 @@ def einsum(
     # A large finite number, not -inf: rows of padding see nothing and must not become NaN.
     scores = jnp.where(sight.mask()[:, None, None], scores, -1e30)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    # Heads in front, then moved: asked for "rtkgh" at once, XLA on CPU copies the values transposed.
+    # Heads in front, then moved: asked for "rtkgh" at once, XLA on CPU copies the values
+    # transposed.
     context = jnp.einsum("rkgts,rskh->rkgth", weights, values)
     return context.transpose(0, 3, 1, 2, 4).reshape(r, t, heads, h)
 

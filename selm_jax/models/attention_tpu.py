@@ -1,10 +1,10 @@
 """Attention as a Pallas kernel for TPUs: what no query sees is neither computed nor read.
 
-A row is cut into blocks. Which blocks of queries meet which blocks of keys follows from `end`, at run
-time (`steps`); the grid's last axis goes through that list, whose length is bounded by the causal
-half, and steps behind its end do nothing and move no data. Softmax is online (FlashAttention,
-arXiv 2205.14135), and the backward pass computes the scores again: one kernel for the queries'
-gradient, one for that of keys and values. A block that is seen whole is not masked.
+A row is cut into blocks. Which blocks of queries meet which blocks of keys follows from `end`, at
+run time (`steps`); the grid's last axis goes through that list, whose length is bounded by the
+causal half, and steps behind its end do nothing and move no data. Softmax is online
+(FlashAttention, arXiv 2205.14135), and the backward pass computes the scores again: one kernel for
+the queries' gradient, one for that of keys and values. A block that is seen whole is not masked.
 
 A block and the one before it at the same place are the same buffer to Mosaic, so every block of
 queries (or keys) stands in one run of steps, that begins by clearing and ends by writing. Its own
@@ -135,7 +135,7 @@ def steps(row: Row, block: int, by_keys: bool) -> Steps:
 
 
 def _run(at: Any, listed: Any, count: Any) -> tuple[Any, Any, Any]:
-    """Of this step: whether it is one, whether it begins a run of its block, and whether it ends it."""
+    """Whether this step is one of the row's, begins its block's run of steps, and ends that run."""
     r, s = at
     own, most = listed[r, s], count[r]
     live = s < most
@@ -280,7 +280,8 @@ def _forward(query, keys, values, row: Row, how: _How):
         [(query, at.query), (sums, at.per_query)],
         [(b, LANES), (b, LANES), (b, h)],
     )  # fmt: skip
-    # Named, or rematerialisation that keeps the context would compute all of this again for the sum.
+    # Named, or rematerialisation that keeps the context would compute all of this again for the
+    # sum.
     out, logsumexp = (checkpoint_name(x, "context") for x in (out, logsumexp))
     return out, (query, keys, values, row, out, logsumexp)
 
@@ -324,7 +325,7 @@ class _Places(NamedTuple):
 
 
 def _places(b: int, h: int, group: int, of_keys: bool) -> _Places:
-    """The grid is (r, n, s, m): n a query head and m nothing, or n a key head and m its query heads."""
+    """The grid is (r, n, s, m): n a query head and m 0, or n a key head and m its query heads."""
 
     def place(shape: tuple[int | None, ...], index: Callable[..., tuple[Any, ...]]) -> pl.BlockSpec:
         def of_step(r, n, s, m, queries, keys, *_):
@@ -365,9 +366,7 @@ def _call(
     like, out_specs = zip(*found, strict=True)
     rows, heads, last = grid
     b, h = scratch[-1]
-    work = (
-        listed.queries.size * heads * last * 2 * b * b * h
-    )  # of one product, if nothing is skipped
+    work = listed.queries.size * heads * last * 2 * b * b * h  # one product, with nothing skipped
     return pl.pallas_call(
         partial(kernel, how=how),
         grid_spec=pltpu.PrefetchScalarGridSpec(

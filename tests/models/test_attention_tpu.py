@@ -140,4 +140,8 @@ def test_it_compiles_for_tpus_and_keeps_nothing_of_time_x_time(name, heads, k, h
     ids, window = array((1, time), jnp.int32), array((), jnp.int32)
     compiled = jax.jit(both).lower(q, kv, kv, q, ids, ids, window).compile()
     assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 3
-    assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * 2**30
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    # Where head_dim does not fill its lanes, XLA lays padded copies of the arguments out for the
+    # kernel.
+    copies = 0 if h % 64 == 0 else 7 * heads * time * attention_tpu.LANES * 2
+    assert temporary < 0.1 * 2**30 + copies  # scores of the largest case: 8 GiB

@@ -1,7 +1,8 @@
-"""A run: an experiment at work in its folder.
+"""A run: an experiment and the folder that it writes to.
 
-Python gives a package's name to its folder once anything in it is imported, and the public function
-has the same name: so the folder itself can be called, and `selm_jax.run("my.yaml")` always works.
+`selm_jax.run` is both this package and a public function. Python binds the name to the package as
+soon as anything in it is imported, so the package is callable: `selm_jax.run("my.yaml")` always
+works.
 """
 
 import importlib
@@ -11,8 +12,10 @@ from typing import Any
 
 
 class _Called(ModuleType):
+    """A module that is called like the public function of the same name."""
+
     def __call__(self, *arguments: Any, **named: Any) -> Any:
-        # By its name: nothing else here may know what lies above.
+        # Imported by name, because this package must not depend on the API above it.
         return importlib.import_module("selm_jax.api.runs").run(*arguments, **named)
 
 

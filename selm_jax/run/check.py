@@ -1,4 +1,4 @@
-"""What can fail before any work is paid for is looked at here."""
+"""Checks that find errors before any expensive work begins."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from selm_jax.text.answers import check_answers
 
 
 def check(run: Run) -> None:
-    """Builds everything that can fail before any work is done.
+    """Builds everything that can fail, before any work is done.
 
     Raises:
-      RunError, ChatError, ExampleError, MeshError: settings, data, model and devices do not fit
+      RunError, ChatError, ExampleError, MeshError: the settings, data, model and devices do not fit
         together.
     """
     e = run.experiment
@@ -48,7 +48,7 @@ def check(run: Run) -> None:
 
 
 def check_objective(run: Run) -> None:
-    """Builds the loss, the rule that picks pairs and the ranker, and reads the data for them.
+    """Builds the loss, the pair selection and the ranker, and reads the data for them.
 
     Raises:
       RunError: the loss needs something that the data does not have.
@@ -69,7 +69,7 @@ def check_objective(run: Run) -> None:
 
 
 def _check_ranker(run: Run) -> None:
-    """What the first process alone asks and writes to."""
+    """Checks the ranker, which only the first process uses."""
     rows = [] if run.experiment.taught else [*run.data.every_prompt(), *run.data.heldout]
     rankers.check_asked(run.ranker.ranker, [question(prompt) for prompt in rows])
 
@@ -78,13 +78,14 @@ def _check_mesh(run: Run) -> None:
     rows, mesh = run.experiment.training.rows, run.devices.mesh
     if rows % (mesh.shape["data"] * mesh.shape["fsdp"]):
         raise RunError(
-            f"training.rows is {rows}: rows are cut over the mesh axes data and "
-            f"fsdp ({mesh.shape['data']} x {mesh.shape['fsdp']})"
+            f"training.rows is {rows}, but rows are sharded over the mesh axes data and fsdp "
+            f"({mesh.shape['data']} x {mesh.shape['fsdp']}). Set training.rows to a multiple of "
+            f"{mesh.shape['data'] * mesh.shape['fsdp']}"
         )
 
 
 def _check_programs(run: Run) -> None:
-    """Builds the programs, but compiles none."""
+    """Builds the programs without compiling them."""
     programs, server = run.programs, run.experiment.rollout.remote
     _ = (programs.optimizer, programs.abstract_trained)
     if not run.task.answers:
@@ -96,14 +97,14 @@ def _check_programs(run: Run) -> None:
 
 
 def check_rows(run: Run) -> None:
-    """Looks at every row that is going to be used, for whatever would stop a later stage."""
+    """Checks every row that will be used for anything that would stop a later stage."""
     e, data, task = run.experiment, run.data, run.task
     prompts = list(data.every_prompt())
     strict = e.data.on_bad_row == "error"
     check_heldout(e.data, data.heldout, data.trained_too)
     own = task.whose_answers(prompts, data.heldout, strict) if e.candidates.dataset else ()
     if own:
-        with run.bar("looks at the answers", len(own), "prompts") as advance:
+        with run.bar("checking the answers", len(own), "prompts") as advance:
             check_own_answers(data.misfit, own, advance, strict)
     if task.answers:
         _ = data.longest_prompt
@@ -116,7 +117,7 @@ def check_rows(run: Run) -> None:
 
 
 def told_of_data(data: Data) -> Iterator[str]:
-    """What was done with rows and columns of the data that is not as somebody may expect."""
+    """Notes on rows and columns of the data that were not used as a reader may expect."""
     d = data.experiment.data
     yield from told_of(d.train, data.all_prompts)
     yield from told_of(str(d.heldout), data.heldout_rows)

@@ -1,4 +1,4 @@
-"""The prompts of an experiment: which are used in which iteration, and how long they are."""
+"""The prompts of an experiment: which iteration uses which, and how long they are."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from selm_jax.text.prompts import (
 
 
 class Data:
-    """The data of an experiment, read when it is first asked for.
+    """The data of an experiment, read on first use.
 
     Args:
-      model: whose tokenizer says how long a text is. A plan may have none: then no prompt is left
-        out as too long, and nothing can be asked about lengths.
+      model: the model whose tokenizer measures texts. A plan may have none: then no prompt is left
+        out as too long, and lengths are not available.
     """
 
     def __init__(self, experiment: Experiment, task: Task, model: StartModel | None):
@@ -39,7 +39,7 @@ class Data:
 
     @property
     def model(self) -> StartModel:
-        assert self._model is not None, "lengths were asked of data without a model"
+        assert self._model is not None, "data without a model has no lengths"
         return self._model
 
     @property
@@ -54,16 +54,16 @@ class Data:
         return self._read("train")
 
     def prompts(self, t: int) -> list[Prompt]:
-        """The prompts of iteration t: the usable ones among its rows. Raises RunError if none is."""
+        """The usable prompts of iteration t. Raises RunError if there are none."""
         d = self.experiment.data
         mine = rows_of(self.all_prompts.by_row(), t, self.experiment)
         found = [self.with_system(p) for p in mine if p is not None][: d.limit]
         if not found:
-            raise RunError(f"{d.train}: of the {len(mine)} rows of iteration {t} none is usable")
+            raise RunError(f"{d.train}: none of the {len(mine)} rows of iteration {t} is usable")
         return found
 
     def every_prompt(self) -> Iterator[Prompt]:
-        """The prompts of all portions from the first iteration's on."""
+        """The prompts of all portions, starting with the first iteration's."""
         e = self.experiment
         for t in range(1, e.portions - e.data.first_portion + 2):
             yield from self.prompts(t)
@@ -83,11 +83,11 @@ class Data:
 
     @cached_property
     def trained_too(self) -> list[Prompt]:
-        """The held-out prompts that are trained on as well."""
+        """The held-out prompts that are also trained on."""
         return trained_too(self.heldout, self.every_prompt()) if self.heldout else []
 
     def with_system(self, prompt: Prompt) -> Prompt:
-        """The prompt behind the experiment's system message, if it has one."""
+        """The prompt with the experiment's system message, if there is one."""
         system = self.experiment.data.system
         if system is None:
             return prompt
@@ -99,7 +99,7 @@ class Data:
         found = multihost.first_then_others(lambda: load_data(d, part, pairs=pairs))
         multihost.check_same(f"digest of {getattr(d, part)}", lambda: prompts_digest(found))
         if d.on_bad_row == "error" or not self.task.answers or self._model is None:
-            return found  # a prompt that is too long is an error, or none is answered
+            return found  # no prompt is dropped for its length
         return self._without_long(found, part)
 
     def _without_long(self, found: PromptSet, part: Part) -> PromptSet:
@@ -108,7 +108,8 @@ class Data:
         kept = found.without("prompt too long", lambda p: self._length(self.with_system(p)) > limit)
         if not kept:
             raise RunError(
-                f"{name}: all {len(found)} prompts are longer than rollout.max_prompt_tokens ({limit})"
+                f"{name}: all {len(found)} prompts are longer than rollout.max_prompt_tokens "
+                f"({limit}). Raise it, or shorten the prompts"
             )
         if part == "heldout" or not e.candidates.dataset:
             return kept
@@ -123,11 +124,11 @@ class Data:
 
     @cached_property
     def longest_prompt(self) -> int:
-        """Tokens of the longest prompt.
+        """The length of the longest prompt, in tokens.
 
         Raises:
           RunError: it is longer than `rollout.max_prompt_tokens` and bad rows are not dropped, or
-            the chat template refuses a prompt. The message names it.
+            the chat template rejects a prompt. The message names the prompt.
         """
         limit = self.experiment.rollout.max_prompt_tokens
         prompts = [*self.every_prompt(), *self.heldout]
@@ -137,17 +138,17 @@ class Data:
             name = prompts[lengths.index(longest)].id
             long = sum(length > limit for length in lengths)
             raise RunError(
-                f"prompt {name} has {longest} tokens, rollout.max_prompt_tokens is {limit} "
-                f"({long} of {len(prompts)} prompts are longer); raise it, shorten the prompts, or set "
-                "data.on_bad_row to 'drop' to leave out and count such rows"
+                f"prompt {name} has {longest} tokens, but rollout.max_prompt_tokens is {limit} "
+                f"({long} of {len(prompts)} prompts are longer). Raise it, shorten the prompts, or "
+                "set data.on_bad_row to 'drop' to leave out and count such rows"
             )
         return longest
 
     @cached_property
     def sizes(self) -> Sizes:
-        """The lengths that programs are made for.
+        """The sequence lengths that programs are built for.
 
-        Sequences longer than the model's positions are rejected when examples are made.
+        Sequences that are longer than the model's context are rejected when examples are made.
         """
         longest_prompt = self.longest_prompt if self.task.answers else 0
         return self.task.sizes(
@@ -155,14 +156,14 @@ class Data:
         )
 
     def _longest_answered(self) -> int:
-        """Tokens of the data's longest conversation with an answer of its own."""
+        """The length of the longest conversation in the data, with its answer, in tokens."""
         answers = self.task.answers
         prompts = [*self.every_prompt(), *(() if answers else self.heldout)]
         return longest_answered(self.chat, prompts, whole=not answers)
 
     @cached_property
     def own_answers(self) -> OwnAnswers:
-        """How the data's answers are laid out, as far as they are used."""
+        """The layout of those answers in the data that the experiment uses."""
         e, facts = self.experiment, self.model.facts
         alone = e.taught and not e.data.rejected
         return OwnAnswers(
@@ -171,9 +172,9 @@ class Data:
         )  # fmt: skip
 
     def misfit(self, prompt: Prompt) -> str | None:
-        """Why a prompt's own answers do not fit, in words; None if they do.
+        """The reason why the data's answers to a prompt do not fit; None if they do.
 
-        The prompt is counted by the way, since its ids are at hand then.
+        It also measures the prompt, which makes `longest_prompt` cheaper later.
         """
         limit = self.experiment.rollout.max_prompt_tokens
         if self.task.answers and self._length(prompt) > limit:
@@ -187,5 +188,5 @@ class Data:
 
     @cached_property
     def _lengths(self) -> dict[tuple[Message, ...], int]:
-        """Tokens of prompts counted so far: a large data set takes a minute."""
+        """Prompt lengths in tokens, cached because a large data set takes a minute to measure."""
         return {}

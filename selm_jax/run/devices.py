@@ -1,4 +1,4 @@
-"""The devices of an experiment: its meshes, and the dtype that they compute in."""
+"""The devices of an experiment: their meshes and their compute dtype."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from selm_jax.run.rows import RunError
 
 
 class Devices:
-    """The devices as the settings of `compute` arrange them.
+    """The devices, arranged by the `compute` settings.
 
     Args:
-      chips: those to use; None uses all there are.
+      chips: the devices to use; None uses all of them.
     """
 
     def __init__(self, compute: Compute, chips: Sequence[Any] | None = None):
@@ -28,17 +28,20 @@ class Devices:
 
     @cached_property
     def mesh(self) -> Mesh:
-        """The mesh of training.
+        """The mesh for training.
 
         Raises:
           MeshError: the devices cannot be arranged like this.
-          RunError: preset `single` in several processes.
+          RunError: the preset is `single` but there are several processes.
         """
         c = self.compute
         chips = self.chips or jax.devices()
         if c.preset == "single":
             if multihost.count() > 1:
-                raise RunError("compute.preset is 'single': one device; there are processes beside")
+                raise RunError(
+                    "compute.preset 'single' uses one device, but there are "
+                    f"{multihost.count()} processes. Choose another preset"
+                )
             return make_mesh((1, 1, 1), chips[:1])
         dcn_data = c.dcn_data
         if dcn_data == -1:
@@ -49,12 +52,12 @@ class Devices:
 
     @cached_property
     def decode_mesh(self) -> Mesh:
-        """The mesh as generation sees it: copies of the model, each on a few neighbours."""
+        """The mesh for generation: copies of the model, each on a few neighbouring devices."""
         return decode_mesh(self.mesh, self.compute.decode_tensor or self.mesh.shape["tensor"])
 
     @property
     def rules(self) -> Rules:
-        """Which axes of the mesh each named axis of a parameter or batch is cut over."""
+        """The mesh axes that each named axis of a parameter or batch is sharded over."""
         return PRESETS[self.compute.preset]
 
     @property
@@ -62,7 +65,7 @@ class Devices:
         return compute_dtype(self.compute.dtype, self.mesh.devices.flat[0].platform)
 
     def described(self) -> dict[str, Any]:
-        """The devices and their meshes, for a run's manifest."""
+        """A description of the devices and their meshes, for a run's manifest."""
         device = jax.devices()[0]
         return {
             "device": f"{self.mesh.size} x {device.device_kind} ({device.platform})",

@@ -1,4 +1,4 @@
-"""A run folder: where its files are, its metrics, its manifest and its model cards."""
+"""A run folder: the paths of its files, its metrics, its manifest and its model cards."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _VERSIONS = (
 
 
 class Folder:
-    """The folder that `output` names. Of several processes the first alone writes into it."""
+    """The folder that `output` names. Only the first of several processes writes to it."""
 
     def __init__(self, experiment: Experiment):
         self.experiment = experiment
@@ -35,14 +35,14 @@ class Folder:
 
     @property
     def name(self) -> str:
-        """The folder's own name, also where it was given as `.` or `..`."""
+        """The folder's own name, even if it was given as `.` or `..`."""
         return self.path.resolve().name if self.path.name in ("", "..") else self.path.name
 
     def iteration(self, t: int) -> Path:
         return self.path / f"iteration_{t}"
 
     def model(self, t: int) -> Path:
-        """The folder of the policy that iteration t trains, from 1 on."""
+        """The folder of the policy that iteration t trains; t starts at 1."""
         return self.iteration(t) / "model"
 
     @property
@@ -57,20 +57,20 @@ class Folder:
 
     @cached_property
     def writers(self) -> Writers:
-        """The trackers, opened when they are first asked for: before the first stage that has work."""
+        """The trackers, opened on first use: before the first stage that has work to do."""
         loglines.rewrite_lines(self.metrics_file)  # a kill may have torn the last one
         return Writers(self.path, self.experiment, loglines.read_lines(self.metrics_file))
 
     def logged(self, stage: str, t: int) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl that a stage of iteration t has written."""
+        """The lines that a stage of iteration t has written to metrics.jsonl."""
         return logged(self.metrics_file, stage, t)
 
     def log(self, stage: str, t: int, metrics: Mapping[str, Any]) -> None:
-        """Writes one line of metrics.jsonl, and the same to TensorBoard and wandb."""
+        """Writes one line to metrics.jsonl, and the same numbers to TensorBoard and wandb."""
         if not multihost.is_first():
             return
         line = {"stage": stage, "iteration": t, **metrics}
-        writers = self.writers  # opened before the line is in the record, or it would show it twice
+        writers = self.writers  # opened before the line is in the record, or it would appear twice
         loglines.append_line(self.metrics_file, line)
         writers.write(line)
 
@@ -81,17 +81,17 @@ class Folder:
             if loglines.rewrite_lines(self.metrics_file, lambda line: not which(line)):
                 writers.start_over(loglines.read_lines(self.metrics_file))
 
-    # What it says of the run
+    # The configuration and the manifest
 
     def write_config(self) -> None:
         if multihost.is_first():
             artifacts.write_text(self.path / "config.yaml", dump(self.experiment))
 
     def write_manifest(self, facts: Mapping[str, Any]) -> None:
-        """Writes what computed this run, and what its ranker was asked so far.
+        """Writes manifest.json: model, objective, devices, versions and use of the ranker so far.
 
         Args:
-          facts: what the run knows of its model, objective and devices.
+          facts: the manifest's entries on the model, objective and devices.
         """
         if not multihost.is_first():
             return
@@ -113,7 +113,7 @@ class Folder:
         )
 
     def note_server(self, t: int, version: str | None) -> None:
-        """Writes into the manifest which version of a server answered in iteration t."""
+        """Records in the manifest which version of a server answered in iteration t."""
         found = self._manifest()
         servers = found.get("servers", {}) | {str(t): version}
         artifacts.write_sealed(self.manifest_file, found | {"servers": servers})
@@ -122,8 +122,11 @@ class Folder:
         return artifacts.read_sealed(self.manifest_file) if self.manifest_file.exists() else {}
 
     def _asked(self) -> Iterator[tuple[str, dict[str, dict[str, int | float]]]]:
-        """By iteration and stage: how many prompts the ranker was asked about, and what it and the
-        choice of them cost, from the counts of the finished stages."""
+        """The use of the ranker by iteration and stage, from the counts of the finished stages.
+
+        The counts are the number of prompts that were scored, and the cost of the ranker and of the
+        acquisition.
+        """
         for t in range(self.experiment.iterations + 1):
             stages = artifacts.Stages(self.iteration(t)).read()
             of_stage = {}
@@ -138,14 +141,14 @@ class Folder:
                 yield str(t), of_stage
 
     def model_card(self, t: int, origin: Mapping[str, Any], pipeline: str, method: str) -> str:
-        """The README.md of the policy after iteration t, which began from a model of this origin."""
+        """The README.md of the policy after iteration t; `origin` is that of the start model."""
         metrics = loglines.read_lines(self.metrics_file)
         return model_card(self.experiment, self.name, t, origin, metrics, pipeline, method)
 
     def complete_card(self, t: int, origin: Mapping[str, Any], pipeline: str, method: str) -> None:
-        """Writes the model card of iteration t again, now that its policy is evaluated.
+        """Rewrites the model card of iteration t with the evaluation of its policy.
 
-        A card that an earlier version has sealed with the model stays as it is.
+        A card that an earlier version sealed together with the model is not changed.
         """
         card, stages = self.model(t) / artifacts.CARD, artifacts.Stages(self.iteration(t))
         if not card.exists() or not stages.may_complete("export", "model"):
@@ -153,14 +156,14 @@ class Folder:
         loglines.rewrite_lines(self.metrics_file)  # a kill may have torn the last one
         text = self.model_card(t, origin, pipeline, method)
         if text.encode() != card.read_bytes():
-            # Renamed from outside: a leftover of a kill would be a file too many in the model folder.
+            # Written outside and renamed: after a kill, the model folder must have no extra file.
             partial = self.iteration(t) / artifacts.CARD
             artifacts.write_text(partial, text)
             os.replace(partial, card)
 
 
 class StageLog:
-    """The lines of metrics.jsonl that one stage of one iteration writes."""
+    """The lines that one stage of one iteration writes to metrics.jsonl."""
 
     def __init__(self, folder: Folder, stage: str, t: int):
         self._folder, self.stage, self.t = folder, stage, t
@@ -174,11 +177,11 @@ class StageLog:
         return self._folder.logged(self.stage, self.t)
 
     def forget(self) -> None:
-        """Drops the lines, which are about to be written again."""
+        """Drops the lines because they are about to be written again."""
         self._folder.forget(lambda m: (m["stage"], m["iteration"]) == (self.stage, self.t))
 
     def forget_after(self, step: int) -> None:
-        """Drops the lines of later steps, and of later iterations of the same stage."""
+        """Drops lines of this stage from later steps and later iterations."""
         self._folder.forget(
             lambda m: m["stage"] == self.stage and (m["iteration"], m["step"]) > (self.t, step)
         )

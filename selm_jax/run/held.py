@@ -1,4 +1,4 @@
-"""A run at work: its folder is its own, and everything that could fail early has been looked at."""
+"""A run at work: its folder is locked, and everything that can fail early has been checked."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from selm_jax.shell.words import duration
 
 @contextlib.contextmanager
 def held(run: Run) -> Iterator[None]:
-    """Holds the run's folder for this run alone, which the first process does for all of them.
+    """Locks the run's folder, checks the run and opens it.
+
+    The first process takes the lock for all of them.
 
     Raises:
       Stopped: the run was told to stop.
@@ -37,14 +39,14 @@ def held(run: Run) -> Iterator[None]:
 
 
 def drop_models(run: Run, t: int) -> None:
-    """Deletes the models that no iteration after t needs, if the experiment keeps only the last one.
+    """Deletes models that no iteration after t needs, if the experiment keeps only the last one.
 
-    The next iteration starts from the model of iteration t. Only the acquisition `reward_gap` asks
-    the model before it, too. The start model is not in the run folder and always stays.
+    The next iteration starts from the model of iteration t. Only the acquisition `reward_gap` also
+    needs the model before that. The start model is not in the run folder and is never deleted.
     """
     if run.experiment.keep_models == "all":
         return
-    first = t  # the first that stays
+    first = t  # the first one to keep
     if t < run.experiment.iterations and run.looked_at(t + 1, run.policy(t))[1] == run.policy(
         t - 1
     ):
@@ -58,7 +60,7 @@ def drop_models(run: Run, t: int) -> None:
 
 
 def tell_time_left(run: Run, t: int) -> None:
-    """Says after iteration t how long the rest of the run takes, if there is a rest."""
+    """Prints the run's remaining time after iteration t, if any iterations remain."""
     left = time_left(run.folder.path, run.experiment.iterations)
     if left and run.wanted.worked:
         run.console.print(

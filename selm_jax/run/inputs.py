@@ -1,8 +1,8 @@
-"""What a stage is given, and the digests by which `stage.json` knows it again.
+"""The inputs of stages, and the digests that `stage.json` compares them by.
 
-A stage depends on its arguments and on nothing else, so every kind of argument says here what of it
-counts: the bytes of a table or of a model folder, the prompts, the tokenizer and template, the bytes
-of the models that rank.
+A stage depends only on its arguments, so every kind of argument defines what its digest covers: the
+bytes of a table or a model folder, the prompts, the tokenizer and template, or the bytes of the
+models that rank.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from selm_jax.training.checkpoint import Checkpoints
 
 @runtime_checkable
 class Input(Protocol):
-    """An argument of a stage that says itself what a stage's outcome depends on.
+    """An argument of a stage that has digests of its own.
 
-    `digests` are by the name that `stage.json` has for them; `name` is that of the parameter.
+    `digests` returns them by their names in `stage.json`; `name` is the name of the parameter.
     """
 
     def digests(self, name: str, /) -> Mapping[str, str]: ...
@@ -35,7 +35,7 @@ class Input(Protocol):
 
 @dataclass(frozen=True)
 class StoredTable:
-    """A table or a folder of tables that a stage has left in the folder of its iteration."""
+    """A table, or a folder of tables, that a stage has written to its iteration's folder."""
 
     folder: Path
     name: str
@@ -50,10 +50,10 @@ class StoredTable:
 
 @dataclass(frozen=True)
 class Model:
-    """A model folder: the start model, or the policy that an iteration has left.
+    """A model folder: the start model, or the policy that an iteration has exported.
 
     Attributes:
-      iteration: the folder of that iteration; what its export has left must not have changed.
+      iteration: the folder of that iteration; the exported files must not have changed.
       origin: where the start model came from (`sources.ModelFolder.origin`).
     """
 
@@ -69,8 +69,10 @@ class Model:
 
     @property
     def called(self) -> tuple[str, str | None]:
-        """What it is called where it is used, and its commit if it came from the Hub: never by the
-        place where this machine keeps it."""
+        """The model's name, and its commit if it came from the Hub.
+
+        A Hub model is never named by its path in this machine's cache.
+        """
         if "source" in self.origin:
             return self.origin["source"], self.origin.get("commit")
         return str(self.path), None
@@ -81,9 +83,9 @@ class Model:
 
 @dataclass(frozen=True)
 class Training:
-    """A training in the folder of its iteration. Its checkpoints are gone once they are exported.
+    """The result of training, in its iteration's folder.
 
-    What counts for the export is what the training was done with.
+    The export deletes the checkpoints, so its digest covers what the training was done with.
     """
 
     folder: Path
@@ -93,13 +95,13 @@ class Training:
         return {name: key_of(**{k: done.get(k) for k in ("inputs", "settings")})}
 
     def checkpoints(self, policy: Model, keep: int = 1) -> Checkpoints:
-        """Its checkpoints, which mean nothing without the model that it starts from."""
+        """The checkpoints of this training, which are tied to the model that it starts from."""
         start = multihost.on_first(lambda: policy.digest)
         folder = self.folder / "checkpoints"
         return Checkpoints(folder, start=start, keep=keep, logged=self._logged)
 
     def _logged(self, step: int) -> str:
-        """Names the metrics of the updates up to a checkpoint, which is not to outlive them."""
+        """A key of the metrics up to a checkpoint, which is invalid without those metrics."""
         file, t = self.folder.parent / "metrics.jsonl", int(self.folder.name.rpartition("_")[2])
         lines = logged(file, "train", t)
         if lines:
@@ -109,7 +111,7 @@ class Training:
 
 @dataclass(frozen=True)
 class LazyRanker:
-    """The ranker, which one process alone builds and asks: it may be a large model, or a server."""
+    """The ranker, built on first use and in one process only: it may be a large model."""
 
     build: Callable[[], Ranker] = field(compare=False)
 
@@ -124,7 +126,7 @@ class LazyRanker:
 
 @dataclass(frozen=True)
 class Words:
-    """A text that is written beside a result, such as a model card, and changes nothing about it."""
+    """A text that is written next to a result, such as a model card, and does not change it."""
 
     write: Callable[[], str] = field(compare=False)
 
@@ -133,12 +135,12 @@ class Words:
 
 
 def digests_of(arguments: Mapping[str, Any]) -> dict[str, str]:
-    """The digests of a stage's arguments, by the names under which `stage.json` keeps them.
+    """The digests of a stage's arguments, by their names in `stage.json`.
 
-    None is no input: a stage that is given no ranker does not depend on one.
+    An argument that is None has no digest: a stage without a ranker does not depend on one.
 
     Raises:
-      TypeError: an argument of a kind that has no digest. A stage cannot depend on it unnoticed.
+      TypeError: an argument has no digest. A stage could otherwise depend on it unnoticed.
     """
     found: dict[str, str] = {}
     for name, value in arguments.items():
@@ -156,6 +158,6 @@ def _digests(name: str, value: Any) -> Mapping[str, str]:
     if isinstance(value, list) and all(isinstance(each, Prompt) for each in value):
         return {name: prompts_digest(value)}
     raise TypeError(
-        f"a stage was given {name}, a {type(value).__name__}, which has no digest; expected None, "
-        "prompts, a Chat, or something with `digests(name)`"
+        f"a stage's argument {name} is a {type(value).__name__}, which has no digest. Pass None, "
+        "prompts, a Chat, or an object with `digests(name)`"
     )

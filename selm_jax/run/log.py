@@ -1,4 +1,4 @@
-"""Metrics to TensorBoard and wandb. `metrics.jsonl` is the record; these are for watching."""
+"""Metrics for TensorBoard and wandb. `metrics.jsonl` is the record; the trackers only show it."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from typing import Any
 from selm_jax.config import Experiment, as_dict
 from selm_jax.shell import loglines
 
-WANDB_ID = "wandb_id"  # file of the run folder: the id by which a resumed run goes on in wandb
+WANDB_ID = "wandb_id"  # file in the run folder with the wandb id that a resumed run continues
 
 
 class LogError(RuntimeError):
-    """A tracker that was asked for cannot be had."""
+    """A tracker that the experiment names is not available."""
 
 
 class Writers:
-    """Writes each line of metrics under `iteration_T/`, by its step.
+    """Writes each line of metrics under `iteration_T/`, at its step.
 
-    They are opened before any work, so that what a tracker lacks is not found after hours of it. A
-    resumed run goes on in both: TensorBoard's files are written anew from the record, and wandb's run
-    is the one whose id lies in the run folder.
+    The trackers are opened before any work, so that a missing package or login is found at once. A
+    resumed run continues in both: TensorBoard's files are rewritten from the record, and the wandb
+    run is found by the id in the run folder.
 
     Args:
         logged: the lines of the record so far.
 
     Raises:
-        LogError: a tracker is not installed, or cannot be opened.
+        LogError: a tracker is not installed or cannot be opened.
     """
 
     def __init__(
@@ -44,10 +44,11 @@ class Writers:
         self.logged, self.gone = list(logged), 0
 
     def start_over(self, logged: Iterable[Mapping[str, Any]]) -> None:
-        """Takes these lines for the record so far: some were taken out of it.
+        """Replaces the record so far, after some lines were removed from it.
 
-        What wandb has it keeps. Its steps are the lines' numbers, so that it takes none twice that is
-        written again; after lines out of the midst the numbers go on, or it would take no new ones.
+        TensorBoard is redrawn; wandb keeps what it has. A wandb step is the number of a line, so a
+        line that is written again is not logged twice. If lines were removed from the middle, the
+        numbers still only grow, because wandb ignores steps that it has already seen.
         """
         before, self.logged = self.logged, list(logged)
         if self.logged != before[: len(self.logged)]:
@@ -67,7 +68,7 @@ class Writers:
             self.wandb.log(_values(line) | {"iteration": line["iteration"]}, step=step)
 
     def _open_tensorboard(self) -> None:
-        """Draws the record so far, in place of what was drawn before."""
+        """Draws the record so far and deletes what was drawn before."""
         from tensorboardX import SummaryWriter
 
         for file in self.folder.glob("events.out.tfevents.*"):
@@ -84,7 +85,7 @@ class Writers:
 
 
 def _values(line: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a line by the names that trackers show."""
+    """The numbers in a line, by the names that trackers show."""
     prefix = f"iteration_{line['iteration']}/" if "step" in line else ""
     return {
         f"{line['stage']}/{prefix}{key}": value
@@ -109,15 +110,16 @@ def _wandb_run(folder: Path, experiment: Experiment) -> Any:
             project=experiment.log.wandb, name=folder.name, config=as_dict(experiment),
             id=file.read_text(encoding="utf-8").strip(), resume="allow",
         )  # fmt: skip
-    except Exception as error:  # of its own many kinds, or of the way to its server
+    except Exception as error:  # wandb has many kinds of errors, and so has the network
         why = f"{type(error).__name__}: {error}".rstrip(".")
         raise LogError(
-            f"log.wandb is {experiment.log.wandb!r}, but wandb cannot be opened: {why}. Log in (`wandb "
-            "login`, or the variable WANDB_API_KEY), set WANDB_MODE=offline, or take log.wandb away"
+            f"log.wandb is {experiment.log.wandb!r}, but wandb cannot be opened: {why}. Log in "
+            "(`wandb login`, or the variable WANDB_API_KEY), set WANDB_MODE=offline, or remove "
+            "log.wandb"
         ) from error
 
 
 def logged(metrics: Path, stage: str, t: int) -> list[dict[str, Any]]:
-    """The lines of a file metrics.jsonl that a stage of iteration t has written."""
+    """The lines that a stage of iteration t has written to a metrics.jsonl file."""
     found = loglines.read_lines(metrics)
     return [line for line in found if (line["stage"], line["iteration"]) == (stage, t)]

@@ -1,4 +1,4 @@
-"""The model that a run starts from: its folder, its facts, and how it reads and writes text."""
+"""The model that a run starts from: its folder, configuration, tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from selm_jax.weights.huggingface import checked_config
 
 
 class StartModel:
-    """The model that `model.source` names. It is downloaded when something of it is first asked for."""
+    """The model that `model.source` names, downloaded on first use."""
 
     def __init__(self, experiment: Experiment, task: Task, console: Console):
         self.experiment, self.task, self.console = experiment, task, console
@@ -24,7 +24,7 @@ class StartModel:
     @cached_property
     def folder(self) -> sources.ModelFolder:
         model = self.experiment.model
-        found = multihost.first_then_others(  # it may download into a folder that they share
+        found = multihost.first_then_others(  # it may download into a folder that all share
             lambda: sources.resolve(model.source, revision=model.revision, progress=self.console)
         )
         multihost.check_same("the start model", lambda: found.origin)
@@ -32,22 +32,22 @@ class StartModel:
 
     @cached_property
     def _stored(self) -> DecoderConfig:
-        """The facts as its folder tells them, and its tensors bear out."""
+        """The configuration in its folder, checked against its tensors."""
         return checked_config(self.folder.path)
 
     @cached_property
     def facts(self) -> DecoderConfig:
-        """The facts of what is trained; see `Task.facts`."""
+        """The configuration of the model that is trained; see `Task.facts`."""
         file = self.folder.path / "config.json"
         return self.task.facts(self._stored, file, lambda: self.chat.tokenizer.pad_token_id)
 
     @cached_property
     def chat(self) -> Chat:
-        """Its tokenizer and template.
+        """The model's tokenizer and chat template.
 
         Raises:
-          ChatError: they cannot be used. It is raised here, so that no verb makes anything with a
-            model that it then fails on.
+          ChatError: they cannot be used. It is raised here so that every command fails before it
+            does any work with the model.
         """
         e = self.experiment
         chat = Chat(self.folder.path, e.text, self._stored.vocab_size)

@@ -1,7 +1,7 @@
-"""What an experiment computes with: its parameters on the devices, its update and its engine.
+"""The programs of an experiment: its parameters on the devices, its update and its engine.
 
-Everything here is a function of settings, of the model's facts and of two lengths. A plan builds the
-same programs as a run, from a `config.json` alone, so that what is planned is what runs.
+Everything here depends only on the settings, the model's configuration and two lengths. A plan
+builds the same programs as a run, from a `config.json` alone, so its numbers are those of the run.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from selm_jax.weights.huggingface import load
 
 
 class Programs:
-    """The programs of an experiment. Each is made when it is first asked for.
+    """The programs of an experiment, each built on first use.
 
     Args:
-      facts: those of the model that is trained.
-      stop_ids: tokens that end an answer.
+      facts: the configuration of the model that is trained.
+      stop_ids: the tokens that end an answer.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Programs:
 
     @cached_property
     def abstract_trained(self) -> Params:
-        """Shapes, dtypes and shardings of what is trained: the adapters, or else all parameters."""
+        """Shapes, dtypes and shardings of the trained parameters: the adapters, or all of them."""
         if self.lora is None:
             return self.abstract_params
         return self._placed(abstract_adapters(self.config, self.lora), "float32")
@@ -84,7 +84,7 @@ class Programs:
 
     @property
     def parameters(self) -> int:
-        """How many parameters the model has."""
+        """The number of the model's parameters."""
         return sum(x.size for x in jax.tree.leaves(self.abstract_params))
 
     @cached_property
@@ -95,16 +95,16 @@ class Programs:
 
     @property
     def quantized(self) -> str | None:
-        """How the base of adapters is quantised, if it is."""
+        """The quantisation of the base model under adapters, if it is quantised."""
         lora = self.experiment.lora
         return None if lora is None or lora.base == "full" else lora.base
 
     # Parameters, from model folders
 
     def load(self, folder: Path) -> Params:
-        """Reads the parameters of a model folder, each straight into its place on the mesh.
+        """Reads the parameters of a model folder, each directly into its place on the mesh.
 
-        A reward model that begins from a language model begins with a head of zeros.
+        A reward model that starts from a language model gets a head of zeros.
         """
         return load(
             folder,
@@ -115,27 +115,30 @@ class Programs:
         )
 
     def start_of(self, folder: Path) -> Params:
-        """Reads what an iteration starts from, or its reference: quantised if `lora.base` says so."""
+        """Reads the model that an iteration starts from, or its reference.
+
+        The parameters are quantised if `lora.base` says so.
+        """
         params = self.load(folder)
         if self.quantized is None:
             return params
         return jax.jit(quantize, static_argnums=1)(params, self.quantized)
 
     def trained(self, start: Params, t: int) -> Params:
-        """What iteration t trains, before its first update: all parameters, or fresh adapters."""
+        """The parameters that iteration t trains, before the first update: all, or new adapters."""
         if self.lora is None:
             return start
         return fresh_adapters(self.abstract_trained, self._key(t))
 
     def fixed(self, start: Params, t: int, policy: Path, reference: Path) -> dict[str, Any]:
-        """What iteration t's updates are given and leave as it is.
+        """The inputs of iteration t's updates that stay constant.
 
         Args:
           start: the parameters of the policy that the iteration starts from.
           policy, reference: the model folders of that policy and of the reference.
 
         Returns:
-          `training.loop.train`'s `reference`, `base` and `key`, as far as it needs them.
+          The arguments `reference`, `base` and `key` of `training.loop.train`, if they are needed.
         """
         live = self.experiment.training.reference == "live"
         if self.lora is None:  # a copy: the updates overwrite the parameters that they start from
@@ -150,22 +153,26 @@ class Programs:
         return jax.random.fold_in(jax.random.key(self.experiment.seed), t)
 
     def decoding(self, params: Params) -> Params:
-        """The parameters as the engine takes them, in the dtype of computing."""
+        """The parameters in the form that the engine needs, in the compute dtype."""
         return decoding_params(params, self.devices.dtype, self.decoding_shardings)
 
     @property
     def decoding_shardings(self) -> Any:
-        """Where the engine's parameters lie. Raises MeshError if the model cannot be cut like this."""
+        """The shardings of the engine's parameters.
+
+        Raises:
+          MeshError: the model cannot be sharded like this.
+        """
         return decoding_shardings(self.config, self.devices.decode_mesh)
 
     # Batches
 
     def place(self, batch: PreferenceBatch) -> PreferenceBatch:
-        """Puts a batch on the devices, cut by rows; each process its own."""
+        """Puts a batch on the devices, sharded by rows; each process places its own rows."""
         return place_rows(batch, self.devices.mesh, self.devices.rules)
 
     def batch_shardings(self, batch: PreferenceBatch) -> PreferenceBatch:
-        """Where a batch lies: cut by rows."""
+        """The shardings of a batch, which is sharded by rows."""
         return row_shardings(batch, self.devices.mesh, self.devices.rules)
 
     # What is compiled
@@ -177,7 +184,7 @@ class Programs:
 
     @cached_property
     def update(self) -> Update:
-        """Log-probabilities, rewards, gradients and updates of what is trained."""
+        """Log-probabilities, rewards, gradients and updates of the trained parameters."""
         s = self.experiment.training
         decoder = Decoder(
             self.config,
@@ -201,12 +208,12 @@ class Programs:
 
     @property
     def scorer(self) -> Scorer:
-        """Scores examples under given parameters."""
+        """The scorer of examples under given parameters."""
         s = self.experiment.training
         return Scorer(self.update, self.place, OneShape(s.rows, s.row_length))
 
     def policy(self, folder: Path, chat: Chat) -> Policy:
-        """The model of a folder, to answer and to score as all models of the run do."""
+        """A model folder as a policy that answers and scores like all models of the run."""
         r, t, d = self.experiment.rollout, self.experiment.training, self.devices
         batches = Batches(
             r.slots, r.prefill_rows, self.sizes.longest_prompt, self.sizes.longest_sequence,
@@ -231,7 +238,7 @@ class Programs:
 
     @cached_property
     def engine(self) -> Engine:
-        """What answers prompts."""
+        """The engine that answers prompts."""
         r = self.experiment.rollout
         return Engine.fitted(
             decoder=Decoder(

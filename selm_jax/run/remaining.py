@@ -1,4 +1,4 @@
-"""How long the rest of a run takes, from the stages that it has timed so far."""
+"""An estimate of a run's remaining time, from the stages timed so far."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from selm_jax.shell import artifacts
 
 
 def time_left(run: Path, iterations: int, stage: str = "", t: int = 0) -> float | None:
-    """Seconds that the stages take that are not done yet, apart from one that is at work.
+    """Estimates the seconds that the unfinished stages will take.
 
-    A stage is expected to take as long as it took on average in the iterations before.
+    A stage is expected to take its average time over the iterations so far.
 
     Args:
-      stage, t: the stage that is at work, if one is.
+      stage, t: the stage that is running now, if any; it is not counted.
 
     Returns:
-      None until the first iteration is done, because some stage has not been timed before that.
+      None until the first iteration is done, because some stages have not been timed before that.
     """
     if not run.exists():
         return None

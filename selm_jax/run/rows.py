@@ -1,4 +1,4 @@
-"""Whether the rows of an experiment's data can be used: looked at before any work is done."""
+"""Checks of the rows of an experiment's data, made before any work is done."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class RunError(ValueError):
 
 
 def told_of(name: str, rows: PromptSet) -> Iterator[str]:
-    """What was done with rows and columns that is not as somebody may expect, in words."""
+    """Notes on rows and columns that were not used as a reader may expect."""
     for note in rows.notes:
         yield f"{name}: {note}"
     for reason, numbers in rows.dropped.items():
@@ -26,34 +26,36 @@ def told_of(name: str, rows: PromptSet) -> Iterator[str]:
 
 
 def trained_too(heldout: Iterable[Prompt], trained: Iterable[Prompt]) -> list[Prompt]:
-    """The held-out prompts that are trained on as well: by their text, whatever the white space and
-    the system message."""
+    """The held-out prompts that are also trained on.
+
+    Prompts are compared by their text, without white space and system message.
+    """
     seen = {_asked(prompt) for prompt in trained}
     return [prompt for prompt in heldout if _asked(prompt) in seen]
 
 
 def told_of_overlap(d: Data, heldout: Sequence[Prompt], twice: Sequence[Prompt]) -> Iterator[str]:
-    """What held-out prompts that are trained on too mean, in words."""
+    """A note on held-out prompts that are also trained on, if there are any."""
     if twice:
         yield (
-            f"{d.heldout}: {len(twice):,} of {len(heldout):,} held-out prompts are trained on too (the "
-            f"first is {twice[0].id}): what is measured on them says nothing about new prompts"
+            f"{d.heldout}: {len(twice):,} of {len(heldout):,} held-out prompts are trained on too "
+            f"(the first is {twice[0].id}): what is measured on them says nothing about new prompts"
         )
 
 
 def check_heldout(d: Data, heldout: Sequence[Prompt], twice: Sequence[Prompt]) -> None:
-    """Raises RunError if the held-out prompts are rows of the very data that is trained on."""
+    """Raises RunError if the held-out prompts are rows of the training data."""
     same = os.path.realpath(os.path.expanduser(d.train)) == os.path.realpath(
         os.path.expanduser(d.heldout or "")
     )
     parts = (d.train_split, d.train_config) == (d.heldout_split, d.heldout_config)
     if twice and same and parts:
         raise RunError(
-            f"data.heldout: {d.heldout} is data.train, and {len(twice):,} of {len(heldout):,} held-out "
-            f"prompts are trained on too (the first is {twice[0].id}): they would measure what was "
-            "learned by heart. Name other rows: another file or split, or leave the front rows to "
-            "data.heldout with data.heldout_limit and data.skip. To look at training prompts on "
-            "purpose, name a copy of the file"
+            f"data.heldout: {d.heldout} is data.train, and {len(twice):,} of {len(heldout):,} "
+            f"held-out prompts are trained on too (the first is {twice[0].id}), so they would "
+            "measure memorisation. Name other rows: another file or split, or reserve the first "
+            "rows for data.heldout with data.heldout_limit and data.skip. To evaluate on training "
+            "prompts on purpose, name a copy of the file"
         )
 
 
@@ -69,15 +71,15 @@ def check_own_answers(
     report: Advance,
     strict: bool,
 ) -> None:
-    """Lays out the data's own answers to every prompt.
+    """Checks that the data's own answers to every prompt fit.
 
     Args:
-      misfit: why the answers to a prompt do not fit, in words; `OwnAnswers.misfit` as a rule.
-      report: is told that so many more prompts are done.
-      strict: whether answers that do not fit are an error; or somebody else counts them.
+      misfit: returns why the answers to a prompt do not fit, or None; usually `OwnAnswers.misfit`.
+      report: is called with the number of prompts that are done.
+      strict: whether answers that do not fit are an error; if not, the caller counts them.
 
     Raises:
-      RunError: answers do not fit the model or a row. The first prompt is named.
+      RunError: answers do not fit the model or a row. The message names the first prompt.
       UnusableAnswer, ExampleError: see `OwnAnswers.example`.
     """
     reasons = of_each(misfit, prompts, lambda: report(1, 0))
@@ -91,29 +93,29 @@ def check_own_answers(
 
 
 def check_batches(e: Experiment, prompts: Sequence[int]) -> None:
-    """Raises RunError if an iteration cannot fill one batch: a prompt gives one pair at most.
+    """Raises RunError if an iteration cannot fill one batch, with one pair per prompt at most.
 
     Args:
-      prompts: how many usable ones each iteration has, the first iteration's first.
+      prompts: the number of usable prompts of each iteration, from the first on.
     """
     batch = e.training.global_batch
     for t, found in enumerate(prompts, 1):
         if found < batch:
             raise RunError(
-                f"{e.data.train}: iteration {t} has {found:,} usable prompts, each of which gives one "
-                f"pair at most: fewer than one batch of training.global_batch = {batch:,}. Set "
-                f"training.global_batch to {found:,} or less, or give each iteration more rows (see "
-                "data.portions, data.skip and data.limit)"
+                f"{e.data.train}: iteration {t} has {found:,} usable prompts, each of which gives "
+                f"one pair at most: fewer than one batch of training.global_batch = {batch:,}. Set "
+                f"training.global_batch to {found:,} or less, or give each iteration more rows "
+                "(see data.portions, data.skip and data.limit)"
             )
 
 
 def question(prompt: Prompt) -> Question:
-    """A prompt as rankers see it."""
+    """A prompt in the form that rankers receive."""
     return Question(prompt.messages[-1].content, prompt.messages, prompt.row, prompt.id)
 
 
 def prompt_ids(chat: Chat, prompt: Prompt) -> tuple[int, ...]:
-    """Ids of what the policy answers. Raises RunError, with the prompt's id, if there are none."""
+    """The token ids of a prompt. Raises RunError with the prompt's id if it has none."""
     try:
         return chat.prompt_ids(prompt.messages)
     except ChatError as e:

@@ -1,11 +1,11 @@
-"""A run: an experiment at work in its folder.
+"""A run: an experiment and the folder that it writes to.
 
-It composes its parts, each of which is made when it is first asked for. A stage that is run alone
-makes the same parts again.
+A run is composed of parts, each built on first use. A stage that is run alone builds the same parts
+again.
 
-    part       what it holds                       what it is made from, besides settings
+    part       contents                            built from the settings and
     folder     paths, metrics, manifest            -
-    task       what is trained                     -
+    task       the kind of model to train          -
     devices    meshes                              chips
     model      the start model's facts and chat    task
     data       prompts and their lengths           task, model
@@ -39,13 +39,13 @@ from selm_jax.text.prompts import Prompt
 
 
 class Run:
-    """An experiment at work in its folder.
+    """An experiment and the folder that it writes to.
 
     Args:
-      devices: those to use; None uses all there are.
-      store: holds what other runs of a sweep have done already, and takes what this one does.
-      imports: without it the run is looked at: functions of the user's that the experiment names are
-        never imported.
+      devices: the devices to use; None uses all of them.
+      store: finished stages that the runs of a sweep share.
+      imports: whether functions of the user that the experiment names may be imported; a command
+        that only reads the folder sets it to False.
     """
 
     def __init__(
@@ -57,8 +57,8 @@ class Run:
         imports: bool = True,
     ):
         self.experiment, self.store, self.imports = experiment, store, imports
-        self.wanted = Wanted()  # which stages are asked for
-        # Of several processes one talks.
+        self.wanted = Wanted()  # which stages to run
+        # Only the first process prints.
         self.console = console or terminal(quiet=not multihost.is_first())
         self.folder = Folder(experiment)
         self.devices = Devices(experiment.compute, devices)
@@ -77,7 +77,7 @@ class Run:
 
     @cached_property
     def programs(self) -> Programs:
-        """What computes. The data is read for its lengths."""
+        """The programs of the experiment. The data is read for its lengths."""
         return Programs(
             self.experiment, self.task, self.model.facts, self.data.sizes, self.chat.stop_ids,
             self.devices,
@@ -122,8 +122,11 @@ class Run:
         return self.start if t == 0 else Model(self.folder.model(t), self.folder.iteration(t))
 
     def looked_at(self, t: int, policy: Model) -> tuple[Model | None, Model | None]:
-        """The policy that answered in iteration t, and the reference that it was trained against, as
-        far as the acquisition of a budget looks at them."""
+        """The models that the acquisition of a budget needs: the policy and its reference.
+
+        They are the policy that answered in iteration t and the reference that it was trained
+        against; None for a model that the acquisition does not need.
+        """
         acquisition = self.experiment.feedback.acquisition
         if acquisition not in MODEL_BASED:
             return None, None
@@ -143,7 +146,7 @@ class Run:
             method = self.task.method(self.experiment)
             self.folder.complete_card(t, self.model.folder.origin, self.task.pipeline, method)
 
-    # What it says
+    # What it writes and prints
 
     def open(self) -> None:
         """Writes config.yaml and manifest.json."""
@@ -171,8 +174,10 @@ class Run:
     def say(
         self, stage: str, t: int, counts: Mapping[str, Any], seconds: float, note: str = ""
     ) -> None:
-        """Prints one line for a finished stage; counts of details (`drops/tie`) are left to
-        stage.json."""
+        """Prints one line for a finished stage.
+
+        Detailed counts, such as `drops/tie`, are only in stage.json.
+        """
         shown = ", ".join(
             _in_words(
                 key.removeprefix("heldout/"),
@@ -186,14 +191,14 @@ class Run:
             if value != 0 or f"{key}_low" in counts
         )
         shown = f"{shown}  ({note})" if note else shown
-        # In a file the line stays whole; a terminal breaks it between words.
+        # The line stays whole in a file and is wrapped between words in a terminal.
         line = f"iteration {t}  {stage:<9} {seconds:7.1f} s   {shown}"
         self.console.print(line, soft_wrap=not self.console.is_terminal)
 
 
 def _in_words(name: str, value: Any, low: float | None = None, high: float | None = None) -> str:
     """A count, or a mean with the ends of its interval if it has one."""
-    if value is None:  # a judge gave it, whose answer could not be read
+    if value is None:  # the judge's answer could not be read
         return f"{name} not readable"
     interval = "" if low is None or high is None else f" [{low:,.3f}, {high:,.3f}]"
     return f"{name} {value:,.3f}{interval}" if isinstance(value, float) else f"{value:,} {name}"

@@ -1,12 +1,12 @@
 """What an experiment trains: a language model on preference pairs, or a reward model on pairs.
 
-The loss decides which, and the task says all that follows from it.
+The loss decides which of the two it is. Everything that differs between them is in the task.
 
                             LanguageModel                        RewardModel
-    an example              a prompt and its answers             both conversations of a pair, whole
-    held out                its own answers to prompts           the data's pairs
-    before the work         the template, the longest prompt     that the data has pairs to train on
-    lengths that count      prompts and the answers to them      conversations of the data
+    an example              a prompt and its answers             both whole conversations of a pair
+    held-out evaluation     its own answers to prompts           the data's pairs
+    checked first           the template, the longest prompt     whether the data has pairs
+    lengths that matter     prompts and the answers to them      conversations of the data
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ Pair = Mapping[str, ranked.Row]  # ranked answers by role
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """The lengths that programs are made for, in tokens.
+    """The sequence lengths that programs are built for, in tokens.
 
     Attributes:
-      longest_prompt: the longest that is answered; 0 for a reward model, which answers nothing.
-      longest_sequence: the longest prompt with its answer. It chooses between a model's two tables
-        of rotary frequencies, if it has two.
+      longest_prompt: the longest prompt that is answered; 0 for a reward model, which answers none.
+      longest_sequence: the longest prompt with its answer. It chooses the table of rotary
+        frequencies if the model has two.
     """
 
     longest_prompt: int
@@ -55,18 +55,18 @@ class Sizes:
 
 
 class Task(abc.ABC):
-    """What is trained by an objective.
+    """The kind of model that an objective trains.
 
     Attributes:
-      rates: whether it is a reward model; manifests and `stage.json` keep it under this name.
-      trains: what is trained, in words.
-      answers: whether the model answers prompts, in training and in the held-out evaluation. One
-        that does not is evaluated on held-out pairs.
-      pipeline: the kind of model by the name that the Hub has for it.
-      example_settings: the settings that making an example reads, besides those of its text.
-      reference_free: whether the reference need not be scored.
+      rates: whether it is a reward model; manifests and `stage.json` use this name too.
+      trains: the kind of model, in words.
+      answers: whether the model answers prompts, in training and in the held-out evaluation.
+        Otherwise it is evaluated on held-out pairs.
+      pipeline: the Hub's name for the kind of model (its `pipeline_tag`).
+      example_settings: the settings that an example depends on, besides those in `text`.
+      reference_free: whether the objective needs no reference log-probabilities.
       loss: the name of the objective's loss.
-      looked_at: the folder of a run that is only looked at, whose code is never imported.
+      looked_at: the run folder, if the run is opened read-only; its code is then never imported.
     """
 
     rates: ClassVar[bool]
@@ -83,47 +83,53 @@ class Task(abc.ABC):
 
     @property
     def objective(self) -> Objective:
-        """Raises RunError if it is code of the user's and the run is only looked at."""
+        """The objective.
+
+        Raises:
+          RunError: it is user code and the run is opened read-only.
+        """
         if self._objective is None:
             raise RunError(_not_imported(self.looked_at, "objective.loss", self.loss))
         return self._objective
 
     @abc.abstractmethod
     def facts(self, stored: DecoderConfig, file: Path, pad: Pad) -> DecoderConfig:
-        """The facts of the model that is trained.
+        """The configuration of the model that is trained.
 
         Args:
-          stored: those of the model that it starts from.
+          stored: the configuration of the model that it starts from.
           file: that model's config.json.
-          pad: gives its padding token.
+          pad: returns the id of its padding token.
 
         Raises:
           RunError: a language model cannot start from a reward model.
         """
 
     def check_chat(self, chat: Chat, e: Experiment) -> None:
-        """Raises ChatError if the tokenizer and template cannot serve."""
+        """Raises ChatError if the tokenizer and chat template cannot be used."""
 
     def check_settings(self, e: Experiment) -> None:
-        """Raises RunError if the experiment does not have what the training needs."""
+        """Raises RunError if the experiment lacks something that training needs."""
 
     @abc.abstractmethod
     def whose_answers(self, trained: Prompts, heldout: Prompts, strict: bool) -> Prompts:
-        """The prompts whose answers in the data are laid out before the work begins.
+        """The prompts whose answers in the data are checked before the work begins.
 
         Args:
-          strict: whether an answer that does not fit is an error. Otherwise it was left out already.
+          strict: whether an answer that does not fit is an error. If not, such answers have been
+            left out already.
         """
 
     @abc.abstractmethod
     def sizes(
         self, e: Experiment, facts: DecoderConfig, longest_prompt: int, of_data: Callable[[], int]
     ) -> Sizes:
-        """The lengths that the programs of a run are made for.
+        """The sequence lengths that a run's programs are built for.
 
         Args:
-          longest_prompt: tokens of the longest prompt that is answered; 0 if none is.
-          of_data: gives the tokens of the data's longest conversation with an answer of its own.
+          longest_prompt: the length of the longest answered prompt, in tokens; 0 if there is none.
+          of_data: returns the length of the longest conversation in the data, with its answer, in
+            tokens.
         """
 
     @abc.abstractmethod
@@ -132,7 +138,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def candidate_ids(self, chat: Chat, prompt: Prompt, source: str) -> Ids | None:
-        """Ids of the data's answer `source` as a candidate; None if only whole pairs have ids.
+        """The token ids of the data's answer `source`; None if only whole pairs are tokenised.
 
         Raises:
           UnusableAnswer: the answer cannot be used.
@@ -142,19 +148,19 @@ class Task(abc.ABC):
     def example(
         self, chat: Chat, head: ScalarHead | None, text: Text, prompt: Prompt, pair: Pair
     ) -> tuple[Example, Mapping[str, int]]:
-        """What is trained on, from a prompt and its ranked answers by role; and what was cut."""
+        """The training example of a prompt and its ranked answers by role, and what was cut."""
 
     def leaves_out_long(self, e: Experiment) -> bool:
-        """Whether examples that are too long are left out and counted; otherwise they are errors."""
+        """Whether examples that are too long are dropped and counted; if not, they are errors."""
         return False
 
     @abc.abstractmethod
     def method(self, e: Experiment) -> str:
-        """What the model was trained on, for its card: the end of a sentence."""
+        """What the model was trained on, as the end of a sentence in its model card."""
 
 
 class LanguageModel(Task):
-    """A language model that is trained on pairs of answers, its own or the data's."""
+    """A language model that is trained on pairs of its own or the data's answers."""
 
     rates, answers = False, True
     trains, pipeline = "language model", "text-generation"
@@ -163,8 +169,9 @@ class LanguageModel(Task):
         if stored.head is not None:
             raise RunError(
                 f"{file.parent} is a reward model and cannot generate text, but objective "
-                f"{self.loss} trains a language model. Name a language model as model.source; to rank with this "
-                "one, set `feedback: {ranker: reward_model, settings: {source: ...}}`"
+                f"{self.loss} trains a language model. Name a language model as model.source; to "
+                "rank with this one, set "
+                "`feedback: {ranker: reward_model, settings: {source: ...}}`"
             )
         return stored
 
@@ -203,13 +210,13 @@ class LanguageModel(Task):
 
     def method(self, e: Experiment) -> str:
         return (
-            f"answers that the ranker `{e.feedback.ranker}` scored, in the manner of Self-Exploring "
+            f"answers that the ranker `{e.feedback.ranker}` scored, following Self-Exploring "
             "Language Models (https://arxiv.org/abs/2405.19332)."
         )
 
 
 class RewardModel(Task):
-    """A reward model that is trained on the data's pairs of conversations. It answers nothing."""
+    """A reward model that is trained on the data's pairs of conversations."""
 
     rates, answers = True, False
     trains, pipeline = "reward model", "text-classification"
@@ -221,18 +228,19 @@ class RewardModel(Task):
     def check_settings(self, e: Experiment) -> None:
         if not (e.taught and e.data.rejected):
             raise RunError(
-                f"objective {self.loss} trains a reward model on pairs of the data set: name data.chosen "
-                "and data.rejected, and set candidates: {greedy: 0, samples: 0, dataset: true}"
+                f"objective {self.loss} trains a reward model on pairs of the data set, but the "
+                "experiment does not use them. Set data.chosen and data.rejected to their columns, "
+                "and set candidates: {greedy: 0, samples: 0, dataset: true}"
             )
         if e.lora is not None:
             raise RunError(
-                f"objective {self.loss} trains a reward model, and adapters would leave its head at "
-                "zeros. Set lora: null to train all parameters"
+                f"objective {self.loss} trains a reward model, but adapters would leave its head "
+                "at zero. Set lora: null to train all parameters"
             )
         if e.text.layout != "default":
             raise RunError(
-                f"objective {self.loss} trains a reward model, which reads whole conversations; "
-                f"text.layout: {e.text.layout} does not write them. Set text.layout: default"
+                f"objective {self.loss} trains a reward model on whole conversations, but "
+                f"text.layout: {e.text.layout} does not produce them. Set text.layout: default"
             )
 
     def whose_answers(self, trained: Prompts, heldout: Prompts, strict: bool) -> Prompts:
@@ -244,7 +252,7 @@ class RewardModel(Task):
         return Sizes(longest_prompt, max(1, of_data()) if facts.has_two_tables else 1)
 
     def largest(self, e: Experiment, facts: DecoderConfig) -> Sizes:
-        longest = min(e.training.row_length, facts.max_positions)  # a row is to hold it
+        longest = min(e.training.row_length, facts.max_positions)  # it must fit into a row
         return self.sizes(e, facts, e.rollout.max_prompt_tokens, lambda: longest)
 
     def candidate_ids(self, chat: Chat, prompt: Prompt, source: str) -> Ids | None:
@@ -263,8 +271,8 @@ class RewardModel(Task):
 
     def method(self, e: Experiment) -> str:
         return (
-            "pairs of the data set. A reward model: the score of a conversation with its answer, as "
-            "the chat template writes it, is the one label's logit."
+            "pairs of the data set. It is a reward model: the score of a conversation with its "
+            "answer, formatted by the chat template, is the logit of its only label."
         )
 
 
@@ -273,8 +281,8 @@ def task_of(settings: Mapping[str, Any], looked_at: Path | None = None) -> Task:
 
     Args:
       settings: the experiment's `objective`: the loss and its arguments.
-      looked_at: the folder of a run that is only looked at. Code of the user's is then never
-        imported: what follows from it is read from the run's manifest.
+      looked_at: the run folder, if the run is opened read-only. User code is then never imported;
+        the run's manifest says what kind of model it trains.
 
     Raises:
       ObjectiveError: the loss cannot be built.
@@ -284,26 +292,26 @@ def task_of(settings: Mapping[str, Any], looked_at: Path | None = None) -> Task:
     if looked_at is None or not is_user_code(loss):
         return task_with(build_objective(loss, **arguments), loss, looked_at)
     file = looked_at / "manifest.json"
-    said = artifacts.read_sealed(file) if file.exists() else {}  # none before the run begins
+    said = artifacts.read_sealed(file) if file.exists() else {}  # there is none before a run begins
     return (RewardModel if said.get("rates") else LanguageModel)(
         loss, None, bool(said.get("reference_free")), looked_at
     )
 
 
 def task_with(objective: Objective, loss: str = "", looked_at: Path | None = None) -> Task:
-    """The task of an objective that is built already."""
+    """The task of an objective that has already been built."""
     kind = RewardModel if objective.rates else LanguageModel
     return kind(loss or str(objective), objective, objective.reference_free, looked_at)
 
 
 def refuse_user_code(folder: Path, key: str, name: str) -> None:
-    """Raises RunError if a setting of a run that is only looked at names code of the user's."""
+    """Raises RunError if a setting of a run that is opened read-only names user code."""
     if is_user_code(name):
         raise RunError(_not_imported(folder, key, name))
 
 
 def _not_imported(folder: Path | None, key: str, name: str) -> str:
     return (
-        f"{folder}/config.yaml: {key} is {name!r}, code that this verb does not run: it only "
-        "looks at the folder"
+        f"{folder}/config.yaml: {key} is {name!r}, code that this command does not run, because it "
+        "only reads the folder"
     )

@@ -1,4 +1,4 @@
-"""Which stages a command asks for: all that are left, or one alone."""
+"""Which stages a command runs: all remaining ones, or a single one."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ Do = Literal["do", "check", "leave"]
 
 
 class Wanted:
-    """All stages, or one.
+    """The stages that a command runs: all of them, or only one.
 
-    One alone is reached the way that all are: those before it are looked at, for what they are now
-    given is what they were done with, or two states of the data would mix; those after it are left.
+    If only one is wanted, the stages before it are checked: their inputs must not have changed, or
+    two states of the data would mix. The stages after it are left alone.
     """
 
     def __init__(self, stage: str | None = None, t: int = 0):
@@ -19,13 +19,13 @@ class Wanted:
         self.did: dict[tuple[str, int], bool] = {}
 
     def says(self, stage: str, t: int) -> Do:
-        """What to do with a stage, to which the run has come."""
+        """What to do with the stage that comes next."""
         if self.stage is None or (stage, t) == (self.stage, self.t):
             return "do"
         return "leave" if (self.stage, self.t) in self.did else "check"
 
     def note(self, stage: str, t: int, worked: bool) -> None:
-        """Notes that a stage is done, and whether there was work to do."""
+        """Records that a stage is done, and whether it had work to do."""
         self.did[stage, t] = worked
 
     @property

@@ -168,7 +168,7 @@ def test_a_run_that_is_looked_at_never_asks_its_code(mine):
     changes = [f"feedback.ranker={RULE}", f"feedback.rule={PICK}", f"output={mine / 'made'}"]
     run = Run(config.load(file, changes), imports=False)
     for part in (lambda: run.task.objective, lambda: run.ranker):
-        with pytest.raises(RunError, match="only looks at the folder"):
+        with pytest.raises(RunError, match="only reads the folder"):
             part()
     assert not run.task.rates and not run.task.reference_free  # it has not begun
     run.folder.path.mkdir()

@@ -202,8 +202,8 @@ def test_training_goes_on_from_a_reward_model(trained, tmp_path):
     ("changes", "message"),
     [
         ({"candidates": {"greedy": 1, "dataset": True}}, "candidates: {greedy: 0, samples: 0"),
-        ({"lora": {"rank": 2, "alpha": 4}}, "adapters would leave its head at zeros"),
-        ({"text__layout": "paper"}, "text.layout: paper does not write them"),
+        ({"lora": {"rank": 2, "alpha": 4}}, "adapters would leave its head at zero"),
+        ({"text__layout": "paper"}, "text.layout: paper does not produce them"),
         ({"data__chosen_score": "goood"}, "missing column 'goood'; did you mean 'good'"),
         ({"data__chosen_score": None, "data__rejected_score": None}, "objective.margin: asks for"),
         ({"data__chosen_score": None}, "no data.chosen_score to compare"),

@@ -93,7 +93,7 @@ def test_a_bad_row_is_missing_from_its_iteration_alone(tmp_path):
     assert ids == [["p2", "p3"], ["p5", "p6", "p7"]]
     rows[5]["prompt"] = rows[6]["prompt"] = rows[7]["prompt"] = ""
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    with pytest.raises(RunError, match="train.jsonl: of the 3 rows of iteration 2 none is usable"):
+    with pytest.raises(RunError, match="train.jsonl: none of the 3 rows of iteration 2 is usable"):
         Run(config.load(file), Console(quiet=True)).prompts(2)
 
 

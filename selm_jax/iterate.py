@@ -1,5 +1,7 @@
-"""Algorithm 1 of arXiv 2405.19332: the policy explores, is ranked and trained, and becomes the next
-reference. Each call is a stage, which is done once: a run that was stopped goes on where it was."""
+"""Algorithm 1 of arXiv 2405.19332: the policy answers, is trained, and becomes the next reference.
+
+Each call is a stage, which runs only once, so a stopped run continues where it stopped.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ from selm_jax.stages.train import train
 
 
 def iterate(run: Run) -> None:
-    """Runs what is left of the experiment, then writes the report."""
+    """Runs the rest of the experiment, then writes the report."""
     run.wanted = Wanted()  # all stages
     with held(run):
         policy = run.start
@@ -33,7 +35,7 @@ def iterate(run: Run) -> None:
 
 
 def iteration(run: Run, t: int, policy: Model) -> Model:
-    """Iteration t, from the policy before it to the policy after it."""
+    """Runs iteration t, from the policy before it to the policy after it."""
     reference = run.start if run.fixed_reference else policy
     prompts = run.prompts(t)
     responses = generate(run, t, policy, prompts, run.chat)  # responses/
@@ -50,7 +52,7 @@ def iteration(run: Run, t: int, policy: Model) -> Model:
 
 
 def measure(run: Run, t: int, policy: Model) -> StoredTable:
-    """The policy on held-out prompts (heldout.parquet), or a reward model on pairs (pairs.parquet)."""
+    """Evaluates a policy on held-out prompts, or a reward model on held-out pairs."""
     if not run.task.answers:
         return evaluate_pairs(run, t, policy, run.heldout, run.chat)
     first = None if t == 0 else StoredTable(run.folder.iteration(0), "heldout.parquet")
@@ -58,7 +60,7 @@ def measure(run: Run, t: int, policy: Model) -> StoredTable:
 
 
 def run_stage(run: Run, name: str, t: int) -> None:
-    """Runs one stage of iteration t, whose inputs must be there."""
+    """Runs one stage of iteration t; the stages before it must be done."""
     run.wanted = Wanted(name, t)
     with held(run):
         try:
@@ -66,12 +68,12 @@ def run_stage(run: Run, name: str, t: int) -> None:
             run.write_manifest()
         except FileNotFoundError as e:
             raise artifacts.ArtifactError(
-                f"iteration {t}, stage {name!r}: {e.filename or e} is missing; "
-                "run the stages before it first"
+                f"iteration {t}, stage {name!r}: {e.filename or e} is missing. "
+                "Run the stages before it first"
             ) from e
         if (name, t) not in run.wanted.did:
             run.console.print(
-                f"iteration {t}  {name}: nothing to do, there are no held-out prompts"
+                f"iteration {t}  {name}: nothing to do, because there are no held-out prompts"
             )
         elif not run.wanted.worked:
             run.console.print(f"iteration {t}  {name}: done already")

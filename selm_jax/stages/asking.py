@@ -1,5 +1,8 @@
-"""Asking the ranker; of an iteration's candidates in parts, which are kept until all are ranked
-(scores/part-*.parquet)."""
+"""Calls to the ranker: how a stage gets the scores of its candidates.
+
+An iteration's candidates are scored in parts, which are kept until all are ranked
+(scores/part-*.parquet).
+"""
 
 from __future__ import annotations
 
@@ -21,8 +24,8 @@ from selm_jax.shell.shared_stages import key_of
 from selm_jax.stages.step import Step
 from selm_jax.tables import scores as table
 
-Scores = list[list[float | None]]  # by prompt and candidate; None: a judge was not readable
-Told = dict[str, int | float]  # what a ranker reports
+Scores = list[list[float | None]]  # by prompt and candidate; None: an unreadable judgement
+Told = dict[str, int | float]  # the counts that a ranker reports
 
 FOLDER = "scores"
 
@@ -30,8 +33,11 @@ FOLDER = "scores"
 def scores_of(
     ranker: LazyRanker, questions: Sequence[Question], candidates: Sequence[Sequence[str]]
 ) -> list[np.ndarray]:
-    """The ranker's scores, one array per question. It is asked in the first process alone: it may
-    be people, or a server with a budget, and what a model says of a text may hang on its batch."""
+    """The ranker's scores, one array per question.
+
+    Only the first process calls the ranker: it may be people or a server with a budget, and a
+    model's score of a text may depend on the batch.
+    """
     return _arrays(multihost.on_first(lambda: _ask(ranker, questions, candidates)))
 
 
@@ -41,22 +47,22 @@ def scores_in_parts(
     questions: Sequence[Question],
     candidates: Sequence[Sequence[str]],
 ) -> tuple[list[np.ndarray], Told]:
-    """The scores of an iteration's candidates, and what the ranker told: the sums over all parts.
+    """The scores of an iteration's candidates, and the ranker's counts, summed over all parts.
 
-    Parts that are there are not asked about again, whichever process has asked. People are asked
-    once for all: what they said is kept as it is, and more of them may have said something since.
+    Finished parts are not scored again. Rankings by people are not split into parts: they are
+    stored already, and more may have come in since.
 
     Raises:
-      Stopped: the run was told to stop; the parts that are ranked are kept.
-      UnreadableJudge: most of a judge's answers cannot be read. No part is kept: what could be read
-        is in the judge's cache, and of a mended judge the rest is to be asked again.
+      Stopped: the run was told to stop; the finished parts are kept.
+      UnreadableJudge: most of a judge's answers cannot be read. No part is kept: the readable
+        answers are in the judge's cache, and the rest must be asked for again.
     """
     feedback = step.settings.feedback
     if feedback.ranker == "human":
         scores = scores_of(ranker, questions, candidates)
         return scores, multihost.on_first(lambda: reported(ranker.ranker))
     size = multihost.on_first(lambda: _prompts_per_part(ranker, feedback.prompts_per_part))
-    count = -(-len(questions) // size) or 1  # one that is empty tells that nothing was asked
+    count = -(-len(questions) // size) or 1  # one empty part if there are no questions
     scores, told = [], Counter()
     try:
         with step.bar(len(questions), "prompts") as advance:
@@ -76,8 +82,9 @@ def scores_in_parts(
 
 
 def check_read(step: Step, ranker: LazyRanker, told: Told) -> None:
-    """Looks at what the ranker told of all that a stage has asked: a judge that is asked too little
-    to be stopped on the way is stopped here.
+    """Checks that most of a judge's answers in a stage could be read.
+
+    A judge that gives few answers is not checked while it works, so it is checked here.
 
     Raises:
       UnreadableJudge: most of its answers could not be read.
@@ -90,13 +97,13 @@ def check_read(step: Step, ranker: LazyRanker, told: Told) -> None:
 
 
 def unread(told: Told) -> Told:
-    """How many of a judge's answers could not be read, for the stage's line; {} without a judge."""
+    """The number of a judge's unreadable answers, for the stage's line; {} without a judge."""
     judged = counted(told, "asked") > 0
     return {"malformed": counted(told, "malformed")} if judged else {}
 
 
 def _prompts_per_part(ranker: LazyRanker, wanted: int) -> int:
-    """As many as the experiment says, or the next number that cuts no group of the ranker's."""
+    """The prompts per part: `wanted`, rounded up so that no group of the ranker is split."""
     together = prompts_together(ranker.ranker)
     return -(-wanted // together) * together
 
@@ -107,7 +114,7 @@ def _part(
     questions: Sequence[Question],
     candidates: Sequence[Sequence[str]],
 ) -> tuple[Scores, Told]:
-    """The scores of one part and what the ranker told: read if they are there, else asked for."""
+    """The scores of one part and the ranker's counts, from the part's file if there is one."""
     key = _key(questions, candidates)
     if (found := _read(file, key)) is not None:
         return found
@@ -125,7 +132,7 @@ def _ask(
 
 
 def _read(file: Path, key: str) -> tuple[Scores, Told] | None:
-    """A part that is there and has this key."""
+    """A finished part that has this key, or None."""
     if not parts.is_there(file):
         return None
     about = json.loads(table.about(file) or "{}")
@@ -135,7 +142,7 @@ def _read(file: Path, key: str) -> tuple[Scores, Told] | None:
 
 
 def _key(questions: Sequence[Question], candidates: Sequence[Sequence[str]]) -> str:
-    """Names what is asked: what was cut otherwise, or chosen otherwise under a budget, is other."""
+    """A key of the questions, which changes if a budget or the size of the parts changes them."""
     prompts = [question.id for question in questions]
     return key_of(prompts=prompts, candidates=candidates)
 

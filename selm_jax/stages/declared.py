@@ -1,7 +1,7 @@
-"""The settings that a stage says it depends on, and no others.
+"""The settings that a stage declares, and access to no others.
 
-A stage names its settings once, for `stage.json`. It reads the experiment through `Declared`, which
-refuses every other setting: a stage cannot come to depend on a setting that is not recorded.
+A stage declares its settings once, for `stage.json`. It reads the experiment through `Declared`,
+which refuses every other setting, so it cannot depend on a setting that is not recorded.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from selm_jax.config import Experiment, as_dict, user_code_in
 from selm_jax.run.task import Task
 from selm_jax.shell.user_code import source_digest
 
-# Where and in which portions the work is done changes nothing about what comes out. The keys of a
-# judge say how it is reached and what it may cost; `workers` is how many processes run a rule.
+# Settings that do not change the outcome: how the work is divided, how a judge is reached and what
+# it may cost, and (`workers`) how many processes run a rule.
 FREE = frozenset(
     {
         *("rollout.slots", "rollout.prefill_rows", "feedback.prompts_per_part"),
@@ -43,14 +43,14 @@ _OF_TASK = ("objective.rates", "objective.reference_free")
 
 
 class UndeclaredSetting(Exception):
-    """A stage reads a setting that it does not say it depends on. This is a fault of the stage."""
+    """A stage reads a setting that it does not declare. This is a bug in the stage."""
 
 
 class Declared:
-    """The experiment, as far as a stage may read it: `declared.training.rows`.
+    """The part of the experiment that a stage may read, as in `declared.training.rows`.
 
     Args:
-      keys: dotted keys; one of a group stands for all its settings.
+      keys: dotted keys; a group includes all its settings.
     """
 
     def __init__(self, stage: str, group: Any, keys: frozenset[str], prefix: str = ""):
@@ -68,11 +68,11 @@ class Declared:
             return {k: v for k, v in value.items() if f"{key}.{k}" in within}
         if dataclasses.is_dataclass(value):
             return Declared(self._stage, value, self._keys, key + ".")
-        return value  # a group that is not there: None
+        return value  # None: the experiment does not have this group
 
 
 class DeclaredTask:
-    """The task, as far as a stage may read it. Which task it is counts as `objective.rates`."""
+    """The part of the task that a stage may read. Most of it counts as `objective.rates`."""
 
     def __init__(self, stage: str, task: Task, keys: frozenset[str]):
         self._stage, self._task, self._keys = stage, task, keys
@@ -85,23 +85,21 @@ class DeclaredTask:
 
 
 def recorded(experiment: Experiment, task: Task, keys: frozenset[str], t: int) -> dict[str, Any]:
-    """The declared settings of iteration t by dotted key, as `stage.json` keeps them.
+    """The declared settings of iteration t by dotted key, as `stage.json` records them.
 
-    What follows from the objective (`objective.rates`) is kept where it is so: it is no setting.
+    Properties of the objective, such as `objective.rates`, are recorded only if they are true.
     """
     tree, found = as_dict(experiment), {}
     tree["feedback"]["settings"] = _without(tree["feedback"]["settings"], FREE_OF_RANKERS)
     if (server := tree["rollout"]["remote"]) is not None:
-        tree["rollout"]["remote"] = server["engine"]  # how it is reached is free
+        tree["rollout"]["remote"] = server["engine"]  # its address may change
     for key in sorted(keys):
         if key in _OF_TASK:
             found |= {key: True} if getattr(task, key.removeprefix("objective.")) else {}
             continue
         value: Any = tree
         for part in key.split("."):
-            value = (
-                value.get(part) if isinstance(value, dict) else None
-            )  # a group that is not there
+            value = value.get(part) if isinstance(value, dict) else None  # None: no such group
         if isinstance(value, dict):
             found |= {f"{key}.{k}": v for k, v in value.items()}
         else:
@@ -114,7 +112,7 @@ def recorded(experiment: Experiment, task: Task, keys: frozenset[str], t: int) -
 
 
 def sources(experiment: Experiment, keys: frozenset[str]) -> dict[str, str]:
-    """The digests of the source of the user's functions that declared settings name."""
+    """Digests of the source code of the user's functions that declared settings name."""
     return {
         f"{key} {name}": source_digest(name)
         for key, name in user_code_in(experiment)
@@ -123,14 +121,14 @@ def sources(experiment: Experiment, keys: frozenset[str]) -> dict[str, str]:
 
 
 def _covers(keys: frozenset[str], key: str) -> bool:
-    """Whether a setting is declared: itself, or a group that it is in."""
+    """Whether a setting or a group that contains it is declared."""
     return any(key == each or key.startswith(each + ".") for each in keys)
 
 
 def _undeclared(stage: str, key: str) -> UndeclaredSetting:
     return UndeclaredSetting(
-        f"stage {stage!r} reads the setting {key}, which it does not declare; name it in the stage's "
-        "`settings`, so that a change of it is noticed"
+        f"stage {stage!r} reads the setting {key}, which it does not declare. Add it to the "
+        "stage's `settings`, so that a change of it is noticed"
     )
 
 

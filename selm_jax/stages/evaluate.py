@@ -1,5 +1,8 @@
-"""evaluate: the new policy on held-out prompts and pairs (heldout.parquet, heldout_pairs.parquet), or
-a reward model's rewards of held-out pairs (pairs.parquet)."""
+"""evaluate: measures the new policy on held-out data.
+
+A language model is evaluated on held-out prompts (heldout.parquet) and pairs
+(heldout_pairs.parquet), a reward model on held-out pairs (pairs.parquet).
+"""
 
 from __future__ import annotations
 
@@ -54,16 +57,16 @@ def evaluate(
     chat: Chat,
     first: StoredTable | None,
 ) -> Counts:
-    """Held-out answers of a policy, greedy and sampled, scored by the ranker and by both models.
+    """Scores a policy's held-out answers, greedy and sampled, with the ranker and both models.
 
-    What the scores are: see `_scores`. An answer that does not fit a row even alone with its prompt
-    has no log-probabilities, which are null in the table; it is counted. All else is known of it.
+    `_scores` describes the scores. An answer that does not fit into a row together with its prompt
+    is counted, and its log-probabilities are null in the table.
 
-    How answers are drawn: see `Asked.of_run`. The random numbers are the same in every iteration, so
-    that differences are not theirs. `selm eval heldout` takes the same path.
+    `Asked.of_run` describes the sampling. Every iteration uses the same random numbers, so that
+    they do not cause differences. `selm eval heldout` runs the same code.
 
     Args:
-      first: the answers of the start model; None where the policy is the start model.
+      first: the answers of the start model; None if the policy is the start model.
     """
     programs, asked = step.programs, Asked.of_run(step.settings)
     model = programs.policy(policy.path, chat)
@@ -107,9 +110,9 @@ def evaluate(
     settings=("objective.rates", "data.heldout", "data.on_bad_row", *TEMPLATE, *SCORING),
 )
 def evaluate_pairs(step: Step, policy: Model, heldout: list[Prompt], chat: Chat) -> Counts:
-    """How often a reward model puts the chosen answer of a held-out pair above the rejected one.
+    """Measures how often a reward model prefers the chosen answer of a held-out pair.
 
-    Pairs that are too long are left out and counted where `data.on_bad_row` drops such rows.
+    Pairs that are too long are left out and counted if `data.on_bad_row` is `drop`.
     """
     held, head = [(p, answers_of(p)) for p in heldout], step.programs.config.head
     assert head is not None
@@ -117,7 +120,10 @@ def evaluate_pairs(step: Step, policy: Model, heldout: list[Prompt], chat: Chat)
     if step.task.leaves_out_long(step.settings):
         found = [each for each in found if not too_long(step, each[2])]
     if not found:
-        raise RunError(f"{step.settings.data.heldout}: all {len(held)} held-out pairs are too long")
+        raise RunError(
+            f"{step.settings.data.heldout}: all {len(held)} held-out pairs are too long. Shorten "
+            "them, or raise training.row_length"
+        )
     examples = [example for *_, example in found]
     model = step.programs.policy(policy.path, chat)
     with step.bar(len(examples), "pairs") as advance:
@@ -125,7 +131,8 @@ def evaluate_pairs(step: Step, policy: Model, heldout: list[Prompt], chat: Chat)
     del model
     rows = [
         pairs.Row(
-            prompt.id, prompt.messages[-1].content, chosen=each["chosen"], rejected=each["rejected"],
+            prompt.id, prompt.messages[-1].content,
+            chosen=each["chosen"], rejected=each["rejected"],
             reward_chosen=of_pair[e.roles["chosen"]], reward_rejected=of_pair[e.roles["rejected"]],
         )
         for (prompt, each, e), of_pair in zip(found, rewards, strict=True)
@@ -146,11 +153,10 @@ def _scores(
     answers: Sequence[Stored],
     first: Sequence[table.Row] | None,
 ) -> list[float] | None:
-    """The score of every held-out answer; None of people, who are asked about nothing else than what
-    is trained on.
+    """The score of every held-out answer; None if people rank, who see training prompts only.
 
-    A ranker whose scores compare the answers of one prompt gets each answer beside the start
-    model's greedy one.
+    A ranker whose scores compare the answers to one prompt gets each answer together with the start
+    model's greedy answer.
     """
     people, relative = multihost.on_first(
         lambda: (isinstance(ranker.ranker, Human), is_relative(ranker.ranker))

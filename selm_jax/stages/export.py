@@ -1,4 +1,4 @@
-"""export: the new policy as a Hugging Face folder (model/), and its adapters (adapter/)."""
+"""export: writes the new policy as a Hugging Face folder (model/), and its adapters (adapter/)."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def _leaves(step: Step, **_given: Any) -> tuple[str, ...]:
     settings=("lora", "training.parameter_dtype"),
     leaves=_leaves,
     gives=lambda folder: Model(folder / "model", folder),
-    shared=False,  # the checkpoints that it exports are no input that has a digest
+    shared=False,  # its checkpoints have no digest, so another run's export may differ
     ends=("checkpoints",),
 )
 def export(step: Step, policy: Model, start: Model, training: Training, card: Words) -> Counts:
-    """The trained parameters as a Hugging Face folder, complete with tokenizer and card.
+    """Writes the trained parameters as a Hugging Face folder with tokenizer and model card.
 
     Args:
-      policy: the model that was trained from.
-      start: whose tokenizer and template the new policy keeps.
+      policy: the model that the training started from.
+      start: the run's start model, whose tokenizer and template the new policy keeps.
     """
     programs = step.programs
     checkpoints = training.checkpoints(policy)
@@ -60,8 +60,10 @@ def export(step: Step, policy: Model, start: Model, training: Training, card: Wo
 
 @contextlib.contextmanager
 def _folder(path: Path) -> Iterator[Path | None]:
-    """Where the first process writes; the others go through the same motions, which bring the
-    parameters to it, and write nothing: None."""
+    """The folder that the first process writes to; None in the other processes.
+
+    The others must run the same code, because it gathers the parameters, but they write nothing.
+    """
     if multihost.is_first():
         with artifacts.whole(path, replaces_folder=True) as partial:
             yield partial

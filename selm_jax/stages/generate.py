@@ -1,4 +1,4 @@
-"""generate: the policy's answers, as token ids (responses/part-*.parquet)."""
+"""generate: writes the policy's answers as token ids (responses/part-*.parquet)."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from selm_jax.tables import responses as table
 from selm_jax.text.chat import Chat
 from selm_jax.text.prompts import Prompt
 
-Advance = Callable[[int, int], None]  # responses and tokens since the last call
+Advance = Callable[[int, int], None]  # called with the responses and tokens since the last call
 Write = Callable[[Sequence[Response]], None]
-# Answers the requests of a part, by its number, and writes them.
+# Answers the requests of a part, which has this number, and writes the answers.
 Answer = Callable[[int, Sequence[Request], Write], None]
 
 
@@ -37,8 +37,8 @@ Answer = Callable[[int, Sequence[Request], Write], None]
 def generate(step: Step, policy: Model, prompts: list[Prompt], chat: Chat) -> Counts:
     """The policy answers the prompts, part by part.
 
-    Where no candidate is asked of it (an experiment that teaches the data's answers), the parts
-    are empty and no model is loaded.
+    If the experiment wants no answers of the policy because it trains on the data's, the parts are
+    empty and no model is loaded.
     """
     size = step.settings.rollout.prompts_per_part
     files = parts.files(step.folder / "responses", -(-len(prompts) // size))
@@ -79,8 +79,8 @@ def generate(step: Step, policy: Model, prompts: list[Prompt], chat: Chat) -> Co
 
 @contextlib.contextmanager
 def _here(step: Step, policy: Model, advance: Advance) -> Iterator[Answer]:
-    """The engine here: every process knows all answers, and each writes its parts."""
-    params, progress = None, counting(advance)  # stopped, the part is lost; those before it are not
+    """Answers with the engine. Every process gets all answers, and each writes its own parts."""
+    params, progress = None, counting(advance)  # a stop loses the current part only
 
     def answer(part: int, requests: Sequence[Request], write: Write) -> None:
         nonlocal params
@@ -99,8 +99,8 @@ def _here(step: Step, policy: Model, advance: Advance) -> Iterator[Answer]:
 
 @contextlib.contextmanager
 def _by_server(step: Step, policy: Model, advance: Advance) -> Iterator[Answer]:
-    """A server that the first process asks, and starts if it is to; that process writes."""
-    programs, engine = step.programs, step.programs.engine  # the one that it stands in for
+    """Answers with a server, which the first process calls, and starts if the settings say so."""
+    programs, engine = step.programs, step.programs.engine  # the engine that the server replaces
     settings = step.settings.rollout.remote
     assert settings is not None
     server = Server(

@@ -1,4 +1,4 @@
-"""The questions of an iteration, for people: put where they are asked them."""
+"""The questions of an iteration that people rank, put into the annotation store."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from selm_jax.stages.step import Step
 
 
 def put_questions(run: Run, t: int, minimum: int | None = None) -> tuple[Annotations, str]:
-    """Puts an iteration's questions where people are asked them; see `people.put`.
+    """Puts an iteration's questions into the annotation store; see `people.put`.
 
     Returns:
-      the store, and the name of the batch.
+      the store, and the name of the batch of questions.
 
     Raises:
-      AnnotationError: there is nothing to rank, or the ranker waits for another minimum.
+      AnnotationError: there is nothing to rank, or the ranker waits for another number of people.
     """
     if run.experiment.taught:
         raise AnnotationError(
-            f"{run.folder.path}: the data set's answers are taught as they are; there is nothing to rank"
+            f"{run.folder.path}: there is nothing to rank, because the experiment trains on the "
+            "data set's own answers. Set candidates.greedy or candidates.samples to rank answers"
         )
     step = Step.of(run, rank.name, t, rank.keys(run))
     responses = StoredTable(step.folder, "responses")

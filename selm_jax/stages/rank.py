@@ -47,12 +47,11 @@ def rank(
     policy: Model | None = None,
     reference: Model | None = None,
 ) -> Counts:
-    """The ranker scores the candidates of the prompts that it is asked about; each becomes a pair
-    or a counted drop.
+    """The ranker scores the candidates of the chosen prompts; every prompt gives a pair or a drop.
 
     Args:
-      policy, reference: what a budget's acquisition looks at: the policy that answered, and the
-        reference that it was trained against.
+      policy, reference: the models that the acquisition of a budget needs: the policy that
+        answered, and the reference that it was trained against.
     """
     pool = pool_of(step, prompts, responses, chat, policy, reference)
     answered = multihost.on_first(lambda: _answered(step, ranker, pool))
@@ -72,7 +71,7 @@ def rank(
     settings=("data.rejected", "data.chosen_score", "data.rejected_score", *_OF_DATA),
 )
 def teach(step: Step, prompts: list[Prompt], chat: Chat) -> Counts:
-    """The data set's answers are what is trained on, as they are: there is nothing to rank."""
+    """Takes the data set's answers as training pairs without ranking them."""
     rows, counts = taught(prompts, _of_data(step, chat), step.settings.data)
     if multihost.is_first():
         ranked.write(step.folder / "ranked.parquet", rows)
@@ -87,7 +86,7 @@ def pool_of(
     policy: Model | None,
     reference: Model | None,
 ) -> Pool:
-    """Every candidate of an iteration, and which prompts are to be asked about."""
+    """All candidates of an iteration, and the prompts that the ranker will be asked about."""
     feedback = step.settings.feedback
     of_data = _of_data(step, chat) if step.settings.candidates.dataset else None
     drawn = (row for file in answers.files(responses.path) for row in answers.read(file))
@@ -102,7 +101,7 @@ def pool_of(
 
 
 def _logps(step: Step, model: Model | None) -> budget.Logps | None:
-    """What a model says of examples; it is loaded when it is asked."""
+    """A function that scores examples with a model, which it loads when it is called."""
     if model is None:
         return None
     scorer, load = step.programs.scorer, step.programs.start_of
@@ -110,13 +109,16 @@ def _logps(step: Step, model: Model | None) -> budget.Logps | None:
 
 
 def _answered(step: Step, ranker: LazyRanker, pool: Pool) -> list[int]:
-    """The prompts that the ranker can score: all that are asked about, but for people."""
+    """The prompts that the ranker can score now.
+
+    These are all chosen prompts, or if people rank, those that enough people have ranked.
+    """
     human = ranker.ranker
     if not isinstance(human, Human):
         return list(pool.asked)
     run = step.folder.parent
     if human.wait:
-        step.say(f"waits for people; `selm annotate {run}` asks them")
+        step.say(f"waiting for people to rank; `selm annotate {run}` shows them the questions")
     with step.bar(len(pool.asked), "prompts") as advance:
         batch = people.batch(step.run, step.t)
         return people.answered(human, run, batch, pool, lambda more: advance(more, 0))

@@ -1,4 +1,4 @@
-"""score: what is trained on, with the reference's log-probabilities (examples.parquet)."""
+"""score: the training examples with the reference's log-probabilities (examples.parquet)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from selm_jax.preferences.examples import Example
 from selm_jax.run.inputs import Model, StoredTable
 from selm_jax.run.rows import RunError
 from selm_jax.run.task import Pair, Task
+from selm_jax.shell.words import redo
 from selm_jax.stages.settings import SCORING
 from selm_jax.stages.stage import Counts, stage
 from selm_jax.stages.step import Step, counting
@@ -31,9 +32,10 @@ def _settings(_e: Experiment, task: Task) -> tuple[str, ...]:
 def score(
     step: Step, prompts: list[Prompt], ranked: StoredTable, reference: Model, chat: Chat
 ) -> Counts:
-    """The reference, which is the iteration's start policy or the run's, scores every response once.
+    """Computes the reference's log-probability of every response.
 
-    An objective that never looks at the reference needs no scores: they are null.
+    The reference is the policy that the iteration starts from, or the run's start model. If the
+    objective is reference-free, the log-probabilities are null.
     """
     examples, cut = paired_examples(step, prompts, ranked, chat)
     logps: list[tuple[float, ...] | None] = [None] * len(examples)
@@ -58,19 +60,20 @@ def score(
 def paired_examples(
     step: Step, prompts: list[Prompt], ranked: StoredTable, chat: Chat
 ) -> tuple[list[Example], Counts]:
-    """The pairs of ranked.parquet, as token ids, a response with two roles once.
+    """The pairs of ranked.parquet as token ids; a response with two roles appears once.
 
     Returns:
-      the examples, and how many prompts and whose responses `text.layout: paper` has cut; of a
-      reward model's pairs, how many were left out as too long (`data.on_bad_row: drop`).
+      the examples, and counts: the prompts and responses that `text.layout: paper` has cut, and the
+      pairs of a reward model that were dropped as too long (`data.on_bad_row: drop`).
     """
     of_id = {p.id: p for p in prompts}
     examples, cut = [], Counter[str]()
     for prompt_id, pair in _pairs(ranked).items():
         if (prompt := of_id.get(prompt_id)) is None:
             raise RunError(
-                f"{ranked.path}: prompt {prompt_id} is not among the {len(prompts)} of iteration "
-                f"{step.t}; the data or its settings have changed"
+                f"{ranked.path}: prompt {prompt_id} is not among the {len(prompts)} prompts of "
+                f"iteration {step.t}: the data or its settings have changed. Change them back, or "
+                f"run the iteration again: {redo(step.folder, 'generate')}"
             )
         head, text = step.programs.config.head, step.settings.text
         example, of_example = step.task.example(chat, head, text, prompt, pair)
@@ -84,7 +87,7 @@ def paired_examples(
 
 
 def _pairs(ranked: StoredTable) -> Mapping[str, Pair]:
-    """The rows that play a role, by prompt and role; further explored ones as `explore/2`, ..."""
+    """The rows with a role, by prompt and role; further explored rows are `explore/2`, ..."""
     pairs: dict[str, dict[str, ranked_table.Row]] = {}
     for row in ranked_table.read(ranked.path):
         for role in ROLES:
@@ -96,7 +99,7 @@ def _pairs(ranked: StoredTable) -> Mapping[str, Pair]:
 
 
 def too_long(step: Step, example: Example) -> bool:
-    """Whether a pair does not fit into a packed row, or an answer not into the model."""
+    """Whether a pair is too long for a packed row, or an answer too long for the model."""
     longest = len(example.prompt) + max(map(len, example.responses))
     row = step.settings.training.row_length
     return example.tokens > row or longest > step.programs.config.max_positions
@@ -106,6 +109,7 @@ def _check_length(example: Example, positions: int) -> None:
     longest = len(example.prompt) + max(map(len, example.responses))
     if longest > positions:
         raise RunError(
-            f"prompt {example.prompt_id}: with its longest answer it has {longest} tokens; the "
-            f"model was made for {positions} (max_position_embeddings)"
+            f"prompt {example.prompt_id} has {longest} tokens with its longest answer, but the "
+            f"model reads at most {positions} (max_position_embeddings). Shorten it, or lower "
+            "rollout.max_new_tokens or rollout.max_prompt_tokens"
         )

@@ -1,8 +1,8 @@
 """Groups of settings that several stages depend on."""
 
-# What texts become token ids with, besides the tokenizer and the template of the model.
+# What decides how texts become token ids, besides the model's tokenizer and template.
 TEMPLATE = ("text.template", "text.date", "text.special_tokens")
-# How log-probabilities and rewards are computed.
+# What decides how log-probabilities and rewards are computed.
 SCORING = (
     *("training.row_length", "training.rows", "training.logprob_chunk"),
     *("training.parameter_dtype", "compute.dtype", "lora.base"),

@@ -1,14 +1,14 @@
-"""A stage is a function of what it is given; it is done once, and its outcome is found again.
+"""The decorator `@stage`: a stage is a function of its arguments that runs once and is then reused.
 
     @stage(leaves=("examples.parquet",), settings=("text", "training.row_length"))
-    def score(step: Step, prompts: list[Prompt], ranked: StoredTable, reference: Model, chat: Chat) -> Counts:
-        ...
+    def score(step: Step, prompts: list[Prompt], reference: Model) -> Counts: ...
 
-`score(run, t, prompts, ranked, reference, run.chat)` digests every argument and the named settings
-and looks the stage up in the iteration's `stage.json`: done with these, it is left alone; done with
-others, it is refused; not done, it is taken from what runs beside this one have done, or the body
-runs. What is passed in is what the stage depends on, so there is no second list that could be wrong.
-The body gets a `Step`, which leads to nothing that it was not given.
+`score(run, t, prompts, reference)` digests every argument and the named settings, and looks the
+stage up in the iteration's `stage.json`. If it is done with the same digests, it is skipped; if it
+is done with others, that is an error. If it is not done, its outputs are copied from another run of
+the sweep that has done it, or else its body runs. A stage depends on its arguments and nothing
+else, so there is no second list of inputs that could be wrong. The body gets a `Step`, which gives
+access to nothing that the stage does not declare.
 """
 
 from __future__ import annotations
@@ -50,20 +50,21 @@ def stage(
     scratch: tuple[str, ...] = (),
     ends: tuple[str, ...] = (),
 ) -> Callable[[Callable[..., Counts]], Stage]:
-    """Makes a stage of a function `(step, ...) -> counts`.
+    """Turns a function `(step, ...) -> counts` into a stage.
 
     Args:
-      settings: the experiment's that the body may read, by dotted key; a group stands for all in it.
-        A function, where they depend on the experiment itself.
-      leaves: the files and folders of the iteration that the body writes and that must stay as they
-        are; or a function of the body's arguments that says which.
-      gives: what the call returns, from the folder of the iteration; by default the one table left.
-      name: the stage's name in `stage.json`, if it is not the function's.
-      shared: whether another run with these inputs and settings would leave the same: then, in a
-        sweep, one of them does the work.
-      goes_on_from: folders of which a stopped one goes on; one that begins anew takes none of them.
-      scratch: those that nobody reads once what it leaves is there.
-      ends: folders of earlier stages that nobody reads once this one is recorded as done.
+      settings: dotted keys of the settings that the body may read; a group includes all its
+        settings. A function if they depend on the experiment.
+      leaves: files and folders in the iteration's folder that the body writes and that must not
+        change later; or a function of the body's arguments that returns them.
+      gives: returns the result of the call, given the iteration's folder; by default the table that
+        the stage leaves.
+      name: the stage's name in `stage.json`, if it differs from the function's.
+      shared: whether runs with equal inputs and settings get equal outputs, so that only one run of
+        a sweep has to do the work.
+      goes_on_from: folders that a stopped stage resumes from; they are deleted if it starts afresh.
+      scratch: folders of this stage that are not needed once its outputs are written.
+      ends: folders of earlier stages that are not needed once this stage is recorded as done.
     """
 
     def decorate(body: Callable[..., Counts]) -> Stage:
@@ -84,7 +85,7 @@ def stage(
 
 @dataclass(frozen=True)
 class Stage:
-    """What `@stage` makes of a function; see there."""
+    """A function decorated with `@stage`; see there for the fields."""
 
     body: Callable[..., Counts]
     name: str
@@ -97,14 +98,14 @@ class Stage:
     ends: tuple[str, ...]
 
     def __call__(self, run: Run, t: int, *arguments: Any, **named: Any) -> Any:
-        """Does the stage unless it is done, and returns what it leaves.
+        """Runs the stage unless it is done, and returns its result.
 
-        A stage that is given no prompts has nothing to do. Where one stage alone is asked for
-        (`run.wanted`), the stages before it are looked at and those after it are left.
+        A stage that gets no prompts has nothing to do. If only one stage is wanted (`run.wanted`),
+        the stages before it are only checked and those after it are skipped.
 
         Raises:
-          ArtifactError: the stage was done with other inputs or settings, or what it left is not as
-            it was.
+          ArtifactError: the stage was done with other inputs or settings, or its outputs have
+            changed since.
         """
         given = inspect.signature(self.body).bind(None, *arguments, **named).arguments
         call = _Call(self, run, t, {k: v for k, v in list(given.items())[1:]})  # all but the step
@@ -119,7 +120,7 @@ class Stage:
         return StoredTable(call.folder, self.leaves[0]) if isinstance(self.leaves, tuple) else None
 
     def recorded(self, run: Run, t: int) -> dict[str, Any]:
-        """The settings of iteration t that `stage.json` keeps for the stage."""
+        """The settings of iteration t that `stage.json` records for the stage."""
         return recorded(run.experiment, run.task, self.keys(run), t)
 
     def keys(self, run: Run) -> frozenset[str]:
@@ -132,7 +133,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class _Call:
-    """One stage of one iteration of a run, with what it is given."""
+    """One call of a stage: its run, its iteration and its arguments."""
 
     stage: Stage
     run: Run
@@ -155,18 +156,18 @@ class _Call:
         return self.stage.recorded(self.run, self.t)
 
     def inputs(self) -> dict[str, str]:
-        """The digests of all that the stage is given; the first process alone works them out."""
+        """The digests of the stage's arguments, computed by the first process only."""
         return digests_of(self.given) | sources(self.run.experiment, self.stage.keys(self.run))
 
     def check(self) -> None:
-        """Raises ArtifactError if the stage was done with other inputs or settings than it has now."""
+        """Raises ArtifactError if the stage was done with other inputs or settings than now."""
         if not self._is_fresh():
             self.record.is_done(self.name, self.inputs(), self.settings())
 
     def do(self) -> bool:
-        """Does the stage unless it is done; says whether it did.
+        """Runs the stage unless it is done, and returns whether it ran.
 
-        Of several processes all do the work; the first looks whether it is done, and records it.
+        All processes do the work; the first one checks whether it is done, and records it.
         """
         multihost.stop_if_told()
         step = Step.of(self.run, self.name, self.t, self.stage.keys(self.run))
@@ -197,10 +198,10 @@ class _Call:
             logged = step.log.lines()
             if store is not None and found is None:
                 store.put(key, outputs, {"run": here, "counts": counts, "logged": logged})
-            # After a kill in the midst of this, what is gone is made once more.
+            # If the process is killed here, the deleted files are made again.
             for name in self.stage.scratch:
                 artifacts.remove(self.folder / name)
-            # Killed between these two lines, a run takes its own work back.
+            # If a run was killed after `put`, it has now taken back its own work.
             taken = key if found and found["run"] != here else None
             self.record.finish(
                 self.name,
@@ -215,13 +216,13 @@ class _Call:
 
         multihost.on_first(finish)
         self._clear(self.stage.ends)
-        release()  # or the next stage's peak would stand on this one's leavings
+        release()  # or this stage's memory would add to the next stage's peak
         note = "" if found is None else f"as {found['run']}"
         self.run.say(self.name, self.t, counts, seconds, note)
         return True
 
     def _begin(self, settings: Mapping[str, Any]) -> dict[str, str] | None:
-        """The inputs, written down before the work begins; None if it is done."""
+        """The inputs, recorded before the work begins; None if the stage is done."""
         inputs, record = self.inputs(), self.record
         if self._is_fresh():
             for name in self.stage.goes_on_from:
@@ -230,25 +231,28 @@ class _Call:
             self._check_log()
             return None
         self._check_models()
-        _ = self.run.folder.writers  # what a tracker lacks is to be known before the work
+        _ = self.run.folder.writers  # a tracker that cannot be opened must fail before the work
         record.begin(self.name, inputs, settings)
         return inputs
 
     def _check_models(self) -> None:
-        """Raises ArtifactError if a model that the work needs was deleted by `keep_models: last`."""
+        """Raises ArtifactError if `keep_models: last` has deleted a model that the stage needs."""
         for model in self.given.values():
             if not isinstance(model, Model) or model.iteration is None:
                 continue
             if model.path.name in artifacts.Stages(model.iteration).gone():
                 raise artifacts.ArtifactError(
-                    f"{model.path}: stage {self.name!r} of iteration {self.t} needs this model, which "
-                    "keep_models: last has deleted. To make it again: "
+                    f"{model.path}: stage {self.name!r} of iteration {self.t} needs this model, "
+                    "which keep_models: last has deleted. To make it again: "
                     f"{redo(self.run.folder.iteration(1), 'generate')}"
                 )
 
     def _is_fresh(self) -> bool:
-        """Whether the stage has left nothing to go on from: it never began, it was taken out of
-        `stage.json`, or it was stopped before its first part. Then any settings may begin it."""
+        """Whether the stage starts afresh, so that its settings may still change.
+
+        It does if it never began, if it was removed from `stage.json`, or if it was stopped before
+        its first part was finished.
+        """
         entry = self.record.read().get(self.name)
         if entry is None or entry["done"]:
             return entry is None
@@ -260,18 +264,18 @@ class _Call:
             multihost.on_first(lambda: [artifacts.remove(self.folder / name) for name in names])
 
     def _check_log(self) -> None:
-        """Raises ArtifactError if the lines that the stage has written into metrics.jsonl are others."""
-        before = self.record.read()[self.name].get("logged")  # versions before this one kept none
+        """Raises ArtifactError if the stage's lines in metrics.jsonl have changed."""
+        before = self.record.read()[self.name].get("logged")  # earlier versions kept none
         log = StageLog(self.run.folder, self.name, self.t)
         if before not in (None, jsonl.values_digest(log.lines())):
             raise artifacts.ArtifactError(
-                f"{log.file}: its lines of stage {self.name!r}, iteration {self.t}, are not what the "
-                f"stage wrote. Put the file back from a copy, or do the stage again: "
+                f"{log.file}: its lines of stage {self.name!r}, iteration {self.t}, are not what "
+                "the stage wrote. Restore the file from a copy, or run the stage again: "
                 f"{redo(self.folder, self.name)}"
             )
 
     def _taken(self, step: Step, found: Mapping[str, Any]) -> Counts:
-        """What the stage of another run left besides its outputs."""
+        """Takes over the metrics lines of another run's stage, and returns its counts."""
         step.log.forget()
         for line in found["logged"]:
             step.log({k: v for k, v in line.items() if k not in ("stage", "iteration")})

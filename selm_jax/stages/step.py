@@ -1,4 +1,4 @@
-"""What the body of a stage is given besides its inputs."""
+"""The context that the body of a stage gets besides its inputs."""
 
 from __future__ import annotations
 
@@ -25,18 +25,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Step:
-    """One stage of one iteration at work. It leads to nothing that the stage was not given.
+    """One stage of one iteration at work.
+
+    It gives access to nothing that the stage does not declare.
 
     Attributes:
-      run: the name of the run, for people.
+      run: the name of the run, for messages.
       t: the number of the iteration.
-      folder: where the iteration's files are; a stage writes there what it says it leaves.
-      settings: the experiment, as far as the stage declares it.
-      task: what follows from the objective, as far as the stage declares it.
+      folder: the iteration's folder, where the stage writes its outputs.
+      settings: the experiment, limited to the settings that the stage declares.
+      task: the task, limited in the same way.
       programs: compiled functions and the mesh.
       log: the stage's lines of metrics.jsonl.
-      iterations: how many the run has; only the time left is told by it.
-      note_server: notes in the manifest which version of a server answered; for the first process.
+      iterations: the number of iterations, used only to estimate the remaining time.
+      note_server: records in the manifest which version of a server answered; called by the first
+        process only.
     """
 
     run: str
@@ -53,7 +56,7 @@ class Step:
 
     @classmethod
     def of(cls, run: Run, stage: str, t: int, keys: frozenset[str]) -> Step:
-        """The step of a run's stage that declares these settings."""
+        """The step of a stage of a run that declares these settings."""
         return cls(
             run=run.folder.name,
             stage=stage,
@@ -72,14 +75,17 @@ class Step:
         self.console.print(f"iteration {self.t}  {self.stage}: {text}", soft_wrap=True)
 
     def bar(self, total: int, unit: str) -> Any:
-        """A progress bar. Its context gives a function that takes how many more are done, and of how
-        many tokens."""
+        """A progress bar.
+
+        As a context it gives a function `(more, tokens)` to call with the units and tokens that are
+        newly done.
+        """
         after = time_left(self.folder.parent, self.iterations, self.stage, self.t)
         return bar(self.console, f"iteration {self.t}  {self.stage}", total, unit, after)
 
 
 def counting(advance: Callable[[int, int], None]) -> Callable[..., None]:
-    """A bar's function that also ends the stage where the run has been told to stop."""
+    """A bar's function that also stops the stage if the run was told to stop."""
 
     def progress(more: int, tokens: int = 0) -> None:
         advance(more, tokens)

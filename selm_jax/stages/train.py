@@ -1,4 +1,4 @@
-"""train: updates from the policy, or from the last checkpoint of this stage (checkpoints/)."""
+"""train: trains the policy, or continues from this stage's last checkpoint (checkpoints/)."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from selm_jax.training.state import TrainState
 @stage(
     settings=("seed", "objective", "training", "lora", "compute.dtype"),
     gives=Training,
-    shared=False,  # what it leaves is deleted once the export is complete
+    shared=False,  # its checkpoints are deleted once the export is complete
     goes_on_from=("checkpoints",),
 )
 def train(step: Step, policy: Model, examples: StoredTable, reference: Model) -> Counts:
-    """Updates the policy by the objective, from the examples."""
+    """Trains the policy on the examples with the objective."""
     programs = step.programs
     plan = plan_of(step, examples)
     if not step.task.reference_free:
@@ -57,23 +57,24 @@ def train(step: Step, policy: Model, examples: StoredTable, reference: Model) ->
 
 
 def check_reference(examples: StoredTable, policy: Model, reference: Model) -> None:
-    """Raises ArtifactError if log-probabilities that are to be trained on are another model's."""
+    """Raises ArtifactError if the examples' log-probabilities come from another model."""
     for scored, model, what in (
         (
             table.reference_digest(examples.path),
             reference,
-            "the reference's log-probabilities are those of",
+            "the reference log-probabilities come from",
         ),
         (
             table.start_digest(examples.path),
             policy,
-            "it was scored in an iteration that starts from",
+            "it was written in an iteration that starts from",
         ),
     ):
         if scored not in ("", now := model.digest):
             raise artifacts.ArtifactError(
-                f"{examples.path}: {what} the model with digest {scored}; {model.path} has {now}. Put "
-                f"that model back, or score this iteration again: {redo(examples.folder, 'score')}"
+                f"{examples.path}: {what} the model with digest {scored}, but {model.path} has "
+                f"{now}. Restore that model, or score this iteration again: "
+                f"{redo(examples.folder, 'score')}"
             )
 
 
@@ -81,19 +82,19 @@ def plan_of(step: Step, examples: StoredTable) -> loop.TrainingPlan:
     """The updates of an iteration, from its examples.
 
     Raises:
-      RunError: an example lacks a role, or the reference's score, that the objective needs.
+      RunError: an example lacks a role or a reference log-probability that the objective needs.
     """
     found, objective = table.read(examples.path), step.task.objective
     stored = step.settings.training.reference == "stored" and not step.task.reference_free
     for example in found:
         if absent := set(objective.roles) - set(example.roles):
             raise RunError(
-                f"{objective} needs the roles {', '.join(objective.roles)}; prompt "
+                f"{objective} needs the roles {', '.join(objective.roles)}, but prompt "
                 f"{example.prompt_id} has no {', '.join(sorted(absent))}"
             )
         if stored and example.reference_logps is None:
             raise RunError(
-                f"{objective} needs the reference's log-probabilities; prompt "
+                f"{objective} needs the reference's log-probabilities, but prompt "
                 f"{example.prompt_id} has none. To score this iteration again: "
                 f"{redo(examples.folder, 'score')}"
             )

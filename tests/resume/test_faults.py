@@ -164,7 +164,7 @@ def test_a_changed_reference_is_refused(file, whole, tmp_path):
     weights.write_bytes(data)
     artifacts.Stages(copy / "iteration_1").file.unlink()
     run = Run(config.load(file, [f"output={copy}", f"model.source={model}"]), QUIET)
-    with pytest.raises(ArtifactError, match="log-probabilities are those of the model with digest"):
+    with pytest.raises(ArtifactError, match="log-probabilities come from the model with digest"):
         run_stage(run, "train", 1)
 
 

@@ -220,4 +220,7 @@ def test_a_stage_that_is_given_no_prompts_says_so(run):
     experiment = dataclasses.replace(run.experiment, data=data)
     again = Run(experiment, Console(record=True, width=200))
     run_stage(again, "evaluate", 1)
-    assert "evaluate: nothing to do, there are no held-out prompts" in again.console.export_text()
+    assert (
+        "evaluate: nothing to do, because there are no held-out prompts"
+        in again.console.export_text()
+    )

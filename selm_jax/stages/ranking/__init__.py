@@ -1,1 +1,1 @@
-"""The parts of `rank`: candidates, the budget, people, ranking, and teaching where nothing is ranked."""
+"""The parts of `rank`: candidates, the budget, people, pairs, and pairs taken from the data."""

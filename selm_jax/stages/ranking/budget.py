@@ -1,4 +1,4 @@
-"""Which prompts the ranker is asked about, where a budget lets it be asked about a few only."""
+"""The choice of prompts that the ranker is asked about, if a budget limits their number."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from selm_jax.preferences.selection import draws
 from selm_jax.stages.ranking.candidates import Pool
 from selm_jax.text.prompts import Prompt
 
-# Log-probabilities of every response of examples: a model that scores.
+# A model that scores: returns the log-probability of every response of the examples.
 Logps = Callable[[Sequence[Example]], list[tuple[float, ...]]]
 
 
@@ -27,17 +27,17 @@ def within(
     policy: Logps | None,
     reference: Logps | None,
 ) -> Pool:
-    """The pool with the prompts chosen that the acquisition values most.
+    """The pool, limited to the prompts that the acquisition values most.
 
-    Prompts that can give no pair, whatever is answered, are not asked about.
+    Prompts whose candidates are all equal cannot give a pair and are never chosen.
 
     Args:
-      budget: how many prompts at most.
+      budget: the largest number of prompts.
       acquisition: `feedback.acquisition`.
-      seed: of the experiment, and the iteration: decides among prompts of equal value.
-      policy: the policy that generated the candidates. It is asked only if the acquisition needs it.
-      reference: that policy's own reference; None if they are the same model, or if the acquisition
-        does not compare them. Then all reward gaps are 0.
+      seed: the experiment's seed and the iteration, which decide among prompts of equal value.
+      policy: the policy that generated the candidates; None if the acquisition does not need it.
+      reference: that policy's own reference. If it is None, because they are the same model or
+        because the acquisition does not compare them, all reward gaps are 0.
     """
     able = [i for i in pool.asked if len({c.text for c in pool.candidates[i]}) > 1]
     values, cost = np.zeros(len(able)), {}
@@ -57,7 +57,7 @@ def prospects(
     policy: Logps,
     reference: Logps | None,
 ) -> tuple[list[Prospect], dict[str, int]]:
-    """Log-probabilities of the candidates that have token ids, and what they cost."""
+    """Log-probabilities of the candidates that have token ids, and the cost of computing them."""
     kept = [[c for c in pool.candidates[i] if c.token_ids] for i in which]
     examples = []
     for i, each in zip(which, kept, strict=True):

@@ -1,4 +1,4 @@
-"""The candidates of an iteration's prompts: the policy's answers, then the data set's."""
+"""The candidates of an iteration's prompts: the policy's answers, then those of the data set."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class OfData:
     """How the data set's answers become candidates.
 
     Attributes:
-      layout: `text.layout`. Only the default layout makes token ids of candidates; the others make
-        them of pairs.
-      ids: gives the token ids of a prompt's answer (`Task.candidate_ids`).
+      layout: `text.layout`. Only the default layout gives candidates token ids; the others
+        tokenise whole pairs later.
+      ids: returns the token ids of an answer to a prompt (`Task.candidate_ids`).
       on_bad_row: `data.on_bad_row`; "error" raises for an answer that cannot be used.
     """
 
@@ -36,7 +36,7 @@ class OfData:
         """The answer called `chosen` or `rejected`, and whether it can be used.
 
         Raises:
-          UnusableAnswer: it cannot, and bad rows are errors.
+          UnusableAnswer: it cannot be used, and bad rows are errors.
         """
         ids, usable = None, True
         if self.layout == "default":
@@ -51,10 +51,12 @@ class OfData:
 
 @dataclasses.dataclass(frozen=True)
 class Pool:
-    """The prompts of an iteration with all their candidates, before anybody is asked.
+    """The prompts of an iteration with all their candidates, before they are ranked.
 
-    `usable` says of each prompt whether all its answers can be used, `asked` which of these prompts
-    the budget lets be asked about, `cost` what the choice of them cost.
+    Attributes:
+      usable: for each prompt, whether all its answers can be used.
+      asked: the places of the prompts that the ranker is asked about.
+      cost: counts of what choosing them has cost.
     """
 
     prompts: Sequence[Prompt]
@@ -64,17 +66,17 @@ class Pool:
     cost: dict[str, int]
 
     def questions(self, which: Sequence[int]) -> tuple[list[Question], list[list[str]]]:
-        """What a ranker is given: prompts, and the texts of their candidates."""
+        """The inputs of a ranker: prompts, and the texts of their candidates."""
         texts = [[each.text for each in self.candidates[i]] for i in which]
         return [question(self.prompts[i]) for i in which], texts
 
 
 def pool(prompts: Sequence[Prompt], drawn: Iterable[responses.Row], of_data: OfData | None) -> Pool:
-    """All candidates of the prompts, in the order of the authors: the policy's, chosen, rejected.
+    """All candidates of the prompts, in the authors' order: the policy's, chosen, rejected.
 
     Args:
-      drawn: the policy's answers, of all prompts.
-      of_data: makes candidates of the data set's answers; None if these do not compete.
+      drawn: the policy's answers to all prompts.
+      of_data: turns the data set's answers into candidates; None if they do not compete.
     """
     own: dict[str, list[Candidate]] = {prompt.id: [] for prompt in prompts}
     for row in drawn:
@@ -90,7 +92,7 @@ def pool(prompts: Sequence[Prompt], drawn: Iterable[responses.Row], of_data: OfD
 
 
 def row_of(prompt: Prompt, place: int, c: Candidate, **known: Any) -> ranked.Row:
-    """The row of the prompt's candidate number `place`, with what is known of it besides."""
+    """The row of a prompt's candidate number `place`; `known` has its other columns."""
     text = prompt.messages[-1].content
     return ranked.Row(
         prompt.id, text, place, c.source, c.sample, c.token_ids, c.text, c.finish, **known

@@ -1,4 +1,4 @@
-"""Ranking: from the scores of a pool to pairs, and to drops that are counted."""
+"""Pairs from the scores of a pool, and counts of the prompts that give none."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def pairs(
     labels: Labels,
     seed: tuple[int, int],
 ) -> tuple[list[ranked.Row], Report]:
-    """The rows of all candidates, and what became of the prompts.
+    """The rows of all candidates, and a report on what became of the prompts.
 
     Args:
-      scores: [candidates] of each prompt that somebody has scored, by its place in the pool.
-      select: picks the pair of one prompt, or says why there is none.
-      labels: how a pair's label comes from the scores.
-      seed: of the experiment, and the iteration.
+      scores: an array [candidates] for each scored prompt, by the prompt's place in the pool.
+      select: picks the pair of one prompt, or returns why there is none.
+      labels: how a pair's label is derived from the scores.
+      seed: the experiment's seed and the iteration.
 
     Raises:
-      FeedbackError: a prompt of which no pair can be made; it is named.
+      FeedbackError: the scores of a prompt cannot be used. The message names the prompt.
     """
     silent = {
         i: "not_asked" if usable else "unusable_answer" for i, usable in enumerate(pool.usable)

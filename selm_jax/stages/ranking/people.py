@@ -1,4 +1,4 @@
-"""People as rankers of an iteration: what they are asked, and whom they have answered about."""
+"""People as rankers of an iteration: their questions, and the prompts that they have ranked."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from selm_jax.stages.ranking.candidates import Pool
 def put(
     folder: Path, feedback: Feedback, batch: str, pool: Pool, minimum: int | None = None
 ) -> Annotations:
-    """Puts the pool's questions where people are asked them, whichever ranker the run has.
+    """Puts the pool's questions into the annotation store, whatever ranker the run has.
 
     Args:
-      folder: the run's, which holds the store if the ranker's settings name no other.
-      batch: what these questions are called.
-      minimum: how many people are to rank each; None: as the ranker's settings say, or 1.
+      folder: the run folder, which contains the store unless the ranker's settings name another.
+      batch: the name of these questions.
+      minimum: how many people must rank each question; None takes the ranker's setting, or 1.
 
     Raises:
-      AnnotationError: the ranker waits for another minimum.
+      AnnotationError: the ranker waits for a different number of people.
     """
     human = feedback.ranker == "human"
     of_ranker = feedback.settings.get("minimum", 1) if human else None
     if minimum is not None and of_ranker not in (None, minimum):
         raise AnnotationError(
-            f"the ranker waits for {of_ranker} people per prompt, found a minimum of {minimum}; "
-            "change feedback.settings.minimum"
+            f"the ranker waits for {of_ranker} people per prompt, but the minimum given is "
+            f"{minimum}. Change feedback.settings.minimum"
         )
     store = Annotations(store_of(folder, feedback.settings if human else {}))
     items = [item for item in items_of(*pool.questions(pool.asked)) if item is not None]
@@ -43,12 +43,12 @@ def answered(
     """The prompts of the pool that enough people have ranked.
 
     Args:
-      report: takes how many more questions are done.
+      report: is called with the number of questions that are newly done.
     """
     found = human.collect(folder, batch, *pool.questions(pool.asked), report)
     return [i for i, ready in zip(pool.asked, found, strict=True) if ready]
 
 
 def batch(run: str, t: int) -> str:
-    """What the questions of a run's iteration are called."""
+    """The name of the batch of questions of a run's iteration."""
     return f"{run}/iteration_{t}"

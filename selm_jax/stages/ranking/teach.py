@@ -1,4 +1,4 @@
-"""The data set's answers as what is trained on, as they are: nobody ranks them."""
+"""Training pairs taken from the data set as they are, without a ranker."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from selm_jax.text.prompts import Prompt
 def taught(
     prompts: Iterable[Prompt], of_data: OfData, data: Data
 ) -> tuple[list[ranked.Row], dict[str, int]]:
-    """The rows of the prompts all of whose answers can be used, and how many there are.
+    """The rows of all prompts whose answers can be used, and their counts.
 
     Args:
-      data: says which columns hold rejected answers and scores, if any do.
+      data: names the columns with rejected answers and scores, if there are any.
     """
     columns = {"chosen": data.chosen_score}
     if data.rejected:
@@ -45,5 +45,5 @@ def taught(
 
 
 def _score(prompt: Prompt, column: str | None) -> float:
-    """What the data says that an answer is worth; NaN where the experiment names no column."""
+    """The score of an answer in the data; NaN if the experiment names no column for it."""
     return math.nan if column is None else prompt.row[column]  # a float: rows were checked

@@ -1,13 +1,13 @@
-"""Attention over packed prompt trees, forward and backward: our back ends and torch, taking turns.
+"""Times attention over packed prompt trees, forward and backward: our back ends and torch in turn.
 
     python benchmarks/attention_torch.py --rounds 5                     # times, one process
     python benchmarks/attention_torch.py --rounds 1 --alone blocks --time 4096      # and memory
 
 One row, the heads of SmolLM2-135M (9 query heads, 3 key-value heads of 64), float32 on CPU. The row
-is packed with prompts of 210 tokens and three responses of 230 each. torch is
-scaled_dot_product_attention with the boolean mask of time x time, made beforehand; without torch it is
-left out. Outputs are compared first. `--alone` runs one contestant in the process, and shows how much
-its resident memory grew from the arrays on.
+is packed with prompts of 210 tokens and three responses of 230 each. The torch contestant is
+scaled_dot_product_attention with a boolean mask of time x time that is made beforehand; it is left
+out if torch is not installed. Outputs are compared first. `--alone` runs one contestant in the
+process and shows how much its resident memory grew after the arrays were made.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def main() -> None:
 
 
 def show(length: int, seconds: dict[str, list[float]]) -> None:
-    """Medians, and the median of each round's ratio to the blocks, with the least and the greatest."""
+    """Prints median times, and the median, least and greatest ratio to the blocks over rounds."""
     for name, own in seconds.items():
         line = f"{length:6}  {name:8} {statistics.median(own):8.4f} s"
         if "blocks" in seconds and name != "blocks":

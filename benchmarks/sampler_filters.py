@@ -1,9 +1,10 @@
-"""What the filters of a draw add to a decoding step of SmolLM2-135M-Instruct.
+"""Times what the sampling filters add to a decoding step of SmolLM2-135M-Instruct.
 
     python benchmarks/sampler_filters.py [--slots 16] [--rounds 5]
 
-Each setting of the sampler decodes the same 16 prompts for 32 tokens; the settings take turns. A step
-is the time of the whole less that of the prefill, over the steps; medians over the rounds.
+Each setting of the sampler decodes the same 16 prompts for 32 tokens; the settings take turns. The
+time of a step is the whole time minus that of the prefill, divided by the number of steps. Results
+are medians over the rounds.
 """
 
 from __future__ import annotations

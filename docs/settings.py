@@ -1,4 +1,4 @@
-"""Writes docs/settings.md: every setting of an experiment, its default and its range, from the code.
+"""Generates docs/settings.md, which lists every setting with its default and range, from the code.
 
 python docs/settings.py
 """
@@ -21,10 +21,11 @@ from selm_jax.shell.ranges import Range, ranges_of
 PAGE = Path(__file__).with_suffix(".md")
 HEAD = """# Every setting
 
-This page is written by `python docs/settings.py` from the code. Change a setting in the experiment file or on the command
-line, such as `training.rows=8`; `selm settings` shows the same in the terminal. The file is YAML 1.2: `042` is 42, `yes` and
-`1:30` are texts, and a key that occurs twice is an error. Where a number is expected, `true`, `"8"`, `.nan` and `.inf` are
-refused; `1e6` counts as a whole number. A setting in **bold** has no default and must be given.
+`python docs/settings.py` generates this page from the code. Change a setting in the experiment file
+or on the command line, as in `training.rows=8`; `selm settings` shows this reference in the
+terminal. The file is YAML 1.2: `042` is 42, `yes` and `1:30` are strings, and a duplicate key is an
+error. Where a number is expected, `true`, `"8"`, `.nan` and `.inf` are refused; `1e6` counts as a
+whole number. A setting in **bold** has no default and must be given.
 """
 _NUMBERS = ("where", "setting", "range", "default")
 

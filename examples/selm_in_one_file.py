@@ -3,8 +3,8 @@
     python examples/selm_in_one_file.py
 
 The model is a random transformer that writes letters, and the judge likes vowels. All else is real:
-the functions are those that `selm run` calls on models of any size, and this file is the loop around
-them. With pi the policy, pi_ref the policy that the iteration starts from, and
+the functions are those that `selm run` calls on models of any size, and this file is the loop
+around them. With pi the policy, pi_ref the policy that the iteration starts from, and
 
     r(y) = log pi(y | x) - log pi_ref(y | x)
 
@@ -12,8 +12,8 @@ every update takes a step on the mean over pairs of
 
     -log sigmoid(beta * (r(y_w) - r(y_l)))  +  alpha * beta * r(y_ref)
 
-where y_w is the best answer, y_l the worst, and y_ref what pi_ref would have said anyway: the second
-term makes that less likely, which is the exploration.
+where y_w is the best answer, y_l the worst, and y_ref the answer that pi_ref gives anyway. The
+second term makes that answer less likely, which is the exploration.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
 
     model = selm.load("HuggingFaceTB/SmolLM2-135M-Instruct")
 
-`__all__` lists the public names; `docs/api.md` describes them. They are imported when they are first
-used, so that `import selm_jax` is quick and loads no JAX.
+`__all__` lists the public names; `docs/api.md` describes them. They are imported when they are
+first used, so that `import selm_jax` is quick and loads no JAX.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 # devices, and with fewer threads two programs in flight can wait for each other for ever.
 os.environ.setdefault("PJRT_NPROC", "32")
 
-# A shell that starts the tests in the background has them, and every process of theirs, ignore Ctrl-C.
+# If a shell starts the tests in the background, they and all their processes would ignore Ctrl-C.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -65,10 +65,10 @@ REAL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Tests of seconds spend them compiling: with less optimised they take half as long.
+    """Lowers XLA's optimization level for quick tests, which then compile in half the time.
 
-    The slow ones run what users run. `pytest tests/parallel tests/resume` runs them, too, since most of
-    what these folders are about is slow.
+    Slow tests run what users run. `pytest tests/parallel tests/resume` includes the slow tests,
+    because most tests of these folders are slow.
     """
     asked = any(argument.startswith("-m") for argument in config.invocation_params.args)
     if not asked and {Path(each).resolve() for each in config.args} <= WHOLE:
@@ -185,7 +185,7 @@ def real_model() -> Path:
 
 @pytest.fixture
 def parity(record_property) -> Callable[[str, str, float], None]:
-    """Notes by how much a family's logits differ in a form; the session's summary lists the worst."""
+    """Records how much a family's logits differ in a form; the summary lists the worst ones."""
 
     def note(family: str, form: str, difference: float) -> None:
         record_property("parity", (family, form, float(difference)))  # for xdist: no numpy

@@ -1,4 +1,4 @@
-"""constraints.txt holds one version of every package that pyproject.toml asks for, on each Python."""
+"""constraints.txt has one version of every package in pyproject.toml, for each Python version."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PYTHONS = ("3.11", "3.12", "3.13")
 
 
 def asked_for() -> list[Requirement]:
-    """What `pip install '.[test]'` and the extras `wandb` and `docs` ask for, without the package."""
+    """The requirements of the extras `test`, `wandb` and `docs`, without the package itself."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     locked = (each for name in ("test", "wandb", "docs") for each in extras[name])

@@ -1,4 +1,4 @@
-"""`selm figures RUN ... -o DIR`: the paper's figures of these runs, as SVG, PDF and PNG with their data as CSV.
+"""`selm figures RUN ... -o DIR`: the paper's figures, drawn from these runs (SVG, PDF, PNG, CSV).
 
     figure2_win_rates                 every iteration of every run against every other
     figure3_rewards_by_run, ..._by_iteration_RUN      histograms of held-out rewards

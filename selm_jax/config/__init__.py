@@ -1,8 +1,8 @@
-"""The experiment: its settings, and the YAML file that it is read from.
+"""The settings of an experiment, and reading them from a YAML file.
 
     experiment = load(Path("experiments/quickstart.yaml"), ["training.global_batch=16"])
 
-`settings` has the reference of all settings, `file` reads and checks, `plain_yaml` is the YAML.
+`settings` declares all settings, `file` reads and checks a file, and `plain_yaml` parses YAML.
 """
 
 from selm_jax.config.consistency import user_code_in

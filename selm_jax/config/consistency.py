@@ -1,4 +1,4 @@
-"""What settings of several groups must be together: each group may be right, and they still disagree."""
+"""Checks of settings across groups: each group may be valid and still contradict another."""
 
 from __future__ import annotations
 
@@ -10,38 +10,42 @@ from selm_jax.shell.user_code import UserCodeError, check_name, is_user_code
 
 
 def inconsistencies(e: Experiment) -> Iterator[str]:
-    """What is wrong with the experiment as a whole, each as `key: what`."""
+    """The contradictions between groups of an experiment's settings, each as `key: what`."""
     rates = len(e.training.learning_rate)
     if rates not in (1, e.iterations):
-        yield f"training.learning_rate: {rates} values for {e.iterations} iterations"
+        yield (
+            f"training.learning_rate: {rates} values for {e.iterations} iterations; give one value "
+            "for all, or one per iteration"
+        )
     if e.iterations > e.portions - e.data.first_portion + 1:
         yield (
-            f"data.portions: {e.portions} portions cannot feed {e.iterations} iterations from "
-            f"data.first_portion: {e.data.first_portion} on"
+            f"data.portions: {e.portions} portions are too few for {e.iterations} iterations that "
+            f"start at data.first_portion: {e.data.first_portion}. Raise data.portions, or lower "
+            "iterations"
         )
     yield from _bad_names(e)
     if e.taught:
         if e.text.layout == "paper" and not e.data.rejected:
-            yield "text.layout: paper lays out pairs; data.rejected names none"
+            yield "text.layout: paper needs pairs; name the column data.rejected, or use default"
     elif e.candidates.dataset and not (e.data.chosen and e.data.rejected):
         yield (
-            "candidates.dataset: the data set's answers are to compete, but data.chosen and "
-            "data.rejected do not name their columns. For prompts alone set candidates.dataset: "
-            "false and candidates.samples. To teach the data set's answers (loss: sft), name "
-            "data.chosen alone and set candidates.greedy: 0"
+            "candidates.dataset: it makes the data set's answers candidates, but data.chosen and "
+            "data.rejected do not name their columns. If the data has only prompts, set "
+            "candidates.dataset: false and candidates.samples. To train on the data set's answers "
+            "(loss: sft), name data.chosen alone and set candidates.greedy: 0"
         )
     budget, batch = e.feedback.budget, e.training.global_batch
     if budget is not None and budget < batch and not e.taught:
         yield (
-            f"feedback.budget: {budget:,} prompts of an iteration are ranked, each of which gives one "
-            f"pair at most: fewer than one batch of training.global_batch = {batch:,}. Raise the "
-            "budget, or lower training.global_batch"
+            f"feedback.budget: {budget:,} prompts per iteration give at most {budget:,} pairs, "
+            f"fewer than one batch of training.global_batch = {batch:,}. Raise the budget, or "
+            "lower training.global_batch"
         )
     asks_for_scores = "bradley_terry" in str(e.objective.get("loss")) and e.objective.get("margin")
     if asks_for_scores and not e.data.chosen_score:
         yield (
-            "objective.margin: asks for gaps of the data's scores, but data.chosen_score (and "
-            "data.rejected_score) name no column of them"
+            "objective.margin: the margin needs the scores of the data; name their columns in "
+            "data.chosen_score and data.rejected_score"
         )
     count = e.candidates.greedy + e.candidates.samples + 2 * e.candidates.dataset
     if count < 2 and not e.taught:
@@ -49,7 +53,7 @@ def inconsistencies(e: Experiment) -> Iterator[str]:
 
 
 def _bad_names(e: Experiment) -> Iterator[str]:
-    """Names of functions of the user's that can stand for none, known without importing anything."""
+    """Badly formed names of the user's own functions, found without importing anything."""
     for key, name in user_code_in(e):
         try:
             check_name(name)
@@ -58,7 +62,7 @@ def _bad_names(e: Experiment) -> Iterator[str]:
 
 
 def user_code_in(e: Experiment) -> Iterator[tuple[str, str]]:
-    """(dotted key, name) of the functions of the user's that an experiment names."""
+    """The user's own functions that an experiment names, each as (dotted key, name)."""
     terms = str(e.objective.get("loss")).split("+")
     named: list[tuple[str, Any]] = [("objective.loss", term.strip()) for term in terms]
     named += [("rollout.filter", e.rollout.filter)]

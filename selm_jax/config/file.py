@@ -1,6 +1,6 @@
-"""Experiment files: read, put on their base, changed by dotted overrides, checked, written.
+"""Reads experiment files: merges each with its base, applies overrides, checks it, writes it.
 
-Every mistake is an error that names the file, the line, the key and what was expected.
+Every error names the file, the line, the key and what was expected.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from selm_jax.config.consistency import inconsistencies
 from selm_jax.config.settings import Experiment, groups
 from selm_jax.shell.words import did_you_mean
 
-Override = (
-    str | tuple[str, Any]
-)  # `key.path=value`, the value as YAML; or the key and the value itself
-Places = dict[tuple[str, ...], str]  # where a key was given: `line 7`, or `override`
+# Either `key.path=value` with the value as YAML, or a key and the value itself.
+Override = str | tuple[str, Any]
+Places = dict[tuple[str, ...], str]  # where a key was set: `line 7`, or `override`
 
 
 class ConfigError(ValueError):
-    """An experiment file that does not say what to do."""
+    """An experiment file or an override that is not valid."""
 
 
 def load(file: Path, overrides: Sequence[Override] = ()) -> Experiment:
     """Reads an experiment file and applies overrides: `key.path=value`, or a key and its value.
 
-    A file may begin from another one: `base: selm.yaml`, which lies beside it. What the file sets then
-    replaces what its base sets. A group changes the keys that it names, except where its keys depend on
-    each other (`objective`, `feedback.settings`, `text.template`): such a group is replaced as a whole.
+    A file may extend another file in the same folder: `base: selm.yaml`. Its settings then replace
+    those of the base. Within a group only the given keys change, but groups whose keys depend on
+    each other (`objective`, `feedback.settings`, `text.template`) are replaced as a whole.
 
     Raises:
-      ConfigError: no such file, one that is no plain YAML, a file that is its own base, or see `parse`.
+      ConfigError: the file does not exist, is not plain YAML, is its own base, or is refused by
+        `parse`.
     """
     tree, places = _on_its_base(Path(file))
     for override in overrides:
@@ -46,20 +46,20 @@ def load(file: Path, overrides: Sequence[Override] = ()) -> Experiment:
 
 
 def read(file: Path) -> dict[str, Any]:
-    """The mapping of a YAML file, not looked at yet. Raises ConfigError where there is none."""
+    """The mapping in a YAML file, unchecked. Raises ConfigError if the file has no mapping."""
     return read_with_places(file)[0]
 
 
 def read_with_places(file: Path) -> tuple[dict[str, Any], Places]:
-    """The mapping of a YAML file, and the line of each key."""
+    """The mapping in a YAML file, and the line of each key."""
     try:
         tree, lines = plain_yaml.read_file(Path(file))
     except FileNotFoundError as e:
         raise ConfigError(f"{file}: no such experiment file") from e
     except IsADirectoryError as e:
         raise ConfigError(
-            f"{file}: a folder; an experiment file (YAML) was expected. A run folder's own is "
-            f"{Path(file) / 'config.yaml'}"
+            f"{file}: this is a folder; an experiment file (YAML) was expected. The one of a run "
+            f"folder is {Path(file) / 'config.yaml'}"
         ) from e
     except plain_yaml.YamlError as e:
         raise ConfigError(f"{file}: {e}") from e
@@ -69,17 +69,17 @@ def read_with_places(file: Path) -> tuple[dict[str, Any], Places]:
 
 
 def _on_its_base(file: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], Places]:
-    """The settings of a file over those of its base, if it names one; `above` named this file."""
+    """The settings of a file merged over those of its base; `above` are the files that led here."""
     if file.resolve() in above:
         raise ConfigError(
-            f"{above[-1]}: base: {file}, which begins from this file; name another one"
+            f"{above[-1]}: base: {file}, which itself extends this file; name another base"
         )
     tree, places = read_with_places(file)
     if "base" not in tree:
         return tree, places
     name = tree.pop("base")
     if not isinstance(name, str):
-        problem = f"base: {shown(name)}, the name of an experiment file was expected"
+        problem = f"base: {shown(name)}; the name of an experiment file was expected"
         raise ConfigError(listed(str(file), [problem], places))
     base = file.parent / name
     whole, below = _on_its_base(base, (*above, file.resolve()))
@@ -88,7 +88,7 @@ def _on_its_base(file: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, An
 
 
 def _merge(tree: dict[str, Any], changes: Mapping[str, Any], path: str = "") -> None:
-    """Puts changes into settings: those of a group one by one."""
+    """Merges changes into settings, key by key within groups."""
     for key, value in changes.items():
         inner = f"{path}.{key}" if path else key
         known = tree.get(key)
@@ -107,8 +107,8 @@ def parse(
     """The experiment that a mapping describes.
 
     Raises:
-      ConfigError: keys that are unknown, missing, of another type or out of their range, all of them
-        listed; settings that contradict each other; or what looks like a password.
+      ConfigError: keys are unknown, missing, of the wrong type or out of range (all are listed),
+        settings contradict each other, or a value looks like a password.
     """
     refuse_secrets(tree, where, places)
     try:
@@ -121,19 +121,19 @@ def parse(
 
 
 def refuse_secrets(tree: Any, where: str, places: Places | None = None) -> None:
-    """Raises ConfigError where settings hold what looks like a key or password, without showing it."""
+    """Raises ConfigError if a setting looks like a key or password; the error does not show it."""
     problems = [f"{'.'.join(path)}: {how}" for path, how in secrets.found(tree)]
     if problems:
         raise ConfigError(f"{listed(where, problems, places)}\n  {secrets.INSTEAD}")
 
 
 def dump(experiment: Experiment) -> str:
-    """All settings as YAML, defaults included; `parse` of it gives the experiment back."""
+    """All settings as YAML, including defaults; parsing it gives the same experiment."""
     return plain_yaml.dump(as_dict(experiment))
 
 
 def as_dict(part: Any) -> dict[str, Any]:
-    """A (part of an) experiment as plain lists and dictionaries."""
+    """An experiment, or a part of one, as plain lists and dictionaries."""
 
     def plain(x):
         if isinstance(x, datetime.date):
@@ -147,7 +147,7 @@ def as_dict(part: Any) -> dict[str, Any]:
 
 
 def listed(where: str, problems: Sequence[str], places: Places | None = None) -> str:
-    """Problems under the name of their file, each `key: what` behind the place of its key."""
+    """A message that lists problems under the name of their file, each after its key's line."""
     lines = []
     for problem in problems:
         path = tuple(problem.partition(":")[0].split("."))
@@ -158,12 +158,12 @@ def listed(where: str, problems: Sequence[str], places: Places | None = None) ->
 
 
 def explained(error: ValidationError, root: type) -> list[str]:
-    """What pydantic found, each as `key: what was found, what was expected`."""
+    """Pydantic's errors, each as `key: what was found, what was expected`."""
     return [line for each in error.errors() for line in _explain(each, root)]
 
 
 def shown(value: Any) -> str:
-    """A value as a message shows it."""
+    """A value as error messages show it."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     text = repr(value)
@@ -179,7 +179,7 @@ def _key_and_value(override: Override) -> tuple[str, Any]:
     try:
         return key, plain_yaml.read_value(text)
     except plain_yaml.YamlError as e:
-        raise ConfigError(f"override {key}=...: the value: {e}") from e
+        raise ConfigError(f"override {key}=...: the value cannot be read: {e}") from e
 
 
 def _set(tree: dict[str, Any], places: Places, key: str, value: Any) -> None:
@@ -194,7 +194,7 @@ def _set(tree: dict[str, Any], places: Places, key: str, value: Any) -> None:
     places[path] = "override"
 
 
-# Of a type that pydantic names: what was expected.
+# What was expected, by the name that pydantic gives a type error.
 _EXPECTED = {
     "string_type": "text was expected (in quotes, if it looks like a number or a truth value)",
     "bool_type": "true or false was expected",
@@ -216,7 +216,7 @@ def _explain(error: Mapping[str, Any], root: type) -> Iterator[str]:
     elif kind == "literal_error":
         known = re.findall("'([^']*)'", error["ctx"]["expected"])
         hint = did_you_mean(str(error["input"]), known)
-        yield f"{path}: {found} is none of its values{hint} Expected one of {', '.join(known)}."
+        yield f"{path}: {found} is not allowed here{hint} Expected one of {', '.join(known)}."
     elif kind == "contradiction":
         yield from (f"{path}.{problem}" for problem in error["ctx"]["problems"])
     else:

@@ -1,7 +1,7 @@
-"""The kinds of value that settings take: names to choose among, days, folders, groups of any keys.
+"""The types of settings: choices among names, dates, folders, groups with arbitrary keys.
 
-Numbers are in `shell/ranges.py`. Whoever acts on a choice has a table or a check of the same names; a
-test holds these to the lists here.
+Ranges of numbers are in `shell/ranges.py`. The code that implements a choice has its own table of
+the same names; a test compares those tables with the lists here.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Preset = Literal["single", "fsdp", "fsdp_tensor"]
 
 
 def agree(rule: Callable[[Any], Iterator[str]]) -> Any:
-    """Makes a rule about the settings of one group part of the group: it yields `key: what is wrong`."""
+    """Makes a method a check of its group of settings; it yields each problem as `key: what`."""
 
     def check(group: Any) -> Any:
         refuse(list(rule(group)))
@@ -51,7 +51,7 @@ def agree(rule: Callable[[Any], Iterator[str]]) -> Any:
 
 
 def refuse(problems: list[str]) -> None:
-    """Raises PydanticCustomError for problems, each `key: what`, the key within what is validated."""
+    """Raises PydanticCustomError for problems, each `key: what` with the key within its group."""
     if problems:
         raise PydanticCustomError("contradiction", "{problems}", {"problems": problems})
 
@@ -64,11 +64,11 @@ def _day(value: Any) -> datetime.date:
     try:
         return value if isinstance(value, datetime.date) else datetime.date.fromisoformat(value)
     except (TypeError, ValueError):
-        raise PydanticCustomError("day", "a day such as 2024-07-26 was expected") from None
+        raise PydanticCustomError("day", "a date such as 2024-07-26 was expected") from None
 
 
 def _folder(text: str) -> str:
-    """A folder as a person writes it. What does not begin in their home folder stays word for word."""
+    """A checked folder path; `~` becomes the home folder, any other path stays as written."""
     try:
         path = place(text)
     except PathError as e:
@@ -94,7 +94,7 @@ def _finite(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _infinite(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers that are none, wherever they lie, by their dotted keys."""
+    """All NaN and infinite numbers in nested settings, with their dotted keys."""
     if isinstance(value, Mapping | list):
         for name, each in value.items() if isinstance(value, Mapping) else enumerate(value):
             yield from _infinite(each, f"{key}.{name}" if key else str(name))
@@ -105,13 +105,13 @@ def _infinite(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
 def _named_loss(objective: dict[str, Any]) -> dict[str, Any]:
     loss = objective.get("loss")
     if not isinstance(loss, str):
-        found = f"{loss!r} is no name" if "loss" in objective else "missing"
-        refuse([f"loss: {found}; it names the loss, for instance `selm` or `dpo`"])
+        found = f"{loss!r} is not a name" if "loss" in objective else "missing"
+        refuse([f"loss: {found}; give the name of a loss, such as `selm` or `dpo`"])
     return objective
 
 
 def _command(text: str) -> str:
-    """A command line that starts a server of the policy's folder."""
+    """A checked command line that starts a server with the policy's folder."""
     try:
         parts = shlex.split(text)
     except ValueError as e:
@@ -122,16 +122,16 @@ def _command(text: str) -> str:
     return text
 
 
-Flag = Annotated[bool, Strict()]  # 1 and "yes" are none
-OrYours = WrapValidator(_or_yours)  # a name of what is built in, or package.module:function
+Flag = Annotated[bool, Strict()]  # 1 and "yes" are refused
+OrYours = WrapValidator(_or_yours)  # a built-in name, or package.module:function
 Yours = Annotated[str, AfterValidator(_yours)]  # package.module:function
 Day = Annotated[datetime.date, BeforeValidator(_day)]
 Folder = Annotated[str, AfterValidator(_folder)]
 Command = Annotated[str, AfterValidator(_command)]
-Free = Annotated[dict[str, Any], AfterValidator(_finite)]  # whose keys somebody else knows
+Free = Annotated[dict[str, Any], AfterValidator(_finite)]  # keys are checked by whoever reads them
 Loss = Annotated[Free, AfterValidator(_named_loss)]
 All = Annotated[int, Range(1, MOST, whole=True, advice="null takes all")]  # a limit
-Size = Annotated[int, Range(1, 2**20, whole=True)]  # of arrays, along one axis
+Size = Annotated[int, Range(1, 2**20, whole=True)]  # an array's size along one axis
 Rate = Annotated[float, Range(0, 1, above=True)]
-Rates = Annotated[tuple[Rate, ...], BeforeValidator(_several)]  # one serves all iterations
-Decay = Annotated[float, Range(0, 1, below=True)]  # of a mean over updates
+Rates = Annotated[tuple[Rate, ...], BeforeValidator(_several)]  # a single one is for all iterations
+Decay = Annotated[float, Range(0, 1, below=True)]  # of a moving average over updates

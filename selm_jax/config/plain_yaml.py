@@ -1,9 +1,9 @@
-"""YAML that means what is written: the core schema of YAML 1.2, and a place for every value.
+"""Reads YAML with the core schema of YAML 1.2, without surprises, and records every value's line.
 
-What YAML 1.1 reads otherwise stays as it is written: `042` is 42, `1:30`, `yes`, `no`, `on`, `off` and
-`2024-07-26` are texts, `5e-7` is a number; `true` and `false` alone are truth values. A key that is
-given twice is an error, as are tags of programming languages. Time and memory are bounded: aliases
-count as what they stand for.
+Values that YAML 1.1 would reinterpret stay as written: `042` is 42; `1:30`, `yes`, `no`, `on`,
+`off` and `2024-07-26` are strings; `5e-7` is a number; only `true` and `false` are booleans. A
+duplicate key is an error, and so is a tag of a programming language. Time and memory are bounded,
+because every alias counts as the values that it stands for.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ _TAG = "tag:yaml.org,2002:"
 
 
 class YamlError(ValueError):
-    """What is written is no YAML, or could mean two things. Names the line, never what stands there."""
+    """The text is not YAML, or is ambiguous. The message gives the line, but never its content."""
 
 
 def scalar(text: str) -> Any:
-    """What a text without quotes stands for: nothing, a truth value, a number, or the text itself."""
+    """The value of unquoted text: null, a boolean, a number, or the text itself."""
     if text in _WORDS:
         return _WORDS[text]
     if len(text) > 400:
-        return text  # no number that anybody means; int() would take long, or refuse it
+        return text  # not a realistic number; int() would be slow, or refuse it
     for pattern, base in _BASED.values():
         if pattern.fullmatch(text):
             return int(text[2:], base)
@@ -57,11 +57,11 @@ def scalar(text: str) -> Any:
 
 
 def read_file(file: Path) -> tuple[Any, dict[KeyPath, int]]:
-    """What a file says, and the line of each value by its path of keys.
+    """The value in a file, and the line of each value in it by its path of keys.
 
     Raises:
       OSError: the file cannot be read.
-      YamlError: it is no UTF-8, no YAML, too large, or has a key twice.
+      YamlError: the file is not UTF-8, is not YAML, is too large, or has a duplicate key.
     """
     with file.open("rb") as stream:
         data = stream.read(_BYTES + 1)
@@ -71,7 +71,10 @@ def read_file(file: Path) -> tuple[Any, dict[KeyPath, int]]:
 def decoded(data: bytes) -> str:
     """The text of a file. Raises YamlError unless it is UTF-8."""
     if len(data) > _BYTES:
-        raise YamlError(f"more than {_BYTES:,} bytes; settings take a few thousand")
+        raise YamlError(
+            f"the text has more than {_BYTES:,} bytes; settings have a few thousand. Check that "
+            "this is the right file"
+        )
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data[:4]:
         raise YamlError("the text is UTF-16 or UTF-32; save it as UTF-8")
     try:
@@ -84,30 +87,30 @@ def decoded(data: bytes) -> str:
 
 
 def read(text: str) -> tuple[Any, dict[KeyPath, int]]:
-    """What a text says, and the line of each value by its path of keys."""
+    """The value in a text, and the line of each value in it by its path of keys."""
     root = _composed(text)
     reader = _Reader()
     return (None if root is None else reader.value(root, ())), reader.lines
 
 
 def read_value(text: str) -> Any:
-    """A value as it stands behind `key=` on a command line, where nothing is a comment."""
+    """The value after `key=` on a command line, where comments do not exist."""
     root = _composed(text)
     if root is None or root.tag in (_PLAIN, _MERGE):
         return scalar(text.strip())
     quoted = r""""(?:\\.|[^"\\])*"|'(?:''|[^'])*'"""
     if re.search(r"(^|\s)#", re.sub(quoted, "", text)):
-        raise YamlError("a # behind a space would begin a comment; put the text in quotes")
+        raise YamlError("a # after a space would start a comment; put the text in quotes")
     return _Reader().value(root, ())
 
 
 def dump(value: Any, **how: Any) -> str:
-    """The value as YAML that this and other readers understand alike."""
+    """The value as YAML that this reader and others read in the same way."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, **how)
 
 
 class _Loader(yaml.SafeLoader):
-    """Builds nodes; what a scalar without quotes and tag stands for is left to `scalar`."""
+    """Builds nodes; `scalar` later interprets scalars that have no quotes and no tag."""
 
     depth = count = 0
 
@@ -128,13 +131,13 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes each text that either this reader or one of YAML 1.1 would take for something else."""
+    """Quotes every string that this reader or a YAML 1.1 reader would misread."""
 
     def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002 (yaml passes it)
         return True
 
     def represent_str(self, data: str) -> yaml.Node:
-        # As a key PyYAML writes these line ends into single quotes, where they are read as a space.
+        # PyYAML would put a key with these line ends in single quotes, which read as a space.
         style = '"' if re.search("[\x85\u2028\u2029]", data) else None
         return self.represent_scalar(f"{_TAG}str", data, style)
 
@@ -160,7 +163,7 @@ def _composed(text: str) -> yaml.Node | None:
 
 
 class _Reader:
-    """Values from nodes, with their lines."""
+    """Turns nodes into values and records their lines."""
 
     def __init__(self) -> None:
         self.lines: dict[KeyPath, int] = {}
@@ -172,8 +175,8 @@ class _Reader:
         self.count += 1
         if self.count > _VALUES or len(path) > _DEPTH:
             raise YamlError(
-                f"line {line}: more than {_VALUES:,} values or {_DEPTH} levels, aliases counted as what "
-                "they stand for"
+                f"line {line}: more than {_VALUES:,} values or {_DEPTH} levels, with every alias "
+                "counted as the values that it stands for"
             )
         if isinstance(node, yaml.MappingNode):
             _check_tag(node, "map")
@@ -190,13 +193,13 @@ class _Reader:
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
             if not isinstance(key_node, yaml.ScalarNode):
-                raise YamlError(f"line {line}: a key that is a list or a mapping")
+                raise YamlError(f"line {line}: a key is a list or a mapping; text was expected")
             is_merge = key_node.tag == _MERGE
             key = "<<" if is_merge else _of_scalar(key_node)
             if key in seen:
                 raise YamlError(
-                    f"lines {seen[key]} and {line}: the key {'.'.join(map(str, (*path, key)))} is given "
-                    "twice; keep one of them"
+                    f"lines {seen[key]} and {line}: the key {'.'.join(map(str, (*path, key)))} is "
+                    "given twice; keep one of them"
                 )
             seen[key] = line
             if is_merge:
@@ -204,7 +207,7 @@ class _Reader:
             else:
                 own.append((key, value_node))
         found: dict[Any, Any] = {}
-        for each in reversed(merged):  # the first one counts, and what stands here more than any
+        for each in reversed(merged):  # earlier ones take precedence, and own keys over all
             found |= self.value(each, path)
         for key, value_node in own:
             found[key] = self.value(value_node, (*path, key))
@@ -216,13 +219,18 @@ class _Reader:
         several = isinstance(node, yaml.SequenceNode)
         for each in node.value if several else [node]:
             if not isinstance(each, yaml.MappingNode):
-                raise YamlError(f"line {node.start_mark.line + 1}: << stands for no mapping")
+                raise YamlError(
+                    f"line {node.start_mark.line + 1}: << must be followed by a mapping, or a list "
+                    "of mappings"
+                )
             yield each
 
 
 def _check_tag(node: yaml.Node, *kinds: str) -> None:
     if node.tag not in [_TAG + kind for kind in kinds]:
-        raise YamlError(f"line {node.start_mark.line + 1}: the tag {node.tag} is not read here")
+        raise YamlError(
+            f"line {node.start_mark.line + 1}: the tag {node.tag} is not supported; remove it"
+        )
 
 
 def _of_scalar(node: yaml.Node) -> Any:
@@ -231,10 +239,10 @@ def _of_scalar(node: yaml.Node) -> Any:
     _check_tag(node, "str", "int", "float", "bool", "null")
     if node.tag != f"{_TAG}str":
         return scalar(node.value)
-    # JSON writes a character beyond the first 65,536 as a pair of escapes.
+    # JSON writes a character above U+FFFF as a pair of escapes.
     try:
         return node.value.encode("utf-16", "surrogatepass").decode("utf-16")
     except UnicodeDecodeError:
         raise YamlError(
-            f"line {node.start_mark.line + 1}: half of a surrogate pair, which is no character"
+            f"line {node.start_mark.line + 1}: half of a surrogate pair, which is not a character"
         ) from None

@@ -1,10 +1,10 @@
-"""The reference of all settings: what each may be, its default, and what it does.
+"""The reference of all settings: the allowed values of each, its default, and what it does.
 
     for setting in reference("rollout"):
         print(setting.key, setting.values, setting.default, setting.text)
 
-It is read from the classes in `settings.py`: the type hint of a field says which values it may have,
-and the comment beside it says what it does. `selm settings` and docs/settings.md show the same.
+It is generated from the classes in `settings.py`: a field's type hint gives the allowed values, and
+the comment beside it the description. `selm settings` and docs/settings.md show this reference.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class Setting:
     """One setting.
 
     Attributes:
-      key: dotted, such as `training.rows`.
-      values: which values it may have, in words: its type with its range or its names.
-      default: as YAML writes it; None for a setting that must be given, "" for a group that is made
-        of its own defaults.
-      text: what it does.
+      key: its dotted key, such as `training.rows`.
+      values: the allowed values in words: the type with its range or its names.
+      default: the default in YAML; None for a setting that must be given, "" for a group whose
+        settings have defaults of their own.
+      text: what the setting does.
     """
 
     key: str
@@ -41,12 +41,12 @@ class Setting:
 
 
 def sections() -> tuple[str, ...]:
-    """The dotted keys of the groups of settings; "" is the top of an experiment file."""
+    """The dotted keys of the groups of settings; "" is the top level of an experiment file."""
     return tuple(path for path, _ in groups(Experiment))
 
 
 def reference(section: str = "") -> Iterator[Setting]:
-    """The settings of one section, in the order of the class that declares them.
+    """The settings of one section, in the order in which its class declares them.
 
     Raises:
       KeyError: there is no such section.
@@ -64,10 +64,10 @@ def reference(section: str = "") -> Iterator[Setting]:
 
 
 def numbers_of(function: Callable[..., Any], ranges: Mapping[str, Range]) -> Iterator[Setting]:
-    """The numbers that a loss or a ranker takes as parameters; they have no text.
+    """The numeric parameters of a loss or a ranker as settings without a description.
 
     Args:
-      ranges: the range of each parameter that is listed.
+      ranges: the range of each parameter to list.
     """
     for key, parameter in inspect.signature(function).parameters.items():
         if key in ranges:
@@ -77,7 +77,7 @@ def numbers_of(function: Callable[..., Any], ranges: Mapping[str, Range]) -> Ite
 
 
 def as_yaml(value: Any) -> str:
-    """A default as it is written in an experiment file."""
+    """A default as an experiment file writes it."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, float):
@@ -93,11 +93,11 @@ def _default(field: dataclasses.Field[Any]) -> str | None:
     return "" if dataclasses.is_dataclass(field.default) else as_yaml(field.default)
 
 
-_WORDS = {str: "text", bool: "true or false", dict: "a group", datetime.date: "a day"}
+_WORDS = {str: "text", bool: "true or false", dict: "a group", datetime.date: "a date"}
 
 
 def _values(hint: Any, numbers: Range | None) -> str:
-    """Which values a type hint allows, in words."""
+    """The values that a type hint allows, in words."""
     inner, leaves = get_args(hint), _leaves(hint)
     choices = [c for each in (hint, *inner) if get_origin(each) is Literal for c in get_args(each)]
     if numbers is not None:
@@ -110,14 +110,14 @@ def _values(hint: Any, numbers: Range | None) -> str:
 
 
 def _leaves(hint: Any) -> list[Any]:
-    """The plain types that a hint is made of, the outermost first."""
+    """The plain types that a hint consists of, outermost first."""
     origin, inner = get_origin(hint), get_args(hint)
     own = [origin] if isinstance(origin, type) else []
     return [*own, *(leaf for each in inner for leaf in _leaves(each))] if inner else [hint]
 
 
 def _comments(group: type) -> dict[str, str]:
-    """The comments of a class by field: behind a field, or above it if they begin with a capital."""
+    """The comments of a class by field: after a field, or above it if they start with a capital."""
     source = "".join(inspect.getsource(each) for each in reversed(group.__mro__[:-1]))
     names = {each.name for each in dataclasses.fields(group)}
     found: dict[str, list[str]] = {}

@@ -1,6 +1,6 @@
-"""Keys and passwords have no place in an experiment: a run copies it into its folder and its models.
+"""Finds keys and passwords in an experiment, which a run would copy into its folder and its models.
 
-Names of environment variables stand there in their stead (`key_env`).
+An experiment gives the name of an environment variable instead (`key_env`).
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any
 
 INSTEAD = (
     "A run writes its settings into its folder and into the README of every model that it exports. "
-    "Put the key into an environment variable and name that: `key_env`, of rollout.remote and of a "
-    "judge's settings; a command that is started has the environment of the run"
+    "Put the key into an environment variable and give that variable's name as `key_env`, in "
+    "rollout.remote or in a judge's settings. Commands that a run starts inherit its environment"
 )
 
 _SHAPES = {
@@ -46,27 +46,27 @@ _NAMES = re.compile(
 
 
 def found(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Where a tree of settings holds what looks like a key, and how it looks; never the key itself."""
+    """The paths of settings that look like keys, each with the reason; never the key itself."""
     if isinstance(tree, Mapping):
         for name, value in tree.items():
             here = (*path, str(name))
             if _is_named(str(name), value):
-                yield here, "its name is that of a key"
+                yield here, "its name suggests that it is a key"
             elif name == "key_env" and isinstance(value, str) and not _is_variable(value):
                 yield here, "the name of an environment variable was expected, such as JUDGE_KEY"
             else:
                 yield from found(value, here)
             if (kind := _looks_like(str(name))) is not None:
-                yield path, f"it has {kind} as a name"
+                yield path, f"one of its names looks like {kind}"
     elif isinstance(tree, list | tuple):
         for i, value in enumerate(tree):
             yield from found(value, (*path, str(i)))
     elif isinstance(tree, str) and (kind := _looks_like(tree)) is not None:
-        yield path, f"it holds {kind}"
+        yield path, f"it contains {kind}"
 
 
 def _is_named(name: str, value: Any) -> bool:
-    """Whether a setting is called as keys are, and has what may be one."""
+    """Whether a setting has a name that keys have, and a value that may be a key."""
     plain = re.sub("[^a-z0-9]", "", name.lower())
     if not isinstance(value, str) or not _NAMES.fullmatch(plain):
         return False
@@ -74,7 +74,7 @@ def _is_named(name: str, value: Any) -> bool:
 
 
 def _is_variable(text: str) -> bool:
-    """Whether a text is the name of an environment variable, and not a key of letters and digits."""
+    """Whether a text is the name of an environment variable rather than a key."""
     mixed = len(text) >= 20 and re.search("[a-z]", text) and re.search("[0-9]", text)
     return re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", text) is not None and not mixed
 

@@ -1,8 +1,8 @@
-"""The settings of an experiment: frozen dataclasses, each field with the values that it may have.
+"""The settings of an experiment, as frozen dataclasses that declare the values of each field.
 
-The comments beside the fields are the reference of all settings; docs/settings.md is made of them.
-A rule about several settings of one group stands in the group, as a method that is made by `agree`;
-rules about several groups are in `consistency.py`.
+The comments beside the fields are the settings reference, from which docs/settings.md is generated.
+A rule about several settings of one group is a method of that group, decorated with `agree`; rules
+about several groups are in `consistency.py`.
 """
 
 from __future__ import annotations
@@ -64,72 +64,77 @@ from selm_jax.shell.ranges import (
 )
 
 _STRICT = ConfigDict(extra="forbid")
-_GREEDY = "for the likeliest answer alone set candidates.greedy: 1 and candidates.samples: 0"
+_GREEDY = "for greedy answers only, set candidates.greedy: 1 and candidates.samples: 0"
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Model:
     source: str  # The start model: a Hugging Face folder, a Hub id, or a GGUF file.
-    revision: str | None = None  # Branch, tag or commit of a Hub id; the commit is recorded.
+    revision: str | None = None  # Branch, tag or commit of a Hub id; the run records the commit.
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Data:
-    # What is trained on: .jsonl, .json, .csv, .tsv, .parquet, .arrow, a folder, or a Hub data set.
+    # Training data: a .jsonl, .json, .csv, .tsv, .parquet or .arrow file, a folder, or a Hub id.
     train: str
-    heldout: str | None = None  # Prompts for evaluation, as `train`; null evaluates nothing.
+    # Prompts for evaluation, in the same forms as `train`; null switches evaluation off.
+    heldout: str | None = None
     train_split: str | None = None  # Split of `train`, if it has several.
     heldout_split: str | None = None  # Split of `heldout`, if it has several.
     train_config: str | None = None  # Configuration of `train` on the Hub, if it has several.
     heldout_config: str | None = None  # Configuration of `heldout` on the Hub, if it has several.
     revision: str | None = None  # Branch, tag or commit of the Hub data sets.
-    prompt: str = "prompt"  # Column of the prompt: text, or a list of messages.
-    prompt_id: str = "prompt_id"  # Column of the prompt's id; without it, ids are digests.
+    prompt: str = "prompt"  # Column of the prompt, which is text or a list of messages.
+    # Column of the prompt's id; if the data has no such column, ids are digests of the prompts.
+    prompt_id: str = "prompt_id"
     chosen: str | None = None  # Column of the preferred answer, such as UltraFeedback's `chosen`.
     rejected: str | None = None  # Column of the other answer.
     # Column of the chosen answer's score, which the `margin` of bradley_terry reads.
     chosen_score: str | None = None
     rejected_score: str | None = None  # Column of the rejected answer's score; null means 0.
-    system: str | None = None  # A system message that is put before every prompt.
-    # Column of each row's own system message; it is read if the data has it and `system` is null.
+    system: str | None = None  # System message to put before every prompt.
+    # Column of each row's own system message; it is used if the data has it and `system` is null.
     system_column: str | None = "system"
-    # Number of parts into which the rows are cut; iteration t takes part t. null: one per iteration.
+    # Number of portions of the rows, of which iteration t uses the t-th; null: one per iteration.
     portions: Count | None = None
-    first_portion: Count = 1  # The part that iteration 1 takes; 2 skips what a warm start has seen.
-    skip: Natural = 0  # Number of rows at the front that belong to no part.
-    shuffle: Flag = False  # Whether rows are shuffled before they are cut; the paper does not.
-    limit: All | None = None  # Most prompts of an iteration; null takes all.
-    heldout_limit: All | None = None  # Most held-out prompts; null takes all.
-    # What becomes of a row that cannot be used, of an answer that spells out an end token, and of a
-    # prompt of more than rollout.max_prompt_tokens: an error, or it is left out and counted.
+    first_portion: Count = 1  # The portion for iteration 1; 2 skips what a warm start has seen.
+    skip: Natural = 0  # Number of rows at the start of the data that are not used.
+    shuffle: Flag = False  # Whether to shuffle the rows before splitting them; the paper does not.
+    limit: All | None = None  # Maximum number of prompts per iteration; null uses all.
+    heldout_limit: All | None = None  # Maximum number of held-out prompts; null uses all.
+    # What to do with an unusable row, with an answer that contains an end token, and with a prompt
+    # longer than rollout.max_prompt_tokens: stop with an error, or drop it and count it.
     on_bad_row: OnBadRow = "error"
-    # What a repeated id means: an error, or one more pair of the same prompt, with the id p#2.
+    # What to do with a repeated id: stop with an error, or treat the row as another pair for the
+    # same prompt, with the id p#2.
     duplicate_ids: DuplicateIds = "error"
 
     @agree
     def _agrees(self) -> Iterator[str]:
         if self.system is not None and self.system_column not in (None, "system"):
             yield (
-                f"system_column: {self.system_column} is to hold each row's system message, and "
-                "data.system is one for all; set one of them"
+                f"system_column: {self.system_column} gives each row its own system message, but "
+                "data.system sets one for all rows; set only one of them"
             )
         if self.rejected_score and not self.chosen_score:
-            yield "rejected_score: there is no data.chosen_score to compare it with"
+            yield "rejected_score: it needs data.chosen_score as well; set both or neither"
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Text:
     # How texts become tokens; `paper` follows the authors' code, for comparisons.
     layout: Literal["default", "paper"] = "default"
-    max_length: Size = 1024  # Tokens of prompt and response; only `layout: paper` cuts them to it.
-    max_prompt_length: Size = 512  # What a prompt is cut to where both together are too long.
+    # Maximum number of tokens of prompt and response together; only `layout: paper` uses it.
+    max_length: Size = 1024
+    # Number of tokens to which `layout: paper` cuts a prompt if the two are too long together.
+    max_prompt_length: Size = 512
     # Variables of the chat template, such as {enable_thinking: false}.
     template: Free = field(default_factory=dict)
-    # The day that templates write as today's. With the real one, a run that is resumed tomorrow would
-    # have other prompts.
+    # The date that templates write as today's. It is fixed because, with the real date, a run that
+    # is resumed the next day would have different prompts.
     date: Day = datetime.date(2024, 7, 26)
-    # Whether a control token that a message spells out, as `<|im_end|>`, becomes that token, as
-    # elsewhere, or its letters.
+    # Whether a control token written in a message, such as `<|im_end|>`, becomes that token, as in
+    # other programs, or is tokenized as ordinary text.
     special_tokens: Literal["as_tokens", "as_text"] = "as_tokens"
 
     @agree
@@ -146,42 +151,42 @@ class Text:
 
 @dataclass(frozen=True, config=_STRICT)
 class Candidates:
-    # Whether (1) the policy's likeliest answer competes, the paper's y_ref.
+    # Number of greedy answers among the candidates, 0 or 1; this answer is the paper's y_ref.
     greedy: Annotated[int, Range(0, 1, whole=True)] = 1
-    samples: Annotated[int, Range(0, 4096, whole=True)] = 0  # Answers drawn from the policy.
-    dataset: Flag = True  # Whether the data set's two answers compete, too, as in the paper.
+    samples: Annotated[int, Range(0, 4096, whole=True)] = 0  # Sampled answers per prompt.
+    dataset: Flag = True  # Whether the data set's two answers are candidates too, as in the paper.
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Remote:
-    """A server that answers in place of this program's own engine; see docs/run.md."""
+    """A server that generates answers in place of this program's own engine; see docs/run.md."""
 
-    engine: Engine  # What the server runs.
-    url: str = "http://127.0.0.1:8000"  # Where it answers.
-    # Starts it; {model} stands for the policy's folder. null: somebody else starts it.
+    engine: Engine  # The software that the server runs.
+    url: str = "http://127.0.0.1:8000"  # The server's address.
+    # Command that starts the server, with {model} for the policy's folder; null: you start it.
     command: Command | None = None
-    start_seconds: Positive = 1800.0  # How long to wait until it serves that folder.
-    concurrency: Count = 256  # Answers that are asked for at once.
-    timeout: Positive = 600.0  # Seconds for one answer.
-    retries: Natural = 6  # How often a failed request is sent again.
-    key_env: str | None = None  # Environment variable that holds its API key.
+    start_seconds: Positive = 1800.0  # Seconds to wait until the server has loaded that folder.
+    concurrency: Count = 256  # Number of answers requested at the same time.
+    timeout: Positive = 600.0  # Seconds to wait for one answer.
+    retries: Natural = 6  # How many times a failed request is sent again.
+    key_env: str | None = None  # Name of the environment variable that contains the API key.
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingSettings:
-    """How the tokens of samples are drawn; greedy answers draw nothing.
+    """How the tokens of sampled answers are drawn; greedy answers do not use these settings.
 
     Raises:
-        ValueError: a number out of its range.
+        ValueError: a number is out of its range.
     """
 
-    # Flattens (above 1) or sharpens the distribution that samples are drawn from.
+    # Divides the logits: above 1 flattens the sampling distribution, below 1 sharpens it.
     temperature: Annotated[float, Range(1e-3, advice=_GREEDY)] = 1.0
-    # Draws among the likeliest so many tokens; 0: among all.
+    # Samples only from this many of the most probable tokens; 0 keeps all.
     top_k: Annotated[int, Range(0, MOST, whole=True, advice="0 keeps all tokens")] = 0
-    # Draws among the likeliest tokens that have this probability together.
+    # Samples only from the most probable tokens whose total probability reaches this value.
     top_p: Annotated[float, Range(0, 1, above=True, advice="1 keeps all tokens")] = 1.0
-    # Draws among tokens of at least this share of the likeliest one's probability.
+    # Samples only from tokens that have at least this fraction of the top token's probability.
     min_p: Annotated[float, Range(0, 1, advice="0 keeps all tokens")] = 0.0
 
     def __post_init__(self):
@@ -193,102 +198,107 @@ class SamplingSettings:
 
 @dataclass(frozen=True, config=_STRICT)
 class Rollout(SamplingSettings):
-    # A function of yours, package.module:function, on the logits that samples are drawn from.
-    filter: Yours | None = None
-    max_new_tokens: Size = 1024  # Most tokens of an answer; a longer one is cut off.
-    slots: Size = 16  # Answers decoded together, or the next number that the devices divide.
-    prefill_rows: Size = 8  # Prompts read together, or the next number that the devices divide.
-    max_prompt_tokens: Size = 512  # A prompt of more tokens is a bad row.
-    prompts_per_part: Count = 256  # A killed run loses one such part of the answers at most.
-    remote: Remote | None = None  # A vLLM or SGLang server that answers; null: this program does.
+    filter: Yours | None = None  # Your package.module:function that changes logits before sampling.
+    max_new_tokens: Size = 1024  # Maximum number of tokens of an answer; longer ones are cut off.
+    # Number of answers decoded together, rounded up so that the devices can share them evenly.
+    slots: Size = 16
+    # Number of prompts prefilled together, rounded up so that the devices can share them evenly.
+    prefill_rows: Size = 8
+    max_prompt_tokens: Size = 512  # Maximum number of tokens of a prompt; longer is a bad row.
+    # Number of prompts whose answers are saved together; a killed run loses at most one such part.
+    prompts_per_part: Count = 256
+    # A vLLM or SGLang server that generates the answers; null generates them in this program.
+    remote: Remote | None = None
 
     @agree
     def _agrees(self) -> Iterator[str]:
         if self.remote is not None and self.filter is not None:
             yield (
-                f"filter: {self.filter}; the server of rollout.remote draws the tokens and cannot run "
-                "a function of yours. Remove one of the two"
+                f"filter: {self.filter}; the server of rollout.remote samples the tokens and "
+                "cannot run your own function. Remove one of the two settings"
             )
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Labels:
-    # Whether the higher score always wins, or a label is drawn by the gap of the scores.
+    # Whether the higher score always wins (`scores`), or the winner is drawn at random, with a
+    # probability that depends on the difference between the scores (`bradley_terry`).
     kind: LabelKind = "scores"
     temperature: Positive = 1.0  # Temperature of `bradley_terry`, in the unit of the scores.
-    flip: Annotated[float, Range(0, 0.5)] = 0.0  # Probability that a label is swapped.
+    flip: Annotated[float, Range(0, 0.5)] = 0.0  # Probability that a label is flipped.
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Feedback:
-    ranker: str = (
-        "sentiment"  # Who ranks: a built-in name (docs/feedback.md) or package.module:function.
-    )
+    # The ranker: a built-in name (docs/feedback.md), or your own package.module:function.
+    ranker: str = "sentiment"
     settings: Free = field(default_factory=dict)  # Settings of the ranker.
-    # Which answers become chosen and rejected; or a function of yours, package.module:function.
+    # Which answers become chosen and rejected: a built-in rule or your package.module:function.
     rule: Annotated[RuleName, OrYours] = "best_worst"
-    # Which is y_ref; all: the optimism term is the mean over all of the policy's own answers. Or a
-    # function of yours, package.module:function.
+    # Which answer is the explored one, y_ref. `all` averages the optimism term over all of the
+    # policy's own answers. Your own package.module:function works too.
     explore: Annotated[ExploreName, OrYours] = "greedy"
-    # What becomes of a prompt whose best and worst scores are equal; first: as the authors' code.
+    # What to do with a prompt whose best and worst scores are equal: `drop` it, or let its `first`
+    # answer be both chosen and rejected, as in the authors' code.
     ties: Ties = "drop"
-    cut_off: CutOff = "keep"  # What becomes of pairs with an answer cut at max_new_tokens.
-    min_margin: NonNegative = 0.0  # Pairs whose scores differ by less are dropped.
-    labels: Labels = Labels()  # For studies: how the pair's label comes from the scores.
-    budget: All | None = None  # Prompts of an iteration that the ranker is asked about; null: all.
-    acquisition: Acquisition = "random"  # Which prompts are asked about, under a budget.
-    # Prompts ranked between two looks at whether to stop; a killed run loses one such part at most.
-    # Small parts are slow: a reward model reads its weights for each.
+    # Whether to keep or drop pairs with an answer that was cut off at rollout.max_new_tokens.
+    cut_off: CutOff = "keep"
+    min_margin: NonNegative = 0.0  # Pairs whose scores differ by less than this are dropped.
+    labels: Labels = Labels()  # How a pair's label follows from the scores, for simulations.
+    budget: All | None = None  # Maximum number of prompts per iteration to rank; null ranks all.
+    acquisition: Acquisition = "random"  # How those prompts are selected if there is a budget.
+    # Number of prompts whose scores are saved together; a killed run loses at most one such part.
+    # Small parts are slow, because a reward model reloads its weights for each part.
     prompts_per_part: Count = 4096
 
     @agree
     def _agrees(self) -> Iterator[str]:
         if self.budget is None and self.acquisition != "random":
-            yield f"acquisition: {self.acquisition}; only a feedback.budget has a use for it"
+            yield f"acquisition: {self.acquisition}; it has no effect without feedback.budget"
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Training:
-    learning_rate: Rates  # The peak, of each iteration; one number serves all.
+    learning_rate: Rates  # Peak learning rate: one for all iterations, or a list with one for each.
     global_batch: Size  # Number of examples in each update.
     epochs: Count = 1  # Number of passes over an iteration's examples.
-    row_length: Size = 1024  # Tokens of a packed row.
-    rows: Size = 4  # Packed rows in one forward and backward pass, on all devices together.
-    schedule: Schedule = "cosine"  # How the learning rate falls; fresh in each iteration.
-    warmup_ratio: Share = 0.1  # Share of an iteration's updates in which the rate rises.
-    optimizer: Optimizer = "adamw"  # Which optimiser; fresh in each iteration.
-    b1: Decay = 0.9  # Decay of the mean of gradients.
-    b2: Decay = 0.999  # Decay of the mean of squared gradients.
-    eps: Rate = 1e-8  # Keeps the step finite where squared gradients are near 0.
+    row_length: Size = 1024  # Number of tokens in a packed row.
+    rows: Size = 4  # Number of packed rows in one forward and backward pass, over all devices.
+    schedule: Schedule = "cosine"  # How the learning rate decays; it restarts in every iteration.
+    warmup_ratio: Share = 0.1  # Fraction of an iteration's updates in which the rate warms up.
+    optimizer: Optimizer = "adamw"  # The optimizer; every iteration starts with a new state.
+    b1: Decay = 0.9  # Decay rate of the moving average of gradients.
+    b2: Decay = 0.999  # Decay rate of the moving average of squared gradients.
+    eps: Rate = 1e-8  # Added to the denominator, so that steps stay finite for tiny gradients.
     weight_decay: Annotated[float, Range(0, 1)] = 0.0  # Decoupled, times the learning rate.
-    # Largest global norm of the gradient; null does not clip.
+    # Maximum global norm of the gradient; null switches clipping off.
     clip: Annotated[float, Range(0, above=True, advice="null switches clipping off")] | None = 1.0
-    # Whether the reference's log-probabilities are computed once and stored, or by a second model in
-    # memory. The numbers are the same.
+    # Whether the reference log-probabilities are computed once and stored, or computed at every
+    # update by a second model in memory. The numbers are the same.
     reference: Literal["stored", "live"] = "stored"
-    # Whose log-probabilities these are: of the policy that each iteration starts from (the paper),
-    # or of the run's start model throughout. Answers are the current policy's in both.
+    # The reference policy: the one that each iteration starts from (as in the paper), or the run's
+    # start model in all iterations. The current policy generates the answers in both cases.
     reference_policy: Literal["previous", "start"] = "previous"
-    # What the backward pass computes again: nothing (none) to everything (full), for memory.
+    # How much the backward pass recomputes to save memory: from nothing (none) to all (full).
     remat: Remat = "full"
-    # Tokens per row whose logits exist at a time; on accelerators at least as many as make 512 tokens
-    # of a device.
+    # Number of tokens per row whose logits are in memory at a time. On accelerators it is raised
+    # until each device has at least 512 tokens.
     logprob_chunk: Size = 32
-    checkpoint_every: Count = 100  # Updates between two checkpoints.
-    checkpoints_kept: Count = 1  # How many of an iteration's newest checkpoints are kept.
-    parameter_dtype: ParameterDtype = "float32"  # What parameters and moments are kept in.
+    checkpoint_every: Count = 100  # Number of updates between two checkpoints.
+    checkpoints_kept: Count = 1  # Number of an iteration's newest checkpoints to keep.
+    parameter_dtype: ParameterDtype = "float32"  # Data type of parameters and optimizer moments.
 
     @agree
     def _agrees(self) -> Iterator[str]:
         tokens = self.rows * self.row_length
         if tokens > MOST:
             yield (
-                f"rows: {self.rows:,} rows of training.row_length {self.row_length:,} are {tokens:,} "
-                f"tokens at once; at most {MOST:,} were expected"
+                f"rows: {self.rows:,} rows of training.row_length {self.row_length:,} are "
+                f"{tokens:,} tokens at once; at most {MOST:,} were expected"
             )
 
     def peak(self, iteration: int) -> float:
-        """The learning rate at the peak of iteration 1, 2, ..."""
+        """The peak learning rate of an iteration, counted from 1."""
         rates = self.learning_rate
         return rates[0] if len(rates) == 1 else rates[iteration - 1]
 
@@ -297,52 +307,57 @@ class Training:
 class Lora:
     rank: Size  # Inner dimension of an adapter.
     alpha: Positive  # Numerator of an adapter's scale, alpha / rank.
-    # Share of an adapter's inputs that are set to 0 in training.
+    # Fraction of an adapter's inputs that are set to 0 in training.
     dropout: Annotated[float, Range(0, 1, below=True, advice="it is a share")] = 0.0
-    targets: str = "_proj$"  # Regular expression, searched for in names such as self_attn.q_proj.
-    rslora: Flag = False  # Whether the scale is alpha / sqrt(rank).
-    base: Literal["full", Quantization] = "full"  # int8, nf4: QLoRA, the base in 8 or 4 bits.
+    # Regular expression that selects the matrices to adapt, by names such as self_attn.q_proj.
+    targets: str = "_proj$"
+    rslora: Flag = False  # Whether the scale is alpha / sqrt(rank) instead (rsLoRA).
+    # Precision of the base model: `full`, or 8 bits (`int8`) or 4 bits (`nf4`) for QLoRA.
+    base: Literal["full", Quantization] = "full"
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Compute:
-    dtype: Dtype = "auto"  # What is computed in; auto: float32 on CPU, else bfloat16.
-    preset: Preset = "fsdp_tensor"  # How arrays lie on the devices (docs/scale.md); single: on one.
-    data: Axis = 1  # Devices of a slice that hold copies; -1 takes those that are left.
-    fsdp: Axis = -1  # Devices of a slice that share parameters and rows; -1 as above.
-    tensor: Axis = 1  # Devices of a slice that share each matrix; -1 as above.
-    dcn_data: Axis = -1  # Slices (on GPUs: hosts) that hold copies; -1 takes those that are left.
-    dcn_fsdp: Count = 1  # Slices that share parameters.
-    # Devices that share a copy of the model to generate; null: as many as `tensor`.
-    decode_tensor: Count | None = None
-    # How attention is computed. `auto` chooses einsum (all scores at once) or blocks (only the blocks
-    # that are seen) by platform and row length. `kernel` does the same as blocks in a TPU kernel; it
-    # has been compiled for TPUs but has not run on one.
+    # Data type of activations and matrix products; `auto` is float32 on CPU and bfloat16 elsewhere.
+    dtype: Dtype = "auto"
+    # How arrays are sharded over the devices (docs/scale.md); `single` uses one device.
+    preset: Preset = "fsdp_tensor"
+    data: Axis = 1  # Number of model replicas within a slice; -1 uses all remaining devices.
+    # Number of devices of a slice that parameters and rows are sharded over; -1: all remaining.
+    fsdp: Axis = -1
+    tensor: Axis = 1  # Number of devices of a slice that matrices are sharded over; -1 as above.
+    dcn_data: Axis = -1  # Number of slices (GPU hosts) with replicas; -1 uses all remaining ones.
+    dcn_fsdp: Count = 1  # Number of slices over which parameters are sharded.
+    decode_tensor: Count | None = None  # The same as `tensor`, for generation; null: as `tensor`.
+    # How attention is computed. `auto` chooses `einsum` (all scores at once) or `blocks` (only the
+    # visible blocks) by platform and row length. `kernel` does the same as `blocks` in a TPU kernel;
+    # it has been compiled for TPUs but has not run on one.
     attention: AttentionBackEnd = "auto"
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Evaluation:
-    # Answers drawn per held-out prompt, for reward and KL at temperature 1.
+    # Number of answers sampled per held-out prompt, at temperature 1, to estimate reward and KL.
     samples: Annotated[int, Range(1, 4096, whole=True)] = 1
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Log:
-    tensorboard: Flag = True  # Whether metrics go to TensorBoard files in the run folder.
-    wandb: str | None = None  # Project in Weights & Biases; needs the extra `wandb` and a login.
+    tensorboard: Flag = True  # Whether to write TensorBoard files into the run folder.
+    wandb: str | None = None  # Weights & Biases project; needs the extra `wandb` and a login.
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Experiment:
     output: Folder  # The run folder.
-    iterations: Count  # Number of times that answers are generated, ranked and trained on.
+    iterations: Count  # Number of rounds of generating answers, ranking them and training.
     model: Model
     data: Data
-    # The key `loss` is a name, a sum of names, or package.module:function; the others are its settings.
+    # The key `loss` names a loss, a sum of losses, or your own package.module:function; the other
+    # keys are its settings.
     objective: Loss
     training: Training
-    lora: Lora | None = None  # Trains adapters; null trains all parameters.
+    lora: Lora | None = None  # Settings of LoRA adapters to train; null trains all parameters.
     text: Text = Text()
     candidates: Candidates = Candidates()
     rollout: Rollout = Rollout()
@@ -350,20 +365,21 @@ class Experiment:
     compute: Compute = Compute()
     evaluation: Evaluation = Evaluation()
     log: Log = Log()
-    # Which models stay on disk: those of all iterations, or the last one. A model that the next
-    # iteration still needs is deleted after that iteration.
+    # Which models stay on disk: those of all iterations, or only the last one. A model that the
+    # next iteration still needs is deleted after that iteration.
     keep_models: KeptModels = "all"
-    seed: Seed = 42  # Seed of all random draws; the same seed gives the same run.
+    seed: Seed = 42  # Seed of all random numbers; the same seed gives the same run.
 
     def learning_rate(self, iteration: int) -> float:
-        """The peak of iteration 1, 2, ..."""
+        """The peak learning rate of an iteration, counted from 1."""
         return self.training.peak(iteration)
 
     @property
     def taught(self) -> bool:
-        """Whether the data set's answers are taught as they are: none compete, nobody ranks.
+        """Whether training uses the data set's answers directly, without generating or ranking.
 
-        With `data.chosen` alone as answers (loss: sft), with `data.rejected` as pairs (offline dpo).
+        `data.chosen` alone gives single answers (loss: sft); with `data.rejected` they are pairs
+        (offline DPO).
         """
         c = self.candidates
         return c.dataset and not c.greedy and not c.samples and self.data.chosen is not None
@@ -374,9 +390,9 @@ class Experiment:
 
 
 def groups(root: type, path: str = "") -> Iterator[tuple[str, type]]:
-    """The groups of settings by their dotted keys, as the type hints have them; first `root` as ""."""
+    """The groups of settings with their dotted keys, found in type hints; `root` itself is ""."""
     yield path, root
     for name, hint in get_type_hints(root).items():
-        for each in (hint, *get_args(hint)):  # a group, or one that may be absent
+        for each in (hint, *get_args(hint)):  # a required group or an optional one
             if isinstance(each, type) and dataclasses.is_dataclass(each):
                 yield from groups(each, f"{path}.{name}" if path else name)

@@ -98,6 +98,7 @@ def read_settings(settings: Sequence[str], option: str) -> dict[str, Any]:
         try:
             given[key] = read_value(value)
         except YamlError as error:
-            raise EvaluationError(f"{option} {key}=...: the value: {error}") from None
+            message = f"{option} {key}=...: the value cannot be read: {error}"
+            raise EvaluationError(message) from None
     refuse_secrets(given, option)
     return given

@@ -67,7 +67,7 @@ def make_mesh(
 
 
 def platform_of(mesh: Mesh | None) -> str:
-    """`cpu`, `gpu` or `tpu`: of the mesh's devices, which need not be here, or else of jax's own."""
+    """`cpu`, `gpu` or `tpu`: the platform of the mesh, or of JAX's default devices without one."""
     return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
 

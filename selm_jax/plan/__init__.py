@@ -1,10 +1,10 @@
-"""`selm plan`: an experiment's programs compiled for devices that need not be here.
+"""`selm plan`: compiles an experiment's programs for devices that this machine may not have.
 
-topology.py   what there is: generations of TPU, their memory and speed; the devices here
-phases.py     the run's own programs, from settings and a config.json alone
-measure.py    one program compiled: its memory on a device
-work.py       tokens, arithmetic and hours of an iteration
-remedies.py   what would make it fit, in the order in which it is tried
-examine.py    all of it for one target
-table.py, command.py   what is printed
+topology.py   TPU generations, their memory and speed, and the local devices
+phases.py     the programs of a run, built from its settings and the model's config.json
+measure.py    compiles one program and measures its memory on a device
+work.py       tokens, FLOPs and hours of an iteration
+remedies.py   changes that may make an experiment fit, in the order in which they are tried
+examine.py    the whole plan for one target
+table.py, command.py   what `selm plan` prints
 """

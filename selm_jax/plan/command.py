@@ -1,4 +1,4 @@
-"""`selm plan`: does it fit, how long would it take, what would it cost; before anything is paid."""
+"""`selm plan`: whether an experiment fits, how long it takes and what it costs, before it runs."""
 
 from __future__ import annotations
 
@@ -35,17 +35,19 @@ def main(
     options: Options = Options(),  # noqa: B008 (frozen)
     console: Console | None = None,
 ) -> int:
-    """Prints a plan for each topology, or for the devices here. The exit status: 0, or 3 where one
-    does not fit.
+    """Prints a plan for each topology, or for the local devices.
 
     Args:
-      load: the experiment, with overrides besides those of the command line.
-      config: a config.json in place of the model's own.
-      out: everything that is printed, as JSON.
+      load: loads the experiment with further overrides.
+      config: a config.json to use instead of the model's own.
+      out: file for the plans as JSON.
+
+    Returns:
+      The exit status: 0, or 3 if a plan does not fit.
 
     Raises:
-      TopologyError: an unknown topology.
-      SourceError, UnsupportedModel: no config.json, or one that is not understood.
+      TopologyError: a topology is unknown.
+      SourceError, UnsupportedModel: there is no config.json, or its model is not supported.
     """
     console = console or terminal()
     targets = _targets(topologies, options.hbm, console)
@@ -63,7 +65,7 @@ def main(
 
 
 def read_facts(file: Path) -> DecoderConfig:
-    """The facts of the model that a config.json describes, under whatever name it is stored."""
+    """The facts of the model that a config.json describes; the file may have any name."""
     try:
         return from_hf(read_object(file))
     except JsonFileError as e:
@@ -78,12 +80,12 @@ def _targets(names: Sequence[str], hbm: float | None, console: Console) -> list[
     if not has_libtpu():
         console.print(
             f"libtpu is not installed, so nothing can be compiled for {', '.join(names)}: this is "
-            "a plan for the devices here. `pip install 'selm_jax[tpu]'` brings it, on any Linux "
+            "a plan for the local devices. `pip install 'selm_jax[tpu]'` installs it on any Linux "
             "machine, with or without a TPU",
             style="yellow", highlight=False, soft_wrap=True,
         )  # fmt: skip
         return [local_target(hbm)]
-    jax.config.update("jax_platforms", "cpu")  # chips that are here are not to be taken for this
+    jax.config.update("jax_platforms", "cpu")  # compiling must not occupy local TPU chips
     return [target(name, hbm) for name in names]
 
 

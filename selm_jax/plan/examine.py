@@ -1,4 +1,4 @@
-"""One experiment on one target: its programs compiled, its work counted, a remedy looked for."""
+"""Plans one experiment for one target: compiles its programs, counts its work, finds a remedy."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from selm_jax.plan.phases import Blueprint, Phase, phases
 from selm_jax.plan.remedies import Change, Fits, remedy
 from selm_jax.plan.topology import Target, target
 
-Load = Callable[[Sequence[str]], Experiment]  # the experiment with further overrides
+Load = Callable[[Sequence[str]], Experiment]  # loads the experiment with further overrides
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What the command line says of the data and of the machine; None takes data or settings.
+    """Options of `selm plan` about data and machine; None takes the value from data or settings.
 
     Attributes:
       mfu, mbu: see `work.Assumed`.
-      hbm: GiB of a device, in place of the target's own.
-      price: dollars of a chip's hour.
-      tries: programs that may be compiled in search of a remedy.
+      hbm: memory per device in GiB, overriding the target's own value.
+      price: dollars per chip and hour.
+      tries: how many changes may be compiled in search of a remedy.
     """
 
     data_rows: int | None = None
@@ -44,7 +44,7 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """A program on a device: what it wants, and what there is."""
+    """One program on a device: the memory that it needs, and the memory that there is."""
 
     name: str
     stage: str
@@ -54,7 +54,7 @@ class Fit:
 
     @property
     def needed(self) -> int | None:
-        """Bytes at the worst moment; None if the compiler refused without a number."""
+        """Peak bytes on a device; None if the compiler refused without giving a number."""
         return None if self.memory.peak < 0 else self.memory.peak + sum(self.held.values())
 
     @property
@@ -64,13 +64,13 @@ class Fit:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is printed of one target.
+    """The plan for one target.
 
     Attributes:
-      problem: why there is no program at all: a mesh that does not fit the model or the batch.
-      change: overrides that make it fit; None where it fits, or where none was found.
-      instead: a larger slice, if only there it fits with `change`.
-      tried: what was compiled in search of it, in words.
+      problem: why nothing could be compiled: the mesh does not fit the model or the batch.
+      change: overrides that make it fit; None if it fits already, or if none were found.
+      instead: a larger slice, if the experiment fits only there (with `change`).
+      tried: the changes that were compiled, in words.
     """
 
     target: Target
@@ -92,7 +92,7 @@ class Plan:
 def examine(
     load: Load, facts: DecoderConfig, where: Target, options: Options, console: Console
 ) -> Plan:
-    """Compiles everything, and where it does not fit looks for what would make it fit."""
+    """Compiles everything, and if it does not fit, looks for changes that make it fit."""
     plan = compiled(load(()), facts, where, options, console)
     if plan.fit or not options.tries:
         return plan
@@ -112,9 +112,9 @@ def examine(
     b = Blueprint(load(()), facts, where)
     change, instead = _change(plan, b, lambda change, stage: try_it(change, where, stage)), None
     if change and not compiled(load(change), facts, where, options, console).fit:
-        change = None  # what helps one stage is too much for another
+        change = None  # a change that helps one stage makes another one too large
     if not change:
-        # More chips. The rows that they share must not be fewer than they are.
+        # Try more chips. There must be at least as many rows as chips.
         rows = b.experiment.training.rows
         for name in where.larger:
             larger = target(name, options.hbm)
@@ -144,7 +144,7 @@ def compiled(
     console: Console,
     stage: str | None = None,
 ) -> Plan:
-    """Compiles the programs, or those of one stage."""
+    """Compiles all programs, or only those of one stage."""
     b, o = Blueprint(e, facts, where), options
     lengths = work.lengths_of(b, o.data_rows, o.heldout_rows, o.prompt_tokens, o.response_tokens)
     nothing = Plan(where, e, {}, (), lengths, None)

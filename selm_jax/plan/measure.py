@@ -1,7 +1,7 @@
-"""One program compiled for devices that need not be here: what it wants of a device's memory.
+"""Measures how much device memory a program needs, by compiling it for devices that may be absent.
 
-A compilation of a large model takes minutes, so what came of it is kept in the cache, under a digest
-of the program, the devices and the compiler. Asked again, with another price say, nothing compiles.
+Compiling a large model takes minutes, so the result is cached under a digest of the program, the
+devices and the compiler. A second plan, for example with another price, compiles nothing.
 """
 
 from __future__ import annotations
@@ -25,15 +25,17 @@ from selm_jax.weights.sources import cache_root
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on one device, as the compiler counts them.
+    """A program's bytes on one device, as the compiler counts them.
 
     Attributes:
-      arguments, temporaries, output: output without what takes the place of donated arguments.
-      peak: the most that is held at one time, arguments included. Where the compiler refuses the
-        program it is what that wanted, if it said so, and the others are unknown (-1).
-      refused: the compiler's words if the program does not fit the device by itself.
-      seconds: of the compilation.
-      cached: whether it was compiled at an earlier time.
+      arguments, temporaries, output: their sizes; output excludes arrays that reuse the memory of
+        donated arguments.
+      peak: the most bytes in use at one time, including arguments. If the compiler refuses the
+        program, this is what the program needs, if the compiler says so, and the other sizes are
+        unknown (-1).
+      refused: the compiler's message, if the program alone does not fit on the device.
+      seconds: how long the compilation took.
+      cached: whether the result comes from an earlier compilation.
     """
 
     arguments: int
@@ -46,10 +48,10 @@ class Memory:
 
 
 def measure(lowered: jax.stages.Lowered, target: Target) -> Memory:
-    """Compiles a program, or finds what came of it before.
+    """Compiles a program, or takes the result of an earlier compilation from the cache.
 
     Raises:
-      jax.errors.JaxRuntimeError: the compiler fails for another reason than memory.
+      jax.errors.JaxRuntimeError: the compiler fails for a reason other than memory.
     """
     file = cache_root() / "plans" / f"{_digest(lowered, target)}.json"
     if file.exists():
@@ -66,8 +68,8 @@ def measure(lowered: jax.stages.Lowered, target: Target) -> Memory:
         seconds = time.perf_counter() - began
         fresh = stats.output_size_in_bytes - stats.alias_size_in_bytes
         arguments, temporaries = stats.argument_size_in_bytes, stats.temp_size_in_bytes
-        # TPU's compiler knows the most that is there at one time. Others do not count arguments in
-        # theirs; the sum of all is then what can be said.
+        # Only the TPU compiler reports a peak that includes arguments. For others, the sum of all
+        # sizes is the best estimate.
         on_tpu = target.devices[0].platform == "tpu"
         peak = stats.peak_memory_in_bytes if on_tpu else arguments + temporaries + fresh
         found = Memory(arguments, temporaries, fresh, peak, seconds)
@@ -76,7 +78,7 @@ def measure(lowered: jax.stages.Lowered, target: Target) -> Memory:
 
 
 def wanted(words: str) -> int:
-    """Bytes that a refused program wanted, from the compiler's words; -1 if they do not say."""
+    """Bytes that a refused program needs, from the compiler's message; -1 if it does not say."""
     sizes = re.search(r"(?:required[^()]*\(|Used )([\d.]+)([KMGT])", words)
     if sizes is None:
         return -1
@@ -84,7 +86,7 @@ def wanted(words: str) -> int:
 
 
 def shard_bytes(tree: Any) -> int:
-    """Bytes of a tree of (abstract) arrays on one device. What is no array counts nothing."""
+    """Bytes of a tree of (abstract) arrays on one device. Leaves that are not arrays count 0."""
     return sum(_shard_bytes(x) for x in jax.tree.leaves(tree) if hasattr(x, "dtype"))
 
 
@@ -99,7 +101,7 @@ def gib(count: float) -> str:
 
 
 def _digest(lowered: jax.stages.Lowered, target: Target) -> str:
-    """Of everything that the outcome depends on."""
+    """A digest of everything that the result depends on."""
     what: Mapping[str, Any] = {
         "program": hashlib.sha256(lowered.as_text().encode()).hexdigest(),
         "devices": f"{target.name} {len(target.devices)} {target.devices[0].device_kind}",

@@ -1,8 +1,9 @@
-"""The programs of an experiment, as its run makes them, from facts alone.
+"""The programs of an experiment's run, built without its data and weights.
 
-`Blueprint` builds `run.programs.Programs`, as a run does, with three things taken from the settings in
-place of files: the model's config.json, the longest prompt, the ids that end an answer. Meshes, rules,
-shardings, the jitted functions: all are the run's own, so that what is planned is what runs.
+`Blueprint` builds `run.programs.Programs` as a run does, except that three inputs do not come from
+the run's files: the model's facts, the length of the longest prompt, and the ids that end an
+answer. Meshes, rules, shardings and jitted functions are the run's own, so the plan measures the
+programs that will run.
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ GENERATE, RANK, SCORE, TRAIN = "generate", "rank", "score", "train"
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """A program, and what lies on each device beside its arguments while it runs.
+    """A program, and what else is in each device's memory while it runs.
 
     Attributes:
-      stage: of the iteration, in whose settings a remedy is to be looked for.
-      function, arguments: the run's own jitted function, and abstractly what the run gives it.
-      held: bytes on a device by what they are.
+      stage: the stage of the iteration, whose settings may contain a remedy.
+      function, arguments: the run's own jitted function and its abstract arguments.
+      held: bytes on a device besides the arguments, by what they are.
     """
 
     name: str
@@ -60,8 +61,7 @@ class Phase:
 class Blueprint:
     """The programs of an experiment on a target, from its settings and its model's facts.
 
-    What a run reads from files is taken from the settings: the longest prompt is the longest that is
-    allowed.
+    The longest prompt is assumed to be as long as the settings allow.
     """
 
     def __init__(self, experiment: Experiment, facts: DecoderConfig, target: Target):
@@ -72,7 +72,7 @@ class Blueprint:
 
     @cached_property
     def programs(self) -> Programs:
-        # Which ids end an answer, and how many do, changes nothing here.
+        # The ids that end an answer do not affect memory, so any will do.
         sizes = self.task.largest(self.experiment, self.facts)
         return Programs(
             self.experiment, self.task, self.facts, sizes, stop_ids=(0, 1), devices=self.devices
@@ -92,7 +92,7 @@ class Blueprint:
 
     @cached_property
     def heldout_params(self) -> Mapping[str, int]:
-        """`evaluate` keeps the parameters while it generates and ranks."""
+        """Bytes of the parameters that `evaluate` keeps while it generates and ranks."""
         if self.experiment.data.heldout is None:
             return {}
         return {"policy": shard_bytes(self.programs.abstract_params)}
@@ -101,19 +101,19 @@ class Blueprint:
 
     @cached_property
     def model_rankers(self) -> tuple[Ranker, ...]:
-        """Also where none is asked: a run builds its ranker, and PairRM stays."""
+        """The rankers that are models, even if none is asked: a run builds its ranker anyway."""
         return rankers_of(self.experiment, self.target)
 
     @cached_property
     def ranker_bytes(self) -> Mapping[str, int]:
-        """PairRM is built when the run starts, and stays."""
+        """Bytes of the rankers that stay in memory for the whole run (PairRM)."""
         return {r.name: shard_bytes(r.params) for r in self.model_rankers if r.stays}
 
     # Training
 
     @cached_property
     def batch_shape(self) -> Shape:
-        """The largest that packing can ask for; `segments` counts examples of a row, and is free."""
+        """The largest batch that packing can make; `segments` has no effect on memory."""
         t = self.experiment.training
         branches = max(len(ROLES), self.responses)
         return Shape(t.rows, t.row_length, scored=t.row_length, segments=4, branches=branches)
@@ -134,7 +134,7 @@ class Blueprint:
 
     @cached_property
     def abstract_start(self) -> Any:
-        """What `start_of` gives: the parameters, quantised if the experiment says so."""
+        """The result of `start_of`: the parameters, quantized if the experiment says so."""
         if self.programs.quantized is None:
             return self.programs.abstract_params
         work = jax.jit(quantize, static_argnums=1)
@@ -146,7 +146,7 @@ class Blueprint:
 
     @cached_property
     def update_arguments(self) -> tuple[Any, ...]:
-        """Of `Update.gradients`, as `training.loop.train` gives them."""
+        """The abstract arguments that `training.loop.train` passes to `Update.gradients`."""
         live = self.experiment.training.reference == "live"
         means = jax.ShapeDtypeStruct((len(ROLES),), np.float32)
         first = (self.programs.abstract_trained, self.abstract_batch, means)
@@ -158,7 +158,10 @@ class Blueprint:
 
     @property
     def beside_updates(self) -> Mapping[str, int]:
-        """What `apply` is not given and training holds: a live reference, the base of adapters."""
+        """Bytes that training keeps in memory besides the arguments of `apply`.
+
+        This is a live reference, or the base model of adapters.
+        """
         *_, reference, base, _ = self.update_arguments
         if base is not None:
             return {"base": shard_bytes(base)}
@@ -169,7 +172,7 @@ def phases(b: Blueprint, batches: int) -> Iterator[Phase]:
     """The programs in the order in which an iteration runs them.
 
     Args:
-      batches: packed batches of an update; with one, nothing is ever added.
+      batches: packed batches of an update; with one, no gradients are accumulated.
     """
     e = b.experiment
     candidates = (e.candidates.greedy or e.candidates.samples) and e.rollout.remote is None
@@ -188,7 +191,8 @@ def phases(b: Blueprint, batches: int) -> Iterator[Phase]:
     _, sums = jax.eval_shape(b.programs.update.gradients, *b.update_arguments)
     where = b.abstract_state.step.sharding
     sums = jax.tree.map(lambda x: _placed(x, where), sums)
-    # Gradients are laid out like what is trained. `add` is `gradients` and a sum: it wants more.
+    # Gradients are sharded like the trained parameters. `add` is `gradients` plus a sum, so it
+    # needs more memory.
     grads = b.programs.abstract_trained
     held = {**b.ranker_bytes, "moments": shard_bytes(b.abstract_state.opt_state)}
     if batches == 1:
@@ -204,14 +208,14 @@ def phases(b: Blueprint, batches: int) -> Iterator[Phase]:
 
 
 def _generation(b: Blueprint) -> Iterator[Phase]:
-    """Prefill, refill, decode: `rollout.engine` in the order of its loop."""
+    """The programs of generation: prefill, refill and decode, in the order of the engine's loop."""
     p = b.generation
     kept = {**b.ranker_bytes, **b.heldout_params}
     slots, waiting = {"slots": shard_bytes(p.slots)}, {"prompts": shard_bytes(p.prefilled)}
     params = {"weights": shard_bytes(b.decoding_params)}
     yield Phase("prefill", GENERATE, *p.prefill, {**kept, **slots})
     yield Phase("refill", GENERATE, *p.insert, {**kept, **params})
-    # What a prefill leaves waits until slots are free for all of it.
+    # The results of a prefill wait until there are free slots for all of them.
     yield Phase("decode", GENERATE, *p.decode, {**kept, **waiting})
 
 
@@ -220,6 +224,6 @@ def _placed(x: Any, where: Any) -> jax.ShapeDtypeStruct:
 
 
 def outcome(lowered: jax.stages.Lowered) -> Any:
-    """What a program gives, abstractly, where the compiler puts it."""
+    """The abstract outputs of a program, with the shardings that the compiler chooses."""
     where = lowered.compile().output_shardings
     return jax.tree.map(_placed, lowered.out_info, where)

@@ -1,4 +1,4 @@
-"""A ranker that is a model, from its shape alone: PairRM, or a reward model."""
+"""Rankers that are models (PairRM and reward models), built without their weights."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ MODELS = ("pairrm", "reward_model")
 
 @dataclasses.dataclass(frozen=True)
 class Ranker:
-    """What ranking runs, on the devices that one process has for itself.
+    """The program of a ranker, on the devices of one process.
 
     Attributes:
-      params, inputs: abstract.
-      stays: whether the parameters stay in memory when the ranking is done.
-      read: tokens that are read for one prompt, and the FLOPs, given (prompt, response, candidates).
+      params, inputs: abstract arrays.
+      stays: whether the parameters stay in memory after ranking.
+      read: computes the tokens and FLOPs for one prompt from (prompt, response, candidates).
     """
 
     name: str
@@ -50,10 +50,10 @@ class Ranker:
 
 
 def rankers_of(e: Experiment, target: Target) -> tuple[Ranker, ...]:
-    """Those of the experiment's rankers that are models; a mixture may have several.
+    """The rankers of an experiment that are models; a mixture may have several.
 
     Raises:
-      SourceError: the config.json of a reward model cannot be had.
+      SourceError: the config.json of a reward model cannot be loaded.
     """
     found = [_build(e, name, settings, target) for name, settings in _models(e.feedback)]
     several = {r.name for r in found if [other.name for other in found].count(r.name) > 1}
@@ -70,7 +70,7 @@ def _models(f: Feedback) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _parts(f: Feedback) -> Iterator[Mapping[str, Any]]:
-    """The ranker, and all that it is a mixture of."""
+    """The ranker, followed by all parts of a mixture, nested ones included."""
     todo: list[Mapping[str, Any]] = [{"ranker": f.ranker, "settings": f.settings}]
     while todo:
         part = todo.pop(0)
@@ -80,7 +80,7 @@ def _parts(f: Feedback) -> Iterator[Mapping[str, Any]]:
 
 
 def is_relative(f: Feedback) -> bool:
-    """What `feedback.ranker.is_relative` says of the ranker, once it is built."""
+    """Whether the ranker's scores are relative, as `feedback.ranker.is_relative` would say."""
     return any(
         part["ranker"] == "pairrm"
         or part.get("normalise", "none") != "none"
@@ -127,7 +127,10 @@ def _reward_model(
     file = config_json(settings["source"], settings.get("revision"))
     facts = read_decoder(file.parent)
     if facts.head is None:
-        raise SourceError(f"{file}: the ranker's model is no reward model; it has no head")
+        raise SourceError(
+            f"{file}: the ranker's model has no head, so it is not a reward model. Name one in the "
+            "ranker's `source`"
+        )
     most = settings.get("max_length") or reward_model.positions(facts)
     config = facts.for_length(most)
     axes = [
@@ -160,7 +163,7 @@ def _reward_model(
 
 
 def _longest(tokens: int, mesh: jax.sharding.Mesh, batch: int) -> Part:
-    """A full batch of the longest texts."""
+    """A full batch of texts with the maximum length."""
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     many = [tokens] * (devices * batch)
     return next(parts(many, devices, batch))

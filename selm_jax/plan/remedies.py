@@ -1,8 +1,8 @@
-"""What would make it fit, found by compiling it.
+"""Finds settings with which an experiment fits, by compiling it.
 
-None of these settings changes what is computed, beyond the rounding of sums: how many rows, slots or
-logits go together, what the backward pass computes again, whether the reference is stored, how the
-chips share the model. They are tried from the cheapest to the dearest, each alone, then together.
+These settings do not change the results, apart from rounding: the number of rows, slots or logits
+computed together, what the backward pass recomputes, whether the reference is stored, and how the
+model is sharded. They are tried from the cheapest to the most expensive, alone, then together.
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ from selm_jax.plan.phases import GENERATE, RANK, SCORE, TRAIN
 from selm_jax.plan.rankers import MODELS
 
 Change = tuple[str, ...]  # overrides, `key=value`
-Fits = Callable[[Change, str | None], bool]  # a stage's programs under these changes; None: all
+Fits = Callable[[Change, str | None], bool]  # whether a stage (None: all) fits with these changes
 
 
 def remedy(
     experiment: Experiment, stages: Sequence[str], devices: int, longest: int, fits: Fits
 ) -> Change | None:
-    """Changes under which all the stages fit; None if none of those known here is enough.
+    """Changes with which all the stages fit; None if no known change is enough.
 
     Args:
-      stages: those that do not fit.
-      devices: of the mesh.
-      longest: tokens of the longest example.
-      fits: compiles. It may raise MeshError for a change that the model's shape does not allow.
+      stages: the stages that do not fit.
+      devices: number of devices in the mesh.
+      longest: number of tokens of the longest example.
+      fits: compiles a stage with changes and says whether it fits. It may raise MeshError for a
+        change that the model's shape does not allow.
     """
     found: Change = ()
     for stage in stages:
@@ -42,7 +43,7 @@ def remedy(
 
 
 def _replaced(old: Change, new: Change) -> Change:
-    """Both, the newer value of a setting alone."""
+    """Both changes together; for a setting that both change, the new value counts."""
     keys = {each.partition("=")[0] for each in new}
     return (*(each for each in old if each.partition("=")[0] not in keys), *new)
 
@@ -68,7 +69,7 @@ def _of_stage(ladder: list[Change], so_far: Change, stage: str, fits: Fits) -> C
 
 
 def _ladder(e: Experiment, stage: str, devices: int, longest: int) -> Iterator[Change]:
-    """Changes for a stage, cheapest first; of one setting the mildest first."""
+    """Changes to try for a stage: cheap settings first, and small changes of a setting first."""
     c, r, t = e.compute, e.rollout, e.training
     if stage == RANK:
         yield from _smaller_batches(e.feedback)
@@ -94,7 +95,7 @@ def _ladder(e: Experiment, stage: str, devices: int, longest: int) -> Iterator[C
 
 
 def _smaller_batches(f: Feedback) -> Iterator[Change]:
-    """Of a mixture all models' at once: it is not said which of them does not fit."""
+    """Smaller batches of the ranker; in a mixture, of all models at once: any may be too large."""
     if f.ranker != "mixture":
         batch = checked_batch(f.ranker, f.settings.get("batch"), on_cpu=False)
         while (batch := batch // 2) >= 1:
@@ -110,7 +111,7 @@ def _smaller_batches(f: Feedback) -> Iterator[Change]:
         batches = [max(1, batch // 2) for batch in batches]
         for part, batch in zip(models, batches, strict=True):
             part["settings"] = {**part.get("settings", {}), "batch": batch}
-        yield (f"feedback.settings.parts={json.dumps(parts)}",)  # no path leads into a list
+        yield (f"feedback.settings.parts={json.dumps(parts)}",)  # a key path cannot enter a list
 
 
 def _halved(key: str, value: int, least: int) -> Iterator[Change]:

@@ -1,4 +1,4 @@
-"""A plan as it is printed."""
+"""Prints a plan."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from selm_jax.plan.topology import GIB
 from selm_jax.plan.work import Part
 
 _LEGEND = (
-    "args, temps: arguments, temporaries; beside: what else lies there meanwhile; needs: at the "
-    "worst moment; s: seconds to compile\n"
+    "args, temps: arguments, temporaries; beside: other data in memory at the same time; needs: "
+    "peak; s: seconds to compile\n"
 )
 
 
 def show(plan: Plan, options: Options, console: Console) -> None:
-    """The memory of each program, the work of an iteration, what was assumed, and the verdict."""
+    """Prints the memory of each program, the work of an iteration, the assumptions, the verdict."""
     where = plan.target
     console.print()
     console.rule(Text(where.name, "bold"), align="left")
@@ -74,7 +74,7 @@ def _table(title: str, first: str) -> Table:
 
 
 def left(each: Fit) -> str:
-    """What is left of the device's memory, or by how much it does not fit."""
+    """How much of the device's memory is left, or by how much the program exceeds it."""
     if each.fits and each.needed is not None:
         return f"{gib(each.hbm - each.needed)} left"
     return "no" if each.needed is None else f"{gib(each.needed - each.hbm)} over"
@@ -108,12 +108,13 @@ def _iterations(plan: Plan, options: Options, console: Console) -> None:
         console,
         f"{plan.lengths.prompts:,} prompts, {w.updates} updates of {e.training.global_batch} "
         f"examples in {w.batches} batch{'es' * (w.batches > 1)} of {e.training.rows} x "
-        f"{e.training.row_length} tokens; {w.useful / max(w.padded, 1):.0%} of these are no padding",
+        f"{e.training.row_length} tokens; {w.useful / max(w.padded, 1):.0%} of these are not "
+        "padding",
     )
     if w.hours is None:
         known = {"peak arithmetic": where.peak, "memory bandwidth": where.bandwidth}
         missing = " and ".join(what for what, value in known.items() if value is None)
-        _say(console, f"hours unknown: no {missing} of {where.name} is known here")
+        _say(console, f"hours unknown: no {missing} of {where.name} is known")
         return
     before = 0 if w.start is None else w.start.hours or 0
     hours = w.hours * e.iterations + before  # the start model is evaluated too
@@ -122,8 +123,8 @@ def _iterations(plan: Plan, options: Options, console: Console) -> None:
         console,
         f"{e.iterations} iteration{'s' * (e.iterations > 1)}: {hours:.1f} hours, "
         f"{hours * where.chips:,.0f} chip hours{cost}",
-        f" at {options.mfu:.0%} of the peak arithmetic and {options.mbu:.0%} of the memory's "
-        "bandwidth (--mfu, --mbu); loading, compiling, saving not counted",
+        f" at {options.mfu:.0%} of peak FLOP/s and {options.mbu:.0%} of memory bandwidth "
+        "(--mfu, --mbu); loading, compiling and saving are not counted",
     )
 
 
@@ -144,7 +145,10 @@ def _verdict(plan: Plan, console: Console) -> None:
     if plan.change:
         _say_first(console, "it fits with", f"  {shlex.join(plan.change)}")
     elif plan.tried and not plan.instead:
-        _say(console, f"none of the {len(plan.tried)} changes tried is enough (--tries)")
+        _say(
+            console,
+            f"none of the {len(plan.tried)} changes tried is enough; --tries allows more of them",
+        )
 
 
 def _say(console: Console, text: str) -> None:
@@ -152,5 +156,5 @@ def _say(console: Console, text: str) -> None:
 
 
 def _say_first(console: Console, first: str, rest: str, style: str = "bold") -> None:
-    """A line whose beginning stands out."""
+    """Prints a line whose first part is highlighted."""
     console.print(Text.assemble((first, style), rest))

@@ -1,9 +1,9 @@
-"""What a plan is made for: a slice of TPU chips that nobody has yet, or the devices that are here.
+"""The target of a plan: a slice of TPU chips, which need not exist yet, or the local devices.
 
     target("v5e:4x8")     32 compile-only devices, from libtpu alone
     local_target()        jax.devices()
 
-Numbers are per *device*, as jax counts them: a chip, but half a chip of TPU7x, which has two.
+Numbers are per *device*, as JAX counts them: a device is a chip, except that a TPU7x chip has two.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ GIB = 2**30
 
 
 class TopologyError(ValueError):
-    """A topology that is not known, or cannot be compiled for here."""
+    """A topology is unknown, or cannot be compiled for on this machine."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,14 +32,14 @@ class Generation:
     """One generation of TPU.
 
     Attributes:
-      hbm: GiB of a device that programs may use. It is the compiler's own bound, a little under the
-        data sheet's 32, 16, 95, 32 and 192 / 2 GB: what libtpu 0.0.42 says when it refuses a
-        program (`docs/scale.md` shows how to ask it).
-      peak: bfloat16 TFLOP/s of a device; bandwidth: GB/s of its HBM. Both from the pages of
+      hbm: memory of a device that programs may use, in GiB. This is the compiler's own bound, which
+        libtpu 0.0.42 states when it refuses a program (`docs/scale.md` shows how to find it). It is
+        slightly below the data sheet's 32, 16, 95, 32 and 192 / 2 GB.
+      peak: bfloat16 TFLOP/s of a device; bandwidth: GB/s of its HBM. Both are from the pages of
         docs.cloud.google.com/tpu/docs: v4, v5e, v5p, v6e, tpu7x.
-      devices_per_chip: how many devices jax sees in a chip.
-      shapes: the slices that can be had, smallest first; larger ones exist.
-      options: of `get_topology_desc`.
+      devices_per_chip: how many devices JAX sees in a chip.
+      shapes: the known slices, smallest first; larger ones exist.
+      options: arguments of `get_topology_desc`.
     """
 
     hbm: float
@@ -54,7 +54,7 @@ _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 
 GENERATIONS: Mapping[str, Generation] = {
-    # Two cores work as one device; asked without this option, libtpu counts them apart.
+    # The two cores of a chip work as one device; without this option, libtpu counts two devices.
     "v4": Generation(30.75, 275, 1228, _CUBES, options={"chip_config_name": "megacore"}),
     "v5e": Generation(15.75, 197, 819, _FLAT),
     "v5p": Generation(95.74, 459, 2765, _CUBES),
@@ -65,14 +65,14 @@ GENERATIONS: Mapping[str, Generation] = {
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Devices to plan for.
+    """The devices that a plan is for.
 
     Attributes:
-      name: of the topology, or of the devices.
-      chips: what is paid for; devices: what jax counts.
-      hbm: bytes of one device that programs may use, and `hbm_from`: who says so.
-      peak: FLOP/s of one device in bfloat16; bandwidth: bytes/s of its memory; None if not known.
-      larger: names of the next slices of this generation.
+      name: the name of the topology, or of the devices.
+      chips: number of chips, which prices refer to; devices: the devices that JAX counts.
+      hbm: memory of one device that programs may use, in bytes; hbm_from: the source of this value.
+      peak: FLOP/s of one device in bfloat16; bandwidth: bytes/s of its memory; None if unknown.
+      larger: names of the larger slices of this generation.
     """
 
     name: str
@@ -94,13 +94,13 @@ def has_libtpu() -> bool:
 
 
 def target(name: str, hbm: float | None = None) -> Target:
-    """The devices of a topology such as `v5e:4x8`, of which none need be here.
+    """The devices of a topology such as `v5e:4x8`, which this machine need not have.
 
     Args:
-      hbm: GiB of a device that programs may use; None takes the generation's.
+      hbm: memory of a device that programs may use, in GiB; None takes the generation's value.
 
     Raises:
-      TopologyError: an unknown name (the known ones are listed), or libtpu cannot be loaded.
+      TopologyError: the name is unknown (the message lists the known ones), or libtpu refuses it.
     """
     generation, shape = _look_up(name)
     options = dict(generation.options)
@@ -127,19 +127,20 @@ def _look_up(name: str) -> tuple[Generation, str]:
         known = "\n  ".join(f"{k}: {', '.join(g.shapes)}" for k, g in GENERATIONS.items())
         raise TopologyError(
             f"topology {name!r}: no TPU is called {kind!r}{did_you_mean(kind, GENERATIONS)} "
-            f"Known, as GENERATION:SHAPE:\n  {known}"
+            f"Known topologies (GENERATION:SHAPE):\n  {known}"
         )
     generation = GENERATIONS[kind]
     if shape not in generation.shapes:
         raise TopologyError(
-            f"topology {name!r}: {kind} has the shapes {', '.join(generation.shapes)}"
+            f"topology {name!r}: unknown shape; {kind} has the shapes "
+            f"{', '.join(generation.shapes)}"
         )
     return generation, shape
 
 
 def _compile_only_devices(name: str, options: Mapping[str, Any]) -> list[Any]:
-    # Of a machine without TPUs libtpu would ask a metadata server, and wait for its silence. Another
-    # process may have it loaded: it guards chips with a lock, and here are none.
+    # On a machine without TPUs, libtpu would wait for a metadata server that does not answer. Its
+    # lock, which allows one process per machine, protects chips, and compiling uses none.
     for key, value in {
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
@@ -159,7 +160,7 @@ def _compile_only_devices(name: str, options: Mapping[str, Any]) -> list[Any]:
 
 
 def local_target(hbm: float | None = None) -> Target:
-    """The devices that are here."""
+    """The local devices as a target."""
     devices = jax.devices()
     device = devices[0]
     stats = device.memory_stats() or {}
@@ -184,9 +185,9 @@ def local_target(hbm: float | None = None) -> Target:
     )
 
 
-# GB/s of a device's memory, by what jax calls it; the first that occurs counts, longer names first.
-# GPUs from NVIDIA's data sheets: A100 of 40 and of 80 GB, H100 (PCIe, NVL, SXM), H200, and GH200 with
-# 96 GB of HBM3.
+# GB/s of a device's memory, by the name that JAX gives the device. The first name that occurs
+# counts, so longer names come first. GPU values are from NVIDIA's data sheets: A100 with 40 and
+# 80 GB, H100 (PCIe, NVL, SXM), H200, and GH200 with 96 GB of HBM3.
 _BANDWIDTHS = (
     ("TPU v4", GENERATIONS["v4"].bandwidth), ("TPU v5 lite", GENERATIONS["v5e"].bandwidth),
     ("TPU v5", GENERATIONS["v5p"].bandwidth), ("TPU v6 lite", GENERATIONS["v6e"].bandwidth),
@@ -196,7 +197,7 @@ _BANDWIDTHS = (
     ("GH200", 4000), ("H200", 4800),
 )  # fmt: skip
 
-# Two devices are one chip. A chip of TPU v4 and v5p is one device: its cores work as one.
+# On these TPUs two devices are one chip. A TPU v4 or v5p chip is one device: its cores work as one.
 _HALVES = ("TPU v2", "TPU v3", "TPU7x")
 
 

@@ -1,9 +1,9 @@
-"""How much an iteration computes, and how long that takes on a machine that is not here.
+"""Estimates how much an iteration computes, and how long that takes on a target.
 
-Floating point operations are counted from the model's facts (`models.flops`): XLA's own count takes
-the body of a loop once, and the layers are a loop. Passes are taken to reach a share of the peak
-(`mfu`). Decoding a token reads all weights and the caches of all slots, so its time is that of the
-memory (`mbu` of the bandwidth) unless the arithmetic takes longer.
+FLOPs are counted from the model's facts (`models.flops`), because XLA's own count includes the body
+of a loop only once, and the layers are a loop. Passes over whole sequences are assumed to reach a
+fraction of the peak (`mfu`). Decoding a token reads all weights and the caches of all slots, so the
+memory (`mbu` of its bandwidth) sets the time unless the arithmetic takes longer.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from selm_jax.text.prompts import rows_of
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
-    """What the data is like, or is taken to be.
+    """Sizes of the data, measured, given or assumed.
 
     Attributes:
-      prompts: of one iteration; None if the data is not here and nobody said.
-      heldout: prompts of one evaluation; 0 without one, None if not known.
-      pairs: how many of them come with a chosen and a rejected answer, which are scored too.
-      prompt, response: mean tokens.
-      assumed: in words, what of this is a bound of the settings and not known.
+      prompts: number of prompts of one iteration; None if unknown.
+      heldout: number of prompts of one evaluation; 0 without evaluation, None if unknown.
+      pairs: how many held-out prompts have a chosen and a rejected answer, which are scored too.
+      prompt, response: mean number of tokens.
+      assumed: the assumptions, in words: values that are only bounds from the settings.
     """
 
     prompts: int | None
@@ -43,7 +43,10 @@ class Lengths:
 
 @dataclasses.dataclass(frozen=True)
 class Assumed:
-    """Shares of what the chip could do at best. MFU as in PaLM (arXiv 2204.02311, appendix B)."""
+    """Assumed fractions of the chip's peak FLOP/s (mfu) and memory bandwidth (mbu).
+
+    MFU is defined in PaLM (arXiv 2204.02311, appendix B).
+    """
 
     mfu: float
     mbu: float
@@ -51,7 +54,7 @@ class Assumed:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A stage of an iteration: tokens it goes through, its arithmetic, and hours (None: unknown)."""
+    """A stage of an iteration: the tokens it processes, its FLOPs, its hours (None if unknown)."""
 
     name: str
     tokens: int
@@ -61,11 +64,12 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Of one iteration.
+    """The work of one iteration.
 
     Attributes:
-      examples, updates, batches: updates of an iteration, and packed batches of each.
-      padded: tokens of an iteration's batches, padding included.
+      examples: number of training examples.
+      updates: number of updates; batches: packed batches of each update.
+      useful, padded: tokens of an iteration's batches, without and with padding.
       start: the evaluation of the start model, before the first iteration.
     """
 
@@ -90,11 +94,11 @@ class Work:
 def lengths_of(
     b: Blueprint, rows: int | None, heldout: int | None, prompt: int | None, response: int | None
 ) -> Lengths:
-    """From options where they are given, else from local data, else the settings' bounds.
+    """Sizes of the data: from options if given, else from local data, else bounds from settings.
 
     Args:
-      rows, heldout: of the data sets.
-      prompt, response: mean tokens.
+      rows, heldout: number of rows of the training and the held-out data.
+      prompt, response: mean number of tokens.
     """
     e, assumed = b.experiment, []
     prompts = None
@@ -103,13 +107,16 @@ def lengths_of(
     elif Path(e.data.train).exists():
         prompts = len(b.data.prompts(1))
     else:
-        assumed.append(f"{e.data.train} is not here: --data-rows says how many rows it has")
+        assumed.append(f"{e.data.train} is not on this machine: give its rows with --data-rows")
     if e.data.heldout is None:
         heldout = 0
     elif heldout is None:
         heldout = len(b.data.heldout) if Path(e.data.heldout).exists() else e.data.heldout_limit
         if heldout is None:
-            assumed.append(f"{e.data.heldout} is not here, evaluation not counted: --heldout-rows")
+            assumed.append(
+                f"{e.data.heldout} is not on this machine, so evaluation is not counted: give its "
+                "rows with --heldout-rows"
+            )
     elif e.data.heldout_limit is not None:
         heldout = min(heldout, e.data.heldout_limit)
     pairs = heldout or 0
@@ -117,34 +124,38 @@ def lengths_of(
         local = b.data.heldout
         pairs = heldout * sum(None not in (p.chosen, p.rejected) for p in local) // len(local)
     elif heldout and (e.data.chosen, e.data.rejected) != ("chosen", "rejected"):
-        pairs = 0  # held-out pairs are looked for under these names
+        pairs = 0  # held-out pairs are only read from columns with these names
     if prompt is None:
         prompt = b.programs.sizes.longest_prompt
-        assumed.append(f"every prompt has {prompt:,} tokens, the most allowed: --prompt-tokens")
+        assumed.append(
+            f"every prompt has {prompt:,} tokens, the maximum; --prompt-tokens sets the mean"
+        )
     if response is None:
         response = e.rollout.max_new_tokens
-        assumed.append(f"every answer has {response:,} tokens, the most allowed: --response-tokens")
+        assumed.append(
+            f"every answer has {response:,} tokens, the maximum; --response-tokens sets the mean"
+        )
     if e.rollout.remote is not None:
-        assumed.append("the candidates are answers of rollout.remote, whose time is not counted")
+        assumed.append("rollout.remote generates the candidates; its time is not counted")
     return Lengths(prompts, heldout, pairs, prompt, response, tuple(assumed))
 
 
 def batches_of_update(b: Blueprint, of: Lengths) -> int:
-    """Packed batches of an update."""
+    """Number of packed batches of an update."""
     t = b.experiment.training
     return math.ceil(math.ceil(t.global_batch / _per_row(b, of)) / t.rows)
 
 
 def longest_example(b: Blueprint) -> int:
-    """Tokens of the longest example that the settings allow."""
+    """Number of tokens of the longest example that the settings allow."""
     e, distinct = b.experiment, b.responses
-    if e.candidates.dataset:  # its answers are as long as they are; whoever set row_length knew
+    if e.candidates.dataset:  # the data's answers have any length that fits in a row
         return e.training.row_length
     return b.programs.sizes.longest_prompt + distinct * e.rollout.max_new_tokens
 
 
 def _example(b: Blueprint, of: Lengths) -> tuple[int, int]:
-    """Tokens of an example, and those of them that are scored."""
+    """Number of tokens of an example, and how many of them are scored."""
     e, distinct = b.experiment, b.responses
     prompt, response = of.prompt, of.response
     if e.text.layout == "paper":
@@ -155,13 +166,16 @@ def _example(b: Blueprint, of: Lengths) -> tuple[int, int]:
 
 
 def _heldout_rows(b: Blueprint, of: Lengths) -> tuple[int, int]:
-    """Packed rows of an evaluation, those that fill the last batch included, and the most scored
-    tokens of one. Held-out prompts are never cut: answers that do not fit a row with those to the
-    same prompt stand each in one of its own (`evaluation.measuring.in_rows`). Where lengths are bounds, one
-    beyond a row counts as a whole row, though the stage would leave it out."""
+    """Number of packed rows of an evaluation, and the most scored tokens in a row.
+
+    Rows that fill up the last batch are included. Held-out prompts are never cut: if the answers to
+    a prompt do not fit in one row together, each gets a row of its own
+    (`evaluation.measuring.in_rows`). An assumed length beyond a row counts as a whole row, although
+    the stage would leave that answer out.
+    """
     e, t = b.experiment, b.experiment.training
     answers, heldout = 1 + e.evaluation.samples, of.heldout or 0
-    kinds = [(of.pairs, 2)]  # examples and the responses of each
+    kinds = [(of.pairs, 2)]  # number of examples, and of responses in each
     if b.task.answers:
         fit = of.prompt + answers * of.response <= t.row_length
         kinds.append((heldout, answers) if fit else (heldout * answers, 1))
@@ -180,7 +194,7 @@ def _per_row(b: Blueprint, of: Lengths) -> int:
 
 
 def work_of(b: Blueprint, of: Lengths, assumed: Assumed) -> Work | None:
-    """One iteration; None if nobody knows how many prompts it has."""
+    """The work of one iteration; None if its number of prompts is unknown."""
     if of.prompts is None:
         return None
     e, t, target = b.experiment, b.experiment.training, b.target
@@ -209,7 +223,7 @@ def work_of(b: Blueprint, of: Lengths, assumed: Assumed) -> Work | None:
             found.append(passes(name, prompts * tokens, prompts * flop, ranker.devices))
         return found
 
-    # Of a row so many tokens meet the unembedding (`packing.common_shape` rounds like this).
+    # The number of scored tokens of a row, rounded as in `packing.common_shape`.
     step = max(t.row_length // 8, 1)
     scored = min(math.ceil(per_row * scored / step) * step, t.row_length)
 
@@ -236,8 +250,11 @@ def work_of(b: Blueprint, of: Lengths, assumed: Assumed) -> Work | None:
     parts.append(passes("train", rows * t.row_length, train))
 
     def evaluation(models: int) -> Part | None:
-        """As `stages.evaluate`; `models` score the answers: the policy, and the start model once
-        they are two. A reward model scores pairs, and answers nothing."""
+        """The work of `stages.evaluate`.
+
+        `models` is how many models score the answers: the policy, and the start model if that is
+        another one. A reward model scores pairs and generates no answers.
+        """
         heldout, answers, found = of.heldout or 0, 1 + e.evaluation.samples, []
         if b.task.answers:
             found += generation("evaluate", heldout, answers)
@@ -269,8 +286,11 @@ def _together(name: str, parts: list[Part]) -> Part:
 
 
 def _decoding(b: Blueprint, of: Lengths, name: str, responses: int, assumed: Assumed) -> Part:
-    """Answers drawn token by token. Slots are taken to be always full, and every copy of the model
-    to read its weights and whole caches at every step: the mask hides entries, but spares none."""
+    """The work of decoding answers token by token.
+
+    This assumes that all slots are always full, and that every replica of the model reads its
+    weights and its whole caches at every step: masked entries are read too.
+    """
     target, slots = b.target, b.programs.engine.slots
     capacity = bucket(b.programs.sizes.longest_prompt) + b.experiment.rollout.max_new_tokens
     tokens = responses * of.response

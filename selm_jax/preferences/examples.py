@@ -25,7 +25,7 @@ class Example:
       responses: token ids of each distinct response, including its end token if it has one. A
         response that plays two roles is listed once.
       roles: role -> index into `responses`.
-      reference_logps: log-probability of each response under the reference, once it has been scored.
+      reference_logps: log-probability of each response under the reference, once it is scored.
       scores: each response's score in the data, if the data has scores.
       explored: indices of all responses that explore, if there are several: the optimism term is
         their mean, and a response that was sampled twice is listed twice. If empty, only the

@@ -56,7 +56,12 @@ class Chat:
         not read a variable of `settings.template`.
     """
 
-    def __init__(self, folder: Path, settings: Text = Text(), vocabulary: int | None = None):  # noqa: B008 (it is frozen)
+    def __init__(
+        self,
+        folder: Path,
+        settings: Text = Text(),  # noqa: B008 (it is frozen)
+        vocabulary: int | None = None,
+    ):
         self.folder = folder = Path(folder)
         self.tokenizer = Tokenizer(folder)
         self._vocabulary = checked_vocabulary(self.tokenizer, vocabulary)

@@ -150,7 +150,7 @@ def test_mistakes_name_their_file_and_line(tmp_path):
         f"line {line('tensorbord')}: log.tensorbord: unknown key; did you mean 'tensorboard'?",
         f"line {line('lora')}: lora: 3, a group of settings was expected",
         "override: training.rows: 'none', a whole number",
-        "override: feedback.rule: 'best' is none of its values; did you mean 'best_worst'?",
+        "override: feedback.rule: 'best' is not allowed here; did you mean 'best_worst'?",
         "override: data.shuffle: 'yes', true or false was expected",
     ):
         assert f"\n  {expected}" in message, message
@@ -169,14 +169,14 @@ def test_mistakes_name_their_file_and_line(tmp_path):
         ("log.wandb=true", "true, text was expected"),
         ("seed=1_000", "'1_000', a whole number"),
         ("seed=1:30", "'1:30', a whole number"),
-        ("text.date=20240726", "20240726, a day such as 2024-07-26"),
-        ("text.date=2024-13-45", "'2024-13-45', a day"),
+        ("text.date=20240726", "20240726, a date such as 2024-07-26"),
+        ("text.date=2024-13-45", "'2024-13-45', a date"),
         ("training=3", "3, a group of settings was expected"),
         ("training.learning_rate=null", "null, a number above 0"),
         ("model.source.x=3", "source is not a group"),
         ("seed", "`key.path=value` was expected"),
-        ("seed=[1", "override seed=...: the value: line 1: not YAML"),
-        ("objective.loss=3", "3 is no name"),
+        ("seed=[1", "override seed=...: the value cannot be read: line 1: not YAML"),
+        ("objective.loss=3", "3 is not a name"),
         ("feedback.settings={a: 1, a: 2}", "the key a is given twice"),
     ],
 )

@@ -42,7 +42,8 @@ KEYS = [
     "-----BEGIN RSA PRIVATE KEY----- <MIIEpAIBAAKCAQEA>",
 ]
 HARMLESS = {
-    "rollout.remote.command": "vllm serve {model} --max-num-batched-tokens 8192 --tokenizer {model}",
+    "rollout.remote.command": "vllm serve {model} --max-num-batched-tokens 8192 "
+    "--tokenizer {model}",
     "rollout.remote.key_env": "VLLM_API_KEY",
     "feedback.settings": {"key_env": "OPENAI_API_KEY", "max_tokens": 5, "max_total_tokens": 10**6},
     "feedback.settings.extra": {"stop_token_ids": [1, 2], "logit_bias": {50256: -100}},

@@ -1,4 +1,4 @@
-"""The examples of the pages run: Python on a finished run, and the README's block on a tiny model."""
+"""The pages' examples run: Python code on a finished run, the README's block on a tiny model."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""The page for users of TRL names every argument of TRL's configurations, and settings that exist."""
+"""The page for TRL users names every argument of TRL's configurations, and real settings only."""
 
 import json
 import re

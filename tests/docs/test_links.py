@@ -1,4 +1,4 @@
-"""Links between files of the repository lead somewhere, and CONTRIBUTING's diff to what is there."""
+"""Links between files of the repository work, and CONTRIBUTING's example diff still applies."""
 
 import re
 import unicodedata

@@ -1,4 +1,4 @@
-"""The example does what it says: the loss begins at log 2, the answers get better, and it is short."""
+"""The example does what it says: the loss begins at log 2, answers get better, and it is short."""
 
 from __future__ import annotations
 

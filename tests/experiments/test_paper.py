@@ -252,7 +252,8 @@ def test_a_model_without_a_tiny_one_is_named(tmp_path):
 
 
 def test_portions_that_the_warm_start_used_up_are_missed(tmp_path):
-    with pytest.raises(ConfigError, match="3 portions cannot feed 3 iterations.*first_portion: 2"):
+    message = "3 portions are too few for 3 iterations.*first_portion: 2"
+    with pytest.raises(ConfigError, match=message):
         config.load(FILES["zephyr_7b/selm"], ["data.portions=3"])
     with pytest.raises(ConfigError, match="first_portion: 0, a whole number from 1"):
         config.load(FILES["zephyr_7b/selm"], ["data.first_portion=0"])

@@ -59,7 +59,9 @@ FAMILIES = {
     "qwen3": ("Qwen3Config", {"head_dim": 8}),
     "smollm3": ("SmolLM3Config", {}),
     "gemma-2": ("Gemma2Config", _GEMMA),
-    "gemma-3": ("Gemma3TextConfig", _GEMMA | {"num_hidden_layers": 6, "rope_parameters": _TWO_ROPES}),
+    "gemma-3": (
+        "Gemma3TextConfig", _GEMMA | {"num_hidden_layers": 6, "rope_parameters": _TWO_ROPES}
+    ),
 }  # fmt: skip
 
 

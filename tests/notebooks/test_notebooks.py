@@ -1,4 +1,4 @@
-"""The notebooks run from the first cell to the last: on a tiny model here, on the real one if it is slow."""
+"""The notebooks run from start to end: on a tiny model, and in a slow test on the real one."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def executed(name: str, folder: Path, **changes) -> str:
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
-    """A kernel is another process, which reads the environment; a notebook's machine has one CPU."""
+    """Gives the kernel, which is another process, one CPU device as on a notebook's machine."""
     flags = os.environ["XLA_FLAGS"].split()
     keep = (flag for flag in flags if "device_count" not in flag)
     monkeypatch.setenv("XLA_FLAGS", " ".join(keep))

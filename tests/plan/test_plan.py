@@ -301,7 +301,7 @@ def test_an_evaluation_by_hand():
 
     # A greedy answer and a sample; PairRM reads each beside the start's greedy one, in both orders.
     read_and_drawn = 2000 * (256 + 2 * 300) + 4000 * 2 * (200 + 2 * 300)
-    # A prompt with its two answers is 800 tokens, and so are 2,000 pairs: four in a row, 32 batches.
+    # A prompt and its two answers have 800 tokens, as have 2,000 pairs: four in a row, 32 batches.
     rows = 32 * 32
     assert tokens(200, 300) == (read_and_drawn + 2 * rows * 3200, read_and_drawn + rows * 3200)
     # Two answers to a prompt of 2,000 tokens fit no row together: each has one. Pairs fill one.
@@ -392,7 +392,8 @@ def test_lengths_are_the_datas_or_the_settings_bounds(tiny_one):
     far = Blueprint(load(["data.train=acme/far", "data.heldout=acme/far"]), read, here())
     lengths = work.lengths_of(far, None, None, 30, 10)
     assert (lengths.prompts, lengths.heldout) == (None, None)
-    assert "acme/far is not here" in lengths.assumed[0] and "--data-rows" in lengths.assumed[0]
+    assert "acme/far is not on this machine" in lengths.assumed[0]
+    assert "--data-rows" in lengths.assumed[0]
     assert work.work_of(far, lengths, work.Assumed(0.4, 0.6)) is None
 
 

@@ -140,7 +140,7 @@ def test_in_the_first_iteration_there_is_no_gap(run):
     ("setting", "what"),
     [
         ("budget=0", "feedback.budget: 0"),
-        ("acquisition=entropy", "only a feedback.budget has a use for it"),
+        ("acquisition=entropy", "it has no effect without feedback.budget"),
         ("labels.flip=0.7", "feedback.labels.flip: 0.7"),
         ("labels.temperature=0", "feedback.labels.temperature"),
         ("labels.filp=0.1", "feedback.labels.filp: unknown key; did you mean 'flip'"),

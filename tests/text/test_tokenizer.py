@@ -156,7 +156,7 @@ BEGINS_WITH_A_BYTE = r"generation_config\.json begins with a byte"
         ("tokenizer.json", "{}", r"tokenizer\.json cannot be read as a tokenizer"),
         ("tokenizer.json", None, r"has no tokenizer: no tokenizer\.json(.|\n)*save_pretrained"),
         ("tokenizer_config.json", "{", r"tokenizer_config\.json is not JSON"),
-        ("tokenizer_config.json", "[]", r"tokenizer_config\.json contains a list; expected an object"),
+        ("tokenizer_config.json", "[]", r"_config\.json contains a list; expected an object"),
         ("chat_template.jinja", b"\xff{{ a }}", r"chat_template\.jinja is not UTF-8"),
         ("generation_config.json", "eos: 1", r"generation_config\.json is not JSON"),
         ("generation_config.json", b"\xef\xbb\xbf{}", BEGINS_WITH_A_BYTE),

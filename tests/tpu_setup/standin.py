@@ -15,8 +15,8 @@ Its folder is in STANDIN. `part.json` says what is to happen:
     cat          what `storage cat` says instead of an answer
 
 A file `fail-worker-1` with three lines makes pip fail three times on worker 1.
-A worker is a folder that is its HOME, and `ssh --command` runs bash in it. A bucket is a folder too,
-and so is the share that all workers mount.
+A worker is a folder that is its HOME, and `ssh --command` runs bash in it. A bucket is also a
+folder, and so is the share that all workers mount.
 """
 
 from __future__ import annotations

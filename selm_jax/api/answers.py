@@ -1,4 +1,4 @@
-"""What a model answered: texts for people and rankers, token ids to train on."""
+"""The answers of a model: texts for people and rankers, token ids for training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Writer(Protocol):
-    """A `Model`, as far as its answers and pairs know it."""
+    """The part of `Model` that its answers and pairs use."""
 
     @property
     def name(self) -> str: ...
@@ -32,15 +32,15 @@ class Writer(Protocol):
 class Answers(Sequence[Sequence[Candidate]]):
     """The answers to a list of prompts: `answers[i][j].text` is the j-th answer to prompt i.
 
-    The greedy answer comes first, then the samples. `Model.generate` makes them.
+    The greedy answer comes first, then the samples. `Model.generate` returns them.
 
     Attributes:
       prompts: the conversations that were answered.
-      prompt_ids: their token ids, with the header of the answer.
-      candidates: the answers of each prompt, with `source` ("greedy" or "sample"), `text`,
-        `token_ids` and `finish` ("stop", or "length" where an answer was cut off).
-      model: who answered.
-      updates: how many updates the model had behind it then.
+      prompt_ids: their token ids, including the header of the answer.
+      candidates: the answers to each prompt, with `source` ("greedy" or "sample"), `text`,
+        `token_ids` and `finish` ("stop", or "length" if the answer was cut off).
+      model: the model that answered.
+      updates: the number of updates that the model had at that time.
     """
 
     prompts: tuple[Prompt, ...]

@@ -2,4 +2,4 @@
 
 
 class ApiError(ValueError):
-    """Arguments that do not fit together. The message says what is wrong and what to do."""
+    """The arguments do not fit together. The message says what is wrong and what to do."""

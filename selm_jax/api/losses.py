@@ -1,4 +1,4 @@
-"""What an update makes smaller: the losses of an experiment file by their names, or a function."""
+"""Losses, which training minimises: those of an experiment file by name, or your own function."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from selm_jax.objectives.roles import ROLES
 
 
 def loss(name: str | LossFunction, /, **settings: Any) -> Objective:
-    """The loss that `objective` names in an experiment file, or a function of yours.
+    """A loss by its name in an experiment file (`objective`), or your own function.
 
     Args:
-      name: such as "dpo" or "selm", a sum such as "ipo+optimism", `package.module:function`, or a
-        function `logps -> (losses, metrics)`: one loss, and one number of each metric, per pair.
-      settings: the loss's own, such as `beta` and `alpha`.
+      name: a name such as "dpo" or "selm", a sum such as "ipo+optimism",
+        `package.module:function`, or a function `logps -> (losses, metrics)` that returns one loss
+        and one value of each metric per pair.
+      settings: the loss's settings, such as `beta` and `alpha`.
 
     Raises:
-      ObjectiveError: an unknown name, or a setting that is missing or that the loss does not have.
-      ApiError: settings for a function, which has none.
+      ObjectiveError: the name is unknown, a setting is missing, or the loss does not have it.
+      ApiError: a function was given settings.
 
     >>> loss("selm", beta=0.1, alpha=1e-3).roles
     ('chosen', 'rejected', 'explore')
@@ -30,7 +31,11 @@ def loss(name: str | LossFunction, /, **settings: Any) -> Objective:
     if isinstance(name, str):
         return build_objective(name, **settings)
     if not callable(name):
-        raise ApiError(f"loss is {name!r}. Give a name, or a function of log-probabilities")
+        raise ApiError(
+            f"loss is {name!r}, which is no loss. Give a name, or a function of log-probabilities"
+        )
     if settings:
-        raise ApiError(f"a function takes no settings, found {', '.join(settings)}. Leave them out")
+        raise ApiError(
+            f"a function has no settings, but {', '.join(settings)} was given. Leave it out"
+        )
     return Objective(ROLES, name)

@@ -1,4 +1,4 @@
-"""A language model in Python: it answers, it scores, and a `Trainer` trains it in place."""
+"""A language model in Python that answers, scores and can be trained in place by a `Trainer`."""
 
 from __future__ import annotations
 
@@ -49,24 +49,25 @@ def load(
     slots: int = config.Rollout.slots,
     devices: Sequence[Any] | None = None,
 ) -> Model:
-    """Opens a language model. Its weights are read when they are first needed.
+    """Opens a language model. Its weights are read on first use.
 
     Args:
-      source: a Hugging Face folder, a Hub id, a GGUF file, or the folder of a run.
-      revision: branch, tag or commit of a Hub id.
-      iteration: of a run, the iteration whose model is wanted; 0 is its start model, None its last.
-      lora: trains adapters in place of all parameters: the settings `lora` of an experiment file,
-        such as `{"rank": 16, "alpha": 32}`.
-      compute: how the model lies on the devices: the settings `compute`, such as
-        `{"preset": "fsdp", "fsdp": 4}`. By default all devices share the parameters.
-      text: what the chat template reads besides the messages: the settings `text`.
-      parameter_dtype: what parameters are kept in, "float32" or "bfloat16".
-      slots: answers that are drawn together.
-      devices: those to use; None uses all there are.
+      source: a Hugging Face folder, a Hub id, a GGUF file, or a run folder.
+      revision: the branch, tag or commit of a Hub id.
+      iteration: for a run folder, the iteration whose model is opened; 0 is the start model, None
+        the last one.
+      lora: trains adapters instead of all parameters, with the settings `lora` of an experiment
+        file, such as `{"rank": 16, "alpha": 32}`.
+      compute: how the model is sharded over the devices, with the settings `compute`, such as
+        `{"preset": "fsdp", "fsdp": 4}`. By default the parameters are sharded over all devices.
+      text: settings of the chat template and tokenizer, as in `text` of an experiment file.
+      parameter_dtype: the dtype of the parameters, "float32" or "bfloat16".
+      slots: the number of answers that are drawn at the same time.
+      devices: the devices to use; None uses all of them.
 
     Raises:
       SourceError: there is no such model.
-      ConfigError: a setting that is unknown or out of its range.
+      ConfigError: a setting is unknown or out of its range.
       RunError: the model is a reward model and cannot generate text.
     """
     set_up_jax()
@@ -84,7 +85,7 @@ def load(
 
 
 def _experiment(where: str, *, training: Settings, **groups: Any) -> config.Experiment:
-    """The settings of a model as an experiment has them, checked alike; nobody reads the others."""
+    """An experiment with these settings, checked as usual; the other settings are not used."""
     unread = {
         "output": "unread", "iterations": 1, "data": {"train": "unread"},
         "objective": {"loss": "unread"}, "candidates": {"samples": 1, "dataset": False},
@@ -94,18 +95,18 @@ def _experiment(where: str, *, training: Settings, **groups: Any) -> config.Expe
 
 
 class Model:
-    """A language model. `selm.load` makes one.
+    """A language model, opened by `selm.load`.
 
     Attributes:
-      name: for tables and errors.
-      updates: how many updates `Trainer`s have made of it.
-      experiment: its settings, as an experiment file has them.
+      name: its name in tables and error messages.
+      updates: the number of updates that `Trainer`s have made to it.
+      experiment: its settings, in the form of an experiment file.
     """
 
     def __init__(self, name: str, start: StartModel, devices: Devices):
         self.name, self.updates, self.experiment = name, 0, start.experiment
         self._start, self._devices = start, devices
-        self._kept_base: Params | None = None  # what adapters are on
+        self._kept_base: Params | None = None  # the base model of the adapters
         self._adapters: Params | None = None
         self._programs = Programs(
             self.experiment, start.task, start.facts, Sizes(0, 0), start.chat.stop_ids, devices
@@ -136,24 +137,25 @@ class Model:
 
         Args:
           prompts: texts, or conversations that end with a user's turn.
-          greedy: 1 for the likeliest answer, the paper's y_ref; 0 for none.
-          samples: answers drawn besides, per prompt.
-          max_new_tokens: of an answer at most; a longer one is cut off.
+          greedy: 1 for a greedy answer, the paper's y_ref; 0 for none.
+          samples: the number of sampled answers per prompt, in addition to the greedy one.
+          max_new_tokens: the longest answer in tokens; longer ones are cut off.
           temperature, top_k, top_p, min_p: how samples are drawn, as in `rollout`.
-          filter: a function of yours on the logits that samples are drawn from.
-          seed: with a prompt's place in the list and a sample's number it determines what is drawn.
-            Give each iteration its own.
+          filter: your own function that changes the logits before a sample is drawn.
+          seed: decides the samples, together with the place of the prompt in the list and the
+            number of the sample. Use another seed for each iteration.
 
         Raises:
-          ApiError: no prompts, a prompt that is no conversation, or no answers asked for.
-          ChatError: the chat template refuses a conversation.
-          PolicyError: a prompt that leaves no room for its answer.
+          ApiError: there are no prompts, one is not a conversation, or no answers are wanted.
+          ChatError: the chat template rejects a conversation.
+          PolicyError: a prompt leaves no room for its answer.
         """
         read = read_prompts(prompts)
         if greedy not in (0, 1) or samples < 0 or greedy + samples == 0 or max_new_tokens < 1:
             raise ApiError(
                 f"greedy={greedy}, samples={samples}, max_new_tokens={max_new_tokens}: nothing can "
-                "be answered. Set greedy to 0 or 1, samples to 1 or more, and max_new_tokens above 0"
+                "be answered. Set greedy to 0 or 1, samples to 1 or more, and max_new_tokens above "
+                "0"
             )
         ids = self._policy.prompt_ids([each.messages for each in read])
         with bar(self._start.console, "answers", len(ids) * (greedy + samples), "answers") as told:
@@ -169,11 +171,11 @@ class Model:
         return Answers(tuple(read), tuple(ids), tuple(map(tuple, found)), self, self.updates)
 
     def logps(self, pairs: Pairs) -> dict[str, Float32[np.ndarray, " pairs"]]:
-        """log pi(response | prompt) of each pair's responses under the model as it is now.
+        """log pi(response | prompt) of each pair's responses under the current parameters.
 
         Returns:
-          For each role ("chosen", "rejected", "explore") a float32 array `[pairs]`, in nats. Where
-          several responses explore, it is their mean.
+          For each role ("chosen", "rejected", "explore") a float32 array `[pairs]`, in nats. If a
+          pair has several explored responses, it is their mean.
 
         Raises:
           ApiError: the pairs were made with another tokenizer.
@@ -190,10 +192,10 @@ class Model:
         return {role: of_role(role) for role in ROLES}
 
     def _scores_of(self, examples: Sequence[Example], tokenizer: str) -> list[tuple[float, ...]]:
-        """log pi of every distinct response of every example, in nats; `logps` has them by role.
+        """log pi of every distinct response of every example, in nats; `logps` gives them by role.
 
         Raises:
-          ApiError: `tokenizer` is not the digest of this model's.
+          ApiError: `tokenizer` is not the digest of this model's tokenizer.
         """
         self._check_tokenizer(tokenizer)
         with bar(self._start.console, "log-probabilities", len(examples), "pairs") as told:
@@ -203,11 +205,11 @@ class Model:
         """Writes the model as a new Hugging Face folder; adapters are merged into their base.
 
         Raises:
-          ApiError: the folder is there already.
+          ApiError: the folder exists already.
         """
         folder = folder_to_write(str(folder))
         if folder.exists():
-            raise ApiError(f"{folder} is there already. Give the name of a new folder")
+            raise ApiError(f"{folder} exists already. Give the name of a new folder")
         with artifacts.whole(folder) as partial:
             params, source = self._policy.weights.to_score(), self._start.folder.path
             export_folder(params, self._programs.config, source, partial, self._card())
@@ -227,23 +229,24 @@ class Model:
             f"{mesh.devices.flat[0].platform} devices, {self.updates} updates"
         )
 
-    # What pairs and trainers use; the rest of the package and users do not
+    # Only for pairs and trainers, not for the rest of the package or for users
 
     @property
     def tokenizer(self) -> str:
-        """The digest of the tokenizer, by which token ids are known to be this model's."""
+        """The digest of the tokenizer, which shows whether token ids belong to this model."""
         return self._start.chat.tokenizer.digest()
 
     def _check_tokenizer(self, digest: str) -> None:
-        """Raises ApiError if token ids are those of another tokenizer."""
+        """Raises ApiError if token ids come from another tokenizer."""
         if digest != self.tokenizer:
             raise ApiError(
-                f"these answers are token ids of another model's tokenizer than that of {self.name}. "
-                "Use them with the model that wrote them, or have this one generate its own"
+                "these answers were tokenised with another model's tokenizer than that of "
+                f"{self.name}. Use them with the model that wrote them, or generate answers with "
+                "this one"
             )
 
     def _programs_of(self, task: Task, training: Settings, longest: int) -> Programs:
-        """What a run would compile to train this model with these settings."""
+        """The programs that a run would use to train this model with these settings."""
         e = config.as_dict(self.experiment)
         training = e["training"] | training
         groups = {key: e[key] for key in ("model", "lora", "compute", "text", "rollout")}
@@ -255,7 +258,7 @@ class Model:
 
     @property
     def _base(self) -> Params:
-        """What adapters are on, quantised if the settings say so; without adapters the parameters."""
+        """The base model of the adapters, quantised if set so; without adapters, the parameters."""
         if self._programs.lora is None:
             return self._trained
         if self._kept_base is None:
@@ -264,7 +267,7 @@ class Model:
 
     @property
     def _trained(self) -> Params:
-        """What updates change: all parameters, or the adapters."""
+        """The parameters that updates change: all of them, or the adapters."""
         if self._programs.lora is None:
             return self._policy.weights.to_score()
         if self._adapters is None:
@@ -272,7 +275,7 @@ class Model:
         return self._adapters
 
     def _become(self, trained: Params) -> None:
-        """Takes what an update has made of `_trained`."""
+        """Replaces the trained parameters with those after an update."""
         self.updates += 1
         if self._programs.lora is None:
             self._policy.weights.hold(trained)
@@ -281,7 +284,7 @@ class Model:
             self._policy.weights.forget()
 
     def _fixed(self, programs: Programs) -> dict[str, Any]:
-        """What updates are given and leave as it is; see `Programs.fixed`."""
+        """The inputs of updates that stay constant; see `Programs.fixed`."""
         folder = self._start.folder.path
         base = self._base if programs.lora is not None else {}
         return programs.fixed(base, 1, folder, folder)

@@ -1,4 +1,4 @@
-"""From scores to pairs: who is chosen, who is rejected, who explores, and what the reference says."""
+"""Training pairs from scored answers, by role, with the reference's log-probabilities."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Pairs(Sequence[Example]):
-    """What is trained on, one example per prompt. `selm.pairs` makes them; a slice is `Pairs` too.
+    """Training examples, one per prompt, made by `selm.pairs`. A slice is `Pairs` too.
 
     Attributes:
-      examples: token ids, which response plays which role, and the reference's log-probabilities.
-      rows: the same for people: prompt, the text of each role, the scores.
-      drops: how many prompts gave no pair, by reason.
-      tokenizer: the digest of the tokenizer whose ids these are.
+      examples: the token ids, the roles of the responses and the reference's log-probabilities.
+      rows: the same in readable form: the prompt, the text of each role, the scores.
+      drops: the number of prompts that gave no pair, by reason.
+      tokenizer: the digest of the tokenizer that made the token ids.
     """
 
     examples: tuple[Example, ...]
@@ -57,7 +57,7 @@ class Pairs(Sequence[Example]):
         return dataclasses.replace(self, examples=self.examples[index], rows=self.rows[index])
 
     def batches(self, size: int, seed: int = 0) -> Iterator[Pairs]:
-        """The pairs in batches of `size`, in an order that `seed` draws; the last may be smaller."""
+        """The pairs in batches of `size`, shuffled by `seed`; the last batch may be smaller."""
         order = np.random.default_rng(seed).permutation(len(self))
         for start in range(0, len(self), size):
             which = order[start : start + size]
@@ -75,7 +75,7 @@ class Pairs(Sequence[Example]):
 
     @property
     def told(self) -> str:
-        """How many pairs there are and why the other prompts gave none; for no pairs, what to do."""
+        """The numbers of pairs and of dropped prompts by reason; without pairs, what to do."""
         reasons = ", ".join(f"{n} {reason}" for reason, n in self.drops.items())
         dropped = f", {sum(self.drops.values())} prompts dropped ({reasons})" if reasons else ""
         return f"{len(self)} pairs{dropped}" + ("" if len(self) else f". {_REMEDY}")
@@ -88,8 +88,8 @@ class Pairs(Sequence[Example]):
 
 
 _REMEDY = (
-    "Where all answers to a prompt score alike, draw more samples or at a higher temperature, use a "
-    'ranker that tells them apart, or set ties="first"'
+    "If all answers to a prompt have the same score, draw more samples, raise the temperature, use "
+    'a ranker that tells them apart, or set ties="first"'
 )
 
 
@@ -105,36 +105,36 @@ def pairs(
     reference: Writer | None | Literal["writer"] = "writer",
     seed: int = 0,
 ) -> Pairs:
-    """Picks each prompt's chosen, rejected and explore answers, and has the reference score them.
+    """Picks each prompt's chosen, rejected and explored answers, and scores them by the reference.
 
-    The reference's log-probabilities are kept as data, as in a run: however many updates follow,
-    they stay those of the reference as it is now.
+    The reference's log-probabilities are stored with the pairs, as in a run, and do not change in
+    later updates.
 
     Args:
-      answers: of `Model.generate`.
-      scores: for each prompt an array `[answers]`, higher is better; NaN drops the prompt.
+      answers: the answers from `Model.generate`.
+      scores: an array `[answers]` for each prompt, higher is better; NaN drops the prompt.
       rule: picks chosen and rejected: "best_worst", "swap", "top_random", or a function
         `(candidates, scores, rng) -> Pair`.
       explore: picks the answers of the optimism term: "greedy", "sample", "all", "random", "best",
         "worst", or a function `(candidates, scores, rng) -> place`.
-      ties: "drop", or "first" as the authors' code: best and worst are then one answer.
-      cut_off: "drop" leaves out prompts one of whose answers with a role was cut off.
-      min_margin: the least difference of the two scores, in the ranker's unit.
-      reference: who is pi_ref; "writer" is the model that wrote the answers (the paper), None leaves
-        the scores out, for a loss without a reference.
-      seed: of what the rules draw.
+      ties: "drop", or "first" as in the authors' code: best and worst are then the same answer.
+      cut_off: "drop" leaves out a prompt if one of the picked answers was cut off.
+      min_margin: the smallest difference of the two scores, in the ranker's unit.
+      reference: the model that is pi_ref; "writer" is the model that wrote the answers, as in the
+        paper. None computes no log-probabilities, for a loss without a reference.
+      seed: the seed of the rules' random choices.
 
     Returns:
-      The pairs; prompts without one are counted in `drops`.
+      The pairs; prompts without a pair are counted in `drops`.
 
     Raises:
-      ApiError: scores for another number of prompts, or the writer was trained since it answered.
-      FeedbackError: an unknown rule, scores that do not fit the answers, or no candidate for a role.
+      ApiError: the numbers of prompts differ, or the writer was trained since it answered.
+      FeedbackError: a rule is unknown, scores do not fit the answers, or a role has no candidate.
     """
     if len(answers) != len(scores):
         raise ApiError(
-            f"there are answers to {len(answers)} prompts and scores for {len(scores)}. Give an array "
-            "of scores for each prompt: selm.ranker(...)(prompts, answers)"
+            f"there are answers to {len(answers)} prompts, but scores for {len(scores)}. Give an "
+            "array of scores for each prompt: selm.ranker(...)(prompts, answers)"
         )
     rule = rule_named(rule) if isinstance(rule, str) else rule
     explore = explore_named(explore) if isinstance(explore, str) else explore
@@ -174,9 +174,10 @@ def _scored(made: Pairs, answers: Answers, reference: Writer | None | str) -> Pa
         reference = answers.model
         if reference.updates != answers.updates:
             raise ApiError(
-                f"{reference.name} was trained by {reference.updates - answers.updates} updates since "
-                "it wrote these answers: it is no longer their reference. Make the pairs before you "
-                "train, or name another model: selm.pairs(..., reference=model)"
+                f"{reference.name} has been trained (updates: "
+                f"{reference.updates - answers.updates}) since it wrote these answers, so it is no "
+                "longer their reference. Make the pairs before you train, or name another model: "
+                "selm.pairs(..., reference=model)"
             )
     if reference is None or isinstance(reference, str) or not made.examples:
         return made

@@ -1,4 +1,4 @@
-"""Prompts as a person writes them in Python: texts, or conversations."""
+"""Prompts as users write them in Python: texts or conversations."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from selm_jax.api.errors import ApiError
 from selm_jax.text.conversations import Columns, Prompt, parse
 from selm_jax.text.tables import BadRow
 
-# A user's turn, or turns such as {"role": "user", "content": "Hello"}, the last of them a user's.
+# The text of a user's turn, or a list of turns such as {"role": "user", "content": "Hello"} that
+# ends with a user's turn.
 PromptLike: TypeAlias = str | Sequence[Mapping[str, str]]
 
 
 def read_prompts(prompts: Sequence[PromptLike]) -> list[Prompt]:
-    """The prompts as the rest of the program has them, named by their places in the list.
+    """Converts prompts to the package's own form, named by their places in the list.
 
     Raises:
-      ApiError: no prompts, one text in place of a list, or a prompt that is no conversation.
+      ApiError: there are no prompts, there is one text instead of a list, or a prompt is not a
+        conversation.
 
     >>> [prompt.messages[-1].content for prompt in read_prompts(["Hello.", "Goodbye."])]
     ['Hello.', 'Goodbye.']

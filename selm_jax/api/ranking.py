@@ -1,4 +1,4 @@
-"""Who scores answers: the rankers of an experiment file by their names, or a function."""
+"""Rankers, which score answers: those of an experiment file by name, or your own function."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Function = Callable[[str, str, dict[str, Any]], float]
 
 
 class Ranker:
-    """Scores answers: `ranker(prompts, answers)`. `selm.ranker` makes one.
+    """Scores answers: `ranker(prompts, answers)`. `selm.ranker` returns one.
 
     Attributes:
-      inner: the ranker as the stages of a run ask it.
+      inner: the ranker in the form that a run uses.
     """
 
     def __init__(self, inner: rankers.Ranker):
@@ -34,20 +34,20 @@ class Ranker:
         answers: Answers | Sequence[Sequence[str]],
         rows: Sequence[Mapping[str, Any]] | None = None,
     ) -> Scores:
-        """One score per answer; higher is better, and the unit is the ranker's own.
+        """Scores every answer; higher is better, and the unit depends on the ranker.
 
         Args:
-          prompts: what was answered.
-          answers: of `Model.generate`, or for each prompt a list of texts.
-          rows: for each prompt what else the ranker reads, such as `{"target": "Paris"}`.
+          prompts: the prompts that were answered.
+          answers: the answers from `Model.generate`, or a list of texts for each prompt.
+          rows: other columns that the ranker reads, for each prompt, such as `{"target": "Paris"}`.
 
         Returns:
-          A float64 array `[answers]` for each prompt. NaN stands where a judge's reply could not be
+          A float64 array `[answers]` for each prompt. NaN means that a judge's reply could not be
           read.
 
         Raises:
           ApiError: the lists do not have the same length.
-          FeedbackError: the ranker cannot score an answer; the message names the prompt by its place.
+          FeedbackError: the ranker cannot score an answer; the message gives the prompt's place.
 
         >>> ranker("length", target=3)(["Say yes."], [["Yes.", "Yes, of course I will."]])
         [array([ -1., -19.])]
@@ -57,7 +57,7 @@ class Ranker:
         if not len(read) == len(texts) == len(rows or read):
             raise ApiError(
                 f"there are {len(read)} prompts, answers to {len(texts)} and rows for "
-                f"{len(rows or read)}. Give as many of each"
+                f"{len(rows or read)}. Give the same number of each"
             )
         questions = [
             rankers.Question(each.messages[-1].content, each.messages, row, each.id)
@@ -71,16 +71,17 @@ class Ranker:
 
 
 def ranker(name: str | Function, /, **settings: Any) -> Ranker:
-    """The ranker that `feedback.ranker` names in an experiment file, or a function of yours.
+    """A ranker by its name in an experiment file (`feedback.ranker`), or your own function.
 
     Args:
       name: "sentiment", "length", "regex", "pairrm", "reward_model", "verifiable", "judge",
         "mixture", `package.module:function`, or a function `(prompt, answer, row) -> number`,
         which is called in this process.
-      settings: the ranker's own, as in `feedback.settings`.
+      settings: the ranker's settings, as in `feedback.settings`.
 
     Raises:
-      FeedbackError: an unknown name, or a setting that the ranker does not have.
+      FeedbackError: the name is unknown, or the ranker does not have a setting.
+      ApiError: a function was given settings.
 
     >>> polite = ranker(lambda prompt, answer, row: float("please" in answer))
     >>> polite(["Ask for tea."], [["Tea.", "Tea, please."]])
@@ -89,5 +90,7 @@ def ranker(name: str | Function, /, **settings: Any) -> Ranker:
     if isinstance(name, str):
         return Ranker(rankers.build_ranker(name, **settings))
     if settings:
-        raise ApiError(f"a function takes no settings, found {', '.join(settings)}. Leave them out")
+        raise ApiError(
+            f"a function has no settings, but {', '.join(settings)} was given. Leave it out"
+        )
     return Ranker(RuleRanker(getattr(name, "__name__", "function"), name))

@@ -1,4 +1,4 @@
-"""Whole experiments from Python, and what they left, as pandas tables."""
+"""Whole experiments from Python, and their results as pandas tables."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 def run(
     experiment: str | Path, settings: Mapping[str, Any] | None = None, *, tiny: bool = False
 ) -> RunFolder:
-    """Runs an experiment, or what is left of it, as `selm run` does.
+    """Runs an experiment like `selm run`; if it was stopped, runs the rest.
 
     Args:
       experiment: an experiment file (YAML).
       settings: changed settings by their dotted keys, such as `{"training.learning_rate": 1e-6}`.
-      tiny: rehearses it with a tiny random model and made-up rows.
+      tiny: rehearses the experiment with a tiny random model and made-up rows.
 
     Returns:
-      What it left, as `read` gives it.
+      The results, as `read` returns them.
 
     Raises:
-      ConfigError: a file that is no experiment, or a setting that is unknown or out of its range.
+      ConfigError: the file is not an experiment, or a setting is unknown or out of its range.
     """
     given = list((settings or {}).items())
     work = runs.opened(place(str(experiment)), given, tiny=tiny, processes=True)
@@ -42,22 +42,22 @@ def run(
 
 
 def read(folder: str | Path) -> RunFolder:
-    """What a run has left so far, checked against the digests that it wrote.
+    """The results of a run so far, checked against the digests that it recorded.
 
     Raises:
-      FileNotFoundError: this is not the folder of a run.
-      ReportError: a file is not as the run wrote it; the message names it.
+      FileNotFoundError: this is not a run folder.
+      ReportError: a file has changed since the run wrote it; the message names the file.
     """
     return RunFolder(place(str(folder)), report_data(place(str(folder))))
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class RunFolder:
-    """The folder of a run. `selm.read` makes one; each table is a pandas DataFrame.
+    """A run folder, opened by `selm.read`; each table is a pandas DataFrame.
 
     Attributes:
       path: the folder.
-      data: all that the report shows.
+      data: everything that the report shows.
     """
 
     path: Path
@@ -65,8 +65,11 @@ class RunFolder:
 
     @cached_property
     def metrics(self) -> pd.DataFrame:
-        """A row per update and per evaluation: `stage` ("train" or "evaluate"), `iteration`, `step`
-        (of an update, from 1 in each iteration), and a column per metric."""
+        """One row per update and per evaluation.
+
+        The columns are `stage` ("train" or "evaluate"), `iteration`, `step` (the number of an
+        update, from 1 in each iteration) and one per metric.
+        """
         updates = [
             {"stage": "train", "iteration": each.iteration, "step": each.step} | dict(each.metrics)
             for each in self.data.updates
@@ -79,8 +82,11 @@ class RunFolder:
 
     @cached_property
     def answers(self) -> pd.DataFrame:
-        """A row per candidate of every iteration: prompt, text, score, rank (1 is best), the roles
-        that it plays (`chosen`, `rejected`, `explore`), and why the prompt was dropped, if it was."""
+        """One row per candidate of every iteration.
+
+        Columns include the prompt, text, score, rank (1 is best), the roles (`chosen`, `rejected`,
+        `explore`), and the reason if the prompt was dropped.
+        """
         return _table(
             [{"iteration": t} | vars(row) for t, row in self._ranked()],
             ["iteration", "prompt_id", "prompt", "source", "text", "score"],
@@ -88,8 +94,11 @@ class RunFolder:
 
     @cached_property
     def pairs(self) -> pd.DataFrame:
-        """A row per pair: iteration, prompt_id, prompt, the texts of `chosen`, `rejected` and
-        `explore` (the first, where several explore), score_chosen, score_rejected."""
+        """One row per pair.
+
+        The columns are iteration, prompt_id, prompt, the texts of `chosen`, `rejected` and
+        `explore` (the first if there are several), score_chosen and score_rejected.
+        """
         found: dict[tuple[int, str], dict[str, Any]] = {}
         for t, row in self._ranked():
             for role in ("chosen", "rejected", "explore"):
@@ -104,9 +113,12 @@ class RunFolder:
 
     @cached_property
     def heldout(self) -> pd.DataFrame:
-        """A row per held-out answer: iteration (0 is the start model), prompt, text, the ranker's
-        score, and its log-probability in nats under the policy that gave it (`logp`) and under the
-        start model (`logp_start`)."""
+        """One row per held-out answer.
+
+        Columns include the iteration (0 is the start model), prompt, text, the ranker's score, and
+        the answer's log-probability in nats under the policy that wrote it (`logp`) and under the
+        start model (`logp_start`).
+        """
         rows = [{"iteration": each.iteration} | vars(each) for each in self.data.answers]
         columns = ["iteration", "prompt_id", "prompt", "kind", "text", "score"]
         return _table(rows, columns).drop(columns="token_ids", errors="ignore")
@@ -122,7 +134,7 @@ class RunFolder:
 
 
 def _table(rows: list[dict[str, Any]], first: list[str]) -> pd.DataFrame:
-    """A table with these columns first, whether or not there are rows."""
+    """A table that begins with these columns, even if there are no rows."""
     import pandas as pd
 
     others = dict.fromkeys(key for row in rows for key in row if key not in first)

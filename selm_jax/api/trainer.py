@@ -1,4 +1,4 @@
-"""Updates of a model by any loss: those of a run, one call at a time."""
+"""Training of a model with any loss, one update per call, with the same updates as in a run."""
 
 from __future__ import annotations
 
@@ -25,17 +25,19 @@ from selm_jax.run.task import task_with
 from selm_jax.training.loop import TrainingError, mean_lengths, one_update
 from selm_jax.training.state import TrainState
 
-_TOKENS = 2048  # of a batch on one device: more are added up in several
+_TOKENS = 2048  # per batch and device; longer input is accumulated over several batches
 
 
 class Trainer:
     """Trains a model in place, update by update.
 
     Attributes:
-      model: what is trained; it answers and scores with its new parameters after each step.
+      model: the model that is trained; after each step it answers and scores with the new
+        parameters.
       objective: the loss with the roles that it needs.
-      learning_rate: a number, or a function of the update's number, from 0; it may be set anew.
-      updates: how many this trainer has made.
+      learning_rate: a number, or a function of the update's number, which starts at 0. You may
+        change it between steps.
+      updates: the number of updates that this trainer has made.
     """
 
     def __init__(
@@ -57,17 +59,18 @@ class Trainer:
     ):
         """
         Args:
-          model: of `selm.load`.
+          model: the model to train, from `selm.load`.
           loss: `selm.loss("selm", beta=0.1, alpha=1e-3)`, a name without settings such as "sft", or
             a function `logps -> (losses, metrics)`, each an array `[pairs]` (see `Logps`).
-          learning_rate: of each update; no warm-up and no decay are added.
+          learning_rate: the learning rate of each update, without warm-up or decay.
           optimizer, b1, b2, eps, weight_decay, clip, remat, logprob_chunk: as in `training`.
-          rows, row_length: of a packed batch and its tokens per row, as in `training`. None: as they
-            fit the pairs.
+          rows, row_length: the rows of a packed batch and the tokens per row, as in `training`.
+            None chooses them to fit the pairs.
 
         Raises:
-          ObjectiveError: an unknown loss, or a setting that it needs.
-          ConfigError: a setting out of its range.
+          ObjectiveError: the loss is unknown, or lacks a setting.
+          ConfigError: a setting is out of its range.
+          ApiError: the loss trains a reward model.
         """
         self.model, self.learning_rate, self.updates = model, learning_rate, 0
         self.objective = loss if isinstance(loss, Objective) else losses.loss(loss)
@@ -84,18 +87,19 @@ class Trainer:
         self._compiled: dict[DecoderConfig, Programs] = {}
         self._shapes: dict[int, Shape] = {}
         self._moments: Any = None
-        self._programs(1)  # so that wrong settings are found out here
+        self._programs(1)  # so that wrong settings fail here
 
     def step(self, pairs: Pairs) -> dict[str, float]:
-        """One update by the mean loss over all these pairs.
+        """Makes one update with the mean loss over all these pairs.
 
         Returns:
-          Means over the pairs: `loss`, what the loss reports, and besides `grad_norm` (before
+          `loss` and the metrics of the loss, as means over the pairs, and `grad_norm` (before
           clipping), `examples` and `learning_rate`.
 
         Raises:
           TrainingError: there are no pairs, or the loss or its gradient is not finite.
-          ApiError: pairs of another tokenizer, or without the reference's scores.
+          ApiError: the pairs were made with another tokenizer, or they lack the reference's
+            log-probabilities.
         """
         self._check(pairs)
         examples = pairs.examples
@@ -117,15 +121,15 @@ class Trainer:
         self._moments, self.updates = state.opt_state, self.updates + 1
         if not np.isfinite([metrics["loss"], metrics["grad_norm"]]).all():
             raise TrainingError(
-                f"update {self.updates}: the loss is {metrics['loss']} and the norm of its gradient "
-                f"{metrics['grad_norm']}. The parameters of {self.model.name} are no longer usable: "
-                "load the model again, and take a smaller learning_rate or look at the loss"
+                f"update {self.updates}: the loss is {metrics['loss']} and the norm of its "
+                f"gradient is {metrics['grad_norm']}. The parameters of {self.model.name} are no "
+                "longer usable. Load the model again, and lower learning_rate or check the loss"
             )
         first = {name: metrics.pop(name) for name in ("loss", "grad_norm")}
         return first | metrics | {"learning_rate": rate}
 
     def _programs(self, longest: int) -> Programs:
-        """What is compiled for sequences up to this length; few models have more than one form."""
+        """The programs for sequences up to this length; most models need only one set of them."""
         made = self.model._programs_of(task_with(self.objective), self._settings, longest)
         return self._compiled.setdefault(made.config, made)
 
@@ -144,7 +148,7 @@ class Trainer:
         return ByLength(mesh.shape["data"] * mesh.shape["fsdp"], _TOKENS, programs.config.heads)
 
     def _grown(self, shape: Shape) -> Shape:
-        """The largest shape so far of this row length: after few updates none is compiled any more."""
+        """The largest shape so far for this row length, so that compilation soon stops."""
         before = dataclasses.astuple(self._shapes.get(shape.time, shape))
         self._shapes[shape.time] = Shape(*map(max, before, dataclasses.astuple(shape)))
         return self._shapes[shape.time]
@@ -156,6 +160,6 @@ class Trainer:
         scored = all(each.reference_logps is not None for each in pairs.examples)
         if not scored and not self.objective.reference_free:
             raise ApiError(
-                f"{self.objective} compares with a reference, and these pairs were made with "
-                "reference=None. Make them with the default, or name a model"
+                f"{self.objective} compares with a reference, but these pairs were made with "
+                "reference=None. Make them with the default reference, or name a model"
             )

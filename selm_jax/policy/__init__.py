@@ -1,1 +1,1 @@
-"""A language model that answers and scores: a run's, one that `selm eval` opens, or anybody's."""
+"""A language model that answers and scores, used by runs, `selm eval` and the Python API."""

@@ -3,9 +3,9 @@
     responses = policy.answer(numbered(prompts, greedy=1, samples=2), max_new_tokens=512)
     logps = policy.logps(examples)
 
-A response is a function of the parameters, the seed, its prompt, and the numbers that name its draws;
-a log-probability of the parameters and its tokens. Batches, slots, meshes and what else is asked for
-do not enter.
+A response depends only on the parameters, the seed, its prompt and the numbers that identify its
+random draws. A log-probability depends only on the parameters and the tokens. Batches, slots,
+meshes and the other requests change neither.
 """
 
 from __future__ import annotations
@@ -39,24 +39,24 @@ _T = TypeVar("_T")
 
 
 class PolicyError(ValueError):
-    """What a model is asked for that it cannot do."""
+    """A request that the model cannot fulfil."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Batches:
-    """How much goes together. It changes what a model says in the last bits of numbers alone, but for
-    `longest_sequence`.
+    """The sizes of batches. Except for `longest_sequence`, they only change results by rounding.
 
     Attributes:
-      slots: answers that are drawn together.
-      prefill_rows: prompts that are read together before they are answered.
-      longest_prompt: tokens of the longest prompt, where one program is to serve all calls; None:
-        of the longest prompt of each call.
-      longest_sequence: of a model with two tables of rotary frequencies, the length whose table all
-        sequences get (`DecoderConfig.for_length`), as in training; None: each that of its own length.
-      rows, row_length: of a packed batch that is scored, and its tokens per row. None: as fits the
-        lengths and the devices, so that an example may be as long as it is.
-      chunk: tokens per row whose logits exist at a time.
+      slots: the number of answers that are drawn at the same time.
+      prefill_rows: the number of prompts per prefill.
+      longest_prompt: the length of the longest prompt in tokens, so that one program serves all
+        calls; None takes the longest prompt of each call.
+      longest_sequence: for a model with two tables of rotary frequencies, the length that chooses
+        the table for all sequences (`DecoderConfig.for_length`), as in training; None chooses by
+        each sequence's own length.
+      rows, row_length: the rows of a packed batch that is scored, and the tokens per row. None fits
+        them to the lengths and the devices, so that examples of any length can be scored.
+      chunk: the tokens per row whose logits are in memory at a time.
     """
 
     slots: int = 16
@@ -75,7 +75,7 @@ class Batches:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """One answer. `token_ids` ends with the stop token if `finish` is "stop"; else it is "length"."""
+    """One answer. `finish` is "stop" if `token_ids` ends with a stop token, otherwise "length"."""
 
     text: str
     token_ids: Ids
@@ -83,13 +83,13 @@ class Answer:
 
 
 class Policy:
-    """A model ready to answer and to score.
+    """A model that answers and scores.
 
     Attributes:
-      name: for tables, files and errors.
-      config: the decoder's.
+      name: its name in tables, files and error messages.
+      config: the decoder's configuration.
       weights: its parameters.
-      batches: how much goes together.
+      batches: the sizes of batches.
     """
 
     def __init__(
@@ -109,11 +109,11 @@ class Policy:
     ):
         """
         Args:
-          load: reads the parameters, when they are first needed (`Weights`).
-          chat, stop_ids: called when they are first needed; not every model has a chat template.
+          load: reads the parameters on first use (`Weights`).
+          chat, stop_ids: called on first use, because not every model has a chat template.
           decode_mesh: the devices of `mesh` in the same order (`parallel.mesh.decode_mesh`).
-          dtype: of the computation.
-          back_end: what attention is computed with.
+          dtype: the compute dtype.
+          back_end: the implementation of attention.
         """
         self.name, self.config, self.dtype, self.batches = name, config, dtype, batches
         self.mesh, self.decode_mesh, self.rules = mesh, decode_mesh, rules
@@ -125,7 +125,7 @@ class Policy:
 
     @cached_property
     def chat(self) -> Chat:
-        """Raises ChatError for a model without a chat template."""
+        """The tokenizer and chat template. Raises ChatError if the model has no chat template."""
         return self._chat()
 
     @cached_property
@@ -133,10 +133,10 @@ class Policy:
         return self._stop_ids()
 
     def prompt_ids(self, conversations: Sequence[Sequence[Turn]]) -> list[Ids]:
-        """The conversations and the headers of the answers that are to follow.
+        """The token ids of conversations, each followed by the header of its answer.
 
         Raises:
-          ChatError: the template refuses one; its place in the list (from 0) is named.
+          ChatError: the template rejects one; the message gives its place in the list, from 0.
         """
         found = []
         for i, messages in enumerate(conversations):
@@ -160,12 +160,12 @@ class Policy:
         """The responses to all requests, in the order (index, sample).
 
         Args:
-          progress: called with responses finished and tokens drawn since the last call.
-          ended: may end responses that no stop token ends; see `Engine.generate`.
-          also_stop: stop tokens besides the model's own.
+          progress: called with the responses finished and tokens drawn since the last call.
+          ended: may end responses before a stop token; see `Engine.generate`.
+          also_stop: stop tokens in addition to the model's own.
 
         Raises:
-          PolicyError: a prompt that leaves no room for its answer.
+          PolicyError: a prompt leaves no room for its answer.
         """
         stops = tuple(sorted({*self.stop_ids, *also_stop}))
         found: list[Response] = []
@@ -199,21 +199,24 @@ class Policy:
         progress: Advance = lambda answers, tokens=0: None,
         **filters: Any,
     ) -> list[list[Answer]]:
-        """Answers, as text, to conversations that end with a user's turn: per conversation its samples.
+        """Answers conversations that end with a user's turn; returns the samples of each one.
 
         Args:
-          temperature: 0 gives the likeliest token each time, and one sample.
-          seed: with the conversation and the number of the sample it determines an answer
+          temperature: 0 gives the greedy answer, and only one.
+          seed: decides an answer, together with the conversation and the number of the sample
             (`named_by_text`).
-          filters: others of `Sampling`'s settings, such as `top_p`.
+          filters: other settings of `Sampling`, such as `top_p`.
 
         Raises:
-          ChatError, PolicyError: a conversation that the template refuses, or that leaves no room for
-            its answer.
+          ChatError: the template rejects a conversation.
+          PolicyError: a conversation leaves no room for its answer.
         """
         greedy = temperature == 0
         if greedy and samples != 1:
-            raise PolicyError(f"temperature 0 gives one answer, {samples} samples were asked")
+            raise PolicyError(
+                f"temperature 0 gives one answer, but samples is {samples}. Set samples to 1, or "
+                "raise the temperature"
+            )
         prompts = self.prompt_ids(conversations)
         responses = self.answer(
             named_by_text(prompts, greedy=int(greedy), samples=0 if greedy else samples),
@@ -232,23 +235,27 @@ class Policy:
         """log pi(response | prompt) of every response of every example, in nats, float32.
 
         Raises:
-          PolicyError: an example beyond the model's positions.
-          ExampleError: one beyond `batches.row_length`.
+          PolicyError: an example is longer than the model's context.
+          ExampleError: an example is longer than `batches.row_length`.
         """
         return self._scored(Scorer.logps, examples, progress)
 
     def statistics(
         self, examples: Sequence[Example], progress: Advance = lambda examples, tokens=0: None
     ) -> list[tuple[TokenStats, ...]]:
-        """Per response of each example `TokenStats` of its tokens, numpy arrays [tokens]; raises what
-        `logps` does."""
+        """The `TokenStats` of every response of every example, as numpy arrays [tokens].
+
+        It raises the same errors as `logps`.
+        """
         return self._scored(Scorer.statistics, examples, progress)
 
     def rewards(
         self, examples: Sequence[Example], progress: Advance = lambda examples, tokens=0: None
     ) -> list[tuple[float, ...]]:
-        """The reward of every response of every example, of a model with a head; raises what `logps`
-        does."""
+        """The reward of every response of every example, for a model with a reward head.
+
+        It raises the same errors as `logps`.
+        """
         return self._scored(Scorer.rewards, examples, progress, unread=0)
 
     def _scored(
@@ -258,7 +265,7 @@ class Policy:
         progress: Advance,
         unread: int = 1,
     ) -> list[_T]:
-        # A response's last token predicts nothing that is scored: it needs no position.
+        # No scored token follows a response's last token, so that token needs no position.
         lengths = [len(e.prompt) + max(map(len, e.responses)) - unread for e in examples]
         found: dict[int, _T] = {}
         for config, members in self._by_config(lengths):
@@ -281,13 +288,14 @@ class Policy:
         )
 
     def _by_config(self, lengths: Sequence[int]) -> list[tuple[DecoderConfig, list[int]]]:
-        """Which sequences go under which config."""
+        """The places of the sequences by the config that they need."""
         by_config: dict[DecoderConfig, list[int]] = {}
         for i, length in enumerate(lengths):
             if length > self.config.max_positions:
                 raise PolicyError(
-                    f"{self.name}: sequence {i} may have {length} tokens with its answer; the model "
-                    f"was made for {self.config.max_positions} (max_position_embeddings)"
+                    f"{self.name}: sequence {i} may have {length} tokens with its answer, but the "
+                    f"model reads at most {self.config.max_positions} (max_position_embeddings). "
+                    "Shorten it, or allow fewer new tokens"
                 )
             config = self.config.for_length(self.batches.longest_sequence or length)
             by_config.setdefault(config, []).append(i)
@@ -295,13 +303,15 @@ class Policy:
 
 
 def numbered(prompts: Sequence[Ids], *, greedy: int, samples: int) -> list[Request]:
-    """Requests whose draws are named by the prompt's place in the list: in a fixed set of prompts."""
+    """Requests whose random draws depend on the prompt's place in the list, for a fixed set."""
     return [Request(i, prompt, greedy, samples) for i, prompt in enumerate(prompts)]
 
 
 def named_by_text(prompts: Sequence[Ids], *, greedy: int, samples: int) -> list[Request]:
-    """Requests whose draws are named by what the prompt says, wherever it stands: where prompts come
-    in any order, a few at a time. Two equal prompts so get equal responses."""
+    """Requests whose random draws depend on the prompt's tokens and not on its place.
+
+    It is for prompts that come in any order, a few at a time. Equal prompts get equal responses.
+    """
     return [Request(i, prompt, greedy, samples, _name(prompt)) for i, prompt in enumerate(prompts)]
 
 

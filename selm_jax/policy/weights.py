@@ -1,4 +1,4 @@
-"""A model's parameters in the form that is asked for: whole layers to answer, stacked ones to score."""
+"""A model's parameters in two forms: separate layers for answering, stacked layers for scoring."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from selm_jax.rollout.parameters import decoding_params, decoding_shardings
 
 
 class Weights:
-    """Parameters that are read when they are first needed, and held once where that is possible.
+    """Parameters that are read on first use and kept in only one form if possible.
 
-    Answering wants one tree per layer, laid out for decoding, in the dtype of the computation; scoring
-    wants the layers stacked. Where both have one dtype, the one form is made from the other, which is
-    then given up: to the bit nothing is lost. Otherwise the stacked form stays, because it alone has
-    every bit, and the other is given up when scoring begins.
+    Answering needs one tree per layer, sharded for decoding, in the compute dtype. Scoring needs
+    the layers stacked. If both forms have the same dtype, one is converted to the other without
+    loss, and only one is kept. Otherwise the stacked form is always kept, because it is the exact
+    one, and the other is dropped when scoring begins.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Weights:
         """
         Args:
           load: reads the stacked parameters, each into its place on `mesh` by `rules`.
-          dtype: of the computation.
+          dtype: the compute dtype.
           decode_mesh: the devices of `mesh` in the same order (`parallel.mesh.decode_mesh`).
         """
         self._load, self._config, self._dtype = load, config, dtype
@@ -64,9 +64,9 @@ class Weights:
         return self._apart
 
     def hold(self, params: Params) -> None:
-        """Takes other parameters in place of those held: stacked ones, each in its place on `mesh`."""
+        """Replaces the parameters with stacked ones that are in their places on `mesh`."""
         self._stacked, self._apart = params, None
 
     def forget(self) -> None:
-        """Gives up the parameters held: they are read anew when they are next needed."""
+        """Drops the parameters; they are read again on the next use."""
         self._stacked = self._apart = None

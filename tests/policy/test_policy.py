@@ -70,7 +70,7 @@ def test_draws_are_named_by_place_or_by_text(build):
 
 
 def test_what_does_not_fit_is_named(build, examples):
-    with pytest.raises(PolicyError, match="tiny: sequence 1 may have .* made for 512"):
+    with pytest.raises(PolicyError, match="tiny: sequence 1 may have .* reads at most 512"):
         build().logps([examples[0], Example("long", (1,) * 512, ((1, 2),), {})])
     with pytest.raises(ExampleError, match="long"):
         build(batches=Batches(rows=1, row_length=64)).logps(

@@ -330,8 +330,8 @@ class Compute:
     dcn_fsdp: Count = 1  # Number of slices over which parameters are sharded.
     decode_tensor: Count | None = None  # The same as `tensor`, for generation; null: as `tensor`.
     # How attention is computed. `auto` chooses `einsum` (all scores at once) or `blocks` (only the
-    # visible blocks) by platform and row length. `kernel` does the same as `blocks` in a TPU kernel;
-    # it has been compiled for TPUs but has not run on one.
+    # visible blocks) by platform and row length. `kernel` does the same as `blocks` in a TPU
+    # kernel; it has been compiled for TPUs but has not run on one.
     attention: AttentionBackEnd = "auto"
 
 

@@ -1,11 +1,11 @@
-"""Grouped-query attention: one function, and what it is computed with.
+"""Grouped-query attention: one function with three back ends.
 
-Who sees whom is said by one integer per key (`models.sight`). Short rows are computed by one
-product of all queries with all keys, in which what is unseen is masked (`einsum`, here); long ones
-block by block, where blocks that nobody sees are left out (`models.attention_blocks`). A kernel for
-TPUs does likewise (`models.attention_tpu`); it is compiled in tests but has not run on a TPU, so it
-must be asked for. All give the same within rounding. Letters: r rows, t queries, s keys, k
-key-value heads, g query heads per key-value head, h head_dim.
+One integer per key determines which queries see it (`models.sight`). For short rows, one product of
+all queries with all keys is masked (`einsum`, in this file). For long rows, attention is computed
+block by block, without the blocks that no query sees (`models.attention_blocks`). A kernel for TPUs
+does the same (`models.attention_tpu`); tests compile it, but it has not run on a TPU, so it is used
+only on request. All back ends agree up to rounding. Letters: r rows, t queries, s keys, k key-value
+heads, g query heads per key-value head, h head_dim.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from selm_jax.models.attention_blocks import blockwise
 from selm_jax.models.sight import Sight
 from selm_jax.parallel.mesh import platform_of
 
-# Tokens of a row from which blocks are taken. On CPU they are faster from here on
-# (docs/performance.md); elsewhere nothing has been timed, and what counts is memory.
+# Number of tokens of a row from which `auto` chooses blocks. On CPU, blocks are faster from this
+# length on (docs/performance.md). Elsewhere nothing has been timed, and the reason is memory.
 _BLOCKS_FROM = {"cpu": 512}
 _ELSEWHERE = 1024
 
@@ -40,15 +40,15 @@ def attention(
     back_end: AttentionBackEnd = "auto",
     mesh: Mesh | None = None,
 ) -> Float[Array, "r t heads h"]:
-    """softmax(cap(scale * q k^T)) v, the softmax in float32.
+    """Computes softmax(cap(scale * q k^T)) v, with the softmax in float32.
 
-    A query that sees nothing is padding; it gets something finite.
+    A query that sees no key is padding; its result is finite and has no meaning.
 
     Args:
-      cap: of the scores, as in Gemma 2; None leaves them.
-      back_end: what to compute with; `auto` chooses by platform and length.
-      mesh: what the arrays lie on, rows on its axes data and fsdp, heads on tensor; None for one
-        device.
+      cap: soft cap of the scores, as in Gemma 2; None for no cap.
+      back_end: how to compute it; `auto` chooses by platform and length.
+      mesh: the mesh of the arrays, with rows sharded over the axes data and fsdp, and heads over
+        tensor; None for one device.
     """
     platform = platform_of(mesh)
     chosen = _chosen(back_end, sight, platform)
@@ -58,12 +58,12 @@ def attention(
     def computed(query, keys, values, sight):
         if chosen == "blocks":
             return blockwise(query, keys, values, sight, scale, cap)
-        from selm_jax.models.attention_tpu import kernel  # Pallas: nobody else waits for it
+        from selm_jax.models.attention_tpu import kernel  # imports Pallas, which takes time
 
         return kernel(query, keys, values, sight, scale, cap, interpret=platform != "tpu")
 
     if mesh is not None and mesh.size > 1:
-        # Which blocks are visited is a matter of each device's own rows.
+        # Each device decides from its own rows which blocks to visit.
         rows, heads = P(("data", "fsdp")), P(("data", "fsdp"), None, "tensor")
         computed = jax.shard_map(
             computed,
@@ -76,7 +76,7 @@ def attention(
 
 
 def _chosen(back_end: AttentionBackEnd, sight: Sight, platform: str) -> AttentionBackEnd:
-    if sight.place is not None:  # queries that look into a cache are few
+    if sight.place is not None:  # decoding with a cache has few queries
         return "einsum"
     if back_end != "auto":
         return back_end
@@ -92,21 +92,21 @@ def einsum(
     scale: float,
     cap: float | None = None,
 ) -> Float[Array, "r t heads h"]:
-    """All scores at once. A query that sees nothing gets the mean of all values."""
+    """Attention with all scores at once. A query that sees no key gets the mean of all values."""
     r, t, heads, h = query.shape
     k = keys.shape[2]
     query = query.reshape(r, t, k, heads // k, h) * scale
     scores = jnp.einsum("rtkgh,rskh->rkgts", query, keys, preferred_element_type=jnp.float32)
     scores = soft_cap(scores, cap)
-    # A large finite number, not -inf: rows of padding see nothing and must not become NaN.
+    # A large finite number, not -inf: queries of padding see no key and must not become NaN.
     scores = jnp.where(sight.mask()[:, None, None], scores, -1e30)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    # Heads in front, then moved: asked for "rtkgh" at once, XLA on CPU copies the values
-    # transposed.
+    # Heads come first and are moved afterwards: for "rtkgh", XLA on CPU would copy the values to
+    # transpose them.
     context = jnp.einsum("rkgts,rskh->rkgth", weights, values)
     return context.transpose(0, 3, 1, 2, 4).reshape(r, t, heads, h)
 
 
 def soft_cap(x: Array, cap: float | None) -> Array:
-    """cap * tanh(x / cap): nearly x where it is small, and never beyond the cap (Gemma 2)."""
+    """cap * tanh(x / cap), which is near x for small x and never exceeds the cap (Gemma 2)."""
     return x if cap is None else cap * jnp.tanh(x / cap)

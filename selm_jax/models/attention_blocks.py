@@ -1,15 +1,16 @@
-"""Attention block by block, in plain JAX: what no query sees is not computed.
+"""Attention block by block, in plain JAX, without the blocks that no query sees.
 
-A row of queries and keys is cut into blocks. A block of queries meets a block of keys only if one of
-its queries may see one of the keys, which follows from `end` alone, at run time; all that meet are
-visited one after the other. Softmax is computed online (FlashAttention, arXiv 2205.14135): each block
-of queries keeps the largest score so far, the sum of exponentials under it and the weighted sum of
-values. The backward pass computes the scores again from the queries, the keys and one float per
-query and head, the logsumexp. Nothing of time x time ever exists.
+A row of queries and keys is cut into blocks. A block of queries and a block of keys are visited
+only if some query may see some key, which is known at run time from `end` (and the window). These
+pairs of blocks are visited one after the other. The softmax is computed online (FlashAttention,
+arXiv 2205.14135): each block of queries keeps the largest score so far, the sum of exponentials
+relative to it, and the weighted sum of values. The backward pass recomputes the scores from the
+queries, the keys and the logsumexp, one float per query and head. No array has size time x time.
 
-The loop's length is data, which is no matter: the derivative is written out, so JAX differentiates no
-loop. Letters: r rows, t tokens, k key-value heads, g query heads per key-value head, h head_dim;
-n blocks of all rows together, b tokens of a block, q = g * b queries of a block with one key head.
+The length of the loop depends on the data. JAX cannot differentiate such a loop in reverse, so the
+derivative is written by hand. Letters: r rows, t tokens, k key-value heads, g query heads per
+key-value head, h head_dim; n blocks of all rows together, b tokens of a block, q = g * b queries of
+a block with one key head.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from selm_jax.models.sight import Sight
 
 BLOCK = 128
 
-# The largest score counts as at least _FLOOR, far above what is unseen: so the weight of the unseen
-# is exp(_UNSEEN - _FLOOR) = 0 even for a query that sees nothing.
+# The running maximum starts at _FLOOR, far above the score of unseen keys. So the weight of an
+# unseen key is exp(_UNSEEN - _FLOOR) = 0 even for a query that sees no key.
 _UNSEEN, _FLOOR = -1e30, -1e20
 
 
@@ -42,17 +43,19 @@ def blockwise(
     cap: float | None = None,
     block: int = BLOCK,
 ) -> Float[Array, "r t heads h"]:
-    """softmax(cap(scale * q k^T)) v, the softmax in float32. A query that sees nothing gets zeros.
+    """Computes softmax(cap(scale * q k^T)) v, with the softmax in float32.
+
+    A query that sees no key gets zeros.
 
     Args:
-      sight: one in which queries and keys are the same tokens (`place` is None).
-      block: tokens of a block; need not divide t.
+      sight: the mask, with queries and keys that are the same tokens (`place` is None).
+      block: number of tokens of a block; it need not divide t.
     """
     return _forward(query, keys, values, sight, scale, cap, block)[0]
 
 
 class Visits(NamedTuple):
-    """Which block of queries meets which block of keys; of both lists the first `count` are meant.
+    """The pairs of a query block and a key block to visit; only the first `count` are valid.
 
     Blocks are numbered through all rows.
     """
@@ -63,7 +66,7 @@ class Visits(NamedTuple):
 
 
 def visits(sight: Sight, block: int) -> Visits:
-    """All visits that the sight asks for, row by row. `block` must divide its time."""
+    """All visits that a mask requires, row by row. `block` must divide its number of tokens."""
     rows, time = sight.position.shape
     i, j = np.tril_indices(time // block)
     ends, of_queries, of_keys = (
@@ -100,18 +103,22 @@ def _forward(query, keys, values, sight, scale, cap, block):
     most, total, context = jax.lax.fori_loop(0, meeting.count, visit, start)
     sees = total > 0
     total = jnp.where(sees, total, 1)
-    # Of a query that sees nothing, one that makes exp(score - logsumexp) zero.
+    # For a query that sees no key, this value makes exp(score - logsumexp) zero.
     logsumexp = jnp.where(sees, most + jnp.log(total), -_FLOOR)
     context = _join((context / total[..., None]).astype(query.dtype), query.shape[0], block)[
         :, :time
     ]
-    # Named, or rematerialisation that keeps the context would compute all of this again for the sum.
+    # Both get a name: if rematerialization kept only the context, it would compute all of this
+    # again for the logsumexp.
     context, logsumexp = (checkpoint_name(x, "context") for x in (context, logsumexp))
     return context, (query, keys, values, sight, context, logsumexp)
 
 
 def _backward(scale, cap, block, kept, gradient):
-    """With p the weights and o the context: ds = p * (do v^T - do . o), dv = p^T do, dq = ds k."""
+    """The gradients: ds = p * (do v^T - do . o), dv = p^T do, dq = ds k, dk = ds^T q.
+
+    Here p are the weights, o is the context and s are the scores.
+    """
     query, keys, values, sight, context, logsumexp = kept
     rows, time, k = query.shape[0], query.shape[1], keys.shape[2]
     pad = partial(_pad, block=block)
@@ -150,7 +157,7 @@ blockwise.defvjp(_forward, _backward)
 
 
 def _scores(sight, scale, cap, block, q, keys, i, j):
-    """[k, q, b] of block i of queries and j of keys, capped and masked; and the cap's derivative."""
+    """Capped and masked scores [k, q, b] of two blocks, and the cap's derivative."""
     n = sight.position.shape[1] // block
     s = _product("kqh,ksh->kqs", q, keys) * scale
     slope: float | Array = 1.0
@@ -170,7 +177,7 @@ def _scores(sight, scale, cap, block, q, keys, i, j):
 
 
 def _padded(sight: Sight, block: int) -> Sight:
-    """With an end for each key, and padding to whole blocks, which nobody sees."""
+    """The mask with an end for each key, padded to whole blocks with keys that no query sees."""
     position, key_position, end = (
         _pad(x, block) for x in (sight.position, sight.key_position, _ends(sight))
     )
@@ -188,12 +195,12 @@ def _product(form: str, a: Array, b: Array) -> Array:
 
 
 def _pad(x: Array, block: int) -> Array:
-    """[r, t, ...] with zeros behind t, up to whole blocks."""
+    """Pads [r, t, ...] with zeros along t, up to whole blocks."""
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), *((0, 0),) * (x.ndim - 2)))
 
 
 def _cut(x: Float[Array, "r t heads h"], k: int, block: int) -> Float[Array, "n k q h"]:
-    """Blocks; heads that share a key head are put one behind the other."""
+    """Cuts rows into blocks and concatenates the query heads that share a key-value head."""
     h = x.shape[-1]
     x = x.reshape(-1, block, k, x.shape[2] // k, h)
     return x.transpose(0, 2, 3, 1, 4).reshape(x.shape[0], k, -1, h)

@@ -1,14 +1,14 @@
-"""The decoder: one Linen module for every family, used as a pure function.
+"""The decoder: one Linen module for all model families, used as a pure function.
 
     variables = Decoder(config).init(key, tokens, positions)
     hidden, _ = Decoder(config).apply(variables, tokens, positions, end)
-    scores = logits(config, variables["params"], hidden)     of a language model
-    scores = rewards(variables["params"], hidden)            of a reward model (`config.head`)
+    scores = logits(config, variables["params"], hidden)     # a language model
+    scores = rewards(variables["params"], hidden)            # a reward model (`config.head`)
 
-Hidden states and logits are separate, because log-probabilities never want all logits at once.
-Layers are stacked and scanned (`scan=True`, training) or one parameter tree per layer
-(`scan=False`, decoding: a scan copies each layer's weights out of the stack at every step; here
-that cost 1.5 times). `unstack` turns the first form of the parameters into the second.
+Hidden states and logits are separate, because log-probabilities never need all logits at once.
+For training, layers are stacked and scanned (`scan=True`). For decoding, each layer has its own
+parameter tree (`scan=False`), because a scan copies each layer's weights out of the stack at every
+step, which made decoding take 1.5 times as long. `unstack` converts stacked parameters.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from selm_jax.models.sight import Sight
 
 Params = dict[str, Any]
 
-# What the backward pass finds stored; everything else it computes again.
+# Which values are stored for the backward pass; it recomputes all others.
 REMAT = {
     "none": jax.checkpoint_policies.everything_saveable,
     "mlp": jax.checkpoint_policies.save_only_these_names("gate", "up"),
@@ -50,8 +50,8 @@ REMAT = {
 class LayerCache:
     """Keys and values of the tokens seen so far.
 
-    Heads come before tokens: that is the order in which attention reads them, and in the other one
-    every decoding step would copy the whole cache into it.
+    Heads come before tokens because attention reads them in this order; with the other order, every
+    decoding step would copy the whole cache.
     """
 
     keys: Float[Array, "*layers rows kv_heads capacity head_dim"]
@@ -61,7 +61,7 @@ class LayerCache:
 def _weight(
     module: nn.Module, name: str, axes: tuple[str, ...], shape: tuple[int, ...], fan_in: int
 ) -> Array:
-    """A parameter with the logical names of its axes, from which its place on a mesh follows."""
+    """A parameter with logical axis names, which determine how it is sharded on a mesh."""
     init = nn.with_logical_partitioning(nn.initializers.normal(fan_in**-0.5), axes)
     return cast(Array, module.param(name, init, shape))
 
@@ -75,9 +75,12 @@ def _linear(
     inputs: int = 1,
     bias: bool = False,
 ) -> Array:
-    """x times the kernel `name`, plus its bias and its adapter where it has them.
+    """x times the kernel `name`, plus its bias and its adapter if it has them.
 
-    x: [rows, time, *in]; axes and shape are the kernel's, [*in, *out]; `inputs` counts *in.
+    Args:
+      x: [rows, time, *in].
+      axes, shape: logical axes and shape of the kernel, [*in, *out].
+      inputs: number of axes in *in.
     """
     y = project(x, _weight(module, name, axes, shape, math.prod(shape[:inputs])), inputs)
     if bias:
@@ -88,7 +91,7 @@ def _linear(
         return y
 
     def half(suffix: str, axes: tuple[str, ...], shape: tuple[int, ...]) -> Array:
-        # Zeros stand for the shape alone; what adapters start from, `lora.init` says.
+        # The zeros only give the shape; `lora.init` makes the initial values of adapters.
         zeros = nn.with_logical_partitioning(nn.initializers.zeros, axes)
         variable = module.variable("lora", f"{name}_{suffix}", zeros, jax.random.key(0), shape)
         return cast(Array, variable.value)
@@ -100,7 +103,7 @@ def _linear(
 
 
 class Norm(nn.Module):
-    """Root mean square norm over the last axis, computed in float32."""
+    """RMS normalization over the last axis, computed in float32."""
 
     config: DecoderConfig
 
@@ -134,7 +137,7 @@ class Attention(nn.Module):
         keys = checkpoint_name(rotate(keys, rotation), "qkv")
         if cache is not None:
             cache = _write(cache, keys, values, index)
-            if sight.place is not None:  # else the new tokens are all that there is to see
+            if sight.place is not None:  # otherwise the new tokens only see each other
                 keys, values = jnp.swapaxes(cache.keys, 1, 2), jnp.swapaxes(cache.values, 1, 2)
         scale = h**-0.5 if c.query_scale is None else c.query_scale
         context = self.attend(query, keys, values, sight, scale=scale, cap=c.attention_cap)
@@ -149,13 +152,13 @@ def _write(
     values: Float[Array, "rows time kv_heads head_dim"],
     index: Int[Array, " rows"],
 ) -> LayerCache:
-    """Puts each row's new keys and values at its own index of the cache."""
+    """Writes each row's new keys and values into the cache at that row's index."""
 
     def put(old: Array, new: Array) -> Array:
         new = jnp.swapaxes(new, 1, 2).astype(old.dtype)
-        if new.shape == old.shape:  # a prefill fills its cache: nothing to keep
+        if new.shape == old.shape:  # a prefill fills its whole cache
             return new
-        # By vmap: on a mesh, XLA then sees that each row writes into itself alone.
+        # With vmap, XLA knows on a mesh that each row only writes into itself.
         return jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=1))(old, new, index)
 
     return LayerCache(put(cache.keys, keys), put(cache.values, values))
@@ -179,7 +182,7 @@ _ACTIVATIONS = {"silu": jax.nn.silu, "gelu": partial(jax.nn.gelu, approximate=Tr
 
 
 class Block(nn.Module):
-    """Attention and MLP, each between its norms, each added to the residual stream."""
+    """One layer: attention and MLP, each with its norms and a residual connection."""
 
     config: DecoderConfig
     lora: Lora | None
@@ -187,8 +190,11 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, way, kind, cache: LayerCache | None, index):
-        """`way` is (rotation, sight): how this layer sees positions; or, with `kind`, that of every
-        kind of layer stacked, and which of them is this one's."""
+        """The layer's output and its cache.
+
+        `way` is (rotation, sight) of this layer. If `kind` is given, `way` stacks those of all
+        kinds of layer, and `kind` is the index of this layer's kind.
+        """
         c = self.config
 
         def behind(name: str, y: Array) -> Array:
@@ -204,17 +210,18 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Tokens to hidden states.
+    """Computes hidden states from tokens.
 
     Attributes:
-      config: the family's facts.
-      dtype: of activations and matrix products; parameters stay float32 and are cast on use.
-      remat: a key of `REMAT`, what to keep for the backward pass.
-      scan: layers stacked and scanned, or one by one.
-      lora: adapters, whose variables are the collection `lora`; None for a model without.
-      quantized: the layers' kernels are what `models.quantize` makes of them; scanned layers only.
-      back_end: what attention is computed with (`models.attention`).
-      mesh: what rows and heads lie on; None for one device.
+      config: the facts of the model.
+      dtype: data type of activations and matrix products; parameters stay float32 and are cast
+        when they are used.
+      remat: a key of `REMAT`: what to store for the backward pass.
+      scan: whether layers are stacked and scanned, or separate.
+      lora: adapters, whose variables are in the collection `lora`; None for a model without them.
+      quantized: whether the layers' kernels are quantized (`models.quantize`); scanned layers only.
+      back_end: how attention is computed (`models.attention`).
+      mesh: the mesh over which rows and heads are sharded; None for one device.
     """
 
     config: DecoderConfig
@@ -235,15 +242,16 @@ class Decoder(nn.Module):
         cache: LayerCache | tuple[LayerCache, ...] | None = None,
         index: Int[Array, " rows"] | None = None,
     ) -> tuple[Float[Array, "rows time embed"], Any]:
-        """Hidden states after the last norm, and the cache with the new tokens in it.
+        """Hidden states after the last norm, and the cache with the new tokens added.
 
         Args:
-          tokens, positions: ids, and their positions along their own path.
-          end: one past the last token that sees each token (`models.attention`); None: every later
-            one does. Tokens also see what the cache holds before their index, entry i at position i.
-          cache: stacked over layers (`scan`) or one `LayerCache` per layer; None when training.
-            Tokens that fill it all see only each other.
-          index: where in the cache the first of the new tokens goes, per row.
+          tokens, positions: token ids, and the position of each token along its own path.
+          end: one past the last token that sees each token (`models.sight`); None if every later
+            token sees it. Tokens also see the cache entries before their index; entry i has
+            position i.
+          cache: stacked over layers (`scan`) or one `LayerCache` per layer; None in training.
+            Tokens that fill the whole cache only see each other.
+          index: for each row, the place in the cache of the first new token.
         """
         c = self.config
         embedding = _weight(self, "embedding", ("vocab", "embed"), (c.vocab_size, c.embed), c.embed)
@@ -261,12 +269,12 @@ class Decoder(nn.Module):
         attend = partial(attention, back_end=self.back_end, mesh=self.mesh)
 
         block = Block
-        if self.quantized:  # inside rematerialisation: what it gives is not kept
+        if self.quantized:  # inside rematerialization, so that dequantized kernels are not stored
             block = nn.map_variables(Block, "params", trans_in_fn=dequantize)
         if self.remat != "none":
             block = nn.remat(block, policy=REMAT[self.remat], prevent_cse=not self.scan)
         if self.scan:
-            # One program serves all layers: which kind one is of is data, unless all are of one.
+            # All layers share one program, so a layer's kind is data, unless there is only one.
             ways = jax.tree.map(lambda *each: jnp.stack(each), *ways) if len(kinds) > 1 else ways[0]
             which = jnp.array(kind_of) if len(kinds) > 1 else None
             every: Any = nn.broadcast
@@ -287,7 +295,7 @@ class Decoder(nn.Module):
                 written.append(layer_cache)
             cache = tuple(written) if cache is not None else None
         x = Norm(c, name="norm")(x)
-        # Declared here so that they belong to the tree; used by `rewards` and `unembedding`.
+        # These parameters are only declared here; `rewards` and `unembedding` use them.
         if c.head is not None:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, (None, "embed"))
             self.param("score", zeros, (1, c.embed))
@@ -297,7 +305,7 @@ class Decoder(nn.Module):
 
 
 def _sight(positions: Array, end: Array | None, cache: Any, index: Array | None) -> Sight:
-    """Who sees whom, before any window; arguments as the decoder's."""
+    """The attention mask without windows; the arguments are those of the decoder."""
     time = positions.shape[1]
     capacity = time if cache is None else jax.tree.leaves(cache)[0].shape[-2]
     if capacity == time:
@@ -307,7 +315,7 @@ def _sight(positions: Array, end: Array | None, cache: Any, index: Array | None)
 
 
 def _windows(windows: Sequence[int | None]) -> list[Array | None]:
-    """Each kind's window as an array, so that they can be stacked; None where no kind has one."""
+    """Each kind's window as an array, so that they can be stacked; None if no kind has one."""
     if not any(windows):
         return [None] * len(windows)
     return [jnp.int32(jnp.iinfo(jnp.int32).max if w is None else w) for w in windows]
@@ -316,7 +324,9 @@ def _windows(windows: Sequence[int | None]) -> list[Array | None]:
 def unembedding(params: Params) -> Float[Array, "vocab embed"]:
     """The matrix that turns hidden states into logits."""
     if "score" in params:
-        raise ValueError("these are the parameters of a reward model, which has no unembedding")
+        raise ValueError(
+            "these are the parameters of a reward model, which has no unembedding; call `rewards`"
+        )
     return params["unembedding"] if "unembedding" in params else params["embedding"]
 
 
@@ -330,32 +340,33 @@ def logits(
 
 
 def rewards(params: Params, hidden: Float[Array, "*batch embed"]) -> Float[Array, "*batch"]:
-    """The head's number for each hidden state, in float32 whatever the rest computes in."""
+    """The reward of each hidden state, computed by the model's head, always in float32."""
     w = params["score"][0].astype(jnp.float32)
     return jnp.einsum("...d,d->...", hidden.astype(jnp.float32), w)
 
 
 def abstract_params(config: DecoderConfig) -> Params:
-    """Shapes, dtypes and logical axes of every parameter; nothing is allocated. Not to be changed.
+    """Shapes, dtypes and logical axes of all parameters, without allocating them.
 
-    Leaves are `nn.LogicallyPartitioned` boxes around `jax.ShapeDtypeStruct`.
+    Leaves are `nn.LogicallyPartitioned` boxes around `jax.ShapeDtypeStruct`. The tree is cached, so
+    do not modify it.
     """
     return _abstract(config)["params"]
 
 
 def abstract_adapters(config: DecoderConfig, lora: Lora) -> Params:
-    """Shapes, dtypes and logical axes of every adapter. Not to be changed."""
+    """Shapes, dtypes and logical axes of all adapters. The tree is cached; do not modify it."""
     return _abstract(config, lora)["lora"]
 
 
-@lru_cache(maxsize=16)  # a run asks dozens of times, and tracing takes a second
+@lru_cache(maxsize=16)  # a run calls this dozens of times, and tracing takes a second
 def _abstract(config: DecoderConfig, lora: Lora | None = None) -> dict[str, Params]:
     tokens = jnp.zeros((1, 2), jnp.int32)
     return jax.eval_shape(Decoder(config, lora=lora).init, jax.random.key(0), tokens, tokens)
 
 
 def unstack(params: Params) -> Params:
-    """Parameters of the scanned decoder as those of the unrolled one."""
+    """Converts the parameters of scanned layers into one parameter tree per layer."""
     rest = {k: v for k, v in params.items() if k != "layers"}
     layers = jax.tree.leaves(params["layers"])[0].shape[0]
     each = {
@@ -365,7 +376,7 @@ def unstack(params: Params) -> Params:
 
 
 def stack(params: Params) -> Params:
-    """Undoes `unstack`."""
+    """The inverse of `unstack`."""
     rest = {k: v for k, v in params.items() if not k.startswith("layer_")}
     each = [params[f"layer_{i}"] for i in range(len(params) - len(rest))]
     return rest | {"layers": jax.tree.map(lambda *x: jnp.stack(x), *each)}

@@ -1,13 +1,14 @@
-"""Who sees whom in a row.
+"""The attention mask of a row, as one integer per key.
 
-In a row of packed prompt trees (`preferences.packing`) the queries that see a key stand side by
-side: they begin with the key's own token and end with its segment, if the key belongs to the prompt,
-or else with its branch. So one integer per key is the whole mask:
+In a row of packed prompt trees (`preferences.packing`) the queries that see a key are adjacent:
+they begin with the key's own token and end with its segment, if the key belongs to the prompt, or
+with its branch otherwise. So one integer per key is the whole mask:
 
     q sees k   iff   k <= q < end[k]                          q and k: places in the row
                and   position[q] - position[k] < window       in a layer that has a window
 
-Two examples, the first with responses a and b, the second with c; the last place is padding:
+The drawing shows two examples: the first has responses a and b, the second c; the last place is
+padding:
 
                  p0 p1 p2 a0 a1 b0 b1 q0 c0  .
         end       7  7  7  5  5  7  7  9  9  0
@@ -22,7 +23,7 @@ Two examples, the first with responses a and b, the second with c; the last plac
         c0                             x  x
         .
 
-Source: the column form of FlashMask (arXiv 2410.01359). Letters: r rows, t queries, s keys.
+Source: FlashMask's column-wise mask (arXiv 2410.01359). Letters: r rows, t queries, s keys.
 """
 
 from __future__ import annotations
@@ -34,15 +35,15 @@ from jaxtyping import Array, Bool, Int
 
 
 class Sight(NamedTuple):
-    """Who sees whom in one layer, as drawn above.
+    """Which keys each query sees in one layer, as drawn above.
 
     Attributes:
-      position: of each query along its own path, [r, t].
-      key_position: the same of the keys, [r, s] or [1, s].
-      end: one past the last query that sees each key, [r, s]; None: no key has an end.
-      place: where each query stands among the keys, [r, t]; None: queries and keys are the same
+      position: position of each query along its own path, [r, t].
+      key_position: position of each key along its own path, [r, s] or [1, s].
+      end: one past the last query that sees each key, [r, s]; None if all later queries see it.
+      place: index of each query among the keys, [r, t]; None if queries and keys are the same
         tokens.
-      window: how many positions a query sees, its own included, []; None: all.
+      window: number of positions that a query sees, including its own, []; None for all.
     """
 
     position: Int[Array, "r t"]
@@ -52,7 +53,7 @@ class Sight(NamedTuple):
     window: Int[Array, ""] | None = None
 
     def mask(self) -> Bool[Array, "#r t s"]:
-        """The mask that these integers stand for."""
+        """The boolean mask that these integers describe."""
         keys = jnp.arange(self.key_position.shape[1])
         place = keys[None] if self.place is None else self.place
         seen = keys <= place[:, :, None]

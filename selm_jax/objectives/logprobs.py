@@ -1,15 +1,15 @@
-"""Hidden states to token log-probabilities, the vocabulary never whole in memory.
+"""Token log-probabilities from hidden states, without all logits in memory at once.
 
     logprobs(h, y, W) = z[y] - logsumexp(z),    z = h W^T, or cap * tanh(h W^T / cap)
 
-The full logits of a batch are its largest array by far (rows x time x vocabulary). Here they exist
-for one chunk of tokens at a time, in both directions: the backward pass computes a chunk's logits
-again from what the forward pass kept, one float per token (the logsumexp). Always float32.
+The full logits of a batch are by far its largest array (rows x time x vocabulary). Here they exist
+for one chunk of tokens at a time, in both directions: the backward pass recomputes a chunk's
+logits, with one stored float per token (the logsumexp). Logits are always float32.
 
-On a mesh, rows lie on its axes data and fsdp, the unembedding's vocabulary on tensor and its width on
-fsdp. Left to itself the compiler gathers the unembedding, which is large, in every turn of the loop
-over chunks. Here each device gathers its cut of the vocabulary once, before the loop, and its gradient
-is summed once, behind it; the cuts of the vocabulary are put together behind the loop, too.
+On a mesh, rows are sharded over the axes data and fsdp, the unembedding's vocabulary over tensor
+and its width over fsdp. The compiler alone would gather the large unembedding for every chunk. Here
+each device gathers its shard of the vocabulary once, before the loop over chunks. After the loop,
+its gradient is summed once, and the results of the vocabulary's shards are combined.
 Letters: r rows, p scored tokens of a row, c tokens of a chunk, d embed, v vocabulary.
 """
 
@@ -27,9 +27,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from selm_jax.parallel.mesh import platform_of
 
-DEVICE_CHUNK = 512  # tokens of a device whose logits exist at a time, at least; not on CPU
+DEVICE_CHUNK = 512  # minimum tokens per device whose logits exist at a time; not used on CPU
 
-# Where things lie on a mesh: tokens by rows, what is by chunks likewise, and the unembedding.
+# The shardings on a mesh: arrays by row, arrays by chunk and row, and the unembedding.
 _ROWS, _CHUNKS, _UNEMBEDDING = P(("data", "fsdp")), P(None, ("data", "fsdp")), P("tensor", "fsdp")
 
 
@@ -43,19 +43,19 @@ def token_logprobs(
     mesh: Mesh | None = None,
     frozen: bool = False,
 ) -> Float[Array, "r p"]:
-    """log p(target | context) for every scored token.
+    """The log-probability log p(target | context) of every scored token, in nats.
 
     Args:
-      hidden: the state that predicts each target.
-      unembedding: logits are `hidden @ unembedding.T`.
-      chunk: tokens per row whose logits exist at a time; on accelerators at least as many as make
-        `DEVICE_CHUNK` tokens of a device. Rows stay whole, so that a batch sharded by rows is never
-        gathered. Need not divide p.
-      cap: of the logits, as in Gemma 2; None leaves them.
-      mesh: what the arrays lie on; None for one device.
-      frozen: the unembedding is not trained: it gets no gradient, and none is computed.
+      hidden: the hidden state that predicts each target.
+      unembedding: the matrix of the logits `hidden @ unembedding.T`.
+      chunk: number of tokens per row whose logits exist at a time. On accelerators it is raised
+        until each device has at least `DEVICE_CHUNK` tokens. Chunks never split the rows of a
+        batch, so a batch sharded by rows is never gathered. It need not divide p.
+      cap: soft cap of the logits, as in Gemma 2; None for no cap.
+      mesh: the mesh of the arrays; None for one device.
+      frozen: whether the unembedding is not trained, so that its gradient is not computed.
 
-    Two tokens that are equally likely have log 1/2 each, in whatever chunks they are computed:
+    If two tokens are equally likely, each has log 1/2, whatever the chunks are:
 
     >>> hidden, unembedding = jnp.ones((1, 3, 4)), jnp.ones((2, 4))
     >>> token_logprobs(hidden, jnp.array([[0, 1, 0]]), unembedding, chunk=2).round(4)
@@ -68,11 +68,11 @@ def token_logprobs(
 
 
 class TokenStats(NamedTuple):
-    """What evaluation asks of every scored token.
+    """Statistics of every scored token, for evaluation.
 
     Attributes:
       logprob: log p(target | context), in nats.
-      likeliest: whether the target is the token of the largest logit (of equal ones the first).
+      likeliest: whether the target has the largest logit (the first of equal ones counts).
     """
 
     logprob: Float[Array, "r p"]
@@ -88,7 +88,7 @@ def token_statistics(
     *,
     mesh: Mesh | None = None,
 ) -> TokenStats:
-    """`token_logprobs` and what else the same logits tell, forward only; arguments as there."""
+    """Statistics of every scored token, without gradients; arguments as in `token_logprobs`."""
     p = targets.shape[1]
     chunk = _chunk(chunk, targets, mesh)
     hidden, targets = _whole_chunks(hidden, chunk), _whole_chunks(targets, chunk)
@@ -106,7 +106,7 @@ def token_statistics(
         target, normalizer = _over_vocabulary(sums, mesh)
         if _cuts_vocabulary(mesh):
             of_all = jax.lax.pmax(largest, "tensor")
-            # Of equal ones the first, wherever it lies.
+            # The first of equal ones counts, whichever shard it is in.
             best = jax.lax.pmin(
                 jnp.where(largest == of_all, best, jnp.iinfo(jnp.int32).max), "tensor"
             )
@@ -117,7 +117,7 @@ def token_statistics(
 
 
 class _How(NamedTuple):
-    """`token_logprobs`'s arguments that are no arrays."""
+    """The arguments of `token_logprobs` that are not arrays."""
 
     chunk: int
     cap: float | None
@@ -150,7 +150,10 @@ def _forward(hidden, targets, unembedding, how: _How):
 
 
 def _backward(how: _How, kept, gradient):
-    """d/dz log p(y) = onehot(y) - softmax(z); d/dx cap * tanh(x / cap) = 1 - (z / cap)^2."""
+    """The gradients, with d/dz log p(y) = onehot(y) - softmax(z).
+
+    The derivative of the cap is d/dx cap * tanh(x / cap) = 1 - (z / cap)^2.
+    """
     chunk, cap, mesh, frozen = how
     dtype = kept[2].dtype
 
@@ -188,24 +191,24 @@ def _backward(how: _How, kept, gradient):
 _logprobs.defvjp(_forward, _backward)
 
 
-# --- one chunk, or one cut of the vocabulary ------------------------------------------------------
+# --- one chunk, or one shard of the vocabulary ----------------------------------------------------
 
 
 def _logits(h: Float[Array, "r c d"], w: Float[Array, "v d"], cap: float | None) -> Array:
-    """[r, c, v]"""
+    """The logits of a chunk, [r, c, v]."""
     raw = jnp.einsum("rcd,vd->rcv", h, w, preferred_element_type=jnp.float32)
     return raw if cap is None else cap * jnp.tanh(raw / cap)
 
 
 def _sums(logits: Float[Array, "r c v"], y: Int[Array, "r c"]) -> tuple[Array, Array]:
-    """The target's logit, 0 where another cut has it, and the logsumexp of this cut."""
+    """The target's logit, 0 if it is in another shard, and the logsumexp of this shard."""
     size = logits.shape[-1]
     target = jnp.take_along_axis(logits, jnp.clip(y, 0, size - 1)[..., None], axis=-1)[..., 0]
     return jnp.where((y >= 0) & (y < size), target, 0), jax.nn.logsumexp(logits, axis=-1)
 
 
 def _over_vocabulary(sums: tuple[Array, Array], mesh: Mesh | None) -> tuple[Array, Array]:
-    """What `_sums` would give of the whole vocabulary."""
+    """Combines the results of `_sums` over all shards of the vocabulary."""
     target, normalizer = sums
     if not _cuts_vocabulary(mesh):
         return target, normalizer
@@ -226,14 +229,14 @@ def _cuts_vocabulary(mesh: Mesh | None) -> bool:
 
 
 def _on(mesh: Mesh | None, of_device: Callable[..., Any], given: Any, found: Any) -> Any:
-    """The function of each device's own arrays, as one of the whole arrays."""
+    """Turns a function of one device's arrays into one of the whole arrays."""
     if not _several(mesh):
         return of_device
     return jax.shard_map(of_device, mesh=mesh, in_specs=given, out_specs=found, check_vma=False)
 
 
 def _own_cut(w: Array, mesh: Mesh | None) -> tuple[Float[Array, "v d"], Any]:
-    """Of this device's cut of the vocabulary the whole width, and which token is its first."""
+    """This device's shard of the vocabulary with its whole width, and the id of its first token."""
     if not _several(mesh):
         return w, 0
     w = jax.lax.all_gather(w, "fsdp", axis=1, tiled=True)
@@ -241,8 +244,11 @@ def _own_cut(w: Array, mesh: Mesh | None) -> tuple[Float[Array, "v d"], Any]:
 
 
 def _chunk(asked: int, targets: Int[Array, "r p"], mesh: Mesh | None) -> int:
-    """Tokens per row of one turn. An accelerator reads the unembedding in every turn: few tokens
-    would leave it waiting for its memory."""
+    """Number of tokens per row in one chunk.
+
+    An accelerator reads the unembedding for every chunk, so with few tokens it would wait for its
+    memory.
+    """
     rows, p = targets.shape
     if platform_of(mesh) != "cpu":
         own = rows if mesh is None else rows // (mesh.shape["data"] * mesh.shape["fsdp"])
@@ -251,7 +257,7 @@ def _chunk(asked: int, targets: Int[Array, "r p"], mesh: Mesh | None) -> int:
 
 
 def _whole_chunks(x: Array, chunk: int) -> Array:
-    """[r, p, ...] with zeros behind p, up to whole chunks."""
+    """Pads [r, p, ...] with zeros along p, up to whole chunks."""
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % chunk), *((0, 0),) * (x.ndim - 2)))
 
 

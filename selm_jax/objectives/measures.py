@@ -1,10 +1,10 @@
-"""What is measured of every objective, whatever its loss is and whatever metrics it reports.
+"""Metrics that are computed for every objective, in addition to those that its loss reports.
 
 logps/ROLE        log pi(response)
 log_ratios/ROLE   r(role) = log pi(response) - log pi_ref(response)
-rewards/ROLE      beta * r(role), the implicit reward; of a reward model its reward
+rewards/ROLE      beta * r(role), the implicit reward; for a reward model, its reward
 rewards/margins   rewards/chosen - rewards/rejected
-rewards/accuracies   1 where the chosen response has the higher reward, 0 where it has not
+rewards/accuracies   1 if the chosen response has the higher reward, else 0
 """
 
 from selm_jax.objectives.losses import Logps, Metrics, Objective, Rewards
@@ -12,11 +12,11 @@ from selm_jax.objectives.roles import CHOSEN, PAIR, REJECTED
 
 
 def measures(batch: Logps | Rewards, objective: Objective) -> Metrics:
-    """Metrics per example, in nats, of the roles that the objective needs.
+    """Metrics of each example for the roles that the objective needs; log-probabilities in nats.
 
-    An objective without a reference has no log-ratios and no implicit rewards. Two equal rewards
-    count as the wrong order for a language model, and as half right for a reward model, whose fresh
-    head gives nothing else.
+    An objective without a reference has no log-ratios and no implicit rewards. Equal rewards count
+    as wrong (0) for a language model. For a reward model they count as half right (0.5), because
+    a newly initialized head gives all responses the same reward.
     """
     roles = objective.roles
     if isinstance(batch, Rewards):

@@ -1,28 +1,28 @@
-"""Packed prompt trees: the one batch layout.
+"""Packed prompt trees, the only batch layout.
 
-A row holds several examples; an example is a prompt and its distinct responses, the prompt once.
-For two examples, with responses a, b and c:
+A row contains several examples. An example is a prompt, stored once, and its distinct responses.
+The drawing shows two examples, the first with responses a and b, the second with response c:
 
     tokens     p0 p1 p2 | a0 a1 a2 | b0 b1 | q0 q1 | c0 c1    0 0
     segment     1  1  1    1  1  1    1  1    2  2    2  2    0 0   example in this row; 0 = padding
     branch      0  0  0    1  1  1    2  2    0  0    1  1    0 0   0 = prompt, k = k-th response
-    position    0  1  2    3  4  5    3  4    0  1    2  3    0 0   each branch continues its prompt
-    end         8  8  8    6  6  6    8  8   12 12   12 12    0 0   one past the last token that sees it
+    position    0  1  2    3  4  5    3  4    0  1    2  3    0 0   a branch continues its prompt
+    end         8  8  8    6  6  6    8  8   12 12   12 12    0 0   1 + the last token that sees it
 
-A token sees its own segment's prompt and its own branch, so one forward pass gives for every
-response exactly what a pass over prompt + response alone would give. `end` says it all
-(`models.attention` draws the mask): a token is seen from its own place up to where the part of the
-tree that hangs on it ends. Nothing in that asks how deep the tree is: laid out depth first, answers
-that share a beginning, or turns that branch in turn, are masked by the same integer. Only what is
-scored, and how it is listed, is made for trees of a prompt and its responses.
+A token sees its own segment's prompt and its own branch. So one forward pass gives, for every
+response, exactly the result of a pass over prompt + response alone. The integers `end` describe the
+whole mask (`models.sight` draws it): a token is seen from its own place to the end of its subtree.
+This works for trees of any depth that are laid out depth first, such as answers with a common
+beginning or branching turns. Only the scored tokens and their lists assume trees of a prompt and
+its responses.
 
-Only responses are scored, and scored tokens are listed apart, so that the unembedding, the largest
-matrix, meets nothing else:
+Only responses are scored. Scored tokens are listed separately, so that the unembedding, the largest
+matrix, is multiplied with no other tokens:
 
     target     a0 a1 a2 b0 b1 c0 c1   0
     predictor   2  3  4  2  6  9 10   0   place in the row of the token that predicts the target:
-                                          the one before it, or the prompt's last for a branch's first
-    owner       0  0  0  1  1  B B+0  .   which response it belongs to: segment * branches + branch
+                                          the one before it, or for a branch the prompt's last
+    owner       0  0  0  1  1  B  B   .   its response: segment * branches + branch, both from 0
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ from selm_jax.preferences.examples import Example, ExampleError
 
 @flax.struct.dataclass
 class PreferenceBatch:
-    """Rows of packed prompt trees. Fields as drawn above; the last four are per example.
+    """Rows of packed prompt trees. Fields are as drawn above; the last four are per example.
 
-    `roles[r, s, i]` says how much each response counts for `ROLES[i]` in segment s: 1 for the one
-    that plays it, or equal shares where several explore. `weight` is 1 for an example and 0 for an
-    empty segment; `reference` holds stored log-probabilities (0 if none), `scores` what the data
-    says of the responses (0 if nothing).
+    `roles[r, s, i]` is the weight of each response of segment s for `ROLES[i]`: 1 for the response
+    with this role, or equal shares if several responses explore. `reference` contains stored
+    log-probabilities, and `scores` the responses' scores in the data; both are 0 if there are none.
+    `weight` is 1 for an example and 0 for an empty segment.
     """
 
     tokens: Int[Array, "rows time"]
@@ -70,12 +70,12 @@ class PreferenceBatch:
     ) -> Float[Array, "rows segments branches"]:
         """Sums a quantity of scored tokens over each response."""
         segments, branches = self.reference.shape[1:]
-        one_more = segments * branches + 1  # the last collects padding and is dropped
+        one_more = segments * branches + 1  # the last sum collects padding and is dropped
         sums = jax.vmap(lambda x, i: jax.ops.segment_sum(x, i, one_more))(per_token, self.owner)
         return sums[:, :-1].reshape(-1, segments, branches)
 
     def last_of_response(self) -> Int[Array, "rows segments branches"]:
-        """Place in the row of each response's last token; -1 where there is no response."""
+        """Place in the row of each response's last token; -1 if there is no response."""
         segments, branches = self.reference.shape[1:]
         of_none = segments * branches  # prompts and padding
         owner = jnp.where(self.branch > 0, (self.segment - 1) * branches + self.branch - 1, of_none)
@@ -86,7 +86,7 @@ class PreferenceBatch:
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """The static sizes of a batch; one shape is one compilation."""
+    """The static sizes of a batch; every shape is compiled separately."""
 
     rows: int
     time: int
@@ -96,10 +96,13 @@ class Shape:
 
 
 def assign_rows(examples: Sequence[Example], time: int) -> list[list[int]]:
-    """Which examples share a row of `time` tokens: first fit, longest first.
+    """Assigns examples to rows of `time` tokens: longest first, each to the first row with space.
+
+    Returns:
+      The indices of the examples in each row.
 
     Raises:
-      ExampleError: an example that is longer than a row.
+      ExampleError: an example is longer than a row.
     """
     rows: list[list[int]] = []
     free: list[int] = []
@@ -109,8 +112,8 @@ def assign_rows(examples: Sequence[Example], time: int) -> list[list[int]]:
             raise ExampleError(
                 f"example {examples[i].prompt_id}: prompt ({len(examples[i].prompt)} tokens) and "
                 f"responses ({', '.join(str(len(r)) for r in examples[i].responses)}) take {need} "
-                f"tokens, a row has {time}. Raise training.row_length or shorten the responses "
-                "(rollout.max_new_tokens)"
+                f"tokens, but a row has {time}. Raise training.row_length, or shorten the "
+                "responses (rollout.max_new_tokens)"
             )
         row = next((r for r, space in enumerate(free) if space >= need), None)
         if row is None:
@@ -123,7 +126,7 @@ def assign_rows(examples: Sequence[Example], time: int) -> list[list[int]]:
 
 
 def common_shape(groups: Sequence[Sequence[Example]], *, rows: int, time: int) -> Shape:
-    """The smallest shape, rounded up to few distinct sizes, that fits every group's rows."""
+    """The smallest shape that fits every group's rows, rounded up so that few shapes occur."""
     each_row = [_needs([g[i] for i in row]) for g in groups for row in assign_rows(g, time)]
     scored, segments, branches = map(max, zip((1, 1, 1), *each_row, strict=True))
     step = max(time // 8, 1)
@@ -137,18 +140,18 @@ def common_shape(groups: Sequence[Sequence[Example]], *, rows: int, time: int) -
 
 
 def _needs(row: Sequence[Example]) -> tuple[int, int, int]:
-    """Scored tokens, segments and branches of one row."""
+    """The numbers of scored tokens, segments and branches that a row needs."""
     return sum(e.scored for e in row), len(row), max(len(e.responses) for e in row)
 
 
 def pack(examples: Sequence[Example], shape: Shape) -> list[PreferenceBatch]:
-    """Packs the examples into batches of `shape` (numpy arrays), the last padded with empty rows.
+    """Packs examples into batches of `shape` (NumPy arrays); empty rows fill up the last batch.
 
     Raises:
-      ExampleError: an example that is longer than a row.
-      ValueError: a row that needs more of something than `shape` has (see `common_shape`).
+      ExampleError: an example is longer than a row.
+      ValueError: a row does not fit in `shape` (see `common_shape`).
 
-    The example that the top of this file draws first, with responses of three and two tokens:
+    This is the first example of the drawing at the top of this file:
 
     >>> pair = {"chosen": (21, 22, 23), "rejected": (31, 32)}
     >>> example = Example.of("p0", (11, 12, 13), pair)
@@ -174,7 +177,7 @@ def unpack(
     shape: Shape,
     per_response: Sequence[Float[np.ndarray, "rows segments branches"]],
 ) -> list[tuple[float, ...]]:
-    """Undoes `pack` for one number per response: a tuple per example, in the examples' order."""
+    """The inverse of `pack` for one number per response: a tuple for each example, in order."""
     rows = assign_rows(examples, shape.time)
     flat = np.concatenate(per_response)
     out: list[tuple[float, ...]] = [()] * len(examples)
@@ -189,7 +192,7 @@ def unpack_tokens(
     shape: Shape,
     per_token: Sequence[Shaped[np.ndarray, "rows scored"]],
 ) -> list[tuple[np.ndarray, ...]]:
-    """The same for one number per scored token: an array per response."""
+    """The inverse of `pack` for one number per scored token: an array for each response."""
     rows = assign_rows(examples, shape.time)
     flat = np.concatenate(per_token)
     out: list[tuple[np.ndarray, ...]] = [()] * len(examples)
@@ -231,8 +234,8 @@ def _fill_row(batch: Any, r: int, examples: Sequence[Example], shape: Shape) -> 
     has = shape.scored, shape.segments, shape.branches
     if any(n > size for n, size in zip(_needs(examples), has, strict=True)):
         raise ValueError(
-            f"a row needs (scored, segments, branches) {_needs(examples)}, the shape has {has}; "
-            "`common_shape` gives one that fits"
+            f"a row needs (scored, segments, branches) {_needs(examples)}, but the shape has "
+            f"{has}; use `common_shape` to get one that fits"
         )
     time = scored = 0
     for s, example in enumerate(examples):

@@ -1,4 +1,4 @@
-"""How vLLM and SGLang are spoken to: what a request says, and how an answer is read."""
+"""The HTTP protocols of vLLM and SGLang: how a request is written, and how an answer is read."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from selm_jax.shell.endpoint import ServerError
 
 
 class Said(NamedTuple):
-    """One answer as a server tells it.
+    """One answer as a server returns it.
 
     Attributes:
-        tokens: ids; the token that ended it is their last or missing, as the server likes.
-        finish: "stop", "length", or whatever else it says.
-        end: the token that ended it, if it is told.
+        tokens: token ids; the token that ended the answer is the last one or is missing, depending
+            on the server.
+        finish: "stop", "length", or anything else that the server says.
+        end: the token that ended the answer, if the server says so.
     """
 
     tokens: tuple[int, ...]
@@ -24,11 +25,11 @@ class Said(NamedTuple):
 
 
 class Served(NamedTuple):
-    """What a server has under one name.
+    """A model that a server has under one name.
 
     Attributes:
-        folder: the model's path, as the server was given it.
-        longest: most tokens of a prompt with its answer; None if it is not told.
+        folder: the model's path as it was given to the server.
+        longest: the most tokens of a prompt with its answer; None if the server does not say.
     """
 
     folder: str
@@ -36,15 +37,15 @@ class Served(NamedTuple):
 
 
 class Dialect(NamedTuple):
-    """How a kind of server is spoken to.
+    """The protocol of one kind of server.
 
     Attributes:
-        generate, model, about: paths of its addresses; the last one tells its version.
-        body: (name, prompt, sampling or None for the greedy answer, tokens at most, stop ids, seed)
-            to the JSON of a request.
-        read: the JSON of an answer to what was said.
-        served: the JSON of `model` to what it serves, by the names that requests give.
-        example: a command that starts it.
+        generate, model, about: URL paths; the last one returns the version.
+        body: turns (name, prompt, sampling or None for the greedy answer, maximum tokens, stop ids,
+            seed) into the JSON of a request.
+        read: turns the JSON of an answer into `Said`.
+        served: turns the JSON of `model` into the models that it serves, by name.
+        example: a command that starts the server.
     """
 
     generate: str
@@ -62,11 +63,11 @@ def _vllm_body(name, prompt, sampling, most, stop_ids, seed) -> dict[str, Any]:
         "prompt": list(prompt),
         "max_tokens": most,
         "seed": seed,
-        # Its own idea of an end is the model folder's eos token; ours may be more than that one.
+        # vLLM ends at the model folder's eos token only; we may have more stop tokens.
         "ignore_eos": True,
         "stop_token_ids": list(stop_ids),
         "return_token_ids": True,
-        # All of them, or it takes those that it does not find from generation_config.json.
+        # All settings must be given, or vLLM takes missing ones from generation_config.json.
         "repetition_penalty": 1.0,
         "presence_penalty": 0.0,
         "frequency_penalty": 0.0,
@@ -75,7 +76,7 @@ def _vllm_body(name, prompt, sampling, most, stop_ids, seed) -> dict[str, Any]:
 
 
 def _sglang_body(name, prompt, sampling, most, stop_ids, seed) -> dict[str, Any]:  # noqa: ARG001
-    # It takes no seed but in a mode of its own, and with `ignore_eos` no stop ids either.
+    # SGLang takes a seed only in a special mode, and ignores stop ids if `ignore_eos` is set.
     parameters = {
         "max_new_tokens": most,
         "stop_token_ids": list(stop_ids),
@@ -101,14 +102,14 @@ def _filters(sampling: Sampling | None) -> dict[str, Any]:
 def _vllm_said(tree: Any) -> Said:
     choice = tree["choices"][0]
     if choice.get("token_ids") is None:
-        raise ServerError("without token ids: this needs a vLLM that knows `return_token_ids`")
+        raise ServerError("without token ids; use a vLLM version that has `return_token_ids`")
     end = choice.get("stop_reason")
     return Said(tuple(choice["token_ids"]), choice["finish_reason"], _token(end))
 
 
 def _sglang_said(tree: Any) -> Said:
     if tree.get("output_ids") is None:
-        raise ServerError("without token ids: this needs an SGLang that returns `output_ids`")
+        raise ServerError("without token ids; use an SGLang version that returns `output_ids`")
     finish = tree["meta_info"]["finish_reason"]
     return Said(tuple(tree["output_ids"]), finish["type"], _token(finish.get("matched")))
 

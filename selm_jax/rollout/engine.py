@@ -1,16 +1,16 @@
 """The rollout engine: prefill, decode over slots, refill. One program on all devices.
 
-Prompts wait in a queue. A prefill runs a few of them at once and leaves their keys and values; each
+Prompts wait in a queue. A prefill runs a few of them at once and keeps their keys and values; each
 wanted response takes a copy into a free slot, so n samples share one prefill. All slots decode
 together in one jitted loop until enough of them are finished to be worth refilling.
 
-On a mesh, slots are cut over its axes data and fsdp and the model over tensor (`rules.DECODE`): each
-copy of the model decodes its own slots, and of one step only the count of idle slots is exchanged
-between copies.
+On a mesh, slots are sharded over the axes data and fsdp and the model over tensor (`rules.DECODE`).
+Each copy of the model decodes its own slots, and in each step the copies exchange only the count of
+idle slots.
 
-What a response says depends on the parameters, its prompt and its stream of random numbers
-(`sampling.stream`) alone; slots, order and neighbours do not enter, and several processes that run
-the same requests know all answers.
+A response depends only on the parameters, its prompt and its stream of random numbers
+(`sampling.stream`), and not on slots, order or neighbours. If several processes run the same
+requests, each of them gets all answers.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from selm_jax.rollout.filters import check_drawn
 from selm_jax.rollout.requests import Request, Response
 from selm_jax.rollout.sampling import Sampling, next_tokens, stream
 
-_LOOK_EVERY = 16  # tokens between two looks at a text that a word may end
+_LOOK_EVERY = 16  # tokens between two checks by `ended`
 
 
 @flax.struct.dataclass
 class Slots:
-    """The state of decoding. `token` is the last one drawn; it is not yet in the cache."""
+    """The state of decoding. `token` is the last token drawn, which is not yet in the cache."""
 
     cache: tuple[LayerCache, ...]
     token: Int[Array, " slots"]
@@ -53,16 +53,16 @@ class Slots:
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-    """How to answer; `generate` does it.
+    """The rollout engine, whose `generate` answers prompts.
 
     Attributes:
-      decoder: unrolled (`scan=False`); its dtype is the computation's.
-      slots: responses that decode together.
-      max_prompt, max_new_tokens: sizes of the cache.
-      stop_ids: tokens that end a response.
-      prefill_rows: prompts in one prefill.
-      mesh: what to compute on (`parallel.mesh.decode_mesh`), which cuts slots and prefills evenly;
-        None for one device.
+      decoder: an unrolled decoder (`scan=False`); its dtype is the compute dtype.
+      slots: the number of responses that decode together.
+      max_prompt, max_new_tokens: the sizes of the cache, in tokens.
+      stop_ids: the tokens that end a response.
+      prefill_rows: the number of prompts per prefill.
+      mesh: the mesh to compute on (`parallel.mesh.decode_mesh`), which must divide slots and
+        prefill rows evenly; None for one device.
     """
 
     decoder: Decoder
@@ -76,7 +76,7 @@ class Engine:
 
     @classmethod
     def fitted(cls, *, slots: int, prefill_rows: int, mesh: Mesh, **rest: Any) -> Engine:
-        """With the next larger numbers of slots and prefill rows that the mesh cuts evenly."""
+        """An engine with slots and prefill rows rounded up so that the mesh divides them evenly."""
         copies = mesh.shape["data"] * mesh.shape["fsdp"]
         slots, prefill_rows = (-(-n // copies) * copies for n in (slots, prefill_rows))
         return cls(slots=slots, prefill_rows=prefill_rows, mesh=mesh, **rest)
@@ -96,18 +96,18 @@ class Engine:
         Args:
           params: from `decoding_params`.
           progress: called with the responses finished and tokens drawn since the last call.
-          ended: whether a response, as far as it goes, has come to an end that its tokens alone do
-            not show, such as a word; asked every few tokens. None asks nothing.
+          ended: called every few tokens with a response so far; returns whether it has ended
+            without a stop token, for example with a certain word.
 
         Raises:
-          ValueError: a prompt without tokens or longer than `max_prompt`; it is named.
-          FilterError: the user's filter left a sample no token to draw.
+          ValueError: a prompt is empty or longer than `max_prompt`; the message names it.
+          FilterError: the user's filter left no token to draw for a sample.
         """
         for request in requests:
             if not 0 < len(request.prompt) <= self.max_prompt:
                 raise ValueError(
                     f"prompt {request.index} has {len(request.prompt)} tokens; "
-                    f"between 1 and {self.max_prompt} were expected"
+                    f"expected between 1 and {self.max_prompt}"
                 )
         done: list[Response] = []
         for responses in self._run(params, requests, seed, iteration, ended):
@@ -116,7 +116,7 @@ class Engine:
         return sorted(done, key=lambda r: (r.index, r.sample))
 
     def _run(self, params, requests, seed, iteration, ended) -> Iterator[list[Response]]:
-        # Longest first: prompts of a prefill are of like length, and the short ones fill the end.
+        # Longest first: the prompts of a prefill have similar lengths, and short ones come last.
         queue = deque(sorted(requests, key=lambda r: (-len(r.prompt), r.index)))
         waiting: deque[_Waiting] = deque()  # prefilled, not yet in a slot
         slots = empty(self)
@@ -138,7 +138,7 @@ class Engine:
                     who[slot] = (index, sample)
                 if not head.wanted:
                     waiting.popleft()
-            # With nothing left to refill, run to the end.
+            # If nothing is left to refill, run to the end.
             stop_at = refill_at if (queue or waiting) else self.slots
             steps = self.max_new_tokens if ended is None else _LOOK_EVERY
             slots, seen = decode(self, params, slots, np.int32(stop_at), np.int32(steps))
@@ -163,14 +163,14 @@ class Engine:
 
 
 def bucket(length: int) -> int:
-    """The padded length of a prompt: multiples of 16 to 128, then of 64, then of 512."""
+    """The padded length of a prompt: a multiple of 16 up to 128, of 64 up to 1024, then of 512."""
     step = 16 if length <= 128 else 64 if length <= 1024 else 512
     return -(-length // step) * step
 
 
 @dataclasses.dataclass
 class _Waiting:
-    """A prefilled group: its caches, its first logits, and the responses still to be placed."""
+    """A prefilled group: its caches, its first logits, and the responses that need a slot."""
 
     cache: Any
     logits: Array
@@ -198,7 +198,7 @@ _stream = jax.jit(stream)
 
 
 def _cut(engine: Engine, tree: Any, *axes: str | None) -> Any:
-    """Lays arrays on the mesh by the names of their first axes; what has no name is not cut."""
+    """Shards arrays over the mesh by the names of their first axes; other axes are not sharded."""
     if engine.mesh is None:
         return tree
     return jax.lax.with_sharding_constraint(tree, places(engine, tree, *axes))
@@ -242,13 +242,13 @@ def prefill(
         jnp.zeros(rows, jnp.int32),
     )  # fmt: skip
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    # Every copy's slots may take any of the rows.
+    # The slots of every copy may take any of the rows.
     scores = _cut(engine, _scores(engine, params, last), None)
     return _cut(engine, cast(tuple[LayerCache, ...], cache), None, "kv_heads"), scores
 
 
 def _insert_taken(engine: Engine, slots: Slots, head: _Waiting, taken, into) -> Slots:
-    rows = np.full(engine.slots, -1, np.int32)  # of each slot; -1 leaves it as it is
+    rows = np.full(engine.slots, -1, np.int32)  # for each slot; -1 leaves it unchanged
     streams = np.zeros((engine.slots, 2), np.uint32)
     greedy = np.zeros(engine.slots, bool)
     for (row, _, sample, stream_), slot in zip(taken, into, strict=True):
@@ -260,8 +260,7 @@ def _insert_taken(engine: Engine, slots: Slots, head: _Waiting, taken, into) -> 
 def insert(engine, slots, cache, scores, rows, lengths, streams, greedy) -> Slots:
     """Copies prefilled rows into slots and draws the first token of each.
 
-    Each slot looks up its row, and not each row its slot: on a mesh that is no device's business
-    but the slot's own.
+    Each slot looks up its row, so that on a mesh only the slot's own device takes part.
     """
     rows, lengths, streams, greedy = _cut(engine, (rows, lengths, streams, greedy), "slots")
     taken, rows = rows >= 0, jnp.maximum(rows, 0)
@@ -296,8 +295,11 @@ def insert(engine, slots, cache, scores, rows, lengths, streams, greedy) -> Slot
 def decode(
     engine: Engine, params: Params, slots: Slots, stop_at: Int[Array, ""], steps: Int[Array, ""]
 ) -> tuple[Slots, tuple[Array, Array, Array]]:
-    """Decodes until `stop_at` slots are idle, or for so many steps. Returns also (active, drawn,
-    output) of all slots, on every device, for the host to look at."""
+    """Decodes until `stop_at` slots are idle, or for `steps` steps.
+
+    Returns:
+      the slots, and (active, drawn, output) of all slots, on every device, for the host to read.
+    """
 
     def busy(state: tuple[Slots, Array]):
         slots, done = state
@@ -331,8 +333,10 @@ def decode(
 
 
 def _scores(engine: Engine, params: Params, hidden: Float[Array, "n embed"]):
-    """Logits [n, vocab]: computed where the unembedding is, then put together, because a draw looks
-    at the whole vocabulary. Asked for the second alone, XLA would send the matrix round instead."""
+    """Logits [n, vocab], computed by shards of the vocabulary and then gathered for sampling.
+
+    With only the second constraint, XLA would move the unembedding matrix between devices instead.
+    """
     scores = logits(engine.decoder.config, params, hidden)
     return _cut(engine, _cut(engine, scores, "slots", "vocab"), "slots")
 

@@ -1,4 +1,4 @@
-"""A sampler filter of the user's (`rollout.filter`): found by its name, and tried on shapes."""
+"""The user's sampling filter (`rollout.filter`), found by its name and checked on shapes."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from selm_jax.shell.user_code import UserCodeError, described, function_at
 
 
 class FilterError(ValueError):
-    """A sampler filter that cannot be used."""
+    """A sampling filter cannot be used."""
 
 
 def filter_named(name: str, vocabulary: int) -> Filter:
     """The filter at `package.module:function`; see `sampling.Filter`.
 
     Args:
-        vocabulary: how many tokens there are.
+        vocabulary: the size of the vocabulary.
 
     Raises:
-        FilterError: there is none, it does not take (logits, t), it cannot be traced, or it gives
-            another shape or kind of numbers than it is given.
+        FilterError: there is no such function, it does not take (logits, t), it cannot be traced,
+            or it returns another shape or dtype than it gets.
     """
     try:
         user: Filter = function_at(name, "logits", "t")
@@ -40,17 +40,17 @@ def filter_named(name: str, vocabulary: int) -> Filter:
     same = getattr(found, "shape", None) == logits.shape and found.dtype == logits.dtype
     if not same:
         raise FilterError(
-            f"rollout.filter {described(user)} returned {found} for logits {logits}; expected logits "
-            "of the same shape and dtype, -inf where a token is not to be drawn"
+            f"rollout.filter {described(user)} returned {found} for logits {logits}; expected "
+            "logits of the same shape and dtype, with -inf for tokens that must not be drawn"
         )
     return user
 
 
 def check_drawn(user: Filter | None, tokens: Sequence[int], prompt: int, sample: int) -> None:
-    """Raises FilterError if the filter left a sample no token to draw."""
+    """Raises FilterError if the filter left no token to draw for a sample."""
     if user is not None and NOTHING_LEFT in tokens:
         raise FilterError(
-            f"rollout.filter {described(user)} left sample {sample} of prompt {prompt} (the first is "
-            f"0) no token to draw after {tokens.index(NOTHING_LEFT)}: all logits were -inf, or one "
-            "was NaN or inf. Keep at least one token in each row"
+            f"rollout.filter {described(user)} left sample {sample} of prompt {prompt} (the first "
+            f"is 0) no token to draw after {tokens.index(NOTHING_LEFT)}: all logits were -inf, or "
+            "one was NaN or inf. Keep at least one token in each row"
         )

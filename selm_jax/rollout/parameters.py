@@ -1,4 +1,4 @@
-"""A model's parameters as decoding wants them: other dtype, other layout, other places."""
+"""A model's parameters in the form for decoding: another dtype, layout and sharding."""
 
 from __future__ import annotations
 
@@ -14,19 +14,24 @@ from selm_jax.parallel.rules import DECODE, shardings
 
 
 def decoding_params(params: Params, dtype: Any, where: Any = None) -> Params:
-    """Training parameters as the engine wants them: one tree per layer, in the dtype of decoding,
-    and laid out as `where` (`decoding_shardings`) says."""
+    """Training parameters in the form that the engine needs.
+
+    The result has one tree per layer, in the dtype of decoding, with the shardings `where`
+    (`decoding_shardings`).
+    """
     return jax.jit(
         lambda p: unstack(jax.tree.map(lambda x: x.astype(dtype), p)), out_shardings=where
     )(params)
 
 
 def decoding_shardings(config: DecoderConfig, mesh: Mesh) -> Any:
-    """Where the parameters lie that generate, by `rules.DECODE`. The mesh has the devices of the
-    training parameters, in the same order (`parallel.mesh.decode_mesh`).
+    """The shardings of the parameters for decoding, by `rules.DECODE`.
+
+    The mesh must have the devices of the training parameters in the same order
+    (`parallel.mesh.decode_mesh`).
 
     Raises:
-      MeshError: a parameter that the mesh does not cut evenly; it is named.
+      MeshError: the mesh does not divide a parameter evenly; the message names it.
     """
     stacked = shardings(abstract_params(config), mesh, DECODE)
     where = {k: v for k, v in stacked.items() if k != "layers"}

@@ -1,4 +1,4 @@
-"""The programs that decoding runs, with what they are given, for a plan that compiles them elsewhere."""
+"""The programs of decoding with their abstract arguments, so that a plan can compile them."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from selm_jax.rollout.engine import (
 
 
 class Programs(NamedTuple):
-    """What `generate` runs, for a plan: jitted functions, and abstractly what they are given.
+    """The programs of `generate`, each a jitted function with its abstract arguments.
 
-    `slots` and `prefilled` are what lies in memory beside a prefill and beside decoding.
+    `slots` is in memory during a prefill, and `prefilled` during decoding.
     """
 
     prefill: tuple[Any, tuple[Any, ...]]
@@ -39,7 +39,7 @@ def programs(engine: Engine, params: Params) -> Programs:
     """The programs for prompts of `max_prompt` tokens, on the engine's mesh.
 
     Args:
-      params: abstract, as `decoding_params` gives them.
+      params: abstract parameters, as from `decoding_params`.
     """
 
     def like(tree: Any, where: Any) -> Any:

@@ -1,11 +1,11 @@
-"""Answers from a vLLM or an SGLang server, in place of the engine here.
+"""Answers from a vLLM or SGLang server instead of the built-in engine.
 
     with Server(settings, folder, ...) as server:    # starts it, if there is a command
         responses = server.generate(requests, seed=42, iteration=1)
 
-The server is given token ids and has to return token ids: what is trained on is what was said, and no
-tokenizer stands between. It has to serve the policy under a path that names its bytes (`named`), and is
-asked for it before each part, so that no iteration is ever answered by the policy of another.
+The server gets token ids and must return token ids, so that training uses exactly the tokens that
+were sampled. It must serve the policy under a path that contains a digest of its bytes (`named`).
+This is checked before each part, so no iteration is ever answered by the policy of another.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ from selm_jax.shell.endpoint import (
 )
 from selm_jax.weights.sources import cache_root
 
-_LOOK_EVERY = 0.5  # seconds between two looks whether the server is there
-_LAST_BREATH_SECONDS = 5.0  # until a server that answers no more has ended, if it is to
-_TERMINATE_SECONDS = 30.0  # for a server to end when it is told to
-_BEFORE_SECONDS = 60.0  # for one that a killed run has left to end
+_LOOK_EVERY = 0.5  # seconds between two checks whether the server answers
+_LAST_BREATH_SECONDS = 5.0  # how long to wait for the end of a server that answers no more
+_TERMINATE_SECONDS = 30.0  # how long a server may take to end when it is told to
+_BEFORE_SECONDS = 60.0  # how long to wait for the end of a server that a killed run left behind
 
 
 def named(folder: Path) -> Path:
-    """A link to a policy's folder whose name is the digest of its bytes, made if it is not there.
+    """A link to a policy's folder, named after the digest of its bytes and created if needed.
 
-    The next policy may lie in the same folder: when an iteration is done anew.
+    The folder's own path is not enough: if an iteration is run again, it contains another policy.
     """
     served = cache_root() / "served" / artifacts.digest(folder)
     artifacts.link(served, folder.resolve())
@@ -58,14 +58,14 @@ def named(folder: Path) -> Path:
 
 
 def check(settings: Remote, tokens: int) -> None:
-    """Looks at what a server needs before any work is done; at the server too, if it is there already.
+    """Checks the settings of a server before any work is done, and the server if it is running.
 
     Args:
-        tokens: of a prompt with its answer, at most.
+        tokens: the most tokens of a prompt with its answer.
 
     Raises:
-        ServerError: a url that is none, an API key that the environment lacks, a server of another
-            kind, or one whose context is too short.
+        ServerError: the url is not valid, the environment lacks the API key, or the server is of
+            another kind or has too short a context.
     """
     root = str(checked_url(settings.url, "rollout.remote.url")).rstrip("/")
     try:
@@ -82,26 +82,28 @@ class _Ended(ServerError):
 
 
 class Server:
-    """A server that has the policy. Entering waits until it serves the folder; leaving ends it, if it
-    was started here.
+    """A server that serves the policy, as a context.
+
+    Entering it waits until the server serves the folder; leaving it ends the server if it was
+    started here.
 
     Args:
         settings: `rollout.remote` of the experiment.
-        folder: of the policy, as the server is to name it.
-        log: file for what a started server says; it is added to.
-        sampling: of the answers that are drawn.
-        longest_prompt: most tokens of one.
-        max_new_tokens, stop_ids: when an answer ends.
-        vocabulary: how many tokens there are.
-        say: told in words what is waited for.
+        folder: the policy's folder, by the path that the server must serve.
+        log: the file that the output of a started server is appended to.
+        sampling: how the samples are drawn.
+        longest_prompt: the length of the longest prompt, in tokens.
+        max_new_tokens, stop_ids: where an answer ends.
+        vocabulary: the size of the vocabulary.
+        say: called with a message while the server is not ready.
 
     Attributes:
-        tries: what became of the requests.
-        version: of the server, such as "vllm 0.32.0", once it is entered; None if it does not tell.
+        tries: counts of requests and retries.
+        version: the server's version, such as "vllm 0.32.0", after entering; None if unknown.
 
     Raises:
-        ServerError: settings that cannot be; when it is entered: no server, or one that serves
-            another model or has too short a context, or the command ended.
+        ServerError: the settings are not valid. On entering: there is no server, it serves another
+            model or has too short a context, or the command ended.
     """
 
     def __init__(
@@ -127,7 +129,7 @@ class Server:
         self._root = str(checked_url(settings.url, "rollout.remote.url")).rstrip("/")
         self._process: subprocess.Popen[bytes] | None = None
         self._log_began = 0  # bytes of the log before the server was started
-        self._fault = ""  # the first one of the requests under way
+        self._fault = ""  # the first fault of the current requests
 
     def __enter__(self) -> Server:  # noqa: PYI034  (beartype takes no Self on a method)
         if self.settings.command is not None:
@@ -153,11 +155,11 @@ class Server:
     ) -> list[Response]:
         """Answers every request, in the order (index, sample); see `engine.Engine.generate`.
 
-        An answer that fails stops the rest.
+        If one answer fails, the others are cancelled.
 
         Raises:
-            ServerError: an answer could not be had, or is none of this model, or the server has
-                another one by now.
+            ServerError: an answer failed or cannot come from this model, or the server now serves
+                another model.
         """
         self._fault = ""
         return asyncio.run(self._answers(self._wait(), requests, seed, iteration, progress))
@@ -189,7 +191,7 @@ class Server:
         except _Ended:
             raise
         except ServerError as error:
-            if self._process is not None:  # it may have ended just now, which explains the error
+            if self._process is not None:  # its end may be the cause of the error
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self._process.wait(_LAST_BREATH_SECONDS)
                 self._check_alive(str(error))
@@ -201,17 +203,17 @@ class Server:
         try:
             said = self.dialect.read(json.loads(text))
         except (KeyError, TypeError, IndexError, AttributeError) as error:
-            raise ValueError(
-                f"not of the form that {self.settings.engine} has ({error!r})"
-            ) from None
+            raise ValueError(f"not in the format of {self.settings.engine} ({error!r})") from None
         if not all(isinstance(x, int) and 0 <= x < self.vocabulary for x in said.tokens):
-            raise ServerError(f"with token ids beyond the model's {self.vocabulary:,} tokens")
+            raise ServerError(
+                f"not from this model: it has token ids beyond the model's {self.vocabulary:,} tokens"
+            )
         return said
 
     def _ended(self, said: Said) -> tuple[tuple[int, ...], str]:
-        """Token ids with their end, and how they ended, as the engine here would say it."""
+        """The token ids with their stop token, and the finish as the engine would report it."""
         tokens = said.tokens
-        # SGLang says "length" of one whose end is the last token that it may have.
+        # SGLang says "length" if the last allowed token is a stop token.
         if said.finish in ("stop", "length") and tokens and tokens[-1] in self.stop_ids:
             return tokens, "stop"
         if said.finish == "length" and len(tokens) == self.max_new_tokens:
@@ -223,8 +225,9 @@ class Server:
         )
         raise ServerError(
             f"{self._root}: an answer of {len(tokens)} tokens is finished ({said.finish}, by token "
-            f"{said.end}); expected {expected}. Is the server's context too short for prompt and "
-            "answer, or does it take a bound or an end from generation_config.json?"
+            f"{said.end}); expected {expected}. Check that the server's context is long enough for "
+            "prompt and answer, and that it takes no limit or stop token from "
+            "generation_config.json"
         )
 
     # --- the server itself ------------------------------------------------------------------------
@@ -238,8 +241,10 @@ class Server:
             self._process = processes.start(parts, log)
 
     def _wait_for_the_one_before(self, log: int) -> None:
-        """Returns when no server of this run is there any more, which a killed one leaves behind for
-        a while. Whoever has the log as its output, and be it a child's child, holds the log's lock."""
+        """Waits until the server that a killed run left behind has ended.
+
+        Every process whose output is the log, even a grandchild, keeps the log locked.
+        """
         until = time.monotonic() + _BEFORE_SECONDS
         while (other := self._serves()) is not None or not _locked(log):
             if time.monotonic() < until:
@@ -247,18 +252,20 @@ class Server:
                 continue
             if other is None:
                 raise ServerError(
-                    f"a server that was started before has not ended after {_BEFORE_SECONDS:g} s; its "
-                    f"output is {self.log}. Stop it"
+                    f"a server that was started before has not ended after {_BEFORE_SECONDS:g} s; "
+                    f"its output is {self.log}. Stop it"
                 )
             raise ServerError(
                 f"{self._root} answers already, before rollout.remote.command was run (it serves "
-                f"{_listed(other)}). Stop that server, or take the command away and serve the policy "
+                f"{_listed(other)}). Stop that server, or remove the command and serve the policy "
                 "yourself"
             )
 
     def _check_alive(self, fault: str = "") -> None:
-        """Raises _Ended if the server was started here and has ended. `fault` is what made us look: of
-        several the first one is told."""
+        """Raises _Ended if the server was started here and has ended.
+
+        `fault` is the failure that led to this check; the message contains the first of them.
+        """
         self._fault = self._fault or fault
         if self._process is None or (status := self._process.poll()) is None:
             return
@@ -269,7 +276,7 @@ class Server:
         )
 
     def _wait(self) -> str:
-        """Returns the name of the policy for requests, as soon as the server has one."""
+        """Waits until the server serves the policy, and returns its name for requests."""
         until, told = time.monotonic() + self.settings.start_seconds, None
         how = self.dialect.example.format(
             model=self.folder, port=httpx2.URL(self._root).port or 8000
@@ -284,18 +291,19 @@ class Server:
             what = f"{self._root} to serve {self.folder}"
             if found and self._process is not None:
                 raise ServerError(
-                    f"{self._root} serves {_listed(found)}, found where rollout.remote.command was to "
-                    f"serve {self.folder}. Does the command name {{model}}, and the port of the url?"
+                    f"{self._root} serves {_listed(found)}, but rollout.remote.command should "
+                    f"serve {self.folder}. Check that the command contains {{model}} and the port "
+                    "of the url"
                 )
-            there = "nobody answers there" if found is None else f"it serves {_listed(found)}"
+            there = "nothing answers there" if found is None else f"it serves {_listed(found)}"
             if time.monotonic() > until:
                 raise ServerError(
-                    f"waited {self.settings.start_seconds:g} s for {what}; {there}. For instance: "
-                    f"{how}"
+                    f"waited {self.settings.start_seconds:g} s for {what}, but {there}. Start it, "
+                    f"for example with: {how}"
                 )
             if told != there:
-                way = "" if self._process is not None else f". For instance: {how}"
-                self._say(f"waits for {what}; {there} now{way}")
+                way = "" if self._process is not None else f". Start it, for example with: {how}"
+                self._say(f"waiting for {what}; {there} now{way}")
                 told = there
             time.sleep(_LOOK_EVERY)
 
@@ -318,7 +326,7 @@ class Server:
 
 
 def _seed(*numbers: int) -> int:
-    """A number of 31 bits for one response."""
+    """The seed of one response, below 2^31."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0] >> 1)
 
 
@@ -331,11 +339,12 @@ def _locked(file: int) -> bool:
 
 
 def _served(settings: Remote, root: str) -> dict[str, Served] | None:
-    """What the server at this address serves, by name; None if it does not answer, or not yet; nothing
-    if it has no such address.
+    """The models that the server at this address serves, by name.
+
+    It is None if the server does not answer yet, and empty if it does not know the URL.
 
     Raises:
-        ServerError: it is of another kind, or wants a key.
+        ServerError: the server is of another kind, or needs a key.
     """
     dialect = DIALECTS[settings.engine]
     answer = _get(settings, root + dialect.model)
@@ -346,20 +355,21 @@ def _served(settings: Remote, root: str) -> dict[str, Served] | None:
             there = _get(settings, root + DIALECTS[name].model)
             if there is not None and there.status_code == 200:
                 raise ServerError(
-                    f"{root} answers as {name} does, rollout.remote.engine is {settings.engine}"
+                    f"{root} is a server of {name}, but rollout.remote.engine is "
+                    f"{settings.engine}. Set it to {name}"
                 )
         return {}
     if answer.status_code != 200:
         raise ServerError(
-            f"{root}{dialect.model}: HTTP status {answer.status_code}. If it wants a key: "
-            "rollout.remote.key_env names the environment variable that holds it"
+            f"{root}{dialect.model}: HTTP status {answer.status_code}. If the server needs an API "
+            "key, set rollout.remote.key_env to the environment variable that contains it"
         )
     try:
         return dialect.served(answer.json())
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ServerError(
-            f"{root}{dialect.model} does not answer as {settings.engine} does; is "
-            "rollout.remote.engine right?"
+            f"{root}{dialect.model} does not answer like {settings.engine}. Check "
+            "rollout.remote.engine and rollout.remote.url"
         ) from None
 
 
@@ -375,11 +385,12 @@ def _check_context(root: str, served: Served, tokens: int) -> None:
     if served.longest is not None and served.longest < tokens:
         raise ServerError(
             f"{root} serves {served.folder} with a context of {served.longest:,} tokens "
-            f"(max_model_len); the longest prompt and rollout.max_new_tokens together are {tokens:,}. "
-            f"Start it with --max-model-len {tokens} or more, or ask for fewer new tokens"
+            f"(max_model_len), but the longest prompt and rollout.max_new_tokens together are "
+            f"{tokens:,}. Start it with --max-model-len {tokens} or more, or lower "
+            "rollout.max_new_tokens"
         )
 
 
 def _listed(served: Mapping[str, Served]) -> str:
     folders = [each.folder for each in served.values()]
-    return ", ".join(folders) or "nothing that rollout.remote.engine would"
+    return ", ".join(folders) or "no model in the form of rollout.remote.engine"

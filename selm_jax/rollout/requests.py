@@ -1,4 +1,4 @@
-"""What is asked of whoever answers, the engine or a server, and what comes back."""
+"""Requests for responses, and the responses, of the engine or a server."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A prompt and the responses wanted for it.
+    """A prompt and the responses that it needs.
 
     Attributes:
-      index: the number i of the prompt in its iteration, which names its random numbers.
-      draws: names them in its place, where a prompt has no lasting number; below 2^31.
+      index: the number of the prompt in its iteration, which identifies its random numbers.
+      draws: identifies them instead, for a prompt without a fixed number; below 2^31.
       prompt: token ids.
       greedy: 1 for a greedy response, which is then sample 0.
-      samples: how many responses to draw; they are samples 1, 2, ... whether or not there is a
-        greedy one.
+      samples: the number of responses to draw; they are samples 1, 2, ... even without a greedy
+        one.
     """
 
     index: int
@@ -34,9 +34,10 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Response:
-    """Token ids of one response; the stop id stands at the end if `finish` is "stop".
+    """The token ids of one response, including the stop token if `finish` is "stop".
 
-    If it is "ended", the caller of `Engine.generate` found an end in the text; more tokens may follow.
+    If `finish` is "ended", the caller of `Engine.generate` found an end in the text, and tokens may
+    follow that end.
     """
 
     index: int

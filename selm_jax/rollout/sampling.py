@@ -1,7 +1,7 @@
-"""From logits to a token: pure functions of logits, settings and a random number.
+"""Sampling a token from logits: pure functions of logits, settings and a random number.
 
-The random number that sample s of prompt i draws at position t is a function of
-(seed, iteration, i, s, t) and nothing else: not of the batch, the slot or the mesh.
+The random number that sample s of prompt i draws at position t depends only on
+(seed, iteration, i, s, t), and not on the batch, the slot or the mesh.
 """
 
 from __future__ import annotations
@@ -17,24 +17,25 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from selm_jax.config import SamplingSettings
 
 _BLOCK = 256
-NOTHING_LEFT = -1  # in place of a token, where a filter of the user's left none to draw
+NOTHING_LEFT = -1  # returned instead of a token if the user's filter left none to draw
 
-# `(logits[slots, vocab], t[slots])` to logits of the same shape, -inf where a token is not to be
-# drawn; `t` counts the tokens that the response has already. Pure: it is traced, once.
+# A pure function from `(logits[slots, vocab], t[slots])` to logits of the same shape, with -inf for
+# tokens that must not be drawn; `t` is the number of tokens that the response has so far. JAX
+# traces it once.
 Filter: TypeAlias = Callable[[Array, Array], Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling(SamplingSettings):
-    """What to draw from, in the order of filters of yours, temperature, top-k, top-p, min-p.
+    """How to sample: your own filter is applied first, then temperature, top-k, top-p and min-p.
 
     Attributes:
       temperature: divides the logits; > 0 (greedy answers do not draw at all).
-      top_k: keep the k likeliest tokens, and any as likely as the last of them; 0 keeps all.
-      top_p: keep the fewest tokens whose probabilities sum to at least top_p (ties as above); 1
+      top_k: keeps the k most likely tokens, and any as likely as the last of them; 0 keeps all.
+      top_p: keeps the fewest tokens whose probabilities sum to at least top_p (ties as above); 1
         keeps all.
-      min_p: keep tokens at least min_p times as likely as the likeliest; 0 keeps all.
-      filter: a function of the user's on the logits; None changes nothing.
+      min_p: keeps tokens at least min_p times as likely as the most likely one; 0 keeps all.
+      filter: the user's function on the logits; None changes nothing.
 
     >>> Sampling(temperature=0.7, top_p=0.9).top_k
     0
@@ -47,7 +48,7 @@ class Sampling(SamplingSettings):
 
     @classmethod
     def of(cls, settings: SamplingSettings, filter: Filter | None = None) -> Sampling:
-        """With the settings of a group that has more of them, such as `rollout`."""
+        """The sampling settings of a larger group of settings, such as `rollout`."""
         names = [each.name for each in dataclasses.fields(SamplingSettings)]
         return cls(**{name: getattr(settings, name) for name in names}, filter=filter)
 
@@ -78,7 +79,7 @@ def uniforms(streams: UInt32[Array, "slots 2"], t: Int[Array, " slots"]) -> Floa
 def probabilities(
     logits: Float[Array, "slots vocab"], settings: Sampling
 ) -> Float[Array, "slots vocab"]:
-    """Unnormalised probabilities after the built-in filters; the likeliest token has 1.
+    """Unnormalised probabilities after the built-in filters; the most likely token has 1.
 
     >>> logits = jnp.log(jnp.array([[0.5, 0.25, 0.125]]))
     >>> probabilities(logits, Sampling(top_k=2)).round(3)
@@ -113,14 +114,14 @@ def _top_p(p: Float[Array, "slots vocab"], settings: Sampling) -> Bound:
 def _greatest(
     enough: Callable[[Float[Array, "slots 1"]], Bool[Array, "slots 1"]], slots: int
 ) -> Float[Array, "slots 1"]:
-    """The greatest bound in [0, 1] that keeps enough tokens; 0 is supposed to.
+    """The greatest bound in [0, 1] that keeps enough tokens; a bound of 0 must keep enough.
 
-    It is exact without a sort, which would cost more than the rest of a decoding step: floats that are
-    not negative have the order of their bits, and the 2^30 floats up to 1 are halved 30 times.
+    It is exact without a sort, which would cost more than the rest of a decoding step. Non-negative
+    floats are ordered like their bits, so 30 bisections find one of the 2^30 floats up to 1.
 
     Args:
-      enough: whether the tokens that are at least as likely as the bound are enough. True up to some
-        bound, False above it.
+      enough: whether the tokens that are at least as likely as the bound are enough. It must be
+        True up to some bound and False above it.
     """
     one = jnp.float32(1).view(jnp.int32)
 
@@ -141,16 +142,17 @@ def _min_p(
     return settings.min_p or None
 
 
-# The built-in filters, in order: each says how likely a token has to be; None keeps all.
+# The built-in filters, in order. Each returns the least probability that a token needs, or None to
+# keep all tokens.
 BUILT_IN: tuple[Callable[[Array, Sampling], Bound], ...] = (_top_k, _top_p, _min_p)
 
 
 def filtered(
     logits: Float[Array, "slots vocab"], t: Int[Array, " slots"], user: Filter
 ) -> Float[Array, "slots vocab"]:
-    """What a filter of the user's makes of each slot's logits.
+    """Each slot's logits after the user's filter.
 
-    It is shown one slot at a time, so that no response can depend on another.
+    The filter sees one slot at a time, so that no response can depend on another.
     """
     return jax.vmap(lambda row, t: user(row[None], t[None])[0])(logits, t)
 
@@ -158,11 +160,11 @@ def filtered(
 def draw(p: Float[Array, "slots vocab"], uniform: Float[Array, " slots"]) -> Int[Array, " slots"]:
     """Inverts the cumulative distribution of p (unnormalised) at `uniform`.
 
-    One random number a token, where Gumbel noise needs one for each entry of the vocabulary. Sums
-    are taken over blocks first: the block, then the token in it. Resolution is that of float32,
-    2^-23 of the mass. A token of probability zero is never drawn.
+    It needs one random number per token; Gumbel noise would need one per entry of the vocabulary.
+    Sums over blocks give the block first, and then the token in it. The resolution is that of
+    float32, 2^-23 of the mass. A token with probability zero is never drawn.
 
-    Of the probabilities 1/2, 1/4, 1/4 the number 0.6 falls on the second:
+    With the probabilities 1/2, 1/4, 1/4, the number 0.6 draws the second token:
 
     >>> draw(jnp.array([[2.0, 1.0, 1.0]]), jnp.array([0.6])).tolist()
     [1]
@@ -177,12 +179,12 @@ def draw(p: Float[Array, "slots vocab"], uniform: Float[Array, " slots"]) -> Int
 
 
 def _invert(mass: Float[Array, "slots n"], at: Float[Array, " slots"]):
-    """The entry whose share of the running sum holds `at`, and what of `at` is left inside it."""
+    """The entry in whose share of the running sum `at` lies, and the rest of `at` in that share."""
     total = jnp.cumsum(mass, axis=-1)
-    # Long sums are taken in parallel and rounded apart: `total` may rise where there is no mass, and
-    # even fall. So the entry is the first with mass of its own whose sum lies beyond `at`.
+    # Long sums are computed in parallel, and rounding may make `total` rise without mass, or even
+    # fall. So the entry is the first one with mass of its own whose sum is beyond `at`.
     beyond = (total > at[:, None]) & (mass > 0)
-    # Rounding may carry `at` past the end: stay on the last entry that has any mass.
+    # Rounding may move `at` past the end; the last entry with any mass is drawn then.
     last = mass.shape[-1] - 1 - jnp.argmax((mass > 0)[:, ::-1], axis=-1)
     entry = jnp.where(beyond.any(axis=-1), jnp.argmax(beyond, axis=-1), last)
     before = _pick(total - mass, entry)
@@ -190,8 +192,10 @@ def _invert(mass: Float[Array, "slots n"], at: Float[Array, " slots"]):
 
 
 def _pick(x: Float[Array, "slots n *rest"], entry: Int[Array, " slots"]):
-    """Each slot's own entry. By vmap and not by an index of slots: on a mesh, XLA then sees that no
-    slot needs what is another's."""
+    """Each slot's own entry.
+
+    With vmap instead of an index over slots, XLA sees on a mesh that no slot needs another's data.
+    """
     return jax.vmap(lambda x, i: x[i])(x, entry)
 
 
@@ -202,8 +206,10 @@ def next_tokens(
     greedy: Bool[Array, " slots"],
     settings: Sampling,
 ) -> Int[Array, " slots"]:
-    """The likeliest token where `greedy`, else a draw; `NOTHING_LEFT` where a filter of the user's
-    leaves no finite logit, or one that is none."""
+    """The next token of each slot: the most likely one if `greedy`, otherwise a sampled one.
+
+    It is `NOTHING_LEFT` if the user's filter leaves no token, or returns NaN or inf.
+    """
     of_samples = logits
     if settings.filter is not None:
         of_samples = filtered(logits, t, settings.filter)

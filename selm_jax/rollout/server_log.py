@@ -1,4 +1,4 @@
-"""What a server that was started here has said: of a long log the lines that tell why it ended."""
+"""The log of a server that was started here: the lines that explain why it ended."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ _LAST = 12  # lines that an error shows
 _LONGEST = 300  # characters of one of them
 _RAISED = re.compile(r"\b\w*(?:Error|Exception)\b: ")
 _CAUSES = {
-    # Its bug: for a request with a seed it winds the generator back, which torch can on GPUs alone.
+    # A vLLM bug: for a request with a seed it rewinds the generator, which torch can on GPUs only.
     "CPU Generator does not use offset": (
-        "vLLM on a CPU cannot cut a prompt in two where the request has a seed, and all requests here "
-        "have one. Start it with --max-num-batched-tokens N, where N is more than the tokens of "
-        "rollout.remote.concurrency prompts together (8192, say), or lower the concurrency"
+        "vLLM on a CPU cannot split a prompt if the request has a seed, and all requests here have "
+        "one. Start it with --max-num-batched-tokens N, where N is more than the tokens of "
+        "rollout.remote.concurrency prompts together (for example 8192), or lower the concurrency"
     ),
 }
 
@@ -24,8 +24,7 @@ def size_of(log: Path) -> int:
 
 
 def story(log: Path, start: int = 0) -> str:
-    """The first error that a server told since the log had `start` bytes, its last lines, and what is
-    known to help."""
+    """A server's first logged error after `start` bytes, a known remedy, and its last lines."""
     first, last, known = "", deque[str](maxlen=_LAST), ""
     with log.open("rb") as file:
         before = file.read(start).count(b"\n")
@@ -39,5 +38,5 @@ def story(log: Path, start: int = 0) -> str:
 
 
 def advice(text: str) -> str:
-    """What is known to help against an error of a server; "" if nothing is."""
+    """A known remedy for a server's error; "" if there is none."""
     return next((f"{way_out}.\n" for sign, way_out in _CAUSES.items() if sign in text), "")

@@ -263,7 +263,7 @@ def test_nothing_wanted(world):
 def test_a_prompt_that_does_not_fit_is_named_before_any_work(length, named, world):
     base, _ = world()
     requests = [Request(3, (1,), 1, 0), Request(77, (1,) * length, 1, 0)]
-    with pytest.raises(ValueError, match=f"prompt 77 {named}; between 1 and 32"):
+    with pytest.raises(ValueError, match=f"prompt 77 {named}; expected between 1 and 32"):
         base(slots=3).generate({}, requests, seed=0, iteration=0)
 
 

@@ -103,11 +103,11 @@ def test_answers_have_their_end_whatever_the_server_likes(serving, engine, said,
             (200, stand_in.vllm([9], "stop", 7)),
             "finished (stop, by token 7); expected 6 tokens, or",
         ),
-        ((200, stand_in.vllm([9, 9], "length")), "Is the server's context too short"),
+        ((200, stand_in.vllm([9, 9], "length")), "Check that the server's context is long enough"),
         ((200, stand_in.vllm([9], "abort")), "finished (abort"),
-        ((200, stand_in.vllm(None)), "needs a vLLM that knows `return_token_ids`"),
+        ((200, stand_in.vllm(None)), "use a vLLM version that has `return_token_ids`"),
         ((200, stand_in.vllm([320, 1])), "beyond the model's 320 tokens"),
-        ((200, {"choices": []}), "not of the form that vllm has"),
+        ((200, {"choices": []}), "not in the format of vllm"),
         ((400, {"message": "maximum context length is 4"}), "maximum context length is 4"),
     ],
 )
@@ -241,18 +241,19 @@ def test_a_run_waits_until_the_server_serves_the_policy(serving):
     policy._say = say
     with policy:
         pass
-    waits = f"waits for {server.url} to serve {FOLDER}"
+    waits = f"waiting for {server.url} to serve {FOLDER}"
     port = f"--port {server.server_port}"
     assert [text.partition("; ")[0] for text in said] == [waits] * len(said)
-    assert "nobody answers there now. For instance: vllm serve" in said[0] and port in said[0]
+    assert "nothing answers there now. Start it, for example with: vllm serve" in said[0]
+    assert port in said[0]
     assert len(said) < 3 and all("it serves /models/another now" in text for text in said[1:])
 
 
 @pytest.mark.parametrize(
     ("folder", "message"),
     [
-        (None, "nobody answers there. For instance: vllm serve /models/policy"),
-        ("/models/another", "it serves /models/another. For instance"),
+        (None, "nothing answers there. Start it, for example with: vllm serve /models/policy"),
+        ("/models/another", "it serves /models/another. Start it, for example"),
         ("models/policy", "it serves models/policy"),  # of whatever folder it stands in
         ("/models/policy/.", "it serves /models/policy/."),
     ],
@@ -292,7 +293,7 @@ def test_no_proxy_is_used_for_this_machine(serving, monkeypatch):
 
 def test_another_kind_of_server_is_named(serving):
     policy = client(serving("vllm", FOLDER), engine="sglang", start_seconds=600)
-    with pytest.raises(ServerError, match="answers as vllm does, .*engine is sglang"), policy:
+    with pytest.raises(ServerError, match="is a server of vllm, .*engine is sglang"), policy:
         pass  # at once
 
 
@@ -344,7 +345,12 @@ def test_a_command_that_serves_another_model_is_found_out(tmp_path):
     port = forked.free_port()
     text = f"{sys.executable} {stand_in.__file__} vllm /models/another {port}"
     policy = command(tmp_path, text + " {model}", port)
-    with pytest.raises(ServerError, match="serves /models/another, found where"), policy:
+    with (
+        pytest.raises(
+            ServerError, match="serves /models/another, but rollout.remote.command should"
+        ),
+        policy,
+    ):
         pass
 
 

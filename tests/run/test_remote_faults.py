@@ -114,7 +114,7 @@ def experiment(tmp_path, server, **changes):
     ("change", "message"),
     [
         ({"longest": 20}, "context of 20 tokens"),
-        ({"engine": "sglang"}, "answers as sglang does|does not answer as vllm"),
+        ({"engine": "sglang"}, "is a server of sglang|does not answer like vllm"),
     ],
 )
 def test_what_is_there_already_is_looked_at_before_any_work(serving, tmp_path, change, message):

@@ -206,7 +206,8 @@ class Server:
             raise ValueError(f"not in the format of {self.settings.engine} ({error!r})") from None
         if not all(isinstance(x, int) and 0 <= x < self.vocabulary for x in said.tokens):
             raise ServerError(
-                f"not from this model: it has token ids beyond the model's {self.vocabulary:,} tokens"
+                "not from this model: it has token ids beyond the model's "
+                f"{self.vocabulary:,} tokens"
             )
         return said
 

@@ -1,4 +1,4 @@
-"""A policy: what it says and scores does not hang on what goes together, nor on what came before."""
+"""A policy's answers and scores do not depend on what is batched together or what came before."""
 
 from __future__ import annotations
 

@@ -11,15 +11,14 @@ from collections.abc import Callable, Container, Sequence
 def run(
     workers: Sequence[Callable[[], None]], files: Container[str], seed: int, longest: int = 5000
 ) -> None:
-    """Runs the workers to their ends. Before each line of code in these files, a worker waits for its
-    turn.
+    """Runs the workers to their ends, taking turns at the lines of these files.
 
-    It keeps the turn for a random number of lines, often one: so each may be stopped for as long as
-    another takes to go through everything, or anywhere in between.
+    Before each such line a worker waits for its turn, which it keeps for a random number of lines,
+    often one. So a worker may be stopped anywhere while another one runs, even to its end.
 
     Raises:
-      AssertionError: they have not ended after so many turns.
-      Exception: the first that a worker raised.
+      AssertionError: the workers have not ended after `longest` turns.
+      Exception: the first one that a worker raised.
     """
     chance = random.Random(seed)
     turns = [threading.Semaphore(0) for _ in workers]

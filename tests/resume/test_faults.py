@@ -101,13 +101,16 @@ def test_a_full_disk_in_each_stage(file, whole, small_disk, monkeypatch, capsys,
 
 FAULTS = {
     "a truncated part": (
-        "iteration_1/responses/part-00001-of-00003.parquet", "cut", "responses is not what it wrote",
+        "iteration_1/responses/part-00001-of-00003.parquet", "cut",
+        "responses is not what it wrote",
     ),
     "a missing part": (
         "iteration_1/responses/part-00001-of-00003.parquet", "remove", "responses is not what it",
     ),
     "a truncated table": ("iteration_1/examples.parquet", "cut", "examples.parquet is not what it"),
-    "a truncated model": ("iteration_1/model/model.safetensors", "cut", "model is not what it wrote"),
+    "a truncated model": (
+        "iteration_1/model/model.safetensors", "cut", "model is not what it wrote",
+    ),
     "a missing model": ("iteration_1/model", "remove", "model is missing"),
 }  # fmt: skip
 

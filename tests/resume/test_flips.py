@@ -1,8 +1,9 @@
 """A flipped bit anywhere in a run folder is refused with the file's name, or changes no output.
 
-A disk or a network that flips a bit is rare; a run of a week that reads terabytes back meets one. Each case
-copies a folder, flips one bit of a file in it, and gives the command again. The files are drawn evenly,
-so that the small ones (records, settings, metrics) have as many flips as the weights. No file is left out.
+Flipped bits on a disk or a network are rare, but a week-long run that reads back terabytes meets
+one. Each case copies a folder, flips one bit of a file in it, and runs the command again. Files are
+drawn uniformly, so that small ones (records, settings, metrics) have as many flips as the weights.
+No file is left out.
 """
 
 from __future__ import annotations

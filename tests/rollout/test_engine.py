@@ -364,8 +364,11 @@ def test_the_real_model_says_what_transformers_says(real, all_logits):
 
 @pytest.mark.slow
 def test_the_real_model_says_the_same_in_any_company(real):
-    """Sums of other shapes are rounded apart, by about 1e-6 of a distribution's mass, and of the some
-    hundred draws one may lie so close to the border of two tokens. With this seed none does."""
+    """Slots and prefill rows do not change what a real model says.
+
+    Sums of other shapes are rounded differently, by about 1e-6 of a distribution's mass, and one of
+    a few hundred draws may be that close to the border of two tokens. With this seed none is.
+    """
     _, decoder, params, prompts, stops = real
     requests = [Request(i, p, 1, 2) for i, p in enumerate(prompts[:6])]
 

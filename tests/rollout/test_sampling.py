@@ -79,7 +79,7 @@ def test_frequencies_are_the_probabilities(vocab, count):
 
 @pytest.mark.parametrize("vocab", [7, 300, 49152, 128256])
 def test_a_token_of_probability_zero_is_never_drawn(vocab):
-    """Few tokens have any mass, among them neither the first nor the last, and numbers at the edges.
+    """Only a few tokens have mass, not the first or last, and the random numbers are at the edges.
 
     Beyond 65,536 tokens there are more than 256 blocks, whose running sum XLA rounds in parallel.
     """
@@ -191,7 +191,7 @@ def test_top_k_keeps_what_a_sort_keeps(seed, shape, k):
 @given(st.integers(0, 2**32 - 1), shapes, st.floats(-6, 0))
 @settings(max_examples=60, deadline=None)
 def test_top_p_keeps_what_a_sort_keeps(seed, shape, exponent):
-    """All tokens down to some probability have enough mass, and without the last ties they have not."""
+    """The kept tokens have enough mass, and without the least likely ones they do not."""
     top_p = 10.0**exponent
     logits = odd_logits(seed, 300, shape)
     everything = np.asarray(probabilities(logits, Sampling()), np.float64)

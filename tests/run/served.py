@@ -44,6 +44,6 @@ def command(tmp_path, text, port=None, **settings):
     settings = {"engine": "vllm", "start_seconds": 60, "command": text} | settings
     return Server(
         Remote(url=f"http://127.0.0.1:{port or forked.free_port()}", **settings), FOLDER,
-        log=tmp_path / "server.log", sampling=Sampling(), longest_prompt=8, max_new_tokens=6, stop_ids=(1,),
-        vocabulary=320,
+        log=tmp_path / "server.log", sampling=Sampling(), longest_prompt=8, max_new_tokens=6,
+        stop_ids=(1,), vocabulary=320,
     )  # fmt: skip

@@ -1,9 +1,9 @@
-"""A stand-in for vLLM and SGLang servers, as far as `rollout.remote` uses them; without a model.
+"""A stand-in without a model for the parts of vLLM and SGLang servers that `rollout.remote` uses.
 
 python stand_in.py vllm FOLDER PORT [--dies ANSWERS LAST_WORDS]
 
-With a number of answers it dies after so many, as vLLM does: a request that it has fails with status 500
-first, then its process says its last words and is gone.
+With --dies it dies after that many answers, as vLLM does: first a request fails with status 500,
+then its process prints its last words and ends.
 """
 
 from __future__ import annotations
@@ -57,9 +57,10 @@ def mortal(answers: int, last_words: str) -> Callable:
 
 
 class StandIn(ThreadingHTTPServer):
-    """Serves `folder` (None: it is not up yet) on a port of its own; `bodies` are what it was asked.
+    """Serves `folder` on a port of its own and keeps the requests in `bodies`.
 
-    `answer` makes of a body the ids, or a status and a text.
+    If `folder` is None, the server is not up yet. `answer` turns the body of a request into token
+    ids, or into a status and a text.
     """
 
     daemon_threads = True

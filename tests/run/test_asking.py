@@ -323,9 +323,10 @@ def test_a_kill_between_the_store_and_the_record(rank, tmp_path, monkeypatch):
     assert "shared" in artifacts.Stages(beside.folder.iteration(1)).read()["rank"]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", "[" * 100_000, '{"outputs": 3, "about": {}}', "\0\xff",
-                                  '{"about": {}}', '{"outputs": {"../x": "1"}, "about": {}}',
-                                  '{"outputs": {"ranked.parquet": 3}, "about": {}}'])  # fmt: skip
+@pytest.mark.parametrize("text", [
+    "", "{", "[]", "3", "[" * 100_000, '{"outputs": 3, "about": {}}', "\0\xff", '{"about": {}}',
+    '{"outputs": {"../x": "1"}, "about": {}}', '{"outputs": {"ranked.parquet": 3}, "about": {}}',
+])  # fmt: skip
 def test_an_entry_that_is_damaged_is_made_anew(rank, tmp_path, text):
     store = SharedStages(tmp_path / "store")
     expected = outcome(rank("one", Counting(), store=store))

@@ -41,7 +41,9 @@ def nothing_of(run):
 
 
 CONFIG_MISTAKES = {
-    "unknown key": (["training.lerning_rate=1"], "training.lerning_rate: unknown key", "learning_rate"),
+    "unknown key": (
+        ["training.lerning_rate=1"], "training.lerning_rate: unknown key", "learning_rate",
+    ),
     "mistyped value": (["training.rows=four"], "training.rows", "'four'"),
     "alpha missing": (["objective={loss: selm, beta: 0.1}"], "alpha", "selm"),
     "unknown loss": (["objective.loss=slem"], "slem", "did you mean 'selm'"),
@@ -49,7 +51,9 @@ CONFIG_MISTAKES = {
     "unknown setting of a loss": (["objective.gama=1"], "gama", "beta"),
     "unknown value": (["training.schedule=cosin"], "training.schedule", "cosin"),
     "not an override": (["training.rows"], "training.rows", "key.path=value"),
-    "rates for other iterations": (["training.learning_rate=[1e-1,1e-2,1e-3]"], "learning_rate", "3 values"),
+    "rates for other iterations": (
+        ["training.learning_rate=[1e-1,1e-2,1e-3]"], "learning_rate", "3 values",
+    ),
     "a mesh that does not fit": (["compute={data: 3, fsdp: 1}"], "mesh axes", "1 devices"),
 }  # fmt: skip
 
@@ -76,12 +80,18 @@ def rows(file, *changes):
 PAIRS = ["data.chosen=chosen", "data.rejected=rejected", "candidates.dataset=true"]
 DATA_MISTAKES = {
     "column missing": ([], ["data.prompt=question"], "question", "prompt"),
-    "chosen equals rejected": ([(2, {"rejected": "Yes."})], PAIRS, "row 3", "chosen equals rejected"),
+    "chosen equals rejected": (
+        [(2, {"rejected": "Yes."})], PAIRS, "row 3", "chosen equals rejected",
+    ),
     "empty prompt": ([(4, {"prompt": "  "})], [], "row 5", "empty prompt"),
     "empty response": ([(1, {"chosen": ""})], PAIRS, "row 2", "empty response"),
     "prompt too long": ([(3, {"prompt": "so " * 200})], [], "max_prompt_tokens", "64"),
-    "skip beyond the rows": ([], ["data.skip=9"], "6 rows, 0 of them after data.skip: 9", "2 portions"),
-    "skip leaves too few": ([], ["data.skip=5"], "6 rows, 1 of them after data.skip: 5", "2 portions"),
+    "skip beyond the rows": (
+        [], ["data.skip=9"], "6 rows, 0 of them after data.skip: 9", "2 portions",
+    ),
+    "skip leaves too few": (
+        [], ["data.skip=5"], "6 rows, 1 of them after data.skip: 5", "2 portions",
+    ),
     "more portions than rows": ([], ["data.portions=7"], "6 rows; data.portions", "7 portions"),
     "more iterations than rows": (
         [], ["iterations=7", "training.learning_rate=1e-3"], "6 rows; iterations", "7 portions"
@@ -106,14 +116,20 @@ NO_HEADER = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 )
 MODEL_MISTAKES = {
-    "no header": ("chat_template.jinja", NO_HEADER, "does not begin an answer", "generation_prompt"),
+    "no header": (
+        "chat_template.jinja", NO_HEADER, "does not begin an answer", "generation_prompt",
+    ),
     "no stop": (
         "chat_template.jinja", tiny.TEMPLATE.replace("im_end", "im_over"), "does not end an answer",
         "eos_token_id",
     ),
-    "no Jinja": ("chat_template.jinja", "\n{% if %}", "chat_template.jinja, line 2", "not valid Jinja"),
+    "no Jinja": (
+        "chat_template.jinja", "\n{% if %}", "chat_template.jinja, line 2", "not valid Jinja",
+    ),
     "a failure": ("chat_template.jinja", "{{ 1 + 'a' }}", "template fails: TypeError", "line 1"),
-    "stop beyond": ("generation_config.json", '{"eos_token_id": 320}', "eos_token_id is 320", "319"),
+    "stop beyond": (
+        "generation_config.json", '{"eos_token_id": 320}', "eos_token_id is 320", "319",
+    ),
     "code": ("tokenizer_config.json", '{"auto_map": {"A": "evil.A"}}', "auto_map", "never run"),
 }  # fmt: skip
 
@@ -160,7 +176,8 @@ MODEL_MISTAKES = {
         "num_hidden_layers is 1000000000",
     ),
     "more layers than tensors": (
-        "config.json", lambda raw: raw.replace(b'"num_hidden_layers": 2', b'"num_hidden_layers": 90'),
+        "config.json",
+        lambda raw: raw.replace(b'"num_hidden_layers": 2', b'"num_hidden_layers": 90'),
         "missing: model.layers.2.",
     ),
     "weights are a pointer": (

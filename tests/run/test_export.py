@@ -14,7 +14,10 @@ from selm_jax.run.inputs import Model
             {"source": "org/name", "kind": "hub", "revision": "main", "commit": "a" * 40},
             ("org/name", "a" * 40),
         ),
-        ({"source": "org/name", "kind": "wheel", "revision": "x==1", "sha256": "0"}, ("org/name", None)),
+        (
+            {"source": "org/name", "kind": "wheel", "revision": "x==1", "sha256": "0"},
+            ("org/name", None),
+        ),
         ({"source": "models/mine", "kind": "folder", "sha256": "0"}, ("models/mine", None)),
         ({"source": "~/m.gguf", "kind": "gguf", "sha256": "0"}, ("~/m.gguf", None)),
     ],

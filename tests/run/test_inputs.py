@@ -1,7 +1,7 @@
 """A change of a result's inputs is detected: tokenizer, template, data, the source of a rule.
 
-Written against the command line and the tables of a run folder: whichever way a run keeps its books,
-nothing may be made of two models' token ids, of two states of the data, or of two rules.
+The tests use only the command line and the tables of a run folder: however a run keeps its records,
+no result may mix the token ids of two models, two states of the data, or two rules.
 """
 
 from __future__ import annotations

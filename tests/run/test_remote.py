@@ -115,7 +115,7 @@ def test_a_malformed_answer_is_refused(serving, answer, message):
     server = serving("vllm", FOLDER, answer=lambda body: answer)
     with client(server, retries=1) as policy, pytest.raises(ServerError, match=re.escape(message)):
         policy.generate([Request(0, (5,), 1, 0)], seed=0, iteration=1)
-    again = "not of the form" in message
+    again = "not in the format" in message
     assert len(server.bodies) == 1 + again, "what another try would not mend is not tried again"
     assert policy.tries.retries == again
 
@@ -370,7 +370,8 @@ def test_a_server_ends_with_the_process_that_started_it(tmp_path, number):
     file = tmp_path / "pid"
     code = (
         "import sys, time\nfrom selm_jax.shell import processes\n"
-        f"processes.start(['sh', '-c', 'echo $$ > {file}; exec sleep 600'], open('/dev/null', 'wb'))\n"
+        f"command = ['sh', '-c', 'echo $$ > {file}; exec sleep 600']\n"
+        "processes.start(command, open('/dev/null', 'wb'))\n"
         "time.sleep(600)"
     )
     with subprocess.Popen([sys.executable, "-c", code]) as process:

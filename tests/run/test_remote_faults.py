@@ -105,8 +105,8 @@ def test_a_context_that_is_too_short_is_found_before_a_word_is_asked(serving, lo
 def experiment(tmp_path, server, **changes):
     settings = {"engine": "vllm", "url": server.url, "start_seconds": 5}
     return tiny.experiment(
-        tmp_path, iterations=1, data__limit=4, data__heldout_limit=2, training__learning_rate=[1e-3],
-        rollout__remote=settings, **changes,
+        tmp_path, iterations=1, data__limit=4, data__heldout_limit=2,
+        training__learning_rate=[1e-3], rollout__remote=settings, **changes,
     )  # fmt: skip
 
 

@@ -195,7 +195,7 @@ def test_training_goes_on_from_a_reward_model(trained, tmp_path):
     assert np.any(params["score"])
 
 
-# --- what is refused --------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

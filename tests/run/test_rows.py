@@ -62,7 +62,9 @@ LONG = {
     # name: (changes of row 6, settings, what is said)
     "the model": ({"chosen": "x" * 600}, {"training__row_length": 1024}, "made for at most 512"),
     "a row": ({"rejected": "x" * 200}, {}, "has 128 (training.row_length)"),
-    "a row, both": ({"chosen": "x" * 60, "rejected": "y" * 60}, {}, "has 128 (training.row_length)"),
+    "a row, both": (
+        {"chosen": "x" * 60, "rejected": "y" * 60}, {}, "has 128 (training.row_length)",
+    ),
     "a row, taught pairs": ({"rejected": "x" * 200}, TAUGHT, "has 128 (training.row_length)"),
     "the model, taught answers": (
         {"chosen": "x" * 600}, SFT | {"training__row_length": 1024}, "made for at most 512",
@@ -288,7 +290,7 @@ def test_prompts_that_are_trained_on_too_are_counted(make, tmp_path):
 
 
 def test_no_text_is_rendered_twice(make, monkeypatch):
-    """Of a large data set the look at all rows takes minutes: 3 texts of a pair, each of them once."""
+    """Checking a large data set takes minutes, so each of a pair's 3 texts is rendered once."""
     run = make()
     _ = run.chat  # which tries a made-up question
     rendered = []

@@ -18,7 +18,10 @@ SELM = {"loss": "selm", "beta": 0.1, "alpha": 0.01}
 
 @pytest.mark.parametrize(
     ("objective", "kind"),
-    [(SELM, LanguageModel), ({"loss": "sft"}, LanguageModel), ({"loss": "bradley_terry"}, RewardModel)],
+    [
+        (SELM, LanguageModel), ({"loss": "sft"}, LanguageModel),
+        ({"loss": "bradley_terry"}, RewardModel),
+    ],
 )  # fmt: skip
 def test_the_loss_decides(objective, kind):
     task = task_of(objective)

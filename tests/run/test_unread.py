@@ -82,8 +82,8 @@ def test_ranking_counts_an_unreadable_prompt_as_such_and_not_as_a_tie(judged, ju
     )  # fmt: skip
     run_stage(run, "rank", 1)
     found = counts(run, 1, "rank")
-    texts = {row["text"] for row in pq.read_table(run.folder.iteration(1) / "ranked.parquet").to_pylist()
-             if row["prompt"] == prompts[0]}  # fmt: skip
+    rows = pq.read_table(run.folder.iteration(1) / "ranked.parquet").to_pylist()
+    texts = {row["text"] for row in rows if row["prompt"] == prompts[0]}
     assert found["drops/malformed"] == 1 and found["malformed"] == len(texts)
     assert found["pairs"] + found["drops"] == found["scored"] == found["prompts"] == 6
     line = run.console.export_text()

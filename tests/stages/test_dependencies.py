@@ -1,7 +1,7 @@
 """A change of an input is detected by exactly the stages that depend on it (all pairs are tried).
 
-What is compared is what a stage would write into `stage.json` before and after a change, for the whole
-iteration; `tests/run/test_inputs.py` shows that a stage whose record has changed is refused.
+The tests compare what each stage of an iteration would write to `stage.json` before and after a
+change. `tests/run/test_inputs.py` shows that a stage whose record has changed is refused.
 """
 
 from __future__ import annotations
@@ -126,12 +126,18 @@ CHANGES = {
     "a held-out row": (lambda d: edit(d / "heldout.jsonl", first_row), {"evaluate"}),
     "the tokenizer": (lambda d: edit(d / "model/tokenizer.json", other_ids), CHAT | START),
     "the template": (
-        lambda d: edit(d / "model/chat_template.jinja", lambda t: t.replace("content'] }}", "content'] }}.")),
+        lambda d: edit(
+            d / "model/chat_template.jinja",
+            lambda t: t.replace("content'] }}", "content'] }}."),
+        ),
         CHAT | START,
     ),
     "the start model's weights": (lambda d: flip(d / "model/model.safetensors"), START),
     "the ranker's source": (
-        lambda d: edit(Path(sys.path[0]) / "rule_of_dependencies.py", lambda t: t.replace("float(", "-float(")),
+        lambda d: edit(
+            Path(sys.path[0]) / "rule_of_dependencies.py",
+            lambda t: t.replace("float(", "-float("),
+        ),
         {"rank", "evaluate"},
     ),
     "the pair rule's source": (
@@ -188,7 +194,7 @@ def test_a_change_of_a_setting_is_seen_where_it_matters(change, run, monkeypatch
     file = Path(run.experiment.output).parent / "as_dumped.yaml"
     file.write_text(text)
     after = depends_on(config.load(file, [change]), monkeypatch)
-    # The export says what the training was done with, which is read from its record, not worked out.
+    # The export's digest of the training is read from the training's record, not recomputed.
     assert {name for name in STAGES if before[name] != after[name]} == SETTINGS[change]
 
 

@@ -25,8 +25,8 @@ from selm_jax.stages.stage import Stage
 from selm_jax.stages.step import Step
 
 QUIET = Console(quiet=True)
-# Where the work is done changes nothing about what comes out; `remat` and the objective are no part of
-# a forward pass, though the object that holds its functions is made of them.
+# The devices do not change the result. `remat` and the objective are not used in a forward pass,
+# although the object that has its functions is built from them.
 OF_PLACES = ("compute.", "training.remat", "training.clip")
 OF_THE_UPDATE = (
     "training.optimizer",
@@ -39,7 +39,7 @@ STAGES = {"generate", "rank", "score", "train", "export", "evaluate"}
 
 
 def leads_to(start: object) -> set[type]:
-    """The classes of this package whose objects can be reached through attributes and bound arguments."""
+    """The classes of this package with objects that attributes and bound arguments lead to."""
     found, seen, todo = set(), set(), [start]
     while todo:
         each = todo.pop()
@@ -77,13 +77,13 @@ class Recorded:
 
 
 def covers(declared: str, read: str) -> bool:
-    """Whether a declared key or group stands for what is read: a key, or a group that is not there."""
+    """Whether a declared key or group covers what is read: a key, or a group that is None."""
     return f"{read}.".startswith(f"{declared}.") or declared.startswith(f"{read}.")
 
 
 @pytest.fixture(scope="module")
 def observed(tmp_path_factory):
-    """By stage, of a whole run: where its step leads, and what its programs read while it worked."""
+    """For each stage of a whole run: where its step leads, and the settings its programs read."""
     found: dict[str, tuple[set[type], set[str]]] = {}
     call = Stage.__call__
 

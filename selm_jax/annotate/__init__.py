@@ -1,7 +1,7 @@
-"""People as a source of preferences: a local page on which they rank the answers to a prompt.
+"""Human preferences: a local page on which people rank the answers to a prompt.
 
-* `store`: questions and what people said of them, in one SQLite file; durable before it returns.
-* `server`: the page and what it asks for; `render`: untrusted text as safe HTML.
+* `store`: questions and people's rankings of the answers, in one SQLite file.
+* `server`: the page and the requests that it sends; `render`: untrusted text as safe HTML.
 * `agreement`: shares of wins, and Krippendorff's alpha.
 * `exchange`: export and import in the layouts of TRL and UltraFeedback.
 

@@ -1,4 +1,4 @@
-"""How far people agree, and one number per answer from what they say."""
+"""Agreement between people, and one score per answer from their rankings."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from selm_jax.annotate.store import Judgement
 
 
 def shares(ranks: Sequence[int]) -> Float64[np.ndarray, " answers"]:
-    """The share of the other answers that each beats, a tie counting half; from 0 to 1.
+    """The share of the other answers that each answer beats, from 0 to 1; a tie counts as half.
 
     Args:
-        ranks: of at least two answers, 1 is best.
+        ranks: the ranks of at least two answers; 1 is best.
     """
     place = np.asarray(ranks)
     wins = np.sign(place - place[:, None]).sum(1)  # wins - losses
@@ -23,20 +23,21 @@ def shares(ranks: Sequence[int]) -> Float64[np.ndarray, " answers"]:
 
 
 def mean_shares(judgements: Sequence[Judgement]) -> Float64[np.ndarray, " answers"]:
-    """Each answer's mean share over the people who ranked one question (Borda's count)."""
+    """Each answer's mean share over the people who ranked a question (Borda count)."""
     return np.mean([shares(j.ranks) for j in judgements if j.ranks is not None], axis=0)
 
 
 def alpha(judgements: Sequence[Judgement]) -> float | None:
-    """Krippendorff's alpha of rankings: 1 is agreement, 0 what chance gives.
+    """Krippendorff's alpha of rankings: 1 is full agreement, 0 is agreement by chance.
 
-    Source: Krippendorff (2018), "Content Analysis", 4th edition, chapter 12, for ordinal data. The
-    units are the answers of all questions, their values the shares of `shares`: so which of two
-    answers stands first in a file plays no part. A ranking's values depend on each other, so that
-    no interval is given.
+    The units are the answers of all questions, and their values are the shares from `shares`, so
+    the order of the answers in a file has no effect. There is no interval, because the values of a
+    ranking depend on each other.
+
+    Source: Krippendorff (2018), "Content Analysis", 4th edition, chapter 12, for ordinal data.
 
     Returns:
-        None where no question was ranked by two people, or all values are equal.
+        Alpha, or None if no question was ranked by two people, or if all values are equal.
     """
     ranked = [(j.annotator, j.question, shares(j.ranks)) for j in judgements if j.ranks is not None]
     people = {name: n for n, name in enumerate(dict.fromkeys(name for name, _, _ in ranked))}

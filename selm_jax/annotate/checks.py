@@ -1,4 +1,4 @@
-"""Checks of what people and their browsers send: names, rankings, comments."""
+"""Checks of the data that people and their browsers send: names, rankings, comments."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ LONGEST_COMMENT = 4000
 
 
 class AnnotationError(ValueError):
-    """Questions or answers that cannot be used. The message names them."""
+    """Annotation data cannot be used, or the page cannot be served. The message says why."""
 
 
 def check_minimum(minimum: Any) -> None:
     """Raises AnnotationError unless it is a whole number of at least 1."""
     if not isinstance(minimum, int) or isinstance(minimum, bool) or minimum < 1:
         raise AnnotationError(
-            f"minimum is {minimum!r}; expected how many people are to rank each prompt, at least 1."
+            f"minimum is {minimum!r}; expected the number of people who rank each prompt, at "
+            "least 1."
         )
 
 
 def check_name(name: Any) -> str:
-    """A person's name without space around it, in Unicode's composed form.
+    """A person's name without surrounding space, in Unicode's composed form (NFC).
 
     Raises:
-        AnnotationError: empty, too long, or not printable.
+        AnnotationError: the name is empty, too long, or not printable.
     """
     text = unicodedata.normalize("NFC", name).strip() if isinstance(name, str) else ""
     if not text or len(text) > LONGEST_NAME or not text.isprintable():
@@ -37,22 +38,22 @@ def check_name(name: Any) -> str:
 
 
 def check_comment(comment: Any) -> str | None:
-    """A comment without space around it, None if nothing is left.
+    """A comment without surrounding space, or None if it is empty.
 
     Raises:
-        AnnotationError: it is no text, or too long.
+        AnnotationError: the comment is not text, or is too long.
     """
     if comment is not None and not (isinstance(comment, str) and len(comment) <= LONGEST_COMMENT):
         raise AnnotationError(
             f"the comment is {str(comment)[:40]!r}; expected a text of at most {LONGEST_COMMENT} "
             "characters."
         )
-    # A lone surrogate has no UTF-8, so the database could not keep it.
+    # A lone surrogate has no UTF-8 encoding, so the database could not store it.
     text = (comment or "").encode("utf-8", "replace").decode().strip()
     return text or None
 
 
 def is_ranking(ranks: Sequence[Any]) -> bool:
-    """Whether each is 1 + how many are smaller."""
+    """Whether the ranks are valid: each is 1 + the number of smaller ones."""
     numbers = all(type(r) is int for r in ranks)
     return numbers and all(r == 1 + sum(s < r for s in ranks) for r in ranks)

@@ -1,15 +1,15 @@
-"""Preferences of people as files that others read, and back.
+"""Exports human preferences to files that other programs can read, and imports them.
 
-Two layouts, as JSON lines or parquet, one row for each pair of answers of which a person likes one
-better:
+Files are JSON lines or Parquet, with one row for each pair of answers of which a person prefers
+one. There are two layouts:
 
-* `trl`: `prompt`, `chosen` and `rejected` as lists of messages (TRL's conversational format).
-* `ultrafeedback`: as HuggingFaceH4/ultrafeedback_binarized: `prompt` is the last user turn,
-  `chosen` and `rejected` whole conversations; `score_chosen` and `score_rejected` from 0 to 1.
+* `trl`: `prompt`, `chosen` and `rejected` are lists of messages (TRL's conversational format).
+* `ultrafeedback`: as in HuggingFaceH4/ultrafeedback_binarized, `prompt` is the last user turn, and
+  `chosen` and `rejected` are whole conversations; `score_chosen` and `score_rejected` are from 0
+  to 1.
 
-Both also have `prompt_id`, `annotator`, and `comment` where the person wrote one.
-Answers that share a place make no row of their own; a person to whom all answers are equal, or who
-skipped, leaves none.
+Both also have `prompt_id`, `annotator`, and `comment` if the person wrote one. Tied answers make no
+row, so there are no rows for a person who ranked all answers equal, or who skipped the question.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from selm_jax.shell import artifacts, jsonl
 SUFFIXES = (".jsonl", ".parquet")
 
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
-LAYOUTS = {  # the columns beside those that both have
+LAYOUTS = {  # the columns in addition to those of both layouts
     "trl": [("prompt", _MESSAGES)],
     "ultrafeedback": [
         ("prompt", pa.string()), ("score_chosen", pa.float64()), ("score_rejected", pa.float64())
@@ -42,14 +42,15 @@ LAYOUTS = {  # the columns beside those that both have
 def export_pairs(
     store: Annotations, batch: str, file: Path, layout: str = "trl"
 ) -> dict[str, int | float]:
-    """Writes what people said of a batch.
+    """Writes the preferences of a batch to a file.
 
     Returns:
-        `rows`; `all_equal`: rankings without a row because all answers share a place; `skips`;
-        `alpha`, how far people agree, where two ranked the same question (`agreement.alpha`).
+        Counts by name. `rows`: rows of the file. `all_equal`: rankings without a row because all
+        answers are tied. `skips`: skipped questions. `alpha`: the agreement between people
+        (`agreement.alpha`), if two people ranked the same question.
 
     Raises:
-        AnnotationError: unknown layout or suffix.
+        AnnotationError: the layout or the suffix is unknown.
     """
     if layout not in LAYOUTS:
         raise AnnotationError(f"layout is {layout!r}; expected one of {', '.join(LAYOUTS)}.")
@@ -84,15 +85,16 @@ def export_pairs(
 def import_pairs(store: Annotations, batch: str, file: Path) -> dict[str, int]:
     """Reads rankings of a batch's questions from a file in either layout.
 
-    All rows of a person on a prompt together must rank all of its answers; a row without
-    `annotator` is the file's own. What is in the store already, word for word, stays as it is.
+    The rows of a person for a prompt must together rank all of its answers. For a row without
+    `annotator`, the annotator is the name of the file. Rankings that are already in the store are
+    not added again.
 
     Returns:
-        `rows`; `rankings`: how many of them were new.
+        Counts by name. `rows`: rows of the file. `rankings`: new rankings.
 
     Raises:
-        AnnotationError: a row that cannot be read, a prompt or an answer that is not asked in this
-            batch, or rows that make no ranking. Nothing is noted then.
+        AnnotationError: a row cannot be read, a prompt or an answer is not in this batch, or the
+            rows do not make a ranking. In this case nothing is stored.
     """
     known = {(item.messages, frozenset(item.answers)): item for item in store.items(batch)}
     by_prompt: dict[tuple, list[Item]] = {}
@@ -108,7 +110,7 @@ def import_pairs(store: Annotations, batch: str, file: Path) -> dict[str, int]:
         if len(fit) != 1:
             raise AnnotationError(
                 f"{where}: {len(fit)} questions of the batch {batch!r} have this prompt and these "
-                f"two answers; expected one. The prompt begins {prompt[-1][1][:60]!r}."
+                f"two answers; expected one. The prompt begins with {prompt[-1][1][:60]!r}."
             )
         (item,) = fit
         items[item.digest] = item
@@ -123,7 +125,7 @@ def import_pairs(store: Annotations, batch: str, file: Path) -> dict[str, int]:
 
 
 def _pairs(ranks: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Every (better, worse)."""
+    """All pairs of a better and a worse answer, as indices (better, worse)."""
     for i, j in itertools.permutations(range(len(ranks)), 2):
         if ranks[i] < ranks[j]:
             yield i, j
@@ -159,12 +161,12 @@ def _read(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         except jsonl.JsonError as error:
             raise AnnotationError(f"{where}: not JSON: {error}.") from error
         if not isinstance(row, dict):
-            raise AnnotationError(f"{where}: found {row!r}; expected an object.")
+            raise AnnotationError(f"{where}: found {row!r}; expected a JSON object.")
         yield where, row
 
 
 def _parse(row: Mapping[str, Any], where: str) -> tuple[tuple[tuple[str, str], ...], str, str]:
-    """The conversation, and the chosen and rejected answers."""
+    """The prompt's messages, the chosen answer and the rejected answer of a row."""
     turns = {}
     for key in ("prompt", "chosen", "rejected"):
         value = row.get(key)
@@ -182,20 +184,26 @@ def _parse(row: Mapping[str, Any], where: str) -> tuple[tuple[tuple[str, str], .
     *before, chosen = turns["chosen"]
     *before_rejected, rejected = turns["rejected"]
     if before != before_rejected:
-        raise AnnotationError(f"{where}: chosen and rejected do not answer the same prompt.")
+        raise AnnotationError(
+            f"{where}: chosen and rejected do not answer the same prompt; expected two answers to "
+            "one prompt."
+        )
     prompt = turns.get("prompt", ()) + tuple(before) if "prompt" in turns else tuple(before)
     if before and "prompt" in turns:
         raise AnnotationError(
-            f"{where}: prompt is a list, and chosen has {1 + len(before)} messages; expected one."
+            f"{where}: prompt is a list, but chosen has {1 + len(before)} messages; expected one."
         )
     if not prompt:
-        raise AnnotationError(f"{where}: prompt is text, and chosen holds no conversation.")
+        raise AnnotationError(
+            f"{where}: prompt is text, but chosen has no conversation; expected the prompt's "
+            "messages and the answer in chosen."
+        )
     return prompt, chosen[1], rejected[1]
 
 
 def _ranking(item: Item, annotator: str, pairs: set[tuple[int, int]], file: Path) -> list[int]:
-    """The ranking of which these are all pairs (better, worse)."""
-    net = [0] * len(item.answers)  # wins - losses: in a ranking they tell the places
+    """The ranking whose pairs (better, worse) are exactly the given ones."""
+    net = [0] * len(item.answers)  # wins - losses, which determine the places of a ranking
     for better, worse in pairs:
         net[better] += 1
         net[worse] -= 1
@@ -203,12 +211,15 @@ def _ranking(item: Item, annotator: str, pairs: set[tuple[int, int]], file: Path
     if set(_pairs(ranks)) != pairs:
         raise AnnotationError(
             f"{file}: the {len(pairs)} rows of {annotator!r} on prompt {item.prompt_id!r} do not "
-            f"rank its {len(item.answers)} answers: expected every pair of which one is better, "
-            "and no circle."
+            f"rank its {len(item.answers)} answers; expected a row for every pair that is not "
+            "tied, and no cycle."
         )
     return ranks
 
 
 def _check_suffix(file: Path) -> None:
     if file.suffix not in SUFFIXES:
-        raise AnnotationError(f"{file}: expected a name that ends in {' or '.join(SUFFIXES)}.")
+        raise AnnotationError(
+            f"{file}: the file type is not supported; use a name that ends in "
+            f"{' or '.join(SUFFIXES)}."
+        )

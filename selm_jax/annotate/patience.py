@@ -1,4 +1,4 @@
-"""A limit of time for requests to arrive in: uvicorn has none, and a connection costs a file."""
+"""A time limit for the arrival of a request, which uvicorn lacks; each connection uses a file."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import asyncio
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-SECONDS = 20.0  # for the whole of a request, from the first byte or the connection on
+SECONDS = 20.0  # for a whole request, from the connection or the request's first byte
 
 
 class Patient(H11Protocol):
-    """Hangs up on whoever has not sent a whole request in time."""
+    """Closes connections on which a whole request does not arrive in time."""
 
     _late: asyncio.TimerHandle | None = None
 

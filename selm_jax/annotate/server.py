@@ -1,7 +1,7 @@
-"""The page on which people rank answers, and what it asks for.
+"""Serves the page on which people rank answers, and the requests that it sends.
 
-Everything lies under `/TOKEN/`; any other address is refused with 403. The page loads nothing from
-anywhere else, and the reply to an answer is sent when the answer is on the disk.
+All addresses begin with `/TOKEN/`; any other address gets status 403. The page loads nothing from
+other servers. The reply to a ranking is sent after the ranking is on disk.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from selm_jax.annotate.render import markdown, plain, visible
 from selm_jax.annotate.store import Annotations, Item
 from selm_jax.shell import jsonl
 
-TOKEN = "SELM_ANNOTATE_TOKEN"  # environment: a token that stays the same over restarts
-LARGEST_BODY = 64 * 1024
-# A question on another person's page is kept from others for so long, in seconds.
+TOKEN = "SELM_ANNOTATE_TOKEN"  # environment variable with a token to keep over restarts
+LARGEST_BODY = 64 * 1024  # bytes
+# Seconds for which a question on one person's page is only shown to others if no other is open.
 HELD = 600.0
 
 _HEADERS = {
@@ -48,15 +48,14 @@ _HERE = Path(__file__).parent
 
 @dataclass
 class Desk:
-    """Who has which question before them, and what comes next."""
+    """The question that each person has on their page, and the choice of the next one."""
 
     store: Annotations
     batch: str
     held: dict[str, tuple[str, float]] = field(default_factory=dict)  # person -> question, since
 
     def next(self, annotator: str) -> Item | None:
-        """What this person is asked: what lies before them already, else what lies before the
-        fewest others."""
+        """The next question for a person: the one on their page, or one on the fewest pages."""
         choice = self.store.open_questions(self.batch, annotator)
         if not choice:
             self.held.pop(annotator, None)
@@ -74,7 +73,7 @@ class Desk:
 
 
 def shown_order(annotator: str, question: str, count: int) -> list[int]:
-    """The order in which this person sees the answers: random, and the same at every look."""
+    """The order in which a person sees the answers: random, but always the same."""
     keys = [hashlib.sha256(f"{annotator}\n{question}\n{i}".encode()).digest() for i in range(count)]
     return sorted(range(count), key=keys.__getitem__)
 
@@ -85,7 +84,7 @@ def make_app(
     """The ASGI application that serves one batch of a store.
 
     Args:
-        instructions: what the annotators read above every question, in Markdown.
+        instructions: text in Markdown that is shown above every question.
     """
     desk = Desk(store, batch)
     files = {
@@ -140,36 +139,36 @@ def serve(
 
     Args:
         instructions: see `make_app`.
-        port: 0 takes one that is free.
-        say: told the address, token included, once the port is taken.
+        port: the port; 0 takes a free one.
+        say: called with the address, which includes the token, once the port is open.
 
     Raises:
-        AnnotationError: the port is not to be had.
+        AnnotationError: the port is not available, or the token is not valid.
     """
     token = os.environ.get(TOKEN) or secrets.token_urlsafe(24)
     if not token.replace("-", "").replace("_", "").isalnum() or len(token) < 16:
         raise AnnotationError(
-            f"the token in {TOKEN} cannot be used; expected at least 16 letters, digits, - or _."
+            f"the token in {TOKEN} is not valid; expected at least 16 letters, digits, - or _."
         )
     config = uvicorn.Config(
         make_app(store, batch, title, token, instructions),
         host=host, port=port, log_level="error", access_log=False, timeout_graceful_shutdown=2,
         http=Patient,
-    )  # fmt: skip  # no access log: it would hold the token
+    )  # fmt: skip  # no access log: it would contain the token
     try:
         socket = config.bind_socket()
     except SystemExit as error:  # uvicorn's answer to a port in use
         raise AnnotationError(
-            f"{host}:{port} cannot be listened on; is it served already? Name another --port."
+            f"cannot listen on {host}:{port}; another program may use it. Choose another --port."
         ) from error
-    socket.listen()  # from here on who comes waits, and is not refused
+    socket.listen()  # from now on, connections wait and are not refused
     say(f"http://{host}:{socket.getsockname()[1]}/{token}/")
     uvicorn.Server(config).run(sockets=[socket])
 
 
 @dataclass
 class _Guard:
-    """Refuses what does not know the token, and puts the headers on every reply."""
+    """Refuses requests without the token, and adds the headers to every reply."""
 
     app: ASGIApp
     token: str
@@ -198,18 +197,18 @@ class _Guard:
 
 
 async def _body(request: Request) -> dict[str, Any]:
-    """The JSON object that a request carries. Raises AnnotationError if it carries none."""
+    """The JSON object in a request. Raises AnnotationError if there is none."""
     content = b""
     async for chunk in request.stream():
         content += chunk
         if len(content) > LARGEST_BODY:
-            raise AnnotationError(f"a request of more than {LARGEST_BODY} bytes.")
+            raise AnnotationError(f"the request has more than {LARGEST_BODY} bytes.")
     try:
         body = jsonl.value(content.decode("utf-8"))
     except ValueError as error:
-        raise AnnotationError(f"a request that is no JSON: {error}.") from error
+        raise AnnotationError(f"the request is not JSON: {error}.") from error
     if not isinstance(body, dict):
-        raise AnnotationError(f"a request that is no JSON object: {body!r}.")
+        raise AnnotationError(f"the request is not a JSON object: {body!r}.")
     return body
 
 
@@ -222,7 +221,7 @@ def _judge(desk: Desk, body: Mapping[str, Any]) -> dict[str, Any]:
     annotator = check_name(body.get("annotator"))
     seconds, question = body.get("seconds"), _text(body, "question")
     if not isinstance(seconds, int | float) or not 0 <= seconds < 1e6:
-        raise AnnotationError(f"seconds is {seconds!r}; expected how long the person took.")
+        raise AnnotationError(f"seconds is {seconds!r}; expected a number from 0 to 1,000,000.")
     ranks = body.get("ranks")
     if ranks is not None and not isinstance(ranks, list):
         raise AnnotationError(f"ranks is {ranks!r}; expected a list, or null for a skip.")
@@ -248,12 +247,12 @@ def _undo(desk: Desk, body: Mapping[str, Any]) -> dict[str, Any]:
 def _text(body: Mapping[str, Any], key: str) -> str:
     value = body.get(key)
     if not isinstance(value, str) or not 0 < len(value) <= 128 or not value.isprintable():
-        raise AnnotationError(f"{key} is {value!r}; expected a short text.")
+        raise AnnotationError(f"{key} is {value!r}; expected 1 to 128 printable characters.")
     return value
 
 
 def _view(desk: Desk, annotator: str, item: Item | None) -> dict[str, Any]:
-    """What the page shows."""
+    """The data that the page shows: a question, if there is one, and the progress."""
     progress = desk.store.progress(desk.batch, annotator)
     view: dict[str, Any] = {"progress": vars(progress), "question": None}
     if item is not None:

@@ -1,12 +1,12 @@
-"""Questions for people, and their answers, in one SQLite file.
+"""Stores questions for people, and their rankings, in one SQLite file.
 
-What a person does is never changed or deleted: every ranking, skip and undo is a line of a log,
-and the last line of a person on a question counts. A method that writes returns when the line is
-on the disk (write-ahead log, synchronous=FULL). The file must lie on a local disk: the write-ahead
-log shares memory between processes, which network file systems do not offer.
+Nothing that a person does is changed or deleted: every ranking, skip and undo is a row of a log,
+and a person's last row for a question counts. Methods that write return after the row is on disk
+(write-ahead log, synchronous=FULL). The file must be on a local disk, because the write-ahead log
+uses memory shared between processes, which network file systems do not support.
 
-Questions are known by the digest of their texts: a run that asks the same again finds the answers
-that are there, and one whose texts have changed finds none of the old ones.
+Questions are identified by the digest of their texts. So a run that asks the same question again
+finds the existing rankings, and a run whose texts have changed does not find old ones.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ create view if not exists judgements as
         where later.question = e.question and later.annotator = e.annotator and later.id > e.id
     );
 """
-# A question is closed when so many people have ranked it, or so many have skipped it.
+# A question is closed when `minimum` people have ranked it, or `minimum` people have skipped it.
 _OPEN = """
 select b.question, b.position, count(j.id) as judged from batches as b
 left join judgements as j on j.question = b.question
@@ -77,10 +77,10 @@ having coalesce(sum(j.kind = 'rank'), 0) < b.minimum
 
 @dataclass(frozen=True)
 class Item:
-    """A question for people: a conversation, and distinct answers to its last turn.
+    """A question for people: a conversation, and different answers to its last turn.
 
     Attributes:
-        prompt_id: names the prompt for people; the digest names the question.
+        prompt_id: the id of the prompt for people; the digest identifies the question.
         messages: role and content of every turn.
         answers: at least two different texts.
     """
@@ -104,14 +104,14 @@ class Item:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What one person says of one question.
+    """One person's ranking or skip of one question.
 
     Attributes:
-        question: its digest.
+        question: digest of the question.
         annotator: the person's name.
-        ranks: for each answer 1 + how many are better; None for a skipped question.
-        seconds: how long the person had it before them; None if that is not known.
-        comment: what the person wrote beside it; None for nothing.
+        ranks: for each answer, 1 + the number of better ones; None for a skipped question.
+        seconds: how long the question was on the person's page; None if unknown.
+        comment: the person's comment; None if there is none.
     """
 
     question: str
@@ -123,14 +123,14 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a batch is, and how far one person.
+    """The progress of a batch and of one person in it.
 
     Attributes:
-        questions: in the batch.
-        closed: ranked, or skipped, by enough people.
-        mine: ranked or skipped by this person.
-        left: still open, and neither ranked nor skipped by this person.
-        seconds: the median time this person takes; None before the first answer.
+        questions: number of questions in the batch.
+        closed: questions that enough people have ranked or skipped.
+        mine: questions that this person has ranked or skipped.
+        left: open questions that this person has not ranked or skipped.
+        seconds: median time of this person per question; None before the first one.
     """
 
     questions: int
@@ -141,7 +141,7 @@ class Progress:
 
 
 class Annotations:
-    """The file of questions and answers. Several processes may have it open at once."""
+    """The file of questions and rankings. Several processes may open it at the same time."""
 
     def __init__(self, path: Path):
         self.path = Path(path)
@@ -153,17 +153,17 @@ class Annotations:
                 _add_comments(database)
         except (OSError, sqlite3.Error) as error:
             raise AnnotationError(
-                f"{self.path}: not a file of annotations that can be opened: {error}. Name a file "
-                "on a local disk that `selm annotate` made, or a new one."
+                f"{self.path}: cannot be opened as a file of annotations: {error}. Name a file "
+                "that `selm annotate` made, or a new file, on a local disk."
             ) from error
 
     # Questions
 
     def put(self, batch: str, items: Sequence[Item], minimum: int = 1) -> None:
-        """Makes a batch of these questions, in this order, whatever it held before.
+        """Makes these questions, in this order, a batch; an older batch of this name is replaced.
 
         Args:
-            minimum: how many people are to rank each.
+            minimum: the number of people who should rank each question.
         """
         check_minimum(minimum)
         with self._open() as database:
@@ -173,14 +173,14 @@ class Annotations:
                 [(i.digest, i.prompt_id, _json(i.messages), _json(i.answers)) for i in items],
             )
             database.execute("delete from batches where batch = ?", (batch,))
-            database.executemany(  # a question that stands there twice is asked once
+            database.executemany(  # a question that occurs twice is asked once
                 "insert or ignore into batches values (?, ?, ?, ?)",
                 [(batch, n, item.digest, minimum) for n, item in enumerate(items)],
             )
             database.execute("commit")
 
     def batches(self) -> dict[str, int]:
-        """How many questions each batch has."""
+        """The number of questions in each batch."""
         with self._open() as database:
             return dict(database.execute("select batch, count(*) from batches group by batch"))
 
@@ -194,12 +194,12 @@ class Annotations:
             return [_item(row) for row in rows]
 
     def item(self, question: str) -> Item:
-        """The question of a digest. Raises AnnotationError if there is none."""
+        """The question with a digest. Raises AnnotationError if there is none."""
         with self._open() as database:
             return _item(self._row(database, question))
 
     def open_questions(self, batch: str, annotator: str) -> list[str]:
-        """Digests of what this person can be asked: begun ones first, to be soon complete."""
+        """Digests of the open questions for a person, first those that others have answered."""
         with self._open() as database:
             rows = database.execute(
                 f"select question from ({_OPEN}) as o where not exists (select 1 from judgements "
@@ -212,10 +212,13 @@ class Annotations:
     def _row(self, database: sqlite3.Connection, question: str) -> sqlite3.Row:
         row = database.execute("select * from questions where digest = ?", (question,)).fetchone()
         if row is None:
-            raise AnnotationError(f"{self.path}: there is no question {question!r}.")
+            raise AnnotationError(
+                f"{self.path}: there is no question {question!r}. Reload the page, or import into "
+                "the file with this question."
+            )
         return row
 
-    # Answers
+    # Rankings
 
     def judge(
         self,
@@ -228,21 +231,21 @@ class Annotations:
         seconds: float | None = None,
         comment: str | None = None,
     ) -> bool:
-        """Notes a ranking, or with `ranks` None a skip.
+        """Stores a ranking, or a skip if `ranks` is None.
 
         Args:
-            question: its digest.
-            ranks: for each answer 1 + how many are better.
-            request: names this act; one that is noted already is not noted again.
+            question: digest of the question.
+            ranks: for each answer, 1 + the number of better ones.
+            request: unique id of this action; a repeated request is not stored again.
             shown: the order in which the person saw the answers.
             seconds: how long the person took.
-            comment: what the person wrote beside it, at most `LONGEST_COMMENT` characters.
+            comment: the person's comment, at most `LONGEST_COMMENT` characters.
 
         Returns:
-            Whether it is new.
+            Whether the action is new.
 
         Raises:
-            AnnotationError: unknown question, a name or comment that cannot be used, or no ranking.
+            AnnotationError: the question is unknown, or the name, comment or ranks are not valid.
         """
         name, comment = check_name(annotator), check_comment(comment)
         with self._open() as database:
@@ -251,19 +254,19 @@ class Annotations:
             if ranks is not None and (len(ranks) != count or not is_ranking(ranks)):
                 raise AnnotationError(
                     f"prompt {row['prompt_id']!r}: found the ranks {list(ranks)!r}; expected one "
-                    f"for each of {count} answers: 1 + how many are better, so that two that share "
-                    "the first place are followed by a third."
+                    f"for each of {count} answers, namely 1 + the number of better ones (two tied "
+                    "for first place are followed by rank 3)."
                 )
             kind = "skip" if ranks is None else "rank"
             values = (_json(ranks), _json(shown), seconds, comment)
             return _note(database, request, question, name, kind, *values)
 
     def undo(self, batch: str, annotator: str, *, request: str) -> tuple[Item, Judgement] | None:
-        """Takes back this person's last judgement in a batch.
+        """Undoes a person's last ranking or skip in a batch.
 
         Returns:
-            The question and what was said of it; None if there is nothing to take back. The same
-            request again takes nothing more back and returns the same.
+            The question and the undone judgement; None if there is nothing to undo. A repeated
+            request undoes nothing more and returns the same.
         """
         name = check_name(annotator)
         with self._open() as database:
@@ -288,7 +291,7 @@ class Annotations:
             return None if row is None else (_item(row), _judgement(row))
 
     def judgements(self, batch: str) -> list[Judgement]:
-        """What counts of a batch, in the order in which it came."""
+        """The rankings and skips of a batch that count, oldest first."""
         with self._open() as database:
             rows = database.execute(
                 "select * from judgements where question in "
@@ -298,7 +301,7 @@ class Annotations:
             return [_judgement(row) for row in rows]
 
     def progress(self, batch: str, annotator: str = "") -> Progress:
-        """How far the batch is, and this person in it."""
+        """The progress of a batch and of a person in it."""
         with self._open() as database:
             names = {"batch": batch, "annotator": annotator}
             (questions,) = database.execute(
@@ -321,7 +324,7 @@ class Annotations:
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
-        # One connection for each call: SQLite's belong to one thread, and the server has several.
+        # Each call opens a connection: one belongs to a single thread, and the server has several.
         database = sqlite3.connect(self.path, timeout=30, isolation_level=None)
         try:
             database.row_factory = sqlite3.Row
@@ -343,7 +346,7 @@ def _note(database: sqlite3.Connection, request: str, *values: Any) -> bool:
 
 
 def _texts(*texts: Any) -> bytes:
-    return json.dumps(texts).encode()  # ASCII: a lone surrogate in a text has no UTF-8
+    return json.dumps(texts).encode()  # ASCII, because a lone surrogate has no UTF-8 encoding
 
 
 def _json(value: Any) -> str | None:
@@ -361,8 +364,8 @@ def _judgement(row: sqlite3.Row) -> Judgement:
 
 
 def _add_comments(database: sqlite3.Connection) -> None:
-    """Adds the column to a file that an earlier version made."""
+    """Adds the column `comment` to a file that an earlier version made."""
     if "comment" not in {row["name"] for row in database.execute("pragma table_info(events)")}:
-        # Another process may have added it since.
+        # Another process may have added it in the meantime.
         with contextlib.suppress(sqlite3.OperationalError):
             database.execute("alter table events add column comment text")

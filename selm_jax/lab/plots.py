@@ -1,6 +1,6 @@
-"""Figures of the laboratory, as SVG, PDF and PNG files that say how to make them again.
+"""Draws the laboratory's figures as SVG, PDF and PNG, with a note on how to reproduce them.
 
-The last lines of every figure are the command, the seeds and the function whose numbers are drawn.
+The last lines of every figure give the command, the seeds and the function that made its numbers.
 Equal records give equal bytes.
 """
 
@@ -22,10 +22,10 @@ from selm_jax.shell import artifacts
 Record = dict[str, Any]
 
 _RC = {
-    "svg.hashsalt": "selm_jax.lab",  # otherwise ids differ from run to run
+    "svg.hashsalt": "selm_jax.lab",  # without it, ids would differ every time
     "svg.fonttype": "none",
     "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans", "Arial"],  # named again by every label
+    "font.sans-serif": ["DejaVu Sans", "Arial"],  # every label repeats this list
     "font.size": 8.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -34,9 +34,9 @@ _RC = {
 _COLOURS = matplotlib.colors.LinearSegmentedColormap.from_list(
     "regret", ["#0b62a4", "#9cc5e4", "#ffffff", "#f0b590", "#b3541e"]
 )
-_FULL = 0.3  # relative difference of full colour
-_UNSURE = "#5b626d"  # of a number that is not clear: 6 to 1 on white
-# A row of panels each: what keeps the first reference and all its data, and what does not.
+_FULL = 0.3  # relative difference that gets the full colour
+_UNSURE = "#5b626d"  # colour of a number without a clear difference; contrast 6:1 on white
+# Two rows of panels: algorithms that keep the first reference and all data, and those that do not.
 _FIXED = {
     "selm_fixed": ("#b3541e", "-"), "selm_theory": ("#b3541e", ":"), "xpo": ("#7a4fa0", "-"),
     "dpo_online": ("#0b62a4", "-"), "dpo_on_policy": ("#0b62a4", "--"),
@@ -51,9 +51,9 @@ _MOVING = {
 
 
 def regret(records: Sequence[Record], file: Path, made_by: str) -> None:
-    """Cumulative regret against rounds, a column per landscape, bands of 95 %.
+    """Plots cumulative regret against rounds, one column per landscape, with 95 % bands.
 
-    The oracle, whose regret is hundreds of times smaller, stays out: it would set the scale.
+    The oracle is left out: its regret is hundreds of times smaller and would determine the scale.
     """
     landscapes = list(dict.fromkeys(r["landscape"] for r in records))
     by_name = {(r["algorithm"], r["landscape"]): r for r in records}
@@ -84,10 +84,10 @@ def regret(records: Sequence[Record], file: Path, made_by: str) -> None:
 
 
 def heat_maps(records: Sequence[Record], file: Path, made_by: str) -> None:
-    """Alpha against noise; a column of panels per coverage, a row per dimension.
+    """Draws heat maps of alpha against noise, one column per coverage and one row per dimension.
 
-    A cell is the relative difference of cumulative regret in per cent. Only where Holm's p over all
-    records is below 0.05 has it a colour: blue is less regret.
+    A cell shows the relative difference of cumulative regret in percent. It is coloured only if p,
+    Holm-corrected over all records, is below 0.05; blue means less regret.
     """
     rows = list(dict.fromkeys(r["dimension"] for r in records))
     columns = list(dict.fromkeys(r["coverage"] for r in records))
@@ -121,11 +121,11 @@ def heat_maps(records: Sequence[Record], file: Path, made_by: str) -> None:
 def table(
     records: Sequence[Record], x: str, y: str, file: Path, made_by: str, against: str
 ) -> None:
-    """One heat map, as `heat_maps`.
+    """Draws one heat map with cells as in `heat_maps`.
 
     Args:
-      x, y: fields of the records.
-      against: what the regret is compared with, in words.
+      x, y: the fields of the records on the two axes.
+      against: the name of the algorithm that the regret is compared with.
     """
     rows, columns = (len({r[k] for r in records}) for k in (y, x))
     with matplotlib.style.context(["default", _RC]):
@@ -188,7 +188,7 @@ def _cell_colour(relative: float) -> tuple[float, float, float]:
 
 
 def _readable_on(colour: tuple[float, float, float]) -> str:
-    """Black or white, whichever has more contrast on a colour: always 4.5 to 1 or more (AA)."""
+    """Black or white, whichever has more contrast on a colour; at least 4.5:1 (WCAG AA)."""
     return "white" if contrast(colour, (1, 1, 1)) > contrast(colour, (0, 0, 0)) else "black"
 
 

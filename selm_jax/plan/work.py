@@ -250,11 +250,8 @@ def work_of(b: Blueprint, of: Lengths, assumed: Assumed) -> Work | None:
     parts.append(passes("train", rows * t.row_length, train))
 
     def evaluation(models: int) -> Part | None:
-        """The work of `stages.evaluate`.
-
-        `models` is how many models score the answers: the policy, and the start model if that is
-        another one. A reward model scores pairs and generates no answers.
-        """
+        """The work of `stages.evaluate`; `models` is how many models score the answers (the policy
+        and, if it differs, the start model). A reward model scores pairs and generates nothing."""
         heldout, answers, found = of.heldout or 0, 1 + e.evaluation.samples, []
         if b.task.answers:
             found += generation("evaluate", heldout, answers)

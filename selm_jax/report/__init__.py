@@ -1,10 +1,9 @@
-"""The report: one self-contained HTML page for one run, or for several side by side.
+"""The report: one self-contained HTML page about one run, or about several side by side.
 
-`data.py` reads a run folder into plain values, `texts.py` measures the answers' texts,
-`summary.py` puts numbers and findings into words, `plots.py` draws single SVG plots,
-`curves.py` and `run_plots.py` decide which plots a run deserves; `page.py` lays them out.
-The page loads
-nothing from anywhere: styles, script and plots are inside it, and so is every answer, as text.
+`data.py` reads a run folder into plain values, `texts.py` measures the texts of the answers,
+`summary.py` describes numbers and findings in words, `plots.py` draws single plots, `curves.py` and
+`run_plots.py` choose the plots of a run, and `page.py` lays out the page. The page loads nothing:
+it contains its styles, script and plots, and every answer as text.
 
     from selm_jax.report.page import write
     write([Path("runs/quickstart")], Path("runs/quickstart/report.html"))

@@ -1,5 +1,4 @@
-"""The answer of a comparison in one sentence: which runs or methods differ from the first, and by
-how much."""
+"""The result of a comparison in one sentence: which runs or methods differ from the first one."""
 
 from __future__ import annotations
 
@@ -18,7 +17,13 @@ _LEVEL = 0.05
 
 @dataclass(frozen=True)
 class Compared:
-    """A name, its score minus the baseline's, and p after Holm's correction; None: no test."""
+    """One comparison with the baseline.
+
+    Attributes:
+      name: the name of the run or method.
+      difference: its score minus the baseline's.
+      p_holm: p after Holm's correction; None if there was no test.
+    """
 
     name: str
     difference: Estimate
@@ -36,7 +41,7 @@ class Compared:
 
 
 def of_runs(runs: Sequence[RunData], labels: Sequence[str]) -> str:
-    """The answer of a page that compares runs with the first of them."""
+    """The result of a page that compares several runs with the first one."""
     if ranked_by := _several_rankers(runs):
         return (
             f"The runs were scored by {ranked_by} different rankers, so their rewards cannot be "
@@ -47,7 +52,7 @@ def of_runs(runs: Sequence[RunData], labels: Sequence[str]) -> str:
 
 
 def with_holm(found: Sequence[tuple[str, Estimate | None]]) -> list[Compared]:
-    """The comparisons that could be made, as one family of tests."""
+    """The comparisons that have an estimate, with p values corrected as one family of tests."""
     made = [(name, each) for name, each in found if each is not None]
     p = {i: each.p for i, (_, each) in enumerate(made) if each.p is not None}
     adjusted = dict(zip(p, holm(np.array(list(p.values()), float)).tolist(), strict=True))
@@ -55,10 +60,10 @@ def with_holm(found: Sequence[tuple[str, Estimate | None]]) -> list[Compared]:
 
 
 def sentence(baseline: str, compared: Sequence[Compared], seeds: int) -> str:
-    """What the comparisons with a baseline say.
+    """The results of the comparisons with a baseline, in sentences.
 
-    "Neither selm nor mine differs from dpo at 2 seeds (selm −0.02, 95 % interval −0.1 to 0.06, p 1;
-    ...)." Whatever has p below 0.05 after Holm's correction differs.
+    For example: "Neither selm nor mine differs from dpo at 2 seeds (selm −0.02, 95 % interval −0.1
+    to 0.06, p 1; ...)." A difference counts if p is below 0.05 after Holm's correction.
     """
     if not compared:
         return f"There is nothing to compare with {baseline} yet: no shared prompt has scores."
@@ -77,7 +82,7 @@ def sentence(baseline: str, compared: Sequence[Compared], seeds: int) -> str:
         parts.append(f"{who} {does}{also} from {baseline} {at} ({_numbers(same)}).")
     text = " ".join(parts)
     if seeds == 1:
-        text += " With one seed this is about other prompts, not about other seeds."
+        text += " With one seed, this result generalizes to other prompts, but not to other seeds."
     return text
 
 
@@ -94,7 +99,7 @@ def _numbers(compared: Sequence[Compared]) -> str:
 
 
 def _several_rankers(runs: Sequence[RunData]) -> int:
-    """How many rankers scored the runs, if it was more than one."""
+    """The number of rankers that scored the runs, or 0 if all runs have the same one."""
     rankers = {
         tuple(
             (k, v)

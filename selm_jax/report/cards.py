@@ -1,4 +1,4 @@
-"""The texts of a page: held-out answers side by side, and the pairs that were trained on."""
+"""The texts on a page: held-out answers side by side, and the training pairs."""
 
 from __future__ import annotations
 
@@ -15,19 +15,22 @@ from selm_jax.shell import artifacts
 from selm_jax.tables import ranked
 
 MAX_PROMPTS = 256
-"""Held-out prompts whose answers are on the page; all prompts enter all numbers and plots."""
+"""Maximum number of held-out prompts on the page; numbers and plots always use all prompts."""
 MAX_PAIRS = 240
-"""Training prompts on the page, over all runs and iterations."""
-_OF_EACH_REASON = 5  # dropped prompts that are shown in any case, where there are as many
+"""Maximum number of training prompts on the page, over all runs and iterations."""
+_OF_EACH_REASON = 5  # number of dropped prompts to show for each reason, if there are that many
 
 
 def answer_cards(
     runs: Sequence[RunData], labels: Sequence[str]
 ) -> tuple[list[dict[str, Any]], int]:
-    """One card per held-out prompt with its answers in rows (`_rows_of_answers`).
+    """One card for each held-out prompt with its answers in rows (`_rows_of_answers`).
 
-    Also the number of prompts beyond `MAX_PROMPTS`, which get no card. A prompt is its id and its
-    text: runs that use an id for different texts get different cards.
+    A prompt is identified by its id and its text, so runs that use one id for different texts get
+    different cards.
+
+    Returns:
+      The cards, and the number of prompts beyond `MAX_PROMPTS`, which get no card.
     """
     cards: dict[tuple[str, str], list[tuple[int, Answer]]] = {}
     for index, run in enumerate(runs):
@@ -48,8 +51,11 @@ def answer_cards(
 def _rows_of_answers(
     runs: Sequence[RunData], labels: Sequence[str], answers: Sequence[tuple[int, Answer]]
 ) -> Iterator[dict[str, Any]]:
-    """What stands side by side: a run's iterations, or of several runs their answers after the same
-    iteration, the last iteration first."""
+    """Rows of answers to show side by side.
+
+    For one run, a row contains all iterations. For several runs, a row contains the runs' answers
+    after the same iteration, and the last iteration comes first.
+    """
     several = len(runs) > 1
     views: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for index, answer in answers:
@@ -81,18 +87,18 @@ def _answer_view(run: RunData, answer: Answer, group: Sequence[Answer]) -> dict[
 
 
 def _gain(greedy: Sequence[Answer]) -> float:
-    """Score of the last greedy answer minus the start model's; 0 where either is missing."""
+    """Score of the last greedy answer minus that of the start model's; 0 if either is missing."""
     scores = {a.iteration: a.score for a in greedy if math.isfinite(a.score)}
     return scores[max(scores)] - scores[0] if 0 in scores else 0.0
 
 
 @dataclass(frozen=True)
 class PairCard:
-    """One training prompt: its candidates, best first, and what became of it.
+    """One training prompt with its candidates, best first, and its outcome.
 
     Attributes:
-      outcome: "kept", or the reason why the prompt gave no pair, in words.
-      margin: score of the chosen answer minus that of the rejected one; 0 where there is no pair.
+      outcome: "kept", or the reason why there is no pair for the prompt, in words.
+      margin: score of the chosen answer minus that of the rejected one; 0 if there is no pair.
     """
 
     run: int
@@ -128,9 +134,10 @@ class Pairs:
 
 
 def pairs(runs: Sequence[RunData], labels: Sequence[str]) -> Pairs:
-    """What ranked.parquet of every iteration holds, as far as there is room on a page.
+    """The training prompts in every iteration's ranked.parquet, up to the limit of a page.
 
-    Each iteration gets the same room: its first prompts, and some of every reason for a drop.
+    Each iteration gets the same share of the page: its first prompts, and some for every reason
+    why prompts were dropped.
     """
     several = len(runs) > 1
     groups = [
@@ -152,7 +159,7 @@ def pairs(runs: Sequence[RunData], labels: Sequence[str]) -> Pairs:
 
 
 def _some(cards: Sequence[PairCard], room: int) -> list[PairCard]:
-    """The first cards, with a few of each outcome, in their order."""
+    """The first cards and a few of each outcome, in their original order."""
     first = set(range(min(room, len(cards))))
     for outcome in {card.outcome for card in cards}:
         first |= set(

@@ -1,4 +1,4 @@
-"""What a run logs at every update, as plots: losses, implicit rewards, throughput."""
+"""Plots of what a run logs at every update: losses, implicit rewards, throughput."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ from selm_jax.report.plots import Series, Style, lines, run_style, swatch
 from selm_jax.report.summary import number
 
 Legend = tuple[tuple[Markup, str], ...]
-"""Samples of lines or colours with what they stand for."""
+"""Samples of lines or colours with their meanings."""
 
 _UPDATES = "update, counted through the whole run"
 
 
 @dataclass(frozen=True)
 class Plot:
-    """`drawing` is None where no run has anything to draw yet; the page then says so."""
+    """A plot with its title and how to read it.
+
+    `drawing` is None if no run has data to draw yet; the page then says so.
+    """
 
     title: str
     how: str
@@ -34,7 +37,7 @@ class Plot:
 _SMOOTH = "Faint: every update; line: running mean."
 _IMPLICIT = (
     "β times the log-ratio of policy to reference; 0 at the start of an iteration. Chosen should "
-    "end above rejected. All of them falling together is the usual drift of DPO."
+    "end above rejected. DPO often drifts so that all of them fall together."
 )
 _TERMS = {
     "loss/dpo": (
@@ -43,7 +46,7 @@ _TERMS = {
     ),
     "loss/optimism": (
         "Optimism term",
-        "Starts at 0 and falls as the policy leaves the explored answers. Mind the small scale.",
+        "Starts at 0 and falls as the policy moves away from the explored answers. Note the scale.",
     ),
 }
 _DRAWN_ELSEWHERE = {
@@ -54,7 +57,7 @@ _KINDS_ELSEWHERE = ("rewards/", "time/", "tokens", "padded")
 
 
 def loss_plots(runs: Sequence[RunData], labels: Sequence[str]) -> list[Plot]:
-    """What every objective has."""
+    """The plots that every objective has: loss, log-probabilities, gradient norm, learning rate."""
     logps = (
         "Sum over the answer, nats. A steady fall while the margin grows means that both answers "
     )
@@ -63,14 +66,14 @@ def loss_plots(runs: Sequence[RunData], labels: Sequence[str]) -> list[Plot]:
         ("loss", "Loss", f"All terms together. {_SMOOTH}"),
         ("logps/chosen", "Log-probability of chosen answers", logps),
         ("logps/rejected", "Log-probability of rejected answers", logps),
-        ("grad_norm", "Gradient norm", "Before clipping. Spikes mark the updates to doubt."),
+        ("grad_norm", "Gradient norm", "Before clipping. Spikes mark suspicious updates."),
         ("learning_rate", "Learning rate", "As applied at each update."),
     ]
     return _present([by_update(runs, labels, *spec) for spec in specs], runs)
 
 
 def own_plots(runs: Sequence[RunData], labels: Sequence[str]) -> list[Plot]:
-    """The terms of the loss, and every further metric that an objective has logged."""
+    """Plots of the terms of the loss, and of every other metric that an objective has logged."""
     found = dict.fromkeys(
         key for run in runs for update in run.updates for key in update.metrics if _is_own(key)
     )
@@ -83,7 +86,7 @@ def own_plots(runs: Sequence[RunData], labels: Sequence[str]) -> list[Plot]:
             if any(key in update.metrics for update in run.updates)
         ]
         if len(having) < len(runs):
-            how += f" Logged by {', '.join(having)} alone."
+            how += f" Only {', '.join(having)} logged it."
         plots.append(by_update(runs, labels, key, title, how))
     return [plot for plot in plots if plot.drawing is not None]
 
@@ -121,8 +124,8 @@ def implicit_reward_plots(runs: Sequence[RunData], labels: Sequence[str]) -> lis
         plots = [Plot("Implicit rewards", _IMPLICIT, drawing, tuple(present))]
     margin = "Chosen minus rejected. It should grow from 0."
     accuracy = (
-        "Share of pairs whose chosen answer has the higher implicit reward. Near 100 % early means "
-        "that pairs are easy or are being memorised."
+        "Share of pairs whose chosen answer has the higher implicit reward. If it is near 100 % "
+        "early, the pairs are easy or are being memorized."
     )
     plots.append(by_update(runs, labels, "rewards/margins", "Margin", margin))
     plots.append(by_update(runs, labels, "rewards/accuracies", "Accuracy", accuracy, percent=True))
@@ -130,13 +133,13 @@ def implicit_reward_plots(runs: Sequence[RunData], labels: Sequence[str]) -> lis
 
 
 def _explore(runs: Sequence[RunData]) -> str:
-    """The metric of the explored answer's reward; earlier versions logged only the second one."""
+    """The metric with the explored answer's reward; earlier versions only logged the second one."""
     measured = any("rewards/explore" in run.updates[-1].metrics for run in runs if run.updates)
     return "rewards/explore" if measured else "optimism/reward"
 
 
 def _present(plots: Sequence[Plot], runs: Sequence[RunData]) -> list[Plot]:
-    """The plots with something to draw; all of them as long as nothing is trained."""
+    """The plots that have data to draw; all plots if no run has trained yet."""
     trained = any(run.updates for run in runs)
     return [plot for plot in plots if plot.drawing is not None or not trained]
 
@@ -156,7 +159,7 @@ def by_update(
         for i, (run, label) in enumerate(zip(runs, labels, strict=True))
         for s in _curve(run.updates, metric, run_style(i), label)
     ]
-    # The key enters the drawing as an id; a metric's name is text of the loss's author.
+    # The key becomes an id in the drawing, but the author of a loss may use any text as a name.
     key = "u-" + re.sub(r"[^a-z0-9]+", "-", metric.lower()) + f"-{zlib.crc32(metric.encode()):x}"
     drawing = _draw_updates(runs, series, key, title, percent=percent, include=include)
     return Plot(title, how, drawing)
@@ -191,7 +194,7 @@ def _draw_updates(
 
 
 def _curve(updates: Sequence[Update], metric: str, style: Style, label: str) -> list[Series]:
-    """One metric over updates, broken between iterations: the reference changes there."""
+    """One metric over updates, with gaps between iterations, where the reference changes."""
     x: list[float] = []
     raw: list[float] = []
     mean: list[float] = []
@@ -213,10 +216,10 @@ def _curve(updates: Sequence[Update], metric: str, style: Style, label: str) -> 
 
 
 def running_mean(values: Sequence[float], width: int) -> list[float]:
-    """Centred mean over up to `width` values; NaN values are left out.
+    """Centered mean over up to `width` values; NaN values are left out.
 
-    The window stays symmetric and so narrows to one value at both ends: the curve keeps the first
-    value, which theory knows (log 2 for the preference term), and the last.
+    The window stays symmetric, so it shrinks to one value at both ends. The curve thus keeps the
+    last value and the first one, which theory predicts (log 2 for the preference term).
     """
     last = len(values) - 1
     means = []
@@ -229,7 +232,7 @@ def running_mean(values: Sequence[float], width: int) -> list[float]:
 
 
 def values_in_words(series: Sequence[Series], ends: bool = False) -> str:
-    """The values in words, for those who do not see the plot."""
+    """The values in words, for readers who cannot see the plot."""
     texts = []
     for place, one in enumerate(series, 1):
         points = [(x, y) for x, y in zip(one.x, one.y, strict=True) if math.isfinite(y)]

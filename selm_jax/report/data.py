@@ -1,8 +1,8 @@
-"""A run folder as plain data: everything the report shows, and what is not there yet.
+"""Reads a run folder into plain data: everything that a report shows, and what is still missing.
 
-Nothing is computed here beyond reading and checking. A run may be unfinished: what its stages
-have not written yet is listed in `RunData.unfinished`. What a stage claims to have written and
-is not there, or cannot be read, is an error.
+This module only reads and checks. A run may be unfinished; `RunData.unfinished` lists what its
+stages have not written yet. If a file that a finished stage wrote is missing or unreadable, that is
+an error.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from selm_jax.shell.sealed import sha256
 from selm_jax.tables import heldout
 
 STAGES = ("generate", "rank", "score", "train", "export", "evaluate")
-"""The stages of one iteration in the order they run. Iteration 0 has only the last."""
+"""The stages of an iteration in the order in which they run. Iteration 0 has only the last one."""
 
 KINDS = ("greedy", "sample")
 
 
 @dataclass(frozen=True)
 class Answer(heldout.Row):
-    """One held-out answer, without its token ids, and the iteration whose policy gave it.
+    """One held-out answer, without its token ids, and the iteration whose policy generated it.
 
-    Where its `score` is NaN because a judge said nothing readable, its evaluation has the metric
+    If its `score` is NaN because a judge's reply was unreadable, its evaluation has the metric
     `unread`.
     """
 
@@ -50,10 +50,10 @@ class Answer(heldout.Row):
 
 @dataclass(frozen=True)
 class Stage:
-    """What one finished stage recorded about itself.
+    """The record of one finished stage.
 
-    `seconds` is None if it recorded no time. `outputs` are digests of the files it wrote; `logged`
-    is the digest of its lines in metrics.jsonl, or None.
+    `seconds` is None if it recorded no time. `outputs` maps each file that it wrote to its digest.
+    `logged` is the digest of its lines in metrics.jsonl, or None.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Stage:
 
     @property
     def drops(self) -> dict[str, float]:
-        """Counts by the reason why something was dropped."""
+        """The number of dropped prompts for each reason."""
         return {
             key.removeprefix("drops/"): n
             for key, n in self.counts.items()
@@ -73,7 +73,7 @@ class Stage:
 
     @property
     def explored(self) -> dict[str, float]:
-        """Counts of pairs by the place of the explored answer."""
+        """The number of pairs for each place of the explored answer."""
         return {place: self.counts.get(f"explore/{place}", 0) for place in PLACES}
 
 
@@ -89,8 +89,11 @@ class Update:
 
 @dataclass(frozen=True)
 class RunData:
-    """One run. Iteration 0 is the start model. `planned` is None where the settings do not say;
-    `evaluates` is False where they name no held-out prompts."""
+    """One run, in which iteration 0 is the start model.
+
+    `planned` is the number of iterations in the settings, or None if they do not give one.
+    `evaluates` is False if the settings name no held-out prompts.
+    """
 
     path: Path
     name: str
@@ -108,7 +111,7 @@ class RunData:
 
     @property
     def iterations(self) -> tuple[int, ...]:
-        """Every iteration that left anything behind, in order."""
+        """All iterations that have written any data, in order."""
         found = set(self.evaluations) | set(self.stages) | {u.iteration for u in self.updates}
         return tuple(sorted(found | {a.iteration for a in self.answers}))
 
@@ -117,7 +120,7 @@ class RunData:
         return str(self.manifest.get("method", "unnamed method"))
 
     def metric(self, iteration: int, name: str) -> float | None:
-        """An evaluation's `heldout/NAME`, or None where it is not there or not a finite number."""
+        """The metric `heldout/NAME` of an evaluation; None if it is missing or not finite."""
         value = self.evaluations.get(iteration, {}).get(f"heldout/{name}")
         return value if value is not None and math.isfinite(value) else None
 
@@ -127,8 +130,8 @@ def report_data(run: Path) -> RunData:
 
     Raises:
       FileNotFoundError: the folder, `config.yaml` or `manifest.json` is missing, or a held-out
-        table is missing although `stage.json` says that the stage which writes it is done.
-      ReportError: a file is there but does not hold what it should; names file, line and key.
+        table is missing although `stage.json` says that the stage that writes it is done.
+      ReportError: a file has unexpected content; the message names the file, line and key.
     """
     run = Path(run)
     if not run.is_dir():
@@ -147,7 +150,7 @@ def report_data(run: Path) -> RunData:
     notes: list[str] = []
     folders = iterations(run)
     stages = {k: _stages(folder) for k, folder in folders.items()}
-    # A reward model answers nothing: it is evaluated on pairs, and its figures say all.
+    # A reward model generates no answers: it is evaluated on pairs, so it has no table of answers.
     pairs = {k for k, folder in folders.items() if (folder / "pairs.parquet").is_file()}
     tables = {
         k: _answers(k, folder, None if k in pairs else stages[k].get("evaluate"))
@@ -206,13 +209,13 @@ def _unfinished(
         elif open_stages:
             yield f"{label}: {', '.join(open_stages)} not finished yet."
         elif evaluates and not evaluations.get(k):
-            yield f"{label}: evaluated, but metrics.jsonl holds no evaluate line for it."
+            yield f"{label}: evaluated, but metrics.jsonl has no line of its evaluation."
         elif evaluates and not tables.get(k) and k not in pairs:
             yield f"{label}: its table of held-out answers is empty."
 
 
 def _planned(config: Mapping[str, Any]) -> int | None:
-    """The number of iterations the settings ask for: `iterations`, a number or a list of them."""
+    """The number of iterations in the settings; `iterations` is a number or a list."""
     value = config.get("iterations")
     if isinstance(value, list):
         return len(value)
@@ -220,7 +223,7 @@ def _planned(config: Mapping[str, Any]) -> int | None:
 
 
 def _evaluates(config: Mapping[str, Any]) -> bool:
-    """False where the settings say `data.heldout: null`: nothing is evaluated then."""
+    """Whether the run evaluates: False if the settings have `data.heldout: null`."""
     data = config.get("data")
     return not (isinstance(data, dict) and "heldout" in data and data["heldout"] is None)
 
@@ -235,12 +238,12 @@ def _stages(folder: Path) -> dict[str, Stage]:
     for name in sorted(entries, key=lambda n: (order.get(n, len(order)), n)):
         entry = sealed_mapping(entries[name], path, name)
         if not entry.get("done", True):
-            continue  # begun: its settings are written down, its work is not finished
+            continue  # the stage has begun, so its settings are recorded, but it is not finished
         counts = mapping(entry.get("counts", {}), path, f"{name}.counts")
         seconds = entry.get("seconds")
         stages[name] = Stage(
             name=name,
-            counts={  # null: a judge was not readable
+            counts={  # null: a judge's reply was unreadable
                 key: number(n, path, f"{name}.counts.{key}")
                 for key, n in counts.items()
                 if n is not None
@@ -253,7 +256,7 @@ def _stages(folder: Path) -> dict[str, Stage]:
 
 
 def _answers(iteration: int, folder: Path, by: Stage | None) -> tuple[Answer, ...]:
-    """The table of held-out answers, which the finished stage `by` has written."""
+    """The table of held-out answers that the finished stage `by` wrote."""
     path = folder / "heldout.parquet"
     if not path.is_file():
         if by is not None:
@@ -276,15 +279,18 @@ def _answers(iteration: int, folder: Path, by: Stage | None) -> tuple[Answer, ..
 def _metrics(
     path: Path, notes: list[str]
 ) -> tuple[dict[int, dict[str, float]], tuple[Update, ...]]:
-    """Evaluations by iteration and updates in order. Of a repeated line the last one counts:
-    a run that was killed and resumed logs some of its updates twice."""
+    """Evaluations by iteration, and updates in order.
+
+    If a line is repeated, the last one counts: a run that was killed and resumed logs some of its
+    updates twice.
+    """
     evaluations: dict[int, dict[str, float]] = {}
     steps: dict[tuple[int, int], dict[str, float]] = {}
     odd: dict[str, int] = {}
     for where, line in _metric_lines(path, notes):
         stage, iteration = line.get("stage"), line.get("iteration")
         if stage not in ("train", "evaluate"):
-            continue  # other stages may log too; the report has no plot for them
+            continue  # other stages may log too, but the report has no plots for them
         numbers = {
             key: float(value)
             for key, value in line.items()
@@ -304,7 +310,7 @@ def _metrics(
             steps[iteration, step] = numbers
     notes.extend(
         f"{key} is not a finite number on {count} line{'s' * (count > 1)} of metrics.jsonl: "
-        "the plots leave a gap there."
+        "the plots have gaps there."
         for key, count in odd.items()
     )
     longest: dict[int, int] = {}
@@ -319,7 +325,7 @@ def _metrics(
 
 
 def _check_log(path: Path, stages: Mapping[int, Mapping[str, Stage]]) -> None:
-    """Raises ReportError if the lines of a finished stage are not those that it wrote."""
+    """Raises ReportError if the lines of a finished stage have changed since it wrote them."""
     lines: dict[tuple[Any, Any], list[Any]] = {}
     for _, line in _metric_lines(path, []):
         lines.setdefault((line.get("iteration"), line.get("stage")), []).append(line)
@@ -327,14 +333,14 @@ def _check_log(path: Path, stages: Mapping[int, Mapping[str, Stage]]) -> None:
         for name, stage in of_iteration.items():
             if stage.logged not in (None, jsonl.values_digest(lines.get((k, name), []))):
                 raise ReportError(
-                    f"{path}: its lines of stage {name!r}, iteration {k}, are not what the stage "
-                    "wrote. Put the file back from a copy"
+                    f"{path}: the lines of stage {name!r}, iteration {k}, have changed since the "
+                    "stage wrote them. Restore the file from a copy"
                 )
 
 
 def _metric_lines(path: Path, notes: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     if not path.is_file():
-        notes.append("metrics.jsonl is not there yet: nothing was trained or evaluated so far.")
+        notes.append("There is no metrics.jsonl yet: nothing has been trained or evaluated so far.")
         return
     for line in jsonl.lines(path.read_bytes()):
         where = f"{path}, line {line.number}"
@@ -342,9 +348,7 @@ def _metric_lines(path: Path, notes: list[str]) -> Iterator[tuple[str, dict[str,
             found = line.value()
         except jsonl.JsonError as error:
             if not line.ended:  # the run is writing it right now
-                notes.append(
-                    f"The last line of metrics.jsonl (line {line.number}) is half written."
-                )
+                notes.append(f"The last line of metrics.jsonl (line {line.number}) is incomplete.")
                 return
             raise ReportError(f"{where} is not JSON: {error}") from error
         yield where, mapping(found, path, f"line {line.number}")

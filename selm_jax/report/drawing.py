@@ -1,4 +1,4 @@
-"""Drawings that stand alone: white paper, real colours, and their data beside them."""
+"""Draws stand-alone figures on white, with fixed colours, and keeps their data."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LABEL = "published, not measured here"
 INK, MUTED, _GRID, PUBLISHED = "#1d2127", "#5b626d", "#e4e4de", "#8b8f96"
 _RC = {
     "svg.hashsalt": "selm_jax.paper", "svg.fonttype": "none", "font.size": 9,
-    "pdf.fonttype": 42,  # TrueType, which publishers ask for
+    "pdf.fonttype": 42,  # TrueType, which publishers require
     "axes.spines.top": False, "axes.spines.right": False,
     "axes.edgecolor": MUTED, "axes.labelcolor": MUTED,
     "xtick.color": MUTED, "ytick.color": MUTED, "text.color": INK, "axes.grid": True,
@@ -33,7 +33,7 @@ _RC = {
 
 @dataclass(frozen=True)
 class PaperFigure:
-    """A drawing and the numbers in it. `name` is that of its files; `drawings` go by suffix."""
+    """A figure and its data. `name` is the name of its files; `drawings` has them by suffix."""
 
     name: str
     rows: Rows
@@ -55,8 +55,10 @@ class PaperFigure:
 def drawings(
     size: tuple[float, float], draw: Callable[[Figure], None], source: str | None = None
 ) -> dict[str, bytes]:
-    """The drawing as SVG, PDF and PNG; with a source it says that its numbers were published
-    elsewhere. The same numbers give the same bytes."""
+    """Draws a figure as SVG, PDF and PNG; the same numbers give the same bytes.
+
+    If there is a source, the figure says that its numbers were published elsewhere.
+    """
     with matplotlib.style.context(["default", _RC]):
         figure = Figure(figsize=size, layout="constrained")
         draw(figure)

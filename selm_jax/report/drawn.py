@@ -1,8 +1,8 @@
-"""One figure as the page shows it (SVG), as a paper wants it (PDF), and its data (CSV).
+"""Turns a figure into an SVG for the page, a PDF for a paper, and its data as CSV.
 
-matplotlib draws with marker colours that stand for roles. In the SVG each becomes a CSS
-variable, so that one drawing serves light and dark pages; in the PDF it becomes the
-colour of the light page.
+Matplotlib draws with placeholder colours that represent roles. In the SVG, each becomes a CSS
+variable, so that one drawing works on light and dark pages; in the PDF, it becomes the colour of
+the light page.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ _LIGHT = {
 _ROLES = tuple(_LIGHT)
 COLOUR = {role: f"#fe00{index:02x}" for index, role in enumerate(_ROLES)}
 RC = {
-    "svg.hashsalt": "selm_jax.report",  # otherwise ids differ from run to run
+    "svg.hashsalt": "selm_jax.report",  # without it, ids would differ every time
     "svg.fonttype": "none",  # text stays text: small, searchable, in the page's own font
-    "pdf.fonttype": 3,  # embedded; TrueType (42) would take half of the time of a page
-    "path.simplify_threshold": 0.4,  # of a point: long curves stay small, no change is visible
+    "pdf.fonttype": 3,  # embedded; with TrueType (42), a page would take twice as long
+    "path.simplify_threshold": 0.4,  # points: makes long curves small without a visible change
     "font.size": 9.5,
     "axes.unicode_minus": True,
     "text.usetex": False,
 }
 LONGEST = 3000
-"""The most rows in a plot's CSV on the page. Longer data are thinned; metrics.jsonl has all."""
+"""Maximum rows in a plot's CSV on the page. Longer data is thinned; metrics.jsonl has all of it."""
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A plot: `svg` for a page, `pdf` with its own title and legend, `csv` with the data."""
+    """A plot as `svg` for a page, as `pdf` with its own title and legend, and its data as `csv`."""
 
     svg: Markup
     pdf: bytes
@@ -57,7 +57,7 @@ class Drawing:
 def drawn(
     figure: Figure, key: str, alt: str, rows: Sequence[Mapping[str, object]], title: str = ""
 ) -> Drawing:
-    """The drawing of a figure; `key` sets its ids apart on a page, `alt` says it in words."""
+    """The drawing of a figure; `key` makes its ids unique on a page, `alt` describes it."""
     thin = rows[:: -(-len(rows) // LONGEST) or 1]
     columns = list(dict.fromkeys(name for row in thin for name in row))
     data = csv_text(columns, [[row.get(name) for name in columns] for row in thin])
@@ -65,7 +65,7 @@ def drawn(
 
 
 def _paper(figure: Figure, title: str) -> bytes:
-    """The figure as a PDF. It changes the figure, so it comes last."""
+    """The figure as a PDF. This modifies the figure, so call it last."""
     (axes,) = figure.axes
     handles, labels = axes.get_legend_handles_labels()
     named = {name: handle for handle, name in zip(handles, labels, strict=True) if name}
@@ -74,7 +74,7 @@ def _paper(figure: Figure, title: str) -> bytes:
             list(named.values()), list(named), loc="outside lower left", ncols=3, frameon=False
         )
         for text in legend.get_texts():
-            text.set_parse_math(False)  # a dollar in a run's name begins no formula
+            text.set_parse_math(False)  # a dollar sign in a run's name must not start a formula
     axes.set_title(title, loc="left", fontsize=10, parse_math=False)
     for artist in figure.findobj():
         _in_light_colours(artist)
@@ -99,7 +99,7 @@ def _in_light_colours(artist: Artist) -> None:
 
 
 def _light(colour: Any) -> Any:
-    """The light page's colour for a marker colour; any other colour as it is."""
+    """The light page's colour for a placeholder colour; any other colour unchanged."""
     if isinstance(colour, str) and colour == "none":
         return colour
     rgba = matplotlib.colors.to_rgba(colour)
@@ -109,14 +109,14 @@ def _light(colour: Any) -> Any:
 
 
 def _inline(figure: Figure, key: str, alt: str) -> Markup:
-    """The figure as an `<svg>` for the middle of a page: no prolog, no ids but its own."""
+    """The figure as an inline `<svg>` element, without a prolog and with unique ids."""
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     svg = buffer.getvalue()
     view = re.search(r'viewBox="([^"]*)"', svg)
     body = re.search(r"<svg[^>]*>(.*)</svg>", svg, re.DOTALL)
-    assert view and body, "matplotlib writes one svg element with a viewBox"
+    assert view and body, "matplotlib did not write an svg element with a viewBox"
     inner = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", body[1], flags=re.DOTALL)
     inner = re.sub(r"font-family: [^;\"]*;? ?", "", inner)
     inner = re.sub(r"#fe00([0-9a-f]{2})", lambda m: f"var(--{_ROLES[int(m[1], 16)]})", inner)
@@ -133,6 +133,6 @@ def _inline(figure: Figure, key: str, alt: str) -> Markup:
 
 
 def _short_numbers(match: re.Match[str]) -> str:
-    """Coordinates to a hundredth of a point, which no screen shows."""
+    """Cuts coordinates to hundredths of a point, a precision that no screen shows."""
     text = re.sub(r"(\.\d\d)\d+", r"\1", match[0])
     return re.sub(r"\s*\n\s*", " ", text)

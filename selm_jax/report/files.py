@@ -1,6 +1,6 @@
-"""Tables and plots of a page as files for a paper: CSV, LaTeX, and links that hold them.
+"""Tables and plots of a page as files for a paper (CSV, LaTeX), and links that contain them.
 
-A page is one file, so the files are in the page: a link holds its file, base64 encoded.
+A page is one file, so each link contains its file, encoded as base64.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _LATEX = {
 
 @dataclass(frozen=True)
 class Table:
-    """A table as data: None is an empty cell, and a number is written as a number."""
+    """A table as data. None is an empty cell; numbers stay numbers."""
 
     name: str
     columns: Sequence[str]
@@ -47,7 +47,7 @@ class Table:
 def csv_text(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
     """Comma-separated values with a header line.
 
-    A text that a spreadsheet would run as a formula gets an apostrophe in front of it.
+    Text that a spreadsheet would run as a formula gets an apostrophe in front of it.
     """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -63,12 +63,12 @@ def _plain(cell: Cell) -> str:
 
 
 def no_formula(text: str) -> str:
-    """The text, with an apostrophe before it if a spreadsheet would run it as a formula."""
+    """The text, with an apostrophe in front if a spreadsheet would run it as a formula."""
     return f"'{text}" if re.match(r"\s*[=+\-@\t\r]", text) else text
 
 
 def _number(cell: Cell) -> str | None:
-    """A number to six digits, the empty text for what is missing; None for a text."""
+    """A number with six digits, "" for a missing one; None if the cell is text."""
     if cell is None or (isinstance(cell, float) and not math.isfinite(cell)):
         return ""
     if isinstance(cell, bool) or not isinstance(cell, int | float):
@@ -77,7 +77,7 @@ def _number(cell: Cell) -> str | None:
 
 
 def latex_text(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
-    """A `tabular` of booktabs; every sign of a text that means something to LaTeX is escaped."""
+    """A `tabular` in booktabs style; characters with a meaning in LaTeX are escaped."""
     numbers = [all(_number(row[i]) is not None for row in rows) for i in range(len(columns))]
     lines = [
         r"\begin{tabular}{" + "".join("r" if n else "l" for n in numbers) + "}",
@@ -96,7 +96,7 @@ def _latex(cell: Cell) -> str:
     if number is not None:
         return f"${number}$" if number.startswith("-") else number or "--"
     text = "".join(_LATEX.get(sign, sign) for sign in str(cell))
-    # A bracket after a row's end would be read as its argument.
+    # LaTeX would read a bracket after the end of a row as an argument.
     return f"{{{text}}}" if text.startswith(("[", "*")) else text
 
 

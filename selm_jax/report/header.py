@@ -1,4 +1,4 @@
-"""The head of a page: which model was trained, on what, how, with which code, and when."""
+"""The header of a page: the model, data, objective, code versions and date of a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from selm_jax.report.data import RunData
 
 
 def facts(run: RunData) -> list[tuple[str, str]]:
-    """Titles and texts, in the order of reading; what a run does not say is left out."""
+    """The facts of a run as (title, text), in reading order, without those that are unknown."""
     s, m = run.settings, run.manifest
     versions = _mapping(m.get("versions"))
     rows = {
@@ -30,13 +30,13 @@ def facts(run: RunData) -> list[tuple[str, str]]:
 
 
 def is_rehearsal(settings: Mapping[str, str]) -> bool:
-    """Whether `--tiny` made the run: its model then lies in the inputs of a folder NAME-tiny."""
+    """Whether `--tiny` made the run: its model is then in the inputs of a folder NAME-tiny."""
     parts = PurePath(settings.get("model.source", "")).parts
     return parts[-2:] == ("inputs", "model") and parts[-3:-2] != () and parts[-3].endswith("-tiny")
 
 
 def _with_settings(settings: Mapping[str, str], key: str, prefix: str) -> str:
-    """A name, and in brackets what was set for it."""
+    """A name, followed by its settings in brackets."""
     given = ", ".join(
         f"{name.removeprefix(prefix)} {value}"
         for name, value in settings.items()

@@ -1,4 +1,4 @@
-"""The report's HTML page: `write` puts one run, or several side by side, into one file."""
+"""The report's HTML page: `write` makes one file about one run, or about several side by side."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SCRIPT = "".join(
 
 @dataclass(frozen=True)
 class Section:
-    """A heading with plots; `note` says what the section answers."""
+    """A heading with plots; `note` is the question that the section answers."""
 
     key: str
     title: str
@@ -47,27 +47,29 @@ class Section:
 
 
 def write(runs: Sequence[Path], out: Path, names: Sequence[str | None] = ()) -> None:
-    """Writes the report of the run folders `runs` to the file `out`, whole or not at all.
+    """Writes the report on the run folders `runs` to the file `out`, completely or not at all.
 
-    The same folders give the same bytes. Several runs are drawn over each other.
+    The same folders give the same bytes. The plots of several runs share their axes.
 
     Args:
-      names: what the runs are called on the page; None is a run's own name.
+      names: names for the runs on the page; None stands for a run's own name.
 
     Raises:
       PathError: `out` is a folder.
-      FileNotFoundError, ReportError: a run folder is not there or not readable (see
-        `report_data`), no run or the same run or name twice was asked for.
+      FileNotFoundError, ReportError: a run folder is missing or unreadable (see `report_data`),
+        there are no runs, or a run or a name occurs twice.
     """
     if not runs:
         raise ReportError("no run to report on; expected at least one run folder")
     folders = [Path(run) for run in runs]
     twice = {str(f) for f in folders if [g.resolve() for g in folders].count(f.resolve()) > 1}
     if twice:
-        raise ReportError(f"the same run folder twice: {', '.join(sorted(twice))}; name each once")
+        raise ReportError(
+            f"the same run folder twice: {', '.join(sorted(twice))}; give each folder once"
+        )
     given = [name for name in names if name]
     if twice := sorted({name for name in given if given.count(name) > 1}):
-        raise ReportError(f"two runs are called {twice[0]!r}; give each a name of its own")
+        raise ReportError(f"two runs are called {twice[0]!r}; give each run a different name")
     check_file(Path(out))
     found = [report_data(folder) for folder in folders]
     if names:
@@ -79,7 +81,7 @@ def write(runs: Sequence[Path], out: Path, names: Sequence[str | None] = ()) -> 
 
 
 def named(argument: str) -> tuple[str | None, Path]:
-    """The name and the folder in `NAME=FOLDER`, or None and the folder that is meant as a whole."""
+    """Splits `NAME=FOLDER` into name and folder; the name is None if there is only a folder."""
     name, equals, folder = argument.partition("=")
     if not equals or "/" in name or place(argument).exists():
         return None, place(argument)
@@ -87,7 +89,7 @@ def named(argument: str) -> tuple[str | None, Path]:
 
 
 def templates() -> jinja2.Environment:
-    """The pages' templates: what is put in is escaped, and a name that is not there is an error."""
+    """The templates of the pages; values are escaped, and an undefined name is an error."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -151,9 +153,9 @@ def render(runs: Sequence[RunData]) -> str:
 
 
 def policy(script: str) -> str:
-    """The page's security policy: it fetches nothing and runs this script alone, known by its hash.
+    """The page's security policy: load nothing, and run only this script (known by its hash).
 
-    No text of a run could become a script even if the escaping had a hole.
+    So no text of a run can become a script, even if the escaping had a bug.
     """
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return (
@@ -171,7 +173,7 @@ def _differences(
 
 
 def _dropped_side_by_side(runs: Sequence[RunData], labels: Sequence[str]) -> dict[str, Any] | None:
-    """Dropped prompts of several runs in one table: reasons by run, over all iterations."""
+    """A table of the dropped prompts of several runs over all iterations, by reason and run."""
     found = [run_tables.dropped(run) for run in runs]
     if len(runs) == 1 or not any(found):
         return None
@@ -195,27 +197,27 @@ def _dropped_side_by_side(runs: Sequence[RunData], labels: Sequence[str]) -> dic
 
 
 def sections(runs: Sequence[RunData], labels: Sequence[str]) -> list[Section]:
-    """The sections that hold plots, in the reader's order."""
+    """The sections with plots, in reading order."""
     legend = run_plots.run_legend(labels)
     found = [
         Section(
             "reward",
             "Held-out reward",
-            "Did the answers to prompts that were never trained on get better?",
+            "Did the answers to prompts that were not trained on improve?",
             run_plots.reward_plots(runs, labels),
             legend,
         ),
         Section(
             "frontier",
             "Reward against distance",
-            "What did the reward cost, measured by how far the policy moved?",
+            "How far did the policy move from the start model to get its reward?",
             run_plots.frontier_plots(runs, labels),
             legend,
         ),
         Section(
             "texts",
             "The answers themselves",
-            "Is the reward earned, or did the answers collapse?",
+            "Did the answers really improve, or did they collapse?",
             run_plots.answer_plots(runs, labels),
             run_plots.answer_legend(labels),
         ),
@@ -229,7 +231,7 @@ def sections(runs: Sequence[RunData], labels: Sequence[str]) -> list[Section]:
         Section(
             "implicit",
             "Implicit rewards",
-            "What did the policy learn to tell apart?",
+            "Did the policy learn to prefer the chosen answers?",
             implicit_reward_plots(runs, labels),
             legend,
         ),
@@ -258,7 +260,7 @@ def sections(runs: Sequence[RunData], labels: Sequence[str]) -> list[Section]:
 
 
 def unique_labels(runs: Sequence[RunData]) -> list[str]:
-    """The runs' names; where two share one, their folders tell them apart."""
+    """The names of the runs; if two runs share a name, their folders are added to it."""
     names = [run.name for run in runs]
     return [
         f"{n} ({r.path})" if names.count(n) > 1 else n for n, r in zip(names, runs, strict=True)
@@ -298,7 +300,7 @@ def _run_view(run: RunData, label: str, index: int) -> dict[str, Any]:
 
 
 def printable(value: Any) -> Any:
-    """Characters that HTML forbids, made visible: NUL as ␀, other controls likewise."""
+    """Replaces characters that HTML forbids by visible ones, such as NUL by ␀."""
     if not isinstance(value, str) or isinstance(value, Markup):
         return value
     return "".join(map(_visible, value.replace("\r\n", "\n")))

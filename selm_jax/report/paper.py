@@ -1,8 +1,7 @@
-"""The paper's figures from any runs: what each shows, as data; how it is drawn, as SVG.
+"""Figures 2 to 6 of the paper (arXiv 2405.19332), made from any runs as data and drawings.
 
-Figures 2 to 6 of arXiv 2405.19332. A figure is its data first: a list of flat rows, which lies as
-CSV beside the drawing. Numbers that the paper itself published are drawn hollow, dotted and grey,
-and say so in the drawing.
+The data of a figure is a list of flat rows, which is saved as CSV beside the drawing. Numbers that
+the paper itself published are drawn hollow, dotted and grey, and labelled as such.
 """
 
 from __future__ import annotations
@@ -20,17 +19,20 @@ from selm_jax.report.drawing import COLOURS, MARKERS, MUTED, PaperFigure, dashes
 from selm_jax.report.summary import number
 from selm_jax.statistics import proportions
 
-# --- Figure 2: who beats whom ---------------------------------------------------------------------
+# --- Figure 2: win rates --------------------------------------------------------------------------
 
 
 def win_rates(runs: Sequence[RunData], labels: Sequence[str]) -> PaperFigure:
     """Share of held-out prompts on which the row's greedy answer scores higher than the column's.
 
-    The scores are those that the runs' ranker gave and that are stored; a tie is half a win. A
-    prompt is left out if a judge gave no readable score for one of its answers. The players are
-    every iteration of every run; equal start models are one player. The intervals are about other
-    prompts (`proportions`). Raises ReportError if the answers are not to the same prompts or not
-    scored by one ranker.
+    The scores are the stored ones of the runs' ranker; a tie counts as half a win. A prompt is left
+    out if a judge gave no readable score for one of its answers. The players are all iterations of
+    all runs; equal start models are one player. The intervals cover the choice of prompts
+    (`proportions`).
+
+    Raises:
+      ReportError: the runs have different held-out prompts or different rankers, or no prompt has
+        scores from all players.
     """
     _check_one_ranker(runs, "a win rate")
     players: dict[str, dict[tuple[str, str], float]] = {}
@@ -39,18 +41,22 @@ def win_rates(runs: Sequence[RunData], labels: Sequence[str]) -> PaperFigure:
             scores = _greedy(run, t)
             if t and scores:
                 players[f"{label}, iteration {t}"] = scores
-            elif scores and scores not in players.values():  # runs that start alike, start once
+            elif scores and scores not in players.values():  # equal start models count once
                 players["start" if "start" not in players else f"{label}, start"] = scores
     prompts = {tuple(sorted(scores)) for scores in players.values()}
     if len(prompts) != 1:
         raise ReportError(
-            f"the runs' held-out answers are to {len(prompts)} sets of prompts: name runs of one"
+            f"the runs have {len(prompts)} different sets of held-out prompts; name runs with the "
+            "same set"
         )
     keys = [
         key for key in prompts.pop() if all(math.isfinite(each[key]) for each in players.values())
     ]
     if not keys:
-        raise ReportError("no held-out prompt has a score in all of these runs' iterations")
+        raise ReportError(
+            "no held-out prompt has a score in all iterations of these runs; name other runs, or "
+            "evaluate them again with `selm measure`"
+        )
     table = {name: np.array([scores[key] for key in keys]) for name, scores in players.items()}
     rows = []
     for a, mine in table.items():
@@ -68,7 +74,7 @@ def win_rates(runs: Sequence[RunData], labels: Sequence[str]) -> PaperFigure:
 
 
 def reward_histograms(runs: Sequence[RunData], labels: Sequence[str]) -> list[PaperFigure]:
-    """Scores of greedy held-out answers: of each run's last iteration, and of each iteration."""
+    """Histograms of the scores of greedy held-out answers, by run and by iteration."""
     _check_one_ranker(runs, "a histogram of rewards")
     groups = {
         label: _known(_greedy(run, _last(run))) for run, label in zip(runs, labels, strict=True)
@@ -87,7 +93,8 @@ def _histogram(name: str, title: str, groups: Mapping[str, Sequence[float]]) -> 
     groups = {name: scores for name, scores in groups.items() if scores}
     if not groups:
         raise ReportError(
-            "no held-out answer of these runs has a score: there is no reward to show"
+            "no held-out answer of these runs has a score, so there is no reward to show; name "
+            "runs whose ranker gives scores"
         )
     values = np.concatenate([np.asarray(v) for v in groups.values()])
     edges = np.histogram_bin_edges(values, bins=min(24, max(6, int(len(values) ** 0.5))))
@@ -129,7 +136,7 @@ def _histogram(name: str, title: str, groups: Mapping[str, Sequence[float]]) -> 
 
 @dataclass(frozen=True)
 class Implicit:
-    """Implicit rewards beta * log(pi / pi_ref) of one policy, by prompt, for each role."""
+    """The implicit rewards beta * log(pi / pi_ref) of one policy, by role and prompt."""
 
     label: str
     of: Mapping[str, Mapping[str, float]]  # role -> prompt id -> reward
@@ -138,10 +145,10 @@ class Implicit:
 def implicit_differences(
     name: str, title: str, baseline: Implicit, others: Sequence[Implicit]
 ) -> PaperFigure:
-    """Implicit reward minus the baseline's, prompt by prompt, sorted: one curve for each role.
+    """Implicit reward minus the baseline's for each prompt, sorted; one panel for each role.
 
-    Prompts whose reward is NaN are left out. Raises ReportError where two policies were not asked
-    about the same prompts.
+    Prompts whose reward is NaN are left out. Raises ReportError if the policies have different
+    prompts.
     """
     rows = []
     for other in others:
@@ -149,7 +156,8 @@ def implicit_differences(
             base = baseline.of[role]
             if set(base) != set(rewards):
                 raise ReportError(
-                    f"{other.label} and {baseline.label}: {role} of different prompts"
+                    f"{other.label} and {baseline.label} have {role} for different prompts; "
+                    "compare policies on the same prompts"
                 )
             known = (p for p in base if math.isfinite(rewards[p] - base[p]))
             gaps = sorted((rewards[p] - base[p], p) for p in known)
@@ -185,10 +193,10 @@ def implicit_differences(
 
 
 def own_samples(run: RunData, label: str, t: int, beta: float) -> Implicit:
-    """Implicit rewards of a policy's own held-out samples, from what its evaluation stored.
+    """Implicit rewards of a policy's own held-out samples, from stored log-probabilities.
 
-    The reference is the run's start model; a prompt's samples are averaged: NaN if one of them has
-    no log-probabilities.
+    The reference is the run's start model. The reward of a prompt is the mean over its samples; it
+    is NaN if a sample has no log-probabilities.
     """
     found: dict[str, list[float]] = {}
     for a in run.answers:
@@ -210,13 +218,14 @@ PANELS: Mapping[str, tuple[str, ...]] = {
     "Objective": ("objective.loss", "objective.alpha", "objective.beta", "objective.convention"),
     "Layout": ("text.layout",),
 }
-"""Panels by the settings that are changed; a run is in the first that names one of its changes."""
+"""The settings that belong to each panel; a run is in the first panel with one of its changes."""
 
 
 def panels(runs: Sequence[RunData], labels: Sequence[str]) -> PaperFigure | None:
-    """Held-out reward after the last iteration, one panel for each kind of change to the first run.
+    """Held-out reward after the last iteration, in one panel for each kind of change to a setting.
 
-    None if no run differs from the first in a setting of `PANELS`, or none was evaluated.
+    Changes are relative to the first run. The result is None if no run differs from the first in a
+    setting of `PANELS`, or if no run was evaluated.
     """
     _check_one_ranker(runs, "a panel")
     rows = []
@@ -279,7 +288,7 @@ def _last_reward(run: RunData) -> dict[str, Any]:
     return {"iterations": t} | {key: run.metric(t, name) for key, name in names.items()}
 
 
-# --- what they share ------------------------------------------------------------------------------
+# --- helpers --------------------------------------------------------------------------------------
 
 
 def _last(run: RunData) -> int:
@@ -309,9 +318,9 @@ def _check_one_ranker(runs: Sequence[RunData], what: str) -> None:
     }
     if len(rankers) > 1:
         raise ReportError(
-            f"the runs were scored by {len(rankers)} rankers, so {what} over all of them means "
-            f"nothing: {'; '.join(', '.join(v for _, v in r) for r in sorted(rankers))}. "
-            "Name runs of one ranker"
+            f"the runs were scored by {len(rankers)} rankers, so {what} over all of them has no "
+            f"meaning: {'; '.join(', '.join(v for _, v in r) for r in sorted(rankers))}. "
+            "Name runs with the same ranker"
         )
 
 

@@ -1,8 +1,8 @@
-"""Single plots: lines, stacked bars, and estimates beside zero.
+"""Draws single plots: lines, stacked bars, and estimates next to a line at zero.
 
-Each function returns a `Drawing`: the SVG for the page, a PDF for a paper, and the data as CSV. No
-text of a run's author enters the SVG: run names stand in the page's legends, which escape them.
-The bytes depend on the input alone.
+Each function returns a `Drawing`: the SVG for the page, a PDF for a paper, and the data as CSV. The
+SVG contains no text written by a run's author: run names are in the page's legends, which escape
+them. The same input gives the same bytes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _MARKERS = "os^Dv"
 
 @dataclass(frozen=True)
 class Style:
-    """How one line looks: its colour's role, its dashes (SVG units) and its marker."""
+    """The style of a line: the role of its colour, its dashes (in SVG units) and its marker."""
 
     colour: str
     dashes: str = ""
@@ -37,8 +37,11 @@ class Style:
 
 @dataclass(frozen=True)
 class Series:
-    """Points of one line; NaN leaves a gap. Intervals are (low, high) bounds, not lengths;
-    NaN where a point has none. `label` names the line in the PDF and in the data."""
+    """The points of one line; NaN leaves a gap.
+
+    Intervals are (low, high) bounds, not lengths; NaN means that a point has none. `label` is the
+    name of the line in the PDF and in the data.
+    """
 
     style: Style
     x: Sequence[float]
@@ -53,7 +56,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Part:
-    """One part of every stacked bar: values per bar, the text written inside each, and its name."""
+    """One part of all stacked bars: its value in each bar, the text inside, and its name."""
 
     colour: str
     values: Sequence[float]
@@ -63,7 +66,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Estimated:
-    """A value, its 95 % interval if it has one, and the single values whose mean it is."""
+    """A mean, its 95 % interval if it has one, and the single values that it is the mean of."""
 
     colour: str
     value: float
@@ -73,7 +76,7 @@ class Estimated:
 
 
 def run_style(index: int) -> Style:
-    """Colour, dashes and marker of the index-th run: told apart without seeing any colour."""
+    """Colour, dashes and marker of the index-th run, distinguishable even without colours."""
     return Style(
         colour=f"c{index % 6}",
         dashes=_DASHES[(index + index // 6) % len(_DASHES)],
@@ -94,9 +97,15 @@ def lines(
     include: Sequence[float] = (),
     title: str = "",
 ) -> Drawing:
-    """Lines with optional interval bars. `rules` are vertical separators, `zero` marks y = 0,
-    `percent` writes y as percent of 1, `include` names values that the y axis must reach, and
-    `title` stands above the PDF."""
+    """Draws lines with optional interval bars.
+
+    Args:
+      rules: x values of vertical separators.
+      zero: whether to mark y = 0.
+      percent: whether to write y as a percentage of 1.
+      include: values that the y axis must include.
+      title: title of the PDF.
+    """
     with matplotlib.style.context(["default", RC]):
         figure, axes = _axes(xlabel)
         for x in rules:
@@ -111,12 +120,12 @@ def lines(
             axes.margins(x=0.08)
         low, high = axes.get_ylim()
         middle, least = (low + high) / 2, 0.01 * max(abs(low), abs(high))
-        if high - low < least:  # a curve that stands still: rounding shall not look like movement
+        if high - low < least:  # in a constant curve, rounding must not look like a change
             axes.set_ylim(middle - least / 2, middle + least / 2)
         if include:
             low, high = axes.get_ylim()
             axes.set_ylim(min(low, *include, 1.02 * min(include)), max(high, *include))
-            if low >= min(include) - 0.1 * (high - low):  # nothing lies below: no empty margin
+            if low >= min(include) - 0.1 * (high - low):  # no values below, so no empty margin
                 axes.set_ylim(bottom=min(include))
         if percent:
             axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.3g}\u00a0%"))
@@ -126,9 +135,10 @@ def lines(
 
 
 def _points(series: Sequence[Series], xlabel: str, whole: bool) -> list[dict[str, object]]:
-    """The points as rows. A faint line and the running mean over it are two columns.
+    """The points as rows; a faint line and its running mean are two columns.
 
-    With `whole`, x counts something: what a line is shifted by, so as to hide no other, is no data.
+    With `whole`, x is rounded to a count: lines are shifted a little so that they do not hide each
+    other, and this shift is not data.
     """
     rows: dict[tuple[str, float], dict[str, object]] = {}
     smoothed = any(one.faint for one in series)
@@ -148,7 +158,7 @@ def _points(series: Sequence[Series], xlabel: str, whole: bool) -> list[dict[str
 def columns(
     labels: Sequence[str], parts: Sequence[Part], *, key: str, alt: str, title: str = ""
 ) -> Drawing:
-    """Upright stacked bars of shares, 0..1, one per label."""
+    """Draws vertical stacked bars of shares from 0 to 1, one bar per label."""
     with matplotlib.style.context(["default", RC]):
         figure, axes = _axes("iteration")
         below = [0.0] * len(labels)
@@ -164,7 +174,7 @@ def columns(
                 linewidth=1.2,
             )
             for place, (value, text) in enumerate(zip(part.values, part.texts, strict=True)):
-                if value >= 0.08:  # a lower one has no room for its text
+                if value >= 0.08:  # a smaller part has no room for its text
                     _inside(axes, place, below[place] + value / 2, text)
             below = [b + v for b, v in zip(below, part.values, strict=True)]
         axes.set_xticks(range(len(labels)), labels)
@@ -185,8 +195,10 @@ def strips(
     longest: float,
     title: str = "",
 ) -> Drawing:
-    """Lying stacked bars, one per label, first label on top. `longest` sets the axis, so that
-    several of these plots can be compared."""
+    """Draws horizontal stacked bars, one per label, with the first label on top.
+
+    `longest` sets the length of the axis, so that several of these plots can be compared.
+    """
     with matplotlib.style.context(["default", RC]):
         figure, axes = _axes(xlabel, height=0.75 + 0.34 * max(len(labels), 2))
         before = [0.0] * len(labels)
@@ -224,10 +236,10 @@ def _shares(labels: Sequence[str], parts: Sequence[Part], what: str) -> list[dic
 def estimates(
     labels: Sequence[str], rows: Sequence[Estimated], *, key: str, alt: str, title: str = ""
 ) -> Drawing:
-    """Values with intervals beside a line at 0, one row for each label, the first on top.
+    """Draws values with intervals next to a line at 0, one row per label, the first on top.
 
-    The labels are written into the drawing: they must not be text that a run's author wrote, but
-    names of settings.
+    The drawing contains the labels, so they must be names of settings and not text that a run's
+    author wrote.
     """
     with matplotlib.style.context(["default", RC]):
         figure, axes = _axes("", height=0.7 + 0.34 * max(len(labels), 2))
@@ -252,12 +264,12 @@ def estimates(
 
 
 def _escaped(text: str) -> str:
-    """A label that matplotlib takes literally: a dollar would begin a formula."""
+    """A label that Matplotlib shows literally; a dollar sign would start a formula."""
     return text.replace("$", r"\$")
 
 
 def swatch(style: Style, block: bool = False) -> Markup:
-    """A legend's sample of a line, or of a bar's colour, drawn as the plots draw it."""
+    """A legend's sample of a line or of a bar's colour, in the style of the plots."""
     colour = f"var(--{style.colour})"
     if block:
         view = "0 0 12 12"
@@ -316,11 +328,11 @@ def _draw(axes: Axes, one: Series) -> None:
         markerfacecolor=COLOUR["surface"] if style.hollow else colour,
         markeredgecolor=colour,
         solid_joinstyle="round",
-        clip_on=False,  # a marker on the axis stays whole
+        clip_on=False,  # draw markers on the axis completely
         label="" if one.faint else one.label,
     )
     if style.dashes and not one.faint:
-        # The page's dashes are in SVG units, matplotlib's in line widths.
+        # The page's dashes are in SVG units, those of Matplotlib in line widths.
         width = line.get_linewidth()
         line.set_dashes([float(length) / width for length in style.dashes.split()])
     for x, y, tag in zip(one.x, one.y, one.tags or (), strict=False):
@@ -340,7 +352,7 @@ def _inside(axes: Axes, x: float, y: float, text: str) -> None:
 
 
 def _scale(axes: Axes) -> None:
-    """Takes a power of ten out of very small y values and writes it above the axis."""
+    """Factors a power of ten out of very small y values and writes it above the axis."""
     largest = max(abs(limit) for limit in axes.get_ylim())
     if not 0 < largest < 0.01:
         return

@@ -1,7 +1,7 @@
-"""Reads the files of a run folder for a report: checks what they hold and names what is wrong.
+"""Reads and checks the files of a run folder for a report.
 
-Where a file's digest is recorded, the file must match it. Runs of early versions recorded none and
-are shown as they are.
+If the digest of a file is recorded, the file must match it. Runs of early versions recorded no
+digests and are shown as they are.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from selm_jax.shell.sealed import fits, unsealed
 
 
 class ReportError(ValueError):
-    """What runs have left cannot be shown, or not together. The message says what and why."""
+    """The files of runs cannot be shown, or not together. The message says which and why."""
 
 
 def text_of(path: Path) -> str:
@@ -26,7 +26,7 @@ def text_of(path: Path) -> str:
 
 
 def settings(path: Path) -> tuple[str, dict[str, Any]]:
-    """The settings of a run, as they stand and as they are read."""
+    """The settings of a run, as text and as a mapping."""
     try:
         text = plain_yaml.decoded(path.read_bytes())
         return text, mapping(plain_yaml.read(text)[0], path)
@@ -42,13 +42,13 @@ def json_file(path: Path) -> Any:
 
 
 def check_digest(path: Path, digest: str | None) -> None:
-    """Raises ReportError if this is known to be the file's digest, and is not."""
+    """Raises ReportError if a digest was recorded and the file does not have it."""
     if digest is not None and artifacts.digest(path) != digest:
         raise not_as_written(path)
 
 
 def sealed_mapping(value: Any, path: Path, key: str = "") -> dict[str, Any]:
-    """A mapping, without the digest that it carries."""
+    """Checks a mapping against the digest in it, and returns it without the digest."""
     found = mapping(value, path, key)
     if not fits(found, key):
         raise not_as_written(path, key)
@@ -57,7 +57,7 @@ def sealed_mapping(value: Any, path: Path, key: str = "") -> dict[str, Any]:
 
 def mapping(value: Any, path: Path, key: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise wrong(_where(path, key), value, "names with values")
+        raise wrong(_where(path, key), value, "a mapping")
     return value
 
 
@@ -69,8 +69,8 @@ def number(value: Any, path: Path, key: str) -> float:
 
 def not_as_written(path: Path, key: str = "") -> ReportError:
     return ReportError(
-        f"{_where(path, key)}: this is not as the run wrote it (its SHA-256 is another). Put the "
-        "file back from a copy"
+        f"{_where(path, key)}: this has changed since the run wrote it (its SHA-256 differs). "
+        "Restore the file from a copy"
     )
 
 

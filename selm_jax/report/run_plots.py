@@ -1,4 +1,4 @@
-"""Plots of what evaluation, ranking and the clock say: reward, distance, answers, time."""
+"""Plots of a run's evaluation, ranking and timing: reward, KL, answers, hours."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _KIND_TITLE = {"greedy": "greedy answers", "sample": "sampled answers"}
 
 
 def run_legend(labels: Sequence[str]) -> Legend:
-    """Empty for one run: there is nothing to tell apart."""
+    """The legend of several runs; for one run it is empty."""
     if len(labels) == 1:
         return ()
     return tuple((swatch(run_style(i)), label) for i, label in enumerate(labels))
@@ -32,11 +32,10 @@ def reward_plots(runs: Sequence[RunData], labels: Sequence[str]) -> list[Plot]:
                 f"reward_{kind}",
                 lambda run, kind=kind: _interval_metric(run, f"reward_{kind}"),
                 title=f"Reward of {_KIND_TITLE[kind]}",
-                how="Mean score on the held-out prompts (a ranker that compares sees the start "
-                "model's greedy answer beside it); bars are 95 % intervals. Iteration 0 is the "
-                "start model. "
-                "Overlapping bars alone do not mean there is no difference: the prompts are the "
-                "same, so look at the gain.",
+                how="Mean score on the held-out prompts (a ranker that compares answers also gets "
+                "the start model's greedy answer); bars are 95 % intervals. Iteration 0 is the "
+                "start model. Overlapping bars do not mean that there is no difference: the "
+                "prompts are the same, so look at the gain.",
             )
         )
     plots.append(
@@ -46,8 +45,8 @@ def reward_plots(runs: Sequence[RunData], labels: Sequence[str]) -> list[Plot]:
             "gain",
             lambda run: _interval_metric(run, "gain"),
             title="Gain over the start model",
-            how="Each prompt's greedy answer against the start model's answer to the same "
-            "prompt. A bar clear of the zero line is a real change on these prompts.",
+            how="Score of each prompt's greedy answer minus that of the start model's answer to "
+            "the same prompt. A bar that does not touch the zero line is a clear change.",
             zero=True,
         )
     )
@@ -83,9 +82,9 @@ def frontier_plots(runs: Sequence[RunData], labels: Sequence[str]) -> list[Plot]
         plots.append(
             Plot(
                 title=f"{_KIND_REWARD[kind]} reward against KL",
-                how="Each point is an iteration, numbered. Up is better, left is closer to the "
-                "start model; the better of two methods lies higher at the same KL. Bars are 95 % "
-                "intervals both ways. KL is estimated from sampled answers.",
+                how="Each numbered point is an iteration. Up is better, left is closer to the "
+                "start model; the better of two methods is higher at the same KL. Bars are 95 % "
+                "intervals of both values. KL is estimated from sampled answers.",
                 drawing=lines(
                     series,
                     key=f"frontier-{kind}",
@@ -105,7 +104,7 @@ def frontier_plots(runs: Sequence[RunData], labels: Sequence[str]) -> list[Plot]
             lambda run: _interval_metric(run, "kl"),
             title="KL from the start, nats per answer",
             how="Mean log-ratio of the model to the start model over its own sampled answers. "
-            "Distance that grows while the reward stands still buys nothing. Chance can make a "
+            "If KL grows while the reward does not, the change is useless. Chance can make a "
             "small estimate negative.",
             include=(0, 0),
         )
@@ -114,26 +113,27 @@ def frontier_plots(runs: Sequence[RunData], labels: Sequence[str]) -> list[Plot]
 
 
 def answer_plots(runs: Sequence[RunData], labels: Sequence[str]) -> list[Plot]:
-    """Length, variety and cut-offs, computed from the texts."""
+    """Plots of length, variety and cut-offs, computed from the texts."""
     specs: list[tuple[str, str, str, tuple[float, float]]] = [
         (
             "words",
             "Mean length, words",
-            "Some rankers pay for length alone; a reward that grows only with length shows here.",
+            "Some rankers prefer long answers. Compare this with the reward, to see whether it "
+            + "grows only with length.",
             (0, 0),
         ),
         (
             "distinct_2",
             "Distinct-2",
-            "First occurrences among all word pairs of all answers. It falls where answers repeat "
-            + "themselves or each other, and a little where they grow longer.",
+            "Share of different word pairs among all word pairs of all answers. It falls if "
+            + "answers repeat themselves or each other, and a little if they become longer.",
             (0, 1),
         ),
         (
             "cut_off",
             "Cut-off answers",
-            "Share of answers that ran into the length limit before they ended. A rise often "
-            + "means that answers no longer know how to stop.",
+            "Share of answers that reached the length limit before they ended. A rise often "
+            + "means that the policy no longer ends its answers.",
             (0, 0.2),
         ),
     ]
@@ -203,9 +203,9 @@ def explore_plots(runs: Sequence[RunData], labels: Sequence[str]) -> list[Plot]:
         plots.append(
             Plot(
                 title=label if len(runs) > 1 else "Place of the explored answer",
-                how="Among the ranked answers to its prompt, shared places included. The best is "
-                "mostly the chosen answer and the worst the rejected one; one in the middle serves "
-                "only the optimism term. Tied: all answers have one score.",
+                how="Place among the ranked answers to its prompt, including shared places. The "
+                "best answer is usually the chosen one, and the worst the rejected one; an answer "
+                "in the middle only matters for the optimism term. Tied: all scores are equal.",
                 drawing=drawing if counts else None,
                 legend=tuple((swatch(Style(colours[p]), block=True), p) for p in places),
             )
@@ -240,8 +240,7 @@ def time_plots(runs: Sequence[RunData], labels: Sequence[str]) -> list[Plot]:
         plots.append(
             Plot(
                 title=label if len(runs) > 1 else "Time by stage",
-                how="Where an iteration's time goes. The longest part is the one worth speeding "
-                "up; the table holds the exact seconds.",
+                how="How long each stage of an iteration takes. The table gives the exact seconds.",
                 drawing=strips(
                     ticks,
                     parts,
@@ -290,7 +289,7 @@ def _by_iteration(
     series = []
     for index, run in enumerate(runs):
         rows = points(run)
-        # Runs stand a little apart, so that no interval hides another.
+        # Runs are shifted a little, so that intervals do not hide each other.
         shift = 0.06 * (index - (len(runs) - 1) / 2) if len(runs) > 1 else 0.0
         if rows:
             series.append(

@@ -1,4 +1,4 @@
-"""The tables of a run: for the page in words, and as data for its CSV and LaTeX files."""
+"""The tables of a run, as rows for the page and as data for CSV and LaTeX files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from selm_jax.report.data import RunData, Stage, flatten
 from selm_jax.report.files import Table
 
 _UNITS = ("prompts", "candidates", "responses", "tokens", "updates", "examples", "tokens_useful")
-"""The counts that are work; of these alone a throughput is worth reading."""
+"""The counts that measure work, for which a throughput is shown."""
 
 
 def evaluation_rows(run: RunData) -> list[dict[str, Any]]:
@@ -64,7 +64,7 @@ def dropped(run: RunData) -> dict[str, Any] | None:
         )
         for reason in reasons
     ]
-    # Kept, yet in no update: the last batch of an iteration would not have been whole.
+    # These were kept but are in no update, because the last batch would have been incomplete.
     left = {k: _count(run, k, "train", "left_over") for k in ranked}
     if any(left.values()):
         rows.append(row("of the kept: left over from the last batch", left))
@@ -91,8 +91,10 @@ def stage_rows(run: RunData) -> list[dict[str, Any]]:
 
 
 def _amounts(stage: Stage, seconds: float | None = None) -> str:
-    """A stage's counts, or with its seconds its throughput. Counts with a `/` in their name are
-    parts of others or no counts at all, and the reasons and places stand elsewhere."""
+    """A stage's counts in words, or its throughput if `seconds` is given.
+
+    Keys with a `/` are left out: they are parts of other counts, or they are shown elsewhere.
+    """
     parts = []
     for key, count in stage.counts.items():
         if "/" in key or not count or (seconds and key not in _UNITS):
@@ -109,12 +111,12 @@ def manifest(run: RunData) -> dict[str, str]:
 
 
 def machine(run: RunData) -> dict[str, str]:
-    """The manifest but for what the ranker was asked."""
+    """The manifest without the ranker's settings."""
     return {k: v for k, v in manifest(run).items() if not k.startswith("feedback")}
 
 
 def evaluation_table(label: str, rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The held-out numbers, unrounded, with the ends of their intervals in columns of their own."""
+    """The held-out numbers, unrounded, with both ends of each interval in separate columns."""
     intervals = ("reward_greedy", "reward_sample", "gain", "kl", "accuracy", "margins")
     intervals = [n for n in intervals if any(row[n][0] is not None for row in rows)]
     texts = ("words", "distinct_2", "different", "cut_off")

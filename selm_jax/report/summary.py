@@ -1,4 +1,4 @@
-"""A run's numbers in words: the summary paragraph, what deserves a second look, comparisons."""
+"""A run's results in words: the summary paragraph, warnings, and comparisons."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from selm_jax.statistics.proportions import counted
 
 
 def number(value: float | None, sign: bool = False) -> str:
-    """A number as a reader wants it: two decimals, fewer from 10 on, more below 0.1."""
+    """A number for readers: two decimals, fewer from 10 on, more below 0.1."""
     if value is None or not math.isfinite(value):
         return "–"
     size = abs(value)
-    if size < 1e-12:  # what is left of 0.3 - 0.1 - 0.1 - 0.1
+    if size < 1e-12:  # a rounding error, such as that of 0.3 - 0.1 - 0.1 - 0.1
         return "0"
     if size < 1e-4:
         text = f"{size:.1e}".replace("e-0", "e-").replace("e-", "e−")
@@ -34,7 +34,7 @@ def number(value: float | None, sign: bool = False) -> str:
 
 
 def percent(share: float | None) -> str:
-    """A share of 1 as whole per cent, one digit below that; the sign never leaves its number."""
+    """A share of 1 as a percentage: a whole number, or one digit below 1 %."""
     if share is None or not math.isfinite(share):
         return "–"
     text = f"{100 * share:.0f}" if share == 0 or share >= 0.0095 else f"{100 * share:.1g}"
@@ -51,7 +51,7 @@ def evaluated(run: RunData) -> list[int]:
 
 
 def measured(run: RunData, kind: str) -> dict[int, TextMeasures]:
-    """The measures of an iteration's answers of one kind, by iteration."""
+    """The measures of a run's answers of one kind, by iteration."""
     groups: dict[int, list] = {}
     for answer in run.answers:
         if answer.kind == kind:
@@ -60,7 +60,7 @@ def measured(run: RunData, kind: str) -> dict[int, TextMeasures]:
 
 
 def progress(run: RunData) -> str:
-    """How far the run is: "finished, 3 iterations" or "unfinished, 1 of 3 iterations complete"."""
+    """The progress of a run, such as "finished, 3 iterations" or "unfinished, 1 of 3 ..."."""
     last = "evaluate" if run.evaluates else "export"
     done = len([k for k, stages in run.stages.items() if k > 0 and last in stages])
     if not run.unfinished:
@@ -69,25 +69,24 @@ def progress(run: RunData) -> str:
 
 
 def paragraph(run: RunData) -> str:
-    """What happened to the held-out reward, in one or two plain sentences."""
+    """How the held-out reward changed, in one or two plain sentences."""
     known = evaluated(run)
     if any(run.metric(k, "accuracy") is not None for k in run.evaluations):
         return _accuracy(run)
     if not run.evaluates:
         return (
             "The settings name no held-out prompts (data.heldout), so nothing can be said about "
-            "the reward. What follows is about training and ranking alone."
+            "the reward. The rest of this page is only about training and ranking."
         )
     if any(run.metric(k, "unread") for k in run.evaluations) and not known:
         return (
-            "What the judge said of the held-out answers could not be read, so nothing can be said "
-            "about the reward."
+            "The judge's replies about the held-out answers could not be read, so nothing can be "
+            "said about the reward."
         )
     if run.evaluations and not known:
         return (
-            "People compare answers and score none, so nothing can be said about a held-out "
-            "reward. How far the policy went from the start is below, and the answers are there to "
-            "read."
+            "Human annotators compare answers without scores, so nothing can be said about a "
+            "held-out reward. The KL from the start model is below, and so are the answers."
         )
     if not known:
         return "No held-out evaluation is finished yet, so nothing can be said about the reward."
@@ -102,7 +101,7 @@ def paragraph(run: RunData) -> str:
         )
     start = run.metric(0, "reward_greedy")
     gain, low, high = (run.metric(last, f"gain{end}") for end in ("", "_low", "_high"))
-    # An interval that holds 0 supports no claim of a rise or a fall.
+    # If the interval contains 0, nothing can be said about a rise or a fall.
     clear = low is not None and high is not None and (low > 0 or high < 0)
     verb = ("rose" if (gain or 0) > 0 else "fell") if clear else "did not change clearly:"
     text = f"Held-out reward {verb} from {number(start)} to {number(end)}"
@@ -127,11 +126,11 @@ def paragraph(run: RunData) -> str:
 
 
 def _accuracy(run: RunData) -> str:
-    """What a reward model makes of the held-out pairs."""
+    """The accuracy of a reward model on the held-out pairs, in a sentence."""
     last = max(k for k in run.evaluations if run.metric(k, "accuracy") is not None)
     share, low, high = (run.metric(last, f"accuracy{end}") for end in ("", "_low", "_high"))
     text = (
-        f"A reward model: after {plural(last, 'iteration')} it gives the chosen answer the higher "
+        f"After {plural(last, 'iteration')}, this reward model gives the chosen answer the higher "
         f"reward in {percent(share)} of {number(run.metric(last, 'pairs'))} held-out pairs "
         f"(95\u00a0% interval {percent(low)} to {percent(high)})"
     )
@@ -140,9 +139,9 @@ def _accuracy(run: RunData) -> str:
 
 
 def alarms(run: RunData) -> list[str]:
-    """Signs that a reward may have been bought with worse answers, and other second looks.
+    """Warnings: signs that answers became worse while the reward rose, and other things to check.
 
-    The thresholds are rules of thumb: they choose what to point at, they decide nothing.
+    The thresholds are rules of thumb that choose what to point out.
     """
     found = []
     greedy = measured(run, "greedy")
@@ -156,18 +155,18 @@ def alarms(run: RunData) -> list[str]:
             )
         if b.different < a.different - 0.1:
             found.append(
-                "More prompts get the same answer: different texts fell from "
-                f"{percent(a.different)} to {percent(b.different)} of the answers."
+                "More prompts get the same answer: the share of different texts fell from "
+                f"{percent(a.different)} to {percent(b.different)}."
             )
         if b.cut_off > a.cut_off + 0.1:
             found.append(
-                f"More answers run into the length limit: {percent(a.cut_off)} at the start, "
+                f"More answers reach the length limit: {percent(a.cut_off)} at the start, "
                 f"{percent(b.cut_off)} now."
             )
         if b.words > 1.5 * a.words or 1.5 * b.words < a.words:
             found.append(
-                f"Length changed much: from {number(a.words)} to {number(b.words)} words on "
-                "average. Some rankers pay for length alone."
+                f"The mean length changed a lot, from {number(a.words)} to {number(b.words)} "
+                "words. Some rankers prefer long answers."
             )
     for k, stages in run.stages.items():
         if "rank" not in stages:
@@ -182,10 +181,10 @@ def alarms(run: RunData) -> list[str]:
 
 
 def paired_difference(one: RunData, other: RunData) -> Estimate | None:
-    """Score of `other` minus score of `one`, last greedy answers, over the prompts both answered.
+    """Score of `other` minus score of `one` for their last greedy answers to shared prompts.
 
-    The interval is about other prompts: what a run calls its gain, between two runs. None without a
-    prompt that has a score in both.
+    This is like a run's gain, but between two runs; the interval covers the choice of prompts. The
+    result is None if no prompt has a score in both runs.
     """
     first, second = _last_scores(one), _last_scores(other)
     shared = [prompt for prompt in second if prompt in first]
@@ -196,7 +195,7 @@ def paired_difference(one: RunData, other: RunData) -> Estimate | None:
 def settings_differences(
     tables: Sequence[Mapping[str, str]],
 ) -> list[tuple[str, list[str | None]]]:
-    """Keys whose values are not the same in every table, in order of first appearance."""
+    """Keys whose values differ between tables, in order of first appearance."""
     keys = list(dict.fromkeys(key for table in tables for key in table))
     rows = [(key, [table.get(key) for table in tables]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1]

@@ -1,4 +1,4 @@
-"""The page of a sweep: one table, the comparisons, and where every run's own page lies."""
+"""The page of a sweep: one table, the comparisons, and links to the pages of all runs."""
 
 from __future__ import annotations
 
@@ -23,22 +23,24 @@ from selm_jax.statistics.intervals import Estimate
 
 @dataclass(frozen=True)
 class Row:
-    """One cell of the grid: what its finished runs measured. None: nothing, or not comparable.
+    """The results of one cell of the grid, from its finished runs.
+
+    A value is None if there is none, or if it cannot be compared.
 
     Attributes:
-      levels: of each axis, in the axes' order.
-      changes: `key.path=value` of the base experiment.
-      runs: seed, folder as seen from the page, and whether it is finished.
-      baseline: whether the others of its group are compared with it.
-      ranked, updates: answers that the ranker scored, and updates, per run.
+      levels: the level on each axis, in the order of the axes.
+      changes: the changes to the base experiment, each as `key.path=value`.
+      runs: for each run its seed, its folder relative to the page, and whether it is finished.
+      baseline: whether the other rows of its group are compared with this one.
+      ranked, updates: number of answers that the ranker scored, and of updates, per run.
       greedy, sample: held-out score after the last iteration, of greedy and of sampled answers.
-      gain: of the greedy ones, minus the start model's.
-      kl: from the start model, nats per sampled answer.
-      tokens, cut_off: of greedy answers: mean length, and the share that hit the length limit.
+      gain: score of the greedy answers minus that of the start model.
+      kl: KL from the start model, in nats per sampled answer.
+      tokens, cut_off: mean length of greedy answers, and the share that reached the length limit.
       difference, difference_sample: score minus the baseline's, paired by seed and prompt.
-      difference_by_seed: the first of them for each seed alone.
+      difference_by_seed: `difference` for each seed separately.
       by_iteration, kl_by_iteration: `greedy` and `kl` after each iteration; 0 is the start model.
-      p_holm: of `difference`, over all comparisons of the sweep (Holm).
+      p_holm: p value of `difference`, Holm-corrected over all comparisons of the sweep.
     """
 
     levels: tuple[str, ...]
@@ -71,7 +73,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Group:
-    """The rows that are compared with one baseline, what comes of it, and their plots."""
+    """The rows that are compared with one baseline, the result in words, and their plots."""
 
     title: str
     verdict: str
@@ -94,14 +96,15 @@ def write(
     failed: Mapping[str, str],
     shared: Mapping[str, tuple[int, int]],
 ) -> None:
-    """Writes the page, whole or not at all; the same values give the same bytes.
+    """Writes the page, completely or not at all; the same values give the same bytes.
 
     Args:
-      axes: names of the axes; `axis` is the one that is compared along, to its level `against`.
-      failed: by run, why it could not be finished.
-      shared: by stage, how often it was done and how often taken from another run.
+      axes: the names of all axes.
+      axis, against: the axis whose levels are compared, and the level that is the baseline.
+      failed: for each run that failed, the reason.
+      shared: for each stage, how often it was run and how often it was copied from another run.
     """
-    place = list(axes).index(axis)  # of the compared level among a row's
+    place = list(axes).index(axis)  # index of the compared level in a row's levels
     base = _base(out.parent, rows)
     text = (
         templates()
@@ -131,7 +134,7 @@ def write(
 
 
 def _groups(rows: Sequence[Row], place: int, axis: str, against: str) -> Iterator[Group]:
-    """Rows that differ in the compared axis alone; each row keeps its style in all groups."""
+    """Groups of rows that differ only in the compared axis; a level has one style in all groups."""
 
     def rest(row: Row) -> tuple[str, ...]:
         return row.levels[:place] + row.levels[place + 1 :]
@@ -154,7 +157,7 @@ def _groups(rows: Sequence[Row], place: int, axis: str, against: str) -> Iterato
 
 
 def _base(folder: Path, rows: Sequence[Row]) -> RunData | None:
-    """A finished run, of the baseline if possible: its facts hold what all runs have in common."""
+    """A finished run, if possible of the baseline, whose facts are shown for all runs."""
     for row in sorted(rows, key=lambda row: not row.baseline):
         for _, run, finished in row.runs:
             if finished and (folder / run / "config.yaml").is_file():
@@ -163,7 +166,7 @@ def _base(folder: Path, rows: Sequence[Row]) -> RunData | None:
 
 
 def _verdict(named: Sequence[tuple[str, Row]], against: str) -> str:
-    """The answer of a group, with p after the correction over all comparisons of the sweep."""
+    """The result of a group in words, with p corrected over all comparisons of the sweep."""
     compared = [
         answer.Compared(level, row.difference, row.p_holm)
         for level, row in named
@@ -211,15 +214,15 @@ def _differences(named, styles, against: str, i: int) -> Plot:
         f"{level}: {summary.number(d.mean, True)}." for level, _, d in shown
     )
     how = (
-        "After the last iteration, paired by seed and prompt. Bar: 95 % interval over seeds and "
-        "prompts; small dots: each seed. A bar clear of the zero line is a difference that other "
-        "seeds and prompts would show too."
+        "After the last iteration, paired by seed and prompt. Bars are 95 % intervals over seeds "
+        "and prompts; small dots are single seeds. If a bar does not touch the zero line, expect a "
+        "difference for other seeds and prompts too."
     )
     if any(d.seeds == 1 for *_, d in shown):
         how = (
-            "After the last iteration, paired by prompt. Bar: 95 % interval; where there is one "
-            "seed, over prompts alone: a bar clear of the zero line is then a difference of these "
-            "two models, which another seed need not show."
+            "After the last iteration, paired by prompt. Bars are 95 % intervals; with one seed, "
+            "only over prompts. A bar that does not touch the zero line is then a difference "
+            "between these two models, which another seed may not show."
         )
     return Plot(
         f"Greedy reward minus that of {against}",
@@ -254,8 +257,8 @@ def _by_iteration(named, styles, i: int) -> Plot:
             )
     return Plot(
         "Reward of greedy answers",
-        "Mean over seeds and held-out prompts by iteration; 0 is the start model. The prompts are "
-        "the same for all: the differences are surer than these bars say.",
+        "Mean over seeds and held-out prompts by iteration; 0 is the start model. All use the same "
+        "prompts, so differences are more certain than these bars suggest.",
         lines(
             series,
             key=f"reward-{i}",
@@ -283,8 +286,8 @@ def _against_kl(named, styles, i: int) -> Plot:
             )
     return Plot(
         "Greedy reward against KL",
-        "Each point is an iteration. Up is better, left is closer to the start model: a method is "
-        "better where it lies higher at the same KL.",
+        "Each point is an iteration. Up is better, left is closer to the start model; the better "
+        "of two methods is higher at the same KL.",
         lines(
             series,
             key=f"frontier-{i}",
@@ -297,5 +300,5 @@ def _against_kl(named, styles, i: int) -> Plot:
 
 
 def _end(value: float | None) -> float:
-    """An interval's end as the plots want it: NaN draws none."""
+    """An end of an interval for the plots, where NaN means that there is none."""
     return math.nan if value is None else value

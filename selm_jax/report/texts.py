@@ -1,4 +1,4 @@
-"""Measures of a set of answers' texts: a reward that rises on collapsing answers shows here."""
+"""Measures of the texts of answers, which show whether answers collapse while the reward rises."""
 
 from __future__ import annotations
 
@@ -11,9 +11,15 @@ from selm_jax.text.variety import distinct, words
 
 @dataclass(frozen=True)
 class TextMeasures:
-    """`words`: mean words per answer, signs left out. `distinct_2`: see `distinct`.
-    `different`: different texts over answers. `cut_off`: share that ran into the length limit.
-    Shares lie in 0..1."""
+    """Measures of a set of answers.
+
+    Attributes:
+      answers: number of answers.
+      words: mean number of words per answer, without punctuation.
+      distinct_2: see `text.variety.distinct`.
+      different: number of different texts divided by the number of answers, from 0 to 1.
+      cut_off: share of answers that reached the length limit, from 0 to 1.
+    """
 
     answers: int
     words: float
@@ -23,7 +29,7 @@ class TextMeasures:
 
 
 def measure(answers: Sequence[Answer]) -> TextMeasures:
-    """Raises ValueError for no answers: their mean has no value."""
+    """Measures the texts of answers. Raises ValueError if there are none."""
     if not answers:
         raise ValueError("no answers to measure; expected at least one")
     texts = [answer.text for answer in answers]

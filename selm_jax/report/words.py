@@ -1,4 +1,4 @@
-"""Which words tell two sets of answers apart: between iterations, and between methods."""
+"""Finds the words whose frequencies differ most between iterations, or between methods."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _CLEAR = 1.96
 
 @dataclass(frozen=True)
 class Change:
-    """A word, its count in 1000 words before and after, and how sure the change is (z)."""
+    """A word, its count per 1000 words before and after, and the z value of the change."""
 
     word: str
     before: float
@@ -26,7 +26,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Changes:
-    """The words that the second set uses more and those that it uses less, the surest first."""
+    """The words that the second set uses more, and those it uses less, by decreasing |z|."""
 
     title: str
     more: Sequence[Change]
@@ -34,11 +34,11 @@ class Changes:
 
 
 def changes(title: str, before: Sequence[str], after: Sequence[str]) -> Changes:
-    """Compares the words of two sets of texts.
+    """Compares the word frequencies of two sets of texts.
 
-    z is the log-odds ratio over its standard deviation, with an informative Dirichlet prior made of
-    both sets (Monroe, Colaresi and Quinn, Political Analysis 16, 2008, equations 15 to 22). Words
-    whose z is within 1.96 of 0 are left out; z is a guide to reading, not a test.
+    z is the log-odds ratio divided by its standard deviation, with an informative Dirichlet prior
+    from both sets (Monroe, Colaresi and Quinn, Political Analysis 16, 2008, equations 15 to 22).
+    Words with |z| up to 1.96 are left out. z is a guide for reading, not a test.
     """
     one, two = (_counts(texts) for texts in (before, after))
     n, m = one.total(), two.total()
@@ -52,7 +52,7 @@ def changes(title: str, before: Sequence[str], after: Sequence[str]) -> Changes:
         a = count * scale
         rest = total * scale - a
         if rest <= 0:
-            continue  # the only word there is
+            continue  # this is the only word in both sets
         y, x = two[word] + a, one[word] + a
         odds = math.log(y / (m - two[word] + rest)) - math.log(x / (n - one[word] + rest))
         z = odds / math.sqrt(1 / y + 1 / x)
@@ -64,7 +64,7 @@ def changes(title: str, before: Sequence[str], after: Sequence[str]) -> Changes:
 
 
 def of_page(runs: Sequence[RunData], labels: Sequence[str]) -> list[Changes]:
-    """Compares each run's last iteration with its start, and each run with the first."""
+    """Compares each run's last iteration with its start, and each run with the first run."""
     found = []
     for run, label in zip(runs, labels, strict=True):
         ts = sorted({a.iteration for a in run.answers})

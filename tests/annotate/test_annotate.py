@@ -307,9 +307,9 @@ class TestExchange:
         x, y, z = item(0).answers
         cases = {
             "do not rank its 3 answers": [row(x, y)],
-            "no circle": [row(x, y), row(y, z), row(z, x)],
+            "no cycle": [row(x, y), row(y, z), row(z, x)],
             "line 2: 0 questions": [row(x, y), row(x, "other")],
-            "0 questions .* begins 'Else'": [row(x, y, "Else")],
+            "0 questions .* begins with 'Else'": [row(x, y, "Else")],
             "line 1: 'chosen' is missing": [{"prompt": [{"role": "user", "content": "Q"}]}],
             "'chosen': found 'text'": [row(x, y) | {"chosen": "text"}],
             "prompt is text": [row(x, y) | {"prompt": "Question 0?"}],

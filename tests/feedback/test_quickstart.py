@@ -193,4 +193,4 @@ def test_people(tmp_path):
     assert asked["ranker/rankings"] == asked["ranker/questions"] > 0
     heldout = pq.read_table(run / "iteration_1" / "heldout.parquet")
     assert heldout["score"].null_count == heldout.num_rows > 0
-    assert "People compare answers and score none" in (run / "report.html").read_text()
+    assert "Human annotators compare answers without scores" in (run / "report.html").read_text()

@@ -38,7 +38,9 @@ def test_one_differs_and_p_is_after_holms_correction():
     text = sentence("dpo", compared, seeds=1)
     assert text.startswith("selm is better than dpo at 1 seed (+")
     assert "Neither mine nor third differs clearly from dpo" in text
-    assert text.endswith("With one seed this is about other prompts, not about other seeds.")
+    assert text.endswith(
+        "With one seed, this result generalizes to other prompts, but not to other seeds."
+    )
 
 
 def test_a_p_that_is_small_alone_is_not_enough():
@@ -88,7 +90,7 @@ def test_dropped_prompts_stand_side_by_side(make_run, tmp_path):
         report_data(make_run(tmp_path / n, name=n, prompts=p)) for n, p in (("a", 12), ("b", 8))
     ]
     text = render(runs)
-    table = text[text.index("why, side by side") :].partition("</table>")[0]
+    table = text[text.index("Dropped prompts of all runs") :].partition("</table>")[0]
     assert "<bdi>a</bdi>" in table and "<bdi>b</bdi>" in table
     kept = table[table.index("kept as pairs") :].partition("</tr>")[0]
     assert "216" in kept and "144" in kept  # 6 of each prompt in 3 iterations

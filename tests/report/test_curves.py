@@ -51,7 +51,7 @@ def test_in_a_comparison_a_new_loss_is_in_all_training_plots(make_run, tmp_path)
         assert {row["line"] for row in rows_of(plot)} == {"selm", "mine"}, plot.title
     own = {plot.title: plot for plot in own_plots(runs, labels)}
     assert {row["line"] for row in rows_of(own["Preference term"])} == {"selm"}
-    assert own["Preference term"].how.endswith("Logged by selm alone.")
+    assert own["Preference term"].how.endswith("Only selm logged it.")
 
 
 def with_metrics(folder: Path, change: dict[str, float | None]) -> Path:

@@ -82,14 +82,14 @@ def test_a_run_that_has_only_begun(make_run, tmp_path):
         shutil.rmtree(folder / f"iteration_{k}")
     data = report_data(folder)
     assert data.iterations == () and len(data.unfinished) == 4
-    assert "metrics.jsonl is not there yet" in data.notes[0]
+    assert "There is no metrics.jsonl yet" in data.notes[0]
 
 
 def test_a_half_written_last_line_is_no_error_but_is_said(run):
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"stage": "train", "itera')
     data = report_data(run)
-    assert len(data.updates) == 90 and "half written" in data.notes[0]
+    assert len(data.updates) == 90 and "is incomplete" in data.notes[0]
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "iteration_1/stage.json"])
@@ -140,7 +140,7 @@ def test_a_claimed_table_that_is_gone(run):
 def test_a_table_without_a_column(run):
     path = run / "iteration_1" / "heldout.parquet"
     pq.write_table(pq.read_table(path).drop(["finish"]), path)
-    with pytest.raises(ReportError, match=r"heldout.parquet has no column finish; found prompt_id"):
+    with pytest.raises(ReportError, match=r"has no column finish; it has prompt_id"):
         report_data(run)
 
 

@@ -59,7 +59,7 @@ def test_progress(make_run, tmp_path, run):
 def test_alarms_ring_on_collapse_only(make_run, tmp_path, run):
     assert alarms(report_data(run)) == []
     collapsed = " ".join(alarms(report_data(make_run(tmp_path / "c", repeat=True))))
-    for sign in ("distinct-2 fell", "same answer", "length limit", "Length changed"):
+    for sign in ("distinct-2 fell", "same answer", "length limit", "length changed"):
         assert sign in collapsed
 
 

@@ -121,7 +121,7 @@ async function send({ path, body }) {
       reply = null;
     }
     if (reply && reply.status === 403) {
-      return say("The server has a new address now. Open it in this browser: what is not saved yet is kept.");
+      return say("The server has a new address. Open it in this browser; unsaved rankings are kept.");
     }
     if (reply && (reply.ok || reply.status === 400)) {
       delete localStorage.pending;

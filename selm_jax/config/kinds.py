@@ -128,7 +128,7 @@ Yours = Annotated[str, AfterValidator(_yours)]  # package.module:function
 Day = Annotated[datetime.date, BeforeValidator(_day)]
 Folder = Annotated[str, AfterValidator(_folder)]
 Command = Annotated[str, AfterValidator(_command)]
-Free = Annotated[dict[str, Any], AfterValidator(_finite)]  # keys are checked by whoever reads them
+Free = Annotated[dict[str, Any], AfterValidator(_finite)]  # the code that uses it checks the keys
 Loss = Annotated[Free, AfterValidator(_named_loss)]
 All = Annotated[int, Range(1, MOST, whole=True, advice="null takes all")]  # a limit
 Size = Annotated[int, Range(1, 2**20, whole=True)]  # an array's size along one axis

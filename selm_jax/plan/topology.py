@@ -1,6 +1,6 @@
 """The target of a plan: a slice of TPU chips, which need not exist yet, or the local devices.
 
-    target("v5e:4x8")     32 compile-only devices, from libtpu alone
+    target("v5e:4x8")     32 compile-only devices, which need only libtpu
     local_target()        jax.devices()
 
 Numbers are per *device*, as JAX counts them: a device is a chip, except that a TPU7x chip has two.

@@ -1,7 +1,7 @@
-"""Numbers that were published, as data: the SELM paper's tables and its authors' model cards.
+"""Published numbers as data: the tables of the SELM paper and its authors' model cards.
 
-Nothing here was measured by this software. Each file begins with where it comes from; whoever draws
-these numbers says so in the drawing.
+This software did not measure any of them. Each file begins with its source, and drawings of these
+numbers must be labelled as published.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ NAMES = ("table1", "table2", "model_cards", "figure2_zephyr", "figure2_llama3")
 
 @dataclass(frozen=True)
 class Published:
-    """Rows of text by column, and the source in words."""
+    """A published table: rows of text by column, and the source in words."""
 
     name: str
     source: str
     rows: tuple[dict[str, str], ...]
 
     def numbers(self, column: str, **where: str) -> list[tuple[dict[str, str], float]]:
-        """The rows with these values that have a number in a column, and the number."""
+        """The rows that match `where` and have a number in a column, each with that number."""
         found = [row for row in self.rows if all(row[k] == v for k, v in where.items())]
         return [(row, float(row[column])) for row in found if row[column]]
 
 
 def load(name: str) -> Published:
-    """One of `NAMES`. Raises ValueError for another name."""
+    """Loads one of `NAMES`. Raises ValueError for any other name."""
     if name not in NAMES:
         raise ValueError(f"no published numbers {name!r}; expected one of {', '.join(NAMES)}")
     lines = (Path(__file__).parent / f"{name}.csv").read_text(encoding="utf-8").splitlines()

@@ -1,4 +1,4 @@
-"""Published numbers, drawn so that nobody takes them for measured: hollow, dotted, grey, marked."""
+"""Draws published numbers hollow, dotted, grey and labelled, so that they do not look measured."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from selm_jax.report.published import NAMES, Published, load
 
 
 def figures() -> list[PaperFigure]:
-    """Tables 1 and 2, the model cards and figure 2 of the paper, marked as what they are."""
+    """Figures of tables 1 and 2, the model cards and figure 2, labelled as published."""
     made = []
     for name, column, unit in (
         ("table1", "lc_win_rate", "length-controlled win rate, AlpacaEval 2.0, %"),

@@ -226,7 +226,9 @@ def test_answers_of_a_server_are_not_counted():
     assert not any(p.name in ("prefill", "refill", "decode") for p in phases(b, 2))
     assert not any(p.name.startswith("generate") for p in rows_of(b))
     said = work.lengths_of(b, 61135, 2000, None, None).assumed
-    assert any("rollout.remote, whose time is not counted" in each for each in said)
+    assert any(
+        "rollout.remote generates the candidates; its time is not counted" in each for each in said
+    )
 
 
 def rows_of(b: Blueprint):

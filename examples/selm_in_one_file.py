@@ -115,7 +115,7 @@ def with_reference(
     """The examples with log pi_ref of every answer: data from now on, so one model is trained."""
     logps = [np.asarray(update.logps(params, batch)) for batch in pack(examples, shape)]
     scored = zip(examples, unpack(examples, shape, logps), strict=True)
-    return [dataclasses.replace(example, reference=found) for example, found in scored]
+    return [dataclasses.replace(example, reference_logps=found) for example, found in scored]
 
 
 def train(

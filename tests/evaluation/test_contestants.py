@@ -36,7 +36,7 @@ def test_values_are_read_as_in_experiment_files():
 @pytest.mark.parametrize(
     "option,said",
     [
-        (["--temperature", "0"], "--samples 0 asks"),
+        (["--temperature", "0"], "--samples 0 uses the greedy"),
         (["--temperature", "nan"], "expected a number"),
         (["--top-p", "0"], "1 keeps all tokens"),
         (["--top-p", "nan"], "1 keeps all tokens"),

@@ -247,7 +247,7 @@ def test_rows_are_filled():
         {"responses": ((1,), ())},
         {"roles": {"chosen": 2}},
         {"roles": {"best": 0}},
-        {"reference": (0.5,)},
+        {"reference_logps": (0.5,)},
     ],
 )
 def test_an_example_that_cannot_be_trained_on_is_named(wrong):

@@ -168,7 +168,7 @@ def test_metrics_of_earlier_versions_without_a_digest_are_accepted(copied):
     for file in folder.rglob("stage.json"):
         entries = json.loads(file.read_text())
         older = {
-            stage: {k: v for k, v in unsealed(entry).items() if k not in ("logged", "files")}
+            stage: {k: v for k, v in unsealed(entry).items() if k != "logged"}
             for stage, entry in entries.items()
         }
         file.write_text(json.dumps({stage: seal(entry, stage) for stage, entry in older.items()}))
@@ -439,4 +439,4 @@ def test_a_policy_is_handed_on_in_another_dtype_once(finished, tmp_path, monkeyp
     assert (to / "README.md").read_text() == (run.policy(2).path / "README.md").read_text()
     with pytest.raises(SystemExit):
         cli.main()
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err

@@ -59,7 +59,7 @@ def test_the_digest_is_that_of_the_reference(scored, fixed):
     ) as told:
         run.check()
     said = str(told.value)
-    assert str(run.examples.path) in said and "to score this iteration again" in said
+    assert str(run.examples.path) in said and "score this iteration again" in said
 
 
 def test_checkpoints_are_those_of_the_start_whatever_the_reference_is(scored):

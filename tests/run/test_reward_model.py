@@ -205,8 +205,11 @@ def test_training_goes_on_from_a_reward_model(trained, tmp_path):
         ({"lora": {"rank": 2, "alpha": 4}}, "adapters would leave its head at zero"),
         ({"text__layout": "paper"}, "text.layout: paper does not produce them"),
         ({"data__chosen_score": "goood"}, "missing column 'goood'; did you mean 'good'"),
-        ({"data__chosen_score": None, "data__rejected_score": None}, "objective.margin: asks for"),
-        ({"data__chosen_score": None}, "no data.chosen_score to compare"),
+        (
+            {"data__chosen_score": None, "data__rejected_score": None},
+            "objective.margin: the mar",
+        ),
+        ({"data__chosen_score": None}, "it needs data.chosen_score as well"),
     ],
 )
 def test_experiments_that_do_not_fit_are_refused(changes, message, tmp_path):
@@ -238,5 +241,5 @@ def test_pairs_that_are_the_same_tokens_prefer_nothing(tmp_path):
     run = Run(config.load(file), QUIET)
     tiny.do(run, STAGES[0], 1), tiny.do(run, STAGES[1], 1)
     for work in (lambda: check(run), lambda: tiny.do(run, STAGES[2], 1)):
-        with pytest.raises(ExampleError, match="prompt 1-5: chosen and rejected are the same"):
+        with pytest.raises(ExampleError, match="prompt 1-5: chosen and rejected become the same"):
             work()

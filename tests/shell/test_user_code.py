@@ -125,6 +125,10 @@ def test_one_place_alone_imports_by_a_name_that_an_experiment_may_hold():
         if "import_module(" in line or "__import__(" in line
     }
     assert found == {
+        "__init__.py": 'found = importlib.import_module(f"{__name__}.{module}")',
+        "run/__init__.py": (
+            'return importlib.import_module("selm_jax.api.runs").run(*arguments, **named)'
+        ),
         "shell/user_code.py": "module = importlib.import_module(module_name)",
         "feedback/ranker.py": "builder = getattr(importlib.import_module(module), attribute)",
         "evaluation/benchmarks/alpaca_eval/score.py": (

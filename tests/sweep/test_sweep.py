@@ -31,7 +31,7 @@ from selm_jax.rollout.engine import Engine
 from selm_jax.run.rows import RunError
 from selm_jax.run.run import Run
 from selm_jax.shell.artifacts import Stages
-from selm_jax.shell.shared_stages import SharedStages
+from selm_jax.shell.shared_stages import SharedStages, key_of
 from selm_jax.statistics.intervals import pooled
 from selm_jax.sweep import SweepError, sweep, write
 from selm_jax.sweep.grid import read_sweep
@@ -439,10 +439,8 @@ def test_it_ends_with_its_table(finished, capsys):
 def test_a_store_never_hands_out_what_was_damaged(tmp_path):
     store, out = SharedStages(tmp_path / "store"), tmp_path / "out.txt"
     out.write_text("right")
-    key = store.key(stage="x", settings={"a": 1})
-    assert (
-        key != store.key(stage="x", settings={"a": 2}) and store.take(key, tmp_path / "to") is None
-    )
+    key = key_of(stage="x", settings={"a": 1})
+    assert key != key_of(stage="x", settings={"a": 2}) and store.take(key, tmp_path / "to") is None
     store.put(key, {"out.txt": out}, {"counts": 3})
     out.unlink()
     assert store.take(key, tmp_path / "to") == {"counts": 3}

@@ -25,7 +25,7 @@ PEAKS = (
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """Seconds of each repetition, and the peak TFLOP/s of the devices meanwhile (None: unknown)."""
+    """Seconds per repetition, and the devices' peak TFLOP/s during each (None if it is unknown)."""
 
     seconds: list[float]
     peak: list[float | None]

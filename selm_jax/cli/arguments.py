@@ -12,7 +12,7 @@ from selm_jax.shell.paths import file_to_write, place
 Experiment = Annotated[
     Path,
     typer.Argument(
-        help="Experiment file (YAML), or a run folder, which holds its own.",
+        help="Experiment file (YAML), or a run folder, which contains one.",
         metavar="EXPERIMENT",
         parser=place,
     ),
@@ -37,6 +37,8 @@ Iteration = Annotated[int, typer.Option("--iteration", "-t", help="Number of the
 Tiny = Annotated[
     bool,
     typer.Option(
-        "--tiny", help="Rehearse it with a tiny random model and 64 made-up rows, in OUTPUT-tiny."
+        "--tiny",
+        help="Rehearse with a tiny random model and 64 made-up rows; the output folder's name then "
+        "ends in -tiny.",
     ),
 ]

@@ -37,7 +37,7 @@ def preview(options: Previewing) -> None:
 
     It also says what would stop the run. Rows are coloured by role (prompt, scored, padding), with
     counts and lengths over all rows. The loss and the ranker are built, and every row is checked.
-    Nothing is computed.
+    Nothing is generated or trained.
     """
     from selm_jax.commands import preview, runs
 
@@ -65,7 +65,7 @@ class Showing:
 def show(options: Showing) -> None:
     """Show how far a run is.
 
-    Its stages, last numbers, disk use and the time left.
+    It prints the run's stages, last numbers, disk use and the time left.
     """
     from selm_jax.commands.show import show
     from selm_jax.shell.progress import terminal
@@ -91,7 +91,7 @@ class OfSettings:
 def settings(options: OfSettings) -> None:
     """Show the settings of an experiment.
 
-    Each with its values, its default and what it does.
+    Each is listed with its values, its default and what it does.
     """
     from selm_jax.commands.settings import lines
 
@@ -220,7 +220,7 @@ class Annotating:
     read: Annotated[
         Path | None,
         typer.Option(
-            "--import", help="Read rankings from such a file, and serve no page.",
+            "--import", help="Read rankings from a file like that of --export, and serve no page.",
             metavar="FILE", parser=place, show_default="serve the page",
         ),
     ] = None  # fmt: skip

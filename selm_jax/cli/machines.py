@@ -48,7 +48,7 @@ class Planning:
     prompt_tokens: Annotated[
         int | None,
         typer.Option(
-            help="Mean tokens per prompt.", min=1, show_default="measured, or the limit's half"
+            help="Mean tokens per prompt.", min=1, show_default="measured, or half the limit"
         ),
     ] = None
     response_tokens: Annotated[
@@ -65,7 +65,7 @@ class Planning:
     ] = 0.6
     price: Annotated[
         float | None,
-        typer.Option(help="Dollars per chip and hour.", min=0, show_default="no cost is shown"),
+        typer.Option(help="Dollars per chip-hour.", min=0, show_default="no cost is shown"),
     ] = None
     hbm: Annotated[
         float | None,
@@ -73,7 +73,7 @@ class Planning:
     ] = None
     tries: Annotated[
         int,
-        typer.Option(help="Changes to compile in search of a layout that fits.", min=0),
+        typer.Option(help="How many changes to try if the experiment does not fit.", min=0),
     ] = 8
     json: Json = None
 
@@ -85,7 +85,7 @@ class Planning:
     example="selm plan experiments/paper/zephyr_7b/selm.yaml --topology v5e:4x8",
 )
 def plan(options: Planning) -> None:
-    """Estimate fit, time and cost on a machine.
+    """Estimate memory, time and cost on a machine.
 
     The programs are compiled for the machine, which need not be here. No weights are read.
     """
@@ -153,7 +153,7 @@ class Benching:
 def bench(options: Benching) -> None:
     """Measure how fast this machine is.
 
-    It trains and generates, and its memory is measured too.
+    A model is trained and generates answers; the memory that this takes is measured too.
     """
     set_up_jax()
     from selm_jax import bench

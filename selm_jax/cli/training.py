@@ -166,14 +166,14 @@ class Redoing:
 @verb(
     app,
     needs="a run folder in which no process is working",
-    writes="stage.json and metrics.jsonl in the run folder, and deletes what these stages made",
+    writes="stage.json and metrics.jsonl in the run folder; what the stages made is deleted",
     example="selm redo runs/quickstart rank -t 2",
 )
 def redo(options: Redoing) -> None:
     """Forget a stage, to do it again.
 
     Everything that follows from it is forgotten too, and the next run does all of it again.
-    Other settings or data can be used then. Files that this program did not make stay.
+    Settings and data may be changed before that. Files that this program did not make stay.
     """
     from selm_jax.commands.redo import redo
 
@@ -213,7 +213,7 @@ class Sweeping:
 @verb(
     app,
     needs="what the base experiment and every cell of the grid need; all cells are checked first",
-    writes="a run folder per cell and seed below `output`, table.csv and report.html there",
+    writes="a run folder per cell and seed, table.csv and report.html, all below `output`",
     example="selm sweep experiments/study/sweep.yaml --seeds 1,2,3",
 )
 def sweep(options: Sweeping) -> None:

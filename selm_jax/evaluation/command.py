@@ -94,9 +94,9 @@ class Heldout:
 def heldout(options: Heldout) -> None:
     """Measure reward and KL of held-out answers.
 
-    Also entropy, length, variety and implicit rewards of pairs. Each model gives one greedy answer
-    and --samples sampled ones per prompt, which it and the reference score. A judge is asked once
-    per answer.
+    Entropy, length, variety and implicit rewards of pairs are measured too. Each model gives one
+    greedy answer and --samples sampled ones per prompt, which it and the reference score. A judge
+    is asked once per answer.
     """
     from selm_jax.evaluation import EvaluationError
     from selm_jax.evaluation import heldout as work
@@ -175,9 +175,9 @@ class Winrate:
 def winrate(options: Winrate) -> None:
     """Compare models prompt by prompt.
 
-    Every two are compared, raw and at equal length. Each model answers each prompt once, unless
-    the answer is kept from before. A judge is asked twice per pair and prompt, once in each order;
-    a judge that rates is asked once per answer.
+    Every two models are compared, both as they are and at equal length. Each model answers each
+    prompt once, unless the answer is kept from before. A judge is asked twice per pair and prompt,
+    once in each order; a judge that rates is asked once per answer.
     """
     from selm_jax.evaluation import winrate as work
     from selm_jax.evaluation.answers import Asked, prompts_of

@@ -75,7 +75,7 @@ def within(numbers: Range) -> Callable[[float], float]:
 TopP = Annotated[
     float,
     typer.Option(
-        help="Sample from the most likely tokens that have this much probability together.",
+        help="Sample from the most likely tokens whose probabilities add up to this much.",
         callback=within(Range(0, 1, above=True, advice="1 keeps all tokens")),
     ),
 ]
@@ -152,7 +152,7 @@ class Asking:
     ] = None
     limit: Annotated[
         int | None,
-        typer.Option(help="Use only the first prompts, this many.", min=1, show_default="all"),
+        typer.Option(help="Use only this many prompts, from the start.", min=1, show_default="all"),
     ] = None
     ranker: Annotated[
         str | None,

@@ -21,11 +21,11 @@ from selm_jax.shell.paths import folder_to_write
 from selm_jax.shell.verbs import Work, verb
 
 app = typer.Typer(
-    help="Test exploration in small worlds. Their regret is exact (docs/exploration.md).",
+    help="Test exploration in small worlds. The regret is computed exactly (docs/exploration.md).",
     no_args_is_help=True,
 )
 
-Seed = Annotated[int, typer.Option(help="Number from which all random numbers follow.")]
+Seed = Annotated[int, typer.Option(help="Seed of all random numbers.")]
 Out = Annotated[
     Path,
     typer.Option(
@@ -50,7 +50,7 @@ def _lab_verb(name: str, arguments: str = "", files: str = "") -> Callable[[Work
     """A verb of the laboratory, which needs no model and no data."""
     files = files or f"lab_{name}.json and lab_{name}.svg"
     return verb(
-        app, name, needs="nothing, and no accelerator",
+        app, name, needs="nothing, not even an accelerator",
         writes=f"{files} into the folder of --out, and a summary to the terminal",
         example=f"selm lab {name} {arguments}--seeds 16",
     )  # fmt: skip
@@ -60,7 +60,7 @@ def _lab_verb(name: str, arguments: str = "", files: str = "") -> Callable[[Work
 def regret(o: Sampled) -> None:
     """Measure the regret of all algorithms.
 
-    In every landscape, with the slope of the regret.
+    All landscapes are tried, and the slope of the regret is shown too.
     """
     from selm_jax.lab import experiments, plots
 
@@ -131,7 +131,7 @@ def map_(options: Mapped) -> None:
 def conditions(o: Sampled) -> None:
     """Vary one condition at a time.
 
-    Landscape, data, noise, reference, sampler and solver.
+    The conditions are landscape, data, noise, reference, sampler and solver.
     """
     from selm_jax.lab import experiments, plots, stats
 
@@ -151,9 +151,9 @@ def conditions(o: Sampled) -> None:
 
 @_lab_verb("why")
 def why(o: Sampled) -> None:
-    """Tell better data from a better fit.
+    """Tell apart better data and a better fit.
 
-    SELM's term is used only where data is collected, or only in the fit.
+    SELM's term is used only to collect data, or only in the fit.
     """
     from selm_jax.lab import experiments, plots, stats
 
@@ -193,7 +193,7 @@ class Idea:
 def idea(options: Idea) -> None:
     """Compare your loss with SELM and DPO.
 
-    In the same worlds, with the same queries and seeds.
+    All losses run in the same worlds, with the same queries and seeds.
     """
     from selm_jax.lab import experiments, plots, stats
     from selm_jax.objectives.build import build_objective
@@ -252,9 +252,9 @@ class OfDecoder:
 
 @_lab_verb("decoder", files="lab_decoder.json")
 def decoder(o: OfDecoder) -> None:
-    """Train a tiny decoder in such a world.
+    """Train a tiny decoder in a small world.
 
-    With the packed update of real runs; its exact regret is compared with that of DPO.
+    The update is that of real runs, with packed rows. SELM's exact regret is compared with DPO's.
     """
     from selm_jax.lab import decoder_world
 

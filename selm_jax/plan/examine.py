@@ -27,7 +27,7 @@ class Options:
     Attributes:
       mfu, mbu: see `work.Assumed`.
       hbm: memory per device in GiB, overriding the target's own value.
-      price: dollars per chip and hour.
+      price: dollars per chip-hour.
       tries: how many changes may be compiled in search of a remedy.
     """
 

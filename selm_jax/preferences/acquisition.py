@@ -1,4 +1,4 @@
-"""Acquisition: which prompts to ask the ranker about when only a budget of them can be asked.
+"""Acquisition: which prompts to ask the ranker about when the budget does not cover all.
 
 An acquisition gives every prompt one value, and the prompts with the highest values are asked until
 the budget is spent. Values are pure functions of the log-probabilities of the candidates that exist

@@ -46,7 +46,7 @@ class OneShape:
 
 @dataclasses.dataclass(frozen=True)
 class ByLength:
-    """Examples of similar length together, the longest first, with one shape per row length.
+    """Groups examples of similar length, the longest first, with one shape per row length.
 
     Attributes:
       ways: number of parts into which the mesh splits the rows.

@@ -40,7 +40,7 @@ class OwnAnswers:
     row: int
 
     def example(self, prompt: Prompt) -> Example | None:
-        """Makes an example of a prompt and all its answers in the data; None if it has none.
+        """Makes an example from a prompt and all its answers in the data; None if there are none.
 
         Raises:
           UnusableAnswer: if an answer cannot follow the prompt.

@@ -1,4 +1,4 @@
-"""Tables and plots of a page as files for a paper (CSV, LaTeX), and links that contain them.
+"""A page's tables and plots as files for a paper (CSV, LaTeX), each inside a download link.
 
 A page is one file, so each link contains its file, encoded as base64.
 """

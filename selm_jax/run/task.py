@@ -138,7 +138,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def candidate_ids(self, chat: Chat, prompt: Prompt, source: str) -> Ids | None:
-        """The token ids of the data's answer `source`; None if only whole pairs are tokenised.
+        """The token ids of the data's answer `source`; None if the task tokenises only whole pairs.
 
         Raises:
           UnusableAnswer: the answer cannot be used.

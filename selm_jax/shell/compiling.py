@@ -15,7 +15,9 @@ _since: float | None = None
 
 
 def watch(say: Callable[[str], None]) -> None:
-    """Listens to JAX from the first call on. It hears the look-ups of the compilation cache.
+    """Starts listening to JAX's events when it is first called; later calls only replace `say`.
+
+    A program's compilation begins with its look-up in the compilation cache.
 
     Args:
       say: takes a line for each program that took long to compile.

@@ -12,7 +12,7 @@ _MARKS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
 
 
 class JsonFileError(ValueError):
-    """A file does not contain one JSON object. The message names the file and says what it is."""
+    """A file does not contain one JSON object. The message names the file and the problem."""
 
 
 def is_pointer(file: Path) -> bool:

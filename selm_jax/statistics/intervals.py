@@ -121,7 +121,7 @@ def weighted(
 
 
 def known(*tables: Float[np.ndarray, "_ prompts"]) -> list[Float[np.ndarray, "_ known"]]:
-    """The tables (seeds by prompts) without prompts for which some value is not finite."""
+    """The tables (seeds by prompts), with only the prompts for which every value is finite."""
     there = np.logical_and.reduce([np.isfinite(table).all(axis=0) for table in tables])
     return [table[:, there] for table in tables]
 

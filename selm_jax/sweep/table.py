@@ -122,7 +122,7 @@ class _Table(NamedTuple):
 
 
 def _table(outcomes: Sequence[Outcome], kind: str, t: int | None = None) -> _Table | None:
-    """The measure `kind` after iteration t, or after the last one of each run.
+    """The measure called `kind` after iteration t, or after each run's last iteration.
 
     None if a run lacks it, or had other prompts than the others.
     """

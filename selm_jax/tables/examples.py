@@ -24,7 +24,7 @@ _OfResponses = Annotated[tuple[float, ...], pa.list_(pa.float32())]
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """An `Example`; the column of each role has the index of its response, None without one."""
+    """An `Example` as a row. A role's column has the index of its response, or None without one."""
 
     prompt_id: Text
     prompt: Ids

@@ -1,4 +1,4 @@
-"""Reads parts of safetensors files, one or several with an index, and writes such files.
+"""Reads parts of safetensors files (one, or several with an index), and writes such files.
 
 The format (https://github.com/huggingface/safetensors, "Format"): eight bytes of header length,
 little-endian; the header as JSON, padded with spaces to a multiple of eight; the data.

@@ -330,7 +330,7 @@ def _snapshot_here(source: str, revision: str | None) -> Path | None:
 
 
 def _within(seconds: float, work: Callable[[], T]) -> T:
-    """Returns `work()`; raises TimeoutError after that many seconds.
+    """Returns `work()`, or raises TimeoutError if it takes longer than `seconds`.
 
     The HTTP client's own time limits do not cover the DNS lookup, which can take half a minute to
     fail. So `work` runs in a thread that can be abandoned.

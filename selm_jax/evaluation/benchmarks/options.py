@@ -38,7 +38,7 @@ class Judging:
 
     judge: Annotated[
         str | None,
-        typer.Option(help="Name of the judge at its server.", show_default="no judge is asked"),
+        typer.Option(help="The judge's name on its server.", show_default="no judge is asked"),
     ] = None
     base_url: Annotated[
         str | None,
@@ -66,7 +66,7 @@ class Judging:
     cache: Annotated[
         Path | None,
         typer.Option(
-            help="File that keeps the judge's paid answers.",
+            help="File that keeps the judge's answers, so that none is paid for twice.",
             metavar="FILE",
             parser=file_to_write,
             show_default="judge.sqlite in the folder of results",
@@ -84,7 +84,9 @@ class Judging:
     ] = None
     price_completion: Annotated[
         float | None,
-        typer.Option(help="Dollars per million tokens that it writes.", show_default="unknown"),
+        typer.Option(
+            help="Dollars per million tokens that the judge writes.", show_default="unknown"
+        ),
     ] = None
 
     def fields(self) -> dict[str, Any]:

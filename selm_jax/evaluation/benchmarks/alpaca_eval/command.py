@@ -16,8 +16,8 @@ from selm_jax.shell.verbs import verb
 def alpaca_eval(options: Options) -> None:
     """Run AlpacaEval 2.0.
 
-    The model gives 805 answers. With --judge or --annotator there are 805 judge calls, which read
-    about 1,000 tokens and write one. Without a judge it stops at model_outputs.json. The same
+    The model gives 805 answers. With --judge or --annotator there are 805 judge calls; each reads
+    about 1,000 tokens and writes one. Without a judge it stops at model_outputs.json. The same
     command continues from what is there.
     """
     from selm_jax.evaluation.benchmarks.alpaca_eval.run import run

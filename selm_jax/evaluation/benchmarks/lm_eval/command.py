@@ -41,7 +41,7 @@ class Options:
     limit: Annotated[
         int | None,
         typer.Option(
-            help="Use only the first rows of each task, this many.", min=1, show_default="all"
+            help="Use only this many rows of each task, from the start.", min=1, show_default="all"
         ),
     ] = None
     chat: Annotated[

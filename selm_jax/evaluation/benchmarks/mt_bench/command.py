@@ -17,8 +17,8 @@ def mt_bench(options: Options) -> None:
     """Run MT-Bench.
 
     The model gives 160 answers, two for each of 80 questions. With --judge there are 160 judge
-    calls for each of --repeats, or 320 with --against. Without a judge it stops at the answers. The
-    same command continues from what is there.
+    calls, or 320 with --against, times --repeats. Without a judge it stops at the answers. The same
+    command continues from what is there.
     """
     from selm_jax.evaluation.benchmarks.mt_bench.run import run
 

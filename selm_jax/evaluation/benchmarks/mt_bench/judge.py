@@ -272,7 +272,7 @@ class _Watch:
 
 
 def score_of(answer: Completion) -> float:
-    """The rating, or -1: in double brackets, or in single ones after the word "rating"."""
+    """The rating, in double brackets or in single ones after the word "rating"; -1 without one."""
     found = read_rating(answer)
     if found is None and "[[" not in answer.text:
         values = {float(x) for x in _SINGLE.findall(answer.text)}

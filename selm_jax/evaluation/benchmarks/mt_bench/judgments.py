@@ -91,7 +91,7 @@ def is_malformed(row: Row) -> bool:
 
 
 def unread(row: Row) -> str:
-    """The place and the end of a malformed verdict, for errors."""
+    """Where a malformed verdict is and how its text ends, for error messages."""
     second = "g1_winner" in row and row["g1_winner"] != "error"
     text = str(row.get("judgment", row.get(f"g{1 + second}_judgment", "")))
     return f"on question {row['question_id']}, turn {row['turn']}, which ends {text[-120:]!r}"

@@ -12,7 +12,7 @@ from typing import Any
 
 
 class _Called(ModuleType):
-    """A module that is called like the public function of the same name."""
+    """A module that can be called like the public function of the same name."""
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         # Imported by name, because this package must not depend on the API above it.

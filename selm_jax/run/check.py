@@ -24,7 +24,7 @@ from selm_jax.text.answers import check_answers
 
 
 def check(run: Run) -> None:
-    """Builds everything that can fail, before any work is done.
+    """Checks an experiment by building everything that can fail, before any work is done.
 
     Raises:
       RunError, ChatError, ExampleError, MeshError: the settings, data, model and devices do not fit
@@ -97,7 +97,7 @@ def _check_programs(run: Run) -> None:
 
 
 def check_rows(run: Run) -> None:
-    """Checks every row that will be used for anything that would stop a later stage."""
+    """Checks all rows that the run will use, so that none of them stops a later stage."""
     e, data, task = run.experiment, run.data, run.task
     prompts = list(data.every_prompt())
     strict = e.data.on_bad_row == "error"
@@ -117,7 +117,7 @@ def check_rows(run: Run) -> None:
 
 
 def told_of_data(data: Data) -> Iterator[str]:
-    """Notes on rows and columns of the data that were not used as a reader may expect."""
+    """Yields notes for the user on rows and columns of the data that are not used as expected."""
     d = data.experiment.data
     yield from told_of(d.train, data.all_prompts)
     yield from told_of(str(d.heldout), data.heldout_rows)

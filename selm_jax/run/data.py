@@ -163,7 +163,7 @@ class Data:
 
     @cached_property
     def own_answers(self) -> OwnAnswers:
-        """The layout of those answers in the data that the experiment uses."""
+        """The layout of the data's answers that the experiment uses."""
         e, facts = self.experiment, self.model.facts
         alone = e.taught and not e.data.rejected
         return OwnAnswers(

@@ -57,7 +57,7 @@ class Folder:
 
     @cached_property
     def writers(self) -> Writers:
-        """The trackers, opened on first use: before the first stage that has work to do."""
+        """The trackers, opened on first use, which is before the first stage with work to do."""
         loglines.rewrite_lines(self.metrics_file)  # a kill may have torn the last one
         return Writers(self.path, self.experiment, loglines.read_lines(self.metrics_file))
 
@@ -122,9 +122,9 @@ class Folder:
         return artifacts.read_sealed(self.manifest_file) if self.manifest_file.exists() else {}
 
     def _asked(self) -> Iterator[tuple[str, dict[str, dict[str, int | float]]]]:
-        """The use of the ranker by iteration and stage, from the counts of the finished stages.
+        """How much each iteration and stage used the ranker, from the counts of finished stages.
 
-        The counts are the number of prompts that were scored, and the cost of the ranker and of the
+        This is the number of prompts that were scored, and the cost of the ranker and of the
         acquisition.
         """
         for t in range(self.experiment.iterations + 1):
@@ -141,7 +141,7 @@ class Folder:
                 yield str(t), of_stage
 
     def model_card(self, t: int, origin: Mapping[str, Any], pipeline: str, method: str) -> str:
-        """The README.md of the policy after iteration t; `origin` is that of the start model."""
+        """The README.md of the policy after iteration t; `origin` identifies the start model."""
         metrics = loglines.read_lines(self.metrics_file)
         return model_card(self.experiment, self.name, t, origin, metrics, pipeline, method)
 

@@ -1,4 +1,4 @@
-"""A run at work: its folder is locked, and everything that can fail early has been checked."""
+"""Holds a run while it works: locks its folder and first checks everything that can fail early."""
 
 from __future__ import annotations
 

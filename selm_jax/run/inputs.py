@@ -25,7 +25,7 @@ from selm_jax.training.checkpoint import Checkpoints
 
 @runtime_checkable
 class Input(Protocol):
-    """An argument of a stage that has digests of its own.
+    """A stage's argument that provides its own digests.
 
     `digests` returns them by their names in `stage.json`; `name` is the name of the parameter.
     """
@@ -101,7 +101,7 @@ class Training:
         return Checkpoints(folder, start=start, keep=keep, logged=self._logged)
 
     def _logged(self, step: int) -> str:
-        """A key of the metrics up to a checkpoint, which is invalid without those metrics."""
+        """A digest of the metrics up to a checkpoint. The checkpoint is invalid without them."""
         file, t = self.folder.parent / "metrics.jsonl", int(self.folder.name.rpartition("_")[2])
         lines = logged(file, "train", t)
         if lines:
@@ -126,7 +126,7 @@ class LazyRanker:
 
 @dataclass(frozen=True)
 class Words:
-    """A text that is written next to a result, such as a model card, and does not change it."""
+    """A text, such as a model card, that is written next to a result and does not affect it."""
 
     write: Callable[[], str] = field(compare=False)
 

@@ -44,7 +44,7 @@ class Writers:
         self.logged, self.gone = list(logged), 0
 
     def start_over(self, logged: Iterable[Mapping[str, Any]]) -> None:
-        """Replaces the record so far, after some lines were removed from it.
+        """Replaces the lines recorded so far, because some were removed from metrics.jsonl.
 
         TensorBoard is redrawn; wandb keeps what it has. A wandb step is the number of a line, so a
         line that is written again is not logged twice. If lines were removed from the middle, the
@@ -68,7 +68,7 @@ class Writers:
             self.wandb.log(_values(line) | {"iteration": line["iteration"]}, step=step)
 
     def _open_tensorboard(self) -> None:
-        """Draws the record so far and deletes what was drawn before."""
+        """Opens TensorBoard's writer, and replaces its files with the lines recorded so far."""
         from tensorboardX import SummaryWriter
 
         for file in self.folder.glob("events.out.tfevents.*"):

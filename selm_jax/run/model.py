@@ -32,7 +32,7 @@ class StartModel:
 
     @cached_property
     def _stored(self) -> DecoderConfig:
-        """The configuration in its folder, checked against its tensors."""
+        """The configuration in the model's folder, checked against the model's tensors."""
         return checked_config(self.folder.path)
 
     @cached_property

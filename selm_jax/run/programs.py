@@ -213,7 +213,7 @@ class Programs:
         return Scorer(self.update, self.place, OneShape(s.rows, s.row_length))
 
     def policy(self, folder: Path, chat: Chat) -> Policy:
-        """A model folder as a policy that answers and scores like all models of the run."""
+        """The model in a folder, as a policy that generates and scores with the run's settings."""
         r, t, d = self.experiment.rollout, self.experiment.training, self.devices
         batches = Batches(
             r.slots, r.prefill_rows, self.sizes.longest_prompt, self.sizes.longest_sequence,

@@ -18,7 +18,7 @@ class RunError(ValueError):
 
 
 def told_of(name: str, rows: PromptSet) -> Iterator[str]:
-    """Notes on rows and columns that were not used as a reader may expect."""
+    """Yields notes for the user on rows and columns of a file that are not used as expected."""
     for note in rows.notes:
         yield f"{name}: {note}"
     for reason, numbers in rows.dropped.items():
@@ -35,7 +35,7 @@ def trained_too(heldout: Iterable[Prompt], trained: Iterable[Prompt]) -> list[Pr
 
 
 def told_of_overlap(d: Data, heldout: Sequence[Prompt], twice: Sequence[Prompt]) -> Iterator[str]:
-    """A note on held-out prompts that are also trained on, if there are any."""
+    """Yields a note for the user if held-out prompts are also trained on."""
     if twice:
         yield (
             f"{d.heldout}: {len(twice):,} of {len(heldout):,} held-out prompts are trained on too "
@@ -93,10 +93,10 @@ def check_own_answers(
 
 
 def check_batches(e: Experiment, prompts: Sequence[int]) -> None:
-    """Raises RunError if an iteration cannot fill one batch, with one pair per prompt at most.
+    """Raises RunError if an iteration cannot fill one batch with at most one pair per prompt.
 
     Args:
-      prompts: the number of usable prompts of each iteration, from the first on.
+      prompts: the number of usable prompts of each iteration, starting with the first.
     """
     batch = e.training.global_batch
     for t, found in enumerate(prompts, 1):

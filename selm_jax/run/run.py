@@ -77,7 +77,7 @@ class Run:
 
     @cached_property
     def programs(self) -> Programs:
-        """The programs of the experiment. The data is read for its lengths."""
+        """The programs of the experiment. The data is read to find its sequence lengths."""
         return Programs(
             self.experiment, self.task, self.model.facts, self.data.sizes, self.chat.stop_ids,
             self.devices,
@@ -122,10 +122,10 @@ class Run:
         return self.start if t == 0 else Model(self.folder.model(t), self.folder.iteration(t))
 
     def looked_at(self, t: int, policy: Model) -> tuple[Model | None, Model | None]:
-        """The models that the acquisition of a budget needs: the policy and its reference.
+        """The models that the acquisition of a budget uses: the policy and its reference.
 
         They are the policy that answered in iteration t and the reference that it was trained
-        against; None for a model that the acquisition does not need.
+        against. Each is None if the acquisition does not use it.
         """
         acquisition = self.experiment.feedback.acquisition
         if acquisition not in MODEL_BASED:

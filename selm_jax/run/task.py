@@ -1,4 +1,4 @@
-"""What an experiment trains: a language model on preference pairs, or a reward model on pairs.
+"""What an experiment trains on preference pairs: a language model or a reward model.
 
 The loss decides which of the two it is. Everything that differs between them is in the task.
 
@@ -305,7 +305,7 @@ def task_with(objective: Objective, loss: str = "", looked_at: Path | None = Non
 
 
 def refuse_user_code(folder: Path, key: str, name: str) -> None:
-    """Raises RunError if a setting of a run that is opened read-only names user code."""
+    """Raises RunError if `name`, a setting of a run that is opened read-only, is user code."""
     if is_user_code(name):
         raise RunError(_not_imported(folder, key, name))
 

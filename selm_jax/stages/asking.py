@@ -97,7 +97,7 @@ def check_read(step: Step, ranker: LazyRanker, told: Told) -> None:
 
 
 def unread(told: Told) -> Told:
-    """The number of a judge's unreadable answers, for the stage's line; {} without a judge."""
+    """The number of a judge's unreadable answers, as a stage's count; {} without a judge."""
     judged = counted(told, "asked") > 0
     return {"malformed": counted(told, "malformed")} if judged else {}
 
@@ -142,7 +142,7 @@ def _read(file: Path, key: str) -> tuple[Scores, Told] | None:
 
 
 def _key(questions: Sequence[Question], candidates: Sequence[Sequence[str]]) -> str:
-    """A key of the questions, which changes if a budget or the size of the parts changes them."""
+    """A digest of a part's questions; it changes if a new budget or part size changes them."""
     prompts = [question.id for question in questions]
     return key_of(prompts=prompts, candidates=candidates)
 

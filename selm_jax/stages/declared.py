@@ -1,4 +1,4 @@
-"""The settings that a stage declares, and access to no others.
+"""Gives a stage access to the settings that it declares, and to no others.
 
 A stage declares its settings once, for `stage.json`. It reads the experiment through `Declared`,
 which refuses every other setting, so it cannot depend on a setting that is not recorded.
@@ -43,7 +43,7 @@ _OF_TASK = ("objective.rates", "objective.reference_free")
 
 
 class UndeclaredSetting(Exception):
-    """A stage reads a setting that it does not declare. This is a bug in the stage."""
+    """A stage read a setting that it does not declare. This is a bug in the stage."""
 
 
 class Declared:
@@ -72,7 +72,7 @@ class Declared:
 
 
 class DeclaredTask:
-    """The part of the task that a stage may read. Most of it counts as `objective.rates`."""
+    """The part of the task that a stage may read, mostly if it declares `objective.rates`."""
 
     def __init__(self, stage: str, task: Task, keys: frozenset[str]):
         self._stage, self._task, self._keys = stage, task, keys
@@ -128,12 +128,12 @@ def _covers(keys: frozenset[str], key: str) -> bool:
 def _undeclared(stage: str, key: str) -> UndeclaredSetting:
     return UndeclaredSetting(
         f"stage {stage!r} reads the setting {key}, which it does not declare. Add it to the "
-        "stage's `settings`, so that a change of it is noticed"
+        "stage's `settings`, so that changes to it are noticed"
     )
 
 
 def _without(tree: Any, keys: frozenset[str]) -> Any:
-    """Nested lists and dictionaries without these keys."""
+    """A copy of nested lists and dictionaries without these keys."""
     if isinstance(tree, dict):
         return {k: _without(v, keys) for k, v in tree.items() if k not in keys}
     return [_without(x, keys) for x in tree] if isinstance(tree, list) else tree

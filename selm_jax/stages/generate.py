@@ -35,9 +35,9 @@ Answer = Callable[[int, Sequence[Request], Write], None]
     goes_on_from=("responses",),
 )
 def generate(step: Step, policy: Model, prompts: list[Prompt], chat: Chat) -> Counts:
-    """The policy answers the prompts, part by part.
+    """Generates the policy's answers to the prompts, part by part.
 
-    If the experiment wants no answers of the policy because it trains on the data's, the parts are
+    If the experiment trains on the data's answers and needs none from the policy, the parts are
     empty and no model is loaded.
     """
     size = step.settings.rollout.prompts_per_part
@@ -79,7 +79,7 @@ def generate(step: Step, policy: Model, prompts: list[Prompt], chat: Chat) -> Co
 
 @contextlib.contextmanager
 def _here(step: Step, policy: Model, advance: Advance) -> Iterator[Answer]:
-    """Answers with the engine. Every process gets all answers, and each writes its own parts."""
+    """Generates with the engine. Every process gets all answers and writes its own parts."""
     params, progress = None, counting(advance)  # a stop loses the current part only
 
     def answer(part: int, requests: Sequence[Request], write: Write) -> None:
@@ -99,7 +99,7 @@ def _here(step: Step, policy: Model, advance: Advance) -> Iterator[Answer]:
 
 @contextlib.contextmanager
 def _by_server(step: Step, policy: Model, advance: Advance) -> Iterator[Answer]:
-    """Answers with a server, which the first process calls, and starts if the settings say so."""
+    """Generates with a server. The first process calls it, and starts it if the settings say so."""
     programs, engine = step.programs, step.programs.engine  # the engine that the server replaces
     settings = step.settings.rollout.remote
     assert settings is not None

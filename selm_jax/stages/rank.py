@@ -47,10 +47,10 @@ def rank(
     policy: Model | None = None,
     reference: Model | None = None,
 ) -> Counts:
-    """The ranker scores the candidates of the chosen prompts; every prompt gives a pair or a drop.
+    """Scores the candidates of the chosen prompts; each prompt gives a pair or is dropped.
 
     Args:
-      policy, reference: the models that the acquisition of a budget needs: the policy that
+      policy, reference: the models that the acquisition of a budget uses: the policy that
         answered, and the reference that it was trained against.
     """
     pool = pool_of(step, prompts, responses, chat, policy, reference)

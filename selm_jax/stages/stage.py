@@ -85,7 +85,7 @@ def stage(
 
 @dataclass(frozen=True)
 class Stage:
-    """A function decorated with `@stage`; see there for the fields."""
+    """A function decorated with `@stage`; the decorator's arguments describe the fields."""
 
     body: Callable[..., Counts]
     name: str
@@ -160,7 +160,7 @@ class _Call:
         return digests_of(self.given) | sources(self.run.experiment, self.stage.keys(self.run))
 
     def check(self) -> None:
-        """Raises ArtifactError if the stage was done with other inputs or settings than now."""
+        """Raises ArtifactError if the inputs or settings have changed since the stage began."""
         if not self._is_fresh():
             self.record.is_done(self.name, self.inputs(), self.settings())
 
@@ -222,7 +222,7 @@ class _Call:
         return True
 
     def _begin(self, settings: Mapping[str, Any]) -> dict[str, str] | None:
-        """The inputs, recorded before the work begins; None if the stage is done."""
+        """Records the inputs before the work begins and returns them; None if the stage is done."""
         inputs, record = self.inputs(), self.record
         if self._is_fresh():
             for name in self.stage.goes_on_from:

@@ -85,7 +85,7 @@ class Step:
 
 
 def counting(advance: Callable[[int, int], None]) -> Callable[..., None]:
-    """A bar's function that also stops the stage if the run was told to stop."""
+    """Wraps a bar's `advance` so that it also stops the stage if the run was told to stop."""
 
     def progress(more: int, tokens: int = 0) -> None:
         advance(more, tokens)

@@ -92,7 +92,7 @@ def pool(prompts: Sequence[Prompt], drawn: Iterable[responses.Row], of_data: OfD
 
 
 def row_of(prompt: Prompt, place: int, c: Candidate, **known: Any) -> ranked.Row:
-    """The row of a prompt's candidate number `place`; `known` has its other columns."""
+    """The row of the candidate at index `place` of a prompt; `known` has further columns."""
     text = prompt.messages[-1].content
     return ranked.Row(
         prompt.id, text, place, c.source, c.sample, c.token_ids, c.text, c.finish, **known

@@ -1,4 +1,4 @@
-"""Defines tables by dataclasses: the annotation of a field gives the type of its column.
+"""Defines tables from dataclasses: the annotation of a field gives the type of its column.
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -52,7 +52,7 @@ def _fields(row: type) -> list[pa.Field]:
 def table_of(
     row: type[Row], rows: Sequence[Row], metadata: Mapping[str, str] | None = None
 ) -> pa.Table:
-    """Makes a table of rows, with optional `metadata` in its schema."""
+    """Makes a table from rows, with optional `metadata` in its schema."""
     schema = schema_of(row)
     if metadata:
         schema = schema.with_metadata(metadata)

@@ -75,14 +75,14 @@ def write(path: Path, examples: Sequence[Example], reference: str = "") -> None:
 
 
 def reference_digest(path: Path) -> str:
-    """The digest of the model that gave a file's log-probabilities; "" if unknown."""
+    """The digest of the model that computed a file's log-probabilities; "" if unknown."""
     return _told(path, _REFERENCE)
 
 
 def start_digest(path: Path) -> str:
-    """The digest of the policy from which the iteration started, in files of earlier versions.
+    """The digest of the policy that the iteration started from; "" if the file has none.
 
-    In files of this version it is "".
+    Only earlier versions wrote it.
     """
     return _told(path, _START)
 

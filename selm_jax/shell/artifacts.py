@@ -1,4 +1,4 @@
-"""How a stage writes its files: complete or not at all, and with a digest.
+"""Writes a stage's files completely or not at all, with their digests.
 
 A file or a folder is written under a temporary name, flushed to disk, and renamed. `stage.json`
 records what each stage did: the digests of its inputs and outputs, its settings, counts and
@@ -34,7 +34,7 @@ class ArtifactError(RuntimeError):
 
 
 _PARTIAL = ".selm-partial"  # no other program uses this suffix: what has it is deleted
-_PUT_BACK = "Put it back from a copy"
+_PUT_BACK = "Restore it from a copy"
 
 
 @contextlib.contextmanager
@@ -128,7 +128,8 @@ def read_sealed(path: Path) -> dict[str, Any]:
     value = _object(path)
     if not is_sealed(value):
         raise ArtifactError(
-            f"{path}: this file is not as it was written (its SHA-256 does not match). {_PUT_BACK}"
+            f"{path}: this file has changed since it was written (its SHA-256 does not match). "
+            f"{_PUT_BACK}"
         )
     return unsealed(value)
 
@@ -194,8 +195,8 @@ class Stages:
         changed = [name for name, entry in entries.items() if not is_sealed(entry, name)]
         if changed:
             raise ArtifactError(
-                f"{self.file}: the entry of stage {changed[0]!r} is not as it was written (its "
-                f"SHA-256 does not match). {_PUT_BACK}, or run that stage again: "
+                f"{self.file}: the entry of stage {changed[0]!r} has changed since it was written "
+                f"(its SHA-256 does not match). {_PUT_BACK}, or run that stage again: "
                 f"{redo(self.folder, changed[0])}"
             )
         return entries
@@ -215,8 +216,8 @@ class Stages:
                 if entry["outputs"][name] != now:
                     what = _differences(path, entry, name)
                     raise ArtifactError(
-                        f"{path}: it is not what stage {stage!r} wrote{what}. {_PUT_BACK}, or run "
-                        f"that stage again: {redo(self.folder, stage)}"
+                        f"{path} has changed since stage {stage!r} wrote it{what}. {_PUT_BACK}, or "
+                        f"run that stage again: {redo(self.folder, stage)}"
                     )
                 return now
         return digest(path)

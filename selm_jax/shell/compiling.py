@@ -1,4 +1,4 @@
-"""Whether XLA is compiling a program now, so that a bar that stands still can say why."""
+"""Tells whether XLA is compiling a program, so that a stalled progress bar can say so."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def watch(say: Callable[[str], None]) -> None:
 
 
 def seconds() -> float | None:
-    """How long XLA has been compiling its present program; None if it compiles none."""
+    """How long XLA has been compiling the current program; None if it is not compiling."""
     return None if _since is None else time.monotonic() - _since
 
 

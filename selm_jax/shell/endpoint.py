@@ -129,7 +129,7 @@ class Endpoint:
         return self._closing.is_set()
 
     async def ask(self, body: Mapping[str, Any], read: Callable[[str], T], about: str = "") -> T:
-        """Sends a request and returns what `read` makes of the answer.
+        """Sends a request and returns the answer as `read` parses it.
 
         Args:
             body: the JSON object to send.
@@ -138,7 +138,7 @@ class Endpoint:
             about: text to put after the URL in errors.
 
         Raises:
-            ServerError: no try gave an answer that can be read.
+            ServerError: no try returned an answer that `read` accepts.
         """
         first = ""
         for attempt in range(self.retries + 1):
@@ -184,7 +184,7 @@ class Endpoint:
                     if len(raw) > _MOST_BYTES:
                         raise _Fault(f"the answer is longer than {_MOST_BYTES} bytes")
         except TimeoutError:
-            raise _Fault(f"no whole answer within {self.timeout:g} s") from None
+            raise _Fault(f"no complete answer within {self.timeout:g} s") from None
         except httpx2.RequestError as error:
             # `from None`: the error contains the request, which contains the key.
             what = f"{type(error).__name__}: {error}"

@@ -25,7 +25,7 @@ _deferred = False
 
 @contextlib.contextmanager
 def heard() -> Iterator[None]:
-    """Inside, Ctrl-C is not lost. In a thread other than the main one nothing changes."""
+    """A context in which Ctrl-C is never lost. Outside the main thread it does nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -57,7 +57,7 @@ def asked() -> bool:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Inside, the first Ctrl-C raises nothing: the work asks `asked` where it can stop."""
+    """A context in which the first Ctrl-C raises nothing; the work checks `asked` to stop."""
     global _deferred
     _deferred = True
     try:
@@ -67,7 +67,7 @@ def deferred() -> Iterator[None]:
 
 
 def _watch() -> None:
-    """Raises KeyboardInterrupt in the main thread again, until somebody handles it."""
+    """Raises KeyboardInterrupt in the main thread again until some code handles it."""
     unseen = 0
     pause = threading.Event()
     while not pause.wait(_PATIENCE) and _asked.is_set():
@@ -80,7 +80,7 @@ def _watch() -> None:
 
 
 def _is_handled() -> bool:
-    """Whether the main thread is in an `except`, a `finally` or an `__exit__` that has one."""
+    """Whether an `except`, `finally` or `__exit__` of the main thread handles a Ctrl-C now."""
     found: Any = sys._current_exceptions().get(threading.main_thread().ident or 0)
     error = found[1] if isinstance(found, tuple) else found  # a tuple before Python 3.12
     while error is not None and not isinstance(error, KeyboardInterrupt):

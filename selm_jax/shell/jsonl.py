@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 
 class JsonError(ValueError):
-    """A text is not one JSON value. The message says why; callers put the place before it."""
+    """A text is not one JSON value. The message says why; callers prepend the location."""
 
 
 class Line(NamedTuple):
@@ -39,7 +39,7 @@ class Line(NamedTuple):
             raise JsonError("not UTF-8 text. Save the file as UTF-8") from error
 
     def value(self) -> Any:
-        """The JSON value of the line. Raises JsonError if there is none."""
+        """The JSON value of the line. Raises JsonError if the line is not JSON."""
         return value(self.text)
 
 

@@ -78,7 +78,7 @@ def only_one(folder: Path) -> Iterator[None]:
 
 
 def holder(folder: Path) -> dict[str, Any] | None:
-    """Who is at work in a run folder: `process` and `host`. None if nobody is.
+    """The `process` and `host` that use a run folder; None if no process does.
 
     A process of another machine counts as long as it renews its lease.
     """
@@ -96,7 +96,7 @@ def holder(folder: Path) -> dict[str, Any] | None:
 
 
 def _take(folder: Path) -> tuple[Path, IO[str]] | None:
-    """Tries to take the lock: our own lock file, open; None if another process was faster.
+    """Tries to take the lock. Returns our open lock file; None if another process was faster.
 
     Raises:
       ArtifactError: another process holds the lock.
@@ -138,12 +138,12 @@ def _take(folder: Path) -> tuple[Path, IO[str]] | None:
 
 
 def _held(folder: Path) -> list[Path]:
-    """The held lock files: at most one, except for a moment while several create the first."""
+    """The held lock files: at most one, except briefly while several processes create one."""
     return sorted(file for file in folder.iterdir() if _HELD.fullmatch(file.name))
 
 
 def _rename(source: Path, target: Path) -> bool:
-    """Renames `source` to `target`, a name of our own. False if `source` did not exist."""
+    """Renames `source` to `target`, which only we use. False if `source` did not exist."""
     try:
         os.rename(source, target)
     except FileNotFoundError:
@@ -231,7 +231,7 @@ def _renew(file: Path, ended: threading.Event) -> None:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """Reads who holds a lock; empty if nobody does.
+    """Reads which process holds a lock; {} if none does.
 
     Raises:
       ArtifactError: the file is damaged or not a lock of this program.

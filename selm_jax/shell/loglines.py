@@ -1,4 +1,4 @@
-"""The lines of metrics.jsonl: read, added, and taken out again."""
+"""Reads, appends and removes lines of metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -30,13 +30,14 @@ def read_lines(path: Path) -> list[Any]:
 
 def _not_json(path: Path, line: jsonl.Line, error: jsonl.JsonError) -> artifacts.ArtifactError:
     return artifacts.ArtifactError(
-        f"{path}, line {line.number}: not JSON: {error}. Put it back from a copy; or delete "
-        f"this line and do the stage that wrote it again: {redo(path.parent / 'T', 'STAGE')}"
+        f"{path}, line {line.number}: not JSON: {error}. Restore the file from a copy, "
+        "or delete this line and run the stage that wrote it again: "
+        f"{redo(path.parent / 'T', 'STAGE')}"
     )
 
 
 def rewrite_lines(path: Path, keep: Callable[[dict[str, Any]], bool] = lambda line: True) -> bool:
-    """Removes JSON lines that fail `keep`, and a torn last one. Returns whether the file changed.
+    """Removes JSON lines that fail `keep`, and an incomplete last one. Returns whether it did.
 
     Raises:
       artifacts.ArtifactError: a line before the last is not JSON.

@@ -15,7 +15,7 @@ from selm_jax.shell.sealed import sha256
 
 
 def files(folder: Path, count: int) -> list[Path]:
-    """The files of a table in `count` parts. Files of another count have other names."""
+    """The files of a table in `count` parts. With another count, the names differ."""
     return [folder / f"part-{part:05d}-of-{count:05d}.parquet" for part in range(count)]
 
 
@@ -41,14 +41,14 @@ def is_there(file: Path) -> bool:
         return False
     if beside.read_bytes() != _told(file).encode():
         raise ArtifactError(
-            f"{file}: this part is not as it was written: its SHA-256 is not the one in "
+            f"{file}: this part has changed since it was written: its SHA-256 is not the one in "
             f"{beside.name}. Delete the part and run the same command to make it again"
         )
     return True
 
 
 def _beside(file: Path) -> Path:
-    """The digest's file. It is hidden: readers of the folder as one table ignore it."""
+    """The file with a part's digest. It is hidden, so that table readers ignore it."""
     return file.with_name(f".{file.name}.sha256")
 
 

@@ -97,7 +97,7 @@ class _TokenRate(ProgressColumn):
 
 
 class _TimeLeft(ProgressColumn):
-    """The time left of this work and of the whole run; or that a program is being compiled."""
+    """A column with the time left for this work and the whole run, or the time spent compiling."""
 
     def __init__(self, after: float | None):
         super().__init__()

@@ -21,13 +21,13 @@ from selm_jax.shell.artifacts import (
 
 
 def key_of(**depends_on: Any) -> str:
-    """Names work by the JSON values that it depends on: a SHA-256, in hex."""
+    """A name for some work: the SHA-256, in hex, of the JSON values that it depends on."""
     text = json.dumps(depends_on, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 class SharedStages:
-    """Outputs of finished stages, found again by a digest of everything that they depend on.
+    """A store of finished stages' outputs, by a digest of everything that they depend on.
 
     An entry is a folder, named by the digest of everything that its content depends on. It contains
     the files and folders that a stage wrote, and `entry.json` with their digests and further
@@ -39,7 +39,7 @@ class SharedStages:
         self.folder = Path(folder)
 
     def name_of(self, run: Path) -> str:
-        """A run's folder relative to the store's parent, so that all may be moved together."""
+        """A run's folder relative to the store's parent, so that both can be moved together."""
         return os.path.relpath(run, self.folder.parent)
 
     def put(self, key: str, outputs: Mapping[str, Path], about: Mapping[str, Any]) -> None:
@@ -54,7 +54,7 @@ class SharedStages:
     def take(self, key: str, folder: Path) -> dict[str, Any] | None:
         """Puts the outputs of an entry into `folder`; returns the values stored with them.
 
-        None if there is no such entry, or if it is damaged: then it is removed.
+        Returns None if there is no such entry. Removes the entry and returns None if it is damaged.
         """
         entry = self.folder / key
         if not entry.exists():

@@ -101,7 +101,7 @@ def _parameters(options: type) -> Iterator[inspect.Parameter]:
 
 
 def _collected(options: type, given: Mapping[str, Any]) -> Any:
-    """The dataclass, of what the command line gave."""
+    """The options dataclass, filled with the values from the command line."""
     fields = {
         field.name: _collected(kind, given)
         if inspect.isclass(kind) and dataclasses.is_dataclass(kind)

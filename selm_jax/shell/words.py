@@ -24,12 +24,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def redo(iteration: Path, stage: str) -> str:
-    """The command that does a stage again, given the folder of its iteration."""
+    """The command that runs a stage again, given the folder of its iteration."""
     return f"`selm redo {iteration.parent} {stage} -t {iteration.name.removeprefix('iteration_')}`"
 
 
 def duration(seconds: float) -> str:
-    """A duration as a person says it: `40 s`, `12 min`, `3 h 20 min`, `2 days 4 h`."""
+    """A duration in words: `40 s`, `12 min`, `3 h 20 min`, `2 days 4 h`."""
     minutes = round(seconds / 60)
     if seconds < 90:
         return f"{seconds:.0f} s"

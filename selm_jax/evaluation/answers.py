@@ -1,4 +1,4 @@
-"""A model's answers to a set of prompts, as a file of JSON lines: generated once, judged often.
+"""Generates a model's answers once and keeps them as JSON lines, to be judged any number of times.
 
     {"prompt_id", "messages": [{"role", "content"}, ...], "row": {...}, "sample": 0, "text",
      "finish", "token_ids": [...], "model"}
@@ -31,7 +31,7 @@ from selm_jax.text.prompts import load_data, load_prompts, prompts_digest
 
 @dataclass(frozen=True)
 class Stored:
-    """One stored answer. `token_ids` is None in files of other tools."""
+    """One stored answer. `token_ids` is None if another tool wrote the file."""
 
     prompt_id: str
     messages: tuple[Message, ...]
@@ -88,7 +88,7 @@ class Asked:
 def prompts_of(
     found: Sequence[Found], file: str | None, split: str | None, limit: int | None
 ) -> list[Prompt]:
-    """The held-out prompts from a file, or else from the settings of the first run.
+    """Loads the held-out prompts of a file, or by default those of the first run's settings.
 
     Raises:
       EvaluationError: there is neither a file nor a run with held-out prompts.
@@ -157,7 +157,7 @@ def answered(
 
 
 def cost(model: Model, prompts: Sequence[Prompt], asked: Asked, folder: Path | None) -> Cost:
-    """The cost of generating the answers; nothing if they are cached."""
+    """The cost of generating the answers; zero if they are cached."""
     if folder is not None and kept(model, prompts, asked, folder).exists():
         return Cost(f"{model.name} (cached answers)")
     count = len(prompts) * asked.each
@@ -194,8 +194,8 @@ def read(file: Path) -> list[Stored]:
         one = _parsed(line, f"{file}, line {line.number}")
         if (one.prompt_id, one.sample) in found:
             raise EvaluationError(
-                f"{file}, line {line.number}: a second answer with `sample` {one.sample} to prompt "
-                f"{one.prompt_id!r}. Give each answer to a prompt its own `sample` number"
+                f"{file}, line {line.number}: prompt {one.prompt_id!r} already has an answer with "
+                f"`sample` {one.sample}. Give each answer to a prompt its own `sample` number"
             )
         found[one.prompt_id, one.sample] = one
     if not found:
@@ -211,7 +211,7 @@ def _parsed(line: jsonl.Line, where: str) -> Stored:
         messages = tuple(Message(str(m["role"]), str(m["content"])) for m in row["messages"])
         name, text = row["prompt_id"], row["text"]
         if not messages or not isinstance(name, str) or not isinstance(text, str):
-            raise TypeError("prompt_id and text must be texts, and messages must not be empty")
+            raise TypeError("prompt_id and text must be strings, and messages must not be empty")
         ids = row.get("token_ids")
         return Stored(
             name, messages, int(row.get("sample", 0)), text, str(row.get("finish", "")),
@@ -239,7 +239,7 @@ def together(sets: dict[str, list[Stored]]) -> dict[str, dict[tuple[str, int], S
             if lost := [key for key in x if key not in y]:
                 listed = ", ".join(f"{p!r} (sample {s})" for p, s in lost[:3])
                 raise EvaluationError(
-                    f"{two} lacks {len(lost)} of {len(x)} answers that {one} has: to prompt "
+                    f"{two} lacks {len(lost)} of {len(x)} answers that {one} has, for prompts "
                     f"{listed}{', ...' if len(lost) > 3 else ''}. Compare answers to the same "
                     "prompts"
                 )

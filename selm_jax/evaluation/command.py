@@ -1,6 +1,6 @@
-"""`selm eval ...`: how good a checkpoint is, from the command line.
+"""`selm eval ...`: evaluates checkpoints from the command line.
 
-Every verb has `--dry-run`, which counts tokens and judge calls and does no work.
+Every command has `--dry-run`, which counts tokens and judge calls and does no work.
 """
 
 from __future__ import annotations
@@ -117,8 +117,8 @@ def heldout(options: Heldout) -> None:
         reference = find(str(run.run), iteration=0)
     else:
         raise EvaluationError(
-            "there is no reference model: no run was given whose start model could serve. Name one "
-            "with --reference; KL and implicit rewards are measured against it"
+            "there is no reference model for KL and implicit rewards: without --reference it is "
+            "the start model of a run, and no run was given. Name a model with --reference"
         )
     e = run.experiment if run else None
     asked = Asked.of_run(e) if e else Asked()

@@ -43,7 +43,7 @@ def contestants(
             file = place(rest)
             if not file.is_file():
                 raise EvaluationError(
-                    f"{rest}: there is no such file of answers (seen from {Path.cwd()})"
+                    f"{rest}: this file of answers does not exist (looked for in {Path.cwd()})"
                 )
             out.append(Contestant(name or file.stem, file=file))
             continue
@@ -55,7 +55,8 @@ def contestants(
     seen = [c.name for c in out]
     if twice := {n for n in seen if seen.count(n) > 1}:
         raise EvaluationError(
-            f"the name {', '.join(sorted(twice))} is given twice; give them names as NAME=SOURCE"
+            f"the name {', '.join(sorted(twice))} is given twice; give each its own name "
+            "with NAME=SOURCE"
         )
     return out
 
@@ -84,7 +85,7 @@ def ranker_for(name: str | None, settings: Sequence[str], found: Sequence[Found]
 
 
 def read_settings(settings: Sequence[str], option: str) -> dict[str, Any]:
-    """The values of an option that is given as `key=value`, any number of times.
+    """Parses an option that is given as `key=value`, any number of times.
 
     Raises:
       EvaluationError: a setting is not of the form `key=value`, or its value is not YAML.
@@ -94,7 +95,7 @@ def read_settings(settings: Sequence[str], option: str) -> dict[str, Any]:
     for text in settings:
         key, equals, value = text.partition("=")
         if not equals:
-            raise EvaluationError(f"{option} {key!r}: key=value was expected (the value is YAML)")
+            raise EvaluationError(f"{option} {key!r}: expected key=value (the value is YAML)")
         try:
             given[key] = read_value(value)
         except YamlError as error:

@@ -1,4 +1,4 @@
-"""The win rate at equal length, by a logistic model of how far one model's answers win.
+"""The win rate at equal length, from a logistic model of one model's wins over another.
 
 The shares y of model A's wins over model B are modelled as
 
@@ -38,10 +38,10 @@ _FARTHEST = 30.0  # the rate of this theta is 1 (or 0) up to 1e-13
 
 @dataclass(frozen=True)
 class Comparisons:
-    """How far A won, from 0 to 1, in each comparison with B.
+    """A's win over B in each comparison, from 0 (lost) to 1 (won).
 
     Attributes:
-      y: how far A won.
+      y: A's win.
       x: tanh of the difference in length, in standard deviations.
       prompt: the number of each comparison's prompt, from 0.
       weight: the weight of each comparison; those of a prompt sum to 1.
@@ -93,7 +93,7 @@ def estimate(data: Comparisons) -> Estimate:
     dispersion = proportions.dispersion(observed, float((data.weight * p * (1 - p)).sum()))
 
     def standing(at: float) -> float:
-        """The score of theta at this value, in its standard errors."""
+        """The score statistic for theta = `at`, in its standard errors."""
         beside = _beside(data, at)
         score = float((data.weight * (data.y - data.rates(at, beside))).sum())
         return score / np.sqrt(dispersion * _information(data, at, beside))
@@ -108,7 +108,7 @@ def estimate(data: Comparisons) -> Estimate:
 
 
 def _beside(data: Comparisons, theta: float) -> float:
-    """Fits phi for a given theta: the root of its penalised score, which is decreasing."""
+    """Fits phi for a given theta, by finding the root of the penalised score."""
 
     def score(phi: float) -> float:
         return float((data.weight * data.x * (data.y - data.rates(theta, phi))).sum()) - (
@@ -120,7 +120,7 @@ def _beside(data: Comparisons, theta: float) -> float:
 
 
 def _information(data: Comparisons, theta: float, phi: float) -> float:
-    """The information about theta if phi is unknown too."""
+    """The Fisher information about theta if phi is estimated too."""
     p = data.rates(theta, phi)
     w = data.weight * p * (1 - p)
     along = float(w @ data.x) / (float(w @ data.x**2) + RIDGE[1])
@@ -130,7 +130,7 @@ def _information(data: Comparisons, theta: float, phi: float) -> float:
 def _crossing(
     standing: Callable[[float], float], level: float, inside: float, outside: float
 ) -> float:
-    """One end of the interval: the rate of the theta at which `standing` equals `level`.
+    """One end of the interval: the win rate for the theta at which `standing` equals `level`.
 
     The search goes from theta `inside` to `outside`; if there is no such theta, the end is 0 or 1.
     """

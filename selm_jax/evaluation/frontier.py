@@ -72,7 +72,7 @@ def pair_measures(pairs: Sequence[heldout_pairs.Row], beta: float) -> dict[str, 
 
 
 def shares(tables: Sequence[Sequence[heldout.Row]]) -> frozenset[str]:
-    """The names of the measures that are shares of prompts in these tables.
+    """The names of those measures in the tables that are shares of prompts.
 
     Rewards are shares if all scores are 0, 1/2 or 1 (`counted`).
     """
@@ -138,7 +138,7 @@ def summarize(
     if start is not None:
         before = _of_kind(start, "greedy")
         if [answer.prompt_id for answer in before] != [answer.prompt_id for answer in greedy]:
-            raise ValueError("the held-out answers of two iterations are to different prompts")
+            raise ValueError("the two iterations answer different held-out prompts")
         if "reward_greedy" in found:
             share = "reward_greedy" in shares([answers, start])
             scores = found["reward_greedy"][None], _column(before, "score")[None]

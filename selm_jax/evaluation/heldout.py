@@ -178,7 +178,7 @@ def _against(reference: Model, prompts: Sequence[Prompt], one: _Asked) -> Seed:
 
 
 def summarize(seeds: dict[str, list[Seed]], *, beta: float) -> dict[str, Any]:
-    """Means with intervals for every contestant, and for its differences to the first one.
+    """Means with intervals for every contestant, and for its differences from the first one.
 
     The intervals are over prompts, and also over seeds if a contestant has several.
     """

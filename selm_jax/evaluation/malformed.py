@@ -30,7 +30,7 @@ class Malformed:
     malformed: int = 0
 
     def watch(self, ranker: Ranker, askings: int = 1) -> None:
-        """Sets the patience of the ranker's judges, so that they do not stop below the limit.
+        """Sets the patience of the ranker's judges, so that they do not stop before the limit.
 
         Args:
           askings: how often each answer is requested.

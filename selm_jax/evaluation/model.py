@@ -78,7 +78,8 @@ def find(source: str, *, revision: str | None = None, iteration: int | None = No
     if t not in there or there == [0] and iteration is None:
         raise EvaluationError(
             f"{source}: there is no model of iteration {1 if iteration is None else t}; finished "
-            f"are {', '.join(map(str, there))} (0 is the start model). Continue with `selm run`"
+            f"iterations: {', '.join(map(str, there))} (0 is the start model). "
+            "Continue the run with `selm run`"
         )
     if t == 0:
         model = experiment.model
@@ -99,7 +100,7 @@ def _exported(run: Path) -> list[int]:
 def open_model(
     source: str, *, revision: str | None = None, iteration: int | None = None, **how: Any
 ) -> Model:
-    """Opens the model of a name (see `find`); for `how` see `open_found`."""
+    """Opens the model that a name refers to (see `find`); for `how` see `open_found`."""
     return open_found(find(source, revision=revision, iteration=iteration), **how)
 
 

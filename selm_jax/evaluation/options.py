@@ -1,4 +1,4 @@
-"""Options that several verbs of `selm eval` share. Each is defined here once."""
+"""Options that several commands of `selm eval` share. Each is defined here once."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ Keep = Annotated[
 
 
 def file_to_read(help: str, default: str | bool = True) -> Any:
-    """The option of a file that is read, with its default in words if it has none."""
+    """An option for a file to read. `default` is shown in the help if the option has no default."""
     return typer.Option(help=help, metavar="FILE", parser=place, show_default=default)
 
 
@@ -179,5 +179,5 @@ class Asking:
 
 
 def default_out(model: str, verb: str) -> Path:
-    """Where a verb writes its results about a model by default."""
+    """The folder to which a command writes its results about a model by default."""
     return KEEP / model.replace("/", "--") / verb

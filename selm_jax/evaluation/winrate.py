@@ -42,7 +42,7 @@ _COUNTED_AS = "ties"  # how malformed answers of a judge count
 def shares(
     ranker: Ranker, one: Sequence[Stored], other: Sequence[Stored], names: tuple[str, str]
 ) -> Shares:
-    """How far each answer of `one` beats that of `other`, from 0 to 1.
+    """The win of each answer of `one` over that of `other`, from 0 (lost) to 1 (won).
 
     Raises:
       EvaluationError: the ranker's result depends on the order of the two answers.
@@ -65,7 +65,7 @@ def shares(
 
 
 def _share(ranker: Ranker, one: float, other: float) -> float:
-    """How far the first of two scores wins, from 0 to 1.
+    """The win of the first of two scores, from 0 (lost) to 1 (won).
 
     Scores of judges that compare are shares already; for all other rankers only the order counts.
     An unreadable answer of a judge is a tie (`Malformed` limits their number).

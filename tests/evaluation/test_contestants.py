@@ -26,7 +26,7 @@ def test_values_are_read_as_in_experiment_files():
         ("target=1:30", FeedbackError, "target is '1:30'"),
         ("target=true", FeedbackError, "target is True"),
         ("target=[1", EvaluationError, "target=...: the value cannot be read: line 1: not YAML"),
-        ("target", EvaluationError, "key=value was expected"),
+        ("target", EvaluationError, "expected key=value"),
         ("target={api_key: abc}", ConfigError, "target.api_key: its name suggests that it"),
     ):
         with pytest.raises(error, match=said):

@@ -105,7 +105,7 @@ def test_a_run_is_its_last_model(tmp_path):
     run.mkdir()
     (run / "config.yaml").write_text((tmp_path / "experiment.yaml").read_text())
     (run / "manifest.json").write_text("{}")
-    with pytest.raises(EvaluationError, match="no model of iteration 1; finished are 0"):
+    with pytest.raises(EvaluationError, match="no model of iteration 1; finished iterations: 0"):
         find(str(run))
     assert find(str(run), iteration=0).source == str(tmp_path / "model")
     for t, done in ((1, True), (2, True), (3, False)):

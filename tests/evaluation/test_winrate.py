@@ -149,7 +149,7 @@ def spoiled(lines, how):
     ("how", "says"),
     [
         ("missing", r"lacks 1 of 30 answers .* 'p3'"),
-        ("twice", "line 31: a second answer with `sample` 0 to prompt 'p3'"),
+        ("twice", "line 31: prompt 'p3' already has an answer with `sample` 0"),
         ("changed", "'p3' differs between"),
         ("no text", "line 4: not an answer: KeyError: 'text'"),
     ],

@@ -1,4 +1,4 @@
-"""All verbs of `selm eval`. Importing the module of a verb adds it to `app`."""
+"""All commands of `selm eval`. Importing the module of a command adds it to `app`."""
 
 from selm_jax.evaluation.benchmarks.alpaca_eval import command as _alpaca_eval  # noqa: F401
 from selm_jax.evaluation.benchmarks.lm_eval import command as _lm_eval  # noqa: F401

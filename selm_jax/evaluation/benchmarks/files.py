@@ -16,7 +16,7 @@ Row = Mapping[str, Any]
 
 
 class Journal:
-    """A file of expensive results, one JSON line each, that are found again by key.
+    """A file of expensive results, one JSON line each, that are looked up by key.
 
     Lines are only appended. A last line that a kill cut off is ignored, and the first `add` removes
     it. A complete last line counts, even without a line feed at its end.
@@ -44,9 +44,8 @@ class Journal:
                     self._whole = len(raw) - len(line.raw)
                     break
                 raise EvaluationError(
-                    f"{file}, line {line.number}: {type(error).__name__}: {error}. This program "
-                    "did not write this line, or it was changed. Delete it, or choose another "
-                    "folder."
+                    f"{file}, line {line.number}: {type(error).__name__}: {error}. The line "
+                    "was changed, or another program wrote it. Delete it, or choose another folder."
                 ) from error
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -105,18 +104,18 @@ def text_of(row: Row, key: str, where: object, i: int) -> str:
     value = row.get(key)
     if not isinstance(value, str):
         found = f"is {value!r:.60}" if key in row else "is missing"
-        raise EvaluationError(f"{where}, row {i}: {key!r} {found}; expected a text.")
+        raise EvaluationError(f"{where}, row {i}: {key!r} {found}; expected a string.")
     return value
 
 
 def pinned(model: Model) -> str:
-    """A text that identifies a model's bytes, independent of their location."""
+    """A string that identifies a model's bytes, wherever they are stored."""
     origin = {key: value for key, value in model.folder.origin.items() if key != "source"}
     return json.dumps(origin, sort_keys=True)
 
 
 def file_name(name: str) -> str:
-    """A file name for a model's name: the slash of a Hub id is replaced."""
+    """A model's name as a file name: the slash of a Hub id is replaced."""
     return name.replace("/", "--")
 
 

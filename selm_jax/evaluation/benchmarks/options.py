@@ -1,4 +1,4 @@
-"""What the verbs of judged benchmarks share: options, costs, progress."""
+"""Options, costs and progress, which the commands of judged benchmarks share."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class Judging:
     ] = None
 
     def fields(self) -> dict[str, Any]:
-        """The further fields of each request.
+        """The extra fields of each request.
 
         Raises:
           EvaluationError, ConfigError: a field is not key=value, or looks like a password.
@@ -100,7 +100,7 @@ class Judging:
         return read_settings(self.extra or [], "--extra")
 
     def client(self, folder: Path) -> Client | None:
-        """The judge's client, not opened yet, with its cache in the folder. None without a judge.
+        """The judge's client, not opened yet, with its cache in `folder`; None without a judge.
 
         Raises:
           JudgeError: a setting cannot be used, or the key is missing.

@@ -523,7 +523,7 @@ class TestAnswers:
         assert len(asked) == 4
 
     def test_what_leaves_no_room_is_found_before_anything_is_drawn(self, model, set_file, tmp_path):
-        with pytest.raises(EvaluationError, match="instruction 2 .*only 512 together. Lower --max"):
+        with pytest.raises(EvaluationError, match="instruction 2 .*only 512 in total. Lower --max"):
             alpaca.answer(model, read_set(str(set_file)), tmp_path, alpaca.Decoding(500))
         assert not (tmp_path / "stage.json").exists()
 
@@ -537,7 +537,7 @@ class TestAnswers:
             (["--gamed", "nowhere.csv"], "nowhere.csv: no such file"),
             (["--judge", "j", "--key-env", "NOT_SET"], "no server|NOT_SET"),
             (["--judge", "j", "--prompt", "nowhere.txt"], "nowhere.txt cannot be read"),
-            (["--judge", "j", "--extra", "top_p"], "--extra 'top_p': key=value was expected"),
+            (["--judge", "j", "--extra", "top_p"], "--extra 'top_p': expected key=value"),
         ],
     )
     def test_nothing_is_drawn_if_the_rest_cannot_be(

@@ -195,7 +195,7 @@ def test_other_files_are_refused_by_name(world, spoil):
 
 def test_sums_that_no_preferences_have(world):
     world.patch.setattr(repo, "SUMS", (1e6, 0.0))
-    with pytest.raises(EvaluationError, match="no preferences of the gamed baselines"):
+    with pytest.raises(EvaluationError, match="do not reproduce the stored fits"):
         alpaca.numbers(check_annotations(world.rows, "here"), published=world.repository())
 
 

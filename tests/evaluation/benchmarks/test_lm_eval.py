@@ -380,7 +380,7 @@ def test_a_setting_that_the_engine_lacks_is_an_error(ours):
         ({"max_new_tokens": -3}, "max_gen_toks is -3"),
         ({"max_gen_toks": "many"}, "'many'.*Expected numbers"),
         ({"max_gen_toks": 3, "temperature": None}, "temperature.*Expected numbers"),
-        ({"max_gen_toks": 3, "until": ["a", 5]}, "until has 5; expected texts"),
+        ({"max_gen_toks": 3, "until": ["a", 5]}, "until has 5; expected strings"),
         ({"max_gen_toks": 3, "until": 5}, "until has 5"),
     ],
 )

@@ -159,9 +159,7 @@ class TestQuestions:
         assert [q.temperature for q in questions] == [0.7, 0.0, 0.1, 0.7, 0.0]
 
     def test_other_questions_are_not_mt_bench(self, files, shared, tmp_path):
-        with pytest.raises(
-            EvaluationError, match="5 questions, which are not the 80.*--unpublished"
-        ):
+        with pytest.raises(EvaluationError, match="its 5 questions are not the 80.*--unpublished"):
             bench.read_questions(files.questions)
         rows = (shared / "mt_bench/question.jsonl").read_text().replace("Hawaii", "Maui")
         file = tmp_path / "changed.jsonl"
@@ -177,7 +175,7 @@ class TestQuestions:
             ({"question_id": 81}, "row 1: question 81 appears twice"),
             ({"question_id": "82"}, "row 1: expected question_id"),
             ({"turns": ["one"]}, "row 1: expected .*2 texts"),
-            ({"turns": ["one", 2]}, "row 1: expected .*2 texts"),
+            ({"turns": ["one", 2]}, "row 1: expected .*2 strings"),
             ({"turns": "ab"}, "row 1: expected .*2 texts"),
             ({"category": None}, "row 1: expected .*category"),
         ],
@@ -215,7 +213,7 @@ class TestQuestions:
             ),
             (
                 lambda rows: [rows[0] | {"choices": [{"turns": ["a"]}]}, *rows[1:]],
-                "row 0: expected 2 texts",
+                "row 0: expected 2 strings",
             ),
         ],
     )
@@ -747,7 +745,7 @@ class TestVerb:
         result = self.verb(files, judge, *given)
         file = files.folder / "model_judgment/the--judge_pair.jsonl"
         says = (
-            f"{file}: 2 of 10 verdicts could not be read, more than the 0 allowed; such as that on "
+            f"{file}: 2 of 10 verdicts could not be read, more than the 0 allowed, such as the one "
         )
         assert says in str(result.exception) and "'I like both.'" in str(result.exception)
         assert not list(files.folder.glob("*.json"))

@@ -91,7 +91,7 @@ def read_prompt(file: Path | None = None) -> AnnotatorPrompt:
 
 
 def is_switched(instruction: str) -> bool:
-    """Whether the model's answer is shown first: the package's random choice, with its seed 0."""
+    """Whether the model's answer is shown first: the random choice of the package, with seed 0."""
     return random.Random(f"is_switched_outputs{instruction}0").choices([False, True], k=1)[0]
 
 
@@ -118,7 +118,7 @@ async def ask(
     allow_missing: int = 0,
     extra: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """Annotates with our own client. Its cache keeps all usable answers, whatever happens.
+    """Annotates with our own client, whose cache keeps all usable answers even if a call fails.
 
     Args:
         instructions: the instructions with the baseline's answers.
@@ -223,7 +223,7 @@ def check_ready(instructions: EvalSet, config: str | None) -> None:
 def _pairs(instructions: EvalSet) -> Iterator[tuple[str, str]]:
     if instructions.baseline is None:
         raise EvaluationError(
-            f"{instructions.source}: has no answers of the baseline {BASELINE}, which the model's "
+            f"{instructions.source} has no answers of the baseline {BASELINE}, which the model's "
             "answers are compared with. Give alpaca_eval_gpt4_baseline.json, or any published "
             "annotations.json, with --instructions."
         )

@@ -124,12 +124,12 @@ def _check_room(model: Model, conversations: list[list[Message]], decoding: Deco
         raise EvaluationError(
             f"{model.name}: instruction {longest} (counted from 0) has {lengths[longest]} tokens "
             f"and its answer up to {decoding.max_new_tokens}, but the model supports only "
-            f"{model.config.max_positions} together. Lower --max-new-tokens."
+            f"{model.config.max_positions} in total. Lower --max-new-tokens."
         )
 
 
 def answers_of(folder: Path, instructions: EvalSet) -> Journal:
-    """The answers generated so far, by the number of the instruction.
+    """The answers generated so far, by instruction number.
 
     Raises:
         EvaluationError: an answer belongs to another instruction.
@@ -138,7 +138,7 @@ def answers_of(folder: Path, instructions: EvalSet) -> Journal:
     for i, row in journal.rows.items():
         if i not in range(len(instructions.rows)) or row["instruction"] != instructions.rows[i][1]:
             raise EvaluationError(
-                f"{journal.file}: answer {i!r} does not belong to instruction {i!r}. Choose "
+                f"{journal.file}: the answer with index {i!r} is to another instruction. Choose "
                 "another folder with --out"
             )
     return journal
@@ -160,7 +160,7 @@ def numbers(
     gamed_sha256: str | None = None,
     published: Path | None = None,
 ) -> dict[str, Any]:
-    """Raw and length-controlled win rates of checked annotations, and the data of the latter.
+    """Raw and length-controlled win rates of checked annotations, and where the fit's data is from.
 
     If neither `gamed` nor `published` is given, and df_gamed.csv or the package is missing,
     `length_controlled_winrate` is None and `lc_refused` says why.

@@ -104,7 +104,7 @@ def read_outputs(file: Path, known: Known | None = None) -> list[dict[str, str]]
     _only_one("generator", found, file)
     if found[0]["generator"] == BASELINE:
         raise EvaluationError(
-            f"{file}: these are the answers of the baseline {BASELINE} itself; expected a model's."
+            f"{file}: these are the answers of the baseline {BASELINE}; expected another model's."
         )
     names = [row.get("dataset") or "" for row in rows]
     return [{"dataset": name} | row for name, row in zip(names, found, strict=True)]
@@ -164,8 +164,8 @@ def check_annotations(
             raise EvaluationError(f"{where}, row {i}: preference is {value!r}; expected a number.")
         elif value != 0 and not 1 <= value <= 2:
             raise EvaluationError(
-                f"{where}, row {i}: preference is {value!r}; expected 1 (the baseline's answer is "
-                "better) to 2 (the model's), or 0, a draw."
+                f"{where}, row {i}: preference is {value!r}; expected a number from 1 (the "
+                "baseline's answer is better) to 2 (the model's is better), or 0 for a draw."
             )
         found.append(dict(row) | {"preference": value})
     lost = len(missing) + len(absent)
@@ -183,7 +183,7 @@ def check_annotations(
 
 
 def places(rows: Sequence[Row], known: Known | None = None) -> list[int]:
-    """The number of each row's instruction, counted from 0 in the official order."""
+    """The instruction number of each row, counted from 0 in the official order."""
     at = {digest: i for i, digest in enumerate((known or published()).instructions)}
     return [at[_digest(row["instruction"])] for row in rows]
 
@@ -191,7 +191,7 @@ def places(rows: Sequence[Row], known: Known | None = None) -> list[int]:
 def check_instructions(
     found: Sequence[str], where: str, known: Known, allow_missing: int | None = None
 ) -> list[int]:
-    """Checks that every instruction is there once, unchanged and in its place.
+    """Checks that every instruction is present once, unchanged and in its place.
 
     Args:
         allow_missing: how many may be absent. None: none, and the error does not offer the option.
@@ -311,7 +311,7 @@ def _only_one(key: str, rows: Sequence[Row], where: object) -> None:
     if len(names) > 1:
         raise EvaluationError(
             f"{where}: {key} is {', '.join(names[:3])}{' ...' if names[3:] else ''}; expected the "
-            "same in all rows."
+            "same value in all rows."
         )
 
 

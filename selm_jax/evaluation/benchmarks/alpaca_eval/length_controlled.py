@@ -46,7 +46,7 @@ Weights = Float[np.ndarray, "fits 3"]  # weights of length, difficulty and model
 
 
 def gamed_file(given: str | None, sha256: str | None = None) -> Path:
-    """The path of `df_gamed.csv`, after a check of its digest.
+    """Checks the digest of `df_gamed.csv` and returns the file's path.
 
     Args:
         given: see `instructions.data_file`.
@@ -143,7 +143,7 @@ def fitting(rows: Sequence[Row], places: Sequence[int], gamed: Path) -> Iterator
 def described(
     fit: Fit, rows: Sequence[Row], places: Sequence[int], gamed: Path, seed: int = 0
 ) -> dict[str, Any]:
-    """A fit and its interval, under the leaderboard's names where there are any."""
+    """A fit and its interval, with the leaderboard's names for those numbers that it has."""
     error, low, high = interval(Regression.of(rows, places, gamed), fit, seed)
     return {
         "length_controlled_winrate": fit.rate,
@@ -243,7 +243,7 @@ def refit(
 def _quadratic(
     b: Weights, gradient: Float[np.ndarray, "fits 3"], curvature: Float[np.ndarray, "fits 3 3"]
 ) -> Weights:
-    """The minimum of |new| + gradient (new - b) + (new - b) curvature (new - b) / 2."""
+    """Minimises |new| + gradient (new - b) + (new - b) curvature (new - b) / 2 over `new`."""
     new = b.copy()
     for _ in range(500):
         before = new.copy()

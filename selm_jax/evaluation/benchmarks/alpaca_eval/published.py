@@ -110,7 +110,7 @@ def read(folder: Path) -> Published:
 
 
 def write_gamed(found: Published, file: Path) -> None:
-    """Writes a file in the format of `df_gamed.csv` that gives the same fits."""
+    """Writes a file in the format of `df_gamed.csv`, which gives the same fits as the original."""
     delta, difficulty = np.concatenate(found.lengths), np.tile(found.difficulty, 2)
     preference = _with_sums(np.stack([np.tanh(delta), difficulty], 1), np.array(SUMS))
     count = len(found.difficulty)
@@ -129,7 +129,7 @@ def write_gamed(found: Published, file: Path) -> None:
 def _with_sums(
     features: Float[np.ndarray, "rows 2"], sums: Float[np.ndarray, "2"]
 ) -> Float[np.ndarray, " rows"]:
-    """Preferences from 0 to 1 whose sums with the features have these values."""
+    """Finds preferences from 0 to 1 for which features.T @ preferences equals `sums`."""
 
     def preferences(q: np.ndarray) -> np.ndarray:
         return 1 / (1 + np.exp(-features @ q))
@@ -137,8 +137,8 @@ def _with_sums(
     found = optimize.root(lambda q: features.T @ preferences(q) - sums, np.zeros(2), tol=1e-12)
     if not np.allclose(features.T @ preferences(found.x), sums, atol=1e-7):
         raise EvaluationError(
-            "no preferences of the gamed baselines give the sums of the stored fits. The files "
-            f"differ from those of commit {COMMIT[:8]} of AlpacaEval's repository."
+            "the published files do not reproduce the stored fits: they differ from those of "
+            f"commit {COMMIT[:8]} of AlpacaEval's repository. Check out that commit."
         )
     return preferences(found.x)
 
@@ -175,7 +175,7 @@ def _standardised(delta: np.ndarray) -> np.ndarray:
 
 
 def length_controlled(rows: Sequence[Row], places: Sequence[int], folder: Path) -> dict[str, Any]:
-    """The rate with its interval, the origin of its C, and the digests of the files.
+    """The length-controlled win rate, its interval, the origin of its C, and the files' digests.
 
     Args:
       rows, places: see `length_controlled.fitting`.
@@ -195,7 +195,7 @@ def length_controlled(rows: Sequence[Row], places: Sequence[int], folder: Path) 
 
 
 def nearest_c(fits: Sequence[lc.Fit], stored: Weights) -> float | None:
-    """The C of the fit with the stored weights; None if they belong to other annotations."""
+    """The C whose fit has the stored weights; None if these belong to other annotations."""
     apart = [max(map(abs, np.subtract(fit.weights, stored).tolist())) for fit in fits]
     nearest = int(np.argmin(apart))
     return fits[nearest].c if apart[nearest] < _NEAR else None

@@ -1,4 +1,4 @@
-"""Runs `selm eval alpaca_eval`: answering, annotating and scoring, as far as not done yet."""
+"""Runs `selm eval alpaca_eval`: answers, annotates and scores, and skips what is already done."""
 
 from __future__ import annotations
 
@@ -30,12 +30,10 @@ def run(options: Options) -> None:
     exactly_one(MODEL=o.model, outputs=o.outputs, annotations=o.annotations)
     if judge and o.annotator:
         raise EvaluationError(
-            "--judge uses a server and --annotator the package, but not both: give one of them"
+            "--judge (a server) and --annotator (the package) cannot be combined: give one of them"
         )
     if o.control.gamed and o.control.published:
-        raise EvaluationError(
-            "--gamed and --published are two sources for the same fit: give one of them"
-        )
+        raise EvaluationError("--gamed and --published cannot be combined: give one of them")
     if o.annotations is not None:
         _score_only(options, o.annotations)
         return

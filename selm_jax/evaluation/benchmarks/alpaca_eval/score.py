@@ -57,7 +57,7 @@ def scores(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def win_rate(preferences: Float64[np.ndarray, " n"]) -> dict[str, float | int | None]:
-    """Win rates in percent (see the top of this file). The error of one preference is None.
+    """Win rates in percent (see the top of this file). The error is None for one preference.
 
     Raises:
         EvaluationError: there are no preferences.
@@ -79,7 +79,7 @@ def win_rate(preferences: Float64[np.ndarray, " n"]) -> dict[str, float | int | 
 
 
 def wins(preferences: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
-    """How far the model won in each row, from 0 (lost) to 1 (won)."""
+    """The model's win in each row, from 0 (lost) to 1 (won)."""
     return np.where(preferences == 0, 1.5, preferences) - 1
 
 

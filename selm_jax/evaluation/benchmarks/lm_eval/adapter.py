@@ -72,7 +72,7 @@ class Harness(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The token before a text without context."""
+        """The token that precedes a text without context."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else bos
 
@@ -111,7 +111,7 @@ class Harness(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs
     ) -> list[tuple[float, bool]]:
-        """For each (_, context, continuation): its log-likelihood, and whether it is greedy."""
+        """Each continuation's log-likelihood, and whether greedy decoding would produce it."""
         by_context: dict[Ids, dict[Ids, list[int]]] = {}  # context -> continuation -> requests
         for i, (_, context, continuation) in enumerate(requests):
             before, after = self._fitted(tuple(context), tuple(continuation))
@@ -127,7 +127,7 @@ class Harness(TemplateLM):
         return out
 
     def _fitted(self, context: Ids, continuation: Ids) -> tuple[Ids, Ids]:
-        """Cuts the context at its left so that the pair fits the model.
+        """Cuts the context from the left so that the pair fits the model.
 
         The model never reads the last token of the continuation, so that token needs no room.
         """
@@ -147,7 +147,7 @@ class Harness(TemplateLM):
         ]
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihoods of whole texts, in windows of the model's length, each token once."""
+        """Log-likelihoods of whole texts; windows of the model's length score each token once."""
         windows, counts = [], []
         for request in requests:
             (string,) = request.args
@@ -167,7 +167,7 @@ class Harness(TemplateLM):
     # Generation
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        """Generates texts up to the first stop string, which is left out; batched by settings."""
+        """Generates texts up to the first stop string (excluded), batched by equal settings."""
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
@@ -239,7 +239,7 @@ class Harness(TemplateLM):
         return out
 
     def _special(self, until: Sequence[str]) -> Ids:
-        """The stop strings that are one special token; generation stops right at this token."""
+        """The stop strings that are one special token; generation stops at that token."""
         added = self.tokenizer.added_tokens_decoder.items()
         return tuple(i for i, token in added if token.special and token.content in until)
 
@@ -250,16 +250,16 @@ class Harness(TemplateLM):
 
 
 def _normalised(settings: dict[str, Any]) -> dict[str, Any]:
-    """A task's generation_kwargs, as the harness reads them. `until: null` means no stop strings.
+    """Parses a task's generation_kwargs as the harness does; `until: null` means no stop strings.
 
     Raises:
-      EvaluationError: the number of new tokens is below 1, or a stop string is not a text.
+      EvaluationError: the number of new tokens is below 1, or a stop string is not a string.
     """
     until = settings.get("until") or []
     ends = [end for end in (until if isinstance(until, list) else [until]) if end is not None]
     where = f"a task's generation_kwargs are {json.dumps(settings)}"
     if odd := [end for end in ends if not isinstance(end, str)]:
-        raise EvaluationError(f"{where}: until has {odd[0]!r}; expected texts, or null for none")
+        raise EvaluationError(f"{where}: until has {odd[0]!r}; expected strings, or null for none")
     try:
         found: dict[str, Any] = dict(normalize_gen_kwargs(settings | {"until": ends}, _NEW_TOKENS))
     except (TypeError, ValueError) as error:

@@ -84,7 +84,7 @@ def load_tasks(shots: dict[str, int | None], manager: TaskManager) -> list[Any]:
 
 
 def _check_shots(task: Any) -> None:
-    """Checks the number of shots, which the harness would only do at the first row."""
+    """Checks the number of shots early; the harness checks it only at the first row."""
     name, shots = task.config.task, task.config.num_fewshot or 0
     if shots and task.OUTPUT_TYPE == "loglikelihood_rolling":
         raise EvaluationError(
@@ -105,7 +105,7 @@ def _check_shots(task: Any) -> None:
 
 def manager(include: Path | None) -> TaskManager:
     if include is not None and not include.is_dir():
-        raise EvaluationError(f"--include {include}: there is no such folder")
+        raise EvaluationError(f"--include {include}: this folder does not exist")
     return TaskManager(include_path=None if include is None else str(include))
 
 

@@ -82,7 +82,7 @@ def read_questions(file: Path, unpublished: bool = False) -> list[Question]:
         number, category, turns = (row.get(k) for k in ("question_id", "category", "turns"))
         if not (isinstance(number, int) and isinstance(category, str) and _are_texts(turns)):
             raise EvaluationError(
-                f"{file}, row {i}: expected question_id, category and {TURNS} texts as turns."
+                f"{file}, row {i}: expected question_id, category, and {TURNS} strings as turns."
             )
         if number in found:
             raise EvaluationError(
@@ -93,8 +93,8 @@ def read_questions(file: Path, unpublished: bool = False) -> list[Question]:
     listed = json.dumps([[q.id, q.category, list(q.turns)] for q in questions])
     if hashlib.sha256(listed.encode()).hexdigest() != QUESTIONS_SHA256 and not unpublished:
         raise EvaluationError(
-            f"{file}: {len(questions)} questions, which are not the 80 of MT-Bench, or were "
-            f"changed. {ACCEPT}."
+            f"{file}: its {len(questions)} questions are not the 80 of MT-Bench, or were changed. "
+            f"{ACCEPT}."
         )
     return questions
 
@@ -155,7 +155,7 @@ def _both_turns(
     decoding: Decoding,
     progress: Advance,
 ) -> list[dict[str, Any]]:
-    """Answers both turns; rows in FastChat's format, plus `finish` and `tokens` of each turn."""
+    """Answers both turns: rows in FastChat's format, plus `finish` and `tokens` of each turn."""
     conversations: list[list[Message]] = [[] for _ in questions]
     said: list[list[Any]] = [[] for _ in questions]
     for turn in range(TURNS):
@@ -224,7 +224,7 @@ def read_answers(
                 f"{file}, row {i}: not an answer in FastChat's format: {error!r}. Correct the row."
             ) from error
         if not _are_texts(turns):
-            raise EvaluationError(f"{file}, row {i}: expected {TURNS} texts as turns.")
+            raise EvaluationError(f"{file}, row {i}: expected {TURNS} strings as turns.")
         if number in found:
             raise EvaluationError(
                 f"{file}, row {i}: question {number} is answered twice. Delete one of the answers."
@@ -238,7 +238,7 @@ def read_answers(
         )
     if len(names) > 1:
         raise EvaluationError(
-            f"{file}: has {what} of several models: {', '.join(sorted(names))}; expected one model."
+            f"{file} has {what} of several models: {', '.join(sorted(names))}; expected one model."
         )
     return names.pop(), found
 
@@ -260,8 +260,8 @@ def read_references(
     listed = json.dumps([[q.id, *found[q.id]] for q in sorted(questions, key=lambda q: q.id)])
     if hashlib.sha256(listed.encode()).hexdigest() != REFERENCES_SHA256 and not unpublished:
         raise EvaluationError(
-            f"{file}: not MT-Bench's reference answers, or changed. With others the judge's "
-            f"verdicts would differ. {ACCEPT}."
+            f"{file}: these are not MT-Bench's reference answers, or they were changed. With other "
+            f"references the judge's verdicts would differ. {ACCEPT}."
         )
     return found
 
@@ -269,7 +269,7 @@ def read_references(
 def cost_of_answers(
     model: Model, questions: Sequence[Question], folder: Path, decoding: Decoding, name: str
 ) -> Cost:
-    """An upper bound of the cost: the second turn reads the first answer, at its limit."""
+    """An upper bound of the cost, as if every answer reached its limit."""
     done = _answers(answer_file(folder, name)).rows
     left = [q for q in questions if q.id not in done]
     first = model.prompt_ids([[Message("user", q.turns[0])] for q in left])

@@ -120,7 +120,9 @@ def read_prompts(file: Path, unpublished: bool = False) -> dict[str, JudgePrompt
         hashlib.sha256(json.dumps(listed).encode()).hexdigest() != PROMPTS_SHA256
         and not unpublished
     ):
-        raise EvaluationError(f"{file}: not MT-Bench's prompts, or changed. {ACCEPT}.")
+        raise EvaluationError(
+            f"{file}: these are not MT-Bench's prompts, or they were changed. {ACCEPT}."
+        )
     return prompts
 
 
@@ -245,7 +247,7 @@ class _GivenUp(EvaluationError):
 
 @dataclasses.dataclass
 class _Watch:
-    """Gives up early on a judge whose verdicts are all malformed, and does not store these."""
+    """Stops early if all verdicts of a judge are malformed, and does not store them."""
 
     understood: bool = False
     held: list[dict[str, Any]] = dataclasses.field(default_factory=list)
@@ -265,14 +267,14 @@ class _Watch:
 
     def given_up(self) -> _GivenUp:
         return _GivenUp(
-            f"the judge's first {len(self.held)} verdicts cannot be read, such as that "
+            f"the judge's first {len(self.held)} verdicts cannot be read, such as the one "
             f"{unread(self.held[-1])}. Expected [[rating]], or [[A]], [[B]] or [[C]]. They are not "
             "kept. Use another judge, or run again when this one is repaired."
         )
 
 
 def score_of(answer: Completion) -> float:
-    """The rating, in double brackets or in single ones after the word "rating"; -1 without one."""
+    """The rating in [[ ]], or in [ ] after the word "rating"; -1 if there is none."""
     found = read_rating(answer)
     if found is None and "[[" not in answer.text:
         values = {float(x) for x in _SINGLE.findall(answer.text)}

@@ -81,7 +81,7 @@ def read(file: Path, name: str | None = None) -> Judgments:
     judges = sorted({str(row["judge"][0]) for row in found})
     if len(judges) > 1:
         raise EvaluationError(
-            f"{file}: has judgments of several judges: {', '.join(judges)}; expected one judge."
+            f"{file} has judgments of several judges: {', '.join(judges)}; expected one judge."
         )
     return Judgments(mode, mine[0], judges[0], found)
 
@@ -91,7 +91,7 @@ def is_malformed(row: Row) -> bool:
 
 
 def unread(row: Row) -> str:
-    """Where a malformed verdict is and how its text ends, for error messages."""
+    """Describes where a malformed verdict is and how its text ends, for error messages."""
     second = "g1_winner" in row and row["g1_winner"] != "error"
     text = str(row.get("judgment", row.get(f"g{1 + second}_judgment", "")))
     return f"on question {row['question_id']}, turn {row['turn']}, which ends {text[-120:]!r}"

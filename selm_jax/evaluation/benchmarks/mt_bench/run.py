@@ -1,4 +1,4 @@
-"""Runs `selm eval mt_bench`: answering, judging and scoring, as far as not done yet."""
+"""Runs `selm eval mt_bench`: answers, judges and scores, and skips what is already done."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def run(options: Options) -> None:
     folder = o.out or default_out(name, "mt_bench")
     if others and others[0][0] == name:
         raise EvaluationError(
-            f"{o.against}: has answers of {name!r} itself. Give the model another --name"
+            f"{o.against} has answers of {name!r} itself. Give the model another --name"
         )
     if own is not None:
         own = (name, own[1])
@@ -158,7 +158,7 @@ def _ask(
     client: Client,
     folder: Path,
 ) -> tuple[verdicts.Judgments, Path]:
-    """All judgments of the models, and their file. Those in the file are not requested again."""
+    """Requests the missing judgments; returns all judgments of the models, and their file."""
     todo = judge.matches(asked, models)
     journal = verdicts.journal(folder, judge.mode, judge.name)
     with open_bar(f"{judge.name}  judges", len(todo) * judge.repeats, "judgments") as advance:

@@ -45,9 +45,9 @@ def check_malformed(rows: Sequence[Row], allowed: int | None, file: Path) -> int
     if len(malformed) > allowed:
         raise EvaluationError(
             f"{file}: {len(malformed)} of {len(rows)} verdicts could not be read, more than the "
-            f"{allowed} allowed; such as that {unread(malformed[0])}. Averaging only the readable "
-            "verdicts would change the question set. No scores were written; the verdicts stay in "
-            "the file. Use another judge, or accept this with --allow-malformed "
+            f"{allowed} allowed, such as the one {unread(malformed[0])}. Averaging only the "
+            "readable verdicts would change the question set. No scores were written; the verdicts "
+            "stay in the file. Use another judge, or accept this with --allow-malformed "
             f"{len(malformed)}, which leaves them out of the means."
         )
     return allowed
@@ -212,7 +212,7 @@ def _by_question(
 
 
 def _spread(rows: Sequence[Row]) -> float | None:
-    """How much repetitions of a judgment differ: their mean standard deviation, or None."""
+    """The mean standard deviation of a judgment's repetitions; None without repetitions."""
     repeated: dict[tuple[int, int], list[float]] = {}
     for row in rows:
         if not is_malformed(row):

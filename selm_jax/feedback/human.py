@@ -49,7 +49,7 @@ class Human:
         candidates: Sequence[Sequence[str]],
         progress: Callable[[int], None] = lambda more: None,
     ) -> list[bool]:
-        """Puts the questions into the store for `selm annotate`, and waits for people if `wait`.
+        """Puts the questions into the store for `selm annotate`, and with `wait` waits for people.
 
         The wait ends when `minimum` people have ranked or skipped every question. Prompts with
         fewer than two different answers are shown to nobody: their answers are equal.
@@ -130,7 +130,7 @@ class Human:
 def items_of(
     questions: Sequence[Question], candidates: Sequence[Sequence[str]]
 ) -> list[Item | None]:
-    """The questions as people see them, each text once. None if there are fewer than two texts."""
+    """The questions as people see them, without repeated texts; None if fewer than two are left."""
     items = []
     for question, texts in zip(questions, candidates, strict=True):
         distinct = tuple(dict.fromkeys(texts))
@@ -158,7 +158,7 @@ def human(
     if not isinstance(wait, bool):
         raise FeedbackError(f"ranker 'human': wait is {wait!r}; expected true or false.")
     if not isinstance(instructions, str):
-        raise FeedbackError(f"ranker 'human': instructions is {instructions!r}; expected a text.")
+        raise FeedbackError(f"ranker 'human': instructions is {instructions!r}; expected a string.")
     return Human(place(store) if store else None, wait, minimum)
 
 

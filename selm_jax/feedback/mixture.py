@@ -46,7 +46,7 @@ def none(scores: Scores) -> Scores:
 
 
 def minmax(scores: Scores) -> Scores:
-    """Rescales the scores to [0, 1] over the candidates; all equal gives 1/2."""
+    """Rescales the scores to [0, 1] over the candidates; equal scores all become 1/2."""
     if not len(scores) or scores.min() == scores.max():
         return np.full(len(scores), 0.5)
     scores = scores / np.abs(scores).max()  # so that no difference overflows
@@ -54,7 +54,7 @@ def minmax(scores: Scores) -> Scores:
 
 
 def zscore(scores: Scores) -> Scores:
-    """Rescales the scores to mean 0 and standard deviation 1; all equal gives 0."""
+    """Rescales the scores to mean 0 and standard deviation 1; equal scores all become 0."""
     scaled = minmax(scores)  # has the same z-scores, and no square overflows or underflows
     spread = scaled.std() if len(scores) else 0.0
     return (scaled - scaled.mean()) / spread if spread else np.zeros(len(scores))

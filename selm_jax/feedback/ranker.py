@@ -107,7 +107,7 @@ def build_ranker(name: str, /, **settings: Any) -> Ranker:
         FeedbackError: the name or a setting is unknown, or a setting is missing or invalid.
     """
     if not isinstance(name, str):
-        raise FeedbackError(f"{name!r} is not the name of a ranker; expected a text.")
+        raise FeedbackError(f"{name!r} is not the name of a ranker; expected a string.")
     path = (name,) if is_user_code(name) else ()
     found = _USER_FUNCTION if path else BUILT_IN.get(name)
     if found is None:
@@ -178,7 +178,7 @@ def scores_beside(
     answers: Sequence[Sequence[str]],
     others: Sequence[str],
 ) -> list[list[float]]:
-    """Scores each answer in comparison with its prompt's one text in `others`.
+    """Scores each answer together with the text in `others` for the same prompt.
 
     A relative ranker's scores are comparable across policies only if every answer is compared with
     the same text.

@@ -143,7 +143,7 @@ def regex(pattern: str, flags: str = "") -> RuleRanker:
     try:
         compiled = re.compile(pattern, bits)
     except re.error as error:
-        raise FeedbackError(f"ranker 'regex': bad pattern {pattern!r}: {error}.") from error
+        raise FeedbackError(f"ranker 'regex': invalid pattern {pattern!r}: {error}.") from error
     return RuleRanker(
         "regex", lambda _, response, __: sum(1 for _match in compiled.finditer(response))
     )

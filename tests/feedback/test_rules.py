@@ -89,7 +89,7 @@ class TestRegex:
         assert score(rules.regex("a+b|b"), text) == [len(re.findall("a+b|b", text))]
 
     def test_bad_pattern_and_bad_flag(self):
-        with pytest.raises(FeedbackError, match=r"bad pattern '\('"):
+        with pytest.raises(FeedbackError, match=r"invalid pattern '\('"):
             rules.regex("(")
         with pytest.raises(FeedbackError, match="unknown flag 'q' in 'iq'"):
             rules.regex("a", "iq")

@@ -1,1 +1,1 @@
-"""A language model behind an OpenAI-compatible server as a ranker. No answer is paid for twice."""
+"""Ranks with a language model behind an OpenAI-compatible server; pays for no answer twice."""

@@ -59,7 +59,7 @@ def parse_completion(body: str) -> Completion:
     """Parses the body of a successful reply as a chat completion.
 
     Raises:
-        ValueError: it is not a chat completion; the message says why.
+        ValueError: the body is not a chat completion; the message says why.
     """
     try:
         tree = json.loads(body)
@@ -71,11 +71,11 @@ def parse_completion(body: str) -> Completion:
 
 
 def _text(content: Any) -> str:
-    """The text of a message, which may be a list of parts; parts with thoughts are left out."""
+    """The text of a message, which may be a list of parts; reasoning parts are left out."""
     if isinstance(content, list):
         return "".join(part["text"] for part in content if part["type"] in _SAID)
     if not isinstance(content, str | None):
-        raise TypeError(f"content is a {type(content).__name__}")
+        raise TypeError(f"content is of type {type(content).__name__}; expected a string")
     return content or ""
 
 

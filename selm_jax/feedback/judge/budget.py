@@ -1,4 +1,4 @@
-"""Counts of a judge's requests, their cost, and a limit on it."""
+"""Counts a judge's requests, computes their cost, and limits it."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ class AnswerCache:
         return None if row is None else json.loads(row[0])
 
     def put(self, key: str, body: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
-        """Stores an answer, unless its key has one, and its request for people to read.
+        """Stores an answer unless its key has one already, with its request for people to read.
 
         Raises:
             FeedbackError: the answer could not be written, for example because the disk is full.

@@ -202,7 +202,7 @@ class Client:
         draw: int = 0,
         extra: Mapping[str, Any] | None = None,
     ) -> None:
-        """Deletes answers for which `which` is true from the cache; later calls request them again.
+        """Deletes the cached answers for which `which` is true; later calls request them again.
 
         The client must not be open.
 

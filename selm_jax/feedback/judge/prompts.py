@@ -182,7 +182,7 @@ def _after_thinking(text: str) -> str:
 
 
 def weighted_preference(answer: Completion) -> float | None:
-    """AlpacaEval 2's preference for the second of two outputs, called m and M, from 0 to 1.
+    """AlpacaEval 2's preference for output M over output m, from 0 to 1.
 
     It is P(M) / (P(m) + P(M)) at the first token; a token that is not among the reported ones has
     probability 0. This equals `preference` - 1 of weighted_alpaca_eval_gpt4_turbo.

@@ -157,7 +157,7 @@ class JudgeRanker:
         return report
 
     def _asks(self, texts: Sequence[str]) -> Iterator[tuple[str, ...]]:
-        """The responses of each request for one prompt: single ones, or pairs in both orders."""
+        """The responses that each request for a prompt shows: one, or a pair in either order."""
         return itertools.permutations(texts, len(FORMS[self.form].responses))
 
     async def _values(
@@ -185,7 +185,7 @@ class JudgeRanker:
                 return value
             self.counts["malformed"] += 1
             ends = self._end_of(answer)
-            about = f"that to prompt {ids[index]!r}: {ends}"
+            about = f"the one to prompt {ids[index]!r}: {ends}"
             if not self.unread:
                 self.unread.append(about)
             if self.on_malformed == "error":
@@ -202,7 +202,7 @@ class JudgeRanker:
             )
 
     def _end_of(self, answer: Completion) -> str:
-        """Describes a malformed answer for an error: its end, and what is missing."""
+        """Describes a malformed answer for error messages: how it ends, and what is missing."""
         lacks = ""
         if self.form == "logprob" and not answer.logprobs:
             lacks = (

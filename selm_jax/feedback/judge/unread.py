@@ -37,7 +37,7 @@ class Unread:
     first: str = ""
 
     def restart(self, patience: int, or_else: str) -> None:
-        """Sets all counts to 0, and the patience and the alternative to these."""
+        """Sets all counts to 0, and replaces `patience` and `or_else`."""
         self.patience, self.or_else = patience, or_else
         self.answers, self.malformed, self.first = 0, 0, ""
 

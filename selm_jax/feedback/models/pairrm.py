@@ -150,7 +150,7 @@ class PairRM:
     def ranks(
         self, sources: Sequence[str], candidates: Sequence[Sequence[str]]
     ) -> list[Int[np.ndarray, " candidates"]]:
-        """The candidates' ranks per source, 1 is best; equal scores share the better rank."""
+        """The candidates' ranks per source; 1 is best, and equal scores share the better rank."""
         return [ranks(mean_wins(m)) for m in self.matrices(sources, candidates)]
 
     def logits(self, pairs: Sequence[tuple[str, str, str]]) -> Float64[np.ndarray, " pairs"]:
@@ -273,7 +273,7 @@ class PairRM:
         return np.array([logit[pair] for pair in meant], np.float64)
 
     def _run(self, rows: Sequence[_Row], todo: Sequence[Comparison], part: Part) -> jax.Array:
-        """The logits `[rows]` of a part's comparisons, then of padding rows; on the devices."""
+        """Computes the logits `[rows]` of a part's comparisons, then those of padding rows."""
         tokens = np.full((part.rows, part.time), self._tokens.pad, np.int32)
         lengths = np.ones(part.rows, np.int32)
         prefixes = np.zeros((part.rows, 3), np.int32)
@@ -294,7 +294,7 @@ def program(config: PairRMConfig, dtype: Any, *, on_cpu: bool) -> Any:
 
 
 def mean_wins(matrix: Float64[np.ndarray, "n n"]) -> Float64[np.ndarray, " n"]:
-    """LLM-Blender's scores, score_i = sum over j of (C[i, j] - C[j, i]) / n, diagonal included."""
+    """LLM-Blender's scores: score_i = sum over j of (C[i, j] - C[j, i]) / n, diagonal included."""
     return (matrix - matrix.T).mean(axis=1) if len(matrix) else np.zeros(0)
 
 

@@ -15,13 +15,13 @@ BATCH = Range(1, MOST, whole=True)  # rows of 512 tokens
 
 
 def checked_dtype(ranker: str, name: str, on_cpu: bool) -> Any:
-    """The dtype to compute in. `auto` is bfloat16, but float32 on CPU (bfloat16 gains nothing)."""
+    """The dtype to compute in. `auto` is bfloat16, or float32 on CPU (bfloat16 gains nothing)."""
     check_choice(ranker, "dtype", name, get_args(Dtype))
     return jnp.dtype(("float32" if on_cpu else "bfloat16") if name == "auto" else name)
 
 
 def checked_batch(ranker: str, batch: int | None, on_cpu: bool) -> int:
-    """The batch size in rows of 512 tokens; None is 16, but 2 on CPU with its smaller caches."""
+    """The batch size in rows of 512 tokens; None is 16, or 2 on CPU, whose caches are small."""
     if batch is None:
         return 2 if on_cpu else 16
     if (expected := BATCH.problem(batch)) is not None:

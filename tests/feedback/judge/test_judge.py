@@ -800,7 +800,7 @@ class TestPairwise:
         assert scores.tolist() == [0.25, 0.75, 0.5]
         report = one.report()
         assert report["malformed"] == 1 and report["disagreements"] == report["dropped"] == 0
-        assert one.unread == ["that to prompt 'p0': 'I like both.' (finish: stop)"]
+        assert one.unread == ["the one to prompt 'p0': 'I like both.' (finish: stop)"]
         assert server.paid_twice == 0
 
     def test_malformed_drops_the_prompt_or_stops(self, server, ranker):

@@ -150,7 +150,7 @@ def _forward(hidden, targets, unembedding, how: _How):
 
 
 def _backward(how: _How, kept, gradient):
-    """The gradients, with d/dz log p(y) = onehot(y) - softmax(z).
+    """Computes the gradients from d/dz log p(y) = onehot(y) - softmax(z).
 
     The derivative of the cap is d/dx cap * tanh(x / cap) = 1 - (z / cap)^2.
     """
@@ -201,7 +201,7 @@ def _logits(h: Float[Array, "r c d"], w: Float[Array, "v d"], cap: float | None)
 
 
 def _sums(logits: Float[Array, "r c v"], y: Int[Array, "r c"]) -> tuple[Array, Array]:
-    """The target's logit, 0 if it is in another shard, and the logsumexp of this shard."""
+    """The target's logit (0 if the target is in another shard) and this shard's logsumexp."""
     size = logits.shape[-1]
     target = jnp.take_along_axis(logits, jnp.clip(y, 0, size - 1)[..., None], axis=-1)[..., 0]
     return jnp.where((y >= 0) & (y < size), target, 0), jax.nn.logsumexp(logits, axis=-1)
@@ -229,14 +229,14 @@ def _cuts_vocabulary(mesh: Mesh | None) -> bool:
 
 
 def _on(mesh: Mesh | None, of_device: Callable[..., Any], given: Any, found: Any) -> Any:
-    """Turns a function of one device's arrays into one of the whole arrays."""
+    """Turns a function of one device's shards into a function of the whole arrays."""
     if not _several(mesh):
         return of_device
     return jax.shard_map(of_device, mesh=mesh, in_specs=given, out_specs=found, check_vma=False)
 
 
 def _own_cut(w: Array, mesh: Mesh | None) -> tuple[Float[Array, "v d"], Any]:
-    """This device's shard of the vocabulary with its whole width, and the id of its first token."""
+    """This device's rows of the unembedding at full width, and the token id of the first row."""
     if not _several(mesh):
         return w, 0
     w = jax.lax.all_gather(w, "fsdp", axis=1, tiled=True)
@@ -257,16 +257,16 @@ def _chunk(asked: int, targets: Int[Array, "r p"], mesh: Mesh | None) -> int:
 
 
 def _whole_chunks(x: Array, chunk: int) -> Array:
-    """Pads [r, p, ...] with zeros along p, up to whole chunks."""
+    """Pads [r, p, ...] with zeros along p, to a multiple of the chunk size."""
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % chunk), *((0, 0),) * (x.ndim - 2)))
 
 
 def _split(x: Array, chunk: int) -> Array:
-    """[r, p, ...] -> [chunks, r, c, ...]"""
+    """Splits p into chunks: [r, p, ...] -> [chunks, r, c, ...]."""
     return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
 
 
 def _join(x: Array) -> Array:
-    """[chunks, r, c, ...] -> [r, p, ...]"""
+    """Joins the chunks again: [chunks, r, c, ...] -> [r, p, ...]."""
     x = jnp.moveaxis(x, 0, 1)
     return x.reshape(x.shape[0], -1, *x.shape[3:])

@@ -51,7 +51,7 @@ class Logps:
     mean_lengths: dict[str, Float[Array, ""]]
 
     def log_ratio(self, role: str) -> PerExample:
-        """r(role), in nats. The reference is data: no gradient flows through it."""
+        """The log-ratio r(role), in nats. No gradient flows through the reference."""
         return self.policy[role] - jax.lax.stop_gradient(self.reference[role])
 
     def log_ratio_per_token(self, role: str) -> PerExample:
@@ -105,12 +105,14 @@ class Objective:
 
     def __post_init__(self):
         if not self.roles or not set(self.roles) <= set(ROLES):
-            raise ObjectiveError(f"{self} has roles {self.roles}; expected some of {ROLES}")
+            raise ObjectiveError(f"{self} has roles {self.roles}; expected one or more of {ROLES}")
 
     def __call__(self, batch: Logps | Rewards) -> tuple[PerExample, Metrics]:
         given = batch.given
         if absent := [role for role in self.roles if role not in given]:
-            raise ObjectiveError(f"{self} needs {absent}; the batch has {list(given)}")
+            raise ObjectiveError(
+                f"{self} needs the roles {', '.join(absent)}; the batch has {', '.join(given)}"
+            )
         found = self.function(batch)
         if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Mapping)):
             raise ObjectiveError(
@@ -135,13 +137,13 @@ class Objective:
 
 
 def dpo(beta: float) -> Objective:
-    """-log sigmoid(beta h). DPO, arXiv 2305.18290 equation 7; TRL's "sigmoid"."""
+    """DPO: -log sigmoid(beta h). arXiv 2305.18290 equation 7; TRL's "sigmoid"."""
     _check(beta=beta)
     return _pair("dpo", beta, lambda h: -log_sigmoid(beta * h))
 
 
 def cdpo(beta: float, label_smoothing: float) -> Objective:
-    """-(1-e) log sigmoid(beta h) - e log sigmoid(-beta h).
+    """Conservative DPO: -(1-e) log sigmoid(beta h) - e log sigmoid(-beta h).
 
     Mitchell, "A note on DPO with noisy preferences" (2023); TRL's smoothed "sigmoid" up to 0.28.
     """
@@ -151,9 +153,9 @@ def cdpo(beta: float, label_smoothing: float) -> Objective:
 
 
 def robust(beta: float, label_smoothing: float) -> Objective:
-    """[-(1-e) log sigmoid(beta h) + e log sigmoid(-beta h)] / (1-2e): unbiased under flips.
+    """Robust DPO: [-(1-e) log sigmoid(beta h) + e log sigmoid(-beta h)] / (1-2e).
 
-    Robust DPO, arXiv 2403.00409; TRL's "robust".
+    It is unbiased if labels are flipped with probability e. arXiv 2403.00409; TRL's "robust".
     """
     _check(beta=beta, label_smoothing=label_smoothing)
     e = label_smoothing
@@ -161,7 +163,7 @@ def robust(beta: float, label_smoothing: float) -> Objective:
 
 
 def ipo(beta: float, length_normalized: bool = True) -> Objective:
-    """(h - 1/(2 beta))^2. IPO, arXiv 2310.12036 equation 17; its tau is called beta here.
+    """IPO: (h - 1/(2 beta))^2. arXiv 2310.12036 equation 17, whose tau is called beta here.
 
     If `length_normalized`, h is computed from log-ratios per token, as in TRL 1.16; otherwise from
     their sums, as in TRL 0.8.6. The two forms need different betas.
@@ -174,17 +176,17 @@ def ipo(beta: float, length_normalized: bool = True) -> Objective:
 
 
 def hinge(beta: float) -> Objective:
-    """max(0, 1 - beta h). SLiC-HF's hinge, arXiv 2305.10425, on log-ratios; TRL's "hinge"."""
+    """Hinge loss on log-ratios: max(0, 1 - beta h). SLiC-HF, arXiv 2305.10425; TRL's "hinge"."""
     _check(beta=beta)
     return _pair("hinge", beta, lambda h: relu(1 - beta * h))
 
 
 def simpo(beta: float, gamma: float) -> Objective:
-    """-log sigmoid(beta (log pi(y_w)/|y_w| - log pi(y_l)/|y_l|) - gamma), without a reference.
+    """SimPO: -log sigmoid(beta (log pi(y_w)/|y_w| - log pi(y_l)/|y_l|) - gamma).
 
-    SimPO, arXiv 2405.14734; TRL's CPO "simpo". `gamma` is the margin, in units of reward, by which
-    the chosen response should win; beta does not multiply it (TRL's default: 0.5). SimPO's own
-    recipes and oat give the ratio gamma/beta instead (oat: 0.5): gamma = ratio * beta.
+    It has no reference. arXiv 2405.14734; TRL's CPO "simpo". `gamma` is the margin, in units of
+    reward, by which the chosen response should win; beta does not multiply it (TRL's default: 0.5).
+    SimPO's own recipes and oat give the ratio gamma/beta instead (oat: 0.5): gamma = ratio * beta.
     """
     _check(beta=beta, gamma=gamma)
     mean = Logps.policy_per_token
@@ -196,7 +198,7 @@ def simpo(beta: float, gamma: float) -> Objective:
 
 
 def sft() -> Objective:
-    """Cross entropy of the chosen response: the mean over all tokens of the update. TRL's "sft".
+    """Cross entropy of the chosen response, averaged over all tokens of the update. TRL's "sft".
 
     An example's loss is -log pi(y_w) / (mean length over the update). Its mean over the update's
     examples is therefore the sum over tokens / the number of tokens.
@@ -210,7 +212,7 @@ def sft() -> Objective:
 
 
 def optimism(weight: float, beta: float = 1.0) -> Objective:
-    """weight * r(explore): SELM's exploration term, arXiv 2405.19332 equation 4.2.
+    """SELM's exploration term: weight * r(explore). arXiv 2405.19332 equation 4.2.
 
     The paper drops the constant -weight * log pi_ref(y_ref). The authors' code keeps it, and so
     does this function: the gradient is the same, and the term is 0 while the policy equals the
@@ -221,7 +223,7 @@ def optimism(weight: float, beta: float = 1.0) -> Objective:
 
 
 def weighted_optimism(beta: float, alpha: float, convention: str = "alpha_beta") -> Objective:
-    """`optimism` with its weight given by alpha, in either of the SELM paper's two conventions.
+    """`optimism` with a weight computed from alpha in one of the SELM paper's two conventions.
 
     "alpha_beta": the weight is alpha * beta, as in equations 4.2 and 4.3 and in the authors' code
     (their published alphas are in this convention);
@@ -234,7 +236,7 @@ def weighted_optimism(beta: float, alpha: float, convention: str = "alpha_beta")
 
 
 def selm(beta: float, alpha: float, convention: str = "alpha_beta") -> Objective:
-    """dpo + optimism. SELM, arXiv 2405.19332; `weighted_optimism` explains `convention`.
+    """SELM: dpo + optimism. arXiv 2405.19332; `weighted_optimism` explains `convention`.
 
     Where the policy is the reference, the loss is log 2, whatever alpha is:
 
@@ -248,7 +250,7 @@ def selm(beta: float, alpha: float, convention: str = "alpha_beta") -> Objective
 
 
 def xpo(beta: float, alpha: float) -> Objective:
-    """dpo + alpha * log pi(y_ref). XPO, arXiv 2405.21046; like TRL, without -log pi_ref(y_ref)."""
+    """XPO: dpo + alpha * log pi(y_ref). arXiv 2405.21046; like TRL, without -log pi_ref(y_ref)."""
     _check(alpha=alpha)
     term = _explore("xpo", beta, lambda logps: alpha * logps.policy[EXPLORE])
     return compose(dpo(beta), term)
@@ -315,7 +317,8 @@ def compose(*objectives: Objective) -> Objective:
             own = {name for name in found if not _is_shared(objective, name)}
             if clash := (own & metrics.keys()) | (owned & found.keys()):
                 raise ObjectiveError(
-                    f"two terms of a sum report the metrics {sorted(clash)}; rename them in one"
+                    f"two terms of a sum both report {', '.join(sorted(clash))}; rename them in "
+                    "one of the terms"
                 )
             total, metrics, owned = total + losses, metrics | found, owned | own
         return total, metrics
@@ -327,7 +330,7 @@ def compose(*objectives: Objective) -> Objective:
 
 
 def _is_shared(objective: Objective, name: str) -> bool:
-    """Whether other objectives of the sum report the same numbers under this name."""
+    """Whether this metric has the same value in every objective of a sum that reports it."""
     said = objective.reward is not None  # `compose` has checked that the objectives agree on it
     return name.startswith("logps/") or (said and name.startswith("rewards/"))
 

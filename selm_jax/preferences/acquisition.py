@@ -1,4 +1,4 @@
-"""Acquisition: which prompts to ask the ranker about when the budget does not cover all.
+"""Acquisition functions choose which prompts to rank if the budget does not cover all.
 
 An acquisition gives every prompt one value, and the prompts with the highest values are asked until
 the budget is spent. Values are pure functions of the log-probabilities of the candidates that exist
@@ -35,8 +35,8 @@ class Prospect:
         finite = np.isfinite(self.policy).all() and np.isfinite(self.reference).all()
         if len(shapes) > 1 or not finite or not len(self.policy):
             raise FeedbackError(
-                f"a prompt has policy log-probabilities {self.policy}, reference log-probabilities "
-                f"{self.reference} and drawn {self.drawn}; expected one finite number of each for "
+                f"a prompt's log-probabilities are {self.policy} (policy) and {self.reference} "
+                f"(reference), and `drawn` is {self.drawn}; expected one finite number of each for "
                 "every candidate, and at least one candidate."
             )
 
@@ -76,12 +76,12 @@ def best(
     budget: int,
     rng: np.random.Generator,
 ) -> Int[np.ndarray, " asked"]:
-    """The indices of the prompts with the highest values, in rising order.
+    """The indices of the prompts with the highest values, in increasing order.
 
     Args:
         values: `[prompts]`, finite. If all are equal (the acquisition `random`), the prompts are
             drawn uniformly.
-        budget: how many prompts at most.
+        budget: the largest number of prompts.
         rng: decides among equal values.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The candidates of a prompt, and what becomes of them: a pair, or a drop and its reason."""
+"""The candidates of a prompt, and what selection makes of them: a pair, or a reason to drop it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ REASONS = (
 
 
 class FeedbackError(Exception):
-    """A ranker, its scores, or a rule that makes pairs of them cannot be used."""
+    """A ranker, its scores, or a rule that picks pairs from them cannot be used."""
 
 
 def check_choice(name: str, value: str, expected: tuple[str, ...]) -> None:
@@ -92,7 +92,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Dropped:
-    """The reason, one of `REASONS`, why a prompt gives no pair.
+    """Why a prompt gives no pair: one of `REASONS`.
 
     `select` uses all reasons but four: `rule` is for a user's own rule; `not_asked` for a prompt
     beyond the budget; `not_answered` for a prompt that too few people have ranked; and

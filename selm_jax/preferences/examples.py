@@ -51,12 +51,12 @@ class Example:
         for role, i in self.roles.items():
             if role not in ROLES or not 0 <= i < len(self.responses):
                 raise ExampleError(
-                    f"example {self.prompt_id}: role {role!r} -> response {i}; expected one of "
+                    f"example {self.prompt_id}: role {role!r} has response {i}; expected a role of "
                     f"{', '.join(ROLES)} and a response from 0 to {len(self.responses) - 1}"
                 )
         if not all(0 <= i < len(self.responses) for i in self.explored):
             raise ExampleError(
-                f"example {self.prompt_id}: explored -> responses {self.explored}; expected "
+                f"example {self.prompt_id}: the explored responses are {self.explored}; expected "
                 f"numbers from 0 to {len(self.responses) - 1}"
             )
         given = {"reference log-probabilities": self.reference_logps, "scores": self.scores}

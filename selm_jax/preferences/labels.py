@@ -22,7 +22,7 @@ def label(
     flip: float = 0.0,
     seed: int | Sequence[int] | None = None,
 ) -> tuple[Pair, float]:
-    """Draws which of a pair's two responses a noisy judge with these scores prefers.
+    """Draws a noisy judge's preference between a pair's two responses, given their scores.
 
     The judge prefers the chosen response with probability 1 (`scores`) or
     sigmoid((score of chosen - score of rejected) / temperature) (`bradley_terry`; Bradley and Terry

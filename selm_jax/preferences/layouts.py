@@ -84,14 +84,14 @@ class ByLength:
         yield group
 
     def rows(self, time: int) -> int:
-        """The most rows per batch: enough to keep devices busy while attention scores still fit."""
+        """The rows per batch: enough to keep devices busy, and few enough that attention fits."""
         scores = self._SCORES // (self.heads * time * time)
         return max(1, min(self.tokens // time, scores)) * self.ways
 
 
 @dataclasses.dataclass(frozen=True)
 class Trees:
-    """Batches as cut by `parts`; all batches of one call have the same number of branches.
+    """Groups examples as `parts` does; all groups of one call have the same number of branches.
 
     Attributes:
       ways: number of parts into which the mesh splits the rows.
@@ -116,7 +116,7 @@ class Trees:
 def _by_time(
     examples: Sequence[Example], of: Callable[[int], int]
 ) -> Iterator[tuple[int, list[int]]]:
-    """Yields (row length, indices of the examples that need it), the longest first in both."""
+    """Yields each row length with the indices of its examples, the longest of both first."""
     order = sorted(range(len(examples)), key=lambda i: -examples[i].tokens)
     for time, which in itertools.groupby(order, key=lambda i: of(examples[i].tokens)):
         yield time, list(which)
@@ -133,7 +133,7 @@ def row_length(tokens: int) -> int:
 
 
 class Part(NamedTuple):
-    """Neighbours in a list sorted by length that are computed in one batch.
+    """Consecutive items of a list sorted by length that are computed in one batch.
 
     Attributes:
         items: their places in the list.
@@ -147,7 +147,7 @@ class Part(NamedTuple):
 
 
 def parts(lengths: Sequence[int], devices: int, batch: int) -> Iterator[Part]:
-    """Cuts a list of texts into parts of one padded length each.
+    """Cuts a list of texts, given by their lengths, into parts of one padded length each.
 
     Args:
         lengths: of the texts in tokens, the longest first, so that a lack of memory shows at once.

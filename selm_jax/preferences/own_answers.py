@@ -83,7 +83,7 @@ class OwnAnswers:
         return None
 
     def fits(self, prompt: Prompt) -> bool:
-        """Whether the prompt's answers fit; True for unusable answers, which are reported apart."""
+        """Whether the prompt's answers fit; True for unusable answers, reported elsewhere."""
         try:
             return self.misfit(prompt) is None
         except UnusableAnswer:

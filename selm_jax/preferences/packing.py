@@ -44,7 +44,9 @@ from selm_jax.preferences.examples import Example, ExampleError
 
 @flax.struct.dataclass
 class PreferenceBatch:
-    """Rows of packed prompt trees. Fields are as drawn above; the last four are per example.
+    """Rows of packed prompt trees, as drawn at the top of the module.
+
+    The last four fields are per example.
 
     `roles[r, s, i]` is the weight of each response of segment s for `ROLES[i]`: 1 for the response
     with this role, or equal shares if several responses explore. `reference` contains stored
@@ -75,7 +77,7 @@ class PreferenceBatch:
         return sums[:, :-1].reshape(-1, segments, branches)
 
     def last_of_response(self) -> Int[Array, "rows segments branches"]:
-        """Place in the row of each response's last token; -1 if there is no response."""
+        """Index in its row of each response's last token; -1 if there is no response."""
         segments, branches = self.reference.shape[1:]
         of_none = segments * branches  # prompts and padding
         owner = jnp.where(self.branch > 0, (self.segment - 1) * branches + self.branch - 1, of_none)

@@ -51,6 +51,6 @@ def rewards_at(
     end: Int[Array, "rows time"],
     places: Int[Array, "rows some"],
 ) -> Float[Array, "rows some"]:
-    """The reward head's output at some places of packed rows, float32."""
+    """The reward head's output at the given places of packed rows, float32."""
     hidden, _ = decoder.apply({"params": params}, tokens, position, end)
     return rewards(params, jnp.take_along_axis(hidden, places[..., None], axis=1))

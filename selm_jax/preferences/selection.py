@@ -1,4 +1,4 @@
-"""From scores to preference pairs: pure functions.
+"""Pure functions that turn scores into preference pairs.
 
     select(candidates, scores, rule=RULES["swap"], explore=EXPLORES["greedy"], seed=(42, 1, 0))
 
@@ -65,7 +65,7 @@ def ranks(scores: Scores) -> Int[np.ndarray, " candidates"]:
 
 
 def place(scores: Scores, index: int) -> str:
-    """The place of candidate `index` among all candidates of its prompt.
+    """The place of a candidate in its prompt's ranking: `best`, `middle`, `worst` or `tied`.
 
     Returns:
         `tied` if all scores are equal; otherwise `best` or `worst` for the highest or lowest score
@@ -89,7 +89,7 @@ def place(scores: Scores, index: int) -> str:
 
 
 def best_worst(candidates: Sequence[Candidate], scores: Known, rng: np.random.Generator) -> Pair:
-    """The best and the worst of all candidates (arXiv 2405.19332, algorithm 1).
+    """Picks the best and the worst of all candidates (arXiv 2405.19332, algorithm 1).
 
     >>> best_worst([], np.array([0.5, 0.9, 0.1]), np.random.default_rng(0))
     Pair(chosen=1, rejected=2, explore=-1, explored=())
@@ -99,7 +99,7 @@ def best_worst(candidates: Sequence[Candidate], scores: Known, rng: np.random.Ge
 
 
 def swap(candidates: Sequence[Candidate], scores: Known, rng: np.random.Generator) -> Pair:
-    """The better and the worse of the data's chosen and y_ref (the paper's appendix D)."""
+    """Ranks the data's chosen response against y_ref (the paper's appendix D)."""
     own = next(i for i, candidate in enumerate(candidates) if candidate.explored)
     data = _first(candidates, "chosen", "rule: swap")
     if own == data:
@@ -112,7 +112,7 @@ def swap(candidates: Sequence[Candidate], scores: Known, rng: np.random.Generato
 
 
 def top_random(candidates: Sequence[Candidate], scores: Known, rng: np.random.Generator) -> Pair:
-    """The best, and one drawn uniformly from those with a lower score."""
+    """Picks the best candidate, and one drawn uniformly from those with a lower score."""
     ranked = ranks(scores)
     best = int(ranked.argmin())
     lower = np.argsort(ranked, kind="stable")[(ranked == 1).sum() :]  # by rank, not by place
@@ -123,12 +123,12 @@ def top_random(candidates: Sequence[Candidate], scores: Known, rng: np.random.Ge
 
 
 def greedy(candidates: Sequence[Candidate], scores: Known, rng: np.random.Generator) -> int:
-    """The model's greedy response (the paper)."""
+    """The model's greedy response, as in the paper."""
     return _first(candidates, "greedy", "explore: greedy")
 
 
 def sample(candidates: Sequence[Candidate], scores: Known, rng: np.random.Generator) -> int:
-    """The first sample."""
+    """The model's first sampled response."""
     return _first(candidates, "sample", "explore: sample")
 
 
@@ -296,7 +296,7 @@ def check_length(candidates: Sequence[Candidate], scores: Scores) -> None:
 def draws(
     seed: int | Sequence[int] | None, asked: str, stream: int | None = None
 ) -> np.random.Generator:
-    """The random generator of a prompt. Each `stream` is independent of the others."""
+    """The random number generator of a prompt; different streams are independent."""
     if seed is None:
         raise FeedbackError(f"{asked} needs a seed for each prompt, but seed is None.")
     key = () if stream is None else (stream,)
@@ -309,7 +309,7 @@ def draws(
 def _explored(
     explore: Explore, candidates: Sequence[Candidate], scores: Known, rng: np.random.Generator
 ) -> tuple[int, ...]:
-    """The indices of the candidates that an explore rule picks, in rising order."""
+    """The indices of the candidates that an explore rule picks, in increasing order."""
     result = _call(explore, candidates, scores, rng)
     several = result if isinstance(result, Sequence | np.ndarray) else [result]
     places = tuple(_index(explore, result, each, len(candidates)) for each in several)
@@ -323,7 +323,7 @@ def _explored(
 def _picked(
     rule: Rule, candidates: Sequence[Candidate], scores: Known, rng: np.random.Generator
 ) -> Pair | Dropped:
-    """The pair that a rule picks, as plain integers and with `explore` not filled in yet."""
+    """The pair that a rule picks, as plain integers; `explore` is not filled in yet."""
     result = _call(rule, candidates, scores, rng)
     if isinstance(result, Dropped):
         return result
@@ -337,7 +337,7 @@ def _picked(
         raise _refused(
             rule,
             result,
-            "Pair(chosen, rejected) alone; feedback.explore picks the responses that explore",
+            "Pair(chosen, rejected) alone; feedback.explore picks the explored responses",
         )
     if pair.chosen == pair.rejected and ranks(scores).max() > 1:
         raise _refused(

@@ -131,7 +131,7 @@ def _tie(ranked: Int[np.ndarray, " candidates"]) -> str:
 
 
 def _explored_is(candidates: Sequence[Candidate], pair: Pair) -> str:
-    """Which of `chosen` and `rejected` is the same response as the explored one."""
+    """Which role has the explored response: "chosen", "rejected", "both" or "neither"."""
     explored = candidates[pair.explore].identity
     places = {"chosen": pair.chosen, "rejected": pair.rejected}
     shared = [role for role, i in places.items() if candidates[i].identity == explored]

@@ -174,7 +174,7 @@ class Checkpoints:
             artifacts.remove(left)
 
     def _seal(self, name: str, about: dict[str, Any]) -> None:
-        """Writes `whole.json`.
+        """Writes `whole.json`: the size and SHA-256 of each file of a checkpoint.
 
         Called in the first process after all have written their shards, before orbax renames the
         folder.
@@ -244,7 +244,7 @@ class Checkpoints:
 
 
 def _files(folder: Path, below: str = "") -> list[str]:
-    """Paths of all files below a folder, relative to it, that begin with `below`."""
+    """The relative paths of all files below a folder that begin with `below`."""
     files = (file for file in folder.rglob("*") if file.is_file())
     names = (file.relative_to(folder).as_posix() for file in files)
     return [name for name in names if name.startswith(below)]

@@ -66,7 +66,7 @@ class TrainingPlan:
         return cls(settings, updates, shape, iteration, left_over)
 
     def counts(self) -> dict[str, int]:
-        """Examples, updates and tokens, for the stage's report."""
+        """Counts examples, updates and tokens for the stage's report."""
         rows = sum(len(pack(examples, self.shape)) for examples in self.updates) * self.shape.rows
         return {
             "updates": len(self.updates),
@@ -163,8 +163,8 @@ def one_update(
     Args:
       update: the compiled functions.
       state: the state before the update.
-      batches: on the devices; they may differ in shape.
-      learning_rate: of this update.
+      batches: the batches, on the devices; they may differ in shape.
+      learning_rate: the learning rate of this update.
       means: `mean_lengths` of all examples in the batches.
       reference, base: as for `train`.
       key: seeds this update's dropout, which differs in every batch; None without dropout.
@@ -212,7 +212,8 @@ def _check_finite(
     if bad:
         ids = ", ".join(e.prompt_id for e in examples[:8])
         raise TrainingError(
-            f"iteration {plan.iteration}, update {step + 1}: {' and '.join(bad)} not finite. The "
-            f"update's examples: {ids}{', ...' if len(examples) > 8 else ''}. Usually a smaller "
+            f"iteration {plan.iteration}, update {step + 1}: {' and '.join(bad)} "
+            f"{'is' if len(bad) == 1 else 'are'} not finite. The update's examples: "
+            f"{ids}{', ...' if len(examples) > 8 else ''}. Usually a smaller "
             "training.learning_rate helps; the last checkpoint is undamaged"
         )

@@ -42,7 +42,7 @@ def learning_rate(schedule: str, peak: float, updates: int, warmup_ratio: float)
 def optimizer(
     name: str, *, b1: float, b2: float, eps: float, weight_decay: float
 ) -> optax.GradientTransformation:
-    """Turns gradients into steps for a learning rate of 1.
+    """The named optimizer, which turns gradients into steps for a learning rate of 1.
 
     Weight decay is decoupled: it is multiplied by the learning rate like the rest of the step.
     """

@@ -35,7 +35,7 @@ B = TypeVar("B")
 
 
 class Readers(NamedTuple):
-    """Compiled functions of parameters and a batch, which may be sharded over many devices.
+    """Compiled functions that score a batch; parameters and batch may be sharded over devices.
 
     Their results are replicated on every device.
 
@@ -158,7 +158,7 @@ class Scorer:
 
 
 def one_ahead(items: Iterable[A], start: Callable[[A], B]) -> Iterator[tuple[A, B]]:
-    """Yields each item with the result of `start(item)`, on the host (numpy arrays).
+    """Yields each item with the result of `start(item)`, copied to the host as numpy arrays.
 
     The devices work on one item while the host prepares the next.
     """

@@ -125,7 +125,7 @@ def loss_sums(
 
 
 def _measured(objective: Objective, given: Logps | Rewards) -> tuple[PerExample, Metrics]:
-    """The losses, and what is measured of every objective; what the loss reports itself wins."""
+    """The losses and all metrics; the loss's own metrics replace general ones of the same name."""
     losses, metrics = objective(given)
     return losses, measures(given, objective) | metrics
 
@@ -141,7 +141,7 @@ def _sums(
 
 
 class Update(NamedTuple):
-    """The compiled functions of a run. Arguments marked * are donated.
+    """The compiled functions that train a model. Arguments marked * are donated.
 
     gradients(params, batch, mean_lengths[, reference, base, key]) -> (gradients, sums)
     add(gradients*, sums*, params, batch, mean_lengths[, reference, base, key]) -> (gradients, sums)
@@ -175,7 +175,7 @@ def make_update(
     clip: float | None = None,
     shardings: Shardings = Shardings(),  # noqa: B008 (a NamedTuple, immutable)
 ) -> Update:
-    """Makes the functions of a run; each compiles at its first call with a shape.
+    """Makes the compiled functions of a run; each compiles at its first call with a shape.
 
     `optimizer` gives steps for a learning rate of 1 (see `training.optimizer`). The learning rate
     is an argument of `apply`, so that iterations with different schedules share one compilation.

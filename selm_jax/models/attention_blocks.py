@@ -1,4 +1,4 @@
-"""Attention block by block, in plain JAX, without the blocks that no query sees.
+"""Blockwise attention in plain JAX, which skips the blocks that no query sees.
 
 A row of queries and keys is cut into blocks. A block of queries and a block of keys are visited
 only if some query may see some key, which is known at run time from `end` (and the window). These
@@ -195,7 +195,7 @@ def _product(form: str, a: Array, b: Array) -> Array:
 
 
 def _pad(x: Array, block: int) -> Array:
-    """Pads [r, t, ...] with zeros along t, up to whole blocks."""
+    """Pads [r, t, ...] with zeros along t, to a multiple of the block size."""
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), *((0, 0),) * (x.ndim - 2)))
 
 

@@ -1,4 +1,4 @@
-"""Attention as a Pallas kernel for TPUs: what no query sees is neither computed nor read.
+"""Attention as a Pallas kernel for TPUs, which skips the blocks that no query sees.
 
 A row is cut into blocks. Which blocks of queries meet which blocks of keys follows from `end`, at
 run time (`steps`); the grid's last axis goes through that list, whose length is bounded by the
@@ -49,7 +49,7 @@ class _How(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A `Sight` with nothing left out, padded to whole blocks."""
+    """A `Sight` with its optional fields filled in, padded to a multiple of 128."""
 
     position: Int[Array, "r t"]
     key_position: Int[Array, "r t"]
@@ -58,7 +58,7 @@ class Row(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """Which blocks meet, in the kernel's order; behind `count` the last step is repeated."""
+    """The pairs of blocks that a kernel visits, in order; after `count` the last is repeated."""
 
     queries: Int[Array, "r s"]
     keys: Int[Array, "r s"]
@@ -76,11 +76,13 @@ def kernel(
     *,
     interpret: bool = False,
 ) -> Float[Array, "r t heads h"]:
-    """softmax(cap(scale * q k^T)) v, the softmax in float32. A query that sees nothing gets zeros.
+    """Computes softmax(cap(scale * q k^T)) v, with the softmax in float32.
+
+    A query that sees no key gets zeros.
 
     Args:
-      sight: one in which queries and keys are the same tokens (`place` is None).
-      interpret: runs without a TPU, slowly; for tests.
+      sight: the mask; queries and keys must be the same tokens (`place` is None).
+      interpret: whether to run without a TPU, slowly; for tests.
     """
     heads_first = (_padded(x).swapaxes(1, 2) for x in (query, keys, values))
     how = _How(scale, cap, sight.window is not None, interpret)
@@ -96,17 +98,17 @@ def row_of(sight: Sight) -> Row:
 
 
 def _padded(x: Array) -> Array:
-    """[r, t, ...] with zeros behind t, up to a multiple of 128."""
+    """Pads [r, t, ...] with zeros along t, to a multiple of 128."""
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % LANES), *((0, 0),) * (x.ndim - 2)))
 
 
 def block_of(time: int) -> int:
-    """The largest block that divides a row, whose length is a multiple of 128."""
+    """The largest block size that divides a row's length, which is a multiple of 128."""
     return next(b for b in range(_LARGEST, 0, -LANES) if time % b == 0)
 
 
 def steps(row: Row, block: int, by_keys: bool) -> Steps:
-    """The blocks that meet in each row, all of one block of queries (or of keys) in one run."""
+    """The steps of each row; those of one query block (or key block) are consecutive."""
     rows, time = row.position.shape
     i, j = np.tril_indices(time // block)
     if by_keys:
@@ -135,7 +137,7 @@ def steps(row: Row, block: int, by_keys: bool) -> Steps:
 
 
 def _run(at: Any, listed: Any, count: Any) -> tuple[Any, Any, Any]:
-    """Whether this step is one of the row's, begins its block's run of steps, and ends that run."""
+    """Whether this step is valid, is the first of its block, and is the last of its block."""
     r, s = at
     own, most = listed[r, s], count[r]
     live = s < most
@@ -145,7 +147,7 @@ def _run(at: Any, listed: Any, count: Any) -> tuple[Any, Any, Any]:
 
 
 def _scores(q, k, end, position, key_position, window, i, j, how: _How, masked: bool):
-    """[b, b], capped and masked, and the cap's derivative."""
+    """The capped and masked scores of two blocks, [b, b], and the cap's derivative."""
     s = jax.lax.dot_general(q[...], k[...], _NT, preferred_element_type=jnp.float32) * how.scale
     slope: Any = 1.0
     if how.cap is not None:
@@ -171,7 +173,7 @@ def _forward_kernel(
     queries, keys, whole, count, window, q, k, v, end, position, key_position,
     out, logsumexp, most, total, context, *, how: _How,
 ):  # fmt: skip
-    """`most` and `total` are [b, 128], the same in all lanes."""
+    """The forward pass; `most` and `total` are [b, 128], the same in all lanes."""
     r, s = pl.program_id(0), pl.program_id(2)
     live, begins, ends = _run((r, s), queries, count)
 
@@ -204,7 +206,7 @@ def _forward_kernel(
 
 
 def _weights(given, window, i, j, how: _How, masked: bool):
-    """The weights, and the gradient of what is scaled: p * (do v^T - do . o), [b, b]."""
+    """The weights p, and the gradient of the scores, p * (do v^T - do . o): [b, b] each."""
     q, k, v, end, position, key_position, logsumexp, d_out, along = given
     x, slope = _scores(q, k, end, position, key_position, window, i, j, how, masked)
     weights = jnp.exp(x - jnp.expand_dims(logsumexp[0], -1))
@@ -235,7 +237,7 @@ def _d_query_kernel(queries, keys, whole, count, window, *rest, how: _How):
 
 
 def _d_keys_kernel(queries, keys, whole, count, window, *rest, how: _How):
-    """For each step, the query heads of the key head one after the other: the grid's last axis."""
+    """Gradients of keys and values; the grid's last axis is the query heads of a key head."""
     *given, d_keys, d_values, of_keys, of_values = rest
     r, s, n = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     live, begins, ends = _run((r, s), keys, count)
@@ -315,17 +317,20 @@ _attend.defvjp(_forward, _backward)
 
 
 class _Places(NamedTuple):
-    """Which block of an array a step is given, by kind of array."""
+    """The block specs, which choose a step's block of each kind of array."""
 
-    query: pl.BlockSpec  # [r, heads, t, h], of the step's queries
-    keys: pl.BlockSpec  # [r, k, t, h], of its keys
+    query: pl.BlockSpec  # [r, heads, t, h], for the step's queries
+    keys: pl.BlockSpec  # [r, k, t, h], for its keys
     per_query: pl.BlockSpec  # [r, heads, 1, t]
     of_queries: pl.BlockSpec  # [r, 1, t]
     of_keys: pl.BlockSpec
 
 
 def _places(b: int, h: int, group: int, of_keys: bool) -> _Places:
-    """The grid is (r, n, s, m): n a query head and m 0, or n a key head and m its query heads."""
+    """The block specs for the grid (r, n, s, m).
+
+    n is a query head and m is 0; with `of_keys`, n is a key head and m one of its query heads.
+    """
 
     def place(shape: tuple[int | None, ...], index: Callable[..., tuple[Any, ...]]) -> pl.BlockSpec:
         def of_step(r, n, s, m, queries, keys, *_):
@@ -345,7 +350,7 @@ def _places(b: int, h: int, group: int, of_keys: bool) -> _Places:
 
 
 def _integers(row: Row, at: _Places) -> list[tuple[Array, pl.BlockSpec]]:
-    """`end`, `position` and `key_position`, as the kernels take them."""
+    """The arrays `end`, `position` and `key_position` with their block specs, for a kernel."""
     places = at.of_keys, at.of_queries, at.of_keys
     each = row.end, row.position, row.key_position
     return [(x[:, None], place) for x, place in zip(each, places, strict=True)]

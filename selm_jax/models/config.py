@@ -15,14 +15,14 @@ class UnsupportedModel(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Linear:
-    """All frequencies divided by `factor`: positions are interpolated (arXiv 2306.15595)."""
+    """Linear scaling: divides all frequencies by `factor` (position interpolation, 2306.15595)."""
 
     factor: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Llama3:
-    """Low frequencies divided by `factor`, high ones kept, those between interpolated (Llama 3.1).
+    """Llama 3.1 scaling: divides low frequencies by `factor`, keeps high ones, blends in between.
 
     A frequency is low if its wavelength is above original / low, and high if it is below
     original / high.
@@ -36,7 +36,7 @@ class Llama3:
 
 @dataclasses.dataclass(frozen=True)
 class LongRope:
-    """A divisor for each frequency, from one of two tables (LongRoPE, arXiv 2402.13753).
+    """LongRoPE scaling: a divisor for each frequency from one of two tables (arXiv 2402.13753).
 
     Attributes:
       short, long: the tables, [head_dim / 2].
@@ -118,7 +118,7 @@ class DecoderConfig:
       tied: whether the unembedding is the embedding.
       max_positions: the number of positions that the model was made for.
       architecture: the family's class of language models; it determines the names of tensors.
-      activation: of the MLP's gate, "silu" or "gelu" (its tanh form).
+      activation: the activation of the MLP's gate, "silu" or "gelu" (its tanh form).
       qkv_bias, out_bias, mlp_bias: whether the projections into attention, out of attention, and
         of the MLP have biases.
       qk_norm: whether queries and keys of each head are normalised before they are rotated.

@@ -119,7 +119,7 @@ class Keys:
             )
 
     def finish(self, family: str) -> None:
-        """Raises UnsupportedModel if a key was not read, is not harmless, and is not off."""
+        """Raises UnsupportedModel if a key was not read, unless it is harmless or switched off."""
         for key, allowed in _NEUTRAL.items():
             if key not in self._read:
                 self.only(key, *allowed)

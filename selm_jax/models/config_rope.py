@@ -41,7 +41,7 @@ def rope_of(parameters: Mapping[str, Any], theta: float, k: Keys) -> Rope:
             f"config.json: rope_theta is {theta}, but rope_parameters says {inner}"
         )
     if p.pop("partial_rotary_factor", 1.0) not in (1.0, None):
-        raise UnsupportedModel("config.json: partial_rotary_factor must be 1")
+        raise UnsupportedModel("config.json: the decoder supports only partial_rotary_factor 1")
     original = k.size(_ORIGINAL, None)
     try:
         match sorted(kinds) or ["default"]:
@@ -65,7 +65,10 @@ def rope_of(parameters: Mapping[str, Any], theta: float, k: Keys) -> Rope:
                     )
                 scaling = _longrope(p, size(_ORIGINAL, inside or k.size(_POSITIONS)), k)
             case found:
-                raise UnsupportedModel(f"config.json: unknown rope type {', '.join(found)}")
+                raise UnsupportedModel(
+                    f"config.json: rope type is {', '.join(found)}; the decoder supports default, "
+                    "linear, llama3 and longrope"
+                )
     except KeyError as missing:
         raise UnsupportedModel(
             f"config.json: rope scaling {parameters!r:.200} has no {missing}"

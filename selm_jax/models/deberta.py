@@ -53,7 +53,7 @@ def bucket(
 
 
 def table_rows(config: DebertaConfig, distance: Int[np.ndarray, "*d"]) -> Int32[np.ndarray, "*d"]:
-    """The row of the table of distance embeddings for each distance i - j."""
+    """The row of the distance-embedding table for each distance i - j."""
     rows = bucket(distance, config.buckets, config.max_distance) + config.buckets
     return np.clip(rows, 0, 2 * config.buckets - 1)
 
@@ -119,7 +119,7 @@ def _parameter(module: nn.Module, name: str, axes: tuple[str | None, ...], shape
 
 
 class LayerNorm(nn.Module):
-    """Mean 0 and variance 1 along the last axis, then scale and bias; computed in float32."""
+    """Layer normalization over the last axis with scale and bias, computed in float32."""
 
     eps: float
     dtype: Any
@@ -136,7 +136,7 @@ class LayerNorm(nn.Module):
 
 
 class Dense(nn.Module):
-    """x W + b over the last `len(inputs)` axes; each axis is a pair (logical name, size)."""
+    """Computes x W + b over the last `len(inputs)` axes; an axis is (logical name, size)."""
 
     inputs: tuple[tuple[str | None, int], ...]
     outputs: tuple[tuple[str | None, int], ...]

@@ -315,7 +315,7 @@ def _sight(positions: Array, end: Array | None, cache: Any, index: Array | None)
 
 
 def _windows(windows: Sequence[int | None]) -> list[Array | None]:
-    """Each kind's window as an array, so that they can be stacked; None if no kind has one."""
+    """The window of each kind of layer, as arrays that can be stacked; None if no kind has one."""
     if not any(windows):
         return [None] * len(windows)
     return [jnp.int32(jnp.iinfo(jnp.int32).max if w is None else w) for w in windows]
@@ -376,7 +376,7 @@ def unstack(params: Params) -> Params:
 
 
 def stack(params: Params) -> Params:
-    """The inverse of `unstack`."""
+    """Converts one parameter tree per layer into the parameters of scanned layers."""
     rest = {k: v for k, v in params.items() if not k.startswith("layer_")}
     each = [params[f"layer_{i}"] for i in range(len(params) - len(rest))]
     return rest | {"layers": jax.tree.map(lambda *x: jnp.stack(x), *each)}

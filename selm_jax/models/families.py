@@ -118,7 +118,7 @@ def _smollm3_to(c: DecoderConfig) -> Json:
 
 
 def _gemma_from(k: Keys, c: Json) -> Json:
-    """The facts that Gemma 2 and 3 share."""
+    """The config fields that Gemma 2 and 3 share."""
     k.only("attention_bias", False, None)
     k.only("use_bidirectional_attention", None, False)
     return {
@@ -386,7 +386,7 @@ def _biases_to(c: DecoderConfig) -> Json:
 
 
 def _upper_windows(k: Keys, c: Json, rope: Rope) -> Json:
-    """Qwen's rule: with `use_sliding_window`, layers from `max_window_layers` upwards slide."""
+    """Qwen's rule: `use_sliding_window` gives layers from `max_window_layers` upwards a window."""
     n, lower = c["layers"], k.count("max_window_layers", 28)
     window = _window_if(k, 4096)
     types = k.texts("layer_types") or [
@@ -402,7 +402,7 @@ def _window_if(k: Keys, default: int | None) -> int | None:
 
 
 def _alternating(layers: int, every: int) -> list[str]:
-    """Layer types in which every `every`-th layer has full attention and the others slide."""
+    """Layer types in which every `every`-th layer has full attention, the others a window."""
     kinds = "full_attention", "sliding_attention"
     return [kinds[(i + 1) % every != 0] for i in range(layers)]
 
@@ -411,8 +411,8 @@ def _windows(types: list[str], window: int | None, layers: int) -> list[int | No
     known = {"full_attention": None, "sliding_attention": window}
     if len(types) != layers or not set(types) <= set(known):
         raise UnsupportedModel(
-            f"config.json: layer_types is {types!r:.200}; expected a list of {layers} out of "
-            f"{', '.join(known)}"
+            f"config.json: layer_types is {types!r:.200}; expected a list of {layers} "
+            f"entries, each one of {', '.join(known)}"
         )
     return [known[t] for t in types]
 

@@ -16,7 +16,7 @@ from selm_jax.models.config_deberta import DebertaConfig
 
 @dataclasses.dataclass(frozen=True)
 class Flops:
-    """Operations of the layers' matrix products, of attention, and of the unembedding."""
+    """The operations of the layers' matrix products, of attention, and of the unembedding."""
 
     dense: int
     attention: int
@@ -28,7 +28,7 @@ class Flops:
 
 
 def forward(config: DecoderConfig, *, rows: int, time: int, keys: int, scored: int) -> Flops:
-    """Operations of one forward pass over [rows, time] tokens.
+    """Counts the operations of one forward pass over [rows, time] tokens.
 
     Args:
       config: the model.
@@ -49,13 +49,13 @@ def forward(config: DecoderConfig, *, rows: int, time: int, keys: int, scored: i
 def forward_and_backward(
     config: DecoderConfig, *, rows: int, time: int, keys: int, scored: int
 ) -> Flops:
-    """Operations of a forward and a backward pass: three times those of the forward pass."""
+    """Counts the operations of a forward and a backward pass: three times the forward pass."""
     once = forward(config, rows=rows, time=time, keys=keys, scored=scored)
     return Flops(3 * once.dense, 3 * once.attention, 3 * once.head)
 
 
 def encoder(config: DebertaConfig, *, rows: int, time: int) -> int:
-    """Operations of one forward pass of DeBERTa over [rows, time] tokens.
+    """Counts the operations of one forward pass of DeBERTa over [rows, time] tokens.
 
     Attention by distance scores every token against 2 * time distances, in both directions. With
     the content scores and the weighted mean of the values, this makes 1 + 2 + 2 + 1 products of

@@ -1,4 +1,4 @@
-"""Quantises a frozen base model to 8 or 4 bits, for training adapters on it (QLoRA, 2305.14314).
+"""Quantises a frozen base model to 8 or 4 bits, for adapters on it (QLoRA, arXiv 2305.14314).
 
 The kernels of the layers become `qwix.QArray`s: integers, and a scale per block of 64 inputs and
 per output. A layer dequantises its kernels when it runs, so that only one layer's kernels exist in
@@ -42,7 +42,7 @@ def quantize(params: Params, qtype: str) -> Params:
 
 
 def dequantize(params: Params) -> Params:
-    """Undoes `quantize` up to rounding; leaves what is not quantised alone."""
+    """Undoes `quantize` up to rounding; arrays that are not quantised stay as they are."""
     qwix = _qwix()
 
     def is_quantized(x: Any) -> bool:

@@ -35,7 +35,7 @@ from jaxtyping import Array, Bool, Int
 
 
 class Sight(NamedTuple):
-    """Which keys each query sees in one layer, as drawn above.
+    """Which keys each query sees in one layer, as drawn at the top of the module.
 
     Attributes:
       position: position of each query along its own path, [r, t].

@@ -288,7 +288,7 @@ class Policy:
         )
 
     def _by_config(self, lengths: Sequence[int]) -> list[tuple[DecoderConfig, list[int]]]:
-        """The places of the sequences by the config that they need."""
+        """Groups the indices of sequences by the config that they need."""
         by_config: dict[DecoderConfig, list[int]] = {}
         for i, length in enumerate(lengths):
             if length > self.config.max_positions:
@@ -303,7 +303,7 @@ class Policy:
 
 
 def numbered(prompts: Sequence[Ids], *, greedy: int, samples: int) -> list[Request]:
-    """Requests whose random draws depend on the prompt's place in the list, for a fixed set."""
+    """Requests whose random draws depend on the prompt's place in the list of prompts."""
     return [Request(i, prompt, greedy, samples) for i, prompt in enumerate(prompts)]
 
 

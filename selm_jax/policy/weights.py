@@ -64,7 +64,7 @@ class Weights:
         return self._apart
 
     def hold(self, params: Params) -> None:
-        """Replaces the parameters with stacked ones that are in their places on `mesh`."""
+        """Replaces the parameters with stacked ones that are already sharded over `mesh`."""
         self._stacked, self._apart = params, None
 
     def forget(self) -> None:

@@ -25,7 +25,7 @@ class Said(NamedTuple):
 
 
 class Served(NamedTuple):
-    """A model that a server has under one name.
+    """A model that a server serves under one name.
 
     Attributes:
         folder: the model's path as it was given to the server.

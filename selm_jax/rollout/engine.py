@@ -205,7 +205,7 @@ def _cut(engine: Engine, tree: Any, *axes: str | None) -> Any:
 
 
 def places(engine: Engine, tree: Any, *axes: str | None) -> Any:
-    """The shardings that `_cut` gives."""
+    """The sharding of each array by the names of its first axes, as in `_cut`."""
 
     def of(x: Array) -> NamedSharding:
         names = (axes + (None,) * x.ndim)[: x.ndim]
@@ -232,7 +232,7 @@ def prefill(
     tokens: Int[Array, "rows time"],
     lengths: Int[Array, " rows"],
 ) -> tuple[tuple[LayerCache, ...], Float[Array, "rows vocab"]]:
-    """Keys and values of the prompts, and the logits after each one's last token."""
+    """Computes the prompts' keys and values, and the logits after each prompt's last token."""
     rows, time = tokens.shape
     tokens = _cut(engine, tokens, "slots")
     positions = jnp.broadcast_to(jnp.arange(time), (rows, time))
@@ -333,7 +333,7 @@ def decode(
 
 
 def _scores(engine: Engine, params: Params, hidden: Float[Array, "n embed"]):
-    """Logits [n, vocab], computed by shards of the vocabulary and then gathered for sampling.
+    """Computes logits [n, vocab] by shards of the vocabulary and gathers them for sampling.
 
     With only the second constraint, XLA would move the unembedding matrix between devices instead.
     """

@@ -1,4 +1,4 @@
-"""The user's sampling filter (`rollout.filter`), found by its name and checked on shapes."""
+"""Imports the user's sampling filter (`rollout.filter`) and checks its output's shape."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class FilterError(ValueError):
 
 
 def filter_named(name: str, vocabulary: int) -> Filter:
-    """The filter at `package.module:function`; see `sampling.Filter`.
+    """Imports the filter `package.module:function`; see `sampling.Filter`.
 
     Args:
         vocabulary: the size of the vocabulary.
@@ -51,6 +51,6 @@ def check_drawn(user: Filter | None, tokens: Sequence[int], prompt: int, sample:
     if user is not None and NOTHING_LEFT in tokens:
         raise FilterError(
             f"rollout.filter {described(user)} left sample {sample} of prompt {prompt} (the first "
-            f"is 0) no token to draw after {tokens.index(NOTHING_LEFT)}: all logits were -inf, or "
-            "one was NaN or inf. Keep at least one token in each row"
+            f"is 0) no token to draw after {tokens.index(NOTHING_LEFT)} tokens: all logits were "
+            "-inf, or one was NaN or inf. Keep at least one token in each row"
         )

@@ -48,7 +48,7 @@ _BEFORE_SECONDS = 60.0  # how long to wait for the end of a server that a killed
 
 
 def named(folder: Path) -> Path:
-    """A link to a policy's folder, named after the digest of its bytes and created if needed.
+    """Links to a policy's folder under the digest of its bytes, and returns the link.
 
     The folder's own path is not enough: if an iteration is run again, it contains another policy.
     """
@@ -82,7 +82,7 @@ class _Ended(ServerError):
 
 
 class Server:
-    """A server that serves the policy, as a context.
+    """A server that serves the policy, as a context manager.
 
     Entering it waits until the server serves the folder; leaving it ends the server if it was
     started here.
@@ -362,8 +362,9 @@ def _served(settings: Remote, root: str) -> dict[str, Served] | None:
         return {}
     if answer.status_code != 200:
         raise ServerError(
-            f"{root}{dialect.model}: HTTP status {answer.status_code}. If the server needs an API "
-            "key, set rollout.remote.key_env to the environment variable that contains it"
+            f"{root}{dialect.model} answered with HTTP status {answer.status_code}. If the server "
+            "needs an API key, set rollout.remote.key_env to the environment variable that "
+            "contains it"
         )
     try:
         return dialect.served(answer.json())

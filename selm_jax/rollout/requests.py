@@ -1,4 +1,4 @@
-"""Requests for responses, and the responses, of the engine or a server."""
+"""Requests to the engine or a server, and the responses that they return."""
 
 from __future__ import annotations
 

@@ -48,13 +48,13 @@ class Sampling(SamplingSettings):
 
     @classmethod
     def of(cls, settings: SamplingSettings, filter: Filter | None = None) -> Sampling:
-        """The sampling settings of a larger group of settings, such as `rollout`."""
+        """Takes the sampling settings from a larger group of settings, such as `rollout`."""
         names = [each.name for each in dataclasses.fields(SamplingSettings)]
         return cls(**{name: getattr(settings, name) for name in names}, filter=filter)
 
 
 def stream(seed: int, iteration: int, prompt: int, sample: int) -> UInt32[Array, "2"]:
-    """The key of one response's random numbers.
+    """The random key of one response.
 
     >>> same = stream(42, 1, 7, 2) == stream(42, 1, 7, 2)
     >>> bool(same.all())
@@ -179,7 +179,7 @@ def draw(p: Float[Array, "slots vocab"], uniform: Float[Array, " slots"]) -> Int
 
 
 def _invert(mass: Float[Array, "slots n"], at: Float[Array, " slots"]):
-    """The entry in whose share of the running sum `at` lies, and the rest of `at` in that share."""
+    """The first entry where the running sum exceeds `at`, and how far `at` is into that entry."""
     total = jnp.cumsum(mass, axis=-1)
     # Long sums are computed in parallel, and rounding may make `total` rise without mass, or even
     # fall. So the entry is the first one with mass of its own whose sum is beyond `at`.
@@ -192,7 +192,7 @@ def _invert(mass: Float[Array, "slots n"], at: Float[Array, " slots"]):
 
 
 def _pick(x: Float[Array, "slots n *rest"], entry: Int[Array, " slots"]):
-    """Each slot's own entry.
+    """Picks one entry of each slot: x[slot, entry[slot]].
 
     With vmap instead of an index over slots, XLA sees on a mesh that no slot needs another's data.
     """

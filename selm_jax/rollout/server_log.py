@@ -24,7 +24,7 @@ def size_of(log: Path) -> int:
 
 
 def story(log: Path, start: int = 0) -> str:
-    """A server's first logged error after `start` bytes, a known remedy, and its last lines."""
+    """Reports the first error after `start` bytes of the log, a known remedy, and the end."""
     first, last, known = "", deque[str](maxlen=_LAST), ""
     with log.open("rb") as file:
         before = file.read(start).count(b"\n")

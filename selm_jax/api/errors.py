@@ -2,4 +2,7 @@
 
 
 class ApiError(ValueError):
-    """The arguments do not fit together. The message says what is wrong and what to do."""
+    """An argument is wrong, or arguments do not fit together.
+
+    The message says what is wrong and what to do.
+    """

@@ -1,4 +1,4 @@
-"""Losses, which training minimises: those of an experiment file by name, or your own function."""
+"""Loss functions: those of an experiment file by name, or your own function."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from selm_jax.objectives.roles import ROLES
 
 
 def loss(name: str | LossFunction, /, **settings: Any) -> Objective:
-    """A loss by its name in an experiment file (`objective`), or your own function.
+    """Makes a loss from its name in an experiment file (`objective`), or from your own function.
 
     Args:
       name: a name such as "dpo" or "selm", a sum such as "ipo+optimism",
@@ -32,10 +32,11 @@ def loss(name: str | LossFunction, /, **settings: Any) -> Objective:
         return build_objective(name, **settings)
     if not callable(name):
         raise ApiError(
-            f"loss is {name!r}, which is no loss. Give a name, or a function of log-probabilities"
+            f"loss is {name!r}, which is not a loss. Give a name, or a function of "
+            "log-probabilities"
         )
     if settings:
         raise ApiError(
-            f"a function has no settings, but {', '.join(settings)} was given. Leave it out"
+            f"your own function takes no settings, but got {', '.join(settings)}. Leave them out"
         )
     return Objective(ROLES, name)

@@ -85,7 +85,7 @@ def load(
 
 
 def _experiment(where: str, *, training: Settings, **groups: Any) -> config.Experiment:
-    """An experiment with these settings, checked as usual; the other settings are not used."""
+    """Makes a checked experiment with these settings; its other settings are not used."""
     unread = {
         "output": "unread", "iterations": 1, "data": {"train": "unread"},
         "objective": {"loss": "unread"}, "candidates": {"samples": 1, "dataset": False},
@@ -205,11 +205,11 @@ class Model:
         """Writes the model as a new Hugging Face folder; adapters are merged into their base.
 
         Raises:
-          ApiError: the folder exists already.
+          ApiError: the folder already exists.
         """
         folder = folder_to_write(str(folder))
         if folder.exists():
-            raise ApiError(f"{folder} exists already. Give the name of a new folder")
+            raise ApiError(f"{folder} already exists. Give the name of a new folder")
         with artifacts.whole(folder) as partial:
             params, source = self._policy.weights.to_score(), self._start.folder.path
             export_folder(params, self._programs.config, source, partial, self._card())
@@ -240,7 +240,7 @@ class Model:
         """Raises ApiError if token ids come from another tokenizer."""
         if digest != self.tokenizer:
             raise ApiError(
-                "these answers were tokenised with another model's tokenizer than that of "
+                "these answers were tokenised with another model's tokenizer, not with that of "
                 f"{self.name}. Use them with the model that wrote them, or generate answers with "
                 "this one"
             )
@@ -258,7 +258,7 @@ class Model:
 
     @property
     def _base(self) -> Params:
-        """The base model of the adapters, quantised if set so; without adapters, the parameters."""
+        """The adapters' base, quantised if `lora.base` says so; without adapters, the model."""
         if self._programs.lora is None:
             return self._trained
         if self._kept_base is None:

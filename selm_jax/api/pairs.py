@@ -75,7 +75,7 @@ class Pairs(Sequence[Example]):
 
     @property
     def told(self) -> str:
-        """The numbers of pairs and of dropped prompts by reason; without pairs, what to do."""
+        """Says how many pairs and dropped prompts there are; without pairs, also what to do."""
         reasons = ", ".join(f"{n} {reason}" for reason, n in self.drops.items())
         dropped = f", {sum(self.drops.values())} prompts dropped ({reasons})" if reasons else ""
         return f"{len(self)} pairs{dropped}" + ("" if len(self) else f". {_REMEDY}")
@@ -105,7 +105,7 @@ def pairs(
     reference: Writer | None | Literal["writer"] = "writer",
     seed: int = 0,
 ) -> Pairs:
-    """Picks each prompt's chosen, rejected and explored answers, and scores them by the reference.
+    """Picks each prompt's chosen, rejected and explored answers; the reference scores them.
 
     The reference's log-probabilities are stored with the pairs, as in a run, and do not change in
     later updates.

@@ -71,7 +71,7 @@ class Ranker:
 
 
 def ranker(name: str | Function, /, **settings: Any) -> Ranker:
-    """A ranker by its name in an experiment file (`feedback.ranker`), or your own function.
+    """Makes a ranker from its name in an experiment file (`feedback.ranker`), or from a function.
 
     Args:
       name: "sentiment", "length", "regex", "pairrm", "reward_model", "verifiable", "judge",
@@ -91,6 +91,6 @@ def ranker(name: str | Function, /, **settings: Any) -> Ranker:
         return Ranker(rankers.build_ranker(name, **settings))
     if settings:
         raise ApiError(
-            f"a function has no settings, but {', '.join(settings)} was given. Leave it out"
+            f"your own function takes no settings, but got {', '.join(settings)}. Leave them out"
         )
     return Ranker(RuleRanker(getattr(name, "__name__", "function"), name))

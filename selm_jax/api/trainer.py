@@ -148,7 +148,7 @@ class Trainer:
         return ByLength(mesh.shape["data"] * mesh.shape["fsdp"], _TOKENS, programs.config.heads)
 
     def _grown(self, shape: Shape) -> Shape:
-        """The largest shape so far for this row length, so that compilation soon stops."""
+        """The largest shape so far for this row length, so that few shapes are compiled."""
         before = dataclasses.astuple(self._shapes.get(shape.time, shape))
         self._shapes[shape.time] = Shape(*map(max, before, dataclasses.astuple(shape)))
         return self._shapes[shape.time]
@@ -161,5 +161,6 @@ class Trainer:
         if not scored and not self.objective.reference_free:
             raise ApiError(
                 f"{self.objective} compares with a reference, but these pairs were made with "
-                "reference=None. Make them with the default reference, or name a model"
+                "reference=None. Make them with the default reference, or name a "
+                "reference model"
             )

@@ -144,7 +144,7 @@ def test_it_opens_the_model_of_a_run_and_saves_a_folder_that_opens(tmp_path, mod
         (again.logps(pairs)[r] == model.logps(pairs)[r]).all() for r in ("chosen", "explore")
     )
     assert "1 updates" in (folder / "README.md").read_text()
-    with pytest.raises(ApiError, match="saved exists already"):
+    with pytest.raises(ApiError, match="saved already exists"):
         model.save(folder)
 
 
@@ -270,7 +270,7 @@ def test_answers_of_another_tokenizer_are_refused(tmp_path, model, pairs, monkey
     other.logps(pairs)  # made alike: the same tokens
     monkeypatch.setattr(Tokenizer, "digest", lambda self: str(self.folder))
     for use in (other.logps, selm.Trainer(other, loss="sft", learning_rate=1e-3).step):
-        with pytest.raises(ApiError, match="another model's tokenizer than that of other"):
+        with pytest.raises(ApiError, match="another model's tokenizer, not with that of other"):
             use(pairs)
 
 

@@ -416,7 +416,7 @@ def test_a_damaged_or_missing_artefact_is_named(finished, tmp_path):
 def test_a_stage_runs_alone_and_asks_for_its_inputs(finished, tmp_path):
     _, folder = finished
     run = Run(config.load(folder / "experiment.yaml", [f"output={tmp_path / 'alone'}"]), QUIET)
-    with pytest.raises(ArtifactError, match="Run the stages before it first"):
+    with pytest.raises(ArtifactError, match="Run the stages before this one first"):
         run_stage(run, "rank", 1)
     run_stage(run, "generate", 1)
     run_stage(run, "rank", 1)

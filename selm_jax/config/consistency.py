@@ -1,4 +1,4 @@
-"""Checks of settings across groups: each group may be valid and still contradict another."""
+"""Finds settings of different groups that contradict each other, though each group is valid."""
 
 from __future__ import annotations
 

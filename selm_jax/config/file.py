@@ -69,7 +69,7 @@ def read_with_places(file: Path) -> tuple[dict[str, Any], Places]:
 
 
 def _on_its_base(file: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], Places]:
-    """The settings of a file merged over those of its base; `above` are the files that led here."""
+    """The settings of a file merged over those of its base; `above` are files that extend it."""
     if file.resolve() in above:
         raise ConfigError(
             f"{above[-1]}: base: {file}, which itself extends this file; name another base"
@@ -147,7 +147,7 @@ def as_dict(part: Any) -> dict[str, Any]:
 
 
 def listed(where: str, problems: Sequence[str], places: Places | None = None) -> str:
-    """A message that lists problems under the name of their file, each after its key's line."""
+    """A message that lists a file's problems, each with the line number of its key."""
     lines = []
     for problem in problems:
         path = tuple(problem.partition(":")[0].split("."))

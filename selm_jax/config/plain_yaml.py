@@ -119,7 +119,10 @@ class _Loader(yaml.SafeLoader):
         self.count += 1
         if self.depth > _DEPTH or self.count > _VALUES:
             line = self.peek_event().start_mark.line + 1
-            raise YamlError(f"line {line}: more than {_VALUES:,} values or {_DEPTH} levels")
+            raise YamlError(
+                f"line {line}: the text has more than {_VALUES:,} values or {_DEPTH} levels; "
+                "settings have far fewer. Check that this is the right file"
+            )
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
@@ -175,8 +178,8 @@ class _Reader:
         self.count += 1
         if self.count > _VALUES or len(path) > _DEPTH:
             raise YamlError(
-                f"line {line}: more than {_VALUES:,} values or {_DEPTH} levels, with every alias "
-                "counted as the values that it stands for"
+                f"line {line}: the text has more than {_VALUES:,} values or {_DEPTH} levels, with "
+                "every alias counted as the values that it stands for; remove aliases"
             )
         if isinstance(node, yaml.MappingNode):
             _check_tag(node, "map")
@@ -244,5 +247,6 @@ def _of_scalar(node: yaml.Node) -> Any:
         return node.value.encode("utf-16", "surrogatepass").decode("utf-16")
     except UnicodeDecodeError:
         raise YamlError(
-            f"line {node.start_mark.line + 1}: half of a surrogate pair, which is not a character"
+            f"line {node.start_mark.line + 1}: half of a surrogate pair, which is not a character; "
+            "remove it"
         ) from None

@@ -77,7 +77,7 @@ def count_slices(devices: Sequence[Any]) -> int:
 
 
 def decode_mesh(mesh: Mesh, tensor: int) -> Mesh:
-    """The same devices in the same order, with `tensor` neighbours for each copy of the model.
+    """A mesh of the same devices in order, with `tensor` neighbours for each copy of the model.
 
     The order must be the same so that one program can move parameters from one mesh to the other.
 
@@ -94,7 +94,7 @@ def decode_mesh(mesh: Mesh, tensor: int) -> Mesh:
 
 
 def compute_dtype(name: str, platform: str) -> Any:
-    """The dtype for the names `float32`, `bfloat16` and `auto`.
+    """The dtype that `float32`, `bfloat16` or `auto` stands for.
 
     `auto` is float32 on CPU, where bfloat16 is no faster, and bfloat16 elsewhere.
     """

@@ -169,8 +169,8 @@ def on_first(work: Callable[[], T]) -> T:
         told = json.loads(client.blocking_key_value_get(key, _WEEK))
         if told["work"] != name:
             raise MultihostError(
-                f"process 0 is at {told['work']}, but process {index()} is at {name}: they are out "
-                "of step. Start all of them again"
+                f"process 0 is at {told['work']}, but process {index()} is at {name}: they run "
+                "different steps. Start all of them again"
             )
         if "error" in told:
             raise MultihostError(f"process 0 failed: {told['error']}")
@@ -241,8 +241,7 @@ def all_failed(name: str, seconds: int = 120) -> None:
     """Waits until every process has called this, which shows that all of them have failed.
 
     Raises:
-      MultihostError: if the others have not called it after that many seconds, and so are still
-        working.
+      MultihostError: the others have not called it after that many seconds, so they still work.
     """
     if count() == 1:
         return
@@ -252,8 +251,8 @@ def all_failed(name: str, seconds: int = 120) -> None:
         client.wait_at_barrier(f"selm/failed/{name}", seconds * 1000)
     except jax.errors.JaxRuntimeError as e:
         raise MultihostError(
-            f"process {index()} has failed, but the others have not within {seconds} s. Start all "
-            "of them again"
+            f"process {index()} has failed, but other processes are still running after {seconds} "
+            "s. Stop them, and start all of them again"
         ) from e
 
 

@@ -101,11 +101,14 @@ def partition(
             )
         on = tuple(a for a in on if mesh.shape[a] > 1)
         if clash := taken.intersection(on):
-            raise MeshError(f"{name}: two of its axes {axes} are on mesh axis {clash.pop()!r}")
+            raise MeshError(
+                f"{name}: two of its axes {axes} are mapped to mesh axis {clash.pop()!r}; map one"
+            )
         parts = math.prod(mesh.shape[a] for a in on)
         if size % parts:
             raise MeshError(
-                f"{name}: axis {axis!r} of size {size} is not divisible by {parts} ({on})"
+                f"{name}: axis {axis!r} of size {size} is not divisible by {parts}, the devices on "
+                f"mesh axes {', '.join(on)}. Use another compute.preset or other mesh sizes"
             )
         taken.update(on)
         spec.append(on if len(on) > 1 else on[0] if on else None)

@@ -160,7 +160,7 @@ def _estimate(
 def _share(
     gaps: Float[np.ndarray, "seeds prompts"], found: crossed.Mean | None, least: int
 ) -> proportions.Share:
-    """Rescales values from `least` to 1 to a share from 0 to 1.
+    """A share from 0 to 1, made from values in the range from `least` to 1.
 
     With several seeds, a part of the sum of squares is the constant that `proportions` adds. This
     part is known exactly, so there are more degrees of freedom (Satterthwaite) than the seeds give.

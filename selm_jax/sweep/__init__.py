@@ -111,7 +111,7 @@ def _check_every_cell(grid: Sweep, console: Console) -> None:
 
 
 def _concerns_one_run(error: Exception) -> bool:
-    """Whether other runs can go on. A defect, a full disk or a dead process would stop them too."""
+    """Whether an error leaves other runs unaffected, unlike a bug, full disk or dead process."""
     return type(error).__module__.startswith("selm_jax.") and not multihost.others_are_gone(error)
 
 

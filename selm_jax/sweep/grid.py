@@ -173,7 +173,7 @@ def _levels(file: Path, name: str, axis: Mapping[str, Any] | Sequence[Any]) -> d
             value if isinstance(value, str) else json.dumps(value): {name: value} for value in axis
         }
     if not levels:
-        raise ConfigError(f"{file}: the axis {name} has no levels")
+        raise ConfigError(f"{file}: the axis {name} has no levels; list at least one")
     return levels
 
 
@@ -212,7 +212,7 @@ def _check_distinct(file: Path, members: Sequence[Member]) -> None:
         where = settings.pop("output")
         if (other := names.setdefault(where, name)) != name:
             raise ConfigError(
-                f"{file}: {other} and {name} have one folder, {where}. Rename a level"
+                f"{file}: {other} and {name} would use the same folder, {where}. Rename a level"
             )
         if (other := names.setdefault(json.dumps(settings), name)) != name:
             raise ConfigError(

@@ -25,7 +25,7 @@ from selm_jax.sweep.grid import Cell, Sweep
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """Held-out answers of one run: a number for each prompt and iteration, or NaN.
+    """Measures of one run's held-out answers: a number or NaN for each prompt and iteration.
 
     Attributes:
       greedy, sample: score of the greedy answer, and mean score of the sampled ones.
@@ -87,7 +87,7 @@ def _row(
     own: Mapping[int, Outcome],
     others: Mapping[int, Outcome],
 ) -> Row:
-    """The row of a cell. Runs and outcomes are by seed; `others` are those of the baseline."""
+    """A cell's row. Runs and outcomes are keyed by seed; `others` are the baseline's."""
     members = [m for m in grid.members if m.cell is cell]
     return Row(
         levels=tuple(cell.levels.values()),
@@ -142,7 +142,7 @@ def _mean(outcomes: Mapping[int, Outcome], kind: str, t: int | None = None) -> E
 
 
 def _difference(one: _Table | None, other: _Table | None) -> Estimate | None:
-    """The difference, paired by seed and prompt. None if one is missing or the prompts differ."""
+    """The difference, paired by seed and prompt. None if a table is missing or prompts differ."""
     if one is None or other is None or one.prompts != other.prompts:
         return None
     return difference(one.values, other.values, share=one.share and other.share)
@@ -162,7 +162,7 @@ def _by_iteration(outcomes: Mapping[int, Outcome], kind: str) -> dict[int, Estim
 def _versus(
     own: Mapping[int, Outcome], others: Mapping[int, Outcome], kind: str
 ) -> Estimate | None:
-    """The difference after the last iterations, over the seeds that both have."""
+    """A cell's difference to the baseline after the last iterations, over their common seeds."""
     seeds = [s for s in own if s in others]
     return _difference(*(_table([of[s] for s in seeds], kind) for of in (own, others)))
 
@@ -173,7 +173,7 @@ def _seeds_apart(own: Mapping[int, Outcome], others: Mapping[int, Outcome]) -> d
 
 
 def _ranks_alike(one: Mapping[int, RunData], other: Mapping[int, RunData]) -> bool:
-    """Whether their scores mean the same, because one ranker gave all of them."""
+    """Whether the scores of two cells are comparable, because one ranker gave all of them."""
     rankers = {
         tuple(
             (k, v) for k, v in run.settings.items() if re.match(r"feedback\.(ranker|settings)", k)
@@ -192,7 +192,7 @@ def _with_holm(rows: Sequence[Row]) -> list[Row]:
 
 
 def _mean_count(runs: Mapping[int, RunData], stage: str, key: str) -> float | None:
-    """The sum over a run's iterations, averaged over runs."""
+    """A stage's count, summed over a run's iterations and averaged over runs."""
     sums = [
         sum(stages[stage].counts.get(key, 0) for stages in run.stages.values() if stage in stages)
         for run in runs.values()
@@ -207,7 +207,7 @@ def _mean_metric(runs: Mapping[int, RunData], name: str) -> float | None:
 
 
 def shared(grid: Sweep) -> dict[str, tuple[int, int]]:
-    """By stage: how often this sweep did it, and how often it took it from another run."""
+    """How often this sweep ran each stage, and how often it reused the stage of another run."""
     counts: dict[str, tuple[int, int]] = {}
     for member in grid.members:
         run = Path(member.experiment.output)

@@ -462,7 +462,7 @@ BAD = {
     "the same twice": (
         {"grid": {"method": {"a": {}, "b": {}}}}, "a, seed 1 and b, seed 1 have the same"
     ),
-    "one folder twice": ({"grid": {"x": {"a b": {}, "a/b": {"iterations": 1}}}}, "have one folder"),
+    "one folder twice": ({"grid": {"x": {"a b": {}, "a/b": {"iterations": 1}}}}, "the same folder"),
     "seeds in the grid": ({"grid": {"seed": [1, 2]}}, "name seeds in `seeds`"),
     "no such base": ({"base": "nowhere.yaml"}, "no such experiment file"),
 }  # fmt: skip

@@ -1,1 +1,1 @@
-"""Text: reads datasets of prompts (`prompts`) and turns conversations into token ids (`chat`)."""
+"""Reads datasets of prompts (`prompts`) and turns conversations into token ids (`chat`)."""

@@ -1,4 +1,4 @@
-"""The dataset's own answers: turns them into token ids, and finds unusable ones early."""
+"""Turns the dataset's own answers into token ids, and finds unusable answers early."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ _MEND = "Fix the row, or set data.on_bad_row to 'drop' to leave out and count su
 
 
 def answers(prompt: Prompt) -> dict[str, str]:
-    """The texts of `chosen` and `rejected`, if the data has them."""
+    """Maps `chosen` and `rejected` to their texts; an answer that the data lacks is left out."""
     both = {"chosen": prompt.chosen, "rejected": prompt.rejected}
     return {source: text for source, text in both.items() if text is not None}
 
 
 def answer_ids(chat: Chat, prompt: Prompt, source: str) -> tuple[int, ...]:
-    """The ids of the answer called `chosen` or `rejected`, in the default layout.
+    """The token ids of the `chosen` or the `rejected` answer, in the default layout.
 
     Raises:
-      UnusableAnswer: if it cannot follow the prompt; the message names both.
+      UnusableAnswer: if the answer cannot follow the prompt; the message names both.
     """
     try:
         return chat.response_ids(prompt.messages, answers(prompt)[source])
@@ -30,7 +30,7 @@ def answer_ids(chat: Chat, prompt: Prompt, source: str) -> tuple[int, ...]:
 
 
 def check_spelled(chat: Chat, prompt: Prompt, source: str) -> None:
-    """Raises UnusableAnswer if the answer spells out an end token.
+    """Raises UnusableAnswer if the answer's text contains an end token.
 
     This is the only check of an answer in a whole conversation, as a reward model reads it.
     """
@@ -44,7 +44,7 @@ def check_spelled(chat: Chat, prompt: Prompt, source: str) -> None:
 def check_answers(
     chat: Chat, prompts: Iterable[Prompt], *, layout: str, on_bad_row: str, whole: bool = False
 ) -> None:
-    """Quickly finds problems that would stop a later stage, hours from now.
+    """Checks prompts and answers quickly for problems that would stop a later stage.
 
     The layout is tried with one prompt of each sequence of roles, because an unsuitable template
     usually fails for all prompts with that sequence. Unless bad rows are dropped, every answer is
@@ -81,7 +81,7 @@ def check_answers(
 
 
 def longest_answered(chat: Chat, prompts: Iterable[Prompt], whole: bool = False) -> int:
-    """The tokens of the longest prompt with one of the data's answers; 0 if there are none.
+    """The most tokens of a prompt and one of its dataset answers; 0 if there are no answers.
 
     Unusable answers are not counted: they are dropped, or stop the run elsewhere.
     """

@@ -25,10 +25,10 @@ _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII)
 
 
 def unwrapped(value: Any, column: str) -> Any:
-    """Reads a list of messages that a cell contains as text; returns any other value unchanged.
+    """Parses a cell that stores a list of messages as text; returns other values unchanged.
 
-    pandas writes a list of messages into CSV as Python text, other tools as JSON. Taken as plain
-    text, all of it would be used in training, including the braces.
+    pandas writes a list of messages into CSV as Python text, other tools as JSON. If it
+    were taken as plain text, training would use all of it, including the braces.
 
     Raises:
       BadRow: if the text begins like a list of messages but cannot be read as one.
@@ -50,7 +50,7 @@ def unwrapped(value: Any, column: str) -> Any:
 
 
 def structure(text: str) -> list[Any] | dict[str, Any] | None:
-    """Reads a list or object from JSON or a Python literal (no code is run); None if neither."""
+    """Parses a list or object in JSON or Python literal syntax (runs no code); None if neither."""
     for read in (jsonl.value, _python):
         try:
             found = read(text)
@@ -73,9 +73,10 @@ def as_number(value: Any) -> float | None:
 
 
 def carried(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The other columns of a prompt's row, as values that JSON can represent.
+    """Converts the remaining columns of a row to values that JSON can represent.
 
-    A date becomes ISO text, a decimal number a float. Columns of bytes and the like are left out.
+    Dates become ISO text, and decimal numbers become floats. Columns that JSON cannot represent,
+    such as bytes, are left out.
 
     Raises:
       BadRow: as for `check`.
@@ -91,7 +92,7 @@ def carried(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check(value: Any, column: str, depth: int = 0) -> None:
-    """Checks a value and, recursively, the lists and objects in it.
+    """Checks a value, and recursively its items, for invalid text and too deep nesting.
 
     Raises:
       BadRow: if a text contains half of a surrogate pair, which cannot be written as UTF-8, or if
@@ -126,7 +127,7 @@ def _check_text(text: str, column: str) -> None:
 
 
 def _is_message(value: Any) -> bool:
-    """Whether a value is a message with the usual keys, or with ShareGPT's (refused later)."""
+    """Whether a value has the keys of a message, or those of ShareGPT (refused later)."""
     if not isinstance(value, dict):
         return False
     sharegpt = {"from", "value"} <= value.keys() and value["from"] in ("human", "gpt", "system")
@@ -142,7 +143,7 @@ def _python(text: str) -> Any:
 
     def piece(found: re.Match[str]) -> str:
         if len(found[0]) == 1:
-            raise ValueError("a string that does not end")
+            raise ValueError("unterminated string")
         return found[0] if found[0][0] in "'\"" else "},"
 
     whole = _PIECES.sub(piece, text)
@@ -155,7 +156,7 @@ def _python(text: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """The value as JSON types; raises TypeError for a type that JSON does not have."""
+    """Converts a value to JSON types; raises TypeError for a type that JSON does not have."""
     if value is None or isinstance(value, str | int | float):
         return value
     if isinstance(value, decimal.Decimal):
@@ -166,4 +167,4 @@ def _plain(value: Any) -> Any:
         return [_plain(each) for each in value]
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):
         return {key: _plain(each) for key, each in value.items()}
-    raise TypeError(type(value).__name__)
+    raise TypeError(f"JSON cannot represent {type(value).__name__}")

@@ -24,7 +24,7 @@ from selm_jax.text.vocabulary import checked_vocabulary, stop_ids
 
 
 class UnusableAnswer(ChatError):
-    """An answer cannot follow its prompt; other answers may."""
+    """This answer cannot be used with its prompt; other answers may be usable."""
 
 
 class Turn(Protocol):
@@ -67,7 +67,10 @@ class Chat:
         self._vocabulary = checked_vocabulary(self.tokenizer, vocabulary)
         found = find_chat_template(folder)
         if found is None:
-            raise ChatError(f"{folder}: the tokenizer has no chat template (chat_template.jinja)")
+            raise ChatError(
+                f"{folder}: the tokenizer has no chat template. Use an instruction-tuned model, or "
+                "save a template there as chat_template.jinja"
+            )
         where, source = found
         _check_variables(folder, self.tokenizer, source, settings.template)
         variables = self.tokenizer.special | settings.template
@@ -88,7 +91,7 @@ class Chat:
         return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
     def prompt_ids(self, messages: Sequence[Turn]) -> tuple[int, ...]:
-        """The ids of the conversation and of the header of the answer that is to follow.
+        """The token ids of the conversation, ending with the header that opens the answer.
 
         Raises:
           ChatError: if the template refuses the conversation, omits its system message, or writes
@@ -96,11 +99,14 @@ class Chat:
         """
         _, ids = self._opened(tuple((m.role, m.content) for m in messages))
         if not ids:
-            raise ChatError(f"the conversation {list(messages)!r} has no tokens")
+            raise ChatError(
+                f"the chat template of {self.folder} renders the conversation {list(messages)!r} "
+                "as an empty text. Fix the template, or leave out the prompt"
+            )
         return ids
 
     def response_ids(self, messages: Sequence[Turn], text: str) -> tuple[int, ...]:
-        """The answer's ids as they follow `prompt_ids`, up to the template's end token.
+        """The token ids of the answer after `prompt_ids`, including the end token.
 
         Raises:
           UnusableAnswer: if the answer is empty or spells out an end token, or if the template does
@@ -142,7 +148,7 @@ class Chat:
         return ids[: end + 1]
 
     def conversation_ids(self, messages: Sequence[Turn], text: str) -> tuple[int, ...]:
-        """The ids of the whole conversation with an answer, as a reward model reads it.
+        """The token ids of a conversation and its answer, as a reward model reads them.
 
         Everything that the template writes is included, also what follows the answer's end token
         (most often a line break). The answer is not checked and may be empty.
@@ -156,7 +162,7 @@ class Chat:
         return self._ids(answered, rendered)
 
     def spelled_ends(self, text: str) -> list[str]:
-        """The end tokens that a text spells out; none if `special_tokens` is `as_text`."""
+        """Finds end tokens written out in a text; none if `special_tokens` is `as_text`."""
         if self._literal is not None:
             return []
         if not any(end in text for end in self._stop_texts):  # the usual case, and much faster
@@ -164,11 +170,11 @@ class Chat:
         return self._names(i for i in self.tokens(text) if i in self.stop_ids)
 
     def text(self, ids: Sequence[int]) -> str:
-        """The text that people and rankers read: without special tokens, white space stripped."""
+        """Decodes ids for people and rankers: drops special tokens and outer white space."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
 
     def render(self, messages: Sequence[Turn], answer_follows: bool) -> str:
-        """Renders the conversation with the template, with or without the header of an answer.
+        """Renders a conversation with the template, with or without the header of an answer.
 
         Raises:
           ChatError: if the template refuses the conversation or omits its system message.
@@ -176,7 +182,7 @@ class Chat:
         return self._plain(self._marked(messages, answer_follows))
 
     def rendered_ids(self, messages: Sequence[Turn], *more: Sequence[Turn]) -> tuple[int, ...]:
-        """The ids of conversations rendered without headers, one after another.
+        """The token ids of conversations rendered one after another, without answer headers.
 
         BOS is not added: it is there only if the template writes it.
         """
@@ -204,7 +210,7 @@ class Chat:
         return self._plain(text.rstrip() if trimmed else text)
 
     def tokens(self, text: str) -> tuple[int, ...]:
-        """The ids of a text, without any special tokens around it."""
+        """Encodes a text without adding special tokens."""
         return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
     def check_made_up(self) -> None:
@@ -221,7 +227,9 @@ class Chat:
         full = self._marked([*question, Message("assistant", answer)], answer_follows=False)
         before, found, behind = full.rpartition(answer)
         if not found:
-            raise ChatError(f"the chat template of {self.folder} omits the answer: {full!r}")
+            raise ChatError(
+                f"the chat template of {self.folder} omits the answer: {full!r}. Fix the template"
+            )
         opens = prompt != self._marked(question, answer_follows=False)  # there is a header
         if not opens and (not full.startswith(prompt) or before[len(prompt) :].strip()):
             raise ChatError(
@@ -234,18 +242,18 @@ class Chat:
             raise ChatError(self._endless(full))
 
     def _open(self, said: tuple[tuple[str, str], ...]) -> tuple[str, tuple[int, ...]]:
-        """Renders messages, given as (role, content), with the header of an answer: (text, ids)."""
+        """Renders (role, content) pairs with the header of an answer; returns (text, ids)."""
         messages = [Message(*each) for each in said]
         prompt = self._marked(messages, answer_follows=True)
         return prompt, self._ids(messages, prompt)
 
     def _rendered(self, messages: Sequence[Turn], answer_follows: bool) -> str:
-        """The template's output, with stand-ins for control tokens that messages spell out."""
+        """The template's output, with stand-ins for control tokens in the messages' texts."""
         said = [{"role": m.role, "content": self._mark(m.content)} for m in messages]
         return self._template.render(said, answer_follows)
 
     def _marked(self, messages: Sequence[Turn], answer_follows: bool) -> str:
-        """Like `_rendered`; raises ChatError if the template refuses or omits a system message."""
+        """Like `_rendered`; raises ChatError if it refuses, or drops the system message."""
         try:
             rendered = self._rendered(messages, answer_follows)
         except Refused as e:
@@ -270,7 +278,7 @@ class Chat:
                     raise ChatError(
                         f"the chat template of {self.folder} omits the system message {content!r}. "
                         "Put its text into the user's turn instead (data.system adds a system "
-                        "message to every prompt, data.system_column the one of the row)"
+                        "message to every prompt, and data.system_column reads one from its row)"
                     )
 
     def _try(self, messages: Sequence[Turn], answer_follows: bool) -> str | None:
@@ -302,7 +310,7 @@ class Chat:
         )
 
     def _ids(self, messages: Sequence[Turn], rendered: str) -> tuple[int, ...]:
-        """The ids of a rendered conversation, beginning with one BOS if the model has it."""
+        """Encodes a rendered conversation so that it begins with one BOS, if the model has BOS."""
         ids, bos = self._tokens(rendered), self.tokenizer.bos_token_id
         if bos is not None and ids[:2] == (bos, bos):
             raise ChatError(
@@ -317,7 +325,7 @@ class Chat:
         return ids if rendered.count(text) > spelled else (self._bos, *ids)
 
     def _tokens(self, marked: str) -> tuple[int, ...]:
-        """The ids of a rendered text; raises ChatError if the model's embedding lacks one."""
+        """Encodes a rendered text; raises ChatError for a token without a row in the embedding."""
         ids = self.tokens(marked) if self._literal is None else tuple(self._literal.encode(marked))
         if self._vocabulary is not None and max(ids, default=0) >= self._vocabulary:
             raise ChatError(
@@ -328,7 +336,7 @@ class Chat:
         return ids
 
     def _within(self, marked: str) -> tuple[int, ...]:
-        """The ids of a text that continues another, without the space added to a text alone."""
+        """Encodes a text that continues another, so that the tokenizer adds no space before it."""
         anchor = self.tokenizer.eos_token or self._names(self.stop_ids)[0]
         return self._tokens(anchor + marked)[1:]
 
@@ -345,14 +353,14 @@ _THINKING = (
 
 
 class Message:
-    """A message that this module creates."""
+    """A message with the given role and content."""
 
     def __init__(self, role: str, content: str):
         self.role, self.content = role, content
 
 
 def _squeezed(text: str) -> str:
-    """The text without white space, because templates trim answers and some add a space."""
+    """Removes all white space, because templates trim answers and some add a space."""
     return "".join(text.split())
 
 
@@ -368,5 +376,6 @@ def _check_variables(
             raise ChatError(f"text.template cannot set {name!r}; remove it")
         if name not in template:
             raise ChatError(
-                f"text.template sets {name!r}, but the chat template of {folder} never reads it"
+                f"text.template sets {name!r}, but the chat template of {folder} never reads it. "
+                "Correct or remove this variable"
             )

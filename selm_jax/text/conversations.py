@@ -25,7 +25,7 @@ class Message:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A conversation for a model to answer, and the answers that the dataset has.
+    """A conversation for a model to answer, with the dataset's own answers, if any.
 
     Attributes:
       id: unique in its set.
@@ -93,10 +93,10 @@ def choose_columns(
         for row, values in readable:
             if _is_plain_text(values.get(chosen), chosen):
                 raise DataError(
-                    f"{row.where}, column {chosen!r}: a string, but there is no column 'prompt'. "
-                    f"The columns are: {', '.join(there)}. Where the prompt ends inside two "
-                    "strings would be a guess. Give the prompt a column of its own and name it, or "
-                    "write each side as a list of messages."
+                    f"{row.where}, column {chosen!r}: this is a string, but there is no column "
+                    f"'prompt'. The columns are: {', '.join(there)}. Where the prompt ends in this "
+                    "string would be a guess. Put the prompt into a column of its own and name it, "
+                    "or write each answer as a list of messages."
                 )
     optional_id = prompt_id == "prompt_id" and prompt_id not in there
     if system == "system" and system not in there:
@@ -112,7 +112,7 @@ def choose_columns(
 
 
 def parse(values: Mapping[str, Any] | BadRow, columns: Columns) -> Prompt:
-    """Makes a `Prompt` of a row; raises BadRow, with the reason and the column, if it cannot."""
+    """Makes a `Prompt` from a row; raises BadRow if the row cannot be used."""
     if isinstance(values, BadRow):
         raise values
     row = carried({name: value for name, value in values.items() if name not in columns})
@@ -156,7 +156,7 @@ def _is_plain_text(value: Any, column: str) -> bool:
 
 
 def canonical_json(value: Any) -> bytes:
-    """The value as JSON in a unique form for digests: sorted keys, no spaces, ASCII."""
+    """Writes a value as JSON in one fixed form, for digests: sorted keys, no spaces, ASCII."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
 
 
@@ -200,7 +200,7 @@ def _messages(value: Any, column: str) -> tuple[Message, ...]:
 
 
 def _answer(value: Any, column: str) -> tuple[tuple[Message, ...], str]:
-    """(The messages before the answer, the answer's text); a string is the answer alone."""
+    """Returns (messages before the answer, text of the answer); a string is only the answer."""
     if isinstance(value, str):
         before, text = (), value
     else:
@@ -215,7 +215,7 @@ def _answer(value: Any, column: str) -> tuple[tuple[Message, ...], str]:
 
 
 def _join(given: Any, before: tuple[Message, ...], columns: Columns) -> tuple[Message, ...]:
-    """Combines the prompt of its own column, if any, with that of the answers' conversation."""
+    """Combines the prompt column, if there is one, with the messages before the answer."""
     if given is None:
         return before
     if isinstance(given, str):
@@ -236,7 +236,7 @@ def _join(given: Any, before: tuple[Message, ...], columns: Columns) -> tuple[Me
 def _with_system(
     system: Any, messages: tuple[Message, ...], column: str | None
 ) -> tuple[Message, ...]:
-    """Puts the system message of its own column, if there is one, before the conversation."""
+    """Puts the message from the system column, if there is one, before the conversation."""
     if column is None or system is None:
         return messages
     if not isinstance(system, str):

@@ -1,7 +1,7 @@
-"""`text.layout: paper`: lays out prompt and responses like the authors' code, for comparison.
+"""Lays out prompt and responses like the authors' code (`text.layout: paper`), for comparison.
 
-It differs from the default (`text.chat`) in the following; the places are in the code published
-with arXiv 2405.19332:
+It differs from the default (`text.chat`) in three ways; the files named here are in the code
+published with arXiv 2405.19332:
 
 - The prompt is rendered without the header of the answer, and each response is the template applied
   to the answer alone: header and end text are scored (src/alignment/data.py:82-91).
@@ -24,7 +24,7 @@ Ids = tuple[int, ...]
 
 
 class PaperRow(NamedTuple):
-    """The token ids of one prompt and of the response of each role, as used in training."""
+    """The token ids of a prompt and of its responses, by role, as used in training."""
 
     prompt: Ids
     responses: dict[str, Ids]
@@ -54,8 +54,8 @@ def paper_row(
     prompts = {prompt for prompt, _ in rendered.values()}
     if len(prompts) > 1:
         raise ChatError(
-            "text.layout: paper: tokens span the end of the prompt differently for its responses, "
-            f"so that these have no common prompt: {list(prompts)}. Use text.layout: default"
+            "text.layout: paper: a token spans the end of the prompt for some responses but not "
+            f"for others, so their prompts differ: {list(prompts)}. Use text.layout: default"
         )
     responses = {role: ids for role, (_, ids) in rendered.items()}
     return truncate(prompts.pop(), responses, max_length, max_prompt_length)

@@ -85,7 +85,7 @@ class PromptSet(Sequence[Prompt]):
         return self.prompts[index]
 
     def without(self, reason: str, bad: Callable[[Prompt], bool]) -> PromptSet:
-        """A copy in which the prompts that are `bad` are dropped and counted under `reason`."""
+        """Returns a copy without the `bad` prompts, which `dropped` lists under `reason`."""
         rows = list(enumerate(self.by_row(), start=1))
         there = [number for number, found in rows if found is not None]
         told = of_each(bad, self.prompts)
@@ -178,7 +178,10 @@ def load_prompts(
             kept[found.id] = found, row
     if not kept:
         counts = {reason: len(numbers) for reason, numbers in dropped.items()}
-        raise DataError(f"{path_or_id}: no usable row: read {len(rows)}, dropped {counts}.")
+        raise DataError(
+            f"{path_or_id}: no usable row: read {len(rows)}, dropped {counts}. "
+            "Fix the data, or name its columns in the settings `data`."
+        )
     return PromptSet(
         tuple(found for found, _ in kept.values()),
         {reason: tuple(numbers) for reason, numbers in dropped.items()},
@@ -223,7 +226,7 @@ def load_data(data: Data, part: Part = "train", *, pairs: bool = True) -> Prompt
 
 
 def rows_of(rows: Sequence[T], t: int, e: Experiment) -> list[T]:
-    """The rows of iteration t, given all rows of a dataset, usable or not.
+    """Selects the rows of iteration t from all rows of a dataset, usable or not.
 
     Raises:
       DataError: if there are fewer rows than portions.
@@ -291,7 +294,7 @@ def prompts_digest(prompts: Iterable[Prompt]) -> str:
 def _with_free_id(
     new: Prompt, kept: Mapping[str, tuple[Prompt, Row]], columns: Columns, policy: str
 ) -> Prompt:
-    """`new`, with the next free number added to its id if it is taken and `policy` allows that."""
+    """Returns `new`, with a number added to its id if the id is taken and `policy` allows it."""
     column = columns.prompt_id or columns.prompt or columns.chosen
     name, count = new.id, 1
     while name in kept:
@@ -306,7 +309,7 @@ def _with_free_id(
             detail = f"{name!r} is already the id of another prompt, {row.where}."
             raise BadRow("duplicate id", column, detail)
         if (old.chosen, old.rejected) == (new.chosen, new.rejected):
-            raise BadRow("duplicate row", column, f"prompt and answers are as in {row.where}.")
+            raise BadRow("duplicate row", column, f"prompt and answers equal those of {row.where}.")
         count += 1
         name = f"{new.id}#{count}"
     return dataclasses.replace(new, id=name)

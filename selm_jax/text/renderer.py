@@ -29,11 +29,11 @@ from jinja2 import nodes
 
 
 class _Refused(jinja2.TemplateError):
-    """A template refuses a conversation by calling `raise_exception`."""
+    """The template refused the conversation: it called `raise_exception`."""
 
 
 class _Generation(jinja2.ext.Extension):
-    """The tag {% generation %}, by which some templates mark the model's part; it has no effect."""
+    """Accepts and ignores the tag {% generation %}, which in some templates marks the answer."""
 
     tags: ClassVar[set[str]] = {"generation"}
 
@@ -44,7 +44,7 @@ class _Generation(jinja2.ext.Extension):
 
 
 def _environment() -> jinja2.Environment:
-    """Jinja as chat templates expect it: with the same options as in transformers."""
+    """Makes a Jinja environment for chat templates, with the same options as in transformers."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,

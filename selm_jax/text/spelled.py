@@ -1,4 +1,4 @@
-"""Handles control tokens that a message spells out, such as a user's `<|im_end|>`.
+"""Handles control tokens in the text of a message, such as a user's `<|im_end|>`.
 
 A tokenizer cannot tell whether the template or a user wrote `<|im_end|>`: to the model both end the
 turn. `Literal` encodes control tokens as text if a message spells them, and as tokens if the
@@ -23,14 +23,14 @@ _MOST = 0x7FF0
 
 
 def control_tokens(tokenizer: Tokenizer, stop_ids: Iterable[int]) -> list[str]:
-    """The control tokens: those that the tokenizer marks as special, and those that end a text."""
+    """The tokens that the tokenizer marks as special, and the tokens that end a text."""
     added = tokenizer.added_tokens_decoder
     stops = set(stop_ids)
     return [t.content for i, t in sorted(added.items()) if (t.special or i in stops) and t.content]
 
 
 class Spelled:
-    """Finds control tokens in texts; if several begin at one place, the longest."""
+    """Finds control tokens in texts; if several begin at one place, it takes the longest."""
 
     def __init__(self, tokens: Sequence[str]):
         self.tokens = list(tokens)
@@ -41,7 +41,7 @@ class Spelled:
         return self._any.findall(text)
 
     def replace(self, text: str, first: int) -> str:
-        """The text with a stand-in, counted from `first`, for each control token."""
+        """Replaces the i-th control token by the character `first + i`, its stand-in."""
         number = {token: i for i, token in enumerate(self.tokens)}
         return self._any.sub(lambda match: chr(first + number[match[0]]), text)
 
@@ -61,7 +61,7 @@ class Literal:
         if len(spelled.tokens) > _MOST:
             raise ChatError(
                 f"text.special_tokens: as_text supports at most {_MOST:,} control tokens, but "
-                f"{tokenizer.folder} has {len(spelled.tokens):,}. Use another value"
+                f"{tokenizer.folder} has {len(spelled.tokens):,}. Choose another value"
             )
         self._spelled = spelled
         whole = json.loads(tokenizer.backend.to_str())
@@ -99,13 +99,13 @@ class Literal:
         return self._spelled.replace(text, _SPELLED)
 
     def plain(self, marked: str) -> str:
-        """A text with its stand-ins replaced by the control tokens, as people read it."""
+        """Puts the control tokens back in place of their stand-ins, for people to read."""
         return "".join(
             self._spelled.tokens[ord(c) - _SPELLED] if _is_spelled(c) else c for c in marked
         )
 
     def encode(self, marked: str) -> list[int]:
-        """The ids of a text that a template rendered from marked messages."""
+        """Encodes a text that a template rendered from marked messages."""
         text = self.plain(self._spelled.replace(marked, _WRITTEN))
         ids = self._backend.encode(text, add_special_tokens=False).ids
         return [self._ids.get(i, i) for i in ids]

@@ -30,7 +30,7 @@ _SHARD = re.compile(r"(?P<split>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})(-[0-9a-
 
 
 class DataError(ValueError):
-    """A dataset cannot be used as it is. The message names the file, the row, the column."""
+    """A dataset cannot be used as it is. The message names the file, row and column."""
 
 
 class BadRow(Exception):
@@ -160,7 +160,7 @@ def _saved_split(folder: epath.Path, split: str | None) -> epath.Path:
 
 
 def _saved(folder: epath.Path, split: str | None) -> list[epath.Path]:
-    """The files of a folder that `Dataset.save_to_disk` wrote, in their order."""
+    """The data files in a folder that `Dataset.save_to_disk` wrote, in order."""
     state = folder / _SAVED
     try:
         told = jsonl.value(_text(state))
@@ -273,7 +273,7 @@ def _columns(file: epath.Path, kind: str, table_of: Callable[[Any], pa.Table]) -
                 number += 1
                 yield Row(str(file), number, None, values)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file}: cannot be read as {kind}: {error}") from error
+        raise DataError(f"{file}: cannot be read as {kind}: {error}. Write it again.") from error
     except UnicodeDecodeError as error:
         raise DataError(
             f"{file}: a text after row {number} is not UTF-8 ({error}). Write the file again with "

@@ -47,7 +47,7 @@ class Template:
         self._ask(None)
 
     def render(self, messages: Sequence[Mapping[str, str]], answer_follows: bool) -> str:
-        """Renders the conversation, with or without the header of an answer.
+        """Renders a conversation, with or without the header of an answer.
 
         Raises:
           Refused: if the template refuses this conversation.
@@ -75,7 +75,7 @@ class Template:
 
 
 class _Process:
-    """The process that renders all templates of this process; it is started when needed."""
+    """The child process that renders all templates; it is started on first use."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -27,7 +27,7 @@ _ALWAYS = ("bos_token", "eos_token")  # if a template writes one of these, it mu
 
 
 class ChatError(ValueError):
-    """A text cannot be turned into unambiguous token ids, or a folder lacks what this needs."""
+    """A text has no unambiguous token ids, or the model folder lacks a file or token."""
 
 
 class Tokenizer:
@@ -70,12 +70,12 @@ class Tokenizer:
 
     @property
     def added_tokens_decoder(self) -> dict[int, tokenizers.AddedToken]:
-        """Id -> added token. Added tokens are found in a text before the text is split."""
+        """Maps ids to added tokens, which are found in a text before the text is split."""
         return self.backend.get_added_tokens_decoder()
 
     @property
     def all_special_tokens(self) -> list[str]:
-        """The added tokens that are marked as special, and the special tokens with a name."""
+        """The added tokens marked as special, and the named ones, such as `bos_token`."""
         marked = [t.content for t in self.added_tokens_decoder.values() if t.special]
         return list(dict.fromkeys([*marked, *self.special.values()]))
 
@@ -88,14 +88,14 @@ class Tokenizer:
         return self.backend.get_vocab_size()
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The ids of a text, with or without the special tokens that the tokenizer adds to it."""
+        """Encodes a text, with or without the special tokens that the tokenizer adds."""
         try:
             return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         except (TypeError, UnicodeEncodeError) as e:
             raise ChatError(f"this text cannot be encoded (a lone surrogate?): {text!r}") from e
 
     def decode(self, ids: int | Sequence[int], skip_special_tokens: bool = False) -> str:
-        """The text of token ids; spaces are not cleaned up."""
+        """Decodes token ids; it does not clean up spaces."""
         ids = [ids] if isinstance(ids, int) else list(ids)
         return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
@@ -106,7 +106,7 @@ class Tokenizer:
         return self.backend.token_to_id(token)
 
     def beyond(self, vocabulary: int) -> tuple[list[str], list[str]]:
-        """(Ordinary tokens, added tokens) that have no row in an embedding of this size."""
+        """Returns the ordinary and the added tokens without a row in an embedding of this size."""
         added = {i: token.content for i, token in self.added_tokens_decoder.items()}
         if max(len(self), *added, 0) < vocabulary:  # the usual case, without reading all names
             return [], []
@@ -116,7 +116,7 @@ class Tokenizer:
         return ordinary, [token for i, token in sorted(over.items()) if i in added]
 
     def digest(self) -> str:
-        """The SHA-256 of everything that the ids depend on."""
+        """The SHA-256 of everything that token ids depend on."""
         file = self.folder / FILE
         sha = hashlib.sha256(
             file.read_bytes() if file.is_file() else self.backend.to_str().encode()
@@ -212,8 +212,8 @@ def read_object(file: Path) -> dict[str, Any]:
 def find_chat_template(folder: Path) -> tuple[str, str] | None:
     """Finds the chat template of a model folder: (its file, the template); None if there is none.
 
-    Of several named templates it takes the one called `default`. As in transformers, a template in
-    a file of its own takes precedence over tokenizer_config.json.
+    If there are several named templates, the one called `default` is used. As in transformers, a
+    template in a file of its own takes precedence over tokenizer_config.json.
 
     Raises:
       ChatError: if there are several templates and none is called `default`.
@@ -239,7 +239,7 @@ def find_chat_template(folder: Path) -> tuple[str, str] | None:
     if not isinstance(named, dict) or not all(isinstance(t, str) for t in named.values()):
         raise ChatError(
             f"{config}: chat_template is neither a string nor a list of objects with the keys name "
-            "and template"
+            f"and template. Correct it, or save the template as {file}"
         )
     if "default" not in named:
         raise ChatError(
@@ -250,7 +250,7 @@ def find_chat_template(folder: Path) -> tuple[str, str] | None:
 
 
 def _special_tokens(folder: Path, backend: tokenizers.Tokenizer) -> dict[str, str]:
-    """Name -> text of the special tokens (`..._token`) that exist in tokenizer.json."""
+    """Maps names (`..._token`) of special tokens to their texts, if tokenizer.json has them."""
     config = read_object(folder / CONFIG)
     said: Mapping[str, Any] = config
     if "added_tokens_decoder" not in config:  # an older folder: the map takes precedence

@@ -1,4 +1,4 @@
-"""Measures how varied texts are: the share of distinct word sequences (distinct-n)."""
+"""Measures how varied texts are: the share of distinct word n-grams (distinct-n)."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def words(text: str) -> list[str]:
 
 
 def distinct(texts: Sequence[str], n: int) -> float:
-    """The number of different sequences of n words divided by the number of all, in 0..1.
+    """The number of distinct word n-grams divided by the number of all n-grams, from 0 to 1.
 
-    It is 0 if there are no sequences. They are pooled over all texts as in Li et al. 2016 (arXiv
+    It is 0 if there are no n-grams. They are pooled over all texts as in Li et al. 2016 (arXiv
     1510.03055, section 5), who divide by the number of words instead; dividing by the number of
-    sequences lets texts without repeats reach 1.
+    n-grams lets texts without repeats reach 1.
     """
     each = [words(text) for text in texts]
     found = [tuple(w[i : i + n]) for w in each for i in range(len(w) - n + 1)]

@@ -8,7 +8,7 @@ from selm_jax.text.tokenizer import CONFIG, ChatError, Tokenizer, read_object
 
 
 def checked_vocabulary(tokenizer: Tokenizer, vocabulary: int | None) -> int | None:
-    """Returns `vocabulary` if some added token has no embedding; None if all tokens have one.
+    """Returns `vocabulary` if an added token has no embedding, and None if all tokens have one.
 
     Many models have an added token without an embedding, for padding or images; this is fine as
     long as no text contains it.
@@ -34,7 +34,7 @@ def stop_ids(folder: Path, tokenizer: Tokenizer, vocabulary: int | None = None) 
     Without a generation config, config.json is read in its place, as in transformers.
 
     Raises:
-      ChatError: if there are none, or one is not a token of the model.
+      ChatError: if there are no such tokens, or an id is not that of a token of the model.
     """
     files = (folder / name for name in ("generation_config.json", "config.json"))
     file = next((file for file in files if file.exists()), None)

@@ -15,7 +15,7 @@ class AnnotationError(ValueError):
 
 
 def check_minimum(minimum: Any) -> None:
-    """Raises AnnotationError unless it is a whole number of at least 1."""
+    """Raises AnnotationError unless `minimum` is a whole number of at least 1."""
     if not isinstance(minimum, int) or isinstance(minimum, bool) or minimum < 1:
         raise AnnotationError(
             f"minimum is {minimum!r}; expected the number of people who rank each prompt, at "
@@ -24,7 +24,7 @@ def check_minimum(minimum: Any) -> None:
 
 
 def check_name(name: Any) -> str:
-    """A person's name without surrounding space, in Unicode's composed form (NFC).
+    """A person's name without surrounding spaces, in Unicode's composed form (NFC).
 
     Raises:
         AnnotationError: the name is empty, too long, or not printable.
@@ -38,7 +38,7 @@ def check_name(name: Any) -> str:
 
 
 def check_comment(comment: Any) -> str | None:
-    """A comment without surrounding space, or None if it is empty.
+    """A comment without surrounding spaces, or None if it is empty.
 
     Raises:
         AnnotationError: the comment is not text, or is too long.

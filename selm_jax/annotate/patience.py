@@ -1,4 +1,4 @@
-"""A time limit for the arrival of a request, which uvicorn lacks; each connection uses a file."""
+"""Limits how long a request may take to arrive: uvicorn has no limit, and sockets are scarce."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ class Item:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the texts, in hex; the order of the answers is part of it."""
+        """SHA-256 of the texts, in hex; it depends on the order of the answers."""
         return hashlib.sha256(_texts(self.messages, self.answers)).hexdigest()
 
 
@@ -160,7 +160,7 @@ class Annotations:
     # Questions
 
     def put(self, batch: str, items: Sequence[Item], minimum: int = 1) -> None:
-        """Makes these questions, in this order, a batch; an older batch of this name is replaced.
+        """Stores these questions as a batch, in this order, and replaces an older one of its name.
 
         Args:
             minimum: the number of people who should rank each question.
@@ -199,7 +199,7 @@ class Annotations:
             return _item(self._row(database, question))
 
     def open_questions(self, batch: str, annotator: str) -> list[str]:
-        """Digests of the open questions for a person, first those that others have answered."""
+        """Digests of a person's open questions; those that others have answered come first."""
         with self._open() as database:
             rows = database.execute(
                 f"select question from ({_OPEN}) as o where not exists (select 1 from judgements "

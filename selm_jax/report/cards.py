@@ -87,7 +87,7 @@ def _answer_view(run: RunData, answer: Answer, group: Sequence[Answer]) -> dict[
 
 
 def _gain(greedy: Sequence[Answer]) -> float:
-    """Score of the last greedy answer minus that of the start model's; 0 if either is missing."""
+    """The last greedy answer's score minus the start model's; 0 if either is missing."""
     scores = {a.iteration: a.score for a in greedy if math.isfinite(a.score)}
     return scores[max(scores)] - scores[0] if 0 in scores else 0.0
 

@@ -23,7 +23,7 @@ _UPDATES = "update, counted through the whole run"
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot with its title and how to read it.
+    """A plot with its title and a text on how to read it.
 
     `drawing` is None if no run has data to draw yet; the page then says so.
     """
@@ -133,7 +133,7 @@ def implicit_reward_plots(runs: Sequence[RunData], labels: Sequence[str]) -> lis
 
 
 def _explore(runs: Sequence[RunData]) -> str:
-    """The metric with the explored answer's reward; earlier versions only logged the second one."""
+    """The metric of the explored answer's reward: `optimism/reward` in runs of earlier versions."""
     measured = any("rewards/explore" in run.updates[-1].metrics for run in runs if run.updates)
     return "rewards/explore" if measured else "optimism/reward"
 
@@ -216,7 +216,7 @@ def _curve(updates: Sequence[Update], metric: str, style: Style, label: str) -> 
 
 
 def running_mean(values: Sequence[float], width: int) -> list[float]:
-    """Centered mean over up to `width` values; NaN values are left out.
+    """The centered mean over up to `width` values, ignoring NaN values.
 
     The window stays symmetric, so it shrinks to one value at both ends. The curve thus keeps the
     last value and the first one, which theory predicts (log 2 for the preference term).

@@ -73,7 +73,7 @@ class Stage:
 
     @property
     def explored(self) -> dict[str, float]:
-        """The number of pairs for each place of the explored answer."""
+        """The number of pairs by the explored answer's place: best, middle, worst or tied."""
         return {place: self.counts.get(f"explore/{place}", 0) for place in PLACES}
 
 
@@ -139,7 +139,7 @@ def report_data(run: Path) -> RunData:
     missing = [name for name in ("config.yaml", "manifest.json") if not (run / name).is_file()]
     if missing:
         raise FileNotFoundError(
-            f"{run} is not a run folder: {' and '.join(missing)} missing. "
+            f"{run} is not a run folder: it lacks {' and '.join(missing)}. "
             "`selm run` writes both before its first stage; check the path."
         )
     manifest = sealed_mapping(json_file(run / "manifest.json"), run / "manifest.json")

@@ -33,7 +33,7 @@ _RC = {
 
 @dataclass(frozen=True)
 class PaperFigure:
-    """A figure and its data. `name` is the name of its files; `drawings` has them by suffix."""
+    """A figure and its data. `name` is its files' name; `drawings` has their bytes by suffix."""
 
     name: str
     rows: Rows

@@ -68,7 +68,7 @@ def no_formula(text: str) -> str:
 
 
 def _number(cell: Cell) -> str | None:
-    """A number with six digits, "" for a missing one; None if the cell is text."""
+    """The cell's number with six digits; "" if it is missing, None if the cell is text."""
     if cell is None or (isinstance(cell, float) and not math.isfinite(cell)):
         return ""
     if isinstance(cell, bool) or not isinstance(cell, int | float):

@@ -65,7 +65,7 @@ def write(runs: Sequence[Path], out: Path, names: Sequence[str | None] = ()) -> 
     twice = {str(f) for f in folders if [g.resolve() for g in folders].count(f.resolve()) > 1}
     if twice:
         raise ReportError(
-            f"the same run folder twice: {', '.join(sorted(twice))}; give each folder once"
+            f"the same run folder is given twice: {', '.join(sorted(twice))}; give each folder once"
         )
     given = [name for name in names if name]
     if twice := sorted({name for name in given if given.count(name) > 1}):
@@ -104,7 +104,7 @@ def templates() -> jinja2.Environment:
 
 
 def render(runs: Sequence[RunData]) -> str:
-    """The page as text."""
+    """Renders the page as HTML text."""
     labels = unique_labels(runs)
     script = SCRIPT
     answers, left_out = cards.answer_cards(runs, labels)
@@ -300,7 +300,7 @@ def _run_view(run: RunData, label: str, index: int) -> dict[str, Any]:
 
 
 def printable(value: Any) -> Any:
-    """Replaces characters that HTML forbids by visible ones, such as NUL by ␀."""
+    """Replaces characters that HTML forbids with visible ones, such as NUL with ␀."""
     if not isinstance(value, str) or isinstance(value, Markup):
         return value
     return "".join(map(_visible, value.replace("\r\n", "\n")))

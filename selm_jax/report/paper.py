@@ -145,7 +145,7 @@ class Implicit:
 def implicit_differences(
     name: str, title: str, baseline: Implicit, others: Sequence[Implicit]
 ) -> PaperFigure:
-    """Implicit reward minus the baseline's for each prompt, sorted; one panel for each role.
+    """Each prompt's implicit reward minus the baseline's, sorted; one panel for each role.
 
     Prompts whose reward is NaN are left out. Raises ReportError if the policies have different
     prompts.

@@ -66,7 +66,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Estimated:
-    """A mean, its 95 % interval if it has one, and the single values that it is the mean of."""
+    """A mean, its 95 % interval if it has one, and the single values that it averages."""
 
     colour: str
     value: float

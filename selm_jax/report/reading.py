@@ -15,7 +15,7 @@ from selm_jax.shell.sealed import fits, unsealed
 
 
 class ReportError(ValueError):
-    """The files of runs cannot be shown, or not together. The message says which and why."""
+    """Run files cannot be shown, alone or on one page. The message says which and why."""
 
 
 def text_of(path: Path) -> str:

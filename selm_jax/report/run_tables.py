@@ -111,7 +111,7 @@ def manifest(run: RunData) -> dict[str, str]:
 
 
 def machine(run: RunData) -> dict[str, str]:
-    """The manifest without the ranker's settings."""
+    """The rows of the manifest, without the ranker's settings."""
     return {k: v for k, v in manifest(run).items() if not k.startswith("feedback")}
 
 

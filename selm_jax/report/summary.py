@@ -34,7 +34,7 @@ def number(value: float | None, sign: bool = False) -> str:
 
 
 def percent(share: float | None) -> str:
-    """A share of 1 as a percentage: a whole number, or one digit below 1 %."""
+    """Formats a share as a percentage: a whole number, or one significant digit below 1 %."""
     if share is None or not math.isfinite(share):
         return "–"
     text = f"{100 * share:.0f}" if share == 0 or share >= 0.0095 else f"{100 * share:.1g}"
@@ -181,7 +181,7 @@ def alarms(run: RunData) -> list[str]:
 
 
 def paired_difference(one: RunData, other: RunData) -> Estimate | None:
-    """Score of `other` minus score of `one` for their last greedy answers to shared prompts.
+    """The score of `other` minus that of `one`, for their last greedy answers to shared prompts.
 
     This is like a run's gain, but between two runs; the interval covers the choice of prompts. The
     result is None if no prompt has a score in both runs.

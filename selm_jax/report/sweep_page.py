@@ -157,7 +157,7 @@ def _groups(rows: Sequence[Row], place: int, axis: str, against: str) -> Iterato
 
 
 def _base(folder: Path, rows: Sequence[Row]) -> RunData | None:
-    """A finished run, if possible of the baseline, whose facts are shown for all runs."""
+    """A finished run, of the baseline if possible; its facts are shown for all runs."""
     for row in sorted(rows, key=lambda row: not row.baseline):
         for _, run, finished in row.runs:
             if finished and (folder / run / "config.yaml").is_file():
@@ -166,7 +166,7 @@ def _base(folder: Path, rows: Sequence[Row]) -> RunData | None:
 
 
 def _verdict(named: Sequence[tuple[str, Row]], against: str) -> str:
-    """The result of a group in words, with p corrected over all comparisons of the sweep."""
+    """The result of a group in words, with p values corrected over all comparisons of the sweep."""
     compared = [
         answer.Compared(level, row.difference, row.p_holm)
         for level, row in named

@@ -26,7 +26,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Changes:
-    """The words that the second set uses more, and those it uses less, by decreasing |z|."""
+    """The words that the second set uses more and those that it uses less, by decreasing |z|."""
 
     title: str
     more: Sequence[Change]

@@ -122,7 +122,7 @@ def test_missing_files_are_named(run, name):
 
 
 def test_both_missing_files_are_named_at_once(tmp_path):
-    with pytest.raises(FileNotFoundError, match="config.yaml and manifest.json missing"):
+    with pytest.raises(FileNotFoundError, match="it lacks config.yaml and manifest.json"):
         report_data(tmp_path)
 
 

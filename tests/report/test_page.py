@@ -237,7 +237,7 @@ def test_runs_of_one_name_are_told_apart(make_run, tmp_path):
 def test_wrong_calls(run, tmp_path):
     with pytest.raises(ValueError, match="no run to report on"):
         write([], tmp_path / "r.html")
-    with pytest.raises(ValueError, match="same run folder twice"):
+    with pytest.raises(ValueError, match="same run folder is given twice"):
         write([run, run / ".." / "run"], tmp_path / "r.html")
     with pytest.raises(FileNotFoundError, match="is not a folder"):
         write([tmp_path / "no"], tmp_path / "r.html")

@@ -70,7 +70,7 @@ class Answers(Sequence[Sequence[Candidate]]):
         return [[each.text for each in of_prompt] for of_prompt in self.candidates]
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row per answer: prompt, source, sample, text, finish, tokens."""
+        """A DataFrame with one row per answer: prompt, source, sample, text, finish, tokens."""
         import pandas as pd
 
         return pd.DataFrame(

@@ -68,7 +68,7 @@ class Pairs(Sequence[Example]):
             )
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row per pair: prompt, chosen, rejected, explore, score_chosen, score_rejected."""
+        """A DataFrame of pairs: prompt, chosen, rejected, explore, score_chosen, score_rejected."""
         import pandas as pd
 
         return pd.DataFrame(list(self.rows))

@@ -65,7 +65,7 @@ class RunFolder:
 
     @cached_property
     def metrics(self) -> pd.DataFrame:
-        """One row per update and per evaluation.
+        """A table with one row per update and per evaluation.
 
         The columns are `stage` ("train" or "evaluate"), `iteration`, `step` (the number of an
         update, from 1 in each iteration) and one per metric.
@@ -82,7 +82,7 @@ class RunFolder:
 
     @cached_property
     def answers(self) -> pd.DataFrame:
-        """One row per candidate of every iteration.
+        """A table with one row per candidate of every iteration.
 
         Columns include the prompt, text, score, rank (1 is best), the roles (`chosen`, `rejected`,
         `explore`), and the reason if the prompt was dropped.
@@ -94,7 +94,7 @@ class RunFolder:
 
     @cached_property
     def pairs(self) -> pd.DataFrame:
-        """One row per pair.
+        """A table with one row per pair.
 
         The columns are iteration, prompt_id, prompt, the texts of `chosen`, `rejected` and
         `explore` (the first if there are several), score_chosen and score_rejected.
@@ -113,7 +113,7 @@ class RunFolder:
 
     @cached_property
     def heldout(self) -> pd.DataFrame:
-        """One row per held-out answer.
+        """A table with one row per held-out answer.
 
         Columns include the iteration (0 is the start model), prompt, text, the ranker's score, and
         the answer's log-probability in nats under the policy that wrote it (`logp`) and under the

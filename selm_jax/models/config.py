@@ -1,4 +1,4 @@
-"""`DecoderConfig`: the hyperparameters by which one decoder computes many model families.
+"""`DecoderConfig`: the hyperparameters with which one decoder covers many model families.
 
 A family of models is a set of values here, never a subclass and never a test on a name.
 `models.families` reads the values from a `config.json`.

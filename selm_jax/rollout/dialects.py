@@ -102,14 +102,14 @@ def _filters(sampling: Sampling | None) -> dict[str, Any]:
 def _vllm_said(tree: Any) -> Said:
     choice = tree["choices"][0]
     if choice.get("token_ids") is None:
-        raise ServerError("without token ids; use a vLLM version that has `return_token_ids`")
+        raise ServerError("missing its token ids; use a vLLM version that has `return_token_ids`")
     end = choice.get("stop_reason")
     return Said(tuple(choice["token_ids"]), choice["finish_reason"], _token(end))
 
 
 def _sglang_said(tree: Any) -> Said:
     if tree.get("output_ids") is None:
-        raise ServerError("without token ids; use an SGLang version that returns `output_ids`")
+        raise ServerError("missing its token ids; use an SGLang version that returns `output_ids`")
     finish = tree["meta_info"]["finish_reason"]
     return Said(tuple(tree["output_ids"]), finish["type"], _token(finish.get("matched")))
 

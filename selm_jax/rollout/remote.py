@@ -222,10 +222,10 @@ class Server:
         if said.finish == "stop" and said.end in self.stop_ids:
             return (*tokens, said.end), "stop"
         expected = (
-            f"{self.max_new_tokens} tokens, or an end of {', '.join(map(str, self.stop_ids))}"
+            f"{self.max_new_tokens} tokens, or a stop token ({', '.join(map(str, self.stop_ids))})"
         )
         raise ServerError(
-            f"{self._root}: an answer of {len(tokens)} tokens is finished ({said.finish}, by token "
+            f"{self._root}: an answer of {len(tokens)} tokens finished ({said.finish}, by token "
             f"{said.end}); expected {expected}. Check that the server's context is long enough for "
             "prompt and answer, and that it takes no limit or stop token from "
             "generation_config.json"

@@ -1,1 +1,1 @@
-"""The work of those verbs of the command line that are more than one call."""
+"""Implements the verbs of the command line that need more than a single call."""

@@ -1,4 +1,4 @@
-"""How the program ends: what it says, and with which status.
+"""Ends the program with a message and an exit status.
 
 Exit status 1 is an error, 130 is Ctrl-C, 75 is a run that was told to stop and saved (it ends by
 itself), and 76 is a process of a run whose other processes are gone.
@@ -19,7 +19,7 @@ _INTERRUPTED = 130  # what typer returns after Ctrl-C
 
 
 def carried_out(work: Callable[[], Any]) -> None:
-    """Does the work, which returns an exit status, and ends the program with that status.
+    """Runs `work`, and ends the program with the exit status that it returns.
 
     An error whose message was written for the user is shown without a traceback, unless `--verbose`
     or $SELM_TRACEBACK asks for it.
@@ -48,14 +48,16 @@ def carried_out(work: Callable[[], Any]) -> None:
 
 
 def is_for_the_user(error: Exception) -> bool:
-    """Whether its message was written for the user: ours, the system's, or a wrong option's."""
+    """Whether an error's message is meant for the user: ours, the system's or an option's."""
     package = type(error).__module__.partition(".")[0]
     return isinstance(error, OSError) or package in ("selm_jax", "typer", "click")
 
 
 def _leave_the_others(message: str, status: int = 1) -> None:
-    """Ends at once if other processes of this run exist: an orderly exit would wait for them, and
-    they for this one. The coordinator tells them."""
+    """Ends this process at once if it is one of several of a run.
+
+    An orderly exit would wait for the others, and they for this one. The coordinator tells them.
+    """
     jax = sys.modules.get("jax")
     if jax is not None and jax.distributed.is_initialized():
         print(message, file=sys.stderr, flush=True)

@@ -42,7 +42,7 @@ def write(
     published: bool = False,
     console: Console | None = None,
 ) -> list[Path]:
-    """Writes each figure for which these runs have the data, and says which are left out.
+    """Writes each figure that these runs have the data for, and says which are left out.
 
     Args:
       pairs: a file or Hub id with preference pairs for figure 4, in the columns prompt, chosen and
@@ -50,7 +50,7 @@ def write(
       published: also draws the paper's own tables and its authors' model cards, marked as such.
 
     Returns:
-      the drawings as SVG; PDF, PNG and the data of each are beside it.
+      the paths of the SVG drawings; the PDF, PNG and data of each are beside it.
 
     Raises:
       RunError: there is nothing to draw.
@@ -118,7 +118,8 @@ def _beta(run: Run) -> float:
     beta = run.experiment.objective.get("beta")
     if beta is None:
         raise RunError(
-            f"{run.folder.path}: the objective has no beta, so it has no implicit reward"
+            f"{run.folder.path}: the objective has no beta, so it has no implicit reward. Leave "
+            "out this run"
         )
     return float(beta)
 
@@ -130,7 +131,7 @@ def _own_samples(
     base: int,
     others: Sequence[int],
 ) -> Iterator[PaperFigure]:
-    """Figure 5, after iteration 2 as in the paper, or after the last iteration of all runs."""
+    """Draws figure 5 after iteration 2, as in the paper, or after the last one all runs have."""
     t = min(2, *(max(each.evaluations, default=0) for each in data))
     found = {i: paper.own_samples(data[i], labels[i], t, _beta(runs[i])) for i in (base, *others)}
     rewards = [each.of["own samples"].values() for each in found.values()]
@@ -149,7 +150,7 @@ def _pairs(
     pairs: str | None,
     console: Console,
 ) -> PaperFigure:
-    """Figure 4, after iteration 1 as in the paper, where all runs have the same reference."""
+    """Draws figure 4 after iteration 1, as in the paper: all runs have the same reference then."""
     source, examples = _examples(runs[base], pairs)
     for i in others:
         if pairs is None and _examples(runs[i], None)[1] != examples:
@@ -185,9 +186,10 @@ def _pairs(
 
 
 def _examples(run: Run, pairs: str | None) -> tuple[str, list[Example]]:
-    """The pairs of figure 4, in words and as token ids, without stored log-probabilities.
+    """The pairs of figure 4: a phrase that describes them, and their token ids.
 
-    Pairs that cannot be scored or fit no row are left out, as in the evaluation.
+    Stored log-probabilities are left out. So are pairs that cannot be scored or do not fit into a
+    row, as in the evaluation.
     """
     longest = min(run.experiment.training.row_length, run.programs.config.max_positions)
     if pairs is not None:

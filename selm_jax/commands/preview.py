@@ -46,7 +46,9 @@ def preview(run: Run, t: int, count: int) -> bool:
     """
     last = run.experiment.portions - run.experiment.data.first_portion + 1
     if not 1 <= t <= last:
-        raise RunError(f"iteration {t}: the data has portions for iterations 1 to {last}")
+        raise RunError(
+            f"there is no iteration {t}: the data has portions for iterations 1 to {last}"
+        )
     console, found = run.console, collect(run, t)
     e = run.experiment
     console.print(f"iteration {t}, layout {e.text.layout}: {found.source}", soft_wrap=True)
@@ -167,7 +169,7 @@ def _bar(roles: Sequence[str], length: int, console: Console) -> Text:
 
 
 def _counts(run: Run, t: int, found: Preview) -> Table:
-    """The counts over all rows to look at before training."""
+    """A table of counts over all rows, to look at before training."""
     e, chat = run.experiment, run.chat
     bos, stops = chat.tokenizer.bos_token_id, set(chat.stop_ids)
     responses = [ids for row in found.rows for ids in row.responses]
@@ -214,7 +216,7 @@ def _counts(run: Run, t: int, found: Preview) -> Table:
 
 
 def _spelled(run: Run, t: int) -> str:
-    """`3 in 2 of 10 prompts, as tokens: 2 <|im_end|>, 1 <|im_start|>`, with the data's answers."""
+    """A count such as `3 in 2 of 10 prompts, as tokens: 2 <|im_end|>, 1 <|im_start|>`."""
     e, every = run.experiment, run.prompts(t)
     counts, prompts = Counter[str](), 0
     for prompt in every:
@@ -231,7 +233,7 @@ def _spelled(run: Run, t: int) -> str:
 
 
 def _bad_rows(run: Run) -> dict[str, int]:
-    """Reason -> rows of all the data, not of the iteration alone."""
+    """The number of bad rows for each reason, in all the data and not only in the iteration."""
     return {reason: len(numbers) for reason, numbers in run.data.all_prompts.dropped.items()}
 
 
@@ -240,7 +242,7 @@ def _leading(ids: Sequence[int], token: int) -> int:
 
 
 def _spread(numbers: Iterable[int], unit: str) -> str:
-    """`1 in 380 rows, 2 in 4 rows`."""
+    """A list of how often each number occurs, such as `1 in 380 rows, 2 in 4 rows`."""
     found = sorted(Counter(numbers).items())
     return ", ".join(f"{n} in {count:,} {unit}" for n, count in found)
 
@@ -250,7 +252,7 @@ def _listed(counts: Mapping[str, int]) -> str:
 
 
 def _histogram(rows: Sequence[Example | Alone], width: int, block: str) -> Table:
-    """Lengths in tokens: of prompts, and of the responses of each role."""
+    """A histogram of the lengths, in tokens, of prompts and of each role's responses."""
     lengths = {"prompt": [len(row.prompt) for row in rows]}
     for role in ROLES:
         of_role = [

@@ -27,7 +27,7 @@ _STAGES = (generate.name, rank.name, score.name)  # that make the rows
 
 
 class Alone(NamedTuple):
-    """A prompt whose answers are not there yet; else as an `Example`."""
+    """A prompt that has no answers yet, with the fields of `Example` that a preview uses."""
 
     prompt_id: str
     prompt: tuple[int, ...]
@@ -40,7 +40,7 @@ class Alone(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Preview:
-    """The rows of an iteration and what became of the others.
+    """The rows of an iteration, and counts of those that were left out or cut.
 
     Attributes:
       source: where the rows come from, in words.
@@ -62,8 +62,10 @@ class Preview:
 
 
 def collect(run: Run, t: int) -> Preview:
-    """The rows of iteration t: those of the run folder if they were made from the data as it is
-    now, or else those of the data."""
+    """The rows of iteration t, from the run folder or from the data.
+
+    Those of the run folder are used if they were made from the data as it is now.
+    """
     folder = run.folder.iteration(t)
     if not (folder / "ranked.parquet").exists():
         return _from_data(run, t)
@@ -115,7 +117,7 @@ def _made_from_other_data(run: Run, t: int, record: Mapping[str, dict]) -> str |
 
 
 def _from_data(run: Run, t: int) -> Preview:
-    """The prompts with the data's answers, if these are to compete, or alone."""
+    """Rows of prompts alone, or with the data's answers if these are candidates."""
     e = run.experiment
     rows: list[Example | Alone] = []
     dropped, cut = Counter[str](), Counter[str]()
@@ -142,7 +144,7 @@ def _from_data(run: Run, t: int) -> Preview:
 
 
 def _changes(run: Run, t: int, record: Mapping[str, dict]) -> dict[str, tuple[str, object, object]]:
-    """Settings that are not what the stages of the run's rows had: key -> stage, before, now."""
+    """Settings that changed since the stages ran: key -> stage, value then, value now."""
     found: dict[str, tuple[str, object, object]] = {}
     for stage in (generate, teach if run.experiment.taught else rank, score):
         if stage.name in record:

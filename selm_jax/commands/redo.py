@@ -1,7 +1,7 @@
-"""`selm redo RUN STAGE -t T`: a stage and what follows from it are forgotten, to be done again.
+"""`selm redo RUN STAGE -t T`: forgets a stage and all that follows from it, so that they run again.
 
-What a stage left is deleted by the names that its entry in `stage.json` has. A file that somebody
-else put into a folder of the run stays.
+Only the outputs that the stage's entry in `stage.json` names are deleted. A file that somebody else
+put into a folder of the run stays.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ORDER = (generate, rank, score, train, export, evaluate)  # of an iteration
 
 
 class RedoError(RuntimeError):
-    """A stage that cannot be done again. Nothing was changed; the message says why."""
+    """A stage cannot be run again. Nothing was changed; the message says why."""
 
 
 def redo(run: Path, stage: str, t: int) -> list[str]:
@@ -36,7 +36,7 @@ def redo(run: Path, stage: str, t: int) -> list[str]:
 
     Raises:
       RedoError: the folder is not a run folder, there is no such stage, or it has not begun.
-      ArtifactError: another process works in the run folder.
+      ArtifactError: another process is using the run folder.
     """
     known = [each.name for each in ORDER]
     if stage not in known:
@@ -62,7 +62,7 @@ def redo(run: Path, stage: str, t: int) -> list[str]:
 def _following(
     stage: str, t: int, entries: Mapping[int, Mapping[str, Any]]
 ) -> Iterator[tuple[int, str]]:
-    """The stage and what depends on it, the last first: iteration, name."""
+    """The stage and those that depend on it, as (iteration, name), in reverse order."""
     names = [each.name for each in ORDER]
     for u in sorted(entries, reverse=True):
         for name in reversed(names):
@@ -78,14 +78,14 @@ def _following(
 def _check_models(
     run: Path, forgotten: list[tuple[int, str]], entries: Mapping[int, Mapping[str, Any]]
 ) -> None:
-    """Raises RedoError if the first iteration that works again starts from a model that is gone."""
+    """Raises RedoError if the first iteration to run again starts from a deleted model."""
     first = min(u for u, _ in forgotten)
     if first > 1 and {name for u, name in forgotten if u == first} != {evaluate.name}:
         entry = entries.get(first - 1, {}).get(export.name, {})
         if entry.get("done") and not (model := run / f"iteration_{first - 1}" / "model").exists():
             raise RedoError(
                 f"{model}: this iteration would start from that model, which is gone "
-                f"(keep_models: last removes it). `selm redo {run} generate -t 1` begins anew"
+                f"(keep_models: last removes it). `selm redo {run} generate -t 1` starts over"
             )
 
 
@@ -115,7 +115,7 @@ def _forget(
 
 
 def _delete(path: Path, files: Mapping[str, str] | None) -> list[Path]:
-    """Deletes an output; of a folder only the files that the stage wrote. Returns what it left."""
+    """Deletes an output, or a folder's files that the stage wrote. Returns files that remain."""
     if not path.is_dir() or path.is_symlink():
         path.unlink(missing_ok=True)
         return []
@@ -133,6 +133,6 @@ def _delete(path: Path, files: Mapping[str, str] | None) -> list[Path]:
 
 
 def _entries(folder: Path) -> dict[str, Any]:
-    """The entries of stage.json, also those that were changed by hand: they are to go."""
+    """The entries of stage.json, even those that were changed by hand: they may be deleted."""
     file = folder / "stage.json"
     return read_object(file) if file.exists() else {}

@@ -1,4 +1,4 @@
-"""Runs as the command line names them: by an experiment file, or by their folder."""
+"""Opens the runs that a command line names by an experiment file or by their folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from selm_jax.weights.sources import cache_root
 
 
 def settings_of(place: Path, overrides: Sequence[config.Override] = ()) -> Experiment:
-    """The experiment of a YAML file, or of a run folder, which is then its `output`.
+    """The experiment of a YAML file or of a run folder, which replaces its `output`.
 
     Raises:
       ConfigError: as `config.load`; or the folder is not a run folder.
@@ -57,7 +57,7 @@ def opened(
 
 
 def looked_at(place: Path, overrides: list[str] | None, *, tiny: bool = False) -> Run:
-    """The same run, to be looked at.
+    """The run of an experiment file or a run folder, opened to look at it.
 
     Functions that an experiment file names are imported, as `selm run` does. Those that a run
     folder names are not: the folder may be somebody else's.

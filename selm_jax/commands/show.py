@@ -91,7 +91,7 @@ def _cell(entry: Mapping[str, Any] | None) -> str:
 
 
 def _numbers(line: Mapping[str, Any]) -> str:
-    """The last line of metrics of a stage, in words."""
+    """A line of a stage's metrics, in words."""
     step = f", update {line['step']}" if "step" in line else ""
     values = [
         f"{name.removeprefix('heldout/')} {line[name]:.4g}"
@@ -102,7 +102,7 @@ def _numbers(line: Mapping[str, Any]) -> str:
 
 
 def _bytes(folder: Path) -> int:
-    """Bytes on disk; a file with several names in the folder counts once."""
+    """A folder's size in bytes. A file with several hard links in it counts once."""
     seen: dict[tuple[int, int], int] = {}
     for where, _, files in os.walk(folder):
         for name in files:

@@ -36,12 +36,12 @@ ROWS, HELDOUT = 64, 8
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """What a tiny model has of its family: facts of its config.json, tokens, and chat template.
+    """What a tiny model takes from its family: keys of config.json, tokens and chat template.
 
     Attributes:
-      model: the keys of config.json in which the family is not like the others.
+      model: the keys of config.json in which the family differs from the others.
       special: the tokenizer's special tokens; the first is BOS, the last ends an answer.
-      eos: the tokenizer's own end-of-text token, which is another one in some families.
+      eos: the tokenizer's end-of-text token. In some families another token ends an answer.
       adds_bos: whether the tokenizer puts BOS in front of any text.
       template: Jinja source of the chat template.
     """
@@ -149,7 +149,7 @@ def _write_inputs(folder: Path, family: Family, data: Data) -> None:
 
 
 def make_model(folder: Path, family: Family) -> None:
-    """A random model of 2 layers and width 64 with a tokenizer of single bytes, in `folder`."""
+    """Writes a random model of 2 layers and width 64, with a byte tokenizer, into `folder`."""
     folder.mkdir(parents=True)
     tokenizer = _tokenizer(family)
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -204,7 +204,7 @@ _THINGS = ("a river", "a chair", "a song", "a train", "soup", "my coat", "tea", 
 
 
 def _rows(data: Data, split: str, count: int) -> Iterator[dict[str, Any]]:
-    """Rows in the columns that the experiment names, as UltraFeedback-binarized has them."""
+    """Made-up rows in the columns that the experiment names, like UltraFeedback-binarized's."""
     first = 0 if split == "train" else ROWS  # none of the held-out prompts is trained on
     for i in range(first, first + count):
         verb, thing = _VERBS[i // len(_THINGS)], _THINGS[i % len(_THINGS)]
@@ -225,7 +225,7 @@ def _rows(data: Data, split: str, count: int) -> Iterator[dict[str, Any]]:
 
 
 def _feedback(feedback: Feedback) -> Feedback:
-    """`length`, which needs nothing, instead of a ranker that needs weights, a server or words.
+    """Settings with the ranker `length` instead of one that needs weights, a server or words.
 
     A user's own ranker stays, so that it is rehearsed. It may give all random letters the same
     score, so ties are kept.
@@ -256,7 +256,7 @@ def _is_here(ranker: str, settings: Mapping[str, Any]) -> bool:
 
 
 def _rows_of_devices() -> int:
-    """At least 8 rows, and equally many on each device."""
+    """A number of rows: at least 8, and equally many on each device."""
     devices = jax.device_count()
     return devices * -(-8 // devices)
 

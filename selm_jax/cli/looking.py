@@ -1,4 +1,4 @@
-"""The verbs that look at experiments and runs, and the page on which people rank answers."""
+"""The verbs that show experiments and runs, and the page on which people rank answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The verbs about machines: what an experiment would take there, and how fast this one is."""
+"""The verbs about machines: what an experiment needs on one, and how fast this one is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The program `selm`: its verbs are added by the modules beside this one."""
+"""The program `selm`, to which the other modules of this package add verbs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def selm(
 
 
 def set_up_jax() -> None:
-    """Prepares JAX for the verbs of a group, before the first of them."""
+    """Prepares JAX before the verbs of a group run."""
     from selm_jax.commands.runs import set_up_jax
 
     set_up_jax()

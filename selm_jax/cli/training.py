@@ -53,7 +53,7 @@ class OneStage:
 def _stage_verb(
     stage: str, about: str, needs: str, writes: str, name: str | None = None, old: bool = False
 ) -> None:
-    """Adds the verb that runs one stage; the old name of a verb says that it is old."""
+    """Adds a verb that runs one stage. If `old`, the verb tells the user to use its new name."""
     name = name or stage
 
     def work(options: OneStage) -> None:
@@ -136,7 +136,7 @@ def export(options: Exporting) -> None:
 
     def check(to: Path) -> None:
         if to.exists():
-            raise artifacts.ArtifactError(f"{to}: already exists; --to needs a new folder's name")
+            raise artifacts.ArtifactError(f"{to}: already exists; give --to a new folder's name")
 
     if to is not None:
         multihost.on_first(lambda: check(to))

@@ -273,7 +273,10 @@ class _Worker:
         if time.monotonic() < self.deadline:
             return False
         if self.call is None:
-            raise FeedbackError(f"{self.started} did not start within {_START_SECONDS:g} s.")
+            raise FeedbackError(
+                f"{self.started} did not start within {_START_SECONDS:g} s. Check what the rule's "
+                "module does when it is imported."
+            )
         raise FeedbackError(
             f"{self.call.where}: the rule took longer than {self.timeout:g} s (`timeout`) and was "
             f"stopped. The response begins {self.call.beginning}."
@@ -296,7 +299,10 @@ class _Worker:
         code = self.process.exitcode
         how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
         if self.call is None:
-            return FeedbackError(f"{self.started} died when it started ({how}).")
+            return FeedbackError(
+                f"{self.started} died when it started ({how}). Check what the rule's module does "
+                "when it is imported."
+            )
         return FeedbackError(
             f"{self.call.where}: the rule's process died ({how}; signal 9 often means that it ran "
             f"out of memory). The response begins {self.call.beginning}."

@@ -69,7 +69,7 @@ def number(value: Any, path: Path, key: str) -> float:
 
 def not_as_written(path: Path, key: str = "") -> ReportError:
     return ReportError(
-        f"{_where(path, key)}: this has changed since the run wrote it (its SHA-256 differs). "
+        f"{_where(path, key)} has changed since the run wrote it (its SHA-256 differs). "
         "Restore the file from a copy"
     )
 

@@ -73,7 +73,7 @@ class _Row(NamedTuple):
 
 
 class PairRM:
-    """PairRM as a ranker (see `ranker.Ranker`), with methods for single comparisons."""
+    """The PairRM ranker (see `ranker.Ranker`), with methods for single comparisons."""
 
     name = "pairrm"
     relative = True

@@ -1,4 +1,4 @@
-"""Weights: finds models, reads their tensors onto the devices, and exports them.
+"""Finds models, loads their weights onto the devices, and exports them.
 
 Every source (a local folder, a GGUF file, a Hub id) is first turned into a local Hugging Face
 folder with config.json, tokenizer files and safetensors (`sources.resolve`). Everything else reads

@@ -1,4 +1,4 @@
-"""The model card of an exported policy: what it is, what it was made from, how, and how it did."""
+"""Writes the model card of an exported policy: its origin, method, data and results."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def model_card(
     pipeline: str,
     method: str,
 ) -> str:
-    """README.md of the policy after an iteration.
+    """Returns the text of the model card (README.md) for the policy after an iteration.
 
     Equal runs have equal cards, however often they were killed: times are left out. The held-out
     evaluation of this policy is in the card once it is finished; until then the card says so.

@@ -49,7 +49,7 @@ LARGE = DebertaConfig(
 
 @dataclasses.dataclass(frozen=True)
 class PairRMConfig:
-    """PairRM's config.json.
+    """The hyperparameters in PairRM's config.json.
 
     Attributes:
       encoder: the encoder's hyperparameters.
@@ -87,7 +87,9 @@ def read_config(folder: Path) -> PairRMConfig:
         hf = read_object(file)
         return _from_ranker_config(hf) if "ranker_type" in hf else _from_hf_config(hf)
     except KeyError as missing:
-        raise UnsupportedModel(f"{file}: key {missing} is missing; is this PairRM?") from missing
+        raise UnsupportedModel(
+            f"{file}: key {missing} is missing. Use a PairRM folder"
+        ) from missing
     except JsonFileError as e:
         raise UnsupportedModel(str(e)) from e
     except UnsupportedModel as e:
@@ -97,7 +99,7 @@ def read_config(folder: Path) -> PairRMConfig:
 def _from_ranker_config(hf: Mapping[str, Any]) -> PairRMConfig:
     for key, value in _RANKER.items():
         if hf[key] != value:
-            raise UnsupportedModel(f"{key} is {hf[key]!r}; this version supports only {value!r}")
+            raise UnsupportedModel(f"{key} is {hf[key]!r}; only {value!r} is supported")
     tasks, source, candidate = (
         size(key, hf[key]) for key in ("n_tasks", "source_maxlength", "candidate_maxlength")
     )
@@ -142,7 +144,7 @@ _LEFTOVER = {_EMBEDDINGS + "position_ids"}
 
 @dataclasses.dataclass(frozen=True)
 class _Tensor:
-    """One parameter: its path and the shape of one layer in our tree, and its stored name."""
+    """A parameter: its path and its shape per layer in our tree, and its name in the file."""
 
     path: tuple[str, ...]
     shape: tuple[int, ...]

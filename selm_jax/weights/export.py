@@ -63,7 +63,7 @@ def export_folder(
 def convert_dtype(
     source: Path, folder: Path, dtype: str, *, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
-    """Writes the model in `source` into `folder`, which must not exist, with weights of `dtype`.
+    """Copies the model in `source` to the new folder `folder`, converting its weights to `dtype`.
 
     This is for models that leave a run. Within a run, weights keep the dtype of training, because
     the next iteration starts from them and updates may be too small for bfloat16.
@@ -104,7 +104,7 @@ def _narrowed(checkpoint: Checkpoint, name: str, kind: np.dtype) -> np.ndarray:
 def _write_folder(
     source: Path, folder: Path, dtype: str, config: DecoderConfig | None = None
 ) -> None:
-    """Writes all files of the folder but the weights and the card."""
+    """Writes all files of the folder except the weights and the model card."""
     hf: dict[str, Any] = json.loads((source / "config.json").read_text(encoding="utf-8"))
     if config is not None and config.head is not None:
         hf = reward_model_json(hf, config.head.pad)
@@ -122,7 +122,7 @@ def _write_folder(
 
 
 def _copy(file: Path, to: Path) -> None:
-    """Copies a file, without the key `auto_map` if it is a JSON file with this key."""
+    """Copies a file, and removes the key `auto_map` if the file is JSON."""
     if file.suffix == ".json" and f'"{_CODE}"'.encode() in file.read_bytes():
         settings = json.loads(file.read_text(encoding="utf-8"))
         if isinstance(settings, dict) and settings.pop(_CODE, None) is not None:

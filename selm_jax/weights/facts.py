@@ -1,4 +1,4 @@
-"""Gets a model's config.json, a few kilobytes that are enough for a plan, without its weights."""
+"""Gets a model's config.json, which is enough for a plan, without getting its weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from selm_jax.weights.wheels import WHEELS
 
 
 def config_json(source: str, revision: str | None = None, cache: Path | None = None) -> Path:
-    """The config.json of a local folder, a GGUF file or a Hub id; weights are not downloaded.
+    """Returns the path of a model's config.json; does not download the model's weights.
+
+    `source` is a local folder, a GGUF file or a Hub id.
 
     Raises:
       SourceError: if it is neither on this machine nor on the Hub; the message says what to do.
@@ -21,7 +23,9 @@ def config_json(source: str, revision: str | None = None, cache: Path | None = N
     path = Path(source).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise SourceError(f"{path}: config.json is missing")
+            raise SourceError(
+                f"{path}: config.json is missing. Give the folder of a Hugging Face model"
+            )
         return path / "config.json"
     if path.suffix == ".gguf":
         return sources.resolve(source, cache=cache).path / "config.json"

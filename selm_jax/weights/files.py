@@ -33,7 +33,7 @@ class WeightsError(ValueError):
 
 
 class Stored(NamedTuple):
-    """The shape of a tensor in a file, and safetensors' name of its dtype."""
+    """The shape of a tensor in a file, and the name that safetensors gives its dtype."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -44,7 +44,7 @@ class Stored(NamedTuple):
 
 
 class Checkpoint:
-    """The tensors of a folder, mapped into memory: only the parts that are used are read.
+    """The tensors in a model folder, memory-mapped: only the parts that are used are read.
 
     Attributes:
       folder: the folder.
@@ -59,7 +59,7 @@ class Checkpoint:
         self._where = where  # file, first byte, what
 
     def read(self, name: str, cuts: Sequence[slice] = ()) -> np.ndarray:
-        """The part of a tensor that the slices select: a view of the file, not a copy."""
+        """Returns the part of a tensor that the slices select: a view of the file, not a copy."""
         file, first, stored = self._where[name]
         flat = file[first : first + stored.bytes].view(DTYPES[stored.dtype])
         part = flat.reshape(stored.shape)[tuple(cuts)]
@@ -79,7 +79,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     for file in sorted(set(file_of.values())) if file_of else [WHOLE]:
         if not (folder / file).exists():
             named = f"; {index.name} names it" if file_of else ""
-            raise WeightsError(f"{folder}: {file} is missing{named}")
+            raise WeightsError(f"{folder}: {file} is missing{named}. Get the file")
         held = _open_file(folder / file)
         wanted = [n for n, f in file_of.items() if f == file] if file_of else held
         for name in wanted:
@@ -93,7 +93,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def damage_of(path: Path) -> str | None:
-    """Says why a safetensors file is damaged, as words that follow its name; None if it is not.
+    """Says what is wrong with a safetensors file, to put after its name; None if it is intact.
 
     Only the header is read and compared with the file's size.
     """
@@ -129,7 +129,7 @@ def index_is_passed_over(folder: Path) -> bool:
 
 
 def read_index(folder: Path) -> dict[str, str] | None:
-    """Reads the file of each tensor from the index; None if `model.safetensors` has all of them.
+    """Maps tensors to files, as the index says; None if `model.safetensors` has all tensors.
 
     Raises:
       WeightsError: if the index is invalid.
@@ -140,16 +140,18 @@ def read_index(folder: Path) -> dict[str, str] | None:
     try:
         file_of = read_object(index)["weight_map"]
         if not file_of or any(Path(name).name != name for name in file_of.values()):
-            raise ValueError("weight_map is empty, or names files of other folders")
+            raise ValueError("weight_map is empty, or names files in other folders")
     except JsonFileError as e:
         raise WeightsError(str(e)) from e
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise WeightsError(f"{index}: not an index of safetensors files ({e!r})") from e
+        raise WeightsError(
+            f"{index}: not an index of safetensors files ({e!r}). Get the file again"
+        ) from e
     return file_of
 
 
 def refuse_not_finite(checkpoint: Checkpoint, names: Iterable[str]) -> None:
-    """Raises WeightsError unless `names`, the tensors with NaN or infinity, is empty."""
+    """Raises WeightsError if there are any `names`, which are tensors with NaN or infinity."""
     bad = list(dict.fromkeys(names))
     if not bad:
         return
@@ -195,7 +197,7 @@ def write(
 def write_file(
     path: Path, tensors: Mapping[str, Stored], coming: Iterator[tuple[str, np.ndarray]]
 ) -> None:
-    """Writes one file with these tensors, taken from the iterator `coming` in this order.
+    """Writes one safetensors file, taking the tensors in order from the iterator `coming`.
 
     The library's own writer makes files that only their owner can read.
     """
@@ -212,7 +214,7 @@ def write_file(
 
 
 def stored_like(shape: Sequence[int], dtype: Any) -> Stored:
-    """The `Stored` of an array with this shape and dtype."""
+    """Makes a `Stored` from a shape and a numpy dtype."""
     name = next(name for name, known in DTYPES.items() if np.dtype(known) == np.dtype(dtype))
     return Stored(tuple(shape), name)
 

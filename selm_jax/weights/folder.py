@@ -41,12 +41,12 @@ LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 
 
 def carried(folder: Path) -> Iterator[str]:
-    """The paths, relative to the folder, of the files that are copied with the model."""
+    """Yields the files that are copied with the model, as paths relative to its folder."""
     return (n for n in _names(folder, *SETTINGS, *LICENCES) if (folder / n).is_file())
 
 
 def links_out(folder: Path) -> list[str]:
-    """One message for each exported file that is a link to outside the folder, or a broken link.
+    """Lists a message for each exported file that is a broken link or links out of the folder.
 
     An export would publish the target of such a link with the model. In the Hub's cache, files of a
     snapshot are links into the folder `blobs` beside it; these are allowed.
@@ -67,7 +67,7 @@ def links_out(folder: Path) -> list[str]:
 
 
 def _names(folder: Path, *patterns: str) -> Iterator[str]:
-    """The names in a folder that match a pattern, including broken links, which globs skip."""
+    """Yields the names in a folder that match a pattern, including broken links, unlike glob."""
     for place in (folder, (folder / NAMED_TEMPLATES).parent):
         for entry in sorted(place.iterdir()) if place.is_dir() else []:
             name = entry.relative_to(folder).as_posix()
@@ -77,7 +77,7 @@ def _names(folder: Path, *patterns: str) -> Iterator[str]:
 
 
 def problems_of(folder: Path) -> list[str]:
-    """One message for each reason why a folder is not a usable model; empty if it is."""
+    """Lists the reasons why a folder is not a usable model; empty if it is usable."""
     problems = links_out(folder)
     if not (folder / "config.json").is_file():
         problems.append("config.json is missing")

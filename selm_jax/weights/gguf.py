@@ -47,7 +47,7 @@ _SPARE_BYTES = 64 << 20  # for tokenizer files, and some reserve
 
 
 def convert(gguf_path: str | Path, out_folder: str | Path) -> Path:
-    """Writes the Hugging Face folder of a GGUF file, completely or not at all.
+    """Converts a GGUF file into a Hugging Face folder, completely or not at all.
 
     The folder is built beside `out_folder` and renamed when complete. If `out_folder` already
     exists (another process was quicker), that folder is kept. One tensor is in memory at a time.
@@ -182,6 +182,6 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _sync(file: Any) -> None:
-    """Writes the file to disk before the folder is renamed, in case of a power cut in between."""
+    """Flushes the file to disk, so that the renamed folder is complete even after a power cut."""
     file.flush()
     os.fsync(file.fileno())

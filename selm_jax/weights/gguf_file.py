@@ -19,6 +19,7 @@ from selm_jax.shell.json_file import POINTER, is_pointer
 
 T = TypeVar("T")
 
+_MEND = "Get the model as another GGUF file or as a Hugging Face folder instead"
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})")
 
 
@@ -27,7 +28,7 @@ class GGUFError(ValueError):
 
 
 class Gguf(NamedTuple):
-    """A model in one file or in several, memory-mapped.
+    """A GGUF model in one or several files, memory-mapped.
 
     Attributes:
       fields: the keys, by name.
@@ -41,7 +42,7 @@ class Gguf(NamedTuple):
 
 
 def files_of(path: Path) -> list[Path]:
-    """All files, in order, of the model of which this file is the whole or a part.
+    """All files of the model that this file belongs to, in order.
 
     Raises:
       GGUFError: if one is missing.
@@ -62,18 +63,18 @@ def files_of(path: Path) -> list[Path]:
 
 
 def model_name(path: Path) -> str:
-    """The name of the model's file without suffix and without the number of a part."""
+    """The file's name without its suffix and, for a split model, without the part number."""
     part = _PART.fullmatch(path.stem)
     return path.stem if part is None else part[1]
 
 
 def open_gguf(path: Path) -> Gguf:
-    """Opens the model of which this file is the whole or a part; reads its keys and tensor list.
+    """Opens the model that this file belongs to, and reads its keys and tensor list.
 
     Raises:
       FileNotFoundError: if there is no such file.
-      GGUFError: if it is not GGUF, cut off or visibly damaged; or if a part is missing or belongs
-        to another model.
+      GGUFError: if the file is not GGUF, cut off or visibly damaged; or if a part is missing or
+        belongs to another model.
     """
     files = files_of(path)
     readers = [_read(file) for file in files]
@@ -120,30 +121,32 @@ def _read(path: Path) -> GGUFReader:
     except (ValueError, IndexError, KeyError, TypeError, ArithmeticError, MemoryError) as error:
         raise GGUFError(
             f"{path}: damaged, cut off, or of a newer format ({type(error).__name__}: {error}). "
-            f"The file has {path.stat().st_size} bytes; compare with the source, download it again"
+            f"Its size is {path.stat().st_size} bytes; compare it with the source, or download the "
+            "file again"
         ) from error
 
 
 class Fields:
-    """Reads the key/value pairs of a file, with GGUFErrors that name the file and the key."""
+    """Reads the key/value pairs of a file; its errors name the file and the key."""
 
     def __init__(self, path: Path, reader: GGUFReader | Gguf):
         self.path = path
         self._fields = reader.fields
 
     def get(self, key: str, kind: type[T]) -> T | None:
-        """The value of a key, of this Python type (list for an array); None if it is absent."""
+        """The value of a key, checked to have the type `kind` (list for arrays); None if absent."""
         field = self._fields.get(key)
         if field is None:
             return None
         try:
             value = field.contents()
         except (ValueError, IndexError) as error:
-            raise GGUFError(f"{self.path}: key {key} cannot be read: {error}") from error
+            raise GGUFError(f"{self.path}: key {key} cannot be read: {error}. {_MEND}") from error
         # In Python a bool is an int; here a flag in place of a number means a damaged file.
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise GGUFError(
-                f"{self.path}: key {key} is {value!r:.80}; expected the type {kind.__name__}"
+                f"{self.path}: key {key} is {value!r:.80}; expected the type {kind.__name__}. "
+                f"{_MEND}"
             )
         return value
 
@@ -151,26 +154,28 @@ class Fields:
         """Like `get`, but an absent key is an error."""
         value = self.get(key, kind)
         if value is None:
-            raise GGUFError(f"{self.path}: key {key} is missing")
+            raise GGUFError(f"{self.path}: key {key} is missing. {_MEND}")
         return value
 
     def size(self, key: str) -> int:
         """The value of a key that must be a whole number of at least 1."""
         value = self.need(key, int)
         if value <= 0:
-            raise GGUFError(f"{self.path}: key {key} is {value}; expected at least 1")
+            raise GGUFError(f"{self.path}: key {key} is {value}; expected at least 1. {_MEND}")
         return value
 
     def number(self, key: str) -> float:
-        """The value of a key as a positive number: 1e-05 instead of float32's 9.99999974e-06."""
+        """The value of a key that must be a positive number, as 1e-05 and not 9.99999974e-06."""
         value = float(str(np.float32(self.need(key, float))))
         if not 0 < value < float("inf"):
-            raise GGUFError(f"{self.path}: key {key} is {value}; expected a positive number")
+            raise GGUFError(
+                f"{self.path}: key {key} is {value}; expected a positive number. {_MEND}"
+            )
         return value
 
     def texts(self, key: str) -> list[str]:
         """The value of a key that must be an array of strings."""
         values = self.need(key, list)
         if not all(isinstance(v, str) for v in values):
-            raise GGUFError(f"{self.path}: key {key} is not an array of strings only")
+            raise GGUFError(f"{self.path}: key {key} is not an array of strings. {_MEND}")
         return values

@@ -26,7 +26,7 @@ ROPE_FACTORS = "rope_freqs.weight"
 
 @dataclass(frozen=True)
 class Family:
-    """The properties in which the supported architectures of llama.cpp differ.
+    """How one of llama.cpp's supported architectures differs from the others.
 
     Attributes:
       architecture: the class in transformers.
@@ -201,13 +201,13 @@ def _special_ids(fields: Fields, vocab_size: int) -> Json:
 
 
 def rope_scaling(path: Path, factors: Float[np.ndarray, " pairs"], config: Json) -> Json | None:
-    """`rope_scaling` for config.json, reconstructed from the divisors of rope's frequencies.
+    """Reconstructs `rope_scaling` for config.json from the divisors of rope's frequencies.
 
     llama.cpp stores only these divisors. We assume the settings of Llama 3.1, 3.2 and 3.3, which
     differ only in `factor`, compute their divisors, and compare them with those in the file.
 
     Raises:
-      GGUFError: if they differ.
+      GGUFError: if these divisors differ from those in the file.
     """
     if np.all(factors == 1):
         return None
@@ -240,7 +240,7 @@ def _llama3_divisors(scaling: Json, theta: float, head_dim: int) -> Float[np.nda
 
 
 def named_tensors(path: Path, reader: Gguf, family: Family, config: Json) -> list[Named]:
-    """Every tensor of the model except the divisors of rope.
+    """Checks and lists the tensors of the model, except the divisors of rope's frequencies.
 
     Raises:
       GGUFError: if a tensor is missing, unknown or of the wrong shape; the message names it.

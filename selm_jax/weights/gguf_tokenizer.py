@@ -50,7 +50,7 @@ def _split(digits: str) -> pre_tokenizers.PreTokenizer:
 
 @dataclass(frozen=True)
 class _Rule:
-    """How text is split into pieces, within which merges apply.
+    """How text is split into pieces; BPE merges never cross the border of a piece.
 
     Attributes:
       cut: makes the pre-tokenizer.
@@ -79,7 +79,7 @@ _RULES = {
 
 
 def build_tokenizer(fields: Fields) -> Tokenizer:
-    """The tokenizer, with the same ids; it puts BOS before a text if the model's own does.
+    """Builds the tokenizer with the same ids; it adds BOS if the model's own tokenizer does.
 
     Raises:
       GGUFError: if the kind of tokenizer is not supported, or its lists do not fit together.
@@ -144,8 +144,7 @@ def _adds_bos(fields: Fields) -> bool:
 
 
 def eos_ids(fields: Fields) -> dict[str, Any]:
-    """`eos_token_id` for generation_config.json: the end-of-text token and, if different, the
-    end-of-turn token."""
+    """`eos_token_id` for generation_config.json: the ids that end a text or a turn."""
     eos = fields.need(SPECIAL_IDS["eos"], int)
     key = "tokenizer.ggml.eot_token_id"
     turn = fields.get(key, int)

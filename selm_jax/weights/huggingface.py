@@ -104,7 +104,7 @@ def check(folder: Path, config: DecoderConfig) -> None:
     """Checks that `load` can read the folder; reads only the headers of its files.
 
     Raises:
-      WeightsError: as for `load`, but for NaN and infinity.
+      WeightsError: as for `load`, except for NaN and infinity.
     """
     _check(open_checkpoint(folder), config)
 
@@ -126,7 +126,7 @@ def checked_config(folder: Path) -> DecoderConfig:
 def _fill(
     checkpoint: Checkpoint, row: Tensor, layer: int, stack: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Reads one layer's parameter into the stack, in place; returns (stack, whether finite)."""
+    """Reads a layer's parameter into the stacked array, in place; returns (stack, is finite)."""
     x = _from_file(checkpoint, row.name.format(layer), row, _of_layer(stack.sharding))
     # Wait; otherwise the host would read ahead and keep in memory what devices have not yet taken.
     filled = jax.block_until_ready(_filler(stack.sharding)(stack, x, layer))
@@ -135,7 +135,7 @@ def _fill(
 
 
 def _from_file(checkpoint: Checkpoint, name: str, row: Tensor, sharding: Sharding) -> jax.Array:
-    """One layer's parameter on the devices, in the stored dtype."""
+    """Reads one layer's parameter onto the devices, in the stored dtype."""
 
     def part(index: Any) -> np.ndarray:
         bounds = tuple(cut.indices(n)[:2] for cut, n in zip(index, row.shape, strict=True))
@@ -148,7 +148,7 @@ def _from_file(checkpoint: Checkpoint, name: str, row: Tensor, sharding: Shardin
 def _read(
     checkpoint: Checkpoint, name: str, row: Tensor, bounds: tuple[tuple[int, int], ...]
 ) -> np.ndarray:
-    """The part of a parameter between `bounds` (start, stop of each of our axes), as a view.
+    """Reads part of a parameter as a view; `bounds` are (start, stop) for each of our axes.
 
     A stored axis may consist of several of our axes, flattened. The first of these can be cut in
     the file; the others are not contiguous there, so they are cut in memory.
@@ -170,7 +170,7 @@ def _read(
 
 
 def _stored_axes(row: Tensor) -> list[tuple[int, ...]]:
-    """For each axis of the stored tensor, the axes of our parameter that it consists of."""
+    """Lists, for each axis of the stored tensor, the axes of our parameter that it combines."""
     axes = tuple(range(len(row.shape)))
     if row.inputs is not None:  # [*in, *out] is stored as [out, in]
         return [axes[row.inputs :], axes[: row.inputs]]
@@ -185,9 +185,9 @@ def _of_layer(stacked: Sharding) -> Sharding:
 
 
 def _of_scalar(sharding: Sharding) -> Sharding:
-    """The sharding of a scalar about a parameter: on all of the parameter's devices.
+    """The sharding of a scalar computed from a parameter: replicated on the same devices.
 
-    So every process can read it and comes to the same conclusion.
+    Every process can then read it, and all come to the same conclusion.
     """
     if not isinstance(sharding, NamedSharding):
         return sharding
@@ -196,7 +196,7 @@ def _of_scalar(sharding: Sharding) -> Sharding:
 
 @lru_cache(maxsize=16)
 def _zeros(shapes: tuple[tuple[int, ...], ...], dtype: np.dtype, shardings: tuple[Sharding, ...]):
-    """Makes arrays of zeros directly with their shardings, never whole on one device."""
+    """A function that makes sharded arrays of zeros, never whole on one device."""
     return jax.jit(
         lambda: tuple(jnp.zeros(shape, dtype) for shape in shapes), out_shardings=shardings
     )
@@ -204,7 +204,7 @@ def _zeros(shapes: tuple[tuple[int, ...], ...], dtype: np.dtype, shardings: tupl
 
 @lru_cache(maxsize=256)
 def _filler(sharding: Sharding):
-    """(stack, x, layer) -> (stack with x at this layer, whether x is finite).
+    """A function (stack, x, layer) -> (stack with x at this layer, whether x is finite).
 
     The stack is donated. The check costs one more pass over x on the devices.
     """
@@ -219,7 +219,7 @@ def _filler(sharding: Sharding):
 
 @lru_cache(maxsize=256)
 def _caster(dtype: np.dtype, sharding: Sharding):
-    """x -> (a copy of x with this dtype, whether all of it is finite)."""
+    """A function x -> (a copy of x with this dtype, whether x is finite)."""
 
     def cast_to(x):
         x = x.astype(dtype)
@@ -259,7 +259,7 @@ def _check(checkpoint: Checkpoint, config: DecoderConfig) -> None:
 
 
 def _is_second_embedding(checkpoint: Checkpoint, head: str) -> bool:
-    """Whether a stored head is a copy of the embedding, which some tools write for tied models."""
+    """Whether the stored head is a copy of the embedding; some tools write one for tied models."""
     embedding = "model.embed_tokens.weight"
     stored = checkpoint.tensors.get(head)
     if stored is None or stored != checkpoint.tensors.get(embedding):
@@ -353,7 +353,7 @@ def _to_theirs(x: np.ndarray, row: Tensor) -> np.ndarray:
 
 
 def _stored(config: DecoderConfig) -> Iterator[tuple[str, int | None, list[Tensor]]]:
-    """Yields (name, layer, the parameters that it contains) of every stored tensor, by layer."""
+    """Yields (name, layer, its parameters) for every stored tensor, ordered by layer."""
     by_name: dict[str, list[Tensor]] = {}
     for row in tensors(config).values():
         by_name.setdefault(row.name, []).append(row)

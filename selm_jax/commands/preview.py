@@ -78,7 +78,7 @@ def preview(run: Run, t: int, count: int) -> bool:
 
 
 def _problem(run: Run) -> str | None:
-    """Why `selm run` would refuse the settings or the data; None if it would not."""
+    """The reason why `selm run` would refuse the settings or data; None if it would not."""
     try:
         if run.imports or not is_user_code(run.experiment.objective["loss"]):
             check_objective(run)
@@ -94,7 +94,7 @@ def _problem(run: Run) -> str | None:
 
 
 def drawn(row: Example | Alone, number: int, chat: Chat, console: Console) -> Text:
-    """A row as text: every token, special ones too, in the colours of its role or between marks."""
+    """A row as text: every token, even a special one, in its role's colour or between marks."""
     whole = Text(f"{number}  {row.prompt_id}", style="bold")
     before = _decoded(chat, row.prompt)
     parts = [("prompt", "prompt", row.prompt, before)]
@@ -130,7 +130,7 @@ def _has_colour(console: Console) -> bool:
 
 
 def _print_packing(run: Run, t: int, examples: Sequence[Example], count: int) -> None:
-    """How the first update's examples lie in rows: `ppssss..`, or bars in colour."""
+    """Prints how the first update's examples are packed: `ppssss..`, or bars in colour."""
     settings, console = run.experiment.training, run.console
     fitting = [e for e in examples if e.tokens <= settings.row_length]
     updates = updates_per_epoch(len(fitting), settings.global_batch)

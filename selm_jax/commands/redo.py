@@ -44,7 +44,7 @@ def redo(run: Path, stage: str, t: int) -> list[str]:
             f"{stage}: no such stage{did_you_mean(stage, known)} Stages: {', '.join(known)}"
         )
     if not (run / "config.yaml").exists():
-        raise RedoError(f"{run}: has no config.yaml, so it is not a run folder")
+        raise RedoError(f"{run} has no config.yaml, so it is not a run folder")
     with only_one(run):
         entries = {u: _entries(folder) for u, folder in artifacts.iterations(run).items()}
         if stage not in entries.get(t, {}):

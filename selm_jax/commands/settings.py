@@ -12,7 +12,7 @@ from selm_jax.shell.words import did_you_mean
 
 
 def lines(section: str | None = None, width: int | None = None) -> Iterator[str]:
-    """The reference of one group, of one key, or of everything, as lines of a terminal.
+    """The reference of one group, one key or all settings, as lines for the terminal.
 
     Raises:
       ConfigError: there is no such group or key.

@@ -204,7 +204,7 @@ def on_every(work: Callable[[], T]) -> list[T]:
 
 
 def leave(name: str, value: Any) -> None:
-    """Stores JSON under a name for `left`. Unlike the other functions, any thread may call it."""
+    """Stores JSON under a name, for `left` to read. Any thread may call it, unlike the others."""
     client = distributed.global_state.client
     assert client is not None
     client.key_value_set(f"selm/left/{name}/{index()}", json.dumps(value), allow_overwrite=True)

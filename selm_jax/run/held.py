@@ -33,7 +33,7 @@ def held(run: Run) -> Iterator[None]:
             yield
         except multihost.Stopped:
             run.console.print(
-                f"{run.folder.path}: told to stop; the same command goes on from here"
+                f"{run.folder.path}: the run was told to stop; the same command continues it"
             )
             raise
 

@@ -1,4 +1,4 @@
-"""The commit of the code that runs, for records."""
+"""Finds the Git commit of the running code, so that a run can record it."""
 
 from __future__ import annotations
 

@@ -291,7 +291,7 @@ def _status_fault(status: int, retry_after: str | None, text: str) -> _Fault:
 
 
 def _seconds(retry_after: str | None) -> float:
-    """Seconds to wait by a Retry-After header: a number or a date (RFC 9110, 10.2.3), else 0."""
+    """The wait in seconds of a Retry-After header, a number or date (RFC 9110, 10.2.3), else 0."""
     if retry_after is None:
         return 0.0
     try:

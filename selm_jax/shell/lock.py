@@ -247,7 +247,7 @@ def _read(file: Path) -> dict[str, Any]:
         isinstance(holder, dict) and all(isinstance(holder.get(k), v) for k, v in told.items())
     ):
         raise ArtifactError(
-            f"{file}: is damaged, or not a lock of this program. If no process is using this "
+            f"{file} is damaged or is not a lock of this program. If no process is using this "
             "folder, delete the file and start again"
         )
     return holder

@@ -47,7 +47,7 @@ def file_to_write(text: str | Path) -> Path:
     """
     path = check_file(place(text))
     if path.exists() and _is_record(path.resolve()):
-        raise PathError(f"{path}: belongs to a run and is not replaced; choose another name")
+        raise PathError(f"{path} belongs to a run and is not replaced; choose another name")
     return path
 
 
@@ -68,15 +68,15 @@ def check_file(path: Path) -> Path:
         of its parents is a file.
     """
     if path.is_dir():
-        raise PathError(f"{path}: is a folder and is not replaced; expected the name of a file")
+        raise PathError(f"{path} is a folder and is not replaced; expected the name of a file")
     if path.exists() and not path.is_file():
-        raise PathError(f"{path}: is not a regular file; expected the name of a file")
+        raise PathError(f"{path} is not a regular file; expected the name of a file")
     return _check_above(path)
 
 
 def _check_folder(path: Path) -> Path:
     if path.exists() and not path.is_dir():
-        raise PathError(f"{path}: is a file; expected the name of a folder")
+        raise PathError(f"{path} is a file; expected the name of a folder")
     return _check_above(path)
 
 
@@ -100,7 +100,7 @@ def claim(folder: Path) -> None:
         found = sorted(each.name for each in folder.iterdir() if not _is_nothing(each))
         if found:
             raise PathError(
-                f"{folder}: is not empty ({some(found)}) and was not made by this program. "
+                f"{folder} is not empty ({some(found)}) and was not made by this program. "
                 "Nothing was written. Choose a folder that is new or empty"
             )
     folder.mkdir(parents=True, exist_ok=True)

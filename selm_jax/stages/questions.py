@@ -1,4 +1,4 @@
-"""The questions of an iteration that people rank, put into the annotation store."""
+"""Puts the questions that people rank in an iteration into the annotation store."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The 95 % interval of a share of prompts: won, right, cut off. It has a width even at 0 and 1.
+"""The 95 % interval of a share of prompts, such as those won. It has a width even at 0 and 1.
 
 It applies to other prompts, drawn at random like these; `intervals` extends it to other seeds. A
 bootstrap of 20 wins out of 20 draws only wins, and would say that the share is certainly 1.

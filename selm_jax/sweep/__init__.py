@@ -1,4 +1,4 @@
-"""`selm sweep FILE`: one experiment in many settings and with several seeds, and one page for all.
+"""`selm sweep FILE`: runs one experiment with many settings and seeds, and writes one page.
 
 A sweep file names a base experiment, found from the file's own folder, and a grid of changes to it:
 

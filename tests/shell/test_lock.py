@@ -133,7 +133,7 @@ def test_a_lock_that_is_not_ours_or_damaged_is_named_and_kept(tmp_path, name, te
     file.write_bytes(text.encode("utf-8", "surrogateescape"))
     (tmp_path / ".selm").write_text("selm_jax made this folder, and replaces files in it.\n")
     before = file.read_bytes()
-    with pytest.raises(ArtifactError, match=f"{name}: is damaged, or not a lock of this program"):
+    with pytest.raises(ArtifactError, match=f"{name} is damaged or is not a lock of this program"):
         lock.only_one(tmp_path).__enter__()
     assert file.read_bytes() == before
 

@@ -137,7 +137,7 @@ def test_a_file_option_that_is_given_what_a_run_goes_on_from(name, tmp_path, cap
     (tmp_path / "link").symlink_to(tmp_path / name)
     for file in (tmp_path / name, tmp_path / "link"):
         message = said(capsys, monkeypatch, "report", "run", f"--out={file}")
-        assert f"{file}: belongs to a run and is not replaced" in message
+        assert f"{file} belongs to a run and is not replaced" in message
     assert (tmp_path / name).read_text() == "{}"
     for free in ("report.html", "mine.json", "judge.sqlite"):
         (tmp_path / free).touch()
@@ -166,7 +166,7 @@ def test_a_folder_that_is_not_a_runs(verb, experiment, theirs, capsys, monkeypat
     before = content(theirs)
     which = ["--iteration", "1"] if verb == "generate" else []
     message = said(capsys, monkeypatch, verb, experiment, *which, f"output={theirs}")
-    assert f"{theirs}: is not empty (.lock, chapters, config.yaml)" in message
+    assert f"{theirs} is not empty (.lock, chapters, config.yaml)" in message
     assert content(theirs) == before
     monkeypatch.chdir(theirs)
     assert "is not empty" in said(capsys, monkeypatch, verb, experiment, *which, "output=.")
@@ -195,7 +195,7 @@ def test_a_folder_that_is_not_a_sweeps(tiny_too, experiment, tmp_path, theirs, c
     file.write_text(yaml.safe_dump(said_))
     before = content(theirs)
     message = said(capsys, monkeypatch, "sweep", file, *(["--tiny"] if tiny_too else []))
-    assert f"{theirs}: is not empty" in message
+    assert f"{theirs} is not empty" in message
     assert content(theirs) == before
 
 
@@ -213,7 +213,7 @@ def test_a_rehearsal_keeps_off_a_folder_that_is_not_its_own(
         "model.source=org/zephyr",
         f"output={tmp_path / 'thesis'}",
     )
-    assert f"{theirs}: is not empty" in message
+    assert f"{theirs} is not empty" in message
     assert content(theirs) == before
 
 
@@ -256,7 +256,7 @@ def test_an_iteration_of_a_run_is_no_run(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(json.dumps(RECORDS[name]))
     claim(tmp_path)
-    with pytest.raises(PathError, match=r"iteration_0: is not empty \(stage.json\)"):
+    with pytest.raises(PathError, match=r"iteration_0 is not empty \(stage.json\)"):
         claim(tmp_path / "iteration_0")
     assert [p.name for p in (tmp_path / "iteration_0").iterdir()] == ["stage.json"]
 

@@ -1,11 +1,11 @@
-"""Small worlds in which every response can be listed, so that regret is computed, not estimated.
+"""Small worlds in which every response can be listed, so that regret is exact.
 
 worlds          prompts, responses, rewards, a reference policy; pytrees made from a key
 exact           values, optima, divergences, regret: sums over all responses
-algorithms      what is done in a round; the losses are `objectives.losses`
+algorithms      the steps of a round; the losses are those of `objectives.losses`
 rounds          rounds of sampling, feedback and fitting
 theory          the constants of the SELM paper's theorem
-many            many runs in one compiled program
+many            runs many settings and seeds in one compiled program
 experiments     the experiments, each a question about many runs
 stats           intervals, slopes, corrections for many tests
 plots           figures that contain their command

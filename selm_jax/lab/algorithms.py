@@ -1,17 +1,17 @@
-"""Algorithms: rounds of sampling, feedback and fitting, on a `World`.
+"""Describes algorithms as rounds of sampling, feedback and fitting on a `World`.
 
     theta = 0                                                  the policy is the reference
     for each round:
         candidates ~ the algorithm's slots (policy, reference, ...), prompts ~ the world
-        chosen, rejected = best and worst of them according to noisy feedback
+        chosen, rejected = best and worst candidate according to noisy feedback
         theta = some descent steps on  mean over the data of fit(logps) + weight * bonus(logps)
 
 `fit` and `bonus` are objectives of `objectives.losses`, the same functions that train language
-models: they see only `Logps`, nothing else of the world. An objective's settings are plain numbers;
-the values that differ between runs of one program (alpha, noise, coverage) are arrays in
+models: they see only `Logps`, and nothing else from the world. An objective's settings are plain
+numbers; the values that differ between runs of one program (alpha, noise, coverage) are arrays in
 `Settings`.
 
-This module describes algorithms; `rounds.run` runs them.
+`rounds.run` runs an algorithm.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ POLICY, REFERENCE, START, UNIFORM = map(Slot, SOURCES)
 
 @dataclasses.dataclass(frozen=True)
 class Algorithm:
-    """The steps of a round; static under jit.
+    """What an algorithm does in each round; static under jit.
 
     Attributes:
       name: of the algorithm, for records and errors.
@@ -85,13 +85,13 @@ class Algorithm:
     optimizer: str = "momentum"
 
     def __post_init__(self):
-        for found, known in (
-            (self.convention, CONVENTIONS),
-            (self.schedule, SCHEDULES),
-            (self.optimizer, ("momentum", "adam")),
+        for what, found, known in (
+            ("convention", self.convention, CONVENTIONS),
+            ("schedule", self.schedule, SCHEDULES),
+            ("optimizer", self.optimizer, ("momentum", "adam")),
         ):
             if found not in known:
-                raise ValueError(f"{self.name}: {found!r}; expected one of {known}")
+                raise ValueError(f"{self.name}: {what} is {found!r}; expected one of {known}")
         if self.exact_data and (
             len(self.slots) != 2 or any(s.temperature != 1 for s in self.slots)
         ):
@@ -117,7 +117,7 @@ def replace(algorithm: Algorithm, **changes: Any) -> Algorithm:
 
 
 def zoo(beta: float, alpha: float = 0.0) -> dict[str, Algorithm]:
-    """The algorithms of the literature, by name.
+    """The algorithms from the literature, by name.
 
     `alpha` is used only for XPO, whose loss contains it; the others use `Settings.alpha`.
     """
@@ -181,7 +181,7 @@ class Settings:
 
 
 class Length(NamedTuple):
-    """The length of a run (static): in each of `rounds` rounds, `queries` pairs are compared."""
+    """The length of a run (static): it compares `queries` pairs in each of `rounds` rounds."""
 
     rounds: int = 32
     queries: int = 4

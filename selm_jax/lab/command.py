@@ -37,7 +37,7 @@ Out = Annotated[
 
 @dataclass(frozen=True)
 class Sampled:
-    """How many worlds are tried, and where the findings go."""
+    """How many worlds to try, and where to write the results."""
 
     seeds: Annotated[
         int, typer.Option(help="Worlds per setting, each with its own noise.", min=2)
@@ -47,7 +47,7 @@ class Sampled:
 
 
 def _lab_verb(name: str, arguments: str = "", files: str = "") -> Callable[[Work], Work]:
-    """A verb of the laboratory, which needs no model and no data."""
+    """Makes a command of `selm lab`, which needs no model and no data."""
     files = files or f"lab_{name}.json and lab_{name}.svg"
     return verb(
         app, name, needs="nothing, not even an accelerator",
@@ -82,7 +82,7 @@ def regret(o: Sampled) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Mapped:
-    """Options of `selm lab map`."""
+    """The options of `selm lab map`."""
 
     landscape: Annotated[
         str, typer.Option(help="Landscape of rewards: two_peaks, needle, smooth or random.")
@@ -104,7 +104,7 @@ def map_(options: Mapped) -> None:
 
     landscape, dimensions, o = options.landscape, options.dimensions, options.sampled
     if landscape not in worlds.LANDSCAPES:
-        raise typer.BadParameter(f"landscape {landscape!r}; expected one of {worlds.LANDSCAPES}")
+        raise typer.BadParameter(f"landscape is {landscape!r}; expected one of {worlds.LANDSCAPES}")
     asked = experiments.MAP_DIMENSIONS if dimensions is None else _dimensions(dimensions)
     parts = experiments.optimism_map(o.seeds, o.seed, landscape=landscape, dimensions=asked)
     found = _collect(parts, "dimension")
@@ -151,7 +151,7 @@ def conditions(o: Sampled) -> None:
 
 @_lab_verb("why")
 def why(o: Sampled) -> None:
-    """Tell apart better data and a better fit.
+    """Separate the effects of better data and a better fit.
 
     SELM's term is used only to collect data, or only in the fit.
     """
@@ -168,7 +168,7 @@ def why(o: Sampled) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Idea:
-    """Options of `selm lab idea`."""
+    """The options of `selm lab idea`."""
 
     loss: Annotated[
         str,
@@ -236,7 +236,7 @@ def theory(o: Sampled) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class OfDecoder:
-    """Options of `selm lab decoder`."""
+    """The options of `selm lab decoder`."""
 
     alphas: Annotated[str, typer.Option(help="Values of alpha, separated by commas.")] = (
         "0.01,0.1,1"
@@ -268,7 +268,7 @@ def decoder(o: OfDecoder) -> None:
 
 
 def _collect(parts: Iterable[list[dict[str, Any]]], name: str) -> list[dict[str, Any]]:
-    """Collects all records, and says after each part how long it took."""
+    """Collects all records, and prints after each part how long it took."""
     records, start = [], time.monotonic()
     for part in parts:
         records += part
@@ -290,12 +290,12 @@ def _difference(r: dict[str, Any]) -> str:
 
 
 def _ends(low: float | None, high: float | None, form: str) -> str:
-    """An interval. A single seed has none, and neither have seeds of one value."""
+    """Formats an interval; there is none for one seed or for seeds with equal values."""
     return "(no interval)" if low is None else f"[{low:{form}}, {high:{form}}]"
 
 
 def _rounded(value: Any) -> Any:
-    """Rounds every float to six digits, so that what is printed and drawn is what is written."""
+    """Rounds floats to six digits, so that printed, plotted and written numbers agree."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):
@@ -323,18 +323,18 @@ def _numbers(text: str) -> list[float]:
     try:
         return [float(x) for x in text.split(",")]
     except ValueError as error:
-        raise typer.BadParameter(f"{text!r}; expected numbers separated by commas") from error
+        raise typer.BadParameter(f"found {text!r}; expected numbers separated by commas") from error
 
 
 def _dimensions(text: str) -> list[int | None]:
     try:
         return [None if x == "tabular" else int(x) for x in text.split(",")]
     except ValueError as error:
-        raise typer.BadParameter(f"{text!r}; expected a list such as 4,16,tabular") from error
+        raise typer.BadParameter(f"found {text!r}; expected a list such as 4,16,tabular") from error
 
 
 def _choices(setting: str) -> list[tuple[str, float]]:
     key, equals, values = setting.partition("=")
     if not equals or not key.isidentifier():
-        raise typer.BadParameter(f"{setting!r}; expected key=value or key=a,b,c")
+        raise typer.BadParameter(f"found {setting!r}; expected key=value or key=a,b,c")
     return [(key, value) for value in _numbers(values)]

@@ -76,7 +76,7 @@ class DecoderWorld(NamedTuple):
 
 
 def make(seed: int = 0, *, prompts: int = 3, length: int = 4, beta: float = 0.1) -> DecoderWorld:
-    """A world with a random decoder and a reward with two peaks.
+    """Makes a world with a random decoder and a reward with two peaks.
 
     A prompt is one letter. Repeating it gives a reward of up to 0.6; the single response with the
     next letters in order gives 1. No path of rising reward leads from the first to the second.
@@ -127,7 +127,7 @@ def log_policy(decoder: Decoder, params: Params, tree: PreferenceBatch) -> Table
 
 
 def examples(dw: DecoderWorld, data: Examples, log_reference: Table) -> list[Example]:
-    """The pairs as examples, like those of a run; a response with two roles is stored once."""
+    """Turns pairs into a run's examples; a response with two roles is stored only once."""
     reference = np.asarray(log_reference)
     out = []
     for i, (x, *played) in enumerate(zip(*map(np.asarray, data[:4]), strict=True)):
@@ -147,7 +147,7 @@ def examples(dw: DecoderWorld, data: Examples, log_reference: Table) -> list[Exa
 def packed_gradient(
     update: Update, params: Params, found: list[Example]
 ) -> tuple[Params, dict[str, Array]]:
-    """The summed gradient of one update over the examples, and its sums."""
+    """Returns the gradient and the metrics of one update, each summed over the examples."""
     lengths = [[len(e.responses[e.roles[role]]) for role in ROLES] for e in found]
     means = np.mean(lengths, axis=0, dtype=np.float32)
     first, *rest = pack(found, PACKED)
@@ -159,7 +159,7 @@ def packed_gradient(
 
 @functools.cache
 def compiled(decoder: Decoder, objective: Objective):
-    """The update, its optimiser, and log_policy(params, tree), compiled once for all seeds."""
+    """Returns (update, optimiser, log_policy(params, tree)), compiled once for all seeds."""
     step = optimizer("adamw", b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.0)
     update = make_update(decoder, objective, step, chunk=CHUNK, clip=1.0)
     return update, step, jax.jit(lambda params, tree: log_policy(decoder, params, tree))
@@ -206,8 +206,8 @@ def regret(
 ) -> list[stats.Record]:
     """SELM's cumulative regret with a real decoder, compared with DPO (alpha 0) for each seed.
 
-    `still` is the regret of the untrained decoder over the same number of rounds. A regret that is
-    not well below it means that nothing was learnt.
+    `still` is the regret of the untrained decoder over the same number of rounds. If a
+    regret is not well below it, the decoder has learnt nothing.
     """
     worlds = [make(seed + s) for s in range(seeds)]
     totals = np.zeros((1 + len(alphas), seeds))

@@ -13,7 +13,7 @@ from selm_jax.lab.worlds import Scalar, Table, World
 
 
 def mean(world: World, log_policy: Table, of: Table) -> Scalar:
-    """The mean of a table over prompts and the policy's responses, E_{x~nu, y~pi}[of(x, y)]."""
+    """The mean of a table over prompts and responses of the policy, E_{x~nu, y~pi}[of(x, y)]."""
     return jnp.sum(world.prompts[:, None] * jnp.exp(log_policy) * of)
 
 

@@ -1,4 +1,4 @@
-"""The experiments of the laboratory; each makes many runs with `many.run_many`."""
+"""The experiments of `selm lab`; each makes many runs with `many.run_many`."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def regret_curves(
     shape: WorldShape = REGRET_SHAPE,
     length: Length = REGRET_LENGTH,
 ) -> list[Record]:
-    """Cumulative regret, and its slope, of every algorithm of the zoo in every landscape.
+    """Computes each algorithm's cumulative regret, and its slope, in each landscape.
 
     The weight of optimism is the same in all of them, whatever their convention, except that
     `selm_theory` has the theorem's weight. In `uniform`, the uniform policy gives the candidates
@@ -111,7 +111,7 @@ def optimism_map(
     coverages: Sequence[float] = MAP_COVERAGES,
     dimensions: Sequence[int | None] = MAP_DIMENSIONS,
 ) -> Iterator[list[Record]]:
-    """Cumulative regret of Algorithm 2 (fixed reference) compared with DPO without the term.
+    """Compares the cumulative regret of Algorithm 2 (fixed reference) with that of DPO.
 
     Yields the records of one dimension at a time. `against` is "online", the same algorithm at
     alpha 0, or "passive", DPO on pairs of the reference; queries and seeds are the same. A negative
@@ -148,7 +148,7 @@ Condition = tuple[str, WorldShape, Algorithm, Length, Cell]
 
 
 def conditions() -> list[Condition]:
-    """A base case, and variants of it that each change one thing."""
+    """Lists a base case and its variants, each of which changes one thing."""
     shape = WorldShape(prompts=16, responses=16, dimension=16)
     length = Length(rounds=32, queries=2)
     base = replace(zoo(shape.beta)["selm_fixed"], name="base", convention="alpha_beta")
@@ -234,7 +234,9 @@ WHY_ALPHAS = (0.03, 0.1, 0.3)
 
 
 def why(seeds: int, seed: int = 0) -> Iterator[list[Record]]:
-    """Finds out where the effect of the term comes from, in some of the conditions.
+    """Separates the term's effect on the data from its effect on the fit.
+
+    This is done for the conditions in `WHY`.
 
     Yields the records of one condition at a time. `variant` "both" is SELM. In "asker" only the
     policy that samples is fitted with the term, and a plain DPO fit to its data is evaluated: the
@@ -278,7 +280,7 @@ def idea(
     shape: WorldShape = IDEA_SHAPE,
     length: Length = IDEA_LENGTH,
 ) -> Iterator[list[Record]]:
-    """Compares any objectives with DPO on the same worlds, queries and seeds.
+    """Compares the given objectives with DPO on the same worlds, queries and seeds.
 
     Yields the records of one objective at a time. A pair is a sample of the policy and one of the
     reference, which is also y_ref; the reference is fixed.
@@ -309,7 +311,7 @@ def theorem(
     betas: Sequence[float] = (0.1, 0.3, 1.0),
     horizons: Sequence[int] = (32, 128),
 ) -> Iterator[list[Record]]:
-    """The theorem's constants in the worlds of the base condition, and the regret with its alpha.
+    """Computes the theorem's constants in random worlds, and the regret with the theorem's alpha.
 
     There is one pair per round, as in Algorithm 2. Constants are medians over the seeds. The
     theorem's rewards are those on which the feedback depends, r / temperature, so `bound` (without

@@ -35,7 +35,7 @@ def run_many(
     seeds: int,
     seed: int = 0,
 ) -> Trace:
-    """Runs every cell with seeds 0, 1, ...: a `Trace` of numpy arrays [cells, seeds, rounds].
+    """Runs every cell with seeds 0, 1, ...; returns a `Trace` of arrays [cells, seeds, rounds].
 
     The learner knows the feedback's temperature unless a cell sets `assumed`. A seed determines the
     world and all noise of the run. Equal arguments give bit-identical results.
@@ -43,7 +43,7 @@ def run_many(
     defaults = {"landscape": "two_peaks", "coverage": 0.05}
     defaults |= {name: getattr(Settings(), name) for name in SETTINGS}
     if unknown := {key for cell in cells for key in cell} - defaults.keys():
-        raise ValueError(f"cells have unknown keys {sorted(unknown)}; known are {list(defaults)}")
+        raise ValueError(f"cells have unknown keys {sorted(unknown)}; use {list(defaults)}")
     full = [defaults | cell for cell in cells]
     for cell, given in zip(full, cells, strict=True):
         cell["assumed"] = given.get("assumed", cell["temperature"] or ASSUMED)
@@ -74,5 +74,5 @@ def _compiled(shape: WorldShape, algorithm: Algorithm, length: Length, seeds: in
 
 
 def keys(key, which):
-    """The keys of a seed: (for its world, for all the noise of its runs)."""
+    """Makes two random keys from a seed: one for its world, one for the noise of its runs."""
     return jax.random.split(jax.random.fold_in(key, which))

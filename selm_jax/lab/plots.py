@@ -121,7 +121,7 @@ def heat_maps(records: Sequence[Record], file: Path, made_by: str) -> None:
 def table(
     records: Sequence[Record], x: str, y: str, file: Path, made_by: str, against: str
 ) -> None:
-    """Draws one heat map with cells as in `heat_maps`.
+    """Draws one heat map, whose cells are those of `heat_maps`.
 
     Args:
       x, y: the fields of the records on the two axes.
@@ -188,12 +188,12 @@ def _cell_colour(relative: float) -> tuple[float, float, float]:
 
 
 def _readable_on(colour: tuple[float, float, float]) -> str:
-    """Black or white, whichever has more contrast on a colour; at least 4.5:1 (WCAG AA)."""
+    """Returns black or white, whichever has more contrast on a colour (at least 4.5:1)."""
     return "white" if contrast(colour, (1, 1, 1)) > contrast(colour, (0, 0, 0)) else "black"
 
 
 def contrast(one: Sequence[float], other: Sequence[float]) -> float:
-    """The contrast ratio of two sRGB colours, 1 to 21 (WCAG 2.2)."""
+    """The contrast ratio of two sRGB colours, from 1 to 21 (WCAG 2.2)."""
 
     def luminance(colour: Sequence[float]) -> float:
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour]

@@ -25,7 +25,7 @@ from selm_jax.objectives.losses import Logps, Objective
 
 
 class Trace(NamedTuple):
-    """One number per round, about the policy after the round."""
+    """The metrics of a run, one number per round, about the policy after the round."""
 
     regret: Float[Array, " rounds"]
     reward: Float[Array, " rounds"]  # E_pi[r]
@@ -36,7 +36,7 @@ class Trace(NamedTuple):
 
 
 class Examples(NamedTuple):
-    """Pairs as indices; `weight` is a count in sampled data and a probability in exact data."""
+    """Pairs as indices; `weight` is a count for sampled data and a probability for exact data."""
 
     prompt: Int[Array, " examples"]
     chosen: Int[Array, " examples"]
@@ -48,7 +48,7 @@ class Examples(NamedTuple):
 def logps(
     log_policy: Table, log_reference: Table, prompt: Int[Array, " n"], **roles: Int[Array, " n"]
 ) -> Logps:
-    """The `Logps` for a loss, from tables of log-probabilities; every response has length 1."""
+    """Makes the `Logps` for a loss from log-probability tables; responses have length 1."""
     one = jnp.ones(prompt.shape)
     return Logps(
         policy={role: log_policy[prompt, y] for role, y in roles.items()},
@@ -73,7 +73,7 @@ def mean_loss(
 def expected_bonus(
     objective: Objective, world: World, explorer: Table, log_policy: Table, log_reference: Table
 ) -> Scalar:
-    """E_{x~nu, y_ref~explorer}[loss(y_ref)], computed exactly; explorer is a table of log pi."""
+    """Computes E_{x~nu, y_ref~explorer}[loss(y_ref)] exactly; explorer is a table of log pi."""
     prompts, responses = jnp.indices(log_policy.shape).reshape(2, -1)
     losses, _ = objective(logps(log_policy, log_reference, prompts, explore=responses))
     return exact.mean(world, explorer, losses.reshape(log_policy.shape))
@@ -115,7 +115,7 @@ def sample(
 def every_pair(
     world: World, first: Table, second: Table, settings: Settings
 ) -> Float[Array, "prompts chosen rejected"]:
-    """The probability of each labelled pair for two slots: the distribution of `sample`."""
+    """The probability with which `sample` draws each labelled pair from two slots."""
     gap = world.reward[:, :, None] - world.reward[:, None, :]
     warm = jax.nn.sigmoid(gap / jnp.maximum(settings.temperature, 1e-12))
     wins = jnp.where(settings.temperature > 0, warm, 0.5 + 0.5 * jnp.sign(gap))
@@ -125,7 +125,7 @@ def every_pair(
 
 
 def as_examples(pairs: Float[Array, "prompts chosen rejected"]) -> Examples:
-    """Turns every cell of the table into a weighted example; its y_ref is meaningless."""
+    """Turns every cell of the table into a weighted example, with a meaningless y_ref."""
     index = jnp.indices(pairs.shape).reshape(3, -1)
     return Examples(index[0], index[1], index[2], index[2], pairs.reshape(-1))
 
@@ -152,7 +152,7 @@ def loss(
     data: Examples,
     bonus_weight: Any,
 ) -> Scalar:
-    """The loss that the descent of a round minimises."""
+    """The loss that is minimised in a round."""
     log_policy = world.log_policy(theta)
     if algorithm.fit is None:  # the oracle; the factor makes its curvature that of DPO's loss
         scale = (world.beta / settings.assumed) ** 2
@@ -172,7 +172,7 @@ Descent = Callable[[Any, Table, Examples, Any], Any]  # theta, log reference, da
 
 
 def descent(algorithm: Algorithm, world: World, settings: Settings, steps: int) -> Descent:
-    """A function that fits theta to a round's data by descent steps inside the class's ball."""
+    """Makes a function that fits theta to a round's data, inside the policy class's ball."""
     adam = algorithm.optimizer == "adam"
     optimizer = optax.scale_by_adam() if adam else optax.trace(0.9, nesterov=True)
     rate = settings.rate * (1.0 if adam else (settings.assumed / world.beta) ** 2)
@@ -215,7 +215,7 @@ def ask(
     tables: Mapping[str, Table],
     kept: Any,
 ) -> tuple[Examples, Any, Scalar]:
-    """One round of feedback.
+    """Collects one round of feedback.
 
     Args:
       t: the round, from 0.
@@ -250,7 +250,7 @@ def run(
     settings: Settings,
     length: Length,
 ) -> Trace:
-    """One run, from theta = 0. Equal keys give equal noise, also with different weights."""
+    """Runs an algorithm from theta = 0. Equal keys give equal noise, whatever the weights are."""
     fit = descent(algorithm, world, settings, length.steps)
     uniform = jnp.full_like(world.log_reference, -jnp.log(world.log_reference.shape[-1]))
 

@@ -18,9 +18,9 @@ Record = dict[str, Any]
 def over_seeds(
     values: np.ndarray | jax.Array, base: np.ndarray | jax.Array | float = 0
 ) -> Estimate:
-    """The mean over seeds of values minus `base`, with an interval that applies to other seeds.
+    """The mean of `values - base` over seeds, with a confidence interval over seeds.
 
-    It is NaN, without an interval, if a run diverged.
+    The mean is NaN, without an interval, if a run diverged.
     """
     columns = (np.broadcast_to(np.asarray(x, np.float64), np.shape(values)) for x in (values, base))
     found = difference(*(column[:, None] for column in columns))
@@ -28,15 +28,15 @@ def over_seeds(
 
 
 def curve(values: Float[np.ndarray, "points seeds"]) -> Record:
-    """Means over seeds with the ends of their intervals, which apply to other seeds."""
+    """Means over seeds, with the ends of their confidence intervals over seeds."""
     found = [over_seeds(each) for each in values]
     return {name: [getattr(e, name) for e in found] for name in ("mean", "low", "high")}
 
 
 def loglog_slope(regret: Float[np.ndarray, "seeds rounds"]) -> Record:
-    """Slope of log cumulative regret against log t over the last three quarters, by least squares.
+    """The least-squares slope of log cumulative regret against log t in the last three quarters.
 
-    The cumulative regret is the mean over seeds, and the interval applies to other seeds. A slope
+    The cumulative regret is the mean over seeds, with a confidence interval over seeds. A slope
     of 1 means constant regret per round, 1/2 is the rate in the SELM paper's theorem, and 0 means
     no further regret. The slope is a smooth function of a mean, so to first order its error is that
     of a mean over seeds (the delta method: Efron and Tibshirani, An Introduction to the Bootstrap,
@@ -70,6 +70,6 @@ def compare(total: np.ndarray | jax.Array, base: np.ndarray | jax.Array) -> Reco
 
 
 def correct(records: list[Record]) -> list[Record]:
-    """Adds Holm's corrected p-values to all records, which form one family of tests."""
+    """Adds Holm-corrected p-values to the records, which form one family of tests."""
     adjusted = holm(np.array([r["p"] for r in records]))
     return [r | {"p_holm": float(p)} for r, p in zip(records, adjusted, strict=True)]

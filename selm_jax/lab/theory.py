@@ -29,7 +29,9 @@ class Constants(NamedTuple):
 def constants(
     r_max: float | Scalar, d: float, rounds: float, log_size: float | Scalar
 ) -> Constants:
-    """eta = sqrt(T d / (exp(4 R_max) log(|Pi|/delta))), alpha = 2 / (eta exp(4 R_max)).
+    """Computes the theorem's constants.
+
+    eta = sqrt(T d / (exp(4 R_max) log(|Pi|/delta))), alpha = 2 / (eta exp(4 R_max)).
 
     This equals alpha = 2 exp(-2 R_max) sqrt(log(|Pi|/delta) / (T d)), which does not overflow.
     """
@@ -41,7 +43,7 @@ def constants(
 
 
 def of_world(world: World, rounds: int, delta: float = 0.05) -> Constants:
-    """The theorem's constants for a world, with its d and the smallest possible R_max.
+    """Computes the theorem's constants for a world, with the smallest possible R_max.
 
     A log-linear class is infinite, so |Pi| is the size of a cover of its parameters with resolution
     1/T: (1 + 2 R_max T)^d.

@@ -77,7 +77,7 @@ def make_world(
     landscape: int | Int[Array, ""] | str = "two_peaks",
     coverage: float | Scalar = 0.05,
 ) -> World:
-    """A random world of this shape.
+    """Makes a random world of this shape.
 
     Each prompt's responses are on a ring, and the reference is centred at a random place of it. The
     good responses are the sixteenth with the highest reward; `coverage` is the total probability
@@ -151,15 +151,15 @@ def _bump(at: Array, centre: Array, width: float) -> Array:
 def _noise(key: Key[Array, ""], shape: tuple[int, ...]) -> Array:
     """Uniform random numbers of unit variance.
 
-    With normal numbers, or with an array that is not drawn flat, XLA would compile longer than for
-    all the rest of a run.
+    With normal numbers, or with an array that is not drawn flat, compiling this would take XLA
+    longer than compiling the rest of a run.
     """
     flat = jax.random.uniform(key, (math.prod(shape),), minval=-(3**0.5), maxval=3**0.5)
     return flat.reshape(shape)
 
 
 def _features(key, reward, shape: WorldShape):
-    """Random features whose span contains the reward, and theta_star, whose policy is the optimum.
+    """Makes random features that span the reward, and theta_star, whose policy is the optimum.
 
     One column is the reward and the others are noise, all of unit variance. All are then reflected
     in a random plane, so that no coordinate is special. |features(x, y)| is about 1, as in a

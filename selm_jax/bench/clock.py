@@ -1,4 +1,4 @@
-"""Times of repeated work, compared with what the devices could have done meanwhile."""
+"""Times repeated work, and compares it with the peak speed of the devices."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Times:
 
 @dataclasses.dataclass(frozen=True)
 class Clock:
-    """Times repetitions.
+    """Times repeated calls of a function.
 
     Attributes:
       peak: TFLOP/s of all devices together; None if it is unknown.
@@ -91,7 +91,7 @@ class Clock:
 def _matmul() -> Callable[[], float]:
     """Makes a function that measures the TFLOP/s of a 2048^3 float32 matrix product.
 
-    Virtual cores are not always whole ones, so the peak of a CPU is measured.
+    A virtual core is not always a whole one, so the peak of a CPU is measured.
     """
     x = jax.random.normal(jax.random.key(0), (2048, 2048))
     product = jax.jit(lambda x: x @ x)

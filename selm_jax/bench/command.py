@@ -1,4 +1,4 @@
-"""`selm bench`, from its arguments to its table."""
+"""The command `selm bench`: checks its arguments, measures, and prints a table."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def main(
     peak: float | None = None,
     json: Path | None = None,
 ) -> None:
-    """Measures, and prints a table.
+    """Runs the benchmark and prints a table.
 
     Args:
       model: a folder, Hub id or GGUF file.
@@ -75,7 +75,7 @@ def main(
       json: a file for everything that was measured.
 
     Raises:
-      BenchError: shape, dtype or remat is unknown, or the sizes make no sense.
+      BenchError: if shape, dtype or remat is unknown, or a size is too small.
     """
     asked = {
         "prompt": prompt, "response": response, "examples": examples, "rows": rows,
@@ -102,9 +102,9 @@ def run(
     remat: str = Training.remat,
     peak: float | None = None,
 ) -> dict[str, Any]:
-    """Measures, with the arguments of `main`. The result is plain JSON.
+    """Runs the benchmark with the arguments of `main`; returns JSON values.
 
-    It has the seconds of every counted repetition; rates are those of the median repetition.
+    They include the seconds of every counted repetition. Rates are those of the median repetition.
     """
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -174,7 +174,7 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 
 def _model(model: str, shape: str | None) -> tuple[str, DecoderConfig, MakeParams]:
-    """The model's name and facts, and a function that makes its parameters with given shardings."""
+    """Returns the model's name, its facts, and a function that makes its parameters."""
     if shape is None:
         folder = sources.resolve(model).path
         config = checked_config(folder)

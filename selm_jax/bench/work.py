@@ -1,4 +1,4 @@
-"""The work that is measured: updates and generation, on synthetic tokens."""
+"""Measures updates and generation on synthetic tokens."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ MakeParams = Callable[[Any], Params]  # from a tree of shardings
 
 
 class BenchError(ValueError):
-    """The measurement that was asked for cannot be made."""
+    """The requested measurement cannot be made."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """The sizes of what is measured.
+    """The sizes of the work that is measured.
 
     Attributes:
-      prompt, response: most tokens of a prompt and of a response. Examples have half to all of
+      prompt, response: the most tokens of a prompt and of a response. Examples have half to all of
         them, so that rows have as much padding as in practice. Generation uses full lengths.
       examples: number of examples per update.
       rows, row_length: rows of a packed batch, and tokens of a row.
@@ -63,7 +63,7 @@ class Sizes:
     def __post_init__(self):
         for name, value in dataclasses.asdict(self).items():
             if value < 1:
-                raise BenchError(f"{name} is {value}; at least 1 was expected")
+                raise BenchError(f"{name} is {value}; expected at least 1")
 
 
 def training(
@@ -118,7 +118,7 @@ def training(
 def generation(
     config: DecoderConfig, make_params: MakeParams, sizes: Sizes, dtype: str, clock: Clock
 ) -> dict[str, Any]:
-    """Measures reading prompts, and decoding all tokens but the first, which the prefill gives."""
+    """Measures the prefill, and the decoding of all tokens after the first."""
     if sizes.response < 2:
         raise BenchError(
             "response is 1: the prefill gives the first token, so none is decoded. Use 2 or more"
@@ -156,8 +156,8 @@ def generation(
     decodes = dataclasses.replace(wholes, seconds=[s - before for s in wholes.seconds])
     if min(decodes.seconds) <= 0:
         raise BenchError(
-            f"{sizes.response} tokens a response took no longer than the prefill ({before:.4f} s): "
-            "too little to measure; ask for longer responses"
+            f"decoding {sizes.response} tokens per response took no longer than the prefill "
+            f"({before:.4f} s), which is too little to measure. Use longer responses (--response)"
         )
     steps = sizes.response - 1
     read = flops.forward(config, rows=sizes.slots, time=sizes.prompt, keys=sizes.prompt, scored=1)
@@ -174,7 +174,7 @@ def generation(
 
 
 def _examples(sizes: Sizes, vocab: int) -> list[Example]:
-    """Random examples of three distinct responses, with half to all of the most tokens."""
+    """Makes random examples of three distinct responses, of half to all of the maximum length."""
     rng = np.random.default_rng(0)
 
     def ids(most: int) -> tuple[int, ...]:

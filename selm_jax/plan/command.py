@@ -1,4 +1,4 @@
-"""`selm plan`: whether an experiment fits, how long it takes and what it costs, before it runs."""
+"""`selm plan`: predicts whether an experiment fits, how long it takes and what it costs."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def main(
       The exit status: 0, or 3 if a plan does not fit.
 
     Raises:
-      TopologyError: a topology is unknown.
-      SourceError, UnsupportedModel: there is no config.json, or its model is not supported.
+      TopologyError: if a topology is unknown.
+      SourceError, UnsupportedModel: if there is no config.json, or its model is not supported.
     """
     console = console or terminal()
     targets = _targets(topologies, options.hbm, console)
@@ -65,7 +65,7 @@ def main(
 
 
 def read_facts(file: Path) -> DecoderConfig:
-    """The facts of the model that a config.json describes; the file may have any name."""
+    """Reads a model's facts from its config.json; the file may have any name."""
     try:
         return from_hf(read_object(file))
     except JsonFileError as e:
@@ -90,7 +90,7 @@ def _targets(names: Sequence[str], hbm: float | None, console: Console) -> list[
 
 
 def plain(plan: Plan) -> dict[str, Any]:
-    """A plan as JSON."""
+    """Converts a plan to JSON values."""
     where = plan.target
     return {
         "target": {

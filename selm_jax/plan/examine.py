@@ -22,7 +22,7 @@ Load = Callable[[Sequence[str]], Experiment]  # loads the experiment with furthe
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Options of `selm plan` about data and machine; None takes the value from data or settings.
+    """The options of `selm plan` about data and machine; None uses the data or the settings.
 
     Attributes:
       mfu, mbu: see `work.Assumed`.
@@ -44,7 +44,7 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """One program on a device: the memory that it needs, and the memory that there is."""
+    """The memory that one program needs on a device, and the memory that the device has."""
 
     name: str
     stage: str
@@ -54,7 +54,7 @@ class Fit:
 
     @property
     def needed(self) -> int | None:
-        """Peak bytes on a device; None if the compiler refused without giving a number."""
+        """The peak bytes on a device; None if the compiler refused without giving a number."""
         return None if self.memory.peak < 0 else self.memory.peak + sum(self.held.values())
 
     @property
@@ -92,7 +92,7 @@ class Plan:
 def examine(
     load: Load, facts: DecoderConfig, where: Target, options: Options, console: Console
 ) -> Plan:
-    """Compiles everything, and if it does not fit, looks for changes that make it fit."""
+    """Compiles all programs and, if they do not fit, looks for changes that make them fit."""
     plan = compiled(load(()), facts, where, options, console)
     if plan.fit or not options.tries:
         return plan
@@ -144,7 +144,7 @@ def compiled(
     console: Console,
     stage: str | None = None,
 ) -> Plan:
-    """Compiles all programs, or only those of one stage."""
+    """Makes a plan by compiling all programs, or only those of one stage."""
     b, o = Blueprint(e, facts, where), options
     lengths = work.lengths_of(b, o.data_rows, o.heldout_rows, o.prompt_tokens, o.response_tokens)
     nothing = Plan(where, e, {}, (), lengths, None)

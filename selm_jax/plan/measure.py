@@ -25,7 +25,7 @@ from selm_jax.weights.sources import cache_root
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """A program's bytes on one device, as the compiler counts them.
+    """The bytes that a program needs on one device, as the compiler counts them.
 
     Attributes:
       arguments, temporaries, output: their sizes; output excludes arrays that reuse the memory of
@@ -51,7 +51,7 @@ def measure(lowered: jax.stages.Lowered, target: Target) -> Memory:
     """Compiles a program, or takes the result of an earlier compilation from the cache.
 
     Raises:
-      jax.errors.JaxRuntimeError: the compiler fails for a reason other than memory.
+      jax.errors.JaxRuntimeError: if the compiler fails for a reason other than memory.
     """
     file = cache_root() / "plans" / f"{_digest(lowered, target)}.json"
     if file.exists():
@@ -78,7 +78,7 @@ def measure(lowered: jax.stages.Lowered, target: Target) -> Memory:
 
 
 def wanted(words: str) -> int:
-    """Bytes that a refused program needs, from the compiler's message; -1 if it does not say."""
+    """Reads from the compiler's message how many bytes a refused program needs; -1 if unknown."""
     sizes = re.search(r"(?:required[^()]*\(|Used )([\d.]+)([KMGT])", words)
     if sizes is None:
         return -1
@@ -86,7 +86,7 @@ def wanted(words: str) -> int:
 
 
 def shard_bytes(tree: Any) -> int:
-    """Bytes of a tree of (abstract) arrays on one device. Leaves that are not arrays count 0."""
+    """The bytes of a tree of (abstract) arrays on one device; other leaves count as 0 bytes."""
     return sum(_shard_bytes(x) for x in jax.tree.leaves(tree) if hasattr(x, "dtype"))
 
 
@@ -101,7 +101,7 @@ def gib(count: float) -> str:
 
 
 def _digest(lowered: jax.stages.Lowered, target: Target) -> str:
-    """A digest of everything that the result depends on."""
+    """The cache key: a digest of everything that the result depends on."""
     what: Mapping[str, Any] = {
         "program": hashlib.sha256(lowered.as_text().encode()).hexdigest(),
         "devices": f"{target.name} {len(target.devices)} {target.devices[0].device_kind}",
@@ -111,7 +111,7 @@ def _digest(lowered: jax.stages.Lowered, target: Target) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of the compilers; a package that is not there is left out."""
+    """The versions of JAX and its compilers, without packages that are not installed."""
     found = {}
     for name in ("jax", "jaxlib", "libtpu"):
         try:

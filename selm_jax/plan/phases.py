@@ -40,7 +40,7 @@ GENERATE, RANK, SCORE, TRAIN = "generate", "rank", "score", "train"
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """A program, and what else is in each device's memory while it runs.
+    """A program, and what else each device holds in memory while it runs.
 
     Attributes:
       stage: the stage of the iteration, whose settings may contain a remedy.
@@ -92,7 +92,7 @@ class Blueprint:
 
     @cached_property
     def heldout_params(self) -> Mapping[str, int]:
-        """Bytes of the parameters that `evaluate` keeps while it generates and ranks."""
+        """The bytes of the parameters that `evaluate` keeps while it generates and ranks."""
         if self.experiment.data.heldout is None:
             return {}
         return {"policy": shard_bytes(self.programs.abstract_params)}
@@ -101,12 +101,12 @@ class Blueprint:
 
     @cached_property
     def model_rankers(self) -> tuple[Ranker, ...]:
-        """The rankers that are models, even if none is asked: a run builds its ranker anyway."""
+        """The rankers that are models, used or not: a run builds its ranker in any case."""
         return rankers_of(self.experiment, self.target)
 
     @cached_property
     def ranker_bytes(self) -> Mapping[str, int]:
-        """Bytes of the rankers that stay in memory for the whole run (PairRM)."""
+        """The bytes of the rankers that stay in memory for the whole run (PairRM)."""
         return {r.name: shard_bytes(r.params) for r in self.model_rankers if r.stays}
 
     # Training
@@ -120,7 +120,7 @@ class Blueprint:
 
     @property
     def responses(self) -> int:
-        """The most distinct responses that an example can have."""
+        """The maximum number of distinct responses in an example."""
         e = self.experiment
         several = e.feedback.explore == "all" or is_user_code(e.feedback.explore)
         if not several or "explore" not in self.task.objective.roles:
@@ -134,7 +134,7 @@ class Blueprint:
 
     @cached_property
     def abstract_start(self) -> Any:
-        """The result of `start_of`: the parameters, quantized if the experiment says so."""
+        """The abstract parameters at the start, quantized if the experiment says so."""
         if self.programs.quantized is None:
             return self.programs.abstract_params
         work = jax.jit(quantize, static_argnums=1)
@@ -158,9 +158,9 @@ class Blueprint:
 
     @property
     def beside_updates(self) -> Mapping[str, int]:
-        """Bytes that training keeps in memory besides the arguments of `apply`.
+        """The bytes that training keeps in memory besides the arguments of `apply`.
 
-        This is a live reference, or the base model of adapters.
+        They are those of a live reference, or of the base model of adapters.
         """
         *_, reference, base, _ = self.update_arguments
         if base is not None:
@@ -169,10 +169,10 @@ class Blueprint:
 
 
 def phases(b: Blueprint, batches: int) -> Iterator[Phase]:
-    """The programs in the order in which an iteration runs them.
+    """Yields the programs in the order in which an iteration runs them.
 
     Args:
-      batches: packed batches of an update; with one, no gradients are accumulated.
+      batches: number of packed batches in an update; with one, no gradients are accumulated.
     """
     e = b.experiment
     candidates = (e.candidates.greedy or e.candidates.samples) and e.rollout.remote is None
@@ -208,7 +208,7 @@ def phases(b: Blueprint, batches: int) -> Iterator[Phase]:
 
 
 def _generation(b: Blueprint) -> Iterator[Phase]:
-    """The programs of generation: prefill, refill and decode, in the order of the engine's loop."""
+    """Yields the programs of generation in the engine's order: prefill, refill and decode."""
     p = b.generation
     kept = {**b.ranker_bytes, **b.heldout_params}
     slots, waiting = {"slots": shard_bytes(p.slots)}, {"prompts": shard_bytes(p.prefilled)}

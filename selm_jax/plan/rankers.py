@@ -1,4 +1,4 @@
-"""Rankers that are models (PairRM and reward models), built without their weights."""
+"""Builds the rankers that are models (PairRM and reward models) without their weights."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MODELS = ("pairrm", "reward_model")
 
 @dataclasses.dataclass(frozen=True)
 class Ranker:
-    """The program of a ranker, on the devices of one process.
+    """The program of a ranker on the devices of one process.
 
     Attributes:
       params, inputs: abstract arrays.
@@ -50,10 +50,10 @@ class Ranker:
 
 
 def rankers_of(e: Experiment, target: Target) -> tuple[Ranker, ...]:
-    """The rankers of an experiment that are models; a mixture may have several.
+    """Builds those rankers of an experiment that are models; a mixture may have several.
 
     Raises:
-      SourceError: the config.json of a reward model cannot be loaded.
+      SourceError: if the config.json of a reward model cannot be loaded.
     """
     found = [_build(e, name, settings, target) for name, settings in _models(e.feedback)]
     several = {r.name for r in found if [other.name for other in found].count(r.name) > 1}
@@ -70,7 +70,7 @@ def _models(f: Feedback) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _parts(f: Feedback) -> Iterator[Mapping[str, Any]]:
-    """The ranker, followed by all parts of a mixture, nested ones included."""
+    """Yields the ranker, followed by all parts of a mixture, including nested ones."""
     todo: list[Mapping[str, Any]] = [{"ranker": f.ranker, "settings": f.settings}]
     while todo:
         part = todo.pop(0)
@@ -80,7 +80,7 @@ def _parts(f: Feedback) -> Iterator[Mapping[str, Any]]:
 
 
 def is_relative(f: Feedback) -> bool:
-    """Whether the ranker's scores are relative, as `feedback.ranker.is_relative` would say."""
+    """Whether the ranker's scores are relative, as in `feedback.ranker.is_relative`."""
     return any(
         part["ranker"] == "pairrm"
         or part.get("normalise", "none") != "none"
@@ -163,7 +163,7 @@ def _reward_model(
 
 
 def _longest(tokens: int, mesh: jax.sharding.Mesh, batch: int) -> Part:
-    """A full batch of texts with the maximum length."""
+    """Makes a full batch of texts with the maximum length."""
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     many = [tokens] * (devices * batch)
     return next(parts(many, devices, batch))

@@ -24,7 +24,7 @@ Fits = Callable[[Change, str | None], bool]  # whether a stage (None: all) fits 
 def remedy(
     experiment: Experiment, stages: Sequence[str], devices: int, longest: int, fits: Fits
 ) -> Change | None:
-    """Changes with which all the stages fit; None if no known change is enough.
+    """Finds changes with which all given stages fit; None if no known change is enough.
 
     Args:
       stages: the stages that do not fit.
@@ -43,7 +43,7 @@ def remedy(
 
 
 def _replaced(old: Change, new: Change) -> Change:
-    """Both changes together; for a setting that both change, the new value counts."""
+    """Merges two changes; if both change a setting, the new value wins."""
     keys = {each.partition("=")[0] for each in new}
     return (*(each for each in old if each.partition("=")[0] not in keys), *new)
 
@@ -69,7 +69,7 @@ def _of_stage(ladder: list[Change], so_far: Change, stage: str, fits: Fits) -> C
 
 
 def _ladder(e: Experiment, stage: str, devices: int, longest: int) -> Iterator[Change]:
-    """Changes to try for a stage: cheap settings first, and small changes of a setting first."""
+    """Yields changes to try for a stage, beginning with cheap settings and small changes."""
     c, r, t = e.compute, e.rollout, e.training
     if stage == RANK:
         yield from _smaller_batches(e.feedback)
@@ -95,7 +95,7 @@ def _ladder(e: Experiment, stage: str, devices: int, longest: int) -> Iterator[C
 
 
 def _smaller_batches(f: Feedback) -> Iterator[Change]:
-    """Smaller batches of the ranker; in a mixture, of all models at once: any may be too large."""
+    """Yields smaller batches of the ranker; in a mixture, all models get smaller batches."""
     if f.ranker != "mixture":
         batch = checked_batch(f.ranker, f.settings.get("batch"), on_cpu=False)
         while (batch := batch // 2) >= 1:

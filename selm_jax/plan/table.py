@@ -21,7 +21,7 @@ _LEGEND = (
 
 
 def show(plan: Plan, options: Options, console: Console) -> None:
-    """Prints the memory of each program, the work of an iteration, the assumptions, the verdict."""
+    """Prints a plan: memory of each program, work of an iteration, assumptions, verdict."""
     where = plan.target
     console.print()
     console.rule(Text(where.name, "bold"), align="left")
@@ -74,7 +74,7 @@ def _table(title: str, first: str) -> Table:
 
 
 def left(each: Fit) -> str:
-    """How much of the device's memory is left, or by how much the program exceeds it."""
+    """Says how much device memory is left, or by how much the program exceeds it."""
     if each.fits and each.needed is not None:
         return f"{gib(each.hbm - each.needed)} left"
     return "no" if each.needed is None else f"{gib(each.needed - each.hbm)} over"

@@ -1,4 +1,4 @@
-"""The target of a plan: a slice of TPU chips, which need not exist yet, or the local devices.
+"""The devices that a plan is for: a slice of TPU chips, here or not, or the local devices.
 
     target("v5e:4x8")     32 compile-only devices, which need only libtpu
     local_target()        jax.devices()
@@ -24,12 +24,12 @@ GIB = 2**30
 
 
 class TopologyError(ValueError):
-    """A topology is unknown, or cannot be compiled for on this machine."""
+    """A topology is unknown, or this machine cannot compile for it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """One generation of TPU.
+    """The facts about one generation of TPU.
 
     Attributes:
       hbm: memory of a device that programs may use, in GiB. This is the compiler's own bound, which
@@ -94,13 +94,14 @@ def has_libtpu() -> bool:
 
 
 def target(name: str, hbm: float | None = None) -> Target:
-    """The devices of a topology such as `v5e:4x8`, which this machine need not have.
+    """Returns the devices of a topology such as `v5e:4x8`; this machine need not have them.
 
     Args:
       hbm: memory of a device that programs may use, in GiB; None takes the generation's value.
 
     Raises:
-      TopologyError: the name is unknown (the message lists the known ones), or libtpu refuses it.
+      TopologyError: if the name is unknown (the message lists the known ones), or libtpu
+        refuses it.
     """
     generation, shape = _look_up(name)
     options = dict(generation.options)
@@ -132,7 +133,7 @@ def _look_up(name: str) -> tuple[Generation, str]:
     generation = GENERATIONS[kind]
     if shape not in generation.shapes:
         raise TopologyError(
-            f"topology {name!r}: unknown shape; {kind} has the shapes "
+            f"topology {name!r}: the shape is unknown; {kind} has the shapes "
             f"{', '.join(generation.shapes)}"
         )
     return generation, shape
@@ -155,12 +156,12 @@ def _compile_only_devices(name: str, options: Mapping[str, Any]) -> list[Any]:
     try:
         found = topologies.get_topology_desc(topology_name=name, platform="tpu", **options)
     except Exception as e:  # jax raises its runtime's own error, or RuntimeError without libtpu
-        raise TopologyError(f"topology {name!r}: libtpu refuses it: {e}") from e
+        raise TopologyError(f"topology {name!r}: libtpu cannot compile for it: {e}") from e
     return list(found.devices)
 
 
 def local_target(hbm: float | None = None) -> Target:
-    """The local devices as a target."""
+    """Returns the local devices as a target."""
     devices = jax.devices()
     device = devices[0]
     stats = device.memory_stats() or {}

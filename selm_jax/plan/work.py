@@ -23,7 +23,7 @@ from selm_jax.text.prompts import rows_of
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
-    """Sizes of the data, measured, given or assumed.
+    """The sizes of the data, which are measured, given or assumed.
 
     Attributes:
       prompts: number of prompts of one iteration; None if unknown.
@@ -43,7 +43,7 @@ class Lengths:
 
 @dataclasses.dataclass(frozen=True)
 class Assumed:
-    """Assumed fractions of the chip's peak FLOP/s (mfu) and memory bandwidth (mbu).
+    """The assumed fractions of the chip's peak FLOP/s (mfu) and memory bandwidth (mbu).
 
     MFU is defined in PaLM (arXiv 2204.02311, appendix B).
     """
@@ -94,7 +94,7 @@ class Work:
 def lengths_of(
     b: Blueprint, rows: int | None, heldout: int | None, prompt: int | None, response: int | None
 ) -> Lengths:
-    """Sizes of the data: from options if given, else from local data, else bounds from settings.
+    """Finds the sizes of the data: from options, else local data, else bounds in the settings.
 
     Args:
       rows, heldout: number of rows of the training and the held-out data.
@@ -141,13 +141,13 @@ def lengths_of(
 
 
 def batches_of_update(b: Blueprint, of: Lengths) -> int:
-    """Number of packed batches of an update."""
+    """The number of packed batches in an update."""
     t = b.experiment.training
     return math.ceil(math.ceil(t.global_batch / _per_row(b, of)) / t.rows)
 
 
 def longest_example(b: Blueprint) -> int:
-    """Number of tokens of the longest example that the settings allow."""
+    """The number of tokens of the longest example that the settings allow."""
     e, distinct = b.experiment, b.responses
     if e.candidates.dataset:  # the data's answers have any length that fits in a row
         return e.training.row_length
@@ -155,7 +155,7 @@ def longest_example(b: Blueprint) -> int:
 
 
 def _example(b: Blueprint, of: Lengths) -> tuple[int, int]:
-    """Number of tokens of an example, and how many of them are scored."""
+    """The number of tokens of an example, and how many of them are scored."""
     e, distinct = b.experiment, b.responses
     prompt, response = of.prompt, of.response
     if e.text.layout == "paper":
@@ -166,7 +166,7 @@ def _example(b: Blueprint, of: Lengths) -> tuple[int, int]:
 
 
 def _heldout_rows(b: Blueprint, of: Lengths) -> tuple[int, int]:
-    """Number of packed rows of an evaluation, and the most scored tokens in a row.
+    """The number of packed rows in an evaluation, and the most scored tokens in a row.
 
     Rows that fill up the last batch are included. Held-out prompts are never cut: if the answers to
     a prompt do not fit in one row together, each gets a row of its own
@@ -194,7 +194,7 @@ def _per_row(b: Blueprint, of: Lengths) -> int:
 
 
 def work_of(b: Blueprint, of: Lengths, assumed: Assumed) -> Work | None:
-    """The work of one iteration; None if its number of prompts is unknown."""
+    """Estimates the work of one iteration; None if its number of prompts is unknown."""
     if of.prompts is None:
         return None
     e, t, target = b.experiment, b.experiment.training, b.target
@@ -250,8 +250,11 @@ def work_of(b: Blueprint, of: Lengths, assumed: Assumed) -> Work | None:
     parts.append(passes("train", rows * t.row_length, train))
 
     def evaluation(models: int) -> Part | None:
-        """The work of `stages.evaluate`; `models` is how many models score the answers (the policy
-        and, if it differs, the start model). A reward model scores pairs and generates nothing."""
+        """Estimates the work of `stages.evaluate`, in which `models` models score the answers.
+
+        They are the policy and, if it differs, the start model. A reward model scores pairs and
+        generates nothing.
+        """
         heldout, answers, found = of.heldout or 0, 1 + e.evaluation.samples, []
         if b.task.answers:
             found += generation("evaluate", heldout, answers)
@@ -283,7 +286,7 @@ def _together(name: str, parts: list[Part]) -> Part:
 
 
 def _decoding(b: Blueprint, of: Lengths, name: str, responses: int, assumed: Assumed) -> Part:
-    """The work of decoding answers token by token.
+    """Estimates the work of decoding answers token by token.
 
     This assumes that all slots are always full, and that every replica of the model reads its
     weights and its whole caches at every step: masked entries are read too.

@@ -41,7 +41,7 @@ Preset = Literal["single", "fsdp", "fsdp_tensor"]
 
 
 def agree(rule: Callable[[Any], Iterator[str]]) -> Any:
-    """Makes a method a check of its group of settings; it yields each problem as `key: what`."""
+    """Decorates a method that checks its group of settings and yields problems as `key: what`."""
 
     def check(group: Any) -> Any:
         refuse(list(rule(group)))
@@ -51,7 +51,7 @@ def agree(rule: Callable[[Any], Iterator[str]]) -> Any:
 
 
 def refuse(problems: list[str]) -> None:
-    """Raises PydanticCustomError for problems, each `key: what` with the key within its group."""
+    """Raises PydanticCustomError for problems, each as `key: what` with a key of the group."""
     if problems:
         raise PydanticCustomError("contradiction", "{problems}", {"problems": problems})
 

@@ -18,7 +18,7 @@ class LogError(RuntimeError):
 
 
 class Writers:
-    """Writes each line of metrics under `iteration_T/`, at its step.
+    """Sends each line of metrics to TensorBoard and wandb, under `iteration_T/` and at its step.
 
     The trackers are opened before any work, so that a missing package or login is found at once. A
     resumed run continues in both: TensorBoard's files are rewritten from the record, and the wandb

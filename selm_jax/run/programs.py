@@ -184,7 +184,7 @@ class Programs:
 
     @cached_property
     def update(self) -> Update:
-        """Log-probabilities, rewards, gradients and updates of the trained parameters."""
+        """The update, which computes log-probabilities, rewards, gradients and new parameters."""
         s = self.experiment.training
         decoder = Decoder(
             self.config,

@@ -266,7 +266,7 @@ class Stages:
         return {name for entry in self.read().values() for name in entry.get("gone", ())}
 
     def let_go(self, stage: str, name: str) -> None:
-        """Deletes an output that nothing needs any more. Its stage stays done, its digest known."""
+        """Deletes an output that nothing needs any more. The stage still counts as done."""
         entry = self.read()[stage]
         if name not in entry.get("gone", ()):
             self._put(stage, unsealed(entry) | {"gone": [*entry.get("gone", ()), name]})

@@ -31,7 +31,7 @@ def commit() -> str | None:
 
 
 def _git(*arguments: str) -> str | None:
-    """What git prints; None without git or outside a repository."""
+    """The output of a git command; None without git or outside a repository."""
     command = ["git", "-C", str(_PACKAGE.parent), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)

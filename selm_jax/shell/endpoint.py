@@ -57,7 +57,7 @@ class Tries:
 
 
 class Endpoint:
-    """One URL that accepts JSON by POST.
+    """A client of one URL that accepts JSON by POST.
 
     Temporary faults (connection, timeout, 408, 409, 429, 5xx, an answer that cannot be read) are
     retried after a wait that doubles each time, with jitter, and that is never shorter than the

@@ -1,10 +1,10 @@
-"""Ctrl-C: the first one ends the program or lets it stop at the next safe place; the second kills.
+"""Ctrl-C: the first ends the program, or lets it stop at a safe place; the second kills it.
 
 Python raises KeyboardInterrupt wherever the program is. In a garbage collection, in a `__del__` or
-in a callback of a library nobody can take it: it is printed as ignored, and the program continues.
-Other code catches it and drops it. So a thread watches the main one from the first Ctrl-C on, and
-raises KeyboardInterrupt again as long as nobody handles one. Where something must be saved first,
-nothing is raised: whoever asks `asked` stops the program.
+in a library callback no code can catch it: it is printed as ignored, and the program continues.
+Other code catches and drops it. So a thread watches the main one from the first Ctrl-C on, and
+raises KeyboardInterrupt again as long as no code handles one. Where something must be saved first,
+nothing is raised: the code that checks `asked` stops the program.
 """
 
 from __future__ import annotations

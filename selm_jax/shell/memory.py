@@ -12,7 +12,7 @@ import jax
 
 
 def peak_mib() -> float:
-    """Peak memory of any device in MiB; of this process if the devices do not report it.
+    """The highest peak memory of a device in MiB, or of this process if devices report none.
 
     On Linux the process's peak is measured since the last `release`.
     """

@@ -57,7 +57,7 @@ def evaluate(
     chat: Chat,
     first: StoredTable | None,
 ) -> Counts:
-    """Scores a policy's held-out answers, greedy and sampled, with the ranker and both models.
+    """Scores a policy's held-out answers with the ranker, the policy and the start model.
 
     `_scores` describes the scores. An answer that does not fit into a row together with its prompt
     is counted, and its log-probabilities are null in the table.

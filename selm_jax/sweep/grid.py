@@ -141,7 +141,7 @@ def read_sweep(
 
 
 def _base(file: Path, name: str) -> Path:
-    """The experiment file that a sweep file names, from the sweep file's own folder.
+    """The base experiment file of a sweep, found relative to the sweep file's folder.
 
     Raises:
       ConfigError: the file exists only under the working directory, which earlier versions used.

@@ -221,7 +221,7 @@ def shared(grid: Sweep) -> dict[str, tuple[int, int]]:
 
 
 def as_csv(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
-    """The rows as flat values, with the names of table.csv's columns."""
+    """The rows as flat dictionaries, keyed by the columns of table.csv."""
     for row in rows:
         line: dict[str, Any] = {"cell": ", ".join(row.levels)}
         line["runs"] = sum(done for *_, done in row.runs)

@@ -253,7 +253,7 @@ class Chat:
         return self._template.render(said, answer_follows)
 
     def _marked(self, messages: Sequence[Turn], answer_follows: bool) -> str:
-        """Like `_rendered`; raises ChatError if it refuses, or drops the system message."""
+        """Like `_rendered`; raises ChatError on a refusal or an omitted system message."""
         try:
             rendered = self._rendered(messages, answer_follows)
         except Refused as e:

@@ -247,7 +247,7 @@ def rows_of(rows: Sequence[T], t: int, e: Experiment) -> list[T]:
 def portion(
     prompts: Sequence[T], index: int, portions: int, *, shuffle_seed: int | None = None
 ) -> list[T]:
-    """The `index`-th of `portions` equal parts, one for each iteration.
+    """Returns the `index`-th of `portions` equal parts, one part for each iteration.
 
     As in the paper's runs (arXiv 2405.19332, reference code), parts are contiguous and have
     len(prompts) // portions prompts each; the remainder at the end is in no part. So 61,135 rows
@@ -268,7 +268,9 @@ def portion(
         raise ValueError(f"portion {index} of {portions}: expected an index from 1 to {portions}.")
     size = len(prompts) // portions
     if size == 0:
-        raise ValueError(f"{len(prompts)} prompts cannot be cut into {portions} portions.")
+        raise ValueError(
+            f"{len(prompts)} prompts cannot be cut into {portions} portions. Use fewer."
+        )
     order = np.arange(len(prompts))
     if shuffle_seed is not None:
         # numpy promises never to change raw bits, but not Generator.permutation (NEP 19).

@@ -116,7 +116,9 @@ def _split_of(folder: epath.Path, split: str | None) -> list[epath.Path]:
                 splits.setdefault(name, []).append((index, count, file))
     there = ", ".join(sorted(splits))
     if not splits:
-        raise DataError(f"{folder}: no {', '.join(SUFFIXES)} file in this folder.")
+        raise DataError(
+            f"{folder}: no {', '.join(SUFFIXES)} file in this folder. Name another one."
+        )
     if split is None and len(splits) > 1:
         raise DataError(
             f"{folder} has several splits: {there}. Choose one with data.train_split or "
@@ -237,7 +239,10 @@ def _csv(file: epath.Path, delimiter: str = ",") -> Iterator[Row]:
     try:
         header = next(reader, [])
         if len(set(header)) < len(header):
-            raise DataError(f"{file}, line 1: a column name occurs twice: {', '.join(header)}.")
+            raise DataError(
+                f"{file}, line 1: a column name occurs twice: {', '.join(header)}. "
+                "Rename one of them."
+            )
         number, line = 0, reader.line_num + 1
         for cells in reader:
             if cells:  # a blank line is not a row
@@ -263,7 +268,7 @@ def _arrow_table(handle: Any) -> pa.Table:
 
 
 def _columns(file: epath.Path, kind: str, table_of: Callable[[Any], pa.Table]) -> Iterator[Row]:
-    """Yields the rows of a columnar file."""
+    """Yields the rows of a columnar file (Parquet or Arrow)."""
     number = 0
     try:
         with file.open("rb") as handle:

@@ -39,7 +39,7 @@ class Tokenizer:
     """
 
     def __init__(self, folder: Path):
-        """Reads the folder.
+        """Reads the tokenizer files in the folder.
 
         Raises:
           ChatError: if there is no tokenizer, a file is damaged, or the tokenizer needs code.
@@ -92,7 +92,9 @@ class Tokenizer:
         try:
             return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         except (TypeError, UnicodeEncodeError) as e:
-            raise ChatError(f"this text cannot be encoded (a lone surrogate?): {text!r}") from e
+            raise ChatError(
+                f"this text cannot be encoded; it may have half of a surrogate pair: {text!r}"
+            ) from e
 
     def decode(self, ids: int | Sequence[int], skip_special_tokens: bool = False) -> str:
         """Decodes token ids; it does not clean up spaces."""

@@ -28,7 +28,7 @@ from gguf.quants import dequantize
 from jaxtyping import Float32
 
 from selm_jax.weights import files
-from selm_jax.weights.gguf_file import Fields, Gguf, GGUFError, open_gguf
+from selm_jax.weights.gguf_file import MEND, Fields, Gguf, GGUFError, open_gguf
 from selm_jax.weights.gguf_model import ROPE_FACTORS, named_tensors, read_model, rope_scaling
 from selm_jax.weights.gguf_tokenizer import build_tokenizer, eos_ids, tokenizer_config
 
@@ -78,7 +78,7 @@ def convert(gguf_path: str | Path, out_folder: str | Path) -> Path:
             if factors.shape != (config["head_dim"] // 2,):
                 raise GGUFError(
                     f"{path}: tensor {ROPE_FACTORS} has shape {factors.shape}; expected "
-                    f"{config['head_dim'] // 2} numbers, half of the head size"
+                    f"{config['head_dim'] // 2} numbers, half of the head size. {MEND}"
                 )
             config["rope_scaling"] = rope_scaling(path, factors, config)
     tokenizer = build_tokenizer(fields)
@@ -117,7 +117,7 @@ def _check_types(model: Gguf) -> None:
             raise GGUFError(
                 f"{model.file_of[tensor.name]}: tensor {tensor.name} has the type "
                 f"{tensor.tensor_type.name}, which is not supported; supported are "
-                f"{', '.join(t.name for t in TYPES)}"
+                f"{', '.join(t.name for t in TYPES)}. {MEND}"
             )
 
 

@@ -19,7 +19,7 @@ from selm_jax.shell.json_file import POINTER, is_pointer
 
 T = TypeVar("T")
 
-_MEND = "Get the model as another GGUF file or as a Hugging Face folder instead"
+MEND = "Get the model as another GGUF file or as a Hugging Face folder instead"
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})")
 
 
@@ -141,12 +141,12 @@ class Fields:
         try:
             value = field.contents()
         except (ValueError, IndexError) as error:
-            raise GGUFError(f"{self.path}: key {key} cannot be read: {error}. {_MEND}") from error
+            raise GGUFError(f"{self.path}: key {key} cannot be read: {error}. {MEND}") from error
         # In Python a bool is an int; here a flag in place of a number means a damaged file.
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise GGUFError(
                 f"{self.path}: key {key} is {value!r:.80}; expected the type {kind.__name__}. "
-                f"{_MEND}"
+                f"{MEND}"
             )
         return value
 
@@ -154,14 +154,14 @@ class Fields:
         """Like `get`, but an absent key is an error."""
         value = self.get(key, kind)
         if value is None:
-            raise GGUFError(f"{self.path}: key {key} is missing. {_MEND}")
+            raise GGUFError(f"{self.path}: key {key} is missing. {MEND}")
         return value
 
     def size(self, key: str) -> int:
         """The value of a key that must be a whole number of at least 1."""
         value = self.need(key, int)
         if value <= 0:
-            raise GGUFError(f"{self.path}: key {key} is {value}; expected at least 1. {_MEND}")
+            raise GGUFError(f"{self.path}: key {key} is {value}; expected at least 1. {MEND}")
         return value
 
     def number(self, key: str) -> float:
@@ -169,7 +169,7 @@ class Fields:
         value = float(str(np.float32(self.need(key, float))))
         if not 0 < value < float("inf"):
             raise GGUFError(
-                f"{self.path}: key {key} is {value}; expected a positive number. {_MEND}"
+                f"{self.path}: key {key} is {value}; expected a positive number. {MEND}"
             )
         return value
 
@@ -177,5 +177,5 @@ class Fields:
         """The value of a key that must be an array of strings."""
         values = self.need(key, list)
         if not all(isinstance(v, str) for v in values):
-            raise GGUFError(f"{self.path}: key {key} is not an array of strings. {_MEND}")
+            raise GGUFError(f"{self.path}: key {key} is not an array of strings. {MEND}")
         return values

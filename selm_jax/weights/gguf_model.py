@@ -16,7 +16,7 @@ import numpy as np
 from gguf import ReaderTensor
 from jaxtyping import Float
 
-from selm_jax.weights.gguf_file import Fields, Gguf, GGUFError
+from selm_jax.weights.gguf_file import MEND, Fields, Gguf, GGUFError
 from selm_jax.weights.gguf_tokenizer import SPECIAL_IDS
 
 Json = dict[str, Any]
@@ -157,7 +157,7 @@ def read_model(fields: Fields, reader: Gguf) -> tuple[Family, Json]:
     if config["num_hidden_layers"] > len(reader.tensors):
         raise GGUFError(
             f"{fields.path}: key {name}.block_count is {config['num_hidden_layers']}, but the file "
-            f"has only {len(reader.tensors)} tensors"
+            f"has only {len(reader.tensors)} tensors. {MEND}"
         )
     return family, config | _special_ids(fields, config["vocab_size"])
 
@@ -171,13 +171,15 @@ def _heads(fields: Fields, reader: Gguf, name: str, hidden: int) -> tuple[int, i
     if heads % kv_heads or head_dim % 2 or head_dim == 0:
         raise GGUFError(
             f"{fields.path}: {heads} heads, {kv_heads} key/value heads, head size {head_dim}; "
-            "the first must be a multiple of the second, and the head size must be even"
+            "the first must be a multiple of the second, and the head size must be even. "
+            f"{MEND}"
         )
     for key in (f"{name}.attention.value_length", f"{name}.rope.dimension_count"):
         if fields.get(key, int) not in (None, head_dim):
             raise GGUFError(
                 f"{fields.path}: key {key} is {fields.get(key, int)}, but the head size is "
-                f"{head_dim}; only equal sizes (rope over the whole head) are supported"
+                f"{head_dim}; only equal sizes (rope over the whole head) are supported. "
+                f"{MEND}"
             )
     return heads, kv_heads, head_dim
 
@@ -188,10 +190,12 @@ def _special_ids(fields: Fields, vocab_size: int) -> Json:
         token_id = fields.get(key, int)
         if token_id is None:
             if name == "eos":
-                raise GGUFError(f"{fields.path}: key {key} is missing")
+                raise GGUFError(f"{fields.path}: key {key} is missing. {MEND}")
             continue
         if not 0 <= token_id < vocab_size:
-            raise GGUFError(f"{fields.path}: key {key} is {token_id}, outside the vocabulary")
+            raise GGUFError(
+                f"{fields.path}: key {key} is {token_id}, outside the vocabulary. {MEND}"
+            )
         if name != "unk":
             found[f"{name}_token_id"] = token_id
     return found
@@ -254,18 +258,20 @@ def named_tensors(path: Path, reader: Gguf, family: Family, config: Json) -> lis
         if name is None or name not in expected or name in found:
             raise GGUFError(
                 f"{reader.file_of[tensor.name]}: a {config['model_type']} model of "
-                f"{config['num_hidden_layers']} layers has no tensor {tensor.name}"
+                f"{config['num_hidden_layers']} layers has no tensor {tensor.name}. {MEND}"
             )
         # GGUF lists the fastest-running dimension first, numpy and safetensors last.
         shape = tuple(int(n) for n in reversed(tensor.shape))
         if shape != expected[name]:
             raise GGUFError(
                 f"{reader.file_of[tensor.name]}: tensor {tensor.name} has shape {shape}, but the "
-                f"file's own hyperparameters imply {expected[name]}"
+                f"file's own hyperparameters imply {expected[name]}. {MEND}"
             )
         found[name] = Named(name, tensor, shape)
     if missing := sorted(expected.keys() - found.keys()):
-        raise GGUFError(f"{path}: {len(missing)} tensors are missing, the first is {missing[0]}")
+        raise GGUFError(
+            f"{path}: {len(missing)} tensors are missing, the first is {missing[0]}. {MEND}"
+        )
     return [found[name] for name in expected]
 
 

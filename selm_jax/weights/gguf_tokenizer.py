@@ -22,7 +22,7 @@ from tokenizers import (
     processors,
 )
 
-from selm_jax.weights.gguf_file import Fields, GGUFError
+from selm_jax.weights.gguf_file import MEND, Fields, GGUFError
 
 SPECIAL_IDS = {
     "bos": "tokenizer.ggml.bos_token_id",
@@ -94,20 +94,22 @@ def build_tokenizer(fields: Fields) -> Tokenizer:
     rule = _RULES[pre]
     for flag in ("add_eos_token", "add_space_prefix"):
         if fields.get(f"tokenizer.ggml.{flag}", bool):
-            raise GGUFError(f"{fields.path}: tokenizer.ggml.{flag} is set, which is not supported")
+            raise GGUFError(
+                f"{fields.path}: tokenizer.ggml.{flag} is set, which is not supported. {MEND}"
+            )
 
     tokens = fields.texts("tokenizer.ggml.tokens")
     vocab = {token: i for i, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
         twice = next(token for i, token in enumerate(tokens) if vocab[token] != i)
-        raise GGUFError(f"{fields.path}: token {twice!r} occurs twice in the vocabulary")
+        raise GGUFError(f"{fields.path}: token {twice!r} occurs twice in the vocabulary. {MEND}")
     merges = []
     for row, merge in enumerate(fields.texts("tokenizer.ggml.merges")):
         left, _, right = merge.partition(" ")
         if not {left, right, left + right} <= vocab.keys():
             raise GGUFError(
                 f"{fields.path}: tokenizer.ggml.merges, row {row}: {merge!r} uses or makes a token "
-                "that is not in the vocabulary"
+                f"that is not in the vocabulary. {MEND}"
             )
         merges.append((left, right))
 
@@ -128,7 +130,7 @@ def build_tokenizer(fields: Fields) -> Tokenizer:
 
     types = fields.need("tokenizer.ggml.token_type", list)
     if len(types) != len(tokens):
-        raise GGUFError(f"{fields.path}: {len(tokens)} tokens but {len(types)} token types")
+        raise GGUFError(f"{fields.path}: {len(tokens)} tokens but {len(types)} token types. {MEND}")
     for token, kind in zip(tokens, types, strict=True):
         # Already in the vocabulary, so each keeps its id.
         if kind in (TokenType.CONTROL, TokenType.UNKNOWN):
@@ -149,7 +151,7 @@ def eos_ids(fields: Fields) -> dict[str, Any]:
     key = "tokenizer.ggml.eot_token_id"
     turn = fields.get(key, int)
     if turn is not None and not 0 <= turn < len(fields.texts("tokenizer.ggml.tokens")):
-        raise GGUFError(f"{fields.path}: key {key} is {turn}, outside the vocabulary")
+        raise GGUFError(f"{fields.path}: key {key} is {turn}, outside the vocabulary. {MEND}")
     return {"eos_token_id": eos if turn in (None, eos) else [eos, turn]}
 
 

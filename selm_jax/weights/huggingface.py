@@ -254,7 +254,8 @@ def _check(checkpoint: Checkpoint, config: DecoderConfig) -> None:
         shown = "\n  ".join(problems[:20])
         more = f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise WeightsError(
-            f"{checkpoint.folder}: tensors do not match config.json:\n  {shown}{more}"
+            f"{checkpoint.folder}: tensors do not match config.json:\n  {shown}{more}\n"
+            "Get config.json and the weights of the same model"
         )
 
 

@@ -110,9 +110,8 @@ class Objective:
     def __call__(self, batch: Logps | Rewards) -> tuple[PerExample, Metrics]:
         given = batch.given
         if absent := [role for role in self.roles if role not in given]:
-            raise ObjectiveError(
-                f"{self} needs the roles {', '.join(absent)}; the batch has {', '.join(given)}"
-            )
+            has = ", ".join(given)
+            raise ObjectiveError(f"{self} needs the roles {', '.join(absent)}; the batch has {has}")
         found = self.function(batch)
         if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Mapping)):
             raise ObjectiveError(

@@ -1,4 +1,4 @@
-"""The notebooks run from start to end: on a tiny model, and in a slow test on the real one."""
+"""The notebooks run from start to end: on a tiny model, and in a long test on the real one."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_notebook_runs_on_a_tiny_model(name, tmp_path):
         assert "two_peaks" in shown and "log-ratio explore" in shown
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
 def test_a_notebook_runs_as_it_is(name, tmp_path, real_model):
     assert real_model

@@ -122,7 +122,7 @@ def make(seed: int = 0, *, prompts: int = 3, length: int = 4, beta: float = 0.1)
 
 
 def log_policy(decoder: Decoder, params: Params, tree: PreferenceBatch) -> Table:
-    """log pi(response | prompt) for every response, one row per prompt."""
+    """Computes log pi(response | prompt) for every response, one row per prompt."""
     return response_logps(decoder, params, tree, CHUNK)[:, 0]
 
 

@@ -18,22 +18,22 @@ def mean(world: World, log_policy: Table, of: Table) -> Scalar:
 
 
 def kl(world: World, log_p: Table, log_q: Table) -> Scalar:
-    """E_x KL(p || q), in nats per response."""
+    """The mean KL divergence over prompts, E_x KL(p || q), in nats per response."""
     return mean(world, log_p, log_p - log_q)
 
 
 def tilt(log_reference: Table, reward: Table, beta: float) -> Table:
-    """log pi_r, where pi_r(y|x) is proportional to pi_ref(y|x) exp(r(x, y) / beta)."""
+    """Returns log pi_r, where pi_r(y|x) is proportional to pi_ref(y|x) exp(r(x, y) / beta)."""
     return jax.nn.log_softmax(log_reference + reward / beta, axis=-1)
 
 
 def optimum(world: World) -> Table:
-    """log pi_star, which maximises J(pi) = E_pi[r] - beta KL(pi || pi_ref), equation 3.3."""
+    """Returns log pi_star, which maximises J(pi) = E_pi[r] - beta KL(pi || pi_ref) (eq. 3.3)."""
     return tilt(world.log_reference, world.reward, world.beta)
 
 
 def regret(world: World, log_policy: Table) -> Scalar:
-    """J(pi_star) - J(pi), computed as beta KL(pi || pi_star), which is equal but more accurate."""
+    """The regret J(pi_star) - J(pi), computed more accurately as beta KL(pi || pi_star)."""
     return world.beta * kl(world, log_policy, optimum(world))
 
 

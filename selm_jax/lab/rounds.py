@@ -172,7 +172,7 @@ Descent = Callable[[Any, Table, Examples, Any], Any]  # theta, log reference, da
 
 
 def descent(algorithm: Algorithm, world: World, settings: Settings, steps: int) -> Descent:
-    """Makes a function that fits theta to a round's data, inside the policy class's ball."""
+    """Makes a function that fits theta to a round's data within the policy class's bound."""
     adam = algorithm.optimizer == "adam"
     optimizer = optax.scale_by_adam() if adam else optax.trace(0.9, nesterov=True)
     rate = settings.rate * (1.0 if adam else (settings.assumed / world.beta) ** 2)
@@ -250,7 +250,7 @@ def run(
     settings: Settings,
     length: Length,
 ) -> Trace:
-    """Runs an algorithm from theta = 0. Equal keys give equal noise, whatever the weights are."""
+    """Runs an algorithm from theta = 0. Equal keys give equal noise, whatever the bonus weight."""
     fit = descent(algorithm, world, settings, length.steps)
     uniform = jnp.full_like(world.log_reference, -jnp.log(world.log_reference.shape[-1]))
 

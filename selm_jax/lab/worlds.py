@@ -45,7 +45,7 @@ class World:
         return self.theta_star.shape[-1]
 
     def log_policy(self, theta: Float[Array, " dimension"]) -> Table:
-        """log pi(y|x) at theta, normalised over each prompt's responses."""
+        """Returns log pi(y|x) at theta, normalised over each prompt's responses."""
         shape = self.log_reference.shape
         tilt = theta.reshape(shape) if self.features is None else self.features @ theta
         return jax.nn.log_softmax(self.log_reference + tilt, axis=-1)
@@ -137,7 +137,7 @@ def _to_unit(height: Table) -> Table:
 
 
 def _nearest(at: Array, target: Array) -> Array:
-    """Moves the ring by less than one step, so that a response is exactly at the target."""
+    """Shifts the ring by less than one step, so that a response is exactly at the target."""
     gap = (at - target + 0.5) % 1 - 0.5
     closest = jnp.argmin(jnp.abs(gap), axis=-1, keepdims=True)
     return at - jnp.take_along_axis(gap, closest, axis=-1)

@@ -1,4 +1,4 @@
-"""Writes the model card of an exported policy: its origin, method, data and results."""
+"""Makes the model card of an exported policy: its origin, method, data and results."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class Planning:
     ] = None
     mfu: Annotated[
         float,
-        typer.Option(help="Share of the peak arithmetic that training reaches.", min=0.01, max=1),
+        typer.Option(help="Share of peak FLOP/s that training reaches.", min=0.01, max=1),
     ] = 0.4
     mbu: Annotated[
         float,

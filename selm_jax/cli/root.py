@@ -32,7 +32,7 @@ def selm(
     """Align language models by exploring (SELM, arXiv 2405.19332), in JAX.
 
     \b
-    selm preview EXPERIMENT    look at what will be trained on
+    selm preview EXPERIMENT    look at what a run will train on
     selm run EXPERIMENT        run the experiment, or what is left of it
     selm show RUN              see how far a run is
     selm report RUN [RUN ...]  write its page, or compare several runs

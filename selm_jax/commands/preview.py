@@ -1,4 +1,4 @@
-"""`selm preview`: what will be trained on, and what would stop the run.
+"""`selm preview`: what a run will train on, and what would stop it.
 
 It shows the first rows of an iteration as decoded tokens, coloured by role, and counts over all
 rows what goes wrong silently elsewhere: BOS and end tokens, and texts that are cut, dropped, tied

@@ -236,7 +236,7 @@ def _feedback(feedback: Feedback) -> Feedback:
 
 
 def _is_here(ranker: str, settings: Mapping[str, Any]) -> bool:
-    """Whether a ranker, or every part of a mixture, works here and on the made-up rows."""
+    """Whether a ranker works offline on the made-up rows; a mixture works if every part does."""
     if ranker in ("pairrm", "reward_model"):
         folder = settings.get("folder" if ranker == "pairrm" else "source", "")
         return (Path(str(folder)) / "config.json").exists()

@@ -51,7 +51,7 @@ def agree(rule: Callable[[Any], Iterator[str]]) -> Any:
 
 
 def refuse(problems: list[str]) -> None:
-    """Raises PydanticCustomError for problems, each as `key: what` with a key of the group."""
+    """Raises PydanticCustomError if there are problems, each written as `setting: problem`."""
     if problems:
         raise PydanticCustomError("contradiction", "{problems}", {"problems": problems})
 

@@ -41,7 +41,8 @@ class Heldout:
         list[str],
         typer.Argument(
             metavar="[NAME=]MODEL[,MODEL...]...",
-            help="Model or run folders, Hub ids, GGUF files. Commas join the seeds of one method.",
+            help="Model or run folders, Hub ids, GGUF files. "
+            "Runs joined by commas are seeds of one method.",
         ),
     ]
     asking: Asking
@@ -78,8 +79,8 @@ class Heldout:
     as_in_run: Annotated[
         bool,
         typer.Option(
-            help="Score in the packed rows of the first run, so that log-probabilities equal its "
-            "own to the last bit. This takes as much memory as the run."
+            help="Score in the packed rows of the first run, so that log-probabilities equal "
+            "those of that run to the last bit. This takes as much memory as the run."
         ),
     ] = False
     dry_run: DryRun = False

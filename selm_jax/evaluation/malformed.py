@@ -43,7 +43,7 @@ class Malformed:
             )
 
     def add(self, ranker: Ranker) -> int:
-        """Adds the counts of the ranker's last `scores`; returns how many were malformed there.
+        """Adds the counts of the ranker's last call; returns how many answers it found malformed.
 
         Raises:
           EvaluationError: more answers are malformed than allowed.

@@ -18,11 +18,11 @@ if TYPE_CHECKING:  # these load JAX, which `selm eval --help` does without
 
 KEEP = Path("evaluations")
 
-MaxNewTokens = Annotated[int, typer.Option(help="Most tokens per answer.", min=1)]
+MaxNewTokens = Annotated[int, typer.Option(help="Maximum tokens per answer.", min=1)]
 RunsMaxNewTokens = Annotated[
     int | None,
     typer.Option(
-        help="Most tokens per answer.", min=1, show_default="the first run's setting, or 512"
+        help="Maximum tokens per answer.", min=1, show_default="the first run's setting, or 512"
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the sampled answers.", min=0, max=MOST)]

@@ -42,7 +42,7 @@ _COUNTED_AS = "ties"  # how malformed answers of a judge count
 def shares(
     ranker: Ranker, one: Sequence[Stored], other: Sequence[Stored], names: tuple[str, str]
 ) -> Shares:
-    """The win of each answer of `one` over that of `other`, from 0 (lost) to 1 (won).
+    """The outcome of each answer of `one` against that of `other`, from 0 (lost) to 1 (won).
 
     Raises:
       EvaluationError: the ranker's result depends on the order of the two answers.

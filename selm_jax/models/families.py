@@ -402,7 +402,7 @@ def _window_if(k: Keys, default: int | None) -> int | None:
 
 
 def _alternating(layers: int, every: int) -> list[str]:
-    """Layer types in which every `every`-th layer has full attention, the others a window."""
+    """Layer types where one layer in `every` has full attention and the others a window."""
     kinds = "full_attention", "sliding_attention"
     return [kinds[(i + 1) % every != 0] for i in range(layers)]
 

@@ -50,7 +50,7 @@ def check_drawn(user: Filter | None, tokens: Sequence[int], prompt: int, sample:
     """Raises FilterError if the filter left no token to draw for a sample."""
     if user is not None and NOTHING_LEFT in tokens:
         raise FilterError(
-            f"rollout.filter {described(user)} left sample {sample} of prompt {prompt} (the first "
-            f"is 0) no token to draw after {tokens.index(NOTHING_LEFT)} tokens: all logits were "
-            "-inf, or one was NaN or inf. Keep at least one token in each row"
+            f"rollout.filter {described(user)} leaves no token to draw for sample {sample} of "
+            f"prompt {prompt} (counted from 0) after {tokens.index(NOTHING_LEFT)} tokens: all "
+            "logits were -inf, or one was NaN or inf. Keep at least one token in each row"
         )

@@ -160,7 +160,7 @@ class Task(abc.ABC):
 
 
 class LanguageModel(Task):
-    """A language model that is trained on pairs of its own or the data's answers."""
+    """A language model that is trained on pairs of answers, which it or the data gives."""
 
     rates, answers = False, True
     trains, pipeline = "language model", "text-generation"

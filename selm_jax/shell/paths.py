@@ -142,7 +142,7 @@ def _is_marked(folder: Path) -> bool:
 
 
 def _is_nothing(path: Path) -> bool:
-    """Whether a file may be ignored: the system's, our lock, or a mark that is being written."""
+    """Whether a file may be ignored: it is the system's, our lock, or a half-written marker."""
     if not path.is_file():
         return False
     if path.name == ".lock" or path.name.startswith(".lock."):

@@ -101,7 +101,9 @@ def check_name(path: str) -> None:
     if package in sys.stdlib_module_names or package == "__main__":
         raise UserCodeError(f"{package!r} is part of Python. {yours}")
     if package == __name__.partition(".")[0]:
-        raise UserCodeError(f"{package!r} is this program. {yours}")
+        raise UserCodeError(
+            f"{package!r} is this program and cannot hold a function of yours. {yours}"
+        )
     if not _is_installed(package):
         return
     for name in metadata.packages_distributions().get(package, []):

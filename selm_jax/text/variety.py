@@ -10,7 +10,7 @@ _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff
 
 
 def words(text: str) -> list[str]:
-    """The text's words, case folded; every other visible character is a word of its own."""
+    """The text's words, case folded. Each visible character outside a word counts as a word."""
     return _WORD.findall(text.casefold())
 
 

@@ -171,7 +171,7 @@ def _from_gguf(source: str, path: Path, cache: Path, console: Console) -> ModelF
 
 
 def _gguf_digest(path: Path) -> str:
-    """The SHA-256 of a GGUF file; for a split model, of the digests of its files in order."""
+    """The SHA-256 of a GGUF file. A split model has the SHA-256 of its files' digests in order."""
     digests = [sha256_of(file) for file in files_of(path)]
     if len(digests) == 1:
         return digests[0]

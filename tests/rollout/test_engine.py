@@ -419,5 +419,5 @@ def test_a_filter_that_leaves_nothing_is_an_error(world):
     )
     asked = [Request(3, (1, 2, 3), 1, 0), Request(7, (1, 2), 0, 2)]
     assert engine.generate(params, asked[:1], seed=SEED, iteration=ITERATION)  # greedy
-    with pytest.raises(FilterError, match=r"left sample \d of prompt 7 .* no token .* after 2"):
+    with pytest.raises(FilterError, match=r"no token .* for sample \d of prompt 7 .* after 2"):
         engine.generate(params, asked, seed=SEED, iteration=ITERATION)

@@ -124,7 +124,7 @@ class Budget:
             aside = (self._under_way + 1) * most
             if limit is not None and (spent >= limit or spent + aside > limit):
                 raise BudgetExceeded(
-                    f"judge: the budget {name}: {limit:g} does not allow another request "
+                    f"judge: the budget ({name}: {limit:g}) does not allow another request "
                     f"({spent:.6g} is spent, {aside:.6g} reserved for the requests under way and "
                     "the next one). All answers paid for are in the cache. Raise the limit and run "
                     "again to continue from there."

@@ -59,7 +59,7 @@ class Unread:
             self.end()
 
     def end(self) -> None:
-        """Checks the counts after the last answer, even if there are fewer than `patience`.
+        """Checks the counts after the last answer, even if fewer than `patience` were malformed.
 
         Raises:
             UnreadableJudge: most answers are malformed.

@@ -239,7 +239,7 @@ class Harness(TemplateLM):
         return out
 
     def _special(self, until: Sequence[str]) -> Ids:
-        """The stop strings that are one special token; generation stops at that token."""
+        """The ids of the stop strings that are special tokens; generation stops at them."""
         added = self.tokenizer.added_tokens_decoder.items()
         return tuple(i for i, token in added if token.special and token.content in until)
 

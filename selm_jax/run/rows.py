@@ -103,9 +103,9 @@ def check_batches(e: Experiment, prompts: Sequence[int]) -> None:
         if found < batch:
             raise RunError(
                 f"{e.data.train}: iteration {t} has {found:,} usable prompts, each of which gives "
-                f"at most one pair. One batch needs training.global_batch = {batch:,} pairs. Set "
-                f"training.global_batch to {found:,} or less, or give each iteration more rows "
-                "(see data.portions, data.skip and data.limit)"
+                "at most one pair. That is fewer than one batch (training.global_batch = "
+                f"{batch:,}). Set training.global_batch to {found:,} or less, or give each "
+                "iteration more rows (see data.portions, data.skip and data.limit)"
             )
 
 

@@ -181,7 +181,7 @@ def test_rows_that_the_ranker_cannot_use_are_found_at_the_start(make):
 
 
 def test_too_few_prompts_for_one_batch_are_found_before_any_work(make):
-    said = "iteration 1 has 4 usable prompts, .* One batch needs .* = 5 pairs. Set .* to 4 or less"
+    said = "iteration 1 has 4 usable prompts, .* fewer than one batch .* = 5.*Set .* to 4 or less"
     with pytest.raises(RunError, match=said):
         check(make(training__global_batch=5))
     run = make(training__global_batch=5)

@@ -151,7 +151,7 @@ def conditions(o: Sampled) -> None:
 
 @_lab_verb("why")
 def why(o: Sampled) -> None:
-    """Separate the effects of better data and a better fit.
+    """Separate better data from a better fit.
 
     SELM's term is used only to collect data, or only in the fit.
     """

@@ -250,11 +250,8 @@ def work_of(b: Blueprint, of: Lengths, assumed: Assumed) -> Work | None:
     parts.append(passes("train", rows * t.row_length, train))
 
     def evaluation(models: int) -> Part | None:
-        """Estimates the work of `stages.evaluate`, in which `models` models score the answers.
-
-        They are the policy and, if it differs, the start model. A reward model scores pairs and
-        generates nothing.
-        """
+        """Estimates the work of `stages.evaluate`, in which `models` models score the answers:
+        the policy and, if it differs, the start model. A reward model only scores pairs."""
         heldout, answers, found = of.heldout or 0, 1 + e.evaluation.samples, []
         if b.task.answers:
             found += generation("evaluate", heldout, answers)

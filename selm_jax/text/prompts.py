@@ -177,15 +177,19 @@ def load_prompts(
         else:
             kept[found.id] = found, row
     if not kept:
-        counts = {reason: len(numbers) for reason, numbers in dropped.items()}
-        raise DataError(
-            f"{path_or_id}: no usable row: read {len(rows)}, dropped {counts}. "
-            "Fix the data, or name its columns in the settings `data`."
-        )
+        raise _none_usable(path_or_id, len(rows), dropped)
     return PromptSet(
         tuple(found for found, _ in kept.values()),
         {reason: tuple(numbers) for reason, numbers in dropped.items()},
         tuple(_notes(columns, kept.values())),
+    )
+
+
+def _none_usable(path_or_id: str, rows: int, dropped: Mapping[str, Sequence[int]]) -> DataError:
+    counts = {reason: len(numbers) for reason, numbers in dropped.items()}
+    return DataError(
+        f"{path_or_id}: no usable row: read {rows}, dropped {counts}. Fix the data, or name its "
+        "columns in the settings `data`."
     )
 
 

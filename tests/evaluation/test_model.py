@@ -95,7 +95,7 @@ def test_an_end_in_the_text_ends_a_response_early(model):
 
 
 def test_too_long_a_conversation_is_named(model):
-    with pytest.raises(PolicyError, match=r"sequence 1 may have .* made for 512"):
+    with pytest.raises(PolicyError, match=r"sequence 1 may have .* reads at most 512"):
         model.reply([ASKED[0], [Message("user", "river " * 600)]], max_new_tokens=8)
 
 

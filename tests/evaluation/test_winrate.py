@@ -283,5 +283,5 @@ def test_a_models_answers_are_drawn_once(folders, files, tmp_path, monkeypatch):
 def test_who_is_compared_must_be_told_apart(files):
     with pytest.raises(EvaluationError, match="the name long is given twice"):
         contestants([files[0], files[0]], iteration=None, revision=None, files=True)
-    with pytest.raises(EvaluationError, match="no such file"):
+    with pytest.raises(EvaluationError, match="gone.jsonl: this file of answers does not exist"):
         contestants(["x=gone.jsonl"], iteration=None, revision=None, files=True)

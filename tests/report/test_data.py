@@ -117,7 +117,7 @@ def test_non_finite_metrics_are_said(run):
 @pytest.mark.parametrize("name", ["config.yaml", "manifest.json"])
 def test_missing_files_are_named(run, name):
     (run / name).unlink()
-    with pytest.raises(FileNotFoundError, match=f"{name} missing"):
+    with pytest.raises(FileNotFoundError, match=f"lacks {name}"):
         report_data(run)
 
 

@@ -22,7 +22,7 @@ def test_a_table_that_is_not_what_its_stage_left_is_refused(tmp_path):
     file.write_bytes(b"one")
     artifacts.Stages(tmp_path).finish("rank", {}, {}, {file.name: file}, {}, 0.0)
     file.write_bytes(b"two!")
-    with pytest.raises(artifacts.ArtifactError, match="not what stage 'rank' wrote"):
+    with pytest.raises(artifacts.ArtifactError, match="has changed since stage 'rank' wrote it"):
         digests_of({"ranked": StoredTable(tmp_path, "ranked.parquet")})
 
 

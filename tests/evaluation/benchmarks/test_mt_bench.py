@@ -174,9 +174,9 @@ class TestQuestions:
         [
             ({"question_id": 81}, "row 1: question 81 appears twice"),
             ({"question_id": "82"}, "row 1: expected question_id"),
-            ({"turns": ["one"]}, "row 1: expected .*2 texts"),
+            ({"turns": ["one"]}, "row 1: expected .*2 strings"),
             ({"turns": ["one", 2]}, "row 1: expected .*2 strings"),
-            ({"turns": "ab"}, "row 1: expected .*2 texts"),
+            ({"turns": "ab"}, "row 1: expected .*2 strings"),
             ({"category": None}, "row 1: expected .*category"),
         ],
     )

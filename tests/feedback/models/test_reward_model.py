@@ -224,7 +224,7 @@ def test_too_long_texts_are_refused_or_cut_and_counted(make):
     refuse = build_ranker("reward_model", source=str(folder), max_length=100)
     with pytest.raises(
         FeedbackError,
-        match=rf"prompt 'p0', candidate 0: .* has {len(ids[0])} tokens, max_length is 100",
+        match=rf"prompt 'p0', candidate 0: .* has {len(ids[0])} tokens, but max_length is 100",
     ):
         refuse.scores(QUESTIONS[:1], [long])
     cut = build_ranker("reward_model", source=str(folder), max_length=100, too_long="cut")
@@ -254,7 +254,7 @@ def test_more_labels_than_one_are_no_score(copy):
     file = copy / "config.json"
     hf = json.loads(file.read_text())
     file.write_text(json.dumps(hf | {"id2label": {"0": "bad", "1": "good"}}))
-    with pytest.raises(UnsupportedModel, match="LlamaForSequenceClassification with 2 labels"):
+    with pytest.raises(UnsupportedModel, match="LlamaForSequenceClassification has 2 labels"):
         build_ranker("reward_model", source=str(copy))
 
 

@@ -20,17 +20,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from selm_jax.models.sight import Sight
+from selm_jax.models.sight import Sight, whole_blocks
 
 BLOCK = 128
 
-# The running maximum starts at _FLOOR, far above the score of unseen keys. So the weight of an
-# unseen key is exp(_UNSEEN - _FLOOR) = 0 even for a query that sees no key.
-_UNSEEN, _FLOOR = -1e30, -1e20
+# The running maximum starts at FLOOR, far above the score of unseen keys. So the weight of an
+# unseen key is exp(UNSEEN - FLOOR) = 0 even for a query that sees no key.
+UNSEEN, FLOOR = -1e30, -1e20
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
@@ -66,27 +65,21 @@ class Visits(NamedTuple):
 
 
 def visits(sight: Sight, block: int) -> Visits:
-    """All visits that a mask requires, row by row. `block` must divide its number of tokens."""
-    rows, time = sight.position.shape
-    i, j = np.tril_indices(time // block)
-    ends, of_queries, of_keys = (
-        x.reshape(rows, -1, block) for x in (_ends(sight), sight.position, sight.key_position)
-    )
-    meet = ends.max(2)[:, j] > i * block
-    if sight.window is not None:
-        meet &= of_queries.min(2)[:, i] - of_keys.max(2)[:, j] < sight.window
+    """All visits that a mask requires, row by row."""
+    padded = sight.padded(block)
+    i, j, meet, _ = padded.meeting(block)
     order = jnp.argsort(~meet.reshape(-1), stable=True)
-    first = order // len(i) * (time // block)  # of the row
+    first = order // len(i) * (padded.position.shape[1] // block)  # of the row
     i, j = (first + jnp.asarray(x)[order % len(i)] for x in (i, j))
     return Visits(i, j, jnp.sum(meet))
 
 
 def _forward(query, keys, values, sight, scale, cap, block):
     time, k = query.shape[1], keys.shape[2]
-    pad = partial(_pad, block=block)
-    scores = partial(_scores, _padded(sight, block), scale, cap, block)
+    pad = partial(whole_blocks, block=block)
+    scores = partial(_scores, sight.padded(block), scale, cap, block)
     q, key_blocks, value_blocks = (_cut(pad(x), k, block) for x in (query, keys, values))
-    meeting = visits(_padded(sight, block), block)
+    meeting = visits(sight, block)
 
     def visit(step, state):
         i, j = meeting.queries[step], meeting.keys[step]
@@ -99,12 +92,12 @@ def _forward(query, keys, values, sight, scale, cap, block):
         return tuple(_put(x, y, i) for x, y in zip(state, new, strict=True))
 
     zeros = jnp.zeros(q.shape, jnp.float32)
-    start = zeros[..., 0] + _FLOOR, zeros[..., 0], zeros
+    start = zeros[..., 0] + FLOOR, zeros[..., 0], zeros
     most, total, context = jax.lax.fori_loop(0, meeting.count, visit, start)
     sees = total > 0
     total = jnp.where(sees, total, 1)
     # For a query that sees no key, this value makes exp(score - logsumexp) zero.
-    logsumexp = jnp.where(sees, most + jnp.log(total), -_FLOOR)
+    logsumexp = jnp.where(sees, most + jnp.log(total), -FLOOR)
     context = _join((context / total[..., None]).astype(query.dtype), query.shape[0], block)[
         :, :time
     ]
@@ -121,13 +114,13 @@ def _backward(scale, cap, block, kept, gradient):
     """
     query, keys, values, sight, context, logsumexp = kept
     rows, time, k = query.shape[0], query.shape[1], keys.shape[2]
-    pad = partial(_pad, block=block)
-    scores = partial(_scores, _padded(sight, block), scale, cap, block)
+    pad = partial(whole_blocks, block=block)
+    scores = partial(_scores, sight.padded(block), scale, cap, block)
     q, key_blocks, value_blocks, d_context, context = (
         _cut(pad(x), k, block) for x in (query, keys, values, gradient, context)
     )
     along = jnp.sum(d_context.astype(jnp.float32) * context.astype(jnp.float32), -1)
-    meeting = visits(_padded(sight, block), block)
+    meeting = visits(sight, block)
 
     def visit(step, state):
         i, j = meeting.queries[step], meeting.keys[step]
@@ -160,10 +153,7 @@ def _scores(sight, scale, cap, block, q, keys, i, j):
     """Capped and masked scores [k, q, b] of two blocks, and the cap's derivative."""
     n = sight.position.shape[1] // block
     s = _product("kqh,ksh->kqs", q, keys) * scale
-    slope: float | Array = 1.0
-    if cap is not None:
-        s = cap * jnp.tanh(s / cap)
-        slope = 1 - (s / cap) ** 2
+    s, slope = capped(s, cap)
     at = jnp.arange(block)
     place = i % n * block + at
     end, position, key_position = (
@@ -173,30 +163,19 @@ def _scores(sight, scale, cap, block, q, keys, i, j):
     seen = (j % n * block + at <= place[:, None]) & (place[:, None] < end)
     if sight.window is not None:
         seen &= position[:, None] - key_position < sight.window
-    return jnp.where(jnp.tile(seen, (q.shape[1] // block, 1)), s, _UNSEEN), slope
+    return jnp.where(jnp.tile(seen, (q.shape[1] // block, 1)), s, UNSEEN), slope
 
 
-def _padded(sight: Sight, block: int) -> Sight:
-    """The mask with an end for each key, padded to whole blocks with keys that no query sees."""
-    position, key_position, end = (
-        _pad(x, block) for x in (sight.position, sight.key_position, _ends(sight))
-    )
-    return Sight(position, key_position, end, window=sight.window)
-
-
-def _ends(sight: Sight) -> Int[Array, "r t"]:
-    if sight.end is not None:
-        return sight.end
-    return jnp.full_like(sight.position, sight.position.shape[1])
+def capped(scores: Array, cap: float | None) -> tuple[Array, float | Array]:
+    """The soft-capped scores, and the cap's derivative."""
+    if cap is None:
+        return scores, 1.0
+    scores = cap * jnp.tanh(scores / cap)
+    return scores, 1 - (scores / cap) ** 2
 
 
 def _product(form: str, a: Array, b: Array) -> Array:
     return jnp.einsum(form, a, b, preferred_element_type=jnp.float32)
-
-
-def _pad(x: Array, block: int) -> Array:
-    """Pads [r, t, ...] with zeros along t, to a multiple of the block size."""
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), *((0, 0),) * (x.ndim - 2)))
 
 
 def _cut(x: Float[Array, "r t heads h"], k: int, block: int) -> Float[Array, "n k q h"]:

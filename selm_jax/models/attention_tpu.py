@@ -28,10 +28,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from selm_jax.models.sight import Sight
+from selm_jax.models.attention_blocks import FLOOR, UNSEEN, capped
+from selm_jax.models.sight import Sight, whole_blocks
 
-# As in `attention_blocks`: what is unseen has weight exp(_UNSEEN - _FLOOR) = 0 in any case.
-_UNSEEN, _FLOOR = -1e30, -1e20
 LANES = 128
 _LARGEST = 640  # tokens of a block; 3,200 = 5 x 640. Scores of a block then take 1.6 MiB of VMEM
 _ALL = np.iinfo(np.int32).max
@@ -46,15 +45,6 @@ class _How(NamedTuple):
     cap: float | None
     windowed: bool
     interpret: bool
-
-
-class Row(NamedTuple):
-    """A `Sight` with its optional fields filled in, padded to a multiple of 128."""
-
-    position: Int[Array, "r t"]
-    key_position: Int[Array, "r t"]
-    end: Int[Array, "r t"]
-    window: Int[Array, " 1"]
 
 
 class Steps(NamedTuple):
@@ -84,22 +74,15 @@ def kernel(
       sight: the mask; queries and keys must be the same tokens (`place` is None).
       interpret: whether to run without a TPU, slowly; for tests.
     """
-    heads_first = (_padded(x).swapaxes(1, 2) for x in (query, keys, values))
+    heads_first = (whole_blocks(x, LANES).swapaxes(1, 2) for x in (query, keys, values))
     how = _How(scale, cap, sight.window is not None, interpret)
     return _attend(*heads_first, row_of(sight), how).swapaxes(1, 2)[:, : query.shape[1]]
 
 
-def row_of(sight: Sight) -> Row:
-    position, time = sight.position, sight.position.shape[1]
-    key_position = jnp.broadcast_to(sight.key_position, position.shape)
-    end = jnp.full_like(position, time) if sight.end is None else sight.end
+def row_of(sight: Sight) -> Sight:
+    """The mask as the kernels read it: padded to a multiple of 128, with a window of shape [1]."""
     window = jnp.int32(_ALL) if sight.window is None else sight.window
-    return Row(_padded(position), _padded(key_position), _padded(end), jnp.reshape(window, 1))
-
-
-def _padded(x: Array) -> Array:
-    """Pads [r, t, ...] with zeros along t, to a multiple of 128."""
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % LANES), *((0, 0),) * (x.ndim - 2)))
+    return sight.padded(LANES)._replace(window=jnp.reshape(window, 1))
 
 
 def block_of(time: int) -> int:
@@ -107,22 +90,12 @@ def block_of(time: int) -> int:
     return next(b for b in range(_LARGEST, 0, -LANES) if time % b == 0)
 
 
-def steps(row: Row, block: int, by_keys: bool) -> Steps:
+def steps(row: Sight, block: int, by_keys: bool) -> Steps:
     """The steps of each row; those of one query block (or key block) are consecutive."""
-    rows, time = row.position.shape
-    i, j = np.tril_indices(time // block)
+    i, j, some, whole = row.meeting(block)
     if by_keys:
         order = np.lexsort((i, j))
-        i, j = i[order], j[order]
-    ends, of_queries, of_keys = (
-        x.reshape(rows, -1, block) for x in (row.end, row.position, row.key_position)
-    )
-    window = row.window
-    some = (ends.max(2)[:, j] > i * block) & (
-        of_queries.min(2)[:, i] - of_keys.max(2)[:, j] < window
-    )
-    whole = (i > j) & (ends.min(2)[:, j] >= (i + 1) * block)
-    whole &= of_queries.max(2)[:, i] - of_keys.min(2)[:, j] < window
+        i, j, some, whole = i[order], j[order], some[:, order], whole[:, order]
     some |= i == j
     count = some.sum(1).astype(jnp.int32)
     order = jnp.argsort(~some, axis=1, stable=True)
@@ -149,10 +122,7 @@ def _run(at: Any, listed: Any, count: Any) -> tuple[Any, Any, Any]:
 def _scores(q, k, end, position, key_position, window, i, j, how: _How, masked: bool):
     """The capped and masked scores of two blocks, [b, b], and the cap's derivative."""
     s = jax.lax.dot_general(q[...], k[...], _NT, preferred_element_type=jnp.float32) * how.scale
-    slope: Any = 1.0
-    if how.cap is not None:
-        s = how.cap * jnp.tanh(s / how.cap)
-        slope = 1 - (s / how.cap) ** 2
+    s, slope = capped(s, how.cap)
     if masked:
         b = s.shape[0]
         place = i * b + jax.lax.broadcasted_iota(jnp.int32, s.shape, 0)
@@ -160,7 +130,7 @@ def _scores(q, k, end, position, key_position, window, i, j, how: _How, masked: 
         seen = (key_place <= place) & (place < end[...])
         if how.windowed:
             seen &= jnp.expand_dims(position[0], -1) - key_position[...] < window
-        s = jnp.where(seen, s, _UNSEEN)
+        s = jnp.where(seen, s, UNSEEN)
     return s, slope
 
 
@@ -179,7 +149,7 @@ def _forward_kernel(
 
     @pl.when(begins)
     def _():
-        most[...] = jnp.full_like(most, _FLOOR)
+        most[...] = jnp.full_like(most, FLOOR)
         total[...] = jnp.zeros_like(total)
         context[...] = jnp.zeros_like(context)
 
@@ -202,7 +172,7 @@ def _forward_kernel(
         sees = total[...] > 0
         safe = jnp.where(sees, total[...], 1.0)
         out[...] = (context[...] / safe[:, :1]).astype(out.dtype)
-        logsumexp[...] = jnp.where(sees, most[...] + jnp.log(safe), -_FLOOR).T[:1]
+        logsumexp[...] = jnp.where(sees, most[...] + jnp.log(safe), -FLOOR).T[:1]
 
 
 def _weights(given, window, i, j, how: _How, masked: bool):
@@ -267,11 +237,11 @@ def _d_keys_kernel(queries, keys, whole, count, window, *rest, how: _How):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(query, keys, values, row: Row, how: _How):
+def _attend(query, keys, values, row: Sight, how: _How):
     return _forward(query, keys, values, row, how)[0]
 
 
-def _forward(query, keys, values, row: Row, how: _How):
+def _forward(query, keys, values, row: Sight, how: _How):
     (rows, heads, time, h), k = query.shape, keys.shape[1]
     b = block_of(time)
     at = _places(b, h, heads // k, of_keys=False)
@@ -349,8 +319,9 @@ def _places(b: int, h: int, group: int, of_keys: bool) -> _Places:
     )
 
 
-def _integers(row: Row, at: _Places) -> list[tuple[Array, pl.BlockSpec]]:
+def _integers(row: Sight, at: _Places) -> list[tuple[Array, pl.BlockSpec]]:
     """The arrays `end`, `position` and `key_position` with their block specs, for a kernel."""
+    assert row.end is not None  # `row_of` gives one
     places = at.of_keys, at.of_queries, at.of_keys
     each = row.end, row.position, row.key_position
     return [(x[:, None], place) for x, place in zip(each, places, strict=True)]
@@ -360,7 +331,7 @@ def _call(
     kernel: Callable[..., None],
     how: _How,
     listed: Steps,
-    window: Array,
+    window: Array | None,
     grid: tuple[int, int, int],
     given: Sequence[tuple[Array, pl.BlockSpec]],
     found: Sequence[tuple[Any, pl.BlockSpec]],

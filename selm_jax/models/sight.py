@@ -31,6 +31,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int
 
 
@@ -63,3 +64,50 @@ class Sight(NamedTuple):
             ago = self.position[:, :, None] - self.key_position[:, None, :]
             seen &= ago < self.window
         return seen
+
+    def padded(self, block: int) -> Sight:
+        """The mask with an end for each key, padded to whole blocks with keys that no query sees.
+
+        Queries and keys must be the same tokens (`place` is None).
+        """
+        end = jnp.full_like(self.position, self.position.shape[1]) if self.end is None else self.end
+        key_position = jnp.broadcast_to(self.key_position, self.position.shape)
+        position, key_position, end = (
+            whole_blocks(x, block) for x in (self.position, key_position, end)
+        )
+        return Sight(position, key_position, end, window=self.window)
+
+    def meeting(self, block: int) -> Meeting:
+        """Which blocks of queries meet which blocks of keys in a `padded` mask."""
+        assert self.end is not None
+        rows, time = self.position.shape
+        i, j = np.tril_indices(time // block)
+        ends, of_queries, of_keys = (
+            x.reshape(rows, -1, block) for x in (self.end, self.position, self.key_position)
+        )
+        some = ends.max(2)[:, j] > i * block
+        every = (ends.min(2)[:, j] >= (i + 1) * block) & (i > j)
+        if self.window is not None:
+            some &= of_queries.min(2)[:, i] - of_keys.max(2)[:, j] < self.window
+            every &= of_queries.max(2)[:, i] - of_keys.min(2)[:, j] < self.window
+        return Meeting(i, j, some, every)
+
+
+class Meeting(NamedTuple):
+    """The pairs of a query block and a key block on or below the diagonal, of all p such pairs.
+
+    Attributes:
+      queries, keys: index of each pair's query block and key block.
+      some: whether some query may see some key.
+      every: whether every query sees every key.
+    """
+
+    queries: Int[np.ndarray, " p"]
+    keys: Int[np.ndarray, " p"]
+    some: Bool[Array, "r p"]
+    every: Bool[Array, "r p"]
+
+
+def whole_blocks(x: Array, block: int) -> Array:
+    """Pads [r, t, ...] with zeros along t, to a multiple of the block size."""
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), *((0, 0),) * (x.ndim - 2)))

@@ -33,7 +33,7 @@ BACK_ENDS = ("einsum", "blocks")
 
 
 def examples(length: int) -> list[Example]:
-    """As many as the row holds."""
+    """Examples with prompts and responses of realistic lengths, as many as fit in a row."""
     rng = np.random.default_rng(0)
     prompt, response = (210, 230) if length >= 1024 else (60, 65)
 

@@ -69,7 +69,7 @@ def _marked(line: str) -> str:
 
 
 def _is_prose(before: list[str]) -> bool:
-    """Whether the last line with text stands at the margin, and opens no section and no example."""
+    """Whether the last line with text is prose at the margin, not a section or an example."""
     last = next((line for line in reversed(before) if line.strip()), "")
     return bool(last) and not last.startswith((" ", ":", ">>>", ".. "))
 

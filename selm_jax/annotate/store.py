@@ -365,7 +365,13 @@ def _judgement(row: sqlite3.Row) -> Judgement:
 
 def _add_comments(database: sqlite3.Connection) -> None:
     """Adds the column `comment` to a file that an earlier version made."""
-    if "comment" not in {row["name"] for row in database.execute("pragma table_info(events)")}:
-        # Another process may have added it in the meantime.
-        with contextlib.suppress(sqlite3.OperationalError):
+    if not _has_comments(database):
+        try:
             database.execute("alter table events add column comment text")
+        except sqlite3.OperationalError:
+            if not _has_comments(database):  # else another process has added it meanwhile
+                raise
+
+
+def _has_comments(database: sqlite3.Connection) -> bool:
+    return "comment" in {row["name"] for row in database.execute("pragma table_info(events)")}

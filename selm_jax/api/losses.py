@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from selm_jax.api.errors import ApiError
+from selm_jax.api.errors import ApiError, refuse_settings
 from selm_jax.objectives.build import build_objective
 from selm_jax.objectives.losses import LossFunction, Objective
 from selm_jax.objectives.roles import ROLES
@@ -35,8 +35,5 @@ def loss(name: str | LossFunction, /, **settings: Any) -> Objective:
             f"loss is {name!r}, which is not a loss. Give a name, or a function of "
             "log-probabilities"
         )
-    if settings:
-        raise ApiError(
-            f"your own function takes no settings, but got {', '.join(settings)}. Leave them out"
-        )
+    refuse_settings(settings)
     return Objective(ROLES, name)

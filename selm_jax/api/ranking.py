@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from selm_jax.api.answers import Answers
-from selm_jax.api.errors import ApiError
+from selm_jax.api.errors import ApiError, refuse_settings
 from selm_jax.api.prompts import PromptLike, read_prompts
 from selm_jax.feedback import ranker as rankers
 from selm_jax.feedback.rules import RuleRanker
@@ -89,8 +89,5 @@ def ranker(name: str | Function, /, **settings: Any) -> Ranker:
     """
     if isinstance(name, str):
         return Ranker(rankers.build_ranker(name, **settings))
-    if settings:
-        raise ApiError(
-            f"your own function takes no settings, but got {', '.join(settings)}. Leave them out"
-        )
+    refuse_settings(settings)
     return Ranker(RuleRanker(getattr(name, "__name__", "function"), name))

@@ -11,6 +11,7 @@ import typer
 
 from selm_jax.cli.arguments import Experiment, Iteration, Overrides, Run, Tiny
 from selm_jax.cli.root import app, set_up_jax
+from selm_jax.evaluation.options import file_to_read
 from selm_jax.shell.paths import file_to_write, folder_to_write, place
 from selm_jax.shell.verbs import verb
 
@@ -219,9 +220,9 @@ class Annotating:
     ] = "trl"
     read: Annotated[
         Path | None,
-        typer.Option(
-            "--import", help="Read rankings from a file like that of --export, and serve no page.",
-            metavar="FILE", parser=place, show_default="serve the page",
+        file_to_read(
+            "Read rankings from a file like that of --export, and serve no page.",
+            "serve the page", "--import",
         ),
     ] = None  # fmt: skip
 

@@ -11,7 +11,7 @@ import typer
 
 from selm_jax.cli.arguments import Experiment, Json, Overrides
 from selm_jax.cli.root import app, set_up_jax
-from selm_jax.shell.paths import place
+from selm_jax.evaluation.options import Dtype, file_to_read
 from selm_jax.shell.verbs import verb
 
 
@@ -30,11 +30,10 @@ class Planning:
     ] = None
     config: Annotated[
         Path | None,
-        typer.Option(
-            help="The model's config.json, if the model is not on this machine.",
-            metavar="FILE", parser=place, show_default="the model's own",
+        file_to_read(
+            "The model's config.json, if the model is not on this machine.", "the model's own"
         ),
-    ] = None  # fmt: skip
+    ] = None
     data_rows: Annotated[
         int | None,
         typer.Option(help="Number of training rows.", min=1, show_default="counted in data.train"),
@@ -121,12 +120,7 @@ class Benching:
             help="Measure a random model of this shape instead: 135m or 1b.", show_default="MODEL"
         ),
     ] = None
-    dtype: Annotated[
-        str,
-        typer.Option(
-            help="Number format: float32, bfloat16, or auto (float32 on a CPU, else bfloat16)."
-        ),
-    ] = "auto"
+    dtype: Dtype = "auto"
     remat: Annotated[
         str, typer.Option(help="What the backward pass recomputes: none, mlp, dots or full.")
     ] = "full"

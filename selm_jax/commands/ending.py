@@ -48,7 +48,7 @@ def carried_out(work: Callable[[], Any]) -> None:
 
 
 def is_for_the_user(error: Exception) -> bool:
-    """Whether an error's message is meant for the user: ours, the system's or an option's."""
+    """Whether the user can act on an error: one of this package, the system or the options."""
     package = type(error).__module__.partition(".")[0]
     return isinstance(error, OSError) or package in ("selm_jax", "typer", "click")
 

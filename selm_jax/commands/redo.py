@@ -67,9 +67,8 @@ def _following(
     for u in sorted(entries, reverse=True):
         for name in reversed(names):
             after = u > t or (u == t and names.index(name) > names.index(stage))
-            if (
-                stage == evaluate.name
-            ):  # the start model's answers are compared with; others are not
+            if stage == evaluate.name:
+                # Later evaluations are compared with the start model's answers, and no others.
                 after = t == 0 and u > 0 and name == evaluate.name
             if after or (u, name) == (t, stage):
                 yield u, name

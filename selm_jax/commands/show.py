@@ -13,8 +13,8 @@ from rich.table import Table
 from selm_jax.commands.redo import ORDER
 from selm_jax.commands.runs import settings_of
 from selm_jax.config import Experiment
-from selm_jax.run.remaining import time_left
-from selm_jax.shell import artifacts, loglines
+from selm_jax.run.remaining import Entries, entries_of, time_left
+from selm_jax.shell import loglines
 from selm_jax.shell.lock import holder
 from selm_jax.shell.words import duration
 
@@ -32,9 +32,7 @@ def show(run: Path, console: Console) -> None:
       ArtifactError: its records were changed or are damaged.
     """
     experiment = settings_of(run)
-    entries = {
-        t: artifacts.Stages(folder).read() for t, folder in artifacts.iterations(run).items()
-    }
+    entries = entries_of(run)
     console.print(f"{run}: {_state(run, experiment, entries)}", highlight=False)
     console.print(
         f"{experiment.model.source}, {experiment.objective['loss']}, ranker "
@@ -52,14 +50,14 @@ def show(run: Path, console: Console) -> None:
         console.print(f"page: {page}", highlight=False, soft_wrap=True)
 
 
-def _state(run: Path, experiment: Experiment, entries: Mapping[int, Mapping[str, Any]]) -> str:
+def _state(run: Path, experiment: Experiment, entries: Entries) -> str:
     last = entries.get(experiment.iterations, {})
     wanted = {name for stages in entries.values() for name in stages}
     done = bool(last) and all(last.get(name, {}).get("done") for name in wanted)
     begun = [(t, n) for t, stages in entries.items() for n, e in stages.items() if not e["done"]]
     t, stage = begun[-1] if begun else (0, "")
     where = f", in iteration {t} of {experiment.iterations}, {stage}" if begun else ""
-    left = time_left(run, experiment.iterations, stage, t)
+    left = time_left(entries, experiment.iterations, stage, t)
     if done:
         return "finished"
     time = "; time left: not known before iteration 1 is done"
@@ -71,7 +69,7 @@ def _state(run: Path, experiment: Experiment, entries: Mapping[int, Mapping[str,
     return f"stopped{where}{time}. `selm run` continues it"
 
 
-def _stages(entries: Mapping[int, Mapping[str, Any]]) -> Table:
+def _stages(entries: Entries) -> Table:
     names = [stage.name for stage in ORDER]
     table = Table(box=None, pad_edge=False)
     table.add_column("iteration", justify="right")

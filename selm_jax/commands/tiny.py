@@ -36,7 +36,7 @@ ROWS, HELDOUT = 64, 8
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """What a tiny model takes from its family: keys of config.json, tokens and chat template.
+    """A model family: its keys of config.json, special tokens and chat template.
 
     Attributes:
       model: the keys of config.json in which the family differs from the others.

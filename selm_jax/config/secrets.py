@@ -66,7 +66,7 @@ def found(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ..
 
 
 def _is_named(name: str, value: Any) -> bool:
-    """Whether a setting's name is typical of keys, and its value may be one."""
+    """Whether a setting has a name such as `api_key`, and a value that may be a key."""
     plain = re.sub("[^a-z0-9]", "", name.lower())
     if not isinstance(value, str) or not _NAMES.fullmatch(plain):
         return False

@@ -56,9 +56,18 @@ Keep = Annotated[
 ]
 
 
-def file_to_read(help: str, default: str | bool = True) -> Any:
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="Number format: float32, bfloat16, or auto (float32 on a CPU, else bfloat16)."
+    ),
+]
+
+
+def file_to_read(help: str, default: str | bool = True, name: str | None = None) -> Any:
     """An option for a file to read. `default` is shown in the help if the option has no default."""
-    return typer.Option(help=help, metavar="FILE", parser=place, show_default=default)
+    names = () if name is None else (name,)
+    return typer.Option(*names, help=help, metavar="FILE", parser=place, show_default=default)
 
 
 def within(numbers: Range) -> Callable[[float], float]:
@@ -98,12 +107,7 @@ class Loading:
         str | None,
         typer.Option(help="Branch, tag or commit of a Hub id.", show_default="the main branch"),
     ] = None
-    dtype: Annotated[
-        str,
-        typer.Option(
-            help="Number format: float32, bfloat16, or auto (float32 on a CPU, else bfloat16)."
-        ),
-    ] = "auto"
+    dtype: Dtype = "auto"
     tensor: Annotated[
         int, typer.Option(help="Number of devices that share each matrix.", min=1)
     ] = 1

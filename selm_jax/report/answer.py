@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from selm_jax.report.data import RunData
-from selm_jax.report.summary import number, paired_difference
+from selm_jax.report.summary import number, paired_difference, plural, rankers_of
 from selm_jax.statistics.intervals import Estimate
 from selm_jax.statistics.multiple import holm
 
@@ -42,9 +42,9 @@ class Compared:
 
 def of_runs(runs: Sequence[RunData], labels: Sequence[str]) -> str:
     """The result of a page that compares several runs with the first one."""
-    if ranked_by := _several_rankers(runs):
+    if (rankers := len(rankers_of(runs))) > 1:
         return (
-            f"The runs were scored by {ranked_by} different rankers, so their rewards cannot be "
+            f"The runs were scored by {rankers} different rankers, so their rewards cannot be "
             "compared."
         )
     found = [paired_difference(runs[0], run) for run in runs[1:]]
@@ -67,7 +67,7 @@ def sentence(baseline: str, compared: Sequence[Compared], seeds: int) -> str:
     """
     if not compared:
         return f"There is nothing to compare with {baseline} yet: no shared prompt has scores."
-    at = f"at {seeds} seed{'' if seeds == 1 else 's'}"
+    at = f"at {plural(seeds, 'seed')}"
     clear = [each for each in compared if each.differs]
     same = [each for each in compared if not each.differs]
     parts = []
@@ -96,16 +96,3 @@ def _numbers(compared: Sequence[Compared]) -> str:
     if len(compared) == 1:
         return str(compared[0]).removeprefix(f"{compared[0].name} ")
     return "; ".join(map(str, compared))
-
-
-def _several_rankers(runs: Sequence[RunData]) -> int:
-    """The number of rankers that scored the runs, or 0 if all runs have the same one."""
-    rankers = {
-        tuple(
-            (k, v)
-            for k, v in run.settings.items()
-            if k.startswith(("feedback.ranker", "feedback.settings"))
-        )
-        for run in runs
-    }
-    return len(rankers) if len(rankers) > 1 else 0

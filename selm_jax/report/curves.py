@@ -60,8 +60,8 @@ def loss_plots(runs: Sequence[RunData], labels: Sequence[str]) -> list[Plot]:
     """The plots that every objective has: loss, log-probabilities, gradient norm, learning rate."""
     logps = (
         "Sum over the answer, nats. A steady fall while the margin grows means that both answers "
+        "lose probability."
     )
-    logps += "lose probability."
     specs = [
         ("loss", "Loss", f"All terms together. {_SMOOTH}"),
         ("logps/chosen", "Log-probability of chosen answers", logps),

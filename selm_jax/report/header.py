@@ -7,6 +7,7 @@ from pathlib import PurePath
 from typing import Any
 
 from selm_jax.report.data import RunData
+from selm_jax.report.summary import plural
 
 
 def facts(run: RunData) -> list[tuple[str, str]]:
@@ -62,7 +63,7 @@ def _rows(limit: str | None) -> str:
 
 
 def _count(value: Any, word: str) -> str:
-    return f"{value} {word}{'' if value == 1 else 's'}" if isinstance(value, int) else ""
+    return plural(value, word) if isinstance(value, int) else ""
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

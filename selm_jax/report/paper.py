@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from selm_jax.report.data import ReportError, RunData
 from selm_jax.report.drawing import COLOURS, MARKERS, MUTED, PaperFigure, dashes, drawings, matrix
-from selm_jax.report.summary import number
+from selm_jax.report.summary import number, rankers_of
 from selm_jax.statistics import proportions
 
 # --- Figure 2: win rates --------------------------------------------------------------------------
@@ -308,14 +308,7 @@ def _known(scores: Mapping[tuple[str, str], float]) -> list[float]:
 
 
 def _check_one_ranker(runs: Sequence[RunData], what: str) -> None:
-    rankers = {
-        tuple(
-            (k, v)
-            for k, v in run.settings.items()
-            if k.startswith(("feedback.ranker", "feedback.settings"))
-        )
-        for run in runs
-    }
+    rankers = rankers_of(runs)
     if len(rankers) > 1:
         raise ReportError(
             f"the runs were scored by {len(rankers)} rankers, so {what} over all of them has no "

@@ -201,6 +201,18 @@ def settings_differences(
     return [(key, values) for key, values in rows if len(set(values)) > 1]
 
 
+def rankers_of(runs: Sequence[RunData]) -> set[tuple[tuple[str, str], ...]]:
+    """The different rankers that scored the runs, each as its settings."""
+    return {
+        tuple(
+            (k, v)
+            for k, v in run.settings.items()
+            if k.startswith(("feedback.ranker", "feedback.settings"))
+        )
+        for run in runs
+    }
+
+
 def _last_scores(run: RunData) -> dict[tuple[str, str], float]:
     greedy = [answer for answer in run.answers if answer.kind == "greedy"]
     last = max((answer.iteration for answer in greedy), default=0)

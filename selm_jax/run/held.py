@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from selm_jax.parallel import multihost
 from selm_jax.report import page
 from selm_jax.run.check import check
-from selm_jax.run.remaining import time_left
+from selm_jax.run.remaining import entries_of, time_left
 from selm_jax.run.run import Run
 from selm_jax.shell import artifacts
 from selm_jax.shell.lock import only_one
@@ -61,7 +61,7 @@ def drop_models(run: Run, t: int) -> None:
 
 def tell_time_left(run: Run, t: int) -> None:
     """Prints the run's remaining time after iteration t, if any iterations remain."""
-    left = time_left(run.folder.path, run.experiment.iterations)
+    left = time_left(entries_of(run.folder.path), run.experiment.iterations)
     if left and run.wanted.worked:
         run.console.print(
             f"iteration {t} of {run.experiment.iterations} is done; the rest takes about "

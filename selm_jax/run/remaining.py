@@ -4,27 +4,38 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from selm_jax.shell import artifacts
 
+Entries = Mapping[int, Mapping[str, Any]]  # of each iteration's stage.json
 
-def time_left(run: Path, iterations: int, stage: str = "", t: int = 0) -> float | None:
+
+def entries_of(run: Path) -> dict[int, dict[str, Any]]:
+    """What every iteration's stage.json says; empty if the run folder does not exist.
+
+    Raises:
+      ArtifactError: an entry was changed or is damaged.
+    """
+    if not run.exists():
+        return {}
+    return {t: artifacts.Stages(folder).read() for t, folder in artifacts.iterations(run).items()}
+
+
+def time_left(entries: Entries, iterations: int, stage: str = "", t: int = 0) -> float | None:
     """Estimates the seconds that the unfinished stages will take.
 
     A stage is expected to take its average time over the iterations so far.
 
     Args:
+      entries: the run's, from `entries_of`.
       stage, t: the stage that is running now, if any; it is not counted.
 
     Returns:
       None until the first iteration is done, because some stages have not been timed before that.
     """
-    if not run.exists():
-        return None
-    entries = {
-        u: artifacts.Stages(folder).read() for u, folder in artifacts.iterations(run).items()
-    }
     seconds = defaultdict(list)
     for each in entries.values():
         for name, entry in each.items():

@@ -14,7 +14,7 @@ from selm_jax.config import Experiment
 from selm_jax.parallel import multihost
 from selm_jax.run.folder import StageLog
 from selm_jax.run.programs import Programs
-from selm_jax.run.remaining import time_left
+from selm_jax.run.remaining import entries_of, time_left
 from selm_jax.run.task import Task
 from selm_jax.shell.progress import bar
 from selm_jax.stages.declared import Declared, DeclaredTask
@@ -80,7 +80,7 @@ class Step:
         As a context it gives a function `(more, tokens)` to call with the units and tokens that are
         newly done.
         """
-        after = time_left(self.folder.parent, self.iterations, self.stage, self.t)
+        after = time_left(entries_of(self.folder.parent), self.iterations, self.stage, self.t)
         return bar(self.console, f"iteration {self.t}  {self.stage}", total, unit, after)
 
 

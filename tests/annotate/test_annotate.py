@@ -8,6 +8,7 @@ import sqlite3
 import urllib.error
 import urllib.parse
 import urllib.request
+from contextlib import nullcontext
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -19,7 +20,15 @@ from selm_jax.annotate.agreement import alpha, mean_shares, shares
 from selm_jax.annotate.exchange import export_pairs, import_pairs
 from selm_jax.annotate.render import markdown, plain
 from selm_jax.annotate.server import shown_order
-from selm_jax.annotate.store import AnnotationError, Annotations, Item, Judgement, is_ranking
+from selm_jax.annotate.store import (
+    AnnotationError,
+    Annotations,
+    Item,
+    Judgement,
+    _add_comments,
+    _has_comments,
+    is_ranking,
+)
 
 BATCH = "run/iteration_1"
 rankings = st.lists(st.integers(0, 3), min_size=2, max_size=5).map(
@@ -357,3 +366,26 @@ class TestComments:
         again = Annotations(store.path)
         again.judge(item(1).digest, "Ada", None, request="r1", comment="unclear")
         assert [j.comment for j in again.judgements(BATCH)] == [None, "unclear"]
+
+    @pytest.mark.parametrize("meanwhile", [True, False])
+    def test_a_column_that_cannot_be_added_is_an_error_unless_it_is_there(self, meanwhile):
+        """Another process may have added it meanwhile; a locked file is another matter."""
+
+        class Refuses(sqlite3.Connection):
+            def execute(self, sql, *arguments):
+                if not sql.startswith("alter table"):
+                    return super().execute(sql, *arguments)
+                if meanwhile:
+                    super().execute(sql)
+                raise sqlite3.OperationalError("database is locked")
+
+        with sqlite3.connect(":memory:", factory=Refuses) as database:
+            database.row_factory = sqlite3.Row
+            database.execute("create table events (at text)")
+            with (
+                nullcontext()
+                if meanwhile
+                else pytest.raises(sqlite3.OperationalError, match="locked")
+            ):
+                _add_comments(database)
+            assert _has_comments(database) == meanwhile

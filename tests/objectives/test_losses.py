@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from example_losses import EXAMPLES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,19 +24,6 @@ from selm_jax.objectives.losses import Logps, Objective, ObjectiveError, compose
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "trl_losses.json").read_text())
 CASES = [(trl, case) for trl, part in GOLDEN.items() for case in part["cases"]]
 
-# One of each, as a YAML file would write it.
-EXAMPLES = {
-    "dpo": {"beta": 0.1},
-    "cdpo": {"beta": 0.1, "label_smoothing": 0.2},
-    "robust": {"beta": 0.1, "label_smoothing": 0.2},
-    "ipo": {"beta": 0.2},
-    "hinge": {"beta": 0.1},
-    "simpo": {"beta": 2.0, "gamma": 0.7},
-    "sft": {},
-    "optimism": {"beta": 0.1, "alpha": 0.01},
-    "selm": {"beta": 0.1, "alpha": 0.01},
-    "xpo": {"beta": 0.1, "alpha": 0.01},
-}
 PAIR = ("dpo", "cdpo", "robust", "ipo", "hinge", "simpo")
 
 seeds = st.integers(0, 2**32 - 1)

@@ -3,23 +3,12 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from example_losses import EXAMPLES
 
 from selm_jax.objectives.build import build_objective
 from selm_jax.objectives.losses import Logps, Objective, Rewards
 from selm_jax.objectives.measures import measures
 from selm_jax.objectives.roles import PAIR, ROLES
-
-EXAMPLES = {
-    "dpo": {"beta": 0.1},
-    "cdpo": {"beta": 0.1, "label_smoothing": 0.2},
-    "ipo": {"beta": 0.2},
-    "hinge": {"beta": 0.1},
-    "simpo": {"beta": 2.0, "gamma": 0.7},
-    "sft": {},
-    "optimism": {"beta": 0.1, "alpha": 0.01},
-    "selm": {"beta": 0.1, "alpha": 0.01},
-    "xpo": {"beta": 0.1, "alpha": 0.01},
-}
 
 
 def random_logps(seed: int) -> Logps:

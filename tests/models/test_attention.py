@@ -166,12 +166,17 @@ def loss_of(decoder: Decoder, sight: Sight, tokens):
 
 
 def assert_alike(found, expected):
+    """The loss agrees, and each gradient up to rounding, which its norm measures.
+
+    Single elements say less: these sums cancel, and the einsum, computed on a mesh, differs from
+    itself by a thousandth of its small ones. As a share of the norm that difference is 1e-5.
+    """
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-5, atol=1e-3)
-    size = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected[1]))
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * size),
-        *(found[1], expected[1]),
-    )
+
+    def near(a, b):
+        assert np.linalg.norm(np.subtract(a, b)) <= 3e-5 * np.linalg.norm(b)
+
+    jax.tree.map(near, found[1], expected[1])
 
 
 @pytest.mark.parametrize("remat", REMAT)

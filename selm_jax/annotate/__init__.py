@@ -1,4 +1,4 @@
-"""Human preferences: a local page on which people rank the answers to a prompt.
+"""Collects human preferences on a local web page, where people rank the answers to a prompt.
 
 * `store`: questions and people's rankings of the answers, in one SQLite file.
 * `server`: the page and the requests that it sends; `render`: untrusted text as safe HTML.

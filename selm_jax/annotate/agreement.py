@@ -1,4 +1,4 @@
-"""Agreement between people, and one score per answer from their rankings."""
+"""Computes the agreement between annotators, and one score per answer from their rankings."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def shares(ranks: Sequence[int]) -> Float64[np.ndarray, " answers"]:
 
 
 def mean_shares(judgements: Sequence[Judgement]) -> Float64[np.ndarray, " answers"]:
-    """Each answer's mean share over the people who ranked a question (Borda count)."""
+    """Each answer's share of the others that it beats, averaged over annotators (Borda count)."""
     return np.mean([shares(j.ranks) for j in judgements if j.ranks is not None], axis=0)
 
 

@@ -24,7 +24,7 @@ def check_minimum(minimum: Any) -> None:
 
 
 def check_name(name: Any) -> str:
-    """A person's name without surrounding spaces, in Unicode's composed form (NFC).
+    """Checks an annotator's name and returns it in Unicode NFC, without surrounding spaces.
 
     Raises:
         AnnotationError: the name is empty, too long, or not printable.
@@ -38,7 +38,7 @@ def check_name(name: Any) -> str:
 
 
 def check_comment(comment: Any) -> str | None:
-    """A comment without surrounding spaces, or None if it is empty.
+    """Checks an annotator's comment; strips surrounding spaces and turns "" into None.
 
     Raises:
         AnnotationError: the comment is not text, or is too long.
@@ -54,6 +54,6 @@ def check_comment(comment: Any) -> str | None:
 
 
 def is_ranking(ranks: Sequence[Any]) -> bool:
-    """Whether the ranks are valid: each is 1 + the number of smaller ones."""
+    """Whether the ranks are valid: each rank is 1 + the number of smaller ranks."""
     numbers = all(type(r) is int for r in ranks)
     return numbers and all(r == 1 + sum(s < r for s in ranks) for r in ranks)

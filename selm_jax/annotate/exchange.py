@@ -42,7 +42,7 @@ LAYOUTS = {  # the columns in addition to those of both layouts
 def export_pairs(
     store: Annotations, batch: str, file: Path, layout: str = "trl"
 ) -> dict[str, int | float]:
-    """Writes the preferences of a batch to a file.
+    """Writes the human preferences on a batch of questions to a file.
 
     Returns:
         Counts by name. `rows`: rows of the file. `all_equal`: rankings without a row because all
@@ -83,7 +83,7 @@ def export_pairs(
 
 
 def import_pairs(store: Annotations, batch: str, file: Path) -> dict[str, int]:
-    """Reads rankings of a batch's questions from a file in either layout.
+    """Imports rankings of a batch's questions from a file in TRL's or UltraFeedback's layout.
 
     The rows of a person for a prompt must together rank all of its answers. For a row without
     `annotator`, the annotator is the name of the file. Rankings that are already in the store are
@@ -125,7 +125,7 @@ def import_pairs(store: Annotations, batch: str, file: Path) -> dict[str, int]:
 
 
 def _pairs(ranks: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """All pairs of a better and a worse answer, as indices (better, worse)."""
+    """Yields all pairs of a better and a worse answer, as indices (better, worse)."""
     for i, j in itertools.permutations(range(len(ranks)), 2):
         if ranks[i] < ranks[j]:
             yield i, j
@@ -166,7 +166,7 @@ def _read(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _parse(row: Mapping[str, Any], where: str) -> tuple[tuple[tuple[str, str], ...], str, str]:
-    """The prompt's messages, the chosen answer and the rejected answer of a row."""
+    """Parses a row: the prompt's messages, the chosen answer and the rejected answer."""
     turns = {}
     for key in ("prompt", "chosen", "rejected"):
         value = row.get(key)
@@ -202,7 +202,7 @@ def _parse(row: Mapping[str, Any], where: str) -> tuple[tuple[tuple[str, str], .
 
 
 def _ranking(item: Item, annotator: str, pairs: set[tuple[int, int]], file: Path) -> list[int]:
-    """The ranking whose pairs (better, worse) are exactly the given ones."""
+    """Builds the ranking whose pairs (better, worse) are exactly `pairs`."""
     net = [0] * len(item.answers)  # wins - losses, which determine the places of a ranking
     for better, worse in pairs:
         net[better] += 1

@@ -1,4 +1,4 @@
-"""Limits how long a request may take to arrive: uvicorn has no limit, and sockets are scarce."""
+"""Limits how long an HTTP request may take to arrive, because uvicorn sets no limit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SECONDS = 20.0  # for a whole request, from the connection or the request's firs
 
 
 class Patient(H11Protocol):
-    """Closes connections on which a whole request does not arrive in time."""
+    """An HTTP protocol for uvicorn that closes a connection if a request arrives too slowly."""
 
     _late: asyncio.TimerHandle | None = None
 

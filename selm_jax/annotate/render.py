@@ -25,12 +25,12 @@ _MARKDOWN = MarkdownIt("commonmark", {"html": False}).enable("table").disable("i
 
 
 def visible(text: str) -> str:
-    """The text with control characters and lone surrogates replaced by visible characters."""
+    """Replaces control characters and lone surrogates in a text by visible characters."""
     return text.translate(_CONTROLS)
 
 
 def markdown(text: str) -> str:
-    """Safe HTML of a Markdown text; a text that is too long is shown as plain text.
+    """Renders Markdown as safe HTML; a very long text is shown as plain text instead.
 
     Tags in the text are shown as text, images as links, and links that run code as text. A single
     line end breaks the line, as models intend.
@@ -41,7 +41,7 @@ def markdown(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """Safe HTML that shows a text unchanged, with visible direction marks."""
+    """Escapes a text as safe HTML that shows it unchanged; direction marks become visible."""
     return f'<pre class="plain">{html.escape(visible(text).translate(_TURNS))}</pre>'
 
 

@@ -1,4 +1,4 @@
-"""Serves the page on which people rank answers, and the requests that it sends.
+"""Serves the web page on which people rank answers, and handles the page's requests.
 
 All addresses begin with `/TOKEN/`; any other address gets status 403. The page loads nothing from
 other servers. The reply to a ranking is sent after the ranking is on disk.
@@ -48,14 +48,14 @@ _HERE = Path(__file__).parent
 
 @dataclass
 class Desk:
-    """The question that each person has on their page, and the choice of the next one."""
+    """Tracks which question each annotator's page shows, and chooses the next question."""
 
     store: Annotations
     batch: str
     held: dict[str, tuple[str, float]] = field(default_factory=dict)  # person -> question, since
 
     def next(self, annotator: str) -> Item | None:
-        """The next question for a person: the one on their page, or one on the fewest pages."""
+        """The annotator's present question if still open, or else one that is on the fewest pages."""
         choice = self.store.open_questions(self.batch, annotator)
         if not choice:
             self.held.pop(annotator, None)
@@ -81,7 +81,7 @@ def shown_order(annotator: str, question: str, count: int) -> list[int]:
 def make_app(
     store: Annotations, batch: str, title: str, token: str, instructions: str = ""
 ) -> ASGIApp:
-    """The ASGI application that serves one batch of a store.
+    """Makes the ASGI application that serves one batch of questions to annotators.
 
     Args:
         instructions: text in Markdown that is shown above every question.
@@ -135,7 +135,7 @@ def serve(
     say: Callable[[str], object] = print,
     instructions: str = "",
 ) -> None:
-    """Serves a batch until Ctrl-C.
+    """Serves a batch of questions to annotators until Ctrl-C.
 
     Args:
         instructions: see `make_app`.
@@ -168,7 +168,7 @@ def serve(
 
 @dataclass
 class _Guard:
-    """Refuses requests without the token, and adds the headers to every reply."""
+    """ASGI middleware that requires the secret token in every URL and adds security headers."""
 
     app: ASGIApp
     token: str
@@ -197,7 +197,7 @@ class _Guard:
 
 
 async def _body(request: Request) -> dict[str, Any]:
-    """The JSON object in a request. Raises AnnotationError if there is none."""
+    """Parses the body of a request as a JSON object. Raises AnnotationError if there is none."""
     content = b""
     async for chunk in request.stream():
         content += chunk
@@ -252,7 +252,7 @@ def _text(body: Mapping[str, Any], key: str) -> str:
 
 
 def _view(desk: Desk, annotator: str, item: Item | None) -> dict[str, Any]:
-    """The data that the page shows: a question, if there is one, and the progress."""
+    """The JSON that the page shows: the annotator's next question, if any, and the progress."""
     progress = desk.store.progress(desk.batch, annotator)
     view: dict[str, Any] = {"progress": vars(progress), "question": None}
     if item is not None:

@@ -1,4 +1,4 @@
-"""Stores questions for people, and their rankings, in one SQLite file.
+"""Stores questions for annotators, and their rankings, in one SQLite file.
 
 Nothing that a person does is changed or deleted: every ranking, skip and undo is a row of a log,
 and a person's last row for a question counts. Methods that write return after the row is on disk
@@ -77,7 +77,7 @@ having coalesce(sum(j.kind = 'rank'), 0) < b.minimum
 
 @dataclass(frozen=True)
 class Item:
-    """A question for people: a conversation, and different answers to its last turn.
+    """A question for annotators: a conversation, and distinct answers to its last turn.
 
     Attributes:
         prompt_id: the id of the prompt for people; the digest identifies the question.
@@ -123,7 +123,7 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Progress:
-    """The progress of a batch and of one person in it.
+    """The numbers of done and open questions in a batch, in total and for one annotator.
 
     Attributes:
         questions: number of questions in the batch.
@@ -141,7 +141,7 @@ class Progress:
 
 
 class Annotations:
-    """The file of questions and rankings. Several processes may open it at the same time."""
+    """An SQLite file of questions and people's rankings. Several processes may open it at once."""
 
     def __init__(self, path: Path):
         self.path = Path(path)
@@ -160,7 +160,7 @@ class Annotations:
     # Questions
 
     def put(self, batch: str, items: Sequence[Item], minimum: int = 1) -> None:
-        """Stores these questions as a batch, in this order, and replaces an older one of its name.
+        """Stores questions as a batch, in this order, and replaces an older batch of the same name.
 
         Args:
             minimum: the number of people who should rank each question.
@@ -180,7 +180,7 @@ class Annotations:
             database.execute("commit")
 
     def batches(self) -> dict[str, int]:
-        """The number of questions in each batch."""
+        """The number of questions in each batch, by the batch's name."""
         with self._open() as database:
             return dict(database.execute("select batch, count(*) from batches group by batch"))
 
@@ -194,12 +194,12 @@ class Annotations:
             return [_item(row) for row in rows]
 
     def item(self, question: str) -> Item:
-        """The question with a digest. Raises AnnotationError if there is none."""
+        """Reads the question that has this digest. Raises AnnotationError if there is none."""
         with self._open() as database:
             return _item(self._row(database, question))
 
     def open_questions(self, batch: str, annotator: str) -> list[str]:
-        """Digests of a person's open questions; those that others have answered come first."""
+        """Digests of an annotator's open questions, first those that other people have answered."""
         with self._open() as database:
             rows = database.execute(
                 f"select question from ({_OPEN}) as o where not exists (select 1 from judgements "
@@ -231,7 +231,7 @@ class Annotations:
         seconds: float | None = None,
         comment: str | None = None,
     ) -> bool:
-        """Stores a ranking, or a skip if `ranks` is None.
+        """Stores one person's ranking of a question's answers, or a skip if `ranks` is None.
 
         Args:
             question: digest of the question.
@@ -291,7 +291,7 @@ class Annotations:
             return None if row is None else (_item(row), _judgement(row))
 
     def judgements(self, batch: str) -> list[Judgement]:
-        """The rankings and skips of a batch that count, oldest first."""
+        """Each annotator's latest ranking or skip of every question in a batch, oldest first."""
         with self._open() as database:
             rows = database.execute(
                 "select * from judgements where question in "
@@ -301,7 +301,7 @@ class Annotations:
             return [_judgement(row) for row in rows]
 
     def progress(self, batch: str, annotator: str = "") -> Progress:
-        """The progress of a batch and of a person in it."""
+        """Counts the closed questions of a batch, and one annotator's done and open questions."""
         with self._open() as database:
             names = {"batch": batch, "annotator": annotator}
             (questions,) = database.execute(

@@ -28,7 +28,7 @@ _POLL = 1.0  # seconds between two looks at the store
 
 @dataclass
 class Human:
-    """A ranker that uses people's rankings. Build it with `human`.
+    """A ranker whose scores come from people's rankings. Build it with `human`.
 
     Call `collect` first: it shows the questions to people and returns which prompts enough people
     have ranked. `scores` works for these prompts.
@@ -49,7 +49,7 @@ class Human:
         candidates: Sequence[Sequence[str]],
         progress: Callable[[int], None] = lambda more: None,
     ) -> list[bool]:
-        """Puts the questions into the store for `selm annotate`, and with `wait` waits for people.
+        """Stores the questions for `selm annotate`; if `wait` is set, waits for people's rankings.
 
         The wait ends when `minimum` people have ranked or skipped every question. Prompts with
         fewer than two different answers are shown to nobody: their answers are equal.
@@ -130,7 +130,7 @@ class Human:
 def items_of(
     questions: Sequence[Question], candidates: Sequence[Sequence[str]]
 ) -> list[Item | None]:
-    """The questions as people see them, without repeated texts; None if fewer than two are left."""
+    """Converts questions to annotation items with distinct answers; None if there is only one."""
     items = []
     for question, texts in zip(questions, candidates, strict=True):
         distinct = tuple(dict.fromkeys(texts))
@@ -142,7 +142,7 @@ def items_of(
 def human(
     store: str | None = None, wait: bool = True, minimum: Count = 1, instructions: str = ""
 ) -> Human:
-    """People who rank the candidates on the page of `selm annotate`.
+    """Makes a ranker from people, who rank the candidates on the page of `selm annotate`.
 
     Args:
         store: file of the rankings, on a local disk; by default `annotations.sqlite` in the run
@@ -163,6 +163,6 @@ def human(
 
 
 def store_of(folder: Path, settings: Mapping[str, Any]) -> Path:
-    """The file of people's rankings for a run whose ranker has these settings."""
+    """The SQLite file of people's rankings for a run whose `human` ranker has these settings."""
     named = settings.get("store")
     return place(named) if named else folder / STORE

@@ -1,4 +1,4 @@
-"""A weighted sum of several rankers' scores, each of which may be rescaled per prompt.
+"""A ranker that adds several rankers' weighted scores, each optionally rescaled per prompt.
 
 The scales, over the candidates of one prompt:
 
@@ -61,7 +61,7 @@ def zscore(scores: Scores) -> Scores:
 
 
 def rank(scores: Scores) -> Scores:
-    """The share of the other candidates that each one beats; a tie counts half."""
+    """Replaces each score by the share of other candidates that it beats; a tie counts half."""
     if len(scores) < 2:
         return np.full(len(scores), 0.5)
     wins = np.sign(scores[:, None] - scores).sum(1)  # wins - losses, against each of the others
@@ -79,7 +79,7 @@ SCALES: Mapping[str, Callable[[Scores], Scores]] = {
 
 @dataclass(frozen=True)
 class Part:
-    """One ranker of a mixture."""
+    """One ranker of a mixture, with its weight and the rescaling of its scores."""
 
     ranker: Ranker
     weight: float
@@ -88,7 +88,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Mixture:
-    """A weighted sum of rankers. Build it with `mixture`."""
+    """A ranker that adds the weighted scores of several rankers. Build it with `mixture`."""
 
     parts: tuple[Part, ...]
     name: str = "mixture"
@@ -113,7 +113,7 @@ class Mixture:
     def scores(
         self, questions: Sequence[Question], candidates: Sequence[Sequence[str]]
     ) -> list[Scores]:
-        """One float64 array `[candidates]` per question; see `ranker.Ranker`.
+        """Scores the candidates: one float64 array per question; see `ranker.Ranker`.
 
         Raises:
             FeedbackError: a part raised it, or a sum is not finite.
@@ -141,7 +141,7 @@ class Mixture:
 
 
 def mixture(parts: Any) -> Mixture:
-    """A weighted sum of rankers.
+    """Makes a ranker that adds the weighted scores of several rankers.
 
     Args:
         parts: a list of mappings with the key `ranker` (a name or `package.module:function`) and

@@ -54,7 +54,7 @@ class Question:
     id: str
 
     def own_row(self) -> dict[str, Any]:
-        """A deep copy of the row: changes that a rule makes to it do not affect other calls."""
+        """A deep copy of the dataset row, so that changes to the copy affect no other call."""
         return copy.deepcopy(dict(self.row))
 
 
@@ -139,7 +139,7 @@ def reported(ranker: Ranker) -> dict[str, int | float]:
 
 
 def counted(report: Mapping[str, int | float], what: str) -> int:
-    """The sum of one count over all parts of a mixture, whose reports have prefixed keys."""
+    """Sums one count of a ranker's report, in a mixture over all parts (keys end in `/NAME`)."""
     return sum(int(n) for key, n in report.items() if key.rpartition("/")[2] == what)
 
 
@@ -152,12 +152,12 @@ def is_relative(ranker: Ranker) -> bool:
 
 
 def folders_of(ranker: Ranker) -> tuple[Path, ...]:
-    """The folders of a ranker's models; empty if it has none."""
+    """The folders of the models that a ranker uses; empty for a ranker without models."""
     return getattr(ranker, "folders", ())
 
 
 def check_asked(ranker: Ranker, questions: Sequence[Question]) -> None:
-    """Lets a ranker that uses the rows' columns check them before any expensive work.
+    """Lets a ranker that uses dataset columns check the rows before any expensive work.
 
     Raises:
         FeedbackError: the ranker cannot use a row; the message names the prompt.
@@ -168,7 +168,7 @@ def check_asked(ranker: Ranker, questions: Sequence[Question]) -> None:
 
 
 def prompts_together(ranker: Ranker) -> int:
-    """How many consecutive prompts a ranker reads as a group; splitting a group changes scores."""
+    """The number of consecutive prompts whose scores depend on each other, 1 for most rankers."""
     return getattr(ranker, "together", 1)
 
 
@@ -288,7 +288,7 @@ def check_scores(
 
 
 def row_values(row: Any, count: int) -> Sequence[Any] | np.ndarray | None:
-    """A list or array of scores as `count` values; None if it is anything else."""
+    """Returns `row` if it is a list or array of `count` scores, and None if it is anything else."""
     if hasattr(row, "shape"):
         array = np.asarray(row)  # one transfer for a device array, not one per element
         return array if array.shape[:1] == (count,) else None
@@ -297,10 +297,10 @@ def row_values(row: Any, count: int) -> Sequence[Any] | np.ndarray | None:
 
 
 def finite_number(value: Any, where: str) -> float:
-    """The score as a float.
+    """Converts a score to a float.
 
     Raises:
-        FeedbackError: it is not a single finite real number; the message begins with `where`.
+        FeedbackError: the score is not one finite real number; the message begins with `where`.
     """
     try:
         array = np.asarray(value)

@@ -30,7 +30,7 @@ _FLAGS = {
 
 @dataclass(frozen=True)
 class RuleRanker:
-    """A function of one response, as a ranker.
+    """A ranker that scores each response on its own, with a function.
 
     Attributes:
         name: the rule's name in reports and errors.
@@ -44,7 +44,7 @@ class RuleRanker:
     check_row: Callable[[Mapping[str, Any]], Any] = lambda row: None
 
     def check(self, questions: Sequence[Question]) -> None:
-        """Raises FeedbackError with the prompt's ID for the first row that cannot be used."""
+        """Raises FeedbackError with the prompt's ID for the first row that the rule cannot use."""
         for question in questions:
             try:
                 self.check_row(question.row)
@@ -56,7 +56,7 @@ class RuleRanker:
     def scores(
         self, questions: Sequence[Question], candidates: Sequence[Sequence[str]]
     ) -> list[Float64[np.ndarray, " candidates"]]:
-        """One float64 array `[candidates]` per question; see `ranker.Ranker`.
+        """Scores the candidates: one float64 array per question; see `ranker.Ranker`.
 
         Raises:
             FeedbackError: the rule raised, or did not return a finite number; the message names the
@@ -82,7 +82,7 @@ class RuleRanker:
 
 
 def sentiment() -> RuleRanker:
-    """VADER's compound sentiment of the response, from -1 (most negative) to 1 (most positive).
+    """Makes a ranker by VADER's sentiment of a response, from -1 (negative) to 1 (positive).
 
     Source: Hutto and Gilbert (2014), "VADER: A Parsimonious Rule-based Model for Sentiment
     Analysis of Social Media Text"; the word list is English. The value is rounded to 4 places and
@@ -105,7 +105,7 @@ def sentiment() -> RuleRanker:
 
 
 def length(target: Natural | None = None) -> RuleRanker:
-    """The length of the response in characters, or minus its distance from a target length.
+    """Makes a ranker by length in characters, or by minus the distance from a target length.
 
     Args:
         target: the target in characters; None means the longer the better.
@@ -116,7 +116,7 @@ def length(target: Natural | None = None) -> RuleRanker:
 
 
 def regex(pattern: str, flags: str = "") -> RuleRanker:
-    """The number of matches of a pattern in the response (without overlaps, like `re.finditer`).
+    """Makes a ranker that counts non-overlapping matches of a pattern in the response.
 
     An empty match counts: `\\A(?!.*sorry)` with flags `s` scores 1 for a text without "sorry".
 
@@ -158,7 +158,7 @@ def verifiable(
     kwargs: str = "kwargs",
     instructions: Mapping[str, Any] | None = None,
 ) -> RuleRanker:
-    """How well the response follows instructions that a program can check (IFEval's 25 kinds).
+    """Makes a ranker that checks by program how well a response follows instructions (IFEval).
 
     Source: Zhou et al. (2023), "Instruction-Following Evaluation for Large Language Models",
     arXiv 2311.07911, through the package if-verifiable. Thoughts before `</think>` do not count;
@@ -226,7 +226,7 @@ def verifiable(
 def _of_row(
     row: Mapping[str, Any], ids: str, kwargs: str, known: Mapping[str, Any]
 ) -> tuple[list[str], list[dict[str, Any]]]:
-    """The ids and arguments of a row's instructions, after checks."""
+    """Reads and checks the instruction ids of a dataset row, and each instruction's arguments."""
     for column in (ids, kwargs):
         if column not in row:
             raise FeedbackError(
@@ -240,7 +240,7 @@ def _of_row(
 
 
 def _listed(row: Mapping[str, Any], column: str, kind: type) -> list[Any]:
-    """The list in a column, whose items are of one type or None."""
+    """Reads a row's column as a list, and checks that every item has type `kind` or is None."""
     value = row[column]
     found = structure(value) if isinstance(value, str) else value
     if not isinstance(found, list | tuple) or not all(isinstance(x, kind | None) for x in found):
@@ -252,7 +252,7 @@ def _listed(row: Mapping[str, Any], column: str, kind: type) -> list[Any]:
 def _checked(
     names: list[str], given: list[Any], known: Mapping[str, Any]
 ) -> tuple[list[str], list[dict[str, Any]]]:
-    """Checks instruction ids and their arguments.
+    """Checks the instruction ids of a dataset row, and the arguments of each instruction.
 
     Unknown ids and missing arguments are errors here. The package would skip unknown ids and choose
     missing arguments at random.

@@ -1,4 +1,4 @@
-"""A user's function as a ranker, run in separate processes with a time limit for every call.
+"""A ranker that calls a user's function in separate processes, with a time limit per call.
 
 Separate processes are the default because only a process can be stopped: a function that hangs,
 crashes or exhausts memory then causes an error that names the prompt, and does not take the whole
@@ -45,7 +45,7 @@ _BATCH = 64
 
 @dataclass(frozen=True)
 class Call:
-    """One call of the user's function.
+    """The arguments of one call of the user's function, and the responses that it scores.
 
     Attributes:
         arguments: the positional arguments.
@@ -72,7 +72,7 @@ class Call:
 
 @dataclass(frozen=True)
 class FunctionRanker:
-    """A user's function as a ranker. Build it with `user_function`.
+    """A ranker that calls a user's function. Build it with `user_function`.
 
     Attributes:
         name: `package.module:function`.
@@ -91,7 +91,7 @@ class FunctionRanker:
     def scores(
         self, questions: Sequence[Question], candidates: Sequence[Sequence[str]]
     ) -> list[Float64[np.ndarray, " candidates"]]:
-        """One float64 array `[candidates]` per question; see `ranker.Ranker`.
+        """Scores the candidates: one float64 array per question; see `ranker.Ranker`.
 
         Raises:
             FeedbackError: the function raised, took too long, died, or did not return a finite
@@ -134,7 +134,7 @@ def user_function(
     vectorised: bool = False,
     batch: Count | None = None,
 ) -> FunctionRanker:
-    """A user's function as a ranker.
+    """Makes a ranker that calls a user's function.
 
     Args:
         path: `package.module:function`, importable from `sys.path`. The function is
@@ -179,7 +179,7 @@ def load(path: str) -> Callable[..., Any]:
 
 
 def evaluate(function: Callable[..., Any], call: Call) -> list[float]:
-    """Calls the function and checks its scores.
+    """Calls the user's function and checks the scores that it returns.
 
     Raises:
         FeedbackError: it raised, or did not return one finite number for each response.
@@ -202,7 +202,7 @@ def evaluate(function: Callable[..., Any], call: Call) -> list[float]:
 def in_processes(
     path: str, calls: Sequence[Call], workers: int, timeout: float
 ) -> list[list[float]]:
-    """Runs `evaluate` for each call in at most `workers` processes; returns scores in order.
+    """Runs `evaluate` for each call in at most `workers` processes; returns scores in call order.
 
     It leaves no process behind, and none that these started.
 
@@ -237,7 +237,7 @@ def in_processes(
 
 
 class _Worker:
-    """A worker process, as the parent sees it. It is ready when it has sent its first answer."""
+    """The parent's handle of a worker process. A ready process has sent its first answer."""
 
     def __init__(self, path: str):
         context = multiprocessing.get_context("spawn")

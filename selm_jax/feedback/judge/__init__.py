@@ -1,1 +1,1 @@
-"""Ranks with a language model behind an OpenAI-compatible server; pays for no answer twice."""
+"""Ranks with a language model behind an OpenAI-compatible server; caches every paid answer."""

@@ -28,7 +28,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Completion:
-    """One answer of the server.
+    """One chat completion, as the server returned it.
 
     Attributes:
         text: the message's content; empty if there was none.
@@ -71,7 +71,7 @@ def parse_completion(body: str) -> Completion:
 
 
 def _text(content: Any) -> str:
-    """The text of a message, which may be a list of parts; reasoning parts are left out."""
+    """The text of a message's content, without reasoning parts if it is a list of parts."""
     if isinstance(content, list):
         return "".join(part["text"] for part in content if part["type"] in _SAID)
     if not isinstance(content, str | None):

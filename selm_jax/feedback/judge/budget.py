@@ -63,7 +63,7 @@ class Calls(Tries):
 
 @dataclass
 class Budget:
-    """Optional limits on tokens and on money, and how much of them has been spent.
+    """Optional limits on a judge's tokens and cost, and the amounts spent.
 
     The budget is for one process: answers from the cache are free, and a resumed run starts with
     the whole budget again. For each request under way it reserves the size of the largest answer so
@@ -112,7 +112,7 @@ class Budget:
         return millions / 1e6
 
     def reserve(self) -> None:
-        """Reserves budget for a request. Call it before sending the request.
+        """Reserves budget for the next request. Call this method before sending the request.
 
         Raises:
             BudgetExceeded: the request might exceed the budget.
@@ -132,7 +132,7 @@ class Budget:
         self._under_way += 1
 
     def release(self, usage: Usage | None) -> None:
-        """Releases a request's reservation and records the `usage` of its answer, if any."""
+        """Frees the budget reserved for a request, and records the token `usage` if known."""
         self._under_way -= 1
         if usage is not None:
             cost = self.cost_of(usage)

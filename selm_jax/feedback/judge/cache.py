@@ -38,7 +38,9 @@ def request_key(body: Mapping[str, Any], draw: int = 0) -> str:
 
 
 class AnswerCache:
-    """A cache of answers by key; a context manager. Several processes may use the file at once.
+    """A cache of a judge's answers in a file, by request key; a context manager.
+
+    Several processes may use the file at once.
 
     Raises:
         FeedbackError: the file is not such a cache, or another version wrote it.
@@ -96,7 +98,7 @@ class AnswerCache:
         return None if row is None else json.loads(row[0])
 
     def put(self, key: str, body: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
-        """Stores an answer unless its key has one already, with its request for people to read.
+        """Stores an answer with the request (for people to read), unless the key has an answer.
 
         Raises:
             FeedbackError: the answer could not be written, for example because the disk is full.

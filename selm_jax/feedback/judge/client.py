@@ -117,7 +117,7 @@ class Client:
         extra: Mapping[str, Any] | None = None,
         usable: Callable[[Completion], bool] = lambda answer: True,
     ) -> Completion:
-        """The model's answer to a conversation, from the cache if it is there.
+        """The model's answer to a conversation, from the cache if the cache has the answer.
 
         Args:
             messages: mappings `{"role": ..., "content": ...}`.
@@ -150,7 +150,7 @@ class Client:
         return await asyncio.shield(self._under_way[key])
 
     def _known(self, key: str, usable: Callable[[Completion], bool]) -> Completion | None:
-        """The answer from memory or from the cache, if there is one."""
+        """Looks up an answer in memory and in the cache file; None if there is none."""
         if key in self._unusable:
             return self._unusable[key]
         if not (stored := self._cache.get(key)):
@@ -202,7 +202,7 @@ class Client:
         draw: int = 0,
         extra: Mapping[str, Any] | None = None,
     ) -> None:
-        """Deletes the cached answers for which `which` is true; later calls request them again.
+        """Deletes the cached answers for which `which` is true; later calls ask the server again.
 
         The client must not be open.
 
@@ -284,7 +284,7 @@ def _read(text: str) -> Completion:
 
 
 def _way_out(error: str, body: Mapping[str, Any]) -> str:
-    """Advice on settings if the server refuses a field of the request; "" for other errors."""
+    """Advice on settings, for a server that refuses a field of the request; "" for other errors."""
     if "HTTP status 4" not in error:
         return ""
     if "max_completion_tokens" in error and "max_tokens" in body:

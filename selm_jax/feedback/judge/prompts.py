@@ -94,7 +94,7 @@ _RATING = re.compile(r"\[\[\s*(\d+(?:\.\d+)?)\s*(?:/\s*10)?\s*\]\]")
 
 @dataclass(frozen=True)
 class Template:
-    """A conversation with placeholders.
+    """A judge's prompt: a conversation with placeholders for the question and the answers.
 
     Attributes:
         messages: pairs (role, text).
@@ -139,7 +139,7 @@ class Template:
         return Template(found)
 
     def fill(self, values: Mapping[str, str]) -> list[dict[str, str]]:
-        """The messages with all placeholders replaced. Braces in a value are left unchanged."""
+        """Replaces every placeholder in the messages. Braces in a value are left unchanged."""
 
         def replace(match: re.Match[str]) -> str:
             return values[match[2]] if match[2] else f"{{{match[1]}}}"
@@ -151,7 +151,7 @@ class Template:
 
 
 def read_verdict(answer: Completion) -> float | None:
-    """Reads a pairwise answer: 1 for [[A]], 0 for [[B]], 0.5 for [[tie]] or MT-Bench's [[C]].
+    """Reads a judge's pairwise verdict: 1 for [[A]], 0 for [[B]], 0.5 for [[tie]] or [[C]].
 
     Returns:
         None if there is no verdict, or there are verdicts that differ.
@@ -163,7 +163,7 @@ def read_verdict(answer: Completion) -> float | None:
 
 
 def read_rating(answer: Completion) -> float | None:
-    """Reads a pointwise answer: the number in double square brackets.
+    """Reads a judge's rating of one answer: the number in double square brackets.
 
     Returns:
         None if there is no number, if there are several that differ, or if it is not from 1 to 10.
@@ -173,7 +173,7 @@ def read_rating(answer: Completion) -> float | None:
 
 
 def _after_thinking(text: str) -> str:
-    """The text after `</think>`: a verdict inside the thoughts does not count.
+    """The text after `</think>`: a verdict among the model's thoughts does not count.
 
     Thoughts without an end leave nothing.
     """
@@ -182,10 +182,11 @@ def _after_thinking(text: str) -> str:
 
 
 def weighted_preference(answer: Completion) -> float | None:
-    """AlpacaEval 2's preference for output M over output m, from 0 to 1.
+    """Computes AlpacaEval 2's preference for output M over output m, from 0 to 1.
 
-    It is P(M) / (P(m) + P(M)) at the first token; a token that is not among the reported ones has
-    probability 0. This equals `preference` - 1 of weighted_alpaca_eval_gpt4_turbo.
+    The preference is P(M) / (P(m) + P(M)) at the first token; a token that is not among the
+    reported ones has probability 0. This equals `preference` - 1 of
+    weighted_alpaca_eval_gpt4_turbo.
 
     Returns:
         None if neither token is reported, or the answer has no log-probabilities: llama.cpp omits

@@ -56,7 +56,7 @@ _SECOND = ("response_b", "answer_b", "output_2")
 
 
 class Form(NamedTuple):
-    """The prompt, parser and sampling settings of one form of judging.
+    """The prompt, answer parser and sampling settings of one form of judging, such as `pairwise`.
 
     `read` returns a rating, or a number from 0 to 1 for how far the first response won, or None for
     a malformed answer.
@@ -89,7 +89,7 @@ MALFORMED = ("tie", "drop", "error")
 
 @dataclass(frozen=True)
 class JudgeRanker:
-    """A judge as a ranker. Build it with `judge`.
+    """A ranker that asks a language model (the judge) for scores. Build it with `judge`.
 
     Attributes:
         client: sends the requests; its cache and budget persist between calls of `scores`.
@@ -121,7 +121,7 @@ class JudgeRanker:
     def scores(
         self, questions: Sequence[Question], candidates: Sequence[Sequence[str]]
     ) -> list[Float64[np.ndarray, " candidates"]]:
-        """One float64 array `[candidates]` per question; see `ranker.Ranker`.
+        """Scores the candidates: one float64 array per question; see `ranker.Ranker`.
 
         A score is NaN if the judge's answers about it are malformed: the rating, or all comparisons
         of the response. With `on_malformed: drop`, one malformed comparison makes the scores of all
@@ -148,7 +148,7 @@ class JudgeRanker:
         return check_scores(self.name, questions, candidates, found, unread)
 
     def report(self) -> dict[str, int | float]:
-        """Counts of the last `scores` by the client and the ranker; `cost` if prices are set."""
+        """The counts of the last call of `scores`, with `cost` if prices are set."""
         client = self.client
         report = client.counts.as_dict() | {key: self.counts[key] for key in _COUNTED}
         if client.budget.priced:
@@ -157,13 +157,13 @@ class JudgeRanker:
         return report
 
     def _asks(self, texts: Sequence[str]) -> Iterator[tuple[str, ...]]:
-        """The responses that each request for a prompt shows: one, or a pair in either order."""
+        """Yields the responses to show in each request: single ones, or pairs in both orders."""
         return itertools.permutations(texts, len(FORMS[self.form].responses))
 
     async def _values(
         self, questions: Sequence[Question], texts: Sequence[Sequence[str]]
     ) -> list[float | None]:
-        """The value read from each answer, in the order of the requests; None if malformed."""
+        """Asks the judge; returns each answer's parsed value, or None for a malformed answer."""
         ids = [q.id for q, each in zip(questions, texts, strict=True) for _ in self._asks(each)]
 
         def conversations() -> Iterator[Messages]:
@@ -214,7 +214,7 @@ class JudgeRanker:
     def _wins(
         self, asked: Sequence[float | None], candidates: Sequence[int]
     ) -> Float[np.ndarray, " candidates"]:
-        """Each candidate's mean wins, from the values of all ordered pairs of different texts.
+        """Computes each candidate's mean win (0 to 1) from the verdicts on all ordered pairs.
 
         `candidates` has the index of each candidate's text.
         """
@@ -340,14 +340,14 @@ def _template(path: str | None, form: Form) -> Template:
 
 
 def _conversation(question: Question) -> str:
-    """The prompt if there is one message; otherwise all messages, each with its role."""
+    """The conversation as the judge sees it: a single prompt, or all messages with their roles."""
     if len(question.messages) < 2:
         return question.prompt
     return "\n\n".join(f"{m.role.capitalize()}: {m.content}" for m in question.messages)
 
 
 def _run(work: Coroutine[Any, Any, T]) -> T:
-    """Runs a coroutine to its end; in another thread if this one has an event loop (a notebook)."""
+    """Runs a coroutine to its end; in another thread if an event loop is running (a notebook)."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:

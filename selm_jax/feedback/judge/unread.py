@@ -1,4 +1,4 @@
-"""Counts a judge's malformed answers, and stops when there are too many.
+"""Counts a judge's malformed answers, and raises an error when there are too many.
 
 A few malformed answers only cost a pair or a number each. If most answers are malformed, the model
 or the template is wrong, and the run stops before it has paid for all requests.
@@ -37,12 +37,12 @@ class Unread:
     first: str = ""
 
     def restart(self, patience: int, or_else: str) -> None:
-        """Sets all counts to 0, and replaces `patience` and `or_else`."""
+        """Sets all counts to 0, and sets a new `patience` and `or_else`."""
         self.patience, self.or_else = patience, or_else
         self.answers, self.malformed, self.first = 0, 0, ""
 
     def add(self, about: str | None) -> None:
-        """Counts one answer of the judge, and stops if too many are malformed.
+        """Counts one answer of the judge, and raises UnreadableJudge if too many are malformed.
 
         Args:
             about: None if the answer could be read; otherwise a description of it.
@@ -59,11 +59,7 @@ class Unread:
             self.end()
 
     def end(self) -> None:
-        """Checks the counts after the last answer, even if fewer than `patience` were malformed.
-
-        Raises:
-            UnreadableJudge: most answers are malformed.
-        """
+        """Raises UnreadableJudge if most answers are malformed, however few there are."""
         if mostly(self.malformed, self.answers):
             raise too_many(self.judge, self.malformed, self.answers, self.first, self.or_else)
 

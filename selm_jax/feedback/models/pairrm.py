@@ -54,7 +54,7 @@ _COUNTED = ("sources", "sources_cut", "candidates", "candidates_cut", "compariso
 
 
 class Comparison(NamedTuple):
-    """Two candidates of row `row` to compare, in this order."""
+    """Indices of two candidates to compare, in this order, and of the row that they are in."""
 
     row: int
     first: int
@@ -62,7 +62,7 @@ class Comparison(NamedTuple):
 
 
 class _Row(NamedTuple):
-    """A source and its candidates as token ids with special tokens, cut to their budgets."""
+    """A prompt and its candidates as token ids with special tokens, cut to PairRM's limits."""
 
     source: Ids
     candidates: list[Ids]
@@ -90,7 +90,7 @@ class PairRM:
         batch: int = 16,
         folder: Path | None = None,
     ):
-        """Use `pairrm` to build one from a folder; it documents the settings.
+        """Stores the settings; use `pairrm`, which documents them, to load a PairRM from a folder.
 
         Args:
             params: parameters of `PairScorer`, replicated on the mesh.
@@ -107,7 +107,7 @@ class PairRM:
     def scores(
         self, questions: Sequence[Question], candidates: Sequence[Sequence[str]]
     ) -> list[Float64[np.ndarray, " candidates"]]:
-        """One float64 array `[candidates]` per question, from n (n - 1) comparisons each.
+        """Scores the candidates: one float64 array per question, from all n (n - 1) comparisons.
 
         The source is the text of the last user turn. A question with earlier answers is written in
         LLM-Blender's form for conversations (`conversation`). Neither includes a system message,
@@ -124,7 +124,7 @@ class PairRM:
         return check_scores(self.name, questions, candidates, [mean_wins(m) for m in matrices])
 
     def report(self) -> dict[str, float]:
-        """Counts since the start of the last `scores`: texts read, texts cut, and comparisons.
+        """The counts since the last call of `scores` began: texts read, texts cut, and comparisons.
 
         Keys: `sources`, `sources_cut`, `candidates`, `candidates_cut`, `comparisons`.
         """
@@ -133,7 +133,7 @@ class PairRM:
     def matrices(
         self, sources: Sequence[str], candidates: Sequence[Sequence[str]]
     ) -> list[Float64[np.ndarray, "n n"]]:
-        """One matrix of logits per source: entry (i, j) is logit(i, j), 0 on the diagonal."""
+        """One matrix of logits per source: entry (i, j) is above 0 if candidate i beats j."""
         rows = self._encode(sources, candidates, _BLENDER_RANK)
         pairs = [
             Comparison(r, i, j)
@@ -154,7 +154,7 @@ class PairRM:
         return [ranks(mean_wins(m)) for m in self.matrices(sources, candidates)]
 
     def logits(self, pairs: Sequence[tuple[str, str, str]]) -> Float64[np.ndarray, " pairs"]:
-        """The logits of triples (source, A, B); above 0 if A is better."""
+        """Computes one logit per triple (source, A, B); above 0 if A is better."""
         return self.compare(*(zip(*pairs, strict=True) if pairs else ((), (), ())), mode="[A,B]")
 
     def compare(
@@ -188,7 +188,7 @@ class PairRM:
     def best_of(
         self, sources: Sequence[str], candidates: Sequence[Sequence[str]], seed: int | None = None
     ) -> list[int]:
-        """The index of each source's best candidate, found in one pass over the candidates.
+        """The index of each source's best candidate, found with n - 1 comparisons per source.
 
         This takes n - 1 comparisons in both orders, and `ranks` n (n - 1) / 2. Each comparison is
         between the winner so far and the next candidate, which wins a tie, as in LLM-Blender. If
@@ -224,7 +224,7 @@ class PairRM:
     def _encode(
         self, sources: Sequence[str], candidates: Sequence[Sequence[str]], beside: int
     ) -> list[_Row]:
-        """Encodes sources and candidates as token ids, cut to their budgets.
+        """Encodes prompts (sources) and candidates as token ids, cut to PairRM's limits.
 
         Args:
             beside: how many rows share one candidate budget under `compat: llm_blender`.
@@ -260,7 +260,7 @@ class PairRM:
     def _logits(
         self, rows: Sequence[_Row], pairs: Sequence[Comparison]
     ) -> Float64[np.ndarray, " pairs"]:
-        """The logit of each comparison. Equal texts are compared once: their scores are equal."""
+        """Computes the logit of each comparison. Equal texts are compared only once."""
         same = [_first_equal(row.candidates) for row in rows]
         meant = [Comparison(r, same[r][i], same[r][j]) for r, i, j in pairs]
         todo = sorted(set(meant), key=lambda p: (-rows[p.row].length(p), p))
@@ -287,7 +287,7 @@ class PairRM:
 
 
 def program(config: PairRMConfig, dtype: Any, *, on_cpu: bool) -> Any:
-    """The jitted `(params, tokens, lengths, prefixes) -> logits`; see `PairScorer`."""
+    """The jitted function `(params, tokens, lengths, prefixes) -> logits`; see `PairScorer`."""
     # Heads computed at once: on CPU the scores of one fit in the cache; accelerators prefer four.
     scorer = PairScorer(config.encoder, config.tasks, dtype, 1 if on_cpu else 4)
     return jax.jit(lambda params, *inputs: scorer.apply({"params": params}, *inputs))
@@ -340,6 +340,6 @@ def pairrm(
 
 
 def _first_equal(texts: Sequence[Ids]) -> list[int]:
-    """For each text, the index of the first text that equals it."""
+    """For each text (as token ids), the index of the first text that equals this text."""
     first: dict[bytes, int] = {}
     return [first.setdefault(ids.tobytes(), i) for i, ids in enumerate(texts)]

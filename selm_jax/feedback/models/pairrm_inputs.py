@@ -71,7 +71,7 @@ class PairTokens:
             )
 
     def encode(self, prefix: str, texts: Sequence[str]) -> list[Ids]:
-        """Encodes each text as [CLS] prefix text [SEP], uncut. Prefixes in a text become spaces."""
+        """Encodes each text as [CLS] prefix text [SEP]. Prefixes in a text become spaces."""
         glued = [prefix + _PREFIXES.sub(" ", text) for text in texts]
         encodings = self._tokenizer.encode_batch(glued, add_special_tokens=False)
         return [np.array([self._cls, *e.ids, self._sep], np.int32) for e in encodings]

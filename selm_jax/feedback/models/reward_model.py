@@ -1,6 +1,6 @@
-"""A reward model as a ranker: a decoder with a scalar head.
+"""A ranker that scores responses with a reward model: a decoder with a scalar head.
 
-Such a model is a `*ForSequenceClassification` with one label. It reads the conversation with the
+A reward model is a `*ForSequenceClassification` with one label. It reads the conversation with the
 answer, written by the model's own chat template; the score is the head's output at the last token,
 by transformers' rule (`ScalarHead.read`). A score depends on its own text only, not on padding or
 on other texts in the batch.
@@ -61,7 +61,7 @@ _COUNTED = ("candidates", "cut", "tokens")
 
 
 class RewardModel:
-    """A reward model as a ranker (see `ranker.Ranker`)."""
+    """A ranker that scores responses with a reward model (see `ranker.Ranker`)."""
 
     name = "reward_model"
 
@@ -77,7 +77,7 @@ class RewardModel:
         dtype: Any,
         batch: int,
     ):
-        """Use `reward_model` to build one; it documents the settings."""
+        """Stores the settings; use `reward_model`, which documents them, to build a RewardModel."""
         assert config.head is not None
         self.config, self._head = config, config.head
         self._folder, self._chat, self._mesh, self._dtype = folder, chat, mesh, dtype
@@ -92,7 +92,7 @@ class RewardModel:
     def scores(
         self, questions: Sequence[Question], candidates: Sequence[Sequence[str]]
     ) -> list[Float64[np.ndarray, " candidates"]]:
-        """One float64 array `[candidates]` per question.
+        """Scores the candidates: one float64 array `[candidates]` per question.
 
         Each call reads the weights from the folder and frees them afterwards, because in a run the
         training that follows needs the memory.
@@ -124,7 +124,7 @@ class RewardModel:
         return check_scores(self.name, questions, candidates, of_each)
 
     def report(self) -> dict[str, float]:
-        """Counts of the last `scores`.
+        """The counts of the last call of `scores`.
 
         Keys: `candidates` (answers read), `cut` (answers cut at `max_length`) and `tokens`
         (computed tokens; a prefix that several answers share counts once).
@@ -132,7 +132,7 @@ class RewardModel:
         return {key: self._counts[key] for key in _COUNTED}
 
     def _ids(self, question: Question, candidate: int, text: str) -> Ids:
-        """The token ids of the conversation, up to the token where its score is read."""
+        """The token ids of a prompt with one candidate, up to the token where the score is read."""
         try:
             ids = self._chat.conversation_ids(question.messages, text)
         except ChatError as e:
@@ -157,12 +157,12 @@ class RewardModel:
 
 
 def program(config: DecoderConfig, dtype: Any, mesh: jax.sharding.Mesh) -> Readers:
-    """The compiled functions of the model; a ranker calls `rewards`."""
+    """Compiles the functions that read the model's outputs; a ranker calls `rewards`."""
     return readers(Decoder(config, dtype, mesh=mesh), 1, NamedSharding(mesh, PartitionSpec()))
 
 
 def trees(name: str, conversations: Sequence[Ids], config: DecoderConfig) -> list[Example]:
-    """Groups a question's distinct conversations into as few trees as is efficient.
+    """Packs a question's distinct conversations into prompt trees, which share the prompt's tokens.
 
     Raises:
         FeedbackError: a conversation has only a single token.
@@ -189,7 +189,7 @@ def trees(name: str, conversations: Sequence[Ids], config: DecoderConfig) -> lis
 
 
 def _joins(begin: int, end: int, more: int, config: DecoderConfig) -> bool:
-    """Whether an answer of `more` tokens is cheaper in an existing tree than in a new one.
+    """Whether adding an answer of `more` tokens to a tree costs less than a new tree for it.
 
     The tree has `end` tokens, its prompt `begin`. A row of n tokens costs d n + a n^2.
     """

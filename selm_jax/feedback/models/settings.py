@@ -1,4 +1,4 @@
-"""Checks of the settings that rankers with a model share."""
+"""Checks the settings that are common to all rankers with a neural network."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ BATCH = Range(1, MOST, whole=True)  # rows of 512 tokens
 
 
 def checked_dtype(ranker: str, name: str, on_cpu: bool) -> Any:
-    """The dtype to compute in. `auto` is bfloat16, or float32 on CPU (bfloat16 gains nothing)."""
+    """Converts a dtype's name to a dtype. `auto` is bfloat16, or float32 on CPU (no gain there)."""
     check_choice(ranker, "dtype", name, get_args(Dtype))
     return jnp.dtype(("float32" if on_cpu else "bfloat16") if name == "auto" else name)
 
 
 def checked_batch(ranker: str, batch: int | None, on_cpu: bool) -> int:
-    """The batch size in rows of 512 tokens; None is 16, or 2 on CPU, whose caches are small."""
+    """Checks a batch size in rows of 512 tokens; None means 16, or 2 on CPU (small caches)."""
     if batch is None:
         return 2 if on_cpu else 16
     if (expected := BATCH.problem(batch)) is not None:

@@ -1,4 +1,4 @@
-"""Generates a model's answers once and keeps them as JSON lines, to be judged any number of times.
+"""Generates a model's answers once and stores them as JSON lines, for any number of judgings.
 
     {"prompt_id", "messages": [{"role", "content"}, ...], "row": {...}, "sample": 0, "text",
      "finish", "token_ids": [...], "model"}
@@ -31,7 +31,7 @@ from selm_jax.text.prompts import load_data, load_prompts, prompts_digest
 
 @dataclass(frozen=True)
 class Stored:
-    """One stored answer. `token_ids` is None if another tool wrote the file."""
+    """One stored answer to a prompt. `token_ids` is None if another tool wrote the file."""
 
     prompt_id: str
     messages: tuple[Message, ...]
@@ -49,7 +49,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Asked:
-    """Which answers to generate, and how.
+    """The number, length and sampling settings of the answers to generate for each prompt.
 
     The defaults (temperature 1, no filters) estimate a policy's KL and entropy.
 
@@ -72,7 +72,7 @@ class Asked:
 
     @classmethod
     def of_run(cls, e: Experiment) -> Asked:
-        """The settings with which a run evaluates its policies.
+        """The number and sampling settings of answers with which a run evaluates its policies.
 
         Samples are drawn at temperature 1 without filters, regardless of `rollout`: only then do
         they estimate the policy's KL. Their seed is the experiment's plus one, so that their random
@@ -88,7 +88,7 @@ class Asked:
 def prompts_of(
     found: Sequence[Found], file: str | None, split: str | None, limit: int | None
 ) -> list[Prompt]:
-    """Loads the held-out prompts of a file, or by default those of the first run's settings.
+    """Loads the prompts of a file, or by default the held-out prompts of the first run.
 
     Raises:
       EvaluationError: there is neither a file nor a run with held-out prompts.
@@ -133,7 +133,7 @@ def answer(
 
 
 def kept(model: Model, prompts: Sequence[Prompt], asked: Asked, folder: Path) -> Path:
-    """The cache file of these answers; its name depends on the model's bytes, prompts, settings."""
+    """The cache file of a model's answers, named by a hash of weights, prompts and settings."""
     facts = {
         "model": {k: v for k, v in model.folder.origin.items() if k != "source"},
         "prompts": prompts_digest(prompts), "asked": vars(asked), "dtype": str(model.dtype),
@@ -146,7 +146,7 @@ def kept(model: Model, prompts: Sequence[Prompt], asked: Asked, folder: Path) ->
 def answered(
     model: Model, prompts: Sequence[Prompt], asked: Asked, folder: Path
 ) -> tuple[list[Stored], Path]:
-    """Returns cached answers, generating and caching them if there are none, and the cache file."""
+    """Returns a model's answers and their cache file; generates answers only if none are cached."""
     file = kept(model, prompts, asked, folder)
     if not file.exists():
         total = len(prompts) * asked.each
@@ -179,7 +179,7 @@ def write(file: Path, answers: Iterable[Stored], model: str) -> None:
 
 
 def read(file: Path) -> list[Stored]:
-    """Reads the answers in a file, in its order.
+    """Reads the answers in a file of JSON lines, in the order of the lines.
 
     Raises:
       EvaluationError: there is no such file, a line is not an answer, or two lines have the same
@@ -225,7 +225,7 @@ def _parsed(line: jsonl.Line, where: str) -> Stored:
 
 
 def together(sets: dict[str, list[Stored]]) -> dict[str, dict[tuple[str, int], Stored]]:
-    """Checks that all sets answer the same prompts; returns the answers by (prompt, sample).
+    """Checks that all sets of answers have the same prompts; keys answers by (prompt, sample).
 
     Raises:
       EvaluationError: a set lacks a prompt or sample that another one has, or a conversation

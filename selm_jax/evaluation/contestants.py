@@ -1,4 +1,4 @@
-"""Parses the models to compare from the command line: `[NAME=]SOURCE[,SOURCE...]`."""
+"""Parses the command line's models to compare, each written `[NAME=]SOURCE[,SOURCE...]`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from selm_jax.shell.paths import place
 
 @dataclass(frozen=True)
 class Contestant:
-    """A name with its models (several are seeds of one method) or its file of answers."""
+    """A method to compare: a name, with its models (one per seed) or a file of answers."""
 
     name: str
     models: tuple[Found, ...] = ()
@@ -27,7 +27,7 @@ class Contestant:
 def contestants(
     names: Sequence[str], *, iteration: int | None, revision: str | None, files: bool
 ) -> list[Contestant]:
-    """Parses the command line's models or files into contestants with distinct names.
+    """Parses the models or answer files of the command line into methods with distinct names.
 
     Args:
       files: whether `.jsonl` files of answers are allowed in place of models.
@@ -62,7 +62,7 @@ def contestants(
 
 
 def ranker_for(name: str | None, settings: Sequence[str], found: Sequence[Found]) -> rankers.Ranker:
-    """Builds the ranker of the command line (`--ranker`, `--set key=value`) or of the first run.
+    """Builds the ranker of --ranker and --set or, without --ranker, the ranker of the first run.
 
     Raises:
       EvaluationError: no ranker is given, or a setting is not of the form `key=value`.
@@ -85,7 +85,7 @@ def ranker_for(name: str | None, settings: Sequence[str], found: Sequence[Found]
 
 
 def read_settings(settings: Sequence[str], option: str) -> dict[str, Any]:
-    """Parses an option that is given as `key=value`, any number of times.
+    """Parses the values of a repeatable `key=value` option into a dictionary.
 
     Raises:
       EvaluationError: a setting is not of the form `key=value`, or its value is not YAML.

@@ -17,7 +17,7 @@ CHARACTERS_PER_TOKEN = 4
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Upper bounds of the cost of one part of an evaluation.
+    """Upper bounds of the tokens and requests that one model or judge of an evaluation needs.
 
     Attributes:
       what: the part: a model's or a judge's name.
@@ -50,7 +50,7 @@ _ROWS = {
 
 
 def judges(ranker: Ranker) -> list[JudgeRanker]:
-    """The judges that a ranker asks: itself, or those of a mixture."""
+    """Lists a ranker's judges: the ranker itself if it is a judge, or the judges in a mixture."""
     if isinstance(ranker, JudgeRanker):
         return [ranker]
     return [j for part in getattr(ranker, "parts", ()) for j in judges(part.ranker)]
@@ -65,7 +65,7 @@ def judge_cost(judge: JudgeRanker, calls: int, characters: int) -> Cost:
 
 
 def show(costs: Iterable[Cost], console: Console) -> None:
-    """Prints a table with a column for each part and for their sum, without rows of zeros."""
+    """Prints a table of costs, with a column per model or judge and one for their sum."""
     costs = list(costs)
     table = Table(title="estimated cost; nothing was computed or requested", box=None)
     table.add_column("", no_wrap=True)

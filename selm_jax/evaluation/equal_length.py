@@ -1,4 +1,4 @@
-"""The win rate at equal length, from a logistic model of one model's wins over another.
+"""Estimates the win rate at equal length, by logistic regression of wins on length.
 
 The shares y of model A's wins over model B are modelled as
 
@@ -38,7 +38,7 @@ _FARTHEST = 30.0  # the rate of this theta is 1 (or 0) up to 1e-13
 
 @dataclass(frozen=True)
 class Comparisons:
-    """A's win over B in each comparison, from 0 (lost) to 1 (won).
+    """Comparisons of model A with model B: A's wins from 0 to 1, and differences in length.
 
     Attributes:
       y: A's win.
@@ -58,7 +58,7 @@ class Comparisons:
         lengths: Float[np.ndarray, "answers 2"],
         prompt: np.ndarray,
     ) -> Comparisons:
-        """Builds comparisons from the shares and the lengths of both answers in characters."""
+        """Builds comparisons from A's wins and from both answers' lengths in characters."""
         delta = lengths[:, 0] - lengths[:, 1]
         spread = delta.std(ddof=1) if len(delta) > 1 else 0.0
         x = np.tanh(delta / spread) if spread else np.zeros_like(delta)
@@ -69,7 +69,7 @@ class Comparisons:
 
 
 def fit(data: Comparisons) -> tuple[float, float]:
-    """Fits theta and phi of the model (see the top of this file)."""
+    """Fits the logistic model of wins: theta, its intercept, and phi, the effect of length."""
     features = np.stack([np.ones_like(data.x), data.x])  # [2, answers]
     b = np.zeros(2)
     for _ in range(100):
@@ -86,14 +86,14 @@ def fit(data: Comparisons) -> tuple[float, float]:
 
 
 def estimate(data: Comparisons) -> Estimate:
-    """The win rate at equal length, with its interval."""
+    """Estimates the win rate at equal length, with its confidence interval."""
     theta, phi = fit(data)
     p = data.rates(theta, phi)
     observed = np.square(np.bincount(data.prompt, data.weight * (data.y - p))).sum()
     dispersion = proportions.dispersion(observed, float((data.weight * p * (1 - p)).sum()))
 
     def standing(at: float) -> float:
-        """The score statistic for theta = `at`, in its standard errors."""
+        """The score statistic at theta = `at`, divided by its standard error."""
         beside = _beside(data, at)
         score = float((data.weight * (data.y - data.rates(at, beside))).sum())
         return score / np.sqrt(dispersion * _information(data, at, beside))
@@ -108,7 +108,7 @@ def estimate(data: Comparisons) -> Estimate:
 
 
 def _beside(data: Comparisons, theta: float) -> float:
-    """Fits phi for a given theta, by finding the root of the penalised score."""
+    """Fits phi, the effect of length, for a given theta: the root of the penalised score."""
 
     def score(phi: float) -> float:
         return float((data.weight * data.x * (data.y - data.rates(theta, phi))).sum()) - (
@@ -130,7 +130,7 @@ def _information(data: Comparisons, theta: float, phi: float) -> float:
 def _crossing(
     standing: Callable[[float], float], level: float, inside: float, outside: float
 ) -> float:
-    """One end of the interval: the win rate for the theta at which `standing` equals `level`.
+    """One end of the confidence interval: the win rate where `standing` equals `level`.
 
     The search goes from theta `inside` to `outside`; if there is no such theta, the end is 0 or 1.
     """

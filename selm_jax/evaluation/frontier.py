@@ -1,4 +1,4 @@
-"""Measures on held-out prompts: reward, and KL divergence from the start model."""
+"""Computes measures on held-out prompts: reward, and KL divergence from the start model."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def pair_measures(pairs: Sequence[heldout_pairs.Row], beta: float) -> dict[str, 
 
 
 def shares(tables: Sequence[Sequence[heldout.Row]]) -> frozenset[str]:
-    """The names of those measures in the tables that are shares of prompts.
+    """The names of the measures that are shares of prompts, with values from 0 to 1.
 
     Rewards are shares if all scores are 0, 1/2 or 1 (`counted`).
     """
@@ -151,7 +151,7 @@ def summarize(
 
 
 def _interval(name: str, e: Estimate | None) -> dict[str, float | None]:
-    """The mean under `name` (None without an estimate), and its interval's ends if there is one."""
+    """Converts an estimate to metrics: `NAME` (None if missing), `NAME_low` and `NAME_high`."""
     if e is None:
         return {name: None}
     ends = {f"{name}_low": e.low, f"{name}_high": e.high}
@@ -171,7 +171,7 @@ def pair_rows(
     policy: Sequence[tuple[float, ...]],
     start: Sequence[tuple[float, ...]],
 ) -> list[heldout_pairs.Row]:
-    """Table rows from the pairs' log-probabilities under the policy and the start model."""
+    """Makes table rows of pairs' log-probabilities under the policy and the start model."""
     return [
         heldout_pairs.Row(e.prompt_id, role, logp=p[at], logp_start=s[at])
         for e, p, s in zip(pairs, policy, start, strict=True)

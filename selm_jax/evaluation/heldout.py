@@ -55,7 +55,7 @@ _COUNTED_AS = "no reward: means are over the prompts all of whose answers have o
 
 @dataclasses.dataclass(frozen=True)
 class Seed:
-    """One model of a contestant: its scored answers and pairs, and the file of its answers."""
+    """The held-out tables and answer file of one model, which is one seed of a method."""
 
     name: str
     file: str
@@ -145,7 +145,7 @@ def run(
 
 @dataclasses.dataclass(frozen=True)
 class _Asked:
-    """A model's own results, before the reference computes its log-probabilities."""
+    """A model's answers, scores and own log-probabilities, without those of the reference."""
 
     name: str
     file: Path
@@ -160,7 +160,7 @@ def _greedy(asked: Asked) -> Asked:
 
 
 def _against(reference: Model, prompts: Sequence[Prompt], one: _Asked) -> Seed:
-    """Completes the tables with the reference's log-probabilities.
+    """Adds the reference's log-probabilities to a model's held-out tables.
 
     Raises:
       EvaluationError: the reference has other tokens.
@@ -178,7 +178,7 @@ def _against(reference: Model, prompts: Sequence[Prompt], one: _Asked) -> Seed:
 
 
 def summarize(seeds: dict[str, list[Seed]], *, beta: float) -> dict[str, Any]:
-    """Means with intervals for every contestant, and for its differences from the first one.
+    """Means with intervals for every compared method, and for its differences from the first one.
 
     The intervals are over prompts, and also over seeds if a contestant has several.
     """
@@ -216,7 +216,7 @@ def summarize(seeds: dict[str, list[Seed]], *, beta: float) -> dict[str, Any]:
 
 
 def _fields(e: Estimate | None) -> dict[str, Any] | None:
-    """An estimate as JSON; None if no prompt has a value."""
+    """Converts an estimate to JSON values; None if no prompt has a value."""
     return None if e is None else dataclasses.asdict(e)
 
 
@@ -230,7 +230,7 @@ def _by_prompt(seeds: Sequence[Seed], beta: float) -> dict[str, Float[np.ndarray
 
 
 def _distinct(answers: Sequence[heldout.Row]) -> dict[str, float]:
-    """Distinct n-grams of the greedy answers' words, or of all samples' if there are none."""
+    """The share of distinct word n-grams in the greedy answers, or in all samples without those."""
     kind = "greedy" if any(answer.kind == "greedy" for answer in answers) else "sample"
     mine = [answer.text for answer in answers if answer.kind == kind]
     return {f"distinct_{n}": distinct(mine, n) for n in (1, 2, 3)}
@@ -246,7 +246,10 @@ def _costs(
     contestants: Sequence[Contestant], prompts: Sequence[Prompt], open_model: Open,
     reference: Found, asked: Asked, ranker: Ranker, keep: Path,
 ) -> list[Cost]:  # fmt: skip
-    """The cost of each part. Scored tokens are counted as if every answer reached its limit."""
+    """Upper bounds of the cost of each model and of the judges.
+
+    Scored tokens are counted as if every answer reached its limit.
+    """
     parts, scored, answers = [], 0, 0
     for model in (open_model(m) for c in contestants for m in c.models):
         pairs, _ = fitting_pairs(model, prompts)

@@ -16,7 +16,7 @@ from selm_jax.feedback.ranker import Ranker, counted, reported
 
 @dataclass
 class Malformed:
-    """Counts of all judges' answers in one evaluation.
+    """Counts of the answers, malformed or not, of all judges in one evaluation.
 
     Attributes:
       allowed: how many may be malformed.
@@ -30,7 +30,7 @@ class Malformed:
     malformed: int = 0
 
     def watch(self, ranker: Ranker, askings: int = 1) -> None:
-        """Sets the patience of the ranker's judges, so that they do not stop before the limit.
+        """Makes the ranker's judges tolerate as many malformed answers as the evaluation allows.
 
         Args:
           askings: how often each answer is requested.
@@ -43,7 +43,7 @@ class Malformed:
             )
 
     def add(self, ranker: Ranker) -> int:
-        """Adds the counts of the ranker's last call; returns how many answers it found malformed.
+        """Adds the counts of the ranker's last call; returns how many answers were malformed.
 
         Raises:
           EvaluationError: more answers are malformed than allowed.
@@ -67,7 +67,7 @@ class Malformed:
 
     @property
     def record(self) -> dict[str, int]:
-        """The counts for the results; empty if no judge was used."""
+        """The counts to store with the results; empty if no judge was used."""
         if not self.answers:
             return {}
         return {
@@ -77,7 +77,7 @@ class Malformed:
 
 
 def unread_line(report: dict, counted_as: str) -> str:
-    """A note on malformed answers for the terminal; empty if there are none."""
+    """A note for the terminal on the judge's malformed answers; "" if there were none."""
     if not report.get("malformed"):
         return ""
     return (

@@ -33,7 +33,7 @@ Score = Callable[[Sequence[Question], Sequence[Sequence[str]]], Sequence[Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Own:
-    """A policy's answers, and its log-probabilities of them and of the data's pairs.
+    """A policy's answers, with its log-probabilities of these answers and of the data's pairs.
 
     Attributes:
       scores: a score for each answer; NaN if a judge's verdict could not be read. None: no ranker.
@@ -59,7 +59,7 @@ class Own:
 
 @dataclasses.dataclass(frozen=True)
 class Tables:
-    """Table rows for the answers, and for the pairs (None without pairs)."""
+    """Rows of the held-out tables: of answers, and of preference pairs (None without pairs)."""
 
     answers: list[heldout.Row]
     pairs: list[heldout_pairs.Row] | None
@@ -71,7 +71,7 @@ def scores_of(
     answers: Sequence[Stored],
     beside: Sequence[str] | None = None,
 ) -> list[float]:
-    """The scores of all answers, in their order.
+    """Scores all answers with a ranker; returns one score per answer, in the same order.
 
     Args:
       answers: the same number for each prompt, in the order of the prompts.
@@ -96,7 +96,7 @@ def measured(
     answers: Sequence[Stored],
     scores: Sequence[float] | None,
 ) -> Own:
-    """Computes the policy's log-probabilities of its answers and of the data's pairs.
+    """Computes a policy's log-probabilities of its own answers and of the data's preference pairs.
 
     Args:
       answers: the same number for each prompt, in the order of the prompts.
@@ -119,7 +119,7 @@ def measured(
 
 
 def against(start: Policy | None, own: Own) -> Tables:
-    """Builds the tables, with the start model's log-probabilities of the same tokens.
+    """Builds the held-out tables, adding the start model's log-probabilities of the same tokens.
 
     Args:
       start: None if the policy itself is the start model.
@@ -141,7 +141,7 @@ def against(start: Policy | None, own: Own) -> Tables:
 
 
 def fitting_pairs(policy: Policy, prompts: Sequence[Prompt]) -> tuple[list[Example], int]:
-    """The data's own pairs that the policy can score, and the number of those that it cannot."""
+    """The data's preference pairs that fit the policy, and the number of pairs left out."""
     positions = policy.config.max_positions
     return pairs_within(
         policy.chat, prompts, min(positions, policy.batches.row_length or positions)
@@ -149,7 +149,7 @@ def fitting_pairs(policy: Policy, prompts: Sequence[Prompt]) -> tuple[list[Examp
 
 
 def in_rows(example: Example, longest: float) -> list[tuple[Example, tuple[int, ...]]]:
-    """Splits an example that is longer than a row into one example per response that fits.
+    """Splits an example that is longer than a row into examples with one response each.
 
     Held-out prompts are never truncated, so a prompt with all its answers may not fit in a row.
 

@@ -1,4 +1,4 @@
-"""Opens a model by its name on the command line: a run, a folder, a Hub id or a GGUF file.
+"""Opens a model from a command-line argument: a run, a folder, a Hub id or a GGUF file.
 
 model = open_model("runs/quickstart")
 answers = model.reply(conversations, ...)
@@ -36,7 +36,7 @@ from selm_jax.weights.huggingface import checked_config, load
 
 @dataclass(frozen=True)
 class Found:
-    """A model that a name on the command line refers to.
+    """The location of a model that is named on the command line.
 
     Attributes:
       name: its name in tables and files: `RUN/iteration_3`, the folder's name, or the Hub id.
@@ -52,7 +52,7 @@ class Found:
 
 
 def find(source: str, *, revision: str | None = None, iteration: int | None = None) -> Found:
-    """Finds the model that a name refers to.
+    """Finds the model that an argument of the command line names.
 
     Args:
       source: a run folder, a model folder, a Hub id or a GGUF file.
@@ -89,7 +89,7 @@ def find(source: str, *, revision: str | None = None, iteration: int | None = No
 
 
 def _exported(run: Path) -> list[int]:
-    """The iterations of a run whose model was exported completely, in order."""
+    """The iterations of a run whose exported model is complete, in order."""
     return [
         t
         for t, folder in artifacts.iterations(run).items()
@@ -100,7 +100,7 @@ def _exported(run: Path) -> list[int]:
 def open_model(
     source: str, *, revision: str | None = None, iteration: int | None = None, **how: Any
 ) -> Model:
-    """Opens the model that a name refers to (see `find`); for `how` see `open_found`."""
+    """Finds and opens the model that an argument names; for `how` see `open_found`."""
     return open_found(find(source, revision=revision, iteration=iteration), **how)
 
 
@@ -114,7 +114,7 @@ def open_found(
     as_in: Experiment | None = None,
     console: Console | None = None,
 ) -> Model:
-    """Opens a model. Its weights are read when they are first needed.
+    """Opens a model that `find` has found. Its weights are read when they are first needed.
 
     Args:
       text: settings of the chat template; None: the run's own, if it is the model of a run.
@@ -153,7 +153,7 @@ def _batches(slots: int, as_in: Experiment | None) -> Batches:
 
 
 class Model(Policy):
-    """A policy that `open_model` opened.
+    """A language model, opened by `open_model`, that answers prompts and scores responses.
 
     Attributes:
       found: the result of `find`.
@@ -174,7 +174,7 @@ class Model(Policy):
         batches: Batches,
         console: Console,
     ):
-        """Use `open_found` to make one. `held` is the parameters' dtype if it is not `dtype`."""
+        """Use `open_found` instead. `held` is the parameters' dtype if it is not `dtype`."""
         self.found, self.folder, self.text, self.console = found, folder, text, console
         config = checked_config(folder.path)
 
@@ -192,5 +192,5 @@ class Model(Policy):
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer, which needs no chat template."""
+        """The model's tokenizer, for use without a chat template."""
         return Tokenizer(self.folder.path)

@@ -65,13 +65,16 @@ Dtype = Annotated[
 
 
 def file_to_read(help: str, default: str | bool = True, name: str | None = None) -> Any:
-    """An option for a file to read. `default` is shown in the help if the option has no default."""
+    """Makes a command-line option for a file to read.
+
+    `default` is shown in the help if the option has no default.
+    """
     names = () if name is None else (name,)
     return typer.Option(*names, help=help, metavar="FILE", parser=place, show_default=default)
 
 
 def within(numbers: Range) -> Callable[[float], float]:
-    """A callback that refuses numbers outside a range, and NaN."""
+    """Makes an option's callback that refuses NaN and numbers outside a range."""
 
     def checked(value: float) -> float:
         if (expected := numbers.problem(value)) is not None:
@@ -92,7 +95,7 @@ TopP = Annotated[
 
 @dataclass(frozen=True)
 class Loading:
-    """Which model of a source is meant, and how it is loaded."""
+    """Options that select a model of a run or Hub id, and say how to load the model."""
 
     iteration: Annotated[
         int | None,
@@ -124,7 +127,7 @@ class Loading:
     def opener(
         self, experiment: Experiment | None, as_in_run: bool = False
     ) -> Callable[[Found], Model]:
-        """Loads models: those of a run with its text settings, others with those of `experiment`.
+        """Makes a function that opens models, with `experiment`'s text settings if not from a run.
 
         With `as_in_run` all of them score in the packed rows of `experiment`.
         """
@@ -142,7 +145,7 @@ class Loading:
 
 @dataclass(frozen=True)
 class Asking:
-    """Which prompts the models answer, and who judges the answers."""
+    """Options for the prompts that models answer, and for the ranker that scores the answers."""
 
     prompts: Annotated[
         str | None,
@@ -183,5 +186,5 @@ class Asking:
 
 
 def default_out(model: str, verb: str) -> Path:
-    """The folder to which a command writes its results about a model by default."""
+    """The default folder for the results of an evaluation of a model."""
     return KEEP / model.replace("/", "--") / verb

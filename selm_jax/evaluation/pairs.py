@@ -1,4 +1,4 @@
-"""Held-out pairs of the data: examples to score, and a reward model's accuracy on them."""
+"""Encodes held-out preference pairs, and computes a reward model's accuracy on them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from selm_jax.text.prompts import Prompt
 
 
 def summarize(pairs: Sequence[table.Row]) -> dict[str, float]:
-    """The held-out metrics of a reward model.
+    """The held-out metrics of a reward model: its accuracy on pairs, and its rewards.
 
     Returns:
       `heldout/accuracy`, the share of pairs whose chosen answer has the higher reward (equal
@@ -46,7 +46,7 @@ def _column(pairs: Sequence[table.Row], name: str) -> Float[np.ndarray, " n"]:
 
 
 def answered_pair(chat: Chat, prompt: Prompt) -> Example | None:
-    """The prompt with both its answers; None if one is unusable or they are equal."""
+    """Encodes a prompt with its chosen and rejected answers; None if unusable or equal."""
     try:
         ids = {role: answer_ids(chat, prompt, role) for role in ("chosen", "rejected")}
     except UnusableAnswer:
@@ -57,7 +57,7 @@ def answered_pair(chat: Chat, prompt: Prompt) -> Example | None:
 
 
 def pairs_within(chat: Chat, prompts: Iterable[Prompt], longest: int) -> tuple[list[Example], int]:
-    """The data's pairs as examples, and the number of pairs that were left out.
+    """Encodes the data's preference pairs as examples; also counts the pairs left out.
 
     A pair is left out if an answer is unusable, or if it has more than `longest` tokens with its
     prompt. Prompts without two answers do not count.

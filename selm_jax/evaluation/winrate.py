@@ -42,7 +42,7 @@ _COUNTED_AS = "ties"  # how malformed answers of a judge count
 def shares(
     ranker: Ranker, one: Sequence[Stored], other: Sequence[Stored], names: tuple[str, str]
 ) -> Shares:
-    """The outcome of each answer of `one` against that of `other`, from 0 (lost) to 1 (won).
+    """The win of each answer in `one` over its counterpart in `other`, from 0 (lost) to 1 (won).
 
     Raises:
       EvaluationError: the ranker's result depends on the order of the two answers.
@@ -65,7 +65,7 @@ def shares(
 
 
 def _share(ranker: Ranker, one: float, other: float) -> float:
-    """The win of the first of two scores, from 0 (lost) to 1 (won).
+    """Turns two scores into the first answer's win, from 0 (lost) to 1 (won).
 
     Scores of judges that compare are shares already; for all other rankers only the order counts.
     An unreadable answer of a judge is a tie (`Malformed` limits their number).
@@ -78,7 +78,7 @@ def _share(ranker: Ranker, one: float, other: float) -> float:
 
 
 def compare(y: Shares, one: Sequence[Stored], other: Sequence[Stored]) -> dict[str, Any]:
-    """The win rates of one pair, with intervals over prompts; a prompt's samples are one unit."""
+    """The win rates between two methods, with intervals over prompts (not over samples)."""
     prompts = list(dict.fromkeys(a.prompt_id for a in one))
     at = {name: i for i, name in enumerate(prompts)}
     of = np.array([at[a.prompt_id] for a in one])
@@ -109,7 +109,7 @@ def run(
     dry_run: bool = False,
     console: Console,
 ) -> dict[str, Any]:
-    """Compares all contestants; writes `winrate.json` and `comparisons.jsonl` into `out`.
+    """Compares every two methods; writes `winrate.json` and `comparisons.jsonl` into `out`.
 
     Args:
       contestants: models, or files of answers (`answers`).

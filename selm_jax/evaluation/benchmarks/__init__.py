@@ -1,1 +1,1 @@
-"""Established benchmarks: AlpacaEval 2, MT-Bench and the tasks of lm-eval."""
+"""Runs established benchmarks: AlpacaEval 2, MT-Bench and the tasks of lm-eval."""

@@ -1,4 +1,4 @@
-"""Files of benchmarks: tables that are read, and journals to which results are appended."""
+"""Reads the files of benchmarks, and appends their results to files of JSON lines."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Row = Mapping[str, Any]
 
 
 class Journal:
-    """A file of expensive results, one JSON line each, that are looked up by key.
+    """A file of expensive results, one per JSON line, with lookup by key.
 
     Lines are only appended. A last line that a kill cut off is ignored, and the first `add` removes
     it. A complete last line counts, even without a line feed at its end.
@@ -49,7 +49,7 @@ class Journal:
                 ) from error
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Appends rows and flushes them to disk."""
+        """Appends rows to the file and flushes them to disk."""
         rows = [dict(row) for row in rows]
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         self.file.parent.mkdir(parents=True, exist_ok=True)

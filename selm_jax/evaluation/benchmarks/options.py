@@ -1,4 +1,4 @@
-"""Options, costs and progress, which the commands of judged benchmarks share."""
+"""Options, cost tables and progress bars for the benchmarks that a judge scores."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Name = Annotated[
 
 @dataclass(frozen=True)
 class Judging:
-    """The judge and its server, and how much may be spent."""
+    """Options for a benchmark's judge, its server, and a limit on spending."""
 
     judge: Annotated[
         str | None,
@@ -90,7 +90,7 @@ class Judging:
     ] = None
 
     def fields(self) -> dict[str, Any]:
-        """The extra fields of each request.
+        """Parses --extra: further fields for each request to the judge.
 
         Raises:
           EvaluationError, ConfigError: a field is not key=value, or looks like a password.
@@ -100,7 +100,7 @@ class Judging:
         return read_settings(self.extra or [], "--extra")
 
     def client(self, folder: Path) -> Client | None:
-        """The judge's client, not opened yet, with its cache in `folder`; None without a judge.
+        """Makes the judge's client, with its cache in `folder`; None without a judge.
 
         Raises:
           JudgeError: a setting cannot be used, or the key is missing.

@@ -1,4 +1,4 @@
-"""Annotations of a model's answers against AlpacaEval's baseline, in the official format.
+"""Asks a judge to compare a model's answers with AlpacaEval's baseline (annotations).
 
 There are two ways to the same numbers. `ask` sends the requests itself, to any OpenAI-compatible
 server, and pays for no answer twice; `ask_package` calls the `alpaca_eval` package. Both follow
@@ -43,7 +43,7 @@ SAMPLING: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class AnnotatorPrompt:
-    """The judge's prompt.
+    """The prompt that asks the judge to compare two answers.
 
     Attributes:
         template: the text with {instruction}, {output_1} and {output_2}.
@@ -91,14 +91,14 @@ def read_prompt(file: Path | None = None) -> AnnotatorPrompt:
 
 
 def is_switched(instruction: str) -> bool:
-    """Whether the model's answer is shown first: the random choice of the package, with seed 0."""
+    """Whether the judge sees the model's answer first: the package's random choice, with seed 0."""
     return random.Random(f"is_switched_outputs{instruction}0").choices([False, True], k=1)[0]
 
 
 def questions(
     instructions: EvalSet, outputs: Sequence[Mapping[str, str]], prompt: AnnotatorPrompt
 ) -> Iterator[tuple[int, Messages]]:
-    """Yields (row, conversation) for every call that is needed, in order."""
+    """Yields (row, conversation) for every call of the judge that is needed, in order."""
     for i, (instruction, baseline) in enumerate(_pairs(instructions)):
         shown = [baseline, outputs[i]["output"]]
         if shown[0] == shown[1]:
@@ -118,7 +118,7 @@ async def ask(
     allow_missing: int = 0,
     extra: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """Annotates with our own client, whose cache keeps all usable answers even if a call fails.
+    """Annotates with this package's client, whose cache keeps answers even if a call fails.
 
     Args:
         instructions: the instructions with the baseline's answers.
@@ -173,7 +173,7 @@ def _lack(answer: Completion) -> str:
 def ask_package(
     instructions: EvalSet, outputs: Sequence[Mapping[str, str]], config: str, cache: Path
 ) -> list[dict[str, Any]]:
-    """Annotates with the `alpaca_eval` package.
+    """Annotates answers with the `alpaca_eval` package instead of this package's client.
 
     Args:
         config: the name of one of its annotators, or the path of such a configuration.
@@ -206,7 +206,7 @@ def ask_package(
 
 
 def check_ready(instructions: EvalSet, config: str | None) -> None:
-    """Checks that annotating will be possible, before any answers are generated.
+    """Checks, before any answers are generated, that they can be annotated.
 
     Args:
         config: the name of an annotator of the package, if it is to be used.
@@ -254,7 +254,7 @@ def _row(
 
 
 def _raw(answer: Completion) -> dict[str, Any]:
-    """The answer in the format of OpenAI's `choice`, as in published annotations."""
+    """Converts a judge's answer to the format of OpenAI's `choice`, as in published annotations."""
     content = [
         # JSON has no infinity; OpenAI's server sends -9999 for it.
         {"top_logprobs": [{"token": token, "logprob": max(x, -9999.0)} for token, x in top.items()]}

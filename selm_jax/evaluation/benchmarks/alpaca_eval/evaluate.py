@@ -39,7 +39,7 @@ from selm_jax.text.conversations import Message
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """Settings with which answers to AlpacaEval are sampled.
+    """Sampling settings for a model's answers to AlpacaEval.
 
     The defaults are those of AlpacaEval's entry for Zephyr 7B; the SELM paper does not give any.
     """
@@ -117,7 +117,7 @@ def answer(
 
 
 def _check_room(model: Model, conversations: list[list[Message]], decoding: Decoding) -> None:
-    """Checks that prompts and answers fit the model, before anything is generated."""
+    """Checks, before anything is generated, that prompts and answers fit the model's length."""
     lengths = [len(prompt) for prompt in model.prompt_ids(conversations)]
     longest = max(range(len(lengths)), key=lengths.__getitem__)
     if lengths[longest] + decoding.max_new_tokens > model.config.max_positions:
@@ -129,7 +129,7 @@ def _check_room(model: Model, conversations: list[list[Message]], decoding: Deco
 
 
 def answers_of(folder: Path, instructions: EvalSet) -> Journal:
-    """The answers generated so far, by instruction number.
+    """Opens the journal of the answers generated so far, by instruction number.
 
     Raises:
         EvaluationError: an answer belongs to another instruction.
@@ -160,7 +160,7 @@ def numbers(
     gamed_sha256: str | None = None,
     published: Path | None = None,
 ) -> dict[str, Any]:
-    """Raw and length-controlled win rates of checked annotations, and where the fit's data is from.
+    """Computes raw and length-controlled win rates from checked annotations.
 
     If neither `gamed` nor `published` is given, and df_gamed.csv or the package is missing,
     `length_controlled_winrate` is None and `lc_refused` says why.
@@ -191,7 +191,7 @@ def numbers(
 def check_length_control(
     gamed: str | None, gamed_sha256: str | None, published: Path | None
 ) -> None:
-    """Checks that the length-controlled rate can be computed, before anything is paid for.
+    """Checks, before any paid request, that the length-controlled win rate can be computed.
 
     Raises:
         EvaluationError: a given file is not the expected one, or the package is not installed.
@@ -206,7 +206,7 @@ def check_length_control(
 
 
 def write_annotations(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Writes the annotations into the annotator's folder, as the official package does."""
+    """Writes annotations.json into the annotator's folder, as the official package does."""
     path = folder / file_name(rows[0]["annotator"]) / "annotations.json"
     artifacts.write_json(path, rows)
     return path
@@ -253,7 +253,7 @@ def cost_of_judging(
     outputs: Sequence[Mapping[str, str]] | None,
     longest: int,
 ) -> Cost:
-    """An estimate of the cost of annotating.
+    """Estimates the cost of the judge's annotations of a model's answers.
 
     Args:
         outputs: None if they have not been generated; then each counts as `longest` tokens.

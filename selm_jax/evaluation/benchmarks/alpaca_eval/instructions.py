@@ -30,7 +30,7 @@ _SET_FILE = "alpaca_eval_gpt4_baseline.json"
 
 @dataclass(frozen=True)
 class Known:
-    """Digests of a set's instructions and of its baseline's answers, in order."""
+    """Digests of an evaluation set's instructions and of the baseline's answers, in order."""
 
     instructions: tuple[str, ...]
     baseline: tuple[str, ...]
@@ -50,7 +50,7 @@ def published() -> Known:
 
 @dataclass(frozen=True)
 class EvalSet:
-    """Instructions in the official order.
+    """AlpacaEval's instructions and the baseline's answers, in the official order.
 
     Attributes:
         rows: pairs (data set, instruction).
@@ -113,14 +113,14 @@ def read_outputs(file: Path, known: Known | None = None) -> list[dict[str, str]]
 def read_annotations(
     file: Path, known: Known | None = None, allow_missing: int = 0
 ) -> list[dict[str, Any]]:
-    """Reads annotations from a file and checks them (`check_annotations`)."""
+    """Reads a judge's annotations from a file and checks them (`check_annotations`)."""
     return check_annotations(read_rows(file), str(file), known, allow_missing)
 
 
 def check_annotations(
     rows: Sequence[Row], where: str, known: Known | None = None, allow_missing: int = 0
 ) -> list[dict[str, Any]]:
-    """Checks annotations of one model against the baseline.
+    """Checks a judge's annotations, which compare one model's answers with the baseline's.
 
     Args:
         rows: annotations in the official package's format.
@@ -183,7 +183,7 @@ def check_annotations(
 
 
 def places(rows: Sequence[Row], known: Known | None = None) -> list[int]:
-    """The instruction number of each row, counted from 0 in the official order."""
+    """Looks up each row's instruction number, counted from 0 in the official order."""
     at = {digest: i for i, digest in enumerate((known or published()).instructions)}
     return [at[_digest(row["instruction"])] for row in rows]
 
@@ -191,7 +191,7 @@ def places(rows: Sequence[Row], known: Known | None = None) -> list[int]:
 def check_instructions(
     found: Sequence[str], where: str, known: Known, allow_missing: int | None = None
 ) -> list[int]:
-    """Checks that every instruction is present once, unchanged and in its place.
+    """Checks that every instruction is present once, unchanged and in the official order.
 
     Args:
         allow_missing: how many may be absent. None: none, and the error does not offer the option.
@@ -244,7 +244,7 @@ def check_instructions(
 def check_baseline(
     found: Sequence[str], where: str, known: Known, places: Sequence[int] | None = None
 ) -> None:
-    """Raises EvaluationError if an answer is not the published baseline's.
+    """Raises EvaluationError if an answer differs from that of the published baseline.
 
     Args:
         places: the number of the instruction for each answer; None: all instructions, in order.
@@ -260,7 +260,7 @@ def check_baseline(
 
 
 def data_file(name: str, given: str | None, option: str) -> Path:
-    """The path of a file of AlpacaEval's data set.
+    """Finds or downloads a file of AlpacaEval's data set; returns its path.
 
     Args:
         given: a path, or "hub" to download the file at the pinned revision. None uses a copy that

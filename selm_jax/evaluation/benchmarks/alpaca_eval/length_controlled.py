@@ -1,4 +1,4 @@
-"""AlpacaEval's length-controlled win rate: the package's own fit, and an interval for it.
+"""Computes AlpacaEval's length-controlled win rate with the package's fit, and an interval.
 
 The fit is a logistic regression of the preferences on the difference in length, the difficulty of
 the instruction and the model. Annotations of a concise and a verbose version of the baseline
@@ -46,7 +46,7 @@ Weights = Float[np.ndarray, "fits 3"]  # weights of length, difficulty and model
 
 
 def gamed_file(given: str | None, sha256: str | None = None) -> Path:
-    """Checks the digest of `df_gamed.csv` and returns the file's path.
+    """Finds `df_gamed.csv`, checks its digest, and returns its path.
 
     Args:
         given: see `instructions.data_file`.
@@ -95,7 +95,7 @@ class Fit:
 
 @contextmanager
 def fitting(rows: Sequence[Row], places: Sequence[int], gamed: Path) -> Iterator[Any]:
-    """Yields the package's fit as a function of C (None: chosen by cross-validation).
+    """Yields a function of the regularisation C that runs the package's fit (None: chosen by CV).
 
     Args:
         rows: the result of `check_annotations`.
@@ -143,7 +143,7 @@ def fitting(rows: Sequence[Row], places: Sequence[int], gamed: Path) -> Iterator
 def described(
     fit: Fit, rows: Sequence[Row], places: Sequence[int], gamed: Path, seed: int = 0
 ) -> dict[str, Any]:
-    """A fit and its interval, with the leaderboard's names for those numbers that it has."""
+    """Returns a fit's numbers and interval by name, with the leaderboard's names if possible."""
     error, low, high = interval(Regression.of(rows, places, gamed), fit, seed)
     return {
         "length_controlled_winrate": fit.rate,
@@ -158,7 +158,7 @@ def described(
 
 @dataclass(frozen=True)
 class Regression:
-    """The input of the fit. The rows of the gamed baselines come last.
+    """The data of the length-controlled fit. The rows of the gamed baselines come last.
 
     Attributes:
         features: tanh of the difference in length; difficulty; and 1 for the model's own rows.
@@ -197,7 +197,7 @@ class Regression:
 
 
 def interval(data: Regression, fit: Fit, seed: int = 0) -> tuple[float, float, float]:
-    """The rate's standard error over instructions, and its 95 % interval, in percent."""
+    """The win rate's standard error over instructions, and its 95 % interval, in percent."""
     rng, n = np.random.default_rng(seed), data.own
     start, found = np.array(fit.weights), []
     for _ in range(_RESAMPLES // _DRAW):
@@ -216,7 +216,7 @@ def interval(data: Regression, fit: Fit, seed: int = 0) -> tuple[float, float, f
 def refit(
     data: Regression, weight: Float[np.ndarray, "fits rows"], c: float, start: np.ndarray
 ) -> Weights:
-    """Minimises |b|_1 + C times the weighted log loss, once for each row of `weight`.
+    """Minimises |b|_1 + C times the weighted log loss over b, once for each row of `weight`.
 
     It uses Newton's method with coordinate descent on each quadratic model. This gives weights that
     are exactly 0, and the loss is convex.

@@ -82,7 +82,7 @@ class Published:
 
 
 def read(folder: Path) -> Published:
-    """Reads the files from a clone of the repository, or a folder with the same layout.
+    """Reads the published data from a clone of AlpacaEval's repository or a folder like it.
 
     Raises:
       EvaluationError: a file is missing or differs from the expected one.
@@ -110,7 +110,7 @@ def read(folder: Path) -> Published:
 
 
 def write_gamed(found: Published, file: Path) -> None:
-    """Writes a file in the format of `df_gamed.csv`, which gives the same fits as the original."""
+    """Writes a substitute for `df_gamed.csv`, which gives the same fits as the original."""
     delta, difficulty = np.concatenate(found.lengths), np.tile(found.difficulty, 2)
     preference = _with_sums(np.stack([np.tanh(delta), difficulty], 1), np.array(SUMS))
     count = len(found.difficulty)
@@ -175,7 +175,7 @@ def _standardised(delta: np.ndarray) -> np.ndarray:
 
 
 def length_controlled(rows: Sequence[Row], places: Sequence[int], folder: Path) -> dict[str, Any]:
-    """The length-controlled win rate, its interval, the origin of its C, and the files' digests.
+    """Computes the length-controlled win rate and its interval from the published data.
 
     Args:
       rows, places: see `length_controlled.fitting`.
@@ -195,7 +195,7 @@ def length_controlled(rows: Sequence[Row], places: Sequence[int], folder: Path) 
 
 
 def nearest_c(fits: Sequence[lc.Fit], stored: Weights) -> float | None:
-    """The C whose fit has the stored weights; None if these belong to other annotations."""
+    """Finds the regularisation C whose fit has the stored weights; None if no fit is near them."""
     apart = [max(map(abs, np.subtract(fit.weights, stored).tolist())) for fit in fits]
     nearest = int(np.argmin(apart))
     return fits[nearest].c if apart[nearest] < _NEAR else None

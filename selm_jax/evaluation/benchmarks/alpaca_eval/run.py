@@ -1,4 +1,4 @@
-"""Runs `selm eval alpaca_eval`: answers, annotates and scores, and skips what is already done."""
+"""Runs `selm eval alpaca_eval`: generates, annotates and scores answers, skipping finished ones."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from selm_jax.shell.lock import only_one
 
 
 def run(options: Options) -> None:
-    """Answers, annotates and scores as the options request, and prints the scores.
+    """Generates answers, annotates and scores as the options request, and prints the scores.
 
     Raises:
       EvaluationError: options contradict each other, or a step fails.
@@ -99,7 +99,7 @@ def _annotations(
     extra: Mapping[str, Any],
     folder: Path,
 ) -> list[dict[str, Any]] | None:
-    """Annotations by the judge or by the package; None if neither is requested."""
+    """Annotates answers with the judge or the package; None if the options name neither."""
     if client is not None and question is not None:
         with open_bar(f"{client.model}  annotates", len(answers), "calls") as advance:
             return asyncio.run(

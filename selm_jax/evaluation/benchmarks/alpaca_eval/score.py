@@ -35,7 +35,7 @@ COLUMNS = (
 
 
 def scores(rows: Sequence[Row]) -> dict[str, Any]:
-    """All numbers that depend on the annotations only, under the leaderboard's names.
+    """Computes the leaderboard's numbers that depend on the annotations only, by name.
 
     The interval of the win rate is over instructions (`proportions`); `standard_error` is the
     package's.
@@ -57,7 +57,7 @@ def scores(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def win_rate(preferences: Float64[np.ndarray, " n"]) -> dict[str, float | int | None]:
-    """Win rates in percent (see the top of this file). The error is None for one preference.
+    """Computes AlpacaEval's win rates in percent. The error is None for one preference.
 
     Raises:
         EvaluationError: there are no preferences.
@@ -79,13 +79,13 @@ def win_rate(preferences: Float64[np.ndarray, " n"]) -> dict[str, float | int | 
 
 
 def wins(preferences: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
-    """The model's win in each row, from 0 (lost) to 1 (won)."""
+    """Converts AlpacaEval's preferences to the model's wins, from 0 (lost) to 1 (won)."""
     return np.where(preferences == 0, 1.5, preferences) - 1
 
 
 @contextlib.contextmanager
 def package(module: str) -> Iterator[Any]:
-    """Imports a module of `alpaca_eval`, and undoes its side effects at the end.
+    """A context that imports a module of `alpaca_eval` and undoes the import's side effects.
 
     The package sets the root logger's level on import, and scikit-learn's settings when it fits.
 
@@ -114,7 +114,7 @@ def package(module: str) -> Iterator[Any]:
 
 
 def leaderboard(name: str, scored: Row) -> str:
-    """One model's row, as a CSV file with the official columns."""
+    """Formats one model's row of the leaderboard as CSV, with the official columns."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["", *COLUMNS])
@@ -124,7 +124,7 @@ def leaderboard(name: str, scored: Row) -> str:
 
 
 def table(name: str, scored: Row) -> str:
-    """The win rates with 95 % intervals, as text for the terminal."""
+    """Formats the win rates and their 95 % intervals as text for the terminal."""
     low, high = scored["win_rate_low"], scored["win_rate_high"]
     outcomes = f"{scored['n_wins']} won, {scored['n_draws']} drawn, {scored['n_wins_base']} lost"
     lines = [

@@ -1,1 +1,1 @@
-"""The tasks of the language model evaluation harness (lm-eval) on our models."""
+"""Runs tasks of the language model evaluation harness (lm-eval) on this package's models."""

@@ -1,4 +1,4 @@
-"""Runs the language model evaluation harness (lm-eval) on our models, for `selm eval lm_eval`.
+"""Runs the language model evaluation harness (lm-eval) on this package's models.
 
 The harness needs three things: log-likelihoods of continuations, log-likelihoods of whole texts,
 and generated texts that end at given strings. Tokens, truncation and stops are those of its own
@@ -72,7 +72,7 @@ class Harness(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The token that precedes a text without context."""
+        """The id of the token that precedes a text without context: BOS, or else EOS."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else bos
 
@@ -100,7 +100,10 @@ class Harness(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """Applies the chat template (`text.chat`). It must not refuse or drop a system message."""
+        """Formats a chat with the model's chat template.
+
+        The template must not refuse or drop a system message.
+        """
         messages = [Message(m["role"], m["content"]) for m in chat_history]
         if add_generation_prompt:
             return self.model.chat.render(messages, answer_follows=True)
@@ -127,7 +130,7 @@ class Harness(TemplateLM):
         return out
 
     def _fitted(self, context: Ids, continuation: Ids) -> tuple[Ids, Ids]:
-        """Cuts the context from the left so that the pair fits the model.
+        """Cuts the context from the left so that context and continuation fit the model.
 
         The model never reads the last token of the continuation, so that token needs no room.
         """
@@ -184,7 +187,7 @@ class Harness(TemplateLM):
     def _asked(
         self, contexts: Sequence[str], settings: dict[str, Any]
     ) -> tuple[list[Ids], int, list[str], Sampling | None]:
-        """Prompts, maximum new tokens, stop strings, and sampling settings (None: greedy).
+        """Converts requests to prompt ids, token limit, stop strings, and sampling settings.
 
         Raises:
           EvaluationError: this engine does not support a setting. To ignore it would change the
@@ -244,13 +247,13 @@ class Harness(TemplateLM):
         return tuple(i for i, token in added if token.special and token.content in until)
 
     def get_model_info(self) -> dict[str, Any]:
-        """The model's description in the results."""
+        """Describes the model for the harness's results file."""
         return {"selm_model": self.model.name, "selm_origin": self.model.folder.origin,
                 "dtype": str(self.model.dtype)}  # fmt: skip
 
 
 def _normalised(settings: dict[str, Any]) -> dict[str, Any]:
-    """Parses a task's generation_kwargs as the harness does; `until: null` means no stop strings.
+    """Parses a task's generation_kwargs like the harness; `until: null` means no stop strings.
 
     Raises:
       EvaluationError: the number of new tokens is below 1, or a stop string is not a string.
@@ -273,7 +276,7 @@ def _normalised(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 class Counter(Harness):
-    """Counts the cost of all requests without computing anything (`--dry-run`)."""
+    """A harness that counts the cost of all requests without running the model (`--dry-run`)."""
 
     def __init__(self, model: Model):
         super().__init__(model)

@@ -1,4 +1,4 @@
-"""Loads tasks of lm-eval, and checks names, data and numbers of shots before any work."""
+"""Loads tasks of lm-eval; checks names, data and numbers of few-shot examples before any work."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def load_tasks(shots: dict[str, int | None], manager: TaskManager) -> list[Any]:
 
 
 def _check_shots(task: Any) -> None:
-    """Checks the number of shots early; the harness checks it only at the first row."""
+    """Checks a task's number of few-shot examples; the harness does so only at the first row."""
     name, shots = task.config.task, task.config.num_fewshot or 0
     if shots and task.OUTPUT_TYPE == "loglikelihood_rolling":
         raise EvaluationError(

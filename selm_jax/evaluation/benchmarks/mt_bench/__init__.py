@@ -1,1 +1,1 @@
-"""MT-Bench: 80 questions of two turns, a judge's grades of the answers, and their means."""
+"""The MT-Bench benchmark: 80 questions of two turns, whose answers a judge grades."""

@@ -1,4 +1,4 @@
-"""MT-Bench: 80 questions of two turns, answered in FastChat's format.
+"""Generates answers to MT-Bench, 80 questions of two turns, in FastChat's format.
 
     FOLDER/                                  same layout as FastChat's data/mt_bench
       model_answer/MODEL.jsonl               answers, one line per question
@@ -61,7 +61,7 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """How answers are generated: FastChat's limit, and the temperature of each category."""
+    """Settings for generating answers: FastChat's token limit and the seed."""
 
     max_new_tokens: int = 1024
     seed: int = 0
@@ -111,7 +111,7 @@ def answer(
     name: str | None = None,
     progress: Advance = lambda answers, tokens=0: None,
 ) -> Path:
-    """Answers the questions that are not answered yet, and writes one line for each.
+    """Generates answers to the questions that lack one; writes one JSON line per question.
 
     Questions are answered in batches; after both turns of a batch its lines are written to disk. At
     the end the lines are sorted by question.
@@ -155,7 +155,7 @@ def _both_turns(
     decoding: Decoding,
     progress: Advance,
 ) -> list[dict[str, Any]]:
-    """Answers both turns: rows in FastChat's format, plus `finish` and `tokens` of each turn."""
+    """Answers both turns; returns FastChat's rows plus `finish` and `tokens` of each turn."""
     conversations: list[list[Message]] = [[] for _ in questions]
     said: list[list[Any]] = [[] for _ in questions]
     for turn in range(TURNS):
@@ -204,7 +204,7 @@ def counts(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 def read_answers(
     file: Path, questions: Sequence[Question], what: str = "answers"
 ) -> tuple[str, dict[int, tuple[str, str]]]:
-    """Reads a file in FastChat's format: the model's name, and its two answers by question.
+    """Reads a model's answers in FastChat's format: its name, and two answers per question.
 
     Args:
         questions: the questions that must be answered.
@@ -269,7 +269,7 @@ def read_references(
 def cost_of_answers(
     model: Model, questions: Sequence[Question], folder: Path, decoding: Decoding, name: str
 ) -> Cost:
-    """An upper bound of the cost, as if every answer reached its limit."""
+    """An upper bound of the cost of the missing answers, at their maximum length."""
     done = _answers(answer_file(folder, name)).rows
     left = [q for q in questions if q.id not in done]
     first = model.prompt_ids([[Message("user", q.turns[0])] for q in left])

@@ -1,4 +1,4 @@
-"""MT-Bench's judge: FastChat's prompts and judgment format, over any OpenAI-compatible server.
+"""Asks MT-Bench's judge, with FastChat's prompts, behind any OpenAI-compatible server.
 
 `single` rates each turn's answer from 1 to 10; `pair` compares two models in both orders. Questions
 of math, reasoning and coding are judged with a reference answer. Unlike FastChat's parser, this one
@@ -75,7 +75,7 @@ class JudgePrompt:
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-    """One judgment to make: a turn of a question, for one model or two.
+    """One judgment to request: on a turn of a question, for one model or for two.
 
     Attributes:
         prompt: the name of the judge's prompt.
@@ -97,7 +97,7 @@ class Match:
 
 
 def read_prompts(file: Path, unpublished: bool = False) -> dict[str, JudgePrompt]:
-    """Reads FastChat's judge_prompts.jsonl, by name.
+    """Reads the judge's prompts from FastChat's judge_prompts.jsonl; returns them by name.
 
     Raises:
         EvaluationError: a prompt is missing, has wrong placeholders, or differs from the published
@@ -133,7 +133,7 @@ def matches(
     references: Answers,
     prompts: Mapping[str, JudgePrompt],
 ) -> list[Match]:
-    """All judgments of one model, or of two against each other, in FastChat's order.
+    """Lists the judgments to request, of one model or of two compared, in FastChat's order.
 
     Args:
         answers: (name, answers) of each model.
@@ -164,7 +164,7 @@ async def ask(
     sampling: Sampling,
     progress: Advance = lambda judgments, tokens=0: None,
 ) -> list[dict[str, Any]]:
-    """Judges the matches that have no verdict yet; returns the rows of all matches.
+    """Asks the judge for every verdict that is missing; returns the rows of all verdicts.
 
     Verdicts are written to the file. Malformed ones are held back until one can be read: if none
     can, nothing is kept, and a repaired judge is asked again.
@@ -247,13 +247,13 @@ class _GivenUp(EvaluationError):
 
 @dataclasses.dataclass
 class _Watch:
-    """Stops early if all verdicts of a judge are malformed, and does not store them."""
+    """Holds back a judge's verdicts until one is readable; raises if all of many are malformed."""
 
     understood: bool = False
     held: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def whole(self, row: dict[str, Any]) -> list[dict[str, Any]]:
-        """Adds a verdict; returns the rows that may be written now."""
+        """Adds a verdict; returns the verdicts that can be written to the file now."""
         if len(self.held) >= _GIVE_UP:  # already given up; this one was under way
             return []
         self.understood |= not is_malformed(row)
@@ -274,7 +274,7 @@ class _Watch:
 
 
 def score_of(answer: Completion) -> float:
-    """The rating in [[ ]], or in [ ] after the word "rating"; -1 if there is none."""
+    """Parses the judge's rating in [[ ]], or in [ ] after "rating"; -1 if there is none."""
     found = read_rating(answer)
     if found is None and "[[" not in answer.text:
         values = {float(x) for x in _SINGLE.findall(answer.text)}
@@ -303,7 +303,7 @@ def winner_of(answer: Completion, first: str, second: str) -> str:
 
 
 def cost(todo: Sequence[Match], judge: str, left: int, longest: int) -> Cost:
-    """An estimate of the cost of judging.
+    """Estimates the cost of the judgments that are still missing.
 
     Args:
         left: number of judgments that are not in the file yet.
@@ -374,7 +374,7 @@ def _is_there(
 def _values(
     question: Question, answers: Sequence[tuple[str, str]], references: Answers
 ) -> dict[str, str]:
-    """The values of all placeholders that a template may use."""
+    """The values of all placeholders that a judge's prompt may contain."""
     values = {"question": question.turns[0]}
     named = {"a": 0, "b": 1}
     for turn in range(TURNS):

@@ -1,4 +1,4 @@
-"""MT-Bench's judgments as files in FastChat's format: one JSON line for each verdict.
+"""Reads and writes MT-Bench's judgments in FastChat's format: one JSON line per verdict.
 
 `single` verdicts rate the answer to a turn; `pair` verdicts say which of two models' answers is
 better, in both orders. A file has the verdicts of one judge on any number of models.
@@ -37,7 +37,7 @@ class Judgments:
 
 
 def journal(folder: Path, mode: str, judge: str) -> Journal:
-    """The file of a judge's verdicts on any number of models."""
+    """Opens the file of a judge's verdicts on any number of models."""
     file = folder / "model_judgment" / f"{file_name(judge)}_{mode}.jsonl"
     return Journal(file, lambda row: _key(mode, row))
 
@@ -98,7 +98,7 @@ def unread(row: Row) -> str:
 
 
 def _key(mode: str, row: Row) -> tuple:
-    """The key of a verdict. Raises LookupError, TypeError or ValueError if it is malformed."""
+    """The key that identifies a verdict. Raises LookupError, TypeError or ValueError."""
     for name in _VERDICT[mode]:
         value = row[name]
         if mode == "pair" and value not in _WINNERS:

@@ -1,4 +1,4 @@
-"""Runs `selm eval mt_bench`: answers, judges and scores, and skips what is already done."""
+"""Runs `selm eval mt_bench`: generates, judges and scores answers, skipping finished ones."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Named = tuple[str, judging.Answers]  # a model's name, and its answers
 
 
 def run(options: Options) -> None:
-    """Answers, judges and scores as the options request, and prints the scores.
+    """Generates answers, judges and scores them as the options request, and prints the scores.
 
     Raises:
       EvaluationError: options contradict each other, or a step fails.
@@ -83,7 +83,7 @@ def run(options: Options) -> None:
 
 @dataclass(frozen=True)
 class _Judge:
-    """The judge, its prompts and its settings.
+    """MT-Bench's judge, with its prompts, reference answers and settings.
 
     Attributes:
         mode: "single" or "pair".
@@ -134,7 +134,7 @@ def _costs(
     others: Sequence[Named],
     folder: Path,
 ) -> list[Cost]:
-    """The cost of the answers and of the judgments that are still missing."""
+    """The cost of the answers and judgments that are still missing, for `--dry-run`."""
     costs = []
     if model is not None:
         decoding = bench.Decoding(options.max_new_tokens, options.seed)
@@ -187,7 +187,7 @@ def _score(
     where: Path,
     how: Mapping[str, Any],
 ) -> None:
-    """Writes and prints the scores of judgments from the file `where`.
+    """Computes, writes and prints the scores of judgments that come from the file `where`.
 
     Args:
         made: the input files by name.

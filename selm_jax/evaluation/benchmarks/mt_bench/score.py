@@ -1,4 +1,4 @@
-"""MT-Bench's scores from judgments, with intervals.
+"""Computes MT-Bench's scores from judgments, with confidence intervals.
 
 Means are over judgments, as in FastChat's show_result: all turns and repetitions count the same;
 malformed ones are left out and counted. The 95 % intervals are over questions, each with all its
@@ -54,7 +54,7 @@ def check_malformed(rows: Sequence[Row], allowed: int | None, file: Path) -> int
 
 
 def single(rows: Sequence[Row], questions: Sequence[Question]) -> dict[str, Any]:
-    """The scores of one model.
+    """The MT-Bench scores of one model: overall, by turn and by category.
 
     Returns:
         The groups `overall`, `turn_1`, `turn_2` and `categories`, each with `score`, `low`, `high`,
@@ -69,7 +69,7 @@ def single(rows: Sequence[Row], questions: Sequence[Question]) -> dict[str, Any]
 
 
 def pair(rows: Sequence[Row], questions: Sequence[Question]) -> dict[str, Any]:
-    """The win rates of model 1 against model 2.
+    """The win rates of model 1 against model 2: overall, by turn and by category.
 
     Returns:
         The groups of `single`, each with the counts `win`, `loss` and `tie` (two orders that
@@ -84,14 +84,14 @@ def pair(rows: Sequence[Row], questions: Sequence[Question]) -> dict[str, Any]:
 
 
 def outcome(row: Row) -> float:
-    """Model 1's result: 1 if it won, 0 if it lost, 1/2 for a tie or if the orders disagree."""
+    """Model 1's result: 1 for a win, 0 for a loss, 1/2 for a tie or if both orders disagree."""
     if row["g1_winner"] == "tie" or row["g1_winner"] != row["g2_winner"]:
         return 0.5
     return float(row["g1_winner"] == "model_1")
 
 
 def table(title: str, found: Mapping[str, Any]) -> str:
-    """The scores as text for the terminal."""
+    """Formats MT-Bench scores or win rates as text for the terminal."""
     key = "score" if "score" in found["overall"] else "win_rate_adjusted"
     groups = {"overall": found["overall"], "turn 1": found["turn_1"], "turn 2": found["turn_2"]}
     lines = [title]
@@ -183,7 +183,7 @@ _Interval = tuple[float | None, float | None, float | None]
 
 
 def _mean_of_scores(rows: Iterable[Row]) -> _Interval:
-    """The mean score of readable rows, and the ends of its interval over questions."""
+    """The mean score of the readable verdicts, and the ends of its interval over questions."""
     sums, counts = _by_question(rows, lambda row: row["score"])
     if not len(sums):
         return None, None, None
@@ -192,7 +192,7 @@ def _mean_of_scores(rows: Iterable[Row]) -> _Interval:
 
 
 def _share(rows: Iterable[Row]) -> _Interval:
-    """The share of rows that model 1 won (a tie counts half), and the ends of its interval."""
+    """The share of verdicts that model 1 won (a tie counts half), and the ends of its interval."""
     sums, counts = _by_question(rows, outcome)
     if not len(sums):
         return None, None, None
@@ -202,7 +202,7 @@ def _share(rows: Iterable[Row]) -> _Interval:
 def _by_question(
     rows: Iterable[Row], value: Callable[[Row], float]
 ) -> tuple[Float[np.ndarray, " questions"], Float[np.ndarray, " questions"]]:
-    """For each question, the sum and the count of the values of its readable rows."""
+    """For each question, the sum and the count of the values of its readable verdicts."""
     found: dict[int, list[float]] = {}
     for row in rows:
         if not is_malformed(row):
@@ -212,7 +212,7 @@ def _by_question(
 
 
 def _spread(rows: Sequence[Row]) -> float | None:
-    """The mean standard deviation of a judgment's repetitions; None without repetitions."""
+    """The mean standard deviation between repeated judgments; None if none was repeated."""
     repeated: dict[tuple[int, int], list[float]] = {}
     for row in rows:
         if not is_malformed(row):

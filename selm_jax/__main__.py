@@ -1,4 +1,4 @@
-"""`python -m selm_jax` is `selm`."""
+"""Runs the command-line program `selm` as `python -m selm_jax`."""
 
 from selm_jax.cli import main
 

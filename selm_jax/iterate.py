@@ -19,7 +19,7 @@ from selm_jax.stages.train import train
 
 
 def iterate(run: Run) -> None:
-    """Runs the rest of the experiment, then writes the report."""
+    """Runs all unfinished stages of an experiment, then writes the report."""
     run.wanted = Wanted()  # all stages
     with held(run):
         policy = run.start
@@ -35,7 +35,7 @@ def iterate(run: Run) -> None:
 
 
 def iteration(run: Run, t: int, policy: Model) -> Model:
-    """Runs iteration t, from the policy before it to the policy after it."""
+    """Runs all stages of iteration t on a policy; returns the trained policy."""
     reference = run.start if run.fixed_reference else policy
     prompts = run.prompts(t)
     responses = generate(run, t, policy, prompts, run.chat)  # responses/
@@ -60,7 +60,7 @@ def measure(run: Run, t: int, policy: Model) -> StoredTable:
 
 
 def run_stage(run: Run, name: str, t: int) -> None:
-    """Runs one stage of iteration t; the stages before it must be done."""
+    """Runs one stage of iteration t; all earlier stages must be done."""
     run.wanted = Wanted(name, t)
     with held(run):
         try:

@@ -1,4 +1,4 @@
-"""The answers of a model: texts for people and rankers, token ids for training."""
+"""Holds a model's answers: texts for people and rankers, token ids for training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Writer(Protocol):
-    """The part of `Model` that its answers and pairs use."""
+    """The methods of `Model` that `Answers` and `Pairs` need, as a protocol."""
 
     @property
     def name(self) -> str: ...
@@ -66,11 +66,11 @@ class Answers(Sequence[Sequence[Candidate]]):
 
     @property
     def texts(self) -> list[list[str]]:
-        """The answers as texts: `[prompts]` lists of `[answers]`."""
+        """The answers' texts: a list for each prompt."""
         return [[each.text for each in of_prompt] for of_prompt in self.candidates]
 
     def to_pandas(self) -> pd.DataFrame:
-        """A DataFrame with one row per answer: prompt, source, sample, text, finish, tokens."""
+        """Returns a DataFrame with one row per answer, such as its prompt, text and tokens."""
         import pandas as pd
 
         return pd.DataFrame(

@@ -1,4 +1,4 @@
-"""The error of the public API."""
+"""Defines ApiError, the error that the public API raises for wrong arguments."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Loss functions: those of an experiment file by name, or your own function."""
+"""Makes loss functions, from a name or from your own function."""
 
 from __future__ import annotations
 

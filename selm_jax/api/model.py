@@ -1,4 +1,4 @@
-"""A language model in Python that answers, scores and can be trained in place by a `Trainer`."""
+"""A language model for use from Python, which a `Trainer` can train in place."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def load(
     slots: int = config.Rollout.slots,
     devices: Sequence[Any] | None = None,
 ) -> Model:
-    """Opens a language model. Its weights are read on first use.
+    """Opens a language model to answer, score and train. Its weights are read on first use.
 
     Args:
       source: a Hugging Face folder, a Hub id, a GGUF file, or a run folder.
@@ -85,7 +85,7 @@ def load(
 
 
 def _experiment(where: str, *, training: Settings, **groups: Any) -> config.Experiment:
-    """Makes a checked experiment with these settings; its other settings are not used."""
+    """Makes and checks an experiment with the given settings and placeholders for the others."""
     unread = {
         "output": "unread", "iterations": 1, "data": {"train": "unread"},
         "objective": {"loss": "unread"}, "candidates": {"samples": 1, "dataset": False},
@@ -133,7 +133,7 @@ class Model:
         filter: Filter | None = None,
         seed: int = 0,
     ) -> Answers:
-        """Answers the prompts.
+        """Generates answers to the prompts.
 
         Args:
           prompts: texts, or conversations that end with a user's turn.
@@ -192,7 +192,7 @@ class Model:
         return {role: of_role(role) for role in ROLES}
 
     def _scores_of(self, examples: Sequence[Example], tokenizer: str) -> list[tuple[float, ...]]:
-        """log pi of every distinct response of every example, in nats; `logps` gives them by role.
+        """Computes log pi, in nats, of every distinct response of every example.
 
         Raises:
           ApiError: `tokenizer` is not the digest of this model's tokenizer.
@@ -237,7 +237,7 @@ class Model:
         return self._start.chat.tokenizer.digest()
 
     def _check_tokenizer(self, digest: str) -> None:
-        """Raises ApiError if token ids come from another tokenizer."""
+        """Raises ApiError if `digest` is not that of this model's tokenizer."""
         if digest != self.tokenizer:
             raise ApiError(
                 "these answers were tokenised with another model's tokenizer, not with that of "
@@ -258,7 +258,7 @@ class Model:
 
     @property
     def _base(self) -> Params:
-        """The adapters' base, quantised if `lora.base` says so; without adapters, the model."""
+        """The frozen parameters under the adapters, or all parameters if there are no adapters."""
         if self._programs.lora is None:
             return self._trained
         if self._kept_base is None:
@@ -267,7 +267,7 @@ class Model:
 
     @property
     def _trained(self) -> Params:
-        """The parameters that updates change: all of them, or the adapters."""
+        """The parameters that updates change: the adapters, or all parameters without adapters."""
         if self._programs.lora is None:
             return self._policy.weights.to_score()
         if self._adapters is None:
@@ -275,7 +275,7 @@ class Model:
         return self._adapters
 
     def _become(self, trained: Params) -> None:
-        """Replaces the trained parameters with those after an update."""
+        """Replaces the trained parameters with `trained`, the result of an update."""
         self.updates += 1
         if self._programs.lora is None:
             self._policy.weights.hold(trained)
@@ -284,7 +284,7 @@ class Model:
             self._policy.weights.forget()
 
     def _fixed(self, programs: Programs) -> dict[str, Any]:
-        """The inputs of updates that stay constant; see `Programs.fixed`."""
+        """The inputs that stay constant in all updates; see `Programs.fixed`."""
         folder = self._start.folder.path
         base = self._base if programs.lora is not None else {}
         return programs.fixed(base, 1, folder, folder)

@@ -1,4 +1,4 @@
-"""Training pairs from scored answers, by role, with the reference's log-probabilities."""
+"""Makes training pairs from scored answers, with the reference's log-probabilities."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Pairs(Sequence[Example]):
-    """Training examples, one per prompt, made by `selm.pairs`. A slice is `Pairs` too.
+    """Preference pairs to train on, one per prompt, made by `selm.pairs`. A slice is `Pairs` too.
 
     Attributes:
       examples: the token ids, the roles of the responses and the reference's log-probabilities.
@@ -57,7 +57,7 @@ class Pairs(Sequence[Example]):
         return dataclasses.replace(self, examples=self.examples[index], rows=self.rows[index])
 
     def batches(self, size: int, seed: int = 0) -> Iterator[Pairs]:
-        """The pairs in batches of `size`, shuffled by `seed`; the last batch may be smaller."""
+        """Yields shuffled batches of `size` pairs; the last batch may be smaller."""
         order = np.random.default_rng(seed).permutation(len(self))
         for start in range(0, len(self), size):
             which = order[start : start + size]
@@ -68,14 +68,14 @@ class Pairs(Sequence[Example]):
             )
 
     def to_pandas(self) -> pd.DataFrame:
-        """A DataFrame of pairs: prompt, chosen, rejected, explore, score_chosen, score_rejected."""
+        """Returns a DataFrame: prompt, chosen, rejected, explore, score_chosen, score_rejected."""
         import pandas as pd
 
         return pd.DataFrame(list(self.rows))
 
     @property
     def told(self) -> str:
-        """Says how many pairs and dropped prompts there are; without pairs, also what to do."""
+        """A message that counts pairs and dropped prompts; without pairs, also advice."""
         reasons = ", ".join(f"{n} {reason}" for reason, n in self.drops.items())
         dropped = f", {sum(self.drops.values())} prompts dropped ({reasons})" if reasons else ""
         return f"{len(self)} pairs{dropped}" + ("" if len(self) else f". {_REMEDY}")
@@ -105,7 +105,7 @@ def pairs(
     reference: Writer | None | Literal["writer"] = "writer",
     seed: int = 0,
 ) -> Pairs:
-    """Picks each prompt's chosen, rejected and explored answers; the reference scores them.
+    """Picks each prompt's chosen, rejected and explored answers from scored answers.
 
     The reference's log-probabilities are stored with the pairs, as in a run, and do not change in
     later updates.

@@ -1,4 +1,4 @@
-"""Prompts as users write them in Python: texts or conversations."""
+"""Reads prompts that a user writes in Python, as texts or as conversations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PromptLike: TypeAlias = str | Sequence[Mapping[str, str]]
 
 
 def read_prompts(prompts: Sequence[PromptLike]) -> list[Prompt]:
-    """Converts prompts to the package's own form, named by their places in the list.
+    """Converts texts or conversations to `Prompt`s, whose ids are their indices in the list.
 
     Raises:
       ApiError: there are no prompts, there is one text instead of a list, or a prompt is not a

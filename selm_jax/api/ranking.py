@@ -1,4 +1,4 @@
-"""Rankers, which score answers: those of an experiment file by name, or your own function."""
+"""Makes rankers, which score answers, from a name or from your own function."""
 
 from __future__ import annotations
 

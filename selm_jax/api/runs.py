@@ -1,4 +1,4 @@
-"""Whole experiments from Python, and their results as pandas tables."""
+"""Runs whole experiments from Python, and reads their results as pandas tables."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def run(
 
 
 def read(folder: str | Path) -> RunFolder:
-    """The results of a run so far, checked against the digests that it recorded.
+    """Opens a run folder, finished or not, and checks its files against recorded digests.
 
     Raises:
       FileNotFoundError: this is not a run folder.
@@ -53,7 +53,7 @@ def read(folder: str | Path) -> RunFolder:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class RunFolder:
-    """A run folder, opened by `selm.read`; each table is a pandas DataFrame.
+    """A run folder, opened by `selm.read`, with its tables as pandas DataFrames.
 
     Attributes:
       path: the folder.
@@ -65,7 +65,7 @@ class RunFolder:
 
     @cached_property
     def metrics(self) -> pd.DataFrame:
-        """A table with one row per update and per evaluation.
+        """A DataFrame of metrics with one row per update and per evaluation.
 
         The columns are `stage` ("train" or "evaluate"), `iteration`, `step` (the number of an
         update, from 1 in each iteration) and one per metric.
@@ -82,7 +82,7 @@ class RunFolder:
 
     @cached_property
     def answers(self) -> pd.DataFrame:
-        """A table with one row per candidate of every iteration.
+        """A DataFrame of answers with one row per candidate of every iteration.
 
         Columns include the prompt, text, score, rank (1 is best), the roles (`chosen`, `rejected`,
         `explore`), and the reason if the prompt was dropped.
@@ -94,7 +94,7 @@ class RunFolder:
 
     @cached_property
     def pairs(self) -> pd.DataFrame:
-        """A table with one row per pair.
+        """A DataFrame of training pairs with one row per pair.
 
         The columns are iteration, prompt_id, prompt, the texts of `chosen`, `rejected` and
         `explore` (the first if there are several), score_chosen and score_rejected.
@@ -113,7 +113,7 @@ class RunFolder:
 
     @cached_property
     def heldout(self) -> pd.DataFrame:
-        """A table with one row per held-out answer.
+        """A DataFrame with one row per held-out answer.
 
         Columns include the iteration (0 is the start model), prompt, text, the ranker's score, and
         the answer's log-probability in nats under the policy that wrote it (`logp`) and under the
@@ -134,7 +134,7 @@ class RunFolder:
 
 
 def _table(rows: list[dict[str, Any]], first: list[str]) -> pd.DataFrame:
-    """A table that begins with these columns, even if there are no rows."""
+    """Makes a DataFrame that begins with the columns `first`, even if there are no rows."""
     import pandas as pd
 
     others = dict.fromkeys(key for row in rows for key in row if key not in first)

@@ -1,4 +1,4 @@
-"""Training of a model with any loss, one update per call, with the same updates as in a run."""
+"""Trains a model from Python with any loss: one update per call, the same as in a run."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ class Trainer:
         rows: int | None = None,
         row_length: int | None = None,
     ):
-        """
+        """Prepares updates of a model with a loss and an optimizer.
+
         Args:
           model: the model to train, from `selm.load`.
           loss: `selm.loss("selm", beta=0.1, alpha=1e-3)`, a name without settings such as "sft", or
@@ -129,7 +130,7 @@ class Trainer:
         return first | metrics | {"learning_rate": rate}
 
     def _programs(self, longest: int) -> Programs:
-        """The programs for sequences up to this length; most models need only one set of them."""
+        """The compiled programs for sequences of up to `longest` tokens."""
         made = self.model._programs_of(task_with(self.objective), self._settings, longest)
         return self._compiled.setdefault(made.config, made)
 
@@ -148,7 +149,7 @@ class Trainer:
         return ByLength(mesh.shape["data"] * mesh.shape["fsdp"], _TOKENS, programs.config.heads)
 
     def _grown(self, shape: Shape) -> Shape:
-        """The largest shape so far for this row length, so that few shapes are compiled."""
+        """Enlarges a batch's shape to the largest one so far, so that few shapes are compiled."""
         before = dataclasses.astuple(self._shapes.get(shape.time, shape))
         self._shapes[shape.time] = Shape(*map(max, before, dataclasses.astuple(shape)))
         return self._shapes[shape.time]

@@ -1,4 +1,4 @@
-"""`selm bench`: measures how fast this machine trains and generates, as a share of its peak.
+"""`selm bench`: measures how fast this machine trains and generates, relative to its peak.
 
 It measures one model on synthetic tokens with the functions that a run uses: updates on packed
 prompt trees of three distinct responses with stored reference log-probabilities, and the rollout

@@ -1,4 +1,4 @@
-"""Times repeated work, and compares it with the peak speed of the devices."""
+"""Times repeated work, and compares its speed with the peak speed of the devices."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PEAKS = (
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """Seconds per repetition, and the devices' peak TFLOP/s during each (None if it is unknown)."""
+    """Seconds per repetition, and the devices' peak TFLOP/s during each, or None if unknown."""
 
     seconds: list[float]
     peak: list[float | None]

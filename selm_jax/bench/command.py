@@ -61,7 +61,7 @@ def main(
     peak: float | None = None,
     json: Path | None = None,
 ) -> None:
-    """Runs the benchmark and prints a table.
+    """Runs the benchmark of `selm bench` and prints a table of the measurements.
 
     Args:
       model: a folder, Hub id or GGUF file.
@@ -102,9 +102,9 @@ def run(
     remat: str = Training.remat,
     peak: float | None = None,
 ) -> dict[str, Any]:
-    """Runs the benchmark with the arguments of `main`; returns JSON values.
+    """Runs the benchmark; returns the measurements as values for JSON.
 
-    They include the seconds of every counted repetition. Rates are those of the median repetition.
+    These include the seconds of every counted repetition. Rates are those of the median repetition.
     """
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -174,7 +174,7 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 
 def _model(model: str, shape: str | None) -> tuple[str, DecoderConfig, MakeParams]:
-    """Returns the model's name, its facts, and a function that makes its parameters."""
+    """Returns a model's name, its configuration, and a function that makes its parameters."""
     if shape is None:
         folder = sources.resolve(model).path
         config = checked_config(folder)

@@ -1,4 +1,4 @@
-"""Measures updates and generation on synthetic tokens."""
+"""Measures the speed of updates and of generation on synthetic tokens."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class BenchError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """The sizes of the work that is measured.
+    """The sizes of the measured work: token lengths, batch sizes and repetitions.
 
     Attributes:
       prompt, response: the most tokens of a prompt and of a response. Examples have half to all of
@@ -74,7 +74,7 @@ def training(
     remat: str,
     clock: Clock,
 ) -> dict[str, Any]:
-    """Measures updates of SELM with stored reference log-probabilities, as in `training.loop`."""
+    """Measures the speed of SELM's updates with stored reference log-probabilities, as in runs."""
     mesh = make_mesh((1, -1, 1))
     where = Shardings(shardings(abstract_params(config), mesh, TRAINING), _replicated(mesh))
     adamw = optimizer("adamw", b1=Training.b1, b2=Training.b2, eps=Training.eps, weight_decay=0.0)
@@ -118,7 +118,7 @@ def training(
 def generation(
     config: DecoderConfig, make_params: MakeParams, sizes: Sizes, dtype: str, clock: Clock
 ) -> dict[str, Any]:
-    """Measures the prefill, and the decoding of all tokens after the first."""
+    """Measures the speed of the prefill, and of decoding all tokens after the first."""
     if sizes.response < 2:
         raise BenchError(
             "response is 1: the prefill gives the first token, so none is decoded. Use 2 or more"
@@ -174,7 +174,7 @@ def generation(
 
 
 def _examples(sizes: Sizes, vocab: int) -> list[Example]:
-    """Makes random examples of three distinct responses, of half to all of the maximum length."""
+    """Makes random examples with three responses, each half to all of the maximum length."""
     rng = np.random.default_rng(0)
 
     def ids(most: int) -> tuple[int, ...]:

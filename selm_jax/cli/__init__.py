@@ -1,4 +1,4 @@
-"""The command line: `selm VERB ...`."""
+"""The command-line program `selm`, with its commands (verbs): `selm VERB ...`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,6 @@ app.add_typer(evaluation, name="eval", callback=set_up_jax)
 
 
 def main() -> None:
-    """Entry point."""
+    """Entry point of the command-line program `selm`."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found"
     carried_out(lambda: app(standalone_mode=False))

@@ -1,4 +1,4 @@
-"""Arguments and options that several verbs share."""
+"""Arguments and options that several commands of `selm` share."""
 
 from __future__ import annotations
 

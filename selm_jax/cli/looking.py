@@ -1,4 +1,4 @@
-"""The verbs that show experiments and runs, and the page on which people rank answers."""
+"""Commands that show experiments and runs, and `selm annotate` for people's rankings."""
 
 from __future__ import annotations
 

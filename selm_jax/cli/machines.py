@@ -1,4 +1,4 @@
-"""The verbs about machines: what an experiment needs on one, and how fast this one is."""
+"""The commands `selm plan` and `selm bench`: what an experiment needs, how fast a machine is."""
 
 from __future__ import annotations
 

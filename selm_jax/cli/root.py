@@ -1,4 +1,4 @@
-"""The program `selm`, to which the other modules of this package add verbs."""
+"""The Typer app of the program `selm`, to which other modules add commands (verbs)."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def selm(
 
 
 def set_up_jax() -> None:
-    """Prepares JAX before the verbs of a group run."""
+    """Configures JAX before any command of a group, such as `selm eval`, runs."""
     from selm_jax.commands.runs import set_up_jax
 
     set_up_jax()

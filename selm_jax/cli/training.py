@@ -1,4 +1,4 @@
-"""The verbs that work on a run: all of it, one stage, one stage again, many runs."""
+"""Commands that run an experiment: all stages, one stage, a stage again, or a sweep."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def run(options: Running) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class OneStage:
-    """Options of a verb that runs one stage."""
+    """Options of a command that runs a single stage."""
 
     experiment: Experiment
     iteration: Iteration
@@ -53,7 +53,7 @@ class OneStage:
 def _stage_verb(
     stage: str, about: str, needs: str, writes: str, name: str | None = None, old: bool = False
 ) -> None:
-    """Adds a verb that runs one stage. If `old`, the verb tells the user to use its new name."""
+    """Adds a command that runs one stage. If `old`, it tells the user to use its new name."""
     name = name or stage
 
     def work(options: OneStage) -> None:

@@ -1,1 +1,1 @@
-"""Implements the verbs of the command line that need more than a single call."""
+"""Implements the commands of `selm` that need more than a single call."""

@@ -1,4 +1,4 @@
-"""Ends the program with a message and an exit status.
+"""Ends a command of `selm` with a message and an exit status.
 
 Exit status 1 is an error, 130 is Ctrl-C, 75 is a run that was told to stop and saved (it ends by
 itself), and 76 is a process of a run whose other processes are gone.
@@ -19,7 +19,7 @@ _INTERRUPTED = 130  # what typer returns after Ctrl-C
 
 
 def carried_out(work: Callable[[], Any]) -> None:
-    """Runs `work`, and ends the program with the exit status that it returns.
+    """Runs a command, and ends the program with the exit status that `work` returns.
 
     An error whose message was written for the user is shown without a traceback, unless `--verbose`
     or $SELM_TRACEBACK asks for it.
@@ -48,13 +48,13 @@ def carried_out(work: Callable[[], Any]) -> None:
 
 
 def is_for_the_user(error: Exception) -> bool:
-    """Whether the user can act on an error: one of this package, the system or the options."""
+    """Whether an error is meant for the user: from this package, the system or the options."""
     package = type(error).__module__.partition(".")[0]
     return isinstance(error, OSError) or package in ("selm_jax", "typer", "click")
 
 
 def _leave_the_others(message: str, status: int = 1) -> None:
-    """Ends this process at once if it is one of several of a run.
+    """Ends this process at once if it is one of several processes of a run.
 
     An orderly exit would wait for the others, and they for this one. The coordinator tells them.
     """

@@ -1,4 +1,4 @@
-"""`selm figures RUN ... -o DIR`: the paper's figures, drawn from these runs (SVG, PDF, PNG, CSV).
+"""`selm figures RUN ... -o DIR`: draws the paper's figures from your runs (SVG, PDF, PNG, CSV).
 
     figure2_win_rates                 every iteration of every run against every other
     figure3_rewards_by_run, ..._by_iteration_RUN      histograms of held-out rewards
@@ -42,7 +42,7 @@ def write(
     published: bool = False,
     console: Console | None = None,
 ) -> list[Path]:
-    """Writes each figure that these runs have the data for, and says which are left out.
+    """Writes each figure for which the runs have data, and prints which ones are left out.
 
     Args:
       pairs: a file or Hub id with preference pairs for figure 4, in the columns prompt, chosen and
@@ -98,7 +98,7 @@ def _figures(
 
 
 def short_labels(runs: Sequence[RunData]) -> list[str]:
-    """The runs' names, or the parts in which their folders differ if two names are equal."""
+    """Labels for the runs: their names or, if two are equal, the differing parts of their paths."""
     names = [run.name for run in runs]
     if len(set(names)) == len(names):
         return names
@@ -131,7 +131,10 @@ def _own_samples(
     base: int,
     others: Sequence[int],
 ) -> Iterator[PaperFigure]:
-    """Draws figure 5 after iteration 2, as in the paper, or after the last one all runs have."""
+    """Draws figure 5 of the paper: implicit rewards of each policy's own held-out samples.
+
+    The policies are those after iteration 2, as in the paper, or after the last common one.
+    """
     t = min(2, *(max(each.evaluations, default=0) for each in data))
     found = {i: paper.own_samples(data[i], labels[i], t, _beta(runs[i])) for i in (base, *others)}
     rewards = [each.of["own samples"].values() for each in found.values()]
@@ -150,7 +153,10 @@ def _pairs(
     pairs: str | None,
     console: Console,
 ) -> PaperFigure:
-    """Draws figure 4 after iteration 1, as in the paper: all runs have the same reference then."""
+    """Draws figure 4 of the paper: implicit rewards on the same pairs, after iteration 1.
+
+    All runs have the same reference then.
+    """
     source, examples = _examples(runs[base], pairs)
     for i in others:
         if pairs is None and _examples(runs[i], None)[1] != examples:
@@ -186,7 +192,7 @@ def _pairs(
 
 
 def _examples(run: Run, pairs: str | None) -> tuple[str, list[Example]]:
-    """The pairs of figure 4: a phrase that describes them, and their token ids.
+    """Loads the pairs of figure 4; returns a phrase that describes them, and their token ids.
 
     Stored log-probabilities are left out. So are pairs that cannot be scored or do not fit into a
     row, as in the evaluation.

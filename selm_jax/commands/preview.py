@@ -1,4 +1,4 @@
-"""`selm preview`: what a run will train on, and what would stop it.
+"""`selm preview`: shows the rows that a run will train on, and problems that would stop it.
 
 It shows the first rows of an iteration as decoded tokens, coloured by role, and counts over all
 rows what goes wrong silently elsewhere: BOS and end tokens, and texts that are cut, dropped, tied
@@ -78,7 +78,7 @@ def preview(run: Run, t: int, count: int) -> bool:
 
 
 def _problem(run: Run) -> str | None:
-    """The reason why `selm run` would refuse the settings or data; None if it would not."""
+    """The reason why `selm run` would refuse the settings or data; None if there is none."""
     try:
         if run.imports or not is_user_code(run.experiment.objective["loss"]):
             check_objective(run)
@@ -94,7 +94,7 @@ def _problem(run: Run) -> str | None:
 
 
 def drawn(row: Example | Alone, number: int, chat: Chat, console: Console) -> Text:
-    """A row as text: every token, even a special one, in its role's colour or between marks."""
+    """Formats a row for the terminal: every token, even special ones, marked by its role."""
     whole = Text(f"{number}  {row.prompt_id}", style="bold")
     before = _decoded(chat, row.prompt)
     parts = [("prompt", "prompt", row.prompt, before)]
@@ -159,7 +159,7 @@ def _print_packing(run: Run, t: int, examples: Sequence[Example], count: int) ->
 
 
 def _bar(roles: Sequence[str], length: int, console: Console) -> Text:
-    """A row in cells of equal length, each with the role of its middle token."""
+    """Draws a packed row as a bar of equal cells, each with the role of its middle token."""
     cells = min(console.width, length)
     middles = [int((cell + 0.5) * length / cells) for cell in range(cells)]
     each = [roles[token] if token < len(roles) else "padding" for token in middles]
@@ -169,7 +169,7 @@ def _bar(roles: Sequence[str], length: int, console: Console) -> Text:
 
 
 def _counts(run: Run, t: int, found: Preview) -> Table:
-    """A table of counts over all rows, to look at before training."""
+    """A table of counts over all rows, which reveals problems before training."""
     e, chat = run.experiment, run.chat
     bos, stops = chat.tokenizer.bos_token_id, set(chat.stop_ids)
     responses = [ids for row in found.rows for ids in row.responses]
@@ -216,7 +216,7 @@ def _counts(run: Run, t: int, found: Preview) -> Table:
 
 
 def _spelled(run: Run, t: int) -> str:
-    """A count such as `3 in 2 of 10 prompts, as tokens: 2 <|im_end|>, 1 <|im_start|>`."""
+    """Counts special tokens that are spelled out in prompts, as a text for the preview."""
     e, every = run.experiment, run.prompts(t)
     counts, prompts = Counter[str](), 0
     for prompt in every:
@@ -233,7 +233,7 @@ def _spelled(run: Run, t: int) -> str:
 
 
 def _bad_rows(run: Run) -> dict[str, int]:
-    """The number of bad rows for each reason, in all the data and not only in the iteration."""
+    """Counts the rows of the whole data set that cannot be used, by reason."""
     return {reason: len(numbers) for reason, numbers in run.data.all_prompts.dropped.items()}
 
 
@@ -242,7 +242,7 @@ def _leading(ids: Sequence[int], token: int) -> int:
 
 
 def _spread(numbers: Iterable[int], unit: str) -> str:
-    """A list of how often each number occurs, such as `1 in 380 rows, 2 in 4 rows`."""
+    """Lists how often each number occurs, such as `1 in 380 rows, 2 in 4 rows`."""
     found = sorted(Counter(numbers).items())
     return ", ".join(f"{n} in {count:,} {unit}" for n, count in found)
 

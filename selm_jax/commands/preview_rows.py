@@ -1,4 +1,4 @@
-"""The rows that a preview shows: those of the run folder, or those of the data."""
+"""Collects the rows that `selm preview` shows, from the run folder or from the data."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _STAGES = (generate.name, rank.name, score.name)  # that make the rows
 
 
 class Alone(NamedTuple):
-    """A prompt that has no answers yet, with the fields of `Example` that a preview uses."""
+    """A prompt without answers, with the fields of `Example` that a preview uses."""
 
     prompt_id: str
     prompt: tuple[int, ...]
@@ -40,7 +40,7 @@ class Alone(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Preview:
-    """The rows of an iteration, and counts of those that were left out or cut.
+    """The training rows of an iteration, and counts of rows that were left out or cut.
 
     Attributes:
       source: where the rows come from, in words.
@@ -62,7 +62,7 @@ class Preview:
 
 
 def collect(run: Run, t: int) -> Preview:
-    """The rows of iteration t, from the run folder or from the data.
+    """Collects the training rows of iteration t, from the run folder or from the data.
 
     Those of the run folder are used if they were made from the data as it is now.
     """
@@ -107,7 +107,7 @@ def collect(run: Run, t: int) -> Preview:
 
 
 def _made_from_other_data(run: Run, t: int, record: Mapping[str, dict]) -> str | None:
-    """The first stage of iteration t that was done with other prompts or another chat template."""
+    """The first finished stage whose prompts or chat template differ from the present ones."""
     now = digests_of({"prompts": run.prompts(t), "chat": run.chat})
     for stage in _STAGES:
         before = record.get(stage, {}).get("inputs", {})
@@ -117,7 +117,7 @@ def _made_from_other_data(run: Run, t: int, record: Mapping[str, dict]) -> str |
 
 
 def _from_data(run: Run, t: int) -> Preview:
-    """Rows of prompts alone, or with the data's answers if these are candidates."""
+    """Makes rows from the data: prompts alone, or with the data's answers as candidates."""
     e = run.experiment
     rows: list[Example | Alone] = []
     dropped, cut = Counter[str](), Counter[str]()
@@ -144,7 +144,7 @@ def _from_data(run: Run, t: int) -> Preview:
 
 
 def _changes(run: Run, t: int, record: Mapping[str, dict]) -> dict[str, tuple[str, object, object]]:
-    """Settings that changed since the stages ran: key -> stage, value then, value now."""
+    """Finds settings that changed since a stage ran: key -> (stage, old value, new value)."""
     found: dict[str, tuple[str, object, object]] = {}
     for stage in (generate, teach if run.experiment.taught else rank, score):
         if stage.name in record:
@@ -156,7 +156,7 @@ def _changes(run: Run, t: int, record: Mapping[str, dict]) -> dict[str, tuple[st
 
 
 def labels(row: Example | Alone) -> list[str]:
-    """The roles of each response: `chosen`, or `chosen + explore`."""
+    """For each response of a row, its roles in one string, such as `chosen + explore`."""
     return [
         " + ".join(role for role in ROLES if place in row.playing(role) and role in row.roles)
         for place in range(len(row.responses))

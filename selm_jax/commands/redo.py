@@ -1,4 +1,4 @@
-"""`selm redo RUN STAGE -t T`: forgets a stage and all that follows from it, so that they run again.
+"""`selm redo RUN STAGE -t T`: deletes the results of a stage and of all that depend on it.
 
 Only the outputs that the stage's entry in `stage.json` names are deleted. A file that somebody else
 put into a folder of the run stays.
@@ -25,11 +25,11 @@ ORDER = (generate, rank, score, train, export, evaluate)  # of an iteration
 
 
 class RedoError(RuntimeError):
-    """A stage cannot be run again. Nothing was changed; the message says why."""
+    """The results of a stage could not be deleted. Nothing was changed; the message says why."""
 
 
 def redo(run: Path, stage: str, t: int) -> list[str]:
-    """Forgets a stage of iteration t and all that follows from it.
+    """Deletes the results of a stage of iteration t and of all stages that depend on it.
 
     Returns:
       a line for each stage that was forgotten, and for each file that was left.
@@ -62,7 +62,7 @@ def redo(run: Path, stage: str, t: int) -> list[str]:
 def _following(
     stage: str, t: int, entries: Mapping[int, Mapping[str, Any]]
 ) -> Iterator[tuple[int, str]]:
-    """The stage and those that depend on it, as (iteration, name), in reverse order."""
+    """Yields the stage and all that depend on it as (iteration, name), latest first."""
     names = [each.name for each in ORDER]
     for u in sorted(entries, reverse=True):
         for name in reversed(names):
@@ -114,7 +114,7 @@ def _forget(
 
 
 def _delete(path: Path, files: Mapping[str, str] | None) -> list[Path]:
-    """Deletes an output, or a folder's files that the stage wrote. Returns files that remain."""
+    """Deletes an output file, or a stage's files in a folder. Returns files that remain."""
     if not path.is_dir() or path.is_symlink():
         path.unlink(missing_ok=True)
         return []
@@ -132,6 +132,6 @@ def _delete(path: Path, files: Mapping[str, str] | None) -> list[Path]:
 
 
 def _entries(folder: Path) -> dict[str, Any]:
-    """The entries of stage.json, even those that were changed by hand: they may be deleted."""
+    """Reads the stages' entries of stage.json, without checking whether they were edited."""
     file = folder / "stage.json"
     return read_object(file) if file.exists() else {}

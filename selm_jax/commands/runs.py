@@ -1,4 +1,4 @@
-"""Opens the runs that a command line names by an experiment file or by their folder."""
+"""Opens runs that are named on the command line by an experiment file or a run folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from selm_jax.weights.sources import cache_root
 
 
 def settings_of(place: Path, overrides: Sequence[config.Override] = ()) -> Experiment:
-    """The experiment of a YAML file or of a run folder, which replaces its `output`.
+    """Reads the experiment of a YAML file or a run folder; `output` is then that folder.
 
     Raises:
       ConfigError: as `config.load`; or the folder is not a run folder.
@@ -40,7 +40,7 @@ def opened(
     tiny: bool = False,
     processes: bool = False,
 ) -> Run:
-    """The run of an experiment file or a run folder.
+    """Opens the run of an experiment file or run folder, to continue it.
 
     Args:
       tiny: rehearse it with a tiny random model and made-up rows.
@@ -57,7 +57,7 @@ def opened(
 
 
 def looked_at(place: Path, overrides: list[str] | None, *, tiny: bool = False) -> Run:
-    """The run of an experiment file or a run folder, opened to look at it.
+    """Opens the run of an experiment file or run folder for a command that only shows it.
 
     Functions that an experiment file names are imported, as `selm run` does. Those that a run
     folder names are not: the folder may be somebody else's.
@@ -76,14 +76,14 @@ def _rehearsal(experiment: Experiment) -> Experiment:
 
 
 def finished(folder: Path) -> Run:
-    """The run in a folder, wherever the folder is now. None of its code is imported."""
+    """Opens the run in a folder, even a moved one, without importing the user's code."""
     experiment = settings_of(folder)
     set_up_jax()
     return Run(experiment, imports=False)
 
 
 def last_generated(folder: Path) -> int:
-    """The last iteration that has answers. Raises ArtifactError if there is none."""
+    """The last iteration of a run with generated answers. Raises ArtifactError if there is none."""
     done = [
         t
         for t, each in artifacts.iterations(folder).items()
@@ -97,7 +97,7 @@ def last_generated(folder: Path) -> int:
 
 
 def set_up_jax() -> None:
-    """Keeps compiled programs on disk, so that they are compiled once for this run and the next."""
+    """Makes JAX keep compiled programs on disk, so that later runs need not compile them again."""
     jax.config.update("jax_compilation_cache_dir", str(cache_root() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # restarts add them up
     # Of two programs in flight on forced CPU devices, each can hold the threads that the other's

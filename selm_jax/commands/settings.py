@@ -1,4 +1,4 @@
-"""`selm settings [SECTION]`: the reference of all settings, on the terminal."""
+"""`selm settings [SECTION]`: prints what each setting means, and its allowed values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from selm_jax.shell.words import did_you_mean
 
 
 def lines(section: str | None = None, width: int | None = None) -> Iterator[str]:
-    """The reference of one group, one key or all settings, as lines for the terminal.
+    """Yields, for the terminal, lines that describe one group, one key or all settings.
 
     Raises:
       ConfigError: there is no such group or key.

@@ -1,4 +1,4 @@
-"""`selm show RUN`: how far a run is, its last numbers, its disk use and the time left."""
+"""`selm show RUN`: prints a run's progress, last metrics, disk use and remaining time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SHOWN = (
 
 
 def show(run: Path, console: Console) -> None:
-    """Prints what a run folder says about its run.
+    """Prints a run's progress, last metrics, disk use and remaining time.
 
     Raises:
       ConfigError: the folder is not a run folder.
@@ -89,7 +89,7 @@ def _cell(entry: Mapping[str, Any] | None) -> str:
 
 
 def _numbers(line: Mapping[str, Any]) -> str:
-    """A line of a stage's metrics, in words."""
+    """Formats one line of metrics.jsonl in words, such as an update's loss."""
     step = f", update {line['step']}" if "step" in line else ""
     values = [
         f"{name.removeprefix('heldout/')} {line[name]:.4g}"

@@ -1,4 +1,4 @@
-"""`selm run EXPERIMENT --tiny`: the same experiment, small enough for any machine.
+"""`selm run EXPERIMENT --tiny`: makes an experiment small enough for any machine.
 
 The experiment keeps its loss, iterations, portions, learning rates, layout and rules. What needs
 weights, a data set or an accelerator is replaced: the model by a random one of the same family, the
@@ -36,7 +36,7 @@ ROWS, HELDOUT = 64, 8
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A model family: its keys of config.json, special tokens and chat template.
+    """What distinguishes a model family: keys of config.json, special tokens, chat template.
 
     Attributes:
       model: the keys of config.json in which the family differs from the others.
@@ -92,7 +92,7 @@ _SIZES = {
 
 
 def shrink(experiment: Experiment, console: Console) -> Experiment:
-    """Makes the experiment tiny, writes its inputs, and prints each setting that it replaces.
+    """Makes an experiment tiny: writes a small model and data, and prints replaced settings.
 
     Args:
       experiment: its `output: X` becomes `output: X-tiny`, and its inputs are written there.
@@ -204,7 +204,7 @@ _THINGS = ("a river", "a chair", "a song", "a train", "soup", "my coat", "tea", 
 
 
 def _rows(data: Data, split: str, count: int) -> Iterator[dict[str, Any]]:
-    """Made-up rows in the columns that the experiment names, like UltraFeedback-binarized's."""
+    """Yields made-up dataset rows with the columns that the experiment's settings name."""
     first = 0 if split == "train" else ROWS  # none of the held-out prompts is trained on
     for i in range(first, first + count):
         verb, thing = _VERBS[i // len(_THINGS)], _THINGS[i % len(_THINGS)]
@@ -225,7 +225,7 @@ def _rows(data: Data, split: str, count: int) -> Iterator[dict[str, Any]]:
 
 
 def _feedback(feedback: Feedback) -> Feedback:
-    """Settings with the ranker `length` instead of one that needs weights, a server or words.
+    """Replaces a ranker that needs weights, a server or real text by the ranker `length`.
 
     A user's own ranker stays, so that it is rehearsed. It may give all random letters the same
     score, so ties are kept.
@@ -236,7 +236,7 @@ def _feedback(feedback: Feedback) -> Feedback:
 
 
 def _is_here(ranker: str, settings: Mapping[str, Any]) -> bool:
-    """Whether a ranker works offline on the made-up rows; a mixture works if every part does."""
+    """Whether a ranker (of a mixture, every part) works offline on the made-up rows."""
     if ranker in ("pairrm", "reward_model"):
         folder = settings.get("folder" if ranker == "pairrm" else "source", "")
         return (Path(str(folder)) / "config.json").exists()
@@ -256,7 +256,7 @@ def _is_here(ranker: str, settings: Mapping[str, Any]) -> bool:
 
 
 def _rows_of_devices() -> int:
-    """A number of rows: at least 8, and equally many on each device."""
+    """A batch size of at least 8 rows that divides evenly over the devices."""
     devices = jax.device_count()
     return devices * -(-8 // devices)
 

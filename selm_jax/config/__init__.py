@@ -1,4 +1,4 @@
-"""The settings of an experiment, and reading them from a YAML file.
+"""Declares the settings of an experiment, and reads them from a YAML file.
 
     experiment = load(Path("experiments/quickstart.yaml"), ["training.global_batch=16"])
 

@@ -1,4 +1,4 @@
-"""Finds settings of different groups that contradict each other, though each group is valid."""
+"""Finds contradictions between groups of settings that are valid separately."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from selm_jax.shell.user_code import UserCodeError, check_name, is_user_code
 
 
 def inconsistencies(e: Experiment) -> Iterator[str]:
-    """The contradictions between groups of an experiment's settings, each as `key: what`."""
+    """Yields contradictions between groups of an experiment's settings, as `key: problem`."""
     rates = len(e.training.learning_rate)
     if rates not in (1, e.iterations):
         yield (
@@ -53,7 +53,7 @@ def inconsistencies(e: Experiment) -> Iterator[str]:
 
 
 def _bad_names(e: Experiment) -> Iterator[str]:
-    """Badly formed names of the user's own functions, found without importing anything."""
+    """Yields malformed names of the user's own functions, without importing any module."""
     for key, name in user_code_in(e):
         try:
             check_name(name)
@@ -62,7 +62,7 @@ def _bad_names(e: Experiment) -> Iterator[str]:
 
 
 def user_code_in(e: Experiment) -> Iterator[tuple[str, str]]:
-    """The user's own functions that an experiment names, each as (dotted key, name)."""
+    """Yields the user's own functions that an experiment names, as (dotted key, name)."""
     terms = str(e.objective.get("loss")).split("+")
     named: list[tuple[str, Any]] = [("objective.loss", term.strip()) for term in terms]
     named += [("rollout.filter", e.rollout.filter)]

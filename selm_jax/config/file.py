@@ -1,4 +1,4 @@
-"""Reads experiment files: merges each with its base, applies overrides, checks it, writes it.
+"""Reads experiment files: merges a file with its base, applies overrides, checks the settings.
 
 Every error names the file, the line, the key and what was expected.
 """
@@ -25,7 +25,7 @@ Places = dict[tuple[str, ...], str]  # where a key was set: `line 7`, or `overri
 
 
 class ConfigError(ValueError):
-    """An experiment file or an override that is not valid."""
+    """An experiment file, or an override on the command line, is not valid."""
 
 
 def load(file: Path, overrides: Sequence[Override] = ()) -> Experiment:
@@ -46,12 +46,12 @@ def load(file: Path, overrides: Sequence[Override] = ()) -> Experiment:
 
 
 def read(file: Path) -> dict[str, Any]:
-    """The mapping in a YAML file, unchecked. Raises ConfigError if the file has no mapping."""
+    """Reads an unchecked mapping from YAML. Raises ConfigError if the file has no mapping."""
     return read_with_places(file)[0]
 
 
 def read_with_places(file: Path) -> tuple[dict[str, Any], Places]:
-    """The mapping in a YAML file, and the line of each key."""
+    """Reads a YAML file's mapping, and the line number of each key."""
     try:
         tree, lines = plain_yaml.read_file(Path(file))
     except FileNotFoundError as e:
@@ -69,7 +69,7 @@ def read_with_places(file: Path) -> tuple[dict[str, Any], Places]:
 
 
 def _on_its_base(file: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], Places]:
-    """The settings of a file merged over those of its base; `above` are files that extend it."""
+    """Reads a file's settings merged over those of its base; files in `above` extend this one."""
     if file.resolve() in above:
         raise ConfigError(
             f"{above[-1]}: base: {file}, which itself extends this file; name another base"
@@ -88,7 +88,7 @@ def _on_its_base(file: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, An
 
 
 def _merge(tree: dict[str, Any], changes: Mapping[str, Any], path: str = "") -> None:
-    """Merges changes into settings, key by key within groups."""
+    """Merges changes into a tree of settings in place, key by key within groups."""
     for key, value in changes.items():
         inner = f"{path}.{key}" if path else key
         known = tree.get(key)
@@ -104,7 +104,7 @@ _GROUPS = dict(groups(Experiment))
 def parse(
     tree: Mapping[str, Any], where: str = "experiment", places: Places | None = None
 ) -> Experiment:
-    """The experiment that a mapping describes.
+    """Checks a mapping of settings and turns it into an Experiment.
 
     Raises:
       ConfigError: keys are unknown, missing, of the wrong type or out of range (all are listed),
@@ -128,12 +128,12 @@ def refuse_secrets(tree: Any, where: str, places: Places | None = None) -> None:
 
 
 def dump(experiment: Experiment) -> str:
-    """All settings as YAML, including defaults; parsing it gives the same experiment."""
+    """Writes all settings as YAML, with defaults; parsing the YAML gives the same experiment."""
     return plain_yaml.dump(as_dict(experiment))
 
 
 def as_dict(part: Any) -> dict[str, Any]:
-    """An experiment, or a part of one, as plain lists and dictionaries."""
+    """Converts an experiment, or one group of its settings, to plain lists and dictionaries."""
 
     def plain(x):
         if isinstance(x, datetime.date):
@@ -147,7 +147,7 @@ def as_dict(part: Any) -> dict[str, Any]:
 
 
 def listed(where: str, problems: Sequence[str], places: Places | None = None) -> str:
-    """A message that lists a file's problems, each with the line number of its key."""
+    """Formats an error message that lists problems in a file, each with its line number."""
     lines = []
     for problem in problems:
         path = tuple(problem.partition(":")[0].split("."))
@@ -158,12 +158,12 @@ def listed(where: str, problems: Sequence[str], places: Places | None = None) ->
 
 
 def explained(error: ValidationError, root: type) -> list[str]:
-    """Pydantic's errors, each as `key: what was found, what was expected`."""
+    """Rewrites Pydantic's errors, each as `key: what was found, what was expected`."""
     return [line for each in error.errors() for line in _explain(each, root)]
 
 
 def shown(value: Any) -> str:
-    """A value as error messages show it."""
+    """Formats a value for an error message."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     text = repr(value)

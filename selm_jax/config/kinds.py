@@ -1,4 +1,4 @@
-"""The types of settings: choices among names, dates, folders, groups with arbitrary keys.
+"""Defines types for settings: choices among names, dates, folders, dictionaries.
 
 Ranges of numbers are in `shell/ranges.py`. The code that implements a choice has its own table of
 the same names; a test compares those tables with the lists here.
@@ -41,7 +41,7 @@ Preset = Literal["single", "fsdp", "fsdp_tensor"]
 
 
 def agree(rule: Callable[[Any], Iterator[str]]) -> Any:
-    """Decorates a method that checks its group of settings and yields problems as `key: what`."""
+    """Turns a method that yields a group's problems as `key: problem` into a Pydantic validator."""
 
     def check(group: Any) -> Any:
         refuse(list(rule(group)))
@@ -68,7 +68,7 @@ def _day(value: Any) -> datetime.date:
 
 
 def _folder(text: str) -> str:
-    """A checked folder path; `~` becomes the home folder, any other path stays as written."""
+    """Checks a folder path; replaces `~` by the home folder and keeps other paths as written."""
     try:
         path = place(text)
     except PathError as e:
@@ -94,7 +94,7 @@ def _finite(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _infinite(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
-    """All NaN and infinite numbers in nested settings, with their dotted keys."""
+    """Yields all NaN and infinite numbers in nested settings, with their dotted keys."""
     if isinstance(value, Mapping | list):
         for name, each in value.items() if isinstance(value, Mapping) else enumerate(value):
             yield from _infinite(each, f"{key}.{name}" if key else str(name))
@@ -111,7 +111,7 @@ def _named_loss(objective: dict[str, Any]) -> dict[str, Any]:
 
 
 def _command(text: str) -> str:
-    """A checked command line that starts a server with the policy's folder."""
+    """Checks a command that starts a server with the policy's folder in place of {model}."""
     try:
         parts = shlex.split(text)
     except ValueError as e:

@@ -1,4 +1,4 @@
-"""Reads YAML with the core schema of YAML 1.2, without surprises, and records every value's line.
+"""Reads YAML by the core schema of YAML 1.2, and records the line number of every value.
 
 Values that YAML 1.1 would reinterpret stay as written: `042` is 42; `1:30`, `yes`, `no`, `on`,
 `off` and `2024-07-26` are strings; `5e-7` is a number; only `true` and `false` are booleans. A
@@ -43,7 +43,7 @@ class YamlError(ValueError):
 
 
 def scalar(text: str) -> Any:
-    """The value of unquoted text: null, a boolean, a number, or the text itself."""
+    """Interprets an unquoted scalar: null, a boolean, a number, or the text itself."""
     if text in _WORDS:
         return _WORDS[text]
     if len(text) > 400:
@@ -57,7 +57,7 @@ def scalar(text: str) -> Any:
 
 
 def read_file(file: Path) -> tuple[Any, dict[KeyPath, int]]:
-    """The value in a file, and the line of each value in it by its path of keys.
+    """Parses a YAML file; also returns the line number of each value by its path of keys.
 
     Raises:
       OSError: the file cannot be read.
@@ -69,7 +69,7 @@ def read_file(file: Path) -> tuple[Any, dict[KeyPath, int]]:
 
 
 def decoded(data: bytes) -> str:
-    """The text of a file. Raises YamlError unless it is UTF-8."""
+    """Decodes a file's bytes as UTF-8. Raises YamlError unless it is UTF-8."""
     if len(data) > _BYTES:
         raise YamlError(
             f"the text has more than {_BYTES:,} bytes; settings have a few thousand. Check that "
@@ -87,14 +87,14 @@ def decoded(data: bytes) -> str:
 
 
 def read(text: str) -> tuple[Any, dict[KeyPath, int]]:
-    """The value in a text, and the line of each value in it by its path of keys."""
+    """Parses YAML text; also returns the line number of each value by its path of keys."""
     root = _composed(text)
     reader = _Reader()
     return (None if root is None else reader.value(root, ())), reader.lines
 
 
 def read_value(text: str) -> Any:
-    """The value after `key=` on a command line, where comments do not exist."""
+    """Parses the YAML value after `key=` on a command line, where comments are refused."""
     root = _composed(text)
     if root is None or root.tag in (_PLAIN, _MERGE):
         return scalar(text.strip())
@@ -105,12 +105,12 @@ def read_value(text: str) -> Any:
 
 
 def dump(value: Any, **how: Any) -> str:
-    """The value as YAML that this reader and others read in the same way."""
+    """Writes a value as YAML that YAML 1.1 and 1.2 readers understand in the same way."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, **how)
 
 
 class _Loader(yaml.SafeLoader):
-    """Builds nodes; `scalar` later interprets scalars that have no quotes and no tag."""
+    """Builds YAML nodes but does not interpret plain scalars, which `scalar` does later."""
 
     depth = count = 0
 
@@ -134,7 +134,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes every string that this reader or a YAML 1.1 reader would misread."""
+    """Writes YAML, and quotes every string that a YAML 1.1 or 1.2 reader would misread."""
 
     def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002 (yaml passes it)
         return True
@@ -166,7 +166,7 @@ def _composed(text: str) -> yaml.Node | None:
 
 
 class _Reader:
-    """Turns nodes into values and records their lines."""
+    """Converts YAML nodes to Python values and records their line numbers."""
 
     def __init__(self) -> None:
         self.lines: dict[KeyPath, int] = {}

@@ -1,10 +1,10 @@
-"""The reference of all settings: the allowed values of each, its default, and what it does.
+"""Documents all settings: each one's allowed values, its default, and what it does.
 
     for setting in reference("rollout"):
         print(setting.key, setting.values, setting.default, setting.text)
 
-It is generated from the classes in `settings.py`: a field's type hint gives the allowed values, and
-the comment beside it the description. `selm settings` and docs/settings.md show this reference.
+The source is the classes in `settings.py`: a field's type hint gives the allowed values, and the
+comment beside it the description. `selm settings` and docs/settings.md show this reference.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from selm_jax.shell.ranges import Range, ranges_of
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One setting.
+    """The documentation of one setting, as `selm settings` shows it.
 
     Attributes:
       key: its dotted key, such as `training.rows`.
@@ -46,7 +46,7 @@ def sections() -> tuple[str, ...]:
 
 
 def reference(section: str = "") -> Iterator[Setting]:
-    """The settings of one section, in the order in which its class declares them.
+    """Yields the documentation of a section's settings, in the order of their declaration.
 
     Raises:
       KeyError: there is no such section.
@@ -64,7 +64,7 @@ def reference(section: str = "") -> Iterator[Setting]:
 
 
 def numbers_of(function: Callable[..., Any], ranges: Mapping[str, Range]) -> Iterator[Setting]:
-    """The numeric parameters of a loss or a ranker as settings without a description.
+    """Yields the numeric parameters of a loss or ranker function as settings.
 
     Args:
       ranges: the range of each parameter to list.
@@ -77,7 +77,7 @@ def numbers_of(function: Callable[..., Any], ranges: Mapping[str, Range]) -> Ite
 
 
 def as_yaml(value: Any) -> str:
-    """A default as an experiment file writes it."""
+    """Formats a default value as YAML, as in an experiment file."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, float):
@@ -97,7 +97,7 @@ _WORDS = {str: "text", bool: "true or false", dict: "a group", datetime.date: "a
 
 
 def _values(hint: Any, numbers: Range | None) -> str:
-    """The values that a type hint allows, in words."""
+    """Describes in words the values that a type hint allows."""
     inner, leaves = get_args(hint), _leaves(hint)
     choices = [c for each in (hint, *inner) if get_origin(each) is Literal for c in get_args(each)]
     if numbers is not None:
@@ -110,14 +110,14 @@ def _values(hint: Any, numbers: Range | None) -> str:
 
 
 def _leaves(hint: Any) -> list[Any]:
-    """The plain types that a hint consists of, outermost first."""
+    """Lists the plain types inside a nested type hint, outermost first."""
     origin, inner = get_origin(hint), get_args(hint)
     own = [origin] if isinstance(origin, type) else []
     return [*own, *(leaf for each in inner for leaf in _leaves(each))] if inner else [hint]
 
 
 def _comments(group: type) -> dict[str, str]:
-    """The comments of a class by field: after a field, or above it if they start with a capital."""
+    """Reads the comments on a class's fields: after a field, or above it if capitalised."""
     source = "".join(inspect.getsource(each) for each in reversed(group.__mro__[:-1]))
     names = {each.name for each in dataclasses.fields(group)}
     found: dict[str, list[str]] = {}

@@ -1,4 +1,4 @@
-"""Finds keys and passwords in an experiment, which a run would copy into its folder and its models.
+"""Finds API keys and passwords in settings, because a run copies settings into its folder.
 
 An experiment gives the name of an environment variable instead (`key_env`).
 """
@@ -46,7 +46,7 @@ _NAMES = re.compile(
 
 
 def found(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
-    """The paths of settings that look like keys, each with the reason; never the key itself."""
+    """Yields the paths of settings that look like API keys, each with the reason, not the key."""
     if isinstance(tree, Mapping):
         for name, value in tree.items():
             here = (*path, str(name))
@@ -66,7 +66,7 @@ def found(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ..
 
 
 def _is_named(name: str, value: Any) -> bool:
-    """Whether a setting has a name such as `api_key`, and a value that may be a key."""
+    """Whether a setting has a name such as `api_key`, and a value that may be an API key."""
     plain = re.sub("[^a-z0-9]", "", name.lower())
     if not isinstance(value, str) or not _NAMES.fullmatch(plain):
         return False

@@ -376,7 +376,7 @@ class Experiment:
 
     @property
     def taught(self) -> bool:
-        """Whether training uses the data set's answers directly, without generating or ranking.
+        """Whether training uses the data set's answers directly, with no generation or ranking.
 
         `data.chosen` alone gives single answers (loss: sft); with `data.rejected` they are pairs
         (offline DPO).
@@ -390,7 +390,7 @@ class Experiment:
 
 
 def groups(root: type, path: str = "") -> Iterator[tuple[str, type]]:
-    """The groups of settings with their dotted keys, found in type hints; `root` itself is ""."""
+    """Yields (dotted key, class) of each group of settings in a class; `root` has the key ""."""
     yield path, root
     for name, hint in get_type_hints(root).items():
         for each in (hint, *get_args(hint)):  # a required group or an optional one

@@ -1,4 +1,4 @@
-"""Small worlds in which every response can be listed, so that regret is exact.
+"""Tests exploration in small worlds where every response can be listed, so regret is exact.
 
 worlds          prompts, responses, rewards, a reference policy; pytrees made from a key
 exact           values, optima, divergences, regret: sums over all responses

@@ -29,7 +29,9 @@ SCHEDULES = ("constant", "inverse_sqrt", "theory")
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """The source of one candidate and its sampling temperature (0: the most probable response).
+    """Where a round's candidate response comes from: a policy and a sampling temperature.
+
+    Temperature 0 gives the most probable response.
 
     policy: the current policy; reference: the current reference, which may move; start: the first
     reference; uniform: all responses with equal probability.
@@ -48,7 +50,7 @@ POLICY, REFERENCE, START, UNIFORM = map(Slot, SOURCES)
 
 @dataclasses.dataclass(frozen=True)
 class Algorithm:
-    """What an algorithm does in each round; static under jit.
+    """The rules of an algorithm for each round: sampling, feedback and fitting; static under jit.
 
     Attributes:
       name: of the algorithm, for records and errors.
@@ -117,7 +119,7 @@ def replace(algorithm: Algorithm, **changes: Any) -> Algorithm:
 
 
 def zoo(beta: float, alpha: float = 0.0) -> dict[str, Algorithm]:
-    """The algorithms from the literature, by name.
+    """Defines the algorithms from the literature, such as SELM, DPO and XPO, by name.
 
     `alpha` is used only for XPO, whose loss contains it; the others use `Settings.alpha`.
     """
@@ -157,7 +159,7 @@ def zoo(beta: float, alpha: float = 0.0) -> dict[str, Algorithm]:
 
 @flax.struct.dataclass
 class Settings:
-    """The values that may differ between runs of one compiled program.
+    """Numbers, such as alpha, that may differ between the runs of one compiled program.
 
     Attributes:
       alpha: weight of the bonus.
@@ -181,7 +183,7 @@ class Settings:
 
 
 class Length(NamedTuple):
-    """The length of a run (static): it compares `queries` pairs in each of `rounds` rounds."""
+    """The number of rounds of a run, compared pairs per round, and descent steps per round."""
 
     rounds: int = 32
     queries: int = 4

@@ -1,4 +1,4 @@
-"""`selm lab ...`: the laboratory's experiments, from the command line.
+"""The commands of `selm lab`, which run experiments in small worlds.
 
 Each verb prints its findings, and writes all numbers to NAME.json and the figure to NAME.svg,
 NAME.pdf and NAME.png.
@@ -37,7 +37,7 @@ Out = Annotated[
 
 @dataclass(frozen=True)
 class Sampled:
-    """How many worlds to try, and where to write the results."""
+    """Options of `selm lab` commands: the number of worlds, the seed and the output folder."""
 
     seeds: Annotated[
         int, typer.Option(help="Worlds per setting, each with its own noise.", min=2)
@@ -47,7 +47,7 @@ class Sampled:
 
 
 def _lab_verb(name: str, arguments: str = "", files: str = "") -> Callable[[Work], Work]:
-    """Makes a command of `selm lab`, which needs no model and no data."""
+    """Makes a decorator that adds a command to `selm lab`."""
     files = files or f"lab_{name}.json and lab_{name}.svg"
     return verb(
         app, name, needs="nothing, not even an accelerator",
@@ -268,7 +268,7 @@ def decoder(o: OfDecoder) -> None:
 
 
 def _collect(parts: Iterable[list[dict[str, Any]]], name: str) -> list[dict[str, Any]]:
-    """Collects all records, and prints after each part how long it took."""
+    """Collects the records of all parts, and prints the time since the start after each part."""
     records, start = [], time.monotonic()
     for part in parts:
         records += part
@@ -290,12 +290,12 @@ def _difference(r: dict[str, Any]) -> str:
 
 
 def _ends(low: float | None, high: float | None, form: str) -> str:
-    """Formats an interval; there is none for one seed or for seeds with equal values."""
+    """Formats a confidence interval; without one, as for a single seed, says so."""
     return "(no interval)" if low is None else f"[{low:{form}}, {high:{form}}]"
 
 
 def _rounded(value: Any) -> Any:
-    """Rounds floats to six digits, so that printed, plotted and written numbers agree."""
+    """Rounds nested floats to six digits, so that printed, plotted and written numbers agree."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):
@@ -304,7 +304,7 @@ def _rounded(value: Any) -> Any:
 
 
 def _write(records: list[dict[str, Any]], file: Path) -> list[dict[str, Any]]:
-    """Writes one record per line, rounded, and returns what it wrote."""
+    """Rounds records, writes them to a JSON file, and returns the rounded records."""
     records = _rounded(records)
     lines = ",\n".join(json.dumps(r, separators=(",", ":")) for r in records)
     artifacts.write_text(file, f"[\n{lines}\n]\n")

@@ -1,4 +1,4 @@
-"""A world whose policy is a real decoder, trained by the real packed update.
+"""Makes small worlds whose policy is a real decoder, and trains it with the real update.
 
 The vocabulary is a few letters and an end token, and a response is at most a few tokens, so every
 response can be listed, packed as a branch of one prompt tree, and scored in one pass. The policy is
@@ -159,7 +159,7 @@ def packed_gradient(
 
 @functools.cache
 def compiled(decoder: Decoder, objective: Objective):
-    """Returns (update, optimiser, log_policy(params, tree)), compiled once for all seeds."""
+    """Returns the update, the optimiser and the function log_policy(params, tree), compiled."""
     step = optimizer("adamw", b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.0)
     update = make_update(decoder, objective, step, chunk=CHUNK, clip=1.0)
     return update, step, jax.jit(lambda params, tree: log_policy(decoder, params, tree))
@@ -176,7 +176,7 @@ def run(
     rate: float = RATE,
     settings: algorithms.Settings | None = None,
 ) -> list[float]:
-    """Runs Algorithm 2 with a fixed reference; returns the exact regret after each round.
+    """Runs SELM (Algorithm 2, fixed reference); returns the exact regret after each round.
 
     Each round compares `queries` pairs (policy against reference, whose response is also y_ref),
     and makes `updates` steps of Adam on all pairs so far. The objective's beta should be that of
@@ -204,7 +204,7 @@ def run(
 def regret(
     alphas: Sequence[float], seeds: int, seed: int = 0, *, rounds: int = ROUNDS, rate: float = RATE
 ) -> list[stats.Record]:
-    """SELM's cumulative regret with a real decoder, compared with DPO (alpha 0) for each seed.
+    """Compares SELM's cumulative regret with DPO's (alpha 0) for a real decoder, seed by seed.
 
     `still` is the regret of the untrained decoder over the same number of rounds. If a
     regret is not well below it, the decoder has learnt nothing.

@@ -1,4 +1,4 @@
-"""Exact quantities of a world: sums over all prompts and responses.
+"""Computes a world's exact means, KL, optimum and regret, as sums over all responses.
 
 Policies are tables of log-probabilities. nu is the distribution of prompts, r the true reward.
 Equations are those of the SELM paper, arXiv 2405.19332.
@@ -13,7 +13,7 @@ from selm_jax.lab.worlds import Scalar, Table, World
 
 
 def mean(world: World, log_policy: Table, of: Table) -> Scalar:
-    """The mean of a table over prompts and responses of the policy, E_{x~nu, y~pi}[of(x, y)]."""
+    """The mean of a table under the policy: E_{x~nu, y~pi}[of(x, y)]."""
     return jnp.sum(world.prompts[:, None] * jnp.exp(log_policy) * of)
 
 

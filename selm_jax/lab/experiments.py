@@ -1,4 +1,4 @@
-"""The experiments of `selm lab`; each makes many runs with `many.run_many`."""
+"""Defines the experiments of `selm lab`, which make many runs with `many.run_many`."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def optimism_map(
     coverages: Sequence[float] = MAP_COVERAGES,
     dimensions: Sequence[int | None] = MAP_DIMENSIONS,
 ) -> Iterator[list[Record]]:
-    """Compares the cumulative regret of Algorithm 2 (fixed reference) with that of DPO.
+    """Compares SELM's cumulative regret (Algorithm 2, fixed reference) with that of DPO.
 
     Yields the records of one dimension at a time. `against` is "online", the same algorithm at
     alpha 0, or "passive", DPO on pairs of the reference; queries and seeds are the same. A negative
@@ -148,7 +148,7 @@ Condition = tuple[str, WorldShape, Algorithm, Length, Cell]
 
 
 def conditions() -> list[Condition]:
-    """Lists a base case and its variants, each of which changes one thing."""
+    """Lists the conditions of experiments: a base case, and variants with one change each."""
     shape = WorldShape(prompts=16, responses=16, dimension=16)
     length = Length(rounds=32, queries=2)
     base = replace(zoo(shape.beta)["selm_fixed"], name="base", convention="alpha_beta")
@@ -234,7 +234,7 @@ WHY_ALPHAS = (0.03, 0.1, 0.3)
 
 
 def why(seeds: int, seed: int = 0) -> Iterator[list[Record]]:
-    """Separates the term's effect on the data from its effect on the fit.
+    """Separates the bonus's effect on the collected data from its effect on the fit.
 
     This is done for the conditions in `WHY`.
 
@@ -311,7 +311,7 @@ def theorem(
     betas: Sequence[float] = (0.1, 0.3, 1.0),
     horizons: Sequence[int] = (32, 128),
 ) -> Iterator[list[Record]]:
-    """Computes the theorem's constants in random worlds, and the regret with the theorem's alpha.
+    """Computes Theorem 5.3's constants in random worlds, and SELM's regret with its alpha.
 
     There is one pair per round, as in Algorithm 2. Constants are medians over the seeds. The
     theorem's rewards are those on which the feedback depends, r / temperature, so `bound` (without

@@ -1,4 +1,4 @@
-"""Runs every cell of a grid with the same seeds, in one compiled program.
+"""Runs many settings of an algorithm with the same seeds, in one compiled program.
 
 Cells differ only in their settings, so they can be compared for each seed, which removes most of
 the noise.
@@ -35,7 +35,7 @@ def run_many(
     seeds: int,
     seed: int = 0,
 ) -> Trace:
-    """Runs every cell with seeds 0, 1, ...; returns a `Trace` of arrays [cells, seeds, rounds].
+    """Runs every cell (settings) with all seeds; returns a Trace of [cells, seeds, rounds].
 
     The learner knows the feedback's temperature unless a cell sets `assumed`. A seed determines the
     world and all noise of the run. Equal arguments give bit-identical results.
@@ -74,5 +74,5 @@ def _compiled(shape: WorldShape, algorithm: Algorithm, length: Length, seeds: in
 
 
 def keys(key, which):
-    """Makes two random keys from a seed: one for its world, one for the noise of its runs."""
+    """Makes a seed's two random keys: one for its world, one for the noise of its runs."""
     return jax.random.split(jax.random.fold_in(key, which))

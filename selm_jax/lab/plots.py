@@ -1,4 +1,4 @@
-"""Draws the laboratory's figures as SVG, PDF and PNG, with a note on how to reproduce them.
+"""Draws the figures of `selm lab` as SVG, PDF and PNG, with the command that made them.
 
 The last lines of every figure give the command, the seeds and the function that made its numbers.
 Equal records give equal bytes.
@@ -121,7 +121,7 @@ def heat_maps(records: Sequence[Record], file: Path, made_by: str) -> None:
 def table(
     records: Sequence[Record], x: str, y: str, file: Path, made_by: str, against: str
 ) -> None:
-    """Draws one heat map, whose cells are those of `heat_maps`.
+    """Draws one heat map of differences in regret, with cells like those of `heat_maps`.
 
     Args:
       x, y: the fields of the records on the two axes.

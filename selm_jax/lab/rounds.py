@@ -25,7 +25,7 @@ from selm_jax.objectives.losses import Logps, Objective
 
 
 class Trace(NamedTuple):
-    """The metrics of a run, one number per round, about the policy after the round."""
+    """The metrics of a run: for each round, one number each about the policy after it."""
 
     regret: Float[Array, " rounds"]
     reward: Float[Array, " rounds"]  # E_pi[r]
@@ -36,7 +36,10 @@ class Trace(NamedTuple):
 
 
 class Examples(NamedTuple):
-    """Pairs as indices; `weight` is a count for sampled data and a probability for exact data."""
+    """Preference pairs, as indices of prompts and responses, with weights.
+
+    `weight` is a count for sampled data and a probability for exact data.
+    """
 
     prompt: Int[Array, " examples"]
     chosen: Int[Array, " examples"]
@@ -61,7 +64,7 @@ def logps(
 def mean_loss(
     objective: Objective, log_policy: Table, log_reference: Table, data: Examples
 ) -> Scalar:
-    """The mean loss of an objective over the data."""
+    """Computes the mean loss of an objective over weighted examples."""
     seen = logps(
         log_policy, log_reference, data.prompt,
         chosen=data.chosen, rejected=data.rejected, explore=data.explore,
@@ -73,7 +76,7 @@ def mean_loss(
 def expected_bonus(
     objective: Objective, world: World, explorer: Table, log_policy: Table, log_reference: Table
 ) -> Scalar:
-    """Computes E_{x~nu, y_ref~explorer}[loss(y_ref)] exactly; explorer is a table of log pi."""
+    """Computes the expected bonus E_{x~nu, y_ref~explorer}[loss(y_ref)] exactly."""
     prompts, responses = jnp.indices(log_policy.shape).reshape(2, -1)
     losses, _ = objective(logps(log_policy, log_reference, prompts, explore=responses))
     return exact.mean(world, explorer, losses.reshape(log_policy.shape))
@@ -88,7 +91,7 @@ def sample(
     queries: int,
     explore: int,
 ) -> Examples:
-    """Samples prompts, a candidate from each slot, and noisy feedback on the candidates.
+    """Samples prompts, one candidate per table of log-probabilities, and noisy preferences.
 
     Scores are r / temperature plus Gumbel noise, so their order follows the Plackett-Luce model; of
     two candidates the first wins with probability sigmoid((r1 - r2) / temperature), as in the
@@ -115,7 +118,7 @@ def sample(
 def every_pair(
     world: World, first: Table, second: Table, settings: Settings
 ) -> Float[Array, "prompts chosen rejected"]:
-    """The probability with which `sample` draws each labelled pair from two slots."""
+    """The probability that `sample` draws each labelled pair, for candidates from two policies."""
     gap = world.reward[:, :, None] - world.reward[:, None, :]
     warm = jax.nn.sigmoid(gap / jnp.maximum(settings.temperature, 1e-12))
     wins = jnp.where(settings.temperature > 0, warm, 0.5 + 0.5 * jnp.sign(gap))
@@ -125,13 +128,13 @@ def every_pair(
 
 
 def as_examples(pairs: Float[Array, "prompts chosen rejected"]) -> Examples:
-    """Turns every cell of the table into a weighted example, with a meaningless y_ref."""
+    """Turns a table of pair probabilities into weighted examples, with an arbitrary y_ref."""
     index = jnp.indices(pairs.shape).reshape(3, -1)
     return Examples(index[0], index[1], index[2], index[2], pairs.reshape(-1))
 
 
 def weight(algorithm: Algorithm, world: World, settings: Settings, t: Scalar, rounds: int) -> Any:
-    """The weight of the bonus in round t = 1, 2, ...
+    """The weight of the exploration bonus in the loss of round t = 1, 2, ...
 
     With either convention it applies to log-probabilities divided by the temperature, as in `loss`.
     """
@@ -152,7 +155,7 @@ def loss(
     data: Examples,
     bonus_weight: Any,
 ) -> Scalar:
-    """The loss that is minimised in a round."""
+    """The loss that a round's fit minimises: the objective plus the weighted bonus."""
     log_policy = world.log_policy(theta)
     if algorithm.fit is None:  # the oracle; the factor makes its curvature that of DPO's loss
         scale = (world.beta / settings.assumed) ** 2
@@ -172,7 +175,7 @@ Descent = Callable[[Any, Table, Examples, Any], Any]  # theta, log reference, da
 
 
 def descent(algorithm: Algorithm, world: World, settings: Settings, steps: int) -> Descent:
-    """Makes a function that fits theta to a round's data within the policy class's bound."""
+    """Makes a function that fits theta to data by gradient descent, with a bound on its norm."""
     adam = algorithm.optimizer == "adam"
     optimizer = optax.scale_by_adam() if adam else optax.trace(0.9, nesterov=True)
     rate = settings.rate * (1.0 if adam else (settings.assumed / world.beta) ** 2)
@@ -197,7 +200,7 @@ def descent(algorithm: Algorithm, world: World, settings: Settings, steps: int) 
 
 
 def no_data(algorithm: Algorithm, world: World, length: Length) -> Any:
-    """The data before the first round: a table of zeros, or examples with weight 0."""
+    """Makes the empty data before the first round: zeros, or examples with weight 0."""
     if algorithm.exact_data:
         return jnp.zeros((*world.log_reference.shape, world.log_reference.shape[-1]))
     places = length.queries * (length.rounds if algorithm.kept else 1)
@@ -215,7 +218,7 @@ def ask(
     tables: Mapping[str, Table],
     kept: Any,
 ) -> tuple[Examples, Any, Scalar]:
-    """Collects one round of feedback.
+    """Collects one round of pairs with feedback, and adds them to the data kept so far.
 
     Args:
       t: the round, from 0.
@@ -250,7 +253,7 @@ def run(
     settings: Settings,
     length: Length,
 ) -> Trace:
-    """Runs an algorithm from theta = 0. Equal keys give equal noise, whatever the bonus weight."""
+    """Runs one algorithm on a world. Equal keys give equal noise, whatever the bonus weight."""
     fit = descent(algorithm, world, settings, length.steps)
     uniform = jnp.full_like(world.log_reference, -jnp.log(world.log_reference.shape[-1]))
 

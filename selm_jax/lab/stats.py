@@ -1,4 +1,4 @@
-"""Statistics over seeds: means with intervals, slopes, comparisons and corrected p-values."""
+"""Computes statistics over seeds: means with intervals, slopes, corrected p-values."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def over_seeds(
 
 
 def curve(values: Float[np.ndarray, "points seeds"]) -> Record:
-    """Means over seeds, with the ends of their confidence intervals over seeds."""
+    """The mean over seeds at each point of a curve, with confidence intervals."""
     found = [over_seeds(each) for each in values]
     return {name: [getattr(e, name) for e in found] for name in ("mean", "low", "high")}
 

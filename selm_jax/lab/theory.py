@@ -1,4 +1,4 @@
-"""The constants of Theorem 5.3 (SELM, arXiv 2405.19332), and the alpha that follows from them.
+"""Computes the constants of Theorem 5.3 of SELM (arXiv 2405.19332), such as alpha.
 
 The theorem is about Algorithm 2 over T rounds, a policy class of finite size |Pi| in which
 |log pi / pi_ref| <= R_max, and its preference complexity d. The weight of the term is alpha (not
@@ -17,7 +17,7 @@ from selm_jax.lab.worlds import Scalar, World
 
 
 class Constants(NamedTuple):
-    """The theorem's constants, and its bound on cumulative regret up to the unknown constant."""
+    """The constants of Theorem 5.3, and its bound on cumulative regret up to an unknown factor."""
 
     r_max: Scalar
     log_size: Scalar  # log(|Pi| / delta)
@@ -29,7 +29,7 @@ class Constants(NamedTuple):
 def constants(
     r_max: float | Scalar, d: float, rounds: float, log_size: float | Scalar
 ) -> Constants:
-    """Computes the theorem's constants.
+    """Computes the constants of Theorem 5.3 (eta and alpha) and its bound.
 
     eta = sqrt(T d / (exp(4 R_max) log(|Pi|/delta))), alpha = 2 / (eta exp(4 R_max)).
 
@@ -43,7 +43,7 @@ def constants(
 
 
 def of_world(world: World, rounds: int, delta: float = 0.05) -> Constants:
-    """Computes the theorem's constants for a world, with the smallest possible R_max.
+    """Computes the constants of Theorem 5.3 for a world, with the smallest valid R_max.
 
     A log-linear class is infinite, so |Pi| is the size of a cover of its parameters with resolution
     1/T: (1 + 2 R_max T)^d.

@@ -1,4 +1,4 @@
-"""Worlds: a distribution of prompts, a reference policy and a true reward over listed responses.
+"""Makes worlds: prompts with a few listed responses, a reference policy and a true reward.
 
 The policy class of a world is log-linear around its reference,
 
@@ -27,7 +27,7 @@ LANDSCAPES = ("two_peaks", "needle", "smooth", "random")
 
 @flax.struct.dataclass
 class World:
-    """A world: its prompts, reference policy, true reward and policy class.
+    """A small bandit problem: prompts, a reference policy, the true reward and a policy class.
 
     If `features` is None, the policy class is tabular.
     """
@@ -53,7 +53,7 @@ class World:
 
 @dataclasses.dataclass(frozen=True)
 class WorldShape:
-    """The sizes of a world; static, so that each shape needs one compilation.
+    """The sizes of a world, static under jit: each shape needs one compilation.
 
     Attributes:
       prompts, responses: how many there are.
@@ -77,7 +77,7 @@ def make_world(
     landscape: int | Int[Array, ""] | str = "two_peaks",
     coverage: float | Scalar = 0.05,
 ) -> World:
-    """Makes a random world of this shape.
+    """Makes a random world of the given shape and reward landscape.
 
     Each prompt's responses are on a ring, and the reference is centred at a random place of it. The
     good responses are the sixteenth with the highest reward; `coverage` is the total probability
@@ -115,8 +115,9 @@ def make_world(
 def landscapes(
     key: Key[Array, ""], at: Float[Array, " responses"], centre: Float[Array, "prompts 1"]
 ) -> Float[Array, "landscapes prompts responses"]:
-    """Rewards in [0, 1] on the ring, in the order of `LANDSCAPES`; the reference is at `centre`.
+    """Rewards in [0, 1] of responses on a ring, one table per name in `LANDSCAPES`.
 
+    The reference is at `centre`.
     two_peaks: a broad peak of 0.6 under the reference, a narrow one of 1 on the other side;
     needle: 1 on the other side, 0 elsewhere; smooth: three random waves; random: independent.
     """
@@ -137,7 +138,7 @@ def _to_unit(height: Table) -> Table:
 
 
 def _nearest(at: Array, target: Array) -> Array:
-    """Shifts the ring by less than one step, so that a response is exactly at the target."""
+    """Shifts the responses' positions so that the response nearest the target is exactly there."""
     gap = (at - target + 0.5) % 1 - 0.5
     closest = jnp.argmin(jnp.abs(gap), axis=-1, keepdims=True)
     return at - jnp.take_along_axis(gap, closest, axis=-1)
@@ -149,7 +150,7 @@ def _bump(at: Array, centre: Array, width: float) -> Array:
 
 
 def _noise(key: Key[Array, ""], shape: tuple[int, ...]) -> Array:
-    """Uniform random numbers of unit variance.
+    """Draws uniform random numbers of unit variance.
 
     With normal numbers, or with an array that is not drawn flat, compiling this would take XLA
     longer than compiling the rest of a run.
@@ -159,7 +160,7 @@ def _noise(key: Key[Array, ""], shape: tuple[int, ...]) -> Array:
 
 
 def _features(key, reward, shape: WorldShape):
-    """Makes random features that span the reward, and theta_star, whose policy is the optimum.
+    """Makes random features that span the reward, and theta_star, the optimal policy's parameters.
 
     One column is the reward and the others are noise, all of unit variance. All are then reflected
     in a random plane, so that no coordinate is special. |features(x, y)| is about 1, as in a

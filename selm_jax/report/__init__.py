@@ -1,4 +1,4 @@
-"""The report: one self-contained HTML page about one run, or about several side by side.
+"""Writes reports: a self-contained HTML page about one run, or about several side by side.
 
 `data.py` reads a run folder into plain values, `texts.py` measures the texts of the answers,
 `summary.py` describes numbers and findings in words, `plots.py` draws single plots, `curves.py` and

@@ -1,4 +1,4 @@
-"""The result of a comparison in one sentence: which runs or methods differ from the first one."""
+"""Writes a comparison's result in words: which runs or methods differ from the first one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LEVEL = 0.05
 
 @dataclass(frozen=True)
 class Compared:
-    """One comparison with the baseline.
+    """The comparison of one run or method with the baseline.
 
     Attributes:
       name: the name of the run or method.
@@ -41,7 +41,7 @@ class Compared:
 
 
 def of_runs(runs: Sequence[RunData], labels: Sequence[str]) -> str:
-    """The result of a page that compares several runs with the first one."""
+    """Writes in words which of several runs differ from the first one in held-out reward."""
     if (rankers := len(rankers_of(runs))) > 1:
         return (
             f"The runs were scored by {rankers} different rankers, so their rewards cannot be "
@@ -52,7 +52,7 @@ def of_runs(runs: Sequence[RunData], labels: Sequence[str]) -> str:
 
 
 def with_holm(found: Sequence[tuple[str, Estimate | None]]) -> list[Compared]:
-    """The comparisons that have an estimate, with p values corrected as one family of tests."""
+    """Drops comparisons without an estimate, and applies Holm's correction to all p values."""
     made = [(name, each) for name, each in found if each is not None]
     p = {i: each.p for i, (_, each) in enumerate(made) if each.p is not None}
     adjusted = dict(zip(p, holm(np.array(list(p.values()), float)).tolist(), strict=True))
@@ -60,7 +60,7 @@ def with_holm(found: Sequence[tuple[str, Estimate | None]]) -> list[Compared]:
 
 
 def sentence(baseline: str, compared: Sequence[Compared], seeds: int) -> str:
-    """The results of the comparisons with a baseline, in sentences.
+    """Writes the results of comparisons with a baseline in sentences.
 
     For example: "Neither selm nor mine differs from dpo at 2 seeds (selm −0.02, 95 % interval −0.1
     to 0.06, p 1; ...)." A difference counts if p is below 0.05 after Holm's correction.

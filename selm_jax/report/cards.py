@@ -1,4 +1,4 @@
-"""The texts on a page: held-out answers side by side, and the training pairs."""
+"""Collects the texts that a report shows: held-out answers side by side, and training pairs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _OF_EACH_REASON = 5  # number of dropped prompts to show for each reason, if the
 def answer_cards(
     runs: Sequence[RunData], labels: Sequence[str]
 ) -> tuple[list[dict[str, Any]], int]:
-    """One card for each held-out prompt with its answers in rows (`_rows_of_answers`).
+    """Makes a card, a box on the page, for each held-out prompt with its answers.
 
     A prompt is identified by its id and its text, so runs that use one id for different texts get
     different cards.
@@ -51,7 +51,7 @@ def answer_cards(
 def _rows_of_answers(
     runs: Sequence[RunData], labels: Sequence[str], answers: Sequence[tuple[int, Answer]]
 ) -> Iterator[dict[str, Any]]:
-    """Rows of answers to show side by side.
+    """Yields rows of answers to one prompt, which the page shows side by side.
 
     For one run, a row contains all iterations. For several runs, a row contains the runs' answers
     after the same iteration, and the last iteration comes first.
@@ -87,14 +87,14 @@ def _answer_view(run: RunData, answer: Answer, group: Sequence[Answer]) -> dict[
 
 
 def _gain(greedy: Sequence[Answer]) -> float:
-    """The last greedy answer's score minus the start model's; 0 if either is missing."""
+    """The score of the last greedy answer minus the start model's; 0 if either is missing."""
     scores = {a.iteration: a.score for a in greedy if math.isfinite(a.score)}
     return scores[max(scores)] - scores[0] if 0 in scores else 0.0
 
 
 @dataclass(frozen=True)
 class PairCard:
-    """One training prompt with its candidates, best first, and its outcome.
+    """One training prompt with its candidates, best first, and whether they gave a pair.
 
     Attributes:
       outcome: "kept", or the reason why there is no pair for the prompt, in words.
@@ -113,7 +113,7 @@ class PairCard:
 
 @dataclass(frozen=True)
 class Pairs:
-    """The training pairs of all runs; `left_out` counts those beyond `MAX_PAIRS`."""
+    """The training prompts of all runs as cards; `left_out` counts those beyond `MAX_PAIRS`."""
 
     cards: tuple[PairCard, ...]
     left_out: int
@@ -134,7 +134,7 @@ class Pairs:
 
 
 def pairs(runs: Sequence[RunData], labels: Sequence[str]) -> Pairs:
-    """The training prompts in every iteration's ranked.parquet, up to the limit of a page.
+    """Reads training prompts from every iteration's ranked.parquet, up to a limit per page.
 
     Each iteration gets the same share of the page: its first prompts, and some for every reason
     why prompts were dropped.
@@ -159,7 +159,7 @@ def pairs(runs: Sequence[RunData], labels: Sequence[str]) -> Pairs:
 
 
 def _some(cards: Sequence[PairCard], room: int) -> list[PairCard]:
-    """The first cards and a few of each outcome, in their original order."""
+    """Selects the first `room` cards and a few of each outcome, in their original order."""
     first = set(range(min(room, len(cards))))
     for outcome in {card.outcome for card in cards}:
         first |= set(

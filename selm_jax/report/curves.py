@@ -1,4 +1,4 @@
-"""Plots of what a run logs at every update: losses, implicit rewards, throughput."""
+"""Plots the metrics that a run logs at every update: losses, implicit rewards, throughput."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _UPDATES = "update, counted through the whole run"
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot with its title and a text on how to read it.
+    """A plot with a title and an explanation for the reader.
 
     `drawing` is None if no run has data to draw yet; the page then says so.
     """
@@ -57,7 +57,7 @@ _KINDS_ELSEWHERE = ("rewards/", "time/", "tokens", "padded")
 
 
 def loss_plots(runs: Sequence[RunData], labels: Sequence[str]) -> list[Plot]:
-    """The plots that every objective has: loss, log-probabilities, gradient norm, learning rate."""
+    """Plots what every objective logs: loss, log-probabilities, gradient norm, learning rate."""
     logps = (
         "Sum over the answer, nats. A steady fall while the margin grows means that both answers "
         "lose probability."
@@ -73,7 +73,7 @@ def loss_plots(runs: Sequence[RunData], labels: Sequence[str]) -> list[Plot]:
 
 
 def own_plots(runs: Sequence[RunData], labels: Sequence[str]) -> list[Plot]:
-    """Plots of the terms of the loss, and of every other metric that an objective has logged."""
+    """Plots the terms of the loss, and every other metric that an objective has logged."""
     found = dict.fromkeys(
         key for run in runs for update in run.updates for key in update.metrics if _is_own(key)
     )
@@ -133,13 +133,13 @@ def implicit_reward_plots(runs: Sequence[RunData], labels: Sequence[str]) -> lis
 
 
 def _explore(runs: Sequence[RunData]) -> str:
-    """The metric of the explored answer's reward: `optimism/reward` in runs of earlier versions."""
+    """The metric name of the explored answer's reward; early versions used `optimism/reward`."""
     measured = any("rewards/explore" in run.updates[-1].metrics for run in runs if run.updates)
     return "rewards/explore" if measured else "optimism/reward"
 
 
 def _present(plots: Sequence[Plot], runs: Sequence[RunData]) -> list[Plot]:
-    """The plots that have data to draw; all plots if no run has trained yet."""
+    """Drops plots without data, or keeps all plots if no run has trained yet."""
     trained = any(run.updates for run in runs)
     return [plot for plot in plots if plot.drawing is not None or not trained]
 
@@ -194,7 +194,7 @@ def _draw_updates(
 
 
 def _curve(updates: Sequence[Update], metric: str, style: Style, label: str) -> list[Series]:
-    """One metric over updates, with gaps between iterations, where the reference changes."""
+    """A metric's line over updates, with gaps between iterations, where the reference changes."""
     x: list[float] = []
     raw: list[float] = []
     mean: list[float] = []
@@ -232,7 +232,7 @@ def running_mean(values: Sequence[float], width: int) -> list[float]:
 
 
 def values_in_words(series: Sequence[Series], ends: bool = False) -> str:
-    """The values in words, for readers who cannot see the plot."""
+    """Describes the plotted values in words, for readers who cannot see the plot."""
     texts = []
     for place, one in enumerate(series, 1):
         points = [(x, y) for x, y in zip(one.x, one.y, strict=True) if math.isfinite(y)]

@@ -1,4 +1,4 @@
-"""Reads a run folder into plain data: everything that a report shows, and what is still missing.
+"""Reads a run folder into dataclasses: everything that a report shows, and what is missing.
 
 This module only reads and checks. A run may be unfinished; `RunData.unfinished` lists what its
 stages have not written yet. If a file that a finished stage wrote is missing or unreadable, that is
@@ -50,7 +50,7 @@ class Answer(heldout.Row):
 
 @dataclass(frozen=True)
 class Stage:
-    """The record of one finished stage.
+    """The record of one finished stage of an iteration, such as `train`.
 
     `seconds` is None if it recorded no time. `outputs` maps each file that it wrote to its digest.
     `logged` is the digest of its lines in metrics.jsonl, or None.
@@ -73,7 +73,7 @@ class Stage:
 
     @property
     def explored(self) -> dict[str, float]:
-        """The number of pairs by the explored answer's place: best, middle, worst or tied."""
+        """The number of pairs by the explored answer's rank: best, middle, worst or tied."""
         return {place: self.counts.get(f"explore/{place}", 0) for place in PLACES}
 
 
@@ -89,7 +89,7 @@ class Update:
 
 @dataclass(frozen=True)
 class RunData:
-    """One run, in which iteration 0 is the start model.
+    """The data of one run, read from its folder; iteration 0 is the start model.
 
     `planned` is the number of iterations in the settings, or None if they do not give one.
     `evaluates` is False if the settings name no held-out prompts.
@@ -178,7 +178,7 @@ def report_data(run: Path) -> RunData:
 
 
 def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Nested settings as (dotted key, text) pairs; a list of plain values stays one value."""
+    """Yields nested settings as (dotted key, text); a list of plain values stays one value."""
     if isinstance(value, Mapping) and value:
         for key, inner in value.items():
             yield from flatten(inner, f"{prefix}.{key}" if prefix else str(key))
@@ -223,7 +223,7 @@ def _planned(config: Mapping[str, Any]) -> int | None:
 
 
 def _evaluates(config: Mapping[str, Any]) -> bool:
-    """Whether the run evaluates: False if the settings have `data.heldout: null`."""
+    """Whether the settings ask for evaluation: False for `data.heldout: null`."""
     data = config.get("data")
     return not (isinstance(data, dict) and "heldout" in data and data["heldout"] is None)
 
@@ -256,7 +256,7 @@ def _stages(folder: Path) -> dict[str, Stage]:
 
 
 def _answers(iteration: int, folder: Path, by: Stage | None) -> tuple[Answer, ...]:
-    """The table of held-out answers that the finished stage `by` wrote."""
+    """Reads the table of held-out answers, which the finished stage `by` wrote."""
     path = folder / "heldout.parquet"
     if not path.is_file():
         if by is not None:
@@ -279,7 +279,7 @@ def _answers(iteration: int, folder: Path, by: Stage | None) -> tuple[Answer, ..
 def _metrics(
     path: Path, notes: list[str]
 ) -> tuple[dict[int, dict[str, float]], tuple[Update, ...]]:
-    """Evaluations by iteration, and updates in order.
+    """Reads metrics.jsonl: evaluation metrics by iteration, and optimizer updates in order.
 
     If a line is repeated, the last one counts: a run that was killed and resumed logs some of its
     updates twice.
@@ -325,7 +325,7 @@ def _metrics(
 
 
 def _check_log(path: Path, stages: Mapping[int, Mapping[str, Stage]]) -> None:
-    """Raises ReportError if the lines of a finished stage have changed since it wrote them."""
+    """Raises ReportError if a finished stage's lines of metrics.jsonl were changed later."""
     lines: dict[tuple[Any, Any], list[Any]] = {}
     for _, line in _metric_lines(path, []):
         lines.setdefault((line.get("iteration"), line.get("stage")), []).append(line)

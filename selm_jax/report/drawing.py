@@ -33,7 +33,10 @@ _RC = {
 
 @dataclass(frozen=True)
 class PaperFigure:
-    """A figure and its data. `name` is its files' name; `drawings` has their bytes by suffix."""
+    """A drawn figure and its data.
+
+    `name` is the name of its files; `drawings` has their bytes by suffix.
+    """
 
     name: str
     rows: Rows

@@ -1,4 +1,4 @@
-"""Turns a figure into an SVG for the page, a PDF for a paper, and its data as CSV.
+"""Turns a Matplotlib figure into an SVG for the page, a PDF for a paper, and a CSV of its data.
 
 Matplotlib draws with placeholder colours that represent roles. In the SVG, each becomes a CSS
 variable, so that one drawing works on light and dark pages; in the PDF, it becomes the colour of
@@ -57,7 +57,7 @@ class Drawing:
 def drawn(
     figure: Figure, key: str, alt: str, rows: Sequence[Mapping[str, object]], title: str = ""
 ) -> Drawing:
-    """The drawing of a figure; `key` makes its ids unique on a page, `alt` describes it."""
+    """Draws a figure as SVG and PDF; `key` makes SVG ids unique, `alt` describes the figure."""
     thin = rows[:: -(-len(rows) // LONGEST) or 1]
     columns = list(dict.fromkeys(name for row in thin for name in row))
     data = csv_text(columns, [[row.get(name) for name in columns] for row in thin])
@@ -65,7 +65,7 @@ def drawn(
 
 
 def _paper(figure: Figure, title: str) -> bytes:
-    """The figure as a PDF. This modifies the figure, so call it last."""
+    """Draws the figure as a PDF. This modifies the figure, so call the function last."""
     (axes,) = figure.axes
     handles, labels = axes.get_legend_handles_labels()
     named = {name: handle for handle, name in zip(handles, labels, strict=True) if name}
@@ -99,7 +99,7 @@ def _in_light_colours(artist: Artist) -> None:
 
 
 def _light(colour: Any) -> Any:
-    """The light page's colour for a placeholder colour; any other colour unchanged."""
+    """Replaces a placeholder colour by the light page's; returns other colours unchanged."""
     if isinstance(colour, str) and colour == "none":
         return colour
     rgba = matplotlib.colors.to_rgba(colour)
@@ -109,7 +109,7 @@ def _light(colour: Any) -> Any:
 
 
 def _inline(figure: Figure, key: str, alt: str) -> Markup:
-    """The figure as an inline `<svg>` element, without a prolog and with unique ids."""
+    """Draws the figure as an inline `<svg>` element, without an XML prolog and with unique ids."""
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
@@ -133,6 +133,6 @@ def _inline(figure: Figure, key: str, alt: str) -> Markup:
 
 
 def _short_numbers(match: re.Match[str]) -> str:
-    """Cuts coordinates to hundredths of a point, a precision that no screen shows."""
+    """Cuts SVG coordinates to hundredths of a point, which is finer than any screen."""
     text = re.sub(r"(\.\d\d)\d+", r"\1", match[0])
     return re.sub(r"\s*\n\s*", " ", text)

@@ -1,4 +1,4 @@
-"""A page's tables and plots as files for a paper (CSV, LaTeX), each inside a download link.
+"""Offers a page's tables and plots as files (CSV, LaTeX, PDF) inside download links.
 
 A page is one file, so each link contains its file, encoded as base64.
 """
@@ -28,7 +28,7 @@ _LATEX = {
 
 @dataclass(frozen=True)
 class Table:
-    """A table as data. None is an empty cell; numbers stay numbers."""
+    """A named table of columns and rows. None is an empty cell; numbers stay numbers."""
 
     name: str
     columns: Sequence[str]
@@ -36,7 +36,7 @@ class Table:
 
     @property
     def links(self) -> Markup:
-        """Links to the table as CSV and as LaTeX."""
+        """Download links to the table as CSV and as LaTeX."""
         tables = {"csv": csv_text, "tex": latex_text}
         return Markup(" ").join(
             link(self.name, kind, make(self.columns, self.rows).encode("utf-8", "replace"))
@@ -45,7 +45,7 @@ class Table:
 
 
 def csv_text(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
-    """Comma-separated values with a header line.
+    """Formats rows as comma-separated values with a header line.
 
     Text that a spreadsheet would run as a formula gets an apostrophe in front of it.
     """
@@ -63,12 +63,12 @@ def _plain(cell: Cell) -> str:
 
 
 def no_formula(text: str) -> str:
-    """The text, with an apostrophe in front if a spreadsheet would run it as a formula."""
+    """Puts an apostrophe before a text that a spreadsheet would run as a formula."""
     return f"'{text}" if re.match(r"\s*[=+\-@\t\r]", text) else text
 
 
 def _number(cell: Cell) -> str | None:
-    """The cell's number with six digits; "" if it is missing, None if the cell is text."""
+    """Formats a cell's number with six digits; "" for a missing number, None for text."""
     if cell is None or (isinstance(cell, float) and not math.isfinite(cell)):
         return ""
     if isinstance(cell, bool) or not isinstance(cell, int | float):
@@ -77,7 +77,7 @@ def _number(cell: Cell) -> str | None:
 
 
 def latex_text(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
-    """A `tabular` in booktabs style; characters with a meaning in LaTeX are escaped."""
+    """Formats rows as a LaTeX `tabular` in booktabs style, with special characters escaped."""
     numbers = [all(_number(row[i]) is not None for row in rows) for i in range(len(columns))]
     lines = [
         r"\begin{tabular}{" + "".join("r" if n else "l" for n in numbers) + "}",
@@ -101,7 +101,7 @@ def _latex(cell: Cell) -> str:
 
 
 def link(name: str, kind: str, content: bytes) -> Markup:
-    """A link that saves `content` as NAME.KIND."""
+    """An HTML download link that saves `content` as the file NAME.KIND."""
     file = re.sub(r"[^A-Za-z0-9_.-]+", "_", name).strip("_.") or "table"
     data = base64.b64encode(content).decode()
     label = {"tex": "LaTeX"}.get(kind, kind.upper())

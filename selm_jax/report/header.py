@@ -1,4 +1,4 @@
-"""The header of a page: the model, data, objective, code versions and date of a run."""
+"""Collects a page's header: the model, data, objective, code versions and date of a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from selm_jax.report.summary import plural
 
 
 def facts(run: RunData) -> list[tuple[str, str]]:
-    """The facts of a run as (title, text), in reading order, without those that are unknown."""
+    """Known facts about a run, such as its model and objective, as (title, text)."""
     s, m = run.settings, run.manifest
     versions = _mapping(m.get("versions"))
     rows = {
@@ -31,13 +31,13 @@ def facts(run: RunData) -> list[tuple[str, str]]:
 
 
 def is_rehearsal(settings: Mapping[str, str]) -> bool:
-    """Whether `--tiny` made the run: its model is then in the inputs of a folder NAME-tiny."""
+    """Whether `--tiny` made the run: the model is then in the folder NAME-tiny/inputs."""
     parts = PurePath(settings.get("model.source", "")).parts
     return parts[-2:] == ("inputs", "model") and parts[-3:-2] != () and parts[-3].endswith("-tiny")
 
 
 def _with_settings(settings: Mapping[str, str], key: str, prefix: str) -> str:
-    """A name, followed by its settings in brackets."""
+    """The name of a loss or ranker, followed by its settings in brackets."""
     given = ", ".join(
         f"{name.removeprefix(prefix)} {value}"
         for name, value in settings.items()

@@ -1,4 +1,4 @@
-"""The report's HTML page: `write` makes one file about one run, or about several side by side."""
+"""Writes the report's HTML page: one file about one run, or about several side by side."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SCRIPT = "".join(
 
 @dataclass(frozen=True)
 class Section:
-    """A heading with plots; `note` is the question that the section answers."""
+    """A section of the page: a heading with plots; `note` is the question that they answer."""
 
     key: str
     title: str
@@ -89,7 +89,7 @@ def named(argument: str) -> tuple[str | None, Path]:
 
 
 def templates() -> jinja2.Environment:
-    """The templates of the pages; values are escaped, and an undefined name is an error."""
+    """Makes the Jinja environment of the pages; it escapes values and forbids undefined names."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -104,7 +104,7 @@ def templates() -> jinja2.Environment:
 
 
 def render(runs: Sequence[RunData]) -> str:
-    """Renders the page as HTML text."""
+    """Renders the report on these runs as HTML text."""
     labels = unique_labels(runs)
     script = SCRIPT
     answers, left_out = cards.answer_cards(runs, labels)
@@ -153,7 +153,7 @@ def render(runs: Sequence[RunData]) -> str:
 
 
 def policy(script: str) -> str:
-    """The page's security policy: load nothing, and run only this script (known by its hash).
+    """The page's Content-Security-Policy: load nothing, run only this script (by its hash).
 
     So no text of a run can become a script, even if the escaping had a bug.
     """
@@ -197,7 +197,7 @@ def _dropped_side_by_side(runs: Sequence[RunData], labels: Sequence[str]) -> dic
 
 
 def sections(runs: Sequence[RunData], labels: Sequence[str]) -> list[Section]:
-    """The sections with plots, in reading order."""
+    """Makes the page's sections with plots, in reading order."""
     legend = run_plots.run_legend(labels)
     found = [
         Section(
@@ -260,7 +260,7 @@ def sections(runs: Sequence[RunData], labels: Sequence[str]) -> list[Section]:
 
 
 def unique_labels(runs: Sequence[RunData]) -> list[str]:
-    """The names of the runs; if two runs share a name, their folders are added to it."""
+    """The names of the runs, each with its folder if two runs share a name."""
     names = [run.name for run in runs]
     return [
         f"{n} ({r.path})" if names.count(n) > 1 else n for n, r in zip(names, runs, strict=True)

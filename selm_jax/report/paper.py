@@ -1,4 +1,4 @@
-"""Figures 2 to 6 of the paper (arXiv 2405.19332), made from any runs as data and drawings.
+"""Draws figures 2 to 6 of the paper (arXiv 2405.19332) from the data of any runs.
 
 The data of a figure is a list of flat rows, which is saved as CSV beside the drawing. Numbers that
 the paper itself published are drawn hollow, dotted and grey, and labelled as such.
@@ -23,7 +23,10 @@ from selm_jax.statistics import proportions
 
 
 def win_rates(runs: Sequence[RunData], labels: Sequence[str]) -> PaperFigure:
-    """Share of held-out prompts on which the row's greedy answer scores higher than the column's.
+    """Draws a matrix of win rates between all iterations of all runs, on held-out prompts.
+
+    An entry is the share of prompts on which the row's greedy answer scores higher than the
+    column's.
 
     The scores are the stored ones of the runs' ranker; a tie counts as half a win. A prompt is left
     out if a judge gave no readable score for one of its answers. The players are all iterations of
@@ -74,7 +77,7 @@ def win_rates(runs: Sequence[RunData], labels: Sequence[str]) -> PaperFigure:
 
 
 def reward_histograms(runs: Sequence[RunData], labels: Sequence[str]) -> list[PaperFigure]:
-    """Histograms of the scores of greedy held-out answers, by run and by iteration."""
+    """Draws histograms of the scores of greedy held-out answers, by run and by iteration."""
     _check_one_ranker(runs, "a histogram of rewards")
     groups = {
         label: _known(_greedy(run, _last(run))) for run, label in zip(runs, labels, strict=True)
@@ -145,7 +148,7 @@ class Implicit:
 def implicit_differences(
     name: str, title: str, baseline: Implicit, others: Sequence[Implicit]
 ) -> PaperFigure:
-    """Each prompt's implicit reward minus the baseline's, sorted; one panel for each role.
+    """Plots each prompt's implicit reward minus the baseline's, sorted; one panel per role.
 
     Prompts whose reward is NaN are left out. Raises ReportError if the policies have different
     prompts.
@@ -193,7 +196,7 @@ def implicit_differences(
 
 
 def own_samples(run: RunData, label: str, t: int, beta: float) -> Implicit:
-    """Implicit rewards of a policy's own held-out samples, from stored log-probabilities.
+    """Computes implicit rewards of a policy's held-out samples from stored log-probabilities.
 
     The reference is the run's start model. The reward of a prompt is the mean over its samples; it
     is NaN if a sample has no log-probabilities.
@@ -222,7 +225,7 @@ PANELS: Mapping[str, tuple[str, ...]] = {
 
 
 def panels(runs: Sequence[RunData], labels: Sequence[str]) -> PaperFigure | None:
-    """Held-out reward after the last iteration, in one panel for each kind of change to a setting.
+    """Plots held-out reward after the last iteration, with one panel per changed setting.
 
     Changes are relative to the first run. The result is None if no run differs from the first in a
     setting of `PANELS`, or if no run was evaluated.

@@ -26,7 +26,7 @@ _MARKERS = "os^Dv"
 
 @dataclass(frozen=True)
 class Style:
-    """The style of a line: the role of its colour, its dashes (in SVG units) and its marker."""
+    """The style of a line: colour (a CSS variable's name), dashes (in SVG units) and marker."""
 
     colour: str
     dashes: str = ""
@@ -37,7 +37,7 @@ class Style:
 
 @dataclass(frozen=True)
 class Series:
-    """The points of one line; NaN leaves a gap.
+    """The points of one line in a plot; NaN leaves a gap.
 
     Intervals are (low, high) bounds, not lengths; NaN means that a point has none. `label` is the
     name of the line in the PDF and in the data.
@@ -56,7 +56,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Part:
-    """One part of all stacked bars: its value in each bar, the text inside, and its name."""
+    """One segment of stacked bars: its value in each bar, the texts inside, and its name."""
 
     colour: str
     values: Sequence[float]
@@ -66,7 +66,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Estimated:
-    """A mean, its 95 % interval if it has one, and the single values that it averages."""
+    """A mean, its 95 % interval if known, and the individual values of which it is the mean."""
 
     colour: str
     value: float
@@ -76,7 +76,7 @@ class Estimated:
 
 
 def run_style(index: int) -> Style:
-    """Colour, dashes and marker of the index-th run, distinguishable even without colours."""
+    """The line style of the index-th run, distinguishable from other runs' even without colour."""
     return Style(
         colour=f"c{index % 6}",
         dashes=_DASHES[(index + index // 6) % len(_DASHES)],
@@ -135,7 +135,7 @@ def lines(
 
 
 def _points(series: Sequence[Series], xlabel: str, whole: bool) -> list[dict[str, object]]:
-    """The points as rows; a faint line and its running mean are two columns.
+    """Returns the plotted points as rows of data; a running mean gets a second column.
 
     With `whole`, x is rounded to a count: lines are shifted a little so that they do not hide each
     other, and this shift is not data.
@@ -264,12 +264,12 @@ def estimates(
 
 
 def _escaped(text: str) -> str:
-    """A label that Matplotlib shows literally; a dollar sign would start a formula."""
+    """Escapes a label for Matplotlib, in which a dollar sign would start a formula."""
     return text.replace("$", r"\$")
 
 
 def swatch(style: Style, block: bool = False) -> Markup:
-    """A legend's sample of a line or of a bar's colour, in the style of the plots."""
+    """A small SVG for a legend: a sample of a line, or of a bar's colour."""
     colour = f"var(--{style.colour})"
     if block:
         view = "0 0 12 12"
@@ -352,7 +352,7 @@ def _inside(axes: Axes, x: float, y: float, text: str) -> None:
 
 
 def _scale(axes: Axes) -> None:
-    """Factors a power of ten out of very small y values and writes it above the axis."""
+    """Factors a power of ten out of very small y values and writes the power above the axis."""
     largest = max(abs(limit) for limit in axes.get_ylim())
     if not 0 < largest < 0.01:
         return

@@ -15,7 +15,7 @@ from selm_jax.shell.sealed import fits, unsealed
 
 
 class ReportError(ValueError):
-    """Run files cannot be shown, alone or on one page. The message says which and why."""
+    """The files of one run or several cannot be shown. The message says which and why."""
 
 
 def text_of(path: Path) -> str:
@@ -26,7 +26,7 @@ def text_of(path: Path) -> str:
 
 
 def settings(path: Path) -> tuple[str, dict[str, Any]]:
-    """The settings of a run, as text and as a mapping."""
+    """Reads the settings of a run, and returns them as text and as a mapping."""
     try:
         text = plain_yaml.decoded(path.read_bytes())
         return text, mapping(plain_yaml.read(text)[0], path)
@@ -42,13 +42,13 @@ def json_file(path: Path) -> Any:
 
 
 def check_digest(path: Path, digest: str | None) -> None:
-    """Raises ReportError if a digest was recorded and the file does not have it."""
+    """Raises ReportError if a recorded digest differs from the file's."""
     if digest is not None and artifacts.digest(path) != digest:
         raise not_as_written(path)
 
 
 def sealed_mapping(value: Any, path: Path, key: str = "") -> dict[str, Any]:
-    """Checks a mapping against the digest in it, and returns it without the digest."""
+    """Checks a mapping against the digest that it contains, and removes the digest."""
     found = mapping(value, path, key)
     if not fits(found, key):
         raise not_as_written(path, key)

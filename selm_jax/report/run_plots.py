@@ -1,4 +1,4 @@
-"""Plots of a run's evaluation, ranking and timing: reward, KL, answers, hours."""
+"""Plots a run's evaluation, ranking and timing: reward, KL, answers, hours."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _KIND_TITLE = {"greedy": "greedy answers", "sample": "sampled answers"}
 
 
 def run_legend(labels: Sequence[str]) -> Legend:
-    """The legend of several runs; for one run it is empty."""
+    """The legend that names several runs; empty for a single run."""
     if len(labels) == 1:
         return ()
     return tuple((swatch(run_style(i)), label) for i, label in enumerate(labels))
@@ -113,7 +113,7 @@ def frontier_plots(runs: Sequence[RunData], labels: Sequence[str]) -> list[Plot]
 
 
 def answer_plots(runs: Sequence[RunData], labels: Sequence[str]) -> list[Plot]:
-    """Plots of length, variety and cut-offs, computed from the texts."""
+    """Plots the answers' length, the variety of words, and the share cut off by the token limit."""
     specs: list[tuple[str, str, str, tuple[float, float]]] = [
         (
             "words",

@@ -1,4 +1,4 @@
-"""The tables of a run, as rows for the page and as data for CSV and LaTeX files."""
+"""Makes the tables of a run: rows for the page, and data for CSV and LaTeX files."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def evaluation_rows(run: RunData) -> list[dict[str, Any]]:
 
 
 def dropped(run: RunData) -> dict[str, Any] | None:
-    """Kept pairs and dropped prompts by reason (rows) and iteration (columns)."""
+    """A table of kept pairs and of dropped prompts, by reason (rows) and iteration (columns)."""
     ranked = {k: stages["rank"] for k, stages in run.stages.items() if "rank" in stages}
     if not ranked:
         return None
@@ -91,7 +91,7 @@ def stage_rows(run: RunData) -> list[dict[str, Any]]:
 
 
 def _amounts(stage: Stage, seconds: float | None = None) -> str:
-    """A stage's counts in words, or its throughput if `seconds` is given.
+    """Writes a stage's counts in words, or its throughput if `seconds` is set.
 
     Keys with a `/` are left out: they are parts of other counts, or they are shown elsewhere.
     """
@@ -111,12 +111,12 @@ def manifest(run: RunData) -> dict[str, str]:
 
 
 def machine(run: RunData) -> dict[str, str]:
-    """The rows of the manifest, without the ranker's settings."""
+    """The entries of a run's manifest (versions, devices), without the ranker's settings."""
     return {k: v for k, v in manifest(run).items() if not k.startswith("feedback")}
 
 
 def evaluation_table(label: str, rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The held-out numbers, unrounded, with both ends of each interval in separate columns."""
+    """A table of unrounded held-out metrics, with the ends of each interval in two columns."""
     intervals = ("reward_greedy", "reward_sample", "gain", "kl", "accuracy", "margins")
     intervals = [n for n in intervals if any(row[n][0] is not None for row in rows)]
     texts = ("words", "distinct_2", "different", "cut_off")

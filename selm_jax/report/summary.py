@@ -1,4 +1,4 @@
-"""A run's results in words: the summary paragraph, warnings, and comparisons."""
+"""Writes a run's results in words: the summary paragraph, warnings, and comparisons."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from selm_jax.statistics.proportions import counted
 
 
 def number(value: float | None, sign: bool = False) -> str:
-    """A number for readers: two decimals, fewer from 10 on, more below 0.1."""
+    """Formats a number: two decimals, fewer for 10 and above, more below 0.1."""
     if value is None or not math.isfinite(value):
         return "–"
     size = abs(value)
@@ -46,12 +46,12 @@ def plural(count: int, word: str) -> str:
 
 
 def evaluated(run: RunData) -> list[int]:
-    """The iterations with a greedy held-out reward."""
+    """The iterations that have a reward of greedy held-out answers."""
     return [k for k in run.evaluations if run.metric(k, "reward_greedy") is not None]
 
 
 def measured(run: RunData, kind: str) -> dict[int, TextMeasures]:
-    """The measures of a run's answers of one kind, by iteration."""
+    """Text statistics of a run's answers of one kind (greedy or sample), by iteration."""
     groups: dict[int, list] = {}
     for answer in run.answers:
         if answer.kind == kind:
@@ -60,7 +60,7 @@ def measured(run: RunData, kind: str) -> dict[int, TextMeasures]:
 
 
 def progress(run: RunData) -> str:
-    """The progress of a run, such as "finished, 3 iterations" or "unfinished, 1 of 3 ..."."""
+    """Describes a run's progress, such as "finished, 3 iterations" or "unfinished, 1 of 3 ..."."""
     last = "evaluate" if run.evaluates else "export"
     done = len([k for k, stages in run.stages.items() if k > 0 and last in stages])
     if not run.unfinished:
@@ -69,7 +69,7 @@ def progress(run: RunData) -> str:
 
 
 def paragraph(run: RunData) -> str:
-    """How the held-out reward changed, in one or two plain sentences."""
+    """Writes in one or two sentences how the held-out reward changed during the run."""
     known = evaluated(run)
     if any(run.metric(k, "accuracy") is not None for k in run.evaluations):
         return _accuracy(run)
@@ -126,7 +126,7 @@ def paragraph(run: RunData) -> str:
 
 
 def _accuracy(run: RunData) -> str:
-    """The accuracy of a reward model on the held-out pairs, in a sentence."""
+    """Writes a reward model's accuracy on the held-out pairs in a sentence."""
     last = max(k for k in run.evaluations if run.metric(k, "accuracy") is not None)
     share, low, high = (run.metric(last, f"accuracy{end}") for end in ("", "_low", "_high"))
     text = (
@@ -139,7 +139,7 @@ def _accuracy(run: RunData) -> str:
 
 
 def alarms(run: RunData) -> list[str]:
-    """Warnings: signs that answers became worse while the reward rose, and other things to check.
+    """Warns of signs that answers became worse while the reward rose, and of other problems.
 
     The thresholds are rules of thumb that choose what to point out.
     """
@@ -181,7 +181,7 @@ def alarms(run: RunData) -> list[str]:
 
 
 def paired_difference(one: RunData, other: RunData) -> Estimate | None:
-    """The score of `other` minus that of `one`, for their last greedy answers to shared prompts.
+    """Estimates the mean score of `other` minus that of `one`, from the last greedy answers.
 
     This is like a run's gain, but between two runs; the interval covers the choice of prompts. The
     result is None if no prompt has a score in both runs.
@@ -195,14 +195,14 @@ def paired_difference(one: RunData, other: RunData) -> Estimate | None:
 def settings_differences(
     tables: Sequence[Mapping[str, str]],
 ) -> list[tuple[str, list[str | None]]]:
-    """Keys whose values differ between tables, in order of first appearance."""
+    """The settings whose values differ between runs, as (key, value of each run)."""
     keys = list(dict.fromkeys(key for table in tables for key in table))
     rows = [(key, [table.get(key) for table in tables]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
 
 
 def rankers_of(runs: Sequence[RunData]) -> set[tuple[tuple[str, str], ...]]:
-    """The different rankers that scored the runs, each as its settings."""
+    """The distinct rankers that scored the runs' answers, each as a tuple of its settings."""
     return {
         tuple(
             (k, v)

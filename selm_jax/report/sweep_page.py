@@ -1,4 +1,4 @@
-"""The page of a sweep: one table, the comparisons, and links to the pages of all runs."""
+"""Writes the page of a sweep: a table, comparisons, and links to the pages of all runs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from selm_jax.statistics.intervals import Estimate
 
 @dataclass(frozen=True)
 class Row:
-    """The results of one cell of the grid, from its finished runs.
+    """The results of one cell of a sweep's grid (a combination of settings), over its seeds.
 
     A value is None if there is none, or if it cannot be compared.
 
@@ -73,7 +73,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Group:
-    """The rows that are compared with one baseline, the result in words, and their plots."""
+    """The rows that are compared with one baseline, with the result in words and plots."""
 
     title: str
     verdict: str
@@ -96,7 +96,7 @@ def write(
     failed: Mapping[str, str],
     shared: Mapping[str, tuple[int, int]],
 ) -> None:
-    """Writes the page, completely or not at all; the same values give the same bytes.
+    """Writes a sweep's page, completely or not at all; the same values give the same bytes.
 
     Args:
       axes: the names of all axes.
@@ -134,7 +134,7 @@ def write(
 
 
 def _groups(rows: Sequence[Row], place: int, axis: str, against: str) -> Iterator[Group]:
-    """Groups of rows that differ only in the compared axis; a level has one style in all groups."""
+    """Yields groups of rows that differ only in the level of the compared axis."""
 
     def rest(row: Row) -> tuple[str, ...]:
         return row.levels[:place] + row.levels[place + 1 :]
@@ -157,7 +157,7 @@ def _groups(rows: Sequence[Row], place: int, axis: str, against: str) -> Iterato
 
 
 def _base(folder: Path, rows: Sequence[Row]) -> RunData | None:
-    """A finished run, of the baseline if possible; its facts are shown for all runs."""
+    """Reads one finished run, of the baseline if possible, to describe all runs in the header."""
     for row in sorted(rows, key=lambda row: not row.baseline):
         for _, run, finished in row.runs:
             if finished and (folder / run / "config.yaml").is_file():
@@ -166,7 +166,7 @@ def _base(folder: Path, rows: Sequence[Row]) -> RunData | None:
 
 
 def _verdict(named: Sequence[tuple[str, Row]], against: str) -> str:
-    """The result of a group in words, with p values corrected over all comparisons of the sweep."""
+    """Writes a group's comparisons in words, with p values corrected over the whole sweep."""
     compared = [
         answer.Compared(level, row.difference, row.p_holm)
         for level, row in named
@@ -177,7 +177,7 @@ def _verdict(named: Sequence[tuple[str, Row]], against: str) -> str:
 
 
 def _numbers(title: str, axis: str, named: Sequence[tuple[str, Row]]) -> Table:
-    """The group's table, unrounded."""
+    """A table of a group's results with unrounded numbers."""
     single = ("seeds", "ranked", "updates", "tokens", "cut_off", "p_holm")
     estimated = ("greedy", "gain", "difference", "sample", "difference_sample", "kl")
     columns = [axis, *single, *(f"{n}{end}" for n in estimated for end in ("", "_low", "_high"))]

@@ -1,4 +1,4 @@
-"""Measures of the texts of answers, which show whether answers collapse while the reward rises."""
+"""Computes text statistics of answers, which show whether a rising reward hides a collapse."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from selm_jax.text.variety import distinct, words
 
 @dataclass(frozen=True)
 class TextMeasures:
-    """Measures of a set of answers.
+    """Text statistics of a set of answers: length, variety and cut-offs.
 
     Attributes:
       answers: number of answers.
@@ -29,7 +29,7 @@ class TextMeasures:
 
 
 def measure(answers: Sequence[Answer]) -> TextMeasures:
-    """Measures the texts of answers. Raises ValueError if there are none."""
+    """Computes text statistics of answers. Raises ValueError if there are none."""
     if not answers:
         raise ValueError("no answers to measure; expected at least one")
     texts = [answer.text for answer in answers]

@@ -26,7 +26,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Changes:
-    """The words that the second set uses more and those that it uses less, by decreasing |z|."""
+    """The words that one set of texts uses more or less often than another, by decreasing |z|."""
 
     title: str
     more: Sequence[Change]
@@ -64,7 +64,7 @@ def changes(title: str, before: Sequence[str], after: Sequence[str]) -> Changes:
 
 
 def of_page(runs: Sequence[RunData], labels: Sequence[str]) -> list[Changes]:
-    """Compares each run's last iteration with its start, and each run with the first run."""
+    """Compares word frequencies of each run's last iteration with its start and the first run."""
     found = []
     for run, label in zip(runs, labels, strict=True):
         ts = sorted({a.iteration for a in run.answers})

@@ -45,11 +45,11 @@ PAGE = "report.html"
 
 
 class SweepError(RuntimeError):
-    """Some runs of a sweep cannot start or could not be finished. The message names them."""
+    """Some runs of a sweep could not start or did not finish. The message names them."""
 
 
 def sweep(grid: Sweep, console: Console | None = None) -> None:
-    """Runs what is left of a sweep, then writes and prints its table and writes its page.
+    """Runs a sweep's unfinished runs, then prints its table and writes its table and page.
 
     The page is written after every run, from the runs that are finished. If there are several
     processes, all of them run and the first one writes.
@@ -85,7 +85,7 @@ def sweep(grid: Sweep, console: Console | None = None) -> None:
 
 
 def _check_every_cell(grid: Sweep, console: Console) -> None:
-    """Builds the objective, ranker, data and programs of every cell, with its first seed.
+    """Checks every combination of settings by building its objective, ranker, data and programs.
 
     Raises:
       SweepError: some of them cannot be built; all of those are named.
@@ -120,7 +120,7 @@ def _listed(failed: Mapping[str, str]) -> str:
 
 
 def write(grid: Sweep, failed: Mapping[str, str] | None = None) -> Path:
-    """Writes table.csv and report.html for the finished runs, and returns the page."""
+    """Writes table.csv and report.html for the finished runs; returns the path of report.html."""
     rows = table(grid)
     with artifacts.whole(grid.folder / "table.csv") as partial, partial.open("w", newline="") as f:
         lines = list(as_csv(rows))

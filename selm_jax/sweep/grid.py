@@ -1,4 +1,4 @@
-"""A sweep file, and the runs that its grid asks for."""
+"""Reads a sweep file and lists the runs of its grid."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class File:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One cell of the grid: a level of each axis, and the settings that they change."""
+    """One cell of a sweep's grid: a level of each axis, and the settings that the levels change."""
 
     levels: Mapping[str, str]
     changes: Mapping[str, Any]  # by dotted key, in the order of the axes
@@ -52,7 +52,7 @@ class Cell:
 
     @property
     def told(self) -> tuple[str, ...]:
-        """The changes as they are written on a command line."""
+        """The cell's changes to settings, each written as `key=value`."""
         return tuple(f"{k}={json.dumps(v, ensure_ascii=False)}" for k, v in self.changes.items())
 
     @property
@@ -62,7 +62,7 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """One run of a sweep."""
+    """One run of a sweep: a cell of the grid with a seed."""
 
     cell: Cell
     seed: int
@@ -165,7 +165,7 @@ def _file(file: Path) -> File:
 
 
 def _levels(file: Path, name: str, axis: Mapping[str, Any] | Sequence[Any]) -> dict[str, Any]:
-    """The changes of each level of an axis, by the level's name."""
+    """Returns the changes to settings that each level of an axis makes, by the level's name."""
     if isinstance(axis, Mapping):
         levels = dict(axis)
     else:

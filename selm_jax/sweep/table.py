@@ -1,4 +1,4 @@
-"""The results of a sweep's finished runs: one row for each cell, compared with its baseline."""
+"""Computes a sweep's table: one row per cell of the grid, compared with its baseline."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from selm_jax.sweep.grid import Cell, Sweep
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """Measures of one run's held-out answers: a number or NaN for each prompt and iteration.
+    """Held-out measures of one run: a number or NaN for each prompt and iteration.
 
     Attributes:
       greedy, sample: score of the greedy answer, and mean score of the sampled ones.
@@ -59,7 +59,7 @@ def outcome(run: RunData) -> Outcome:
 
 
 def table(grid: Sweep) -> list[Row]:
-    """One row for each cell, from its finished runs."""
+    """Computes the table's rows, one per cell of the grid, from finished runs."""
     finished: dict[str, dict[int, RunData]] = {}
     for member in grid.members:
         folder = Path(member.experiment.output)
@@ -87,7 +87,7 @@ def _row(
     own: Mapping[int, Outcome],
     others: Mapping[int, Outcome],
 ) -> Row:
-    """A cell's row. Runs and outcomes are keyed by seed; `others` are the baseline's."""
+    """Computes a cell's row. Runs and outcomes are keyed by seed; `others` are the baseline's."""
     members = [m for m in grid.members if m.cell is cell]
     return Row(
         levels=tuple(cell.levels.values()),
@@ -114,7 +114,7 @@ def _row(
 
 
 class _Table(NamedTuple):
-    """One measure of several runs of a cell, and whether it is a share of prompts."""
+    """One held-out measure of a cell's runs, and whether the measure is a share of prompts."""
 
     values: Float[np.ndarray, "seeds prompts"]
     share: bool
@@ -122,7 +122,7 @@ class _Table(NamedTuple):
 
 
 def _table(outcomes: Sequence[Outcome], kind: str, t: int | None = None) -> _Table | None:
-    """The measure called `kind` after iteration t, or after each run's last iteration.
+    """Collects the measure `kind` of several runs after iteration t or their last iteration.
 
     None if a run lacks it, or had other prompts than the others.
     """
@@ -142,7 +142,7 @@ def _mean(outcomes: Mapping[int, Outcome], kind: str, t: int | None = None) -> E
 
 
 def _difference(one: _Table | None, other: _Table | None) -> Estimate | None:
-    """The difference, paired by seed and prompt. None if a table is missing or prompts differ."""
+    """Estimates a difference by seed and prompt. None if a table is missing or prompts differ."""
     if one is None or other is None or one.prompts != other.prompts:
         return None
     return difference(one.values, other.values, share=one.share and other.share)
@@ -162,7 +162,7 @@ def _by_iteration(outcomes: Mapping[int, Outcome], kind: str) -> dict[int, Estim
 def _versus(
     own: Mapping[int, Outcome], others: Mapping[int, Outcome], kind: str
 ) -> Estimate | None:
-    """A cell's difference to the baseline after the last iterations, over their common seeds."""
+    """Estimates a cell's difference to the baseline after the last iterations, on common seeds."""
     seeds = [s for s in own if s in others]
     return _difference(*(_table([of[s] for s in seeds], kind) for of in (own, others)))
 
@@ -173,7 +173,7 @@ def _seeds_apart(own: Mapping[int, Outcome], others: Mapping[int, Outcome]) -> d
 
 
 def _ranks_alike(one: Mapping[int, RunData], other: Mapping[int, RunData]) -> bool:
-    """Whether the scores of two cells are comparable, because one ranker gave all of them."""
+    """Whether the same ranker scored the runs of two cells, so that the scores are comparable."""
     rankers = {
         tuple(
             (k, v) for k, v in run.settings.items() if re.match(r"feedback\.(ranker|settings)", k)
@@ -184,7 +184,7 @@ def _ranks_alike(one: Mapping[int, RunData], other: Mapping[int, RunData]) -> bo
 
 
 def _with_holm(rows: Sequence[Row]) -> list[Row]:
-    """Corrects the p-values: all comparisons of the table are one family of tests."""
+    """Applies Holm's correction to the p-values of all comparisons in the table."""
     p = {i: each.p for i, each in enumerate(row.difference for row in rows) if each is not None}
     p = {i: value for i, value in p.items() if value is not None}
     adjusted = dict(zip(p, holm(np.array(list(p.values()))).tolist(), strict=True))
@@ -192,7 +192,7 @@ def _with_holm(rows: Sequence[Row]) -> list[Row]:
 
 
 def _mean_count(runs: Mapping[int, RunData], stage: str, key: str) -> float | None:
-    """A stage's count, summed over a run's iterations and averaged over runs."""
+    """A stage's count called `key`, summed over a run's iterations and averaged over runs."""
     sums = [
         sum(stages[stage].counts.get(key, 0) for stages in run.stages.values() if stage in stages)
         for run in runs.values()
@@ -207,7 +207,7 @@ def _mean_metric(runs: Mapping[int, RunData], name: str) -> float | None:
 
 
 def shared(grid: Sweep) -> dict[str, tuple[int, int]]:
-    """How often this sweep ran each stage, and how often it reused the stage of another run."""
+    """For each stage, how often the sweep ran it and how often it copied another run's result."""
     counts: dict[str, tuple[int, int]] = {}
     for member in grid.members:
         run = Path(member.experiment.output)
@@ -221,7 +221,7 @@ def shared(grid: Sweep) -> dict[str, tuple[int, int]]:
 
 
 def as_csv(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
-    """The rows as flat dictionaries, keyed by the columns of table.csv."""
+    """Yields the rows as flat dictionaries, keyed by the columns of table.csv."""
     for row in rows:
         line: dict[str, Any] = {"cell": ", ".join(row.levels)}
         line["runs"] = sum(done for *_, done in row.runs)
@@ -237,7 +237,7 @@ def as_csv(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
 
 
 def shown(rows: Sequence[Row], grid: Sweep) -> Table:
-    """The rows for a terminal: held-out score, KL, and the difference to the baseline."""
+    """A table for the terminal: held-out score, KL, and the difference to the baseline."""
     found = Table(box=None, pad_edge=False, title=f"{grid.title}: after the last iteration")
     found.add_column("setting", overflow="fold", ratio=2)
     for name in ("seeds", "score", "KL", f"against {grid.baseline}", "p (Holm)"):

@@ -1,4 +1,4 @@
-"""Published numbers as data: the tables of the SELM paper and its authors' model cards.
+"""Loads published numbers: the tables of the SELM paper and of its authors' model cards.
 
 This software did not measure any of them. Each file begins with its source, and drawings of these
 numbers must be labelled as published.
@@ -15,7 +15,7 @@ NAMES = ("table1", "table2", "model_cards", "figure2_zephyr", "figure2_llama3")
 
 @dataclass(frozen=True)
 class Published:
-    """A published table: rows of text by column, and the source in words."""
+    """A table of published numbers: rows of text by column, and a description of the source."""
 
     name: str
     source: str
@@ -28,7 +28,7 @@ class Published:
 
 
 def load(name: str) -> Published:
-    """Loads one of `NAMES`. Raises ValueError for any other name."""
+    """Loads the published table `name`, one of `NAMES`. Raises ValueError for any other name."""
     if name not in NAMES:
         raise ValueError(f"no published numbers {name!r}; expected one of {', '.join(NAMES)}")
     lines = (Path(__file__).parent / f"{name}.csv").read_text(encoding="utf-8").splitlines()

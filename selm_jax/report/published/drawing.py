@@ -1,4 +1,4 @@
-"""Draws published numbers hollow, dotted, grey and labelled, so that they do not look measured."""
+"""Draws published numbers, hollow, dotted and grey, so that they do not look measured here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from selm_jax.report.published import NAMES, Published, load
 
 
 def figures() -> list[PaperFigure]:
-    """Figures of tables 1 and 2, the model cards and figure 2, labelled as published."""
+    """Draws the paper's tables 1 and 2, model cards and figure 2, labelled as published."""
     made = []
     for name, column, unit in (
         ("table1", "lc_win_rate", "length-controlled win rate, AlpacaEval 2.0, %"),

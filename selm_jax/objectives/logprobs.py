@@ -73,10 +73,12 @@ class TokenStats(NamedTuple):
     Attributes:
       logprob: log p(target | context), in nats.
       likeliest: whether the target has the largest logit (the first of equal ones counts).
+      entropy: the entropy of the distribution that the target was scored under, in nats.
     """
 
     logprob: Float[Array, "r p"]
     likeliest: Bool[Array, "r p"]
+    entropy: Float[Array, "r p"]
 
 
 def token_statistics(
@@ -100,19 +102,25 @@ def token_statistics(
             h, y = args
             logits = _logits(h, w, cap)
             best = first + jnp.argmax(logits, axis=-1)
-            return _sums(logits, y - first), jnp.max(logits, axis=-1), best
+            sums = _sums(logits, y - first)
+            mean = jnp.sum(jnp.exp(logits - sums[1][..., None]) * logits, axis=-1)
+            return sums, mean, jnp.max(logits, axis=-1), best
 
-        sums, largest, best = jax.lax.map(of_chunk, (_split(hidden, chunk), _split(targets, chunk)))
+        found = jax.lax.map(of_chunk, (_split(hidden, chunk), _split(targets, chunk)))
+        sums, mean, largest, best = found
         target, normalizer = _over_vocabulary(sums, mesh)
         if _cuts_vocabulary(mesh):
+            # `mean` is over the probabilities within a shard, which has this share of all.
+            mean = jax.lax.psum(jnp.exp(sums[1] - normalizer) * mean, "tensor")
             of_all = jax.lax.pmax(largest, "tensor")
             # The first of equal ones counts, whichever shard it is in.
             best = jax.lax.pmin(
                 jnp.where(largest == of_all, best, jnp.iinfo(jnp.int32).max), "tensor"
             )
-        return _join(target - normalizer), _join(best) == targets
+        # -sum p log p = log Z - sum p z
+        return _join(target - normalizer), _join(best) == targets, _join(normalizer - mean)
 
-    run = _on(mesh, of_device, (_ROWS, _ROWS, _UNEMBEDDING), (_ROWS, _ROWS))
+    run = _on(mesh, of_device, (_ROWS, _ROWS, _UNEMBEDDING), (_ROWS, _ROWS, _ROWS))
     return TokenStats(*(x[:, :p] for x in run(hidden, targets, unembedding)))
 
 

@@ -51,10 +51,12 @@ def test_statistics_are_those_of_each_sequence_alone(model, examples, all_logits
         row[: len(prompt) + len(response)] = (*prompt, *response)
     table = all_logits(Decoder(model.config), params, jnp.asarray(rows))
     logps = np.asarray(jax.nn.log_softmax(table))
+    entropy = -np.sum(np.exp(logps) * logps, axis=-1)
     best = np.asarray(table.argmax(-1))
     for row, (prompt, response, got) in enumerate(both):
         at = len(prompt) - 1 + np.arange(len(response))
         np.testing.assert_allclose(got.logprob, logps[row, at, response], atol=2e-5)
+        np.testing.assert_allclose(got.entropy, entropy[row, at], atol=2e-5)
         assert (got.likeliest == (best[row, at] == response)).all()
     for sums, each in zip(model.logps(examples), found, strict=True):
         assert sums == pytest.approx([float(x.logprob.sum()) for x in each], abs=1e-4)

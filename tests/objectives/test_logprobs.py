@@ -205,6 +205,7 @@ def test_a_mesh_gives_what_one_device_gives(sizes, cap):
     found = jax.jit(partial(statistics, mesh=mesh))(*placed[:3])
     expected = jax.jit(statistics)(*args[:3])
     np.testing.assert_allclose(found.logprob, expected.logprob, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found.entropy, expected.entropy, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(found.likeliest, expected.likeliest)
     assert 0 < found.likeliest.sum() < found.likeliest.size
 

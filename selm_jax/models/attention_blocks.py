@@ -54,7 +54,7 @@ def blockwise(
 
 
 class Visits(NamedTuple):
-    """The pairs of a query block and a key block to visit; only the first `count` are valid.
+    """The pairs of query block and key block to compute; only the first `count` pairs are valid.
 
     Blocks are numbered through all rows.
     """
@@ -65,7 +65,7 @@ class Visits(NamedTuple):
 
 
 def visits(sight: Sight, block: int) -> Visits:
-    """All visits that a mask requires, row by row."""
+    """The pairs of blocks that a mask requires to be computed, row by row."""
     padded = sight.padded(block)
     i, j, meet, _ = padded.meeting(block)
     order = jnp.argsort(~meet.reshape(-1), stable=True)
@@ -150,7 +150,7 @@ blockwise.defvjp(_forward, _backward)
 
 
 def _scores(sight, scale, cap, block, q, keys, i, j):
-    """Capped and masked scores [k, q, b] of two blocks, and the cap's derivative."""
+    """Capped and masked scores [k, q, b] of a query and a key block, and the cap's derivative."""
     n = sight.position.shape[1] // block
     s = _product("kqh,ksh->kqs", q, keys) * scale
     s, slope = capped(s, cap)
@@ -186,7 +186,7 @@ def _cut(x: Float[Array, "r t heads h"], k: int, block: int) -> Float[Array, "n 
 
 
 def _join(x: Float[Array, "n k q h"], rows: int, block: int) -> Float[Array, "r t heads h"]:
-    """Undoes `_cut`."""
+    """Joins blocks of queries to whole rows again; the inverse of `_cut`."""
     n, k, _, h = x.shape
     x = x.reshape(n, k, -1, block, h).transpose(0, 3, 1, 2, 4)
     return x.reshape(rows, -1, k * x.shape[3], h)

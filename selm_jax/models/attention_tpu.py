@@ -48,11 +48,11 @@ class _How(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """The pairs of blocks that a kernel visits, in order; after `count` the last is repeated."""
+    """The block pairs that a kernel computes, in order; after `count` the last pair is repeated."""
 
     queries: Int[Array, "r s"]
     keys: Int[Array, "r s"]
-    whole: Int[Array, "r s"]  # 1 if every query of the one sees every key of the other
+    whole: Int[Array, "r s"]  # 1 if every query of the pair sees all of its keys
     count: Int[Array, " r"]
 
 
@@ -110,7 +110,7 @@ def steps(row: Sight, block: int, by_keys: bool) -> Steps:
 
 
 def _run(at: Any, listed: Any, count: Any) -> tuple[Any, Any, Any]:
-    """Whether this step is valid, is the first of its block, and is the last of its block."""
+    """Whether the grid step `at` is valid, is the first of its block, and is the last of it."""
     r, s = at
     own, most = listed[r, s], count[r]
     live = s < most
@@ -120,7 +120,7 @@ def _run(at: Any, listed: Any, count: Any) -> tuple[Any, Any, Any]:
 
 
 def _scores(q, k, end, position, key_position, window, i, j, how: _How, masked: bool):
-    """The capped and masked scores of two blocks, [b, b], and the cap's derivative."""
+    """Capped and masked scores [b, b] of a query and a key block, and the cap's derivative."""
     s = jax.lax.dot_general(q[...], k[...], _NT, preferred_element_type=jnp.float32) * how.scale
     s, slope = capped(s, how.cap)
     if masked:
@@ -143,7 +143,7 @@ def _forward_kernel(
     queries, keys, whole, count, window, q, k, v, end, position, key_position,
     out, logsumexp, most, total, context, *, how: _How,
 ):  # fmt: skip
-    """The forward pass; `most` and `total` are [b, 128], the same in all lanes."""
+    """The forward kernel; `most` (running maximum) and `total` (running sum) are [b, 128]."""
     r, s = pl.program_id(0), pl.program_id(2)
     live, begins, ends = _run((r, s), queries, count)
 
@@ -287,7 +287,7 @@ _attend.defvjp(_forward, _backward)
 
 
 class _Places(NamedTuple):
-    """The block specs, which choose a step's block of each kind of array."""
+    """Pallas block specs: which block of each kind of array a step of the grid reads or writes."""
 
     query: pl.BlockSpec  # [r, heads, t, h], for the step's queries
     keys: pl.BlockSpec  # [r, k, t, h], for its keys
@@ -297,7 +297,7 @@ class _Places(NamedTuple):
 
 
 def _places(b: int, h: int, group: int, of_keys: bool) -> _Places:
-    """The block specs for the grid (r, n, s, m).
+    """The block specs for the grid (row r, head n, step s, m).
 
     n is a query head and m is 0; with `of_keys`, n is a key head and m one of its query heads.
     """

@@ -57,7 +57,7 @@ class LongRope:
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Rotary position embeddings.
+    """The settings of rotary position embeddings.
 
     Attributes:
       theta: base of the frequencies.
@@ -158,18 +158,22 @@ class DecoderConfig:
     def __post_init__(self):
         if self.heads % self.kv_heads:
             raise UnsupportedModel(
-                f"{self.heads} attention heads cannot share {self.kv_heads} key-value heads evenly"
+                f"{self.heads} attention heads cannot share {self.kv_heads} key-value heads "
+                "evenly; expected a multiple of that number"
             )
         if self.head_dim % 2:
-            raise UnsupportedModel(f"head_dim {self.head_dim} is odd; rotary embeddings need pairs")
+            raise UnsupportedModel(
+                f"head_dim is {self.head_dim}; expected an even number, because rotary embeddings "
+                "rotate pairs of dimensions"
+            )
         for kind in self.kinds:
             scaling = kind.rope.scaling if kind.rope else None
             if isinstance(scaling, LongRope):
                 for name in ("short", "long"):
                     if len(getattr(scaling, name)) != self.head_dim // 2:
                         raise UnsupportedModel(
-                            f"{name}_factor has {len(getattr(scaling, name))} numbers; head_dim "
-                            f"{self.head_dim} needs {self.head_dim // 2}"
+                            f"{name}_factor has {len(getattr(scaling, name))} numbers; expected "
+                            f"{self.head_dim // 2}, half of head_dim"
                         )
 
     @property
@@ -182,7 +186,7 @@ class DecoderConfig:
 
     @property
     def has_two_tables(self) -> bool:
-        """Whether rotary frequencies depend on the length of the sequence (LongRoPE)."""
+        """Whether the rotary frequencies depend on the length of the sequence (LongRoPE)."""
         return any(k.rope is not None and isinstance(k.rope.scaling, LongRope) for k in self.kinds)
 
     def for_length(self, positions: int) -> DecoderConfig:
@@ -194,7 +198,8 @@ class DecoderConfig:
         if positions > self.max_positions:
             raise UnsupportedModel(
                 f"the settings allow sequences of up to {positions} tokens; the model was made for "
-                f"at most {self.max_positions} (max_position_embeddings)"
+                f"at most {self.max_positions} (max_position_embeddings). Lower the limits on "
+                "prompts and answers, or use a model with a longer context"
             )
 
         def choose(kind: LayerKind) -> LayerKind:

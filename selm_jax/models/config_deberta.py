@@ -36,12 +36,13 @@ class DebertaConfig:
     def __post_init__(self):
         if self.embed % self.heads:
             raise UnsupportedModel(
-                f"hidden_size {self.embed} is not divisible by {self.heads} attention heads"
+                f"hidden_size {self.embed} is not divisible by {self.heads} attention heads; "
+                "expected a multiple"
             )
         if self.buckets < 4 or self.buckets % 2 or self.max_distance < self.buckets:
             raise UnsupportedModel(
                 f"position_buckets is {self.buckets} and the largest distance {self.max_distance}; "
-                "expected an even number of at least 4, and a distance at least as large"
+                "expected an even number of at least 4, and a distance of at least that number"
             )
 
     @property

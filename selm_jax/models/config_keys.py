@@ -61,7 +61,10 @@ class Keys:
     def __call__(self, key: str, default: Any = ...) -> Any:
         self._read.add(key)
         if default is ... and key not in self._hf:
-            raise UnsupportedModel(f"config.json: key {key!r} is missing")
+            raise UnsupportedModel(
+                f"config.json: key {key!r} is missing. Download the file again from where the "
+                "model comes from"
+            )
         return self._hf.get(key, default)
 
     def size(self, key: str, default: Any = ..., *, null: bool = False) -> Any:
@@ -115,11 +118,12 @@ class Keys:
         value = self(key, allowed[0])
         if value not in allowed:
             raise UnsupportedModel(
-                f"config.json: {key} is {value!r}; the decoder supports only {allowed[0]!r}"
+                f"config.json: {key} is {value!r}; the decoder supports only {allowed[0]!r}. Use "
+                "another model"
             )
 
     def finish(self, family: str) -> None:
-        """Raises UnsupportedModel if a key was not read, unless it is harmless or switched off."""
+        """Raises UnsupportedModel if a key was not read, unless it is harmless or turned off."""
         for key, allowed in _NEUTRAL.items():
             if key not in self._read:
                 self.only(key, *allowed)
@@ -127,14 +131,14 @@ class Keys:
         if unknown := {key for key in rest if not is_off(self._hf[key])}:
             said = ", ".join(f"{key} ({self._hf[key]!r:.60})" for key in sorted(unknown))
             raise UnsupportedModel(
-                f"config.json: {said}: not supported for a {family} model, and not known to be "
-                "harmless. If it does not change the forward pass, add it to HARMLESS in "
+                f"config.json: {said}: not supported for a {family} model, and not known to "
+                "be harmless. If a key does not change the forward pass, add it to HARMLESS in "
                 "selm_jax/models/config_keys.py"
             )
 
 
 def is_off(value: Any) -> bool:
-    """Whether a value switches its key off: false, null, 0 or empty."""
+    """Whether a config value turns off the feature of its key: false, null, 0 or empty."""
     return value is None or value in (False, 0, "", [], {})
 
 

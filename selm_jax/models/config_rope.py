@@ -22,7 +22,7 @@ def rope_from(k: Keys, theta: float) -> Rope:
     if new and old and new != old:
         raise UnsupportedModel(
             f"config.json: rope_parameters {new!r:.200} and rope_scaling {old!r:.200} contradict "
-            "each other"
+            "each other. Remove the wrong one"
         )
     return rope_of(new or old, k.number("rope_theta", None) or theta, k)
 
@@ -38,10 +38,13 @@ def rope_of(parameters: Mapping[str, Any], theta: float, k: Keys) -> Rope:
     # The two bases can contradict each other only if both are given: a default does not count.
     if k("rope_theta", None) is not None and "rope_theta" in parameters and inner != theta:
         raise UnsupportedModel(
-            f"config.json: rope_theta is {theta}, but rope_parameters says {inner}"
+            f"config.json: rope_theta is {theta}, but rope_parameters says {inner}. Correct the "
+            "wrong one"
         )
     if p.pop("partial_rotary_factor", 1.0) not in (1.0, None):
-        raise UnsupportedModel("config.json: the decoder supports only partial_rotary_factor 1")
+        raise UnsupportedModel(
+            "config.json: the decoder supports only partial_rotary_factor 1. Use another model"
+        )
     original = k.size(_ORIGINAL, None)
     try:
         match sorted(kinds) or ["default"]:
@@ -61,7 +64,8 @@ def rope_of(parameters: Mapping[str, Any], theta: float, k: Keys) -> Rope:
                 inside = p.pop(_ORIGINAL, original)
                 if original not in (None, inside):
                     raise UnsupportedModel(
-                        f"config.json: {_ORIGINAL} is {original}, but rope scaling says {inside}"
+                        f"config.json: {_ORIGINAL} is {original}, but rope scaling says {inside}. "
+                        "Correct the wrong one"
                     )
                 scaling = _longrope(p, size(_ORIGINAL, inside or k.size(_POSITIONS)), k)
             case found:
@@ -71,12 +75,13 @@ def rope_of(parameters: Mapping[str, Any], theta: float, k: Keys) -> Rope:
                 )
     except KeyError as missing:
         raise UnsupportedModel(
-            f"config.json: rope scaling {parameters!r:.200} has no {missing}"
+            f"config.json: rope scaling {parameters!r:.200} has no {missing}. Add it, as in the "
+            "config.json where the model comes from"
         ) from None
     if p:
         raise UnsupportedModel(
             f"config.json: rope type {''.join(kinds) or 'default'!r} does not have the parameters "
-            f"{', '.join(sorted(p))}: {parameters!r:.200}"
+            f"{', '.join(sorted(p))}: {parameters!r:.200}. Remove them, or correct the type"
         )
     return Rope(inner, scaling)
 

@@ -36,7 +36,7 @@ Params = dict[str, Any]
 def bucket(
     distance: Int[np.ndarray, "*d"], buckets: int, max_distance: int
 ) -> Int32[np.ndarray, "*d"]:
-    """The signed bucket of each distance, before it is clipped to the table.
+    """The signed bucket number of each distance, not yet clipped to the size of the table.
 
     Each distance up to half of `buckets` has its own bucket; beyond, buckets are logarithmic. The
     computation is in float32, like transformers' `make_log_bucket_position`: at max_distance - 1

@@ -118,7 +118,7 @@ def _smollm3_to(c: DecoderConfig) -> Json:
 
 
 def _gemma_from(k: Keys, c: Json) -> Json:
-    """The config fields that Gemma 2 and 3 share."""
+    """The fields of `DecoderConfig` that Gemma 2 and 3 have in common."""
     k.only("attention_bias", False, None)
     k.only("use_bidirectional_attention", None, False)
     return {
@@ -307,7 +307,7 @@ def to_hf(config: DecoderConfig) -> Json:
 
 
 def reward_model_json(hf: Mapping[str, Any], pad: int | None) -> Json:
-    """The `config.json` of a reward model that starts from the model of the given `config.json`.
+    """The `config.json` of a reward model that is initialised from the model of config `hf`.
 
     Args:
       hf: the model's `config.json`.
@@ -325,7 +325,7 @@ def read_config(folder: Path) -> DecoderConfig:
 
 
 def read_as_reward_model(file: Path, pad: int | None) -> DecoderConfig:
-    """Reads the config of a reward model that starts from the model of this config.json.
+    """The config of a reward model that is initialised from the model with config.json `file`.
 
     Args:
       file: the config.json.
@@ -386,7 +386,7 @@ def _biases_to(c: DecoderConfig) -> Json:
 
 
 def _upper_windows(k: Keys, c: Json, rope: Rope) -> Json:
-    """Qwen's rule: `use_sliding_window` gives layers from `max_window_layers` upwards a window."""
+    """Qwen's rule: with `use_sliding_window`, layers from `max_window_layers` on have a window."""
     n, lower = c["layers"], k.count("max_window_layers", 28)
     window = _window_if(k, 4096)
     types = k.texts("layer_types") or [

@@ -42,7 +42,7 @@ def quantize(params: Params, qtype: str) -> Params:
 
 
 def dequantize(params: Params) -> Params:
-    """Undoes `quantize` up to rounding; arrays that are not quantised stay as they are."""
+    """Undoes `quantize` up to rounding; arrays that are not quantised are not changed."""
     qwix = _qwix()
 
     def is_quantized(x: Any) -> bool:

@@ -4,10 +4,10 @@ In a row of packed prompt trees (`preferences.packing`) the queries that see a k
 they begin with the key's own token and end with its segment, if the key belongs to the prompt, or
 with its branch otherwise. So one integer per key is the whole mask:
 
-    q sees k   iff   k <= q < end[k]                          q and k: places in the row
+    q sees k   iff   k <= q < end[k]                          q and k: indices in the row
                and   position[q] - position[k] < window       in a layer that has a window
 
-The drawing shows two examples: the first has responses a and b, the second c; the last place is
+The drawing shows two examples: the first has responses a and b, the second c; the last column is
 padding:
 
                  p0 p1 p2 a0 a1 b0 b1 q0 c0  .
@@ -36,7 +36,7 @@ from jaxtyping import Array, Bool, Int
 
 
 class Sight(NamedTuple):
-    """Which keys each query sees in one layer, as drawn at the top of the module.
+    """The attention mask of one layer: which keys each query sees, as drawn at the top.
 
     Attributes:
       position: position of each query along its own path, [r, t].
@@ -54,7 +54,7 @@ class Sight(NamedTuple):
     window: Int[Array, ""] | None = None
 
     def mask(self) -> Bool[Array, "#r t s"]:
-        """The boolean mask that these integers describe."""
+        """The boolean mask, computed from the integers of this object."""
         keys = jnp.arange(self.key_position.shape[1])
         place = keys[None] if self.place is None else self.place
         seen = keys <= place[:, :, None]
@@ -66,7 +66,7 @@ class Sight(NamedTuple):
         return seen
 
     def padded(self, block: int) -> Sight:
-        """The mask with an end for each key, padded to whole blocks with keys that no query sees.
+        """A copy with an `end` for every key, padded to whole blocks with keys that no query sees.
 
         Queries and keys must be the same tokens (`place` is None).
         """
@@ -78,7 +78,7 @@ class Sight(NamedTuple):
         return Sight(position, key_position, end, window=self.window)
 
     def meeting(self, block: int) -> Meeting:
-        """Which blocks of queries meet which blocks of keys in a `padded` mask."""
+        """Finds which blocks of queries see which blocks of keys, in a mask that `padded` made."""
         assert self.end is not None
         rows, time = self.position.shape
         i, j = np.tril_indices(time // block)
@@ -94,12 +94,12 @@ class Sight(NamedTuple):
 
 
 class Meeting(NamedTuple):
-    """The pairs of a query block and a key block on or below the diagonal, of all p such pairs.
+    """The p block pairs (a query block and a key block) on or below the diagonal of a mask.
 
     Attributes:
       queries, keys: index of each pair's query block and key block.
-      some: whether some query may see some key.
-      every: whether every query sees every key.
+      some: whether any query of the pair may see any of its keys.
+      every: whether every query of the pair sees all of its keys.
     """
 
     queries: Int[np.ndarray, " p"]

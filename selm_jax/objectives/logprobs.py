@@ -252,7 +252,7 @@ def _own_cut(w: Array, mesh: Mesh | None) -> tuple[Float[Array, "v d"], Any]:
 
 
 def _chunk(asked: int, targets: Int[Array, "r p"], mesh: Mesh | None) -> int:
-    """Number of tokens per row in one chunk.
+    """The number of tokens per row in one chunk.
 
     An accelerator reads the unembedding for every chunk, so with few tokens it would wait for its
     memory.
@@ -270,11 +270,11 @@ def _whole_chunks(x: Array, chunk: int) -> Array:
 
 
 def _split(x: Array, chunk: int) -> Array:
-    """Splits p into chunks: [r, p, ...] -> [chunks, r, c, ...]."""
+    """Splits the axis p into chunks of length c: [r, p, ...] -> [chunks, r, c, ...]."""
     return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
 
 
 def _join(x: Array) -> Array:
-    """Joins the chunks again: [chunks, r, c, ...] -> [r, p, ...]."""
+    """Joins the chunks to the axis p again: [chunks, r, c, ...] -> [r, p, ...]."""
     x = jnp.moveaxis(x, 0, 1)
     return x.reshape(x.shape[0], -1, *x.shape[3:])

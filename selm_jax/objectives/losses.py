@@ -41,7 +41,7 @@ class ObjectiveError(ValueError):
 
 @flax.struct.dataclass
 class Logps:
-    """Everything a loss can use from its batch: float32 numbers per example, keyed by role."""
+    """Everything that a loss can use from its batch: float32 values per example, keyed by role."""
 
     policy: dict[str, PerExample]
     reference: dict[str, PerExample]
@@ -51,7 +51,7 @@ class Logps:
     mean_lengths: dict[str, Float[Array, ""]]
 
     def log_ratio(self, role: str) -> PerExample:
-        """The log-ratio r(role), in nats. No gradient flows through the reference."""
+        """The log-ratio log pi - log pi_ref, in nats. No gradient flows through the reference."""
         return self.policy[role] - jax.lax.stop_gradient(self.reference[role])
 
     def log_ratio_per_token(self, role: str) -> PerExample:
@@ -69,7 +69,7 @@ class Logps:
 
 @flax.struct.dataclass
 class Rewards:
-    """Everything a reward model's loss can use from its batch: one number per response."""
+    """Everything that a reward model's loss can use from its batch: one number per response."""
 
     model: dict[str, PerExample]  # r(prompt, response) by the model in training
     scores: dict[str, PerExample]  # the responses' scores in the data; 0 if it has none
@@ -136,15 +136,15 @@ class Objective:
 
 
 def dpo(beta: float) -> Objective:
-    """DPO: -log sigmoid(beta h). arXiv 2305.18290 equation 7; TRL's "sigmoid"."""
+    """DPO: -log sigmoid(beta h), h the log-ratio margin. arXiv 2305.18290 eq. 7; TRL "sigmoid"."""
     _check(beta=beta)
     return _pair("dpo", beta, lambda h: -log_sigmoid(beta * h))
 
 
 def cdpo(beta: float, label_smoothing: float) -> Objective:
-    """Conservative DPO: -(1-e) log sigmoid(beta h) - e log sigmoid(-beta h).
+    """Conservative DPO: label smoothing e (Mitchell, "A note on DPO with noisy preferences", 2023).
 
-    Mitchell, "A note on DPO with noisy preferences" (2023); TRL's smoothed "sigmoid" up to 0.28.
+    -(1-e) log sigmoid(beta h) - e log sigmoid(-beta h); TRL's smoothed "sigmoid" up to 0.28.
     """
     _check(beta=beta, label_smoothing=label_smoothing)
     e = label_smoothing
@@ -152,9 +152,9 @@ def cdpo(beta: float, label_smoothing: float) -> Objective:
 
 
 def robust(beta: float, label_smoothing: float) -> Objective:
-    """Robust DPO: [-(1-e) log sigmoid(beta h) + e log sigmoid(-beta h)] / (1-2e).
+    """Robust DPO: unbiased if labels are flipped with probability e = `label_smoothing`.
 
-    It is unbiased if labels are flipped with probability e. arXiv 2403.00409; TRL's "robust".
+    [-(1-e) log sigmoid(beta h) + e log sigmoid(-beta h)] / (1-2e), arXiv 2403.00409, TRL "robust".
     """
     _check(beta=beta, label_smoothing=label_smoothing)
     e = label_smoothing
@@ -162,7 +162,7 @@ def robust(beta: float, label_smoothing: float) -> Objective:
 
 
 def ipo(beta: float, length_normalized: bool = True) -> Objective:
-    """IPO: (h - 1/(2 beta))^2. arXiv 2310.12036 equation 17, whose tau is called beta here.
+    """IPO: (h - 1/(2 beta))^2, h the log-ratio margin. arXiv 2310.12036 eq. 17, with tau = beta.
 
     If `length_normalized`, h is computed from log-ratios per token, as in TRL 1.16; otherwise from
     their sums, as in TRL 0.8.6. The two forms need different betas.
@@ -175,7 +175,7 @@ def ipo(beta: float, length_normalized: bool = True) -> Objective:
 
 
 def hinge(beta: float) -> Objective:
-    """Hinge loss on log-ratios: max(0, 1 - beta h). SLiC-HF, arXiv 2305.10425; TRL's "hinge"."""
+    """Hinge loss: max(0, 1 - beta h), h the log-ratio margin. SLiC-HF, 2305.10425; TRL "hinge"."""
     _check(beta=beta)
     return _pair("hinge", beta, lambda h: relu(1 - beta * h))
 
@@ -211,11 +211,11 @@ def sft() -> Objective:
 
 
 def optimism(weight: float, beta: float = 1.0) -> Objective:
-    """SELM's exploration term: weight * r(explore). arXiv 2405.19332 equation 4.2.
+    """SELM's exploration term: weight * r(explore), where r is a log-ratio.
 
-    The paper drops the constant -weight * log pi_ref(y_ref). The authors' code keeps it, and so
-    does this function: the gradient is the same, and the term is 0 while the policy equals the
-    reference. `beta` only scales the reported metric `optimism/reward` = beta * r(explore).
+    The paper (arXiv 2405.19332 equation 4.2) drops the constant -weight * log pi_ref(y_ref). The
+    authors' code keeps it, and so does this function: the gradient is the same, and the term is 0
+    while the policy equals the reference. `beta` only scales the metric `optimism/reward`.
     """
     _check(weight=weight, beta=beta)
     return _explore("optimism", beta, lambda logps: weight * logps.log_ratio(EXPLORE))
@@ -258,10 +258,10 @@ def xpo(beta: float, alpha: float) -> Objective:
 def bradley_terry(
     margin: float = 0.0, label_smoothing: float = 0.0, centering: float = 0.0
 ) -> Objective:
-    """A reward model's loss: -(1-e) log sigmoid(d) - e log sigmoid(-d) + centering * s^2.
+    """A reward model's Bradley-Terry loss of a pair, with label smoothing and centering.
 
-        d = r(y_w) - r(y_l) - margin * (score(y_w) - score(y_l))
-        s = r(y_w) + r(y_l)
+        loss = -(1-e) log sigmoid(d) - e log sigmoid(-d) + centering * (r(y_w) + r(y_l))^2
+        d    = r(y_w) - r(y_l) - margin * (score(y_w) - score(y_l)),   with e = label_smoothing
 
     r is the model's reward; arXiv 2203.02155 equation 1. With `margin`, rewards should differ by at
     least margin times the difference of the data's scores (arXiv 2307.09288 equation 2, where the
@@ -329,7 +329,7 @@ def compose(*objectives: Objective) -> Objective:
 
 
 def _is_shared(objective: Objective, name: str) -> bool:
-    """Whether this metric has the same value in every objective of a sum that reports it."""
+    """Whether all objectives of a sum that report the metric `name` report the same value."""
     said = objective.reward is not None  # `compose` has checked that the objectives agree on it
     return name.startswith("logps/") or (said and name.startswith("rewards/"))
 

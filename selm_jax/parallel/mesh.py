@@ -61,13 +61,14 @@ def make_mesh(
     if found != slices:
         raise MeshError(
             f"mesh axes between slices {dict(zip(AXES, dcn, strict=True))} need {slices} slices; "
-            f"the {len(devices)} devices are in {found}"
+            f"the {len(devices)} devices are in {found}. Make the product of compute.dcn_data and "
+            "compute.dcn_fsdp the number of slices"
         )
     return Mesh(create_hybrid_device_mesh(sizes, dcn, devices), AXES, axis_types=_TYPES)
 
 
 def platform_of(mesh: Mesh | None) -> str:
-    """`cpu`, `gpu` or `tpu`: the platform of the mesh, or of JAX's default devices without one."""
+    """`cpu`, `gpu` or `tpu`: the platform of the mesh, or of JAX's default devices."""
     return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
 
@@ -77,7 +78,7 @@ def count_slices(devices: Sequence[Any]) -> int:
 
 
 def decode_mesh(mesh: Mesh, tensor: int) -> Mesh:
-    """A mesh of the same devices in order, with `tensor` neighbours for each copy of the model.
+    """A mesh of the same devices in the same order, with `tensor` devices per copy of the model.
 
     The order must be the same so that one program can move parameters from one mesh to the other.
 

@@ -53,7 +53,7 @@ class Stopped(SystemExit):
 
 
 def initialize() -> None:
-    """Joins the other processes, if there are any. Call it before anything else of jax.
+    """Connects this process to the others of the run, if any. Call it before anything else of jax.
 
     On TPU pods, under SLURM and under Open MPI jax finds the other processes itself. Elsewhere set
     the environment variables SELM_COORDINATOR=host:port (of process 0), SELM_PROCESSES and
@@ -74,7 +74,7 @@ def initialize() -> None:
 
 @contextlib.contextmanager
 def _unasked() -> Iterator[None]:
-    """A context in which jax respects TPU_SKIP_MDS_QUERY and does not ask for slices.
+    """A context in which jax respects TPU_SKIP_MDS_QUERY: it does not ask the metadata server.
 
     GKE's containers set this variable. jax would ask the metadata server regardless, wait, and fail
     if there is none (https://github.com/jax-ml/jax/issues/40854). It does not ask for values that
@@ -100,8 +100,8 @@ def found(environment: Mapping[str, str]) -> dict[str, Any] | None:
         except (KeyError, ValueError):
             shown = ", ".join(f"{name}={environment.get(name, '(not set)')}" for name in _EXPLICIT)
             raise MultihostError(
-                f"{shown}: set all three, for example SELM_COORDINATOR=10.0.0.1:1234 "
-                "SELM_PROCESSES=2 SELM_PROCESS=0"
+                f"{shown}: set all three, the last two to numbers, for example "
+                "SELM_COORDINATOR=10.0.0.1:1234 SELM_PROCESSES=2 SELM_PROCESS=0"
             ) from None
         if not 0 <= numbers[1] < numbers[0] or ":" not in address:
             raise MultihostError(
@@ -153,7 +153,7 @@ def is_first() -> bool:
 
 
 def on_first(work: Callable[[], T]) -> T:
-    """Runs `work` in the first process only, and returns its result, as JSON, in all processes.
+    """Runs `work` in the first process only, and returns the result (JSON) in all processes.
 
     Raises:
       Exception: in the first process, the exception that `work` raised.
@@ -169,8 +169,8 @@ def on_first(work: Callable[[], T]) -> T:
         told = json.loads(client.blocking_key_value_get(key, _WEEK))
         if told["work"] != name:
             raise MultihostError(
-                f"process 0 is at {told['work']}, but process {index()} is at {name}: they run "
-                "different steps. Start all of them again"
+                f"process 0 is at {told['work']}, but process {index()} is at {name}: they do "
+                "not run the same steps. Start all processes again"
             )
         if "error" in told:
             raise MultihostError(f"process 0 failed: {told['error']}")
@@ -189,7 +189,7 @@ def on_first(work: Callable[[], T]) -> T:
 
 
 def on_every(work: Callable[[], T]) -> list[T]:
-    """Runs `work` in every process, and returns the list of all results, as JSON, in each.
+    """Runs `work` in every process, and returns the list of all results (JSON) in each process.
 
     `work` must not raise, because the other processes would not learn of it; it has to return its
     errors.
@@ -204,7 +204,7 @@ def on_every(work: Callable[[], T]) -> list[T]:
 
 
 def leave(name: str, value: Any) -> None:
-    """Stores JSON under a name, for `left` to read. Any thread may call it, unlike the others."""
+    """Stores a JSON value under a name, for `left` to read. Any thread may call this function."""
     client = distributed.global_state.client
     assert client is not None
     client.key_value_set(f"selm/left/{name}/{index()}", json.dumps(value), allow_overwrite=True)
@@ -238,7 +238,7 @@ def check_same(what: str, value: Callable[[], Any]) -> None:
 
 
 def all_failed(name: str, seconds: int = 120) -> None:
-    """Waits until every process has called this, which shows that all of them have failed.
+    """Waits until every process has called this function, that is, until all have failed.
 
     Raises:
       MultihostError: the others have not called it after that many seconds, so they still work.
@@ -252,12 +252,12 @@ def all_failed(name: str, seconds: int = 120) -> None:
     except jax.errors.JaxRuntimeError as e:
         raise MultihostError(
             f"process {index()} has failed, but other processes are still running after {seconds} "
-            "s. Stop them, and start all of them again"
+            "s. Stop them, and start all processes again"
         ) from e
 
 
 def barrier() -> None:
-    """Waits until every process has called this."""
+    """Waits until every process has called this function."""
     if count() > 1:
         client = distributed.global_state.client
         assert client is not None
@@ -265,7 +265,7 @@ def barrier() -> None:
 
 
 def first_then_others(work: Callable[[], T]) -> T:
-    """Runs `work` in the first process, then in the others, so that it can fill a shared cache."""
+    """Runs `work` first in process 0, so that it fills a shared cache, and then in the others."""
     if count() == 1:
         return work()
     result = [None]
@@ -323,7 +323,7 @@ def _on_sigterm(*_: Any) -> None:
 
 @contextlib.contextmanager
 def stop_deferred() -> Iterator[None]:
-    """A context in which signals do not interrupt the run; it stops where it calls `should_stop`.
+    """A context in which signals do not interrupt the run, which checks `should_stop` instead.
 
     With several processes, Ctrl-C in one of them still interrupts: the others do not learn of it,
     so this process ends, and they end with it.
@@ -338,7 +338,7 @@ def stop_deferred() -> Iterator[None]:
 
 
 def should_stop() -> bool:
-    """Whether to stop here; the same call returns the same answer in all processes.
+    """Whether the run should stop now; the same call returns the same answer in all processes.
 
     Call it wherever stopping is possible: between updates, between batches of answers.
 
@@ -357,7 +357,7 @@ def should_stop() -> bool:
 
 
 def stop_if_told() -> None:
-    """Raises `stopped()` if the run is to stop; for places where nothing has to be saved first."""
+    """Raises `stopped()` if the run was told to stop. Call it where nothing has to be saved."""
     if should_stop():
         raise stopped()
 

@@ -90,7 +90,8 @@ def partition(
     for axis, size in zip(axes, shape, strict=True):
         if axis is not None and axis not in rules:
             raise MeshError(
-                f"{name}: there is no rule for its axis {axis!r}, only for {sorted(rules)}"
+                f"{name}: there is no rule for its axis {axis!r}, only for "
+                f"{sorted(rules)}. Add a rule"
             )
         on = rules[axis] if axis is not None else None
         on = (on,) if isinstance(on, str) else on or ()
@@ -102,7 +103,8 @@ def partition(
         on = tuple(a for a in on if mesh.shape[a] > 1)
         if clash := taken.intersection(on):
             raise MeshError(
-                f"{name}: two of its axes {axes} are mapped to mesh axis {clash.pop()!r}; map one"
+                f"{name}: two of its axes {axes} are mapped to mesh axis {clash.pop()!r}; map "
+                "only one of them"
             )
         parts = math.prod(mesh.shape[a] for a in on)
         if size % parts:

@@ -1,4 +1,4 @@
-"""Checks that find errors before any expensive work begins."""
+"""Checks an experiment for errors before any expensive work begins."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def check(run: Run) -> None:
     _check_programs(run)
     if e.training.parameter_dtype == "bfloat16" and min(e.training.learning_rate) < 1e-5:
         run.console.print(
-            "training.parameter_dtype is bfloat16: at this learning rate most steps are "
-            "smaller than its resolution, and most parameters will not move",
+            "training.parameter_dtype is bfloat16: at this learning rate most steps are smaller "
+            "than bfloat16 can resolve, so most parameters will not change. Use float32",
             style="yellow",
         )
 

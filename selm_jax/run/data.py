@@ -39,7 +39,7 @@ class Data:
 
     @property
     def model(self) -> StartModel:
-        assert self._model is not None, "data without a model has no lengths"
+        assert self._model is not None, "lengths in tokens need a model, but `model` is None"
         return self._model
 
     @property
@@ -50,7 +50,7 @@ class Data:
 
     @cached_property
     def all_prompts(self) -> PromptSet:
-        """Every usable row of `data.train`, and what was left out."""
+        """Every usable row of `data.train`, with a record of the rows that were left out."""
         return self._read("train")
 
     def prompts(self, t: int) -> list[Prompt]:
@@ -59,18 +59,21 @@ class Data:
         mine = rows_of(self.all_prompts.by_row(), t, self.experiment)
         found = [self.with_system(p) for p in mine if p is not None][: d.limit]
         if not found:
-            raise RunError(f"{d.train}: none of the {len(mine)} rows of iteration {t} is usable")
+            raise RunError(
+                f"{d.train}: none of the {len(mine)} rows of iteration {t} is usable. Correct the "
+                "rows, or change data.skip, data.limit or data.portions to select others"
+            )
         return found
 
     def every_prompt(self) -> Iterator[Prompt]:
-        """The prompts of all portions, starting with the first iteration's."""
+        """Yields the prompts of all portions of the data, in the order of the iterations."""
         e = self.experiment
         for t in range(1, e.portions - e.data.first_portion + 2):
             yield from self.prompts(t)
 
     @cached_property
     def heldout_rows(self) -> PromptSet:
-        """Every usable row of `data.heldout`, and what was left out."""
+        """Every usable row of `data.heldout`, with a record of the rows that were left out."""
         if self.experiment.data.heldout is None:
             return PromptSet(())
         return self._read("heldout", pairs=not self.task.answers)
@@ -83,7 +86,7 @@ class Data:
 
     @cached_property
     def trained_too(self) -> list[Prompt]:
-        """The held-out prompts that are also trained on."""
+        """The held-out prompts that are also in the training data."""
         return trained_too(self.heldout, self.every_prompt()) if self.heldout else []
 
     def with_system(self, prompt: Prompt) -> Prompt:
@@ -117,7 +120,10 @@ class Data:
         fit = kept.without("answer too long", lambda p: not own.fits(self.with_system(p)))
         if not fit:
             why = own.misfit(self.with_system(kept[0]))
-            raise RunError(f"{name}: the answers of all {len(kept)} prompts are too long: {why}")
+            raise RunError(
+                f"{name}: the answers of all {len(kept)} prompts are too long: {why}. Shorten the "
+                "answers, or raise training.row_length"
+            )
         return fit
 
     # Their lengths
@@ -146,7 +152,7 @@ class Data:
 
     @cached_property
     def sizes(self) -> Sizes:
-        """The sequence lengths that programs are built for.
+        """The sequence lengths for which the run's programs are built.
 
         Sequences that are longer than the model's context are rejected when examples are made.
         """
@@ -163,7 +169,7 @@ class Data:
 
     @cached_property
     def own_answers(self) -> OwnAnswers:
-        """The layout of the data's answers that the experiment uses."""
+        """The layout and the length limits that apply to the data set's own answers."""
         e, facts = self.experiment, self.model.facts
         alone = e.taught and not e.data.rejected
         return OwnAnswers(
@@ -172,9 +178,9 @@ class Data:
         )  # fmt: skip
 
     def misfit(self, prompt: Prompt) -> str | None:
-        """The reason why the data's answers to a prompt do not fit; None if they do.
+        """The reason why the data's answers to a prompt are too long; None if they fit.
 
-        It also measures the prompt, which makes `longest_prompt` cheaper later.
+        This method also measures the prompt, which makes `longest_prompt` cheaper later.
         """
         limit = self.experiment.rollout.max_prompt_tokens
         if self.task.answers and self._length(prompt) > limit:

@@ -17,7 +17,7 @@ from selm_jax.run.rows import RunError
 
 
 class Devices:
-    """The devices, arranged by the `compute` settings.
+    """The devices of a run, arranged into meshes by the `compute` settings.
 
     Args:
       chips: the devices to use; None uses all of them.
@@ -31,7 +31,7 @@ class Devices:
         """The mesh for training.
 
         Raises:
-          MeshError: the devices cannot be arranged like this.
+          MeshError: the devices cannot be arranged as the settings ask.
           RunError: the preset is `single` but there are several processes.
         """
         c = self.compute
@@ -57,7 +57,7 @@ class Devices:
 
     @property
     def rules(self) -> Rules:
-        """The mesh axes that each named axis of a parameter or batch is sharded over."""
+        """The sharding rules: the mesh axes over which each logical axis of an array is sharded."""
         return PRESETS[self.compute.preset]
 
     @property

@@ -35,7 +35,7 @@ class Folder:
 
     @property
     def name(self) -> str:
-        """The folder's own name, even if it was given as `.` or `..`."""
+        """The folder's own name, even if `output` is `.` or `..`."""
         return self.path.resolve().name if self.path.name in ("", "..") else self.path.name
 
     def iteration(self, t: int) -> Path:
@@ -57,7 +57,7 @@ class Folder:
 
     @cached_property
     def writers(self) -> Writers:
-        """The trackers, opened on first use, which is before the first stage with work to do."""
+        """The connections to TensorBoard and wandb, opened on first use."""
         loglines.rewrite_lines(self.metrics_file)  # a kill may have torn the last one
         return Writers(self.path, self.experiment, loglines.read_lines(self.metrics_file))
 
@@ -75,7 +75,7 @@ class Folder:
         writers.write(line)
 
     def forget(self, which: Callable[[dict[str, Any]], bool]) -> None:
-        """Drops lines of metrics.jsonl that are about to be written again."""
+        """Removes the lines that `which` selects from metrics.jsonl, to be written again."""
         if multihost.is_first():
             writers = self.writers
             if loglines.rewrite_lines(self.metrics_file, lambda line: not which(line)):
@@ -88,7 +88,7 @@ class Folder:
             artifacts.write_text(self.path / "config.yaml", dump(self.experiment))
 
     def write_manifest(self, facts: Mapping[str, Any]) -> None:
-        """Writes manifest.json: model, objective, devices, versions and use of the ranker so far.
+        """Writes manifest.json: model, objective, devices, versions and use of the ranker.
 
         Args:
           facts: the manifest's entries on the model, objective and devices.
@@ -122,7 +122,7 @@ class Folder:
         return artifacts.read_sealed(self.manifest_file) if self.manifest_file.exists() else {}
 
     def _asked(self) -> Iterator[tuple[str, dict[str, dict[str, int | float]]]]:
-        """How much each iteration and stage used the ranker, from the counts of finished stages.
+        """Yields (iteration, use of the ranker by stage), from the counts of finished stages.
 
         This is the number of prompts that were scored, and the cost of the ranker and of the
         acquisition.
@@ -170,18 +170,18 @@ class StageLog:
         self.file = folder.metrics_file
 
     def __call__(self, metrics: Mapping[str, Any]) -> None:
-        """Writes one line."""
+        """Writes one line to metrics.jsonl, TensorBoard and wandb."""
         self._folder.log(self.stage, self.t, metrics)
 
     def lines(self) -> list[dict[str, Any]]:
         return self._folder.logged(self.stage, self.t)
 
     def forget(self) -> None:
-        """Drops the lines because they are about to be written again."""
+        """Removes the stage's lines of this iteration, to be written again."""
         self._folder.forget(lambda m: (m["stage"], m["iteration"]) == (self.stage, self.t))
 
     def forget_after(self, step: int) -> None:
-        """Drops lines of this stage from later steps and later iterations."""
+        """Removes lines that this stage wrote at later steps or in later iterations."""
         self._folder.forget(
             lambda m: m["stage"] == self.stage and (m["iteration"], m["step"]) > (self.t, step)
         )

@@ -1,4 +1,4 @@
-"""Holds a run while it works: locks its folder and first checks everything that can fail early."""
+"""Locks a run's folder while the run works, and first checks everything that can fail early."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from selm_jax.shell.words import duration
 
 @contextlib.contextmanager
 def held(run: Run) -> Iterator[None]:
-    """Locks the run's folder, checks the run and opens it.
+    """A context in which the run's folder is locked, after the run was checked and opened.
 
-    The first process takes the lock for all of them.
+    The first process takes the lock for all processes.
 
     Raises:
       Stopped: the run was told to stop.

@@ -1,4 +1,4 @@
-"""The inputs of stages, and the digests that `stage.json` compares them by.
+"""The inputs of stages, and their digests, by which a run notices that an input has changed.
 
 A stage depends only on its arguments, so every kind of argument defines what its digest covers: the
 bytes of a table or a model folder, the prompts, the tokenizer and template, or the bytes of the
@@ -27,7 +27,7 @@ from selm_jax.training.checkpoint import Checkpoints
 class Input(Protocol):
     """A stage's argument that provides its own digests.
 
-    `digests` returns them by their names in `stage.json`; `name` is the name of the parameter.
+    `digests` returns digests by their names in `stage.json`; `name` is the parameter's name.
     """
 
     def digests(self, name: str, /) -> Mapping[str, str]: ...
@@ -101,7 +101,7 @@ class Training:
         return Checkpoints(folder, start=start, keep=keep, logged=self._logged)
 
     def _logged(self, step: int) -> str:
-        """A digest of the metrics up to a checkpoint. The checkpoint is invalid without them."""
+        """A digest of the metrics up to `step`; a checkpoint of that step stores it."""
         file, t = self.folder.parent / "metrics.jsonl", int(self.folder.name.rpartition("_")[2])
         lines = logged(file, "train", t)
         if lines:
@@ -111,7 +111,7 @@ class Training:
 
 @dataclass(frozen=True)
 class LazyRanker:
-    """The ranker, built on first use and in one process only: it may be a large model."""
+    """The ranker, built on first use and in one process only, because it may be a large model."""
 
     build: Callable[[], Ranker] = field(compare=False)
 
@@ -126,7 +126,7 @@ class LazyRanker:
 
 @dataclass(frozen=True)
 class Words:
-    """A text, such as a model card, that is written next to a result and does not affect it."""
+    """A text, such as a model card, that is written next to a result but is not an input of it."""
 
     write: Callable[[], str] = field(compare=False)
 

@@ -1,4 +1,4 @@
-"""Metrics for TensorBoard and wandb. `metrics.jsonl` is the record; the trackers only show it."""
+"""Sends metrics to TensorBoard and wandb; the permanent record is the file `metrics.jsonl`."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class LogError(RuntimeError):
 
 
 class Writers:
-    """Sends each line of metrics to TensorBoard and wandb, under `iteration_T/` and at its step.
+    """Sends each line of metrics.jsonl to TensorBoard and wandb, at the line's step.
 
     The trackers are opened before any work, so that a missing package or login is found at once. A
     resumed run continues in both: TensorBoard's files are rewritten from the record, and the wandb
     run is found by the id in the run folder.
 
     Args:
-        logged: the lines of the record so far.
+        logged: the lines that metrics.jsonl already has.
 
     Raises:
         LogError: a tracker is not installed or cannot be opened.
@@ -44,7 +44,7 @@ class Writers:
         self.logged, self.gone = list(logged), 0
 
     def start_over(self, logged: Iterable[Mapping[str, Any]]) -> None:
-        """Replaces the lines recorded so far, because some were removed from metrics.jsonl.
+        """Makes TensorBoard show only the lines `logged`, after metrics.jsonl has lost other lines.
 
         TensorBoard is redrawn; wandb keeps what it has. A wandb step is the number of a line, so a
         line that is written again is not logged twice. If lines were removed from the middle, the
@@ -68,7 +68,7 @@ class Writers:
             self.wandb.log(_values(line) | {"iteration": line["iteration"]}, step=step)
 
     def _open_tensorboard(self) -> None:
-        """Opens TensorBoard's writer, and replaces its files with the lines recorded so far."""
+        """Opens TensorBoard's writer, and rewrites its files from the lines of metrics.jsonl."""
         from tensorboardX import SummaryWriter
 
         for file in self.folder.glob("events.out.tfevents.*"):
@@ -85,7 +85,7 @@ class Writers:
 
 
 def _values(line: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers in a line, by the names that trackers show."""
+    """The numbers in a line of metrics.jsonl, by the names that TensorBoard and wandb show."""
     prefix = f"iteration_{line['iteration']}/" if "step" in line else ""
     return {
         f"{line['stage']}/{prefix}{key}": value

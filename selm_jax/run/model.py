@@ -37,7 +37,7 @@ class StartModel:
 
     @cached_property
     def facts(self) -> DecoderConfig:
-        """The configuration of the model that is trained; see `Task.facts`."""
+        """The configuration of the trained model, which may have a new head; see `Task.facts`."""
         file = self.folder.path / "config.json"
         return self.task.facts(self._stored, file, lambda: self.chat.tokenizer.pad_token_id)
 
@@ -46,7 +46,7 @@ class StartModel:
         """The model's tokenizer and chat template.
 
         Raises:
-          ChatError: they cannot be used. It is raised here so that every command fails before it
+          ChatError: the template cannot be used. Raised here so that every command fails before it
             does any work with the model.
         """
         e = self.experiment

@@ -1,4 +1,4 @@
-"""The programs of an experiment: its parameters on the devices, its update and its engine.
+"""Builds an experiment's parameters on the devices, and its jitted update and engine.
 
 Everything here depends only on the settings, the model's configuration and two lengths. A plan
 builds the same programs as a run, from a `config.json` alone, so its numbers are those of the run.
@@ -40,7 +40,7 @@ from selm_jax.weights.huggingface import load
 
 
 class Programs:
-    """The programs of an experiment, each built on first use.
+    """An experiment's parameters, update and engine, each built on first use.
 
     Args:
       facts: the configuration of the model that is trained.
@@ -102,7 +102,7 @@ class Programs:
     # Parameters, from model folders
 
     def load(self, folder: Path) -> Params:
-        """Reads the parameters of a model folder, each directly into its place on the mesh.
+        """Reads the parameters of a model folder, each directly into its shards on the mesh.
 
         A reward model that starts from a language model gets a head of zeros.
         """
@@ -115,7 +115,7 @@ class Programs:
         )
 
     def start_of(self, folder: Path) -> Params:
-        """Reads the model that an iteration starts from, or its reference.
+        """Reads the parameters of the model that an iteration starts from, or of its reference.
 
         The parameters are quantised if `lora.base` says so.
         """
@@ -125,13 +125,13 @@ class Programs:
         return jax.jit(quantize, static_argnums=1)(params, self.quantized)
 
     def trained(self, start: Params, t: int) -> Params:
-        """The parameters that iteration t trains, before the first update: all, or new adapters."""
+        """The parameters that iteration t trains, at first: `start` or new adapters."""
         if self.lora is None:
             return start
         return fresh_adapters(self.abstract_trained, self._key(t))
 
     def fixed(self, start: Params, t: int, policy: Path, reference: Path) -> dict[str, Any]:
-        """The inputs of iteration t's updates that stay constant.
+        """The arguments of iteration t's updates that are the same in every update.
 
         Args:
           start: the parameters of the policy that the iteration starts from.
@@ -161,7 +161,7 @@ class Programs:
         """The shardings of the engine's parameters.
 
         Raises:
-          MeshError: the model cannot be sharded like this.
+          MeshError: the model cannot be sharded over the mesh for decoding.
         """
         return decoding_shardings(self.config, self.devices.decode_mesh)
 
@@ -208,7 +208,7 @@ class Programs:
 
     @property
     def scorer(self) -> Scorer:
-        """The scorer of examples under given parameters."""
+        """The `Scorer`, which computes log-probabilities and rewards of examples."""
         s = self.experiment.training
         return Scorer(self.update, self.place, OneShape(s.rows, s.row_length))
 

@@ -1,4 +1,4 @@
-"""An estimate of a run's remaining time, from the stages timed so far."""
+"""Estimates a run's remaining time from the durations of its finished stages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Entries = Mapping[int, Mapping[str, Any]]  # of each iteration's stage.json
 
 
 def entries_of(run: Path) -> dict[int, dict[str, Any]]:
-    """What every iteration's stage.json says; empty if the run folder does not exist.
+    """The content of each iteration's stage.json; empty if the run folder does not exist.
 
     Raises:
       ArtifactError: an entry was changed or is damaged.
@@ -27,10 +27,10 @@ def entries_of(run: Path) -> dict[int, dict[str, Any]]:
 def time_left(entries: Entries, iterations: int, stage: str = "", t: int = 0) -> float | None:
     """Estimates the seconds that the unfinished stages will take.
 
-    A stage is expected to take its average time over the iterations so far.
+    A stage is expected to take its average time over the finished iterations.
 
     Args:
-      entries: the run's, from `entries_of`.
+      entries: the content of the run's stage.json files, from `entries_of`.
       stage, t: the stage that is running now, if any; it is not counted.
 
     Returns:

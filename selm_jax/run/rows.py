@@ -26,7 +26,7 @@ def told_of(name: str, rows: PromptSet) -> Iterator[str]:
 
 
 def trained_too(heldout: Iterable[Prompt], trained: Iterable[Prompt]) -> list[Prompt]:
-    """The held-out prompts that are also trained on.
+    """The prompts of `heldout` that also occur in `trained`.
 
     Prompts are compared by their text, without white space and system message.
     """
@@ -35,16 +35,16 @@ def trained_too(heldout: Iterable[Prompt], trained: Iterable[Prompt]) -> list[Pr
 
 
 def told_of_overlap(d: Data, heldout: Sequence[Prompt], twice: Sequence[Prompt]) -> Iterator[str]:
-    """Yields a note for the user if held-out prompts are also trained on."""
+    """Yields a note for the user if held-out prompts are also in the training data."""
     if twice:
         yield (
             f"{d.heldout}: {len(twice):,} of {len(heldout):,} held-out prompts are trained on too "
-            f"(the first is {twice[0].id}): what is measured on them says nothing about new prompts"
+            f"(the first is {twice[0].id}): results on these prompts say nothing about new prompts"
         )
 
 
 def check_heldout(d: Data, heldout: Sequence[Prompt], twice: Sequence[Prompt]) -> None:
-    """Raises RunError if the held-out prompts are rows of the training data."""
+    """Raises RunError if `data.heldout` and `data.train` name some of the same rows."""
     same = os.path.realpath(os.path.expanduser(d.train)) == os.path.realpath(
         os.path.expanduser(d.heldout or "")
     )
@@ -71,7 +71,7 @@ def check_own_answers(
     report: Advance,
     strict: bool,
 ) -> None:
-    """Checks that the data's own answers to every prompt fit.
+    """Checks that the data's own answers to every prompt fit the model and a packed row.
 
     Args:
       misfit: returns why the answers to a prompt do not fit, or None; usually `OwnAnswers.misfit`.
@@ -110,12 +110,12 @@ def check_batches(e: Experiment, prompts: Sequence[int]) -> None:
 
 
 def question(prompt: Prompt) -> Question:
-    """A prompt in the form that rankers receive."""
+    """Converts a prompt to the form that rankers receive."""
     return Question(prompt.messages[-1].content, prompt.messages, prompt.row, prompt.id)
 
 
 def prompt_ids(chat: Chat, prompt: Prompt) -> tuple[int, ...]:
-    """The token ids of a prompt. Raises RunError with the prompt's id if it has none."""
+    """The token ids of a prompt. Raises RunError, naming the prompt, if it cannot be encoded."""
     try:
         return chat.prompt_ids(prompt.messages)
     except ChatError as e:

@@ -77,7 +77,7 @@ class Run:
 
     @cached_property
     def programs(self) -> Programs:
-        """The programs of the experiment. The data is read to find its sequence lengths."""
+        """The jitted functions of the experiment, built for the sequence lengths of its data."""
         return Programs(
             self.experiment, self.task, self.model.facts, self.data.sizes, self.chat.stop_ids,
             self.devices,
@@ -118,11 +118,11 @@ class Run:
         return LazyRanker(lambda: rankers.build_ranker(f.ranker, **f.settings))
 
     def policy(self, t: int) -> Model:
-        """The policy after iteration t; 0 is the start model."""
+        """The policy after iteration t; for t = 0 the start model."""
         return self.start if t == 0 else Model(self.folder.model(t), self.folder.iteration(t))
 
     def looked_at(self, t: int, policy: Model) -> tuple[Model | None, Model | None]:
-        """The models that the acquisition of a budget uses: the policy and its reference.
+        """The models that the acquisition function evaluates: (the policy, its reference).
 
         They are the policy that answered in iteration t and the reference that it was trained
         against. Each is None if the acquisition does not use it.
@@ -197,7 +197,7 @@ class Run:
 
 
 def _in_words(name: str, value: Any, low: float | None = None, high: float | None = None) -> str:
-    """A count, or a mean with the ends of its interval if it has one."""
+    """Writes a count, or a mean with the ends of its interval if given, as readable text."""
     if value is None:  # the judge's answer could not be read
         return f"{name} not readable"
     interval = "" if low is None or high is None else f" [{low:,.3f}, {high:,.3f}]"

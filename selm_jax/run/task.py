@@ -1,6 +1,6 @@
-"""What an experiment trains on preference pairs: a language model or a reward model.
+"""The two kinds of training on preference pairs: of a language model or of a reward model.
 
-The loss decides which of the two it is. Everything that differs between them is in the task.
+The loss decides which kind an experiment is. Everything that differs is in the `Task`.
 
                             LanguageModel                        RewardModel
     an example              a prompt and its answers             both whole conversations of a pair
@@ -55,10 +55,10 @@ class Sizes:
 
 
 class Task(abc.ABC):
-    """The kind of model that an objective trains.
+    """A kind of training: the model, the examples that it learns from, and its evaluation.
 
     Attributes:
-      rates: whether it is a reward model; manifests and `stage.json` use this name too.
+      rates: whether a reward model is trained; manifests and `stage.json` use this name too.
       trains: the kind of model, in words.
       answers: whether the model answers prompts, in training and in the held-out evaluation.
         Otherwise it is evaluated on held-out pairs.
@@ -83,10 +83,10 @@ class Task(abc.ABC):
 
     @property
     def objective(self) -> Objective:
-        """The objective.
+        """The objective, built from its settings.
 
         Raises:
-          RunError: it is user code and the run is opened read-only.
+          RunError: the objective is user code and the run is opened read-only.
         """
         if self._objective is None:
             raise RunError(_not_imported(self.looked_at, "objective.loss", self.loss))
@@ -97,9 +97,9 @@ class Task(abc.ABC):
         """The configuration of the model that is trained.
 
         Args:
-          stored: the configuration of the model that it starts from.
+          stored: the configuration of the start model.
           file: that model's config.json.
-          pad: returns the id of its padding token.
+          pad: returns the id of that model's padding token.
 
         Raises:
           RunError: a language model cannot start from a reward model.
@@ -134,7 +134,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def largest(self, e: Experiment, facts: DecoderConfig) -> Sizes:
-        """The largest sizes that the settings allow, for a plan."""
+        """The largest sizes that the settings allow, which `selm plan` assumes."""
 
     @abc.abstractmethod
     def candidate_ids(self, chat: Chat, prompt: Prompt, source: str) -> Ids | None:
@@ -148,19 +148,19 @@ class Task(abc.ABC):
     def example(
         self, chat: Chat, head: ScalarHead | None, text: Text, prompt: Prompt, pair: Pair
     ) -> tuple[Example, Mapping[str, int]]:
-        """The training example of a prompt and its ranked answers by role, and what was cut."""
+        """Returns (the training example made from a prompt's pair, counts of shortened texts)."""
 
     def leaves_out_long(self, e: Experiment) -> bool:
-        """Whether examples that are too long are dropped and counted; if not, they are errors."""
+        """Whether an example that is too long is dropped and counted instead of an error."""
         return False
 
     @abc.abstractmethod
     def method(self, e: Experiment) -> str:
-        """What the model was trained on, as the end of a sentence in its model card."""
+        """The training data in words, as the end of a sentence in the model card."""
 
 
 class LanguageModel(Task):
-    """A language model that is trained on pairs of answers, which it or the data gives."""
+    """Training of a language model on pairs of answers, by the model itself or from the data."""
 
     rates, answers = False, True
     trains, pipeline = "language model", "text-generation"
@@ -216,7 +216,7 @@ class LanguageModel(Task):
 
 
 class RewardModel(Task):
-    """A reward model that is trained on the data's pairs of conversations."""
+    """Training of a reward model on pairs of conversations from the data set."""
 
     rates, answers = True, False
     trains, pipeline = "reward model", "text-classification"
@@ -277,7 +277,7 @@ class RewardModel(Task):
 
 
 def task_of(settings: Mapping[str, Any], looked_at: Path | None = None) -> Task:
-    """The task of an experiment.
+    """The `Task` that an experiment's objective asks for.
 
     Args:
       settings: the experiment's `objective`: the loss and its arguments.
@@ -299,7 +299,7 @@ def task_of(settings: Mapping[str, Any], looked_at: Path | None = None) -> Task:
 
 
 def task_with(objective: Objective, loss: str = "", looked_at: Path | None = None) -> Task:
-    """The task of an objective that has already been built."""
+    """The `Task` of an objective that has already been built."""
     kind = RewardModel if objective.rates else LanguageModel
     return kind(loss or str(objective), objective, objective.reference_free, looked_at)
 
@@ -312,6 +312,6 @@ def refuse_user_code(folder: Path, key: str, name: str) -> None:
 
 def _not_imported(folder: Path | None, key: str, name: str) -> str:
     return (
-        f"{folder}/config.yaml: {key} is {name!r}, code that this command does not run, because it "
-        "only reads the folder"
+        f"{folder}/config.yaml: {key} is {name!r}, a function of yours. This command only reads "
+        "the folder and does not run such code"
     )

@@ -1,4 +1,4 @@
-"""Which stages a command runs: all remaining ones, or a single one."""
+"""Decides which stages a command runs: all unfinished stages, or a single one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ Do = Literal["do", "check", "leave"]
 
 
 class Wanted:
-    """The stages that a command runs: all of them, or only one.
+    """The stages that a command runs: all stages, or only one.
 
     If only one is wanted, the stages before it are checked: their inputs must not have changed, or
     two states of the data would mix. The stages after it are left alone.

@@ -1,6 +1,6 @@
-"""Calls to the ranker: how a stage gets the scores of its candidates.
+"""Asks the ranker for the scores of a stage's candidates.
 
-An iteration's candidates are scored in parts, which are kept until all are ranked
+An iteration's candidates are scored in parts, which are kept until all candidates are ranked
 (scores/part-*.parquet).
 """
 
@@ -97,13 +97,13 @@ def check_read(step: Step, ranker: LazyRanker, told: Told) -> None:
 
 
 def unread(told: Told) -> Told:
-    """The number of a judge's unreadable answers, as a stage's count; {} without a judge."""
+    """The number of a judge's unreadable answers, as {"malformed": n}; {} without a judge."""
     judged = counted(told, "asked") > 0
     return {"malformed": counted(told, "malformed")} if judged else {}
 
 
 def _prompts_per_part(ranker: LazyRanker, wanted: int) -> int:
-    """The prompts per part: `wanted`, rounded up so that no group of the ranker is split."""
+    """The prompts per part: `wanted`, rounded up so that no batch of the ranker is split."""
     together = prompts_together(ranker.ranker)
     return -(-wanted // together) * together
 
@@ -114,7 +114,7 @@ def _part(
     questions: Sequence[Question],
     candidates: Sequence[Sequence[str]],
 ) -> tuple[Scores, Told]:
-    """The scores of one part and the ranker's counts, from the part's file if there is one."""
+    """Scores one part of the questions, or reads its file; returns (scores, ranker's counts)."""
     key = _key(questions, candidates)
     if (found := _read(file, key)) is not None:
         return found
@@ -132,7 +132,7 @@ def _ask(
 
 
 def _read(file: Path, key: str) -> tuple[Scores, Told] | None:
-    """A finished part that has this key, or None."""
+    """The (scores, ranker's counts) of a finished part; None if no part has this key."""
     if not parts.is_there(file):
         return None
     about = json.loads(table.about(file) or "{}")
@@ -142,7 +142,7 @@ def _read(file: Path, key: str) -> tuple[Scores, Told] | None:
 
 
 def _key(questions: Sequence[Question], candidates: Sequence[Sequence[str]]) -> str:
-    """A digest of a part's questions; it changes if a new budget or part size changes them."""
+    """A digest of the prompts and candidates of a part, by which a finished part is recognised."""
     prompts = [question.id for question in questions]
     return key_of(prompts=prompts, candidates=candidates)
 

@@ -47,7 +47,7 @@ class UndeclaredSetting(Exception):
 
 
 class Declared:
-    """The part of the experiment that a stage may read, as in `declared.training.rows`.
+    """The settings that a stage declares, read as in `declared.training.rows`; others raise.
 
     Args:
       keys: dotted keys; a group includes all its settings.
@@ -72,7 +72,7 @@ class Declared:
 
 
 class DeclaredTask:
-    """The part of the task that a stage may read, mostly if it declares `objective.rates`."""
+    """The attributes of the task that a stage may read, given the settings that it declares."""
 
     def __init__(self, stage: str, task: Task, keys: frozenset[str]):
         self._stage, self._task, self._keys = stage, task, keys
@@ -112,7 +112,7 @@ def recorded(experiment: Experiment, task: Task, keys: frozenset[str], t: int) -
 
 
 def sources(experiment: Experiment, keys: frozenset[str]) -> dict[str, str]:
-    """Digests of the source code of the user's functions that declared settings name."""
+    """Digests of the source files of the user's functions that the declared settings name."""
     return {
         f"{key} {name}": source_digest(name)
         for key, name in user_code_in(experiment)
@@ -121,7 +121,7 @@ def sources(experiment: Experiment, keys: frozenset[str]) -> dict[str, str]:
 
 
 def _covers(keys: frozenset[str], key: str) -> bool:
-    """Whether a setting or a group that contains it is declared."""
+    """Whether the setting `key`, or a group of settings that contains it, is in `keys`."""
     return any(key == each or key.startswith(each + ".") for each in keys)
 
 
@@ -133,7 +133,7 @@ def _undeclared(stage: str, key: str) -> UndeclaredSetting:
 
 
 def _without(tree: Any, keys: frozenset[str]) -> Any:
-    """A copy of nested lists and dictionaries without these keys."""
+    """A copy of nested lists and dictionaries without the keys `keys`."""
     if isinstance(tree, dict):
         return {k: _without(v, keys) for k, v in tree.items() if k not in keys}
     return [_without(x, keys) for x in tree] if isinstance(tree, list) else tree

@@ -1,4 +1,4 @@
-"""evaluate: measures the new policy on held-out data.
+"""The stage `evaluate`: measures the new policy on held-out data.
 
 A language model is evaluated on held-out prompts (heldout.parquet) and pairs
 (heldout_pairs.parquet), a reward model on held-out pairs (pairs.parquet).
@@ -153,7 +153,7 @@ def _scores(
     answers: Sequence[Stored],
     first: Sequence[table.Row] | None,
 ) -> list[float] | None:
-    """The score of every held-out answer; None if people rank, who see training prompts only.
+    """The ranker's score of every held-out answer; None if people rank, who see no such prompts.
 
     A ranker whose scores compare the answers to one prompt gets each answer together with the start
     model's greedy answer.

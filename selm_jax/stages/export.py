@@ -1,4 +1,4 @@
-"""export: writes the new policy as a Hugging Face folder (model/), and its adapters (adapter/)."""
+"""The stage `export`: writes the new policy as a Hugging Face folder, and its adapters."""
 
 from __future__ import annotations
 

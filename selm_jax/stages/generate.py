@@ -1,4 +1,4 @@
-"""generate: writes the policy's answers as token ids (responses/part-*.parquet)."""
+"""The stage `generate`: writes the policy's answers (responses/part-*.parquet)."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def generate(step: Step, policy: Model, prompts: list[Prompt], chat: Chat) -> Co
 
 @contextlib.contextmanager
 def _here(step: Step, policy: Model, advance: Advance) -> Iterator[Answer]:
-    """Generates with the engine. Every process gets all answers and writes its own parts."""
+    """Generates with the built-in engine; each process gets all answers and writes its parts."""
     params, progress = None, counting(advance)  # a stop loses the current part only
 
     def answer(part: int, requests: Sequence[Request], write: Write) -> None:
@@ -134,7 +134,7 @@ def _by_server(step: Step, policy: Model, advance: Advance) -> Iterator[Answer]:
 
 
 def response_row(chat: Chat, prompt: Prompt, response: Response) -> table.Row:
-    """The row of a response to a prompt, with its text."""
+    """The table row of a response to a prompt, with the response's text."""
     kind = "greedy" if response.greedy else "sample"
     text = chat.text(response.tokens)
     return table.Row(

@@ -1,4 +1,4 @@
-"""rank: every candidate with its score, rank and role (ranked.parquet)."""
+"""The stage `rank`: scores all candidates and picks the pairs (ranked.parquet)."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def rank(
     policy: Model | None = None,
     reference: Model | None = None,
 ) -> Counts:
-    """Scores the candidates of the chosen prompts; each prompt gives a pair or is dropped.
+    """Scores the candidates of the prompts; each prompt then gives a pair or is dropped.
 
     Args:
       policy, reference: the models that the acquisition of a budget uses: the policy that
@@ -71,7 +71,7 @@ def rank(
     settings=("data.rejected", "data.chosen_score", "data.rejected_score", *_OF_DATA),
 )
 def teach(step: Step, prompts: list[Prompt], chat: Chat) -> Counts:
-    """Takes the data set's answers as training pairs without ranking them."""
+    """Takes training pairs from the data set's answers, without asking a ranker."""
     rows, counts = taught(prompts, _of_data(step, chat), step.settings.data)
     if multihost.is_first():
         ranked.write(step.folder / "ranked.parquet", rows)
@@ -109,7 +109,7 @@ def _logps(step: Step, model: Model | None) -> budget.Logps | None:
 
 
 def _answered(step: Step, ranker: LazyRanker, pool: Pool) -> list[int]:
-    """The prompts that the ranker can score now.
+    """The indices of the prompts that the ranker can score now.
 
     These are all chosen prompts, or if people rank, those that enough people have ranked.
     """

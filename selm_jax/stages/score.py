@@ -1,4 +1,4 @@
-"""score: the training examples with the reference's log-probabilities (examples.parquet)."""
+"""The stage `score`: adds the reference's log-probabilities to the pairs (examples.parquet)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Groups of settings that several stages depend on."""
+"""Names of settings that several stages depend on, in groups."""
 
 # What decides how texts become token ids, besides the model's tokenizer and template.
 TEMPLATE = ("text.template", "text.date", "text.special_tokens")

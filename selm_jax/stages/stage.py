@@ -1,4 +1,4 @@
-"""The decorator `@stage`: a stage is a function of its arguments that runs once and is then reused.
+"""The decorator `@stage`, with which a function runs once and its stored outputs are then reused.
 
     @stage(leaves=("examples.parquet",), settings=("text", "training.row_length"))
     def score(step: Step, prompts: list[Prompt], reference: Model) -> Counts: ...
@@ -50,7 +50,7 @@ def stage(
     scratch: tuple[str, ...] = (),
     ends: tuple[str, ...] = (),
 ) -> Callable[[Callable[..., Counts]], Stage]:
-    """Turns a function `(step, ...) -> counts` into a stage.
+    """Turns a function `(step, ...) -> counts` into a stage of an iteration.
 
     Args:
       settings: dotted keys of the settings that the body may read; a group includes all its
@@ -85,7 +85,7 @@ def stage(
 
 @dataclass(frozen=True)
 class Stage:
-    """A function decorated with `@stage`; the decorator's arguments describe the fields."""
+    """A function decorated with `@stage`; the docstring of `stage` explains the fields."""
 
     body: Callable[..., Counts]
     name: str
@@ -248,9 +248,9 @@ class _Call:
                 )
 
     def _is_fresh(self) -> bool:
-        """Whether the stage starts afresh, so that its settings may still change.
+        """Whether the stage has no work to continue, so that its settings may still change.
 
-        It does if it never began, if it was removed from `stage.json`, or if it was stopped before
+        This is so if the stage never began, was removed from `stage.json`, or was stopped before
         its first part was finished.
         """
         entry = self.record.read().get(self.name)
@@ -275,7 +275,7 @@ class _Call:
             )
 
     def _taken(self, step: Step, found: Mapping[str, Any]) -> Counts:
-        """Takes over the metrics lines of another run's stage, and returns its counts."""
+        """Copies the metrics lines of another run's stage to this run, and returns its counts."""
         step.log.forget()
         for line in found["logged"]:
             step.log({k: v for k, v in line.items() if k not in ("stage", "iteration")})

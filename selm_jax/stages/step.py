@@ -1,4 +1,4 @@
-"""The context that the body of a stage gets besides its inputs."""
+"""`Step`: the settings, the folder and the log that a stage's function gets besides its inputs."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Step:
-    """One stage of one iteration at work.
+    """The context of a running stage: its iteration, settings, folder, programs and log.
 
-    It gives access to nothing that the stage does not declare.
+    A stage can read only the settings that it declares.
 
     Attributes:
       run: the name of the run, for messages.
@@ -56,7 +56,7 @@ class Step:
 
     @classmethod
     def of(cls, run: Run, stage: str, t: int, keys: frozenset[str]) -> Step:
-        """The step of a stage of a run that declares these settings."""
+        """Makes the context of a run's stage that declares the settings `keys`."""
         return cls(
             run=run.folder.name,
             stage=stage,

@@ -1,4 +1,4 @@
-"""train: trains the policy, or continues from this stage's last checkpoint (checkpoints/)."""
+"""The stage `train`: trains the policy, or continues from its last checkpoint (checkpoints/)."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The parts of `rank`: candidates, the budget, people, pairs, and pairs taken from the data."""
+"""The parts of the stage `rank`: candidates, the budget, people, pairs, and the data's pairs."""

@@ -1,4 +1,4 @@
-"""The choice of prompts that the ranker is asked about, if a budget limits their number."""
+"""Chooses the prompts that are ranked, if a budget limits their number."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def within(
     policy: Logps | None,
     reference: Logps | None,
 ) -> Pool:
-    """The pool, limited to the prompts that the acquisition values most.
+    """Limits a pool to the `budget` prompts with the highest values of an acquisition function.
 
     Prompts whose candidates are all equal cannot give a pair and are never chosen.
 
@@ -36,8 +36,8 @@ def within(
       acquisition: `feedback.acquisition`.
       seed: the experiment's seed and the iteration, which decide among prompts of equal value.
       policy: the policy that generated the candidates; None if the acquisition does not need it.
-      reference: that policy's own reference. If it is None, because they are the same model or
-        because the acquisition does not compare them, all reward gaps are 0.
+      reference: that policy's own reference. If it is None, because policy and reference are the
+        same model or because the acquisition does not compare them, all reward gaps are 0.
     """
     able = [i for i in pool.asked if len({c.text for c in pool.candidates[i]}) > 1]
     values, cost = np.zeros(len(able)), {}

@@ -1,4 +1,4 @@
-"""The candidates of an iteration's prompts: the policy's answers, then those of the data set."""
+"""Collects the candidates of each prompt: the policy's answers, then the data set's answers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from selm_jax.text.prompts import Prompt
 
 @dataclasses.dataclass(frozen=True)
 class OfData:
-    """How the data set's answers become candidates.
+    """Turns the data set's own answers into candidates.
 
     Attributes:
       layout: `text.layout`. Only the default layout gives candidates token ids; the others
@@ -33,10 +33,10 @@ class OfData:
     on_bad_row: str
 
     def candidate(self, prompt: Prompt, source: str) -> tuple[Candidate, bool]:
-        """The answer called `chosen` or `rejected`, and whether it can be used.
+        """Returns (the answer `chosen` or `rejected` as a candidate, whether it can be used).
 
         Raises:
-          UnusableAnswer: it cannot be used, and bad rows are errors.
+          UnusableAnswer: the answer cannot be used, and bad rows are errors.
         """
         ids, usable = None, True
         if self.layout == "default":
@@ -55,8 +55,8 @@ class Pool:
 
     Attributes:
       usable: for each prompt, whether all its answers can be used.
-      asked: the places of the prompts that the ranker is asked about.
-      cost: counts of what choosing them has cost.
+      asked: the indices of the prompts that the ranker is asked about.
+      cost: counts of the work that choosing these prompts took.
     """
 
     prompts: Sequence[Prompt]
@@ -66,7 +66,7 @@ class Pool:
     cost: dict[str, int]
 
     def questions(self, which: Sequence[int]) -> tuple[list[Question], list[list[str]]]:
-        """The inputs of a ranker: prompts, and the texts of their candidates."""
+        """The inputs of a ranker for the prompts `which`: (questions, candidates' texts)."""
         texts = [[each.text for each in self.candidates[i]] for i in which]
         return [question(self.prompts[i]) for i in which], texts
 
@@ -76,7 +76,7 @@ def pool(prompts: Sequence[Prompt], drawn: Iterable[responses.Row], of_data: OfD
 
     Args:
       drawn: the policy's answers to all prompts.
-      of_data: turns the data set's answers into candidates; None if they do not compete.
+      of_data: turns the data set's answers into candidates; None leaves these answers out.
     """
     own: dict[str, list[Candidate]] = {prompt.id: [] for prompt in prompts}
     for row in drawn:
@@ -92,7 +92,7 @@ def pool(prompts: Sequence[Prompt], drawn: Iterable[responses.Row], of_data: OfD
 
 
 def row_of(prompt: Prompt, place: int, c: Candidate, **known: Any) -> ranked.Row:
-    """The row of the candidate at index `place` of a prompt; `known` has further columns."""
+    """The table row of a prompt's candidate number `place`; `known` has further columns."""
     text = prompt.messages[-1].content
     return ranked.Row(
         prompt.id, text, place, c.source, c.sample, c.token_ids, c.text, c.finish, **known

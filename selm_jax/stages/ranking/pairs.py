@@ -1,4 +1,4 @@
-"""Pairs from the scores of a pool, and counts of the prompts that give none."""
+"""Picks a pair for each prompt from its candidates' scores, and counts prompts without a pair."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def pairs(
     labels: Labels,
     seed: tuple[int, int],
 ) -> tuple[list[ranked.Row], Report]:
-    """The rows of all candidates, and a report on what became of the prompts.
+    """Returns (rows of all candidates, with the pairs marked; a report that counts the pairs).
 
     Args:
-      scores: an array [candidates] for each scored prompt, by the prompt's place in the pool.
+      scores: an array [candidates] for each scored prompt, by the prompt's index in the pool.
       select: picks the pair of one prompt, or returns why there is none.
       labels: how a pair's label is derived from the scores.
       seed: the experiment's seed and the iteration.

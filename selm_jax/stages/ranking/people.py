@@ -1,4 +1,4 @@
-"""People as rankers of an iteration: their questions, and the prompts that they have ranked."""
+"""Asks people to rank an iteration's candidates, and finds the prompts that they have ranked."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from selm_jax.stages.ranking.candidates import Pool
 def put(
     folder: Path, feedback: Feedback, batch: str, pool: Pool, minimum: int | None = None
 ) -> Annotations:
-    """Puts the pool's questions into the annotation store, whatever ranker the run has.
+    """Stores a pool's prompts and candidates as questions for people; the run may use any ranker.
 
     Args:
       folder: the run folder, which contains the store unless the ranker's settings name another.
@@ -29,7 +29,7 @@ def put(
     if minimum is not None and of_ranker not in (None, minimum):
         raise AnnotationError(
             f"the ranker waits for {of_ranker} people per prompt, but the minimum given is "
-            f"{minimum}. Change feedback.settings.minimum"
+            f"{minimum}. Change feedback.settings.minimum, or give no other minimum"
         )
     store = Annotations(store_of(folder, feedback.settings if human else {}))
     items = [item for item in items_of(*pool.questions(pool.asked)) if item is not None]
@@ -40,7 +40,7 @@ def put(
 def answered(
     human: Human, folder: Path, batch: str, pool: Pool, report: Callable[[int], None]
 ) -> list[int]:
-    """The prompts of the pool that enough people have ranked.
+    """The indices of the pool's prompts that enough people have ranked.
 
     Args:
       report: is called with the number of questions that are newly done.
@@ -50,5 +50,5 @@ def answered(
 
 
 def batch(run: str, t: int) -> str:
-    """The name of the batch of questions of a run's iteration."""
+    """The name under which the questions of a run's iteration are stored."""
     return f"{run}/iteration_{t}"

@@ -1,4 +1,4 @@
-"""Training pairs taken from the data set as they are, without a ranker."""
+"""Takes training pairs from the data set directly, without a ranker."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from selm_jax.text.prompts import Prompt
 def taught(
     prompts: Iterable[Prompt], of_data: OfData, data: Data
 ) -> tuple[list[ranked.Row], dict[str, int]]:
-    """The rows of all prompts whose answers can be used, and their counts.
+    """Returns (rows of all prompts whose answers can be used, counts of pairs and of drops).
 
     Args:
       data: names the columns with rejected answers and scores, if there are any.

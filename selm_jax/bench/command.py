@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import platform
 import statistics
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
@@ -12,9 +13,11 @@ from typing import Any, get_args
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from selm_jax.bench import limits
 from selm_jax.bench.clock import Clock
 from selm_jax.bench.work import BenchError, MakeParams, Sizes, generation, training
 from selm_jax.config import Training
@@ -27,11 +30,14 @@ from selm_jax.shell.progress import terminal
 from selm_jax.weights import sources
 from selm_jax.weights.huggingface import checked_config, load
 
+QUIET = 0.15  # spread of the times above which the machine is called not quiet
+
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 _LLAMA = "LlamaForCausalLM"
 
-# Shapes to fill with random numbers: SmolLM2-135M, and Llama 3.2 1B.
+# Shapes to fill with random numbers: SmolLM2-135M, Llama 3.2 1B, and four of the 32 layers of
+# Llama 3 8B, whose training fits on one device.
 SHAPES = {
     "135m": DecoderConfig(
         49152, 576, 9, 3, 64, 1536, (LayerKind(Rope(1e5)),) * 30, 1e-5, True, 8192, _LLAMA
@@ -39,10 +45,16 @@ SHAPES = {
     "1b": DecoderConfig(
         128256, 2048, 32, 8, 64, 8192, (LayerKind(Rope(5e5)),) * 16, 1e-5, True, 131072, _LLAMA
     ),
+    "8b-layers": DecoderConfig(
+        128256, 4096, 32, 8, 128, 14336, (LayerKind(Rope(5e5)),) * 4, 1e-5, False, 8192, _LLAMA
+    ),
 }
 
-ON_CPU = Sizes(prompt=64, response=64, examples=4, rows=4, row_length=256, slots=16)
-ON_ACCELERATOR = Sizes(prompt=256, response=512, examples=16, rows=8, row_length=2048, slots=64)
+
+# Without options, rows of a quarter of this length are measured too, and a cache with room for
+# eight times the tokens.
+ON_CPU = Sizes(prompt=64, response=64, rows=1, row_length=1024, slots=16)
+ON_ACCELERATOR = Sizes(prompt=256, response=512, rows=2, row_length=8192, slots=64)
 
 
 def main(
@@ -53,12 +65,14 @@ def main(
     response: int | None = None,
     examples: int | None = None,
     rows: int | None = None,
-    row_length: int | None = None,
+    row_length: Sequence[int] | None = None,
     slots: int | None = None,
+    capacity: Sequence[int] | None = None,
     steps: int | None = None,
     dtype: str = "auto",
     remat: str = Training.remat,
     peak: float | None = None,
+    bandwidth: float | None = None,
     json: Path | None = None,
 ) -> None:
     """Runs the benchmark of `selm bench` and prints a table of the measurements.
@@ -66,28 +80,39 @@ def main(
     Args:
       model: a folder, Hub id or GGUF file.
       shape: a key of `SHAPES`, to measure random weights of that shape instead of `model`.
-      prompt, response, examples, rows, row_length, slots, steps: see `Sizes`; None uses what suits
-        the platform.
+      prompt, response, examples, rows, slots, steps: see `Sizes`; None uses what suits the
+        platform.
+      row_length, capacity: see `Sizes`; every one is measured.
       dtype: number format of the computation: auto (float32 on CPU, else bfloat16), float32 or
         bfloat16.
       remat: what the backward pass keeps (`models.decoder.REMAT`).
-      peak: TFLOP/s of one device, if the table of peaks does not have it.
+      peak, bandwidth: TFLOP/s and GB/s of one device, if the tables of `limits` do not have it.
       json: a file for everything that was measured.
 
     Raises:
       BenchError: if shape, dtype or remat is unknown, or a size is too small.
     """
     asked = {
-        "prompt": prompt, "response": response, "examples": examples, "rows": rows,
-        "row_length": row_length, "slots": slots, "steps": steps,
+        "prompt": prompt, "response": response, "examples": examples, "slots": slots,
+        "steps": steps,
     }  # fmt: skip
     default = ON_CPU if jax.default_backend() == "cpu" else ON_ACCELERATOR
-    devices = jax.device_count()
-    default = dataclasses.replace(default, rows=-(-default.rows // devices) * devices)
     sizes = dataclasses.replace(default, **{k: v for k, v in asked.items() if v is not None})
+    devices, used = jax.device_count(), sizes.prompt + sizes.response
+
+    def of_length(length: int) -> Sizes:
+        full = -(-default.rows * default.row_length // (max(length, 1) * devices)) * devices
+        count = full if rows is None else rows
+        return dataclasses.replace(sizes, row_length=length, rows=count)
+
+    trained = [of_length(n) for n in row_length or (sizes.row_length // 4, sizes.row_length)]
+    generated = [dataclasses.replace(sizes, capacity=n) for n in capacity or (used, 8 * used)]
     console = terminal()
     with console.status("measuring; the first steps compile"):
-        result = run(model, shape=shape, sizes=sizes, dtype=dtype, remat=remat, peak=peak)
+        result = run(
+            model, shape=shape, trained=trained, generated=generated, dtype=dtype, remat=remat,
+            peak=peak, bandwidth=bandwidth,
+        )  # fmt: skip
     show(result, console)
     if json is not None:
         artifacts.write_json(json, result)
@@ -97,14 +122,19 @@ def run(
     model: str,
     *,
     shape: str | None,
-    sizes: Sizes,
+    trained: Sequence[Sizes],
+    generated: Sequence[Sizes],
     dtype: str = "auto",
     remat: str = Training.remat,
     peak: float | None = None,
+    bandwidth: float | None = None,
 ) -> dict[str, Any]:
     """Runs the benchmark; returns the measurements as values for JSON.
 
     These include the seconds of every counted repetition. Rates are those of the median repetition.
+
+    Args:
+      trained, generated: the sizes with which updates and generation are measured, in turn.
     """
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -118,26 +148,31 @@ def run(
                 f"--{what} is {value!r}; expected one of {', '.join(filter(None, known))}"
             )
     name, config, make_params = _model(model, shape)
-    clock = Clock.make(peak, dtype)
+    clock = Clock(limits.arithmetic(peak, dtype), limits.memory(bandwidth))
+    generations, trainings = [], []
     release()
-    generated = generation(config, make_params, sizes, dtype, clock)
+    for sizes in generated:
+        generations.append(generation(config, make_params, sizes, dtype, clock))
     generation_peak = peak_mib()
     release()
-    trained = training(config, make_params, sizes, dtype, remat, clock)
+    for sizes in trained:
+        trainings.append(training(config, make_params, sizes, dtype, remat, clock))
     device = jax.devices()[0]
     return {
         "device": {
             "kind": _cpu_name() if device.platform == "cpu" else device.device_kind,
             "platform": device.platform,
             "count": jax.device_count(),
-            "peak_tflops": clock.peak,
-            "peak_from": clock.source,
+            "peak_tflops": clock.peak.rate,
+            "peak_from": clock.peak.source,
+            "bandwidth_gb": clock.bandwidth.rate,
+            "bandwidth_from": clock.bandwidth.source,
         },
         "versions": {p: version(p) for p in ("jax", "jaxlib", "flax", "optax")},
         "model": {"name": name, "parameters": parameter_count(config), "dtype": dtype},
-        "sizes": dataclasses.asdict(sizes) | {"remat": remat},
-        "training": trained,
-        **generated,
+        "remat": remat,
+        "training": trainings,
+        "generation": generations,
         "memory": {
             "what": "resident memory" if device.platform == "cpu" else "memory of one device",
             "generation_mib": generation_peak,
@@ -147,30 +182,56 @@ def run(
 
 
 def show(result: dict[str, Any], console: Console) -> None:
-    """Prints the result as a table."""
-    device, model, memory = result["device"], result["model"], result["memory"]
+    """Prints the result as one table and what its columns mean; 60 columns are enough."""
+    device, model, used = result["device"], result["model"], result["memory"]
     title = f"{model['name']}, {model['parameters'] / 1e6:.0f} M parameters, {model['dtype']}"
-    table = Table(title=f"{title}; {device['count']} x {device['kind']}")
+    table = Table(title=f"{title}; {device['count']} x {device['kind']}", box=SIMPLE_HEAD)
     table.add_column("")
-    for head in ("seconds, median (min-max)", "tokens/s", "TFLOP", "TFLOP/s", "share of peak"):
+    for head in ("seconds", "tokens/s", "MFU", "memory"):
         table.add_column(head, justify="right")
-    for key in ("training", "prefill", "decode"):
-        part = result[key]
-        seconds = part["seconds"]
-        spread = f"{statistics.median(seconds):.3f} ({min(seconds):.3f}-{max(seconds):.3f})"
-        rate = part["tokens_per_second"]
-        rates = f"{rate:,.0f}" if key != "training" else (
-            f"{rate['useful']:,.0f} useful\n{rate['padded']:,.0f} padded"
-        )  # fmt: skip
-        share = "unknown" if part["share_of_peak"] is None else f"{part['share_of_peak']:.0%}"
-        table.add_row(key, spread, rates, f"{part['tflop']:.3g}", f"{part['tflops']:.3g}", share)
+
+    def add(name: str, part: dict[str, Any], rate: float, memory: str = "") -> None:
+        seconds = f"{statistics.median(part['seconds']):.3g}"
+        table.add_row(name, seconds, f"{rate:,.0f}", _percent(part["mfu"]), memory)
+
+    for part in result["training"]:
+        name = f"train, {part['rows']} x {part['row_length']:,}"
+        add(name, part, part["tokens_per_second"]["useful"])
+    for part in result["generation"]:
+        prefill, decode, room = part["prefill"], part["decode"], f"{part['capacity']:,}"
+        add(f"prefill, room {room}", prefill, prefill["tokens_per_second"])
+        memory = _percent(decode["share_of_bandwidth"])
+        add(f"decode, room {room}", decode, decode["tokens_per_second"], memory)
     console.print(table)
-    console.print(f"training: {result['training']['examples_per_second']:.3g} examples/s")
-    console.print(f"peak: {device['peak_from']}")
+    for part in result["training"]:
+        tokens = part["tokens"]
+        console.print(
+            f"Rows of {part['row_length']:,}: {1 - tokens['useful'] / tokens['padded']:.0%} of the "
+            f"positions are padding; {part['examples_per_second']:.3g} examples/s."
+        )
+    for part in result["generation"]:
+        decode = part["decode"]
+        console.print(
+            f"Decoding with room for {part['capacity']:,} tokens per answer: "
+            f"{decode['ms_per_step']:.3g} ms a step, in which at least "
+            f"{decode['bytes_per_step'] / 1e6:,.0f} MB must be read."
+        )
     console.print(
-        f"most {memory['what']}: {memory['generation_mib']:,.0f} MiB in generation, "
-        f"{memory['training_mib']:,.0f} MiB in training"
+        f"MFU: share of the {device['peak_from']}. Padding, masked scores and recomputation do not "
+        "count as work.\n"
+        f"memory: share of the {device['bandwidth_from']}."
     )
+    noise = max(max(x["seconds"]) / min(x["seconds"]) - 1 for x in result["training"])
+    if noise > QUIET:
+        console.print(f"The machine was not quiet: the times of an update differ by {noise:.0%}.")
+    console.print(
+        f"Most {used['what']}: {used['generation_mib']:,.0f} MiB in generation, "
+        f"{used['training_mib']:,.0f} MiB in training"
+    )
+
+
+def _percent(share: float | None) -> str:
+    return "unknown" if share is None else f"{share:.0%}"
 
 
 def _model(model: str, shape: str | None) -> tuple[str, DecoderConfig, MakeParams]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,12 +17,12 @@ from selm_jax.bench.clock import Clock, Times
 from selm_jax.config import Training
 from selm_jax.models import flops
 from selm_jax.models.config import DecoderConfig
-from selm_jax.models.decoder import Decoder, Params, abstract_params
+from selm_jax.models.decoder import Decoder, Params, abstract_params, parameter_count
 from selm_jax.objectives.losses import selm
 from selm_jax.parallel.mesh import decode_mesh, make_mesh
 from selm_jax.parallel.rules import TRAINING, place_rows, shardings
 from selm_jax.preferences.examples import Example
-from selm_jax.preferences.packing import common_shape, pack
+from selm_jax.preferences.packing import assign_rows, common_shape, pack
 from selm_jax.rollout.engine import Engine
 from selm_jax.rollout.parameters import decoding_params, decoding_shardings
 from selm_jax.rollout.requests import Request
@@ -46,24 +46,33 @@ class Sizes:
     Attributes:
       prompt, response: the most tokens of a prompt and of a response. Examples have half to all of
         them, so that rows have as much padding as in practice. Generation uses full lengths.
-      examples: number of examples per update.
-      rows, row_length: rows of a packed batch, and tokens of a row.
+      rows: number of rows of a packed batch; row_length: tokens of a row.
+      examples: number of examples per update; None for as many as fit in one batch.
       slots: number of responses that are decoded together.
+      capacity: the most tokens of a prompt and its response that the engine accepts; None for
+        those that are generated. More room must not make it slower.
       steps: number of repetitions, after one that does not count.
     """
 
     prompt: int
     response: int
-    examples: int
     rows: int
     row_length: int
     slots: int
+    examples: int | None = None
+    capacity: int | None = None
     steps: int = 5
 
     def __post_init__(self):
         for name, value in dataclasses.asdict(self).items():
-            if value < 1:
+            if value is not None and value < 1:
                 raise BenchError(f"{name} is {value}; expected at least 1")
+        used = self.prompt + self.response
+        if self.capacity is not None and self.capacity < used:
+            raise BenchError(
+                f"capacity is {self.capacity}, but a prompt and its response take {used} tokens. "
+                "Raise --capacity, or lower --prompt or --response"
+            )
 
 
 def training(
@@ -82,7 +91,7 @@ def training(
         Decoder(config, jnp.dtype(dtype), remat, mesh=mesh), selm(0.01, 0.001), adamw,
         chunk=Training.logprob_chunk, clip=Training.clip, shardings=where,
     )  # fmt: skip
-    examples = _examples(sizes, config.vocab_size)
+    examples = synthetic(sizes, config.vocab_size)
     shape = common_shape([examples], rows=sizes.rows, time=sizes.row_length)
     batches = pack(examples, shape)
     means = mean_lengths(examples)
@@ -102,17 +111,30 @@ def training(
     times = clock.measure(step, sizes.steps)
     tokens = sum(e.tokens for e in examples)
     padded = len(batches) * shape.rows * shape.time
-    work = flops.forward_and_backward(
-        config, rows=len(batches) * shape.rows, time=shape.time, keys=shape.time,
-        scored=shape.scored,
-    )  # fmt: skip
     median = statistics.median(times.seconds)
-    return times.against(work) | {
+    return times.against(useful(config, examples) * 3) | {
+        "rows": shape.rows,
+        "row_length": shape.time,
         "examples_per_second": len(examples) / median,
         "tokens_per_second": {"useful": tokens / median, "padded": padded / median},
         "tokens": {"useful": tokens, "padded": padded},
         "microbatches": len(batches),
     }
+
+
+def useful(config: DecoderConfig, examples: Sequence[Example]) -> flops.Flops:
+    """Counts the operations of a forward pass over the examples that no method can leave out.
+
+    Padding, scores that the mask hides, logits of prompts and recomputation do not count. A sliding
+    window is not taken off: it is longer than the examples here.
+    """
+    lengths = [(len(e.prompt), [len(r) for r in e.responses]) for e in examples]
+    return flops.passed(
+        config,
+        tokens=sum(e.tokens for e in examples),
+        pairs=sum(flops.visible_pairs(*each) for each in lengths),
+        scored=sum(sum(responses) for _, responses in lengths),
+    )
 
 
 def generation(
@@ -136,19 +158,20 @@ def generation(
         Request(i, tuple(map(int, rng.integers(0, config.vocab_size, sizes.prompt))), 0, 1)
         for i in range(sizes.slots)
     ]
+    capacity = sizes.capacity or sizes.prompt + sizes.response
 
     def answer(new_tokens: int) -> Callable[[], Any]:
         engine = Engine.fitted(
-            decoder=decoder, sampling=Sampling(), slots=sizes.slots, max_prompt=sizes.prompt,
-            max_new_tokens=new_tokens, stop_ids=(), prefill_rows=min(sizes.slots, 16),
-            mesh=decoding,
+            decoder=decoder, sampling=Sampling(), slots=sizes.slots,
+            max_prompt=capacity - sizes.response, max_new_tokens=new_tokens, stop_ids=(),
+            prefill_rows=min(sizes.slots, 16), mesh=decoding,
         )  # fmt: skip
         return partial(engine.generate, params, requests, seed=0, iteration=1)
 
     prefill, whole = answer(1), answer(sizes.response)
     clock.measure(prefill, 1)
     clock.measure(whole, 1)
-    prefills, wholes = Times([], []), Times([], [])
+    prefills, wholes = Times([], [], []), Times([], [], [])
     for _ in range(sizes.steps):  # in turns, so that a slow minute is in both
         prefills += clock.measure(prefill, 1)
         wholes += clock.measure(whole, 1)
@@ -159,37 +182,61 @@ def generation(
             f"decoding {sizes.response} tokens per response took no longer than the prefill "
             f"({before:.4f} s), which is too little to measure. Use longer responses (--response)"
         )
-    steps = sizes.response - 1
-    read = flops.forward(config, rows=sizes.slots, time=sizes.prompt, keys=sizes.prompt, scored=1)
-    written = flops.forward(
-        config, rows=sizes.slots * steps, time=1, keys=sizes.prompt + sizes.response, scored=1
-    )
+    n, p, steps = sizes.slots, sizes.prompt, sizes.response - 1
+    read = flops.passed(config, tokens=n * p, pairs=n * flops.visible_pairs(p), scored=n)
+    seen = steps * p + flops.visible_pairs(steps)  # by the tokens of one slot
+    written = flops.passed(config, tokens=n * steps, pairs=n * seen, scored=n * steps)
+    moved = decode_bytes(
+        config, copies=decoding.shape["data"] * decoding.shape["fsdp"], keys=n * seen // steps,
+        itemsize=jnp.dtype(dtype).itemsize,
+    )  # fmt: skip
     decode = statistics.median(decodes.seconds)
     return {
-        "prefill": prefills.against(read)
-        | {"tokens_per_second": sizes.slots * sizes.prompt / before},
+        "capacity": capacity,
+        "prefill": prefills.against(read) | {"tokens_per_second": n * p / before},
         "decode": decodes.against(written)
-        | {"tokens_per_second": sizes.slots * steps / decode, "ms_per_step": 1e3 * decode / steps},
+        | decodes.reading(moved, steps)
+        | {"tokens_per_second": n * steps / decode, "ms_per_step": 1e3 * decode / steps},
     }
 
 
-def _examples(sizes: Sizes, vocab: int) -> list[Example]:
+def decode_bytes(config: DecoderConfig, *, copies: int, keys: int, itemsize: int) -> int:
+    """Counts the bytes that one decoding step must read: the weights, and the live keys and values.
+
+    Args:
+      copies: number of copies of the model, each of which reads all weights.
+      keys: number of keys that the tokens of all slots see.
+      itemsize: bytes of a number.
+    """
+    weights = parameter_count(config)
+    if not config.tied:  # of the embedding, a step reads one vector per slot
+        weights -= config.vocab_size * config.embed
+    each_key = 2 * config.layers * config.kv_heads * config.head_dim
+    return itemsize * (copies * weights + keys * each_key)
+
+
+def synthetic(sizes: Sizes, vocab: int) -> list[Example]:
     """Makes random examples with three responses, each half to all of the maximum length."""
     rng = np.random.default_rng(0)
 
     def ids(most: int) -> tuple[int, ...]:
         return tuple(map(int, rng.integers(0, vocab, rng.integers(-(-most // 2), most + 1))))
 
-    return [
-        Example(
+    def example(i: int) -> Example:
+        return Example(
             f"synthetic {i}",
             ids(sizes.prompt),
             (ids(sizes.response), ids(sizes.response), ids(sizes.response)),
             {"chosen": 0, "rejected": 1, "explore": 2},
             (0.0, 0.0, 0.0),
         )
-        for i in range(sizes.examples)
-    ]
+
+    if sizes.examples is not None:
+        return [example(i) for i in range(sizes.examples)]
+    made = [example(0)]
+    while len(assign_rows(longer := [*made, example(len(made))], sizes.row_length)) <= sizes.rows:
+        made = longer
+    return made
 
 
 def _replicated(mesh: jax.sharding.Mesh) -> NamedSharding:

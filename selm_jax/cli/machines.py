@@ -117,7 +117,8 @@ class Benching:
     shape: Annotated[
         str | None,
         typer.Option(
-            help="Measure a random model of this shape instead: 135m or 1b.", show_default="MODEL"
+            help="Measure a random model of this shape instead: 135m, 1b or 8b-layers.",
+            show_default="MODEL",
         ),
     ] = None
     dtype: Dtype = "auto"
@@ -128,13 +129,26 @@ class Benching:
         float | None,
         typer.Option(help="Peak TFLOP/s of one device.", show_default="the built-in value"),
     ] = None
+    bandwidth: Annotated[
+        float | None,
+        typer.Option(help="GB/s of the memory of one device.", show_default="the built-in value"),
+    ] = None
     steps: Annotated[int | None, _size("Number of repetitions.")] = None
-    examples: Annotated[int | None, _size("Examples per update.")] = None
+    examples: Annotated[
+        int | None,
+        typer.Option(help="Examples per update.", show_default="as many as fit in a batch"),
+    ] = None
     prompt: Annotated[int | None, _size("Tokens per prompt.")] = None
     response: Annotated[int | None, _size("Tokens per response.")] = None
     rows: Annotated[int | None, _size("Packed rows per batch.")] = None
-    row_length: Annotated[int | None, _size("Tokens per row.")] = None
+    row_length: Annotated[
+        list[int] | None, _size("Tokens per row; give it repeatedly to measure several.")
+    ] = None
     slots: Annotated[int | None, _size("Responses that are decoded together.")] = None
+    capacity: Annotated[
+        list[int] | None,
+        _size("Tokens of a prompt and its answer that there is room for; may be repeated."),
+    ] = None
     json: Json = None
 
 

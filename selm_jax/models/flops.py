@@ -9,6 +9,7 @@ arXiv 2204.02311, appendix B).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from selm_jax.models.config import DecoderConfig
 from selm_jax.models.config_deberta import DebertaConfig
@@ -26,6 +27,28 @@ class Flops:
     def total(self) -> int:
         return self.dense + self.attention + self.head
 
+    def __mul__(self, times: int) -> Flops:
+        return Flops(times * self.dense, times * self.attention, times * self.head)
+
+
+def passed(config: DecoderConfig, *, tokens: int, pairs: int, scored: int) -> Flops:
+    """Counts the operations of one forward pass.
+
+    Args:
+      config: the model.
+      tokens: number of tokens in all rows.
+      pairs: number of pairs of a query and a key whose score is computed, in one layer.
+      scored: number of tokens whose logits are computed.
+    """
+    c = config
+    heads, kv_heads = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    weights = c.layers * (2 * c.embed * heads + 2 * c.embed * kv_heads + 3 * c.embed * c.mlp)
+    return Flops(
+        dense=2 * tokens * weights,
+        attention=4 * pairs * c.layers * heads,
+        head=2 * scored * c.embed * c.vocab_size,
+    )
+
 
 def forward(config: DecoderConfig, *, rows: int, time: int, keys: int, scored: int) -> Flops:
     """Counts the operations of one forward pass over [rows, time] tokens.
@@ -36,22 +59,25 @@ def forward(config: DecoderConfig, *, rows: int, time: int, keys: int, scored: i
       keys: number of keys per token. Scores are computed for masked keys too, so these count.
       scored: tokens of each row whose logits are computed.
     """
-    c = config
-    heads, kv_heads = c.heads * c.head_dim, c.kv_heads * c.head_dim
-    weights = c.layers * (2 * c.embed * heads + 2 * c.embed * kv_heads + 3 * c.embed * c.mlp)
-    return Flops(
-        dense=2 * rows * time * weights,
-        attention=4 * rows * time * keys * c.layers * heads,
-        head=2 * rows * scored * c.embed * c.vocab_size,
-    )
+    tokens = rows * time
+    return passed(config, tokens=tokens, pairs=tokens * keys, scored=rows * scored)
 
 
 def forward_and_backward(
     config: DecoderConfig, *, rows: int, time: int, keys: int, scored: int
 ) -> Flops:
     """Counts the operations of a forward and a backward pass: three times the forward pass."""
-    once = forward(config, rows=rows, time=time, keys=keys, scored=scored)
-    return Flops(3 * once.dense, 3 * once.attention, 3 * once.head)
+    return forward(config, rows=rows, time=time, keys=keys, scored=scored) * 3
+
+
+def visible_pairs(prompt: int, responses: Sequence[int] = ()) -> int:
+    """Counts the pairs of a query and a key that it sees in a prompt tree, itself included.
+
+    Args:
+      prompt: number of tokens of the prompt, or of a whole text without responses.
+      responses: number of tokens of each response.
+    """
+    return prompt * (prompt + 1) // 2 + sum(r * prompt + r * (r + 1) // 2 for r in responses)
 
 
 def encoder(config: DebertaConfig, *, rows: int, time: int) -> int:

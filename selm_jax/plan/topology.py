@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from selm_jax.bench.clock import PEAKS
+from selm_jax.bench import limits
 from selm_jax.shell.words import did_you_mean
 
 GIB = 2**30
@@ -172,8 +172,8 @@ def local_target(hbm: float | None = None) -> Target:
     else:
         limit, source = _memory_total() // len(devices), "this machine's memory, shared by all"
     on_cpu = device.platform == "cpu"
-    known = next((tflops for name, tflops in PEAKS if name in device.device_kind), None)
-    bandwidth = next((x for name, x in _BANDWIDTHS if name in device.device_kind), None)
+    peak = limits.known(limits.PEAKS, device.device_kind)
+    bandwidth = limits.known(limits.BANDWIDTHS, device.device_kind)
     halves = any(name in device.device_kind for name in _HALVES)
     return Target(
         name=f"{len(devices)} x {device.device_kind} (local)",
@@ -181,22 +181,10 @@ def local_target(hbm: float | None = None) -> Target:
         chips=-(-len(devices) // 2) if halves else len(devices),
         hbm=limit,
         hbm_from=source,
-        peak=None if on_cpu or known is None else known * 1e12,
+        peak=None if on_cpu or peak is None else peak * 1e12,
         bandwidth=None if bandwidth is None else bandwidth * 1e9,
     )
 
-
-# GB/s of a device's memory, by the name that JAX gives the device. The first name that occurs
-# counts, so longer names come first. GPU values are from NVIDIA's data sheets: A100 with 40 and
-# 80 GB, H100 (PCIe, NVL, SXM), H200, and GH200 with 96 GB of HBM3.
-_BANDWIDTHS = (
-    ("TPU v4", GENERATIONS["v4"].bandwidth), ("TPU v5 lite", GENERATIONS["v5e"].bandwidth),
-    ("TPU v5", GENERATIONS["v5p"].bandwidth), ("TPU v6 lite", GENERATIONS["v6e"].bandwidth),
-    ("TPU7x", GENERATIONS["tpu7x"].bandwidth),
-    ("A100-SXM4-40GB", 1555), ("A100-PCIE-40GB", 1555), ("A100-SXM4-80GB", 2039),
-    ("A100 80GB PCIe", 1935), ("H100 PCIe", 2000), ("H100 NVL", 3900), ("H100", 3350),
-    ("GH200", 4000), ("H200", 4800),
-)  # fmt: skip
 
 # On these TPUs two devices are one chip. A TPU v4 or v5p chip is one device: its cores work as one.
 _HALVES = ("TPU v2", "TPU v3", "TPU7x")

@@ -1,0 +1,137 @@
+"""The limits of a device: how fast it can calculate, and how fast it reads its memory.
+
+Data sheets give both for TPUs and GPUs. On CPU they are measured, because a virtual core is not
+always a whole one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+# Peak bfloat16 TFLOP/s of one device, without sparsity, from the makers' data sheets. The first
+# entry that occurs in the device's kind counts. A device of TPU v2, v3 and 7x is half a chip.
+PEAKS = (
+    ("TPU v2", 22.5), ("TPU v3", 61.5), ("TPU v4", 275), ("TPU v5 lite", 197), ("TPU v5e", 197),
+    ("TPU v5", 459), ("TPU v6 lite", 918), ("TPU v6e", 918), ("TPU7x", 2307 / 2),
+    ("H100 PCIe", 756), ("H100 NVL", 835),
+    ("H100", 989), ("H200", 989), ("GH200", 989), ("B200", 2250),
+    ("A100", 312), ("A10G", 70), ("A10", 125), ("L40S", 362), ("L40", 181), ("L4", 121),
+)  # fmt: skip
+
+# GB/s of a device's memory, likewise. A100: 40 and 80 GB; GH200: with 96 GB of HBM3.
+BANDWIDTHS = (
+    ("TPU v4", 1228), ("TPU v5 lite", 819), ("TPU v5e", 819), ("TPU v5", 2765),
+    ("TPU v6 lite", 1638), ("TPU v6e", 1638), ("TPU7x", 7380 / 2),
+    ("A100-SXM4-40GB", 1555), ("A100-PCIE-40GB", 1555), ("A100-SXM4-80GB", 2039),
+    ("A100 80GB PCIe", 1935), ("H100 PCIe", 2000), ("H100 NVL", 3900), ("H100", 3350),
+    ("GH200", 4000), ("H200", 4800), ("B200", 8000), ("A10G", 600),
+    ("L40S", 864), ("L40", 864), ("L4", 300),
+)  # fmt: skip
+
+_COPIED = 128 * 2**20  # bytes; more than the caches of a processor
+
+
+@dataclasses.dataclass(frozen=True)
+class Limit:
+    """A rate that the devices cannot exceed.
+
+    Attributes:
+      rate: the rate of all devices together; None if it is unknown or measured.
+      source: where the rate is from, in words.
+      measure: measures the rate; None if it is known or cannot be measured.
+    """
+
+    rate: float | None
+    source: str
+    measure: Callable[[], float] | None = None
+
+    def now(self) -> float | None:
+        """The rate at this moment; None if it is unknown."""
+        return self.measure() if self.measure else self.rate
+
+
+def known(table: tuple[tuple[str, float], ...], kind: str) -> float | None:
+    """The entry of `PEAKS` or `BANDWIDTHS` for a device's kind; None if there is none."""
+    return next((rate for name, rate in table if name in kind), None)
+
+
+def arithmetic(given: float | None, dtype: str) -> Limit:
+    """The peak TFLOP/s of all devices.
+
+    Args:
+      given: the user's figure for one device; None looks it up, or measures it on CPU.
+    """
+    count, kind = jax.device_count(), jax.devices()[0].device_kind
+    if given is not None:
+        return Limit(given * count, f"{given:g} TFLOP/s per device, as given")
+    if jax.default_backend() == "cpu":
+        source = "rate of a 2048^3 float32 matrix product, measured before and after each step"
+        return Limit(None, source, _matmul())
+    rate = known(PEAKS, kind)
+    if rate is None or dtype != "bfloat16":
+        return Limit(None, f"unknown for {kind} in {dtype}; give it with --peak")
+    return Limit(rate * count, f"{rate:g} bfloat16 TFLOP/s per {kind}, from its data sheet")
+
+
+def memory(given: float | None) -> Limit:
+    """The GB/s at which all devices read and write their memory.
+
+    Args:
+      given: the user's figure for one device; None looks it up, or measures it on CPU.
+    """
+    count, kind = jax.device_count(), jax.devices()[0].device_kind
+    if given is not None:
+        return Limit(given * count, f"{given:g} GB/s per device, as given")
+    if jax.default_backend() == "cpu":
+        source = "rate of copying 128 MiB, read and written, measured before and after each step"
+        return Limit(None, source, _copy())
+    rate = known(BANDWIDTHS, kind)
+    if rate is None:
+        return Limit(None, f"unknown for {kind}; give it with --bandwidth")
+    return Limit(rate * count, f"{rate:g} GB/s per {kind}, from its data sheet")
+
+
+def _matmul() -> Callable[[], float]:
+    """Makes a function that measures the TFLOP/s of a 2048^3 float32 matrix product."""
+    x = jax.random.normal(jax.random.key(0), (2048, 2048))
+    product = jax.jit(lambda x: x @ x)
+    product(x).block_until_ready()
+    return lambda: 2e-12 * 2048**3 / _best(lambda: product(x))
+
+
+def _copy() -> Callable[[], float]:
+    """Makes a function that measures the GB/s of a copy into memory that is already there.
+
+    A fresh array would cost page faults, which take several times as long. The arrays are let go
+    after each measurement, so that they are not part of a step's peak memory.
+    """
+    into = jax.jit(lambda old, new: old.at[:].set(new), donate_argnums=0)
+
+    def measure() -> float:
+        source = jnp.ones(_COPIED // 4, jnp.float32)
+        held = jnp.zeros_like(source)
+
+        def copy() -> jax.Array:
+            nonlocal held
+            held = into(held, source)
+            return held
+
+        copy()
+        return 2e-9 * _COPIED / _best(copy)
+
+    return measure
+
+
+def _best(work: Callable[[], jax.Array]) -> float:
+    """The smaller number of seconds of two runs: the first may pay for memory given back before."""
+    seconds = []
+    for _ in range(2):
+        began = time.perf_counter()
+        work().block_until_ready()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)

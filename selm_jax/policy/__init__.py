@@ -1,1 +1,1 @@
-"""A language model that answers and scores, used by runs, `selm eval` and the Python API."""
+"""A language model that answers prompts and scores answers, for runs, `selm eval` and the API."""

@@ -1,4 +1,4 @@
-"""A language model that answers and scores.
+"""A language model that answers prompts and scores answers.
 
     responses = policy.answer(numbered(prompts, greedy=1, samples=2), max_new_tokens=512)
     logps = policy.logps(examples)
@@ -39,12 +39,12 @@ _T = TypeVar("_T")
 
 
 class PolicyError(ValueError):
-    """A request that the model cannot fulfil."""
+    """The model cannot fulfil a request, such as a prompt that is too long."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Batches:
-    """The sizes of batches. Except for `longest_sequence`, they only change results by rounding.
+    """The sizes of batches. All except `longest_sequence` change results only by rounding.
 
     Attributes:
       slots: the number of answers that are drawn at the same time.
@@ -83,12 +83,12 @@ class Answer:
 
 
 class Policy:
-    """A model that answers and scores.
+    """A model that answers prompts and scores answers.
 
     Attributes:
-      name: its name in tables, files and error messages.
+      name: the model's name in tables, files and error messages.
       config: the decoder's configuration.
-      weights: its parameters.
+      weights: the model's parameters.
       batches: the sizes of batches.
     """
 
@@ -107,7 +107,8 @@ class Policy:
         batches: Batches = Batches(),
         back_end: AttentionBackEnd = "auto",
     ):
-        """
+        """Makes a policy whose parameters and tokenizer are read on first use.
+
         Args:
           load: reads the parameters on first use (`Weights`).
           chat, stop_ids: called on first use, because not every model has a chat template.
@@ -136,7 +137,7 @@ class Policy:
         """The token ids of conversations, each followed by the header of its answer.
 
         Raises:
-          ChatError: the template rejects one; the message gives its place in the list, from 0.
+          ChatError: the template rejects a conversation; the message gives its index, from 0.
         """
         found = []
         for i, messages in enumerate(conversations):
@@ -199,7 +200,7 @@ class Policy:
         progress: Advance = lambda answers, tokens=0: None,
         **filters: Any,
     ) -> list[list[Answer]]:
-        """Answers conversations that end with a user's turn; returns the samples of each one.
+        """Answers conversations that end with a user's turn; returns a list per conversation.
 
         Args:
           temperature: 0 gives the greedy answer, and only one.
@@ -303,14 +304,14 @@ class Policy:
 
 
 def numbered(prompts: Sequence[Ids], *, greedy: int, samples: int) -> list[Request]:
-    """Requests whose random draws depend on the prompt's place in the list of prompts."""
+    """Makes requests whose random draws depend on a prompt's index in the list of prompts."""
     return [Request(i, prompt, greedy, samples) for i, prompt in enumerate(prompts)]
 
 
 def named_by_text(prompts: Sequence[Ids], *, greedy: int, samples: int) -> list[Request]:
-    """Requests whose random draws depend on the prompt's tokens and not on its place.
+    """Makes requests whose random draws depend on a prompt's tokens and not on its index.
 
-    It is for prompts that come in any order, a few at a time. Equal prompts get equal responses.
+    This is for prompts that come in any order, a few at a time. Equal prompts get equal responses.
     """
     return [Request(i, prompt, greedy, samples, _name(prompt)) for i, prompt in enumerate(prompts)]
 

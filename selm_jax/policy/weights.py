@@ -15,7 +15,7 @@ from selm_jax.rollout.parameters import decoding_params, decoding_shardings
 
 
 class Weights:
-    """Parameters that are read on first use and kept in only one form if possible.
+    """A model's parameters, read on first use, and kept either stacked or per layer if possible.
 
     Answering needs one tree per layer, sharded for decoding, in the compute dtype. Scoring needs
     the layers stacked. If both forms have the same dtype, one is converted to the other without
@@ -33,9 +33,10 @@ class Weights:
         decode_mesh: Mesh,
         rules: Rules = TRAINING,
     ):
-        """
+        """Stores how to read the parameters, without reading them.
+
         Args:
-          load: reads the stacked parameters, each into its place on `mesh` by `rules`.
+          load: reads the stacked parameters, each into its shards on `mesh` by `rules`.
           dtype: the compute dtype.
           decode_mesh: the devices of `mesh` in the same order (`parallel.mesh.decode_mesh`).
         """
@@ -68,5 +69,5 @@ class Weights:
         self._stacked, self._apart = params, None
 
     def forget(self) -> None:
-        """Drops the parameters; they are read again on the next use."""
+        """Drops the parameters from memory; the next use reads them again."""
         self._stacked = self._apart = None

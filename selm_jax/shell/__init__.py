@@ -1,1 +1,1 @@
-"""Files, processes, networks and the terminal; nothing in this package knows the method."""
+"""Files, processes, networks and the terminal; nothing here depends on the training method."""

@@ -79,7 +79,7 @@ def remove(path: Path) -> None:
 
 
 def link(at: Path, to: Path) -> None:
-    """Makes `at` a link to `to`, replacing an older link."""
+    """Makes `at` a symbolic link to `to`, replacing an older link."""
     at.parent.mkdir(parents=True, exist_ok=True)
     partial = at.with_name(f"{at.name}.{os.getpid()}")
     partial.unlink(missing_ok=True)
@@ -114,7 +114,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes JSON that carries its own digest."""
+    """Writes a JSON file that contains a digest of its own content."""
     write_json(path, seal(value))
 
 
@@ -135,7 +135,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
 
 def _object(path: Path) -> dict[str, Any]:
-    """Reads the object in a JSON file of a run. ArtifactError if it contains anything else."""
+    """Reads the JSON object in a file of a run; raises ArtifactError if there is no such object."""
     try:
         return read_object(path)
     except JsonFileError as e:
@@ -184,7 +184,7 @@ class Stages:
         self.folder, self.file = folder, folder / "stage.json"
 
     def read(self) -> dict[str, Any]:
-        """The entries by stage. A person may delete an entry, but not change one.
+        """The entries of stage.json, by stage. The user may delete an entry, but not change one.
 
         Raises:
           ArtifactError: an entry has changed since it was written.
@@ -205,7 +205,7 @@ class Stages:
         """The digest of a file or folder of this iteration.
 
         Raises:
-          ArtifactError: it has changed since a stage wrote it.
+          ArtifactError: the file or folder has changed since a stage wrote it.
         """
         path = self.folder / name
         for stage, entry in self.read().items():
@@ -226,13 +226,13 @@ class Stages:
         """Whether the stage finished with these inputs and settings and its outputs are intact.
 
         Raises:
-          ArtifactError: it started with others (they never resume a stage), or an output changed.
+          ArtifactError: the stage started with other inputs or settings, or an output changed.
         """
         entry = self.read().get(stage)
         if entry is None:
             return False
         where = f"{self.folder}, stage {stage!r}"
-        again = f"To run it and what follows again: {redo(self.folder, stage)}; to keep "
+        again = f"To run this stage and the later ones again: {redo(self.folder, stage)}; to keep "
         undo = again + "it, undo the change, or give the changed experiment another `output`"
         restore = again + "it, restore the original files"
         keys = set(settings) | set(entry["settings"])
@@ -266,19 +266,19 @@ class Stages:
         return {name for entry in self.read().values() for name in entry.get("gone", ())}
 
     def let_go(self, stage: str, name: str) -> None:
-        """Deletes an output that nothing needs any more. The stage still counts as done."""
+        """Deletes an output that no later stage needs. The stage still counts as done."""
         entry = self.read()[stage]
         if name not in entry.get("gone", ()):
             self._put(stage, unsealed(entry) | {"gone": [*entry.get("gone", ()), name]})
         remove(self.folder / name)  # after a kill in the middle of this it is deleted once more
 
     def may_complete(self, stage: str, name: str) -> bool:
-        """Whether the stage is done and the card in its output folder may be replaced."""
+        """Whether the stage is done and the model card in its output folder may be replaced."""
         entry = self.read().get(stage, {})
         return bool(entry.get("done")) and CARD in _unsealed(entry, name)
 
     def begin(self, stage: str, inputs: Mapping[str, str], settings: Mapping[str, Any]) -> None:
-        """Records the stage's inputs and settings, so that a resumed stage must have the same."""
+        """Records the inputs and settings of a stage that begins, to compare them if it resumes."""
         self._put(stage, {"format": FORMAT, "done": False, "inputs": inputs, "settings": settings})
 
     def finish(
@@ -319,7 +319,7 @@ class Stages:
 
 
 def _unsealed(entry: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    """Files of an output folder that may change: the card, unless an early version recorded it."""
+    """The files of an output folder that may change: the model card, except in very old runs."""
     files = entry.get("files", {}).get(name)
     return () if files is None or CARD in files else (CARD,)
 

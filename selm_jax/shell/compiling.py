@@ -1,4 +1,4 @@
-"""Tells whether XLA is compiling a program, so that a stalled progress bar can say so."""
+"""Finds out whether XLA is compiling a program, so that a progress bar can show the reason."""
 
 from __future__ import annotations
 

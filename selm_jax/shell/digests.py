@@ -1,4 +1,4 @@
-"""Digests of files and folders, by which a run recognises its own results."""
+"""Computes digests of files and folders, by which a run recognises its own results."""
 
 from __future__ import annotations
 

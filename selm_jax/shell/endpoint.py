@@ -33,7 +33,7 @@ class ServerError(Exception):
 
 
 class _Fault(Exception):
-    """What went wrong with one request. `final`: trying again would not help."""
+    """One request failed. If `final`, sending the request again would not help."""
 
     def __init__(self, what: str, *, wait: float = 0.0, final: bool = False):
         super().__init__(what)
@@ -43,7 +43,7 @@ class _Fault(Exception):
 
 @dataclass
 class Tries:
-    """Counts of requests, retries and failures.
+    """Counts of the requests, retries and failures of an `Endpoint`.
 
     Attributes:
         requests: requests sent to the server, including retries.
@@ -57,7 +57,7 @@ class Tries:
 
 
 class Endpoint:
-    """A client of one URL that accepts JSON by POST.
+    """A client of a server's URL that accepts JSON by POST.
 
     Temporary faults (connection, timeout, 408, 409, 429, 5xx, an answer that cannot be read) are
     retried after a wait that doubles each time, with jitter, and that is never shorter than the
@@ -212,7 +212,8 @@ def api_key(key_env: str | None) -> str:
     if not (key and key.isascii() and key.isprintable()):
         raise ServerError(
             f"key_env is {key_env!r}, but that environment variable "
-            f"{'has characters that no API key has' if key else 'is not set or empty'}."
+            f"{'has characters that no API key has' if key else 'is not set or empty'}. Put the "
+            "server's key there."
         )
     return key
 
@@ -262,7 +263,9 @@ def checked_url(url: str, name: str) -> httpx2.URL:
     try:
         found = httpx2.URL(url)
     except httpx2.InvalidURL as error:
-        raise ServerError(f"{name} {url!r} is not a URL: {error}.") from None
+        raise ServerError(
+            f"{name} {url!r} is not a URL: {error}. Expected http(s)://host[:port][/path]."
+        ) from None
     if found.userinfo or found.query:
         # Not shown: it may well be a secret.
         raise ServerError(

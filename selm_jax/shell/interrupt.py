@@ -1,4 +1,4 @@
-"""Ctrl-C: the first ends the program, or lets it stop at a safe place; the second kills it.
+"""Handles Ctrl-C: the first one ends the program or asks it to stop; the second one kills it.
 
 Python raises KeyboardInterrupt wherever the program is. In a garbage collection, in a `__del__` or
 in a library callback no code can catch it: it is printed as ignored, and the program continues.
@@ -25,7 +25,7 @@ _deferred = False
 
 @contextlib.contextmanager
 def heard() -> Iterator[None]:
-    """A context in which Ctrl-C is never lost. Outside the main thread it does nothing."""
+    """A context in which no library can swallow Ctrl-C. Does nothing outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -51,13 +51,13 @@ def heard() -> Iterator[None]:
 
 
 def asked() -> bool:
-    """Whether Ctrl-C was pressed."""
+    """Whether the user has pressed Ctrl-C."""
     return _asked.is_set()
 
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """A context in which the first Ctrl-C raises nothing; the work checks `asked` to stop."""
+    """A context in which the first Ctrl-C raises nothing: the code inside has to check `asked`."""
     global _deferred
     _deferred = True
     try:
@@ -67,7 +67,7 @@ def deferred() -> Iterator[None]:
 
 
 def _watch() -> None:
-    """Raises KeyboardInterrupt in the main thread again until some code handles it."""
+    """Raises KeyboardInterrupt in the main thread again and again until some code handles it."""
     unseen = 0
     pause = threading.Event()
     while not pause.wait(_PATIENCE) and _asked.is_set():

@@ -1,4 +1,4 @@
-"""Reads JSON objects from files that other programs wrote, or says what is wrong with the file."""
+"""Reads JSON objects from files of other programs; errors say what is wrong with the file."""
 
 from __future__ import annotations
 

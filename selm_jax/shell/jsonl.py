@@ -17,7 +17,7 @@ class JsonError(ValueError):
 
 
 class Line(NamedTuple):
-    """One line of a file that is not blank.
+    """A non-blank line of a file.
 
     Attributes:
       number: its number in the file, from 1; blank lines count.

@@ -143,7 +143,7 @@ def _held(folder: Path) -> list[Path]:
 
 
 def _rename(source: Path, target: Path) -> bool:
-    """Renames `source` to `target`, which only we use. False if `source` did not exist."""
+    """Renames `source` to `target`, a name of this process only. False without a `source`."""
     try:
         os.rename(source, target)
     except FileNotFoundError:
@@ -162,7 +162,7 @@ def _tidy(folder: Path, mine: Path) -> None:
 
 
 def _check_that_it_is_over(folder: Path, file: Path, holder: dict[str, Any]) -> None:
-    """Returns if the holder of a lock is dead; raises ArtifactError if it is alive."""
+    """Returns if the process that holds a lock is dead; raises ArtifactError if it is alive."""
     if holder.get("machine") != _machine():
         _wait_for_its_end(folder, file, holder)
         return
@@ -188,10 +188,10 @@ def _refusal(folder: Path, holder: dict[str, Any]) -> ArtifactError:
 
 
 def _wait_for_its_end(folder: Path, file: Path, holder: dict[str, Any]) -> None:
-    """Waits until the lease of another host has expired.
+    """Waits until a lock that a process on another host holds has expired.
 
     Raises:
-      ArtifactError: the other host renews it.
+      ArtifactError: the other host renews the lock.
       FileNotFoundError: another process has taken the lock.
     """
     renewed = _renewed(file)
@@ -215,7 +215,7 @@ def _renewed(file: Path) -> int:
 
 
 def _renew(file: Path, ended: threading.Event) -> None:
-    """Renews the lease until `ended` is set; ends this process if another one took the lock."""
+    """Renews our lock until `ended` is set; ends this process if another process took the lock."""
     while not ended.wait(RENEW):
         try:
             os.utime(file)

@@ -37,7 +37,7 @@ def _not_json(path: Path, line: jsonl.Line, error: jsonl.JsonError) -> artifacts
 
 
 def rewrite_lines(path: Path, keep: Callable[[dict[str, Any]], bool] = lambda line: True) -> bool:
-    """Removes JSON lines that fail `keep`, and an incomplete last one. Returns whether it did.
+    """Removes lines that `keep` rejects and a torn last line; returns whether it removed any.
 
     Raises:
       artifacts.ArtifactError: a line before the last is not JSON.

@@ -12,7 +12,7 @@ import jax
 
 
 def peak_mib() -> float:
-    """The highest peak memory of a device in MiB, or of this process if devices report none.
+    """The peak memory, in MiB, of the fullest device, or of this process if devices report none.
 
     On Linux the process's peak is measured since the last `release`.
     """

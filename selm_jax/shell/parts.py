@@ -1,4 +1,4 @@
-"""Tables that a stage writes part by part, so that a stopped stage can resume.
+"""Writes a stage's tables part by part, so that a stopped stage can resume.
 
 Each part has a file beside it with its SHA-256, which is checked before the part is used. When the
 stage is done, `stage.json` has the digest of the whole folder.
@@ -15,7 +15,7 @@ from selm_jax.shell.sealed import sha256
 
 
 def files(folder: Path, count: int) -> list[Path]:
-    """The files of a table in `count` parts. With another count, the names differ."""
+    """The files of a table in `count` parts; the names contain the count."""
     return [folder / f"part-{part:05d}-of-{count:05d}.parquet" for part in range(count)]
 
 

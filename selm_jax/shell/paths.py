@@ -1,4 +1,4 @@
-"""Checks a path before the program writes there, so that it never replaces a person's own files.
+"""Checks a path before the program writes there, so that it never replaces the user's files.
 
 A file may replace a file, but never a folder. The program writes into a folder that is not empty
 only if it made that folder itself: it leaves a mark (`.selm`) in each folder that it makes.
@@ -22,7 +22,7 @@ class PathError(RuntimeError):
 
 
 def place(text: str | Path) -> Path:
-    """The path that a person entered, with a leading `~` replaced by the home folder.
+    """The path that the user entered, with a leading `~` replaced by the home folder.
 
     Raises:
       PathError: it is empty, or begins with `~NAME` and there is no such user.
@@ -40,7 +40,7 @@ def place(text: str | Path) -> Path:
 
 
 def file_to_write(text: str | Path) -> Path:
-    """The path that a person entered for a file to write, if it may be written.
+    """The path that the user entered for a file to write, if the file may be written.
 
     Raises:
       PathError: no file can be written there (see `check_file`), or a run needs the file there.
@@ -52,7 +52,7 @@ def file_to_write(text: str | Path) -> Path:
 
 
 def folder_to_write(text: str | Path) -> Path:
-    """The path that a person entered for a folder to make or to add to.
+    """The path that the user entered for a folder to make or to add files to.
 
     Raises:
       PathError: the path or one of its parents is a file.
@@ -142,7 +142,7 @@ def _is_marked(folder: Path) -> bool:
 
 
 def _is_nothing(path: Path) -> bool:
-    """Whether a file may be ignored: it is the system's, our lock, or a half-written marker."""
+    """Whether a file may be ignored: the system's, our lock, or a half-written marker of ours."""
     if not path.is_file():
         return False
     if path.name == ".lock" or path.name.startswith(".lock."):
@@ -153,7 +153,7 @@ def _is_nothing(path: Path) -> bool:
 
 
 def _was_made_here(folder: Path) -> bool:
-    """Whether the folder's files show that an early version, which left no mark, made it."""
+    """Whether the folder was made by an early version of this program, which left no marker."""
     manifest = _json(folder / "manifest.json")
     if isinstance(manifest.get("versions"), dict) and "selm_jax" in manifest["versions"]:
         return True  # a run

@@ -1,4 +1,4 @@
-"""What the terminal shows while a stage works: bars with rates and the time left."""
+"""Shows progress in the terminal while a stage works: bars with rates and the time left."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from selm_jax.shell.words import duration
 
 @dataclasses.dataclass(frozen=True)
 class Talk:
-    """How much the program says: `--quiet` leaves progress out, `--verbose` adds details."""
+    """How much the program prints: `--quiet` leaves progress out, `--verbose` adds details."""
 
     quiet: bool = False
     verbose: bool = False
@@ -33,13 +33,13 @@ _talk = Talk()
 
 
 def talk(how: Talk) -> None:
-    """Sets how much this process says from now on."""
+    """Sets how much this process prints from now on."""
     global _talk
     _talk = how
 
 
 def talks() -> Talk:
-    """How much this process says."""
+    """How much this process prints, as `talk` has set it."""
     return _talk
 
 
@@ -48,7 +48,7 @@ Advance = Callable[[int, int], None]
 
 
 def terminal(*, stderr: bool = False, quiet: bool = False) -> Console:
-    """The terminal. It shows every text literally.
+    """A console for the terminal that prints every text literally, without markup.
 
     Paths, model names and prompts contain brackets and colons: rich would read `[/data]` as the end
     of a style, and `:smile:` as a picture.

@@ -1,4 +1,4 @@
-"""SHA-256 of files, and JSON that carries its own SHA-256, to detect damage and changes.
+"""Computes SHA-256 of files, and adds digests to JSON objects, to detect damage and changes.
 
 The cost: every byte written is read once more, usually from memory, and every byte that a run
 resumes from is read twice. One thread hashes about 1 GB/s if the processor has instructions for
@@ -27,7 +27,7 @@ def sha256(file: Path) -> str:
 
 
 def sha256_of(files: Iterable[Path]) -> list[str]:
-    """SHA-256 of each file, several in parallel: hashing releases Python's lock (the GIL)."""
+    """The SHA-256 of each file, computed in parallel threads (hashing releases the GIL)."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return list(pool.map(sha256, files))
 
@@ -43,7 +43,7 @@ def is_sealed(value: Any, name: str = "") -> bool:
 
 
 def fits(value: Mapping[str, Any], name: str = "") -> bool:
-    """Whether a JSON object has no digest, or one that matches its content."""
+    """Whether a JSON object has no digest, or has a digest that matches its content."""
     return _KEY not in value or is_sealed(value, name)
 
 

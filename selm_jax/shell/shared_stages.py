@@ -1,4 +1,4 @@
-"""A store of finished stages that several runs share."""
+"""Stores the outputs of finished stages, so that several runs can share them."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from selm_jax.shell.artifacts import (
 
 
 def key_of(**depends_on: Any) -> str:
-    """A name for some work: the SHA-256, in hex, of the JSON values that it depends on."""
+    """The SHA-256, in hex, of the JSON values on which a piece of work depends."""
     text = json.dumps(depends_on, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 class SharedStages:
-    """A store of finished stages' outputs, by a digest of everything that they depend on.
+    """A folder of finished stages' outputs, keyed by a digest of everything they depend on.
 
     An entry is a folder, named by the digest of everything that its content depends on. It contains
     the files and folders that a stage wrote, and `entry.json` with their digests and further
@@ -39,7 +39,7 @@ class SharedStages:
         self.folder = Path(folder)
 
     def name_of(self, run: Path) -> str:
-        """A run's folder relative to the store's parent, so that both can be moved together."""
+        """The path of a run's folder relative to the store's parent, so that both can be moved."""
         return os.path.relpath(run, self.folder.parent)
 
     def put(self, key: str, outputs: Mapping[str, Path], about: Mapping[str, Any]) -> None:
@@ -52,7 +52,7 @@ class SharedStages:
             write_sealed(partial / "entry.json", {"outputs": digests, "about": about})
 
     def take(self, key: str, folder: Path) -> dict[str, Any] | None:
-        """Puts the outputs of an entry into `folder`; returns the values stored with them.
+        """Puts the outputs of an entry into `folder`; returns the values stored with the outputs.
 
         Returns None if there is no such entry. Removes the entry and returns None if it is damaged.
         """
@@ -70,7 +70,7 @@ class SharedStages:
 
 
 def _told(entry: Path) -> dict[str, Any] | None:
-    """The content of an entry's `entry.json`; None if that or a file of the entry is damaged."""
+    """The content of an entry's `entry.json`; None if any file of the entry is damaged."""
     try:
         told = read_sealed(entry / "entry.json")
         about, outputs = told["about"], told["outputs"].items()
@@ -83,7 +83,7 @@ def _told(entry: Path) -> dict[str, Any] | None:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Makes `target` a hard link to a file (for a folder, to each file), or a copy if it must."""
+    """Makes `target` a hard link to each file of `source`, or a copy where links are impossible."""
 
     def one(a: str, b: str) -> None:
         try:

@@ -16,7 +16,7 @@ T = TypeVar("T")
 def of_each(
     f: Callable[[S], T], items: Iterable[S], done: Callable[[], None] = lambda: None
 ) -> list[T]:
-    """The results of `f` for all items, in order, computed by up to eight threads.
+    """Calls `f` for all items in up to eight threads, and returns the results in order.
 
     Args:
       done: called in this thread after each result.

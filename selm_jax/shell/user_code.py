@@ -25,7 +25,7 @@ FORM = "package.module:function"
 
 
 class UserCodeError(ValueError):
-    """A name does not lead to a function that the user wrote."""
+    """A setting does not name a function that the user wrote."""
 
 
 def is_user_code(name: str) -> bool:
@@ -34,7 +34,7 @@ def is_user_code(name: str) -> bool:
 
 
 def function_at(path: str, *parameters: str) -> FunctionType:
-    """The function at `package.module:function`.
+    """Imports the user's function that is named as `package.module:function`.
 
     Args:
         parameters: names of the positional arguments that it will be called with; without any, its
@@ -66,7 +66,7 @@ def function_at(path: str, *parameters: str) -> FunctionType:
     if function.__module__ != module.__name__:
         raise UserCodeError(
             f"{name!r} is defined in {function.__module__}; expected a function that {where} "
-            "defines itself"
+            "defines itself. Name the module that defines it"
         )
     signature = inspect.signature(function)
     try:
@@ -87,11 +87,11 @@ def described(function: Callable[..., Any]) -> str:
 
 
 def check_name(path: str) -> None:
-    """Checks a name as far as possible without importing anything.
+    """Checks the name of a user's function as far as possible without importing anything.
 
     Raises:
-        UserCodeError: it is not of the form `package.module:function`, or the package is not the
-            user's.
+        UserCodeError: the name has another form than `package.module:function`, or the package
+            is not the user's.
     """
     module_name, _, name = path.partition(":")
     if not name.isidentifier() or not all(part.isidentifier() for part in module_name.split(".")):
@@ -101,9 +101,7 @@ def check_name(path: str) -> None:
     if package in sys.stdlib_module_names or package == "__main__":
         raise UserCodeError(f"{package!r} is part of Python. {yours}")
     if package == __name__.partition(".")[0]:
-        raise UserCodeError(
-            f"{package!r} is this program and cannot hold a function of yours. {yours}"
-        )
+        raise UserCodeError(f"{package!r} is this program, not a file of yours. {yours}")
     if not _is_installed(package):
         return
     for name in metadata.packages_distributions().get(package, []):
@@ -116,7 +114,7 @@ def check_name(path: str) -> None:
 
 
 def source_digest(path: str) -> str:
-    """SHA-256 of the file that defines the function at `package.module:function`, as it is now.
+    """SHA-256 of the present content of the file that defines `package.module:function`.
 
     Modules that this file imports are not included.
 

@@ -1,4 +1,4 @@
-"""Verbs of the command line whose options are the fields of a dataclass.
+"""Defines command-line commands whose options are the fields of a dataclass.
 
     @dataclass(frozen=True)
     class Loading:
@@ -12,9 +12,9 @@
     @verb(app, needs="a model", writes="a table to the terminal", example="selm measure my_model")
     def measure(options: Options) -> None: ...
 
-makes `measure MODEL --dtype ...`. A field that is a dataclass is a group of options, so verbs that
-share a group define its options once and pass it on as one value. Every verb says what it needs,
-what it writes and how it is called, and every verb has `--quiet` and `--verbose`.
+makes `measure MODEL --dtype ...`. A field that is a dataclass is a group of options, so commands
+that share a group define its options once and pass it on as one value. The help of every command
+says what it needs, what it writes and how it is called. All have `--quiet` and `--verbose`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="Show results and errors, but no progress.")
 ]
 Verbose = Annotated[
-    bool, typer.Option("--verbose", "-v", help="Say what is compiled, and show tracebacks.")
+    bool, typer.Option("--verbose", "-v", help="Show which programs are compiled, and tracebacks.")
 ]
 
 
@@ -47,13 +47,13 @@ def verb(
     example: str,
     hidden: bool = False,
 ) -> Callable[[Work], Work]:
-    """Makes a function of one dataclass a verb of `app`, with the docstring as its help.
+    """Adds a function of one options dataclass to `app` as a command; its docstring is the help.
 
     Args:
-      name: the verb's name; the function's by default.
-      needs, writes: what must be there, and where the result goes. Both end their sentences.
-      example: a command line that can be typed as it stands.
-      hidden: whether `--help` of the program leaves the verb out.
+      name: the command's name; by default the function's name.
+      needs, writes: what must exist, and where the result goes. Each ends a sentence of the help.
+      example: a complete command line, for the help.
+      hidden: whether `--help` of the program leaves the command out.
     """
 
     def register(work: Work) -> Work:
@@ -88,7 +88,7 @@ def _fields(options: type) -> Iterator[tuple[dataclasses.Field, Any]]:
 
 
 def _parameters(options: type) -> Iterator[inspect.Parameter]:
-    """A parameter for each field, and for each field of its groups."""
+    """Yields a function parameter for each option: each field, and each field of a group."""
     for field, kind in _fields(options):
         if inspect.isclass(kind) and dataclasses.is_dataclass(kind):
             yield from _parameters(kind)
@@ -101,7 +101,7 @@ def _parameters(options: type) -> Iterator[inspect.Parameter]:
 
 
 def _collected(options: type, given: Mapping[str, Any]) -> Any:
-    """The options dataclass, filled with the values from the command line."""
+    """Makes the options dataclass from the values that the user gave on the command line."""
     fields = {
         field.name: _collected(kind, given)
         if inspect.isclass(kind) and dataclasses.is_dataclass(kind)

@@ -1,4 +1,4 @@
-"""Phrases for error messages: short lists and "did you mean"."""
+"""Writes parts of error messages: short lists, 'did you mean', commands, and durations."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def some(words: Sequence[str], most: int = 5) -> str:
-    """A list as readable text: `a, b, c, d, e and 12 more`."""
+    """Writes a list as readable text, such as `a, b, c, d, e and 12 more`."""
     more = f" and {len(words) - most:,} more" if len(words) > most else ""
     return ", ".join(words[:most]) + more
 

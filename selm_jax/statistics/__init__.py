@@ -1,4 +1,4 @@
-"""Confidence intervals for results over prompts and seeds. Every number has one interval.
+"""Confidence intervals for results over prompts and seeds.
 
 intervals    of a mean over prompts and seeds, or of a paired difference: `pooled`, `difference`
 crossed      the standard error if both seeds and prompts are drawn at random

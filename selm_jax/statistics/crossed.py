@@ -68,7 +68,7 @@ def difference(
 
 
 def _variance(values: Float[np.ndarray, "seeds prompts"]) -> tuple[float, float]:
-    """The variance of the mean, and its degrees of freedom."""
+    """The variance of the mean of `values`, and the variance's degrees of freedom."""
     seeds, prompts = values.shape
     by_seed, by_prompt = values.mean(1), values.mean(0)
     if seeds == 1 or prompts == 1:

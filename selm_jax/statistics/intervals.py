@@ -121,7 +121,7 @@ def weighted(
 
 
 def known(*tables: Float[np.ndarray, "_ prompts"]) -> list[Float[np.ndarray, "_ known"]]:
-    """The tables (seeds by prompts), with only the prompts for which every value is finite."""
+    """The tables (seeds by prompts) without prompts that have a value which is not finite."""
     there = np.logical_and.reduce([np.isfinite(table).all(axis=0) for table in tables])
     return [table[:, there] for table in tables]
 
@@ -133,7 +133,7 @@ def _estimate(
     seeds: int,
     least: int | None,
 ) -> Estimate:
-    """The estimate of the mean of `gaps`.
+    """Makes the `Estimate` of the mean of `gaps`.
 
     Args:
       gaps: values or differences, by seed and prompt.
@@ -160,7 +160,7 @@ def _estimate(
 def _share(
     gaps: Float[np.ndarray, "seeds prompts"], found: crossed.Mean | None, least: int
 ) -> proportions.Share:
-    """A share from 0 to 1, made from values in the range from `least` to 1.
+    """Rescales values in the range from `least` to 1 to the range from 0 to 1, as a `Share`.
 
     With several seeds, a part of the sum of squares is the constant that `proportions` adds. This
     part is known exactly, so there are more degrees of freedom (Satterthwaite) than the seeds give.

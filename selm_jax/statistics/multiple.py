@@ -7,7 +7,7 @@ from jaxtyping import Float
 
 
 def holm(p: Float[np.ndarray, " tests"]) -> Float[np.ndarray, " tests"]:
-    """Adjusts p-values: with p < 0.05, at most 5 % of families of tests have a false positive.
+    """Adjusts p-values so that at most 5 % of families of tests have a false positive (p < 0.05).
 
     Holm, Scandinavian Journal of Statistics 6, 1979. It needs no assumption about how the tests
     depend on each other. (scipy has only corrections of the false discovery rate, and statsmodels,

@@ -1,6 +1,6 @@
-"""The 95 % interval of a share of prompts, such as those won. It has a width even at 0 and 1.
+"""The 95 % interval of a share, such as that of prompts won, which has a width even at 0 and 1.
 
-It applies to other prompts, drawn at random like these; `intervals` extends it to other seeds. A
+The interval applies to other prompts drawn at random; `intervals` extends it to other seeds. A
 bootstrap of 20 wins out of 20 draws only wins, and would say that the share is certainly 1.
 Wilson's interval (JASA 22, 1927) contains instead all true shares under which the data is likely.
 Here it is extended to values between 0 and 1: a tie is 1/2, and a prompt with several answers has
@@ -45,7 +45,7 @@ class Share:
     def of(
         values: Float[np.ndarray, " prompts"], weights: Float[np.ndarray, " prompts"] | None = None
     ) -> Share:
-        """The share that is the mean of these values from 0 to 1.
+        """Makes a `Share` from values between 0 and 1; the share is their mean.
 
         Args:
           values: one for each prompt.
@@ -74,7 +74,7 @@ class Share:
 def interval(
     values: Float[np.ndarray, " prompts"], weights: Float[np.ndarray, " prompts"] | None = None
 ) -> tuple[float, float]:
-    """The lower and upper end of the interval of a mean of values from 0 to 1 (`Share.of`)."""
+    """The lower and upper end of the 95 % interval for the mean of values between 0 and 1."""
     return Share.of(values, weights).interval()
 
 
@@ -87,7 +87,7 @@ def counted(scores: Iterable[float | None]) -> bool:
 
 
 def dispersion(observed: float, binary: float) -> float:
-    """The variance of values relative to that of wins and losses with the same mean.
+    """The variance of values divided by that of wins and losses (1 and 0) with the same mean.
 
     Args:
       observed: the sum of squared deviations from the expected values.
@@ -97,7 +97,7 @@ def dispersion(observed: float, binary: float) -> float:
 
 
 def ends(mean: float, count: float, dispersion: float, quantile: float = Z) -> tuple[float, float]:
-    """Wilson's interval of the mean of `count` values from 0 to 1 with this dispersion."""
+    """The ends of Wilson's interval for a mean of `count` values from 0 to 1 with a dispersion."""
     odds = quantile**2 * dispersion / count
     middle = (mean + odds / 2) / (1 + odds)
     half = np.sqrt(odds * mean * (1 - mean) + odds**2 / 4) / (1 + odds)

@@ -40,7 +40,7 @@ def schema_of(row: type) -> pa.Schema:
 
 
 def _fields(row: type) -> list[pa.Field]:
-    """The columns as Arrow fields; they are nullable if the dataclass allows None or NaN."""
+    """The columns as Arrow fields, nullable where the dataclass allows None or NaN."""
     fields = []
     for name, hint in typing.get_type_hints(row, include_extras=True).items():
         either = typing.get_args(hint) if type(None) in typing.get_args(hint) else (hint,)

@@ -24,7 +24,7 @@ _OfResponses = Annotated[tuple[float, ...], pa.list_(pa.float32())]
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """An `Example` as a row. A role's column has the index of its response, or None without one."""
+    """An `Example` as a row; the column of a role has the index of its response, or None."""
 
     prompt_id: Text
     prompt: Ids
@@ -56,7 +56,7 @@ def read(path: Path) -> list[Example]:
 
 
 def write(path: Path, examples: Sequence[Example], reference: str = "") -> None:
-    """Writes the examples.
+    """Writes the training examples to a Parquet file.
 
     Args:
       path: the file.

@@ -26,15 +26,15 @@ SCHEMA = schema_of(Row)
 
 
 def read(path: Path) -> list[Row]:
-    """Reads the answers of one part."""
+    """Reads the answers in one part of the table."""
     return read_rows(path, Row)
 
 
 def write(path: Path, rows: Sequence[Row]) -> None:
-    """Writes one part, and its SHA-256 beside it."""
+    """Writes one part of the table, and a file with its SHA-256."""
     parts.write(path, table_of(Row, rows))
 
 
 def files(folder: Path) -> list[Path]:
-    """The files of a folder of answers, in order."""
+    """The Parquet files of a folder of answers, in the order of the prompts."""
     return sorted(folder.glob("part-*.parquet"))

@@ -30,12 +30,12 @@ def read(path: Path) -> list[Row]:
 
 
 def about(path: Path) -> str:
-    """The text `about` that was written with the scores; "" if there is none."""
+    """The text `about` that `write` stored with the scores; "" if the file has none."""
     return (pq.read_schema(path).metadata or {}).get(_ABOUT.encode(), b"").decode()
 
 
 def write(path: Path, rows: Sequence[Row], about: str) -> None:
-    """Writes one part, and its SHA-256 beside it.
+    """Writes one part of the table, and a file with its SHA-256.
 
     Args:
       path: the file.

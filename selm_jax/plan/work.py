@@ -286,7 +286,8 @@ def _decoding(b: Blueprint, of: Lengths, name: str, responses: int, assumed: Ass
     """Estimates the work of decoding answers token by token.
 
     This assumes that all slots are always full, and that every replica of the model reads its
-    weights and its whole caches at every step: masked entries are read too.
+    weights and whole caches of the greatest capacity at every step. An engine whose responses are
+    shorter reads less.
     """
     target, slots = b.target, b.programs.engine.slots
     capacity = bucket(b.programs.sizes.longest_prompt) + b.experiment.rollout.max_new_tokens

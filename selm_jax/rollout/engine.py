@@ -4,6 +4,10 @@ Prompts wait in a queue. A prefill runs a few of them at once and keeps their ke
 wanted response takes a copy into a free slot, so n samples share one prefill. All slots decode
 together in one jitted loop until enough of them are finished to be worth refilling.
 
+The cache has one of a few capacities. Before each decoding call, the host takes the least one that
+holds the slots' tokens (`schedule.Board`): a step reads the whole cache, and most tokens of a large
+one would be empty.
+
 On a mesh, slots are sharded over the axes data and fsdp and the model over tensor (`rules.DECODE`).
 Each copy of the model decodes its own slots, and in each step the copies exchange only the count of
 idle slots.
@@ -33,6 +37,7 @@ from selm_jax.parallel.rules import DECODE, partition
 from selm_jax.rollout.filters import check_drawn
 from selm_jax.rollout.requests import Request, Response
 from selm_jax.rollout.sampling import Sampling, next_tokens, stream
+from selm_jax.rollout.schedule import Board, bucket
 
 _LOOK_EVERY = 16  # tokens between two checks by `ended`
 
@@ -50,6 +55,10 @@ class Slots:
     greedy: Bool[Array, " slots"]
     active: Bool[Array, " slots"]
 
+    @property
+    def capacity(self) -> int:
+        return self.cache[0].keys.shape[2]
+
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
@@ -58,7 +67,7 @@ class Engine:
     Attributes:
       decoder: an unrolled decoder (`scan=False`); its dtype is the compute dtype.
       slots: the number of responses that decode together.
-      max_prompt, max_new_tokens: the sizes of the cache, in tokens.
+      max_prompt, max_new_tokens: the most tokens of a prompt and of a response.
       stop_ids: the tokens that end a response.
       prefill_rows: the number of prompts per prefill.
       mesh: the mesh to compute on (`parallel.mesh.decode_mesh`), which must divide slots and
@@ -119,35 +128,36 @@ class Engine:
         # Longest first: the prompts of a prefill have similar lengths, and short ones come last.
         queue = deque(sorted(requests, key=lambda r: (-len(r.prompt), r.index)))
         waiting: deque[_Waiting] = deque()  # prefilled, not yet in a slot
-        slots = empty(self)
-        who: list[tuple[int, int] | None] = [None] * self.slots
+        board = Board(self.slots, self.max_prompt, self.max_new_tokens)
+        slots = empty(self, board.capacity)
         refill_at = max(1, self.slots // 8)
 
-        while queue or waiting or any(who):
-            free = [i for i, owner in enumerate(who) if owner is None]
-            while free and (queue or waiting):
+        while queue or waiting or board.busy:
+            while (free := board.free) and (queue or waiting):
                 if not waiting:
                     group = [queue.popleft() for _ in range(min(self.prefill_rows, len(queue)))]
                     waiting.append(_prefill_group(self, params, group, seed, iteration))
                 head = waiting[0]
-                count = min(len(free), len(head.wanted))
-                into, free = free[:count], free[count:]
-                taken, head.wanted = head.wanted[:count], head.wanted[count:]
+                taken, head.wanted = head.wanted[: len(free)], head.wanted[len(free) :]
+                into = free[: len(taken)]
+                for slot, (row, index, sample, _) in zip(into, taken, strict=True):
+                    board.put(slot, (index, sample), head.lengths[row])
+                slots = resized(self, slots, max(slots.capacity, board.capacity))
                 slots = _insert_taken(self, slots, head, taken, into)
-                for slot, (_, index, sample, _) in zip(into, taken, strict=True):
-                    who[slot] = (index, sample)
                 if not head.wanted:
                     waiting.popleft()
+            slots = resized(self, slots, board.capacity)
             # If nothing is left to refill, run to the end.
             stop_at = refill_at if (queue or waiting) else self.slots
-            steps = self.max_new_tokens if ended is None else _LOOK_EVERY
+            steps = min(
+                board.steps(slots.capacity), self.max_new_tokens if ended is None else _LOOK_EVERY
+            )
             slots, seen = decode(self, params, slots, np.int32(stop_at), np.int32(steps))
-            active, drawn, output = jax.device_get(seen)
+            active, board.drawn, output = map(np.array, jax.device_get(seen))
             responses, cut = [], np.zeros(self.slots, bool)
-            for slot, owner in enumerate(who):
-                if owner is None:
-                    continue
-                tokens = tuple(int(x) for x in output[slot, : drawn[slot]])
+            for slot in board.busy:
+                owner = cast(tuple[int, int], board.owner[slot])
+                tokens = tuple(int(x) for x in output[slot, : board.drawn[slot]])
                 check_drawn(self.sampling.filter, tokens, *owner)
                 if not active[slot]:
                     finish = "stop" if tokens[-1] in self.stop_ids else "length"
@@ -156,16 +166,10 @@ class Engine:
                 else:
                     continue
                 responses.append(Response(*owner, tokens, finish))
-                who[slot] = None
+                board.owner[slot] = None
             if cut.any():
                 slots = slots.replace(active=slots.active & ~cut)
             yield responses
-
-
-def bucket(length: int) -> int:
-    """The padded length of a prompt: a multiple of 16 up to 128, of 64 up to 1024, then of 512."""
-    step = 16 if length <= 128 else 64 if length <= 1024 else 512
-    return -(-length // step) * step
 
 
 @dataclasses.dataclass
@@ -273,8 +277,9 @@ def insert(engine, slots, cache, scores, rows, lengths, streams, greedy) -> Slot
         return jnp.where(taken.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
 
     def put_prefix(old, new):
-        time = new.shape[2]
-        new = put(old[:, :, :time], new[rows].astype(old.dtype))
+        # The padding of a prefill may be longer than the cache; the prompts taken are not.
+        time = min(old.shape[2], new.shape[2])
+        new = put(old[:, :, :time], new[rows, :, :time].astype(old.dtype))
         return jax.lax.dynamic_update_slice_in_dim(old, new, 0, axis=2)
 
     output = jnp.zeros((engine.slots, engine.max_new_tokens), jnp.int32).at[:, 0].set(first)
@@ -353,11 +358,11 @@ def _zeros(engine: Engine, rows: int, capacity: int) -> tuple[LayerCache, ...]:
     return tuple(LayerCache(zeros(), zeros()) for _ in range(c.layers))
 
 
-@partial(jax.jit, static_argnums=0)
-def empty(engine: Engine) -> Slots:
+@partial(jax.jit, static_argnums=(0, 1))
+def empty(engine: Engine, capacity: int) -> Slots:
     n = engine.slots
     slots = Slots(
-        cache=_zeros(engine, n, bucket(engine.max_prompt) + engine.max_new_tokens),
+        cache=_zeros(engine, n, capacity),
         token=jnp.zeros(n, jnp.int32),
         position=jnp.zeros(n, jnp.int32),
         drawn=jnp.zeros(n, jnp.int32),
@@ -367,3 +372,27 @@ def empty(engine: Engine) -> Slots:
         active=jnp.zeros(n, bool),
     )
     return _cut_slots(engine, slots)
+
+
+def resized(engine: Engine, slots: Slots, capacity: int) -> Slots:
+    """The same slots with a cache of another capacity. The arrays of the old cache are deleted.
+
+    Layers are copied one after the other, so that never more than one of them exists twice.
+    """
+    if capacity == slots.capacity:
+        return slots
+    layers = []
+    for layer in slots.cache:
+        layers.append(_resized(engine, layer, capacity))
+        layer.keys.delete()
+        layer.values.delete()
+    return slots.replace(cache=tuple(layers))
+
+
+@partial(jax.jit, static_argnums=(0, 2))
+def _resized(engine: Engine, layer: LayerCache, capacity: int) -> LayerCache:
+    def of(x: Array) -> Array:
+        x = x[:, :, :capacity]
+        return jnp.pad(x, ((0, 0), (0, 0), (0, capacity - x.shape[2]), (0, 0)))
+
+    return _cut(engine, jax.tree.map(of, layer), "slots", "kv_heads")

@@ -20,6 +20,7 @@ from selm_jax.rollout.engine import (
     prefill,
     slot_places,
 )
+from selm_jax.rollout.schedule import capacities
 
 
 class Programs(NamedTuple):
@@ -36,7 +37,7 @@ class Programs(NamedTuple):
 
 
 def programs(engine: Engine, params: Params) -> Programs:
-    """The programs for prompts of `max_prompt` tokens, on the engine's mesh.
+    """The programs for prompts of `max_prompt` tokens and the largest cache, on the engine's mesh.
 
     Args:
       params: abstract parameters, as from `decoding_params`.
@@ -51,7 +52,8 @@ def programs(engine: Engine, params: Params) -> Programs:
         return jax.ShapeDtypeStruct(shape, dtype)
 
     n, rows = engine.slots, engine.prefill_rows
-    slots = jax.eval_shape(partial(empty, engine))
+    largest = capacities(engine.max_prompt, engine.max_new_tokens)[-1]
+    slots = jax.eval_shape(partial(empty, engine, largest))
     slots = like(slots, slot_places(engine, slots))
     prompts = (engine, params, of_host(rows, bucket(engine.max_prompt)), of_host(rows))
     cache, scores = jax.eval_shape(partial(prefill, engine), *prompts[1:])

@@ -111,7 +111,9 @@ def test_the_programs_are_given_what_the_run_gives_them(tiny_one):
     check(same, b.abstract_state, TrainState.create(params, run.programs.optimizer))
     decoding = run.programs.decoding(params)
     check(same, b.decoding_params, decoding)
-    check(same, b.generation.slots, rollout.empty(run.programs.engine))
+    engine = run.programs.engine
+    largest = rollout.bucket(engine.max_prompt) + engine.max_new_tokens
+    check(same, b.generation.slots, rollout.empty(engine, largest))
     _, (engine, _, tokens, lengths) = b.generation.prefill
     prefilled = rollout.prefill(
         engine, decoding, np.zeros(tokens.shape, np.int32), np.ones(lengths.shape, np.int32)

@@ -73,7 +73,7 @@ def collectives(compiled) -> list[str]:
 
 
 def decode(engine, params):
-    slots = module.empty(engine)
+    slots = module.empty(engine, 24)
     one_slot = slots.cache[0].keys.sharding.shard_shape(slots.cache[0].keys.shape)
     assert one_slot[0] == engine.slots // engine.mesh.shape["data"]
     return module.decode.lower(engine, params, slots, np.int32(1), np.int32(8)).compile()

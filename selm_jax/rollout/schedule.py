@@ -1,0 +1,81 @@
+"""The host's view of decoding: which slot has which response, and how large the cache must be.
+
+Nothing here uses a device.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+# A cache smaller than this many tokens would make a decoding step hardly faster.
+_LEAST = 128
+# Before a decoding call every slot has room for this many tokens, so that calls are not too short.
+_AHEAD = 16
+
+
+def bucket(length: int) -> int:
+    """The padded length of a prompt: a multiple of 16 up to 128, of 64 up to 1024, then of 512."""
+    step = 16 if length <= 128 else 64 if length <= 1024 else 512
+    return -(-length // step) * step
+
+
+def capacities(max_prompt: int, max_new_tokens: int) -> tuple[int, ...]:
+    """The sizes that the cache may have, ascending: the greatest, its half, its quarter, and so on.
+
+    A program is compiled for each, so they are few: at most 1 + log2(greatest / 128).
+
+    >>> capacities(4096, 64)
+    (144, 272, 528, 1040, 2080, 4160)
+    >>> capacities(64, 128)
+    (192,)
+    """
+    sizes = [bucket(max_prompt) + max_new_tokens]
+    while sizes[-1] > 2 * _LEAST:
+        sizes.append(-(-sizes[-1] // 32) * 16)
+    return tuple(reversed(sizes))
+
+
+class Board:
+    """What the host knows of each slot.
+
+    Attributes:
+      owner: (index, sample) of the response in the slot; None if the slot is free.
+      prompt: number of tokens of its prompt.
+      drawn: number of tokens that it has drawn. The last of them is not yet in the cache.
+    """
+
+    def __init__(self, slots: int, max_prompt: int, max_new_tokens: int):
+        self.max_new_tokens = max_new_tokens
+        self.capacities = capacities(max_prompt, max_new_tokens)
+        self.owner: list[tuple[int, int] | None] = [None] * slots
+        self.prompt = np.zeros(slots, np.int32)
+        self.drawn = np.zeros(slots, np.int32)
+
+    def put(self, slot: int, owner: tuple[int, int], prompt: int) -> None:
+        self.owner[slot], self.prompt[slot], self.drawn[slot] = owner, prompt, 1
+
+    @property
+    def free(self) -> list[int]:
+        return [slot for slot, owner in enumerate(self.owner) if owner is None]
+
+    @property
+    def busy(self) -> list[int]:
+        return [slot for slot, owner in enumerate(self.owner) if owner is not None]
+
+    @property
+    def capacity(self) -> int:
+        """The least size of the cache with which the next decoding call can start."""
+        used, left = self._used_and_left()
+        needed = np.max(used + np.minimum(left, _AHEAD), initial=1)
+        return next(size for size in self.capacities if size >= needed)
+
+    def steps(self, capacity: int) -> int:
+        """How many steps all slots can run before one of them needs a larger capacity."""
+        used, left = self._used_and_left()
+        room = np.where(left > capacity - used, capacity - used, self.max_new_tokens)
+        return int(np.min(room, initial=self.max_new_tokens))
+
+    def _used_and_left(self) -> tuple[np.ndarray, np.ndarray]:
+        """For each busy slot: its tokens in the cache, and the most steps that it may still run."""
+        drawn = self.drawn[self.busy]
+        return self.prompt[self.busy] + drawn - 1, self.max_new_tokens - drawn

@@ -111,7 +111,7 @@ def main() -> None:
             try:
                 steps[name] = CONTESTANTS[name](length)
             except ImportError:
-                print("torch is not installed: left out")
+                print("torch is not installed, so it is not timed")
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         found = [step() for step in steps.values()]
         for each in found[1:]:
@@ -129,7 +129,7 @@ def main() -> None:
 
 
 def show(length: int, seconds: dict[str, list[float]]) -> None:
-    """Prints median times, and the median, least and greatest ratio to the blocks over rounds."""
+    """Prints median times, and the median, least and greatest time relative to `blocks`."""
     for name, own in seconds.items():
         line = f"{length:6}  {name:8} {statistics.median(own):8.4f} s"
         if "blocks" in seconds and name != "blocks":

@@ -1,4 +1,4 @@
-"""`gradients` of one long row under each back end of attention, taking turns in one process.
+"""Times the gradients of one long row with each attention back end, in turn, in one process.
 
     python benchmarks/long_rows.py --rounds 3 --time 512 1024 2048
 

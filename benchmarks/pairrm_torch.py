@@ -94,7 +94,7 @@ def some_pairs(count: int) -> list[tuple[str, str, str]]:
 
 
 def torch_batches(pairs: list[tuple[str, str, str]]):
-    """For each batch: (indices of its pairs, (ids, mask, positions of the prefixes))."""
+    """Makes batches for torch: (indices of the pairs, (ids, mask, positions of the prefixes))."""
     vocab = {token: i for i, token in enumerate([*SPECIAL, *WORDS, *PREFIXES])}
 
     def encode(pair):
@@ -161,9 +161,9 @@ def compare(size: str, count: int, rounds: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each side")
+    parser.add_argument("--rounds", type=int, default=5, help="number of timed rounds")
     parser.add_argument(
-        "--pairs", type=int, default=16, help="pairs for base; tiny uses 8x as many"
+        "--pairs", type=int, default=16, help="pairs for the base model (8x for the tiny one)"
     )
     parser.add_argument("--json", type=Path, help="file for all measured times")
     settings = parser.parse_args()

@@ -83,7 +83,7 @@ def some_texts(prompts: int) -> tuple[list[Question], list[list[str]]]:
 
 
 def torch_batches(folder: Path, questions, answers):
-    """For each batch: (indices of its answers, (ids, mask))."""
+    """Makes batches for torch: (indices of the answers, (ids, mask))."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     encoded = [
         tokenizer.encode(f"[USER] {q.prompt} [END] [ASSISTANT] {text} [END]").ids
@@ -159,8 +159,8 @@ def ratio(seconds: dict[str, list[float]]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each side")
-    parser.add_argument("--prompts", type=int, default=8, help="for small; tiny uses 8x as many")
+    parser.add_argument("--rounds", type=int, default=5, help="number of timed rounds")
+    parser.add_argument("--prompts", type=int, default=8, help="prompts for small (8x for tiny)")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--json", type=Path, help="file for all measured times")
     settings = parser.parse_args()

@@ -82,7 +82,7 @@ COMPARISONS = (
 
 @dataclass(frozen=True)
 class Bar:
-    """A goal: `ours` has at least `wanted` times the speed of `theirs`, or at most that memory."""
+    """A goal: the ratio of `ours` to `theirs` is at least (for memory: at most) `wanted`."""
 
     title: str
     comparison: str
@@ -423,13 +423,13 @@ def cpu_name() -> str:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--torch-python", help="a Python with torch, transformers and trl")
-    add("--tunix-python", help="a Python with google-tunix")
-    add("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="folder or Hub id")
+    add("--torch-python", help="Python executable with torch, transformers and trl")
+    add("--tunix-python", help="Python executable with google-tunix")
+    add("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="model folder or Hub id")
     add("--rounds", type=int, default=7)
     add("--warmup", type=int, default=2, help="steps of each contestant before the rounds")
-    add("--examples", type=int, default=4, help="per training step")
-    add("--prompts", type=int, default=16, help="per generation step")
+    add("--examples", type=int, default=4, help="examples per training step")
+    add("--prompts", type=int, default=16, help="prompts per generation step")
     add("--prompt", type=int, default=64, help="tokens of a prompt")
     add("--response", type=int, default=64, help="tokens of a response")
     add("--seed", type=int, default=0)

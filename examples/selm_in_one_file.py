@@ -59,7 +59,7 @@ MODEL = Decoder(CONFIG)
 
 
 def selm(logps: Logps) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss of each pair, and what is worth watching; see the top of this file."""
+    """The SELM loss of each pair, and two metrics; see the top of this file."""
     margin = logps.log_ratio("chosen") - logps.log_ratio("rejected")
     optimism = logps.log_ratio("explore")
     losses = -log_sigmoid(BETA * margin) + ALPHA * BETA * optimism
@@ -67,7 +67,7 @@ def selm(logps: Logps) -> tuple[jax.Array, dict[str, jax.Array]]:
 
 
 def judge(answer: str) -> float:
-    """The oracle: the share of vowels."""
+    """The oracle that ranks answers: the share of vowels in the answer."""
     return sum(letter in "aeiou" for letter in answer) / max(len(answer), 1)
 
 
@@ -76,7 +76,7 @@ def text(tokens: Sequence[int]) -> str:
 
 
 def generate(params: Params, prompts: Sequence[tuple[int, ...]], t: int) -> list[list[Candidate]]:
-    """For each prompt the greedy answer, which is y_ref, and a few samples."""
+    """Generates for each prompt the greedy answer, which is y_ref, and a few samples."""
     engine = Engine(
         Decoder(CONFIG, scan=False), Sampling(temperature=1.0), slots=16, max_prompt=8,
         max_new_tokens=ANSWER, stop_ids=(0,),
@@ -97,7 +97,7 @@ def pick(
     score: Callable[[str], float],
     t: int,
 ) -> list[Example]:
-    """The best and the worst answer of each prompt, with the greedy one; ties give no pair."""
+    """Makes examples of each prompt's best, worst and greedy answers; ties give no example."""
     examples = []
     for i, (prompt, candidates) in enumerate(zip(prompts, answers, strict=True)):
         scores = [score(each.text) for each in candidates]
@@ -105,14 +105,14 @@ def pick(
         if isinstance(pair, Pair):
             roles = {"chosen": pair.chosen, "rejected": pair.rejected, "explore": pair.explore}
             ids = {role: candidates[place].token_ids or () for role, place in roles.items()}
-            examples.append(Example.of(f"prompt {i}", prompt, ids))  # a shared answer stands once
+            examples.append(Example.of(f"prompt {i}", prompt, ids))  # equal answers are stored once
     return examples
 
 
 def with_reference(
     update: Update, params: Params, examples: Sequence[Example], shape: Shape
 ) -> list[Example]:
-    """The examples with log pi_ref of every answer: data from now on, so one model is trained."""
+    """Adds log pi_ref of every answer to the examples, so that training needs only one model."""
     logps = [np.asarray(update.logps(params, batch)) for batch in pack(examples, shape)]
     scored = zip(examples, unpack(examples, shape, logps), strict=True)
     return [dataclasses.replace(example, reference_logps=found) for example, found in scored]
@@ -121,13 +121,13 @@ def with_reference(
 def train(
     update: Update, state: TrainState, examples: Sequence[Example], shape: Shape
 ) -> TrainState:
-    """One pass over the pairs, a batch for each update."""
+    """Trains for one pass over the examples, with one batch per update."""
     for start in range(0, len(examples) - BATCH + 1, BATCH):
         batch = examples[start : start + BATCH]
         lengths = mean_lengths(batch)
         first, *others = pack(batch, shape)
         gradients, sums = update.gradients(state.params, first, lengths)
-        for more in others:  # what does not fit into one packed batch is added up
+        for more in others:  # gradients of further packed batches are added up
             gradients, sums = update.add(gradients, sums, state.params, more, lengths)
         state, metrics = update.apply(state, gradients, sums, LEARNING_RATE)
         names = ("loss", "margin", "optimism", "grad_norm")

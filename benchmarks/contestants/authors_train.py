@@ -1,4 +1,4 @@
-"""The training step of the SELM authors (scripts/selm_trainer.py in their code), in plain torch.
+"""Contestant: the SELM authors' training step (their scripts/selm_trainer.py), in plain torch.
 
 usage: authors_train.py MODEL DATA
 

@@ -1,4 +1,4 @@
-"""Generation with the rollout engine of this package.
+"""Contestant: generation with the rollout engine of this package.
 
 usage: selm_generate.py MODEL DATA
 """

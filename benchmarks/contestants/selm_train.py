@@ -1,4 +1,4 @@
-"""The SELM update of this package: packed prompt trees, stored reference log-probabilities.
+"""Contestant: the SELM update of this package, with stored reference log-probabilities.
 
 usage: selm_train.py MODEL DATA KIND        KIND: distinct, shared or dpo
 

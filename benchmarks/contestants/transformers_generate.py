@@ -1,4 +1,4 @@
-"""Generation with transformers' `generate`.
+"""Contestant: generation with transformers' `generate`.
 
 usage: transformers_generate.py MODEL DATA
 """

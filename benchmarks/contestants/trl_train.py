@@ -1,4 +1,4 @@
-"""Full fine-tuning on pairs with TRL's DPOTrainer.
+"""Contestant: full fine-tuning on pairs with TRL's DPOTrainer.
 
 usage: trl_train.py MODEL DATA KIND        KIND: cached (precomputed reference) or live
 """
@@ -18,7 +18,7 @@ from worker import read_data, torch_worker, versions
 
 
 class Orders(TrainerCallback):
-    """Makes the trainer wait for an order before each step."""
+    """Makes TRL's trainer wait for a request on standard input before each step."""
 
     def __init__(self, worker):
         self.worker, self.said = worker, False

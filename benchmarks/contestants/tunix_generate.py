@@ -1,4 +1,4 @@
-"""Generation with Tunix's Sampler.
+"""Contestant: generation with Tunix's Sampler.
 
 usage: tunix_generate.py MODEL DATA
 """

@@ -1,4 +1,4 @@
-"""Loads the model into Tunix."""
+"""Loads the benchmark's Llama model into Tunix."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from tunix.models.llama3 import model, params
 
 
 def load(folder):
-    """Loads a Llama in float32 from a Hugging Face folder; returns it with its configuration.
+    """Loads a Llama in float32 from a Hugging Face folder; returns (model, configuration).
 
     Tunix 0.1.7 ignores rope_theta and always uses its own rotary base, so its numbers differ from
     the model's if that is another. This does not affect its speed.

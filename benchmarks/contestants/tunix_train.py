@@ -1,4 +1,4 @@
-"""Full fine-tuning on pairs with Tunix's DPOTrainer.
+"""Contestant: full fine-tuning on pairs with Tunix's DPOTrainer.
 
 usage: tunix_train.py MODEL DATA KIND        KIND: live, or none (Tunix then drops the reference
 term from the loss: the time is that of a cached reference, but the loss differs)

@@ -1,4 +1,4 @@
-"""The protocol of all contestants: single steps on request, timed in the same way.
+"""The protocol of all benchmark contestants: each does and times single steps on request.
 
 A contestant is a process. When it is ready, it prints one line of JSON and waits. Each line on its
 standard input requests one step, and each step prints one line of JSON. It exits when its input
@@ -15,14 +15,14 @@ import time
 
 
 class Worker:
-    """A contestant's end of the pipe, and its clock.
+    """A contestant's side of the protocol: it receives requests, times steps and sends results.
 
-    Before and after each step the clock times a 2048^3 float32 matrix product, to measure the
+    Before and after each step it also times a 2048^3 float32 matrix product, to measure the
     machine's speed at that moment: a virtual machine does not always get its full cores.
     """
 
     def __init__(self, matmul):
-        """`matmul` computes one such product and waits for its result."""
+        """Takes over standard output; `matmul` computes a 2048^3 product and waits for it."""
         # Libraries may print. The pipe is reserved for answers; other output goes to the log.
         self._pipe = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)

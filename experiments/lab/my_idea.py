@@ -1,4 +1,4 @@
-"""An example of your own exploration term, for the laboratory and for a language model.
+"""An example of an exploration term of your own, for `selm lab` and for language models.
 
 Run these commands in the root of the repository. In the laboratory, compare the term with SELM and
 DPO, in four landscapes and with 128 seeds:
@@ -14,7 +14,7 @@ from jax.nn import softplus
 
 
 def saturating(weight: float, beta: float):
-    """Optimism whose gradient vanishes when the reference's response has become unlikely.
+    """An optimism term whose gradient vanishes once the reference's response is unlikely.
 
     SELM's term is linear in the log-ratio, so its gradient never vanishes. This one flattens out
     for log-ratios below 0.

@@ -1,1 +1,1 @@
-"""From ranked candidates to preference pairs, and from pairs to packed batches."""
+"""Turns ranked candidates into preference pairs, and pairs into packed batches."""

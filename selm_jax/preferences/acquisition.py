@@ -42,13 +42,13 @@ class Prospect:
 
 
 def reward_gap(prospect: Prospect) -> float:
-    """The largest difference of implicit rewards between two candidates, divided by beta.
+    """The largest difference of implicit rewards between candidates, divided by beta.
 
     Source: Muldrew et al. (2024), "Active Preference Learning for Large Language Models", arXiv
     2402.08114, preference certainty of the implicit Bradley-Terry model: |r(x, y1) - r(x, y2)|
-    with r = beta log(policy / reference). They ask about the prompts where it is largest: there the
-    policy is sure, and an answer that disagrees teaches most. While the policy equals the
-    reference, it is 0 for every prompt.
+    with r = beta log(policy / reference). They ask about the prompts where the gap is largest:
+    there the policy is sure, and an answer that disagrees teaches most. While the policy equals the
+    reference, the gap is 0 for every prompt.
     """
     ratio = prospect.policy - prospect.reference
     return float(ratio.max() - ratio.min())

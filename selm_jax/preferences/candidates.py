@@ -1,4 +1,4 @@
-"""The candidates of a prompt, and what selection makes of them: a pair, or a reason to drop it."""
+"""Candidates of a prompt, and the result of selection: a pair, or a reason to drop the prompt."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Dropped:
-    """Why a prompt gives no pair: one of `REASONS`.
+    """The reason, one of `REASONS`, why a prompt gives no pair.
 
     `select` uses all reasons but four: `rule` is for a user's own rule; `not_asked` for a prompt
     beyond the budget; `not_answered` for a prompt that too few people have ranked; and

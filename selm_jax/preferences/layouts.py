@@ -34,7 +34,7 @@ Layout: TypeAlias = Callable[[Sequence[Example]], Iterator[Group]]
 
 @dataclasses.dataclass(frozen=True)
 class OneShape:
-    """All examples in batches of one shape: `rows` rows of `row_length` tokens."""
+    """Puts all examples into batches of one shape: `rows` rows of `row_length` tokens."""
 
     rows: int
     row_length: int
@@ -91,7 +91,7 @@ class ByLength:
 
 @dataclasses.dataclass(frozen=True)
 class Trees:
-    """Groups examples as `parts` does; all groups of one call have the same number of branches.
+    """Groups examples like `parts`; all groups of one call have the same number of branches.
 
     Attributes:
       ways: number of parts into which the mesh splits the rows.
@@ -116,7 +116,7 @@ class Trees:
 def _by_time(
     examples: Sequence[Example], of: Callable[[int], int]
 ) -> Iterator[tuple[int, list[int]]]:
-    """Yields each row length with the indices of its examples, the longest of both first."""
+    """Yields (row length, indices of the examples of that length), the longest first."""
     order = sorted(range(len(examples)), key=lambda i: -examples[i].tokens)
     for time, which in itertools.groupby(order, key=lambda i: of(examples[i].tokens)):
         yield time, list(which)
@@ -136,7 +136,7 @@ class Part(NamedTuple):
     """Consecutive items of a list sorted by length that are computed in one batch.
 
     Attributes:
-        items: their places in the list.
+        items: their indices in the list.
         rows: rows of the batch: a power of two per device, so that few shapes are compiled.
         time: the padded length of every row.
     """
@@ -147,7 +147,7 @@ class Part(NamedTuple):
 
 
 def parts(lengths: Sequence[int], devices: int, batch: int) -> Iterator[Part]:
-    """Cuts a list of texts, given by their lengths, into parts of one padded length each.
+    """Cuts a list of texts, given by their lengths, into parts; each has one padded length.
 
     Args:
         lengths: of the texts in tokens, the longest first, so that a lack of memory shows at once.

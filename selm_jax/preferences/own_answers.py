@@ -21,7 +21,7 @@ from selm_jax.text.prompts import Prompt
 
 @dataclasses.dataclass(frozen=True)
 class OwnAnswers:
-    """How a run lays out the data's answers, and how long they may be.
+    """The layout and the length limits that a run applies to the data set's own answers.
 
     Attributes:
       chat: the chat template and tokenizer.
@@ -40,7 +40,7 @@ class OwnAnswers:
     row: int
 
     def example(self, prompt: Prompt) -> Example | None:
-        """Makes an example from a prompt and all its answers in the data; None if there are none.
+        """Makes an example from a prompt and its answers in the data; None without answers.
 
         Raises:
           UnusableAnswer: if an answer cannot follow the prompt.
@@ -61,7 +61,7 @@ class OwnAnswers:
         return Example.of(prompt.id, self.chat.prompt_ids(prompt.messages), responses)
 
     def misfit(self, prompt: Prompt) -> str | None:
-        """Says why the prompt's own answers do not fit; None if they fit or there are none.
+        """Says why the prompt's answers in the data do not fit; None if they fit or are missing.
 
         Raises:
           UnusableAnswer, ExampleError: as for `example`.
@@ -97,7 +97,7 @@ def rated_example(
     texts: Mapping[str, str],
     scores: Mapping[str, float | None],
 ) -> Example:
-    """The training example of a reward model: the whole conversations of a pair.
+    """Makes a reward model's training example from the whole conversations of a pair.
 
     Args:
       chat: the chat template and tokenizer.

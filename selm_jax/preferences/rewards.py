@@ -1,4 +1,4 @@
-"""Rewards of packed responses: a reward model also reads conversations as prompt trees.
+"""Computes a reward model's rewards of responses that are packed as prompt trees.
 
 A reward model gives one number for a whole conversation, at its last token; where the prompt ends
 does not matter. Conversations that begin alike are packed as a tree: their common beginning is
@@ -20,7 +20,7 @@ Ids: TypeAlias = tuple[int, ...]
 
 
 def split(conversations: Sequence[Ids]) -> tuple[Ids, list[Ids]]:
-    """Splits conversations into their common beginning and the rest of each, which is never empty.
+    """Splits conversations into their common beginning and the rests, which are never empty.
 
     Args:
       conversations: token ids, each up to where its score is read (`ScalarHead.read`).
@@ -36,7 +36,7 @@ def split(conversations: Sequence[Ids]) -> tuple[Ids, list[Ids]]:
 def response_rewards(
     decoder: Decoder, params: Params, batch: PreferenceBatch
 ) -> Float[Array, "rows segments branches"]:
-    """The reward of every response in the batch, float32; 0 where there is none."""
+    """The reward of every response in the batch, float32; 0 where there is no response."""
     last = batch.last_of_response()
     at = jnp.maximum(last, 0).reshape(last.shape[0], -1)
     rows = batch.tokens, batch.position, batch.end
@@ -51,6 +51,6 @@ def rewards_at(
     end: Int[Array, "rows time"],
     places: Int[Array, "rows some"],
 ) -> Float[Array, "rows some"]:
-    """The reward head's output at the given places of packed rows, float32."""
+    """The reward head's output at the indices `places` of packed rows, float32."""
     hidden, _ = decoder.apply({"params": params}, tokens, position, end)
     return rewards(params, jnp.take_along_axis(hidden, places[..., None], axis=1))

@@ -140,7 +140,7 @@ def all_own(
 
 
 def random_own(candidates: Sequence[Candidate], scores: Known, rng: np.random.Generator) -> int:
-    """One of the model's own responses, drawn uniformly; equal to `all` in expectation."""
+    """One of the model's own responses, drawn uniformly; in expectation the same as `all`."""
     own = _own(candidates, "random")
     return own[int(rng.integers(len(own)))]
 
@@ -185,7 +185,7 @@ def rule_named(name: str) -> Rule:
 
 
 def explore_named(name: str) -> Explore:
-    """The explore rule that `feedback.explore` names; raises like `rule_named`."""
+    """The explore rule that `feedback.explore` names; raises as `rule_named` does."""
     return _named("feedback.explore", name, EXPLORES)
 
 
@@ -210,7 +210,7 @@ def select(
     min_margin: float = 0.0,
     seed: int | Sequence[int],
 ) -> Pair | Dropped:
-    """Picks one prompt's chosen, rejected and explore responses.
+    """Picks one prompt's chosen, rejected and explored responses.
 
     A prompt that fails several tests is dropped for the first reason in this order: `malformed` (a
     score is NaN because the judge's answer could not be read), the rule's own reason, `tie` (chosen
@@ -274,7 +274,7 @@ def select(
 
 
 def by_settings(f: Feedback) -> Callable[..., Pair | Dropped]:
-    """`select` with the options of the `feedback` settings; call it with candidates, scores, seed.
+    """Binds `select` to the `feedback` settings; call the result with candidates, scores, seed.
 
     Raises:
         FeedbackError: if a rule cannot be found or called.
@@ -298,7 +298,7 @@ def draws(
 ) -> np.random.Generator:
     """The random number generator of a prompt; different streams are independent."""
     if seed is None:
-        raise FeedbackError(f"{asked} needs a seed for each prompt, but seed is None.")
+        raise FeedbackError(f"{asked} needs random numbers, but seed is None; pass a seed.")
     key = () if stream is None else (stream,)
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
 

@@ -1,4 +1,4 @@
-"""Counts what became of the ranked prompts, for the report and the console."""
+"""Counts pairs and dropped prompts after ranking, for the report and the console."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Report:
     def add(
         self, candidates: Sequence[Candidate], scores: Scores | None, result: Pair | Dropped
     ) -> None:
-        """Counts one prompt.
+        """Counts the result of selection for one prompt.
 
         Args:
             candidates: the prompt's responses.
@@ -131,7 +131,7 @@ def _tie(ranked: Int[np.ndarray, " candidates"]) -> str:
 
 
 def _explored_is(candidates: Sequence[Candidate], pair: Pair) -> str:
-    """Which role has the explored response: "chosen", "rejected", "both" or "neither"."""
+    """Says whether the explored response is also "chosen", "rejected", "both" or "neither"."""
     explored = candidates[pair.explore].identity
     places = {"chosen": pair.chosen, "rejected": pair.rejected}
     shared = [role for role, i in places.items() if candidates[i].identity == explored]

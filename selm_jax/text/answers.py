@@ -81,7 +81,7 @@ def check_answers(
 
 
 def longest_answered(chat: Chat, prompts: Iterable[Prompt], whole: bool = False) -> int:
-    """The length in tokens of the longest prompt plus dataset answer; 0 if there are none.
+    """The most tokens in a prompt with its dataset answer; 0 if there are no answers.
 
     Unusable answers are not counted: they are dropped, or stop the run elsewhere.
     """

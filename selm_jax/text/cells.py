@@ -1,4 +1,4 @@
-"""Reads the cells of a row: conversations and numbers stored as text, and the other columns."""
+"""Reads cells of a data row: conversations or numbers stored as text, and any other values."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def _check_text(text: str, column: str) -> None:
 
 
 def _is_message(value: Any) -> bool:
-    """Whether a value has the keys of a message, or those of ShareGPT (refused later)."""
+    """Whether a value has the keys of a message, or ShareGPT's keys (which are refused later)."""
     if not isinstance(value, dict):
         return False
     sharegpt = {"from", "value"} <= value.keys() and value["from"] in ("human", "gpt", "system")
@@ -143,7 +143,7 @@ def _python(text: str) -> Any:
 
     def piece(found: re.Match[str]) -> str:
         if len(found[0]) == 1:
-            raise ValueError("unterminated string")
+            raise ValueError("a string has no closing quotation mark")
         return found[0] if found[0][0] in "'\"" else "},"
 
     whole = _PIECES.sub(piece, text)
@@ -151,7 +151,7 @@ def _python(text: str) -> Any:
         (character in "[{(") - (character in "]})") for character in _STRINGS.sub("", whole)
     )
     if max(depths, default=0) > _DEEPEST:
-        raise ValueError("nested too deeply")
+        raise ValueError("lists or objects are nested too deeply")
     return ast.literal_eval(whole.strip())
 
 

@@ -24,7 +24,7 @@ from selm_jax.text.vocabulary import checked_vocabulary, stop_ids
 
 
 class UnusableAnswer(ChatError):
-    """This answer cannot be used with its prompt; other answers may be usable."""
+    """An answer cannot be used with its prompt; other answers may be usable."""
 
 
 class Turn(Protocol):
@@ -115,7 +115,7 @@ class Chat:
           ChatError: if the template refuses the conversation.
         """
         if not text.strip():
-            raise UnusableAnswer("the answer is empty: there is nothing to score")
+            raise UnusableAnswer("the answer is empty, so it cannot be scored")
         if spelled := self.spelled_ends(text):
             raise UnusableAnswer(
                 f"the answer spells out the end token {', '.join(spelled)}: {text!r}"
@@ -184,12 +184,12 @@ class Chat:
     def rendered_ids(self, messages: Sequence[Turn], *more: Sequence[Turn]) -> tuple[int, ...]:
         """The token ids of conversations rendered one after another, without answer headers.
 
-        BOS is not added: it is there only if the template writes it.
+        BOS is not added: the ids contain it only if the template writes it.
         """
         return self._tokens("".join(self._marked(each, False) for each in (messages, *more)))
 
     def continued(self, messages: Sequence[Turn]) -> str:
-        """Renders the conversation with its last message left open, for a model to continue.
+        """Renders the conversation without the end of its last message, for a model to continue.
 
         Raises:
           ChatError: if the template refuses the conversation or changes the last message.
@@ -204,7 +204,7 @@ class Chat:
         if not here or last.content.strip() not in text:
             raise ChatError(
                 f"the chat template of {self.folder} changes the last message, so that a model "
-                f"cannot continue it: {rendered!r}"
+                f"cannot continue it: {rendered!r}. Use another model or template"
             )
         trimmed = not rendered[len(text) :].startswith(_HERE)  # transformers then strips it too
         return self._plain(text.rstrip() if trimmed else text)
@@ -214,7 +214,7 @@ class Chat:
         return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
     def check_made_up(self) -> None:
-        """Checks the template with a made-up question and answer.
+        """Checks the chat template with a made-up question and answer.
 
         A prompt must end with the header that an answer follows, and an answer must end with a stop
         token; otherwise the policy would continue with turns that it makes up itself.
@@ -253,7 +253,7 @@ class Chat:
         return self._template.render(said, answer_follows)
 
     def _marked(self, messages: Sequence[Turn], answer_follows: bool) -> str:
-        """Like `_rendered`; raises ChatError on a refusal or an omitted system message."""
+        """Renders like `_rendered`; raises ChatError if the template refuses or drops a message."""
         try:
             rendered = self._rendered(messages, answer_follows)
         except Refused as e:
@@ -325,7 +325,7 @@ class Chat:
         return ids if rendered.count(text) > spelled else (self._bos, *ids)
 
     def _tokens(self, marked: str) -> tuple[int, ...]:
-        """Encodes a rendered text; raises ChatError for a token without a row in the embedding."""
+        """Encodes a rendered text; raises ChatError if the embedding has no row for a token."""
         ids = self.tokens(marked) if self._literal is None else tuple(self._literal.encode(marked))
         if self._vocabulary is not None and max(ids, default=0) >= self._vocabulary:
             raise ChatError(
@@ -373,7 +373,9 @@ def _check_variables(
 ) -> None:
     for name in variables:
         if name in _OURS or name in tokenizer.special:
-            raise ChatError(f"text.template cannot set {name!r}; remove it")
+            raise ChatError(
+                f"text.template sets {name!r}, which this program sets itself. Remove this variable"
+            )
         if name not in template:
             raise ChatError(
                 f"text.template sets {name!r}, but the chat template of {folder} never reads it. "

@@ -1,4 +1,4 @@
-"""Reads a row of a dataset: a conversation up to a user turn, and up to two answers to it."""
+"""Reads a row of a dataset: a conversation that ends with a user turn, and up to two answers."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def choose_columns(
     system: str | None = None,
     scores: Sequence[str] = (),
 ) -> Columns:
-    """Decides which columns are read. The arguments are those of `load_prompts`.
+    """Decides which columns of the data are read. The arguments are those of `load_prompts`.
 
     Raises:
       DataError: if a column is missing from every row, or a pair of strings has no prompt.
@@ -200,7 +200,7 @@ def _messages(value: Any, column: str) -> tuple[Message, ...]:
 
 
 def _answer(value: Any, column: str) -> tuple[tuple[Message, ...], str]:
-    """Returns (messages before the answer, text of the answer); a string is only the answer."""
+    """Returns (messages before the answer, text of the answer) for a cell with an answer."""
     if isinstance(value, str):
         before, text = (), value
     else:
@@ -215,7 +215,7 @@ def _answer(value: Any, column: str) -> tuple[tuple[Message, ...], str]:
 
 
 def _join(given: Any, before: tuple[Message, ...], columns: Columns) -> tuple[Message, ...]:
-    """Combines the prompt column, if there is one, with the messages before the answer."""
+    """Combines the prompt column, if there is one, with the messages that precede the answer."""
     if given is None:
         return before
     if isinstance(given, str):
@@ -256,7 +256,7 @@ def _check_prompt(messages: tuple[Message, ...], column: str | None) -> None:
     if not messages:
         raise BadRow("empty prompt", column, "there is no message.")
     if messages[-1].role != "user":
-        detail = f"the last role is {messages[-1].role!r}."
+        detail = f"the last message has the role {messages[-1].role!r}."
         raise BadRow("last message not a user turn", column, detail)
     for number, message in enumerate(messages, start=1):
         if message.role != "system" and not message.content.strip():

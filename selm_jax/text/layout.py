@@ -1,4 +1,4 @@
-"""Lays out prompt and responses like the authors' code (`text.layout: paper`), for comparison.
+"""Tokenises prompts and responses like the authors' code (`text.layout: paper`).
 
 It differs from the default (`text.chat`) in three ways; the files named here are in the code
 published with arXiv 2405.19332:
@@ -39,7 +39,7 @@ def paper_row(
     max_length: int,
     max_prompt_length: int,
 ) -> PaperRow:
-    """Lays out a prompt and its responses as the authors' code does.
+    """Tokenises and truncates a prompt and its responses as the authors' code does.
 
     Args:
       chat: the chat template and tokenizer.
@@ -62,7 +62,7 @@ def paper_row(
 
 
 def paper_ids(chat: Chat, messages: Sequence[Turn], text: str) -> tuple[Ids, Ids]:
-    """The ids of the prompt and of one response, before `truncate`."""
+    """The token ids of the prompt and of one response, before `truncate` cuts them."""
     bos, eos = chat.tokenizer.bos_token_id, chat.tokenizer.eos_token_id
     if bos is None or eos is None:
         raise ChatError(

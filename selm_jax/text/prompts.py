@@ -85,7 +85,7 @@ class PromptSet(Sequence[Prompt]):
         return self.prompts[index]
 
     def without(self, reason: str, bad: Callable[[Prompt], bool]) -> PromptSet:
-        """Returns a copy without the `bad` prompts, which `dropped` lists under `reason`."""
+        """Returns a copy without `bad` prompts, which its `dropped` lists under `reason`."""
         rows = list(enumerate(self.by_row(), start=1))
         there = [number for number, found in rows if found is not None]
         told = of_each(bad, self.prompts)
@@ -269,11 +269,11 @@ def portion(
       ValueError: if the index is outside 1..portions, or there are more portions than prompts.
     """
     if not 1 <= index <= portions:
-        raise ValueError(f"portion {index} of {portions}: expected an index from 1 to {portions}.")
+        raise ValueError(f"the portion is {index}; expected an index from 1 to {portions}.")
     size = len(prompts) // portions
     if size == 0:
         raise ValueError(
-            f"{len(prompts)} prompts cannot be cut into {portions} portions. Use fewer."
+            f"{len(prompts)} prompts cannot be cut into {portions} portions. Use fewer portions."
         )
     order = np.arange(len(prompts))
     if shuffle_seed is not None:
@@ -322,7 +322,7 @@ def _with_free_id(
 
 
 def _notes(columns: Columns, kept: Iterable[tuple[Prompt, Row]]) -> Iterator[str]:
-    """Sentences about columns of system messages that were read, or that may have been missed."""
+    """Yields notes on columns of system messages that were read or may have been missed."""
     rows = list(kept)
     if columns.system is not None:
         values = [row.values for _, row in rows if not isinstance(row.values, BadRow)]

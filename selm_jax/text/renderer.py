@@ -61,7 +61,7 @@ def _raise(message: object) -> None:
 
 
 def _tojson(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    """The filter `tojson` without HTML escapes, unlike Jinja's own."""
+    """Jinja's filter `tojson`, but without HTML escapes, as in transformers."""
     return json.dumps(
         value,
         ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys,
@@ -107,7 +107,7 @@ def _line(error: BaseException) -> int | None:
 
 
 def main(seconds: int, memory: int, most: int) -> None:
-    """Answers requests until standard input ends.
+    """Renders the conversations that arrive on standard input, until the input ends.
 
     Args:
       seconds: CPU time for one answer; exceeding it ends the process with SIGXCPU.

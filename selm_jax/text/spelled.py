@@ -23,14 +23,14 @@ _MOST = 0x7FF0
 
 
 def control_tokens(tokenizer: Tokenizer, stop_ids: Iterable[int]) -> list[str]:
-    """The tokens that the tokenizer marks as special, and the tokens that end a text."""
+    """The tokens that the tokenizer marks as special, and those in `stop_ids`."""
     added = tokenizer.added_tokens_decoder
     stops = set(stop_ids)
     return [t.content for i, t in sorted(added.items()) if (t.special or i in stops) and t.content]
 
 
 class Spelled:
-    """Finds control tokens in texts; if several begin at one place, it takes the longest."""
+    """Finds control tokens in texts; of several with the same start, it takes the longest."""
 
     def __init__(self, tokens: Sequence[str]):
         self.tokens = list(tokens)

@@ -30,11 +30,11 @@ _SHARD = re.compile(r"(?P<split>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})(-[0-9a-
 
 
 class DataError(ValueError):
-    """A dataset cannot be used as it is. The message names the file, row and column."""
+    """A dataset cannot be used. The message names the file, row and column."""
 
 
 class BadRow(Exception):
-    """A row cannot be used; `load_prompts` turns this into a DataError or counts it."""
+    """A row cannot be used; `load_prompts` then raises a DataError or counts the row."""
 
     def __init__(self, reason: str, column: str | None, detail: str):
         super().__init__(reason, column, detail)
@@ -42,7 +42,7 @@ class BadRow(Exception):
 
 
 class Row(NamedTuple):
-    """One row as it was read: its values by column, or the reason why it has none."""
+    """One row of a data file: its values by column, or the reason why it cannot be read."""
 
     file: str
     number: int  # counted from 1 in its file
@@ -100,7 +100,7 @@ def _raise_missing(path: epath.Path) -> NoReturn:
 
 
 def _split_of(folder: epath.Path, split: str | None) -> list[epath.Path]:
-    """The files of one split: `train.parquet`, or all of `train-00000-of-00002.parquet`, ..."""
+    """The files of one split, such as `train.parquet` or `train-00000-of-00002.parquet`, ..."""
     if (folder / _SAVED).exists():
         return _saved(folder, split)
     if (folder / "dataset_dict.json").exists():

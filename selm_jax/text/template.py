@@ -24,11 +24,11 @@ CHARACTERS = 1_000_000  # that a template may write, plus ten for each byte that
 
 
 class Refused(Exception):
-    """The template refuses a conversation; the message is the template's own."""
+    """The chat template refuses a conversation, with a message of its own."""
 
 
 class Template:
-    """A chat template with its variables.
+    """A chat template with the variables that it may read.
 
     Args:
       source: Jinja source.

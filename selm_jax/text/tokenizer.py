@@ -70,7 +70,7 @@ class Tokenizer:
 
     @property
     def added_tokens_decoder(self) -> dict[int, tokenizers.AddedToken]:
-        """Maps ids to added tokens, which are found in a text before the text is split."""
+        """Maps ids to added tokens, which the tokenizer finds before it splits a text."""
         return self.backend.get_added_tokens_decoder()
 
     @property
@@ -93,11 +93,11 @@ class Tokenizer:
             return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         except (TypeError, UnicodeEncodeError) as e:
             raise ChatError(
-                f"this text cannot be encoded; it may have half of a surrogate pair: {text!r}"
+                f"this text cannot be encoded; remove halves of surrogate pairs from it: {text!r}"
             ) from e
 
     def decode(self, ids: int | Sequence[int], skip_special_tokens: bool = False) -> str:
-        """Decodes token ids; it does not clean up spaces."""
+        """Decodes token ids without cleaning up spaces."""
         ids = [ids] if isinstance(ids, int) else list(ids)
         return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
@@ -108,7 +108,7 @@ class Tokenizer:
         return self.backend.token_to_id(token)
 
     def beyond(self, vocabulary: int) -> tuple[list[str], list[str]]:
-        """Returns the ordinary and the added tokens without a row in an embedding of this size."""
+        """Returns (ordinary, added) tokens for which an embedding of this size has no row."""
         added = {i: token.content for i, token in self.added_tokens_decoder.items()}
         if max(len(self), *added, 0) < vocabulary:  # the usual case, without reading all names
             return [], []
@@ -157,7 +157,7 @@ def _from_file(file: Path) -> tokenizers.Tokenizer:
 
 
 def _from_older_files(folder: Path) -> tokenizers.Tokenizer:
-    """Lets transformers make the tokenizer from older files, such as vocab.json or tokenizer.model.
+    """Asks transformers to build the tokenizer from older files, such as vocab.json.
 
     Raises:
       ChatError: if there are no such files, or transformers cannot make a tokenizer of them.

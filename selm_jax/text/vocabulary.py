@@ -1,4 +1,4 @@
-"""Compares the tokenizer with its model: which tokens end a text, and which have no embedding."""
+"""Finds the tokens that end a text, and the tokens for which the model has no embedding."""
 
 from __future__ import annotations
 

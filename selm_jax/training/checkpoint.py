@@ -55,7 +55,8 @@ class Checkpoints:
         keep: int = 1,
         logged: Callable[[int], str] = lambda step: "",
     ):
-        """
+        """Opens the checkpoints in a folder, which need not exist yet.
+
         Args:
           folder: where the checkpoints are stored.
           start: the digest of the model that the iteration starts from.
@@ -69,7 +70,7 @@ class Checkpoints:
         self._writer: ocp.StandardCheckpointer | None = None
 
     def steps(self) -> list[int]:
-        """The steps with a complete checkpoint, as the first process sees them."""
+        """The steps that have a complete checkpoint, according to the first process."""
         return multihost.on_first(self._steps)
 
     def save(self, state: TrainState) -> None:
@@ -216,7 +217,7 @@ class Checkpoints:
             raise _unreadable(path, str(e)) from e
 
     def _check(self, path: Path) -> dict[str, tuple[int, str]]:
-        """Reads the size and SHA-256 of each file from `whole.json`.
+        """Checks a checkpoint's `whole.json`; returns each file's size and SHA-256.
 
         Raises:
           ArtifactError: if `whole.json` cannot be read, or the checkpoint belongs to another start

@@ -78,7 +78,7 @@ class TrainingPlan:
 
 
 def _more_examples(count: int) -> str:
-    """What to change if there are too few examples for one batch."""
+    """Says what to change if there are too few examples for one batch."""
     smaller = f"Set training.global_batch to {count:,} or less, or give" if count else "Give"
     return (
         f"{smaller} the iteration more rows, or have fewer prompts dropped: `selm preview` counts "
@@ -187,7 +187,7 @@ def one_update(
 
 
 def _settle(tree: Any) -> None:
-    """Waits for results if there are several CPU devices.
+    """Waits until the arrays of `tree` are computed, if there are several CPU devices.
 
     On these, two programs running at once can deadlock: each holds the threads that the other's
     collectives need.

@@ -31,7 +31,7 @@ def learning_rate(schedule: str, peak: float, updates: int, warmup_ratio: float)
     first update of an iteration with warm-up changes nothing.
     """
     if schedule not in SCHEDULES:
-        raise ValueError(f"schedule {schedule!r} is not one of {', '.join(SCHEDULES)}")
+        raise ValueError(f"schedule is {schedule!r}; expected one of {', '.join(SCHEDULES)}")
     warmup = math.ceil(warmup_ratio * updates)
     after = SCHEDULES[schedule](peak, max(updates - warmup, 1))
     if warmup == 0:
@@ -42,11 +42,11 @@ def learning_rate(schedule: str, peak: float, updates: int, warmup_ratio: float)
 def optimizer(
     name: str, *, b1: float, b2: float, eps: float, weight_decay: float
 ) -> optax.GradientTransformation:
-    """The named optimizer, which turns gradients into steps for a learning rate of 1.
+    """The optimizer `name`, which turns gradients into steps for a learning rate of 1.
 
     Weight decay is decoupled: it is multiplied by the learning rate like the rest of the step.
     """
     if name not in OPTIMIZERS:
-        raise ValueError(f"optimizer {name!r} is not one of {', '.join(OPTIMIZERS)}")
+        raise ValueError(f"optimizer is {name!r}; expected one of {', '.join(OPTIMIZERS)}")
     decay = [optax.add_decayed_weights(weight_decay)] if weight_decay else []
     return optax.chain(OPTIMIZERS[name](b1, b2, eps), *decay, optax.scale(-1.0))

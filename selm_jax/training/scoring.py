@@ -50,7 +50,7 @@ class Readers(NamedTuple):
 
 
 def readers(decoder: Decoder, chunk: int, replicated: Sharding | None = None) -> Readers:
-    """The `Readers` of a decoder.
+    """Makes the `Readers` of a decoder, jitted functions that score batches.
 
     Each function compiles at its first call with a shape, once for all models of one config.
 
@@ -104,7 +104,7 @@ class Scorer:
         examples: Sequence[Example],
         report: Report = lambda examples, tokens=0: None,
     ) -> list[tuple[float, ...]]:
-        """log pi(response | prompt) in nats, float32: a tuple per example, a number per response.
+        """log pi(response | prompt) in nats: a tuple per example, with a number per response.
 
         Raises:
           ExampleError: if an example does not fit a row.
@@ -117,7 +117,7 @@ class Scorer:
         examples: Sequence[Example],
         report: Report = lambda examples, tokens=0: None,
     ) -> list[tuple[float, ...]]:
-        """A reward model's rewards: a tuple per example, a number per response; see `logps`."""
+        """The rewards of a reward model: per example a tuple, with a number per response."""
         return self._scored(self.read.rewards, params, examples, report, unpack)
 
     def statistics(

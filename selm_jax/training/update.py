@@ -1,4 +1,4 @@
-"""The update: from a packed batch to new parameters.
+"""The jitted training update, which computes new parameters from packed batches.
 
     sums = zero
     for microbatch in update:                       any number of them
@@ -45,7 +45,7 @@ def response_logps(
     adapters: Params | None = None,
     key: Array | None = None,
 ) -> Float[Array, "rows segments branches"]:
-    """log pi(response | prompt) of every response in the batch, float32; 0 where there is none.
+    """log pi(response | prompt) of every response in the batch; 0 where there is no response.
 
     `key` seeds the dropout of the adapters; None means no dropout.
     """
@@ -66,7 +66,7 @@ def by_role(
     reference: Float[Array, "rows segments branches"],
     mean_lengths: Float[Array, " roles"],
 ) -> Logps:
-    """The log-probabilities of each role's response, one entry per segment.
+    """The log-probabilities of each role's response: one number per segment of each row.
 
     If several responses explore, the role `explore` has their mean.
     """
@@ -125,7 +125,7 @@ def loss_sums(
 
 
 def _measured(objective: Objective, given: Logps | Rewards) -> tuple[PerExample, Metrics]:
-    """The losses and all metrics; the loss's own metrics replace general ones of the same name."""
+    """Returns (losses, metrics); an objective's own metrics replace the general ones."""
     losses, metrics = objective(given)
     return losses, measures(given, objective) | metrics
 
@@ -141,7 +141,7 @@ def _sums(
 
 
 class Update(NamedTuple):
-    """The compiled functions that train a model. Arguments marked * are donated.
+    """The compiled functions that train a model. Arguments marked * below are donated.
 
     gradients(params, batch, mean_lengths[, reference, base, key]) -> (gradients, sums)
     add(gradients*, sums*, params, batch, mean_lengths[, reference, base, key]) -> (gradients, sums)

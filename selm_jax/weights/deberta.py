@@ -77,7 +77,7 @@ _RANKER = {
 
 
 def read_config(folder: Path) -> PairRMConfig:
-    """Reads the config of the PairRM in `folder`, in either layout.
+    """Reads the config of the PairRM in `folder`, in either of the two published layouts.
 
     Raises:
       UnsupportedModel: if it is another model, a key is missing, or a value is not supported.
@@ -144,7 +144,7 @@ _LEFTOVER = {_EMBEDDINGS + "position_ids"}
 
 @dataclasses.dataclass(frozen=True)
 class _Tensor:
-    """A parameter: its path and its shape per layer in our tree, and its name in the file."""
+    """A parameter: its path and its shape per layer in the tree, and its name in the file."""
 
     path: tuple[str, ...]
     shape: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""Gets a model's config.json, which is enough for a plan, without getting its weights."""
+"""Gets a model's config.json without its weights; `selm plan` needs nothing else."""
 
 from __future__ import annotations
 

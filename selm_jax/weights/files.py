@@ -67,7 +67,7 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Opens a single (`model.safetensors`) or an indexed checkpoint.
+    """Opens a checkpoint of one file (`model.safetensors`), or of several files with an index.
 
     Raises:
       WeightsError: if a file is missing or incomplete, or the index names a missing tensor.
@@ -93,7 +93,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def damage_of(path: Path) -> str | None:
-    """Says what is wrong with a safetensors file, to put after its name; None if it is intact.
+    """Says what is wrong with a safetensors file, as the end of a sentence; None if it is intact.
 
     Only the header is read and compared with the file's size.
     """
@@ -129,7 +129,7 @@ def index_is_passed_over(folder: Path) -> bool:
 
 
 def read_index(folder: Path) -> dict[str, str] | None:
-    """Maps tensors to files, as the index says; None if `model.safetensors` has all tensors.
+    """Maps tensors to files, by the index; None if there is only `model.safetensors`.
 
     Raises:
       WeightsError: if the index is invalid.
@@ -151,7 +151,7 @@ def read_index(folder: Path) -> dict[str, str] | None:
 
 
 def refuse_not_finite(checkpoint: Checkpoint, names: Iterable[str]) -> None:
-    """Raises WeightsError if there are any `names`, which are tensors with NaN or infinity."""
+    """Raises WeightsError if `names`, the tensors with NaN or infinity, is not empty."""
     bad = list(dict.fromkeys(names))
     if not bad:
         return

@@ -46,7 +46,7 @@ def carried(folder: Path) -> Iterator[str]:
 
 
 def links_out(folder: Path) -> list[str]:
-    """Lists a message for each exported file that is a broken link or links out of the folder.
+    """Lists a message for each file to export that is a broken link or links out of the folder.
 
     An export would publish the target of such a link with the model. In the Hub's cache, files of a
     snapshot are links into the folder `blobs` beside it; these are allowed.

@@ -150,7 +150,7 @@ def _unpermute(
 
 @contextlib.contextmanager
 def _whole_folder(out: Path, needed: int) -> Iterator[Path]:
-    """Yields a folder beside `out`, which is renamed to `out` on success and removed on failure."""
+    """Yields a temporary folder, which is renamed to `out` on success and removed on failure."""
     out.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(out.parent).free
     if free < needed:

@@ -1,4 +1,4 @@
-"""Reads the keys and tensors of GGUF files, with errors that name them.
+"""Reads the keys and tensors of GGUF files; errors name the file and the key.
 
 llama.cpp splits large models into files `NAME-00001-of-00003.gguf`. The first has the keys; each
 has some of the tensors, its number (`split.no`, from 0) and the number of files (`split.count`).
@@ -42,10 +42,10 @@ class Gguf(NamedTuple):
 
 
 def files_of(path: Path) -> list[Path]:
-    """All files of the model that this file belongs to, in order.
+    """All files of the GGUF model that the file `path` belongs to, in order.
 
     Raises:
-      GGUFError: if one is missing.
+      GGUFError: if a file is missing.
     """
     part = _PART.fullmatch(path.stem)
     if part is None:
@@ -69,7 +69,7 @@ def model_name(path: Path) -> str:
 
 
 def open_gguf(path: Path) -> Gguf:
-    """Opens the model that this file belongs to, and reads its keys and tensor list.
+    """Opens the GGUF model that the file `path` belongs to, and reads its keys and tensor list.
 
     Raises:
       FileNotFoundError: if there is no such file.
@@ -112,7 +112,10 @@ def _read(path: Path) -> GGUFReader:
     if is_pointer(path):
         raise GGUFError(f"{path} {POINTER}")
     if magic != b"GGUF":
-        raise GGUFError(f"{path}: not a GGUF file: it starts with {magic!r}, expected b'GGUF'")
+        raise GGUFError(
+            f"{path}: not a GGUF file: it starts with {magic!r}, expected b'GGUF'. Name another "
+            "file"
+        )
     try:
         # On damaged bytes the reader computes nonsense before it fails; its overflow warnings add
         # nothing to the error below.
@@ -134,7 +137,7 @@ class Fields:
         self._fields = reader.fields
 
     def get(self, key: str, kind: type[T]) -> T | None:
-        """The value of a key, checked to have the type `kind` (list for arrays); None if absent."""
+        """The value of a key, which must have the type `kind`; None if the file has no such key."""
         field = self._fields.get(key)
         if field is None:
             return None
@@ -151,7 +154,7 @@ class Fields:
         return value
 
     def need(self, key: str, kind: type[T]) -> T:
-        """Like `get`, but an absent key is an error."""
+        """The value of a key, as by `get`; raises GGUFError if the file has no such key."""
         value = self.get(key, kind)
         if value is None:
             raise GGUFError(f"{self.path}: key {key} is missing. {MEND}")
@@ -165,7 +168,7 @@ class Fields:
         return value
 
     def number(self, key: str) -> float:
-        """The value of a key that must be a positive number, as 1e-05 and not 9.99999974e-06."""
+        """The value of a key that must be a positive float32, as the shortest decimal (1e-05)."""
         value = float(str(np.float32(self.need(key, float))))
         if not 0 < value < float("inf"):
             raise GGUFError(

@@ -26,7 +26,7 @@ ROPE_FACTORS = "rope_freqs.weight"
 
 @dataclass(frozen=True)
 class Family:
-    """How one of llama.cpp's supported architectures differs from the others.
+    """The properties in which one of llama.cpp's architectures differs from the others.
 
     Attributes:
       architecture: the class in transformers.
@@ -109,7 +109,7 @@ class Named(NamedTuple):
 
 
 def read_model(fields: Fields, reader: Gguf) -> tuple[Family, Json]:
-    """The architecture and the content of config.json, except for `rope_scaling`.
+    """Returns (architecture, content of config.json without `rope_scaling`).
 
     Raises:
       GGUFError: if the architecture or a key is not supported, or values do not fit together.

@@ -50,7 +50,7 @@ def _split(digits: str) -> pre_tokenizers.PreTokenizer:
 
 @dataclass(frozen=True)
 class _Rule:
-    """How text is split into pieces; BPE merges never cross the border of a piece.
+    """A rule that splits text into pieces; BPE merges never cross the border of a piece.
 
     Attributes:
       cut: makes the pre-tokenizer.
@@ -79,7 +79,7 @@ _RULES = {
 
 
 def build_tokenizer(fields: Fields) -> Tokenizer:
-    """Builds the tokenizer with the same ids; it adds BOS if the model's own tokenizer does.
+    """Builds a tokenizer with the ids of the GGUF file; it adds BOS if the file says so.
 
     Raises:
       GGUFError: if the kind of tokenizer is not supported, or its lists do not fit together.

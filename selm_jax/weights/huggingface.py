@@ -126,7 +126,7 @@ def checked_config(folder: Path) -> DecoderConfig:
 def _fill(
     checkpoint: Checkpoint, row: Tensor, layer: int, stack: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Reads a layer's parameter into the stacked array, in place; returns (stack, is finite)."""
+    """Reads a layer's parameter into the stacked array `stack`; returns (stack, is finite)."""
     x = _from_file(checkpoint, row.name.format(layer), row, _of_layer(stack.sharding))
     # Wait; otherwise the host would read ahead and keep in memory what devices have not yet taken.
     filled = jax.block_until_ready(_filler(stack.sharding)(stack, x, layer))
@@ -148,7 +148,7 @@ def _from_file(checkpoint: Checkpoint, name: str, row: Tensor, sharding: Shardin
 def _read(
     checkpoint: Checkpoint, name: str, row: Tensor, bounds: tuple[tuple[int, int], ...]
 ) -> np.ndarray:
-    """Reads part of a parameter as a view; `bounds` are (start, stop) for each of our axes.
+    """Reads part of a parameter as a view; `bounds` are (start, stop) for each of its axes.
 
     A stored axis may consist of several of our axes, flattened. The first of these can be cut in
     the file; the others are not contiguous there, so they are cut in memory.
@@ -196,7 +196,7 @@ def _of_scalar(sharding: Sharding) -> Sharding:
 
 @lru_cache(maxsize=16)
 def _zeros(shapes: tuple[tuple[int, ...], ...], dtype: np.dtype, shardings: tuple[Sharding, ...]):
-    """A function that makes sharded arrays of zeros, never whole on one device."""
+    """A function that makes arrays of zeros shard by shard, so that no device holds a whole one."""
     return jax.jit(
         lambda: tuple(jnp.zeros(shape, dtype) for shape in shapes), out_shardings=shardings
     )

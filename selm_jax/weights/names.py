@@ -20,7 +20,7 @@ Path = tuple[str, ...]
 
 
 class Tensor(NamedTuple):
-    """The name and layout with which one parameter is stored.
+    """The name and the layout with which a file stores one parameter.
 
     Attributes:
       path: the parameter's path in our tree.

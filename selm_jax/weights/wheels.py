@@ -134,7 +134,7 @@ def _largest_file(folder: Path) -> int:
 def _verify(path: Path, expected: str) -> None:
     found = sha256_of(path)
     if found != expected:
-        raise WheelError(f"{path.name} has SHA-256 {found}, expected {expected}, so it is not used")
+        raise WheelError(f"{path.name} has SHA-256 {found}, expected {expected}: do not use it")
 
 
 def _unpack(packed: Path, target: Path) -> None:

@@ -48,7 +48,7 @@ REMAT = {
 
 @flax.struct.dataclass
 class LayerCache:
-    """Keys and values of the tokens seen so far.
+    """The keys and values of all earlier tokens, in one layer.
 
     Heads come before tokens because attention reads them in this order; with the other order, every
     decoding step would copy the whole cache.
@@ -75,7 +75,7 @@ def _linear(
     inputs: int = 1,
     bias: bool = False,
 ) -> Array:
-    """x times the kernel `name`, plus its bias and its adapter if it has them.
+    """Multiplies x by the kernel `name`, and adds the kernel's bias and adapter, if any.
 
     Args:
       x: [rows, time, *in].
@@ -213,7 +213,7 @@ class Decoder(nn.Module):
     """Computes hidden states from tokens.
 
     Attributes:
-      config: the facts of the model.
+      config: the model's hyperparameters.
       dtype: data type of activations and matrix products; parameters stay float32 and are cast
         when they are used.
       remat: a key of `REMAT`: what to store for the backward pass.
@@ -251,7 +251,7 @@ class Decoder(nn.Module):
             position i.
           cache: stacked over layers (`scan`) or one `LayerCache` per layer; None in training.
             Tokens that fill the whole cache only see each other.
-          index: for each row, the place in the cache of the first new token.
+          index: for each row, the index in the cache of the first new token.
         """
         c = self.config
         embedding = _weight(self, "embedding", ("vocab", "embed"), (c.vocab_size, c.embed), c.embed)

@@ -65,7 +65,7 @@ def main(
 
 
 def read_facts(file: Path) -> DecoderConfig:
-    """Reads a model's facts from its config.json; the file may have any name."""
+    """Reads a model's hyperparameters from its config.json; the file may have any name."""
     try:
         return from_hf(read_object(file))
     except JsonFileError as e:

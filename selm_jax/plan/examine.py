@@ -1,4 +1,4 @@
-"""Plans one experiment for one target: compiles its programs, counts its work, finds a remedy."""
+"""Plans an experiment for given devices: compiles, counts work, and finds settings that fit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Load = Callable[[Sequence[str]], Experiment]  # loads the experiment with furthe
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The options of `selm plan` about data and machine; None uses the data or the settings.
+    """The options of `selm plan` on data and devices; None takes a value from data or settings.
 
     Attributes:
       mfu, mbu: see `work.Assumed`.
@@ -64,11 +64,11 @@ class Fit:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The plan for one target.
+    """The plan of an experiment for one target, that is, one set of devices.
 
     Attributes:
       problem: why nothing could be compiled: the mesh does not fit the model or the batch.
-      change: overrides that make it fit; None if it fits already, or if none were found.
+      change: overrides that make the plan fit; None if it fits already, or if none were found.
       instead: a larger slice, if the experiment fits only there (with `change`).
       tried: the changes that were compiled, in words.
     """

@@ -48,7 +48,7 @@ class Memory:
 
 
 def measure(lowered: jax.stages.Lowered, target: Target) -> Memory:
-    """Compiles a program, or takes the result of an earlier compilation from the cache.
+    """Returns the memory that a program needs, by compiling it or from a cache of such results.
 
     Raises:
       jax.errors.JaxRuntimeError: if the compiler fails for a reason other than memory.
@@ -101,7 +101,7 @@ def gib(count: float) -> str:
 
 
 def _digest(lowered: jax.stages.Lowered, target: Target) -> str:
-    """The cache key: a digest of everything that the result depends on."""
+    """The cache key: a digest of everything that a program's memory depends on."""
     what: Mapping[str, Any] = {
         "program": hashlib.sha256(lowered.as_text().encode()).hexdigest(),
         "devices": f"{target.name} {len(target.devices)} {target.devices[0].device_kind}",

@@ -1,4 +1,4 @@
-"""The programs of an experiment's run, built without its data and weights.
+"""Builds the programs of an experiment's run without its data and its weights.
 
 `Blueprint` builds `run.programs.Programs` as a run does, except that three inputs do not come from
 the run's files: the model's facts, the length of the longest prompt, and the ids that end an
@@ -59,7 +59,7 @@ class Phase:
 
 
 class Blueprint:
-    """The programs of an experiment on a target, from its settings and its model's facts.
+    """The programs of an experiment on given devices, built from its settings and model config.
 
     The longest prompt is assumed to be as long as the settings allow.
     """
@@ -101,7 +101,7 @@ class Blueprint:
 
     @cached_property
     def model_rankers(self) -> tuple[Ranker, ...]:
-        """The rankers that are models, used or not: a run builds its ranker in any case."""
+        """The rankers that are models, whether used or not, because a run always builds them."""
         return rankers_of(self.experiment, self.target)
 
     @cached_property
@@ -134,7 +134,7 @@ class Blueprint:
 
     @cached_property
     def abstract_start(self) -> Any:
-        """The abstract parameters at the start, quantized if the experiment says so."""
+        """The abstract parameters of the start model, quantised if the experiment says so."""
         if self.programs.quantized is None:
             return self.programs.abstract_params
         work = jax.jit(quantize, static_argnums=1)

@@ -1,4 +1,4 @@
-"""Builds the rankers that are models (PairRM and reward models) without their weights."""
+"""Builds the programs of rankers that are models (PairRM, reward models) without weights."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Ranker:
 
 
 def rankers_of(e: Experiment, target: Target) -> tuple[Ranker, ...]:
-    """Builds those rankers of an experiment that are models; a mixture may have several.
+    """Builds the rankers of an experiment that are models; a mixture may have several of them.
 
     Raises:
       SourceError: if the config.json of a reward model cannot be loaded.
@@ -70,7 +70,7 @@ def _models(f: Feedback) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _parts(f: Feedback) -> Iterator[Mapping[str, Any]]:
-    """Yields the ranker, followed by all parts of a mixture, including nested ones."""
+    """Yields the settings of the ranker and of all parts of a mixture, including nested parts."""
     todo: list[Mapping[str, Any]] = [{"ranker": f.ranker, "settings": f.settings}]
     while todo:
         part = todo.pop(0)

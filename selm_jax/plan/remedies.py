@@ -1,4 +1,4 @@
-"""Finds settings with which an experiment fits, by compiling it.
+"""Finds settings with which an experiment fits into device memory, by compiling it.
 
 These settings do not change the results, apart from rounding: the number of rows, slots or logits
 computed together, what the backward pass recomputes, whether the reference is stored, and how the
@@ -24,7 +24,7 @@ Fits = Callable[[Change, str | None], bool]  # whether a stage (None: all) fits 
 def remedy(
     experiment: Experiment, stages: Sequence[str], devices: int, longest: int, fits: Fits
 ) -> Change | None:
-    """Finds changes with which all given stages fit; None if no known change is enough.
+    """Finds changes with which all `stages` fit into memory; None if no known change is enough.
 
     Args:
       stages: the stages that do not fit.

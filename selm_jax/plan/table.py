@@ -1,4 +1,4 @@
-"""Prints a plan."""
+"""Prints a plan as tables and sentences."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _table(title: str, first: str) -> Table:
 
 
 def left(each: Fit) -> str:
-    """Says how much device memory is left, or by how much the program exceeds it."""
+    """Says how much device memory is left, or how much more than all of it a program needs."""
     if each.fits and each.needed is not None:
         return f"{gib(each.hbm - each.needed)} left"
     return "no" if each.needed is None else f"{gib(each.needed - each.hbm)} over"
@@ -147,7 +147,7 @@ def _verdict(plan: Plan, console: Console) -> None:
     elif plan.tried and not plan.instead:
         _say(
             console,
-            f"none of the {len(plan.tried)} changes tried is enough; --tries allows more of them",
+            f"none of the {len(plan.tried)} changes tried is enough; raise --tries to try more",
         )
 
 

@@ -1,4 +1,4 @@
-"""The devices that a plan is for: a slice of TPU chips, here or not, or the local devices.
+"""The devices that a plan is for: a slice of TPU chips, which may be absent, or local devices.
 
     target("v5e:4x8")     32 compile-only devices, which need only libtpu
     local_target()        jax.devices()
@@ -29,7 +29,7 @@ class TopologyError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """The facts about one generation of TPU.
+    """The properties of one generation of TPU: memory, speed, and known slices.
 
     Attributes:
       hbm: memory of a device that programs may use, in GiB. This is the compiler's own bound, which
@@ -94,13 +94,13 @@ def has_libtpu() -> bool:
 
 
 def target(name: str, hbm: float | None = None) -> Target:
-    """Returns the devices of a topology such as `v5e:4x8`; this machine need not have them.
+    """Returns the devices of a topology such as `v5e:4x8`, which this machine need not have.
 
     Args:
       hbm: memory of a device that programs may use, in GiB; None takes the generation's value.
 
     Raises:
-      TopologyError: if the name is unknown (the message lists the known ones), or libtpu
+      TopologyError: if the name is unknown (the message lists the known names), or libtpu
         refuses it.
     """
     generation, shape = _look_up(name)
@@ -156,7 +156,10 @@ def _compile_only_devices(name: str, options: Mapping[str, Any]) -> list[Any]:
     try:
         found = topologies.get_topology_desc(topology_name=name, platform="tpu", **options)
     except Exception as e:  # jax raises its runtime's own error, or RuntimeError without libtpu
-        raise TopologyError(f"topology {name!r}: libtpu cannot compile for it: {e}") from e
+        raise TopologyError(
+            f"topology {name!r}: libtpu cannot compile for it: {e}. Update libtpu, or choose "
+            "another topology"
+        ) from e
     return list(found.devices)
 
 

@@ -23,7 +23,7 @@ from selm_jax.text.prompts import rows_of
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
-    """The sizes of the data, which are measured, given or assumed.
+    """The sizes of the data, which are measured, set by options, or assumed.
 
     Attributes:
       prompts: number of prompts of one iteration; None if unknown.
@@ -94,7 +94,7 @@ class Work:
 def lengths_of(
     b: Blueprint, rows: int | None, heldout: int | None, prompt: int | None, response: int | None
 ) -> Lengths:
-    """Finds the sizes of the data: from options, else local data, else bounds in the settings.
+    """Finds the sizes of the data from options, else local data, else limits in the settings.
 
     Args:
       rows, heldout: number of rows of the training and the held-out data.

@@ -1,4 +1,4 @@
-"""Packed prompt trees, the only batch layout.
+"""Packs prompts and responses as trees into rows, the only layout of training batches.
 
 A row contains several examples. An example is a prompt, stored once, and its distinct responses.
 The drawing shows two examples, the first with responses a and b, the second with response c:
@@ -11,7 +11,7 @@ The drawing shows two examples, the first with responses a and b, the second wit
 
 A token sees its own segment's prompt and its own branch. So one forward pass gives, for every
 response, exactly the result of a pass over prompt + response alone. The integers `end` describe the
-whole mask (`models.sight` draws it): a token is seen from its own place to the end of its subtree.
+whole mask (`models.sight` draws it): a token is seen by itself and up to the end of its subtree.
 This works for trees of any depth that are laid out depth first, such as answers with a common
 beginning or branching turns. Only the scored tokens and their lists assume trees of a prompt and
 its responses.
@@ -20,7 +20,7 @@ Only responses are scored. Scored tokens are listed separately, so that the unem
 matrix, is multiplied with no other tokens:
 
     target     a0 a1 a2 b0 b1 c0 c1   0
-    predictor   2  3  4  2  6  9 10   0   place in the row of the token that predicts the target:
+    predictor   2  3  4  2  6  9 10   0   index in the row of the token that predicts the target:
                                           the one before it, or for a branch the prompt's last
     owner       0  0  0  1  1  B  B   .   its response: segment * branches + branch, both from 0
 """
@@ -77,7 +77,7 @@ class PreferenceBatch:
         return sums[:, :-1].reshape(-1, segments, branches)
 
     def last_of_response(self) -> Int[Array, "rows segments branches"]:
-        """Index in its row of each response's last token; -1 if there is no response."""
+        """The index, within its row, of each response's last token; -1 if there is no response."""
         segments, branches = self.reference.shape[1:]
         of_none = segments * branches  # prompts and padding
         owner = jnp.where(self.branch > 0, (self.segment - 1) * branches + self.branch - 1, of_none)
@@ -88,7 +88,7 @@ class PreferenceBatch:
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """The static sizes of a batch; every shape is compiled separately."""
+    """The static sizes of a batch; JAX compiles its functions once per shape."""
 
     rows: int
     time: int
@@ -128,7 +128,7 @@ def assign_rows(examples: Sequence[Example], time: int) -> list[list[int]]:
 
 
 def common_shape(groups: Sequence[Sequence[Example]], *, rows: int, time: int) -> Shape:
-    """The smallest shape that fits every group's rows, rounded up so that few shapes occur."""
+    """The smallest shape that fits the rows of every group, rounded up so that few shapes occur."""
     each_row = [_needs([g[i] for i in row]) for g in groups for row in assign_rows(g, time)]
     scored, segments, branches = map(max, zip((1, 1, 1), *each_row, strict=True))
     step = max(time // 8, 1)
@@ -208,7 +208,7 @@ def unpack_tokens(
 
 
 def empty(shape: Shape) -> PreferenceBatch:
-    """A batch without examples."""
+    """A batch of this shape that contains no examples."""
 
     def ints(*size) -> Any:
         return np.zeros((shape.rows, *size), np.int32)

@@ -10,7 +10,7 @@ from selm_jax.shell.endpoint import ServerError
 
 
 class Said(NamedTuple):
-    """One answer as a server returns it.
+    """One answer, parsed from a server's response.
 
     Attributes:
         tokens: token ids; the token that ended the answer is the last one or is missing, depending
@@ -37,7 +37,7 @@ class Served(NamedTuple):
 
 
 class Dialect(NamedTuple):
-    """The protocol of one kind of server.
+    """The HTTP protocol of one kind of server.
 
     Attributes:
         generate, model, about: URL paths; the last one returns the version.

@@ -1,4 +1,4 @@
-"""The rollout engine: prefill, decode over slots, refill. One program on all devices.
+"""The rollout engine: prefills prompts, decodes in slots, and refills slots that become idle.
 
 Prompts wait in a queue. A prefill runs a few of them at once and keeps their keys and values; each
 wanted response takes a copy into a free slot, so n samples share one prefill. All slots decode

@@ -12,7 +12,7 @@ from selm_jax.shell.user_code import UserCodeError, described, function_at
 
 
 class FilterError(ValueError):
-    """A sampling filter cannot be used."""
+    """The user's sampling filter cannot be used."""
 
 
 def filter_named(name: str, vocabulary: int) -> Filter:

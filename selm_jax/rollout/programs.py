@@ -1,4 +1,4 @@
-"""The programs of decoding with their abstract arguments, so that a plan can compile them."""
+"""The jitted decoding programs with abstract arguments, so that `selm plan` can compile them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Programs(NamedTuple):
 
 
 def programs(engine: Engine, params: Params) -> Programs:
-    """The programs for prompts of `max_prompt` tokens and the largest cache, on the engine's mesh.
+    """Makes the engine's programs for prompts of `max_prompt` tokens and the largest cache.
 
     Args:
       params: abstract parameters, as from `decoding_params`.

@@ -1,4 +1,4 @@
-"""Answers from a vLLM or SGLang server instead of the built-in engine.
+"""Generates answers with a vLLM or SGLang server instead of the built-in engine.
 
     with Server(settings, folder, ...) as server:    # starts it, if there is a command
         responses = server.generate(requests, seed=42, iteration=1)
@@ -48,7 +48,7 @@ _BEFORE_SECONDS = 60.0  # how long to wait for the end of a server that a killed
 
 
 def named(folder: Path) -> Path:
-    """Links to a policy's folder under the digest of its bytes, and returns the link.
+    """Makes a link to a policy's folder, named by the digest of its files, and returns the link.
 
     The folder's own path is not enough: if an iteration is run again, it contains another policy.
     """
@@ -58,7 +58,7 @@ def named(folder: Path) -> Path:
 
 
 def check(settings: Remote, tokens: int) -> None:
-    """Checks the settings of a server before any work is done, and the server if it is running.
+    """Checks the settings of a generation server, and the server itself if it is running.
 
     Args:
         tokens: the most tokens of a prompt with its answer.
@@ -82,10 +82,10 @@ class _Ended(ServerError):
 
 
 class Server:
-    """A server that serves the policy, as a context manager.
+    """A context manager for a server that serves the policy.
 
-    Entering it waits until the server serves the folder; leaving it ends the server if it was
-    started here.
+    Entering the context waits until the server serves the folder; leaving it ends the server if it
+    was started here.
 
     Args:
         settings: `rollout.remote` of the experiment.
@@ -212,7 +212,7 @@ class Server:
         return said
 
     def _ended(self, said: Said) -> tuple[tuple[int, ...], str]:
-        """The token ids with their stop token, and the finish as the engine would report it."""
+        """Returns (token ids with their stop token, finish reason as from the engine)."""
         tokens = said.tokens
         # SGLang says "length" if the last allowed token is a stop token.
         if said.finish in ("stop", "length") and tokens and tokens[-1] in self.stop_ids:

@@ -1,4 +1,4 @@
-"""Requests to the engine or a server, and the responses that they return."""
+"""Requests for answers, and the responses that the engine or a server returns."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A prompt and the responses that it needs.
+    """A prompt, and how many responses to generate for it.
 
     Attributes:
       index: the number of the prompt in its iteration, which identifies its random numbers.
-      draws: identifies them instead, for a prompt without a fixed number; below 2^31.
+      draws: identifies the random numbers of a prompt without a fixed number; below 2^31.
       prompt: token ids.
       greedy: 1 for a greedy response, which is then sample 0.
       samples: the number of responses to draw; they are samples 1, 2, ... even without a greedy

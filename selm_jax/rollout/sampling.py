@@ -54,7 +54,7 @@ class Sampling(SamplingSettings):
 
 
 def stream(seed: int, iteration: int, prompt: int, sample: int) -> UInt32[Array, "2"]:
-    """The random key of one response.
+    """The random key from which all tokens of one response are drawn.
 
     >>> same = stream(42, 1, 7, 2) == stream(42, 1, 7, 2)
     >>> bool(same.all())
@@ -67,7 +67,7 @@ def stream(seed: int, iteration: int, prompt: int, sample: int) -> UInt32[Array,
 
 
 def uniforms(streams: UInt32[Array, "slots 2"], t: Int[Array, " slots"]) -> Float[Array, " slots"]:
-    """The number in [0, 1) that each stream draws at its own step t."""
+    """The random number in [0, 1) that each stream draws at its own step t."""
 
     def one(stream, t):
         key = jax.random.wrap_key_data(stream, impl="threefry2x32")

@@ -1,4 +1,4 @@
-"""The log of a server that was started here: the lines that explain why it ended."""
+"""Finds the lines in a generation server's log that explain why the server ended."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def size_of(log: Path) -> int:
 
 
 def story(log: Path, start: int = 0) -> str:
-    """Reports the first error after `start` bytes of the log, a known remedy, and the end."""
+    """Quotes the first error after `start` bytes of the log, a known remedy, and the last lines."""
     first, last, known = "", deque[str](maxlen=_LAST), ""
     with log.open("rb") as file:
         before = file.read(start).count(b"\n")

@@ -126,7 +126,7 @@ def found(environment: Mapping[str, str]) -> dict[str, Any] | None:
 
 
 def _all_gpus_of(environment: Mapping[str, str]) -> dict[str, Any]:
-    """Arguments for all GPUs of a node if SLURM runs one process per node; otherwise empty.
+    """Arguments that give jax all GPUs of a node, if SLURM runs one process per node; else {}.
 
     Under SLURM jax would give each process only one GPU.
     """

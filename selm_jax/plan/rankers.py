@@ -128,8 +128,8 @@ def _reward_model(
     facts = read_decoder(file.parent)
     if facts.head is None:
         raise SourceError(
-            f"{file}: the ranker's model has no head, so it is not a reward model. Name one in the "
-            "ranker's `source`"
+            f"{file}: the ranker's model has no head, so it is not a reward model. Name a reward "
+            "model in the ranker's `source`"
         )
     most = settings.get("max_length") or reward_model.positions(facts)
     config = facts.for_length(most)

@@ -250,7 +250,7 @@ def work_of(b: Blueprint, of: Lengths, assumed: Assumed) -> Work | None:
     parts.append(passes("train", rows * t.row_length, train))
 
     def evaluation(models: int) -> Part | None:
-        """Estimates the work of `stages.evaluate`, in which `models` models score the answers:
+        """Estimates the work of `stages.evaluate` if `models` models score the held-out answers:
         the policy and, if it differs, the start model. A reward model only scores pairs."""
         heldout, answers, found = of.heldout or 0, 1 + e.evaluation.samples, []
         if b.task.answers:

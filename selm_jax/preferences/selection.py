@@ -105,7 +105,7 @@ def swap(candidates: Sequence[Candidate], scores: Known, rng: np.random.Generato
     if own == data:
         raise FeedbackError(
             "rule: swap compares the data's chosen with y_ref, but feedback.explore picked the "
-            "data's chosen as y_ref. Let it pick one of the model's own responses."
+            "data's chosen as y_ref. Set feedback.explore to pick one of the model's own responses."
         )
     first, second = sorted((own, data))
     return Pair(first, second) if scores[first] >= scores[second] else Pair(second, first)

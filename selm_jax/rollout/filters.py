@@ -35,7 +35,7 @@ def filter_named(name: str, vocabulary: int) -> Filter:
     except Exception as error:  # the user's function can raise anything
         raise FilterError(
             f"rollout.filter {described(user)} cannot be traced by JAX: {type(error).__name__}: "
-            f"{error}"
+            f"{error}. Use only JAX operations in it"
         ) from error
     same = getattr(found, "shape", None) == logits.shape and found.dtype == logits.dtype
     if not same:

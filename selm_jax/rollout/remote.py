@@ -254,7 +254,7 @@ class Server:
             if other is None:
                 raise ServerError(
                     f"a server that was started before has not ended after {_BEFORE_SECONDS:g} s; "
-                    f"its output is {self.log}. Stop it"
+                    f"its output is {self.log}. Stop that server"
                 )
             raise ServerError(
                 f"{self._root} answers already, before rollout.remote.command was run (it serves "
@@ -299,8 +299,8 @@ class Server:
             there = "nothing answers there" if found is None else f"it serves {_listed(found)}"
             if time.monotonic() > until:
                 raise ServerError(
-                    f"waited {self.settings.start_seconds:g} s for {what}, but {there}. Start it, "
-                    f"for example with: {how}"
+                    f"waited {self.settings.start_seconds:g} s for {what}, but {there}. Start the "
+                    f"server, for example with: {how}"
                 )
             if told != there:
                 way = "" if self._process is not None else f". Start it, for example with: {how}"
@@ -357,7 +357,7 @@ def _served(settings: Remote, root: str) -> dict[str, Served] | None:
             if there is not None and there.status_code == 200:
                 raise ServerError(
                     f"{root} is a server of {name}, but rollout.remote.engine is "
-                    f"{settings.engine}. Set it to {name}"
+                    f"{settings.engine}. Set the engine to {name}"
                 )
         return {}
     if answer.status_code != 200:
@@ -388,7 +388,7 @@ def _check_context(root: str, served: Served, tokens: int) -> None:
         raise ServerError(
             f"{root} serves {served.folder} with a context of {served.longest:,} tokens "
             f"(max_model_len), but the longest prompt and rollout.max_new_tokens together are "
-            f"{tokens:,}. Start it with --max-model-len {tokens} or more, or lower "
+            f"{tokens:,}. Start the server with --max-model-len {tokens} or more, or lower "
             "rollout.max_new_tokens"
         )
 

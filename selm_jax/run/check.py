@@ -61,7 +61,7 @@ def check_objective(run: Run) -> None:
     if e.taught and not set(objective.roles) <= set(there):
         raise RunError(
             f"{objective} needs the roles {', '.join(objective.roles)}, but no "
-            f"candidates compete, and the data set has only {' and '.join(there)}. Train on "
+            f"answers are generated, and the data set has only {' and '.join(there)}. Train on "
             "answers with `loss: sft` or on pairs with `loss: dpo`; for y_ref, set "
             "candidates.greedy: 1"
         )

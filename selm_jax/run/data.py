@@ -112,7 +112,7 @@ class Data:
         if not kept:
             raise RunError(
                 f"{name}: all {len(found)} prompts are longer than rollout.max_prompt_tokens "
-                f"({limit}). Raise it, or shorten the prompts"
+                f"({limit}). Raise this limit, or shorten the prompts"
             )
         if part == "heldout" or not e.candidates.dataset:
             return kept
@@ -145,7 +145,7 @@ class Data:
             long = sum(length > limit for length in lengths)
             raise RunError(
                 f"prompt {name} has {longest} tokens, but rollout.max_prompt_tokens is {limit} "
-                f"({long} of {len(prompts)} prompts are longer). Raise it, shorten the prompts, or "
+                f"({long} of {len(prompts)} prompts are longer). Raise it, shorten them, or "
                 "set data.on_bad_row to 'drop' to leave out and count such rows"
             )
         return longest

@@ -98,7 +98,7 @@ def wait_for(paths: Iterable[Path], seconds: float = 120) -> None:
         while not path.exists():
             if time.monotonic() > until:
                 raise ArtifactError(
-                    f"{path}: written by another process but not visible on this host after "
+                    f"{path} was written by another process but is not visible on this host after "
                     f"{seconds:.0f} s. All hosts must share the run folder (docs/run.md)"
                 )
             time.sleep(0.1)

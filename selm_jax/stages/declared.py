@@ -47,7 +47,7 @@ class UndeclaredSetting(Exception):
 
 
 class Declared:
-    """The settings that a stage declares, read as in `declared.training.rows`; others raise.
+    """Lets a stage read the settings that it declares, as in `declared.training.rows`.
 
     Args:
       keys: dotted keys; a group includes all its settings.

@@ -110,6 +110,6 @@ def _check_length(example: Example, positions: int) -> None:
     if longest > positions:
         raise RunError(
             f"prompt {example.prompt_id} has {longest} tokens with its longest answer, but the "
-            f"model reads at most {positions} (max_position_embeddings). Shorten it, or lower "
-            "rollout.max_new_tokens or rollout.max_prompt_tokens"
+            f"model reads at most {positions} (max_position_embeddings). Shorten the prompt, or "
+            "lower rollout.max_new_tokens or rollout.max_prompt_tokens"
         )

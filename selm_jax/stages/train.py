@@ -90,7 +90,8 @@ def plan_of(step: Step, examples: StoredTable) -> loop.TrainingPlan:
         if absent := set(objective.roles) - set(example.roles):
             raise RunError(
                 f"{objective} needs the roles {', '.join(objective.roles)}, but prompt "
-                f"{example.prompt_id} has no {', '.join(sorted(absent))}"
+                f"{example.prompt_id} has no {', '.join(sorted(absent))}. To pick the pairs again: "
+                f"{redo(examples.folder, 'rank')}"
             )
         if stored and example.reference_logps is None:
             raise RunError(

@@ -67,8 +67,8 @@ def read(path: epath.Path, split: str | None) -> Iterator[Row]:
         files = _split_of(path, split)
     elif split is not None:
         raise DataError(
-            f"{path} is a single file, so it has no split {split!r}. Remove the split, or name the "
-            "folder that has a file for each split."
+            f"{path} is a single file, so it has no split {split!r}. Name no split, or the folder "
+            "that has a file for each split."
         )
     else:
         files = [path]
@@ -117,7 +117,7 @@ def _split_of(folder: epath.Path, split: str | None) -> list[epath.Path]:
     there = ", ".join(sorted(splits))
     if not splits:
         raise DataError(
-            f"{folder}: no {', '.join(SUFFIXES)} file in this folder. Name another one."
+            f"{folder}: no {', '.join(SUFFIXES)} file in this folder. Name another folder."
         )
     if split is None and len(splits) > 1:
         raise DataError(
@@ -178,7 +178,7 @@ def _saved(folder: epath.Path, split: str | None) -> list[epath.Path]:
         ) from error
     if split not in (None, own):
         raise DataError(
-            f"{folder} is a single saved dataset, so it has no split {split!r}. Remove the split."
+            f"{folder} is a single saved dataset, so it has no split {split!r}. Name no split."
         )
     if lost := [name for name in names if not (folder / name).exists()]:
         raise DataError(f"{folder}: {', '.join(lost)} is named in {_SAVED} but missing. Fetch it.")
@@ -278,7 +278,9 @@ def _columns(file: epath.Path, kind: str, table_of: Callable[[Any], pa.Table]) -
                 number += 1
                 yield Row(str(file), number, None, values)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file}: cannot be read as {kind}: {error}. Write it again.") from error
+        raise DataError(
+            f"{file}: cannot be read as {kind}: {error}. Write the file again."
+        ) from error
     except UnicodeDecodeError as error:
         raise DataError(
             f"{file}: a text after row {number} is not UTF-8 ({error}). Write the file again with "

@@ -43,7 +43,7 @@ class TrainingPlan:
     def make(
         cls, settings: Training, examples: Sequence[Example], seed: int, iteration: int
     ) -> TrainingPlan:
-        """Makes the plan of an iteration.
+        """Plans the updates of an iteration.
 
         Raises:
           TrainingError: if the examples do not fill one batch.

@@ -196,7 +196,7 @@ def _of_scalar(sharding: Sharding) -> Sharding:
 
 @lru_cache(maxsize=16)
 def _zeros(shapes: tuple[tuple[int, ...], ...], dtype: np.dtype, shardings: tuple[Sharding, ...]):
-    """A function that makes arrays of zeros shard by shard, so that no device holds a whole one."""
+    """Returns a jitted function that makes arrays of zeros, each device only its own shards."""
     return jax.jit(
         lambda: tuple(jnp.zeros(shape, dtype) for shape in shapes), out_shardings=shardings
     )
@@ -204,7 +204,7 @@ def _zeros(shapes: tuple[tuple[int, ...], ...], dtype: np.dtype, shardings: tupl
 
 @lru_cache(maxsize=256)
 def _filler(sharding: Sharding):
-    """A function (stack, x, layer) -> (stack with x at this layer, whether x is finite).
+    """Returns a jitted (stack, x, layer) -> (stack with x at this layer, whether x is finite).
 
     The stack is donated. The check costs one more pass over x on the devices.
     """
@@ -219,7 +219,7 @@ def _filler(sharding: Sharding):
 
 @lru_cache(maxsize=256)
 def _caster(dtype: np.dtype, sharding: Sharding):
-    """A function x -> (a copy of x with this dtype, whether x is finite)."""
+    """Returns a jitted function x -> (a copy of x with this dtype, whether x is finite)."""
 
     def cast_to(x):
         x = x.astype(dtype)

@@ -137,7 +137,7 @@ def _found(source: str, revision: str | None, cache: Path, console: Console) -> 
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
         raise SourceError(
             f"{source}: there is no such folder, and this is not a Hub id (org/name) or a .gguf "
-            f"file. The current folder is {Path.cwd()}"
+            f"file. Correct the name; the current folder is {Path.cwd()}"
         )
     return _from_name(source, revision, cache, console)
 
@@ -145,7 +145,7 @@ def _found(source: str, revision: str | None, cache: Path, console: Console) -> 
 # --- folders ----------------------------------------------------------------------------------
 
 
-def _check(folder: Path, advice: str = "") -> None:
+def _check(folder: Path, advice: str = ". Complete it, or name another folder") -> None:
     problems = problems_of(folder)
     if not problems:
         return

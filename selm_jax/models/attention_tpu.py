@@ -91,7 +91,7 @@ def block_of(time: int) -> int:
 
 
 def steps(row: Sight, block: int, by_keys: bool) -> Steps:
-    """The steps of each row; those of one query block (or key block) are consecutive."""
+    """The block pairs of each row; pairs of one query block (or key block) are consecutive."""
     i, j, some, whole = row.meeting(block)
     if by_keys:
         order = np.lexsort((i, j))
@@ -207,7 +207,7 @@ def _d_query_kernel(queries, keys, whole, count, window, *rest, how: _How):
 
 
 def _d_keys_kernel(queries, keys, whole, count, window, *rest, how: _How):
-    """Gradients of keys and values; the grid's last axis is the query heads of a key head."""
+    """The kernel for gradients of keys and values; the last grid axis is a key head's queries."""
     *given, d_keys, d_values, of_keys, of_values = rest
     r, s, n = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     live, begins, ends = _run((r, s), keys, count)
@@ -337,7 +337,7 @@ def _call(
     found: Sequence[tuple[Any, pl.BlockSpec]],
     scratch: Sequence[tuple[int, int]],
 ) -> Sequence[Array]:
-    """Runs a kernel over a grid of rows, heads, the steps and a last axis."""
+    """Runs a kernel over the Pallas grid (rows, heads, steps of `listed`, last axis of `grid`)."""
     arrays, in_specs = zip(*given, strict=True)
     like, out_specs = zip(*found, strict=True)
     rows, heads, last = grid

@@ -1,4 +1,4 @@
-"""`DebertaConfig`, the hyperparameters of a DeBERTa-v3, and how to read it from `config.json`."""
+"""`DebertaConfig`, the hyperparameters of a DeBERTa-v3, read from its `config.json`."""
 
 from __future__ import annotations
 

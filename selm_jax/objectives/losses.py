@@ -63,7 +63,7 @@ class Logps:
 
     @property
     def given(self) -> dict[str, PerExample]:
-        """The policy's log-probabilities; its keys are the roles that the batch has."""
+        """The policy's log-probabilities, keyed by the roles that the batch has."""
         return self.policy
 
 

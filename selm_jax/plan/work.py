@@ -1,4 +1,4 @@
-"""Estimates how much an iteration computes, and how long that takes on a target.
+"""Estimates how much an iteration computes, and how long this takes on given devices.
 
 FLOPs are counted from the model's facts (`models.flops`), because XLA's own count includes the body
 of a loop only once, and the layers are a loop. Passes over whole sequences are assumed to reach a

@@ -1,4 +1,4 @@
-"""A preference example: a prompt, its distinct responses, and which of them plays which role."""
+"""A preference example: a prompt, its distinct responses, and the role of each response."""
 
 from __future__ import annotations
 

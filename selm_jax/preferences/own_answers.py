@@ -83,7 +83,7 @@ class OwnAnswers:
         return None
 
     def fits(self, prompt: Prompt) -> bool:
-        """Whether the prompt's answers fit; True for unusable answers, reported elsewhere."""
+        """Whether the prompt's answers fit; also True if they are unusable in another way."""
         try:
             return self.misfit(prompt) is None
         except UnusableAnswer:

@@ -174,7 +174,7 @@ class Engine:
 
 @dataclasses.dataclass
 class _Waiting:
-    """A prefilled group: its caches, its first logits, and the responses that need a slot."""
+    """A group of prefilled prompts: caches, first logits, and the responses that need a slot."""
 
     cache: Any
     logits: Array
@@ -209,7 +209,7 @@ def _cut(engine: Engine, tree: Any, *axes: str | None) -> Any:
 
 
 def places(engine: Engine, tree: Any, *axes: str | None) -> Any:
-    """The sharding of each array by the names of its first axes, as in `_cut`."""
+    """The shardings that `_cut` gives to arrays, by the names of their first axes."""
 
     def of(x: Array) -> NamedSharding:
         names = (axes + (None,) * x.ndim)[: x.ndim]

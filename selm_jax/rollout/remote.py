@@ -340,7 +340,7 @@ def _locked(file: int) -> bool:
 
 
 def _served(settings: Remote, root: str) -> dict[str, Served] | None:
-    """The models that the server at this address serves, by name.
+    """The models that the server at the URL `root` serves, by name.
 
     It is None if the server does not answer yet, and empty if it does not know the URL.
 

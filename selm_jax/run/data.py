@@ -1,4 +1,4 @@
-"""The prompts of an experiment: which iteration uses which, and how long they are."""
+"""The prompts of an experiment: which iteration uses which prompts, and their lengths."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ WANDB_ID = "wandb_id"  # file in the run folder with the wandb id that a resumed
 
 
 class LogError(RuntimeError):
-    """A tracker that the experiment names is not available."""
+    """TensorBoard or wandb is not available, but the experiment asks for it."""
 
 
 class Writers:

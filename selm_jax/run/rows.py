@@ -1,4 +1,4 @@
-"""Checks of the rows of an experiment's data, made before any work is done."""
+"""Checks the rows of an experiment's data before any work is done."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ CARD = "README.md"
 
 
 def digest(path: Path, without: tuple[str, ...] = ()) -> str:
-    """SHA-256 of a file, or of a folder's files and their names except `without`, in hex."""
+    """SHA-256, in hex, of a file, or of a folder's files and their names, except `without`."""
     path = Path(path)
     if path.is_dir():
         lines = "".join(f"{name} {sha}\n" for name, sha in digests(path, without).items())

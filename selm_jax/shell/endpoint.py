@@ -294,7 +294,7 @@ def _status_fault(status: int, retry_after: str | None, text: str) -> _Fault:
 
 
 def _seconds(retry_after: str | None) -> float:
-    """The wait in seconds of a Retry-After header, a number or date (RFC 9110, 10.2.3), else 0."""
+    """The seconds that a Retry-After header (number or date, RFC 9110) asks to wait; 0 without."""
     if retry_after is None:
         return 0.0
     try:

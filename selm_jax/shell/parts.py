@@ -20,7 +20,7 @@ def files(folder: Path, count: int) -> list[Path]:
 
 
 def write(file: Path, table: pa.Table) -> None:
-    """Writes one part, and beside it its SHA-256 in the format of `sha256sum --check`.
+    """Writes one part of a table, and a file with its SHA-256 for `sha256sum --check`.
 
     A part counts as written if both files exist: if the process dies between them, it is redone.
     """

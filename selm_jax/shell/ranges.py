@@ -19,7 +19,7 @@ MOST = 2**31 - 1  # the largest 32-bit integer, JAX's default
 
 @dataclass(frozen=True, eq=False)
 class Range:
-    """The numbers from `low` to `high`.
+    """A range of allowed numbers, from `low` to `high`.
 
     Attributes:
         above, below: whether `low` (`high`) itself is excluded.
@@ -58,7 +58,7 @@ class Range:
         return self.whole and self.high == self.low + 1
 
     def problem(self, value: object) -> str | None:
-        """What was expected instead of the value; None if the value is in the range."""
+        """Says what was expected instead of the value; None if the value is in the range."""
         number = isinstance(value, numbers.Real) and not isinstance(value, bool)
         if number and (value in self.also or self._holds(value)):
             return None

@@ -33,7 +33,7 @@ def sha256_of(files: Iterable[Path]) -> list[str]:
 
 
 def seal(value: Mapping[str, Any], name: str = "") -> dict[str, Any]:
-    """A copy of a JSON object with the digest of its content and of its name added."""
+    """A copy of a JSON object, with a digest of its content and its name added."""
     return dict(value) | {_KEY: _of(value, name)}
 
 

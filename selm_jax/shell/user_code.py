@@ -29,7 +29,7 @@ class UserCodeError(ValueError):
 
 
 def is_user_code(name: str) -> bool:
-    """Whether a name (or a sum of names) refers to a user's function."""
+    """Whether a name, or a sum of names such as `dpo+x:y`, refers to a user's function."""
     return ":" in name
 
 

@@ -79,7 +79,7 @@ def check_reference(examples: StoredTable, policy: Model, reference: Model) -> N
 
 
 def plan_of(step: Step, examples: StoredTable) -> loop.TrainingPlan:
-    """The updates of an iteration, from its examples.
+    """Plans the updates of an iteration from its examples.
 
     Raises:
       RunError: an example lacks a role or a reference log-probability that the objective needs.

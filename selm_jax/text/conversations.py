@@ -44,7 +44,7 @@ class Prompt:
 
 
 class Columns(NamedTuple):
-    """The names of the columns to read; None for a column that this dataset does not have."""
+    """The names of the columns to read; None for a column that the dataset does not have."""
 
     prompt: str | None
     prompt_id: str | None

@@ -119,7 +119,7 @@ def load_prompts(
     on_bad_row: OnBadRow = "error",
     duplicate_ids: DuplicateIds = "error",
 ) -> PromptSet:
-    """Reads one split of a dataset.
+    """Reads the prompts in one split of a dataset.
 
     Args:
       path_or_id: a .jsonl, .json (a list of objects), .parquet, .arrow, .csv or .tsv file (text

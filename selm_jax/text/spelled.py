@@ -105,7 +105,7 @@ class Literal:
         )
 
     def encode(self, marked: str) -> list[int]:
-        """Encodes a text that a template rendered from marked messages."""
+        """Encodes a text that a template rendered from messages with stand-ins."""
         text = self.plain(self._spelled.replace(marked, _WRITTEN))
         ids = self._backend.encode(text, add_special_tokens=False).ids
         return [self._ids.get(i, i) for i in ids]

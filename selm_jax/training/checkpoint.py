@@ -277,7 +277,7 @@ def _faults(folder: Path, files: dict[str, tuple[int, str]]) -> list[str]:
 
 
 def _for_orbax(folder: Path) -> Path:
-    """A path to the folder without the characters that orbax and its libraries misread.
+    """A path of the folder that has no characters which orbax and its libraries misread.
 
     They take a path with `[`, `*` or `?` for a pattern and a backslash for a slash, and then do not
     find what they have saved. Such a folder gets a link in the cache, whose path is returned.

@@ -354,7 +354,7 @@ def _to_theirs(x: np.ndarray, row: Tensor) -> np.ndarray:
 
 
 def _stored(config: DecoderConfig) -> Iterator[tuple[str, int | None, list[Tensor]]]:
-    """Yields (name, layer, its parameters) for every stored tensor, ordered by layer."""
+    """Yields (name, layer, parameters) for every stored tensor, ordered by layer."""
     by_name: dict[str, list[Tensor]] = {}
     for row in tensors(config).values():
         by_name.setdefault(row.name, []).append(row)

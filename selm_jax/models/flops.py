@@ -71,7 +71,7 @@ def forward_and_backward(
 
 
 def visible_pairs(prompt: int, responses: Sequence[int] = ()) -> int:
-    """Counts the pairs of a query and a key that it sees in a prompt tree, itself included.
+    """Counts the (query, key) pairs in a prompt tree where the query sees the key.
 
     Args:
       prompt: number of tokens of the prompt, or of a whole text without responses.

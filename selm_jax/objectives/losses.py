@@ -297,11 +297,11 @@ def compose(*objectives: Objective) -> Objective:
     terms = tuple(term for objective in objectives for term in objective.terms)
     rewards = list(dict.fromkeys(o.reward for o in objectives if o.reward is not None))
     if len(set(terms)) < len(terms):
-        raise ObjectiveError(f"{'+'.join(terms)} has a loss term twice; name each only once")
+        raise ObjectiveError(f"{'+'.join(terms)} has a loss term twice; name each term only once")
     if len({objective.rates for objective in objectives}) > 1:
         raise ObjectiveError(
             f"{'+'.join(terms)} cannot be summed: some terms train a language model (from "
-            "log-probabilities), others a reward model (from rewards)"
+            "log-probabilities), others a reward model (from rewards); name terms of one kind"
         )
     if len(rewards) > 1:
         raise ObjectiveError(

@@ -48,7 +48,7 @@ class Memory:
 
 
 def measure(lowered: jax.stages.Lowered, target: Target) -> Memory:
-    """Returns the memory that a program needs, by compiling it or from a cache of such results.
+    """Returns the memory that a program needs, from the cache or by compiling the program.
 
     Raises:
       jax.errors.JaxRuntimeError: if the compiler fails for a reason other than memory.

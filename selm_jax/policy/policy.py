@@ -296,7 +296,7 @@ class Policy:
                 raise PolicyError(
                     f"{self.name}: sequence {i} may have {length} tokens with its answer, but the "
                     f"model reads at most {self.config.max_positions} (max_position_embeddings). "
-                    "Shorten it, or allow fewer new tokens"
+                    "Shorten the prompt, or allow fewer new tokens"
                 )
             config = self.config.for_length(self.batches.longest_sequence or length)
             by_config.setdefault(config, []).append(i)

@@ -390,5 +390,5 @@ def _no_candidate(candidates: Sequence[Candidate], source: str, asked: str) -> F
     found = ", ".join(each.source for each in candidates) or "none"
     return FeedbackError(
         f"{asked} needs a candidate of source {source}; this prompt has: {found}. "
-        "Generate one, or choose another rule."
+        "Generate such a candidate, or choose another rule."
     )

@@ -57,7 +57,7 @@ class Report:
         if scores is not None:
             self._add_scores(candidates, scores, result)
         elif isinstance(result, Pair):
-            raise FeedbackError("a prompt without scores became a pair; it has to be dropped.")
+            raise FeedbackError("a prompt without scores became a pair; pass Dropped instead.")
 
     def _add_scores(
         self, candidates: Sequence[Candidate], scores: Scores, result: Pair | Dropped

@@ -76,6 +76,6 @@ class Board:
         return int(np.min(room, initial=self.max_new_tokens))
 
     def _used_and_left(self) -> tuple[np.ndarray, np.ndarray]:
-        """For each busy slot: its tokens in the cache, and the most steps that it may still run."""
+        """Returns the cached tokens of each busy slot, and the most steps it can still run."""
         drawn = self.drawn[self.busy]
         return self.prompt[self.busy] + drawn - 1, self.max_new_tokens - drawn

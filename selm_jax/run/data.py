@@ -145,8 +145,8 @@ class Data:
             long = sum(length > limit for length in lengths)
             raise RunError(
                 f"prompt {name} has {longest} tokens, but rollout.max_prompt_tokens is {limit} "
-                f"({long} of {len(prompts)} prompts are longer). Raise it, shorten them, or "
-                "set data.on_bad_row to 'drop' to leave out and count such rows"
+                f"({long} of {len(prompts)} prompts are longer). Raise the limit, shorten "
+                "the prompts, or set data.on_bad_row to 'drop' to leave out and count such rows"
             )
         return longest
 

@@ -170,7 +170,7 @@ class LanguageModel(Task):
             raise RunError(
                 f"{file.parent} is a reward model and cannot generate text, but objective "
                 f"{self.loss} trains a language model. Name a language model as model.source; to "
-                "rank with this one, set "
+                "rank with this model, set "
                 "`feedback: {ranker: reward_model, settings: {source: ...}}`"
             )
         return stored

@@ -94,9 +94,9 @@ def choose_columns(
             if _is_plain_text(values.get(chosen), chosen):
                 raise DataError(
                     f"{row.where}, column {chosen!r}: this is a string, but there is no column "
-                    f"'prompt'. The columns are: {', '.join(there)}. Where the prompt ends in this "
-                    "string would be a guess. Put the prompt into a column of its own and name it, "
-                    "or write each answer as a list of messages."
+                    f"'prompt'. The columns are: {', '.join(there)}. It is not clear where the "
+                    "prompt ends in this string. Put the prompt into a column of its own and name "
+                    "this column, or write each answer as a list of messages."
                 )
     optional_id = prompt_id == "prompt_id" and prompt_id not in there
     if system == "system" and system not in there:

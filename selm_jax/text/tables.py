@@ -181,7 +181,9 @@ def _saved(folder: epath.Path, split: str | None) -> list[epath.Path]:
             f"{folder} is a single saved dataset, so it has no split {split!r}. Name no split."
         )
     if lost := [name for name in names if not (folder / name).exists()]:
-        raise DataError(f"{folder}: {', '.join(lost)} is named in {_SAVED} but missing. Fetch it.")
+        raise DataError(
+            f"{folder}: {', '.join(lost)} is named in {_SAVED}, but missing. Fetch this file."
+        )
     return [folder / name for name in names]
 
 

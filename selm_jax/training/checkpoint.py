@@ -93,8 +93,8 @@ class Checkpoints:
                 writer.close()
             except Exception as e:  # libraries raise various exceptions when a disk is full
                 raise artifacts.ArtifactError(
-                    f"{self.folder}: a checkpoint could not be written ({e}). The one before it is "
-                    "undamaged; run the same command to continue from there"
+                    f"{self.folder}: a checkpoint could not be written ({e}). The previous one is "
+                    "undamaged; run the same command to continue from it"
                 ) from e
             multihost.on_first(self._tidy)
 

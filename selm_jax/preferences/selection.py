@@ -298,7 +298,7 @@ def draws(
 ) -> np.random.Generator:
     """The random number generator of a prompt; different streams are independent."""
     if seed is None:
-        raise FeedbackError(f"{asked} needs random numbers, but seed is None; pass a seed.")
+        raise FeedbackError(f"{asked} needs a seed for each prompt; pass `seed`.")
     key = () if stream is None else (stream,)
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
 

@@ -39,7 +39,7 @@ class Data:
 
     @property
     def model(self) -> StartModel:
-        assert self._model is not None, "lengths in tokens need a model, but `model` is None"
+        assert self._model is not None, "without a model, prompts have no lengths in tokens"
         return self._model
 
     @property

@@ -374,7 +374,7 @@ def _check_variables(
     for name in variables:
         if name in _OURS or name in tokenizer.special:
             raise ChatError(
-                f"text.template sets {name!r}, which this program sets itself. Remove this variable"
+                f"text.template cannot set {name!r}, which this program sets. Remove this variable"
             )
         if name not in template:
             raise ChatError(

@@ -35,14 +35,12 @@ def main(model_folder, data_file):
     for rows in data["train"]:
         if not worker.wait():
             return
-        # [role, example, time]
-        ids = torch.tensor(
-            [[row["prompt"] + row["responses"][i] for row in rows] for i in range(3)]
-        )
+        pairs = padded([(row["prompt"], row["responses"][i]) for i in range(2) for row in rows])
+        thirds = padded([(row["prompt"], row["responses"][2]) for row in rows])
         worker.begin()
-        policy = three(model, ids, s["prompt"])
+        policy = three(model, pairs, thirds)
         with torch.no_grad():
-            stored = three(reference, ids, s["prompt"])
+            stored = three(reference, pairs, thirds)
         chosen, rejected, explore = (p - r for p, r in zip(policy, stored, strict=True))
         dpo = -logsigmoid(s["beta"] * (chosen - rejected))
         loss = (dpo + s["alpha"] * s["beta"] * explore).mean()
@@ -53,16 +51,27 @@ def main(model_folder, data_file):
         worker.end(loss=loss.item())
 
 
-def three(model, ids, prompt):
+def padded(texts):
+    """Token ids, attention mask and mask of response tokens, padded to the longest text."""
+    time = max(len(prompt) + len(response) for prompt, response in texts)
+    ids, seen, scored = torch.zeros(3, len(texts), time, dtype=torch.long)
+    for i, (prompt, response) in enumerate(texts):
+        end = len(prompt) + len(response)
+        ids[i, :end] = torch.tensor(prompt + response)
+        seen[i, :end] = 1
+        scored[i, len(prompt) : end] = 1
+    return ids, seen, scored
+
+
+def three(model, pairs, thirds):
     """Log-probabilities of the chosen, rejected and reference responses of each example."""
-    both = logps(model, ids[:2].flatten(0, 1), prompt)
-    return *both.chunk(2), logps(model, ids[2], prompt)
+    return *logps(model, *pairs).chunk(2), logps(model, *thirds)
 
 
-def logps(model, ids, prompt):
-    logits = model(ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float()
+def logps(model, ids, seen, scored):
+    logits = model(ids, attention_mask=seen, use_cache=False).logits.float()
     of_token = logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
-    return of_token[:, prompt - 1 :].sum(-1)
+    return (of_token * scored[:, 1:]).sum(-1)
 
 
 if __name__ == "__main__":

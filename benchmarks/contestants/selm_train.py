@@ -33,20 +33,12 @@ from selm_jax.training.state import TrainState
 from selm_jax.training.update import make_update
 from selm_jax.weights.huggingface import load
 
-# Examples per row. Distinct examples have the same length and get a row each; shared ones differ in
-# length, and two share a row to avoid padding.
-PER_ROW = {"distinct": 1, "dpo": 1, "shared": 2}
-
 
 def main(model, data_file, kind):
     data = read_data(data_file)
     s = data["settings"]
-    groups = [
-        [example(kind, row, 4 * step + i) for i, row in enumerate(rows)]
-        for step, rows in enumerate(data["train"])
-    ]
-    rows = -(-len(groups[0]) // PER_ROW[kind])
-    shape = common_shape(groups, rows=rows, time=row_length(groups, rows))
+    groups = [[example(kind, row, i) for i, row in enumerate(rows)] for rows in data["train"]]
+    shape = smallest_shape(groups)
 
     config = read_config(Path(model))
     decoder = Decoder(config, remat=Training.remat)
@@ -86,6 +78,13 @@ def main(model, data_file, kind):
         del gradients
         jax.block_until_ready(state)
         worker.end(loss=float(metrics["loss"]), score_seconds=score_seconds)
+
+
+def smallest_shape(groups):
+    """The shape with the fewest positions that holds every group in one batch, in many rows."""
+    lengths = {rows: row_length(groups, rows) for rows in range(1, len(groups[0]) + 1)}
+    rows = min(lengths, key=lambda rows: (rows * lengths[rows], -rows))
+    return common_shape(groups, rows=rows, time=lengths[rows])
 
 
 def row_length(groups, rows):

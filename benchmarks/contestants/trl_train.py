@@ -54,7 +54,7 @@ def main(model_folder, data_file, kind):
     arguments = DPOConfig(
         output_dir=tempfile.mkdtemp(), per_device_train_batch_size=len(steps[0]),
         max_steps=len(steps), learning_rate=s["learning_rate"], lr_scheduler_type="constant",
-        beta=s["beta"], max_length=s["prompt"] + s["response"], max_grad_norm=1.0,
+        beta=s["beta"], max_length=None, train_sampling_strategy="sequential", max_grad_norm=1.0,
         optim="adamw_torch", bf16=False, gradient_checkpointing=False,
         precompute_ref_log_probs=kind == "cached", logging_steps=10**9, save_strategy="no",
         report_to=[], use_cpu=True, disable_tqdm=True, seed=0,
@@ -67,22 +67,28 @@ def main(model_folder, data_file, kind):
         processing_class=AutoTokenizer.from_pretrained(model_folder),
         callbacks=[Orders(worker)],
     )
-    trainer.training_step = checked(trainer.training_step, len(steps[0]), s)
+    trainer.training_step = checked(trainer.training_step, steps[0])
     trainer.train()
 
 
-def checked(step, examples, s):
-    """Wraps the training step; raises if its batch differs from that of the other contestants."""
+def checked(step, rows):
+    """Wraps the training step; raises if its batch is not that of the other contestants.
+
+    All steps have examples of the lengths of `rows`.
+    """
+    pairs = [(len(row["prompt"]), len(row["responses"][i])) for i in range(2) for row in rows]
+    expected = (
+        (len(pairs), max(map(sum, pairs))),
+        sum(map(sum, pairs)),
+        sum(response for _, response in pairs),
+    )
 
     def training_step(model, inputs, *rest, **named):
-        size = 2 * examples
         found = (
             tuple(inputs["input_ids"].shape),
             int(inputs["attention_mask"].sum()),
             int(inputs["completion_mask"].sum()),
         )
-        time = s["prompt"] + s["response"]
-        expected = ((size, time), size * time, size * s["response"])
         if found != expected:
             raise ValueError(
                 f"TRL made a batch of {found}, but the others have {expected}. Check its settings"

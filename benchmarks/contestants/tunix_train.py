@@ -37,6 +37,12 @@ def main(model_folder, data_file, kind):
         ),
     )
 
+    rows = [row for step in steps for row in step]
+    longest = (
+        max(len(row["prompt"]) for row in rows),
+        max(len(response) for row in rows for response in row["responses"][:2]),
+    )
+
     def feed():
         # The trainer requests a batch after queueing the previous step: wait for that step here.
         worker.ready(versions("google-tunix", "jax", "flax"))
@@ -47,21 +53,26 @@ def main(model_folder, data_file, kind):
             if not worker.wait():
                 sys.exit(0)
             worker.begin()
-            yield batch(rows)
+            yield batch(rows, longest)
         jax.block_until_ready(nnx.state(trainer.model))
         worker.end()
 
     trainer.train(feed())
 
 
-def batch(rows):
-    def ids(lists):
-        x = np.array(lists, np.int32)
-        return x, np.ones(x.shape, bool)
+def batch(rows, longest):
+    """Prompts padded on the left and responses on the right, as Tunix expects them."""
 
-    prompt, prompt_mask = ids([row["prompt"] for row in rows])
-    chosen, chosen_mask = ids([row["responses"][0] for row in rows])
-    rejected, rejected_mask = ids([row["responses"][1] for row in rows])
+    def ids(lists, time, left=False):
+        x, mask = np.zeros((len(lists), time), np.int32), np.zeros((len(lists), time), bool)
+        for i, tokens in enumerate(lists):
+            at = slice(time - len(tokens), time) if left else slice(len(tokens))
+            x[i, at], mask[i, at] = tokens, True
+        return x, mask
+
+    prompt, prompt_mask = ids([row["prompt"] for row in rows], longest[0], left=True)
+    chosen, chosen_mask = ids([row["responses"][0] for row in rows], longest[1])
+    rejected, rejected_mask = ids([row["responses"][1] for row in rows], longest[1])
     return TrainingInput(
         prompt_ids=prompt, prompt_mask=prompt_mask, chosen_ids=chosen, chosen_mask=chosen_mask,
         rejected_ids=rejected, rejected_mask=rejected_mask,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import platform
 import statistics
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -160,7 +159,7 @@ def run(
     device = jax.devices()[0]
     return {
         "device": {
-            "kind": _cpu_name() if device.platform == "cpu" else device.device_kind,
+            "kind": limits.cpu_name() if device.platform == "cpu" else device.device_kind,
             "platform": device.platform,
             "count": jax.device_count(),
             "peak_tflops": clock.peak.rate,
@@ -250,12 +249,3 @@ def _model(model: str, shape: str | None) -> tuple[str, DecoderConfig, MakeParam
         return jax.jit(init, out_shardings=where)(jax.random.key(0))
 
     return f"random {shape}", config, make_params
-
-
-def _cpu_name() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except FileNotFoundError:
-        text = ""
-    names = [x.split(": ")[1] for x in text.splitlines() if x.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

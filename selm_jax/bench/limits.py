@@ -7,8 +7,11 @@ always a whole one.
 from __future__ import annotations
 
 import dataclasses
+import platform
+import re
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -135,3 +138,20 @@ def _best(work: Callable[[], jax.Array]) -> float:
         work().block_until_ready()
         seconds.append(time.perf_counter() - began)
     return min(seconds)
+
+
+def cpu_name() -> str:
+    """The processor's name, with its family and model if the system tells them.
+
+    Virtual machines often name only the maker's line, such as "AMD EPYC".
+    """
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except FileNotFoundError:
+        text = ""
+    facts = dict(re.findall(r"^([a-z ]+?)\s*: (.+)$", text, re.MULTILINE))
+    if "model name" not in facts:
+        return platform.processor() or platform.machine()
+    if "cpu family" not in facts:
+        return facts["model name"]
+    return f"{facts['model name']} (family {facts['cpu family']}, model {facts['model']})"

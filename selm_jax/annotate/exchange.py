@@ -180,7 +180,7 @@ def _parse(row: Mapping[str, Any], where: str) -> tuple[tuple[tuple[str, str], .
                 "role and content."
             ) from error
         if not turns[key]:
-            raise AnnotationError(f"{where}: {key!r} is missing or empty.")
+            raise AnnotationError(f"{where}: {key!r} is missing or empty; expected messages.")
     *before, chosen = turns["chosen"]
     *before_rejected, rejected = turns["rejected"]
     if before != before_rejected:

@@ -15,5 +15,6 @@ def refuse_settings(settings: Mapping[str, Any]) -> None:
     """Raises ApiError if a user's own function was given settings."""
     if settings:
         raise ApiError(
-            f"your own function takes no settings, but got {', '.join(settings)}. Leave them out"
+            f"settings cannot be given with your own function (found {', '.join(settings)}). Leave "
+            "them out"
         )

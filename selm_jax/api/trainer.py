@@ -77,7 +77,8 @@ class Trainer:
         self.objective = loss if isinstance(loss, Objective) else losses.loss(loss)
         if self.objective.rates:
             raise ApiError(
-                f"{self.objective} trains a reward model. Use `selm run` with an experiment file"
+                f"{self.objective} trains a reward model, which Trainer cannot do. Use `selm run` "
+                "with an experiment file"
             )
         rate = {} if callable(learning_rate) else {"learning_rate": learning_rate}
         self._settings = rate | {
@@ -161,7 +162,7 @@ class Trainer:
         scored = all(each.reference_logps is not None for each in pairs.examples)
         if not scored and not self.objective.reference_free:
             raise ApiError(
-                f"{self.objective} compares with a reference, but these pairs were made with "
-                "reference=None. Make them with the default reference, or name a "
+                f"{self.objective} needs a reference's log-probabilities, but these pairs were "
+                "made with reference=None. Make them again with the default reference, or name a "
                 "reference model"
             )

@@ -34,7 +34,7 @@ class Previewing:
     example="selm preview experiments/quickstart.yaml -n 4",
 )
 def preview(options: Previewing) -> None:
-    """Show what a run will train on.
+    """Show the rows that a run will train on.
 
     It also says what would stop the run. Rows are coloured by role (prompt, scored, padding), with
     counts and lengths over all rows. The loss and the ranker are built, and every row is checked.
@@ -59,12 +59,12 @@ class Showing:
 
 @verb(
     app,
-    needs="a run folder, finished or not; a process may be working in it",
+    needs="a run folder, finished or not, even while a process runs it",
     writes="to the terminal only",
     example="selm show runs/quickstart",
 )
 def show(options: Showing) -> None:
-    """Show how far a run is.
+    """Show the progress of a run.
 
     It prints the run's stages, last numbers, disk use and the time left.
     """
@@ -107,13 +107,14 @@ class Reporting:
     runs: Annotated[
         list[str],
         typer.Argument(
-            help="Run folders. Several are compared. NAME=FOLDER names one.", metavar="RUN..."
+            help="Run folders; several are compared. NAME=FOLDER gives a run a name.",
+            metavar="RUN...",
         ),
     ]
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", "-o", help="Page to write.", metavar="FILE", parser=file_to_write,
+            "--out", "-o", help="HTML file to write.", metavar="FILE", parser=file_to_write,
             show_default="report.html, in the run folder if there is one run",
         ),
     ] = None  # fmt: skip
@@ -126,7 +127,7 @@ class Reporting:
     example="selm report dpo=runs/a selm=runs/b -o compared.html",
 )
 def report(options: Reporting) -> None:
-    """Write the page of one or several runs.
+    """Write an HTML report of runs.
 
     Several runs are compared.
     """
@@ -152,7 +153,7 @@ class Drawing:
     out: Annotated[
         Path,
         typer.Option(
-            "--out", "-o", help="Folder to write to.", metavar="FOLDER", parser=folder_to_write
+            "--out", "-o", help="Folder for the figures.", metavar="FOLDER", parser=folder_to_write
         ),
     ] = Path("figures")
     pairs: Annotated[
@@ -163,7 +164,8 @@ class Drawing:
         ),
     ] = None
     published: Annotated[
-        bool, typer.Option("--published", help="Also draw the paper's own numbers, marked as such.")
+        bool,
+        typer.Option("--published", help="Also draw the paper's own numbers, marked as published."),
     ] = False
 
 
@@ -174,7 +176,7 @@ class Drawing:
     example="selm figures runs/dpo runs/selm -o figures",
 )
 def figures(options: Drawing) -> None:
-    """Draw the paper's figures 2 to 6.
+    """Draw the SELM paper's figures 2 to 6.
 
     They show your own runs, and with --published the paper's too.
     """
@@ -203,11 +205,12 @@ class Annotating:
     minimum: Annotated[
         int | None,
         typer.Option(
-            help="How many people rank each prompt.", show_default="the ranker's setting, or 1"
+            help="Number of people who should rank each prompt.",
+            show_default="the ranker's setting, or 1",
         ),
     ] = None
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1"
-    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8642
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 picks a free port.")] = 8642
     export: Annotated[
         Path | None,
         typer.Option(

@@ -56,11 +56,15 @@ class Planning:
     ] = None
     mfu: Annotated[
         float,
-        typer.Option(help="Share of peak FLOP/s that training reaches.", min=0.01, max=1),
+        typer.Option(
+            help="Share of the peak FLOP/s that training is assumed to reach.", min=0.01, max=1
+        ),
     ] = 0.4
     mbu: Annotated[
         float,
-        typer.Option(help="Share of the memory bandwidth that decoding reaches.", min=0.01, max=1),
+        typer.Option(
+            help="Share of the memory bandwidth that decoding is assumed to reach.", min=0.01, max=1
+        ),
     ] = 0.6
     price: Annotated[
         float | None,
@@ -72,7 +76,9 @@ class Planning:
     ] = None
     tries: Annotated[
         int,
-        typer.Option(help="How many changes to try if the experiment does not fit.", min=0),
+        typer.Option(
+            help="How many changes to the settings to try if the experiment does not fit.", min=0
+        ),
     ] = 8
     json: Json = None
 
@@ -117,7 +123,7 @@ class Benching:
     shape: Annotated[
         str | None,
         typer.Option(
-            help="Measure a random model of this shape instead: 135m, 1b or 8b-layers.",
+            help="Measure a random model of this size instead: 135m, 1b or 8b-layers.",
             show_default="MODEL",
         ),
     ] = None
@@ -131,7 +137,9 @@ class Benching:
     ] = None
     bandwidth: Annotated[
         float | None,
-        typer.Option(help="GB/s of the memory of one device.", show_default="the built-in value"),
+        typer.Option(
+            help="Memory bandwidth of one device in GB/s.", show_default="the built-in value"
+        ),
     ] = None
     steps: Annotated[int | None, _size("Number of repetitions.")] = None
     examples: Annotated[

@@ -32,10 +32,10 @@ def selm(
     """Align language models by exploring (SELM, arXiv 2405.19332), in JAX.
 
     \b
-    selm preview EXPERIMENT    look at what a run will train on
-    selm run EXPERIMENT        run the experiment, or what is left of it
-    selm show RUN              see how far a run is
-    selm report RUN [RUN ...]  write its page, or compare several runs
+    selm preview EXPERIMENT    see the rows that a run will train on
+    selm run EXPERIMENT        run or continue the experiment
+    selm show RUN              see a run's progress
+    selm report RUN [RUN ...]  write a report, or compare several runs
 
     `selm VERB -h` explains a verb. After `selm --install-completion`, Tab completes verbs and
     options.

@@ -31,7 +31,7 @@ class Running:
     example="selm run experiments/quickstart.yaml training.learning_rate=1e-5",
 )
 def run(options: Running) -> None:
-    """Run an experiment, or what is left of it.
+    """Run or continue an experiment.
 
     Stop it with Ctrl-C; the same command continues. --tiny rehearses the experiment in a minute.
     """
@@ -81,7 +81,7 @@ _stage_verb(
     "iteration_T/ranked.parquet in the run folder",
 )  # fmt: skip
 _stage_verb(
-    "score", "Stage: score pairs by the reference.",
+    "score", "Stage: compute reference log-probs.",
     "the pairs of `selm rank`", "iteration_T/examples.parquet in the run folder",
 )  # fmt: skip
 _stage_verb(
@@ -122,7 +122,7 @@ class Exporting(OneStage):
     example="selm export experiments/quickstart.yaml -t 3 --to my-model",
 )
 def export(options: Exporting) -> None:
-    """Stage: write the policy for Hugging Face.
+    """Stage: write the model for Hugging Face.
 
     The folder can be read by transformers, vLLM and lm-eval.
     """
@@ -158,7 +158,10 @@ class Redoing:
     run: Run
     stage: Annotated[
         str,
-        typer.Argument(help="generate, rank, score, train, export or evaluate.", metavar="STAGE"),
+        typer.Argument(
+            help="Stage to do again: generate, rank, score, train, export or evaluate.",
+            metavar="STAGE",
+        ),
     ]
     iteration: Iteration
 
@@ -166,20 +169,20 @@ class Redoing:
 @verb(
     app,
     needs="a run folder in which no process is working",
-    writes="stage.json and metrics.jsonl in the run folder; what the stages made is deleted",
+    writes="stage.json and metrics.jsonl in the run folder; the stages' results are deleted",
     example="selm redo runs/quickstart rank -t 2",
 )
 def redo(options: Redoing) -> None:
-    """Forget a stage, to do it again.
+    """Delete a stage's results.
 
-    Everything that follows from it is forgotten too, and the next run does all of it again.
-    Settings and data may be changed before that. Files that this program did not make stay.
+    The results of all stages that depend on it are deleted too, and the next run does all of them
+    again. Settings and data may be changed before that. Files of other programs stay.
     """
     from selm_jax.commands.redo import redo
 
     for line in redo(options.run, options.stage, options.iteration):
         typer.echo(line)
-    typer.echo(f"`selm run {options.run}` does these stages again")
+    typer.echo(f"`selm run {options.run}` runs these stages again")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,20 +194,22 @@ class Sweeping:
     base: Annotated[
         str | None,
         typer.Option(
-            help="Base experiment, in place of the sweep file's.", show_default="the file's"
+            help="Base experiment file, in place of the sweep file's `base`.",
+            show_default="the file's",
         ),
     ] = None
     output: Annotated[
         str | None,
         typer.Option(
-            "--output", "-o", help="Folder, in place of the sweep file's.",
+            "--output", "-o", help="Folder for the runs, in place of the sweep file's `output`.",
             show_default="the file's",
         ),
     ] = None  # fmt: skip
     seeds: Annotated[
         str | None,
         typer.Option(
-            help="Seeds such as 1,2,3, in place of the sweep file's.", show_default="the file's"
+            help="Seeds such as 1,2,3, in place of the sweep file's `seeds`.",
+            show_default="the file's",
         ),
     ] = None
     tiny: Tiny = False

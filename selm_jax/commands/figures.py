@@ -67,7 +67,8 @@ def write(
         console.print(f"{svg}  {len(figure.rows)} rows in {svg.stem}.csv", soft_wrap=True)
     if not files:
         raise RunError(
-            "no figure could be drawn: no run has held-out answers, and --published is not given"
+            "no figure could be drawn, because no run has held-out answers. Evaluate the runs with "
+            "`selm measure`, or draw the paper's own numbers with --published"
         )
     return files
 
@@ -82,7 +83,7 @@ def _figures(
         return
     labels = short_labels(data)
     if not all(each.answers for each in data):
-        console.print("figures 2, 3, 5, 6: left out, not every run has held-out answers")
+        console.print("figures 2, 3, 5, 6 are left out, because a run has no held-out answers")
     else:
         yield paper.win_rates(data, labels)
         yield from paper.reward_histograms(data, labels)
@@ -91,7 +92,7 @@ def _figures(
     base = next((i for i, run in enumerate(runs) if _is_dpo(run)), None)
     others = [i for i, run in enumerate(runs) if not _is_dpo(run)]
     if base is None or not others:
-        console.print("figures 4 and 5: left out, they need a run of dpo (or alpha 0) and another")
+        console.print("figures 4 and 5 are left out: they need a dpo run (or alpha 0) and another")
         return
     yield from _own_samples(runs, data, labels, base, others)
     yield _pairs(runs, labels, base, others, pairs, console)
@@ -161,7 +162,8 @@ def _pairs(
     for i in others:
         if pairs is None and _examples(runs[i], None)[1] != examples:
             raise RunError(
-                f"figure 4: {runs[base].folder} and {runs[i].folder} have different {source}; name "
+                f"figure 4 needs the same pairs for all runs, but {runs[base].folder} and "
+                f"{runs[i].folder} have different {source}. Name "
                 "pairs for both with --pairs"
             )
     console.print(f"figure 4: {len(examples)} {source}")

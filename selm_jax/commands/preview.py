@@ -47,15 +47,17 @@ def preview(run: Run, t: int, count: int) -> bool:
     last = run.experiment.portions - run.experiment.data.first_portion + 1
     if not 1 <= t <= last:
         raise RunError(
-            f"there is no iteration {t}: the data has portions for iterations 1 to {last}"
+            f"there is no iteration {t}: data.portions gives iterations 1 to {last}. Give one of "
+            "these with --iteration"
         )
     console, found = run.console, collect(run, t)
     e = run.experiment
     console.print(f"iteration {t}, layout {e.text.layout}: {found.source}", soft_wrap=True)
     if not run.imports and is_user_code(e.objective["loss"]):
         console.print(
-            f"objective.loss is your own code, which is not imported from a run folder: the rows "
-            f"are shown as for {run.task.trains}. Give the experiment file to have it imported",
+            "objective.loss is your own function, and previews of a run folder do not import your "
+            f"code: the rows are shown as for {run.task.trains}. To import the function, give the "
+            "experiment file",
             style="yellow", soft_wrap=True,
         )  # fmt: skip
     for line in told_of_data(run.data):

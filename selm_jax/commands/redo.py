@@ -44,7 +44,7 @@ def redo(run: Path, stage: str, t: int) -> list[str]:
             f"{stage}: no such stage{did_you_mean(stage, known)} Stages: {', '.join(known)}"
         )
     if not (run / "config.yaml").exists():
-        raise RedoError(f"{run} has no config.yaml, so it is not a run folder")
+        raise RedoError(f"{run} has no config.yaml, so it is not a run folder. Check the path")
     with only_one(run):
         entries = {u: _entries(folder) for u, folder in artifacts.iterations(run).items()}
         if stage not in entries.get(t, {}):
@@ -83,8 +83,9 @@ def _check_models(
         entry = entries.get(first - 1, {}).get(export.name, {})
         if entry.get("done") and not (model := run / f"iteration_{first - 1}" / "model").exists():
             raise RedoError(
-                f"{model}: this iteration would start from that model, which is gone "
-                f"(keep_models: last removes it). `selm redo {run} generate -t 1` starts over"
+                f"iteration {first} would start from the model {model}, which has been deleted "
+                "(`keep_models: last` does so). To start from the beginning, run "
+                f"`selm redo {run} generate -t 1`"
             )
 
 

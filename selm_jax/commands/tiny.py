@@ -264,7 +264,7 @@ def _rows_of_devices() -> int:
 def _say(before: Experiment, after: Experiment, console: Console) -> None:
     console.rule("TINY: a rehearsal whose numbers mean nothing", style="bold yellow")
     console.print(
-        f"a random model and {ROWS} made-up rows; all else is the experiment's own. Replaced:",
+        f"a random model and {ROWS} made-up rows replace the experiment's. Changed settings:",
         style="yellow",
     )
     old, new = _flat(as_dict(before)), _flat(as_dict(after))

@@ -72,7 +72,7 @@ def _on_its_base(file: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, An
     """Reads a file's settings merged over those of its base; files in `above` extend this one."""
     if file.resolve() in above:
         raise ConfigError(
-            f"{above[-1]}: base: {file}, which itself extends this file; name another base"
+            f"{above[-1]}: its base, {file}, extends this file in turn. Name another base"
         )
     tree, places = read_with_places(file)
     if "base" not in tree:
@@ -187,7 +187,9 @@ def _set(tree: dict[str, Any], places: Places, key: str, value: Any) -> None:
     for name in path[:-1]:
         tree = tree.setdefault(name, {})
         if not isinstance(tree, dict):
-            raise ConfigError(f"override {key}=...: {name} is not a group of settings")
+            raise ConfigError(
+                f"override {key}=...: {name} is not a group of settings; see `selm settings`"
+            )
     tree[path[-1]] = value
     for known in [each for each in places if each[: len(path)] == path]:
         del places[known]

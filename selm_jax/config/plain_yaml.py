@@ -157,7 +157,7 @@ def _composed(text: str) -> yaml.Node | None:
         return yaml.compose(text, _Loader)
     except yaml.reader.ReaderError as e:
         line = text.count("\n", 0, e.position) + 1
-        raise YamlError(f"line {line}: not YAML: the character {e.character!r}") from None
+        raise YamlError(f"line {line}: YAML does not allow {e.character!r}; remove it") from None
     except yaml.MarkedYAMLError as e:
         mark = e.problem_mark or e.context_mark
         line = f"line {mark.line + 1}: " if mark else ""
@@ -247,6 +247,5 @@ def _of_scalar(node: yaml.Node) -> Any:
         return node.value.encode("utf-16", "surrogatepass").decode("utf-16")
     except UnicodeDecodeError:
         raise YamlError(
-            f"line {node.start_mark.line + 1}: half of a surrogate pair, which is not a character; "
-            "remove it"
+            f"line {node.start_mark.line + 1}: half of a surrogate pair stands alone; remove it"
         ) from None

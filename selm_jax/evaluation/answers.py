@@ -100,8 +100,8 @@ def prompts_of(
         prompts = load_prompts(file, split=split)
     elif experiment is None or experiment.data.heldout is None:
         raise EvaluationError(
-            "no prompts: without --prompts a run's data.heldout is used, and none of the runs "
-            "given has one. Give a file (.jsonl, .parquet, ...) or a Hub data set with --prompts"
+            "there are no prompts: without --prompts a run's data.heldout is used, and no given "
+            "run has one. Give a file (.jsonl, .parquet, ...) or a Hub data set with --prompts"
         )
     else:
         d = experiment.data

@@ -49,18 +49,23 @@ class Heldout:
     reference: Annotated[
         str | None,
         typer.Option(
-            help="Model against which KL and implicit rewards are measured.",
+            help="Reference model for KL and implicit rewards.",
             show_default="the first run's start model",
         ),
     ] = None
     beta: Annotated[
         float | None,
-        typer.Option(help="Beta of implicit rewards.", show_default="the first run's, or 0.1"),
+        typer.Option(
+            help="Beta of the implicit rewards, beta * log(pi / pi_ref).",
+            show_default="the first run's, or 0.1",
+        ),
     ] = None
     samples: Annotated[
         int | None,
         typer.Option(
-            help="Sampled answers per prompt.", min=1, show_default="the first run's, or 1"
+            help="Number of sampled answers per prompt.",
+            min=1,
+            show_default="the first run's, or 1",
         ),
     ] = None
     max_new_tokens: RunsMaxNewTokens = None
@@ -80,7 +85,7 @@ class Heldout:
         bool,
         typer.Option(
             help="Score in the packed rows of the first run, so that log-probabilities equal "
-            "those of that run to the last bit. This takes as much memory as the run."
+            "the run's exactly. Scoring then takes as much memory as the run."
         ),
     ] = False
     dry_run: DryRun = False
@@ -149,7 +154,8 @@ class Winrate:
     ]
     asking: Asking
     samples: Annotated[
-        int, typer.Option(help="Sampled answers per prompt; 0 uses the greedy answer.", min=0)
+        int,
+        typer.Option(help="Number of sampled answers per prompt; 0 uses the greedy answer.", min=0),
     ] = 0
     temperature: Annotated[
         float,

@@ -49,7 +49,10 @@ def contestants(
             continue
         parts = [p for p in rest.split(",") if p]
         if not parts or (files and len(parts) > 1):
-            raise EvaluationError(f"{text!r}: expected one model{' or file' if files else ''}")
+            raise EvaluationError(
+                f"{text!r}: expected one model"
+                f"{' or file; comma-separated models work in `selm eval heldout`' if files else ''}"
+            )
         models = tuple(find(p, iteration=iteration, revision=revision) for p in parts)
         out.append(Contestant(name or models[0].name, models))
     seen = [c.name for c in out]

@@ -138,7 +138,7 @@ def summarize(
     if start is not None:
         before = _of_kind(start, "greedy")
         if [answer.prompt_id for answer in before] != [answer.prompt_id for answer in greedy]:
-            raise ValueError("the two iterations answer different held-out prompts")
+            raise ValueError("the policy and the start model answered different prompts")
         if "reward_greedy" in found:
             share = "reward_greedy" in shares([answers, start])
             scores = found["reward_greedy"][None], _column(before, "score")[None]

@@ -27,7 +27,10 @@ RunsMaxNewTokens = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the sampled answers.", min=0, max=MOST)]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Count tokens and judge calls, and compute nothing.")
+    bool,
+    typer.Option(
+        "--dry-run", help="Only count the tokens and the requests to judges, and compute nothing."
+    ),
 ]
 Results = Annotated[
     Path,
@@ -49,7 +52,7 @@ OwnResults = Annotated[
 Keep = Annotated[
     Path,
     typer.Option(
-        help="Folder for answers, which later calls use again.",
+        help="Folder that keeps generated answers, so that later calls reuse them.",
         metavar="FOLDER",
         parser=folder_to_write,
     ),
@@ -87,7 +90,7 @@ def within(numbers: Range) -> Callable[[float], float]:
 TopP = Annotated[
     float,
     typer.Option(
-        help="Sample from the most likely tokens whose probabilities add up to this much.",
+        help="Sample only from the most likely tokens, whose probabilities add up to this (top-p).",
         callback=within(Range(0, 1, above=True, advice="1 keeps all tokens")),
     ),
 ]
@@ -102,7 +105,7 @@ class Loading:
         typer.Option(
             "--iteration",
             "-t",
-            help="Iteration of a run; 0 is its start model.",
+            help="Iteration of the run whose model is used; 0 is the start model.",
             show_default="the last one",
         ),
     ] = None
@@ -112,7 +115,7 @@ class Loading:
     ] = None
     dtype: Dtype = "auto"
     tensor: Annotated[
-        int, typer.Option(help="Number of devices that share each matrix.", min=1)
+        int, typer.Option(help="Number of devices over which each weight matrix is split.", min=1)
     ] = 1
     slots: Annotated[
         int, typer.Option(help="Number of answers that are generated together.", min=1)
@@ -159,12 +162,14 @@ class Asking:
     ] = None
     limit: Annotated[
         int | None,
-        typer.Option(help="Use only this many prompts, from the start.", min=1, show_default="all"),
+        typer.Option(help="Use only this many prompts, the first ones.", min=1, show_default="all"),
     ] = None
     ranker: Annotated[
         str | None,
         typer.Option(
-            "--ranker", help="Name of the ranker that judges.", show_default="the first run's"
+            "--ranker",
+            help="Name of the ranker that scores the answers.",
+            show_default="the first run's",
         ),
     ] = None
     settings: Annotated[
@@ -178,8 +183,8 @@ class Asking:
     allow_malformed: Annotated[
         int,
         typer.Option(
-            help="How many of a judge's answers may be unreadable. They count as ties; in heldout, "
-            "as the mean of the prompt's readable ratings.",
+            help="How many of a judge's answers may be unreadable. These count as ties or, in "
+            "`heldout`, as the mean of the prompt's readable ratings.",
             min=0,
         ),
     ] = 0

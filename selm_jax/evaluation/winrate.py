@@ -124,7 +124,7 @@ def run(
         ranker is not antisymmetric, there are more malformed answers than allowed, or `out` exists.
     """
     if len(contestants) < 2:
-        raise EvaluationError(f"found {len(contestants)} contestant; expected two or more")
+        raise EvaluationError(f"found {len(contestants)} model or file; expected two or more")
     if ranker.name == "human":
         raise EvaluationError(
             "ranker 'human' works only with `selm annotate`; give another one with --ranker"

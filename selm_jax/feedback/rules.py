@@ -269,6 +269,6 @@ def _checked(
         needed = known[name](name).get_instruction_args_keys()
         if missing := [key for key in needed if each.get(key) is None]:
             raise FeedbackError(
-                f"the instruction {name!r} lacks its arguments {', '.join(missing)}."
+                f"the instruction {name!r} lacks its arguments {', '.join(missing)}. Add them."
             )
     return names, arguments

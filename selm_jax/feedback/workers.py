@@ -279,7 +279,8 @@ class _Worker:
             )
         raise FeedbackError(
             f"{self.call.where}: the rule took longer than {self.timeout:g} s (`timeout`) and was "
-            f"stopped. The response begins {self.call.beginning}."
+            f"stopped. Raise timeout, or make the rule faster. The response begins "
+            f"{self.call.beginning}."
         )
 
     def answer(self) -> list[float]:

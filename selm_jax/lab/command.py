@@ -40,7 +40,7 @@ class Sampled:
     """Options of `selm lab` commands: the number of worlds, the seed and the output folder."""
 
     seeds: Annotated[
-        int, typer.Option(help="Worlds per setting, each with its own noise.", min=2)
+        int, typer.Option(help="Random worlds per setting, each with its own noise.", min=2)
     ] = 128
     seed: Seed = 0
     out: Out = Path("runs/lab")
@@ -96,7 +96,7 @@ class Mapped:
 
 @_lab_verb("map", "--landscape needle ", "lab_map_LANDSCAPE.json and two SVG files")
 def map_(options: Mapped) -> None:
-    """Map where SELM's term lowers regret.
+    """Map where SELM's bonus lowers regret.
 
     It varies alpha, noise, coverage and dimension.
     """
@@ -151,9 +151,9 @@ def conditions(o: Sampled) -> None:
 
 @_lab_verb("why")
 def why(o: Sampled) -> None:
-    """Separate better data from a better fit.
+    """Compare effects on data and fit.
 
-    SELM's term is used only to collect data, or only in the fit.
+    SELM's bonus is used only to collect data, or only to fit the policy that is evaluated.
     """
     from selm_jax.lab import experiments, plots, stats
 
@@ -217,7 +217,7 @@ def idea(options: Idea) -> None:
 def theory(o: Sampled) -> None:
     """Test the paper's Theorem 5.3.
 
-    Alpha is set as it prescribes, and the regret is compared with its bound.
+    Alpha is set as the theorem prescribes, and the regret is compared with the theorem's bound.
     """
     from selm_jax.lab import experiments, stats
 

@@ -350,5 +350,7 @@ def _metric_lines(path: Path, notes: list[str]) -> Iterator[tuple[str, dict[str,
             if not line.ended:  # the run is writing it right now
                 notes.append(f"The last line of metrics.jsonl (line {line.number}) is incomplete.")
                 return
-            raise ReportError(f"{where} is not JSON: {error}") from error
+            raise ReportError(
+                f"{where} is not JSON: {error}. Restore the file from a copy"
+            ) from error
         yield where, mapping(found, path, f"line {line.number}")

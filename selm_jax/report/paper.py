@@ -49,7 +49,7 @@ def win_rates(runs: Sequence[RunData], labels: Sequence[str]) -> PaperFigure:
     prompts = {tuple(sorted(scores)) for scores in players.values()}
     if len(prompts) != 1:
         raise ReportError(
-            f"the runs have {len(prompts)} different sets of held-out prompts; name runs with the "
+            f"the runs have {len(prompts)} different sets of held-out prompts. Name runs with the "
             "same set"
         )
     keys = [

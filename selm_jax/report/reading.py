@@ -38,7 +38,7 @@ def json_file(path: Path) -> Any:
     try:
         return jsonl.value(text_of(path))
     except jsonl.JsonError as error:
-        raise ReportError(f"{path} is not JSON: {error}") from error
+        raise ReportError(f"{path} is not JSON: {error}. Restore the file from a copy") from error
 
 
 def check_digest(path: Path, digest: str | None) -> None:
@@ -77,7 +77,7 @@ def not_as_written(path: Path, key: str = "") -> ReportError:
 def wrong(where: str, found: Any, expected: str) -> ReportError:
     shown = repr(found)
     shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
-    return ReportError(f"{where}: found {shown}, expected {expected}")
+    return ReportError(f"{where}: found {shown}, expected {expected}. Restore the file from a copy")
 
 
 def _where(path: Path, key: str) -> str:

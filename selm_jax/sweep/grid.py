@@ -116,7 +116,7 @@ def read_sweep(
     cells = [_cell(axes, chosen) for chosen in itertools.product(*axes.values())]
     for seed, cell in itertools.product(seeds, cells):
         if "seed" in cell.changes:
-            raise ConfigError(f"{file}: cell {cell.name} changes seed; name seeds in `seeds`")
+            raise ConfigError(f"{file}: cell {cell.name} sets seed. List seeds in `seeds` instead")
         where = folder / cell.folder / f"seed_{seed}"
         changes = [*said.set.items(), *overrides, *cell.changes.items()]
         changes += [("seed", seed), ("output", str(where))]
@@ -181,7 +181,7 @@ def _baseline(
     file: Path, said: Mapping[str, str] | None, axes: Mapping[str, Mapping[str, Any]]
 ) -> tuple[str, str]:
     if not axes:
-        raise ConfigError(f"{file}: grid has no axis; `selm run` runs a single experiment")
+        raise ConfigError(f"{file}: grid has no axis. Add one, or use `selm run`")
     if said is None:
         name = list(axes)[-1]
         return name, next(iter(axes[name]))
@@ -190,7 +190,7 @@ def _baseline(
     ((name, level),) = said.items()
     if name not in axes or level not in axes[name]:
         known = "; ".join(f"{axis}: {', '.join(levels)}" for axis, levels in axes.items())
-        raise ConfigError(f"{file}: baseline {name}: {level} is not in the grid ({known})")
+        raise ConfigError(f"{file}: baseline {name}: {level} is not in the grid. It has {known}")
     return name, level
 
 
@@ -212,11 +212,13 @@ def _check_distinct(file: Path, members: Sequence[Member]) -> None:
         where = settings.pop("output")
         if (other := names.setdefault(where, name)) != name:
             raise ConfigError(
-                f"{file}: {other} and {name} would use the same folder, {where}. Rename a level"
+                f"{file}: the runs {other!r} and {name!r} would use the same folder, {where}. "
+                "Rename a level"
             )
         if (other := names.setdefault(json.dumps(settings), name)) != name:
             raise ConfigError(
-                f"{file}: {other} and {name} have the same settings. Change or remove one"
+                f"{file}: the runs {other!r} and {name!r} have the same settings. Change or remove "
+                "one of them"
             )
 
 

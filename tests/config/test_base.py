@@ -97,7 +97,7 @@ def test_mistakes_name_the_file_and_the_line_that_they_stand_in(write, tmp_path)
     ("text", "said"),
     [
         ("base: none.yaml", r"none\.yaml: no such experiment file"),
-        ("base: mine.yaml", r"mine\.yaml: base: .*mine\.yaml, which itself extends this file"),
+        ("base: mine.yaml", r"mine\.yaml: its base, .*mine\.yaml, extends this file"),
         ("base: 3", r"line 1: base: 3; the name of an experiment file was expected"),
         ("base: [whole.yaml]", r"the name of an experiment file was expected"),
     ],
@@ -109,5 +109,5 @@ def test_a_base_that_is_none(write, text, said):
 
 def test_two_files_cannot_begin_from_each_other(write):
     write("base: mine.yaml", "other.yaml")
-    with pytest.raises(ConfigError, match="which itself extends this file; name another base"):
+    with pytest.raises(ConfigError, match="extends this file in turn. Name another base"):
         config.load(write("base: other.yaml"))

@@ -460,10 +460,10 @@ BAD = {
     "no axis": ({"grid": {}}, "grid has no axis"),
     "an axis without levels": ({"grid": {"seeds": {}}}, "axis seeds has no levels"),
     "the same twice": (
-        {"grid": {"method": {"a": {}, "b": {}}}}, "a, seed 1 and b, seed 1 have the same"
+        {"grid": {"method": {"a": {}, "b": {}}}}, "'a, seed 1' and 'b, seed 1' have the same"
     ),
     "one folder twice": ({"grid": {"x": {"a b": {}, "a/b": {"iterations": 1}}}}, "the same folder"),
-    "seeds in the grid": ({"grid": {"seed": [1, 2]}}, "name seeds in `seeds`"),
+    "seeds in the grid": ({"grid": {"seed": [1, 2]}}, "List seeds in `seeds` instead"),
     "no such base": ({"base": "nowhere.yaml"}, "no such experiment file"),
 }  # fmt: skip
 

@@ -28,7 +28,9 @@ OptionalSource = Annotated[
 ]
 Name = Annotated[
     str | None,
-    typer.Option(help="Name of the model in the files.", show_default="the model's own"),
+    typer.Option(
+        help="Name for the model in the files of results.", show_default="the model's own"
+    ),
 ]
 
 
@@ -38,7 +40,9 @@ class Judging:
 
     judge: Annotated[
         str | None,
-        typer.Option(help="The judge's name on its server.", show_default="no judge is asked"),
+        typer.Option(
+            help="Name of the judge's model on its server.", show_default="no judge is asked"
+        ),
     ] = None
     base_url: Annotated[
         str | None,
@@ -56,17 +60,18 @@ class Judging:
     extra: Annotated[
         list[str] | None,
         typer.Option(
-            help="Further field of each request as key=value (YAML); key=null leaves one out.",
+            help="Extra field for each request to the judge as key=value (YAML); key=null removes "
+            "a field.",
             show_default="no field",
         ),
     ] = None
     concurrency: Annotated[
-        int, typer.Option(help="Number of judge calls at the same time.", min=1)
+        int, typer.Option(help="Number of requests to the judge at the same time.", min=1)
     ] = 16
     cache: Annotated[
         Path | None,
         typer.Option(
-            help="File that keeps the judge's answers, so that none is paid for twice.",
+            help="File that caches the judge's answers, so that no answer is paid for twice.",
             metavar="FILE",
             parser=file_to_write,
             show_default="judge.sqlite in the folder of results",
@@ -74,7 +79,10 @@ class Judging:
     ] = None
     max_cost: Annotated[
         float | None,
-        typer.Option(help="Most dollars to spend. Needs both prices.", show_default="no limit"),
+        typer.Option(
+            help="Maximum dollars to spend on the judge. Needs both prices.",
+            show_default="no limit",
+        ),
     ] = None
     price_prompt: Annotated[
         float | None,
@@ -122,7 +130,7 @@ def show_costs(costs: list[Cost]) -> None:
     if left:
         show(left, console)
     else:
-        typer.echo("every answer and judgment is there already")
+        typer.echo("there is nothing to pay for: all answers and judgments exist already")
 
 
 def exactly_one(**given: object) -> None:

@@ -107,7 +107,9 @@ class AnswerCache:
         try:
             self._open().execute("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?)", row)
         except sqlite3.DatabaseError as error:
-            raise FeedbackError(f"{self.file}: an answer could not be written: {error}.") from error
+            raise FeedbackError(
+                f"{self.file}: an answer could not be stored: {error}. Check the disk and rerun."
+            ) from error
 
     def remove(self, key: str) -> None:
         """Deletes the answer stored under `key`, if there is one."""
@@ -115,5 +117,5 @@ class AnswerCache:
 
     def _open(self) -> sqlite3.Connection:
         if self._connection is None:
-            raise RuntimeError("the cache is used outside its `with`")
+            raise RuntimeError("the cache is not open. Use it inside `with cache:`")
         return self._connection

@@ -726,7 +726,7 @@ class TestVerb:
         assert f"overall      {record['overall']['score']:6.3f}" in result.output
         assert len(judge.bodies) == 10
         result = self.verb(files, judge, *more, "--dry-run")
-        assert "is there already" in result.output
+        assert "exist already" in result.output
         again = self.verb(files, judge, *more)
         assert again.exit_code == 0 and len(judge.bodies) == 10
 

@@ -30,19 +30,21 @@ class LengthControl:
     gamed: Annotated[
         str | None,
         typer.Option(
-            help="df_gamed.csv, for the length-controlled rate; 'hub' fetches it.",
+            help="File df_gamed.csv, for the length-controlled win rate; 'hub' downloads it.",
             show_default="no length-controlled rate",
         ),
     ] = None
     gamed_sha256: Annotated[
         str | None,
-        typer.Option(help="Expected SHA-256 of --gamed.", show_default="the published file's"),
+        typer.Option(
+            help="Expected SHA-256 of the file --gamed.", show_default="the published file's"
+        ),
     ] = None
     published: Annotated[
         Path | None,
         typer.Option(
             help="Instead of --gamed: a clone of AlpacaEval's repository, or a folder with the "
-            "five of its files that docs/evaluate.md names.",
+            "five files that docs/evaluate.md lists.",
             metavar="FOLDER",
             parser=place,
             show_default="--gamed",
@@ -90,7 +92,10 @@ class Options:
     ] = None
     control: LengthControl
     allow_missing: Annotated[
-        int, typer.Option(help="How many preferences may be missing or unreadable.", min=0)
+        int,
+        typer.Option(
+            help="How many of the judge's preferences may be missing or unreadable.", min=0
+        ),
     ] = 0
     max_new_tokens: MaxNewTokens = 2048
     temperature: Annotated[

@@ -25,14 +25,14 @@ class Options:
     tasks: Annotated[
         str,
         typer.Option(
-            help="Tasks of lm-eval as NAME[:SHOTS],...; `paper` stands for the paper's six."
+            help="Tasks of lm-eval as NAME[:SHOTS],...; `paper` stands for the paper's six tasks."
         ),
     ]
     out: OwnResults = None
     include: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of further task files.",
+            help="Folder of your own task files (YAML).",
             metavar="FOLDER",
             parser=place,
             show_default="only lm-eval's",
@@ -41,13 +41,15 @@ class Options:
     limit: Annotated[
         int | None,
         typer.Option(
-            help="Use only this many rows of each task, from the start.", min=1, show_default="all"
+            help="Use only this many rows of each task, the first ones.", min=1, show_default="all"
         ),
     ] = None
     chat: Annotated[
         bool, typer.Option("--chat/--no-chat", help="Use the model's chat template.")
     ] = True
-    system: Annotated[str | None, typer.Option(help="System message.", show_default="none")] = None
+    system: Annotated[
+        str | None, typer.Option(help="System message for every conversation.", show_default="none")
+    ] = None
     seed: Seed = 0
     loading: Loading
     dry_run: DryRun = False

@@ -224,7 +224,7 @@ def read_answers(
                 f"{file}, row {i}: not an answer in FastChat's format: {error!r}. Correct the row."
             ) from error
         if not _are_texts(turns):
-            raise EvaluationError(f"{file}, row {i}: expected {TURNS} strings as turns.")
+            raise EvaluationError(f"{file}, row {i}: `turns` must be {TURNS} strings. Correct it.")
         if number in found:
             raise EvaluationError(
                 f"{file}, row {i}: question {number} is answered twice. Delete one of the answers."

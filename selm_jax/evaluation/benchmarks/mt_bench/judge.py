@@ -360,13 +360,13 @@ def _is_there(
     where = f"{journal.file}: question {match.question}, turn {match.turn}, of {match.models}"
     if tuple(row.get(key) for key in keys) != match.asked or row["judge"] != [judge, match.prompt]:
         raise EvaluationError(
-            f"{where} was judged on other texts or by another judge. Delete the file, or choose "
-            "another folder."
+            f"{where}: this judgment is about other texts or by another judge. Delete the file, or "
+            "choose another folder with --out."
         )
     if row.get("sampling", Sampling().fields()) != sampling.fields():
         raise EvaluationError(
-            f"{where} was judged with {row['sampling']}, and now the settings are "
-            f"{sampling.fields()}. Delete the file, or choose another folder."
+            f"{where}: the file's judgment used the settings {row['sampling']}, not the present "
+            f"{sampling.fields()}. Delete the file, or choose another folder with --out."
         )
     return True
 

@@ -61,14 +61,14 @@ class Options:
     ] = None
     repeats: Annotated[int, typer.Option(help="Number of judgments per turn.", min=1)] = 1
     judge_temperature: Annotated[
-        float, typer.Option(help="Temperature of the judge.", callback=within(Range(0)))
+        float, typer.Option(help="Sampling temperature of the judge.", callback=within(Range(0)))
     ] = 0.0
     judge_tokens: Annotated[int, typer.Option(help="Maximum tokens per judgment.", min=1)] = 2048
     allow_malformed: Annotated[
         int | None,
         typer.Option(
-            help="How many verdicts may be unreadable. They are left out of the means. Judges "
-            "sometimes miss the format that FastChat's prompts ask for. Leaving "
+            help="How many of the judge's verdicts may be unreadable and left out of the means. "
+            "Judges sometimes miss the format that FastChat's prompts ask for. Leaving "
             "out 8 of 160 ratings that are two points below the others raises the mean by 0.1.",
             min=0,
             show_default="5 % of them",

@@ -53,7 +53,8 @@ def run(options: Options) -> None:
     folder = o.out or default_out(name, "mt_bench")
     if others and others[0][0] == name:
         raise EvaluationError(
-            f"{o.against} has answers of {name!r} itself. Give the model another --name"
+            f"--against {o.against}: these answers have the same model name, {name!r}. Give the "
+            "evaluated model another name with --name"
         )
     if own is not None:
         own = (name, own[1])

@@ -25,7 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from selm_jax.bench.command import SHAPES, _cpu_name
+from selm_jax.bench import limits
+from selm_jax.bench.command import SHAPES
 from selm_jax.models.decoder import Decoder
 from selm_jax.rollout import schedule
 from selm_jax.rollout.engine import Engine
@@ -80,7 +81,7 @@ def main() -> None:
     medians = {key: statistics.median(times) for key, times in seconds.items()}
     wholes = {name: medians[name, ANSWER] for name in kinds}
     steps = {name: (wholes[name] - medians[name, 1]) / (ANSWER - 1) for name in kinds}
-    print(f"{_cpu_name()}, {os.cpu_count()} CPUs, {options.slots} slots, medians")
+    print(f"{limits.cpu_name()}, {os.cpu_count()} CPUs, {options.slots} slots, medians")
     for name in kinds:
         whole, step = wholes[name] / wholes["64 + 64"], steps[name] / steps["64 + 64"]
         print(

@@ -211,12 +211,16 @@ def _generation(b: Blueprint) -> Iterator[Phase]:
     """Yields the programs of generation in the engine's order: prefill, refill and decode."""
     p = b.generation
     kept = {**b.ranker_bytes, **b.heldout_params}
-    slots, waiting = {"slots": shard_bytes(p.slots)}, {"prompts": shard_bytes(p.prefilled)}
-    params = {"weights": shard_bytes(b.decoding_params)}
-    yield Phase("prefill", GENERATE, *p.prefill, {**kept, **slots})
-    yield Phase("refill", GENERATE, *p.insert, {**kept, **params})
+    slots, params = {"slots": shard_bytes(p.slots)}, {"weights": shard_bytes(b.decoding_params)}
+
+    def waiting(groups: int) -> dict[str, int]:
+        return {"prompts": groups * shard_bytes(p.prefilled)} if groups else {}
+
     # The results of a prefill wait until there are free slots for all of them.
-    yield Phase("decode", GENERATE, *p.decode, {**kept, **waiting})
+    earlier = waiting(p.groups - 1)
+    yield Phase("prefill", GENERATE, *p.prefill, {**kept, **slots, **earlier})
+    yield Phase("refill", GENERATE, *p.insert, {**kept, **params, **earlier})
+    yield Phase("decode", GENERATE, *p.decode, {**kept, **waiting(p.groups)})
 
 
 def _placed(x: Any, where: Any) -> jax.ShapeDtypeStruct:

@@ -9,10 +9,10 @@ import jax
 import numpy as np
 
 from selm_jax.models.decoder import Params
-from selm_jax.rollout.engine import (
-    Engine,
+from selm_jax.rollout.schedule import bucket, capacities
+from selm_jax.rollout.slots import (
+    Setup,
     Slots,
-    bucket,
     decode,
     empty,
     insert,
@@ -20,13 +20,13 @@ from selm_jax.rollout.engine import (
     prefill,
     slot_places,
 )
-from selm_jax.rollout.schedule import capacities
 
 
 class Programs(NamedTuple):
     """The programs of `generate`, each a jitted function with its abstract arguments.
 
-    `slots` is in memory during a prefill, and `prefilled` during decoding.
+    `slots` is in memory during a prefill, and `prefilled` during decoding, the latter up to
+    `groups` times.
     """
 
     prefill: tuple[Any, tuple[Any, ...]]
@@ -34,9 +34,10 @@ class Programs(NamedTuple):
     decode: tuple[Any, tuple[Any, ...]]
     slots: Slots
     prefilled: tuple[Any, Any]
+    groups: int
 
 
-def programs(engine: Engine, params: Params) -> Programs:
+def programs(engine: Setup, params: Params) -> Programs:
     """Makes the engine's programs for prompts of `max_prompt` tokens and the largest cache.
 
     Args:
@@ -57,8 +58,8 @@ def programs(engine: Engine, params: Params) -> Programs:
     slots = like(slots, slot_places(engine, slots))
     prompts = (engine, params, of_host(rows, bucket(engine.max_prompt)), of_host(rows))
     cache, scores = jax.eval_shape(partial(prefill, engine), *prompts[1:])
-    cache = like(cache, places(engine, cache, None, "kv_heads"))
-    scores = like(scores, places(engine, scores, None))
+    cache = like(cache, places(engine, cache, "slots", "kv_heads"))
+    scores = like(scores, places(engine, scores, "slots"))
     flags = (of_host(n, 2, dtype=np.uint32), of_host(n, dtype=np.bool_))
     return Programs(
         prefill=(prefill, prompts),
@@ -66,4 +67,5 @@ def programs(engine: Engine, params: Params) -> Programs:
         decode=(decode, (engine, params, slots, of_host(), of_host())),
         slots=slots,
         prefilled=(cache, scores),
+        groups=engine.groups,
     )

@@ -1,11 +1,17 @@
-"""The host's view of decoding: which slot has which response, and how large the cache must be.
+"""The host's view of decoding: who computes which prompt, who is in which slot, how large a cache.
 
 Nothing here uses a device.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections import deque
+from collections.abc import Sequence
+
 import numpy as np
+
+from selm_jax.rollout.requests import Request
 
 # A cache smaller than this many tokens would make a decoding step hardly faster.
 _LEAST = 128
@@ -35,6 +41,50 @@ def capacities(max_prompt: int, max_new_tokens: int) -> tuple[int, ...]:
     return tuple(reversed(sizes))
 
 
+@dataclasses.dataclass
+class Row:
+    """A row of a prefill: a prompt, and those of its samples that still need a slot.
+
+    Attributes:
+      place: number of the row. Each copy of the model computes a block of adjacent rows.
+    """
+
+    place: int
+    request: Request
+    samples: list[int]
+
+
+def dealt(queue: deque[Request], copies: int, to: Sequence[int], rows: int) -> list[deque[Row]]:
+    """Takes prompts from the queue and deals them to copies of the model, in turns.
+
+    If there are fewer prompts than rows, a prompt with many samples is given to several rows.
+
+    Args:
+      copies: number of copies.
+      to: the copies that get prompts.
+      rows: number of rows of each.
+
+    Returns:
+      the rows of each copy.
+    """
+    parts: list[deque[Row]] = [deque() for _ in range(copies)]
+    dealt: list[Row] = []
+    for place, copy in ((copy * rows + i, copy) for i in range(rows) for copy in to):
+        if queue:
+            request = queue.popleft()
+            samples = request.wanted()
+        else:
+            most = max(dealt, key=lambda row: len(row.samples))
+            half = len(most.samples) // 2
+            if not half:
+                break
+            request, samples = most.request, most.samples[-half:]
+            del most.samples[-half:]
+        dealt.append(Row(place, request, samples))
+        parts[copy].append(dealt[-1])
+    return parts
+
+
 class Board:
     """What the host knows of each slot.
 
@@ -44,7 +94,8 @@ class Board:
       drawn: number of tokens that it has drawn. The last of them is not yet in the cache.
     """
 
-    def __init__(self, slots: int, max_prompt: int, max_new_tokens: int):
+    def __init__(self, slots: int, copies: int, max_prompt: int, max_new_tokens: int):
+        self.slots_of_copy = slots // copies
         self.max_new_tokens = max_new_tokens
         self.capacities = capacities(max_prompt, max_new_tokens)
         self.owner: list[tuple[int, int] | None] = [None] * slots
@@ -54,9 +105,10 @@ class Board:
     def put(self, slot: int, owner: tuple[int, int], prompt: int) -> None:
         self.owner[slot], self.prompt[slot], self.drawn[slot] = owner, prompt, 1
 
-    @property
-    def free(self) -> list[int]:
-        return [slot for slot, owner in enumerate(self.owner) if owner is None]
+    def free(self, copy: int) -> list[int]:
+        """The free slots of a copy of the model."""
+        slots = range(copy * self.slots_of_copy, (copy + 1) * self.slots_of_copy)
+        return [slot for slot in slots if self.owner[slot] is None]
 
     @property
     def busy(self) -> list[int]:

@@ -30,7 +30,8 @@ from selm_jax.plan.measure import measure, shard_bytes, wanted
 from selm_jax.plan.phases import Blueprint, phases
 from selm_jax.plan.remedies import remedy
 from selm_jax.plan.topology import GIB, Target, TopologyError, local_target, target
-from selm_jax.rollout import engine as rollout
+from selm_jax.rollout import schedule
+from selm_jax.rollout import slots as rollout
 from selm_jax.run.run import Run
 from selm_jax.training.state import TrainState
 from selm_jax.weights import facts
@@ -112,7 +113,7 @@ def test_the_programs_are_given_what_the_run_gives_them(tiny_one):
     decoding = run.programs.decoding(params)
     check(same, b.decoding_params, decoding)
     engine = run.programs.engine
-    largest = rollout.bucket(engine.max_prompt) + engine.max_new_tokens
+    largest = schedule.bucket(engine.max_prompt) + engine.max_new_tokens
     check(same, b.generation.slots, rollout.empty(engine, largest))
     _, (engine, _, tokens, lengths) = b.generation.prefill
     prefilled = rollout.prefill(
@@ -342,7 +343,7 @@ def test_an_evaluation_is_counted_as_it_is_done(tmp_path, monkeypatch):
     assert (lengths.heldout, lengths.pairs) == (8, 8)
     w = work.work_of(b, lengths, work.Assumed(0.4, 0.6))
     assert w is not None and w.start is not None
-    answered = 8 * rollout.bucket(33) + 24 * 4
+    answered = 8 * schedule.bucket(33) + 24 * 4
     # The start's greedy answers met themselves: PairRM reads equal texts in one order alone.
     compared = (counts["ranker/comparisons"] + 8) * (33 + 2 * 4)
     assert w.start.tokens == answered + compared + sum(scored)

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from selm_jax.models.decoder import Decoder
 from selm_jax.parallel.mesh import decode_mesh, make_mesh
-from selm_jax.rollout import engine as module
 from selm_jax.rollout import schedule
+from selm_jax.rollout import slots as module
 from selm_jax.rollout.engine import Engine
 from selm_jax.rollout.parameters import decoding_params, decoding_shardings
 from selm_jax.rollout.requests import Request
@@ -36,7 +36,7 @@ def test_capacities_are_few_and_a_step_reads_at_most_twice_what_it_must(prompt, 
 
 @given(st.data(), st.integers(1, 600), st.integers(1, 300))
 def test_no_slot_runs_past_the_capacity_and_each_call_gets_on(data, longest, answer):
-    board = Board(4, longest, answer)
+    board = Board(4, 1, longest, answer)
     for slot in data.draw(st.sets(st.integers(0, 3), min_size=1)):
         board.put(slot, (slot, 0), data.draw(st.integers(1, longest)))
     while board.busy:
@@ -132,7 +132,7 @@ def test_answers_do_not_depend_on_growing_and_shrinking(
         return real(engine, params, slots, *rest)
 
     real = module.decode
-    monkeypatch.setattr(module, "decode", decode)
+    monkeypatch.setattr("selm_jax.rollout.engine.decode", decode)
     ended = (lambda tokens: False) if look else None
     found = engine.generate(params, requests, seed=3, iteration=1, ended=ended)
     assert {(r.index, r.sample): r.tokens for r in found} == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import jax
@@ -12,7 +13,7 @@ import pytest
 from selm_jax.models.decoder import Decoder, abstract_params
 from selm_jax.parallel.mesh import MeshError, decode_mesh, make_mesh
 from selm_jax.parallel.rules import TRAINING, shardings
-from selm_jax.rollout import engine as module
+from selm_jax.rollout import slots as module
 from selm_jax.rollout.engine import Engine
 from selm_jax.rollout.parameters import decoding_params, decoding_shardings
 from selm_jax.rollout.requests import Request
@@ -67,6 +68,28 @@ def test_copies_say_what_one_device_says(sizes, tensor, on, requests, alone):
     assert engine.generate(params, requests, seed=3, iteration=1) == alone
 
 
+def test_few_groups_of_prompts_wait_and_a_copy_with_free_slots_has_no_rows_left(
+    on, requests, monkeypatch
+):
+    engine, params = on((1, 8, 1), 1)
+    waiting = []
+
+    def refill(engine, params, slots, board, queue, *rest):
+        slots, groups = real(engine, params, slots, board, queue, *rest)
+        for copy in range(8):
+            assert not board.free(copy) or not any(group.rows[copy] for group in groups)
+        assert not queue or len(groups) == engine.groups or not all(map(board.free, range(8)))
+        waiting.append(len(groups))
+        return slots, groups
+
+    real = Engine._refill
+    monkeypatch.setattr(Engine, "_refill", refill)
+    many = [dataclasses.replace(r, index=100 * i + r.index) for i in range(3) for r in requests]
+    found = engine.generate(params, many, seed=3, iteration=1)
+    assert len(found) == sum(len(r.wanted()) for r in many)
+    assert 1 < max(waiting) <= engine.groups
+
+
 def collectives(compiled) -> list[str]:
     kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
     return re.findall(rf"= (\S+) (?:{kinds})(?:-start)?\(", compiled.as_text())
@@ -85,6 +108,28 @@ def test_copies_exchange_the_count_of_idle_slots_and_nothing_else(on):
     n = engine.slots
     shapes = [re.sub(r"\{.*", "", s) for s in collectives(decode(engine, params))]
     assert sorted(shapes) == sorted(["s32[]", f"pred[{n}]", f"s32[{n}]", f"s32[{n},8]"])
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_no_cache_travels_from_a_prefill_to_the_slots(tensor, on):
+    engine, params = on((1, 8, 1), tensor)
+    tokens = np.zeros((engine.prefill_rows, 16), np.int32)
+    lengths = np.ones(engine.prefill_rows, np.int32)
+    prefill = module.prefill.lower(engine, params, tokens, lengths).compile()
+    cache, scores = module.prefill(engine, params, tokens, lengths)
+    for x in (scores, cache[0].keys, cache[0].values):
+        assert x.sharding.shard_shape(x.shape)[0] == engine.prefill_rows // engine.copies
+    n = engine.slots
+    flags = np.zeros((n, 2), np.uint32), np.zeros(n, bool)
+    insert = module.insert.lower(
+        engine, module.empty(engine, 24), cache, scores, *np.zeros((2, n), np.int32), *flags
+    )
+    assert not collectives(insert.compile())
+    if tensor == 1:
+        assert not collectives(prefill)
+    else:  # hidden states and logits, inside each copy
+        shapes = [re.sub(r"\{.*", "", s) for s in collectives(prefill)]
+        assert shapes and all(shape.count(",") < cache[0].keys.ndim - 1 for shape in shapes)
 
 
 def test_no_weight_travels_while_a_cut_model_decodes(on):

@@ -1,0 +1,288 @@
+"""The slots of the rollout engine, and the programs that fill and decode them.
+
+On a mesh, slots are sharded over the axes data and fsdp and the model over tensor (`rules.DECODE`).
+Each copy of the model computes its own slots and its own rows of a prefill, and no cache moves from
+copy to copy. In each decoding step the copies exchange only the count of idle slots.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any, Self, cast
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from selm_jax.models.decoder import Decoder, LayerCache, Params, logits
+from selm_jax.parallel.rules import DECODE, partition
+from selm_jax.rollout.sampling import Sampling, next_tokens
+
+_GROUPS = 3  # as many prefilled groups may wait for slots; see `Setup.groups`
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What the programs of generation are compiled for.
+
+    Attributes:
+      decoder: an unrolled decoder (`scan=False`); its dtype is the compute dtype.
+      slots: the number of responses that decode together.
+      max_prompt, max_new_tokens: the most tokens of a prompt and of a response.
+      stop_ids: the tokens that end a response.
+      prefill_rows: the number of prompts per prefill.
+      mesh: the mesh to compute on (`parallel.mesh.decode_mesh`), which must divide slots and
+        prefill rows evenly; None for one device.
+    """
+
+    decoder: Decoder
+    sampling: Sampling
+    slots: int
+    max_prompt: int
+    max_new_tokens: int
+    stop_ids: tuple[int, ...]
+    prefill_rows: int = 4
+    mesh: Mesh | None = None
+
+    @classmethod
+    def fitted(cls, *, slots: int, prefill_rows: int, mesh: Mesh, **rest: Any) -> Self:
+        """A setup with slots and prefill rows rounded up so that the mesh divides them evenly."""
+        copies = _copies(mesh)
+        slots, prefill_rows = (-(-n // copies) * copies for n in (slots, prefill_rows))
+        return cls(slots=slots, prefill_rows=prefill_rows, mesh=mesh, **rest)
+
+    @property
+    def copies(self) -> int:
+        """The number of copies of the model."""
+        return _copies(self.mesh)
+
+    @property
+    def groups(self) -> int:
+        """The most prefilled groups of prompts that are kept at the same time.
+
+        A copy that is ahead of the others needs new prompts while theirs are still waiting. With
+        three groups it hardly ever has to wait; each copy holds only its own part of a group.
+        """
+        return min(_GROUPS, self.copies)
+
+
+def _copies(mesh: Mesh | None) -> int:
+    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+@flax.struct.dataclass
+class Slots:
+    """The state of decoding. `token` is the last token drawn, which is not yet in the cache."""
+
+    cache: tuple[LayerCache, ...]
+    token: Int[Array, " slots"]
+    position: Int[Array, " slots"]
+    drawn: Int[Array, " slots"]  # tokens drawn so far, `token` included
+    output: Int[Array, "slots new_tokens"]
+    streams: UInt32[Array, "slots 2"]
+    greedy: Bool[Array, " slots"]
+    active: Bool[Array, " slots"]
+
+    @property
+    def capacity(self) -> int:
+        return self.cache[0].keys.shape[2]
+
+
+def _cut(setup: Setup, tree: Any, *axes: str | None) -> Any:
+    """Shards arrays over the mesh by the names of their first axes; other axes are not sharded."""
+    if setup.mesh is None:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, places(setup, tree, *axes))
+
+
+def places(setup: Setup, tree: Any, *axes: str | None) -> Any:
+    """The shardings that `_cut` gives to arrays, by the names of their first axes."""
+
+    def of(x: Array) -> NamedSharding:
+        names = (axes + (None,) * x.ndim)[: x.ndim]
+        return partition("rollout", names, x.shape, cast(Mesh, setup.mesh), DECODE)
+
+    return jax.tree.map(of, tree)
+
+
+def _cut_slots(setup: Setup, slots: Slots) -> Slots:
+    if setup.mesh is None:
+        return slots
+    return jax.lax.with_sharding_constraint(slots, slot_places(setup, slots))
+
+
+def slot_places(setup: Setup, slots: Slots) -> Slots:
+    rest = places(setup, slots.replace(cache=()), "slots")
+    return rest.replace(cache=places(setup, slots.cache, "slots", "kv_heads"))
+
+
+@partial(jax.jit, static_argnums=0)
+def prefill(
+    setup: Setup,
+    params: Params,
+    tokens: Int[Array, "rows time"],
+    lengths: Int[Array, " rows"],
+) -> tuple[tuple[LayerCache, ...], Float[Array, "rows vocab"]]:
+    """Computes the prompts' keys and values, and the logits after each prompt's last token."""
+    rows, time = tokens.shape
+    tokens = _cut(setup, tokens, "slots")
+    positions = jnp.broadcast_to(jnp.arange(time), (rows, time))
+    end = _cut(setup, jnp.where(positions < lengths[:, None], lengths[:, None], 0), "slots")
+    hidden, cache = setup.decoder.apply(
+        {"params": params}, tokens, positions, end, _zeros(setup, rows, time),
+        jnp.zeros(rows, jnp.int32),
+    )  # fmt: skip
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    cache = _cut(setup, cast(tuple[LayerCache, ...], cache), "slots", "kv_heads")
+    return cache, _scores(setup, params, last)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=1)
+def insert(setup, slots, cache, scores, rows, lengths, streams, greedy) -> Slots:
+    """Copies prefilled rows into slots and draws the first token of each.
+
+    Args:
+      rows: for each slot, the row that it takes, one of its own copy's; -1 leaves it unchanged.
+    """
+    rows, lengths, streams, greedy = _cut(setup, (rows, lengths, streams, greedy), "slots")
+    taken, rows = rows >= 0, jnp.maximum(rows, 0)
+    zeros = jnp.zeros_like(rows)
+    first = next_tokens(_rows_of_own(setup, scores, rows), streams, zeros, greedy, setup.sampling)
+
+    def put(old, new):
+        return jnp.where(taken.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
+
+    def put_prefix(old, new):
+        # The padding of a prefill may be longer than the cache; the prompts taken are not.
+        time = min(old.shape[2], new.shape[2])
+        new = put(old[:, :, :time], _rows_of_own(setup, new[:, :, :time], rows).astype(old.dtype))
+        return jax.lax.dynamic_update_slice_in_dim(old, new, 0, axis=2)
+
+    output = jnp.zeros((setup.slots, setup.max_new_tokens), jnp.int32).at[:, 0].set(first)
+    slots = Slots(
+        cache=jax.tree.map(put_prefix, slots.cache, cache),
+        token=put(slots.token, first),
+        position=put(slots.position, lengths),
+        drawn=put(slots.drawn, jnp.ones_like(rows)),
+        output=put(slots.output, output),
+        streams=put(slots.streams, streams),
+        greedy=put(slots.greedy, greedy),
+        active=put(slots.active, _goes_on(setup, first, jnp.ones_like(rows))),
+    )
+    return _cut_slots(setup, slots)
+
+
+def _rows_of_own(setup: Setup, x: Array, rows: Int[Array, " slots"]) -> Array:
+    """x[rows] for rows of the slots' own copies: [slots, ...].
+
+    With vmap over the copies, XLA sees that none needs another's rows.
+    """
+    parts = x.reshape(setup.copies, -1, *x.shape[1:])
+    rows = rows.reshape(setup.copies, -1) % parts.shape[1]
+    found = jax.vmap(lambda part, rows: part[rows])(parts, rows)
+    return found.reshape(-1, *x.shape[1:])
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def decode(
+    setup: Setup, params: Params, slots: Slots, stop_at: Int[Array, ""], steps: Int[Array, ""]
+) -> tuple[Slots, tuple[Array, Array, Array]]:
+    """Decodes until `stop_at` slots are idle, or for `steps` steps.
+
+    Returns:
+      the slots, and (active, drawn, output) of all slots, on every device, for the host to read.
+    """
+
+    def busy(state: tuple[Slots, Array]):
+        slots, done = state
+        return (jnp.sum(~slots.active) < stop_at) & (done < steps)
+
+    def step(state: tuple[Slots, Array]) -> tuple[Slots, Array]:
+        slots, done = state
+        hidden, cache = setup.decoder.apply(
+            {"params": params}, slots.token[:, None], slots.position[:, None], None,
+            slots.cache, slots.position,
+        )  # fmt: skip
+        scores = _scores(setup, params, hidden[:, 0])
+        token = next_tokens(scores, slots.streams, slots.drawn, slots.greedy, setup.sampling)
+        here = slots.drawn[:, None] == jnp.arange(setup.max_new_tokens)
+        output = jnp.where(here, token[:, None], slots.output)
+        drawn = slots.drawn + 1
+        on = slots.active
+        slots = slots.replace(
+            cache=cache,
+            token=jnp.where(on, token, slots.token),
+            position=jnp.where(on, slots.position + 1, slots.position),
+            drawn=jnp.where(on, drawn, slots.drawn),
+            output=jnp.where(on[:, None], output, slots.output),
+            active=on & _goes_on(setup, token, drawn),
+        )
+        return slots, done + 1
+
+    slots, _ = jax.lax.while_loop(busy, step, (slots, jnp.int32(0)))
+    slots = _cut_slots(setup, slots)
+    return slots, _cut(setup, (slots.active, slots.drawn, slots.output), None)
+
+
+def _scores(setup: Setup, params: Params, hidden: Float[Array, "n embed"]):
+    """Computes logits [n, vocab] by shards of the vocabulary and gathers them for sampling.
+
+    With only the second constraint, XLA would move the unembedding matrix between devices instead.
+    """
+    scores = logits(setup.decoder.config, params, hidden)
+    return _cut(setup, _cut(setup, scores, "slots", "vocab"), "slots")
+
+
+def _goes_on(setup: Setup, token: Int[Array, " n"], drawn: Int[Array, " n"]) -> Bool[Array, " n"]:
+    stop = jnp.array(setup.stop_ids, jnp.int32)
+    return (drawn < setup.max_new_tokens) & ~jnp.any(token[:, None] == stop, axis=-1)
+
+
+def _zeros(setup: Setup, rows: int, capacity: int) -> tuple[LayerCache, ...]:
+    c = setup.decoder.config
+    shape = (rows, c.kv_heads, capacity, c.head_dim)
+    zeros = partial(jnp.zeros, shape, setup.decoder.dtype)
+    return tuple(LayerCache(zeros(), zeros()) for _ in range(c.layers))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def empty(setup: Setup, capacity: int) -> Slots:
+    n = setup.slots
+    slots = Slots(
+        cache=_zeros(setup, n, capacity),
+        token=jnp.zeros(n, jnp.int32),
+        position=jnp.zeros(n, jnp.int32),
+        drawn=jnp.zeros(n, jnp.int32),
+        output=jnp.zeros((n, setup.max_new_tokens), jnp.int32),
+        streams=jnp.zeros((n, 2), jnp.uint32),
+        greedy=jnp.zeros(n, bool),
+        active=jnp.zeros(n, bool),
+    )
+    return _cut_slots(setup, slots)
+
+
+def resized(setup: Setup, slots: Slots, capacity: int) -> Slots:
+    """The same slots with a cache of another capacity. The arrays of the old cache are deleted.
+
+    Layers are copied one after the other, so that never more than one of them exists twice.
+    """
+    if capacity == slots.capacity:
+        return slots
+    layers = []
+    for layer in slots.cache:
+        layers.append(_resized(setup, layer, capacity))
+        layer.keys.delete()
+        layer.values.delete()
+    return slots.replace(cache=tuple(layers))
+
+
+@partial(jax.jit, static_argnums=(0, 2))
+def _resized(setup: Setup, layer: LayerCache, capacity: int) -> LayerCache:
+    def of(x: Array) -> Array:
+        x = x[:, :, :capacity]
+        return jnp.pad(x, ((0, 0), (0, 0), (0, capacity - x.shape[2]), (0, 0)))
+
+    return _cut(setup, jax.tree.map(of, layer), "slots", "kv_heads")

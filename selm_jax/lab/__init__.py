@@ -9,5 +9,7 @@ many            runs many settings and seeds in one compiled program
 experiments     the experiments, each a question about many runs
 stats           intervals, slopes, corrections for many tests
 plots           figures that contain their command
+findings        the results in words, which an experiment's page begins with
+page            the page of an experiment: answer, settings, figures and numbers
 decoder_world   the same questions for a real `Decoder` trained by the packed update
 """

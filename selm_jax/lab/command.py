@@ -1,11 +1,12 @@
 """The commands of `selm lab`, which run experiments in small worlds.
 
-Each verb prints its findings, and writes all numbers to NAME.json and the figure to NAME.svg,
-NAME.pdf and NAME.png.
+Each verb prints its findings, and writes a page to NAME.html, which begins with the answer, all
+numbers to NAME.json, and the figure to NAME.svg, NAME.pdf and NAME.png.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import time
@@ -48,7 +49,7 @@ class Sampled:
 
 def _lab_verb(name: str, arguments: str = "", files: str = "") -> Callable[[Work], Work]:
     """Makes a decorator that adds a command to `selm lab`."""
-    files = files or f"lab_{name}.json and lab_{name}.svg"
+    files = files or f"lab_{name}.html, lab_{name}.json and the figure lab_{name}.svg"
     return verb(
         app, name, needs="nothing, not even an accelerator",
         writes=f"{files} into the folder of --out, and a summary to the terminal",
@@ -62,7 +63,7 @@ def regret(o: Sampled) -> None:
 
     All landscapes are tried, and the slope of the regret is shown too.
     """
-    from selm_jax.lab import experiments, plots
+    from selm_jax.lab import experiments, page, plots
 
     records = _write(experiments.regret_curves(o.seeds, o.seed), o.out / "lab_regret.json")
     typer.echo(
@@ -76,8 +77,18 @@ def regret(o: Sampled) -> None:
             f"{r['algorithm']:<15}{r['landscape']:<11}{total:>22}{slope:>20}"
             + (f"{_difference(r['against'])} {r['against']['of']}" if "against" in r else "")
         )
-    made = _made_by("regret", o.seeds, o.seed, "regret_curves")
-    plots.regret(records, o.out / "lab_regret.svg", made)
+    world = page.described(experiments.REGRET_SHAPE, experiments.REGRET_LENGTH)
+    made = page.Made("regret", o.seeds, o.seed, "experiments.py, regret_curves", world)
+    plot = plots.regret(records, o.out / "lab_regret.svg", str(made))
+    found = [
+        page.finding(r["against"], r["algorithm"], r["against"]["of"], r["landscape"], o.seeds)
+        for r in records
+        if "against" in r
+    ]
+    tables = [page.regret_and_slope(records)]
+    page.write(
+        o.out / "lab_regret.html", "The regret of all algorithms", made, found, [plot], tables
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,13 +105,13 @@ class Mapped:
     sampled: Sampled
 
 
-@_lab_verb("map", "--landscape needle ", "lab_map_LANDSCAPE.json and two SVG files")
+@_lab_verb("map", "--landscape needle ", "lab_map_LANDSCAPE.html, .json and two figures")
 def map_(options: Mapped) -> None:
     """Map where SELM's bonus lowers regret.
 
     It varies alpha, noise, coverage and dimension.
     """
-    from selm_jax.lab import experiments, plots, stats, worlds
+    from selm_jax.lab import experiments, page, plots, stats, worlds
 
     landscape, dimensions, o = options.landscape, options.dimensions, options.sampled
     if landscape not in worlds.LANDSCAPES:
@@ -109,7 +120,9 @@ def map_(options: Mapped) -> None:
     parts = experiments.optimism_map(o.seeds, o.seed, landscape=landscape, dimensions=asked)
     found = _collect(parts, "dimension")
     verb = f"map --landscape {landscape}" + (f" --dimensions {dimensions}" if dimensions else "")
-    everything = []
+    world = page.described(experiments.MAP_SHAPE, experiments.MAP_LENGTH)
+    made = page.Made(verb, o.seeds, o.seed, "experiments.py, optimism_map", world)
+    everything, drawn = [], []
     for against in ("online", "passive"):
         records = _rounded(stats.correct([r for r in found if r["against"] == against]))
         sure = [r for r in records if r["p_holm"] < 0.05]
@@ -121,10 +134,20 @@ def map_(options: Mapped) -> None:
                 f"against {against} DPO, alpha {which}: of {len(chosen)} settings {less} have less "
                 f"regret, {more} more, {len(chosen) - less - more} undecided (Holm, 5 %)"
             )
-        made = _made_by(verb, o.seeds, o.seed, "optimism_map") + f"; against {against} DPO"
-        plots.heat_maps(records, o.out / f"lab_map_{landscape}_{against}.svg", made)
+        file = o.out / f"lab_map_{landscape}_{against}.svg"
+        drawn.append(plots.heat_maps(records, file, f"{made}; against {against} DPO"))
         everything += records
     _write(everything, o.out / f"lab_map_{landscape}.json")
+    title = f"Where SELM's term lowers regret: the landscape {landscape}"
+    places = [
+        f"dimension {r['dimension']}, coverage {r['coverage']:g}, noise {r['temperature']:g}"
+        for r in everything
+    ]
+    shown = [
+        page.finding(r, f"SELM, alpha {r['alpha']:g}", f"{r['against']} DPO", place, o.seeds)
+        for r, place in zip(everything, places, strict=True)
+    ]
+    page.write(o.out / f"lab_map_{landscape}.html", title, made, shown, drawn)
 
 
 @_lab_verb("conditions")
@@ -133,20 +156,20 @@ def conditions(o: Sampled) -> None:
 
     The conditions are landscape, data, noise, reference, sampler and solver.
     """
-    from selm_jax.lab import experiments, plots, stats
+    from selm_jax.lab import experiments, page, plots, stats
 
     found = stats.correct(_collect(experiments.one_at_a_time(o.seeds, o.seed), "condition"))
     records = _write(found, o.out / "lab_conditions.json")
     _print(records, ("condition", "alpha"))
-    made = _made_by("conditions", o.seeds, o.seed, "one_at_a_time")
-    plots.table(
-        records,
-        "alpha",
-        "condition",
-        o.out / "lab_conditions.svg",
-        made,
-        "the same at alpha 0 (DPO)",
-    )
+    world = page.base_case()
+    made = page.Made("conditions", o.seeds, o.seed, "experiments.py, one_at_a_time", world)
+    file, base = o.out / "lab_conditions.svg", "the same at alpha 0 (DPO)"
+    plot = plots.table(records, "alpha", "condition", file, str(made), base)
+    shown = [
+        page.finding(r, f"SELM, alpha {r['alpha']:g}", "DPO", r["condition"], o.seeds)
+        for r in records
+    ]
+    page.write(file.with_suffix(".html"), "One condition at a time", made, shown, [plot])
 
 
 @_lab_verb("why")
@@ -155,15 +178,28 @@ def why(o: Sampled) -> None:
 
     SELM's bonus is used only to collect data, or only to fit the policy that is evaluated.
     """
-    from selm_jax.lab import experiments, plots, stats
+    from selm_jax.lab import experiments, page, plots, stats
 
     found = stats.correct(_collect(experiments.why(o.seeds, o.seed), "condition"))
     records = _write(found, o.out / "lab_why.json")
     _print(records, ("condition", "variant", "setting"))
     for r in records:
         r["variant and setting"] = f"{r['variant']}\n{r['setting']:g}"
-    made = _made_by("why", o.seeds, o.seed, "why")
-    plots.table(records, "variant and setting", "condition", o.out / "lab_why.svg", made, "DPO")
+    world = page.base_case()
+    made = page.Made("why", o.seeds, o.seed, "experiments.py, why", world)
+    file = o.out / "lab_why.svg"
+    plot = plots.table(records, "variant and setting", "condition", file, str(made), "DPO")
+    shown = [
+        page.finding(
+            r,
+            f"{experiments.VARIANTS[r['variant']]} {r['setting']:g}",
+            "DPO",
+            r["condition"],
+            o.seeds,
+        )
+        for r in records
+    ]
+    page.write(file.with_suffix(".html"), "Better data or a better fit?", made, shown, [plot])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +231,7 @@ def idea(options: Idea) -> None:
 
     All losses run in the same worlds, with the same queries and seeds.
     """
-    from selm_jax.lab import experiments, plots, stats
+    from selm_jax.lab import experiments, page, plots, stats
     from selm_jax.objectives.build import build_objective
 
     loss, settings, beta, o = options.loss, options.settings, options.beta, options.sampled
@@ -209,17 +245,23 @@ def idea(options: Idea) -> None:
     records = _write(compared, o.out / "lab_idea.json")
     _print(records, ("objective", "landscape"))
     verb = " ".join(["idea", loss, *(settings or []), f"--beta {beta:g}"])
-    made = _made_by(verb, o.seeds, o.seed, "idea")
-    plots.table(records, "landscape", "objective", o.out / "lab_idea.svg", made, "DPO")
+    shape = dataclasses.replace(experiments.IDEA_SHAPE, beta=beta)
+    world = page.described(shape, experiments.IDEA_LENGTH)
+    made = page.Made(verb, o.seeds, o.seed, "experiments.py, idea", world)
+    file = o.out / "lab_idea.svg"
+    plot = plots.table(records, "landscape", "objective", file, str(made), "DPO")
+    shown = [page.finding(r, r["objective"], "DPO", r["landscape"], o.seeds) for r in records]
+    title = f"{loss.rpartition(':')[2]} beside SELM and DPO"
+    page.write(file.with_suffix(".html"), title, made, shown, [plot])
 
 
-@_lab_verb("theory", files="lab_theory.json")
+@_lab_verb("theory", files="lab_theory.html and lab_theory.json")
 def theory(o: Sampled) -> None:
     """Test the paper's Theorem 5.3.
 
     Alpha is set as the theorem prescribes, and the regret is compared with the theorem's bound.
     """
-    from selm_jax.lab import experiments, stats
+    from selm_jax.lab import experiments, page, stats
 
     found = _collect(experiments.theorem(o.seeds, o.seed), "beta")
     records = _write(stats.correct(found), o.out / "lab_theory.json")
@@ -232,6 +274,18 @@ def theory(o: Sampled) -> None:
             f"{r['beta']:>5g}{r['rounds']:>5}{r['r_max']:>7.2f}{r['alpha']:>10.2g}"
             f"{r['bound']:>10.2g}{r['worst']:>8.0f}{_difference(r)}"
         )
+    shape = experiments.THEORY_SHAPE
+    world = f"{page.of_shape(shape)}; beta as in the table; one query a round"
+    made = page.Made("theory", o.seeds, o.seed, "experiments.py, theorem", world)
+    shown = [
+        page.finding(
+            r, "SELM with the theorem's alpha", "DPO",
+            f"beta {r['beta']:g} with {r['rounds']} rounds", o.seeds,
+        )
+        for r in records
+    ]  # fmt: skip
+    file = o.out / "lab_theory.html"
+    page.write(file, "Theorem 5.3 in small worlds", made, shown, tables=[page.constants(records)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,13 +304,13 @@ class OfDecoder:
     out: Out = Path("runs/lab")
 
 
-@_lab_verb("decoder", files="lab_decoder.json")
+@_lab_verb("decoder", files="lab_decoder.html and lab_decoder.json")
 def decoder(o: OfDecoder) -> None:
     """Train a tiny decoder in a small world.
 
     The update is that of real runs, with packed rows. SELM's exact regret is compared with DPO's.
     """
-    from selm_jax.lab import decoder_world
+    from selm_jax.lab import decoder_world, page
 
     found = decoder_world.regret(_numbers(o.alphas), o.seeds, o.seed, rounds=o.rounds, rate=o.rate)
     records = _write(found, o.out / "lab_decoder.json")
@@ -265,6 +319,14 @@ def decoder(o: OfDecoder) -> None:
     )
     for r in records:
         typer.echo(f"alpha {r['alpha']:<6g}{_difference(r)}")
+    verb = f"decoder --alphas {o.alphas} --rounds {o.rounds} --rate {o.rate:g}"
+    world = f"3 prompts, responses of up to 4 letters; {o.rounds} rounds of 8 queries and 4 updates"
+    made = page.Made(verb, o.seeds, o.seed, "decoder_world.py, regret", world)
+    shown = [
+        page.finding(r, f"SELM, alpha {r['alpha']:g}", "DPO", "this world", o.seeds)
+        for r in records
+    ]
+    page.write(o.out / "lab_decoder.html", "A tiny decoder in a small world", made, shown)
 
 
 def _collect(parts: Iterable[list[dict[str, Any]]], name: str) -> list[dict[str, Any]]:
@@ -310,13 +372,6 @@ def _write(records: list[dict[str, Any]], file: Path) -> list[dict[str, Any]]:
     artifacts.write_text(file, f"[\n{lines}\n]\n")
     typer.echo(f"numbers: {file}")
     return records
-
-
-def _made_by(verb: str, seeds: int, seed: int, function: str) -> str:
-    return (
-        f"selm lab {verb} --seeds {seeds} --seed {seed}; {seeds} seeds per setting; "
-        f"selm_jax/lab/experiments.py, {function}"
-    )
 
 
 def _numbers(text: str) -> list[float]:

@@ -231,6 +231,12 @@ def one_at_a_time(
 
 WHY = ("base", "64 prompts", "4 features", "needle", "thin coverage 0.002", "tabular")
 WHY_ALPHAS = (0.03, 0.1, 0.3)
+VARIANTS = {
+    "bound": "DPO (no term) with class size",
+    "both": "SELM with alpha",
+    "asker": "the term only in sampling, with alpha",
+    "judged": "the term only in the fit, with alpha",
+}
 
 
 def why(seeds: int, seed: int = 0) -> Iterator[list[Record]]:

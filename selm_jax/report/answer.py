@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from selm_jax.report.data import RunData
-from selm_jax.report.summary import number, paired_difference, plural, rankers_of
+from selm_jax.report.summary import listed, number, p_value, paired_difference, plural, rankers_of
 from selm_jax.statistics.intervals import Estimate
 from selm_jax.statistics.multiple import holm
 
@@ -35,8 +35,10 @@ class Compared:
 
     def __str__(self) -> str:
         d = self.difference
+        if d.low is None and d.mean == 0:
+            return f"{self.name} 0, the same score for every prompt"
         interval = f", 95 % interval {number(d.low)} to {number(d.high)}"
-        p = "" if self.p_holm is None else f", p {number(self.p_holm)}"
+        p = "" if self.p_holm is None else f", p {p_value(self.p_holm)}"
         return f"{self.name} {number(d.mean, sign=True)}{interval if d.low is not None else ''}{p}"
 
 
@@ -89,7 +91,7 @@ def sentence(baseline: str, compared: Sequence[Compared], seeds: int) -> str:
 def _none_of(names: Sequence[str]) -> str:
     if len(names) == 2:
         return f"Neither {names[0]} nor {names[1]}"
-    return f"None of {', '.join(names[:-1])} and {names[-1]}"
+    return f"None of {listed(names)}"
 
 
 def _numbers(compared: Sequence[Compared]) -> str:

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from selm_jax.report.data import RunData, Update
 from selm_jax.report.drawn import Drawing
 from selm_jax.report.plots import Series, Style, lines, run_style, swatch
-from selm_jax.report.summary import number
+from selm_jax.report.summary import listed, number
 
 Legend = tuple[tuple[Markup, str], ...]
 """Samples of lines or colours with their meanings."""
@@ -46,7 +46,7 @@ _TERMS = {
     ),
     "loss/optimism": (
         "Optimism term",
-        "Starts at 0 and falls as the policy moves away from the explored answers. Note the scale.",
+        "Starts at 0; below 0, the policy moved away from the explored answers. Note the scale.",
     ),
 }
 _DRAWN_ELSEWHERE = {
@@ -86,7 +86,7 @@ def own_plots(runs: Sequence[RunData], labels: Sequence[str]) -> list[Plot]:
             if any(key in update.metrics for update in run.updates)
         ]
         if len(having) < len(runs):
-            how += f" Only {', '.join(having)} logged it."
+            how += f" Only {listed(having)} logged it."
         plots.append(by_update(runs, labels, key, title, how))
     return [plot for plot in plots if plot.drawing is not None]
 

@@ -134,19 +134,7 @@ def report_data(run: Path) -> RunData:
       ReportError: a file has unexpected content; the message names the file, line and key.
     """
     run = Path(run)
-    if not run.is_dir():
-        raise FileNotFoundError(f"{run} is not a folder; expected a run folder such as runs/NAME")
-    missing = [name for name in ("config.yaml", "manifest.json") if not (run / name).is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"{run} is not a run folder: it lacks {' and '.join(missing)}. "
-            "`selm run` writes both before its first stage; check the path."
-        )
-    manifest = sealed_mapping(json_file(run / "manifest.json"), run / "manifest.json")
-    if manifest.pop("config_sha256", None) not in (None, sha256(run / "config.yaml")):
-        raise not_as_written(run / "config.yaml")
-    config_text, config = settings(run / "config.yaml")
-
+    manifest, config_text, config = written_settings(run)
     notes: list[str] = []
     folders = iterations(run)
     stages = {k: _stages(folder) for k, folder in folders.items()}
@@ -175,6 +163,26 @@ def report_data(run: Path) -> RunData:
         unfinished=tuple(_unfinished(planned, evaluates, stages, evaluations, tables, pairs)),
         notes=tuple(notes),
     )
+
+
+def written_settings(run: Path) -> tuple[dict[str, Any], str, dict[str, Any]]:
+    """Reads the manifest of a run folder, and its settings as text and as a tree.
+
+    Raises:
+      FileNotFoundError, ReportError: see `report_data`.
+    """
+    if not run.is_dir():
+        raise FileNotFoundError(f"{run} is not a folder; expected a run folder such as runs/NAME")
+    missing = [name for name in ("config.yaml", "manifest.json") if not (run / name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{run} is not a run folder: it lacks {' and '.join(missing)}. "
+            "`selm run` writes both before its first stage; check the path."
+        )
+    manifest = sealed_mapping(json_file(run / "manifest.json"), run / "manifest.json")
+    if manifest.pop("config_sha256", None) not in (None, sha256(run / "config.yaml")):
+        raise not_as_written(run / "config.yaml")
+    return manifest, *settings(run / "config.yaml")
 
 
 def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -18,6 +18,7 @@ import matplotlib.colors
 import matplotlib.style
 from markupsafe import Markup
 from matplotlib.artist import Artist
+from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -61,7 +62,7 @@ def drawn(
     thin = rows[:: -(-len(rows) // LONGEST) or 1]
     columns = list(dict.fromkeys(name for row in thin for name in row))
     data = csv_text(columns, [[row.get(name) for name in columns] for row in thin])
-    return Drawing(_inline(figure, key, alt), _paper(figure, title), data)
+    return Drawing(inline(figure, key, alt), _paper(figure, title), data)
 
 
 def _paper(figure: Figure, title: str) -> bytes:
@@ -76,8 +77,7 @@ def _paper(figure: Figure, title: str) -> bytes:
         for text in legend.get_texts():
             text.set_parse_math(False)  # a dollar sign in a run's name must not start a formula
     axes.set_title(title, loc="left", fontsize=10, parse_math=False)
-    for artist in figure.findobj():
-        _in_light_colours(artist)
+    in_light_colours(figure)
     buffer = io.BytesIO()
     nothing = dict.fromkeys(("CreationDate", "Creator", "Producer"))
     with matplotlib.style.context(RC):
@@ -85,8 +85,16 @@ def _paper(figure: Figure, title: str) -> bytes:
     return buffer.getvalue()
 
 
+def in_light_colours(figure: Figure) -> None:
+    """Replaces the placeholder colours of a figure by the colours of the light page."""
+    for artist in figure.findobj():
+        _in_light_colours(artist)
+
+
 def _in_light_colours(artist: Artist) -> None:
     match artist:
+        case PolyCollection():
+            artist.set_facecolor([_light(colour) for colour in artist.get_facecolor()])
         case Line2D():
             artist.set_color(_light(artist.get_color()))
             artist.set_markerfacecolor(_light(artist.get_markerfacecolor()))
@@ -108,7 +116,7 @@ def _light(colour: Any) -> Any:
     return colour if found is None else (*matplotlib.colors.to_rgb(found), rgba[3])
 
 
-def _inline(figure: Figure, key: str, alt: str) -> Markup:
+def inline(figure: Figure, key: str, alt: str) -> Markup:
     """Draws the figure as an inline `<svg>` element, without an XML prolog and with unique ids."""
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))

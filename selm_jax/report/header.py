@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from selm_jax.report.data import RunData
-from selm_jax.report.summary import plural
+from selm_jax.report.summary import plural, settings_differences
+
+Facts = list[tuple[str, str]]
+"""Titles and texts, in reading order."""
 
 
-def facts(run: RunData) -> list[tuple[str, str]]:
+def facts(settings: Mapping[str, str], manifest: Mapping[str, Any]) -> Facts:
     """Known facts about a run, such as its model and objective, as (title, text)."""
-    s, m = run.settings, run.manifest
-    versions = _mapping(m.get("versions"))
+    s, m = settings, manifest
     rows = {
         "Model": _joined(s.get("model.source"), _revision(m), _parameters(m)),
         "Objective": _with_settings(s, "objective.loss", "objective."),
@@ -22,12 +23,57 @@ def facts(run: RunData) -> list[tuple[str, str]]:
         "Held-out data": _joined(s.get("data.heldout"), _rows(s.get("data.heldout_limit"))),
         "Iterations": s.get("iterations", ""),
         "Seed": s.get("seed", ""),
-        "Versions": _joined(*(f"{name} {versions[name]}" for name in versions)),
-        "Commit": str(m.get("commit") or ""),
+        **code(_mapping(m.get("versions")), m.get("commit")),
         "Device": _joined(m.get("device"), m.get("platform"), _count(m.get("devices"), "device")),
         "Begun": str(m.get("created", "")).replace("T", " ").replace("+00:00", " UTC"),
     }
     return [(title, text) for title, text in rows.items() if text and text != "null"]
+
+
+def shared_facts(
+    runs: Sequence[tuple[Mapping[str, str], Mapping[str, Any]]],
+) -> tuple[Facts, Facts]:
+    """The facts that are the same in all runs, and the values of everything that differs.
+
+    Args:
+      runs: the settings and the manifest of each run.
+    """
+    runs = [({k: _relative(v, s) for k, v in s.items() if k != "output"}, m) for s, m in runs]
+    tables = [dict(facts(*run)) for run in runs]
+    same = [
+        (title, text)
+        for title, text in (tables[0] if tables else {}).items()
+        if all(table.get(title) == text for table in tables)
+    ]
+    machines = [{k: v for k, v in table.items() if k in _MACHINE} for table in tables]
+    differ = settings_differences([s for s, _ in runs]) + settings_differences(machines)
+    return same, [(title, _values(values)) for title, values in differ]
+
+
+def _relative(text: str, settings: Mapping[str, str]) -> str:
+    """The text with RUN for the run's own folder, so that equal parts of runs are equal."""
+    output = settings.get("output")
+    return text.replace(output, "RUN") if output else text
+
+
+_MACHINE = ("Versions", "Commit", "Device")  # the facts that are no settings
+
+
+def _values(values: Sequence[str | None]) -> str:
+    distinct = list(dict.fromkeys("not set" if value is None else value for value in values))
+    shown = " | ".join(distinct[:_SHOWN])
+    return f"{shown} | and {len(distinct) - _SHOWN} more" if len(distinct) > _SHOWN else shown
+
+
+_SHOWN = 6  # values of one setting
+
+
+def code(versions: Mapping[str, Any], commit: Any) -> dict[str, str]:
+    """What a header says about the code: the versions of packages, and the commit."""
+    return {
+        "Versions": _joined(*(f"{name} {versions[name]}" for name in versions)),
+        "Commit": str(commit or ""),
+    }
 
 
 def is_rehearsal(settings: Mapping[str, str]) -> bool:

@@ -23,7 +23,7 @@ from selm_jax.report.curves import (
 )
 from selm_jax.report.data import ReportError, RunData, report_data
 from selm_jax.report.files import Table, link
-from selm_jax.report.header import facts, is_rehearsal
+from selm_jax.report.header import facts, is_rehearsal, shared_facts
 from selm_jax.report.plots import run_style, swatch
 from selm_jax.shell import artifacts
 from selm_jax.shell.paths import check_file, place
@@ -98,7 +98,9 @@ def templates() -> jinja2.Environment:
         lstrip_blocks=True,
         finalize=printable,
     )
-    environment.filters.update(number=summary.number, percent=summary.percent)
+    environment.filters.update(
+        number=summary.number, percent=summary.percent, p_value=summary.p_value
+    )
     environment.globals.update(link=link)
     return environment
 
@@ -109,6 +111,7 @@ def render(runs: Sequence[RunData]) -> str:
     script = SCRIPT
     answers, left_out = cards.answer_cards(runs, labels)
     several = len(runs) > 1
+    same = shared_facts([(run.settings, run.manifest) for run in runs])[0] if several else []
     return (
         templates()
         .get_template("page.html.jinja")
@@ -119,9 +122,10 @@ def render(runs: Sequence[RunData]) -> str:
             script=Markup(script),
             policy=policy(script),
             runs=[
-                _run_view(run, label, i)
+                _run_view(run, label, i, said=dict(same))
                 for i, (run, label) in enumerate(zip(runs, labels, strict=True))
             ],
+            same=same,
             comparisons=[
                 (label, summary.paired_difference(runs[0], run))
                 for run, label in list(zip(runs, labels, strict=True))[1:]
@@ -267,7 +271,8 @@ def unique_labels(runs: Sequence[RunData]) -> list[str]:
     ]
 
 
-def _run_view(run: RunData, label: str, index: int) -> dict[str, Any]:
+def _run_view(run: RunData, label: str, index: int, said: Mapping[str, str]) -> dict[str, Any]:
+    """What the template needs of a run; `said` has the facts that the page says of all runs."""
     known = summary.evaluated(run)
     evaluations, dropped = run_tables.evaluation_rows(run), run_tables.dropped(run)
     stages = run_tables.stage_rows(run)
@@ -281,7 +286,7 @@ def _run_view(run: RunData, label: str, index: int) -> dict[str, Any]:
     return {
         "label": label,
         "swatch": swatch(run_style(index)),
-        "facts": facts(run),
+        "facts": [row for row in facts(run.settings, run.manifest) if row[0] not in said],
         "progress": summary.progress(run),
         "paragraph": summary.paragraph(run),
         "alarms": summary.alarms(run),

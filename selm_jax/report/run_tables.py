@@ -111,8 +111,11 @@ def manifest(run: RunData) -> dict[str, str]:
 
 
 def machine(run: RunData) -> dict[str, str]:
-    """The entries of a run's manifest (versions, devices), without the ranker's settings."""
-    return {k: v for k, v in manifest(run).items() if not k.startswith("feedback")}
+    """The entries of a run's manifest on versions and devices, without its settings."""
+    return {k: v for k, v in manifest(run).items() if not k.startswith(_SETTINGS)}
+
+
+_SETTINGS = ("feedback", "method", "model.source", "objective")
 
 
 def evaluation_table(label: str, rows: Sequence[Mapping[str, Any]]) -> Table:

@@ -33,6 +33,11 @@ def number(value: float | None, sign: bool = False) -> str:
     return ("−" if value < 0 else "+" if sign and value > 0 else "") + text
 
 
+def p_value(p: float | None) -> str:
+    """A p value for readers; below 1e-12, only that it is below."""
+    return "< 1e−12" if p is not None and p < 1e-12 else number(p)
+
+
 def percent(share: float | None) -> str:
     """Formats a share as a percentage: a whole number, or one significant digit below 1 %."""
     if share is None or not math.isfinite(share):
@@ -43,6 +48,11 @@ def percent(share: float | None) -> str:
 
 def plural(count: int, word: str) -> str:
     return f"{count} {word}{'' if count == 1 else 's'}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names in a sentence: "a", "a and b", "a, b and c"."""
+    return " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
 
 
 def evaluated(run: RunData) -> list[int]:
@@ -117,7 +127,7 @@ def paragraph(run: RunData) -> str:
         text += f", at a KL of {number(kl)} nats per answer from the start"
     text += f", after {plural(last, 'iteration')}."
     best = max(known, key=lambda k: run.metric(k, "reward_greedy") or -math.inf)
-    if best != last:
+    if number(run.metric(best, "reward_greedy")) != number(end):
         text += (
             f" The highest reward, {number(run.metric(best, 'reward_greedy'))}, "
             f"belongs to {'the start model' if best == 0 else f'iteration {best}'}."

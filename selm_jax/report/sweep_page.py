@@ -7,14 +7,15 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from markupsafe import Markup
 
 from selm_jax.report import answer, summary
 from selm_jax.report.curves import Legend, Plot, values_in_words
-from selm_jax.report.data import RunData, report_data
+from selm_jax.report.data import flatten, written_settings
 from selm_jax.report.files import Table
-from selm_jax.report.header import facts, is_rehearsal
+from selm_jax.report.header import is_rehearsal, shared_facts
 from selm_jax.report.page import SCRIPT, STYLE, policy, templates
 from selm_jax.report.plots import Estimated, Series, estimates, lines, run_style, swatch
 from selm_jax.shell import artifacts
@@ -105,7 +106,8 @@ def write(
       shared: for each stage, how often it was run and how often it was copied from another run.
     """
     place = list(axes).index(axis)  # index of the compared level in a row's levels
-    base = _base(out.parent, rows)
+    runs = _finished(out.parent, rows)
+    same, varied = shared_facts(runs)
     text = (
         templates()
         .get_template("sweep.html.jinja")
@@ -116,12 +118,13 @@ def write(
             style=Markup(STYLE),
             script=Markup(SCRIPT),
             policy=policy(SCRIPT),
-            base=[] if base is None else facts(base),
-            rehearsed=base is not None and is_rehearsal(base.settings),
+            same=same,
+            varied=varied,
+            rehearsed=any(is_rehearsal(settings) for settings, _ in runs),
             axis=axis,
             place=place,
             against=against,
-            groups=list(_groups(rows, place, axis, against)),
+            groups=list(_groups(rows, axes, axis, against)),
             finished=sum(row.seeds for row in rows),
             planned=sum(len(row.runs) for row in rows),
             seeds=sorted({seed for row in rows for seed, *_ in row.runs}),
@@ -133,11 +136,14 @@ def write(
     artifacts.write_text(out, text)
 
 
-def _groups(rows: Sequence[Row], place: int, axis: str, against: str) -> Iterator[Group]:
+def _groups(rows: Sequence[Row], axes: Sequence[str], axis: str, against: str) -> Iterator[Group]:
     """Yields groups of rows that differ only in the level of the compared axis."""
 
-    def rest(row: Row) -> tuple[str, ...]:
-        return row.levels[:place] + row.levels[place + 1 :]
+    place = list(axes).index(axis)
+
+    def rest(row: Row) -> str:
+        levels = zip(axes, row.levels, strict=True)
+        return ", ".join(f"{name} {level}" for name, level in levels if name != axis)
 
     levels = list(dict.fromkeys(row.levels[place] for row in rows))
     styles = {level: run_style(i) for i, level in enumerate(levels)}
@@ -145,24 +151,22 @@ def _groups(rows: Sequence[Row], place: int, axis: str, against: str) -> Iterato
         mine = [row for row in rows if rest(row) == key]
         named = [(row.levels[place], row) for row in mine]
         legend = tuple((swatch(styles[level]), level) for level, _ in named)
-        title = ", ".join(key)
         yield Group(
-            title=title,
+            title=key,
             verdict=_verdict(named, against),
             rows=mine,
             plots=list(_plots(named, styles, against, i)),
             legend=legend,
-            links=_numbers(title or "comparison", axis, named).links,
+            links=_numbers(key or "comparison", axis, named).links,
         )
 
 
-def _base(folder: Path, rows: Sequence[Row]) -> RunData | None:
-    """Reads one finished run, of the baseline if possible, to describe all runs in the header."""
-    for row in sorted(rows, key=lambda row: not row.baseline):
-        for _, run, finished in row.runs:
-            if finished and (folder / run / "config.yaml").is_file():
-                return report_data(folder / run)
-    return None
+def _finished(folder: Path, rows: Sequence[Row]) -> list[tuple[dict[str, str], dict[str, Any]]]:
+    """Reads the settings and the manifest of every finished run."""
+    read = [
+        written_settings(folder / run) for row in rows for _, run, finished in row.runs if finished
+    ]
+    return [(dict(flatten(settings)), manifest) for manifest, _, settings in read]
 
 
 def _verdict(named: Sequence[tuple[str, Row]], against: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping
@@ -15,13 +14,9 @@ from selm_jax.config import Experiment, dump
 from selm_jax.parallel import multihost
 from selm_jax.run.log import Writers, logged
 from selm_jax.shell import artifacts, loglines
-from selm_jax.shell.commit import commit
+from selm_jax.shell.commit import commit, versions
 from selm_jax.shell.sealed import sha256
 from selm_jax.weights.card import model_card
-
-_VERSIONS = (
-    *("selm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tokenizers", "jinja2"),
-)
 
 
 class Folder:
@@ -103,7 +98,7 @@ class Folder:
                 "name": self.name,
                 "config_sha256": sha256(self.path / "config.yaml"),
                 **facts,
-                "versions": {v: importlib.metadata.version(v) for v in _VERSIONS},
+                "versions": versions(),
                 "commit": commit(),
                 "python": platform.python_version(),
                 "created": before.get("created", now),

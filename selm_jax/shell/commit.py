@@ -1,4 +1,4 @@
-"""Finds the Git commit of the running code, so that a run can record it."""
+"""Finds the Git commit and the package versions of the running code, for what it writes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,14 @@ from functools import lru_cache
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parents[1]
+_VERSIONS = (
+    *("selm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tokenizers", "jinja2"),
+)
+
+
+def versions() -> dict[str, str]:
+    """The installed versions of this package and of those that can change its numbers."""
+    return {name: importlib.metadata.version(name) for name in _VERSIONS}
 
 
 @lru_cache(maxsize=1)

@@ -14,6 +14,7 @@ from selm_jax.lab.worlds import WorldShape
 from selm_jax.objectives.build import build_objective
 from selm_jax.objectives.losses import Logps, Objective
 from selm_jax.objectives.roles import ROLES
+from selm_jax.report.drawn import _LIGHT
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"shape": WorldShape(prompts=2, responses=6), "length": Length(3, 2, 4)}
@@ -51,7 +52,7 @@ def test_only_what_survives_correction_has_a_colour(tmp_path):
         records = [cell | {"alpha": 0.1, "p_holm": p}, other]
         plots.heat_maps(records, tmp_path / f"{p}.svg", "")
     with_colour, without = ((tmp_path / f"{p}.svg").read_text() for p in (0.04, 0.06))
-    assert plots._UNSURE in without and with_colour != without
+    assert _LIGHT["muted"] in without and with_colour != without
 
 
 def test_every_number_of_a_cell_can_be_read(tmp_path):
@@ -60,7 +61,7 @@ def test_every_number_of_a_cell_can_be_read(tmp_path):
         colour = plots._cell_colour(relative)
         ink = {"white": (1, 1, 1), "black": (0, 0, 0)}[plots._readable_on(colour)]
         assert plots.contrast(ink, colour) >= 4.5, relative
-    unsure = tuple(int(plots._UNSURE[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    unsure = tuple(int(_LIGHT["muted"][i : i + 2], 16) / 255 for i in (1, 3, 5))
     assert plots.contrast(unsure, (1, 1, 1)) >= 4.5
     assert plots.contrast((1, 1, 1), (0, 0, 0)) == pytest.approx(21)
 

@@ -104,7 +104,7 @@ feedback: {ranker: sentiment, settings: {threshold: 2}}
 
 def test_the_header_says_what_was_run(make_run, tmp_path):
     run = report_data(make_run(tmp_path / "r", settings=SETTINGS))
-    found = dict(facts(run))
+    found = dict(facts(run.settings, run.manifest))
     assert found["Model"].startswith("org/model") and "134,515,008 parameters" in found["Model"]
     assert found["Objective"] == "selm (alpha 0.001, beta 0.01)"
     assert found["Ranker"] == "sentiment (threshold 2)"

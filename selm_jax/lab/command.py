@@ -138,7 +138,7 @@ def map_(options: Mapped) -> None:
         drawn.append(plots.heat_maps(records, file, f"{made}; against {against} DPO"))
         everything += records
     _write(everything, o.out / f"lab_map_{landscape}.json")
-    title = f"Where SELM's term lowers regret: the landscape {landscape}"
+    title = f"Where SELM's bonus lowers regret: the landscape {landscape}"
     places = [
         f"dimension {r['dimension']}, coverage {r['coverage']:g}, noise {r['temperature']:g}"
         for r in everything

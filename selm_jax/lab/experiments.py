@@ -234,8 +234,8 @@ WHY_ALPHAS = (0.03, 0.1, 0.3)
 VARIANTS = {
     "bound": "DPO (no term) with class size",
     "both": "SELM with alpha",
-    "asker": "the term only in sampling, with alpha",
-    "judged": "the term only in the fit, with alpha",
+    "asker": "the bonus only in sampling, with alpha",
+    "judged": "the bonus only in the fit, with alpha",
 }
 
 

@@ -45,16 +45,16 @@ def arguments() -> argparse.Namespace:
     add("--torch-python", help="Python executable with torch, transformers and trl")
     add("--tunix-python", help="Python executable with google-tunix")
     add("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="model folder or Hub id")
-    add("--rounds", type=int, default=7)
+    add("--rounds", type=int, default=7, help="number of timed rounds")
     add("--warmup", type=int, default=2, help="steps of each contestant before the rounds")
     add("--examples", type=int, default=4, help="examples per training step")
     add("--lengths", choices=("fixed", "realistic"), default="fixed", help="of training examples")
     add("--prompts", type=int, nargs="+", default=[16, 64], help="prompts per generation step")
     add("--prompt", type=int, default=64, help="tokens of a prompt, if lengths are fixed")
     add("--response", type=int, default=64, help="tokens of a response, if lengths are fixed")
-    add("--seed", type=int, default=0)
-    add("--only", action="append", choices=KINDS)
-    add("--without", action="append", choices=list(ALL), default=[], help="leave this one out")
+    add("--seed", type=int, default=0, help="seed of the texts")
+    add("--only", action="append", choices=KINDS, help="kind of comparison to run")
+    add("--without", action="append", choices=list(ALL), default=[], help="contestant to leave out")
     add("--json", type=Path, help="file for all measurements")
     add("--markdown", type=Path, help="file for the tables")
     return parser.parse_args()
@@ -113,7 +113,7 @@ def extent(values: list[int]) -> str:
 
 
 def write(results: list[Result], described: str, a: argparse.Namespace) -> None:
-    """Prints and writes what has been measured so far."""
+    """Prints the results of the finished comparisons and writes them to the files."""
     body = [row for r in results for row in rows(r, a.examples, a.response)]
     bars = [row for r in results for row in bar_rows(r.comparison, judge(r))]
     remarks = notes(results, described)

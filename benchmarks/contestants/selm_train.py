@@ -81,7 +81,7 @@ def main(model, data_file, kind):
 
 
 def smallest_shape(groups):
-    """The shape with the fewest positions that holds every group in one batch, in many rows."""
+    """The shape with the fewest positions in which each group fits into one packed batch."""
     lengths = {rows: row_length(groups, rows) for rows in range(1, len(groups[0]) + 1)}
     rows = min(lengths, key=lambda rows: (rows * lengths[rows], -rows))
     return common_shape(groups, rows=rows, time=lengths[rows])

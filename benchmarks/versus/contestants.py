@@ -1,4 +1,4 @@
-"""Who is compared with whom, and what is wanted of the comparison."""
+"""The comparisons of the benchmark: their contestants and their goals."""
 
 from __future__ import annotations
 

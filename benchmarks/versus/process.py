@@ -93,7 +93,7 @@ class Measured:
 
     @property
     def rates(self) -> list[float]:
-        """GFLOP/s of a matrix product around each step."""
+        """The mean GFLOP/s of the matrix products that are timed before and after each step."""
         return [sum(s["gflops"]) / len(s["gflops"]) for s in self.steps]
 
     @property

@@ -1,4 +1,4 @@
-"""Tables and remarks about what was measured, and whether the goals are met."""
+"""Makes tables of the measurements, remarks on them, and verdicts about the goals."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BAR_HEADS = ("bar", "wanted", "measured", "per round", "at equal matmul rates", 
 
 @dataclass(frozen=True)
 class Result:
-    """A comparison, what was measured of its contestants, and their useful operations a step."""
+    """The results of a comparison: its contestants' measurements and useful GFLOP per step."""
 
     comparison: Comparison
     found: dict[str, Measured]
@@ -52,7 +52,7 @@ class Verdict:
 
 
 def judge(result: Result) -> list[Verdict]:
-    """The verdicts about the goals of one comparison."""
+    """Judges whether the results of a comparison meet its goals."""
     return [_judge(bar, result.found) for bar in BARS if bar.kind == result.comparison.kind]
 
 
@@ -68,7 +68,7 @@ def _judge(bar: Bar, found: dict[str, Measured]) -> Verdict:
 
 
 def _products(m: Measured) -> float:
-    """A step's time, in operations that the contestant's own matrix product could have done."""
+    """The median step time times the rate of the contestant's own matrix product (GFLOP)."""
     return statistics.median(s * rate for s, rate in zip(m.seconds, m.rates, strict=True))
 
 
@@ -78,7 +78,7 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 
 
 def rows(result: Result, examples: int, response: int) -> list[list[str]]:
-    """A row of `HEADS` for each contestant; `response` is the tokens of a generated answer."""
+    """Makes a table row for each contestant; `response` is the length of a generated answer."""
     out, comparison = [], result.comparison
     for key in comparison.contestants:
         m = result.found.get(key)
@@ -133,7 +133,7 @@ def loss_difference(found: dict[str, Measured]) -> float | None:
 
 
 def notes(results: Sequence[Result], work: str) -> list[str]:
-    """Remarks for below the tables; `work` describes the steps."""
+    """The remarks that are printed below the tables; `work` describes the steps."""
     versions = {}
     for result in results:
         for m in result.found.values():

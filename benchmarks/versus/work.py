@@ -60,7 +60,7 @@ def _pass(config: DecoderConfig, prompt: int, responses: list[int]) -> int:
 
 
 def _answer(config: DecoderConfig, prompt: int, new: int) -> int:
-    """A prefill, and a pass of one token for each new one but the last."""
+    """The operations of an answer: a prefill, and one pass for each new token but the last."""
     tokens = prompt + new - 1
     pairs = flops.visible_pairs(tokens)
     return flops.passed(config, tokens=tokens, pairs=pairs, scored=new).total

@@ -1,4 +1,4 @@
-"""Acquisition functions, which choose the prompts to rank if the budget is not for all prompts.
+"""Acquisition functions, which choose the prompts to rank if a budget does not cover all.
 
 An acquisition gives every prompt one value, and the prompts with the highest values are asked until
 the budget is spent. Values are pure functions of the log-probabilities of the candidates that exist

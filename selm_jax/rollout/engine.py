@@ -150,7 +150,7 @@ class Engine(Setup):
         return _Group(cache, logits, parts)
 
     def _insert_taken(self, board: Board, key, slots: Slots, group: _Group) -> Slots:
-        """Puts as many responses of a group into free slots as there are."""
+        """Puts responses of a group into slots until no slot is free or no response is left."""
         rows = np.full(self.slots, -1, np.int32)
         streams = np.zeros((self.slots, 2), np.uint32)
         greedy = np.zeros(self.slots, bool)

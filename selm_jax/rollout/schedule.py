@@ -1,4 +1,4 @@
-"""The host's view of decoding: who computes which prompt, who is in which slot, how large a cache.
+"""Plans decoding on the host: the prompts of each model copy, the slots, and the cache size.
 
 Nothing here uses a device.
 """

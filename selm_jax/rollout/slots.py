@@ -26,7 +26,7 @@ _GROUPS = 3  # as many prefilled groups may wait for slots; see `Setup.groups`
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What the programs of generation are compiled for.
+    """The model, sizes and mesh for which the generation programs are compiled.
 
     Attributes:
       decoder: an unrolled decoder (`scan=False`); its dtype is the compute dtype.
@@ -176,9 +176,9 @@ def insert(setup, slots, cache, scores, rows, lengths, streams, greedy) -> Slots
 
 
 def _rows_of_own(setup: Setup, x: Array, rows: Int[Array, " slots"]) -> Array:
-    """x[rows] for rows of the slots' own copies: [slots, ...].
+    """Reads x[rows] where each slot needs only a row of its own copy of the model: [slots, ...].
 
-    With vmap over the copies, XLA sees that none needs another's rows.
+    With vmap over the copies, XLA sees that no copy needs rows of another.
     """
     parts = x.reshape(setup.copies, -1, *x.shape[1:])
     rows = rows.reshape(setup.copies, -1) % parts.shape[1]

@@ -282,7 +282,7 @@ def test_missing_columns_name_those_there_and_the_nearest(tmp_path):
 def test_implicit_strings_are_refused(tmp_path):
     file = write(tmp_path / "x.jsonl", [{"chosen": "Sky is blue.", "rejected": "Sky is green."}])
     for policy in ("error", "drop"):
-        with pytest.raises(DataError, match=r"row 1 \(line 1\).*a guess.*list of messages"):
+        with pytest.raises(DataError, match=r"row 1 \(line 1\).*not clear where.*list of messages"):
             load_prompts(file, on_bad_row=policy)
 
 

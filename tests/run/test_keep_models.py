@@ -93,7 +93,10 @@ def finished(folder):
 def test_what_needs_a_model_that_is_gone_says_how_to_make_it(folder, finished, tmp_path):
     assert models(finished) == [3]
     run = Path(shutil.copytree(finished, tmp_path / "run"))
-    with pytest.raises(RedoError, match=r"iteration_1/model.*generate -t 1` starts over"):
+    with pytest.raises(
+        RedoError,
+        match=r"iteration_1/model.*To start from the beginning, run `selm redo .* generate -t 1`",
+    ):
         redo(run, "train", 2)
     entries = Stages(run / "iteration_2")
     artifacts.write_json(entries.file, {k: v for k, v in entries.read().items() if k != "score"})

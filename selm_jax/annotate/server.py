@@ -55,7 +55,7 @@ class Desk:
     held: dict[str, tuple[str, float]] = field(default_factory=dict)  # person -> question, since
 
     def next(self, annotator: str) -> Item | None:
-        """The annotator's present question if still open, or else one shown on the fewest pages."""
+        """The annotator's present question if still open, or else the least shown open question."""
         choice = self.store.open_questions(self.batch, annotator)
         if not choice:
             self.held.pop(annotator, None)

@@ -98,7 +98,7 @@ class Item:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the texts, in hex; it depends on the order of the answers."""
+        """SHA-256 of the question's texts, in hex; depends on the order of the answers."""
         return hashlib.sha256(_texts(self.messages, self.answers)).hexdigest()
 
 
@@ -199,7 +199,7 @@ class Annotations:
             return _item(self._row(database, question))
 
     def open_questions(self, batch: str, annotator: str) -> list[str]:
-        """Digests of an annotator's open questions, first those that other people have answered."""
+        """Digests of an annotator's open questions; questions answered by others come first."""
         with self._open() as database:
             rows = database.execute(
                 f"select question from ({_OPEN}) as o where not exists (select 1 from judgements "
@@ -213,8 +213,8 @@ class Annotations:
         row = database.execute("select * from questions where digest = ?", (question,)).fetchone()
         if row is None:
             raise AnnotationError(
-                f"{self.path}: there is no question {question!r}. Reload the page, or import into "
-                "the file with this question."
+                f"{self.path}: there is no question {question!r}. Reload the page, or use the "
+                "annotations file that has this question."
             )
         return row
 

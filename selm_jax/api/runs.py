@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def run(
     experiment: str | Path, settings: Mapping[str, Any] | None = None, *, tiny: bool = False
 ) -> RunFolder:
-    """Runs an experiment like `selm run`; if it was stopped, runs the rest.
+    """Runs an experiment like `selm run`, or continues a stopped one.
 
     Args:
       experiment: an experiment file (YAML).

@@ -16,7 +16,7 @@ Rates = list[float | None]
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """Seconds per repetition, and the limits during each, or None if unknown.
+    """Seconds per repetition, and the devices' speed limits during each repetition.
 
     Attributes:
       peak: the devices' peak TFLOP/s; bandwidth: the GB/s of their memory.
@@ -44,7 +44,7 @@ class Times:
         }
 
     def reading(self, read: int, steps: int) -> dict[str, Any]:
-        """Compares the times with those of only reading `read` bytes in each of `steps` steps."""
+        """Compares the times with the time for reading `read` bytes in each of `steps` steps."""
         return {
             "bytes_per_step": read,
             "share_of_bandwidth": _share(1e-9 * read * steps, self.seconds, self.bandwidth),

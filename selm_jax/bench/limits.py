@@ -59,7 +59,7 @@ class Limit:
 
 
 def known(table: tuple[tuple[str, float], ...], kind: str) -> float | None:
-    """The entry of `PEAKS` or `BANDWIDTHS` for a device's kind; None if there is none."""
+    """Looks up a device kind in `PEAKS` or `BANDWIDTHS`; None if the kind is missing."""
     return next((rate for name, rate in table if name in kind), None)
 
 

@@ -171,7 +171,7 @@ class Drawing:
 
 @verb(
     app,
-    needs="finished runs of one ranker with the same held-out prompts, or --published alone",
+    needs="finished runs with the same ranker and held-out prompts, or --published alone",
     writes="SVG, PDF, PNG and CSV files into the folder of --out",
     example="selm figures runs/dpo runs/selm -o figures",
 )

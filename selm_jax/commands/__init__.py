@@ -1,1 +1,1 @@
-"""Implements the commands of `selm` that need more than a single call."""
+"""Implements the longer commands of `selm`, such as `preview`, `redo` and `show`."""

@@ -42,7 +42,7 @@ def write(
     published: bool = False,
     console: Console | None = None,
 ) -> list[Path]:
-    """Writes each figure for which the runs have data, and prints which ones are left out.
+    """Writes each figure for which the runs have data, and prints which figures are left out.
 
     Args:
       pairs: a file or Hub id with preference pairs for figure 4, in the columns prompt, chosen and

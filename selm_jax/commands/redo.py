@@ -50,7 +50,7 @@ def redo(run: Path, stage: str, t: int) -> list[str]:
         if stage not in entries.get(t, {}):
             raise RedoError(
                 f"{run}: stage {stage!r} of iteration {t} has not begun, so there is nothing to "
-                "forget; `selm show` lists what is done"
+                "delete; `selm show` lists what is done"
             )
         if stage == export.name and not (run / f"iteration_{t}" / "checkpoints").exists():
             stage = train.name  # an export deletes what it was made from

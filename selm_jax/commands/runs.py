@@ -76,7 +76,7 @@ def _rehearsal(experiment: Experiment) -> Experiment:
 
 
 def finished(folder: Path) -> Run:
-    """Opens the run in a folder, even a moved one, without importing the user's code."""
+    """Opens the run in a folder, even a moved folder, without importing the user's code."""
     experiment = settings_of(folder)
     set_up_jax()
     return Run(experiment, imports=False)

@@ -1,4 +1,4 @@
-"""Generates a model's answers once and stores them as JSON lines, for any number of judgings.
+"""Generates a model's answers once and stores them as JSON lines, to be judged repeatedly.
 
     {"prompt_id", "messages": [{"role", "content"}, ...], "row": {...}, "sample": 0, "text",
      "finish", "token_ids": [...], "model"}

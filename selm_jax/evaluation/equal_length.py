@@ -130,7 +130,7 @@ def _information(data: Comparisons, theta: float, phi: float) -> float:
 def _crossing(
     standing: Callable[[float], float], level: float, inside: float, outside: float
 ) -> float:
-    """One end of the confidence interval: the win rate where `standing` equals `level`.
+    """One end of the confidence interval: the win rate where the score statistic is `level`.
 
     The search goes from theta `inside` to `outside`; if there is no such theta, the end is 0 or 1.
     """

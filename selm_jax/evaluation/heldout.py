@@ -80,7 +80,7 @@ def run(
     dry_run: bool = False,
     console: Console,
 ) -> dict[str, Any]:
-    """Evaluates the contestants and writes `heldout.json` and each model's table into `out`.
+    """Evaluates the models and writes `heldout.json` and each model's table into `out`.
 
     Args:
       contestants: the models; the others are compared with the first one.
@@ -145,7 +145,7 @@ def run(
 
 @dataclasses.dataclass(frozen=True)
 class _Asked:
-    """A model's answers, scores and own log-probabilities, without those of the reference."""
+    """A model's answers, scores and log-probabilities, before the reference's are added."""
 
     name: str
     file: Path
@@ -230,7 +230,7 @@ def _by_prompt(seeds: Sequence[Seed], beta: float) -> dict[str, Float[np.ndarray
 
 
 def _distinct(answers: Sequence[heldout.Row]) -> dict[str, float]:
-    """The share of distinct word n-grams in the greedy answers, or in all samples without those."""
+    """The share of distinct word n-grams in greedy answers or, if there are none, in samples."""
     kind = "greedy" if any(answer.kind == "greedy" for answer in answers) else "sample"
     mine = [answer.text for answer in answers if answer.kind == kind]
     return {f"distinct_{n}": distinct(mine, n) for n in (1, 2, 3)}

@@ -16,7 +16,7 @@ from selm_jax.feedback.ranker import Ranker, counted, reported
 
 @dataclass
 class Malformed:
-    """Counts of the answers, malformed or not, of all judges in one evaluation.
+    """Counts of all judges' answers in one evaluation, and of the malformed answers among them.
 
     Attributes:
       allowed: how many may be malformed.

@@ -98,7 +98,7 @@ TopP = Annotated[
 
 @dataclass(frozen=True)
 class Loading:
-    """Options that select a model of a run or Hub id, and say how to load the model."""
+    """Options that select a model of a run or Hub id, and set how the model is loaded."""
 
     iteration: Annotated[
         int | None,
@@ -158,7 +158,8 @@ class Asking:
         ),
     ] = None
     split: Annotated[
-        str | None, typer.Option(help="Split of --prompts.", show_default="the only one")
+        str | None,
+        typer.Option(help="Split of the data set in --prompts.", show_default="the only one"),
     ] = None
     limit: Annotated[
         int | None,

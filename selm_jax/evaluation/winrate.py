@@ -109,7 +109,7 @@ def run(
     dry_run: bool = False,
     console: Console,
 ) -> dict[str, Any]:
-    """Compares every two methods; writes `winrate.json` and `comparisons.jsonl` into `out`.
+    """Computes pairwise win rates; writes `winrate.json` and `comparisons.jsonl` into `out`.
 
     Args:
       contestants: models, or files of answers (`answers`).

@@ -81,7 +81,7 @@ class Human:
     def scores(
         self, questions: Sequence[Question], candidates: Sequence[Sequence[str]]
     ) -> list[Float64[np.ndarray, " candidates"]]:
-        """One float64 array `[candidates]` per question; see `ranker.Ranker`.
+        """Scores the candidates: one float64 array per question; see `ranker.Ranker`.
 
         Raises:
             FeedbackError: too few people have ranked a prompt.
@@ -130,7 +130,7 @@ class Human:
 def items_of(
     questions: Sequence[Question], candidates: Sequence[Sequence[str]]
 ) -> list[Item | None]:
-    """Converts questions to annotation items with distinct answers; None if there is only one."""
+    """Converts questions to annotation items with distinct answers; None for a single answer."""
     items = []
     for question, texts in zip(questions, candidates, strict=True):
         distinct = tuple(dict.fromkeys(texts))

@@ -1,4 +1,4 @@
-"""The protocol of rankers, `build` to make one from its name, and the check of scores.
+"""Defines the protocol of rankers, builds rankers by name, and checks their scores.
 
 A ranker gives every candidate response of every prompt one number; higher is better. Each ranker
 has its own scale: pairs are made only from comparisons within one prompt.
@@ -139,7 +139,7 @@ def reported(ranker: Ranker) -> dict[str, int | float]:
 
 
 def counted(report: Mapping[str, int | float], what: str) -> int:
-    """Sums one count of a ranker's report, in a mixture over all parts (keys end in `/NAME`)."""
+    """Reads one count from a ranker's report; for a mixture, adds the counts of all parts."""
     return sum(int(n) for key, n in report.items() if key.rpartition("/")[2] == what)
 
 
@@ -168,7 +168,7 @@ def check_asked(ranker: Ranker, questions: Sequence[Question]) -> None:
 
 
 def prompts_together(ranker: Ranker) -> int:
-    """The number of consecutive prompts whose scores depend on each other, 1 for most rankers."""
+    """The number of consecutive prompts to score in one batch; other batches change the scores."""
     return getattr(ranker, "together", 1)
 
 

@@ -299,7 +299,7 @@ class OfDecoder:
         int, typer.Option(help="Number of rounds, each of 8 queries and 4 updates.", min=1)
     ] = 12
     rate: Annotated[float, typer.Option(help="Adam's learning rate.")] = 1e-3
-    seeds: Annotated[int, typer.Option(help="Worlds per setting.", min=2)] = 8
+    seeds: Annotated[int, typer.Option(help="Random worlds per setting.", min=2)] = 8
     seed: Seed = 0
     out: Out = Path("runs/lab")
 
@@ -352,7 +352,7 @@ def _difference(r: dict[str, Any]) -> str:
 
 
 def _ends(low: float | None, high: float | None, form: str) -> str:
-    """Formats a confidence interval; without one, as for a single seed, says so."""
+    """Formats a confidence interval, or "(no interval)" if low is None."""
     return "(no interval)" if low is None else f"[{low:{form}}, {high:{form}}]"
 
 

@@ -25,7 +25,7 @@ from selm_jax.objectives.losses import Logps, Objective
 
 
 class Trace(NamedTuple):
-    """The metrics of a run: for each round, one number each about the policy after it."""
+    """The metrics of a run: arrays with one number per round, for the policy after that round."""
 
     regret: Float[Array, " rounds"]
     reward: Float[Array, " rounds"]  # E_pi[r]

@@ -141,6 +141,6 @@ def inline(figure: Figure, key: str, alt: str) -> Markup:
 
 
 def _short_numbers(match: re.Match[str]) -> str:
-    """Cuts SVG coordinates to hundredths of a point, which is finer than any screen."""
+    """Cuts SVG coordinates to hundredths of a point, more precise than any screen."""
     text = re.sub(r"(\.\d\d)\d+", r"\1", match[0])
     return re.sub(r"\s*\n\s*", " ", text)

@@ -190,7 +190,7 @@ def _baseline(
     ((name, level),) = said.items()
     if name not in axes or level not in axes[name]:
         known = "; ".join(f"{axis}: {', '.join(levels)}" for axis, levels in axes.items())
-        raise ConfigError(f"{file}: baseline {name}: {level} is not in the grid. It has {known}")
+        raise ConfigError(f"{file}: baseline {name}: {level} is not in the grid: {known}")
     return name, level
 
 

@@ -87,7 +87,10 @@ def _row(
     own: Mapping[int, Outcome],
     others: Mapping[int, Outcome],
 ) -> Row:
-    """Computes a cell's row. Runs and outcomes are keyed by seed; `others` are the baseline's."""
+    """Computes one cell's row of results.
+
+    Runs and outcomes are keyed by seed; `others` are the baseline's.
+    """
     members = [m for m in grid.members if m.cell is cell]
     return Row(
         levels=tuple(cell.levels.values()),

@@ -80,7 +80,7 @@ class Judging:
     max_cost: Annotated[
         float | None,
         typer.Option(
-            help="Maximum dollars to spend on the judge. Needs both prices.",
+            help="Maximum dollars to spend on the judge. Needs both --price options.",
             show_default="no limit",
         ),
     ] = None

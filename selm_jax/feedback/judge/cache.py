@@ -34,7 +34,9 @@ def request_key(body: Mapping[str, Any], draw: int = 0) -> str:
         text = json.dumps([body, draw], sort_keys=True, ensure_ascii=False, allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()
     except (TypeError, ValueError) as error:
-        raise FeedbackError(f"a judge's request cannot be written as JSON: {error}") from error
+        raise FeedbackError(
+            f"a judge's request cannot be written as JSON: {error}. Check the texts and `extra`"
+        ) from error
 
 
 class AnswerCache:

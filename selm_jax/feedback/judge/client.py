@@ -1,4 +1,4 @@
-"""A client of OpenAI-compatible servers (vLLM, SGLang, Ollama, hosted) that loses no paid answer.
+"""A client of OpenAI-compatible servers (vLLM, SGLang, Ollama, hosted) that caches paid answers.
 
     async with Client("judge-model", cache=file, base_url="http://127.0.0.1:8000/v1") as client:
         completion = await client.complete([{"role": "user", "content": "Hello"}], max_tokens=9)

@@ -157,7 +157,7 @@ class JudgeRanker:
         return report
 
     def _asks(self, texts: Sequence[str]) -> Iterator[tuple[str, ...]]:
-        """Yields the responses to show in each request: single ones, or pairs in both orders."""
+        """Yields the responses to show in each request: one, or a pair in either order."""
         return itertools.permutations(texts, len(FORMS[self.form].responses))
 
     async def _values(

@@ -273,7 +273,7 @@ class PairRM:
         return np.array([logit[pair] for pair in meant], np.float64)
 
     def _run(self, rows: Sequence[_Row], todo: Sequence[Comparison], part: Part) -> jax.Array:
-        """Computes the logits `[rows]` of a part's comparisons, then those of padding rows."""
+        """Computes the logits `[rows]` of one batch of comparisons, followed by padding rows."""
         tokens = np.full((part.rows, part.time), self._tokens.pad, np.int32)
         lengths = np.ones(part.rows, np.int32)
         prefixes = np.zeros((part.rows, 3), np.int32)

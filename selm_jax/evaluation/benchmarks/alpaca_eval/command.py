@@ -1,4 +1,4 @@
-"""`selm eval alpaca_eval`."""
+"""Defines the command `selm eval alpaca_eval`."""
 
 from __future__ import annotations
 

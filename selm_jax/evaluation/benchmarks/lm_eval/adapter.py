@@ -266,7 +266,9 @@ def _normalised(settings: dict[str, Any]) -> dict[str, Any]:
     try:
         found: dict[str, Any] = dict(normalize_gen_kwargs(settings | {"until": ends}, _NEW_TOKENS))
     except (TypeError, ValueError) as error:
-        raise EvaluationError(f"{where}: {error}. Expected numbers there") from error
+        raise EvaluationError(
+            f"{where}: {error}. Expected numbers; correct the task's file"
+        ) from error
     if found["max_gen_toks"] < 1:
         raise EvaluationError(
             f"{where}: max_gen_toks is {found['max_gen_toks']}; expected 1 new token or more. "

@@ -1,4 +1,4 @@
-"""`selm eval lm_eval`."""
+"""Defines the command `selm eval lm_eval`."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def read_questions(file: Path, unpublished: bool = False) -> list[Question]:
         number, category, turns = (row.get(k) for k in ("question_id", "category", "turns"))
         if not (isinstance(number, int) and isinstance(category, str) and _are_texts(turns)):
             raise EvaluationError(
-                f"{file}, row {i}: expected question_id, category, and {TURNS} strings as turns."
+                f"{file}, row {i}: expected question_id, category and {TURNS} `turns` (text)."
             )
         if number in found:
             raise EvaluationError(

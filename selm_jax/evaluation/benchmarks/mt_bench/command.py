@@ -1,4 +1,4 @@
-"""`selm eval mt_bench`."""
+"""Defines the command `selm eval mt_bench`."""
 
 from __future__ import annotations
 

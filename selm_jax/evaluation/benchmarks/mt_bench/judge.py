@@ -247,7 +247,7 @@ class _GivenUp(EvaluationError):
 
 @dataclasses.dataclass
 class _Watch:
-    """Holds back a judge's verdicts until one is readable; raises if all of many are malformed."""
+    """Holds back a judge's verdicts until one is readable; raises if the first ones all are not."""
 
     understood: bool = False
     held: list[dict[str, Any]] = dataclasses.field(default_factory=list)

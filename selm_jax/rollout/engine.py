@@ -12,8 +12,9 @@ On a mesh, every copy of the model has its own slots and its own rows of each pr
 own slots take these rows, so that no cache moves between copies (`slots`).
 
 A response depends only on the parameters, its prompt and its stream of random numbers
-(`sampling.stream`), and not on slots, order or neighbours. If several processes run the same
-requests, each of them gets all answers.
+(`sampling.stream`), and not on slots, order or neighbours, except that sums over arrays of other
+sizes are rounded differently. If several processes run the same requests, each of them gets all
+answers.
 """
 
 from __future__ import annotations

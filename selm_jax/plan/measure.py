@@ -12,12 +12,13 @@ import json
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import jax
 
+from selm_jax.plan.loops import in_loops
 from selm_jax.plan.topology import GIB, Target
 from selm_jax.shell import artifacts
 from selm_jax.weights.sources import cache_root
@@ -36,6 +37,8 @@ class Memory:
       refused: the compiler's message, if the program alone does not fit on the device.
       seconds: how long the compilation took.
       cached: whether the result comes from an earlier compilation.
+      in_loops: number of collectives of large arrays in the program's loops (`plan.loops`).
+      again: those that every turn of a loop does with the same array, in words.
     """
 
     arguments: int
@@ -45,6 +48,8 @@ class Memory:
     seconds: float
     refused: str | None = None
     cached: bool = False
+    in_loops: int = 0
+    again: Sequence[str] = ()
 
 
 def measure(lowered: jax.stages.Lowered, target: Target) -> Memory:
@@ -58,7 +63,7 @@ def measure(lowered: jax.stages.Lowered, target: Target) -> Memory:
         return Memory(**json.loads(file.read_text()) | {"cached": True})
     began = time.perf_counter()
     try:
-        stats: Any = lowered.compile().memory_analysis()
+        compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
@@ -66,13 +71,20 @@ def measure(lowered: jax.stages.Lowered, target: Target) -> Memory:
         found = Memory(-1, -1, -1, wanted(words), time.perf_counter() - began, words)
     else:
         seconds = time.perf_counter() - began
+        stats: Any = compiled.memory_analysis()
+        moved = in_loops(compiled.as_text() or "")
+        again = [
+            f"{each.kind} of {each.array}, {gib(each.bytes)} GiB" for each in moved if each.same
+        ]
         fresh = stats.output_size_in_bytes - stats.alias_size_in_bytes
         arguments, temporaries = stats.argument_size_in_bytes, stats.temp_size_in_bytes
         # Only the TPU compiler reports a peak that includes arguments. For others, the sum of all
         # sizes is the best estimate.
         on_tpu = target.devices[0].platform == "tpu"
         peak = stats.peak_memory_in_bytes if on_tpu else arguments + temporaries + fresh
-        found = Memory(arguments, temporaries, fresh, peak, seconds)
+        found = Memory(
+            arguments, temporaries, fresh, peak, seconds, in_loops=len(moved), again=again
+        )  # fmt: skip
     artifacts.write_json(file, dataclasses.asdict(found))
     return found
 
@@ -103,6 +115,7 @@ def gib(count: float) -> str:
 def _digest(lowered: jax.stages.Lowered, target: Target) -> str:
     """The cache key: a digest of everything that a program's memory depends on."""
     what: Mapping[str, Any] = {
+        "fields": [field.name for field in dataclasses.fields(Memory)],
         "program": hashlib.sha256(lowered.as_text().encode()).hexdigest(),
         "devices": f"{target.name} {len(target.devices)} {target.devices[0].device_kind}",
         "versions": versions(),

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from selm_jax.config import fixed_length
 from selm_jax.evaluation.pairs import pairs_within
 from selm_jax.objectives.roles import PAIR
 from selm_jax.preferences.examples import Example
@@ -199,7 +200,8 @@ def _examples(run: Run, pairs: str | None) -> tuple[str, list[Example]]:
     Stored log-probabilities are left out. So are pairs that cannot be scored or do not fit into a
     row, as in the evaluation.
     """
-    longest = min(run.experiment.training.row_length, run.programs.config.max_positions)
+    positions = run.programs.config.max_positions
+    longest = min(fixed_length(run.experiment.training.row_length) or positions, positions)
     if pairs is not None:
         prompts = map(
             run.data.with_system, load_prompts(pairs, chosen="chosen", rejected="rejected")

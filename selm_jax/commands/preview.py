@@ -8,6 +8,7 @@ folder has the iteration's pairs or examples, and they belong to the present dat
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
@@ -19,9 +20,11 @@ from rich.text import Text
 
 from selm_jax.commands.ending import is_for_the_user
 from selm_jax.commands.preview_rows import CUT, Alone, Preview, collect, labels
+from selm_jax.config import fixed_length
 from selm_jax.objectives.roles import ROLES
-from selm_jax.preferences.batches import examples_of, updates_per_epoch
+from selm_jax.preferences.batches import updates_per_epoch
 from selm_jax.preferences.examples import Example
+from selm_jax.preferences.layouts import row_lengths
 from selm_jax.preferences.packing import assign_rows
 from selm_jax.run.check import check_objective, check_rows, told_of_data
 from selm_jax.run.rows import RunError, prompt_ids
@@ -29,6 +32,7 @@ from selm_jax.run.run import Run
 from selm_jax.shell.user_code import is_user_code
 from selm_jax.text.answers import answers
 from selm_jax.text.chat import Chat
+from selm_jax.training.loop import TrainingPlan
 
 STYLES = {"prompt": "blue", "scored": "green", "padding": "bright_black"}
 LETTERS = {"prompt": "p", "scored": "s", "padding": "."}  # where there are no colours
@@ -134,17 +138,23 @@ def _has_colour(console: Console) -> bool:
 def _print_packing(run: Run, t: int, examples: Sequence[Example], count: int) -> None:
     """Prints how the first update's examples are packed: `ppssss..`, or bars in colour."""
     settings, console = run.experiment.training, run.console
-    fitting = [e for e in examples if e.tokens <= settings.row_length]
-    updates = updates_per_epoch(len(fitting), settings.global_batch)
-    if updates:
-        fitting = examples_of(
-            0, fitting, global_batch=settings.global_batch, seed=run.experiment.seed, iteration=t
-        )
-    rows = assign_rows(fitting, settings.row_length)
-    used = sum(e.tokens for e in fitting) / max(len(rows) * settings.row_length, 1)
+    fitting = [e for e in examples if e.tokens <= (fixed_length(settings.row_length) or math.inf)]
+    updates, whole = 0, ""
+    if updates_per_epoch(len(fitting), settings.global_batch):
+        # A preview does not ask for devices, so it cannot know which fewer rows they can share.
+        plan = TrainingPlan.make(settings, fitting, run.experiment.seed, t, ways=settings.rows)
+        fitting, counts = plan.updates[0], plan.counts()
+        updates, length = counts["updates"], plan.shape.time
+        used = counts["tokens_useful"] / counts["tokens_padded"]
+        whole = f"; {used:.0%} of the iteration's batches of {settings.rows} rows are not padding"
+    else:
+        longest = max((e.tokens for e in fitting), default=1)
+        length = fixed_length(settings.row_length) or row_lengths(longest)[0]
+    rows = assign_rows(fitting, length)
+    used = sum(e.tokens for e in fitting) / max(len(rows) * length, 1)
     console.print(
         f"{f'update 1 of {updates}' if updates else 'less than one update'}: {len(fitting):,} "
-        f"examples in {len(rows):,} rows of {settings.row_length:,} tokens, {used:.0%} of them used"
+        f"examples in {len(rows):,} rows of {length:,} tokens, {used:.0%} of them used{whole}"
         + ("" if _has_colour(console) else " (p: prompt, s: scored, .: padding)"),
         soft_wrap=True,
         highlight=False,
@@ -156,7 +166,7 @@ def _print_packing(run: Run, t: int, examples: Sequence[Example], count: int) ->
             for role, length in (("prompt", len(fitting[i].prompt)), ("scored", fitting[i].scored))
             for _ in range(length)
         ]
-        console.print(_bar(roles, settings.row_length, console))
+        console.print(_bar(roles, length, console))
     console.print()
 
 
@@ -179,7 +189,7 @@ def _counts(run: Run, t: int, found: Preview) -> Table:
     if e.text.layout == "paper":  # whose prompts are not those that are answered
         lengths = [len(prompt_ids(run.chat, prompt)) for prompt in run.prompts(t)]
     examples = [row for row in found.rows if isinstance(row, Example)]
-    long = [row for row in examples if row.tokens > e.training.row_length]
+    row = fixed_length(e.training.row_length)
 
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(no_wrap=True)
@@ -210,8 +220,9 @@ def _counts(run: Run, t: int, found: Preview) -> Table:
     table.add_row("dropped", _listed(found.dropped))
     table.add_row("bad rows of the data", _listed(_bad_rows(run)))
     table.add_row("tied", "not ranked yet" if found.tied is None else f"{found.tied:,}")
-    if examples:
-        table.add_row("longer than training.row_length", f"{len(long):,}")
+    if examples and row is not None:
+        long = sum(example.tokens > row for example in examples)
+        table.add_row("longer than training.row_length", f"{long:,}")
     over = sum(length > e.rollout.max_prompt_tokens for length in lengths)
     table.add_row("prompts longer than rollout.max_prompt_tokens", f"{over:,}")
     return table

@@ -16,7 +16,7 @@ from selm_jax.config.file import (
     read,
     refuse_secrets,
 )
-from selm_jax.config.kinds import CutOff, ExploreName, RuleName, Ties
+from selm_jax.config.kinds import CutOff, ExploreName, RuleName, Ties, fixed_length
 from selm_jax.config.settings import (
     Candidates,
     Compute,
@@ -59,6 +59,7 @@ __all__ = [
     "Training",
     "as_dict",
     "dump",
+    "fixed_length",
     "load",
     "parse",
     "read",

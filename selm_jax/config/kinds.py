@@ -122,6 +122,11 @@ def _command(text: str) -> str:
     return text
 
 
+def fixed_length(row_length: int | Literal["auto"]) -> int | None:
+    """The tokens of a row if `training.row_length` is a number; None if it is `auto`."""
+    return None if row_length == "auto" else row_length
+
+
 Flag = Annotated[bool, Strict()]  # 1 and "yes" are refused
 OrYours = WrapValidator(_or_yours)  # a built-in name, or package.module:function
 Yours = Annotated[str, AfterValidator(_yours)]  # package.module:function
@@ -132,6 +137,8 @@ Free = Annotated[dict[str, Any], AfterValidator(_finite)]  # the code that uses 
 Loss = Annotated[Free, AfterValidator(_named_loss)]
 All = Annotated[int, Range(1, MOST, whole=True, advice="null takes all")]  # a limit
 Size = Annotated[int, Range(1, 2**20, whole=True)]  # an array's size along one axis
+# A packed row's number of tokens; `auto` fits it to the examples.
+RowLength = Annotated[int | Literal["auto"], Range(1, 2**20, whole=True, words=("auto",))]
 Rate = Annotated[float, Range(0, 1, above=True)]
 Rates = Annotated[tuple[Rate, ...], BeforeValidator(_several)]  # a single one is for all iterations
 Decay = Annotated[float, Range(0, 1, below=True)]  # of a moving average over updates

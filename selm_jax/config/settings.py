@@ -43,12 +43,14 @@ from selm_jax.config.kinds import (
     Rate,
     Rates,
     Remat,
+    RowLength,
     RuleName,
     Schedule,
     Size,
     Ties,
     Yours,
     agree,
+    fixed_length,
 )
 from selm_jax.shell.ranges import (
     MOST,
@@ -262,8 +264,9 @@ class Training:
     learning_rate: Rates  # Peak learning rate: one for all iterations, or a list with one for each.
     global_batch: Size  # Number of examples in each update.
     epochs: Count = 1  # Number of passes over an iteration's examples.
-    row_length: Size = 1024  # Number of tokens in a packed row.
-    rows: Size = 4  # Number of packed rows in one forward and backward pass, over all devices.
+    # Number of tokens in a packed row; `auto` takes what pads an iteration least (docs/memory.md).
+    row_length: RowLength = "auto"
+    rows: Size = 4  # Number of packed rows of a batch, over all devices; with `auto`, the most.
     schedule: Schedule = "cosine"  # How the learning rate decays; it restarts in every iteration.
     warmup_ratio: Share = 0.1  # Fraction of an iteration's updates in which the rate warms up.
     optimizer: Optimizer = "adamw"  # The optimizer; every iteration starts with a new state.
@@ -290,8 +293,7 @@ class Training:
 
     @agree
     def _agrees(self) -> Iterator[str]:
-        tokens = self.rows * self.row_length
-        if tokens > MOST:
+        if (tokens := self.rows * (fixed_length(self.row_length) or 1)) > MOST:
             yield (
                 f"rows: {self.rows:,} rows of training.row_length {self.row_length:,} are "
                 f"{tokens:,} tokens at once; at most {MOST:,} were expected"

@@ -21,7 +21,7 @@ from selm_jax.evaluation import frontier
 from selm_jax.evaluation.answers import Stored
 from selm_jax.evaluation.pairs import pairs_within
 from selm_jax.feedback.ranker import Question, scores_beside
-from selm_jax.policy.policy import Policy
+from selm_jax.policy.policy import Batches, Policy
 from selm_jax.preferences.examples import Example
 from selm_jax.tables import heldout, heldout_pairs
 from selm_jax.text.prompts import Prompt
@@ -101,15 +101,18 @@ def measured(
     Args:
       answers: the same number for each prompt, in the order of the prompts.
     """
-    row = policy.batches.row_length or math.inf
     each = len(answers) // len(prompts) if prompts else 0
+    prompt_ids = policy.prompt_ids([p.messages for p in prompts])
+    whole = [
+        Example(p.id, ids, tuple(a.token_ids or () for a in answers[i * each : (i + 1) * each]), {})
+        for i, (p, ids) in enumerate(zip(prompts, prompt_ids, strict=True))
+    ]
+    row = _longest_row(policy.batches, whole)
     examples, places = [], []
-    for i, ids in enumerate(policy.prompt_ids([p.messages for p in prompts])):
-        mine = range(i * each, (i + 1) * each)
-        whole = Example(prompts[i].id, ids, tuple(answers[n].token_ids or () for n in mine), {})
-        for example, of in in_rows(whole, row):
-            examples.append(example)
-            places.append([mine[k] for k in of])
+    for i, example in enumerate(whole):
+        for part, of in in_rows(example, row):
+            examples.append(part)
+            places.append([i * each + k for k in of])
     pairs, left_out = fitting_pairs(policy, prompts)
     examples += pairs
     return Own(
@@ -146,6 +149,18 @@ def fitting_pairs(policy: Policy, prompts: Sequence[Prompt]) -> tuple[list[Examp
     return pairs_within(
         policy.chat, prompts, min(positions, policy.batches.row_length or positions)
     )
+
+
+def _longest_row(batches: Batches, examples: Sequence[Example]) -> float:
+    """The most tokens of a row.
+
+    If rows are fitted to the examples, as with `training.row_length: auto`, a row has room for a
+    prompt and three of its answers, as in training.
+    """
+    if batches.row_length is not None or batches.rows is None:
+        return batches.row_length or math.inf
+    most = (len(e.prompt) + 3 * max(map(len, e.responses), default=0) for e in examples)
+    return max(most, default=math.inf)
 
 
 def in_rows(example: Example, longest: float) -> list[tuple[Example, tuple[int, ...]]]:

@@ -16,7 +16,7 @@ from typing import Any, get_args
 import jax
 from rich.console import Console
 
-from selm_jax.config import Experiment, Text
+from selm_jax.config import Experiment, Text, fixed_length
 from selm_jax.config import load as load_experiment
 from selm_jax.config.kinds import Dtype
 from selm_jax.evaluation import EvaluationError
@@ -148,7 +148,7 @@ def _batches(slots: int, as_in: Experiment | None) -> Batches:
     if as_in is None:
         return found
     t = as_in.training
-    rows = {"rows": t.rows, "row_length": t.row_length, "chunk": t.logprob_chunk}
+    rows = {"rows": t.rows, "row_length": fixed_length(t.row_length), "chunk": t.logprob_chunk}
     return dataclasses.replace(found, **rows)
 
 

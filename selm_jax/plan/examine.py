@@ -133,7 +133,7 @@ def _change(plan: Plan, b: Blueprint, fits: Fits) -> Change | None:
         more = (f"training.rows={-(-b.experiment.training.rows // parts) * parts}",)
         return more if fits(more, None) else None
     stages = list(dict.fromkeys(each.stage for each in plan.fits if not each.fits))
-    return remedy(b.experiment, stages, devices, work.longest_example(b), fits)
+    return remedy(b.experiment, stages, devices, b.longest_example, fits)
 
 
 def compiled(
@@ -150,7 +150,8 @@ def compiled(
     nothing = Plan(where, e, {}, (), lengths, None)
     try:
         nothing = dataclasses.replace(nothing, mesh=dict(b.devices.mesh.shape))
-        batches = work.batches_of_update(b, lengths)
+        # With `auto` an update of long examples may need more batches than one of mean length.
+        batches = 2 if e.training.row_length == "auto" else work.packed(b, lengths).batches
         programs = [p for p in phases(b, batches) if stage in (None, p.stage)]
         todo = work.work_of(b, lengths, work.Assumed(o.mfu, o.mbu))
     except MeshError as error:

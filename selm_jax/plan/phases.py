@@ -9,7 +9,7 @@ programs that will run.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -17,13 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from selm_jax.config import Experiment
+from selm_jax.config import Experiment, fixed_length
 from selm_jax.models.config import DecoderConfig
 from selm_jax.models.quantize import quantize
 from selm_jax.objectives.roles import ROLES
 from selm_jax.plan.measure import shard_bytes
 from selm_jax.plan.rankers import Ranker, rankers_of
 from selm_jax.plan.topology import Target
+from selm_jax.preferences.layouts import row_lengths
 from selm_jax.preferences.packing import PreferenceBatch, Shape, empty
 from selm_jax.rollout.parameters import decoding_params
 from selm_jax.rollout.programs import Programs as Generation
@@ -114,9 +115,31 @@ class Blueprint:
     @cached_property
     def batch_shape(self) -> Shape:
         """The largest batch that packing can make; `segments` has no effect on memory."""
-        t = self.experiment.training
+        time = self.row_lengths[-1]
         branches = max(len(ROLES), self.responses)
-        return Shape(t.rows, t.row_length, scored=t.row_length, segments=4, branches=branches)
+        rows = self.experiment.training.rows
+        return Shape(rows, time, scored=time, segments=4, branches=branches)
+
+    @cached_property
+    def row_lengths(self) -> Sequence[int]:
+        """The row lengths that a run may choose: that of the settings, or several for `auto`."""
+        fixed = fixed_length(self.experiment.training.row_length)
+        return row_lengths(self.longest_example) if fixed is None else [fixed]
+
+    @property
+    def longest_example(self) -> int:
+        """The number of tokens of the longest example that the settings allow.
+
+        If the data gives answers, they have any length that fits in a row. If rows have any length
+        too, these answers are assumed to be as long as the policy's may be.
+        """
+        e, sizes = self.experiment, self.programs.sizes
+        fixed = fixed_length(e.training.row_length)
+        if e.candidates.dataset and fixed is not None:
+            return fixed
+        if e.text.layout == "paper":
+            return self.responses * e.text.max_length
+        return max(sizes.longest_prompt, 1) + self.responses * e.rollout.max_new_tokens
 
     @property
     def responses(self) -> int:

@@ -85,7 +85,8 @@ def _ladder(e: Experiment, stage: str, devices: int, longest: int) -> Iterator[C
         if t.logprob_chunk > 32:
             yield ("training.logprob_chunk=32",)
         yield from _halved("training.rows", t.rows, devices // c.tensor)
-        if (length := math.ceil(longest / 128) * 128) < t.row_length:
+        length = math.ceil(longest / 128) * 128
+        if t.row_length == "auto" or length < t.row_length:
             yield (f"training.row_length={length}",)
         if stage == TRAIN and t.remat != "full":
             yield ("training.remat=full",)

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from selm_jax.plan.examine import Fit, Options, Plan
+from selm_jax.plan.loops import LEAST
 from selm_jax.plan.measure import gib, versions
 from selm_jax.plan.topology import GIB
 from selm_jax.plan.work import Part
@@ -36,6 +37,7 @@ def show(plan: Plan, options: Options, console: Console) -> None:
     if plan.fits:
         console.print(_memory(plan))
         _say(console, _LEGEND)
+        _loops(plan, console)
     if plan.work is not None:
         console.print(_hours(plan))
         _iterations(plan, options, console)
@@ -58,6 +60,22 @@ def _memory(plan: Plan) -> Table:
             each.name, *sizes, beside, needed, left(each), f"{m.seconds:.0f}", style=style
         )
     return table
+
+
+def _loops(plan: Plan, console: Console) -> None:
+    """Says how many collectives are in loops, and warns of those that are there needlessly."""
+    counts = [f"{f.name} {f.memory.in_loops}" for f in plan.fits if f.memory.in_loops]
+    if counts:
+        size = f"{LEAST // 2**20} MiB or more"
+        _say(console, f"collectives of {size} in each turn of a loop: {', '.join(counts)}")
+    for each in plan.fits:
+        for what in each.memory.again:
+            _say_first(
+                console, each.name,
+                f": every turn of a loop repeats the same collective ({what}), which takes time on "
+                "the network. Another mesh may avoid it (compute.fsdp, compute.tensor)",
+                "yellow",
+            )  # fmt: skip
 
 
 def _table(title: str, first: str) -> Table:
@@ -107,8 +125,8 @@ def _iterations(plan: Plan, options: Options, console: Console) -> None:
     _say(
         console,
         f"{plan.lengths.prompts:,} prompts, {w.updates} updates of {e.training.global_batch} "
-        f"examples in {w.batches} batch{'es' * (w.batches > 1)} of {e.training.rows} x "
-        f"{e.training.row_length} tokens; {w.useful / max(w.padded, 1):.0%} of these are not "
+        f"examples in {w.batches} batch{'es' * (w.batches > 1)} of {w.rows} x "
+        f"{w.row_length} tokens; {w.useful / max(w.padded, 1):.0%} of these are not "
         "padding",
     )
     if w.hours is None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 from selm_jax.models import flops
@@ -17,6 +18,8 @@ from selm_jax.plan.measure import shard_bytes
 from selm_jax.plan.phases import Blueprint
 from selm_jax.plan.rankers import is_relative
 from selm_jax.preferences.batches import updates_per_epoch
+from selm_jax.preferences.examples import Example
+from selm_jax.preferences.layouts import least_padding
 from selm_jax.rollout.engine import bucket
 from selm_jax.text.prompts import rows_of
 
@@ -69,6 +72,7 @@ class Work:
     Attributes:
       examples: number of training examples.
       updates: number of updates; batches: packed batches of each update.
+      rows, row_length: rows of a batch, and tokens of a row.
       useful, padded: tokens of an iteration's batches, without and with padding.
       start: the evaluation of the start model, before the first iteration.
     """
@@ -76,6 +80,8 @@ class Work:
     examples: int
     updates: int
     batches: int
+    rows: int
+    row_length: int
     useful: int
     padded: int
     parts: tuple[Part, ...]
@@ -135,23 +141,55 @@ def lengths_of(
         assumed.append(
             f"every answer has {response:,} tokens, the maximum; --response-tokens sets the mean"
         )
+    if e.training.row_length == "auto":
+        assumed += _of_rows(b)
     if e.rollout.remote is not None:
         assumed.append("rollout.remote generates the candidates; its time is not counted")
     return Lengths(prompts, heldout, pairs, prompt, response, tuple(assumed))
 
 
-def batches_of_update(b: Blueprint, of: Lengths) -> int:
-    """The number of packed batches in an update."""
+def _of_rows(b: Blueprint) -> Iterator[str]:
+    """What is assumed about rows whose length is `auto`."""
+    e = b.experiment
+    if e.candidates.dataset and e.text.layout != "paper":
+        yield (
+            f"the data's answers have at most {e.rollout.max_new_tokens:,} tokens "
+            "(rollout.max_new_tokens)"
+        )
+    yield (
+        f"training.row_length is auto, so memory is for rows of {b.row_lengths[-1]:,} tokens, "
+        "twice the longest example. Hours are for examples that all have the mean length; real "
+        "ones leave more padding, which `selm preview` counts"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """How the examples of an update are packed, if each has the mean length.
+
+    Attributes:
+      rows, time: rows of a batch, and tokens of a row.
+      batches: number of batches of an update.
+      per_row: number of examples in a row.
+    """
+
+    rows: int
+    time: int
+    batches: int
+    per_row: int
+
+
+def packed(b: Blueprint, of: Lengths) -> Packed:
+    """Packs an update whose examples all have the mean length, as a run would."""
     t = b.experiment.training
-    return math.ceil(math.ceil(t.global_batch / _per_row(b, of)) / t.rows)
-
-
-def longest_example(b: Blueprint) -> int:
-    """The number of tokens of the longest example that the settings allow."""
-    e, distinct = b.experiment, b.responses
-    if e.candidates.dataset:  # the data's answers have any length that fits in a row
-        return e.training.row_length
-    return b.programs.sizes.longest_prompt + distinct * e.rollout.max_new_tokens
+    total, _ = _example(b, of)
+    rows, time = t.rows, b.row_lengths[0]
+    if t.row_length == "auto":
+        answer = max(total - 1, 1)
+        update = [Example("mean", (0,), ((0,) * answer,), {})] * t.global_batch
+        rows, time = least_padding([update], b.row_lengths, rows=rows, ways=b.devices.row_ways)
+    per_row = max(1, time // total)
+    return Packed(rows, time, math.ceil(math.ceil(t.global_batch / per_row) / rows), per_row)
 
 
 def _example(b: Blueprint, of: Lengths) -> tuple[int, int]:
@@ -161,11 +199,11 @@ def _example(b: Blueprint, of: Lengths) -> tuple[int, int]:
     if e.text.layout == "paper":
         prompt = min(prompt, e.text.max_prompt_length)
         response = min(response, e.text.max_length - prompt)
-    scored = distinct * response
-    return min(prompt + scored, e.training.row_length), min(scored, e.training.row_length)
+    scored, longest = distinct * response, b.row_lengths[0]
+    return min(prompt + scored, longest), min(scored, longest)
 
 
-def _heldout_rows(b: Blueprint, of: Lengths) -> tuple[int, int]:
+def _heldout_rows(b: Blueprint, of: Lengths, time: int) -> tuple[int, int]:
     """The number of packed rows in an evaluation, and the most scored tokens in a row.
 
     Rows that fill up the last batch are included. Held-out prompts are never cut: if the answers to
@@ -177,20 +215,16 @@ def _heldout_rows(b: Blueprint, of: Lengths) -> tuple[int, int]:
     answers, heldout = 1 + e.evaluation.samples, of.heldout or 0
     kinds = [(of.pairs, 2)]  # number of examples, and of responses in each
     if b.task.answers:
-        fit = of.prompt + answers * of.response <= t.row_length
+        fit = of.prompt + answers * of.response <= time
         kinds.append((heldout, answers) if fit else (heldout * answers, 1))
     rows, most = 0, 0
     for examples, responses in kinds:
         length = of.prompt + responses * of.response
-        per_row = max(1, t.row_length // max(length, 1))
+        per_row = max(1, time // max(length, 1))
         rows += math.ceil(examples / per_row)
         if examples:
-            most = max(most, min(per_row * responses * of.response, t.row_length))
+            most = max(most, min(per_row * responses * of.response, time))
     return t.rows * math.ceil(rows / t.rows), most
-
-
-def _per_row(b: Blueprint, of: Lengths) -> int:
-    return max(1, b.experiment.training.row_length // _example(b, of)[0])
 
 
 def work_of(b: Blueprint, of: Lengths, assumed: Assumed) -> Work | None:
@@ -200,7 +234,8 @@ def work_of(b: Blueprint, of: Lengths, assumed: Assumed) -> Work | None:
     e, t, target = b.experiment, b.experiment.training, b.target
     config, devices = b.programs.config, len(target.devices)
     total, scored = _example(b, of)
-    per_row = _per_row(b, of)
+    pack = packed(b, of)
+    time, per_row = pack.time, pack.per_row
 
     def passes(name: str, tokens: int, flop: float, on: int = devices) -> Part:
         rate = target.peak and target.peak * on * assumed.mfu
@@ -224,21 +259,20 @@ def work_of(b: Blueprint, of: Lengths, assumed: Assumed) -> Work | None:
         return found
 
     # The number of scored tokens of a row, rounded as in `packing.common_shape`.
-    step = max(t.row_length // 8, 1)
-    scored = min(math.ceil(per_row * scored / step) * step, t.row_length)
+    step = max(time // 8, 1)
+    scored = min(math.ceil(per_row * scored / step) * step, time)
 
     def scoring(name: str, examples: int) -> list[Part]:
         rows = t.rows * math.ceil(math.ceil(examples / per_row) / t.rows)
-        flop = forward(rows, t.row_length, scored)
-        return [passes(name, rows * t.row_length, flop)] if examples else []
+        flop = forward(rows, time, scored)
+        return [passes(name, rows * time, flop)] if examples else []
 
     c = e.candidates
     each, candidates = c.greedy + c.samples, c.greedy + c.samples + 2 * c.dataset
     examples = of.prompts if e.feedback.budget is None else min(of.prompts, e.feedback.budget)
     updates = updates_per_epoch(examples, t.global_batch) * t.epochs
-    batches = batches_of_update(b, of)
-    rows = updates * batches * t.rows
-    size = {"rows": rows, "time": t.row_length, "keys": t.row_length, "scored": scored}
+    rows = updates * pack.batches * pack.rows
+    size = {"rows": rows, "time": time, "keys": time, "scored": scored}
     train = flops.forward_and_backward(config, **size).total
     if t.reference == "live":
         train += flops.forward(config, **size).total
@@ -247,7 +281,7 @@ def work_of(b: Blueprint, of: Lengths, assumed: Assumed) -> Work | None:
     parts += ranking("rank", examples, 0 if e.taught else candidates)
     if not b.task.reference_free:
         parts += scoring("score", examples)
-    parts.append(passes("train", rows * t.row_length, train))
+    parts.append(passes("train", rows * time, train))
 
     def evaluation(models: int) -> Part | None:
         """Estimates the work of `stages.evaluate` if `models` models score the held-out answers:
@@ -259,17 +293,17 @@ def work_of(b: Blueprint, of: Lengths, assumed: Assumed) -> Work | None:
                 found += ranking("evaluate", heldout * answers, 2)
             else:
                 found += ranking("evaluate", heldout, answers)
-        rows, of_row = _heldout_rows(b, of)
-        of_row = min(math.ceil(of_row / step) * step, t.row_length)
+        rows, of_row = _heldout_rows(b, of, time)
+        of_row = min(math.ceil(of_row / step) * step, time)
         if rows:
-            tokens, flop = rows * t.row_length, forward(rows, t.row_length, of_row)
+            tokens, flop = rows * time, forward(rows, time, of_row)
             found.append(passes("evaluate", models * tokens, models * flop))
         return _together("evaluate", found) if found else None
 
     parts += [part for part in [evaluation(2 if b.task.answers else 1)] if part is not None]
     return Work(
-        examples, updates, batches,
-        useful=updates * t.global_batch * total, padded=rows * t.row_length, parts=tuple(parts),
+        examples, updates, pack.batches, pack.rows, time,
+        useful=updates * t.global_batch * total, padded=rows * time, parts=tuple(parts),
         start=evaluation(1),
     )  # fmt: skip
 

@@ -54,8 +54,10 @@ class Batches:
       longest_sequence: for a model with two tables of rotary frequencies, the length that chooses
         the table for all sequences (`DecoderConfig.for_length`), as in training; None chooses by
         each sequence's own length.
-      rows, row_length: the rows of a packed batch that is scored, and the tokens per row. None fits
-        them to the lengths and the devices, so that examples of any length can be scored.
+      rows: the rows of a packed batch that is scored; None fits batches to the lengths and the
+        devices.
+      row_length: the tokens per row, if the number of rows is given; None takes those of the
+        longest example.
       chunk: the tokens per row whose logits are in memory at a time.
     """
 
@@ -68,7 +70,7 @@ class Batches:
     chunk: int = 32
 
     def layout(self, ways: int, heads: int) -> Layout:
-        if self.rows is not None and self.row_length is not None:
+        if self.rows is not None:
             return OneShape(self.rows, self.row_length)
         return ByLength(ways, 2048 if jax.default_backend() == "cpu" else 16384, heads)
 

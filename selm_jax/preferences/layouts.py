@@ -3,7 +3,7 @@
 Every shape costs one compilation, and every padded place of a batch is wasted computation. The
 layouts trade one against the other:
 
-    OneShape   all batches have one given shape: for a run, whose memory is planned for that shape
+    OneShape   all batches have one shape: for a run, whose memory is planned for that shape
     ByLength   one shape for each of a few row lengths: for a model that is loaded once, to score
                some thousand texts
     Trees      more row lengths, and smaller batches for the last examples: for a ranker, which
@@ -17,6 +17,8 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeAlias
+
+import numpy as np
 
 from selm_jax.preferences.examples import Example
 from selm_jax.preferences.packing import Shape, assign_rows, common_shape
@@ -34,13 +36,17 @@ Layout: TypeAlias = Callable[[Sequence[Example]], Iterator[Group]]
 
 @dataclasses.dataclass(frozen=True)
 class OneShape:
-    """Puts all examples into batches of one shape: `rows` rows of `row_length` tokens."""
+    """Puts all examples into batches of one shape: `rows` rows of `row_length` tokens.
+
+    If `row_length` is None, rows are as long as the longest example.
+    """
 
     rows: int
-    row_length: int
+    row_length: int | None
 
     def __call__(self, examples: Sequence[Example]) -> Iterator[Group]:
-        shape = common_shape([examples], rows=self.rows, time=self.row_length)
+        time = self.row_length or row_lengths(max(e.tokens for e in examples))[0]
+        shape = common_shape([examples], rows=self.rows, time=time)
         yield Group(range(len(examples)), shape)
 
 
@@ -111,6 +117,56 @@ class Trees:
             segments = common_shape(packed, rows=1, time=time).segments
             for which, rows in those:
                 yield Group(which, Shape(rows, time, time, segments, branches))
+
+
+def least_padding(
+    updates: Sequence[Sequence[Example]], lengths: Sequence[int], *, rows: int, ways: int
+) -> tuple[int, int]:
+    """The number of rows and the row length with which batches of one shape have least padding.
+
+    Each update is packed by itself, and empty rows fill its last batch. Every batch reads the whole
+    model, so there are never more batches than with `rows` rows of the first length. Among equal
+    shapes the one with fewer batches is taken, then the one with shorter rows.
+
+    Args:
+      updates: the examples of each update.
+      lengths: the row lengths to choose from, such as `row_lengths`.
+      rows: the most rows of a batch.
+      ways: number of parts into which the mesh splits the rows; it divides the result.
+
+    Rows of 96 tokens hold one of these examples, and rows of 128 tokens two of the shorter ones:
+
+    >>> update = [Example.of(str(n), (1,) * 20, {"chosen": (2,) * n}) for n in (70, 40, 40)]
+    >>> least_padding([update], row_lengths(90), rows=4, ways=1)
+    (2, 128)
+    """
+    needs = {n: np.array([len(assign_rows(each, n)) for each in updates]) for n in lengths}
+
+    def batches(of: int, length: int) -> int:
+        return int((-(-needs[length] // of)).sum())
+
+    most = batches(rows, lengths[0])
+    enough = -(-int(needs[lengths[0]].max()) // ways) * ways
+    sizes = range(ways, min(rows, enough) + 1, ways)
+    shapes = [(batches(of, n), n, of) for n in lengths for of in sizes]
+    _, _, length, of = min(
+        (count * of * n, count, n, of) for count, n, of in shapes if count <= most
+    )
+    return of, length
+
+
+def row_lengths(longest: int) -> range:
+    """The row lengths to choose from: from the longest example to twice that, at most 33.
+
+    They are multiples of 128, or of 32 if the longest example has at most 512 tokens. Longer rows
+    would take more memory for little less padding.
+
+    >>> list(row_lengths(100)), list(row_lengths(600))
+    ([128, 160, 192], [640, 768, 896, 1024, 1152])
+    """
+    step = 32 if longest <= 512 else 128 * -(-longest // 4096)
+    first = -(-longest // step)
+    return range(first * step, max(first, 2 * longest // step) * step + 1, step)
 
 
 def _by_time(

@@ -29,7 +29,8 @@ class OwnAnswers:
       sources: which of `chosen` and `rejected` are used.
       head: a reward model's head, which reads whole conversations; None for a language model.
       positions: the most tokens that the model can read: a prompt with one answer.
-      row: tokens of a packed row, which contains a prompt with all its answers.
+      row: tokens of a packed row, which contains a prompt with all its answers; None if rows are
+        fitted to the examples.
     """
 
     chat: Chat
@@ -37,7 +38,7 @@ class OwnAnswers:
     sources: tuple[str, ...]
     head: ScalarHead | None
     positions: int
-    row: int
+    row: int | None
 
     def example(self, prompt: Prompt) -> Example | None:
         """Makes an example from a prompt and its answers in the data; None without answers.
@@ -75,7 +76,7 @@ class OwnAnswers:
                 f"with its longest answer in the data it has {longest} tokens; the model was made "
                 f"for at most {self.positions} (max_position_embeddings)"
             )
-        if example.tokens > self.row:
+        if self.row is not None and example.tokens > self.row:
             return (
                 f"with its answers in the data it takes {example.tokens} tokens; a row has "
                 f"{self.row} (training.row_length)"

@@ -76,11 +76,11 @@ def _check_ranker(run: Run) -> None:
 
 def _check_mesh(run: Run) -> None:
     rows, mesh = run.experiment.training.rows, run.devices.mesh
-    if rows % (mesh.shape["data"] * mesh.shape["fsdp"]):
+    if rows % run.devices.row_ways:
         raise RunError(
             f"training.rows is {rows}, but rows are sharded over the mesh axes data and fsdp "
             f"({mesh.shape['data']} x {mesh.shape['fsdp']}). Set training.rows to a multiple of "
-            f"{mesh.shape['data'] * mesh.shape['fsdp']}"
+            f"{run.devices.row_ways}"
         )
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from functools import cached_property
 
-from selm_jax.config import Experiment
+from selm_jax.config import Experiment, fixed_length
 from selm_jax.parallel import multihost
 from selm_jax.preferences.own_answers import OwnAnswers
 from selm_jax.run.model import StartModel
@@ -174,7 +174,7 @@ class Data:
         alone = e.taught and not e.data.rejected
         return OwnAnswers(
             self.chat, e.text, ("chosen",) if alone else ("chosen", "rejected"),
-            facts.head, facts.max_positions, e.training.row_length,
+            facts.head, facts.max_positions, fixed_length(e.training.row_length),
         )  # fmt: skip
 
     def misfit(self, prompt: Prompt) -> str | None:

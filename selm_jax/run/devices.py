@@ -50,6 +50,11 @@ class Devices:
         check_preset(c.preset, mesh)
         return mesh
 
+    @property
+    def row_ways(self) -> int:
+        """The number of parts into which the mesh splits the rows of a batch."""
+        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
     @cached_property
     def decode_mesh(self) -> Mesh:
         """The mesh for generation: copies of the model, each on a few neighbouring devices."""

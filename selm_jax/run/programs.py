@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from selm_jax.config import Experiment, as_dict
+from selm_jax.config import Experiment, as_dict, fixed_length
 from selm_jax.models.config import DecoderConfig
 from selm_jax.models.decoder import Decoder, Params, abstract_adapters, abstract_params
 from selm_jax.models.families import read_config
@@ -210,14 +210,14 @@ class Programs:
     def scorer(self) -> Scorer:
         """The `Scorer`, which computes log-probabilities and rewards of examples."""
         s = self.experiment.training
-        return Scorer(self.update, self.place, OneShape(s.rows, s.row_length))
+        return Scorer(self.update, self.place, OneShape(s.rows, fixed_length(s.row_length)))
 
     def policy(self, folder: Path, chat: Chat) -> Policy:
         """The model in a folder, as a policy that generates and scores with the run's settings."""
         r, t, d = self.experiment.rollout, self.experiment.training, self.devices
         batches = Batches(
             r.slots, r.prefill_rows, self.sizes.longest_prompt, self.sizes.longest_sequence,
-            t.rows, t.row_length, t.logprob_chunk,
+            t.rows, fixed_length(t.row_length), t.logprob_chunk,
         )  # fmt: skip
         return Policy(
             str(folder), lambda: self.load(folder), self.config,

@@ -1,6 +1,6 @@
 """Ranges of allowed numbers, declared at the setting: `rows: Annotated[int, Range(1)]`.
 
-A range also refuses NaN, infinity, true, false and texts.
+A range also refuses NaN, infinity, true, false and all texts that it does not list.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ class Range:
         above, below: whether `low` (`high`) itself is excluded.
         whole: allow whole numbers only; 8.0 is one.
         also: allowed numbers outside the range, which have a special meaning.
+        words: allowed texts, such as `auto`.
         advice: what to write instead of a number that other programs allow and this one does not.
     """
 
@@ -34,6 +35,7 @@ class Range:
     below: bool = False
     whole: bool = False
     also: tuple[float, ...] = ()
+    words: tuple[str, ...] = ()
     advice: str = ""
 
     def __str__(self) -> str:
@@ -51,7 +53,8 @@ class Range:
             if self.high != math.inf:
                 parts.append(f"below {high}" if self.below else f"at most {high}")
             text = f"{kind} {' and '.join(parts)}"
-        return " or ".join([text, *(f"{each:g}" for each in self.also)])
+        others = [*(f"{each:g}" for each in self.also), *(f"`{word}`" for word in self.words)]
+        return " or ".join([text, *others])
 
     @property
     def _is_pair(self) -> bool:
@@ -62,6 +65,8 @@ class Range:
         number = isinstance(value, numbers.Real) and not isinstance(value, bool)
         if number and (value in self.also or self._holds(value)):
             return None
+        if isinstance(value, str) and value in self.words:
+            return None
         return f"{self}{f'; {self.advice}' if self.advice else ''}"
 
     def _holds(self, x: Any) -> bool:
@@ -71,11 +76,11 @@ class Range:
         return low and (x < self.high if self.below else x <= self.high)
 
     def checked(self, value: Any) -> Any:
-        """The value as an int or a float. Raises PydanticCustomError if it is out of range."""
+        """The value: an int, a float or a word. Raises PydanticCustomError if it is not allowed."""
         if self.problem(value) is not None:
             about = {"range": str(self), "advice": f"; {self.advice}" if self.advice else ""}
             raise PydanticCustomError("range", "{range} was expected{advice}", about)
-        return self.converted(value)
+        return value if isinstance(value, str) else self.converted(value)
 
     def converted(self, value: Any) -> int | float:
         """A value in the range as an int or a float."""

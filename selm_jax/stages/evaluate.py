@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from selm_jax.config import fixed_length
 from selm_jax.evaluation import frontier
 from selm_jax.evaluation import pairs as pair_rewards
 from selm_jax.evaluation.answers import Asked, Stored, answer
@@ -35,7 +36,8 @@ from selm_jax.text.prompts import Prompt
 
 
 def _leaves(step: Step, **given: Any) -> tuple[str, ...]:
-    longest = min(step.settings.training.row_length, step.programs.config.max_positions)
+    positions = step.programs.config.max_positions
+    longest = min(fixed_length(step.settings.training.row_length) or positions, positions)
     of_data, _ = pairs_within(given["chat"], given["heldout"], longest)
     return ("heldout.parquet", "heldout_pairs.parquet") if of_data else ("heldout.parquet",)
 

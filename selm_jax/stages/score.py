@@ -6,7 +6,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping
 
-from selm_jax.config import Experiment
+from selm_jax.config import Experiment, fixed_length
 from selm_jax.objectives.roles import ROLES
 from selm_jax.parallel import multihost
 from selm_jax.preferences.examples import Example
@@ -101,8 +101,10 @@ def _pairs(ranked: StoredTable) -> Mapping[str, Pair]:
 def too_long(step: Step, example: Example) -> bool:
     """Whether a pair is too long for a packed row, or an answer too long for the model."""
     longest = len(example.prompt) + max(map(len, example.responses))
-    row = step.settings.training.row_length
-    return example.tokens > row or longest > step.programs.config.max_positions
+    row = fixed_length(step.settings.training.row_length)
+    if row is not None and example.tokens > row:
+        return True
+    return longest > step.programs.config.max_positions
 
 
 def _check_length(example: Example, positions: int) -> None:

@@ -99,4 +99,6 @@ def plan_of(step: Step, examples: StoredTable) -> loop.TrainingPlan:
                 f"{example.prompt_id} has none. To score this iteration again: "
                 f"{redo(examples.folder, 'score')}"
             )
-    return loop.TrainingPlan.make(step.settings.training, found, step.settings.seed, step.t)
+    return loop.TrainingPlan.make(
+        step.settings.training, found, step.settings.seed, step.t, step.programs.devices.row_ways
+    )

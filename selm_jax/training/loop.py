@@ -10,13 +10,14 @@ from typing import Any, cast
 import jax
 import numpy as np
 
-from selm_jax.config import Training
+from selm_jax.config import Training, fixed_length
 from selm_jax.models.decoder import Params
 from selm_jax.objectives.roles import ROLES
 from selm_jax.parallel import multihost
 from selm_jax.preferences.batches import examples_of, updates_per_epoch
 from selm_jax.preferences.examples import Example
-from selm_jax.preferences.packing import PreferenceBatch, Shape, common_shape, pack
+from selm_jax.preferences.layouts import least_padding, row_lengths
+from selm_jax.preferences.packing import PreferenceBatch, Shape, assign_rows, common_shape, pack
 from selm_jax.training.checkpoint import Checkpoints
 from selm_jax.training.optimizer import learning_rate
 from selm_jax.training.state import TrainState
@@ -41,9 +42,12 @@ class TrainingPlan:
 
     @classmethod
     def make(
-        cls, settings: Training, examples: Sequence[Example], seed: int, iteration: int
+        cls, settings: Training, examples: Sequence[Example], seed: int, iteration: int, ways: int
     ) -> TrainingPlan:
         """Plans the updates of an iteration.
+
+        Args:
+          ways: number of parts into which the mesh splits the rows of a batch.
 
         Raises:
           TrainingError: if the examples do not fill one batch.
@@ -61,19 +65,26 @@ class TrainingPlan:
             )
             for step in range(per_epoch * settings.epochs)
         )
-        shape = common_shape(updates, rows=settings.rows, time=settings.row_length)
+        rows, time = settings.rows, fixed_length(settings.row_length)
+        if time is None:
+            lengths = row_lengths(max(e.tokens for each in updates for e in each))
+            rows, time = least_padding(updates, lengths, rows=rows, ways=ways)
+        shape = common_shape(updates, rows=rows, time=time)
         left_over = len(examples) - per_epoch * settings.global_batch
         return cls(settings, updates, shape, iteration, left_over)
 
     def counts(self) -> dict[str, int]:
         """Counts examples, updates and tokens for the stage's report."""
-        rows = sum(len(pack(examples, self.shape)) for examples in self.updates) * self.shape.rows
+        rows, time = self.shape.rows, self.shape.time
+        batches = sum(-(-len(assign_rows(each, time)) // rows) for each in self.updates)
         return {
             "updates": len(self.updates),
             "examples": sum(map(len, self.updates)),
             "left_over": self.left_over,
             "tokens_useful": sum(e.tokens for examples in self.updates for e in examples),
-            "tokens_padded": rows * self.shape.time,
+            "tokens_padded": batches * rows * time,
+            "rows": rows,
+            "row_length": time,
         }
 
 

@@ -84,7 +84,7 @@ def test_every_change_of_selm_is_the_one_that_its_name_says():
     found = cells("selm.yaml")
     paper = found["paper"]
     assert changed(paper, load(EXPERIMENTS / "paper/zephyr_7b/selm.yaml")) == set()
-    four = {"candidates.samples", "training.row_length"}
+    four = {"candidates.samples"}
     assert {name: changed(e, paper) for name, e in found.items()} == {
         "paper": set(),
         "a sample": {"candidates.greedy", "candidates.samples", "feedback.explore"},
@@ -93,7 +93,7 @@ def test_every_change_of_selm_is_the_one_that_its_name_says():
         "all of 4": four | {"feedback.explore"},
         "fixed reference": {"training.reference_policy"},
         "weight alpha": {"objective.convention"},
-        "default layout": {"text.layout", "training.row_length"},
+        "default layout": {"text.layout"},
     }
 
 

@@ -247,7 +247,7 @@ def rows_of(b: Blueprint):
     "name, prompts, updates", [("zephyr_7b", 15_283, 59), ("llama3_8b", 20_378, 159)]
 )
 def test_updates_of_the_paper(name, prompts, updates):
-    e, read = paper(name, "training.rows=32")
+    e, read = paper(name, "training.rows=32", "training.row_length=3200")
     b = Blueprint(e, read, here(peak=1e12, bandwidth=1e9))
     lengths = work.lengths_of(b, ULTRAFEEDBACK, 2000, 200, 300)
     assert (lengths.prompts, lengths.heldout, lengths.assumed) == (prompts, 2000, ())
@@ -258,8 +258,24 @@ def test_updates_of_the_paper(name, prompts, updates):
     assert w.useful == updates * e.training.global_batch * 1100
 
 
-def test_arithmetic_and_hours_by_hand():
+def test_rows_of_any_length_are_planned_for_at_their_longest_and_counted_at_their_mean():
     e, read = paper("llama3_8b")
+    b = Blueprint(e, read, here(peak=1e12, bandwidth=1e9))
+    # Three answers, each with its prompt at most 1,024 tokens; rows of one to two such examples.
+    assert b.longest_example == 3072 and (b.batch_shape.rows, b.batch_shape.time) == (32, 6144)
+    lengths = work.lengths_of(b, ULTRAFEEDBACK, 2000, 200, 300)
+    assert any("rows of 6,144 tokens" in each for each in lengths.assumed)
+    # 128 examples of 200 + 3 x 300 tokens fill 32 rows of four: one batch.
+    assert work.packed(b, lengths) == work.Packed(rows=32, time=4480, batches=1, per_row=4)
+    w = work.work_of(b, lengths, work.Assumed(0.4, 0.6))
+    assert w is not None and (w.rows, w.row_length) == (32, 4480)
+    assert w.useful / w.padded == pytest.approx(128 * 1100 / (32 * 4480))
+    fixed = Blueprint(paper("llama3_8b", "training.row_length=3200")[0], read, b.target)
+    assert fixed.batch_shape.time == 3200 and work.packed(fixed, lengths).time == 3200
+
+
+def test_arithmetic_and_hours_by_hand():
+    e, read = paper("llama3_8b", "training.row_length=3200")
     b = Blueprint(e, read, here(peak=2e12, bandwidth=1e9))
     w = work.work_of(b, work.lengths_of(b, 300, 0, 200, 300), work.Assumed(mfu=0.5, mbu=0.25))
     assert w is not None
@@ -293,7 +309,7 @@ def test_arithmetic_and_hours_by_hand():
 
 
 def test_an_evaluation_by_hand():
-    e, read = paper("llama3_8b")
+    e, read = paper("llama3_8b", "training.row_length=3200")
     b = Blueprint(e, read, here(peak=2e12, bandwidth=1e9))
 
     def tokens(prompt: int, response: int) -> tuple[int, int]:

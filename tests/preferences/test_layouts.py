@@ -8,8 +8,17 @@ import numpy as np
 import pytest
 
 from selm_jax.preferences.examples import Example
-from selm_jax.preferences.layouts import ByLength, OneShape, Trees, padded, parts, row_length
-from selm_jax.preferences.packing import assign_rows, pack
+from selm_jax.preferences.layouts import (
+    ByLength,
+    OneShape,
+    Trees,
+    least_padding,
+    padded,
+    parts,
+    row_length,
+    row_lengths,
+)
+from selm_jax.preferences.packing import Shape, assign_rows, pack
 
 
 def spread(count: int, most: int = 900, seed: int = 0) -> list[Example]:
@@ -24,6 +33,7 @@ def spread(count: int, most: int = 900, seed: int = 0) -> list[Example]:
 
 LAYOUTS = {
     "one shape": OneShape(4, 1024),
+    "one shape, fitted": OneShape(4, None),
     "by length": ByLength(ways=2, tokens=2048, heads=4),
     "trees": Trees(ways=2, batch=2),
 }
@@ -93,3 +103,72 @@ def test_lengths_are_few_and_hold_what_they_are_for():
         assert all(size >= n for n, size in enumerate(found, 1))
         assert len(set(found)) <= most
         assert all(a <= b for a, b in itertools.pairwise(found))
+
+
+# The row length of training
+
+
+def positions(updates, rows: int, time: int) -> int:
+    """The places of all batches of all updates, counted by packing them."""
+    shape = Shape(rows, time, scored=time, segments=64, branches=4)
+    return sum(len(pack(update, shape)) for update in updates) * rows * time
+
+
+@pytest.mark.parametrize(
+    ("rows", "ways", "count", "most"), [(4, 1, 12, 300), (8, 4, 40, 1500), (2, 2, 9, 90)]
+)
+def test_no_other_shape_with_as_few_batches_has_less_padding(rows, ways, count, most):
+    for seed in range(3):
+        updates = [spread(count, most, seed), spread(count, most, seed + 10)]
+        longest = max(e.tokens for update in updates for e in update)
+        lengths = row_lengths(longest)
+        assert longest <= lengths[0] < longest + lengths.step and lengths[-1] <= 2 * longest
+        found = least_padding(updates, lengths, rows=rows, ways=ways)
+        most_batches = positions(updates, rows, lengths[0]) // (rows * lengths[0])
+        places = {
+            (of, n): positions(updates, of, n)
+            for of in range(ways, rows + 1, ways)
+            for n in lengths
+        }
+        allowed = {
+            (of, n): found for (of, n), found in places.items() if found // (of * n) <= most_batches
+        }
+        assert found in allowed and allowed[found] == min(allowed.values())
+        assert found == least_padding(updates, lengths, rows=rows, ways=ways)
+
+
+@pytest.mark.parametrize("longest", [1, 31, 100, 511, 512, 513, 3084, 4096, 4097, 8192, 100_000])
+def test_a_row_holds_the_longest_example_and_is_a_multiple_that_kernels_like(longest):
+    lengths = row_lengths(longest)
+    assert lengths[0] >= longest > lengths[0] - lengths.step
+    assert all(n % (32 if longest <= 512 else 128) == 0 for n in lengths) and len(lengths) <= 33
+    assert lengths[-1] <= max(2 * longest, lengths[0])
+
+
+def preferences(count: int, seed: int) -> list[Example]:
+    """Examples as long as UltraFeedback's in the paper's layout, as far as we can guess.
+
+    Prompts have a median of 120 tokens and answers one of 280, with long tails. A prompt has at
+    most 512 tokens, and 1,024 with an answer. Answers to one prompt are alike in length, and in one
+    of eight examples the greedy answer is the best or the worst one too.
+    """
+    rng = np.random.default_rng(seed)
+    found = []
+    for i in range(count):
+        prompt = min(10 + int(rng.lognormal(np.log(120), 1.0)), 512)
+        typical = rng.lognormal(np.log(280), 0.45)
+        answers = rng.lognormal(np.log(typical), 0.55, 3 if rng.random() > 0.12 else 2)
+        kept = np.clip(answers.astype(int), 5, 1024 - prompt)
+        found.append(Example(str(i), (1,) * prompt, tuple((2,) * n for n in kept), {}))
+    return found
+
+
+@pytest.mark.parametrize(("rows", "ways"), [(32, 32), (32, 16), (32, 8), (16, 16), (8, 8)])
+def test_at_least_85_of_100_positions_are_useful_in_the_papers_batches(rows, ways):
+    updates = [preferences(128, seed) for seed in range(30)]
+    useful = sum(e.tokens for update in updates for e in update)
+    lengths = row_lengths(max(e.tokens for update in updates for e in update))
+    found = least_padding(updates, lengths, rows=rows, ways=ways)
+    assert useful >= 0.85 * positions(updates, *found)
+    if rows == 32:  # what a row of the longest example would give
+        assert useful < 0.8 * positions(updates, rows, lengths[0])

@@ -239,6 +239,11 @@ def _model(model: str, shape: str | None) -> tuple[str, DecoderConfig, MakeParam
         folder = sources.resolve(model).path
         config = checked_config(folder)
         return model, config, lambda where: load(folder, config, shardings=where)
+    return of_shape(shape)
+
+
+def of_shape(shape: str) -> tuple[str, DecoderConfig, MakeParams]:
+    """Returns the same of a model of random weights; `shape` is a key of `SHAPES`."""
     config = SHAPES[shape]
 
     def init(key):

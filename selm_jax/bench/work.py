@@ -216,11 +216,15 @@ def decode_bytes(config: DecoderConfig, *, copies: int, keys: int, itemsize: int
 
 
 def synthetic(sizes: Sizes, vocab: int) -> list[Example]:
-    """Makes random examples with three responses, each half to all of the maximum length."""
-    rng = np.random.default_rng(0)
+    """Makes random examples with three responses, each half to all of the maximum length.
+
+    The lengths are the same for any vocabulary.
+    """
+    lengths, tokens = np.random.default_rng(0), np.random.default_rng(1)
 
     def ids(most: int) -> tuple[int, ...]:
-        return tuple(map(int, rng.integers(0, vocab, rng.integers(-(-most // 2), most + 1))))
+        count = lengths.integers(-(-most // 2), most + 1)
+        return tuple(map(int, tokens.integers(0, vocab, count)))
 
     def example(i: int) -> Example:
         return Example(

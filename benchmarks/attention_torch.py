@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from selm_jax.bench.limits import cpu_name
 from selm_jax.models.attention import attention
 from selm_jax.models.sight import Sight
 
@@ -105,6 +106,7 @@ def main() -> None:
     parser.add_argument("--time", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096])
     parser.add_argument("--alone", choices=CONTESTANTS)
     options = parser.parse_args()
+    print(f"{cpu_name()}, {len(os.sched_getaffinity(0))} CPUs, jax {jax.__version__}")
     for length in options.time:
         steps: dict[str, Step] = {}
         for name in [options.alone] if options.alone else CONTESTANTS:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from selm_jax.bench.command import SHAPES
+from selm_jax.bench.limits import cpu_name
 from selm_jax.models.decoder import Decoder
 from selm_jax.objectives.losses import selm
 from selm_jax.preferences.examples import Example
@@ -52,6 +53,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--time", type=int, nargs="+", default=[512, 1024, 2048])
     options = parser.parse_args()
+    print(f"{cpu_name()}, {len(os.sched_getaffinity(0))} CPUs, jax {jax.__version__}")
     config = SHAPES["135m"]
     two = jnp.zeros((1, 2), jnp.int32)
     params = nn.unbox(jax.jit(Decoder(config).init)(jax.random.key(0), two, two)["params"])

@@ -10,14 +10,17 @@ are medians over the rounds.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 from functools import partial
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from selm_jax.bench.limits import cpu_name
 from selm_jax.models.decoder import Decoder
 from selm_jax.models.families import read_config
 from selm_jax.parallel.mesh import decode_mesh, make_mesh
@@ -42,6 +45,7 @@ def main() -> None:
     options.add_argument("--slots", type=int, default=16)
     options.add_argument("--rounds", type=int, default=5)
     given = options.parse_args()
+    print(f"{cpu_name()}, {len(os.sched_getaffinity(0))} CPUs, jax {jax.__version__}")
 
     folder = Path(sources.resolve("HuggingFaceTB/SmolLM2-135M-Instruct").path)
     config = read_config(folder)

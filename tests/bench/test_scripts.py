@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from selm_jax.models import flops
 from selm_jax.models.config import DecoderConfig, LayerKind, Rope
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -33,7 +32,7 @@ def example(prompt: int, *responses: int) -> dict:
 
 
 def operations(tokens: int, pairs: int, scored: int) -> float:
-    """By hand: 2 layers of 32 x (32 + 32 + 16 + 16) and 3 x 32 x 64; 4 heads of 8; vocabulary 96."""
+    """By hand: 2 layers of 32 x (32 + 32 + 16 + 16) and 3 x 32 x 64, 4 heads of 8, 96 words."""
     weights = 2 * (32 * 96 + 3 * 32 * 64)
     return 1e-9 * (2 * tokens * weights + 4 * pairs * 2 * 32 + 2 * scored * 32 * 96)
 
@@ -126,10 +125,6 @@ def test_the_table_of_a_device_has_what_there_is(tmp_path):
     share = 1e9 * 3 * operations(8, 21, 4) / 2.0 / 1e6
     assert f"| tiny | 128 | TRL DPO | 0.5 | 4 | {share:.0%} | 2 |" in page
     assert "| TRL tiny | reached its time limit | 40 of 40 |" in page
-    config = DecoderConfig(**vars(TINY))
-    assert flops.passed(config, tokens=8, pairs=21, scored=4).total * 3 == pytest.approx(
-        1e9 * 3 * operations(8, 21, 4)
-    )
 
 
 @pytest.mark.slow

@@ -85,25 +85,27 @@ def main() -> None:
             # All steps have examples of the same lengths, so the first one stands for all.
             gflop = {key: work.gflop(key, config, data, comparison.prompts) for key in found}
             results.append(Result(comparison, found, gflop))
-            write(results, describe(lengths, a), a)
+            write(results, describe(results, lengths, a), a)
     worst = max((loss_difference(r.found) or 0.0 for r in results), default=0.0)
     if worst > 1e-3:
         sys.exit("SELM and the authors' recipe computed different losses: ignore these results")
 
 
-def describe(lengths: list[Lengths], a: argparse.Namespace) -> str:
-    """Says in words what a step of training and of generation consists of."""
+def describe(results: list[Result], lengths: list[Lengths], a: argparse.Namespace) -> str:
+    """Says in words what the steps that were measured consist of."""
     prompts = [each.prompt for each in lengths]
     responses = [n for each in lengths for n in each.responses]
     training = (
         f"{a.examples} examples or pairs a step, prompts of {extent(prompts)} tokens, responses of "
-        f"{extent(responses)}"
+        f"{extent(responses)}. "
     )
-    return (
-        f"{training}; {' or '.join(map(str, a.prompts))} prompts of {a.prompt} tokens and "
-        f"{a.response} sampled tokens each (temperature 1, no filters, no end). float32. "
-        f"{a.warmup} steps of warm-up, {a.rounds} rounds."
+    generation = (
+        f"{' or '.join(map(str, a.prompts))} prompts of {a.prompt} tokens and {a.response} sampled "
+        "tokens each (temperature 1, no filters, no end). "
     )
+    done = {bool(r.comparison.prompts) for r in results}
+    work = training * (False in done) + generation * (True in done)
+    return f"{work}float32. Steps of warm-up: {a.warmup}; rounds: {a.rounds}."
 
 
 def extent(values: list[int]) -> str:

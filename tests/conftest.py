@@ -28,11 +28,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from filelock import FileLock
 from hypothesis import HealthCheck, settings
+from markupsafe import Markup
 
 from selm_jax.models.config import DecoderConfig, LayerKind, Rope
 from selm_jax.models.decoder import Decoder, Params, abstract_params, logits
 from selm_jax.plan.topology import has_libtpu
+from selm_jax.report.drawn import Drawing
 from selm_jax.weights.sources import SourceError, _converted, cache_root, resolve
 from selm_jax.weights.wheels import WHEELS
 
@@ -90,6 +93,44 @@ def forget_programs() -> Iterator[None]:
     yield
     if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MANY_MAPPINGS:
         jax.clear_caches()
+
+
+# Where tests look at figures. Elsewhere pages have none, since drawing takes as long as a tiny run.
+LOOKS_AT_FIGURES = ("report", "lab", "sweep", "docs", "run/test_looking.py")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def pages_without_figures(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Leaves empty places for the figures of reports; slow tests draw them all."""
+    here = request.path.relative_to(Path(__file__).parent).as_posix()
+    quick = "not slow" in request.config.option.markexpr
+    with pytest.MonkeyPatch.context() as patch:
+        if quick and not here.startswith(LOOKS_AT_FIGURES):
+            nothing = Drawing(Markup('<svg class="plot"></svg>'), b"", "")
+            patch.setattr("selm_jax.report.plots.drawn", lambda *of, **named: nothing)
+        yield
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of `tiny.experiment` with its finished `run` of two iterations on one device.
+
+    All files of tests, on all workers of a session, look at the same one, so nobody may change it.
+    """
+    import tiny
+    from rich.console import Console
+
+    from selm_jax import config
+    from selm_jax.iterate import iterate
+    from selm_jax.run.run import Run
+
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "finished_run"
+    with FileLock(f"{shared}.lock"), pytest.MonkeyPatch.context() as patch:
+        if not (shared / "run" / "report.html").exists():
+            tiny.on_first_device(patch)
+            iterate(Run(config.load(tiny.experiment(shared)), Console(quiet=True)))
+    return shared
 
 
 @pytest.fixture(scope="session")

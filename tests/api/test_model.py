@@ -35,7 +35,10 @@ def equal(a, b) -> bool:
     return all(np.array_equal(x, y) for x, y in zip(leaves(a), leaves(b), strict=True))
 
 
-@pytest.mark.parametrize("lora", [None, {"rank": 4, "alpha": 8, "dropout": 0.1}])
+ADAPTERS = pytest.param({"rank": 4, "alpha": 8, "dropout": 0.1}, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("lora", [None, ADAPTERS])
 def test_its_updates_are_those_of_a_run_to_the_bit(tmp_path, lora):
     """From a run's examples, in the run's order, come the parameters that the run exports."""
     settings = {"schedule": "constant", "warmup_ratio": 0.0, "learning_rate": 1e-3}

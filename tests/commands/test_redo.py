@@ -28,14 +28,10 @@ QUIET = Console(quiet=True)
 NAMES = [stage.name for stage in ORDER]
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+@pytest.fixture
+def finished(finished_run):
     """The folder of a finished run of two iterations; its experiment lies beside it."""
-    folder = tmp_path_factory.mktemp("redo")
-    with pytest.MonkeyPatch.context() as patch:
-        tiny.on_first_device(patch)
-        iterate(Run(config.load(tiny.experiment(folder)), QUIET))
-    return folder / "run"
+    return finished_run / "run"
 
 
 @pytest.fixture
@@ -73,11 +69,12 @@ def test_the_order_is_that_of_a_run(finished):
 @pytest.mark.parametrize(
     ("stage", "t", "gone"),
     [
-        ("rank", 2, {(2, name) for name in NAMES[1:]}),
+        pytest.param("rank", 2, {(2, name) for name in NAMES[1:]}, marks=pytest.mark.slow),
         ("train", 1, {(1, name) for name in NAMES[3:]} | {(2, name) for name in NAMES}),
         ("evaluate", 1, {(1, "evaluate")}),
         ("evaluate", 0, {(t, "evaluate") for t in (0, 1, 2)}),
-        ("export", 2, {(2, name) for name in NAMES[3:]}),  # its checkpoints are gone
+        # Its checkpoints are gone.
+        pytest.param("export", 2, {(2, name) for name in NAMES[3:]}, marks=pytest.mark.slow),
     ],
 )
 def test_a_stage_and_what_follows_are_forgotten_and_done_again_to_the_same_bytes(

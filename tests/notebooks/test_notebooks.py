@@ -40,6 +40,7 @@ def one_device(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(FOLDER.parent))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_notebook_runs_on_a_tiny_model(name, tmp_path):
     model = str(tiny.make_model(tmp_path / "model"))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import pytest
-import tiny
 from rich.console import Console
 
 from selm_jax import config
@@ -19,23 +19,16 @@ QUIET = Console(quiet=True)
 
 
 @pytest.fixture(scope="module")
-def experiment(tmp_path_factory):
-    file = tiny.experiment(
-        tmp_path_factory.mktemp("card"), iterations=2, data__limit=16, training__learning_rate=1e-3
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        tiny.on_first_device(patch)
-        iterate(Run(config.load(file), QUIET))
-    return file
+def output(finished_run, tmp_path_factory):
+    return shutil.copytree(finished_run / "run", tmp_path_factory.mktemp("card") / "run")
 
 
 @pytest.fixture
-def again(experiment, monkeypatch):
+def again(finished_run, output):
     """Gives the command again; the run."""
-    tiny.on_first_device(monkeypatch)
 
     def go() -> Run:
-        run = Run(config.load(experiment), QUIET)
+        run = Run(config.load(finished_run / "experiment.yaml", [f"output={output}"]), QUIET)
         iterate(run)
         return run
 

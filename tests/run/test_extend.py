@@ -158,14 +158,22 @@ def test_a_sampler_filter(tmp_path, selm, all_logits):
     decoder, params = Decoder(run.programs.config), run.programs.load(run.policy(0).path)
     kept = {}
     for folder in (plain, filtered):
+        drawn = [
+            (prompts[row["prompt_id"]], row["token_ids"])
+            for rows in ranked(folder).values()
+            for row in rows
+            if row["source"] == "sample"
+        ]
+        tokens = np.zeros((len(drawn), 128), np.int32)
+        for i, (prompt, answer) in enumerate(drawn):
+            tokens[i, : len(prompt) + len(answer)] = (*prompt, *answer)
         shares = []
-        for rows in ranked(folder).values():
-            for row in (each for each in rows if each["source"] == "sample"):
-                ids = (*prompts[row["prompt_id"]], *row["token_ids"])
-                scores = np.asarray(all_logits(decoder, params, np.array([ids])))[0]
-                scores = scores[len(ids) - len(row["token_ids"]) - 1 : -1]
-                least = scores.max(-1) - scores.std(-1) - 1e-4
-                shares.append(scores[np.arange(len(scores)), list(row["token_ids"])] >= least)
+        for (prompt, answer), scores in zip(
+            drawn, np.asarray(all_logits(decoder, params, tokens)), strict=True
+        ):
+            scores = scores[len(prompt) - 1 :][: len(answer)]
+            least = scores.max(-1) - scores.std(-1) - 1e-4
+            shares.append(scores[np.arange(len(scores)), list(answer)] >= least)
         kept[folder] = np.concatenate(shares).mean()
     assert kept[filtered] == 1 > kept[plain] + 0.2
     greedy = [

@@ -34,9 +34,8 @@ def go(file, *overrides):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("finished")
-    return go(tiny.experiment(folder)), folder
+def finished(finished_run):
+    return Run(config.load(finished_run / "experiment.yaml"), QUIET), finished_run
 
 
 def metrics(run, stage):

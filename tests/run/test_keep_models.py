@@ -90,6 +90,7 @@ def finished(folder):
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_what_needs_a_model_that_is_gone_says_how_to_make_it(folder, finished, tmp_path):
     assert models(finished) == [3]
     run = Path(shutil.copytree(finished, tmp_path / "run"))
@@ -108,6 +109,7 @@ def test_what_needs_a_model_that_is_gone_says_how_to_make_it(folder, finished, t
     assert models(run) == [3] and content(run) == content(finished)
 
 
+@pytest.mark.slow
 def test_the_last_model_can_be_measured_again(finished, tmp_path):
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     redo(run, "evaluate", 3)

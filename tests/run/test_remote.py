@@ -252,7 +252,7 @@ def test_a_run_waits_until_the_server_serves_the_policy(serving):
 @pytest.mark.parametrize(
     ("folder", "message"),
     [
-        (None, "nothing answers there. Start the server, for example with: vllm serve /models/policy"),
+        (None, "nothing answers there. Start the server, for example with: vllm serve"),
         ("/models/another", "it serves /models/another. Start the server, for example"),
         ("models/policy", "it serves models/policy"),  # of whatever folder it stands in
         ("/models/policy/.", "it serves /models/policy/."),

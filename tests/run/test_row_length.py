@@ -36,9 +36,10 @@ def test_the_results_are_those_of_any_other_length(runs):
     assert len(fitted) == len(fixed)
     for a, b in zip(fitted, fixed, strict=True):
         assert a.keys() == b.keys()
-        for key in a.keys() - {"padded"}:
-            if not key.startswith("time/"):
-                np.testing.assert_allclose(a[key], b[key], rtol=2e-3, atol=2e-4, err_msg=key)
+        numbers = {key for key in a if not isinstance(a[key], str) and not key.startswith("time/")}
+        # In the first update the policy is the reference, so rounding decides its accuracy.
+        for key in numbers - {"padded", "rewards/accuracies"}:
+            np.testing.assert_allclose(a[key], b[key], rtol=2e-3, atol=2e-4, err_msg=key)
 
 
 def test_the_shape_is_in_the_report_and_has_less_padding(runs):

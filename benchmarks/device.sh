@@ -23,7 +23,7 @@ export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}
 rm -f "$out"/{results.jsonl,work.json,table.md,log.txt}
 
 part() { # part NAME SECONDS COMMAND...
-    local name=$1 limit=$2 began=$SECONDS status=0; shift 2
+    local name=$1 limit=$(($2 * patience)) began=$SECONDS status=0; shift 2
     echo "== $name, at most $limit s" | tee -a "$out/log.txt"
     timeout -k 5 "$limit" "$@" >>"$out/log.txt" 2>&1 || status=$?
     "$python" "$here/device/table.py" "$out" ended "$name" "$status" $((SECONDS - began)) "$limit"
@@ -32,8 +32,8 @@ part() { # part NAME SECONDS COMMAND...
 ours() { part "$1" "$2" "$python" "$here/device/ours.py" $rehearse "$out" "${@:3}"; }
 trl() { part "$1" "$2" "$torch" "$here/device/trl_dpo.py" "$out" "${@:3}"; }
 
-if [ -n "$rehearse" ]; then shapes=(tiny) limits=(120) trls=(120)
-else shapes=(135m 1b 8b-layers) limits=(80 90 90) trls=(40 40 40); fi
+if [ -n "$rehearse" ]; then shapes=(tiny) limits=(60) trls=(60) patience=5 # it may be a busy CPU
+else patience=1 shapes=(135m 1b 8b-layers) limits=(80 90 90) trls=(40 40 40); fi
 
 cd "$(dirname "$here")" || exit 1
 ours prepare 30 prepare

@@ -94,7 +94,7 @@ class Engine(Setup):
             slots = resized(self, slots, board.capacity)
             # If nothing is left to refill, run to the end.
             idle = self.slots - len(board.busy)
-            stop_at = idle + refill_at if (queue or groups) else self.slots
+            stop_at = min(idle + refill_at, self.slots) if (queue or groups) else self.slots
             steps = min(
                 board.steps(slots.capacity), self.max_new_tokens if ended is None else _LOOK_EVERY
             )

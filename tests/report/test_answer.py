@@ -103,7 +103,7 @@ feedback: {ranker: sentiment, settings: {threshold: 2}}
 
 
 def test_the_header_says_what_was_run(make_run, tmp_path):
-    run = report_data(make_run(tmp_path / "r", settings=SETTINGS))
+    run = report_data(make_run(tmp_path / "r", iterations=0, settings=SETTINGS))
     found = dict(facts(run.settings, run.manifest))
     assert found["Model"].startswith("org/model") and "134,515,008 parameters" in found["Model"]
     assert found["Objective"] == "selm (alpha 0.001, beta 0.01)"
@@ -117,7 +117,7 @@ def test_the_header_says_what_was_run(make_run, tmp_path):
 
 def test_a_rehearsal_is_marked(make_run, tmp_path):
     settings = "model: {source: runs/mine-tiny/inputs/model}\n"
-    run = report_data(make_run(tmp_path / "r", settings=settings))
+    run = report_data(make_run(tmp_path / "r", iterations=0, settings=settings))
     assert is_rehearsal(run.settings) and 'class="rehearsal"' in render([run])
     assert not is_rehearsal({"model.source": "inputs/model"}) and not is_rehearsal({})
 

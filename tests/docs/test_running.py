@@ -1,0 +1,49 @@
+"""The pages' commands run, word for word, where the pages' names stand for tiny things.
+
+`reader` is that folder: `experiments/quickstart.yaml` names a tiny model there, and `runs/dpo` is a
+copy of a tiny run. What takes longer than a few seconds is run by `pytest -m slow`.
+"""
+
+from __future__ import annotations
+
+import shutil
+
+import pages
+import pytest
+from test_commands import NEEDS, RUN, TYPED, ids
+from typer.testing import CliRunner
+
+from selm_jax.cli import app
+
+QUICK = ("selm report", "selm figures", "selm preview", "selm show")
+STANDS_FOR = {"start=HuggingFaceTB/SmolLM2-135M-Instruct": "start=my/start"}
+FEWER = {"lab": ["--seeds", "2"]}  # for a verb, what makes it small; nothing else is added
+ALSO = [
+    pages.Command("README.md", text)
+    for text in ("selm show runs/quickstart", "selm report runs/quickstart -o page.html")
+]
+
+
+def line(command: pages.Command) -> str:
+    return " ".join(command.words())
+
+
+def marked(command: pages.Command):
+    quick = (
+        line(command).startswith(QUICK) or line(command) == "selm run experiments/quickstart.yaml"
+    )
+    return pytest.param(command, marks=() if quick else pytest.mark.slow, id=ids(command))
+
+
+RUNNABLE = {line(c): c for c in [*TYPED, *ALSO] if not line(c).startswith((*NEEDS, *RUN))}
+
+
+@pytest.mark.parametrize("command", map(marked, RUNNABLE.values()))
+def test_it_runs_as_it_stands(command, reader, tmp_path, monkeypatch):
+    folder = tmp_path / "reader"  # its own, as a command may write where another one reads
+    shutil.copytree(reader, folder)
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
+    words = [STANDS_FOR.get(word, word) for word in command.words()][1:]
+    told = CliRunner().invoke(app, [*words, *FEWER.get(words[0], [])])
+    assert told.exit_code == 0, told.output

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -42,10 +41,10 @@ def reader(tmp_path_factory) -> Path:
     (folder / "pairs.jsonl").write_text(4 * (json.dumps(pair) + "\n"))
     for name in ("my_losses.py", "my_rules.py"):
         (folder / name).write_text(block("extend.md", name))
-    before = os.getcwd()
-    os.chdir(folder)
-    told = CliRunner().invoke(app, ["run", "experiments/quickstart.yaml"])
-    os.chdir(before)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        tiny.on_first_device(patch)
+        told = CliRunner().invoke(app, ["run", "experiments/quickstart.yaml"])
     assert told.exit_code == 0, told.output
     for name in COPIES:
         shutil.copytree(folder / "runs/quickstart", folder / "runs" / name)

@@ -10,6 +10,7 @@ import shutil
 
 import pages
 import pytest
+import tiny
 from test_commands import NEEDS, RUN, TYPED, ids
 from typer.testing import CliRunner
 
@@ -18,10 +19,7 @@ from selm_jax.cli import app
 QUICK = ("selm report", "selm figures", "selm preview", "selm show")
 STANDS_FOR = {"start=HuggingFaceTB/SmolLM2-135M-Instruct": "start=my/start"}
 FEWER = {"lab": ["--seeds", "2"]}  # for a verb, what makes it small; nothing else is added
-ALSO = [
-    pages.Command("README.md", text)
-    for text in ("selm show runs/quickstart", "selm report runs/quickstart -o page.html")
-]
+ALSO = [pages.Command("README.md", "selm show runs/quickstart")]  # in the text, not in a block
 
 
 def line(command: pages.Command) -> str:
@@ -38,12 +36,13 @@ def marked(command: pages.Command):
 RUNNABLE = {line(c): c for c in [*TYPED, *ALSO] if not line(c).startswith((*NEEDS, *RUN))}
 
 
-@pytest.mark.parametrize("command", map(marked, RUNNABLE.values()))
+@pytest.mark.parametrize("command", [marked(c) for c in RUNNABLE.values()])
 def test_it_runs_as_it_stands(command, reader, tmp_path, monkeypatch):
     folder = tmp_path / "reader"  # its own, as a command may write where another one reads
     shutil.copytree(reader, folder)
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(folder)
+    tiny.on_first_device(monkeypatch)
     words = [STANDS_FOR.get(word, word) for word in command.words()][1:]
     told = CliRunner().invoke(app, [*words, *FEWER.get(words[0], [])])
     assert told.exit_code == 0, told.output

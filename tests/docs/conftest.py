@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from selm_jax.cli import app
 
+LONGER = {"max_position_embeddings": 2048}
 COPIES = (
     *("dpo", "selm_1", "selm_2", "selm_3", "dpo_1", "dpo_2", "dpo_3"),
     *(f"idea/{method}/seed_{seed}" for method in ("dpo", "squared") for seed in (1, 2)),
@@ -36,9 +37,12 @@ def reader(tmp_path_factory) -> Path:
         shutil.copy(file, folder / f"experiments/{name}.yaml")
     for name in ("model", "start"):
         shutil.copytree(folder / "model", folder / "my" / name)
+        config = folder / "my" / name / "config.json"  # that has room for the default lengths
+        config.write_text(json.dumps(json.loads(config.read_text()) | LONGER))
     shutil.copy(folder / "train.jsonl", folder / "my_prompts.jsonl")
-    pair = {"prompt": "Praise a river.", "chosen": "It is wide.", "rejected": "No."}
-    (folder / "pairs.jsonl").write_text(4 * (json.dumps(pair) + "\n"))
+    answers = {"chosen": "It is wide.", "rejected": "No."}
+    pairs = [{"prompt": prompt} | answers for prompt in tiny.PROMPTS[:4]]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     for name in ("my_losses.py", "my_rules.py"):
         (folder / name).write_text(block("extend.md", name))
     with pytest.MonkeyPatch.context() as patch:

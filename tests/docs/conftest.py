@@ -29,7 +29,7 @@ def block(page: str, title: str, language: str = "python") -> str:
 @pytest.fixture(scope="session")
 def reader(tmp_path_factory) -> Path:
     """A folder in which runs/quickstart is a finished run, made with the pages' own command."""
-    folder = tmp_path_factory.mktemp("reader")
+    folder = tmp_path_factory.mktemp("smollm_reader")  # --tiny asks for the name of a family
     changes = {"output": "runs/quickstart", "iterations": 1, "training__learning_rate": 1e-3}
     file = tiny.experiment(folder, **changes)
     for name in ("quickstart", "study/base"):

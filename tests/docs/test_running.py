@@ -44,7 +44,10 @@ def test_it_runs_as_it_stands(command, reader, tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(folder)
     tiny.on_first_device(monkeypatch)
-    for output in re.findall(r"output=(\S+)", line(command)):  # what it makes is not there yet
+    made = re.findall(r"output=(\S+)", line(command))
+    if "feedback=" in line(command) and not made:
+        made = ["runs/quickstart"]
+    for output in made:  # what it makes is not there yet
         shutil.rmtree(folder / output, ignore_errors=True)
     words = [STANDS_FOR.get(word, word) for word in command.words()][1:]
     told = CliRunner().invoke(app, [*words, *FEWER.get(words[0], [])])

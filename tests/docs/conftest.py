@@ -44,7 +44,8 @@ def reader(tmp_path_factory) -> Path:
     pairs = [{"prompt": prompt} | answers for prompt in tiny.PROMPTS[:4]]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     for name in ("my_losses.py", "my_rules.py"):
-        (folder / name).write_text(block("extend.md", name))
+        text = block("extend.md", name).replace('("please", "thank")', '"aeiou"')
+        (folder / name).write_text(text)  # a random model writes letters, and never "please"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         tiny.on_first_device(patch)

@@ -28,14 +28,40 @@ WEIGHTS = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)
 SCALES = 2 * 2 * 32 + 32  # of norms
 
 
+def counted(self: clock.Clock, step, count: int) -> clock.Times:
+    """Measures like a clock by which every token that is drawn takes a millisecond.
+
+    By a real one, decoding may seem to take no time on a busy machine, and is refused.
+    """
+    times = clock.Times([], [], [])
+    for _ in range(count):
+        before = self._limits()
+        responses = step() or ()
+        seconds = 1e-3 * (sum(len(r.tokens) for r in responses) or 5)
+        peak, bandwidth = map(clock._mean, before, self._limits())
+        times += clock.Times([seconds], [peak], [bandwidth])
+    return times
+
+
 @pytest.fixture(autouse=True)
 def tiny_shape(monkeypatch):
     monkeypatch.setitem(command.SHAPES, "tiny", TINY)
+    monkeypatch.setattr(clock.Clock, "measure", counted)
+
+
+def test_a_clock_measures_each_repetition(monkeypatch):
+    monkeypatch.undo()
+    quiet = clock.Clock(limits.arithmetic(1.0, "float32"), limits.memory(2.0))
+    times = quiet.measure(lambda: None, 3)
+    assert len(times.seconds) == 3 and 0 <= min(times.seconds)
+    assert times.peak == [quiet.peak.now()] * 3
+    assert times.bandwidth == [quiet.bandwidth.now()] * 3
 
 
 @pytest.fixture(scope="module")
 def result():
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clock.Clock, "measure", counted)
         patch.setitem(command.SHAPES, "tiny", TINY)
         roomy = dataclasses.replace(SIZES, capacity=128)
         return bench.run(

@@ -329,7 +329,7 @@ def test_nothing_is_left(make):
 
 
 def test_an_iteration_that_is_not_there(make):
-    with pytest.raises(RunError, match="iteration 2: the data has portions for iterations 1 to 1"):
+    with pytest.raises(RunError, match="no iteration 2: data.portions gives iterations 1 to 1"):
         preview.preview(make(), 2, 1)
 
 

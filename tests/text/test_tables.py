@@ -114,7 +114,7 @@ def test_a_saved_folder_that_is_not_whole(tmp_path):
         load_prompts(str(folder), split="train")
     (folder / "data-00001-of-00002.arrow").unlink()
     with pytest.raises(
-        DataError, match=r"data-00001-of-00002.arrow is named in state.json but mis"
+        DataError, match=r"data-00001-of-00002.arrow is named in state.json, but mis"
     ):
         load_prompts(str(folder))
     for state in ("[]", "{", '{"_data_files": 3, "_split": null}', '{"_data_files": []}'):
@@ -127,7 +127,7 @@ def test_a_saved_folder_that_is_not_whole(tmp_path):
     (tmp_path / "x.arrow").write_bytes(KINDS[".arrow"](ROWS))
     away = {"_data_files": [{"filename": "../x.arrow"}], "_split": None}
     (folder / "state.json").write_text(json.dumps(away))
-    with pytest.raises(DataError, match=r"x\.arrow is named in state\.json but missing"):
+    with pytest.raises(DataError, match=r"x\.arrow is named in state\.json, but missing"):
         load_prompts(str(folder))
 
 

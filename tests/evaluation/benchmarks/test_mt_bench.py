@@ -174,9 +174,9 @@ class TestQuestions:
         [
             ({"question_id": 81}, "row 1: question 81 appears twice"),
             ({"question_id": "82"}, "row 1: expected question_id"),
-            ({"turns": ["one"]}, "row 1: expected .*2 strings"),
-            ({"turns": ["one", 2]}, "row 1: expected .*2 strings"),
-            ({"turns": "ab"}, "row 1: expected .*2 strings"),
+            ({"turns": ["one"]}, "row 1: expected .*2 `turns`"),
+            ({"turns": ["one", 2]}, "row 1: expected .*2 `turns`"),
+            ({"turns": "ab"}, "row 1: expected .*2 `turns`"),
             ({"category": None}, "row 1: expected .*category"),
         ],
     )
@@ -213,7 +213,7 @@ class TestQuestions:
             ),
             (
                 lambda rows: [rows[0] | {"choices": [{"turns": ["a"]}]}, *rows[1:]],
-                "row 0: expected 2 strings",
+                "row 0: `turns` must be 2 strings",
             ),
         ],
     )
@@ -533,7 +533,7 @@ class TestResume:
     def test_verdicts_on_other_answers_are_not_taken_over(self, run, files):
         run()
         lines(files.one, answer_rows("one", "Something else"))
-        with pytest.raises(EvaluationError, match="question 81, turn 1.*on other texts"):
+        with pytest.raises(EvaluationError, match="question 81, turn 1.*about other texts"):
             run()
 
     def test_nor_those_asked_for_otherwise(self, run):
@@ -838,7 +838,7 @@ class TestVerb:
         [
             ([], "give exactly one of MODEL, --answers, --judgments"),
             (["--judgments", "{one}"], "leave out --judge and --against"),
-            (["--answers", "{one}", "--against", "{one}"], "answers of 'one' itself"),
+            (["--answers", "{one}", "--against", "{one}"], "the same model name, 'one'"),
             (["--answers", "{one}", "--references", "{one}x"], "cannot be read"),
         ],
     )

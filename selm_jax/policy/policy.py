@@ -4,8 +4,9 @@
     logps = policy.logps(examples)
 
 A response depends only on the parameters, the seed, its prompt and the numbers that identify its
-random draws. A log-probability depends only on the parameters and the tokens. Batches, slots,
-meshes and the other requests change neither.
+random draws. A log-probability depends only on the parameters and the tokens. Other requests, and
+their order, change neither. Slots, batches and meshes change the shapes of matrix products, which
+may be rounded differently: then a few answers become other draws of equal standing.
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ own slots take these rows, so that no cache moves between copies (`slots`).
 
 A response depends only on the parameters, its prompt and its stream of random numbers
 (`sampling.stream`), and not on slots, order or neighbours, except that sums over arrays of other
-sizes are rounded differently. If several processes run the same requests, each of them gets all
+sizes may be rounded differently. A draw that is this close to the border of two tokens then becomes
+another draw of equal standing. If several processes run the same requests, each of them gets all
 answers.
 """
 

@@ -69,7 +69,7 @@ def run_stage(run: Run, name: str, t: int) -> None:
         except FileNotFoundError as e:
             raise artifacts.ArtifactError(
                 f"iteration {t}, stage {name!r}: {e.filename or e} is missing. "
-                "Run the stages before this one first"
+                "Run the earlier stages first"
             ) from e
         if (name, t) not in run.wanted.did:
             run.console.print(

@@ -16,7 +16,7 @@ Rates = list[float | None]
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """Seconds per repetition, and the devices' speed limits during each repetition.
+    """Seconds per repetition, and the devices' peak compute and memory rates during each one.
 
     Attributes:
       peak: the devices' peak TFLOP/s; bandwidth: the GB/s of their memory.

@@ -179,8 +179,9 @@ def generation(
     decodes = dataclasses.replace(wholes, seconds=[s - before for s in wholes.seconds])
     if min(decodes.seconds) <= 0:
         raise BenchError(
-            f"decoding {sizes.response} tokens per response took no longer than the prefill "
-            f"({before:.4f} s), which is too little to measure. Use longer responses (--response)"
+            f"generating {sizes.response} tokens per response took no longer than the prefill "
+            f"alone ({before:.4f} s), so the decoding time cannot be measured. Use longer "
+            "responses (--response)"
         )
     n, p, steps = sizes.slots, sizes.prompt, sizes.response - 1
     read = flops.passed(config, tokens=n * p, pairs=n * flops.visible_pairs(p), scored=n)

@@ -33,7 +33,7 @@ Json = Annotated[
         show_default="no file",
     ),
 ]
-Iteration = Annotated[int, typer.Option("--iteration", "-t", help="Number of the iteration.")]
+Iteration = Annotated[int, typer.Option("--iteration", "-t", help="The iteration to use.")]
 Tiny = Annotated[
     bool,
     typer.Option(

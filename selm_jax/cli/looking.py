@@ -66,7 +66,7 @@ class Showing:
 def show(options: Showing) -> None:
     """Show the progress of a run.
 
-    It prints the run's stages, last numbers, disk use and the time left.
+    It prints the run's stages, latest metrics, disk use and remaining time.
     """
     from selm_jax.commands.show import show
     from selm_jax.shell.progress import terminal
@@ -198,7 +198,7 @@ class Annotating:
     iteration: Annotated[
         int | None,
         typer.Option(
-            "--iteration", "-t", help="Number of the iteration.",
+            "--iteration", "-t", help="The iteration whose answers are ranked.",
             show_default="the last one that has answers",
         ),
     ] = None  # fmt: skip

@@ -92,7 +92,7 @@ class Planning:
 def plan(options: Planning) -> None:
     """Estimate memory, time and cost on a machine.
 
-    The programs are compiled for the machine, which need not be here. No weights are read.
+    The programs are compiled for that machine, which need not be this one. No weights are read.
     """
     from selm_jax.commands import runs
     from selm_jax.plan import command
@@ -123,7 +123,8 @@ class Benching:
     shape: Annotated[
         str | None,
         typer.Option(
-            help="Measure a random model of this size instead: 135m, 1b or 8b-layers.",
+            help="Measure a randomly initialised model instead: 135m, 1b, or 8b-layers (four "
+            "layers of an 8B model).",
             show_default="MODEL",
         ),
     ] = None

@@ -44,7 +44,7 @@ def selm(
 
 
 def set_up_jax() -> None:
-    """Configures JAX before any command of a group, such as `selm eval`, runs."""
+    """Configures JAX; command groups such as `selm eval` call this before their commands run."""
     from selm_jax.commands.runs import set_up_jax
 
     set_up_jax()

@@ -28,7 +28,7 @@ from selm_jax.shell.ranges import MOST, Range
 from selm_jax.shell.verbs import verb
 
 app = typer.Typer(
-    help="Measure how good checkpoints are. Rewards, win rates, benchmarks (docs/evaluate.md).",
+    help="Measure checkpoints: rewards, win rates and benchmarks (docs/evaluate.md).",
     no_args_is_help=True,
 )
 
@@ -100,9 +100,9 @@ class Heldout:
 def heldout(options: Heldout) -> None:
     """Measure reward and KL of held-out answers.
 
-    Entropy, length, variety and implicit rewards of pairs are measured too. Each model gives one
-    greedy answer and --samples sampled ones per prompt, which it and the reference score. A judge
-    is asked once per answer.
+    Entropy, length, variety and implicit rewards of pairs are measured too. For each
+    prompt, a model gives one greedy answer and --samples sampled ones. The model and the reference
+    score them. A judge is asked once per answer.
     """
     from selm_jax.evaluation import EvaluationError
     from selm_jax.evaluation import heldout as work
@@ -183,7 +183,7 @@ def winrate(options: Winrate) -> None:
     """Compare models prompt by prompt.
 
     Every two models are compared, both as they are and at equal length. Each model answers each
-    prompt once, unless the answer is kept from before. A judge is asked twice per pair and prompt,
+    prompt once, unless the answer is already stored. A judge is asked twice per pair and prompt,
     once in each order; a judge that rates is asked once per answer.
     """
     from selm_jax.evaluation import winrate as work

@@ -183,7 +183,7 @@ class Settings:
 
 
 class Length(NamedTuple):
-    """The number of rounds of a run, compared pairs per round, and descent steps per round."""
+    """The length of a run: rounds, compared pairs per round, and descent steps per round."""
 
     rounds: int = 32
     queries: int = 4

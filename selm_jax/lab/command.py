@@ -41,7 +41,8 @@ class Sampled:
     """Options of `selm lab` commands: the number of worlds, the seed and the output folder."""
 
     seeds: Annotated[
-        int, typer.Option(help="Random worlds per setting, each with its own noise.", min=2)
+        int,
+        typer.Option(help="Number of random worlds per setting, each with its own noise.", min=2),
     ] = 128
     seed: Seed = 0
     out: Out = Path("runs/lab")

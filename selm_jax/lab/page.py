@@ -1,4 +1,4 @@
-"""Writes the page of a laboratory experiment: answer, settings, figures and numbers."""
+"""Writes the page of a `selm lab` experiment: answer, settings, figures and numbers."""
 
 from __future__ import annotations
 

@@ -205,7 +205,7 @@ def _plot(
 
 
 def _wrapped(text: str, width: int) -> str:
-    """The text in lines of at most `width` characters; spaces within a command are kept."""
+    """Wraps the text to lines of at most `width` characters, but never splits a word."""
     return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
 
 

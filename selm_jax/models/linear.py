@@ -1,4 +1,4 @@
-"""The matrix product with a kernel, with a hand-written gradient that is faster on CPU.
+"""Multiplies activations by a kernel, with a hand-written gradient that is faster on CPU.
 
 The result is that of `x @ w`. But JAX derives a transposed gradient for `w`, for which XLA's CPU
 backend copies the incoming gradient and does not use its fast matrix product. This makes an MLP's

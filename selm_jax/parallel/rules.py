@@ -103,8 +103,8 @@ def partition(
         on = tuple(a for a in on if mesh.shape[a] > 1)
         if clash := taken.intersection(on):
             raise MeshError(
-                f"{name}: two of its axes {axes} are mapped to mesh axis {clash.pop()!r}; map "
-                "only one of them"
+                f"{name}: more than one of its axes {axes} is mapped to mesh axis "
+                f"{clash.pop()!r}; map only one of them"
             )
         parts = math.prod(mesh.shape[a] for a in on)
         if size % parts:

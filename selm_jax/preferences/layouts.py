@@ -189,7 +189,7 @@ def row_length(tokens: int) -> int:
 
 
 class Part(NamedTuple):
-    """Consecutive items of a list sorted by length that are computed in one batch.
+    """One batch: consecutive items of a list that is sorted by length.
 
     Attributes:
         items: their indices in the list.

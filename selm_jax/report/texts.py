@@ -11,7 +11,7 @@ from selm_jax.text.variety import distinct, words
 
 @dataclass(frozen=True)
 class TextMeasures:
-    """Text statistics of a set of answers: length, variety and cut-offs.
+    """Text statistics of a set of answers: length, variety and share cut off.
 
     Attributes:
       answers: number of answers.

@@ -64,7 +64,7 @@ def changes(title: str, before: Sequence[str], after: Sequence[str]) -> Changes:
 
 
 def of_page(runs: Sequence[RunData], labels: Sequence[str]) -> list[Changes]:
-    """Compares word frequencies of each run's last iteration with its start and the first run."""
+    """Compares word use in each run's last iteration with its first and with run 1's last."""
     found = []
     for run, label in zip(runs, labels, strict=True):
         ts = sorted({a.iteration for a in run.answers})

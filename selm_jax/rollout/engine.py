@@ -177,7 +177,7 @@ class Engine(Setup):
 
 @dataclasses.dataclass
 class _Group:
-    """A group of prefilled prompts: caches, first logits, and the rows of each copy."""
+    """A group of prefilled prompts: cache, first logits, and the rows of each copy of the model."""
 
     cache: Any
     logits: Array

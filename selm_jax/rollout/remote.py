@@ -277,7 +277,7 @@ class Server:
         )
 
     def _wait(self) -> str:
-        """Waits until the server serves the policy, and returns its name for requests."""
+        """Waits until the server serves the policy; returns the model name to use in requests."""
         until, told = time.monotonic() + self.settings.start_seconds, None
         how = self.dialect.example.format(
             model=self.folder, port=httpx2.URL(self._root).port or 8000

@@ -114,7 +114,7 @@ def _top_p(p: Float[Array, "slots vocab"], settings: Sampling) -> Bound:
 def _greatest(
     enough: Callable[[Float[Array, "slots 1"]], Bool[Array, "slots 1"]], slots: int
 ) -> Float[Array, "slots 1"]:
-    """The greatest bound in [0, 1] that keeps enough tokens; a bound of 0 must keep enough.
+    """The largest bound in [0, 1] for which `enough` is true; it must be true for a bound of 0.
 
     It is exact without a sort, which would cost more than the rest of a decoding step. Non-negative
     floats are ordered like their bits, so 30 bisections find one of the 2^30 floats up to 1.

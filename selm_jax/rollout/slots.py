@@ -75,7 +75,10 @@ def _copies(mesh: Mesh | None) -> int:
 
 @flax.struct.dataclass
 class Slots:
-    """The state of decoding. `token` is the last token drawn, which is not yet in the cache."""
+    """The decoding state of all slots, each of which generates one answer at a time.
+
+    `token` is the last token drawn, which is not yet in the cache.
+    """
 
     cache: tuple[LayerCache, ...]
     token: Int[Array, " slots"]

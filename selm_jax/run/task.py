@@ -156,7 +156,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def method(self, e: Experiment) -> str:
-        """The training data in words, as the end of a sentence in the model card."""
+        """What the model was trained on: words that end a sentence of the model card."""
 
 
 class LanguageModel(Task):

@@ -319,7 +319,7 @@ class Stages:
 
 
 def _unsealed(entry: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    """The files of an output folder that may change: the model card, except in very old runs."""
+    """The files of an output folder that may change: the model card, unless its digest was kept."""
     files = entry.get("files", {}).get(name)
     return () if files is None or CARD in files else (CARD,)
 

@@ -201,7 +201,7 @@ class Endpoint:
 
 
 def api_key(key_env: str | None) -> str:
-    """The API key in an environment variable; an empty text if `key_env` is None.
+    """The API key in an environment variable; an empty string if `key_env` is None.
 
     Raises:
         ServerError: the variable is not set, is empty, or cannot be sent as a key.

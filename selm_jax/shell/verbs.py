@@ -34,7 +34,7 @@ Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="Show results and errors, but no progress.")
 ]
 Verbose = Annotated[
-    bool, typer.Option("--verbose", "-v", help="Show which programs are compiled, and tracebacks.")
+    bool, typer.Option("--verbose", "-v", help="Show tracebacks, and which programs are compiled.")
 ]
 
 

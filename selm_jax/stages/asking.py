@@ -142,7 +142,7 @@ def _read(file: Path, key: str) -> tuple[Scores, Told] | None:
 
 
 def _key(questions: Sequence[Question], candidates: Sequence[Sequence[str]]) -> str:
-    """A digest of the prompts and candidates of a part, by which a finished part is recognised."""
+    """A digest of a part's prompts and candidates, used to recognise a part that is finished."""
     prompts = [question.id for question in questions]
     return key_of(prompts=prompts, candidates=candidates)
 

@@ -269,8 +269,8 @@ class _Call:
         log = StageLog(self.run.folder, self.name, self.t)
         if before not in (None, jsonl.values_digest(log.lines())):
             raise artifacts.ArtifactError(
-                f"{log.file}: its lines of stage {self.name!r}, iteration {self.t}, are not what "
-                "the stage wrote. Restore the file from a copy, or run the stage again: "
+                f"{log.file}: the lines of stage {self.name!r}, iteration {self.t}, have changed "
+                "since the stage wrote them. Restore the file from a copy, or run the stage again: "
                 f"{redo(self.folder, self.name)}"
             )
 

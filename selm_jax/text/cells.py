@@ -92,7 +92,7 @@ def carried(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check(value: Any, column: str, depth: int = 0) -> None:
-    """Checks a value, and recursively its items, for invalid text and too deep nesting.
+    """Checks a value, and recursively its items, for invalid text and excessive nesting.
 
     Raises:
       BadRow: if a text contains half of a surrogate pair, which cannot be written as UTF-8, or if

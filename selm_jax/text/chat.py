@@ -277,8 +277,8 @@ class Chat:
                 if not there and rendered == self._try(rest, answer_follows):
                     raise ChatError(
                         f"the chat template of {self.folder} omits the system message {content!r}. "
-                        "Put its text into the user's turn instead (data.system adds a system "
-                        "message to every prompt, and data.system_column reads one from its row)"
+                        "Put its text into the user's turn instead. System messages come from the "
+                        "conversation, data.system or data.system_column"
                     )
 
     def _try(self, messages: Sequence[Turn], answer_follows: bool) -> str | None:

@@ -75,7 +75,8 @@ def read(path: epath.Path, split: str | None) -> Iterator[Row]:
     for file in files:
         if (kind := kind_of(file.name)) is None:
             raise DataError(
-                f"{file}: unknown type of file. Use {', '.join(SUFFIXES)}; text also as .gz."
+                f"{file}: unknown file type. Use {', '.join(SUFFIXES)}; text files may also be "
+                "compressed (.gz)."
             )
         yield from _READERS[kind](file)
 

@@ -21,9 +21,9 @@ def checked_vocabulary(tokenizer: Tokenizer, vocabulary: int | None) -> int | No
     ordinary, added = tokenizer.beyond(vocabulary)
     if ordinary:
         raise ChatError(
-            f"{tokenizer.folder}: the tokenizer has {len(tokenizer)} tokens, the model's embedding "
-            f"only {vocabulary} rows; the ordinary token {ordinary[0]!r} has no row. Use the "
-            "tokenizer that belongs to the model"
+            f"{tokenizer.folder}: the tokenizer has {len(tokenizer)} tokens, but the model's "
+            f"embedding has only {vocabulary} rows; the ordinary token {ordinary[0]!r} has no row. "
+            "Use the tokenizer that belongs to the model"
         )
     return vocabulary if added else None
 

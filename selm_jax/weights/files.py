@@ -79,7 +79,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     for file in sorted(set(file_of.values())) if file_of else [WHOLE]:
         if not (folder / file).exists():
             named = f"; {index.name} names it" if file_of else ""
-            raise WeightsError(f"{folder}: {file} is missing{named}. Get the file")
+            raise WeightsError(f"{folder}: {file} is missing{named}. Download it into this folder")
         held = _open_file(folder / file)
         wanted = [n for n, f in file_of.items() if f == file] if file_of else held
         for name in wanted:

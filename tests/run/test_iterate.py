@@ -153,7 +153,7 @@ def test_a_line_of_metrics_that_is_another_is_refused(copied, stage, change):
     if change == "file":
         file.unlink()
     with pytest.raises(
-        ArtifactError, match=r"metrics\.jsonl(: its lines of stage '|, line \d+: not)"
+        ArtifactError, match=r"metrics\.jsonl(: the lines of stage '|, line \d+: not)"
     ):
         again()
     with pytest.raises(ReportError, match=r"metrics\.jsonl"):
@@ -415,7 +415,7 @@ def test_a_damaged_or_missing_artefact_is_named(finished, tmp_path):
 def test_a_stage_runs_alone_and_asks_for_its_inputs(finished, tmp_path):
     _, folder = finished
     run = Run(config.load(folder / "experiment.yaml", [f"output={tmp_path / 'alone'}"]), QUIET)
-    with pytest.raises(ArtifactError, match="Run the stages before this one first"):
+    with pytest.raises(ArtifactError, match="Run the earlier stages first"):
         run_stage(run, "rank", 1)
     run_stage(run, "generate", 1)
     run_stage(run, "rank", 1)

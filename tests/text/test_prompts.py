@@ -321,7 +321,7 @@ def test_missing_file_suggests_a_neighbour(tmp_path):
 
 def test_unreadable_files(tmp_path):
     cases = {
-        "x.txt": (b"hello", "unknown type of file"),
+        "x.txt": (b"hello", "unknown file type"),
         "x.parquet": (b"PAR1 but not really", "cannot be read as parquet"),
         "x.json": (b'{"prompt": "a"}\n{"prompt": "b"}', "invalid JSON: .*line 2, .*jsonl"),
         "y.json": (b'{"prompt": "a"}', "found dict, expected a list"),

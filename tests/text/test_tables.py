@@ -155,7 +155,7 @@ def test_files_that_are_damaged(tmp_path):
         "cut.arrow": (KINDS[".arrow"](ROWS)[:-30], "cannot be read as arrow"),
         "empty.arrow": (b"", "cannot be read as arrow"),
         "bytes.parquet": (parquet([]), "no usable row: read 0"),
-        "x.parquet.gz": (gzip.compress(parquet(ROWS)), "unknown type of file"),
+        "x.parquet.gz": (gzip.compress(parquet(ROWS)), "unknown file type"),
     }  # fmt: skip
     for name, (content, message) in cases.items():
         (tmp_path / name).write_bytes(content)

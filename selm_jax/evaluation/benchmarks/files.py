@@ -45,7 +45,8 @@ class Journal:
                     break
                 raise EvaluationError(
                     f"{file}, line {line.number}: {type(error).__name__}: {error}. The line "
-                    "was changed, or another program wrote it. Delete it, or choose another folder."
+                    "was changed, or another program wrote it. Delete this line, or choose another "
+                    "folder."
                 ) from error
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:

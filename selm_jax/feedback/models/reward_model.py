@@ -162,7 +162,7 @@ def program(config: DecoderConfig, dtype: Any, mesh: jax.sharding.Mesh) -> Reade
 
 
 def trees(name: str, conversations: Sequence[Ids], config: DecoderConfig) -> list[Example]:
-    """Packs a question's distinct conversations into prompt trees, which share the prompt's tokens.
+    """Packs a question's distinct conversations into trees that store the shared prompt only once.
 
     Raises:
         FeedbackError: a conversation has only a single token.

@@ -17,8 +17,8 @@ def alpaca_eval(options: Options) -> None:
     """Run AlpacaEval 2.0.
 
     The model gives 805 answers. With --judge or --annotator there are 805 judge calls; each reads
-    about 1,000 tokens and writes one. Without a judge it stops at model_outputs.json. The same
-    command continues from what is there.
+    about 1,000 tokens and writes one. Without a judge it stops at model_outputs.json. Run the
+    same command again to continue.
     """
     from selm_jax.evaluation.benchmarks.alpaca_eval.run import run
 

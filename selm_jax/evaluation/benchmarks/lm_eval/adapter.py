@@ -202,9 +202,9 @@ class Harness(TemplateLM):
         filters = {key: kwargs.pop(key) for key in ("top_k", "top_p", "min_p") if key in kwargs}
         if kwargs:
             raise EvaluationError(
-                f"a task's generation_kwargs have {', '.join(sorted(kwargs))}, which this engine "
-                "does not support. It supports until, max_gen_toks, do_sample, temperature, top_k, "
-                "top_p and min_p"
+                f"a task's generation_kwargs contain {', '.join(sorted(kwargs))}, which this "
+                "engine does not support. It supports until, max_gen_toks, do_sample, temperature, "
+                "top_k, top_p and min_p"
             )
         room = self.max_length - limit
         if room < 1:

@@ -17,8 +17,8 @@ def mt_bench(options: Options) -> None:
     """Run MT-Bench.
 
     The model gives 160 answers, two for each of 80 questions. With --judge there are 160 judge
-    calls, or 320 with --against, times --repeats. Without a judge it stops at the answers. The same
-    command continues from what is there.
+    calls, or 320 with --against, times --repeats. Without a judge it stops at the answers. Run the
+    same command again to continue.
     """
     from selm_jax.evaluation.benchmarks.mt_bench.run import run
 

@@ -67,9 +67,8 @@ class Options:
     allow_malformed: Annotated[
         int | None,
         typer.Option(
-            help="How many of the judge's verdicts may be unreadable and left out of the means. "
-            "Judges sometimes miss the format that FastChat's prompts ask for. Leaving "
-            "out 8 of 160 ratings that are two points below the others raises the mean by 0.1.",
+            help="How many of the judge's verdicts may be unreadable. They are left out of the "
+            "means, which can bias them.",
             min=0,
             show_default="5 % of them",
         ),

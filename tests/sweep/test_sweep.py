@@ -270,7 +270,7 @@ def test_figures_need_pairs_that_all_runs_were_asked_about(finished, tmp_path):
     done, _ = finished
     (one, *_, other) = done.members  # dpo with one seed, alpha 10 with the other
     with pytest.raises(
-        RunError, match="different pairs that iteration 1 was trained on; name pairs"
+        RunError, match="different pairs that iteration 1 was trained on. Name pairs"
     ):
         figures.write([Run(m.experiment, QUIET) for m in (one, other)], tmp_path, console=QUIET)
     rows = [

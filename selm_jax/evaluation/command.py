@@ -28,7 +28,7 @@ from selm_jax.shell.ranges import MOST, Range
 from selm_jax.shell.verbs import verb
 
 app = typer.Typer(
-    help="Measure checkpoints: rewards, win rates and benchmarks (docs/evaluate.md).",
+    help="Measure how good checkpoints are. docs/evaluate.md describes every measure.",
     no_args_is_help=True,
 )
 

@@ -14,13 +14,14 @@ import gc
 import json
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import jax
 
 from selm_jax.bench import Sizes, command, limits
 from selm_jax.bench.clock import Clock
-from selm_jax.bench.work import generation, synthetic, training
+from selm_jax.bench.work import MakeParams, generation, synthetic, training
 from selm_jax.models.config import DecoderConfig, LayerKind, Rope
 
 TINY = DecoderConfig(
@@ -31,7 +32,7 @@ STEPS = 3
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is measured.
+    """The sizes at which training and generation are measured.
 
     Attributes:
       row_lengths: tokens of a row; prompts have at most 1/16 of them, responses 1/8.
@@ -113,31 +114,27 @@ def prepare(out: Path, plan: Plan, shapes: list[str]) -> None:
 
 
 def train(out: Path, plan: Plan, shapes: list[str]) -> None:
-    for shape in shapes:
-        _, config, make_params = command.of_shape(shape)
-        for sizes in plan.trained():
-            record(
-                out, {"what": "train", "by": "selm_jax", "shape": shape} | about(sizes),
-                lambda sizes=sizes, config=config, make_params=make_params: training(
-                    config, make_params, sizes, dtype(), "full", clock()
-                ),
-            )  # fmt: skip
+    def measured(config: DecoderConfig, make_params: MakeParams, sizes: Sizes) -> dict:
+        return training(config, make_params, sizes, dtype(), "full", clock())
+
+    every(out, "train", shapes, plan.trained(), measured)
 
 
 def decode(out: Path, plan: Plan, shapes: list[str]) -> None:
+    def measured(config: DecoderConfig, make_params: MakeParams, sizes: Sizes) -> dict:
+        return generation(config, make_params, sizes, dtype(), clock())
+
+    every(out, "decode", shapes, plan.generated(), measured)
+
+
+def every(out: Path, what: str, shapes: list[str], those: list[Sizes], measured: Callable) -> None:
+    """Measures each shape at each of the sizes, and records each result as it comes."""
     for shape in shapes:
         _, config, make_params = command.of_shape(shape)
-        for sizes in plan.generated():
-            record(
-                out, {"what": "decode", "by": "selm_jax", "shape": shape} | about(sizes),
-                lambda sizes=sizes, config=config, make_params=make_params: generation(
-                    config, make_params, sizes, dtype(), clock()
-                ),
-            )  # fmt: skip
-
-
-def about(sizes: Sizes) -> dict:
-    return {"row_length": sizes.row_length, "capacity": sizes.capacity, "slots": sizes.slots}
+        for sizes in those:
+            head = {"what": what, "by": "selm_jax", "shape": shape, "slots": sizes.slots}
+            head |= {"row_length": sizes.row_length, "capacity": sizes.capacity}
+            record(out, head, partial(measured, config, make_params, sizes))
 
 
 def dtype() -> str:

@@ -68,12 +68,16 @@ class Clock:
         times = Times([], [], [])
         for _ in range(count):
             before = self._limits()
-            began = time.perf_counter()
-            step()
-            seconds = time.perf_counter() - began
+            seconds = self._seconds(step)
             peak, bandwidth = map(_mean, before, self._limits())
             times += Times([seconds], [peak], [bandwidth])
         return times
+
+    @staticmethod
+    def _seconds(step: Callable[[], Any]) -> float:
+        began = time.perf_counter()
+        step()
+        return time.perf_counter() - began
 
     def _limits(self) -> tuple[float | None, float | None]:
         return self.peak.now(), self.bandwidth.now()

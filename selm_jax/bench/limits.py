@@ -69,16 +69,13 @@ def arithmetic(given: float | None, dtype: str) -> Limit:
     Args:
       given: the user's figure for one device; None looks it up, or measures it on CPU.
     """
-    count, kind = jax.device_count(), jax.devices()[0].device_kind
-    if given is not None:
-        return Limit(given * count, f"{given:g} TFLOP/s per device, as given")
-    if jax.default_backend() == "cpu":
+    kind = jax.devices()[0].device_kind
+    if given is None and jax.default_backend() == "cpu":
         source = "rate of a 2048^3 float32 matrix product, measured before and after each step"
         return Limit(None, source, _matmul())
-    rate = known(PEAKS, kind)
-    if rate is None or dtype != "bfloat16":
-        return Limit(None, f"unknown for {kind} in {dtype}; give it with --peak")
-    return Limit(rate * count, f"{rate:g} bfloat16 TFLOP/s per {kind}, from its data sheet")
+    rate = known(PEAKS, kind) if dtype == "bfloat16" else None
+    unknown = f"unknown for {kind} in {dtype}; give it with --peak"
+    return _of_all(given, "TFLOP/s", rate, "bfloat16 TFLOP/s", unknown)
 
 
 def memory(given: float | None) -> Limit:
@@ -87,16 +84,24 @@ def memory(given: float | None) -> Limit:
     Args:
       given: the user's figure for one device; None looks it up, or measures it on CPU.
     """
-    count, kind = jax.device_count(), jax.devices()[0].device_kind
-    if given is not None:
-        return Limit(given * count, f"{given:g} GB/s per device, as given")
-    if jax.default_backend() == "cpu":
+    kind = jax.devices()[0].device_kind
+    if given is None and jax.default_backend() == "cpu":
         source = "rate of copying 128 MiB, read and written, measured before and after each step"
         return Limit(None, source, _copy())
-    rate = known(BANDWIDTHS, kind)
-    if rate is None:
-        return Limit(None, f"unknown for {kind}; give it with --bandwidth")
-    return Limit(rate * count, f"{rate:g} GB/s per {kind}, from its data sheet")
+    unknown = f"unknown for {kind}; give it with --bandwidth"
+    return _of_all(given, "GB/s", known(BANDWIDTHS, kind), "GB/s", unknown)
+
+
+def _of_all(
+    given: float | None, unit: str, sheet: float | None, sheet_unit: str, unknown: str
+) -> Limit:
+    """The limit of all devices: the user's figure for each, or the data sheet's, or `unknown`."""
+    count, kind = jax.device_count(), jax.devices()[0].device_kind
+    if given is not None:
+        return Limit(given * count, f"{given:g} {unit} per device, as given")
+    if sheet is None:
+        return Limit(None, unknown)
+    return Limit(sheet * count, f"{sheet:g} {sheet_unit} per {kind}, from its data sheet")
 
 
 def _matmul() -> Callable[[], float]:

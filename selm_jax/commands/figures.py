@@ -18,7 +18,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from selm_jax.config import fixed_length
+from selm_jax.config import most_in_row
 from selm_jax.evaluation.pairs import pairs_within
 from selm_jax.objectives.roles import PAIR
 from selm_jax.preferences.examples import Example
@@ -200,8 +200,7 @@ def _examples(run: Run, pairs: str | None) -> tuple[str, list[Example]]:
     Stored log-probabilities are left out. So are pairs that cannot be scored or do not fit into a
     row, as in the evaluation.
     """
-    positions = run.programs.config.max_positions
-    longest = min(fixed_length(run.experiment.training.row_length) or positions, positions)
+    longest = most_in_row(run.experiment.training.row_length, run.programs.config.max_positions)
     if pairs is not None:
         prompts = map(
             run.data.with_system, load_prompts(pairs, chosen="chosen", rejected="rejected")

@@ -16,7 +16,14 @@ from selm_jax.config.file import (
     read,
     refuse_secrets,
 )
-from selm_jax.config.kinds import CutOff, ExploreName, RuleName, Ties, fixed_length
+from selm_jax.config.kinds import (
+    CutOff,
+    ExploreName,
+    RuleName,
+    Ties,
+    fixed_length,
+    most_in_row,
+)
 from selm_jax.config.settings import (
     Candidates,
     Compute,
@@ -61,6 +68,7 @@ __all__ = [
     "dump",
     "fixed_length",
     "load",
+    "most_in_row",
     "parse",
     "read",
     "refuse_secrets",

@@ -127,6 +127,14 @@ def fixed_length(row_length: int | Literal["auto"]) -> int | None:
     return None if row_length == "auto" else row_length
 
 
+def most_in_row(row_length: int | Literal["auto"], positions: int) -> int:
+    """The most tokens that an example in a row may have, by the setting and the model's positions.
+
+    Rows with `auto` are as long as their examples need, so only the positions bound them.
+    """
+    return min(fixed_length(row_length) or positions, positions)
+
+
 Flag = Annotated[bool, Strict()]  # 1 and "yes" are refused
 OrYours = WrapValidator(_or_yours)  # a built-in name, or package.module:function
 Yours = Annotated[str, AfterValidator(_yours)]  # package.module:function

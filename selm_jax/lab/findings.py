@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from selm_jax.report.answer import Compared
-from selm_jax.report.summary import number, plural
+from selm_jax.report.summary import listed, number, plural
 from selm_jax.statistics.intervals import Estimate
 
 _LISTED = 4
@@ -69,7 +69,7 @@ def answer(found: Sequence[Finding], seeds: int) -> list[str]:
     less, more = (
         [f for f in found if f.differs and sign * f.difference.mean > 0] for sign in (-1, 1)
     )
-    baselines = _or(list(dict.fromkeys(f.baseline for f in found)))
+    baselines = listed(list(dict.fromkeys(f.baseline for f in found)), "or")
     undecided = len(found) - len(less) - len(more)
     first = (
         f"{plural(len(found), 'comparison')} with {baselines}, each over {seeds} worlds: "
@@ -103,7 +103,3 @@ def _where(clear: Sequence[Finding], places: int) -> str:
         return "in " + ", ".join(map(str, clear))
     largest = max(clear, key=lambda f: abs(f.relative))
     return f"in {len(clear)} of {places} places, most in {largest}"
-
-
-def _or(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"

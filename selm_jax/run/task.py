@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from selm_jax.config import Experiment, Text, fixed_length
+from selm_jax.config import Experiment, Text, most_in_row
 from selm_jax.models.config import DecoderConfig, ScalarHead
 from selm_jax.models.families import read_as_reward_model
 from selm_jax.objectives.build import build_objective
@@ -252,8 +252,7 @@ class RewardModel(Task):
         return Sizes(longest_prompt, max(1, of_data()) if facts.has_two_tables else 1)
 
     def largest(self, e: Experiment, facts: DecoderConfig) -> Sizes:
-        positions = facts.max_positions
-        longest = min(fixed_length(e.training.row_length) or positions, positions)
+        longest = most_in_row(e.training.row_length, facts.max_positions)
         return self.sizes(e, facts, e.rollout.max_prompt_tokens, lambda: longest)
 
     def candidate_ids(self, chat: Chat, prompt: Prompt, source: str) -> Ids | None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from selm_jax.config import fixed_length
+from selm_jax.config import most_in_row
 from selm_jax.evaluation import frontier
 from selm_jax.evaluation import pairs as pair_rewards
 from selm_jax.evaluation.answers import Asked, Stored, answer
@@ -36,8 +36,7 @@ from selm_jax.text.prompts import Prompt
 
 
 def _leaves(step: Step, **given: Any) -> tuple[str, ...]:
-    positions = step.programs.config.max_positions
-    longest = min(fixed_length(step.settings.training.row_length) or positions, positions)
+    longest = most_in_row(step.settings.training.row_length, step.programs.config.max_positions)
     of_data, _ = pairs_within(given["chat"], given["heldout"], longest)
     return ("heldout.parquet", "heldout_pairs.parquet") if of_data else ("heldout.parquet",)
 

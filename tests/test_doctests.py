@@ -18,7 +18,8 @@ MODULES = ["rollout.sampling"] + [
 ]
 # These have examples that a reader looks for; the others may.
 SHOWN = {
-    *("api.prompts", "api.ranking", "objectives.build", "objectives.losses", "objectives.logprobs"),
+    *("api.prompts", "api.ranking", "objectives.build", "objectives.selm", "objectives.logprobs"),
+    "objectives.losses",
     *("preferences.examples", "preferences.packing", "preferences.selection", "rollout.sampling"),
 }
 

@@ -51,7 +51,7 @@ def build_objective(name: str, **settings: object) -> Objective:
     True
     >>> build_objective("dpo")
     Traceback (most recent call last):
-    selm_jax.objectives.losses.ObjectiveError: objective dpo: dpo needs the setting 'beta'
+    selm_jax.objectives.objective.ObjectiveError: objective dpo: dpo needs the setting 'beta'
     """
     terms = [term.strip() for term in name.split("+")]
     if twice := [term for term in terms if terms.count(term) > 1]:

@@ -1,0 +1,238 @@
+"""What an objective is: a loss per example, the roles that it needs, and sums of objectives.
+
+A response's log-probability is the sum over its tokens, in nats. A response plays a role: `chosen`
+(y_w), `rejected` (y_l), or `explore` (y_ref, sampled from the reference policy). With
+
+    r(role) = log pi(response) - log pi_ref(response)     the log-ratio; beta * r: implicit reward
+    h       = r(chosen) - r(rejected)                     the margin
+
+an objective maps `Logps` to one loss per example and named metrics per example; the update averages
+both. An objective that trains a reward model maps `Rewards` instead.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.nn import log_sigmoid
+from jaxtyping import Array, Float
+
+from selm_jax.objectives.roles import CHOSEN, EXPLORE, PAIR, REJECTED, ROLES
+from selm_jax.shell.ranges import Range
+
+PerExample = Float[Array, " examples"]
+Metrics = dict[str, PerExample]
+
+
+class ObjectiveError(ValueError):
+    """An objective cannot be built, or the batch lacks something that it needs."""
+
+
+@flax.struct.dataclass
+class Logps:
+    """Everything that a loss can use from its batch: float32 values per example, keyed by role."""
+
+    policy: dict[str, PerExample]
+    reference: dict[str, PerExample]
+    lengths: dict[str, PerExample]  # scored tokens per response
+    # Mean number of tokens over ALL examples of the update, not only this microbatch: a mean over
+    # tokens would otherwise be wrong when an update is accumulated from microbatches.
+    mean_lengths: dict[str, Float[Array, ""]]
+
+    def log_ratio(self, role: str) -> PerExample:
+        """The log-ratio log pi - log pi_ref, in nats. No gradient flows through the reference."""
+        return self.policy[role] - jax.lax.stop_gradient(self.reference[role])
+
+    def log_ratio_per_token(self, role: str) -> PerExample:
+        # An empty response counts as one token, as in TRL: 0/0 would poison the whole update.
+        return self.log_ratio(role) / jnp.maximum(self.lengths[role], 1)
+
+    def policy_per_token(self, role: str) -> PerExample:
+        return self.policy[role] / jnp.maximum(self.lengths[role], 1)
+
+    @property
+    def given(self) -> dict[str, PerExample]:
+        """The policy's log-probabilities, keyed by the roles that the batch has."""
+        return self.policy
+
+
+@flax.struct.dataclass
+class Rewards:
+    """Everything that a reward model's loss can use from its batch: one number per response."""
+
+    model: dict[str, PerExample]  # r(prompt, response) by the model in training
+    scores: dict[str, PerExample]  # the responses' scores in the data; 0 if it has none
+
+    @property
+    def given(self) -> dict[str, PerExample]:
+        return self.model
+
+
+LossFunction = Callable[..., tuple[PerExample, Metrics]]
+Score = Callable[[Logps, str], PerExample]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss and the roles that it needs; call it with `Logps` to get (losses, metrics).
+
+    With `rates`, it is called with `Rewards` instead and trains a reward model. `terms` are its
+    names under `loss/`. `reward` describes in words what its `rewards/...` metrics are; None leaves
+    it open. `compose` reads both. With `reference_free`, the loss does not use the reference, so
+    the reference is not scored. `beta` scales the implicit rewards that are measured for every
+    objective (`measures`). Calling it raises ObjectiveError if the batch lacks a role, or if
+    `function` does not return one number per example.
+    """
+
+    roles: tuple[str, ...]
+    function: LossFunction
+    terms: tuple[str, ...] = ()
+    reward: str | None = None
+    reference_free: bool = False
+    rates: bool = False
+    beta: float = 1.0
+
+    def __post_init__(self):
+        if not self.roles or not set(self.roles) <= set(ROLES):
+            raise ObjectiveError(f"{self} has roles {self.roles}; expected one or more of {ROLES}")
+
+    def __call__(self, batch: Logps | Rewards) -> tuple[PerExample, Metrics]:
+        given = batch.given
+        if absent := [role for role in self.roles if role not in given]:
+            has = ", ".join(given)
+            raise ObjectiveError(f"{self} needs the roles {', '.join(absent)}; the batch has {has}")
+        found = self.function(batch)
+        if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Mapping)):
+            raise ObjectiveError(
+                f"{self} returned a {type(found).__name__}. Return two things: one loss per "
+                "example, and a dictionary of metrics, which may be empty"
+            )
+        losses, metrics = found
+        expected = given[self.roles[0]].shape
+        for name, value in {"the loss": losses, **metrics}.items():
+            if jnp.shape(value) != expected:
+                raise ObjectiveError(
+                    f"{self}: {name} has shape {jnp.shape(value)}, expected {expected}. Return one "
+                    "number per example, not their mean: the update takes the mean itself"
+                )
+        return losses, metrics
+
+    def __str__(self) -> str:
+        return "objective " + ("+".join(self.terms) or getattr(self.function, "__name__", "?"))
+
+
+def compose(*objectives: Objective) -> Objective:
+    """The sum of several objectives: losses are added, metrics merged, roles united.
+
+    Raises ObjectiveError if a loss term occurs twice, if the objectives define `rewards/...`
+    differently, or if some read log-probabilities and others the rewards of a reward model. Calling
+    the sum raises ObjectiveError if two objectives report the same metric (except `logps/...`).
+    """
+    terms = tuple(term for objective in objectives for term in objective.terms)
+    rewards = list(dict.fromkeys(o.reward for o in objectives if o.reward is not None))
+    if len(set(terms)) < len(terms):
+        raise ObjectiveError(f"{'+'.join(terms)} has a loss term twice; name each term only once")
+    if len({objective.rates for objective in objectives}) > 1:
+        raise ObjectiveError(
+            f"{'+'.join(terms)} cannot be summed: some terms train a language model (from "
+            "log-probabilities), others a reward model (from rewards); name terms of one kind"
+        )
+    if len(rewards) > 1:
+        raise ObjectiveError(
+            f"{'+'.join(terms)} cannot be summed: the metrics rewards/... would mean both "
+            f"{' and '.join(rewards)}; give the terms the same beta, or sum other losses"
+        )
+
+    def function(logps: Logps) -> tuple[PerExample, Metrics]:
+        total, metrics, owned = jnp.zeros(()), {}, set()
+        for objective in objectives:
+            losses, found = objective(logps)
+            own = {name for name in found if not _is_shared(objective, name)}
+            if clash := (own & metrics.keys()) | (owned & found.keys()):
+                raise ObjectiveError(
+                    f"two terms of a sum both report {', '.join(sorted(clash))}; rename them in "
+                    "one of the terms"
+                )
+            total, metrics, owned = total + losses, metrics | found, owned | own
+        return total, metrics
+
+    roles = tuple(role for role in ROLES if any(role in o.roles for o in objectives))
+    free = all(objective.reference_free for objective in objectives)
+    rates = all(objective.rates for objective in objectives)
+    return Objective(roles, function, terms, rewards[0] if rewards else None, free, rates)
+
+
+def _is_shared(objective: Objective, name: str) -> bool:
+    """Whether all objectives of a sum that report the metric `name` report the same value."""
+    said = objective.reward is not None  # `compose` has checked that the objectives agree on it
+    return name.startswith("logps/") or (said and name.startswith("rewards/"))
+
+
+def margin_loss(
+    term: str,
+    beta: float,
+    loss: Callable[[PerExample], PerExample],
+    score: Score = Logps.log_ratio,
+    reward: Score = Logps.log_ratio,
+    unit: str = "log-ratio",
+    reference_free: bool = False,
+) -> Objective:
+    """An objective with loss(score(chosen) - score(rejected)) and rewards beta * reward(role)."""
+
+    def function(logps: Logps) -> tuple[PerExample, Metrics]:
+        losses = loss(score(logps, CHOSEN) - score(logps, REJECTED))
+        chosen, rejected = (beta * reward(logps, role) for role in PAIR)
+        right = (chosen > rejected).astype(losses.dtype)
+        metrics = reward_metrics(chosen, rejected, right) | logp_metrics(logps, *PAIR)
+        return losses, {f"loss/{term}": losses} | metrics
+
+    reward_is = f"{beta:g} * {unit}"
+    return Objective(PAIR, function, (term,), reward_is, reference_free)
+
+
+def reward_metrics(chosen: PerExample, rejected: PerExample, right: PerExample) -> Metrics:
+    """The metrics `rewards/...`; `right` is 1 where the chosen response has the higher reward."""
+    return {
+        f"rewards/{CHOSEN}": chosen,
+        f"rewards/{REJECTED}": rejected,
+        "rewards/margins": chosen - rejected,
+        "rewards/accuracies": right,
+    }
+
+
+def logp_metrics(logps: Logps, *roles: str) -> Metrics:
+    return {f"logps/{role}": logps.policy[role] for role in roles}
+
+
+def flipped(reward_margin: PerExample, right: float, wrong: float) -> PerExample:
+    return -right * log_sigmoid(reward_margin) - wrong * log_sigmoid(-reward_margin)
+
+
+def explore_loss(term: str, beta: float, loss: Callable[[Logps], PerExample]) -> Objective:
+    def function(logps: Logps) -> tuple[PerExample, Metrics]:
+        losses = loss(logps)
+        metrics = {"optimism/reward": beta * logps.log_ratio(EXPLORE)} | logp_metrics(
+            logps, EXPLORE
+        )
+        return losses, {f"loss/{term}": losses} | metrics
+
+    return Objective((EXPLORE,), function, (term,))
+
+
+RANGES = {
+    "beta": Range(0, above=True),
+    "alpha": Range(0),
+    "gamma": Range(0),
+    "margin": Range(0),
+    "centering": Range(0),
+    "label_smoothing": Range(0, 0.5, below=True),
+    "weight": Range(),
+}
+
+
+def check(**settings: float) -> None:
+    for key, value in settings.items():
+        if (expected := RANGES[key].problem(value)) is not None:
+            raise ObjectiveError(f"{key} is {value!r}; expected {expected}")

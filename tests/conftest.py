@@ -253,7 +253,7 @@ def tried(tell) -> Callable[[str], None]:
 @pytest.fixture
 def harness_parity(tell) -> Callable[[str, float], None]:
     """Notes by how much the harness's numbers differ from those of its own HF model."""
-    heading = "lm-eval: largest difference to its own HF model, in nats"
+    heading = "lm-eval: largest difference from its own HF model, in nats"
     return lambda what, difference: tell(heading, f"{what:24} {difference:.1e}")
 
 

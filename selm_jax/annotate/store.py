@@ -92,8 +92,8 @@ class Item:
     def __post_init__(self) -> None:
         if len(self.answers) < 2 or len(set(self.answers)) < len(self.answers):
             raise AnnotationError(
-                f"prompt {self.prompt_id!r}: found {len(self.answers)} answers, "
-                f"{len(set(self.answers))} of them different; expected two or more different ones."
+                f"prompt {self.prompt_id!r}: answers: {len(self.answers)}, distinct: "
+                f"{len(set(self.answers))}; expected at least two answers, all distinct."
             )
 
     @cached_property

@@ -214,7 +214,7 @@ class Annotating:
     export: Annotated[
         Path | None,
         typer.Option(
-            help="Write the rankings to this .jsonl or .parquet file, and serve no page.",
+            help="Write the rankings to this .jsonl or .parquet file instead of serving the page.",
             metavar="FILE", parser=file_to_write, show_default="serve the page",
         ),
     ] = None  # fmt: skip

@@ -159,7 +159,7 @@ class Redoing:
     stage: Annotated[
         str,
         typer.Argument(
-            help="Stage to do again: generate, rank, score, train, export or evaluate.",
+            help="Stage to run again: generate, rank, score, train, export or evaluate.",
             metavar="STAGE",
         ),
     ]

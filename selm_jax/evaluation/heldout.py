@@ -102,7 +102,7 @@ def run(
         show(_costs(contestants, prompts, open_model, reference, asked, ranker, keep), console)
         return {}
     if out.exists():
-        raise EvaluationError(f"{out} exists already. Move it away, or give another --out")
+        raise EvaluationError(f"{out} already exists. Move it away, or give another --out")
     verdicts = Malformed(allow_malformed, _COUNTED_AS)
     verdicts.watch(ranker)
     beside = None

@@ -163,7 +163,11 @@ class Asking:
     ] = None
     limit: Annotated[
         int | None,
-        typer.Option(help="Use only this many prompts, the first ones.", min=1, show_default="all"),
+        typer.Option(
+            help="Use only this many prompts, from the start of the file.",
+            min=1,
+            show_default="all",
+        ),
     ] = None
     ranker: Annotated[
         str | None,

@@ -130,7 +130,7 @@ def run(
             "ranker 'human' works only with `selm annotate`; give another one with --ranker"
         )
     if not dry_run and out.exists():
-        raise EvaluationError(f"{out} exists already. Move it away, or give another --out")
+        raise EvaluationError(f"{out} already exists. Move it away, or give another --out")
     if dry_run:
         show(_costs(contestants, prompts, ranker, open_model, asked, keep), console)
         return {}

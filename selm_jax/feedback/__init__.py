@@ -5,7 +5,7 @@
 * `rules`: rankers that need no model: sentiment, length, regular expressions, verifiable
   instructions. `workers`: a user's function, in separate processes.
 * `models`: PairRM, the paper's ranker, which reads two answers side by side, and reward models.
-* `judge`: a language model behind an OpenAI-compatible server.
+* `judge`: a language model on an OpenAI-compatible server.
 * `human`: people, through the store that `annotate` fills. `mixture`: a weighted sum of rankers.
 
 Rankers see text only; training uses the token ids that were generated. `preferences` (`selection`,

@@ -62,8 +62,8 @@ class Keys:
         self._read.add(key)
         if default is ... and key not in self._hf:
             raise UnsupportedModel(
-                f"config.json: key {key!r} is missing. Download the file again from where the "
-                "model comes from"
+                f"config.json: key {key!r} is missing. Download the file again from the "
+                "model's source"
             )
         return self._hf.get(key, default)
 

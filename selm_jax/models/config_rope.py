@@ -76,7 +76,7 @@ def rope_of(parameters: Mapping[str, Any], theta: float, k: Keys) -> Rope:
     except KeyError as missing:
         raise UnsupportedModel(
             f"config.json: rope scaling {parameters!r:.200} has no {missing}. Add it, as in the "
-            "config.json where the model comes from"
+            "config.json at the model's source"
         ) from None
     if p:
         raise UnsupportedModel(

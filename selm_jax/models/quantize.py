@@ -62,5 +62,5 @@ def _qwix() -> Any:
     try:
         import qwix
     except ModuleNotFoundError as e:
-        raise LoraError("lora.base needs the package qwix: pip install 'selm-jax[qlora]'") from e
+        raise LoraError("lora.base needs the package qwix: pip install 'selm_jax[qlora]'") from e
     return qwix

@@ -61,7 +61,7 @@ def make_mesh(
     if found != slices:
         raise MeshError(
             f"mesh axes between slices {dict(zip(AXES, dcn, strict=True))} need {slices} slices; "
-            f"the {len(devices)} devices are in {found}. Make the product of compute.dcn_data and "
+            f"the {len(devices)} devices form {found}. Make the product of compute.dcn_data and "
             "compute.dcn_fsdp the number of slices"
         )
     return Mesh(create_hybrid_device_mesh(sizes, dcn, devices), AXES, axis_types=_TYPES)

@@ -74,7 +74,7 @@ def initialize() -> None:
 
 @contextlib.contextmanager
 def _unasked() -> Iterator[None]:
-    """A context in which jax respects TPU_SKIP_MDS_QUERY: it does not ask the metadata server.
+    """Makes jax respect TPU_SKIP_MDS_QUERY in a `with` block: it does not ask the metadata server.
 
     GKE's containers set this variable. jax would ask the metadata server regardless, wait, and fail
     if there is none (https://github.com/jax-ml/jax/issues/40854). It does not ask for values that
@@ -323,7 +323,7 @@ def _on_sigterm(*_: Any) -> None:
 
 @contextlib.contextmanager
 def stop_deferred() -> Iterator[None]:
-    """A context in which signals do not interrupt the run, which checks `should_stop` instead.
+    """Keeps signals from interrupting a `with` block; the run checks `should_stop` instead.
 
     With several processes, Ctrl-C in one of them still interrupts: the others do not learn of it,
     so this process ends, and they end with it.

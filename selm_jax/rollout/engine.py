@@ -122,7 +122,7 @@ class Engine(Setup):
         self, params: Params, slots: Slots, board: Board, queue: deque[Request],
         groups: list[_Group], key: Callable[[Request, int], np.ndarray],
     ) -> tuple[Slots, list[_Group]]:  # fmt: skip
-        """Fills free slots, and prefills more prompts when a copy has free slots and no rows.
+        """Fills free slots; prefills more prompts when a copy of the model runs out of rows.
 
         Returns:
           the slots, and the groups that still have responses without a slot.

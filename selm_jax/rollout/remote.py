@@ -257,9 +257,9 @@ class Server:
                     f"its output is {self.log}. Stop that server"
                 )
             raise ServerError(
-                f"{self._root} answers already, before rollout.remote.command was run (it serves "
-                f"{_listed(other)}). Stop that server, or remove the command and serve the policy "
-                "yourself"
+                f"a server already answers at {self._root}, before rollout.remote.command was run "
+                f"(it serves {_listed(other)}). Stop that server, or remove the command and serve "
+                "the policy yourself"
             )
 
     def _check_alive(self, fault: str = "") -> None:

@@ -17,7 +17,7 @@ from selm_jax.shell.words import duration
 
 @contextlib.contextmanager
 def held(run: Run) -> Iterator[None]:
-    """A context in which the run's folder is locked, after the run was checked and opened.
+    """Locks the run's folder, checks the run and opens it, for the duration of a `with` block.
 
     The first process takes the lock for all processes.
 

@@ -44,7 +44,7 @@ class Writers:
         self.logged, self.gone = list(logged), 0
 
     def start_over(self, logged: Iterable[Mapping[str, Any]]) -> None:
-        """Makes TensorBoard show only the lines `logged`, after metrics.jsonl has lost other lines.
+        """Makes TensorBoard show only the lines in `logged`, when lines of metrics.jsonl are gone.
 
         TensorBoard is redrawn; wandb keeps what it has. A wandb step is the number of a line, so a
         line that is written again is not logged twice. If lines were removed from the middle, the

@@ -25,7 +25,7 @@ _deferred = False
 
 @contextlib.contextmanager
 def heard() -> Iterator[None]:
-    """A context in which no library can swallow Ctrl-C. Does nothing outside the main thread."""
+    """Keeps libraries from swallowing Ctrl-C in a `with` block. Works only in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -57,7 +57,7 @@ def asked() -> bool:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """A context in which the first Ctrl-C raises nothing: the code inside has to check `asked`."""
+    """Keeps the first Ctrl-C in a `with` block from raising: the block has to check `asked`."""
     global _deferred
     _deferred = True
     try:

@@ -143,7 +143,7 @@ def _held(folder: Path) -> list[Path]:
 
 
 def _rename(source: Path, target: Path) -> bool:
-    """Renames `source` to `target`, a name of this process only. False without a `source`."""
+    """Renames `source` to `target`, which only this process uses. False without a `source`."""
     try:
         os.rename(source, target)
     except FileNotFoundError:

@@ -87,7 +87,7 @@ def counted(scores: Iterable[float | None]) -> bool:
 
 
 def dispersion(observed: float, binary: float) -> float:
-    """The variance of values divided by that of wins and losses (1 and 0) with the same mean.
+    """The variance of scores, divided by the variance of pure wins and losses of equal mean.
 
     Args:
       observed: the sum of squared deviations from the expected values.

@@ -165,7 +165,7 @@ def _by_iteration(outcomes: Mapping[int, Outcome], kind: str) -> dict[int, Estim
 def _versus(
     own: Mapping[int, Outcome], others: Mapping[int, Outcome], kind: str
 ) -> Estimate | None:
-    """Estimates a cell's difference to the baseline after the last iterations, on common seeds."""
+    """Estimates a cell's difference from the baseline after its last iteration, on common seeds."""
     seeds = [s for s in own if s in others]
     return _difference(*(_table([of[s] for s in seeds], kind) for of in (own, others)))
 
@@ -240,7 +240,7 @@ def as_csv(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
 
 
 def shown(rows: Sequence[Row], grid: Sweep) -> Table:
-    """A table for the terminal: held-out score, KL, and the difference to the baseline."""
+    """A table for the terminal: held-out score, KL, and the difference from the baseline."""
     found = Table(box=None, pad_edge=False, title=f"{grid.title}: after the last iteration")
     found.add_column("setting", overflow="fold", ratio=2)
     for name in ("seeds", "score", "KL", f"against {grid.baseline}", "p (Holm)"):

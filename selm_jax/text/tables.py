@@ -67,8 +67,8 @@ def read(path: epath.Path, split: str | None) -> Iterator[Row]:
         files = _split_of(path, split)
     elif split is not None:
         raise DataError(
-            f"{path} is a single file, so it has no split {split!r}. Name no split, or the folder "
-            "that has a file for each split."
+            f"{path} is a single file, so it has no split {split!r}. Remove the split, or give the "
+            "folder that has a file for each split."
         )
     else:
         files = [path]
@@ -179,7 +179,7 @@ def _saved(folder: epath.Path, split: str | None) -> list[epath.Path]:
         ) from error
     if split not in (None, own):
         raise DataError(
-            f"{folder} is a single saved dataset, so it has no split {split!r}. Name no split."
+            f"{folder} is a single saved dataset, so it has no split {split!r}. Remove the split."
         )
     if lost := [name for name in names if not (folder / name).exists()]:
         raise DataError(

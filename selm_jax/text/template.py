@@ -66,11 +66,11 @@ class Template:
         if "syntax" in answer:
             raise ChatError(
                 f"{self.where}{at}: the chat template is not valid Jinja: {answer['syntax']}. Fix "
-                "the template, or download it again from where the model comes from"
+                "the template, or download it again from the model's source"
             )
         raise ChatError(
             f"{self.where}{at}: the chat template fails: {answer['failed']}. Fix the template, or "
-            "download it again from where the model comes from"
+            "download it again from the model's source"
         )
 
 

@@ -151,8 +151,8 @@ def _from_file(file: Path) -> tokenizers.Tokenizer:
         return tokenizers.Tokenizer.from_file(str(file))
     except Exception as e:  # the library raises this class itself
         raise ChatError(
-            f"{file} cannot be read as a tokenizer ({e}). Download the file again from where the "
-            "model comes from"
+            f"{file} cannot be read as a tokenizer ({e}). Download the file again from the "
+            "model's source"
         ) from e
 
 
@@ -176,8 +176,8 @@ def _from_older_files(folder: Path) -> tokenizers.Tokenizer:
     except Exception as e:  # noqa: BLE001 - whatever goes wrong there, this folder has no tokenizer
         reason = f"and transformers cannot make a tokenizer of the other files ({e})"
     raise ChatError(
-        f"{folder} has no tokenizer: no {FILE}, {reason}. Download {FILE} from where the model "
-        "comes from, or write it from a tokenizer of your own with its save_pretrained"
+        f"{folder} has no tokenizer: no {FILE}, {reason}. Download {FILE} from the model's "
+        "source, or write it from a tokenizer of your own with its save_pretrained"
     )
 
 

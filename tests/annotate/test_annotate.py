@@ -114,7 +114,7 @@ class TestStore:
                 store.judge(item(0).digest, name, None, request="a")
         with pytest.raises(AnnotationError, match="no question 'abc'"):
             store.judge("abc", "Ada", None, request="a")
-        with pytest.raises(AnnotationError, match="1 of them different"):
+        with pytest.raises(AnnotationError, match="distinct: 1; expected at least two"):
             Item("p", (), ("same", "same"))
         with pytest.raises(AnnotationError, match="minimum is 0"):
             store.put(BATCH, [item(0)], 0)

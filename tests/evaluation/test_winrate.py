@@ -62,7 +62,7 @@ def test_the_matrix_is_a_count(files, tmp_path):
     assert any(p["ties"] > 0 for p in report["pairs"])
     lines = (tmp_path / "out" / "comparisons.jsonl").read_text().splitlines()
     assert len(lines) == 3 * 30
-    with pytest.raises(EvaluationError, match="exists already"):
+    with pytest.raises(EvaluationError, match="already exists"):
         compared(files, score, tmp_path)
 
 

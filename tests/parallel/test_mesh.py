@@ -139,7 +139,7 @@ def test_slices_are_joined_on_the_given_axes():
 
 
 def test_slices_that_are_not_there_are_refused():
-    with pytest.raises(MeshError, match="need 2 slices; the 8 devices are in 1"):
+    with pytest.raises(MeshError, match="need 2 slices; the 8 devices form 1"):
         make_mesh((1, -1, 1), dcn=(2, 1, 1))
     with pytest.raises(MeshError, match="in 3 slices do not cover the 8 devices"):
         make_mesh((1, -1, 1), dcn=(3, 1, 1))

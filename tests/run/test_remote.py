@@ -316,7 +316,7 @@ def test_a_server_that_is_there_already_is_not_taken_for_the_commands(serving, t
     policy = command(tmp_path, "sh -c 'sleep 60' {model}", server.server_port)
     with (
         pytest.raises(
-            ServerError, match=r"answers already, before .* \(it serves /models/policy\)"
+            ServerError, match=r"already answers at .*, before .* \(it serves /models/policy\)"
         ),
         policy,
     ):

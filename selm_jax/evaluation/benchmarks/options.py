@@ -28,9 +28,7 @@ OptionalSource = Annotated[
 ]
 Name = Annotated[
     str | None,
-    typer.Option(
-        help="Name for the model in the files of results.", show_default="the model's own"
-    ),
+    typer.Option(help="Name for the model in the result files.", show_default="the model's own"),
 ]
 
 
@@ -66,7 +64,7 @@ class Judging:
         ),
     ] = None
     concurrency: Annotated[
-        int, typer.Option(help="Number of requests to the judge at the same time.", min=1)
+        int, typer.Option(help="Maximum number of simultaneous requests to the judge.", min=1)
     ] = 16
     cache: Annotated[
         Path | None,

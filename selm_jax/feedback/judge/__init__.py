@@ -1,1 +1,1 @@
-"""Ranks with a language model behind an OpenAI-compatible server; caches every paid answer."""
+"""Ranks with a language model on an OpenAI-compatible server; caches every paid answer."""

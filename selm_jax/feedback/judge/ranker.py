@@ -1,4 +1,4 @@
-"""A ranker that asks a language model (the judge) behind any OpenAI-compatible server.
+"""A ranker that asks a language model (the judge) on any OpenAI-compatible server.
 
 There are three forms of judging, each of which gives one score per candidate:
 
@@ -270,7 +270,7 @@ def judge(
     price_prompt: NonNegative | None = None,
     price_completion: NonNegative | None = None,
 ) -> JudgeRanker:
-    """A judge behind an OpenAI-compatible server.
+    """A judge on an OpenAI-compatible server.
 
     Args:
         model: the judge's name on the server.

@@ -319,7 +319,7 @@ def test_the_verb_writes_results_with_names_versions_and_shots(model, task_folde
     assert results["config"]["selm_origin"]["sha256"] == model.folder.origin["sha256"]
     lines = (out / "samples" / "local_write.jsonl").read_text().splitlines()
     assert len(lines) == 3 and "resps" in json.loads(lines[0])
-    with pytest.raises(EvaluationError, match="exists already"):
+    with pytest.raises(EvaluationError, match="already exists"):
         lm_eval.run(model, "local_write", out=out, **asked)
 
 

@@ -37,7 +37,8 @@ class LengthControl:
     gamed_sha256: Annotated[
         str | None,
         typer.Option(
-            help="Expected SHA-256 of the file --gamed.", show_default="the published file's"
+            help="Expected SHA-256 of the file that --gamed names.",
+            show_default="the published file's",
         ),
     ] = None
     published: Annotated[

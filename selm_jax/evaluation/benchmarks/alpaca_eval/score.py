@@ -85,7 +85,7 @@ def wins(preferences: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
 
 @contextlib.contextmanager
 def package(module: str) -> Iterator[Any]:
-    """A context that imports a module of `alpaca_eval` and undoes the import's side effects.
+    """Imports a module of `alpaca_eval` for a `with` block, and undoes its side effects after it.
 
     The package sets the root logger's level on import, and scikit-learn's settings when it fits.
 

@@ -327,7 +327,7 @@ def run(
         exists.
     """
     if not dry_run and out.exists():
-        raise EvaluationError(f"{out} exists already. Move it away, or give another --out")
+        raise EvaluationError(f"{out} already exists. Move it away, or give another --out")
     manager = lm_eval_tasks.manager(include)
     loaded = load_tasks(tasks_of(tasks, manager), manager)
     harness = Counter(model) if dry_run else Harness(model, seed)

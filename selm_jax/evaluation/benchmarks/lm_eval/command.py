@@ -41,7 +41,7 @@ class Options:
     limit: Annotated[
         int | None,
         typer.Option(
-            help="Use only this many rows of each task, the first ones.", min=1, show_default="all"
+            help="Use only this many rows of each task, from its start.", min=1, show_default="all"
         ),
     ] = None
     chat: Annotated[

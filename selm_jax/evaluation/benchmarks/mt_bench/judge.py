@@ -1,4 +1,4 @@
-"""Asks MT-Bench's judge, with FastChat's prompts, behind any OpenAI-compatible server.
+"""Asks MT-Bench's judge with FastChat's prompts, through any OpenAI-compatible server.
 
 `single` rates each turn's answer from 1 to 10; `pair` compares two models in both orders. Questions
 of math, reasoning and coding are judged with a reference answer. Unlike FastChat's parser, this one

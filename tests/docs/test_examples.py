@@ -7,6 +7,8 @@ import pytest
 from typer.testing import CliRunner
 
 from selm_jax.cli import app
+from selm_jax.feedback.ranker import BUILT_IN
+from selm_jax.objectives.build import TABLE
 
 
 def python_of(page):
@@ -35,6 +37,13 @@ def test_the_readme_has_the_lines_that_the_page_on_python_has():
     readme = (pages.ROOT / "README.md").read_text(encoding="utf-8")
     lines = pages.blocks((pages.ROOT / "docs" / "api.md").read_text(encoding="utf-8"), "python")[0]
     assert lines in pages.blocks(readme, "python")
+
+
+def test_the_readme_names_every_loss_and_ranker():
+    readme = (pages.ROOT / "README.md").read_text(encoding="utf-8")
+    for row, known in (("Losses", TABLE), ("Rankers", BUILT_IN)):
+        (line,) = re.findall(rf"^\| \*\*{row}\*\* \|.*$", readme, re.MULTILINE)
+        assert set(known) <= set(re.findall(r"`(\w+)`", line))
 
 
 def test_the_readme_has_what_ci_takes_from_it():

@@ -14,15 +14,14 @@ from selm_jax import config
 from selm_jax.config import Experiment
 from selm_jax.models.config import DecoderConfig
 from selm_jax.plan.command import read_facts
-from selm_jax.plan.measure import shard_bytes
 from selm_jax.plan.phases import Blueprint, phases
 from selm_jax.plan.topology import local_target
+from selm_jax.shell.memory import GIB, shard_bytes
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "memory.md"
 CONFIGS = ROOT / "tests" / "golden" / "configs"
 BEGIN, END = "<!-- computed: python docs/memory.py -->", "<!-- end of what is computed -->"
-GIB = 2**30
 BATCHES = 8  # packed rows of an update
 GPUS = {24: 24e9 / GIB, 48: 48e9 / GIB, 80: 80e9 / GIB}
 SHARE = 0.92  # of a GPU, by XLA_PYTHON_CLIENT_MEM_FRACTION

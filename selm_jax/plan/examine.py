@@ -12,10 +12,11 @@ from selm_jax.config import Experiment
 from selm_jax.models.config import DecoderConfig
 from selm_jax.parallel.mesh import MeshError
 from selm_jax.plan import work
-from selm_jax.plan.measure import Memory, gib, measure
+from selm_jax.plan.measure import Memory, measure
 from selm_jax.plan.phases import Blueprint, Phase, phases
 from selm_jax.plan.remedies import Change, Fits, remedy
 from selm_jax.plan.topology import Target, target
+from selm_jax.shell.memory import gib
 
 Load = Callable[[Sequence[str]], Experiment]  # loads the experiment with further overrides
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -19,8 +18,9 @@ from typing import Any
 import jax
 
 from selm_jax.plan.loops import in_loops
-from selm_jax.plan.topology import GIB, Target
+from selm_jax.plan.topology import Target
 from selm_jax.shell import artifacts
+from selm_jax.shell.memory import gib
 from selm_jax.weights.sources import cache_root
 
 
@@ -95,21 +95,6 @@ def wanted(words: str) -> int:
     if sizes is None:
         return -1
     return int(float(sizes[1]) * 1024 ** ("KMGT".index(sizes[2]) + 1))
-
-
-def shard_bytes(tree: Any) -> int:
-    """The bytes of a tree of (abstract) arrays on one device; other leaves count as 0 bytes."""
-    return sum(_shard_bytes(x) for x in jax.tree.leaves(tree) if hasattr(x, "dtype"))
-
-
-def _shard_bytes(x: Any) -> int:
-    sharding = getattr(x, "sharding", None)
-    shape = x.shape if sharding is None else sharding.shard_shape(x.shape)
-    return math.prod(shape) * x.dtype.itemsize
-
-
-def gib(count: float) -> str:
-    return f"{count / GIB:.2f}" if count < 99.5 * GIB else f"{count / GIB:,.0f}"
 
 
 def _digest(lowered: jax.stages.Lowered, target: Target) -> str:

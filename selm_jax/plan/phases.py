@@ -21,7 +21,6 @@ from selm_jax.config import Experiment, fixed_length
 from selm_jax.models.config import DecoderConfig
 from selm_jax.models.quantize import quantize
 from selm_jax.objectives.roles import ROLES
-from selm_jax.plan.measure import shard_bytes
 from selm_jax.plan.rankers import Ranker, rankers_of
 from selm_jax.plan.topology import Target
 from selm_jax.preferences.layouts import row_lengths
@@ -33,6 +32,7 @@ from selm_jax.run.data import Data
 from selm_jax.run.devices import Devices
 from selm_jax.run.programs import Programs
 from selm_jax.run.task import task_of
+from selm_jax.shell.memory import shard_bytes
 from selm_jax.shell.user_code import is_user_code
 from selm_jax.training.state import TrainState
 

@@ -11,9 +11,9 @@ from rich.text import Text
 
 from selm_jax.plan.examine import Fit, Options, Plan
 from selm_jax.plan.loops import LEAST
-from selm_jax.plan.measure import gib, versions
-from selm_jax.plan.topology import GIB
+from selm_jax.plan.measure import versions
 from selm_jax.plan.work import Part
+from selm_jax.shell.memory import GIB, gib
 
 _LEGEND = (
     "args, temps: arguments, temporaries; beside: other data in memory at the same time; needs: "

@@ -12,15 +12,13 @@ import dataclasses
 import importlib.util
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from selm_jax.bench import limits
+from selm_jax.shell.memory import GIB, device_limit
 from selm_jax.shell.words import did_you_mean
-
-GIB = 2**30
 
 
 class TopologyError(ValueError):
@@ -167,13 +165,7 @@ def local_target(hbm: float | None = None) -> Target:
     """Returns the local devices as a target."""
     devices = jax.devices()
     device = devices[0]
-    stats = device.memory_stats() or {}
-    if hbm is not None:
-        limit, source = int(hbm * GIB), "--hbm"
-    elif "bytes_limit" in stats:
-        limit, source = stats["bytes_limit"], "the device"
-    else:
-        limit, source = _memory_total() // len(devices), "this machine's memory, shared by all"
+    limit, source = device_limit(device) if hbm is None else (int(hbm * GIB), "--hbm")
     on_cpu = device.platform == "cpu"
     peak = limits.known(limits.PEAKS, device.device_kind)
     bandwidth = limits.known(limits.BANDWIDTHS, device.device_kind)
@@ -191,10 +183,3 @@ def local_target(hbm: float | None = None) -> Target:
 
 # On these TPUs two devices are one chip. A TPU v4 or v5p chip is one device: its cores work as one.
 _HALVES = ("TPU v2", "TPU v3", "TPU7x")
-
-
-def _memory_total() -> int:
-    if Path("/proc/meminfo").exists():
-        line = Path("/proc/meminfo").read_text().splitlines()[0]
-        return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from selm_jax.models import flops
-from selm_jax.plan.measure import shard_bytes
 from selm_jax.plan.phases import Blueprint
 from selm_jax.plan.rankers import is_relative
 from selm_jax.preferences.batches import updates_per_epoch
 from selm_jax.preferences.examples import Example
 from selm_jax.preferences.layouts import least_padding
 from selm_jax.rollout.engine import bucket
+from selm_jax.shell.memory import shard_bytes
 from selm_jax.text.prompts import rows_of
 
 

@@ -10,6 +10,7 @@ from selm_jax.parallel import multihost
 from selm_jax.preferences.selection import by_settings
 from selm_jax.rollout import remote
 from selm_jax.run.data import Data
+from selm_jax.run.memory import check_memory
 from selm_jax.run.rows import (
     RunError,
     check_batches,
@@ -87,7 +88,8 @@ def _check_mesh(run: Run) -> None:
 def _check_programs(run: Run) -> None:
     """Builds the programs without compiling them."""
     programs, server = run.programs, run.experiment.rollout.remote
-    _ = (programs.optimizer, programs.abstract_trained)
+    for line in check_memory(programs):
+        run.console.print(line, style="yellow", soft_wrap=True, markup=False)
     if not run.task.answers:
         return
     _ = (programs.engine, programs.decoding_shardings)

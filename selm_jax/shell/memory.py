@@ -1,14 +1,94 @@
-"""Measures peak memory, and returns freed memory to the system."""
+"""Measures memory: the limit of a device, the peak of a process, and the size of arrays."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import math
+import os
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
+
+GIB = 2**30
+
+
+def device_limit(device: jax.Device) -> tuple[int, str]:
+    """The memory of a device that programs may use, in bytes, and the source of that figure.
+
+    Local devices that report no limit, such as a CPU, share the memory of this process equally.
+    """
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"], "the device"
+    limit, source = min(_limits_of_this_process())
+    return limit // len(jax.local_devices()), source
+
+
+def _limits_of_this_process() -> Iterator[tuple[int, str]]:
+    """Yields the limits, in bytes, on the memory of this process, each with its source."""
+    yield _of_machine("MemTotal"), "this machine's memory, shared by all"
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if soft != resource.RLIM_INFINITY:
+        yield soft, "this process's limit (ulimit -v)"
+    for file in _of_cgroups(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")):
+        yield int(file.read_text()), "the limit of this container (cgroup)"
+
+
+def _of_cgroups(root: Path, own: Path) -> Iterator[Path]:
+    """Yields the files under `root` that limit this process, its own group's and those above.
+
+    Args:
+      root: where the control groups are mounted, version 1 or 2.
+      own: the file that names the groups of this process.
+    """
+    if not own.exists():
+        return
+    for line in own.read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        version_2 = not controllers
+        if not version_2 and "memory" not in controllers.split(","):
+            continue
+        top = root if version_2 else root / "memory"
+        name = "memory.max" if version_2 else "memory.limit_in_bytes"
+        group = top / path.lstrip("/")
+        for folder in (group, *group.parents):
+            file = folder / name
+            within = folder.is_relative_to(top) and file.is_file()
+            if within and file.read_text().strip() != "max":
+                yield file
+
+
+def free_memory() -> int | None:
+    """The bytes that this machine can give without swapping; None if it does not say."""
+    return _of_machine("MemAvailable") if Path("/proc/meminfo").exists() else None
+
+
+def _of_machine(name: str) -> int:
+    if (file := Path("/proc/meminfo")).exists():
+        lines = dict(line.split(":", 1) for line in file.read_text().splitlines())
+        return int(lines[name].split()[0]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def shard_bytes(tree: Any) -> int:
+    """The bytes of a tree of (abstract) arrays on one device; other leaves count as 0 bytes."""
+    return sum(_shard_bytes(x) for x in jax.tree.leaves(tree) if hasattr(x, "dtype"))
+
+
+def _shard_bytes(x: Any) -> int:
+    sharding = getattr(x, "sharding", None)
+    shape = x.shape if sharding is None else sharding.shard_shape(x.shape)
+    return math.prod(shape) * x.dtype.itemsize
+
+
+def gib(count: float) -> str:
+    """A number of bytes in GiB, in words: two decimals below 99.5."""
+    return f"{count / GIB:.2f}" if count < 99.5 * GIB else f"{count / GIB:,.0f}"
 
 
 def peak_mib() -> float:

@@ -17,6 +17,7 @@ import inspect
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from selm_jax.config import Experiment
 from selm_jax.parallel import multihost
 from selm_jax.run.folder import StageLog
 from selm_jax.run.inputs import Model, StoredTable, Training, digests_of
+from selm_jax.run.memory import explained
 from selm_jax.run.task import Task
 from selm_jax.shell import artifacts, jsonl
 from selm_jax.shell.memory import release
@@ -188,7 +190,7 @@ class _Call:
         found = None
         if store is not None:
             found = multihost.on_first(lambda: store.take(key, self.folder))
-        counts = self.stage.body(step, **self.given) if found is None else self._taken(step, found)
+        counts = self._work(step) if found is None else self._taken(step, found)
         multihost.barrier()
         artifacts.wait_for(outputs.values())
         seconds = time.perf_counter() - began
@@ -220,6 +222,10 @@ class _Call:
         note = "" if found is None else f"as {found['run']}"
         self.run.say(self.name, self.t, counts, seconds, note)
         return True
+
+    def _work(self, step: Step) -> Counts:
+        work = partial(self.stage.body, step, **self.given)
+        return explained(work, self.name, self.folder, self.run.experiment)
 
     def _begin(self, settings: Mapping[str, Any]) -> dict[str, str] | None:
         """Records the inputs before the work begins and returns them; None if the stage is done."""

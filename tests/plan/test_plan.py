@@ -26,13 +26,14 @@ from selm_jax.models import deberta, flops
 from selm_jax.models.decoder import abstract_params
 from selm_jax.parallel.rules import place_rows
 from selm_jax.plan import command, examine, topology, work
-from selm_jax.plan.measure import measure, shard_bytes, wanted
+from selm_jax.plan.measure import measure, wanted
 from selm_jax.plan.phases import Blueprint, phases
 from selm_jax.plan.remedies import remedy
 from selm_jax.plan.topology import GIB, Target, TopologyError, local_target, target
 from selm_jax.rollout import schedule
 from selm_jax.rollout import slots as rollout
 from selm_jax.run.run import Run
+from selm_jax.shell.memory import shard_bytes
 from selm_jax.training.state import TrainState
 from selm_jax.weights import facts
 from selm_jax.weights.deberta import LARGE

@@ -1,0 +1,125 @@
+"""Checks memory: before any work is done, and when a device has run out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import jax
+from jax.errors import JaxRuntimeError
+
+from selm_jax.config import Experiment
+from selm_jax.models.quantize import quantize
+from selm_jax.run.programs import Programs
+from selm_jax.run.rows import RunError
+from selm_jax.shell.memory import device_limit, free_memory, gib, shard_bytes
+from selm_jax.training.state import TrainState
+
+T = TypeVar("T")
+
+# What makes a stage need less, from the cheapest setting to the most expensive.
+_SMALLER = {
+    "generate": ("rollout.prefill_rows", "rollout.slots"),
+    "evaluate": ("rollout.prefill_rows", "rollout.slots"),
+    "score": ("training.rows", "training.logprob_chunk"),
+    "train": ("training.rows", "training.logprob_chunk"),
+}
+
+
+class OutOfMemory(RuntimeError):
+    """A stage needs more memory than a device has."""
+
+
+def check_memory(programs: Programs) -> Iterator[str]:
+    """Checks that what training must hold fits into memory, and yields notes if it is tight.
+
+    Only parameters, gradients and moments count, which are known without compiling anything, so
+    an experiment that passes can still need too much.
+
+    Raises:
+      RunError: training cannot fit on these devices.
+    """
+    device = jax.local_devices()[0]
+    parts = least_of_training(programs)
+    needed, (limit, source) = sum(parts.values()), device_limit(device)
+    listed = ", ".join(f"{name} {gib(size)}" for name, size in parts.items())
+    least = f"training needs at least {gib(needed)} GiB of memory per device ({listed})"
+    if needed > limit:
+        raise RunError(
+            f"{least} and more for activations, but there are {gib(limit)} GiB ({source}): "
+            f"{gib(needed - limit)} GiB are missing. Train adapters (`lora`), set "
+            "training.parameter_dtype: bfloat16, or shard the model over more devices "
+            "(compute.fsdp)"
+        )
+    if device.platform != "cpu":
+        return  # where memory that runs out is an error, and not the end of the process
+    free = free_memory()
+    if free is not None and needed > free // len(jax.local_devices()):
+        yield f"{least}, but {gib(free)} GiB are free on this machine now. Close other programs"
+    elif needed > 0.6 * limit:
+        yield (
+            f"{least} of {gib(limit)} ({source}), and more for activations. The system may kill "
+            "the run without a message: check with `selm plan` first"
+        )
+
+
+def least_of_training(programs: Programs) -> dict[str, int]:
+    """The bytes that training holds on one device, without activations, by what they are."""
+    trained = programs.abstract_trained
+    state = TrainState.abstract(trained, programs.optimizer)
+    found = {
+        "parameters": shard_bytes(trained),
+        "gradients": shard_bytes(trained),
+        "moments": shard_bytes(state.opt_state),
+    }
+    model, kind = programs.abstract_params, programs.quantized
+    if kind is not None:  # the compiler chooses its shards, of which none is smaller than this
+        whole = shard_bytes(jax.eval_shape(lambda params: quantize(params, kind), model))
+        found["base model"] = whole // programs.devices.mesh.size
+    elif programs.lora is not None:
+        found["base model"] = shard_bytes(model)
+    elif programs.experiment.training.reference == "live":
+        found["reference"] = shard_bytes(model)
+    return found
+
+
+def explained(work: Callable[[], T], stage: str, folder: Path, experiment: Experiment) -> T:
+    """Does the work of a stage; if memory runs out, the error says which settings to change.
+
+    Args:
+      folder: the folder of the iteration.
+
+    Raises:
+      OutOfMemory: a device, or this process, has not enough memory.
+    """
+    try:
+        return work()
+    except (JaxRuntimeError, MemoryError) as e:
+        words = str(e).strip().partition("\n")[0]
+        if isinstance(e, JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in words:
+            raise
+        raise OutOfMemory(
+            f"{folder}: stage {stage!r} has not enough memory ({words or 'MemoryError'}). "
+            f"{_advice(stage, experiment)}"
+        ) from e
+
+
+_CONTINUE = "Finished work is kept: the same command continues"
+
+
+def _advice(stage: str, experiment: Experiment) -> str:
+    if stage == "train" and experiment.training.remat != "full":
+        return f"Set training.remat: full. {_CONTINUE}"
+    if stage not in _SMALLER:
+        return f"Set a smaller batch for the ranker (feedback.settings). {_CONTINUE}"
+    lower = ", ".join(f"{key} (now {_value(experiment, key)})" for key in _SMALLER[stage])
+    found = f"Lower {lower}; `selm plan` finds settings that fit. "
+    if stage in ("score", "train"):
+        return found + "Finished stages depend on these settings, so set another `output`, too"
+    return found + _CONTINUE
+
+
+def _value(experiment: Experiment, key: str) -> object:
+    group, name = key.split(".")
+    return getattr(getattr(experiment, group), name)

@@ -1,0 +1,144 @@
+"""What does not fit into memory is refused before the work, and explained when it happens."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import pytest
+import tiny
+from jax.errors import JaxRuntimeError
+from rich.console import Console
+
+from selm_jax import config
+from selm_jax.iterate import iterate
+from selm_jax.run import memory
+from selm_jax.run.check import check
+from selm_jax.run.rows import RunError
+from selm_jax.run.run import Run
+from selm_jax.training.state import TrainState
+
+QUIET = Console(quiet=True)
+
+
+def run_of(folder, **changes) -> Run:
+    return Run(config.load(tiny.experiment(folder, **changes)), QUIET, devices=jax.devices()[:1])
+
+
+def test_the_least_of_training_is_what_its_arrays_take(tmp_path):
+    run = run_of(tmp_path)
+    params = run.programs.load(run.policy(0).path)
+    state = TrainState.create(params, run.programs.optimizer)
+    sizes = [x.nbytes for x in jax.tree.leaves(params)]
+    moments = [x.nbytes for x in jax.tree.leaves(state.opt_state)]
+    assert memory.least_of_training(run.programs) == {
+        "parameters": sum(sizes), "gradients": sum(sizes), "moments": sum(moments)
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes, beside",
+    [
+        ({"training__reference": "live"}, "reference"),
+        ({"lora": {"rank": 2, "alpha": 4}}, "base model"),
+        ({"lora": {"rank": 2, "alpha": 4, "base": "nf4", "targets": "q_proj"}}, "base model"),
+    ],
+    ids=["live reference", "lora", "nf4"],
+)
+def test_what_lies_beside_the_trained_parameters_counts(tmp_path, changes, beside):
+    run = run_of(tmp_path, **changes)
+    held = run.programs.start_of(run.policy(0).path)
+    expected = sum(x.nbytes for x in jax.tree.leaves(held))
+    assert memory.least_of_training(run.programs)[beside] == expected
+
+
+def test_with_eight_shards_each_device_holds_an_eighth_of_the_matrices(tmp_path):
+    file = tiny.experiment(tmp_path, compute__fsdp=8)
+    run = Run(config.load(file), QUIET, devices=jax.devices())
+    whole = sum(x.size * 4 for x in jax.tree.leaves(run.programs.abstract_params))
+    assert whole / 8 <= memory.least_of_training(run.programs)["parameters"] < whole / 4
+
+
+def test_an_experiment_that_cannot_fit_is_refused_with_what_is_missing(tmp_path, monkeypatch):
+    run = run_of(tmp_path)
+    needed = sum(memory.least_of_training(run.programs).values())
+    missing = 3 * 2**30
+    monkeypatch.setattr(memory, "device_limit", lambda _: (needed - missing, "a test"))
+    with pytest.raises(RunError, match=r"\(a test\): 3\.00 GiB are missing.*`lora`"):
+        check(run)
+    assert not list(tmp_path.glob("run/iter*")), "nothing was begun"
+
+
+@pytest.mark.parametrize(
+    "limit, free, told",
+    [(1.0, 0.5, "are free on this machine now"), (1.5, 2.0, "selm plan"), (2.0, 2.0, None)],
+)
+def test_an_experiment_that_barely_fits_is_told_so(tmp_path, monkeypatch, limit, free, told):
+    run = run_of(tmp_path)
+    needed = sum(memory.least_of_training(run.programs).values())
+    monkeypatch.setattr(memory, "device_limit", lambda _: (int(limit * needed), "a test"))
+    monkeypatch.setattr(memory, "free_memory", lambda: int(free * needed * 8))
+    found = list(memory.check_memory(run.programs))
+    assert [told in line for line in found] == [True] if told else found == []
+
+
+FULL = "RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes."
+
+
+def fails(*_, **__):
+    raise JaxRuntimeError(f"{FULL}\nand more")
+
+
+@pytest.mark.parametrize(
+    "stage, remat, advice",
+    [
+        ("generate", "full", "Lower rollout.prefill_rows (now 4), rollout.slots (now 8); `selm"),
+        ("train", "none", "Set training.remat: full. Finished work is kept"),
+        ("train", "full", "Lower training.rows (now 2), training.logprob_chunk (now 32); `selm"),
+        ("rank", "full", "Set a smaller batch for the ranker (feedback.settings). Finished"),
+    ],
+)
+def test_a_stage_without_enough_memory_says_which_settings_to_lower(tmp_path, stage, remat, advice):
+    e = run_of(
+        tmp_path, rollout__prefill_rows=4, rollout__slots=8, training__rows=2,
+        training__logprob_chunk=32, training__remat=remat,
+    ).experiment  # fmt: skip
+    folder = tmp_path / "run/iteration_2"
+    told = f"{folder}: stage '{stage}' has not enough memory ({FULL}). {advice}"
+    with pytest.raises(memory.OutOfMemory, match="^" + re.escape(told)) as raised:
+        memory.explained(fails, stage, folder, e)
+    assert "and more" not in str(raised.value)
+
+
+def test_other_errors_of_a_program_pass_unchanged(tmp_path):
+    def broken():
+        raise JaxRuntimeError("INTERNAL: something else")
+
+    e = run_of(tmp_path).experiment
+    with pytest.raises(JaxRuntimeError, match="INTERNAL"):
+        memory.explained(broken, "train", tmp_path, e)
+    assert memory.explained(lambda: 5, "train", tmp_path, e) == 5
+
+
+@pytest.mark.parametrize(
+    "place, stage, now, then",
+    [
+        ("selm_jax.rollout.engine.Engine.generate", "evaluate", {}, {"rollout__slots": 4}),
+        (
+            "selm_jax.training.loop.train", "train",
+            {"training__remat": "none"}, {"training__remat": "full"},
+        ),
+    ],
+    ids=["generation", "training"],
+)  # fmt: skip
+def test_a_run_without_enough_memory_goes_on_as_its_error_says(
+    tmp_path, monkeypatch, place, stage, now, then
+):
+    one = {"iterations": 1, "training__learning_rate": 1e-3}
+    with monkeypatch.context() as full:
+        full.setattr(place, fails)
+        with pytest.raises(memory.OutOfMemory, match=f"stage '{stage}'.*the same command"):
+            iterate(run_of(tmp_path, **one, **now))
+    smaller = run_of(tmp_path, **one, **then)
+    iterate(smaller)
+    assert smaller.wanted.did["train", 1]

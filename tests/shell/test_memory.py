@@ -1,0 +1,64 @@
+"""The limit of memory is the least of those of the machine, the container and the process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from selm_jax.shell import memory
+
+
+def files_of(root, own, text: str, limits: dict[str, str]) -> list[int]:
+    own.write_text(text)
+    for name, value in limits.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(value + "\n")
+    return sorted(int(file.read_text()) for file in memory._of_cgroups(root, own))
+
+
+@pytest.mark.parametrize(
+    "text, limits, expected",
+    [
+        ("0::/a/b\n", {"a/b/memory.max": "max", "a/memory.max": "300"}, [300]),
+        ("0::/a/b\n", {"a/b/memory.max": "100", "a/memory.max": "300"}, [100, 300]),
+        ("0::/\n", {"memory.max": "200"}, [200]),
+        ("0::/a\n", {}, []),
+        (
+            "5:cpu:/x\n4:memory:/docker/1\n0::/y\n",
+            {"memory/docker/1/memory.limit_in_bytes": "70", "cpu/x/memory.limit_in_bytes": "9"},
+            [70],
+        ),
+    ],
+)
+def test_each_control_group_above_the_process_counts(tmp_path, text, limits, expected):
+    root = tmp_path / "cgroup"
+    root.mkdir()
+    assert files_of(root, tmp_path / "own", text, limits) == expected
+
+
+def test_without_control_groups_there_is_no_such_limit(tmp_path):
+    assert list(memory._of_cgroups(tmp_path, tmp_path / "absent")) == []
+
+
+def test_the_limit_of_a_process_counts_and_is_shared_by_its_devices():
+    """A limit of this machine's half, so that whatever else limits the process is larger."""
+    half = memory.device_limit(jax.devices()[0])[0] * len(jax.local_devices()) // 2
+    code = (
+        f"import resource; resource.setrlimit(resource.RLIMIT_AS, ({half}, {half})); "
+        "import jax; from selm_jax.shell.memory import device_limit; "
+        "print(*device_limit(jax.devices()[0]), len(jax.devices()))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    size, *source, devices = ended.stdout.split()
+    assert int(size) == half // int(devices)
+    assert " ".join(source) == "this process's limit (ulimit -v)"
+
+
+def test_free_memory_is_within_that_of_the_machine():
+    free = memory.free_memory()
+    if free is None:
+        pytest.skip("this system does not say what is free")
+    assert 0 < free < memory._of_machine("MemTotal")

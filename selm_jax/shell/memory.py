@@ -17,7 +17,7 @@ import jax
 GIB = 2**30
 
 
-def device_limit(device: jax.Device) -> tuple[int, str]:
+def device_limit(device: Any) -> tuple[int, str]:
     """The memory of a device that programs may use, in bytes, and the source of that figure.
 
     Local devices that report no limit, such as a CPU, share the memory of this process equally.

@@ -33,7 +33,7 @@ Json = Annotated[
         show_default="no file",
     ),
 ]
-Iteration = Annotated[int, typer.Option("--iteration", "-t", help="The iteration to use.")]
+Iteration = Annotated[int, typer.Option("--iteration", "-t", help="Iteration of the run.")]
 Tiny = Annotated[
     bool,
     typer.Option(

@@ -65,7 +65,9 @@ def write(
                 partial.write_bytes(content)
         artifacts.write_text(svg.with_suffix(".csv"), figure.csv())
         files.append(svg)
-        console.print(f"{svg}  {len(figure.rows)} rows in {svg.stem}.csv", soft_wrap=True)
+        console.print(
+            f"{svg}, .pdf, .png; {len(figure.rows)} rows of data in {svg.stem}.csv", soft_wrap=True
+        )
     if not files:
         raise RunError(
             "no figure could be drawn, because no run has held-out answers. Evaluate the runs with "

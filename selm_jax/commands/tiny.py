@@ -1,9 +1,10 @@
 """`selm run EXPERIMENT --tiny`: makes an experiment small enough for any machine.
 
 The experiment keeps its loss, iterations, portions, learning rates, layout and rules. What needs
-weights, a data set or an accelerator is replaced: the model by a random one of the same family, the
-data by 64 made-up rows, and sizes by small ones. Nothing is downloaded, and every replacement is
-printed. The inputs are the same bytes every time, so a tiny run resumes like any other.
+weights, a data set or an accelerator is replaced: the model by a random one of its family (or of
+SmolLM2's, if the name tells no other), the data by 64 made-up rows, and sizes by small ones.
+Nothing is downloaded, and every replacement is printed. The inputs are the same bytes every time,
+so a tiny run resumes like any other.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 from rich.console import Console
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from selm_jax.config import Compute, ConfigError, Data, Experiment, Feedback, as_dict
+from selm_jax.config import Compute, Data, Experiment, Feedback, as_dict
 from selm_jax.models.decoder import Decoder
 from selm_jax.models.families import from_hf, to_hf
 from selm_jax.parallel import multihost
@@ -84,6 +85,7 @@ _FAMILIES = {
         "{% endfor %}{{ '<|im_start|>assistant\n' if add_generation_prompt }}",
     ),
 }  # fmt: skip
+_OTHERS = ("smollm",)  # what rehearses a model whose name tells no family
 _SIZES = {
     "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 16, "intermediate_size": 128, "max_position_embeddings": 512,
@@ -98,13 +100,12 @@ def shrink(experiment: Experiment, console: Console) -> Experiment:
       experiment: its `output: X` becomes `output: X-tiny`, and its inputs are written there.
 
     Raises:
-      ConfigError: there is no tiny model of this family.
       PathError: the folder `X-tiny` holds files of another program.
     """
     e = experiment
     output = f"{e.output.rstrip('/')}-tiny"
     inputs = Path(output) / "inputs"
-    family = _family(e.model.source)
+    family = _family(e.model.source) or _FAMILIES[_OTHERS]
 
     def write() -> None:
         claim(Path(output))
@@ -172,15 +173,12 @@ def make_model(folder: Path, family: Family) -> None:
     save(nn.unbox(variables["params"]), config, folder)
 
 
-def _family(source: str) -> Family:
+def _family(source: str) -> Family | None:
+    """The family that a model's name tells; None if it tells none of those here."""
     for names, family in _FAMILIES.items():
         if any(name in source.lower() for name in names):
             return family
-    known = ", ".join(name for names in _FAMILIES for name in names)
-    raise ConfigError(
-        f"--tiny: there is no tiny model for model.source {source!r}, only for names that contain "
-        f"one of {known}. Add your family to selm_jax/commands/tiny.py"
-    )
+    return None
 
 
 def _tokenizer(family: Family) -> Tokenizer:
@@ -264,9 +262,15 @@ def _rows_of_devices() -> int:
 def _say(before: Experiment, after: Experiment, console: Console) -> None:
     console.rule("TINY: a rehearsal whose numbers mean nothing", style="bold yellow")
     console.print(
-        f"a random model and {ROWS} made-up rows replace the experiment's. Changed settings:",
-        style="yellow",
+        f"a random model and {ROWS} made-up rows replace the experiment's.", style="yellow"
     )
+    if _family(before.model.source) is None:
+        console.print(
+            f"The name {before.model.source!r} tells no family that has a tiny model, so this one "
+            "has SmolLM2's architecture and chat template.",
+            style="yellow", soft_wrap=True, highlight=False,
+        )  # fmt: skip
+    console.print("Changed settings:", style="yellow")
     old, new = _flat(as_dict(before)), _flat(as_dict(after))
     for key in dict.fromkeys([*old, *new]):
         if old.get(key) != new.get(key):

@@ -196,8 +196,8 @@ def _none_usable(path_or_id: str, rows: int, dropped: Mapping[str, Sequence[int]
 def _unusable(row: Row, bad: BadRow) -> DataError:
     column = f", column {bad.column!r}" if bad.column else ""
     return DataError(
-        f"{row.where}{column}: {bad.reason}: {bad.detail} Fix the row, or set on_bad_row to 'drop' "
-        "to leave out and count such rows."
+        f"{row.where}{column}: {bad.reason}: {bad.detail} Fix the row, or set data.on_bad_row to "
+        "'drop' to leave out and count such rows."
     )
 
 

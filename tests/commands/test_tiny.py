@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from pathlib import Path
 
 import pytest
 import tiny
@@ -45,6 +46,23 @@ def test_the_ranker_stays_and_ties_are_kept(mine):
 def test_a_ranker_of_ours_keeps_the_rule_for_ties(tmp_path):
     e = config.load(tiny.experiment(tmp_path, model={"source": "smollm"}))
     assert shrink(e, QUIET).feedback == e.feedback
+
+
+@pytest.mark.parametrize("source", ["Qwen/Qwen2-0.5B-Instruct", "runs/sft/iteration_1/model"])
+def test_a_model_of_another_family_is_rehearsed_and_that_is_said(source, tmp_path, monkeypatch):
+    tiny.on_first_device(monkeypatch)
+    e = config.load(tiny.experiment(tmp_path, model={"source": source}))
+    console = Console(record=True, width=60)
+    small = shrink(e, console)
+    text = console.export_text()
+    assert f"'{source}' tells no family" in text and "SmolLM2's" in text
+    assert (Path(small.model.source) / "model.safetensors").exists()
+
+
+def test_a_known_family_needs_no_such_word(tmp_path):
+    console = Console(record=True, width=60)
+    shrink(config.load(tiny.experiment(tmp_path, model={"source": "smollm"})), console)
+    assert "tells no family" not in console.export_text()
 
 
 @pytest.mark.slow

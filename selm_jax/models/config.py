@@ -7,6 +7,7 @@ A family of models is a set of values here, never a subclass and never a test on
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 
 class UnsupportedModel(ValueError):
@@ -56,6 +57,27 @@ class LongRope:
 
 
 @dataclasses.dataclass(frozen=True)
+class Yarn:
+    """YaRN scaling: like `Llama3`, but blends along the dimensions (arXiv 2309.00071).
+
+    Attributes:
+      factor: divides the low frequencies.
+      original: positions before the extension.
+      fast, slow: frequencies that turn more than `fast` times within `original` positions are kept,
+        those that turn fewer than `slow` times are divided, and those in between are blended.
+      magnitude: multiplies cosines and sines.
+      truncate: whether the two bounds are rounded outwards to whole dimensions.
+    """
+
+    factor: float
+    original: int
+    fast: float
+    slow: float
+    magnitude: float
+    truncate: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
 class Rope:
     """The settings of rotary position embeddings.
 
@@ -65,7 +87,7 @@ class Rope:
     """
 
     theta: float
-    scaling: Linear | Llama3 | LongRope | None = None
+    scaling: Linear | Llama3 | LongRope | Yarn | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,16 +140,22 @@ class DecoderConfig:
       tied: whether the unembedding is the embedding.
       max_positions: the number of positions that the model was made for.
       architecture: the family's class of language models; it determines the names of tensors.
-      activation: the activation of the MLP's gate, "silu" or "gelu" (its tanh form).
+      activation: the activation of the MLP's gate: "silu", "gelu" or "gelu_tanh", which
+        approximates "gelu".
       qkv_bias, out_bias, mlp_bias: whether the projections into attention, out of attention, and
         of the MLP have biases.
-      qk_norm: whether queries and keys of each head are normalised before they are rotated.
-      post_norms: whether outputs of attention and MLP are normalised, in addition to their inputs.
+      qk_norm: whether queries and keys are normalised before they are rotated: each head by itself
+        ("head"), or all heads of a token together ("projection").
+      pre_norms, post_norms: whether the inputs of attention and MLP are normalised, and whether
+        their outputs are.
       norm_offset: added to the stored scales of norms.
+      rotary_fraction: the share of each head's dimensions, the first ones, that rope rotates.
       embed_scale: multiplies embedded tokens.
+      residual_scale: multiplies what attention and MLP add to the residual stream.
       query_scale: multiplies queries; None means head_dim ** -0.5.
       attention_cap, logit_cap: c in c * tanh(x / c), applied to attention scores and to logits;
         None applies nothing.
+      logit_divisor: divides logits.
       head: a reward model's head, in place of the unembedding; None for a language model.
     """
 
@@ -146,13 +174,17 @@ class DecoderConfig:
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: Literal["head", "projection"] | None = None
+    pre_norms: bool = True
     post_norms: bool = False
     norm_offset: float = 0.0
+    rotary_fraction: float = 1.0
     embed_scale: float = 1.0
+    residual_scale: float = 1.0
     query_scale: float | None = None
     attention_cap: float | None = None
     logit_cap: float | None = None
+    logit_divisor: float = 1.0
     head: ScalarHead | None = None
 
     def __post_init__(self):
@@ -161,24 +193,30 @@ class DecoderConfig:
                 f"{self.heads} attention heads cannot share {self.kv_heads} key-value heads "
                 "evenly; expected a multiple of that number"
             )
-        if self.head_dim % 2:
+        if self.rotated % 2 or not 0 < self.rotated <= self.head_dim:
+            share = f" times partial_rotary_factor {self.rotary_fraction:g}"
             raise UnsupportedModel(
-                f"head_dim is {self.head_dim}; expected an even number, because rotary embeddings "
-                "rotate pairs of dimensions"
+                f"head_dim is {self.head_dim}{share * (self.rotary_fraction != 1)}; expected an "
+                "even number, because rotary embeddings rotate pairs of dimensions"
             )
         for kind in self.kinds:
             scaling = kind.rope.scaling if kind.rope else None
             if isinstance(scaling, LongRope):
                 for name in ("short", "long"):
-                    if len(getattr(scaling, name)) != self.head_dim // 2:
+                    if len(getattr(scaling, name)) != self.rotated // 2:
                         raise UnsupportedModel(
                             f"{name}_factor has {len(getattr(scaling, name))} numbers; expected "
-                            f"{self.head_dim // 2}, half of head_dim"
+                            f"{self.rotated // 2}, half of the rotated dimensions of a head"
                         )
 
     @property
     def layers(self) -> int:
         return len(self.kinds)
+
+    @property
+    def rotated(self) -> int:
+        """The number of dimensions of each head that rope rotates."""
+        return int(self.head_dim * self.rotary_fraction)
 
     @property
     def distinct_kinds(self) -> tuple[LayerKind, ...]:

@@ -6,14 +6,29 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from selm_jax.models.config import Linear, Llama3, LongRope, Rope, UnsupportedModel
+from selm_jax.models.config import Linear, Llama3, LongRope, Rope, UnsupportedModel, Yarn
 from selm_jax.models.config_keys import Json, Keys, number, size
 
 _ORIGINAL, _POSITIONS = "original_max_position_embeddings", "max_position_embeddings"
 
 
-def rope_from(k: Keys, theta: float) -> Rope:
+def rotary_fraction(k: Keys) -> float:
+    """Reads which share of each head's dimensions is rotated, for families where it may be part."""
+    outer = k.number("partial_rotary_factor", None)
+    rope = k.object("rope_parameters") or k.object("rope_scaling")
+    inner = rope.get("partial_rotary_factor")
+    found = outer if inner is None or outer is not None else number("partial_rotary_factor", inner)
+    if found is not None and found > 1:
+        raise UnsupportedModel(
+            f"config.json: partial_rotary_factor is {found:g}; expected a number up to 1"
+        )
+    return 1.0 if found is None else found
+
+
+def rope_from(k: Keys, theta: float, fraction: float = 1.0) -> Rope:
     """Reads the `Rope` of a model; `theta` is the default base.
+
+    `fraction` is the only value that the key partial_rotary_factor may have.
 
     transformers 5 stores everything under `rope_parameters`; earlier versions store the base at the
     top level and the rest under `rope_scaling`.
@@ -24,10 +39,11 @@ def rope_from(k: Keys, theta: float) -> Rope:
             f"config.json: rope_parameters {new!r:.200} and rope_scaling {old!r:.200} contradict "
             "each other. Remove the wrong one"
         )
-    return rope_of(new or old, k.number("rope_theta", None) or theta, k)
+    return rope_of(new or old, k.number("rope_theta", None) or theta, k, fraction)
 
 
-def rope_of(parameters: Mapping[str, Any], theta: float, k: Keys) -> Rope:
+def rope_of(parameters: Mapping[str, Any], theta: float, k: Keys, fraction: float = 1.0) -> Rope:
+    """Reads the `Rope` from an object of rope parameters; arguments as for `rope_from`."""
     if not isinstance(parameters, Mapping):
         raise UnsupportedModel(
             f"config.json: rope parameters are {parameters!r:.60}; expected an object"
@@ -41,16 +57,22 @@ def rope_of(parameters: Mapping[str, Any], theta: float, k: Keys) -> Rope:
             f"config.json: rope_theta is {theta}, but rope_parameters says {inner}. Correct the "
             "wrong one"
         )
-    if p.pop("partial_rotary_factor", 1.0) not in (1.0, None):
+    if (found := p.pop("partial_rotary_factor", None)) not in (fraction, None):
         raise UnsupportedModel(
-            "config.json: the decoder supports only partial_rotary_factor 1. Use another model"
+            f"config.json: rope parameters have partial_rotary_factor {found!r:.60}; the decoder "
+            f"supports only {fraction:g} here. Use another model"
         )
     original = k.size(_ORIGINAL, None)
+    if original is not None and p.get(_ORIGINAL, original) != original:
+        raise UnsupportedModel(
+            f"config.json: {_ORIGINAL} is {original}, but rope scaling says {p[_ORIGINAL]!r:.60}. "
+            "Correct the wrong one"
+        )
+    original = p.pop(_ORIGINAL, original)
     try:
         match sorted(kinds) or ["default"]:
             case ["default"]:
                 scaling = None
-                p.pop(_ORIGINAL, None)
             case ["linear"]:
                 scaling = Linear(_factor(p, "factor"))
             case ["llama3"]:
@@ -58,20 +80,16 @@ def rope_of(parameters: Mapping[str, Any], theta: float, k: Keys) -> Rope:
                     _factor(p, "factor"),
                     _factor(p, "low_freq_factor"),
                     _factor(p, "high_freq_factor"),
-                    size(_ORIGINAL, p.pop(_ORIGINAL)),
+                    size(_ORIGINAL, original),
                 )
             case ["longrope"] | ["su"]:
-                inside = p.pop(_ORIGINAL, original)
-                if original not in (None, inside):
-                    raise UnsupportedModel(
-                        f"config.json: {_ORIGINAL} is {original}, but rope scaling says {inside}. "
-                        "Correct the wrong one"
-                    )
-                scaling = _longrope(p, size(_ORIGINAL, inside or k.size(_POSITIONS)), k)
+                scaling = _longrope(p, size(_ORIGINAL, original or k.size(_POSITIONS)), k)
+            case ["yarn"]:
+                scaling = _yarn(p, size(_ORIGINAL, original or k.size(_POSITIONS)), k)
             case found:
                 raise UnsupportedModel(
                     f"config.json: rope type is {', '.join(found)}; the decoder supports default, "
-                    "linear, llama3 and longrope"
+                    f"linear, llama3, longrope and yarn{_DYNAMIC * (found == ['dynamic'])}"
                 )
     except KeyError as missing:
         raise UnsupportedModel(
@@ -98,6 +116,45 @@ def _longrope(p: Json, original: int, k: Keys) -> LongRope:
         if magnitude is None
         else number("attention_factor", magnitude),
     )
+
+
+_DYNAMIC = (
+    ". With dynamic, a token's log-probability would depend on the longest sequence of its batch. "
+    "Set the rope type to yarn with the same factor, or to default for short sequences"
+)
+
+
+def _yarn(p: Json, original: int, k: Keys) -> Yarn:
+    factor = p.pop("factor")
+    factor = k.size(_POSITIONS) / original if factor is None else number("factor", factor)
+    truncate = p.pop("truncate", True)
+    if not isinstance(truncate, bool):
+        raise UnsupportedModel(f"config.json: truncate is {truncate!r:.60}; expected true or false")
+
+    def said(key: str) -> float | None:
+        value = p.pop(key, None)
+        return number(key, value) if value else None  # null and 0 mean the default
+
+    some, every = said("mscale"), said("mscale_all_dim")
+    magnitude = (
+        _yarn_magnitude(factor, some) / _yarn_magnitude(factor, every)
+        if some and every
+        else _yarn_magnitude(factor)
+    )
+    given = p.pop("attention_factor", None)
+    return Yarn(
+        factor,
+        original,
+        said("beta_fast") or 32.0,
+        said("beta_slow") or 1.0,
+        magnitude if given is None else number("attention_factor", given),
+        truncate,
+    )
+
+
+def _yarn_magnitude(factor: float, scale: float = 1.0) -> float:
+    """YaRN's `magnitude` for a context extended by `factor`."""
+    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
 
 def _factor(p: Json, key: str) -> float:
@@ -143,4 +200,19 @@ def rope_to(rope: Rope | None) -> Json:
                 "original_max_position_embeddings": original,
                 "attention_factor": magnitude,
             }
+        case Yarn(factor, original, fast, slow, magnitude, truncate):
+            scaling = {
+                "rope_type": "yarn",
+                "factor": factor,
+                "original_max_position_embeddings": original,
+                "beta_fast": fast,
+                "beta_slow": slow,
+                "attention_factor": magnitude,
+            } | ({} if truncate else {"truncate": False})
     return {"rope_theta": rope.theta, "rope_scaling": scaling}
+
+
+def parameters_to(rope: Rope | None) -> Json:
+    """The same as one object, as in the `rope_parameters` of transformers 5."""
+    hf = rope_to(rope)
+    return {"rope_type": "default", **(hf["rope_scaling"] or {}), "rope_theta": hf["rope_theta"]}

@@ -131,8 +131,7 @@ class Attention(nn.Module):
         query = _linear(self, "q", x, ("embed", "heads", "head_dim"), (d, n, h), bias=c.qkv_bias)
         keys = _linear(self, "k", x, kv_axes, (d, k, h), bias=c.qkv_bias)
         values = checkpoint_name(_linear(self, "v", x, kv_axes, (d, k, h), bias=c.qkv_bias), "qkv")
-        if c.qk_norm:
-            query, keys = Norm(c, name="q_norm")(query), Norm(c, name="k_norm")(keys)
+        query, keys = self._normed("q_norm", query), self._normed("k_norm", keys)
         query = checkpoint_name(rotate(query, rotation), "qkv")
         keys = checkpoint_name(rotate(keys, rotation), "qkv")
         if cache is not None:
@@ -144,6 +143,13 @@ class Attention(nn.Module):
         context = checkpoint_name(context, "context")
         o_axes = ("heads", "head_dim", "embed")
         return _linear(self, "o", context, o_axes, (n, h, d), inputs=2, bias=c.out_bias), cache
+
+    def _normed(self, name: str, x: Float[Array, "rows time heads head_dim"]) -> Array:
+        """Queries or keys after their norm, if the model has one."""
+        if self.config.qk_norm is None:
+            return x
+        heads = x.reshape(*x.shape[:2], -1) if self.config.qk_norm == "projection" else x
+        return Norm(self.config, name=name)(heads).reshape(x.shape)
 
 
 def _write(
@@ -178,7 +184,11 @@ class MLP(nn.Module):
         return _linear(self, "down", y, ("mlp", "embed"), (f, d), bias=bias)
 
 
-_ACTIVATIONS = {"silu": jax.nn.silu, "gelu": partial(jax.nn.gelu, approximate=True)}
+_ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+}
 
 
 class Block(nn.Module):
@@ -197,15 +207,19 @@ class Block(nn.Module):
         """
         c = self.config
 
+        def before(name: str, x: Array) -> Array:
+            return Norm(c, name=name)(x) if c.pre_norms else x
+
         def behind(name: str, y: Array) -> Array:
-            return Norm(c, name=name)(y) if c.post_norms else y
+            y = Norm(c, name=name)(y) if c.post_norms else y
+            return y * jnp.asarray(c.residual_scale, y.dtype) if c.residual_scale != 1 else y
 
         rotation, sight = way if kind is None else jax.tree.map(lambda x: x[kind], way)
-        y = Norm(c, name="attention_norm")(x)
+        y = before("attention_norm", x)
         layer = Attention(c, self.lora, self.attend, name="attention")
         y, cache = layer(y, rotation, sight, cache, index)
         x = x + behind("attention_post_norm", y)
-        y = MLP(c, self.lora, name="mlp")(Norm(c, name="mlp_norm")(x))
+        y = MLP(c, self.lora, name="mlp")(before("mlp_norm", x))
         return x + behind("mlp_post_norm", y), cache
 
 
@@ -242,7 +256,7 @@ class Decoder(nn.Module):
         cache: LayerCache | tuple[LayerCache, ...] | None = None,
         index: Int[Array, " rows"] | None = None,
     ) -> tuple[Float[Array, "rows time embed"], Any]:
-        """Hidden states after the last norm, and the cache with the new tokens added.
+        """Hidden states that the unembedding multiplies, and the cache with the new tokens added.
 
         Args:
           tokens, positions: token ids, and the position of each token along its own path.
@@ -255,14 +269,12 @@ class Decoder(nn.Module):
         """
         c = self.config
         embedding = _weight(self, "embedding", ("vocab", "embed"), (c.vocab_size, c.embed), c.embed)
-        x = embedding[tokens].astype(self.dtype)
-        if c.embed_scale != 1:
-            x = x * jnp.asarray(c.embed_scale, self.dtype)
+        x = embedding[tokens].astype(self.dtype) * jnp.asarray(c.embed_scale, self.dtype)
         kinds = c.distinct_kinds
         sight = _sight(positions, end, cache, index)
         windows = _windows([kind.window for kind in kinds])
         ways: Any = tuple(
-            (rotations(positions, kind.rope, c.head_dim), sight._replace(window=window))
+            (rotations(positions, kind.rope, c.rotated), sight._replace(window=window))
             for kind, window in zip(kinds, windows, strict=True)
         )
         kind_of = [kinds.index(kind) for kind in c.kinds]
@@ -295,6 +307,8 @@ class Decoder(nn.Module):
                 written.append(layer_cache)
             cache = tuple(written) if cache is not None else None
         x = Norm(c, name="norm")(x)
+        if c.logit_divisor != 1 and c.head is None:  # here once, for every user of logits
+            x = x / jnp.asarray(c.logit_divisor, self.dtype)
         # These parameters are only declared here; `rewards` and `unembedding` use them.
         if c.head is not None:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, (None, "embed"))

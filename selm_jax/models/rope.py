@@ -8,14 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
-from selm_jax.models.config import Linear, Llama3, LongRope, Rope
+from selm_jax.models.config import Linear, Llama3, LongRope, Rope, Yarn
 
 Rotation = tuple[Float[Array, "rows time 1 half"], Float[Array, "rows time 1 half"]]
 
 
-def frequencies(rope: Rope, head_dim: int) -> Float32[np.ndarray, " half"]:
-    """Radians per position of each pair of dimensions, in float32 as in the published models."""
-    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+def frequencies(rope: Rope, rotated: int) -> Float32[np.ndarray, " half"]:
+    """Radians per position of each pair of dimensions, in float32 as in the published models.
+
+    Args:
+      rope: the settings.
+      rotated: how many dimensions of a head are rotated.
+    """
+    exponent = np.arange(0, rotated, 2, dtype=np.float32) / np.float32(rotated)
     plain = np.float32(1) / np.float32(rope.theta) ** exponent
     match rope.scaling:
         case None:
@@ -30,25 +35,49 @@ def frequencies(rope: Rope, head_dim: int) -> Float32[np.ndarray, " half"]:
             kept = (original / wavelength - low) / (high - low)
             kept = np.clip(kept, 0, 1).astype(np.float32)
             return (1 - kept) * plain / np.float32(factor) + kept * plain
+        case Yarn() as yarn:
+            divided = _yarn_ramp(yarn, rope.theta, rotated)
+            return divided * (plain / np.float32(yarn.factor)) + (1 - divided) * plain
 
 
-def rotations(positions: Int[Array, "rows time"], rope: Rope | None, head_dim: int) -> Rotation:
+def _yarn_ramp(yarn: Yarn, theta: float, rotated: int) -> Float32[np.ndarray, " half"]:
+    """How far each frequency is divided: 0 for fast ones, 1 for slow ones, linear in between."""
+
+    def pair_turning(times: float) -> float:
+        """The index, not rounded, of the pair that turns so often within the original context."""
+        wavelength = yarn.original / (times * 2 * math.pi)
+        return rotated * math.log(wavelength) / (2 * math.log(theta))
+
+    first, last = pair_turning(yarn.fast), pair_turning(yarn.slow)
+    if yarn.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, rotated - 1)
+    width = last - first or 0.001  # as in the published models, for a step
+    pairs = np.arange(rotated // 2, dtype=np.float32)
+    return np.clip((pairs - np.float32(first)) / np.float32(width), 0, 1)
+
+
+def rotations(positions: Int[Array, "rows time"], rope: Rope | None, rotated: int) -> Rotation:
     """Cosines and sines of the angle of each position and frequency.
 
     They are always float32: in bfloat16 position 257 would become 256. Without rope the angle is 0.
     """
     if rope is None:
-        angle = jnp.zeros((*positions.shape, 1, head_dim // 2), jnp.float32)
+        angle = jnp.zeros((*positions.shape, 1, rotated // 2), jnp.float32)
     else:
-        angle = positions[..., None, None].astype(jnp.float32) * frequencies(rope, head_dim)
+        angle = positions[..., None, None].astype(jnp.float32) * frequencies(rope, rotated)
     magnitude = 1.0
-    if rope is not None and isinstance(rope.scaling, LongRope):
+    if rope is not None and isinstance(rope.scaling, LongRope | Yarn):
         magnitude = rope.scaling.magnitude
     return magnitude * jnp.cos(angle), magnitude * jnp.sin(angle)
 
 
 def rotate(x: Float[Array, "rows time heads head_dim"], rotation: Rotation) -> Array:
-    """Rotates the pairs (x[i], x[i + half]) by their angles, as Hugging Face weights expect."""
+    """Rotates the pairs (x[i], x[i + half]) by their angles, as Hugging Face weights expect.
+
+    If there are more dimensions than the angles need, the rest stay as they are.
+    """
     cos, sin = rotation
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    half = cos.shape[-1]
+    a, b, rest = jnp.split(x.astype(jnp.float32), (half, 2 * half), axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1).astype(x.dtype)

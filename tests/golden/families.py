@@ -1,6 +1,6 @@
 """Makes tests/golden/families: a tiny checkpoint of every family, and its logits, by transformers.
 
-    python tests/golden/families.py
+    python tests/golden/families.py            # or only those that are named
 
 Needs torch and transformers; `VERSIONS` in the folder says which were used. Weights are random,
 large enough that every part of the model matters, and stored in float16, which both sides widen.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,10 @@ _LONG = {
     "long_factor": [2.0, 9.0],
 }  # fmt: skip
 _GEMMA = {"sliding_window": 40, "head_dim": 8, "query_pre_attn_scalar": 24}
+_YARN = {
+    "rope_type": "yarn", "rope_theta": 5e5, "factor": 8.0, "beta_fast": 4.0, "beta_slow": 0.1,
+    "original_max_position_embeddings": 256,
+}  # fmt: skip
 _TWO_ROPES = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e5},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
@@ -58,6 +63,33 @@ FAMILIES = {
     ),
     "qwen3": ("Qwen3Config", {"head_dim": 8}),
     "smollm3": ("SmolLM3Config", {}),
+    "llama-yarn": ("LlamaConfig", {"head_dim": 16, "rope_parameters": _YARN}),
+    "llama-gelu": ("LlamaConfig", {"hidden_act": "gelu"}),
+    "phi-4-mini": (
+        "Phi3Config",
+        {
+            "rope_parameters": _LONG | {"partial_rotary_factor": 0.5}, "hidden_size": 32,
+            "original_max_position_embeddings": 512, "tie_word_embeddings": True,
+        },
+    ),
+    "olmo-2": ("Olmo2Config", {"attention_bias": True}),
+    "olmo-3": (
+        "Olmo3Config",
+        {
+            "sliding_window": 40, "head_dim": 16, "rope_parameters": {
+                "full_attention": _YARN | {"attention_factor": 1.3, "factor": 4.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
+            },
+        },
+    ),
+    "granite-3": (
+        "GraniteConfig",
+        {
+            "embedding_multiplier": 12.0, "attention_multiplier": 0.4, "residual_multiplier": 0.22,
+            "logits_scaling": 3.0, "tie_word_embeddings": True,
+        },
+    ),
+    "gemma-1": ("GemmaConfig", {"head_dim": 8}),
     "gemma-2": ("Gemma2Config", _GEMMA),
     "gemma-3": (
         "Gemma3TextConfig", _GEMMA | {"num_hidden_layers": 6, "rope_parameters": _TWO_ROPES}
@@ -100,12 +132,13 @@ def main() -> None:
     import torch
     import transformers
 
-    shutil.rmtree(FOLDER, ignore_errors=True)
-    for name in FAMILIES:
+    chosen = sys.argv[1:] or FAMILIES
+    for name in chosen:
+        shutil.rmtree(FOLDER / name, ignore_errors=True)
         model = make(name, FOLDER / name)
         full = logits(model, tokens())
         kept = {"long": full[:, KEPT]}
-        if name == "phi-3-128k":
+        if "longrope" in str(model.config.rope_parameters):
             short = [t for t in KEPT if t < SHORT]
             kept["short"] = logits(model, tokens()[:, :SHORT])[:, short]
         np.savez_compressed(FOLDER / name / "logits.npz", **kept)

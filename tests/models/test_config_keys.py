@@ -30,18 +30,23 @@ PUBLISHED = {
     "Qwen--Qwen2.5-7B-Instruct": 7_615_616_512,
     "Qwen--Qwen3-0.6B": 596_049_920,
     "TinyLlama--TinyLlama-1.1B-Chat-v1.0": 1_100_048_384,
+    "allenai--OLMo-2-1124-7B-Instruct": 7_298_617_344,
+    "allenai--Olmo-3-7B-Instruct": 7_298_011_136,
     "deepseek-ai--DeepSeek-R1-Distill-Qwen-1.5B": 1_777_088_000,
     "google--gemma-2-27b-it": 27_227_128_320,
     "google--gemma-2-2b-it": 2_614_341_888,
     "google--gemma-2-9b-it": 9_241_705_984,
     "google--gemma-3-1b-it": 999_885_952,
     "google--gemma-3-270m": 268_098_176,
+    "google--gemma-7b": 8_537_680_896,
+    "ibm-granite--granite-3.3-8b-instruct": 8_170_864_640,
     "meta-llama--Llama-2-13b-hf": 13_015_864_320,
     "meta-llama--Llama-2-7b-chat-hf": 6_738_415_616,
     "meta-llama--Llama-3.1-8B-Instruct": 8_030_261_248,
     "meta-llama--Llama-3.2-1B-Instruct": 1_235_814_400,
     "microsoft--Phi-3-mini-128k-instruct": 3_821_079_552,
     "microsoft--Phi-3.5-mini-instruct": 3_821_079_552,
+    "microsoft--Phi-4-mini-instruct": 3_836_021_760,
     "mistralai--Mistral-7B-Instruct-v0.2": 7_241_732_096,
     "mistralai--Mistral-7B-Instruct-v0.3": 7_248_023_552,
     "mistralai--Mistral-7B-v0.1": 7_241_732_096,
@@ -116,11 +121,13 @@ ODD = [
     {"rope_type": "linear", "factor": "two"}, {"rope_type": "llama3", "factor": 0},
     {"rope_type": "longrope", "short_factor": 1, "long_factor": 2},
     {"rope_type": "longrope", "short_factor": ["a"], "long_factor": [None]},
+    {"rope_type": "yarn", "factor": None}, {"rope_type": "yarn", "factor": 2.0, "truncate": 7},
     {"full_attention": 1}, {"full_attention": {"rope_theta": []}},
 ]  # fmt: skip
 BASES = ("Qwen--Qwen3-0.6B", "microsoft--Phi-3.5-mini-instruct", "HuggingFaceTB--SmolLM3-3B",
          "google--gemma-2-9b-it", "google--gemma-3-270m", "mistralai--Mistral-7B-v0.1",
-         "meta-llama--Llama-3.1-8B-Instruct", "Qwen--Qwen2.5-0.5B")  # fmt: skip
+         "meta-llama--Llama-3.1-8B-Instruct", "Qwen--Qwen2.5-0.5B", "allenai--Olmo-3-7B-Instruct",
+         "ibm-granite--granite-3.3-8b-instruct", "microsoft--Phi-4-mini-instruct")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BASES)

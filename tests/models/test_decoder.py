@@ -19,6 +19,7 @@ from selm_jax.models.config import (
     Rope,
     ScalarHead,
     UnsupportedModel,
+    Yarn,
 )
 from selm_jax.models.decoder import (
     REMAT,
@@ -212,6 +213,7 @@ def test_projects_gradient_has_the_parameters_dtype():
 
 LONG = LongRope((1.0, 2.0, 3.0, 4.0), (2.0, 4.0, 8.0, 16.0), 6, 1.0)
 LLAMA3 = Llama3(8.0, 1.0, 4.0, 64)
+YARN = Yarn(4.0, 64, 4.0, 0.5, 1.0)
 
 
 def kinds(*each):
@@ -242,6 +244,16 @@ CHANGES = {
         for key, value in {"factor": 2.0, "low": 2.0, "high": 9.0, "original": 16}.items()
     },
     **{
+        f"kinds: yarn {key}": (
+            kinds(*[LayerKind(Rope(10.0, YARN))] * 2),
+            kinds(*[LayerKind(Rope(10.0, dataclasses.replace(YARN, **{key: value})))] * 2),
+        )
+        for key, value in {
+            "factor": 2.0, "original": 20, "fast": 9.0, "slow": 2.0, "magnitude": 1.5,
+            "truncate": False,
+        }.items()
+    },
+    **{
         f"kinds: longrope {key}": (
             kinds(*[LayerKind(Rope(1e4, dataclasses.replace(LONG, extended=key == "long")))] * 2),
             kinds(*[LayerKind(Rope(1e4, dataclasses.replace(
@@ -255,17 +267,22 @@ CHANGES = {
     "tied": ({}, {"tied": True}),
     "max_positions": ({}, {"max_positions": 99}),
     "architecture": ({}, {"architecture": "Phi3ForCausalLM"}),
-    "activation": ({}, {"activation": "gelu"}),
+    "activation": ({}, {"activation": "gelu_tanh"}),
     "qkv_bias": ({}, {"qkv_bias": True}),
     "out_bias": ({}, {"out_bias": True}),
     "mlp_bias": ({}, {"mlp_bias": True}),
-    "qk_norm": ({}, {"qk_norm": True}),
+    "qk_norm": ({}, {"qk_norm": "head"}),
+    "qk_norm: of what": ({"qk_norm": "head"}, {"qk_norm": "projection"}),
+    "pre_norms": ({}, {"pre_norms": False}),
     "post_norms": ({}, {"post_norms": True}),
     "norm_offset": ({}, {"norm_offset": 1.0}),
+    "rotary_fraction": ({}, {"rotary_fraction": 0.5}),
     "embed_scale": ({}, {"embed_scale": 3.0}),
+    "residual_scale": ({}, {"residual_scale": 0.3}),
     "query_scale": ({}, {"query_scale": 1.0}),
     "attention_cap": ({}, {"attention_cap": 0.5}),
     "logit_cap": ({}, {"logit_cap": 1.0}),
+    "logit_divisor": ({}, {"logit_divisor": 3.0}),
     "head": ({}, {"head": ScalarHead()}),
 }  # fmt: skip
 

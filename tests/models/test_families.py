@@ -254,11 +254,14 @@ LLAMA = json.loads((golden.FOLDER / "llama-2" / "config.json").read_text())
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gemma"}, "model_type is 'gemma'"),
+        ({"model_type": "gpt2"}, "model_type is 'gpt2'; this version supports llama, "),
+        ({"model_type": "mixtral"}, "model_type is 'mixtral'; .* It is close to mistral, but "),
         ({"logit_soft_cap": 30.0}, "logit_soft_cap"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_parameters .* rope_scaling"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 8.0}}, "yarn"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 8.0}}, "longest sequence of its"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "'factor'"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 8.0, "gamma": 1.0}}, "gamma"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "beta": 1}}, "beta"),
         ({"rope_theta": 77.0}, "rope_theta"),

@@ -1,0 +1,179 @@
+"""Reads and writes the keys of Llama's lineage: models whose blocks are built like Llama's.
+
+For each family, two functions side by side read and write the keys that not all families share.
+"""
+
+from __future__ import annotations
+
+from selm_jax.models.config import DecoderConfig, LayerKind, LongRope, UnsupportedModel
+from selm_jax.models.config_keys import Json, Keys
+from selm_jax.models.config_layers import (
+    all_alike,
+    alternating,
+    biases_from,
+    biases_to,
+    kinds_of,
+    layer_types_to,
+    ropes_by_type,
+    switched_windows_to,
+    upper_windows,
+    window_if,
+    windows_of,
+)
+from selm_jax.models.config_rope import (
+    magnitude_of,
+    parameters_to,
+    rope_from,
+    rope_to,
+    rotary_fraction,
+)
+
+
+def llama_from(k: Keys, c: Json) -> Json:
+    return biases_from(k) | all_alike(c, rope_from(k, 1e4))
+
+
+def llama_to(c: DecoderConfig) -> Json:
+    return biases_to(c) | rope_to(c.kinds[0].rope)
+
+
+def mistral_from(k: Keys, c: Json) -> Json:
+    # Without the key, a Mistral config has transformers' default window, so it does have one.
+    return all_alike(c, rope_from(k, 1e4), k.size("sliding_window", 4096, null=True))
+
+
+def mistral_to(c: DecoderConfig) -> Json:
+    return {"sliding_window": c.kinds[0].window} | rope_to(c.kinds[0].rope)
+
+
+def phi3_from(k: Keys, c: Json) -> Json:
+    k.only("attention_bias", False, None)
+    for key in ("full_attn_mod", "interpolate_factor"):  # of Phi-4-mini's own code
+        k.only(key, 1, None)
+    fraction = rotary_fraction(k)
+    rope = rope_from(k, 1e4, fraction)
+    if not isinstance(rope.scaling, LongRope | None):
+        raise UnsupportedModel(
+            f"config.json: rope type is {type(rope.scaling).__name__.lower()}; a phi3 model has "
+            "default or longrope. Use another model"
+        )
+    return {"rotary_fraction": fraction} | all_alike(c, rope, k.size("sliding_window", None))
+
+
+def phi3_to(c: DecoderConfig) -> Json:
+    rope = c.kinds[0].rope
+    hf: Json = {"sliding_window": c.kinds[0].window} | rope_to(rope)
+    if rope is not None and isinstance(rope.scaling, LongRope):
+        original = rope.scaling.original
+        # Earlier versions of transformers accept only these three keys under rope_scaling.
+        if rope.scaling.magnitude == magnitude_of(c.max_positions / original, original):
+            for key in ("original_max_position_embeddings", "attention_factor"):
+                del hf["rope_scaling"][key]
+        hf["original_max_position_embeddings"] = original
+    return hf | ({} if c.rotary_fraction == 1 else {"partial_rotary_factor": c.rotary_fraction})
+
+
+def qwen2_from(k: Keys, c: Json) -> Json:
+    return {"qkv_bias": True} | upper_windows(k, c, rope_from(k, 1e4))
+
+
+def qwen2_to(c: DecoderConfig) -> Json:
+    return switched_windows_to(c) | rope_to(c.kinds[0].rope)
+
+
+def qwen3_from(k: Keys, c: Json) -> Json:
+    bias = k.flag("attention_bias")
+    biases = {"qkv_bias": bias, "out_bias": bias}
+    return {"qk_norm": "head"} | biases | upper_windows(k, c, rope_from(k, 1e4))
+
+
+def qwen3_to(c: DecoderConfig) -> Json:
+    return {"attention_bias": c.qkv_bias} | switched_windows_to(c) | rope_to(c.kinds[0].rope)
+
+
+def smollm3_from(k: Keys, c: Json) -> Json:
+    n = c["layers"]
+    every = k.size("no_rope_layer_interval", 4)
+    has_rope = k("no_rope_layers", None) or [(i + 1) % every != 0 for i in range(n)]
+    if not isinstance(has_rope, list) or len(has_rope) != n or not set(map(str, has_rope)) <= _BITS:
+        raise UnsupportedModel(
+            f"config.json: no_rope_layers is {has_rope!r:.60}; expected a list of {n} zeros and "
+            "ones"
+        )
+    rope = rope_from(k, 2e6)
+    types = k.texts("layer_types")
+    window = window_if(k, None)
+    k("max_window_layers", None)  # a key of Qwen in the published files; this family ignores it
+    if types is None:  # transformers' rule: the layers without rope slide
+        types = ["full_attention" if has_rope[i] else "sliding_attention" for i in range(n)]
+    windows = windows_of(types, window, n)
+    kinds = tuple(LayerKind(rope if has_rope[i] else None, windows[i]) for i in range(n))
+    return {"kinds": kinds} | biases_from(k)
+
+
+# How JSON marks layers with and without rotary embeddings.
+_BITS = {"0", "1", "True", "False"}
+
+
+def smollm3_to(c: DecoderConfig) -> Json:
+    rope = next(kind.rope for kind in c.kinds if kind.rope)
+    return (
+        {"no_rope_layers": [int(kind.rope is not None) for kind in c.kinds]}
+        | biases_to(c)
+        | switched_windows_to(c)
+        | rope_to(rope)
+    )
+
+
+def olmo2_from(k: Keys, c: Json) -> Json:
+    return _olmo_from(k) | all_alike(c, rope_from(k, 1e4))
+
+
+def olmo2_to(c: DecoderConfig) -> Json:
+    return {"attention_bias": c.qkv_bias} | rope_to(c.kinds[0].rope)
+
+
+def _olmo_from(k: Keys) -> Json:
+    bias = k.flag("attention_bias")
+    biases = {"qkv_bias": bias, "out_bias": bias}
+    return {"qk_norm": "projection", "pre_norms": False, "post_norms": True} | biases
+
+
+def olmo3_from(k: Keys, c: Json) -> Json:
+    theta = k.number("rope_theta", None) or 5e5
+    if theta != 5e5 and not k.object("rope_parameters"):
+        raise UnsupportedModel(
+            f"config.json: rope_theta is {theta:g} in an olmo3 model, and versions of transformers "
+            "disagree on whether the layers with a window have it, too. Write rope_parameters with "
+            "the rope_theta of full_attention and of sliding_attention"
+        )
+    types = k.texts("layer_types") or alternating(c["layers"], 4)
+    ropes = ropes_by_type(k, full=theta, sliding=theta)
+    return _olmo_from(k) | {"kinds": kinds_of(types, k.size("sliding_window", 4096), ropes, c)}
+
+
+def olmo3_to(c: DecoderConfig) -> Json:
+    hf = layer_types_to(c)
+    ropes = dict(zip(hf["layer_types"], (kind.rope for kind in c.kinds), strict=True))
+    nested = {name: parameters_to(rope) for name, rope in ropes.items()}
+    return {"attention_bias": c.qkv_bias, "rope_parameters": nested} | hf
+
+
+def granite_from(k: Keys, c: Json) -> Json:
+    multipliers = {
+        "embed_scale": k.number("embedding_multiplier", 1.0),
+        "query_scale": k.number("attention_multiplier", 1.0),
+        "residual_scale": k.number("residual_multiplier", 1.0),
+        "logit_divisor": k.number("logits_scaling", 1.0),
+    }
+    return multipliers | biases_from(k) | all_alike(c, rope_from(k, 1e4))
+
+
+def granite_to(c: DecoderConfig) -> Json:
+    multipliers = {
+        "embedding_multiplier": c.embed_scale,
+        "attention_multiplier": c.query_scale,
+        "residual_multiplier": c.residual_scale,
+        "logits_scaling": c.logit_divisor,
+    }
+    return multipliers | biases_to(c) | rope_to(c.kinds[0].rope)

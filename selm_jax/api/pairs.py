@@ -150,17 +150,19 @@ def pairs(
         if isinstance(picked, Dropped):
             drops[picked.reason] += 1
         else:
-            examples.append(_example(answers, i, picked))
+            examples.append(_example(answers, i, picked, of_prompt))
             rows.append(_row(answers, i, of_prompt, picked))
     made = Pairs(tuple(examples), tuple(rows), dict(drops), answers.model.tokenizer)
     return _scored(made, answers, reference)
 
 
-def _example(answers: Answers, i: int, pair: Pair) -> Example:
+def _example(answers: Answers, i: int, pair: Pair, scores: Scores) -> Example:
     ids = [each.token_ids or () for each in answers[i]]
     roles = {role: ids[getattr(pair, role)] for role in ROLES}
     further = {f"explore/{n}": ids[k] for n, k in enumerate(pair.explored[1:], 2)}
-    return Example.of(answers.prompts[i].id, answers.prompt_ids[i], roles | further)
+    example = Example.of(answers.prompts[i].id, answers.prompt_ids[i], roles | further)
+    of = {each: float(score) for each, score in zip(ids, scores, strict=True)}
+    return dataclasses.replace(example, scores=tuple(of[each] for each in example.responses))
 
 
 def _row(answers: Answers, i: int, scores: Scores, pair: Pair) -> dict[str, Any]:

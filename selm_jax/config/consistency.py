@@ -64,7 +64,10 @@ def _bad_names(e: Experiment) -> Iterator[str]:
 def user_code_in(e: Experiment) -> Iterator[tuple[str, str]]:
     """Yields the user's own functions that an experiment names, as (dotted key, name)."""
     terms = str(e.objective.get("loss")).split("+")
-    named: list[tuple[str, Any]] = [("objective.loss", term.strip()) for term in terms]
+    # A term may have a weight, as in "dpo+0.2*sft".
+    named: list[tuple[str, Any]] = [
+        ("objective.loss", term.rpartition("*")[2].strip()) for term in terms
+    ]
     named += [("rollout.filter", e.rollout.filter)]
     named += [("feedback.rule", e.feedback.rule), ("feedback.explore", e.feedback.explore)]
     todo: list[tuple[str, Any, Any]] = [("feedback", e.feedback.ranker, e.feedback.settings)]

@@ -10,13 +10,15 @@ an objective maps `Logps` to one loss per example and named metrics per example;
 both. An objective that trains a reward model maps `Rewards` instead.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.nn import log_sigmoid
+from jax.nn import log_sigmoid, sigmoid
 from jaxtyping import Array, Float
 
 from selm_jax.objectives.roles import CHOSEN, EXPLORE, PAIR, REJECTED, ROLES
@@ -40,17 +42,21 @@ class Logps:
     # Mean number of tokens over ALL examples of the update, not only this microbatch: a mean over
     # tokens would otherwise be wrong when an update is accumulated from microbatches.
     mean_lengths: dict[str, Float[Array, ""]]
+    # The ranker's scores, for objectives that set `uses_scores`.
+    scores: dict[str, PerExample] = dataclasses.field(default_factory=dict)
+    # The count bonus of the prompt; see `exploration.copo`.
+    bonus: PerExample | None = None
 
     def log_ratio(self, role: str) -> PerExample:
         """The log-ratio log pi - log pi_ref, in nats. No gradient flows through the reference."""
         return self.policy[role] - jax.lax.stop_gradient(self.reference[role])
 
-    def log_ratio_per_token(self, role: str) -> PerExample:
-        # An empty response counts as one token, as in TRL: 0/0 would poison the whole update.
-        return self.log_ratio(role) / jnp.maximum(self.lengths[role], 1)
-
     def policy_per_token(self, role: str) -> PerExample:
-        return self.policy[role] / jnp.maximum(self.lengths[role], 1)
+        return per_token(lambda logps, of: logps.policy[of])(self, role)
+
+    def preference(self, role: str, over: str, temperature: float) -> PerExample:
+        """P(role is preferred to the other), from the scores by the Bradley-Terry model."""
+        return sigmoid((self.scores[role] - self.scores[over]) / temperature)
 
     @property
     def given(self) -> dict[str, PerExample]:
@@ -70,6 +76,13 @@ class Rewards:
         return self.model
 
 
+def per_token(score: Callable[[Logps, str], PerExample]) -> Callable[[Logps, str], PerExample]:
+    """The score divided by the response's length."""
+
+    # An empty response counts as one token, as in TRL: 0/0 would poison the whole update.
+    return lambda logps, role: score(logps, role) / jnp.maximum(logps.lengths[role], 1)
+
+
 LossFunction = Callable[..., tuple[PerExample, Metrics]]
 Score = Callable[[Logps, str], PerExample]
 
@@ -81,9 +94,10 @@ class Objective:
     With `rates`, it is called with `Rewards` instead and trains a reward model. `terms` are its
     names under `loss/`. `reward` describes in words what its `rewards/...` metrics are; None leaves
     it open. `compose` reads both. With `reference_free`, the loss does not use the reference, so
-    the reference is not scored. `beta` scales the implicit rewards that are measured for every
-    objective (`measures`). Calling it raises ObjectiveError if the batch lacks a role, or if
-    `function` does not return one number per example.
+    the reference is not scored; with `uses_scores`, it reads the ranker's scores. `beta` scales the
+    implicit rewards that are measured for every objective (`measures`). Calling it raises
+    ObjectiveError if the batch lacks a role, or if `function` does not return one number per
+    example.
     """
 
     roles: tuple[str, ...]
@@ -93,6 +107,7 @@ class Objective:
     reference_free: bool = False
     rates: bool = False
     beta: float = 1.0
+    uses_scores: bool = False
 
     def __post_init__(self):
         if not self.roles or not set(self.roles) <= set(ROLES):
@@ -103,6 +118,8 @@ class Objective:
         if absent := [role for role in self.roles if role not in given]:
             has = ", ".join(given)
             raise ObjectiveError(f"{self} needs the roles {', '.join(absent)}; the batch has {has}")
+        if self.uses_scores and not batch.scores:
+            raise ObjectiveError(f"{self} needs the ranker's scores, and this batch has none")
         found = self.function(batch)
         if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Mapping)):
             raise ObjectiveError(
@@ -161,7 +178,10 @@ def compose(*objectives: Objective) -> Objective:
     roles = tuple(role for role in ROLES if any(role in o.roles for o in objectives))
     free = all(objective.reference_free for objective in objectives)
     rates = all(objective.rates for objective in objectives)
-    return Objective(roles, function, terms, rewards[0] if rewards else None, free, rates)
+    return Objective(
+        roles, function, terms, rewards[0] if rewards else None, free, rates,
+        uses_scores=any(objective.uses_scores for objective in objectives),
+    )  # fmt: skip
 
 
 def _is_shared(objective: Objective, name: str) -> bool:
@@ -170,19 +190,31 @@ def _is_shared(objective: Objective, name: str) -> bool:
     return name.startswith("logps/") or (said and name.startswith("rewards/"))
 
 
-def margin_loss(
+def scaled(weight: float, objective: Objective) -> Objective:
+    """The objective times a weight: its losses and its metrics `loss/...`, and nothing else."""
+    check(weight=weight)
+
+    def function(batch: Any) -> tuple[PerExample, Metrics]:
+        losses, metrics = objective(batch)
+        own = {name: weight * value for name, value in metrics.items() if name.startswith("loss/")}
+        return weight * losses, metrics | own
+
+    return dataclasses.replace(objective, function=function)
+
+
+def pair_loss(
     term: str,
     beta: float,
-    loss: Callable[[PerExample], PerExample],
+    loss: Callable[[PerExample, PerExample], PerExample],
     score: Score = Logps.log_ratio,
     reward: Score = Logps.log_ratio,
     unit: str = "log-ratio",
     reference_free: bool = False,
 ) -> Objective:
-    """An objective with loss(score(chosen) - score(rejected)) and rewards beta * reward(role)."""
+    """An objective with loss(score(chosen), score(rejected)) and rewards beta * reward(role)."""
 
     def function(logps: Logps) -> tuple[PerExample, Metrics]:
-        losses = loss(score(logps, CHOSEN) - score(logps, REJECTED))
+        losses = loss(score(logps, CHOSEN), score(logps, REJECTED))
         chosen, rejected = (beta * reward(logps, role) for role in PAIR)
         right = (chosen > rejected).astype(losses.dtype)
         metrics = reward_metrics(chosen, rejected, right) | logp_metrics(logps, *PAIR)
@@ -190,6 +222,13 @@ def margin_loss(
 
     reward_is = f"{beta:g} * {unit}"
     return Objective(PAIR, function, (term,), reward_is, reference_free)
+
+
+def margin_loss(
+    term: str, beta: float, loss: Callable[[PerExample], PerExample], *how: Any, **more: Any
+) -> Objective:
+    """A `pair_loss` that depends on the margin score(chosen) - score(rejected) alone."""
+    return pair_loss(term, beta, lambda chosen, rejected: loss(chosen - rejected), *how, **more)
 
 
 def reward_metrics(chosen: PerExample, rejected: PerExample, right: PerExample) -> Metrics:
@@ -229,10 +268,29 @@ RANGES = {
     "centering": Range(0),
     "label_smoothing": Range(0, 0.5, below=True),
     "weight": Range(),
+    "f_alpha": Range(0),
+    "tau": Range(0, above=True),
+    "temperature": Range(0, above=True),
+}
+CHOICES = {
+    "convention": ("alpha_beta", "alpha"),
+    "length_normalized": (True, False),
+    "sign": ("optimistic", "pessimistic"),
+    "divergence": ("kl", "hellinger", "forward_kl"),
+    "atom": ("complement", "inverse", "arctanh"),
+    "bonus_of": ("explore", "rejected"),
+    "f_divergence": ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"),
 }
 
 
-def check(**settings: float) -> None:
+def check(**settings: object) -> None:
+    """Raises ObjectiveError if a setting is outside its range or is none of its choices."""
     for key, value in settings.items():
-        if (expected := RANGES[key].problem(value)) is not None:
-            raise ObjectiveError(f"{key} is {value!r}; expected {expected}")
+        if key in RANGES:
+            problem = RANGES[key].problem(value)
+        else:
+            known = any(value is each or value == each != 1 for each in CHOICES[key])
+            names = (str(c).lower() if isinstance(c, bool) else c for c in CHOICES[key])
+            problem = None if known else " or ".join(names)
+        if problem is not None:
+            raise ObjectiveError(f"{key} is {value!r}; expected {problem}")

@@ -11,9 +11,10 @@ r(rejected) the margin (see `objective`).
 
 from jax.nn import log_sigmoid
 
+from selm_jax.objectives.divergences import divergence_score
 from selm_jax.objectives.objective import (
+    CHOICES,
     Objective,
-    ObjectiveError,
     check,
     compose,
     explore_loss,
@@ -21,13 +22,17 @@ from selm_jax.objectives.objective import (
 )
 from selm_jax.objectives.roles import EXPLORE
 
-CONVENTIONS = ("alpha_beta", "alpha")
+CONVENTIONS = CHOICES["convention"]
 
 
-def dpo(beta: float) -> Objective:
-    """DPO: -log sigmoid(beta h), h the log-ratio margin. arXiv 2305.18290 eq. 7; TRL "sigmoid"."""
+def dpo(beta: float, f_divergence: str = "reverse_kl", f_alpha: float = 0.5) -> Objective:
+    """DPO: -log sigmoid(beta h), h the log-ratio margin. arXiv 2305.18290 eq. 7; TRL "sigmoid".
+
+    `f_divergence` names another divergence than the reverse KL; see `divergences`.
+    """
     check(beta=beta)
-    return margin_loss("dpo", beta, lambda h: -log_sigmoid(beta * h))
+    score = divergence_score(f_divergence, f_alpha)
+    return margin_loss("dpo", beta, lambda h: -log_sigmoid(beta * h), score)
 
 
 def optimism(weight: float, beta: float = 1.0) -> Objective:
@@ -48,9 +53,7 @@ def weighted_optimism(beta: float, alpha: float, convention: str = "alpha_beta")
     (their published alphas are in this convention);
     "alpha": the weight is alpha, as in Algorithms 1 and 2, the regret proof, and XPO.
     """
-    check(beta=beta, alpha=alpha)
-    if convention not in CONVENTIONS:
-        raise ObjectiveError(f"convention is {convention!r}; expected {' or '.join(CONVENTIONS)}")
+    check(beta=beta, alpha=alpha, convention=convention)
     return optimism(alpha * beta if convention == "alpha_beta" else alpha, beta)
 
 

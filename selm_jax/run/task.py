@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,6 +25,7 @@ from selm_jax.models.config import DecoderConfig, ScalarHead
 from selm_jax.models.families import read_as_reward_model
 from selm_jax.objectives.build import build_objective
 from selm_jax.objectives.losses import Objective
+from selm_jax.objectives.roles import ROLES
 from selm_jax.preferences.examples import Example, Ids
 from selm_jax.preferences.own_answers import rated_example
 from selm_jax.run.rows import RunError, prompt_ids
@@ -204,9 +206,10 @@ class LanguageModel(Task):
             texts = {role: row.text for role, row in pair.items()}
             row = paper_row(chat, prompt.messages, texts, text.max_length, text.max_prompt_length)
             cut = {"prompts_cut": row.prompt_cut, "responses_cut": row.responses_cut}
-            return Example.of(prompt.id, row.prompt, row.responses), cut
+            return _with_scores(Example.of(prompt.id, row.prompt, row.responses), pair), cut
         responses = {role: row.token_ids or () for role, row in pair.items()}
-        return Example.of(prompt.id, prompt_ids(chat, prompt), responses), {}
+        example = Example.of(prompt.id, prompt_ids(chat, prompt), responses)
+        return _with_scores(example, pair), {}
 
     def method(self, e: Experiment) -> str:
         return (
@@ -274,6 +277,17 @@ class RewardModel(Task):
             "pairs of the data set. It is a reward model: the score of a conversation with its "
             "answer, formatted by the chat template, is the logit of its only label."
         )
+
+
+def _with_scores(example: Example, pair: Pair) -> Example:
+    """The example with the ranker's score of each response; as it is if a score is missing."""
+    scores = [math.nan] * len(example.responses)
+    for role, i in example.roles.items():
+        scores[i] = pair[role].score
+    further = (row for role, row in pair.items() if role not in ROLES)
+    for i, row in zip(example.explored[1:], further, strict=False):
+        scores[i] = row.score
+    return example if np.isnan(scores).any() else dataclasses.replace(example, scores=tuple(scores))
 
 
 def task_of(settings: Mapping[str, Any], looked_at: Path | None = None) -> Task:

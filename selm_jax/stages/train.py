@@ -99,6 +99,12 @@ def plan_of(step: Step, examples: StoredTable) -> loop.TrainingPlan:
                 f"{example.prompt_id} has none. To score this iteration again: "
                 f"{redo(examples.folder, 'score')}"
             )
+        if objective.uses_scores and example.scores is None:
+            raise RunError(
+                f"{objective} needs the ranker's scores of the answers, but prompt "
+                f"{example.prompt_id} lacks some. Name a ranker that scores all candidates, or "
+                f"score the iteration again: {redo(examples.folder, 'score')}"
+            )
     return loop.TrainingPlan.make(
         step.settings.training, found, step.settings.seed, step.t, step.programs.devices.row_ways
     )

@@ -76,6 +76,7 @@ def by_role(
         reference=_of_roles(batch, reference),
         lengths=_of_roles(batch, lengths),
         mean_lengths=dict(zip(ROLES, mean_lengths, strict=True)),
+        scores=_of_roles(batch, batch.scores),
     )
 
 

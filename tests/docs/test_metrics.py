@@ -70,7 +70,7 @@ def of_losses():
         wanted = inspect.signature(factory).parameters
         objective = build_objective(name, **{k: v for k, v in settings.items() if k in wanted})
         lengths = {role: jnp.ones(()) for role in ROLES}
-        batch = Rewards(one, one) if objective.rates else Logps(one, one, one, lengths)
+        batch = Rewards(one, one) if objective.rates else Logps(one, one, one, lengths, one)
         _, metrics = objective(batch)
         found |= {*metrics, *measures(batch, objective)}
     return found

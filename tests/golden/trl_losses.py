@@ -7,11 +7,12 @@ Run it once with each of two TRL versions; each run replaces only its own part o
     python -m venv trl-old && trl-old/bin/pip install torch==2.13.0 trl==0.28.0 transformers==4.57.6
     trl-old/bin/python tests/golden/trl_losses.py
 
-TRL 1.16.0 has the sigmoid, hinge, ipo, robust and sft losses (DPOTrainer) and SimPO (experimental
-CPOTrainer). Its trainers run on batches that they tokenised and padded themselves, with two random
-2-layer Llamas as policy and reference; the log-probabilities that go into the file are computed
-here from the models' plain logits. TRL 0.28.0 still has label smoothing (cDPO) and XPO, both as
-methods that take log-probabilities, so they are fed random numbers. Nothing is downloaded.
+TRL 1.16.0 has the losses of DPOTrainer, of which all are recorded but `aot` and `aot_unpaired`, and
+SimPO (experimental CPOTrainer). Its trainers run on batches that they tokenised and padded
+themselves, with two random 2-layer Llamas as policy and reference; the log-probabilities that go
+into the file are computed here from the models' plain logits. TRL 0.28.0 still has label smoothing
+(cDPO) and XPO, both as methods that take log-probabilities, so they are fed random numbers. Nothing
+is downloaded.
 """
 
 import json
@@ -27,6 +28,13 @@ import torch
 
 PATH = Path(__file__).with_suffix(".json")
 VOCABULARY = ["<pad>", "<s>", "</s>", "<unk>"] + [f"w{i}" for i in range(60)]
+
+# TRL's names of our settings, where they differ.
+NAMES = {
+    "tau": "discopop_tau",
+    "f_divergence": "f_divergence_type",
+    "f_alpha": "f_alpha_divergence_coef",
+}
 
 # (prompt, chosen, rejected), in numbers of words: lengths differ within and between the pairs.
 WORDS = [(3, 5, 2), (6, 1, 9), (2, 12, 12), (9, 4, 7), (4, 7, 3), (1, 2, 15)]
@@ -118,13 +126,40 @@ def dpo_cases(folder: str) -> list[dict]:
         ("robust", "robust", {"beta": 0.5, "label_smoothing": 0.3}),
         ("sft", "sft", {}),
         ("dpo+sft", ["sigmoid", "sft"], {"beta": 0.1}),
+        ("sigmoid_norm", "sigmoid_norm", {"beta": 5.0}),
+        ("exo_pair", "exo_pair", {"beta": 0.1, "label_smoothing": 1e-3}),
+        ("exo_pair", "exo_pair", {"beta": 0.5, "label_smoothing": 0.2}),
+        ("nca_pair", "nca_pair", {"beta": 0.1}),
+        ("bco_pair", "bco_pair", {"beta": 0.1}),
+        ("sppo_hard", "sppo_hard", {"beta": 0.1}),
+        ("apo_zero", "apo_zero", {"beta": 0.1}),
+        ("apo_down", "apo_down", {"beta": 0.1}),
+        ("discopop", "discopop", {"beta": 0.1, "tau": 0.05}),
+        ("discopop", "discopop", {"beta": 0.02, "tau": 0.5}),
+        ("0.5*hinge+0.2*bco_pair", ["hinge", "bco_pair"], {"beta": 0.1}),
+    ]
+    forms += [
+        (name, trl, {"beta": 0.1, "f_divergence": divergence, "f_alpha": 0.3} | more)
+        for divergence in ("forward_kl", "js_divergence", "alpha_divergence")
+        for name, trl, more in (
+            ("dpo", "sigmoid", {}),
+            ("sigmoid_norm", "sigmoid_norm", {}),
+            ("hinge", "hinge", {}),
+            ("ipo", "ipo", {}),
+            ("exo_pair", "exo_pair", {"label_smoothing": 0.1}),
+            ("robust", "robust", {"label_smoothing": 0.1}),
+            ("discopop", "discopop", {"tau": 0.05}),
+        )
     ]
     cases = []
     for form, loss_type, settings in forms:
+        theirs = {NAMES.get(key, key): value for key, value in settings.items()}
+        if "*" in form:
+            theirs["loss_weights"] = [float(part.split("*")[0]) for part in form.split("+")]
         trainer = DPOTrainer(
             model=deepcopy(policy),
             ref_model=deepcopy(reference),
-            args=arguments(DPOConfig, folder, loss_type=loss_type, **settings),
+            args=arguments(DPOConfig, folder, loss_type=loss_type, **theirs),
             train_dataset=Dataset.from_list(rows()),
             processing_class=tokenizer(),
         )

@@ -53,6 +53,25 @@ def test_value_and_gradients_are_those_of_the_plain_form(chunk, cap):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("chunk", [1, 5, 12])
+def test_cotangents_of_tokens_and_of_examples_reach_the_gradient(chunk):
+    """A tiling of the vocabulary that takes them for 1 is wrong by orders of magnitude."""
+    h, y, w, _ = inputs(3)
+    of_example = jnp.array([1e-4, -3.0, 2e3])
+    of_token = jnp.linspace(-1.0, 4.0, SCORED)
+
+    def loss(function, weight):
+        return lambda h, w: jnp.sum(of_example * jnp.sum(weight * function(h, y, w), axis=-1))
+
+    for weight in (jnp.ones(SCORED), of_token):  # sums over tokens, then weighted tokens
+        found = jax.grad(loss(partial(token_logprobs, chunk=chunk), weight), (0, 1))(h, w)
+        expected = jax.grad(loss(plain, weight), (0, 1))(h, w)
+        for a, b in zip(found, expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * np.abs(b).max())
+        for row in range(ROWS):  # the small one is not lost beside the large one
+            np.testing.assert_allclose(found[0][row], expected[0][row], rtol=1e-4, atol=1e-8)
+
+
 def test_a_target_alone_has_the_gradient_of_cross_entropy():
     """d/dh log p(y) = w_y - sum_v p_v w_v, by hand."""
     h, y, w, _ = inputs(1)

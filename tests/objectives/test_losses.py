@@ -9,6 +9,7 @@ import math
 from itertools import pairwise
 from pathlib import Path
 
+import formulas
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +23,8 @@ from selm_jax.objectives.build import build_objective
 from selm_jax.objectives.losses import Logps, Objective, ObjectiveError, compose
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "trl_losses.json").read_text())
+# Of these TRL has no values: formulas.py is what they are held against.
+FROM_FORMULAS = ("selm", "optimism", "vpo", "se_popo", "geb", "sppo", "ipo_online", "nash")
 CASES = [(trl, case) for trl, part in GOLDEN.items() for case in part["cases"]]
 
 PAIR = ("dpo", "cdpo", "robust", "ipo", "hinge", "simpo")
@@ -38,7 +41,8 @@ def random_logps(seed: int, examples: int = 5, dtype=jnp.float32) -> Logps:
     policy = {role: -n * rng.uniform(0.2, 2.0, examples) for role, n in lengths.items()}
     reference = {role: p + rng.normal(0, 4, examples) for role, p in policy.items()}
     mean_lengths = {role: n.mean() for role, n in lengths.items()}
-    trees = (policy, reference, lengths, mean_lengths)
+    scores = {role: rng.normal(0, 1, examples) for role in L.ROLES}
+    trees = (policy, reference, lengths, mean_lengths, scores, rng.uniform(0, 2, examples))
     return Logps(*jax.tree.map(lambda x: jnp.asarray(x, dtype), trees))
 
 
@@ -58,50 +62,17 @@ def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
 
 
-def oracle(name: str, logps: Logps, beta=None, alpha=None, label_smoothing=None, gamma=None):
-    """One example at a time, in float64, straight from the formulas."""
-    if "+" in name or name == "selm":
-        parts = ["dpo", "optimism"] if name == "selm" else name.split("+")
-        return sum(oracle(p, logps, beta, alpha, label_smoothing, gamma) for p in parts)
-    out = []
-    for i in range(len(logps.policy["chosen"])):
-        pw, pl, pe = (float(logps.policy[role][i]) for role in L.ROLES)
-        rw, rl, re = (float(logps.reference[role][i]) for role in L.ROLES)
-        nw, nl, _ = (float(logps.lengths[role][i]) for role in L.ROLES)
-        h = (pw - rw) - (pl - rl)
-        e = label_smoothing
-        if name == "dpo":
-            loss = -math.log(sigmoid(beta * h))
-        elif name == "cdpo":
-            loss = -(1 - e) * math.log(sigmoid(beta * h)) - e * math.log(sigmoid(-beta * h))
-        elif name == "robust":
-            loss = -(1 - e) * math.log(sigmoid(beta * h)) + e * math.log(sigmoid(-beta * h))
-            loss /= 1 - 2 * e
-        elif name == "ipo":
-            loss = ((pw - rw) / nw - (pl - rl) / nl - 1 / (2 * beta)) ** 2
-        elif name == "hinge":
-            loss = max(0.0, 1 - beta * h)
-        elif name == "simpo":
-            loss = -math.log(sigmoid(beta * (pw / nw - pl / nl) - gamma))
-        elif name == "sft":
-            loss = -pw / float(logps.mean_lengths["chosen"])
-        elif name == "optimism":
-            loss = alpha * beta * (pe - re)
-        elif name == "xpo":
-            loss = -math.log(sigmoid(beta * h)) + alpha * pe
-        out.append(loss)
-    return np.array(out)
-
-
 @pytest.mark.parametrize("name", EXAMPLES)
 @settings(max_examples=25, deadline=None)
-@given(seed=seeds, beta=st.floats(1e-3, 0.3), alpha=alphas, e=st.floats(0.0, 0.45))
+@given(seed=seeds, beta=st.floats(1e-3, 0.3), alpha=alphas, e=st.floats(1e-3, 0.45))
 def test_every_loss_equals_its_formula(name, seed, beta, alpha, e):  # Item 1
     logps = random_logps(seed)
-    mine = {"beta": beta, "alpha": alpha, "label_smoothing": e, "gamma": 2 * e}
+    mine = {"beta": beta, "alpha": alpha, "label_smoothing": e, "gamma": 2 * e, "tau": e}
     mine = {key: mine[key] for key in EXAMPLES[name]}
     losses, metrics = build_objective(name, **mine)(logps)
-    np.testing.assert_allclose(losses, oracle(name, logps, **mine), rtol=2e-5, atol=1e-5)
+    expected = formulas.each(name, logps, **mine)
+    scale = max(1, np.abs(expected).max() if name == "nash" else 1)  # a difference of large numbers
+    np.testing.assert_allclose(losses, expected, rtol=2e-5, atol=1e-5 * scale)
     terms = [value for key, value in metrics.items() if key.startswith("loss/")]
     np.testing.assert_array_equal(sum(terms), losses)
 
@@ -117,7 +88,9 @@ def test_trl_gives_the_same(trl, case):
     )
     assert float(losses.mean()) == pytest.approx(case["loss"], rel=1e-5)
     if "losses" in case:
-        np.testing.assert_allclose(losses, case["losses"], rtol=1e-5)
+        exponential = "f_divergence" in case["settings"]  # exp(-r) enlarges the rounding of r
+        rtol = 2e-5 if exponential else 1e-5
+        np.testing.assert_allclose(losses, case["losses"], rtol=rtol)
     for name, value in case["metrics"].items():
         if case["name"] == "sft" and name not in metrics:
             continue  # TRL reports rewards there too; without a beta of its own ours does not
@@ -125,7 +98,7 @@ def test_trl_gives_the_same(trl, case):
 
 
 def test_golden_values_cover_the_forms_and_say_their_versions():
-    assert {case["name"] for _, case in CASES} >= set(EXAMPLES) - {"selm", "optimism"}
+    assert {case["name"] for _, case in CASES} >= set(EXAMPLES) - set(FROM_FORMULAS)
     assert GOLDEN["trl 1.16.0"]["versions"]["trl"] == "1.16.0"
 
 
@@ -252,7 +225,8 @@ def test_huge_margins_stay_finite(name, margin):  # Item 11
     zeros = jnp.zeros(2)
     policy = {"chosen": zeros + margin, "rejected": zeros, "explore": zeros + margin}
     ones = dict.fromkeys(L.ROLES, jnp.ones(2))
-    logps = Logps(policy, dict.fromkeys(L.ROLES, zeros), ones, dict.fromkeys(L.ROLES, jnp.ones(())))
+    of_role = dict.fromkeys(L.ROLES, zeros)
+    logps = Logps(policy, of_role, ones, dict.fromkeys(L.ROLES, jnp.ones(())), of_role)
     objective = build_objective(
         name, **(EXAMPLES[name] | ({"beta": 1.0} if "beta" in EXAMPLES[name] else {}))
     )
@@ -487,7 +461,7 @@ def test_sft_is_the_mean_over_tokens_not_over_examples():
 def test_an_empty_slot_of_the_batch_is_finite(name):
     """Rows are padded with examples of no tokens, weighted 0: a NaN there would still spread."""
     zeros = dict.fromkeys(L.ROLES, jnp.zeros(3))
-    logps = Logps(zeros, zeros, zeros, dict.fromkeys(L.ROLES, jnp.float32(7)))
+    logps = Logps(zeros, zeros, zeros, dict.fromkeys(L.ROLES, jnp.float32(7)), zeros)
     objective = build_objective(name, **EXAMPLES[name])
     for leaf in jax.tree.leaves((objective(logps), gradient(objective, logps))):
         assert np.all(np.isfinite(leaf))
@@ -516,7 +490,7 @@ def test_compiles_and_keeps_float32(name):
         ("xpo", {"beta": 0.1}, "xpo needs the setting 'alpha'"),
         ("ipo+optimism", {"beta": 0.1}, "optimism needs the setting 'alpha'"),
         ("dpo", {}, "dpo needs the setting 'beta'"),
-        ("dpo", {"beta": 0.1, "alpha": 0.1}, "has no setting 'alpha'. It has: beta"),
+        ("dpo", {"beta": 0.1, "alpha": 0.1}, "has no setting 'alpha'.*It has: beta"),
         ("selm", {"betta": 0.1, "alpha": 0.1}, "no setting 'betta'.*did you mean 'beta'"),
         ("sft", {"beta": 0.1}, "no setting 'beta'. It has: none"),
         ("dpo", {"beta": 0}, "beta is 0; expected a number above 0"),

@@ -18,6 +18,7 @@ from selm_jax.feedback.ranker import FeedbackError
 from selm_jax.objectives import build as objectives
 from selm_jax.objectives.build import TABLE
 from selm_jax.objectives.losses import ObjectiveError
+from selm_jax.objectives.objective import CHOICES
 from selm_jax.shell.ranges import Range, ranges_of
 
 TREE = {
@@ -177,7 +178,7 @@ SETTINGS = [
     ("objective", name, key)
     for name, factory in TABLE.items()
     for key in inspect.signature(factory).parameters
-    if key not in ("convention", "length_normalized")
+    if key not in CHOICES
 ] + [
     ("ranker", name, key)
     for name, place in ranker.BUILT_IN.items()

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from example_losses import EXAMPLES
 from jax.sharding import NamedSharding, PartitionSpec
 
 from selm_jax.models.decoder import Decoder, abstract_params
@@ -22,6 +23,7 @@ from selm_jax.parallel.mesh import make_mesh
 from selm_jax.parallel.rules import TRAINING, partition, shardings
 from selm_jax.preferences.examples import Example
 from selm_jax.preferences.packing import Shape, pack, unpack
+from selm_jax.run.task import task_of
 from selm_jax.training.optimizer import OPTIMIZERS, learning_rate, optimizer
 from selm_jax.training.state import TrainState
 from selm_jax.training.update import Shardings, make_update
@@ -95,6 +97,27 @@ def scored(update, params, examples):
     return [dataclasses.replace(e, reference_logps=r) for e, r in zip(examples, found, strict=True)]
 
 
+# --- methods -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_every_method_trains_by_one_line_of_an_experiment(name, tiny, random_params):
+    decoder, step = Decoder(tiny(layers=1)), optimizer("adamw", **SETTINGS)
+    objective = task_of({"loss": name} | EXAMPLES[name]).objective
+    update = make_update(decoder, objective, step, chunk=16, clip=1.0)
+    params, scores = random_params(decoder.config, 0), np.random.default_rng(1).normal(size=(8, 3))
+    examples = [
+        dataclasses.replace(e, scores=tuple(s))
+        for e, s in zip(scored(update, params, some_examples(8)), scores, strict=True)
+    ]
+    gradients, sums = totals(update, params, pack(examples, SHAPE), examples)
+    before = jax.tree.map(np.array, params)
+    state, metrics = update.apply(TrainState(0, params, step.init(params)), gradients, sums, 1e-3)
+    assert all(np.isfinite(value) for value in metrics.values())
+    moved = jax.tree.map(lambda a, b: np.any(a != b), before, state.params)
+    assert any(jax.tree.leaves(moved))
+
+
 # --- means -------------------------------------------------------------------------------------
 
 
@@ -115,6 +138,21 @@ def test_microbatches_are_one_big_batch(loss, world):
     for state, metrics in others:
         assert_close(metrics, one_metrics)
         assert_close(state.params, one.params)
+
+
+def test_packed_pairs_are_weighted_equally_whatever_the_packing(world):
+    """A short pair beside long ones counts as much as alone in its row."""
+    update, _ = world("selm")
+    examples, params = some_examples(8, seed=5), world.fresh()
+    alone = [totals(update, params, pack([e], SHAPE), examples) for e in examples]
+    expected = jax.tree.map(lambda *each: sum(each), *alone)
+    orders = [examples, sorted(examples, key=lambda e: e.tokens), examples[1::2] + examples[::2]]
+    cuts = [[0, 8], [0, 1, 8], [0, 3, 5, 8]]
+    for order, cut in zip(orders, cuts, strict=True):
+        batches = [b for i, j in pairwise(cut) for b in pack(order[i:j], SHAPE)]
+        found = totals(update, params, batches, examples)
+        assert float(found[1]["examples"]) == 8
+        assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_responses_that_explore_together_give_the_mean_of_each_alone(world):

@@ -1,0 +1,73 @@
+"""Methods that need more than log-ratios, through a whole run and through its resume."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from rich.console import Console
+
+from selm_jax import config
+from selm_jax.iterate import iterate
+from selm_jax.run.rows import RunError
+from selm_jax.run.run import Run
+from selm_jax.stages.train import plan_of, train
+from selm_jax.tables import examples as table
+from selm_jax.tables import ranked
+from selm_jax.weights.huggingface import load
+
+METHODS = [
+    {"loss": "nash", "beta": 0.5, "temperature": 10},
+    {"loss": "geb", "beta": 0.1, "alpha": 0.01, "divergence": "hellinger"},
+    {"loss": "discopop+0.1*sft", "beta": 0.1, "f_divergence": "js_divergence"},
+]
+
+
+def run_of(folder, name, objective):
+    changes = {"objective": objective, "data__heldout": None, "output": str(folder / name)}
+    return Run(config.load(tiny.experiment(folder, **changes)), Console(quiet=True))
+
+
+def stop_at_the_third_update(run):
+    apply, seen = run.programs.update.apply, []
+
+    def stopping(*arguments):
+        seen.append(1)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return apply(*arguments)
+
+    run.programs.__dict__["update"] = run.programs.update._replace(apply=stopping)
+    with pytest.raises(KeyboardInterrupt):
+        iterate(run)
+
+
+@pytest.mark.parametrize("objective", METHODS, ids=lambda objective: objective["loss"])
+def test_a_run_that_is_stopped_between_updates_ends_as_one_that_is_not(objective, tmp_path):
+    whole, resumed = run_of(tmp_path, "whole", objective), run_of(tmp_path, "resumed", objective)
+    iterate(whole)
+    stop_at_the_third_update(resumed)
+    resumed = run_of(tmp_path, "resumed", objective)
+    iterate(resumed)
+    last = [load(run.policy(2).path, whole.programs.config) for run in (whole, resumed)]
+    jax.tree.map(np.testing.assert_array_equal, *last)
+    start = load(whole.start.path, whole.programs.config)
+    assert any(jax.tree.leaves(jax.tree.map(lambda a, b: np.any(a != b), last[0], start)))
+
+
+def test_a_loss_gets_the_rankers_scores_and_refuses_examples_without_them(tmp_path):
+    run = run_of(tmp_path, "run", METHODS[0])
+    iterate(run)
+    folder = run.folder.iteration(1)
+    made = table.read(folder / "examples.parquet")
+    rows = [row for row in ranked.read(folder / "ranked.parquet") if row.chosen]
+    scores = {row.prompt_id: row.score for row in rows}
+    assert len(made) == len(scores)
+    for example in made:
+        assert example.scores[example.roles["chosen"]] == scores[example.prompt_id]
+        assert example.scores[example.roles["rejected"]] <= scores[example.prompt_id]
+    bare = [dataclasses.replace(example, scores=None) for example in made]
+    table.write(folder / "examples.parquet", bare)
+    with pytest.raises(RunError, match="nash needs the ranker's scores of the answers"):
+        plan_of(tiny.step_of(run, train, 1), tiny.stored(run, 1, "examples.parquet"))

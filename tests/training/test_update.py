@@ -105,7 +105,8 @@ def test_every_method_trains_by_one_line_of_an_experiment(name, tiny, random_par
     decoder, step = Decoder(tiny(layers=1)), optimizer("adamw", **SETTINGS)
     objective = task_of({"loss": name} | EXAMPLES[name]).objective
     update = make_update(decoder, objective, step, chunk=16, clip=1.0)
-    params, scores = random_params(decoder.config, 0), np.random.default_rng(1).normal(size=(8, 3))
+    params = jax.tree.map(jnp.copy, random_params(decoder.config, 0))  # `apply` donates them
+    scores = np.random.default_rng(1).normal(size=(8, 3))
     examples = [
         dataclasses.replace(e, scores=tuple(s))
         for e, s in zip(scored(update, params, some_examples(8)), scores, strict=True)

@@ -331,9 +331,9 @@ class Compute:
     dcn_data: Axis = -1  # Number of slices (GPU hosts) with replicas; -1 uses all remaining ones.
     dcn_fsdp: Count = 1  # Number of slices over which parameters are sharded.
     decode_tensor: Count | None = None  # The same as `tensor`, for generation; null: as `tensor`.
-    # How attention is computed. `auto` chooses `einsum` (all scores at once) or `blocks` (only the
-    # visible blocks) by platform and row length. `kernel` does the same as `blocks` in a TPU
-    # kernel; it has been compiled for TPUs but has not run on one.
+    # How attention is computed. `auto` chooses by platform and row length: `einsum` (all scores at
+    # once) for short rows; for long ones (only the visible blocks) `kernel` on TPUs and `blocks`
+    # elsewhere. `kernel` has been compiled for TPUs but has not run on one; `blocks` avoids it.
     attention: AttentionBackEnd = "auto"
 
 

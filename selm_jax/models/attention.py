@@ -2,10 +2,12 @@
 
 One integer per key determines which queries see it (`models.sight`). For short rows, one product of
 all queries with all keys is masked (`einsum`, in this file). For long rows, attention is computed
-block by block, without the blocks that no query sees (`models.attention_blocks`). A kernel for TPUs
-does the same (`models.attention_tpu`); tests compile it, but it has not run on a TPU, so it is used
-only on request. All back ends agree up to rounding. Letters: r rows, t queries, s keys, k key-value
-heads, g query heads per key-value head, h head_dim.
+block by block, without the blocks that no query sees: on TPUs by a kernel (`models.attention_tpu`),
+elsewhere in plain JAX (`models.attention_blocks`). A decoding step has a kernel for TPUs as well
+(`models.decode_tpu`), and is one product elsewhere. The kernels have been compiled for TPUs and
+interpreted on CPU, but have not run on a TPU. All back ends agree up to rounding.
+
+Letters: r rows, t queries, s keys, k key-value heads, g query heads per key-value head, h head_dim.
 """
 
 from __future__ import annotations
@@ -23,9 +25,10 @@ from selm_jax.models.attention_blocks import blockwise
 from selm_jax.models.sight import Sight
 from selm_jax.parallel.mesh import platform_of
 
-# Number of tokens of a row from which `auto` chooses blocks. On CPU, blocks are faster from this
-# length on (docs/performance.md). Elsewhere nothing has been timed, and the reason is memory.
-_BLOCKS_FROM = {"cpu": 512}
+# Number of tokens of a row from which `auto` leaves out blocks that no query sees. On CPU, this is
+# faster from this length on (docs/performance.md). Elsewhere nothing has been timed, and the reason
+# is memory.
+_LONG_FROM = {"cpu": 512}
 _ELSEWHERE = 1024
 
 
@@ -52,23 +55,34 @@ def attention(
     """
     platform = platform_of(mesh)
     chosen = _chosen(back_end, sight, platform)
+    interpret = platform != "tpu"
     if chosen == "einsum":
         return einsum(query, keys, values, sight, scale, cap)
 
     def computed(query, keys, values, sight):
         if chosen == "blocks":
             return blockwise(query, keys, values, sight, scale, cap)
-        from selm_jax.models.attention_tpu import kernel  # imports Pallas, which takes time
+        # These import Pallas, which takes time.
+        if sight.place is None:
+            from selm_jax.models.attention_tpu import kernel
+        else:
+            from selm_jax.models.decode_tpu import decode_kernel as kernel
 
-        return kernel(query, keys, values, sight, scale, cap, interpret=platform != "tpu")
+        return kernel(query, keys, values, sight, scale, cap, interpret=interpret)
 
     if mesh is not None and mesh.size > 1:
         # Each device decides from its own rows which blocks to visit.
         rows, heads = P(("data", "fsdp")), P(("data", "fsdp"), None, "tensor")
+        key_position = P() if sight.place is not None else rows  # of a cache it is the same for all
         computed = jax.shard_map(
             computed,
             mesh=mesh,
-            in_specs=(heads, heads, heads, Sight(*cast(Any, (rows, rows, rows, rows, P())))),
+            in_specs=(
+                heads,
+                heads,
+                heads,
+                Sight(*cast(Any, (rows, key_position, rows, rows, P()))),
+            ),
             out_specs=heads,
             check_vma=False,
         )
@@ -76,12 +90,15 @@ def attention(
 
 
 def _chosen(back_end: AttentionBackEnd, sight: Sight, platform: str) -> AttentionBackEnd:
-    if sight.place is not None:  # decoding with a cache has few queries
-        return "einsum"
+    kernel = back_end == "kernel" or (back_end == "auto" and platform == "tpu")
+    longest = sight.position.shape[1]
+    if sight.place is not None:  # a cache: one query in a decoding step, few queries otherwise
+        return "kernel" if kernel and longest == 1 else "einsum"
     if back_end != "auto":
         return back_end
-    longest = sight.position.shape[1]
-    return "blocks" if longest >= _BLOCKS_FROM.get(platform, _ELSEWHERE) else "einsum"
+    if longest < _LONG_FROM.get(platform, _ELSEWHERE):
+        return "einsum"
+    return "kernel" if kernel else "blocks"
 
 
 def einsum(

@@ -205,9 +205,11 @@ def decode(
 
     def step(state: tuple[Slots, Array]) -> tuple[Slots, Array]:
         slots, done = state
+        # An idle slot begins anew, so that the kernel for TPUs reads next to nothing for it.
+        position = jnp.where(slots.active, slots.position, 0)
         hidden, cache = setup.decoder.apply(
-            {"params": params}, slots.token[:, None], slots.position[:, None], None,
-            slots.cache, slots.position,
+            {"params": params}, slots.token[:, None], position[:, None], None,
+            slots.cache, position,
         )  # fmt: skip
         scores = _scores(setup, params, hidden[:, 0])
         token = next_tokens(scores, slots.streams, slots.drawn, slots.greedy, setup.sampling)

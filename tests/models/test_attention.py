@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from selm_jax.models.attention import attention, einsum
+from selm_jax.models.attention import _chosen, attention, einsum
 from selm_jax.models.attention_blocks import blockwise, visits
 from selm_jax.models.config import LayerKind, Rope
 from selm_jax.models.decoder import REMAT, Decoder, abstract_params, unstack
@@ -144,6 +144,24 @@ def test_long_rows_take_blocks_and_short_ones_do_not():
 
     assert loops(1024) and not loops(128)
     assert not loops(1024, back_end="einsum") and loops(128, back_end="blocks")
+
+
+@pytest.mark.parametrize(
+    ("platform", "time", "decoding", "name"),
+    [
+        ("tpu", 1024, False, "kernel"),
+        ("tpu", 1023, False, "einsum"),
+        ("tpu", 1, True, "kernel"),
+        ("tpu", 2, True, "einsum"),
+        ("gpu", 1024, False, "blocks"),
+        ("gpu", 1, True, "einsum"),
+        ("cpu", 512, False, "blocks"),
+        ("cpu", 1, True, "einsum"),
+    ],
+)
+def test_auto_chooses_by_platform_and_shape(platform, time, decoding, name):
+    at = jnp.arange(time)[None]
+    assert _chosen("auto", Sight(at, at, place=at if decoding else None), platform) == name
 
 
 # --- in the decoder ----------------------------------------------------------------------------

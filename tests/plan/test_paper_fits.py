@@ -32,17 +32,19 @@ def fit(program: str, slice_: str, *overrides: str) -> Fit:
 
 
 @pytest.mark.parametrize(
-    ("slice_", "rows", "length", "most"),
+    ("slice_", "rows", "length", "attention", "most"),
     [
-        ("v5e:4x8", 32, 3200, 10.0),
-        ("v5e:4x8", 32, "auto", 11.5),
-        ("v5e:4x8", 32, 8192, 12.5),
-        ("v5e:4x4", 16, 3200, 15.0),
+        ("v5e:4x8", 32, 3200, "auto", 10.0),
+        ("v5e:4x8", 32, "auto", "auto", 11.5),
+        ("v5e:4x8", 32, 8192, "auto", 12.5),
+        ("v5e:4x8", 32, 8192, "blocks", 12.5),
+        ("v5e:4x4", 16, 3200, "auto", 15.0),
     ],
 )
-def test_gradients_need_no_more_than(slice_, rows, length, most):
+def test_gradients_need_no_more_than(slice_, rows, length, attention, most):
     found = fit(
-        "gradients, add", slice_, f"training.rows={rows}", f"training.row_length={length}"
+        "gradients, add", slice_, f"training.rows={rows}", f"training.row_length={length}",
+        f"compute.attention={attention}",
     )  # fmt: skip
     assert found.fits and found.needed is not None and found.needed <= most * GIB
     assert found.memory.in_loops and not found.memory.again

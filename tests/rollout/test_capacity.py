@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import jax
@@ -161,3 +162,11 @@ def test_a_resized_cache_holds_the_same_tokens_and_the_old_one_is_gone(on):
     small = module.resized(engine, large, 32)
     for x, was in zip(jax.tree.leaves(small.cache), jax.tree.leaves(before), strict=True):
         np.testing.assert_array_equal(x, was[:, :, :32])
+
+
+def test_the_kernels_for_tpus_give_the_same_answers(on, requests, expected):
+    engine, params = on(8, 2)
+    decoder = engine.decoder.clone(back_end="kernel", mesh=engine.mesh)
+    engine = dataclasses.replace(engine, decoder=decoder)
+    found = engine.generate(params, requests, seed=3, iteration=1)
+    assert {(r.index, r.sample): r.tokens for r in found} == expected

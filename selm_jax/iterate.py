@@ -43,7 +43,8 @@ def iteration(run: Run, t: int, policy: Model) -> Model:
         ranked = teach(run, t, prompts, run.chat)  # ranked.parquet
     else:
         ranked = rank(run, t, prompts, responses, run.ranker, run.chat, *run.looked_at(t, policy))
-    examples = score(run, t, prompts, ranked, reference, run.chat)  # examples.parquet
+    sampled = run.sampled(responses, policy, reference)
+    examples = score(run, t, prompts, ranked, reference, run.chat, sampled)  # examples.parquet
     training = train(run, t, policy, examples, reference)  # checkpoints/
     policy = export(run, t, policy, run.start, training, run.card(t))  # model/
     measure(run, t, policy)

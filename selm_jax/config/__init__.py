@@ -24,6 +24,7 @@ from selm_jax.config.kinds import (
     fixed_length,
     most_in_row,
 )
+from selm_jax.config.rollout import Gap, Remote, Rollout, SamplingSettings
 from selm_jax.config.settings import (
     Candidates,
     Compute,
@@ -35,9 +36,6 @@ from selm_jax.config.settings import (
     Log,
     Lora,
     Model,
-    Remote,
-    Rollout,
-    SamplingSettings,
     Text,
     Training,
 )
@@ -52,6 +50,7 @@ __all__ = [
     "Experiment",
     "ExploreName",
     "Feedback",
+    "Gap",
     "Labels",
     "Log",
     "Lora",

@@ -253,6 +253,13 @@ def sections(runs: Sequence[RunData], labels: Sequence[str]) -> list[Section]:
             run_plots.explore_plots(runs, labels),
         ),
         Section(
+            "gap",
+            "Sampler and scorer",
+            "Were the answers sampled from the policy that is trained?",
+            run_plots.gap_plots(runs, labels),
+            legend,
+        ),
+        Section(
             "time",
             "Time",
             "Where did the time go, and how fast was each stage?",

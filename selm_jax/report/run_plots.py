@@ -213,6 +213,40 @@ def explore_plots(runs: Sequence[RunData], labels: Sequence[str]) -> list[Plot]:
     return plots
 
 
+def gap_plots(runs: Sequence[RunData], labels: Sequence[str]) -> list[Plot]:
+    """Plots how far the sampler's log-probabilities are from the scorer's, by iteration."""
+    specs = [
+        (
+            "gap/mean",
+            "Sampler against scorer, nats per token",
+            "Mean absolute difference of the log-probabilities of the same tokens. It is rounding, "
+            + "below 0.05, if both have the same weights. A jump means that the answers come from "
+            + "another model, another precision or another prompt.",
+        ),
+        (
+            "gap/k3",
+            "The same as KL (K3 estimate), nats per token",
+            "Mean of exp(d) - 1 - d for the difference d. A few tokens that are far off count more "
+            + "here than in the mean.",
+        ),
+    ]
+    return [
+        plot
+        for key, title, how in specs
+        if (
+            plot := _by_iteration(
+                runs, labels, key, lambda run, key=key: _gap(run, key), title=title, how=how,
+                include=(0, 0),
+            )
+        ).drawing
+    ]  # fmt: skip
+
+
+def _gap(run: RunData, key: str) -> list[tuple[int, float, float, float]]:
+    found = ((k, s["score"].counts.get(key)) for k, s in run.stages.items() if "score" in s)
+    return [(k, value, math.nan, math.nan) for k, value in found if value is not None]
+
+
 def time_plots(runs: Sequence[RunData], labels: Sequence[str]) -> list[Plot]:
     names = list(dict.fromkeys([*STAGES, *(n for r in runs for s in r.stages.values() for n in s)]))
     plots = []
@@ -306,7 +340,7 @@ def _by_iteration(
     alt = f"{title} by iteration. " + values_in_words(series)
     drawing = lines(
         series,
-        key=key.replace("_", "-"),
+        key=key.replace("_", "-").replace("/", "-"),
         alt=alt,
         xlabel="iteration",
         whole_x=True,

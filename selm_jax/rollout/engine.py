@@ -100,7 +100,7 @@ class Engine(Setup):
                 board.steps(slots.capacity), self.max_new_tokens if ended is None else _LOOK_EVERY
             )
             slots, seen = decode(self, params, slots, np.int32(stop_at), np.int32(steps))
-            active, board.drawn, output = map(np.array, jax.device_get(seen))
+            active, board.drawn, output, *logps = map(np.array, jax.device_get(seen))
             responses, cut = [], np.zeros(self.slots, bool)
             for slot in board.busy:
                 owner = cast(tuple[int, int], board.owner[slot])
@@ -112,7 +112,8 @@ class Engine(Setup):
                     finish, cut[slot] = "ended", True
                 else:
                     continue
-                responses.append(Response(*owner, tokens, finish))
+                of_tokens = [tuple(each[slot, : len(tokens)].tolist()) for each in logps]
+                responses.append(Response(*owner, tokens, finish, *of_tokens))
                 board.owner[slot] = None
             if cut.any():
                 slots = slots.replace(active=slots.active & ~cut)

@@ -25,7 +25,7 @@ import numpy as np
 
 from selm_jax.config import Remote
 from selm_jax.rollout import server_log
-from selm_jax.rollout.dialects import DIALECTS, Said, Served
+from selm_jax.rollout.dialects import DIALECTS, Said, Served, kept_logps
 from selm_jax.rollout.requests import Request, Response
 from selm_jax.rollout.sampling import Sampling
 from selm_jax.shell import artifacts, processes
@@ -181,7 +181,9 @@ class Server:
                 self.stop_ids, number,
             )  # fmt: skip
             said = await endpoint.ask(body, self._read)
-            response = Response(request.index, sample, *self._ended(said))
+            tokens, finish = self._ended(said)
+            logps = kept_logps(self.dialect, said, len(tokens), self.sampling if sample else None)
+            response = Response(request.index, sample, tokens, finish, *logps)
             found.append(response)
             progress(1, len(response.tokens))
 

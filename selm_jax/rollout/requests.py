@@ -38,12 +38,21 @@ class Response:
 
     If `finish` is "ended", the caller of `Engine.generate` found an end in the text, and tokens may
     follow that end.
+
+    Attributes:
+      logps: the log-probability of each token in nats, under the policy at temperature 1 and
+        without filters; NaN or None where the sampler did not say. Responses of equal tokens are
+        equal, since their log-probabilities may differ by rounding.
+      sampled_logps: the same under the distribution that the tokens were drawn from, after
+        temperature and filters; 0 for a greedy answer.
     """
 
     index: int
     sample: int
     tokens: tuple[int, ...]
     finish: str  # "stop", "length" or "ended"
+    logps: tuple[float, ...] | None = dataclasses.field(default=None, compare=False)
+    sampled_logps: tuple[float, ...] | None = dataclasses.field(default=None, compare=False)
 
     @property
     def greedy(self) -> bool:

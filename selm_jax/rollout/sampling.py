@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -199,21 +199,36 @@ def _pick(x: Float[Array, "slots n *rest"], entry: Int[Array, " slots"]):
     return jax.vmap(lambda x, i: x[i])(x, entry)
 
 
+class Drawn(NamedTuple):
+    """The next token of each slot, with its log-probabilities in nats.
+
+    Attributes:
+      token: the token; `NOTHING_LEFT` if the user's filter leaves none, or returns NaN or inf.
+      logp: under the policy itself, at temperature 1 and without filters: what training scores.
+      sampled_logp: under the distribution that it was drawn from, after temperature and filters; of
+        a greedy answer 0, since its tokens are certain.
+    """
+
+    token: Int[Array, " slots"]
+    logp: Float[Array, " slots"]
+    sampled_logp: Float[Array, " slots"]
+
+
 def next_tokens(
     logits: Float[Array, "slots vocab"],
     streams: UInt32[Array, "slots 2"],
     t: Int[Array, " slots"],
     greedy: Bool[Array, " slots"],
     settings: Sampling,
-) -> Int[Array, " slots"]:
-    """The next token of each slot: the most likely one if `greedy`, otherwise a sampled one.
-
-    It is `NOTHING_LEFT` if the user's filter leaves no token, or returns NaN or inf.
-    """
+) -> Drawn:
+    """The next token of each slot: the most likely one if `greedy`, otherwise a sampled one."""
     of_samples = logits
     if settings.filter is not None:
         of_samples = filtered(logits, t, settings.filter)
-    sampled = draw(probabilities(of_samples, settings), uniforms(streams, t))
+    p = probabilities(of_samples, settings)
+    sampled = draw(p, uniforms(streams, t))
+    sampled_logp = jnp.where(greedy, 0, jnp.log(_pick(p, sampled) / p.sum(-1)))
     if settings.filter is not None:
         sampled = jnp.where(jnp.isfinite(of_samples.max(-1)), sampled, NOTHING_LEFT)
-    return jnp.where(greedy, jnp.argmax(logits, axis=-1), sampled).astype(jnp.int32)
+    token = jnp.where(greedy, jnp.argmax(logits, axis=-1), sampled).astype(jnp.int32)
+    return Drawn(token, _pick(logits, token) - jax.nn.logsumexp(logits, axis=-1), sampled_logp)

@@ -85,6 +85,8 @@ class Slots:
     position: Int[Array, " slots"]
     drawn: Int[Array, " slots"]  # tokens drawn so far, `token` included
     output: Int[Array, "slots new_tokens"]
+    logps: Float[Array, "slots new_tokens"]  # of `output`; see `sampling.Drawn`
+    sampled_logps: Float[Array, "slots new_tokens"]
     streams: UInt32[Array, "slots 2"]
     greedy: Bool[Array, " slots"]
     active: Bool[Array, " slots"]
@@ -164,16 +166,20 @@ def insert(setup, slots, cache, scores, rows, lengths, streams, greedy) -> Slots
         new = put(old[:, :, :time], _rows_of_own(setup, new[:, :, :time], rows).astype(old.dtype))
         return jax.lax.dynamic_update_slice_in_dim(old, new, 0, axis=2)
 
-    output = jnp.zeros((setup.slots, setup.max_new_tokens), jnp.int32).at[:, 0].set(first)
+    def begun(x):
+        return jnp.zeros((setup.slots, setup.max_new_tokens), x.dtype).at[:, 0].set(x)
+
     slots = Slots(
         cache=jax.tree.map(put_prefix, slots.cache, cache),
-        token=put(slots.token, first),
+        token=put(slots.token, first.token),
         position=put(slots.position, lengths),
         drawn=put(slots.drawn, jnp.ones_like(rows)),
-        output=put(slots.output, output),
+        output=put(slots.output, begun(first.token)),
+        logps=put(slots.logps, begun(first.logp)),
+        sampled_logps=put(slots.sampled_logps, begun(first.sampled_logp)),
         streams=put(slots.streams, streams),
         greedy=put(slots.greedy, greedy),
-        active=put(slots.active, _goes_on(setup, first, jnp.ones_like(rows))),
+        active=put(slots.active, _goes_on(setup, first.token, jnp.ones_like(rows))),
     )
     return _cut_slots(setup, slots)
 
@@ -192,11 +198,12 @@ def _rows_of_own(setup: Setup, x: Array, rows: Int[Array, " slots"]) -> Array:
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def decode(
     setup: Setup, params: Params, slots: Slots, stop_at: Int[Array, ""], steps: Int[Array, ""]
-) -> tuple[Slots, tuple[Array, Array, Array]]:
+) -> tuple[Slots, tuple[Array, ...]]:
     """Decodes until `stop_at` slots are idle, or for `steps` steps.
 
     Returns:
-      the slots, and (active, drawn, output) of all slots, on every device, for the host to read.
+      the slots, and (active, drawn, output, logps, sampled_logps) of all slots, on every device,
+      for the host to read.
     """
 
     def busy(state: tuple[Slots, Array]):
@@ -212,24 +219,25 @@ def decode(
             slots.cache, position,
         )  # fmt: skip
         scores = _scores(setup, params, hidden[:, 0])
-        token = next_tokens(scores, slots.streams, slots.drawn, slots.greedy, setup.sampling)
-        here = slots.drawn[:, None] == jnp.arange(setup.max_new_tokens)
-        output = jnp.where(here, token[:, None], slots.output)
-        drawn = slots.drawn + 1
-        on = slots.active
+        found = next_tokens(scores, slots.streams, slots.drawn, slots.greedy, setup.sampling)
+        token, drawn, on = found.token, slots.drawn + 1, slots.active
+        here = on[:, None] & (slots.drawn[:, None] == jnp.arange(setup.max_new_tokens))
         slots = slots.replace(
             cache=cache,
             token=jnp.where(on, token, slots.token),
             position=jnp.where(on, slots.position + 1, slots.position),
             drawn=jnp.where(on, drawn, slots.drawn),
-            output=jnp.where(on[:, None], output, slots.output),
+            output=jnp.where(here, token[:, None], slots.output),
+            logps=jnp.where(here, found.logp[:, None], slots.logps),
+            sampled_logps=jnp.where(here, found.sampled_logp[:, None], slots.sampled_logps),
             active=on & _goes_on(setup, token, drawn),
         )
         return slots, done + 1
 
     slots, _ = jax.lax.while_loop(busy, step, (slots, jnp.int32(0)))
     slots = _cut_slots(setup, slots)
-    return slots, _cut(setup, (slots.active, slots.drawn, slots.output), None)
+    seen = slots.active, slots.drawn, slots.output, slots.logps, slots.sampled_logps
+    return slots, _cut(setup, seen, None)
 
 
 def _scores(setup: Setup, params: Params, hidden: Float[Array, "n embed"]):
@@ -262,6 +270,8 @@ def empty(setup: Setup, capacity: int) -> Slots:
         position=jnp.zeros(n, jnp.int32),
         drawn=jnp.zeros(n, jnp.int32),
         output=jnp.zeros((n, setup.max_new_tokens), jnp.int32),
+        logps=jnp.zeros((n, setup.max_new_tokens)),
+        sampled_logps=jnp.zeros((n, setup.max_new_tokens)),
         streams=jnp.zeros((n, 2), jnp.uint32),
         greedy=jnp.zeros(n, bool),
         active=jnp.zeros(n, bool),

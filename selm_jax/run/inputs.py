@@ -82,6 +82,22 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Sampled:
+    """The policy's answers, if the sampler has kept the log-probabilities of their tokens.
+
+    Attributes:
+      policy: the policy that answered; None if it is the reference, which is scored anyway.
+    """
+
+    responses: StoredTable
+    policy: Model | None
+
+    def digests(self, _name: str) -> Mapping[str, str]:
+        policy = {} if self.policy is None else self.policy.digests("policy")
+        return {**self.responses.digests("responses"), **policy}
+
+
+@dataclass(frozen=True)
 class Training:
     """The result of training, in its iteration's folder.
 

@@ -27,13 +27,14 @@ from selm_jax.preferences.acquisition import MODEL_BASED
 from selm_jax.run.data import Data
 from selm_jax.run.devices import Devices
 from selm_jax.run.folder import Folder
-from selm_jax.run.inputs import LazyRanker, Model, Words
+from selm_jax.run.inputs import LazyRanker, Model, Sampled, StoredTable, Words
 from selm_jax.run.model import StartModel
 from selm_jax.run.programs import Programs
 from selm_jax.run.task import Task, refuse_user_code, task_of
 from selm_jax.run.wanted import Wanted
 from selm_jax.shell.progress import bar, terminal
 from selm_jax.shell.shared_stages import SharedStages
+from selm_jax.tables import responses as answers
 from selm_jax.text.chat import Chat
 from selm_jax.text.prompts import Prompt
 
@@ -133,6 +134,17 @@ class Run:
         compared = acquisition == "reward_gap" and t > 1  # in iteration 1 both are the start model
         before = self.start if self.fixed_reference else self.policy(max(t - 2, 0))
         return policy, before if compared else None
+
+    def sampled(self, responses: StoredTable, policy: Model, reference: Model) -> Sampled | None:
+        """A policy's answers, to compare the sampler's log-probabilities with the scorer's.
+
+        It is None if the sampler has kept none, as in earlier versions, or if training reads other
+        token ids than were sampled (`text.layout: paper`).
+        """
+        if self.experiment.text.layout == "paper" or not answers.has_logps(responses.path):
+            return None
+        scored = policy == reference and not self.task.reference_free
+        return Sampled(responses, None if scored else policy)
 
     def card(self, t: int) -> Words:
         """The README.md of the policy after iteration t."""

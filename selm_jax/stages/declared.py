@@ -14,11 +14,12 @@ from selm_jax.config import Experiment, as_dict, user_code_in
 from selm_jax.run.task import Task
 from selm_jax.shell.user_code import source_digest
 
-# Settings that do not change the outcome: how the work is divided, how a judge is reached and what
-# it may cost, and (`workers`) how many processes run a rule.
+# Settings that do not change the outcome: how the work is divided, when a run stops, how a judge is
+# reached and what it may cost, and (`workers`) how many processes run a rule.
 FREE = frozenset(
     {
         *("rollout.slots", "rollout.prefill_rows", "feedback.prompts_per_part"),
+        "rollout.gap",
         *("training.checkpoint_every", "training.checkpoints_kept"),
     }
 )
@@ -108,7 +109,7 @@ def recorded(experiment: Experiment, task: Task, keys: frozenset[str], t: int) -
         found["training.learning_rate"] = experiment.learning_rate(t)
     if t == 1:  # both are the start model
         found.pop("training.reference_policy", None)
-    return {k: v for k, v in found.items() if k not in FREE}
+    return {k: v for k, v in found.items() if not _covers(FREE, k)}
 
 
 def sources(experiment: Experiment, keys: frozenset[str]) -> dict[str, str]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from selm_jax.config import SamplingSettings
 from selm_jax.parallel import multihost
 from selm_jax.rollout.remote import Server, named
 from selm_jax.rollout.requests import Request, Response
@@ -44,6 +46,8 @@ def generate(step: Step, policy: Model, prompts: list[Prompt], chat: Chat) -> Co
     files = parts.files(step.folder / "responses", -(-len(prompts) // size))
     there = multihost.on_first(lambda: [parts.is_there(file) for file in files])
     wanted = step.settings.candidates
+    names = [*(each.name for each in dataclasses.fields(SamplingSettings)), "filter"]
+    sampling = {name: getattr(step.settings.rollout, name) for name in names}
     each = wanted.greedy + wanted.samples
     by = _by_server if each and step.settings.rollout.remote else _here
     with (
@@ -61,7 +65,8 @@ def generate(step: Step, policy: Model, prompts: list[Prompt], chat: Chat) -> Co
             ]
 
             def write(found: Sequence[Response], to: Path = file) -> None:
-                table.write(to, [response_row(chat, prompts[r.index], r) for r in found])
+                rows = [response_row(chat, prompts[r.index], r) for r in found]
+                table.write(to, rows, sampling)
 
             answer(part, requests, write)
     multihost.barrier()
@@ -137,6 +142,8 @@ def response_row(chat: Chat, prompt: Prompt, response: Response) -> table.Row:
     """The table row of a response to a prompt, with the response's text."""
     kind = "greedy" if response.greedy else "sample"
     text = chat.text(response.tokens)
+    drawn = None if response.greedy else response.sampled_logps
     return table.Row(
-        prompt.id, response.sample, kind, tuple(response.tokens), text, response.finish
-    )
+        prompt.id, response.sample, kind, tuple(response.tokens), text, response.finish,
+        response.logps, drawn,
+    )  # fmt: skip

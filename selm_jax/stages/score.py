@@ -6,14 +6,17 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping
 
+import numpy as np
+
 from selm_jax.config import Experiment, fixed_length
 from selm_jax.objectives.roles import ROLES
 from selm_jax.parallel import multihost
 from selm_jax.preferences.examples import Example
-from selm_jax.run.inputs import Model, StoredTable
+from selm_jax.run.inputs import Model, Sampled, StoredTable
 from selm_jax.run.rows import RunError
 from selm_jax.run.task import Pair, Task
 from selm_jax.shell.words import redo
+from selm_jax.stages.gap import compare
 from selm_jax.stages.settings import SCORING
 from selm_jax.stages.stage import Counts, stage
 from selm_jax.stages.step import Step, counting
@@ -25,24 +28,35 @@ from selm_jax.text.prompts import Prompt
 
 def _settings(_e: Experiment, task: Task) -> tuple[str, ...]:
     own = ("text", "objective.rates", "objective.reference_free", *task.example_settings)
-    return (*own, *SCORING)
+    return (*own, "rollout.gap", *SCORING)
 
 
 @stage(leaves=("examples.parquet",), settings=_settings)
 def score(
-    step: Step, prompts: list[Prompt], ranked: StoredTable, reference: Model, chat: Chat
-) -> Counts:
+    step: Step, prompts: list[Prompt], ranked: StoredTable, reference: Model, chat: Chat,
+    sampled: Sampled | None = None,
+) -> Counts:  # fmt: skip
     """Computes the reference's log-probability of every response.
 
     The reference is the policy that the iteration starts from, or the run's start model. If the
     objective is reference-free, the log-probabilities are null.
+
+    Args:
+      sampled: the policy's answers, whose log-probabilities are compared with the sampler's.
+
+    Raises:
+      RunError: they differ by more than `rollout.gap.stop`.
     """
     examples, cut = paired_examples(step, prompts, ranked, chat)
     logps: list[tuple[float, ...] | None] = [None] * len(examples)
+    of_tokens: list[tuple[np.ndarray, ...]] = []
     if examples and not step.task.reference_free:
         params = step.programs.start_of(reference.path)
         with step.bar(len(examples), "examples") as advance:
-            logps[:] = step.programs.scorer.logps(params, examples, counting(advance))
+            found = step.programs.scorer.logps_by_token(params, examples, counting(advance))
+        logps[:], of_tokens = [each for each, _ in found], [tokens for _, tokens in found]
+        del params  # the policy may be read next
+    gap = compare(step, sampled, examples, of_tokens) if sampled and examples else {}
     scored = [
         dataclasses.replace(e, reference_logps=found)
         for e, found in zip(examples, logps, strict=True)
@@ -54,6 +68,7 @@ def score(
         "responses": sum(len(e.responses) for e in examples),
         "tokens": sum(e.tokens for e in examples),
         **cut,
+        **gap,
     }
 
 

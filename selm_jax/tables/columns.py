@@ -9,11 +9,12 @@ class Row:
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -28,10 +29,14 @@ Bool = Annotated[bool, pa.bool_()]
 Float32 = Annotated[float, pa.float32()]
 Float64 = Annotated[float, pa.float64()]
 Numbers = Annotated[tuple[float, ...], pa.list_(pa.float64())]
+Logps = Annotated[tuple[float, ...], pa.list_(pa.float32())]  # in nats, one per token
 _TOKEN_IDS = pa.list_(pa.int32())
 Ids = Annotated[tuple[int, ...], _TOKEN_IDS]
 
 Row = TypeVar("Row")
+
+# Metadata of a field with a default, whose column older tables do not have.
+ADDED: Mapping[str, bool] = {"added": True}
 
 
 def schema_of(row: type) -> pa.Schema:
@@ -66,6 +71,8 @@ def table_of(
 def read_rows(path: Path, row: type[Row], token_ids: bool = True) -> list[Row]:
     """Reads the rows of a table from a file; additional columns are ignored.
 
+    Columns that older tables do not have (`ADDED`) may be missing; their rows have None there.
+
     Args:
       path: a parquet file.
       row: the dataclass of the table.
@@ -76,9 +83,13 @@ def read_rows(path: Path, row: type[Row], token_ids: bool = True) -> list[Row]:
       ArtifactError: if the file is damaged or contains a different table.
     """
     table, schema = artifacts.read_table(path), schema_of(row)
-    if missing := [name for name in schema.names if name not in table.column_names]:
+    lacking = [field for field in schema if field.name not in table.column_names]
+    later = {f.name for f in dataclasses.fields(cast(Any, row)) if f.metadata.get("added")}
+    if missing := [field.name for field in lacking if field.name not in later]:
         found = ", ".join(table.column_names)
         raise _another(f"{path} has no column {', '.join(missing)}; it has {found}", path)
+    for field in lacking:
+        table = table.append_column(field, pa.nulls(len(table), field.type))
     try:
         table = table.select(schema.names).cast(schema)
     except pa.ArrowException as error:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
 
 from selm_jax.shell import parts
-from selm_jax.tables.columns import Ids, Int32, Text, read_rows, schema_of, table_of
+from selm_jax.tables.columns import ADDED, Ids, Int32, Logps, Text, read_rows, schema_of, table_of
+
+_SAMPLING = "sampling"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +26,12 @@ class Row:
     token_ids: Ids
     text: Text
     finish: Text  # "stop" or "length"
+    # The log-probability of each token under the policy at temperature 1 and without filters, as
+    # the sampler computed it; null if it did not say.
+    logps: Logps | None = dataclasses.field(default=None, metadata=ADDED)
+    # The same under the distribution that the tokens were drawn from, with the temperature and the
+    # filters in the file's metadata; null for a greedy answer, whose tokens are not drawn.
+    sampled_logps: Logps | None = dataclasses.field(default=None, metadata=ADDED)
 
 
 SCHEMA = schema_of(Row)
@@ -30,9 +42,31 @@ def read(path: Path) -> list[Row]:
     return read_rows(path, Row)
 
 
-def write(path: Path, rows: Sequence[Row]) -> None:
-    """Writes one part of the table, and a file with its SHA-256."""
-    parts.write(path, table_of(Row, rows))
+def write(path: Path, rows: Sequence[Row], sampling: Mapping[str, Any] | None = None) -> None:
+    """Writes one part of the table, and a file with its SHA-256.
+
+    Args:
+      path: the file.
+      rows: the answers.
+      sampling: the temperature and the filters that the samples were drawn with.
+    """
+    metadata = None if sampling is None else {_SAMPLING: json.dumps(dict(sampling))}
+    parts.write(path, table_of(Row, rows, metadata))
+
+
+def sampling_of(path: Path) -> dict[str, Any]:
+    """The settings that `write` stored with the answers; {} if the file has none."""
+    return json.loads((pq.read_schema(path).metadata or {}).get(_SAMPLING.encode(), b"{}"))
+
+
+def has_logps(folder: Path) -> bool:
+    """Whether any answer in a folder of answers has the log-probabilities of its tokens."""
+    for file in files(folder):
+        if "logps" in pq.read_schema(file).names:
+            column = pq.read_table(file, columns=["logps"])["logps"]
+            if column.null_count < len(column):
+                return True
+    return False
 
 
 def files(folder: Path) -> list[Path]:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Sharding
 
 from selm_jax.models.decoder import Decoder, Params, unembedding
@@ -111,6 +112,19 @@ class Scorer:
         """
         return self._scored(self.read.logps, params, examples, report, unpack)
 
+    def logps_by_token(
+        self,
+        params: Params,
+        examples: Sequence[Example],
+        report: Report = lambda examples, tokens=0: None,
+    ) -> list[tuple[tuple[float, ...], tuple[np.ndarray, ...]]]:
+        """The result of `logps`, and the log-probabilities of each response's tokens.
+
+        It needs the `Update` of a run.
+        """
+        compiled = cast(Update, self.read).logps_by_token
+        return self._scored(compiled, params, examples, report, _unpack_both)
+
     def rewards(
         self,
         params: Params,
@@ -170,6 +184,14 @@ def one_ahead(items: Iterable[A], start: Callable[[A], B]) -> Iterator[tuple[A, 
             yield first, jax.device_get(values)
     for item, values in running:
         yield item, jax.device_get(values)
+
+
+def _unpack_both(
+    examples: Sequence[Example], shape: Shape, batches: Sequence[tuple[np.ndarray, np.ndarray]]
+) -> list[tuple[Any, ...]]:
+    of_responses, of_tokens = zip(*batches, strict=True)
+    both = unpack(examples, shape, of_responses), unpack_tokens(examples, shape, of_tokens)
+    return list(zip(*both, strict=True))
 
 
 def _unpack_statistics(

@@ -49,15 +49,26 @@ def response_logps(
 
     `key` seeds the dropout of the adapters; None means no dropout.
     """
+    return batch.sum_by_response(scored_logps(decoder, params, batch, chunk, adapters, key))
+
+
+def scored_logps(
+    decoder: Decoder,
+    params: Params,
+    batch: PreferenceBatch,
+    chunk: int,
+    adapters: Params | None = None,
+    key: Array | None = None,
+) -> Float[Array, "rows scored"]:
+    """log pi(token | context) of every scored token in the batch; see `response_logps`."""
     variables = {"params": params} | ({} if adapters is None else {"lora": adapters})
     rngs = None if key is None else {"dropout": key}
     hidden, _ = decoder.apply(variables, batch.tokens, batch.position, batch.end, rngs=rngs)
     predicting = jnp.take_along_axis(hidden, batch.predictor[..., None], axis=1)
-    per_token = token_logprobs(
+    return token_logprobs(
         predicting, batch.target, unembedding(params), chunk, decoder.config.logit_cap,
         mesh=decoder.mesh, frozen=adapters is not None,
     )  # fmt: skip
-    return batch.sum_by_response(per_token)
 
 
 def by_role(
@@ -148,6 +159,7 @@ class Update(NamedTuple):
     add(gradients*, sums*, params, batch, mean_lengths[, reference, base, key]) -> (gradients, sums)
     apply(state*, gradients, sums, learning_rate) -> (state, metrics)
     logps(params, batch) -> response log-probabilities [rows, segments, branches], no adapters
+    logps_by_token(params, batch) -> (the same, the log-probability of each token [rows, scored])
     rewards(params, batch) -> a reward model's rewards [rows, segments, branches]
 
     `params` and `state.params` are the trained parameters: all, or the adapters on `base`.
@@ -157,6 +169,7 @@ class Update(NamedTuple):
     add: Callable[..., tuple[Params, Sums]]
     apply: Callable[..., tuple[TrainState, Sums]]
     logps: Callable[..., Float[Array, "rows segments branches"]]
+    logps_by_token: Callable[..., tuple[Array, Array]]
     rewards: Callable[..., Float[Array, "rows segments branches"]]
 
 
@@ -211,6 +224,12 @@ def make_update(
         metrics |= {"grad_norm": norm, "examples": count}
         return TrainState(state.step + 1, params, opt_state), metrics
 
+    plain = decoder.clone(lora=None)
+
+    def logps_by_token(params, batch):
+        of_tokens = scored_logps(plain, params, batch, chunk)
+        return batch.sum_by_response(of_tokens), of_tokens
+
     s = shardings
     return Update(
         gradients=jax.jit(gradients, out_shardings=(s.params, s.replicated)),
@@ -221,9 +240,10 @@ def make_update(
             donate_argnums=0,
         ),
         logps=jax.jit(
-            lambda params, batch: response_logps(decoder.clone(lora=None), params, batch, chunk),
+            lambda params, batch: response_logps(plain, params, batch, chunk),
             out_shardings=s.replicated,
         ),
+        logps_by_token=jax.jit(logps_by_token, out_shardings=s.replicated),
         rewards=jax.jit(
             lambda params, batch: response_rewards(decoder, params, batch),
             out_shardings=s.replicated,

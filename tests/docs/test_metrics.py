@@ -22,6 +22,7 @@ from selm_jax.objectives.roles import ROLES
 from selm_jax.preferences.candidates import REASONS, SOURCES
 from selm_jax.preferences.selection import PLACES
 from selm_jax.preferences.selection_report import _KEYS as OF_RANK
+from selm_jax.rollout import gap
 from selm_jax.stages import evaluate, export, generate, rank, score, train
 from selm_jax.stages.ranking import budget, teach
 from selm_jax.tables import heldout, heldout_pairs, pairs
@@ -112,6 +113,10 @@ def of_updates():
     return keys | {"learning_rate"} | {"loss", "grad_norm", "examples", "stage", "iteration"}
 
 
+def of_gap():
+    return set(gap.Gap(1, 0.0, 0.0, 0.0).metrics)
+
+
 def of_counts():
     """The literal keys of the counts of every stage."""
     modules = (generate, rank, score, train, export, evaluate, teach, budget)
@@ -122,7 +127,7 @@ def of_counts():
 
 @pytest.mark.parametrize(
     "found",
-    [of_losses, of_heldout, of_pairs, of_rankers, of_updates, of_counts],
+    [of_losses, of_heldout, of_pairs, of_rankers, of_updates, of_gap, of_counts],
     ids=lambda function: function.__name__,
 )
 def test_the_glossary_has(found):
@@ -135,7 +140,7 @@ def test_the_glossary_has_what_ranking_counts():
 
 def test_the_glossary_has_nothing_that_is_never_written():
     written = set().union(
-        *(f() for f in (of_losses, of_heldout, of_pairs, of_rankers, of_updates, of_counts))
+        *(f() for f in (of_losses, of_heldout, of_pairs, of_rankers, of_updates, of_gap, of_counts))
     )
     written |= {*OF_RANK, *(f"score_mean/{source}" for source in SOURCES)}
     loose = {"malformed", "answers", "pairs", "prompts_cut", "responses_cut", "step"}

@@ -107,7 +107,7 @@ def expected(on, all_logits, requests):
     @jax.jit
     def following(tokens, t):
         logits = all_logits(engine.decoder, params, tokens)[rows, ends + t - 1]
-        return next_tokens(logits, streams, jnp.full(len(rows), t), greedy, WARM)
+        return next_tokens(logits, streams, jnp.full(len(rows), t), greedy, WARM).token
 
     for t in range(ANSWER):
         tokens[rows, ends + t] = following(tokens, t)

@@ -94,7 +94,8 @@ def teacher_forced(all_logits, decoder, params, requests, responses, sampling):
         for t in range(at.shape[1])
     ]
     return [
-        tuple(int(found[t][row]) for t in range(len(r.tokens))) for row, r in enumerate(responses)
+        tuple(int(found[t].token[row]) for t in range(len(r.tokens)))
+        for row, r in enumerate(responses)
     ]
 
 

@@ -103,11 +103,12 @@ def decode(engine, params):
 
 
 def test_copies_exchange_the_count_of_idle_slots_and_nothing_else(on):
-    """In a step; when all steps are done the host is shown three small arrays of all slots."""
+    """In a step; when all steps are done the host is shown five small arrays of all slots."""
     engine, params = on((1, 8, 1), 1)
     n = engine.slots
     shapes = [re.sub(r"\{.*", "", s) for s in collectives(decode(engine, params))]
-    assert sorted(shapes) == sorted(["s32[]", f"pred[{n}]", f"s32[{n}]", f"s32[{n},8]"])
+    seen = [f"pred[{n}]", f"s32[{n}]", f"s32[{n},8]", f"f32[{n},8]", f"f32[{n},8]"]
+    assert sorted(shapes) == sorted(["s32[]", *seen])
 
 
 @pytest.mark.parametrize("tensor", [1, 2])

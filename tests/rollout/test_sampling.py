@@ -304,7 +304,7 @@ def test_greedy_rows_take_the_likeliest_and_the_others_draw():
     t = jnp.arange(40)
     greedy = np.arange(40) % 2 == 0
     s = Sampling(temperature=1.3, top_p=0.8)
-    got = jax.jit(partial(next_tokens, settings=s))(logits, streams, t, greedy)
+    got = jax.jit(partial(next_tokens, settings=s))(logits, streams, t, greedy).token
     assert got.dtype == jnp.int32
     np.testing.assert_array_equal(got[greedy], logits.argmax(-1)[greedy])
     drawn = draw(probabilities(logits, s), uniforms(streams, t))
@@ -319,7 +319,8 @@ def drawn(logits, filter, t=3, greedy=False, **settings):
     streams = jnp.stack([stream(0, 1, i, 1) for i in range(len(logits))])
     settings = Sampling(**settings, filter=filter)
     ts, rows = jnp.full(len(logits), t), jnp.full(len(logits), greedy)
-    return np.asarray(jax.jit(partial(next_tokens, settings=settings))(logits, streams, ts, rows))
+    found = jax.jit(partial(next_tokens, settings=settings))(logits, streams, ts, rows)
+    return np.asarray(found.token)
 
 
 LOGITS = np.random.default_rng(2).normal(size=(50, 30)).astype(np.float32)
@@ -355,7 +356,8 @@ def test_a_filter_cannot_see_the_neighbours():
         settings = Sampling(filter=crowd)
         streams = stream(0, 1, i, 1)[None]
         one = jnp.array([3]), jnp.array([False])
-        assert next_tokens(LOGITS[i : i + 1], streams, *one, settings=settings)[0] == found[i]
+        alone = next_tokens(LOGITS[i : i + 1], streams, *one, settings=settings)
+        assert alone.token[0] == found[i]
 
 
 @pytest.mark.parametrize("bad", [-jnp.inf, jnp.inf, jnp.nan])

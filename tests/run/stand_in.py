@@ -17,13 +17,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 
-def vllm(ids, finish="stop", end=None) -> dict[str, Any]:
+def vllm(ids, finish="stop", end=None, logps=None) -> dict[str, Any]:
     choice = {"index": 0, "text": "", "finish_reason": finish, "stop_reason": end}
+    choice["logprobs"] = None if logps is None else {"token_logprobs": logps}
     return {"object": "text_completion", "choices": [choice | {"token_ids": ids}]}
 
 
-def sglang(ids, finish="stop", end=None) -> dict[str, Any]:
-    return {"output_ids": ids, "meta_info": {"finish_reason": {"type": finish, "matched": end}}}
+def sglang(ids, finish="stop", end=None, logps=None) -> dict[str, Any]:
+    about: dict[str, Any] = {"finish_reason": {"type": finish, "matched": end}}
+    if logps is not None:
+        about["output_token_logprobs"] = [[logp, 0, None] for logp in logps]
+    return {"output_ids": ids, "meta_info": about}
 
 
 def prompt_of(body) -> list[int]:

@@ -52,7 +52,7 @@ def test_what_vllm_is_asked(serving):
     greedy, drawn = sorted(server.bodies, key=lambda body: body["temperature"])
     same = {
         "path": "/v1/completions", "model": "policy", "prompt": [5, 6, 7], "max_tokens": 6,
-        "ignore_eos": True, "stop_token_ids": [1, 2], "return_token_ids": True,
+        "ignore_eos": True, "stop_token_ids": [1, 2], "return_token_ids": True, "logprobs": 0,
         "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
     }  # fmt: skip
     seeds = greedy.pop("seed"), drawn.pop("seed")
@@ -69,6 +69,7 @@ def test_what_sglang_is_asked(serving):
     assert body == {
         "path": "/generate",
         "input_ids": [5, 6, 7],
+        "return_logprob": True,
         "sampling_params": {
             "max_new_tokens": 6, "stop_token_ids": [1, 2], "temperature": 0.7, "top_k": 20,
             "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.0, "presence_penalty": 0.0,
@@ -137,6 +138,29 @@ def test_a_temporary_fault_is_retried_and_order_is_kept(serving):
     assert len(server.bodies) == 24 + 8
 
 
+@pytest.mark.parametrize(
+    ("engine", "sampling", "kept"),
+    [
+        ("vllm", Sampling(), (True, True)),
+        ("vllm", Sampling(0.7), (True, False)),
+        ("vllm", Sampling(top_p=0.9), (True, False)),
+        ("sglang", Sampling(), (True, True)),
+        ("sglang", Sampling(0.7), (False, True)),
+        ("sglang", Sampling(top_p=0.9), (True, False)),
+    ],
+)
+def test_only_logps_of_a_known_distribution_are_kept(serving, engine, sampling, kept):
+    """vLLM tells those before temperature and filters, SGLang those between the two."""
+    tell = getattr(stand_in, engine)
+    answer = 200, tell([9, 8], "stop", 2, logps=[-0.5, -1.5])  # without that of its end
+    server = serving(engine, FOLDER, answer=lambda body: answer)
+    with client(server) as policy:
+        policy.sampling = sampling
+        greedy, drawn = policy.generate([Request(0, (5,), 1, 1)], seed=0, iteration=1)
+    assert repr(greedy.logps) == "(-0.5, -1.5, nan)" and greedy.sampled_logps is None
+    assert (drawn.logps is not None, drawn.sampled_logps is not None) == kept
+
+
 # --- in a run -------------------------------------------------------------------------------------
 
 
@@ -161,7 +185,7 @@ def test_the_server_answers_what_the_engine_here_would(serving, local, tmp_path,
             (r,) = here.programs.engine.generate(
                 params, [Request(0, tuple(stand_in.prompt_of(body)), 1, 0)], seed=0, iteration=1
             )
-        return 200, getattr(stand_in, engine)(list(r.tokens), r.finish)
+        return 200, getattr(stand_in, engine)(list(r.tokens), r.finish, None, r.logps)
 
     server = serving(engine, remote.named(here.policy(0).path), answer=answer)
     settings = f"rollout.remote={{engine: {engine}, url: '{server.url}'}}"

@@ -18,10 +18,11 @@ NAN = math.nan
 
 # What stood in the files of the first version, typed anew: tables may not drift from it.
 TEXT, INT, IDS = pa.string(), pa.int32(), pa.list_(pa.int32())
+LOGPS = pa.list_(pa.float32())
 COLUMNS = {
     responses: {
         "prompt_id": TEXT, "sample": INT, "kind": TEXT, "token_ids": IDS, "text": TEXT,
-        "finish": TEXT,
+        "finish": TEXT, "logps": LOGPS, "sampled_logps": LOGPS,
     },
     ranked: {
         "prompt_id": TEXT, "prompt": TEXT, "candidate": INT, "source": TEXT, "sample": INT,
@@ -51,7 +52,8 @@ COLUMNS = {
 
 ROWS = {
     responses: [
-        responses.Row("p0", 0, "greedy", (5, 6), "Ja, süß", "stop"),
+        responses.Row("p0", 0, "greedy", (5, 6), "Ja, süß", "stop", (-0.5, -2.0)),
+        responses.Row("p0", 1, "sample", (5,), "Ja", "stop", (-0.5,), (-0.25,)),
         responses.Row("p1", 1, "sample", (), "", "length"),
     ],
     ranked: [
@@ -146,6 +148,25 @@ def test_token_ids_may_be_left_out(table, tmp_path):
     table.write(tmp_path / "t.parquet", ROWS[table])
     found = table.read(tmp_path / "t.parquet", token_ids=False)
     assert as_text(found) == as_text(dataclasses.replace(r, token_ids=()) for r in ROWS[table])
+
+
+def test_answers_of_earlier_versions_have_no_logps(tmp_path):
+    file = tmp_path / "t.parquet"
+    responses.write(file, ROWS[responses])
+    pq.write_table(pq.read_table(file).drop_columns(["logps", "sampled_logps"]), file)
+    plain = [dataclasses.replace(r, logps=None, sampled_logps=None) for r in ROWS[responses]]
+    assert responses.read(file) == plain
+
+
+def test_answers_are_kept_with_how_they_were_sampled(tmp_path):
+    file, sampling = tmp_path / "t.parquet", {"temperature": 0.7, "top_k": 0, "filter": None}
+    row = responses.Row("p0", 1, "sample", (5, 6), "Ja", "stop", (-0.5, NAN), (NAN, NAN))
+    responses.write(file, [row], sampling)
+    assert responses.sampling_of(file) == sampling
+    assert as_text(responses.read(file)) == as_text([row])
+    assert pq.read_table(file)["logps"].to_pylist() == [[-0.5, None]]
+    responses.write(file, [row])
+    assert responses.sampling_of(file) == {}
 
 
 EXAMPLES = [

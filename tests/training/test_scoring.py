@@ -25,11 +25,14 @@ def scorer(rows: int, row_length: int, seen: list | None = None) -> Scorer:
             seen.append(batch.tokens.shape)
         return params * batch.sum_by_response(jnp.asarray(batch.target, jnp.float32))
 
+    def both(params, batch):
+        return compiled(params, batch), params * jnp.asarray(batch.target, jnp.float32)
+
     def never(*_):
         raise AssertionError("nothing is trained")
 
     return Scorer(
-        Update(never, never, never, compiled, never), lambda b: b, OneShape(rows, row_length)
+        Update(never, never, never, compiled, both, never), lambda b: b, OneShape(rows, row_length)
     )
 
 
@@ -51,6 +54,15 @@ def test_rewards_are_those_of_the_compiled_rewards():
     s = scorer(2, 16)
     swapped = Scorer(s.read._replace(logps=s.read.rewards, rewards=s.read.logps), s.place, s.layout)
     assert swapped.rewards(2.0, EXAMPLES) == s.logps(2.0, EXAMPLES)
+
+
+@pytest.mark.parametrize(("rows", "row_length"), [(1, 16), (2, 24), (8, 64)])
+def test_each_token_gets_its_own_number(rows, row_length):
+    s = scorer(rows, row_length)
+    found = s.logps_by_token(2.0, EXAMPLES)
+    assert [sums for sums, _ in found] == s.logps(2.0, EXAMPLES)
+    for example, (_, tokens) in zip(EXAMPLES, found, strict=True):
+        assert [tuple(t / 2) for t in tokens] == list(example.responses)
 
 
 def test_without_examples_nothing_is_computed():

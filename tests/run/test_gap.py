@@ -1,0 +1,130 @@
+"""Every iteration tells how far sampler and scorer are apart, and other weights stop the run."""
+
+from __future__ import annotations
+
+import re
+import threading
+
+import pytest
+import stand_in
+import tiny
+from rich.console import Console
+from served import no_long_waits, own_cache  # noqa: F401
+
+from selm_jax import config
+from selm_jax.iterate import iterate, run_stage
+from selm_jax.rollout import remote
+from selm_jax.rollout.requests import Request
+from selm_jax.run.rows import RunError
+from selm_jax.run.run import Run
+from selm_jax.shell import artifacts
+
+QUIET = Console(quiet=True)
+TIGHT = "rollout.gap={warn: 1e-4, stop: 1e-3}"
+
+
+def gaps(run):
+    return [line for t in run.iterations for line in run.folder.logged("score", t)]
+
+
+def generated(run):
+    for stage in ("generate", "rank", "score"):
+        run_stage(run, stage, 1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"objective": {"loss": "selm", "beta": 0.1, "alpha": 0.01}},
+        {"training__reference_policy": "start"},  # in iteration 2 another model than the policy
+        {"objective": {"loss": "simpo", "beta": 2.0, "gamma": 0.5}},  # has no reference
+    ],
+    ids=["previous", "start", "reference_free"],
+)
+def test_sampler_and_scorer_agree_in_every_iteration(tmp_path, changes):
+    file = tiny.experiment(
+        tmp_path, rollout__temperature=0.7, rollout__top_p=0.9, data__heldout=None, **changes
+    )
+    run = Run(config.load(file, [TIGHT]), QUIET)
+    iterate(run)
+    first, second = found = gaps(run)
+    assert [line["iteration"] for line in found] == [1, 2]
+    for t, line in enumerate(found, 1):
+        counts = tiny.counts_of(run, "score", t)
+        assert {k: v for k, v in line.items() if k.startswith("gap/")} == {
+            k: v for k, v in counts.items() if k.startswith("gap/")
+        }
+        assert 0 <= line["gap/k3"] <= line["gap/mean"] <= line["gap/largest"] < 1e-4
+        scored = sum(len(r) for e in tiny.paired(run, t)[0] for r in e.responses)
+        assert line["gap/tokens"] == scored
+    again = Run(config.load(file, ["rollout.gap={warn: 1, stop: 2}"]), QUIET)
+    iterate(again)
+    assert not again.wanted.worked, "limits do not change what was done"
+    assert gaps(again) == [first, second]
+
+
+def test_the_gap_does_not_grow_without_learning(tmp_path):
+    file = tiny.experiment(tmp_path, training__learning_rate=1e-12, data__heldout=None)
+    run = Run(config.load(file, [TIGHT]), QUIET)
+    iterate(run)
+    first, second = gaps(run)
+    assert second["gap/mean"] < 2 * first["gap/mean"] < 1e-5
+
+
+def test_answers_of_other_weights_stop_the_run(serving, tmp_path):
+    """The server says that it serves the policy, and has another model."""
+    file = tiny.experiment(tmp_path)
+    here = Run(config.load(file), QUIET)
+    other = tiny.make_model(tmp_path / "other", seed=1)
+    one, served = threading.Lock(), []
+
+    def answer(body):
+        params, prompt = served[0], tuple(stand_in.prompt_of(body))
+        request = Request(0, prompt, 1, 0) if body["temperature"] == 0 else Request(0, prompt, 0, 1)
+        with one:
+            seed = body["seed"]
+            (r,) = here.programs.engine.generate(params, [request], seed=seed, iteration=1)
+        return 200, stand_in.vllm(list(r.tokens), r.finish, None, r.logps)
+
+    server = serving("vllm", remote.named(here.policy(0).path), answer=answer)
+    settings = [f"rollout.remote={{engine: vllm, url: '{server.url}'}}", TIGHT]
+
+    served[:] = [here.programs.decoding(here.programs.load(here.policy(0).path))]
+    right = Run(config.load(file, [f"output={tmp_path}/right", *settings]), QUIET)
+    generated(right)
+    assert gaps(right)[0]["gap/mean"] < 1e-5
+
+    served[:] = [here.programs.decoding(here.programs.load(other))]
+    wrong = Run(config.load(file, [f"output={tmp_path}/wrong", *settings]), QUIET)
+    with pytest.raises(RunError, match=re.escape("more than rollout.gap.stop = 0.001")) as error:
+        generated(wrong)
+    assert "selm redo" in str(error.value) and "Check what it serves" in str(error.value)
+    assert gaps(wrong)[0]["gap/mean"] > 0.05
+    assert not artifacts.Stages(wrong.folder.iteration(1)).read()["score"]["done"]
+    with pytest.raises(RunError, match="on average"):  # it is measured again
+        iterate(wrong)
+    assert len(gaps(wrong)) == 1
+
+    lines = []
+    console = Console(quiet=True)
+    console.print = lambda text, **_: lines.append(text)
+    told = Run(
+        config.load(file, [f"output={tmp_path}/wrong", settings[0], "rollout.gap.stop=null"]),
+        console,
+    )
+    run_stage(told, "score", 1)
+    assert any("Warning: this is more than rollout.gap.warn = 0.1" in line for line in lines)
+
+
+def test_answers_without_logps_have_no_gap(serving, tmp_path):
+    """So had those of earlier versions, whose stages recorded no answers as an input of score."""
+    file = tiny.experiment(tmp_path)
+    start = Run(config.load(file), QUIET).start.path
+    server = serving("vllm", remote.named(start))
+    settings = f"rollout.remote={{engine: vllm, url: '{server.url}'}}"
+    run = Run(config.load(file, [settings, TIGHT]), QUIET)
+    generated(run)
+    assert gaps(run) == []
+    entry = artifacts.Stages(run.folder.iteration(1)).read()["score"]
+    assert "responses" not in entry["inputs"]
+    assert not any(key.startswith("gap/") for key in entry["counts"])

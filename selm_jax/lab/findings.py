@@ -19,7 +19,7 @@ _LISTED = 4
 
 @dataclass(frozen=True)
 class Finding:
-    """A method's cumulative regret minus its baseline's, in one place.
+    """A method's cumulative regret minus its baseline's, in one place (a landscape).
 
     Attributes:
       method, baseline: the names of the compared algorithms.

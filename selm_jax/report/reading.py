@@ -15,7 +15,7 @@ from selm_jax.shell.sealed import fits, unsealed
 
 
 class ReportError(ValueError):
-    """The files of one run or several cannot be shown. The message says which and why."""
+    """The files of one or more runs cannot be shown. The message says which and why."""
 
 
 def text_of(path: Path) -> str:

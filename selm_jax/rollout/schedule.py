@@ -26,7 +26,7 @@ def bucket(length: int) -> int:
 
 
 def capacities(max_prompt: int, max_new_tokens: int) -> tuple[int, ...]:
-    """The sizes that the cache may have, ascending: the greatest, its half, its quarter, and so on.
+    """The sizes that the cache may have, ascending: the largest, its half, its quarter, and so on.
 
     A program is compiled for each, so they are few: at most 1 + log2(greatest / 128).
 

@@ -91,7 +91,7 @@ def explained(work: Callable[[], T], stage: str, folder: Path, experiment: Exper
       folder: the folder of the iteration.
 
     Raises:
-      OutOfMemory: a device, or this process, has not enough memory.
+      OutOfMemory: a device, or this process, does not have enough memory.
     """
     try:
         return work()
@@ -100,7 +100,7 @@ def explained(work: Callable[[], T], stage: str, folder: Path, experiment: Exper
         if isinstance(e, JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in words:
             raise
         raise OutOfMemory(
-            f"{folder}: stage {stage!r} has not enough memory ({words or 'MemoryError'}). "
+            f"{folder}: stage {stage!r} ran out of memory ({words or 'MemoryError'}). "
             f"{_advice(stage, experiment)}"
         ) from e
 

@@ -97,7 +97,7 @@ def dispersion(observed: float, binary: float) -> float:
 
 
 def ends(mean: float, count: float, dispersion: float, quantile: float = Z) -> tuple[float, float]:
-    """The ends of Wilson's interval for a mean of `count` values from 0 to 1 with a dispersion."""
+    """The ends of Wilson's interval for a mean of `count` values in [0, 1], given a dispersion."""
     odds = quantile**2 * dispersion / count
     middle = (mean + odds / 2) / (1 + odds)
     half = np.sqrt(odds * mean * (1 - mean) + odds**2 / 4) / (1 + odds)

@@ -25,7 +25,7 @@ OPTIMIZERS: Mapping[str, Callable[[float, float, float], optax.GradientTransform
 def learning_rate(schedule: str, peak: float, updates: int, warmup_ratio: float) -> optax.Schedule:
     """Linear warm-up to `peak`, then the named schedule up to the iteration's last update.
 
-    `cosine` and `linear` reach zero after the last update. The schedule starts anew in every
+    `cosine` and `linear` reach zero after the last update. The schedule starts again in every
     iteration. Warm-up takes ceil(warmup_ratio * updates) updates, as in the authors' runs (6 of 59,
     16 of 159). As there, the k-th of w warm-up updates has (k - 1) / w of the peak, so that the
     first update of an iteration with warm-up changes nothing.

@@ -104,7 +104,7 @@ def test_a_stage_without_enough_memory_says_which_settings_to_lower(tmp_path, st
         training__logprob_chunk=32, training__remat=remat,
     ).experiment  # fmt: skip
     folder = tmp_path / "run/iteration_2"
-    told = f"{folder}: stage '{stage}' has not enough memory ({FULL}). {advice}"
+    told = f"{folder}: stage '{stage}' ran out of memory ({FULL}). {advice}"
     with pytest.raises(memory.OutOfMemory, match="^" + re.escape(told)) as raised:
         memory.explained(fails, stage, folder, e)
     assert "and more" not in str(raised.value)

@@ -347,7 +347,7 @@ def _conversation(question: Question) -> str:
 
 
 def _run(work: Coroutine[Any, Any, T]) -> T:
-    """Runs a coroutine to its end; in another thread if an event loop is running (a notebook)."""
+    """Runs a coroutine to completion; in a thread if an event loop runs already (a notebook)."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:

@@ -67,6 +67,7 @@ FAMILIES = {
     ),
     "olmo2": Family("Olmo2ForCausalLM", llama.olmo2_from, llama.olmo2_to, pad=1),
     "olmo3": Family("Olmo3ForCausalLM", llama.olmo3_from, llama.olmo3_to, pad=1),
+    "exaone4": Family("Exaone4ForCausalLM", llama.exaone4_from, llama.exaone4_to),
     "granite": Family(
         "GraniteForCausalLM", llama.granite_from, llama.granite_to, has_classifier=False
     ),
@@ -110,7 +111,6 @@ _CLOSE = {
     "qwen2_5_vl": "qwen2, but it also reads images",
     "qwen3_vl": "qwen3, but it also reads images",
     "glm4": "gemma2, but its rope rotates neighbouring dimensions",
-    "exaone4": "olmo3, but its full layers have no rope and it norms queries of each head",
 }
 
 

@@ -6,7 +6,7 @@ For each family, two functions side by side read and write the keys that not all
 from __future__ import annotations
 
 from selm_jax.models.config import DecoderConfig, LayerKind, LongRope, UnsupportedModel
-from selm_jax.models.config_keys import Json, Keys
+from selm_jax.models.config_keys import Json, Keys, size
 from selm_jax.models.config_layers import (
     all_alike,
     alternating,
@@ -177,3 +177,27 @@ def granite_to(c: DecoderConfig) -> Json:
         "logits_scaling": c.logit_divisor,
     }
     return multipliers | biases_to(c) | rope_to(c.kinds[0].rope)
+
+
+def exaone4_from(k: Keys, c: Json) -> Json:
+    window = k.size("sliding_window", 4096, null=True)
+    types, pattern = k.texts("layer_types"), k("sliding_window_pattern", 4)
+    if types is None and window is None:
+        types = ["full_attention"] * c["layers"]
+    elif types is None:  # the published files have both a pattern such as "LLLG" and the types
+        types = alternating(c["layers"], size("sliding_window_pattern", pattern))
+    if window is not None and "sliding_attention" not in types:
+        raise UnsupportedModel(
+            f"config.json: sliding_window is {window}, but layer_types has no sliding_attention, "
+            "so no layer would have rope. Set sliding_window to null"
+        )
+    rope = rope_from(k, 1e4)
+    kinds = tuple(  # beside layers with a window, those without one have no rope
+        LayerKind(None if w is None and window is not None else rope, w)
+        for w in windows_of(types, window, c["layers"])
+    )
+    return {"qk_norm": "head", "pre_norms": False, "post_norms": True, "kinds": kinds}
+
+
+def exaone4_to(c: DecoderConfig) -> Json:
+    return layer_types_to(c) | rope_to(next(kind.rope for kind in c.kinds if kind.rope))

@@ -82,6 +82,7 @@ FAMILIES = {
             },
         },
     ),
+    "exaone-4": ("Exaone4Config", {"sliding_window": 40}),
     "granite-3": (
         "GraniteConfig",
         {

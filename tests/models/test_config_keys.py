@@ -25,6 +25,7 @@ PUBLISHED = {
     "HuggingFaceTB--SmolLM2-1.7B-Instruct": 1_711_376_384,
     "HuggingFaceTB--SmolLM2-135M-Instruct": 134_515_008,
     "HuggingFaceTB--SmolLM3-3B": 3_075_098_624,
+    "LGAI-EXAONE--EXAONE-4.0-1.2B": 1_279_391_488,
     "Qwen--Qwen2-0.5B-Instruct": 494_032_768,
     "Qwen--Qwen2.5-0.5B": 494_032_768,
     "Qwen--Qwen2.5-7B-Instruct": 7_615_616_512,
@@ -106,6 +107,27 @@ def test_a_key_that_is_off_passes_and_one_that_is_on_does_not(name, off):
         ("Qwen--Qwen2.5-0.5B", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ("meta-llama--Llama-2-7b-chat-hf", {"rope_interleaved": True}, "rope_interleaved"),
         ("google--gemma-3-270m", {"use_bidirectional_attention": True}, "use_bidirectional"),
+        ("allenai--Olmo-3-7B-Instruct", {"rope_theta": 1e4}, "disagree on whether the layers"),
+        (
+            "allenai--Olmo-3-7B-Instruct",
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": False}},
+            "truncate false, which transformers ignores",
+        ),
+        (
+            "allenai--Olmo-3-7B-Instruct",
+            {"rope_scaling": None, "rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
+            "rope_parameters has 'factor, rope_type'; expected one object",
+        ),
+        (
+            "microsoft--Phi-3.5-mini-instruct",
+            {"rope_scaling": {"type": "yarn", "factor": 2.0}},
+            "rope type is yarn; a phi3 model has default or longrope",
+        ),
+        ("microsoft--Phi-4-mini-instruct", {"partial_rotary_factor": 1.5}, "a number up to 1"),
+        ("microsoft--Phi-4-mini-instruct", {"partial_rotary_factor": 0.5}, "short_factor has 48 "),
+        ("microsoft--Phi-4-mini-instruct", {"full_attn_mod": 2}, "full_attn_mod is 2"),
+        ("LGAI-EXAONE--EXAONE-4.0-1.2B", {"sliding_window": 64}, "no layer would have rope"),
+        ("google--gemma-7b", {"hidden_activation": "gelu"}, "hidden_activation is 'gelu'"),
     ],
 )
 def test_what_changes_the_function_is_refused_whatever_it_is_called(name, changes, message):

@@ -19,8 +19,17 @@ import pytest
 
 from selm_jax.models.config import DecoderConfig, LongRope, UnsupportedModel
 from selm_jax.models.config_keys import HARMLESS
-from selm_jax.models.decoder import Decoder, LayerCache, logits, parameter_count, unstack
+from selm_jax.models.decoder import (
+    Decoder,
+    LayerCache,
+    abstract_params,
+    logits,
+    parameter_count,
+    unstack,
+)
 from selm_jax.models.families import FAMILIES, from_hf, read_config, to_hf
+from selm_jax.parallel.mesh import make_mesh
+from selm_jax.parallel.rules import TRAINING, place_rows, shardings
 from selm_jax.preferences.examples import Example
 from selm_jax.preferences.packing import common_shape, pack
 from selm_jax.weights.huggingface import load
@@ -183,6 +192,23 @@ def test_prefill_and_cached_decoding_are_one_forward_pass(name, parity):
         worst(parity, name, "cached", found[:, 0], full_logits(name)[:, t])
 
 
+def test_a_norm_over_all_heads_is_the_same_with_heads_on_several_devices():
+    config, time = config_of("olmo-2"), 128
+    mesh = make_mesh((1, 2, 2), jax.devices()[:4])
+    where = shardings(abstract_params(config), mesh, TRAINING)
+    params = load(golden.FOLDER / "olmo-2", config, shardings=where)
+    assert params["layers"]["attention"]["q"].sharding.spec[2] == "tensor"
+    positions = np.broadcast_to(np.arange(time, dtype=np.int32), (2, time))
+    batch = place_rows((golden.tokens()[:, :time], positions), mesh)
+
+    @jax.jit
+    def run(params, tokens, positions):
+        hidden, _ = Decoder(config, mesh=mesh).apply({"params": params}, tokens, positions)
+        return logits(config, params, hidden)
+
+    np.testing.assert_allclose(run(params, *batch), full_logits("olmo-2")[:, :time], atol=ATOL)
+
+
 # --- config.json ----------------------------------------------------------------------------------
 
 
@@ -204,6 +230,7 @@ IDLE = {
     ("phi-3-4k", "original_max_position_embeddings"),
     *((name, "sliding_window") for name in ("qwen2", "qwen3", "smollm3")),
     *((name, "use_sliding_window") for name in ("qwen2", "qwen3", "smollm3")),
+    ("exaone-4", "sliding_window_pattern"),
     *((name, "max_window_layers") for name in ("qwen2", "qwen2-window", "qwen3")),
     ("smollm3", "no_rope_layer_interval"),
     ("gemma-3", "_sliding_window_pattern"),

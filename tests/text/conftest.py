@@ -137,6 +137,22 @@ FAMILIES = {
     "gemma_3": Family(gemma, GEMMA, "<end_of_turn>", ["<eos>", "<end_of_turn>"]),
     "smollm_2": Family(lambda: byte_level(CHATML_TOKENS), CHATML, "<|im_end|>", "<|im_end|>"),
     "smollm_3": Family(lambda: byte_level(CHATML_TOKENS), QWEN, "<|im_end|>", bos=0),
+    "olmo_2": Family(
+        lambda: byte_level(["<|endoftext|>"]),
+        {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}, "<|endoftext|>",
+    ),
+    "olmo_3": Family(
+        lambda: byte_level(CHATML_TOKENS), {"eos_token": "<|endoftext|>"}, "<|endoftext|>",
+        ["<|im_end|>", "<|endoftext|>"], 0,
+    ),
+    "phi_4": Family(
+        lambda: byte_level(["<|endoftext|>", "<|assistant|>", "<|end|>", "<|user|>", "<|system|>"]),
+        {"eos_token": "<|endoftext|>"}, "<|end|>", ["<|end|>", "<|endoftext|>"], 0,
+    ),
+    "granite_3": Family(
+        lambda: byte_level(["<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>"]),
+        {"eos_token": "<|end_of_text|>"}, "<|end_of_text|>", bos=0,
+    ),
 }  # fmt: skip
 BROKEN = {
     "always_thinking": Family(lambda: byte_level(CHATML_TOKENS), CHATML),

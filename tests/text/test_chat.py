@@ -84,6 +84,24 @@ PROMPTS = {  # of user("a", "b", "c")
         "<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
         "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n"
     ),
+    "olmo_2": (
+        "<|endoftext|><|user|>\na\n<|assistant|>\nb<|endoftext|>\n<|user|>\nc\n<|assistant|>\n"
+    ),
+    "olmo_3": (
+        "<|im_start|>system\nYou are a helpful function-calling AI assistant. You do not currently "
+        "have access to any functions. <functions></functions><|im_end|>\n"
+        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
+        "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n"
+    ),
+    "phi_4": "<|user|>a<|end|><|assistant|>b<|end|><|user|>c<|end|><|assistant|>",
+    "granite_3": (
+        "<|start_of_role|>system<|end_of_role|>Knowledge Cutoff Date: April 2024.\n"
+        "Today's Date: July 26, 2024.\nYou are Granite.<|end_of_text|>\n"
+        "<|start_of_role|>user<|end_of_role|>a<|end_of_text|>\n"
+        "<|start_of_role|>assistant<|end_of_role|>b<|end_of_text|>\n"
+        "<|start_of_role|>user<|end_of_role|>c<|end_of_text|>\n"
+        "<|start_of_role|>assistant<|end_of_role|>"
+    ),
 }
 RESPONSES = {"llama_2": " Hi x </s>", "mistral_0_3": " Hi x</s>"}  # else "Hi x" and the end
 
@@ -151,7 +169,8 @@ def test_bos_stands_in_front_once_if_the_model_has_one(family, facts, chat):
         assert front == facts.bos
         if family != "smollm_2":  # whose BOS opens every turn
             assert ids.count(bos) == facts.bos
-    assert bos not in model.response_ids(user("a"), "b")
+    if family != "olmo_2":  # whose BOS is the end token, too
+        assert bos not in model.response_ids(user("a"), "b")
 
 
 def test_llama_2_opens_every_user_turn_with_bos(chat):
@@ -160,10 +179,11 @@ def test_llama_2_opens_every_user_turn_with_bos(chat):
 
 
 def test_several_turns_and_a_system_message(family, facts, chat):
-    if not facts.system or family == "llama_2":  # there a user's turn has no end
+    if not facts.system or family in ("llama_2", "olmo_2"):  # there a user's turn has no end
         pytest.skip("no system message, or no end of a user's turn")
     model = chat(family)
-    end = model.tokenizer.convert_tokens_to_ids(facts.end)
+    mark = "<|im_end|>" if family == "olmo_3" else facts.end  # there EOS ends the last answer only
+    end = model.tokenizer.convert_tokens_to_ids(mark)
 
     def turns(ids) -> list[str]:
         """Each turn, its end token included, and the header of the answer."""
@@ -176,7 +196,7 @@ def test_several_turns_and_a_system_message(family, facts, chat):
     assert len(long) == len(said) and len(short) == len(said) - 2
     assert long[:-3] == short[:-1] and long[-1] == short[-1]
     for turn, content in zip(long, said, strict=True):
-        assert turn.removesuffix(facts.end).rstrip().endswith(content)
+        assert turn.removesuffix(mark).rstrip().endswith(content)
     assert "Be brief." in long[0]
 
 

@@ -31,7 +31,7 @@ FAMILIES = Path(__file__).parents[1] / "golden" / "families"
     ],
     ids=["all", "some, rslora", "some"],
 )
-@pytest.mark.parametrize("name", ["llama-3.1", "phi-3-4k", "gemma-2"])
+@pytest.mark.parametrize("name", ["llama-3.1", "phi-3-4k", "phi-4-mini", "olmo-3", "gemma-2"])
 def test_peft_gives_our_logits(name, lora, all_logits, tmp_path):
     torch = pytest.importorskip("torch")
     peft = pytest.importorskip("peft")

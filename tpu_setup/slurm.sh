@@ -42,7 +42,8 @@ while kill -0 "$run" 2>/dev/null; do # `wait` ends at the signal, before the run
 done
 status=0
 wait "$run" || status=$? # bash still knows it
-if [[ -n $stopped || $status == 75 ]] && ((status)); then
+# 75: told to stop; 76: another process of the run is gone or stuck.
+if [[ -n $stopped || $status == 7[56] ]] && ((status)); then
   scontrol requeue "${SLURM_JOB_ID:?}"
 fi
 exit "$status"

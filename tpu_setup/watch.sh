@@ -31,8 +31,10 @@ read_experiment "$@"
 # The run was told to stop and saved, or it lost another worker (134: found by JAX), whose own status says
 # why. In all these cases the same command continues it.
 STOPPED='75|76|134|143'
+# Checks for which some workers may run on alone: jax ends them within two minutes, a save takes ten.
+PATIENCE=15
 costs="The slice still exists and costs money: delete.sh removes it"
-launched='' said='' told='' refused=0 silent=0 failed=0 half=0 starts=0 preemptions=0
+launched='' said='' told='' refused=0 silent=0 failed=0 half=0 stuck=0 starts=0 preemptions=0
 
 start_here() { # for a slice that is ACTIVE and does not run the experiment
   if install_all && launch_run "${before[@]}"; then
@@ -73,12 +75,16 @@ look() { # checks a slice that is ACTIVE
     ((half > 1)) || return 0
     say "$RUN is running on some of the workers only; stopping it to start it on all"
     on all bash selm/tpu_setup/worker.sh stop "$RUN" || true # the next check finds the rest
-    half=0
+    half=0 stuck=0
+  elif grep -Fqx running <<<"$statuses" && grep -Fqvx running <<<"$statuses" && ((++stuck > PATIENCE)); then
+    say "$RUN has ended on some of the workers, and is still running on others; stopping it to start it on all"
+    on all bash selm/tpu_setup/worker.sh stop "$RUN" || true # by force if it is stuck
+    stuck=0
   elif ((alive)); then
     # A run that failed before this watch began, and is still being copied, is started again later.
     ((bad)) || launched=yes failed=0
     half=0
-    grep -Fqvx running <<<"$statuses" || starts=0
+    grep -Fqvx running <<<"$statuses" || starts=0 stuck=0
   elif [[ -z $copied ]] && grep -q '^exit' <<<"$statuses"; then
     return 0 # the last copy to the bucket is not finished yet
   elif ! grep -Eqvx 'exit 0' <<<"$statuses"; then
@@ -123,7 +129,7 @@ while :; do
       preemptions=$((preemptions + 1))
       say "preempted ($preemptions so far)"
       delete_slice || die "the preempted $NAME could not be deleted"
-      launched='' told='' silent=0 failed=0 half=0 starts=0
+      launched='' told='' silent=0 failed=0 half=0 stuck=0 starts=0
       ;;
     FAILED)
       tpus queued-resources describe "$NAME" --format='yaml(state)' >&2 || true

@@ -1,7 +1,7 @@
 """Ends a command of `selm` with a message and an exit status.
 
 Exit status 1 is an error, 130 is Ctrl-C, 75 is a run that was told to stop and saved (it ends by
-itself), and 76 is a process of a run whose other processes are gone.
+itself), and 76 is a process of a run whose other processes are gone or stuck (`parallel.watch`).
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from jaxtyping import Float64
 from selm_jax.annotate.agreement import alpha, mean_shares
 from selm_jax.annotate.store import Annotations, Item, Judgement
 from selm_jax.feedback.ranker import FeedbackError, Question, check_questions, check_scores
+from selm_jax.shell.pace import here
 from selm_jax.shell.paths import place
 from selm_jax.shell.ranges import Count
 
@@ -72,6 +73,7 @@ class Human:
             done = now.closed
             if not self.wait or now.closed == now.questions:
                 break
+            here.sign()  # people may take days
             time.sleep(_POLL)
         judgements = store.judgements(batch)
         self._read(judgements)

@@ -35,6 +35,7 @@ from selm_jax.feedback.ranker import (
     row_values,
 )
 from selm_jax.shell import processes
+from selm_jax.shell.pace import here
 from selm_jax.shell.ranges import Count, Natural, Positive
 from selm_jax.shell.user_code import UserCodeError, function_at
 
@@ -223,6 +224,7 @@ def in_processes(
                 if not worker.has_answered():
                     continue
                 scores = worker.answer()
+                here.sign()
                 if worker.call is not None:
                     found[worker.index] = scores
                 index = next(todo, None)

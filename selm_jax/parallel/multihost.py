@@ -8,35 +8,33 @@ the first, which sends the result to the others: `on_first`. This uses the coord
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import itertools
 import json
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
 from jax._src import distributed  # its client has no public name; orbax uses it too
-from jax._src.clusters import ClusterEnv
 from jax.experimental import multihost_utils
 
+from selm_jax.parallel import watch
+from selm_jax.parallel.cluster import MultihostError, found, patience
 from selm_jax.shell import interrupt
+from selm_jax.shell.pace import here
 
 T = TypeVar("T")
 
-_EXPLICIT = ("SELM_COORDINATOR", "SELM_PROCESSES", "SELM_PROCESS")
 _SLICES = ("MEGASCALE_COORDINATOR_ADDRESS", "MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID")
-_WEEK = 7 * 24 * 3600 * 1000  # milliseconds: people may have to answer in between
+_WATCHED = 10**9  # milliseconds: it is the watch that limits how long a process waits
 _numbers = itertools.count()  # equal in all processes, because all make the same calls in order
 _boundaries = itertools.count()
 _told_to_stop = threading.Event()
 _deferred = False
-
-
-class MultihostError(RuntimeError):
-    """The processes of a run cannot work together."""
 
 
 class Stopped(SystemExit):
@@ -60,9 +58,10 @@ def initialize() -> None:
     SELM_PROCESS.
 
     Raises:
-      MultihostError: if these variables are incomplete or invalid, or if a service that knows the
-        processes, such as a TPU's metadata server, does not answer.
+      MultihostError: if these variables or SELM_PATIENCE are incomplete or invalid, or if a service
+        that knows the processes, such as a TPU's metadata server, does not answer.
     """
+    least = patience(os.environ)
     with _unasked():
         arguments = found(os.environ)
         if arguments is None:
@@ -70,6 +69,23 @@ def initialize() -> None:
         # For CPU devices: gloo is the only implementation that works between processes.
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(**arguments)
+    _watch(least)
+
+
+def _watch(least: float) -> None:
+    """Starts to watch the other processes, and to let them watch this one."""
+    client, me = distributed.global_state.client, distributed.global_state.process_id
+    assert client is not None
+
+    def post(sign: dict[str, Any]) -> None:
+        client.key_value_set(f"selm/sign/{me}", json.dumps(sign), allow_overwrite=True)
+
+    def read() -> dict[int, dict[str, Any]]:
+        posted = client.key_value_dir_get("selm/sign/")
+        return {int(key.rpartition("/")[2]): json.loads(sign) for key, sign in posted}
+
+    # Registered after jax's own function, so called before it, which waits for the other processes.
+    atexit.register(watch.begin(here, me, least=least, post=post, read=read))
 
 
 @contextlib.contextmanager
@@ -88,53 +104,6 @@ def _unasked() -> Iterator[None]:
     finally:
         for name in unsaid:
             del os.environ[name]  # libtpu reads them too
-
-
-def found(environment: Mapping[str, str]) -> dict[str, Any] | None:
-    """The arguments for `jax.distributed.initialize`; None if this is the only process."""
-    given = [name for name in _EXPLICIT if name in environment]
-    if given:
-        try:
-            address, count, index = (environment[name] for name in _EXPLICIT)
-            numbers = int(count), int(index)
-        except (KeyError, ValueError):
-            shown = ", ".join(f"{name}={environment.get(name, '(not set)')}" for name in _EXPLICIT)
-            raise MultihostError(
-                f"{shown}: set all three, the last two to numbers, for example "
-                "SELM_COORDINATOR=10.0.0.1:1234 SELM_PROCESSES=2 SELM_PROCESS=0"
-            ) from None
-        if not 0 <= numbers[1] < numbers[0] or ":" not in address:
-            raise MultihostError(
-                f"SELM_COORDINATOR={address}, SELM_PROCESS={index} of SELM_PROCESSES={count}: "
-                "expected host:port, and a process from 0 to SELM_PROCESSES - 1"
-            )
-        # Without local_device_ids jax uses all devices of this host.
-        return {
-            "coordinator_address": address, "num_processes": numbers[0], "process_id": numbers[1],
-            "cluster_detection_method": "deactivate",
-        }  # fmt: skip
-    try:
-        for cluster in ClusterEnv._cluster_types:
-            if not cluster.opt_in_only_method and cluster.is_env_present():
-                return None if cluster.get_process_count() == 1 else _all_gpus_of(environment)
-    except OSError as e:
-        raise MultihostError(
-            f"the number of processes could not be found: {e}. On a TPU without a metadata server "
-            "set TPU_SKIP_MDS_QUERY=1"
-        ) from e
-    return None
-
-
-def _all_gpus_of(environment: Mapping[str, str]) -> dict[str, Any]:
-    """Arguments that give jax all GPUs of a node, if SLURM runs one process per node; else {}.
-
-    Under SLURM jax would give each process only one GPU.
-    """
-    nodes = environment.get("SLURM_STEP_NUM_NODES")
-    gpus = environment.get("SLURM_GPUS_ON_NODE", "")
-    if nodes and nodes == environment.get("SLURM_NTASKS") and gpus.isdigit():
-        return {"local_device_ids": list(range(int(gpus)))}
-    return {}
 
 
 def count() -> int:
@@ -162,11 +131,12 @@ def on_first(work: Callable[[], T]) -> T:
     """
     if count() == 1:
         return work()
-    client, key = distributed.global_state.client, f"selm/{next(_numbers)}"
+    client, key = distributed.global_state.client, f"selm/{_step()}"
     assert client is not None
     name = getattr(work, "__qualname__", type(work).__qualname__)
     if not is_first():
-        told = json.loads(client.blocking_key_value_get(key, _WEEK))
+        with here.waiting():
+            told = json.loads(client.blocking_key_value_get(key, _WATCHED))
         if told["work"] != name:
             raise MultihostError(
                 f"process 0 is at {told['work']}, but process {index()} is at {name}: they do "
@@ -196,11 +166,18 @@ def on_every(work: Callable[[], T]) -> list[T]:
     """
     if count() == 1:
         return [work()]
-    client, key = distributed.global_state.client, f"selm/{next(_numbers)}"
+    client, key = distributed.global_state.client, f"selm/{_step()}"
     assert client is not None
     client.key_value_set(f"{key}/{index()}", json.dumps(work()))
-    each = [client.blocking_key_value_get(f"{key}/{i}", _WEEK) for i in range(count())]
+    with here.waiting():
+        each = [client.blocking_key_value_get(f"{key}/{i}", _WATCHED) for i in range(count())]
     return [json.loads(told) for told in each]
+
+
+def _step() -> int:
+    """The number of this call of all processes, which is also a sign that this one goes on."""
+    here.sign(step=True)
+    return next(_numbers)
 
 
 def leave(name: str, value: Any) -> None:
@@ -216,8 +193,8 @@ def left(name: str) -> list[Any]:
         return []
     client = distributed.global_state.client
     assert client is not None
-    each = [client.blocking_key_value_get(f"selm/left/{name}/{i}", _WEEK) for i in range(count())]
-    return [json.loads(value) for value in each]
+    keys = [f"selm/left/{name}/{i}" for i in range(count())]
+    return [json.loads(client.blocking_key_value_get(key, _WATCHED)) for key in keys]
 
 
 def check_same(what: str, value: Callable[[], Any]) -> None:
@@ -248,7 +225,8 @@ def all_failed(name: str, seconds: int = 120) -> None:
     client = distributed.global_state.client
     assert client is not None
     try:
-        client.wait_at_barrier(f"selm/failed/{name}", seconds * 1000)
+        with here.waiting():
+            client.wait_at_barrier(f"selm/failed/{name}", seconds * 1000)
     except jax.errors.JaxRuntimeError as e:
         raise MultihostError(
             f"process {index()} has failed, but other processes are still running after {seconds} "
@@ -261,7 +239,8 @@ def barrier() -> None:
     if count() > 1:
         client = distributed.global_state.client
         assert client is not None
-        client.wait_at_barrier(f"selm/barrier/{next(_numbers)}", _WEEK)
+        with here.waiting():
+            client.wait_at_barrier(f"selm/barrier/{_step()}", _WATCHED)
 
 
 def first_then_others(work: Callable[[], T]) -> T:
@@ -345,6 +324,7 @@ def should_stop() -> bool:
     Raises:
       KeyboardInterrupt: if there are several processes and Ctrl-C was pressed in this one.
     """
+    here.sign(step=True)
     if interrupt.asked():
         if count() > 1:
             raise KeyboardInterrupt

@@ -39,6 +39,7 @@ from selm_jax.shell.endpoint import (
     for_each,
     is_here,
 )
+from selm_jax.shell.pace import here
 from selm_jax.weights.sources import cache_root
 
 _LOOK_EVERY = 0.5  # seconds between two checks whether the server answers
@@ -308,6 +309,7 @@ class Server:
                 way = "" if self._process is not None else f". Start it, for example with: {how}"
                 self._say(f"waiting for {what}; {there} now{way}")
                 told = there
+            here.sign()
             time.sleep(_LOOK_EVERY)
 
     def _serves(self) -> dict[str, Served] | None:

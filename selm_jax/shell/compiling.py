@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from selm_jax.shell.pace import here
+
 _BEGINS = "/jax/compilation_cache/compile_requests_use_cache"
 _ENDS = "/jax/core/compile/backend_compile_duration"
 _LONG = 1.0  # seconds of compiling that are worth a line
@@ -40,11 +42,13 @@ def _begins(event: str, **_: Any) -> None:
     global _since
     if event == _BEGINS:
         _since = time.monotonic()
+        here.sign()
 
 
 def _ends(event: str, duration_secs: float, **about: Any) -> None:
     global _since
     if event == _ENDS:
         _since = None
+        here.sign()
         if _say is not None and duration_secs >= _LONG:
             _say(f"compiled {about.get('fun_name', 'a program')} in {duration_secs:.1f} s")

@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 
 import httpx2
 
+from selm_jax.shell.pace import here
+
 _LONGEST_WAIT = 60.0  # seconds between two tries, unless the server asks for more
 _LONGEST_RETRY_AFTER = 600.0  # seconds; a server that asks for more is given up
 _MOST_BYTES = 16 << 20  # of one answer: a server may stream without end
@@ -189,6 +191,7 @@ class Endpoint:
             # `from None`: the error contains the request, which contains the key.
             what = f"{type(error).__name__}: {error}"
             raise _Fault(_without(key, what)) from None
+        here.sign()
         text = _without(key, raw.decode("utf-8", "replace"))
         if response.status_code != 200:
             raise _status_fault(response.status_code, response.headers.get("retry-after"), text)

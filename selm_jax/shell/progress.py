@@ -18,6 +18,7 @@ from rich.progress import (
 from rich.text import Text
 
 from selm_jax.shell import compiling
+from selm_jax.shell.pace import here
 from selm_jax.shell.words import duration
 
 
@@ -65,11 +66,13 @@ def bar(
 ) -> Iterator[Advance]:
     """A progress bar over `total` items. It shows nothing without a terminal or with `--quiet`.
 
+    Whenever it advances, the other processes of the run learn that this one goes on (`pace`).
+
     Args:
       after: seconds that the run takes after this work, if they are known.
     """
     if not console.is_terminal or _talk.quiet:
-        yield lambda items, tokens=0: None
+        yield lambda items, tokens=0: here.sign()
         return
     wide = console.width >= _WIDE
     columns = [
@@ -83,6 +86,7 @@ def bar(
         task = progress.add_task(title, total=total, tokens=0)
 
         def advance(items: int, tokens: int = 0) -> None:
+            here.sign()
             before = progress.tasks[0].fields["tokens"]
             progress.update(task, advance=items, tokens=before + tokens)
 

@@ -29,6 +29,7 @@ from selm_jax.run.memory import explained
 from selm_jax.run.task import Task
 from selm_jax.shell import artifacts, jsonl
 from selm_jax.shell.memory import release
+from selm_jax.shell.pace import here
 from selm_jax.shell.shared_stages import key_of
 from selm_jax.shell.words import redo
 from selm_jax.stages.declared import recorded, sources
@@ -171,6 +172,7 @@ class _Call:
 
         All processes do the work; the first one checks whether it is done, and records it.
         """
+        here.enter(f"iteration {self.t}, {self.name}")
         multihost.stop_if_told()
         step = Step.of(self.run, self.name, self.t, self.stage.keys(self.run))
         names = self.stage.leaves

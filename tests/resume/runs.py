@@ -26,12 +26,14 @@ def experiment(folder: Path) -> Path:
     )  # fmt: skip
 
 
-def start(file: Path, where: Path, shape=ONE, *overrides: str) -> forked.Selm:
+def start(
+    file: Path, where: Path, shape=ONE, *overrides: str, patience: float = 1800
+) -> forked.Selm:
     """Begins, or goes on with, the run in the folder `run` below `where`."""
     devices, processes = shape
     return forked.Selm(
         ["run", file, *overrides], folder=where, cache=file.parent / f"cache-{devices}-{processes}",
-        devices=devices, processes=processes, log=where.with_suffix(".log"),
+        devices=devices, processes=processes, log=where.with_suffix(".log"), patience=patience,
     )  # fmt: skip
 
 

@@ -38,14 +38,19 @@ class Selm:
     Args:
       devices: CPU devices of each process.
       log: where their output goes: FILE.0, FILE.1, ...
+      patience: SELM_PATIENCE of each process.
     """
 
-    def __init__(self, arguments, *, folder: Path, cache: Path, devices=1, processes=1, log: Path):
+    def __init__(
+        self, arguments, *, folder: Path, cache: Path, devices=1, processes=1, log: Path,
+        patience: float = 1800,
+    ):  # fmt: skip
         _start_server()
         folder.mkdir(parents=True, exist_ok=True)
         environment = {
             "SELM_CACHE": str(cache),
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "SELM_PATIENCE": str(patience),
             "PJRT_NPROC": "32",
             "TOKENIZERS_PARALLELISM": "false",
         }
@@ -75,6 +80,10 @@ class Selm:
         for i in range(count):
             self.signal(signal.SIGKILL, (first + i) % count)
         self.wait()
+
+    def wait_for(self, which: int, seconds: float = 90) -> None:
+        """Waits until one of the processes has ended."""
+        self._processes[which].join(seconds)
 
     def wait(self, seconds: float = 300) -> list[int]:
         """Exit statuses; negative ones are signals."""

@@ -61,6 +61,10 @@ mkdir -p "$output/iteration_1"
 token=$(sha256sum <<<"$HF_TOKEN" | cut -c1-8)
 echo "$* HF_TOKEN=$token secrets:$(ls "$HOME/.selm/secrets" 2>&1 | wc -l)" >>"$HOME/selm.log"
 if [[ " $* " == *" fail=yes "* ]]; then echo "ERROR: the loss is not finite" >&2; exit 1; fi
+if [[ "$*" =~ \\ stuck=([0-9]+) && $HOME == *"-${BASH_REMATCH[1]}" && ! -e "$HOME/stuck" ]]; then
+  touch "$HOME/stuck"
+  while :; do sleep 0.1; done
+fi
 if [[ "$*" =~ \\ stop=([0-9]+) && ! -e "$HOME/stopped" ]]; then
   touch "$HOME/stopped"
   exit "${BASH_REMATCH[1]}"

@@ -227,6 +227,15 @@ def test_a_run_that_was_told_to_stop_or_left_behind_is_started_again(cloud, stat
     assert len((cloud.worker(0) / "selm.log").read_text().splitlines()) == 2
 
 
+@pytest.mark.slow
+def test_a_worker_that_is_stuck_when_the_others_have_given_it_up_is_stopped(cloud):
+    done = cloud.script("watch", EXPERIMENT, "stop=76", "stuck=1")
+    assert done.returncode == 0, done.stdout
+    assert "has ended on some of the workers, and is still running on others" in done.stdout
+    assert cloud.copied()["iteration_1/stage.json"] == '{"steps": 8}\n'
+    assert (cloud.worker(1) / "stuck").exists() and (cloud.worker(0) / "stopped").exists()
+
+
 def test_a_bucket_that_cannot_be_written_stops_the_launch_before_it_costs(cloud):
     cloud.write_settings(BUCKET="gs://not-mine")
     done = cloud.script("watch", EXPERIMENT)
@@ -685,8 +694,10 @@ for ((n = 0; n < 600; n++)); do sleep 0.1; done
     assert job.returncode == 75
 
 
-@pytest.mark.parametrize("status,put_back", [(75, True), (1, False), (0, False)])
-def test_the_slurm_job_is_put_back_if_its_run_was_told_to_stop(tmp_path, status, put_back):
+@pytest.mark.parametrize("status,put_back", [(75, True), (76, True), (1, False), (0, False)])
+def test_the_slurm_job_is_put_back_if_its_run_was_stopped_or_left_behind(
+    tmp_path, status, put_back
+):
     job, log = slurm(tmp_path, f"exit {status}\n")
     told, _ = job.communicate(timeout=60)
     assert job.returncode == status, told

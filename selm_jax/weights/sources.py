@@ -18,7 +18,6 @@ import os
 import re
 import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -28,11 +27,13 @@ from typing import TypeVar
 
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub.utils import filter_repo_objects, tqdm
 from rich.console import Console
 
+from selm_jax.shell.pace import here
 from selm_jax.shell.paths import PathError, place
 from selm_jax.shell.progress import terminal
+from selm_jax.shell.threads import within
 from selm_jax.weights.files import INDEX, WHOLE, index_is_passed_over
 from selm_jax.weights.folder import (
     LICENCES,
@@ -264,7 +265,7 @@ def _from_hub(source: str, revision: str | None, console: Console) -> ModelFolde
         return {"source": source, "kind": "hub", **asked}
 
     try:
-        info = _within(
+        info = within(
             _HUB_DEADLINE,
             lambda: HfApi().model_info(source, revision=revision, timeout=5, files_metadata=True),
         )
@@ -311,7 +312,17 @@ def _wanted(names: Iterable[str]) -> list[str]:
 
 def _snapshot(source: str, revision: str | None, wanted: list[str]) -> Path:
     names = [glob.escape(name) for name in wanted]
-    return Path(snapshot_download(source, revision=revision, allow_patterns=names))
+    bar = _SignsOfLife
+    found = snapshot_download(source, revision=revision, allow_patterns=names, tqdm_class=bar)
+    return Path(found)
+
+
+class _SignsOfLife(tqdm):
+    """A bar that also tells other processes of a run that the download goes on."""
+
+    def update(self, n: float | None = 1) -> bool | None:
+        here.sign()
+        return super().update(n)
 
 
 def _snapshot_here(source: str, revision: str | None) -> Path | None:
@@ -327,30 +338,6 @@ def _snapshot_here(source: str, revision: str | None) -> Path | None:
     except LocalEntryNotFoundError:
         return None
     return None if problems_of(path) else path
-
-
-def _within(seconds: float, work: Callable[[], T]) -> T:
-    """Returns `work()`, or raises TimeoutError if it takes longer than `seconds`.
-
-    The HTTP client's own time limits do not cover the DNS lookup, which can take half a minute to
-    fail. So `work` runs in a thread that can be abandoned.
-    """
-    box: list[T | Exception] = []
-
-    def run() -> None:
-        try:
-            box.append(work())
-        except Exception as error:  # noqa: BLE001 - raised again below, in the caller's thread
-            box.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not box:
-        raise TimeoutError(f"no answer within {seconds:.0f} seconds")
-    if isinstance(box[0], Exception):
-        raise box[0]
-    return box[0]
 
 
 # --- wheels -----------------------------------------------------------------------------------

@@ -497,20 +497,27 @@ def hub(model):
 
 
 def apart(home: Path, *requests: tuple, endpoint: str, **environment) -> list[dict]:
-    """Resolves in a new process; for each request: folder or error, console output, seconds."""
+    """Resolves in a new process.
+
+    For each request: folder or error, console output, seconds, and signs of life for other
+    processes.
+    """
     code = """
 import io, json, sys, time
 from pathlib import Path
 from rich.console import Console
+from selm_jax.shell.pace import here
 from selm_jax.weights import sources
 for source, revision in json.loads(sys.argv[1]):
     console, start, out = Console(file=io.StringIO(), width=1000), time.perf_counter(), {}
+    signs = here.signs
     try:
         found = sources.resolve(source, revision=revision, progress=console)
         out = dict(path=str(found.path), origin=found.origin)
     except sources.SourceError as error:
         out = dict(error=str(error))
-    print(json.dumps(out | dict(said=console.file.getvalue(), seconds=time.perf_counter() - start)))
+    seconds, signs = time.perf_counter() - start, here.signs - signs
+    print(json.dumps(out | dict(said=console.file.getvalue(), seconds=seconds, signs=signs)))
 """
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "PIP_", "SELM_"))}
     for name in list(clean):
@@ -556,6 +563,8 @@ def test_hub_snapshot_is_pinned_and_outlives_the_network(hub, tmp_path):
     assert "from the Hub, commit " + COMMITS["main"] in main["said"]
     assert (v1["origin"]["revision"], v1["origin"]["commit"]) == ("v1", COMMITS["v1"])
     assert exact["path"] == main["path"]
+    # Other processes of a run that wait for the download see that it goes on.
+    assert main["signs"] > 1
     # Pickled weights, code and other sub-folders stay where they are.
     assert set(hub.fetched) == {
         "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
@@ -570,6 +579,7 @@ def test_hub_snapshot_is_pinned_and_outlives_the_network(hub, tmp_path):
         (later,) = apart(tmp_path, ("tiny/Model", None), endpoint=DEAD, **environment)
         assert (later["path"], later["origin"]) == (main["path"], main["origin"])
         assert "Using the snapshot downloaded earlier" in later["said"]
+        assert later["signs"] == 0  # nothing was downloaded
 
 
 def test_hub_repository_without_safetensors(hub, tmp_path):

@@ -225,9 +225,9 @@ def gap_plots(runs: Sequence[RunData], labels: Sequence[str]) -> list[Plot]:
         ),
         (
             "gap/k3",
-            "The same as KL (K3 estimate), nats per token",
-            "Mean of exp(d) - 1 - d for the difference d. A few tokens that are far off count more "
-            + "here than in the mean.",
+            "KL of sampler and scorer, nats per token",
+            "The K3 estimate: the mean of exp(d) - 1 - d for the difference d. A few tokens that "
+            + "are far off count more here than in the mean.",
         ),
     ]
     return [

@@ -175,8 +175,11 @@ def make_model(folder: Path, family: Family) -> None:
 
 def _family(source: str) -> Family | None:
     """The family that a model's name tells; None if it tells none of those here."""
+    own = source.rstrip("/").rpartition("/")[2].lower()  # without its organisation or folder
+    if "smollm3" in own:  # not of SmolLM2's family
+        return None
     for names, family in _FAMILIES.items():
-        if any(name in source.lower() for name in names):
+        if any(name in own for name in names):
             return family
     return None
 

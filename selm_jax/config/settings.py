@@ -171,8 +171,8 @@ class Feedback:
     settings: Free = field(default_factory=dict)  # Settings of the ranker.
     # Which answers become chosen and rejected: a built-in rule or your package.module:function.
     rule: Annotated[RuleName, OrYours] = "best_worst"
-    # Which answer is the explored one, y_ref. `all` averages the optimism term over all of the
-    # policy's own answers. Your own package.module:function works too.
+    # Which answer is the explored one, y_ref. `all` takes the mean of their log-probabilities over
+    # the policy's own answers. Your own package.module:function works too.
     explore: Annotated[ExploreName, OrYours] = "greedy"
     # What to do with a prompt whose best and worst scores are equal: `drop` it, or let its `first`
     # answer be both chosen and rejected, as in the authors' code.

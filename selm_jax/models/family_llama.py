@@ -141,7 +141,9 @@ def _olmo_from(k: Keys) -> Json:
 
 def olmo3_from(k: Keys, c: Json) -> Json:
     theta = k.number("rope_theta", None) or 5e5
-    if theta != 5e5 and not k.object("rope_parameters"):
+    nested = [k.object("rope_parameters").get(f"{kind}_attention") for kind in ("full", "sliding")]
+    said = all(isinstance(each, dict) and each.get("rope_theta") for each in nested)
+    if theta != 5e5 and not said:
         raise UnsupportedModel(
             f"config.json: rope_theta is {theta:g} in an olmo3 model, and versions of transformers "
             "disagree on whether the layers with a window have it, too. Write rope_parameters with "

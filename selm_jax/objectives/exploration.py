@@ -96,10 +96,11 @@ def geb(
     The table gives the LOSS of each, without alpha, and A = arctanh(1 - p - 1e-5). The paper draws
     the response from pi_ref (`bonus_of: explore`); the code takes the rejected one.
 
-    Like the code, p is the probability of the whole response: below about 1e-7 every form but
-    forward_kl's inverse is constant, and beyond 100 nats p is 0 in float32, so with answers of more
-    than a few tokens the term has no gradient. `length_normalized` makes p the geometric mean of
-    the tokens' probabilities, which is never that small.
+    Like the code, p is the probability of the whole response. Beyond 100 nats p is 0 in float32, so
+    for long answers every form but forward_kl's inverse is constant and has no gradient. Before
+    that, the inverse forms are steep: their slope per nat is in the thousands near p = 1e-10.
+    `length_normalized` makes p the geometric mean of the tokens' probabilities, which is never that
+    small.
     """
     check(alpha=alpha, divergence=divergence, atom=atom)
     check(bonus_of=bonus_of, length_normalized=length_normalized)

@@ -43,6 +43,7 @@ class Sign:
       steps: how many points it has passed that all processes pass in the same order.
       waits: whether it waits for other processes.
       patience: the seconds for which the others should wait for its next sign.
+      done: whether it has finished all its work.
       at: the line of code that its main thread is at.
       beat: how often it has posted: it lives as long as this number grows, even if it is stuck.
     """
@@ -53,6 +54,7 @@ class Sign:
     steps: int
     waits: bool
     patience: float
+    done: bool = dataclasses.field(compare=False, default=False, kw_only=True)
     at: str = dataclasses.field(compare=False)  # a loop without progress changes it, too
     beat: int = dataclasses.field(compare=False, default=0)
 
@@ -112,8 +114,10 @@ class Watch:
 
         Several can be silent, because a program on the devices does not say that it waits. Then
         those that do not even post hold up the run, even if the last that they posted was that they
-        wait, and otherwise those that have come least far.
+        wait, and otherwise those that have come least far. A process that has come as far as one
+        that still works may be waiting for it in such a program, so it is not late yet.
         """
+        signs = {process: sign for process, sign in signs.items() if not sign.done}
         for process, sign in signs.items():
             before = self._seen.get(process)
             same, still = before == sign, before is not None and before.beat == sign.beat
@@ -122,6 +126,9 @@ class Watch:
         self._seen = dict(signs)
         silent = [p for p, sign in signs.items() if self.silence(p) > sign.patience]
         late = [p for p in silent if not signs[p].waits]
+        works = [sign.steps for p, sign in signs.items() if p not in silent and not sign.waits]
+        if works:
+            late = [p for p in late if signs[p].steps < min(works)]
         if len(silent) == len(signs):
             late = late or silent
         mute = [p for p in signs if self._beatless[p] >= _MUTE]
@@ -165,7 +172,7 @@ def begin(
       end: what to do if a process is late, given a message; by default this process ends.
 
     Returns:
-      A function that ends the watch. From then on this process counts as one that waits.
+      A function that ends the watch, and tells the others that this process has finished its work.
     """
     watch, ended = Watch(min(_OFTEN, least / _LOOKS)), threading.Event()
     beats = itertools.count()
@@ -183,13 +190,16 @@ def begin(
             with contextlib.suppress(RuntimeError):
                 look()
 
+    thread = threading.Thread(target=run, daemon=True, name="watch")
+
     def stop() -> None:
         ended.set()
+        thread.join(_OFTEN)  # or its last look could be posted after the line below
         with contextlib.suppress(RuntimeError):
-            post(dataclasses.asdict(sign_of(pace, least)) | {"waits": True})
+            post(dataclasses.asdict(sign_of(pace, least)) | {"done": True})
 
     look()
-    threading.Thread(target=run, daemon=True, name="watch").start()
+    thread.start()
     return stop
 
 

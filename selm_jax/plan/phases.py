@@ -210,7 +210,7 @@ def phases(b: Blueprint, batches: int) -> Iterator[Phase]:
         yield Phase(name, RANK, ranker.function, given, {**others, **b.heldout_params})
     if not b.task.reference_free:
         given = (b.abstract_start, b.abstract_batch)
-        yield Phase("score", SCORE, b.programs.update.logps, given, b.ranker_bytes)
+        yield Phase("score", SCORE, b.programs.update.logps_by_token, given, b.ranker_bytes)
     _, sums = jax.eval_shape(b.programs.update.gradients, *b.update_arguments)
     where = b.abstract_state.step.sharding
     sums = jax.tree.map(lambda x: _placed(x, where), sums)

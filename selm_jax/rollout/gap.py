@@ -21,7 +21,7 @@ class Gap(NamedTuple):
       mean: the mean of |d|.
       largest: the largest |d|.
       k3: the mean of exp(d) - 1 - d, which is never negative. Over tokens that were sampled at
-        temperature 1 without filters it estimates KL(sampler || scorer) without bias (Schulman,
+        temperature 1 without filters it estimates KL(sampler || scorer) (Schulman,
         "Approximating KL divergence", http://joschu.net/blog/kl-approx.html).
     """
 

@@ -17,14 +17,14 @@ import json
 import shlex
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import httpx2
 import numpy as np
 
 from selm_jax.config import Remote
-from selm_jax.rollout import server_log
+from selm_jax.rollout import server_log, serving
 from selm_jax.rollout.dialects import DIALECTS, Said, Served, kept_logps
 from selm_jax.rollout.requests import Request, Response
 from selm_jax.rollout.sampling import Sampling
@@ -34,10 +34,8 @@ from selm_jax.shell.endpoint import (
     ServerError,
     Tries,
     api_key,
-    authorization,
     checked_url,
     for_each,
-    is_here,
 )
 from selm_jax.shell.pace import here
 from selm_jax.weights.sources import cache_root
@@ -74,8 +72,8 @@ def check(settings: Remote, tokens: int) -> None:
     except ServerError as error:
         raise ServerError(f"rollout.remote: {error}") from None
     if settings.command is None:
-        for each in (_served(settings, root) or {}).values():
-            _check_context(root, each, tokens)
+        for each in (serving.served(settings, root) or {}).values():
+            serving.check_context(root, each, tokens)
 
 
 class _Ended(ServerError):
@@ -261,8 +259,8 @@ class Server:
                 )
             raise ServerError(
                 f"a server already answers at {self._root}, before rollout.remote.command was run "
-                f"(it serves {_listed(other)}). Stop that server, or remove the command and serve "
-                "the policy yourself"
+                f"(it serves {serving.listed(other)}). Stop that server, or remove the command and "
+                "serve the policy yourself"
             )
 
     def _check_alive(self, fault: str = "") -> None:
@@ -290,16 +288,20 @@ class Server:
             found = self._serves()
             for name, served in (found or {}).items():
                 if served.folder == str(self.folder):
-                    _check_context(self._root, served, self.longest_prompt + self.max_new_tokens)
+                    serving.check_context(
+                        self._root, served, self.longest_prompt + self.max_new_tokens
+                    )
                     return name
             what = f"{self._root} to serve {self.folder}"
             if found and self._process is not None:
                 raise ServerError(
-                    f"{self._root} serves {_listed(found)}, but rollout.remote.command should "
-                    f"serve {self.folder}. Check that the command contains {{model}} and the port "
-                    "of the url"
+                    f"{self._root} serves {serving.listed(found)}, but rollout.remote.command "
+                    f"should serve {self.folder}. Check that the command contains {{model}} and "
+                    "the port of the url"
                 )
-            there = "nothing answers there" if found is None else f"it serves {_listed(found)}"
+            there = (
+                "nothing answers there" if found is None else f"it serves {serving.listed(found)}"
+            )
             if time.monotonic() > until:
                 raise ServerError(
                     f"waited {self.settings.start_seconds:g} s for {what}, but {there}. Start the "
@@ -313,10 +315,10 @@ class Server:
             time.sleep(_LOOK_EVERY)
 
     def _serves(self) -> dict[str, Served] | None:
-        return _served(self.settings, self._root)
+        return serving.served(self.settings, self._root)
 
     def _tells_version(self) -> str | None:
-        answer = _get(self.settings, self._root + self.dialect.about)
+        answer = serving.get(self.settings, self._root + self.dialect.about)
         if answer is None or answer.status_code != 200:
             return None
         try:
@@ -341,62 +343,3 @@ def _locked(file: int) -> bool:
     except OSError:
         return False
     return True
-
-
-def _served(settings: Remote, root: str) -> dict[str, Served] | None:
-    """The models that the server at the URL `root` serves, by name.
-
-    It is None if the server does not answer yet, and empty if it does not know the URL.
-
-    Raises:
-        ServerError: the server is of another kind, or needs a key.
-    """
-    dialect = DIALECTS[settings.engine]
-    answer = _get(settings, root + dialect.model)
-    if answer is None or answer.status_code >= 500:  # it is loading
-        return None
-    if answer.status_code == 404:
-        for name in DIALECTS.keys() - {settings.engine}:
-            there = _get(settings, root + DIALECTS[name].model)
-            if there is not None and there.status_code == 200:
-                raise ServerError(
-                    f"{root} is a server of {name}, but rollout.remote.engine is "
-                    f"{settings.engine}. Set the engine to {name}"
-                )
-        return {}
-    if answer.status_code != 200:
-        raise ServerError(
-            f"{root}{dialect.model} answered with HTTP status {answer.status_code}. If the server "
-            "needs an API key, set rollout.remote.key_env to the environment variable that "
-            "contains it"
-        )
-    try:
-        return dialect.served(answer.json())
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ServerError(
-            f"{root}{dialect.model} does not answer like {settings.engine}. Check "
-            "rollout.remote.engine and rollout.remote.url"
-        ) from None
-
-
-def _get(settings: Remote, url: str) -> httpx2.Response | None:
-    headers = authorization(api_key(settings.key_env))
-    try:
-        return httpx2.get(url, headers=headers, timeout=10, trust_env=not is_here(url))
-    except httpx2.RequestError:
-        return None
-
-
-def _check_context(root: str, served: Served, tokens: int) -> None:
-    if served.longest is not None and served.longest < tokens:
-        raise ServerError(
-            f"{root} serves {served.folder} with a context of {served.longest:,} tokens "
-            f"(max_model_len), but the longest prompt and rollout.max_new_tokens together are "
-            f"{tokens:,}. Start the server with --max-model-len {tokens} or more, or lower "
-            "rollout.max_new_tokens"
-        )
-
-
-def _listed(served: Mapping[str, Served]) -> str:
-    folders = [each.folder for each in served.values()]
-    return ", ".join(folders) or "no model in the form of rollout.remote.engine"

@@ -11,6 +11,7 @@ from selm_jax.preferences.selection import by_settings
 from selm_jax.rollout import remote
 from selm_jax.run.data import Data
 from selm_jax.run.memory import check_memory
+from selm_jax.run.remaining import entries_of
 from selm_jax.run.rows import (
     RunError,
     check_batches,
@@ -88,14 +89,22 @@ def _check_mesh(run: Run) -> None:
 def _check_programs(run: Run) -> None:
     """Builds the programs without compiling them."""
     programs, server = run.programs, run.experiment.rollout.remote
-    for line in check_memory(programs):
-        run.console.print(line, style="yellow", soft_wrap=True, markup=False)
+    _ = (programs.optimizer, programs.abstract_trained)
+    if _will_train(run):
+        for line in check_memory(programs):
+            run.console.print(line, style="yellow", soft_wrap=True, markup=False)
     if not run.task.answers:
         return
     _ = (programs.engine, programs.decoding_shardings)
     if server is not None:
         tokens = run.data.longest_prompt + run.experiment.rollout.max_new_tokens
         multihost.on_first(lambda: remote.check(server, tokens))
+
+
+def _will_train(run: Run) -> bool:
+    entries = entries_of(run.folder.path)
+    unfinished = (t for t in run.iterations if not entries.get(t, {}).get("train", {}).get("done"))
+    return any(run.wanted.says("train", t) == "do" for t in unfinished)
 
 
 def check_rows(run: Run) -> None:

@@ -111,8 +111,10 @@ _CONTINUE = "Finished work is kept: the same command continues"
 def _advice(stage: str, experiment: Experiment) -> str:
     if stage == "train" and experiment.training.remat != "full":
         return f"Set training.remat: full. {_CONTINUE}"
-    if stage not in _SMALLER:
+    if stage == "rank":
         return f"Set a smaller batch for the ranker (feedback.settings). {_CONTINUE}"
+    if stage not in _SMALLER:
+        return f"Close other programs, or use a machine with more memory. {_CONTINUE}"
     lower = ", ".join(f"{key} (now {_value(experiment, key)})" for key in _SMALLER[stage])
     found = f"Lower {lower}; `selm plan` finds settings that fit. "
     if stage in ("score", "train"):

@@ -141,7 +141,9 @@ class Run:
         It is None if the sampler has kept none, as in earlier versions, or if training reads other
         token ids than were sampled (`text.layout: paper`).
         """
-        if self.experiment.text.layout == "paper" or not answers.has_logps(responses.path):
+        if self.experiment.text.layout == "paper":
+            return None
+        if not multihost.on_first(lambda: answers.has_logps(responses.path)):
             return None
         scored = policy == reference and not self.task.reference_free
         return Sampled(responses, None if scored else policy)

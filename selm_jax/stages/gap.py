@@ -50,11 +50,12 @@ def _pairs(
     sampled: Sampled, examples: Sequence[Example], scored: OfTokens
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields the two log-probabilities of the tokens of each answer that the policy gave."""
+    wanted = {(example.prompt_id, tokens) for example in examples for tokens in example.responses}
     kept = {
-        (row.prompt_id, row.token_ids): row.logps
+        key: row.logps
         for file in table.files(sampled.responses.path)
         for row in table.read(file)
-        if row.logps is not None
+        if row.logps is not None and (key := (row.prompt_id, row.token_ids)) in wanted
     }
     for example, found in zip(examples, scored, strict=True):
         for tokens, logps in zip(example.responses, found, strict=True):

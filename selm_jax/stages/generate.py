@@ -72,12 +72,12 @@ def generate(step: Step, policy: Model, prompts: list[Prompt], chat: Chat) -> Co
     multihost.barrier()
     artifacts.wait_for(files)
     spelled = sum(any(chat.spelled.find(m.content) for m in p.messages) for p in prompts)
-    answers = [row for file in files for row in table.read(file)]
+    answers = [(len(row.token_ids), row.finish) for file in files for row in table.read(file)]
     return {
         "prompts": len(prompts),
         "responses": len(answers),
-        "tokens": sum(len(row.token_ids) for row in answers),
-        "cut_off": sum(row.finish == "length" for row in answers),
+        "tokens": sum(tokens for tokens, _ in answers),
+        "cut_off": sum(finish == "length" for _, finish in answers),
         **({"prompts_spell_control_tokens": spelled} if spelled else {}),
     }
 

@@ -48,7 +48,13 @@ def test_a_ranker_of_ours_keeps_the_rule_for_ties(tmp_path):
     assert shrink(e, QUIET).feedback == e.feedback
 
 
-@pytest.mark.parametrize("source", ["Qwen/Qwen2-0.5B-Instruct", "runs/sft/iteration_1/model"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "Qwen/Qwen2-0.5B-Instruct", "HuggingFaceTB/SmolLM3-3B", "mistralai/Mixtral-8x7B-v0.1",
+        "runs/sft/iteration_1/model",
+    ],
+)  # fmt: skip
 def test_a_model_of_another_family_is_rehearsed_and_that_is_said(source, tmp_path, monkeypatch):
     tiny.on_first_device(monkeypatch)
     e = config.load(tiny.experiment(tmp_path, model={"source": source}))

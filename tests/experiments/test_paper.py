@@ -247,13 +247,6 @@ def test_tiny_models_are_models_elsewhere_too(family, tmp_path):
     assert model(model.dummy_inputs["input_ids"]).logits.isfinite().all()
 
 
-def test_a_model_without_a_tiny_one_is_named(tmp_path):
-    e = config.load(FILES["phi3_mini/selm"], ["model.source=acme/novel-9b", f"output={tmp_path}/x"])
-    with pytest.raises(ConfigError, match="acme/novel-9b.*zephyr, mistral, llama-3"):
-        shrink(e, Console(quiet=True))
-    assert not list(tmp_path.iterdir())
-
-
 def test_portions_that_the_warm_start_used_up_are_missed(tmp_path):
     message = "3 portions are too few for 3 iterations.*first_portion: 2"
     with pytest.raises(ConfigError, match=message):

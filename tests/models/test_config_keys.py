@@ -110,6 +110,11 @@ def test_a_key_that_is_off_passes_and_one_that_is_on_does_not(name, off):
         ("allenai--Olmo-3-7B-Instruct", {"rope_theta": 1e4}, "disagree on whether the layers"),
         (
             "allenai--Olmo-3-7B-Instruct",
+            {"rope_theta": 1e6, "rope_parameters": {"full_attention": {"rope_theta": 1e6}}},
+            "disagree on whether the layers",
+        ),
+        (
+            "allenai--Olmo-3-7B-Instruct",
             {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": False}},
             "truncate false, which transformers ignores",
         ),

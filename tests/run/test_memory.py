@@ -16,6 +16,7 @@ from selm_jax.run import memory
 from selm_jax.run.check import check
 from selm_jax.run.rows import RunError
 from selm_jax.run.run import Run
+from selm_jax.run.wanted import Wanted
 from selm_jax.training.state import TrainState
 
 QUIET = Console(quiet=True)
@@ -69,6 +70,18 @@ def test_an_experiment_that_cannot_fit_is_refused_with_what_is_missing(tmp_path,
     assert not list(tmp_path.glob("run/iter*")), "nothing was begun"
 
 
+def test_a_run_that_has_no_training_left_is_not_refused(tmp_path, monkeypatch):
+    run = run_of(tmp_path, iterations=1, training__learning_rate=1e-3)
+    iterate(run)
+    monkeypatch.setattr(memory, "device_limit", lambda _: (1, "a test"))
+    iterate(run_of(tmp_path, iterations=1, training__learning_rate=1e-3))
+    with pytest.raises(RunError, match="are missing"):
+        check(run_of(tmp_path, training__learning_rate=1e-3))
+    only = run_of(tmp_path / "more")
+    only.wanted = Wanted("generate", 1)
+    check(only)
+
+
 @pytest.mark.parametrize(
     "limit, free, told",
     [(1.0, 0.5, "are free on this machine now"), (1.5, 2.0, "selm plan"), (2.0, 2.0, None)],
@@ -96,6 +109,7 @@ def fails(*_, **__):
         ("train", "none", "Set training.remat: full. Finished work is kept"),
         ("train", "full", "Lower training.rows (now 2), training.logprob_chunk (now 32); `selm"),
         ("rank", "full", "Set a smaller batch for the ranker (feedback.settings). Finished"),
+        ("export", "full", "Close other programs, or use a machine with more memory. Finished"),
     ],
 )
 def test_a_stage_without_enough_memory_says_which_settings_to_lower(tmp_path, stage, remat, advice):

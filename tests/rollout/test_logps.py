@@ -52,7 +52,7 @@ def drawn_from(logits, s):
         (Sampling(), 7, 12),
         (Sampling(temperature=0.5), 1, 12),
         (Sampling(temperature=1.2, top_k=60, top_p=0.97, min_p=0.01), 16, 12),
-        (Sampling(top_p=0.6), 5, 200),  # its cache grows
+        pytest.param(Sampling(top_p=0.6), 5, 200, marks=pytest.mark.slow),  # its cache grows
         (Sampling(temperature=0.8, filter=only_even), 6, 12),
     ],
 )

@@ -43,7 +43,11 @@ def stop_at_the_third_update(run):
         iterate(run)
 
 
-@pytest.mark.parametrize("objective", METHODS, ids=lambda objective: objective["loss"])
+@pytest.mark.parametrize(
+    "objective",
+    [METHODS[0], *(pytest.param(each, marks=pytest.mark.slow) for each in METHODS[1:])],
+    ids=lambda objective: objective["loss"],
+)
 def test_a_run_that_is_stopped_between_updates_ends_as_one_that_is_not(objective, tmp_path):
     whole, resumed = run_of(tmp_path, "whole", objective), run_of(tmp_path, "resumed", objective)
     iterate(whole)

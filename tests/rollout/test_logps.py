@@ -50,7 +50,7 @@ def drawn_from(logits, s):
     ("sampling", "slots", "most"),
     [
         (Sampling(), 7, 12),
-        (Sampling(temperature=0.5), 1, 12),
+        pytest.param(Sampling(temperature=0.5), 1, 12, marks=pytest.mark.slow),
         (Sampling(temperature=1.2, top_k=60, top_p=0.97, min_p=0.01), 16, 12),
         pytest.param(Sampling(top_p=0.6), 5, 200, marks=pytest.mark.slow),  # its cache grows
         (Sampling(temperature=0.8, filter=only_even), 6, 12),

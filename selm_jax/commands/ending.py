@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from selm_jax.parallel.watch import STATUS
 from selm_jax.shell import interrupt
 from selm_jax.shell.progress import talks
 
@@ -30,7 +31,7 @@ def carried_out(work: Callable[[], Any]) -> None:
     except Exception as e:
         if _others_are_gone(e):
             _leave_the_others(
-                f"selm: another process of this run is gone; start all of them again\n{e}", 76
+                f"selm: another process of this run is gone; start all of them again\n{e}", STATUS
             )
         if os.environ.get("SELM_TRACEBACK") or talks().verbose or not is_for_the_user(e):
             _leave_the_others(traceback.format_exc())

@@ -212,7 +212,7 @@ def decode(
 
     def step(state: tuple[Slots, Array]) -> tuple[Slots, Array]:
         slots, done = state
-        # An idle slot begins anew, so that the kernel for TPUs reads next to nothing for it.
+        # An idle slot is at the start of its cache, so the TPU kernel reads next to nothing for it.
         position = jnp.where(slots.active, slots.position, 0)
         hidden, cache = setup.decoder.apply(
             {"params": params}, slots.token[:, None], position[:, None], None,

@@ -224,6 +224,43 @@ def real_model() -> Path:
         pytest.skip(f"{REAL} in the cache is not usable: {e}")
 
 
+@pytest.fixture(scope="session")
+def gs_server() -> Iterator:
+    """Google's store, as fake-gcs-server, behind a proxy that can fail."""
+    import buckets
+
+    with buckets.google() as proxy:
+        yield proxy
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator:
+    """Amazon's store, as moto, behind a proxy that can fail."""
+    import buckets
+
+    with buckets.moto() as proxy:
+        yield proxy
+
+
+@pytest.fixture(params=["gs", "s3"])
+def bucket(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator:
+    """The url of a new bucket in each of the stores, to which the environment leads."""
+    import buckets
+
+    proxy = request.getfixturevalue(f"{request.param}_server")
+    url, environment = buckets.new_bucket(request.param, proxy)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    yield url
+    proxy.faults.clear()
+
+
+@pytest.fixture
+def faults(bucket: str, request: pytest.FixtureRequest):
+    """The proxy before the bucket: put what shall go wrong into its `faults`."""
+    return request.getfixturevalue(f"{bucket[:2]}_server")
+
+
 @pytest.fixture
 def parity(record_property) -> Callable[[str, str, float], None]:
     """Records how much a family's logits differ in a form; the summary lists the worst ones."""

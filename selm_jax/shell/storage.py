@@ -1,0 +1,377 @@
+"""Objects in a bucket (`gs://`, `s3://`): each is written whole or not at all, under conditions.
+
+A run on many hosts needs no more than this: to put an object, alone or on the condition that there
+is none yet or that nobody has changed it since; to read one, or a range of it; to list, and to
+delete. Google's and Amazon's stores promise that whoever reads or lists after a write sees it.
+
+Requests that fail for a passing reason (429, 5xx, a connection that is cut) are sent again for
+`LIMIT` seconds. If the answer to a write was lost, the store refuses the second attempt although
+the first one succeeded. So a refused write whose bytes are stored counts as done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import random
+import re
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import unquote, urlsplit
+
+LIMIT = 120.0  # seconds for which a request that failed is sent again
+_TIMEOUT = 60.0  # seconds for one request; none moves more than _PART bytes
+_LONGEST_WAIT = 15.0  # seconds between two tries
+_PART = 16 << 20  # bytes; larger files are sent and fetched in parts
+_MOST_PARTS = 9_000  # S3 takes 10,000
+_AT_ONCE = 8  # parts in flight
+
+T = TypeVar("T")
+
+
+class StorageError(RuntimeError):
+    """A bucket cannot be used. The message says why, and what to do."""
+
+
+class Conflict(RuntimeError):
+    """A conditional write found another object than it expected, and wrote nothing."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An object in a store.
+
+    Attributes:
+      key: its name, without the store's prefix.
+      size: in bytes.
+      version: the store's ETag. It differs if the content differs; S3 gives equal contents the
+        same.
+      modified: when it was written, by the store's clock.
+    """
+
+    key: str
+    size: int
+    version: str
+    modified: datetime
+
+
+class Store:
+    """A bucket, or the part of it under a prefix. Threads may share one.
+
+    Attributes:
+      url: such as `gs://bucket/prefix`, without a slash at the end.
+    """
+
+    def __init__(self, url: str, inner: Any):
+        self.url = url
+        self._inner = inner
+        self._scheme = urlsplit(url).scheme
+
+    @classmethod
+    def at(cls, url: str) -> Store:
+        """Opens `gs://bucket/prefix` or `s3://bucket/prefix`, without sending a request.
+
+        Credentials and the addresses of emulators come from the environment (docs/run.md).
+        `file:///folder` and `memory://name` are for tests; the latter lives in this process.
+
+        Raises:
+          StorageError: the url is not one of these, or obstore is not installed.
+        """
+        url = url.rstrip("/")
+        return cls(url, _open(url))
+
+    def put(
+        self,
+        key: str,
+        source: bytes | Path,
+        *,
+        if_absent: bool = False,
+        if_version: str | None = None,
+    ) -> Entry:
+        """Writes an object whole, or not at all; a file of more than 16 MiB in parts.
+
+        Args:
+          if_absent: write only if there is no such object.
+          if_version: write only if the object has this version. A conditional write has its
+            content in memory.
+
+        Raises:
+          Conflict: the condition does not hold, and other bytes than these are stored. Equal
+            bytes count as written: where it matters who wrote them, they must say so.
+        """
+        if if_absent or if_version is not None:
+            content = source if isinstance(source, bytes) else source.read_bytes()
+            return self._put_if(key, content, if_version)
+        size = len(source) if isinstance(source, bytes) else source.stat().st_size
+        part = max(_PART, -(-size // _MOST_PARTS))
+
+        def send(ob: Any) -> Any:
+            many = {"use_multipart": size > part, "chunk_size": part, "max_concurrency": _AT_ONCE}
+            return ob.put(self._inner, key, source, **many)
+
+        return self._written(key, size, self._ask("write", key, send))
+
+    def read(self, key: str) -> bytes:
+        """The bytes of an object. Raises FileNotFoundError if there is none."""
+        return self._ask("read", key, lambda ob: bytes(ob.get(self._inner, key).bytes()))
+
+    def read_range(self, key: str, start: int, stop: int) -> bytes:
+        """The bytes from `start` up to, not including, `stop`. Raises FileNotFoundError."""
+        if stop <= start:
+            return b""
+        what = {"start": start, "end": stop}
+        got = self._ask("read", key, lambda ob: bytes(ob.get_range(self._inner, key, **what)))
+        if len(got) != stop - start:
+            raise StorageError(
+                f"{self.url}/{key} ends before byte {stop:,}, of which it should have more"
+            )
+        return got
+
+    def fetch(self, key: str, target: Path) -> Entry:
+        """Copies an object into a file, which is there whole or not at all.
+
+        Raises:
+          FileNotFoundError: there is no such object.
+        """
+        partial = target.with_name(f"{target.name}.{os.getpid()}.selm-partial")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            while (entry := self._copied(key, partial)) is None:
+                pass  # somebody replaced the object in the middle
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
+        return entry
+
+    def head(self, key: str) -> Entry | None:
+        """What is known of an object without reading it; None if there is no such object."""
+        try:
+            return self._entry(self._ask("look at", key, lambda ob: ob.head(self._inner, key)))
+        except FileNotFoundError:
+            return None
+
+    def list(self, prefix: str = "") -> dict[str, Entry]:
+        """The objects of the store, or of a folder in it, by key, in order."""
+
+        def ask(ob: Any) -> list[Any]:
+            pages = ob.list(self._inner, prefix=prefix.rstrip("/") or None)
+            return [self._entry(each) for page in pages for each in page]
+
+        return {each.key: each for each in sorted(self._ask("list", prefix, ask), key=_key)}
+
+    def delete(self, key: str) -> None:
+        """Deletes an object, if there is one."""
+        with contextlib.suppress(FileNotFoundError):
+            self._ask("delete", key, lambda ob: ob.delete(self._inner, key))
+
+    def _put_if(self, key: str, content: bytes, version: str | None) -> Entry:
+        """Writes if there is no object yet or, with a `version`, if the object has it still."""
+        exceptions = _obstore().exceptions
+        refused = (exceptions.AlreadyExistsError, exceptions.PreconditionError, FileNotFoundError)
+        while True:
+            with self._alone():
+                mode = "create" if version is None else self._update(key, version)
+                if mode is not None:
+                    with contextlib.suppress(*refused):
+                        done = self._ask(
+                            "write",
+                            key,
+                            lambda ob, mode=mode: ob.put(self._inner, key, content, mode=mode),
+                        )
+                        return self._written(key, len(content), done)
+            found = self.head(key)
+            if found is None and version is None:
+                continue  # S3 also refuses while another write is under way that fails in the end
+            if found is not None and found.size == len(content) and self.read(key) == content:
+                return found
+            raise Conflict(
+                f"{self.url}/{key}: "
+                + ("exists already" if version is None else "was changed or deleted by another")
+            )
+
+    def _update(self, key: str, version: str) -> Any:
+        """The mode of a write onto this version; None if the object has another one now."""
+        if self._scheme == "s3":
+            return {"e_tag": f'"{version}"'}
+        try:
+            now = self._ask("look at", key, lambda ob: ob.head(self._inner, key))
+        except FileNotFoundError:
+            return None
+        if _version(now) != version:
+            return None
+        if self._scheme == "file":  # nobody else is here, because of `_alone`
+            return "overwrite"
+        # Google's store compares the generation, of which lists say nothing.
+        return {name: now[name] for name in ("e_tag", "version") if now[name] is not None}
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keeps other conditional writes out, where the store cannot: in a local folder."""
+        if self._scheme != "file":
+            yield
+            return
+        folder = Path(unquote(urlsplit(self.url).path))
+        with (folder.parent / f".{folder.name}.selm-store").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def _written(self, key: str, size: int, put: Any) -> Entry:
+        """The entry of an object that was just written: the answer to a write lacks its time."""
+        now = self.head(key)
+        if now is None:
+            raise StorageError(
+                f"{self.url}/{key} was deleted by another right after it was written"
+            )
+        return Entry(key, size, _version(put), now.modified)
+
+    def _copied(self, key: str, target: Path) -> Entry | None:
+        """Copies an object part by part; None if another version turned up in the middle."""
+        entry = self.head(key)
+        if entry is None:
+            raise FileNotFoundError(f"{self.url}/{key}")
+        starts = range(0, entry.size, _PART)
+
+        def copy(start: int) -> bool:
+            span = (start, min(start + _PART, entry.size))
+
+            def ask(ob: Any) -> tuple[str, Any]:
+                got = ob.get(self._inner, key, options={"range": span})
+                return _version(got.meta), got.bytes()
+
+            version, content = self._ask("read", key, ask)
+            if version != entry.version or len(content) != span[1] - span[0]:
+                return False
+            return os.pwrite(file.fileno(), content, start) == len(content)
+
+        with target.open("wb") as file, ThreadPoolExecutor(_AT_ONCE) as pool:
+            whole = all(pool.map(copy, starts))
+            file.flush()
+            os.fsync(file.fileno())
+        return entry if whole else None
+
+    def _entry(self, meta: Any) -> Entry:
+        return Entry(meta["path"], meta["size"], _version(meta), meta["last_modified"])
+
+    def _ask(self, what: str, key: str, request: Callable[[Any], T]) -> T:
+        """Sends a request until it is answered, for `LIMIT` seconds at most."""
+        ob = _obstore()
+        until = time.monotonic() + LIMIT
+        wait = 0.1
+        while True:
+            try:
+                return request(ob)
+            except FileNotFoundError as e:
+                if "NoSuchBucket" in str(e) or "bucket does not exist" in str(e):
+                    raise self._failure(what, key, e) from None
+                raise FileNotFoundError(f"{self.url}/{key}") from None
+            except (ob.exceptions.AlreadyExistsError, ob.exceptions.PreconditionError):
+                raise
+            except ob.exceptions.BaseError as e:
+                if not _passes(ob, e) or time.monotonic() + wait > until:
+                    raise self._failure(what, key, e) from None
+            time.sleep(random.uniform(wait / 2, wait))
+            wait = min(2 * wait, _LONGEST_WAIT)
+
+    def _failure(self, what: str, key: str, error: Exception) -> StorageError:
+        exceptions = _obstore().exceptions
+        told, where = str(error).split("\n")[0], f"{self.url}/{key}".rstrip("/")
+        google = self._scheme == "gs"
+        sign_in = (
+            "Run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS to "
+            "the file of a service account; on a Cloud machine, give it a service account"
+            if google
+            else "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the machine a role"
+        )
+        bucket = urlsplit(self.url).netloc
+        if "NoSuchBucket" in str(error) or "bucket does not exist" in str(error):
+            advice = f"There is no bucket {bucket!r}. Make it, or correct the name"
+        elif isinstance(error, exceptions.PermissionDeniedError):
+            role = (
+                "Storage Object User"
+                if google
+                else "s3:GetObject, PutObject, DeleteObject, ListBucket"
+            )
+            advice = f"These credentials may not do this. Give them {role} on {bucket!r}"
+        elif isinstance(error, exceptions.UnauthenticatedError) or _NO_CREDENTIALS.search(told):
+            advice = f"There are no valid credentials. {sign_in}"
+        elif _passes(_obstore(), error):
+            advice = (
+                f"The store was not reachable, or too busy, for {LIMIT:.0f} s. Start again once it "
+                "is; nothing is lost"
+            )
+        else:
+            advice = "The store refuses the request"
+        return StorageError(f"{where}: cannot {what} this. {advice}. The answer was: {told}")
+
+
+_NO_CREDENTIALS = re.compile(r"token request|[Cc]redential|security-credentials")
+
+
+def _passes(ob: Any, error: Exception) -> bool:
+    """Whether a request may succeed if it is sent again: a server's fault, or the network's."""
+    if type(error) is not ob.exceptions.GenericError:
+        return False
+    if _NO_CREDENTIALS.search(str(error)) or "builder error" in str(error):
+        return False
+    status = re.search(r"status code: (\d{3})", str(error))
+    return not status or status[1][0] == "5" or status[1] in ("408", "409", "429")
+
+
+def _key(entry: Entry) -> str:
+    return entry.key
+
+
+def _version(meta: Any) -> str:
+    return (meta["e_tag"] or meta["version"] or "").strip('"')
+
+
+def _obstore() -> Any:
+    try:
+        import obstore
+        import obstore.exceptions
+        import obstore.store
+    except ImportError:
+        raise StorageError("Buckets need obstore: pip install 'selm_jax[bucket]'") from None
+    return obstore
+
+
+_IN_MEMORY: dict[str, Any] = {}
+
+
+def _open(url: str) -> Any:
+    parts, stores = urlsplit(url), _obstore().store
+    prefix = unquote(parts.path).strip("/")
+    if parts.scheme == "file" and not parts.netloc:
+        return stores.LocalStore(prefix=f"/{prefix}", mkdir=True)
+    if parts.scheme == "memory":
+        if url not in _IN_MEMORY:
+            _IN_MEMORY[url] = stores.MemoryStore()
+        return _IN_MEMORY[url]
+    if parts.scheme not in ("gs", "s3") or not parts.netloc or parts.query or parts.fragment:
+        raise StorageError(
+            f"{url} is not a place in a bucket: expected gs://BUCKET/FOLDER or s3://"
+        )
+    options: dict[str, Any] = {
+        "prefix": prefix or None,
+        "client_options": {"timeout": timedelta(seconds=_TIMEOUT)},
+        "retry_config": {
+            "max_retries": 1000,
+            "retry_timeout": timedelta(seconds=LIMIT),
+            "backoff": {"max_backoff": timedelta(seconds=_LONGEST_WAIT)},
+        },
+    }
+    if parts.scheme == "s3":
+        allowed = os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true")
+        options["client_options"]["allow_http"] = allowed
+        return stores.S3Store(parts.netloc, **options)
+    if emulator := os.environ.get("STORAGE_EMULATOR_HOST"):
+        options["base_url"] = emulator if "://" in emulator else f"http://{emulator}"
+        options["bearer_token"] = "emulator"  # it wants one, and takes any
+        options["client_options"]["allow_http"] = True
+    return stores.GCSStore(parts.netloc, **options)

@@ -23,6 +23,7 @@ from selm_jax.bench import Sizes, command, limits
 from selm_jax.bench.clock import Clock
 from selm_jax.bench.work import MakeParams, generation, synthetic, training
 from selm_jax.models.config import DecoderConfig, LayerKind, Rope
+from selm_jax.shell import data_sheets
 
 TINY = DecoderConfig(
     512, 64, 4, 2, 16, 128, (LayerKind(Rope(1e4)),) * 2, 1e-5, False, 8192, "LlamaForCausalLM"
@@ -89,8 +90,8 @@ def prepare(out: Path, plan: Plan, shapes: list[str]) -> None:
         "device": {
             "kind": limits.cpu_name() if device.platform == "cpu" else device.device_kind,
             "platform": device.platform,
-            "peak_tflops": limits.known(limits.PEAKS, device.device_kind),
-            "bandwidth_gb": limits.known(limits.BANDWIDTHS, device.device_kind),
+            "peak_tflops": data_sheets.known(data_sheets.PEAKS, device.device_kind),
+            "bandwidth_gb": data_sheets.known(data_sheets.BANDWIDTHS, device.device_kind),
         },
         "shapes": {
             name: {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -31,6 +31,7 @@ from selm_jax.training.loop import mean_lengths
 from selm_jax.training.optimizer import optimizer
 from selm_jax.training.state import TrainState
 from selm_jax.training.update import Shardings, make_update
+from selm_jax.training.work import useful
 
 MakeParams = Callable[[Any], Params]  # from a tree of shardings
 
@@ -120,21 +121,6 @@ def training(
         "tokens": {"useful": tokens, "padded": padded},
         "microbatches": len(batches),
     }
-
-
-def useful(config: DecoderConfig, examples: Sequence[Example]) -> flops.Flops:
-    """Counts the operations of a forward pass over the examples that no method can leave out.
-
-    Padding, scores that the mask hides, logits of prompts and recomputation do not count. A sliding
-    window is not taken off: it is longer than the examples here.
-    """
-    lengths = [(len(e.prompt), [len(r) for r in e.responses]) for e in examples]
-    return flops.passed(
-        config,
-        tokens=sum(e.tokens for e in examples),
-        pairs=sum(flops.visible_pairs(*each) for each in lengths),
-        scored=sum(sum(responses) for _, responses in lengths),
-    )
 
 
 def generation(

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from selm_jax.bench import limits
+from selm_jax.shell import data_sheets
 from selm_jax.shell.memory import GIB, device_limit
 from selm_jax.shell.words import did_you_mean
 
@@ -167,8 +167,8 @@ def local_target(hbm: float | None = None) -> Target:
     device = devices[0]
     limit, source = device_limit(device) if hbm is None else (int(hbm * GIB), "--hbm")
     on_cpu = device.platform == "cpu"
-    peak = limits.known(limits.PEAKS, device.device_kind)
-    bandwidth = limits.known(limits.BANDWIDTHS, device.device_kind)
+    peak = data_sheets.known(data_sheets.PEAKS, device.device_kind)
+    bandwidth = data_sheets.known(data_sheets.BANDWIDTHS, device.device_kind)
     halves = any(name in device.device_kind for name in _HALVES)
     return Target(
         name=f"{len(devices)} x {device.device_kind} (local)",

@@ -53,7 +53,7 @@ _DRAWN_ELSEWHERE = {
     *("loss", "grad_norm", "learning_rate", "step", "iteration", "examples", "optimism/reward"),
     *("logps/chosen", "logps/rejected"),
 }
-_KINDS_ELSEWHERE = ("rewards/", "time/", "tokens", "padded")
+_KINDS_ELSEWHERE = ("rewards/", "time/", "memory/", "tokens", "padded", "padding")
 
 
 def loss_plots(runs: Sequence[RunData], labels: Sequence[str]) -> list[Plot]:

@@ -25,6 +25,7 @@ from selm_jax.report.data import ReportError, RunData, report_data
 from selm_jax.report.files import Table, link
 from selm_jax.report.header import facts, is_rehearsal, shared_facts
 from selm_jax.report.plots import run_style, swatch
+from selm_jax.report.time_plots import time_plots
 from selm_jax.shell import artifacts
 from selm_jax.shell.paths import check_file, place
 
@@ -261,9 +262,9 @@ def sections(runs: Sequence[RunData], labels: Sequence[str]) -> list[Section]:
         ),
         Section(
             "time",
-            "Time",
-            "Where did the time go, and how fast was each stage?",
-            run_plots.time_plots(runs, labels),
+            "Time and memory",
+            "Where did the time go, how fast was training, and how much memory did it take?",
+            time_plots(runs, labels),
             legend,
         ),
     ]

@@ -1,4 +1,4 @@
-"""Plots a run's evaluation, ranking and timing: reward, KL, answers, hours."""
+"""Plots a run's evaluation and ranking: reward, KL, answers, explored answers, the gap."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable, Sequence
 
 from selm_jax.preferences.selection import PLACES
-from selm_jax.report.curves import Legend, Plot, by_update, values_in_words
-from selm_jax.report.data import KINDS, STAGES, RunData
-from selm_jax.report.plots import Part, Series, Style, columns, lines, run_style, strips, swatch
-from selm_jax.report.summary import measured, number, percent
+from selm_jax.report.curves import Legend, Plot, values_in_words
+from selm_jax.report.data import KINDS, RunData
+from selm_jax.report.plots import Part, Series, Style, columns, lines, run_style, swatch
+from selm_jax.report.summary import measured, percent
 
 _KIND_REWARD = {"greedy": "Greedy", "sample": "Sampled"}
 _KIND_TITLE = {"greedy": "greedy answers", "sample": "sampled answers"}
@@ -245,68 +245,6 @@ def gap_plots(runs: Sequence[RunData], labels: Sequence[str]) -> list[Plot]:
 def _gap(run: RunData, key: str) -> list[tuple[int, float, float, float]]:
     found = ((k, s["score"].counts.get(key)) for k, s in run.stages.items() if "score" in s)
     return [(k, value, math.nan, math.nan) for k, value in found if value is not None]
-
-
-def time_plots(runs: Sequence[RunData], labels: Sequence[str]) -> list[Plot]:
-    names = list(dict.fromkeys([*STAGES, *(n for r in runs for s in r.stages.values() for n in s)]))
-    plots = []
-    seconds = [
-        {k: {n: s.seconds or 0.0 for n, s in st.items()} for k, st in run.stages.items()}
-        for run in runs
-    ]
-    longest = max((sum(row.values()) for rows in seconds for row in rows.values()), default=0.0)
-    unit, scale = ("hours", 3600) if longest > 7200 else ("minutes", 60)
-    unit, scale = (unit, scale) if longest > 180 else ("seconds", 1)
-    for index, (rows, label) in enumerate(zip(seconds, labels, strict=True)):
-        rows = {k: row for k, row in rows.items() if sum(row.values())}
-        present = [name for name in names if any(row.get(name) for row in rows.values())]
-        parts = []
-        for name in present:
-            values = [row.get(name, 0.0) / scale for row in rows.values()]
-            parts.append(
-                Part(f"c{names.index(name) % 6}", values, [number(v) for v in values], name)
-            )
-        alt = "Time of each stage. " + " ".join(
-            f"Iteration {k}: " + ", ".join(f"{n} {number(s)} s" for n, s in row.items()) + "."
-            for k, row in rows.items()
-        )
-        ticks = [f"iteration {k}" for k in rows]
-        plots.append(
-            Plot(
-                title=label if len(runs) > 1 else "Time by stage",
-                how="How long each stage of an iteration takes. The table gives the exact seconds.",
-                drawing=strips(
-                    ticks,
-                    parts,
-                    key=f"time-{index}",
-                    alt=alt,
-                    xlabel=unit,
-                    longest=longest / scale,
-                    title="Time by stage",
-                )
-                if rows
-                else None,
-                legend=tuple(
-                    (swatch(Style(part.colour), block=True), name)
-                    for part, name in zip(parts, present, strict=True)
-                ),
-            )
-        )
-    compiling = "The first updates of an iteration include compiling."
-    plots.append(
-        by_update(runs, labels, "time/seconds", "Seconds per update", compiling, include=(0, 0))
-    )
-    plots.append(
-        by_update(
-            runs,
-            labels,
-            "time/tokens_per_second",
-            "Training tokens per second",
-            f"Higher is faster. {compiling}",
-            include=(0, 0),
-        )
-    )
-    return plots
 
 
 def _by_iteration(

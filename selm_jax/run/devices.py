@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from selm_jax.config import Compute
@@ -14,6 +15,7 @@ from selm_jax.parallel import multihost
 from selm_jax.parallel.mesh import compute_dtype, count_slices, decode_mesh, make_mesh
 from selm_jax.parallel.rules import PRESETS, Rules, check_preset
 from selm_jax.run.rows import RunError
+from selm_jax.shell import data_sheets
 
 
 class Devices:
@@ -68,6 +70,14 @@ class Devices:
     @property
     def dtype(self) -> Any:
         return compute_dtype(self.compute.dtype, self.mesh.devices.flat[0].platform)
+
+    @property
+    def peak(self) -> float | None:
+        """FLOP/s of all devices by their data sheet; None if it has none for the dtype."""
+        if self.dtype != jnp.bfloat16:
+            return None
+        rate = data_sheets.known(data_sheets.PEAKS, self.mesh.devices.flat[0].device_kind)
+        return None if rate is None else rate * 1e12 * self.mesh.size
 
     def described(self) -> dict[str, Any]:
         """A description of the devices and their meshes, for a run's manifest."""

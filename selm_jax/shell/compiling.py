@@ -1,4 +1,4 @@
-"""Finds out whether XLA is compiling a program, so that a progress bar can show the reason."""
+"""Tells whether XLA is compiling a program, and how long JAX has spent on building programs."""
 
 from __future__ import annotations
 
@@ -10,10 +10,39 @@ from selm_jax.shell.pace import here
 
 _BEGINS = "/jax/compilation_cache/compile_requests_use_cache"
 _ENDS = "/jax/core/compile/backend_compile_duration"
+_BUILDING = (
+    "/jax/core/compile/jaxpr_trace_duration",
+    "/jax/core/compile/jaxpr_to_mlir_module_duration",
+    _ENDS,
+)
 _LONG = 1.0  # seconds of compiling that are worth a line
 
 _say: Callable[[str], None] | None = None
 _since: float | None = None
+_spans: list[tuple[float, float]] | None = None  # of building programs, none within another
+
+
+def spent() -> float:
+    """Seconds that this process has spent on tracing, lowering and compiling programs.
+
+    Counting starts at the first call.
+    """
+    global _spans
+    if _spans is None:
+        import jax  # here, because the command line shows its help without it
+
+        _spans = []
+        jax.monitoring.register_event_time_span_listener(_built)
+    return sum(end - start for start, end in _spans)
+
+
+def _built(event: str, start_time: float, end_time: float, **_: Any) -> None:
+    """Notes a span that has ended, in place of those within it, such as of inner functions."""
+    if event not in _BUILDING or _spans is None:
+        return
+    while _spans and _spans[-1][0] >= start_time:
+        _spans.pop()
+    _spans.append((start_time, end_time))
 
 
 def watch(say: Callable[[str], None]) -> None:

@@ -92,18 +92,32 @@ def gib(count: float) -> str:
 
 
 def peak_mib() -> float:
-    """The peak memory, in MiB, of the fullest device, or of this process if devices report none.
+    """The peak memory, in MiB, of the fullest device, or of this process if devices report none."""
+    of_devices = device_peak()
+    return (process_peak() if of_devices is None else of_devices) / 2**20
 
-    On Linux the process's peak is measured since the last `release`.
-    """
+
+def device_peak() -> int | None:
+    """The most bytes that this process's fullest device has held; None if devices do not tell."""
     held = [device.memory_stats() for device in jax.local_devices()]
     if all(stats and "peak_bytes_in_use" in stats for stats in held):
-        return max(stats["peak_bytes_in_use"] for stats in held if stats) / 2**20
+        return max(stats["peak_bytes_in_use"] for stats in held if stats)
+    return None
+
+
+def process_peak() -> int:
+    """The most bytes that this process has held; on Linux, since the last `release`."""
     if sys.platform == "linux":
         status = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM:")) / 1024
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM:")) * 2**10
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def peaks() -> dict[str, float]:
+    """The metrics `memory/...`: peaks of this process and of its fullest device, in GiB."""
+    found = {"memory/process": process_peak(), "memory/device": device_peak()}
+    return {name: size / GIB for name, size in found.items() if size is not None}
 
 
 def release() -> None:

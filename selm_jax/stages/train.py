@@ -15,6 +15,7 @@ from selm_jax.stages.step import Step
 from selm_jax.tables import examples as table
 from selm_jax.training import loop
 from selm_jax.training.state import TrainState
+from selm_jax.training.work import Speed
 
 
 @stage(
@@ -48,12 +49,18 @@ def train(step: Step, policy: Model, examples: StoredTable, reference: Model) ->
             with multihost.stop_deferred():
                 state = loop.train(
                     plan, programs.update, state, checkpoints,
-                    peak=step.settings.training.peak(step.t), place=programs.place, report=report,
-                    **fixed,
+                    peak=step.settings.training.peak(step.t), speed=speed_of(step),
+                    place=programs.place, report=report, **fixed,
                 )  # fmt: skip
         del fixed
         checkpoints.save_final(state.params, int(state.step))
     return plan.counts()
+
+
+def speed_of(step: Step) -> Speed:
+    """What the speed of this iteration's updates is computed from."""
+    programs, live = step.programs, step.settings.training.reference == "live"
+    return Speed(programs.config, programs.devices.peak, programs.lora is not None, live)
 
 
 def check_reference(examples: StoredTable, policy: Model, reference: Model) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
@@ -18,10 +17,13 @@ from selm_jax.preferences.batches import examples_of, updates_per_epoch
 from selm_jax.preferences.examples import Example
 from selm_jax.preferences.layouts import least_padding, row_lengths
 from selm_jax.preferences.packing import PreferenceBatch, Shape, assign_rows, common_shape, pack
+from selm_jax.shell import memory
 from selm_jax.training.checkpoint import Checkpoints
+from selm_jax.training.laps import Laps
 from selm_jax.training.optimizer import learning_rate
 from selm_jax.training.state import TrainState
 from selm_jax.training.update import Update
+from selm_jax.training.work import Speed, tokens_of
 
 Metrics = dict[str, float]
 
@@ -105,6 +107,7 @@ def train(
     checkpoints: Checkpoints,
     *,
     peak: float,
+    speed: Speed,
     place: Callable[[PreferenceBatch], PreferenceBatch],
     reference: Params | None = None,
     base: Params | None = None,
@@ -115,11 +118,13 @@ def train(
 
     Args:
       peak: the iteration's peak learning rate.
+      speed: computes an update's speed.
       place: puts a batch on the devices.
       reference: parameters of a live reference; None uses the stored log-probabilities.
       base: the base model under adapters; None if all parameters are trained.
       key: seeds the adapters' dropout, different in every update and batch; None without dropout.
-      report: is called with the metrics of each finished update, in order.
+      report: is called with the metrics of each finished update, in order. Those under `time/` and
+        `memory/` are readings of this machine; all others are the same in every run.
 
     Raises:
       TrainingError: if a loss or gradient is not finite; the message names the examples. The last
@@ -130,28 +135,30 @@ def train(
     s = plan.settings
     count = len(plan.updates)
     rate = learning_rate(s.schedule, peak, count, s.warmup_ratio)
+    laps = Laps()
     for step in range(int(state.step), count):
-        began = time.perf_counter()
         examples = plan.updates[step]
         batches = pack(examples, plan.shape)
         drop = None if key is None else jax.random.fold_in(key, step)
         now = float(np.float32(cast(Any, rate(step))))
         state, metrics = one_update(
             update, state, map(place, batches), now,
-            means=mean_lengths(examples), reference=reference, base=base, key=drop,
+            means=mean_lengths(examples), reference=reference, base=base, key=drop, laps=laps,
         )  # fmt: skip
         _check_finite(metrics, plan, step, examples)
-        seconds = time.perf_counter() - began
-        tokens = sum(e.tokens for e in examples)
+        positions = len(batches) * plan.shape.rows * plan.shape.time
         report(
             {"step": step + 1, **metrics, "learning_rate": now}
-            | {"tokens": tokens, "padded": len(batches) * plan.shape.rows * plan.shape.time}
-            | {"time/seconds": seconds, "time/tokens_per_second": tokens / seconds}
+            | tokens_of(examples, positions)
+            | speed.metrics(examples, laps.taken())
+            | memory.peaks()
         )
+        laps("log")
         if step + 1 < count:
             stop = multihost.should_stop()
             if stop or (step + 1) % s.checkpoint_every == 0:
                 checkpoints.save(state)
+            laps("checkpoint")
             if stop:
                 checkpoints.wait()
                 raise multihost.stopped()
@@ -168,6 +175,7 @@ def one_update(
     reference: Params | None = None,
     base: Params | None = None,
     key: jax.Array | None = None,
+    laps: Callable[[str], None] = lambda phase: None,
 ) -> tuple[TrainState, Metrics]:
     """Makes one update: sums the gradients of all batches, then takes a step. Donates the state.
 
@@ -179,32 +187,31 @@ def one_update(
       means: `mean_lengths` of all examples in the batches.
       reference, base: as for `train`.
       key: seeds this update's dropout, which differs in every batch; None without dropout.
+      laps: is called with the name of each phase when it has ended; see `Laps`.
 
     Returns:
       The new state and the update's metrics: means over its examples, and `grad_norm`.
     """
     gradients, sums = None, None
     for i, batch in enumerate(batches):
+        laps("data")
         drop = None if key is None else jax.random.fold_in(key, i)
         fixed = (means, reference, base, drop)
         if gradients is None:
             gradients, sums = update.gradients(state.params, batch, *fixed)
         else:
             gradients, sums = update.add(gradients, sums, state.params, batch, *fixed)
-    _settle(gradients)
+        laps("gradients")
+    # So that the phases can be told apart. On several CPU devices it must be so: two programs that
+    # run at once can deadlock, because each holds the threads that the other's collectives need.
+    jax.block_until_ready(gradients)
+    laps("gradients")
     state, metrics = update.apply(state, gradients, sums, np.float32(learning_rate))
     del gradients  # otherwise two gradients would be in memory during the next update
-    return state, {k: float(v) for k, v in metrics.items()}
-
-
-def _settle(tree: Any) -> None:
-    """Waits until the arrays of `tree` are computed, if there are several CPU devices.
-
-    On these, two programs running at once can deadlock: each holds the threads that the other's
-    collectives need.
-    """
-    if jax.default_backend() == "cpu" and jax.device_count() > 1:
-        jax.block_until_ready(tree)
+    found = {k: float(v) for k, v in metrics.items()}
+    jax.block_until_ready(state)
+    laps("apply")
+    return state, found
 
 
 def mean_lengths(examples: Sequence[Example]) -> np.ndarray:

@@ -13,12 +13,13 @@ from rich.console import Console
 
 from selm_jax import bench
 from selm_jax.bench import clock, command, limits
-from selm_jax.bench.work import decode_bytes, synthetic, useful
+from selm_jax.bench.work import decode_bytes, synthetic
 from selm_jax.models.config import DecoderConfig, LayerKind, Rope
 from selm_jax.models.sight import Sight
 from selm_jax.preferences.examples import Example
 from selm_jax.preferences.packing import assign_rows, common_shape, pack
 from selm_jax.shell import memory
+from selm_jax.training.work import useful
 
 SIZES = bench.Sizes(prompt=8, response=24, examples=5, rows=8, row_length=96, slots=4, steps=2)
 KINDS = (LayerKind(Rope(1e4)),) * 2

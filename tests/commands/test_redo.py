@@ -50,7 +50,9 @@ def content(run: Path) -> dict[str, object]:
     for file in run.rglob("*.safetensors"):
         found[str(file.relative_to(run))] = file.read_bytes()
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    kept = [{k: v for k, v in each.items() if "time/" not in k} for each in lines]
+    kept = [
+        {k: v for k, v in each.items() if not k.startswith(("time/", "memory/"))} for each in lines
+    ]
     kept.sort(key=lambda m: (m["iteration"], m["stage"], m.get("step", 0)))
     return found | {"metrics": json.dumps(kept).encode()}
 

@@ -15,18 +15,22 @@ from selm_jax.feedback.human import Human
 from selm_jax.feedback.judge import ranker as judge
 from selm_jax.feedback.judge.budget import Calls
 from selm_jax.feedback.models import pairrm, reward_model
+from selm_jax.models.config import DecoderConfig
 from selm_jax.objectives.build import TABLE, build_objective
 from selm_jax.objectives.losses import Logps, Rewards
 from selm_jax.objectives.measures import measures
 from selm_jax.objectives.roles import ROLES
 from selm_jax.preferences.candidates import REASONS, SOURCES
+from selm_jax.preferences.examples import Example
 from selm_jax.preferences.selection import PLACES
 from selm_jax.preferences.selection_report import _KEYS as OF_RANK
 from selm_jax.rollout import gap
+from selm_jax.shell import memory
 from selm_jax.stages import evaluate, export, generate, rank, score, train
 from selm_jax.stages.ranking import budget, teach
 from selm_jax.tables import heldout, heldout_pairs, pairs
-from selm_jax.training import loop
+from selm_jax.training import loop, work
+from selm_jax.training.laps import Laps
 
 PAGE = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
 RANKERS = (
@@ -107,10 +111,14 @@ def of_rankers():
 
 
 def of_updates():
-    """What the loop adds to a loss's metrics, as its source names it."""
-    source = inspect.getsource(loop.train)
-    keys = set(re.findall(r'"([\w/]+)": ', source[source.index("report(") :]))
-    return keys | {"learning_rate"} | {"loss", "grad_norm", "examples", "stage", "iteration"}
+    """What the loop adds to a loss's metrics."""
+    example = Example.of("x", (1,), {role: (2, n) for n, role in enumerate(ROLES)})
+    speed = work.Speed(DecoderConfig(96, 32, 4, 2, 8, 64, (), 1e-5, False, 64, "L"), peak=1.0)
+    added = work.tokens_of([example], 9)
+    added |= speed.metrics([example], Laps().taken() | {"gradients": 1.0})
+    added |= memory.peaks() | dict.fromkeys(["memory/device"])  # which a CPU does not tell
+    own = {"learning_rate", "loss", "grad_norm", "examples", "stage", "iteration", "step"}
+    return {*added, *own}
 
 
 def of_gap():

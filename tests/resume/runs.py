@@ -14,7 +14,8 @@ ONE, TWO = (1, 1), (4, 2)
 STAGES = ("generate", "rank", "score", "train", "export", "evaluate")
 ORDER = [(0, "evaluate"), *((t, stage) for t in (1, 2) for stage in STAGES)]
 # And the digests that records carry of themselves and of lines, with their times.
-_TIMES = ("seconds", "created", "time/seconds", "time/tokens_per_second", "sha256", "logged")
+_TIMES = ("seconds", "created", "sha256", "logged")
+_READINGS = ("time/", "memory/")  # of this machine, in the lines of metrics.jsonl
 
 
 def experiment(folder: Path) -> Path:
@@ -96,8 +97,12 @@ def content(folder: Path) -> dict[str, object]:
 
 def timeless(x):
     if isinstance(x, dict):
-        return {k: timeless(v) for k, v in x.items() if k not in _TIMES}
+        return {k: timeless(v) for k, v in x.items() if not _is_time(k)}
     return x
+
+
+def _is_time(key: str) -> bool:
+    return key in _TIMES or key.startswith(_READINGS)
 
 
 def differences(found: dict, expected: dict) -> list[str]:

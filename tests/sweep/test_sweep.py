@@ -115,7 +115,9 @@ def first_iteration(folder: Path) -> dict[str, bytes]:
     for file in folder.rglob("metrics.jsonl"):
         lines = [json.loads(line) for line in file.read_text().splitlines()]
         kept = [
-            {k: v for k, v in m.items() if "time/" not in k} for m in lines if m["iteration"] < 2
+            {k: v for k, v in m.items() if not k.startswith(("time/", "memory/"))}
+            for m in lines
+            if m["iteration"] < 2
         ]
         found[str(file.relative_to(folder))] = json.dumps(kept).encode()
     return found

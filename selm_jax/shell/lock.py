@@ -170,7 +170,7 @@ def _check_that_it_is_over(folder: Path, file: Path, holder: dict[str, Any]) -> 
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:  # its process still has the flock
-            raise _refusal(folder, holder) from None
+            raise refusal(folder, holder) from None
 
 
 def _machine() -> str:
@@ -179,7 +179,7 @@ def _machine() -> str:
     return boot.read_text().strip() if boot.exists() else socket.gethostname()
 
 
-def _refusal(folder: Path, holder: dict[str, Any]) -> ArtifactError:
+def refusal(folder: Path | str, holder: dict[str, Any]) -> ArtifactError:
     who = f" (process {holder['process']} on {holder['host']})" if holder else ""
     return ArtifactError(
         f"{folder}: another process{who} is using this run folder. Wait for it, stop it, or give "
@@ -206,7 +206,7 @@ def _wait_for_its_end(folder: Path, file: Path, holder: dict[str, Any]) -> None:
         if time.monotonic() >= until:  # after one more look, however long the last sleep was
             return
         time.sleep(min(1.0, LEASE / 10))
-    raise _refusal(folder, _read(file))
+    raise refusal(folder, _read(file))
 
 
 def _renewed(file: Path) -> int:

@@ -27,7 +27,7 @@ from urllib.parse import unquote, urlsplit
 
 LIMIT = 120.0  # seconds for which a request that failed is sent again
 _TIMEOUT = 60.0  # seconds for one request; none moves more than _PART bytes
-_LONGEST_WAIT = 15.0  # seconds between two tries
+_FIRST_WAIT, _LONGEST_WAIT = 0.1, 15.0  # seconds between two tries
 _PART = 16 << 20  # bytes; larger files are sent and fetched in parts
 _MOST_PARTS = 9_000  # S3 takes 10,000
 _AT_ONCE = 8  # parts in flight
@@ -187,7 +187,9 @@ class Store:
                         return self._written(key, len(content), done)
             found = self.head(key)
             if found is None and version is None:
-                continue  # S3 also refuses while another write is under way that fails in the end
+                # S3 also refuses while another write is under way, which failed in the end.
+                time.sleep(random.uniform(0, _FIRST_WAIT))
+                continue
             if found is not None and found.size == len(content) and self.read(key) == content:
                 return found
             raise Conflict(
@@ -262,12 +264,12 @@ class Store:
         """Sends a request until it is answered, for `LIMIT` seconds at most."""
         ob = _obstore()
         until = time.monotonic() + LIMIT
-        wait = 0.1
+        wait = _FIRST_WAIT
         while True:
             try:
                 return request(ob)
             except FileNotFoundError as e:
-                if "NoSuchBucket" in str(e) or "bucket does not exist" in str(e):
+                if _NO_BUCKET.search(str(e)) or (what == "write" and "NoSuchKey" not in str(e)):
                     raise self._failure(what, key, e) from None
                 raise FileNotFoundError(f"{self.url}/{key}") from None
             except (ob.exceptions.AlreadyExistsError, ob.exceptions.PreconditionError):
@@ -289,7 +291,7 @@ class Store:
             else "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the machine a role"
         )
         bucket = urlsplit(self.url).netloc
-        if "NoSuchBucket" in str(error) or "bucket does not exist" in str(error):
+        if isinstance(error, FileNotFoundError) or _NO_BUCKET.search(str(error)):
             advice = f"There is no bucket {bucket!r}. Make it, or correct the name"
         elif isinstance(error, exceptions.PermissionDeniedError):
             role = (
@@ -310,6 +312,7 @@ class Store:
         return StorageError(f"{where}: cannot {what} this. {advice}. The answer was: {told}")
 
 
+_NO_BUCKET = re.compile(r"NoSuchBucket|bucket does not exist")
 _NO_CREDENTIALS = re.compile(r"token request|[Cc]redential|security-credentials")
 
 
@@ -363,7 +366,10 @@ def _open(url: str) -> Any:
         "retry_config": {
             "max_retries": 1000,
             "retry_timeout": timedelta(seconds=LIMIT),
-            "backoff": {"max_backoff": timedelta(seconds=_LONGEST_WAIT)},
+            "backoff": {
+                "init_backoff": timedelta(seconds=_FIRST_WAIT),
+                "max_backoff": timedelta(seconds=_LONGEST_WAIT),
+            },
         },
     }
     if parts.scheme == "s3":

@@ -151,6 +151,7 @@ def _wait_until_it_listens(process: subprocess.Popen[bytes], port: int) -> None:
 
 def new_bucket(kind: str, proxy: faulty.Proxy) -> tuple[str, dict[str, str]]:
     """Makes a bucket (`gs` or `s3`). Returns its url and the environment that leads there."""
+    proxy.faults.clear()
     name = f"bucket{uuid.uuid4().hex}"
     if kind == "s3":
         where, method, body = f"{proxy.url}/{name}", "PUT", None

@@ -38,9 +38,10 @@ Server = Callable[[Request], Answer]
 
 @dataclass
 class Fault:
-    """What goes wrong with the next `times` requests that match.
+    """What goes wrong with `times` requests that match, after `skip` that match and go well.
 
     Attributes:
+      method, part: which requests match: by method, and by a part of the path.
       status: the proxy gives this answer, and the server never sees the request.
       refused: the connection is closed before the server has seen the request.
       lost: the server does what is asked, and the connection is closed before its answer.
@@ -50,7 +51,7 @@ class Fault:
     """
 
     method: str = ""
-    part: str = ""  # of the path
+    part: str = ""
     times: int = 1
     status: int = 0
     refused: bool = False
@@ -58,15 +59,17 @@ class Fault:
     cut: bool = False
     stale: bool = False
     wait: threading.Event | None = None
-    unless: Callable[[Request], bool] = lambda request: False
+    skip: int = 0
 
     def meets(self, request: Request) -> bool:
-        return (
-            self.times > 0
-            and request.method.startswith(self.method)
-            and self.part in request.path
-            and not self.unless(request)
-        )
+        """Whether this request goes wrong; counts it if so."""
+        if not request.method.startswith(self.method) or self.part not in request.path:
+            return False
+        if self.skip > 0:
+            self.skip -= 1
+            return False
+        self.times -= 1
+        return self.times >= 0
 
 
 class Proxy:
@@ -87,10 +90,7 @@ class Proxy:
     def fault_of(self, request: Request) -> Fault | None:
         with self._lock:
             self.asked.append((request.method, request.path))
-            found = next((fault for fault in self.faults if fault.meets(request)), None)
-            if found:
-                found.times -= 1
-            return found
+            return next((fault for fault in self.faults if fault.meets(request)), None)
 
     def answer(self, request: Request, stale: bool) -> Answer:
         if stale and request.path in self._lists:

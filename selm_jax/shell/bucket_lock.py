@@ -1,0 +1,230 @@
+"""A lease on a run folder in a bucket, for one process of all hosts; it expires when that one dies.
+
+The object `.lock` says who holds the lease; empty, it is free. Every write to it is conditional: it
+succeeds only if nobody has written since we looked. So of several processes that take a free or an
+expired lease exactly one succeeds, and a holder whose lease was taken cannot renew it.
+
+A holder renews its lease every `RENEW` seconds, and each renewal changes the object. Whoever sees
+no change for `LEASE` seconds of its own steady clock knows that the holder is dead or suspended:
+no clocks of two hosts are compared, and they may differ by any amount. A process that was suspended
+ends itself when its next renewal is refused. On the holder's own machine, a dead process is noticed
+at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from selm_jax.shell import jsonl
+from selm_jax.shell.artifacts import ArtifactError
+from selm_jax.shell.lock import LEASE, RENEW, refusal
+from selm_jax.shell.storage import Conflict, Entry, StorageError, Store
+
+KEY = ".lock"
+_CLOCK = ".lock-clock"  # an object that is written in order to learn the store's time
+
+
+@contextlib.contextmanager
+def held(store: Store) -> Iterator[None]:
+    """Locks a run folder in a bucket for this process while the body runs.
+
+    If another host holds the lease, this waits up to `LEASE` seconds for it to expire, so that a
+    machine that replaces a preempted one continues without help. If this process loses the lease,
+    because it was suspended, it ends.
+
+    Raises:
+      ArtifactError: another process is using the folder (the message says which), or the lock is
+        damaged or belongs to another program.
+      StorageError: the bucket cannot be used.
+    """
+    while (lease := _take(store)) is None:
+        time.sleep(random.uniform(0, 0.05))  # at random: others may retry at the same time
+    ended = threading.Event()
+    renewing = threading.Thread(target=_renew, args=(lease, ended), daemon=True)
+    renewing.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        renewing.join()
+        with contextlib.suppress(StorageError):  # then it expires
+            lease.write(b"")
+
+
+def holder(store: Store) -> dict[str, Any] | None:
+    """The `process` and `host` that use a run folder in a bucket; None if no process does.
+
+    A process of another machine counts as long as it renews its lease.
+    """
+    entry, found = _look(store)
+    if entry is None or not found:
+        return None
+    if found["machine"] == _machine():
+        return found if _lives(found) else None
+    # Without the right to write there is no telling what time it is at the store.
+    with contextlib.suppress(StorageError):
+        now = store.put(_CLOCK, b"").modified
+        if (now - entry.modified).total_seconds() >= LEASE:
+            return None
+    return found
+
+
+class _Lease:
+    """A lease that this process holds.
+
+    Attributes:
+      about: what the lock says of this process.
+      version: of the lock, as we wrote it last.
+    """
+
+    def __init__(self, store: Store, about: dict[str, Any], version: str):
+        self.store, self.about, self.version = store, about, version
+
+    def write(self, content: bytes) -> bool:
+        """Writes into the lock if it is still ours; whether it is."""
+        while True:
+            try:
+                self.version = self.store.put(KEY, content, if_version=self.version).version
+                return True
+            except Conflict:
+                entry, found = _look(self.store)
+                if entry is None or found.get("id") != self.about["id"]:
+                    return False
+                # An earlier write of ours had succeeded, although no answer came.
+                self.version = entry.version
+
+
+def _take(store: Store) -> _Lease | None:
+    """Tries to take the lease. Returns None if another process was faster.
+
+    Raises:
+      ArtifactError: another process holds the lease.
+    """
+    entry, found = _look(store)
+    if entry is not None and found:
+        _check_that_it_is_over(store, entry, found)
+    about = {"machine": _machine(), "host": socket.gethostname(), "process": os.getpid()}
+    about |= {"started": _started(os.getpid()), "id": uuid.uuid4().hex}
+    version = None if entry is None else entry.version
+    try:
+        ours = store.put(KEY, _content(about), if_absent=entry is None, if_version=version)
+        return _Lease(store, about, ours.version)
+    except Conflict:
+        return None
+
+
+def _renew(lease: _Lease, ended: threading.Event) -> None:
+    """Renews a lease until `ended` is set; ends this process if another process took it."""
+    while not ended.wait(RENEW):
+        try:
+            ours = lease.write(_content(lease.about))
+        except (StorageError, ArtifactError):
+            continue  # the store may be unreachable for a while, for others too
+        if not ours:
+            print(
+                f"selm: {lease.store.url}: this process did not respond for {LEASE:.0f} s and "
+                "another one has taken over. This one stops; nothing is lost",
+                file=sys.stderr,
+            )
+            os._exit(1)
+
+
+def _content(about: dict[str, Any]) -> bytes:
+    """What a holder writes: never the same twice, since equal contents can have equal versions."""
+    return json.dumps(about | {"renewal": uuid.uuid4().hex}).encode()
+
+
+def _look(store: Store) -> tuple[Entry | None, dict[str, Any]]:
+    """The lock, and what it says of its holder: {} if it is free.
+
+    Raises:
+      ArtifactError: the lock is damaged or not one of this program.
+    """
+    while (entry := store.head(KEY)) is not None:
+        try:
+            content = store.read(KEY)
+        except FileNotFoundError:
+            return None, {}
+        if (after := store.head(KEY)) is not None and after.version == entry.version:
+            return entry, _told(store, content)
+    return None, {}
+
+
+def _told(store: Store, content: bytes) -> dict[str, Any]:
+    try:
+        found: Any = jsonl.value(content.decode()) if content else {}
+    except ValueError:
+        found = None
+    told = {"machine": str, "host": str, "process": int, "started": int, "id": str}
+    if found != {} and not (
+        isinstance(found, dict) and all(isinstance(found.get(k), v) for k, v in told.items())
+    ):
+        raise ArtifactError(
+            f"{store.url}/{KEY} is damaged or is not a lock of this program. If no process is "
+            "using this folder, delete the object and start again"
+        )
+    return found
+
+
+def _check_that_it_is_over(store: Store, entry: Entry, found: dict[str, Any]) -> None:
+    """Returns if the process that holds a lease is dead, or its lease was taken meanwhile.
+
+    Raises:
+      ArtifactError: the process is alive.
+    """
+    if found["machine"] == _machine():
+        if _lives(found):
+            raise refusal(store.url, found)
+        return
+    print(
+        f"{store.url}: in use by process {found['process']} on {found['host']}; waiting up to "
+        f"{LEASE:.0f} s to see whether it is still running",
+        file=sys.stderr,
+    )
+    since = time.monotonic()
+    while time.monotonic() - since < LEASE:
+        time.sleep(min(1.0, LEASE / 10))
+        asked = time.monotonic()
+        now = store.head(KEY)
+        if now is None or now.version != entry.version:
+            _, found = _look(store)
+            if now is None or not found:
+                return
+            raise refusal(store.url, found)
+        if time.monotonic() - asked > RENEW:
+            since = time.monotonic()  # the store was out of reach, perhaps for the holder too
+
+
+def _machine() -> str:
+    """An ID of the running system and its process numbers: another one in each container."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return f"{socket.gethostname()} {uuid.uuid4().hex}"  # equal to none: `_lives` needs /proc
+
+
+def _lives(found: dict[str, Any]) -> bool:
+    """Whether the holder, a process of this machine, is still running."""
+    return found["started"] != 0 and _started(found["process"]) == found["started"]
+
+
+def _started(process: int) -> int:
+    """When a process started, in ticks since the machine did; 0 if it does not run (any more)."""
+    try:
+        text = Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return 0
+    state, *fields = text.rpartition(")")[2].split()  # after the name, which may be anything
+    return 0 if state in "ZX" else int(fields[18])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -212,14 +213,20 @@ def every_mesh(preset: str, most: int):
             yield AbstractMesh(each, AXES)
 
 
+@cache
+def trees_of(folder: Path):
+    """Abstract parameters and adapters of a model; tracing them takes longer than all else here."""
+    config = read_config(folder)
+    return [abstract_params(config), abstract_adapters(config, Lora(rank=4, alpha=8))]
+
+
 @pytest.mark.parametrize("preset", CUTS)
 def test_every_parameter_of_every_family_has_its_place(preset, tried):
     """Tiny ones on 8 devices, published ones on up to 256: parameters and adapters."""
     rules = DECODE if preset == "decode" else PRESETS[preset]
     walked = 0
     for folder in FAMILIES + PUBLISHED:
-        config = read_config(folder)
-        trees = [abstract_params(config), abstract_adapters(config, Lora(rank=4, alpha=8))]
+        trees = trees_of(folder)
         for mesh in every_mesh(preset, 256 if folder in PUBLISHED else 8):
             for tree in trees:
                 boxes = jax.tree.leaves(tree, is_leaf=lambda x: hasattr(x, "names"))

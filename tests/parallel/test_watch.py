@@ -199,12 +199,15 @@ def two():
         process.communicate()
 
 
+@pytest.mark.slow
 def test_a_slow_process_that_works_is_waited_for(two):
     told = [process.communicate(timeout=60) for process in two("works")]
     assert told == [("done\n", "")] * 2
 
 
-@pytest.mark.parametrize("stopped", [False, True], ids=["hangs", "suspended"])
+@pytest.mark.parametrize(
+    "stopped", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["hangs", "suspended"]
+)
 def test_a_stuck_process_ends_the_run_with_the_status_that_starts_it_again(two, stopped):
     first, second = two("hangs")
     if stopped:

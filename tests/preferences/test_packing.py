@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from selm_jax.models.attention import Sight
 from selm_jax.models.decoder import Decoder
 from selm_jax.objectives.build import build_objective
-from selm_jax.objectives.losses import Logps
+from selm_jax.objectives.losses import Logps, Objective
 from selm_jax.objectives.roles import ROLES
 from selm_jax.preferences.examples import Example, ExampleError
 from selm_jax.preferences.packing import Shape, assign_rows, common_shape, pack, unpack
@@ -45,6 +45,15 @@ def objective(name: str):
     return build_objective(
         OBJECTIVES[name]["loss"], **{k: v for k, v in OBJECTIVES[name].items() if k != "loss"}
     )
+
+
+def numbered(number) -> Objective:
+    """The objective with a number that is known only when the program runs.
+
+    So one program serves all objectives: the model's forward and backward pass is compiled once.
+    """
+    functions = [lambda batch, name=name: objective(name)(batch)[0] for name in OBJECTIVES]
+    return Objective(ROLES, lambda batch: (jax.lax.switch(number, functions, batch), {}))
 
 
 ids = st.integers(0, VOCAB - 1)
@@ -294,7 +303,7 @@ def test_packed_log_probabilities_are_those_of_each_response_alone(world, window
 # --- the same gradients -----------------------------------------------------------------------
 
 
-def slow_loss(name, alone, params, rows, played, reference, weight):
+def slow_loss(which, alone, params, rows, played, reference, weight):
     """Sum of the loss over examples, every response of every role in a row of its own.
 
     played [examples, roles] says which row plays which role; weight is 0 for examples that are not.
@@ -306,37 +315,29 @@ def slow_loss(name, alone, params, rows, played, reference, weight):
         return {role: x[played[:, i]] for i, role in enumerate(ROLES)}
 
     means = {k: (weight * n).sum() / weight.sum() for k, n in by_role(lengths).items()}
-    losses, _ = objective(name)(Logps(by_role(logps), by_role(reference), by_role(lengths), means))
+    losses, _ = which(Logps(by_role(logps), by_role(reference), by_role(lengths), means))
     return (weight * losses).sum()
 
 
 @pytest.fixture(scope="module", params=[None, 4], ids=["full", "window"])
 def gradients(request, tiny, random_params, alone_logps):
-    """Two compiled functions to (loss, gradient) of every objective: packed, and slow."""
+    """Two compiled functions of an objective's number to (loss, gradient): packed, and slow."""
     decoder = Decoder(tiny(window=request.param, layers=1))
     params = random_params(decoder.config)
 
     @jax.jit
-    def packed(batch, means):
-        return {
-            name: jax.value_and_grad(
-                lambda p, name=name: loss_sums(
-                    p, batch, means, decoder=decoder, objective=objective(name), chunk=16
-                )[0]
-            )(params)
-            for name in OBJECTIVES
-        }
+    @jax.value_and_grad
+    def packed(params, number, batch, means):
+        which = numbered(number)
+        sums = partial(loss_sums, decoder=decoder, objective=which, chunk=16)
+        return sums(params, batch, means)[0]
 
     @jax.jit
-    def slow(*args):
-        return {
-            name: jax.value_and_grad(
-                lambda p, name=name: slow_loss(name, partial(alone_logps, decoder), p, *args)
-            )(params)
-            for name in OBJECTIVES
-        }
+    @jax.value_and_grad
+    def slow(params, number, *args):
+        return slow_loss(numbered(number), partial(alone_logps, decoder), params, *args)
 
-    return packed, slow
+    return partial(packed, params), partial(slow, params)
 
 
 def test_gradients_of_every_objective_are_those_of_the_slow_path(gradients, spread):
@@ -352,13 +353,12 @@ def test_gradients_of_every_objective_are_those_of_the_slow_path(gradients, spre
         reference = np.zeros(MOST, np.float32)
         reference[: first[-1]] = [x for e in found for x in e.reference_logps]
         weight = (np.arange(6) < len(found)).astype(np.float32)
-        expected = slow(spread(found, MOST, LONGEST), played, reference, weight)
-
-        means = [np.mean([len(e.responses[e.roles[role]]) for e in found]) for role in ROLES]
-        each = [packed(batch, np.array(means, np.float32)) for batch in pack(found, SHAPE)]
-        total = jax.tree.map(lambda *x: sum(x), *each)
-        for name in OBJECTIVES:
-            (loss, grads), (slow_value, slow_grads) = total[name], expected[name]
+        rows = spread(found, MOST, LONGEST)
+        means = np.float32([np.mean([len(e.responses[e.roles[r]]) for e in found]) for r in ROLES])
+        for number, name in enumerate(OBJECTIVES):
+            slow_value, slow_grads = slow(number, rows, played, reference, weight)
+            each = [packed(number, batch, means) for batch in pack(found, SHAPE)]
+            loss, grads = jax.tree.map(lambda *x: sum(x), *each)
             np.testing.assert_allclose(loss, slow_value, rtol=2e-5, atol=2e-5, err_msg=name)
             size = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(slow_grads))
             jax.tree.map(

@@ -236,7 +236,7 @@ def _answers(
     return rows
 
 
-@pytest.fixture(name="make_run")
+@pytest.fixture(scope="session", name="make_run")
 def _make_run() -> Callable[..., Path]:
     return make_run
 

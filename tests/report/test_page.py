@@ -47,13 +47,26 @@ class Page(HTMLParser):
             self.text.append(data)
 
 
-@pytest.fixture
-def several(make_run, tmp_path):
+@pytest.fixture(scope="module")
+def several(make_run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("several")
     return [
-        make_run(tmp_path / "a", name="selm"),
-        make_run(tmp_path / "b", name="dpo", seed=1, settings="ranker: vader\n"),
-        make_run(tmp_path / "c", name="part", iterations=2, last_stages=("generate", "rank")),
+        make_run(folder / "a", name="selm"),
+        make_run(folder / "b", name="dpo", seed=1, settings="ranker: vader\n"),
+        make_run(folder / "c", name="part", iterations=2, last_stages=("generate", "rank")),
     ]
+
+
+@pytest.fixture(scope="module")
+def comparison(several):
+    """The page of several runs, drawn once for all tests that read it."""
+    return render([report_data(folder) for folder in several])
+
+
+@pytest.fixture(scope="module")
+def page(make_run, tmp_path_factory):
+    """The page of a finished run, drawn once for all tests that read it."""
+    return render([report_data(make_run(tmp_path_factory.mktemp("page") / "run"))])
 
 
 def test_one_run(run, tmp_path):
@@ -70,24 +83,23 @@ def test_one_run(run, tmp_path):
     assert list(tmp_path.glob(".*")) == []  # nothing half written stays behind
 
 
-def test_every_plot_has_words_for_it(run):
-    parsed = Page(render([report_data(run)]))
+def test_every_plot_has_words_for_it(page):
+    parsed = Page(page)
     plots = [a for tag, a in parsed.tags if tag == "svg" and a.get("class") == "plot"]
     captions = [tag for tag, _ in parsed.tags if tag == "figcaption"]
     assert len(plots) == len(captions) == 22
     assert all(a["role"] == "img" and len(a["aria-label"]) > 20 for a in plots)
 
 
-def test_ids_are_unique_and_references_hold(several):
-    text = render([report_data(folder) for folder in several])
-    ids = Page(text).ids
+def test_ids_are_unique_and_references_hold(comparison):
+    ids = Page(comparison).ids
     assert len(ids) == len(set(ids))
-    references = re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', text)
+    references = re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', comparison)
     assert references and {a or b for a, b in references} <= set(ids)
 
 
-def test_nothing_is_fetched(several):
-    text = render([report_data(folder) for folder in several])
+def test_nothing_is_fetched(comparison):
+    text = comparison
     parsed = Page(text)
     policies = [a["content"] for _, a in parsed.tags if a.get("http-equiv")]
     assert len(policies) == 1 and policies[0].startswith("default-src 'none'; img-src data:")
@@ -97,9 +109,8 @@ def test_nothing_is_fetched(several):
     assert "http://" not in text and "https://" not in text and "@import" not in text
 
 
-def test_colours_follow_the_page(several):
-    text = render([report_data(folder) for folder in several])
-    plots = re.findall(r'<svg class="plot".*?</svg>', text, re.DOTALL)
+def test_colours_follow_the_page(comparison):
+    plots = re.findall(r'<svg class="plot".*?</svg>', comparison, re.DOTALL)
     assert plots and not any(re.search(r"#[0-9a-f]{6}\b", plot) for plot in plots)
     assert all("var(--" in plot for plot in plots)
 
@@ -122,15 +133,13 @@ def test_the_first_styles_differ_in_more_than_colour():
     assert len({(style.dashes, style.marker) for style in styles[:6]}) == 6
 
 
-def test_same_folder_same_bytes(several, tmp_path):
-    first, second = tmp_path / "1.html", tmp_path / "2.html"
-    write(several, first)
-    write(several, second)
-    assert first.read_bytes() == second.read_bytes()
+def test_same_folder_same_bytes(several, comparison, tmp_path):
+    write(several, tmp_path / "again.html")
+    assert (tmp_path / "again.html").read_text(encoding="utf-8") == comparison
 
 
-def test_several_runs(several):
-    text = html.unescape(render([report_data(folder) for folder in several]))
+def test_several_runs(comparison):
+    text = html.unescape(comparison)
     assert "Comparison of 3 runs" in text
     assert "Against <bdi>selm</bdi>, prompt by prompt" in text and "12 shared prompts" in text
     assert "ranker" in text and "not set" in text and "Settings that differ" in text
@@ -193,14 +202,13 @@ def test_hostile_text_stays_text(make_run, tmp_path):
     assert blocks and all(a["dir"] == "auto" for a in blocks)
 
 
-def test_the_script_is_the_one_the_policy_allows(run):
+def test_the_script_is_the_one_the_policy_allows(page):
     import base64
     import hashlib
 
-    text = render([report_data(run)])
-    script = re.search(r"<script>(.*?)</script>", text, re.DOTALL)[1]
+    script = re.search(r"<script>(.*?)</script>", page, re.DOTALL)[1]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    assert html.escape(f"script-src 'sha256-{digest}'") in text.replace("&#39;", "&#x27;")
+    assert html.escape(f"script-src 'sha256-{digest}'") in page.replace("&#39;", "&#x27;")
 
 
 def test_answers_stand_side_by_side(several):

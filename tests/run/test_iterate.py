@@ -297,6 +297,7 @@ def test_a_base_model_is_taught_the_data_sets_answers(finished, tmp_path):
         )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_preference_data_set_as_in_the_paper(finished, tmp_path):
     """Candidates are the policy's greedy answer and the data set's two, in that order."""
     _, folder = finished
@@ -359,6 +360,7 @@ def test_a_stage_that_runs_again_does_not_reuse_old_answers(finished, tmp_path):
     assert redone == fresh != before
 
 
+@pytest.mark.slow
 def test_a_training_that_runs_again_ignores_old_checkpoints(finished, tmp_path, monkeypatch):
     _, folder = finished
     file = folder / "experiment.yaml"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 
 import jax
 import pytest
@@ -70,13 +71,16 @@ def test_an_experiment_that_cannot_fit_is_refused_with_what_is_missing(tmp_path,
     assert not list(tmp_path.glob("run/iter*")), "nothing was begun"
 
 
-def test_a_run_that_has_no_training_left_is_not_refused(tmp_path, monkeypatch):
-    run = run_of(tmp_path, iterations=1, training__learning_rate=1e-3)
-    iterate(run)
+def test_a_run_that_has_no_training_left_is_not_refused(finished_run, tmp_path, monkeypatch):
+    def again(*changes):
+        changes = (f"output={tmp_path / 'run'}", *changes)
+        return Run(config.load(finished_run / "experiment.yaml", changes), QUIET)
+
+    shutil.copytree(finished_run / "run", tmp_path / "run")
     monkeypatch.setattr(memory, "device_limit", lambda _: (1, "a test"))
-    iterate(run_of(tmp_path, iterations=1, training__learning_rate=1e-3))
+    iterate(again())
     with pytest.raises(RunError, match="are missing"):
-        check(run_of(tmp_path, training__learning_rate=1e-3))
+        check(again("iterations=3", "training.learning_rate=1e-3"))
     only = run_of(tmp_path / "more")
     only.wanted = Wanted("generate", 1)
     check(only)

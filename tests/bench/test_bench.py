@@ -165,12 +165,12 @@ def test_the_result_is_json_and_the_table_fits_in_60_columns(tmp_path, capsys, m
     monkeypatch.setenv("COLUMNS", "60")
     file = tmp_path / "bench.json"
     bench.main(
-        shape="tiny", prompt=8, response=24, row_length=[96, 8192], rows=jax.device_count(),
+        shape="tiny", prompt=8, response=24, row_length=[96, 1024], rows=jax.device_count(),
         examples=8, slots=4, capacity=[32, 1024], steps=1, peak=1.0, bandwidth=1.0, json=file,
     )  # fmt: skip
     found = json.loads(file.read_text())
     assert found["model"]["name"] == "random tiny"
-    assert [part["row_length"] for part in found["training"]] == [96, 8192]
+    assert [part["row_length"] for part in found["training"]] == [96, 1024]
     assert found["memory"]["training_mib"] > 0
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= 60

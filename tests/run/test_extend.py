@@ -136,6 +136,7 @@ def of_heldout(folder: Path) -> list[dict]:
     return pq.read_table(folder / "run" / "iteration_0" / "heldout.parquet").to_pylist()
 
 
+@pytest.mark.slow
 def test_a_sampler_filter(tmp_path, selm, all_logits):
     """Its samples are within it, its greedy answers and held-out ones as without it."""
     plain, filtered = tmp_path / "plain", tmp_path / "filtered"

@@ -67,7 +67,9 @@ _STRICT = ConfigDict(extra="forbid")
 
 @dataclass(frozen=True, config=_STRICT)
 class Model:
-    source: str  # The start model: a Hugging Face folder, a Hub id, or a GGUF file.
+    # The start model: a Hugging Face folder, also in a bucket (gs://, s3://), a Hub id, or a GGUF
+    # file.
+    source: str
     revision: str | None = None  # Branch, tag or commit of a Hub id; the run records the commit.
 
 

@@ -24,8 +24,11 @@ class StartModel:
     @cached_property
     def folder(self) -> sources.ModelFolder:
         model = self.experiment.model
+        served = self.experiment.rollout.remote is not None  # by a program that wants files
         found = multihost.first_then_others(  # it may download into a folder that all share
-            lambda: sources.resolve(model.source, revision=model.revision, progress=self.console)
+            lambda: sources.resolve(
+                model.source, revision=model.revision, progress=self.console, whole=served
+            )
         )
         multihost.check_same("the start model", lambda: found.origin)
         return found

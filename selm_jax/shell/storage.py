@@ -121,17 +121,21 @@ class Store:
         """The bytes of an object. Raises FileNotFoundError if there is none."""
         return self._ask("read", key, lambda ob: bytes(ob.get(self._inner, key).bytes()))
 
-    def read_range(self, key: str, start: int, stop: int) -> bytes:
-        """The bytes from `start` up to, not including, `stop`. Raises FileNotFoundError."""
-        if stop <= start:
-            return b""
-        what = {"start": start, "end": stop}
-        got = self._ask("read", key, lambda ob: bytes(ob.get_range(self._inner, key, **what)))
-        if len(got) != stop - start:
-            raise StorageError(
-                f"{self.url}/{key} ends before byte {stop:,}, of which it should have more"
-            )
-        return got
+    def read_range(self, key: str, start: int, stop: int, *, version: str | None = None) -> bytes:
+        """The bytes from `start` up to, not including, `stop`; several parts at a time.
+
+        Raises:
+          FileNotFoundError: there is no such object.
+          Conflict: the object is too short, or has not the `version` that it should have.
+        """
+        starts = range(start, stop, _PART)
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            parts = [*pool.map(lambda at: self._part(key, at, min(at + _PART, stop)), starts)]
+        content = b"".join(part for part, _ in parts)
+        versions = {found for _, found in parts} | ({version} if version else set())
+        if len(content) != stop - start or len(versions) > 1:
+            raise Conflict(f"{self.url}/{key} is shorter than it was, or was changed by another")
+        return content
 
     def fetch(self, key: str, target: Path) -> Entry:
         """Copies an object into a file, which is there whole or not at all.
@@ -240,14 +244,9 @@ class Store:
         starts = range(0, entry.size, _PART)
 
         def copy(start: int) -> bool:
-            span = (start, min(start + _PART, entry.size))
-
-            def ask(ob: Any) -> tuple[str, Any]:
-                got = ob.get(self._inner, key, options={"range": span})
-                return _version(got.meta), got.bytes()
-
-            version, content = self._ask("read", key, ask)
-            if version != entry.version or len(content) != span[1] - span[0]:
+            stop = min(start + _PART, entry.size)
+            content, version = self._part(key, start, stop)
+            if version != entry.version or len(content) != stop - start:
                 return False
             return os.pwrite(file.fileno(), content, start) == len(content)
 
@@ -256,6 +255,15 @@ class Store:
             file.flush()
             os.fsync(file.fileno())
         return entry if whole else None
+
+    def _part(self, key: str, start: int, stop: int) -> tuple[bytes, str]:
+        """The bytes of a range, fewer if the object ends before, and the object's version."""
+
+        def ask(ob: Any) -> tuple[bytes, str]:
+            got = ob.get(self._inner, key, options={"range": (start, stop)})
+            return bytes(got.bytes()), _version(got.meta)
+
+        return self._ask("read", key, ask)
 
     def _entry(self, meta: Any) -> Entry:
         return Entry(meta["path"], meta["size"], _version(meta), meta["last_modified"])

@@ -8,6 +8,7 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
 from selm_jax.weights import sources
+from selm_jax.weights.bucket import is_url
 from selm_jax.weights.sources import SourceError
 from selm_jax.weights.wheels import WHEELS
 
@@ -15,7 +16,7 @@ from selm_jax.weights.wheels import WHEELS
 def config_json(source: str, revision: str | None = None, cache: Path | None = None) -> Path:
     """Returns the path of a model's config.json; does not download the model's weights.
 
-    `source` is a local folder, a GGUF file or a Hub id.
+    `source` is a local folder, a GGUF file, a folder in a bucket or a Hub id.
 
     Raises:
       SourceError: if it is neither on this machine nor on the Hub; the message says what to do.
@@ -27,7 +28,7 @@ def config_json(source: str, revision: str | None = None, cache: Path | None = N
                 f"{path}: config.json is missing. Give the folder of a Hugging Face model"
             )
         return path / "config.json"
-    if path.suffix == ".gguf":
+    if path.suffix == ".gguf" or is_url(source):
         return sources.resolve(source, cache=cache).path / "config.json"
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
         raise SourceError(

@@ -18,6 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from selm_jax.shell.json_file import POINTER, JsonFileError, is_pointer, read_object
+from selm_jax.weights.bucket import InBucket, is_elsewhere, is_there
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -43,8 +44,13 @@ class Stored(NamedTuple):
         return math.prod(self.shape) * np.dtype(DTYPES[self.dtype]).itemsize
 
 
+_Bytes = np.memmap | InBucket  # both are sliced: the bytes from one place to another
+
+
 class Checkpoint:
     """The tensors in a model folder, memory-mapped: only the parts that are used are read.
+
+    The bytes of a folder that stands for one in a bucket are read from there, whole rows at a time.
 
     Attributes:
       folder: the folder.
@@ -52,17 +58,29 @@ class Checkpoint:
       file_of: the name of each tensor's file.
     """
 
-    def __init__(self, folder: Path, where: Mapping[str, tuple[np.memmap, int, Stored]]):
+    def __init__(self, folder: Path, where: Mapping[str, tuple[_Bytes, int, Stored]]):
         self.folder = folder
         self.tensors = {name: stored for name, (_, _, stored) in where.items()}
         self.file_of = {name: Path(str(f.filename)).name for name, (f, _, _) in where.items()}
         self._where = where  # file, first byte, what
+        self._name, self._rows = "", {}  # of the tensor that was read last, by first and last byte
 
     def read(self, name: str, cuts: Sequence[slice] = ()) -> np.ndarray:
         """Returns the part of a tensor that the slices select: a view of the file, not a copy."""
         file, first, stored = self._where[name]
-        flat = file[first : first + stored.bytes].view(DTYPES[stored.dtype])
-        part = flat.reshape(stored.shape)[tuple(cuts)]
+        shape, rest = stored.shape, tuple(cuts)
+        stop = first + stored.bytes
+        if rest and stored.bytes:  # whole rows, which are contiguous
+            begin, end, _ = rest[0].indices(shape[0])
+            row = stored.bytes // shape[0]
+            first, stop = first + begin * row, first + end * row
+            shape, rest = (end - begin, *shape[1:]), (slice(None), *rest[1:])
+        if self._name != name:
+            self._name, self._rows = name, {}
+        if (first, stop) not in self._rows:  # several devices may want columns of the same rows
+            self._rows[first, stop] = file[first:stop]
+        rows = self._rows[first, stop].view(DTYPES[stored.dtype])
+        part = rows.reshape(shape)[rest]
         return part if part.flags.aligned else part.copy()
 
 
@@ -77,7 +95,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     file_of = read_index(folder)
     where = {}
     for file in sorted(set(file_of.values())) if file_of else [WHOLE]:
-        if not (folder / file).exists():
+        if not is_there(folder / file):
             named = f"; {index.name} names it" if file_of else ""
             raise WeightsError(f"{folder}: {file} is missing{named}. Download it into this folder")
         held = _open_file(folder / file)
@@ -97,6 +115,8 @@ def damage_of(path: Path) -> str | None:
 
     Only the header is read and compared with the file's size.
     """
+    if is_elsewhere(path):
+        return None  # it was looked at when the folder was made
     if is_pointer(path):
         return POINTER
     try:
@@ -106,13 +126,17 @@ def damage_of(path: Path) -> str | None:
         return f"is damaged or cut off: {e}. Get the file again"
 
 
-def _open_file(path: Path) -> dict[str, tuple[np.memmap, int, Stored]]:
+def _open_file(path: Path) -> dict[str, tuple[_Bytes, int, Stored]]:
     if wrong := damage_of(path):
         raise WeightsError(f"{path} {wrong}")
-    # The library would copy every part on the host first; mapping the file avoids this.
-    file = np.memmap(path, np.uint8, "r")
-    start = 8 + int.from_bytes(file[:8].tobytes(), "little")
-    header = json.loads(file[8:start].tobytes())
+    if is_elsewhere(path):
+        file = InBucket(path)
+        start, header = file.start, dict(file.header)
+    else:
+        # The library would copy every part on the host first; mapping the file avoids this.
+        file = np.memmap(path, np.uint8, "r")
+        start = 8 + int.from_bytes(file[:8].tobytes(), "little")
+        header = json.loads(file[8:start].tobytes())
     header.pop("__metadata__", None)
     return {
         name: (file, start + t["data_offsets"][0], Stored(tuple(t["shape"]), t["dtype"]))
@@ -125,7 +149,7 @@ def index_is_passed_over(folder: Path) -> bool:
 
     transformers does the same. An earlier save may have left the index.
     """
-    return (folder / WHOLE).is_file() and (folder / INDEX).exists()
+    return is_there(folder / WHOLE) and (folder / INDEX).exists()
 
 
 def read_index(folder: Path) -> dict[str, str] | None:
@@ -135,7 +159,7 @@ def read_index(folder: Path) -> dict[str, str] | None:
       WeightsError: if the index is invalid.
     """
     index = folder / INDEX
-    if (folder / WHOLE).is_file() or not index.exists():
+    if is_there(folder / WHOLE) or not index.exists():
         return None
     try:
         file_of = read_object(index)["weight_map"]

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from selm_jax.shell.paths import is_leftover
+from selm_jax.weights.bucket import is_there
 from selm_jax.weights.files import INDEX, WHOLE, WeightsError, damage_of, read_index
 from selm_jax.weights.wheels import sha256_of
 
@@ -88,7 +89,7 @@ def problems_of(folder: Path) -> list[str]:
     except WeightsError as error:
         return [*problems, str(error)]
     wanted = set(file_of.values()) if file_of else {WHOLE}
-    there = {name for name in wanted if (folder / name).is_file()}
+    there = {name for name in wanted if is_there(folder / name)}
     if file_of:
         problems += [f"{name} is missing ({INDEX} names it)" for name in wanted - there]
     elif not there:

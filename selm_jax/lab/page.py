@@ -22,6 +22,7 @@ from selm_jax.shell.commit import commit, versions
 __all__ = [
     "Made",
     "base_case",
+    "caption",
     "constants",
     "described",
     "finding",
@@ -69,6 +70,13 @@ class Made:
         }
 
 
+def caption(made: Made) -> str:
+    """How the numbers were made, with the version of the code: below a table or a figure."""
+    of, _, changed = (commit() or "unknown").partition("-")
+    code = f"selm_jax {versions()['selm_jax']}, commit {of[:12]}{'-' * bool(changed)}{changed}"
+    return f"{made}; {code}"
+
+
 def of_shape(shape: WorldShape) -> str:
     """The sizes of a world in words."""
     features = "tabular" if shape.dimension is None else f"{shape.dimension} features"
@@ -97,12 +105,16 @@ def write(
     found: Sequence[Finding],
     plots: Sequence[Plot] = (),
     tables: Sequence[Numbers] = (),
+    more: Sequence[str] = (),
 ) -> None:
-    """Writes the page and says where; `tables` stand below that of its comparisons."""
+    """Writes the page and says where.
+
+    `tables` stand below that of its comparisons, and the sentences `more` below its answer.
+    """
     lab_page.write(
         file,
         title=title,
-        answer=answer(found, made.seeds),
+        answer=[*answer(found, made.seeds), *more],
         facts=made.facts(),
         plots=plots,
         tables=[_comparisons(file.stem, found), *tables],

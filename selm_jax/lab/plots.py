@@ -152,6 +152,30 @@ def table(
         return _plot(figure, file, title, made_by, records, _KEY)
 
 
+def panels(
+    records: Sequence[Record], x: str, y: str, panel: str, file: Path, made_by: str, against: str
+) -> Plot:
+    """Draws a heat map as `table` does for each value of the field `panel`, three in a row."""
+    names = list(dict.fromkeys(r[panel] for r in records))
+    rows, columns = (len({r[k] for r in records}) for k in (y, x))
+    across = min(3, len(names))
+    down = -(-len(names) // across)
+    with matplotlib.style.context(["default", _RC]):
+        size = (1.9 + across * (0.44 * columns + 0.3), down * (0.21 * rows + 1.5) + 0.8)
+        figure = Figure(figsize=size, layout="constrained")
+        drawn = figure.subplots(down, across, squeeze=False, sharey=True).flat
+        for axes, name in zip(drawn, names, strict=False):
+            _table(axes, [r for r in records if r[panel] == name], x, y)
+            axes.set_title(name)
+            axes.tick_params(axis="x", rotation=40)
+            for text in axes.get_xticklabels():
+                text.set(ha="right", rotation_mode="anchor")
+        for axes in list(drawn):
+            axes.set_visible(False)
+        title = f"Cumulative regret minus that of {against}, in % of it"
+        return _plot(figure, file, title, made_by, records, _KEY)
+
+
 _KEY = (
     "Cells: difference of mean cumulative regret in %, the same seeds in both; "
     "coloured only if p < 0.05 after Holm's correction over the figure (blue: less regret)."
@@ -171,7 +195,7 @@ def _table(axes: Axes, records: Sequence[Record], x: str, y: str) -> None:
         axes.text(j, i, percent, ha="center", va="center", fontsize=7.5, color=ink)
     edges = (np.arange(len(values) + 1) - 0.5 for values in (xs, ys))
     axes.pcolormesh(*edges, shown, cmap=_COLOURS, vmin=-_FULL, vmax=_FULL)
-    axes.invert_yaxis()
+    axes.set_ylim(len(ys) - 0.5, -0.5)
     label = [[f"{v:g}" if isinstance(v, float) else str(v) for v in values] for values in (xs, ys)]
     axes.set_xticks(range(len(xs)), label[0])
     axes.set_yticks(range(len(ys)), label[1])

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from selm_jax.lab import exact, theory
 from selm_jax.lab.algorithms import Algorithm, Length, Settings
-from selm_jax.lab.worlds import Scalar, Table, World
+from selm_jax.lab.worlds import Scalar, Table, World, cross
 from selm_jax.objectives.losses import Logps, Objective
 
 
@@ -91,28 +91,56 @@ def sample(
     queries: int,
     explore: int,
 ) -> Examples:
-    """Samples prompts, one candidate per table of log-probabilities, and noisy preferences.
-
-    Scores are r / temperature plus Gumbel noise, so their order follows the Plackett-Luce model; of
-    two candidates the first wins with probability sigmoid((r1 - r2) / temperature), as in the
-    Bradley-Terry model.
-    """
+    """Samples prompts, one candidate per table of log-probabilities, and noisy preferences."""
     keys = jax.random.split(key, 3 + len(slots))
     prompt = jax.random.categorical(keys[0], jnp.log(world.prompts), shape=(queries,))
-
-    def draw(key, table, temperature):
-        noise = jax.random.gumbel(key, (queries * table.shape[-1],))  # flat: see worlds._noise
-        return jnp.argmax(table[prompt] + temperature * noise.reshape(queries, -1), axis=-1)
-
-    drawn = [draw(*each) for each in zip(keys[3:], slots, temperatures, strict=True)]
+    drawn = [
+        draw(key, table[prompt], temperature)
+        for key, table, temperature in zip(keys[3:], slots, temperatures, strict=True)
+    ]
     candidates = jnp.stack(drawn, axis=-1)
-    noise = jax.random.gumbel(keys[1], candidates.shape)
-    scores = world.reward[prompt[:, None], candidates] + settings.temperature * noise
-    flipped = jax.random.uniform(keys[2], (queries,)) < settings.flips
-    best, worst = jnp.argmax(scores, -1), jnp.argmin(scores, -1)
+    chosen, rejected = label(keys[1:3], world, settings, prompt, candidates)
+    return Examples(prompt, chosen, rejected, candidates[:, explore], jnp.ones(queries))
+
+
+def draw(
+    key: Key[Array, ""], logits: Float[Array, "queries responses"], temperature: float = 1.0
+) -> Int[Array, " queries"]:
+    """Draws a response from each row of logits at a temperature, by the Gumbel-max trick."""
+    noise = jax.random.gumbel(key, (logits.size,))  # flat: see worlds._noise
+    return jnp.argmax(logits + temperature * noise.reshape(logits.shape), axis=-1)
+
+
+def label(
+    keys: Key[Array, "2"],
+    world: World,
+    settings: Settings,
+    prompt: Int[Array, " queries"],
+    candidates: Int[Array, "queries slots"],
+    seen: Any = True,
+) -> tuple[Int[Array, " queries"], Int[Array, " queries"]]:
+    """Picks the best and the worst candidate of each query by noisy feedback.
+
+    Scores are r / temperature plus Gumbel noise, so their order follows the Plackett-Luce model; of
+    two candidates the first wins with probability sigmoid(payoff / temperature), as in the
+    Bradley-Terry model. The cyclic part of a candidate's score is against the mean of them all.
+
+    Args:
+      keys: of the noise, and of the flips.
+      seen: which slots take part, one truth value per slot.
+    """
+    part = jnp.broadcast_to(jnp.asarray(seen), candidates.shape[1:]).astype(world.reward.dtype)
+    turn = world.turn[prompt[:, None], candidates]
+    others = jnp.sum(part[:, None] * turn, axis=1, keepdims=True) / jnp.sum(part)
+    noise = jax.random.gumbel(keys[0], candidates.shape)
+    scores = world.reward[prompt[:, None], candidates] + cross(turn, others)
+    scores = scores + settings.temperature * noise
+    flipped = jax.random.uniform(keys[1], (len(prompt),)) < settings.flips
+    best = jnp.argmax(jnp.where(part > 0, scores, -jnp.inf), -1)
+    worst = jnp.argmin(jnp.where(part > 0, scores, jnp.inf), -1)
     pick = [jnp.where(flipped, worst, best), jnp.where(flipped, best, worst)]
     chosen, rejected = (jnp.take_along_axis(candidates, i[:, None], -1)[:, 0] for i in pick)
-    return Examples(prompt, chosen, rejected, candidates[:, explore], jnp.ones(queries))
+    return chosen, rejected
 
 
 def every_pair(
@@ -120,6 +148,7 @@ def every_pair(
 ) -> Float[Array, "prompts chosen rejected"]:
     """The probability that `sample` draws each labelled pair, for candidates from two policies."""
     gap = world.reward[:, :, None] - world.reward[:, None, :]
+    gap = gap + cross(world.turn[:, :, None], world.turn[:, None, :])
     warm = jax.nn.sigmoid(gap / jnp.maximum(settings.temperature, 1e-12))
     wins = jnp.where(settings.temperature > 0, warm, 0.5 + 0.5 * jnp.sign(gap))
     wins = settings.flips + (1 - 2 * settings.flips) * wins
@@ -176,27 +205,40 @@ Descent = Callable[[Any, Table, Examples, Any], Any]  # theta, log reference, da
 
 def descent(algorithm: Algorithm, world: World, settings: Settings, steps: int) -> Descent:
     """Makes a function that fits theta to data by gradient descent, with a bound on its norm."""
-    adam = algorithm.optimizer == "adam"
+
+    def fit(theta, log_reference, data, bonus_weight):
+        return minimise(
+            lambda th: loss(algorithm, world, settings, th, log_reference, data, bonus_weight),
+            theta, world, settings, steps, adam=algorithm.optimizer == "adam",
+        )  # fmt: skip
+
+    return fit
+
+
+def minimise(
+    cost: Callable[[Any], Scalar],
+    theta: Float[Array, " dimension"],
+    world: World,
+    settings: Settings,
+    steps: int,
+    *,
+    adam: bool = False,
+) -> Float[Array, " dimension"]:
+    """Takes descent steps from theta within the policy class, with momentum or with Adam."""
     optimizer = optax.scale_by_adam() if adam else optax.trace(0.9, nesterov=True)
     rate = settings.rate * (1.0 if adam else (settings.assumed / world.beta) ** 2)
     radius = settings.bound * jnp.linalg.norm(world.theta_star)
+    slope = jax.grad(cost)
 
-    def fit(theta, log_reference, data, bonus_weight):
-        slope = jax.grad(
-            lambda th: loss(algorithm, world, settings, th, log_reference, data, bonus_weight)
-        )
+    def step(carry, _):
+        theta, state = carry
+        change, state = optimizer.update(slope(theta), state)
+        theta = theta - rate * change
+        theta = theta * jnp.minimum(1.0, radius / jnp.maximum(jnp.linalg.norm(theta), 1e-12))
+        return (theta, state), None
 
-        def step(carry, _):
-            theta, state = carry
-            change, state = optimizer.update(slope(theta), state)
-            theta = theta - rate * change
-            theta = theta * jnp.minimum(1.0, radius / jnp.maximum(jnp.linalg.norm(theta), 1e-12))
-            return (theta, state), None
-
-        (theta, _), _ = jax.lax.scan(step, (theta, optimizer.init(theta)), None, steps)
-        return theta
-
-    return fit
+    (theta, _), _ = jax.lax.scan(step, (theta, optimizer.init(theta)), None, steps)
+    return theta
 
 
 def no_data(algorithm: Algorithm, world: World, length: Length) -> Any:

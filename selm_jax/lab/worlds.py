@@ -7,6 +7,10 @@ The policy class of a world is log-linear around its reference,
 so theta = 0 is the reference. Features are shared by all prompts; a tabular world has one parameter
 per (prompt, response). The true reward is always inside the class (the paper's Assumption 5.2):
 theta_star, whose policy is the KL-regularised optimum, is known.
+
+Feedback compares two responses by `payoff(y, y') = r(y) - r(y') + cross(turn(y), turn(y'))`. The
+second part is 0 in all landscapes but `cyclic`, where three responses beat each other in a circle,
+so no reward explains the preferences. The optimum there is the von Neumann winner; see `exact`.
 """
 
 from __future__ import annotations
@@ -22,7 +26,8 @@ from jaxtyping import Array, Float, Int, Key
 Table = Float[Array, "prompts responses"]
 Scalar = Float[Array, ""]
 
-LANDSCAPES = ("two_peaks", "needle", "smooth", "random")
+LANDSCAPES = ("two_peaks", "needle", "smooth", "random", "wrong", "cyclic")
+REWARDED = LANDSCAPES[:4]  # those of the first experiments
 
 
 @flax.struct.dataclass
@@ -35,6 +40,8 @@ class World:
     prompts: Float[Array, " prompts"]  # probabilities
     log_reference: Table
     reward: Table  # in [0, 1]
+    turn: Float[Array, "prompts responses 2"]  # the cyclic part of preferences, 0 without one
+    balance: Float[Array, "prompts 2"]  # the mean turn under the optimum
     features: Float[Array, "prompts responses dimension"] | None
     theta_star: Float[Array, " dimension"]
     good: Table  # 1 on the responses whose reward is highest, 0 elsewhere
@@ -80,9 +87,9 @@ def make_world(
     """Makes a random world of the given shape and reward landscape.
 
     Each prompt's responses are on a ring, and the reference is centred at a random place of it. The
-    good responses are the sixteenth with the highest reward; `coverage` is the total probability
-    that the reference gives to them. `landscape` is a name of `LANDSCAPES` or its index, with which
-    one program can compute all of them.
+    good responses are the sixteenth with the highest reward (in `cyclic`, the three of the circle);
+    `coverage` is the total probability that the reference gives to them. `landscape` is a name of
+    `LANDSCAPES` or its index, with which one program can compute all of them.
     """
     if isinstance(landscape, str) and landscape not in LANDSCAPES:
         raise ValueError(f"landscape is {landscape!r}; expected one of {LANDSCAPES}")
@@ -91,20 +98,28 @@ def make_world(
     at = jnp.arange(shape.responses) / shape.responses
     centre = jax.random.uniform(places, (shape.prompts, 1))
     reward = landscapes(reward_key, at, centre)[index]
+    cyclic, wrong = (index == LANDSCAPES.index(name) for name in ("cyclic", "wrong"))
+    turn = jnp.where(cyclic, _circle(at, centre), 0.0)
 
-    base = 3 * _bump(at, centre, 0.12) + 0.5 * _noise(logits, reward.shape)
+    sharpness = jnp.where(wrong, 6, 3)
+    base = sharpness * _bump(at, centre, 0.12) + 0.5 * _noise(logits, reward.shape)
     order = jnp.argsort(jnp.argsort(-reward, axis=-1), axis=-1)
-    good = (order < max(1, shape.responses // 16)).astype(reward.dtype)
+    best = jnp.where(cyclic, _CYCLE, max(1, shape.responses // 16))
+    good = (order < best).astype(reward.dtype)
     log_reference = jnp.where(
         good > 0,
         jax.nn.log_softmax(jnp.where(good > 0, base, -jnp.inf)) + jnp.log(coverage),
         jax.nn.log_softmax(jnp.where(good > 0, -jnp.inf, base)) + jnp.log1p(-coverage),
     )
-    features, theta_star = _features(features_key, reward, shape)
+    balance = _winner(log_reference, reward, turn, shape.beta)
+    aim = reward + cross(turn, balance[:, None])
+    features, theta_star = _features(features_key, aim, shape)
     return World(
         prompts=jnp.full(shape.prompts, 1 / shape.prompts),
         log_reference=log_reference,
         reward=reward,
+        turn=turn,
+        balance=balance,
         features=features,
         theta_star=theta_star,
         good=good,
@@ -119,7 +134,10 @@ def landscapes(
 
     The reference is at `centre`.
     two_peaks: a broad peak of 0.6 under the reference, a narrow one of 1 on the other side;
-    needle: 1 on the other side, 0 elsewhere; smooth: three random waves; random: independent.
+    needle: 1 on the other side, 0 elsewhere; smooth: three random waves; random: independent;
+    wrong: the distance from the centre, where the reference is sharper than elsewhere, so it is
+    confident of the worst responses; cyclic: 1 for three on the other side, which beat each other
+    in a circle, and 0.6 under the reference.
     """
     far = (centre + 0.5) % 1
     shifted = _nearest(at, far)
@@ -129,7 +147,63 @@ def landscapes(
     phase, size = jax.random.uniform(key, (2, 3, len(centre), 1))
     smooth = jnp.sum(size / waves * jnp.sin(2 * jnp.pi * (waves * at + phase)), axis=0)
     random = _noise(key, (len(centre), len(at)))
-    return jnp.stack([two_peaks, needle, _to_unit(smooth), _to_unit(random)])
+    distance = jnp.abs((at - centre + 0.5) % 1 - 0.5)
+    cyclic = jnp.maximum(0.6 * _bump(at, centre, 0.1), _farthest(at, centre) < _CYCLE)
+    return jnp.stack(
+        [two_peaks, needle, _to_unit(smooth), _to_unit(random), _to_unit(distance), cyclic]
+    )
+
+
+def cross(first: Array, second: Array) -> Array:
+    """The cross product of vectors in the plane: by how much the first beats the second."""
+    return first[..., 0] * second[..., 1] - first[..., 1] * second[..., 0]
+
+
+_CYCLE = 3  # the responses of the circle
+
+
+def _farthest(at: Array, centre: Array) -> Array:
+    """The rank of each response by its distance from the point opposite to the centre."""
+    gap = jnp.abs((_nearest(at, (centre + 0.5) % 1) - centre) % 1 - 0.5)
+    return jnp.argsort(jnp.argsort(gap, axis=-1), axis=-1)
+
+
+def _circle(at: Array, centre: Array) -> Float[Array, "prompts responses 2"]:
+    """Places three responses on a circle, so that each beats the next by a payoff of 1."""
+    rank = _farthest(at, centre)
+    angle = 2 * jnp.pi * rank / _CYCLE
+    length = jnp.sqrt(1 / jnp.sin(2 * jnp.pi / _CYCLE))
+    return jnp.where(
+        (rank < _CYCLE)[..., None],
+        length * jnp.stack([jnp.cos(angle), jnp.sin(angle)], axis=-1),
+        0.0,
+    )
+
+
+def _winner(
+    log_reference: Table, reward: Table, turn: Float[Array, "prompts responses 2"], beta: float
+) -> Float[Array, "prompts 2"]:
+    """The mean turn of the optimum of the KL-regularised game, by damped Newton steps.
+
+    The optimum pi is the best response to itself: pi ~ pi_ref exp((r + cross(turn, m)) / beta) with
+    m the mean turn under pi. That is an equation in two numbers for each prompt, with one solution,
+    because the game is strictly monotone; its Jacobian has a determinant of at least 1.
+    """
+
+    def step(m, _):
+        p = jax.nn.softmax(log_reference + (reward + cross(turn, m[:, None])) / beta, axis=-1)
+        mean = jnp.sum(p[..., None] * turn, axis=1)
+        off = turn - mean[:, None]
+        xx, xy, yy = (
+            jnp.sum(p * off[..., i] * off[..., j], axis=-1) / beta
+            for i, j in ((0, 0), (0, 1), (1, 1))
+        )
+        fx, fy = (mean - m).T
+        det = 1 - xy**2 + xx * yy
+        change = jnp.stack([(1 - xy) * fx + xx * fy, (1 + xy) * fy - yy * fx], -1)
+        return m + 0.5 * change / det[:, None], None
+
+    return jax.lax.scan(step, jnp.zeros((len(reward), 2), reward.dtype), None, 40)[0]
 
 
 def _to_unit(height: Table) -> Table:

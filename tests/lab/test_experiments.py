@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from selm_jax import config
-from selm_jax.lab import command, experiments, plots, stats
+from selm_jax.lab import command, experiments, plots, stats, verbs
 from selm_jax.lab.algorithms import Length
 from selm_jax.lab.worlds import WorldShape
 from selm_jax.objectives.build import build_objective
@@ -181,7 +181,7 @@ def test_regret_curves_end_where_the_runs_do(monkeypatch):
 
 def test_numbers_are_written_one_record_a_line_and_drawn_as_written(tmp_path):
     file = tmp_path / "x" / "y.json"
-    wrote = command._write([{"a": 1 / 3, "b": [1e-9 / 3], "c": 12345678}, {"d": {"e": "x"}}], file)
+    wrote = verbs.write([{"a": 1 / 3, "b": [1e-9 / 3], "c": 12345678}, {"d": {"e": "x"}}], file)
     assert json.loads(file.read_text()) == wrote
     assert wrote[0] == {"a": 0.333333, "b": [3.33333e-10], "c": 12345678}
     assert len(file.read_text().splitlines()) == 2 + len(wrote)

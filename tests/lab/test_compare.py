@@ -1,0 +1,139 @@
+"""The comparison of all methods: equal bytes, choice of strengths, and what the page says."""
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from selm_jax.lab import command, compare, compare_page, stats
+from selm_jax.lab.algorithms import Length
+from selm_jax.lab.arms import ARMS
+from selm_jax.lab.compare import Found, Place, Task
+from selm_jax.lab.worlds import LANDSCAPES, WorldShape
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def record(effect, arm, landscape, condition, gap, strength=0.1, seeds=16):
+    base = np.random.default_rng(len(landscape + condition)).normal(3, 0.2, seeds)
+    noise = np.random.default_rng(9).normal(0, 0.1, seeds)
+    place = {"landscape": landscape, "condition": condition}
+    compared = stats.compare(base + gap + noise, base)
+    return (
+        {"effect": effect, "arm": arm} | place | {"strength": strength} | compared | {"last": gap}
+    )
+
+
+def records():
+    """SELM is better with the needle and worse elsewhere; uniform has no strength."""
+    conditions = ("base", "table")
+    made = []
+    for effect in ("best", "one", "data", "fit"):
+        arms = ("selm", "uniform") if effect == "best" else ("selm",)
+        made += stats.correct([
+            record(effect, arm, l, c, (-1.0 if l == "needle" else 0.5) * (arm == "selm"))
+            for arm in arms for l, c in itertools.product(("two_peaks", "needle"), conditions)
+        ])  # fmt: skip
+    return made
+
+
+def test_the_table_counts_places_and_marks_the_base_condition():
+    columns, (selm, uniform) = compare_page.rows(records())
+    assert columns[:3] == ["method", "two_peaks", "needle"]
+    found = dict(zip(columns, selm, strict=True))
+    assert found["needle"].startswith("−3") and found["needle"].endswith(" %*, 2 / 0")
+    assert found["two_peaks"].startswith("+1") and found["two_peaks"].endswith(" %*, 0 / 2")
+    assert found["all"] == "2 / 2" and found["one strength for all"] == "0.1: 2 / 2"
+    assert found["the data alone"] == "2 / 2"
+    assert uniform[0] == "uniform" and uniform[3] == "0 / 0" and uniform[-2] == "all of it"
+    assert compare_page.where(records(), "selm") == ("needle 2", "two_peaks 2")
+    assert compare_page.where(records(), "uniform") == ("nowhere", "nowhere")
+    assert compare_page.where(records(), "exo_pair") == ("–", "–")
+
+
+def test_the_page_says_what_the_table_says(monkeypatch, tmp_path):
+    slope = {"slope": 0.5, "slope_low": 0.4, "slope_high": 0.6}
+    found = Found(records(), [{"arm": "selm", "landscape": "needle"} | slope])
+    monkeypatch.setattr(compare, "compare", lambda *_, **__: iter(["programs compiled", found]))
+    told = CliRunner().invoke(
+        command.app, ["compare", "--seeds", "16", "--out", str(tmp_path)], catch_exceptions=False
+    )
+    text = (tmp_path / "lab_compare.md").read_text()
+    assert compare_page.markdown(json.loads((tmp_path / "lab_compare.json").read_text())) in text
+    assert text.splitlines()[0] in told.output
+    caption = text.splitlines()[-1]
+    assert caption.startswith("selm lab compare --seeds 16 --seed 0; 16 seeds per setting; ")
+    assert "selm_jax 0" in caption
+    page = (tmp_path / "lab_compare.html").read_text()
+    assert "selm, compared with online DPO: less regret in needle, base" in page
+    for cell in compare_page.rows(found.compared)[1][0]:
+        assert f"{cell}</td>" in page or f"{cell}</bdi>" in page, cell
+
+
+TINY = WorldShape(prompts=2, responses=16, dimension=3)
+SMALL = [a for a in ARMS if a.name in ("selm", "ipo_online", "pilaf", "best_of_4")]
+
+
+def tiny(**changed):
+    places = [Place("needle"), Place("cyclic", "moving reference", moving=True)]
+    places = [dataclass_with(p, dimension=3) for p in places]
+    whole = {"shape": TINY, "length": Length(2, 2, 2), "arms": SMALL, "places": places} | changed
+    return list(compare.compare(4, 0, **whole))[-1]
+
+
+def dataclass_with(place, **changed):
+    return Place(**{**vars(place), **changed})
+
+
+@pytest.mark.slow  # one compilation of all losses
+def test_two_runs_are_equal_and_cells_do_not_depend_on_others():
+    once, again = tiny(), tiny()
+    assert json.dumps(once) == json.dumps(again)
+    names = {r["arm"] for r in once.compared}
+    assert names == {a.name for a in SMALL}
+    apart = [r for r in once.compared if r["effect"] in ("data", "fit")]
+    assert {r["arm"] for r in apart} == {"selm", "ipo_online"}
+    fewer = tiny(arms=SMALL[:1])
+    mine = [r for r in once.compared if r["arm"] == SMALL[0].name]
+    for a, b in zip(mine, fewer.compared, strict=True):
+        assert {k: v for k, v in a.items() if k != "p_holm"} == {
+            k: v for k, v in b.items() if k != "p_holm"
+        }
+
+
+def test_strengths_are_chosen_on_worlds_that_are_not_reported(monkeypatch):
+    """The tuning worlds say that the last strength is best, and the reported ones cannot object."""
+    asked = []
+
+    class Runs:
+        def __init__(self, *_):
+            pass
+
+        def compile(self, _):
+            pass
+
+        def __call__(self, tasks, which):
+            asked.append(which)
+            tuning = which.start > 0
+            return {
+                t: np.full((len(which), 2), (2 - t.strength if tuning else 1 + t.strength) / 9)
+                + np.linspace(0, 1e-3, len(which))[:, None]
+                for t in tasks
+            }
+
+    monkeypatch.setattr(compare, "_Runs", Runs)
+    selm = next(a for a in ARMS if a.name == "selm")
+    *_, found = compare.compare(6, arms=[selm], places=[Place("needle")])
+    tuning, reported = asked[0], asked[1]
+    assert not set(tuning) & set(reported) and reported == range(6)
+    assert all(r["strength"] == selm.strengths[-1] for r in found.compared)
+
+
+def test_every_effect_is_one_family_and_places_cover_the_landscapes():
+    assert {p.landscape for p in compare.PLACES} == set(LANDSCAPES)
+    assert len(compare.PLACES) == 6 * len(compare.CONDITIONS)
+    task = Task(ARMS[0], compare.PLACES[0])
+    assert task.asker and task.judged and hash(task)

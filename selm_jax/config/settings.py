@@ -226,6 +226,11 @@ class Training:
     checkpoint_every: Count = 100  # Number of updates between two checkpoints.
     checkpoints_kept: Count = 1  # Number of an iteration's newest checkpoints to keep.
     parameter_dtype: ParameterDtype = "float32"  # Data type of parameters and optimizer moments.
+    # What to do if a loss or gradient is not finite: stop the run, or skip the update and count it.
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    # Whether every update reports the entropy of the scored tokens' distributions and the share of
+    # tokens that are the likeliest (`entropy`, `mean_token_accuracy`).
+    token_statistics: Flag = False
 
     @agree
     def _agrees(self) -> Iterator[str]:

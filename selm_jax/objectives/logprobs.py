@@ -61,14 +61,12 @@ def token_logprobs(
     >>> token_logprobs(hidden, jnp.array([[0, 1, 0]]), unembedding, chunk=2).round(4)
     Array([[-0.6931, -0.6931, -0.6931]], dtype=float32)
     """
-    p = targets.shape[1]
     how = _How(_chunk(chunk, targets, mesh), cap, mesh, frozen)
-    hidden, targets = _whole_chunks(hidden, how.chunk), _whole_chunks(targets, how.chunk)
-    return cast(Array, _logprobs(hidden, targets, unembedding, how))[:, :p]
+    return _of_tokens(hidden, targets, unembedding, how)[0]
 
 
 class TokenStats(NamedTuple):
-    """Statistics of every scored token, for evaluation.
+    """Statistics of every scored token; only `logprob` has gradients.
 
     Attributes:
       logprob: log p(target | context), in nats.
@@ -89,11 +87,37 @@ def token_statistics(
     cap: float | None = None,
     *,
     mesh: Mesh | None = None,
+    frozen: bool = False,
 ) -> TokenStats:
-    """Statistics of every scored token, without gradients; arguments as in `token_logprobs`."""
+    """Statistics of every scored token, in the pass of `token_logprobs`; it has its arguments."""
+    how = _How(_chunk(chunk, targets, mesh), cap, mesh, frozen, statistics=True)
+    return TokenStats(*_of_tokens(hidden, targets, unembedding, how))
+
+
+class _How(NamedTuple):
+    """The arguments of `token_logprobs` that are not arrays, and whether statistics are wanted."""
+
+    chunk: int
+    cap: float | None
+    mesh: Mesh | None
+    frozen: bool
+    statistics: bool = False
+
+
+def _of_tokens(hidden, targets, unembedding, how: _How) -> tuple[Array, ...]:
+    """The fields of `TokenStats`; the first alone if statistics are not wanted."""
     p = targets.shape[1]
-    chunk = _chunk(chunk, targets, mesh)
-    hidden, targets = _whole_chunks(hidden, chunk), _whole_chunks(targets, chunk)
+    hidden, targets = _whole_chunks(hidden, how.chunk), _whole_chunks(targets, how.chunk)
+    return tuple(x[:, :p] for x in cast(Any, _passed)(hidden, targets, unembedding, how))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _passed(hidden, targets, unembedding, how: _How):
+    return _forward(hidden, targets, unembedding, how)[0]
+
+
+def _forward(hidden, targets, unembedding, how: _How):
+    chunk, cap, mesh, _, statistics = how
 
     def of_device(hidden, targets, w):
         w, first = _own_cut(w.astype(hidden.dtype), mesh)
@@ -101,69 +125,30 @@ def token_statistics(
         def of_chunk(args):
             h, y = args
             logits = _logits(h, w, cap)
-            best = first + jnp.argmax(logits, axis=-1)
             sums = _sums(logits, y - first)
-            mean = jnp.sum(jnp.exp(logits - sums[1][..., None]) * logits, axis=-1)
-            return sums, mean, jnp.max(logits, axis=-1), best
+            return sums, _best_mean_largest(logits, first, sums[1]) if statistics else ()
 
-        found = jax.lax.map(of_chunk, (_split(hidden, chunk), _split(targets, chunk)))
-        sums, mean, largest, best = found
+        sums, more = jax.lax.map(of_chunk, (_split(hidden, chunk), _split(targets, chunk)))
         target, normalizer = _over_vocabulary(sums, mesh)
-        if _cuts_vocabulary(mesh):
-            # `mean` is over the probabilities within a shard, which has this share of all.
-            mean = jax.lax.psum(jnp.exp(sums[1] - normalizer) * mean, "tensor")
-            of_all = jax.lax.pmax(largest, "tensor")
-            # The first of equal ones counts, whichever shard it is in.
-            best = jax.lax.pmin(
-                jnp.where(largest == of_all, best, jnp.iinfo(jnp.int32).max), "tensor"
-            )
-        # -sum p log p = log Z - sum p z
-        return _join(target - normalizer), _join(best) == targets, _join(normalizer - mean)
-
-    run = _on(mesh, of_device, (_ROWS, _ROWS, _UNEMBEDDING), (_ROWS, _ROWS, _ROWS))
-    return TokenStats(*(x[:, :p] for x in run(hidden, targets, unembedding)))
-
-
-class _How(NamedTuple):
-    """The arguments of `token_logprobs` that are not arrays."""
-
-    chunk: int
-    cap: float | None
-    mesh: Mesh | None
-    frozen: bool
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _logprobs(hidden, targets, unembedding, how: _How):
-    return _forward(hidden, targets, unembedding, how)[0]
-
-
-def _forward(hidden, targets, unembedding, how: _How):
-    chunk, cap, mesh, _ = how
-
-    def of_device(hidden, targets, w):
-        w, first = _own_cut(w.astype(hidden.dtype), mesh)
-
-        def of_chunk(args):
-            h, y = args
-            return _sums(_logits(h, w, cap), y - first)
-
-        sums = jax.lax.map(of_chunk, (_split(hidden, chunk), _split(targets, chunk)))
-        target, normalizer = _over_vocabulary(sums, mesh)
-        return _join(target - normalizer), normalizer
+        found = [_join(target - normalizer)]
+        if statistics:
+            best, mean = _best_and_mean(more, sums[1] - normalizer, mesh)
+            # -sum p log p = log Z - sum p z
+            found += [_join(best) == targets, _join(normalizer - mean)]
+        return tuple(found), normalizer
 
     run = _on(mesh, of_device, (_ROWS, _ROWS, _UNEMBEDDING), (_ROWS, _CHUNKS))
-    logprob, normalizer = run(hidden, targets, unembedding)
-    return logprob, (hidden, targets, unembedding, normalizer)
+    found, normalizer = run(hidden, targets, unembedding)
+    return found, (hidden, targets, unembedding, normalizer)
 
 
-def _backward(how: _How, kept, gradient):
+def _backward(how: _How, kept, gradients):
     """Computes the gradients from d/dz log p(y) = onehot(y) - softmax(z).
 
     The derivative of the cap is d/dx cap * tanh(x / cap) = 1 - (z / cap)^2.
     """
-    chunk, cap, mesh, frozen = how
-    dtype = kept[2].dtype
+    chunk, cap, mesh, frozen, _ = how
+    dtype, gradient = kept[2].dtype, gradients[0]
 
     def of_device(hidden, targets, w, normalizer, gradient):
         w, first = _own_cut(w.astype(hidden.dtype), mesh)
@@ -196,7 +181,7 @@ def _backward(how: _How, kept, gradient):
     return d_hidden, None, None if frozen else d_w
 
 
-_logprobs.defvjp(_forward, _backward)
+_passed.defvjp(_forward, _backward)
 
 
 # --- one chunk, or one shard of the vocabulary ----------------------------------------------------
@@ -223,6 +208,26 @@ def _over_vocabulary(sums: tuple[Array, Array], mesh: Mesh | None) -> tuple[Arra
     largest = jax.lax.pmax(normalizer, "tensor")
     total = jax.lax.psum(jnp.exp(normalizer - largest), "tensor")
     return jax.lax.psum(target, "tensor"), largest + jnp.log(total)
+
+
+def _best_mean_largest(logits: Float[Array, "r c v"], first: Any, normalizer: Array):
+    """This shard's likeliest token, and the mean and the largest of its logits."""
+    mean = jnp.sum(jnp.exp(logits - normalizer[..., None]) * logits, axis=-1)
+    return first + jnp.argmax(logits, axis=-1), mean, jnp.max(logits, axis=-1)
+
+
+def _best_and_mean(of_shard: tuple[Array, ...], log_share: Array, mesh: Mesh | None):
+    """Combines the results of `_best_mean_largest` over all shards of the vocabulary.
+
+    A shard's mean is over the probabilities within it, which are exp(`log_share`) of all.
+    """
+    best, mean, largest = of_shard
+    if not _cuts_vocabulary(mesh):
+        return best, mean
+    of_all = jax.lax.pmax(largest, "tensor")
+    # The first of equal ones counts, whichever shard it is in.
+    best = jnp.where(largest == of_all, best, jnp.iinfo(jnp.int32).max)
+    return jax.lax.pmin(best, "tensor"), jax.lax.psum(jnp.exp(log_share) * mean, "tensor")
 
 
 # --- on a mesh --------------------------------------------------------------------------------

@@ -203,6 +203,8 @@ class Programs:
             self.optimizer,
             chunk=s.logprob_chunk,
             clip=s.clip,
+            statistics=s.token_statistics and not self.task.objective.rates,
+            skip=s.on_nonfinite == "skip",
             shardings=Shardings(where, replicated),
         )
 

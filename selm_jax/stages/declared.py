@@ -20,9 +20,12 @@ FREE = frozenset(
     {
         *("rollout.slots", "rollout.prefill_rows", "feedback.prompts_per_part"),
         "rollout.gap",
-        *("training.checkpoint_every", "training.checkpoints_kept"),
+        *("training.checkpoint_every", "training.checkpoints_kept", "training.on_nonfinite"),
     }
 )
+# Settings that earlier versions did not have, with what these did. They are recorded only if they
+# are something else, so that folders of earlier versions go on.
+ADDED = {"training.token_statistics": False}
 FREE_OF_RANKERS = frozenset(
     {
         *(
@@ -109,6 +112,7 @@ def recorded(experiment: Experiment, task: Task, keys: frozenset[str], t: int) -
         found["training.learning_rate"] = experiment.learning_rate(t)
     if t == 1:  # both are the start model
         found.pop("training.reference_policy", None)
+    found = {k: v for k, v in found.items() if k not in ADDED or v != ADDED[k]}
     return {k: v for k, v in found.items() if not _covers(FREE, k)}
 
 

@@ -45,6 +45,8 @@ def train(step: Step, policy: Model, examples: StoredTable, reference: Model) ->
             def report(metrics: Mapping[str, Any]) -> None:
                 step.log(metrics)
                 advance(1, metrics["tokens"])
+                if metrics.get("skipped"):
+                    step.say(_skipped(metrics["step"], plan))
 
             with multihost.stop_deferred():
                 state = loop.train(
@@ -54,7 +56,20 @@ def train(step: Step, policy: Model, examples: StoredTable, reference: Model) ->
                 )  # fmt: skip
         del fixed
         checkpoints.save_final(state.params, int(state.step))
-    return plan.counts()
+    return plan.counts() | _counted(step)
+
+
+def _skipped(number: int, plan: loop.TrainingPlan) -> str:
+    ids = ", ".join(e.prompt_id for e in plan.updates[number - 1][:8])
+    return f"update {number} is skipped: its loss or gradient is not finite. It begins with {ids}"
+
+
+def _counted(step: Step) -> Counts:
+    """Counts the updates that were skipped, if the experiment skips any."""
+    if step.settings.training.on_nonfinite == "stop":
+        return {}
+    lines = multihost.on_first(step.log.lines)
+    return {"skipped": sum(int(line.get("skipped", 0)) for line in lines)}
 
 
 def speed_of(step: Step) -> Speed:

@@ -127,8 +127,8 @@ def train(
         `memory/` are readings of this machine; all others are the same in every run.
 
     Raises:
-      TrainingError: if a loss or gradient is not finite; the message names the examples. The last
-        checkpoint stays as it is.
+      TrainingError: if a loss or gradient is not finite and `training.on_nonfinite` is `stop`; the
+        message names the examples. The last checkpoint stays as it is.
       Stopped, KeyboardInterrupt: if a signal or Ctrl-C stops the run; the state after the last
         update has been saved.
     """
@@ -145,10 +145,11 @@ def train(
             update, state, map(place, batches), now,
             means=mean_lengths(examples), reference=reference, base=base, key=drop, laps=laps,
         )  # fmt: skip
-        _check_finite(metrics, plan, step, examples)
+        if s.on_nonfinite == "stop":
+            _check_finite(metrics, plan, step, examples)
         positions = len(batches) * plan.shape.rows * plan.shape.time
         report(
-            {"step": step + 1, **metrics, "learning_rate": now}
+            {"step": step + 1, **_finite(metrics), "learning_rate": now}
             | tokens_of(examples, positions)
             | speed.metrics(examples, laps.taken())
             | memory.peaks()
@@ -223,6 +224,11 @@ def mean_lengths(examples: Sequence[Example]) -> np.ndarray:
     return np.array([mean(role) for role in ROLES], np.float32)
 
 
+def _finite(metrics: Metrics) -> dict[str, float | None]:
+    """The metrics with None in place of what is not finite, which JSON has no number for."""
+    return {k: v if np.isfinite(v) else None for k, v in metrics.items()}
+
+
 def _check_finite(
     metrics: Metrics, plan: TrainingPlan, step: int, examples: Sequence[Example]
 ) -> None:
@@ -233,5 +239,6 @@ def _check_finite(
             f"iteration {plan.iteration}, update {step + 1}: {' and '.join(bad)} "
             f"{'is' if len(bad) == 1 else 'are'} not finite. The update's examples: "
             f"{ids}{', ...' if len(examples) > 8 else ''}. Usually a smaller "
-            "training.learning_rate helps; the last checkpoint is undamaged"
+            "training.learning_rate helps; the last checkpoint is undamaged. "
+            "training.on_nonfinite: skip leaves out such updates and goes on from there"
         )

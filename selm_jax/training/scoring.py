@@ -16,17 +16,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
-from selm_jax.models.decoder import Decoder, Params, unembedding
+from selm_jax.models.decoder import Decoder, Params
 from selm_jax.objectives.logprobs import TokenStats, token_statistics
 from selm_jax.preferences.examples import Example
 from selm_jax.preferences.layouts import Layout
 from selm_jax.preferences.packing import PreferenceBatch, Shape, pack, unpack, unpack_tokens
 from selm_jax.preferences.rewards import response_rewards
-from selm_jax.training.update import Update, response_logps
+from selm_jax.training.update import Update, of_scored, response_logps
 
 # Called with the number of examples and of tokens scored since the last call.
 Report = Callable[[int, int], None]
@@ -71,18 +70,10 @@ def _readers(decoder: Decoder, chunk: int, replicated: Sharding | None) -> Reade
     return Readers(
         logps=compiled(lambda params, batch: response_logps(decoder, params, batch, chunk)),
         rewards=compiled(lambda params, batch: response_rewards(decoder, params, batch)),
-        statistics=compiled(lambda params, batch: _statistics(decoder, params, batch, chunk)),
+        statistics=compiled(
+            lambda params, batch: of_scored(token_statistics, decoder, params, batch, chunk)
+        ),
     )
-
-
-def _statistics(decoder: Decoder, params: Params, batch: PreferenceBatch, chunk: int) -> TokenStats:
-    """The `TokenStats` of all scored tokens of a packed batch, [rows, scored]."""
-    hidden, _ = decoder.apply({"params": params}, batch.tokens, batch.position, batch.end)
-    predicting = jnp.take_along_axis(hidden, batch.predictor[..., None], axis=1)
-    return token_statistics(
-        predicting, batch.target, unembedding(params), chunk, decoder.config.logit_cap,
-        mesh=decoder.mesh,
-    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

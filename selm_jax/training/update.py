@@ -25,7 +25,7 @@ from jax.sharding import Sharding
 from jaxtyping import Array, Float
 
 from selm_jax.models.decoder import Decoder, Params, unembedding
-from selm_jax.objectives.logprobs import token_logprobs
+from selm_jax.objectives.logprobs import TokenStats, token_logprobs, token_statistics
 from selm_jax.objectives.losses import Logps, Metrics, Objective, Rewards
 from selm_jax.objectives.measures import measures
 from selm_jax.objectives.roles import ROLES
@@ -61,11 +61,24 @@ def scored_logps(
     key: Array | None = None,
 ) -> Float[Array, "rows scored"]:
     """log pi(token | context) of every scored token in the batch; see `response_logps`."""
+    return of_scored(token_logprobs, decoder, params, batch, chunk, adapters, key)
+
+
+def of_scored(
+    head: Callable[..., Any],
+    decoder: Decoder,
+    params: Params,
+    batch: PreferenceBatch,
+    chunk: int,
+    adapters: Params | None = None,
+    key: Array | None = None,
+) -> Any:
+    """What `head`, such as `token_statistics`, gives of every scored token in the batch."""
     variables = {"params": params} | ({} if adapters is None else {"lora": adapters})
     rngs = None if key is None else {"dropout": key}
     hidden, _ = decoder.apply(variables, batch.tokens, batch.position, batch.end, rngs=rngs)
     predicting = jnp.take_along_axis(hidden, batch.predictor[..., None], axis=1)
-    return token_logprobs(
+    return head(
         predicting, batch.target, unembedding(params), chunk, decoder.config.logit_cap,
         mesh=decoder.mesh, frozen=adapters is not None,
     )  # fmt: skip
@@ -107,6 +120,7 @@ def loss_sums(
     decoder: Decoder,
     objective: Objective,
     chunk: int,
+    statistics: bool = False,
     reference_params: Params | None = None,
     base: Params | None = None,
     key: Array | None = None,
@@ -116,7 +130,8 @@ def loss_sums(
     If the objective `rates`, `params` are a reward model's, and the reference is not used. With
     `reference_params` the reference's log-probabilities are computed live by the same function;
     otherwise the stored ones are used. Both give the same numbers. With `base`, `params` are the
-    adapters of the decoder's `lora`, and the base stays as it is.
+    adapters of the decoder's `lora`, and the base stays as it is. With `statistics`, the sums have
+    those of `PER_TOKEN` as well.
     """
     if (base is None) != (decoder.lora is None):
         raise ValueError("pass `base` for a decoder with adapters, and only for such a decoder")
@@ -125,15 +140,18 @@ def loss_sums(
         rewards = _of_roles(batch, response_rewards(decoder, params, batch))
         given = Rewards(rewards, _of_roles(batch, batch.scores))
         return _sums(batch, *_measured(objective, given))
+    head = token_statistics if statistics else token_logprobs
     if base is None:
-        policy = response_logps(plain, params, batch, chunk)
+        found = of_scored(head, plain, params, batch, chunk)
     else:
-        policy = response_logps(decoder, base, batch, chunk, params, key)
+        found = of_scored(head, decoder, base, batch, chunk, params, key)
+    policy = batch.sum_by_response(found.logprob if statistics else found)
     reference = batch.reference
     if reference_params is not None:
         reference = response_logps(plain, reference_params, batch, chunk)
     logps = by_role(batch, policy, jax.lax.stop_gradient(reference), mean_lengths)
-    return _sums(batch, *_measured(objective, logps))
+    loss, sums = _sums(batch, *_measured(objective, logps))
+    return loss, sums | (_token_sums(batch, found) if statistics else {})
 
 
 def _measured(objective: Objective, given: Logps | Rewards) -> tuple[PerExample, Metrics]:
@@ -150,6 +168,26 @@ def _sums(
     sums = {name: jnp.sum(weight * value) for name, value in metrics.items()}
     loss = jnp.sum(weight * losses)
     return loss, sums | {"loss": loss, "examples": jnp.sum(weight)}
+
+
+# Metrics that are means over scored tokens, not over examples. TRL has them by these names.
+PER_TOKEN = ("entropy", "mean_token_accuracy")
+
+
+def _token_sums(batch: PreferenceBatch, found: TokenStats) -> Sums:
+    """Sums over the batch's scored tokens, and their number."""
+    real = batch.owner < batch.reference[0].size
+    values = (found.entropy, found.likeliest)
+    sums = {k: jnp.sum(jnp.where(real, v, 0.0)) for k, v in zip(PER_TOKEN, values, strict=True)}
+    return sums | {"scored": jnp.sum(real, dtype=jnp.float32)}
+
+
+def _means(sums: Sums) -> Sums:
+    """The update's metrics: means over examples or over scored tokens, and the examples' number."""
+    count = sums["examples"]
+    scored = sums.get("scored", count)
+    of = {k: scored if k in PER_TOKEN else count for k in sums if k not in ("examples", "scored")}
+    return {k: sums[k] / n for k, n in of.items()} | {"examples": count}
 
 
 class Update(NamedTuple):
@@ -187,20 +225,24 @@ def make_update(
     *,
     chunk: int,
     clip: float | None = None,
+    statistics: bool = False,
+    skip: bool = False,
     shardings: Shardings = Shardings(),  # noqa: B008 (a NamedTuple, immutable)
 ) -> Update:
     """Makes the compiled functions of a run; each compiles at its first call with a shape.
 
     `optimizer` gives steps for a learning rate of 1 (see `training.optimizer`). The learning rate
     is an argument of `apply`, so that iterations with different schedules share one compilation.
-    `clip` bounds the global norm of the mean gradient; None does not.
+    `clip` bounds the global norm of the mean gradient; None does not. With `statistics`, there are
+    the metrics `PER_TOKEN`. With `skip`, an update whose loss or gradient is not finite leaves
+    parameters and moments as they are, and the metric `skipped` is 1.
     """
 
     def gradients(params, batch, mean_lengths, reference=None, base=None, key=None):
         loss = jax.value_and_grad(
             lambda p: loss_sums(
                 p, batch, mean_lengths, decoder=decoder, objective=objective, chunk=chunk,
-                reference_params=reference, base=base, key=key,
+                statistics=statistics, reference_params=reference, base=base, key=key,
             ), has_aux=True,
         )  # fmt: skip
         (_, sums), grads = loss(params)
@@ -220,9 +262,14 @@ def make_update(
         steps, opt_state = optimizer.update(grads, state.opt_state, state.params)
         steps = jax.tree.map(lambda step: learning_rate * step, steps)
         params = cast(Params, optax.apply_updates(state.params, steps))
-        metrics = {k: v / count for k, v in sums.items() if k != "examples"}
-        metrics |= {"grad_norm": norm, "examples": count}
-        return TrainState(state.step + 1, params, opt_state), metrics
+        metrics = _means(sums) | {"grad_norm": norm}
+        done = TrainState(state.step + 1, params, opt_state)
+        if skip:
+            fine = jnp.isfinite(norm) & jnp.isfinite(sums["loss"])
+            kept = TrainState(state.step + 1, state.params, state.opt_state)
+            done = jax.tree.map(lambda new, old: jnp.where(fine, new, old), done, kept)
+            metrics |= {"skipped": 1.0 - fine}
+        return done, metrics
 
     plain = decoder.clone(lora=None)
 

@@ -31,6 +31,7 @@ from selm_jax.stages.ranking import budget, teach
 from selm_jax.tables import heldout, heldout_pairs, pairs
 from selm_jax.training import loop, work
 from selm_jax.training.laps import Laps
+from selm_jax.training.update import PER_TOKEN
 
 PAGE = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
 RANKERS = (
@@ -117,8 +118,17 @@ def of_updates():
     added = work.tokens_of([example], 9)
     added |= speed.metrics([example], Laps().taken() | {"gradients": 1.0})
     added |= memory.peaks() | dict.fromkeys(["memory/device"])  # which a CPU does not tell
-    own = {"learning_rate", "loss", "grad_norm", "examples", "stage", "iteration", "step"}
-    return {*added, *own}
+    own = {
+        "learning_rate",
+        "loss",
+        "grad_norm",
+        "examples",
+        "stage",
+        "iteration",
+        "step",
+        "skipped",
+    }
+    return {*added, *own, *PER_TOKEN}
 
 
 def of_gap():

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 
 from selm_jax.config import Training
+from selm_jax.models.config import DecoderConfig
 from selm_jax.preferences.examples import Example
 from selm_jax.preferences.packing import pack
-from selm_jax.training.loop import TrainingPlan
+from selm_jax.training.loop import TrainingError, TrainingPlan, train
+from selm_jax.training.state import TrainState
+from selm_jax.training.update import Update
+from selm_jax.training.work import Speed
 
 SETTINGS = Training(learning_rate=(1e-3,), global_batch=16, rows=8)
 
@@ -57,3 +62,39 @@ def test_the_report_says_how_long_rows_are_and_counts_the_batches_that_are_made(
         assert (counts["rows"], counts["row_length"]) == (shape.rows, shape.time)
         assert counts["tokens_padded"] == sum(batch.tokens.size for batch in batches)
         assert counts["tokens_useful"] == sum((batch.segment > 0).sum() for batch in batches)
+
+
+class NoCheckpoints:
+    def save(self, state):
+        pass
+
+
+def told(on_nonfinite):
+    """What is reported of four updates, of which the second is not finite."""
+    settings = dataclasses.replace(SETTINGS, on_nonfinite=on_nonfinite)
+    plan = TrainingPlan.make(settings, examples(67), seed=3, iteration=1, ways=1)
+
+    def apply(state, gradients, sums, rate):
+        loss = np.nan if state.step == 1 else 0.5
+        metrics = {"loss": loss, "grad_norm": 1.0, "skipped": float(np.isnan(loss))}
+        return state.replace(step=state.step + 1), metrics
+
+    update = Update(*[None] * 6)._replace(gradients=lambda *_: (None, {}), apply=apply)
+    update = update._replace(add=lambda *_: (None, {}))
+    lines = []
+    speed = Speed(DecoderConfig(96, 32, 4, 2, 8, 64, (), 1e-5, False, 64, "L"), None)
+    state = TrainState(np.int32(0), {}, ())
+    train(
+        plan, update, state, NoCheckpoints(), peak=1e-3, speed=speed, place=lambda batch: batch,
+        report=lines.append,
+    )  # fmt: skip
+    return lines
+
+
+def test_an_update_that_is_not_finite_stops_training_unless_it_is_skipped():
+    with pytest.raises(TrainingError, match=r"update 2: loss is not finite.*on_nonfinite: skip"):
+        told("stop")
+    lines = told("skip")
+    assert [line["loss"] for line in lines] == [0.5, None, 0.5, 0.5]
+    assert [line["skipped"] for line in lines] == [0, 1, 0, 0]
+    assert "NaN" not in json.dumps(lines)

@@ -29,6 +29,8 @@ class Remote:
     timeout: Positive = 600.0  # Seconds to wait for one answer.
     retries: Natural = 6  # How many times a failed request is sent again.
     key_env: str | None = None  # Name of the environment variable that contains the API key.
+    # Whether vLLM gets a seed with each answer; false: none, as vLLM on TPUs refuses seeds.
+    seeds: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -47,7 +47,7 @@ class Dialect(NamedTuple):
     Attributes:
         generate, model, about: URL paths; the last one returns the version.
         body: turns (name, prompt, sampling or None for the greedy answer, maximum tokens, stop ids,
-            seed) into the JSON of a request.
+            seed or None) into the JSON of a request.
         read: turns the JSON of an answer into `Said`.
         served: turns the JSON of `model` into the models that it serves, by name.
         example: a command that starts the server.
@@ -58,7 +58,9 @@ class Dialect(NamedTuple):
     generate: str
     model: str
     about: str
-    body: Callable[[str, Sequence[int], Sampling | None, int, Sequence[int], int], dict[str, Any]]
+    body: Callable[
+        [str, Sequence[int], Sampling | None, int, Sequence[int], int | None], dict[str, Any]
+    ]
     read: Callable[[Any], Said]
     served: Callable[[Any], dict[str, Served]]
     example: str
@@ -70,7 +72,7 @@ def _vllm_body(name, prompt, sampling, most, stop_ids, seed) -> dict[str, Any]:
         "model": name,
         "prompt": list(prompt),
         "max_tokens": most,
-        "seed": seed,
+        **({} if seed is None else {"seed": seed}),
         # vLLM ends at the model folder's eos token only; we may have more stop tokens.
         "ignore_eos": True,
         "stop_token_ids": list(stop_ids),

@@ -174,7 +174,7 @@ class Server:
 
         async def ask(one: tuple[Request, int]) -> None:
             request, sample = one
-            number = _seed(seed, iteration, request.drawn_by, sample)
+            number = _seed(seed, iteration, request.drawn_by, sample) if s.seeds else None
             body = self.dialect.body(
                 name, request.prompt, self.sampling if sample else None, self.max_new_tokens,
                 self.stop_ids, number,

@@ -16,6 +16,10 @@ _CAUSES = {
         "one. Start it with --max-num-batched-tokens N, where N is more than the tokens of "
         "rollout.remote.concurrency prompts together (for example 8192), or lower the concurrency"
     ),
+    "JAX does not support per-request seed": (
+        "vLLM on TPUs refuses seeds. Set rollout.remote.seeds: false; then another run of the same "
+        "experiment draws other answers"
+    ),
 }
 
 

@@ -59,6 +59,10 @@ def test_what_vllm_is_asked(serving):
     assert greedy == same | {"temperature": 0.0, "top_k": -1, "top_p": 1.0, "min_p": 0.0}
     assert drawn == same | {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "min_p": 0.05}
     assert seeds[0] != seeds[1] and all(0 <= seed < 2**31 for seed in seeds)
+    server.bodies.clear()
+    with client(server, seeds=False) as policy:
+        policy.generate([Request(4, (5, 6, 7), 1, 1)], seed=3, iteration=2)
+    assert sorted(server.bodies, key=lambda body: body["temperature"]) == [greedy, drawn]
 
 
 def test_what_sglang_is_asked(serving):
@@ -110,6 +114,7 @@ def test_answers_have_their_end_whatever_the_server_likes(serving, engine, said,
         ((200, stand_in.vllm([320, 1])), "beyond the model's 320 tokens"),
         ((200, {"choices": []}), "not in the format of vllm"),
         ((400, {"message": "maximum context length is 4"}), "maximum context length is 4"),
+        ((400, {"message": "JAX does not support per-request seed."}), "remote.seeds: false"),
     ],
 )
 def test_a_malformed_answer_is_refused(serving, answer, message):

@@ -7,8 +7,8 @@ expired lease exactly one succeeds, and a holder whose lease was taken cannot re
 A holder renews its lease every `RENEW` seconds, and each renewal changes the object. Whoever sees
 no change for `LEASE` seconds of its own steady clock knows that the holder is dead or suspended:
 no clocks of two hosts are compared, and they may differ by any amount. A process that was suspended
-ends itself when its next renewal is refused. On the holder's own machine, a dead process is noticed
-at once.
+ends itself when its next renewal is refused; before it writes anything else, it renews a lease that
+has become old. On the holder's own machine, a dead process is noticed at once.
 """
 
 from __future__ import annotations
@@ -41,21 +41,23 @@ def held(store: Store) -> Iterator[None]:
 
     If another host holds the lease, this waits up to `LEASE` seconds for it to expire, so that a
     machine that replaces a preempted one continues without help. If this process loses the lease,
-    because it was suspended, it ends.
+    because it was suspended, it ends, and `store` writes nothing before.
 
     Raises:
       ArtifactError: another process is using the folder (the message says which), or the lock is
         damaged or belongs to another program.
       StorageError: the bucket cannot be used.
     """
-    while (lease := _take(store)) is None:
+    while (lease := _take(Store.at(store.url))) is None:
         time.sleep(random.uniform(0, 0.05))  # at random: others may retry at the same time
     ended = threading.Event()
     renewing = threading.Thread(target=_renew, args=(lease, ended), daemon=True)
     renewing.start()
+    store.before_writing = lambda: lease.renew(LEASE / 2)
     try:
         yield
     finally:
+        store.before_writing = lambda: None
         ended.set()
         renewing.join()
         with contextlib.suppress(StorageError):  # then it expires
@@ -84,12 +86,34 @@ class _Lease:
     """A lease that this process holds.
 
     Attributes:
+      store: a handle of its own on the folder, whose writes do not wait for the lease.
       about: what the lock says of this process.
       version: of the lock, as we wrote it last.
+      renewed: when we last began to write it, by this host's steady clock.
     """
 
-    def __init__(self, store: Store, about: dict[str, Any], version: str):
-        self.store, self.about, self.version = store, about, version
+    def __init__(self, store: Store, about: dict[str, Any], version: str, renewed: float):
+        self.store, self.about, self.version, self.renewed = store, about, version, renewed
+        self._one = threading.Lock()
+
+    def renew(self, age: float = 0.0) -> None:
+        """Renews a lease of this age, in seconds; ends this process if another has taken it.
+
+        Raises:
+          StorageError: the store cannot be reached.
+        """
+        if (began := time.monotonic()) - self.renewed < age:
+            return
+        with self._one:
+            if not self.write(_content(self.about)):
+                print(
+                    f"selm: {self.store.url}: this process did not respond for {LEASE:.0f} s and "
+                    "another one has taken over. This one stops; nothing is lost",
+                    file=sys.stderr,
+                )
+                sys.stderr.flush()
+                os._exit(1)
+            self.renewed = began
 
     def write(self, content: bytes) -> bool:
         """Writes into the lock if it is still ours; whether it is."""
@@ -117,27 +141,19 @@ def _take(store: Store) -> _Lease | None:
     about = {"machine": _machine(), "host": socket.gethostname(), "process": os.getpid()}
     about |= {"started": _started(os.getpid()), "id": uuid.uuid4().hex}
     version = None if entry is None else entry.version
+    began = time.monotonic()
     try:
         ours = store.put(KEY, _content(about), if_absent=entry is None, if_version=version)
-        return _Lease(store, about, ours.version)
+        return _Lease(store, about, ours.version, began)
     except Conflict:
         return None
 
 
 def _renew(lease: _Lease, ended: threading.Event) -> None:
-    """Renews a lease until `ended` is set; ends this process if another process took it."""
+    """Renews a lease until `ended` is set."""
     while not ended.wait(RENEW):
-        try:
-            ours = lease.write(_content(lease.about))
-        except (StorageError, ArtifactError):
-            continue  # the store may be unreachable for a while, for others too
-        if not ours:
-            print(
-                f"selm: {lease.store.url}: this process did not respond for {LEASE:.0f} s and "
-                "another one has taken over. This one stops; nothing is lost",
-                file=sys.stderr,
-            )
-            os._exit(1)
+        with contextlib.suppress(StorageError):  # it may be out of reach for a while, for all
+            lease.renew()
 
 
 def _content(about: dict[str, Any]) -> bytes:

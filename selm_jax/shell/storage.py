@@ -66,10 +66,12 @@ class Store:
 
     Attributes:
       url: such as `gs://bucket/prefix`, without a slash at the end.
+      before_writing: called before anything is written or deleted; it may refuse by an exception.
     """
 
     def __init__(self, url: str, inner: Any):
         self.url = url
+        self.before_writing: Callable[[], None] = lambda: None
         self._inner = inner
         self._scheme = urlsplit(url).scheme
 
@@ -105,6 +107,7 @@ class Store:
           Conflict: the condition does not hold, and other bytes than these are stored. Equal
             bytes count as written: where it matters who wrote them, they must say so.
         """
+        self.before_writing()
         if if_absent or if_version is not None:
             content = source if isinstance(source, bytes) else source.read_bytes()
             return self._put_if(key, content, if_version)
@@ -171,6 +174,7 @@ class Store:
 
     def delete(self, key: str) -> None:
         """Deletes an object, if there is one."""
+        self.before_writing()
         with contextlib.suppress(FileNotFoundError):
             self._ask("delete", key, lambda ob: ob.delete(self._inner, key))
 

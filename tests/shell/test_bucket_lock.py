@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -20,10 +21,14 @@ from selm_jax.shell.storage import Store
 ELSEWHERE = {"machine": "another", "host": "worker-7", "process": 12, "started": 1, "id": "x"}
 
 
+# What only depends on conditional writes, which both stores are held to, is tried with one.
+on_one_store = pytest.mark.parametrize("bucket", ["gs"], indirect=True)
+
+
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    monkeypatch.setattr(bucket_lock, "LEASE", 0.5)
-    monkeypatch.setattr(bucket_lock, "RENEW", 0.05)
+    monkeypatch.setattr(bucket_lock, "LEASE", 0.4)
+    monkeypatch.setattr(bucket_lock, "RENEW", 0.04)
     monkeypatch.setattr(storage, "_FIRST_WAIT", 0.001)
 
 
@@ -56,8 +61,9 @@ def test_a_second_one_is_told_who_is_there(store):
         pass
 
 
+@on_one_store
 def test_another_host_that_lives_is_not_disturbed(store, monkeypatch):
-    monkeypatch.setattr(bucket_lock, "LEASE", 30)  # it ends at the first renewal
+    monkeypatch.setattr(bucket_lock, "LEASE", 3)  # it ends at the first renewal
     with held(store):
         ours = lock(store)["id"]
         elsewhere(monkeypatch)
@@ -66,6 +72,7 @@ def test_another_host_that_lives_is_not_disturbed(store, monkeypatch):
         assert lock(store)["id"] == ours and holder(store)["id"] == ours
 
 
+@on_one_store
 @pytest.mark.parametrize("off_by", [-600, 600])
 def test_another_host_that_is_dead_is_waited_for_whatever_the_clocks_say(
     store, monkeypatch, off_by, capsys
@@ -80,6 +87,7 @@ def test_another_host_that_is_dead_is_waited_for_whatever_the_clocks_say(
     assert "process 12 on worker-7; waiting up to" in capsys.readouterr().err
 
 
+@on_one_store
 def test_who_looks_compares_the_store_s_times(store, monkeypatch):
     left_by(store, ELSEWHERE)
     monkeypatch.setattr(bucket_lock, "LEASE", 60.0)
@@ -89,48 +97,60 @@ def test_who_looks_compares_the_store_s_times(store, monkeypatch):
 
 
 HOLD = """
-import os, sys
+import sys
 from selm_jax.shell import bucket_lock
 from selm_jax.shell.storage import Store
-bucket_lock.LEASE, bucket_lock.RENEW = 0.5, 0.05
-with bucket_lock.held(Store.at(sys.argv[1])):
+bucket_lock.LEASE, bucket_lock.RENEW = 0.4, float(sys.argv[2])
+store = Store.at(sys.argv[1])
+with bucket_lock.held(store):
     print("held", flush=True)
-    sys.stdin.read()
+    for key in sys.stdin:
+        store.put(key.strip(), b"")
 """
 
 
-@pytest.fixture
-def other(store):
-    """A process that holds the lease until its input ends."""
-    command = [sys.executable, "-c", HOLD, store.url]
+@contextlib.contextmanager
+def another(store, renew=0.04):
+    """A process that holds the lease until its input ends, and writes the keys that it reads."""
+    command = [sys.executable, "-c", HOLD, store.url, str(renew)]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
         assert process.stdout.readline() == "held\n"
-        yield process
-        process.kill()
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
-def test_a_process_that_was_killed_lets_go_at_once_on_its_machine(store, other, monkeypatch):
-    with pytest.raises(ArtifactError, match=f"process {other.pid} on "):
-        held(store).__enter__()
-    other.kill()
-    other.wait()
+@on_one_store
+def test_a_process_that_was_killed_lets_go_at_once_on_its_machine(store, monkeypatch):
+    with another(store) as other:
+        with pytest.raises(ArtifactError, match=f"process {other.pid} on "):
+            held(store).__enter__()
+        other.kill()
+        other.wait()
     monkeypatch.setattr(bucket_lock, "LEASE", 600.0)
     assert holder(store) is None
     with held(store):
         pass
 
 
-def test_a_process_that_was_suspended_for_too_long_ends(store, other, monkeypatch):
-    other.send_signal(signal.SIGSTOP)
-    with pytest.raises(ArtifactError, match=f"process {other.pid} on "):
-        held(store).__enter__()  # on its own machine it is known to live
-    elsewhere(monkeypatch)
-    with held(store):
-        other.send_signal(signal.SIGCONT)
-        assert other.wait(60) == 1
-        assert "another one has taken over. This one stops" in other.stderr.read()
-        assert lock(store)["process"] == os.getpid()
+@on_one_store
+@pytest.mark.parametrize("renew", [0.04, 600])
+def test_a_process_that_was_suspended_for_too_long_ends(store, monkeypatch, renew):
+    """It notices when it renews its lease or, if that is too late, before it writes."""
+    with another(store, renew) as other:
+        other.send_signal(signal.SIGSTOP)
+        with pytest.raises(ArtifactError, match=f"process {other.pid} on "):
+            held(store).__enter__()  # on its own machine it is known to live
+        elsewhere(monkeypatch)
+        with held(store):
+            print("late", file=other.stdin, flush=True)
+            other.send_signal(signal.SIGCONT)
+            assert other.wait(60) == 1
+            assert "another one has taken over. This one stops" in other.stderr.read()
+            assert lock(store)["process"] == os.getpid()
+            assert store.head("late") is None
 
 
 @pytest.mark.parametrize("kind", ["nothing", "a free lock", "a dead host's lock"])
@@ -199,6 +219,7 @@ def test_a_renewal_that_was_done_but_given_up_is_known_again(store, faults, monk
     assert store.read(".lock") == b""
 
 
+@on_one_store
 @pytest.mark.parametrize("text", [b"my notes", b"[1]", b'{"machine": 3}', b"\xff"])
 def test_a_lock_that_is_not_ours_or_damaged_is_named_and_kept(store, text):
     store.put(".lock", text)

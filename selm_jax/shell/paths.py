@@ -39,6 +39,15 @@ def place(text: str | Path) -> Path:
         ) from None
 
 
+def cache_root() -> Path:
+    """The cache: `$SELM_CACHE`, else `$XDG_CACHE_HOME/selm_jax`, else `~/.cache/selm_jax`."""
+    if root := os.environ.get("SELM_CACHE"):
+        return Path(root).expanduser()
+    # The XDG specification asks to ignore a path that is not absolute.
+    xdg = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return (xdg if xdg.is_absolute() else Path.home() / ".cache") / "selm_jax"
+
+
 def file_to_write(text: str | Path) -> Path:
     """The path that the user entered for a file to write, if the file may be written.
 

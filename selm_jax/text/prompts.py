@@ -31,6 +31,7 @@ from etils import epath
 
 from selm_jax.config import Data, Experiment
 from selm_jax.config.kinds import DuplicateIds, OnBadRow
+from selm_jax.shell.bucket_files import is_url
 from selm_jax.shell.threads import of_each
 from selm_jax.text import tables
 from selm_jax.text.conversations import (
@@ -342,6 +343,8 @@ def _notes(columns: Columns, kept: Iterable[tuple[Prompt, Row]]) -> Iterator[str
 def _read(
     path_or_id: str, split: str | None, revision: str | None, config: str | None
 ) -> Iterator[Row]:
+    if is_url(path_or_id):
+        return tables.read_bucket(path_or_id, split)
     path = epath.Path(path_or_id).expanduser()
     named_like_file = tables.kind_of(path.name) is not None
     if _HUB_ID.fullmatch(path_or_id) and not named_like_file and not path.parent.exists():

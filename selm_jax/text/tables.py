@@ -2,7 +2,7 @@
 
 The path may be one file, a folder with a file for each split, or a folder that
 `Dataset.save_to_disk` wrote. Each row remembers its place, so that an error can name file, row and
-line. Paths may be in a bucket (`gs://...`, through etils.epath). A whole split is read into memory.
+line. A whole split is read into memory.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import pyarrow.parquet as pq
 from etils import epath
 
 from selm_jax.shell import jsonl
+from selm_jax.shell.bucket_files import copied, files_at
+from selm_jax.shell.paths import cache_root
 from selm_jax.shell.words import did_you_mean
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".arrow")
@@ -79,6 +81,28 @@ def read(path: epath.Path, split: str | None) -> Iterator[Row]:
                 "compressed (.gz)."
             )
         yield from _READERS[kind](file)
+
+
+def read_bucket(url: str, split: str | None) -> Iterator[Row]:
+    """As `read`, for a file or folder in a bucket, through a copy in the cache.
+
+    Raises:
+      DataError: as `read`.
+      StorageError: the bucket cannot be used.
+    """
+    store, files = files_at(url, lambda names: [name for name in names if kind_of(name)])
+    if not files:
+        raise DataError(
+            f"{url}: there is no such data in the bucket. Give a {', '.join(SUFFIXES)} file, or a "
+            "folder of them"
+        )
+    folder = copied(store, files, cache_root() / "data")
+    at = folder if store.url == url.rstrip("/") else folder / next(iter(files))
+    try:
+        for row in read(epath.Path(at), split):
+            yield row._replace(file=row.file.replace(str(folder), store.url))
+    except DataError as e:
+        raise DataError(str(e).replace(str(folder), store.url)) from e
 
 
 def kind_of(name: str) -> str | None:

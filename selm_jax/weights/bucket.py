@@ -7,17 +7,15 @@ weights, and each process reads no more of them than its own shards.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from selm_jax.shell import bucket_files
+from selm_jax.shell.bucket_files import digest_of, files_at
 from selm_jax.shell.json_file import JsonFileError, read_object
 from selm_jax.shell.storage import Conflict, Entry, Store
 
@@ -63,11 +61,6 @@ class InBucket:
         return np.frombuffer(got, np.uint8)
 
 
-def is_url(source: str) -> bool:
-    """Whether the name of a model or a folder is a url of a bucket."""
-    return source.startswith(("gs://", "s3://"))
-
-
 def is_there(file: Path) -> bool:
     """Whether a file is in a model's folder or, if that is a bucket's copy, in the bucket."""
     return file.is_file() or is_elsewhere(file)
@@ -95,36 +88,24 @@ def copied(
       StorageError: the bucket cannot be used.
       BucketModelError: there is no such folder, or the header of a file is damaged.
     """
-    store = Store.at(url)
-    url, there = store.url, store.list()
-    files = {name: there[name] for name in sorted(wanted(there))}
-    if not files:
+    store, files = files_at(url, wanted)
+    if store.url != url.rstrip("/") or not files:
         raise BucketModelError(
             f"{url}: there is no model in this folder of the bucket. Correct the name, or copy a "
             "Hugging Face folder there"
         )
-    digest = _digest(files)
-    place = hashlib.sha256(f"{url} {digest}".encode()).hexdigest()[:16]
-    out = cache / f"{url.rsplit('/', 1)[-1]}-{place}-{'whole' if whole else f'v{_FORMAT}'}"
-    if not out.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache, prefix=".incoming-") as work:
-            for name, entry in files.items():
-                _copy(store, entry, Path(work, "model", name), whole=whole)
-            with contextlib.suppress(OSError):  # another process was faster
-                os.rename(Path(work, "model"), out)
-    return out, digest
+    how = {} if whole else {"copy": _copy, "kind": f"v{_FORMAT}"}
+    return bucket_files.copied(store, files, cache, **how), digest_of(files)
 
 
-def _copy(store: Store, entry: Entry, to: Path, *, whole: bool) -> None:
-    """Copies a file or, unless `whole`, writes the small file that stands for weights."""
-    to.parent.mkdir(parents=True, exist_ok=True)
-    if not whole and to.suffix == ".safetensors":
-        told = {"store": store.url, "key": entry.key, "version": entry.version}
-        text = json.dumps(told | _header(store, entry), indent=1)
-        _small(to).write_text(text + "\n", encoding="utf-8")
-    elif store.fetch(entry.key, to).version != entry.version:
-        raise BucketModelError(f"{store.url}: {entry.key} was just replaced. Start again")
+def _copy(store: Store, entry: Entry, to: Path) -> None:
+    """Copies a file; for weights, it writes the small file that stands for them."""
+    if to.suffix != ".safetensors":
+        bucket_files.whole(store, entry, to)
+        return
+    told = {"store": store.url, "key": entry.key, "version": entry.version}
+    text = json.dumps(told | _header(store, entry), indent=1)
+    _small(to).write_text(text + "\n", encoding="utf-8")
 
 
 def _header(store: Store, entry: Entry) -> dict[str, Any]:
@@ -142,11 +123,6 @@ def _header(store: Store, entry: Entry) -> dict[str, Any]:
     if start + max(ends, default=0) != entry.size:
         raise BucketModelError(wrong)
     return {"start": start, "header": header}
-
-
-def _digest(files: Mapping[str, Entry]) -> str:
-    lines = (f"{name}\0{entry.size} {entry.version}\n" for name, entry in files.items())
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _small(file: Path) -> Path:

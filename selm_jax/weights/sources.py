@@ -14,7 +14,6 @@ import contextlib
 import errno
 import glob
 import hashlib
-import os
 import re
 import shutil
 import tempfile
@@ -30,11 +29,12 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects, tqdm
 from rich.console import Console
 
+from selm_jax.shell.bucket_files import is_url
 from selm_jax.shell.pace import here
-from selm_jax.shell.paths import PathError, place
+from selm_jax.shell.paths import PathError, cache_root, place
 from selm_jax.shell.progress import terminal
 from selm_jax.shell.threads import within
-from selm_jax.weights.bucket import copied, is_url
+from selm_jax.weights.bucket import copied
 from selm_jax.weights.files import INDEX, WHOLE, index_is_passed_over
 from selm_jax.weights.folder import (
     LICENCES,
@@ -75,15 +75,6 @@ class ModelFolder:
 
     path: Path
     origin: dict[str, str]
-
-
-def cache_root() -> Path:
-    """The cache: `$SELM_CACHE`, else `$XDG_CACHE_HOME/selm_jax`, else `~/.cache/selm_jax`."""
-    if root := os.environ.get("SELM_CACHE"):
-        return Path(root).expanduser()
-    # The XDG specification asks to ignore a path that is not absolute.
-    xdg = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return (xdg if xdg.is_absolute() else Path.home() / ".cache") / "selm_jax"
 
 
 def resolve(

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from selm_jax.shell.storage import Store
 from selm_jax.text.prompts import DataError, load_prompts
 from selm_jax.text.tables import kind_of
 
@@ -209,3 +210,33 @@ def test_a_data_sets_own_program_does_not_run(monkeypatch, tmp_path):
     with pytest.raises(DataError, match="owner/set: .*scripts are no longer supported"):
         load_prompts("owner/set", split="train")
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("bucket", ["gs"], indirect=True)
+def test_data_in_a_bucket_reads_as_on_the_disk(bucket, faults, tmp_path, monkeypatch):
+    monkeypatch.setenv("SELM_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "data"
+    (folder / "more").mkdir(parents=True)
+    (folder / "train.jsonl").write_bytes(jsonl(ROWS))
+    (folder / "test.parquet").write_bytes(parquet(ROWS[:2]))
+    (folder / "more" / "notes.txt").write_text("no data")
+    store = Store.at(f"{bucket}/sets/mine")
+    for file in [file for file in folder.rglob("*") if file.is_file()]:
+        store.put(file.relative_to(folder).as_posix(), file)
+    for split in ("train", "test"):
+        assert list(load_prompts(store.url, split=split)) == list(
+            load_prompts(str(folder), split=split)
+        )
+    file = f"{store.url}/train.jsonl"
+    before = list(load_prompts(file))
+    assert before == list(load_prompts(str(folder / "train.jsonl")))
+    faults.asked.clear()
+    assert list(load_prompts(file)) == before
+    assert all(method == "HEAD" or "list-type" in path for method, path in faults.asked)
+    store.put("train.jsonl", b'{"prompt": 1}\n')
+    with pytest.raises(DataError, match=rf"^{file}, row 1 \(line 1\)"):
+        load_prompts(file)
+    with pytest.raises(DataError, match=f"{store.url}: no split 'dev'"):
+        load_prompts(store.url, split="dev")
+    with pytest.raises(DataError, match="mine/nothing: there is no such data in the bucket"):
+        load_prompts(f"{store.url}/nothing")

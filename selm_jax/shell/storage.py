@@ -15,28 +15,35 @@ import contextlib
 import fcntl
 import os
 import random
-import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
+from selm_jax.shell.storage_backend import (
+    StorageError,
+    failure,
+    no_bucket,
+    obstore,
+    opened,
+    passes,
+)
+
 LIMIT = 120.0  # seconds for which a request that failed is sent again
 _TIMEOUT = 60.0  # seconds for one request; none moves more than _PART bytes
 _FIRST_WAIT, _LONGEST_WAIT = 0.1, 15.0  # seconds between two tries
-_PART = 16 << 20  # bytes; larger files are sent and fetched in parts
+_PART = 8 << 20  # bytes; larger files are sent and fetched in parts
 _MOST_PARTS = 9_000  # S3 takes 10,000
-_AT_ONCE = 8  # parts in flight
+_AT_ONCE = 8  # parts of one file in flight
+# However many threads ask: so that a line of 20 Mbit/s moves what is in flight before its timeout.
+_sending, _fetching = threading.Semaphore(2), threading.Semaphore(2 * _AT_ONCE)
 
 T = TypeVar("T")
-
-
-class StorageError(RuntimeError):
-    """A bucket cannot be used. The message says why, and what to do."""
 
 
 class Conflict(RuntimeError):
@@ -86,7 +93,8 @@ class Store:
           StorageError: the url is not one of these, or obstore is not installed.
         """
         url = url.rstrip("/")
-        return cls(url, _open(url))
+        waits = (_FIRST_WAIT, _LONGEST_WAIT)
+        return cls(url, opened(url, limit=LIMIT, timeout=_TIMEOUT, waits=waits))
 
     def put(
         self,
@@ -96,7 +104,7 @@ class Store:
         if_absent: bool = False,
         if_version: str | None = None,
     ) -> Entry:
-        """Writes an object whole, or not at all; a file of more than 16 MiB in parts.
+        """Writes an object whole, or not at all; one of more than 8 MiB in parts.
 
         Args:
           if_absent: write only if there is no such object.
@@ -116,7 +124,8 @@ class Store:
 
         def send(ob: Any) -> Any:
             many = {"use_multipart": size > part, "chunk_size": part, "max_concurrency": _AT_ONCE}
-            return ob.put(self._inner, key, source, **many)
+            with _sending if size > part else contextlib.nullcontext():
+                return ob.put(self._inner, key, source, **many)
 
         return self._written(key, size, self._ask("write", key, send))
 
@@ -180,7 +189,7 @@ class Store:
 
     def _put_if(self, key: str, content: bytes, version: str | None) -> Entry:
         """Writes if there is no object yet or, with a `version`, if the object has it still."""
-        exceptions = _obstore().exceptions
+        exceptions = obstore().exceptions
         refused = (exceptions.AlreadyExistsError, exceptions.PreconditionError, FileNotFoundError)
         while True:
             with self._alone():
@@ -264,8 +273,9 @@ class Store:
         """The bytes of a range, fewer if the object ends before, and the object's version."""
 
         def ask(ob: Any) -> tuple[bytes, str]:
-            got = ob.get(self._inner, key, options={"range": (start, stop)})
-            return bytes(got.bytes()), _version(got.meta)
+            with _fetching:
+                got = ob.get(self._inner, key, options={"range": (start, stop)})
+                return bytes(got.bytes()), _version(got.meta)
 
         return self._ask("read", key, ask)
 
@@ -274,68 +284,21 @@ class Store:
 
     def _ask(self, what: str, key: str, request: Callable[[Any], T]) -> T:
         """Sends a request until it is answered, for `LIMIT` seconds at most."""
-        ob = _obstore()
+        ob = obstore()
         until = time.monotonic() + LIMIT
         wait = _FIRST_WAIT
         while True:
             try:
                 return request(ob)
-            except FileNotFoundError as e:
-                if _NO_BUCKET.search(str(e)) or (what == "write" and "NoSuchKey" not in str(e)):
-                    raise self._failure(what, key, e) from None
-                raise FileNotFoundError(f"{self.url}/{key}") from None
             except (ob.exceptions.AlreadyExistsError, ob.exceptions.PreconditionError):
                 raise
-            except ob.exceptions.BaseError as e:
-                if not _passes(ob, e) or time.monotonic() + wait > until:
-                    raise self._failure(what, key, e) from None
+            except (FileNotFoundError, ob.exceptions.BaseError) as e:
+                if not passes(e) or time.monotonic() + wait > until:
+                    if isinstance(e, FileNotFoundError) and not no_bucket(what, e):
+                        raise FileNotFoundError(f"{self.url}/{key}") from None
+                    raise failure(self.url, what, key, e, LIMIT) from None
             time.sleep(random.uniform(wait / 2, wait))
             wait = min(2 * wait, _LONGEST_WAIT)
-
-    def _failure(self, what: str, key: str, error: Exception) -> StorageError:
-        exceptions = _obstore().exceptions
-        told, where = str(error).split("\n")[0], f"{self.url}/{key}".rstrip("/")
-        google = self._scheme == "gs"
-        sign_in = (
-            "Run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS to "
-            "the file of a service account; on a Cloud machine, give it a service account"
-            if google
-            else "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the machine a role"
-        )
-        bucket = urlsplit(self.url).netloc
-        if isinstance(error, FileNotFoundError) or _NO_BUCKET.search(str(error)):
-            advice = f"There is no bucket {bucket!r}. Make it, or correct the name"
-        elif isinstance(error, exceptions.PermissionDeniedError):
-            role = (
-                "Storage Object User"
-                if google
-                else "s3:GetObject, PutObject, DeleteObject, ListBucket"
-            )
-            advice = f"These credentials may not do this. Give them {role} on {bucket!r}"
-        elif isinstance(error, exceptions.UnauthenticatedError) or _NO_CREDENTIALS.search(told):
-            advice = f"There are no valid credentials. {sign_in}"
-        elif _passes(_obstore(), error):
-            advice = (
-                f"The store was not reachable, or too busy, for {LIMIT:.0f} s. Start again once it "
-                "is; nothing is lost"
-            )
-        else:
-            advice = "The store refuses the request"
-        return StorageError(f"{where}: cannot {what} this. {advice}. The answer was: {told}")
-
-
-_NO_BUCKET = re.compile(r"NoSuchBucket|bucket does not exist")
-_NO_CREDENTIALS = re.compile(r"token request|[Cc]redential|security-credentials")
-
-
-def _passes(ob: Any, error: Exception) -> bool:
-    """Whether a request may succeed if it is sent again: a server's fault, or the network's."""
-    if type(error) is not ob.exceptions.GenericError:
-        return False
-    if _NO_CREDENTIALS.search(str(error)) or "builder error" in str(error):
-        return False
-    status = re.search(r"status code: (\d{3})", str(error))
-    return not status or status[1][0] == "5" or status[1] in ("408", "409", "429")
 
 
 def _key(entry: Entry) -> str:
@@ -344,52 +307,3 @@ def _key(entry: Entry) -> str:
 
 def _version(meta: Any) -> str:
     return (meta["e_tag"] or meta["version"] or "").strip('"')
-
-
-def _obstore() -> Any:
-    try:
-        import obstore
-        import obstore.exceptions
-        import obstore.store
-    except ImportError:
-        raise StorageError("Buckets need obstore: pip install 'selm_jax[bucket]'") from None
-    return obstore
-
-
-_IN_MEMORY: dict[str, Any] = {}
-
-
-def _open(url: str) -> Any:
-    parts, stores = urlsplit(url), _obstore().store
-    prefix = unquote(parts.path).strip("/")
-    if parts.scheme == "file" and not parts.netloc:
-        return stores.LocalStore(prefix=f"/{prefix}", mkdir=True)
-    if parts.scheme == "memory":
-        if url not in _IN_MEMORY:
-            _IN_MEMORY[url] = stores.MemoryStore()
-        return _IN_MEMORY[url]
-    if parts.scheme not in ("gs", "s3") or not parts.netloc or parts.query or parts.fragment:
-        raise StorageError(
-            f"{url} is not a place in a bucket: expected gs://BUCKET/FOLDER or s3://"
-        )
-    options: dict[str, Any] = {
-        "prefix": prefix or None,
-        "client_options": {"timeout": timedelta(seconds=_TIMEOUT)},
-        "retry_config": {
-            "max_retries": 1000,
-            "retry_timeout": timedelta(seconds=LIMIT),
-            "backoff": {
-                "init_backoff": timedelta(seconds=_FIRST_WAIT),
-                "max_backoff": timedelta(seconds=_LONGEST_WAIT),
-            },
-        },
-    }
-    if parts.scheme == "s3":
-        allowed = os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true")
-        options["client_options"]["allow_http"] = allowed
-        return stores.S3Store(parts.netloc, **options)
-    if emulator := os.environ.get("STORAGE_EMULATOR_HOST"):
-        options["base_url"] = emulator if "://" in emulator else f"http://{emulator}"
-        options["bearer_token"] = "emulator"  # it wants one, and takes any
-        options["client_options"]["allow_http"] = True
-    return stores.GCSStore(parts.netloc, **options)

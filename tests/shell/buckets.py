@@ -90,9 +90,11 @@ class _Translated:
             if request.method == "PUT":
                 self._parts[upload][int(query["partNumber"])] = request.body
                 return faulty.Answer(200, {"ETag": f'"{query["partNumber"]}"'})
-            parts = self._parts.pop(upload, {})
+            parts = self._parts.pop(upload, None)
             if request.method == "DELETE":
                 return faulty.Answer(204, {})
+            if parts is None:
+                return faulty.Answer(404, {}, b"<Error><Code>NoSuchUpload</Code></Error>")
             whole = b"".join(parts[number] for number in sorted(parts))
             answer = self._write(bucket, key, whole, {})
             done = _xml("CompleteMultipartUploadResult", ETag=answer.headers.get("ETag", ""))

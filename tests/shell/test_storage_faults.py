@@ -74,9 +74,10 @@ def test_a_fault_that_passes_is_not_noticed(store, faults, fault, tmp_path, trie
 def test_a_part_that_fails_does_not_fail_the_file(store, faults, fault, tmp_path):
     large = bytes(range(256)) * (33 << 12)  # 33 MiB, three parts
     (tmp_path / "large").write_bytes(large)
-    for part in ("uploads", "partNumber=2", "uploadId"):
-        faults.faults[:] = [Fault(**PASSING[fault], part=part)]
+    for method, part in (("POST", "uploads"), ("PUT", "partNumber=2"), ("POST", "uploadId")):
+        faults.faults[:] = [trouble := Fault(**PASSING[fault], method=method, part=part)]
         store.put("large", tmp_path / "large")
+        assert trouble.times <= 0
         faults.faults[:] = [Fault(**PASSING[fault], method="GET", skip=1)]
         store.fetch("large", tmp_path / "back")
         assert (tmp_path / "back").read_bytes() == large

@@ -23,6 +23,7 @@ from selm_jax.config.kinds import (
     Ties,
     fixed_length,
     most_in_row,
+    objective_at,
 )
 from selm_jax.config.rollout import Gap, Remote, Rollout, SamplingSettings
 from selm_jax.config.settings import (
@@ -68,6 +69,7 @@ __all__ = [
     "fixed_length",
     "load",
     "most_in_row",
+    "objective_at",
     "parse",
     "read",
     "refuse_secrets",

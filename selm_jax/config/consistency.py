@@ -17,6 +17,12 @@ def inconsistencies(e: Experiment) -> Iterator[str]:
             f"training.learning_rate: {rates} values for {e.iterations} iterations; give one value "
             "for all, or one per iteration"
         )
+    alpha = e.objective.get("alpha")
+    if isinstance(alpha, list) and len(alpha) not in (1, e.iterations):
+        yield (
+            f"objective.alpha: {len(alpha)} values for {e.iterations} iterations; give one value "
+            "for all, or one per iteration"
+        )
     if e.iterations > e.portions - e.data.first_portion + 1:
         yield (
             f"data.portions: {e.portions} portions are too few for {e.iterations} iterations that "

@@ -107,7 +107,17 @@ def _named_loss(objective: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(loss, str):
         found = f"{loss!r} is not a name" if "loss" in objective else "missing"
         refuse([f"loss: {found}; give the name of a loss, such as `selm` or `dpo`"])
+    if objective.get("alpha") == []:
+        refuse(["alpha: an empty list; give one value for all iterations, or one per iteration"])
     return objective
+
+
+def objective_at(objective: Mapping[str, Any], iteration: int) -> dict[str, Any]:
+    """The loss and its settings in an iteration, counted from 1: `alpha` may be a list."""
+    alpha = objective.get("alpha")
+    if not isinstance(alpha, list):
+        return dict(objective)
+    return {**objective, "alpha": alpha[0] if len(alpha) == 1 else alpha[iteration - 1]}
 
 
 def _command(text: str) -> str:

@@ -297,7 +297,7 @@ class Experiment:
     model: Model
     data: Data
     # The key `loss` names a loss, a sum of losses, or your own package.module:function; the other
-    # keys are its settings.
+    # keys are its settings. `alpha` is one value for all iterations, or a list with one for each.
     objective: Loss
     training: Training
     lora: Lora | None = None  # Settings of LoRA adapters to train; null trains all parameters.

@@ -47,7 +47,7 @@ def se_popo(beta: float, alpha: float) -> Objective:
     """SE-POPO: dpo + alpha * (sigmoid(beta r) - 1/2) / beta. arXiv 2502.00666, the authors' code.
 
     The term is a probability to win, not a reward, so it is bounded, and 0 while the policy equals
-    the reference. The code lowers alpha by iteration: 1e-2, 5e-3, 0.
+    the reference. The code lowers alpha by iteration: an experiment's `alpha: [1e-2, 5e-3, 0]`.
     """
     check(alpha=alpha)
 

@@ -22,6 +22,7 @@ from selm_jax.models.families import read_config
 from selm_jax.models.lora import Lora
 from selm_jax.models.lora import init as fresh_adapters
 from selm_jax.models.quantize import quantize
+from selm_jax.objectives.losses import Objective
 from selm_jax.parallel.rules import place_rows, row_shardings, shardings
 from selm_jax.policy.policy import Batches, Policy
 from selm_jax.preferences.layouts import OneShape
@@ -59,6 +60,7 @@ class Programs:
         self.experiment, self.task, self.devices = experiment, task, devices
         self.sizes, self.stop_ids = sizes, stop_ids
         self.config = facts.for_length(sizes.longest_sequence)
+        self._others: dict[Objective, Update] = {}
 
     # Parameters, abstractly
 
@@ -185,6 +187,18 @@ class Programs:
     @cached_property
     def update(self) -> Update:
         """The update, which computes log-probabilities, rewards, gradients and new parameters."""
+        return self._update_of(self.task.objective)
+
+    def update_at(self, t: int) -> Update:
+        """The update of iteration t: another than `update` if its objective is another."""
+        objective = self.task.objective_at(t)
+        if objective is self.task.objective:
+            return self.update
+        if objective not in self._others:
+            self._others[objective] = self._update_of(objective)
+        return self._others[objective]
+
+    def _update_of(self, objective: Objective) -> Update:
         s = self.experiment.training
         decoder = Decoder(
             self.config,
@@ -199,7 +213,7 @@ class Programs:
         replicated = NamedSharding(self.devices.mesh, PartitionSpec())
         return make_update(
             decoder,
-            self.task.objective,
+            objective,
             self.optimizer,
             chunk=s.logprob_chunk,
             clip=s.clip,

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from selm_jax.config import Experiment, Text, most_in_row
+from selm_jax.config import Experiment, Text, most_in_row, objective_at
 from selm_jax.models.config import DecoderConfig, ScalarHead
 from selm_jax.models.families import read_as_reward_model
 from selm_jax.objectives.build import build_objective
@@ -78,21 +78,29 @@ class Task(abc.ABC):
     example_settings: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
-        self, loss: str, objective: Objective | None, reference_free: bool, looked_at: Path | None
+        self,
+        loss: str,
+        objectives: Sequence[Objective],
+        reference_free: bool,
+        looked_at: Path | None,
     ):
-        self.loss, self._objective = loss, objective
+        self.loss, self._objectives = loss, objectives
         self.reference_free, self.looked_at = reference_free, looked_at
 
     @property
     def objective(self) -> Objective:
-        """The objective, built from its settings.
+        """The objective of iteration 1; that of another differs at most in its alpha."""
+        return self.objective_at(1)
+
+    def objective_at(self, iteration: int) -> Objective:
+        """The objective of an iteration, built from its settings; the same object for equal ones.
 
         Raises:
           RunError: the objective is user code and the run is opened read-only.
         """
-        if self._objective is None:
+        if not self._objectives:
             raise RunError(_not_imported(self.looked_at, "objective.loss", self.loss))
-        return self._objective
+        return self._objectives[min(iteration, len(self._objectives)) - 1]
 
     @abc.abstractmethod
     def facts(self, stored: DecoderConfig, file: Path, pad: Pad) -> DecoderConfig:
@@ -301,21 +309,29 @@ def task_of(settings: Mapping[str, Any], looked_at: Path | None = None) -> Task:
     Raises:
       ObjectiveError: the loss cannot be built.
     """
-    arguments = dict(settings)
-    loss = arguments.pop("loss")
+    loss = settings["loss"]
     if looked_at is None or not is_user_code(loss):
-        return task_with(build_objective(loss, **arguments), loss, looked_at)
+        alpha = settings.get("alpha")
+        count = len(alpha) if isinstance(alpha, list) else 1
+        each = [objective_at(settings, t) for t in range(1, count + 1)]
+        built = {str(one): _built(**one) for one in each}  # equal ones compile once
+        return task_with(*(built[str(one)] for one in each), loss=loss, looked_at=looked_at)
     file = looked_at / "manifest.json"
     said = artifacts.read_sealed(file) if file.exists() else {}  # there is none before a run begins
     return (RewardModel if said.get("rates") else LanguageModel)(
-        loss, None, bool(said.get("reference_free")), looked_at
+        loss, (), bool(said.get("reference_free")), looked_at
     )
 
 
-def task_with(objective: Objective, loss: str = "", looked_at: Path | None = None) -> Task:
-    """The `Task` of an objective that has already been built."""
-    kind = RewardModel if objective.rates else LanguageModel
-    return kind(loss or str(objective), objective, objective.reference_free, looked_at)
+def _built(loss: str, **arguments: Any) -> Objective:
+    return build_objective(loss, **arguments)
+
+
+def task_with(*objectives: Objective, loss: str = "", looked_at: Path | None = None) -> Task:
+    """The `Task` of an objective that has already been built, or of one for each iteration."""
+    first = objectives[0]
+    kind = RewardModel if first.rates else LanguageModel
+    return kind(loss or str(first), objectives, first.reference_free, looked_at)
 
 
 def refuse_user_code(folder: Path, key: str, name: str) -> None:

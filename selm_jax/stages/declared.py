@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from selm_jax.config import Experiment, as_dict, user_code_in
+from selm_jax.config import Experiment, as_dict, objective_at, user_code_in
 from selm_jax.run.task import Task
 from selm_jax.shell.user_code import source_digest
 
@@ -110,6 +110,8 @@ def recorded(experiment: Experiment, task: Task, keys: frozenset[str], t: int) -
             found[key] = value
     if "training.learning_rate" in found:
         found["training.learning_rate"] = experiment.learning_rate(t)
+    if "objective.alpha" in found:
+        found["objective.alpha"] = objective_at(experiment.objective, t)["alpha"]
     if t == 1:  # both are the start model
         found.pop("training.reference_policy", None)
     found = {k: v for k, v in found.items() if k not in ADDED or v != ADDED[k]}

@@ -50,7 +50,7 @@ def train(step: Step, policy: Model, examples: StoredTable, reference: Model) ->
 
             with multihost.stop_deferred():
                 state = loop.train(
-                    plan, programs.update, state, checkpoints,
+                    plan, programs.update_at(step.t), state, checkpoints,
                     peak=step.settings.training.peak(step.t), speed=speed_of(step),
                     place=programs.place, report=report, **fixed,
                 )  # fmt: skip

@@ -94,6 +94,8 @@ def test_all_mistakes_are_named_at_once(tmp_path):
             {"training": {"learning_rate": [0.1, 0.2], "global_batch": 8}},
             "2 values for 3 iterations",
         ),
+        ({"objective": {"loss": "selm", "alpha": [0.1, 0]}}, "objective.alpha: 2 values for 3"),
+        ({"objective": {"loss": "selm", "alpha": []}}, "objective.alpha: an empty list"),
         ({"training": {"learning_rate": 1, "global_batch": 0}}, "training.global_batch"),
         ({"rollout": {"slots": 0}}, "rollout.slots"),
         ({"feedback": {"budget": 7}}, "fewer than one batch of training.global_batch = 8"),

@@ -14,7 +14,10 @@ from rich.console import Console
 from selm_jax import config
 from selm_jax.models.families import from_hf
 from selm_jax.models.quantize import dequantize
+from selm_jax.objectives.losses import Logps
+from selm_jax.objectives.roles import ROLES
 from selm_jax.preferences.layouts import OneShape
+from selm_jax.run import programs as programs_module
 from selm_jax.run.data import Data
 from selm_jax.run.devices import Devices
 from selm_jax.run.programs import Programs
@@ -37,6 +40,24 @@ def same(one, other) -> None:
         assert a.sharding.is_equivalent_to(b.sharding, len(a.shape)), path
 
     jax.tree_util.tree_map_with_path(check, one, other)
+
+
+def test_each_iteration_is_trained_with_its_own_alpha(tmp_path, monkeypatch):
+    """Equal values share an update, and so its compilation."""
+    selm = {"loss": "selm", "beta": 0.1, "alpha": [0.02, 0, 0.02, 0]}
+    e = config.load(
+        tiny.experiment(tmp_path, iterations=4, objective=selm, training__learning_rate=1e-3)
+    )
+    facts = from_hf(json.loads((tmp_path / "model/config.json").read_text()))
+    programs = programs_of(e, facts, Sizes(10, 20), (0,))
+    monkeypatch.setattr(
+        programs_module, "make_update", lambda decoder, objective, *_, **__: [objective]
+    )
+    updates = [programs.update_at(t) for t in range(1, 5)]
+    assert updates[0] is updates[2] is programs.update and updates[1] is updates[3]
+    ones, far = {role: np.ones(1) for role in ROLES}, {role: -5 * np.ones(1) for role in ROLES}
+    terms = [of(Logps(far, ones, ones, ones))[1]["loss/optimism"] for (of,) in updates]
+    np.testing.assert_allclose(np.ravel(terms), [-0.012, 0, -0.012, 0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("changes", [{}, LORA, QLORA], ids=["full", "lora", "nf4"])

@@ -57,6 +57,17 @@ def test_what_is_recorded_of_the_learning_rate_is_the_iterations(experiment):
     assert [each["training.learning_rate"] for each in found] == [1e-3, 5e-4]
 
 
+def test_what_is_recorded_of_alpha_is_the_iterations(tmp_path):
+    """So later values may still change, and a sweep's runs share the iterations before."""
+    selm = {"loss": "selm", "beta": 0.1}
+    found = []
+    for alpha in (0.01, [0.01], [0.01, 0.005]):
+        e = config.load(tiny.experiment(tmp_path, objective=selm | {"alpha": alpha}))
+        keys = frozenset({"objective"})
+        found += [recorded(e, TASK, keys, t)["objective.alpha"] for t in (1, 2)]
+    assert found == [0.01, 0.01, 0.01, 0.01, 0.01, 0.005]
+
+
 @pytest.mark.parametrize(
     ("declares", "reads", "key"),
     [

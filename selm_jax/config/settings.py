@@ -212,6 +212,8 @@ class Training:
     weight_decay: Annotated[float, Range(0, 1)] = 0.0  # Decoupled, times the learning rate.
     # Maximum global norm of the gradient; null switches clipping off.
     clip: Annotated[float, Range(0, above=True, advice="null switches clipping off")] | None = 1.0
+    # Whether the routers of a mixture of experts are trained, or stay as they are (docs/models.md).
+    router: Literal["frozen", "trained"] = "frozen"
     # Whether the reference log-probabilities are computed once and stored, or computed at every
     # update by a second model in memory. The numbers are the same.
     reference: Literal["stored", "live"] = "stored"

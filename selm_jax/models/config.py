@@ -104,6 +104,29 @@ class LayerKind:
 
 
 @dataclasses.dataclass(frozen=True)
+class Mixture:
+    """The properties of a mixture of experts, which every layer then has in place of its MLP.
+
+    Attributes:
+      experts: number of experts of a layer.
+      active: number of experts that compute each token: those with the highest probabilities.
+      normalized: whether the weights of a token's experts are made to sum to one. Otherwise they
+        are the router's probabilities among all experts.
+    """
+
+    experts: int
+    active: int
+    normalized: bool
+
+    def __post_init__(self):
+        if self.active > self.experts:
+            raise UnsupportedModel(
+                f"num_experts_per_tok is {self.active}, but a layer has only {self.experts} "
+                "experts; expected at most that number"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class ScalarHead:
     """A reward model's head: one number for a whole text in place of logits.
 
@@ -134,7 +157,7 @@ class DecoderConfig:
       vocab_size: rows of the embedding.
       embed: width of the residual stream.
       heads, kv_heads, head_dim: attention; `heads` is a multiple of `kv_heads`.
-      mlp: width of the gated MLP.
+      mlp: width of the gated MLP, or of each expert.
       kinds: one entry per layer.
       norm_eps: epsilon inside the root mean square.
       tied: whether the unembedding is the embedding.
@@ -156,6 +179,7 @@ class DecoderConfig:
       attention_cap, logit_cap: c in c * tanh(x / c), applied to attention scores and to logits;
         None applies nothing.
       logit_divisor: divides logits.
+      mixture: the layers' mixture of experts; None for a dense model.
       head: a reward model's head, in place of the unembedding; None for a language model.
     """
 
@@ -185,6 +209,7 @@ class DecoderConfig:
     attention_cap: float | None = None
     logit_cap: float | None = None
     logit_divisor: float = 1.0
+    mixture: Mixture | None = None
     head: ScalarHead | None = None
 
     def __post_init__(self):

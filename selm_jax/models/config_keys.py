@@ -27,8 +27,10 @@ HARMLESS = {
     "_attn_implementation", "_attn_implementation_autoset", "attn_implementation", "pretraining_tp",
     # No effect in a language model; for a reward model `families._head_from` reads them.
     "architectures", "pad_token_id", "id2label", "num_labels",
-    # Dropout in training, which this package does not use.
-    "attention_dropout", "resid_pdrop", "embd_pdrop",
+    # Parts of training which this package does not use: dropout, and for mixtures of experts the
+    # loss for an even load and noise in the router.
+    "attention_dropout", "resid_pdrop", "embd_pdrop", "output_router_logits",
+    "router_aux_loss_coef", "router_jitter_noise",
     # Generation settings of early versions of transformers. An experiment has its own.
     "max_length", "min_length", "temperature", "top_k", "top_p", "typical_p", "num_beams",
     "num_beam_groups", "num_return_sequences", "repetition_penalty", "length_penalty",

@@ -13,7 +13,7 @@ step, which made decoding take 1.5 times as long. `unstack` converts stacked par
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any, cast
@@ -29,8 +29,10 @@ from jaxtyping import Array, Float, Int
 from selm_jax.config.kinds import AttentionBackEnd
 from selm_jax.models.attention import attention, soft_cap
 from selm_jax.models.config import DecoderConfig
-from selm_jax.models.linear import project
-from selm_jax.models.lora import Lora
+from selm_jax.models.experts import LOAD, Experts
+from selm_jax.models.linear import Adapted, linear, weight
+from selm_jax.models.lora import Lora, LoraError
+from selm_jax.models.mlp import MLP
 from selm_jax.models.quantize import dequantize
 from selm_jax.models.rope import rotate, rotations
 from selm_jax.models.sight import Sight
@@ -58,50 +60,6 @@ class LayerCache:
     values: Float[Array, "*layers rows kv_heads capacity head_dim"]
 
 
-def _weight(
-    module: nn.Module, name: str, axes: tuple[str, ...], shape: tuple[int, ...], fan_in: int
-) -> Array:
-    """A parameter with logical axis names, which determine how it is sharded on a mesh."""
-    init = nn.with_logical_partitioning(nn.initializers.normal(fan_in**-0.5), axes)
-    return cast(Array, module.param(name, init, shape))
-
-
-def _linear(
-    module: Attention | MLP,
-    name: str,
-    x: Array,
-    axes: tuple[str, ...],
-    shape: tuple[int, ...],
-    inputs: int = 1,
-    bias: bool = False,
-) -> Array:
-    """Multiplies x by the kernel `name`, and adds the kernel's bias and adapter, if any.
-
-    Args:
-      x: [rows, time, *in].
-      axes, shape: logical axes and shape of the kernel, [*in, *out].
-      inputs: number of axes in *in.
-    """
-    y = project(x, _weight(module, name, axes, shape, math.prod(shape[:inputs])), inputs)
-    if bias:
-        zeros = nn.with_logical_partitioning(nn.initializers.zeros, axes[inputs:])
-        y = y + cast(Array, module.param(f"{name}_bias", zeros, shape[inputs:])).astype(y.dtype)
-    lora = module.lora
-    if lora is None or not lora.adapts(f"{module.name}/{name}"):
-        return y
-
-    def half(suffix: str, axes: tuple[str, ...], shape: tuple[int, ...]) -> Array:
-        # The zeros only give the shape; `lora.init` makes the initial values of adapters.
-        zeros = nn.with_logical_partitioning(nn.initializers.zeros, axes)
-        variable = module.variable("lora", f"{name}_{suffix}", zeros, jax.random.key(0), shape)
-        return cast(Array, variable.value)
-
-    x = nn.Dropout(lora.dropout)(x, deterministic=not module.has_rng("dropout"))
-    low = project(x, half("a", (*axes[:inputs], "rank"), (*shape[:inputs], lora.rank)), inputs)
-    b = half("b", ("rank", *axes[inputs:]), (lora.rank, *shape[inputs:]))
-    return y + lora.scale * project(low, b)
-
-
 class Norm(nn.Module):
     """RMS normalization over the last axis, computed in float32."""
 
@@ -118,9 +76,7 @@ class Norm(nn.Module):
         return (y * (offset + scale.astype(jnp.float32))).astype(x.dtype)
 
 
-class Attention(nn.Module):
-    config: DecoderConfig
-    lora: Lora | None
+class Attention(Adapted):
     attend: Callable[..., Array]
 
     @nn.compact
@@ -128,9 +84,9 @@ class Attention(nn.Module):
         c = self.config
         d, n, k, h = c.embed, c.heads, c.kv_heads, c.head_dim
         kv_axes = ("embed", "kv_heads", "head_dim")
-        query = _linear(self, "q", x, ("embed", "heads", "head_dim"), (d, n, h), bias=c.qkv_bias)
-        keys = _linear(self, "k", x, kv_axes, (d, k, h), bias=c.qkv_bias)
-        values = checkpoint_name(_linear(self, "v", x, kv_axes, (d, k, h), bias=c.qkv_bias), "qkv")
+        query = linear(self, "q", x, ("embed", "heads", "head_dim"), (d, n, h), bias=c.qkv_bias)
+        keys = linear(self, "k", x, kv_axes, (d, k, h), bias=c.qkv_bias)
+        values = checkpoint_name(linear(self, "v", x, kv_axes, (d, k, h), bias=c.qkv_bias), "qkv")
         query, keys = self._normed("q_norm", query), self._normed("k_norm", keys)
         query = checkpoint_name(rotate(query, rotation), "qkv")
         keys = checkpoint_name(rotate(keys, rotation), "qkv")
@@ -142,7 +98,7 @@ class Attention(nn.Module):
         context = self.attend(query, keys, values, sight, scale=scale, cap=c.attention_cap)
         context = checkpoint_name(context, "context")
         o_axes = ("heads", "head_dim", "embed")
-        return _linear(self, "o", context, o_axes, (n, h, d), inputs=2, bias=c.out_bias), cache
+        return linear(self, "o", context, o_axes, (n, h, d), inputs=2, bias=c.out_bias), cache
 
     def _normed(self, name: str, x: Float[Array, "rows time heads head_dim"]) -> Array:
         """Queries or keys after their norm, if the model has one."""
@@ -170,33 +126,13 @@ def _write(
     return LayerCache(put(cache.keys, keys), put(cache.values, values))
 
 
-class MLP(nn.Module):
-    config: DecoderConfig
-    lora: Lora | None
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "rows time embed"]) -> Float[Array, "rows time embed"]:
-        d, f, bias = self.config.embed, self.config.mlp, self.config.mlp_bias
-        gate = _linear(self, "gate", x, ("embed", "mlp"), (d, f), bias=bias)
-        up = _linear(self, "up", x, ("embed", "mlp"), (d, f), bias=bias)
-        active = _ACTIVATIONS[self.config.activation](checkpoint_name(gate, "gate"))
-        y = active * checkpoint_name(up, "up")
-        return _linear(self, "down", y, ("mlp", "embed"), (f, d), bias=bias)
-
-
-_ACTIVATIONS = {
-    "silu": jax.nn.silu,
-    "gelu": partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
-}
-
-
 class Block(nn.Module):
-    """One layer: attention and MLP, each with its norms and a residual connection."""
+    """One layer: attention and MLP or experts, each with its norms and a residual connection."""
 
     config: DecoderConfig
     lora: Lora | None
     attend: Callable[..., Array]
+    mesh: Mesh | None
 
     @nn.compact
     def __call__(self, x, way, kind, cache: LayerCache | None, index):
@@ -219,7 +155,11 @@ class Block(nn.Module):
         layer = Attention(c, self.lora, self.attend, name="attention")
         y, cache = layer(y, rotation, sight, cache, index)
         x = x + behind("attention_post_norm", y)
-        y = MLP(c, self.lora, name="mlp")(before("mlp_norm", x))
+        y = before("mlp_norm", x)
+        if c.mixture is None:
+            y = MLP(c, self.lora, name="mlp")(y)
+        else:
+            y = Experts(c, c.mixture, self.mesh, name="experts")(y)
         return x + behind("mlp_post_norm", y), cache
 
 
@@ -268,7 +208,7 @@ class Decoder(nn.Module):
           index: for each row, the index in the cache of the first new token.
         """
         c = self.config
-        embedding = _weight(self, "embedding", ("vocab", "embed"), (c.vocab_size, c.embed), c.embed)
+        embedding = weight(self, "embedding", ("vocab", "embed"), (c.vocab_size, c.embed), c.embed)
         x = embedding[tokens].astype(self.dtype) * jnp.asarray(c.embed_scale, self.dtype)
         kinds = c.distinct_kinds
         sight = _sight(positions, end, cache, index)
@@ -292,17 +232,19 @@ class Decoder(nn.Module):
             every: Any = nn.broadcast
             x, cache = nn.scan(
                 block,
-                variable_axes={"params": 0, "lora": 0},
+                variable_axes={"params": 0, "lora": 0, LOAD: 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=cast(Any, (every, every if which is None else 0, 0, every)),
                 length=c.layers,
                 metadata_params={nn.PARTITION_NAME: "layers"},
-            )(c, self.lora, attend, name="layers")(x, ways, which, cast(Any, cache), index)
+            )(
+                c, self.lora, attend, self.mesh, name="layers"
+            )(x, ways, which, cast(Any, cache), index)
         else:
             written = []
             for i in range(c.layers):
                 layer_cache = cache[i] if isinstance(cache, tuple) else None
-                layer = block(c, self.lora, attend, name=f"layer_{i}")
+                layer = block(c, self.lora, attend, self.mesh, name=f"layer_{i}")
                 x, layer_cache = layer(x, ways[kind_of[i]], None, layer_cache, index)
                 written.append(layer_cache)
             cache = tuple(written) if cache is not None else None
@@ -314,7 +256,7 @@ class Decoder(nn.Module):
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, (None, "embed"))
             self.param("score", zeros, (1, c.embed))
         elif not c.tied:
-            _weight(self, "unembedding", ("vocab", "embed"), embedding.shape, c.embed)
+            weight(self, "unembedding", ("vocab", "embed"), embedding.shape, c.embed)
         return x, cache
 
 
@@ -369,7 +311,18 @@ def abstract_params(config: DecoderConfig) -> Params:
 
 
 def abstract_adapters(config: DecoderConfig, lora: Lora) -> Params:
-    """Shapes, dtypes and logical axes of all adapters. The tree is cached; do not modify it."""
+    """Shapes, dtypes and logical axes of all adapters. The tree is cached; do not modify it.
+
+    Raises:
+      LoraError: if the adapters' targets match the MLP of a model that has experts.
+    """
+    if config.mixture is not None and any(map(lora.adapts, ("mlp/gate", "mlp/up", "mlp/down"))):
+        raise LoraError(
+            f"lora.targets is {lora.targets!r}, which matches matrices of the MLP. This model has "
+            "experts there, and experts have no adapters: with one for each expert, they would "
+            "be about as large as what they adapt. Adapt attention alone, with lora.targets: "
+            "self_attn"
+        )
     return _abstract(config, lora)["lora"]
 
 
@@ -398,3 +351,11 @@ def stack(params: Params) -> Params:
 
 def parameter_count(config: DecoderConfig) -> int:
     return sum(x.size for x in jax.tree.leaves(abstract_params(config)))
+
+
+def active_parameters(config: DecoderConfig) -> int:
+    """The parameters that compute each token: all, except the experts that it is not sent to."""
+    if config.mixture is None:
+        return parameter_count(config)
+    one = dataclasses.replace(config.mixture, experts=config.mixture.active)
+    return parameter_count(dataclasses.replace(config, mixture=one))

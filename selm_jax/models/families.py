@@ -1,8 +1,8 @@
 """Converts between Hugging Face `config.json` and `DecoderConfig`, for each model family.
 
 `from_hf` and `to_hf` are inverse to each other. `FAMILIES` is the table of families: what each one
-reads and writes in its own way is in `family_llama` and `family_gemma`. `config_keys` handles
-unknown keys and bad values.
+reads and writes in its own way is in `family_llama`, `family_mixtures` and `family_gemma`.
+`config_keys` handles unknown keys and bad values.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 from selm_jax.models import family_gemma as gemma
 from selm_jax.models import family_llama as llama
+from selm_jax.models import family_mixtures as moe
 from selm_jax.models.config import DecoderConfig, ScalarHead, UnsupportedModel
 from selm_jax.models.config_keys import Json, Keys
 from selm_jax.shell.json_file import JsonFileError, read_object
@@ -71,6 +72,8 @@ FAMILIES = {
     "granite": Family(
         "GraniteForCausalLM", llama.granite_from, llama.granite_to, has_classifier=False
     ),
+    "mixtral": Family("MixtralForCausalLM", moe.mixtral_from, moe.mixtral_to),
+    "qwen3_moe": Family("Qwen3MoeForCausalLM", moe.qwen3_moe_from, moe.qwen3_moe_to),
     "gemma": Family(
         "GemmaForCausalLM",
         gemma.gemma_from,
@@ -91,13 +94,14 @@ FAMILIES = {
 
 # What differs in models that a reader may take for a supported one.
 _CLOSE = {
-    "mixtral": "mistral, but a mixture of experts",
-    "qwen2_moe": "qwen2, but a mixture of experts",
-    "qwen3_moe": "qwen3, but a mixture of experts",
-    "gpt_oss": "qwen3, but a mixture of experts whose attention has sinks",
-    "olmoe": "olmo2, but a mixture of experts",
-    "phimoe": "phi3, but a mixture of experts",
+    "qwen2_moe": "qwen3_moe, but every token also has an expert that is shared by all",
+    "qwen3_next": "qwen3_moe, but most layers have linear attention, and an expert is shared",
+    "gpt_oss": "qwen3_moe, but its attention has sinks, and its experts have biases",
+    "olmoe": "qwen3_moe, but queries and keys are normed over all heads together",
+    "phimoe": "mixtral, but its router chooses experts one after the other, and norms have biases",
     "granitemoe": "granite, but a mixture of experts",
+    "deepseek_v3": "qwen3_moe, but its attention is compressed, and an expert is shared",
+    "glm4_moe": "qwen3_moe, but an expert is shared, and the router has a bias",
     "granitemoehybrid": "granite, but with experts, or with state-space layers",
     "olmo": "olmo2, but its norms have no scales and its queries, keys and values are clipped",
     "phi": "phi3, but its attention and MLP are parallel and its norms subtract the mean",

@@ -42,7 +42,10 @@ def passed(config: DecoderConfig, *, tokens: int, pairs: int, scored: int) -> Fl
     """
     c = config
     heads, kv_heads = c.heads * c.head_dim, c.kv_heads * c.head_dim
-    weights = c.layers * (2 * c.embed * heads + 2 * c.embed * kv_heads + 3 * c.embed * c.mlp)
+    mlp = 3 * c.embed * c.mlp
+    if c.mixture is not None:  # a token's experts, and the router
+        mlp = c.mixture.active * mlp + c.embed * c.mixture.experts
+    weights = c.layers * (2 * c.embed * heads + 2 * c.embed * kv_heads + mlp)
     return Flops(
         dense=2 * tokens * weights,
         attention=4 * pairs * c.layers * heads,

@@ -67,7 +67,7 @@ class Lora(settings.Lora):
 
     def adapts(self, kernel: str) -> bool:
         """Whether a kernel such as `attention/q` has an adapter."""
-        return re.search(self.targets, TARGETS[kernel]) is not None
+        return kernel in TARGETS and re.search(self.targets, TARGETS[kernel]) is not None
 
 
 def init(abstract: Params, key: jax.Array) -> Params:

@@ -2,7 +2,7 @@
 
 The kernels of the layers become `qwix.QArray`s: integers, and a scale per block of 64 inputs and
 per output. A layer dequantises its kernels when it runs, so that only one layer's kernels exist in
-full at a time. Embedding, unembedding, norms and biases stay as they are.
+full at a time. Embedding, unembedding, norms, routers and biases stay as they are.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ def quantize(params: Params, qtype: str) -> Params:
     qwix = _qwix()
 
     def of(path: tuple[str, ...], x: Any) -> Any:
-        if path[0] != "layers" or x.ndim < 3 or path[-1].endswith("_bias"):
+        if path[0] != "layers" or x.ndim < 3 or path[-1].endswith("_bias") or path[-1] == "router":
             return x
-        inputs = 2 if path[-1] == "o" else 1  # the last input axis; axis 0 is the layer
+        # The last input axis. Axis 0 is the layer; of experts, axis 1 is the expert.
+        inputs = 2 if path[-1] == "o" or path[-2] == "experts" else 1
         block = _BLOCK if x.shape[inputs] % _BLOCK == 0 else x.shape[inputs]
         others = [axis for axis in range(x.ndim) if axis != inputs]
         return qwix.quantize(x, qtype, channelwise_axes=others, tiled_axes={inputs: block})

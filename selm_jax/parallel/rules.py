@@ -28,12 +28,15 @@ _SINGLE: Rules = {
     "kv_heads": None,
     "head_dim": None,
     "mlp": None,
+    "experts": None,
+    "expert_mlp": None,  # the width of one expert
     "norm": None,
     "rank": None,  # of LoRA
 }
 # Parameters, gradients and moments are sharded over `fsdp`; each layer is gathered when it runs.
 _FSDP: Rules = {**_SINGLE, "embed": "fsdp"}
-_TENSOR: Rules = {"vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor"}
+# A mixture is cut between its experts, not inside them, so that each keeps large matrix products.
+_TENSOR: Rules = dict.fromkeys(("vocab", "heads", "kv_heads", "mlp", "experts"), "tensor")
 
 PRESETS: Mapping[str, Rules] = {
     "single": _SINGLE,

@@ -17,10 +17,15 @@ def decoding_params(params: Params, dtype: Any, where: Any = None) -> Params:
     """Training parameters in the form that the engine needs.
 
     The result has one tree per layer, in the dtype of decoding, with the shardings `where`
-    (`decoding_shardings`).
+    (`decoding_shardings`). Routers of experts keep their dtype: rounding them would send tokens to
+    other experts than in training.
     """
+
+    def cast(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+        return x if path[-1].key == "router" else x.astype(dtype)
+
     return jax.jit(
-        lambda p: unstack(jax.tree.map(lambda x: x.astype(dtype), p)), out_shardings=where
+        lambda p: unstack(jax.tree_util.tree_map_with_path(cast, p)), out_shardings=where
     )(params)
 
 

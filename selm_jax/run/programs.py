@@ -219,6 +219,7 @@ class Programs:
             clip=s.clip,
             statistics=s.token_statistics and not self.task.objective.rates,
             skip=s.on_nonfinite == "skip",
+            train_router=s.router == "trained",
             shardings=Shardings(where, replicated),
         )
 

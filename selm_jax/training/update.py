@@ -16,6 +16,7 @@ it over the mesh.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -25,6 +26,7 @@ from jax.sharding import Sharding
 from jaxtyping import Array, Float
 
 from selm_jax.models.decoder import Decoder, Params, unembedding
+from selm_jax.models.experts import LOAD, expert_counts, load_metrics
 from selm_jax.objectives.logprobs import TokenStats, token_logprobs, token_statistics
 from selm_jax.objectives.losses import Logps, Metrics, Objective, Rewards
 from selm_jax.objectives.measures import measures
@@ -34,7 +36,7 @@ from selm_jax.preferences.rewards import response_rewards
 from selm_jax.training.state import TrainState
 
 PerExample = Float[Array, " segments"]
-Sums = dict[str, Float[Array, ""]]
+Sums = dict[str, Array]  # scalars, and for a mixture of experts the counts of `expert_counts`
 
 
 def response_logps(
@@ -74,14 +76,32 @@ def of_scored(
     key: Array | None = None,
 ) -> Any:
     """What `head`, such as `token_statistics`, gives of every scored token in the batch."""
+    return _of_scored(head, decoder, params, batch, chunk, adapters, key)[0]
+
+
+def _of_scored(
+    head: Callable[..., Any],
+    decoder: Decoder,
+    params: Params,
+    batch: PreferenceBatch,
+    chunk: int,
+    adapters: Params | None = None,
+    key: Array | None = None,
+) -> tuple[Any, Sums]:
+    """Returns (`of_scored`, how many tokens each expert computes if the model has experts)."""
     variables = {"params": params} | ({} if adapters is None else {"lora": adapters})
     rngs = None if key is None else {"dropout": key}
-    hidden, _ = decoder.apply(variables, batch.tokens, batch.position, batch.end, rngs=rngs)
+    rows = batch.tokens, batch.position, batch.end
+    (hidden, _), left = cast(Any, decoder.apply(variables, *rows, rngs=rngs, mutable=[LOAD]))
     predicting = jnp.take_along_axis(hidden, batch.predictor[..., None], axis=1)
-    return head(
+    found = head(
         predicting, batch.target, unembedding(params), chunk, decoder.config.logit_cap,
         mesh=decoder.mesh, frozen=adapters is not None,
     )  # fmt: skip
+    if decoder.config.mixture is None:
+        return found, {}
+    chosen = left[LOAD]["layers"]["experts"]["chosen"]
+    return found, {LOAD: expert_counts(chosen, batch.segment > 0, decoder.config.mixture)}
 
 
 def by_role(
@@ -142,16 +162,16 @@ def loss_sums(
         return _sums(batch, *_measured(objective, given))
     head = token_statistics if statistics else token_logprobs
     if base is None:
-        found = of_scored(head, plain, params, batch, chunk)
+        found, load = _of_scored(head, plain, params, batch, chunk)
     else:
-        found = of_scored(head, decoder, base, batch, chunk, params, key)
+        found, load = _of_scored(head, decoder, base, batch, chunk, params, key)
     policy = batch.sum_by_response(found.logprob if statistics else found)
     reference = batch.reference
     if reference_params is not None:
         reference = response_logps(plain, reference_params, batch, chunk)
     logps = by_role(batch, policy, jax.lax.stop_gradient(reference), mean_lengths)
     loss, sums = _sums(batch, *_measured(objective, logps))
-    return loss, sums | (_token_sums(batch, found) if statistics else {})
+    return loss, sums | load | (_token_sums(batch, found) if statistics else {})
 
 
 def _measured(objective: Objective, given: Logps | Rewards) -> tuple[PerExample, Metrics]:
@@ -186,8 +206,19 @@ def _means(sums: Sums) -> Sums:
     """The update's metrics: means over examples or over scored tokens, and the examples' number."""
     count = sums["examples"]
     scored = sums.get("scored", count)
-    of = {k: scored if k in PER_TOKEN else count for k in sums if k not in ("examples", "scored")}
-    return {k: sums[k] / n for k, n in of.items()} | {"examples": count}
+    counts = ("examples", "scored", LOAD)
+    of = {k: scored if k in PER_TOKEN else count for k in sums if k not in counts}
+    load = load_metrics(sums[LOAD]) if LOAD in sums else {}
+    return {k: sums[k] / n for k, n in of.items()} | load | {"examples": count}
+
+
+def _routers_held(tree: Any, held: bool) -> Any:
+    """The tree of gradients or steps; if `held`, with zeros for routers of experts."""
+
+    def of(path, x):
+        return jnp.zeros_like(x) if path[-1].key == "router" else x
+
+    return jax.tree_util.tree_map_with_path(of, tree) if held else tree
 
 
 class Update(NamedTuple):
@@ -227,6 +258,7 @@ def make_update(
     clip: float | None = None,
     statistics: bool = False,
     skip: bool = False,
+    train_router: bool = True,
     shardings: Shardings = Shardings(),  # noqa: B008 (a NamedTuple, immutable)
 ) -> Update:
     """Makes the compiled functions of a run; each compiles at its first call with a shape.
@@ -235,8 +267,10 @@ def make_update(
     is an argument of `apply`, so that iterations with different schedules share one compilation.
     `clip` bounds the global norm of the mean gradient; None does not. With `statistics`, there are
     the metrics `PER_TOKEN`. With `skip`, an update whose loss or gradient is not finite leaves
-    parameters and moments as they are, and the metric `skipped` is 1.
+    parameters and moments as they are, and the metric `skipped` is 1. Without `train_router`, the
+    routers of a mixture of experts stay as they are.
     """
+    trained = partial(_routers_held, held=not train_router)
 
     def gradients(params, batch, mean_lengths, reference=None, base=None, key=None):
         loss = jax.value_and_grad(
@@ -253,14 +287,15 @@ def make_update(
         return jax.tree.map(jnp.add, grads, more), jax.tree.map(jnp.add, sums, more_sums)
 
     def apply(state, grads, sums, learning_rate):
-        count = sums["examples"]
+        count, grads = sums["examples"], trained(grads)
         norm = optax.tree.norm(grads) / count
         # Mean and clipping are one factor here, not a part of optax's chain: that would keep a
         # second tree of gradients in memory until the norm is known.
         factor = (1.0 if clip is None else jnp.minimum(1.0, clip / norm)) / count
         grads = jax.tree.map(lambda g: factor * g, grads)
         steps, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        steps = jax.tree.map(lambda step: learning_rate * step, steps)
+        # Again, because weight decay would move the routers.
+        steps = jax.tree.map(lambda step: learning_rate * step, trained(steps))
         params = cast(Params, optax.apply_updates(state.params, steps))
         metrics = _means(sums) | {"grad_norm": norm}
         done = TrainState(state.step + 1, params, opt_state)

@@ -10,6 +10,7 @@ more than one layer's tensor in memory.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -77,26 +78,29 @@ def load(
     else:
         where = cast(dict[Any, Sharding], flatten_dict(shardings))
     stacked = [path for path, row in rows.items() if row.stacked]
-    shapes = tuple((config.layers, *rows[path].shape) for path in stacked)
+    shapes = tuple((config.layers, *rows[path].layer_shape) for path in stacked)
     zeros = _zeros(shapes, np.dtype(dtype), tuple(where[path] for path in stacked))()
     params = dict(zip(stacked, zeros, strict=True))
-    finite: list[tuple[str, jax.Array]] = []  # fetched at the end, so that devices need not wait
+    finite: list[
+        tuple[list[str], jax.Array]
+    ] = []  # fetched at the end, so that devices need not wait
     for path, row in rows.items():
         if fresh_head and path == ("score",):
             (params[path],) = _zeros((row.shape,), np.dtype(dtype), (where[path],))()
         elif row.stacked:
             for layer in range(config.layers):
                 params[path], is_finite = _fill(checkpoint, row, layer, params[path])
-                finite.append((row.name.format(layer), is_finite))
+                finite.append((row.names(layer), is_finite))
         else:
-            x = _from_file(checkpoint, row.name, row, where[path])
+            x = _from_file(checkpoint, None, row, where[path])
             # A copy even if the dtype is right: on CPU the array may be a view of the mapped file.
             params[path], is_finite = jax.block_until_ready(
                 _caster(np.dtype(dtype), where[path])(x)
             )
-            finite.append((row.name, is_finite))
+            finite.append((row.names(None), is_finite))
             x.delete()
-    refuse_not_finite(checkpoint, [name for name, is_finite in finite if not is_finite])
+    bad = [_not_finite(checkpoint, names) for names, is_finite in finite if not is_finite]
+    refuse_not_finite(checkpoint, itertools.chain(*bad))
     return unflatten_dict({path: params[path] for path in rows})
 
 
@@ -127,22 +131,31 @@ def _fill(
     checkpoint: Checkpoint, row: Tensor, layer: int, stack: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Reads a layer's parameter into the stacked array `stack`; returns (stack, is finite)."""
-    x = _from_file(checkpoint, row.name.format(layer), row, _of_layer(stack.sharding))
+    x = _from_file(checkpoint, layer, row, _of_layer(stack.sharding))
     # Wait; otherwise the host would read ahead and keep in memory what devices have not yet taken.
     filled = jax.block_until_ready(_filler(stack.sharding)(stack, x, layer))
     x.delete()
     return filled
 
 
-def _from_file(checkpoint: Checkpoint, name: str, row: Tensor, sharding: Sharding) -> jax.Array:
+def _from_file(
+    checkpoint: Checkpoint, layer: int | None, row: Tensor, sharding: Sharding
+) -> jax.Array:
     """Reads one layer's parameter onto the devices, in the stored dtype."""
+    names = row.names(layer)
+    stored = {DTYPES[checkpoint.tensors[name].dtype] for name in names}
+    dtype = stored.pop() if len(stored) == 1 else np.float32  # which holds all of the others
 
     def part(index: Any) -> np.ndarray:
-        bounds = tuple(cut.indices(n)[:2] for cut, n in zip(index, row.shape, strict=True))
-        return _read(checkpoint, name, row, bounds)
+        bounds = [cut.indices(n)[:2] for cut, n in zip(index, row.layer_shape, strict=True)]
+        if row.experts is None:
+            return _read(checkpoint, names[0], row, tuple(bounds))
+        these = names[slice(*bounds[0])]
+        return np.stack(
+            [_read(checkpoint, name, row, tuple(bounds[1:])).astype(dtype) for name in these]
+        )
 
-    dtype = DTYPES[checkpoint.tensors[name].dtype]
-    return jax.make_array_from_callback(row.shape, sharding, part, dtype=dtype)
+    return jax.make_array_from_callback(row.layer_shape, sharding, part, dtype=dtype)
 
 
 def _read(
@@ -175,6 +188,13 @@ def _stored_axes(row: Tensor) -> list[tuple[int, ...]]:
     if row.inputs is not None:  # [*in, *out] is stored as [out, in]
         return [axes[row.inputs :], axes[: row.inputs]]
     return [axes] if len(row.stored_shape) == 1 else [(axis,) for axis in axes]
+
+
+def _not_finite(checkpoint: Checkpoint, names: list[str]) -> list[str]:
+    """Which of the tensors that make up one parameter contain NaN or infinity, if any does."""
+    if len(names) == 1:
+        return names
+    return [n for n in names if not np.isfinite(checkpoint.read(n).astype(np.float32)).all()]
 
 
 def _of_layer(stacked: Sharding) -> Sharding:
@@ -229,7 +249,7 @@ def _caster(dtype: np.dtype, sharding: Sharding):
 
 
 def _check(checkpoint: Checkpoint, config: DecoderConfig) -> None:
-    wanted = {name: _whole_shape(parts) for name, _, parts in _stored(config)}
+    wanted = {n: _whole_shape(parts) for names, _, parts in _stored(config) for n in names}
     found = {n: t for n, t in checkpoint.tensors.items() if not _LEFTOVER.fullmatch(n)}
     unknown = set(found) - set(wanted)
     if config.tied and _is_second_embedding(checkpoint, "lm_head.weight"):
@@ -303,7 +323,8 @@ def save(
     flat = _flat(params)
     entries = {
         name: stored_like(_whole_shape(parts), flat[parts[0].path].dtype)
-        for name, _, parts in _stored(config)
+        for names, _, parts in _stored(config)
+        for name in names
     }
     write(folder, entries, to_hf_tensors(params, config), max_shard_bytes=max_shard_bytes)
 
@@ -314,9 +335,11 @@ def to_hf_tensors(params: Params, config: DecoderConfig) -> Iterator[tuple[str, 
     If the parameters are sharded over several processes, each of them has to iterate over all.
     """
     flat = _flat(params)
-    for name, layer, parts in _stored(config):
-        found = [_to_theirs(fetch(flat[row.path], layer), row) for row in parts]
-        yield name, found[0] if len(found) == 1 else np.concatenate(found)
+    for names, layer, parts in _stored(config):
+        ours = [fetch(flat[row.path], layer).reshape(-1, *row.shape) for row in parts]
+        for expert, name in enumerate(names):
+            found = [_to_theirs(x[expert], row) for x, row in zip(ours, parts, strict=True)]
+            yield name, found[0] if len(found) == 1 else np.concatenate(found)
 
 
 def _flat(params: Params) -> dict[tuple[str, ...], jax.Array]:
@@ -353,18 +376,21 @@ def _to_theirs(x: np.ndarray, row: Tensor) -> np.ndarray:
     return np.ascontiguousarray(x.transpose(order).reshape(row.stored_shape))
 
 
-def _stored(config: DecoderConfig) -> Iterator[tuple[str, int | None, list[Tensor]]]:
-    """Yields (name, layer, parameters) for every stored tensor, ordered by layer."""
+def _stored(config: DecoderConfig) -> Iterator[tuple[list[str], int | None, list[Tensor]]]:
+    """Yields (names, layer, parameters) for all stored tensors, ordered by layer.
+
+    There is more than one name if each expert is a tensor of its own.
+    """
     by_name: dict[str, list[Tensor]] = {}
     for row in tensors(config).values():
         by_name.setdefault(row.name, []).append(row)
-    for name, parts in by_name.items():
+    for parts in by_name.values():
         if not parts[0].stacked:
-            yield name, None, parts
+            yield parts[0].names(None), None, parts
     for layer in range(config.layers):
-        for name, parts in by_name.items():
+        for parts in by_name.values():
             if parts[0].stacked:
-                yield name.format(layer), layer, parts
+                yield parts[0].names(layer), layer, parts
 
 
 def _whole_shape(parts: list[Tensor]) -> tuple[int, ...]:

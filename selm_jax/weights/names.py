@@ -24,11 +24,13 @@ class Tensor(NamedTuple):
 
     Attributes:
       path: the parameter's path in our tree.
-      shape: its shape there, for one layer.
+      shape: its shape there, for one layer and one expert.
       name: the name of the stored tensor; `{}` is the number of the layer.
       inputs: how many leading axes of our kernel are its inputs. A kernel is flattened to
         [inputs, outputs] and transposed; None means that the parameter is stored as it is.
       first: the row of the stored tensor at which this parameter begins; 0 unless it is fused.
+      experts: the number of experts of a layer if each of them is a stored tensor. Then the shape
+        is one expert's, and `name` has a second `{}`, for the number of the expert.
     """
 
     path: Path
@@ -36,6 +38,16 @@ class Tensor(NamedTuple):
     name: str
     inputs: int | None
     first: int = 0
+    experts: int | None = None
+
+    @property
+    def layer_shape(self) -> tuple[int, ...]:
+        """The shape of one layer of the parameter in our tree, or of the whole if not stacked."""
+        return self.shape if self.experts is None else (self.experts, *self.shape)
+
+    def names(self, layer: int | None) -> list[str]:
+        """The stored tensors of a layer of this parameter: one, or one for each expert."""
+        return [self.name.format(layer, expert) for expert in range(self.experts or 1)]
 
     @property
     def stacked(self) -> bool:
@@ -78,6 +90,21 @@ _POST_NORMS = {
     ("mlp_norm",): "pre_feedforward_layernorm",
     ("mlp_post_norm",): "post_feedforward_layernorm",
 }
+_EXPERTS = {
+    ("experts", "router"): "mlp.gate",
+    ("experts", "gate"): "mlp.experts.{}.gate_proj",
+    ("experts", "up"): "mlp.experts.{}.up_proj",
+    ("experts", "down"): "mlp.experts.{}.down_proj",
+}
+# Names that a class of models has in place of these.
+_OTHER_NAMES = {
+    "MixtralForCausalLM": {
+        ("experts", "router"): "block_sparse_moe.gate",
+        ("experts", "gate"): "block_sparse_moe.experts.{}.w1",
+        ("experts", "up"): "block_sparse_moe.experts.{}.w3",
+        ("experts", "down"): "block_sparse_moe.experts.{}.w2",
+    }
+}
 # Kernels stored as one tensor, in this order.
 _FUSED = {
     "Phi3ForCausalLM": {
@@ -99,6 +126,10 @@ def _tensor(path: Path, shape: tuple[int, ...], config: DecoderConfig) -> Tensor
         name, inputs = _OUTSIDE[path]
         return Tensor(path, shape, name, inputs)
     inner = path[1:]
+    experts = _EXPERTS | _OTHER_NAMES.get(config.architecture, {})
+    if name := experts.get((inner[0], inner[-1])):
+        row = Tensor(path, shape[1:], f"{_LAYER}{name}.weight", 1)
+        return row._replace(shape=shape[2:], experts=shape[1]) if len(shape) == 4 else row
     norms = _NORMS | (_POST_NORMS if config.post_norms else {})
     if inner[-1] == "scale":
         return Tensor(path, shape[1:], f"{_LAYER}{norms[inner[:-1]]}.weight", None)

@@ -16,6 +16,7 @@ from selm_jax.feedback.judge import ranker as judge
 from selm_jax.feedback.judge.budget import Calls
 from selm_jax.feedback.models import pairrm, reward_model
 from selm_jax.models.config import DecoderConfig
+from selm_jax.models.experts import load_metrics
 from selm_jax.objectives.build import TABLE, build_objective
 from selm_jax.objectives.losses import Logps, Rewards
 from selm_jax.objectives.measures import measures
@@ -135,6 +136,10 @@ def of_gap():
     return set(gap.Gap(1, 0.0, 0.0, 0.0).metrics)
 
 
+def of_experts():
+    return set(load_metrics(jnp.ones((1, 2))))
+
+
 def of_counts():
     """The literal keys of the counts of every stage."""
     modules = (generate, rank, score, train, export, evaluate, teach, budget)
@@ -143,9 +148,14 @@ def of_counts():
     return set(re.findall(r'"([a-z_/]+)": ', source)) - {"chosen"}  # a role, and no count
 
 
+EVERY = (
+    of_losses, of_heldout, of_pairs, of_rankers, of_updates, of_experts, of_gap, of_counts,
+)  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "found",
-    [of_losses, of_heldout, of_pairs, of_rankers, of_updates, of_gap, of_counts],
+    EVERY,
     ids=lambda function: function.__name__,
 )
 def test_the_glossary_has(found):
@@ -157,9 +167,7 @@ def test_the_glossary_has_what_ranking_counts():
 
 
 def test_the_glossary_has_nothing_that_is_never_written():
-    written = set().union(
-        *(f() for f in (of_losses, of_heldout, of_pairs, of_rankers, of_updates, of_gap, of_counts))
-    )
+    written = set().union(*(f() for f in EVERY))
     written |= {*OF_RANK, *(f"score_mean/{source}" for source in SOURCES)}
     loose = {"malformed", "answers", "pairs", "prompts_cut", "responses_cut", "step"}
     never = {key for key in LISTED if not (expanded(key) & (written | loose))}

@@ -90,6 +90,14 @@ FAMILIES = {
             "logits_scaling": 3.0, "tie_word_embeddings": True,
         },
     ),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_hidden_layers": 2}),
+    "qwen3-moe": (
+        "Qwen3MoeConfig",
+        {
+            "head_dim": 8, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 12,
+            "num_hidden_layers": 2,
+        },
+    ),
     "gemma-1": ("GemmaConfig", {"head_dim": 8}),
     "gemma-2": ("Gemma2Config", _GEMMA),
     "gemma-3": (

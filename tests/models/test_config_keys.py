@@ -13,10 +13,11 @@ import pytest
 from selm_jax.models import config_deberta
 from selm_jax.models.config import DecoderConfig, UnsupportedModel
 from selm_jax.models.config_keys import LIMITS, is_off
-from selm_jax.models.decoder import parameter_count
+from selm_jax.models.decoder import active_parameters, parameter_count
 from selm_jax.models.families import FAMILIES, from_hf, read_config, to_hf
 from selm_jax.plan.command import read_facts
 from selm_jax.weights.deberta import read_config as read_pairrm
+from selm_jax.weights.names import tensors
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 # Parameters, as the checkpoints' pages on the Hub count them.
@@ -30,6 +31,7 @@ PUBLISHED = {
     "Qwen--Qwen2.5-0.5B": 494_032_768,
     "Qwen--Qwen2.5-7B-Instruct": 7_615_616_512,
     "Qwen--Qwen3-0.6B": 596_049_920,
+    "Qwen--Qwen3-30B-A3B": 30_532_122_624,
     "TinyLlama--TinyLlama-1.1B-Chat-v1.0": 1_100_048_384,
     "allenai--OLMo-2-1124-7B-Instruct": 7_298_617_344,
     "allenai--Olmo-3-7B-Instruct": 7_298_011_136,
@@ -51,6 +53,7 @@ PUBLISHED = {
     "mistralai--Mistral-7B-Instruct-v0.2": 7_241_732_096,
     "mistralai--Mistral-7B-Instruct-v0.3": 7_248_023_552,
     "mistralai--Mistral-7B-v0.1": 7_241_732_096,
+    "mistralai--Mixtral-8x7B-Instruct-v0.1": 46_702_792_704,
 }
 
 
@@ -71,6 +74,31 @@ def test_published_checkpoints_are_read(name):
     config = from_hf(hf(name))
     assert parameter_count(config) == PUBLISHED[name]
     assert from_hf(to_hf(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "active", "expert", "router"),
+    [
+        ("Qwen--Qwen3-30B-A3B", 3.3e9, "mlp.experts.127.gate_proj", "mlp.gate"),
+        (
+            "mistralai--Mixtral-8x7B-Instruct-v0.1",
+            12.9e9,
+            "block_sparse_moe.experts.7.w1",
+            "block_sparse_moe.gate",
+        ),
+    ],
+)
+def test_mixtures_have_their_published_active_parameters_and_tensors(name, active, expert, router):
+    config = from_hf(hf(name))
+    assert active_parameters(config) == pytest.approx(active, rel=0.02)
+    rows = tensors(config).values()
+    names = {n: row for row in rows for n in row.names(config.layers - 1) if row.stacked}
+    layer = f"model.layers.{config.layers - 1}."
+    assert names[f"{layer}{expert}.weight"].stored_shape == (config.mlp, config.embed)
+    experts = config.mixture.experts
+    assert names[f"{layer}{router}.weight"].stored_shape == (experts, config.embed)
+    stem = expert.split(".")[0]
+    assert sum(n.startswith(f"{layer}{stem}.experts.") for n in names) == 3 * experts
 
 
 def test_no_file_is_left_out_and_every_family_is_there():
@@ -103,6 +131,9 @@ def test_a_key_that_is_off_passes_and_one_that_is_on_does_not(name, off):
     [
         ("google--gemma-2-9b-it", {"sliding_window_size": 2048}, "sliding_window_size is 2048"),
         ("Qwen--Qwen2.5-0.5B", {"use_mrope": True}, r"use_mrope \(True\)"),
+        ("Qwen--Qwen3-30B-A3B", {"mlp_only_layers": [3]}, "needs experts in every layer"),
+        ("Qwen--Qwen3-30B-A3B", {"decoder_sparse_step": 2}, "needs experts in every layer"),
+        ("Qwen--Qwen3-30B-A3B", {"num_local_experts": 64}, "are different numbers"),
         ("Qwen--Qwen2.5-0.5B", {"is_causal": False}, "is_causal is False"),
         ("Qwen--Qwen2.5-0.5B", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ("meta-llama--Llama-2-7b-chat-hf", {"rope_interleaved": True}, "rope_interleaved"),

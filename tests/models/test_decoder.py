@@ -16,6 +16,7 @@ from selm_jax.models.config import (
     Linear,
     Llama3,
     LongRope,
+    Mixture,
     Rope,
     ScalarHead,
     UnsupportedModel,
@@ -214,6 +215,7 @@ def test_projects_gradient_has_the_parameters_dtype():
 LONG = LongRope((1.0, 2.0, 3.0, 4.0), (2.0, 4.0, 8.0, 16.0), 6, 1.0)
 LLAMA3 = Llama3(8.0, 1.0, 4.0, 64)
 YARN = Yarn(4.0, 64, 4.0, 0.5, 1.0)
+MIXTURE = Mixture(4, 2, True)
 
 
 def kinds(*each):
@@ -283,6 +285,13 @@ CHANGES = {
     "attention_cap": ({}, {"attention_cap": 0.5}),
     "logit_cap": ({}, {"logit_cap": 1.0}),
     "logit_divisor": ({}, {"logit_divisor": 3.0}),
+    "mixture": ({}, {"mixture": MIXTURE}),
+    "mixture: active": (
+        {"mixture": MIXTURE}, {"mixture": dataclasses.replace(MIXTURE, active=3)},
+    ),
+    "mixture: normalized": (
+        {"mixture": MIXTURE}, {"mixture": dataclasses.replace(MIXTURE, normalized=False)},
+    ),
     "head": ({}, {"head": ScalarHead()}),
 }  # fmt: skip
 

@@ -228,8 +228,10 @@ def test_the_way_out_and_back_in(name):
 # Keys without effect beside the others that the checkpoint has: (checkpoint, key).
 IDLE = {
     ("phi-3-4k", "original_max_position_embeddings"),
-    *((name, "sliding_window") for name in ("qwen2", "qwen3", "smollm3")),
-    *((name, "use_sliding_window") for name in ("qwen2", "qwen3", "smollm3")),
+    *((name, "sliding_window") for name in ("qwen2", "qwen3", "smollm3", "qwen3-moe")),
+    *((name, "use_sliding_window") for name in ("qwen2", "qwen3", "smollm3", "qwen3-moe")),
+    ("qwen3-moe", "intermediate_size"),
+    ("qwen3-moe", "mlp_only_layers"),
     ("exaone-4", "sliding_window_pattern"),
     *((name, "max_window_layers") for name in ("qwen2", "qwen2-window", "qwen3")),
     ("smollm3", "no_rope_layer_interval"),
@@ -282,7 +284,7 @@ LLAMA = json.loads((golden.FOLDER / "llama-2" / "config.json").read_text())
     ("changes", "message"),
     [
         ({"model_type": "gpt2"}, "model_type is 'gpt2'; this version supports llama, "),
-        ({"model_type": "mixtral"}, "model_type is 'mixtral'; .* It is close to mistral, but "),
+        ({"model_type": "olmoe"}, "model_type is 'olmoe'; .* It is close to qwen3_moe, but "),
         ({"logit_soft_cap": 30.0}, "logit_soft_cap"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_parameters .* rope_scaling"),

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
+from selm_jax.models.config import Mixture
 from selm_jax.models.decoder import abstract_adapters, abstract_params
 from selm_jax.models.families import read_config
 from selm_jax.models.lora import Lora
@@ -191,9 +192,12 @@ CUTS = {
     "fsdp": {"embed": "fsdp"},
     "fsdp_tensor": {
         "embed": "fsdp", "vocab": "tensor", "heads": "tensor", "kv_heads": "tensor",
-        "mlp": "tensor",
+        "mlp": "tensor", "experts": "tensor",
     },
-    "decode": {"vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor"},
+    "decode": {
+        "vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor",
+        "experts": "tensor",
+    },
 }  # fmt: skip
 
 
@@ -217,7 +221,9 @@ def every_mesh(preset: str, most: int):
 def trees_of(folder: Path):
     """Abstract parameters and adapters of a model; tracing them takes longer than all else here."""
     config = read_config(folder)
-    return [abstract_params(config), abstract_adapters(config, Lora(rank=4, alpha=8))]
+    targets = "_proj$" if config.mixture is None else "self_attn"  # experts have no adapters
+    lora = Lora(rank=4, alpha=8, targets=targets)
+    return [abstract_params(config), abstract_adapters(config, lora)]
 
 
 @pytest.mark.parametrize("preset", CUTS)
@@ -243,9 +249,10 @@ def test_every_parameter_of_every_family_has_its_place(preset, tried):
 
 def test_every_axis_of_the_tables_is_used(tiny):
     used = set()
-    for tree in (abstract_params(tiny()), abstract_adapters(tiny(), Lora(rank=4, alpha=8))):
+    trees = [abstract_params(tiny()), abstract_params(tiny(mixture=Mixture(4, 2, True)))]
+    for tree in (*trees, abstract_adapters(tiny(), Lora(rank=4, alpha=8))):
         boxes = jax.tree.leaves(tree, is_leaf=lambda x: hasattr(x, "names"))
-        used |= {axis for box in boxes for axis in box.names}
+        used |= {axis for box in boxes for axis in box.names if axis is not None}
     for rules in PRESETS.values():
         assert set(rules) == used | {"rows"}
     assert set(DECODE) == used | {"slots"}

@@ -15,6 +15,7 @@ import pytest
 from example_losses import EXAMPLES
 from jax.sharding import NamedSharding, PartitionSpec
 
+from selm_jax.models.config import Mixture
 from selm_jax.models.decoder import Decoder, abstract_params
 from selm_jax.objectives.build import build_objective
 from selm_jax.objectives.losses import Objective
@@ -497,3 +498,32 @@ def test_moments_lie_where_their_parameters_lie(name, tiny, random_params):
     moments = [x for x in jax.tree.leaves(state.opt_state) if x.shape in lying]
     assert moments
     assert all(x.sharding.is_equivalent_to(lying[x.shape], x.ndim) for x in moments)
+
+
+# --- mixtures of experts -----------------------------------------------------------------------
+
+
+def test_routers_are_trained_if_asked_for_and_loads_are_those_of_all_batches(tiny, random_params):
+    """Weight decay, too, leaves a frozen router as it is."""
+    decoder = Decoder(tiny(layers=1, mixture=Mixture(4, 2, True)))
+    step = optimizer("adamw", **SETTINGS | {"weight_decay": 0.1})
+    objective = build_objective("selm", beta=0.1, alpha=0.2)
+    frozen, trained = (
+        make_update(decoder, objective, step, chunk=16, train_router=train_router)
+        for train_router in (False, True)
+    )
+    params, examples = random_params(decoder.config), some_examples()
+    gradients, sums = totals(trained, params, pack(examples, SHAPE), examples)
+    parts = [pack(part, SHAPE)[0] for part in (examples[:7], examples[7:])]
+    _, in_parts = totals(trained, params, parts, examples)
+    np.testing.assert_array_equal(sums["load"], in_parts["load"])
+    norms = []
+    for update, moves in ((frozen, False), (trained, True)):
+        state = TrainState(0, jax.tree.map(jnp.copy, params), step.init(params))
+        state, metrics = update.apply(state, gradients, sums, 1e-2)
+        assert 1 <= metrics["experts/load_max"] <= 4 and 0 <= metrics["experts/unused"] < 1
+        moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), params, state.params)["layers"]
+        assert moved["experts"] == {"gate": True, "up": True, "down": True, "router": moves}
+        norms.append(float(metrics["grad_norm"]) * len(examples))
+    of_router = optax.tree.norm(gradients["layers"]["experts"]["router"])
+    assert norms[1] ** 2 - norms[0] ** 2 == pytest.approx(float(of_router) ** 2, rel=1e-3)

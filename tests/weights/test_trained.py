@@ -10,14 +10,16 @@ import jax
 import numpy as np
 import pytest
 
-from selm_jax.models.decoder import Decoder
+from selm_jax.models.decoder import Decoder, abstract_params
 from selm_jax.models.families import read_config
 from selm_jax.objectives.build import build_objective
+from selm_jax.parallel.mesh import make_mesh
+from selm_jax.parallel.rules import TRAINING, place_rows, shardings
 from selm_jax.preferences.examples import Example
 from selm_jax.preferences.packing import common_shape, pack
 from selm_jax.training.optimizer import optimizer
 from selm_jax.training.state import TrainState
-from selm_jax.training.update import make_update
+from selm_jax.training.update import Shardings, make_update
 from selm_jax.weights.export import convert_dtype, export_folder
 from selm_jax.weights.files import WeightsError
 from selm_jax.weights.huggingface import load
@@ -27,7 +29,7 @@ TIME = 120
 QUICK = ("gemma-3", "llama-3.1", "phi-3-128k")  # the others are slow tests
 
 
-def trained(name: str):
+def trained(name: str, mesh=None):
     """The checkpoint after one SELM update large enough to change its outputs."""
     config = read_config(FAMILIES / name).for_length(TIME)
     rng = np.random.default_rng(0)
@@ -41,11 +43,17 @@ def trained(name: str):
         for i in range(3)
     ]
     step = optimizer("adamw", b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.0)
+    where = None if mesh is None else shardings(abstract_params(config), mesh, TRAINING)
     update = make_update(
-        Decoder(config), build_objective("selm", beta=0.1, alpha=0.1), step, chunk=16
+        Decoder(config, remat="full", mesh=mesh),
+        build_objective("selm", beta=0.1, alpha=0.1),
+        step,
+        chunk=16,
+        shardings=Shardings(where),
     )
-    (batch,) = pack(examples, common_shape([examples], rows=2, time=TIME))
-    params = load(FAMILIES / name, config)
+    (batch,) = pack(examples, common_shape([examples], rows=4, time=TIME))
+    batch = batch if mesh is None else place_rows(batch, mesh)
+    params = load(FAMILIES / name, config, shardings=where)
     gradients, sums = update.gradients(params, batch, np.array([9, 12, 7], np.float32))
     state, _ = update.apply(TrainState.create(params, step), gradients, sums, np.float32(0.01))
     return config, state.params
@@ -61,10 +69,23 @@ def trained(name: str):
 def test_transformers_loads_a_trained_policy_and_gives_our_logits(
     name, all_logits, parity, tmp_path
 ):
+    parity(name, "trained", compared(name, *trained(name), all_logits, tmp_path / "model"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
+def test_experts_trained_on_a_mesh_are_loaded_by_transformers(name, all_logits, tmp_path):
+    """Four by two devices, half of the experts on each of two; the update is that of one device."""
+    config, params = trained(name, make_mesh((1, 4, 2)))
+    assert params["layers"]["experts"]["gate"].sharding.spec[1] == "tensor"
+    compared(name, config, params, all_logits, tmp_path / "model")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), params, trained(name)[1])
+
+
+def compared(name, config, params, all_logits, folder) -> float:
+    """Exports the parameters; the largest difference of transformers' logits from ours."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    config, params = trained(name)
-    folder = tmp_path / "model"
     # Several files, so that the index is used too.
     export_folder(params, config, FAMILIES / name, folder, "# card\n", max_shard_bytes=20_000)
     assert (folder / "model.safetensors.index.json").exists()
@@ -80,8 +101,8 @@ def test_transformers_loads_a_trained_policy_and_gives_our_logits(
     moved = np.abs(ours - run(load(FAMILIES / name, config), tokens)).max()
     assert moved > 0.1, "the update has changed nothing that a test could see"
     difference = float(np.abs(ours - expected).max())
-    parity(name, "trained", difference)
     assert difference <= 2e-4
+    return difference
 
 
 def test_a_copy_in_another_dtype_is_the_same_rounded(tmp_path):

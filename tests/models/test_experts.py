@@ -1,0 +1,157 @@
+"""A mixture of experts against its definition: every expert computes every token, then a choice."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from selm_jax.models import experts, flops
+from selm_jax.models.config import Mixture, UnsupportedModel
+from selm_jax.models.decoder import (
+    Decoder,
+    abstract_adapters,
+    abstract_params,
+    active_parameters,
+    parameter_count,
+)
+from selm_jax.models.experts import Experts, expert_counts, load_metrics
+from selm_jax.models.lora import Lora, LoraError
+from selm_jax.parallel.mesh import make_mesh
+from selm_jax.parallel.rules import TRAINING, shardings
+
+MIXTURES = {"normalized": Mixture(8, 3, True), "as they are": Mixture(8, 3, False)}
+
+
+def kernels(config, seed: int = 0):
+    d, f, e = config.embed, config.mlp, config.mixture.experts
+    shapes = {"router": (d, e), "gate": (e, d, f), "up": (e, d, f), "down": (e, f, d)}
+    rng = np.random.default_rng(seed)
+    return {k: rng.normal(0, 0.5, s).astype(np.float32) for k, s in shapes.items()}
+
+
+def by_definition(p, x, mixture):
+    """The sum over all experts, weighted by probability, of which all but the largest are zero."""
+    probability = jax.nn.softmax(x @ p["router"], axis=-1)
+    least = jnp.sort(probability, axis=-1)[..., -mixture.active, None]
+    weight = jnp.where(probability >= least, probability, 0)
+    if mixture.normalized:
+        weight = weight / weight.sum(-1, keepdims=True)
+    up = jnp.einsum("rtd,edf->rtef", x, p["up"])
+    y = jax.nn.silu(jnp.einsum("rtd,edf->rtef", x, p["gate"])) * up
+    return jnp.einsum("rtef,efd,rte->rtd", y, p["down"], weight)
+
+
+def undefined_behind_the_last_group(x, kernels, sizes):
+    """`ragged_dot` as an accelerator may compute it: anything in rows of no group."""
+    y = plain_ragged_dot(x, kernels, sizes)
+    return jnp.where(jnp.arange(len(y))[:, None] < sizes.sum(), y, jnp.nan)
+
+
+plain_ragged_dot = jax.lax.ragged_dot
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    [
+        ("normalized", None),
+        ("as they are", (1, 2, 4)),
+        pytest.param("normalized", (2, 4, 1), marks=pytest.mark.slow),
+        pytest.param("as they are", None, marks=pytest.mark.slow),
+    ],
+)
+def test_values_and_gradients_are_those_of_the_definition(name, mesh, tiny, monkeypatch):
+    monkeypatch.setattr(jax.lax, "ragged_dot", undefined_behind_the_last_group)
+    config = tiny(mixture=MIXTURES[name])
+    layer = Experts(config, config.mixture, None if mesh is None else make_mesh(mesh))
+    rng = np.random.default_rng(1)
+    p, x, g = kernels(config), rng.normal(size=(8, 3, config.embed)), rng.normal(size=(8, 3, 1))
+    x, g = x.astype(np.float32), g.astype(np.float32)
+
+    def total(computed):
+        return jax.jit(jax.value_and_grad(lambda p, x: jnp.sum(g * computed(p, x)), (0, 1)))
+
+    ours, ours_gradients = total(jax.checkpoint(lambda p, x: layer.apply({"params": p}, x)))(p, x)
+    theirs, gradients = total(lambda p, x: by_definition(p, x, config.mixture))(p, x)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
+        ours_gradients,
+        gradients,
+    )
+
+
+def test_no_token_is_dropped_and_no_answer_depends_on_its_neighbours(tiny):
+    """All neighbours want the same experts as the first row."""
+    config = tiny(mixture=MIXTURES["normalized"])
+    layer, p = Experts(config, config.mixture, None), kernels(config)
+    x = np.random.default_rng(2).normal(size=(1, 40, config.embed)).astype(np.float32)
+    run = jax.jit(lambda x: layer.apply({"params": p}, x))
+    crowd = np.repeat(x[:, :1], 40, axis=1)
+    alone, beside = run(x), run(np.concatenate([x] + [crowd] * 9))
+    np.testing.assert_allclose(beside[0], alone[0], rtol=1e-5, atol=1e-5)
+
+
+def test_loads_count_tokens_and_no_padding(tiny, random_params):
+    config = tiny(mixture=Mixture(4, 2, True), layers=3)
+    params = random_params(config)
+    tokens = np.random.default_rng(3).integers(0, 96, (2, 9))
+    positions = np.broadcast_to(np.arange(9), (2, 9))
+    real = np.ones((2, 9), bool)
+    real[1, 4:] = False
+
+    @jax.jit
+    def counts(tokens, weight):
+        variables = {"params": params}
+        _, left = Decoder(config).apply(variables, tokens, positions, mutable=[experts.LOAD])
+        chosen = left[experts.LOAD]["layers"]["experts"]["chosen"]
+        assert chosen.shape == (3, 2, 9, 2)
+        return expert_counts(chosen, weight, config.mixture)
+
+    found = counts(tokens, real)
+    np.testing.assert_array_equal(found.sum(-1), [real.sum() * 2] * 3)
+    np.testing.assert_array_equal(found, counts(np.where(real, tokens, 7), real))
+    assert np.any(found != counts(tokens, np.ones_like(real)))
+
+
+def test_metrics_of_an_even_and_of_an_uneven_load():
+    even, one = jnp.full((2, 4), 5.0), jnp.array([[20.0, 0, 0, 0], [5, 5, 5, 5]])
+    assert load_metrics(even) == {"experts/load_max": 1, "experts/unused": 0}
+    assert load_metrics(one) == {"experts/load_max": 2.5, "experts/unused": 3 / 8}
+
+
+def test_experts_are_sharded_over_tensor_and_their_inside_is_not(tiny):
+    config = tiny(mixture=Mixture(8, 2, True), heads=4, kv_heads=4)
+    found = shardings(abstract_params(config), make_mesh((1, 2, 4)), TRAINING)["layers"]["experts"]
+    assert {k: tuple(s.spec) for k, s in found.items()} == {
+        "router": (None, "fsdp", None),
+        "gate": (None, "tensor", "fsdp", None),
+        "up": (None, "tensor", "fsdp", None),
+        "down": (None, "tensor", None, "fsdp"),
+    }
+
+
+def test_active_parameters_and_operations_are_those_of_a_token(tiny):
+    config = tiny(mixture=Mixture(8, 3, True), layers=2)
+    expert = 3 * config.embed * config.mlp
+    assert parameter_count(config) - active_parameters(config) == 2 * 5 * (expert + config.embed)
+    dense = dataclasses.replace(config, mixture=None)
+    assert active_parameters(dense) == parameter_count(dense)
+    counted = [flops.forward(c, rows=1, time=10, keys=10, scored=0).dense for c in (config, dense)]
+    assert counted[0] - counted[1] == 2 * 10 * 2 * (2 * expert + 8 * config.embed)
+
+
+def test_more_active_experts_than_there_are():
+    with pytest.raises(UnsupportedModel, match="num_experts_per_tok is 5, .* only 4 experts"):
+        Mixture(4, 5, True)
+
+
+def test_experts_have_no_adapters(tiny):
+    config = tiny(mixture=Mixture(4, 2, True))
+    with pytest.raises(LoraError, match=r"lora\.targets is '_proj\$', .* lora\.targets: self_attn"):
+        abstract_adapters(config, Lora(rank=2, alpha=4))
+    found = abstract_adapters(config, Lora(rank=2, alpha=4, targets="self_attn"))
+    assert set(found["layers"]) == {"attention"}

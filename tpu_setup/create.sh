@@ -5,6 +5,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 (($# == 1)) || die "usage: create.sh SETTINGS"
 read_settings "$1"
-check_share
 create_slice || exit 1
 say "requested; its state: $(slice_state)"

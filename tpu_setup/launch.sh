@@ -1,15 +1,14 @@
 #!/usr/bin/env bash
 # launch.sh SETTINGS [--with FOLDER]... EXPERIMENT [key.path=value]...
-# Starts the experiment on all workers, detached, and returns. First it downloads the run's copy from
-# the bucket, so that the run continues where it was. --with also downloads another run's folder, such
-# as paper/zephyr_7b/warm_start.
+# Starts the experiment on all workers, detached, and returns. The run folder is in the bucket, so a run
+# that was there continues. --with downloads the models of another run to the workers, such as those of
+# paper/zephyr_7b/warm_start.
 # shellcheck source=lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 usage="usage: launch.sh SETTINGS [--with FOLDER]... EXPERIMENT [key.path=value]..."
 (($# >= 2)) || die "$usage"
 read_settings "$1" && shift
-check_share
 before=()
 while [[ ${1:-} == --with ]]; do
   [[ ${2:-} =~ ^[A-Za-z0-9_][A-Za-z0-9._/-]*$ ]] || die "--with: expected a folder below runs/"

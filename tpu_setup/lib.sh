@@ -31,8 +31,8 @@ runtime_of() {
 # The file is read, never executed: lines KEY=VALUE, blank lines and comments.
 read_settings() {
   [[ -f $1 ]] || die "$1: no such settings file; copy $HERE/example.env and fill it in"
-  PROJECT='' ZONE='' NAME='' ACCELERATOR='' RUNTIME='' BUCKET='' CAPACITY=spot SHARED=''
-  POLL=60 SYNC=300
+  PROJECT='' ZONE='' NAME='' ACCELERATOR='' RUNTIME='' BUCKET='' CAPACITY=spot
+  POLL=60
   local line key number=0
   while IFS= read -r line || [[ -n $line ]]; do
     number=$((number + 1))
@@ -41,7 +41,7 @@ read_settings() {
     [[ $line =~ ^([A-Z_]+)=(.*)$ ]] || die "$1, line $number: KEY=VALUE was expected"
     key=${BASH_REMATCH[1]}
     case $key in
-      PROJECT | ZONE | NAME | ACCELERATOR | RUNTIME | BUCKET | CAPACITY | SHARED | POLL | SYNC)
+      PROJECT | ZONE | NAME | ACCELERATOR | RUNTIME | BUCKET | CAPACITY | POLL)
         printf -v "$key" '%s' "${BASH_REMATCH[2]}"
         ;;
       *TOKEN* | *KEY* | *SECRET* | *PASSWORD*)
@@ -62,28 +62,8 @@ read_settings() {
   matches BUCKET 'gs://[a-z0-9][a-z0-9._-]{1,61}[a-z0-9](/[A-Za-z0-9._-]+)*' 'gs://BUCKET or gs://BUCKET/FOLDER'
   matches CAPACITY 'spot|reserved|on-demand' 'spot, reserved or on-demand'
   matches POLL '[1-9][0-9]*' 'seconds between looks at the slice'
-  matches SYNC '[1-9][0-9]*' 'seconds between copies to the bucket'
   RUNTIME=${RUNTIME:-$(runtime_of "$ACCELERATOR")}
   matches RUNTIME '[a-z0-9][a-z0-9.-]*' 'a TPU software version'
-  [[ -z $SHARED ]] || matches SHARED '[a-z0-9.-]+:/[A-Za-z0-9._/-]+' 'an NFS share, SERVER:/PATH'
-}
-
-# The number of hosts of the slice, which are its workers; see the table in README.md.
-hosts() {
-  local number=${ACCELERATOR##*-}
-  case $ACCELERATOR in
-    v5litepod-* | v6e-*) # chips
-      if ((number <= 8)); then echo 1; else echo $(((number + 3) / 4)); fi
-      ;;
-    *) echo $(((number + 7) / 8)) ;; # cores, two to a chip
-  esac
-}
-
-# Checked before a slice costs money. Not by delete.sh: a slice can always be deleted.
-check_share() {
-  (($(hosts) == 1)) || [[ -n $SHARED ]] ||
-    die "SHARED is not set, and $ACCELERATOR has $(hosts) workers, which must share one runs/ folder." \
-      "See README.md, 'More than one worker'"
 }
 
 matches() {
@@ -93,7 +73,7 @@ matches() {
 
 # --- the experiment ---------------------------------------------------------------------------------
 
-# Sets EXPERIMENT, RUN (the run folder below runs/) and OVERRIDES.
+# Sets EXPERIMENT, RUN (the run folder below BUCKET/runs/) and OVERRIDES.
 read_experiment() {
   EXPERIMENT=${1:?} && shift
   OVERRIDES=("$@")
@@ -106,7 +86,7 @@ read_experiment() {
   for override in "${OVERRIDES[@]}"; do
     [[ $override =~ ^[A-Za-z_][A-Za-z0-9_.]*=[^[:cntrl:]]*$ ]] ||
       die "'$override': expected an override key.path=value"
-    [[ $override != output=* ]] || die "output cannot be changed: these scripts copy and restore runs/$RUN"
+    [[ $override != output=* ]] || die "output cannot be changed: it is $BUCKET/runs/$RUN"
   done
 }
 
@@ -212,7 +192,7 @@ install_all() {
   say "installing"
   # The scripts are in the checkout, so this first step is spelled out here. It replaces nothing yet,
   # because a run may be active.
-  local unpack="rm -rf selm.new && mkdir selm.new && tar -xzf selm.tgz -C selm.new && bash selm.new/tpu_setup/worker.sh install $SHARED"
+  local unpack="rm -rf selm.new && mkdir selm.new && tar -xzf selm.tgz -C selm.new && bash selm.new/tpu_setup/worker.sh install"
   if ! tpus tpu-vm ssh "$NAME" --worker=all --command="$unpack" </dev/null; then
     say "the installation failed on at least one worker; the end of its log is above, with its host name" >&2
     return 1
@@ -237,32 +217,17 @@ send_secrets() {
 
 # launch_run [FOLDER...]: starts RUN on all workers; FOLDERs are finished runs that it starts from.
 launch_run() {
-  local where=all run
-  [[ -z $SHARED ]] || where=0 # with a shared folder one worker downloads it
-  on 0 bash selm/tpu_setup/worker.sh check-bucket "$RUN" "$BUCKET" || return 1
-  for run in "$@" "$RUN"; do
-    on "$where" bash selm/tpu_setup/worker.sh restore "$run" "$BUCKET" || return 1
+  local run
+  for run in "$@"; do
+    on all bash selm/tpu_setup/worker.sh fetch "$run" "$BUCKET" || return 1
   done
   send_secrets || return 1
-  say "starting: selm run $EXPERIMENT output=runs/$RUN ${OVERRIDES[*]}"
-  on all bash selm/tpu_setup/worker.sh start "$RUN" "$EXPERIMENT" "${OVERRIDES[@]}" || return 1
-  patiently on 0 bash selm/tpu_setup/worker.sh copy "$RUN" "$BUCKET" "$SYNC" || {
-    say "$RUN was started, but nothing copies it to the bucket: worker 0 cannot be reached. Start watch.sh" \
-      "with the same arguments: it finds the run and starts the copying" >&2
-    return 1
-  }
+  say "starting: selm run $EXPERIMENT output=$BUCKET/runs/$RUN ${OVERRIDES[*]}"
+  on all bash selm/tpu_setup/worker.sh start "$RUN" "$BUCKET" "$EXPERIMENT" "${OVERRIDES[@]}"
 }
 
-# Makes sure that RUN is being copied. Succeeds if the run has ended and all of it has been copied.
-see_to_copy() {
-  local answer script=selm/tpu_setup/worker.sh
-  local ask="if [ -f $script ]; then bash $script copy $RUN $BUCKET $SYNC; else echo selm-copy done; fi"
-  answer=$(tpus tpu-vm ssh "$NAME" --worker=0 --command="$ask" </dev/null 2>/dev/null) || return 1
-  grep -q '^selm-copy done' <<<"$answer"
-}
-
-# The state of RUN on each worker, one per line: `running`, `copying`, `exit STATUS` or `absent`. Fails if
-# a worker cannot be reached.
+# The state of RUN on each worker, one per line: `running`, `exit STATUS` or `absent`. Fails if a worker
+# cannot be reached.
 run_status() {
   local answer script=selm/tpu_setup/worker.sh
   local ask="if [ -f $script ]; then bash $script status $RUN; else echo selm-status absent; fi"

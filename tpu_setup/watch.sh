@@ -1,15 +1,14 @@
 #!/usr/bin/env bash
 # watch.sh SETTINGS [--delete-when-done NAME] [--with FOLDER]... EXPERIMENT [key.path=value]...
 # Does everything for a run: creates the slice if there is none, installs, launches, and checks every
-# POLL seconds. A preempted slice is deleted by its name and requested again, and the run continues from
-# the bucket. If this script is stopped (Ctrl-C) and started again, it continues to watch.
+# POLL seconds. A preempted slice is deleted by its name and requested again, and the run continues: its
+# folder is in the bucket. If this script is stopped (Ctrl-C) and started again, it continues to watch.
 # shellcheck source=lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 usage="usage: watch.sh SETTINGS [--delete-when-done NAME] [--with FOLDER]... EXPERIMENT [key.path=value]..."
 (($# >= 2)) || die "$usage"
 read_settings "$1" && shift
-check_share
 before=() delete=''
 while [[ ${1:-} == --* ]]; do
   case $1 in
@@ -49,7 +48,7 @@ start_here() { # for a slice that is ACTIVE and does not run the experiment
 }
 
 look() { # checks a slice that is ACTIVE
-  local statuses summary bad alive absent copied=''
+  local statuses summary bad alive absent
   if ! statuses=$(run_status) || [[ -z $statuses ]]; then
     silent=$((silent + 1))
     ((silent < 10)) || die "$NAME is ACTIVE, but its workers did not answer ten times in a row. $costs"
@@ -59,11 +58,9 @@ look() { # checks a slice that is ACTIVE
   summary=$(sort <<<"$statuses" | uniq -c | sed 's/^ *//' | paste -sd, | sed 's/,/, /g')
   [[ $summary == "$told" ]] || say "$RUN: $summary"
   told=$summary
-  bad=$(grep -Evcx "running|copying|absent|exit (0|$STOPPED)" <<<"$statuses") || true
-  alive=$(grep -Ecx 'running|copying' <<<"$statuses") || true
+  bad=$(grep -Evcx "running|absent|exit (0|$STOPPED)" <<<"$statuses") || true
+  alive=$(grep -Fcx running <<<"$statuses") || true
   absent=$(grep -Fcx absent <<<"$statuses") || true
-  # In any case: the launch may have failed before the copying began, or the copier was killed.
-  if grep -Fqvx absent <<<"$statuses" && see_to_copy; then copied=yes; fi
   if ((bad)) && [[ -n $launched ]]; then
     failed=$((failed + 1))
     ((failed > 1)) || return 0 # if the cause was a preemption, the next check shows it
@@ -81,12 +78,9 @@ look() { # checks a slice that is ACTIVE
     on all bash selm/tpu_setup/worker.sh stop "$RUN" || true # by force if it is stuck
     stuck=0
   elif ((alive)); then
-    # A run that failed before this watch began, and is still being copied, is started again later.
     ((bad)) || launched=yes failed=0
     half=0
     grep -Fqvx running <<<"$statuses" || starts=0 stuck=0
-  elif [[ -z $copied ]] && grep -q '^exit' <<<"$statuses"; then
-    return 0 # the last copy to the bucket is not finished yet
   elif ! grep -Eqvx 'exit 0' <<<"$statuses"; then
     finish
   else # new, or told to stop, or restarted, or failed before this watch began
@@ -95,7 +89,7 @@ look() { # checks a slice that is ACTIVE
 }
 
 finish() {
-  say "finished; the run is in $BUCKET/runs/$RUN, in the folder that the file \`latest\` names"
+  say "finished; the run is in $BUCKET/runs/$RUN"
   if [[ -n $delete ]]; then
     delete_slice
   else

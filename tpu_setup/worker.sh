@@ -1,16 +1,15 @@
 #!/usr/bin/env bash
 # Runs on a worker. It is part of the checkout in ~/selm; the other scripts call it.
 #
-#   install [SHARED]            makes ~/selm.new the new ~/selm, with a virtual environment; runs/ is on
-#                               this disk or on a share. Refused while a run is active here
+#   install                     makes ~/selm.new the new ~/selm, with a virtual environment. Refused while
+#                               a run is active here
 #   prepare-secrets             makes an empty file for tokens that only this user may read
-#   check-bucket RUN BUCKET     checks that the bucket is writable: writes the time into runs/RUN/started
-#   restore RUN BUCKET          copies runs/RUN from the bucket, unless it exists here
-#   start RUN EXPERIMENT ...    starts selm run, detached; its log is ~/selm-logs/RUN.log
+#   fetch RUN BUCKET            copies the models of a finished run from the bucket to runs/RUN
+#   start RUN BUCKET EXPERIMENT ...
+#                               starts selm run, detached; its folder is BUCKET/runs/RUN, and its log is
+#                               ~/selm-logs/RUN.log
 #   stop RUN                    tells the run to save and exit, and waits for it
-#   copy RUN BUCKET SECONDS     copies runs/RUN to the bucket every SECONDS, and once more at its end. May
-#                               be called at any time; prints `selm-copy done` after the last copy
-#   status RUN                  prints `selm-status running|copying|exit N|absent`
+#   status RUN                  prints `selm-status running|exit N|absent`
 set -euo pipefail
 { set +x; } 2>/dev/null
 cd "$HOME"
@@ -18,8 +17,7 @@ cd "$HOME"
 VENV=$HOME/selm-venv
 LOGS=$HOME/selm-logs
 STATE=$HOME/.selm # mode 700
-RUNS=$HOME/selm/runs # a link to $HOME/selm-runs, or to the share
-SHARE=$HOME/selm-share
+RUNS=$HOME/selm/runs # a link to $HOME/selm-runs, which an installation leaves alone
 
 fail() {
   printf '%s: %s\n' "$(hostname)" "$*" >&2
@@ -36,22 +34,6 @@ make_venv() {
   # The images' own Python is 3.10. uv downloads a newer one.
   python3 -m pip install --user --quiet uv
   python3 -m uv venv --clear --seed --python 3.12 "$VENV"
-}
-
-apt() { sudo apt-get -o DPkg::Lock::Timeout=600 -qq "$@"; }
-
-mount_share() {
-  local try
-  if mountpoint -q "$SHARE"; then return; fi
-  # A new machine runs updates of its own. apt waits for dpkg's lock, but not for the lock of its lists.
-  for try in 1 2 3 4 5 6; do
-    if apt update; then break; fi
-    [[ $try == 6 ]] || sleep 20
-  done
-  apt install -y nfs-common
-  mkdir -p "$SHARE"
-  sudo mount -t nfs "$1" "$SHARE"
-  sudo chmod 1777 "$SHARE"
 }
 
 install() {
@@ -73,105 +55,26 @@ install() {
 }
 
 install_steps() {
-  local target=$HOME/selm-runs
-  if [[ -n ${1:-} ]]; then
-    mount_share "$1"
-    target=$SHARE
-  fi
-  mkdir -p "$target"
-  ln -sfn "$target" "$RUNS"
+  mkdir -p "$HOME/selm-runs"
+  ln -sfn "$HOME/selm-runs" "$RUNS"
   make_venv
-  "$VENV/bin/pip" install --quiet -c "$HOME/selm/constraints.txt" "$HOME/selm[tpu]"
+  "$VENV/bin/pip" install --quiet -c "$HOME/selm/constraints.txt" "$HOME/selm[tpu,bucket]"
 }
 
-# --- the bucket -------------------------------------------------------------------------------------
-
-# BUCKET/runs/RUN has two folders, a and b, and a file `latest` with the name of the complete one. A copy
-# is written into the other one, and `latest` is changed when it is complete: so one is always complete.
-latest() {
-  local answer
-  if answer=$(gcloud storage cat "$1/latest" 2>&1); then
-    [[ $answer == [ab] ]] || return 1
-    echo "$answer"
-  elif ! grep -q 'matched no objects' <<<"$answer"; then
-    # Only this message means that there is no copy. After any other error a new run would eventually
-    # overwrite the copy in the bucket.
-    printf '%s\n' "$answer" >&2
-    return 1
-  fi
-}
-
-check_bucket() {
-  date -u +%FT%TZ | gcloud storage cp - "$2/runs/$1/started" ||
-    fail "$2 cannot be written to by this machine's service account (README.md, 'The bucket')"
-}
-
-restore() {
-  local here=$RUNS/$1 there=$2/runs/$1 slot partial
+# Without what a finished run no longer needs, such as answers and checkpoints.
+fetch() {
+  local here=$RUNS/$1 there=$2/runs/$1 partial=$RUNS/.fetching/$1
   if [[ -d $here ]]; then
     echo "$(hostname): runs/$1 exists here"
     return
   fi
-  slot=$(latest "$there") || fail "$there cannot be read"
-  if [[ -z $slot ]]; then
-    echo "$(hostname): $there has nothing yet"
-    return
-  fi
-  partial=$RUNS/.restoring/$1
   rm -rf "$partial"
   mkdir -p "$partial" "$(dirname "$here")"
-  gcloud storage rsync --recursive "$there/$slot" "$partial" >/dev/null || fail "$there/$slot was not copied"
+  gcloud storage rsync --recursive --exclude='.*/(responses|checkpoints)/.*' "$there" "$partial" >/dev/null ||
+    fail "$there cannot be read"
   mv "$partial" "$here"
-  echo "$(hostname): runs/$1 copied from $there/$slot"
+  echo "$(hostname): runs/$1 copied from $there"
 }
-
-# stage.json is copied first: files of stages that it marks as done were complete before. Then hard links
-# are made, which takes no time or space: the run replaces its files and never writes into them.
-snapshot() {
-  local here=$1 into=$2 stages=$2.stages
-  rm -rf "$into" "$stages"
-  mkdir -p "$into" "$stages"
-  (cd "$here" && find . -name stage.json -exec cp --parents -p {} "$stages" \;) || return 1
-  cp -al "$here/." "$into/" || return 1 # a file was removed meanwhile: try again later
-  find "$into" \( -name '*.selm-partial' -o -name '*.orbax-checkpoint-tmp*' -o -name '.lock*' \) \
-    -prune -exec rm -rf {} + || return 1
-  cp -a --remove-destination "$stages/." "$into/" || return 1
-  rm -rf "$stages"
-}
-
-copy_once() {
-  local run=$1 there=$2/runs/$1 slot
-  [[ -d $RUNS/ ]] || return 1 # it is being installed again
-  [[ -d $RUNS/$run ]] || return 0
-  snapshot "$RUNS/$run" "$RUNS/.snapshots/$run" || return 1
-  slot=$(latest "$there") || return 1
-  if [[ $slot == a ]]; then slot=b; else slot=a; fi
-  gcloud storage rsync --recursive --delete-unmatched-destination-objects \
-    "$RUNS/.snapshots/$run" "$there/$slot" >/dev/null || return 1
-  printf '%s' "$slot" | gcloud storage cp - "$there/latest" || return 1
-  echo "$(date -u +%FT%TZ) copied to $there/$slot"
-}
-
-copier() {
-  local run=$1 bucket=$2 every=$3 waited file
-  file=$STATE/$(key "$run")
-  while :; do
-    while is_alive "$file.run"; do
-      for ((waited = 0; waited < every; waited++)); do
-        is_alive "$file.run" || break
-        sleep 1
-      done
-      copy_once "$run" "$bucket" || echo "$(date -u +%FT%TZ) not copied; again in $every s"
-    done
-    touch "$file.ended" # the run has ended, and the last copy begins
-    until copy_once "$run" "$bucket"; do sleep "$every"; done
-    is_alive "$file.run" || break # it was started again meanwhile
-  done
-  mv "$file.ended" "$file.copied"
-}
-
-# Succeeds if the last copy began after the run's end.
-is_copied() { [[ $1.copied -nt $1.status ]] && ! is_alive "$1.run"; }
 
 # --- the run ----------------------------------------------------------------------------------------
 
@@ -192,22 +95,22 @@ detach() {
 start() {
   local file
   file=$STATE/$(key "$1")
-  if is_alive "$file.run"; then fail "runs/$1 is running here already"; fi
-  rm -f "$file.status" "$file.copied"
+  if is_alive "$file.run"; then fail "$1 is running here already"; fi
+  rm -f "$file.status"
   detach "$file.run" "$LOGS/$(key "$1").log" bash "$0" run "$@"
   echo "$(hostname): started"
 }
 
 run() {
-  local run=$1 experiment=$2 status=0
-  shift 2
+  local run=$1 bucket=$2 experiment=$3 status=0
+  shift 3
   if [[ -f $STATE/secrets ]]; then
     # shellcheck disable=SC1091
     source "$STATE/secrets"
     rm -f "$STATE/secrets"
   fi
   cd "$HOME/selm"
-  "$VENV/bin/selm" run "$experiment" "output=runs/$run" "$@" || status=$?
+  "$VENV/bin/selm" run "$experiment" "output=$bucket/runs/$run" "$@" || status=$?
   echo "$status" >"$STATE/$(key "$run").status"
 }
 
@@ -225,24 +128,11 @@ stop() {
   kill -KILL -- "-$pid" # its last checkpoint is complete
 }
 
-copy() {
-  local file
-  file=$STATE/$(key "$1")
-  if is_alive "$file.copy"; then return; fi
-  if is_copied "$file"; then
-    echo "selm-copy done"
-    return
-  fi
-  detach "$file.copy" "$LOGS/$(key "$1").copy.log" bash "$0" copier "$@"
-}
-
 status() {
   local file
   file=$STATE/$(key "$1")
   if is_alive "$file.run"; then
     echo "selm-status running"
-  elif is_alive "$file.copy"; then
-    echo "selm-status copying"
   elif [[ -f $file.status ]]; then
     echo "selm-status exit $(<"$file.status")"
   else
@@ -258,9 +148,8 @@ prepare_secrets() (
 )
 
 case ${1:-} in
-  install | restore | start | run | stop | copy | copier | status) "$@" ;;
+  install | fetch | start | run | stop | status) "$@" ;;
   install-steps) shift && install_steps "$@" ;;
-  check-bucket) shift && check_bucket "$@" ;;
   prepare-secrets) prepare_secrets ;;
   *) fail "worker.sh: unknown step '${1:-}'" ;;
 esac

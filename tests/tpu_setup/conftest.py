@@ -19,10 +19,8 @@ SETTINGS = {
     "ZONE": "us-central1-a",
     "NAME": "selm-1",
     "ACCELERATOR": "v5p-16",
-    "SHARED": "10.0.0.2:/selm",
     "BUCKET": "gs://my-bucket/selm",
     "POLL": "1",
-    "SYNC": "1",
 }
 EXPERIMENT = "experiments/quickstart.yaml"
 SECRETS = {"HF_TOKEN": "hf_verySecret$'1", "WANDB_API_KEY": "wandb-verySecret-2"}
@@ -43,20 +41,12 @@ if [[ -s $fails ]]; then
   exit 1
 fi
 """
-MOUNTPOINT = """#!/bin/bash
-[[ -L $2 ]]
-"""
-SUDO = """#!/bin/bash
-echo "$*" >>"$HOME/sudo.log"
-if [[ $1 == mount ]]; then
-  rmdir "$5" && mkdir -p "$STANDIN/share" && ln -s "$STANDIN/share" "$5"
-fi
-"""
 SELM = """#!/bin/bash
 # Eight steps with a file for each, like a run that resumes: finished steps are not repeated. The
-# first worker does them; on a share, the others wait for its files.
+# first worker does them, in the bucket; the others wait for what it puts there.
 trap 'exit 75' TERM
-output=$(printf '%s\\n' "$@" | sed -n 's/^output=//p')
+output=$(printf '%s\\n' "$@" | sed -n 's|^output=gs:/|'"$STANDIN/buckets"'|p')
+if [[ $output == */not-mine/* ]]; then echo "selm: gs://not-mine: cannot write this" >&2; exit 1; fi
 mkdir -p "$output/iteration_1"
 token=$(sha256sum <<<"$HF_TOKEN" | cut -c1-8)
 echo "$* HF_TOKEN=$token secrets:$(ls "$HOME/.selm/secrets" 2>&1 | wc -l)" >>"$HOME/selm.log"
@@ -72,7 +62,7 @@ fi
 for step in 1 2 3 4 5 6 7 8; do
   [[ -e $output/iteration_1/step-$step ]] && continue
   while ((step > $(cat "$STANDIN/hold"))); do sleep 0.1; done # until it is preempted
-  if [[ $HOME != *-0 && -d $HOME/selm-share ]]; then
+  if [[ $HOME != *-0 ]]; then
     until [[ -e $output/iteration_1/step-$step ]]; do sleep 0.1; done
     date +%s.%N >>"$HOME/steps.log"
     continue
@@ -99,8 +89,6 @@ class Cloud:
         for path, text in {
             "bin/gcloud": wrapper,
             "worker_bin/python3.12": PYTHON,
-            "worker_bin/mountpoint": MOUNTPOINT,
-            "worker_bin/sudo": SUDO,
             "worker_bin/pip-of-venv": PIP,
             "worker_bin/selm-of-venv": SELM,
         }.items():
@@ -169,9 +157,9 @@ class Cloud:
     def bucket(self) -> Path:
         return self.root / "buckets/my-bucket/selm/runs/quickstart"
 
-    def copied(self) -> dict[str, str]:
-        """The run as the bucket has it: the folder that `latest` names."""
-        folder = self.bucket / (self.bucket / "latest").read_text()
+    def in_bucket(self) -> dict[str, str]:
+        """The run as the bucket has it."""
+        folder = self.bucket
         return {str(f.relative_to(folder)): f.read_text() for f in folder.rglob("*") if f.is_file()}
 
     def become_active(self) -> None:
@@ -183,9 +171,6 @@ class Cloud:
                 env={"STANDIN": str(self.root), "PATH": os.environ["PATH"]}, check=True,
                 stdout=subprocess.DEVNULL,
             )  # fmt: skip
-
-    def kill(self, worker: int, what: str) -> None:
-        os.killpg(int((self.worker(worker) / f".selm/{what}.pid").read_text()), signal.SIGKILL)
 
     def wait(self, what, seconds: float = 30) -> None:
         end = time.monotonic() + seconds

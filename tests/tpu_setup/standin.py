@@ -3,20 +3,19 @@
 Its folder is in STANDIN. `part.json` says what is to happen:
 
     create       answers to `create`, one a call: ok, quota, unavailable; ok when they run out
-    lives        per slice that is created, how many steps of the run it lets be done and copied to
-                 the bucket; then it is preempted: its processes die and its disks are gone. All of
-                 them when they run out. No clock is in it, so that a busy machine plays the same
+    lives        per slice that is created, how many steps of the run it lets be done; then it is
+                 preempted: its processes die and its disks are gone. All of them when they run
+                 out. No clock is in it, so that a busy machine plays the same
     hold         how many steps are done before the test writes another number into the file `hold`
     states       what a new slice says before it is ACTIVE
     workers      how many it has
     deaf         how many ssh calls are not answered, from the first on
     broken       [text, worker, times]: commands with this text, which do not reach this worker (-1:
                  any) so many times
-    cat          what `storage cat` says instead of an answer
 
 A file `fail-worker-1` with three lines makes pip fail three times on worker 1.
 A worker is a folder that is its HOME, and `ssh --command` runs bash in it. A bucket is also a
-folder, and so is the share that all workers mount.
+folder.
 """
 
 from __future__ import annotations
@@ -108,7 +107,7 @@ def describe(name: str, flags: dict) -> int:
         now = it["before"].pop(0)
         if now == "FAILED":
             it["before"] = ["FAILED"]
-    elif copied_steps() < it["life"]:
+    elif steps() < it["life"]:
         now = "ACTIVE"
     else:
         if it["after"] is None:
@@ -121,11 +120,9 @@ def describe(name: str, flags: dict) -> int:
     return 0
 
 
-def copied_steps() -> int:
-    """Steps of the one run in the bucket, in the folder that is whole."""
-    for latest in ROOT.glob("buckets/**/latest"):
-        return len(list((latest.parent / latest.read_text()).glob("*/step-?")))
-    return 0
+def steps() -> int:
+    """Steps of the one run in the bucket."""
+    return len(list(ROOT.glob("buckets/**/step-?")))
 
 
 def delete(name: str, flags: dict) -> int:
@@ -206,22 +203,10 @@ def storage(words: list[str], flags: dict) -> int:
     verb, *names = words
     if names[-1].startswith("gs://not-mine") or names[0].startswith("gs://not-mine"):
         return say("ERROR: HTTPError 403: does not have storage.objects access")
-    if verb == "cat":
-        if "cat" in part():
-            return say(part()["cat"])
-        if not local(names[0]).exists():
-            return say("ERROR: The following URLs matched no objects or files:")
-        sys.stdout.write(local(names[0]).read_text())
-    elif verb == "cp":
-        assert names[0] == "-"
-        local(names[1]).parent.mkdir(parents=True, exist_ok=True)
-        local(names[1]).write_text(sys.stdin.read())
-    elif verb == "rsync":
+    if verb == "rsync":
         source, target = map(local, names)
         if not source.is_dir():
-            return say("ERROR: no such folder")
-        if "delete-unmatched-destination-objects" in flags:
-            shutil.rmtree(target, ignore_errors=True)
+            return say("ERROR: The following URLs matched no objects or files:")
         shutil.copytree(source, target, dirs_exist_ok=True)
     else:
         raise SystemExit(f"stand-in: storage {words}")

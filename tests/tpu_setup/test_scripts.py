@@ -12,13 +12,8 @@ import sys
 import time
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 import yaml
-
-from selm_jax.shell import artifacts, parts
-from selm_jax.shell.lock import only_one
-from selm_jax.training import checkpoint
 
 FOLDER = Path(__file__).parents[2] / "tpu_setup"
 SCRIPTS = sorted(FOLDER.glob("*.sh"))
@@ -50,36 +45,33 @@ def test_watch_takes_an_empty_project_to_a_finished_run(cloud):
         selm = cloud.worker(k) / "selm"
         assert (
             cloud.worker(k) / "pip.log"
-        ).read_text() == f"pip install --quiet -c {selm}/constraints.txt {selm}[tpu]\n"
+        ).read_text() == f"pip install --quiet -c {selm}/constraints.txt {selm}[tpu,bucket]\n"
         (line,) = (cloud.worker(k) / "selm.log").read_text().splitlines()
-        assert line.startswith(f"run {EXPERIMENT} output=runs/quickstart seed=7 HF_TOKEN=")
+        output = "output=gs://my-bucket/selm/runs/quickstart"
+        assert line.startswith(f"run {EXPERIMENT} {output} seed=7 HF_TOKEN=")
         assert (cloud.worker(k) / "selm/pyproject.toml").exists()
         assert len((cloud.worker(k) / "steps.log").read_text().splitlines()) == 8
-    copied = cloud.copied()
-    assert copied.pop("iteration_1/stage.json") == '{"steps": 8}\n'
-    assert copied == {f"iteration_1/step-{n}": "worker-0\n" for n in range(1, 9)}
+    found = cloud.in_bucket()
+    assert found.pop("iteration_1/stage.json") == '{"steps": 8}\n'
+    assert found == {f"iteration_1/step-{n}": "worker-0\n" for n in range(1, 9)}
     assert "finished" in done.stdout and "delete.sh removes it" in done.stdout
     no_secret_was_told(cloud, done.stdout)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shared", [False, True])
-def test_watch_goes_on_through_two_preemptions(cloud, shared):
-    cloud.play(lives=[3, 6], workers=2 if shared else 1)
-    if not shared:
-        cloud.write_settings(ACCELERATOR="v5p-8", SHARED="")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_watch_goes_on_through_two_preemptions(cloud, workers):
+    cloud.play(lives=[3, 6], workers=workers)
+    cloud.write_settings(ACCELERATOR=f"v5p-{8 * workers}")
     done = cloud.script("watch", EXPERIMENT)
     assert done.returncode == 0, done.stdout
     assert cloud.verbs() == ["create", "delete", "create", "delete", "create"]
     deleted = [c for c in cloud.calls if c[3:4] == ["delete"]]
     assert all(c[4] == "selm-1" and "--force" in c for c in deleted)
     assert "preempted (2 so far)" in done.stdout
-    # A share outlives the slices; a disk does not.
-    fetched = done.stdout.count("copied from gs://my-bucket/selm/runs/quickstart/")
-    assert fetched == (0 if shared else 2)
     # The last machines did only what the ones before had not: the run was resumed, not redone.
     assert len((cloud.worker(0) / "steps.log").read_text().splitlines()) == 2
-    assert cloud.copied()["iteration_1/stage.json"] == '{"steps": 8}\n'
+    assert cloud.in_bucket()["iteration_1/stage.json"] == '{"steps": 8}\n'
     no_secret_was_told(cloud, done.stdout)
 
 
@@ -90,7 +82,7 @@ def test_watch_deletes_the_slice_at_the_end_if_it_is_named(cloud):
     done = cloud.script("watch", "--delete-when-done", "selm-1", EXPERIMENT)
     assert done.returncode == 0, done.stdout
     assert cloud.verbs() == ["create", "delete"]
-    assert cloud.copied()["iteration_1/stage.json"] == '{"steps": 8}\n'
+    assert cloud.in_bucket()["iteration_1/stage.json"] == '{"steps": 8}\n'
 
 
 def test_the_steps_one_by_one(cloud):
@@ -118,34 +110,16 @@ def test_the_steps_one_by_one(cloud):
 @pytest.mark.slow
 def test_finished_runs_that_another_starts_from_come_along(cloud):
     warm = cloud.root / "buckets/my-bucket/selm/runs/paper/zephyr_7b/warm_start"
-    (warm / "b/iteration_1/model").mkdir(parents=True)
-    (warm / "b/iteration_1/model/config.json").write_text("{}")
-    (warm / "latest").write_text("b")
+    (warm / "iteration_1/model").mkdir(parents=True)
+    (warm / "iteration_1/model/config.json").write_text("{}")
     done = cloud.script("watch", "--with", "paper/zephyr_7b/warm_start", EXPERIMENT)
     assert done.returncode == 0, done.stdout
     for k in (0, 1):
         model = cloud.worker(k) / "selm/runs/paper/zephyr_7b/warm_start/iteration_1/model"
         assert (model / "config.json").read_text() == "{}"
-
-
-def test_a_snapshot_has_what_a_run_goes_on_from_and_nothing_half_made(tmp_path):
-    """By the names that the program itself gives; they are told twice, here and in worker.sh."""
-    run, to = tmp_path / "run", tmp_path / "to"
-    part = run / "iteration_1/responses/part-00000-of-00001.parquet"
-    torn = run / f"iteration_1/checkpoints/3{checkpoint._UNNAMED}-1"
-    steps = (FOLDER / "worker.sh").read_text().rpartition("\ncase ")[0]
-    with only_one(run), artifacts.whole(run / "iteration_1/model") as folder:
-        for made in (folder, torn):
-            made.mkdir(parents=True)
-            (made / "shard").write_text("half")
-        parts.write(part, pa.table({"x": [1]}))
-        artifacts.write_json(run / "iteration_1/stage.json", {})
-        subprocess.run(["bash", "-c", f"{steps}\nsnapshot {run} {to}"], check=True)
-    found = {str(f.relative_to(to)) for f in to.rglob("*") if f.is_file()}
-    beside = part.with_name(f".{part.name}.sha256")
-    kept = (run / ".selm", run / "iteration_1/stage.json", part, beside)
-    assert found == {str(file.relative_to(run)) for file in kept}
-    assert [f.name for f in torn.parent.iterdir()] == [torn.name]  # what is copied loses nothing
+    cloud.script("delete", "--yes", "selm-1")
+    done = cloud.script("watch", "--with", "paper/none", EXPERIMENT)
+    assert done.returncode == 1 and "runs/paper/none cannot be read" in done.stdout
 
 
 # --- what can go wrong ----------------------------------------------------------------------------
@@ -197,7 +171,7 @@ def test_an_installation_that_fails_once_is_tried_again(cloud):
     cloud.play(fails={0: 1})
     done = cloud.script("watch", EXPERIMENT)
     assert done.returncode == 0, done.stdout
-    assert cloud.copied()["iteration_1/stage.json"] == '{"steps": 8}\n'
+    assert cloud.in_bucket()["iteration_1/stage.json"] == '{"steps": 8}\n'
 
 
 @pytest.mark.slow
@@ -223,7 +197,7 @@ def test_a_run_that_fails_ends_the_watch_with_its_log(cloud):
 def test_a_run_that_was_told_to_stop_or_left_behind_is_started_again(cloud, status):
     done = cloud.script("watch", EXPERIMENT, f"stop={status}")
     assert done.returncode == 0, done.stdout
-    assert cloud.copied()["iteration_1/stage.json"] == '{"steps": 8}\n'
+    assert cloud.in_bucket()["iteration_1/stage.json"] == '{"steps": 8}\n'
     assert len((cloud.worker(0) / "selm.log").read_text().splitlines()) == 2
 
 
@@ -232,49 +206,18 @@ def test_a_worker_that_is_stuck_when_the_others_have_given_it_up_is_stopped(clou
     done = cloud.script("watch", EXPERIMENT, "stop=76", "stuck=1")
     assert done.returncode == 0, done.stdout
     assert "has ended on some of the workers, and is still running on others" in done.stdout
-    assert cloud.copied()["iteration_1/stage.json"] == '{"steps": 8}\n'
+    assert cloud.in_bucket()["iteration_1/stage.json"] == '{"steps": 8}\n'
     assert (cloud.worker(1) / "stuck").exists() and (cloud.worker(0) / "stopped").exists()
 
 
-def test_a_bucket_that_cannot_be_written_stops_the_launch_before_it_costs(cloud):
+def test_a_bucket_that_cannot_be_written_ends_the_watch_with_what_selm_says(cloud):
     cloud.write_settings(BUCKET="gs://not-mine")
     done = cloud.script("watch", EXPERIMENT)
     assert done.returncode == 1
-    assert "gs://not-mine cannot be written to" in done.stdout
-    assert not list(cloud.root.glob("worker-*/selm.log"))
+    assert "selm: gs://not-mine: cannot write this" in done.stdout
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        "ERROR: (gcloud.storage.cat) HTTPError 404: The specified bucket does not exist.",
-        "ERROR: (gcloud.storage.cat) gs://my-bucket/selm not found: 404.",
-        "ERROR: Compute Engine Metadata server: service account not found",
-    ],
-)
-def test_a_bucket_that_cannot_be_read_is_not_taken_for_an_empty_one(cloud, error):
-    (cloud.bucket / "a").mkdir(parents=True)
-    (cloud.bucket / "latest").write_text("a")
-    cloud.play(cat=error)
-    done = cloud.script("watch", EXPERIMENT)
-    assert done.returncode == 1
-    assert error in done.stdout and "runs/quickstart cannot be read" in done.stdout
-    assert not list(cloud.root.glob("worker-*/selm.log"))
-    assert (cloud.bucket / "latest").read_text() == "a" and not (cloud.bucket / "b").exists()
-
-
-# --- a launch that breaks off, a copy that is lost ------------------------------------------------
-
-
-def test_a_run_whose_launch_broke_off_before_the_copying_is_joined(cloud):
-    cloud.play(broken=["worker.sh copy", -1, 5])
-    done = cloud.script("watch", EXPERIMENT)
-    assert done.returncode == 0, done.stdout
-    assert "nothing copies it to the bucket" in done.stdout and "once more" in done.stdout
-    assert done.stdout.count("installing") == 1  # what runs keeps its files
-    for k in (0, 1):
-        assert len((cloud.worker(k) / "selm.log").read_text().splitlines()) == 1
-    assert cloud.copied()["iteration_1/stage.json"] == '{"steps": 8}\n'
+# --- a launch that breaks off ---------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -288,93 +231,7 @@ def test_a_run_that_was_started_on_some_workers_only_is_started_on_all(cloud):
     assert "on some of the workers only" in told
     assert len((cloud.worker(0) / "selm.log").read_text().splitlines()) == 2
     assert len((cloud.worker(1) / "selm.log").read_text().splitlines()) == 1
-    assert cloud.copied()["iteration_1/stage.json"] == '{"steps": 8}\n'
-
-
-@pytest.mark.parametrize("ended", [False, True])
-def test_a_copier_that_was_killed_is_started_again_and_waited_for(cloud, ended):
-    """While the run goes on, or after its end: the slice is not deleted before all is copied."""
-    cloud.script("create")
-    cloud.become_active()
-    cloud.script("install")
-    (cloud.root / "hold").write_text("3\n")
-    started = cloud.script("launch", EXPERIMENT)
-    assert started.returncode == 0, started.stdout
-    cloud.kill(0, "quickstart.copy")
-    (cloud.root / "hold").write_text("99\n")
-    if ended:
-        for k in (0, 1):
-            cloud.wait((cloud.worker(k) / ".selm/quickstart.status").exists)
-        assert not (cloud.bucket / "latest").exists() or len(cloud.copied()) < 9
-    done = cloud.script("watch", "--delete-when-done", "selm-1", EXPERIMENT)
-    assert done.returncode == 0, done.stdout
-    assert cloud.verbs() == ["create", "delete"]
-    assert cloud.copied()["iteration_1/stage.json"] == '{"steps": 8}\n'
-    assert len(cloud.copied()) == 9
-
-
-@pytest.mark.slow
-def test_a_copy_that_broke_off_is_never_restored(cloud):
-    """The machine is lost while folder b is written: `latest` still names a, which is whole."""
-    (cloud.bucket / "a/iteration_1").mkdir(parents=True)
-    (cloud.bucket / "a/iteration_1/step-1").write_text("earlier\n")
-    (cloud.bucket / "b/iteration_1").mkdir(parents=True)
-    (cloud.bucket / "b/iteration_1/half").write_text("torn")
-    (cloud.bucket / "latest").write_text("a")
-    done = cloud.script("watch", EXPERIMENT)
-    assert done.returncode == 0, done.stdout
-    copied = cloud.copied()
-    assert copied["iteration_1/step-1"] == "earlier\n"
-    assert "iteration_1/half" not in copied and len(copied) == 9
-
-
-# --- the share ------------------------------------------------------------------------------------
-
-
-def test_the_share_is_mounted_when_apt_has_its_locks_and_lists(cloud):
-    cloud.script("create")
-    cloud.become_active()
-    installed = cloud.script("install")
-    assert installed.returncode == 0, installed.stdout
-    for k in (0, 1):
-        apt = "apt-get -o DPkg::Lock::Timeout=600 -qq"
-        share = cloud.worker(k) / "selm-share"
-        assert (cloud.worker(k) / "sudo.log").read_text().splitlines() == [
-            f"{apt} update",
-            f"{apt} install -y nfs-common",
-            f"mount -t nfs 10.0.0.2:/selm {share}",
-            f"chmod 1777 {share}",
-        ]
-        assert (cloud.worker(k) / "selm/runs").resolve() == cloud.root / "share"
-
-
-HOSTS = {"v5litepod-8": 1, "v5litepod-16": 4, "v5litepod-32": 8, "v6e-4": 1, "v6e-8": 1,
-         "v6e-16": 4, "v5p-8": 1, "v5p-16": 2, "v5p-64": 8, "v4-8": 1, "v4-32": 4}  # fmt: skip
-
-
-@pytest.mark.parametrize("accelerator", HOSTS)
-def test_several_workers_without_a_share_are_refused_before_they_cost(cloud, accelerator):
-    hosts = HOSTS[accelerator]
-    cloud.write_settings(ACCELERATOR=accelerator, SHARED="")
-    done = cloud.script("create")
-    if hosts == 1:
-        assert done.returncode == 0, done.stdout
-    else:
-        assert done.returncode == 1 and cloud.calls == []
-        assert f"SHARED is not set, and {accelerator} has {hosts} workers" in done.stdout
-        cloud.write_settings(ACCELERATOR=accelerator)
-        assert cloud.script("create").returncode == 0
-
-
-@pytest.mark.parametrize("script", ["install", "launch", "watch"])
-def test_every_script_that_needs_the_share_asks_for_it_and_a_slice_can_be_deleted(cloud, script):
-    cloud.script("create")
-    cloud.write_settings(SHARED="")
-    before = len(cloud.calls)
-    refused = cloud.script(script, *([] if script == "install" else [EXPERIMENT]))
-    assert refused.returncode == 1 and "SHARED is not set" in refused.stdout
-    assert len(cloud.calls) == before
-    assert cloud.script("delete", "--yes", "selm-1").returncode == 0
+    assert cloud.in_bucket()["iteration_1/stage.json"] == '{"steps": 8}\n'
 
 
 # --- names, secrets, deletion ---------------------------------------------------------------------
@@ -387,7 +244,6 @@ BAD = {
     "BUCKET": ["my-bucket", "gs://My Bucket", "gs://b/../c d", "gs://bucket/$(reboot)"],
     "CAPACITY": ["cheap", "spot --reserved"],
     "RUNTIME": ["v2 alpha", "--help"],
-    "SHARED": ["10.0.0.2", "10.0.0.2:/a b", "10.0.0.2:/a;reboot"],
     "POLL": ["0", "soon"],
 }
 
@@ -631,9 +487,10 @@ def test_the_jobset_is_one_process_for_each_host_and_keeps_its_tokens_secret():
             assert set(variable["valueFrom"]) == {"secretKeyRef"}
     mounts = {m["name"]: m["mountPath"] for m in container["volumeMounts"]}
     assert mounts.keys() == {v["name"] for v in pod["volumes"]}
-    assert "output=" in " ".join(container["args"]) and mounts["runs"] in " ".join(
-        container["args"]
-    )
+    assert any(word.startswith("output=gs://") for word in container["args"])
+    for variable in container["env"]:
+        if variable["name"] in ("HF_HOME", "SELM_CACHE"):
+            assert variable["value"].startswith(mounts["cache"])
 
 
 STANDINS_OF_SLURM = {

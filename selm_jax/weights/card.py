@@ -86,6 +86,6 @@ def _table(metrics: Mapping[str, Any]) -> str:
     rows = [
         f"| {key} | {value:.5g} |"
         for key, value in metrics.items()
-        if key not in _LEFT_OUT and not key.startswith("time/")
+        if key not in _LEFT_OUT and not key.startswith(("time/", "memory/"))
     ]
     return "\n".join(["| metric | value |", "| --- | --- |", *rows])

@@ -10,6 +10,7 @@ from selm_jax.run.inputs import Model, StoredTable
 from selm_jax.run.run import Run
 from selm_jax.run.wanted import Wanted
 from selm_jax.shell import artifacts
+from selm_jax.shell import mirror as mirrors
 from selm_jax.stages.evaluate import evaluate, evaluate_pairs
 from selm_jax.stages.export import export
 from selm_jax.stages.generate import generate
@@ -30,7 +31,7 @@ def iterate(run: Run) -> None:
             drop_models(run, t)
             tell_time_left(run, t)
         if not run.wanted.worked:
-            run.console.print(f"{run.folder.path}: every stage is done already")
+            run.console.print(f"{mirrors.named(run.folder.path)}: every stage is done already")
         write_report(run)
 
 

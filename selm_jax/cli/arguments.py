@@ -7,17 +7,18 @@ from typing import Annotated
 
 import typer
 
-from selm_jax.shell.paths import file_to_write, place
+from selm_jax.shell.mirror import looked_at
+from selm_jax.shell.paths import file_to_write
 
 Experiment = Annotated[
     Path,
     typer.Argument(
         help="Experiment file (YAML), or a run folder, which contains one.",
         metavar="EXPERIMENT",
-        parser=place,
+        parser=looked_at,
     ),
 ]
-Run = Annotated[Path, typer.Argument(help="Run folder.", metavar="RUN", parser=place)]
+Run = Annotated[Path, typer.Argument(help="Run folder.", metavar="RUN", parser=looked_at)]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(

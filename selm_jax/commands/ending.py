@@ -14,6 +14,7 @@ from typing import Any
 
 from selm_jax.parallel.watch import STATUS
 from selm_jax.shell import interrupt
+from selm_jax.shell.mirror import in_words
 from selm_jax.shell.progress import talks
 
 _INTERRUPTED = 130  # what typer returns after Ctrl-C
@@ -36,7 +37,7 @@ def carried_out(work: Callable[[], Any]) -> None:
         if os.environ.get("SELM_TRACEBACK") or talks().verbose or not is_for_the_user(e):
             _leave_the_others(traceback.format_exc())
             raise
-        message = f"selm: {getattr(e, 'format_message', e.__str__)()}"
+        message = in_words(f"selm: {getattr(e, 'format_message', e.__str__)()}")
         _leave_the_others(message)
         print(message, file=sys.stderr)
         sys.exit(1)

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from selm_jax.shell import artifacts, loglines
+from selm_jax.shell import mirror as mirrors
 from selm_jax.shell.json_file import read_object
-from selm_jax.shell.lock import only_one
+from selm_jax.shell.one_process import only_one
 from selm_jax.shell.words import did_you_mean
 from selm_jax.stages.evaluate import evaluate
 from selm_jax.stages.export import export
@@ -52,7 +53,7 @@ def redo(run: Path, stage: str, t: int) -> list[str]:
                 f"{run}: stage {stage!r} of iteration {t} has not begun, so there is nothing to "
                 "delete; `selm show` lists what is done"
             )
-        if stage == export.name and not (run / f"iteration_{t}" / "checkpoints").exists():
+        if stage == export.name and not mirrors.exists(run / f"iteration_{t}" / "checkpoints"):
             stage = train.name  # an export deletes what it was made from
         forgotten = [(u, name) for u, name in _following(stage, t, entries) if name in entries[u]]
         _check_models(run, forgotten, entries)
@@ -81,7 +82,8 @@ def _check_models(
     first = min(u for u, _ in forgotten)
     if first > 1 and {name for u, name in forgotten if u == first} != {evaluate.name}:
         entry = entries.get(first - 1, {}).get(export.name, {})
-        if entry.get("done") and not (model := run / f"iteration_{first - 1}" / "model").exists():
+        model = run / f"iteration_{first - 1}" / "model"
+        if entry.get("done") and not mirrors.exists(model):
             raise RedoError(
                 f"iteration {first} would start from the model {model}, which has been deleted "
                 "(`keep_models: last` does so). To start from the beginning, run "
@@ -116,18 +118,18 @@ def _forget(
 
 def _delete(path: Path, files: Mapping[str, str] | None) -> list[Path]:
     """Deletes an output file, or a stage's files in a folder. Returns files that remain."""
-    if not path.is_dir() or path.is_symlink():
-        path.unlink(missing_ok=True)
+    if path.is_file() or path.is_symlink() or not mirrors.exists(path):
+        artifacts.remove(path)
         return []
     for name in (*files, artifacts.CARD) if files else ():  # the card is not in the record
-        (path / name).unlink(missing_ok=True)
-    left = []
+        artifacts.remove(path / name)
+    left = [file for file in mirrors.below(path) if not file.exists()]
     for each in sorted(path.rglob("*"), reverse=True):
         if each.is_dir() and not each.is_symlink() and not any(each.iterdir()):
             each.rmdir()
         elif not each.is_dir():
             left.append(each)
-    if not left:
+    if not left and path.exists():
         path.rmdir()
     return left
 

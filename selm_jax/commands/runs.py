@@ -12,6 +12,7 @@ from selm_jax.config import Experiment
 from selm_jax.parallel import multihost
 from selm_jax.run.run import Run
 from selm_jax.shell import artifacts, compiling
+from selm_jax.shell import mirror as mirrors
 from selm_jax.shell.progress import talks, terminal
 from selm_jax.weights.sources import cache_root
 
@@ -30,7 +31,7 @@ def settings_of(place: Path, overrides: Sequence[config.Override] = ()) -> Exper
             f"{place}: this folder has no config.yaml, so it is not a run folder. Give an "
             "experiment file (YAML) or a run folder"
         )
-    return config.load(file, [("output", str(place)), *overrides])
+    return config.load(file, [("output", mirrors.named(place)), *overrides])
 
 
 def opened(
@@ -66,6 +67,8 @@ def looked_at(place: Path, overrides: list[str] | None, *, tiny: bool = False) -
     set_up_jax()
     if tiny:
         experiment = _rehearsal(experiment)
+    if mirrors.is_url(experiment.output):
+        mirrors.looked_at(experiment.output)
     return Run(experiment, terminal(), imports=not (place.is_dir() or place.name == "config.yaml"))
 
 

@@ -15,7 +15,8 @@ from selm_jax.commands.runs import settings_of
 from selm_jax.config import Experiment
 from selm_jax.run.remaining import Entries, entries_of, time_left
 from selm_jax.shell import loglines
-from selm_jax.shell.lock import holder
+from selm_jax.shell import mirror as mirrors
+from selm_jax.shell.one_process import holder
 from selm_jax.shell.words import duration
 
 _SHOWN = (
@@ -33,7 +34,7 @@ def show(run: Path, console: Console) -> None:
     """
     experiment = settings_of(run)
     entries = entries_of(run)
-    console.print(f"{run}: {_state(run, experiment, entries)}", highlight=False)
+    console.print(f"{mirrors.named(run)}: {_state(run, experiment, entries)}", highlight=False)
     console.print(
         f"{experiment.model.source}, {experiment.objective['loss']}, ranker "
         f"{experiment.feedback.ranker}, seed {experiment.seed}",
@@ -47,7 +48,7 @@ def show(run: Path, console: Console) -> None:
             console.print(_numbers(found[-1]), highlight=False)
     console.print(f"disk: {_size(_bytes(run))}", highlight=False)
     if (page := run / "report.html").exists():
-        console.print(f"page: {page}", highlight=False, soft_wrap=True)
+        console.print(f"page: {mirrors.named(page)}", highlight=False, soft_wrap=True)
 
 
 def _state(run: Path, experiment: Experiment, entries: Entries) -> str:
@@ -101,6 +102,8 @@ def _numbers(line: Mapping[str, Any]) -> str:
 
 def _bytes(folder: Path) -> int:
     """A folder's size in bytes. A file with several hard links in it counts once."""
+    if (mirror := mirrors.of(folder)) is not None:
+        return sum(entry.size for entry in mirror.there.values())
     seen: dict[tuple[int, int], int] = {}
     for where, _, files in os.walk(folder):
         for name in files:

@@ -10,6 +10,7 @@ so a tiny run resumes like any other.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -28,7 +29,8 @@ from selm_jax.models.decoder import Decoder
 from selm_jax.models.families import from_hf, to_hf
 from selm_jax.parallel import multihost
 from selm_jax.shell import artifacts
-from selm_jax.shell.paths import claim
+from selm_jax.shell.mirror import is_url
+from selm_jax.shell.paths import cache_root, claim
 from selm_jax.shell.user_code import is_user_code
 from selm_jax.weights.huggingface import save
 
@@ -104,15 +106,21 @@ def shrink(experiment: Experiment, console: Console) -> Experiment:
     """
     e = experiment
     output = f"{e.output.rstrip('/')}-tiny"
-    inputs = Path(output) / "inputs"
     family = _family(e.model.source) or _FAMILIES[_OTHERS]
 
-    def write() -> None:
-        claim(Path(output))
+    if is_url(output):  # the processes have no folder in common
+        name = hashlib.sha256(output.encode()).hexdigest()[:16]
+        inputs = cache_root().absolute() / "tiny" / f"{name}-{multihost.index()}"
         _write_inputs(inputs, family, e.data)
+    else:
+        inputs = Path(output) / "inputs"
 
-    multihost.on_first(write)
-    artifacts.wait_for([inputs])
+        def write() -> None:
+            claim(Path(output))
+            _write_inputs(inputs, family, e.data)
+
+        multihost.on_first(write)
+        artifacts.wait_for([inputs])
     text = e.text
     if text.layout == "paper":  # in proportion: 1024 and 512 of its tokens
         text = replace(text, max_length=160, max_prompt_length=80)

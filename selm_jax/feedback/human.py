@@ -19,6 +19,7 @@ from jaxtyping import Float64
 from selm_jax.annotate.agreement import alpha, mean_shares
 from selm_jax.annotate.store import Annotations, Item, Judgement
 from selm_jax.feedback.ranker import FeedbackError, Question, check_questions, check_scores
+from selm_jax.shell import mirror
 from selm_jax.shell.pace import here
 from selm_jax.shell.paths import place
 from selm_jax.shell.ranges import Count
@@ -165,6 +166,16 @@ def human(
 
 
 def store_of(folder: Path, settings: Mapping[str, Any]) -> Path:
-    """The SQLite file of people's rankings for a run whose `human` ranker has these settings."""
-    named = settings.get("store")
-    return place(named) if named else folder / STORE
+    """The SQLite file of people's rankings for a run whose `human` ranker has these settings.
+
+    Raises:
+        FeedbackError: the run is in a bucket, where no database can be.
+    """
+    if named := settings.get("store"):
+        return place(named)
+    if mirror.of(folder) is not None:
+        raise FeedbackError(
+            "ranker 'human': the run folder is in a bucket, where the rankings cannot be. Name a "
+            "file on a local disk as feedback.settings.store."
+        )
+    return folder / STORE

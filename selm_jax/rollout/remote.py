@@ -29,6 +29,7 @@ from selm_jax.rollout.dialects import DIALECTS, Said, Served, kept_logps
 from selm_jax.rollout.requests import Request, Response
 from selm_jax.rollout.sampling import Sampling
 from selm_jax.shell import artifacts, processes
+from selm_jax.shell import mirror as mirrors
 from selm_jax.shell.endpoint import (
     Endpoint,
     ServerError,
@@ -52,7 +53,7 @@ def named(folder: Path) -> Path:
     The folder's own path is not enough: if an iteration is run again, it contains another policy.
     """
     served = cache_root() / "served" / artifacts.digest(folder)
-    artifacts.link(served, folder.resolve())
+    artifacts.link(served, mirrors.need(folder).resolve())
     return served
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from selm_jax.feedback import ranker as rankers
+from selm_jax.feedback.human import store_of
 from selm_jax.models.quantize import check_installed
 from selm_jax.parallel import multihost
 from selm_jax.preferences.selection import by_settings
@@ -72,6 +73,9 @@ def check_objective(run: Run) -> None:
 
 def _check_ranker(run: Run) -> None:
     """Checks the ranker, which only the first process uses."""
+    f = run.experiment.feedback
+    if f.ranker == "human":
+        store_of(run.folder.path, f.settings)
     rows = [] if run.experiment.taught else [*run.data.every_prompt(), *run.data.heldout]
     rankers.check_asked(run.ranker.ranker, [question(prompt) for prompt in rows])
 

@@ -14,24 +14,30 @@ from selm_jax.config import Experiment, dump
 from selm_jax.parallel import multihost
 from selm_jax.run.log import Writers, logged
 from selm_jax.shell import artifacts, loglines
+from selm_jax.shell import mirror as mirrors
 from selm_jax.shell.commit import commit, versions
 from selm_jax.shell.sealed import sha256
 from selm_jax.weights.card import model_card
 
 
 class Folder:
-    """The folder that `output` names. Only the first of several processes writes to it."""
+    """The folder that `output` names. Only the first of several processes writes to it.
+
+    Attributes:
+      path: the folder, or the local mirror of a folder in a bucket.
+    """
 
     def __init__(self, experiment: Experiment):
         self.experiment = experiment
-        self.path = Path(experiment.output)
+        self.path = mirrors.local(experiment.output)
 
     # Where things are
 
     @property
     def name(self) -> str:
         """The folder's own name, even if `output` is `.` or `..`."""
-        return self.path.resolve().name if self.path.name in ("", "..") else self.path.name
+        path = Path(mirrors.named(self.path))
+        return path.resolve().name if path.name in ("", "..") else path.name
 
     def iteration(self, t: int) -> Path:
         return self.path / f"iteration_{t}"
@@ -68,6 +74,12 @@ class Folder:
         writers = self.writers  # opened before the line is in the record, or it would appear twice
         loglines.append_line(self.metrics_file, line)
         writers.write(line)
+
+    def keep_metrics(self) -> None:
+        """Makes the lines that were written until now safe, and in a bucket TensorBoard's files."""
+        artifacts.keep(self.metrics_file)
+        if mirrors.of(self.path) is not None:
+            artifacts.keep(self.path / "tensorboard")
 
     def forget(self, which: Callable[[dict[str, Any]], bool]) -> None:
         """Removes the lines that `which` selects from metrics.jsonl, to be written again."""
@@ -146,6 +158,7 @@ class Folder:
         A card that an earlier version sealed together with the model is not changed.
         """
         card, stages = self.model(t) / artifacts.CARD, artifacts.Stages(self.iteration(t))
+        mirrors.need(card)
         if not card.exists() or not stages.may_complete("export", "model"):
             return
         loglines.rewrite_lines(self.metrics_file)  # a kill may have torn the last one
@@ -153,8 +166,10 @@ class Folder:
         if text.encode() != card.read_bytes():
             # Written outside and renamed: after a kill, the model folder must have no extra file.
             partial = self.iteration(t) / artifacts.CARD
-            artifacts.write_text(partial, text)
+            partial.write_text(text, encoding="utf-8")
+            artifacts.flush(partial)
             os.replace(partial, card)
+            artifacts.keep(card)
 
 
 class StageLog:

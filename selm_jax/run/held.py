@@ -11,7 +11,8 @@ from selm_jax.run.check import check
 from selm_jax.run.remaining import entries_of, time_left
 from selm_jax.run.run import Run
 from selm_jax.shell import artifacts
-from selm_jax.shell.lock import only_one
+from selm_jax.shell import mirror as mirrors
+from selm_jax.shell.one_process import only_one
 from selm_jax.shell.words import duration
 
 
@@ -26,15 +27,15 @@ def held(run: Run) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         multihost.on_first(lambda: stack.enter_context(only_one(run.folder.path)))
+        artifacts.wait_for([run.folder.path])
         check(run)
         run.open()
         multihost.listen()
         try:
             yield
         except multihost.Stopped:
-            run.console.print(
-                f"{run.folder.path}: the run was told to stop; the same command continues it"
-            )
+            where = mirrors.named(run.folder.path)
+            run.console.print(f"{where}: the run was told to stop; the same command continues it")
             raise
 
 
@@ -75,4 +76,4 @@ def write_report(run: Run) -> None:
     if multihost.is_first():
         file = run.folder.path / "report.html"
         page.write([run.folder.path], file)
-        run.console.print(f"report: {file}", soft_wrap=True)
+        run.console.print(f"report: {mirrors.named(file)}", soft_wrap=True)

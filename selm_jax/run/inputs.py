@@ -121,7 +121,7 @@ class Training:
         file, t = self.folder.parent / "metrics.jsonl", int(self.folder.name.rpartition("_")[2])
         lines = logged(file, "train", t)
         if lines:
-            artifacts.flush(file)
+            artifacts.keep(file)
         return key_of(lines=[line for line in lines if line["step"] <= step])
 
 

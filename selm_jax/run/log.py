@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from selm_jax.config import Experiment, as_dict
-from selm_jax.shell import loglines
+from selm_jax.shell import artifacts, loglines
+from selm_jax.shell import mirror as mirrors
 
 WANDB_ID = "wandb_id"  # file in the run folder with the wandb id that a resumed run continues
 
@@ -103,12 +104,11 @@ def _wandb_run(folder: Path, experiment: Experiment) -> Any:
         ) from error
     file = folder / WANDB_ID
     if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(secrets.token_hex(4), encoding="utf-8")
+        artifacts.write_text(file, secrets.token_hex(4))
     try:
         return wandb.init(
-            project=experiment.log.wandb, name=folder.name, config=as_dict(experiment),
-            id=file.read_text(encoding="utf-8").strip(), resume="allow",
+            project=experiment.log.wandb, name=Path(mirrors.named(folder)).name,
+            config=as_dict(experiment), id=file.read_text(encoding="utf-8").strip(), resume="allow",
         )  # fmt: skip
     except Exception as error:  # wandb has many kinds of errors, and so has the network
         why = f"{type(error).__name__}: {error}".rstrip(".")

@@ -33,11 +33,14 @@ from selm_jax.rollout.parameters import decoding_params, decoding_shardings
 from selm_jax.rollout.sampling import Filter, Sampling
 from selm_jax.run.devices import Devices
 from selm_jax.run.task import Sizes, Task, refuse_user_code
+from selm_jax.shell import mirror as mirrors
+from selm_jax.shell.bucket_files import is_url
 from selm_jax.text.chat import Chat
 from selm_jax.training.optimizer import optimizer
 from selm_jax.training.scoring import Scorer
 from selm_jax.training.update import Shardings, Update, make_update
 from selm_jax.weights.huggingface import load
+from selm_jax.weights.sources import resolve
 
 
 class Programs:
@@ -108,6 +111,7 @@ class Programs:
 
         A reward model that starts from a language model gets a head of zeros.
         """
+        folder = _readable(folder)
         return load(
             folder,
             self.config,
@@ -273,3 +277,16 @@ class Programs:
             prefill_rows=r.prefill_rows,
             mesh=self.devices.decode_mesh,
         )
+
+
+def _readable(folder: Path) -> Path:
+    """A model folder whose weights can be read.
+
+    For a model of a run folder in a bucket that is not on this machine, that is a folder in the
+    cache whose weights are read from the bucket: by each process no more than its own shards.
+    """
+    files = mirrors.below(folder)
+    if all(file.exists() for file in files):
+        return folder
+    url = mirrors.named(folder)
+    return resolve(url).path if is_url(url) else mirrors.need(folder)

@@ -22,6 +22,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from selm_jax.shell import mirror as mirrors
 from selm_jax.shell.digests import CARD, digest, digests
 from selm_jax.shell.json_file import JsonFileError, read_object
 from selm_jax.shell.paths import check_file
@@ -56,26 +57,44 @@ def whole(path: Path, *, replaces_folder: bool = False) -> Iterator[Path]:
         path = path.resolve() if path.is_symlink() else path
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + _PARTIAL)
-    remove(partial)
+    _unlink(partial)
     try:
         yield partial
         flush(partial)
         if replaces_folder and path.is_dir():
-            remove(path)
+            _unlink(path)
         os.replace(partial, path)
-        remove(partial)  # still there if both were links to one file: then nothing was renamed
+        _unlink(partial)  # still there if both were links to one file: then nothing was renamed
         flush_folder(path.parent)
     except BaseException:
-        remove(partial)
+        _unlink(partial)
         raise
+    if (mirror := mirrors.of(path)) is not None:
+        mirror.put(path)
 
 
 def remove(path: Path) -> None:
     """Deletes a file or a folder if it exists. For a link, only the link itself is deleted."""
+    if (mirror := mirrors.of(path)) is not None:
+        mirror.removed(path)
+    _unlink(path)
+
+
+def _unlink(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def keep(file: Path) -> None:
+    """Makes what was appended to a file, or written by others, safe: on the disk or in the bucket.
+
+    What is in a bucket is then what a killed run continues with.
+    """
+    flush(file)
+    if (mirror := mirrors.of(file)) is not None and file.exists():
+        mirror.put(file)
 
 
 def link(at: Path, to: Path) -> None:
@@ -90,18 +109,27 @@ def link(at: Path, to: Path) -> None:
 def wait_for(paths: Iterable[Path], seconds: float = 120) -> None:
     """Waits until all paths exist: a shared folder shows another host's files with a delay.
 
+    From a bucket, the files of other processes are fetched; models and checkpoints only by
+    `mirror.need`.
+
     Raises:
       ArtifactError: a path still does not exist after this many seconds.
     """
     until = time.monotonic() + seconds
     for path in paths:
-        while not path.exists():
+        while not _shown(path):
             if time.monotonic() > until:
                 raise ArtifactError(
                     f"{path} was written by another process but is not visible on this host after "
                     f"{seconds:.0f} s. All hosts must share the run folder (docs/run.md)"
                 )
             time.sleep(0.1)
+
+
+def _shown(path: Path) -> bool:
+    if (mirror := mirrors.of(path)) is not None:
+        mirror.refresh(path)
+    return mirrors.exists(path)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -252,7 +280,7 @@ class Stages:
             path = self.folder / name
             if name in entry.get("gone", ()):
                 continue
-            if not path.exists():
+            if not mirrors.exists(path):
                 raise ArtifactError(f"{where}: its output {path} is missing. {restore}")
             if digest(path, _unsealed(entry, name)) != before:
                 what = _differences(path, entry, name)

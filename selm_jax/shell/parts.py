@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from selm_jax.shell.artifacts import ArtifactError, write_table, write_text
+from selm_jax.shell.artifacts import ArtifactError, remove, write_table, write_text
 from selm_jax.shell.sealed import sha256
 
 
@@ -25,7 +25,7 @@ def write(file: Path, table: pa.Table) -> None:
     A part counts as written if both files exist: if the process dies between them, it is redone.
     """
     beside = _beside(file)
-    beside.unlink(missing_ok=True)
+    remove(beside)
     write_table(file, table)
     write_text(beside, _told(file))
 

@@ -28,6 +28,7 @@ from selm_jax.run.inputs import Model, StoredTable, Training, digests_of
 from selm_jax.run.memory import explained
 from selm_jax.run.task import Task
 from selm_jax.shell import artifacts, jsonl
+from selm_jax.shell import mirror as mirrors
 from selm_jax.shell.memory import release
 from selm_jax.shell.pace import here
 from selm_jax.shell.shared_stages import key_of
@@ -181,7 +182,7 @@ class _Call:
         settings = self.settings()
         inputs = multihost.on_first(lambda: self._begin(settings))
         if inputs is None:
-            gone = self.record.gone()
+            gone = multihost.on_first(lambda: sorted(self.record.gone()))
             artifacts.wait_for(path for name, path in outputs.items() if name not in gone)
             self._clear(self.stage.ends)
             return False
@@ -207,6 +208,7 @@ class _Call:
                 artifacts.remove(self.folder / name)
             # If a run was killed after `put`, it has now taken back its own work.
             taken = key if found and found["run"] != here else None
+            self.run.folder.keep_metrics()
             self.record.finish(
                 self.name,
                 inputs,
@@ -264,8 +266,7 @@ class _Call:
         entry = self.record.read().get(self.name)
         if entry is None or entry["done"]:
             return entry is None
-        begun = (self.folder / name for name in self.stage.goes_on_from)
-        return not any(file.is_file() for folder in begun for file in folder.rglob("*"))
+        return not any(mirrors.has_files(self.folder / n) for n in self.stage.goes_on_from)
 
     def _clear(self, names: tuple[str, ...]) -> None:
         if names:

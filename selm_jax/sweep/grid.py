@@ -20,6 +20,7 @@ from selm_jax.commands.tiny import shrink
 from selm_jax.config import ConfigError, Experiment, as_dict, load
 from selm_jax.config.file import explained, listed, read_with_places
 from selm_jax.parallel import multihost
+from selm_jax.shell.mirror import is_url
 from selm_jax.shell.paths import claim, place
 from selm_jax.shell.progress import terminal
 from selm_jax.shell.ranges import Seed
@@ -110,6 +111,8 @@ def read_sweep(
     output, seeds = output or said.output, tuple(seeds or said.seeds)
     from_file = _base(file, said.base) if base is None else place(base)
     folder = place(f"{output.rstrip('/')}-tiny" if tiny else output)
+    if is_url(output):
+        raise ConfigError(f"{file}: output is {output}; a sweep needs a local folder")
     axes = {name: _levels(file, name, axis) for name, axis in said.grid.items()}
     axis, level = _baseline(file, said.baseline, axes)
     members = []

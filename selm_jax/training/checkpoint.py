@@ -18,8 +18,10 @@ update only the parameters are kept, for the export.
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +31,29 @@ import orbax.checkpoint as ocp
 from selm_jax.models.decoder import Params
 from selm_jax.parallel import multihost
 from selm_jax.shell import artifacts
-from selm_jax.shell.sealed import sha256_of
+from selm_jax.shell import mirror as mirrors
+from selm_jax.shell.paths import cache_root
+from selm_jax.shell.sealed import seal, sha256, sha256_of
 from selm_jax.training.state import TrainState
-from selm_jax.weights.sources import cache_root
 
 _FINAL = "final"
 _WHOLE = "whole.json"
 _SPECIAL = frozenset("*?[]\\")
 _UNNAMED = ".orbax-checkpoint-tmp"  # orbax adds this to a name until everything is written
+# Without a common folder each process writes everything that it has to say into its own, and no
+# process merges the others' databases: the files of all, taken together, are the checkpoint.
+_IN_OWN_FOLDER: dict[str, Any] = {
+    "multiprocessing_options": ocp.options.MultiprocessingOptions(primary_host=None),
+    "use_ocdbt": False,
+}
+# What it says about that is as it should be.
+logging.getLogger("absl").addFilter(
+    lambda record: not any(part in record.getMessage() for part in _AS_IT_SHOULD_BE)
+)
+_AS_IT_SHOULD_BE = (
+    "Global object size logging disabled for `primary_host=None`",
+    "Skipping merge of OCDBT checkpoints: No per-process OCDBT checkpoint subdirs",
+)
 # Orbax writes these files last and with the time in them; nothing is restored from them.
 _LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
@@ -67,6 +84,7 @@ class Checkpoints:
         self.start = start
         self.keep = keep
         self.logged = logged
+        self._mirror = mirrors.of(self.folder)
         self._writer: ocp.StandardCheckpointer | None = None
 
     def steps(self) -> list[int]:
@@ -97,6 +115,7 @@ class Checkpoints:
                     "undamaged; run the same command to continue from it"
                 ) from e
             multihost.on_first(self._tidy)
+            self._refresh()
 
     def latest(self, like: TrainState) -> TrainState | None:
         """Loads the newest state with the shardings of `like`; None if there is none.
@@ -117,7 +136,7 @@ class Checkpoints:
 
     @property
     def has_final(self) -> bool:
-        return multihost.on_first((self.folder / _FINAL).exists)
+        return multihost.on_first(lambda: _FINAL in self._names())
 
     def final(self, like: Params) -> Params:
         return self._read(_FINAL, {"params": like})["params"]
@@ -125,20 +144,33 @@ class Checkpoints:
     def delete(self) -> None:
         multihost.on_first(lambda: artifacts.remove(self.folder))
 
+    def _names(self) -> set[str]:
+        """The names of the complete checkpoints."""
+        if self._mirror is None:
+            return {p.name for p in self.folder.glob("*") if _UNNAMED not in p.name}
+        files = map(Path, self._mirror.store.list(self._mirror.key(self.folder)))
+        return {file.parent.name for file in files if file.name == _WHOLE}
+
     def _steps(self) -> list[int]:
-        names = [p.name for p in self.folder.glob("*")] if self.folder.exists() else []
-        return sorted(int(name) for name in names if name.isdigit())
+        return sorted(int(name) for name in self._names() if name.isdigit())
+
+    def _refresh(self) -> None:
+        """Makes the folder of each process equal to the bucket, if there is one."""
+        if self._mirror is not None:
+            self._mirror.refresh(self.folder)
 
     # Writing
 
     def _begin(self, name: str, tree: Any, step: int) -> None:
         self.wait()
         about = multihost.on_first(lambda: self._prepare(step))
+        self._refresh()
         self._writer = ocp.StandardCheckpointer(
             async_options=ocp.options.AsyncOptions(
                 barrier_sync_fn=self._when_written(name),
                 post_finalization_callback=lambda: self._seal(name, about),
-            )
+            ),
+            **({} if self._mirror is None else _IN_OWN_FOLDER),
         )
         self._writer.save(_for_orbax(self.folder) / name, tree)
 
@@ -156,13 +188,19 @@ class Checkpoints:
         def wait(*, key: str, timeout_ms: int) -> None:
             nonlocal told
             if not told:
-                folder = self._unnamed(name)
-                own = _files(folder, f"ocdbt.process_{multihost.index()}/")
-                multihost.leave(str(self.folder / name), _hashed(folder, own))
+                folder, below = self._unnamed(name), f"ocdbt.process_{multihost.index()}/"
+                own = _files(folder, below if self._mirror is None else "")
+                known = _hashed(folder, [file for file in own if file not in _LATER])
+                self._put(name, folder, known)
+                multihost.leave(self._told(name), known)
                 told = True  # orbax calls this again after the first process has sealed
             barrier(key=key, timeout_ms=timeout_ms)
 
         return wait
+
+    def _told(self, name: str) -> str:
+        """A name for what the processes tell about a checkpoint, the same in all of them."""
+        return f"{self.folder.parent.name}/{self.folder.name}/{name}"
 
     def _unnamed(self, name: str) -> Path:
         (folder,) = self.folder.glob(f"{name}{_UNNAMED}*")
@@ -171,6 +209,11 @@ class Checkpoints:
     def _clear(self) -> None:
         """Removes unfinished checkpoints of a process that died."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        if self._mirror is not None:
+            at = Path(self._mirror.key(self.folder))
+            keys = (Path(key).relative_to(at) for key in self._mirror.store.list(str(at)))
+            for name in {key.parts[0] for key in keys} - self._names():
+                artifacts.remove(self.folder / name)
         for left in self.folder.glob(f"*{_UNNAMED}*"):
             artifacts.remove(left)
 
@@ -180,32 +223,48 @@ class Checkpoints:
         Called in the first process after all have written their shards, before orbax renames the
         folder.
         """
+        if not multihost.is_first():  # each process seals what it has in a folder of its own
+            return
         folder = self._unnamed(name)
         known: dict[str, Any] = {}
-        for of_process in multihost.left(str(self.folder / name)):
-            known |= of_process
-        known |= _hashed(folder, [file for file in _files(folder) if file not in known])
+        for of_process in reversed(multihost.left(self._told(name))):
+            known |= of_process  # of files that several have, that of the first process counts
+        rest = _hashed(folder, [file for file in _files(folder) if file not in known])
+        self._put(name, folder, rest)
+        known |= rest
         files = {file: known[file] for file in sorted(known) if file not in _LATER}
-        artifacts.write_sealed(folder / _WHOLE, about | {"files": files})
+        whole = folder / _WHOLE
+        whole.write_text(json.dumps(seal(about | {"files": files})), encoding="utf-8")
         artifacts.flush(folder)
+        self._put(name, folder, {_WHOLE: (whole.stat().st_size, sha256(whole))})
+
+    def _put(self, name: str, folder: Path, files: Mapping[str, tuple[int, str]]) -> None:
+        """Puts files of a checkpoint into the bucket, if the run is in one."""
+        if self._mirror is not None:
+            at = self._mirror.key(self.folder / name)
+            paths = {f"{at}/{file}": folder / file for file in files}
+            self._mirror.put_files(paths, {f"{at}/{file}": sha for file, (_, sha) in files.items()})
 
     def _tidy(self) -> None:
         """Deletes old steps; at least one complete checkpoint always remains."""
         if self.folder.exists():
             artifacts.flush_folder(self.folder)
         old = self._steps()
-        for step in old if (self.folder / _FINAL).exists() else old[: -self.keep]:
+        for step in old if _FINAL in self._names() else old[: -self.keep]:
+            artifacts.remove(self.folder / str(step) / _WHOLE)  # half deleted, it is not complete
             artifacts.remove(self.folder / str(step))
 
     # Reading
 
     def _read(self, name: str, like: Any) -> Any:
         path = (self.folder / name).absolute()
+        self._refresh()
         files = multihost.on_first(lambda: self._check(path))
         artifacts.wait_for([path])
-        mine = sorted(files, key=lambda file: -files[file][0])[
-            multihost.index() :: multihost.count()
-        ]
+        mine = sorted(files, key=lambda file: -files[file][0])
+        if self._mirror is None:
+            mine = mine[multihost.index() :: multihost.count()]
+        mirrors.need(path)
         faults = multihost.on_every(lambda: _faults(path, {file: files[file] for file in mine}))
         if any(faults):
             raise _unreadable(path, "; ".join(fault for each in faults for fault in each))
@@ -224,7 +283,7 @@ class Checkpoints:
             model or to other logged metrics.
         """
         try:
-            about = artifacts.read_sealed(path / _WHOLE)
+            about = artifacts.read_sealed(mirrors.need(path / _WHOLE))
         except FileNotFoundError as e:
             raise _unreadable(path, f"{_WHOLE} is missing") from e
         except artifacts.ArtifactError as e:

@@ -83,7 +83,8 @@ def content(folder: Path) -> dict[str, object]:
     """Every artefact by name: JSON without its times, all else as bytes."""
     found = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_dir() or path.name in ("report.html", ".lock"):
+        own = (".lock", ".lock-clock", "digests.json")  # the latter two are of a bucket
+        if path.is_dir() or path.name in ("report.html", *own):
             continue  # the page shows the recorded times
         name = path.relative_to(folder).as_posix()
         if path.suffix == ".jsonl":

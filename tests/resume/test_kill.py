@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import time
 from collections import Counter
@@ -40,18 +41,49 @@ def whole(file):
 
 @pytest.mark.parametrize(("shape", "kills"), [(runs.ONE, 40), (runs.TWO, 40)])
 def test_killed_runs_end_with_the_same_bytes(file, whole, shape, kills, tried):
-    """Each kill is meant for a stage, in their order, and comes at a random moment of it.
-
-    Of one stage's kills the earlier comes first: after one that comes too late, the stage is done.
-    """
     expected, stages = whole(shape)
     where = file.parent / f"killed-{shape[1]}"
+    told = _kill(file, where, shape, kills, stages)
+    found = runs.content(runs.finish(file, where, shape))
+    tried(f"{shape[1]} x {shape[0]} devices: {told}")
+    assert not runs.differences(found, expected)
+
+
+@pytest.mark.parametrize(("shape", "kills"), [(runs.ONE, 40), (runs.TWO, 40)])
+def test_killed_runs_in_a_bucket_end_with_the_bytes_of_a_local_run(
+    file, whole, shape, kills, tried
+):
+    """The processes have no folder in common, and every other attempt is on new machines."""
+    pytest.importorskip("obstore", reason="obstore is not installed: no bucket is tried")
+    expected, stages = whole(shape)
+    where = file.parent / f"bucket-{shape[1]}"
+    output = f"output=file://{where}/run"
+    mirrors = file.parent / f"cache-{shape[0]}-{shape[1]}" / "runs"
+    told = _kill(file, where, shape, kills, stages, output, mirrors=mirrors)
+    found = runs.content(runs.finish(file, where, shape, output))
+    tried(f"{shape[1]} x {shape[0]} devices, in a bucket: {told}")
+    where_it_says_so = {
+        "config.yaml", "manifest.json", *(f"iteration_{t}/model/README.md" for t in (1, 2)),
+    }  # fmt: skip
+    assert set(runs.differences(found, expected)) == where_it_says_so
+    for name in where_it_says_so - {"manifest.json"}:
+        assert found[name].replace(output[7:].encode(), b"run") == expected[name]
+
+
+def _kill(file, where, shape, kills, stages, *overrides, mirrors=None) -> str:
+    """Begins a run again and again, and kills it; returns where it was killed how often.
+
+    Each kill is meant for a stage, in their order, and comes at a random moment of it. Of one
+    stage's kills the earlier comes first: after one that comes too late, the stage is done.
+    """
     chance = random.Random(shape[1])
     targets = sorted((i % len(runs.ORDER), chance.random()) for i in range(kills))
     inside = Counter()
     for number, part in targets:
         at = runs.ORDER[number]
-        run = runs.start(file, where, shape)
+        if mirrors is not None and chance.random() < 0.5:
+            shutil.rmtree(mirrors, ignore_errors=True)
+        run = runs.start(file, where, shape, *overrides)
         if not runs.wait_for(run, where / "run", at):
             assert run.wait() == [0] * shape[1], run.output()
             break
@@ -66,12 +98,8 @@ def test_killed_runs_end_with_the_same_bytes(file, whole, shape, kills, tried):
         inside[begun[0] if begun else "between stages"] += 1
     assert sum(inside.values()) >= 0.9 * kills
     assert {"generate", "score", "train", "evaluate"} <= {at[1] for at in inside}
-    found = runs.content(runs.finish(file, where, shape))
-    tried(
-        f"{shape[1]} x {shape[0]} devices: {sum(inside.values())} kills, "
-        + ", ".join(f"{n} {_name(at)}" for at, n in inside.items())
-    )
-    assert not runs.differences(found, expected)
+    of = ", ".join(f"{n} {_name(at)}" for at, n in inside.items())
+    return f"{sum(inside.values())} kills, {of}"
 
 
 def test_processes_left_by_a_killed_one_say_that_all_must_start_again(file, whole, tried):

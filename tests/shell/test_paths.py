@@ -15,7 +15,7 @@ import yaml
 from typer.models import ParameterInfo
 
 from selm_jax import cli, config
-from selm_jax.shell import artifacts, paths
+from selm_jax.shell import artifacts, mirror, paths
 from selm_jax.shell.lock import only_one
 from selm_jax.shell.paths import PathError, claim
 
@@ -86,7 +86,8 @@ FOLDERS = [name for name, parser in PATHS.items() if parser is paths.folder_to_w
 
 def test_every_path_of_the_command_line_is_looked_at():
     """No path is a bare `Path`, which would not expand `~` and might replace anything."""
-    assert set(PATHS.values()) == {paths.place, paths.file_to_write, paths.folder_to_write}
+    parsers = {paths.place, paths.file_to_write, paths.folder_to_write, mirror.looked_at}
+    assert set(PATHS.values()) == parsers
     assert {"selm report --out", "selm plan --json", "selm bench --json"} <= set(FILES)
     assert {"selm annotate --export", "selm eval mt_bench --cache"} <= set(FILES)
     assert {"selm figures --out", "selm export --to", "selm lab regret --out"} <= set(FOLDERS)

@@ -1,0 +1,49 @@
+"""Lets one process at a time use a run folder, on a disk or in a bucket."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from selm_jax.shell import bucket_lock, lock
+from selm_jax.shell import mirror as mirrors
+from selm_jax.shell.paths import MARK, PathError, claim
+from selm_jax.shell.words import some
+
+
+@contextlib.contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Locks a run folder for this process while the body runs.
+
+    The mirror of a folder in a bucket is then equal to the bucket.
+
+    Raises:
+      ArtifactError: another process is using the folder; see `lock.only_one`.
+      PathError: the folder contains something that this program did not make.
+    """
+    mirror = mirrors.of(folder)
+    with lock.only_one(folder) if mirror is None else _only_one_in_bucket(mirror):
+        yield
+
+
+def holder(folder: Path) -> dict[str, Any] | None:
+    """The `process` and `host` that use a run folder; None if no process does."""
+    mirror = mirrors.of(folder)
+    return lock.holder(folder) if mirror is None else bucket_lock.holder(mirror.store)
+
+
+@contextlib.contextmanager
+def _only_one_in_bucket(mirror: mirrors.Mirror) -> Iterator[None]:
+    found = sorted(mirror.objects())
+    if found and MARK not in found:
+        raise PathError(
+            f"{mirror.url} is not empty ({some(found)}) and was not made by this program. "
+            "Nothing was written. Choose a folder that is new or empty"
+        )
+    with bucket_lock.held(mirror.store):
+        mirror.refresh()
+        claim(mirror.folder)
+        mirror.put(mirror.folder / MARK)
+        yield

@@ -130,6 +130,7 @@ def export(options: Exporting) -> None:
     from selm_jax.iterate import run_stage
     from selm_jax.parallel import multihost
     from selm_jax.shell import artifacts
+    from selm_jax.shell.mirror import need
     from selm_jax.weights.export import convert_dtype
 
     run, to = runs.opened(options.experiment, options.overrides, processes=True), options.to
@@ -144,7 +145,7 @@ def export(options: Exporting) -> None:
 
     def publish(to: Path) -> None:
         with artifacts.whole(to) as partial:
-            convert_dtype(run.policy(options.iteration).path, partial, options.dtype)
+            convert_dtype(need(run.policy(options.iteration).path), partial, options.dtype)
         typer.echo(f"{to}: the policy after iteration {options.iteration}, in {options.dtype}")
 
     if to is not None:
@@ -179,10 +180,11 @@ def redo(options: Redoing) -> None:
     again. Settings and data may be changed before that. Files of other programs stay.
     """
     from selm_jax.commands.redo import redo
+    from selm_jax.shell.mirror import in_words
 
     for line in redo(options.run, options.stage, options.iteration):
-        typer.echo(line)
-    typer.echo(f"`selm run {options.run}` runs these stages again")
+        typer.echo(in_words(line))
+    typer.echo(in_words(f"`selm run {options.run}` runs these stages again"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -205,7 +205,7 @@ class Mirror:
         copy = _Copy(entry.version, stat.st_size, stat.st_mtime_ns, sha or sha256(file))
         with self._lock, self._record.open("a", encoding="utf-8") as f:
             self.there[key], self._copies[key] = entry, copy
-            f.write(json.dumps([key, *vars(copy).values()]) + "\n")
+            f.write(_line(key, copy))
 
 
 def is_url(text: str | Path) -> bool:
@@ -309,13 +309,19 @@ def _free(url: str) -> tuple[Path, IO[str]]:
 
 
 def _read(record: Path) -> dict[str, _Copy]:
-    """The last line about each key. Lines that a kill has torn are left out."""
-    copies = {}
+    """The last line about each key, the only one that is kept; one that a kill tore is left out."""
+    copies: dict[str, _Copy] = {}
     for line in record.read_text(encoding="utf-8").splitlines() if record.exists() else ():
         with contextlib.suppress(ValueError, TypeError):
             key, *rest = json.loads(line)
             copies[key] = _Copy(*rest)
+    # A kill while this is written costs no more than to fetch the files again.
+    record.write_text("".join(_line(*each) for each in copies.items()), encoding="utf-8")
     return copies
+
+
+def _line(key: str, copy: _Copy) -> str:
+    return json.dumps([key, *vars(copy).values()]) + "\n"
 
 
 def _remove_empty(folder: Path) -> None:

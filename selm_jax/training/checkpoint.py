@@ -39,6 +39,7 @@ from selm_jax.training.state import TrainState
 _FINAL = "final"
 _WHOLE = "whole.json"
 _SPECIAL = frozenset("*?[]\\")
+_LONGEST_SAVE = 4 * 60 * 60  # seconds; who is stuck is found by `parallel.watch`
 _UNNAMED = ".orbax-checkpoint-tmp"  # orbax adds this to a name until everything is written
 # Without a common folder each process writes everything that it has to say into its own, and no
 # process merges the others' databases: the files of all, taken together, are the checkpoint.
@@ -169,6 +170,7 @@ class Checkpoints:
             async_options=ocp.options.AsyncOptions(
                 barrier_sync_fn=self._when_written(name),
                 post_finalization_callback=lambda: self._seal(name, about),
+                timeout_secs=_LONGEST_SAVE,
             ),
             **({} if self._mirror is None else _IN_OWN_FOLDER),
         )

@@ -180,22 +180,22 @@ def steps(folder):
 
 
 def test_killed_before_any_write_it_ends_with_the_same_objects(bucket):
-    """On the same machine and on a new one, for every number of writes."""
+    """For every number of writes; it goes on by turns on the same machine and on a new one."""
     folder, store = bucket()
     steps(folder)
     writes = sum(name in ("put", "delete") for name, _ in store.made)
     expected = contents(bucket.inner)
     assert writes >= 20
     for n in range(1, writes + 1):
-        for machine in ("one", f"new-{n}"):
-            for key in bucket.inner.list():
-                bucket.inner.delete(key)
-            folder, _ = bucket(n, "one")
-            with pytest.raises(Killed):
-                steps(folder)
-            folder, _ = bucket(machine=machine)
+        machine = "one" if n % 2 else f"new-{n}"
+        for key in bucket.inner.list():
+            bucket.inner.delete(key)
+        folder, _ = bucket(n, "one")
+        with pytest.raises(Killed):
             steps(folder)
-            assert contents(bucket.inner) == expected, (n, machine)
+        folder, _ = bucket(machine=machine)
+        steps(folder)
+        assert contents(bucket.inner) == expected, (n, machine)
 
 
 def contents(store):

@@ -23,7 +23,8 @@ def rows(compared: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     """The columns and the rows of the table: a method in each row.
 
     A landscape's cell is the difference in its base condition, in % of DPO's regret, with * if it
-    is significant, and then in how many of the conditions regret is lower / higher.
+    is significant, and then in how many of its conditions regret is lower / higher, if there are
+    several.
     """
     landscapes = [name for name in LANDSCAPES if any(r["landscape"] == name for r in compared)]
     columns = [
@@ -64,8 +65,9 @@ def _pair(records: Sequence[Record]) -> str:
 def _cell(records: Sequence[Record]) -> str:
     base = next(r for r in records if r["condition"] == "base")
     star = "*" if base["p_holm"] < _SURE else ""
-    percent = f"{100 * base['relative']:+.0f}".replace("-", "−")
-    return f"{percent} %{star}, {_pair(records)}"
+    percent = f"{round(100 * base['relative']):+d}".replace("-", "−")
+    conditions = f", {_pair(records)}" if len(records) > 1 else ""
+    return f"{percent} %{star}{conditions}"
 
 
 def markdown(compared: Sequence[Record]) -> str:
@@ -77,16 +79,21 @@ def markdown(compared: Sequence[Record]) -> str:
 
 
 def where(compared: Sequence[Record], name: str) -> tuple[str, str]:
-    """In which landscapes a method has less regret, and in which more, with counts of places.
+    """In which landscapes a method has less regret, and in which more.
 
-    Such as "needle 7, wrong 5" and "smooth 6". A method that the laboratory lacks has "-" twice.
+    Such as "needle 7, wrong 5" and "smooth 6", with numbers of conditions if there are several. A
+    method that the laboratory lacks has "–" twice.
     """
     mine = [r for r in compared if (r["arm"], r["effect"]) == (name, "best")]
     if not mine:
         return "–", "–"
     by = {each: [r for r in mine if r["landscape"] == each] for each in LANDSCAPES}
     found = [
-        ", ".join(f"{each} {n}" for each, records in by.items() if (n := counts(records)[i]))
+        ", ".join(
+            f"{each} {n}" if len(records) > 1 else each
+            for each, records in by.items()
+            if (n := counts(records)[i])
+        )
         for i in (0, 1)
     ]
     return found[0] or "nowhere", found[1] or "nowhere"

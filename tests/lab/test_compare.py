@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -137,3 +138,28 @@ def test_every_effect_is_one_family_and_places_cover_the_landscapes():
     assert len(compare.PLACES) == 6 * len(compare.CONDITIONS)
     task = Task(ARMS[0], compare.PLACES[0])
     assert task.asker and task.judged and hash(task)
+
+
+# --- the documents -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def committed():
+    return json.loads((DOCS / "images/lab_compare.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["exploration", "methods"])
+def test_the_documents_say_what_the_committed_numbers_say(committed, name):
+    """`python docs/exploration.py` would change nothing."""
+    text = (DOCS / f"{name}.md").read_text()
+    assert runpy.run_path(str(DOCS / "exploration.py"))[name](text, committed) == text
+    assert compare_page.where(committed, "selm")[0] in (DOCS / "methods.md").read_text()
+
+
+def test_the_document_counts_what_the_committed_numbers_count(committed):
+    text = " ".join((DOCS / "exploration.md").read_text().split())
+    best = [r for r in committed if r["effect"] == "best"]
+    less, more = compare_page.counts(best)
+    assert f"Of {len(best)} comparisons {less} have significantly less regret and {more}" in text
+    for r in best:
+        assert r["arm"] in {a.name for a in ARMS} and r["landscape"] in LANDSCAPES

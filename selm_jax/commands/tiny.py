@@ -56,6 +56,11 @@ class Family:
     template: str
 
 
+_CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    "{% endfor %}{{ '<|im_start|>assistant\n' if add_generation_prompt }}"
+)
+
 # By what stands in the model's name. The templates are written anew after the published ones
 # (docs/models.md); Phi-3's is that of the paper's time, which began with BOS.
 _FAMILIES = {
@@ -80,11 +85,18 @@ _FAMILIES = {
         "{{ bos_token }}{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + "
         "'<|end|>\n' }}{% endfor %}{{ '<|assistant|>\n' if add_generation_prompt }}",
     ),
+    ("qwen3-30b-a3b", "qwen3-235b-a22b"): Family(
+        {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2,
+         "moe_intermediate_size": 64, "norm_topk_prob": True, "rms_norm_eps": 1e-6},
+        ("<|im_start|>", "<|im_end|>"), "<|im_end|>", False, _CHATML,
+    ),
+    ("olmo-3", "olmo3"): Family(
+        {"model_type": "olmo3", "sliding_window": 256, "rms_norm_eps": 1e-6},
+        ("<|endoftext|>", "<|im_start|>", "<|im_end|>"), "<|endoftext|>", False, _CHATML,
+    ),
     ("smollm",): Family(
         {"model_type": "llama", "tie_word_embeddings": True, "rms_norm_eps": 1e-5},
-        ("<|im_start|>", "<|im_end|>"), "<|im_end|>", False,
-        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
-        "{% endfor %}{{ '<|im_start|>assistant\n' if add_generation_prompt }}",
+        ("<|im_start|>", "<|im_end|>"), "<|im_end|>", False, _CHATML,
     ),
 }  # fmt: skip
 _OTHERS = ("smollm",)  # what rehearses a model whose name tells no family

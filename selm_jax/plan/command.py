@@ -12,6 +12,7 @@ from rich.console import Console
 
 from selm_jax.config import as_dict
 from selm_jax.models.config import DecoderConfig, UnsupportedModel
+from selm_jax.models.decoder import active_parameters, parameter_count
 from selm_jax.models.families import from_hf
 from selm_jax.plan.examine import Load, Options, Plan, examine
 from selm_jax.plan.measure import versions
@@ -55,6 +56,12 @@ def main(
     file = config or config_json(e.model.source, e.model.revision)
     facts = task_of(e.objective).facts(read_facts(file), file, pad=lambda: 0)
     console.print(f"model: the facts of {file}", highlight=False, soft_wrap=True, markup=False)
+    if facts.mixture is not None:
+        console.print(
+            f"{parameter_count(facts):,} parameters, {active_parameters(facts):,} of them active "
+            "for each token",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
     plans = []
     for each in targets:
         plans.append(examine(load, facts, each, options, console))

@@ -53,6 +53,17 @@ def inconsistencies(e: Experiment) -> Iterator[str]:
             "objective.margin: the margin needs the scores of the data; name their columns in "
             "data.chosen_score and data.rejected_score"
         )
+    if e.training.importance is not None:
+        if not e.candidates.greedy + e.candidates.samples:
+            yield (
+                "training.importance: it weights the policy's own answers, and candidates.greedy "
+                "and candidates.samples ask for none. Ask for some, or set it to null"
+            )
+        if e.text.layout == "paper":
+            yield (
+                "training.importance: text.layout: paper trains on other token ids than were "
+                "sampled, so there are no ratios. Use the default layout, or set it to null"
+            )
     count = e.candidates.greedy + e.candidates.samples + 2 * e.candidates.dataset
     if count < 2 and not e.taught:
         yield f"candidates: {count} in all; a pair needs at least 2"

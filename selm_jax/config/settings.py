@@ -196,6 +196,22 @@ class Feedback:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class Importance:
+    """Weights for answers that another policy or engine gave; see docs/methods.md."""
+
+    # The ratio of the scorer's probability to the sampler's, of each token or of a pair's answers
+    # (sequence): truncated at `cap`, or masked, which drops what is above `cap` or below `floor`.
+    mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+    cap: Annotated[float, Range(1)] = 3.0  # The largest ratio.
+    floor: Share = 0.0  # The smallest ratio; only the modes that mask read it.
+
+    @agree
+    def _agrees(self) -> Iterator[str]:
+        if self.floor and not self.mode.endswith("mask"):
+            yield f"floor: {self.floor:g}; only token_mask and sequence_mask read it"
+
+
+@dataclass(frozen=True, config=_STRICT)
 class Training:
     learning_rate: Rates  # Peak learning rate: one for all iterations, or a list with one for each.
     global_batch: Size  # Number of examples in each update.
@@ -233,6 +249,9 @@ class Training:
     # Whether every update reports the entropy of the scored tokens' distributions and the share of
     # tokens that are the likeliest (`entropy`, `mean_token_accuracy`).
     token_statistics: Flag = False
+    # Importance weights of the tokens' gradients, for answers whose sampler is not exactly the
+    # policy in training; null: every token counts the same.
+    importance: Importance | None = None
 
     @agree
     def _agrees(self) -> Iterator[str]:

@@ -30,6 +30,8 @@ class Example:
       explored: indices of all responses that explore, if there are several: the optimism term is
         their mean, and a response that was sampled twice is listed twice. If empty, only the
         response with the role `explore` explores.
+      importance: the weight of each token of each response (`rollout.importance`); None if all
+        tokens count the same.
     """
 
     prompt_id: str
@@ -39,6 +41,7 @@ class Example:
     reference_logps: tuple[float, ...] | None = None
     scores: tuple[float, ...] | None = None
     explored: tuple[int, ...] = ()
+    importance: tuple[tuple[float, ...], ...] | None = None
 
     def __post_init__(self):
         if not self.prompt:
@@ -58,6 +61,12 @@ class Example:
             raise ExampleError(
                 f"example {self.prompt_id}: the explored responses are {self.explored}; expected "
                 f"numbers from 0 to {len(self.responses) - 1}"
+            )
+        lengths = [len(response) for response in self.responses]
+        if self.importance is not None and [len(each) for each in self.importance] != lengths:
+            raise ExampleError(
+                f"example {self.prompt_id}: the responses have {lengths} tokens, but there are "
+                f"{[len(each) for each in self.importance]} importance weights; expected one each"
             )
         given = {"reference log-probabilities": self.reference_logps, "scores": self.scores}
         for what, numbers in given.items():

@@ -46,12 +46,13 @@ from selm_jax.preferences.examples import Example, ExampleError
 class PreferenceBatch:
     """Rows of packed prompt trees, as drawn at the top of the module.
 
-    The last four fields are per example.
+    The fields from `roles` to `weight` are per example.
 
     `roles[r, s, i]` is the weight of each response of segment s for `ROLES[i]`: 1 for the response
     with this role, or equal shares if several responses explore. `reference` contains stored
     log-probabilities, and `scores` the responses' scores in the data; both are 0 if there are none.
-    `weight` is 1 for an example and 0 for an empty segment.
+    `weight` is 1 for an example and 0 for an empty segment. `importance` has the weight of each
+    scored token's gradient; None if all tokens count the same.
     """
 
     tokens: Int[Array, "rows time"]
@@ -66,6 +67,7 @@ class PreferenceBatch:
     reference: Float[Array, "rows segments branches"]
     scores: Float[Array, "rows segments branches"]
     weight: Float[Array, "rows segments"]
+    importance: Float[Array, "rows scored"] | None = None
 
     def sum_by_response(
         self, per_token: Float[Array, "rows scored"]
@@ -165,9 +167,10 @@ def pack(examples: Sequence[Example], shape: Shape) -> list[PreferenceBatch]:
     ([21, 22, 23, 31, 32], [2, 3, 4, 2, 6])
     """
     rows = assign_rows(examples, shape.time)
+    weighted = any(example.importance is not None for example in examples)
     batches = []
     for start in range(0, len(rows), shape.rows):
-        batch = empty(shape)
+        batch = empty(shape, weighted)
         for r, members in enumerate(rows[start : start + shape.rows]):
             _fill_row(batch, r, [examples[i] for i in members], shape)
         batches.append(batch)
@@ -207,8 +210,8 @@ def unpack_tokens(
     return out
 
 
-def empty(shape: Shape) -> PreferenceBatch:
-    """A batch of this shape that contains no examples."""
+def empty(shape: Shape, weighted: bool = False) -> PreferenceBatch:
+    """A batch of this shape that contains no examples; `weighted` gives it importance weights."""
 
     def ints(*size) -> Any:
         return np.zeros((shape.rows, *size), np.int32)
@@ -229,6 +232,7 @@ def empty(shape: Shape) -> PreferenceBatch:
         reference=floats(shape.segments, shape.branches),
         scores=floats(shape.segments, shape.branches),
         weight=floats(shape.segments),
+        importance=1 + floats(shape.scored) if weighted else None,
     )
 
 
@@ -256,6 +260,8 @@ def _fill_row(batch: Any, r: int, examples: Sequence[Example], shape: Shape) -> 
                 batch.predictor[r, scored] = prompt_end - 1
                 batch.predictor[r, scored + 1 : stop] = np.arange(time, end - 1)
                 batch.owner[r, scored:stop] = s * shape.branches + k - 1
+                if example.importance is not None:
+                    batch.importance[r, scored:stop] = example.importance[k - 1]
                 scored = stop
             time = end
         for i, role in enumerate(ROLES):

@@ -25,7 +25,11 @@ FREE = frozenset(
 )
 # Settings that earlier versions did not have, with what these did. They are recorded only if they
 # are something else, so that folders of earlier versions go on.
-ADDED = {"training.token_statistics": False, "training.router": "frozen"}
+ADDED = {
+    "training.token_statistics": False,
+    "training.router": "frozen",
+    "training.importance": None,
+}
 FREE_OF_RANKERS = frozenset(
     {
         *(

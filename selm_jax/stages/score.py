@@ -16,7 +16,7 @@ from selm_jax.run.inputs import Model, Sampled, StoredTable
 from selm_jax.run.rows import RunError
 from selm_jax.run.task import Pair, Task
 from selm_jax.shell.words import redo
-from selm_jax.stages.gap import compare
+from selm_jax.stages.gap import compare, judge
 from selm_jax.stages.settings import SCORING
 from selm_jax.stages.stage import Counts, stage
 from selm_jax.stages.step import Step, counting
@@ -28,10 +28,10 @@ from selm_jax.text.prompts import Prompt
 
 def _settings(_e: Experiment, task: Task) -> tuple[str, ...]:
     own = ("text", "objective.rates", "objective.reference_free", *task.example_settings)
-    return (*own, "rollout.gap", *SCORING)
+    return (*own, "rollout.gap", "training.importance", *SCORING)
 
 
-@stage(leaves=("examples.parquet",), settings=_settings)
+@stage(leaves=("examples.parquet",), settings=_settings, judges=judge)
 def score(
     step: Step, prompts: list[Prompt], ranked: StoredTable, reference: Model, chat: Chat,
     sampled: Sampled | None = None,
@@ -45,7 +45,8 @@ def score(
       sampled: the policy's answers, whose log-probabilities are compared with the sampler's.
 
     Raises:
-      RunError: they differ by more than `rollout.gap.stop`.
+      RunError: they differ by more than `rollout.gap.stop`, or `training.importance` needs them
+        and they were not kept.
     """
     examples, cut = paired_examples(step, prompts, ranked, chat)
     logps: list[tuple[float, ...] | None] = [None] * len(examples)
@@ -56,7 +57,7 @@ def score(
             found = step.programs.scorer.logps_by_token(params, examples, counting(advance))
         logps[:], of_tokens = [each for each, _ in found], [tokens for _, tokens in found]
         del params  # the policy may be read next
-    gap = compare(step, sampled, examples, of_tokens) if sampled and examples else {}
+    gap, examples = compare(step, sampled, examples, of_tokens)
     scored = [
         dataclasses.replace(e, reference_logps=found)
         for e, found in zip(examples, logps, strict=True)

@@ -50,6 +50,7 @@ def stage(
     gives: Callable[[Path], Left] | None = None,
     name: str | None = None,
     shared: Callable[[Experiment], bool] | bool = True,
+    judges: Callable[[Step, Counts], None] = lambda step, counts: None,
     goes_on_from: tuple[str, ...] = (),
     scratch: tuple[str, ...] = (),
     ends: tuple[str, ...] = (),
@@ -66,6 +67,8 @@ def stage(
       name: the stage's name in `stage.json`, if it differs from the function's.
       shared: whether runs with equal inputs and settings get equal outputs, so that only one run of
         a sweep has to do the work.
+      judges: is called with the step and the counts that are taken from another run's stage. It may
+        warn or raise by settings that these do not depend on.
       goes_on_from: folders that a stopped stage resumes from; they are deleted if it starts afresh.
       scratch: folders of this stage that are not needed once its outputs are written.
       ends: folders of earlier stages that are not needed once this stage is recorded as done.
@@ -79,6 +82,7 @@ def stage(
             leaves,
             gives,
             shared,
+            judges,
             goes_on_from,
             scratch,
             ends,
@@ -97,6 +101,7 @@ class Stage:
     leaves: tuple[str, ...] | Callable[..., tuple[str, ...]]
     gives: Callable[[Path], Left] | None
     shared: Callable[[Experiment], bool] | bool
+    judges: Callable[[Step, Counts], None]
     goes_on_from: tuple[str, ...]
     scratch: tuple[str, ...]
     ends: tuple[str, ...]
@@ -288,4 +293,5 @@ class _Call:
         step.log.forget()
         for line in found["logged"]:
             step.log({k: v for k, v in line.items() if k not in ("stage", "iteration")})
+        self.stage.judges(step, found["counts"])
         return found["counts"]

@@ -16,9 +16,10 @@ import pyarrow.parquet as pq
 from selm_jax.objectives.roles import ROLES
 from selm_jax.preferences.examples import Example
 from selm_jax.shell import artifacts
-from selm_jax.tables.columns import Ids, Int32, Text, read_rows, schema_of, table_of
+from selm_jax.tables.columns import ADDED, Ids, Int32, Text, read_rows, schema_of, table_of
 
 _OfIds = Annotated[tuple[tuple[int, ...], ...], pa.list_(pa.list_(pa.int32()))]
+_OfTokens = Annotated[tuple[tuple[float, ...], ...], pa.list_(pa.list_(pa.float32()))]
 _OfResponses = Annotated[tuple[float, ...], pa.list_(pa.float32())]
 
 
@@ -35,6 +36,8 @@ class Row:
     reference: _OfResponses | None
     scores: _OfResponses | None
     explored: Ids | None
+    # The importance weight of each token of each response; null if all tokens count the same.
+    importance: _OfTokens | None = dataclasses.field(default=None, metadata=ADDED)
 
 
 SCHEMA = schema_of(Row)
@@ -49,7 +52,7 @@ def read(path: Path) -> list[Example]:
         Example(
             row.prompt_id, row.prompt, row.responses,
             {role: at for role in ROLES if (at := getattr(row, role)) is not None},
-            row.reference, row.scores, row.explored or (),
+            row.reference, row.scores, row.explored or (), row.importance,
         )
         for row in read_rows(path, Row)
     ]  # fmt: skip
@@ -67,7 +70,7 @@ def write(path: Path, examples: Sequence[Example], reference: str = "") -> None:
         Row(
             e.prompt_id, e.prompt, e.responses,
             e.roles.get("chosen"), e.roles.get("rejected"), e.roles.get("explore"),
-            e.reference_logps, e.scores, e.explored,
+            e.reference_logps, e.scores, e.explored, e.importance,
         )
         for e in examples
     ]  # fmt: skip

@@ -165,13 +165,22 @@ def loss_sums(
         found, load = _of_scored(head, plain, params, batch, chunk)
     else:
         found, load = _of_scored(head, decoder, base, batch, chunk, params, key)
-    policy = batch.sum_by_response(found.logprob if statistics else found)
+    of_tokens = found.logprob if statistics else found
+    if batch.importance is not None:
+        of_tokens = with_gradients_times(batch.importance, of_tokens)
+    policy = batch.sum_by_response(of_tokens)
     reference = batch.reference
     if reference_params is not None:
         reference = response_logps(plain, reference_params, batch, chunk)
     logps = by_role(batch, policy, jax.lax.stop_gradient(reference), mean_lengths)
     loss, sums = _sums(batch, *_measured(objective, logps))
     return loss, sums | load | (_token_sums(batch, found) if statistics else {})
+
+
+def with_gradients_times(weights: Array, values: Array) -> Array:
+    """The same values, whose gradients are multiplied by the weights."""
+    fixed = jax.lax.stop_gradient(values)
+    return fixed + weights * (values - fixed)
 
 
 def _measured(objective: Objective, given: Logps | Rewards) -> tuple[PerExample, Metrics]:

@@ -36,14 +36,16 @@ def test_the_reference_has_every_setting_of_an_experiment():
             if f"{prefix}{name}" in sections() and value is not None:
                 todo.append((f"{prefix}{name}.", value))
     assert flat <= listed
-    assert {key.rpartition(".")[0] for key in listed - flat} <= {"lora", "rollout.remote"}
+    assert {key.rpartition(".")[0] for key in listed - flat} <= {
+        *("lora", "rollout.remote", "training.importance")
+    }
 
 
 def test_a_default_is_what_an_experiment_has_that_does_not_set_it():
     tree = as_dict(parse(GIVEN))
     checked = 0
     for section, setting in SETTINGS:
-        absent = section in ("lora", "rollout.remote")
+        absent = section in ("lora", "rollout.remote", "training.importance")
         if not setting.default or absent or setting.key in ("data.chosen", "data.rejected"):
             continue
         assert plain_yaml.scalar(setting.default) == read(tree, setting.key) or setting.default in (

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from selm_jax.config import Importance
 from selm_jax.evaluation import frontier
 from selm_jax.evaluation import pairs as rated_pairs
 from selm_jax.feedback.human import Human
@@ -25,7 +26,7 @@ from selm_jax.preferences.candidates import REASONS, SOURCES
 from selm_jax.preferences.examples import Example
 from selm_jax.preferences.selection import PLACES
 from selm_jax.preferences.selection_report import _KEYS as OF_RANK
-from selm_jax.rollout import gap
+from selm_jax.rollout import gap, importance
 from selm_jax.shell import memory
 from selm_jax.stages import evaluate, export, generate, rank, score, train
 from selm_jax.stages.ranking import budget, teach
@@ -133,7 +134,8 @@ def of_updates():
 
 
 def of_gap():
-    return set(gap.Gap(1, 0.0, 0.0, 0.0).metrics)
+    weights = importance.weights_of(Importance(mode="token_mask"), [np.zeros(1)])
+    return {*gap.Gap(1, 0.0, 0.0, 0.0).metrics, *importance.metrics_of([weights])}
 
 
 def of_experts():

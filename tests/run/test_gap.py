@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 
+import numpy as np
 import pytest
 import stand_in
 import tiny
@@ -18,6 +19,10 @@ from selm_jax.rollout.requests import Request
 from selm_jax.run.rows import RunError
 from selm_jax.run.run import Run
 from selm_jax.shell import artifacts
+from selm_jax.stages.score import score
+from selm_jax.stages.stage import _Call
+from selm_jax.stages.step import Step
+from selm_jax.tables import examples as table
 
 QUIET = Console(quiet=True)
 TIGHT = "rollout.gap={warn: 1e-4, stop: 1e-3}"
@@ -128,3 +133,48 @@ def test_answers_without_logps_have_no_gap(serving, tmp_path):
     entry = artifacts.Stages(run.folder.iteration(1)).read()["score"]
     assert "responses" not in entry["inputs"]
     assert not any(key.startswith("gap/") for key in entry["counts"])
+
+
+WEIGHTS = "training.importance={mode: token_truncate, cap: 2}"
+
+
+def test_importance_weights_are_1_where_the_engine_is_the_sampler(tmp_path):
+    file = tiny.experiment(tmp_path, rollout__temperature=0.7, data__heldout=None)
+    run = Run(config.load(file, [WEIGHTS]), QUIET)
+    generated(run)
+    examples = table.read(run.folder.iteration(1) / "examples.parquet")
+    assert [[len(w) for w in e.importance] for e in examples] == [
+        [len(r) for r in e.responses] for e in examples
+    ]
+    weights = np.concatenate([w for e in examples for w in e.importance])
+    np.testing.assert_allclose(weights, 1, atol=1e-4)
+    (line,) = gaps(run)
+    assert line["importance/ratio"] == pytest.approx(1, abs=1e-5)
+    assert line["importance/outside"] == 0
+    run_stage(run, "train", 1)
+
+
+def test_importance_weights_need_what_the_sampler_kept(serving, tmp_path):
+    file = tiny.experiment(tmp_path)
+    server = serving("vllm", remote.named(Run(config.load(file), QUIET).start.path))
+    run = Run(config.load(file, [f"rollout.remote={{engine: vllm, url: '{server.url}'}}", WEIGHTS]))
+    with pytest.raises(RunError, match="they were not kept of any answer"):
+        generated(run)
+
+
+def test_a_gap_that_is_taken_from_another_run_is_judged_by_ones_own_limits(tmp_path):
+    """Limits are not part of what members of a sweep share."""
+    file, lines = tiny.experiment(tmp_path), []
+    found = {"logged": [], "counts": {"gap/mean": 0.3}, "run": "another"}
+
+    def taken(settings):
+        console = Console(quiet=True)
+        console.print = lambda text, **_: lines.append(text)
+        run = Run(config.load(file, [settings]), console)
+        step = Step.of(run, "score", 1, score.keys(run))
+        return _Call(score, run, 1, {})._taken(step, found)
+
+    assert taken("rollout.gap={warn: 0.5, stop: 0.6}") == found["counts"] and not lines
+    assert taken("rollout.gap={warn: 0.2, stop: 0.6}") and "rollout.gap.warn = 0.2" in lines[0]
+    with pytest.raises(RunError, match=r"more than rollout.gap.stop = 0.2"):
+        taken("rollout.gap={warn: 0.1, stop: 0.2}")

@@ -34,6 +34,8 @@ OF_THE_UPDATE = (
     "training.b2",
     "training.eps",
     "training.weight_decay",
+    "training.on_nonfinite",
+    "training.token_statistics",
 )
 STAGES = {"generate", "rank", "score", "train", "export", "evaluate"}
 

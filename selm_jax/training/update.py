@@ -251,6 +251,12 @@ class Update(NamedTuple):
     rewards: Callable[..., Float[Array, "rows segments branches"]]
 
 
+def _if_fine(fine: Array, done: TrainState, before: TrainState) -> TrainState:
+    """The state after an update if it is `fine`; else the one before it, at the next step."""
+    kept = TrainState(done.step, before.params, before.opt_state)
+    return jax.tree.map(lambda new, old: jnp.where(fine, new, old), done, kept)
+
+
 class Shardings(NamedTuple):
     """The shardings of parameters and of replicated results; None everywhere means one device."""
 
@@ -310,9 +316,7 @@ def make_update(
         done = TrainState(state.step + 1, params, opt_state)
         if skip:
             fine = jnp.isfinite(norm) & jnp.isfinite(sums["loss"])
-            kept = TrainState(state.step + 1, state.params, state.opt_state)
-            done = jax.tree.map(lambda new, old: jnp.where(fine, new, old), done, kept)
-            metrics |= {"skipped": 1.0 - fine}
+            done, metrics = _if_fine(fine, done, state), metrics | {"skipped": 1.0 - fine}
         return done, metrics
 
     plain = decoder.clone(lora=None)

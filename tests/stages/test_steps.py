@@ -36,6 +36,7 @@ OF_THE_UPDATE = (
     "training.weight_decay",
     "training.on_nonfinite",
     "training.token_statistics",
+    "training.router",
 )
 STAGES = {"generate", "rank", "score", "train", "export", "evaluate"}
 

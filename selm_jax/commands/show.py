@@ -21,7 +21,8 @@ from selm_jax.shell.words import duration
 
 _SHOWN = (
     "loss", "rewards/accuracies", "rewards/margins", "grad_norm", "learning_rate",
-    "heldout/reward_greedy", "heldout/gain", "heldout/kl", "heldout/length", "heldout/accuracy",
+    "heldout/reward_greedy", "heldout/gain", "heldout/capability", "heldout/kl", "heldout/length",
+    "heldout/accuracy",
 )  # fmt: skip
 
 

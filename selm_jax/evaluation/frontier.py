@@ -88,6 +88,7 @@ def summarize(
     start: Sequence[heldout.Row] | None,
     pairs: Sequence[heldout_pairs.Row] | None = None,
     beta: float = 1.0,
+    capability: Values | None = None,
 ) -> dict[str, float | None]:
     """The held-out metrics of one iteration: means of `measures` and of `pair_measures`.
 
@@ -95,6 +96,7 @@ def summarize(
       answers: held-out answers of the iteration's policy.
       start: the start model's answers to the same prompts; None if `answers` are the start model's.
       pairs: the data's held-out pairs.
+      capability: the guard's measure of each text (`guard`).
 
     Returns:
       Metrics by name. Rewards are the ranker's scores, if there are any. If some of a judge's
@@ -147,6 +149,8 @@ def summarize(
         for name, values in pair_measures(pairs, beta).items():
             estimate = pooled(values[None], share=name in SHARES)
             out |= _interval(f"heldout/pairs/{name}", estimate)
+    if capability is not None and capability.size:
+        out |= _interval("heldout/capability", pooled(capability[None]))
     return out
 
 

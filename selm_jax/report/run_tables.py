@@ -23,6 +23,7 @@ def evaluation_rows(run: RunData) -> list[dict[str, Any]]:
                 "reward_greedy",
                 "reward_sample",
                 "gain",
+                "capability",
                 "kl",
                 "pairs/accuracy",
                 "pairs/margins",
@@ -120,7 +121,15 @@ _SETTINGS = ("feedback", "method", "model.source", "objective")
 
 def evaluation_table(label: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     """A table of unrounded held-out metrics, with the ends of each interval in two columns."""
-    intervals = ("reward_greedy", "reward_sample", "gain", "kl", "accuracy", "margins")
+    intervals = (
+        "reward_greedy",
+        "reward_sample",
+        "gain",
+        "capability",
+        "kl",
+        "accuracy",
+        "margins",
+    )
     intervals = [n for n in intervals if any(row[n][0] is not None for row in rows)]
     texts = ("words", "distinct_2", "different", "cut_off")
     columns = ["iteration", *(f"{n}{end}" for n in intervals for end in ("", "_low", "_high"))]

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from selm_jax.config import most_in_row
-from selm_jax.evaluation import frontier
+from selm_jax.evaluation import frontier, guard
 from selm_jax.evaluation import pairs as pair_rewards
 from selm_jax.evaluation.answers import Asked, Stored, answer
 from selm_jax.evaluation.measuring import against, measured, scores_of
@@ -78,17 +78,25 @@ def evaluate(
     told = {} if scores is None else multihost.on_first(lambda: reported(ranker.ranker))
     check_read(step, ranker, told)
     own = measured(model, heldout, responses, scores)
+    capability = None
+    if first_rows is not None and not own.pairs:
+        capability = guard.of_first(model, heldout, first_rows)
     del model
     found = against(None if first is None else programs.policy(start.path, chat), own)
     if multihost.is_first():
         table.write(step.folder / "heldout.parquet", found.answers)
         if found.pairs is not None:
             heldout_pairs.write(step.folder / "heldout_pairs.parquet", found.pairs)
+    if first_rows is not None and found.pairs is not None:
+        capability = guard.of_pairs(own.pairs, found.pairs)
     beta = step.settings.objective.get("beta", 1.0)
-    summary = frontier.summarize(found.answers, first_rows, found.pairs, beta)
+    summary = frontier.summarize(found.answers, first_rows, found.pairs, beta, capability)
     step.log.forget()
     step.log(summary)
-    names = ("heldout/reward_greedy", "heldout/gain", "heldout/kl", "heldout/pairs/accuracy")
+    if (lost := guard.warning(summary)) is not None:
+        step.say(lost)
+    names = ("heldout/reward_greedy", "heldout/gain", "heldout/capability", "heldout/kl")
+    names += ("heldout/pairs/accuracy",)
     shown = [f"{name}{end}" for name in names for end in ("", "_low", "_high")]
     some = {
         "pairs": len(own.pairs),

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from selm_jax.config import load
 from selm_jax.evaluation.command import app
+from selm_jax.evaluation.pairs import pairs_within
 from selm_jax.report import page
 from selm_jax.run.run import Run
 from selm_jax.shell import artifacts
@@ -45,6 +46,10 @@ def test_pairs_are_measured_against_the_start_model(run):
     pairs = pq.read_table(run.folder.iteration(1) / "heldout_pairs.parquet").to_pylist()
     assert [row["prompt_id"] for row in pairs[::2]] == ["h0", "h1", "h3", "h4", "h5"]
     ratio = {(r["prompt_id"], r["role"]): r["logp"] - r["logp_start"] for r in pairs}
+    examples, _ = pairs_within(run.chat, run.heldout, 128)
+    guarded = [ratio[e.prompt_id, "chosen"] / len(e.responses[e.roles["chosen"]]) for e in examples]
+    assert after["heldout/capability"] == pytest.approx(np.mean(guarded), rel=1e-5)
+    assert "heldout/capability" not in start
     margins = [ratio[p, "chosen"] - ratio[p, "rejected"] for p, role in ratio if role == "chosen"]
     assert after["heldout/pairs/margins"] == pytest.approx(0.1 * sum(margins) / 5, abs=1e-6)
     assert after["heldout/pairs/accuracy"] == sum(m > 0 for m in margins) / 5
@@ -62,7 +67,7 @@ def test_pairs_are_measured_against_the_start_model(run):
     out = run.folder.path / "report.html"
     page.write([run.folder.path], out)
     text = out.read_text()
-    assert "Pairs right" in text and "Entropy, nats" in text
+    assert "Pairs right" in text and "Capability" in text and "Entropy, nats" in text
 
 
 def test_eval_heldout_gives_the_runs_own_numbers(run, tmp_path, monkeypatch):

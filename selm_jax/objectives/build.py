@@ -15,6 +15,7 @@ from selm_jax.objectives.losses import (
     bradley_terry,
     cdpo,
     compose,
+    copo,
     discopop,
     dpo,
     exo_pair,
@@ -35,6 +36,7 @@ from selm_jax.objectives.losses import (
     sppo_hard,
     vpo,
     weighted_optimism,
+    wpo,
     xpo,
 )
 from selm_jax.objectives.roles import PAIR, ROLES
@@ -45,8 +47,8 @@ TABLE: dict[str, Callable[..., Objective]] = {
     f.__name__: f
     for f in (
         *(dpo, cdpo, robust, ipo, hinge, sigmoid_norm, exo_pair, discopop),
-        *(nca_pair, bco_pair, apo_zero, apo_down, simpo, sft),
-        *(selm, xpo, vpo, se_popo, geb),
+        *(nca_pair, bco_pair, apo_zero, apo_down, simpo, sft, wpo),
+        *(selm, xpo, vpo, se_popo, copo, geb),
         *(sppo_hard, sppo, ipo_online, nash),
         bradley_terry,
     )

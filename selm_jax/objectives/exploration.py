@@ -4,6 +4,8 @@ Each is dpo(beta) plus a term. r is the log-ratio of the response `explore`, who
 experiment's choice (`feedback.explore`); the papers' own samplers differ, as each function says.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax.nn import sigmoid
@@ -57,14 +59,15 @@ def se_popo(beta: float, alpha: float) -> Objective:
     return compose(dpo(beta), explore_loss("se_popo", beta, loss))
 
 
-def copo(beta: float, alpha: float) -> Objective:
+def copo(beta: float, alpha: float, bits: int = 16) -> Objective:
     """COPO: dpo - alpha * w * log pi(explore), w = min(exp(r), 5) * bonus / 10. arXiv 2501.12735.
 
-    No gradient flows through w. The bonus, large where answers of the kind are rare, is the paper's
-    count network's there and `Logps.bonus` here. The sign is the opposite of SELM's: the term
-    raises the response.
+    No gradient flows through w. The bonus is large where answers of the kind are rare. The paper's
+    comes from a network that counts over the whole run; here it is 1 / sqrt(n) from counts of an
+    iteration's explored answers by a hash of so many `bits` (`preferences.novelty`). The sign is
+    the opposite of SELM's: the term raises the response.
     """
-    check(alpha=alpha)
+    check(alpha=alpha, bits=bits)
 
     def loss(logps: Logps) -> PerExample:
         if logps.bonus is None:
@@ -72,7 +75,8 @@ def copo(beta: float, alpha: float) -> Objective:
         weight = jnp.exp(jnp.minimum(logps.log_ratio(EXPLORE), jnp.log(5.0))) * logps.bonus / 10
         return -alpha * jax.lax.stop_gradient(weight) * logps.policy[EXPLORE]
 
-    return compose(dpo(beta), explore_loss("copo", beta, loss))
+    term = dataclasses.replace(explore_loss("copo", beta, loss), bonus_bits=bits)
+    return compose(dpo(beta), term)
 
 
 def geb(

@@ -72,11 +72,13 @@ class TokenStats(NamedTuple):
       logprob: log p(target | context), in nats.
       likeliest: whether the target has the largest logit (the first of equal ones counts).
       entropy: the entropy of the distribution that the target was scored under, in nats.
+      collision: log sum_v p(v)^2, the log-probability that two draws from it are equal.
     """
 
     logprob: Float[Array, "r p"]
     likeliest: Bool[Array, "r p"]
     entropy: Float[Array, "r p"]
+    collision: Float[Array, "r p"]
 
 
 def token_statistics(
@@ -126,15 +128,15 @@ def _forward(hidden, targets, unembedding, how: _How):
             h, y = args
             logits = _logits(h, w, cap)
             sums = _sums(logits, y - first)
-            return sums, _best_mean_largest(logits, first, sums[1]) if statistics else ()
+            return sums, _of_distribution(logits, first, sums[1]) if statistics else ()
 
         sums, more = jax.lax.map(of_chunk, (_split(hidden, chunk), _split(targets, chunk)))
         target, normalizer = _over_vocabulary(sums, mesh)
         found = [_join(target - normalizer)]
         if statistics:
-            best, mean = _best_and_mean(more, sums[1] - normalizer, mesh)
+            best, mean, squares = _distributions(more, sums[1] - normalizer, mesh)
             # -sum p log p = log Z - sum p z
-            found += [_join(best) == targets, _join(normalizer - mean)]
+            found += [_join(best) == targets, _join(normalizer - mean), _join(jnp.log(squares))]
         return tuple(found), normalizer
 
     run = _on(mesh, of_device, (_ROWS, _ROWS, _UNEMBEDDING), (_ROWS, _CHUNKS))
@@ -210,24 +212,27 @@ def _over_vocabulary(sums: tuple[Array, Array], mesh: Mesh | None) -> tuple[Arra
     return jax.lax.psum(target, "tensor"), largest + jnp.log(total)
 
 
-def _best_mean_largest(logits: Float[Array, "r c v"], first: Any, normalizer: Array):
-    """This shard's likeliest token, and the mean and the largest of its logits."""
-    mean = jnp.sum(jnp.exp(logits - normalizer[..., None]) * logits, axis=-1)
-    return first + jnp.argmax(logits, axis=-1), mean, jnp.max(logits, axis=-1)
+def _of_distribution(logits: Float[Array, "r c v"], first: Any, normalizer: Array):
+    """This shard's likeliest token, mean logit, sum of squared probabilities and largest logit."""
+    p = jnp.exp(logits - normalizer[..., None])
+    best, mean = first + jnp.argmax(logits, axis=-1), jnp.sum(p * logits, axis=-1)
+    return best, mean, jnp.sum(p * p, axis=-1), jnp.max(logits, axis=-1)
 
 
-def _best_and_mean(of_shard: tuple[Array, ...], log_share: Array, mesh: Mesh | None):
-    """Combines the results of `_best_mean_largest` over all shards of the vocabulary.
+def _distributions(of_shard: tuple[Array, ...], log_share: Array, mesh: Mesh | None):
+    """Combines the first three results of `_of_distribution` over all shards of the vocabulary.
 
-    A shard's mean is over the probabilities within it, which are exp(`log_share`) of all.
+    A shard's sums are over the probabilities within it, which are exp(`log_share`) of all.
     """
-    best, mean, largest = of_shard
+    best, mean, squares, largest = of_shard
     if not _cuts_vocabulary(mesh):
-        return best, mean
+        return best, mean, squares
     of_all = jax.lax.pmax(largest, "tensor")
     # The first of equal ones counts, whichever shard it is in.
     best = jnp.where(largest == of_all, best, jnp.iinfo(jnp.int32).max)
-    return jax.lax.pmin(best, "tensor"), jax.lax.psum(jnp.exp(log_share) * mean, "tensor")
+    share = jnp.exp(log_share)
+    sums = jax.lax.psum((share * mean, share**2 * squares), "tensor")
+    return jax.lax.pmin(best, "tensor"), *sums
 
 
 # --- on a mesh --------------------------------------------------------------------------------

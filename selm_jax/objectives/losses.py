@@ -43,6 +43,7 @@ from selm_jax.objectives.pairs import (
     sft,
     sigmoid_norm,
     simpo,
+    wpo,
 )
 from selm_jax.objectives.reward_models import bradley_terry
 from selm_jax.objectives.roles import ROLES

@@ -44,8 +44,10 @@ class Logps:
     mean_lengths: dict[str, Float[Array, ""]]
     # The ranker's scores, for objectives that set `uses_scores`.
     scores: dict[str, PerExample] = dataclasses.field(default_factory=dict)
-    # The count bonus of the prompt; see `exploration.copo`.
+    # The count bonus of the explored response; see `exploration.copo`.
     bonus: PerExample | None = None
+    # Sums over a response's tokens of log sum_v p(v)^2, for objectives that set `uses_collision`.
+    collision: dict[str, PerExample] = dataclasses.field(default_factory=dict)
 
     def log_ratio(self, role: str) -> PerExample:
         """The log-ratio log pi - log pi_ref, in nats. No gradient flows through the reference."""
@@ -94,10 +96,11 @@ class Objective:
     With `rates`, it is called with `Rewards` instead and trains a reward model. `terms` are its
     names under `loss/`. `reward` describes in words what its `rewards/...` metrics are; None leaves
     it open. `compose` reads both. With `reference_free`, the loss does not use the reference, so
-    the reference is not scored; with `uses_scores`, it reads the ranker's scores. `beta` scales the
-    implicit rewards that are measured for every objective (`measures`). Calling it raises
-    ObjectiveError if the batch lacks a role, or if `function` does not return one number per
-    example.
+    the reference is not scored; with `uses_scores`, it reads the ranker's scores, and with
+    `uses_collision` `Logps.collision`. `bonus_bits`, if not 0, asks for `Logps.bonus`, from counts
+    by a hash of so many bits (`preferences.novelty`). `beta` scales the implicit rewards that are
+    measured for every objective (`measures`). Calling it raises ObjectiveError if the batch lacks a
+    role, or if `function` does not return one number per example.
     """
 
     roles: tuple[str, ...]
@@ -108,6 +111,8 @@ class Objective:
     rates: bool = False
     beta: float = 1.0
     uses_scores: bool = False
+    uses_collision: bool = False
+    bonus_bits: int = 0
 
     def __post_init__(self):
         if not self.roles or not set(self.roles) <= set(ROLES):
@@ -120,6 +125,8 @@ class Objective:
             raise ObjectiveError(f"{self} needs the roles {', '.join(absent)}; the batch has {has}")
         if self.uses_scores and not batch.scores:
             raise ObjectiveError(f"{self} needs the ranker's scores, and this batch has none")
+        if self.uses_collision and not batch.collision:
+            raise ObjectiveError(f"{self} needs Logps.collision, and this batch has none")
         found = self.function(batch)
         if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Mapping)):
             raise ObjectiveError(
@@ -181,6 +188,8 @@ def compose(*objectives: Objective) -> Objective:
     return Objective(
         roles, function, terms, rewards[0] if rewards else None, free, rates,
         uses_scores=any(objective.uses_scores for objective in objectives),
+        uses_collision=any(objective.uses_collision for objective in objectives),
+        bonus_bits=max(objective.bonus_bits for objective in objectives),
     )  # fmt: skip
 
 
@@ -271,6 +280,7 @@ RANGES = {
     "f_alpha": Range(0),
     "tau": Range(0, above=True),
     "temperature": Range(0, above=True),
+    "bits": Range(1, 64, whole=True),
 }
 CHOICES = {
     "convention": ("alpha_beta", "alpha"),

@@ -5,9 +5,11 @@ label_smoothing: the probability that a label is wrong. Losses of the margin alo
 for another divergence than the reverse KL (`divergences`); the others cannot.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jax.nn import log_sigmoid, relu, sigmoid
 
@@ -25,7 +27,8 @@ from selm_jax.objectives.objective import (
     pair_loss,
     per_token,
 )
-from selm_jax.objectives.roles import CHOSEN
+from selm_jax.objectives.roles import CHOSEN, REJECTED
+from selm_jax.objectives.selm import dpo
 
 
 def cdpo(
@@ -39,6 +42,28 @@ def cdpo(
     e = label_smoothing
     score = divergence_score(f_divergence, f_alpha)
     return margin_loss("cdpo", beta, lambda h: flipped(beta * h, 1 - e, e), score)
+
+
+def wpo(beta: float, f_divergence: str = "reverse_kl", f_alpha: float = 0.5) -> Objective:
+    """WPO: dpo times w(y_w) w(y_l), larger for pairs that the policy would write itself.
+
+    w(y) = exp(mean over tokens of log pi(token) - log sum_v pi(v)^2), without gradient: 1 for what
+    the policy typically samples. arXiv 2406.11827 with "sampled alignment", in the form of TRL 1.16
+    (`use_weighting`); TRL up to 0.28 capped the product at 1.
+    """
+    inner = dpo(beta, f_divergence, f_alpha)
+
+    def weight(logps: Logps, role: str) -> PerExample:
+        excess = logps.policy[role] - logps.collision[role]
+        return jnp.exp(excess / jnp.maximum(logps.lengths[role], 1))
+
+    def function(logps: Logps) -> tuple[PerExample, Metrics]:
+        losses, metrics = inner(logps)
+        both = jax.lax.stop_gradient(weight(logps, CHOSEN) * weight(logps, REJECTED))
+        own = {"loss/wpo": both * losses, "wpo/weight": both}
+        return both * losses, {k: v for k, v in metrics.items() if k != "loss/dpo"} | own
+
+    return dataclasses.replace(inner, function=function, terms=("wpo",), uses_collision=True)
 
 
 def robust(

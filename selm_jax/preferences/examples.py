@@ -32,6 +32,7 @@ class Example:
         response with the role `explore` explores.
       importance: the weight of each token of each response (`rollout.importance`); None if all
         tokens count the same.
+      bonus: the count bonus of what explores (`novelty`); None if nothing counted it.
     """
 
     prompt_id: str
@@ -42,6 +43,7 @@ class Example:
     scores: tuple[float, ...] | None = None
     explored: tuple[int, ...] = ()
     importance: tuple[tuple[float, ...], ...] | None = None
+    bonus: float | None = None
 
     def __post_init__(self):
         if not self.prompt:

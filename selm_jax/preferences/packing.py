@@ -46,13 +46,14 @@ from selm_jax.preferences.examples import Example, ExampleError
 class PreferenceBatch:
     """Rows of packed prompt trees, as drawn at the top of the module.
 
-    The fields from `roles` to `weight` are per example.
+    The fields from `roles` to `weight`, and `bonus`, are per example.
 
     `roles[r, s, i]` is the weight of each response of segment s for `ROLES[i]`: 1 for the response
     with this role, or equal shares if several responses explore. `reference` contains stored
     log-probabilities, and `scores` the responses' scores in the data; both are 0 if there are none.
-    `weight` is 1 for an example and 0 for an empty segment. `importance` has the weight of each
-    scored token's gradient; None if all tokens count the same.
+    `weight` is 1 for an example and 0 for an empty segment. `bonus` has the count bonuses, 0 if
+    there are none. `importance` has the weight of each scored token's gradient; None if all tokens
+    count the same.
     """
 
     tokens: Int[Array, "rows time"]
@@ -67,6 +68,7 @@ class PreferenceBatch:
     reference: Float[Array, "rows segments branches"]
     scores: Float[Array, "rows segments branches"]
     weight: Float[Array, "rows segments"]
+    bonus: Float[Array, "rows segments"]
     importance: Float[Array, "rows scored"] | None = None
 
     def sum_by_response(
@@ -232,6 +234,7 @@ def empty(shape: Shape, weighted: bool = False) -> PreferenceBatch:
         reference=floats(shape.segments, shape.branches),
         scores=floats(shape.segments, shape.branches),
         weight=floats(shape.segments),
+        bonus=floats(shape.segments),
         importance=1 + floats(shape.scored) if weighted else None,
     )
 
@@ -269,6 +272,7 @@ def _fill_row(batch: Any, r: int, examples: Sequence[Example], shape: Shape) -> 
             for k in played:
                 batch.roles[r, s, i, k] += 1 / len(played)
         batch.weight[r, s] = 1
+        batch.bonus[r, s] = example.bonus or 0
         if example.reference_logps is not None:
             batch.reference[r, s, : len(example.reference_logps)] = example.reference_logps
         if example.scores is not None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from selm_jax.parallel import multihost
+from selm_jax.preferences.novelty import with_bonuses
 from selm_jax.run.inputs import Model, StoredTable, Training
 from selm_jax.run.rows import RunError
 from selm_jax.shell import artifacts
@@ -127,6 +128,8 @@ def plan_of(step: Step, examples: StoredTable) -> loop.TrainingPlan:
                 f"{example.prompt_id} lacks some. Name a ranker that scores all candidates, or "
                 f"score the iteration again: {redo(examples.folder, 'score')}"
             )
+    if objective.bonus_bits:
+        found = with_bonuses(found, objective.bonus_bits)
     return loop.TrainingPlan.make(
         step.settings.training, found, step.settings.seed, step.t, step.programs.devices.row_ways
     )

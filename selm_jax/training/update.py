@@ -109,10 +109,12 @@ def by_role(
     policy: Float[Array, "rows segments branches"],
     reference: Float[Array, "rows segments branches"],
     mean_lengths: Float[Array, " roles"],
+    collision: Float[Array, "rows segments branches"] | None = None,
 ) -> Logps:
     """The log-probabilities of each role's response: one number per segment of each row.
 
-    If several responses explore, the role `explore` has their mean.
+    If several responses explore, the role `explore` has their mean. `collision` is for objectives
+    that use it.
     """
     lengths = batch.sum_by_response(jnp.ones(batch.target.shape, jnp.float32))
     return Logps(
@@ -121,6 +123,8 @@ def by_role(
         lengths=_of_roles(batch, lengths),
         mean_lengths=dict(zip(ROLES, mean_lengths, strict=True)),
         scores=_of_roles(batch, batch.scores),
+        bonus=batch.bonus.reshape(-1),
+        collision={} if collision is None else _of_roles(batch, collision),
     )
 
 
@@ -160,19 +164,21 @@ def loss_sums(
         rewards = _of_roles(batch, response_rewards(decoder, params, batch))
         given = Rewards(rewards, _of_roles(batch, batch.scores))
         return _sums(batch, *_measured(objective, given))
-    head = token_statistics if statistics else token_logprobs
+    detailed = statistics or objective.uses_collision
+    head = token_statistics if detailed else token_logprobs
     if base is None:
         found, load = _of_scored(head, plain, params, batch, chunk)
     else:
         found, load = _of_scored(head, decoder, base, batch, chunk, params, key)
-    of_tokens = found.logprob if statistics else found
+    of_tokens = found.logprob if detailed else found
     if batch.importance is not None:
         of_tokens = with_gradients_times(batch.importance, of_tokens)
     policy = batch.sum_by_response(of_tokens)
     reference = batch.reference
     if reference_params is not None:
         reference = response_logps(plain, reference_params, batch, chunk)
-    logps = by_role(batch, policy, jax.lax.stop_gradient(reference), mean_lengths)
+    collision = batch.sum_by_response(found.collision) if objective.uses_collision else None
+    logps = by_role(batch, policy, jax.lax.stop_gradient(reference), mean_lengths, collision)
     loss, sums = _sums(batch, *_measured(objective, logps))
     return loss, sums | load | (_token_sums(batch, found) if statistics else {})
 

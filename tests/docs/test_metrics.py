@@ -78,7 +78,8 @@ def of_losses():
         wanted = inspect.signature(factory).parameters
         objective = build_objective(name, **{k: v for k, v in settings.items() if k in wanted})
         lengths = {role: jnp.ones(()) for role in ROLES}
-        batch = Rewards(one, one) if objective.rates else Logps(one, one, one, lengths, one)
+        logps = Logps(one, one, one, lengths, one, bonus=jnp.ones(2), collision=one)
+        batch = Rewards(one, one) if objective.rates else logps
         _, metrics = objective(batch)
         found |= {*metrics, *measures(batch, objective)}
     return found
@@ -99,7 +100,7 @@ def of_heldout():
         for role, logp in (("chosen", -1.0 - i), ("rejected", -3.0))
     ]
     start = [dataclasses.replace(row, score=0.0) for row in rows]
-    return set(frontier.summarize(rows, start, both, 0.1))
+    return set(frontier.summarize(rows, start, both, 0.1, np.arange(3.0)))
 
 
 def of_pairs():

@@ -94,6 +94,14 @@ def score(model, ids, attention_mask, scored) -> list[float]:
     return (taken * scored[:, 1:]).sum(1).tolist()
 
 
+def collision(model, ids, attention_mask, scored) -> list[float]:
+    """Sums over the `scored` positions of the log of the sum of all squared probabilities."""
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=attention_mask).logits.double()
+    taken = logits[:, :-1].softmax(-1).square().sum(-1).log()
+    return (taken * scored[:, 1:]).sum(1).tolist()
+
+
 def means(metrics: dict[str, list[float]]) -> dict[str, float]:
     wanted = ("rewards/", "logps/")
     return {k: v[-1] for k, v in metrics.items() if k.startswith(wanted)}
@@ -137,6 +145,8 @@ def dpo_cases(folder: str) -> list[dict]:
         ("discopop", "discopop", {"beta": 0.1, "tau": 0.05}),
         ("discopop", "discopop", {"beta": 0.02, "tau": 0.5}),
         ("0.5*hinge+0.2*bco_pair", ["hinge", "bco_pair"], {"beta": 0.1}),
+        ("wpo", "sigmoid", {"beta": 0.1}),
+        ("wpo", "sigmoid", {"beta": 0.5, "f_divergence": "js_divergence"}),
     ]
     forms += [
         (name, trl, {"beta": 0.1, "f_divergence": divergence, "f_alpha": 0.3} | more)
@@ -156,6 +166,8 @@ def dpo_cases(folder: str) -> list[dict]:
         theirs = {NAMES.get(key, key): value for key, value in settings.items()}
         if "*" in form:
             theirs["loss_weights"] = [float(part.split("*")[0]) for part in form.split("+")]
+        if form == "wpo":
+            theirs["use_weighting"] = True
         trainer = DPOTrainer(
             model=deepcopy(policy),
             ref_model=deepcopy(reference),
@@ -180,6 +192,8 @@ def dpo_cases(folder: str) -> list[dict]:
             "reference": by_role(score(reference, *args)),
             "lengths": by_role(batch["completion_mask"].sum(1).tolist()),
         }
+        if form == "wpo":
+            logps["collision"] = by_role(collision(policy, *args))
         case = {"trl": f"DPOTrainer, loss_type={loss_type}", "name": form, "settings": settings}
         # A batch of one means the sft loss by that example's own tokens: no part of the batch's.
         losses = {} if "sft" in form else {"losses": each}

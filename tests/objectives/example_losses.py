@@ -22,11 +22,13 @@ EXAMPLES = {
     "apo_down": _BETA,
     "simpo": {"beta": 2.0, "gamma": 0.7},
     "sft": {},
+    "wpo": _BETA,
     "optimism": _ALPHA,
     "selm": _ALPHA,
     "xpo": _ALPHA,
     "vpo": _ALPHA,
     "se_popo": _ALPHA,
+    "copo": _ALPHA,
     "geb": _ALPHA,
     "sppo_hard": _BETA,
     "sppo": _BETA,
@@ -50,6 +52,9 @@ VARIANTS += [
 VARIANTS += [("geb", _ALPHA | {"bonus_of": "rejected"})]
 VARIANTS += [
     (name, EXAMPLES[name] | {"f_divergence": divergence, "f_alpha": 0.3})
-    for name in ("dpo", "cdpo", "robust", "ipo", "hinge", "sigmoid_norm", "exo_pair", "discopop")
+    for name in (
+        *("dpo", "cdpo", "robust", "ipo", "hinge"),
+        *("sigmoid_norm", "exo_pair", "discopop", "wpo"),
+    )
     for divergence in CHOICES["f_divergence"][1:]
 ]

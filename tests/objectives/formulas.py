@@ -15,6 +15,8 @@ from selm_jax.objectives.roles import ROLES
 def example(logps, i):
     """The i-th example of a batch."""
     parts = {"p": logps.policy, "ref": logps.reference, "n": logps.lengths, "s": logps.scores}
+    if logps.collision:
+        parts["c"] = logps.collision
     made = [
         SimpleNamespace(**{name: float(of[role][i]) for name, of in parts.items()})
         for role in ROLES
@@ -127,6 +129,11 @@ def sft(x):
     return -x.w.p / x.mean_chosen
 
 
+def wpo(x, beta, **f):
+    likely = [math.exp(y.p / max(y.n, 1)) / math.exp(y.c / max(y.n, 1)) for y in (x.w, x.l)]
+    return likely[0] * likely[1] * dpo(x, beta, **f)
+
+
 def optimism(x, beta, alpha):
     return alpha * beta * ratio(x.e)
 
@@ -197,7 +204,7 @@ FORMULAS = {
     f.__name__: f
     for f in (
         *(dpo, cdpo, robust, ipo, hinge, sigmoid_norm, exo_pair, discopop, nca_pair, bco_pair),
-        *(apo_zero, apo_down, simpo, sft, optimism, selm, xpo, vpo, se_popo, copo, geb),
+        *(apo_zero, apo_down, simpo, sft, wpo, optimism, selm, xpo, vpo, se_popo, copo, geb),
         *(sppo_hard, sppo, ipo_online, nash),
     )
 }

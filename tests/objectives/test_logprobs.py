@@ -225,6 +225,10 @@ def test_a_mesh_gives_what_one_device_gives(sizes, cap):
     expected = jax.jit(statistics)(*args[:3])
     np.testing.assert_allclose(found.logprob, expected.logprob, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(found.entropy, expected.entropy, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found.collision, expected.collision, rtol=1e-5, atol=1e-5)
+    each = [plain(args[0], jnp.full_like(args[1], v), args[2], cap) for v in range(52)]
+    squares = jax.nn.logsumexp(2 * jnp.stack(each), axis=0)
+    np.testing.assert_allclose(expected.collision, squares, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(found.likeliest, expected.likeliest)
     assert 0 < found.likeliest.sum() < found.likeliest.size
 

@@ -17,7 +17,9 @@ def random_logps(seed: int) -> Logps:
         {role: jnp.asarray(rng.normal(-40, 4, 5), jnp.float32) for role in ROLES} for _ in "pr"
     )
     lengths = {role: jnp.full(5, 20.0) for role in ROLES}
-    return Logps(policy, reference, lengths, {role: jnp.float32(20) for role in ROLES}, reference)
+    means = {role: jnp.float32(20) for role in ROLES}
+    bonus = jnp.ones_like(policy["chosen"])
+    return Logps(policy, reference, lengths, means, reference, bonus, collision=reference)
 
 
 def of_a_loss_that_reports_nothing(beta: float):

@@ -21,6 +21,7 @@ from selm_jax.objectives.roles import ROLES
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "trl_losses.json").read_text())
 CASES = [(trl, case) for trl, part in GOLDEN.items() for case in part["cases"]]
+WEIGHTED = ("wpo", "copo")  # by numbers of the policy that have no gradient
 IDS = [f"{name}-{i}" for i, (name, _) in enumerate(VARIANTS)]
 
 
@@ -32,7 +33,9 @@ def batch(seed, examples=6):
     reference = {role: p + rng.normal(0, 1, examples) for role, p in policy.items()}
     scores = {role: rng.normal(0, 1, examples) for role in ROLES}
     means = {role: n.mean() for role, n in lengths.items()}
-    parts = (policy, reference, lengths, means, scores, rng.uniform(0, 2, examples))
+    bonus = rng.uniform(0, 2, examples)
+    collision = {role: -n * rng.uniform(0.05, 0.9, examples) for role, n in lengths.items()}
+    parts = (policy, reference, lengths, means, scores, bonus, collision)
     return Logps(*jax.tree.map(jnp.asarray, parts))
 
 
@@ -65,6 +68,8 @@ def test_recorded_values(trl, case, record_property):
     of = lambda part: {role: jnp.asarray(x, jnp.float32) for role, x in case["logps"][part].items()}
     means = {role: n.mean() for role, n in of("lengths").items()}
     logps = Logps(of("policy"), of("reference"), of("lengths"), means)
+    if "collision" in case["logps"]:
+        logps = logps.replace(collision=of("collision"))
     losses, _ = build_objective(case["name"], **case["settings"])(logps)
     found = largest_difference(losses.mean(), case["loss"])
     if "losses" in case:
@@ -84,9 +89,37 @@ def test_copo(x64, record_property):
     np.testing.assert_allclose(slope, -0.01 * weight, rtol=1e-9)  # none through the weight
     with pytest.raises(ObjectiveError, match="a count bonus for each example"):
         copo(0.1, 0.01)(logps.replace(bonus=None))
+    start = logps.replace(reference=logps.policy)
+    first = math.log(2) - 0.01 * 0.1 * logps.bonus * logps.policy["explore"]
+    np.testing.assert_allclose(copo(0.1, 0.01)(start)[0], first, rtol=1e-12)
+    assert build_objective("copo+0.1*sft", beta=0.1, alpha=0.01, bits=8).bonus_bits == 8
+    with pytest.raises(ObjectiveError, match="bits is 0"):
+        copo(0.1, 0.01, bits=0)
 
 
-@pytest.mark.parametrize("name, given", VARIANTS, ids=IDS)
+def test_the_weights_of_wpo_have_no_gradient_and_are_asked_for(x64):
+    logps = batch(3)
+    slopes, (losses, metrics) = [], build_objective("wpo", beta=0.1)(logps)
+    for name in ("wpo", "dpo"):
+        objective = build_objective(name, beta=0.1)
+        found = jax.grad(lambda x, of=objective: of(x)[0].sum())(logps)
+        assert not any(np.any(leaf) for leaf in jax.tree.leaves(found.collision))
+        slopes.append(found.policy["chosen"])
+    np.testing.assert_allclose(slopes[0], metrics["wpo/weight"] * slopes[1], rtol=1e-9)
+    with_sft = build_objective("wpo+0.2*sft", beta=0.1)
+    assert with_sft.uses_collision and not build_objective("dpo", beta=0.1).uses_collision
+    np.testing.assert_allclose(
+        with_sft(logps)[0], losses + 0.2 * build_objective("sft")(logps)[0], rtol=1e-9
+    )
+    with pytest.raises(ObjectiveError, match=r"wpo\+sft needs Logps.collision"):
+        with_sft(logps.replace(collision={}))
+
+
+@pytest.mark.parametrize(
+    "name, given",
+    [each for each in VARIANTS if each[0] not in WEIGHTED],
+    ids=[each for each in IDS if each.split("-")[0] not in WEIGHTED],
+)
 def test_gradient(x64, name, given):
     objective, logps, step = build_objective(name, **given), batch(1), 1e-6
     found = jax.grad(lambda x: objective(x)[0].sum())(logps)
@@ -139,7 +172,19 @@ def test_the_first_loss(x64, name):
 
 
 def test_a_first_loss_that_is_not_listed_depends_on_the_answers():
-    assert EXAMPLES.keys() - FIRST == {"simpo", "sft", "xpo", "geb", "sppo", "ipo_online", "nash"}
+    others = {"simpo", "sft", "wpo", "xpo", "copo", "geb", "sppo", "ipo_online", "nash"}
+    assert EXAMPLES.keys() - FIRST == others
+
+
+def test_the_first_loss_of_wpo_is_its_weight_times_log_2(x64):
+    logps = batch(4)
+    losses, metrics = build_objective("wpo", beta=0.1)(logps.replace(reference=logps.policy))
+    np.testing.assert_allclose(losses, LOG2 * metrics["wpo/weight"], rtol=1e-12)
+    typical = {role: logps.policy[role] for role in ROLES}  # p(token) = sum of squares
+    losses, _ = build_objective("wpo", beta=0.1)(
+        logps.replace(reference=logps.policy, collision=typical)
+    )
+    np.testing.assert_allclose(losses, np.full(6, LOG2), rtol=1e-12)
 
 
 # ---- how methods are combined, and which are refused ---------------------------------------------

@@ -21,6 +21,8 @@ METHODS = [
     {"loss": "nash", "beta": 0.5, "temperature": 10},
     {"loss": "geb", "beta": 0.1, "alpha": 0.01, "divergence": "hellinger"},
     {"loss": "discopop+0.1*sft", "beta": 0.1, "f_divergence": "js_divergence"},
+    {"loss": "wpo", "beta": 0.1},
+    {"loss": "copo", "beta": 0.1, "alpha": 0.01},
     {"loss": "se_popo", "beta": 0.1, "alpha": [0.01, 0.005]},
 ]
 

@@ -23,11 +23,11 @@ from selm_jax.objectives.roles import ROLES
 from selm_jax.parallel.mesh import make_mesh
 from selm_jax.parallel.rules import TRAINING, partition, shardings
 from selm_jax.preferences.examples import Example
-from selm_jax.preferences.packing import Shape, pack, unpack
+from selm_jax.preferences.packing import Shape, pack, unpack, unpack_tokens
 from selm_jax.run.task import task_of
 from selm_jax.training.optimizer import OPTIMIZERS, learning_rate, optimizer
 from selm_jax.training.state import TrainState
-from selm_jax.training.update import Shardings, make_update
+from selm_jax.training.update import Shardings, loss_sums, make_update, of_scored
 
 # One shape for all tests: each further shape costs a compilation.
 SHAPE = Shape(rows=8, time=64, scored=64, segments=8, branches=3)
@@ -118,6 +118,28 @@ def test_every_method_trains_by_one_line_of_an_experiment(name, tiny, random_par
     assert all(np.isfinite(value) for value in metrics.values())
     moved = jax.tree.map(lambda a, b: np.any(a != b), before, state.params)
     assert any(jax.tree.leaves(moved))
+
+
+def test_the_weights_of_wpo_are_those_of_the_whole_logits(tiny, random_params):
+    """Of three packed rows against plain logits, response by response."""
+    decoder = Decoder(tiny(layers=1))
+    params, examples = random_params(decoder.config, 0), some_examples(8)
+    (batch,) = pack(examples, SHAPE)
+
+    def excess(hidden, targets, unembedding, *_, **__):
+        table = jax.nn.log_softmax(hidden @ unembedding.T, axis=-1)
+        own = jnp.take_along_axis(table, targets[..., None], axis=-1)[..., 0]
+        return own - jax.nn.logsumexp(2 * table, axis=-1)
+
+    each = unpack_tokens(
+        examples, SHAPE, [np.asarray(of_scored(excess, decoder, params, batch, 1))]
+    )
+    pairs = [(of[0].mean(), of[1].mean()) for of in each]
+    _, sums = loss_sums(
+        params, batch, mean_lengths(examples), decoder=decoder, chunk=16,
+        objective=build_objective("wpo", beta=0.1),
+    )  # fmt: skip
+    np.testing.assert_allclose(sums["wpo/weight"], np.exp(np.sum(pairs, axis=1)).sum(), rtol=1e-4)
 
 
 # --- means -------------------------------------------------------------------------------------

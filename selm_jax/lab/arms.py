@@ -108,8 +108,8 @@ class Arm:
         return self.bend != "dpo" or len(self.strengths) > 1
 
 
-_ALPHAS = (0.01, 0.03, 0.1, 0.3, 1.0)
-_FURTHER = (2.0, 4.0, 8.0, 16.0, 32.0)
+_ALPHAS = (0.01, 0.05, 0.25, 1.0)
+_FURTHER = (2.0, 5.0, 12.0, 30.0)
 
 
 def _times(factor: float) -> tuple[float, ...]:
@@ -131,7 +131,7 @@ ARMS = (
     Arm("geb_inverse", "DPO - alpha / pi(y_e)", "geb_inverse", strengths=_times(1e-4)),
     Arm("geb_arctanh", "DPO - alpha arctanh(1 - pi(y_e))", "geb_arctanh", strengths=_times(1)),
     Arm("ipo_online", "a squared loss of the margin", "ipo_online", strengths=_FURTHER),
-    Arm("sppo", "a squared loss of each response", "sppo", strengths=(1.0, 2.0, 4.0, 8.0, 16.0)),
+    Arm("sppo", "a squared loss of each response", "sppo", strengths=(1.0, 2.5, 6.0, 15.0)),
     Arm("nash_md", "the squared loss against the mixture with the reference", "nash", "nash",
         strengths=_FURTHER),
     Arm("policy_policy", "both responses of the policy", sampler="policy_policy"),

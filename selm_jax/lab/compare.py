@@ -58,7 +58,7 @@ CONDITIONS = {
     "table": {"dimension": None},
     "moving reference": {"moving": True},
 }
-SEPARATED = ("base", "thin coverage", "4 features")
+SEPARATED = ("base", "thin coverage")
 PLACES = tuple(
     Place(landscape, name, **changed)
     for landscape in LANDSCAPES
@@ -76,23 +76,22 @@ class Task(NamedTuple):
     judged: bool = True
 
     def entry(self) -> contest.Entry:
-        place = self.place
+        place, own = self.place, (self.asker, self.judged)
         # Where only the fit is bent, the data are plain DPO's, and so is who writes them.
         sampler = self.arm.sampler if self.asker else BASELINE.sampler
+        bends = [bend.name for bend in BENDS]
         whole = {
             "landscape": LANDSCAPES.index(place.landscape),
-            "bend": [bend.name for bend in BENDS].index(self.arm.bend),
             "sampler": [each.__name__ for each in SAMPLERS].index(sampler),
+            "bend": [bends.index(self.arm.bend if each else BASELINE.bend) for each in own],
         }
         real = {
             "coverage": place.coverage,
             "temperature": place.temperature,
             "assumed": place.temperature or ASSUMED,
             "moving": place.moving,
-            "strength": self.strength,
             "many": self.arm.many,
-            "asker": self.asker,
-            "judged": self.judged,
+            "strength": [self.strength if each else 1.0 for each in own],
         }
         return contest.Entry(
             **{name: jnp.asarray(value, jnp.int32) for name, value in whole.items()},

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import dataclass
+from typing import Annotated
 
 import typer
 
@@ -11,10 +13,21 @@ from selm_jax.lab.verbs import Sampled, lab_verb, rounded, write
 from selm_jax.shell import artifacts
 
 
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """The options of `selm lab compare`."""
+
+    conditions: Annotated[
+        str | None,
+        typer.Option(help="Conditions such as 'base,thin coverage'.", show_default="all"),
+    ] = None
+    sampled: Sampled
+
+
 @lab_verb(
     "compare", files="lab_compare.html, .md (the table), .json (all numbers) and the figure .svg"
 )
-def compare(o: Sampled) -> None:
+def compare(options: Compared) -> None:
     """Compare the methods of the field with plain online DPO.
 
     Each has its best strength, chosen on other worlds. Data and fit are told apart.
@@ -22,8 +35,16 @@ def compare(o: Sampled) -> None:
     from selm_jax.lab import compare as contest
     from selm_jax.lab import compare_page, page, plots
 
+    o, asked = options.sampled, options.conditions
+    names = list(contest.CONDITIONS) if asked is None else asked.split(",")
+    if unknown := [name for name in names if name not in contest.CONDITIONS]:
+        known = ", ".join(contest.CONDITIONS)
+        raise typer.BadParameter(
+            f"the condition {unknown[0]!r} is unknown; expected some of {known}"
+        )
+    places = [place for place in contest.PLACES if place.condition in names]
     start, found = time.monotonic(), None
-    for step in contest.compare(o.seeds, o.seed):
+    for step in contest.compare(o.seeds, o.seed, places=places):
         if isinstance(step, str):
             typer.echo(f"{step}: {time.monotonic() - start:.0f} s", err=True)
         else:
@@ -32,7 +53,8 @@ def compare(o: Sampled) -> None:
     compared = write(found.compared, o.out / "lab_compare.json")
     slopes = rounded(found.slopes)
     world = f"{page.described(contest.SHAPE, contest.LENGTH)}; other features as named"
-    made = page.Made("compare", o.seeds, o.seed, "compare.py, compare", world)
+    verb = "compare" + (f" --conditions '{asked}'" if asked else "")
+    made = page.Made(verb, o.seeds, o.seed, "compare.py, compare", world)
     best = [r for r in compared if r["effect"] == "best"]
     plot = plots.panels(
         best, "condition", "arm", "landscape", o.out / "lab_compare.svg", page.caption(made),

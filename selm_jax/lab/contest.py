@@ -33,13 +33,12 @@ class Entry:
     """An arm in a place, as numbers; one program runs them all.
 
     Attributes:
-      landscape, coverage, temperature: the place; the learner knows the temperature.
+      landscape, coverage, temperature: the place; the learner knows the temperature (`assumed`).
       moving: 1 if the policy becomes the reference after each round, else 0.
-      bend, sampler: indices of `BENDS` and `SAMPLERS`.
-      strength: of the bend.
+      sampler: an index of `SAMPLERS`.
       many: 1 if four responses are ranked, else 0.
-      asker, judged: 1 if the policy that samples, and the policy that is judged, has the bend; 0 if
-        it is fitted by plain DPO.
+      bend, strength: indices of `BENDS` and their strengths, for the policy that samples and for
+        the one that is judged; where they are equal, the policies are one.
     """
 
     landscape: Any
@@ -47,12 +46,10 @@ class Entry:
     temperature: Any
     assumed: Any
     moving: Any
-    bend: Any
     sampler: Any
-    strength: Any
     many: Any
-    asker: Any
-    judged: Any
+    bend: Int[Array, "2"]
+    strength: Float[Array, "2"]
 
 
 class Outcome(NamedTuple):
@@ -93,21 +90,20 @@ def mean_over(weight: Float[Array, " n"], losses: Float[Array, " n"]) -> Scalar:
 def bent(
     bend: Bend,
     world: World,
-    entry: Entry,
-    share: Scalar,
+    assumed: Scalar,
+    strength: Scalar,
     log_policy: Table,
     log_reference: Table,
     data: Examples,
 ) -> Scalar:
-    """DPO's loss, changed by a bend: `share` 0 is plain DPO, 1 the bend at its strength."""
-    tables = log_policy / entry.assumed, log_reference / entry.assumed
-    plain = mean_over(data.weight, dpo(world.beta)(seen(*tables, data))[0])
+    """The loss of a bend at a strength; at strength 0 a term leaves DPO's."""
+    tables = log_policy / assumed, log_reference / assumed
     if bend.kind == REPLACES:
         # Dividing by the strength flattens the loss; its square undoes that.
-        further = seen(tables[0] / entry.strength, tables[1] / entry.strength, data)
+        further = seen(tables[0] / strength, tables[1] / strength, data)
         losses, _ = bend.make(world.beta, 0.0)(further)
-        other = entry.strength**2 * mean_over(data.weight, losses)
-        return (1 - share) * plain + share * other
+        return strength**2 * mean_over(data.weight, losses)
+    plain = mean_over(data.weight, dpo(world.beta)(seen(*tables, data))[0])
     read = (log_policy, log_reference) if bend.plain else tables
     if bend.explorer == "pair":
         weight, explored = data.weight, data
@@ -123,7 +119,7 @@ def bent(
         rare = 1 / jnp.sqrt(1 + counts(data, log_policy)).reshape(-1)
         batch = batch.replace(bonus=rare)
     one, none = (bend.make(world.beta, alpha)(batch)[0] for alpha in (1.0, 0.0))
-    return plain + share * entry.strength * mean_over(weight, one - none)
+    return plain + strength * mean_over(weight, one - none)
 
 
 def ask(
@@ -153,11 +149,13 @@ def run(key: Key[Array, ""], world: World, entry: Entry, length: Length) -> Outc
     nothing = jnp.zeros(places, jnp.int32)
     empty = Examples(nothing, nothing, nothing, nothing, jnp.zeros(places))
 
-    def fit(theta, log_reference, data, share):
+    def fit(theta, bend, strength, log_reference, data):
         def cost(theta):
             tables = world.log_policy(theta), log_reference
-            branches = [functools.partial(bent, bend, world, entry, share) for bend in BENDS]
-            return jax.lax.switch(entry.bend, branches, *tables, data)
+            branches = [
+                functools.partial(bent, each, world, entry.assumed, strength) for each in BENDS
+            ]
+            return jax.lax.switch(bend, branches, *tables, data)
 
         return minimise(cost, theta, world, settings, length.steps)
 
@@ -170,21 +168,22 @@ def run(key: Key[Array, ""], world: World, entry: Entry, length: Length) -> Outc
         data = jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice(a, b, at), data, new)
 
         def one_fit(before, own):
-            theta, share, needed = own
+            needed, theta, bend, strength = own
             found = jax.lax.cond(
-                needed, lambda: fit(theta, log_reference, data, share), lambda: before
+                needed, lambda: fit(theta, bend, strength, log_reference, data), lambda: before
             )
             return found, found
 
         # A loop of two fits, of which the second is often not needed, compiles in half the time.
-        _, policies = jax.lax.scan(one_fit, policies[0], (policies, shares, needed))
+        fits = needed, policies, entry.bend, entry.strength
+        _, policies = jax.lax.scan(one_fit, policies[0], fits)
         log_policy = world.log_policy(policies[1])
         log_reference = jnp.where(entry.moving > 0, log_policy, log_reference)
         found = exact.regret(world, log_policy), exact.mass_on_good(world, log_policy)
         return (policies, log_reference, data), found
 
-    shares = jnp.stack([entry.asker, entry.judged])  # of the policy that asks, and of the judged
-    needed = jnp.stack([jnp.array(True), entry.asker != entry.judged])
+    differ = (entry.bend[0] != entry.bend[1]) | (entry.strength[0] != entry.strength[1])
+    needed = jnp.stack([jnp.array(True), differ])
     start = jnp.zeros((2, world.dimension)), world.log_reference, empty
     _, (regret, good) = jax.lax.scan(one_round, start, jnp.arange(length.rounds))
     return Outcome(regret, good[-1])

@@ -158,6 +158,7 @@ def _check(folder: Path, advice: str = ". Complete it, or name another folder") 
 
 
 def _from_bucket(source: str, cache: Path, whole: bool) -> ModelFolder:
+    _sweep(cache / "models")
     path, digest = _on_disk(lambda: copied(source, _wanted, cache / "models", whole), cache)
     _check(path, advice=". Complete it in the bucket, or name another folder")
     return ModelFolder(path, {"source": source, "kind": "bucket", "sha256": digest})

@@ -74,6 +74,11 @@ def test_the_page_says_what_the_table_says(monkeypatch, tmp_path):
         assert f"{cell}</td>" in page or f"{cell}</bdi>" in page, cell
 
 
+def test_an_unknown_condition_is_refused_with_those_that_exist():
+    told = CliRunner().invoke(command.app, ["compare", "--conditions", "base,fog"])
+    assert told.exit_code == 2 and "'fog' is unknown" in told.output and "table" in told.output
+
+
 TINY = WorldShape(prompts=2, responses=16, dimension=3)
 SMALL = [a for a in ARMS if a.name in ("selm", "ipo_online", "pilaf", "best_of_4")]
 

@@ -1,6 +1,5 @@
 """The arms' losses against plain DPO and against their formulas, in double precision."""
 
-import dataclasses
 import functools
 
 import jax
@@ -10,8 +9,8 @@ import pytest
 
 from selm_jax.lab import contest, samplers
 from selm_jax.lab.algorithms import Settings
-from selm_jax.lab.arms import ADDS, ARMS, BENDS, REPLACES, SAMPLERS
-from selm_jax.lab.compare import LENGTH, Place, Task
+from selm_jax.lab.arms import ADDS, ARMS, BENDS, SAMPLERS
+from selm_jax.lab.compare import Place, Task
 from selm_jax.lab.rounds import Examples, as_examples, every_pair, expected_bonus, mean_loss
 from selm_jax.objectives.losses import dpo, ipo, optimism, sppo_hard
 
@@ -30,22 +29,16 @@ def case(world):
     return w, data, theta, w.log_policy(other)
 
 
-def entry(strength):
-    made = Task(ARMS[0], Place("random", temperature=TAU), strength).entry()
-    made = jax.tree.map(lambda x: x.astype("float64"), made)
-    return made.replace(assumed=TAU, strength=strength)  # unrounded
-
-
-def loss_and_slope(name, case, strength, share=1.0):
+def loss_and_slope(name, case, strength):
     w, data, theta, reference = case
-    return compiled(name)(theta, w, reference, data, entry(strength), share)
+    return compiled(name)(theta, w, reference, data, strength)
 
 
 @functools.cache
 def compiled(name):
-    def cost(theta, w, reference, data, entry, share):
+    def cost(theta, w, reference, data, strength):
         tables = w.log_policy(theta), reference
-        return contest.bent(BEND[name], w, entry, share, *tables, data)
+        return contest.bent(BEND[name], w, TAU, strength, *tables, data)
 
     return jax.jit(jax.value_and_grad(cost))
 
@@ -70,13 +63,7 @@ def test_without_strength_every_term_is_dpo_and_with_it_none_is(case):
     terms = [bend.name for bend in BENDS if bend.kind == ADDS]
     for name in terms:
         equal(loss_and_slope(name, case, 0.0), base)
-        equal(loss_and_slope(name, case, 0.5, share=0.0), base)
         assert not np.allclose(loss_and_slope(name, case, 0.5)[1], base[1], rtol=1e-3)
-
-
-@pytest.mark.parametrize("name", [bend.name for bend in BENDS if bend.kind == REPLACES])
-def test_a_policy_without_its_share_is_fitted_by_dpo(case, name):
-    equal(loss_and_slope(name, case, 4.0, share=0.0), plain(dpo(0.3), case))
 
 
 def test_other_losses_see_only_who_won(case):
@@ -146,10 +133,18 @@ def test_drawn_pairs_have_the_samplers_distribution(world, name):
 
 def test_names_lead_to_their_functions():
     for arm in ARMS:
-        made = Task(arm, Place("needle")).entry()
-        assert BENDS[made.bend].name == arm.bend
+        made = Task(arm, Place("needle"), 3.0).entry()
+        assert [BENDS[i].name for i in made.bend] == [arm.bend] * 2
         assert SAMPLERS[made.sampler].__name__ == arm.sampler
         assert len(arm.strengths) == 1 or 0 not in arm.strengths
-    alone = Task(next(a for a in ARMS if a.name == "nash_md"), Place("needle"), asker=False)
-    assert SAMPLERS[alone.entry().sampler].__name__ == "policy_reference"
-    assert dataclasses.is_dataclass(alone.entry()) and LENGTH.rounds * LENGTH.queries == 64
+
+
+def test_the_data_alone_and_the_fit_alone_are_bent():
+    """The other policy is plain DPO's; the fit alone is to plain DPO's data."""
+    arm = next(a for a in ARMS if a.name == "nash_md")
+    data = Task(arm, Place("needle"), 5.0, judged=False).entry()
+    fit = Task(arm, Place("needle"), 5.0, asker=False).entry()
+    assert [BENDS[i].name for i in data.bend] == ["nash", "dpo"]
+    assert [BENDS[i].name for i in fit.bend] == ["dpo", "nash"]
+    assert data.strength.tolist() == [5, 1] and fit.strength.tolist() == [1, 5]
+    assert [SAMPLERS[e.sampler].__name__ for e in (data, fit)] == ["nash", "policy_reference"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -54,6 +55,10 @@ def here(models, tmp_path_factory) -> Iterator[Here]:
     model = models(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SELM_CACHE", str(folder / "cache"))
+        # vLLM takes these for what a request does not say, unless it gets --generation-config vllm.
+        defaults = model.folder / "generation_config.json"
+        others = {"repetition_penalty": 1.3, "temperature": 0.6, "top_k": 3, "max_new_tokens": 4}
+        defaults.write_text(json.dumps(json.loads(defaults.read_text()) | others))
         file = tiny.experiment(
             folder, model={"source": str(model.folder)}, rollout__max_new_tokens=NEW,
             rollout__temperature=0.7, rollout__top_p=0.9,

@@ -101,6 +101,8 @@ import sys
 from selm_jax.shell import bucket_lock
 from selm_jax.shell.storage import Store
 bucket_lock.LEASE, bucket_lock.RENEW = 0.4, float(sys.argv[2])
+if sys.argv[3:]:
+    bucket_lock._machine = lambda: sys.argv[3]
 store = Store.at(sys.argv[1])
 with bucket_lock.held(store):
     print("held", flush=True)
@@ -185,6 +187,34 @@ def test_of_many_that_come_at_once_one_enters(store, monkeypatch, kind, tried):
         thread.join()
     assert len(entered) == 1
     tried(f"{store.url[:2]}: {kind}, {many} contenders over HTTP: one entered")
+
+
+@pytest.mark.slow
+@on_one_store
+@pytest.mark.parametrize("machines", [1, 5])
+def test_of_many_processes_one_enters_and_when_it_is_killed_one_succeeds(store, machines, tried):
+    many, rounds = 5, 3
+    for _ in range(rounds):
+        started = [
+            subprocess.Popen(
+                [sys.executable, "-c", HOLD, store.url, "0.04", f"machine {n % machines}"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )
+            for n in range(many)
+        ]  # fmt: skip
+        said = [process.stdout.readline() for process in started]  # "" at the end of a process
+        assert sorted(said) == [""] * (many - 1) + ["held\n"]
+        inside = started[said.index("held\n")]
+        for process in started:
+            if process is not inside:
+                assert f"process {inside.pid} on " in process.stderr.read()
+        assert lock(store)["process"] == inside.pid and inside.poll() is None
+        for process in started:
+            process.kill()
+            process.communicate()
+    tried(
+        f"{store.url[:2]}: {rounds} x {many} processes on {machines} machines: one held the lease"
+    )
 
 
 @pytest.mark.parametrize("wrong", [{"lost": True}, {"status": 503, "times": 3}, {"cut": True}])

@@ -1,1 +1,0 @@
-"""A judge on real servers: vLLM and llama.cpp tell what the model itself would."""

@@ -17,6 +17,7 @@ from selm_jax.feedback.ranker import Ranker, folders_of
 from selm_jax.parallel import multihost
 from selm_jax.run.log import logged
 from selm_jax.shell import artifacts
+from selm_jax.shell import mirror as mirrors
 from selm_jax.shell.shared_stages import key_of
 from selm_jax.text.chat import Chat
 from selm_jax.text.prompts import Prompt, prompts_digest
@@ -71,11 +72,12 @@ class Model:
     def called(self) -> tuple[str, str | None]:
         """The model's name, and its commit if it came from the Hub.
 
-        A Hub model is never named by its path in this machine's cache.
+        Neither a Hub model nor one of a run in a bucket is named by its path in this machine's
+        cache.
         """
         if "source" in self.origin:
             return self.origin["source"], self.origin.get("commit")
-        return str(self.path), None
+        return mirrors.named(self.path), None
 
     def digests(self, name: str) -> Mapping[str, str]:
         return {name: self.digest}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from selm_jax.run.inputs import Model
+from selm_jax.shell import mirror
+from selm_jax.shell.storage import Store
 
 
 @pytest.mark.parametrize(
@@ -28,3 +30,10 @@ def test_adapters_name_their_base_as_the_experiment_does(origin, expected, tmp_p
     assert start.called == expected
     folder = tmp_path / "run" / "iteration_1"
     assert Model(folder / "model", folder).called == (str(folder / "model"), None)
+
+
+def test_adapters_of_a_run_in_a_bucket_name_its_url(tmp_path, monkeypatch):
+    url = "gs://bucket/run"
+    monkeypatch.setattr(mirror, "_mirrors", {url: mirror.Mirror(url, Store(url, None), tmp_path)})
+    folder = tmp_path / "iteration_1"
+    assert Model(folder / "model", folder).called == (f"{url}/iteration_1/model", None)

@@ -89,7 +89,7 @@ class _Lease:
       store: a handle of its own on the folder, whose writes do not wait for the lease.
       about: what the lock says of this process.
       version: of the lock, as we wrote it last.
-      renewed: when we last began to write it, by this host's steady clock.
+      renewed: when we last began to write it, by `_now`.
     """
 
     def __init__(self, store: Store, about: dict[str, Any], version: str, renewed: float):
@@ -102,7 +102,7 @@ class _Lease:
         Raises:
           StorageError: the store cannot be reached.
         """
-        if (began := time.monotonic()) - self.renewed < age:
+        if (began := _now()) - self.renewed < age:
             return
         with self._one:
             if not self.write(_content(self.about)):
@@ -141,7 +141,7 @@ def _take(store: Store) -> _Lease | None:
     about = {"machine": _machine(), "host": socket.gethostname(), "process": os.getpid()}
     about |= {"started": _started(os.getpid()), "id": uuid.uuid4().hex}
     version = None if entry is None else entry.version
-    began = time.monotonic()
+    began = _now()
     try:
         ours = store.put(KEY, _content(about), if_absent=entry is None, if_version=version)
         return _Lease(store, about, ours.version, began)
@@ -154,6 +154,15 @@ def _renew(lease: _Lease, ended: threading.Event) -> None:
     while not ended.wait(RENEW):
         with contextlib.suppress(StorageError):  # it may be out of reach for a while, for all
             lease.renew()
+
+
+def _now() -> float:
+    """Seconds of a steady clock that also runs while this machine is suspended, where it can.
+
+    A lease goes on to age then, and Linux's monotonic clock stands still.
+    """
+    clock = getattr(time, "CLOCK_BOOTTIME", None)  # only Linux has it
+    return time.monotonic() if clock is None else time.clock_gettime(clock)
 
 
 def _content(about: dict[str, Any]) -> bytes:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 from faulty import Fault
@@ -153,6 +154,24 @@ def test_a_process_that_was_suspended_for_too_long_ends(store, monkeypatch, rene
             assert "another one has taken over. This one stops" in other.stderr.read()
             assert lock(store)["process"] == os.getpid()
             assert store.head("late") is None
+
+
+@on_one_store
+@pytest.mark.skipif(not hasattr(time, "CLOCK_BOOTTIME"), reason="this system has no such clock")
+def test_a_lease_ages_while_the_machine_is_suspended(store, monkeypatch):
+    """Linux's monotonic clock stands still then, and the clock since boot goes on."""
+    monkeypatch.setattr(bucket_lock, "LEASE", 60)
+    monkeypatch.setattr(bucket_lock, "RENEW", 600)  # so only a write renews it
+    read = time.clock_gettime
+    with held(store):
+        before = lock(store)
+        store.put("a", b"")
+        assert lock(store) == before
+        monkeypatch.setattr(
+            time, "clock_gettime", lambda c: read(c) + 3600 * (c == time.CLOCK_BOOTTIME)
+        )
+        store.put("b", b"")
+        assert lock(store) != before
 
 
 @pytest.mark.parametrize("kind", ["nothing", "a free lock", "a dead host's lock"])

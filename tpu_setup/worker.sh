@@ -72,6 +72,8 @@ fetch() {
   mkdir -p "$partial" "$(dirname "$here")"
   gcloud storage rsync --recursive --exclude='.*/(responses|checkpoints)/.*' "$there" "$partial" >/dev/null ||
     fail "$there cannot be read"
+  [[ -f $partial/config.yaml ]] || fail "$there is not a run folder: it has no config.yaml. If an earlier" \
+    "version copied the run there, see 'Runs of earlier versions' in tpu_setup/README.md"
   mv "$partial" "$here"
   echo "$(hostname): runs/$1 copied from $there"
 }

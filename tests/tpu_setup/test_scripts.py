@@ -112,6 +112,7 @@ def test_finished_runs_that_another_starts_from_come_along(cloud):
     warm = cloud.root / "buckets/my-bucket/selm/runs/paper/zephyr_7b/warm_start"
     (warm / "iteration_1/model").mkdir(parents=True)
     (warm / "iteration_1/model/config.json").write_text("{}")
+    (warm / "config.yaml").write_text("")
     done = cloud.script("watch", "--with", "paper/zephyr_7b/warm_start", EXPERIMENT)
     assert done.returncode == 0, done.stdout
     for k in (0, 1):
@@ -120,6 +121,20 @@ def test_finished_runs_that_another_starts_from_come_along(cloud):
     cloud.script("delete", "--yes", "selm-1")
     done = cloud.script("watch", "--with", "paper/none", EXPERIMENT)
     assert done.returncode == 1 and "runs/paper/none cannot be read" in done.stdout
+
+
+def test_a_run_that_an_earlier_version_copied_is_refused_with_advice(cloud, tmp_path):
+    bucket, worker = tmp_path / "bucket", Path(__file__).parents[2] / "tpu_setup/worker.sh"
+    for name in ("a/config.yaml", "latest"):
+        (bucket / "runs/warm" / name).parent.mkdir(parents=True, exist_ok=True)
+        (bucket / "runs/warm" / name).write_text("a")
+    home = {"HOME": str(tmp_path), "PATH": f"{cloud.root / 'bin'}:/usr/bin:/bin"}
+    done = subprocess.run(
+        ["bash", worker, "fetch", "warm", bucket], text=True, capture_output=True, check=False,
+        env=home | {"STANDIN": str(cloud.root)},
+    )  # fmt: skip
+    assert done.returncode == 1 and "see 'Runs of earlier versions'" in done.stderr
+    assert not (tmp_path / "selm/runs/warm").exists()
 
 
 # --- what can go wrong ----------------------------------------------------------------------------

@@ -9,9 +9,11 @@ so a tiny run resumes like any other.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import hashlib
 import json
+import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -121,9 +123,7 @@ def shrink(experiment: Experiment, console: Console) -> Experiment:
     family = _family(e.model.source) or _FAMILIES[_OTHERS]
 
     if is_url(output):  # the processes have no folder in common
-        name = hashlib.sha256(output.encode()).hexdigest()[:16]
-        inputs = cache_root().absolute() / "tiny" / f"{name}-{multihost.index()}"
-        _write_inputs(inputs, family, e.data)
+        inputs = _inputs_in(cache_root().absolute() / "tiny", family, e.data)
     else:
         inputs = Path(output) / "inputs"
 
@@ -159,6 +159,18 @@ def shrink(experiment: Experiment, console: Console) -> Experiment:
     )  # fmt: skip
     _say(e, tiny, console)
     return tiny
+
+
+def _inputs_in(cache: Path, family: Family, data: Data) -> Path:
+    """Writes the inputs into a folder named after their digest; so all processes name it alike."""
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache, prefix=".incoming-") as work:
+        made = Path(work, "inputs")
+        _write_inputs(made, family, data)
+        folder = cache / artifacts.digest(made)[:16]
+        with contextlib.suppress(OSError):  # it is there, also if another process was faster
+            os.rename(made, folder)
+    return folder
 
 
 def _write_inputs(folder: Path, family: Family, data: Data) -> None:

@@ -11,8 +11,10 @@ import tiny
 from rich.console import Console
 
 from selm_jax import config
+from selm_jax.commands import tiny as command
 from selm_jax.commands.tiny import shrink
 from selm_jax.iterate import iterate
+from selm_jax.parallel import multihost
 from selm_jax.run.run import Run
 from selm_jax.shell import artifacts
 
@@ -69,6 +71,20 @@ def test_a_known_family_needs_no_such_word(tmp_path):
     console = Console(record=True, width=60)
     shrink(config.load(tiny.experiment(tmp_path, model={"source": "smollm"})), console)
     assert "tells no family" not in console.export_text()
+
+
+def test_all_processes_call_the_inputs_of_a_run_in_a_bucket_alike(tmp_path, monkeypatch):
+    """They compare the start model's name; each may write the files into a cache of its own."""
+    monkeypatch.setenv("SELM_CACHE", str(tmp_path / "cache"))
+    e = config.load(tiny.experiment(tmp_path, output="gs://bucket/run"))
+    monkeypatch.setattr(command, "make_model", lambda folder, family: folder.mkdir(parents=True))
+    found = []
+    for index in range(2):
+        monkeypatch.setattr(multihost, "index", lambda i=index: i)
+        small = shrink(e, QUIET)
+        found.append((small.model.source, small.data.train))
+        assert Path(small.model.source).is_dir()
+    assert found[0] == found[1] and str(tmp_path) in found[0][1]
 
 
 @pytest.mark.slow

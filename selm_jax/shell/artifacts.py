@@ -80,6 +80,12 @@ def remove(path: Path) -> None:
     _unlink(path)
 
 
+def follow_removal(path: Path) -> None:
+    """Deletes the local copy of what another process has removed from the bucket, if any."""
+    if (mirror := mirrors.of(path)) is not None:
+        mirror.refresh(path)
+
+
 def _unlink(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)

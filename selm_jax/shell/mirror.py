@@ -35,6 +35,7 @@ from selm_jax.shell.paths import PathError, cache_root, place
 from selm_jax.shell.sealed import sha256
 from selm_jax.shell.storage import Entry, Store
 
+SERVER_LOG = "server.log"  # of a run folder; it stays on the machine of the server that writes it
 _DIGESTS = ".mirror/digests.json"
 _OWN = (".mirror/", ".lock")  # objects that are no files of the run
 _LARGE = re.compile(r"iteration_\d+/(model|adapter|checkpoints)/")
@@ -92,7 +93,8 @@ class Mirror:
         path = path or self.folder
         found = self.objects() if path == self.folder else self._listed(path)
         for file in [path] if path.is_file() else list(path.rglob("*")):
-            if file.is_file() and not self._is_here(self.key(file), found.get(self.key(file))):
+            key = self.key(file)
+            if file.is_file() and key != SERVER_LOG and not self._is_here(key, found.get(key)):
                 file.unlink()
         _remove_empty(path)
         for old in self.below(path):
@@ -285,9 +287,10 @@ def named(path: Path) -> str:
 
 
 def in_words(text: str) -> str:
-    """A message with the URLs of buckets in place of their mirrors."""
+    """A message with the URLs of buckets in place of their mirrors, except where a log stays."""
     for mirror in _mirrors.values():
-        text = text.replace(str(mirror.folder), mirror.url)
+        here = rf"{re.escape(str(mirror.folder))}(?!/{re.escape(SERVER_LOG)}\b)"
+        text = re.sub(here, lambda _, url=mirror.url: url, text)
     return text
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from selm_jax.shell import bucket_lock, lock
 from selm_jax.shell import mirror as mirrors
-from selm_jax.shell.paths import MARK, PathError, claim
+from selm_jax.shell.paths import MARK, PathError, mark
 from selm_jax.shell.words import some
 
 
@@ -44,6 +44,7 @@ def _only_one_in_bucket(mirror: mirrors.Mirror) -> Iterator[None]:
         )
     with bucket_lock.held(mirror.store):
         mirror.refresh()
-        claim(mirror.folder)
-        mirror.put(mirror.folder / MARK)
+        if MARK not in mirror.there:
+            mark(mirror.folder)
+            mirror.put(mirror.folder / MARK)
         yield

@@ -112,6 +112,11 @@ def claim(folder: Path) -> None:
                 f"{folder} is not empty ({some(found)}) and was not made by this program. "
                 "Nothing was written. Choose a folder that is new or empty"
             )
+    mark(folder)
+
+
+def mark(folder: Path) -> None:
+    """Makes a folder and marks it as made by this program."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARK).write_text(_TOLD, encoding="utf-8")
 

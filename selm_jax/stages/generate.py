@@ -15,6 +15,7 @@ from selm_jax.rollout.requests import Request, Response
 from selm_jax.run.inputs import Model
 from selm_jax.run.rows import prompt_ids
 from selm_jax.shell import artifacts, parts
+from selm_jax.shell.mirror import SERVER_LOG
 from selm_jax.stages.settings import TEMPLATE
 from selm_jax.stages.stage import Counts, stage
 from selm_jax.stages.step import Step, counting
@@ -111,7 +112,7 @@ def _by_server(step: Step, policy: Model, advance: Advance) -> Iterator[Answer]:
     server = Server(
         settings,
         Path(multihost.on_first(lambda: str(named(policy.path)))),
-        log=step.folder.parent / "server.log",
+        log=step.folder.parent / SERVER_LOG,
         sampling=engine.sampling,
         longest_prompt=programs.sizes.longest_prompt,
         max_new_tokens=engine.max_new_tokens,

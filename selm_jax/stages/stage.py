@@ -191,6 +191,7 @@ class _Call:
             artifacts.wait_for(path for name, path in outputs.items() if name not in gone)
             self._clear(self.stage.ends)
             return False
+        self._follow(self.stage.goes_on_from)
         began = time.perf_counter()
         share = self.stage.shared
         store = self.run.store if share is True or (share and share(step.settings)) else None
@@ -226,6 +227,7 @@ class _Call:
             )
 
         multihost.on_first(finish)
+        self._follow(self.stage.scratch)
         self._clear(self.stage.ends)
         release()  # or this stage's memory would add to the next stage's peak
         note = "" if found is None else f"as {found['run']}"
@@ -276,6 +278,13 @@ class _Call:
     def _clear(self, names: tuple[str, ...]) -> None:
         if names:
             multihost.on_first(lambda: [artifacts.remove(self.folder / name) for name in names])
+            self._follow(names)
+
+    def _follow(self, names: tuple[str, ...]) -> None:
+        """Frees the room of folders that the first process has removed, in the other processes."""
+        if not multihost.is_first():
+            for name in names:
+                artifacts.follow_removal(self.folder / name)
 
     def _check_log(self) -> None:
         """Raises ArtifactError if the stage's lines in metrics.jsonl have changed."""

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import threading
+from types import SimpleNamespace
 
 import pytest
 
+from selm_jax.parallel import multihost
 from selm_jax.shell import artifacts, mirror, parts, paths
 from selm_jax.shell.digests import digest
+from selm_jax.shell.one_process import only_one
 from selm_jax.shell.storage import Store
+from selm_jax.stages.export import export
+from selm_jax.stages.stage import _Call
 
 pa = pytest.importorskip("pyarrow")
 obstore = pytest.importorskip("obstore.store")
@@ -245,3 +250,31 @@ def test_people_read_of_the_bucket_and_not_of_its_mirror(bucket):
     assert mirror.named(folder / "iteration_1") == f"{URL}/iteration_1"
     assert mirror.in_words(f"{folder}/a is damaged") == f"{URL}/a is damaged"
     assert mirror.named(folder.parent) == str(folder.parent)
+
+
+def test_the_log_of_a_server_stays_on_its_machine(bucket):
+    """A server that a killed run left behind keeps it locked, and the next run waits for that."""
+    folder, store = bucket()
+    with (folder / "server.log").open("a") as log:
+        log.write("ready")
+    again, store = bucket()
+    assert again == folder and (folder / "server.log").read_text() == "ready"
+    assert mirror.in_words(f"see {folder}/server.log of {folder}") == (
+        f"see {folder}/server.log of {URL}"
+    )
+    with only_one(folder):  # the log alone makes the folder nobody else's
+        assert sorted(store.list()) == [".lock", ".selm"]
+
+
+def test_what_the_first_process_has_removed_takes_no_room_on_other_hosts(bucket, monkeypatch):
+    writer, _ = bucket()
+    artifacts.write_text(writer / "iteration_1/checkpoints/final/a", "parameters")
+    folder, _ = bucket(machine="two")
+    assert mirror.need(folder / "iteration_1/checkpoints/final/a").exists()
+    bucket.inner.delete("iteration_1/checkpoints/final/a")
+    monkeypatch.setattr(multihost, "is_first", lambda: False)
+    monkeypatch.setattr(multihost, "on_first", lambda work: None)  # it has done so
+    run = SimpleNamespace(folder=SimpleNamespace(iteration=lambda t: folder / f"iteration_{t}"))
+    _Call(export, run, 1, {})._clear(("checkpoints",))
+    assert not [file for file in folder.rglob("*") if file.is_file()]
+    assert not mirror.has_files(folder / "iteration_1/checkpoints")

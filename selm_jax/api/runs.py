@@ -12,7 +12,7 @@ from selm_jax.commands import runs
 from selm_jax.iterate import iterate
 from selm_jax.report.data import RunData, report_data
 from selm_jax.shell import artifacts
-from selm_jax.shell.mirror import looked_at
+from selm_jax.shell.mirror import entered, look
 from selm_jax.tables import ranked
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def run(
       ConfigError: the file is not an experiment, or a setting is unknown or out of its range.
     """
     given = list((settings or {}).items())
-    work = runs.opened(looked_at(str(experiment)), given, tiny=tiny, processes=True)
+    work = runs.opened(entered(str(experiment)), given, tiny=tiny, processes=True)
     iterate(work)
     return read(work.folder.path)
 
@@ -48,8 +48,8 @@ def read(folder: str | Path) -> RunFolder:
       FileNotFoundError: this is not a run folder.
       ReportError: a file has changed since the run wrote it; the message names the file.
     """
-    path = looked_at(str(folder))
-    return RunFolder(path, report_data(path))
+    path = entered(str(folder))
+    return RunFolder(path, report_data(look(path)))
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from selm_jax.shell.mirror import looked_at
+from selm_jax.shell.mirror import entered
 from selm_jax.shell.paths import file_to_write
 
 Experiment = Annotated[
@@ -15,10 +15,10 @@ Experiment = Annotated[
     typer.Argument(
         help="Experiment file (YAML), or a run folder, which contains one.",
         metavar="EXPERIMENT",
-        parser=looked_at,
+        parser=entered,
     ),
 ]
-Run = Annotated[Path, typer.Argument(help="Run folder.", metavar="RUN", parser=looked_at)]
+Run = Annotated[Path, typer.Argument(help="Run folder.", metavar="RUN", parser=entered)]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(

@@ -12,7 +12,7 @@ import typer
 from selm_jax.cli.arguments import Experiment, Iteration, Overrides, Run, Tiny
 from selm_jax.cli.root import app, set_up_jax
 from selm_jax.evaluation.options import file_to_read
-from selm_jax.shell.mirror import looked_at, named
+from selm_jax.shell.mirror import entered, look, named
 from selm_jax.shell.paths import file_to_write, folder_to_write
 from selm_jax.shell.verbs import verb
 
@@ -137,7 +137,7 @@ def report(options: Reporting) -> None:
     names, folders = zip(*map(page.named, options.runs), strict=True)
     where = folders[0] / "report.html" if len(folders) == 1 else Path("report.html")
     out = options.out or where
-    page.write(folders, out, names)
+    page.write(list(map(look, folders)), out, names)
     typer.echo(f"report: {named(out)}")
 
 
@@ -148,7 +148,7 @@ class Drawing:
     runs: Annotated[
         list[Path] | None,
         typer.Argument(
-            help="Run folders.", metavar="[RUN]...", parser=looked_at, show_default="no runs"
+            help="Run folders.", metavar="[RUN]...", parser=entered, show_default="no runs"
         ),
     ] = None
     out: Annotated[

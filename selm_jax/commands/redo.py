@@ -44,7 +44,7 @@ def redo(run: Path, stage: str, t: int) -> list[str]:
         raise RedoError(
             f"{stage}: no such stage{did_you_mean(stage, known)} Stages: {', '.join(known)}"
         )
-    if not (run / "config.yaml").exists():
+    if not (mirrors.look(run) / "config.yaml").exists():
         raise RedoError(f"{run} has no config.yaml, so it is not a run folder. Check the path")
     with only_one(run):
         entries = {u: _entries(folder) for u, folder in artifacts.iterations(run).items()}

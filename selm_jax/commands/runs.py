@@ -25,7 +25,7 @@ def settings_of(place: Path, overrides: Sequence[config.Override] = ()) -> Exper
     """
     if not place.is_dir():
         return config.load(place, overrides)
-    file = place / "config.yaml"
+    file = mirrors.look(place) / "config.yaml"
     if not file.exists():
         raise config.ConfigError(
             f"{place}: this folder has no config.yaml, so it is not a run folder. Give an "
@@ -68,7 +68,7 @@ def looked_at(place: Path, overrides: list[str] | None, *, tiny: bool = False) -
     if tiny:
         experiment = _rehearsal(experiment)
     if mirrors.is_url(experiment.output):
-        mirrors.looked_at(experiment.output)
+        mirrors.look(mirrors.local(experiment.output))
     return Run(experiment, terminal(), imports=not (place.is_dir() or place.name == "config.yaml"))
 
 

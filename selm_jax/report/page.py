@@ -27,7 +27,7 @@ from selm_jax.report.header import facts, is_rehearsal, shared_facts
 from selm_jax.report.plots import run_style, swatch
 from selm_jax.report.time_plots import time_plots
 from selm_jax.shell import artifacts
-from selm_jax.shell.mirror import looked_at
+from selm_jax.shell.mirror import entered
 from selm_jax.shell.paths import check_file, place
 
 _HERE = Path(__file__).parent
@@ -86,8 +86,8 @@ def named(argument: str) -> tuple[str | None, Path]:
     """Splits `NAME=FOLDER` into name and folder; the name is None if there is only a folder."""
     name, equals, folder = argument.partition("=")
     if not equals or "/" in name or place(argument).exists():
-        return None, looked_at(argument)
-    return name.strip() or None, looked_at(folder)
+        return None, entered(argument)
+    return name.strip() or None, entered(folder)
 
 
 def templates() -> jinja2.Environment:

@@ -219,7 +219,7 @@ def local(output: str | Path) -> Path:
 
     Raises:
       PathError: this is no folder of a bucket.
-      StorageError: the bucket cannot be read, or the package for it is not installed.
+      StorageError: the package for buckets is not installed.
     """
     if not is_url(output):
         return Path(output)
@@ -227,28 +227,34 @@ def local(output: str | Path) -> Path:
     if url not in _mirrors:
         if not _URL.fullmatch(url):
             raise PathError(f"{url}: name a folder in the bucket, such as gs://BUCKET/runs/NAME")
-        store = Store.at(url)
-        store.list(".mirror")  # fails without a bucket or credentials, before any work
-        _mirrors[url] = Mirror(url, store, *_free(url))
+        _mirrors[url] = Mirror(url, Store.at(url), *_free(url))
     return _mirrors[url].folder
 
 
-def looked_at(text: str | Path) -> Path:
-    """The path that the user entered; a folder in a bucket is mirrored, to be read.
+def entered(text: str | Path) -> Path:
+    """The path that the user entered; for the URL of a folder in a bucket, its mirror.
+
+    No request is sent; `look` reads the bucket.
 
     Raises:
-      PathError: as `paths.place`.
-      StorageError: as `local`.
+      PathError: as `paths.place`, or this is no folder of a bucket.
+      StorageError: the package for buckets is not installed.
     """
-    if not is_url(text):
-        return place(text)
-    folder = local(text)
-    mirror = _mirrors[str(text).rstrip("/")]
-    mirror.refresh()
-    for _ in range(5):  # a run at work may have put a stage.json together with what it tells of
-        if _versions(mirror.objects()) == _versions(mirror.there):
-            break
+    return local(text) if is_url(text) else place(text)
+
+
+def look(folder: Path) -> Path:
+    """Returns a folder that a command is about to read; a mirror is made equal to its bucket.
+
+    Raises:
+      StorageError: the bucket cannot be read.
+    """
+    if (mirror := of(folder)) is not None:
         mirror.refresh()
+        for _ in range(5):  # a run at work may have put a stage.json with what it tells of
+            if _versions(mirror.objects()) == _versions(mirror.there):
+                break
+            mirror.refresh()
     return folder
 
 

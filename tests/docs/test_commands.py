@@ -38,6 +38,8 @@ NEEDS = {
     "selm sweep experiments/study": "two hours",
     "selm plan": "libtpu, and minutes for each program; tests/plan has smaller ones",
     "selm bench": "a quiet machine; tests/bench has a smaller one",
+    "selm show gs://": "a bucket; tests/resume/test_bucket.py has one",
+    "selm run experiments/quickstart.yaml output=gs://": "a bucket, as above",
     "selm run my.yaml": "the reader's experiment",
     "selm sweep idea.yaml": "the reader's experiment",
     "selm annotate": "people; tests/annotate has a browser",
@@ -75,6 +77,8 @@ def ids(command: pages.Command) -> str:
 @pytest.mark.parametrize("command", TYPED, ids=ids)
 def test_the_command_line_takes_it(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # nothing there is in the way of what an option would write
+    monkeypatch.setenv("SELM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("selm_jax.shell.mirror._mirrors", {})
     verb, rest = verb_of(command.words())
     verb.make_context(verb.name, rest)
 

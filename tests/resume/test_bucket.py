@@ -123,11 +123,11 @@ def test_a_run_of_two_iterations_over_http(server, tmp_path, monkeypatch, capsys
         tried(f"{kind}: a run of two iterations with {len(proxy.asked)} requests")
         store = Store.at(output)
         found = content(store, tmp_path / "found")
-        assert mirror.looked_at(output).is_relative_to(tmp_path / "cache")
+        assert mirror.look(mirror.entered(output)).is_relative_to(tmp_path / "cache")
         at_work = only_one(mirror.local(output))
         with at_work, pytest.raises(ArtifactError, match=f"{output}: another"):
             iterate(Run(config.load(file, [f"output={output}"]), QUIET))
-        lines = redo(mirror.looked_at(output), "export", 2)
+        lines = redo(mirror.look(mirror.entered(output)), "export", 2)
         assert lines == ["iteration 2  evaluate: forgotten", "iteration 2  export: forgotten",
                          "iteration 2  train: forgotten"]  # fmt: skip
         assert not [key for key in store.list() if "iteration_2/model" in key]

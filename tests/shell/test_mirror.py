@@ -227,7 +227,7 @@ def test_who_looks_at_a_run_at_work_sees_all_that_its_records_tell_of(bucket, mo
         return found
 
     monkeypatch.setattr(store, "list", list_then_work, raising=False)
-    assert mirror.looked_at(URL) == reader
+    assert mirror.look(mirror.entered(URL)) == reader
     assert (reader / "stage.json").read_text() == "the table is done"
     assert (reader / "table").read_text() == "rows"
 

@@ -84,9 +84,9 @@ FILES = [name for name, parser in PATHS.items() if parser is paths.file_to_write
 FOLDERS = [name for name, parser in PATHS.items() if parser is paths.folder_to_write]
 
 
-def test_every_path_of_the_command_line_is_looked_at():
+def test_every_path_of_the_command_line_is_entered():
     """No path is a bare `Path`, which would not expand `~` and might replace anything."""
-    parsers = {paths.place, paths.file_to_write, paths.folder_to_write, mirror.looked_at}
+    parsers = {paths.place, paths.file_to_write, paths.folder_to_write, mirror.entered}
     assert set(PATHS.values()) == parsers
     assert {"selm report --out", "selm plan --json", "selm bench --json"} <= set(FILES)
     assert {"selm annotate --export", "selm eval mt_bench --cache"} <= set(FILES)

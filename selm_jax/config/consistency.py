@@ -64,6 +64,15 @@ def inconsistencies(e: Experiment) -> Iterator[str]:
                 "training.importance: text.layout: paper trains on other token ids than were "
                 "sampled, so there are no ratios. Use the default layout, or set it to null"
             )
+        remote, temperature = e.rollout.remote, e.rollout.temperature
+        tempered = remote is not None and remote.engine == "sglang" and temperature != 1
+        if e.candidates.samples and tempered:
+            yield (
+                "training.importance: it needs log-probabilities at temperature 1, but SGLang "
+                f"reports them after rollout.temperature: {temperature:g}. Set "
+                "rollout.temperature: 1, or rollout.remote.engine: vllm with a vLLM server, or set "
+                "training.importance: null"
+            )
     count = e.candidates.greedy + e.candidates.samples + 2 * e.candidates.dataset
     if count < 2 and not e.taught:
         yield f"candidates: {count} in all; a pair needs at least 2"

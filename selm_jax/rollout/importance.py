@@ -29,7 +29,8 @@ class Weights(NamedTuple):
 
     Attributes:
       weights: float64 [tokens], for each response.
-      ratios: rho, one for each token, or one for the example.
+      ratios: rho, one for each token of the policy's responses, or one for the example; none if no
+        response is the policy's.
       outside: whether rho is above `cap`, or masked, likewise.
     """
 
@@ -38,18 +39,21 @@ class Weights(NamedTuple):
     outside: np.ndarray
 
 
-def weights_of(how: Importance, differences: Sequence[np.ndarray]) -> Weights:
+def weights_of(
+    how: Importance, differences: Sequence[np.ndarray], of_policy: Sequence[bool]
+) -> Weights:
     """The weights of an example.
 
     Args:
       differences: d of each token of each response, [tokens]; zeros for a response that the policy
-        did not give, such as the data set's, whose ratio is 1.
+        did not give, such as the data set's, whose weight is 1.
+      of_policy: whether each response is the policy's.
 
     >>> differences = [np.log([0.5, 4.0]), np.zeros(1)]
-    >>> cut = weights_of(Importance(mode="token_truncate", cap=2.0), differences)
+    >>> cut = weights_of(Importance(mode="token_truncate", cap=2.0), differences, [True, False])
     >>> [w.round(3).tolist() for w in cut.weights], cut.outside.tolist()
-    ([[0.5, 2.0], [1.0]], [False, True, False])
-    >>> masked = weights_of(Importance(mode="sequence_mask", cap=3.0), differences)
+    ([[0.5, 2.0], [1.0]], [False, True])
+    >>> masked = weights_of(Importance(mode="sequence_mask", cap=3.0), differences, [True, False])
     >>> [w.round(3).tolist() for w in masked.weights], masked.outside.tolist()
     ([[2.0, 2.0], [2.0]], [False])
     """
@@ -63,11 +67,12 @@ def weights_of(how: Importance, differences: Sequence[np.ndarray]) -> Weights:
         outside = ratios > how.cap
         weights = np.minimum(ratios, how.cap)
     of_responses = np.split(np.broadcast_to(weights, d.shape), np.cumsum(lengths)[:-1])
-    return Weights(tuple(of_responses), ratios, outside)
+    counted = np.repeat(of_policy, lengths) if level == "token" else np.array([any(of_policy)])
+    return Weights(tuple(of_responses), ratios[counted], outside[counted])
 
 
 def metrics_of(found: Sequence[Weights]) -> dict[str, float]:
-    """The mean ratio and the share of ratios outside, over all tokens or all examples."""
+    """The mean ratio and the share of ratios outside, over the policy's tokens or its examples."""
     return {
         "importance/ratio": float(np.mean(np.concatenate([each.ratios for each in found]))),
         "importance/outside": float(np.mean(np.concatenate([each.outside for each in found]))),

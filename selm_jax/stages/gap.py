@@ -57,7 +57,9 @@ def compare(
         ]
         for e, of in zip(compared, scored, strict=True)
     ]
-    gap = gap_of((kept, found) for of in both for kept, found in of if kept is not None)
+    gap = gap_of(
+        (kept, found) for of in both for kept, found in of if kept is not None and len(kept)
+    )
     if gap is None:
         if how is not None:
             raise _nothing_kept(step, "any answer")
@@ -65,7 +67,11 @@ def compare(
     metrics = gap.metrics
     if how is not None:
         weights = [
-            weights_of(how, [_differences(step, e, *pair) for pair in of_example])
+            weights_of(
+                how,
+                [_differences(step, e, *pair) for pair in of_example],
+                [kept is not None for kept, _ in of_example],
+            )
             for e, of_example in zip(examples, both, strict=True)
         ]
         metrics |= metrics_of(weights)
@@ -86,10 +92,13 @@ def compare(
 def _kept(
     sampled: Sampled, examples: Sequence[Example]
 ) -> dict[tuple[str, tuple[int, ...]], np.ndarray]:
-    """What the sampler kept of each of the policy's answers, by prompt and tokens; NaN: nothing."""
+    """What the sampler kept of each of the policy's answers, by prompt and tokens; empty: nothing.
+
+    The last token's is NaN if the server left out the token that ended the answer.
+    """
     wanted = {(example.prompt_id, tokens) for example in examples for tokens in example.responses}
     return {
-        key: np.full(len(row.token_ids), np.nan) if row.logps is None else np.array(row.logps)
+        key: np.array(() if row.logps is None else row.logps)
         for file in table.files(sampled.responses.path)
         for row in table.read(file)
         if (key := (row.prompt_id, row.token_ids)) in wanted
@@ -101,14 +110,16 @@ def _differences(
 ) -> np.ndarray:
     """The scorer's log-probabilities minus the sampler's; 0 for an answer that is not the policy's.
 
+    It is 0 as well for an end token that the server left out.
+
     Raises:
       RunError: the sampler has not kept them.
     """
     if of_sampler is None:
         return np.zeros(len(of_scorer))
-    if np.isnan(of_sampler).any():
+    if not len(of_sampler) or np.isnan(of_sampler[:-1]).any():
         raise _nothing_kept(step, f"an answer to prompt {example.prompt_id}")
-    return np.asarray(of_scorer, np.float64) - of_sampler
+    return np.where(np.isnan(of_sampler), 0.0, np.asarray(of_scorer, np.float64) - of_sampler)
 
 
 def _nothing_kept(step: Step, what: str) -> RunError:

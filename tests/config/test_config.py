@@ -236,3 +236,18 @@ def test_a_filter_is_a_function_of_the_users_and_runs_here(tmp_path):
         ConfigError, match="rollout.filter: mine:keep; the server of rollout.remote"
     ):
         config.load(file, ["rollout.filter=mine:keep", "rollout.remote={engine: vllm}"])
+
+
+def test_importance_weights_need_a_server_that_reports_the_policys_log_probabilities(tmp_path):
+    file = write(tmp_path, yaml.safe_dump(TREE))
+    weights, sglang = "training.importance={mode: token_mask}", "rollout.remote={engine: sglang}"
+    pairs = ("data.chosen=chosen", "data.rejected=rejected")
+    with pytest.raises(ConfigError, match=r"SGLang reports them after rollout.temperature: 0.7"):
+        config.load(file, [weights, sglang, "rollout.temperature=0.7"])
+    for fine in (
+        [weights, sglang, "rollout.temperature=1.0"],
+        [weights, "rollout.remote={engine: vllm}", "rollout.temperature=0.7"],
+        [weights, sglang, "rollout.temperature=0.7", "candidates={greedy: 1, samples: 0}", *pairs],
+        [sglang, "rollout.temperature=0.7"],
+    ):
+        config.load(file, fine)

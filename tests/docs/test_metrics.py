@@ -135,7 +135,7 @@ def of_updates():
 
 
 def of_gap():
-    weights = importance.weights_of(Importance(mode="token_mask"), [np.zeros(1)])
+    weights = importance.weights_of(Importance(mode="token_mask"), [np.zeros(1)], [True])
     return {*gap.Gap(1, 0.0, 0.0, 0.0).metrics, *importance.metrics_of([weights])}
 
 

@@ -44,14 +44,25 @@ def test_weights_are_those_of_the_definition(mode, scale):
     for seed in range(20):
         rng = np.random.default_rng(seed)
         differences = [rng.normal(0, scale, n) for n in rng.integers(1, 6, 3)]
-        found = weights_of(how, differences)
+        found = weights_of(how, differences, [True] * 3)
         assert [len(w) for w in found.weights] == [len(d) for d in differences]
         expected = oracle(how, differences)
         np.testing.assert_allclose(np.concatenate(found.weights), expected, rtol=1e-12)
         if not scale:
             assert metrics_of([found]) == {"importance/ratio": 1, "importance/outside": 0}
-    far = weights_of(how, [np.array([900.0, 900.0])])
+    far = weights_of(how, [np.array([900.0, 900.0])], [True])
     assert far.outside.all() and np.isfinite(np.concatenate(far.weights)).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_ratios_are_reported_of_the_policys_answers_alone(mode):
+    how = Importance(mode=mode, cap=2.0)
+    own, given = np.log([4.0]), np.zeros(9)
+    mixed = weights_of(how, [own, given], [True, False])
+    alone = weights_of(how, [given], [False])
+    assert metrics_of([mixed, alone]) == {
+        "importance/ratio": pytest.approx(4), "importance/outside": 1
+    }  # fmt: skip
 
 
 def some_examples(weighted: bool, count: int = 12):

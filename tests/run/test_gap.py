@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 import threading
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,15 +16,19 @@ from served import no_long_waits, own_cache  # noqa: F401
 
 from selm_jax import config
 from selm_jax.iterate import iterate, run_stage
+from selm_jax.preferences.examples import Example
 from selm_jax.rollout import remote
 from selm_jax.rollout.requests import Request
+from selm_jax.run.inputs import Sampled, StoredTable
 from selm_jax.run.rows import RunError
 from selm_jax.run.run import Run
 from selm_jax.shell import artifacts
+from selm_jax.stages.gap import compare
 from selm_jax.stages.score import score
 from selm_jax.stages.stage import _Call
 from selm_jax.stages.step import Step
 from selm_jax.tables import examples as table
+from selm_jax.tables import responses
 
 QUIET = Console(quiet=True)
 TIGHT = "rollout.gap={warn: 1e-4, stop: 1e-3}"
@@ -160,6 +166,29 @@ def test_importance_weights_need_what_the_sampler_kept(serving, tmp_path):
     run = Run(config.load(file, [f"rollout.remote={{engine: vllm, url: '{server.url}'}}", WEIGHTS]))
     with pytest.raises(RunError, match="they were not kept of any answer"):
         generated(run)
+
+
+@pytest.mark.parametrize(
+    ("kept", "weights"),
+    [((-1.0, math.nan), (1.5, 1.0)), ((math.nan, -1.0), None), (None, None)],
+    ids=["without_end", "without_another", "without_all"],
+)
+def test_an_end_token_that_the_server_left_out_weighs_1(tmp_path, kept, weights):
+    how = {"prompt_id": "a", "sample": 0, "kind": "sample", "text": "x", "finish": "stop"}
+    row = responses.Row(**how, token_ids=(5, 2), logps=kept)
+    other = responses.Row(**how | {"prompt_id": "b"}, token_ids=(7, 2), logps=(-1.5, -0.5))
+    responses.write(tmp_path / "responses" / "part-0.parquet", [row, other])
+    sampled = Sampled(StoredTable(tmp_path, "responses"), None)
+    settings = config.load(tiny.experiment(tmp_path), [WEIGHTS, "rollout.gap.stop=null"])
+    step = mock.Mock(settings=settings, t=1, folder=tmp_path / "iteration_1")
+    examples = [Example.of(r.prompt_id, (1,), {"chosen": r.token_ids}) for r in (row, other)]
+    scored = [(np.array([math.log(1.5) - 1, -9]),), (np.array([-1.5, -0.5]),)]
+    if weights is None:
+        with pytest.raises(RunError, match="they were not kept of an answer to prompt a"):
+            compare(step, sampled, examples, scored)
+    else:
+        _, found = compare(step, sampled, examples, scored)
+        np.testing.assert_allclose([e.importance[0] for e in found], [weights, (1, 1)])
 
 
 def test_a_gap_that_is_taken_from_another_run_is_judged_by_ones_own_limits(tmp_path):

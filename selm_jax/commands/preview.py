@@ -29,6 +29,7 @@ from selm_jax.preferences.packing import assign_rows
 from selm_jax.run.check import check_objective, check_rows, told_of_data
 from selm_jax.run.rows import RunError, prompt_ids
 from selm_jax.run.run import Run
+from selm_jax.shell.mirror import in_words
 from selm_jax.shell.user_code import is_user_code
 from selm_jax.text.answers import answers
 from selm_jax.text.chat import Chat
@@ -56,7 +57,9 @@ def preview(run: Run, t: int, count: int) -> bool:
         )
     console, found = run.console, collect(run, t)
     e = run.experiment
-    console.print(f"iteration {t}, layout {e.text.layout}: {found.source}", soft_wrap=True)
+    console.print(
+        f"iteration {t}, layout {e.text.layout}: {in_words(found.source)}", soft_wrap=True
+    )
     if not run.imports and is_user_code(e.objective["loss"]):
         console.print(
             "objective.loss is your own function, and previews of a run folder do not import your "
@@ -79,7 +82,7 @@ def preview(run: Run, t: int, count: int) -> bool:
     console.print(_histogram(found.rows, console.width, "#" if console.options.ascii_only else "█"))
     problem = found.stale or _problem(run)
     if problem:
-        console.print(f"selm run will stop here: {problem}", style="red", soft_wrap=True)
+        console.print(in_words(f"selm run will stop here: {problem}"), style="red", soft_wrap=True)
     return problem is None
 
 

@@ -27,6 +27,7 @@ from selm_jax.report.header import facts, is_rehearsal, shared_facts
 from selm_jax.report.plots import run_style, swatch
 from selm_jax.report.time_plots import time_plots
 from selm_jax.shell import artifacts
+from selm_jax.shell import mirror as mirrors
 from selm_jax.shell.mirror import entered
 from selm_jax.shell.paths import check_file, place
 
@@ -276,7 +277,8 @@ def unique_labels(runs: Sequence[RunData]) -> list[str]:
     """The names of the runs, each with its folder if two runs share a name."""
     names = [run.name for run in runs]
     return [
-        f"{n} ({r.path})" if names.count(n) > 1 else n for n, r in zip(names, runs, strict=True)
+        f"{n} ({mirrors.named(r.path)})" if names.count(n) > 1 else n
+        for n, r in zip(names, runs, strict=True)
     ]
 
 

@@ -125,9 +125,14 @@ def wait_for(paths: Iterable[Path], seconds: float = 120) -> None:
     for path in paths:
         while not _shown(path):
             if time.monotonic() > until:
+                advice = (
+                    "All hosts must share the run folder (docs/run.md)"
+                    if mirrors.of(path) is None
+                    else "If the other process is still running, stop it. Then start all again"
+                )
                 raise ArtifactError(
                     f"{path} was written by another process but is not visible on this host after "
-                    f"{seconds:.0f} s. All hosts must share the run folder (docs/run.md)"
+                    f"{seconds:.0f} s. {advice}"
                 )
             time.sleep(0.1)
 

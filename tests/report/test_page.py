@@ -15,6 +15,8 @@ from selm_jax.report.cards import answer_cards
 from selm_jax.report.data import report_data
 from selm_jax.report.page import render, unique_labels, write
 from selm_jax.report.plots import Series, lines, run_style
+from selm_jax.shell import mirror
+from selm_jax.shell.storage import Store
 
 VOID = {"meta", "link", "input", "br"}
 
@@ -240,6 +242,14 @@ def test_left_out_prompts_are_counted(run, monkeypatch):
 def test_runs_of_one_name_are_told_apart(make_run, tmp_path):
     runs = [report_data(make_run(tmp_path / name, prompts=2)) for name in "xy"]
     assert len(set(unique_labels(runs))) == 2
+
+
+def test_a_run_in_a_bucket_is_called_by_its_url(make_run, tmp_path, monkeypatch):
+    url = "gs://bucket/run"
+    runs = [report_data(make_run(tmp_path / name, prompts=2)) for name in "xy"]
+    there = mirror.Mirror(url, Store(url, None), tmp_path / "x")
+    monkeypatch.setattr(mirror, "_mirrors", {url: there})
+    assert f"({url})" in unique_labels(runs)[0] and f"({tmp_path / 'y'})" in unique_labels(runs)[1]
 
 
 def test_wrong_calls(run, tmp_path):

@@ -14,6 +14,7 @@ from selm_jax.run.run import Run
 from selm_jax.shell import artifacts, compiling
 from selm_jax.shell import mirror as mirrors
 from selm_jax.shell.progress import talks, terminal
+from selm_jax.shell.storage import is_url
 from selm_jax.weights.sources import cache_root
 
 
@@ -67,7 +68,7 @@ def looked_at(place: Path, overrides: list[str] | None, *, tiny: bool = False) -
     set_up_jax()
     if tiny:
         experiment = _rehearsal(experiment)
-    if mirrors.is_url(experiment.output):
+    if is_url(experiment.output):
         mirrors.look(mirrors.local(experiment.output))
     return Run(experiment, terminal(), imports=not (place.is_dir() or place.name == "config.yaml"))
 

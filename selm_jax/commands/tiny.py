@@ -31,8 +31,9 @@ from selm_jax.models.decoder import Decoder
 from selm_jax.models.families import from_hf, to_hf
 from selm_jax.parallel import multihost
 from selm_jax.shell import artifacts
-from selm_jax.shell.mirror import is_url
+from selm_jax.shell.leftovers import INCOMING, sweep
 from selm_jax.shell.paths import cache_root, claim
+from selm_jax.shell.storage import is_url
 from selm_jax.shell.user_code import is_user_code
 from selm_jax.weights.huggingface import save
 
@@ -164,7 +165,8 @@ def shrink(experiment: Experiment, console: Console) -> Experiment:
 def _inputs_in(cache: Path, family: Family, data: Data) -> Path:
     """Writes the inputs into a folder named after their digest; so all processes name it alike."""
     cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache, prefix=".incoming-") as work:
+    sweep(cache)
+    with tempfile.TemporaryDirectory(dir=cache, prefix=INCOMING) as work:
         made = Path(work, "inputs")
         _write_inputs(made, family, data)
         folder = cache / artifacts.digest(made)[:16]

@@ -34,7 +34,7 @@ from selm_jax.rollout.sampling import Filter, Sampling
 from selm_jax.run.devices import Devices
 from selm_jax.run.task import Sizes, Task, refuse_user_code
 from selm_jax.shell import mirror as mirrors
-from selm_jax.shell.bucket_files import is_url
+from selm_jax.shell.storage import is_url
 from selm_jax.text.chat import Chat
 from selm_jax.training.optimizer import optimizer
 from selm_jax.training.scoring import Scorer

@@ -9,12 +9,8 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+from selm_jax.shell.leftovers import INCOMING, sweep
 from selm_jax.shell.storage import Conflict, Entry, Store
-
-
-def is_url(name: str) -> bool:
-    """Whether a name is the url of something in a bucket."""
-    return name.startswith(("gs://", "s3://"))
 
 
 def files_at(
@@ -67,9 +63,10 @@ def copied(
     """
     of = hashlib.sha256(f"{store.url} {digest_of(files)}".encode()).hexdigest()[:16]
     out = cache / f"{store.url.rsplit('/', 1)[-1]}-{of}-{kind}"
+    sweep(cache)
     if not out.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache, prefix=".incoming-") as work:
+        with tempfile.TemporaryDirectory(dir=cache, prefix=INCOMING) as work:
             for name, entry in files.items():
                 to = Path(work, "files", name)
                 to.parent.mkdir(parents=True, exist_ok=True)

@@ -33,7 +33,7 @@ from typing import IO
 from selm_jax.shell.pace import here
 from selm_jax.shell.paths import PathError, cache_root, place
 from selm_jax.shell.sealed import sha256
-from selm_jax.shell.storage import Entry, Store
+from selm_jax.shell.storage import Entry, Store, is_url
 
 SERVER_LOG = "server.log"  # of a run folder; it stays on the machine of the server that writes it
 _DIGESTS = ".mirror/digests.json"
@@ -208,10 +208,6 @@ class Mirror:
         with self._lock, self._record.open("a", encoding="utf-8") as f:
             self.there[key], self._copies[key] = entry, copy
             f.write(_line(key, copy))
-
-
-def is_url(text: str | Path) -> bool:
-    return str(text).startswith(("gs://", "s3://", "file://", "memory://"))
 
 
 def local(output: str | Path) -> Path:

@@ -68,6 +68,11 @@ class Entry:
     modified: datetime
 
 
+def is_url(name: str | Path) -> bool:
+    """Whether a name is the url of something in a bucket; the last two kinds are for tests."""
+    return str(name).startswith(("gs://", "s3://", "file://", "memory://"))
+
+
 class Store:
     """A bucket, or the part of it under a prefix. Threads may share one.
 

@@ -20,10 +20,10 @@ from selm_jax.commands.tiny import shrink
 from selm_jax.config import ConfigError, Experiment, as_dict, load
 from selm_jax.config.file import explained, listed, read_with_places
 from selm_jax.parallel import multihost
-from selm_jax.shell.mirror import is_url
 from selm_jax.shell.paths import claim, place
 from selm_jax.shell.progress import terminal
 from selm_jax.shell.ranges import Seed
+from selm_jax.shell.storage import is_url
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))

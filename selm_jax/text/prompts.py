@@ -31,7 +31,7 @@ from etils import epath
 
 from selm_jax.config import Data, Experiment
 from selm_jax.config.kinds import DuplicateIds, OnBadRow
-from selm_jax.shell.bucket_files import is_url
+from selm_jax.shell.storage import is_url
 from selm_jax.shell.threads import of_each
 from selm_jax.text import tables
 from selm_jax.text.conversations import (

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-from selm_jax.shell.bucket_files import is_url
+from selm_jax.shell.storage import is_url
 from selm_jax.weights import sources
 from selm_jax.weights.sources import SourceError
 from selm_jax.weights.wheels import WHEELS

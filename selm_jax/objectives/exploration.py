@@ -71,7 +71,10 @@ def copo(beta: float, alpha: float, bits: int = 16) -> Objective:
 
     def loss(logps: Logps) -> PerExample:
         if logps.bonus is None:
-            raise ObjectiveError("copo needs Logps.bonus, a count bonus for each example")
+            raise ObjectiveError(
+                "copo needs Logps.bonus, a count bonus for each example. An Objective of your own "
+                "that calls copo must ask for it: pass bonus_bits=16"
+            )
         weight = jnp.exp(jnp.minimum(logps.log_ratio(EXPLORE), jnp.log(5.0))) * logps.bonus / 10
         return -alpha * jax.lax.stop_gradient(weight) * logps.policy[EXPLORE]
 

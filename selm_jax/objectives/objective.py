@@ -134,6 +134,11 @@ class Objective:
                 "example, and a dictionary of metrics, which may be empty"
             )
         losses, metrics = found
+        if own := [name for name in metrics if name.startswith("_")]:
+            raise ObjectiveError(
+                f"{self}: the metric {own[0]} begins with _, as the update's own counts do. Give "
+                "it another name"
+            )
         expected = given[self.roles[0]].shape
         for name, value in {"the loss": losses, **metrics}.items():
             if jnp.shape(value) != expected:

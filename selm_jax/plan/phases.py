@@ -152,7 +152,7 @@ class Blueprint:
 
     @cached_property
     def abstract_batch(self) -> PreferenceBatch:
-        batch = empty(self.batch_shape)
+        batch = empty(self.batch_shape, counted=bool(self.task.objective.bonus_bits))
         return jax.tree.map(_placed, batch, self.programs.batch_shardings(batch))
 
     @cached_property

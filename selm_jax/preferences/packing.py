@@ -51,9 +51,9 @@ class PreferenceBatch:
     `roles[r, s, i]` is the weight of each response of segment s for `ROLES[i]`: 1 for the response
     with this role, or equal shares if several responses explore. `reference` contains stored
     log-probabilities, and `scores` the responses' scores in the data; both are 0 if there are none.
-    `weight` is 1 for an example and 0 for an empty segment. `bonus` has the count bonuses, 0 if
-    there are none. `importance` has the weight of each scored token's gradient; None if all tokens
-    count the same.
+    `weight` is 1 for an example and 0 for an empty segment. `bonus` has the count bonuses; None
+    if nothing counted. `importance` has the weight of each scored token's gradient; None if all
+    tokens count the same.
     """
 
     tokens: Int[Array, "rows time"]
@@ -68,7 +68,7 @@ class PreferenceBatch:
     reference: Float[Array, "rows segments branches"]
     scores: Float[Array, "rows segments branches"]
     weight: Float[Array, "rows segments"]
-    bonus: Float[Array, "rows segments"]
+    bonus: Float[Array, "rows segments"] | None = None
     importance: Float[Array, "rows scored"] | None = None
 
     def sum_by_response(
@@ -170,9 +170,10 @@ def pack(examples: Sequence[Example], shape: Shape) -> list[PreferenceBatch]:
     """
     rows = assign_rows(examples, shape.time)
     weighted = any(example.importance is not None for example in examples)
+    counted = any(example.bonus is not None for example in examples)
     batches = []
     for start in range(0, len(rows), shape.rows):
-        batch = empty(shape, weighted)
+        batch = empty(shape, weighted, counted)
         for r, members in enumerate(rows[start : start + shape.rows]):
             _fill_row(batch, r, [examples[i] for i in members], shape)
         batches.append(batch)
@@ -212,8 +213,11 @@ def unpack_tokens(
     return out
 
 
-def empty(shape: Shape, weighted: bool = False) -> PreferenceBatch:
-    """A batch of this shape that contains no examples; `weighted` gives it importance weights."""
+def empty(shape: Shape, weighted: bool = False, counted: bool = False) -> PreferenceBatch:
+    """A batch of this shape that contains no examples.
+
+    `weighted` gives it importance weights, and `counted` count bonuses.
+    """
 
     def ints(*size) -> Any:
         return np.zeros((shape.rows, *size), np.int32)
@@ -234,7 +238,7 @@ def empty(shape: Shape, weighted: bool = False) -> PreferenceBatch:
         reference=floats(shape.segments, shape.branches),
         scores=floats(shape.segments, shape.branches),
         weight=floats(shape.segments),
-        bonus=floats(shape.segments),
+        bonus=floats(shape.segments) if counted else None,
         importance=1 + floats(shape.scored) if weighted else None,
     )
 
@@ -272,7 +276,8 @@ def _fill_row(batch: Any, r: int, examples: Sequence[Example], shape: Shape) -> 
             for k in played:
                 batch.roles[r, s, i, k] += 1 / len(played)
         batch.weight[r, s] = 1
-        batch.bonus[r, s] = example.bonus or 0
+        if example.bonus is not None:
+            batch.bonus[r, s] = example.bonus
         if example.reference_logps is not None:
             batch.reference[r, s, : len(example.reference_logps)] = example.reference_logps
         if example.scores is not None:

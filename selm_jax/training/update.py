@@ -38,6 +38,9 @@ from selm_jax.training.state import TrainState
 PerExample = Float[Array, " segments"]
 Sums = dict[str, Array]  # scalars, and for a mixture of experts the counts of `expert_counts`
 
+# Counts among the sums. `Objective` refuses metrics of a loss that begin with "_".
+_SCORED, _LOADS = "_scored", "_loads"
+
 
 def response_logps(
     decoder: Decoder,
@@ -101,7 +104,7 @@ def _of_scored(
     if decoder.config.mixture is None:
         return found, {}
     chosen = left[LOAD]["layers"]["experts"]["chosen"]
-    return found, {LOAD: expert_counts(chosen, batch.segment > 0, decoder.config.mixture)}
+    return found, {_LOADS: expert_counts(chosen, batch.segment > 0, decoder.config.mixture)}
 
 
 def by_role(
@@ -123,7 +126,7 @@ def by_role(
         lengths=_of_roles(batch, lengths),
         mean_lengths=dict(zip(ROLES, mean_lengths, strict=True)),
         scores=_of_roles(batch, batch.scores),
-        bonus=batch.bonus.reshape(-1),
+        bonus=None if batch.bonus is None else batch.bonus.reshape(-1),
         collision={} if collision is None else _of_roles(batch, collision),
     )
 
@@ -214,16 +217,16 @@ def _token_sums(batch: PreferenceBatch, found: TokenStats) -> Sums:
     real = batch.owner < batch.reference[0].size
     values = (found.entropy, found.likeliest)
     sums = {k: jnp.sum(jnp.where(real, v, 0.0)) for k, v in zip(PER_TOKEN, values, strict=True)}
-    return sums | {"scored": jnp.sum(real, dtype=jnp.float32)}
+    return sums | {_SCORED: jnp.sum(real, dtype=jnp.float32)}
 
 
 def _means(sums: Sums) -> Sums:
     """The update's metrics: means over examples or over scored tokens, and the examples' number."""
     count = sums["examples"]
-    scored = sums.get("scored", count)
-    counts = ("examples", "scored", LOAD)
+    scored = sums.get(_SCORED, count)
+    counts = ("examples", _SCORED, _LOADS)
     of = {k: scored if k in PER_TOKEN else count for k in sums if k not in counts}
-    load = load_metrics(sums[LOAD]) if LOAD in sums else {}
+    load = load_metrics(sums[_LOADS]) if _LOADS in sums else {}
     return {k: sums[k] / n for k, n in of.items()} | load | {"examples": count}
 
 

@@ -18,16 +18,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 from selm_jax.models.config import Mixture
 from selm_jax.models.decoder import Decoder, abstract_params
 from selm_jax.objectives.build import build_objective
-from selm_jax.objectives.losses import Objective
+from selm_jax.objectives.losses import Objective, ObjectiveError, copo
 from selm_jax.objectives.roles import ROLES
 from selm_jax.parallel.mesh import make_mesh
 from selm_jax.parallel.rules import TRAINING, partition, shardings
 from selm_jax.preferences.examples import Example
+from selm_jax.preferences.novelty import with_bonuses
 from selm_jax.preferences.packing import Shape, pack, unpack, unpack_tokens
 from selm_jax.run.task import task_of
 from selm_jax.training.optimizer import OPTIMIZERS, learning_rate, optimizer
 from selm_jax.training.state import TrainState
-from selm_jax.training.update import Shardings, loss_sums, make_update, of_scored
+from selm_jax.training.update import Shardings, _means, by_role, loss_sums, make_update, of_scored
 
 # One shape for all tests: each further shape costs a compilation.
 SHAPE = Shape(rows=8, time=64, scored=64, segments=8, branches=3)
@@ -112,6 +113,8 @@ def test_every_method_trains_by_one_line_of_an_experiment(name, tiny, random_par
         dataclasses.replace(e, scores=tuple(s))
         for e, s in zip(scored(update, params, some_examples(8)), scores, strict=True)
     ]
+    if objective.bonus_bits:
+        examples = with_bonuses(examples, objective.bonus_bits)
     gradients, sums = totals(update, params, pack(examples, SHAPE), examples)
     before = jax.tree.map(np.array, params)
     state, metrics = update.apply(TrainState(0, params, step.init(params)), gradients, sums, 1e-3)
@@ -256,6 +259,27 @@ def test_a_loss_that_reports_nothing_is_measured_all_the_same(world):
     for key in ("logps/chosen", "log_ratios/explore", "rewards/margins", "rewards/accuracies"):
         np.testing.assert_allclose(sums[key], of_selm[key], rtol=1e-6, err_msg=key)
     np.testing.assert_allclose(sums["rewards/chosen"], 7 * len(examples), rtol=1e-6)
+
+
+def test_a_loss_may_name_its_metrics_as_it_likes():
+    """Even `scored` and `load`, which are counts elsewhere; but not as the update's own counts."""
+    sums = {"examples": 4.0, "loss": 8.0, "scored": 12.0, "load": 20.0}
+    assert _means(sums) == {"examples": 4, "loss": 2, "scored": 3, "load": 5}
+    (batch,) = pack(some_examples(4), SHAPE)
+    logps = by_role(batch, batch.reference, batch.reference, np.ones(3, np.float32))
+    mine = Objective(
+        ROLES, lambda logps: (logps.policy["chosen"], {"_scored": logps.policy["chosen"]})
+    )
+    with pytest.raises(ObjectiveError, match="_scored begins with _"):
+        mine(logps)
+
+
+def test_copo_does_not_train_without_counts():
+    """A user's loss that calls copo, but does not ask for counts, would be plain DPO."""
+    (batch,) = pack(some_examples(4), SHAPE)
+    logps = by_role(batch, batch.reference, batch.reference, np.ones(3, np.float32))
+    with pytest.raises(ObjectiveError, match="pass bonus_bits"):
+        Objective(ROLES, lambda logps: copo(0.1, 0.01)(logps))(logps)
 
 
 # --- the reference -----------------------------------------------------------------------------
@@ -538,7 +562,7 @@ def test_routers_are_trained_if_asked_for_and_loads_are_those_of_all_batches(tin
     gradients, sums = totals(trained, params, pack(examples, SHAPE), examples)
     parts = [pack(part, SHAPE)[0] for part in (examples[:7], examples[7:])]
     _, in_parts = totals(trained, params, parts, examples)
-    np.testing.assert_array_equal(sums["load"], in_parts["load"])
+    np.testing.assert_array_equal(sums["_loads"], in_parts["_loads"])
     norms = []
     for update, moves in ((frozen, False), (trained, True)):
         state = TrainState(0, jax.tree.map(jnp.copy, params), step.init(params))

@@ -115,7 +115,9 @@ def short_labels(runs: Sequence[RunData]) -> list[str]:
 
 
 def _is_dpo(run: Run) -> bool:
-    return run.experiment.objective["loss"] == "dpo" or run.experiment.objective.get("alpha") == 0
+    alpha = run.experiment.objective.get("alpha")
+    without_term = alpha == 0 or (isinstance(alpha, list) and not any(alpha))
+    return run.experiment.objective["loss"] == "dpo" or without_term
 
 
 def _beta(run: Run) -> float:

@@ -53,6 +53,11 @@ def inconsistencies(e: Experiment) -> Iterator[str]:
             "objective.margin: the margin needs the scores of the data; name their columns in "
             "data.chosen_score and data.rejected_score"
         )
+    if e.training.router == "trained" and e.lora is not None:
+        yield (
+            "training.router: trained; with lora only the adapters are trained, and routers have "
+            "none. Set training.router: frozen, or set lora: null"
+        )
     if e.training.importance is not None:
         if not e.candidates.greedy + e.candidates.samples:
             yield (

@@ -53,7 +53,9 @@ def time_plots(runs: Sequence[RunData], labels: Sequence[str]) -> list[Plot]:
             "What the updates of an iteration spend their time on: packing and placing data, "
             "gradients, applying them, compiling, checkpoints, and writing metrics.",
         )  # fmt: skip
-    with_peak = all("time/mfu" in run.updates[-1].metrics for run in runs if run.updates)
+    # Runs of earlier versions have neither number.
+    last = [run.updates[-1].metrics for run in runs if run.updates]
+    with_peak = all("time/mfu" in metrics for metrics in last if "time/tflops" in metrics)
     for key, title, how, share in _OF_UPDATES:
         if key == "time/tflops" and with_peak:
             continue

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from selm_jax.config import Experiment
 from selm_jax.feedback import ranker as rankers
 from selm_jax.feedback.human import store_of
+from selm_jax.models.config import DecoderConfig
 from selm_jax.models.quantize import check_installed
 from selm_jax.parallel import multihost
 from selm_jax.preferences.selection import by_settings
@@ -42,6 +44,7 @@ def check(run: Run) -> None:
     _check_mesh(run)
     check_rows(run)
     _check_programs(run)
+    check_router(e, run.programs.config)
     if e.training.parameter_dtype == "bfloat16" and min(e.training.learning_rate) < 1e-5:
         run.console.print(
             "training.parameter_dtype is bfloat16: at this learning rate most steps are smaller "
@@ -103,6 +106,15 @@ def _check_programs(run: Run) -> None:
     if server is not None:
         tokens = run.data.longest_prompt + run.experiment.rollout.max_new_tokens
         multihost.on_first(lambda: remote.check(server, tokens))
+
+
+def check_router(e: Experiment, config: DecoderConfig) -> None:
+    """Raises RunError if routers are to be trained in a model that has none."""
+    if e.training.router == "trained" and config.mixture is None:
+        raise RunError(
+            f"training.router is trained, but {e.model.source} is no mixture of experts and has no "
+            "routers. Set training.router: frozen, or model.source to a mixture of experts"
+        )
 
 
 def _will_train(run: Run) -> bool:

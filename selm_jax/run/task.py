@@ -243,6 +243,11 @@ class RewardModel(Task):
                 "experiment does not use them. Set data.chosen and data.rejected to their columns, "
                 "and set candidates: {greedy: 0, samples: 0, dataset: true}"
             )
+        if e.training.token_statistics:
+            raise RunError(
+                f"objective {self.loss} trains a reward model, which predicts no tokens, so "
+                "training.token_statistics has nothing to report. Set it to false"
+            )
         if e.lora is not None:
             raise RunError(
                 f"objective {self.loss} trains a reward model, but adapters would leave its head "

@@ -62,7 +62,9 @@ def train(step: Step, policy: Model, examples: StoredTable, reference: Model) ->
 
 def _skipped(number: int, plan: loop.TrainingPlan) -> str:
     ids = ", ".join(e.prompt_id for e in plan.updates[number - 1][:8])
-    return f"update {number} is skipped: its loss or gradient is not finite. It begins with {ids}"
+    return (
+        f"update {number} is skipped: its loss or gradient is not finite. Its first prompts: {ids}"
+    )
 
 
 def _counted(step: Step) -> Counts:

@@ -251,3 +251,12 @@ def test_importance_weights_need_a_server_that_reports_the_policys_log_probabili
         [sglang, "rollout.temperature=0.7"],
     ):
         config.load(file, fine)
+
+
+def test_routers_are_not_trained_by_adapters(tmp_path):
+    file = write(tmp_path, yaml.safe_dump(TREE))
+    trained, lora = "training.router=trained", "lora={rank: 2, alpha: 4}"
+    with pytest.raises(ConfigError, match="with lora only the adapters are trained"):
+        config.load(file, [trained, lora])
+    for fine in ([trained], [lora]):
+        config.load(file, fine)

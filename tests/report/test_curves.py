@@ -16,6 +16,7 @@ from selm_jax.objectives.roles import ROLES
 from selm_jax.report.curves import implicit_reward_plots, loss_plots, own_plots
 from selm_jax.report.data import report_data
 from selm_jax.report.page import render
+from selm_jax.report.time_plots import time_plots
 
 
 def test_every_metric_of_an_objective_that_is_drawn_is_reported():
@@ -52,6 +53,16 @@ def test_in_a_comparison_a_new_loss_is_in_all_training_plots(make_run, tmp_path)
     own = {plot.title: plot for plot in own_plots(runs, labels)}
     assert {row["line"] for row in rows_of(own["Preference term"])} == {"selm"}
     assert own["Preference term"].how.endswith("Only selm logged it.")
+
+
+def test_in_a_comparison_with_an_older_run_mfu_is_enough(make_run, tmp_path):
+    speed = {"time/tflops": 9.0, "time/mfu": 0.4}
+    old = with_metrics(make_run(tmp_path / "old", name="old"), dict.fromkeys(speed))
+    new = with_metrics(make_run(tmp_path / "new", name="new"), speed)
+    unknown = with_metrics(make_run(tmp_path / "cpu", name="cpu"), speed | {"time/mfu": None})
+    for folders, shown in (((old, new), False), ((new, unknown), True), ((old, unknown), True)):
+        plots = time_plots([report_data(each) for each in folders], ["a", "b"])
+        assert any(plot.title == "Training TFLOP/s" for plot in plots) == shown
 
 
 def with_metrics(folder: Path, change: dict[str, float | None]) -> Path:

@@ -203,6 +203,7 @@ def test_training_goes_on_from_a_reward_model(trained, tmp_path):
     [
         ({"candidates": {"greedy": 1, "dataset": True}}, "candidates: {greedy: 0, samples: 0"),
         ({"lora": {"rank": 2, "alpha": 4}}, "adapters would leave its head at zero"),
+        ({"training__token_statistics": True}, "token_statistics has nothing to report"),
         ({"text__layout": "paper"}, "text.layout: paper does not produce them"),
         ({"data__chosen_score": "goood"}, "missing column 'goood'; did you mean 'good'"),
         (

@@ -12,7 +12,7 @@ from selm_jax.run.remaining import entries_of, time_left
 from selm_jax.run.run import Run
 from selm_jax.shell import artifacts
 from selm_jax.shell import mirror as mirrors
-from selm_jax.shell.one_process import only_one
+from selm_jax.shell.one_process import as_another_of_its_run, only_one
 from selm_jax.shell.words import duration
 
 
@@ -20,13 +20,16 @@ from selm_jax.shell.words import duration
 def held(run: Run) -> Iterator[None]:
     """Locks the run's folder, checks the run and opens it, for the duration of a `with` block.
 
-    The first process takes the lock for all processes.
+    The first process takes the lock for all processes; the others write only while it has it.
 
     Raises:
       Stopped: the run was told to stop.
     """
     with contextlib.ExitStack() as stack:
-        multihost.on_first(lambda: stack.enter_context(only_one(run.folder.path)))
+        folder = run.folder.path
+        lease = multihost.on_first(lambda: stack.enter_context(only_one(folder)))
+        if not multihost.is_first():
+            stack.enter_context(as_another_of_its_run(folder, lease))
         artifacts.wait_for([run.folder.path])
         check(run)
         run.open()

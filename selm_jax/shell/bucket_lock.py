@@ -9,6 +9,9 @@ no change for `LEASE` seconds of its own steady clock knows that the holder is d
 no clocks of two hosts are compared, and they may differ by any amount. A process that was suspended
 ends itself when its next renewal is refused; before it writes anything else, it renews a lease that
 has become old. On the holder's own machine, a dead process is noticed at once.
+
+The other processes of the holder's run watch the lease (`followed`): they may live on for a while
+after the holder has died.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from selm_jax.shell import jsonl
 from selm_jax.shell.artifacts import ArtifactError
@@ -36,8 +39,8 @@ _CLOCK = ".lock-clock"  # an object that is written in order to learn the store'
 
 
 @contextlib.contextmanager
-def held(store: Store) -> Iterator[None]:
-    """Locks a run folder in a bucket for this process while the body runs.
+def held(store: Store) -> Iterator[str]:
+    """Locks a run folder in a bucket for this process while the body runs; yields the lease's id.
 
     If another host holds the lease, this waits up to `LEASE` seconds for it to expire, so that a
     machine that replaces a preempted one continues without help. If this process loses the lease,
@@ -55,13 +58,33 @@ def held(store: Store) -> Iterator[None]:
     renewing.start()
     store.before_writing = lambda: lease.renew(LEASE / 2)
     try:
-        yield
+        yield lease.about["id"]
     finally:
         store.before_writing = lambda: None
         ended.set()
         renewing.join()
         with contextlib.suppress(StorageError):  # then it expires
             lease.write(b"")
+
+
+@contextlib.contextmanager
+def followed(store: Store, lease: str) -> Iterator[None]:
+    """Lets this process write while the first process of its run holds the lease with this id.
+
+    If the lease was last renewed half of its time ago, a write waits for the next renewal. If
+    another process has taken the lease, this process ends.
+    """
+    follower, ended = _Follower(Store.at(store.url), lease), threading.Event()
+    looking = threading.Thread(target=_follow, args=(follower, ended), daemon=True)
+    looking.start()
+    store.before_writing = follower.wait
+    try:
+        yield
+    finally:
+        store.before_writing = lambda: None
+        follower.over = True
+        ended.set()
+        looking.join()
 
 
 def holder(store: Store) -> dict[str, Any] | None:
@@ -106,13 +129,7 @@ class _Lease:
             return
         with self._one:
             if not self.write(_content(self.about)):
-                print(
-                    f"selm: {self.store.url}: this process did not respond for {LEASE:.0f} s and "
-                    "another one has taken over. This one stops; nothing is lost",
-                    file=sys.stderr,
-                )
-                sys.stderr.flush()
-                os._exit(1)
+                _end(self.store, "this process")
             self.renewed = began
 
     def write(self, content: bytes) -> bool:
@@ -127,6 +144,68 @@ class _Lease:
                     return False
                 # An earlier write of ours had succeeded, although no answer came.
                 self.version = entry.version
+
+
+class _Follower:
+    """What a process knows of a lease that the first process of its run holds.
+
+    Attributes:
+      store: a handle of its own on the folder, whose reads wait for nothing.
+      lease: the lease's id.
+      version: of the lock, as seen last.
+      looked: when we last began to look, by `_now`.
+      renewed: the lease was certainly renewed after this time.
+      over: whether the lease was given back, or this process needs it no more.
+    """
+
+    def __init__(self, store: Store, lease: str):
+        self.store, self.lease = store, lease
+        self.version: str | None = None
+        self.looked = self.renewed = -float("inf")
+        self.over = False
+
+    def look(self) -> None:
+        """Looks whether the lease was renewed; ends this process if another run has taken it.
+
+        Raises:
+          StorageError: the store cannot be reached.
+          ArtifactError: the lock is damaged.
+        """
+        began = _now()
+        entry, found = _look(self.store)
+        if not found:
+            self.over = True
+        elif found["id"] != self.lease:
+            _end(self.store, "the first process of this run")
+        elif entry is not None and entry.version != self.version:
+            self.version, self.renewed = entry.version, self.looked  # it had another one then
+        self.looked = began
+
+    def wait(self) -> None:
+        """Waits until the lease is young enough to write.
+
+        Raises:
+          StorageError: it was given back, or not renewed for much longer than it lasts.
+        """
+        until = _now() + 5 * LEASE  # sooner, jax ends the processes of a run whose first one died
+        while self.over or _now() - self.renewed > LEASE / 2:
+            if self.over or _now() > until:
+                raise StorageError(
+                    f"{self.store.url}: the first process of this run does not hold this folder "
+                    "any more, so this process writes nothing. Start all processes again"
+                )
+            time.sleep(RENEW / 10)
+
+
+def _end(store: Store, who: str) -> NoReturn:
+    """Ends this process, because another run has taken the lease."""
+    print(
+        f"selm: {store.url}: {who} did not respond for {LEASE:.0f} s and another one has taken "
+        "over. This one stops; nothing is lost",
+        file=sys.stderr,
+    )
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _take(store: Store) -> _Lease | None:
@@ -154,6 +233,14 @@ def _renew(lease: _Lease, ended: threading.Event) -> None:
     while not ended.wait(RENEW):
         with contextlib.suppress(StorageError):  # it may be out of reach for a while, for all
             lease.renew()
+
+
+def _follow(follower: _Follower, ended: threading.Event) -> None:
+    """Looks at a lease until `ended` is set, twice as often as it is renewed."""
+    while not ended.is_set():
+        with contextlib.suppress(StorageError, ArtifactError):  # then writes wait
+            follower.look()
+        ended.wait(RENEW / 2)
 
 
 def _now() -> float:

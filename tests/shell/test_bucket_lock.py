@@ -16,8 +16,8 @@ from faulty import Fault
 
 from selm_jax.shell import bucket_lock, storage
 from selm_jax.shell.artifacts import ArtifactError
-from selm_jax.shell.bucket_lock import held, holder
-from selm_jax.shell.storage import Store
+from selm_jax.shell.bucket_lock import followed, held, holder
+from selm_jax.shell.storage import StorageError, Store
 
 ELSEWHERE = {"machine": "another", "host": "worker-7", "process": 12, "started": 1, "id": "x"}
 
@@ -172,6 +172,32 @@ def test_a_lease_ages_while_the_machine_is_suspended(store, monkeypatch):
         )
         store.put("b", b"")
         assert lock(store) != before
+
+
+@on_one_store
+def test_another_process_of_the_run_writes_only_while_the_first_one_holds_the_lease(store):
+    other, refused = Store.at(store.url), pytest.raises(StorageError, match="does not hold")
+    with contextlib.ExitStack() as first, followed(other, first.enter_context(held(store))):
+        other.put("a", b"")
+        first.close()
+        with refused:
+            for _ in range(1000):  # until it has looked
+                other.put("b", b"")
+        with refused:
+            other.delete("a")
+    left_by(store, ELSEWHERE)  # a host that has died: nobody renews its lease
+    with followed(other, "x"), refused:
+        other.put("c", b"")
+    assert store.head("a") is not None and store.head("c") is None
+
+
+@on_one_store
+def test_another_process_of_a_run_that_was_succeeded_ends(store, monkeypatch):
+    ended = threading.Event()
+    monkeypatch.setattr(bucket_lock.os, "_exit", lambda status: ended.set())
+    left_by(store, ELSEWHERE | {"id": "of the successor"})
+    with followed(Store.at(store.url), "x"):
+        assert ended.wait(60)
 
 
 @pytest.mark.parametrize("kind", ["nothing", "a free lock", "a dead host's lock"])

@@ -120,7 +120,7 @@ def compare(
     Strengths are chosen on half as many worlds, none of which is reported.
     """
     reported, tuning = range(seeds), range(seeds, seeds + max(seeds // 2, 2))
-    runs = _Runs(shape, length, seed, math.gcd(len(reported), len(tuning)))
+    runs = _Runs(shape, length, seed, _block(len(tuning), len(reported)))
     runs.compile(dict.fromkeys(place.dimension for place in places))
     yield "programs compiled"
 
@@ -159,6 +159,11 @@ def compare(
     )
 
 
+def _block(*seeds: int) -> int:
+    """How many worlds a call runs, at most `BLOCK`: the fewest that need no further call."""
+    return min(range(1, BLOCK + 1), key=lambda n: (sum(math.ceil(s / n) for s in seeds), n))
+
+
 def _least(arm: Arm, places: Sequence[Place], means: dict[Task, float]) -> float:
     """The strength with the least regret: the mean over places of its ratio to the baseline's."""
 
@@ -186,10 +191,9 @@ def _record(effect: str, task: Task, regret: np.ndarray, base: np.ndarray) -> Re
 class _Runs:
     """Runs tasks with the worlds of one seed, some worlds at a time, in a few threads."""
 
-    def __init__(self, shape: WorldShape, length: Length, seed: int, together: int):
-        self._shape, self._length = shape, length
+    def __init__(self, shape: WorldShape, length: Length, seed: int, block: int):
+        self._shape, self._length, self._block = shape, length, block
         self._key = jax.random.key(seed)
-        self._block = max(n for n in range(1, BLOCK + 1) if together % n == 0)
 
     def compile(self, dimensions: Iterable[int | None]) -> None:
         """Compiles the program of each dimension, before threads could compile one twice."""
@@ -198,13 +202,13 @@ class _Runs:
             list(pool.map(lambda task: self._run(task, 0), first))
 
     def __call__(self, tasks: Iterable[Task], which: range) -> dict[Task, np.ndarray]:
-        """The regret [seeds, rounds] of each task."""
+        """The regret [seeds, rounds] of each task. The last block's further worlds are left out."""
         tasks, starts = list(tasks), which[:: self._block]
         with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
             found = pool.map(lambda job: self._run(*job), [(t, s) for t in tasks for s in starts])
             parts = np.array(list(found))
-        whole = parts.reshape(len(tasks), len(which), self._length.rounds)
-        return dict(zip(tasks, whole, strict=True))
+        whole = parts.reshape(len(tasks), -1, self._length.rounds)
+        return dict(zip(tasks, whole[:, : len(which)], strict=True))
 
     def _run(self, task: Task, start: int) -> np.ndarray:
         shape = dataclasses.replace(self._shape, dimension=task.place.dimension)

@@ -19,7 +19,7 @@ class Compared:
 
     conditions: Annotated[
         str | None,
-        typer.Option(help="Conditions such as 'base,thin coverage'.", show_default="all"),
+        typer.Option(help="'base' and others, such as 'base,thin coverage'.", show_default="all"),
     ] = None
     sampled: Sampled
 
@@ -36,11 +36,16 @@ def compare(options: Compared) -> None:
     from selm_jax.lab import compare_page, page, plots
 
     o, asked = options.sampled, options.conditions
-    names = list(contest.CONDITIONS) if asked is None else asked.split(",")
+    names = [each.strip() for each in (asked or ",".join(contest.CONDITIONS)).split(",")]
     if unknown := [name for name in names if name not in contest.CONDITIONS]:
         known = ", ".join(contest.CONDITIONS)
         raise typer.BadParameter(
             f"the condition {unknown[0]!r} is unknown; expected some of {known}"
+        )
+    if "base" not in names:
+        raise typer.BadParameter(
+            f"the table shows the condition 'base', and {asked!r} lacks it; "
+            f"use --conditions 'base,{asked}'"
         )
     places = [place for place in contest.PLACES if place.condition in names]
     start, found = time.monotonic(), None

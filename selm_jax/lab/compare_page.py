@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from selm_jax.lab.arms import ARMS, Arm
@@ -23,8 +24,8 @@ def rows(compared: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     """The columns and the rows of the table: a method in each row.
 
     A landscape's cell is the difference in its base condition, in % of DPO's regret, with * if it
-    is significant, and then in how many of its conditions regret is lower / higher, if there are
-    several.
+    is significant ("–" if a run diverged), and then in how many of its conditions regret is lower /
+    higher, if there are several.
     """
     landscapes = [name for name in LANDSCAPES if any(r["landscape"] == name for r in compared)]
     columns = [
@@ -64,10 +65,12 @@ def _pair(records: Sequence[Record]) -> str:
 
 def _cell(records: Sequence[Record]) -> str:
     base = next(r for r in records if r["condition"] == "base")
-    star = "*" if base["p_holm"] < _SURE else ""
-    percent = f"{round(100 * base['relative']):+d}".replace("-", "−")
-    conditions = f", {_pair(records)}" if len(records) > 1 else ""
-    return f"{percent} %{star}{conditions}"
+    if math.isnan(base["relative"]):
+        found = "–"
+    else:
+        star = "*" if base["p_holm"] < _SURE else ""
+        found = f"{round(100 * base['relative']):+d} %{star}".replace("-", "−")
+    return f"{found}, {_pair(records)}" if len(records) > 1 else found
 
 
 def markdown(compared: Sequence[Record]) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from selm_jax.lab import command, compare, compare_page, stats
+from selm_jax.lab import command, compare, compare_page, contest, stats
 from selm_jax.lab.algorithms import Length
 from selm_jax.lab.arms import ARMS
 from selm_jax.lab.compare import Found, Place, Task
@@ -72,6 +72,18 @@ def test_the_page_says_what_the_table_says(monkeypatch, tmp_path):
     assert "selm, compared with online DPO: less regret in needle, base" in page
     for cell in compare_page.rows(found.compared)[1][0]:
         assert f"{cell}</td>" in page or f"{cell}</bdi>" in page, cell
+
+
+def test_a_run_that_diverged_has_no_number():
+    broken = records()
+    broken[0] |= {"difference": np.nan, "relative": np.nan}
+    assert compare_page.rows(broken)[1][0][1] == "–, 0 / 1"
+
+
+def test_conditions_without_the_base_are_refused_before_anything_runs(monkeypatch):
+    monkeypatch.setattr(compare, "compare", lambda *_, **__: pytest.fail("it ran"))
+    told = CliRunner().invoke(command.app, ["compare", "--conditions", "thin coverage, table"])
+    assert told.exit_code == 2 and "lacks" in told.output and "'base" in told.output
 
 
 def test_an_unknown_condition_is_refused_with_those_that_exist():
@@ -138,6 +150,27 @@ def test_strengths_are_chosen_on_worlds_that_are_not_reported(monkeypatch):
     assert all(r["strength"] == selm.strengths[-1] for r in found.compared)
 
 
+@pytest.mark.parametrize(("seeds", "calls"), [(2, 2), (127, 3), (128, 3)])
+def test_odd_numbers_of_seeds_need_no_more_calls(monkeypatch, seeds, calls):
+    """Blocks are padded: 127 seeds and their 63 tuning worlds share no divisor but 1."""
+    made = []
+
+    def program(*_):
+        def run(key, which, entry):
+            made.append(which)
+            return contest.Outcome(np.tile(np.asarray(which)[:, None], 2), np.zeros(len(which)))
+
+        return run
+
+    monkeypatch.setattr(contest, "program", program)
+    worlds = range(seeds), range(seeds, seeds + max(seeds // 2, 2))
+    task = Task(ARMS[0], Place("needle"))
+    runs = compare._Runs(TINY, Length(2, 2, 2), 0, compare._block(*map(len, worlds)))
+    for which in worlds:
+        assert runs([task], which)[task].tolist() == [[n, n] for n in which]
+    assert len(made) == calls
+
+
 def test_every_effect_is_one_family_and_places_cover_the_landscapes():
     assert {p.landscape for p in compare.PLACES} == set(LANDSCAPES)
     assert len(compare.PLACES) == 6 * len(compare.CONDITIONS)
@@ -166,5 +199,8 @@ def test_the_document_counts_what_the_committed_numbers_count(committed):
     best = [r for r in committed if r["effect"] == "best"]
     less, more = compare_page.counts(best)
     assert f"Of {len(best)} comparisons {less} have significantly less regret and {more}" in text
+    for condition in compare.CONDITIONS:
+        less, more = compare_page.counts([r for r in best if r["condition"] == condition])
+        assert f"| {condition} | {less} / {more} |" in text
     for r in best:
         assert r["arm"] in {a.name for a in ARMS} and r["landscape"] in LANDSCAPES

@@ -14,7 +14,7 @@ from selm_jax.config.reference import reference, sections
 VERBS = {
     "": ["run", "generate", "rank", "score", "train", "measure", "export", "redo", "sweep",
          "preview", "show", "settings", "report", "figures", "annotate", "plan", "bench"],
-    "lab": ["regret", "map", "conditions", "why", "idea", "theory", "decoder"],
+    "lab": ["regret", "map", "conditions", "why", "idea", "theory", "decoder", "compare"],
     "eval": ["heldout", "winrate", "alpaca_eval", "lm_eval", "mt_bench"],
 }  # fmt: skip
 EVERY = [[*group.split(), verb] for group, verbs in VERBS.items() for verb in verbs]

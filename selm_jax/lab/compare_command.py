@@ -28,9 +28,10 @@ class Compared:
     "compare", files="lab_compare.html, .md (the table), .json (all numbers) and the figure .svg"
 )
 def compare(options: Compared) -> None:
-    """Compare the methods of the field with plain online DPO.
+    """Compare methods with online DPO.
 
-    Each has its best strength, chosen on other worlds. Data and fit are told apart.
+    The methods are those of the field. Each has its best strength, chosen on other worlds. Data
+    and fit are told apart.
     """
     from selm_jax.lab import compare as contest
     from selm_jax.lab import compare_page, page, plots

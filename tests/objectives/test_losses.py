@@ -465,7 +465,8 @@ def test_sft_is_the_mean_over_tokens_not_over_examples():
 def test_an_empty_slot_of_the_batch_is_finite(name):
     """Rows are padded with examples of no tokens, weighted 0: a NaN there would still spread."""
     zeros = dict.fromkeys(L.ROLES, jnp.zeros(3))
-    logps = Logps(zeros, zeros, zeros, dict.fromkeys(L.ROLES, jnp.float32(7)), zeros)
+    means = dict.fromkeys(L.ROLES, jnp.float32(7))
+    logps = Logps(zeros, zeros, zeros, means, zeros, bonus=jnp.zeros(3), collision=zeros)
     objective = build_objective(name, **EXAMPLES[name])
     for leaf in jax.tree.leaves((objective(logps), gradient(objective, logps))):
         assert np.all(np.isfinite(leaf))

@@ -31,7 +31,10 @@ class Scored:
         self.policy = Model(folder / "policy")
         self.reference = Model(folder / "start") if fixed else self.policy
         self.examples = StoredTable(self.folder, "examples.parquet")
-        step = SimpleNamespace(folder=self.folder, task=SimpleNamespace(reference_free=True))
+        step = SimpleNamespace(
+            folder=self.folder, task=SimpleNamespace(reference_free=True),
+            settings=SimpleNamespace(training=SimpleNamespace(importance=None)),
+        )  # fmt: skip
         scoring.score.body(step, [], StoredTable(self.folder, "-"), self.reference, None)
 
     def check(self) -> None:

@@ -33,7 +33,7 @@ COLUMNS = {
     examples: {
         "prompt_id": TEXT, "prompt": IDS, "responses": pa.list_(IDS), "chosen": INT,
         "rejected": INT, "explore": INT, "reference": pa.list_(pa.float32()),
-        "scores": pa.list_(pa.float32()), "explored": IDS,
+        "scores": pa.list_(pa.float32()), "explored": IDS, "importance": pa.list_(LOGPS),
     },
     heldout: {
         "prompt_id": TEXT, "prompt": TEXT, "kind": TEXT, "sample": INT, "text": TEXT,

@@ -47,8 +47,12 @@ def generated(run):
     "changes",
     [
         {"objective": {"loss": "selm", "beta": 0.1, "alpha": 0.01}},
-        {"training__reference_policy": "start"},  # in iteration 2 another model than the policy
-        {"objective": {"loss": "simpo", "beta": 2.0, "gamma": 0.5}},  # has no reference
+        pytest.param(  # in iteration 2 another model than the policy
+            {"training__reference_policy": "start"}, marks=pytest.mark.slow
+        ),
+        pytest.param(  # has no reference
+            {"objective": {"loss": "simpo", "beta": 2.0, "gamma": 0.5}}, marks=pytest.mark.slow
+        ),
     ],
     ids=["previous", "start", "reference_free"],
 )
@@ -74,6 +78,7 @@ def test_sampler_and_scorer_agree_in_every_iteration(tmp_path, changes):
     assert gaps(again) == [first, second]
 
 
+@pytest.mark.slow
 def test_the_gap_does_not_grow_without_learning(tmp_path):
     file = tiny.experiment(tmp_path, training__learning_rate=1e-12, data__heldout=None)
     run = Run(config.load(file, [TIGHT]), QUIET)

@@ -46,9 +46,10 @@ def stop_at_the_third_update(run):
         iterate(run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "objective",
-    [METHODS[0], *(pytest.param(each, marks=pytest.mark.slow) for each in METHODS[1:])],
+    METHODS,
     ids=lambda objective: objective["loss"],
 )
 def test_a_run_that_is_stopped_between_updates_ends_as_one_that_is_not(objective, tmp_path):

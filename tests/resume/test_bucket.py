@@ -54,32 +54,37 @@ class Mortal:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def cache(tmp_path_factory):
+    """A cache for all tests here, so that they compile the programs once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def run(cache, tmp_path, monkeypatch):
     """run(bucket, n) runs the experiment in this bucket until it ends or is killed."""
-    folder = tmp_path_factory.mktemp("bucket")
     file = tiny.experiment(
-        folder, output=URL, iterations=1, data__limit=16, training__learning_rate=[1e-3],
+        tmp_path, output=URL, iterations=1, data__limit=16, training__learning_rate=[1e-3],
         compute__preset="single",
     )  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        tiny.on_first_device(patch)
-        patch.setenv("SELM_CACHE", str(folder / "cache"))
-        patch.setattr(bucket_lock, "held", lambda store: contextlib.nullcontext())
-        patch.setattr("selm_jax.run.programs.is_url", lambda url: False)  # the bucket is in memory
-        set_up_jax()
+    tiny.on_first_device(monkeypatch)
+    monkeypatch.setenv("SELM_CACHE", str(cache))
+    monkeypatch.setattr(mirror, "_mirrors", {})
+    monkeypatch.setattr(bucket_lock, "held", lambda store: contextlib.nullcontext())
+    monkeypatch.setattr("selm_jax.run.programs.is_url", lambda url: False)  # it is in memory
+    set_up_jax()
 
-        def begin(bucket: Store, n: float = float("inf")) -> bool:
-            mirror._mirrors.clear()
-            store = Mortal(bucket, n)
-            patch.setattr(Store, "at", lambda url: store)
-            try:
-                iterate(Run(config.load(file), QUIET))
-            except Exception:
-                if store.left > 0:
-                    raise
-            return store.left > 0
+    def begin(bucket: Store, n: float = float("inf")) -> bool:
+        mirror._mirrors.clear()
+        store = Mortal(bucket, n)
+        monkeypatch.setattr(Store, "at", lambda url: store)
+        try:
+            iterate(Run(config.load(file), QUIET))
+        except Exception:
+            if store.left > 0:
+                raise
+        return store.left > 0
 
-        yield begin
+    return begin
 
 
 def content(store: Store, folder) -> dict[str, object]:

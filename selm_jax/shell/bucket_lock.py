@@ -29,9 +29,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from selm_jax.shell import jsonl
 from selm_jax.shell.artifacts import ArtifactError
-from selm_jax.shell.lock import LEASE, RENEW, refusal
+from selm_jax.shell.lock import LEASE, RENEW, holder_in, refusal
 from selm_jax.shell.storage import Conflict, Entry, StorageError, Store
 
 KEY = ".lock"
@@ -269,24 +268,8 @@ def _look(store: Store) -> tuple[Entry | None, dict[str, Any]]:
         except FileNotFoundError:
             return None, {}
         if (after := store.head(KEY)) is not None and after.version == entry.version:
-            return entry, _told(store, content)
+            return entry, holder_in(content, f"{store.url}/{KEY}", "object", started=int)
     return None, {}
-
-
-def _told(store: Store, content: bytes) -> dict[str, Any]:
-    try:
-        found: Any = jsonl.value(content.decode()) if content else {}
-    except ValueError:
-        found = None
-    told = {"machine": str, "host": str, "process": int, "started": int, "id": str}
-    if found != {} and not (
-        isinstance(found, dict) and all(isinstance(found.get(k), v) for k, v in told.items())
-    ):
-        raise ArtifactError(
-            f"{store.url}/{KEY} is damaged or is not a lock of this program. If no process is "
-            "using this folder, delete the object and start again"
-        )
-    return found
 
 
 def _check_that_it_is_over(store: Store, entry: Entry, found: dict[str, Any]) -> None:

@@ -237,17 +237,29 @@ def _read(file: Path) -> dict[str, Any]:
       ArtifactError: the file is damaged or not a lock of this program.
       FileNotFoundError: another process has taken the lock.
     """
+    return holder_in(file.read_bytes(), str(file), "file")
+
+
+def holder_in(content: bytes, where: str, kind: str, **more: type) -> dict[str, Any]:
+    """Reads which process holds a lock from the lock's content; {} if none does.
+
+    Args:
+      where: the lock's path or URL, and `kind` what it is, for the error message.
+      more: further keys that it must have, with their types.
+
+    Raises:
+      ArtifactError: the content is damaged or not a lock of this program.
+    """
     try:
-        text = file.read_text(encoding="utf-8")
-        holder: Any = jsonl.value(text) if text else {}
+        holder: Any = jsonl.value(content.decode()) if content else {}
     except ValueError:
         holder = None
-    told = {"machine": str, "host": str, "process": int, "id": str}
+    told = {"machine": str, "host": str, "process": int, "id": str, **more}
     if holder != {} and not (
         isinstance(holder, dict) and all(isinstance(holder.get(k), v) for k, v in told.items())
     ):
         raise ArtifactError(
-            f"{file} is damaged or is not a lock of this program. If no process is using this "
-            "folder, delete the file and start again"
+            f"{where} is damaged or is not a lock of this program. If no process is using this "
+            f"folder, delete the {kind} and start again"
         )
     return holder

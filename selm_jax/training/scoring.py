@@ -71,7 +71,7 @@ def _readers(decoder: Decoder, chunk: int, replicated: Sharding | None) -> Reade
         logps=compiled(lambda params, batch: response_logps(decoder, params, batch, chunk)),
         rewards=compiled(lambda params, batch: response_rewards(decoder, params, batch)),
         statistics=compiled(
-            lambda params, batch: of_scored(token_statistics, decoder, params, batch, chunk)
+            lambda params, batch: of_scored(token_statistics, decoder, params, batch, chunk)[0]
         ),
     )
 

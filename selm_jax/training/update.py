@@ -66,7 +66,7 @@ def scored_logps(
     key: Array | None = None,
 ) -> Float[Array, "rows scored"]:
     """log pi(token | context) of every scored token in the batch; see `response_logps`."""
-    return of_scored(token_logprobs, decoder, params, batch, chunk, adapters, key)
+    return of_scored(token_logprobs, decoder, params, batch, chunk, adapters, key)[0]
 
 
 def of_scored(
@@ -77,21 +77,12 @@ def of_scored(
     chunk: int,
     adapters: Params | None = None,
     key: Array | None = None,
-) -> Any:
-    """What `head`, such as `token_statistics`, gives of every scored token in the batch."""
-    return _of_scored(head, decoder, params, batch, chunk, adapters, key)[0]
-
-
-def _of_scored(
-    head: Callable[..., Any],
-    decoder: Decoder,
-    params: Params,
-    batch: PreferenceBatch,
-    chunk: int,
-    adapters: Params | None = None,
-    key: Array | None = None,
 ) -> tuple[Any, Sums]:
-    """Returns (`of_scored`, how many tokens each expert computes if the model has experts)."""
+    """Applies `head`, such as `token_statistics`, to every scored token in the batch.
+
+    Returns:
+      what `head` returns, and, if the model has experts, how many tokens each expert computes.
+    """
     variables = {"params": params} | ({} if adapters is None else {"lora": adapters})
     rngs = None if key is None else {"dropout": key}
     rows = batch.tokens, batch.position, batch.end
@@ -170,9 +161,9 @@ def loss_sums(
     detailed = statistics or objective.uses_collision
     head = token_statistics if detailed else token_logprobs
     if base is None:
-        found, load = _of_scored(head, plain, params, batch, chunk)
+        found, load = of_scored(head, plain, params, batch, chunk)
     else:
-        found, load = _of_scored(head, decoder, base, batch, chunk, params, key)
+        found, load = of_scored(head, decoder, base, batch, chunk, params, key)
     of_tokens = found.logprob if detailed else found
     if batch.importance is not None:
         of_tokens = with_gradients_times(batch.importance, of_tokens)

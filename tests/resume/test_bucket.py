@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import random
 import shutil
-import threading
 
 import buckets
 import pytest
 import runs
 import tiny
+from mortal import Mortal
 from rich.console import Console
 
 from selm_jax import config
@@ -30,27 +30,6 @@ pytestmark = pytest.mark.slow
 
 QUIET = Console(quiet=True)
 URL = "gs://bucket/run"
-
-
-class Killed(Exception):
-    pass
-
-
-class Mortal:
-    """A store whose process is killed before its n-th write; from then on it does nothing."""
-
-    def __init__(self, inner: Store, n: float):
-        self.inner, self.left, self.turn = inner, n, threading.Lock()
-
-    def __getattr__(self, name):
-        def ask(*arguments, **named):
-            with self.turn:
-                self.left -= name in ("put", "delete")
-                if self.left <= 0:
-                    raise Killed
-                return getattr(self.inner, name)(*arguments, **named)
-
-        return ask
 
 
 @pytest.fixture(scope="module")

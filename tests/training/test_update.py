@@ -135,7 +135,7 @@ def test_the_weights_of_wpo_are_those_of_the_whole_logits(tiny, random_params):
         return own - jax.nn.logsumexp(2 * table, axis=-1)
 
     each = unpack_tokens(
-        examples, SHAPE, [np.asarray(of_scored(excess, decoder, params, batch, 1))]
+        examples, SHAPE, [np.asarray(of_scored(excess, decoder, params, batch, 1)[0])]
     )
     pairs = [(of[0].mean(), of[1].mean()) for of in each]
     _, sums = loss_sums(

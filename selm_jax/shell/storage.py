@@ -92,7 +92,9 @@ class Store:
         """Opens `gs://bucket/prefix` or `s3://bucket/prefix`, without sending a request.
 
         Credentials and the addresses of emulators come from the environment (docs/run.md).
-        `file:///folder` and `memory://name` are for tests; the latter lives in this process.
+        `file:///folder` and `memory://name` are for tests; the latter lives in this process. A
+        process that is killed while it writes leaves a file `NAME#1` in such a folder. That is no
+        object: this class does not list it, nor does it stand in the way of another write.
 
         Raises:
           StorageError: the url is not one of these, or obstore is not installed.

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 
 import forked
 import tiny
+
+from selm_jax.shell.storage import Store
 
 # (devices of a process, processes)
 ONE, TWO = (1, 1), (4, 2)
@@ -94,6 +97,15 @@ def content(folder: Path) -> dict[str, object]:
         else:
             found[name] = path.read_bytes()
     return found
+
+
+def content_of(store: Store, folder: Path) -> dict[str, object]:
+    """`content` of a run in a store: of its objects, which are copied into `folder`."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for key in store.list():
+        if not key.startswith(".mirror/"):
+            store.fetch(key, folder / key)
+    return content(folder)
 
 
 def timeless(x):

@@ -66,14 +66,6 @@ def run(cache, tmp_path, monkeypatch):
     return begin
 
 
-def content(store: Store, folder) -> dict[str, object]:
-    shutil.rmtree(folder, ignore_errors=True)
-    for key in store.list():
-        if not key.startswith(".mirror/"):
-            store.fetch(key, folder / key)
-    return runs.content(folder)
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_killed_at_growing_numbers_of_writes(run, seed, tmp_path, tried):
     """Every attempt goes on where the last one was killed; each may make a few writes more."""
@@ -84,8 +76,8 @@ def test_killed_at_growing_numbers_of_writes(run, seed, tmp_path, tried):
         kills += 1
         limit = limit * 1.2 + chance.randint(1, 9)
     tried(f"one process in a bucket: killed before {kills} of its writes, seed {seed}")
-    expected = content(whole, tmp_path / "whole")
-    assert not runs.differences(content(bucket, tmp_path / "killed"), expected)
+    expected = runs.content_of(whole, tmp_path / "whole")
+    assert not runs.differences(runs.content_of(bucket, tmp_path / "killed"), expected)
 
 
 @pytest.mark.parametrize("server", [buckets.moto, buckets.google])
@@ -106,7 +98,7 @@ def test_a_run_of_two_iterations_over_http(server, tmp_path, monkeypatch, capsys
         iterate(Run(config.load(file, [f"output={output}"]), QUIET))
         tried(f"{kind}: a run of two iterations with {len(proxy.asked)} requests")
         store = Store.at(output)
-        found = content(store, tmp_path / "found")
+        found = runs.content_of(store, tmp_path / "found")
         assert mirror.look(mirror.entered(output)).is_relative_to(tmp_path / "cache")
         at_work = only_one(mirror.local(output))
         with at_work, pytest.raises(ArtifactError, match=f"{output}: another"):
@@ -118,7 +110,7 @@ def test_a_run_of_two_iterations_over_http(server, tmp_path, monkeypatch, capsys
         mirror._mirrors.clear()
         shutil.rmtree(tmp_path / "cache/runs")  # as on another machine
         iterate(Run(config.load(file, [f"output={output}"]), QUIET))
-        assert not runs.differences(content(store, tmp_path / "again"), found)
+        assert not runs.differences(runs.content_of(store, tmp_path / "again"), found)
     expected = runs.content(tmp_path / "run")
     names_it = {"config.yaml", *(f"iteration_{t}/model/README.md" for t in (1, 2))}
     assert set(runs.differences(found, expected)) == {*names_it, "manifest.json"}

@@ -59,3 +59,17 @@ def test_a_condition_that_does_not_hold_stops_a_write(store):
     store.delete("x")
     with pytest.raises(Conflict):
         store.put("x", b"3", if_version=second.version)
+
+
+def test_half_a_write_of_a_killed_process_is_no_object_of_a_folder(tmp_path):
+    """It has a name such as `x#1`, which the store neither lists nor needs."""
+    store = Store.at(f"file://{tmp_path}/bucket")
+    first = store.put("a/x", b"1")
+    for left in ("a/x#1", "a/x#2", "a/y#1"):
+        (tmp_path / "bucket" / left).write_bytes(b"half")
+    assert store.list() == {"a/x": first} and store.head("a/y") is None
+    second = store.put("a/x", b"22", if_version=first.version)
+    third = store.put("a/y", b"333", if_absent=True)
+    assert store.list("a") == {"a/x": second, "a/y": third}
+    store.delete("a/y")
+    assert [store.read(key) for key in store.list()] == [b"22"]

@@ -10,6 +10,7 @@ from jaxtyping import Float
 
 from selm_jax.preferences.examples import Example
 from selm_jax.statistics.intervals import Estimate, difference, pooled
+from selm_jax.statistics.lengths import described, slope_metrics
 from selm_jax.statistics.proportions import counted
 from selm_jax.tables import heldout, heldout_pairs
 from selm_jax.text.variety import distinct
@@ -104,9 +105,11 @@ def summarize(
       none), and `unread` counts the answers without a score. `gain` is the mean difference of
       greedy reward to the start model, paired by prompt. `entropy` is in nats per answer,
       `entropy_token` in nats per token; these and `kl` are over answers that have
-      log-probabilities, and absent if there are none. `distinct_1` and `distinct_2` are computed
-      from the words of the greedy answers. `..._low` and `..._high` bound 95 % intervals over
-      prompts (see `intervals`), if there are any; `kl_stderr` is the standard error of KL.
+      log-probabilities, and absent if there are none. `length` and `length_sample` have quantiles
+      (`..._p10`, `..._p50`, `..._p90`), and `length_slope` is explained at `lengths.slope`.
+      `distinct_1` and `distinct_2` are computed from the words of the greedy answers. `..._low`
+      and `..._high` bound 95 % intervals over prompts (see `intervals`), if there are any;
+      `kl_stderr` is the standard error of KL.
     """
     found = measures(answers)
     of_shares = shares([answers])
@@ -120,7 +123,8 @@ def summarize(
     texts = [answer.text for answer in greedy]
     for n in (1, 2):
         out[f"heldout/distinct_{n}"] = distinct(texts, n)
-    for name in ("length", "cut_off", "entropy"):
+    out |= _lengths(answers)
+    for name in ("cut_off", "entropy"):
         if name in found and (known := found[name][np.isfinite(found[name])]).size:
             out[f"heldout/{name}"] = float(known.mean())
     if sampled:
@@ -152,6 +156,15 @@ def summarize(
     if capability is not None and capability.size:
         out |= _interval("heldout/capability", pooled(capability[None]))
     return out
+
+
+def _lengths(answers: Sequence[heldout.Row]) -> dict[str, float]:
+    """The lengths of greedy and of sampled answers, and the slope of the reward over length."""
+    out: dict[str, float] = {}
+    for name, kind in (("heldout/length", "greedy"), ("heldout/length_sample", "sample")):
+        out |= described(name, [len(answer.token_ids) for answer in _of_kind(answers, kind)])
+    columns = zip(*((a.prompt_id, len(a.token_ids), a.score) for a in answers), strict=True)
+    return out | slope_metrics("heldout/length_slope", *columns) if answers else out
 
 
 def _interval(name: str, e: Estimate | None) -> dict[str, float | None]:

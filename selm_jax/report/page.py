@@ -24,6 +24,7 @@ from selm_jax.report.curves import (
 from selm_jax.report.data import ReportError, RunData, report_data
 from selm_jax.report.files import Table, link
 from selm_jax.report.header import facts, is_rehearsal, shared_facts
+from selm_jax.report.length_plots import length_plots
 from selm_jax.report.plots import run_style, swatch
 from selm_jax.report.time_plots import time_plots
 from selm_jax.shell import artifacts
@@ -227,6 +228,13 @@ def sections(runs: Sequence[RunData], labels: Sequence[str]) -> list[Section]:
             "Did the answers really improve, or did they collapse?",
             run_plots.answer_plots(runs, labels),
             run_plots.answer_legend(labels),
+        ),
+        Section(
+            "lengths",
+            "Lengths",
+            "Did the answers only become longer?",
+            length_plots(runs, labels),
+            legend,
         ),
         Section(
             "loss",

@@ -14,6 +14,8 @@ from selm_jax.report.summary import measured, percent
 _KIND_REWARD = {"greedy": "Greedy", "sample": "Sampled"}
 _KIND_TITLE = {"greedy": "greedy answers", "sample": "sampled answers"}
 
+Point = tuple[int, float, float, float]  # (iteration, value, ends of its bar or NaN)
+
 
 def run_legend(labels: Sequence[str]) -> Legend:
     """The legend that names several runs; empty for a single run."""
@@ -26,7 +28,7 @@ def reward_plots(runs: Sequence[RunData], labels: Sequence[str]) -> list[Plot]:
     plots = []
     for kind in KINDS:
         plots.append(
-            _by_iteration(
+            by_iteration(
                 runs,
                 labels,
                 f"reward_{kind}",
@@ -39,7 +41,7 @@ def reward_plots(runs: Sequence[RunData], labels: Sequence[str]) -> list[Plot]:
             )
         )
     plots.append(
-        _by_iteration(
+        by_iteration(
             runs,
             labels,
             "gain",
@@ -97,7 +99,7 @@ def frontier_plots(runs: Sequence[RunData], labels: Sequence[str]) -> list[Plot]
             )
         )
     plots.append(
-        _by_iteration(
+        by_iteration(
             runs,
             labels,
             "kl",
@@ -234,7 +236,7 @@ def gap_plots(runs: Sequence[RunData], labels: Sequence[str]) -> list[Plot]:
         plot
         for key, title, how in specs
         if (
-            plot := _by_iteration(
+            plot := by_iteration(
                 runs, labels, key, lambda run, key=key: _gap(run, key), title=title, how=how,
                 include=(0, 0),
             )
@@ -242,22 +244,31 @@ def gap_plots(runs: Sequence[RunData], labels: Sequence[str]) -> list[Plot]:
     ]  # fmt: skip
 
 
-def _gap(run: RunData, key: str) -> list[tuple[int, float, float, float]]:
+def _gap(run: RunData, key: str) -> list[Point]:
     found = ((k, s["score"].counts.get(key)) for k, s in run.stages.items() if "score" in s)
     return [(k, value, math.nan, math.nan) for k, value in found if value is not None]
 
 
-def _by_iteration(
+def by_iteration(
     runs: Sequence[RunData],
     labels: Sequence[str],
     key: str,
-    points: Callable[[RunData], list[tuple[int, float, float, float]]],
+    points: Callable[[RunData], list[Point]],
     *,
     title: str,
     how: str,
     zero: bool = False,
     include: Sequence[float] = (),
 ) -> Plot:
+    """Plots a value of each run by iteration; the drawing is None if no run has a point.
+
+    Args:
+      key: a name for the plot that is unique on the page.
+      points: the points of a run.
+      how: explains to the reader how to read the plot.
+      zero: whether to draw a line at 0.
+      include: values that the axis must show.
+    """
     series = []
     for index, run in enumerate(runs):
         rows = points(run)
@@ -297,7 +308,7 @@ def _interval(run: RunData, k: int, name: str) -> tuple[float, float, float] | N
     return value, math.nan if low is None else low, math.nan if high is None else high
 
 
-def _interval_metric(run: RunData, name: str) -> list[tuple[int, float, float, float]]:
+def _interval_metric(run: RunData, name: str) -> list[Point]:
     found = [(k, _interval(run, k, name)) for k in run.evaluations]
     return [(k, *values) for k, values in found if values is not None]
 

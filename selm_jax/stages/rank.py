@@ -13,6 +13,7 @@ from selm_jax.run.task import Task
 from selm_jax.stages import asking
 from selm_jax.stages.ranking import budget, candidates, people
 from selm_jax.stages.ranking.candidates import OfData, Pool
+from selm_jax.stages.ranking.lengths import lengths_of
 from selm_jax.stages.ranking.pairs import pairs
 from selm_jax.stages.ranking.teach import taught
 from selm_jax.stages.settings import SCORING, TEMPLATE
@@ -59,10 +60,8 @@ def rank(
     scores = dict(zip(answered, found, strict=True))
     feedback, seed = step.settings.feedback, (step.settings.seed, step.t)
     rows, report = pairs(pool, scores, by_settings(feedback), feedback.labels, seed=seed)
-    if multihost.is_first():
-        ranked.write(step.folder / "ranked.parquet", rows)
     of_ranker = {f"ranker/{key}": value for key, value in told.items()}
-    return report.as_dict() | pool.cost | asking.unread(told) | of_ranker
+    return report.as_dict() | pool.cost | asking.unread(told) | of_ranker | _written(step, rows)
 
 
 @stage(
@@ -73,9 +72,18 @@ def rank(
 def teach(step: Step, prompts: list[Prompt], chat: Chat) -> Counts:
     """Takes training pairs from the data set's answers, without asking a ranker."""
     rows, counts = taught(prompts, _of_data(step, chat), step.settings.data)
+    return counts | _written(step, rows)
+
+
+def _written(step: Step, rows: list[ranked.Row]) -> Counts:
+    """Writes the candidates and the report of their lengths; returns this report."""
     if multihost.is_first():
         ranked.write(step.folder / "ranked.parquet", rows)
-    return counts
+    lengths = lengths_of(rows)
+    step.log.forget()
+    if lengths:
+        step.log(lengths)
+    return lengths
 
 
 def pool_of(

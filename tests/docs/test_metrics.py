@@ -30,7 +30,8 @@ from selm_jax.rollout import gap, importance
 from selm_jax.shell import memory
 from selm_jax.stages import evaluate, export, generate, rank, score, train
 from selm_jax.stages.ranking import budget, teach
-from selm_jax.tables import heldout, heldout_pairs, pairs
+from selm_jax.stages.ranking.lengths import lengths_of
+from selm_jax.tables import heldout, heldout_pairs, pairs, ranked
 from selm_jax.training import loop, work
 from selm_jax.training.laps import Laps
 from selm_jax.training.update import PER_TOKEN
@@ -89,7 +90,7 @@ def of_heldout():
     """The metrics of held-out answers, of a table that has all that there can be."""
     ids = [f"p{i}" for i in range(6)]
     rows = [
-        heldout.Row(p, "q", kind, n, f"a {p}", (1, 2), "stop", score + n, -3.0 - i, -4.0)
+        heldout.Row(p, "q", kind, n, f"a {p}", (1, 2)[n:], "stop", score + n, -3.0 - i, -4.0)
         for i, p in enumerate(ids)
         for kind, n, score in (("greedy", 0, 0.3 * i), ("sample", 1, 0.2 * i))
     ]
@@ -143,6 +144,15 @@ def of_experts():
     return set(load_metrics(jnp.ones((1, 2))))
 
 
+def of_lengths():
+    rows = [
+        ranked.Row(p, "q", n, "sample", n, (1,) * (n + 1), "a", "stop", n, **{role: True})
+        for p in ("p", "q")
+        for n, role in enumerate(("chosen", "rejected"))
+    ]
+    return set(lengths_of(rows))
+
+
 def of_counts():
     """The literal keys of the counts of every stage."""
     modules = (generate, rank, score, train, export, evaluate, teach, budget)
@@ -153,6 +163,7 @@ def of_counts():
 
 EVERY = (
     of_losses, of_heldout, of_pairs, of_rankers, of_updates, of_experts, of_gap, of_counts,
+    of_lengths,
 )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ import pytest
 from selm_jax.report import cards
 from selm_jax.report.cards import answer_cards
 from selm_jax.report.data import report_data
+from selm_jax.report.length_plots import length_plots
 from selm_jax.report.page import render, unique_labels, write
 from selm_jax.report.plots import Series, lines, run_style
 from selm_jax.shell import mirror
@@ -89,8 +90,21 @@ def test_every_plot_has_words_for_it(page):
     parsed = Page(page)
     plots = [a for tag, a in parsed.tags if tag == "svg" and a.get("class") == "plot"]
     captions = [tag for tag, _ in parsed.tags if tag == "figcaption"]
-    assert len(plots) == len(captions) == 22
+    assert len(plots) == len(captions) == 25
     assert all(a["role"] == "img" and len(a["aria-label"]) > 20 for a in plots)
+
+
+def test_lengths_are_drawn_from_their_quantiles(run):
+    plots = {plot.title: plot for plot in length_plots([report_data(run)], ["run"])}
+    assert list(plots) == [
+        "Length of chosen answers, tokens",
+        "Length of held-out greedy answers, tokens",
+        "Reward by length, candidates",
+    ]
+    chosen, _, slope = (plot.drawing.csv.splitlines() for plot in plots.values())
+    assert chosen[0].endswith("iteration,value,value_low,value_high")
+    assert chosen[1].endswith("1,40,12,77")
+    assert slope[1].endswith("0.1,0.5")
 
 
 def test_ids_are_unique_and_references_hold(comparison):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -71,7 +72,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Lowers XLA's optimization level for quick tests, which then compile in half the time.
 
     Slow tests run what users run. `pytest tests/parallel tests/resume` includes the slow tests,
-    because most tests of these folders are slow.
+    because most tests of these folders are slow. Compiled programs are kept in pytest's own cache,
+    since many tests compile the same ones.
     """
     asked = any(argument.startswith("-m") for argument in config.invocation_params.args)
     if not asked and {Path(each).resolve() for each in config.args} <= WHOLE:
@@ -80,6 +82,17 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
         if jax.__version_info__ < (0, 11):  # a flag that is not known any more is fatal
             os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("compiled")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def pytest_collection_finish() -> None:
+    """Takes what is imported now out of every later collection of garbage.
+
+    A stage of a run ends with a collection, which takes half a second if it looks at all modules.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -101,11 +114,10 @@ LOOKS_AT_FIGURES = ("report", "lab", "sweep", "docs", "run/test_looking.py")
 
 @pytest.fixture(scope="module", autouse=True)
 def pages_without_figures(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Leaves empty places for the figures of reports; slow tests draw them all."""
+    """Leaves empty places for the figures of reports."""
     here = request.path.relative_to(Path(__file__).parent).as_posix()
-    quick = "not slow" in request.config.option.markexpr
     with pytest.MonkeyPatch.context() as patch:
-        if quick and not here.startswith(LOOKS_AT_FIGURES):
+        if not here.startswith(LOOKS_AT_FIGURES):
             nothing = Drawing(Markup('<svg class="plot"></svg>'), b"", "")
             patch.setattr("selm_jax.report.plots.drawn", lambda *of, **named: nothing)
         yield

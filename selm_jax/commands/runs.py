@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,6 +56,7 @@ def opened(
     if tiny:
         experiment = _rehearsal(experiment)
     quiet = talks().quiet or not multihost.is_first()
+    gc.freeze()  # what is imported stays: each stage would spend half a second on looking for it
     return Run(experiment, terminal(quiet=quiet))
 
 

@@ -212,7 +212,8 @@ class Model:
             raise ApiError(f"{folder} already exists. Give the name of a new folder")
         with artifacts.whole(folder) as partial:
             params, source = self._policy.weights.to_score(), self._start.folder.path
-            export_folder(params, self._programs.config, source, partial, self._card())
+            card, keep = self._card(), self.experiment.model.keep_vision
+            export_folder(params, self._programs.config, source, partial, card, keep_vision=keep)
         return folder
 
     def _card(self) -> str:

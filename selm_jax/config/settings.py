@@ -71,6 +71,9 @@ class Model:
     # file.
     source: str
     revision: str | None = None  # Branch, tag or commit of a Hub id; the run records the commit.
+    # If the start model also reads images: whether exported models keep the parts for images, byte
+    # for byte, or are the text model alone. Training and answers only use the text model.
+    keep_vision: Flag = True
 
 
 @dataclass(frozen=True, config=_STRICT)

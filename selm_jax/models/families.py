@@ -2,7 +2,7 @@
 
 `from_hf` and `to_hf` are inverse to each other. `FAMILIES` is the table of families: what each one
 reads and writes in its own way is in `family_llama`, `family_mixtures` and `family_gemma`.
-`config_keys` handles unknown keys and bad values.
+`config_keys` handles unknown keys and bad values. Of a multi-modal model, the text model is read.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from selm_jax.models import family_llama as llama
 from selm_jax.models import family_mixtures as moe
 from selm_jax.models.config import DecoderConfig, ScalarHead, UnsupportedModel
 from selm_jax.models.config_keys import Json, Keys
+from selm_jax.models.multimodal import MULTIMODAL, text_part
 from selm_jax.shell.json_file import JsonFileError, read_object
 
 _CLASSIFIER = "ForSequenceClassification"
@@ -106,7 +107,6 @@ _CLOSE = {
     "olmo": "olmo2, but its norms have no scales and its queries, keys and values are clipped",
     "phi": "phi3, but its attention and MLP are parallel and its norms subtract the mean",
     "phi4mm": "phi3, but it also reads images and sound",
-    "gemma3": "gemma3_text, but it also reads images; a folder of its text part alone can be read",
     "gemma3n": "gemma3_text, but its layers share parts and have embeddings of their own",
     "gemma4": "gemma3_text, but it also reads images, and its layers differ in their heads",
     "gemma4_text": "gemma3_text, but its layers differ in their heads",
@@ -128,11 +128,13 @@ def from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
       UnsupportedModel: if the family is unknown, a key is missing or not understood, or a known
         key has a value that the decoder cannot express. The message names the key.
     """
+    hf = text_part(hf)
     name = hf.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
         close = _CLOSE.get(name) if isinstance(name, str) else None
         raise UnsupportedModel(
-            f"config.json: model_type is {name!r:.60}; this version supports {', '.join(FAMILIES)}"
+            f"config.json: model_type is {name!r:.60}; this version supports "
+            f"{', '.join(FAMILIES)}, and the text models in {', '.join(MULTIMODAL)}"
             f"{f'. It is close to {close}' if close else ''}"
         )
     family, k = FAMILIES[name], Keys(hf)
@@ -199,13 +201,22 @@ def reward_model_json(hf: Mapping[str, Any], pad: int | None) -> Json:
     """The `config.json` of a reward model that is initialised from the model of config `hf`.
 
     Args:
-      hf: the model's `config.json`.
+      hf: the model's `config.json`. Of a multi-modal model, only the text model is used.
       pad: `pad_token_id`, used if `hf` has none. If both are None, transformers scores only one
         text at a time and refuses batches.
     """
+    hf = text_part(hf)
     family = FAMILIES[hf["model_type"]]
     given = hf.get("pad_token_id", family.pad)
     return {**hf, **_reward_model_to(family, pad if given is None else given)}
+
+
+def text_model_json(hf: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The `config.json` of the text model alone; any but a multi-modal one stays as it is."""
+    text = text_part(hf)
+    if text is hf:
+        return hf
+    return {"architectures": [FAMILIES[text["model_type"]].architecture], **text}
 
 
 def read_config(folder: Path) -> DecoderConfig:

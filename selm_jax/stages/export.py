@@ -13,11 +13,12 @@ from selm_jax.models.lora import merge
 from selm_jax.models.quantize import dequantize
 from selm_jax.parallel import multihost
 from selm_jax.run.inputs import Model, Training, Words
-from selm_jax.shell import artifacts
+from selm_jax.shell import artifacts, mirror
 from selm_jax.shell.words import redo
 from selm_jax.stages.stage import Counts, stage
 from selm_jax.stages.step import Step
 from selm_jax.weights.export import export_folder
+from selm_jax.weights.multimodal import is_in
 from selm_jax.weights.peft import export_adapter
 
 
@@ -26,7 +27,7 @@ def _leaves(step: Step, **_given: Any) -> tuple[str, ...]:
 
 
 @stage(
-    settings=("lora", "training.parameter_dtype"),
+    settings=("lora", "training.parameter_dtype", "model.keep_vision"),
     leaves=_leaves,
     gives=lambda folder: Model(folder / "model", folder),
     shared=False,  # its checkpoints have no digest, so another run's export may differ
@@ -50,11 +51,13 @@ def export(step: Step, policy: Model, start: Model, training: Training, card: Wo
     if (lora := programs.lora) is not None:
         with _folder(step.folder / "adapter") as partial:
             base, revision = policy.called
-            export_adapter(params, programs.config, lora, base, partial, revision)
+            inside = is_in(mirror.need(policy.path))
+            export_adapter(params, programs.config, lora, base, partial, revision, inside=inside)
         merged = jax.jit(lambda base, adapters: merge(dequantize(base), adapters, lora))
         params = merged(programs.start_of(policy.path), params)
     with _folder(step.folder / "model") as partial:
-        export_folder(params, programs.config, start.path, partial, card.write() if partial else "")
+        text, keep = card.write() if partial else "", step.settings.model.keep_vision
+        export_folder(params, programs.config, start.path, partial, text, keep_vision=keep)
     return {"parameters": programs.parameters}
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,9 @@ import numpy as np
 
 from selm_jax.models.config import DecoderConfig
 from selm_jax.models.decoder import Params
-from selm_jax.models.families import reward_model_json
+from selm_jax.models.families import reward_model_json, text_model_json
+from selm_jax.models.multimodal import is_multimodal
+from selm_jax.weights import multimodal
 from selm_jax.weights.files import (
     DTYPES,
     MAX_SHARD_BYTES,
@@ -21,11 +25,12 @@ from selm_jax.weights.files import (
     stored_like,
     write,
 )
-from selm_jax.weights.folder import carried, links_out
+from selm_jax.weights.folder import IMAGES, carried, links_out
 from selm_jax.weights.huggingface import save
 
 # The key with which the JSON files of a folder refer to Python code in the folder.
 _CODE = "auto_map"
+_DTYPES = "dtype", "torch_dtype"
 
 
 def export_folder(
@@ -36,12 +41,16 @@ def export_folder(
     card: str,
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    keep_vision: bool = True,
 ) -> None:
     """Writes weights, config, tokenizer and model card into `folder`, which must not exist.
 
     The config is that of the source model; only the dtype of the weights is changed and, for a
     reward model, the keys that describe its head. The key `auto_map`, which refers to code, is
     removed: no code is exported, and none is needed.
+
+    If the source model is multi-modal, its other tensors are copied byte for byte, or the text
+    model is written alone.
 
     Args:
       params: the parameters.
@@ -50,14 +59,27 @@ def export_folder(
       folder: None for processes that only contribute their shards of the parameters.
       card: the text of README.md.
       max_shard_bytes: the most bytes of data in one safetensors file.
+      keep_vision: whether an export from a multi-modal source is the whole model. A reward model is
+        always its text model alone.
 
     Raises:
       WeightsError: if a file to be copied is a link to a file outside `source`.
     """
+    inside = None
     if folder is not None:
-        _write_folder(source, folder, str(params["embedding"].dtype), config)
+        if keep_vision and config.head is None and multimodal.is_in(source):
+            inside = multimodal.around(source)
+        change = partial(_json_of, config=config, whole=inside is not None)
+        _write_folder(source, folder, str(params["embedding"].dtype), change)
         (folder / "README.md").write_text(card, encoding="utf-8")
-    save(params, config, folder, max_shard_bytes=max_shard_bytes)
+    save(params, config, folder, max_shard_bytes=max_shard_bytes, inside=inside)
+
+
+def _json_of(hf: Mapping[str, Any], config: DecoderConfig, whole: bool) -> Mapping[str, Any]:
+    """The config.json to export for a model that started from one with the config.json `hf`."""
+    if config.head is not None:
+        return reward_model_json(hf, config.head.pad)
+    return hf if whole else text_model_json(hf)
 
 
 def convert_dtype(
@@ -102,22 +124,29 @@ def _narrowed(checkpoint: Checkpoint, name: str, kind: np.dtype) -> np.ndarray:
 
 
 def _write_folder(
-    source: Path, folder: Path, dtype: str, config: DecoderConfig | None = None
+    source: Path,
+    folder: Path,
+    dtype: str,
+    change: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda hf: hf,
 ) -> None:
     """Writes all files of the folder except the weights and the model card."""
-    hf: dict[str, Any] = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    if config is not None and config.head is not None:
-        hf = reward_model_json(hf, config.head.pad)
+    read = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    hf = dict(change(read))
     if wrong := links_out(source):
         raise WeightsError(f"{source}: {'; '.join(wrong)}")
     folder.mkdir(parents=True)
+    text_alone = is_multimodal(read) and not is_multimodal(hf)
     for name in carried(source):
+        if text_alone and name in IMAGES:
+            continue
         (folder / name).parent.mkdir(exist_ok=True)
         _copy(source / name, folder / name)
     hf.pop(_CODE, None)
     # transformers 5 writes `dtype`, earlier versions and other tools `torch_dtype`; all read both.
-    for key in [key for key in ("dtype", "torch_dtype") if key in hf] or ["torch_dtype"]:
+    for key in [key for key in _DTYPES if key in hf] or ["torch_dtype"]:
         hf[key] = dtype
+    if text := hf.get("text_config"):
+        hf["text_config"] = text | {key: dtype for key in _DTYPES if key in text}
     _write_json(folder / "config.json", hf)
 
 

@@ -65,6 +65,10 @@ class Checkpoint:
         self._where = where  # file, first byte, what
         self._name, self._rows = "", {}  # of the tensor that was read last, by first and last byte
 
+    def renamed(self, names: Mapping[str, str]) -> Checkpoint:
+        """The tensors that are keys of `names`, under other names."""
+        return Checkpoint(self.folder, {new: self._where[old] for old, new in names.items()})
+
     def read(self, name: str, cuts: Sequence[slice] = ()) -> np.ndarray:
         """Returns the part of a tensor that the slices select: a view of the file, not a copy."""
         file, first, stored = self._where[name]

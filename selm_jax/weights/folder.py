@@ -15,6 +15,8 @@ from selm_jax.weights.wheels import sha256_of
 
 NAMED_TEMPLATES = "additional_chat_templates/*.jinja"
 
+IMAGES = ("preprocessor_config.json", "processor_config.json")  # a text model has no use for them
+
 # Files that are copied with a model: tokenizer, chat templates and generation settings; and the
 # licence, because many licences require it. No code and no pickles.
 SETTINGS = (
@@ -34,8 +36,7 @@ SETTINGS = (
     "chat_template.jinja",
     "chat_template.json",
     NAMED_TEMPLATES,
-    "preprocessor_config.json",
-    "processor_config.json",
+    *IMAGES,
     "generation_config.json",
 )
 LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")

@@ -32,11 +32,11 @@ from selm_jax.weights.files import (
     MAX_SHARD_BYTES,
     Checkpoint,
     WeightsError,
-    open_checkpoint,
     refuse_not_finite,
     stored_like,
     write,
 )
+from selm_jax.weights.multimodal import Around, open_text
 from selm_jax.weights.names import Tensor, tensors
 
 __all__ = ["WeightsError", "check", "checked_config", "load", "save", "to_hf_tensors"]
@@ -71,7 +71,7 @@ def load(
         infinity (all are listed), or a file is missing or incomplete.
     """
     rows = tensors(config)
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_text(folder)
     _check(checkpoint, dataclasses.replace(config, head=None) if fresh_head else config)
     if shardings is None:
         where = dict.fromkeys(rows, SingleDeviceSharding(jax.local_devices()[0]))
@@ -110,7 +110,7 @@ def check(folder: Path, config: DecoderConfig) -> None:
     Raises:
       WeightsError: as for `load`, except for NaN and infinity.
     """
-    _check(open_checkpoint(folder), config)
+    _check(open_text(folder), config)
 
 
 def checked_config(folder: Path) -> DecoderConfig:
@@ -308,13 +308,15 @@ def save(
     folder: Path | None,
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    inside: Around | None = None,
 ) -> None:
     """Writes the parameters into `folder` as safetensors, in their own dtypes, from any mesh.
 
     It writes one file, or several of at most `max_shard_bytes` of data with an index. Tensors are
     streamed: one tensor of one layer is on the host at a time. If the parameters are sharded over
     several processes, all of them have to call this; those that do not write pass None for
-    `folder`.
+    `folder`. With `inside`, a multi-modal checkpoint is written, with these parameters as its text
+    model.
     """
     if folder is None:
         for _ in to_hf_tensors(params, config):
@@ -326,7 +328,12 @@ def save(
         for names, _, parts in _stored(config)
         for name in names
     }
-    write(folder, entries, to_hf_tensors(params, config), max_shard_bytes=max_shard_bytes)
+    values = to_hf_tensors(params, config)
+    if inside is not None:
+        stored = inside.stored
+        entries = {stored[name]: like for name, like in entries.items()} | inside.aside
+        values = itertools.chain(((stored[n], x) for n, x in values), inside.tensors())
+    write(folder, entries, values, max_shard_bytes=max_shard_bytes)
 
 
 def to_hf_tensors(params: Params, config: DecoderConfig) -> Iterator[tuple[str, np.ndarray]]:

@@ -25,6 +25,7 @@ def export_adapter(
     base: str,
     folder: Path | None,
     revision: str | None = None,
+    inside: bool = False,
 ) -> None:
     """Writes adapter_config.json and adapter_model.safetensors into `folder`, which must not exist.
 
@@ -41,6 +42,7 @@ def export_adapter(
         or a folder.
       folder: None for processes that only contribute their shards of the adapters.
       revision: the commit of a Hub id.
+      inside: whether the base is a multi-modal model, whose text model has the adapters.
     """
     flat = flatten_dict(adapters)
     stored: dict[str, np.ndarray] = {}
@@ -50,7 +52,10 @@ def export_adapter(
         ranks[module.rpartition(".")[2]] = lora.rank * len([p for p in parts if _has(p, lora)])
         for layer in range(config.layers):
             a, b = _pair(parts, flat, layer, lora)
-            where = f"base_model.model.{module.format(layer)}"
+            name = module.format(layer)
+            if inside:
+                name = name.replace("model.", "model.language_model.", 1)
+            where = f"base_model.model.{name}"
             stored[f"{where}.lora_A.weight"], stored[f"{where}.lora_B.weight"] = a, b
     # The scale is alpha / rank (or its root); if the rank is n times as large, so must be alpha.
     grown = {m: r / lora.rank for m, r in ranks.items() if r != lora.rank}
@@ -68,7 +73,10 @@ def export_adapter(
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
         "use_rslora": lora.rslora,
-        "target_modules": sorted(ranks),
+        # A regular expression if a model for images has modules of the same names.
+        "target_modules": rf".*\.language_model\..*\.({'|'.join(sorted(ranks))})"
+        if inside
+        else sorted(ranks),
         "rank_pattern": {m: ranks[m] for m in grown},
         "alpha_pattern": {
             m: lora.alpha * (math.sqrt(n) if lora.rslora else n) for m, n in grown.items()

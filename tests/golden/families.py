@@ -45,6 +45,11 @@ _TWO_ROPES = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
 }
 
+_IMAGES = {
+    "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "image_size": 28, "patch_size": 14,
+}  # fmt: skip
+
 # Name -> (transformers' config class, what it is given beyond the sizes).
 FAMILIES = {
     "llama-2": ("LlamaConfig", {"num_key_value_heads": 4}),
@@ -103,6 +108,16 @@ FAMILIES = {
     "gemma-3": (
         "Gemma3TextConfig", _GEMMA | {"num_hidden_layers": 6, "rope_parameters": _TWO_ROPES}
     ),
+    "gemma-3-images": (
+        "Gemma3Config",
+        {
+            "text_config": _SIZES | _GEMMA | {
+                "sliding_window": 24, "num_hidden_layers": 6, "rope_parameters": _TWO_ROPES,
+            },
+            "vision_config": _IMAGES | {"model_type": "siglip_vision_model"},
+            "mm_tokens_per_image": 4, "image_token_index": 200,
+        },
+    ),
 }  # fmt: skip
 
 
@@ -116,18 +131,37 @@ def make(name: str, folder: Path):
     import transformers
 
     kind, own = FAMILIES[name]
-    config = getattr(transformers, kind)(**(_SIZES | own))
+    config = getattr(transformers, kind)(**(own if "text_config" in own else _SIZES | own))
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    model = auto(config).from_config(config, attn_implementation="eager")
     with torch.no_grad():
         for p in model.parameters():  # its own start values are nearly a constant function
             p.add_(torch.randn_like(p) * 0.2)
     model.to(torch.float16).save_pretrained(folder)
     (folder / "generation_config.json").unlink()
     # Loaded again, not cast back: a cast to float16 rounds the rotary frequencies too.
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    return read(folder)
+
+
+def read(folder: Path, **settings):
+    """The torch model in a folder, as transformers loads it; with `settings`, what it returns."""
+    import torch
+    import transformers
+
+    kind = auto(transformers.AutoConfig.from_pretrained(folder))
+    found = kind.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", **settings
+    )
+    return found if settings else found.eval()
+
+
+def auto(config):
+    """transformers' class that chooses a class of models: language models, also with images."""
+    import transformers
+
+    if hasattr(config, "vision_config"):
+        return transformers.AutoModelForImageTextToText
+    return transformers.AutoModelForCausalLM
 
 
 def logits(model, tokens: np.ndarray) -> np.ndarray:
@@ -147,7 +181,7 @@ def main() -> None:
         model = make(name, FOLDER / name)
         full = logits(model, tokens())
         kept = {"long": full[:, KEPT]}
-        if "longrope" in str(model.config.rope_parameters):
+        if "longrope" in str(model.config):
             short = [t for t in KEPT if t < SHORT]
             kept["short"] = logits(model, tokens()[:, :SHORT])[:, short]
         np.savez_compressed(FOLDER / name / "logits.npz", **kept)

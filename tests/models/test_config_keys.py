@@ -14,7 +14,8 @@ from selm_jax.models import config_deberta
 from selm_jax.models.config import DecoderConfig, UnsupportedModel
 from selm_jax.models.config_keys import LIMITS, is_off
 from selm_jax.models.decoder import active_parameters, parameter_count
-from selm_jax.models.families import FAMILIES, from_hf, read_config, to_hf
+from selm_jax.models.families import FAMILIES, from_hf, read_config, text_model_json, to_hf
+from selm_jax.models.multimodal import MULTIMODAL
 from selm_jax.plan.command import read_facts
 from selm_jax.weights.deberta import read_config as read_pairrm
 from selm_jax.weights.names import tensors
@@ -41,6 +42,7 @@ PUBLISHED = {
     "google--gemma-2-9b-it": 9_241_705_984,
     "google--gemma-3-1b-it": 999_885_952,
     "google--gemma-3-270m": 268_098_176,
+    "google--gemma-3-4b-it": 4_300_079_472 - 419_816_304,  # all, without those for images
     "google--gemma-7b": 8_537_680_896,
     "ibm-granite--granite-3.3-8b-instruct": 8_170_864_640,
     "meta-llama--Llama-2-13b-hf": 13_015_864_320,
@@ -103,7 +105,7 @@ def test_mixtures_have_their_published_active_parameters_and_tensors(name, activ
 
 def test_no_file_is_left_out_and_every_family_is_there():
     assert {f.stem for f in (GOLDEN / "configs").glob("*.json")} == set(PUBLISHED)
-    assert {hf(name)["model_type"] for name in PUBLISHED} == set(FAMILIES)
+    assert {hf(name)["model_type"] for name in PUBLISHED} == {*FAMILIES, *MULTIMODAL}
 
 
 def test_what_transformers_reads_of_them_is_the_same():
@@ -164,11 +166,39 @@ def test_a_key_that_is_off_passes_and_one_that_is_on_does_not(name, off):
         ("microsoft--Phi-4-mini-instruct", {"full_attn_mod": 2}, "full_attn_mod is 2"),
         ("LGAI-EXAONE--EXAONE-4.0-1.2B", {"sliding_window": 64}, "no layer would have rope"),
         ("google--gemma-7b", {"hidden_activation": "gelu"}, "hidden_activation is 'gelu'"),
+        ("google--gemma-3-4b-it", {"sound_config": {"a": 1}}, "sound_config .*harmless"),
+        ("google--gemma-3-4b-it", {"text_config": {"model_type": "llama"}}, "type 'llama'"),
+        ("google--gemma-3-4b-it", {"text_config": {"use_mrope": True}}, "use_mrope"),
+        (
+            "google--gemma-3-4b-it",
+            {"text_config": {"final_logit_softcapping": 30.0}},
+            "final_logit_softcapping 30.0, which transformers ignores there",
+        ),
+        (
+            "google--gemma-3-4b-it",
+            {"architectures": ["Gemma3ForSequenceClassification"]},
+            "A reward model has to be one of text alone",
+        ),
     ],
 )
 def test_what_changes_the_function_is_refused_whatever_it_is_called(name, changes, message):
     with pytest.raises(UnsupportedModel, match=message):
         from_hf(hf(name) | changes)
+
+
+def test_the_outer_key_decides_whether_a_text_model_is_tied():
+    """As in transformers 5, where it is the key of the class that has the unembedding."""
+    outer = hf("google--gemma-3-4b-it")
+    assert from_hf(outer).tied
+    text = outer["text_config"] | {"tie_word_embeddings": False}
+    assert not from_hf(outer | {"text_config": text}).tied
+    assert from_hf(outer | {"text_config": text, "tie_word_embeddings": True}).tied
+
+
+def test_the_text_model_alone_has_all_keys_and_is_the_same():
+    alone = text_model_json(hf("google--gemma-3-4b-it"))
+    assert alone["architectures"] == ["Gemma3ForCausalLM"] and alone["eos_token_id"] == [1, 106]
+    assert from_hf(alone) == from_hf(hf("google--gemma-3-4b-it"))
 
 
 # --- odd values -----------------------------------------------------------------------------------
@@ -185,12 +215,14 @@ ODD = [
 BASES = ("Qwen--Qwen3-0.6B", "microsoft--Phi-3.5-mini-instruct", "HuggingFaceTB--SmolLM3-3B",
          "google--gemma-2-9b-it", "google--gemma-3-270m", "mistralai--Mistral-7B-v0.1",
          "meta-llama--Llama-3.1-8B-Instruct", "Qwen--Qwen2.5-0.5B", "allenai--Olmo-3-7B-Instruct",
-         "ibm-granite--granite-3.3-8b-instruct", "microsoft--Phi-4-mini-instruct")  # fmt: skip
+         "ibm-granite--granite-3.3-8b-instruct", "microsoft--Phi-4-mini-instruct",
+         "google--gemma-3-4b-it")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BASES)
 def test_any_key_with_any_odd_value_is_read_or_refused_at_once(name):
-    base = hf(name) | {"num_labels": None, "id2label": None, "rope_parameters": None}
+    keys = ("tie_word_embeddings", "num_labels", "id2label", "rope_parameters")
+    base = dict.fromkeys(keys) | hf(name)
     refused, began = set(), time.perf_counter()
     for key in base:
         for odd in ODD:
@@ -203,6 +235,9 @@ def test_any_key_with_any_odd_value_is_read_or_refused_at_once(name):
                 assert isinstance(found, DecoderConfig)
                 assert found.layers <= LIMITS["num_hidden_layers"]
                 hash(found)
+    if "text_config" in base:
+        assert refused >= {"text_config", "model_type", "architectures", "tie_word_embeddings"}
+        return
     sizes = {"hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
              "intermediate_size", "max_position_embeddings", "rms_norm_eps", "rope_theta",
              "model_type", "architectures"}  # fmt: skip

@@ -27,7 +27,8 @@ from selm_jax.models.decoder import (
     parameter_count,
     unstack,
 )
-from selm_jax.models.families import FAMILIES, from_hf, read_config, to_hf
+from selm_jax.models.families import FAMILIES, from_hf, read_config, text_model_json, to_hf
+from selm_jax.models.multimodal import MULTIMODAL
 from selm_jax.parallel.mesh import make_mesh
 from selm_jax.parallel.rules import TRAINING, place_rows, shardings
 from selm_jax.preferences.examples import Example
@@ -235,7 +236,7 @@ IDLE = {
     ("exaone-4", "sliding_window_pattern"),
     *((name, "max_window_layers") for name in ("qwen2", "qwen2-window", "qwen3")),
     ("smollm3", "no_rope_layer_interval"),
-    ("gemma-3", "_sliding_window_pattern"),
+    *((name, "_sliding_window_pattern") for name in ("gemma-3", "gemma-3-images")),
 }
 
 
@@ -261,7 +262,7 @@ def _changed(value):
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_no_key_of_config_json_is_ignored(name):
-    hf = json.loads((golden.FOLDER / name / "config.json").read_text())
+    hf = text_model_json(json.loads((golden.FOLDER / name / "config.json").read_text()))
     base = from_hf(hf)
     for key, value in hf.items():
         if key in HARMLESS - {"model_type"}:
@@ -320,6 +321,13 @@ def test_defaults_are_those_of_transformers(name):
     transformers = pytest.importorskip("transformers")
     sizes = {k: v for k, v in golden._SIZES.items() if not k.endswith("token_id")}
     kind = getattr(transformers, golden.FAMILIES[name][0])
+    if "text_config" in golden.FAMILIES[name][1]:
+        theirs = json.loads(kind().to_json_string(use_diff=False))
+        type_of_text = {"model_type": theirs["text_config"]["model_type"]}
+        assert from_hf({"model_type": theirs["model_type"], "text_config": type_of_text}) == (
+            from_hf(theirs)
+        )
+        return
     theirs = json.loads(kind(**sizes).to_json_string(use_diff=False))
     hf = sizes | {"model_type": theirs["model_type"], "rms_norm_eps": theirs["rms_norm_eps"]}
     if name.startswith("gemma"):
@@ -329,9 +337,8 @@ def test_defaults_are_those_of_transformers(name):
 
 
 def test_every_family_has_a_checkpoint():
-    found = {json.loads((golden.FOLDER / n / "config.json").read_text())["model_type"]
-             for n in CHECKPOINTS}  # fmt: skip
-    assert found == set(FAMILIES)
+    found = [json.loads((golden.FOLDER / n / "config.json").read_text()) for n in CHECKPOINTS]
+    assert {hf["model_type"] for hf in found} == {*FAMILIES, *MULTIMODAL}
 
 
 def test_longrope_chooses_its_table_once_for_a_run():

@@ -183,6 +183,7 @@ SETTINGS = {
     "compute.dtype=bfloat16": {"generate", "score", "train", "evaluate"},
     "evaluation.samples=2": {"evaluate"},
     "lora={rank: 2, alpha: 4}": {"score", "train", "export", "evaluate"},
+    "model.keep_vision=false": {"export"},
     "log.tensorboard=true": set(),
 }
 

@@ -18,6 +18,7 @@ from selm_jax.models.decoder import abstract_params, parameter_count
 from selm_jax.models.families import read_config
 from selm_jax.parallel.mesh import make_mesh
 from selm_jax.parallel.rules import TRAINING, shardings
+from selm_jax.weights import multimodal
 from selm_jax.weights.files import Checkpoint
 from selm_jax.weights.huggingface import WeightsError, load, save, to_hf_tensors
 from selm_jax.weights.names import tensors as names_of
@@ -105,6 +106,7 @@ def test_every_family_comes_and_goes_bit_by_bit(name, mesh, tmp_path):
     """Tensors as transformers wrote them -> shards on eight devices -> the same tensors."""
     folder = FAMILIES[name]
     config = read_config(folder)
+    inside = multimodal.around(folder) if multimodal.is_in(folder) else None
     before = load_file(folder / "model.safetensors")
     dtype = next(iter(before.values())).dtype
     where = shardings(abstract_params(config), make_mesh(mesh), TRAINING)
@@ -112,7 +114,7 @@ def test_every_family_comes_and_goes_bit_by_bit(name, mesh, tmp_path):
     jax.tree.map(
         lambda x, s: x.sharding.is_equivalent_to(s, x.ndim) or pytest.fail(), params, where
     )
-    save(params, config, tmp_path)
+    save(params, config, tmp_path, inside=inside)
     after = load_file(tmp_path / "model.safetensors")
     assert after.keys() == before.keys()
     assert_same(after, before)

@@ -17,6 +17,7 @@ from selm_jax.models.decoder import Decoder, abstract_adapters
 from selm_jax.models.families import read_config
 from selm_jax.models.lora import Lora, init, merge
 from selm_jax.weights.huggingface import load
+from selm_jax.weights.multimodal import is_in
 from selm_jax.weights.peft import export_adapter
 
 FAMILIES = Path(__file__).parents[1] / "golden" / "families"
@@ -31,7 +32,9 @@ FAMILIES = Path(__file__).parents[1] / "golden" / "families"
     ],
     ids=["all", "some, rslora", "some"],
 )
-@pytest.mark.parametrize("name", ["llama-3.1", "phi-3-4k", "phi-4-mini", "olmo-3", "gemma-2"])
+@pytest.mark.parametrize(
+    "name", ["llama-3.1", "phi-3-4k", "phi-4-mini", "olmo-3", "gemma-2", "gemma-3-images"]
+)
 def test_peft_gives_our_logits(name, lora, all_logits, tmp_path):
     torch = pytest.importorskip("torch")
     peft = pytest.importorskip("peft")
@@ -41,7 +44,10 @@ def test_peft_gives_our_logits(name, lora, all_logits, tmp_path):
     adapters = init(nn.unbox(abstract_adapters(config, lora)), jax.random.key(0))
     rng = np.random.default_rng(0)
     adapters = jax.tree.map(lambda x: x + rng.normal(0, 0.3, x.shape).astype("float32"), adapters)
-    export_adapter(adapters, config, lora, str(FAMILIES / name), tmp_path / "adapter")
+    inside = is_in(FAMILIES / name)
+    assert inside == (name == "gemma-3-images")
+    base = str(FAMILIES / name)
+    export_adapter(adapters, config, lora, base, tmp_path / "adapter", inside=inside)
 
     base = transformers.AutoModelForCausalLM.from_pretrained(
         FAMILIES / name, dtype=torch.float32, attn_implementation="eager"

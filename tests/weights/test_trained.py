@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,9 @@ from selm_jax.weights.files import WeightsError
 from selm_jax.weights.huggingface import load
 
 FAMILIES = Path(__file__).parents[1] / "golden" / "families"
+_spec = importlib.util.spec_from_file_location("golden_families", FAMILIES.parent / "families.py")
+golden = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(golden)
 TIME = 120
 QUICK = ("gemma-3", "llama-3.1", "phi-3-128k")  # the others are slow tests
 
@@ -85,13 +89,11 @@ def test_experts_trained_on_a_mesh_are_loaded_by_transformers(name, all_logits, 
 def compared(name, config, params, all_logits, folder) -> float:
     """Exports the parameters; the largest difference of transformers' logits from ours."""
     torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("transformers")
     # Several files, so that the index is used too.
     export_folder(params, config, FAMILIES / name, folder, "# card\n", max_shard_bytes=20_000)
     assert (folder / "model.safetensors.index.json").exists()
-    theirs, loading = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
-    )
+    theirs, loading = golden.read(folder, output_loading_info=True)
     assert not any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     tokens = np.random.default_rng(1).integers(0, 96, (2, TIME)).astype(np.int32)
     with torch.no_grad():

@@ -1,0 +1,96 @@
+"""The tensors of a multi-modal checkpoint: those of its text model, and those to leave aside.
+
+The published files name them `language_model.model.layers...`; the model in transformers, and files
+that some versions write, `model.language_model.layers...`. Everything else reads and writes the
+names that the text model has alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from selm_jax.models.multimodal import is_multimodal
+from selm_jax.shell.json_file import read_object
+from selm_jax.weights.files import DTYPES, Checkpoint, Stored, WeightsError, open_checkpoint
+
+_TEXT = {  # the beginning of a stored name, and of the text model's own
+    "language_model.model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+    "model.language_model.": "model.",
+    "lm_head.": "lm_head.",
+}
+_ASIDE = (
+    "vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector."
+)  # fmt: skip
+
+
+def is_in(folder: Path) -> bool:
+    """Whether the model in a folder is multi-modal, so that only its text model is used."""
+    file = folder / "config.json"
+    return file.exists() and is_multimodal(read_object(file))
+
+
+def open_text(folder: Path) -> Checkpoint:
+    """Opens a folder's checkpoint; of a multi-modal one, the text model under its own names.
+
+    Tensors of images are left out. Unknown names stay as they are.
+
+    Raises:
+      WeightsError: as for `open_checkpoint`, or two stored tensors have the same meaning.
+    """
+    checkpoint = open_checkpoint(folder)
+    if not is_in(folder):
+        return checkpoint
+    kept = {name: _own(name) for name in checkpoint.tensors if not name.startswith(_ASIDE)}
+    if len(set(kept.values())) < len(kept):
+        raise WeightsError(
+            f"{folder}: the text model's tensors are stored twice, as language_model.model... and "
+            "as model.language_model.... Get the files again"
+        )
+    return checkpoint.renamed(kept)
+
+
+def _own(name: str) -> str:
+    for stored, own in _TEXT.items():
+        if name.startswith(stored):
+            return own + name.removeprefix(stored)
+    return name
+
+
+class Around(NamedTuple):
+    """What a multi-modal checkpoint has around its text model, for an export of the whole.
+
+    Attributes:
+      checkpoint: the whole checkpoint.
+      stored: the stored name of each of the text model's tensors.
+      aside: shape and dtype of the other tensors.
+    """
+
+    checkpoint: Checkpoint
+    stored: dict[str, str]
+    aside: dict[str, Stored]
+
+    def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Yields the tensors beside the text model, as they are stored."""
+        return ((name, self.checkpoint.read(name)) for name in self.aside)
+
+
+def around(folder: Path) -> Around:
+    """What the multi-modal checkpoint in `folder` has around its text model.
+
+    Raises:
+      WeightsError: if a tensor has a dtype that cannot be written.
+    """
+    checkpoint = open_checkpoint(folder)
+    aside = {n: t for n, t in checkpoint.tensors.items() if n.startswith(_ASIDE)}
+    if odd := [n for n, t in aside.items() if t.dtype not in DTYPES]:
+        raise WeightsError(
+            f"{folder}: {odd[0]} is stored as {aside[odd[0]].dtype}, which cannot be written; only "
+            f"{', '.join(DTYPES)} can. Set model.keep_vision: false to export the text model alone"
+        )
+    stored = {_own(name): name for name in checkpoint.tensors if name not in aside}
+    return Around(checkpoint, stored, aside)

@@ -312,6 +312,8 @@ class Evaluation:
 class Log:
     tensorboard: Flag = True  # Whether to write TensorBoard files into the run folder.
     wandb: str | None = None  # Weights & Biases project; needs the extra `wandb` and a login.
+    # Whether a run ends by writing its page, report.html. `selm report` writes it at any time.
+    report: Flag = True
 
 
 @dataclass(frozen=True, config=_STRICT)

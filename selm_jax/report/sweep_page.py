@@ -107,6 +107,7 @@ def write(
     """
     place = list(axes).index(axis)  # index of the compared level in a row's levels
     runs = _finished(out.parent, rows)
+    folders = {folder for row in rows for _, folder, _ in row.runs}
     same, varied = shared_facts(runs)
     text = (
         templates()
@@ -129,6 +130,7 @@ def write(
             planned=sum(len(row.runs) for row in rows),
             seeds=sorted({seed for row in rows for seed, *_ in row.runs}),
             compared=sum(row.difference is not None for row in rows),
+            pages={each for each in folders if (out.parent / each / "report.html").exists()},
             failed=failed,
             shared=shared,
         )

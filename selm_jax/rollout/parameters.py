@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from selm_jax.models.config import DecoderConfig
@@ -21,12 +25,21 @@ def decoding_params(params: Params, dtype: Any, where: Any = None) -> Params:
     other experts than in training.
     """
 
+    places, form = jax.tree.flatten(where)
+    return _converter(jnp.dtype(dtype), tuple(places), form)(params)
+
+
+@functools.lru_cache(maxsize=16)  # or every policy would be traced and compiled again
+def _converter(
+    dtype: np.dtype, places: tuple[Sharding, ...], form: Any
+) -> Callable[[Params], Params]:
     def cast(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
         return x if path[-1].key == "router" else x.astype(dtype)
 
     return jax.jit(
-        lambda p: unstack(jax.tree_util.tree_map_with_path(cast, p)), out_shardings=where
-    )(params)
+        lambda p: unstack(jax.tree_util.tree_map_with_path(cast, p)),
+        out_shardings=jax.tree.unflatten(form, places),
+    )
 
 
 def decoding_shardings(config: DecoderConfig, mesh: Mesh) -> Any:

@@ -75,8 +75,8 @@ def tell_time_left(run: Run, t: int) -> None:
 
 
 def write_report(run: Run) -> None:
-    """Writes report.html into the run's folder."""
-    if multihost.is_first():
+    """Writes report.html into the run's folder, unless the experiment wants none."""
+    if multihost.is_first() and run.experiment.log.report:
         file = run.folder.path / "report.html"
         page.write([run.folder.path], file)
         run.console.print(f"report: {mirrors.named(file)}", soft_wrap=True)

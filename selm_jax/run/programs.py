@@ -279,6 +279,33 @@ class Programs:
         )
 
 
+class SharedPrograms:
+    """The programs of runs in one process: those with equal settings compile each program once."""
+
+    def __init__(self):
+        self._built: dict[str, Programs] = {}
+
+    def of(
+        self,
+        experiment: Experiment,
+        task: Task,
+        facts: DecoderConfig,
+        sizes: Sizes,
+        stop_ids: tuple[int, ...],
+        devices: Devices,
+    ) -> Programs:
+        """Builds programs, or returns those of an earlier run that are the same."""
+        told = as_dict(experiment)
+        read = {k: told[k] for k in ("objective", "training", "lora", "rollout", "compute")}
+        if experiment.lora is not None:
+            read["seed"] = experiment.seed  # of new adapters
+        meshes = devices.mesh, devices.decode_mesh
+        key = repr((read, facts, sizes, stop_ids, [m.devices.tolist() for m in meshes]))
+        if key not in self._built:
+            self._built[key] = Programs(experiment, task, facts, sizes, stop_ids, devices)
+        return self._built[key]
+
+
 def _readable(folder: Path) -> Path:
     """A model folder whose weights can be read.
 

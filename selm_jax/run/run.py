@@ -29,7 +29,7 @@ from selm_jax.run.devices import Devices
 from selm_jax.run.folder import Folder
 from selm_jax.run.inputs import LazyRanker, Model, Sampled, StoredTable, Words
 from selm_jax.run.model import StartModel
-from selm_jax.run.programs import Programs
+from selm_jax.run.programs import Programs, SharedPrograms
 from selm_jax.run.task import Task, refuse_user_code, task_of
 from selm_jax.run.wanted import Wanted
 from selm_jax.shell.progress import bar, terminal
@@ -45,6 +45,7 @@ class Run:
     Args:
       devices: the devices to use; None uses all of them.
       store: finished stages that the runs of a sweep share.
+      compiled: compiled programs that the runs of a sweep share; None: the run's own.
       imports: whether functions of the user that the experiment names may be imported; a command
         that only reads the folder sets it to False.
     """
@@ -56,8 +57,10 @@ class Run:
         devices: Sequence[Any] | None = None,
         store: SharedStages | None = None,
         imports: bool = True,
+        compiled: SharedPrograms | None = None,
     ):
         self.experiment, self.store, self.imports = experiment, store, imports
+        self._compiled = compiled or SharedPrograms()
         self.wanted = Wanted()  # which stages to run
         # Only the first process prints.
         self.console = console or terminal(quiet=not multihost.is_first())
@@ -79,7 +82,7 @@ class Run:
     @cached_property
     def programs(self) -> Programs:
         """The jitted functions of the experiment, built for the sequence lengths of its data."""
-        return Programs(
+        return self._compiled.of(
             self.experiment, self.task, self.model.facts, self.data.sizes, self.chat.stop_ids,
             self.devices,
         )  # fmt: skip

@@ -23,6 +23,8 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import gc
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -32,6 +34,7 @@ from selm_jax.iterate import iterate
 from selm_jax.parallel import multihost
 from selm_jax.report import sweep_page
 from selm_jax.run.check import check
+from selm_jax.run.programs import SharedPrograms
 from selm_jax.run.run import Run
 from selm_jax.shell import artifacts
 from selm_jax.shell.lock import only_one
@@ -51,8 +54,8 @@ class SweepError(RuntimeError):
 def sweep(grid: Sweep, console: Console | None = None) -> None:
     """Runs a sweep's unfinished runs, then prints its table and writes its table and page.
 
-    The page is written after every run, from the runs that are finished. If there are several
-    processes, all of them run and the first one writes.
+    The page is written at the end, and after runs before that (`_Page`), from the runs that are
+    finished. If there are several processes, all of them run and the first one writes.
 
     Raises:
       SweepError: a cell cannot be built, so nothing was trained; or some runs failed, and the
@@ -60,16 +63,17 @@ def sweep(grid: Sweep, console: Console | None = None) -> None:
     """
     results = console or terminal(quiet=not multihost.is_first())
     console = terminal(quiet=True) if talks().quiet else results
-    store = SharedStages(grid.folder / "store")
+    store, compiled = SharedStages(grid.folder / "store"), SharedPrograms()
     failed: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
         multihost.on_first(lambda: stack.enter_context(only_one(grid.folder)))
         _check_every_cell(grid, console)
+        page = _Page(grid, failed)
         for i, member in enumerate(grid.members, 1):
             name = f"{member.cell.name}, seed {member.seed}"
             console.rule(f"{i} of {len(grid.members)}: {name}")
             try:
-                iterate(Run(member.experiment, console, store=store))
+                iterate(Run(member.experiment, console, store=store, compiled=compiled))
             except Exception as e:
                 if not _concerns_one_run(e):
                     raise
@@ -77,11 +81,37 @@ def sweep(grid: Sweep, console: Console | None = None) -> None:
                 failed[name] = str(e)
                 console.print(f"{name}: {e}", style="red")
             release()
-            multihost.on_first(lambda: str(write(grid, failed)))
+            gc.freeze()  # what is left is kept for the next runs, and need not be looked at again
+            multihost.on_first(page.keep_up)
+        multihost.on_first(page.write)
     multihost.on_first(lambda: results.print(shown(table(grid), grid)))
     results.print(f"page: {grid.folder / PAGE}", soft_wrap=True)
     if failed:
         raise SweepError(f"{len(failed)} of {len(grid.members)} runs failed:{_listed(failed)}")
+
+
+class _Page:
+    """Writes a sweep's page while its runs work, in a small part of their time.
+
+    It reads all finished runs, so writing it after every run would take longer and longer.
+    """
+
+    _SHARE = 0.05  # of the time that may go into pages
+
+    def __init__(self, grid: Sweep, failed: Mapping[str, str]):
+        self._grid, self._failed = grid, failed
+        self._due = time.monotonic()
+
+    def keep_up(self) -> None:
+        """Writes the page if the last one is old enough."""
+        if time.monotonic() >= self._due:
+            self.write()
+
+    def write(self) -> None:
+        start = time.monotonic()
+        write(self._grid, self._failed)
+        end = time.monotonic()
+        self._due = end + (end - start) / self._SHARE
 
 
 def _check_every_cell(grid: Sweep, console: Console) -> None:

@@ -20,7 +20,7 @@ from selm_jax.preferences.layouts import OneShape
 from selm_jax.run import programs as programs_module
 from selm_jax.run.data import Data
 from selm_jax.run.devices import Devices
-from selm_jax.run.programs import Programs
+from selm_jax.run.programs import Programs, SharedPrograms
 from selm_jax.run.run import Run
 from selm_jax.run.task import Sizes, task_of
 
@@ -40,6 +40,27 @@ def same(one, other) -> None:
         assert a.sharding.is_equivalent_to(b.sharding, len(a.shape)), path
 
     jax.tree_util.tree_map_with_path(check, one, other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "shared"),
+    [
+        ({"seed": 2, "output": "elsewhere", "data__limit": 3, "feedback__ties": "first"}, True),
+        ({"objective__beta": 0.2}, False),
+        ({"rollout__slots": 7}, False),
+        ({"training__clip": None}, False),
+    ],
+)
+def test_runs_share_programs_if_all_that_they_are_built_from_is_equal(tmp_path, changes, shared):
+    one = config.load(tiny.experiment(tmp_path))
+    other = config.load(tiny.experiment(tmp_path, **changes))
+    facts = from_hf(json.loads((tmp_path / "model/config.json").read_text()))
+    compiled = SharedPrograms()
+    found = [
+        compiled.of(e, task_of(e.objective), facts, Sizes(10, 20), (0,), Devices(e.compute))
+        for e in (one, other)
+    ]
+    assert (found[0] is found[1]) == shared
 
 
 def test_each_iteration_is_trained_with_its_own_alpha(tmp_path, monkeypatch):

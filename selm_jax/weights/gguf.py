@@ -23,14 +23,11 @@ from typing import Any
 
 import numpy as np
 from gguf import GGMLQuantizationType as Type
-from gguf import ReaderTensor
-from gguf.quants import dequantize
-from jaxtyping import Float32
 
 from selm_jax.shell.leftovers import INCOMING
 from selm_jax.weights import files
 from selm_jax.weights.gguf_file import MEND, Fields, Gguf, GGUFError, open_gguf
-from selm_jax.weights.gguf_model import ROPE_FACTORS, named_tensors, read_model, rope_scaling
+from selm_jax.weights.gguf_model import named_tensors, read_config
 from selm_jax.weights.gguf_tokenizer import build_tokenizer, eos_ids, tokenizer_config
 
 __all__ = ["CONVERTER_VERSION", "TYPES", "GGUFError", "convert"]
@@ -54,7 +51,7 @@ def convert(gguf_path: str | Path, out_folder: str | Path) -> Path:
     exists (another process was quicker), that folder is kept. One tensor is in memory at a time.
 
     Args:
-      gguf_path: a GGUF file of an architecture in `gguf_model.FAMILIES`, with a byte-level BPE
+      gguf_path: a GGUF file of an architecture in `gguf_families.FAMILIES`, with a byte-level BPE
         tokenizer; or any one file of a model that is split into several.
       out_folder: the folder to make; its parents are created too.
 
@@ -70,31 +67,16 @@ def convert(gguf_path: str | Path, out_folder: str | Path) -> Path:
     path, out = Path(gguf_path), Path(out_folder)
     model = open_gguf(path)
     fields = Fields(path, model)
-    family, config = read_model(fields, model)
-    tensors = named_tensors(path, model, family, config)
     _check_types(model)
-    for tensor in model.tensors:
-        if tensor.name == ROPE_FACTORS:
-            factors = _plain(path, tensor)
-            if factors.shape != (config["head_dim"] // 2,):
-                raise GGUFError(
-                    f"{path}: tensor {ROPE_FACTORS} has shape {factors.shape}; expected "
-                    f"{config['head_dim'] // 2} numbers, half of the head size. {MEND}"
-                )
-            config["rope_scaling"] = rope_scaling(path, factors, config)
+    config = read_config(fields, model)
+    tensors = named_tensors(path, model, config)
     tokenizer = build_tokenizer(fields)
 
-    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-
     def values() -> Iterator[tuple[str, np.ndarray]]:
-        for name, tensor, shape in tensors:
-            value = _plain(model.file_of[tensor.name], tensor).reshape(shape)
-            kind = tensor.name.split(".")[-2]
-            if family.interleaved and kind in heads:
-                value = _unpermute(value, heads[kind])
-            yield name, value
+        for named in tensors:
+            yield named.name, named.numbers(model.file_of[named.tensor.name])
 
-    entries = {name: files.stored_like(shape, np.float32) for name, _, shape in tensors}
+    entries = {named.name: files.stored_like(named.shape, np.float32) for named in tensors}
     needed = sum(entry.bytes for entry in entries.values()) + _SPARE_BYTES
     with _whole_folder(out, needed) as folder:
         _write_json(folder / "config.json", config)
@@ -120,30 +102,6 @@ def _check_types(model: Gguf) -> None:
                 f"{tensor.tensor_type.name}, which is not supported; supported are "
                 f"{', '.join(t.name for t in TYPES)}. {MEND}"
             )
-
-
-def _plain(path: Path, tensor: ReaderTensor) -> Float32[np.ndarray, ...]:
-    with np.errstate(all="ignore"):  # damaged numbers are reported below, by name
-        values = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
-    if not np.isfinite(values).all():
-        raise GGUFError(
-            f"{path}: tensor {tensor.name} contains NaN or infinity, so the file is damaged. "
-            "Download it again"
-        )
-    return values
-
-
-def _unpermute(
-    values: Float32[np.ndarray, "rows columns"], heads: int
-) -> Float32[np.ndarray, "rows columns"]:
-    """Reorders the rows of a query or key projection from llama.cpp's order to Hugging Face's.
-
-    Rope rotates pairs of rows. Hugging Face pairs row i with row i + head_dim / 2 of the same head;
-    llama.cpp's converter interleaves them (2i with 2i + 1) for the llama architecture.
-    """
-    rows, columns = values.shape
-    pairs = values.reshape(heads, rows // heads // 2, 2, columns)
-    return pairs.swapaxes(1, 2).reshape(rows, columns)
 
 
 # --- writing ----------------------------------------------------------------------------------

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from gguf import GGUFReader, ReaderTensor
+from gguf.quants import dequantize
+from jaxtyping import Float32
 
 from selm_jax.shell.json_file import POINTER, is_pointer
 
@@ -130,25 +132,43 @@ def _read(path: Path) -> GGUFReader:
 
 
 class Fields:
-    """Reads the key/value pairs of a file; its errors name the file and the key."""
+    """Reads the key/value pairs of a file; its errors name the file and the key.
 
-    def __init__(self, path: Path, reader: GGUFReader | Gguf):
-        self.path = path
-        self._fields = reader.fields
+    Attributes:
+      path: the file.
+      prefix: what precedes the name that is asked for in the name of each key.
+    """
+
+    def __init__(self, path: Path, reader: GGUFReader | Gguf, prefix: str = ""):
+        self.path, self.prefix = path, prefix
+        self._reader = reader
+
+    def under(self, name: str) -> Fields:
+        """The pairs whose keys begin with `name` and a dot."""
+        return Fields(self.path, self._reader, f"{self.prefix}{name}.")
+
+    def __contains__(self, key: str) -> bool:
+        return self.prefix + key in self._reader.fields
+
+    def __iter__(self) -> Iterator[str]:
+        """The keys, without the prefix."""
+        start = len(self.prefix)
+        return (key[start:] for key in self._reader.fields if key.startswith(self.prefix))
 
     def get(self, key: str, kind: type[T]) -> T | None:
         """The value of a key, which must have the type `kind`; None if the file has no such key."""
-        field = self._fields.get(key)
+        name = self.prefix + key
+        field = self._reader.fields.get(name)
         if field is None:
             return None
         try:
             value = field.contents()
         except (ValueError, IndexError) as error:
-            raise GGUFError(f"{self.path}: key {key} cannot be read: {error}. {MEND}") from error
+            raise GGUFError(f"{self.path}: key {name} cannot be read: {error}. {MEND}") from error
         # In Python a bool is an int; here a flag in place of a number means a damaged file.
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise GGUFError(
-                f"{self.path}: key {key} is {value!r:.80}; expected the type {kind.__name__}. "
+                f"{self.path}: key {name} is {value!r:.80}; expected the type {kind.__name__}. "
                 f"{MEND}"
             )
         return value
@@ -157,22 +177,29 @@ class Fields:
         """The value of a key, as by `get`; raises GGUFError if the file has no such key."""
         value = self.get(key, kind)
         if value is None:
-            raise GGUFError(f"{self.path}: key {key} is missing. {MEND}")
+            raise GGUFError(f"{self.path}: key {self.prefix}{key} is missing. {MEND}")
         return value
 
-    def size(self, key: str) -> int:
+    def size(self, key: str, default: int | None = None) -> int:
         """The value of a key that must be a whole number of at least 1."""
+        if default is not None and key not in self:
+            return default
         value = self.need(key, int)
         if value <= 0:
-            raise GGUFError(f"{self.path}: key {key} is {value}; expected at least 1. {MEND}")
+            raise GGUFError(
+                f"{self.path}: key {self.prefix}{key} is {value}; expected at least 1. {MEND}"
+            )
         return value
 
-    def number(self, key: str) -> float:
+    def number(self, key: str, default: float | None = None) -> float:
         """The value of a key that must be a positive float32, as the shortest decimal (1e-05)."""
+        if default is not None and key not in self:
+            return default
         value = float(str(np.float32(self.need(key, float))))
         if not 0 < value < float("inf"):
             raise GGUFError(
-                f"{self.path}: key {key} is {value}; expected a positive number. {MEND}"
+                f"{self.path}: key {self.prefix}{key} is {value}; expected a positive number. "
+                f"{MEND}"
             )
         return value
 
@@ -180,5 +207,26 @@ class Fields:
         """The value of a key that must be an array of strings."""
         values = self.need(key, list)
         if not all(isinstance(v, str) for v in values):
-            raise GGUFError(f"{self.path}: key {key} is not an array of strings. {MEND}")
+            raise GGUFError(
+                f"{self.path}: key {self.prefix}{key} is not an array of strings. {MEND}"
+            )
         return values
+
+
+def numbers_of(
+    path: Path, tensor: ReaderTensor, part: int | None = None
+) -> Float32[np.ndarray, ...]:
+    """The numbers of a tensor in the file `path`, or of one entry of its first axis, dequantised.
+
+    Raises:
+      GGUFError: if a number is NaN or infinity.
+    """
+    data = tensor.data if part is None else tensor.data[part]
+    with np.errstate(all="ignore"):  # damaged numbers are reported below, by name
+        values = dequantize(data, tensor.tensor_type).astype(np.float32, copy=False)
+    if not np.isfinite(values).all():
+        raise GGUFError(
+            f"{path}: tensor {tensor.name} contains NaN or infinity, so the file is damaged. "
+            "Download it again"
+        )
+    return values

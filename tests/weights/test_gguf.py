@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Q
 from gguf import GGUFReader
-from gguf.quants import dequantize
+from gguf.quants import dequantize, quantize
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -20,8 +20,9 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
 from selm_jax.weights import gguf as converter
-from selm_jax.weights import sources
+from selm_jax.weights import gguf_model, sources
 from selm_jax.weights.gguf import GGUFError, convert
+from selm_jax.weights.gguf_file import numbers_of
 
 HEADS = {"attn_q": 4, "attn_k": 2}
 
@@ -165,7 +166,13 @@ def test_every_quantised_type_is_its_definition(kind):
         blocks[:, at : at + 2] = rng.uniform(-2, 2, (6, 1)).astype("<f2").view(np.uint8)
     tensor = SimpleNamespace(name="x", data=blocks, tensor_type=kind)
     expected = [slowly(kind, block.tobytes()) for block in blocks]
-    np.testing.assert_allclose(converter._plain("x", tensor), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(numbers_of("x", tensor), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_an_expert_is_its_part_of_the_tensor():
+    values = np.random.default_rng(0).normal(size=(3, 4, 64)).astype(np.float32)
+    tensor = SimpleNamespace(name="x", data=quantize(values, Q.Q8_0), tensor_type=Q.Q8_0)
+    np.testing.assert_array_equal(numbers_of("x", tensor, 1), numbers_of("x", tensor)[1])
 
 
 def test_every_type_is_tested():
@@ -408,7 +415,7 @@ def test_the_real_one(real_tokenizer):
 @pytest.mark.parametrize(
     ("change", "drop", "message"),
     [
-        ({"general.architecture": "gemma"}, (), "architecture 'gemma' is not supported.*llama"),
+        ({"general.architecture": "falcon"}, (), "architecture 'falcon' is not supported.*llama"),
         ({"tokenizer.ggml.pre": "tekken"}, (), "pre 'tekken' is not supported.*smollm"),
         ({"tokenizer.ggml.model": "llama"}, (), "tokenizer 'llama'"),
         ({"tokenizer.ggml.add_eos_token": True}, (), "add_eos_token is set"),
@@ -417,7 +424,8 @@ def test_the_real_one(real_tokenizer):
         ({"tokenizer.ggml.tokens": ["a"] * 266}, (), "'a' occurs twice"),
         ({"tokenizer.ggml.token_type": [1] * 265}, (), "266 tokens but 265 token types"),
         ({"tokenizer.ggml.eos_token_id": 266}, (), "eos_token_id is 266, outside"),
-        ({"llama.rope.scaling.type": "linear"}, (), "llama.rope.scaling.type is not supported"),
+        ({"llama.rope.scaling.type": "linear"}, (), "llama.rope.scaling.factor is missing"),
+        ({"llama.rope.scaling.alpha": 2.0}, (), "llama.rope.scaling.alpha is not supported"),
         ({"llama.rope.dimension_count": 8}, (), "dimension_count is 8, but the head size is 16"),
         ({"llama.block_count": 0}, (), "block_count is 0"),
         ({"llama.block_count": 3}, (), "9 tensors are missing.*layers.2"),
@@ -520,15 +528,15 @@ def test_damaged_headers_convert_or_are_refused(tmp_path, tiny_gguf, data):
 
 def test_interrupted_leaves_no_folder(tmp_path, tiny_gguf, monkeypatch):
     path = tiny_gguf(tmp_path / "m.gguf")
-    plain, calls = converter._plain, []
+    calls = []
 
     def interrupt(*args):
         calls.append(args)
         if len(calls) == 7:
             raise KeyboardInterrupt
-        return plain(*args)
+        return numbers_of(*args)
 
-    monkeypatch.setattr(converter, "_plain", interrupt)
+    monkeypatch.setattr(gguf_model, "numbers_of", interrupt)
     with pytest.raises(KeyboardInterrupt):
         convert(path, tmp_path / "cache" / "out")
     assert list((tmp_path / "cache").iterdir()) == []

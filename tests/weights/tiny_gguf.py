@@ -63,6 +63,48 @@ def random_blocks(kind: GGMLQuantizationType, rows: int, columns: int, rng) -> n
     return blocks.reshape(rows, -1)
 
 
+def write(path: Path, keys: dict, tensors: dict, split: int = 0) -> Path:
+    """Writes the file: a key's value by its Python type, tensors as (numbers, type).
+
+    With `split`, it writes several files with that many tensors each. Returns the first.
+    """
+    arch = keys.pop("general.architecture")
+    writer = GGUFWriter(path, arch, split_max_tensors=split)
+    add = {
+        bool: writer.add_bool,
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        str: writer.add_string,
+        list: writer.add_array,
+    }
+    for key, value in keys.items():
+        add[type(value)](key, value)
+    for name, (data, kind) in tensors.items():
+        writer.add_tensor(name, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path if path.exists() else min(path.parent.glob(f"{path.stem}-*"))
+
+
+def tokenizer_keys(tokens: list[str], merges: list[tuple[str, str]], special: int) -> dict:
+    """The keys of a byte-level BPE tokenizer whose first `special` tokens are control tokens."""
+    keys = {
+        "model": "gpt2",
+        "pre": "smollm",
+        "tokens": tokens,
+        "token_type": [int(TokenType.CONTROL)] * special + [1] * (len(tokens) - special),
+        "merges": [f"{a} {b}" for a, b in merges],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "padding_token_id": 2,
+        "unknown_token_id": 0,
+        "add_bos_token": False,
+    }
+    return {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
+
+
 def write_tiny(
     path: Path,
     *,
@@ -77,73 +119,49 @@ def write_tiny(
     change: dict | None = None,
     split: int = 0,
 ) -> Path:
-    """Writes the file; with `split`, several files with that many tensors each. Returns the first.
+    """Writes a random model; `drop` leaves out tensors or keys by name, `change` sets or adds them.
 
-    `drop` leaves out tensors or keys by name; `change` sets or adds them.
-
-    A key's value is written by its Python type, a tensor (numpy array) as float32.
+    A tensor in `change` is a numpy array. `split` as for `write`.
     """
     rng = np.random.default_rng(seed)
     tokens = CONTROL + ALPHABET + [a + b for a, b in MERGES]
-    keys = {
+    of_model = {
+        "block_count": LAYERS,
+        "context_length": 128,
+        "embedding_length": hidden,
+        "feed_forward_length": inner,
+        "attention.head_count": HEADS,
+        "attention.head_count_kv": KV_HEADS,
+        "attention.key_length": hidden // HEADS,
+        "attention.layer_norm_rms_epsilon": 1e-5,
+        "rope.freq_base": 100000.0,
+        "rope.dimension_count": hidden // HEADS,
+        "vocab_size": len(tokens),
+    }
+    keys = {f"{arch}.{key}": value for key, value in of_model.items()}
+    keys |= tokenizer_keys(tokens, MERGES, len(CONTROL)) | {
         "general.architecture": arch,
-        f"{arch}.block_count": LAYERS,
-        f"{arch}.context_length": 128,
-        f"{arch}.embedding_length": hidden,
-        f"{arch}.feed_forward_length": inner,
-        f"{arch}.attention.head_count": HEADS,
-        f"{arch}.attention.head_count_kv": KV_HEADS,
-        f"{arch}.attention.key_length": hidden // HEADS,
-        f"{arch}.attention.layer_norm_rms_epsilon": 1e-5,
-        f"{arch}.rope.freq_base": 100000.0,
-        f"{arch}.rope.dimension_count": hidden // HEADS,
-        f"{arch}.vocab_size": len(tokens),
-        "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": pre,
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [int(TokenType.CONTROL)] * 3 + [1] * (len(tokens) - 3),
-        "tokenizer.ggml.merges": [f"{a} {b}" for a, b in MERGES],
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2,
-        "tokenizer.ggml.padding_token_id": 2,
-        "tokenizer.ggml.unknown_token_id": 0,
-        "tokenizer.ggml.add_bos_token": False,
         "tokenizer.chat_template": TEMPLATE,
     }
-    tensors = {}
-    for name, shape in shapes(arch, tied, hidden, inner).items():
-        value = rng.normal(1.0 if "norm" in name else 0.0, 0.3, shape)
-        tensors[name] = value.astype(np.float32)
+    tensors = {
+        name: rng.normal(1.0 if "norm" in name else 0.0, 0.3, shape).astype(np.float32)
+        for name, shape in shapes(arch, tied, hidden, inner).items()
+    }
     for name, value in (change or {}).items():
         (tensors if isinstance(value, np.ndarray) else keys)[name] = value
     assert set(drop) <= keys.keys() | tensors.keys()
 
-    writer = GGUFWriter(path, keys.pop("general.architecture"), split_max_tensors=split)
-    for key, value in keys.items():
-        if key in drop:
-            continue
-        if isinstance(value, bool):
-            writer.add_bool(key, value)
-        elif isinstance(value, int):
-            writer.add_uint32(key, value)
-        elif isinstance(value, float):
-            writer.add_float32(key, value)
-        elif isinstance(value, str):
-            writer.add_string(key, value)
-        else:
-            writer.add_array(key, value)
-    for name, value in tensors.items():
-        if name in drop:
-            continue
+    def stored(value: np.ndarray) -> tuple[np.ndarray, GGMLQuantizationType]:
         # As in real files: norms stay float32, matrices are quantised.
         this = kind if value.ndim == 2 else F32
-        if this in K_BLOCKS:
-            data = random_blocks(this, *value.shape, rng)
-        else:
-            data = quantize(value, this)
-        writer.add_tensor(name, data, raw_dtype=this)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path if path.exists() else min(path.parent.glob(f"{path.stem}-*"))
+        return random_blocks(this, *value.shape, rng) if this in K_BLOCKS else quantize(
+            value, this
+        ), this
+
+    return write(
+        path,
+        {key: value for key, value in keys.items() if key not in drop},
+        {name: stored(value) for name, value in tensors.items() if name not in drop},
+        split,
+    )

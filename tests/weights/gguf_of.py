@@ -1,0 +1,149 @@
+"""Writes the model of a Hugging Face folder as a GGUF file, as llama.cpp's converter does.
+
+The names of tensors are those of the package gguf, which llama.cpp's converter takes as well.
+"""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+from safetensors.numpy import load_file
+from tiny_gguf import CONTROL, F32, tokenizer_keys, write
+
+NAMES = {
+    "qwen3_moe": "qwen3moe", "mixtral": "llama", "olmo3": "olmo2", "gemma3_text": "gemma3",
+}  # fmt: skip
+# Those whose rope rotates neighbours in llama.cpp.
+_NEIGHBOURS = ("llama", "mixtral", "granite", "smollm3")
+_COPIED = {
+    "max_position_embeddings": "context_length",
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "head_dim": "attention.key_length",
+    "num_local_experts": "expert_count",
+    "num_experts_per_tok": "expert_used_count",
+    "moe_intermediate_size": "expert_feed_forward_length",
+    "attention_multiplier": "attention.scale",
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+    "logits_scaling": "logit_scale",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+}
+_ROPE = {
+    "rope_theta": "rope.freq_base",
+    "factor": "rope.scaling.factor",
+    "original_max_position_embeddings": "rope.scaling.original_context_length",
+    "beta_fast": "rope.scaling.yarn_beta_fast",
+    "beta_slow": "rope.scaling.yarn_beta_slow",
+    "attention_factor": "rope.scaling.yarn_attn_factor",
+}
+
+
+def write_of(
+    folder: Path, path: Path, change: dict | None = None, keys: dict | None = None
+) -> tuple[Path, dict]:
+    """Writes the model of a Hugging Face folder as GGUF, with `change` in its config.json.
+
+    `keys` are set in the file whatever config.json says.
+
+    Returns the file and the config.
+    """
+    config = json.loads((folder / "config.json").read_text()) | (change or {})
+    name = config["model_type"]
+    arch = NAMES.get(name, name)
+    tokens = CONTROL + ["AB"] + [chr(ord("A") + i) for i in range(config["vocab_size"] - 4)]
+    said = {f"{arch}.{key}": value for key, value in _keys_of(config).items()}
+    said |= tokenizer_keys(tokens, [("A", "B")], 3) | {"general.architecture": arch}
+    tensors = {
+        name: value.astype(np.float32)
+        for name, value in load_file(folder / "model.safetensors").items()
+        if not name.endswith(".bias") or config.get("attention_bias", True)
+    }
+    tensors = _tensors_of(tensors, config, arch) | _factors_of(config)
+    return write(path, said | (keys or {}), {name: (x, F32) for name, x in tensors.items()}), config
+
+
+def _keys_of(config: dict) -> dict:
+    name, rope = config["model_type"], config["rope_parameters"]
+    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    full = rope.get("full_attention", rope)
+    keys = {new: config[old] for old, new in _COPIED.items() if config.get(old) is not None}
+    if name.startswith("gemma") or config.get("head_dim"):
+        keys["attention.value_length"] = head
+    if name in ("llama", "mixtral", "granite", "phi3"):
+        keys["rope.dimension_count"] = int(head * rope.get("partial_rotary_factor", 1))
+    if name in ("olmo3", "exaone4", "gemma2", "gemma3_text", "phi3"):
+        keys["attention.sliding_window"] = config["sliding_window"] or 0
+    if name in ("olmo3", "exaone4"):
+        slides = [kind == "sliding_attention" for kind in config["layer_types"]]
+        keys["attention.sliding_window_pattern"] = slides
+    if name not in ("gemma", "gemma2"):
+        keys["rope.freq_base"] = full["rope_theta"]
+    if "sliding_attention" in rope:
+        keys["rope.freq_base_swa"] = rope["sliding_attention"]["rope_theta"]
+    if full["rope_type"] in ("linear", "yarn"):
+        keys["rope.scaling.type"] = full["rope_type"]
+        keys |= {new: full[old] for old, new in _ROPE.items() if old in full}
+    if name == "phi3":
+        original = config["original_max_position_embeddings"]
+        keys["rope.scaling.original_context_length"] = original
+        if full["rope_type"] == "longrope":
+            extended = config["max_position_embeddings"] / original
+            factor = (1 + math.log(extended) / math.log(original)) ** 0.5
+            keys["rope.scaling.attn_factor"] = factor
+    return keys
+
+
+def _factors_of(config: dict) -> dict[str, np.ndarray]:
+    """The tensors of rope's divisors, number by number."""
+    rope = config["rope_parameters"]
+    if rope.get("rope_type") == "longrope":
+        return {
+            f"rope_factors_{kind}.weight": np.array(rope[f"{kind}_factor"], np.float32)
+            for kind in ("short", "long")
+        }
+    if rope.get("rope_type") != "llama3":
+        return {}
+    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    original, divisors = rope["original_max_position_embeddings"], []
+    for i in range(0, head, 2):
+        turns = original / (2 * math.pi * rope["rope_theta"] ** (i / head))
+        smooth = (turns - rope["low_freq_factor"]) / (
+            rope["high_freq_factor"] - rope["low_freq_factor"]
+        )
+        smooth = min(max(smooth, 0.0), 1.0)
+        divisors.append(1 / ((1 - smooth) / rope["factor"] + smooth))
+    return {"rope_freqs.weight": np.array(divisors, np.float32)}
+
+
+def _tensors_of(tensors: dict, config: dict, arch: str) -> dict[str, np.ndarray]:
+    """The tensors under the names that the package gguf has for them."""
+    kind = next(kind for kind, name in MODEL_ARCH_NAMES.items() if name == arch)
+    names, out = get_tensor_name_map(kind, config["num_hidden_layers"]), {}
+    experts: dict[str, list] = {}
+    for name, value in tensors.items():
+        stem, _, suffix = re.sub(r"experts\.\d+\.", "experts.", name).rpartition(".")
+        stored = f"{names.get_name(stem)}.{suffix}"
+        assert not stored.startswith("None"), name
+        for part, key in (("attn_q", "num_attention_heads"), ("attn_k", "num_key_value_heads")):
+            if f"{part}.weight" in stored and config["model_type"] in _NEIGHBOURS:
+                heads = value.reshape(config[key], 2, -1, value.shape[-1])
+                value = heads.swapaxes(1, 2).reshape(value.shape)
+        if arch.startswith("gemma") and name.endswith("norm.weight"):
+            value = value + np.float32(1)
+        if ".experts." in name:
+            number = int(re.findall(r"experts\.(\d+)", name)[0])
+            experts.setdefault(stored, []).append((number, value))
+        else:
+            out[stored] = value
+    return out | {
+        k: np.stack([v for _, v in sorted(vs, key=lambda v: v[0])]) for k, vs in experts.items()
+    }

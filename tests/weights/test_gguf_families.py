@@ -1,0 +1,90 @@
+"""GGUF files of every family: what llama.cpp's converter writes of a model comes back as it was.
+
+The checkpoints are those of tests/golden, whose logits transformers computed. Equal facts and equal
+tensors are equal logits.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf_of import write_of
+from safetensors.numpy import load_file
+
+from selm_jax.models.families import from_hf, read_config
+from selm_jax.weights.gguf import GGUFError, convert
+from selm_jax.weights.gguf_families import FAMILIES
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "families"
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 1e10, "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+}  # fmt: skip
+NO_WINDOW = {"layer_types": ["full_attention"] * 4, "sliding_window": None}
+HEAD_SIZE = {"query_pre_attn_scalar": 8}  # what llama.cpp assumes
+CASES = [
+    ("llama-2", {}),
+    ("llama-3.1", {"rope_parameters": LLAMA3}),
+    ("llama-yarn", {}),
+    ("mixtral", {}),
+    ("phi-3-4k", {}),
+    ("phi-3-128k", {}),
+    ("phi-4-mini", {}),
+    ("qwen2", {}),
+    ("qwen3", {}),
+    ("qwen3-moe", {"norm_topk_prob": True}),
+    ("smollm3", {}),
+    ("olmo-2", {"attention_bias": False}),
+    ("olmo-3", {}),
+    ("exaone-4", {}),
+    ("exaone-4", NO_WINDOW),
+    ("granite-3", {}),
+    ("gemma-1", {}),
+    ("gemma-2", HEAD_SIZE),
+    ("gemma-3", HEAD_SIZE),
+]
+
+
+@pytest.mark.parametrize(("name", "change"), CASES)
+def test_a_model_comes_back_as_it_was(tmp_path, name, change):
+    file, config = write_of(GOLDEN / name, tmp_path / "m.gguf", change)
+    out = convert(file, tmp_path / "out")
+    assert json.loads((out / "config.json").read_text())["model_type"] == config["model_type"]
+    assert read_config(out) == from_hf(config)
+    found, expected = (load_file(f / "model.safetensors") for f in (out, GOLDEN / name))
+    for tensor, value in found.items():
+        # A file of Gemma has the scales of norms plus one, rounded.
+        atol = 2e-7 if "gemma" in name and "norm" in tensor else 0
+        np.testing.assert_allclose(value, expected.pop(tensor), atol=atol, rtol=0, err_msg=tensor)
+    assert not [tensor for tensor in expected if not tensor.endswith(".bias")]
+
+
+def test_every_family_is_tested():
+    tested = {
+        json.loads((GOLDEN / name / "config.json").read_text())["model_type"] for name, _ in CASES
+    }
+    assert tested == FAMILIES.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "message"),
+    [
+        ("granite-3", {"granite.rope.scaling.finetuned": False}, "has no rotary embedding"),
+        (
+            "exaone-4",
+            {"exaone4.attention.sliding_window_pattern": [True]},
+            "has 1 entries.*4 layer",
+        ),
+        ("qwen3-moe", {"qwen3moe.expert_shared_count": 1}, "expert_shared_count is not supported"),
+        ("qwen3-moe", {"qwen3moe.expert_count": 7}, r"ffn_gate_inp.weight has shape \(8, 16\).*7"),
+        ("phi-3-128k", {"phi3.rope.scaling.type": "yarn"}, "attn_factor is 1.15.*only 1"),
+        ("llama-yarn", {"llama.rope.scaling.attn_factor": 2.0}, "attn_factor is 2; only 1"),
+        ("llama-2", {"llama.rope.scaling.type": "longrope"}, "scaling.type is 'longrope'"),
+        ("gemma-2", {"gemma2.rope.freq_base_swa": 1e4}, "freq_base_swa is not supported"),
+    ],
+)
+def test_what_would_give_another_model_is_refused(tmp_path, name, own, message):
+    file, _ = write_of(GOLDEN / name, tmp_path / "m.gguf", keys=own)
+    with pytest.raises(GGUFError, match=message):
+        convert(file, tmp_path / "out")

@@ -56,9 +56,10 @@ def iteration(run: Run, t: int, policy: Model) -> Model:
 def measure(run: Run, t: int, policy: Model) -> StoredTable:
     """Evaluates a policy on held-out prompts, or a reward model on held-out pairs."""
     if not run.task.answers:
-        return evaluate_pairs(run, t, policy, run.heldout, run.chat)
+        return evaluate_pairs(run, t, policy, run.heldout, run.chat, run.heldout_sets(0))
     first = None if t == 0 else StoredTable(run.folder.iteration(0), "heldout.parquet")
-    return evaluate(run, t, policy, run.start, run.heldout, run.ranker, run.chat, first)
+    sets = run.heldout_sets(t)
+    return evaluate(run, t, policy, run.start, run.heldout, run.ranker, run.chat, first, sets)
 
 
 def run_stage(run: Run, name: str, t: int) -> None:

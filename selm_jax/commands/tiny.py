@@ -27,6 +27,7 @@ from rich.console import Console
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from selm_jax.config import Compute, Data, Experiment, Feedback, as_dict
+from selm_jax.config.heldout import HeldoutSet
 from selm_jax.models.decoder import Decoder
 from selm_jax.models.families import from_hf, to_hf
 from selm_jax.parallel import multihost
@@ -144,6 +145,9 @@ def shrink(experiment: Experiment, console: Console) -> Experiment:
         data=replace(
             e.data, train=str(inputs / "train.jsonl"), train_split=None, heldout_split=None,
             heldout=str(inputs / "heldout.jsonl") if e.data.heldout else None,
+            heldout_sets={
+                n: HeldoutSet(str(inputs / "heldout.jsonl")) for n in e.data.heldout_sets
+            },
             revision=None, limit=None, heldout_limit=None, skip=min(e.data.skip, ROWS // 4),
         ),
         text=text,

@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from selm_jax.config import plain_yaml, secrets
 from selm_jax.config.consistency import inconsistencies
+from selm_jax.config.heldout import HeldoutSet
 from selm_jax.config.settings import Experiment, groups
 from selm_jax.shell.words import did_you_mean
 
@@ -209,7 +210,7 @@ def _explain(error: Mapping[str, Any], root: type) -> Iterator[str]:
     path = ".".join(str(x) for x in error["loc"])
     kind, found = error["type"], shown(error["input"])
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
-        group = dict(groups(root))[".".join(map(str, error["loc"][:-1]))]
+        group = dict(groups(root)).get(".".join(map(str, error["loc"][:-1])), HeldoutSet)
         known = [f.name for f in dataclasses.fields(group)]
         hint = did_you_mean(str(error["loc"][-1]), known)
         yield f"{path}: unknown key{hint} Known here: {', '.join(known)}."

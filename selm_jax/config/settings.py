@@ -11,11 +11,12 @@ import dataclasses
 import datetime
 from collections.abc import Iterator
 from dataclasses import field
-from typing import Annotated, Literal, get_args, get_type_hints
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
+from selm_jax.config.heldout import HeldoutSets
 from selm_jax.config.kinds import (
     Acquisition,
     All,
@@ -105,6 +106,9 @@ class Data:
     shuffle: Flag = False  # Whether to shuffle the rows before splitting them; the paper does not.
     limit: All | None = None  # Maximum number of prompts per iteration; null uses all.
     heldout_limit: All | None = None  # Maximum number of held-out prompts; null uses all.
+    # Further held-out sets by name, such as {safety: safety.jsonl}: a source, or {source, split,
+    # config, limit}. Their metrics are heldout/NAME/...
+    heldout_sets: HeldoutSets = field(default_factory=dict)
     # What to do with an unusable row, with an answer that contains an end token, and with a prompt
     # longer than rollout.max_prompt_tokens: stop with an error, or drop it and count it.
     on_bad_row: OnBadRow = "error"
@@ -119,6 +123,8 @@ class Data:
                 f"system_column: {self.system_column} gives each row its own system message, but "
                 "data.system sets one for all rows; set only one of them"
             )
+        if self.heldout_sets and self.heldout is None:
+            yield "heldout_sets: they are evaluated besides data.heldout, so set that as well"
         if self.rejected_score and not self.chosen_score:
             yield "rejected_score: it needs data.chosen_score as well; set both or neither"
 
@@ -362,6 +368,8 @@ def groups(root: type, path: str = "") -> Iterator[tuple[str, type]]:
     """Yields (dotted key, class) of each group of settings in a class; `root` has the key ""."""
     yield path, root
     for name, hint in get_type_hints(root).items():
+        if get_origin(hint) is dict:
+            continue  # its keys are names that the user chooses
         for each in (hint, *get_args(hint)):  # a required group or an optional one
             if isinstance(each, type) and dataclasses.is_dataclass(each):
                 yield from groups(each, f"{path}.{name}" if path else name)

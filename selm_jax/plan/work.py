@@ -131,6 +131,13 @@ def lengths_of(
         pairs = heldout * sum(None not in (p.chosen, p.rejected) for p in local) // len(local)
     elif heldout and (e.data.chosen, e.data.rejected) != ("chosen", "rejected"):
         pairs = 0  # held-out pairs are only read from columns with these names
+    for name, each in b.data.of_sets.items():
+        if Path(str(each.heldout)).exists():
+            heldout = (heldout or 0) + len(b.data.heldout_sets[name])
+        else:
+            assumed.append(
+                f"{each.heldout} is not on this machine, so its evaluation is not counted"
+            )
     if prompt is None:
         prompt = b.programs.sizes.longest_prompt
         assumed.append(

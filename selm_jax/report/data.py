@@ -35,6 +35,7 @@ STAGES = ("generate", "rank", "score", "train", "export", "evaluate")
 """The stages of an iteration in the order in which they run. Iteration 0 has only the last one."""
 
 KINDS = ("greedy", "sample")
+_SETS = "data.heldout_sets"
 
 
 @dataclass(frozen=True)
@@ -119,8 +120,17 @@ class RunData:
     def method(self) -> str:
         return str(self.manifest.get("method", "unnamed method"))
 
+    @property
+    def heldout_sets(self) -> tuple[str, ...]:
+        """The names of the held-out sets besides `data.heldout`, in the order of the settings."""
+        found = (key.split(".")[2] for key in self.settings if key.startswith(_SETS + "."))
+        return tuple(dict.fromkeys(found))
+
     def metric(self, iteration: int, name: str) -> float | None:
-        """The metric `heldout/NAME` of an evaluation; None if it is missing or not finite."""
+        """The metric `heldout/NAME` of an evaluation, also that of a set as `SET/NAME`.
+
+        It is None if the metric is missing or not finite.
+        """
         value = self.evaluations.get(iteration, {}).get(f"heldout/{name}")
         return value if value is not None and math.isfinite(value) else None
 

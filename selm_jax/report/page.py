@@ -216,6 +216,13 @@ def sections(runs: Sequence[RunData], labels: Sequence[str]) -> list[Section]:
             legend,
         ),
         Section(
+            "sets",
+            "Other held-out sets",
+            "Does what holds for the main held-out prompts hold for the other sets?",
+            run_plots.set_plots(runs, labels),
+            legend,
+        ),
+        Section(
             "frontier",
             "Reward against distance",
             "How far did the policy move from the start model to get its reward?",
@@ -294,10 +301,11 @@ def _run_view(run: RunData, label: str, index: int, said: Mapping[str, str]) -> 
     """What the template needs of a run; `said` has the facts that the page says of all runs."""
     known = summary.evaluated(run)
     evaluations, dropped = run_tables.evaluation_rows(run), run_tables.dropped(run)
-    stages = run_tables.stage_rows(run)
+    stages, sets = run_tables.stage_rows(run), run_tables.set_rows(run)
     manifest = run_tables.manifest(run)
     tables = {
         "evaluations": run_tables.evaluation_table(label, evaluations),
+        "sets": run_tables.set_table(label, sets),
         "dropped": dropped and run_tables.dropped_table(label, dropped),
         "stages": run_tables.stage_table(label, stages),
         "manifest": Table(f"{label}_versions", ["key", "value"], list(manifest.items())),
@@ -314,6 +322,7 @@ def _run_view(run: RunData, label: str, index: int, said: Mapping[str, str]) -> 
         "method": run.method,
         "last": known[-1] if known else None,
         "evaluations": evaluations,
+        "sets": sets,
         "pairs": any(run.metric(k, "pairs/accuracy") is not None for k in run.evaluations),
         "dropped": dropped,
         "stages": stages,

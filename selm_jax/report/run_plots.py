@@ -55,6 +55,32 @@ def reward_plots(runs: Sequence[RunData], labels: Sequence[str]) -> list[Plot]:
     return plots
 
 
+_OF_SETS = (
+    ("reward_greedy", "reward of greedy answers"),
+    ("gain", "gain over the start model"),
+    ("capability", "capability, nats per token"),
+    ("kl", "KL from the start, nats per answer"),
+    ("accuracy", "accuracy on pairs"),
+)
+
+
+def set_plots(runs: Sequence[RunData], labels: Sequence[str]) -> list[Plot]:
+    """Plots the measures of each named held-out set."""
+    sets = dict.fromkeys(name for run in runs for name in run.heldout_sets)
+    plots = [
+        by_iteration(
+            runs, labels, f"set-{of}-{name}",
+            lambda run, key=f"{of}/{name}": _interval_metric(run, key),
+            title=f"{of}: {words}",
+            how="Bars are 95 % intervals over the prompts of this set.",
+            zero=name in ("gain", "capability"),
+        )
+        for of in sets
+        for name, words in _OF_SETS
+    ]  # fmt: skip
+    return [plot for plot in plots if plot.drawing]
+
+
 def frontier_plots(runs: Sequence[RunData], labels: Sequence[str]) -> list[Plot]:
     plots = []
     for kind in reversed(KINDS):

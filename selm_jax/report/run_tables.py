@@ -44,6 +44,36 @@ def evaluation_rows(run: RunData) -> list[dict[str, Any]]:
     return rows
 
 
+SET_MEASURES = ("reward_greedy", "reward_sample", "gain", "capability", "kl", "accuracy")
+
+
+def set_rows(run: RunData) -> list[dict[str, Any]]:
+    """The measures of the named held-out sets, each with the ends of its interval."""
+    return [
+        {
+            "name": of,
+            "iteration": k,
+            **{
+                name: tuple(run.metric(k, f"{of}/{name}{end}") for end in ("", "_low", "_high"))
+                for name in SET_MEASURES
+            },
+            "prompts": run.metric(k, f"{of}/prompts") or run.metric(k, f"{of}/pairs"),
+        }
+        for of in run.heldout_sets
+        for k in run.evaluations
+    ]
+
+
+def set_table(label: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    ends = ("", "_low", "_high")
+    columns = ["set", "iteration", *(f"{n}{end}" for n in SET_MEASURES for end in ends), "prompts"]
+    data = [
+        [r["name"], r["iteration"], *(v for n in SET_MEASURES for v in r[n]), r["prompts"]]
+        for r in rows
+    ]
+    return Table(f"{label}_heldout_sets", columns, data)
+
+
 def dropped(run: RunData) -> dict[str, Any] | None:
     """A table of kept pairs and of dropped prompts, by reason (rows) and iteration (columns)."""
     ranked = {k: stages["rank"] for k, stages in run.stages.items() if "rank" in stages}

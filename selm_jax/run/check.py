@@ -23,6 +23,7 @@ from selm_jax.run.rows import (
     question,
     told_of,
     told_of_overlap,
+    trained_too,
 )
 from selm_jax.run.run import Run
 from selm_jax.text.answers import check_answers
@@ -61,7 +62,7 @@ def check_objective(run: Run) -> None:
     """
     e, data = run.experiment, run.data
     objective = run.task.objective
-    _ = (by_settings(e.feedback), data.all_prompts, data.heldout)
+    _ = (by_settings(e.feedback), data.all_prompts, data.evaluated)
     multihost.on_first(lambda: _check_ranker(run))
     there = ("chosen", "rejected") if e.data.rejected else ("chosen",)
     if e.taught and not set(objective.roles) <= set(there):
@@ -79,7 +80,7 @@ def _check_ranker(run: Run) -> None:
     f = run.experiment.feedback
     if f.ranker == "human":
         store_of(run.folder.path, f.settings)
-    rows = [] if run.experiment.taught else [*run.data.every_prompt(), *run.data.heldout]
+    rows = [] if run.experiment.taught else [*run.data.every_prompt(), *run.data.evaluated]
     rankers.check_asked(run.ranker.ranker, [question(prompt) for prompt in rows])
 
 
@@ -129,7 +130,7 @@ def check_rows(run: Run) -> None:
     prompts = list(data.every_prompt())
     strict = e.data.on_bad_row == "error"
     check_heldout(e.data, data.heldout, data.trained_too)
-    own = task.whose_answers(prompts, data.heldout, strict) if e.candidates.dataset else ()
+    own = task.whose_answers(prompts, data.evaluated, strict) if e.candidates.dataset else ()
     if own:
         with run.bar("checking the answers", len(own), "prompts") as advance:
             check_own_answers(data.misfit, own, advance, strict)
@@ -149,3 +150,7 @@ def told_of_data(data: Data) -> Iterator[str]:
     yield from told_of(d.train, data.all_prompts)
     yield from told_of(str(d.heldout), data.heldout_rows)
     yield from told_of_overlap(d, data.heldout, data.trained_too)
+    for name, of_set in data.of_sets.items():
+        yield from told_of(str(of_set.heldout), data.set_rows[name])
+        found = data.heldout_sets[name]
+        yield from told_of_overlap(of_set, found, trained_too(found, data.every_prompt()))

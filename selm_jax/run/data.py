@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from functools import cached_property
 
+from selm_jax.config import Data as Settings
 from selm_jax.config import Experiment, fixed_length
 from selm_jax.parallel import multihost
 from selm_jax.preferences.own_answers import OwnAnswers
@@ -85,6 +87,38 @@ class Data:
         return [self.with_system(p) for p in rows]
 
     @cached_property
+    def of_sets(self) -> dict[str, Settings]:
+        """For each of `data.heldout_sets`, the settings `data` with this set as held-out data."""
+        d = self.experiment.data
+        return {
+            name: dataclasses.replace(
+                d, heldout=each.source, heldout_split=each.split, heldout_config=each.config,
+                heldout_limit=each.limit or d.heldout_limit, heldout_sets={},
+            )
+            for name, each in d.heldout_sets.items()
+        }  # fmt: skip
+
+    @cached_property
+    def set_rows(self) -> dict[str, PromptSet]:
+        """Every usable row of each named held-out set."""
+        pairs = not self.task.answers
+        return {name: self._read("heldout", pairs, d) for name, d in self.of_sets.items()}
+
+    @cached_property
+    def heldout_sets(self) -> dict[str, list[Prompt]]:
+        """The prompts of each named held-out set."""
+        limits = {name: d.heldout_limit for name, d in self.of_sets.items()}
+        return {
+            name: [self.with_system(p) for p in rows[: limits[name]]]
+            for name, rows in self.set_rows.items()
+        }
+
+    @property
+    def evaluated(self) -> list[Prompt]:
+        """The prompts of `data.heldout` and of all named sets."""
+        return [*self.heldout, *itertools.chain(*self.heldout_sets.values())]
+
+    @cached_property
     def trained_too(self) -> list[Prompt]:
         """The held-out prompts that are also in the training data."""
         return trained_too(self.heldout, self.every_prompt()) if self.heldout else []
@@ -97,17 +131,17 @@ class Data:
         messages = (Message("system", system), *prompt.messages)
         return dataclasses.replace(prompt, messages=messages)
 
-    def _read(self, part: Part, pairs: bool = True) -> PromptSet:
-        d = self.experiment.data
+    def _read(self, part: Part, pairs: bool = True, d: Settings | None = None) -> PromptSet:
+        d = d or self.experiment.data
         found = multihost.first_then_others(lambda: load_data(d, part, pairs=pairs))
         multihost.check_same(f"digest of {getattr(d, part)}", lambda: prompts_digest(found))
         if d.on_bad_row == "error" or not self.task.answers or self._model is None:
             return found  # no prompt is dropped for its length
-        return self._without_long(found, part)
+        return self._without_long(found, part, getattr(d, part))
 
-    def _without_long(self, found: PromptSet, part: Part) -> PromptSet:
+    def _without_long(self, found: PromptSet, part: Part, name: str) -> PromptSet:
         e = self.experiment
-        name, limit = getattr(e.data, part), e.rollout.max_prompt_tokens
+        limit = e.rollout.max_prompt_tokens
         kept = found.without("prompt too long", lambda p: self._length(self.with_system(p)) > limit)
         if not kept:
             raise RunError(
@@ -137,7 +171,7 @@ class Data:
             the chat template rejects a prompt. The message names the prompt.
         """
         limit = self.experiment.rollout.max_prompt_tokens
-        prompts = [*self.every_prompt(), *self.heldout]
+        prompts = [*self.every_prompt(), *self.evaluated]
         lengths = of_each(self._length, prompts)
         longest = max(lengths)
         if longest > limit:
@@ -164,7 +198,7 @@ class Data:
     def _longest_answered(self) -> int:
         """The length of the longest conversation in the data, with its answer, in tokens."""
         answers = self.task.answers
-        prompts = [*self.every_prompt(), *(() if answers else self.heldout)]
+        prompts = [*self.every_prompt(), *(() if answers else self.evaluated)]
         return longest_answered(self.chat, prompts, whole=not answers)
 
     @cached_property

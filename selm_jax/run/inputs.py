@@ -100,6 +100,37 @@ class Sampled:
 
 
 @dataclass(frozen=True)
+class HeldoutSets:
+    """The named held-out sets, which are evaluated besides the main one.
+
+    Attributes:
+      prompts: the prompts of each set.
+      first: the folder of the start model's answers; None if the start model answers.
+    """
+
+    prompts: Mapping[str, list[Prompt]]
+    first: Path | None
+
+    def digests(self, name: str) -> Mapping[str, str]:
+        found = {f"heldout {n}": prompts_digest(mine) for n, mine in self.prompts.items()}
+        for n in self.prompts:
+            found |= {} if (answers := self.answers(n)) is None else answers.digests(name)
+        return found
+
+    def answers(self, name: str) -> StoredTable | None:
+        """The start model's answers to a set; None if the start model is being evaluated."""
+        if self.first is None:
+            return None
+        return StoredTable(self.first, of_set("heldout.parquet", name))
+
+
+def of_set(file: str, name: str | None) -> str:
+    """The name of a held-out set's own table: `heldout-NAME.parquet` for `heldout.parquet`."""
+    stem, _, ending = file.partition(".")
+    return file if name is None else f"{stem}-{name}.{ending}"
+
+
+@dataclass(frozen=True)
 class Training:
     """The result of training, in its iteration's folder.
 

@@ -27,7 +27,7 @@ from selm_jax.preferences.acquisition import MODEL_BASED
 from selm_jax.run.data import Data
 from selm_jax.run.devices import Devices
 from selm_jax.run.folder import Folder
-from selm_jax.run.inputs import LazyRanker, Model, Sampled, StoredTable, Words
+from selm_jax.run.inputs import HeldoutSets, LazyRanker, Model, Sampled, StoredTable, Words
 from selm_jax.run.model import StartModel
 from selm_jax.run.programs import Programs, SharedPrograms
 from selm_jax.run.task import Task, refuse_user_code, task_of
@@ -109,6 +109,10 @@ class Run:
     @property
     def heldout(self) -> list[Prompt]:
         return self.data.heldout
+
+    def heldout_sets(self, t: int) -> HeldoutSets:
+        """The named held-out sets, as iteration t evaluates them."""
+        return HeldoutSets(self.data.heldout_sets, self.folder.iteration(0) if t else None)
 
     @property
     def chat(self) -> Chat:

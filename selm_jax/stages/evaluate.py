@@ -1,12 +1,15 @@
 """The stage `evaluate`: measures the new policy on held-out data.
 
 A language model is evaluated on held-out prompts (heldout.parquet) and pairs
-(heldout_pairs.parquet), a reward model on held-out pairs (pairs.parquet).
+(heldout_pairs.parquet), a reward model on held-out pairs (pairs.parquet). A named held-out set has
+tables of its own (heldout-NAME.parquet, ...).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,13 +17,14 @@ from selm_jax.config import most_in_row
 from selm_jax.evaluation import frontier, guard
 from selm_jax.evaluation import pairs as pair_rewards
 from selm_jax.evaluation.answers import Asked, Stored, answer
-from selm_jax.evaluation.measuring import against, measured, scores_of
+from selm_jax.evaluation.measuring import Own, Tables, against, measured, scores_of
 from selm_jax.evaluation.pairs import pairs_within
 from selm_jax.feedback.human import Human
 from selm_jax.feedback.ranker import is_relative, reported
 from selm_jax.parallel import multihost
+from selm_jax.preferences.examples import Example
 from selm_jax.preferences.own_answers import rated_example
-from selm_jax.run.inputs import LazyRanker, Model, StoredTable
+from selm_jax.run.inputs import HeldoutSets, LazyRanker, Model, StoredTable, of_set
 from selm_jax.run.rows import RunError
 from selm_jax.stages.asking import check_read, unread
 from selm_jax.stages.asking import scores_of as ask
@@ -37,8 +41,41 @@ from selm_jax.text.prompts import Prompt
 
 def _leaves(step: Step, **given: Any) -> tuple[str, ...]:
     longest = most_in_row(step.settings.training.row_length, step.programs.config.max_positions)
-    of_data, _ = pairs_within(given["chat"], given["heldout"], longest)
-    return ("heldout.parquet", "heldout_pairs.parquet") if of_data else ("heldout.parquet",)
+    names = []
+    for part in _parts(given["heldout"], given["sets"]):
+        names.append(of_set("heldout.parquet", part.name))
+        if pairs_within(given["chat"], part.prompts, longest)[0]:
+            names.append(of_set("heldout_pairs.parquet", part.name))
+    return tuple(names)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """A held-out set that is evaluated; `name` is None for `data.heldout`.
+
+    Attributes:
+      first: the start model's answers to its prompts; None if the policy is the start model.
+    """
+
+    name: str | None
+    prompts: list[Prompt]
+    first: StoredTable | None = None
+
+    def keyed(self, summary: Mapping[str, float | None]) -> dict[str, float | None]:
+        """The metrics of this set by their names in metrics.jsonl."""
+        if self.name is None:
+            return dict(summary)
+        return {
+            key.replace("heldout/", f"heldout/{self.name}/", 1): summary[key] for key in summary
+        }
+
+
+def _parts(
+    heldout: list[Prompt], sets: HeldoutSets, first: StoredTable | None = None
+) -> list[_Part]:
+    """The held-out sets of an evaluation: `data.heldout`, then the named ones."""
+    named = (_Part(name, mine, sets.answers(name)) for name, mine in sets.prompts.items())
+    return [_Part(None, heldout, first), *named]
 
 
 @stage(
@@ -57,6 +94,7 @@ def evaluate(
     ranker: LazyRanker,
     chat: Chat,
     first: StoredTable | None,
+    sets: HeldoutSets,
 ) -> Counts:
     """Scores a policy's held-out answers with the ranker, the policy and the start model.
 
@@ -68,92 +106,140 @@ def evaluate(
 
     Args:
       first: the answers of the start model; None if the policy is the start model.
+      sets: named held-out sets, each with tables and metrics of its own.
     """
     programs, asked = step.programs, Asked.of_run(step.settings)
+    parts = _parts(heldout, sets, first)
+    before = [None if part.first is None else table.read(part.first.path) for part in parts]
     model = programs.policy(policy.path, chat)
-    with step.bar(len(heldout) * asked.each, "responses") as advance:
-        responses = answer(model, heldout, asked, counting(advance))
-    first_rows = None if first is None else table.read(first.path)
-    scores = _scores(ranker, heldout, responses, first_rows)
-    told = {} if scores is None else multihost.on_first(lambda: reported(ranker.ranker))
+    prompts = sum(len(part.prompts) for part in parts)
+    with step.bar(prompts * asked.each, "responses") as advance:
+        responses = [answer(model, part.prompts, asked, counting(advance)) for part in parts]
+    asked_about = zip(parts, responses, before, strict=True)
+    scores = [_scores(ranker, part.prompts, mine, rows) for part, mine, rows in asked_about]
+    told = {} if scores[0] is None else multihost.on_first(lambda: reported(ranker.ranker))
     check_read(step, ranker, told)
-    own = measured(model, heldout, responses, scores)
-    capability = None
-    if first_rows is not None and not own.pairs:
-        capability = guard.of_first(model, heldout, first_rows)
+    own, capability = [], []
+    for part, mine, scored, rows in zip(parts, responses, scores, before, strict=True):
+        own.append(measured(model, part.prompts, mine, scored))
+        known = rows is None or bool(own[-1].pairs)
+        capability.append(None if known else guard.of_first(model, part.prompts, rows or ()))
     del model
-    found = against(None if first is None else programs.policy(start.path, chat), own)
-    if multihost.is_first():
-        table.write(step.folder / "heldout.parquet", found.answers)
-        if found.pairs is not None:
-            heldout_pairs.write(step.folder / "heldout_pairs.parquet", found.pairs)
-    if first_rows is not None and found.pairs is not None:
-        capability = guard.of_pairs(own.pairs, found.pairs)
-    beta = step.settings.objective.get("beta", 1.0)
-    summary = frontier.summarize(found.answers, first_rows, found.pairs, beta, capability)
+    reference = None if first is None else programs.policy(start.path, chat)
+    found = [against(reference, each) for each in own]
+    metrics: dict[str, float | None] = {}
+    for part, mine, tables, rows, change in zip(parts, own, found, before, capability, strict=True):
+        metrics |= _summary(step, part, mine, tables, rows, change)
     step.log.forget()
-    step.log(summary)
-    if (lost := guard.warning(summary)) is not None:
-        step.say(lost)
-    names = ("heldout/reward_greedy", "heldout/gain", "heldout/capability", "heldout/kl")
-    names += ("heldout/pairs/accuracy",)
-    shown = [f"{name}{end}" for name in names for end in ("", "_low", "_high")]
+    step.log(metrics)
     some = {
-        "pairs": len(own.pairs),
-        "answers_left_out": own.left_out,
-        "pairs_left_out": own.pairs_left_out,
+        "pairs": sum(len(each.pairs) for each in own),
+        "answers_left_out": sum(each.left_out for each in own),
+        "pairs_left_out": sum(each.pairs_left_out for each in own),
     }
     return {
-        "prompts": len(heldout),
-        "responses": len(responses),
+        "prompts": prompts,
+        "responses": sum(map(len, responses)),
         **{name: n for name, n in some.items() if n},
         **unread(told),
-        **{key: summary[key] for key in shown if key in summary},
+        **{key: value for key, value in metrics.items() if _SHOWN.fullmatch(key)},
         **{f"ranker/{key}": value for key, value in told.items()},
     }
 
 
+# The metrics that the console shows, of every held-out set.
+_SHOWN = re.compile(
+    r"heldout/(\w+/)?(reward_greedy|gain|capability|kl|pairs/accuracy)(_low|_high)?"
+)
+
+
+def _summary(
+    step: Step,
+    part: _Part,
+    own: Own,
+    found: Tables,
+    before: Sequence[table.Row] | None,
+    capability: guard.Values | None,
+) -> dict[str, float | None]:
+    """Writes the tables of one held-out set, and returns its metrics.
+
+    Args:
+      before: the start model's answers; None if the policy is the start model.
+      capability: the guard's measure, if the set has no pairs.
+    """
+    if multihost.is_first():
+        table.write(step.folder / of_set("heldout.parquet", part.name), found.answers)
+        if found.pairs is not None:
+            file = of_set("heldout_pairs.parquet", part.name)
+            heldout_pairs.write(step.folder / file, found.pairs)
+    if before is not None and found.pairs is not None:
+        capability = guard.of_pairs(own.pairs, found.pairs)
+    beta = step.settings.objective.get("beta", 1.0)
+    summary = frontier.summarize(found.answers, before, found.pairs, beta, capability)
+    if (lost := guard.warning(summary)) is not None:
+        step.say(lost if part.name is None else f"{part.name}: {lost}")
+    return part.keyed(summary)
+
+
+def _leaves_pairs(_step: Step, **given: Any) -> tuple[str, ...]:
+    parts = _parts(given["heldout"], given["sets"])
+    return tuple(of_set("pairs.parquet", part.name) for part in parts)
+
+
 @stage(
     name="evaluate",
-    leaves=("pairs.parquet",),
+    leaves=_leaves_pairs,
     settings=("objective.rates", "data.heldout", "data.on_bad_row", *TEMPLATE, *SCORING),
 )
-def evaluate_pairs(step: Step, policy: Model, heldout: list[Prompt], chat: Chat) -> Counts:
+def evaluate_pairs(
+    step: Step, policy: Model, heldout: list[Prompt], chat: Chat, sets: HeldoutSets
+) -> Counts:
     """Measures how often a reward model prefers the chosen answer of a held-out pair.
 
     Pairs that are too long are left out and counted if `data.on_bad_row` is `drop`.
     """
-    held, head = [(p, answers_of(p)) for p in heldout], step.programs.config.head
+    parts = _parts(heldout, sets)
+    found = [_rated(step, part, chat) for part in parts]
+    model = step.programs.policy(policy.path, chat)
+    with step.bar(sum(map(len, found)), "pairs") as advance:
+        rewards = [model.rewards([e for *_, e in mine], counting(advance)) for mine in found]
+    del model
+    metrics: dict[str, float | None] = {}
+    for part, mine, of_pairs in zip(parts, found, rewards, strict=True):
+        rows = [
+            pairs.Row(
+                prompt.id, prompt.messages[-1].content,
+                chosen=each["chosen"], rejected=each["rejected"],
+                reward_chosen=of_pair[e.roles["chosen"]],
+                reward_rejected=of_pair[e.roles["rejected"]],
+            )
+            for (prompt, each, e), of_pair in zip(mine, of_pairs, strict=True)
+        ]  # fmt: skip
+        if multihost.is_first():
+            pairs.write(step.folder / of_set("pairs.parquet", part.name), rows)
+        metrics |= part.keyed(pair_rewards.summarize(rows))
+    step.log.forget()
+    step.log(metrics)
+    kept, there = sum(map(len, found)), sum(len(part.prompts) for part in parts)
+    shown = re.compile(r"heldout/(\w+/)?accuracy(_low|_high)?")
+    counts = {"pairs": kept, "too_long": there - kept}
+    return counts | {key: value for key, value in metrics.items() if shown.fullmatch(key)}
+
+
+def _rated(step: Step, part: _Part, chat: Chat) -> list[tuple[Prompt, Any, Example]]:
+    """The held-out pairs of a set that fit a row: prompts, answers by role, and examples."""
+    held, head = [(p, answers_of(p)) for p in part.prompts], step.programs.config.head
     assert head is not None
     found = [(p, each, rated_example(chat, head, p, each, {})) for p, each in held]
     if step.task.leaves_out_long(step.settings):
         found = [each for each in found if not too_long(step, each[2])]
     if not found:
+        source = step.settings.data.heldout if part.name is None else part.name
         raise RunError(
-            f"{step.settings.data.heldout}: all {len(held)} held-out pairs are too long. Shorten "
+            f"{source}: all {len(held)} held-out pairs are too long. Shorten "
             "them, or raise training.row_length"
         )
-    examples = [example for *_, example in found]
-    model = step.programs.policy(policy.path, chat)
-    with step.bar(len(examples), "pairs") as advance:
-        rewards = model.rewards(examples, counting(advance))
-    del model
-    rows = [
-        pairs.Row(
-            prompt.id, prompt.messages[-1].content,
-            chosen=each["chosen"], rejected=each["rejected"],
-            reward_chosen=of_pair[e.roles["chosen"]], reward_rejected=of_pair[e.roles["rejected"]],
-        )
-        for (prompt, each, e), of_pair in zip(found, rewards, strict=True)
-    ]  # fmt: skip
-    if multihost.is_first():
-        pairs.write(step.folder / "pairs.parquet", rows)
-    summary = pair_rewards.summarize(rows)
-    step.log.forget()
-    step.log(summary)
-    shown = ("heldout/accuracy", "heldout/accuracy_low", "heldout/accuracy_high")
-    counts = {"pairs": len(found), "too_long": len(held) - len(found)}
-    return counts | {key: summary[key] for key in shown}
+    return found
 
 
 def _scores(

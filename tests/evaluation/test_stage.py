@@ -25,7 +25,8 @@ LOGPS = ["logp", "logp_start"]
 def run(tmp_path, monkeypatch):
     """A run whose first iteration is another random model; its held-out prompts come with pairs."""
     on_first_device(monkeypatch)
-    file = experiment(tmp_path, evaluation__samples=2)
+    sets = {"again": str(tmp_path / "heldout.jsonl")}
+    file = experiment(tmp_path, evaluation__samples=2, data__heldout_sets=sets)
     rows = [
         {"prompt_id": f"h{i}", "prompt": text, "chosen": f"Yes, {i}.", "rejected": f"No: {i}!"}
         for i, text in enumerate(PROMPTS[:6])
@@ -60,13 +61,21 @@ def test_pairs_are_measured_against_the_start_model(run):
     tokens = sum(len(r["token_ids"]) for r in sampled)
     assert after["heldout/entropy_token"] == pytest.approx(surprise / tokens, rel=1e-5)
     record = json.loads((run.folder.iteration(1) / "stage.json").read_text())["evaluate"]
-    assert record["counts"]["pairs"] == 5 and record["counts"]["pairs_left_out"] == 1
-    assert set(record["outputs"]) == {"heldout.parquet", "heldout_pairs.parquet"}
+    assert record["counts"]["pairs"] == 10 and record["counts"]["pairs_left_out"] == 2
+    names = {f"heldout{of}{name}.parquet" for of in ("", "_pairs") for name in ("", "-again")}
+    assert set(record["outputs"]) == names
+    assert {"heldout again", "heldout-again.parquet"} <= set(record["inputs"])
+    # The same prompts as a named set have the same metrics.
+    again = {k.replace("/again/", "/"): v for k, v in after.items() if "/again/" in k}
+    assert again == {
+        k: v for k, v in after.items() if k.startswith("heldout/") and "/again/" not in k
+    }
     assert not do(run, "evaluate", 1)  # it is done
 
     out = run.folder.path / "report.html"
     page.write([run.folder.path], out)
     text = out.read_text()
+    assert "Other held-out sets" in text and "again: gain over the start model" in text
     assert "Pairs right" in text and "Capability" in text and "Entropy, nats" in text
 
 
@@ -116,7 +125,7 @@ def test_prompts_too_long_for_a_row_are_measured_as_far_as_they_can_be(run, tmp_
     for row_length, prompts in ((256, [*lines, split]), (128, [*lines, split, long])):
         (tmp_path / "heldout.jsonl").write_text("\n".join(prompts) + "\n")
         overrides = ["rollout.max_prompt_tokens=180", f"training.row_length={row_length}"]
-        overrides.append(f"output={tmp_path / str(row_length)}")
+        overrides += [f"output={tmp_path / str(row_length)}", "data.heldout_sets={}"]
         one = Run(load(tmp_path / "experiment.yaml", overrides), Console(quiet=True))
         one.open()
         make_model(one.folder.iteration(1) / "model", seed=1)

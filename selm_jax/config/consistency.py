@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from selm_jax.config.heldout import bad_metric
 from selm_jax.config.settings import Experiment
 from selm_jax.shell.user_code import UserCodeError, check_name, is_user_code
 
@@ -53,6 +54,11 @@ def inconsistencies(e: Experiment) -> Iterator[str]:
             "objective.margin: the margin needs the scores of the data; name their columns in "
             "data.chosen_score and data.rejected_score"
         )
+    if e.keep_best is not None:
+        if e.data.heldout is None:
+            yield "keep_best: it needs held-out data; set data.heldout, or set keep_best: null"
+        elif (problem := bad_metric(e.keep_best, e.data.heldout_sets)) is not None:
+            yield f"keep_best: {problem}"
     if e.training.router == "trained" and e.lora is not None:
         yield (
             "training.router: trained; with lora only the adapters are trained, and routers have "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict
@@ -51,3 +51,24 @@ def _bad_names(sets: Mapping[str, HeldoutSet]) -> Iterator[str]:
 HeldoutSets = Annotated[
     dict[str, HeldoutSet], BeforeValidator(_named), AfterValidator(_with_good_names)
 ]
+
+# Measures by which `keep_best` may choose a model, and whether a higher value is better.
+OF_ANSWERS = dict.fromkeys(
+    ("reward_greedy", "reward_sample", "gain", "capability", "pairs/accuracy", "pairs/margins"),
+    True,
+)
+OF_PAIRS = {"accuracy": True, "margin": True, "loss": False}  # a reward model's
+
+
+def bad_metric(metric: str, sets: Collection[str]) -> str | None:
+    """The reason why `keep_best` cannot name a metric; None if it can."""
+    found = re.fullmatch(r"heldout/(?:(\w+)/)??(pairs/\w+|\w+)", metric)
+    measures = OF_ANSWERS | OF_PAIRS
+    if found is None or found[2] not in measures:
+        return (
+            f"{metric!r}; `heldout/MEASURE` or `heldout/SET/MEASURE` was expected, with one of "
+            f"{', '.join(measures)}"
+        )
+    if found[1] not in (None, *sets):
+        return f"{metric!r}: data.heldout_sets names no set {found[1]!r}"
+    return None

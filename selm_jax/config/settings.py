@@ -343,6 +343,9 @@ class Experiment:
     # Which models stay on disk: those of all iterations, or only the last one. A model that the
     # next iteration still needs is deleted after that iteration.
     keep_models: KeptModels = "all"
+    # Held-out metric of the best model, such as heldout/reward_greedy: manifest and page name this
+    # model, and `keep_models: last` keeps it besides the last one (docs/evaluate.md).
+    keep_best: str | None = None
     seed: Seed = 42  # Seed of all random numbers; the same seed gives the same run.
 
     def learning_rate(self, iteration: int) -> float:

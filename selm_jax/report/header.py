@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from selm_jax.report.summary import plural, settings_differences
+from selm_jax.report.summary import number, plural, settings_differences
 
 Facts = list[tuple[str, str]]
 """Titles and texts, in reading order."""
@@ -22,6 +22,7 @@ def facts(settings: Mapping[str, str], manifest: Mapping[str, Any]) -> Facts:
         "Training data": _joined(s.get("data.train"), _rows(s.get("data.limit"))),
         "Held-out data": _joined(s.get("data.heldout"), _rows(s.get("data.heldout_limit"))),
         "Iterations": s.get("iterations", ""),
+        "Best model": _best(_mapping(m.get("best"))),
         "Seed": s.get("seed", ""),
         **code(_mapping(m.get("versions")), m.get("commit")),
         "Device": _joined(m.get("device"), m.get("platform"), _count(m.get("devices"), "device")),
@@ -97,6 +98,12 @@ def _parameters(manifest: Mapping[str, Any]) -> str:
     model = _mapping(manifest.get("model"))
     found = manifest.get("parameters", model.get("parameters"))
     return f"{found:,} parameters" if isinstance(found, int) else ""
+
+
+def _best(best: Mapping[str, Any]) -> str:
+    if not best:
+        return ""
+    return f"{best['model']}, by {best['metric']} ({number(best['value'])})"
 
 
 def _revision(manifest: Mapping[str, Any]) -> str:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+from selm_jax.config.heldout import bad_metric
 from selm_jax.parallel import multihost
 from selm_jax.report import page
 from selm_jax.run.check import check
 from selm_jax.run.remaining import entries_of, time_left
+from selm_jax.run.rows import RunError
 from selm_jax.run.run import Run
 from selm_jax.shell import artifacts
 from selm_jax.shell import mirror as mirrors
@@ -46,8 +48,13 @@ def drop_models(run: Run, t: int) -> None:
     """Deletes models that no iteration after t needs, if the experiment keeps only the last one.
 
     The next iteration starts from the model of iteration t. Only the acquisition `reward_gap` also
-    needs the model before that. The start model is not in the run folder and is never deleted.
+    needs the model before that. The best model so far by `keep_best` stays. The start model is not
+    in the run folder and is never deleted.
+
+    Raises:
+      RunError: the evaluation of iteration t has no metric `keep_best`.
     """
+    best = multihost.on_first(lambda: _best(run, t))
     if run.experiment.keep_models == "all":
         return
     first = t  # the first one to keep
@@ -57,10 +64,24 @@ def drop_models(run: Run, t: int) -> None:
         first = t - 1
 
     def drop() -> None:
-        for u in range(1, first):
+        for u in (u for u in range(1, first) if u != best):
             artifacts.Stages(run.folder.iteration(u)).let_go("export", "model")
 
     multihost.on_first(drop)
+
+
+def _best(run: Run, t: int) -> int | None:
+    """The iteration of the best model so far."""
+    metric = run.experiment.keep_best
+    line = run.folder.logged("evaluate", t)
+    if metric is not None and line and metric not in line[-1]:
+        measured = ", ".join(key for key in line[-1] if not bad_metric(key, run.data.heldout_sets))
+        raise RunError(
+            f"keep_best: iteration {t} has no metric {metric}. Choose one that this run measures "
+            f"({measured}), or set keep_best: null, and continue the run"
+        )
+    best = run.best(t)
+    return None if best is None else best.iteration
 
 
 def tell_time_left(run: Run, t: int) -> None:

@@ -24,6 +24,7 @@ from selm_jax.config import Experiment
 from selm_jax.feedback import ranker as rankers
 from selm_jax.parallel import multihost
 from selm_jax.preferences.acquisition import MODEL_BASED
+from selm_jax.run.best import Best, best_of
 from selm_jax.run.data import Data
 from selm_jax.run.devices import Devices
 from selm_jax.run.folder import Folder
@@ -167,6 +168,14 @@ class Run:
             method = self.task.method(self.experiment)
             self.folder.complete_card(t, self.model.folder.origin, self.task.pipeline, method)
 
+    def best(self, t: int) -> Best | None:
+        """The best model up to iteration t by `keep_best`; None if none is named or measured."""
+        metric = self.experiment.keep_best
+        if metric is None:
+            return None
+        lines = {u: self.folder.logged("evaluate", u) for u in range(t + 1)}
+        return best_of(metric, {u: found[-1] for u, found in lines.items() if found})
+
     # What it writes and prints
 
     def open(self) -> None:
@@ -175,6 +184,7 @@ class Run:
         self.write_manifest()
 
     def write_manifest(self) -> None:
+        best = self.best(self.experiment.iterations)
         self.folder.write_manifest(
             {
                 "method": self.experiment.objective["loss"],
@@ -185,6 +195,7 @@ class Run:
                 "model": self.model.folder.origin,
                 "parameters": self.programs.parameters,
                 **self.devices.described(),
+                **({} if best is None else {"best": best.entry}),
             }
         )
 

@@ -1,0 +1,47 @@
+"""Finds the best iteration of a run by one held-out metric (`keep_best`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from selm_jax.config.heldout import OF_ANSWERS, OF_PAIRS
+
+
+@dataclass(frozen=True)
+class Best:
+    """The iteration with the best value of a metric; iteration 0 is the start model."""
+
+    metric: str
+    iteration: int
+    value: float
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """What manifest.json says about it; the model's folder is relative to the run's."""
+        model = f"iteration_{self.iteration}/model" if self.iteration else "the start model"
+        return {**vars(self), "model": model}
+
+
+def best_of(metric: str, evaluations: Mapping[int, Mapping[str, Any]]) -> Best | None:
+    """The best of the evaluated models; of equal ones the first, which was trained least.
+
+    An evaluation without a finite value does not count. A model that is not the best of the first
+    t iterations is not the best of more iterations either, so it may be deleted.
+
+    Args:
+      evaluations: the metrics of each evaluated iteration.
+
+    Returns:
+      The best one; None if no evaluation has the metric.
+    """
+    measure = metric.rpartition("/")[2]
+    sign = 1 if (OF_ANSWERS | OF_PAIRS).get(measure, True) else -1
+    found = [(t, line.get(metric)) for t, line in sorted(evaluations.items())]
+    known = [(t, value) for t, value in found if value is not None and math.isfinite(value)]
+    if not known:
+        return None
+    t, value = max(known, key=lambda each: sign * each[1])  # max returns the first of equal ones
+    return Best(metric, t, value)

@@ -91,6 +91,17 @@ class Rope:
 
 
 @dataclasses.dataclass(frozen=True)
+class Growth:
+    """Makes queries longer in steps: at position p by 1 + rate * log(1 + floor(p / every)).
+
+    This keeps attention sharp when it is spread over more keys (Llama 4, Ministral 3).
+    """
+
+    rate: float
+    every: int
+
+
+@dataclasses.dataclass(frozen=True)
 class LayerKind:
     """The properties in which layers of one model may differ: position embedding and window.
 
@@ -176,6 +187,7 @@ class DecoderConfig:
       embed_scale: multiplies embedded tokens.
       residual_scale: multiplies what attention and MLP add to the residual stream.
       query_scale: multiplies queries; None means head_dim ** -0.5.
+      query_growth: multiplies queries by a factor that grows with their position, too.
       attention_cap, logit_cap: c in c * tanh(x / c), applied to attention scores and to logits;
         None applies nothing.
       logit_divisor: divides logits.
@@ -206,6 +218,7 @@ class DecoderConfig:
     embed_scale: float = 1.0
     residual_scale: float = 1.0
     query_scale: float | None = None
+    query_growth: Growth | None = None
     attention_cap: float | None = None
     logit_cap: float | None = None
     logit_divisor: float = 1.0

@@ -34,7 +34,7 @@ from selm_jax.models.linear import Adapted, linear, weight
 from selm_jax.models.lora import Lora, LoraError
 from selm_jax.models.mlp import MLP
 from selm_jax.models.quantize import dequantize
-from selm_jax.models.rope import rotate, rotations
+from selm_jax.models.rope import growth, rotate, rotations
 from selm_jax.models.sight import Sight
 
 Params = dict[str, Any]
@@ -88,7 +88,10 @@ class Attention(Adapted):
         keys = linear(self, "k", x, kv_axes, (d, k, h), bias=c.qkv_bias)
         values = checkpoint_name(linear(self, "v", x, kv_axes, (d, k, h), bias=c.qkv_bias), "qkv")
         query, keys = self._normed("q_norm", query), self._normed("k_norm", keys)
-        query = checkpoint_name(rotate(query, rotation), "qkv")
+        query = rotate(query, rotation)
+        if c.query_growth is not None:
+            query = query * growth(c.query_growth, sight.position).astype(query.dtype)
+        query = checkpoint_name(query, "qkv")
         keys = checkpoint_name(rotate(keys, rotation), "qkv")
         if cache is not None:
             cache = _write(cache, keys, values, index)

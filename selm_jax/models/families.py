@@ -61,6 +61,9 @@ _GEMMA_1: Json = _GEMMA | {"activation_key": "hidden_act"}
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", llama.llama_from, llama.llama_to),
     "mistral": Family("MistralForCausalLM", llama.mistral_from, llama.mistral_to),
+    "ministral3": Family(
+        "Ministral3ForCausalLM", llama.ministral3_from, llama.ministral3_to, head_dim=128, pad=11
+    ),
     "phi3": Family("Phi3ForCausalLM", llama.phi3_from, llama.phi3_to, pad=32000),
     "qwen2": Family("Qwen2ForCausalLM", llama.qwen2_from, llama.qwen2_to),
     "qwen3": Family("Qwen3ForCausalLM", llama.qwen3_from, llama.qwen3_to, head_dim=128),
@@ -110,8 +113,6 @@ _CLOSE = {
     "gemma3n": "gemma3_text, but its layers share parts and have embeddings of their own",
     "gemma4": "gemma3_text, but it also reads images, and its layers differ in their heads",
     "gemma4_text": "gemma3_text, but its layers differ in their heads",
-    "ministral3": "mistral, but it scales queries by their position",
-    "mistral3": "mistral, but it also reads images",
     "qwen2_5_vl": "qwen2, but it also reads images",
     "qwen3_vl": "qwen3, but it also reads images",
     "glm4": "gemma2, but its rope rotates neighbouring dimensions",

@@ -5,8 +5,8 @@ For each family, two functions side by side read and write the keys that not all
 
 from __future__ import annotations
 
-from selm_jax.models.config import DecoderConfig, LayerKind, LongRope, UnsupportedModel
-from selm_jax.models.config_keys import Json, Keys, size
+from selm_jax.models.config import DecoderConfig, Growth, LayerKind, LongRope, UnsupportedModel
+from selm_jax.models.config_keys import Json, Keys, number, size
 from selm_jax.models.config_layers import (
     all_alike,
     alternating,
@@ -24,6 +24,7 @@ from selm_jax.models.config_rope import (
     magnitude_of,
     parameters_to,
     rope_from,
+    rope_of,
     rope_to,
     rotary_fraction,
 )
@@ -44,6 +45,47 @@ def mistral_from(k: Keys, c: Json) -> Json:
 
 def mistral_to(c: DecoderConfig) -> Json:
     return {"sliding_window": c.kinds[0].window} | rope_to(c.kinds[0].rope)
+
+
+_MINISTRAL_3: Json = {
+    "type": "yarn",
+    "factor": 16.0,
+    "original_max_position_embeddings": 16384,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
+
+
+def ministral3_from(k: Keys, c: Json) -> Json:
+    parameters = dict(k.object("rope_parameters", _MINISTRAL_3))
+    parameters.pop("max_position_embeddings", None)  # nothing reads it there
+    rate = parameters.pop("llama_4_scaling_beta", None)
+    every = parameters.get("original_max_position_embeddings")
+    if rate is None or every is None:
+        raise UnsupportedModel(
+            "config.json: rope_parameters has no llama_4_scaling_beta or no "
+            "original_max_position_embeddings, by which the queries of a ministral3 model grow. "
+            "Add them, as in the config.json at the model's source"
+        )
+    growth = Growth(
+        0.0 if rate == 0 and rate is not False else number("llama_4_scaling_beta", rate),
+        size("original_max_position_embeddings", every),
+    )
+    rope = rope_of(parameters, k.number("rope_theta", None) or 1e6, k)
+    return {"query_growth": growth} | all_alike(c, rope, k.size("sliding_window", None))
+
+
+def ministral3_to(c: DecoderConfig) -> Json:
+    assert c.query_growth is not None
+    return {
+        "sliding_window": c.kinds[0].window,
+        "rope_parameters": {
+            **parameters_to(c.kinds[0].rope),
+            "original_max_position_embeddings": c.query_growth.every,
+            "llama_4_scaling_beta": c.query_growth.rate,
+        },
+    }
 
 
 def phi3_from(k: Keys, c: Json) -> Json:

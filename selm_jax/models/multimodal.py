@@ -20,32 +20,39 @@ class MultiModal:
     """A `model_type` whose model contains a text model.
 
     Attributes:
-      texts: the model types that its text model may have; the first one is meant if none is named.
-      defaults: the keys that `text_config` may leave out, with their values.
+      texts: the model types that its text model may have, the first one if none is named, and for
+        each the keys that `text_config` may leave out, with their values.
       unread: keys of `text_config` that the text model has alone; the multi-modal class ignores
         them in some programs, and not in others.
       images: the keys beside `text_config`, which matter to images only.
     """
 
-    texts: tuple[str, ...]
-    defaults: Json
+    texts: Mapping[str, Json]
     images: tuple[str, ...]
     unread: tuple[str, ...] = ()
 
 
 MULTIMODAL = {
     "gemma3": MultiModal(
-        texts=("gemma3_text",),
-        defaults={
-            "vocab_size": 262_208, "hidden_size": 2304, "intermediate_size": 9216,
-            "num_hidden_layers": 26, "num_attention_heads": 8, "num_key_value_heads": 4,
-            "head_dim": 256, "rms_norm_eps": 1e-6, "max_position_embeddings": 131_072,
+        texts={
+            "gemma3_text": {
+                "vocab_size": 262_208, "hidden_size": 2304, "intermediate_size": 9216,
+                "num_hidden_layers": 26, "num_attention_heads": 8, "num_key_value_heads": 4,
+                "head_dim": 256, "rms_norm_eps": 1e-6, "max_position_embeddings": 131_072,
+            },
         },
         images=(
             "vision_config", "mm_tokens_per_image", "image_token_index", "image_token_id",
             "boi_token_index", "eoi_token_index",
         ),
         unread=("final_logit_softcapping",),
+    ),
+    "mistral3": MultiModal(
+        texts={"mistral": {}, "ministral3": {}},
+        images=(
+            "vision_config", "image_token_index", "image_token_id", "projector_hidden_act",
+            "vision_feature_layer", "multimodal_projector_bias", "spatial_merge_size",
+        ),
     ),
 }  # fmt: skip
 
@@ -72,8 +79,8 @@ def text_part(hf: Mapping[str, Any]) -> Mapping[str, Any]:
     name = hf["model_type"]
     kind, k = MULTIMODAL[name], Keys(hf)
     inner = k.object("text_config")
-    text = inner.get("model_type", kind.texts[0])
-    if text not in kind.texts:
+    text = inner.get("model_type", next(iter(kind.texts)))
+    if not isinstance(text, str) or text not in kind.texts:
         raise UnsupportedModel(
             f"config.json: the text_config of a {name} model has model_type {text!r:.60}; expected "
             f"{' or '.join(kind.texts)}. Use another model"
@@ -96,4 +103,4 @@ def text_part(hf: Mapping[str, Any]) -> Mapping[str, Any]:
         inner = inner | {"tie_word_embeddings": hf["tie_word_embeddings"]}
     k.finish(name)
     own = {key: value for key, value in inner.items() if key != "architectures"}
-    return {**kind.defaults, **shared, **own, "model_type": text}
+    return {**kind.texts[text], **shared, **own, "model_type": text}

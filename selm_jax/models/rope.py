@@ -1,4 +1,4 @@
-"""Rotary position embeddings, with or without scaling for long contexts."""
+"""Rotary position embeddings, with or without scaling for long contexts, and growing queries."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
-from selm_jax.models.config import Linear, Llama3, LongRope, Rope, Yarn
+from selm_jax.models.config import Growth, Linear, Llama3, LongRope, Rope, Yarn
 
 Rotation = tuple[Float[Array, "rows time 1 half"], Float[Array, "rows time 1 half"]]
 
@@ -70,6 +70,12 @@ def rotations(positions: Int[Array, "rows time"], rope: Rope | None, rotated: in
     if rope is not None and isinstance(rope.scaling, LongRope | Yarn):
         magnitude = rope.scaling.magnitude
     return magnitude * jnp.cos(angle), magnitude * jnp.sin(angle)
+
+
+def growth(of: Growth, positions: Int[Array, "rows time"]) -> Float32[Array, "rows time 1 1"]:
+    """The factor of each query."""
+    steps = jnp.floor(positions[..., None, None].astype(jnp.float32) / of.every)
+    return 1 + of.rate * jnp.log1p(steps)
 
 
 def rotate(x: Float[Array, "rows time heads head_dim"], rotation: Rotation) -> Array:

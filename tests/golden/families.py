@@ -58,6 +58,15 @@ FAMILIES = {
     "smollm2": ("LlamaConfig", {"tie_word_embeddings": True, "rms_norm_eps": 1e-5}),
     "mistral-0.1": ("MistralConfig", {"sliding_window": 37}),
     "mistral-0.3": ("MistralConfig", {"sliding_window": None, "head_dim": 8}),
+    "ministral-3": (
+        "Ministral3Config",
+        {
+            "head_dim": 16, "rope_parameters": _YARN | {
+                "mscale": 1.0, "mscale_all_dim": 0.5, "llama_4_scaling_beta": 0.3,
+                "original_max_position_embeddings": 128,
+            },
+        },
+    ),
     "phi-3-4k": ("Phi3Config", {"sliding_window": 47, "num_key_value_heads": 4}),
     "phi-3-128k": (
         "Phi3Config", {"rope_parameters": _LONG, "original_max_position_embeddings": 512},
@@ -116,6 +125,17 @@ FAMILIES = {
             },
             "vision_config": _IMAGES | {"model_type": "siglip_vision_model"},
             "mm_tokens_per_image": 4, "image_token_index": 200,
+        },
+    ),
+    "mistral-3-images": (
+        "Mistral3Config",
+        {
+            "text_config": _SIZES | {
+                "model_type": "ministral3", "num_hidden_layers": 2, "sliding_window": 700,
+                "head_dim": 16, "rope_parameters": _YARN | {"llama_4_scaling_beta": 0.1},
+            },
+            "vision_config": _IMAGES | {"model_type": "pixtral", "head_dim": 4},
+            "image_token_index": 200,
         },
     ),
 }  # fmt: skip

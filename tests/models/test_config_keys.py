@@ -15,7 +15,7 @@ from selm_jax.models.config import DecoderConfig, UnsupportedModel
 from selm_jax.models.config_keys import LIMITS, is_off
 from selm_jax.models.decoder import active_parameters, parameter_count
 from selm_jax.models.families import FAMILIES, from_hf, read_config, text_model_json, to_hf
-from selm_jax.models.multimodal import MULTIMODAL
+from selm_jax.models.multimodal import MULTIMODAL, text_part
 from selm_jax.plan.command import read_facts
 from selm_jax.weights.deberta import read_config as read_pairrm
 from selm_jax.weights.names import tensors
@@ -55,6 +55,8 @@ PUBLISHED = {
     "mistralai--Mistral-7B-Instruct-v0.2": 7_241_732_096,
     "mistralai--Mistral-7B-Instruct-v0.3": 7_248_023_552,
     "mistralai--Mistral-7B-v0.1": 7_241_732_096,
+    "mistralai--Ministral-3-8B-Base-2512": 8_489_553_920,  # the text model
+    "mistralai--Mistral-Small-3.1-24B-Instruct-2503": 23_572_403_200,  # the text model
     "mistralai--Mixtral-8x7B-Instruct-v0.1": 46_702_792_704,
 }
 
@@ -105,14 +107,17 @@ def test_mixtures_have_their_published_active_parameters_and_tensors(name, activ
 
 def test_no_file_is_left_out_and_every_family_is_there():
     assert {f.stem for f in (GOLDEN / "configs").glob("*.json")} == set(PUBLISHED)
-    assert {hf(name)["model_type"] for name in PUBLISHED} == {*FAMILIES, *MULTIMODAL}
+    found = [each["model_type"] for name in PUBLISHED for each in (hf(name), text_part(hf(name)))]
+    assert set(found) == {*FAMILIES, *MULTIMODAL}
 
 
 def test_what_transformers_reads_of_them_is_the_same():
     """A config.json that transformers reads and writes again describes the same model."""
     transformers = pytest.importorskip("transformers")
     for name in PUBLISHED:
-        theirs = transformers.AutoConfig.for_model(**hf(name))
+        # Without this key a multi-modal class has its own default, and the tensors say otherwise.
+        tied = {"tie_word_embeddings": from_hf(hf(name)).tied} if "text_config" in hf(name) else {}
+        theirs = transformers.AutoConfig.for_model(**hf(name) | tied)
         written = json.loads(theirs.to_json_string(use_diff=False))
         assert from_hf(written) == from_hf(hf(name)), name
 
@@ -201,6 +206,14 @@ def test_the_text_model_alone_has_all_keys_and_is_the_same():
     assert from_hf(alone) == from_hf(hf("google--gemma-3-4b-it"))
 
 
+def test_how_queries_grow_must_be_said():
+    text = hf("mistralai--Ministral-3-8B-Base-2512")["text_config"]
+    rope = dict(text["rope_parameters"])
+    del rope["llama_4_scaling_beta"]
+    with pytest.raises(UnsupportedModel, match="has no llama_4_scaling_beta"):
+        from_hf(text | {"rope_parameters": rope})
+
+
 # --- odd values -----------------------------------------------------------------------------------
 
 ODD = [
@@ -216,7 +229,7 @@ BASES = ("Qwen--Qwen3-0.6B", "microsoft--Phi-3.5-mini-instruct", "HuggingFaceTB-
          "google--gemma-2-9b-it", "google--gemma-3-270m", "mistralai--Mistral-7B-v0.1",
          "meta-llama--Llama-3.1-8B-Instruct", "Qwen--Qwen2.5-0.5B", "allenai--Olmo-3-7B-Instruct",
          "ibm-granite--granite-3.3-8b-instruct", "microsoft--Phi-4-mini-instruct",
-         "google--gemma-3-4b-it")  # fmt: skip
+         "google--gemma-3-4b-it", "mistralai--Ministral-3-8B-Base-2512")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BASES)

@@ -123,6 +123,12 @@ FAMILIES = {
         lambda: sentencepiece_like(["<s>", "</s>", "[INST]", "[/INST]"], "<s>"), LLAMA,
         stops="</s>", system=False,
     ),
+    "mistral_small_3": Family(
+        lambda: byte_level(
+            ["<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"]
+        ),
+        LLAMA, stops="</s>",
+    ),
     "zephyr": Family(lambda: sentencepiece_like(["<s>", "</s>"], "<s>"), LLAMA, stops="</s>"),
     "phi_3": Family(phi_3, PHI, "<|end|>", PHI_STOPS, bos=0),
     "phi_3_may": Family(lambda: phi_3("<s>"), PHI, "<|end|>", PHI_STOPS, system=False),

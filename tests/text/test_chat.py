@@ -93,6 +93,10 @@ PROMPTS = {  # of user("a", "b", "c")
         "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
         "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n"
     ),
+    "mistral_small_3": (
+        "<s>[SYSTEM_PROMPT]You are a small model, made by Mistral. Today is 2024-07-26."
+        "[/SYSTEM_PROMPT][INST]a[/INST]b</s>[INST]c[/INST]"
+    ),
     "phi_4": "<|user|>a<|end|><|assistant|>b<|end|><|user|>c<|end|><|assistant|>",
     "granite_3": (
         "<|start_of_role|>system<|end_of_role|>Knowledge Cutoff Date: April 2024.\n"

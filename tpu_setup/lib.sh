@@ -73,13 +73,16 @@ matches() {
 
 # --- the experiment ---------------------------------------------------------------------------------
 
-# Sets EXPERIMENT, RUN (the run folder below BUCKET/runs/) and OVERRIDES.
+# Sets EXPERIMENT, RUN (the run's or sweep's folder below BUCKET/runs/), VERB (run, or sweep for a file with
+# a grid) and OVERRIDES.
 read_experiment() {
   EXPERIMENT=${1:?} && shift
   OVERRIDES=("$@")
   [[ $EXPERIMENT =~ ^[A-Za-z0-9_][A-Za-z0-9._/-]*\.yaml$ && $EXPERIMENT != *..* ]] ||
     die "'$EXPERIMENT': expected an experiment file of this checkout, such as experiments/quickstart.yaml"
   [[ -f $ROOT/$EXPERIMENT ]] || die "$ROOT/$EXPERIMENT: no such experiment file"
+  VERB=run
+  ! grep -Eq '^grid *:' "$ROOT/$EXPERIMENT" || VERB=sweep
   RUN=${EXPERIMENT%.yaml}
   RUN=${RUN#experiments/}
   local override
@@ -222,8 +225,8 @@ launch_run() {
     on all bash selm/tpu_setup/worker.sh fetch "$run" "$BUCKET" || return 1
   done
   send_secrets || return 1
-  say "starting: selm run $EXPERIMENT output=$BUCKET/runs/$RUN ${OVERRIDES[*]}"
-  on all bash selm/tpu_setup/worker.sh start "$RUN" "$BUCKET" "$EXPERIMENT" "${OVERRIDES[@]}"
+  say "starting: selm $VERB $EXPERIMENT ${OVERRIDES[*]}, in $BUCKET/runs/$RUN"
+  on all bash selm/tpu_setup/worker.sh start "$RUN" "$BUCKET" "$VERB" "$EXPERIMENT" "${OVERRIDES[@]}"
 }
 
 # The state of RUN on each worker, one per line: `running`, `exit STATUS` or `absent`. Fails if a worker

@@ -5,9 +5,9 @@
 #                               a run is active here
 #   prepare-secrets             makes an empty file for tokens that only this user may read
 #   fetch RUN BUCKET            copies the models of a finished run from the bucket to runs/RUN
-#   start RUN BUCKET EXPERIMENT ...
-#                               starts selm run, detached; its folder is BUCKET/runs/RUN, and its log is
-#                               ~/selm-logs/RUN.log
+#   start RUN BUCKET VERB EXPERIMENT ...
+#                               starts selm run or selm sweep, detached; its folder is BUCKET/runs/RUN, and
+#                               its log is ~/selm-logs/RUN.log
 #   stop RUN                    tells the run to save and exit, and waits for it
 #   status RUN                  prints `selm-status running|exit N|absent`
 set -euo pipefail
@@ -104,15 +104,17 @@ start() {
 }
 
 run() {
-  local run=$1 bucket=$2 experiment=$3 status=0
-  shift 3
+  local run=$1 bucket=$2 verb=$3 experiment=$4 status=0
+  local output=("output=$bucket/runs/$run")
+  [[ $verb == run ]] || output=(--output "$bucket/runs/$run")
+  shift 4
   if [[ -f $STATE/secrets ]]; then
     # shellcheck disable=SC1091
     source "$STATE/secrets"
     rm -f "$STATE/secrets"
   fi
   cd "$HOME/selm"
-  "$VENV/bin/selm" run "$experiment" "output=$bucket/runs/$run" "$@" || status=$?
+  "$VENV/bin/selm" "$verb" "$experiment" "${output[@]}" "$@" || status=$?
   echo "$status" >"$STATE/$(key "$run").status"
 }
 

@@ -19,6 +19,7 @@ from selm_jax.report.header import is_rehearsal, shared_facts
 from selm_jax.report.page import SCRIPT, STYLE, policy, templates
 from selm_jax.report.plots import Estimated, Series, estimates, lines, run_style, swatch
 from selm_jax.shell import artifacts
+from selm_jax.shell import mirror as mirrors
 from selm_jax.statistics.intervals import Estimate
 
 
@@ -164,10 +165,10 @@ def _groups(rows: Sequence[Row], axes: Sequence[str], axis: str, against: str) -
 
 
 def _finished(folder: Path, rows: Sequence[Row]) -> list[tuple[dict[str, str], dict[str, Any]]]:
-    """Reads the settings and the manifest of every finished run."""
-    read = [
-        written_settings(folder / run) for row in rows for _, run, finished in row.runs if finished
-    ]
+    """Reads the settings and the manifest of every finished run below a sweep's folder."""
+    runs = [folder / run for row in rows for _, run, finished in row.runs if finished]
+    # In a bucket, a run has another mirror than its sweep.
+    read = [written_settings(mirrors.local(mirrors.named(run))) for run in runs]
     return [(dict(flatten(settings)), manifest) for manifest, _, settings in read]
 
 

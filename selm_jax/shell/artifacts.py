@@ -69,7 +69,8 @@ def whole(path: Path, *, replaces_folder: bool = False) -> Iterator[Path]:
     except BaseException:
         _unlink(partial)
         raise
-    if (mirror := mirrors.of(path)) is not None:
+    within = any(folder.name.endswith(_PARTIAL) for folder in path.parents)
+    if (mirror := mirrors.of(path)) is not None and not within:  # else the folder will be put
         mirror.put(path)
 
 

@@ -1,4 +1,4 @@
-"""Keeps a local copy, a mirror, of a run folder in a bucket.
+"""Keeps a local copy, a mirror, of a folder in a bucket: that of a run, or of a sweep.
 
 The bucket is the truth. A process works in its mirror like in any folder, and
 `selm_jax.shell.artifacts` puts every finished file into the bucket, in the order in which the files
@@ -12,7 +12,8 @@ SHA-256 of models are in the bucket, too (`.mirror/digests.json`), because a run
 another machine must know the digests of models that it does not read.
 
 A process has one mirror per bucket folder, and a mirror belongs to one process at a time. `of`
-finds the mirror that a path is in; nothing else is global.
+finds the mirror that a path is in; nothing else is global. The runs of a sweep have mirrors of
+their own: a folder below that has its own mark (`.selm`) is no part of the sweep's.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ from pathlib import Path
 from typing import IO
 
 from selm_jax.shell.pace import here
-from selm_jax.shell.paths import PathError, cache_root, place
+from selm_jax.shell.paths import MARK, PathError, cache_root, place
 from selm_jax.shell.sealed import sha256
 from selm_jax.shell.storage import Entry, Store, is_url
 
 SERVER_LOG = "server.log"  # of a run folder; it stays on the machine of the server that writes it
 _DIGESTS = ".mirror/digests.json"
-_OWN = (".mirror/", ".lock")  # objects that are no files of the run
-_LARGE = re.compile(r"iteration_\d+/(model|adapter|checkpoints)/")
+_OWN = re.compile(r"(.*/)?(\.mirror/|\.lock)")  # objects that are no files of a run
+_LARGE = re.compile(r"(iteration_\d+/(model|adapter|checkpoints)|store)/")
 _MODEL = re.compile(r"iteration_\d+/(model|adapter)/")
 _AT_ONCE = 16  # requests
 _URL = re.compile(r"(gs|s3)://[^/]+/.*[^/]|(file|memory)://.+")  # the latter two are for tests
@@ -83,8 +84,14 @@ class Mirror:
         return sorted(k for k in self.there if k == key or _is_in(k, key))
 
     def objects(self) -> dict[str, Entry]:
-        """Lists the bucket's folder: all its objects that are files of the run."""
-        return {k: e for k, e in self.store.list().items() if not k.startswith(_OWN)}
+        """Lists the bucket's folder: the files of its run or sweep, without a sweep's runs."""
+        found = self.everything()
+        runs = tuple(key.removesuffix(MARK) for key in found if key.endswith(f"/{MARK}"))
+        return {key: entry for key, entry in found.items() if not key.startswith(runs)}
+
+    def everything(self) -> dict[str, Entry]:
+        """Lists the bucket's folder, with the files of runs below it."""
+        return {key: entry for key, entry in self.store.list().items() if not _OWN.match(key)}
 
     # From the bucket
 

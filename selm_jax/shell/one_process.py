@@ -45,7 +45,7 @@ def holder(folder: Path) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def _only_one_in_bucket(mirror: mirrors.Mirror) -> Iterator[str]:
-    found = sorted(mirror.objects())
+    found = sorted(mirror.everything())
     if found and MARK not in found:
         raise PathError(
             f"{mirror.url} is not empty ({some(found)}) and was not made by this program. "

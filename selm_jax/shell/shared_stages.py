@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from selm_jax.shell import mirror as mirrors
 from selm_jax.shell.artifacts import (
     ArtifactError,
     digest,
@@ -32,7 +33,8 @@ class SharedStages:
     An entry is a folder, named by the digest of everything that its content depends on. It contains
     the files and folders that a stage wrote, and `entry.json` with their digests and further
     values. Finished files are never written to, only replaced; so an entry and the runs that use it
-    share the same bytes as hard links, or as copies if the file system has no links.
+    share the same bytes as hard links, or as copies if the file system has no links. In a bucket
+    both are objects. Of several processes only the first may use it.
     """
 
     def __init__(self, folder: Path):
@@ -40,7 +42,7 @@ class SharedStages:
 
     def name_of(self, run: Path) -> str:
         """The path of a run's folder relative to the store's parent, so that both can be moved."""
-        return os.path.relpath(run, self.folder.parent)
+        return os.path.relpath(mirrors.named(run), mirrors.named(self.folder.parent))
 
     def put(self, key: str, outputs: Mapping[str, Path], about: Mapping[str, Any]) -> None:
         """Stores the outputs, by name, and JSON values that describe them."""
@@ -57,9 +59,9 @@ class SharedStages:
         Returns None if there is no such entry. Removes the entry and returns None if it is damaged.
         """
         entry = self.folder / key
-        if not entry.exists():
+        if not mirrors.exists(entry):
             return None
-        told = _told(entry)
+        told = _told(mirrors.need(entry))
         if told is None:
             remove(entry)
             return None

@@ -242,10 +242,12 @@ class Store:
         if self._scheme != "file":
             yield
             return
-        folder = Path(unquote(urlsplit(self.url).path))
-        with (folder.parent / f".{folder.name}.selm-store").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        folder = os.open(unquote(urlsplit(self.url).path), os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
             yield
+        finally:
+            os.close(folder)
 
     def _written(self, key: str, size: int, put: Any) -> Entry:
         """The entry of an object that was just written: the answer to a write lacks its time."""

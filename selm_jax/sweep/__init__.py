@@ -37,10 +37,12 @@ from selm_jax.run.check import check
 from selm_jax.run.programs import SharedPrograms
 from selm_jax.run.run import Run
 from selm_jax.shell import artifacts
-from selm_jax.shell.lock import only_one
+from selm_jax.shell import mirror as mirrors
 from selm_jax.shell.memory import release
+from selm_jax.shell.one_process import only_one
 from selm_jax.shell.progress import talks, terminal
 from selm_jax.shell.shared_stages import SharedStages
+from selm_jax.shell.storage_backend import StorageError
 from selm_jax.sweep.grid import Sweep
 from selm_jax.sweep.table import as_csv, shared, shown, table
 
@@ -67,6 +69,7 @@ def sweep(grid: Sweep, console: Console | None = None) -> None:
     failed: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
         multihost.on_first(lambda: stack.enter_context(only_one(grid.folder)))
+        multihost.on_first(lambda: _look(grid))
         _check_every_cell(grid, console)
         page = _Page(grid, failed)
         for i, member in enumerate(grid.members, 1):
@@ -78,14 +81,14 @@ def sweep(grid: Sweep, console: Console | None = None) -> None:
                 if not _concerns_one_run(e):
                     raise
                 multihost.all_failed(f"sweep/{i}")
-                failed[name] = str(e)
-                console.print(f"{name}: {e}", style="red")
+                failed[name] = mirrors.in_words(str(e))
+                console.print(f"{name}: {failed[name]}", style="red")
             release()
             gc.freeze()  # what is left is kept for the next runs, and need not be looked at again
             multihost.on_first(page.keep_up)
         multihost.on_first(page.write)
     multihost.on_first(lambda: results.print(shown(table(grid), grid)))
-    results.print(f"page: {grid.folder / PAGE}", soft_wrap=True)
+    results.print(f"page: {mirrors.named(grid.folder / PAGE)}", soft_wrap=True)
     if failed:
         raise SweepError(f"{len(failed)} of {len(grid.members)} runs failed:{_listed(failed)}")
 
@@ -114,6 +117,12 @@ class _Page:
         self._due = end + (end - start) / self._SHARE
 
 
+def _look(grid: Sweep) -> None:
+    """Reads from the bucket what earlier processes have finished, for the page of all runs."""
+    for member in grid.members:
+        mirrors.look(member.folder)
+
+
 def _check_every_cell(grid: Sweep, console: Console) -> None:
     """Checks every combination of settings by building its objective, ranker, data and programs.
 
@@ -132,7 +141,7 @@ def _check_every_cell(grid: Sweep, console: Console) -> None:
             if not _concerns_one_run(e):
                 raise
             multihost.all_failed(f"sweep/check/{i}")
-            failed[member.cell.name] = str(e)
+            failed[member.cell.name] = mirrors.in_words(str(e))
     if failed:
         raise SweepError(
             f"{len(failed)} of {len(grid.cells)} settings cannot run, so nothing was trained:"
@@ -141,8 +150,13 @@ def _check_every_cell(grid: Sweep, console: Console) -> None:
 
 
 def _concerns_one_run(error: Exception) -> bool:
-    """Whether an error leaves other runs unaffected, unlike a bug, full disk or dead process."""
-    return type(error).__module__.startswith("selm_jax.") and not multihost.others_are_gone(error)
+    """Whether an error leaves other runs unaffected.
+
+    A bug, a full disk, a dead process and a bucket that cannot be used concern all of them.
+    """
+    if isinstance(error, StorageError) or multihost.others_are_gone(error):
+        return False
+    return type(error).__module__.startswith("selm_jax.")
 
 
 def _listed(failed: Mapping[str, str]) -> str:

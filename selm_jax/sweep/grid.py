@@ -20,6 +20,7 @@ from selm_jax.commands.tiny import shrink
 from selm_jax.config import ConfigError, Experiment, as_dict, load
 from selm_jax.config.file import explained, listed, read_with_places
 from selm_jax.parallel import multihost
+from selm_jax.shell import mirror as mirrors
 from selm_jax.shell.paths import claim, place
 from selm_jax.shell.progress import terminal
 from selm_jax.shell.ranges import Seed
@@ -30,7 +31,7 @@ from selm_jax.shell.storage import is_url
 class File:
     """The content of a sweep file."""
 
-    output: str  # the sweep's folder
+    output: str  # the sweep's folder, also in a bucket
     base: str  # the experiment file; a relative path starts at the sweep file's own folder
     grid: dict[str, dict[str, dict[str, Any]] | list[Any]]
     seeds: tuple[Seed, ...] = (42,)
@@ -69,12 +70,17 @@ class Member:
     seed: int
     experiment: Experiment
 
+    @property
+    def folder(self) -> Path:
+        """The run's folder, or its mirror."""
+        return mirrors.local(self.experiment.output)
+
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
     """A sweep whose file has been checked: every member's experiment is valid."""
 
-    folder: Path
+    folder: Path  # or its mirror
     title: str
     about: str
     command: str
@@ -105,14 +111,14 @@ def read_sweep(
 
     Raises:
       ConfigError: the file or one of its experiments is invalid, or two cells are the same.
-      PathError: with `tiny`, the sweep's folder holds files of another program.
+      PathError: with `tiny`, the sweep's folder holds files of another program; or `output` is
+        the URL of something else than a folder in a bucket.
+      StorageError: `output` is in a bucket, and the package for buckets is not installed.
     """
     said = _file(file)
     output, seeds = output or said.output, tuple(seeds or said.seeds)
     from_file = _base(file, said.base) if base is None else place(base)
-    folder = place(f"{output.rstrip('/')}-tiny" if tiny else output)
-    if is_url(output):
-        raise ConfigError(f"{file}: output is {output}; a sweep needs a local folder")
+    folder = mirrors.entered(f"{output.rstrip('/')}-tiny" if tiny else output)
     axes = {name: _levels(file, name, axis) for name, axis in said.grid.items()}
     axis, level = _baseline(file, said.baseline, axes)
     members = []
@@ -120,9 +126,9 @@ def read_sweep(
     for seed, cell in itertools.product(seeds, cells):
         if "seed" in cell.changes:
             raise ConfigError(f"{file}: cell {cell.name} sets seed. List seeds in `seeds` instead")
-        where = folder / cell.folder / f"seed_{seed}"
+        where = mirrors.named(folder / cell.folder / f"seed_{seed}")
         changes = [*said.set.items(), *overrides, *cell.changes.items()]
-        changes += [("seed", seed), ("output", str(where))]
+        changes += [("seed", seed), ("output", where)]
         try:
             experiment = load(from_file, changes)
         except ConfigError as e:
@@ -130,7 +136,8 @@ def read_sweep(
         members.append(Member(cell, seed, experiment))
     _check_distinct(file, members)
     if tiny:  # their inputs are written now
-        multihost.on_first(lambda: claim(folder))
+        if not is_url(output):
+            multihost.on_first(lambda: claim(folder))
         members = [_tiny(member) for member in members]
     command = shlex.join(
         ["selm", "sweep", str(file), *overrides]

@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +16,7 @@ from rich.table import Table
 from selm_jax.report.data import RunData, report_data
 from selm_jax.report.sweep_page import Row
 from selm_jax.shell import artifacts
+from selm_jax.shell import mirror as mirrors
 from selm_jax.statistics.intervals import Estimate, difference, pooled
 from selm_jax.statistics.multiple import holm
 from selm_jax.statistics.proportions import counted
@@ -62,7 +62,7 @@ def table(grid: Sweep) -> list[Row]:
     """Computes the table's rows, one per cell of the grid, from finished runs."""
     finished: dict[str, dict[int, RunData]] = {}
     for member in grid.members:
-        folder = Path(member.experiment.output)
+        folder = member.folder
         if (folder / "manifest.json").exists():
             data = report_data(folder)
             if not data.unfinished:
@@ -92,12 +92,12 @@ def _row(
     Runs and outcomes are keyed by seed; `others` are the baseline's.
     """
     members = [m for m in grid.members if m.cell is cell]
+    sweep = mirrors.named(grid.folder)
     return Row(
         levels=tuple(cell.levels.values()),
         changes=cell.told,
         runs=tuple(
-            (m.seed, os.path.relpath(m.experiment.output, grid.folder), m.seed in runs)
-            for m in members
+            (m.seed, os.path.relpath(m.experiment.output, sweep), m.seed in runs) for m in members
         ),
         baseline=cell.levels[grid.axis] == grid.baseline,
         ranked=_mean_count(runs, "rank", "candidates"),
@@ -213,7 +213,7 @@ def shared(grid: Sweep) -> dict[str, tuple[int, int]]:
     """For each stage, how often the sweep ran it and how often it copied another run's result."""
     counts: dict[str, tuple[int, int]] = {}
     for member in grid.members:
-        run = Path(member.experiment.output)
+        run = member.folder
         for folder in artifacts.iterations(run).values() if run.exists() else ():
             for name, entry in artifacts.Stages(folder).read().items():
                 if entry["done"]:

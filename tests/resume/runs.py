@@ -103,15 +103,14 @@ def content_of(store: Store, folder: Path) -> dict[str, object]:
     """`content` of a run in a store: of its objects, which are copied into `folder`."""
     shutil.rmtree(folder, ignore_errors=True)
     for key in store.list():
-        if not key.startswith(".mirror/"):
-            store.fetch(key, folder / key)
+        store.fetch(key, folder / key)
     return content(folder)
 
 
 def timeless(x):
     if isinstance(x, dict):
         return {k: timeless(v) for k, v in x.items() if not _is_time(k)}
-    return x
+    return [timeless(each) for each in x] if isinstance(x, list) else x
 
 
 def _is_time(key: str) -> bool:

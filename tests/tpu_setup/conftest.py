@@ -45,7 +45,7 @@ SELM = """#!/bin/bash
 # Eight steps with a file for each, like a run that resumes: finished steps are not repeated. The
 # first worker does them, in the bucket; the others wait for what it puts there.
 trap 'exit 75' TERM
-output=$(printf '%s\\n' "$@" | sed -n 's|^output=gs:/|'"$STANDIN/buckets"'|p')
+output=$(printf '%s\\n' "$@" | sed -n 's|^\\(output=\\)\\?gs:/|'"$STANDIN/buckets"'|p')
 if [[ $output == */not-mine/* ]]; then echo "selm: gs://not-mine: cannot write this" >&2; exit 1; fi
 mkdir -p "$output/iteration_1"
 token=$(sha256sum <<<"$HF_TOKEN" | cut -c1-8)

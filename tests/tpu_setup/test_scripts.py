@@ -311,6 +311,18 @@ def test_odd_experiments_are_refused_before_gcloud_is_called(cloud, script, argu
 
 
 @pytest.mark.slow
+def test_a_file_with_a_grid_is_swept(cloud):
+    done = cloud.script("watch", "experiments/ablations/alpha.yaml", "iterations=1")
+    assert done.returncode == 0, done.stdout
+    output = "gs://my-bucket/selm/runs/ablations/alpha"
+    for k in (0, 1):
+        (line,) = (cloud.worker(k) / "selm.log").read_text().splitlines()
+        told = f"sweep experiments/ablations/alpha.yaml --output {output} iterations=1 HF_TOKEN="
+        assert line.startswith(told)
+    assert (cloud.root / output.replace("gs:/", "buckets") / "iteration_1/stage.json").exists()
+
+
+@pytest.mark.slow
 def test_an_override_reaches_selm_as_it_was_written(cloud):
     odd = "objective={loss: dpo, beta: 0.1} $(touch hacked); `touch hacked` 'x' \"y\" *"
     done = cloud.script("watch", EXPERIMENT, odd)
@@ -527,7 +539,7 @@ echo "scancel $*" >>"$LOG"
 }
 
 
-def slurm(folder: Path, step: str) -> tuple[subprocess.Popen[str], Path]:
+def slurm(folder: Path, step: str, **more: str) -> tuple[subprocess.Popen[str], Path]:
     """slurm.sh, begun, and the log of what it calls; `step` is what the run does."""
     for name, text in {**STANDINS_OF_SLURM, "step": step}.items():
         (folder / name).write_text(text)
@@ -535,7 +547,7 @@ def slurm(folder: Path, step: str) -> tuple[subprocess.Popen[str], Path]:
     log = folder / "log"
     environment = {
         "PATH": f"{folder}:/usr/bin:/bin", "LOG": str(log), "SLURM_JOB_ID": "17",
-        "SLURM_SUBMIT_DIR": str(folder), "HOME": str(folder),
+        "SLURM_SUBMIT_DIR": str(folder), "HOME": str(folder), "TMPDIR": str(folder), **more,
     }  # fmt: skip
     begun = subprocess.Popen(
         ["bash", str(FOLDER / "slurm.sh"), EXPERIMENT, "a=b c"], env=environment, text=True,
@@ -566,11 +578,36 @@ for ((n = 0; n < 600; n++)); do sleep 0.1; done
     assert job.returncode == 75
 
 
-@pytest.mark.parametrize("status,put_back", [(75, True), (76, True), (1, False), (0, False)])
-def test_the_slurm_job_is_put_back_if_its_run_was_stopped_or_left_behind(
-    tmp_path, status, put_back
+FAILED = "srun: error: n1: task 0: Exited with exit code 1"  # as srun says it, and kills the others
+KILLED = "srun: error: n2: task 1: Killed"
+
+
+@pytest.mark.parametrize(
+    "status,said,restarts,put_back",
+    [
+        *((status, KILLED, "19", True) for status in (75, 76, 134, 137, 143)),
+        (137, KILLED, "20", False),  # it is killed every time
+        (75, "", "99", True),
+        *((status, f"{KILLED}\n{FAILED}", "0", False) for status in (75, 137, 143)),
+        (1, FAILED, "0", False),
+        (0, "", "0", False),
+    ],
+)
+def test_the_slurm_job_is_put_back_if_its_run_was_stopped_or_lost_a_host(
+    tmp_path, status, said, restarts, put_back
 ):
-    job, log = slurm(tmp_path, f"exit {status}\n")
+    step = f"echo answers; echo '{said}' >&2; exit {status}\n"
+    job, log = slurm(tmp_path, step, SLURM_RESTART_COUNT=restarts)
     told, _ = job.communicate(timeout=60)
     assert job.returncode == status, told
     assert log.read_text().splitlines()[1:] == ["scontrol requeue 17"] * put_back
+    assert set(told.splitlines()) == {"answers", *said.splitlines()} | ({""} if not said else set())
+    assert not list(tmp_path.glob("tmp.*"))
+
+
+def test_the_slurm_job_of_a_file_with_a_grid_is_a_sweep(tmp_path):
+    shutil.copytree(FOLDER.parent / "experiments/ablations", tmp_path / "experiments")
+    (tmp_path / "experiments/alpha.yaml").rename(tmp_path / EXPERIMENT)
+    job, log = slurm(tmp_path, "")
+    assert job.wait(60) == 0
+    assert log.read_text().splitlines()[0].endswith(f"selm sweep {EXPERIMENT} a=b c")

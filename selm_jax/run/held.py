@@ -63,11 +63,15 @@ def drop_models(run: Run, t: int) -> None:
     ):
         first = t - 1
 
+    old = [run.folder.iteration(u) for u in range(1, first) if u != best]
+
     def drop() -> None:
-        for u in (u for u in range(1, first) if u != best):
-            artifacts.Stages(run.folder.iteration(u)).let_go("export", "model")
+        for folder in old:
+            artifacts.Stages(folder).let_go("export", "model")
 
     multihost.on_first(drop)
+    for folder in () if multihost.is_first() else old:
+        artifacts.follow_removal(folder / "model")
 
 
 def _best(run: Run, t: int) -> int | None:

@@ -111,9 +111,15 @@ class Mirror:
             self._digests = self._read_digests()
         self._fetch(key for key in found if not _LARGE.match(key))
 
-    def need(self, path: Path) -> None:
-        """Fetches the files at or below a path that are not here yet."""
-        self._fetch(self.below(path))
+    def need(self, path: Path, names: Iterable[str] | None = None) -> None:
+        """Fetches the files at or below a path that are not here yet; if given, these names only.
+
+        Args:
+          names: of files, relative to the path.
+        """
+        below, key = self.below(path), self.key(path)
+        wanted = below if names is None else {f"{key}/{name}" for name in names}
+        self._fetch(each for each in below if each in wanted)
 
     def _listed(self, path: Path) -> dict[str, Entry]:
         """The objects at or below a path, also those that other processes have put."""
@@ -272,10 +278,14 @@ def below(path: Path) -> list[Path]:
     return [] if mirror is None else [mirror.folder / key for key in mirror.below(path)]
 
 
-def need(path: Path) -> Path:
-    """Returns a path after fetching the files there that are in the bucket and not yet here."""
+def need(path: Path, names: Iterable[str] | None = None) -> Path:
+    """Returns a path after fetching the files there that are in the bucket and not yet here.
+
+    Args:
+      names: fetch these only; relative to the path.
+    """
     if (mirror := of(path)) is not None:
-        mirror.need(path)
+        mirror.need(path, names)
     return path
 
 

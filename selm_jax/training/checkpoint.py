@@ -11,6 +11,9 @@ the files that belong to none. When a checkpoint is read, the processes hash equ
 every byte is hashed once on writing and once on reading, however many hosts there are
 (`selm_jax.shell.sealed` says what that costs).
 
+If the run is in a bucket, each process writes into a folder of its own and puts the files that it
+has hashed; and it fetches, and hashes, only the files that its own shards are in.
+
 The order of the data is a function of the step, so there is nothing else to save. After the last
 update only the parameters are kept, for the export.
 """
@@ -34,6 +37,7 @@ from selm_jax.shell import artifacts
 from selm_jax.shell import mirror as mirrors
 from selm_jax.shell.paths import cache_root
 from selm_jax.shell.sealed import seal, sha256, sha256_of
+from selm_jax.training.chunks import chunks, small
 from selm_jax.training.state import TrainState
 
 _FINAL = "final"
@@ -263,10 +267,7 @@ class Checkpoints:
         self._refresh()
         files = multihost.on_first(lambda: self._check(path))
         artifacts.wait_for([path])
-        mine = sorted(files, key=lambda file: -files[file][0])
-        if self._mirror is None:
-            mine = mine[multihost.index() :: multihost.count()]
-        mirrors.need(path)
+        mine = self._mine(path, files, like)
         faults = multihost.on_every(lambda: _faults(path, {file: files[file] for file in mine}))
         if any(faults):
             raise _unreadable(path, "; ".join(fault for each in faults for fault in each))
@@ -276,6 +277,26 @@ class Checkpoints:
                 return reader.restore(there, jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
         except (ValueError, KeyError, OSError) as e:
             raise _unreadable(path, str(e)) from e
+
+    def _mine(self, path: Path, files: Mapping[str, tuple[int, str]], like: Any) -> list[str]:
+        """The files of a checkpoint that this process checks; from a bucket, it fetches them first.
+
+        They are an equal share of all or, where each process has a folder of its own, those that it
+        reads.
+
+        Raises:
+          ArtifactError: a file that it reads was never written.
+        """
+        if self._mirror is None:
+            mine = sorted(files, key=lambda file: -files[file][0])
+            return mine[multihost.index() :: multihost.count()]
+        mine = small(files)
+        mirrors.need(path, {*mine, *_LATER})
+        mine |= chunks(path, files, like)
+        if missing := sorted(mine - files.keys()):
+            raise _unreadable(path, f"its file {missing[0]} is missing")
+        mirrors.need(path, mine)
+        return sorted(mine)
 
     def _check(self, path: Path) -> dict[str, tuple[int, str]]:
         """Checks a checkpoint's `whole.json`; returns each file's size and SHA-256.

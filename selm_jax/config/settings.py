@@ -284,6 +284,8 @@ class Lora:
     dropout: Annotated[float, Range(0, 1, below=True, advice="it is a share")] = 0.0
     # Regular expression that selects the matrices to adapt, by names such as self_attn.q_proj.
     targets: str = "_proj$"
+    # Whether every expert of a mixture has adapters of its own, where `targets` matches the MLP.
+    experts: Flag = False
     rslora: Flag = False  # Whether the scale is alpha / sqrt(rank) instead (rsLoRA).
     # Precision of the base model: `full`, or 8 bits (`int8`) or 4 bits (`nf4`) for QLoRA.
     base: Literal["full", Quantization] = "full"

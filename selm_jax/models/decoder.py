@@ -162,7 +162,7 @@ class Block(nn.Module):
         if c.mixture is None:
             y = MLP(c, self.lora, name="mlp")(y)
         else:
-            y = Experts(c, c.mixture, self.mesh, name="experts")(y)
+            y = Experts(c, c.mixture, self.mesh, self.lora, name="experts")(y)
         return x + behind("mlp_post_norm", y), cache
 
 
@@ -317,14 +317,20 @@ def abstract_adapters(config: DecoderConfig, lora: Lora) -> Params:
     """Shapes, dtypes and logical axes of all adapters. The tree is cached; do not modify it.
 
     Raises:
-      LoraError: if the adapters' targets match the MLP of a model that has experts.
+      LoraError: if the adapters' targets match the MLP of a model that has experts, but `experts`
+        is off; or if it is on for a model without experts.
     """
-    if config.mixture is not None and any(map(lora.adapts, ("mlp/gate", "mlp/up", "mlp/down"))):
+    if config.mixture is None and lora.experts:
+        raise LoraError("lora.experts is true, but this model has no experts. Set it to false")
+    of_mlp = any(map(lora.adapts, ("mlp/gate", "mlp/up", "mlp/down")))
+    if config.mixture is not None and of_mlp != lora.experts:
+        matches = "matches matrices of the MLP" if of_mlp else "matches no matrix of the MLP"
         raise LoraError(
-            f"lora.targets is {lora.targets!r}, which matches matrices of the MLP. This model has "
-            "experts there, and experts have no adapters: with one for each expert, they would "
-            "be about as large as what they adapt. Adapt attention alone, with lora.targets: "
-            "self_attn"
+            f"lora.targets is {lora.targets!r}, which {matches}. This model has "
+            f"{config.mixture.experts} experts in each layer there, and lora.experts is "
+            f"{str(lora.experts).lower()}. To adapt attention alone, set lora.targets: self_attn "
+            "and lora.experts: false; to adapt every expert, set lora.experts: true and match "
+            "mlp in lora.targets"
         )
     return _abstract(config, lora)["lora"]
 

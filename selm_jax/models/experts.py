@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -26,12 +26,33 @@ from jaxtyping import Array, Float, Int
 
 from selm_jax.models.config import DecoderConfig, Mixture
 from selm_jax.models.linear import weight
+from selm_jax.models.lora import Lora
 from selm_jax.models.mlp import ACTIVATIONS
 
 LOAD = "load"
 """The collection in which each layer leaves the experts chosen for each token, if it is mutable."""
 
 _ROWS = ("data", "fsdp")
+
+
+class Kernel(NamedTuple):
+    """A matrix of each expert, and its adapter's A and B, if any.
+
+    Attributes:
+      w: [experts, in, out].
+      a: [experts, in, rank].
+      b: [experts, rank, out].
+    """
+
+    w: Any
+    a: Any = None
+    b: Any = None
+
+
+# The axes of the mesh over which kernels are cut: those that read the residual stream, and the one
+# that writes it.
+_INTO = Kernel(P("tensor", "fsdp"), P("tensor", "fsdp"), P("tensor"))
+_OUT = Kernel(P("tensor", None, "fsdp"), P("tensor"), P("tensor", None, "fsdp"))
 
 
 class Experts(nn.Module):
@@ -41,24 +62,26 @@ class Experts(nn.Module):
       config: the model's hyperparameters.
       mixture: those of its experts.
       mesh: the mesh over which rows and experts are sharded; None for one device.
+      lora: the adapters of the experts; None for a model without adapters.
     """
 
     config: DecoderConfig
     mixture: Mixture
     mesh: Mesh | None
+    lora: Lora | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "rows time embed"]) -> Float[Array, "rows time embed"]:
         c, e = self.config, self.mixture.experts
         d, f = c.embed, c.mlp
-        into, out = ("experts", "embed", "expert_mlp"), ("experts", "expert_mlp", "embed")
         router = weight(self, "router", ("embed", None), (d, e), d).astype(jnp.float32)
         kernels = (
-            weight(self, "gate", into, (e, d, f), d).astype(x.dtype),
-            weight(self, "up", into, (e, d, f), d).astype(x.dtype),
-            weight(self, "down", out, (e, f, d), f).astype(x.dtype),
+            self._kernel("gate", x, ("embed", "expert_mlp"), (d, f)),
+            self._kernel("up", x, ("embed", "expert_mlp"), (d, f)),
+            self._kernel("down", x, ("expert_mlp", "embed"), (f, d)),
         )
-        computed = partial(_computed, mixture=self.mixture, activation=c.activation)
+        scale = 0.0 if self.lora is None else self.lora.scale
+        computed = partial(_computed, mixture=self.mixture, activation=c.activation, scale=scale)
         mesh = self.mesh
         if mesh is not None and mesh.size > 1:
             computed = _on_mesh(partial(computed, on_mesh=True), mesh, x.shape[0])
@@ -67,16 +90,32 @@ class Experts(nn.Module):
             self.put_variable(LOAD, "chosen", chosen)
         return y
 
+    def _kernel(self, name: str, x: Array, axes: tuple[str, str], shape: tuple[int, int]) -> Kernel:
+        """The kernel `name` of all experts in the dtype of x; `axes` and `shape` are of one."""
+        e, lora = self.mixture.experts, self.lora
+        w = weight(self, name, ("experts", *axes), (e, *shape), shape[0]).astype(x.dtype)
+        if lora is None or not lora.adapts(f"{self.name}/{name}"):
+            return Kernel(w)
+
+        def half(suffix: str, axes: tuple[str, str], shape: tuple[int, int]) -> Array:
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("experts", *axes))
+            key, shape_of_all = jax.random.key(0), (e, *shape)
+            variable = self.variable("lora", f"{name}_{suffix}", zeros, key, shape_of_all)
+            return cast(Array, variable.value).astype(x.dtype)
+
+        into, out = shape
+        a = half("a", (axes[0], "rank"), (into, lora.rank))
+        return Kernel(w, a, half("b", ("rank", axes[1]), (lora.rank, out)))
+
 
 def _on_mesh(computed: Any, mesh: Mesh, rows: int) -> Any:
     """The function with each device's rows and experts; kernels arrive sharded over `fsdp` too."""
     # A batch that does not fill the devices is computed whole by each of them.
     split = P(_ROWS) if rows % math.prod(mesh.shape[axis] for axis in _ROWS) == 0 else P()
-    into, out = P("tensor", "fsdp"), P("tensor", None, "fsdp")
     return jax.shard_map(
         computed,
         mesh=mesh,
-        in_specs=(split, P(), into, into, out),
+        in_specs=(split, P(), _INTO, _INTO, _OUT),
         out_specs=(split, split),
         check_vma=False,
     )
@@ -85,38 +124,44 @@ def _on_mesh(computed: Any, mesh: Mesh, rows: int) -> Any:
 def _computed(
     x: Float[Array, "rows time embed"],
     router: Float[Array, "embed all_experts"],
-    gate: Float[Array, "experts embed mlp"],
-    up: Float[Array, "experts embed mlp"],
-    down: Float[Array, "experts mlp embed"],
+    gate: Kernel,
+    up: Kernel,
+    down: Kernel,
     *,
     mixture: Mixture,
     activation: str,
+    scale: float,
     on_mesh: bool = False,
 ) -> tuple[Float[Array, "rows time embed"], Int[Array, "rows time active"]]:
     """The weighted sum of the experts that are chosen for each token, and which these are.
 
     Args:
+      gate, up, down: the experts' kernels, of embed x mlp, the same, and mlp x embed.
+      scale: the factor of an adapter's product A B.
       on_mesh: whether this runs on each device of a mesh, which has a part of the experts.
     """
     tokens = x.reshape(-1, x.shape[-1])
     weights, chosen = route(tokens, router, mixture)
     expert = chosen.reshape(-1)
     if on_mesh:  # the experts of this device, numbered from 0
-        gate, up = (jax.lax.all_gather(w, "fsdp", axis=1, tiled=True) for w in (gate, up))
-        down = jax.lax.all_gather(down, "fsdp", axis=2, tiled=True)
-        expert = expert - gate.shape[0] * jax.lax.axis_index("tensor")
-    here = (expert >= 0) & (expert < gate.shape[0])
-    expert = jnp.where(here, expert, gate.shape[0])  # those of other devices come last
+        gate, up, down = _whole(gate, _INTO), _whole(up, _INTO), _whole(down, _OUT)
+        expert = expert - len(gate.w) * jax.lax.axis_index("tensor")
+    here = (expert >= 0) & (expert < len(gate.w))
+    expert = jnp.where(here, expert, len(gate.w))  # those of other devices come last
     order = jnp.argsort(expert)
     back = jnp.argsort(order)
-    sizes = jnp.sum(expert[:, None] == jnp.arange(gate.shape[0]), axis=0, dtype=jnp.int32)
+    sizes = jnp.sum(expert[:, None] == jnp.arange(len(gate.w)), axis=0, dtype=jnp.int32)
 
     def only_here(x: Array) -> Array:
         return jnp.where(here[order][:, None], x, 0) if on_mesh else x
 
-    def product(x: Array, kernels: Array) -> Array:
+    def times(x: Array, kernels: Array) -> Array:
         # What is behind the last group is undefined, in a product and in its gradient.
         return only_here(jax.lax.ragged_dot(only_here(x), kernels, sizes))
+
+    def product(x: Array, kernel: Kernel) -> Array:
+        y = times(x, kernel.w)
+        return y if kernel.a is None else y + scale * times(times(x, kernel.a), kernel.b)
 
     y = _permuted(jnp.repeat(tokens, mixture.active, axis=0), order, back)
     gates = checkpoint_name(product(y, gate), "gate")
@@ -127,6 +172,17 @@ def _computed(
     if on_mesh:
         y = jax.lax.psum(y, "tensor")
     return y.astype(x.dtype).reshape(x.shape), chosen.reshape(*x.shape[:2], -1)
+
+
+def _whole(kernel: Kernel, specs: Kernel) -> Kernel:
+    """A device's experts with all their rows and columns, gathered over `fsdp`."""
+
+    def gathered(x: Array | None, spec: P) -> Array | None:
+        if x is None or "fsdp" not in spec:
+            return x
+        return jax.lax.all_gather(x, "fsdp", axis=spec.index("fsdp"), tiled=True)
+
+    return Kernel(*map(gathered, kernel, specs))
 
 
 def route(

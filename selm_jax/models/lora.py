@@ -5,6 +5,7 @@ collection, the decoder is the model that training started from: the reference.
 
 A and B are named after their kernel: `attention/q` has `attention/q_a` [*in, rank] and
 `attention/q_b` [rank, *out]. B starts at zero, so adapters change nothing until they are trained.
+In a mixture of experts each expert has adapters of its own, stacked as its kernels are.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Lora(settings.Lora):
     `base`, the precision of the kernels themselves, does not affect the adapters.
 
     Raises:
-      LoraError: if `targets` matches no kernel.
+      LoraError: if `targets` matches no kernel, or experts' adapters are to have dropout.
       ValidationError: if a number is out of its range.
     """
 
@@ -55,6 +56,11 @@ class Lora(settings.Lora):
             raise LoraError(
                 f"lora.targets is {self.targets!r}, which matches none of the kernels "
                 f"{', '.join(TARGETS.values())}; name one of them, or write a regular expression"
+            )
+        if self.experts and self.dropout:
+            raise LoraError(
+                f"lora.dropout is {self.dropout:g}, but adapters of experts have no dropout, since "
+                "each device would have to draw that of all experts. Set it to 0"
             )
 
     @property
@@ -66,14 +72,20 @@ class Lora(settings.Lora):
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def adapts(self, kernel: str) -> bool:
-        """Whether a kernel such as `attention/q` has an adapter."""
+        """Whether a kernel such as `attention/q` or `experts/up` has an adapter.
+
+        The kernels of experts have the names of the MLP whose place they take.
+        """
+        if kernel.startswith("experts/"):
+            return self.experts and self.adapts(kernel.replace("experts", "mlp"))
         return kernel in TARGETS and re.search(self.targets, TARGETS[kernel]) is not None
 
 
 def init(abstract: Params, key: jax.Array) -> Params:
     """New adapters: A is drawn uniformly from +-1/sqrt(inputs), as in PEFT, and B is zero.
 
-    `abstract` has shapes, stacked over layers (A is [layers, *in, rank]), and optional shardings.
+    `abstract` has shapes, stacked over layers (A is [layers, *in, rank], of experts [layers,
+    experts, in, rank]), and optional shardings.
     """
     flat = flatten_dict(abstract)
 
@@ -81,7 +93,7 @@ def init(abstract: Params, key: jax.Array) -> Params:
         def one(path, leaf, key):
             if path[-1].endswith("_b"):
                 return jnp.zeros(leaf.shape, leaf.dtype)
-            bound = math.prod(leaf.shape[1:-1]) ** -0.5
+            bound = math.prod(leaf.shape[_stacked(path) : -1]) ** -0.5
             return jax.random.uniform(key, leaf.shape, leaf.dtype, -bound, bound)
 
         keys = jax.random.split(key, len(flat))
@@ -100,9 +112,14 @@ def merge(params: Params, adapters: Params, lora: Lora) -> Params:
         if path[-1].endswith("_a"):
             kernel = (*path[:-1], path[-1].removesuffix("_a"))
             b, w = extra[(*path[:-1], f"{kernel[-1]}_b")], flat[kernel]
-            layers, rank = a.shape[0], a.shape[-1]
+            stack, rank = a.shape[: _stacked(path)], a.shape[-1]
             product = jnp.einsum(
-                "lir,lro->lio", a.reshape(layers, -1, rank), b.reshape(layers, rank, -1)
+                "...ir,...ro->...io", a.reshape(*stack, -1, rank), b.reshape(*stack, rank, -1)
             )
             flat[kernel] = (w + lora.scale * product.reshape(w.shape)).astype(w.dtype)
     return unflatten_dict(flat)
+
+
+def _stacked(path: tuple[str, ...]) -> int:
+    """How many leading axes of a parameter are stacked: layers, and of experts also the experts."""
+    return 2 if path[-2] == "experts" else 1

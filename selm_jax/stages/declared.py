@@ -30,6 +30,7 @@ ADDED = {
     "training.token_statistics": False,
     "training.router": "frozen",
     "training.importance": None,
+    "lora.experts": False,
 }
 FREE_OF_RANKERS = frozenset(
     {

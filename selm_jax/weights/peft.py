@@ -32,7 +32,8 @@ def export_adapter(
     PEFT adapts stored tensors, each of which may contain several of our kernels (Phi-3's
     `qkv_proj`). The adapters of n kernels in one tensor, each of rank r, become one adapter of rank
     n r: their A are concatenated, their B are the blocks of a block-diagonal matrix. The product is
-    the same.
+    the same. Each expert of a mixture is a module, as in the published files. Versions of
+    transformers that hold all experts as one parameter have no such modules.
 
     Args:
       adapters: the parameters of the adapters.
@@ -51,12 +52,13 @@ def export_adapter(
         module = name.removesuffix(".weight")
         ranks[module.rpartition(".")[2]] = lora.rank * len([p for p in parts if _has(p, lora)])
         for layer in range(config.layers):
-            a, b = _pair(parts, flat, layer, lora)
-            name = module.format(layer)
-            if inside:
-                name = name.replace("model.", "model.language_model.", 1)
-            where = f"base_model.model.{name}"
-            stored[f"{where}.lora_A.weight"], stored[f"{where}.lora_B.weight"] = a, b
+            pairs = _pairs(parts, flat, layer, lora)
+            for name, (a, b) in zip(parts[0].names(layer), pairs, strict=True):
+                name = name.removesuffix(".weight")
+                if inside:
+                    name = name.replace("model.", "model.language_model.", 1)
+                where = f"base_model.model.{name}"
+                stored[f"{where}.lora_A.weight"], stored[f"{where}.lora_B.weight"] = a, b
     # The scale is alpha / rank (or its root); if the rank is n times as large, so must be alpha.
     grown = {m: r / lora.rank for m, r in ranks.items() if r != lora.rank}
     if folder is None:
@@ -99,19 +101,28 @@ def _adapted(config: DecoderConfig, lora: Lora) -> Iterator[tuple[str, list[Tens
     return ((n, parts) for n, parts in by_name.items() if any(_has(p, lora) for p in parts))
 
 
-def _pair(parts: list[Tensor], flat: dict, layer: int, lora: Lora) -> tuple[np.ndarray, np.ndarray]:
-    """The adapter matrices A [rank, in] and B [out, rank] of a stored tensor."""
-    a_rows, b_blocks = [], []
-    adapted = sum(_has(row, lora) for row in parts)
-    for row in parts:
-        outputs, inputs = row.stored_shape
-        block = np.zeros((outputs, lora.rank * adapted), np.float32)
-        if _has(row, lora):
-            *where, kernel = row.path
-            a = np.asarray(fetch(flat[(*where, f"{kernel}_a")], layer), np.float32)
-            b = np.asarray(fetch(flat[(*where, f"{kernel}_b")], layer), np.float32)
-            first = lora.rank * len(a_rows)
-            block[:, first : first + lora.rank] = b.reshape(lora.rank, outputs).T
-            a_rows.append(a.reshape(inputs, lora.rank).T)
-        b_blocks.append(block)
-    return np.ascontiguousarray(np.concatenate(a_rows)), np.concatenate(b_blocks)
+def _pairs(
+    parts: list[Tensor], flat: dict, layer: int, lora: Lora
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The adapter matrices A [rank, in] and B [out, rank] of a stored tensor.
+
+    Where each expert is a stored tensor, these are those of one expert after the other.
+    """
+    adapted = [row for row in parts if _has(row, lora)]
+    halves = {}
+    for row in adapted:
+        *where, kernel = row.path
+        both = (fetch(flat[(*where, f"{kernel}_{half}")], layer) for half in "ab")
+        halves[row.path] = [np.asarray(x, np.float32) for x in both]
+    for expert in range(parts[0].experts or 1):
+        a_rows, b_blocks = [], []
+        for row in parts:
+            outputs, inputs = row.stored_shape
+            block = np.zeros((outputs, lora.rank * len(adapted)), np.float32)
+            if row.path in halves:
+                a, b = (x if row.experts is None else x[expert] for x in halves[row.path])
+                first = lora.rank * len(a_rows)
+                block[:, first : first + lora.rank] = b.reshape(lora.rank, outputs).T
+                a_rows.append(a.reshape(inputs, lora.rank).T)
+            b_blocks.append(block)
+        yield np.ascontiguousarray(np.concatenate(a_rows)), np.concatenate(b_blocks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +20,8 @@ from selm_jax.models.decoder import (
     parameter_count,
 )
 from selm_jax.models.experts import Experts, expert_counts, load_metrics
-from selm_jax.models.lora import Lora, LoraError
+from selm_jax.models.lora import Lora, LoraError, init, merge
+from selm_jax.models.quantize import dequantize, quantize
 from selm_jax.parallel.mesh import make_mesh
 from selm_jax.parallel.rules import TRAINING, shardings
 
@@ -149,9 +151,93 @@ def test_more_active_experts_than_there_are():
         Mixture(4, 5, True)
 
 
-def test_experts_have_no_adapters(tiny):
+ADAPTED = Lora(2, 6.0, experts=True)
+
+
+@pytest.mark.parametrize("mesh", [None, (1, 2, 4)])
+def test_adapters_of_experts_and_merged_kernels_are_one_function_with_one_gradient(
+    mesh, tiny, monkeypatch
+):
+    monkeypatch.setattr(jax.lax, "ragged_dot", undefined_behind_the_last_group)
+    config = tiny(mixture=MIXTURES["normalized"])
+    mesh = None if mesh is None else make_mesh(mesh)
+    layer = Experts(config, config.mixture, mesh, ADAPTED, name="experts")
+    rng = np.random.default_rng(1)
+    p, x, g = kernels(config), rng.normal(size=(8, 3, config.embed)), rng.normal(size=(8, 3, 1))
+    x, g = x.astype(np.float32), g.astype(np.float32)
+    abstract = nn.unbox(abstract_adapters(config, ADAPTED))["layers"]["experts"]
+    adapters = {k: rng.normal(0, 0.3, v.shape[1:]).astype(np.float32) for k, v in abstract.items()}
+
+    def apart(adapters):
+        return jnp.sum(g * layer.apply({"params": p, "lora": adapters}, x))
+
+    def merged(adapters):
+        of_layers = [
+            {"layers": {"experts": {k: v[None] for k, v in each.items()}}} for each in (p, adapters)
+        ]
+        found = merge(*of_layers, ADAPTED)["layers"]["experts"]
+        return jnp.sum(g * by_definition({k: v[0] for k, v in found.items()}, x, config.mixture))
+
+    (ours, our_gradients), (theirs, gradients) = (
+        jax.jit(jax.value_and_grad(each))(adapters) for each in (apart, merged)
+    )
+    assert abs(theirs - jnp.sum(g * by_definition(p, x, config.mixture))) > 0.1
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-3),
+        our_gradients,
+        gradients,
+    )
+
+
+def test_each_expert_has_adapters_that_are_cut_as_its_kernels_are(tiny):
+    config = tiny(mixture=Mixture(8, 2, True), heads=4, kv_heads=4)
+    abstract = abstract_adapters(config, ADAPTED)
+    found = shardings(abstract, make_mesh((1, 2, 4)), TRAINING)["layers"]["experts"]
+    assert {k: tuple(s.spec) for k, s in found.items()} == {
+        "gate_a": (None, "tensor", "fsdp", None),
+        "gate_b": (None, "tensor", None, None),
+        "up_a": (None, "tensor", "fsdp", None),
+        "up_b": (None, "tensor", None, None),
+        "down_a": (None, "tensor", None, None),
+        "down_b": (None, "tensor", None, "fsdp"),
+    }
+    assert set(abstract["layers"]["attention"]) == {f"{k}_{h}" for k in "qkvo" for h in "ab"}
+    # A is drawn by the inputs of one expert, not of all.
+    a = init(nn.unbox(abstract), jax.random.key(0))["layers"]["experts"]["up_a"]
+    bound = config.embed**-0.5
+    assert 0.9 * bound < np.abs(a).max() <= bound
+
+
+def test_experts_have_adapters_only_if_they_are_asked_for(tiny):
     config = tiny(mixture=Mixture(4, 2, True))
-    with pytest.raises(LoraError, match=r"lora\.targets is '_proj\$', .* lora\.targets: self_attn"):
-        abstract_adapters(config, Lora(rank=2, alpha=4))
     found = abstract_adapters(config, Lora(rank=2, alpha=4, targets="self_attn"))
     assert set(found["layers"]) == {"attention"}
+    asked = {"targets": "self_attn", "experts": True}
+    for lora, message in [
+        ({}, r"lora\.targets is '_proj\$', which matches matrices .* lora\.experts is false"),
+        (asked, r"lora\.targets is 'self_attn', which matches no matrix .* lora\.experts is true"),
+    ]:
+        with pytest.raises(LoraError, match=message):
+            abstract_adapters(config, Lora(rank=2, alpha=4, **lora))
+    with pytest.raises(LoraError, match="this model has no experts. Set it to false"):
+        abstract_adapters(tiny(), ADAPTED)
+    with pytest.raises(ValueError, match="adapters of experts have no dropout"):
+        Lora(rank=2, alpha=4, experts=True, dropout=0.1)
+
+
+@pytest.mark.parametrize("base", ["int8", "nf4"])
+def test_experts_of_a_quantised_base_are_rounded_in_blocks_of_their_inputs(base, tiny):
+    pytest.importorskip("qwix")
+    config = tiny(mixture=MIXTURES["normalized"], embed=64)
+    p = {"layers": {"experts": {k: v[None] for k, v in kernels(config).items()}}}
+    quantized = quantize(p, base)["layers"]["experts"]
+    assert quantized["router"] is p["layers"]["experts"]["router"]
+    assert quantized["up"].scale.shape == (1, 8, 1, config.mlp)
+    found = dequantize({"layers": {"experts": quantized}})["layers"]["experts"]
+    levels = {"int8": 127, "nf4": 5}[base]
+    for name in ("gate", "up", "down"):
+        exact = p["layers"]["experts"][name]
+        most = np.abs(exact).max(axis=2, keepdims=True)
+        error = np.abs(np.asarray(found[name]) - exact)
+        assert 0 < error.max() and (error <= most / levels).all(), name

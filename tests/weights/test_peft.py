@@ -16,7 +16,7 @@ from safetensors import safe_open
 from selm_jax.models.decoder import Decoder, abstract_adapters
 from selm_jax.models.families import read_config
 from selm_jax.models.lora import Lora, init, merge
-from selm_jax.weights.huggingface import load
+from selm_jax.weights.huggingface import load, to_hf_tensors
 from selm_jax.weights.multimodal import is_in
 from selm_jax.weights.peft import export_adapter
 
@@ -90,3 +90,25 @@ def test_an_adapters_files_are_as_open_as_any_other_and_name_what_they_belong_to
         a = file.get_tensor("base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight")
     ours = np.asarray(adapters["layers"]["attention"]["q_a"])[1]
     np.testing.assert_array_equal(a, ours.reshape(-1, 2).T)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
+def test_the_adapters_of_an_expert_are_what_is_merged_into_its_tensors(name, tmp_path):
+    folder, lora = FAMILIES / name, Lora(2, 4.0, targets="up_proj|down_proj", experts=True)
+    config = read_config(folder)
+    adapters = init(nn.unbox(abstract_adapters(config, lora)), jax.random.key(0))
+    adapters = jax.tree.map(lambda x: x + 0.1, adapters)
+    export_adapter(adapters, config, lora, "org/name", tmp_path / "adapter")
+    params = load(folder, config)
+    base = dict(to_hf_tensors(params, config))
+    merged = dict(to_hf_tensors(merge(params, adapters, lora), config))
+    with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "numpy") as file:
+        stored = {key: file.get_tensor(key) for key in file.keys()}
+    modules = {key.split(".lora_")[0] for key in stored}
+    assert len(modules) == 2 * config.layers * config.mixture.experts
+    changed = {f"base_model.model.{k}" for k in base if (merged[k] != base[k]).any()}
+    assert changed == {f"{module}.weight" for module in modules}
+    for module in modules:
+        product = stored[f"{module}.lora_B.weight"] @ stored[f"{module}.lora_A.weight"]
+        tensor = f"{module.removeprefix('base_model.model.')}.weight"
+        np.testing.assert_allclose(merged[tensor], base[tensor] + 2 * product, atol=1e-5)

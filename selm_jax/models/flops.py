@@ -1,10 +1,10 @@
 """Counts the floating point operations of the decoder and of PairRM's encoder by formulas.
 
 A multiply-add counts as two operations. Norms, softmax, rotations and the optimiser are left out:
-they are under 1 % for any model of practical size. So are adapters (3 % of the operations of the
-kernels that they adapt, with rank 16 in Qwen3-30B-A3B). The backward pass does twice the forward pass's
-work; recomputation by rematerialisation is not counted, as usual for model FLOP utilisation (PaLM,
-arXiv 2204.02311, appendix B).
+they are under 1 % for any model of practical size. So are adapters: with rank 16 in Qwen3-30B-A3B,
+they take 3 % of the operations of the kernels that they adapt. The backward pass does twice the
+forward pass's work; recomputation by rematerialisation is not counted, as usual for model FLOP
+utilisation (PaLM, arXiv 2204.02311, appendix B).
 """
 
 from __future__ import annotations

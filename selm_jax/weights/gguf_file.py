@@ -7,6 +7,7 @@ has some of the tensors, its number (`split.no`, from 0) and the number of files
 from __future__ import annotations
 
 import errno
+import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from gguf.quants import dequantize
 from jaxtyping import Float32
 
 from selm_jax.shell.json_file import POINTER, is_pointer
+from selm_jax.weights.wheels import sha256_of
 
 T = TypeVar("T")
 
@@ -43,25 +45,38 @@ class Gguf(NamedTuple):
     file_of: Mapping[str, Path]
 
 
+def names_of(name: str) -> list[str]:
+    """The names of all files of the GGUF model that the file `name` belongs to, in order."""
+    path = Path(name)
+    part = _PART.fullmatch(path.stem)
+    if part is None or not int(part[3]):
+        return [name]
+    stem, _, count = part.groups()
+    return [f"{stem}-{n:05d}-of-{count}{path.suffix}" for n in range(1, int(count) + 1)]
+
+
 def files_of(path: Path) -> list[Path]:
     """All files of the GGUF model that the file `path` belongs to, in order.
 
     Raises:
       GGUFError: if a file is missing.
     """
-    part = _PART.fullmatch(path.stem)
-    if part is None:
-        return [path]
-    stem, _, count = part.groups()
-    files = []
-    for n in range(1, int(count) + 1):
-        files.append(path.with_name(f"{stem}-{n:05d}-of-{count}{path.suffix}"))
-        if not files[-1].is_file():
+    files = [path.with_name(name) for name in names_of(path.name)]
+    for file in files:
+        if len(files) > 1 and not file.is_file():
             raise GGUFError(
-                f"{files[-1]} is missing: a model in {int(count)} GGUF files needs all of them in "
-                "one folder"
+                f"{file} is missing: a model in {len(files)} GGUF files needs all of them in one "
+                "folder"
             )
-    return files or [path]
+    return files
+
+
+def digest_of_model(path: Path) -> str:
+    """The SHA-256 of a GGUF file. A split model has the SHA-256 of its files' digests in order."""
+    digests = [sha256_of(file) for file in files_of(path)]
+    if len(digests) == 1:
+        return digests[0]
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def model_name(path: Path) -> str:

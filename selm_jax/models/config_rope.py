@@ -25,10 +25,12 @@ def rotary_fraction(k: Keys) -> float:
     return 1.0 if found is None else found
 
 
-def rope_from(k: Keys, theta: float, fraction: float = 1.0) -> Rope:
+def rope_from(k: Keys, theta: float, fraction: float = 1.0, original: int | None = None) -> Rope:
     """Reads the `Rope` of a model; `theta` is the default base.
 
-    `fraction` is the only value that the key partial_rotary_factor may have.
+    `fraction` is the only value that the key partial_rotary_factor may have. `original` is for
+    families for which transformers takes the original context from the top level alone: its
+    default there.
 
     transformers 5 stores everything under `rope_parameters`; earlier versions store the base at the
     top level and the rest under `rope_scaling`.
@@ -39,10 +41,16 @@ def rope_from(k: Keys, theta: float, fraction: float = 1.0) -> Rope:
             f"config.json: rope_parameters {new!r:.200} and rope_scaling {old!r:.200} contradict "
             "each other. Remove the wrong one"
         )
-    return rope_of(new or old, k.number("rope_theta", None) or theta, k, fraction)
+    return rope_of(new or old, k.number("rope_theta", None) or theta, k, fraction, original)
 
 
-def rope_of(parameters: Mapping[str, Any], theta: float, k: Keys, fraction: float = 1.0) -> Rope:
+def rope_of(
+    parameters: Mapping[str, Any],
+    theta: float,
+    k: Keys,
+    fraction: float = 1.0,
+    original: int | None = None,
+) -> Rope:
     """Reads the `Rope` from an object of rope parameters; arguments as for `rope_from`."""
     if not isinstance(parameters, Mapping):
         raise UnsupportedModel(
@@ -62,13 +70,19 @@ def rope_of(parameters: Mapping[str, Any], theta: float, k: Keys, fraction: floa
             f"config.json: rope parameters have partial_rotary_factor {found!r:.60}; the decoder "
             f"supports only {fraction:g} here. Use another model"
         )
-    original = k.size(_ORIGINAL, None)
-    if original is not None and p.get(_ORIGINAL, original) != original:
-        raise UnsupportedModel(
-            f"config.json: {_ORIGINAL} is {original}, but rope scaling says {p[_ORIGINAL]!r:.60}. "
-            "Correct the wrong one"
+    said = k.size(_ORIGINAL, None)
+    outer = said or original
+    if outer is not None and p.get(_ORIGINAL, outer) != outer:
+        by_default, mend = (
+            ("", "Correct the wrong one")
+            if said
+            else (" by default", "Write it at the top level, too")
         )
-    original = p.pop(_ORIGINAL, original)
+        raise UnsupportedModel(
+            f"config.json: {_ORIGINAL} is {outer}{by_default}, but rope scaling says "
+            f"{p[_ORIGINAL]!r:.60}. {mend}"
+        )
+    original = p.pop(_ORIGINAL, outer)
     try:
         match sorted(kinds) or ["default"]:
             case ["default"]:

@@ -93,7 +93,7 @@ def phi3_from(k: Keys, c: Json) -> Json:
     for key in ("full_attn_mod", "interpolate_factor"):  # of Phi-4-mini's own code
         k.only(key, 1, None)
     fraction = rotary_fraction(k)
-    rope = rope_from(k, 1e4, fraction)
+    rope = rope_from(k, 1e4, fraction, original=4096)
     if not isinstance(rope.scaling, LongRope | None):
         raise UnsupportedModel(
             f"config.json: rope type is {type(rope.scaling).__name__.lower()}; a phi3 model has "

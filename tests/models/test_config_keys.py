@@ -166,6 +166,14 @@ def test_a_key_that_is_off_passes_and_one_that_is_on_does_not(name, off):
             {"rope_scaling": {"type": "yarn", "factor": 2.0}},
             "rope type is yarn; a phi3 model has default or longrope",
         ),
+        (
+            "microsoft--Phi-3.5-mini-instruct",
+            {
+                "original_max_position_embeddings": None,
+                "rope_scaling": {"type": "longrope", "original_max_position_embeddings": 2048},
+            },
+            "embeddings is 4096 by default, but rope scaling says 2048. Write it at the top level",
+        ),
         ("microsoft--Phi-4-mini-instruct", {"partial_rotary_factor": 1.5}, "a number up to 1"),
         ("microsoft--Phi-4-mini-instruct", {"partial_rotary_factor": 0.5}, "short_factor has 48 "),
         ("microsoft--Phi-4-mini-instruct", {"full_attn_mod": 2}, "full_attn_mod is 2"),
@@ -189,6 +197,12 @@ def test_a_key_that_is_off_passes_and_one_that_is_on_does_not(name, off):
 def test_what_changes_the_function_is_refused_whatever_it_is_called(name, changes, message):
     with pytest.raises(UnsupportedModel, match=message):
         from_hf(hf(name) | changes)
+
+
+def test_phi3_has_its_original_context_from_the_top_level_or_by_default():
+    """As in transformers, which puts that number over the one inside the rope's parameters."""
+    config = hf("microsoft--Phi-3.5-mini-instruct")
+    assert from_hf(config | {"original_max_position_embeddings": None}) == from_hf(config)
 
 
 def test_the_outer_key_decides_whether_a_text_model_is_tied():

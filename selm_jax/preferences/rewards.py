@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from selm_jax.models.decoder import Decoder, Params, rewards
 from selm_jax.preferences.packing import PreferenceBatch
@@ -37,20 +37,16 @@ def response_rewards(
     decoder: Decoder, params: Params, batch: PreferenceBatch
 ) -> Float[Array, "rows segments branches"]:
     """The reward of every response in the batch, float32; 0 where there is no response."""
+    rows = batch.tokens, batch.position, batch.end
+    hidden, _ = decoder.apply({"params": params}, *rows)
+    return rewards_of(params, hidden, batch)
+
+
+def rewards_of(
+    params: Params, hidden: Float[Array, "rows time embed"], batch: PreferenceBatch
+) -> Float[Array, "rows segments branches"]:
+    """The same from the batch's hidden states."""
     last = batch.last_of_response()
     at = jnp.maximum(last, 0).reshape(last.shape[0], -1)
-    rows = batch.tokens, batch.position, batch.end
-    return jnp.where(last >= 0, rewards_at(decoder, params, *rows, at).reshape(last.shape), 0)
-
-
-def rewards_at(
-    decoder: Decoder,
-    params: Params,
-    tokens: Int[Array, "rows time"],
-    position: Int[Array, "rows time"],
-    end: Int[Array, "rows time"],
-    places: Int[Array, "rows some"],
-) -> Float[Array, "rows some"]:
-    """The reward head's output at the indices `places` of packed rows, float32."""
-    hidden, _ = decoder.apply({"params": params}, tokens, position, end)
-    return rewards(params, jnp.take_along_axis(hidden, places[..., None], axis=1))
+    found = rewards(params, jnp.take_along_axis(hidden, at[..., None], axis=1))
+    return jnp.where(last >= 0, found.reshape(last.shape), 0)

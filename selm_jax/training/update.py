@@ -32,7 +32,7 @@ from selm_jax.objectives.losses import Logps, Metrics, Objective, Rewards
 from selm_jax.objectives.measures import measures
 from selm_jax.objectives.roles import ROLES
 from selm_jax.preferences.packing import PreferenceBatch
-from selm_jax.preferences.rewards import response_rewards
+from selm_jax.preferences.rewards import response_rewards, rewards_of
 from selm_jax.training.state import TrainState
 
 PerExample = Float[Array, " segments"]
@@ -84,18 +84,25 @@ def of_scored(
       what `head` returns, and, if the model has experts, how many tokens each expert computes.
     """
     variables = {"params": params} | ({} if adapters is None else {"lora": adapters})
-    rngs = None if key is None else {"dropout": key}
-    rows = batch.tokens, batch.position, batch.end
-    (hidden, _), left = cast(Any, decoder.apply(variables, *rows, rngs=rngs, mutable=[LOAD]))
+    hidden, load = _hidden(decoder, variables, batch, None if key is None else {"dropout": key})
     predicting = jnp.take_along_axis(hidden, batch.predictor[..., None], axis=1)
     found = head(
         predicting, batch.target, unembedding(params), chunk, decoder.config.logit_cap,
         mesh=decoder.mesh, frozen=adapters is not None,
     )  # fmt: skip
+    return found, load
+
+
+def _hidden(
+    decoder: Decoder, variables: Any, batch: PreferenceBatch, rngs: Any = None
+) -> tuple[Float[Array, "rows time embed"], Sums]:
+    """The hidden states, and, if the model has experts, how many tokens each expert computes."""
+    rows = batch.tokens, batch.position, batch.end
+    (hidden, _), left = cast(Any, decoder.apply(variables, *rows, rngs=rngs, mutable=[LOAD]))
     if decoder.config.mixture is None:
-        return found, {}
+        return hidden, {}
     chosen = left[LOAD]["layers"]["experts"]["chosen"]
-    return found, {_LOADS: expert_counts(chosen, batch.segment > 0, decoder.config.mixture)}
+    return hidden, {_LOADS: expert_counts(chosen, batch.segment > 0, decoder.config.mixture)}
 
 
 def by_role(
@@ -155,9 +162,11 @@ def loss_sums(
         raise ValueError("pass `base` for a decoder with adapters, and only for such a decoder")
     plain = decoder.clone(lora=None)
     if objective.rates:
-        rewards = _of_roles(batch, response_rewards(decoder, params, batch))
+        hidden, load = _hidden(decoder, {"params": params}, batch)
+        rewards = _of_roles(batch, rewards_of(params, hidden, batch))
         given = Rewards(rewards, _of_roles(batch, batch.scores))
-        return _sums(batch, *_measured(objective, given))
+        loss, sums = _sums(batch, *_measured(objective, given))
+        return loss, sums | load
     detailed = statistics or objective.uses_collision
     head = token_statistics if detailed else token_logprobs
     if base is None:

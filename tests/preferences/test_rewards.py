@@ -10,13 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selm_jax.models.config import ScalarHead
+from selm_jax.models.config import Mixture, ScalarHead
 from selm_jax.models.decoder import Decoder, rewards, unembedding
 from selm_jax.objectives.build import build_objective
 from selm_jax.objectives.roles import ROLES
 from selm_jax.preferences.examples import Example
 from selm_jax.preferences.packing import Shape, common_shape, pack, unpack
 from selm_jax.preferences.rewards import response_rewards, split
+from selm_jax.training.state import TrainState
 from selm_jax.training.update import make_update
 
 SHAPE = Shape(rows=4, time=48, scored=48, segments=4, branches=3)
@@ -95,6 +96,26 @@ def test_the_gradient_of_packed_rows_is_that_of_each_conversation_alone(world):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), gradients, expected
     )
+
+
+def test_the_load_of_a_reward_models_experts_is_that_of_the_tokens_it_reads(tiny, random_params):
+    config = tiny(layers=2, mixture=Mixture(4, 2, True), head=ScalarHead(), tied=True)
+    step = optax.sgd(1.0)
+    update = make_update(
+        Decoder(config), build_objective("bradley_terry"), step, chunk=16, train_router=False
+    )
+    examples, means = some_examples(5, seed=3), np.ones(len(ROLES), np.float32)
+    params = random_params(config)
+    (batch, *more) = pack(examples, SHAPE)
+    gradients, sums = update.gradients(params, batch, means)
+    tokens = int(np.sum(batch.segment > 0))
+    for batch in more:
+        gradients, sums = update.add(gradients, sums, params, batch, means)
+        tokens += int(np.sum(batch.segment > 0))
+    np.testing.assert_array_equal(sums["_loads"].sum(-1), [2 * tokens] * 2)
+    state = TrainState(0, jax.tree.map(jnp.copy, params), step.init(params))
+    _, metrics = update.apply(state, gradients, sums, 1e-2)
+    assert 1 <= metrics["experts/load_max"] <= 4 and 0 <= metrics["experts/unused"] < 1
 
 
 def test_the_last_token_of_each_response_is_found_wherever_it_lies():

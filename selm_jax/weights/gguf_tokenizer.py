@@ -1,7 +1,8 @@
 """Rebuilds the tokenizer inside a GGUF file as Hugging Face's tokenizer.json.
 
-Only byte-level BPE is supported: the file contains tokens and merges, and the name of a rule that
-splits text before the merges.
+Two kinds are supported. For byte-level BPE ("gpt2"), the file contains tokens and merges, and the
+name of a rule that splits text before the merges. For SentencePiece's BPE ("llama"), it contains
+tokens with scores; the pair whose token has the highest score is merged first.
 """
 
 from __future__ import annotations
@@ -37,15 +38,27 @@ _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{}"
     r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# The same with contractions behind words, and words cut where a capital follows.
+_UPPER, _LOWER = (rf"[\p{{{case}}}\p{{Lm}}\p{{Lo}}\p{{M}}]" for case in ("Lu}\\p{Lt", "Ll"))
+_BEFORE, _BEHIND = r"[^\r\n\p{L}\p{N}]?", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_SPLIT_BY_CASE = (
+    f"{_BEFORE}{_UPPER}*{_LOWER}+{_BEHIND}|{_BEFORE}{_UPPER}+{_LOWER}*{_BEHIND}"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def _byte_level(use_regex: bool) -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
 
 
-def _split(digits: str) -> pre_tokenizers.PreTokenizer:
-    split = pre_tokenizers.Split(Regex(_SPLIT.format(digits)), "isolated")
+def _split(pattern: str) -> pre_tokenizers.PreTokenizer:
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
     return pre_tokenizers.Sequence([split, _byte_level(use_regex=False)])
+
+
+def _single_digits() -> pre_tokenizers.PreTokenizer:
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    return pre_tokenizers.Sequence([digits, _byte_level(use_regex=True)])
 
 
 @dataclass(frozen=True)
@@ -68,14 +81,19 @@ class _Rule:
 # GGUF contains only the name of the rule; its meaning is in llama.cpp's code. A wrong guess would
 # give almost correct tokens, so a name that is not listed here is an error.
 _RULES = {
-    "smollm": _Rule(
-        lambda: pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), _byte_level(use_regex=True)]
-        )
-    ),
-    "llama-bpe": _Rule(lambda: _split("{1,3}"), whole_words=True, bos=True),
-    "qwen2": _Rule(lambda: _split(""), nfc=True),
+    "smollm": _Rule(_single_digits),
+    "refact": _Rule(_single_digits),  # of Granite, too
+    "exaone4": _Rule(lambda: _byte_level(use_regex=True)),
+    "gpt-2": _Rule(lambda: _byte_level(use_regex=True)),
+    "llama-bpe": _Rule(lambda: _split(_SPLIT.format("{1,3}")), whole_words=True, bos=True),
+    "dbrx": _Rule(lambda: _split(_SPLIT.format("{1,3}"))),  # of OLMo 2 and 3, too
+    "smaug-bpe": _Rule(lambda: _split(_SPLIT.format("{1,3}"))),  # of SmolLM3, too
+    "qwen2": _Rule(lambda: _split(_SPLIT.format("")), nfc=True),
+    "gpt-4o": _Rule(lambda: _split(_SPLIT_BY_CASE)),  # of Phi-4-mini, too
 }
+
+_SPM = "llama"  # llama.cpp's name for SentencePiece's BPE
+_BLANK = "\u2581"  # what SentencePiece has in place of a blank
 
 
 def build_tokenizer(fields: Fields) -> Tokenizer:
@@ -84,25 +102,59 @@ def build_tokenizer(fields: Fields) -> Tokenizer:
     Raises:
       GGUFError: if the kind of tokenizer is not supported, or its lists do not fit together.
     """
+    if fields.get("tokenizer.ggml.add_eos_token", bool):
+        raise GGUFError(
+            f"{fields.path}: tokenizer.ggml.add_eos_token is set, which is not supported. {MEND}"
+        )
+    tokens, types = fields.texts("tokenizer.ggml.tokens"), _types(fields)
+    vocab = {token: i for i, token in enumerate(tokens)}
+    if len(vocab) != len(tokens):
+        twice = next(token for i, token in enumerate(tokens) if vocab[token] != i)
+        raise GGUFError(f"{fields.path}: token {twice!r} occurs twice in the vocabulary. {MEND}")
+    model = fields.need("tokenizer.ggml.model", str)
+    tokenizer = (_sentencepiece if model == _SPM else _byte_level_bpe)(fields, vocab)
+    if _adds_bos(fields):
+        bos_id = fields.need(SPECIAL_IDS["bos"], int)
+        bos = tokens[bos_id]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[bos, "$A"], pair=[bos, "$A", f"{bos}:1", "$B:1"], special_tokens=[(bos, bos_id)]
+        )
+    # Phi-3 reads no blanks and line ends behind its marks; this is in llama.cpp's code.
+    marks = model == _SPM and fields.get("general.architecture", str) == "phi3"
+    for token, kind in zip(tokens, types, strict=True):
+        # Already in the vocabulary, so each keeps its id.
+        if kind in (TokenType.CONTROL, TokenType.UNKNOWN):
+            rstrip = marks and token not in ("<unk>", "<s>", "<|endoftext|>")
+            added = AddedToken(token, normalized=False, special=True, rstrip=rstrip)
+            tokenizer.add_special_tokens([added])
+        elif kind == TokenType.USER_DEFINED:
+            # One with blanks is looked for after these were replaced.
+            added = AddedToken(token, normalized=_BLANK in token, special=False)
+            tokenizer.add_tokens([added])
+    return tokenizer
+
+
+def _types(fields: Fields) -> list[int]:
+    tokens, types = (fields.need(f"tokenizer.ggml.{key}", list) for key in ("tokens", "token_type"))
+    if len(types) != len(tokens):
+        raise GGUFError(f"{fields.path}: {len(tokens)} tokens but {len(types)} token types. {MEND}")
+    return types
+
+
+def _byte_level_bpe(fields: Fields, vocab: dict[str, int]) -> Tokenizer:
     model = fields.need("tokenizer.ggml.model", str)
     pre = fields.need("tokenizer.ggml.pre", str)
     if model != "gpt2" or pre not in _RULES:
         raise GGUFError(
             f"{fields.path}: tokenizer {model!r} with pre {pre!r} is not supported; supported are "
-            f"'gpt2' with {sorted(_RULES)}. Get the model as a Hugging Face folder instead"
+            f"{_SPM!r}, and 'gpt2' with {sorted(_RULES)}. Get the model as a Hugging Face folder "
+            "instead"
+        )
+    if fields.get("tokenizer.ggml.add_space_prefix", bool):
+        raise GGUFError(
+            f"{fields.path}: tokenizer.ggml.add_space_prefix is set, which is not supported. {MEND}"
         )
     rule = _RULES[pre]
-    for flag in ("add_eos_token", "add_space_prefix"):
-        if fields.get(f"tokenizer.ggml.{flag}", bool):
-            raise GGUFError(
-                f"{fields.path}: tokenizer.ggml.{flag} is set, which is not supported. {MEND}"
-            )
-
-    tokens = fields.texts("tokenizer.ggml.tokens")
-    vocab = {token: i for i, token in enumerate(tokens)}
-    if len(vocab) != len(tokens):
-        twice = next(token for i, token in enumerate(tokens) if vocab[token] != i)
-        raise GGUFError(f"{fields.path}: token {twice!r} occurs twice in the vocabulary. {MEND}")
     merges = []
     for row, merge in enumerate(fields.texts("tokenizer.ggml.merges")):
         left, _, right = merge.partition(" ")
@@ -112,7 +164,6 @@ def build_tokenizer(fields: Fields) -> Tokenizer:
                 f"that is not in the vocabulary. {MEND}"
             )
         merges.append((left, right))
-
     # unk_token=None, as published: a byte that is not in the vocabulary is left out and never
     # becomes the end-of-text token.
     bpe = models.BPE(vocab=vocab, merges=merges, unk_token=None, ignore_merges=rule.whole_words)
@@ -121,28 +172,54 @@ def build_tokenizer(fields: Fields) -> Tokenizer:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = rule.cut()
     tokenizer.decoder = decoders.ByteLevel()
-    if _adds_bos(fields):
-        bos_id = fields.need(SPECIAL_IDS["bos"], int)
-        bos = tokens[bos_id]
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=[bos, "$A"], pair=[bos, "$A", f"{bos}:1", "$B:1"], special_tokens=[(bos, bos_id)]
-        )
+    return tokenizer
 
-    types = fields.need("tokenizer.ggml.token_type", list)
-    if len(types) != len(tokens):
-        raise GGUFError(f"{fields.path}: {len(tokens)} tokens but {len(types)} token types. {MEND}")
-    for token, kind in zip(tokens, types, strict=True):
-        # Already in the vocabulary, so each keeps its id.
-        if kind in (TokenType.CONTROL, TokenType.UNKNOWN):
-            tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True)])
-        elif kind == TokenType.USER_DEFINED:
-            tokenizer.add_tokens([AddedToken(token, normalized=False, special=False)])
+
+def _sentencepiece(fields: Fields, vocab: dict[str, int]) -> Tokenizer:
+    for key in ("remove_extra_whitespaces", "precompiled_charsmap"):
+        if fields.get(f"tokenizer.ggml.{key}", object):
+            raise GGUFError(
+                f"{fields.path}: tokenizer.ggml.{key} is set, which is not supported. {MEND}"
+            )
+    scores, types = fields.need("tokenizer.ggml.scores", list), _types(fields)
+    unknown = [token for token, i in vocab.items() if types[i] == TokenType.UNKNOWN]
+    if len(scores) != len(vocab) or len(unknown) != 1:
+        raise GGUFError(
+            f"{fields.path}: {len(vocab)} tokens, {len(scores)} scores and {len(unknown)} unknown "
+            f"tokens; expected as many scores as tokens, and one unknown token. {MEND}"
+        )
+    merges = []
+    for token, i in vocab.items():
+        if types[i] == TokenType.NORMAL:
+            cuts = ((token[:n], token[n:]) for n in range(1, len(token)))
+            merges += [(scores[i], *cut) for cut in cuts if cut[0] in vocab and cut[1] in vocab]
+    merges.sort(key=lambda merge: (-merge[0], -len(merge[1])))
+    bpe = models.BPE(
+        vocab=vocab,
+        merges=[(left, right) for _, left, right in merges],
+        unk_token=unknown[0],
+        fuse_unk=True,
+        byte_fallback=TokenType.BYTE in types,
+    )
+    tokenizer = Tokenizer(bpe)
+    blanks = normalizers.Replace(" ", _BLANK)
+    back = [decoders.Replace(_BLANK, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if fields.get("tokenizer.ggml.add_space_prefix", bool) is False:
+        tokenizer.normalizer = blanks
+    else:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_BLANK), blanks])
+        back.append(decoders.Strip(" ", 1, 0))
+    tokenizer.decoder = decoders.Sequence(back)
     return tokenizer
 
 
 def _adds_bos(fields: Fields) -> bool:
     said = fields.get("tokenizer.ggml.add_bos_token", bool)
-    return _RULES[fields.need("tokenizer.ggml.pre", str)].bos if said is None else said
+    if said is not None:
+        return said
+    if fields.need("tokenizer.ggml.model", str) == _SPM:
+        return True  # llama.cpp's default
+    return _RULES[fields.need("tokenizer.ggml.pre", str)].bos
 
 
 def eos_ids(fields: Fields) -> dict[str, Any]:

@@ -124,6 +124,19 @@ def _mixtral(k: Fields, config: Json) -> Json:
     }
 
 
+def _ministral3(k: Fields, config: Json) -> Json:
+    theta, yarn = config.pop("rope_theta"), config.pop("rope_scaling")
+    return config | {
+        "rope_parameters": (yarn or {})
+        | {
+            "rope_theta": theta,
+            "mscale": 1.0,  # in llama.cpp's code
+            "mscale_all_dim": k.number("rope.scaling.yarn_log_multiplier"),
+            "llama_4_scaling_beta": k.number("attention.temperature_scale"),
+        },
+    }
+
+
 def _qwen3_moe(k: Fields, config: Json) -> Json:
     return config | {
         "num_experts": k.size("expert_count"),
@@ -237,6 +250,15 @@ FAMILIES = {
         {"sliding_window": None},
         _mixtral,
         _EXPERTS,
+        interleaved=True,
+    ),
+    "ministral3": Family(
+        "mistral3",
+        "Ministral3ForCausalLM",
+        _DENSE,
+        {"sliding_window": None},
+        _ministral3,
+        frozenset({"rope.scaling.yarn_log_multiplier", "attention.temperature_scale"}),
         interleaved=True,
     ),
     "phi3": Family(

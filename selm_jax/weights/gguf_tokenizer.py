@@ -38,13 +38,17 @@ _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{}"
     r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# The same with contractions behind words, and words cut where a capital follows.
 _UPPER, _LOWER = (rf"[\p{{{case}}}\p{{Lm}}\p{{Lo}}\p{{M}}]" for case in ("Lu}\\p{Lt", "Ll"))
-_BEFORE, _BEHIND = r"[^\r\n\p{L}\p{N}]?", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-_SPLIT_BY_CASE = (
-    f"{_BEFORE}{_UPPER}*{_LOWER}+{_BEHIND}|{_BEFORE}{_UPPER}+{_LOWER}*{_BEHIND}"
-    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+
+
+def _by_case(ending: str, digits: str) -> str:
+    """The pattern of a split that also cuts words where a capital follows."""
+    before = r"[^\r\n\p{L}\p{N}]?"
+    return (
+        rf"{before}{_UPPER}*{_LOWER}+{ending}|{before}{_UPPER}+{_LOWER}*{ending}|\p{{N}}{digits}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
 
 
 def _byte_level(use_regex: bool) -> pre_tokenizers.PreTokenizer:
@@ -89,7 +93,8 @@ _RULES = {
     "dbrx": _Rule(lambda: _split(_SPLIT.format("{1,3}"))),  # of OLMo 2 and 3, too
     "smaug-bpe": _Rule(lambda: _split(_SPLIT.format("{1,3}"))),  # of SmolLM3, too
     "qwen2": _Rule(lambda: _split(_SPLIT.format("")), nfc=True),
-    "gpt-4o": _Rule(lambda: _split(_SPLIT_BY_CASE)),  # of Phi-4-mini, too
+    "gpt-4o": _Rule(lambda: _split(_by_case(_CONTRACTION, "{1,3}"))),  # of Phi-4-mini, too
+    "tekken": _Rule(lambda: _split(_by_case("", "")), whole_words=True, bos=True),
 }
 
 _SPM = "llama"  # llama.cpp's name for SentencePiece's BPE
@@ -207,6 +212,13 @@ def _sentencepiece(fields: Fields, vocab: dict[str, int]) -> Tokenizer:
     if fields.get("tokenizer.ggml.add_space_prefix", bool) is False:
         tokenizer.normalizer = blanks
     else:
+        for token, i in vocab.items():
+            # It would be looked for with a further blank in front.
+            if types[i] == TokenType.USER_DEFINED and _BLANK in token:
+                raise GGUFError(
+                    f"{fields.path}: token {token!r} is user-defined and has a blank, which is not "
+                    f"supported together with tokenizer.ggml.add_space_prefix. {MEND}"
+                )
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_BLANK), blanks])
         back.append(decoders.Strip(" ", 1, 0))
     tokenizer.decoder = decoders.Sequence(back)

@@ -15,9 +15,10 @@ from tiny_gguf import CONTROL, F32, tokenizer_keys, write
 
 NAMES = {
     "qwen3_moe": "qwen3moe", "mixtral": "llama", "olmo3": "olmo2", "gemma3_text": "gemma3",
+    "ministral3": "mistral3",
 }  # fmt: skip
 # Those whose rope rotates neighbours in llama.cpp.
-_NEIGHBOURS = ("llama", "mixtral", "granite", "smollm3")
+_NEIGHBOURS = ("llama", "mixtral", "ministral3", "granite", "smollm3")
 _COPIED = {
     "max_position_embeddings": "context_length",
     "hidden_size": "embedding_length",
@@ -92,6 +93,9 @@ def _keys_of(config: dict) -> dict:
     if full["rope_type"] in ("linear", "yarn"):
         keys["rope.scaling.type"] = full["rope_type"]
         keys |= {new: full[old] for old, new in _ROPE.items() if old in full}
+    if name == "ministral3":
+        keys["rope.scaling.yarn_log_multiplier"] = rope["mscale_all_dim"]
+        keys["attention.temperature_scale"] = rope["llama_4_scaling_beta"]
     if name == "phi3":
         original = config["original_max_position_embeddings"]
         keys["rope.scaling.original_context_length"] = original

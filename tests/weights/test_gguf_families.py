@@ -27,6 +27,7 @@ CASES = [
     ("llama-2", {}),
     ("llama-3.1", {"rope_parameters": LLAMA3}),
     ("llama-yarn", {}),
+    ("ministral-3", {}),
     ("mixtral", {}),
     ("phi-3-4k", {}),
     ("phi-3-128k", {}),

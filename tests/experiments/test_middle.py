@@ -164,14 +164,21 @@ def test_a_start_model_learns_the_language_and_two_runs_go_through(tmp_path, mon
     monkeypatch.setattr(make, "SIZES", make.SIZES | {"num_hidden_layers": 2})
     make.make(make.FOLDER)
     quiet = Console(quiet=True)
-    small = [("data.limit", 2048), ("training.epochs", 3), ("evaluation.samples", 2)]
+    one = ("compute.preset", "single")
+    small = [one, ("data.limit", 2048), ("training.epochs", 3), ("evaluation.samples", 2)]
     iterate(Run(load(MIDDLE / "start.yaml", small), quiet))
     lines = Path("runs/middle/start/metrics.jsonl").read_text(encoding="utf-8").splitlines()
     told = [json.loads(line) for line in lines]
     losses = [line["loss"] for line in told if "loss" in line]
     vocabulary = len(make.SPECIAL) + len(language.vocabulary())
     assert losses[0] > 0.9 * np.log(vocabulary) and losses[-1] < 0.6 * losses[0]
-    changes = ["data.limit=32", "data.heldout_limit=8", "iterations=1", "evaluation.samples=1"]
+    changes = [
+        "compute.preset=single",
+        "data.limit=32",
+        "data.heldout_limit=8",
+        "iterations=1",
+        "evaluation.samples=1",
+    ]
     grid = read_sweep(MIDDLE / "two_peaks.yaml", changes, seeds=[1])
     for m in grid.members:
         check(Run(m.experiment, quiet))

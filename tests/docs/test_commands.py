@@ -36,6 +36,7 @@ NEEDS = {
     "selm report runs/paper": "the runs of the line before",
     "selm sweep experiments/ablations": "accelerators, and hours",
     "selm sweep experiments/study": "two hours",
+    "selm sweep experiments/middle": "an hour",
     "selm plan": "libtpu, and minutes for each program; tests/plan has smaller ones",
     "selm bench": "a quiet machine; tests/bench has a smaller one",
     "selm show gs://": "a bucket; tests/resume/test_bucket.py has one",
@@ -50,6 +51,7 @@ NEEDS = {
 # Where a command is run that `test_running.py`, which runs all others as they stand, cannot run.
 RUN = {
     "selm run experiments/reward_model.yaml": "tests/run/test_reward_model.py",
+    "selm run experiments/middle": "tests/experiments/test_middle.py",
     "selm run experiments/quickstart.yaml output=runs/asked": "tests/feedback/models",
 }
 

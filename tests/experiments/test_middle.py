@@ -174,7 +174,7 @@ def test_a_start_model_learns_the_language_and_two_runs_go_through(tmp_path, mon
     assert losses[0] > 0.9 * np.log(vocabulary) and losses[-1] < 0.6 * losses[0]
     changes = [
         "compute.preset=single",
-        "data.limit=32",
+        "data.limit=48",
         "data.heldout_limit=8",
         "iterations=1",
         "evaluation.samples=1",

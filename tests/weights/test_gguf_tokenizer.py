@@ -1,10 +1,9 @@
-"""SentencePiece's BPE in a GGUF file, against its definition: the best pair first, leftmost.
-
-It was also compared with the package sentencepiece on 4,800 texts, with models trained there.
-"""
+"""SentencePiece's BPE in a GGUF file, against its definition: the best pair first, leftmost."""
 
 import json
+import random
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from gguf import TokenType
@@ -13,6 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from selm_jax.weights.gguf import GGUFError, convert
+from selm_jax.weights.gguf_file import Fields, open_gguf
+from selm_jax.weights.gguf_tokenizer import build_tokenizer
 
 MARKS = ["<unk>", "<s>", "</s>"]
 BYTES = [f"<0x{i:02X}>" for i in range(256)]
@@ -103,11 +104,46 @@ def test_what_would_give_other_tokens_is_refused(tmp_path, tiny_gguf, own, messa
 
 def test_phi_3_reads_no_line_end_behind_its_marks(tmp_path, tiny_gguf):
     """As in its tokenizer.json. The file's other tensors and keys are not Phi-3's."""
-    from selm_jax.weights.gguf_file import Fields, open_gguf
-    from selm_jax.weights.gguf_tokenizer import build_tokenizer
-
     path = tiny_gguf(tmp_path / "m.gguf", change=keys() | {"general.architecture": "phi3"})
     tokenizer = build_tokenizer(Fields(path, open_gguf(path)))
     vocab = tokenizer.get_vocab()
     found = tokenizer.encode("</s>\n h", add_special_tokens=False).ids
     assert found == [vocab["</s>"], vocab["▁h"]]
+
+
+@pytest.mark.parametrize(("prefix", "own"), [(True, ["<|user|>"]), (False, ["▁▁", "\n\n", "<t>"])])
+def test_tokens_are_those_of_sentencepiece(tmp_path, tiny_gguf, prefix, own):
+    package = pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
+    pages = Path(__file__).parents[2] / "docs"
+    text = "\n".join((pages / f"{name}.md").read_text() for name in ("models", "run", "memory"))
+    (tmp_path / "text").write_text(text)
+    package.SentencePieceTrainer.train(
+        input=str(tmp_path / "text"), model_prefix=str(tmp_path / "m"), vocab_size=900,
+        model_type="bpe", byte_fallback=True, user_defined_symbols=own, minloglevel=2,
+        normalization_rule_name="identity", add_dummy_prefix=prefix, split_digits=True,
+        remove_extra_whitespaces=False,
+    )  # fmt: skip
+    model = package.SentencePieceProcessor(str(tmp_path / "m.model"))
+    ids = range(model.get_piece_size())
+    kinds = [
+        TokenType.UNKNOWN if model.is_unknown(i)
+        else TokenType.CONTROL if model.is_control(i)
+        else TokenType.BYTE if model.is_byte(i)
+        else TokenType.USER_DEFINED if model.id_to_piece(i) in own
+        else TokenType.NORMAL
+        for i in ids
+    ]  # fmt: skip
+    change = keys(
+        tokens=[model.id_to_piece(i) for i in ids], scores=[model.get_score(i) for i in ids],
+        token_type=[int(kind) for kind in kinds], add_space_prefix=prefix, add_bos_token=False,
+    )  # fmt: skip
+    path = tiny_gguf(tmp_path / "m.gguf", change=change)
+    tokenizer = build_tokenizer(Fields(path, open_gguf(path)))
+    draw = random.Random(0)
+    starts = [draw.randrange(len(text)) for _ in range(300)]
+    texts = [text[start : start + draw.randint(1, 200)] for start in starts]
+    texts += ["".join(draw.choices("ab  \n\n\té日😀12<t>", k=20)) for _ in range(300)]
+    for each in texts:
+        found = tokenizer.encode(each).ids
+        assert found == model.encode(each), each
+        assert tokenizer.decode(found, skip_special_tokens=False) == each

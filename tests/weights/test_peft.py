@@ -92,7 +92,7 @@ def test_an_adapters_files_are_as_open_as_any_other_and_name_what_they_belong_to
     np.testing.assert_array_equal(a, ours.reshape(-1, 2).T)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
+@pytest.mark.parametrize("name", ["mixtral", pytest.param("qwen3-moe", marks=pytest.mark.slow)])
 def test_the_adapters_of_an_expert_are_what_is_merged_into_its_tensors(name, tmp_path):
     folder, lora = FAMILIES / name, Lora(2, 4.0, targets="up_proj|down_proj", experts=True)
     config = read_config(folder)

@@ -112,6 +112,7 @@ def test_pairs_are_policy_against_speaker_or_the_best_and_worst_of_four():
     )  # fmt: skip
     four = candidates("sample", "sample", "sample", "chosen", "rejected")
     assert language.best_of_4(four, np.array([0.3, 0.5, 0.2, 0.4, 9]), rng) == Pair(1, 2)
+    assert language.best_of_4(four, np.array([0, 0, 0, 0, 9]), rng) == Pair(0, 3)  # a tie
 
 
 @LANDSCAPES

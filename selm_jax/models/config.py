@@ -184,6 +184,8 @@ class DecoderConfig:
         their outputs are.
       norm_offset: added to the stored scales of norms.
       rotary_fraction: the share of each head's dimensions, the first ones, that rope rotates.
+      rotary_pairs: which dimensions rope rotates together: i and i + half of them ("halves"), or
+        2 i and 2 i + 1 ("neighbours").
       embed_scale: multiplies embedded tokens.
       residual_scale: multiplies what attention and MLP add to the residual stream.
       query_scale: multiplies queries; None means head_dim ** -0.5.
@@ -215,6 +217,7 @@ class DecoderConfig:
     post_norms: bool = False
     norm_offset: float = 0.0
     rotary_fraction: float = 1.0
+    rotary_pairs: Literal["halves", "neighbours"] = "halves"
     embed_scale: float = 1.0
     residual_scale: float = 1.0
     query_scale: float | None = None

@@ -12,7 +12,7 @@ from selm_jax.models.config_keys import Json, Keys, number, size
 _ORIGINAL, _POSITIONS = "original_max_position_embeddings", "max_position_embeddings"
 
 
-def rotary_fraction(k: Keys) -> float:
+def rotary_fraction(k: Keys, default: float = 1.0) -> float:
     """Reads which share of each head's dimensions is rotated, for families where it may be part."""
     outer = k.number("partial_rotary_factor", None)
     rope = k.object("rope_parameters") or k.object("rope_scaling")
@@ -22,7 +22,7 @@ def rotary_fraction(k: Keys) -> float:
         raise UnsupportedModel(
             f"config.json: partial_rotary_factor is {found:g}; expected a number up to 1"
         )
-    return 1.0 if found is None else found
+    return default if found is None else found
 
 
 def rope_from(k: Keys, theta: float, fraction: float = 1.0, original: int | None = None) -> Rope:

@@ -88,11 +88,11 @@ class Attention(Adapted):
         keys = linear(self, "k", x, kv_axes, (d, k, h), bias=c.qkv_bias)
         values = checkpoint_name(linear(self, "v", x, kv_axes, (d, k, h), bias=c.qkv_bias), "qkv")
         query, keys = self._normed("q_norm", query), self._normed("k_norm", keys)
-        query = rotate(query, rotation)
+        query = rotate(query, rotation, c.rotary_pairs)
         if c.query_growth is not None:
             query = query * growth(c.query_growth, sight.position).astype(query.dtype)
         query = checkpoint_name(query, "qkv")
-        keys = checkpoint_name(rotate(keys, rotation), "qkv")
+        keys = checkpoint_name(rotate(keys, rotation, c.rotary_pairs), "qkv")
         if cache is not None:
             cache = _write(cache, keys, values, index)
             if sight.place is not None:  # otherwise the new tokens only see each other

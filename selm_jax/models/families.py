@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from selm_jax.models import family_gemma as gemma
+from selm_jax.models import family_granite as granite
 from selm_jax.models import family_llama as llama
 from selm_jax.models import family_mixtures as moe
 from selm_jax.models.config import DecoderConfig, ScalarHead, UnsupportedModel
@@ -73,8 +74,15 @@ FAMILIES = {
     "olmo2": Family("Olmo2ForCausalLM", llama.olmo2_from, llama.olmo2_to, pad=1),
     "olmo3": Family("Olmo3ForCausalLM", llama.olmo3_from, llama.olmo3_to, pad=1),
     "exaone4": Family("Exaone4ForCausalLM", llama.exaone4_from, llama.exaone4_to),
+    "glm4": Family("Glm4ForCausalLM", llama.glm4_from, llama.glm4_to, head_dim=128, pad=151329),
     "granite": Family(
-        "GraniteForCausalLM", llama.granite_from, llama.granite_to, has_classifier=False
+        "GraniteForCausalLM", granite.granite_from, granite.granite_to, has_classifier=False
+    ),
+    "granitemoehybrid": Family(
+        "GraniteMoeHybridForCausalLM",
+        granite.granite4_from,
+        granite.granite4_to,
+        has_classifier=False,
     ),
     "mixtral": Family("MixtralForCausalLM", moe.mixtral_from, moe.mixtral_to),
     "qwen3_moe": Family("Qwen3MoeForCausalLM", moe.qwen3_moe_from, moe.qwen3_moe_to),
@@ -100,13 +108,19 @@ FAMILIES = {
 _CLOSE = {
     "qwen2_moe": "qwen3_moe, but every token also has an expert that is shared by all",
     "qwen3_next": "qwen3_moe, but most layers have linear attention, and an expert is shared",
-    "gpt_oss": "qwen3_moe, but its attention has sinks, and its experts have biases",
+    "gpt_oss": "qwen3_moe, but its attention has sinks, its experts have biases and clamped gates, "
+    "and they are stored in mxfp4",
+    "qwen3_5": "qwen3, but most layers have linear attention, and it also reads images",
+    "qwen3_5_moe": "qwen3_moe, but most layers have linear attention, and an expert is shared",
+    "llama4": "llama, but it has experts, one of them shared, and it also reads images",
+    "mistral4": "mistral, but it has experts, and its attention is compressed",
+    "ministral": "mistral, but its layers differ in their windows",
+    "granitemoeshared": "granite, but with experts beside an MLP that all tokens use",
     "olmoe": "qwen3_moe, but queries and keys are normed over all heads together",
     "phimoe": "mixtral, but its router chooses experts one after the other, and norms have biases",
     "granitemoe": "granite, but a mixture of experts",
     "deepseek_v3": "qwen3_moe, but its attention is compressed, and an expert is shared",
     "glm4_moe": "qwen3_moe, but an expert is shared, and the router has a bias",
-    "granitemoehybrid": "granite, but with experts, or with state-space layers",
     "olmo": "olmo2, but its norms have no scales and its queries, keys and values are clipped",
     "phi": "phi3, but its attention and MLP are parallel and its norms subtract the mean",
     "phi4mm": "phi3, but it also reads images and sound",
@@ -115,7 +129,8 @@ _CLOSE = {
     "gemma4_text": "gemma3_text, but its layers differ in their heads",
     "qwen2_5_vl": "qwen2, but it also reads images",
     "qwen3_vl": "qwen3, but it also reads images",
-    "glm4": "gemma2, but its rope rotates neighbouring dimensions",
+    "glm": "glm4, but without norms behind the blocks",
+    "chatglm": "glm4, but it needs code of its own; use a model of the 0414 series",
 }
 
 

@@ -203,26 +203,6 @@ def olmo3_to(c: DecoderConfig) -> Json:
     return {"attention_bias": c.qkv_bias, "rope_parameters": nested} | hf
 
 
-def granite_from(k: Keys, c: Json) -> Json:
-    multipliers = {
-        "embed_scale": k.number("embedding_multiplier", 1.0),
-        "query_scale": k.number("attention_multiplier", 1.0),
-        "residual_scale": k.number("residual_multiplier", 1.0),
-        "logit_divisor": k.number("logits_scaling", 1.0),
-    }
-    return multipliers | biases_from(k) | all_alike(c, rope_from(k, 1e4))
-
-
-def granite_to(c: DecoderConfig) -> Json:
-    multipliers = {
-        "embedding_multiplier": c.embed_scale,
-        "attention_multiplier": c.query_scale,
-        "residual_multiplier": c.residual_scale,
-        "logits_scaling": c.logit_divisor,
-    }
-    return multipliers | biases_to(c) | rope_to(c.kinds[0].rope)
-
-
 def exaone4_from(k: Keys, c: Json) -> Json:
     window = k.size("sliding_window", 4096, null=True)
     types, pattern = k.texts("layer_types"), k("sliding_window_pattern", 4)
@@ -245,3 +225,20 @@ def exaone4_from(k: Keys, c: Json) -> Json:
 
 def exaone4_to(c: DecoderConfig) -> Json:
     return layer_types_to(c) | rope_to(next(kind.rope for kind in c.kinds if kind.rope))
+
+
+def glm4_from(k: Keys, c: Json) -> Json:
+    fraction = rotary_fraction(k, 0.5)
+    return {
+        "rotary_fraction": fraction,
+        "rotary_pairs": "neighbours",
+        "qkv_bias": k.flag("attention_bias", True),
+        "post_norms": True,
+    } | all_alike(c, rope_from(k, 1e4, fraction))
+
+
+def glm4_to(c: DecoderConfig) -> Json:
+    return {
+        "attention_bias": c.qkv_bias,
+        "partial_rotary_factor": c.rotary_fraction,
+    } | rope_to(c.kinds[0].rope)

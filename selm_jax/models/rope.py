@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -78,12 +79,25 @@ def growth(of: Growth, positions: Int[Array, "rows time"]) -> Float32[Array, "ro
     return 1 + of.rate * jnp.log1p(steps)
 
 
-def rotate(x: Float[Array, "rows time heads head_dim"], rotation: Rotation) -> Array:
-    """Rotates the pairs (x[i], x[i + half]) by their angles, as Hugging Face weights expect.
+def rotate(
+    x: Float[Array, "rows time heads head_dim"],
+    rotation: Rotation,
+    pairs: Literal["halves", "neighbours"] = "halves",
+) -> Array:
+    """Rotates pairs of dimensions by their angles, as Hugging Face weights expect.
 
     If there are more dimensions than the angles need, the rest stay as they are.
+
+    Args:
+      pairs: which dimensions form a pair: (i, i + half), or (2 i, 2 i + 1).
     """
     cos, sin = rotation
     half = cos.shape[-1]
-    a, b, rest = jnp.split(x.astype(jnp.float32), (half, 2 * half), axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1).astype(x.dtype)
+    rotated, rest = jnp.split(x.astype(jnp.float32), (2 * half,), axis=-1)
+    if pairs == "neighbours":
+        a, b = rotated[..., ::2], rotated[..., 1::2]
+        turned = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(rotated.shape)
+    else:
+        a, b = jnp.split(rotated, 2, axis=-1)
+        turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    return jnp.concatenate([turned, rest], axis=-1).astype(x.dtype)

@@ -31,14 +31,18 @@ def checked_vocabulary(tokenizer: Tokenizer, vocabulary: int | None) -> int | No
 def stop_ids(folder: Path, tokenizer: Tokenizer, vocabulary: int | None = None) -> tuple[int, ...]:
     """The ids of the tokens that end a text, from the generation config and the tokenizer.
 
-    Without a generation config, config.json is read in its place, as in transformers.
+    Without a generation config, config.json is read in its place, as in transformers, and with it
+    what it says of the text model in a multi-modal one.
 
     Raises:
       ChatError: if there are no such tokens, or an id is not that of a token of the model.
     """
     files = (folder / name for name in ("generation_config.json", "config.json"))
     file = next((file for file in files if file.exists()), None)
-    configured = read_object(file).get("eos_token_id") if file else None
+    said = read_object(file) if file else {}
+    if "eos_token_id" not in said and isinstance(text := said.get("text_config"), dict):
+        said = text  # of a multi-modal model
+    configured = said.get("eos_token_id")
     ids = configured if isinstance(configured, list) else [configured]
     most = len(tokenizer) if vocabulary is None else vocabulary
     named = [(each, f"{file}: eos_token_id") for each in ids]

@@ -8,7 +8,6 @@ store several kernels in one tensor, concatenated along the outputs.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
@@ -104,14 +103,24 @@ _OTHER_NAMES = {
         ("experts", "gate"): "block_sparse_moe.experts.{}.w1",
         ("experts", "up"): "block_sparse_moe.experts.{}.w3",
         ("experts", "down"): "block_sparse_moe.experts.{}.w2",
-    }
+    },
+    "Glm4ForCausalLM": {
+        ("attention_post_norm",): "post_self_attn_layernorm",
+        ("mlp_norm",): "post_attention_layernorm",
+        ("mlp_post_norm",): "post_mlp_layernorm",
+    },
+    "GraniteMoeHybridForCausalLM": {("mlp", "down"): "shared_mlp.output_linear"},
 }
 # Kernels stored as one tensor, in this order.
 _FUSED = {
     "Phi3ForCausalLM": {
         "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
-    }
+    },
+    "Glm4ForCausalLM": {"mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj")},
+    "GraniteMoeHybridForCausalLM": {
+        "shared_mlp.input_linear": ("mlp.gate_proj", "mlp.up_proj"),
+    },
 }
 
 
@@ -127,11 +136,11 @@ def _tensor(path: Path, shape: tuple[int, ...], config: DecoderConfig) -> Tensor
         name, inputs = _OUTSIDE[path]
         return Tensor(path, shape, name, inputs)
     inner = path[1:]
-    experts = _EXPERTS | _OTHER_NAMES.get(config.architecture, {})
-    if name := experts.get((inner[0], inner[-1])):
+    other = _OTHER_NAMES.get(config.architecture, {})
+    if name := (_EXPERTS | other).get((inner[0], inner[-1])):
         row = Tensor(path, shape[1:], f"{_LAYER}{name}.weight", 1)
         return row._replace(shape=shape[2:], experts=shape[1]) if len(shape) == 4 else row
-    norms = _NORMS | (_POST_NORMS if config.post_norms else {})
+    norms = _NORMS | (_POST_NORMS if config.post_norms else {}) | other
     if inner[-1] == "scale":
         return Tensor(path, shape[1:], f"{_LAYER}{norms[inner[:-1]]}.weight", None)
     kernel = (inner[0], inner[1].removesuffix("_bias"))
@@ -151,34 +160,3 @@ def _fuse(rows: dict[Path, Tensor], fused: dict[str, tuple[str, ...]]) -> dict[P
             moved[row.path] = row._replace(name=f"{_LAYER}{whole}.weight", first=first)
             first += row.stored_shape[0]
     return {row.path: row for row in by_name.values()} | moved
-
-
-def stored_tensors(config: DecoderConfig) -> Iterator[tuple[list[str], int | None, list[Tensor]]]:
-    """Yields (names, layer, parameters) for all stored tensors, ordered by layer.
-
-    There is more than one name if each expert is a tensor of its own.
-    """
-    by_name: dict[str, list[Tensor]] = {}
-    for row in tensors(config).values():
-        by_name.setdefault(row.name, []).append(row)
-    for parts in by_name.values():
-        if not parts[0].stacked:
-            yield parts[0].names(None), None, parts
-    for layer in range(config.layers):
-        for parts in by_name.values():
-            if parts[0].stacked:
-                yield parts[0].names(layer), layer, parts
-
-
-def whole_shape(parts: list[Tensor]) -> tuple[int, ...]:
-    """The shape of a stored tensor whose parts are concatenated along the first axis."""
-    shapes = [row.stored_shape for row in parts]
-    return sum(shape[0] for shape in shapes), *shapes[0][1:]
-
-
-def stored_axes(row: Tensor) -> list[tuple[int, ...]]:
-    """Lists, for each axis of the stored tensor, the axes of our parameter that it combines."""
-    axes = tuple(range(len(row.shape)))
-    if row.inputs is not None:  # [*in, *out] is stored as [out, in]
-        return [axes[row.inputs :], axes[: row.inputs]]
-    return [axes] if len(row.stored_shape) == 1 else [(axis,) for axis in axes]

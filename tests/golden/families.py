@@ -104,6 +104,16 @@ FAMILIES = {
             "logits_scaling": 3.0, "tie_word_embeddings": True,
         },
     ),
+    "granite-4": (
+        "GraniteMoeHybridConfig",
+        {
+            "embedding_multiplier": 12.0, "attention_multiplier": 0.4, "residual_multiplier": 0.22,
+            "logits_scaling": 3.0, "tie_word_embeddings": True, "layer_types": ["attention"] * 4,
+            "num_local_experts": 0, "shared_intermediate_size": 24, "mamba_n_heads": 4,
+            "position_embedding_type": "rope",
+        },
+    ),
+    "glm-4": ("Glm4Config", {"head_dim": 8}),
     "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_hidden_layers": 2}),
     "qwen3-moe": (
         "Qwen3MoeConfig",

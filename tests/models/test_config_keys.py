@@ -45,6 +45,7 @@ PUBLISHED = {
     "google--gemma-3-4b-it": 4_300_079_472 - 419_816_304,  # all, without those for images
     "google--gemma-7b": 8_537_680_896,
     "ibm-granite--granite-3.3-8b-instruct": 8_170_864_640,
+    "ibm-granite--granite-4.0-micro": 3_402_836_480,
     "meta-llama--Llama-2-13b-hf": 13_015_864_320,
     "meta-llama--Llama-2-7b-chat-hf": 6_738_415_616,
     "meta-llama--Llama-3.1-8B-Instruct": 8_030_261_248,
@@ -58,6 +59,7 @@ PUBLISHED = {
     "mistralai--Ministral-3-8B-Base-2512": 8_489_553_920,  # the text model
     "mistralai--Mistral-Small-3.1-24B-Instruct-2503": 23_572_403_200,  # the text model
     "mistralai--Mixtral-8x7B-Instruct-v0.1": 46_702_792_704,
+    "zai-org--GLM-4-9B-0414": 9_400_279_040,
 }
 
 
@@ -179,6 +181,14 @@ def test_a_key_that_is_off_passes_and_one_that_is_on_does_not(name, off):
         ("microsoft--Phi-4-mini-instruct", {"full_attn_mod": 2}, "full_attn_mod is 2"),
         ("LGAI-EXAONE--EXAONE-4.0-1.2B", {"sliding_window": 64}, "no layer would have rope"),
         ("google--gemma-7b", {"hidden_activation": "gelu"}, "hidden_activation is 'gelu'"),
+        (
+            "ibm-granite--granite-4.0-micro",
+            {"layer_types": ["attention"] * 4 + ["mamba"] * 36},
+            r"has 36 of 40 layers that are not attention \(mamba\)",
+        ),
+        ("ibm-granite--granite-4.0-micro", {"num_local_experts": 64}, "no experts beside an MLP"),
+        ("ibm-granite--granite-4.0-micro", {"normalization_function": "layernorm"}, "'rmsnorm'"),
+        ("zai-org--GLM-4-9B-0414", {"partial_rotary_factor": 1.5}, "a number up to 1"),
         ("google--gemma-3-4b-it", {"sound_config": {"a": 1}}, "sound_config .*harmless"),
         ("google--gemma-3-4b-it", {"text_config": {"model_type": "llama"}}, "type 'llama'"),
         ("google--gemma-3-4b-it", {"text_config": {"use_mrope": True}}, "use_mrope"),
@@ -243,7 +253,8 @@ BASES = ("Qwen--Qwen3-0.6B", "microsoft--Phi-3.5-mini-instruct", "HuggingFaceTB-
          "google--gemma-2-9b-it", "google--gemma-3-270m", "mistralai--Mistral-7B-v0.1",
          "meta-llama--Llama-3.1-8B-Instruct", "Qwen--Qwen2.5-0.5B", "allenai--Olmo-3-7B-Instruct",
          "ibm-granite--granite-3.3-8b-instruct", "microsoft--Phi-4-mini-instruct",
-         "google--gemma-3-4b-it", "mistralai--Ministral-3-8B-Base-2512")  # fmt: skip
+         "google--gemma-3-4b-it", "mistralai--Ministral-3-8B-Base-2512",
+         "ibm-granite--granite-4.0-micro", "zai-org--GLM-4-9B-0414")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BASES)

@@ -12,6 +12,7 @@ import pytest
 
 from selm_jax.models.config import (
     DecoderConfig,
+    Growth,
     LayerKind,
     Linear,
     Llama3,
@@ -279,6 +280,14 @@ CHANGES = {
     "post_norms": ({}, {"post_norms": True}),
     "norm_offset": ({}, {"norm_offset": 1.0}),
     "rotary_fraction": ({}, {"rotary_fraction": 0.5}),
+    "rotary_pairs": ({}, {"rotary_pairs": "neighbours"}),
+    "query_growth": ({}, {"query_growth": Growth(0.5, 4)}),
+    "query_growth: rate": (
+        {"query_growth": Growth(0.5, 4)}, {"query_growth": Growth(0.7, 4)},
+    ),
+    "query_growth: every": (
+        {"query_growth": Growth(0.5, 4)}, {"query_growth": Growth(0.5, 2)},
+    ),
     "embed_scale": ({}, {"embed_scale": 3.0}),
     "residual_scale": ({}, {"residual_scale": 0.3}),
     "query_scale": ({}, {"query_scale": 1.0}),

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from selm_jax.models import families
 from selm_jax.models.config import DecoderConfig, LongRope, UnsupportedModel
 from selm_jax.models.config_keys import HARMLESS
 from selm_jax.models.decoder import (
@@ -234,6 +235,22 @@ IDLE = {
     ("qwen3-moe", "intermediate_size"),
     ("qwen3-moe", "mlp_only_layers"),
     ("exaone-4", "sliding_window_pattern"),
+    ("granite-4", "intermediate_size"),
+    *(("granite-4", key) for key in ("num_experts_per_tok", "time_step_limit")),
+    *(
+        ("granite-4", f"mamba_{key}")
+        for key in (
+            "chunk_size",
+            "conv_bias",
+            "d_conv",
+            "d_head",
+            "d_state",
+            "expand",
+            "n_groups",
+            "n_heads",
+            "proj_bias",
+        )
+    ),
     *((name, "max_window_layers") for name in ("qwen2", "qwen2-window", "qwen3")),
     ("smollm3", "no_rope_layer_interval"),
     *((name, "_sliding_window_pattern") for name in ("gemma-3", "gemma-3-images")),
@@ -305,6 +322,16 @@ def test_what_the_decoder_cannot_express_is_an_error_that_names_it(changes, mess
         from_hf(LLAMA | changes)
 
 
+def test_what_is_close_is_not_supported_and_names_what_is():
+    for name, said in families._CLOSE.items():
+        assert name not in {*FAMILIES, *MULTIMODAL} and said.split(",")[0] in FAMILIES
+        with pytest.raises(UnsupportedModel) as caught:
+            from_hf({"model_type": name})
+        assert str(caught.value).endswith(f"It is close to {said}")
+        for family in (*FAMILIES, *MULTIMODAL):
+            assert family in str(caught.value)
+
+
 def test_a_missing_key_and_a_broken_file_are_named(tmp_path):
     file = tmp_path / "config.json"
     file.write_text(json.dumps({k: v for k, v in LLAMA.items() if k != "intermediate_size"}))
@@ -321,8 +348,8 @@ def test_defaults_are_those_of_transformers(name):
     transformers = pytest.importorskip("transformers")
     sizes = {k: v for k, v in golden._SIZES.items() if not k.endswith("token_id")}
     kind = getattr(transformers, golden.FAMILIES[name][0])
-    if name == "mistral-3-images":
-        return  # its class has no defaults for a text_config that is there
+    if name in ("mistral-3-images", "granite-4"):
+        return  # its class has no defaults for a text_config that is there, or those of a hybrid
     if "text_config" in golden.FAMILIES[name][1]:
         theirs = json.loads(kind().to_json_string(use_diff=False))
         type_of_text = {"model_type": theirs["text_config"]["model_type"]}

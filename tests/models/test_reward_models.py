@@ -15,14 +15,14 @@ from selm_jax.weights.huggingface import WeightsError, check, load, save
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "families"
 CHECKPOINTS = sorted(f.parent.name for f in GOLDEN.glob("*/config.json"))
-WITHOUT = "granite-3"  # transformers has no class for it
+WITHOUT = "granite-3"  # transformers has no class for it, nor for Granite 4
 
 
 def json_of(name: str) -> dict:
     return json.loads((GOLDEN / name / "config.json").read_text())
 
 
-@pytest.mark.parametrize("name", [name for name in CHECKPOINTS if name != WITHOUT])
+@pytest.mark.parametrize("name", [name for name in CHECKPOINTS if not name.startswith("granite")])
 def test_the_head_comes_and_goes_and_changes_nothing_else(name):
     plain = from_hf(json_of(name))
     assert plain.head is None

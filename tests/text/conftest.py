@@ -84,6 +84,11 @@ def phi_3(bos: str | None = None) -> Tokenizer:
     )  # fmt: skip
 
 
+def glm_4() -> Tokenizer:
+    turns = ["<|system|>", "<|user|>", "<|assistant|>"]
+    return byte_level(["[gMASK]", "<sop>", *turns, "<|endoftext|>"])
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """A tokenizer, the names of its special tokens, and the correct layout of its turns.
@@ -155,6 +160,13 @@ FAMILIES = {
         lambda: byte_level(["<|endoftext|>", "<|assistant|>", "<|end|>", "<|user|>", "<|system|>"]),
         {"eos_token": "<|endoftext|>"}, "<|end|>", ["<|end|>", "<|endoftext|>"], 0,
     ),
+    "granite_4": Family(
+        lambda: byte_level(["<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>"]),
+        {"eos_token": "<|end_of_text|>"}, "<|end_of_text|>", bos=0,
+    ),
+    "glm_4_ended": Family(
+        glm_4, {"eos_token": "<|user|>"}, "<|user|>", ["<|endoftext|>", "<|user|>"], 0
+    ),
     "granite_3": Family(
         lambda: byte_level(["<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>"]),
         {"eos_token": "<|end_of_text|>"}, "<|end_of_text|>", bos=0,
@@ -162,6 +174,7 @@ FAMILIES = {
 }  # fmt: skip
 BROKEN = {
     "always_thinking": Family(lambda: byte_level(CHATML_TOKENS), CHATML),
+    "glm_4": Family(glm_4, {"eos_token": "<|user|>"}, stops="<|user|>"),
     "endless": Family(lambda: byte_level(["</s>"]), {"eos_token": "</s>"}),
     "bos_twice": Family(lambda: byte_level(["<s>", "</s>"], bos="<s>"), LLAMA),
     "no_template": Family(lambda: byte_level(["</s>"]), {"eos_token": "</s>"}, template=None),

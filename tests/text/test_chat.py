@@ -98,6 +98,13 @@ PROMPTS = {  # of user("a", "b", "c")
         "[/SYSTEM_PROMPT][INST]a[/INST]b</s>[INST]c[/INST]"
     ),
     "phi_4": "<|user|>a<|end|><|assistant|>b<|end|><|user|>c<|end|><|assistant|>",
+    "granite_4": (
+        "<|start_of_role|>user<|end_of_role|>a<|end_of_text|>\n"
+        "<|start_of_role|>assistant<|end_of_role|>b<|end_of_text|>\n"
+        "<|start_of_role|>user<|end_of_role|>c<|end_of_text|>\n"
+        "<|start_of_role|>assistant<|end_of_role|>"
+    ),
+    "glm_4_ended": "[gMASK]<sop><|user|>\na<|assistant|>\nb<|user|>\nc<|assistant|>\n",
     "granite_3": (
         "<|start_of_role|>system<|end_of_role|>Knowledge Cutoff Date: April 2024.\n"
         "Today's Date: July 26, 2024.\nYou are Granite.<|end_of_text|>\n"
@@ -183,7 +190,13 @@ def test_llama_2_opens_every_user_turn_with_bos(chat):
 
 
 def test_several_turns_and_a_system_message(family, facts, chat):
-    if not facts.system or family in ("llama_2", "olmo_2"):  # there a user's turn has no end
+    without = (
+        "llama_2",
+        "olmo_2",
+        "mistral_small_3",
+        "glm_4_ended",
+    )  # there a user's turn has no end
+    if not facts.system or family in without:
         pytest.skip("no system message, or no end of a user's turn")
     model = chat(family)
     mark = "<|im_end|>" if family == "olmo_3" else facts.end  # there EOS ends the last answer only
@@ -236,6 +249,8 @@ def test_without_a_generation_config_the_models_own_end_counts(chat, tmp_path):
     (folder / "config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
     own = Chat(folder).tokenizer.eos_token_id
     assert Chat(folder).stop_ids == tuple(sorted({7, 9, own}))
+    (folder / "config.json").write_text(json.dumps({"text_config": {"eos_token_id": 6}}))
+    assert Chat(folder).stop_ids == tuple(sorted({6, own}))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 8}))
     assert Chat(folder).stop_ids == tuple(sorted({8, own}))
 
@@ -428,7 +443,7 @@ def test_a_template_without_a_header_begins_no_answer(chat, tmp_path):
         headless.check_made_up()
 
 
-@pytest.mark.parametrize("name", ["gemma_2_first", "endless"])
+@pytest.mark.parametrize("name", ["gemma_2_first", "endless", "glm_4"])
 def test_a_turn_that_ends_with_no_stop_token(name, chat):
     """The policy would go on with a user's turn of its own."""
     with pytest.raises(ChatError, match=r"does not end an answer with one of the stop tokens"):

@@ -39,11 +39,14 @@ def iteration(run: Run, t: int, policy: Model) -> Model:
     """Runs all stages of iteration t on a policy; returns the trained policy."""
     reference = run.start if run.fixed_reference else policy
     prompts = run.prompts(t)
-    responses = generate(run, t, policy, prompts, run.chat)  # responses/
+    mixed = run.experiment.rollout.mixture is not None
+    other = run.before(t) if mixed else None  # None in iteration 1: the policy mixed with itself
+    responses = generate(run, t, policy, prompts, run.chat, other)  # responses/
     if run.experiment.taught:
         ranked = teach(run, t, prompts, run.chat)  # ranked.parquet
     else:
-        ranked = rank(run, t, prompts, responses, run.ranker, run.chat, *run.looked_at(t, policy))
+        ranker, looked_at = run.ranker_of(t, policy), run.looked_at(t, policy)
+        ranked = rank(run, t, prompts, responses, ranker, run.chat, *looked_at)  # ranked.parquet
     sampled = run.sampled(responses, policy, reference)
     examples = score(run, t, prompts, ranked, reference, run.chat, sampled)  # examples.parquet
     training = train(run, t, policy, examples, reference)  # checkpoints/

@@ -25,7 +25,7 @@ from selm_jax.config.kinds import (
     most_in_row,
     objective_at,
 )
-from selm_jax.config.rollout import Gap, Remote, Rollout, SamplingSettings
+from selm_jax.config.rollout import Gap, Mixture, Remote, Rollout, SamplingSettings
 from selm_jax.config.settings import (
     Candidates,
     Compute,
@@ -57,6 +57,7 @@ __all__ = [
     "Labels",
     "Log",
     "Lora",
+    "Mixture",
     "Model",
     "Override",
     "Remote",

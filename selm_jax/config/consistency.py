@@ -64,6 +64,14 @@ def inconsistencies(e: Experiment) -> Iterator[str]:
             "training.router: trained; with lora only the adapters are trained, and routers have "
             "none. Set training.router: frozen, or set lora: null"
         )
+    yield from _of_sampled_answers(e)
+    count = e.candidates.greedy + e.candidates.samples + 2 * e.candidates.dataset
+    if count < 2 and not e.taught:
+        yield f"candidates: {count} in all; a pair needs at least 2"
+
+
+def _of_sampled_answers(e: Experiment) -> Iterator[str]:
+    """Yields settings of importance weights and mixtures that do not fit the sampler."""
     if e.training.importance is not None:
         if not e.candidates.greedy + e.candidates.samples:
             yield (
@@ -84,9 +92,11 @@ def inconsistencies(e: Experiment) -> Iterator[str]:
                 "rollout.temperature: 1, or rollout.remote.engine: vllm with a vLLM server, or set "
                 "training.importance: null"
             )
-    count = e.candidates.greedy + e.candidates.samples + 2 * e.candidates.dataset
-    if count < 2 and not e.taught:
-        yield f"candidates: {count} in all; a pair needs at least 2"
+    if e.rollout.mixture is not None and not e.candidates.samples:
+        yield (
+            "rollout.mixture: it changes sampled answers only, and candidates.samples is 0. Ask "
+            "for some, or set rollout.mixture: null"
+        )
 
 
 def _bad_names(e: Experiment) -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-from selm_jax.config.kinds import Command, Engine, Size, Yours, agree
+from selm_jax.config.kinds import Command, Engine, MixtureKind, RolloutWeights, Size, Yours, agree
 from selm_jax.shell.ranges import MOST, Count, Natural, Positive, Range, ranges_of
 
 _STRICT = ConfigDict(extra="forbid")
@@ -78,6 +78,25 @@ class Gap:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class Mixture:
+    """Draws samples from mixtures of the policy and its reference; see docs/methods.md."""
+
+    kind: MixtureKind  # Which samples of a prompt are drawn from which mixture.
+    # The mixture is policy^(1 - weight) reference^weight; policy_reference has no weight.
+    weight: Annotated[float, Range(-10, 10)] | None = None
+
+    @agree
+    def _agrees(self) -> Iterator[str]:
+        if self.kind == "policy_reference" and self.weight is not None:
+            yield (
+                f"weight: {self.weight:g}; kind: policy_reference draws from the policy and the "
+                "reference alone. Remove the weight, or set kind: nash"
+            )
+        if self.kind != "policy_reference" and self.weight is None:
+            yield f"weight: missing; kind: {self.kind} needs a number, such as 0.5"
+
+
+@dataclass(frozen=True, config=_STRICT)
 class Rollout(SamplingSettings):
     filter: Yours | None = None  # Your package.module:function that changes logits before sampling.
     max_new_tokens: Size = 1024  # Maximum number of tokens of an answer; longer ones are cut off.
@@ -89,6 +108,11 @@ class Rollout(SamplingSettings):
     # Number of prompts whose answers are saved together; a killed run loses at most one such part.
     prompts_per_part: Count = 256
     gap: Gap = Gap()
+    # Mixtures of the policy and its reference that samples are drawn from; null: the policy alone.
+    mixture: Mixture | None = None
+    # Precision of the copy of the policy that generates answers: `full`, or the layers' matrices in
+    # 8 bits. `gap` says how far it is from the policy that is trained.
+    weights: RolloutWeights = "full"
     # A vLLM or SGLang server that generates the answers; null generates them in this program.
     remote: Remote | None = None
 
@@ -98,4 +122,14 @@ class Rollout(SamplingSettings):
             yield (
                 f"filter: {self.filter}; the server of rollout.remote samples the tokens and "
                 "cannot run your own function. Remove one of the two settings"
+            )
+        if self.remote is not None and self.mixture is not None:
+            yield (
+                f"mixture: {self.mixture.kind}; a server has one model only and cannot mix two. "
+                "Set rollout.mixture: null, or rollout.remote: null to generate in this program"
+            )
+        if self.remote is not None and self.weights != "full":
+            yield (
+                f"weights: {self.weights}; the server of rollout.remote reads the model folder "
+                "itself. Set rollout.weights: full, and the server's own option for quantisation"
             )

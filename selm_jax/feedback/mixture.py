@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from selm_jax.feedback.ranker import (
     check_asked,
     check_scores,
     folders_of,
+    for_policy,
     is_relative,
     prompts_together,
     reported,
@@ -104,6 +105,12 @@ class Mixture:
     @property
     def together(self) -> int:
         return math.lcm(*(prompts_together(part.ranker) for part in self.parts))
+
+    def for_policy(self, policy: Path, reference: Path | None) -> Mixture:
+        """The same mixture for an iteration's policy; see `ranker.for_policy`."""
+        bound = [for_policy(part.ranker, policy, reference) for part in self.parts]
+        parts = (replace(part, ranker=each) for part, each in zip(self.parts, bound, strict=True))
+        return replace(self, parts=tuple(parts))
 
     def check(self, questions: Sequence[Question]) -> None:
         """Raises FeedbackError if a part cannot use a row."""

@@ -29,6 +29,7 @@ BUILT_IN: Mapping[str, str] = {
     "regex": "selm_jax.feedback.rules:regex",
     "pairrm": "selm_jax.feedback.models.pairrm:pairrm",
     "reward_model": "selm_jax.feedback.models.reward_model:reward_model",
+    "implicit_reward": "selm_jax.feedback.models.implicit_reward:implicit_reward",
     "verifiable": "selm_jax.feedback.rules:verifiable",
     "judge": "selm_jax.feedback.judge.ranker:judge",
     "mixture": "selm_jax.feedback.mixture:mixture",
@@ -69,6 +70,8 @@ class Ranker(Protocol):
     * `relative`: true if a score depends on the other candidates of the call (`is_relative`).
     * `together`: the group size of a ranker that reads prompts in groups (`prompts_together`).
     * `folders`: the folders of its models, whose bytes determine its scores (`folders_of`).
+    * `for_policy(policy, reference)`: the ranker of an iteration, if it reads the iteration's
+      policy (`judged_by_policy`).
     * `check(questions)`: raises for rows that the ranker cannot use (`check_asked`).
     """
 
@@ -154,6 +157,28 @@ def is_relative(ranker: Ranker) -> bool:
 def folders_of(ranker: Ranker) -> tuple[Path, ...]:
     """The folders of the models that a ranker uses; empty for a ranker without models."""
     return getattr(ranker, "folders", ())
+
+
+def judged_by_policy(name: str, settings: Mapping[str, Any]) -> bool:
+    """Whether a ranker, or a part of a mixture, asks the policy of the iteration itself.
+
+    Then its scores cannot compare policies.
+    """
+    if name == "mixture":
+        parts = settings.get("parts", [])
+        return any(judged_by_policy(p["ranker"], p.get("settings", {})) for p in parts)
+    return name == "implicit_reward" and settings.get("policy") is None
+
+
+def for_policy(ranker: Ranker, policy: Path, reference: Path | None) -> Ranker:
+    """The ranker of an iteration; the same ranker if it does not read the iteration's policy.
+
+    Args:
+        policy: the model folder of the policy that the iteration starts from.
+        reference: that of the reference which it was trained against; None in iteration 1.
+    """
+    bind = getattr(ranker, "for_policy", None)
+    return ranker if bind is None else bind(policy, reference)
 
 
 def check_asked(ranker: Ranker, questions: Sequence[Question]) -> None:

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from selm_jax.lab.worlds import Table
+from selm_jax.rollout import mixtures
 
 
 class Two(NamedTuple):
@@ -52,7 +53,7 @@ class Pairs(NamedTuple):
 
 def mixed(policy: Table, reference: Table, weight: Any) -> Table:
     """The geometric mixture policy^(1 - weight) reference^weight; weights may leave [0, 1]."""
-    return jax.nn.log_softmax((1 - weight) * policy + weight * reference, axis=-1)
+    return jax.nn.log_softmax(mixtures.mixed(policy, reference, weight), axis=-1)
 
 
 def policy_reference(of: Two) -> Pairs:
@@ -134,8 +135,7 @@ def _around(base: Table, of: Two) -> Pairs:
     factor is one over the variance of the label: it undoes the weight s (1 - s) that DPO's loss
     gives to a pair, so that its mean gradient is that of the value.
     """
-    push = of.lean * (of.policy - of.reference)
-    up, down = (base + sign * push for sign in (1, -1))
+    up, down = (mixtures.tilted(base, of.policy, of.reference, sign * of.lean) for sign in (-1, 1))
     size = jax.nn.logsumexp(up, axis=-1) + jax.nn.logsumexp(down, axis=-1)
     tilted = (jax.nn.log_softmax(each, axis=-1) for each in (up, down))
     first, second = (jnp.stack([base, each]) for each in tilted)

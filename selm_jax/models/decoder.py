@@ -176,7 +176,7 @@ class Decoder(nn.Module):
       remat: a key of `REMAT`: what to store for the backward pass.
       scan: whether layers are stacked and scanned, or separate.
       lora: adapters, whose variables are in the collection `lora`; None for a model without them.
-      quantized: whether the layers' kernels are quantized (`models.quantize`); scanned layers only.
+      quantized: whether the layers' kernels are quantized (`models.quantize`).
       back_end: how attention is computed (`models.attention`).
       mesh: the mesh over which rows and heads are sharded; None for one device.
     """

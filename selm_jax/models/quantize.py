@@ -1,8 +1,10 @@
-"""Quantises a frozen base model to 8 or 4 bits, for adapters on it (QLoRA, arXiv 2305.14314).
+"""Quantises the kernels of a model's layers to 8 or 4 bits.
 
-The kernels of the layers become `qwix.QArray`s: integers, and a scale per block of 64 inputs and
-per output. A layer dequantises its kernels when it runs, so that only one layer's kernels exist in
-full at a time. Embedding, unembedding, norms, routers and biases stay as they are.
+It is for a frozen base model under adapters (QLoRA, arXiv 2305.14314), and for the copy of the
+policy that generates answers. The kernels become `qwix.QArray`s: integers, and a scale per block of
+inputs, or of all inputs, and per output. A layer dequantises its kernels when it runs, so that only
+one layer's kernels exist in full at a time. Embedding, unembedding, norms, routers and biases stay
+as they are.
 """
 
 from __future__ import annotations
@@ -18,12 +20,13 @@ Params = dict[str, Any]
 _BLOCK = 64
 
 
-def quantize(params: Params, qtype: str) -> Params:
+def quantize(params: Params, qtype: str, block: int | None = _BLOCK) -> Params:
     """The parameters (stacked over layers) with the layers' kernels quantised.
 
     Args:
       params: the parameters, stacked over layers.
       qtype: "int8", or "nf4" for four bits at the quantiles of a normal distribution.
+      block: the inputs that share a scale; None: all inputs of an output.
 
     Raises:
       LoraError: if `qwix` is not installed.
@@ -35,9 +38,11 @@ def quantize(params: Params, qtype: str) -> Params:
             return x
         # The last input axis. Axis 0 is the layer; of experts, axis 1 is the expert.
         inputs = 2 if path[-1] == "o" or path[-2] == "experts" else 1
-        block = _BLOCK if x.shape[inputs] % _BLOCK == 0 else x.shape[inputs]
         others = [axis for axis in range(x.ndim) if axis != inputs]
-        return qwix.quantize(x, qtype, channelwise_axes=others, tiled_axes={inputs: block})
+        if block is None:
+            return qwix.quantize(x, qtype, channelwise_axes=others)
+        tile = block if x.shape[inputs] % block == 0 else x.shape[inputs]
+        return qwix.quantize(x, qtype, channelwise_axes=others, tiled_axes={inputs: tile})
 
     return unflatten_dict({path: of(path, x) for path, x in flatten_dict(params).items()})
 
@@ -63,5 +68,8 @@ def _qwix() -> Any:
     try:
         import qwix
     except ModuleNotFoundError as e:
-        raise LoraError("lora.base needs the package qwix: pip install 'selm_jax[qlora]'") from e
+        raise LoraError(
+            "lora.base and rollout.weights: int8 need the package qwix: pip install "
+            "'selm_jax[qlora]'"
+        ) from e
     return qwix

@@ -83,9 +83,11 @@ class Blueprint:
 
     @cached_property
     def decoding_params(self) -> Any:
-        where = self.programs.decoding_shardings
-        cast = partial(decoding_params, dtype=self.devices.dtype, where=where)
-        return jax.tree.map(_placed, jax.eval_shape(cast, self.programs.abstract_params), where)
+        """The abstract parameters that generation reads: two models' with a mixture."""
+        where, weights = self.programs.decoding_shardings, self.experiment.rollout.weights
+        cast = partial(decoding_params, dtype=self.devices.dtype, where=where, weights=weights)
+        one = jax.tree.map(_placed, jax.eval_shape(cast, self.programs.abstract_params), where)
+        return one if self.programs.engine.mixture is None else (one, one)
 
     @cached_property
     def generation(self) -> Generation:

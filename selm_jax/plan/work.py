@@ -251,12 +251,12 @@ def work_of(b: Blueprint, of: Lengths, assumed: Assumed) -> Work | None:
     def forward(rows: int, time: int, scored: int) -> float:
         return flops.forward(config, rows=rows, time=time, keys=time, scored=scored).total
 
-    def generation(name: str, prompts: int, each: int) -> list[Part]:
+    def generation(name: str, prompts: int, each: int, models: int = 1) -> list[Part]:
         if not prompts * each:
             return []
         time = bucket(of.prompt)
-        prefill = passes(f"{name}: prefill", prompts * time, forward(prompts, time, 1))
-        return [prefill, _decoding(b, of, f"{name}: decode", prompts * each, assumed)]
+        prefill = passes(f"{name}: prefill", prompts * time, models * forward(prompts, time, 1))
+        return [prefill, _decoding(b, of, f"{name}: decode", prompts * each, assumed, models)]
 
     def ranking(name: str, prompts: int, candidates: int) -> list[Part]:
         found = []
@@ -284,7 +284,8 @@ def work_of(b: Blueprint, of: Lengths, assumed: Assumed) -> Work | None:
     if t.reference == "live":
         train += flops.forward(config, **size).total
     here = e.rollout.remote is None
-    parts = generation("generate", of.prompts, each) if here else []
+    models = 1 if e.rollout.mixture is None else 2
+    parts = generation("generate", of.prompts, each, models) if here else []
     parts += ranking("rank", examples, 0 if e.taught else candidates)
     if not b.task.reference_free:
         parts += scoring("score", examples)
@@ -323,8 +324,10 @@ def _together(name: str, parts: list[Part]) -> Part:
     )  # fmt: skip
 
 
-def _decoding(b: Blueprint, of: Lengths, name: str, responses: int, assumed: Assumed) -> Part:
-    """Estimates the work of decoding answers token by token.
+def _decoding(
+    b: Blueprint, of: Lengths, name: str, responses: int, assumed: Assumed, models: int
+) -> Part:
+    """Estimates the work of decoding answers token by token, each of which `models` models read.
 
     This assumes that all slots are always full, and that every replica of the model reads its
     weights and whole caches of the greatest capacity at every step. An engine whose responses are
@@ -333,11 +336,14 @@ def _decoding(b: Blueprint, of: Lengths, name: str, responses: int, assumed: Ass
     target, slots = b.target, b.programs.engine.slots
     capacity = bucket(b.programs.sizes.longest_prompt) + b.experiment.rollout.max_new_tokens
     tokens = responses * of.response
-    flop = flops.forward(b.programs.config, rows=tokens, time=1, keys=capacity, scored=1).total
+    one = flops.forward(b.programs.config, rows=tokens, time=1, keys=capacity, scored=1).total
+    flop = models * one
     if not (target.peak and target.bandwidth):
         return Part(name, tokens, flop, None)
     steps = math.ceil(responses / slots) * of.response
+    planned = 1 if b.programs.engine.mixture is None else 2
     read = shard_bytes(b.decoding_params) + shard_bytes(b.generation.slots.cache)
+    read *= models / planned
     by_memory = steps * read / (target.bandwidth * assumed.mbu)
     by_arithmetic = flop / (target.peak * len(target.devices) * assumed.mfu)
     return Part(name, tokens, flop, max(by_memory, by_arithmetic) / 3600)

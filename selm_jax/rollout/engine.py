@@ -30,12 +30,12 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from selm_jax.models.decoder import Params
 from selm_jax.rollout.filters import check_drawn
+from selm_jax.rollout.mixtures import weight_of
 from selm_jax.rollout.requests import Request, Response
 from selm_jax.rollout.sampling import stream
 from selm_jax.rollout.schedule import Board, Row, bucket, dealt
-from selm_jax.rollout.slots import Setup, Slots, decode, empty, insert, prefill, resized
+from selm_jax.rollout.slots import Models, Setup, Slots, decode, empty, insert, prefill, resized
 
 _LOOK_EVERY = 16  # tokens between two checks by `ended`
 
@@ -46,7 +46,7 @@ class Engine(Setup):
 
     def generate(
         self,
-        params: Params,
+        params: Models,
         requests: Sequence[Request],
         *,
         seed: int,
@@ -57,7 +57,7 @@ class Engine(Setup):
         """Answers every request, in the order (index, sample).
 
         Args:
-          params: from `decoding_params`.
+          params: from `decoding_params`; with a mixture, (the policy's, its reference's).
           progress: called with the responses finished and tokens drawn since the last call.
           ended: called every few tokens with a response so far; returns whether it has ended
             without a stop token, for example with a certain word.
@@ -120,7 +120,7 @@ class Engine(Setup):
             yield responses
 
     def _refill(
-        self, params: Params, slots: Slots, board: Board, queue: deque[Request],
+        self, params: Models, slots: Slots, board: Board, queue: deque[Request],
         groups: list[_Group], key: Callable[[Request, int], np.ndarray],
     ) -> tuple[Slots, list[_Group]]:  # fmt: skip
         """Fills free slots; prefills more prompts when a copy of the model runs out of rows.
@@ -141,7 +141,7 @@ class Engine(Setup):
             to = [copy for copy in copies if left[copy] <= rows]
             groups.append(self._prefill(params, dealt(queue, self.copies, to, rows)))
 
-    def _prefill(self, params: Params, parts: list[deque[Row]]) -> _Group:
+    def _prefill(self, params: Models, parts: list[deque[Row]]) -> _Group:
         rows = [row for part in parts for row in part]
         longest = max(len(row.request.prompt) for row in rows)
         tokens = np.zeros((self.prefill_rows, bucket(longest)), np.int32)
@@ -157,6 +157,7 @@ class Engine(Setup):
         rows = np.full(self.slots, -1, np.int32)
         streams = np.zeros((self.slots, 2), np.uint32)
         greedy = np.zeros(self.slots, bool)
+        weight = None if self.mixture is None else np.zeros(self.slots, np.float32)
         for copy, part in enumerate(group.rows):
             for slot in board.free(copy):
                 if not part:
@@ -165,6 +166,9 @@ class Engine(Setup):
                 sample = row.samples.pop(0)
                 rows[slot], streams[slot] = row.place, key(row.request, sample)
                 greedy[slot] = sample == 0
+                if self.mixture is not None and weight is not None:
+                    toss = partial(_coin, partial(key, row.request))
+                    weight[slot] = weight_of(self.mixture, sample, toss)
                 board.put(slot, (row.request.index, sample), len(row.request.prompt))
                 if not row.samples:
                     part.popleft()
@@ -172,8 +176,14 @@ class Engine(Setup):
             return slots
         slots = resized(self, slots, max(slots.capacity, board.capacity))
         return insert(
-            self, slots, group.cache, group.logits, rows, board.prompt.copy(), streams, greedy
-        )
+            self, slots, group.cache, group.logits, rows, board.prompt.copy(), streams, greedy,
+            weight,
+        )  # fmt: skip
+
+
+def _coin(key: Callable[[int], np.ndarray], sample: int) -> int:
+    """0 or 1: a bit of a sample's key, which its draws do not depend on but through a hash."""
+    return int(key(sample)[1] & 1)
 
 
 @dataclasses.dataclass
@@ -181,7 +191,7 @@ class _Group:
     """A group of prefilled prompts: cache, first logits, and the rows of each copy of the model."""
 
     cache: Any
-    logits: Array
+    logits: tuple[Array, ...]
     rows: list[deque[Row]]
 
 

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from selm_jax.models.decoder import Params
 from selm_jax.rollout.schedule import bucket, capacities
 from selm_jax.rollout.slots import (
+    Models,
     Setup,
     Slots,
     decode,
@@ -37,11 +37,11 @@ class Programs(NamedTuple):
     groups: int
 
 
-def programs(engine: Setup, params: Params) -> Programs:
+def programs(engine: Setup, params: Models) -> Programs:
     """Makes the engine's programs for prompts of `max_prompt` tokens and the largest cache.
 
     Args:
-      params: abstract parameters, as from `decoding_params`.
+      params: abstract parameters, as from `decoding_params`; two with a mixture.
     """
 
     def like(tree: Any, where: Any) -> Any:
@@ -61,6 +61,8 @@ def programs(engine: Setup, params: Params) -> Programs:
     cache = like(cache, places(engine, cache, "slots", "kv_heads"))
     scores = like(scores, places(engine, scores, "slots"))
     flags = (of_host(n, 2, dtype=np.uint32), of_host(n, dtype=np.bool_))
+    if engine.mixture is not None:
+        flags += (of_host(n, dtype=np.float32),)
     return Programs(
         prefill=(prefill, prompts),
         insert=(insert, (engine, slots, cache, scores, of_host(n), of_host(n), *flags)),

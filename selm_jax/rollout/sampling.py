@@ -220,11 +220,17 @@ def next_tokens(
     t: Int[Array, " slots"],
     greedy: Bool[Array, " slots"],
     settings: Sampling,
+    proposed: Float[Array, "slots vocab"] | None = None,
 ) -> Drawn:
-    """The next token of each slot: the most likely one if `greedy`, otherwise a sampled one."""
-    of_samples = logits
+    """The next token of each slot: the most likely one if `greedy`, otherwise a sampled one.
+
+    Args:
+      logits: the policy's.
+      proposed: the logits that samples are drawn from, such as a mixture's; None: the policy's.
+    """
+    of_samples = logits if proposed is None else proposed
     if settings.filter is not None:
-        of_samples = filtered(logits, t, settings.filter)
+        of_samples = filtered(of_samples, t, settings.filter)
     p = probabilities(of_samples, settings)
     sampled = draw(p, uniforms(streams, t))
     sampled_logp = jnp.where(greedy, 0, jnp.log(_pick(p, sampled) / p.sum(-1)))

@@ -3,13 +3,17 @@
 On a mesh, slots are sharded over the axes data and fsdp and the model over tensor (`rules.DECODE`).
 Each copy of the model computes its own slots and its own rows of a prefill, and no cache moves from
 copy to copy. In each decoding step the copies exchange only the count of idle slots.
+
+With a mixture, two models of one architecture read every token: `params` is then (the policy's, its
+reference's), and a cache has the layers of the policy and after them those of the reference.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Self, cast
+from typing import Any, Self, TypeAlias, cast
 
 import flax.struct
 import jax
@@ -17,10 +21,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from selm_jax.config import Mixture
 from selm_jax.models.decoder import Decoder, LayerCache, Params, logits
 from selm_jax.parallel.rules import DECODE, partition
-from selm_jax.rollout.sampling import Sampling, next_tokens
+from selm_jax.rollout.mixtures import mixed
+from selm_jax.rollout.sampling import Drawn, Sampling, next_tokens
 
+Models: TypeAlias = Params | tuple[Params, Params]  # of the policy, or of it and its reference
+Caches: TypeAlias = tuple[LayerCache, ...]
 _GROUPS = 3  # as many prefilled groups may wait for slots; see `Setup.groups`
 
 
@@ -36,6 +44,7 @@ class Setup:
       prefill_rows: the number of prompts per prefill.
       mesh: the mesh to compute on (`parallel.mesh.decode_mesh`), which must divide slots and
         prefill rows evenly; None for one device.
+      mixture: the mixtures of two policies that samples are drawn from; None for one policy.
     """
 
     decoder: Decoder
@@ -46,6 +55,7 @@ class Setup:
     stop_ids: tuple[int, ...]
     prefill_rows: int = 4
     mesh: Mesh | None = None
+    mixture: Mixture | None = None
 
     @classmethod
     def fitted(cls, *, slots: int, prefill_rows: int, mesh: Mesh, **rest: Any) -> Self:
@@ -80,7 +90,7 @@ class Slots:
     `token` is the last token drawn, which is not yet in the cache.
     """
 
-    cache: tuple[LayerCache, ...]
+    cache: Caches
     token: Int[Array, " slots"]
     position: Int[Array, " slots"]
     drawn: Int[Array, " slots"]  # tokens drawn so far, `token` included
@@ -90,6 +100,7 @@ class Slots:
     streams: UInt32[Array, "slots 2"]
     greedy: Bool[Array, " slots"]
     active: Bool[Array, " slots"]
+    weight: Float[Array, " slots"] | None  # of the reference in each slot's mixture
 
     @property
     def capacity(self) -> int:
@@ -127,35 +138,74 @@ def slot_places(setup: Setup, slots: Slots) -> Slots:
 @partial(jax.jit, static_argnums=0)
 def prefill(
     setup: Setup,
-    params: Params,
+    params: Models,
     tokens: Int[Array, "rows time"],
     lengths: Int[Array, " rows"],
-) -> tuple[tuple[LayerCache, ...], Float[Array, "rows vocab"]]:
-    """Computes the prompts' keys and values, and the logits after each prompt's last token."""
+) -> tuple[Caches, tuple[Float[Array, "rows vocab"], ...]]:
+    """Computes the prompts' keys and values, and each model's logits after their last tokens."""
     rows, time = tokens.shape
     tokens = _cut(setup, tokens, "slots")
     positions = jnp.broadcast_to(jnp.arange(time), (rows, time))
     end = _cut(setup, jnp.where(positions < lengths[:, None], lengths[:, None], 0), "slots")
-    hidden, cache = setup.decoder.apply(
-        {"params": params}, tokens, positions, end, _zeros(setup, rows, time),
-        jnp.zeros(rows, jnp.int32),
+
+    def last(hidden: Array) -> Array:
+        return jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+
+    scores, cache = _read(
+        setup, params, tokens, positions, end, _zeros(setup, rows, time),
+        jnp.zeros(rows, jnp.int32), last,
     )  # fmt: skip
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    cache = _cut(setup, cast(tuple[LayerCache, ...], cache), "slots", "kv_heads")
-    return cache, _scores(setup, params, last)
+    return _cut(setup, cache, "slots", "kv_heads"), scores
+
+
+def _read(
+    setup: Setup,
+    params: Models,
+    tokens,
+    positions,
+    end,
+    cache: Caches,
+    index,
+    picked: Callable[[Array], Array],
+) -> tuple[tuple[Float[Array, "rows vocab"], ...], Caches]:
+    """Lets each model read the tokens: its logits after one token of each row, and all caches.
+
+    Args:
+      tokens, positions, end, cache, index: those of the decoder.
+      picked: picks that token's hidden state of each row, [rows, embed] from [rows, time, embed].
+    """
+    models = params if isinstance(params, tuple) else (params,)
+    layers = setup.decoder.config.layers
+    scores, written = [], ()
+    for i, of_model in enumerate(models):
+        before = cache[i * layers : (i + 1) * layers]
+        found = setup.decoder.apply({"params": of_model}, tokens, positions, end, before, index)
+        hidden, after = cast(tuple[Array, Caches], found)
+        scores.append(_scores(setup, of_model, picked(hidden)))
+        written += after
+    return tuple(scores), written
+
+
+def _draw(setup: Setup, scores: tuple[Array, ...], streams, t, greedy, weight) -> Drawn:
+    """The next token of each slot, from the logits of the policy and, if it is mixed, another."""
+    policy, *others = scores
+    proposed = None if weight is None else mixed(policy, *others, weight=weight[:, None])
+    return next_tokens(policy, streams, t, greedy, setup.sampling, proposed)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=1)
-def insert(setup, slots, cache, scores, rows, lengths, streams, greedy) -> Slots:
+def insert(setup, slots, cache, scores, rows, lengths, streams, greedy, weight=None) -> Slots:
     """Copies prefilled rows into slots and draws the first token of each.
 
     Args:
       rows: for each slot, the row that it takes, one of its own copy's; -1 leaves it unchanged.
+      weight: for each slot, the reference's weight in its mixture; None without a mixture.
     """
-    rows, lengths, streams, greedy = _cut(setup, (rows, lengths, streams, greedy), "slots")
+    given = _cut(setup, (rows, lengths, streams, greedy, weight), "slots")
+    rows, lengths, streams, greedy, weight = given
     taken, rows = rows >= 0, jnp.maximum(rows, 0)
-    zeros = jnp.zeros_like(rows)
-    first = next_tokens(_rows_of_own(setup, scores, rows), streams, zeros, greedy, setup.sampling)
+    scores = tuple(_rows_of_own(setup, each, rows) for each in scores)
+    first = _draw(setup, scores, streams, jnp.zeros_like(rows), greedy, weight)
 
     def put(old, new):
         return jnp.where(taken.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
@@ -180,6 +230,7 @@ def insert(setup, slots, cache, scores, rows, lengths, streams, greedy) -> Slots
         streams=put(slots.streams, streams),
         greedy=put(slots.greedy, greedy),
         active=put(slots.active, _goes_on(setup, first.token, jnp.ones_like(rows))),
+        weight=jax.tree.map(put, slots.weight, weight),
     )
     return _cut_slots(setup, slots)
 
@@ -197,7 +248,7 @@ def _rows_of_own(setup: Setup, x: Array, rows: Int[Array, " slots"]) -> Array:
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def decode(
-    setup: Setup, params: Params, slots: Slots, stop_at: Int[Array, ""], steps: Int[Array, ""]
+    setup: Setup, params: Models, slots: Slots, stop_at: Int[Array, ""], steps: Int[Array, ""]
 ) -> tuple[Slots, tuple[Array, ...]]:
     """Decodes until `stop_at` slots are idle, or for `steps` steps.
 
@@ -214,12 +265,11 @@ def decode(
         slots, done = state
         # An idle slot is at the start of its cache, so the TPU kernel reads next to nothing for it.
         position = jnp.where(slots.active, slots.position, 0)
-        hidden, cache = setup.decoder.apply(
-            {"params": params}, slots.token[:, None], position[:, None], None,
-            slots.cache, position,
+        scores, cache = _read(
+            setup, params, slots.token[:, None], position[:, None], None, slots.cache, position,
+            lambda hidden: hidden[:, 0],
         )  # fmt: skip
-        scores = _scores(setup, params, hidden[:, 0])
-        found = next_tokens(scores, slots.streams, slots.drawn, slots.greedy, setup.sampling)
+        found = _draw(setup, scores, slots.streams, slots.drawn, slots.greedy, slots.weight)
         token, drawn, on = found.token, slots.drawn + 1, slots.active
         here = on[:, None] & (slots.drawn[:, None] == jnp.arange(setup.max_new_tokens))
         slots = slots.replace(
@@ -254,11 +304,11 @@ def _goes_on(setup: Setup, token: Int[Array, " n"], drawn: Int[Array, " n"]) -> 
     return (drawn < setup.max_new_tokens) & ~jnp.any(token[:, None] == stop, axis=-1)
 
 
-def _zeros(setup: Setup, rows: int, capacity: int) -> tuple[LayerCache, ...]:
-    c = setup.decoder.config
+def _zeros(setup: Setup, rows: int, capacity: int) -> Caches:
+    c, models = setup.decoder.config, 1 if setup.mixture is None else 2
     shape = (rows, c.kv_heads, capacity, c.head_dim)
     zeros = partial(jnp.zeros, shape, setup.decoder.dtype)
-    return tuple(LayerCache(zeros(), zeros()) for _ in range(c.layers))
+    return tuple(LayerCache(zeros(), zeros()) for _ in range(models * c.layers))
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -275,6 +325,7 @@ def empty(setup: Setup, capacity: int) -> Slots:
         streams=jnp.zeros((n, 2), jnp.uint32),
         greedy=jnp.zeros(n, bool),
         active=jnp.zeros(n, bool),
+        weight=None if setup.mixture is None else jnp.zeros(n),
     )
     return _cut_slots(setup, slots)
 

@@ -40,7 +40,7 @@ def check(run: Run) -> None:
     check_objective(run)
     for line in told_of_data(run.data):
         run.console.print(line, style="yellow", soft_wrap=True)
-    if e.lora is not None and e.lora.base != "full":
+    if e.rollout.weights != "full" or (e.lora is not None and e.lora.base != "full"):
         check_installed()
     _check_mesh(run)
     check_rows(run)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+from selm_jax.config import Experiment
 from selm_jax.config.heldout import bad_metric
+from selm_jax.feedback.ranker import judged_by_policy
 from selm_jax.parallel import multihost
 from selm_jax.report import page
 from selm_jax.run.check import check
@@ -47,9 +49,9 @@ def held(run: Run) -> Iterator[None]:
 def drop_models(run: Run, t: int) -> None:
     """Deletes models that no iteration after t needs, if the experiment keeps only the last one.
 
-    The next iteration starts from the model of iteration t. Only the acquisition `reward_gap` also
-    needs the model before that. The best model so far by `keep_best` stays. The start model is not
-    in the run folder and is never deleted.
+    The next iteration starts from the model of iteration t, and may need the model before that
+    (`_reads_before`). The best model so far by `keep_best` stays. The start model is not in the
+    run folder and is never deleted.
 
     Raises:
       RunError: the evaluation of iteration t has no metric `keep_best`.
@@ -58,10 +60,8 @@ def drop_models(run: Run, t: int) -> None:
     if run.experiment.keep_models == "all":
         return
     first = t  # the first one to keep
-    if t < run.experiment.iterations and run.looked_at(t + 1, run.policy(t))[1] == run.policy(
-        t - 1
-    ):
-        first = t - 1
+    if t < run.experiment.iterations and _reads_before(run.experiment):
+        first -= run.before(t + 1) == run.policy(t - 1)
 
     old = [run.folder.iteration(u) for u in range(1, first) if u != best]
 
@@ -86,6 +86,13 @@ def _best(run: Run, t: int) -> int | None:
         )
     best = run.best(t)
     return None if best is None else best.iteration
+
+
+def _reads_before(e: Experiment) -> bool:
+    """Whether an iteration reads the reference of its policy (`Run.before`) besides the policy."""
+    f = e.feedback
+    of_ranker = judged_by_policy(f.ranker, f.settings)
+    return f.acquisition == "reward_gap" or e.rollout.mixture is not None or of_ranker
 
 
 def tell_time_left(run: Run, t: int) -> None:

@@ -160,7 +160,8 @@ class Programs:
 
     def decoding(self, params: Params) -> Params:
         """The parameters in the form that the engine needs, in the compute dtype."""
-        return decoding_params(params, self.devices.dtype, self.decoding_shardings)
+        weights = self.experiment.rollout.weights
+        return decoding_params(params, self.devices.dtype, self.decoding_shardings, weights)
 
     @property
     def decoding_shardings(self) -> Any:
@@ -169,7 +170,8 @@ class Programs:
         Raises:
           MeshError: the model cannot be sharded over the mesh for decoding.
         """
-        return decoding_shardings(self.config, self.devices.decode_mesh)
+        weights = self.experiment.rollout.weights
+        return decoding_shardings(self.config, self.devices.decode_mesh, weights)
 
     # Batches
 
@@ -266,6 +268,7 @@ class Programs:
                 self.config,
                 self.devices.dtype,
                 scan=False,
+                quantized=r.weights != "full",
                 back_end=self.experiment.compute.attention,
                 mesh=self.devices.decode_mesh,
             ),
@@ -276,6 +279,7 @@ class Programs:
             stop_ids=self.stop_ids,
             prefill_rows=r.prefill_rows,
             mesh=self.devices.decode_mesh,
+            mixture=r.mixture,
         )
 
 

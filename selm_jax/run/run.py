@@ -126,6 +126,12 @@ class Run:
             refuse_user_code(self.folder.path, "feedback.ranker", f.ranker)
         return LazyRanker(lambda: rankers.build_ranker(f.ranker, **f.settings))
 
+    def ranker_of(self, t: int, policy: Model) -> LazyRanker:
+        """The ranker of iteration t, whose policy it may read."""
+        before = self.before(t)
+        reference = None if before is None else before.path
+        return LazyRanker(lambda: rankers.for_policy(self.ranker.ranker, policy.path, reference))
+
     def policy(self, t: int) -> Model:
         """The policy after iteration t; for t = 0 the start model."""
         return self.start if t == 0 else Model(self.folder.model(t), self.folder.iteration(t))
@@ -139,9 +145,17 @@ class Run:
         acquisition = self.experiment.feedback.acquisition
         if acquisition not in MODEL_BASED:
             return None, None
-        compared = acquisition == "reward_gap" and t > 1  # in iteration 1 both are the start model
-        before = self.start if self.fixed_reference else self.policy(max(t - 2, 0))
-        return policy, before if compared else None
+        return policy, self.before(t) if acquisition == "reward_gap" else None
+
+    def before(self, t: int) -> Model | None:
+        """The reference that the policy which answers in iteration t was trained against.
+
+        It is None in iteration 1, where the policy is the start model and would be compared with
+        itself.
+        """
+        if t == 1:
+            return None
+        return self.start if self.fixed_reference else self.policy(t - 2)
 
     def sampled(self, responses: StoredTable, policy: Model, reference: Model) -> Sampled | None:
         """A policy's answers, to compare the sampler's log-probabilities with the scorer's.

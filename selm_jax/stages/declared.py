@@ -31,6 +31,8 @@ ADDED = {
     "training.router": "frozen",
     "training.importance": None,
     "lora.experts": False,
+    "rollout.mixture": None,
+    "rollout.weights": "full",
 }
 FREE_OF_RANKERS = frozenset(
     {

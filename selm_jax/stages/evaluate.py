@@ -20,7 +20,7 @@ from selm_jax.evaluation.answers import Asked, Stored, answer
 from selm_jax.evaluation.measuring import Own, Tables, against, measured, scores_of
 from selm_jax.evaluation.pairs import pairs_within
 from selm_jax.feedback.human import Human
-from selm_jax.feedback.ranker import is_relative, reported
+from selm_jax.feedback.ranker import is_relative, judged_by_policy, reported
 from selm_jax.parallel import multihost
 from selm_jax.preferences.examples import Example
 from selm_jax.preferences.own_answers import rated_example
@@ -98,8 +98,9 @@ def evaluate(
 ) -> Counts:
     """Scores a policy's held-out answers with the ranker, the policy and the start model.
 
-    `_scores` describes the scores. An answer that does not fit into a row together with its prompt
-    is counted, and its log-probabilities are null in the table.
+    `_scores` describes the scores; a policy that ranks its own answers gives none. An answer that
+    does not fit into a row together with its prompt is counted, and its log-probabilities are null
+    in the table.
 
     `Asked.of_run` describes the sampling. Every iteration uses the same random numbers, so that
     they do not cause differences. `selm eval heldout` runs the same code.
@@ -115,8 +116,11 @@ def evaluate(
     prompts = sum(len(part.prompts) for part in parts)
     with step.bar(prompts * asked.each, "responses") as advance:
         responses = [answer(model, part.prompts, asked, counting(advance)) for part in parts]
-    asked_about = zip(parts, responses, before, strict=True)
-    scores = [_scores(ranker, part.prompts, mine, rows) for part, mine, rows in asked_about]
+    silent = judged_by_policy(step.settings.feedback.ranker, step.settings.feedback.settings)
+    scores = [
+        None if silent else _scores(ranker, part.prompts, mine, rows)
+        for part, mine, rows in zip(parts, responses, before, strict=True)
+    ]
     told = {} if scores[0] is None else multihost.on_first(lambda: reported(ranker.ranker))
     check_read(step, ranker, told)
     own, capability = [], []

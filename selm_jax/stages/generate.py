@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from selm_jax.config import SamplingSettings
+from selm_jax.config import Rollout, SamplingSettings, as_dict
+from selm_jax.models.decoder import Params
 from selm_jax.parallel import multihost
 from selm_jax.rollout.remote import Server, named
 from selm_jax.rollout.requests import Request, Response
@@ -37,23 +38,28 @@ Answer = Callable[[int, Sequence[Request], Write], None]
     ),
     goes_on_from=("responses",),
 )
-def generate(step: Step, policy: Model, prompts: list[Prompt], chat: Chat) -> Counts:
+def generate(
+    step: Step, policy: Model, prompts: list[Prompt], chat: Chat, reference: Model | None = None
+) -> Counts:
     """Generates the policy's answers to the prompts, part by part.
 
     If the experiment trains on the data's answers and needs none from the policy, the parts are
     empty and no model is loaded.
+
+    Args:
+      reference: the second model of `rollout.mixture`; None if the policy alone answers.
     """
     size = step.settings.rollout.prompts_per_part
     files = parts.files(step.folder / "responses", -(-len(prompts) // size))
     there = multihost.on_first(lambda: [parts.is_there(file) for file in files])
     wanted = step.settings.candidates
-    names = [*(each.name for each in dataclasses.fields(SamplingSettings)), "filter"]
-    sampling = {name: getattr(step.settings.rollout, name) for name in names}
+    sampling = _sampling(step.settings.rollout)
     each = wanted.greedy + wanted.samples
-    by = _by_server if each and step.settings.rollout.remote else _here
     with (
         step.bar(len(prompts) * each, "responses") as advance,
-        by(step, policy, advance) as answer,
+        _by_server(step, policy, advance)
+        if each and step.settings.rollout.remote
+        else _here(step, policy, reference, advance) as answer,
     ):
         for part, file in enumerate(files):
             mine = range(part * size, min((part + 1) * size, len(prompts)))
@@ -83,18 +89,31 @@ def generate(step: Step, policy: Model, prompts: list[Prompt], chat: Chat) -> Co
     }
 
 
+def _sampling(settings: Rollout) -> dict[str, Any]:
+    """How samples are drawn, to be stored with them."""
+    names = [*(each.name for each in dataclasses.fields(SamplingSettings)), "filter"]
+    mixture = {} if settings.mixture is None else {"mixture": as_dict(settings.mixture)}
+    return {name: getattr(settings, name) for name in names} | mixture
+
+
 @contextlib.contextmanager
-def _here(step: Step, policy: Model, advance: Advance) -> Iterator[Answer]:
+def _here(step: Step, policy: Model, reference: Model | None, advance: Advance) -> Iterator[Answer]:
     """Generates with the built-in engine; each process gets all answers and writes its parts."""
     params, progress = None, counting(advance)  # a stop loses the current part only
+    engine = step.programs.engine
+    if reference is None:
+        engine = dataclasses.replace(engine, mixture=None)
+
+    def load(model: Model) -> Params:
+        return step.programs.decoding(step.programs.load(model.path))
 
     def answer(part: int, requests: Sequence[Request], write: Write) -> None:
         nonlocal params
         if params is None and any(request.wanted() for request in requests):
-            params = step.programs.decoding(step.programs.load(policy.path))
+            params = load(policy) if reference is None else (load(policy), load(reference))
         found: Sequence[Response] = ()
         if params is not None:
-            found = step.programs.engine.generate(
+            found = engine.generate(
                 params, requests, seed=step.settings.seed, iteration=step.t, progress=progress
             )
         if part % multihost.count() == multihost.index():

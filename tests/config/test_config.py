@@ -238,6 +238,34 @@ def test_a_filter_is_a_function_of_the_users_and_runs_here(tmp_path):
         config.load(file, ["rollout.filter=mine:keep", "rollout.remote={engine: vllm}"])
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["rollout.mixture={kind: nash}"], "weight: missing; kind: nash needs a number"),
+        (
+            ["rollout.mixture={kind: policy_reference, weight: 0.3}"],
+            "policy_reference draws from the policy and the reference alone",
+        ),
+        (
+            ["rollout.mixture={kind: nash, weight: 0.3}", "rollout.remote={engine: vllm}"],
+            "a server has one model only and cannot mix two",
+        ),
+        (
+            ["rollout.mixture={kind: nash, weight: 0.3}", "candidates.samples=0"],
+            "changes sampled answers only, and candidates.samples is 0",
+        ),
+        (
+            ["rollout.weights=int8", "rollout.remote={engine: vllm}"],
+            "the server of rollout.remote reads the model folder itself",
+        ),
+    ],
+)
+def test_mixtures_and_int8_weights_are_of_the_engine_here(tmp_path, overrides, said):
+    file = write(tmp_path, yaml.safe_dump(TREE))
+    with pytest.raises(ConfigError, match=said):
+        config.load(file, overrides)
+
+
 def test_importance_weights_need_a_server_that_reports_the_policys_log_probabilities(tmp_path):
     file = write(tmp_path, yaml.safe_dump(TREE))
     weights, sglang = "training.importance={mode: token_mask}", "rollout.remote={engine: sglang}"

@@ -171,6 +171,39 @@ def test_what_lies_beside_a_program_is_counted(tiny_one):
     assert "policy" not in {p.name: p.held for p in phases(silent, 1)}["decode"]
 
 
+def test_a_mixture_of_two_policies_holds_and_reads_two_models(tiny_one):
+    load, read = tiny_one
+    plain = Blueprint(load(), read, here())
+    mixed = Blueprint(load(["rollout.mixture={kind: nash, weight: 0.3}"]), read, here())
+    params = shard_bytes(plain.decoding_params)
+    for tree in (lambda b: b.decoding_params, lambda b: b.generation.slots.cache):
+        assert shard_bytes(tree(mixed)) == 2 * shard_bytes(tree(plain)) > 0
+    held = {phase.name: phase.held for phase in phases(mixed, 1)}
+    assert held["refill"]["weights"] == 2 * params
+    compiled = [
+        measure(next(p for p in phases(b, 1) if p.name == "decode").lower(), here())
+        for b in (plain, mixed)
+    ]
+    assert compiled[1].arguments - compiled[0].arguments > params
+
+
+def test_weights_of_eight_bits_take_a_quarter_and_are_the_runs_own(tiny_one):
+    load, read = tiny_one
+    e = load(["rollout.weights=int8"])
+    full, int8 = (Blueprint(each, read, here()).decoding_params for each in (load(), e))
+    layers = [sum(shard_bytes(p[f"layer_{i}"]) for i in range(2)) for p in (full, int8)]
+    assert 0.25 < layers[1] / layers[0] < 0.45  # of narrow matrices the scales are not nothing
+    assert shard_bytes(int8["embedding"]) == shard_bytes(full["embedding"])
+    run = Run(e, quiet())
+    decoding = run.programs.decoding(run.programs.load(run.policy(0).path))
+
+    def same(planned, real):
+        assert (planned.shape, planned.dtype) == (real.shape, real.dtype)
+        assert planned.sharding.is_equivalent_to(real.sharding, real.ndim)
+
+    jax.tree.map(same, int8, decoding)
+
+
 def test_pairrm_stays_in_memory_and_is_ranked_with():
     e, read = paper("llama3_8b", "compute.decode_tensor=2", "training.rows=8")
     b = Blueprint(e, read, here())

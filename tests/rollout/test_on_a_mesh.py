@@ -118,7 +118,7 @@ def test_no_cache_travels_from_a_prefill_to_the_slots(tensor, on):
     lengths = np.ones(engine.prefill_rows, np.int32)
     prefill = module.prefill.lower(engine, params, tokens, lengths).compile()
     cache, scores = module.prefill(engine, params, tokens, lengths)
-    for x in (scores, cache[0].keys, cache[0].values):
+    for x in (*scores, cache[0].keys, cache[0].values):
         assert x.sharding.shard_shape(x.shape)[0] == engine.prefill_rows // engine.copies
     n = engine.slots
     flags = np.zeros((n, 2), np.uint32), np.zeros(n, bool)

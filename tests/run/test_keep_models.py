@@ -50,6 +50,7 @@ def content(run: Path) -> dict[str, bytes]:
 SETTINGS = {
     "the policy before as reference": {},
     "a fixed reference": {"training__reference_policy": "start"},
+    "the model before that is mixed in": {"rollout__mixture": {"kind": "nash", "weight": -2.0}},
     "the model before that is asked, too": {
         "feedback": {"ranker": "length", "budget": 8, "acquisition": "reward_gap"}
     },

@@ -187,6 +187,7 @@ SETTINGS = [
 GIVEN = {  # what must be given besides
     "judge": {"model": "m", "base_url": "http://127.0.0.1:1"},
     "pairrm": {"folder": "/nowhere"},
+    "implicit_reward": {"reference": "/nowhere"},
     "reward_model": {"source": "/nowhere"},
 }
 

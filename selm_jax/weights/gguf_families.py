@@ -24,7 +24,7 @@ _ATTENTION: Tensors = {
     "attn_v.weight": ("self_attn.v_proj.weight", "kv", "hidden"),
     "attn_output.weight": ("self_attn.o_proj.weight", "hidden", "q"),
 }
-_QKV_BIASES: Tensors = {
+QKV_BIASES: Tensors = {
     "attn_q.bias": ("self_attn.q_proj.bias", "q"),
     "attn_k.bias": ("self_attn.k_proj.bias", "kv"),
     "attn_v.bias": ("self_attn.v_proj.bias", "kv"),
@@ -62,6 +62,16 @@ _FOUR_NORMS: Tensors = _POST_NORMS | {
 }
 
 
+_GLM4: Tensors = _ATTENTION | {
+    "attn_norm.weight": ("input_layernorm.weight", "hidden"),
+    "post_attention_norm.weight": ("post_self_attn_layernorm.weight", "hidden"),
+    "ffn_norm.weight": ("post_attention_layernorm.weight", "hidden"),
+    "post_ffw_norm.weight": ("post_mlp_layernorm.weight", "hidden"),
+    "ffn_up.weight": ("mlp.gate_up_proj.weight", "gate_up", "hidden"),
+    "ffn_down.weight": ("mlp.down_proj.weight", "hidden", "inner"),
+}
+
+
 def _experts(mlp: str, gate: str, up: str, down: str) -> Tensors:
     return {
         "ffn_gate_inp.weight": (f"{mlp}.gate.weight", "experts", "hidden"),
@@ -85,6 +95,8 @@ class Family:
       interleaved: whether rows of query and key projections are in llama.cpp's own order.
       offset: a number that llama.cpp's converter adds to the scales of norms.
       factors: whether there may be a tensor with a divisor for each of rope's frequencies.
+      partial: whether rope may rotate a part of each head only.
+      biases: whether queries, keys and values may have biases.
     """
 
     name: str
@@ -96,6 +108,8 @@ class Family:
     interleaved: bool = False
     offset: float = 0.0
     factors: bool = False
+    partial: bool = False
+    biases: bool = False
 
 
 # --- keys -----------------------------------------------------------------------------------------
@@ -269,9 +283,10 @@ FAMILIES = {
         _phi3,
         _WINDOW,
         factors=True,
+        partial=True,
     ),
     "qwen2": Family(
-        "qwen2", "Qwen2ForCausalLM", _DENSE | _QKV_BIASES, {"use_sliding_window": False}
+        "qwen2", "Qwen2ForCausalLM", _DENSE | QKV_BIASES, {"use_sliding_window": False}
     ),
     "qwen3": Family("qwen3", "Qwen3ForCausalLM", _DENSE | _NORMS_OF_HEADS, _QWEN3),
     "qwen3_moe": Family(
@@ -314,6 +329,7 @@ FAMILIES = {
     "granite": Family(
         "granite", "GraniteForCausalLM", _DENSE, _BIASES, _granite, _SCALES, interleaved=True
     ),
+    "glm4": Family("glm4", "Glm4ForCausalLM", _GLM4, partial=True, biases=True),
     "gemma": Family("gemma", "GemmaForCausalLM", _DENSE, _GEMMA, offset=1.0),
     "gemma2": Family(
         "gemma2",

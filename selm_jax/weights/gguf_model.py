@@ -17,7 +17,7 @@ from gguf import ReaderTensor
 from jaxtyping import Float, Float32
 
 from selm_jax.models.config_rope import magnitude_of
-from selm_jax.weights.gguf_families import FAMILIES, Family, model_type_of
+from selm_jax.weights.gguf_families import FAMILIES, QKV_BIASES, Family, model_type_of
 from selm_jax.weights.gguf_file import MEND, Fields, Gguf, GGUFError, numbers_of
 from selm_jax.weights.gguf_tokenizer import SPECIAL_IDS
 
@@ -106,7 +106,7 @@ def read_config(fields: Fields, model: Gguf) -> Json:
                 "wrong model. Get the model as a Hugging Face folder (safetensors) instead"
             )
     hidden = k.size("embedding_length")
-    heads, kv_heads, head_dim, rotated = _heads(k, hidden)
+    heads, kv_heads, head_dim, rotated = _heads(k, hidden, family)
     config: Json = {
         "architectures": [family.model_class],
         "model_type": model_type,
@@ -132,15 +132,17 @@ def read_config(fields: Fields, model: Gguf) -> Json:
             f"{k.path}: key {k.prefix}block_count is {config['num_hidden_layers']}, but the file "
             f"has only {len(model.tensors)} tensors. {MEND}"
         )
-    if rotated != head_dim:
+    if family.partial:
         config["partial_rotary_factor"] = rotated / head_dim
+    if family.biases:
+        config["attention_bias"] = "blk.0.attn_q.bias" in model.file_of
     config["rope_scaling"] = _rope_scaling(k, model, family, config, rotated)
     if family.own is not None:
         config = family.own(k, config)
     return config | _special_ids(fields, config["vocab_size"])
 
 
-def _heads(k: Fields, hidden: int) -> tuple[int, int, int, int]:
+def _heads(k: Fields, hidden: int, family: Family) -> tuple[int, int, int, int]:
     """The numbers of heads and key/value heads, a head's size, and how much of it rope rotates."""
     heads = k.size("attention.head_count")
     kv_heads = k.size("attention.head_count_kv", heads)
@@ -151,7 +153,7 @@ def _heads(k: Fields, hidden: int) -> tuple[int, int, int, int]:
             f"the first must be a multiple of the second, and the head size must be even. {MEND}"
         )
     rotated = k.size("rope.dimension_count", head_dim)
-    partly = k.prefix == "phi3." and rotated < head_dim and rotated % 2 == 0
+    partly = family.partial and rotated < head_dim and rotated % 2 == 0
     for key in ("attention.value_length", "rope.dimension_count"):
         if k.size(key, head_dim) != head_dim and not (partly and key == "rope.dimension_count"):
             raise GGUFError(
@@ -351,6 +353,7 @@ def _expected(family: Family, config: Json) -> Iterator[tuple[str, tuple[str, ..
     for name, stored in _OUTSIDE.items():
         if name != "output.weight" or not config["tie_word_embeddings"]:
             yield name, stored
+    biases = QKV_BIASES if family.biases and config["attention_bias"] else {}
     for i in range(config["num_hidden_layers"]):
-        for name, (hf_name, *axes) in family.layer.items():
+        for name, (hf_name, *axes) in (family.layer | biases).items():
             yield f"blk.{i}.{name}", (f"model.layers.{i}.{hf_name}", *axes)

@@ -91,6 +91,7 @@ _RULES = {
     "gpt-2": _Rule(lambda: _byte_level(use_regex=True)),
     "llama-bpe": _Rule(lambda: _split(_SPLIT.format("{1,3}")), whole_words=True, bos=True),
     "dbrx": _Rule(lambda: _split(_SPLIT.format("{1,3}"))),  # of OLMo 2 and 3, too
+    "glm4": _Rule(lambda: _split(_SPLIT.format("{1,3}"))),
     "smaug-bpe": _Rule(lambda: _split(_SPLIT.format("{1,3}"))),  # of SmolLM3, too
     "qwen2": _Rule(lambda: _split(_SPLIT.format("")), nfc=True),
     "gpt-4o": _Rule(lambda: _split(_by_case(_CONTRACTION, "{1,3}"))),  # of Phi-4-mini, too

@@ -79,7 +79,7 @@ def _keys_of(config: dict) -> dict:
     keys = {new: config[old] for old, new in _COPIED.items() if config.get(old) is not None}
     if name.startswith("gemma") or config.get("head_dim"):
         keys["attention.value_length"] = head
-    if name in ("llama", "mixtral", "granite", "phi3"):
+    if name in ("llama", "mixtral", "granite", "phi3", "glm4"):
         keys["rope.dimension_count"] = int(head * rope.get("partial_rotary_factor", 1))
     if name in ("olmo3", "exaone4", "gemma2", "gemma3_text", "phi3"):
         keys["attention.sliding_window"] = config["sliding_window"] or 0

@@ -41,6 +41,8 @@ CASES = [
     ("exaone-4", {}),
     ("exaone-4", NO_WINDOW),
     ("granite-3", {}),
+    ("glm-4", {}),
+    ("glm-4", {"attention_bias": False}),
     ("gemma-1", {}),
     ("gemma-2", HEAD_SIZE),
     ("gemma-3", HEAD_SIZE),

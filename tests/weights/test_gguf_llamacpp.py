@@ -38,6 +38,7 @@ CASES = {
     "olmo-2": {"attention_bias": False},
     "exaone-4": NO_WINDOW,
     "granite-3": {},
+    "glm-4": {},
     "gemma-1": {},
     "gemma-2": HEAD_SIZE,
     "gemma-3": HEAD_SIZE,

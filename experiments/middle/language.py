@@ -184,7 +184,8 @@ def best_of_4(
 ) -> Pair:
     """Compares the best with the worst of three samples and a speaker's answer."""
     seen = [i for i, each in enumerate(candidates) if each.source != "rejected"]
-    return Pair(max(seen, key=lambda i: scores[i]), min(seen, key=lambda i: scores[i]))
+    ranked = sorted(seen, key=lambda i: -scores[i])  # two of them also if all are equally good
+    return Pair(ranked[0], ranked[-1])
 
 
 def reference(candidates: Sequence[Candidate], scores: np.ndarray, rng: np.random.Generator) -> int:

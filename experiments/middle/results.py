@@ -153,6 +153,29 @@ def levels(records: Sequence[Record], landscape: str) -> Iterator[str]:
         yield f"| {' | '.join(cells + [f'{x:.2f}' for x in last])} |"
 
 
+def summary(records: Sequence[Record], compared: Sequence[Record]) -> Iterator[str]:
+    """The lines that say how many runs there are, how many predictions held, and the figure."""
+    if not records:
+        yield "The runs have not been made yet."
+        return
+    seeds = [f"{r['seeds']} in `{r['landscape']}`" for r in compared[:: len(IN_LAB)]]
+    lab = predictions()
+    verdicts = [verdict(said(lab[r["landscape"], r["method"]]), said(r)) for r in compared]
+    count = {each: verdicts.count(each) for each in ("held", "not seen", "failed")}
+    yield (
+        f"{len(records)} runs: 8 methods with the same seeds, {' and '.join(seeds)}. Of "
+        f"{len(verdicts)} predictions {count['held']} held, {count['not seen']} were not seen, and "
+        f"{count['failed']} failed."
+    )
+    yield ""
+    yield "![Differences from DPO, here and in the laboratory](images/middle_world.svg)"
+    yield ""
+    yield (
+        "*Paired by seed, with 95 % intervals over seeds; p is Holm's over the 14 comparisons. "
+        "Numbers: [json](images/middle_world.json).*"
+    )
+
+
 def draw(figure: Figure, compared: Sequence[Record]) -> None:
     """Draws each method's difference from DPO, here and in the laboratory, in % of DPO's regret."""
     axes = figure.subplots(1, len(language.LANDSCAPES), sharey=True)
@@ -203,11 +226,12 @@ def main(drawn: bool = False) -> None:
     RECORDS.with_suffix(".svg").write_bytes(svg)
     document = DOCS / "middle_world.md"
     page = document.read_text(encoding="utf-8")
+    page = _between(page, "summary", list(summary(records, compared)))
     for landscape in language.LANDSCAPES:
         page = _between(page, f"{landscape}: found", list(table(compared, landscape)))
         page = _between(page, f"{landscape}: levels", list(levels(records, landscape)))
     artifacts.write_text(document, page)
-    print(f"{len(records)} runs, {sum(said(r) != 'no clear difference' for r in compared)} clear")
+    print("\n".join(summary(records, compared)))
 
 
 if __name__ == "__main__":

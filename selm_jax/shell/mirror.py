@@ -157,12 +157,36 @@ class Mirror:
 
     def put(self, path: Path) -> None:
         """Puts a file, or the files of a folder in place of those that are there."""
-        if not path.is_dir():
-            self.put_files({self.key(path): path})
-            return
-        files = {self.key(file): file for file in path.rglob("*") if file.is_file()}
-        self._delete(key for key in self._listed(path) if key not in files)
+        if path.is_dir():
+            files = {self.key(file): file for file in path.rglob("*") if file.is_file()}
+            self._delete(key for key in self._listed(path) if key not in files)
+        else:
+            files = {self.key(path): path}
         self.put_files(files)
+        if any(_MODEL.match(key) for key in files):
+            self.learn(self._told(files))
+
+    def put_parts(self, folder: Path) -> dict[str, list[str]]:
+        """Puts the files of a model that this process has written, and others the other files.
+
+        Returns:
+          What the first process has to `learn`.
+        """
+        files = {self.key(file): file for file in folder.rglob("*") if file.is_file()}
+        self.put_files(files)
+        return self._told(files)
+
+    def learn(self, told: Mapping[str, list[str]]) -> None:
+        """Records files of models in the bucket: version and SHA-256 by key."""
+        self._digests = {k: v for k, v in self._digests.items() if k in self.there} | dict(told)
+        self.store.put(_DIGESTS, json.dumps(self._digests).encode())
+
+    def _told(self, keys: Iterable[str]) -> dict[str, list[str]]:
+        return {
+            key: [self.there[key].version, self._copies[key].sha256]
+            for key in keys
+            if _MODEL.match(key)
+        }
 
     def put_files(self, files: Mapping[str, Path], known: Mapping[str, str] | None = None) -> None:
         """Puts files under these keys; a file that the bucket has already is not sent again.
@@ -177,10 +201,6 @@ class Mirror:
                 self._note(key, entry, files[key], (known or {}).get(key))
 
         _each(one, list(files))
-        if models := [key for key in files if _MODEL.match(key)]:
-            new = {k: [self.there[k].version, self._copies[k].sha256] for k in models}
-            self._digests = {k: v for k, v in self._digests.items() if k in self.there} | new
-            self.store.put(_DIGESTS, json.dumps(self._digests).encode())
 
     def removed(self, path: Path) -> None:
         """Deletes what the bucket has at or below a path.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -51,13 +52,16 @@ def export(step: Step, policy: Model, start: Model, training: Training, card: Wo
     if (lora := programs.lora) is not None:
         with _folder(step.folder / "adapter") as partial:
             base, revision = policy.called
-            inside = is_in(mirror.need(policy.path))
+            inside = is_in(mirror.need(policy.path, ["config.json"]))
             export_adapter(params, programs.config, lora, base, partial, revision, inside=inside)
         merged = jax.jit(lambda base, adapters: merge(dequantize(base), adapters, lora))
         params = merged(programs.start_of(policy.path), params)
-    with _folder(step.folder / "model") as partial:
-        text, keep = card.write() if partial else "", step.settings.model.keep_vision
-        export_folder(params, programs.config, start.path, partial, text, keep_vision=keep)
+    with _folder_of_all(step.folder / "model") as (partial, part):
+        export_folder(
+            params, programs.config, start.path, partial,
+            card.write() if multihost.is_first() else "",
+            keep_vision=step.settings.model.keep_vision, part=part,
+        )  # fmt: skip
     return {"parameters": programs.parameters}
 
 
@@ -72,3 +76,36 @@ def _folder(path: Path) -> Iterator[Path | None]:
             yield partial
     else:
         yield None
+
+
+@contextlib.contextmanager
+def _folder_of_all(path: Path) -> Iterator[tuple[Path | None, tuple[int, int]]]:
+    """The folder that this process writes to, and its part `(i, n)` of the files of weights.
+
+    In a bucket, each process writes its part into a mirror of its own and puts it. On a disk the
+    first process writes all: what others write there, it may see too late for its digest.
+    """
+    in_bucket = mirror.of(path)
+    if in_bucket is None:
+        with _folder(path) as partial:
+            yield partial, (0, 1)
+        return
+    part = multihost.index(), multihost.count()
+    if multihost.is_first():
+        with artifacts.whole(path, replaces_folder=True) as partial:
+            yield partial, part
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True)
+        yield path, part
+    if multihost.count() == 1:
+        return
+    multihost.barrier()  # the first process has put its files in place of those of an earlier try
+    mine = {} if multihost.is_first() else in_bucket.put_parts(path)
+    told = multihost.on_every(lambda: mine)
+
+    def learn() -> None:
+        in_bucket.refresh(path)
+        in_bucket.learn({key: known for each in told for key, known in each.items()})
+
+    multihost.on_first(learn)

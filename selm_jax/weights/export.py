@@ -26,7 +26,7 @@ from selm_jax.weights.files import (
     write,
 )
 from selm_jax.weights.folder import IMAGES, carried, links_out
-from selm_jax.weights.huggingface import save
+from selm_jax.weights.saving import save
 
 # The key with which the JSON files of a folder refer to Python code in the folder.
 _CODE = "auto_map"
@@ -42,6 +42,7 @@ def export_folder(
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     keep_vision: bool = True,
+    part: tuple[int, int] = (0, 1),
 ) -> None:
     """Writes weights, config, tokenizer and model card into `folder`, which must not exist.
 
@@ -61,18 +62,20 @@ def export_folder(
       max_shard_bytes: the most bytes of data in one safetensors file.
       keep_vision: whether an export from a multi-modal source is the whole model. A reward model is
         always its text model alone.
+      part: (i, n) in process i of n, each of which writes some of the files of weights; all else is
+        written by process 0.
 
     Raises:
       WeightsError: if a file to be copied is a link to a file outside `source`.
     """
     inside = None
-    if folder is not None:
-        if keep_vision and config.head is None and multimodal.is_in(source):
-            inside = multimodal.around(source)
+    if folder is not None and keep_vision and config.head is None and multimodal.is_in(source):
+        inside = multimodal.around(source)
+    if folder is not None and part[0] == 0:
         change = partial(_json_of, config=config, whole=inside is not None)
         _write_folder(source, folder, str(params["embedding"].dtype), change)
         (folder / "README.md").write_text(card, encoding="utf-8")
-    save(params, config, folder, max_shard_bytes=max_shard_bytes, inside=inside)
+    save(params, config, folder, max_shard_bytes=max_shard_bytes, inside=inside, part=part)
 
 
 def _json_of(hf: Mapping[str, Any], config: DecoderConfig, whole: bool) -> Mapping[str, Any]:

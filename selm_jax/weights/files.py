@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -208,12 +208,26 @@ def refuse_not_finite(checkpoint: Checkpoint, names: Iterable[str]) -> None:
     )
 
 
+def part_of(
+    tensors: Mapping[str, Stored], part: tuple[int, int], max_shard_bytes: int
+) -> frozenset[str]:
+    """The tensors in every n-th of the files that `write` makes, from file i on; `part` is (i, n).
+
+    So n processes can share the work, and the files are the same however many there are.
+    """
+    start, step = part
+    return frozenset(
+        name for names in _shards(tensors, max_shard_bytes)[start::step] for name in names
+    )
+
+
 def write(
     folder: Path,
     tensors: Mapping[str, Stored],
-    values: Iterable[tuple[str, np.ndarray]],
+    values: Iterable[tuple[str, np.ndarray | None]],
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    only: Container[str] | None = None,
 ) -> None:
     """Writes tensors into `folder`, as one model.safetensors or as several files with an index.
 
@@ -222,6 +236,8 @@ def write(
       tensors: name -> shape and dtype, in the order of the files.
       values: the tensors themselves, in that order; one is in memory at a time.
       max_shard_bytes: the most bytes of data in one file. A larger tensor gets its own file.
+      only: write only the files of these tensors (see `part_of`), and the index with the first one.
+        The values of others are not read.
     """
     shards = _shards(tensors, max_shard_bytes)
     file_of: dict[str, str] = {}
@@ -231,15 +247,19 @@ def write(
         if len(shards) > 1:
             name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         file_of |= dict.fromkeys(names, name)
-        write_file(folder / name, {n: tensors[n] for n in names}, coming)
-    if len(shards) > 1:
+        if only is None or names[0] in only:
+            write_file(folder / name, {n: tensors[n] for n in names}, coming)
+        else:
+            for _ in names:
+                next(coming)
+    if len(shards) > 1 and (only is None or shards[0][0] in only):
         size = sum(stored.bytes for stored in tensors.values())
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(file_of.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def write_file(
-    path: Path, tensors: Mapping[str, Stored], coming: Iterator[tuple[str, np.ndarray]]
+    path: Path, tensors: Mapping[str, Stored], coming: Iterator[tuple[str, np.ndarray | None]]
 ) -> None:
     """Writes one safetensors file, taking the tensors in order from the iterator `coming`.
 
@@ -249,6 +269,7 @@ def write_file(
         file.write(_header(tensors))
         for expected in tensors:
             found, value = next(coming)
+            assert value is not None, found
             stored = stored_like(value.shape, value.dtype)
             assert (found, stored) == (expected, tensors[expected]), (found, stored, expected)
             # As bytes, because Python's buffers do not support bfloat16.

@@ -223,8 +223,8 @@ def _query_scalar(config: Json, of_width: int) -> int:
 
 
 def _phi3(k: Fields, config: Json) -> Json:
-    # llama.cpp has no use for the window; the file keeps that of config.json, and 0 for none.
-    window = k.get("attention.sliding_window", int) or None
+    # The window of config.json, or 0 for none. Files of early converters do not say it.
+    window = k.need("attention.sliding_window", int) or None
     original = k.size("rope.scaling.original_context_length", config["max_position_embeddings"])
     return config | {
         "original_max_position_embeddings": original,

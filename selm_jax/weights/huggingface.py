@@ -1,4 +1,4 @@
-"""Reads and writes Hugging Face folders of safetensors, one tensor at a time.
+"""Reads Hugging Face folders of safetensors, one tensor at a time; `weights.saving` writes them.
 
 `weights.names` maps our parameters to names and layouts of tensors.
 
@@ -13,8 +13,7 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Iterator
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,23 +28,18 @@ from selm_jax.models.decoder import Params
 from selm_jax.models.families import read_config
 from selm_jax.weights.files import (
     DTYPES,
-    MAX_SHARD_BYTES,
     Checkpoint,
     WeightsError,
     refuse_not_finite,
-    stored_like,
-    write,
 )
-from selm_jax.weights.multimodal import Around, open_text
-from selm_jax.weights.names import Tensor, tensors
+from selm_jax.weights.multimodal import open_text
+from selm_jax.weights.names import Tensor, stored_axes, stored_tensors, tensors, whole_shape
+from selm_jax.weights.saving import save, to_hf_tensors
 
 __all__ = ["WeightsError", "check", "checked_config", "load", "save", "to_hf_tensors"]
 
 # Tables of frequencies that early versions of transformers stored with the parameters.
 _LEFTOVER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
-
-
-# --- in -------------------------------------------------------------------------------------------
 
 
 def load(
@@ -166,7 +160,7 @@ def _read(
     A stored axis may consist of several of our axes, flattened. The first of these can be cut in
     the file; the others are not contiguous there, so they are cut in memory.
     """
-    groups = _stored_axes(row)
+    groups = stored_axes(row)
     cuts = []
     for axes in groups:
         start, stop = bounds[axes[0]]
@@ -180,14 +174,6 @@ def _read(
     order = [axis for axes in groups for axis in axes]
     x = checkpoint.read(name, cuts).reshape([sizes[axis] for axis in order])
     return x.transpose(np.argsort(order))[tuple(rest)]
-
-
-def _stored_axes(row: Tensor) -> list[tuple[int, ...]]:
-    """Lists, for each axis of the stored tensor, the axes of our parameter that it combines."""
-    axes = tuple(range(len(row.shape)))
-    if row.inputs is not None:  # [*in, *out] is stored as [out, in]
-        return [axes[row.inputs :], axes[: row.inputs]]
-    return [axes] if len(row.stored_shape) == 1 else [(axis,) for axis in axes]
 
 
 def _not_finite(checkpoint: Checkpoint, names: list[str]) -> list[str]:
@@ -249,7 +235,7 @@ def _caster(dtype: np.dtype, sharding: Sharding):
 
 
 def _check(checkpoint: Checkpoint, config: DecoderConfig) -> None:
-    wanted = {n: _whole_shape(parts) for names, _, parts in _stored(config) for n in names}
+    wanted = {n: whole_shape(parts) for names, _, parts in stored_tensors(config) for n in names}
     found = {n: t for n, t in checkpoint.tensors.items() if not _LEFTOVER.fullmatch(n)}
     unknown = set(found) - set(wanted)
     # Some tools write a copy of the embedding for tied models.
@@ -278,110 +264,3 @@ def _check(checkpoint: Checkpoint, config: DecoderConfig) -> None:
             f"{checkpoint.folder}: tensors do not match config.json:\n  {shown}{more}\n"
             "Get config.json and the weights of the same model"
         )
-
-
-# --- out ------------------------------------------------------------------------------------------
-
-
-def save(
-    params: Params,
-    config: DecoderConfig,
-    folder: Path | None,
-    *,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-    inside: Around | None = None,
-) -> None:
-    """Writes the parameters into `folder` as safetensors, in their own dtypes, from any mesh.
-
-    It writes one file, or several of at most `max_shard_bytes` of data with an index. Tensors are
-    streamed: one tensor of one layer is on the host at a time. If the parameters are sharded over
-    several processes, all of them have to call this; those that do not write pass None for
-    `folder`. With `inside`, a multi-modal checkpoint is written, with these parameters as its text
-    model.
-    """
-    if folder is None:
-        for _ in to_hf_tensors(params, config):
-            continue
-        return
-    flat = _flat(params)
-    entries = {
-        name: stored_like(_whole_shape(parts), flat[parts[0].path].dtype)
-        for names, _, parts in _stored(config)
-        for name in names
-    }
-    values = to_hf_tensors(params, config)
-    if inside is not None:
-        stored = inside.stored
-        entries = {stored[name]: like for name, like in entries.items()} | inside.aside
-        values = itertools.chain(((stored[n], x) for n, x in values), inside.tensors())
-    write(folder, entries, values, max_shard_bytes=max_shard_bytes)
-
-
-def to_hf_tensors(params: Params, config: DecoderConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields (name, tensor) in Hugging Face's names and layouts, in a fixed order.
-
-    If the parameters are sharded over several processes, each of them has to iterate over all.
-    """
-    flat = _flat(params)
-    for names, layer, parts in _stored(config):
-        ours = [fetch(flat[row.path], layer).reshape(-1, *row.shape) for row in parts]
-        for expert, name in enumerate(names):
-            found = [_to_theirs(x[expert], row) for x, row in zip(ours, parts, strict=True)]
-            yield name, found[0] if len(found) == 1 else np.concatenate(found)
-
-
-def _flat(params: Params) -> dict[tuple[str, ...], jax.Array]:
-    return cast(Any, flatten_dict(params))
-
-
-def fetch(x: jax.Array, layer: int | None) -> np.ndarray:
-    """Copies a parameter, or one layer of a stacked one, to the host, gathered from all processes.
-
-    It fetches a temporary copy, because a JAX array keeps a host copy once it was fetched.
-    """
-    everywhere = None
-    if not x.is_fully_addressable:
-        assert isinstance(x.sharding, NamedSharding)
-        everywhere = NamedSharding(x.sharding.mesh, PartitionSpec())
-    if layer is None:
-        return np.asarray(_copier(everywhere)(x))
-    return np.asarray(_taker(everywhere)(x, layer))
-
-
-@lru_cache(maxsize=16)
-def _copier(out: Sharding | None):
-    return jax.jit(jnp.copy, out_shardings=out)
-
-
-@lru_cache(maxsize=16)
-def _taker(out: Sharding | None):
-    take = partial(jax.lax.dynamic_index_in_dim, axis=0, keepdims=False)
-    return jax.jit(take, out_shardings=out)
-
-
-def _to_theirs(x: np.ndarray, row: Tensor) -> np.ndarray:
-    order = [axis for axes in _stored_axes(row) for axis in axes]
-    return np.ascontiguousarray(x.transpose(order).reshape(row.stored_shape))
-
-
-def _stored(config: DecoderConfig) -> Iterator[tuple[list[str], int | None, list[Tensor]]]:
-    """Yields (names, layer, parameters) for all stored tensors, ordered by layer.
-
-    There is more than one name if each expert is a tensor of its own.
-    """
-    by_name: dict[str, list[Tensor]] = {}
-    for row in tensors(config).values():
-        by_name.setdefault(row.name, []).append(row)
-    for parts in by_name.values():
-        if not parts[0].stacked:
-            yield parts[0].names(None), None, parts
-    for layer in range(config.layers):
-        for parts in by_name.values():
-            if parts[0].stacked:
-                yield parts[0].names(layer), layer, parts
-
-
-def _whole_shape(parts: list[Tensor]) -> tuple[int, ...]:
-    """The shape of a stored tensor whose parts are concatenated along the first axis."""
-    shapes = [row.stored_shape for row in parts]
-    return sum(shape[0] for shape in shapes), *shapes[0][1:]

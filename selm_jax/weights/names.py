@@ -8,6 +8,7 @@ store several kernels in one tensor, concatenated along the outputs.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
@@ -160,3 +161,34 @@ def _fuse(rows: dict[Path, Tensor], fused: dict[str, tuple[str, ...]]) -> dict[P
             moved[row.path] = row._replace(name=f"{_LAYER}{whole}.weight", first=first)
             first += row.stored_shape[0]
     return {row.path: row for row in by_name.values()} | moved
+
+
+def stored_tensors(config: DecoderConfig) -> Iterator[tuple[list[str], int | None, list[Tensor]]]:
+    """Yields (names, layer, parameters) for all stored tensors, ordered by layer.
+
+    There is more than one name if each expert is a tensor of its own.
+    """
+    by_name: dict[str, list[Tensor]] = {}
+    for row in tensors(config).values():
+        by_name.setdefault(row.name, []).append(row)
+    for parts in by_name.values():
+        if not parts[0].stacked:
+            yield parts[0].names(None), None, parts
+    for layer in range(config.layers):
+        for parts in by_name.values():
+            if parts[0].stacked:
+                yield parts[0].names(layer), layer, parts
+
+
+def whole_shape(parts: list[Tensor]) -> tuple[int, ...]:
+    """The shape of a stored tensor whose parts are concatenated along the first axis."""
+    shapes = [row.stored_shape for row in parts]
+    return sum(shape[0] for shape in shapes), *shapes[0][1:]
+
+
+def stored_axes(row: Tensor) -> list[tuple[int, ...]]:
+    """Lists, for each axis of the stored tensor, the axes of our parameter that it combines."""
+    axes = tuple(range(len(row.shape)))
+    if row.inputs is not None:  # [*in, *out] is stored as [out, in]
+        return [axes[row.inputs :], axes[: row.inputs]]
+    return [axes] if len(row.stored_shape) == 1 else [(axis,) for axis in axes]

@@ -14,8 +14,8 @@ from selm_jax.models.config import DecoderConfig
 from selm_jax.models.decoder import Params
 from selm_jax.models.lora import Lora
 from selm_jax.weights.files import stored_like, write_file
-from selm_jax.weights.huggingface import fetch
 from selm_jax.weights.names import Tensor, tensors
+from selm_jax.weights.saving import fetch
 
 
 def export_adapter(

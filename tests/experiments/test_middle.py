@@ -112,6 +112,7 @@ def test_pairs_are_policy_against_speaker_or_the_best_and_worst_of_four():
     )  # fmt: skip
     four = candidates("sample", "sample", "sample", "chosen", "rejected")
     assert language.best_of_4(four, np.array([0.3, 0.5, 0.2, 0.4, 9]), rng) == Pair(1, 2)
+    assert language.best_of_4(four, np.array([0, 0, 0, 0, 9]), rng) == Pair(0, 3)  # a tie
 
 
 @LANDSCAPES
@@ -155,6 +156,9 @@ def test_verdicts_and_tables_say_what_the_records_hold():
              if "`" in line}  # fmt: skip
     assert lines["best_of_4"].endswith("| held |") and lines["selm"].endswith("| failed |")
     assert lines["vpo"].endswith("| not seen |") and "no clear difference" in lines["vpo"]
+    told = next(results.summary(records, list(found.values())))
+    assert told.startswith("256 runs: 8 methods with the same seeds, 16 in `needle` and 16 in")
+    assert told.endswith("Of 14 predictions 5 held, 7 were not seen, and 2 failed.")
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import pytest
 from mortal import Killed, Mortal
 
 from selm_jax.parallel import multihost
+from selm_jax.run.held import drop_models
 from selm_jax.shell import artifacts, mirror, parts, paths
 from selm_jax.shell.digests import digest
 from selm_jax.shell.one_process import only_one
@@ -99,6 +100,32 @@ def test_without_the_list_of_digests_the_model_is_fetched_and_hashed(bucket):
     bucket.inner.delete(".mirror/digests.json")
     folder, store = bucket(machine="two")
     assert digest(folder / "iteration_1/model") == here and len(fetched(store)) == 2
+
+
+def test_a_model_that_several_processes_put_is_known_by_its_digest(bucket):
+    """The first process, and whoever comes from another machine, need not fetch it for that."""
+    whole = a_model(bucket()[0])
+    expected = digest(whole)
+    others, _ = bucket(machine="two")
+    at = mirror._mirrors.pop(URL)
+    first, store = bucket(machine="three")
+    with artifacts.whole(first / "iteration_1/model", replaces_folder=True) as partial:
+        partial.mkdir()
+        (partial / "config.json").write_text("{}")
+    assert digest(first / "iteration_1/model") != expected
+    model = others / "iteration_1/model"
+    model.mkdir(parents=True)
+    (model / "model.safetensors").write_text("weights")
+    told = at.put_parts(model)
+    mine = mirror.of(first)
+    mine.refresh(first / "iteration_1/model")
+    mine.learn(told)
+    assert digest(first / "iteration_1/model") == expected
+    folder, again = bucket(machine="four")
+    assert digest(folder / "iteration_1/model") == expected
+    assert fetched(store) == fetched(again) == []
+    mirror.need(folder / "iteration_1/model")
+    assert (folder / "iteration_1/model/model.safetensors").read_text() == "weights"
 
 
 def test_a_model_that_another_has_replaced_is_not_taken_for_the_old_one(bucket):
@@ -243,13 +270,20 @@ def test_the_log_of_a_server_stays_on_its_machine(bucket):
 
 def test_what_the_first_process_has_removed_takes_no_room_on_other_hosts(bucket, monkeypatch):
     writer, _ = bucket()
-    artifacts.write_text(writer / "iteration_1/checkpoints/final/a", "parameters")
+    keys = "iteration_1/checkpoints/final/a", "iteration_1/model/b"
+    for key in keys:
+        artifacts.write_text(writer / key, "parameters")
     folder, _ = bucket(machine="two")
-    assert mirror.need(folder / "iteration_1/checkpoints/final/a").exists()
-    bucket.inner.delete("iteration_1/checkpoints/final/a")
+    for key in keys:
+        assert mirror.need(folder / key).exists()
+        bucket.inner.delete(key)
     monkeypatch.setattr(multihost, "is_first", lambda: False)
     monkeypatch.setattr(multihost, "on_first", lambda work: None)  # it has done so
-    run = SimpleNamespace(folder=SimpleNamespace(iteration=lambda t: folder / f"iteration_{t}"))
+    run = SimpleNamespace(
+        folder=SimpleNamespace(iteration=lambda t: folder / f"iteration_{t}"),
+        experiment=SimpleNamespace(keep_models="last", iterations=2),
+    )
     _Call(export, run, 1, {})._clear(("checkpoints",))
+    drop_models(run, 2)
     assert not [file for file in folder.rglob("*") if file.is_file()]
     assert not mirror.has_files(folder / "iteration_1/checkpoints")

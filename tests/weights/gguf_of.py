@@ -53,7 +53,7 @@ def write_of(
 ) -> tuple[Path, dict]:
     """Writes the model of a Hugging Face folder as GGUF, with `change` in its config.json.
 
-    `keys` are set in the file whatever config.json says.
+    `keys` are set in the file whatever config.json says; None leaves a key out.
 
     Returns the file and the config.
     """
@@ -69,7 +69,8 @@ def write_of(
         if not name.endswith(".bias") or config.get("attention_bias", True)
     }
     tensors = _tensors_of(tensors, config, arch) | _factors_of(config)
-    return write(path, said | (keys or {}), {name: (x, F32) for name, x in tensors.items()}), config
+    said = {key: value for key, value in (said | (keys or {})).items() if value is not None}
+    return write(path, said, {name: (x, F32) for name, x in tensors.items()}), config
 
 
 def _keys_of(config: dict) -> dict:

@@ -84,6 +84,7 @@ def test_every_family_is_tested():
         ("phi-3-128k", {"phi3.rope.scaling.type": "yarn"}, "attn_factor is 1.15.*only 1"),
         ("llama-yarn", {"llama.rope.scaling.attn_factor": 2.0}, "attn_factor is 2; only 1"),
         ("llama-2", {"llama.rope.scaling.type": "longrope"}, "scaling.type is 'longrope'"),
+        ("phi-3-4k", {"phi3.attention.sliding_window": None}, "sliding_window is missing"),
         ("gemma-2", {"gemma2.rope.freq_base_swa": 1e4}, "freq_base_swa is not supported"),
     ],
 )

@@ -183,12 +183,16 @@ def test_shards_and_index(tiny, random_params, tmp_path):
     assert_same(load(tmp_path / "cut", config), params)
     where = shardings(abstract_params(config), make_mesh((1, 4, 2)), TRAINING)
     spread = load(tmp_path / "cut", config, shardings=where)
-    assert written(spread, config, tmp_path / "again", max_shard_bytes=limit) == {
-        **files,
-        "model.safetensors.index.json": (
-            tmp_path / "cut/model.safetensors.index.json"
-        ).read_bytes(),
-    }
+    name = "model.safetensors.index.json"
+    files[name] = (tmp_path / "cut" / name).read_bytes()
+    assert written(spread, config, tmp_path / "again", max_shard_bytes=limit) == files
+    # By three processes, each of which writes a part.
+    parts = [
+        written(spread, config, tmp_path / f"{i}", max_shard_bytes=limit, part=(i, 3))
+        for i in range(3)
+    ]
+    assert all(parts) and sum(map(len, parts)) == len(files) and name in parts[0]
+    assert {k: v for each in parts for k, v in each.items()} == files
 
 
 def test_parameters_are_on_the_first_device_by_default(folder):

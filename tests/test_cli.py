@@ -107,7 +107,7 @@ def test_settings_shows_the_reference():
         for setting in reference(section):
             assert f"\n{setting.key}: " in everything
     training = told("settings", "training", width=60)
-    assert "training.rows: 4" in training and "rollout" not in training.split("\n")[0]
+    assert "training.rows: auto" in training and "rollout" not in training.split("\n")[0]
     assert max(map(len, training.splitlines())) <= 60
     assert told("settings", "training.rows").count(": ") == 1
     wrong = CliRunner().invoke(app, ["settings", "trainig"])

@@ -19,7 +19,6 @@ import jax
 import numpy as np
 from worker import jax_worker, read_data, versions
 
-from selm_jax.config import Training
 from selm_jax.models.decoder import Decoder
 from selm_jax.models.families import read_config
 from selm_jax.objectives import losses
@@ -41,10 +40,10 @@ def main(model, data_file, kind):
     shape = smallest_shape(groups)
 
     config = read_config(Path(model))
-    decoder = Decoder(config, remat=Training.remat)
+    decoder = Decoder(config, remat="full")
     objective = losses.dpo(s["beta"]) if kind == "dpo" else losses.selm(s["beta"], s["alpha"])
     adamw = optimizer("adamw", b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0)
-    update = make_update(decoder, objective, adamw, chunk=Training.logprob_chunk, clip=1.0)
+    update = make_update(decoder, objective, adamw, chunk=32, clip=1.0)
     params = load(Path(model), config)
     one_shape = lambda examples: iter([Group(range(len(examples)), shape)])
     scorer = Scorer(update, lambda batch: batch, one_shape)

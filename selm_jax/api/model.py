@@ -46,7 +46,7 @@ def load(
     compute: Settings | None = None,
     text: Settings | None = None,
     parameter_dtype: str = config.Training.parameter_dtype,
-    slots: int = config.Rollout.slots,
+    slots: int = 16,
     devices: Sequence[Any] | None = None,
 ) -> Model:
     """Opens a language model to answer, score and train. Its weights are read on first use.
@@ -111,7 +111,7 @@ class Model:
         self._programs = Programs(
             self.experiment, start.task, start.facts, Sizes(0, 0), start.chat.stop_ids, devices
         )
-        slots = self.experiment.rollout.slots
+        slots = self._programs.batches.slots
         self._policy = Policy(
             name, self._read, start.facts,
             chat=lambda: start.chat, stop_ids=lambda: start.chat.stop_ids,

@@ -17,6 +17,7 @@ from selm_jax.api.pairs import Pairs
 from selm_jax.config import Training
 from selm_jax.models.config import DecoderConfig
 from selm_jax.objectives.losses import LossFunction, Objective
+from selm_jax.policy.sizes import LEAST
 from selm_jax.preferences.examples import Example
 from selm_jax.preferences.layouts import ByLength, Layout, OneShape
 from selm_jax.preferences.packing import PreferenceBatch, Shape, pack
@@ -52,8 +53,8 @@ class Trainer:
         eps: float = Training.eps,
         weight_decay: float = Training.weight_decay,
         clip: float | None = Training.clip,
-        remat: str = Training.remat,
-        logprob_chunk: int = Training.logprob_chunk,
+        remat: str = LEAST.remat,
+        logprob_chunk: int = LEAST.chunk,
         rows: int | None = None,
         row_length: int | None = None,
     ):

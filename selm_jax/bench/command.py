@@ -19,10 +19,10 @@ from rich.table import Table
 from selm_jax.bench import limits
 from selm_jax.bench.clock import Clock
 from selm_jax.bench.work import BenchError, MakeParams, Sizes, generation, training
-from selm_jax.config import Training
 from selm_jax.config.kinds import ParameterDtype
 from selm_jax.models.config import DecoderConfig, LayerKind, Rope
 from selm_jax.models.decoder import REMAT, Decoder, parameter_count
+from selm_jax.policy.sizes import LEAST
 from selm_jax.shell import artifacts
 from selm_jax.shell.memory import peak_mib, release
 from selm_jax.shell.progress import terminal
@@ -69,7 +69,7 @@ def main(
     capacity: Sequence[int] | None = None,
     steps: int | None = None,
     dtype: str = "auto",
-    remat: str = Training.remat,
+    remat: str = LEAST.remat,
     peak: float | None = None,
     bandwidth: float | None = None,
     json: Path | None = None,
@@ -124,7 +124,7 @@ def run(
     trained: Sequence[Sizes],
     generated: Sequence[Sizes],
     dtype: str = "auto",
-    remat: str = Training.remat,
+    remat: str = LEAST.remat,
     peak: float | None = None,
     bandwidth: float | None = None,
 ) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from selm_jax.models.decoder import Decoder, Params, abstract_params, parameter_
 from selm_jax.objectives.losses import selm
 from selm_jax.parallel.mesh import decode_mesh, make_mesh
 from selm_jax.parallel.rules import TRAINING, place_rows, shardings
+from selm_jax.policy.sizes import LEAST
 from selm_jax.preferences.examples import Example
 from selm_jax.preferences.packing import assign_rows, common_shape, pack
 from selm_jax.rollout.engine import Engine
@@ -90,7 +91,7 @@ def training(
     adamw = optimizer("adamw", b1=Training.b1, b2=Training.b2, eps=Training.eps, weight_decay=0.0)
     update = make_update(
         Decoder(config, jnp.dtype(dtype), remat, mesh=mesh), selm(0.01, 0.001), adamw,
-        chunk=Training.logprob_chunk, clip=Training.clip, shardings=where,
+        chunk=LEAST.chunk, clip=Training.clip, shardings=where,
     )  # fmt: skip
     examples = synthetic(sizes, config.vocab_size)
     shape = common_shape([examples], rows=sizes.rows, time=sizes.row_length)

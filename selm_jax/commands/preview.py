@@ -76,11 +76,15 @@ def preview(run: Run, t: int, count: int) -> bool:
     for number, row in enumerate(found.rows[:count], start=1):
         console.print(drawn(row, number, run.chat, console), soft_wrap=True, end="\n\n")
     examples = [row for row in found.rows if isinstance(row, Example)]
+    problem = found.stale or _problem(run)
+    sizes = None if problem else run.sizes
     if examples:
-        _print_packing(run, t, examples, count)
+        rows = run.experiment.training.rows if sizes is None else sizes.sizes.rows
+        _print_packing(run, t, examples, count, 1 if rows == "auto" else rows)
     console.print(_counts(run, t, found), end="\n\n")
     console.print(_histogram(found.rows, console.width, "#" if console.options.ascii_only else "█"))
-    problem = found.stale or _problem(run)
+    if sizes is not None and sizes.line:
+        console.print(f"on this machine, {sizes.line}", soft_wrap=True, highlight=False)
     if problem:
         console.print(in_words(f"selm run will stop here: {problem}"), style="red", soft_wrap=True)
     return problem is None
@@ -138,18 +142,22 @@ def _has_colour(console: Console) -> bool:
     return console.color_system is not None and not console.no_color
 
 
-def _print_packing(run: Run, t: int, examples: Sequence[Example], count: int) -> None:
-    """Prints how the first update's examples are packed: `ppssss..`, or bars in colour."""
+def _print_packing(run: Run, t: int, examples: Sequence[Example], count: int, size: int) -> None:
+    """Prints how the first update's examples are packed: `ppssss..`, or bars in colour.
+
+    Args:
+      size: the number of rows of a batch.
+    """
     settings, console = run.experiment.training, run.console
     fitting = [e for e in examples if e.tokens <= (fixed_length(settings.row_length) or math.inf)]
     updates, whole = 0, ""
     if updates_per_epoch(len(fitting), settings.global_batch):
-        # A preview does not ask for devices, so it cannot know which fewer rows they can share.
-        plan = TrainingPlan.make(settings, fitting, run.experiment.seed, t, ways=settings.rows)
+        # The devices here need not be those of the run, which may share fewer rows.
+        plan = TrainingPlan.make(settings, fitting, run.experiment.seed, t, rows=size, ways=size)
         fitting, counts = plan.updates[0], plan.counts()
         updates, length = counts["updates"], plan.shape.time
         used = counts["tokens_useful"] / counts["tokens_padded"]
-        whole = f"; {used:.0%} of the iteration's batches of {settings.rows} rows are not padding"
+        whole = f"; {used:.0%} of the iteration's batches of {size} rows are not padding"
     else:
         longest = max((e.tokens for e in fitting), default=1)
         length = fixed_length(settings.row_length) or row_lengths(longest)[0]

@@ -32,7 +32,8 @@ Engine = Literal["vllm", "sglang"]
 MixtureKind = Literal["geometric", "nash", "policy_reference", "dpo_mix", "pilaf"]
 Schedule = Literal["cosine", "linear", "constant"]
 Optimizer = Literal["adamw", "adafactor", "rmsprop"]
-Remat = Literal["none", "mlp", "dots", "full"]
+Remat = Literal["none", "dots", "mlp", "full"]  # from the most memory to the least
+AutoRemat = Literal["auto", Remat]
 Quantization = Literal["int8", "nf4"]
 RolloutWeights = Literal["full", "int8"]
 KeptModels = Literal["all", "last"]
@@ -157,8 +158,8 @@ Free = Annotated[dict[str, Any], AfterValidator(_finite)]  # the code that uses 
 Loss = Annotated[Free, AfterValidator(_named_loss)]
 All = Annotated[int, Range(1, MOST, whole=True, advice="null takes all")]  # a limit
 Size = Annotated[int, Range(1, 2**20, whole=True)]  # an array's size along one axis
-# A packed row's number of tokens; `auto` fits it to the examples.
-RowLength = Annotated[int | Literal["auto"], Range(1, 2**20, whole=True, words=("auto",))]
+# A size that `auto` fits to the data and to the memory.
+AutoSize = Annotated[int | Literal["auto"], Range(1, 2**20, whole=True, words=("auto",))]
 Rate = Annotated[float, Range(0, 1, above=True)]
 Rates = Annotated[tuple[Rate, ...], BeforeValidator(_several)]  # a single one is for all iterations
 Decay = Annotated[float, Range(0, 1, below=True)]  # of a moving average over updates

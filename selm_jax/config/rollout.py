@@ -9,7 +9,16 @@ from typing import Annotated
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-from selm_jax.config.kinds import Command, Engine, MixtureKind, RolloutWeights, Size, Yours, agree
+from selm_jax.config.kinds import (
+    AutoSize,
+    Command,
+    Engine,
+    MixtureKind,
+    RolloutWeights,
+    Size,
+    Yours,
+    agree,
+)
 from selm_jax.shell.ranges import MOST, Count, Natural, Positive, Range, ranges_of
 
 _STRICT = ConfigDict(extra="forbid")
@@ -101,9 +110,10 @@ class Rollout(SamplingSettings):
     filter: Yours | None = None  # Your package.module:function that changes logits before sampling.
     max_new_tokens: Size = 1024  # Maximum number of tokens of an answer; longer ones are cut off.
     # Number of answers decoded together, rounded up so that the devices can share them evenly.
-    slots: Size = 16
+    # `auto` takes what the devices' memory allows and the number of answers needs (docs/memory.md).
+    slots: AutoSize = "auto"
     # Number of prompts prefilled together, rounded up so that the devices can share them evenly.
-    prefill_rows: Size = 8
+    prefill_rows: AutoSize = "auto"
     max_prompt_tokens: Size = 512  # Maximum number of tokens of a prompt; longer is a bad row.
     # Number of prompts whose answers are saved together; a killed run loses at most one such part.
     prompts_per_part: Count = 256

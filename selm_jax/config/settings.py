@@ -21,6 +21,8 @@ from selm_jax.config.kinds import (
     Acquisition,
     All,
     AttentionBackEnd,
+    AutoRemat,
+    AutoSize,
     CutOff,
     Day,
     Decay,
@@ -41,8 +43,6 @@ from selm_jax.config.kinds import (
     Quantization,
     Rate,
     Rates,
-    Remat,
-    RowLength,
     RuleName,
     Schedule,
     Size,
@@ -226,8 +226,10 @@ class Training:
     global_batch: Size  # Number of examples in each update.
     epochs: Count = 1  # Number of passes over an iteration's examples.
     # Number of tokens in a packed row; `auto` takes what pads an iteration least (docs/memory.md).
-    row_length: RowLength = "auto"
-    rows: Size = 4  # Number of packed rows of a batch, over all devices; with `auto`, the most.
+    row_length: AutoSize = "auto"
+    # Number of packed rows of a batch, over all devices; the most, if `row_length` is `auto`. Here
+    # and below, `auto` takes what the devices' memory allows (docs/memory.md).
+    rows: AutoSize = "auto"
     schedule: Schedule = "cosine"  # How the learning rate decays; it restarts in every iteration.
     warmup_ratio: Share = 0.1  # Fraction of an iteration's updates in which the rate warms up.
     optimizer: Optimizer = "adamw"  # The optimizer; every iteration starts with a new state.
@@ -246,10 +248,10 @@ class Training:
     # start model in all iterations. The current policy generates the answers in both cases.
     reference_policy: Literal["previous", "start"] = "previous"
     # How much the backward pass recomputes to save memory: from nothing (none) to all (full).
-    remat: Remat = "full"
+    remat: AutoRemat = "auto"
     # Number of tokens per row whose logits are in memory at a time. On accelerators it is raised
     # until each device has at least 512 tokens.
-    logprob_chunk: Size = 32
+    logprob_chunk: AutoSize = "auto"
     checkpoint_every: Count = 100  # Number of updates between two checkpoints.
     checkpoints_kept: Count = 1  # Number of an iteration's newest checkpoints to keep.
     parameter_dtype: ParameterDtype = "float32"  # Data type of parameters and optimizer moments.
@@ -264,9 +266,10 @@ class Training:
 
     @agree
     def _agrees(self) -> Iterator[str]:
-        if (tokens := self.rows * (fixed_length(self.row_length) or 1)) > MOST:
+        rows = 1 if self.rows == "auto" else self.rows
+        if (tokens := rows * (fixed_length(self.row_length) or 1)) > MOST:
             yield (
-                f"rows: {self.rows:,} rows of training.row_length {self.row_length:,} are "
+                f"rows: {rows:,} rows of training.row_length {self.row_length:,} are "
                 f"{tokens:,} tokens at once; at most {MOST:,} were expected"
             )
 

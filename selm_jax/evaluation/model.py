@@ -24,6 +24,7 @@ from selm_jax.models.decoder import Params, abstract_params
 from selm_jax.parallel.mesh import compute_dtype, decode_mesh, make_mesh
 from selm_jax.parallel.rules import TRAINING, shardings
 from selm_jax.policy.policy import Batches, Policy
+from selm_jax.policy.sizes import KEYS, given, with_sizes
 from selm_jax.shell import artifacts
 from selm_jax.shell.paths import place
 from selm_jax.shell.progress import terminal
@@ -73,6 +74,9 @@ def find(source: str, *, revision: str | None = None, iteration: int | None = No
             return Found(f"{path.parent.parent.name}/{path.parent.name}", source)
         return Found(path.name if path.exists() else source, source, revision)
     experiment = load_experiment(path / "config.yaml")
+    if len(given(experiment)) < len(KEYS):
+        manifest = artifacts.read_sealed(path / "manifest.json")
+        experiment = with_sizes(experiment, manifest.get("sizes", {}))
     there = [0, *_exported(path)]
     t = there[-1] if iteration is None else iteration
     if t not in there or there == [0] and iteration is None:
@@ -148,8 +152,10 @@ def _batches(slots: int, as_in: Experiment | None) -> Batches:
     if as_in is None:
         return found
     t = as_in.training
-    rows = {"rows": t.rows, "row_length": fixed_length(t.row_length), "chunk": t.logprob_chunk}
-    return dataclasses.replace(found, **rows)
+    if t.rows == "auto" or t.logprob_chunk == "auto":  # not of a run that has begun
+        return found
+    row_length = fixed_length(t.row_length)
+    return dataclasses.replace(found, rows=t.rows, row_length=row_length, chunk=t.logprob_chunk)
 
 
 class Model(Policy):

@@ -96,9 +96,16 @@ def _chosen(back_end: AttentionBackEnd, sight: Sight, platform: str) -> Attentio
         return "kernel" if kernel and longest == 1 else "einsum"
     if back_end != "auto":
         return back_end
-    if longest < _LONG_FROM.get(platform, _ELSEWHERE):
+    if holds_all_scores(back_end, longest, platform):
         return "einsum"
     return "kernel" if kernel else "blocks"
+
+
+def holds_all_scores(back_end: AttentionBackEnd, length: int, platform: str) -> bool:
+    """Whether attention over rows of `length` tokens has all scores of a row in memory at once."""
+    if back_end == "auto":
+        return length < _LONG_FROM.get(platform, _ELSEWHERE)
+    return back_end == "einsum"
 
 
 def einsum(

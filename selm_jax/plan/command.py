@@ -117,4 +117,5 @@ def plain(plan: Plan) -> dict[str, Any]:
         "change": plan.change,
         "instead": plan.instead,
         "tried": plan.tried,
+        "sizes": plan.sizes,
     }  # fmt: skip

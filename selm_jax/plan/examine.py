@@ -72,6 +72,7 @@ class Plan:
       change: overrides that make the plan fit; None if it fits already, or if none were found.
       instead: a larger slice, if the experiment fits only there (with `change`).
       tried: the changes that were compiled, in words.
+      sizes: the sizes of batches that were chosen, and why, in one line.
     """
 
     target: Target
@@ -84,6 +85,7 @@ class Plan:
     change: Change | None = None
     instead: str | None = None
     tried: tuple[str, ...] = ()
+    sizes: str = ""
 
     @property
     def fit(self) -> bool:
@@ -119,7 +121,7 @@ def examine(
         rows = b.experiment.training.rows
         for name in where.larger:
             larger = target(name, options.hbm)
-            few = rows < len(larger.devices)
+            few = rows != "auto" and rows < len(larger.devices)
             more = (f"training.rows={len(larger.devices)}",) if few else ()
             if try_it(more, larger, None):
                 change, instead = more, name
@@ -130,11 +132,13 @@ def examine(
 def _change(plan: Plan, b: Blueprint, fits: Fits) -> Change | None:
     devices = len(plan.target.devices)
     if plan.problem:
-        parts = devices // b.experiment.compute.tensor
-        more = (f"training.rows={-(-b.experiment.training.rows // parts) * parts}",)
+        parts, rows = devices // b.experiment.compute.tensor, b.experiment.training.rows
+        if rows == "auto":
+            return None
+        more = (f"training.rows={-(-rows // parts) * parts}",)
         return more if fits(more, None) else None
     stages = list(dict.fromkeys(each.stage for each in plan.fits if not each.fits))
-    return remedy(b.experiment, stages, devices, b.longest_example, fits)
+    return remedy(b.experiment, b.programs.batches, stages, devices, b.longest_example, fits)
 
 
 def compiled(
@@ -158,7 +162,7 @@ def compiled(
     except MeshError as error:
         return dataclasses.replace(nothing, problem=str(error))
     fits = tuple(_fit(program, where, console) for program in programs)
-    return dataclasses.replace(nothing, fits=fits, work=todo)
+    return dataclasses.replace(nothing, fits=fits, work=todo, sizes=b.sizes.line)
 
 
 def _fit(phase: Phase, where: Target, console: Console) -> Fit:

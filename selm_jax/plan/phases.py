@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from selm_jax.models.quantize import quantize
 from selm_jax.objectives.roles import ROLES
 from selm_jax.plan.rankers import Ranker, rankers_of
 from selm_jax.plan.topology import Target
+from selm_jax.policy.sizes import BatchSizes, room_of
 from selm_jax.preferences.layouts import row_lengths
 from selm_jax.preferences.packing import PreferenceBatch, Shape, empty
 from selm_jax.rollout.parameters import decoding_params
@@ -31,9 +33,9 @@ from selm_jax.rollout.programs import programs
 from selm_jax.run.data import Data
 from selm_jax.run.devices import Devices
 from selm_jax.run.programs import Programs
-from selm_jax.run.task import task_of
+from selm_jax.run.sizes import Choice, choose, longest_example, responses
+from selm_jax.run.task import Sizes, task_of
 from selm_jax.shell.memory import shard_bytes
-from selm_jax.shell.user_code import is_user_code
 from selm_jax.training.state import TrainState
 
 GENERATE, RANK, SCORE, TRAIN = "generate", "rank", "score", "train"
@@ -72,12 +74,33 @@ class Blueprint:
         self.data = Data(experiment, self.task, model=None)
 
     @cached_property
+    def lengths(self) -> Sizes:
+        """The sequence lengths, as long as the settings allow."""
+        return self.task.largest(self.experiment, self.facts)
+
+    @cached_property
+    def sizes(self) -> Choice:
+        """The sizes of batches that a run on these devices would choose for such lengths."""
+        e, where = self.experiment, self.target
+        room = room_of(where.hbm, where.hbm_from, where.devices[0].platform)
+        prompts = e.data.limit or e.rollout.prompts_per_part
+        if Path(e.data.train).exists():
+            prompts = len(self.data.prompts(1))
+        heldout = 0 if e.data.heldout is None else e.data.heldout_limit or 0
+        if e.data.heldout is not None and Path(e.data.heldout).exists():
+            heldout = len(self.data.heldout)
+        return choose(self._programs(None), [prompts] * e.iterations, heldout, room)
+
+    @cached_property
     def programs(self) -> Programs:
+        return self._programs(self.sizes.sizes)
+
+    def _programs(self, batches: BatchSizes | None) -> Programs:
         # The ids that end an answer do not affect memory, so any will do.
-        sizes = self.task.largest(self.experiment, self.facts)
         return Programs(
-            self.experiment, self.task, self.facts, sizes, stop_ids=(0, 1), devices=self.devices
-        )
+            self.experiment, self.task, self.facts, self.lengths, stop_ids=(0, 1),
+            devices=self.devices, batches=batches,
+        )  # fmt: skip
 
     # Generation
 
@@ -119,7 +142,7 @@ class Blueprint:
         """The largest batch that packing can make; `segments` has no effect on memory."""
         time = self.row_lengths[-1]
         branches = max(len(ROLES), self.responses)
-        rows = self.experiment.training.rows
+        rows = self.programs.batches.rows
         return Shape(rows, time, scored=time, segments=4, branches=branches)
 
     @cached_property
@@ -130,27 +153,13 @@ class Blueprint:
 
     @property
     def longest_example(self) -> int:
-        """The number of tokens of the longest example that the settings allow.
-
-        If the data gives answers, they have any length that fits in a row. If rows have any length
-        too, these answers are assumed to be as long as the policy's may be.
-        """
-        e, sizes = self.experiment, self.programs.sizes
-        fixed = fixed_length(e.training.row_length)
-        if e.candidates.dataset and fixed is not None:
-            return fixed
-        if e.text.layout == "paper":
-            return self.responses * e.text.max_length
-        return max(sizes.longest_prompt, 1) + self.responses * e.rollout.max_new_tokens
+        """The number of tokens of the longest example that the settings allow."""
+        return longest_example(self.experiment, self.task, self.lengths)
 
     @property
     def responses(self) -> int:
         """The maximum number of distinct responses in an example."""
-        e = self.experiment
-        several = e.feedback.explore == "all" or is_user_code(e.feedback.explore)
-        if not several or "explore" not in self.task.objective.roles:
-            return len(self.task.objective.roles)
-        return e.candidates.greedy + e.candidates.samples + 2 * e.candidates.dataset
+        return responses(self.experiment, self.task)
 
     @cached_property
     def abstract_batch(self) -> PreferenceBatch:

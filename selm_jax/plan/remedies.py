@@ -16,17 +16,24 @@ from selm_jax.feedback.models.settings import checked_batch
 from selm_jax.parallel.mesh import MeshError
 from selm_jax.plan.phases import GENERATE, RANK, SCORE, TRAIN
 from selm_jax.plan.rankers import MODELS
+from selm_jax.policy.sizes import BatchSizes
 
 Change = tuple[str, ...]  # overrides, `key=value`
 Fits = Callable[[Change, str | None], bool]  # whether a stage (None: all) fits with these changes
 
 
 def remedy(
-    experiment: Experiment, stages: Sequence[str], devices: int, longest: int, fits: Fits
+    experiment: Experiment,
+    sizes: BatchSizes,
+    stages: Sequence[str],
+    devices: int,
+    longest: int,
+    fits: Fits,
 ) -> Change | None:
     """Finds changes with which all `stages` fit into memory; None if no known change is enough.
 
     Args:
+      sizes: the sizes of its batches.
       stages: the stages that do not fit.
       devices: number of devices in the mesh.
       longest: number of tokens of the longest example.
@@ -35,7 +42,9 @@ def remedy(
     """
     found: Change = ()
     for stage in stages:
-        more = _of_stage(list(_ladder(experiment, stage, devices, longest)), found, stage, fits)
+        more = _of_stage(
+            list(_ladder(experiment, sizes, stage, devices, longest)), found, stage, fits
+        )
         if more is None:
             return None
         found = _replaced(found, more)
@@ -68,30 +77,32 @@ def _of_stage(ladder: list[Change], so_far: Change, stage: str, fits: Fits) -> C
     return None
 
 
-def _ladder(e: Experiment, stage: str, devices: int, longest: int) -> Iterator[Change]:
+def _ladder(
+    e: Experiment, sizes: BatchSizes, stage: str, devices: int, longest: int
+) -> Iterator[Change]:
     """Yields changes to try for a stage, beginning with cheap settings and small changes."""
-    c, r, t = e.compute, e.rollout, e.training
+    c, t = e.compute, e.training
     if stage == RANK:
         yield from _smaller_batches(e.feedback)
     if stage == GENERATE:
         copies = devices // (c.decode_tensor or c.tensor)
-        yield from _halved("rollout.prefill_rows", r.prefill_rows, copies)
-        yield from _halved("rollout.slots", r.slots, copies)
+        yield from _halved("rollout.prefill_rows", sizes.prefill_rows, copies)
+        yield from _halved("rollout.slots", sizes.slots, copies)
         for tensor in _powers(2 * (c.decode_tensor or c.tensor), devices):
             yield (f"compute.decode_tensor={tensor}",)
     if stage in (SCORE, TRAIN):
         if stage == TRAIN and t.reference == "live":
             yield ("training.reference=stored",)
-        if t.logprob_chunk > 32:
+        if sizes.chunk > 32:
             yield ("training.logprob_chunk=32",)
-        yield from _halved("training.rows", t.rows, devices // c.tensor)
+        yield from _halved("training.rows", sizes.rows, devices // c.tensor)
         length = math.ceil(longest / 128) * 128
         if t.row_length == "auto" or length < t.row_length:
             yield (f"training.row_length={length}",)
-        if stage == TRAIN and t.remat != "full":
+        if stage == TRAIN and sizes.remat != "full":
             yield ("training.remat=full",)
         for tensor in _powers(2 * c.tensor, devices):
-            rows = min(t.rows, devices // tensor)
+            rows = min(sizes.rows, devices // tensor)
             yield (f"compute.tensor={tensor}", "compute.fsdp=-1", f"training.rows={rows}")
 
 

@@ -34,6 +34,8 @@ def show(plan: Plan, options: Options, console: Console) -> None:
     )
     if plan.mesh:
         _say(console, "mesh: " + ", ".join(f"{axis} {n}" for axis, n in plan.mesh.items()))
+    if plan.sizes:
+        _say(console, plan.sizes)
     if plan.fits:
         console.print(_memory(plan))
         _say(console, _LEGEND)

@@ -139,7 +139,7 @@ def lengths_of(
                 f"{each.heldout} is not on this machine, so its evaluation is not counted"
             )
     if prompt is None:
-        prompt = b.programs.sizes.longest_prompt
+        prompt = b.lengths.longest_prompt
         assumed.append(
             f"every prompt has {prompt:,} tokens, the maximum; --prompt-tokens sets the mean"
         )
@@ -190,7 +190,7 @@ def packed(b: Blueprint, of: Lengths) -> Packed:
     """Packs an update whose examples all have the mean length, as a run would."""
     t = b.experiment.training
     total, _ = _example(b, of)
-    rows, time = t.rows, b.row_lengths[0]
+    rows, time = b.programs.batches.rows, b.row_lengths[0]
     if t.row_length == "auto":
         answer = max(total - 1, 1)
         update = [Example("mean", (0,), ((0,) * answer,), {})] * t.global_batch
@@ -218,7 +218,7 @@ def _heldout_rows(b: Blueprint, of: Lengths, time: int) -> tuple[int, int]:
     (`evaluation.measuring.in_rows`). An assumed length beyond a row counts as a whole row, although
     the stage would leave that answer out.
     """
-    e, t = b.experiment, b.experiment.training
+    e, size = b.experiment, b.programs.batches.rows
     answers, heldout = 1 + e.evaluation.samples, of.heldout or 0
     kinds = [(of.pairs, 2)]  # number of examples, and of responses in each
     if b.task.answers:
@@ -231,7 +231,7 @@ def _heldout_rows(b: Blueprint, of: Lengths, time: int) -> tuple[int, int]:
         rows += math.ceil(examples / per_row)
         if examples:
             most = max(most, min(per_row * responses * of.response, time))
-    return t.rows * math.ceil(rows / t.rows), most
+    return size * math.ceil(rows / size), most
 
 
 def work_of(b: Blueprint, of: Lengths, assumed: Assumed) -> Work | None:
@@ -270,7 +270,8 @@ def work_of(b: Blueprint, of: Lengths, assumed: Assumed) -> Work | None:
     scored = min(math.ceil(per_row * scored / step) * step, time)
 
     def scoring(name: str, examples: int) -> list[Part]:
-        rows = t.rows * math.ceil(math.ceil(examples / per_row) / t.rows)
+        size = b.programs.batches.rows
+        rows = size * math.ceil(math.ceil(examples / per_row) / size)
         flop = forward(rows, time, scored)
         return [passes(name, rows * time, flop)] if examples else []
 

@@ -26,6 +26,7 @@ def facts(settings: Mapping[str, str], manifest: Mapping[str, Any]) -> Facts:
         "Seed": s.get("seed", ""),
         **code(_mapping(m.get("versions")), m.get("commit")),
         "Device": _joined(m.get("device"), m.get("platform"), _count(m.get("devices"), "device")),
+        "Batch sizes": _sizes(m),
         "Begun": str(m.get("created", "")).replace("T", " ").replace("+00:00", " UTC"),
     }
     return [(title, text) for title, text in rows.items() if text and text != "null"]
@@ -57,7 +58,7 @@ def _relative(text: str, settings: Mapping[str, str]) -> str:
     return text.replace(output, "RUN") if output else text
 
 
-_MACHINE = ("Versions", "Commit", "Device")  # the facts that are no settings
+_MACHINE = ("Versions", "Commit", "Device", "Batch sizes")  # the facts that are no settings
 
 
 def _values(values: Sequence[str | None]) -> str:
@@ -113,6 +114,16 @@ def _revision(manifest: Mapping[str, Any]) -> str:
 
 def _rows(limit: str | None) -> str:
     return "" if limit in (None, "null") else f"first {limit} rows"
+
+
+def _sizes(manifest: Mapping[str, Any]) -> str:
+    """The sizes of batches that the run has chosen, and for what."""
+    chosen = _mapping(manifest.get("sizes"))
+    if not chosen:
+        return ""
+    each = ", ".join(f"{key} {value}" for key, value in chosen.items())
+    lowered = "".join(f"; {text}" for text in manifest.get("sizes_lowered", ()))
+    return f"{each} ({manifest.get('sizes_chosen_for', '')}){lowered}"
 
 
 def _count(value: Any, word: str) -> str:

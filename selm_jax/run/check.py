@@ -42,8 +42,8 @@ def check(run: Run) -> None:
         run.console.print(line, style="yellow", soft_wrap=True)
     if e.rollout.weights != "full" or (e.lora is not None and e.lora.base != "full"):
         check_installed()
-    _check_mesh(run)
     check_rows(run)
+    _check_mesh(run)
     _check_programs(run)
     check_router(e, run.programs.config)
     if e.training.parameter_dtype == "bfloat16" and min(e.training.learning_rate) < 1e-5:
@@ -85,7 +85,7 @@ def _check_ranker(run: Run) -> None:
 
 
 def _check_mesh(run: Run) -> None:
-    rows, mesh = run.experiment.training.rows, run.devices.mesh
+    rows, mesh = run.sizes.sizes.rows, run.devices.mesh
     if rows % run.devices.row_ways:
         raise RunError(
             f"training.rows is {rows}, but rows are sharded over the mesh axes data and fsdp "
@@ -96,6 +96,9 @@ def _check_mesh(run: Run) -> None:
 
 def _check_programs(run: Run) -> None:
     """Builds the programs without compiling them."""
+    for line, style in ((run.sizes.note, "yellow"), (run.sizes.line, "")):
+        if line:
+            run.console.print(line, style=style, soft_wrap=True, markup=False, highlight=False)
     programs, server = run.programs, run.experiment.rollout.remote
     _ = (programs.optimizer, programs.abstract_trained)
     if _will_train(run):

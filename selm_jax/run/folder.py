@@ -90,9 +90,9 @@ class Folder:
 
     # The configuration and the manifest
 
-    def write_config(self) -> None:
+    def write_config(self, experiment: Experiment) -> None:
         if multihost.is_first():
-            artifacts.write_text(self.path / "config.yaml", dump(self.experiment))
+            artifacts.write_text(self.path / "config.yaml", dump(experiment))
 
     def write_manifest(self, facts: Mapping[str, Any]) -> None:
         """Writes manifest.json: model, objective, devices, versions and use of the ranker.

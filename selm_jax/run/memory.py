@@ -9,8 +9,8 @@ from typing import TypeVar
 import jax
 from jax.errors import JaxRuntimeError
 
-from selm_jax.config import Experiment
 from selm_jax.models.quantize import quantize
+from selm_jax.policy.sizes import KEYS, BatchSizes
 from selm_jax.run.programs import Programs
 from selm_jax.run.rows import RunError
 from selm_jax.shell.memory import device_limit, free_memory, gib, shard_bytes
@@ -84,7 +84,7 @@ def least_of_training(programs: Programs) -> dict[str, int]:
     return found
 
 
-def explained(work: Callable[[], T], stage: str, folder: Path, experiment: Experiment) -> T:
+def explained(work: Callable[[], T], stage: str, folder: Path, sizes: BatchSizes) -> T:
     """Does the work of a stage; if memory runs out, the error says which settings to change.
 
     Args:
@@ -101,27 +101,23 @@ def explained(work: Callable[[], T], stage: str, folder: Path, experiment: Exper
             raise
         raise OutOfMemory(
             f"{folder}: stage {stage!r} ran out of memory ({words or 'MemoryError'}). "
-            f"{_advice(stage, experiment)}"
+            f"{_advice(stage, sizes)}"
         ) from e
 
 
 _CONTINUE = "Finished work is kept: the same command continues"
 
 
-def _advice(stage: str, experiment: Experiment) -> str:
-    if stage == "train" and experiment.training.remat != "full":
+def _advice(stage: str, sizes: BatchSizes) -> str:
+    if stage == "train" and sizes.remat != "full":
         return f"Set training.remat: full. {_CONTINUE}"
     if stage == "rank":
         return f"Set a smaller batch for the ranker (feedback.settings). {_CONTINUE}"
     if stage not in _SMALLER:
         return f"Close other programs, or use a machine with more memory. {_CONTINUE}"
-    lower = ", ".join(f"{key} (now {_value(experiment, key)})" for key in _SMALLER[stage])
+    values = {key: getattr(sizes, name) for name, key in KEYS.items()}
+    lower = ", ".join(f"{key} (now {values[key]})" for key in _SMALLER[stage])
     found = f"Lower {lower}; `selm plan` finds settings that fit. "
     if stage in ("score", "train"):
         return found + "Finished stages depend on these settings, so set another `output`, too"
     return found + _CONTINUE
-
-
-def _value(experiment: Experiment, key: str) -> object:
-    group, name = key.split(".")
-    return getattr(getattr(experiment, group), name)

@@ -25,6 +25,7 @@ from selm_jax.models.quantize import quantize
 from selm_jax.objectives.losses import Objective
 from selm_jax.parallel.rules import place_rows, row_shardings, shardings
 from selm_jax.policy.policy import Batches, Policy
+from selm_jax.policy.sizes import BatchSizes, least
 from selm_jax.preferences.layouts import OneShape
 from selm_jax.preferences.packing import PreferenceBatch
 from selm_jax.rollout.engine import Engine
@@ -49,6 +50,7 @@ class Programs:
     Args:
       facts: the configuration of the model that is trained.
       stop_ids: the tokens that end an answer.
+      batches: the sizes of batches; None takes the least ones that the experiment allows.
     """
 
     def __init__(
@@ -59,7 +61,9 @@ class Programs:
         sizes: Sizes,
         stop_ids: tuple[int, ...],
         devices: Devices,
+        batches: BatchSizes | None = None,
     ):
+        self.batches = batches or least(experiment)
         self.experiment, self.task, self.devices = experiment, task, devices
         self.sizes, self.stop_ids = sizes, stop_ids
         self.config = facts.for_length(sizes.longest_sequence)
@@ -209,7 +213,7 @@ class Programs:
         decoder = Decoder(
             self.config,
             self.devices.dtype,
-            s.remat,
+            self.batches.remat,
             lora=self.lora,
             quantized=self.quantized is not None,
             back_end=self.experiment.compute.attention,
@@ -221,7 +225,7 @@ class Programs:
             decoder,
             objective,
             self.optimizer,
-            chunk=s.logprob_chunk,
+            chunk=self.batches.chunk,
             clip=s.clip,
             statistics=s.token_statistics and not self.task.objective.rates,
             skip=s.on_nonfinite == "skip",
@@ -232,15 +236,15 @@ class Programs:
     @property
     def scorer(self) -> Scorer:
         """The `Scorer`, which computes log-probabilities and rewards of examples."""
-        s = self.experiment.training
-        return Scorer(self.update, self.place, OneShape(s.rows, fixed_length(s.row_length)))
+        length = fixed_length(self.experiment.training.row_length)
+        return Scorer(self.update, self.place, OneShape(self.batches.rows, length))
 
     def policy(self, folder: Path, chat: Chat) -> Policy:
         """The model in a folder, as a policy that generates and scores with the run's settings."""
-        r, t, d = self.experiment.rollout, self.experiment.training, self.devices
+        b, d, length = self.batches, self.devices, self.experiment.training.row_length
         batches = Batches(
-            r.slots, r.prefill_rows, self.sizes.longest_prompt, self.sizes.longest_sequence,
-            t.rows, fixed_length(t.row_length), t.logprob_chunk,
+            b.slots, b.prefill_rows, self.sizes.longest_prompt, self.sizes.longest_sequence,
+            b.rows, fixed_length(length), b.chunk,
         )  # fmt: skip
         return Policy(
             str(folder), lambda: self.load(folder), self.config,
@@ -273,11 +277,11 @@ class Programs:
                 mesh=self.devices.decode_mesh,
             ),
             sampling=Sampling.of(r, self._filter),
-            slots=r.slots,
+            slots=self.batches.slots,
             max_prompt=self.sizes.longest_prompt,
             max_new_tokens=r.max_new_tokens,
             stop_ids=self.stop_ids,
-            prefill_rows=r.prefill_rows,
+            prefill_rows=self.batches.prefill_rows,
             mesh=self.devices.decode_mesh,
             mixture=r.mixture,
         )
@@ -297,6 +301,7 @@ class SharedPrograms:
         sizes: Sizes,
         stop_ids: tuple[int, ...],
         devices: Devices,
+        batches: BatchSizes | None = None,
     ) -> Programs:
         """Builds programs, or returns those of an earlier run that are the same."""
         told = as_dict(experiment)
@@ -304,9 +309,9 @@ class SharedPrograms:
         if experiment.lora is not None:
             read["seed"] = experiment.seed  # of new adapters
         meshes = devices.mesh, devices.decode_mesh
-        key = repr((read, facts, sizes, stop_ids, [m.devices.tolist() for m in meshes]))
+        key = repr((read, facts, sizes, stop_ids, batches, [m.devices.tolist() for m in meshes]))
         if key not in self._built:
-            self._built[key] = Programs(experiment, task, facts, sizes, stop_ids, devices)
+            self._built[key] = Programs(experiment, task, facts, sizes, stop_ids, devices, batches)
         return self._built[key]
 
 

@@ -9,7 +9,8 @@ again.
     devices    meshes                              chips
     model      the start model's facts and chat    task
     data       prompts and their lengths           task, model
-    programs   parameters, update, engine          task, devices, model's facts, data's lengths
+    sizes      the sizes of batches                devices, model's facts, data's lengths
+    programs   parameters, update, engine          as sizes, task, sizes
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from rich.console import Console
 from selm_jax.config import Experiment
 from selm_jax.feedback import ranker as rankers
 from selm_jax.parallel import multihost
+from selm_jax.policy.sizes import BatchSizes, Room, with_sizes
 from selm_jax.preferences.acquisition import MODEL_BASED
+from selm_jax.run import sizes
 from selm_jax.run.best import Best, best_of
 from selm_jax.run.data import Data
 from selm_jax.run.devices import Devices
@@ -31,6 +34,7 @@ from selm_jax.run.folder import Folder
 from selm_jax.run.inputs import HeldoutSets, LazyRanker, Model, Sampled, StoredTable, Words
 from selm_jax.run.model import StartModel
 from selm_jax.run.programs import Programs, SharedPrograms
+from selm_jax.run.sizes import Choice
 from selm_jax.run.task import Task, refuse_user_code, task_of
 from selm_jax.run.wanted import Wanted
 from selm_jax.shell.progress import bar, terminal
@@ -60,13 +64,19 @@ class Run:
         imports: bool = True,
         compiled: SharedPrograms | None = None,
     ):
-        self.experiment, self.store, self.imports = experiment, store, imports
         self._compiled = compiled or SharedPrograms()
+        self._given, self.store, self.imports = experiment, store, imports
         self.wanted = Wanted()  # which stages to run
         # Only the first process prints.
         self.console = console or terminal(quiet=not multihost.is_first())
         self.folder = Folder(experiment)
         self.devices = Devices(experiment.compute, devices)
+
+    @cached_property
+    def experiment(self) -> Experiment:
+        """The experiment, with the sizes that its run folder began with as numbers, if it did."""
+        begun = multihost.on_first(lambda: sizes.begun_with(self._given, self.folder.path))
+        return with_sizes(self._given, begun)
 
     @cached_property
     def task(self) -> Task:
@@ -81,12 +91,39 @@ class Run:
         return Data(self.experiment, self.task, self.model)
 
     @cached_property
+    def sizes(self) -> Choice:
+        """The sizes of batches: those that the run began with, or else a choice for these devices.
+
+        All processes get the choice of the first one.
+        """
+        chip = self.devices.mesh.local_devices[0]
+        found = sizes.choose(
+            self._programs(None), [len(self.prompts(t)) for t in self.iterations],
+            len(self.heldout), Room(**multihost.on_first(lambda: sizes.room_in(self.store, chip))),
+        )  # fmt: skip
+        return found.kept(multihost.on_first(lambda: sizes.manifest_of(self.folder.path)))
+
+    @cached_property
     def programs(self) -> Programs:
         """The jitted functions of the experiment, built for the sequence lengths of its data."""
+        return self._programs(self.sizes.sizes)
+
+    def _programs(self, batches: BatchSizes | None) -> Programs:
         return self._compiled.of(
             self.experiment, self.task, self.model.facts, self.data.sizes, self.chat.stop_ids,
-            self.devices,
+            self.devices, batches,
         )  # fmt: skip
+
+    def give_up(self, stage: str) -> bool:
+        """Lowers a size after a stage ran out of memory, and records it; False if none is left."""
+        found = self.sizes.smaller(stage)
+        if found is None:
+            return False
+        self.sizes = found
+        self.__dict__.pop("programs")  # they are built again, for the new sizes
+        self.write_manifest()
+        self.console.print(found.lowered[-1], style="yellow", soft_wrap=True, markup=False)
+        return True
 
     # What Algorithm 1 reads
 
@@ -194,7 +231,7 @@ class Run:
 
     def open(self) -> None:
         """Writes config.yaml and manifest.json."""
-        self.folder.write_config()
+        self.folder.write_config(self.experiment)
         self.write_manifest()
 
     def write_manifest(self) -> None:
@@ -208,6 +245,7 @@ class Run:
                 "layout": self.experiment.text.layout,
                 "model": self.model.folder.origin,
                 "parameters": self.programs.parameters,
+                **self.sizes.described(),
                 **self.devices.described(),
                 **({} if best is None else {"best": best.entry}),
             }

@@ -68,6 +68,18 @@ def free_memory() -> int | None:
     return _of_machine("MemAvailable") if Path("/proc/meminfo").exists() else None
 
 
+def left_of_limit() -> int | None:
+    """The bytes that are left of this process's limit (ulimit -v), if there is one.
+
+    The limit counts addresses: a process with JAX has 2 GiB of them before it does anything.
+    """
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if soft == resource.RLIM_INFINITY or not Path("/proc/self/statm").exists():
+        return None
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    return max(0, soft - pages * resource.getpagesize())
+
+
 def _of_machine(name: str) -> int:
     if (file := Path("/proc/meminfo")).exists():
         lines = dict(line.split(":", 1) for line in file.read_text().splitlines())

@@ -82,7 +82,7 @@ def _parts(
     leaves=_leaves,
     settings=(
         *("seed", "feedback.ranker", "feedback.settings", "evaluation", "objective.beta"),
-        *(*ANSWERS, *TEMPLATE, *SCORING),
+        *(*ANSWERS, *TEMPLATE, *SCORING, "rollout.slots", "rollout.prefill_rows"),
     ),
     gives=lambda folder: StoredTable(folder, "heldout.parquet"),
 )

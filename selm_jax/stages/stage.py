@@ -25,7 +25,7 @@ from selm_jax.config import Experiment
 from selm_jax.parallel import multihost
 from selm_jax.run.folder import StageLog
 from selm_jax.run.inputs import Model, StoredTable, Training, digests_of
-from selm_jax.run.memory import explained
+from selm_jax.run.memory import OutOfMemory, explained
 from selm_jax.run.task import Task
 from selm_jax.shell import artifacts, jsonl
 from selm_jax.shell import mirror as mirrors
@@ -33,7 +33,7 @@ from selm_jax.shell.memory import release
 from selm_jax.shell.pace import here
 from selm_jax.shell.shared_stages import key_of
 from selm_jax.shell.words import redo
-from selm_jax.stages.declared import recorded, sources
+from selm_jax.stages.declared import chosen, recorded, sources
 from selm_jax.stages.step import Step
 
 if TYPE_CHECKING:
@@ -195,11 +195,14 @@ class _Call:
         began = time.perf_counter()
         share = self.stage.shared
         store = self.run.store if share is True or (share and share(step.settings)) else None
-        key = key_of(stage=self.name, iteration=self.t, inputs=inputs, settings=settings)
+        key = key_of(
+            stage=self.name, iteration=self.t, inputs=inputs, settings=settings,
+            **chosen(self.run.sizes.chosen, self.stage.keys(self.run)),
+        )  # fmt: skip
         found = None
         if store is not None:
             found = multihost.on_first(lambda: store.take(key, self.folder))
-        counts = self._work(step) if found is None else self._taken(step, found)
+        counts = self._work() if found is None else self._taken(step, found)
         multihost.barrier()
         artifacts.wait_for(outputs.values())
         seconds = time.perf_counter() - began
@@ -234,9 +237,18 @@ class _Call:
         self.run.say(self.name, self.t, counts, seconds, note)
         return True
 
-    def _work(self, step: Step) -> Counts:
-        work = partial(self.stage.body, step, **self.given)
-        return explained(work, self.name, self.folder, self.run.experiment)
+    def _work(self) -> Counts:
+        """Runs the body; with smaller sizes once more, if memory runs out and sizes are `auto`."""
+        while True:
+            step = Step.of(self.run, self.name, self.t, self.stage.keys(self.run))
+            work = partial(self.stage.body, step, **self.given)
+            try:
+                return explained(work, self.name, self.folder, self.run.sizes.sizes)
+            except OutOfMemory:
+                # Of several processes, only this one may have run out of memory.
+                if multihost.count() > 1 or not self.run.give_up(self.name):
+                    raise
+            release()  # what the frames of the failed work held
 
     def _begin(self, settings: Mapping[str, Any]) -> dict[str, str] | None:
         """Records the inputs before the work begins and returns them; None if the stage is done."""

@@ -133,5 +133,6 @@ def plan_of(step: Step, examples: StoredTable) -> loop.TrainingPlan:
     if objective.bonus_bits:
         found = with_bonuses(found, objective.bonus_bits)
     return loop.TrainingPlan.make(
-        step.settings.training, found, step.settings.seed, step.t, step.programs.devices.row_ways
-    )
+        step.settings.training, found, step.settings.seed, step.t,
+        rows=step.programs.batches.rows, ways=step.programs.devices.row_ways,
+    )  # fmt: skip

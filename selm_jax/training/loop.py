@@ -44,11 +44,13 @@ class TrainingPlan:
 
     @classmethod
     def make(
-        cls, settings: Training, examples: Sequence[Example], seed: int, iteration: int, ways: int
-    ) -> TrainingPlan:
+        cls, settings: Training, examples: Sequence[Example], seed: int, iteration: int,
+        *, rows: int, ways: int,
+    ) -> TrainingPlan:  # fmt: skip
         """Plans the updates of an iteration.
 
         Args:
+          rows: number of rows of a batch; the most, if `training.row_length` is `auto`.
           ways: number of parts into which the mesh splits the rows of a batch.
 
         Raises:
@@ -67,7 +69,7 @@ class TrainingPlan:
             )
             for step in range(per_epoch * settings.epochs)
         )
-        rows, time = settings.rows, fixed_length(settings.row_length)
+        time = fixed_length(settings.row_length)
         if time is None:
             lengths = row_lengths(max(e.tokens for each in updates for e in each))
             rows, time = least_padding(updates, lengths, rows=rows, ways=ways)

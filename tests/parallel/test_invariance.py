@@ -17,6 +17,12 @@ EIGHT = ("training.rows=8",)
 SHAPES = {
     "1 device": (1, 1, ()),
     "1 device, 1 row": (1, 1, ("training.rows=1",)),
+    "1 device, least sizes": (
+        1, 1, ("training.rows=1", "training.remat=full", "training.logprob_chunk=1"),
+    ),
+    "1 device, greatest sizes": (
+        1, 1, ("training.rows=16", "training.logprob_chunk=512", "rollout.prefill_rows=32"),
+    ),
     "1 device, 4 rows": (1, 1, ("training.rows=4",)),
     "1 device, remat full": (1, 1, ("training.remat=full",)),
     "8 devices, data": (8, 1, (*EIGHT, "compute.data=8", "compute.fsdp=1")),

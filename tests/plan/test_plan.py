@@ -30,6 +30,7 @@ from selm_jax.plan.measure import measure, wanted
 from selm_jax.plan.phases import Blueprint, phases
 from selm_jax.plan.remedies import remedy
 from selm_jax.plan.topology import GIB, Target, TopologyError, local_target, target
+from selm_jax.policy.sizes import least
 from selm_jax.rollout import schedule
 from selm_jax.rollout import slots as rollout
 from selm_jax.run.run import Run
@@ -413,7 +414,7 @@ def test_a_mixtures_models_are_given_smaller_batches(tmp_path):
         seen.append(config.load(file, change).feedback.settings["parts"])
         return False
 
-    assert remedy(e, ["rank"], 1, 64, fits) is None
+    assert remedy(e, least(e), ["rank"], 1, 64, fits) is None
     batches = [found[0]["settings"]["batch"] for found in seen]
     assert batches[:2] == [2, 1] and set(batches) == {1, 2}
     for found in seen:

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from selm_jax import config
 from selm_jax.iterate import iterate
+from selm_jax.policy.sizes import least
 from selm_jax.run import memory
 from selm_jax.run.check import check
 from selm_jax.run.rows import RunError
@@ -124,7 +125,7 @@ def test_a_stage_without_enough_memory_says_which_settings_to_lower(tmp_path, st
     folder = tmp_path / "run/iteration_2"
     told = f"{folder}: stage '{stage}' ran out of memory ({FULL}). {advice}"
     with pytest.raises(memory.OutOfMemory, match="^" + re.escape(told)) as raised:
-        memory.explained(fails, stage, folder, e)
+        memory.explained(fails, stage, folder, least(e))
     assert "and more" not in str(raised.value)
 
 
@@ -134,8 +135,8 @@ def test_other_errors_of_a_program_pass_unchanged(tmp_path):
 
     e = run_of(tmp_path).experiment
     with pytest.raises(JaxRuntimeError, match="INTERNAL"):
-        memory.explained(broken, "train", tmp_path, e)
-    assert memory.explained(lambda: 5, "train", tmp_path, e) == 5
+        memory.explained(broken, "train", tmp_path, least(e))
+    assert memory.explained(lambda: 5, "train", tmp_path, least(e)) == 5
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def on_first_device(patch: pytest.MonkeyPatch) -> None:
     )
 
 
-def make_model(folder: Path, seed: int = 0) -> Path:
+def make_model(folder: Path, seed: int = 0, *, layers: int = 2, **sizes: int) -> Path:
     """A Llama of 2 layers and width 32 with a byte-level tokenizer of 320 tokens."""
     folder.mkdir(parents=True)
     tokenizer = Tokenizer(models.BPE())
@@ -71,10 +71,11 @@ def make_model(folder: Path, seed: int = 0) -> Path:
         )
     )
     (folder / "chat_template.jinja").write_text(TEMPLATE)
+    of_width_32 = {"embed": 32, "mlp": 64, "heads": 4, "kv_heads": 2, "head_dim": 8}
     config = DecoderConfig(
-        vocab_size=tokenizer.get_vocab_size(), embed=32, heads=4, kv_heads=2,
-        head_dim=8, mlp=64, kinds=(LayerKind(Rope(1e4)),) * 2, norm_eps=1e-5, tied=True,
-        max_positions=512, architecture="LlamaForCausalLM",
+        vocab_size=tokenizer.get_vocab_size(),
+        kinds=(LayerKind(Rope(1e4)),) * layers, norm_eps=1e-5, tied=True, max_positions=512,
+        architecture="LlamaForCausalLM", **of_width_32 | sizes,
     )  # fmt: skip
     (folder / "config.json").write_text(json.dumps(to_hf(config) | {"eos_token_id": 1}))
     one = jnp.zeros((1, 2), jnp.int32)
@@ -102,13 +103,14 @@ def experiment(folder: Path, **changes) -> Path:
         "data": {"train": str(folder / "train.jsonl"), "heldout": str(folder / "heldout.jsonl")},
         "candidates": {"greedy": 1, "samples": 2, "dataset": False},
         "rollout": {
-            "max_new_tokens": 12, "max_prompt_tokens": 64, "slots": 8, "prompts_per_part": 6,
+            "max_new_tokens": 12, "max_prompt_tokens": 64, "slots": 8, "prefill_rows": 8,
+            "prompts_per_part": 6,
         },
         "feedback": {"ranker": "length"},
         "objective": {"loss": "selm", "beta": 0.1, "alpha": 0.01},
         "training": {
             "learning_rate": [1e-3, 5e-4], "global_batch": 4, "row_length": 128, "rows": 8,
-            "checkpoint_every": 1, "remat": "none",
+            "checkpoint_every": 1, "remat": "none", "logprob_chunk": 32,
         },
         "log": {"tensorboard": False},
     }  # fmt: skip

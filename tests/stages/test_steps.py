@@ -98,7 +98,9 @@ def observed(tmp_path_factory):
             experiment = Recorded(run.experiment, read)
             devices = Devices(Recorded(run.experiment.compute, read, "compute."), run.devices.chips)
             sizes, p = run.programs.sizes, run.programs
-            programs = Programs(experiment, run.task, p.config, sizes, p.stop_ids, devices)
+            programs = Programs(
+                experiment, run.task, p.config, sizes, p.stop_ids, devices, p.batches
+            )
             leads = leads_to(step)
             counts = body(dataclasses.replace(step, programs=programs), *inputs, **others)
             declared = self.keys(run)

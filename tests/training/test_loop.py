@@ -33,7 +33,9 @@ def examples(count: int) -> list[Example]:
 
 def plan_of(row_length, found=None, ways: int = 1) -> TrainingPlan:
     settings = dataclasses.replace(SETTINGS, row_length=row_length)
-    return TrainingPlan.make(settings, found or examples(67), seed=3, iteration=1, ways=ways)
+    return TrainingPlan.make(
+        settings, found or examples(67), seed=3, iteration=1, rows=settings.rows, ways=ways
+    )
 
 
 @pytest.mark.parametrize("ways", [1, 4, 8])
@@ -72,7 +74,9 @@ class NoCheckpoints:
 def told(on_nonfinite):
     """What is reported of four updates, of which the second is not finite."""
     settings = dataclasses.replace(SETTINGS, on_nonfinite=on_nonfinite)
-    plan = TrainingPlan.make(settings, examples(67), seed=3, iteration=1, ways=1)
+    plan = TrainingPlan.make(
+        settings, examples(67), seed=3, iteration=1, rows=settings.rows, ways=1
+    )
 
     def apply(state, gradients, sums, rate):
         loss = np.nan if state.step == 1 else 0.5

@@ -1,0 +1,289 @@
+"""Chooses the sizes of batches by arithmetic, from memory, lengths and the number of answers.
+
+An experiment that sets `auto` gets the sizes from here, on the same machine always the same ones.
+They decide how long a run takes and whether it fits. They do not decide what it computes, except
+that matrix products of other shapes are rounded differently.
+
+    choose(generation, training, room, fixed) -> BatchSizes
+    smaller(sizes, needs, free) -> BatchSizes with the largest part halved, after it did not fit
+
+All bytes are those of one device. What lies in memory for the whole stage is known exactly; what
+a program needs besides is estimated, so a share of the memory is reserved (`room`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
+
+import jax
+
+from selm_jax.config import Experiment
+from selm_jax.config.kinds import Remat
+from selm_jax.models.config import DecoderConfig
+from selm_jax.shell.memory import device_limit, free_memory, gib, left_of_limit
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchSizes:
+    """The sizes of an experiment's batches; the attributes are settings (`KEYS`)."""
+
+    slots: int
+    prefill_rows: int
+    rows: int
+    remat: Remat
+    chunk: int
+
+
+KEYS = {
+    "slots": "rollout.slots", "prefill_rows": "rollout.prefill_rows", "rows": "training.rows",
+    "remat": "training.remat", "chunk": "training.logprob_chunk",
+}  # fmt: skip
+LEAST = BatchSizes(slots=1, prefill_rows=1, rows=1, remat="full", chunk=32)
+_REMATS: tuple[Remat, ...] = get_args(Remat)
+
+_MOST_SLOTS = 256  # of a copy of the model; beyond that a step takes longer in proportion
+_STEP = 32  # a decoding step costs as much as this many slots, whatever the slots
+# Tokens of a batch on a device with which its matrix products reach nearly their full speed.
+_BUSY = {"cpu": 1024}
+_BUSY_ELSEWHERE = 8192
+_CHUNK = 512  # tokens on a device whose logits are computed at once
+
+
+def given(e: Experiment) -> dict[str, Any]:
+    """The sizes that an experiment sets to a number or a name, and not to `auto`."""
+    found = {}
+    for name, key in KEYS.items():
+        group, _, setting = key.partition(".")
+        if (value := getattr(getattr(e, group), setting)) != "auto":
+            found[name] = value
+    return found
+
+
+def least(e: Experiment) -> BatchSizes:
+    """The given sizes of an experiment, and the least value of all others."""
+    return dataclasses.replace(LEAST, **given(e))
+
+
+def with_sizes(e: Experiment, values: Mapping[str, Any]) -> Experiment:
+    """The experiment with other sizes, by dotted key."""
+    for key, value in values.items():
+        group, _, setting = key.partition(".")
+        part = dataclasses.replace(getattr(e, group), **{setting: value})
+        e = dataclasses.replace(e, **{group: part})
+    return e
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Room:
+    """The bytes of a device that programs may use, where they come from, and a note for the user.
+
+    Attributes:
+      note: says that much less is free than the machine has; "" if that is not so.
+    """
+
+    bytes: int
+    source: str
+    note: str = ""
+
+
+def room(device: Any) -> Room:
+    """The memory of a local device; what is free now, if that is less than half of it."""
+    limit, source = device_limit(device)
+    if device.platform != "cpu":
+        return room_of(limit, source, device.platform)
+    devices, left, free = len(jax.local_devices()), left_of_limit(), free_memory()
+    if left is not None and left // devices < limit:
+        limit, source = left // devices, "left of this process's limit (ulimit -v)"
+    if free is not None and (free := free // devices) < limit * 3 // 8:
+        note = f"only {gib(free)} GiB of memory are free now, so batches are chosen for that"
+        return dataclasses.replace(room_of(free, "free now", device.platform), note=note)
+    return room_of(limit, source, device.platform)
+
+
+def room_of(limit: int, source: str, platform: str) -> Room:
+    """The memory of a device with `limit` bytes, without a reserve for what is not counted here.
+
+    The reserve is a sixteenth of an accelerator. Of a CPU's memory it is a quarter: the
+    interpreter, the data and the compiler need it too.
+    """
+    share = 4 if platform == "cpu" else 16
+    return Room(limit - limit // share, f"{gib(limit)} GiB, {source}; 1/{share} in reserve")
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What the choice of slots and prefill rows depends on.
+
+    Attributes:
+      wanted: the number of answers of each call of the engine.
+      each: the number of answers to a prompt.
+      copies: the number of copies of the model, which share slots and rows evenly.
+      prompt: the tokens of a padded prompt.
+      held: bytes of the weights, and of what else stays in memory.
+      slot: bytes of a slot's cache and state.
+      row: bytes of a prefilled prompt, and of what its prefill needs.
+    """
+
+    wanted: Sequence[int]
+    each: int
+    copies: int
+    prompt: int
+    held: int
+    slot: int
+    row: int
+
+    def needs(self, sizes: BatchSizes) -> dict[str, int]:
+        """The bytes that each size takes. XLA keeps up to three caches while it decodes."""
+        slots, rows = (-(-n // self.copies) for n in (sizes.slots, sizes.prefill_rows))
+        return {"slots": 3 * slots * self.slot, "prefill_rows": rows * self.row}
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What the choice of rows, rematerialization and chunk depends on.
+
+    Attributes:
+      config: the model.
+      ways: the number of parts into which the mesh splits rows.
+      length: the tokens of a row.
+      examples: the number of examples of an update, which never need more rows.
+      held: bytes of parameters, gradients and moments, and of what else stays in memory.
+      itemsize: bytes of an activation.
+      whole_scores: whether attention has the scores of a whole row in memory at once.
+    """
+
+    config: DecoderConfig
+    ways: int
+    length: int
+    examples: int
+    held: int
+    itemsize: int
+    whole_scores: bool
+
+    def needs(self, sizes: BatchSizes) -> dict[str, int]:
+        """The bytes that each size takes: what is stored, recomputed, and scored at once.
+
+        The counts of stored values for each token follow `models.decoder.REMAT`.
+        """
+        c, rows = self.config, -(-sizes.rows // self.ways)
+        tokens, mlp = rows * self.length, c.mlp * (c.mixture.active if c.mixture else 1)
+        projected = (2 * c.heads + 2 * c.kv_heads) * c.head_dim
+        scores = 3 * c.heads * self.length if self.whole_scores else 0
+        layer = 8 * c.embed + 6 * mlp + 2 * projected + scores
+        stored = {
+            "none": layer, "dots": c.embed + 2 * mlp + projected, "mlp": c.embed + 2 * mlp,
+            "full": c.embed,
+        }[sizes.remat]  # fmt: skip
+        return {
+            "remat": (stored - c.embed) * c.layers * tokens * self.itemsize,
+            "rows": (c.embed * c.layers + layer) * tokens * self.itemsize,
+            "chunk": 3 * 4 * rows * min(sizes.chunk, self.length) * c.vocab_size,
+        }
+
+
+# --- the choice -----------------------------------------------------------------------------------
+
+
+def choose(
+    generation: Generation | None, training: Training, room: int, platform: str,
+    fixed: dict[str, Any],
+) -> BatchSizes:  # fmt: skip
+    """Chooses sizes with which each stage fits into `room` bytes, or the least ones.
+
+    Args:
+      generation: None if the model answers no prompts.
+      fixed: sizes that are not to be chosen.
+    """
+    busy = _BUSY.get(platform, _BUSY_ELSEWHERE)
+    sizes = dataclasses.replace(LEAST, **fixed)
+    if generation is not None:
+        sizes = _for_generation(generation, room - generation.held, busy, sizes, fixed)
+    return _for_training(training, room - training.held, busy, sizes, fixed)
+
+
+def _for_generation(
+    g: Generation, room: int, busy: int, sizes: BatchSizes, fixed: dict[str, Any]
+) -> BatchSizes:
+    """Chooses slots that need the fewest steps, and prefill rows that keep a device busy."""
+    if "slots" not in fixed:
+        most = min(_MOST_SLOTS, max(1, room * 3 // 4 // (3 * g.slot)))
+        sizes = dataclasses.replace(sizes, slots=_slots(g.wanted, g.copies, most))
+    if "prefill_rows" not in fixed:
+        prompts = -(-sizes.slots // (g.each * g.copies))  # whose answers fill a copy's slots
+        rows = min(busy // g.prompt, prompts, room // 4 // g.row)
+        sizes = dataclasses.replace(sizes, prefill_rows=_power(rows) * g.copies)
+    return sizes
+
+
+def _slots(wanted: Sequence[int], copies: int, most: int) -> int:
+    """The slots with which all answers need the least time, at most `most` for each copy.
+
+    With n slots, a call for w answers takes w / n turns, rounded up, each as long as an answer.
+
+    >>> _slots([320, 96], 1, 256), _slots([1024], 4, 256), _slots([20], 1, 256)
+    (112, 1024, 24)
+    """
+    step = 8 if most >= 8 else 1
+    counts = range(step, most + 1, step)
+
+    def time(n: int) -> tuple[int, int]:
+        return sum(-(-w // (n * copies)) for w in wanted) * (_STEP + n), n
+
+    return min(counts, key=time) * copies
+
+
+def _for_training(
+    t: Training, room: int, busy: int, sizes: BatchSizes, fixed: dict[str, Any]
+) -> BatchSizes:
+    """Chooses rows that keep a device busy, and stores as much as fits for the backward pass."""
+    rows = _power(min(busy // t.length, -(-t.examples // t.ways)))
+    while True:
+        chunk = max(LEAST.chunk, _CHUNK // rows)
+        for remat in _REMATS:
+            wanted = {"rows": rows * t.ways, "remat": remat, "chunk": _power(chunk)} | fixed
+            found = dataclasses.replace(sizes, **wanted)
+            if sum(t.needs(found).values()) <= room:
+                return found
+        if rows == 1:
+            return dataclasses.replace(found, **{"chunk": LEAST.chunk} | fixed)
+        rows //= 2
+
+
+def _power(n: int) -> int:
+    """The largest power of two that is at most n, and at least 1."""
+    return 1 << max(0, n.bit_length() - 1)
+
+
+# --- after a program did not fit ------------------------------------------------------------------
+
+
+def smaller(
+    sizes: BatchSizes, needs: Mapping[str, int], fixed: dict[str, Any], copies: int, ways: int
+) -> BatchSizes | None:
+    """Halves the size that takes the most memory; None if all are fixed or as small as they can be.
+
+    Args:
+      needs: the bytes that each size of the stage takes.
+      fixed: the sizes that the user gave, which stay.
+      copies, ways: the least slots and prefill rows, and the least rows.
+    """
+    floors = {"slots": copies, "prefill_rows": copies, "rows": ways, "chunk": LEAST.chunk}
+    for name in sorted(needs, key=lambda each: -needs[each]):
+        value = getattr(sizes, name)
+        if name in fixed or value in (floors.get(name), "full"):
+            continue
+        if name == "remat":
+            return dataclasses.replace(sizes, remat=_REMATS[_REMATS.index(value) + 1])
+        floor = floors[name]
+        return dataclasses.replace(sizes, **{name: max(floor, value // 2 // floor * floor)})
+    return None
+
+
+def in_words(sizes: BatchSizes, names: Sequence[str] = tuple(KEYS)) -> str:
+    """The sizes as settings, such as `rollout.slots 160, training.rows 4`."""
+    return ", ".join(f"{KEYS[name]} {getattr(sizes, name)}" for name in names)

@@ -1,0 +1,254 @@
+"""The sizes of a run's batches: chosen once, kept in its folder, and lowered if memory runs out.
+
+`policy.sizes` does the arithmetic. Here are the facts that it needs, from the abstract arrays of
+the run's own programs, and the record in `manifest.json`, from which a resumed run takes its sizes
+whatever is free by then: other sizes would round some answers differently.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from selm_jax.config import Experiment, fixed_length, read
+from selm_jax.models.attention import holds_all_scores
+from selm_jax.models.decoder import Decoder
+from selm_jax.policy import sizes
+from selm_jax.policy.sizes import KEYS, BatchSizes, Generation, Room, Training
+from selm_jax.preferences.layouts import row_lengths
+from selm_jax.rollout.sampling import Sampling
+from selm_jax.rollout.schedule import bucket, capacities
+from selm_jax.rollout.slots import Setup, empty, slot_places
+from selm_jax.run.memory import least_of_training
+from selm_jax.run.programs import Programs
+from selm_jax.run.task import Sizes, Task
+from selm_jax.shell import artifacts
+from selm_jax.shell.memory import shard_bytes
+from selm_jax.shell.shared_stages import SharedStages
+from selm_jax.shell.user_code import is_user_code
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The sizes of a run's batches, and what they were chosen from.
+
+    Attributes:
+      because: the memory, lengths and counts, in words.
+      note: a warning for the user; "" if there is none.
+      lowered: what was given up after memory ran out, in words.
+      generation, training: what a smaller choice depends on.
+      fixed: the sizes that the experiment gives.
+    """
+
+    sizes: BatchSizes
+    because: str
+    generation: Generation | None
+    training: Training
+    fixed: dict[str, Any]
+    note: str = ""
+    lowered: tuple[str, ...] = ()
+
+    @property
+    def automatic(self) -> list[str]:
+        return [name for name in KEYS if name not in self.fixed]
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """The sizes that were chosen, by dotted key."""
+        return {KEYS[name]: getattr(self.sizes, name) for name in self.automatic}
+
+    @property
+    def line(self) -> str:
+        """What was chosen and why, in one line; "" if the experiment gives all sizes."""
+        if not self.automatic:
+            return ""
+        lowered = "".join(f"; {each}" for each in self.lowered)
+        return f"sizes: {sizes.in_words(self.sizes, self.automatic)} ({self.because}){lowered}"
+
+    def described(self) -> dict[str, Any]:
+        """The entries of `manifest.json`."""
+        return {
+            "sizes": self.chosen,
+            "sizes_chosen_for": self.because if self.automatic else "",
+            "sizes_lowered": list(self.lowered),
+        }
+
+    def kept(self, manifest: Mapping[str, Any]) -> Choice:
+        """This choice with what `manifest.json` says that the run has used until now."""
+        names = {key: name for name, key in KEYS.items()}
+        before = {names[key]: value for key, value in manifest.get("sizes", {}).items()}
+        before = {name: value for name, value in before.items() if name not in self.fixed}
+        if not before:
+            return self
+        return dataclasses.replace(
+            self, sizes=dataclasses.replace(self.sizes, **before), note="",
+            because=f"as the run began, {manifest['sizes_chosen_for'].removeprefix(_BEGAN)}",
+            lowered=tuple(manifest.get("sizes_lowered", ())),
+        )  # fmt: skip
+
+    def smaller(self, stage: str) -> Choice | None:
+        """The choice with less memory for a stage; None if nothing is left to give up."""
+        found, ways = None, self.training.ways
+        # Scoring needs less than training, so an evaluation first gives up what generates.
+        if stage in ("generate", "evaluate") and self.generation is not None:
+            needs = self.generation.needs(self.sizes)
+            found = sizes.smaller(self.sizes, needs, self.fixed, self.generation.copies, ways)
+        if found is None and stage in ("score", "evaluate", "train"):
+            needs = self.training.needs(self.sizes)
+            if stage != "train":
+                del needs["remat"]
+            found = sizes.smaller(self.sizes, needs, self.fixed, 1, ways)
+        if found is None:
+            return None
+        changed = [name for name in KEYS if getattr(found, name) != getattr(self.sizes, name)]
+        told = f"{stage} ran out of memory, so {sizes.in_words(found, changed)}"
+        return dataclasses.replace(self, sizes=found, lowered=(*self.lowered, told))
+
+
+_BEGAN = "as the run began, "
+
+
+def choose(draft: Programs, prompts: Sequence[int], heldout: int, room: Room) -> Choice:
+    """Chooses the sizes that an experiment leaves to `auto`.
+
+    Args:
+      draft: its programs with any sizes, of which only abstract parameters are used.
+      prompts: the number of prompts of each iteration.
+      heldout: the number of held-out prompts.
+      room: the memory of a device.
+    """
+    e, platform = draft.experiment, draft.devices.mesh.devices.flat[0].platform
+    fixed = sizes.given(e)
+    generation = _generation(draft, prompts, heldout) if draft.task.answers else None
+    training = _training(draft, platform)
+    found = sizes.choose(generation, training, room.bytes, platform, fixed)
+    asked = ""
+    if generation is not None:
+        most = max(generation.wanted, default=0)
+        asked = f"{most:,} answers to prompts of {generation.prompt:,} tokens, "
+    because = f"{asked}rows of {training.length:,} tokens, {room.source}"
+    return Choice(found, because, generation, training, fixed, room.note)
+
+
+def _generation(draft: Programs, prompts: Sequence[int], heldout: int) -> Generation:
+    e, c, mesh = draft.experiment, draft.config, draft.devices.decode_mesh
+    prompt, new_tokens = max(draft.sizes.longest_prompt, 1), e.rollout.max_new_tokens
+    one = Setup.fitted(  # a slot for each copy of the model
+        decoder=Decoder(c, draft.devices.dtype, scan=False), sampling=Sampling(), slots=1,
+        prefill_rows=1, max_prompt=prompt, max_new_tokens=new_tokens, stop_ids=(), mesh=mesh,
+    )  # fmt: skip
+    capacity, padded, copies = capacities(prompt, new_tokens)[-1], bucket(prompt), one.copies
+    slots = jax.eval_shape(partial(empty, one, capacity))
+
+    def placed(x: Any, where: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    slot = shard_bytes(jax.tree.map(placed, slots, slot_places(one, slots)))
+    itemsize = jnp.dtype(draft.devices.dtype).itemsize
+    # A prefill holds the scores of one layer, its activations, and the logits of the last tokens.
+    platform = mesh.devices.flat[0].platform
+    scores = 3 * 4 * c.heads * padded * holds_all_scores(e.compute.attention, padded, platform)
+    layer = padded * (scores + (8 * c.embed + 3 * c.mlp) * itemsize)
+    row = one.groups * slot * padded // capacity + layer + 4 * 4 * c.vocab_size
+    weights = sum(x.size for x in jax.tree.leaves(draft.abstract_params)) * itemsize
+    held = weights // (mesh.size // copies)
+    if e.data.heldout is not None:
+        held += shard_bytes(draft.abstract_params)
+    each, part = e.candidates.greedy + e.candidates.samples, e.rollout.prompts_per_part
+    asked = [] if e.rollout.remote is not None else [
+        min(part, count - first) * each for count in prompts for first in range(0, count, part)
+    ]  # fmt: skip
+    asked += [heldout * (1 + e.evaluation.samples)] * (1 + e.iterations)
+    # A decoding step holds a few arrays of logits.
+    return Generation(
+        [n for n in asked if n], max(each, 1), copies, padded, held,
+        slot=slot + 2 * 4 * c.vocab_size, row=row,
+    )  # fmt: skip
+
+
+def _training(draft: Programs, platform: str) -> Training:
+    e = draft.experiment
+    fixed = fixed_length(e.training.row_length)
+    length = fixed or row_lengths(longest_example(e, draft.task, draft.sizes))[-1]
+    parts, itemsize = least_of_training(draft), jnp.dtype(draft.devices.dtype).itemsize
+    held = sum(parts.values()) + parts["gradients"]  # a second tree while batches are added
+    if draft.devices.row_ways > 1:  # shards are gathered: of two layers, and of the unembedding
+        c = draft.config
+        unembedding = c.vocab_size * c.embed
+        held += itemsize * (unembedding + 2 * (draft.parameters - unembedding) // c.layers)
+    return Training(
+        draft.config, draft.devices.row_ways, length, e.training.global_batch, held, itemsize,
+        whole_scores=holds_all_scores(e.compute.attention, length, platform),
+    )  # fmt: skip
+
+
+def longest_example(e: Experiment, task: Task, lengths: Sizes) -> int:
+    """The number of tokens of the longest example that the settings allow.
+
+    If the data gives answers, they have any length that fits in a row. If rows have any length
+    too, these answers are assumed to be as long as the policy's may be.
+    """
+    fixed = fixed_length(e.training.row_length)
+    if e.candidates.dataset and fixed is not None:
+        return fixed
+    if e.text.layout == "paper":
+        return responses(e, task) * e.text.max_length
+    return max(lengths.longest_prompt, 1) + responses(e, task) * e.rollout.max_new_tokens
+
+
+def responses(e: Experiment, task: Task) -> int:
+    """The maximum number of distinct responses in an example."""
+    several = e.feedback.explore == "all" or is_user_code(e.feedback.explore)
+    if not several or "explore" not in task.objective.roles:
+        return len(task.objective.roles)
+    return e.candidates.greedy + e.candidates.samples + 2 * e.candidates.dataset
+
+
+# --- what a run folder says -----------------------------------------------------------------------
+
+
+def begun_with(e: Experiment, folder: Path) -> dict[str, Any]:
+    """The sizes that are `auto` in the experiment, but numbers in the `config.yaml` of its run.
+
+    A run that began with numbers, as all runs of earlier versions did, goes on with them: its
+    finished stages depend on them.
+    """
+    file, fixed = folder / "config.yaml", sizes.given(e)
+    if len(fixed) == len(KEYS) or not file.exists():
+        return {}
+    before: Any = read(file)
+    found = {}
+    for name, key in KEYS.items():
+        group, _, setting = key.partition(".")
+        value = before.get(group, {}).get(setting, "auto")
+        if name not in fixed and value != "auto":
+            found[key] = value
+    return found
+
+
+def room_in(store: SharedStages | None, device: Any) -> dict[str, Any]:
+    """The fields of the `Room` of a device; all runs of a sweep get that of its first run.
+
+    Otherwise a run that starts when less memory is free would choose other sizes, and could not
+    take the answers of the others.
+    """
+    if store is None:
+        return dataclasses.asdict(sizes.room(device))
+    file, kind = store.folder / "room.json", device.device_kind
+    known = artifacts.read_sealed(file) if file.exists() else {}
+    if kind not in known:
+        known |= {kind: dataclasses.asdict(sizes.room(device))}
+        artifacts.write_sealed(file, known)
+    return known[kind]
+
+
+def manifest_of(folder: Path) -> dict[str, Any]:
+    """The manifest of a run folder; {} before the run begins."""
+    file = folder / "manifest.json"
+    return artifacts.read_sealed(file) if file.exists() else {}

@@ -1,0 +1,226 @@
+"""A run's sizes are chosen once, kept in its folder, and lowered where memory runs out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+
+import jax
+import pytest
+import tiny
+import yaml
+from jax.errors import JaxRuntimeError
+from rich.console import Console
+
+from selm_jax import config
+from selm_jax.iterate import iterate
+from selm_jax.policy import sizes
+from selm_jax.report.header import facts
+from selm_jax.rollout.engine import Engine
+from selm_jax.run.check import check
+from selm_jax.run.memory import OutOfMemory
+from selm_jax.run.run import Run
+from selm_jax.shell import artifacts
+from selm_jax.shell.shared_stages import SharedStages
+from selm_jax.training import loop
+
+AUTO = {
+    **{key.replace(".", "__"): "auto" for key in sizes.KEYS.values()},
+    "iterations": 1, "training__learning_rate": 1e-3,
+}  # fmt: skip
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """What a run prints; its devices are the first one."""
+    tiny.on_first_device(monkeypatch)
+    return Console(record=True, width=400)
+
+
+def run_of(folder, console=None, **changes) -> Run:
+    file = tiny.experiment(folder, **AUTO | changes)
+    return Run(config.load(file), console or Console(quiet=True), devices=jax.devices()[:1])
+
+
+def manifest(folder) -> dict:
+    return json.loads((folder / "run/manifest.json").read_text())
+
+
+def with_room(monkeypatch, count: int) -> None:
+    monkeypatch.setattr(sizes, "room", lambda _: sizes.Room(count, "a test"))
+
+
+def test_what_was_chosen_is_told_recorded_and_kept(tmp_path, told, monkeypatch):
+    run = run_of(tmp_path, told)
+    check(run)
+    run.open()
+    first = manifest(tmp_path)
+    line = run.sizes.line
+    assert line in told.export_text() and "rollout.slots" in line and "in reserve" in line
+    assert set(first["sizes"]) == set(sizes.KEYS.values())
+    written = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert written["rollout"]["slots"] == written["training"]["rows"] == "auto"
+    assert first["sizes"]["rollout.slots"] >= 16
+    on_page = dict(facts({}, first))["Batch sizes"]
+    assert f"rollout.slots {first['sizes']['rollout.slots']}" in on_page and "GiB" in on_page
+
+    with_room(monkeypatch, 1)
+    again = run_of(tmp_path)
+    assert again.programs.batches == run.programs.batches
+    again.open()
+    assert manifest(tmp_path)["sizes"] == first["sizes"]
+    other = run_of(tmp_path / "other")
+    assert other.programs.batches == dataclasses.replace(sizes.LEAST)
+    numbers = run_of(tmp_path / "numbers", rollout__slots=5)
+    assert numbers.programs.batches.slots == 5
+    assert "rollout.slots" not in numbers.sizes.line
+
+
+def test_a_run_that_began_with_numbers_goes_on_with_them(finished_run, tmp_path, told):
+    """As folders of earlier versions did, whose defaults were numbers."""
+    shutil.copytree(finished_run / "run", tmp_path / "run")
+    auto = [f"{key}=auto" for key in sizes.KEYS.values()]
+    overrides = [f"output={tmp_path / 'run'}", *auto]
+    again = Run(config.load(finished_run / "experiment.yaml", overrides), told)
+    iterate(again)
+    assert not again.wanted.worked
+    assert (again.programs.batches.slots, again.programs.batches.rows) == (8, 8)
+
+
+def test_the_runs_of_a_sweep_agree_whatever_is_free(tmp_path, told, monkeypatch):
+    store = SharedStages(tmp_path / "store")
+    first, other = (run_of(tmp_path / name, told) for name in ("a", "b"))
+    first.store = other.store = store
+    chosen = first.sizes.sizes
+    with_room(monkeypatch, 1)
+    assert other.sizes.sizes == chosen
+    assert run_of(tmp_path / "c").sizes.sizes == sizes.LEAST
+
+
+def full(*_, **__) -> Exception:
+    raise JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.")
+
+
+def test_a_stage_is_done_again_with_less_until_nothing_is_left(tmp_path, told, monkeypatch):
+    slots = []
+
+    def engine(self, *_, **__):
+        slots.append((self.slots, self.prefill_rows))
+        raise KeyboardInterrupt if len(slots) > 2 else full()
+
+    monkeypatch.setattr(Engine, "generate", engine)
+    run = run_of(tmp_path, told)
+    run.open()
+    with pytest.raises(KeyboardInterrupt):
+        tiny.do(run, "evaluate", 0)
+    said = told.export_text()
+    assert said.count("evaluate ran out of memory, so rollout.") == 2 == len(slots) - 1
+    kept = manifest(tmp_path)
+    assert (kept["sizes"]["rollout.slots"], kept["sizes"]["rollout.prefill_rows"]) == slots[2]
+    assert len(kept["sizes_lowered"]) == 2
+    monkeypatch.setattr(Engine, "generate", full)
+    again = run_of(tmp_path / "again", rollout__slots=2, training__rows=1)
+    again.open()
+    with pytest.raises(OutOfMemory, match=r"rollout.prefill_rows \(now 1\)"):
+        tiny.do(again, "evaluate", 0)
+    assert again.programs.batches.slots == 2
+
+
+@pytest.mark.slow
+def test_a_stage_that_runs_out_of_memory_goes_on_with_less(tmp_path, told, monkeypatch):
+    """The engine and the update fail at their first sizes; the run remembers what fits."""
+    plain = run_of(tmp_path / "plain", rollout__slots=8, training__rows=4)
+    iterate(plain)
+    first = run_of(tmp_path).programs.batches
+    generate, train = Engine.generate, loop.train
+
+    def engine(self, *given, **named):
+        small = self.slots < first.slots and self.prefill_rows < first.prefill_rows
+        return (generate if small else full)(self, *given, **named)
+
+    def update(plan, made, state, *given, **named):
+        return (train if run.programs.batches.remat == "full" else full)(
+            plan, made, state, *given, **named
+        )
+
+    monkeypatch.setattr(Engine, "generate", engine)
+    monkeypatch.setattr("selm_jax.stages.train.loop.train", update)
+    run = run_of(tmp_path, told)
+    iterate(run)
+    said = told.export_text()
+    assert "evaluate ran out of memory, so rollout." in said
+    assert "train ran out of memory, so training.remat dots" in said
+    assert "train ran out of memory, so training.remat full" in said
+    kept = manifest(tmp_path)
+    assert (
+        kept["sizes"]["rollout.slots"] < first.slots and kept["sizes"]["training.remat"] == "full"
+    )
+    assert len(kept["sizes_lowered"]) >= 4
+    again = run_of(tmp_path)
+    assert again.programs.batches == run.programs.batches
+    iterate(again)
+    assert not again.wanted.worked
+    losses = [
+        [
+            line["loss"]
+            for line in map(json.loads, (folder / "run/metrics.jsonl").read_text().splitlines())
+            if "loss" in line
+        ]
+        for folder in (tmp_path, tmp_path / "plain")
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4) and len(losses[0]) > 3
+
+
+def test_a_number_of_the_user_is_never_lowered(tmp_path, told, monkeypatch):
+    monkeypatch.setattr(Engine, "generate", full)
+    given = {"rollout__slots": 8, "rollout__prefill_rows": 4, "training__rows": 8}
+    given |= {"training__remat": "full", "training__logprob_chunk": 32}
+    with pytest.raises(OutOfMemory, match=r"Lower rollout.prefill_rows \(now 4\)"):
+        iterate(run_of(tmp_path, told, **given))
+    assert manifest(tmp_path)["sizes"] == {} == artifacts.Stages(tmp_path / "x").read()
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+import jax
+from rich.console import Console
+from selm_jax import config
+from selm_jax.iterate import iterate
+from selm_jax.run.run import Run
+
+e = config.load(Path(sys.argv[1]))
+whole = Run(e, Console(quiet=True)).sizes.sizes
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[2]),) * 2)
+run = Run(e, Console(width=400))
+print("whole", whole.remat, "limited", run.sizes.sizes.remat)
+iterate(run)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not keep to RLIMIT_AS")
+def test_a_run_with_little_memory_takes_smaller_sizes_and_ends(tmp_path):
+    """To keep what 64 layers compute for the backward pass takes more than the limit leaves."""
+    file = tiny.experiment(
+        tmp_path, **AUTO, objective={"loss": "dpo", "beta": 0.1}, training__row_length=1024,
+        candidates={"greedy": 0, "samples": 0, "dataset": True},
+        data={"train": str(tmp_path / "pairs.jsonl"), "chosen": "chosen", "rejected": "rejected"},
+    )  # fmt: skip
+    rows = [{"prompt": f"Say {n}.", "chosen": f"{n} " * 9, "rejected": "No."} for n in range(8)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tiny.make_model(tmp_path / "deep", layers=64, embed=64, mlp=1600)
+    tree = yaml.safe_load(file.read_text()) | {"model": {"source": str(tmp_path / "deep")}}
+    file.write_text(yaml.safe_dump(tree))
+    ended = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(file), str(3 * 2**30)], capture_output=True, text=True,
+        timeout=600, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert "whole none limited full" in ended.stdout or "whole none limited dots" in ended.stdout
+    assert "left of this process's limit (ulimit -v)" in ended.stdout
+    assert artifacts.Stages(tmp_path / "run/iteration_1").read()["train"]["done"]

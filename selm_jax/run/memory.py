@@ -13,7 +13,7 @@ from selm_jax.models.quantize import quantize
 from selm_jax.policy.sizes import KEYS, BatchSizes
 from selm_jax.run.programs import Programs
 from selm_jax.run.rows import RunError
-from selm_jax.shell.memory import device_limit, free_memory, gib, shard_bytes
+from selm_jax.shell.memory import device_limit, free_memory, gib, ran_out, shard_bytes
 from selm_jax.training.state import TrainState
 
 T = TypeVar("T")
@@ -97,7 +97,7 @@ def explained(work: Callable[[], T], stage: str, folder: Path, sizes: BatchSizes
         return work()
     except (JaxRuntimeError, MemoryError) as e:
         words = str(e).strip().partition("\n")[0]
-        if isinstance(e, JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in words:
+        if not ran_out(e):
             raise
         raise OutOfMemory(
             f"{folder}: stage {stage!r} ran out of memory ({words or 'MemoryError'}). "

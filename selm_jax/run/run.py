@@ -24,7 +24,7 @@ from rich.console import Console
 from selm_jax.config import Experiment
 from selm_jax.feedback import ranker as rankers
 from selm_jax.parallel import multihost
-from selm_jax.policy.sizes import BatchSizes, Room, with_sizes
+from selm_jax.policy.sizes import Room, with_sizes
 from selm_jax.preferences.acquisition import MODEL_BASED
 from selm_jax.run import sizes
 from selm_jax.run.best import Best, best_of
@@ -97,33 +97,20 @@ class Run:
         All processes get the choice of the first one.
         """
         chip = self.devices.mesh.local_devices[0]
-        found = sizes.choose(
-            self._programs(None), [len(self.prompts(t)) for t in self.iterations],
-            len(self.heldout), Room(**multihost.on_first(lambda: sizes.room_in(self.store, chip))),
-        )  # fmt: skip
+        facts, lengths, stops = self.model.facts, self.data.sizes, self.chat.stop_ids
+        draft = Programs(self.experiment, self.task, facts, lengths, stops, self.devices)
+        prompts = [len(self.prompts(t)) for t in self.iterations]
+        room = Room(**multihost.on_first(lambda: sizes.room_in(self.store, chip)))
+        found = sizes.choose(draft, prompts, len(self.heldout), room)
         return found.kept(multihost.on_first(lambda: sizes.manifest_of(self.folder.path)))
 
-    @cached_property
+    @property
     def programs(self) -> Programs:
-        """The jitted functions of the experiment, built for the sequence lengths of its data."""
-        return self._programs(self.sizes.sizes)
-
-    def _programs(self, batches: BatchSizes | None) -> Programs:
+        """The jitted functions of the experiment, for its data's lengths and the present sizes."""
         return self._compiled.of(
             self.experiment, self.task, self.model.facts, self.data.sizes, self.chat.stop_ids,
-            self.devices, batches,
+            self.devices, self.sizes.sizes,
         )  # fmt: skip
-
-    def give_up(self, stage: str) -> bool:
-        """Lowers a size after a stage ran out of memory, and records it; False if none is left."""
-        found = self.sizes.smaller(stage)
-        if found is None:
-            return False
-        self.sizes = found
-        self.__dict__.pop("programs")  # they are built again, for the new sizes
-        self.write_manifest()
-        self.console.print(found.lowered[-1], style="yellow", soft_wrap=True, markup=False)
-        return True
 
     # What Algorithm 1 reads
 

@@ -68,6 +68,11 @@ def free_memory() -> int | None:
     return _of_machine("MemAvailable") if Path("/proc/meminfo").exists() else None
 
 
+def ran_out(error: Exception) -> bool:
+    """Whether an error says that a device or this process has too little memory."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error).partition("\n")[0]
+
+
 def left_of_limit() -> int | None:
     """The bytes that are left of this process's limit (ulimit -v), if there is one.
 

@@ -89,6 +89,8 @@ def check_read(step: Step, ranker: LazyRanker, told: Told) -> None:
     Raises:
       UnreadableJudge: most of its answers could not be read.
     """
+    if halved := counted(told, "batch_halved"):
+        step.say(f"the ranker ran out of memory, so its batch was halved {halved} times")
     malformed, answers = counted(told, "malformed"), counted(told, "asked")
     if mostly(malformed, answers):
         examples = multihost.on_first(lambda: [x for j in judges(ranker.ranker) for x in j.unread])

@@ -245,9 +245,13 @@ class _Call:
             try:
                 return explained(work, self.name, self.folder, self.run.sizes.sizes)
             except OutOfMemory:
+                found = self.run.sizes.smaller(self.name)
                 # Of several processes, only this one may have run out of memory.
-                if multihost.count() > 1 or not self.run.give_up(self.name):
+                if found is None or multihost.count() > 1:
                     raise
+            self.run.sizes = found
+            self.run.write_manifest()
+            self.run.console.print(found.lowered[-1], style="yellow", soft_wrap=True, markup=False)
             release()  # what the frames of the failed work held
 
     def _begin(self, settings: Mapping[str, Any]) -> dict[str, str] | None:

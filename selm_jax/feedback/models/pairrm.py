@@ -29,9 +29,11 @@ from jaxtyping import Float64, Int
 from selm_jax.feedback.models.pairrm_inputs import FIRST, SOURCE, Ids, PairTokens, conversation
 from selm_jax.feedback.models.settings import (
     BATCH,
+    Batch,
+    batch_of,
     check_choice,
-    checked_batch,
     checked_dtype,
+    reported,
 )
 from selm_jax.feedback.ranker import FeedbackError, Question, check_questions, check_scores
 from selm_jax.models.deberta import PairScorer, Params, abstract_params
@@ -87,7 +89,7 @@ class PairRM:
         *,
         compat: str = "per_row",
         dtype: Any = jnp.float32,
-        batch: int = 16,
+        batch: Batch,
         folder: Path | None = None,
     ):
         """Stores the settings; use `pairrm`, which documents them, to load a PairRM from a folder.
@@ -126,9 +128,10 @@ class PairRM:
     def report(self) -> dict[str, float]:
         """The counts since the last call of `scores` began: texts read, texts cut, and comparisons.
 
-        Keys: `sources`, `sources_cut`, `candidates`, `candidates_cut`, `comparisons`.
+        Keys: `sources`, `sources_cut`, `candidates`, `candidates_cut`, `comparisons`, and
+        `batch_halved` if memory ran out.
         """
-        return {key: self._counts[key] for key in _COUNTED}
+        return reported(self._counts, _COUNTED)
 
     def matrices(
         self, sources: Sequence[str], candidates: Sequence[Sequence[str]]
@@ -266,10 +269,14 @@ class PairRM:
         todo = sorted(set(meant), key=lambda p: (-rows[p.row].length(p), p))
         self._counts["comparisons"] += len(todo)
         lengths = [rows[pair.row].length(pair) for pair in todo]
-        these = parts(lengths, self._mesh.shape["data"], self._batch)
         logit: dict[Comparison, float] = {}
-        for part, values in one_ahead(these, lambda part: self._run(rows, todo, part)):
-            logit.update(zip((todo[n] for n in part.items), values.tolist(), strict=False))
+
+        def run(batch: int) -> None:
+            these = parts(lengths, self._mesh.shape["data"], batch)
+            for part, values in one_ahead(these, lambda part: self._run(rows, todo, part)):
+                logit.update(zip((todo[n] for n in part.items), values.tolist(), strict=False))
+
+        self._batch.fitting(run, self._counts)
         return np.array([logit[pair] for pair in meant], np.float64)
 
     def _run(self, rows: Sequence[_Row], todo: Sequence[Comparison], part: Part) -> jax.Array:
@@ -326,7 +333,7 @@ def pairrm(
     """
     check_choice("pairrm", "compat", compat, COMPATS)
     on_cpu = jax.default_backend() == "cpu"
-    kind, batch = checked_dtype("pairrm", dtype, on_cpu), checked_batch("pairrm", batch, on_cpu)
+    kind, rows = checked_dtype("pairrm", dtype, on_cpu), batch_of("pairrm", batch, on_cpu)
     path = resolve(folder).path
     config = read_config(path)
     tokens = PairTokens(path, config)
@@ -336,7 +343,7 @@ def pairrm(
         path, config.encoder, config.tasks, dtype=kind,
         place=lambda path, x: jax.device_put(x, where[path]),
     )  # fmt: skip
-    return PairRM(config, params, tokens, mesh, compat=compat, dtype=kind, batch=batch, folder=path)
+    return PairRM(config, params, tokens, mesh, compat=compat, dtype=kind, batch=rows, folder=path)
 
 
 def _first_equal(texts: Sequence[Ids]) -> list[int]:

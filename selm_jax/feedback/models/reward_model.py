@@ -27,9 +27,11 @@ from jaxtyping import Float64
 from selm_jax.config import Text
 from selm_jax.feedback.models.settings import (
     BATCH,
+    Batch,
+    batch_of,
     check_choice,
-    checked_batch,
     checked_dtype,
+    reported,
 )
 from selm_jax.feedback.ranker import FeedbackError, Question, check_questions, check_scores
 from selm_jax.models.config import DecoderConfig, LongRope
@@ -75,7 +77,7 @@ class RewardModel:
         max_length: int,
         too_long: str,
         dtype: Any,
-        batch: int,
+        batch: Batch,
     ):
         """Stores the settings; use `reward_model`, which documents them, to build a RewardModel."""
         assert config.head is not None
@@ -84,10 +86,7 @@ class RewardModel:
         self.folders = (folder,)
         self._max_length, self._cut = max_length, too_long == "cut"
         self._counts: Counter[str] = Counter()
-        ways = mesh.shape["data"] * mesh.shape["fsdp"]
-        self._scorer = Scorer(
-            program(config, dtype, mesh), partial(place_rows, mesh=mesh), Trees(ways, batch)
-        )
+        self._batch = batch
 
     def scores(
         self, questions: Sequence[Question], candidates: Sequence[Sequence[str]]
@@ -112,7 +111,8 @@ class RewardModel:
         ]
         examples = [tree for some in of_question for tree in some]
         self._counts["tokens"] = sum(tree.tokens for tree in examples)
-        rewards = iter(self._scorer.rewards(self._load(), examples) if examples else ())
+        work = partial(self._rewards, examples)
+        rewards = iter(self._batch.fitting(work, self._counts) if examples else ())
         of_each = []
         for some, conversations in zip(of_question, each, strict=True):
             reward = {
@@ -123,13 +123,20 @@ class RewardModel:
             of_each.append([reward[ids] for ids in conversations])
         return check_scores(self.name, questions, candidates, of_each)
 
+    def _rewards(self, examples: Sequence[Example], batch: int) -> list[tuple[float, ...]]:
+        ways = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
+        compiled = program(self.config, self._dtype, self._mesh)
+        scorer = Scorer(compiled, partial(place_rows, mesh=self._mesh), Trees(ways, batch))
+        return scorer.rewards(self._load(), examples)
+
     def report(self) -> dict[str, float]:
         """The counts of the last call of `scores`.
 
         Keys: `candidates` (answers read), `cut` (answers cut at `max_length`) and `tokens`
-        (computed tokens; a prefix that several answers share counts once).
+        (computed tokens; a prefix that several answers share counts once), and `batch_halved` if
+        memory ran out.
         """
-        return {key: self._counts[key] for key in _COUNTED}
+        return reported(self._counts, _COUNTED)
 
     def _ids(self, question: Question, candidate: int, text: str) -> Ids:
         """The token ids of a prompt with one candidate, up to the token where the score is read."""
@@ -239,7 +246,7 @@ def reward_model(
     check_choice("reward_model", "too_long", too_long, TOO_LONG)
     on_cpu = jax.default_backend() == "cpu"
     kind = checked_dtype("reward_model", dtype, on_cpu)
-    batch = checked_batch("reward_model", batch, on_cpu)
+    rows = batch_of("reward_model", batch, on_cpu)
     folder = resolve(source, revision=revision).path
     config = read_config(folder)
     if config.head is None:
@@ -260,7 +267,7 @@ def reward_model(
     check(folder, config)
     mesh = make_mesh((data, fsdp, tensor), own_devices())
     return RewardModel(
-        folder, config, chat, mesh, max_length=longest, too_long=too_long, dtype=kind, batch=batch
+        folder, config, chat, mesh, max_length=longest, too_long=too_long, dtype=kind, batch=rows
     )
 
 

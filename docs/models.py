@@ -43,7 +43,8 @@ class Collect:
 def main() -> None:
     found = Collect()
     files = ("models/test_families.py", "weights/test_trained.py")
-    status = pytest.main([*(str(ROOT / "tests" / file) for file in files), "-q"], [found])
+    every = ("-q", "-m", "not long and not gpu and not servers")  # the slow ones, too
+    status = pytest.main([*(str(ROOT / "tests" / file) for file in files), *every], [found])
     if status != 0:
         sys.exit(int(status))
     lines = [

@@ -26,6 +26,7 @@ from selm_jax.weights.names import tensors as names_of
 # Checkpoints that transformers wrote: one of every family, and more of those that have variants.
 FAMILIES = {f.parent.name: f.parent for f in sorted(
     (Path(__file__).parents[1] / "golden" / "families").glob("*/config.json"))}  # fmt: skip
+REPEATED = ("ministral-3", "granite-4", "mistral-3-images")  # they are stored like others
 MESHES = [(1, 8, 1), (2, 2, 2), (1, 4, 2)]  # data, fsdp, tensor
 
 CONFIGS = {
@@ -100,7 +101,11 @@ def written(params, config, folder, **options) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(
-    ("name", "mesh"), [(name, MESHES[i % 3]) for i, name in enumerate(FAMILIES)]
+    ("name", "mesh"),
+    [
+        pytest.param(name, MESHES[i % 3], marks=[pytest.mark.slow] * (name in REPEATED))
+        for i, name in enumerate(FAMILIES)
+    ],
 )
 def test_every_family_comes_and_goes_bit_by_bit(name, mesh, tmp_path):
     """Tensors as transformers wrote them -> shards on eight devices -> the same tensors."""

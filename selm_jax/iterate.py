@@ -48,7 +48,10 @@ def iteration(run: Run, t: int, policy: Model) -> Model:
         ranker, looked_at = run.ranker_of(t, policy), run.looked_at(t, policy)
         ranked = rank(run, t, prompts, responses, ranker, run.chat, *looked_at)  # ranked.parquet
     sampled = run.sampled(responses, policy, reference)
-    examples = score(run, t, prompts, ranked, reference, run.chat, sampled)  # examples.parquet
+    start = run.mixed_in(reference)
+    examples = score(
+        run, t, prompts, ranked, reference, run.chat, sampled, start
+    )  # examples.parquet
     training = train(run, t, policy, examples, reference)  # checkpoints/
     policy = export(run, t, policy, run.start, training, run.card(t))  # model/
     measure(run, t, policy)

@@ -72,7 +72,7 @@ class Trainer:
         Raises:
           ObjectiveError: the loss is unknown, or lacks a setting.
           ConfigError: a setting is out of its range.
-          ApiError: the loss trains a reward model, or needs count bonuses.
+          ApiError: the loss trains a reward model, or needs count bonuses or two references.
         """
         self.model, self.learning_rate, self.updates = model, learning_rate, 0
         self.objective = loss if isinstance(loss, Objective) else losses.loss(loss)
@@ -85,6 +85,11 @@ class Trainer:
             raise ApiError(
                 f"{self.objective} needs the counts of a whole iteration's answers, which Trainer "
                 "does not have. Use `selm run` with an experiment file"
+            )
+        if self.objective.start_share:
+            raise ApiError(
+                f"{self.objective} needs the log-probabilities of two references, and pairs have "
+                "those of one. Use `selm run` with an experiment file"
             )
         rate = {} if callable(learning_rate) else {"learning_rate": learning_rate}
         self._settings = rate | {

@@ -21,6 +21,7 @@ from selm_jax.objectives.losses import (
     exo_pair,
     geb,
     hinge,
+    inpo,
     ipo,
     ipo_online,
     nash,
@@ -49,7 +50,7 @@ TABLE: dict[str, Callable[..., Objective]] = {
         *(dpo, cdpo, robust, ipo, hinge, sigmoid_norm, exo_pair, discopop),
         *(nca_pair, bco_pair, apo_zero, apo_down, simpo, sft, wpo),
         *(selm, xpo, vpo, se_popo, copo, geb),
-        *(sppo_hard, sppo, ipo_online, nash),
+        *(sppo_hard, sppo, ipo_online, inpo, nash),
         bradley_terry,
     )
 } | {"optimism": weighted_optimism}

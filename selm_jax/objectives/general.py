@@ -5,9 +5,8 @@ as sigmoid((score(a) - score(b)) / temperature), PairRM's own model; a score is 
 unit. r and h are the log-ratio and its margin (`objective`); beta = 1/eta of the papers.
 
 What tells Nash-MD, EGPO and online mirror descent apart is who the opponent is, which a loss does
-not see: `nash` is the loss of all three, and the opponent is the response `explore`. INPO (arXiv
-2407.00617) is not here: besides the log-probabilities of the policy before each iteration it needs
-those of the start model, and a run stores one reference.
+not see: `nash` is the loss of all three, and the opponent is the response `explore`. `inpo` reads
+no scores, but two references.
 """
 
 import dataclasses
@@ -20,6 +19,7 @@ from selm_jax.objectives.objective import (
     PerExample,
     check,
     logp_metrics,
+    margin_loss,
     pair_loss,
     reward_metrics,
 )
@@ -65,6 +65,20 @@ def ipo_online(beta: float, temperature: float = 1.0) -> Objective:
         return (h - (logps.preference(CHOSEN, REJECTED, temperature) - 0.5) / beta) ** 2
 
     return _general("ipo_online", beta, PAIR, loss)
+
+
+def inpo(beta: float, start_share: float = 1 / 3) -> Objective:
+    """INPO: (h - 1/(2 beta))^2, h the margin over a mixture of two references. arXiv 2407.00617.
+
+    h = log pi(y_w)/pi(y_l) - s log pi_start(y_w)/pi_start(y_l) - (1 - s) log pi_t(y_w)/pi_t(y_l),
+    where pi_t is the policy before the iteration, s = tau/eta is `start_share`, and beta = eta.
+    Both references enter as one sum for each response, which a run stores as the reference's
+    log-probability. In the first iteration both are the start model, and the loss is `ipo` with
+    length_normalized: false.
+    """
+    check(beta=beta, start_share=start_share)
+    loss = margin_loss("inpo", beta, lambda h: (h - 1 / (2 * beta)) ** 2)
+    return dataclasses.replace(loss, start_share=float(start_share))
 
 
 def nash(beta: float, temperature: float = 1.0) -> Objective:

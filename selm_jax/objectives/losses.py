@@ -14,7 +14,7 @@ A YAML file names an objective, a sum of several, or your own function: see `bui
 """
 
 from selm_jax.objectives.exploration import copo, geb, se_popo, vpo, xpo
-from selm_jax.objectives.general import ipo_online, nash, sppo, sppo_hard
+from selm_jax.objectives.general import inpo, ipo_online, nash, sppo, sppo_hard
 from selm_jax.objectives.objective import (
     CHOICES,
     RANGES,

@@ -98,7 +98,9 @@ class Objective:
     it open. `compose` reads both. With `reference_free`, the loss does not use the reference, so
     the reference is not scored; with `uses_scores`, it reads the ranker's scores, and with
     `uses_collision` `Logps.collision`. `bonus_bits`, if not 0, asks for `Logps.bonus`, from counts
-    by a hash of so many bits (`preferences.novelty`). `beta` scales the implicit rewards that are
+    by a hash of so many bits (`preferences.novelty`). With `start_share`, the reference is
+    a mixture: its log-probabilities are that share of the start model's, and the rest of the
+    reference's (`general.inpo`). `beta` scales the implicit rewards that are
     measured for every objective (`measures`). Calling it raises ObjectiveError if the batch lacks a
     role, or if `function` does not return one number per example.
     """
@@ -113,6 +115,7 @@ class Objective:
     uses_scores: bool = False
     uses_collision: bool = False
     bonus_bits: int = 0
+    start_share: float = 0.0
 
     def __post_init__(self):
         if not self.roles or not set(self.roles) <= set(ROLES):
@@ -174,6 +177,13 @@ def compose(*objectives: Objective) -> Objective:
             f"{' and '.join(rewards)}; give the terms the same beta, or sum other losses"
         )
 
+    shares = {o.start_share for o in objectives if not o.reference_free}
+    if len(shares) > 1:
+        raise ObjectiveError(
+            f"{'+'.join(terms)} cannot be summed: inpo compares with a mixture of two references, "
+            "the other terms with one. Sum it with losses that need no reference, such as sft"
+        )
+
     def function(logps: Logps) -> tuple[PerExample, Metrics]:
         total, metrics, owned = jnp.zeros(()), {}, set()
         for objective in objectives:
@@ -195,6 +205,7 @@ def compose(*objectives: Objective) -> Objective:
         uses_scores=any(objective.uses_scores for objective in objectives),
         uses_collision=any(objective.uses_collision for objective in objectives),
         bonus_bits=max(objective.bonus_bits for objective in objectives),
+        start_share=max(shares, default=0.0),
     )  # fmt: skip
 
 
@@ -286,6 +297,7 @@ RANGES = {
     "tau": Range(0, above=True),
     "temperature": Range(0, above=True),
     "bits": Range(1, 64, whole=True),
+    "start_share": Range(0, 1),
 }
 CHOICES = {
     "convention": ("alpha_beta", "alpha"),

@@ -67,6 +67,7 @@ class Task(abc.ABC):
       pipeline: the Hub's name for the kind of model (its `pipeline_tag`).
       example_settings: the settings that an example depends on, besides those in `text`.
       reference_free: whether the objective needs no reference log-probabilities.
+      start_share: the start model's share in the reference log-probabilities (INPO).
       loss: the name of the objective's loss.
       looked_at: the run folder, if the run is opened read-only; its code is then never imported.
     """
@@ -83,8 +84,9 @@ class Task(abc.ABC):
         objectives: Sequence[Objective],
         reference_free: bool,
         looked_at: Path | None,
+        start_share: float = 0.0,
     ):
-        self.loss, self._objectives = loss, objectives
+        self.loss, self._objectives, self.start_share = loss, objectives, start_share
         self.reference_free, self.looked_at = reference_free, looked_at
 
     @property
@@ -188,6 +190,21 @@ class LanguageModel(Task):
     def check_chat(self, chat: Chat, e: Experiment) -> None:
         if e.text.layout == "default" or not e.taught:
             chat.check_made_up()
+
+    def check_settings(self, e: Experiment) -> None:
+        if not self.start_share:
+            return
+        if e.training.reference == "live":
+            raise RunError(
+                f"objective {self.loss} needs two references, whose log-probabilities are stored, "
+                "but training.reference: live computes one at every update. Set it to stored"
+            )
+        if e.training.reference_policy == "start":
+            raise RunError(
+                f"objective {self.loss} mixes the start model with the policy before each "
+                "iteration, but training.reference_policy: start leaves only the start model. Set "
+                "it to previous, or use `ipo` with length_normalized: false"
+            )
 
     def whose_answers(self, trained: Prompts, heldout: Prompts, strict: bool) -> Prompts:
         return trained if strict else ()
@@ -324,7 +341,7 @@ def task_of(settings: Mapping[str, Any], looked_at: Path | None = None) -> Task:
     file = looked_at / "manifest.json"
     said = artifacts.read_sealed(file) if file.exists() else {}  # there is none before a run begins
     return (RewardModel if said.get("rates") else LanguageModel)(
-        loss, (), bool(said.get("reference_free")), looked_at
+        loss, (), bool(said.get("reference_free")), looked_at, said.get("start_share", 0.0)
     )
 
 
@@ -336,7 +353,8 @@ def task_with(*objectives: Objective, loss: str = "", looked_at: Path | None = N
     """The `Task` of an objective that has already been built, or of one for each iteration."""
     first = objectives[0]
     kind = RewardModel if first.rates else LanguageModel
-    return kind(loss or str(first), objectives, first.reference_free, looked_at)
+    name = loss or str(first)
+    return kind(name, objectives, first.reference_free, looked_at, first.start_share)
 
 
 def refuse_user_code(folder: Path, key: str, name: str) -> None:

@@ -51,7 +51,7 @@ FREE_OF_RANKERS = frozenset(
 )
 
 
-_OF_TASK = ("objective.rates", "objective.reference_free")
+_OF_TASK = ("objective.rates", "objective.reference_free", "objective.start_share")
 
 
 class UndeclaredSetting(Exception):
@@ -90,7 +90,8 @@ class DeclaredTask:
         self._stage, self._task, self._keys = stage, task, keys
 
     def __getattr__(self, name: str) -> Any:
-        key = {"objective": name, "reference_free": _OF_TASK[1]}.get(name, _OF_TASK[0])
+        own = name if name == "objective" else f"objective.{name}"
+        key = own if own in ("objective", *_OF_TASK) else _OF_TASK[0]
         if not _covers(self._keys, key):
             raise _undeclared(self._stage, key)
         return getattr(self._task, name)
@@ -99,7 +100,7 @@ class DeclaredTask:
 def recorded(experiment: Experiment, task: Task, keys: frozenset[str], t: int) -> dict[str, Any]:
     """The declared settings of iteration t by dotted key, as `stage.json` records them.
 
-    Properties of the objective, such as `objective.rates`, are recorded only if they are true.
+    Properties of the objective, such as `objective.rates`, are recorded only if they are not 0.
     """
     tree, found = as_dict(experiment), {}
     tree["feedback"]["settings"] = _without(tree["feedback"]["settings"], FREE_OF_RANKERS)
@@ -107,7 +108,8 @@ def recorded(experiment: Experiment, task: Task, keys: frozenset[str], t: int) -
         tree["rollout"]["remote"] = server["engine"]  # its address may change
     for key in sorted(keys):
         if key in _OF_TASK:
-            found |= {key: True} if getattr(task, key.removeprefix("objective.")) else {}
+            value = getattr(task, key.removeprefix("objective."))
+            found |= {key: value} if value else {}
             continue
         value: Any = tree
         for part in key.split("."):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -28,13 +28,14 @@ from selm_jax.text.prompts import Prompt
 
 def _settings(_e: Experiment, task: Task) -> tuple[str, ...]:
     own = ("text", "objective.rates", "objective.reference_free", *task.example_settings)
+    own += ("objective.start_share",)
     return (*own, "rollout.gap", "training.importance", *SCORING)
 
 
 @stage(leaves=("examples.parquet",), settings=_settings, judges=judge)
 def score(
     step: Step, prompts: list[Prompt], ranked: StoredTable, reference: Model, chat: Chat,
-    sampled: Sampled | None = None,
+    sampled: Sampled | None = None, start: Model | None = None,
 ) -> Counts:  # fmt: skip
     """Computes the reference's log-probability of every response.
 
@@ -43,6 +44,7 @@ def score(
 
     Args:
       sampled: the policy's answers, whose log-probabilities are compared with the sampler's.
+      start: the start model, if the objective mixes its log-probabilities with the reference's.
 
     Raises:
       RunError: they differ by more than `rollout.gap.stop`, or `training.importance` needs them
@@ -57,6 +59,8 @@ def score(
             found = step.programs.scorer.logps_by_token(params, examples, counting(advance))
         logps[:], of_tokens = [each for each, _ in found], [tokens for _, tokens in found]
         del params  # the policy may be read next
+    if start is not None and examples:
+        logps[:] = mixed(logps, _logps(step, start, examples), step.task.start_share)
     gap, examples = compare(step, sampled, examples, of_tokens)
     scored = [
         dataclasses.replace(e, reference_logps=found)
@@ -71,6 +75,28 @@ def score(
         **cut,
         **gap,
     }
+
+
+def mixed(
+    reference: Sequence[tuple[float, ...] | None], start: Sequence[tuple[float, ...]], share: float
+) -> list[tuple[float, ...]]:
+    """The log-probabilities of a mixture of two references: `share` of the start model's.
+
+    >>> mixed([(-4.0, -8.0)], [(-2.0, -4.0)], 0.25)
+    [(-3.5, -7.0)]
+    """
+    return [
+        tuple(
+            share * s + (1 - share) * r for r, s in zip(of_reference or (), of_start, strict=True)
+        )
+        for of_reference, of_start in zip(reference, start, strict=True)
+    ]
+
+
+def _logps(step: Step, model: Model, examples: list[Example]) -> list[tuple[float, ...]]:
+    params = step.programs.start_of(model.path)
+    with step.bar(len(examples), "examples, by the start model") as advance:
+        return step.programs.scorer.logps(params, examples, counting(advance))
 
 
 def paired_examples(

@@ -221,6 +221,8 @@ def test_a_loss_or_setting_that_is_wrong(model, pairs):
         rate("bradley_terry")
     with pytest.raises(ApiError, match="the counts of a whole iteration's answers"):
         rate(selm.loss("copo", beta=0.1, alpha=0.01))
+    with pytest.raises(ApiError, match="log-probabilities of two references"):
+        rate(selm.loss("inpo", beta=0.1))
     with pytest.raises(ConfigError, match="training.learning_rate"):
         rate("sft", learning_rate=-1.0)
     with pytest.raises(ConfigError, match="training.optimizer: 'adam'"):

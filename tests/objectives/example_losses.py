@@ -33,6 +33,7 @@ EXAMPLES = {
     "sppo_hard": _BETA,
     "sppo": _BETA,
     "ipo_online": _BETA,
+    "inpo": {"beta": 0.2, "start_share": 0.25},
     "nash": _BETA,
 }
 assert {*EXAMPLES, "bradley_terry"} == {*TABLE}, "every loss needs an example here"

@@ -196,6 +196,10 @@ def ipo_online(x, beta, temperature=1.0):
     return (margin(x) - (wins(x.w, x.l, temperature) - 0.5) / beta) ** 2
 
 
+def inpo(x, beta, start_share):
+    return (margin(x) - 0.5 / beta) ** 2  # of the mixed reference; see test_inpo
+
+
 def nash(x, beta, temperature=1.0):
     return (margin(x) - (wins(x.w, x.e, temperature) - wins(x.l, x.e, temperature)) / beta) ** 2
 
@@ -205,6 +209,6 @@ FORMULAS = {
     for f in (
         *(dpo, cdpo, robust, ipo, hinge, sigmoid_norm, exo_pair, discopop, nca_pair, bco_pair),
         *(apo_zero, apo_down, simpo, sft, wpo, optimism, selm, xpo, vpo, se_popo, copo, geb),
-        *(sppo_hard, sppo, ipo_online, nash),
+        *(sppo_hard, sppo, ipo_online, inpo, nash),
     )
 }

@@ -18,6 +18,7 @@ from example_losses import EXAMPLES, VARIANTS
 from selm_jax.objectives.build import REFUSED, TABLE, build_objective
 from selm_jax.objectives.losses import Logps, ObjectiveError, copo
 from selm_jax.objectives.roles import ROLES
+from selm_jax.stages.score import mixed
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "trl_losses.json").read_text())
 CASES = [(trl, case) for trl, part in GOLDEN.items() for case in part["cases"]]
@@ -148,7 +149,7 @@ LOG2 = math.log(2)
 FIRST = {
     **dict.fromkeys(("dpo", "cdpo", "robust", "sigmoid_norm", "selm", "vpo", "se_popo"), LOG2),
     "hinge": 1,
-    "ipo": 1 / (4 * 0.2**2),
+    **dict.fromkeys(("ipo", "inpo"), 1 / (4 * 0.2**2)),
     "exo_pair": -LOG2 - (math.log(0.8) + math.log(0.2)) / 2,
     "discopop": (LOG2 + 1) / 2,
     "nca_pair": 2 * LOG2,
@@ -243,6 +244,38 @@ def test_scores_are_asked_for(name):
     assert objective.uses_scores and not build_objective("dpo", beta=0.1).uses_scores
     with pytest.raises(ObjectiveError, match="needs the ranker's scores"):
         objective(batch(1).replace(scores={}))
+
+
+def test_inpo(x64):
+    """Its paper's h_t, with both references, is the margin over the reference that a run stores."""
+    logps, rng, eta, tau = batch(7), np.random.default_rng(7), 0.2, 0.05
+    start, before = (
+        logps.reference,
+        {r: x + rng.normal(0, 1, 6) for r, x in logps.reference.items()},
+    )
+    stored = {
+        role: np.array(
+            [
+                one
+                for (one,) in mixed(
+                    [(x,) for x in before[role]], [(x,) for x in start[role]], tau / eta
+                )
+            ]
+        )
+        for role in ROLES
+    }
+    gap = lambda of: of["chosen"] - of["rejected"]
+    h = gap(logps.policy) - tau / eta * gap(start) - (eta - tau) / eta * gap(before)
+    objective = build_objective("inpo", beta=eta, start_share=tau / eta)
+    assert objective.start_share == 0.25
+    losses, _ = objective(logps.replace(reference=stored))
+    np.testing.assert_allclose(losses, (h - 1 / (2 * eta)) ** 2, rtol=1e-12)
+    with_sft = build_objective("inpo+0.2*sft", beta=eta)
+    assert with_sft.start_share == 1 / 3 and build_objective("dpo", beta=0.1).start_share == 0
+    with pytest.raises(ObjectiveError, match="inpo compares with a mixture of two references"):
+        build_objective("inpo+ipo_online", beta=eta)
+    with pytest.raises(ObjectiveError, match="start_share is 2"):
+        build_objective("inpo", beta=eta, start_share=2)
 
 
 def test_sums_that_are_other_methods(x64):

@@ -1,6 +1,7 @@
 """Methods that need more than log-ratios, through a whole run and through its resume."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ from rich.console import Console
 
 from selm_jax import config
 from selm_jax.iterate import iterate
+from selm_jax.run.check import check_objective
 from selm_jax.run.rows import RunError
 from selm_jax.run.run import Run
 from selm_jax.stages.train import plan_of, train
@@ -22,6 +24,7 @@ METHODS = [
     {"loss": "geb", "beta": 0.1, "alpha": 0.01, "divergence": "hellinger"},
     {"loss": "discopop+0.1*sft", "beta": 0.1, "f_divergence": "js_divergence"},
     {"loss": "wpo", "beta": 0.1},
+    {"loss": "inpo", "beta": 0.1, "start_share": 0.25},
     {"loss": "copo", "beta": 0.1, "alpha": 0.01},
     {"loss": "se_popo", "beta": 0.1, "alpha": [0.01, 0.005]},
 ]
@@ -62,6 +65,30 @@ def test_a_run_that_is_stopped_between_updates_ends_as_one_that_is_not(objective
     jax.tree.map(np.testing.assert_array_equal, *last)
     start = load(whole.start.path, whole.programs.config)
     assert any(jax.tree.leaves(jax.tree.map(lambda a, b: np.any(a != b), last[0], start)))
+
+
+@pytest.mark.slow
+def test_inpo_stores_a_mixture_of_the_start_model_and_the_policy_before(tmp_path):
+    run = run_of(tmp_path, "run", {"loss": "inpo", "beta": 0.1, "start_share": 0.25})
+    iterate(run)
+    for t in (1, 2):
+        made = table.read(run.folder.iteration(t) / "examples.parquet")
+        start, before = (
+            tiny.logps_of(run, run.programs.start_of(run.policy(u).path), made) for u in (0, t - 1)
+        )
+        for example, s, p in zip(made, start, before, strict=True):
+            expected = 0.25 * np.array(s) + 0.75 * np.array(p)
+            np.testing.assert_allclose(example.reference_logps, expected, rtol=1e-6)
+    entry = json.loads((run.folder.iteration(2) / "stage.json").read_text())["score"]
+    assert entry["settings"]["objective.start_share"] == 0.25 and "start" in entry["inputs"]
+
+
+@pytest.mark.parametrize("changed", [{"reference": "live"}, {"reference_policy": "start"}])
+def test_inpo_refuses_to_run_with_one_reference(changed, tmp_path):
+    changes = {f"training__{key}": value for key, value in changed.items()}
+    file = tiny.experiment(tmp_path, objective={"loss": "inpo", "beta": 0.1}, **changes)
+    with pytest.raises(RunError, match="two references|only the start model"):
+        check_objective(Run(config.load(file), Console(quiet=True)))
 
 
 def test_a_loss_gets_the_rankers_scores_and_refuses_examples_without_them(tmp_path):

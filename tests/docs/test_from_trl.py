@@ -20,7 +20,7 @@ def names_in(text):
 
 
 @pytest.mark.parametrize(
-    "group", ["TrainingArguments", "DPOConfig", "OnlineDPOConfig", "XPOConfig"]
+    "group", ["TrainingArguments", "DPOConfig", "OnlineDPOConfig", "XPOConfig", "NashMDConfig"]
 )
 def test_every_argument_stands_in_the_table_of_its_class(group):
     section = re.search(rf"^## `{group}`\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL)

@@ -253,6 +253,15 @@ class Policy:
         """
         return self._scored(Scorer.statistics, examples, progress)
 
+    def features(
+        self, examples: Sequence[Example], progress: Advance = lambda examples, tokens=0: None
+    ) -> list[tuple[np.ndarray, ...]]:
+        """The last layer's output at each response's last token, as numpy arrays [embed].
+
+        It raises the same errors as `logps`.
+        """
+        return self._scored(Scorer.features, examples, progress)
+
     def rewards(
         self, examples: Sequence[Example], progress: Advance = lambda examples, tokens=0: None
     ) -> list[tuple[float, ...]]:

@@ -1,8 +1,8 @@
 """Acquisition functions, which choose the prompts to rank if a budget does not cover all.
 
-An acquisition gives every prompt one value, and the prompts with the highest values are asked until
-the budget is spent. Values are pure functions of the log-probabilities of the candidates that exist
-already; nothing more is generated.
+Most acquisitions give every prompt one value, and the prompts with the highest values are asked
+until the budget is spent. Values are pure functions of the log-probabilities of the candidates that
+exist already; nothing more is generated. A design (`d_optimal`) chooses prompts as a set instead.
 """
 
 from __future__ import annotations
@@ -69,6 +69,59 @@ MODEL_BASED: Mapping[str, Callable[[Prospect], float]] = {
     "reward_gap": reward_gap,
     "entropy": entropy,
 }
+
+
+def widest(features: Sequence[Float[np.ndarray, " embed"]]) -> Float[np.ndarray, " embed"]:
+    """The difference between the features of the two candidates of a prompt that differ most."""
+    of = np.array(features, np.float64)
+    square = (of * of).sum(axis=1)
+    distance = square[:, None] + square - 2 * of @ of.T
+    a, b = np.unravel_index(distance.argmax(), distance.shape)
+    return of[a] - of[b]
+
+
+def d_optimal(
+    differences: Float[np.ndarray, "prompts embed"], budget: int, rng: np.random.Generator
+) -> Int[np.ndarray, " asked"]:
+    """The indices of the prompts of a greedy D-optimal design, in increasing order.
+
+    Source: arXiv 2503.01076: if a policy is linear in its last layer's features, the answer to a
+    comparison of two candidates with the feature difference x adds a multiple of x x^T to the
+    information about it. Each step asks about the prompt that raises log det(s I + sum x x^T) most.
+    The multiple, which depends on how sure the policy is, is taken as equal for all prompts. s, the
+    mean square of x divided by the number of features, stands for what is known before.
+
+    Args:
+      differences: x of each prompt (`widest`).
+      budget: the largest number of prompts.
+      rng: decides among prompts of equal gain.
+
+    Raises:
+      FeedbackError: a difference is not finite, or the budget is below 1.
+    """
+    x = np.asarray(differences, np.float64)
+    if not np.isfinite(x).all():
+        raise FeedbackError("a candidate's features are not finite. Check the policy's weights")
+    if budget < 1:
+        raise FeedbackError(f"the budget is {budget} prompts; expected at least 1.")
+    order = rng.permutation(len(x))
+    x = x[order] / np.sqrt(max(np.mean(x * x), np.finfo(np.float64).tiny))  # so that s is 1
+    gain = (x * x).sum(axis=1)  # x^T A^-1 x, where A is the information so far
+    chosen: list[int] = []
+    steps: list[Float[np.ndarray, " embed"]] = []  # A^-1 = I - sum of v v^T over these
+    for _ in range(min(budget, len(x))):
+        i = int(np.argmax(gain))
+        v = x[i] - sum((step * (step @ x[i]) for step in steps), np.zeros(x.shape[1]))
+        v /= np.sqrt(1 + v @ x[i])
+        steps.append(v)
+        gain -= (x @ v) ** 2
+        chosen.append(i)
+        gain[chosen] = -np.inf
+    return np.sort(order[chosen])
+
+
+DESIGNS = ("d_optimal",)
+READ_MODEL = (*MODEL_BASED, *DESIGNS)  # the acquisitions that evaluate the policy
 
 
 def best(

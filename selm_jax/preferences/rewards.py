@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from selm_jax.models.decoder import Decoder, Params, rewards
 from selm_jax.preferences.packing import PreferenceBatch
@@ -46,7 +46,25 @@ def rewards_of(
     params: Params, hidden: Float[Array, "rows time embed"], batch: PreferenceBatch
 ) -> Float[Array, "rows segments branches"]:
     """The same from the batch's hidden states."""
+    hidden_at, there = _ends(hidden, batch)
+    return jnp.where(there, rewards(params, hidden_at), 0)
+
+
+def response_features(
+    decoder: Decoder, params: Params, batch: PreferenceBatch
+) -> Float[Array, "rows segments branches embed"]:
+    """The last layer's output at each response's last token, float32; 0 where there is none."""
+    rows = batch.tokens, batch.position, batch.end
+    hidden, _ = decoder.apply({"params": params}, *rows)
+    hidden_at, there = _ends(hidden, batch)
+    return jnp.where(there[..., None], hidden_at.astype(jnp.float32), 0)
+
+
+def _ends(
+    hidden: Float[Array, "rows time embed"], batch: PreferenceBatch
+) -> tuple[Float[Array, "rows segments branches embed"], Bool[Array, "rows segments branches"]]:
+    """The hidden state at each response's last token, and which responses there are."""
     last = batch.last_of_response()
     at = jnp.maximum(last, 0).reshape(last.shape[0], -1)
-    found = rewards(params, jnp.take_along_axis(hidden, at[..., None], axis=1))
-    return jnp.where(last >= 0, found.reshape(last.shape), 0)
+    found = jnp.take_along_axis(hidden, at[..., None], axis=1)
+    return found.reshape(*last.shape, -1), last >= 0

@@ -25,7 +25,7 @@ from selm_jax.config import Experiment
 from selm_jax.feedback import ranker as rankers
 from selm_jax.parallel import multihost
 from selm_jax.policy.sizes import Room, with_sizes
-from selm_jax.preferences.acquisition import MODEL_BASED
+from selm_jax.preferences.acquisition import READ_MODEL
 from selm_jax.run import sizes
 from selm_jax.run.best import Best, best_of
 from selm_jax.run.data import Data
@@ -167,7 +167,7 @@ class Run:
         against. Each is None if the acquisition does not use it.
         """
         acquisition = self.experiment.feedback.acquisition
-        if acquisition not in MODEL_BASED:
+        if acquisition not in READ_MODEL:
             return None, None
         return policy, self.before(t) if acquisition == "reward_gap" else None
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from selm_jax.config import Experiment
 from selm_jax.feedback.human import Human
 from selm_jax.parallel import multihost
-from selm_jax.preferences.acquisition import MODEL_BASED
+from selm_jax.preferences.acquisition import READ_MODEL
+from selm_jax.preferences.examples import Example
 from selm_jax.preferences.selection import by_settings
 from selm_jax.run.inputs import LazyRanker, Model, StoredTable
 from selm_jax.run.rows import prompt_ids
@@ -28,7 +31,7 @@ _OF_DATA = ("text.layout", "objective.rates", "data.on_bad_row", *TEMPLATE)
 
 
 def _settings(e: Experiment, _task: Task) -> tuple[str, ...]:
-    scoring = SCORING if e.feedback.acquisition in MODEL_BASED else ()
+    scoring = SCORING if e.feedback.acquisition in READ_MODEL else ()
     return ("seed", "candidates.dataset", "feedback", *_OF_DATA, *scoring)
 
 
@@ -105,7 +108,14 @@ def pool_of(
         pool, feedback.budget, acquisition=feedback.acquisition,
         seed=(step.settings.seed, step.t), prompt_ids=lambda prompt: prompt_ids(chat, prompt),
         policy=_logps(step, policy), reference=_logps(step, reference),
+        features=lambda examples: _features(step, policy, chat, examples),
     )  # fmt: skip
+
+
+def _features(step: Step, policy: Model | None, chat: Chat, examples: Sequence[Example]):
+    """The policy's last-layer features of every response of the examples."""
+    assert policy is not None, "a design needs the policy"
+    return step.programs.policy(policy.path, chat).features(examples)
 
 
 def _logps(step: Step, model: Model | None) -> budget.Logps | None:

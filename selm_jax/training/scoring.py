@@ -24,7 +24,7 @@ from selm_jax.objectives.logprobs import TokenStats, token_statistics
 from selm_jax.preferences.examples import Example
 from selm_jax.preferences.layouts import Layout
 from selm_jax.preferences.packing import PreferenceBatch, Shape, pack, unpack, unpack_tokens
-from selm_jax.preferences.rewards import response_rewards
+from selm_jax.preferences.rewards import response_features, response_rewards
 from selm_jax.training.update import Update, of_scored, response_logps
 
 # Called with the number of examples and of tokens scored since the last call.
@@ -41,11 +41,13 @@ class Readers(NamedTuple):
 
     logps(params, batch) -> response log-probabilities [rows, segments, branches]
     rewards(params, batch) -> a reward model's rewards [rows, segments, branches]
+    features(params, batch) -> the last layer's outputs [rows, segments, branches, embed]
     statistics(params, batch) -> TokenStats [rows, scored]
     """
 
     logps: Callable[..., Any]
     rewards: Callable[..., Any]
+    features: Callable[..., Any]
     statistics: Callable[..., Any]
 
 
@@ -70,6 +72,7 @@ def _readers(decoder: Decoder, chunk: int, replicated: Sharding | None) -> Reade
     return Readers(
         logps=compiled(lambda params, batch: response_logps(decoder, params, batch, chunk)),
         rewards=compiled(lambda params, batch: response_rewards(decoder, params, batch)),
+        features=compiled(lambda params, batch: response_features(decoder, params, batch)),
         statistics=compiled(
             lambda params, batch: of_scored(token_statistics, decoder, params, batch, chunk)[0]
         ),
@@ -81,7 +84,8 @@ class Scorer:
     """Scores responses in few shapes, because each function compiles once per shape.
 
     Attributes:
-      read: the compiled functions. A run's `Update` gives the same scores but has no `statistics`.
+      read: the compiled functions. A run's `Update` gives the same scores but has neither
+        `statistics` nor `features`.
       place: puts a batch on the devices.
       layout: groups examples into batches and gives each its shape.
     """
@@ -124,6 +128,15 @@ class Scorer:
     ) -> list[tuple[float, ...]]:
         """The rewards of a reward model: per example a tuple, with a number per response."""
         return self._scored(self.read.rewards, params, examples, report, unpack)
+
+    def features(
+        self,
+        params: Params,
+        examples: Sequence[Example],
+        report: Report = lambda examples, tokens=0: None,
+    ) -> list[tuple[np.ndarray, ...]]:
+        """The last layer's output at each response's last token, as numpy arrays [embed]."""
+        return self._scored(cast(Readers, self.read).features, params, examples, report, unpack)
 
     def statistics(
         self,

@@ -10,7 +10,7 @@ import selm_jax
 from selm_jax.config import kinds
 from selm_jax.models.decoder import REMAT
 from selm_jax.parallel.rules import PRESETS
-from selm_jax.preferences.acquisition import MODEL_BASED
+from selm_jax.preferences.acquisition import DESIGNS, MODEL_BASED
 from selm_jax.rollout.dialects import DIALECTS
 from selm_jax.training.optimizer import OPTIMIZERS, SCHEDULES
 
@@ -64,8 +64,9 @@ def test_what_is_looked_for_is_found():
         (kinds.Preset, PRESETS),
         (kinds.Engine, DIALECTS),
         (kinds.ModelBased, MODEL_BASED),
+        (kinds.Design, DESIGNS),
     ],
-    ids=["schedule", "optimizer", "remat", "preset", "engine", "acquisition"],
+    ids=["schedule", "optimizer", "remat", "preset", "engine", "acquisition", "design"],
 )
 def test_every_choice_is_done_and_nothing_else_is(choices, table):
     assert set(get_args(choices)) == set(table)

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -15,9 +16,18 @@ from rich.console import Console
 from selm_jax import config
 from selm_jax.feedback.ranker import FeedbackError
 from selm_jax.iterate import iterate
-from selm_jax.preferences.acquisition import Prospect, best, entropy, reward_gap
+from selm_jax.models.decoder import Decoder
+from selm_jax.preferences.acquisition import (
+    Prospect,
+    best,
+    d_optimal,
+    entropy,
+    reward_gap,
+    widest,
+)
 from selm_jax.preferences.examples import Example
 from selm_jax.run.run import Run
+from selm_jax.weights.huggingface import load
 
 logps = st.lists(st.floats(-200, 0), min_size=1, max_size=5)
 
@@ -42,6 +52,36 @@ def test_entropy_is_that_of_the_draws():
     assert entropy(prospect([-2, -4], drawn=[False, False])) == 3
     # Of a uniform distribution over 8 responses it is log 8, whatever is drawn.
     assert entropy(prospect([-np.log(8)] * 3)) == pytest.approx(np.log(8))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e3])
+def test_a_design_is_greedy_in_the_determinant(scale):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(12, 5)) * rng.uniform(0.1, 3, size=(12, 1))
+    x[7] = x[11] + 1e-3  # the same direction twice teaches less
+    information, slow = np.mean(x * x) * np.eye(5), []
+    for _ in range(6):
+        worth = [
+            -np.inf if i in slow else np.linalg.slogdet(information + np.outer(v, v))[1]
+            for i, v in enumerate(x)
+        ]
+        slow.append(int(np.argmax(worth)))
+        information += np.outer(x[slow[-1]], x[slow[-1]])
+        found = d_optimal(scale * x, len(slow), np.random.default_rng(1))
+        assert found.tolist() == sorted(slow)
+    longest = np.argsort((x * x).sum(axis=1))[-3:]
+    assert {7, 11} <= set(longest) and len({7, 11} & set(slow[:3])) == 1
+
+
+def test_a_design_takes_the_two_answers_that_differ_most():
+    features = [np.array([0.0, 0.0]), np.array([1.0, 0.0]), np.array([-1.0, 2.0])]
+    np.testing.assert_array_equal(np.abs(widest(features)), [2, 2])
+    assert widest(features[:1]).tolist() == [0, 0]
+    equal = [d_optimal(np.zeros((5, 3)), 2, np.random.default_rng(i)) for i in range(500)]
+    assert all(150 < count < 250 for count in np.bincount(np.concatenate(equal)))
+    assert d_optimal(np.eye(3), 9, np.random.default_rng(0)).tolist() == [0, 1, 2]
+    with pytest.raises(FeedbackError, match="not finite"):
+        d_optimal(np.array([[np.nan]]), 1, np.random.default_rng(0))
 
 
 @given(st.lists(st.integers(-3, 3), max_size=12), st.integers(1, 15), st.integers(0, 9))
@@ -127,6 +167,20 @@ def test_what_is_asked_is_what_the_acquisition_values_most(run):
         values["entropy"].append(-policy[[c.source == "sample" for c in each]].mean())
     for pool, name in ((gap, "reward_gap"), (by_entropy, "entropy")):
         assert sorted(np.argsort(values[name])[-5:].tolist()) == list(pool.asked)
+
+
+def test_a_design_in_a_run_reads_the_last_layer_at_the_end_of_each_answer(run):
+    pool = asked(run, 2, "d_optimal")
+    assert len(pool.asked) == 5 and pool.cost["acquisition/forward_tokens"] > 0
+    policy = run.programs.policy(run.policy(1).path, run.chat)
+    config = run.programs.config
+    params, decoder = load(run.policy(1).path, config), Decoder(config, scan=True)
+    example = Example.of("x", (5, 6, 7), {"chosen": (8, 9), "rejected": (10,)})
+    (found,) = policy.features([example])
+    for answer, feature in zip(example.responses, found, strict=True):
+        ids = jnp.array([[*example.prompt, *answer]])
+        hidden, _ = decoder.apply({"params": params}, ids, jnp.arange(ids.shape[1])[None])
+        np.testing.assert_allclose(feature, hidden[0, -1], rtol=1e-4, atol=1e-5)
 
 
 def test_in_the_first_iteration_there_is_no_gap(run):

@@ -54,6 +54,6 @@ def check_comment(comment: Any) -> str | None:
 
 
 def is_ranking(ranks: Sequence[Any]) -> bool:
-    """Whether the ranks are valid: each rank is 1 + the number of smaller ranks."""
+    """Returns whether the ranks are valid: each rank is 1 + the number of smaller ranks."""
     numbers = all(type(r) is int for r in ranks)
     return numbers and all(r == 1 + sum(s < r for s in ranks) for r in ranks)

@@ -50,7 +50,7 @@ def carried_out(work: Callable[[], Any]) -> None:
 
 
 def is_for_the_user(error: Exception) -> bool:
-    """Whether an error is meant for the user: from this package, the system or the options."""
+    """Says whether an error is meant for the user: from this package, the system or the options."""
     package = type(error).__module__.partition(".")[0]
     return isinstance(error, (OSError, MemoryError)) or package in ("selm_jax", "typer", "click")
 

@@ -43,7 +43,7 @@ ROWS, HELDOUT = 64, 8
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """What distinguishes a model family: keys of config.json, special tokens, chat template.
+    """Holds what tells a model family apart: keys of config.json, special tokens, chat template.
 
     Attributes:
       model: the keys of config.json in which the family differs from the others.
@@ -275,7 +275,7 @@ def _feedback(feedback: Feedback) -> Feedback:
 
 
 def _is_here(ranker: str, settings: Mapping[str, Any]) -> bool:
-    """Whether a ranker (of a mixture, every part) works offline on the made-up rows."""
+    """Returns whether a ranker (of a mixture, every part) works offline on the made-up rows."""
     if ranker in ("pairrm", "reward_model"):
         folder = settings.get("folder" if ranker == "pairrm" else "source", "")
         return (Path(str(folder)) / "config.json").exists()

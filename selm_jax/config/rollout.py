@@ -68,9 +68,9 @@ class SamplingSettings:
 
 @dataclass(frozen=True, config=_STRICT)
 class Gap:
-    """What to do if the sampler's log-probabilities differ from the scorer's; see docs/run.md.
+    """Sets what a run does if the sampler's log-probabilities differ from the scorer's.
 
-    Both are limits of the mean absolute difference in nats per token.
+    Both are limits of the mean absolute difference in nats per token; see docs/run.md.
     """
 
     warn: Positive | None = 0.1  # Above this difference a warning is printed; null: never.

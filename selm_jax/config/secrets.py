@@ -66,7 +66,7 @@ def found(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ..
 
 
 def _is_named(name: str, value: Any) -> bool:
-    """Whether a setting has a name such as `api_key`, and a value that may be an API key."""
+    """Says whether a setting has a name such as `api_key`, and a value that may be an API key."""
     plain = re.sub("[^a-z0-9]", "", name.lower())
     if not isinstance(value, str) or not _NAMES.fullmatch(plain):
         return False
@@ -74,7 +74,7 @@ def _is_named(name: str, value: Any) -> bool:
 
 
 def _is_variable(text: str) -> bool:
-    """Whether a text is the name of an environment variable rather than a key."""
+    """Returns whether a text is the name of an environment variable rather than a key."""
     mixed = len(text) >= 20 and re.search("[a-z]", text) and re.search("[0-9]", text)
     return re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", text) is not None and not mixed
 

@@ -359,7 +359,7 @@ class Experiment:
 
     @property
     def taught(self) -> bool:
-        """Whether training uses the data set's answers directly, with no generation or ranking.
+        """Says whether training uses the data set's answers, with no generation or ranking.
 
         `data.chosen` alone gives single answers (loss: sft); with `data.rejected` they are pairs
         (offline DPO).

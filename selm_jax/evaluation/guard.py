@@ -48,7 +48,7 @@ def of_first(policy: Policy, prompts: Sequence[Prompt], first: Sequence[heldout.
 
 
 def warning(metrics: Mapping[str, float | None]) -> str | None:
-    """What to tell if the interval of `heldout/capability` is below 0; otherwise None."""
+    """Returns a warning if the interval of `heldout/capability` is below 0; otherwise None."""
     mean, low, high = (metrics.get(f"heldout/capability{end}") for end in ("", "_low", "_high"))
     if mean is None or low is None or high is None or high >= 0:
         return None

@@ -147,7 +147,7 @@ def counted(report: Mapping[str, int | float], what: str) -> int:
 
 
 def is_relative(ranker: Ranker) -> bool:
-    """Whether a score only compares a candidate with the others of its prompt.
+    """Returns whether a score only compares a candidate with the others of its prompt.
 
     Then a mean over prompts does not measure a policy.
     """
@@ -160,7 +160,7 @@ def folders_of(ranker: Ranker) -> tuple[Path, ...]:
 
 
 def judged_by_policy(name: str, settings: Mapping[str, Any]) -> bool:
-    """Whether a ranker, or a part of a mixture, asks the policy of the iteration itself.
+    """Returns whether a ranker, or a part of a mixture, asks the policy of the iteration itself.
 
     Then its scores cannot compare policies.
     """

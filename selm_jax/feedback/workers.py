@@ -265,7 +265,7 @@ class _Worker:
         self.deadline = time.monotonic() + timeout
 
     def has_answered(self) -> bool:
-        """Whether the process has answered or ended, so that `answer` will not block.
+        """Returns whether the process has answered or ended, so that `answer` will not block.
 
         Raises:
             FeedbackError: it has not, and the time limit is over.

@@ -104,7 +104,7 @@ class Arm:
 
     @property
     def bends(self) -> bool:
-        """Whether its fit differs from DPO's, so that the data and the fit can be told apart."""
+        """Says whether its fit differs from DPO's, so that data and fit can be told apart."""
         return self.bend != "dpo" or len(self.strengths) > 1
 
 

@@ -103,7 +103,7 @@ def where(compared: Sequence[Record], name: str) -> tuple[str, str]:
 
 
 def sentences(compared: Sequence[Record]) -> list[str]:
-    """What the other effects say together, after the answer about each method's best strength."""
+    """Says what the other effects show together, after the answer about the best strengths."""
     texts = {
         "one": "With one strength for all places instead of each place's own",
         "data": "Where only the policy that asks is bent (the data alone)",

@@ -60,7 +60,7 @@ class Outcome(NamedTuple):
 
 
 def seen(log_policy: Table, log_reference: Table, data: Examples) -> Logps:
-    """What a loss sees of labelled pairs: scores say who won, and nothing more.
+    """Makes what a loss sees of labelled pairs: scores say who won, and nothing more.
 
     The bonus is the count bonus of y_e: 1 / sqrt(1 + how often the data have the response).
     """

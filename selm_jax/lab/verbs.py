@@ -1,4 +1,4 @@
-"""What all commands of `selm lab` share: their group, their options, and what they print and write.
+"""Defines what all commands of `selm lab` share: group, options, and what they print and write.
 
 Each command prints its findings, and writes a page to NAME.html, which begins with the answer, all
 numbers to NAME.json, and the figure to NAME.svg, NAME.pdf and NAME.png.

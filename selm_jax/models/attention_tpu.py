@@ -110,7 +110,7 @@ def steps(row: Sight, block: int, by_keys: bool) -> Steps:
 
 
 def _run(at: Any, listed: Any, count: Any) -> tuple[Any, Any, Any]:
-    """Whether the grid step `at` is valid, is the first of its block, and is the last of it."""
+    """Says whether the grid step `at` is valid, the first of its block, and the last of it."""
     r, s = at
     own, most = listed[r, s], count[r]
     live = s < most

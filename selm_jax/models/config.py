@@ -265,7 +265,7 @@ class DecoderConfig:
 
     @property
     def has_two_tables(self) -> bool:
-        """Whether the rotary frequencies depend on the length of the sequence (LongRoPE)."""
+        """Says whether the rotary frequencies depend on the length of the sequence (LongRoPE)."""
         return any(k.rope is not None and isinstance(k.rope.scaling, LongRope) for k in self.kinds)
 
     def for_length(self, positions: int) -> DecoderConfig:

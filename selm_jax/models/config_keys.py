@@ -140,7 +140,7 @@ class Keys:
 
 
 def is_off(value: Any) -> bool:
-    """Whether a config value turns off the feature of its key: false, null, 0 or empty."""
+    """Returns whether a config value turns off the feature of its key: false, null, 0 or empty."""
     return value is None or value in (False, 0, "", [], {})
 
 

@@ -72,7 +72,7 @@ class Lora(settings.Lora):
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def adapts(self, kernel: str) -> bool:
-        """Whether a kernel such as `attention/q` or `experts/up` has an adapter.
+        """Returns whether a kernel such as `attention/q` or `experts/up` has an adapter.
 
         The kernels of experts have the names of the MLP whose place they take.
         """

@@ -63,7 +63,7 @@ _SHARED = (
 
 
 def is_multimodal(hf: Mapping[str, Any]) -> bool:
-    """Whether a `config.json` is that of a multi-modal model whose text model can be used."""
+    """Says whether a `config.json` is that of a multi-modal model whose text model can be used."""
     name = hf.get("model_type")
     return isinstance(name, str) and name in MULTIMODAL
 

@@ -1,4 +1,4 @@
-"""What an objective is: a loss per example, the roles that it needs, and sums of objectives.
+"""Defines what an objective is: a loss per example, and the roles that it needs; and their sums.
 
 A response's log-probability is the sum over its tokens, in nats. A response plays a role: `chosen`
 (y_w), `rejected` (y_l), or `explore` (y_ref, sampled from the reference policy). With
@@ -210,7 +210,7 @@ def compose(*objectives: Objective) -> Objective:
 
 
 def _is_shared(objective: Objective, name: str) -> bool:
-    """Whether all objectives of a sum that report the metric `name` report the same value."""
+    """Says whether all objectives of a sum that report the metric `name` report the same value."""
     said = objective.reward is not None  # `compose` has checked that the objectives agree on it
     return name.startswith("logps/") or (said and name.startswith("rewards/"))
 

@@ -264,7 +264,7 @@ _GONE = (
 
 
 def others_are_gone(error: BaseException) -> bool:
-    """Whether the cause of an error is that another process of this run has died.
+    """Returns whether the cause of an error is that another process of this run has died.
 
     This is so if the error, or one of its causes, is a jax error with such a message, or orbax's
     timeout while waiting for the others to write their parts of a checkpoint.
@@ -317,7 +317,7 @@ def stop_deferred() -> Iterator[None]:
 
 
 def should_stop() -> bool:
-    """Whether the run should stop now; the same call returns the same answer in all processes.
+    """Says whether the run should stop now; the same call returns the same answer in all processes.
 
     Call it wherever stopping is possible: between updates, between batches of answers.
 

@@ -34,7 +34,7 @@ _PACKAGE = Path(__file__).parents[1]
 
 @dataclasses.dataclass(frozen=True)
 class Sign:
-    """What a process tells the others about its work.
+    """Holds what a process tells the others about its work.
 
     Attributes:
       host: the name of its machine.
@@ -60,7 +60,7 @@ class Sign:
 
 
 def sign_of(pace: Pace, least: float, beat: int = 0) -> Sign:
-    """What this process has to tell about its work now.
+    """Returns what this process has to tell about its work now.
 
     Args:
       least: the seconds that any piece of work may take.

@@ -111,7 +111,7 @@ def _collectives(
 
 
 def _changing(body: Sequence[_Instruction]) -> dict[str, bool]:
-    """Whether the result of each instruction of a loop's body may differ between turns.
+    """Returns whether the result of each instruction of a loop's body may differ between turns.
 
     What does not change is what the loop hands on as it is, and what is computed from that alone.
     """

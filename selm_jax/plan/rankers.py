@@ -80,7 +80,7 @@ def _parts(f: Feedback) -> Iterator[Mapping[str, Any]]:
 
 
 def is_relative(f: Feedback) -> bool:
-    """Whether the ranker's scores only compare the candidates of one prompt with each other."""
+    """Says whether the ranker's scores only compare the candidates of one prompt."""
     return any(
         part["ranker"] == "pairrm"
         or part.get("normalise", "none") != "none"

@@ -156,7 +156,7 @@ def lengths_of(
 
 
 def _of_rows(b: Blueprint) -> Iterator[str]:
-    """What is assumed about rows whose length is `auto`."""
+    """Says in words what is assumed about rows whose length is `auto`."""
     e = b.experiment
     if e.candidates.dataset and e.text.layout != "paper":
         yield (

@@ -18,7 +18,7 @@ from selm_jax.preferences.candidates import FeedbackError
 
 @dataclass(frozen=True)
 class Prospect:
-    """What is known about a prompt before its candidates are ranked.
+    """Holds what is known about a prompt before its candidates are ranked.
 
     Attributes:
         policy: log-probability of every candidate under the policy that generated, in nats.

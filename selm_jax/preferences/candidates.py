@@ -72,7 +72,7 @@ class Candidate:
 
     @property
     def is_empty(self) -> bool:
-        """Whether the text contains only white space."""
+        """Returns whether the text contains only white space."""
         return not self.text.strip()
 
 

@@ -84,7 +84,7 @@ class OwnAnswers:
         return None
 
     def fits(self, prompt: Prompt) -> bool:
-        """Whether the prompt's answers fit; also True if they are unusable in another way."""
+        """Says whether the prompt's answers fit; also True if they are unusable in another way."""
         try:
             return self.misfit(prompt) is None
         except UnusableAnswer:

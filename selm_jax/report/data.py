@@ -241,7 +241,7 @@ def _planned(config: Mapping[str, Any]) -> int | None:
 
 
 def _evaluates(config: Mapping[str, Any]) -> bool:
-    """Whether the settings ask for evaluation: False for `data.heldout: null`."""
+    """Returns whether the settings ask for evaluation: False for `data.heldout: null`."""
     data = config.get("data")
     return not (isinstance(data, dict) and "heldout" in data and data["heldout"] is None)
 

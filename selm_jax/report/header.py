@@ -71,7 +71,7 @@ _SHOWN = 6  # values of one setting
 
 
 def code(versions: Mapping[str, Any], commit: Any) -> dict[str, str]:
-    """What a header says about the code: the versions of packages, and the commit."""
+    """Returns the facts about the code: the versions of packages, and the commit."""
     return {
         "Versions": _joined(*(f"{name} {versions[name]}" for name in versions)),
         "Commit": str(commit or ""),
@@ -79,7 +79,7 @@ def code(versions: Mapping[str, Any], commit: Any) -> dict[str, str]:
 
 
 def is_rehearsal(settings: Mapping[str, str]) -> bool:
-    """Whether `--tiny` made the run: the model is then in the folder NAME-tiny/inputs."""
+    """Returns whether `--tiny` made the run: the model is then in the folder NAME-tiny/inputs."""
     parts = PurePath(settings.get("model.source", "")).parts
     return parts[-2:] == ("inputs", "model") and parts[-3:-2] != () and parts[-3].endswith("-tiny")
 

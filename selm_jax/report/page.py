@@ -298,7 +298,7 @@ def unique_labels(runs: Sequence[RunData]) -> list[str]:
 
 
 def _run_view(run: RunData, label: str, index: int, said: Mapping[str, str]) -> dict[str, Any]:
-    """What the template needs of a run; `said` has the facts that the page says of all runs."""
+    """Collects what the template shows of a run, except `said`, which the page says of all runs."""
     known = summary.evaluated(run)
     evaluations, dropped = run_tables.evaluation_rows(run), run_tables.dropped(run)
     stages, sets = run_tables.stage_rows(run), run_tables.set_rows(run)

@@ -86,7 +86,7 @@ def dealt(queue: deque[Request], copies: int, to: Sequence[int], rows: int) -> l
 
 
 class Board:
-    """What the host knows of each slot.
+    """Holds what the host knows of each slot.
 
     Attributes:
       owner: (index, sample) of the response in the slot; None if the slot is free.

@@ -20,7 +20,7 @@ class Best:
 
     @property
     def entry(self) -> dict[str, Any]:
-        """What manifest.json says about it; the model's folder is relative to the run's."""
+        """Returns its entry in manifest.json; the model's folder is relative to the run's."""
         model = f"iteration_{self.iteration}/model" if self.iteration else "the start model"
         return {**vars(self), "model": model}
 

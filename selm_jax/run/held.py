@@ -89,7 +89,7 @@ def _best(run: Run, t: int) -> int | None:
 
 
 def _reads_before(e: Experiment) -> bool:
-    """Whether an iteration reads the reference of its policy (`Run.before`) besides the policy."""
+    """Says whether an iteration reads its policy's reference (`Run.before`) as well."""
     f = e.feedback
     of_ranker = judged_by_policy(f.ranker, f.settings)
     return f.acquisition == "reward_gap" or e.rollout.mixture is not None or of_ranker

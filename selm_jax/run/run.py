@@ -125,7 +125,7 @@ class Run:
 
     @property
     def fixed_reference(self) -> bool:
-        """Whether every iteration's reference is the start model, not the preceding policy."""
+        """Says whether every iteration's reference is the start model, not the preceding policy."""
         return self.experiment.training.reference_policy == "start"
 
     def prompts(self, t: int) -> list[Prompt]:

@@ -163,12 +163,12 @@ class Task(abc.ABC):
         """Returns (the training example made from a prompt's pair, counts of shortened texts)."""
 
     def leaves_out_long(self, e: Experiment) -> bool:
-        """Whether an example that is too long is dropped and counted instead of an error."""
+        """Says whether an example that is too long is dropped and counted instead of an error."""
         return False
 
     @abc.abstractmethod
     def method(self, e: Experiment) -> str:
-        """What the model was trained on: words that end a sentence of the model card."""
+        """Says what the model was trained on, in words that end a sentence of the model card."""
 
 
 class LanguageModel(Task):

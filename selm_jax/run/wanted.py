@@ -19,7 +19,7 @@ class Wanted:
         self.did: dict[tuple[str, int], bool] = {}
 
     def says(self, stage: str, t: int) -> Do:
-        """What to do with a stage: run it, only check it, or leave it alone."""
+        """Says what to do with a stage: run it, only check it, or leave it alone."""
         if self.stage is None or (stage, t) == (self.stage, self.t):
             return "do"
         return "leave" if (self.stage, self.t) in self.did else "check"

@@ -263,7 +263,7 @@ class Stages:
         return digest(path)
 
     def is_done(self, stage: str, inputs: Mapping[str, str], settings: Mapping[str, Any]) -> bool:
-        """Whether the stage finished with these inputs and settings and its outputs are intact.
+        """Says whether the stage finished with these inputs and settings and intact outputs.
 
         Raises:
           ArtifactError: the stage started with other inputs or settings, or an output changed.
@@ -313,7 +313,7 @@ class Stages:
         remove(self.folder / name)  # after a kill in the middle of this it is deleted once more
 
     def may_complete(self, stage: str, name: str) -> bool:
-        """Whether the stage is done and the model card in its output folder may be replaced."""
+        """Says whether the stage is done and the card in its output folder may be replaced."""
         entry = self.read().get(stage, {})
         return bool(entry.get("done")) and CARD in _unsealed(entry, name)
 

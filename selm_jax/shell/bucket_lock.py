@@ -146,7 +146,7 @@ class _Lease:
 
 
 class _Follower:
-    """What a process knows of a lease that the first process of its run holds.
+    """Holds what a process knows of a lease that the first process of its run has.
 
     Attributes:
       store: a handle of its own on the folder, whose reads wait for nothing.
@@ -252,7 +252,7 @@ def _now() -> float:
 
 
 def _content(about: dict[str, Any]) -> bytes:
-    """What a holder writes: never the same twice, since equal contents can have equal versions."""
+    """Makes what a holder writes: never the same twice, as equal contents may share a version."""
     return json.dumps(about | {"renewal": uuid.uuid4().hex}).encode()
 
 
@@ -311,7 +311,7 @@ def _machine() -> str:
 
 
 def _lives(found: dict[str, Any]) -> bool:
-    """Whether the holder, a process of this machine, is still running."""
+    """Returns whether the holder, a process of this machine, is still running."""
     return found["started"] != 0 and _started(found["process"]) == found["started"]
 
 

@@ -1,4 +1,4 @@
-"""What the makers' data sheets say about devices: their peak arithmetic and memory bandwidth."""
+"""Lists the makers' data on devices: their peak arithmetic and memory bandwidth."""
 
 from __future__ import annotations
 

@@ -249,7 +249,7 @@ async def for_each(todo: Iterable[T], do: Callable[[T], Awaitable[None]], at_onc
 
 
 def is_here(url: str) -> bool:
-    """Whether a URL points to this machine; such requests bypass the environment's proxy."""
+    """Says whether a URL points to this machine; such requests bypass the environment's proxy."""
     return httpx2.URL(url).host in ("localhost", "127.0.0.1", "::1")
 
 

@@ -51,7 +51,7 @@ def heard() -> Iterator[None]:
 
 
 def asked() -> bool:
-    """Whether the user has pressed Ctrl-C."""
+    """Returns whether the user has pressed Ctrl-C."""
     return _asked.is_set()
 
 
@@ -80,7 +80,7 @@ def _watch() -> None:
 
 
 def _is_handled() -> bool:
-    """Whether an `except`, `finally` or `__exit__` of the main thread handles a Ctrl-C now."""
+    """Says whether an `except`, `finally` or `__exit__` of the main thread handles a Ctrl-C now."""
     found: Any = sys._current_exceptions().get(threading.main_thread().ident or 0)
     error = found[1] if isinstance(found, tuple) else found  # a tuple before Python 3.12
     while error is not None and not isinstance(error, KeyboardInterrupt):

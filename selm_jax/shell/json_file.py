@@ -16,7 +16,7 @@ class JsonFileError(ValueError):
 
 
 def is_pointer(file: Path) -> bool:
-    """Whether the file is a Git LFS pointer, which `git clone` leaves in place of a large file."""
+    """Says whether the file is a Git LFS pointer, which `git clone` leaves for a large file."""
     with file.open("rb") as f:
         return f.read(len(_POINTER)) == _POINTER
 

@@ -49,7 +49,7 @@ _mirrors: dict[str, Mirror] = {}
 
 @dataclass(frozen=True)
 class _Copy:
-    """What a local file was when it had the content of an object."""
+    """Records what a local file was when it had the content of an object."""
 
     version: str
     size: int
@@ -132,7 +132,7 @@ class Mirror:
         return bool(entry and copy and copy.version == entry.version) and self.fits(key)
 
     def fits(self, key: str) -> bool:
-        """Whether the local file is as it was put or fetched."""
+        """Returns whether the local file is as it was put or fetched."""
         copy, file = self._copies.get(key), self.folder / key
         if copy is None or not file.is_file():
             return False
@@ -310,17 +310,17 @@ def need(path: Path, names: Iterable[str] | None = None) -> Path:
 
 
 def exists(path: Path) -> bool:
-    """Whether there is a file or folder, here or, not fetched yet, in the bucket."""
+    """Returns whether there is a file or folder, here or, not fetched yet, in the bucket."""
     return path.exists() or bool(below(path))
 
 
 def has_files(folder: Path) -> bool:
-    """Whether a folder has files at any depth, here or, not fetched yet, in the bucket."""
+    """Returns whether a folder has files at any depth, here or, not fetched yet, in the bucket."""
     return any(file.is_file() for file in folder.rglob("*")) or bool(below(folder))
 
 
 def named(path: Path) -> str:
-    """What a person calls a path: its URL, if it is in a mirror."""
+    """Returns the name by which a person knows a path: its URL, if it is in a mirror."""
     mirror = of(path)
     return str(path) if mirror is None else f"{mirror.url}/{mirror.key(path)}".rstrip("/")
 

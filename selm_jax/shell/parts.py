@@ -31,7 +31,7 @@ def write(file: Path, table: pa.Table) -> None:
 
 
 def is_there(file: Path) -> bool:
-    """Whether a part has been written.
+    """Returns whether a part has been written.
 
     Raises:
       ArtifactError: the part has changed since it was written.

@@ -131,7 +131,7 @@ def make_private(path: Path) -> None:
 
 
 def is_leftover(name: str) -> bool:
-    """Whether operating systems create files of this name by themselves, such as .DS_Store."""
+    """Says whether operating systems create files of this name by themselves, such as .DS_Store."""
     return name in _LEFTOVERS or name.startswith(("._", ".nfs"))
 
 
@@ -142,7 +142,7 @@ _RECORDS = {MARK, "config.yaml", "manifest.json", "metrics.jsonl", "stage.json",
 
 
 def _is_record(file: Path) -> bool:
-    """Whether a run, a sweep or an evaluation needs the file to resume."""
+    """Returns whether a run, a sweep or an evaluation needs the file to resume."""
     for folder in filter(_is_marked, file.parents):
         name = file.relative_to(folder).parts[0]
         if name in _RECORDS or name.startswith((".lock", "iteration_")):
@@ -156,7 +156,7 @@ def _is_marked(folder: Path) -> bool:
 
 
 def _is_nothing(path: Path) -> bool:
-    """Whether a file may be ignored: the system's, our lock, or a half-written marker of ours."""
+    """Says whether a file may be ignored: the system's, our lock, or our half-written marker."""
     if not path.is_file():
         return False
     if path.name == ".lock" or path.name.startswith(".lock."):
@@ -167,7 +167,7 @@ def _is_nothing(path: Path) -> bool:
 
 
 def _was_made_here(folder: Path) -> bool:
-    """Whether the folder was made by an early version of this program, which left no marker."""
+    """Says whether an early version of this program, which left no marker, made the folder."""
     manifest = _json(folder / "manifest.json")
     if isinstance(manifest.get("versions"), dict) and "selm_jax" in manifest["versions"]:
         return True  # a run

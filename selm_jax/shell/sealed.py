@@ -38,12 +38,12 @@ def seal(value: Mapping[str, Any], name: str = "") -> dict[str, Any]:
 
 
 def is_sealed(value: Any, name: str = "") -> bool:
-    """Whether a value is a JSON object whose digest, added by `seal`, matches its content."""
+    """Says whether a value is a JSON object whose digest, added by `seal`, matches its content."""
     return isinstance(value, dict) and value.get(_KEY) == _of(value, name)
 
 
 def fits(value: Mapping[str, Any], name: str = "") -> bool:
-    """Whether a JSON object has no digest, or has a digest that matches its content."""
+    """Returns whether a JSON object has no digest, or has a digest that matches its content."""
     return _KEY not in value or is_sealed(value, name)
 
 

@@ -69,7 +69,7 @@ class Entry:
 
 
 def is_url(name: str | Path) -> bool:
-    """Whether a name is the url of something in a bucket; the last two kinds are for tests."""
+    """Says whether a name is the url of something in a bucket; the last two kinds are for tests."""
     return str(name).startswith(("gs://", "s3://", "file://", "memory://"))
 
 
@@ -173,7 +173,7 @@ class Store:
         return entry
 
     def head(self, key: str) -> Entry | None:
-        """What is known of an object without reading it; None if there is no such object."""
+        """Returns what is known of an object without reading it; None if there is no object."""
         try:
             return self._entry(self._ask("look at", key, lambda ob: ob.head(self._inner, key)))
         except FileNotFoundError:

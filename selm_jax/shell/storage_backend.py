@@ -85,7 +85,7 @@ def opened(url: str, *, limit: float, timeout: float, waits: tuple[float, float]
 
 
 def passes(error: Exception) -> bool:
-    """Whether a request may succeed if it is sent again: a server's fault, or the network's."""
+    """Says whether a request may succeed if sent again: a server's fault, or the network's."""
     told = str(error)
     if "NoSuchUpload" in told:  # the upload's last answer was lost; a new one is sent
         return True
@@ -98,7 +98,7 @@ def passes(error: Exception) -> bool:
 
 
 def no_bucket(what: str, error: Exception) -> bool:
-    """Whether a request failed because there is no such bucket; `what` is as for `failure`."""
+    """Says whether a request failed because there is no such bucket; `what` is as for `failure`."""
     missing = isinstance(error, FileNotFoundError) and what == "write"
     named = re.search(r"NoSuchBucket|bucket does not exist", str(error))
     return bool(named or missing and not re.search(r"NoSuch(Key|Upload)", str(error)))

@@ -29,7 +29,7 @@ class UserCodeError(ValueError):
 
 
 def is_user_code(name: str) -> bool:
-    """Whether a name, or a sum of names such as `dpo+x:y`, refers to a user's function."""
+    """Returns whether a name, or a sum of names such as `dpo+x:y`, refers to a user's function."""
     return ":" in name
 
 
@@ -135,7 +135,7 @@ def source_digest(path: str) -> str:
 
 
 def _is_installed(package: str) -> bool:
-    """Whether a package is in a folder where installers put packages."""
+    """Returns whether a package is in a folder where installers put packages."""
     if package in sys.modules:
         module = sys.modules[package]
         places = [getattr(module, "__file__", None), *getattr(module, "__path__", ())]

@@ -148,7 +148,7 @@ def sources(experiment: Experiment, keys: frozenset[str]) -> dict[str, str]:
 
 
 def _covers(keys: frozenset[str], key: str) -> bool:
-    """Whether the setting `key`, or a group of settings that contains it, is in `keys`."""
+    """Returns whether the setting `key`, or a group of settings that contains it, is in `keys`."""
     return any(key == each or key.startswith(each + ".") for each in keys)
 
 

@@ -92,7 +92,7 @@ def compare(
 def _kept(
     sampled: Sampled, examples: Sequence[Example]
 ) -> dict[tuple[str, tuple[int, ...]], np.ndarray]:
-    """What the sampler kept of each of the policy's answers, by prompt and tokens; empty: nothing.
+    """Reads what the sampler kept of the policy's answers, by prompt and tokens; empty: nothing.
 
     The last token's is NaN if the server left out the token that ended the answer.
     """

@@ -141,7 +141,7 @@ def _pairs(ranked: StoredTable) -> Mapping[str, Pair]:
 
 
 def too_long(step: Step, example: Example) -> bool:
-    """Whether a pair is too long for a packed row, or an answer too long for the model."""
+    """Returns whether a pair is too long for a packed row, or an answer too long for the model."""
     longest = len(example.prompt) + max(map(len, example.responses))
     row = fixed_length(step.settings.training.row_length)
     if row is not None and example.tokens > row:

@@ -281,7 +281,7 @@ class _Call:
                 )
 
     def _is_fresh(self) -> bool:
-        """Whether the stage has no work to continue, so that its settings may still change.
+        """Returns whether the stage has no work to continue, so that its settings may still change.
 
         This is so if the stage never began, was removed from `stage.json`, or was stopped before
         its first part was finished.

@@ -76,7 +76,7 @@ def _counted(step: Step) -> Counts:
 
 
 def speed_of(step: Step) -> Speed:
-    """What the speed of this iteration's updates is computed from."""
+    """Collects the facts from which the speed of this iteration's updates is computed."""
     programs, live = step.programs, step.settings.training.reference == "live"
     return Speed(programs.config, programs.devices.peak, programs.lora is not None, live)
 

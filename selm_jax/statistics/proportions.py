@@ -79,7 +79,7 @@ def interval(
 
 
 def counted(scores: Iterable[float | None]) -> bool:
-    """Whether all scores are 1, 1/2 or 0 (right, half right, wrong), so that their mean is a share.
+    """Says whether all scores are 1, 1/2 or 0 (right, half right, wrong): their mean is a share.
 
     None and NaN, for unreadable answers of a judge, are ignored.
     """

@@ -150,7 +150,7 @@ def _check_every_cell(grid: Sweep, console: Console) -> None:
 
 
 def _concerns_one_run(error: Exception) -> bool:
-    """Whether an error leaves other runs unaffected.
+    """Returns whether an error leaves other runs unaffected.
 
     A bug, a full disk, a dead process and a bucket that cannot be used concern all of them.
     """

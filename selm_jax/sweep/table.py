@@ -176,7 +176,7 @@ def _seeds_apart(own: Mapping[int, Outcome], others: Mapping[int, Outcome]) -> d
 
 
 def _ranks_alike(one: Mapping[int, RunData], other: Mapping[int, RunData]) -> bool:
-    """Whether the same ranker scored the runs of two cells, so that the scores are comparable."""
+    """Says whether one ranker scored the runs of two cells, so that scores are comparable."""
     rankers = {
         tuple(
             (k, v) for k, v in run.settings.items() if re.match(r"feedback\.(ranker|settings)", k)

@@ -60,7 +60,7 @@ def sampling_of(path: Path) -> dict[str, Any]:
 
 
 def has_logps(folder: Path) -> bool:
-    """Whether any answer in a folder of answers has the log-probabilities of its tokens."""
+    """Returns whether any answer in a folder of answers has the log-probabilities of its tokens."""
     for file in files(folder):
         if "logps" in pq.read_schema(file).names:
             column = pq.read_table(file, columns=["logps"])["logps"]

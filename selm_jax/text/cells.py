@@ -127,7 +127,7 @@ def _check_text(text: str, column: str) -> None:
 
 
 def _is_message(value: Any) -> bool:
-    """Whether a value has the keys of a message, or ShareGPT's keys (which are refused later)."""
+    """Says whether a value has a message's keys, or ShareGPT's (which are refused later)."""
     if not isinstance(value, dict):
         return False
     sharegpt = {"from", "value"} <= value.keys() and value["from"] in ("human", "gpt", "system")

@@ -36,7 +36,7 @@ def useful(config: DecoderConfig, examples: Sequence[Example]) -> flops.Flops:
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-    """What an update's operations and speed follow from.
+    """Holds the facts from which an update's operations and speed are computed.
 
     Attributes:
       config: the model.

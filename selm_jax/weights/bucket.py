@@ -62,12 +62,12 @@ class InBucket:
 
 
 def is_there(file: Path) -> bool:
-    """Whether a file is in a model's folder or, if that is a bucket's copy, in the bucket."""
+    """Says whether a file is in a model's folder or, if that is a bucket's copy, in the bucket."""
     return file.is_file() or is_elsewhere(file)
 
 
 def is_elsewhere(file: Path) -> bool:
-    """Whether the bytes of a safetensors file are in a bucket."""
+    """Returns whether the bytes of a safetensors file are in a bucket."""
     return not file.is_file() and _small(file).is_file()
 
 

@@ -88,7 +88,7 @@ class Checkpoint:
         return part if part.flags.aligned else part.copy()
 
     def same(self, one: str, other: str) -> bool:
-        """Whether two matrices are there and have the same bytes; NaN is the same as itself."""
+        """Says whether two matrices are there with the same bytes; NaN is the same as itself."""
         stored = self.tensors.get(one)
         if stored is None or stored != self.tensors.get(other):
             return False
@@ -165,7 +165,7 @@ def _open_file(path: Path) -> dict[str, tuple[_Bytes, int, Stored]]:
 
 
 def index_is_passed_over(folder: Path) -> bool:
-    """Whether the folder's index is ignored because there is a `model.safetensors`.
+    """Returns whether the folder's index is ignored because there is a `model.safetensors`.
 
     transformers does the same. An earlier save may have left the index.
     """

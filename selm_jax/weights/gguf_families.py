@@ -215,8 +215,11 @@ def _gemma3(k: Fields, config: Json) -> Json:
 
 
 def _query_scalar(config: Json, of_width: int) -> int:
-    """What queries are divided by the root of: the head size, or in the largest model (27B, of
-    `of_width` layers) the width divided by the number of heads."""
+    """Returns the number by whose root queries are divided.
+
+    It is the head size, or in the largest model (27B, of `of_width` layers) the width divided by
+    the number of heads.
+    """
     if config["num_hidden_layers"] == of_width:
         return config["hidden_size"] // config["num_attention_heads"]
     return config["head_dim"]

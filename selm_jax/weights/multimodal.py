@@ -29,7 +29,7 @@ _ASIDE = (
 
 
 def is_in(folder: Path) -> bool:
-    """Whether the model in a folder is multi-modal, so that only its text model is used."""
+    """Returns whether the model in a folder is multi-modal, so that only its text model is used."""
     file = folder / "config.json"
     return file.exists() and is_multimodal(read_object(file))
 
@@ -62,7 +62,7 @@ def _own(name: str) -> str:
 
 
 class Around(NamedTuple):
-    """What a multi-modal checkpoint has around its text model, for an export of the whole.
+    """Holds what a multi-modal checkpoint has around its text model, for an export of the whole.
 
     Attributes:
       checkpoint: the whole checkpoint.
@@ -80,7 +80,7 @@ class Around(NamedTuple):
 
 
 def around(folder: Path) -> Around:
-    """What the multi-modal checkpoint in `folder` has around its text model.
+    """Reads what the multi-modal checkpoint in `folder` has around its text model.
 
     Raises:
       WeightsError: if a tensor has a dtype that cannot be written.

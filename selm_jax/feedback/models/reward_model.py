@@ -196,7 +196,7 @@ def trees(name: str, conversations: Sequence[Ids], config: DecoderConfig) -> lis
 
 
 def _joins(begin: int, end: int, more: int, config: DecoderConfig) -> bool:
-    """Whether adding an answer of `more` tokens to a tree costs less than a new tree for it.
+    """Says whether adding an answer of `more` tokens to a tree costs less than a new tree for it.
 
     The tree has `end` tokens, its prompt `begin`. A row of n tokens costs d n + a n^2.
     """

@@ -91,7 +91,7 @@ def read_prompt(file: Path | None = None) -> AnnotatorPrompt:
 
 
 def is_switched(instruction: str) -> bool:
-    """Whether the judge sees the model's answer first, by alpaca_eval's random draw (seed 0)."""
+    """Draws whether the judge sees the model's answer first, as alpaca_eval does (seed 0)."""
     return random.Random(f"is_switched_outputs{instruction}0").choices([False, True], k=1)[0]
 
 

@@ -48,7 +48,7 @@ def iteration(run: Run, t: int, policy: Model) -> Model:
         ranker, looked_at = run.ranker_of(t, policy), run.looked_at(t, policy)
         ranked = rank(run, t, prompts, responses, ranker, run.chat, *looked_at)  # ranked.parquet
     sampled = run.sampled(responses, policy, reference)
-    start = run.mixed_in(reference)
+    start = run.start if run.task.start_share and reference != run.start else None  # INPO
     examples = score(
         run, t, prompts, ranked, reference, run.chat, sampled, start
     )  # examples.parquet

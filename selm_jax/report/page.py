@@ -206,8 +206,14 @@ def _dropped_side_by_side(runs: Sequence[RunData], labels: Sequence[str]) -> dic
 
 def sections(runs: Sequence[RunData], labels: Sequence[str]) -> list[Section]:
     """Makes the page's sections with plots, in reading order."""
+    found = [*_answers(runs, labels), *_training(runs, labels)]
+    return [section for section in found if section.plots]
+
+
+def _answers(runs: Sequence[RunData], labels: Sequence[str]) -> list[Section]:
+    """The sections on held-out answers, and on the lengths of all answers."""
     legend = run_plots.run_legend(labels)
-    found = [
+    return [
         Section(
             "reward",
             "Held-out reward",
@@ -243,6 +249,13 @@ def sections(runs: Sequence[RunData], labels: Sequence[str]) -> list[Section]:
             length_plots(runs, labels),
             legend,
         ),
+    ]
+
+
+def _training(runs: Sequence[RunData], labels: Sequence[str]) -> list[Section]:
+    """The sections on the loss, the ranking, the sampler and the time."""
+    legend = run_plots.run_legend(labels)
+    return [
         Section(
             "loss",
             "Loss",
@@ -285,7 +298,6 @@ def sections(runs: Sequence[RunData], labels: Sequence[str]) -> list[Section]:
             legend,
         ),
     ]
-    return [section for section in found if section.plots]
 
 
 def unique_labels(runs: Sequence[RunData]) -> list[str]:

@@ -194,10 +194,6 @@ class Run:
         scored = policy == reference and not self.task.reference_free
         return Sampled(responses, None if scored else policy)
 
-    def mixed_in(self, reference: Model) -> Model | None:
-        """The start model, if the objective mixes it with another reference; otherwise None."""
-        return self.start if self.task.start_share and reference != self.start else None
-
     def card(self, t: int) -> Words:
         """The README.md of the policy after iteration t."""
         origin, pipeline = self.model.folder.origin, self.task.pipeline

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -186,7 +187,7 @@ def test_a_start_model_learns_the_language_and_two_runs_go_through(tmp_path, mon
     grid = read_sweep(MIDDLE / "two_peaks.yaml", changes, seeds=[1])
     for m in grid.members:
         check(Run(m.experiment, quiet))
-    two = type(grid)(**(vars(grid) | {"members": (grid.members[0], grid.members[7])}))
+    two = dataclasses.replace(grid, members=(grid.members[0], grid.members[7]))
     sweep(two, quiet)
     for m in two.members:
         assert heldout.read(Path(m.experiment.output) / "iteration_1" / "heldout.parquet")

@@ -5,8 +5,10 @@ Each call is a stage, which runs only once, so a stopped run continues where it 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from selm_jax.run.held import drop_models, held, tell_time_left, write_report
-from selm_jax.run.inputs import Model, StoredTable
+from selm_jax.run.inputs import HeldoutSets, Model, StoredTable
 from selm_jax.run.run import Run
 from selm_jax.run.wanted import Wanted
 from selm_jax.shell import artifacts
@@ -61,11 +63,12 @@ def iteration(run: Run, t: int, policy: Model) -> Model:
 
 def measure(run: Run, t: int, policy: Model) -> StoredTable:
     """Evaluates a policy on held-out prompts, or a reward model on held-out pairs."""
+    first = None if t == 0 else run.folder.iteration(0)
+    sets = HeldoutSets(run.data.heldout_sets, first)
     if not run.task.answers:
-        return evaluate_pairs(run, t, policy, run.heldout, run.chat, run.heldout_sets(0))
-    first = None if t == 0 else StoredTable(run.folder.iteration(0), "heldout.parquet")
-    sets = run.heldout_sets(t)
-    return evaluate(run, t, policy, run.start, run.heldout, run.ranker, run.chat, first, sets)
+        return evaluate_pairs(run, t, policy, run.heldout, run.chat, replace(sets, first=None))
+    answers = None if first is None else StoredTable(first, "heldout.parquet")
+    return evaluate(run, t, policy, run.start, run.heldout, run.ranker, run.chat, answers, sets)
 
 
 def run_stage(run: Run, name: str, t: int) -> None:

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from selm_jax.config import Experiment
 from selm_jax.config.heldout import OF_ANSWERS, OF_PAIRS
+from selm_jax.run.folder import Folder
 
 
 @dataclass(frozen=True)
@@ -45,3 +47,11 @@ def best_of(metric: str, evaluations: Mapping[int, Mapping[str, Any]]) -> Best |
         return None
     t, value = max(known, key=lambda each: sign * each[1])  # max returns the first of equal ones
     return Best(metric, t, value)
+
+
+def best_so_far(e: Experiment, folder: Folder, t: int) -> Best | None:
+    """The best model up to iteration t by `keep_best`; None if none is named or measured."""
+    if e.keep_best is None:
+        return None
+    lines = {u: folder.logged("evaluate", u) for u in range(t + 1)}
+    return best_of(e.keep_best, {u: found[-1] for u, found in lines.items() if found})

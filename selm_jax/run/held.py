@@ -10,6 +10,7 @@ from selm_jax.config.heldout import bad_metric
 from selm_jax.feedback.ranker import judged_by_policy
 from selm_jax.parallel import multihost
 from selm_jax.report import page
+from selm_jax.run.best import best_so_far
 from selm_jax.run.check import check
 from selm_jax.run.remaining import entries_of, time_left
 from selm_jax.run.rows import RunError
@@ -84,7 +85,7 @@ def _best(run: Run, t: int) -> int | None:
             f"keep_best: iteration {t} has no metric {metric}. Choose one that this run measures "
             f"({measured}), or set keep_best: null, and continue the run"
         )
-    best = run.best(t)
+    best = best_so_far(run.experiment, run.folder, t)
     return None if best is None else best.iteration
 
 

@@ -27,11 +27,11 @@ from selm_jax.parallel import multihost
 from selm_jax.policy.sizes import Room, with_sizes
 from selm_jax.preferences.acquisition import READ_MODEL
 from selm_jax.run import sizes
-from selm_jax.run.best import Best, best_of
+from selm_jax.run.best import best_so_far
 from selm_jax.run.data import Data
 from selm_jax.run.devices import Devices
 from selm_jax.run.folder import Folder
-from selm_jax.run.inputs import HeldoutSets, LazyRanker, Model, Sampled, StoredTable, Words
+from selm_jax.run.inputs import LazyRanker, Model, Sampled, StoredTable, Words
 from selm_jax.run.model import StartModel
 from selm_jax.run.programs import Programs, SharedPrograms
 from selm_jax.run.sizes import Choice
@@ -135,10 +135,6 @@ class Run:
     def heldout(self) -> list[Prompt]:
         return self.data.heldout
 
-    def heldout_sets(self, t: int) -> HeldoutSets:
-        """The named held-out sets, as iteration t evaluates them."""
-        return HeldoutSets(self.data.heldout_sets, self.folder.iteration(0) if t else None)
-
     @property
     def chat(self) -> Chat:
         return self.model.chat
@@ -206,14 +202,6 @@ class Run:
             method = self.task.method(self.experiment)
             self.folder.complete_card(t, self.model.folder.origin, self.task.pipeline, method)
 
-    def best(self, t: int) -> Best | None:
-        """The best model up to iteration t by `keep_best`; None if none is named or measured."""
-        metric = self.experiment.keep_best
-        if metric is None:
-            return None
-        lines = {u: self.folder.logged("evaluate", u) for u in range(t + 1)}
-        return best_of(metric, {u: found[-1] for u, found in lines.items() if found})
-
     # What it writes and prints
 
     def open(self) -> None:
@@ -222,7 +210,7 @@ class Run:
         self.write_manifest()
 
     def write_manifest(self) -> None:
-        best = self.best(self.experiment.iterations)
+        best = best_so_far(self.experiment, self.folder, self.experiment.iterations)
         self.folder.write_manifest(
             {
                 "method": self.experiment.objective["loss"],

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from selm_jax.models import flops
+from selm_jax.models.config import DecoderConfig
 from selm_jax.plan.phases import Blueprint
 from selm_jax.plan.rankers import is_relative
 from selm_jax.preferences.batches import updates_per_epoch
@@ -280,10 +281,7 @@ def work_of(b: Blueprint, of: Lengths, assumed: Assumed) -> Work | None:
     examples = of.prompts if e.feedback.budget is None else min(of.prompts, e.feedback.budget)
     updates = updates_per_epoch(examples, t.global_batch) * t.epochs
     rows = updates * pack.batches * pack.rows
-    size = {"rows": rows, "time": time, "keys": time, "scored": scored}
-    train = flops.forward_and_backward(config, **size).total
-    if t.reference == "live":
-        train += flops.forward(config, **size).total
+    train = _training(config, t.reference == "live", rows, time, scored)
     here = e.rollout.remote is None
     models = 1 if e.rollout.mixture is None else 2
     parts = generation("generate", of.prompts, each, models) if here else []
@@ -315,6 +313,13 @@ def work_of(b: Blueprint, of: Lengths, assumed: Assumed) -> Work | None:
         useful=updates * t.global_batch * total, padded=rows * time, parts=tuple(parts),
         start=evaluation(1),
     )  # fmt: skip
+
+
+def _training(config: DecoderConfig, live: bool, rows: int, time: int, scored: int) -> float:
+    """Counts the operations of the gradients, and of the passes of a `live` reference."""
+    size = {"rows": rows, "time": time, "keys": time, "scored": scored}
+    train = flops.forward_and_backward(config, **size).total
+    return train + flops.forward(config, **size).total if live else train
 
 
 def _together(name: str, parts: list[Part]) -> Part:

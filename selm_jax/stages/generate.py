@@ -92,8 +92,9 @@ def generate(
 def _sampling(settings: Rollout) -> dict[str, Any]:
     """How samples are drawn, to be stored with them."""
     names = [*(each.name for each in dataclasses.fields(SamplingSettings)), "filter"]
-    mixture = {} if settings.mixture is None else {"mixture": as_dict(settings.mixture)}
-    return {name: getattr(settings, name) for name in names} | mixture
+    if settings.mixture is not None:
+        names.append("mixture")
+    return {name: as_dict(settings)[name] for name in names}
 
 
 @contextlib.contextmanager

@@ -155,11 +155,17 @@ def test_verdicts_and_tables_say_what_the_records_hold():
     assert found["needle", "selm"]["difference"] == pytest.approx(0.5, abs=0.02)
     lines = {line.split("`")[1]: line for line in results.table(list(found.values()), "needle")
              if "`" in line}  # fmt: skip
-    assert lines["best_of_4"].endswith("| held |") and lines["selm"].endswith("| failed |")
+    assert lines["best_of_4"].endswith("| held |") and lines["selm"].endswith("| contradicted |")
     assert lines["vpo"].endswith("| not seen |") and "no clear difference" in lines["vpo"]
     told = next(results.summary(records, list(found.values())))
     assert told.startswith("256 runs: 8 methods with the same seeds, 16 in `needle` and 16 in")
-    assert told.endswith("Of 14 predictions 5 held, 7 were not seen, and 2 failed.")
+    assert told.endswith(
+        "predicts a difference in 10 cases: it was found in 2, was not seen in 7, and was "
+        "contradicted in 1. It predicts no clear difference in 4 cases, and a clear one was found "
+        "in 1 of them."
+    )
+    other = "".join(results.table(list(found.values()), "two_peaks"))
+    assert other.count("| not contradicted |") == 3 and other.count("| contradicted |") == 1
 
 
 @pytest.mark.slow

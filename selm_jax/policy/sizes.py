@@ -1,11 +1,12 @@
 """Chooses the sizes of batches by arithmetic, from memory, lengths and the number of answers.
 
-An experiment that sets `auto` gets the sizes from here, on the same machine always the same ones.
-They decide how long a run takes and whether it fits. They do not decide what it computes, except
-that matrix products of other shapes are rounded differently.
+An experiment that sets `auto` gets the sizes from here: always the same ones for the same memory,
+lengths and counts. The memory is that of the machine, or what is free if that is much less. Sizes
+decide how long a run takes and whether it fits. They do not decide what it computes, except that
+matrix products of other shapes are rounded differently.
 
     choose(generation, training, room, fixed) -> BatchSizes
-    smaller(sizes, needs, free) -> BatchSizes with the largest part halved, after it did not fit
+    smaller(sizes, needs, fixed, floors) -> BatchSizes with the largest part halved
 
 All bytes are those of one device. What lies in memory for the whole stage is known exactly; what
 a program needs besides is estimated, so a share of the memory is reserved (`room`).
@@ -92,7 +93,11 @@ class Room:
 
 
 def room(device: Any) -> Room:
-    """The memory of a local device; what is free now, if that is less than half of it."""
+    """The memory of a local device, or what is free of it now, less a reserve.
+
+    What is free counts on a CPU only, if it is less than 3/8 of the memory: half of what the
+    reserve would leave.
+    """
     limit, source = device_limit(device)
     if device.platform != "cpu":
         return room_of(limit, source, device.platform)
@@ -100,19 +105,29 @@ def room(device: Any) -> Room:
     if left is not None and left // devices < limit:
         limit, source = left // devices, "left of this process's limit (ulimit -v)"
     if free is not None and (free := free // devices) < limit * 3 // 8:
-        note = f"only {gib(free)} GiB of memory are free now, so batches are chosen for that"
+        note = (
+            f"only {gib(free)} GiB of memory are free now, so batches are chosen for that. For "
+            "larger ones close other programs and start again"
+        )
         return dataclasses.replace(room_of(free, "free now", device.platform), note=note)
     return room_of(limit, source, device.platform)
 
 
+def whole_room(device: Any) -> int:
+    """The bytes of a local device that programs could use if nothing else ran."""
+    return room_of(*device_limit(device), device.platform).bytes
+
+
 def room_of(limit: int, source: str, platform: str) -> Room:
-    """The memory of a device with `limit` bytes, without a reserve for what is not counted here.
+    """The memory of a device with `limit` bytes, less a reserve for what is not counted here.
 
     The reserve is a sixteenth of an accelerator. Of a CPU's memory it is a quarter: the
     interpreter, the data and the compiler need it too.
     """
-    share = 4 if platform == "cpu" else 16
-    return Room(limit - limit // share, f"{gib(limit)} GiB, {source}; 1/{share} in reserve")
+    share, part = (4, "a quarter") if platform == "cpu" else (16, "a sixteenth")
+    left = limit - limit // share
+    told = f"{gib(left)} GiB of memory: {gib(limit)} GiB ({source}) less {part} in reserve"
+    return Room(left, told)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,10 +180,13 @@ class Training:
     itemsize: int
     whole_scores: bool
 
-    def needs(self, sizes: BatchSizes) -> dict[str, int]:
+    def needs(self, sizes: BatchSizes, backward: bool = True) -> dict[str, int]:
         """The bytes that each size takes: what is stored, recomputed, and scored at once.
 
         The counts of stored values for each token follow `models.decoder.REMAT`.
+
+        Args:
+          backward: whether there is a backward pass, for which something is stored.
         """
         c, rows = self.config, -(-sizes.rows // self.ways)
         tokens, mlp = rows * self.length, c.mlp * (c.mixture.active if c.mixture else 1)
@@ -179,10 +197,13 @@ class Training:
             "none": layer, "dots": c.embed + 2 * mlp + projected, "mlp": c.embed + 2 * mlp,
             "full": c.embed,
         }[sizes.remat]  # fmt: skip
+        chunk = 3 * 4 * rows * min(sizes.chunk, self.length) * c.vocab_size
+        if not backward:
+            return {"rows": layer * tokens * self.itemsize, "chunk": chunk}
         return {
             "remat": (stored - c.embed) * c.layers * tokens * self.itemsize,
             "rows": (c.embed * c.layers + layer) * tokens * self.itemsize,
-            "chunk": 3 * 4 * rows * min(sizes.chunk, self.length) * c.vocab_size,
+            "chunk": chunk,
         }
 
 
@@ -242,6 +263,8 @@ def _for_training(
 ) -> BatchSizes:
     """Chooses rows that keep a device busy, and stores as much as fits for the backward pass."""
     rows = _power(min(busy // t.length, -(-t.examples // t.ways)))
+    if "rows" in fixed:
+        rows = -(-fixed["rows"] // t.ways)
     while True:
         chunk = max(LEAST.chunk, _CHUNK // rows)
         for remat in _REMATS:
@@ -249,30 +272,30 @@ def _for_training(
             found = dataclasses.replace(sizes, **wanted)
             if sum(t.needs(found).values()) <= room:
                 return found
-        if rows == 1:
+        if rows == 1 or "rows" in fixed:
             return dataclasses.replace(found, **{"chunk": LEAST.chunk} | fixed)
         rows //= 2
 
 
 def _power(n: int) -> int:
     """The largest power of two that is at most n, and at least 1."""
-    return 1 << max(0, n.bit_length() - 1)
+    return 1 << max(1, n).bit_length() - 1
 
 
 # --- after a program did not fit ------------------------------------------------------------------
 
 
 def smaller(
-    sizes: BatchSizes, needs: Mapping[str, int], fixed: dict[str, Any], copies: int, ways: int
+    sizes: BatchSizes, needs: Mapping[str, int], fixed: dict[str, Any], floors: Mapping[str, int]
 ) -> BatchSizes | None:
     """Halves the size that takes the most memory; None if all are fixed or as small as they can be.
 
     Args:
       needs: the bytes that each size of the stage takes.
       fixed: the sizes that the user gave, which stay.
-      copies, ways: the least slots and prefill rows, and the least rows.
+      floors: the least slots, prefill rows and rows, which divide all others.
     """
-    floors = {"slots": copies, "prefill_rows": copies, "rows": ways, "chunk": LEAST.chunk}
+    floors = {**floors, "chunk": LEAST.chunk}
     for name in sorted(needs, key=lambda each: -needs[each]):
         value = getattr(sizes, name)
         if name in fixed or value in (floors.get(name), "full"):

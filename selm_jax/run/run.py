@@ -24,7 +24,7 @@ from rich.console import Console
 from selm_jax.config import Experiment
 from selm_jax.feedback import ranker as rankers
 from selm_jax.parallel import multihost
-from selm_jax.policy.sizes import Room, with_sizes
+from selm_jax.policy.sizes import with_sizes
 from selm_jax.preferences.acquisition import READ_MODEL
 from selm_jax.run import sizes
 from selm_jax.run.best import best_so_far
@@ -94,13 +94,13 @@ class Run:
     def sizes(self) -> Choice:
         """The sizes of batches: those that the run began with, or else a choice for these devices.
 
-        All processes get the choice of the first one.
+        All processes get the same.
         """
         chip = self.devices.mesh.local_devices[0]
         facts, lengths, stops = self.model.facts, self.data.sizes, self.chat.stop_ids
         draft = Programs(self.experiment, self.task, facts, lengths, stops, self.devices)
         prompts = [len(self.prompts(t)) for t in self.iterations]
-        room = Room(**multihost.on_first(lambda: sizes.room_in(self.store, chip)))
+        room = sizes.room_in(self.store, chip)
         found = sizes.choose(draft, prompts, len(self.heldout), room)
         return found.kept(multihost.on_first(lambda: sizes.manifest_of(self.folder.path)))
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from selm_jax.config import Experiment, fixed_length, read
 from selm_jax.models.attention import holds_all_scores
 from selm_jax.models.decoder import Decoder
+from selm_jax.parallel import multihost
 from selm_jax.policy import sizes
 from selm_jax.policy.sizes import KEYS, BatchSizes, Generation, Room, Training
 from selm_jax.preferences.layouts import row_lengths
@@ -27,6 +28,7 @@ from selm_jax.rollout.schedule import bucket, capacities
 from selm_jax.rollout.slots import Setup, empty, slot_places
 from selm_jax.run.memory import least_of_training
 from selm_jax.run.programs import Programs
+from selm_jax.run.remaining import entries_of
 from selm_jax.run.task import Sizes, Task
 from selm_jax.shell import artifacts
 from selm_jax.shell.memory import shard_bytes
@@ -64,6 +66,12 @@ class Choice:
         return {KEYS[name]: getattr(self.sizes, name) for name in self.automatic}
 
     @property
+    def floors(self) -> dict[str, int]:
+        """The least values of the sizes that devices share, which divide all others."""
+        copies = 1 if self.generation is None else self.generation.copies
+        return {"slots": copies, "prefill_rows": copies, "rows": self.training.ways}
+
+    @property
     def line(self) -> str:
         """What was chosen and why, in one line; "" if the experiment gives all sizes."""
         if not self.automatic:
@@ -80,12 +88,19 @@ class Choice:
         }
 
     def kept(self, manifest: Mapping[str, Any]) -> Choice:
-        """This choice with what `manifest.json` says that the run has used until now."""
+        """This choice with what `manifest.json` says that the run has used until now.
+
+        Its sizes are rounded up to what these devices can share evenly: the run may have begun on
+        fewer.
+        """
         names = {key: name for name, key in KEYS.items()}
         before = {names[key]: value for key, value in manifest.get("sizes", {}).items()}
         before = {name: value for name, value in before.items() if name not in self.fixed}
         if not before:
             return self
+        floors = self.floors
+        for name in before.keys() & floors.keys():
+            before[name] = -(-before[name] // floors[name]) * floors[name]
         return dataclasses.replace(
             self, sizes=dataclasses.replace(self.sizes, **before), note="",
             because=f"as the run began, {manifest['sizes_chosen_for'].removeprefix(_BEGAN)}",
@@ -94,16 +109,12 @@ class Choice:
 
     def smaller(self, stage: str) -> Choice | None:
         """The choice with less memory for a stage; None if nothing is left to give up."""
-        found, ways = None, self.training.ways
-        # Scoring needs less than training, so an evaluation first gives up what generates.
+        needs: dict[str, int] = {}
         if stage in ("generate", "evaluate") and self.generation is not None:
-            needs = self.generation.needs(self.sizes)
-            found = sizes.smaller(self.sizes, needs, self.fixed, self.generation.copies, ways)
-        if found is None and stage in ("score", "evaluate", "train"):
-            needs = self.training.needs(self.sizes)
-            if stage != "train":
-                del needs["remat"]
-            found = sizes.smaller(self.sizes, needs, self.fixed, 1, ways)
+            needs |= self.generation.needs(self.sizes)
+        if stage in ("score", "evaluate", "train"):
+            needs |= self.training.needs(self.sizes, backward=stage == "train")
+        found = sizes.smaller(self.sizes, needs, self.fixed, self.floors)
         if found is None:
             return None
         changed = [name for name in KEYS if getattr(found, name) != getattr(self.sizes, name)]
@@ -142,7 +153,9 @@ def _generation(draft: Programs, prompts: Sequence[int], heldout: int) -> Genera
     one = Setup.fitted(  # a slot for each copy of the model
         decoder=Decoder(c, draft.devices.dtype, scan=False), sampling=Sampling(), slots=1,
         prefill_rows=1, max_prompt=prompt, max_new_tokens=new_tokens, stop_ids=(), mesh=mesh,
+        mixture=e.rollout.mixture,
     )  # fmt: skip
+    models = 1 if e.rollout.mixture is None else 2
     capacity, padded, copies = capacities(prompt, new_tokens)[-1], bucket(prompt), one.copies
     slots = jax.eval_shape(partial(empty, one, capacity))
 
@@ -155,9 +168,9 @@ def _generation(draft: Programs, prompts: Sequence[int], heldout: int) -> Genera
     platform = mesh.devices.flat[0].platform
     scores = 3 * 4 * c.heads * padded * holds_all_scores(e.compute.attention, padded, platform)
     layer = padded * (scores + (8 * c.embed + 3 * c.mlp) * itemsize)
-    row = one.groups * slot * padded // capacity + layer + 4 * 4 * c.vocab_size
+    row = one.groups * slot * padded // capacity + layer + 4 * 4 * models * c.vocab_size
     weights = sum(x.size for x in jax.tree.leaves(draft.abstract_params)) * itemsize
-    held = weights // (mesh.size // copies)
+    held = models * weights // (mesh.size // copies)
     if e.data.heldout is not None:
         held += shard_bytes(draft.abstract_params)
     each, part = e.candidates.greedy + e.candidates.samples, e.rollout.prompts_per_part
@@ -168,7 +181,7 @@ def _generation(draft: Programs, prompts: Sequence[int], heldout: int) -> Genera
     # A decoding step holds a few arrays of logits.
     return Generation(
         [n for n in asked if n], max(each, 1), copies, padded, held,
-        slot=slot + 2 * 4 * c.vocab_size, row=row,
+        slot=slot + 2 * 4 * models * c.vocab_size, row=row,
     )  # fmt: skip
 
 
@@ -232,23 +245,45 @@ def begun_with(e: Experiment, folder: Path) -> dict[str, Any]:
     return found
 
 
-def room_in(store: SharedStages | None, device: Any) -> dict[str, Any]:
-    """The fields of the `Room` of a device; all runs of a sweep get that of its first run.
+def room_in(store: SharedStages | None, device: Any) -> Room:
+    """The least memory of a device of all processes; in a sweep the one that its first run found.
 
-    Otherwise a run that starts when less memory is free would choose other sizes, and could not
-    take the answers of the others.
+    So the runs of a sweep choose like sizes and compile their programs once, whatever is free when
+    each of them starts. They get other memory from then on if a device now has less in all, or if
+    little was free for the first run and no longer is.
+
+    Args:
+      store: the finished stages of the sweep; None if the run belongs to none.
+      device: a device of this process.
     """
-    if store is None:
-        return dataclasses.asdict(sizes.room(device))
-    file, kind = store.folder / "room.json", device.device_kind
-    known = artifacts.read_sealed(file) if file.exists() else {}
-    if kind not in known:
-        known |= {kind: dataclasses.asdict(sizes.room(device))}
-        artifacts.write_sealed(file, known)
-    return known[kind]
+    rooms = multihost.on_every(lambda: dataclasses.asdict(sizes.room(device)))
+    whole = min(multihost.on_every(lambda: sizes.whole_room(device)))
+    least = min(rooms, key=lambda room: room["bytes"])
+
+    def agreed() -> dict[str, Any]:
+        if store is None:
+            return least
+        file, kind = store.folder / "room.json", device.device_kind
+        known = artifacts.read_sealed(file) if file.exists() else {}
+        if (first := known.get(kind)) is not None:
+            freed = first["note"] and not least["note"]
+            if first["bytes"] <= whole and not freed:
+                return first | {"note": ""}  # which was said of another run
+        artifacts.write_sealed(file, known | {kind: least})
+        return least
+
+    return Room(**multihost.on_first(agreed))
 
 
 def manifest_of(folder: Path) -> dict[str, Any]:
-    """The manifest of a run folder; {} before the run begins."""
+    """The manifest of a run folder; {} if no work depends on its sizes.
+
+    So a run that was stopped to free memory chooses again. Sizes that were lowered stay: memory ran
+    out with those before.
+    """
     file = folder / "manifest.json"
-    return artifacts.read_sealed(file) if file.exists() else {}
+    if not file.exists():
+        return {}
+    manifest = artifacts.read_sealed(file)
+    done = any(entry["done"] for each in entries_of(folder).values() for entry in each.values())
+    return manifest if done or manifest.get("sizes_lowered") else {}

@@ -128,16 +128,6 @@ def recorded(experiment: Experiment, task: Task, keys: frozenset[str], t: int) -
     return {k: v for k, v in found.items() if not _covers(FREE, k)}
 
 
-def chosen(sizes: Mapping[str, Any], keys: frozenset[str]) -> dict[str, Any]:
-    """The entry of a stage's digest with the sizes that were chosen for it, if there are any.
-
-    Args:
-      sizes: all sizes that were chosen, by dotted key.
-    """
-    found = {key: value for key, value in sizes.items() if _covers(keys, key)}
-    return {"sizes": found} if found else {}
-
-
 def sources(experiment: Experiment, keys: frozenset[str]) -> dict[str, str]:
     """Digests of the source files of the user's functions that the declared settings name."""
     return {

@@ -33,7 +33,7 @@ from selm_jax.shell.memory import release
 from selm_jax.shell.pace import here
 from selm_jax.shell.shared_stages import key_of
 from selm_jax.shell.words import redo
-from selm_jax.stages.declared import chosen, recorded, sources
+from selm_jax.stages.declared import recorded, sources
 from selm_jax.stages.step import Step
 
 if TYPE_CHECKING:
@@ -195,10 +195,8 @@ class _Call:
         began = time.perf_counter()
         share = self.stage.shared
         store = self.run.store if share is True or (share and share(step.settings)) else None
-        key = key_of(
-            stage=self.name, iteration=self.t, inputs=inputs, settings=settings,
-            **chosen(self.run.sizes.chosen, self.stage.keys(self.run)),
-        )  # fmt: skip
+        # Sizes that are `auto` only round the results, so runs with other sizes share them, too.
+        key = key_of(stage=self.name, iteration=self.t, inputs=inputs, settings=settings)
         found = None
         if store is not None:
             found = multihost.on_first(lambda: store.take(key, self.folder))

@@ -52,6 +52,18 @@ def test_a_number_wins():
     assert chosen(17 * GIB, slots=3).remat == "none"
 
 
+def test_the_chunk_is_for_the_rows_that_are_given():
+    """There are 512 tokens on a device, but no fewer than 32 of each row."""
+    assert [chosen(17 * GIB, rows=rows).chunk for rows in (1, 8, 64)] == [512, 64, 32]
+    assert chosen(17 * GIB, to=training(ways=4), rows=32).chunk == 64
+
+
+@pytest.mark.parametrize("room", [1, 0.9])
+def test_where_the_weights_do_not_fit_prompts_are_prefilled_one_by_one(room):
+    found = chosen(room * GIB, generation(wanted=(4096,)), slots=256)
+    assert found.prefill_rows == 1
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     room=st.integers(2 * GIB, 64 * GIB), copies=st.sampled_from([1, 2, 8]),
@@ -75,10 +87,11 @@ def test_what_was_chosen_fits_or_is_the_least(room, copies, ways, length, wanted
 
 @pytest.mark.parametrize("stage", ["generation", "training"])
 def test_memory_that_runs_out_again_and_again_ends_at_the_least_sizes(stage):
+    floors = {"slots": 2, "prefill_rows": 2, "rows": 4}
     g, t = generation(copies=2), training(ways=4)
     found, names = chosen(17 * GIB, g, t), []
     needs = (g if stage == "generation" else t).needs
-    while (less := sizes.smaller(found, needs(found), {"chunk": 64}, 2, 4)) is not None:
+    while (less := sizes.smaller(found, needs(found), {"chunk": 64}, floors)) is not None:
         assert sum(needs(less).values()) < sum(needs(found).values())
         (changed,) = (k for k, v in dataclasses.asdict(less).items() if v != getattr(found, k))
         found, names = less, [*names, changed]
@@ -91,9 +104,9 @@ def test_memory_that_runs_out_again_and_again_ends_at_the_least_sizes(stage):
 
 def test_the_larger_part_is_given_up_first():
     found = BatchSizes(slots=64, prefill_rows=8, rows=2, remat="full", chunk=64)
-    needs = {"slots": 5, "prefill_rows": 9}
-    assert sizes.smaller(found, needs, {}, 1, 1) == dataclasses.replace(found, prefill_rows=4)
-    assert sizes.smaller(found, needs, {"prefill_rows": 8}, 1, 1) == dataclasses.replace(
+    needs, floors = {"slots": 5, "prefill_rows": 9}, {"slots": 1, "prefill_rows": 1}
+    assert sizes.smaller(found, needs, {}, floors) == dataclasses.replace(found, prefill_rows=4)
+    assert sizes.smaller(found, needs, {"prefill_rows": 8}, floors) == dataclasses.replace(
         found, slots=32
     )
 

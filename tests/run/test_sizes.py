@@ -17,14 +17,17 @@ from rich.console import Console
 
 from selm_jax import config
 from selm_jax.iterate import iterate
+from selm_jax.parallel import multihost
 from selm_jax.policy import sizes
 from selm_jax.report.header import facts
 from selm_jax.rollout.engine import Engine
+from selm_jax.run import sizes as of_run
 from selm_jax.run.check import check
 from selm_jax.run.memory import OutOfMemory
 from selm_jax.run.run import Run
 from selm_jax.shell import artifacts
 from selm_jax.shell.shared_stages import SharedStages
+from selm_jax.stages.stage import stage
 from selm_jax.training import loop
 
 AUTO = {
@@ -49,8 +52,15 @@ def manifest(folder) -> dict:
     return json.loads((folder / "run/manifest.json").read_text())
 
 
-def with_room(monkeypatch, count: int) -> None:
-    monkeypatch.setattr(sizes, "room", lambda _: sizes.Room(count, "a test"))
+def with_room(monkeypatch, count: int, note: str = "") -> None:
+    monkeypatch.setattr(sizes, "room", lambda _: sizes.Room(count, "a test", note))
+
+
+def finish(run) -> None:
+    """Records a stage as done."""
+    stages = artifacts.Stages(run.folder.iteration(0))
+    stages.begin("evaluate", {}, {})
+    stages.finish("evaluate", {}, {}, {}, {}, 0.0)
 
 
 def test_what_was_chosen_is_told_recorded_and_kept(tmp_path, told, monkeypatch):
@@ -67,6 +77,7 @@ def test_what_was_chosen_is_told_recorded_and_kept(tmp_path, told, monkeypatch):
     on_page = dict(facts({}, first))["Batch sizes"]
     assert f"rollout.slots {first['sizes']['rollout.slots']}" in on_page and "GiB" in on_page
 
+    finish(run)
     with_room(monkeypatch, 1)
     again = run_of(tmp_path)
     assert again.programs.batches == run.programs.batches
@@ -94,10 +105,109 @@ def test_the_runs_of_a_sweep_agree_whatever_is_free(tmp_path, told, monkeypatch)
     store = SharedStages(tmp_path / "store")
     first, other = (run_of(tmp_path / name, told) for name in ("a", "b"))
     first.store = other.store = store
+    with_room(monkeypatch, 2**28)
     chosen = first.sizes.sizes
     with_room(monkeypatch, 1)
     assert other.sizes.sizes == chosen
     assert run_of(tmp_path / "c").sizes.sizes == sizes.LEAST
+
+
+def test_a_sweep_forgets_a_room_that_is_no_longer_true(tmp_path, monkeypatch):
+    store, device = SharedStages(tmp_path / "store"), jax.devices()[0]
+
+    def found(count: int, note: str, whole: int = 100) -> sizes.Room:
+        with_room(monkeypatch, count, note)
+        monkeypatch.setattr(sizes, "whole_room", lambda _: whole)
+        return of_run.room_in(store, device)
+
+    assert found(10, "little is free").note == "little is free"
+    kept = found(5, "less is free")
+    assert (kept.bytes, kept.note) == (10, ""), "the note was said of another run"
+    assert found(90, "").bytes == 90, "other programs were closed"
+    assert found(5, "little is free").bytes == 90
+    assert found(40, "", whole=50).bytes == 40, "this machine is smaller"
+
+
+def test_all_processes_get_the_least_room(monkeypatch):
+    def on_every(work):
+        mine = work()
+        return [mine, mine | {"bytes": 7} if isinstance(mine, dict) else mine]
+
+    with_room(monkeypatch, 10)
+    monkeypatch.setattr(multihost, "on_every", on_every)
+    assert of_run.room_in(None, jax.devices()[0]).bytes == 7
+
+
+def test_sizes_are_chosen_again_until_a_stage_is_done(tmp_path, told, monkeypatch):
+    """The note says to free memory and to start again."""
+    with_room(monkeypatch, 1)
+    run = run_of(tmp_path, told)
+    run.open()
+    artifacts.Stages(run.folder.iteration(0)).begin("evaluate", {}, {})
+    with_room(monkeypatch, 2**33)
+    assert run_of(tmp_path).sizes.sizes.slots > run.sizes.sizes.slots == 1
+    finish(run)
+    assert run_of(tmp_path).sizes.sizes == run.sizes.sizes
+
+
+def test_a_run_that_moves_to_more_devices_rounds_its_sizes_up(tmp_path, told):
+    choice = run_of(tmp_path, told, rollout__prefill_rows=3).sizes
+    assert choice.generation is not None
+    choice = dataclasses.replace(
+        choice, training=dataclasses.replace(choice.training, ways=4),
+        generation=dataclasses.replace(choice.generation, copies=2),
+    )  # fmt: skip
+    before = {"rollout.slots": 5, "training.rows": 1, "training.logprob_chunk": 33}
+    kept = choice.kept({"sizes": before, "sizes_chosen_for": "one device"}).sizes
+    assert (kept.slots, kept.prefill_rows, kept.rows, kept.chunk) == (6, 3, 4, 33)
+
+
+def test_two_models_of_a_mixture_leave_room_for_fewer_slots(tmp_path, told):
+    """The engine holds both, and each slot has a cache of both."""
+    mixture = {"rollout__mixture": {"kind": "pilaf", "weight": 10.0}}
+    one = run_of(tmp_path / "one", told, data__heldout=None).sizes
+    two = run_of(tmp_path / "two", told, data__heldout=None, **mixture).sizes
+    assert one.generation is not None and two.generation is not None
+    assert two.generation.held == 2 * one.generation.held
+    assert two.generation.slot > 1.8 * one.generation.slot
+    room = two.generation.held + 40 * one.generation.slot
+    slots = [
+        sizes.choose(each.generation, each.training, room, "cpu", {}).slots for each in (one, two)
+    ]
+    assert slots[1] < slots[0]
+
+
+def test_an_evaluation_gives_up_what_takes_the_most(tmp_path, told):
+    choice = run_of(tmp_path, told).sizes
+    assert choice.generation is not None
+    small = dataclasses.replace(choice.generation, slot=1, row=1)
+    less = dataclasses.replace(choice, generation=small).smaller("evaluate")
+    assert less is not None and less.sizes.slots == choice.sizes.slots
+    assert less.sizes.rows < choice.sizes.rows or less.sizes.chunk < choice.sizes.chunk
+    large = dataclasses.replace(choice.generation, slot=2**40)
+    less = dataclasses.replace(choice, generation=large).smaller("evaluate")
+    assert less is not None and less.sizes.slots < choice.sizes.slots
+
+
+@stage(leaves=("rows.txt",), settings=("training.rows",))
+def told_rows(step):
+    (step.folder / "rows.txt").write_text("done")
+    return {"rows": step.programs.batches.rows}
+
+
+def test_runs_with_other_automatic_sizes_share_their_stages(tmp_path, told, monkeypatch):
+    """Objectives with more roles have longer rows, and so fewer of them."""
+    runs = []
+    for name, count in (("a", 2**33), ("b", 1)):
+        with_room(monkeypatch, count)
+        runs.append(run_of(tmp_path / name, told))
+        runs[-1].store = SharedStages(tmp_path / "store" / name)
+        _ = runs[-1].sizes
+    runs[1].store = runs[0].store
+    for run in runs:
+        told_rows(run, 1)
+    assert runs[0].sizes.sizes.rows > runs[1].sizes.sizes.rows
+    assert tiny.counts_of(runs[1], "told_rows", 1) == {"rows": runs[0].sizes.sizes.rows}
 
 
 def full(*_, **__) -> Exception:
@@ -115,9 +225,9 @@ def test_a_stage_is_done_again_with_less_until_nothing_is_left(tmp_path, told, m
     run = run_of(tmp_path, told)
     run.open()
     with pytest.raises(KeyboardInterrupt):
-        tiny.do(run, "evaluate", 0)
+        tiny.do(run, "generate", 1)
     said = told.export_text()
-    assert said.count("evaluate ran out of memory, so rollout.") == 2 == len(slots) - 1
+    assert said.count("generate ran out of memory, so rollout.") == 2 == len(slots) - 1
     kept = manifest(tmp_path)
     assert (kept["sizes"]["rollout.slots"], kept["sizes"]["rollout.prefill_rows"]) == slots[2]
     assert len(kept["sizes_lowered"]) == 2

@@ -27,7 +27,7 @@ from selm_jax.preferences.examples import Example
 from selm_jax.rollout.sampling import Filter, Sampling
 from selm_jax.run.devices import Devices
 from selm_jax.run.model import StartModel
-from selm_jax.run.programs import Programs
+from selm_jax.run.programs import Programs, iteration_key
 from selm_jax.run.task import Sizes, Task, task_of
 from selm_jax.shell import artifacts
 from selm_jax.shell.paths import folder_to_write
@@ -272,7 +272,9 @@ class Model:
         if self._programs.lora is None:
             return self._policy.weights.to_score()
         if self._adapters is None:
-            self._adapters = self._programs.trained(self._base, 1)
+            self._adapters = self._programs.trained(
+                self._base, iteration_key(self.experiment.seed, 1)
+            )
         return self._adapters
 
     def _become(self, trained: Params) -> None:
@@ -288,7 +290,8 @@ class Model:
         """The inputs that stay constant in all updates; see `Programs.fixed`."""
         folder = self._start.folder.path
         base = self._base if programs.lora is not None else {}
-        return programs.fixed(base, 1, folder, folder)
+        key = iteration_key(programs.experiment.seed, 1)
+        return programs.fixed(base, key, folder, folder)
 
     def _read(self) -> Params:
         lora = self._programs.lora

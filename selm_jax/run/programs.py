@@ -134,17 +134,18 @@ class Programs:
             return params
         return jax.jit(quantize, static_argnums=1)(params, self.quantized)
 
-    def trained(self, start: Params, t: int) -> Params:
-        """The parameters that iteration t trains, at first: `start` or new adapters."""
+    def trained(self, start: Params, key: jax.Array) -> Params:
+        """The parameters that an iteration trains, at first: `start` or new adapters."""
         if self.lora is None:
             return start
-        return fresh_adapters(self.abstract_trained, self._key(t))
+        return fresh_adapters(self.abstract_trained, key)
 
-    def fixed(self, start: Params, t: int, policy: Path, reference: Path) -> dict[str, Any]:
-        """The arguments of iteration t's updates that are the same in every update.
+    def fixed(self, start: Params, key: jax.Array, policy: Path, reference: Path) -> dict[str, Any]:
+        """The arguments of an iteration's updates that are the same in every update.
 
         Args:
           start: the parameters of the policy that the iteration starts from.
+          key: the key of the iteration's adapters (`iteration_key`).
           policy, reference: the model folders of that policy and of the reference.
 
         Returns:
@@ -153,14 +154,11 @@ class Programs:
         live = self.experiment.training.reference == "live"
         if self.lora is None:  # a copy: the updates overwrite the parameters that they start from
             return {"reference": self.start_of(reference) if live else None}
-        key = jax.random.fold_in(self._key(t), 1) if self.lora.dropout else None
+        dropout = jax.random.fold_in(key, 1) if self.lora.dropout else None
         second = None
         if live:
             second = start if reference == policy else self.start_of(reference)
-        return {"base": start, "reference": second, "key": key}
-
-    def _key(self, t: int) -> jax.Array:
-        return jax.random.fold_in(jax.random.key(self.experiment.seed), t)
+        return {"base": start, "reference": second, "key": dropout}
 
     def decoding(self, params: Params) -> Params:
         """The parameters in the form that the engine needs, in the compute dtype."""
@@ -287,11 +285,26 @@ class Programs:
         )
 
 
+def iteration_key(seed: int, t: int) -> jax.Array:
+    """The random key of an iteration's adapters."""
+    return jax.random.fold_in(jax.random.key(seed), t)
+
+
+# Settings of `training` that no program reads: the loop and the stages do.
+UNREAD = frozenset(
+    {
+        *("learning_rate", "global_batch", "epochs", "schedule", "warmup_ratio"),
+        *("reference_policy", "checkpoint_every", "checkpoints_kept"),
+    }
+)
+KEPT = 8  # that the runs of a sweep built last; each holds its compiled programs in memory
+
+
 class SharedPrograms:
     """The programs of runs in one process: those with equal settings compile each program once."""
 
     def __init__(self):
-        self._built: dict[str, Programs] = {}
+        self._built: dict[str, Programs] = {}  # the one that was used last is the last
 
     def of(
         self,
@@ -306,13 +319,16 @@ class SharedPrograms:
         """Builds programs, or returns those of an earlier run that are the same."""
         told = as_dict(experiment)
         read = {k: told[k] for k in ("objective", "training", "lora", "rollout", "compute")}
-        if experiment.lora is not None:
-            read["seed"] = experiment.seed  # of new adapters
+        read["training"] = {k: v for k, v in told["training"].items() if k not in UNREAD}
         meshes = devices.mesh, devices.decode_mesh
         key = repr((read, facts, sizes, stop_ids, batches, [m.devices.tolist() for m in meshes]))
-        if key not in self._built:
-            self._built[key] = Programs(experiment, task, facts, sizes, stop_ids, devices, batches)
-        return self._built[key]
+        found = self._built.pop(key, None)
+        if found is None:
+            found = Programs(experiment, task, facts, sizes, stop_ids, devices, batches)
+        self._built[key] = found
+        while len(self._built) > KEPT:
+            del self._built[next(iter(self._built))]
+        return found
 
 
 def _readable(folder: Path) -> Path:

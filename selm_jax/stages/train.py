@@ -8,6 +8,7 @@ from typing import Any
 from selm_jax.parallel import multihost
 from selm_jax.preferences.novelty import with_bonuses
 from selm_jax.run.inputs import Model, StoredTable, Training
+from selm_jax.run.programs import iteration_key
 from selm_jax.run.rows import RunError
 from selm_jax.shell import artifacts
 from selm_jax.shell.words import redo
@@ -35,9 +36,10 @@ def train(step: Step, policy: Model, examples: StoredTable, reference: Model) ->
     checkpoints = Training(step.folder).checkpoints(policy, kept)
     if not checkpoints.has_final:
         start = programs.start_of(policy.path)
-        state = TrainState.create(programs.trained(start, step.t), programs.optimizer)
+        key = iteration_key(step.settings.seed, step.t)
+        state = TrainState.create(programs.trained(start, key), programs.optimizer)
         state = checkpoints.latest(state) or state
-        fixed = programs.fixed(start, step.t, policy.path, reference.path)
+        fixed = programs.fixed(start, key, policy.path, reference.path)
         del start
         step.log.forget_after(int(state.step))
         with step.bar(len(plan.updates), "updates") as advance:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -16,11 +17,12 @@ from selm_jax.models.families import from_hf
 from selm_jax.models.quantize import dequantize
 from selm_jax.objectives.losses import Logps
 from selm_jax.objectives.roles import ROLES
+from selm_jax.policy.sizes import least
 from selm_jax.preferences.layouts import OneShape
 from selm_jax.run import programs as programs_module
 from selm_jax.run.data import Data
 from selm_jax.run.devices import Devices
-from selm_jax.run.programs import Programs, SharedPrograms
+from selm_jax.run.programs import Programs, SharedPrograms, iteration_key
 from selm_jax.run.run import Run
 from selm_jax.run.task import Sizes, task_of
 
@@ -46,13 +48,17 @@ def same(one, other) -> None:
     ("changes", "shared"),
     [
         ({"seed": 2, "output": "elsewhere", "data__limit": 3, "feedback__ties": "first"}, True),
+        ({"training__learning_rate": 2e-5, "training__checkpoint_every": 7}, True),
+        ({"seed": 2, **LORA}, True),
         ({"objective__beta": 0.2}, False),
         ({"rollout__slots": 7}, False),
         ({"training__clip": None}, False),
     ],
 )
 def test_runs_share_programs_if_all_that_they_are_built_from_is_equal(tmp_path, changes, shared):
-    one = config.load(tiny.experiment(tmp_path))
+    one = config.load(
+        tiny.experiment(tmp_path, **{k: v for k, v in changes.items() if k == "lora"})
+    )
     other = config.load(tiny.experiment(tmp_path, **changes))
     facts = from_hf(json.loads((tmp_path / "model/config.json").read_text()))
     compiled = SharedPrograms()
@@ -61,6 +67,42 @@ def test_runs_share_programs_if_all_that_they_are_built_from_is_equal(tmp_path, 
         for e in (one, other)
     ]
     assert (found[0] is found[1]) == shared
+
+
+def test_only_the_programs_that_were_used_last_are_kept(tmp_path):
+    facts = from_hf(json.loads((tiny.make_model(tmp_path / "m") / "config.json").read_text()))
+    e = config.load(tiny.experiment(tmp_path))
+    compiled, devices = SharedPrograms(), Devices(e.compute)
+
+    def of(longest: int) -> Programs:
+        return compiled.of(e, task_of(e.objective), facts, Sizes(10, longest), (0,), devices)
+
+    first, second = of(20), of(21)
+    for longest in range(22, 22 + programs_module.KEPT - 1):
+        assert of(20) is first
+        of(longest)
+    assert of(20) is first and of(21) is not second
+
+
+def test_what_runs_may_differ_in_is_read_by_no_program(tmp_path):
+    e = config.load(tiny.experiment(tmp_path, **LORA))
+    facts = from_hf(json.loads((tmp_path / "model/config.json").read_text()))
+    read = {k: v for k, v in vars(e.training).items() if k not in programs_module.UNREAD}
+    assert len(read) == len(vars(e.training)) - len(programs_module.UNREAD)
+    parts = {k: v for k, v in vars(e).items() if k != "seed"} | {
+        "training": SimpleNamespace(**read)
+    }
+    programs = Programs(
+        SimpleNamespace(**parts), task_of(e.objective), facts, Sizes(16, 28), (0,),
+        Devices(e.compute), least(e),
+    )  # fmt: skip
+    folder = tmp_path / "model"
+    start = programs.start_of(folder)
+    programs.fixed(start, iteration_key(0, 1), folder, folder)
+    programs.trained(start, iteration_key(0, 1))
+    programs.decoding(start)
+    _ = programs.optimizer, programs.update, programs.scorer, programs.engine
+    programs.policy(folder, None)
 
 
 def test_each_iteration_is_trained_with_its_own_alpha(tmp_path, monkeypatch):
@@ -127,25 +169,27 @@ def equal(one, other) -> bool:
 def test_a_stored_reference_is_not_loaded(models):
     programs, policy, _ = models()
     start = programs.start_of(policy)
-    assert programs.fixed(start, 1, policy, policy / "gone") == {"reference": None}
+    assert programs.fixed(start, iteration_key(0, 1), policy, policy / "gone") == {
+        "reference": None
+    }
 
 
 def test_a_live_reference_is_a_second_copy_where_the_updates_overwrite_the_first(models):
     programs, policy, other = models(training__reference="live")
     start = programs.start_of(policy)
-    (again,) = programs.fixed(start, 1, policy, policy).values()
+    (again,) = programs.fixed(start, iteration_key(0, 1), policy, policy).values()
     assert equal(again, start)
     assert not any(a is b for a, b in zip(*map(jax.tree.leaves, (again, start)), strict=True))
-    (second,) = programs.fixed(start, 2, policy, other).values()
+    (second,) = programs.fixed(start, iteration_key(0, 2), policy, other).values()
     assert equal(second, programs.load(other)) and not equal(second, start)
 
 
 def test_adapters_share_their_base_with_a_live_reference_in_the_same_folder(models):
     programs, policy, other = models(training__reference="live", **LORA)
     start = programs.start_of(policy)
-    fixed = programs.fixed(start, 1, policy, policy)
+    fixed = programs.fixed(start, iteration_key(0, 1), policy, policy)
     assert fixed["base"] is start and fixed["reference"] is start and fixed["key"] is None
-    fixed = programs.fixed(start, 2, policy, other)
+    fixed = programs.fixed(start, iteration_key(0, 2), policy, other)
     assert fixed["base"] is start and equal(fixed["reference"], programs.load(other))
 
 
@@ -153,10 +197,12 @@ def test_adapters_and_their_dropout_are_drawn_anew_in_each_iteration(models):
     lora = {"lora": {"rank": 2, "alpha": 4, "dropout": 0.1}}
     programs, policy, _ = models(**lora)
     start = programs.start_of(policy)
-    drawn = [programs.trained(start, t) for t in (1, 1, 2)]
+    drawn = [programs.trained(start, iteration_key(0, t)) for t in (1, 1, 2)]
     assert equal(drawn[0], drawn[1]) and not equal(drawn[0], drawn[2])
     keys = [
-        jax.random.key_data(programs.fixed(start, t, policy, policy)["key"]).tolist()
+        jax.random.key_data(
+            programs.fixed(start, iteration_key(0, t), policy, policy)["key"]
+        ).tolist()
         for t in (1, 1, 2)
     ]
     assert keys[0] == keys[1] != keys[2]

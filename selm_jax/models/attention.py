@@ -102,7 +102,7 @@ def _chosen(back_end: AttentionBackEnd, sight: Sight, platform: str) -> Attentio
 
 
 def holds_all_scores(back_end: AttentionBackEnd, length: int, platform: str) -> bool:
-    """Whether attention over rows of `length` tokens has all scores of a row in memory at once."""
+    """Says whether attention over rows of `length` tokens holds all scores of a row at once."""
     if back_end == "auto":
         return length < _LONG_FROM.get(platform, _ELSEWHERE)
     return back_end == "einsum"

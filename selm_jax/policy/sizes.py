@@ -132,7 +132,7 @@ def room_of(limit: int, source: str, platform: str) -> Room:
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """What the choice of slots and prefill rows depends on.
+    """The facts that the choice of slots and prefill rows depends on.
 
     Attributes:
       wanted: the number of answers of each call of the engine.
@@ -160,7 +160,7 @@ class Generation:
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """What the choice of rows, rematerialization and chunk depends on.
+    """The facts that the choice of rows, rematerialization and chunk depends on.
 
     Attributes:
       config: the model.

@@ -73,7 +73,7 @@ class Choice:
 
     @property
     def line(self) -> str:
-        """What was chosen and why, in one line; "" if the experiment gives all sizes."""
+        """Says in one line what was chosen and why; "" if the experiment gives all sizes."""
         if not self.automatic:
             return ""
         lowered = "".join(f"; {each}" for each in self.lowered)

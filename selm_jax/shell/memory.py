@@ -69,7 +69,7 @@ def free_memory() -> int | None:
 
 
 def ran_out(error: Exception) -> bool:
-    """Whether an error says that a device or this process has too little memory."""
+    """Says whether an error means that a device or this process has too little memory."""
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error).partition("\n")[0]
 
 

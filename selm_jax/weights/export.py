@@ -107,7 +107,10 @@ def convert_dtype(
         raise WeightsError(f"dtype is {dtype!r}; expected one of {', '.join(kinds)}")
     kind = kinds[dtype]
     checkpoint = open_checkpoint(source)
-    entries = {n: stored_like(t.shape, kind) for n, t in checkpoint.tensors.items()}
+    entries = {  # a multi-modal model may have whole numbers, such as positions: they stay
+        n: stored_like(t.shape, kind) if t.dtype in DTYPES else t
+        for n, t in checkpoint.tensors.items()
+    }
     _write_folder(source, folder, dtype)
     if (source / "README.md").exists():
         shutil.copyfile(source / "README.md", folder / "README.md")
@@ -116,6 +119,8 @@ def convert_dtype(
 
 
 def _narrowed(checkpoint: Checkpoint, name: str, kind: np.dtype) -> np.ndarray:
+    if checkpoint.tensors[name].dtype not in DTYPES:
+        return checkpoint.bytes_of(name)
     with np.errstate(over="ignore"):  # reported below with the tensor's name
         found = checkpoint.read(name).astype(kind)
     if not np.isfinite(found).all():

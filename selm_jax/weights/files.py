@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+from jaxtyping import UInt8
 from safetensors import SafetensorError, safe_open
 
 from selm_jax.shell.json_file import POINTER, JsonFileError, is_pointer, read_object
@@ -41,7 +43,8 @@ class Stored(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        return math.prod(self.shape) * np.dtype(DTYPES[self.dtype]).itemsize
+        bits = re.search(r"\d+", self.dtype)  # as in BF16 and F8_E4M3; BOOL has a byte
+        return math.prod(self.shape) * int(bits[0] if bits else 8) // 8
 
 
 _Bytes = np.memmap | InBucket  # both are sliced: the bytes from one place to another
@@ -86,6 +89,11 @@ class Checkpoint:
         rows = self._rows[first, stop].view(DTYPES[stored.dtype])
         part = rows.reshape(shape)[rest]
         return part if part.flags.aligned else part.copy()
+
+    def bytes_of(self, name: str) -> UInt8[np.ndarray, " bytes"]:
+        """Returns the bytes of a tensor, whatever its dtype."""
+        file, first, stored = self._where[name]
+        return file[first : first + stored.bytes]
 
     def same(self, one: str, other: str) -> bool:
         """Says whether two matrices are there with the same bytes; NaN is the same as itself."""
@@ -234,7 +242,8 @@ def write(
     Args:
       folder: an existing folder.
       tensors: name -> shape and dtype, in the order of the files.
-      values: the tensors themselves, in that order; one is in memory at a time.
+      values: the tensors themselves, or their bytes as uint8, in that order; one is in memory at a
+        time.
       max_shard_bytes: the most bytes of data in one file. A larger tensor gets its own file.
       only: write only the files of these tensors (see `part_of`), and the index with the first one.
         The values of others are not read.
@@ -270,8 +279,10 @@ def write_file(
         for expected in tensors:
             found, value = next(coming)
             assert value is not None, found
-            stored = stored_like(value.shape, value.dtype)
-            assert (found, stored) == (expected, tensors[expected]), (found, stored, expected)
+            stored = tensors[expected]
+            if value.dtype != np.uint8:
+                assert stored_like(value.shape, value.dtype) == stored, (found, value.dtype, stored)
+            assert (found, value.nbytes) == (expected, stored.bytes), (found, expected, stored)
             # As bytes, because Python's buffers do not support bfloat16.
             file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
         file.flush()

@@ -145,8 +145,9 @@ def _ministral3(k: Fields, config: Json) -> Json:
         | {
             "rope_theta": theta,
             "mscale": 1.0,  # in llama.cpp's code
-            "mscale_all_dim": k.number("rope.scaling.yarn_log_multiplier"),
-            "llama_4_scaling_beta": k.number("attention.temperature_scale"),
+            # Each is off if it is 0, llama.cpp's default.
+            "mscale_all_dim": k.number("rope.scaling.yarn_log_multiplier", 0.0, zero=True),
+            "llama_4_scaling_beta": k.number("attention.temperature_scale", 0.0, zero=True),
         },
     }
 
@@ -284,7 +285,7 @@ FAMILIES = {
         _PHI3 | _PRE_NORMS,
         {"attention_bias": False},
         _phi3,
-        _WINDOW,
+        frozenset({"attention.sliding_window"}),
         factors=True,
         partial=True,
     ),

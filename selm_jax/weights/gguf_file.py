@@ -206,15 +206,18 @@ class Fields:
             )
         return value
 
-    def number(self, key: str, default: float | None = None) -> float:
-        """The value of a key that must be a positive float32, as the shortest decimal (1e-05)."""
+    def number(self, key: str, default: float | None = None, zero: bool = False) -> float:
+        """The value of a key that must be a positive float32, as the shortest decimal (1e-05).
+
+        With `zero` it may be 0, too.
+        """
         if default is not None and key not in self:
             return default
         value = float(str(np.float32(self.need(key, float))))
-        if not 0 < value < float("inf"):
+        if not 0 < value < float("inf") and not (zero and value == 0):
             raise GGUFError(
-                f"{self.path}: key {self.prefix}{key} is {value}; expected a positive number. "
-                f"{MEND}"
+                f"{self.path}: key {self.prefix}{key} is {value}; expected a positive number"
+                f"{' or 0' * zero}. {MEND}"
             )
         return value
 

@@ -190,6 +190,14 @@ def _rope_scaling(
     tables = {name: _table(k, model, name, rotated) for name in (_FACTORS, _SHORT, _LONG)}
     found = [name for name, table in tables.items() if table is not None]
     kind, magnitude = k.get("rope.scaling.type", str), k.number("rope.scaling.attn_factor", 1.0)
+    factor = k.number("rope.scaling.factor", 1.0, zero=True) or 1.0  # in llama.cpp, 0 means 1
+    if found and factor != 1 and kind != "none":
+        raise GGUFError(
+            f"{k.path}: key {k.prefix}rope.scaling.factor is {factor:g}, but the file also has the "
+            f"tensors of divisors {found}; beside them only 1 is supported. {MEND}"
+        )
+    if kind is None and factor != 1:
+        kind = "linear"  # llama.cpp's default
     if kind == "none":
         kind = None
     if family.name == "phi3" and found == [_SHORT, _LONG] and kind in (None, "longrope"):

@@ -134,8 +134,9 @@ def build_tokenizer(fields: Fields) -> Tokenizer:
             added = AddedToken(token, normalized=False, special=True, rstrip=rstrip)
             tokenizer.add_special_tokens([added])
         elif kind == TokenType.USER_DEFINED:
-            # One with blanks is looked for after these were replaced.
-            added = AddedToken(token, normalized=_BLANK in token, special=False)
+            # One with SentencePiece's blanks is looked for after these were put into the text.
+            blanks = model == _SPM and _BLANK in token
+            added = AddedToken(token, normalized=blanks, special=False)
             tokenizer.add_tokens([added])
     return tokenizer
 

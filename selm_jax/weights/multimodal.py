@@ -7,7 +7,7 @@ names that the text model has alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from selm_jax.models.multimodal import is_multimodal
 from selm_jax.shell.json_file import read_object
-from selm_jax.weights.files import DTYPES, Checkpoint, Stored, WeightsError, open_checkpoint
+from selm_jax.weights.files import Checkpoint, Stored, WeightsError, open_checkpoint
 
 _TEXT = {  # the beginning of a stored name, and of the text model's own
     "language_model.model.": "model.",
@@ -74,23 +74,14 @@ class Around(NamedTuple):
     stored: dict[str, str]
     aside: dict[str, Stored]
 
-    def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Yields the tensors beside the text model, as they are stored."""
-        return ((name, self.checkpoint.read(name)) for name in self.aside)
+    def tensors(self, wanted: Container[str]) -> Iterator[tuple[str, np.ndarray | None]]:
+        """Yields the bytes of each tensor beside the text model; None for one not `wanted`."""
+        return ((n, self.checkpoint.bytes_of(n) if n in wanted else None) for n in self.aside)
 
 
 def around(folder: Path) -> Around:
-    """Reads what the multi-modal checkpoint in `folder` has around its text model.
-
-    Raises:
-      WeightsError: if a tensor has a dtype that cannot be written.
-    """
+    """Reads what the multi-modal checkpoint in `folder` has around its text model."""
     checkpoint = open_checkpoint(folder)
     aside = {n: t for n, t in checkpoint.tensors.items() if n.startswith(_ASIDE)}
-    if odd := [n for n, t in aside.items() if t.dtype not in DTYPES]:
-        raise WeightsError(
-            f"{folder}: {odd[0]} is stored as {aside[odd[0]].dtype}, which cannot be written; only "
-            f"{', '.join(DTYPES)} can. Set model.keep_vision: false to export the text model alone"
-        )
     stored = {_own(name): name for name in checkpoint.tensors if name not in aside}
     return Around(checkpoint, stored, aside)

@@ -49,10 +49,12 @@ def save(
         for name in names
     }
     stored = {name: name for name in entries} if inside is None else inside.stored
-    aside, others = ({}, ()) if inside is None else (inside.aside, inside.tensors())
-    entries = {stored[name]: like for name, like in entries.items()} | aside
+    entries = {stored[name]: like for name, like in entries.items()}
+    if inside is not None:
+        entries |= inside.aside
     only = part_of(entries, part, max_shard_bytes)
     values = to_hf_tensors(params, config, lambda name: stored[name] in only)
+    others = () if inside is None else inside.tensors(only)
     values = itertools.chain(((stored[n], x) for n, x in values), others)
     write(folder, entries, values, max_shard_bytes=max_shard_bytes, only=only)
 

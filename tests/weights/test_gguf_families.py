@@ -63,6 +63,34 @@ def test_a_model_comes_back_as_it_was(tmp_path, name, change):
     assert not [tensor for tensor in expected if not tensor.endswith(".bias")]
 
 
+@pytest.mark.parametrize(
+    ("own", "rope"),
+    [
+        ({"factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),  # linear is llama.cpp's default
+        ({"factor": 1.0}, None),
+        ({"factor": 0.0}, None),  # there it means 1
+        ({"factor": 4.0, "type": "none"}, None),
+    ],
+)
+def test_a_factor_without_a_type_stretches_positions(tmp_path, own, rope):
+    keys = {f"llama.rope.scaling.{key}": value for key, value in own.items()}
+    file, config = write_of(GOLDEN / "llama-2", tmp_path / "m.gguf", keys=keys)
+    parameters = config["rope_parameters"] | (rope or {})
+    expected = from_hf(config | {"rope_parameters": parameters})
+    assert read_config(convert(file, tmp_path / "out")) == expected
+
+
+@pytest.mark.parametrize("value", [0.0, None])
+def test_what_ministral_3_does_not_scale_is_0_or_absent(tmp_path, value):
+    arch, off = "mistral3", {"llama_4_scaling_beta": 0.0, "mscale_all_dim": 0.0}
+    names = ("attention.temperature_scale", "rope.scaling.yarn_log_multiplier")
+    keys = {f"{arch}.{name}": value for name in names}
+    file, config = write_of(GOLDEN / "ministral-3", tmp_path / "m.gguf", keys=keys)
+    expected = from_hf(config | {"rope_parameters": config["rope_parameters"] | off})
+    assert expected != from_hf(config)
+    assert read_config(convert(file, tmp_path / "out")) == expected
+
+
 def test_every_family_is_tested():
     tested = {
         json.loads((GOLDEN / name / "config.json").read_text())["model_type"] for name, _ in CASES
@@ -86,6 +114,22 @@ def test_every_family_is_tested():
         ("llama-2", {"llama.rope.scaling.type": "longrope"}, "scaling.type is 'longrope'"),
         ("phi-3-4k", {"phi3.attention.sliding_window": None}, "sliding_window is missing"),
         ("gemma-2", {"gemma2.rope.freq_base_swa": 1e4}, "freq_base_swa is not supported"),
+        (
+            "phi-3-4k",
+            {"phi3.attention.sliding_window_pattern": [True]},
+            "sliding_window_pattern is not supported",
+        ),
+        (
+            "phi-3-128k",
+            {"phi3.rope.scaling.factor": 4.0},
+            r"factor is 4, but .* \['rope_factors_short.weight', 'rope_factors_long.weight'\]",
+        ),
+        (
+            "phi-3-128k",
+            {"phi3.rope.scaling.type": "longrope", "phi3.rope.scaling.factor": 4.0},
+            "scaling.factor is 4",
+        ),
+        ("ministral-3", {"mistral3.attention.temperature_scale": -0.1}, "a positive number or 0"),
     ],
 )
 def test_what_would_give_another_model_is_refused(tmp_path, name, own, message):

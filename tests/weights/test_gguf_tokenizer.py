@@ -102,6 +102,22 @@ def test_what_would_give_other_tokens_is_refused(tmp_path, tiny_gguf, own, messa
         convert(path, tmp_path / "out")
 
 
+def test_only_sentencepiece_has_blanks_in_its_tokens(tmp_path, tiny_gguf):
+    """A byte-level BPE finds its own tokens in the text as it is, before NFC changes it."""
+    fields = open_gguf(tiny_gguf(tmp_path / "m.gguf")).fields
+    tokens, merges = (fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "merges"))
+    last = len(tokens) - 1
+    change = {  # in place of the token that the last merge makes
+        "tokenizer.ggml.tokens": [*tokens[:last], "▁é"],
+        "tokenizer.ggml.token_type": [int(TokenType.NORMAL)] * last + OWN[-1:],
+        "tokenizer.ggml.merges": merges[:-1],
+    }
+    path = tiny_gguf(tmp_path / "own.gguf", pre="qwen2", change=change)
+    tokenizer = build_tokenizer(Fields(path, open_gguf(path)))
+    assert last in tokenizer.encode("▁é").ids
+    assert last not in tokenizer.encode("▁e\u0301").ids
+
+
 def test_phi_3_reads_no_line_end_behind_its_marks(tmp_path, tiny_gguf):
     """As in its tokenizer.json. The file's other tensors and keys are not Phi-3's."""
     path = tiny_gguf(tmp_path / "m.gguf", change=keys() | {"general.architecture": "phi3"})

@@ -6,15 +6,21 @@ import json
 from pathlib import Path
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from selm_jax.models.families import read_as_reward_model, read_config
 from selm_jax.weights.export import convert_dtype, export_folder
+from selm_jax.weights.files import Checkpoint, open_checkpoint
 from selm_jax.weights.huggingface import WeightsError, load
 
 SOURCE = Path(__file__).parents[1] / "golden" / "families" / "gemma-3-images"
+WHOLE_NUMBERS = {  # of which no parameter is
+    "vision_tower.position_ids": np.arange(4)[None],
+    "vision_tower.seen": np.array([True, False, True]),
+}
 
 
 def folder(path: Path, rename=lambda name: name, **more: np.ndarray) -> Path:
@@ -48,7 +54,7 @@ def exported(source: Path, to: Path, **options) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("rename", [lambda name: name, as_in_transformers])
 def test_the_whole_is_written_with_the_same_names_and_the_other_bytes(rename, tmp_path):
-    source = folder(tmp_path / "source", rename)
+    source = folder(tmp_path / "source", rename, **WHOLE_NUMBERS)
     same(load(source, read_config(source)), load(SOURCE, read_config(SOURCE)))
     before, after = load_file(source / "model.safetensors"), exported(source, tmp_path / "out")
     assert after.keys() == before.keys()
@@ -56,13 +62,48 @@ def test_the_whole_is_written_with_the_same_names_and_the_other_bytes(rename, tm
         if "language_model" in name:
             np.testing.assert_array_equal(after[name], 2 * tensor.astype(np.float32))
         else:
-            assert after[name].dtype == np.float16
+            assert (after[name].dtype, after[name].shape) == (tensor.dtype, tensor.shape)
             assert after[name].tobytes() == tensor.tobytes()
     was, now = (json.loads((f / "config.json").read_text()) for f in (source, tmp_path / "out"))
     assert now == was | {"dtype": "float32"}
     convert_dtype(tmp_path / "out", tmp_path / "small", "float16")
     for name, tensor in load_file(tmp_path / "small" / "model.safetensors").items():
-        assert tensor.tobytes() == after[name].astype(np.float16).tobytes()
+        kind = after[name].dtype if name in WHOLE_NUMBERS else np.float16
+        assert tensor.dtype == kind
+        assert tensor.tobytes() == after[name].astype(kind).tobytes()
+
+
+def test_of_a_shared_export_each_process_reads_what_it_writes(tmp_path, monkeypatch):
+    source = folder(tmp_path / "source", **WHOLE_NUMBERS)
+    config, params = read_config(source), load(source, read_config(source))
+    read, bytes_of = [], Checkpoint.bytes_of
+
+    def spied(self, name):
+        read.append(name)
+        return bytes_of(self, name)
+
+    def files(to: Path, part: tuple[int, int]) -> dict[str, bytes]:
+        if part[0]:  # only the first process writes the rest of the folder
+            to.mkdir()
+        export_folder(params, config, source, to, "", max_shard_bytes=9000, part=part)
+        return {file.name: file.read_bytes() for file in to.glob("model*")}
+
+    expected = files(tmp_path / "alone", (0, 1))
+    monkeypatch.setattr(Checkpoint, "bytes_of", spied)
+    parts = [files(tmp_path / f"{i}", (i, 3)) for i in range(3)]
+    assert all(parts) and {k: v for each in parts for k, v in each.items()} == expected
+    assert len(read) > 3 and len(set(read)) == len(read)
+
+
+@pytest.mark.parametrize("kind", [ml_dtypes.float8_e4m3fn, np.complex64, np.uint8])
+def test_tensors_of_images_may_have_any_dtype(tmp_path, kind):
+    name, odd = "vision_tower.odd", np.arange(6).reshape(2, 3).astype(kind)
+    source = folder(tmp_path / "source", **{name: odd})
+    config = read_config(source)
+    export_folder(load(source, config), config, source, tmp_path / "out", "# card\n")
+    before, after = open_checkpoint(source), open_checkpoint(tmp_path / "out")
+    assert after.tensors[name] == before.tensors[name]
+    assert after.bytes_of(name).tobytes() == odd.tobytes()
 
 
 def test_the_text_model_alone_is_a_folder_of_its_own(tmp_path):
@@ -115,7 +156,3 @@ def test_tensors_that_are_unknown_or_there_twice_are_named(tmp_path):
     again = {"model.language_model.norm.weight": np.zeros(16, np.float16)}
     with pytest.raises(WeightsError, match="tensors are stored twice"):
         load(folder(tmp_path / "twice", **again), read_config(SOURCE))
-    whole = folder(tmp_path / "odd", **{"vision_tower.position_ids": np.arange(4)})
-    params = load(whole, read_config(whole))
-    with pytest.raises(WeightsError, match=r"position_ids is stored as I64.*model\.keep_vision"):
-        export_folder(params, read_config(whole), whole, tmp_path / "out", "# card\n")

@@ -1,8 +1,9 @@
 """Converts between Hugging Face `config.json` and `DecoderConfig`, for each model family.
 
 `from_hf` and `to_hf` are inverse to each other. `FAMILIES` is the table of families: what each one
-reads and writes in its own way is in `family_llama`, `family_mixtures` and `family_gemma`.
-`config_keys` handles unknown keys and bad values. Of a multi-modal model, the text model is read.
+reads and writes in its own way is in `family_llama`, `family_granite`, `family_mixtures` and
+`family_gemma`. `config_keys` handles unknown keys and bad values. Of a multi-modal model, the text
+model is read.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ as they are.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import jax
@@ -49,7 +50,9 @@ def quantize(params: Params, qtype: str, block: int | None = _BLOCK) -> Params:
 
 def dequantize(params: Params) -> Params:
     """Undoes `quantize` up to rounding; arrays that are not quantised are not changed."""
-    qwix = _qwix()
+    qwix = sys.modules.get("qwix")
+    if qwix is None:  # never imported, maybe not installed, so nothing can be quantised
+        return params
 
     def is_quantized(x: Any) -> bool:
         return isinstance(x, qwix.QArray)

@@ -51,8 +51,8 @@ def convert(gguf_path: str | Path, out_folder: str | Path) -> Path:
     exists (another process was quicker), that folder is kept. One tensor is in memory at a time.
 
     Args:
-      gguf_path: a GGUF file of an architecture in `gguf_families.FAMILIES`, with a byte-level BPE
-        tokenizer; or any one file of a model that is split into several.
+      gguf_path: a GGUF file of an architecture in `gguf_families.FAMILIES`; or any one file of a
+        model that is split into several.
       out_folder: the folder to make; its parents are created too.
 
     Returns:

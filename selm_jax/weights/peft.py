@@ -29,11 +29,12 @@ def export_adapter(
 ) -> None:
     """Writes adapter_config.json and adapter_model.safetensors into `folder`, which must not exist.
 
-    PEFT adapts stored tensors, each of which may contain several of our kernels (Phi-3's
-    `qkv_proj`). The adapters of n kernels in one tensor, each of rank r, become one adapter of rank
-    n r: their A are concatenated, their B are the blocks of a block-diagonal matrix. The product is
-    the same. Each expert of a mixture is a module, as in the published files. Versions of
-    transformers that hold all experts as one parameter have no such modules.
+    PEFT adapts stored tensors, each of which may contain several of our kernels (`qkv_proj` of
+    Phi-3; the MLP's gate and up of Phi-3, GLM-4 and Granite 4). The adapters of n kernels in one
+    tensor, each of rank r, become one adapter of rank n r: their A are concatenated, their B are
+    the blocks of a block-diagonal matrix. The product is the same. Each expert of a mixture is a
+    module, as in the published files. Versions of transformers that hold all experts as one
+    parameter have no such modules.
 
     Args:
       adapters: the parameters of the adapters.

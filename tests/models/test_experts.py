@@ -228,7 +228,7 @@ def test_experts_have_adapters_only_if_they_are_asked_for(tiny):
 
 @pytest.mark.parametrize("base", ["int8", "nf4"])
 def test_experts_of_a_quantised_base_are_rounded_in_blocks_of_their_inputs(base, tiny):
-    pytest.importorskip("qwix")
+    pytest.importorskip("qwix", reason="qwix is not installed (the extra `qlora`)")
     config = tiny(mixture=MIXTURES["normalized"], embed=64)
     p = {"layers": {"experts": {k: v[None] for k, v in kernels(config).items()}}}
     quantized = quantize(p, base)["layers"]["experts"]

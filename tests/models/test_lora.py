@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 
 import flax.linen as nn
@@ -12,7 +13,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from selm_jax.models.decoder import Decoder, abstract_adapters
-from selm_jax.models.lora import TARGETS, Lora, init, merge
+from selm_jax.models.lora import TARGETS, Lora, LoraError, init, merge
+from selm_jax.models.quantize import dequantize, quantize
 
 LORAS = {
     "all": Lora(3, 6.0),
@@ -45,6 +47,14 @@ def test_fresh_adapters_change_nothing(name, tiny, random_params):
     params = random_params(config)
     with_them = hidden(Decoder(config, lora=lora), params, adapters_of(config, lora, b=False))
     np.testing.assert_array_equal(with_them, hidden(Decoder(config), params))
+
+
+def test_only_a_quantised_base_needs_qwix(tiny, random_params, monkeypatch):
+    params = random_params(tiny())
+    monkeypatch.setitem(sys.modules, "qwix", None)  # what is not installed cannot be imported
+    with pytest.raises(LoraError, match="need the package qwix"):
+        quantize(params, "nf4")
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(dequantize)(params), params)
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])

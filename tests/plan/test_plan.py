@@ -190,6 +190,7 @@ def test_a_mixture_of_two_policies_holds_and_reads_two_models(tiny_one):
 
 def test_weights_of_eight_bits_take_a_quarter_and_are_the_runs_own(tiny_one):
     load, read = tiny_one
+    pytest.importorskip("qwix", reason="qwix is not installed (the extra `qlora`)")
     e = load(["rollout.weights=int8"])
     full, int8 = (Blueprint(each, read, here()).decoding_params for each in (load(), e))
     layers = [sum(shard_bytes(p[f"layer_{i}"]) for i in range(2)) for p in (full, int8)]

@@ -21,6 +21,8 @@ from selm_jax.rollout.requests import Request
 from selm_jax.rollout.sampling import Sampling
 from selm_jax.training.scoring import Scorer, readers
 
+pytest.importorskip("qwix", reason="qwix is not installed (the extra `qlora`)")
+
 
 def is_integers(x) -> bool:
     return hasattr(x, "qvalue")

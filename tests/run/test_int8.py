@@ -11,6 +11,7 @@ from selm_jax.iterate import iterate, run_stage
 from selm_jax.run.rows import RunError
 from selm_jax.run.run import Run
 
+pytest.importorskip("qwix", reason="qwix is not installed (the extra `qlora`)")
 QUIET = Console(quiet=True)
 
 

@@ -222,7 +222,7 @@ def test_a_live_reference_gives_the_same_policy(finished, tmp_path):
 def test_adapters_are_trained_exported_and_started_anew(base, finished, tmp_path):
     """The base alone is the reference: each iteration starts at log 2, from the merged model."""
     if base != "full":
-        pytest.importorskip("qwix")
+        pytest.importorskip("qwix", reason="qwix is not installed (the extra `qlora`)")
     _, folder = finished
     run = go(
         folder / "experiment.yaml",

@@ -49,6 +49,8 @@ def test_the_least_of_training_is_what_its_arrays_take(tmp_path):
     ids=["live reference", "lora", "nf4"],
 )
 def test_what_lies_beside_the_trained_parameters_counts(tmp_path, changes, beside):
+    if "base" in changes.get("lora", {}):
+        pytest.importorskip("qwix", reason="qwix is not installed (the extra `qlora`)")
     run = run_of(tmp_path, **changes)
     held = run.programs.start_of(run.policy(0).path)
     expected = sum(x.nbytes for x in jax.tree.leaves(held))

@@ -125,6 +125,8 @@ def test_each_iteration_is_trained_with_its_own_alpha(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("changes", [{}, LORA, QLORA], ids=["full", "lora", "nf4"])
 def test_without_any_folder_they_are_those_of_the_run(tmp_path, changes):
+    if changes is QLORA:
+        pytest.importorskip("qwix", reason="qwix is not installed (the extra `qlora`)")
     file = tiny.experiment(tmp_path, compute__fsdp=4, compute__tensor=2, **changes)
     e = config.load(file)
     run = Run(e, Console(quiet=True), devices=jax.devices())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from selm_jax.run.held import drop_models, held, tell_time_left, write_report
+from selm_jax.run.held import check_best, drop_models, held, tell_time_left, write_report
 from selm_jax.run.inputs import HeldoutSets, Model, StoredTable
 from selm_jax.run.run import Run
 from selm_jax.run.wanted import Wanted
@@ -27,6 +27,7 @@ def iterate(run: Run) -> None:
     with held(run):
         policy = run.start
         measure(run, 0, policy)
+        check_best(run, 0)
         for t in run.iterations:
             policy = iteration(run, t, policy)
             run.write_manifest()

@@ -107,7 +107,7 @@ class Data:
     limit: All | None = None  # Maximum number of prompts per iteration; null uses all.
     heldout_limit: All | None = None  # Maximum number of held-out prompts; null uses all.
     # Further held-out sets by name, such as {safety: safety.jsonl}: a source, or {source, split,
-    # config, limit}. Their metrics are heldout/NAME/...
+    # config, limit}. Their metrics are heldout/NAME/... Without a limit, heldout_limit holds.
     heldout_sets: HeldoutSets = field(default_factory=dict)
     # What to do with an unusable row, with an answer that contains an end token, and with a prompt
     # longer than rollout.max_prompt_tokens: stop with an error, or drop it and count it.

@@ -72,7 +72,16 @@ MODEL_BASED: Mapping[str, Callable[[Prospect], float]] = {
 
 
 def widest(features: Sequence[Float[np.ndarray, " embed"]]) -> Float[np.ndarray, " embed"]:
-    """The difference between the features of the two candidates of a prompt that differ most."""
+    """The difference between the features of the two candidates of a prompt that differ most.
+
+    Raises:
+      FeedbackError: there is no candidate.
+    """
+    if not len(features):
+        raise FeedbackError(
+            "a prompt has no candidate with token ids, so d_optimal has no features of it. Ask for "
+            "the policy's own answers with candidates.samples, or set feedback.acquisition: random"
+        )
     of = np.array(features, np.float64)
     square = (of * of).sum(axis=1)
     distance = square[:, None] + square - 2 * of @ of.T

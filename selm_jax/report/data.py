@@ -126,6 +126,12 @@ class RunData:
         found = (key.split(".")[2] for key in self.settings if key.startswith(_SETS + "."))
         return tuple(dict.fromkeys(found))
 
+    def of_set(self, name: str, measure: str) -> str:
+        """What `metric` calls a measure of a held-out set; a reward model has its own accuracy."""
+        of_pairs = f"{name}/pairs/{measure}"
+        there = any(f"heldout/{of_pairs}" in found for found in self.evaluations.values())
+        return of_pairs if there else f"{name}/{measure}"
+
     def metric(self, iteration: int, name: str) -> float | None:
         """The metric `heldout/NAME` of an evaluation, also that of a set as `SET/NAME`.
 

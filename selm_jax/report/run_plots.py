@@ -70,7 +70,7 @@ def set_plots(runs: Sequence[RunData], labels: Sequence[str]) -> list[Plot]:
     plots = [
         by_iteration(
             runs, labels, f"set-{of}-{name}",
-            lambda run, key=f"{of}/{name}": _interval_metric(run, key),
+            lambda run, of=of, name=name: _interval_metric(run, run.of_set(of, name)),
             title=f"{of}: {words}",
             how="Bars are 95 % intervals over the prompts of this set.",
             zero=name in ("gain", "capability"),

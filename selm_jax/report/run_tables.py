@@ -54,7 +54,9 @@ def set_rows(run: RunData) -> list[dict[str, Any]]:
             "name": of,
             "iteration": k,
             **{
-                name: tuple(run.metric(k, f"{of}/{name}{end}") for end in ("", "_low", "_high"))
+                name: tuple(
+                    run.metric(k, f"{run.of_set(of, name)}{end}") for end in ("", "_low", "_high")
+                )
                 for name in SET_MEASURES
             },
             "prompts": run.metric(k, f"{of}/prompts") or run.metric(k, f"{of}/pairs"),

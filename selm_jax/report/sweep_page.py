@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,6 @@ def write(
     """
     place = list(axes).index(axis)  # index of the compared level in a row's levels
     runs = _finished(out.parent, rows)
-    folders = {folder for row in rows for _, folder, _ in row.runs}
     same, varied = shared_facts(runs)
     text = (
         templates()
@@ -131,7 +130,7 @@ def write(
             planned=sum(len(row.runs) for row in rows),
             seeds=sorted({seed for row in rows for seed, *_ in row.runs}),
             compared=sum(row.difference is not None for row in rows),
-            pages={each for each in folders if (out.parent / each / "report.html").exists()},
+            pages=with_pages(out.parent, (run for row in rows for _, run, _ in row.runs)),
             failed=failed,
             shared=shared,
         )
@@ -167,9 +166,18 @@ def _groups(rows: Sequence[Row], axes: Sequence[str], axis: str, against: str) -
 def _finished(folder: Path, rows: Sequence[Row]) -> list[tuple[dict[str, str], dict[str, Any]]]:
     """Reads the settings and the manifest of every finished run below a sweep's folder."""
     runs = [folder / run for row in rows for _, run, finished in row.runs if finished]
-    # In a bucket, a run has another mirror than its sweep.
-    read = [written_settings(mirrors.local(mirrors.named(run))) for run in runs]
+    read = [written_settings(_run(run)) for run in runs]
     return [(dict(flatten(settings)), manifest) for manifest, _, settings in read]
+
+
+def with_pages(folder: Path, runs: Iterable[str]) -> set[str]:
+    """The runs below a sweep's folder, by relative path, that have a page."""
+    return {run for run in runs if (_run(folder / run) / "report.html").exists()}
+
+
+def _run(folder: Path) -> Path:
+    """Where the files of a run below a sweep's folder are; in a bucket it has its own mirror."""
+    return mirrors.local(mirrors.named(folder))
 
 
 def _verdict(named: Sequence[tuple[str, Row]], against: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from selm_jax.config import Experiment
 from selm_jax.config.heldout import OF_ANSWERS, OF_PAIRS
 from selm_jax.run.folder import Folder
+from selm_jax.shell import artifacts
 
 
 @dataclass(frozen=True)
@@ -20,10 +21,15 @@ class Best:
     iteration: int
     value: float
 
-    @property
-    def entry(self) -> dict[str, Any]:
-        """Returns its entry in manifest.json; the model's folder is relative to the run's."""
-        model = f"iteration_{self.iteration}/model" if self.iteration else "the start model"
+    def entry(self, folder: Folder) -> dict[str, Any]:
+        """Returns its entry in manifest.json; the model's folder is relative to the run's.
+
+        If `keep_models: last` deleted this model before `keep_best` named its metric, it says so.
+        """
+        if not self.iteration:
+            return {**vars(self), "model": "the start model"}
+        gone = "model" in artifacts.Stages(folder.iteration(self.iteration)).gone()
+        model = f"iteration_{self.iteration}/model{' (deleted)' if gone else ''}"
         return {**vars(self), "model": model}
 
 

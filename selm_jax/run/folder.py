@@ -59,8 +59,13 @@ class Folder:
     @cached_property
     def writers(self) -> Writers:
         """The connections to TensorBoard and wandb, opened on first use."""
-        loglines.rewrite_lines(self.metrics_file)  # a kill may have torn the last one
+        self.mend_metrics()
         return Writers(self.path, self.experiment, loglines.read_lines(self.metrics_file))
+
+    def mend_metrics(self) -> None:
+        """Cuts off a last line of metrics.jsonl that a kill has torn, in the first process."""
+        if multihost.is_first():
+            loglines.rewrite_lines(self.metrics_file)
 
     def logged(self, stage: str, t: int) -> list[dict[str, Any]]:
         """The lines that a stage of iteration t has written to metrics.jsonl."""
@@ -161,7 +166,7 @@ class Folder:
         mirrors.need(card)
         if not card.exists() or not stages.may_complete("export", "model"):
             return
-        loglines.rewrite_lines(self.metrics_file)  # a kill may have torn the last one
+        self.mend_metrics()
         text = self.model_card(t, origin, pipeline, method)
         if text.encode() != card.read_bytes():
             # Written outside and renamed: after a kill, the model folder must have no extra file.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 
 from selm_jax.config import Experiment
@@ -57,13 +58,18 @@ def drop_models(run: Run, t: int) -> None:
     Raises:
       RunError: the evaluation of iteration t has no metric `keep_best`.
     """
-    best = multihost.on_first(lambda: _best(run, t))
+    check_best(run, t)
     if run.experiment.keep_models == "all":
         return
     first = t  # the first one to keep
     if t < run.experiment.iterations and _reads_before(run.experiment):
         first -= run.before(t + 1) == run.policy(t - 1)
 
+    def kept() -> int | None:
+        best = best_so_far(run.experiment, run.folder, t)
+        return None if best is None else best.iteration
+
+    best = multihost.on_first(kept)
     old = [run.folder.iteration(u) for u in range(1, first) if u != best]
 
     def drop() -> None:
@@ -75,18 +81,31 @@ def drop_models(run: Run, t: int) -> None:
         artifacts.follow_removal(folder / "model")
 
 
-def _best(run: Run, t: int) -> int | None:
-    """The iteration of the best model so far."""
+def check_best(run: Run, t: int) -> None:
+    """Checks that the evaluation of iteration t, if there is one, has the metric `keep_best`.
+
+    Iteration 0 is checked before anything is trained. Two metrics compare with the start model and
+    are missing there: `gain`, which needs `reward_greedy`, and `capability`, which needs nothing.
+
+    Raises:
+      RunError: the metric is missing.
+    """
     metric = run.experiment.keep_best
-    line = run.folder.logged("evaluate", t)
-    if metric is not None and line and metric not in line[-1]:
+    if metric is None or (t == 0 and metric.endswith("/capability")):
+        return
+    wanted = re.sub("/gain$", "/reward_greedy", metric) if t == 0 else metric
+
+    def look() -> None:
+        line = run.folder.logged("evaluate", t)
+        if not line or wanted in line[-1]:
+            return
         measured = ", ".join(key for key in line[-1] if not bad_metric(key, run.data.heldout_sets))
         raise RunError(
-            f"keep_best: iteration {t} has no metric {metric}. Choose one that this run measures "
-            f"({measured}), or set keep_best: null, and continue the run"
+            f"keep_best: {metric}; iteration {t} has no metric {wanted}. Choose one that this run "
+            f"measures ({measured}), or set keep_best: null, and continue the run"
         )
-    best = best_so_far(run.experiment, run.folder, t)
-    return None if best is None else best.iteration
+
+    multihost.on_first(look)
 
 
 def _reads_before(e: Experiment) -> bool:

@@ -205,12 +205,15 @@ class Run:
     # What it writes and prints
 
     def open(self) -> None:
-        """Writes config.yaml and manifest.json."""
+        """Writes config.yaml and manifest.json, after a torn line of metrics.jsonl is cut off."""
+        self.folder.mend_metrics()
         self.folder.write_config(self.experiment)
         self.write_manifest()
 
     def write_manifest(self) -> None:
-        best = best_so_far(self.experiment, self.folder, self.experiment.iterations)
+        best = None
+        if multihost.is_first():
+            best = best_so_far(self.experiment, self.folder, self.experiment.iterations)
         self.folder.write_manifest(
             {
                 "method": self.experiment.objective["loss"],
@@ -223,7 +226,7 @@ class Run:
                 "parameters": self.programs.parameters,
                 **self.sizes.described(),
                 **self.devices.described(),
-                **({} if best is None else {"best": best.entry}),
+                **({} if best is None else {"best": best.entry(self.folder)}),
             }
         )
 

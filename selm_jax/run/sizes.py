@@ -31,6 +31,7 @@ from selm_jax.run.programs import Programs
 from selm_jax.run.remaining import entries_of
 from selm_jax.run.task import Sizes, Task
 from selm_jax.shell import artifacts
+from selm_jax.shell import mirror as mirrors
 from selm_jax.shell.memory import shard_bytes
 from selm_jax.shell.shared_stages import SharedStages
 from selm_jax.shell.user_code import is_user_code
@@ -263,7 +264,7 @@ def room_in(store: SharedStages | None, device: Any) -> Room:
     def agreed() -> dict[str, Any]:
         if store is None:
             return least
-        file, kind = store.folder / "room.json", device.device_kind
+        file, kind = mirrors.need(store.folder / "room.json"), device.device_kind
         known = artifacts.read_sealed(file) if file.exists() else {}
         if (first := known.get(kind)) is not None:
             freed = first["note"] and not least["note"]

@@ -21,10 +21,11 @@ update only the parameters are kept, for the export.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from selm_jax.shell import artifacts
 from selm_jax.shell import mirror as mirrors
 from selm_jax.shell.paths import cache_root
 from selm_jax.shell.sealed import seal, sha256, sha256_of
+from selm_jax.shell.storage_backend import StorageError
 from selm_jax.training.chunks import chunks, small
 from selm_jax.training.state import TrainState
 
@@ -267,36 +269,19 @@ class Checkpoints:
         self._refresh()
         files = multihost.on_first(lambda: self._check(path))
         artifacts.wait_for([path])
-        mine = self._mine(path, files, like)
-        faults = multihost.on_every(lambda: _faults(path, {file: files[file] for file in mine}))
-        if any(faults):
-            raise _unreadable(path, "; ".join(fault for each in faults for fault in each))
+        if self._mirror is None:
+            # The processes check equal shares; the largest files first, so that none has more.
+            mine = sorted(files, key=lambda file: -files[file][0])
+            _check_files(path, files, lambda: mine[multihost.index() :: multihost.count()])
+        else:  # each checks what it fetches; the small files say which chunks it needs
+            _check_files(path, files, lambda: small(files))
+            _check_files(path, files, lambda: chunks(path, files, like))
         try:
             with ocp.StandardCheckpointer() as reader:
                 there = _for_orbax(self.folder) / name
                 return reader.restore(there, jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
         except (ValueError, KeyError, OSError) as e:
             raise _unreadable(path, str(e)) from e
-
-    def _mine(self, path: Path, files: Mapping[str, tuple[int, str]], like: Any) -> list[str]:
-        """The files of a checkpoint that this process checks; from a bucket, it fetches them first.
-
-        They are an equal share of all or, where each process has a folder of its own, those that it
-        reads.
-
-        Raises:
-          ArtifactError: a file that it reads was never written.
-        """
-        if self._mirror is None:
-            mine = sorted(files, key=lambda file: -files[file][0])
-            return mine[multihost.index() :: multihost.count()]
-        mine = small(files)
-        mirrors.need(path, {*mine, *_LATER})
-        mine |= chunks(path, files, like)
-        if missing := sorted(mine - files.keys()):
-            raise _unreadable(path, f"its file {missing[0]} is missing")
-        mirrors.need(path, mine)
-        return sorted(mine)
 
     def _check(self, path: Path) -> dict[str, tuple[int, str]]:
         """Checks a checkpoint's `whole.json`; returns each file's size and SHA-256.
@@ -339,20 +324,34 @@ def _hashed(folder: Path, names: list[str]) -> dict[str, tuple[int, str]]:
     return dict(zip(names, zip(sizes, sha256_of(files), strict=True), strict=True))
 
 
-def _faults(folder: Path, files: dict[str, tuple[int, str]]) -> list[str]:
+def _check_files(
+    path: Path, files: Mapping[str, tuple[int, str]], mine: Callable[[], Iterable[str]]
+) -> None:
+    """Checks the files `mine` of this process, in all processes; from a bucket, fetches them first.
+
+    Raises:
+      ArtifactError: in all processes, if one of them has a file that is missing or has changed.
+    """
+    faults = multihost.on_every(lambda: _faults(path, files, sorted(mine())))
+    if any(faults):
+        raise _unreadable(path, "; ".join(dict.fromkeys(itertools.chain(*faults))))
+
+
+def _faults(folder: Path, files: Mapping[str, tuple[int, str]], names: list[str]) -> list[str]:
     """One message for each file that is missing or has changed since it was written."""
     faults, there = [], []
-    for name, (size, _) in files.items():
-        file = folder / name
-        if not file.exists():
-            faults.append(f"its file {name} is missing")
-        elif (found := file.stat().st_size) != size:
-            faults.append(f"its file {name} has {found} bytes, but {size} were written")
-        else:
-            there.append(name)
     try:
+        mirrors.need(folder, {*names, *_LATER})
+        for name in names:
+            file, (size, _) = folder / name, files.get(name, (0, ""))
+            if name not in files or not file.exists():
+                faults.append(f"its file {name} is missing")
+            elif (found := file.stat().st_size) != size:
+                faults.append(f"its file {name} has {found} bytes, but {size} were written")
+            else:
+                there.append(name)
         found_now = _hashed(folder, there)
-    except OSError as e:  # the disk cannot read it
+    except (OSError, StorageError) as e:  # the disk or the bucket cannot be read
         return [*faults, str(e)]
     changed = [name for name in there if found_now[name][1] != files[name][1]]
     return faults + [f"its file {name} was changed or damaged" for name in changed]

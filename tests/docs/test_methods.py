@@ -21,6 +21,12 @@ def test_every_loss_has_a_row_and_nothing_else_has():
     assert all(f"`{name}`" in PAGE for name in REFUSED)
 
 
+def test_the_readme_names_every_loss():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (row,) = re.findall(r"^\| \*\*Losses\*\* .*$", readme, re.MULTILINE)
+    assert set(re.findall(r"`(\w+)`", row)) == TABLE.keys()
+
+
 def test_what_a_method_needs_is_what_its_objective_says():
     for name, (_, _, needs, *_) in ROWS.items():
         parameters = TABLE[name].__code__.co_varnames[: TABLE[name].__code__.co_argcount]

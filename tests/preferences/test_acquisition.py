@@ -80,6 +80,8 @@ def test_a_design_takes_the_two_answers_that_differ_most():
     equal = [d_optimal(np.zeros((5, 3)), 2, np.random.default_rng(i)) for i in range(500)]
     assert all(150 < count < 250 for count in np.bincount(np.concatenate(equal)))
     assert d_optimal(np.eye(3), 9, np.random.default_rng(0)).tolist() == [0, 1, 2]
+    with pytest.raises(FeedbackError, match="no candidate with token ids"):
+        widest([])
     with pytest.raises(FeedbackError, match="not finite"):
         d_optimal(np.array([[np.nan]]), 1, np.random.default_rng(0))
 

@@ -1,5 +1,6 @@
 """The best iteration by a metric: ties, missing values, and that deleting others is safe."""
 
+import contextlib
 import json
 import math
 
@@ -9,10 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from selm_jax import iterate
 from selm_jax.config import ConfigError, load
+from selm_jax.parallel import multihost
 from selm_jax.report.header import facts
-from selm_jax.run.best import best_of
-from selm_jax.run.held import drop_models
+from selm_jax.run.best import best_of, best_so_far
+from selm_jax.run.held import check_best, drop_models
 from selm_jax.run.rows import RunError
 from selm_jax.run.run import Run
 from selm_jax.shell import artifacts
@@ -89,6 +92,52 @@ def test_a_metric_that_is_not_measured_deletes_nothing(run):
     with pytest.raises(RunError, match=r"no metric heldout/reward_greedy.*\(heldout/capability\)"):
         drop_models(run, 1)
     assert there(run) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("metric", ["heldout/accuracy", "heldout/gain", "heldout/capability"])
+def test_an_unmeasured_metric_is_refused_before_anything_is_trained(tmp_path, monkeypatch, metric):
+    """The start model has no gain and no capability, but what a gain needs."""
+    run = Run(load(tiny.experiment(tmp_path, keep_best=metric)), Console(quiet=True))
+    run.folder.path.mkdir()
+    began = []
+    monkeypatch.setattr(iterate, "held", lambda run: contextlib.nullcontext())
+    monkeypatch.setattr(
+        iterate, "measure", lambda run, t, _: run.folder.log("evaluate", t, {"heldout/kl": 0.0})
+    )
+    monkeypatch.setattr(iterate, "iteration", lambda run, t, _: began.append(t) or 1 / 0)
+    trains = metric.endswith("capability")
+    with pytest.raises((ZeroDivisionError, RunError)) as error:
+        iterate.iterate(run)
+    assert began == [1] * trains and error.errisinstance(RunError) != trains
+    if metric == "heldout/gain":
+        run.folder.log("evaluate", 0, {"heldout/reward_greedy": 0.5})
+        check_best(run, 0)
+
+
+def test_a_deleted_model_is_not_named_as_if_it_were_there(run):
+    """`keep_best` was added when `keep_models: last` had deleted the model."""
+    artifacts.Stages(run.folder.iteration(2)).let_go("export", "model")
+    for t in (1, 2, 3):
+        run.folder.log("evaluate", t, {"heldout/reward_greedy": float(t == 2)})
+    best = best_so_far(run.experiment, run.folder, 3)
+    assert best is not None and best.entry(run.folder)["model"] == "iteration_2/model (deleted)"
+    run.folder.log("evaluate", 3, {"heldout/reward_greedy": 2.0})
+    best = best_so_far(run.experiment, run.folder, 3)
+    assert best is not None and best.entry(run.folder)["model"] == "iteration_3/model"
+
+
+def test_a_run_opens_with_a_torn_line_of_metrics(run, monkeypatch):
+    run.folder.log("evaluate", 1, {"heldout/reward_greedy": 0.5})
+    whole = run.folder.metrics_file.read_text()
+    torn = whole + '{"stage": "evalu'
+    run.folder.metrics_file.write_text(torn)
+    with monkeypatch.context() as patch:  # another process neither mends the file nor reads it
+        patch.setattr(multihost, "is_first", lambda: False)
+        run.open()
+        assert run.folder.metrics_file.read_text() == torn
+    run.open()
+    assert run.folder.metrics_file.read_text() == whole
+    assert json.loads(run.folder.manifest_file.read_text())["best"]["iteration"] == 1
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import random
 import shutil
+from types import SimpleNamespace
 
 import buckets
 import pytest
@@ -17,6 +18,9 @@ from mortal import Killed, Life, Mortal
 from rich.console import Console
 
 from selm_jax.commands.runs import set_up_jax
+from selm_jax.policy import sizes
+from selm_jax.report import sweep_page
+from selm_jax.run.sizes import room_in
 from selm_jax.shell import artifacts, bucket_lock, mirror
 from selm_jax.shell.artifacts import ArtifactError
 from selm_jax.shell.one_process import only_one
@@ -114,6 +118,26 @@ def test_what_runs_share_is_whole_however_its_writing_is_killed(process, tmp_pat
         else:
             assert taken is None and not mirror.exists(store.folder / "key")
     assert life.left > 0, "the last one was not killed"
+
+
+def test_the_page_of_a_sweep_links_the_pages_of_its_runs(process, tmp_path):
+    process()
+    grid = read_sweep(sweep_file(tmp_path, f"file://{tmp_path}/bucket/sweep"))
+    artifacts.write_text(grid.members[0].folder / "report.html", "a page")
+    found = sweep_page.with_pages(grid.folder, ["0.01/seed_7", "10/seed_7"])
+    assert found == {"0.01/seed_7"}
+
+
+def test_all_runs_of_a_sweep_get_the_room_of_the_first_also_on_a_new_machine(
+    process, tmp_path, monkeypatch
+):
+    for machine, free in (("one", 7), ("two", 5)):
+        process(machine=machine)
+        monkeypatch.setattr(sizes, "room", lambda device, free=free: sizes.Room(free, "free"))
+        monkeypatch.setattr(sizes, "whole_room", lambda device: 9)
+        store = mirror.look(mirror.local(f"file://{tmp_path}/bucket/sweep")) / "store"
+        kind = SimpleNamespace(device_kind="a chip")
+        assert room_in(SharedStages(store), kind).bytes == 7
 
 
 @pytest.mark.slow

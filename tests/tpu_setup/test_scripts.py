@@ -578,7 +578,7 @@ for ((n = 0; n < 600; n++)); do sleep 0.1; done
     assert job.returncode == 75
 
 
-FAILED = "srun: error: n1: task 0: Exited with exit code 1"  # as srun says it, and kills the others
+FAILED = "srun: error: n1: task 0: Exited with exit code 1"  # from memory: never seen
 KILLED = "srun: error: n2: task 1: Killed"
 
 

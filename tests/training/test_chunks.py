@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 from mortal import Mortal
 
+from selm_jax.parallel import multihost
 from selm_jax.parallel.mesh import make_mesh
 from selm_jax.shell import mirror
 from selm_jax.shell.artifacts import ArtifactError
@@ -83,6 +84,39 @@ def test_only_the_shards_of_this_process_are_fetched_and_missing_ones_are_no_zer
             inner.delete(key)
     with pytest.raises(ArtifactError, match="its file params.w/1.0 is missing"):
         begin("four")[0].latest(like)
+
+
+@pytest.mark.parametrize("damage", ["is missing", "was changed or damaged"])
+def test_a_bad_small_file_is_found_before_it_is_read_and_told_by_all(tmp_path, monkeypatch, damage):
+    """As in the other of two processes, whose own files are good."""
+    stores = pytest.importorskip("obstore.store")
+    store = Store("gs://bucket/run", stores.MemoryStore())
+    monkeypatch.setattr(mirror, "_mirrors", {})
+    monkeypatch.setenv("SELM_CACHE", str(tmp_path))
+    monkeypatch.setattr(Store, "at", lambda url: store)
+    folder = mirror.look(mirror.local(store.url)) / "iteration_1/checkpoints"
+    mesh = make_mesh((1, 1, 1), jax.devices()[:1])
+    whole = NamedSharding(mesh, PartitionSpec())
+    params = {"w": jax.device_put(jnp.arange(4.0), whole)}
+    saved = TrainState(step=jnp.asarray(5), params=params, opt_state=())
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(saved)
+    checkpoints.wait()
+    (grid,) = (key for key in store.list() if key.endswith("params.w/.zarray"))
+    text = store.read(grid)
+    store.delete(grid)
+    if damage != "is missing":
+        store.put(grid, text.replace(b"{", b"[", 1))
+    told = []
+
+    def on_every(work):
+        told.append(work())
+        return [told[-1], []]
+
+    monkeypatch.setattr(multihost, "on_every", on_every)
+    with pytest.raises(ArtifactError, match=f"its file params.w/.zarray {damage}"):
+        Checkpoints(folder).latest(saved)
+    assert told == [[f"its file params.w/.zarray {damage}"]]
 
 
 def fetched(store: Mortal) -> list[str]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+RotaryPairs = Literal["halves", "neighbours"]  # which dimensions a rotation takes together
+
 
 class UnsupportedModel(ValueError):
     """The checkpoint describes a model that the decoder cannot express."""
@@ -217,7 +219,7 @@ class DecoderConfig:
     post_norms: bool = False
     norm_offset: float = 0.0
     rotary_fraction: float = 1.0
-    rotary_pairs: Literal["halves", "neighbours"] = "halves"
+    rotary_pairs: RotaryPairs = "halves"
     embed_scale: float = 1.0
     residual_scale: float = 1.0
     query_scale: float | None = None

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
-from selm_jax.models.config import Growth, Linear, Llama3, LongRope, Rope, Yarn
+from selm_jax.models.config import Growth, Linear, Llama3, LongRope, Rope, RotaryPairs, Yarn
 
 Rotation = tuple[Float[Array, "rows time 1 half"], Float[Array, "rows time 1 half"]]
 
@@ -82,7 +81,7 @@ def growth(of: Growth, positions: Int[Array, "rows time"]) -> Float32[Array, "ro
 def rotate(
     x: Float[Array, "rows time heads head_dim"],
     rotation: Rotation,
-    pairs: Literal["halves", "neighbours"] = "halves",
+    pairs: RotaryPairs = "halves",
 ) -> Array:
     """Rotates pairs of dimensions by their angles, as Hugging Face weights expect.
 

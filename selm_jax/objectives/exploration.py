@@ -8,7 +8,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax.nn import sigmoid
 
 from selm_jax.objectives.objective import (
     Logps,
@@ -54,7 +53,8 @@ def se_popo(beta: float, alpha: float) -> Objective:
     check(alpha=alpha)
 
     def loss(logps: Logps) -> PerExample:
-        return alpha * (sigmoid(beta * logps.log_ratio(EXPLORE)) - 0.5) / beta
+        # sigmoid(x) - 1/2 is tanh(x / 2) / 2, which loses no digits where x is small.
+        return alpha * jnp.tanh(beta * logps.log_ratio(EXPLORE) / 2) / (2 * beta)
 
     return compose(dpo(beta), explore_loss("se_popo", beta, loss))
 

@@ -24,7 +24,18 @@ from selm_jax.objectives.losses import Logps, Objective, ObjectiveError, compose
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "trl_losses.json").read_text())
 # Of these TRL has no values: formulas.py is what they are held against.
-FROM_FORMULAS = ("selm", "optimism", "vpo", "se_popo", "copo", "geb", "sppo", "ipo_online", "nash")
+FROM_FORMULAS = (
+    "selm",
+    "optimism",
+    "vpo",
+    "se_popo",
+    "copo",
+    "geb",
+    "sppo",
+    "ipo_online",
+    "nash",
+    "inpo",
+)
 CASES = [(trl, case) for trl, part in GOLDEN.items() for case in part["cases"]]
 
 PAIR = ("dpo", "cdpo", "robust", "ipo", "hinge", "simpo")
@@ -69,7 +80,14 @@ def sigmoid(x: float) -> float:
 @given(seed=seeds, beta=st.floats(1e-3, 0.3), alpha=alphas, e=st.floats(1e-3, 0.45))
 def test_every_loss_equals_its_formula(name, seed, beta, alpha, e):  # Item 1
     logps = random_logps(seed)
-    mine = {"beta": beta, "alpha": alpha, "label_smoothing": e, "gamma": 2 * e, "tau": e}
+    mine = {
+        "beta": beta,
+        "alpha": alpha,
+        "label_smoothing": e,
+        "gamma": 2 * e,
+        "tau": e,
+        "start_share": e,
+    }
     mine = {key: mine[key] for key in EXAMPLES[name]}
     losses, metrics = build_objective(name, **mine)(logps)
     expected = formulas.each(name, logps, **mine)

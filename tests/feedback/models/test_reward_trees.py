@@ -72,16 +72,17 @@ def test_scores_are_those_of_one_conversation_per_row(folder):
 def test_no_more_programs_are_compiled_than_there_are_row_lengths_and_sizes(folder, monkeypatch):
     ranker = module.reward_model(str(folder))
     seen = []
-    read = ranker._scorer.read
-    scorer = dataclasses.replace(
-        ranker._scorer,
-        read=read._replace(
+    compiled = module.program
+
+    def watched(*of):
+        read = compiled(*of)
+        return read._replace(
             rewards=lambda p, batch: (
                 seen.append(jax.tree.map(jnp.shape, batch)) or read.rewards(p, batch)
             )
-        ),
-    )
-    monkeypatch.setattr(ranker, "_scorer", scorer)
+        )
+
+    monkeypatch.setattr(module, "program", watched)
     ranker.scores(QUESTIONS, CANDIDATES)
     shapes = {(s.tokens, s.scores) for s in seen}
     assert len(shapes) == len({s.tokens for s in seen}) <= len(seen) <= 5

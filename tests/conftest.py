@@ -82,8 +82,9 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
         if jax.__version_info__ < (0, 11):  # a flag that is not known any more is fatal
             os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
-    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("compiled")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    if (kept := getattr(config, "cache", None)) is not None:  # not with -p no:cacheprovider
+        jax.config.update("jax_compilation_cache_dir", str(kept.mkdir("compiled")))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def pytest_collection_finish() -> None:

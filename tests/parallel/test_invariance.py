@@ -39,8 +39,8 @@ def results(folder: Path):
     for t in (1, 2):
         for part in sorted((folder / f"iteration_{t}/responses").glob("*.parquet")):
             responses += pq.read_table(part).to_pylist()
-        model = load_file(folder / f"iteration_{t}/model/model.safetensors")
-        weights |= {f"{t}/{name}": x for name, x in model.items()}
+        for file in (folder / f"iteration_{t}/model").glob("*.safetensors"):
+            weights |= {f"{t}/{name}": x for name, x in load_file(file).items()}
     for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
         if line["stage"] == "train":
             losses.append(line["loss"])

@@ -281,7 +281,7 @@ def test_what_the_first_process_has_removed_takes_no_room_on_other_hosts(bucket,
     monkeypatch.setattr(multihost, "on_first", lambda work: None)  # it has done so
     run = SimpleNamespace(
         folder=SimpleNamespace(iteration=lambda t: folder / f"iteration_{t}"),
-        experiment=SimpleNamespace(keep_models="last", iterations=2),
+        experiment=SimpleNamespace(keep_models="last", keep_best=None, iterations=2),
     )
     _Call(export, run, 1, {})._clear(("checkpoints",))
     drop_models(run, 2)

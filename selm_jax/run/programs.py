@@ -65,7 +65,7 @@ class Programs:
     ):
         self.batches = batches or least(experiment)
         self.experiment, self.task, self.devices = experiment, task, devices
-        self.sizes, self.stop_ids = sizes, stop_ids
+        self.facts, self.sizes, self.stop_ids = facts, sizes, stop_ids
         self.config = facts.for_length(sizes.longest_sequence)
         self._others: dict[Objective, Update] = {}
 
@@ -306,25 +306,14 @@ class SharedPrograms:
     def __init__(self):
         self._built: dict[str, Programs] = {}  # the one that was used last is the last
 
-    def of(
-        self,
-        experiment: Experiment,
-        task: Task,
-        facts: DecoderConfig,
-        sizes: Sizes,
-        stop_ids: tuple[int, ...],
-        devices: Devices,
-        batches: BatchSizes | None = None,
-    ) -> Programs:
-        """Builds programs, or returns those of an earlier run that are the same."""
-        told = as_dict(experiment)
+    def of(self, new: Programs) -> Programs:
+        """Returns programs of an earlier run that are the same as these, or else keeps these."""
+        told = as_dict(new.experiment)
         read = {k: told[k] for k in ("objective", "training", "lora", "rollout", "compute")}
         read["training"] = {k: v for k, v in told["training"].items() if k not in UNREAD}
-        meshes = devices.mesh, devices.decode_mesh
-        key = repr((read, facts, sizes, stop_ids, batches, [m.devices.tolist() for m in meshes]))
-        found = self._built.pop(key, None)
-        if found is None:
-            found = Programs(experiment, task, facts, sizes, stop_ids, devices, batches)
+        meshes = [m.devices.tolist() for m in (new.devices.mesh, new.devices.decode_mesh)]
+        key = repr((read, new.facts, new.sizes, new.stop_ids, new.batches, meshes))
+        found = self._built.pop(key, new)
         self._built[key] = found
         while len(self._built) > KEPT:
             del self._built[next(iter(self._built))]

@@ -24,7 +24,7 @@ from rich.console import Console
 from selm_jax.config import Experiment
 from selm_jax.feedback import ranker as rankers
 from selm_jax.parallel import multihost
-from selm_jax.policy.sizes import with_sizes
+from selm_jax.policy.sizes import BatchSizes, with_sizes
 from selm_jax.preferences.acquisition import READ_MODEL
 from selm_jax.run import sizes
 from selm_jax.run.best import best_so_far
@@ -97,8 +97,7 @@ class Run:
         All processes get the same.
         """
         chip = self.devices.mesh.local_devices[0]
-        facts, lengths, stops = self.model.facts, self.data.sizes, self.chat.stop_ids
-        draft = Programs(self.experiment, self.task, facts, lengths, stops, self.devices)
+        draft = _programs(self, None)
         prompts = [len(self.prompts(t)) for t in self.iterations]
         room = sizes.room_in(self.store, chip)
         found = sizes.choose(draft, prompts, len(self.heldout), room)
@@ -107,10 +106,7 @@ class Run:
     @property
     def programs(self) -> Programs:
         """The jitted functions of the experiment, for its data's lengths and the present sizes."""
-        return self._compiled.of(
-            self.experiment, self.task, self.model.facts, self.data.sizes, self.chat.stop_ids,
-            self.devices, self.sizes.sizes,
-        )  # fmt: skip
+        return self._compiled.of(_programs(self, self.sizes.sizes))
 
     # What Algorithm 1 reads
 
@@ -265,3 +261,10 @@ def _in_words(name: str, value: Any, low: float | None = None, high: float | Non
         return f"{name} not readable"
     interval = "" if low is None or high is None else f" [{low:,.3f}, {high:,.3f}]"
     return f"{name} {value:,.3f}{interval}" if isinstance(value, float) else f"{value:,} {name}"
+
+
+def _programs(run: Run, sizes: BatchSizes | None) -> Programs:
+    return Programs(
+        run.experiment, run.task, run.model.facts, run.data.sizes, run.chat.stop_ids, run.devices,
+        sizes,
+    )  # fmt: skip

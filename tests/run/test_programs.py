@@ -62,20 +62,17 @@ def test_runs_share_programs_if_all_that_they_are_built_from_is_equal(tmp_path, 
     other = config.load(tiny.experiment(tmp_path, **changes))
     facts = from_hf(json.loads((tmp_path / "model/config.json").read_text()))
     compiled = SharedPrograms()
-    found = [
-        compiled.of(e, task_of(e.objective), facts, Sizes(10, 20), (0,), Devices(e.compute))
-        for e in (one, other)
-    ]
+    found = [compiled.of(programs_of(e, facts, Sizes(10, 20), (0,))) for e in (one, other)]
     assert (found[0] is found[1]) == shared
 
 
 def test_only_the_programs_that_were_used_last_are_kept(tmp_path):
     facts = from_hf(json.loads((tiny.make_model(tmp_path / "m") / "config.json").read_text()))
     e = config.load(tiny.experiment(tmp_path))
-    compiled, devices = SharedPrograms(), Devices(e.compute)
+    compiled = SharedPrograms()
 
     def of(longest: int) -> Programs:
-        return compiled.of(e, task_of(e.objective), facts, Sizes(10, longest), (0,), devices)
+        return compiled.of(programs_of(e, facts, Sizes(10, longest), (0,)))
 
     first, second = of(20), of(21)
     for longest in range(22, 22 + programs_module.KEPT - 1):

@@ -131,13 +131,12 @@ def _iterations(plan: Plan, options: Options, console: Console) -> None:
         f"{w.row_length} tokens; {w.useful / max(w.padded, 1):.0%} of these are not "
         "padding",
     )
-    if w.hours is None:
+    hours = w.hours_of_run(e.iterations)
+    if hours is None:
         known = {"peak arithmetic": where.peak, "memory bandwidth": where.bandwidth}
         missing = " and ".join(what for what, value in known.items() if value is None)
         _say(console, f"hours unknown: no {missing} of {where.name} is known")
         return
-    before = 0 if w.start is None else w.start.hours or 0
-    hours = w.hours * e.iterations + before  # the start model is evaluated too
     cost = "" if options.price is None else f", ${hours * where.chips * options.price:,.0f}"
     _say_first(
         console,

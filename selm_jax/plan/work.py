@@ -76,6 +76,8 @@ class Work:
       rows, row_length: rows of a batch, and tokens of a row.
       useful, padded: tokens of an iteration's batches, without and with padding.
       start: the evaluation of the start model, before the first iteration.
+      second: the scoring by a second reference, which is in `parts` but not in the first iteration,
+        where both references are the start model.
     """
 
     examples: int
@@ -87,6 +89,7 @@ class Work:
     padded: int
     parts: tuple[Part, ...]
     start: Part | None = None
+    second: Part | None = None
 
     @property
     def flop(self) -> float:
@@ -96,6 +99,14 @@ class Work:
     def hours(self) -> float | None:
         hours = [part.hours for part in self.parts if part.hours is not None]
         return sum(hours) if len(hours) == len(self.parts) else None
+
+    def hours_of_run(self, iterations: int) -> float | None:
+        """The hours of a whole run, with the evaluation of the start model; None if unknown."""
+        if self.hours is None:
+            return None
+        before = 0 if self.start is None else self.start.hours or 0
+        spared = 0 if self.second is None else self.second.hours or 0
+        return self.hours * iterations + before - spared
 
 
 def lengths_of(
@@ -288,7 +299,9 @@ def work_of(b: Blueprint, of: Lengths, assumed: Assumed) -> Work | None:
     parts += ranking("rank", examples, 0 if e.taught else candidates)
     if not b.task.reference_free:
         parts += scoring("score", examples)
-    parts.append(passes("train", rows * time, train))
+    two = b.task.start_share and e.iterations > 1  # INPO: the start model and the policy before
+    second = scoring("score: start model", examples) if two else []
+    parts += [*second, passes("train", rows * time, train)]
 
     def evaluation(models: int) -> Part | None:
         """Estimates the work of `stages.evaluate` if `models` models score the held-out answers:
@@ -311,7 +324,7 @@ def work_of(b: Blueprint, of: Lengths, assumed: Assumed) -> Work | None:
     return Work(
         examples, updates, pack.batches, pack.rows, time,
         useful=updates * t.global_batch * total, padded=rows * time, parts=tuple(parts),
-        start=evaluation(1),
+        start=evaluation(1), second=second[0] if second else None,
     )  # fmt: skip
 
 

@@ -344,6 +344,28 @@ def test_arithmetic_and_hours_by_hand():
     assert w.updates == 0 and parts["train"].flop == 0  # 100 prompts are no global batch
 
 
+def test_a_second_reference_scores_again_but_not_in_the_first_iteration():
+    """With INPO the start model scores beside the policy before, unless they are one model."""
+    read = paper("llama3_8b")[1]
+
+    def planned(*overrides: str) -> work.Work:
+        b = Blueprint(paper("llama3_8b", *overrides)[0], read, here(peak=2e12, bandwidth=1e9))
+        w = work.work_of(b, work.lengths_of(b, 300, 0, 200, 300), work.Assumed(0.4, 0.6))
+        assert w is not None
+        return w
+
+    inpo = "objective={loss: inpo, beta: 0.1}"
+    dpo, two = planned("objective={loss: dpo, beta: 0.1}"), planned(inpo)
+    score = next(part for part in dpo.parts if part.name == "score")
+    assert two.second is not None and score.hours
+    assert (two.second.tokens, two.second.flop) == (score.tokens, score.flop) != (0, 0)
+    assert two.hours == pytest.approx((dpo.hours or 0) + score.hours)
+    run = [w.hours_of_run(3) or 0 for w in (dpo, two)]
+    assert run[1] == pytest.approx(run[0] + 2 * score.hours)
+    once = planned(inpo, "iterations=1", "data.portions=3", "training.learning_rate=5e-7")
+    assert once.second is None and once.parts == dpo.parts
+
+
 def test_an_evaluation_by_hand():
     e, read = paper("llama3_8b", "training.row_length=3200")
     b = Blueprint(e, read, here(peak=2e12, bandwidth=1e9))

@@ -141,7 +141,7 @@ def table(compared: Sequence[Record], landscape: str) -> Iterator[str]:
         lab = expected[landscape, r["method"]]
         one, other = said(lab), said(r)
         cells = (
-            f"`{r['method']}`", one, f"{100 * lab['relative']:+.0f} %", other, _percent(r),
+            f"`{r['method']}`", one, f"{100 * lab['relative']:+.0f} %", other, percent(r),
             f"{r['p_holm']:.2g}", verdict(one, other),
         )  # fmt: skip
         yield f"| {' | '.join(cells)} |"
@@ -213,12 +213,13 @@ def draw(figure: Figure, compared: Sequence[Record]) -> None:
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
 
 
-def _percent(r: Mapping[str, Any]) -> str:
+def percent(r: Mapping[str, Any]) -> str:
+    """A comparison's difference with its interval, in % of DPO's regret."""
     mean, low, high = (100 * r[key] / r["base"] for key in ("difference", "low", "high"))
     return f"{mean:+.0f} % [{low:+.0f}, {high:+.0f}]"
 
 
-def _between(page: str, name: str, lines: Sequence[str]) -> str:
+def between(page: str, name: str, lines: Sequence[str]) -> str:
     """The page with other lines between the two comments that bear a name."""
     before, start, rest = page.partition(f"<!-- {name} -->\n")
     _, end, after = rest.partition(f"<!-- end of {name} -->")
@@ -238,10 +239,10 @@ def main(drawn: bool = False) -> None:
     RECORDS.with_suffix(".svg").write_bytes(svg)
     document = DOCS / "middle_world.md"
     page = document.read_text(encoding="utf-8")
-    page = _between(page, "summary", list(summary(records, compared)))
+    page = between(page, "summary", list(summary(records, compared)))
     for landscape in language.LANDSCAPES:
-        page = _between(page, f"{landscape}: found", list(table(compared, landscape)))
-        page = _between(page, f"{landscape}: levels", list(levels(records, landscape)))
+        page = between(page, f"{landscape}: found", list(table(compared, landscape)))
+        page = between(page, f"{landscape}: levels", list(levels(records, landscape)))
     artifacts.write_text(document, page)
     print("\n".join(summary(records, compared)))
 

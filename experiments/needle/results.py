@@ -1,0 +1,186 @@
+"""Measures the finished runs of the needle in SmolLM2 exactly, and writes the document's tables.
+
+    PYTHONPATH=. python -m experiments.needle.results
+
+reads the runs' models and the openings, and writes docs/images/needle.json (a record for each run)
+and the tables of docs/middle_world.md. A run that has its record is not measured again. With
+`--drawn` it reads no runs: the tables are made again from the records.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.middle.results import between, percent, said, verdict
+from experiments.needle import make, oracle
+from selm_jax.evaluation.model import open_model
+from selm_jax.lab import stats
+from selm_jax.policy.policy import Policy
+from selm_jax.shell import artifacts
+from selm_jax.sweep.grid import Member, read_sweep
+from selm_jax.tables import ranked
+
+HERE = Path(__file__).parent
+DOCUMENT = HERE.parents[1] / "docs" / "middle_world.md"
+RECORDS = DOCUMENT.parent / "images" / "needle.json"
+BASELINE = "dpo"
+METHODS = (BASELINE, "geb", "best_of_4")
+PREDICTED = {"geb": "less", "best_of_4": "less"}  # of the laboratory, in its landscape needle
+NOT_YET = "The runs have not been made yet."
+Record = dict[str, Any]
+
+
+class Measure:
+    """The held-out prompts with their openings, and what the start model does with them."""
+
+    def __init__(self, folder: Path = oracle.FOLDER):
+        rows, train = (_rows(folder / f"{name}.jsonl") for name in ("heldout", "train"))
+        facts = json.loads((folder / "openings.json").read_text(encoding="utf-8"))
+        start = open_model(facts["model"]["source"])
+        vocabulary = start.tokenizer.backend.get_vocab()
+        openings = {r["prompt_id"]: [vocabulary[w] for w in r["openings"]] for r in rows + train}
+        self.openings_of = openings
+        self.asked = [make.messages(row) for row in rows]
+        self.openings = [openings[row["prompt_id"]] for row in rows]
+        self.start = oracle.first_tokens(start, self.asked)
+        self.best = oracle.best_value(oracle.hits(self.start, self.openings))
+
+    def of_model(self, model: Policy | None) -> dict[str, float]:
+        """The exact regret, reward and KL of a model's first tokens; None means the start model."""
+        likely = self.start if model is None else oracle.first_tokens(model, self.asked)
+        regret = self.best - oracle.value(likely, self.start, self.openings)
+        return {
+            "regret": float(regret.mean()),
+            "reward": float(oracle.hits(likely, self.openings).mean()),
+            "kl_first": float(oracle.divergence(likely, self.start).mean()),
+        }
+
+    def of_run(self, member: Member) -> Record:
+        """A run's record: lists with a number for the start model and each iteration.
+
+        `told` is the share of an iteration's pairs whose answers have different rewards, and
+        `misread` that of its answers whose text has another first token than the one that was
+        drawn, so that they got another reward than `reward` counts; None for the start model.
+        """
+        of_start = self.of_model(None) | {"told": None, "misread": None}
+        numbers = {name: [number] for name, number in of_start.items()}
+        for t in range(1, member.experiment.iterations + 1):
+            folder = member.folder / f"iteration_{t}"
+            model = open_model(str(folder / "model"), dtype="float32")
+            found = self.of_model(model) | self.of_answers(folder)
+            for name, number in found.items():
+                numbers[name].append(float(f"{number:.6g}"))
+        return {"method": member.cell.name, "seed": member.seed} | numbers
+
+    def of_answers(self, folder: Path) -> dict[str, float]:
+        """What an iteration's answers say: `told` and `misread` of `of_run`."""
+        rows = ranked.read(folder / "ranked.parquet")
+        hit = [bool(r.token_ids) and r.token_ids[0] in self.openings_of[r.prompt_id] for r in rows]
+        roles = {(r.prompt_id, role): r.score for r in rows for role in ("chosen", "rejected") if
+                 getattr(r, role)}  # fmt: skip
+        pairs = {prompt for prompt, _ in roles}
+        return {
+            "told": float(np.mean([roles[p, "chosen"] != roles[p, "rejected"] for p in pairs])),
+            "misread": float(np.mean([r.score != h for r, h in zip(rows, hit, strict=True)])),
+        }
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def _is_done(member: Member) -> bool:
+    last = member.folder / f"iteration_{member.experiment.iterations}"
+    return last.exists() and artifacts.Stages(last).read().get("export", {}).get("done", False)
+
+
+def read_runs(known: Sequence[Record] = ()) -> list[Record]:
+    """A record of each finished run; those in `known` are not measured again."""
+    records = {(r["method"], r["seed"]): r for r in known}
+    members = [m for m in read_sweep(HERE / "sweep.yaml").members if _is_done(m)]
+    new = [m for m in members if (m.cell.name, m.seed) not in records]
+    if new:
+        measure = Measure()
+        records |= {(m.cell.name, m.seed): measure.of_run(m) for m in new}
+    return sorted(records.values(), key=lambda r: (r["seed"], METHODS.index(r["method"])))
+
+
+def paired(records: Sequence[Record]) -> list[Record]:
+    """The records of the seeds for which all methods are finished."""
+    seeds = {method: {r["seed"] for r in records if r["method"] == method} for method in METHODS}
+    whole = set.intersection(*seeds.values())
+    return [r for r in records if r["seed"] in whole]
+
+
+def totals(records: Sequence[Record], method: str) -> np.ndarray:
+    """The cumulative regret of each of a method's runs, over all iterations, by seed."""
+    mine = sorted((r for r in records if r["method"] == method), key=lambda r: r["seed"])
+    return np.array([sum(r["regret"][1:]) for r in mine])
+
+
+def compare(records: Sequence[Record]) -> list[Record]:
+    """The methods' paired differences from DPO, corrected over both (Holm)."""
+    base = totals(records, BASELINE)
+    return stats.correct(
+        [{"method": each} | stats.compare(totals(records, each), base) for each in METHODS[1:]]
+    )
+
+
+def found(records: Sequence[Record]) -> Iterator[str]:
+    """The lines of the table that puts what was found beside what was predicted."""
+    if not records:
+        yield NOT_YET
+        return
+    yield "| method | predicted | found | difference [95 %] | p (Holm) | |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    for r in compare(records):
+        expected, seen = PREDICTED[r["method"]], said(r)
+        result = verdict(expected, seen)
+        cells = (f"`{r['method']}`", expected, seen, percent(r), f"{r['p_holm']:.2g}", result)
+        yield f"| {' | '.join(cells)} |"
+
+
+def levels(records: Sequence[Record]) -> Iterator[str]:
+    """The lines of the table of the methods' means over seeds.
+
+    Reward and KL are those of the last iteration; pairs that tell something, of all iterations.
+    """
+    if not records:
+        yield NOT_YET
+        return
+    yield "| method | seeds | cumulative regret | reward | KL, first token | pairs that tell |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    for method in METHODS:
+        mine = [r for r in records if r["method"] == method]
+        shown = [stats.over_seeds(totals(records, method))]
+        shown += [
+            stats.over_seeds(np.array([r[k][-1] for r in mine])) for k in ("reward", "kl_first")
+        ]
+        cells = [f"{e.mean:.2f} [{e.low:.2f}, {e.high:.2f}]" for e in shown]
+        told = np.mean([r["told"][1:] for r in mine])
+        yield f"| `{method}` | {len(mine)} | {' | '.join(cells)} | {100 * told:.0f} % |"
+
+
+def main(drawn: bool = False) -> None:
+    """Writes the records, and the tables of the document."""
+    records = json.loads(RECORDS.read_text(encoding="utf-8")) if RECORDS.exists() else []
+    if not drawn:
+        records = read_runs(records)
+        lines = ",\n".join(json.dumps(r, separators=(",", ":")) for r in records)
+        artifacts.write_text(RECORDS, f"[\n{lines}\n]\n")
+    whole = paired(records)
+    page = DOCUMENT.read_text(encoding="utf-8")
+    page = between(page, "smollm2: found", list(found(whole)))
+    page = between(page, "smollm2: levels", list(levels(whole)))
+    artifacts.write_text(DOCUMENT, page)
+    print("\n".join([f"{len(records)} runs", *found(whole), *levels(whole)]))
+
+
+if __name__ == "__main__":
+    main("--drawn" in sys.argv[1:])

@@ -72,7 +72,8 @@ class Trainer:
         Raises:
           ObjectiveError: the loss is unknown, or lacks a setting.
           ConfigError: a setting is out of its range.
-          ApiError: the loss trains a reward model, or needs count bonuses or two references.
+          ApiError: the loss trains a reward model, or needs count bonuses, two references or the
+            reference's log-probabilities of shared lengths.
         """
         self.model, self.learning_rate, self.updates = model, learning_rate, 0
         self.objective = loss if isinstance(loss, Objective) else losses.loss(loss)
@@ -90,6 +91,12 @@ class Trainer:
             raise ApiError(
                 f"{self.objective} needs the log-probabilities of two references, and pairs have "
                 "those of one. Use `selm run` with an experiment file"
+            )
+        if self.objective.uses_shared:
+            raise ApiError(
+                f"{self.objective} needs the reference's log-probabilities of the shorter answer's "
+                "length, and pairs have those of whole answers. Use `selm run` with an experiment "
+                "file"
             )
         rate = {} if callable(learning_rate) else {"learning_rate": learning_rate}
         self._settings = rate | {

@@ -24,6 +24,7 @@ from selm_jax.objectives.losses import (
     inpo,
     ipo,
     ipo_online,
+    ld_dpo,
     nash,
     nca_pair,
     robust,
@@ -48,7 +49,7 @@ TABLE: dict[str, Callable[..., Objective]] = {
     f.__name__: f
     for f in (
         *(dpo, cdpo, robust, ipo, hinge, sigmoid_norm, exo_pair, discopop),
-        *(nca_pair, bco_pair, apo_zero, apo_down, simpo, sft, wpo),
+        *(nca_pair, bco_pair, apo_zero, apo_down, simpo, sft, wpo, ld_dpo),
         *(selm, xpo, vpo, se_popo, copo, geb),
         *(sppo_hard, sppo, ipo_online, inpo, nash),
         bradley_terry,

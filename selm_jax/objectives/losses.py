@@ -38,6 +38,7 @@ from selm_jax.objectives.pairs import (
     exo_pair,
     hinge,
     ipo,
+    ld_dpo,
     nca_pair,
     robust,
     sft,

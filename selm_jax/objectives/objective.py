@@ -48,6 +48,10 @@ class Logps:
     bonus: PerExample | None = None
     # Sums over a response's tokens of log sum_v p(v)^2, for objectives that set `uses_collision`.
     collision: dict[str, PerExample] = dataclasses.field(default_factory=dict)
+    # The log-probabilities of only the tokens within the length of the pair's shorter answer, for
+    # objectives that set `uses_shared`.
+    shared_policy: dict[str, PerExample] = dataclasses.field(default_factory=dict)
+    shared_reference: dict[str, PerExample] = dataclasses.field(default_factory=dict)
 
     def log_ratio(self, role: str) -> PerExample:
         """The log-ratio log pi - log pi_ref, in nats. No gradient flows through the reference."""
@@ -96,13 +100,13 @@ class Objective:
     With `rates`, it is called with `Rewards` instead and trains a reward model. `terms` are its
     names under `loss/`. `reward` describes in words what its `rewards/...` metrics are; None leaves
     it open. `compose` reads both. With `reference_free`, the loss does not use the reference, so
-    the reference is not scored; with `uses_scores`, it reads the ranker's scores, and with
-    `uses_collision` `Logps.collision`. `bonus_bits`, if not 0, asks for `Logps.bonus`, from counts
-    by a hash of so many bits (`preferences.novelty`). With `start_share`, the reference is
-    a mixture: its log-probabilities are that share of the start model's, and the rest of the
-    reference's (`general.inpo`). `beta` scales the implicit rewards that are
-    measured for every objective (`measures`). Calling it raises ObjectiveError if the batch lacks a
-    role, or if `function` does not return one number per example.
+    the reference is not scored; with `uses_scores`, it reads the ranker's scores, with
+    `uses_collision` `Logps.collision`, and with `uses_shared` `Logps.shared_policy`. `bonus_bits`,
+    if not 0, asks for `Logps.bonus`, from counts by a hash of so many bits (`preferences.novelty`).
+    With `start_share`, the reference is a mixture: its log-probabilities are that share of the
+    start model's, and the rest of the reference's (`general.inpo`). `beta` scales the implicit
+    rewards that are measured for every objective (`measures`). Calling it raises ObjectiveError if
+    the batch lacks a role, or if `function` does not return one number per example.
     """
 
     roles: tuple[str, ...]
@@ -114,6 +118,7 @@ class Objective:
     beta: float = 1.0
     uses_scores: bool = False
     uses_collision: bool = False
+    uses_shared: bool = False
     bonus_bits: int = 0
     start_share: float = 0.0
 
@@ -130,6 +135,8 @@ class Objective:
             raise ObjectiveError(f"{self} needs the ranker's scores, and this batch has none")
         if self.uses_collision and not batch.collision:
             raise ObjectiveError(f"{self} needs Logps.collision, and this batch has none")
+        if self.uses_shared and not (batch.shared_policy and batch.shared_reference):
+            raise ObjectiveError(f"{self} needs Logps.shared_policy, and this batch has none")
         found = self.function(batch)
         if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Mapping)):
             raise ObjectiveError(
@@ -204,6 +211,7 @@ def compose(*objectives: Objective) -> Objective:
         roles, function, terms, rewards[0] if rewards else None, free, rates,
         uses_scores=any(objective.uses_scores for objective in objectives),
         uses_collision=any(objective.uses_collision for objective in objectives),
+        uses_shared=any(objective.uses_shared for objective in objectives),
         bonus_bits=max(objective.bonus_bits for objective in objectives),
         start_share=max(shares, default=0.0),
     )  # fmt: skip
@@ -294,6 +302,7 @@ RANGES = {
     "label_smoothing": Range(0, 0.5, below=True),
     "weight": Range(),
     "f_alpha": Range(0),
+    "ld_alpha": Range(0, 1),
     "tau": Range(0, above=True),
     "temperature": Range(0, above=True),
     "bits": Range(1, 64, whole=True),

@@ -20,6 +20,7 @@ from selm_jax.objectives.objective import (
     Objective,
     ObjectiveError,
     PerExample,
+    Score,
     check,
     flipped,
     logp_metrics,
@@ -27,7 +28,7 @@ from selm_jax.objectives.objective import (
     pair_loss,
     per_token,
 )
-from selm_jax.objectives.roles import CHOSEN, REJECTED
+from selm_jax.objectives.roles import CHOSEN, PAIR, REJECTED
 from selm_jax.objectives.selm import dpo
 
 
@@ -64,6 +65,37 @@ def wpo(beta: float, f_divergence: str = "reverse_kl", f_alpha: float = 0.5) -> 
         return both * losses, {k: v for k, v in metrics.items() if k != "loss/dpo"} | own
 
     return dataclasses.replace(inner, function=function, terms=("wpo",), uses_collision=True)
+
+
+def ld_dpo(
+    beta: float, ld_alpha: float, f_divergence: str = "reverse_kl", f_alpha: float = 0.5
+) -> Objective:
+    """LD-DPO: dpo, in which tokens beyond the length of the pair's shorter answer count ld_alpha.
+
+    log p(y) = sum over shared tokens + ld_alpha * sum over the tail, for policy and reference.
+    arXiv 2409.06411 eq. 10; TRL's `ld_alpha` with "sigmoid". With 1 it is dpo. The metrics
+    `rewards/...` are of these log-probabilities, and `logps/...` of whole answers.
+    """
+    check(beta=beta, ld_alpha=ld_alpha)
+
+    def of(whole: dict[str, PerExample], shared: dict[str, PerExample]) -> dict[str, PerExample]:
+        return {role: ld_alpha * whole[role] + (1 - ld_alpha) * shared[role] for role in PAIR}
+
+    def weighed(score: Score) -> Score:
+        return lambda logps, role: score(
+            logps.replace(
+                policy=of(logps.policy, logps.shared_policy),
+                reference=of(logps.reference, logps.shared_reference),
+            ),
+            role,
+        )
+
+    loss = margin_loss(
+        "ld_dpo", beta, lambda h: -log_sigmoid(beta * h),
+        weighed(divergence_score(f_divergence, f_alpha)), weighed(Logps.log_ratio),
+        f"log-ratio with tails times {ld_alpha:g}",
+    )  # fmt: skip
+    return dataclasses.replace(loss, uses_shared=True)
 
 
 def robust(

@@ -163,7 +163,8 @@ class Blueprint:
 
     @cached_property
     def abstract_batch(self) -> PreferenceBatch:
-        batch = empty(self.batch_shape, counted=bool(self.task.objective.bonus_bits))
+        of = self.task.objective
+        batch = empty(self.batch_shape, counted=bool(of.bonus_bits), shared=of.uses_shared)
         return jax.tree.map(_placed, batch, self.programs.batch_shardings(batch))
 
     @cached_property

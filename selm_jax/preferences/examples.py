@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TypeAlias
 
-from selm_jax.objectives.roles import ROLES
+from selm_jax.objectives.roles import PAIR, ROLES
 
 Ids: TypeAlias = tuple[int, ...]
 
@@ -33,6 +33,8 @@ class Example:
       importance: the weight of each token of each response (`rollout.importance`); None if all
         tokens count the same.
       bonus: the count bonus of what explores (`novelty`); None if nothing counted it.
+      shared_logps: the reference's log-probability of each response's first `shared` tokens; None
+        if nothing asked for it.
     """
 
     prompt_id: str
@@ -44,6 +46,7 @@ class Example:
     explored: tuple[int, ...] = ()
     importance: tuple[tuple[float, ...], ...] | None = None
     bonus: float | None = None
+    shared_logps: tuple[float, ...] | None = None
 
     def __post_init__(self):
         if not self.prompt:
@@ -70,7 +73,10 @@ class Example:
                 f"example {self.prompt_id}: the responses have {lengths} tokens, but there are "
                 f"{[len(each) for each in self.importance]} importance weights; expected one each"
             )
-        given = {"reference log-probabilities": self.reference_logps, "scores": self.scores}
+        given = {
+            "reference log-probabilities": self.reference_logps, "scores": self.scores,
+            "reference log-probabilities of the shared length": self.shared_logps,
+        }  # fmt: skip
         for what, numbers in given.items():
             if numbers is not None and len(numbers) != len(self.responses):
                 raise ExampleError(
@@ -100,6 +106,15 @@ class Example:
         """Indices of the responses that play a role; (0,) if none does."""
         several = role == "explore" and self.explored
         return self.explored if several else (self.roles.get(role, 0),)
+
+    @property
+    def shared(self) -> int:
+        """The number of tokens that both answers of the pair have: the length of the shorter one.
+
+        >>> Example.of("p0", (1,), {"chosen": (5, 6, 2), "rejected": (7, 2)}).shared
+        2
+        """
+        return min(len(self.responses[i]) for role in PAIR for i in self.playing(role))
 
     @property
     def tokens(self) -> int:

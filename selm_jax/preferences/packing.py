@@ -36,9 +36,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from selm_jax.objectives.roles import ROLES
+from selm_jax.objectives.roles import PAIR, ROLES
 from selm_jax.preferences.examples import Example, ExampleError
 
 
@@ -53,7 +53,8 @@ class PreferenceBatch:
     log-probabilities, and `scores` the responses' scores in the data; both are 0 if there are none.
     `weight` is 1 for an example and 0 for an empty segment. `bonus` has the count bonuses; None
     if nothing counted. `importance` has the weight of each scored token's gradient; None if all
-    tokens count the same.
+    tokens count the same. `shared_reference` is like `reference`, but of the tokens that `shared`
+    marks; None if nothing asked for it.
     """
 
     tokens: Int[Array, "rows time"]
@@ -70,6 +71,7 @@ class PreferenceBatch:
     weight: Float[Array, "rows segments"]
     bonus: Float[Array, "rows segments"] | None = None
     importance: Float[Array, "rows scored"] | None = None
+    shared_reference: Float[Array, "rows segments branches"] | None = None
 
     def sum_by_response(
         self, per_token: Float[Array, "rows scored"]
@@ -79,6 +81,21 @@ class PreferenceBatch:
         one_more = segments * branches + 1  # the last sum collects padding and is dropped
         sums = jax.vmap(lambda x, i: jax.ops.segment_sum(x, i, one_more))(per_token, self.owner)
         return sums[:, :-1].reshape(-1, segments, branches)
+
+    def shared(self) -> Bool[Array, "rows scored"]:
+        """Whether a scored token stands within the length of its pair's shorter answer.
+
+        The longer answer's tokens beyond that length are its tail; padding is in no answer.
+        """
+        lengths = self.sum_by_response(jnp.ones(self.target.shape, jnp.float32))
+        of_role = jnp.sum(self.roles * lengths[:, :, None, :], axis=-1)
+        shorter = jnp.min(of_role[..., [ROLES.index(role) for role in PAIR]], axis=-1)
+        flat = lengths.reshape(len(lengths), -1)
+        # Scored tokens are listed response by response, so sums of lengths say where each begins.
+        starts = jnp.cumsum(flat, axis=-1) - flat
+        stops = starts + jnp.repeat(shorter, lengths.shape[-1], axis=-1)
+        stops = jnp.pad(stops, ((0, 0), (0, 1)))  # padding has an owner of its own
+        return jnp.arange(self.target.shape[1]) < jnp.take_along_axis(stops, self.owner, axis=-1)
 
     def last_of_response(self) -> Int[Array, "rows segments branches"]:
         """The index, within its row, of each response's last token; -1 if there is no response."""
@@ -171,9 +188,10 @@ def pack(examples: Sequence[Example], shape: Shape) -> list[PreferenceBatch]:
     rows = assign_rows(examples, shape.time)
     weighted = any(example.importance is not None for example in examples)
     counted = any(example.bonus is not None for example in examples)
+    shared = any(example.shared_logps is not None for example in examples)
     batches = []
     for start in range(0, len(rows), shape.rows):
-        batch = empty(shape, weighted, counted)
+        batch = empty(shape, weighted, counted, shared)
         for r, members in enumerate(rows[start : start + shape.rows]):
             _fill_row(batch, r, [examples[i] for i in members], shape)
         batches.append(batch)
@@ -213,10 +231,13 @@ def unpack_tokens(
     return out
 
 
-def empty(shape: Shape, weighted: bool = False, counted: bool = False) -> PreferenceBatch:
+def empty(
+    shape: Shape, weighted: bool = False, counted: bool = False, shared: bool = False
+) -> PreferenceBatch:
     """A batch of this shape that contains no examples.
 
-    `weighted` gives it importance weights, and `counted` count bonuses.
+    `weighted` gives it importance weights, `counted` count bonuses, and `shared` the reference's
+    log-probabilities of shared lengths.
     """
 
     def ints(*size) -> Any:
@@ -240,6 +261,7 @@ def empty(shape: Shape, weighted: bool = False, counted: bool = False) -> Prefer
         weight=floats(shape.segments),
         bonus=floats(shape.segments) if counted else None,
         importance=1 + floats(shape.scored) if weighted else None,
+        shared_reference=floats(shape.segments, shape.branches) if shared else None,
     )
 
 
@@ -280,5 +302,7 @@ def _fill_row(batch: Any, r: int, examples: Sequence[Example], shape: Shape) -> 
             batch.bonus[r, s] = example.bonus
         if example.reference_logps is not None:
             batch.reference[r, s, : len(example.reference_logps)] = example.reference_logps
+        if example.shared_logps is not None:
+            batch.shared_reference[r, s, : len(example.shared_logps)] = example.shared_logps
         if example.scores is not None:
             batch.scores[r, s, : len(example.scores)] = example.scores

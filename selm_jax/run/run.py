@@ -217,6 +217,7 @@ class Run:
                 "rates": self.task.rates,
                 "reference_free": self.task.reference_free,
                 **({"start_share": share} if (share := self.task.start_share) else {}),
+                **({"uses_shared": True} if self.task.uses_shared else {}),
                 "layout": self.experiment.text.layout,
                 "model": self.model.folder.origin,
                 "parameters": self.programs.parameters,

@@ -68,6 +68,7 @@ class Task(abc.ABC):
       example_settings: the settings that an example depends on, besides those in `text`.
       reference_free: whether the objective needs no reference log-probabilities.
       start_share: the start model's share in the reference log-probabilities (INPO).
+      uses_shared: whether those of the pair's shared length are needed as well (LD-DPO).
       loss: the name of the objective's loss.
       looked_at: the run folder, if the run is opened read-only; its code is then never imported.
     """
@@ -85,9 +86,11 @@ class Task(abc.ABC):
         reference_free: bool,
         looked_at: Path | None,
         start_share: float = 0.0,
+        uses_shared: bool = False,
     ):
         self.loss, self._objectives, self.start_share = loss, objectives, start_share
         self.reference_free, self.looked_at = reference_free, looked_at
+        self.uses_shared = uses_shared
 
     @property
     def objective(self) -> Objective:
@@ -341,8 +344,9 @@ def task_of(settings: Mapping[str, Any], looked_at: Path | None = None) -> Task:
     file = looked_at / "manifest.json"
     said = artifacts.read_sealed(file) if file.exists() else {}  # there is none before a run begins
     return (RewardModel if said.get("rates") else LanguageModel)(
-        loss, (), bool(said.get("reference_free")), looked_at, said.get("start_share", 0.0)
-    )
+        loss, (), bool(said.get("reference_free")), looked_at, said.get("start_share", 0.0),
+        bool(said.get("uses_shared")),
+    )  # fmt: skip
 
 
 def _built(loss: str, **arguments: Any) -> Objective:
@@ -354,7 +358,9 @@ def task_with(*objectives: Objective, loss: str = "", looked_at: Path | None = N
     first = objectives[0]
     kind = RewardModel if first.rates else LanguageModel
     name = loss or str(first)
-    return kind(name, objectives, first.reference_free, looked_at, first.start_share)
+    return kind(
+        name, objectives, first.reference_free, looked_at, first.start_share, first.uses_shared
+    )
 
 
 def refuse_user_code(folder: Path, key: str, name: str) -> None:

@@ -51,7 +51,10 @@ FREE_OF_RANKERS = frozenset(
 )
 
 
-_OF_TASK = ("objective.rates", "objective.reference_free", "objective.start_share")
+_OF_TASK = (
+    *("objective.rates", "objective.reference_free"),
+    *("objective.start_share", "objective.uses_shared"),
+)
 
 
 class UndeclaredSetting(Exception):

@@ -28,7 +28,7 @@ from selm_jax.text.prompts import Prompt
 
 def _settings(_e: Experiment, task: Task) -> tuple[str, ...]:
     own = ("text", "objective.rates", "objective.reference_free", *task.example_settings)
-    own += ("objective.start_share",)
+    own += ("objective.start_share", "objective.uses_shared")
     return (*own, "rollout.gap", "training.importance", *SCORING)
 
 
@@ -61,6 +61,8 @@ def score(
         del params  # the policy may be read next
     if start is not None and examples:
         logps[:] = mixed(logps, _logps(step, start, examples), step.task.start_share)
+    if step.task.uses_shared:
+        examples = with_shared(examples, of_tokens)
     gap, examples = compare(step, sampled, examples, of_tokens)
     scored = [
         dataclasses.replace(e, reference_logps=found)
@@ -75,6 +77,22 @@ def score(
         **cut,
         **gap,
     }
+
+
+def with_shared(
+    examples: Sequence[Example], of_tokens: Sequence[tuple[np.ndarray, ...]]
+) -> list[Example]:
+    """The examples with the sums over their shared lengths (LD-DPO) of the tokens' numbers.
+
+    >>> pair = Example.of("p", (1,), {"chosen": (5, 6, 2), "rejected": (7, 2)})
+    >>> tokens = np.array([-1.0, -2.0, -4.0]), np.array([-3.0, -5.0])
+    >>> with_shared([pair], [tokens])[0].shared_logps
+    (-3.0, -8.0)
+    """
+    return [
+        dataclasses.replace(e, shared_logps=tuple(float(x[: e.shared].sum()) for x in tokens))
+        for e, tokens in zip(examples, of_tokens, strict=True)
+    ]
 
 
 def mixed(

@@ -126,6 +126,12 @@ def plan_of(step: Step, examples: StoredTable) -> loop.TrainingPlan:
                 f"{example.prompt_id} has none. To score this iteration again: "
                 f"{redo(examples.folder, 'score')}"
             )
+        if stored and objective.uses_shared and example.shared_logps is None:
+            raise RunError(
+                f"{objective} needs the reference's log-probabilities of shared lengths, but "
+                f"prompt {example.prompt_id} has none. To score this iteration again: "
+                f"{redo(examples.folder, 'score')}"
+            )
         if objective.uses_scores and example.scores is None:
             raise RunError(
                 f"{objective} needs the ranker's scores of the answers, but prompt "

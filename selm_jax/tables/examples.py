@@ -38,6 +38,8 @@ class Row:
     explored: Ids | None
     # The importance weight of each token of each response; null if all tokens count the same.
     importance: _OfTokens | None = dataclasses.field(default=None, metadata=ADDED)
+    # Like `reference`, of the tokens within the length of the pair's shorter answer.
+    shared: _OfResponses | None = dataclasses.field(default=None, metadata=ADDED)
 
 
 SCHEMA = schema_of(Row)
@@ -53,6 +55,7 @@ def read(path: Path) -> list[Example]:
             row.prompt_id, row.prompt, row.responses,
             {role: at for role in ROLES if (at := getattr(row, role)) is not None},
             row.reference, row.scores, row.explored or (), row.importance,
+            shared_logps=row.shared,
         )
         for row in read_rows(path, Row)
     ]  # fmt: skip
@@ -70,7 +73,7 @@ def write(path: Path, examples: Sequence[Example], reference: str = "") -> None:
         Row(
             e.prompt_id, e.prompt, e.responses,
             e.roles.get("chosen"), e.roles.get("rejected"), e.roles.get("explore"),
-            e.reference_logps, e.scores, e.explored, e.importance,
+            e.reference_logps, e.scores, e.explored, e.importance, e.shared_logps,
         )
         for e in examples
     ]  # fmt: skip

@@ -28,7 +28,7 @@ from jaxtyping import Array, Float
 from selm_jax.models.decoder import Decoder, Params, unembedding
 from selm_jax.models.experts import LOAD, expert_counts, load_metrics
 from selm_jax.objectives.logprobs import TokenStats, token_logprobs, token_statistics
-from selm_jax.objectives.losses import Logps, Metrics, Objective, Rewards
+from selm_jax.objectives.losses import Logps, Metrics, Objective, ObjectiveError, Rewards
 from selm_jax.objectives.measures import measures
 from selm_jax.objectives.roles import ROLES
 from selm_jax.preferences.packing import PreferenceBatch
@@ -111,11 +111,12 @@ def by_role(
     reference: Float[Array, "rows segments branches"],
     mean_lengths: Float[Array, " roles"],
     collision: Float[Array, "rows segments branches"] | None = None,
+    shared: tuple[Array, Array] | None = None,
 ) -> Logps:
     """The log-probabilities of each role's response: one number per segment of each row.
 
-    If several responses explore, the role `explore` has their mean. `collision` is for objectives
-    that use it.
+    If several responses explore, the role `explore` has their mean. `collision` and `shared`, like
+    `policy` and `reference` but of shared lengths, are for objectives that use them.
     """
     lengths = batch.sum_by_response(jnp.ones(batch.target.shape, jnp.float32))
     return Logps(
@@ -126,6 +127,8 @@ def by_role(
         scores=_of_roles(batch, batch.scores),
         bonus=None if batch.bonus is None else batch.bonus.reshape(-1),
         collision={} if collision is None else _of_roles(batch, collision),
+        shared_policy={} if shared is None else _of_roles(batch, shared[0]),
+        shared_reference={} if shared is None else _of_roles(batch, shared[1]),
     )
 
 
@@ -176,14 +179,48 @@ def loss_sums(
     of_tokens = found.logprob if detailed else found
     if batch.importance is not None:
         of_tokens = with_gradients_times(batch.importance, of_tokens)
-    policy = batch.sum_by_response(of_tokens)
-    reference = batch.reference
+    policy, reference = batch.sum_by_response(of_tokens), batch.reference
+    shared, of_reference = None, None
     if reference_params is not None:
-        reference = response_logps(plain, reference_params, batch, chunk)
+        of_reference = scored_logps(plain, reference_params, batch, chunk)
+        reference = batch.sum_by_response(of_reference)
+    if objective.uses_shared:
+        shared = shared_logps(batch, of_tokens, of_reference)
     collision = batch.sum_by_response(found.collision) if objective.uses_collision else None
-    logps = by_role(batch, policy, jax.lax.stop_gradient(reference), mean_lengths, collision)
+    reference = jax.lax.stop_gradient(reference)
+    logps = by_role(batch, policy, reference, mean_lengths, collision, shared)
     loss, sums = _sums(batch, *_measured(objective, logps))
     return loss, sums | load | (_token_sums(batch, found) if statistics else {})
+
+
+def shared_logps(
+    batch: PreferenceBatch, policy: Array, reference: Array | None
+) -> tuple[Array, Array]:
+    """The log-probabilities of responses within the length of their pair's shorter one.
+
+    Args:
+      policy, reference: of the scored tokens; without those of a live reference, the stored sums
+        are used.
+
+    Returns:
+      Those of the policy and of the reference, [rows, segments, branches].
+
+    Raises:
+      ObjectiveError: there is neither a live reference nor a stored sum.
+    """
+    within = batch.shared()
+    policy, *live = (
+        batch.sum_by_response(jnp.where(within, of_tokens, 0))
+        for of_tokens in (policy, reference)
+        if of_tokens is not None
+    )
+    stored = live[0] if live else batch.shared_reference
+    if stored is None:
+        raise ObjectiveError(
+            "the loss weighs the tokens beyond the shorter answer, but these examples lack the "
+            "reference's log-probabilities of the shared length. Score them again"
+        )
+    return policy, jax.lax.stop_gradient(stored)
 
 
 def with_gradients_times(weights: Array, values: Array) -> Array:

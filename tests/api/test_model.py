@@ -223,6 +223,8 @@ def test_a_loss_or_setting_that_is_wrong(model, pairs):
         rate(selm.loss("copo", beta=0.1, alpha=0.01))
     with pytest.raises(ApiError, match="log-probabilities of two references"):
         rate(selm.loss("inpo", beta=0.1))
+    with pytest.raises(ApiError, match="log-probabilities of the shorter answer's length"):
+        rate(selm.loss("ld_dpo", beta=0.1, ld_alpha=0.5))
     with pytest.raises(ConfigError, match="training.learning_rate"):
         rate("sft", learning_rate=-1.0)
     with pytest.raises(ConfigError, match="training.optimizer: 'adam'"):

@@ -13,7 +13,7 @@ ROWS = {
     for row in PAGE.split("\n## ")[0].splitlines()
     if (match := re.match(r"\| `(\w+)` ", row))
 }
-SETTINGS = {"beta": 0.1, "alpha": 0.01, "gamma": 0.1, "label_smoothing": 0.1}
+SETTINGS = {"beta": 0.1, "alpha": 0.01, "gamma": 0.1, "label_smoothing": 0.1, "ld_alpha": 0.5}
 
 
 def test_every_loss_has_a_row_and_nothing_else_has():

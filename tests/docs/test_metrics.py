@@ -74,12 +74,16 @@ def of_losses():
     """The metrics of every loss, from calling it."""
     one = {role: jnp.ones(2) for role in ROLES}
     settings = {"beta": 0.1, "alpha": 0.01, "gamma": 0.1, "label_smoothing": 0.1}
+    settings |= {"ld_alpha": 0.5}
     found = set()
     for name, factory in TABLE.items():
         wanted = inspect.signature(factory).parameters
         objective = build_objective(name, **{k: v for k, v in settings.items() if k in wanted})
         lengths = {role: jnp.ones(()) for role in ROLES}
-        logps = Logps(one, one, one, lengths, one, bonus=jnp.ones(2), collision=one)
+        logps = Logps(
+            one, one, one, lengths, one, bonus=jnp.ones(2), collision=one,
+            shared_policy=one, shared_reference=one,
+        )  # fmt: skip
         batch = Rewards(one, one) if objective.rates else logps
         _, metrics = objective(batch)
         found |= {*metrics, *measures(batch, objective)}
@@ -158,7 +162,7 @@ def of_counts():
     modules = (generate, rank, score, train, export, evaluate, teach, budget)
     source = "".join(inspect.getsource(module) for module in modules)
     source += inspect.getsource(loop.TrainingPlan.counts)
-    return set(re.findall(r'"([a-z_/]+)": ', source)) - {"chosen"}  # a role, and no count
+    return set(re.findall(r'"([a-z_/]+)": ', source)) - {"chosen", "rejected"}  # roles
 
 
 EVERY = (

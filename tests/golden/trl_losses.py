@@ -102,6 +102,14 @@ def collision(model, ids, attention_mask, scored) -> list[float]:
     return (taken * scored[:, 1:]).sum(1).tolist()
 
 
+def shared(scored):
+    """The `scored` positions within the length of the pair's shorter answer."""
+    lengths = scored.sum(1)
+    half = len(lengths) // 2  # all chosen, then all rejected
+    shorter = torch.minimum(lengths[:half], lengths[half:]).repeat(2)
+    return scored * (scored.cumsum(1) <= shorter[:, None])
+
+
 def means(metrics: dict[str, list[float]]) -> dict[str, float]:
     wanted = ("rewards/", "logps/")
     return {k: v[-1] for k, v in metrics.items() if k.startswith(wanted)}
@@ -147,6 +155,9 @@ def dpo_cases(folder: str) -> list[dict]:
         ("0.5*hinge+0.2*bco_pair", ["hinge", "bco_pair"], {"beta": 0.1}),
         ("wpo", "sigmoid", {"beta": 0.1}),
         ("wpo", "sigmoid", {"beta": 0.5, "f_divergence": "js_divergence"}),
+        ("ld_dpo", "sigmoid", {"beta": 0.1, "ld_alpha": 0.5}),
+        ("ld_dpo", "sigmoid", {"beta": 0.5, "ld_alpha": 0.0}),
+        ("ld_dpo", "sigmoid", {"beta": 0.1, "ld_alpha": 0.3, "f_divergence": "js_divergence"}),
     ]
     forms += [
         (name, trl, {"beta": 0.1, "f_divergence": divergence, "f_alpha": 0.3} | more)
@@ -194,6 +205,9 @@ def dpo_cases(folder: str) -> list[dict]:
         }
         if form == "wpo":
             logps["collision"] = by_role(collision(policy, *args))
+        if form == "ld_dpo":
+            for name, model in (("policy", policy), ("reference", reference)):
+                logps[f"shared_{name}"] = by_role(score(model, *args[:2], shared(args[2])))
         case = {"trl": f"DPOTrainer, loss_type={loss_type}", "name": form, "settings": settings}
         # A batch of one means the sft loss by that example's own tokens: no part of the batch's.
         losses = {} if "sft" in form else {"losses": each}

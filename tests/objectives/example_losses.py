@@ -23,6 +23,7 @@ EXAMPLES = {
     "simpo": {"beta": 2.0, "gamma": 0.7},
     "sft": {},
     "wpo": _BETA,
+    "ld_dpo": _BETA | {"ld_alpha": 0.3},
     "optimism": _ALPHA,
     "selm": _ALPHA,
     "xpo": _ALPHA,
@@ -55,7 +56,7 @@ VARIANTS += [
     (name, EXAMPLES[name] | {"f_divergence": divergence, "f_alpha": 0.3})
     for name in (
         *("dpo", "cdpo", "robust", "ipo", "hinge"),
-        *("sigmoid_norm", "exo_pair", "discopop", "wpo"),
+        *("sigmoid_norm", "exo_pair", "discopop", "wpo", "ld_dpo"),
     )
     for divergence in CHOICES["f_divergence"][1:]
 ]

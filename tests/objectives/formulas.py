@@ -17,6 +17,8 @@ def example(logps, i):
     parts = {"p": logps.policy, "ref": logps.reference, "n": logps.lengths, "s": logps.scores}
     if logps.collision:
         parts["c"] = logps.collision
+    if logps.shared_policy:
+        parts |= {"p_shared": logps.shared_policy, "ref_shared": logps.shared_reference}
     made = [
         SimpleNamespace(**{name: float(of[role][i]) for name, of in parts.items()})
         for role in ROLES
@@ -134,6 +136,16 @@ def wpo(x, beta, **f):
     return likely[0] * likely[1] * dpo(x, beta, **f)
 
 
+def ld_dpo(x, beta, ld_alpha, **f):
+    """Shared tokens in full, the rest of each answer times ld_alpha."""
+
+    def weighed(y):
+        p, ref = (a + ld_alpha * (b - a) for a, b in ((y.p_shared, y.p), (y.ref_shared, y.ref)))
+        return fprime(SimpleNamespace(p=p, ref=ref), **f)
+
+    return -log_sigmoid(beta * (weighed(x.w) - weighed(x.l)))
+
+
 def optimism(x, beta, alpha):
     return alpha * beta * ratio(x.e)
 
@@ -208,7 +220,7 @@ FORMULAS = {
     f.__name__: f
     for f in (
         *(dpo, cdpo, robust, ipo, hinge, sigmoid_norm, exo_pair, discopop, nca_pair, bco_pair),
-        *(apo_zero, apo_down, simpo, sft, wpo, optimism, selm, xpo, vpo, se_popo, copo, geb),
-        *(sppo_hard, sppo, ipo_online, inpo, nash),
+        *(apo_zero, apo_down, simpo, sft, wpo, ld_dpo, optimism, selm, xpo, vpo, se_popo),
+        *(copo, geb, sppo_hard, sppo, ipo_online, inpo, nash),
     )
 }

@@ -36,7 +36,9 @@ def batch(seed, examples=6):
     means = {role: n.mean() for role, n in lengths.items()}
     bonus = rng.uniform(0, 2, examples)
     collision = {role: -n * rng.uniform(0.05, 0.9, examples) for role, n in lengths.items()}
-    parts = (policy, reference, lengths, means, scores, bonus, collision)
+    part = lambda of: {role: x * rng.uniform(0, 1, examples) for role, x in of.items()}
+    shared = part(policy), part(reference)
+    parts = (policy, reference, lengths, means, scores, bonus, collision, *shared)
     return Logps(*jax.tree.map(jnp.asarray, parts))
 
 
@@ -69,8 +71,9 @@ def test_recorded_values(trl, case, record_property):
     of = lambda part: {role: jnp.asarray(x, jnp.float32) for role, x in case["logps"][part].items()}
     means = {role: n.mean() for role, n in of("lengths").items()}
     logps = Logps(of("policy"), of("reference"), of("lengths"), means)
-    if "collision" in case["logps"]:
-        logps = logps.replace(collision=of("collision"))
+    for more in ("collision", "shared_policy", "shared_reference"):
+        if more in case["logps"]:
+            logps = logps.replace(**{more: of(more)})
     losses, _ = build_objective(case["name"], **case["settings"])(logps)
     found = largest_difference(losses.mean(), case["loss"])
     if "losses" in case:
@@ -124,15 +127,18 @@ def test_the_weights_of_wpo_have_no_gradient_and_are_asked_for(x64):
 def test_gradient(x64, name, given):
     objective, logps, step = build_objective(name, **given), batch(1), 1e-6
     found = jax.grad(lambda x: objective(x)[0].sum())(logps)
-    assert not any(np.any(leaf) for leaf in jax.tree.leaves(found.reference))
-    for role in objective.roles:
-        up, down = (
-            objective(logps.replace(policy=logps.policy | {role: logps.policy[role] + d}))[0]
-            for d in (step, -step)
-        )
-        np.testing.assert_allclose(
-            found.policy[role], (up - down) / (2 * step), rtol=1e-5, atol=1e-7
-        )
+    for of in (found.reference, found.shared_reference):
+        assert not any(np.any(leaf) for leaf in jax.tree.leaves(of))
+    for part in ("policy", "shared_policy") if objective.uses_shared else ("policy",):
+        given_now = getattr(logps, part)
+        for role in objective.roles:
+            up, down = (
+                objective(logps.replace(**{part: given_now | {role: given_now[role] + d}}))[0]
+                for d in (step, -step)
+            )
+            np.testing.assert_allclose(
+                getattr(found, part)[role], (up - down) / (2 * step), rtol=1e-5, atol=1e-7
+            )
 
 
 @pytest.mark.parametrize("name, given", VARIANTS, ids=IDS)
@@ -148,6 +154,7 @@ def test_microbatches_add_up(x64, name, given):
 LOG2 = math.log(2)
 FIRST = {
     **dict.fromkeys(("dpo", "cdpo", "robust", "sigmoid_norm", "selm", "vpo", "se_popo"), LOG2),
+    "ld_dpo": LOG2,
     "hinge": 1,
     **dict.fromkeys(("ipo", "inpo"), 1 / (4 * 0.2**2)),
     "exo_pair": -LOG2 - (math.log(0.8) + math.log(0.2)) / 2,
@@ -165,7 +172,7 @@ FIRST = {
 def test_the_first_loss(x64, name):
     """Where the policy is the reference, whatever the log-probabilities and the divergence are."""
     logps = batch(4)
-    start = logps.replace(reference=logps.policy)
+    start = logps.replace(reference=logps.policy, shared_reference=logps.shared_policy)
     for each, given in VARIANTS:
         if each == name:
             losses, _ = build_objective(name, **given)(start)
@@ -276,6 +283,37 @@ def test_inpo(x64):
         build_objective("inpo+ipo_online", beta=eta)
     with pytest.raises(ObjectiveError, match="start_share is 2"):
         build_objective("inpo", beta=eta, start_share=2)
+
+
+def test_tails_that_count_in_full_or_not_at_all(x64):
+    logps, beta = batch(6), 0.1
+    dpo = build_objective("dpo", beta=beta)
+    whole = build_objective("ld_dpo", beta=beta, ld_alpha=1)
+    np.testing.assert_array_equal(whole(logps)[0], dpo(logps)[0])
+    cut = logps.replace(policy=logps.shared_policy, reference=logps.shared_reference)
+    found, metrics = build_objective("ld_dpo", beta=beta, ld_alpha=0)(logps)
+    np.testing.assert_allclose(found, dpo(cut)[0], rtol=1e-12)
+    np.testing.assert_allclose(metrics["rewards/chosen"], beta * cut.log_ratio("chosen"))
+    np.testing.assert_array_equal(metrics["logps/chosen"], logps.policy["chosen"])
+
+
+def test_ld_dpo_is_summed_where_nothing_else_reports_rewards_and_asks_for_what_it_needs(x64):
+    """Other terms of a sum keep whole answers."""
+    logps, given = batch(6), {"beta": 0.1, "ld_alpha": 0.3}
+    both = build_objective("ld_dpo+0.2*sft+optimism", **given, alpha=0.5)
+    assert both.uses_shared and not build_objective("dpo", beta=0.1).uses_shared
+    parts = [build_objective("ld_dpo", **given), build_objective("sft")]
+    parts += [build_objective("optimism", beta=0.1, alpha=0.5)]
+    first, second, third = (part(logps)[0] for part in parts)
+    np.testing.assert_allclose(both(logps)[0], first + 0.2 * second + third, rtol=1e-12)
+    with pytest.raises(ObjectiveError, match="rewards/... would mean both"):
+        build_objective("ld_dpo+dpo", **given)
+    with pytest.raises(ObjectiveError, match="inpo compares with a mixture of two|would mean both"):
+        build_objective("ld_dpo+inpo", **given)
+    with pytest.raises(ObjectiveError, match="ld_dpo needs Logps.shared_policy"):
+        parts[0](logps.replace(shared_policy={}, shared_reference={}))
+    with pytest.raises(ObjectiveError, match="ld_alpha is 1.5"):
+        build_objective("ld_dpo", beta=0.1, ld_alpha=1.5)
 
 
 def test_sums_that_are_other_methods(x64):

@@ -18,7 +18,14 @@ from selm_jax.objectives.build import build_objective
 from selm_jax.objectives.losses import Logps, Objective
 from selm_jax.objectives.roles import ROLES
 from selm_jax.preferences.examples import Example, ExampleError
-from selm_jax.preferences.packing import Shape, assign_rows, common_shape, pack, unpack
+from selm_jax.preferences.packing import (
+    Shape,
+    assign_rows,
+    common_shape,
+    pack,
+    unpack,
+    unpack_tokens,
+)
 from selm_jax.training.update import loss_sums, response_logps
 
 VOCAB = 96
@@ -298,6 +305,21 @@ def test_packed_log_probabilities_are_those_of_each_response_alone(world, window
             np.testing.assert_allclose(got, alone, rtol=1e-5, atol=2e-5)
 
     check()
+
+
+@given(examples())
+@settings(max_examples=100, deadline=None)
+def test_shared_tokens_are_those_within_the_shorter_answers_length(found):
+    """Whichever responses play the roles; the packed form against each response by itself."""
+    batches = pack(found, SHAPE)
+    packed = unpack_tokens(found, SHAPE, [np.asarray(batch.shared()) for batch in batches])
+    for example, of_responses in zip(found, packed, strict=True):
+        pair = [example.responses[example.roles[role]] for role in ("chosen", "rejected")]
+        assert example.shared == min(map(len, pair))
+        for ids, within in zip(example.responses, of_responses, strict=True):
+            assert within.tolist() == [i < min(map(len, pair)) for i in range(len(ids))]
+    for batch in batches:
+        assert not np.asarray(batch.shared())[batch.owner == SHAPE.segments * SHAPE.branches].any()
 
 
 # --- the same gradients -----------------------------------------------------------------------

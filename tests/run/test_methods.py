@@ -24,6 +24,7 @@ METHODS = [
     {"loss": "geb", "beta": 0.1, "alpha": 0.01, "divergence": "hellinger"},
     {"loss": "discopop+0.1*sft", "beta": 0.1, "f_divergence": "js_divergence"},
     {"loss": "wpo", "beta": 0.1},
+    {"loss": "ld_dpo", "beta": 0.1, "ld_alpha": 0.3},
     {"loss": "inpo", "beta": 0.1, "start_share": 0.25},
     {"loss": "copo", "beta": 0.1, "alpha": 0.01},
     {"loss": "se_popo", "beta": 0.1, "alpha": [0.01, 0.005]},
@@ -106,3 +107,24 @@ def test_a_loss_gets_the_rankers_scores_and_refuses_examples_without_them(tmp_pa
     table.write(folder / "examples.parquet", bare)
     with pytest.raises(RunError, match="nash needs the ranker's scores of the answers"):
         plan_of(tiny.step_of(run, train, 1), tiny.stored(run, 1, "examples.parquet"))
+
+
+def test_ld_dpo_stores_the_shared_length_beside_whole_answers(tmp_path):
+    run = run_of(tmp_path, "run", {"loss": "ld_dpo", "beta": 0.1, "ld_alpha": 0.3})
+    iterate(run)
+    folder = run.folder.iteration(2)
+    made = table.read(folder / "examples.parquet")
+    cut = [
+        dataclasses.replace(e, responses=tuple(ids[: e.shared] for ids in e.responses))
+        for e in made
+    ]
+    expected = tiny.logps_of(run, run.programs.start_of(run.policy(1).path), cut)
+    assert any(e.shared_logps != e.reference_logps for e in made)
+    for example, shared in zip(made, expected, strict=True):
+        np.testing.assert_allclose(example.shared_logps, shared, rtol=1e-5)
+    entry = json.loads((folder / "stage.json").read_text())["score"]
+    assert entry["settings"]["objective.uses_shared"] is True
+    bare = [dataclasses.replace(example, shared_logps=None) for example in made]
+    table.write(folder / "examples.parquet", bare)
+    with pytest.raises(RunError, match="ld_dpo needs the reference's log-probabilities of shared"):
+        plan_of(tiny.step_of(run, train, 2), tiny.stored(run, 2, "examples.parquet"))

@@ -32,7 +32,7 @@ class Scored:
         self.reference = Model(folder / "start") if fixed else self.policy
         self.examples = StoredTable(self.folder, "examples.parquet")
         step = SimpleNamespace(
-            folder=self.folder, task=SimpleNamespace(reference_free=True),
+            folder=self.folder, task=SimpleNamespace(reference_free=True, uses_shared=False),
             settings=SimpleNamespace(training=SimpleNamespace(importance=None)),
         )  # fmt: skip
         scoring.score.body(step, [], StoredTable(self.folder, "-"), self.reference, None)

@@ -34,6 +34,7 @@ COLUMNS = {
         "prompt_id": TEXT, "prompt": IDS, "responses": pa.list_(IDS), "chosen": INT,
         "rejected": INT, "explore": INT, "reference": pa.list_(pa.float32()),
         "scores": pa.list_(pa.float32()), "explored": IDS, "importance": pa.list_(LOGPS),
+        "shared": pa.list_(pa.float32()),
     },
     heldout: {
         "prompt_id": TEXT, "prompt": TEXT, "kind": TEXT, "sample": INT, "text": TEXT,
@@ -173,6 +174,8 @@ EXAMPLES = [
     Example("p0", (1, 2), ((3,), (4, 5)), {"chosen": 1, "rejected": 0}, (-1.5, -0.25), (2.0, 1.0)),
     Example("p1", (1,), ((3,), (4,), (5,)), {"chosen": 0, "rejected": 1, "explore": 2},
             explored=(2, 0, 2)),
+    Example("p2", (1,), ((3, 4), (5,)), {"chosen": 0, "rejected": 1}, (-1.5, -0.25),
+            shared_logps=(-1.0, -0.25)),
 ]  # fmt: skip
 
 
@@ -184,7 +187,7 @@ def test_examples_are_read_back_with_the_model_that_scored_them(tmp_path):
     rows = [
         dataclasses.asdict(e)
         | {role: e.roles.get(role) for role in ("chosen", "rejected", "explore")}
-        | {"reference": e.reference_logps}
+        | {"reference": e.reference_logps, "shared": e.shared_logps}
         for e in EXAMPLES
     ]
     schema = examples.SCHEMA.with_metadata({"digest of the reference": "abc"})

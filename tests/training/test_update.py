@@ -26,6 +26,7 @@ from selm_jax.preferences.examples import Example
 from selm_jax.preferences.novelty import with_bonuses
 from selm_jax.preferences.packing import Shape, pack, unpack, unpack_tokens
 from selm_jax.run.task import task_of
+from selm_jax.stages.score import with_shared
 from selm_jax.training.optimizer import OPTIMIZERS, learning_rate, optimizer
 from selm_jax.training.state import TrainState
 from selm_jax.training.update import Shardings, _means, by_role, loss_sums, make_update, of_scored
@@ -99,6 +100,13 @@ def scored(update, params, examples):
     return [dataclasses.replace(e, reference_logps=r) for e, r in zip(examples, found, strict=True)]
 
 
+def tokens_of(update, params, examples):
+    """The log-probabilities of each response's tokens under `params`."""
+    batches = pack(examples, SHAPE)
+    found = [np.asarray(update.logps_by_token(params, batch)[1]) for batch in batches]
+    return unpack_tokens(examples, SHAPE, found)
+
+
 # --- methods -----------------------------------------------------------------------------------
 
 
@@ -113,6 +121,8 @@ def test_every_method_trains_by_one_line_of_an_experiment(name, tiny, random_par
         dataclasses.replace(e, scores=tuple(s))
         for e, s in zip(scored(update, params, some_examples(8)), scores, strict=True)
     ]
+    if objective.uses_shared:
+        examples = with_shared(examples, tokens_of(update, params, examples))
     if objective.bonus_bits:
         examples = with_bonuses(examples, objective.bonus_bits)
     gradients, sums = totals(update, params, pack(examples, SHAPE), examples)
@@ -143,6 +153,41 @@ def test_the_weights_of_wpo_are_those_of_the_whole_logits(tiny, random_params):
         objective=build_objective("wpo", beta=0.1),
     )  # fmt: skip
     np.testing.assert_allclose(sums["wpo/weight"], np.exp(np.sum(pairs, axis=1)).sum(), rtol=1e-4)
+
+
+def test_ld_dpo_weighs_the_tokens_beyond_the_shorter_answer(tiny, random_params):
+    """Of packed rows against sums by hand; with stored and live references, in any microbatches."""
+    decoder = Decoder(tiny(layers=1))
+    objective = build_objective("ld_dpo", beta=0.1, ld_alpha=0.3)
+    update = make_update(decoder, objective, optimizer("adamw", **SETTINGS), chunk=16)
+    params, reference = (random_params(decoder.config, seed) for seed in (0, 5))
+    examples = some_examples()
+    policy, of_reference = (tokens_of(update, each, examples) for each in (params, reference))
+
+    def ratio(mine, theirs, role, example):
+        k, n = example.roles[role], min(map(len, example.responses[:2]))
+        gap = np.asarray(mine[k], np.float64) - theirs[k]
+        return gap[:n].sum() + 0.3 * gap[n:].sum()
+
+    margins = [
+        ratio(*both, "chosen", e) - ratio(*both, "rejected", e)
+        for *both, e in zip(policy, of_reference, examples, strict=True)
+    ]
+    expected = np.log1p(np.exp(-0.1 * np.array(margins))).sum()
+    ready = with_shared(scored(update, reference, examples), of_reference)
+    found = totals(update, params, pack(ready, SHAPE), examples)
+    assert float(found[1]["loss"]) == pytest.approx(expected, rel=1e-5)
+    assert float(found[1]["rewards/margins"]) == pytest.approx(0.1 * sum(margins), rel=1e-3)
+    live = totals(update, params, pack(examples, SHAPE), examples, reference)
+    assert_close(live, found, rtol=1e-4, atol=1e-5)
+    cuts = [0, 5, 16]
+    parts = [b for i, j in pairwise(cuts) for b in pack(ready[i:j], SHAPE)]
+    assert_close(totals(update, params, parts, examples), found, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ObjectiveError, match="Score them again"):
+        update.gradients(params, pack(examples, SHAPE)[0], mean_lengths(examples))
+    itself = with_shared(scored(update, params, examples), policy)
+    _, first = totals(update, params, pack(itself, SHAPE), examples)
+    assert float(first["loss"]) == pytest.approx(16 * math.log(2), rel=1e-6)
 
 
 # --- means -------------------------------------------------------------------------------------

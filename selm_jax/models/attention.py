@@ -7,6 +7,9 @@ elsewhere in plain JAX (`models.attention_blocks`). A decoding step has a kernel
 (`models.decode_tpu`), and is one product elsewhere. The kernels have been compiled for TPUs and
 interpreted on CPU, but have not run on a TPU. All back ends agree up to rounding.
 
+A model may have an attention sink: a learned logit per head that takes a share of the softmax and
+has no value (gpt-oss). For long rows, it is applied to what the back end returns (`with_sinks`).
+
 Letters: r rows, t queries, s keys, k key-value heads, g query heads per key-value head, h head_dim.
 """
 
@@ -40,6 +43,7 @@ def attention(
     *,
     scale: float,
     cap: float | None = None,
+    sinks: Float[Array, " heads"] | None = None,
     back_end: AttentionBackEnd = "auto",
     mesh: Mesh | None = None,
 ) -> Float[Array, "r t heads h"]:
@@ -49,15 +53,16 @@ def attention(
 
     Args:
       cap: soft cap of the scores, as in Gemma 2; None for no cap.
+      sinks: one more score of each head, whose value is zero; None for no sinks.
       back_end: how to compute it; `auto` chooses by platform and length.
       mesh: the mesh of the arrays, with rows sharded over the axes data and fsdp, and heads over
         tensor; None for one device.
     """
     platform = platform_of(mesh)
-    chosen = _chosen(back_end, sight, platform)
+    chosen = _chosen(back_end, sight, platform, sinks is not None)
     interpret = platform != "tpu"
     if chosen == "einsum":
-        return einsum(query, keys, values, sight, scale, cap)
+        return einsum(query, keys, values, sight, scale, cap, sinks)
 
     def computed(query, keys, values, sight):
         if chosen == "blocks":
@@ -65,10 +70,11 @@ def attention(
         # These import Pallas, which takes time.
         if sight.place is None:
             from selm_jax.models.attention_tpu import kernel
-        else:
-            from selm_jax.models.decode_tpu import decode_kernel as kernel
 
-        return kernel(query, keys, values, sight, scale, cap, interpret=interpret)
+            return kernel(query, keys, values, sight, scale, cap, interpret=interpret)
+        from selm_jax.models.decode_tpu import decode_kernel
+
+        return decode_kernel(query, keys, values, sight, scale, cap, interpret=interpret), None
 
     if mesh is not None and mesh.size > 1:
         # Each device decides from its own rows which blocks to visit.
@@ -86,14 +92,32 @@ def attention(
             out_specs=heads,
             check_vma=False,
         )
-    return cast(Array, computed(query, keys, values, sight))
+    context, logsumexp = cast(Any, computed(query, keys, values, sight))
+    return context if sinks is None else with_sinks(context, logsumexp, sinks)
 
 
-def _chosen(back_end: AttentionBackEnd, sight: Sight, platform: str) -> AttentionBackEnd:
+def with_sinks(
+    context: Float[Array, "r t heads h"],
+    logsumexp: Float[Array, "r t heads"],
+    sinks: Float[Array, " heads"],
+) -> Float[Array, "r t heads h"]:
+    """Attention with sinks, from attention without them and the logsumexp of its scores.
+
+    A sink takes exp(sink) / (exp(sink) + exp(logsumexp)) of the softmax, and the keys keep the
+    rest.
+    """
+    share = jax.nn.sigmoid(logsumexp - sinks.astype(jnp.float32))
+    return (context * share[..., None]).astype(context.dtype)
+
+
+def _chosen(
+    back_end: AttentionBackEnd, sight: Sight, platform: str, sinks: bool = False
+) -> AttentionBackEnd:
     kernel = back_end == "kernel" or (back_end == "auto" and platform == "tpu")
     longest = sight.position.shape[1]
     if sight.place is not None:  # a cache: one query in a decoding step, few queries otherwise
-        return "kernel" if kernel and longest == 1 else "einsum"
+        # The kernel of a decoding step does not return the logsumexp, which sinks need.
+        return "kernel" if kernel and longest == 1 and not sinks else "einsum"
     if back_end != "auto":
         return back_end
     if holds_all_scores(back_end, longest, platform):
@@ -115,6 +139,7 @@ def einsum(
     sight: Sight,
     scale: float,
     cap: float | None = None,
+    sinks: Float[Array, " heads"] | None = None,
 ) -> Float[Array, "r t heads h"]:
     """Attention with all scores at once. A query that sees no key gets the mean of all values."""
     r, t, heads, h = query.shape
@@ -124,7 +149,10 @@ def einsum(
     scores = soft_cap(scores, cap)
     # A large finite number, not -inf: queries of padding see no key and must not become NaN.
     scores = jnp.where(sight.mask()[:, None, None], scores, -1e30)
-    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    if sinks is not None:  # one more key, without a value
+        sink = sinks.astype(jnp.float32).reshape(k, -1, 1, 1)
+        scores = jnp.concatenate([scores, jnp.broadcast_to(sink, (*scores.shape[:-1], 1))], -1)
+    weights = jax.nn.softmax(scores, axis=-1)[..., : keys.shape[1]].astype(values.dtype)
     # Heads come first and are moved afterwards: for "rtkgh", XLA on CPU would copy the values to
     # transpose them.
     context = jnp.einsum("rkgts,rskh->rkgth", weights, values)

@@ -41,10 +41,10 @@ def blockwise(
     scale: float,
     cap: float | None = None,
     block: int = BLOCK,
-) -> Float[Array, "r t heads h"]:
-    """Computes softmax(cap(scale * q k^T)) v, with the softmax in float32.
+) -> tuple[Float[Array, "r t heads h"], Float[Array, "r t heads"]]:
+    """Computes softmax(cap(scale * q k^T)) v, with the softmax in float32, and its logsumexp.
 
-    A query that sees no key gets zeros.
+    A query that sees no key gets zeros, and a logsumexp of 1e20.
 
     Args:
       sight: the mask, with queries and keys that are the same tokens (`place` is None).
@@ -104,22 +104,25 @@ def _forward(query, keys, values, sight, scale, cap, block):
     # Both get a name: if rematerialization kept only the context, it would compute all of this
     # again for the logsumexp.
     context, logsumexp = (checkpoint_name(x, "context") for x in (context, logsumexp))
-    return context, (query, keys, values, sight, context, logsumexp)
+    sums = _join(logsumexp[..., None], query.shape[0], block)[:, :time, :, 0]
+    return (context, sums), (query, keys, values, sight, context, logsumexp)
 
 
-def _backward(scale, cap, block, kept, gradient):
-    """The gradients: ds = p * (do v^T - do . o), dv = p^T do, dq = ds k, dk = ds^T q.
+def _backward(scale, cap, block, kept, gradients):
+    """The gradients: ds = p * (do v^T - do . o + dl), dv = p^T do, dq = ds k, dk = ds^T q.
 
-    Here p are the weights, o is the context and s are the scores.
+    Here p are the weights, o is the context, l the logsumexp and s are the scores.
     """
     query, keys, values, sight, context, logsumexp = kept
     rows, time, k = query.shape[0], query.shape[1], keys.shape[2]
     pad = partial(whole_blocks, block=block)
     scores = partial(_scores, sight.padded(block), scale, cap, block)
-    q, key_blocks, value_blocks, d_context, context = (
-        _cut(pad(x), k, block) for x in (query, keys, values, gradient, context)
+    d_context, d_sums = gradients
+    q, key_blocks, value_blocks, d_context, context, d_sums = (
+        _cut(pad(x), k, block) for x in (query, keys, values, d_context, context, d_sums[..., None])
     )
     along = jnp.sum(d_context.astype(jnp.float32) * context.astype(jnp.float32), -1)
+    along = along - d_sums[..., 0]
     meeting = visits(sight, block)
 
     def visit(step, state):

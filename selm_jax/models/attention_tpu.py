@@ -65,10 +65,10 @@ def kernel(
     cap: float | None = None,
     *,
     interpret: bool = False,
-) -> Float[Array, "r t heads h"]:
-    """Computes softmax(cap(scale * q k^T)) v, with the softmax in float32.
+) -> tuple[Float[Array, "r t heads h"], Float[Array, "r t heads"]]:
+    """Computes softmax(cap(scale * q k^T)) v, with the softmax in float32, and its logsumexp.
 
-    A query that sees no key gets zeros.
+    A query that sees no key gets zeros, and a logsumexp of 1e20.
 
     Args:
       sight: the mask; queries and keys must be the same tokens (`place` is None).
@@ -76,7 +76,9 @@ def kernel(
     """
     heads_first = (whole_blocks(x, LANES).swapaxes(1, 2) for x in (query, keys, values))
     how = _How(scale, cap, sight.window is not None, interpret)
-    return _attend(*heads_first, row_of(sight), how).swapaxes(1, 2)[:, : query.shape[1]]
+    found: Any = _attend(*heads_first, row_of(sight), how)
+    context, sums = (x.swapaxes(1, 2)[:, : query.shape[1]] for x in found)
+    return context, sums
 
 
 def row_of(sight: Sight) -> Sight:
@@ -176,7 +178,7 @@ def _forward_kernel(
 
 
 def _weights(given, window, i, j, how: _How, masked: bool):
-    """The weights p, and the gradient of the scores, p * (do v^T - do . o): [b, b] each."""
+    """The weights p, and the gradient of the scores, p * (do v^T - along): [b, b] each."""
     q, k, v, end, position, key_position, logsumexp, d_out, along = given
     x, slope = _scores(q, k, end, position, key_position, window, i, j, how, masked)
     weights = jnp.exp(x - jnp.expand_dims(logsumexp[0], -1))
@@ -255,14 +257,16 @@ def _forward(query, keys, values, row: Sight, how: _How):
     # Named, or rematerialisation that keeps the context would compute all of this again for the
     # sum.
     out, logsumexp = (checkpoint_name(x, "context") for x in (out, logsumexp))
-    return out, (query, keys, values, row, out, logsumexp)
+    return (out, logsumexp[:, :, 0]), (query, keys, values, row, out, logsumexp)
 
 
-def _backward(how: _How, kept, d_out):
+def _backward(how: _How, kept, gradients):
     query, keys, values, row, out, logsumexp = kept
     (rows, heads, time, h), k = query.shape, keys.shape[1]
     b, group = block_of(time), heads // k
-    along = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1)[:, :, None]
+    d_out, d_sums = gradients
+    along = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1) - d_sums
+    along = along[:, :, None]
 
     def given(at: _Places):
         return [

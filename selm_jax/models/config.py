@@ -117,6 +117,18 @@ class LayerKind:
 
 
 @dataclasses.dataclass(frozen=True)
+class Clamp:
+    """The clamped gates of gpt-oss's experts: g * sigmoid(alpha * g) * (u + 1).
+
+    Here g and u are the outputs of `gate` and `up`, g at most `limit`, and u between -limit and
+    limit.
+    """
+
+    alpha: float
+    limit: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Mixture:
     """The properties of a mixture of experts, which every layer then has in place of its MLP.
 
@@ -125,11 +137,15 @@ class Mixture:
       active: number of experts that compute each token: those with the highest probabilities.
       normalized: whether the weights of a token's experts are made to sum to one. Otherwise they
         are the router's probabilities among all experts.
+      biases: whether the router and the experts' kernels have biases.
+      clamp: clamped gates, in place of the activation; None: the activation alone.
     """
 
     experts: int
     active: int
     normalized: bool
+    biases: bool = False
+    clamp: Clamp | None = None
 
     def __post_init__(self):
         if self.active > self.experts:
@@ -182,6 +198,7 @@ class DecoderConfig:
         of the MLP have biases.
       qk_norm: whether queries and keys are normalised before they are rotated: each head by itself
         ("head"), or all heads of a token together ("projection").
+      sinks: whether each head has an attention sink: a learned score that has no value.
       pre_norms, post_norms: whether the inputs of attention and MLP are normalised, and whether
         their outputs are.
       norm_offset: added to the stored scales of norms.
@@ -215,6 +232,7 @@ class DecoderConfig:
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: Literal["head", "projection"] | None = None
+    sinks: bool = False
     pre_norms: bool = True
     post_norms: bool = False
     norm_offset: float = 0.0

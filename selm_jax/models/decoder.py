@@ -98,7 +98,10 @@ class Attention(Adapted):
             if sight.place is not None:  # otherwise the new tokens only see each other
                 keys, values = jnp.swapaxes(cache.keys, 1, 2), jnp.swapaxes(cache.values, 1, 2)
         scale = h**-0.5 if c.query_scale is None else c.query_scale
-        context = self.attend(query, keys, values, sight, scale=scale, cap=c.attention_cap)
+        sinks = self._sinks() if c.sinks else None
+        context = self.attend(
+            query, keys, values, sight, scale=scale, cap=c.attention_cap, sinks=sinks
+        )
         context = checkpoint_name(context, "context")
         o_axes = ("heads", "head_dim", "embed")
         return linear(self, "o", context, o_axes, (n, h, d), inputs=2, bias=c.out_bias), cache
@@ -109,6 +112,10 @@ class Attention(Adapted):
             return x
         heads = x.reshape(*x.shape[:2], -1) if self.config.qk_norm == "projection" else x
         return Norm(self.config, name=name)(heads).reshape(x.shape)
+
+    def _sinks(self) -> Float[Array, " heads"]:
+        zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("heads",))
+        return cast(Array, self.param("sinks", zeros, (self.config.heads,)))
 
 
 def _write(

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from selm_jax.models.config import DecoderConfig, Mixture
+from selm_jax.models.config import Clamp, DecoderConfig, Mixture
 from selm_jax.models.linear import weight
 from selm_jax.models.lora import Lora
 from selm_jax.models.mlp import ACTIVATIONS
@@ -32,27 +32,37 @@ from selm_jax.models.mlp import ACTIVATIONS
 LOAD = "load"
 """The collection in which each layer leaves the experts chosen for each token, if it is mutable."""
 
+ROUTER = ("router", "router_bias")
+"""The names of a router's parameters."""
+
 _ROWS = ("data", "fsdp")
 
 
 class Kernel(NamedTuple):
-    """A matrix of each expert, and its adapter's A and B, if any.
+    """A matrix of each expert, and its bias and its adapter's A and B, if any.
 
     Attributes:
       w: [experts, in, out].
+      bias: [experts, out].
       a: [experts, in, rank].
       b: [experts, rank, out].
     """
 
     w: Any
+    bias: Any = None
     a: Any = None
     b: Any = None
 
 
+Router = tuple[Float[Array, "embed experts"], Float[Array, " experts"] | None]
+"""A router's kernel and its bias, if any."""
+
 # The axes of the mesh over which kernels are cut: those that read the residual stream, and the one
 # that writes it.
-_INTO = Kernel(P("tensor", "fsdp"), P("tensor", "fsdp"), P("tensor"))
-_OUT = Kernel(P("tensor", None, "fsdp"), P("tensor"), P("tensor", None, "fsdp"))
+_INTO = Kernel(P("tensor", "fsdp"), P("tensor"), P("tensor", "fsdp"), P("tensor"))
+_OUT = Kernel(
+    P("tensor", None, "fsdp"), P("tensor", "fsdp"), P("tensor"), P("tensor", None, "fsdp")
+)
 
 
 class Experts(nn.Module):
@@ -74,7 +84,8 @@ class Experts(nn.Module):
     def __call__(self, x: Float[Array, "rows time embed"]) -> Float[Array, "rows time embed"]:
         c, e = self.config, self.mixture.experts
         d, f = c.embed, c.mlp
-        router = weight(self, "router", ("embed", None), (d, e), d).astype(jnp.float32)
+        router = weight(self, "router", ("embed", None), (d, e), d)
+        bias = self._bias("router", (None,), (e,))
         kernels = (
             self._kernel("gate", x, ("embed", "expert_mlp"), (d, f)),
             self._kernel("up", x, ("embed", "expert_mlp"), (d, f)),
@@ -85,7 +96,7 @@ class Experts(nn.Module):
         mesh = self.mesh
         if mesh is not None and mesh.size > 1:
             computed = _on_mesh(partial(computed, on_mesh=True), mesh, x.shape[0])
-        y, chosen = computed(x, router, *kernels)
+        y, chosen = computed(x, (router, bias), *kernels)
         if self.is_mutable_collection(LOAD) and not self.is_initializing():
             self.put_variable(LOAD, "chosen", chosen)
         return y
@@ -94,8 +105,10 @@ class Experts(nn.Module):
         """The kernel `name` of all experts in the dtype of x; `axes` and `shape` are of one."""
         e, lora = self.mixture.experts, self.lora
         w = weight(self, name, ("experts", *axes), (e, *shape), shape[0]).astype(x.dtype)
+        bias = self._bias(name, ("experts", axes[1]), (e, shape[1]))
+        bias = None if bias is None else bias.astype(x.dtype)
         if lora is None or not lora.adapts(f"{self.name}/{name}"):
-            return Kernel(w)
+            return Kernel(w, bias)
 
         def half(suffix: str, axes: tuple[str, str], shape: tuple[int, int]) -> Array:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("experts", *axes))
@@ -105,7 +118,15 @@ class Experts(nn.Module):
 
         into, out = shape
         a = half("a", (axes[0], "rank"), (into, lora.rank))
-        return Kernel(w, a, half("b", ("rank", axes[1]), (lora.rank, out)))
+        return Kernel(w, bias, a, half("b", ("rank", axes[1]), (lora.rank, out)))
+
+    def _bias(
+        self, name: str, axes: tuple[str | None, ...], shape: tuple[int, ...]
+    ) -> Array | None:
+        if not self.mixture.biases:
+            return None
+        zeros = nn.with_logical_partitioning(nn.initializers.zeros, axes)
+        return cast(Array, self.param(f"{name}_bias", zeros, shape))
 
 
 def _on_mesh(computed: Any, mesh: Mesh, rows: int) -> Any:
@@ -123,7 +144,7 @@ def _on_mesh(computed: Any, mesh: Mesh, rows: int) -> Any:
 
 def _computed(
     x: Float[Array, "rows time embed"],
-    router: Float[Array, "embed all_experts"],
+    router: Router,
     gate: Kernel,
     up: Kernel,
     down: Kernel,
@@ -161,17 +182,27 @@ def _computed(
 
     def product(x: Array, kernel: Kernel) -> Array:
         y = times(x, kernel.w)
+        if kernel.bias is not None:  # as a kernel of one input, each expert's reaches its group
+            y = y + times(jnp.ones((len(x), 1), x.dtype), kernel.bias[:, None])
         return y if kernel.a is None else y + scale * times(times(x, kernel.a), kernel.b)
 
     y = _permuted(jnp.repeat(tokens, mixture.active, axis=0), order, back)
     gates = checkpoint_name(product(y, gate), "gate")
     ups = checkpoint_name(product(y, up), "up")
-    y = product(ACTIVATIONS[activation](gates) * ups, down)
+    y = product(_gated(gates, ups, activation, mixture.clamp), down)
     y = _permuted(y, back, order).reshape(*chosen.shape, -1)
     y = jnp.einsum("tkd,tk->td", y, weights, preferred_element_type=jnp.float32)
     if on_mesh:
         y = jax.lax.psum(y, "tensor")
     return y.astype(x.dtype).reshape(x.shape), chosen.reshape(*x.shape[:2], -1)
+
+
+def _gated(gate: Array, up: Array, activation: str, clamp: Clamp | None) -> Array:
+    """What goes into an expert's last kernel."""
+    if clamp is None:
+        return ACTIVATIONS[activation](gate) * up
+    gate, up = jnp.minimum(gate, clamp.limit), jnp.clip(up, -clamp.limit, clamp.limit)
+    return gate * jax.nn.sigmoid(clamp.alpha * gate) * (up + 1)
 
 
 def _whole(kernel: Kernel, specs: Kernel) -> Kernel:
@@ -186,16 +217,21 @@ def _whole(kernel: Kernel, specs: Kernel) -> Kernel:
 
 
 def route(
-    tokens: Float[Array, "tokens embed"], router: Float[Array, "embed experts"], mixture: Mixture
+    tokens: Float[Array, "tokens embed"], router: Router, mixture: Mixture
 ) -> tuple[Float[Array, "tokens active"], Int[Array, "tokens active"]]:
     """The weights of each token's experts, in float32, and their numbers.
 
     A router's scores are often close to each other, so that rounding would choose other experts.
     Hence they are computed in full float32 precision, which TPUs do not use by default.
     """
+    w, bias = router
     scores = jnp.einsum(
-        "td,de->te", tokens.astype(jnp.float32), router, precision=jax.lax.Precision.HIGHEST
+        "td,de->te",
+        tokens.astype(jnp.float32),
+        w.astype(jnp.float32),
+        precision=jax.lax.Precision.HIGHEST,
     )
+    scores = scores if bias is None else scores + bias.astype(jnp.float32)
     weights, chosen = jax.lax.top_k(jax.nn.softmax(scores, axis=-1), mixture.active)
     if mixture.normalized:
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)

@@ -87,6 +87,13 @@ FAMILIES = {
     ),
     "mixtral": Family("MixtralForCausalLM", moe.mixtral_from, moe.mixtral_to),
     "qwen3_moe": Family("Qwen3MoeForCausalLM", moe.qwen3_moe_from, moe.qwen3_moe_to),
+    "gpt_oss": Family(
+        "GptOssForCausalLM",
+        moe.gpt_oss_from,
+        moe.gpt_oss_to,
+        head_dim=64,
+        activations={"silu": "silu"},  # nothing reads it, because the experts have their own
+    ),
     "gemma": Family(
         "GemmaForCausalLM",
         gemma.gemma_from,
@@ -109,8 +116,6 @@ FAMILIES = {
 _CLOSE = {
     "qwen2_moe": "qwen3_moe, but every token also has an expert that is shared by all",
     "qwen3_next": "qwen3_moe, but most layers have linear attention, and an expert is shared",
-    "gpt_oss": "qwen3_moe, but its attention has sinks, its experts have biases and clamped gates, "
-    "and they are stored in mxfp4",
     "qwen3_5": "qwen3, but most layers have linear attention, and it also reads images",
     "qwen3_5_moe": "qwen3_moe, but most layers have linear attention, and an expert is shared",
     "llama4": "llama, but it has experts, one of them shared, and it also reads images",

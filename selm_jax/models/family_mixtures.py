@@ -1,14 +1,20 @@
-"""Reads and writes the keys of mixtures of experts: Mixtral and Qwen3-MoE.
+"""Reads and writes the keys of mixtures of experts: Mixtral, Qwen3-MoE and gpt-oss.
 
 For each family, two functions side by side read and write the keys that not all families share.
 """
 
 from __future__ import annotations
 
-from selm_jax.models.config import DecoderConfig, Mixture, UnsupportedModel
+from selm_jax.models.config import Clamp, DecoderConfig, Mixture, UnsupportedModel
 from selm_jax.models.config_keys import Json, Keys
-from selm_jax.models.config_layers import all_alike, window_if
-from selm_jax.models.config_rope import rope_from, rope_to
+from selm_jax.models.config_layers import (
+    all_alike,
+    alternating,
+    kinds_of,
+    layer_types_to,
+    window_if,
+)
+from selm_jax.models.config_rope import parameters_to, rope_from, rope_of, rope_to
 
 
 def mixtral_from(k: Keys, c: Json) -> Json:
@@ -65,3 +71,64 @@ def qwen3_moe_to(c: DecoderConfig) -> Json:
         "sliding_window": window,
         "use_sliding_window": window is not None,
     } | rope_to(c.kinds[0].rope)
+
+
+_GPT_OSS_ROPE: Json = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
+
+
+def gpt_oss_from(k: Keys, c: Json) -> Json:
+    method = k.object("quantization_config").get("quant_method", "mxfp4")
+    if method != "mxfp4":
+        raise UnsupportedModel(
+            f"config.json: quantization_config has quant_method {method!r:.60}; of a gpt_oss model "
+            "mxfp4 is read, and weights that are not quantised. Use such a copy"
+        )
+    active = k.size("num_experts_per_tok", 4)
+    # OpenAI's own names for two facts, which the published files have beside transformers' names.
+    k.only("experts_per_token", active, None)
+    theta = k.number("rope_theta", None) or 1.5e5
+    parameters = k.object("rope_parameters") or k.object("rope_scaling") or _GPT_OSS_ROPE
+    k.only("initial_context_length", parameters.get("original_max_position_embeddings"), None)
+    rope = rope_of(parameters, theta, k)
+    types = k.texts("layer_types") or alternating(c["layers"], 2)
+    ropes = {"full_attention": rope, "sliding_attention": rope}
+    bias = k.flag("attention_bias", True)
+    return {
+        "mixture": Mixture(
+            k.size("num_local_experts", 128),
+            active,
+            True,
+            biases=True,
+            clamp=Clamp(k.number("swiglu_alpha", 1.702), k.number("swiglu_limit", 7.0)),
+        ),
+        "sinks": True,
+        "qkv_bias": bias,
+        "out_bias": bias,
+        "kinds": kinds_of(types, k.size("sliding_window", 128, null=True), ropes, c),
+    }
+
+
+def gpt_oss_to(c: DecoderConfig) -> Json:
+    assert c.mixture is not None and c.mixture.clamp is not None
+    rope = c.kinds[0].rope
+    assert rope is not None
+    # Without any scaling, transformers would take yarn, which is the default of this family.
+    said = rope_to(rope) if rope.scaling else {"rope_parameters": parameters_to(rope)}
+    return (
+        {
+            "num_local_experts": c.mixture.experts,
+            "num_experts_per_tok": c.mixture.active,
+            "swiglu_alpha": c.mixture.clamp.alpha,
+            "swiglu_limit": c.mixture.clamp.limit,
+            "attention_bias": c.qkv_bias,
+        }
+        | layer_types_to(c)
+        | said
+    )

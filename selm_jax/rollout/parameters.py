@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from selm_jax.config.kinds import RolloutWeights
 from selm_jax.models.config import DecoderConfig
 from selm_jax.models.decoder import Params, abstract_params, unstack
+from selm_jax.models.experts import ROUTER
 from selm_jax.models.quantize import quantize
 from selm_jax.parallel.rules import DECODE, shardings
 
@@ -51,7 +52,7 @@ def _cast(params: Params, dtype: Any, weights: RolloutWeights) -> Params:
         in_full = jax.tree.map(lambda x: x.astype(jnp.float32), params)
         exact = quantize(in_full, weights, block=None)
     flat = {
-        path: x.astype(dtype) if isinstance(x, jax.Array) and path[-1] != "router" else x
+        path: x.astype(dtype) if isinstance(x, jax.Array) and path[-1] not in ROUTER else x
         for path, x in flatten_dict(exact).items()
     }
     return unflatten_dict(flat)

@@ -26,7 +26,7 @@ from jax.sharding import Sharding
 from jaxtyping import Array, Float
 
 from selm_jax.models.decoder import Decoder, Params, unembedding
-from selm_jax.models.experts import LOAD, expert_counts, load_metrics
+from selm_jax.models.experts import LOAD, ROUTER, expert_counts, load_metrics
 from selm_jax.objectives.logprobs import TokenStats, token_logprobs, token_statistics
 from selm_jax.objectives.losses import Logps, Metrics, Objective, ObjectiveError, Rewards
 from selm_jax.objectives.measures import measures
@@ -271,7 +271,7 @@ def _routers_held(tree: Any, held: bool) -> Any:
     """The tree of gradients or steps; if `held`, with zeros for routers of experts."""
 
     def of(path, x):
-        return jnp.zeros_like(x) if path[-1].key == "router" else x
+        return jnp.zeros_like(x) if path[-1].key in ROUTER else x
 
     return jax.tree_util.tree_map_with_path(of, tree) if held else tree
 

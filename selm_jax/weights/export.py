@@ -30,6 +30,7 @@ from selm_jax.weights.saving import save
 
 # The key with which the JSON files of a folder refer to Python code in the folder.
 _CODE = "auto_map"
+_QUANTIZED = "quantization_config"
 _DTYPES = "dtype", "torch_dtype"
 
 
@@ -48,7 +49,8 @@ def export_folder(
 
     The config is that of the source model; only the dtype of the weights is changed and, for a
     reward model, the keys that describe its head. The key `auto_map`, which refers to code, is
-    removed: no code is exported, and none is needed.
+    removed: no code is exported, and none is needed. So is `quantization_config`, because the
+    weights are exported in full; the model card says so.
 
     If the source model is multi-modal, its other tensors are copied byte for byte, or the text
     model is written alone.
@@ -73,9 +75,22 @@ def export_folder(
         inside = multimodal.around(source)
     if folder is not None and part[0] == 0:
         change = partial(_json_of, config=config, whole=inside is not None)
-        _write_folder(source, folder, str(params["embedding"].dtype), change)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        dtype = str(params["embedding"].dtype)
+        _write_folder(source, folder, dtype, change)
+        (folder / "README.md").write_text(card + _in_full(source, dtype), encoding="utf-8")
     save(params, config, folder, max_shard_bytes=max_shard_bytes, inside=inside, part=part)
+
+
+def _in_full(source: Path, dtype: str) -> str:
+    """The sentences of the model card on weights that were quantised in `source`."""
+    hf = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    if not hf.get(_QUANTIZED):
+        return ""
+    method = hf[_QUANTIZED].get("quant_method")
+    return (
+        f"\n## Precision\n\nThe start model stores a part of its weights in {method}. "
+        f"These are all in {dtype}, and need more memory.\n"
+    )
 
 
 def _json_of(hf: Mapping[str, Any], config: DecoderConfig, whole: bool) -> Mapping[str, Any]:
@@ -149,7 +164,8 @@ def _write_folder(
             continue
         (folder / name).parent.mkdir(exist_ok=True)
         _copy(source / name, folder / name)
-    hf.pop(_CODE, None)
+    for key in (_CODE, _QUANTIZED):
+        hf.pop(key, None)
     # transformers 5 writes `dtype`, earlier versions and other tools `torch_dtype`; all read both.
     for key in [key for key in _DTYPES if key in hf] or ["torch_dtype"]:
         hf[key] = dtype

@@ -26,6 +26,7 @@ WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 """The dtypes that parameters may be stored in, by safetensors' names."""
+_READ = DTYPES | {"U8": np.uint8}  # bytes have a meaning of their own (`weights.mxfp4`)
 
 MAX_SHARD_BYTES = 5 * 10**9
 """The most bytes of data in one file: transformers' "5GB", fine for file systems and downloads."""
@@ -86,7 +87,7 @@ class Checkpoint:
             self._name, self._rows = name, {}
         if (first, stop) not in self._rows:  # several devices may want columns of the same rows
             self._rows[first, stop] = file[first:stop]
-        rows = self._rows[first, stop].view(DTYPES[stored.dtype])
+        rows = self._rows[first, stop].view(_READ[stored.dtype])
         part = rows.reshape(shape)[rest]
         return part if part.flags.aligned else part.copy()
 

@@ -165,8 +165,11 @@ def _read(
     for axes in groups:
         start, stop = bounds[axes[0]]
         inner = math.prod(row.shape[a] for a in axes[1:])
-        first = 0 if cuts else row.first
+        first = 0 if cuts or row.of > 1 else row.first
         cuts.append(slice(first + start * inner, first + stop * inner))
+    if row.of > 1:
+        last = cuts[-1]
+        cuts[-1] = slice(row.of * last.start + row.first, row.of * last.stop, row.of)
     sizes, rest = list(row.shape), [slice(*bound) for bound in bounds]
     for axis in (axes[0] for axes in groups):
         start, stop = bounds[axis]

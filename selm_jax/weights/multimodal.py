@@ -16,6 +16,7 @@ import numpy as np
 from selm_jax.models.multimodal import is_multimodal
 from selm_jax.shell.json_file import read_object
 from selm_jax.weights.files import Checkpoint, Stored, WeightsError, open_checkpoint
+from selm_jax.weights.mxfp4 import in_full
 
 _TEXT = {  # the beginning of a stored name, and of the text model's own
     "language_model.model.": "model.",
@@ -37,12 +38,14 @@ def is_in(folder: Path) -> bool:
 def open_text(folder: Path) -> Checkpoint:
     """Opens a folder's checkpoint; of a multi-modal one, the text model under its own names.
 
-    Tensors of images are left out. Unknown names stay as they are.
+    Tensors of images are left out. Unknown names stay as they are. Tensors in mxfp4 are read as
+    bfloat16.
 
     Raises:
-      WeightsError: as for `open_checkpoint`, or two stored tensors have the same meaning.
+      WeightsError: as for `open_checkpoint` and `mxfp4.in_full`, or two stored tensors have the
+        same meaning.
     """
-    checkpoint = open_checkpoint(folder)
+    checkpoint = in_full(open_checkpoint(folder))
     if not is_in(folder):
         return checkpoint
     kept = {name: _own(name) for name in checkpoint.tensors if not name.startswith(_ASIDE)}

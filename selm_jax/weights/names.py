@@ -32,6 +32,8 @@ class Tensor(NamedTuple):
       first: the row of the stored tensor at which this parameter begins; 0 unless it is fused.
       experts: the number of experts of a layer if each of them is a stored tensor. Then the shape
         is one expert's, and `name` has a second `{}`, for the number of the expert.
+      of: how many parameters alternate along the last axis of the stored tensor; `first` is then
+        this one's place among them, and not a row.
     """
 
     path: Path
@@ -40,6 +42,7 @@ class Tensor(NamedTuple):
     inputs: int | None
     first: int = 0
     experts: int | None = None
+    of: int = 1
 
     @property
     def layer_shape(self) -> tuple[int, ...]:
@@ -58,7 +61,8 @@ class Tensor(NamedTuple):
     def stored_shape(self) -> tuple[int, ...]:
         """The shape of this parameter's part of the stored tensor."""
         if self.inputs is None:
-            return (math.prod(self.shape),) if self.path[-1].endswith("_bias") else self.shape
+            flat = self.path[-1].endswith("_bias") and self.path[-2] == "attention"
+            return (math.prod(self.shape),) if flat else self.shape
         return math.prod(self.shape[self.inputs :]), math.prod(self.shape[: self.inputs])
 
 
@@ -105,12 +109,25 @@ _OTHER_NAMES = {
         ("experts", "up"): "block_sparse_moe.experts.{}.w3",
         ("experts", "down"): "block_sparse_moe.experts.{}.w2",
     },
+    "GptOssForCausalLM": {("experts", "router"): "mlp.router"},
     "Glm4ForCausalLM": {
         ("attention_post_norm",): "post_self_attn_layernorm",
         ("mlp_norm",): "post_attention_layernorm",
         ("mlp_post_norm",): "post_mlp_layernorm",
     },
     "GraniteMoeHybridForCausalLM": {("mlp", "down"): "shared_mlp.output_linear"},
+}
+# Parameters that are stored as they are, by their tensor's name. If there is more than one, their
+# numbers alternate along the last axis.
+_AS_THEY_ARE = {
+    "GptOssForCausalLM": {
+        "self_attn.sinks": (("attention", "sinks"),),
+        "mlp.router.bias": (("experts", "router_bias"),),
+        "mlp.experts.gate_up_proj": (("experts", "gate"), ("experts", "up")),
+        "mlp.experts.gate_up_proj_bias": (("experts", "gate_bias"), ("experts", "up_bias")),
+        "mlp.experts.down_proj": (("experts", "down"),),
+        "mlp.experts.down_proj_bias": (("experts", "down_bias"),),
+    },
 }
 # Kernels stored as one tensor, in this order.
 _FUSED = {
@@ -137,6 +154,11 @@ def _tensor(path: Path, shape: tuple[int, ...], config: DecoderConfig) -> Tensor
         name, inputs = _OUTSIDE[path]
         return Tensor(path, shape, name, inputs)
     inner = path[1:]
+    for name, parts in _AS_THEY_ARE.get(config.architecture, {}).items():
+        if inner in parts:
+            return Tensor(
+                path, shape[1:], f"{_LAYER}{name}", None, first=parts.index(inner), of=len(parts)
+            )
     other = _OTHER_NAMES.get(config.architecture, {})
     if name := (_EXPERTS | other).get((inner[0], inner[-1])):
         row = Tensor(path, shape[1:], f"{_LAYER}{name}.weight", 1)
@@ -152,15 +174,15 @@ def _tensor(path: Path, shape: tuple[int, ...], config: DecoderConfig) -> Tensor
 
 
 def _fuse(rows: dict[Path, Tensor], fused: dict[str, tuple[str, ...]]) -> dict[Path, Tensor]:
-    by_name = {row.name: row for row in rows.values()}
+    by_name, rest = {row.name: row for row in rows.values()}, dict(rows)
     moved = {}
     for whole, parts in fused.items():
         first = 0
         for part in parts:
-            row = by_name.pop(f"{_LAYER}{part}.weight")
+            row = rest.pop(by_name[f"{_LAYER}{part}.weight"].path)
             moved[row.path] = row._replace(name=f"{_LAYER}{whole}.weight", first=first)
             first += row.stored_shape[0]
-    return {row.path: row for row in by_name.values()} | moved
+    return rest | moved
 
 
 def stored_tensors(config: DecoderConfig) -> Iterator[tuple[list[str], int | None, list[Tensor]]]:
@@ -181,8 +203,10 @@ def stored_tensors(config: DecoderConfig) -> Iterator[tuple[list[str], int | Non
 
 
 def whole_shape(parts: list[Tensor]) -> tuple[int, ...]:
-    """The shape of a stored tensor whose parts are concatenated along the first axis."""
+    """The shape of a stored tensor whose parts are concatenated, or alternate."""
     shapes = [row.stored_shape for row in parts]
+    if parts[0].of > 1:
+        return *shapes[0][:-1], parts[0].of * shapes[0][-1]
     return sum(shape[0] for shape in shapes), *shapes[0][1:]
 
 

@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 
 from selm_jax.models.config import DecoderConfig
 from selm_jax.models.decoder import Params
-from selm_jax.models.lora import Lora
+from selm_jax.models.lora import Lora, LoraError
 from selm_jax.weights.files import stored_like, write_file
 from selm_jax.weights.names import Tensor, tensors
 from selm_jax.weights.saving import fetch
@@ -45,7 +45,11 @@ def export_adapter(
       folder: None for processes that only contribute their shards of the adapters.
       revision: the commit of a Hub id.
       inside: whether the base is a multi-modal model, whose text model has the adapters.
+
+    Raises:
+      LoraError: as for `check`.
     """
+    check(config, lora)
     flat = flatten_dict(adapters)
     stored: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
@@ -90,8 +94,22 @@ def export_adapter(
     (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
+def check(config: DecoderConfig, lora: Lora) -> None:
+    """Raises LoraError if PEFT has no module for a kernel that has adapters.
+
+    It has none for experts that are one tensor.
+    """
+    for row in tensors(config).values():
+        if row.inputs is None and _has(row, lora):
+            raise LoraError(
+                f"lora.experts is true, but this model stores all experts of a layer as one tensor "
+                f"({row.name.format(0)}), for which the export has no adapters. To adapt attention "
+                "alone, set lora.targets: self_attn and lora.experts: false"
+            )
+
+
 def _has(row: Tensor, lora: Lora) -> bool:
-    return row.stacked and row.inputs is not None and lora.adapts("/".join(row.path[1:]))
+    return row.stacked and lora.adapts("/".join(row.path[1:]))
 
 
 def _adapted(config: DecoderConfig, lora: Lora) -> Iterator[tuple[str, list[Tensor]]]:

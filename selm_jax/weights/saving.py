@@ -76,7 +76,16 @@ def to_hf_tensors(
         ours = [fetch(flat[row.path], layer).reshape(-1, *row.shape) for row in parts]
         for expert, name in enumerate(names):
             found = [_to_theirs(x[expert], row) for x, row in zip(ours, parts, strict=True)]
-            yield name, found[0] if len(found) == 1 else np.concatenate(found)
+            yield name, _joined(found, parts)
+
+
+def _joined(found: list[np.ndarray], parts: list[Tensor]) -> np.ndarray:
+    """The stored tensor of several parameters."""
+    if len(found) == 1:
+        return found[0]
+    if parts[0].of > 1:
+        return np.stack(found, axis=-1).reshape(whole_shape(parts))
+    return np.concatenate(found)
 
 
 def _flat(params: Params) -> dict[tuple[str, ...], jax.Array]:

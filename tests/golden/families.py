@@ -122,6 +122,14 @@ FAMILIES = {
             "num_hidden_layers": 2,
         },
     ),
+    "gpt-oss": (
+        "GptOssConfig",
+        {
+            "head_dim": 16, "num_local_experts": 8, "num_experts_per_tok": 3, "sliding_window": 40,
+            "swiglu_alpha": 1.5, "swiglu_limit": 0.5,
+            "rope_parameters": _YARN | {"truncate": False},
+        },
+    ),
     "gemma-1": ("GemmaConfig", {"head_dim": 8}),
     "gemma-2": ("Gemma2Config", _GEMMA),
     "gemma-3": (

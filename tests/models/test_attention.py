@@ -95,7 +95,7 @@ def test_values_and_gradients_are_the_oracles(rows, time, heads, k, h, cap, wind
         return jnp.where(sees, value, 0), *backward(weight * sees)
 
     blocks = partial(blockwise, sight=sight, scale=h**-0.5, cap=cap, block=block)
-    found = of(lambda q, x, v: blocks(q, x, v))
+    found = of(lambda q, x, v: blocks(q, x, v)[0])
     expected = of(lambda q, x, v: einsum(q, x, v, sight, h**-0.5, cap))
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape
@@ -122,7 +122,7 @@ def test_all_kinds_of_blocks_occur_and_the_unseen_are_not_visited():
 def test_queries_that_see_nothing_are_finite_and_give_no_gradient():
     sight = Sight(*[jnp.zeros((1, 32), jnp.int32)] * 3)
     x = jnp.ones((1, 32, 2, 8))
-    value, backward = jax.vjp(lambda q, k, v: blockwise(q, k, v, sight, 1.0, 2.0, 16), x, x, x)
+    value, backward = jax.vjp(lambda q, k, v: blockwise(q, k, v, sight, 1.0, 2.0, 16)[0], x, x, x)
     assert not np.any(value)
     assert all(not np.any(d) for d in backward(x))
 
@@ -131,7 +131,7 @@ def test_without_ends_every_later_token_sees_each_one():
     rng = np.random.default_rng(1)
     q, k, v = (jnp.asarray(rng.normal(size=(2, 40, 2, 8)), jnp.float32) for _ in range(3))
     at = jnp.broadcast_to(jnp.arange(40), (2, 40))
-    found = blockwise(q, k, v, Sight(at, at), 0.3, None, 16)
+    found, _ = blockwise(q, k, v, Sight(at, at), 0.3, None, 16)
     np.testing.assert_allclose(found, einsum(q, k, v, Sight(at, at), 0.3), atol=1e-5)
 
 

@@ -64,7 +64,7 @@ def test_values_and_gradients_are_the_oracles(
         assert np.isfinite(value).all()
         return jnp.where(sees, value, 0), *backward(weight * sees)
 
-    found = of(lambda q, x, v: kernel(q, x, v, sight, h**-0.5, cap, interpret=True))
+    found = of(lambda q, x, v: kernel(q, x, v, sight, h**-0.5, cap, interpret=True)[0])
     expected = of(lambda q, x, v: einsum(q, x, v, sight, h**-0.5, cap))
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape
@@ -84,7 +84,7 @@ def test_values_and_gradients_are_the_same_with_a_tpus_memory_simulated(small_bl
         return jnp.where(sees, value, 0), *backward(weight * sees)
 
     simulated = pltpu.InterpretParams(uninitialized_memory="nan")
-    found = of(lambda *x: kernel(*x, sight, 0.125, 20.0, interpret=simulated))
+    found = of(lambda *x: kernel(*x, sight, 0.125, 20.0, interpret=simulated)[0])
     expected = of(lambda *x: einsum(*x, sight, 0.125, 20.0))
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
@@ -152,7 +152,7 @@ def test_it_compiles_for_tpus_and_keeps_nothing_of_time_x_time(name, heads, k, h
         # Heads in front, as projections leave them: their own transposes are not the kernel's.
         query, keys, values = (x.swapaxes(1, 2) for x in (query, keys, values))
         sight = Sight(position, position, end, window=window)
-        out, backward = jax.vjp(lambda *x: kernel(*x, sight, h**-0.5, cap), query, keys, values)
+        out, backward = jax.vjp(lambda *x: kernel(*x, sight, h**-0.5, cap)[0], query, keys, values)
         found = out, *backward(gradient.swapaxes(1, 2))
         return [x.swapaxes(1, 2) for x in found]
 

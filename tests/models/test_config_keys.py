@@ -18,7 +18,7 @@ from selm_jax.models.families import FAMILIES, from_hf, read_config, text_model_
 from selm_jax.models.multimodal import MULTIMODAL, text_part
 from selm_jax.plan.command import read_facts
 from selm_jax.weights.deberta import read_config as read_pairrm
-from selm_jax.weights.names import tensors
+from selm_jax.weights.names import stored_tensors, tensors, whole_shape
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 # Parameters, as the checkpoints' pages on the Hub count them.
@@ -59,6 +59,7 @@ PUBLISHED = {
     "mistralai--Ministral-3-8B-Base-2512": 8_489_553_920,  # the text model
     "mistralai--Mistral-Small-3.1-24B-Instruct-2503": 23_572_403_200,  # the text model
     "mistralai--Mixtral-8x7B-Instruct-v0.1": 46_702_792_704,
+    "openai--gpt-oss-20b": 20_914_757_184,
     "zai-org--GLM-4-9B-0414": 9_400_279_040,
 }
 
@@ -105,6 +106,29 @@ def test_mixtures_have_their_published_active_parameters_and_tensors(name, activ
     assert names[f"{layer}{router}.weight"].stored_shape == (experts, config.embed)
     stem = expert.split(".")[0]
     assert sum(n.startswith(f"{layer}{stem}.experts.") for n in names) == 3 * experts
+
+
+def test_gpt_oss_has_its_published_active_parameters_and_tensors():
+    config = from_hf(hf("openai--gpt-oss-20b"))
+    # As its model card counts them: without the embedding.
+    active = active_parameters(config) - config.vocab_size * config.embed
+    assert active == pytest.approx(3.61e9, rel=2e-3)
+    last = "model.layers.23."
+    found = {
+        name.removeprefix(last): whole_shape(parts)
+        for names, layer, parts in stored_tensors(config)
+        for name in names
+        if layer == 23 and "_layernorm" not in name and "_proj.weight" not in name
+    }
+    assert {k: v for k, v in found.items() if "_proj.bias" not in k} == {
+        "mlp.router.weight": (32, 2880),
+        "mlp.router.bias": (32,),
+        "mlp.experts.gate_up_proj": (32, 2880, 5760),
+        "mlp.experts.gate_up_proj_bias": (32, 5760),
+        "mlp.experts.down_proj": (32, 2880, 2880),
+        "mlp.experts.down_proj_bias": (32, 2880),
+        "self_attn.sinks": (64,),
+    }
 
 
 def test_no_file_is_left_out_and_every_family_is_there():
@@ -188,6 +212,9 @@ def test_a_key_that_is_off_passes_and_one_that_is_on_does_not(name, off):
         ),
         ("ibm-granite--granite-4.0-micro", {"num_local_experts": 64}, "no experts beside an MLP"),
         ("ibm-granite--granite-4.0-micro", {"normalization_function": "layernorm"}, "'rmsnorm'"),
+        ("openai--gpt-oss-20b", {"experts_per_token": 2}, "experts_per_token is 2"),
+        ("openai--gpt-oss-20b", {"initial_context_length": 8192}, "initial_context_length is 8192"),
+        ("openai--gpt-oss-20b", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ("zai-org--GLM-4-9B-0414", {"partial_rotary_factor": 1.5}, "a number up to 1"),
         ("google--gemma-3-4b-it", {"sound_config": {"a": 1}}, "sound_config .*harmless"),
         ("google--gemma-3-4b-it", {"text_config": {"model_type": "llama"}}, "type 'llama'"),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from selm_jax.models import experts, flops
-from selm_jax.models.config import Mixture, UnsupportedModel
+from selm_jax.models.config import Clamp, Mixture, UnsupportedModel
 from selm_jax.models.decoder import (
     Decoder,
     abstract_adapters,
@@ -25,26 +25,40 @@ from selm_jax.models.quantize import dequantize, quantize
 from selm_jax.parallel.mesh import make_mesh
 from selm_jax.parallel.rules import TRAINING, shardings
 
-MIXTURES = {"normalized": Mixture(8, 3, True), "as they are": Mixture(8, 3, False)}
+MIXTURES = {
+    "normalized": Mixture(8, 3, True),
+    "as they are": Mixture(8, 3, False),
+    "with biases and clamped": Mixture(8, 3, True, biases=True, clamp=Clamp(1.7, 0.9)),
+}
 
 
 def kernels(config, seed: int = 0):
     d, f, e = config.embed, config.mlp, config.mixture.experts
     shapes = {"router": (d, e), "gate": (e, d, f), "up": (e, d, f), "down": (e, f, d)}
+    if config.mixture.biases:
+        biases = {"router": (e,), "gate": (e, f), "up": (e, f), "down": (e, d)}
+        shapes |= {f"{k}_bias": shape for k, shape in biases.items()}
     rng = np.random.default_rng(seed)
     return {k: rng.normal(0, 0.5, s).astype(np.float32) for k, s in shapes.items()}
 
 
 def by_definition(p, x, mixture):
     """The sum over all experts, weighted by probability, of which all but the largest are zero."""
-    probability = jax.nn.softmax(x @ p["router"], axis=-1)
+    probability = jax.nn.softmax(x @ p["router"] + p.get("router_bias", 0), axis=-1)
     least = jnp.sort(probability, axis=-1)[..., -mixture.active, None]
     weight = jnp.where(probability >= least, probability, 0)
     if mixture.normalized:
         weight = weight / weight.sum(-1, keepdims=True)
-    up = jnp.einsum("rtd,edf->rtef", x, p["up"])
-    y = jax.nn.silu(jnp.einsum("rtd,edf->rtef", x, p["gate"])) * up
-    return jnp.einsum("rtef,efd,rte->rtd", y, p["down"], weight)
+    gate = jnp.einsum("rtd,edf->rtef", x, p["gate"]) + p.get("gate_bias", 0)
+    up = jnp.einsum("rtd,edf->rtef", x, p["up"]) + p.get("up_bias", 0)
+    if mixture.clamp is None:
+        y = jax.nn.silu(gate) * up
+    else:
+        alpha, limit = mixture.clamp.alpha, mixture.clamp.limit
+        gate, up = jnp.where(gate > limit, limit, gate), jnp.clip(up, -limit, limit)
+        y = (up + 1) * gate / (1 + jnp.exp(-alpha * gate))
+    y = jnp.einsum("rtef,efd->rted", y, p["down"]) + p.get("down_bias", 0)
+    return jnp.einsum("rted,rte->rtd", y, weight)
 
 
 def undefined_behind_the_last_group(x, kernels, sizes):
@@ -61,6 +75,8 @@ plain_ragged_dot = jax.lax.ragged_dot
     [
         ("normalized", None),
         ("as they are", (1, 2, 4)),
+        ("with biases and clamped", (1, 2, 4)),
+        pytest.param("with biases and clamped", None, marks=pytest.mark.slow),
         pytest.param("normalized", (2, 4, 1), marks=pytest.mark.slow),
         pytest.param("as they are", None, marks=pytest.mark.slow),
     ],
@@ -126,13 +142,17 @@ def test_metrics_of_an_even_and_of_an_uneven_load():
 
 
 def test_experts_are_sharded_over_tensor_and_their_inside_is_not(tiny):
-    config = tiny(mixture=Mixture(8, 2, True), heads=4, kv_heads=4)
+    config = tiny(mixture=Mixture(8, 2, True, biases=True), heads=4, kv_heads=4)
     found = shardings(abstract_params(config), make_mesh((1, 2, 4)), TRAINING)["layers"]["experts"]
     assert {k: tuple(s.spec) for k, s in found.items()} == {
         "router": (None, "fsdp", None),
         "gate": (None, "tensor", "fsdp", None),
         "up": (None, "tensor", "fsdp", None),
         "down": (None, "tensor", None, "fsdp"),
+        "router_bias": (None, None),
+        "gate_bias": (None, "tensor", None),
+        "up_bias": (None, "tensor", None),
+        "down_bias": (None, "tensor", "fsdp"),
     }
 
 
@@ -154,12 +174,14 @@ def test_more_active_experts_than_there_are():
 ADAPTED = Lora(2, 6.0, experts=True)
 
 
-@pytest.mark.parametrize("mesh", [None, (1, 2, 4)])
+@pytest.mark.parametrize(
+    ("name", "mesh"), [("normalized", None), ("with biases and clamped", (1, 2, 4))]
+)
 def test_adapters_of_experts_and_merged_kernels_are_one_function_with_one_gradient(
-    mesh, tiny, monkeypatch
+    name, mesh, tiny, monkeypatch
 ):
     monkeypatch.setattr(jax.lax, "ragged_dot", undefined_behind_the_last_group)
-    config = tiny(mixture=MIXTURES["normalized"])
+    config = tiny(mixture=MIXTURES[name])
     mesh = None if mesh is None else make_mesh(mesh)
     layer = Experts(config, config.mixture, mesh, ADAPTED, name="experts")
     rng = np.random.default_rng(1)

@@ -89,6 +89,11 @@ def glm_4() -> Tokenizer:
     return byte_level(["[gMASK]", "<sop>", *turns, "<|endoftext|>"])
 
 
+def gpt_oss() -> Tokenizer:
+    turns = ["<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>"]
+    return byte_level(["<|startoftext|>", "<|endoftext|>", *turns])
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """A tokenizer, the names of its special tokens, and the correct layout of its turns.
@@ -113,6 +118,7 @@ CHATML = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
 QWEN = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
 PHI = {"bos_token": "<s>", "eos_token": "<|endoftext|>"}
 GEMMA = {"bos_token": "<bos>", "eos_token": "<eos>"}
+GPT_OSS = {"bos_token": "<|startoftext|>", "eos_token": "<|return|>"}
 PHI_STOPS = ["<|endoftext|>", "<|assistant|>", "<|end|>"]
 CHATML_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 QUIET = Text(template={"enable_thinking": False})
@@ -167,6 +173,9 @@ FAMILIES = {
     "glm_4_ended": Family(
         glm_4, {"eos_token": "<|user|>"}, "<|user|>", ["<|endoftext|>", "<|user|>"], 0
     ),
+    "gpt_oss_final": Family(
+        gpt_oss, GPT_OSS, "<|return|>", ["<|return|>", "<|endoftext|>"], 0
+    ),
     "granite_3": Family(
         lambda: byte_level(["<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>"]),
         {"eos_token": "<|end_of_text|>"}, "<|end_of_text|>", bos=0,
@@ -175,6 +184,7 @@ FAMILIES = {
 BROKEN = {
     "always_thinking": Family(lambda: byte_level(CHATML_TOKENS), CHATML),
     "glm_4": Family(glm_4, {"eos_token": "<|user|>"}, stops="<|user|>"),
+    "gpt_oss": Family(gpt_oss, GPT_OSS),
     "endless": Family(lambda: byte_level(["</s>"]), {"eos_token": "</s>"}),
     "bos_twice": Family(lambda: byte_level(["<s>", "</s>"], bos="<s>"), LLAMA),
     "no_template": Family(lambda: byte_level(["</s>"]), {"eos_token": "</s>"}, template=None),

@@ -105,6 +105,12 @@ PROMPTS = {  # of user("a", "b", "c")
         "<|start_of_role|>assistant<|end_of_role|>"
     ),
     "glm_4_ended": "[gMASK]<sop><|user|>\na<|assistant|>\nb<|user|>\nc<|assistant|>\n",
+    "gpt_oss_final": (
+        "<|start|>system<|message|>You are a small model.\nCurrent date: 2024-07-26\n\n"
+        "Reasoning: medium\n\n# Valid channels: analysis, final.<|end|>"
+        "<|start|>user<|message|>a<|end|><|start|>assistant<|channel|>final<|message|>b<|end|>"
+        "<|start|>user<|message|>c<|end|><|start|>assistant<|channel|>final<|message|>"
+    ),
     "granite_3": (
         "<|start_of_role|>system<|end_of_role|>Knowledge Cutoff Date: April 2024.\n"
         "Today's Date: July 26, 2024.\nYou are Granite.<|end_of_text|>\n"
@@ -195,7 +201,8 @@ def test_several_turns_and_a_system_message(family, facts, chat):
         "olmo_2",
         "mistral_small_3",
         "glm_4_ended",
-    )  # there a user's turn has no end
+        "gpt_oss_final",
+    )  # there a user's turn has no end, or there is one more system message
     if not facts.system or family in without:
         pytest.skip("no system message, or no end of a user's turn")
     model = chat(family)
@@ -425,7 +432,7 @@ def test_a_made_up_answer_begins_and_ends_in_every_family(family, chat):
     chat(family).check_made_up()
 
 
-@pytest.mark.parametrize("name", ["always_thinking", "qwen_3"])
+@pytest.mark.parametrize("name", ["always_thinking", "qwen_3", "gpt_oss"])
 def test_a_template_that_thinks_serves_where_only_the_policy_answers(name, chat):
     """It works although no answer of a dataset can follow its header."""
     thinking = chat(name, Text(date=Text().date))

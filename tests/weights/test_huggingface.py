@@ -356,4 +356,5 @@ def test_the_map_covers_the_tree_and_the_rows_of_fused_tensors(name):
     ends: dict[str, int] = {}
     for row in rows.values():
         assert row.first == ends.get(row.name, 0)
-        ends[row.name] = row.first + row.stored_shape[0]
+        ends[row.name] = row.first + (row.stored_shape[0] if row.of == 1 else 1)
+    assert all(ends[row.name] == row.of for row in rows.values() if row.of > 1)

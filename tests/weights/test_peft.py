@@ -15,10 +15,10 @@ from safetensors import safe_open
 
 from selm_jax.models.decoder import Decoder, abstract_adapters
 from selm_jax.models.families import read_config
-from selm_jax.models.lora import Lora, init, merge
+from selm_jax.models.lora import Lora, LoraError, init, merge
 from selm_jax.weights.huggingface import load, to_hf_tensors
 from selm_jax.weights.multimodal import is_in
-from selm_jax.weights.peft import export_adapter
+from selm_jax.weights.peft import check, export_adapter
 
 FAMILIES = Path(__file__).parents[1] / "golden" / "families"
 
@@ -90,6 +90,14 @@ def test_an_adapters_files_are_as_open_as_any_other_and_name_what_they_belong_to
         a = file.get_tensor("base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight")
     ours = np.asarray(adapters["layers"]["attention"]["q_a"])[1]
     np.testing.assert_array_equal(a, ours.reshape(-1, 2).T)
+
+
+def test_experts_that_are_one_tensor_have_no_adapters():
+    config = read_config(FAMILIES / "gpt-oss")
+    check(config, Lora(2, 4.0, targets="self_attn"))
+    for targets in ("_proj$", "down_proj"):
+        with pytest.raises(LoraError, match=r"one tensor \(model.layers.0.mlp.experts.down_proj\)"):
+            check(config, Lora(2, 4.0, targets=targets, experts=True))
 
 
 @pytest.mark.parametrize("name", ["mixtral", pytest.param("qwen3-moe", marks=pytest.mark.slow)])

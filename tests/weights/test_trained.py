@@ -77,13 +77,16 @@ def test_transformers_loads_a_trained_policy_and_gives_our_logits(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe", "gpt-oss"])
 def test_experts_trained_on_a_mesh_are_loaded_by_transformers(name, all_logits, tmp_path):
     """Four by two devices, half of the experts on each of two; the update is that of one device."""
     config, params = trained(name, make_mesh((1, 4, 2)))
     assert params["layers"]["experts"]["gate"].sharding.spec[1] == "tensor"
     compared(name, config, params, all_logits, tmp_path / "model")
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), params, trained(name)[1])
+    # A hundredth of a step: Adam's first step divides a gradient by its own size, so that it shows
+    # the rounding of those that are nearly zero.
+    near = partial(np.testing.assert_allclose, atol=1e-4)
+    jax.tree.map(near, params, trained(name)[1])
 
 
 def compared(name, config, params, all_logits, folder) -> float:

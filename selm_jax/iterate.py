@@ -69,7 +69,11 @@ def measure(run: Run, t: int, policy: Model) -> StoredTable:
     if not run.task.answers:
         return evaluate_pairs(run, t, policy, run.heldout, run.chat, replace(sets, first=None))
     answers = None if first is None else StoredTable(first, "heldout.parquet")
-    return evaluate(run, t, policy, run.start, run.heldout, run.ranker, run.chat, answers, sets)
+    scores = None if first is None else StoredTable(first, "tasks.parquet")
+    return evaluate(
+        run, t, policy, run.start, run.heldout, run.ranker, run.chat, answers, sets,
+        run.data.tasks(scores),
+    )  # fmt: skip
 
 
 def run_stage(run: Run, name: str, t: int) -> None:

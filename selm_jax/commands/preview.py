@@ -26,7 +26,7 @@ from selm_jax.preferences.batches import updates_per_epoch
 from selm_jax.preferences.examples import Example
 from selm_jax.preferences.layouts import row_lengths
 from selm_jax.preferences.packing import assign_rows
-from selm_jax.run.check import check_objective, check_rows, told_of_data
+from selm_jax.run.check import check_objective, check_rows, check_tasks, told_of_data
 from selm_jax.run.rows import RunError, prompt_ids
 from selm_jax.run.run import Run
 from selm_jax.shell.mirror import in_words
@@ -96,6 +96,8 @@ def _problem(run: Run) -> str | None:
         if run.imports or not is_user_code(run.experiment.objective["loss"]):
             check_objective(run)
         check_rows(run)
+        if run.imports:  # task files may name code
+            check_tasks(run)
     except Exception as error:
         if not is_for_the_user(error):
             raise

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from rich.console import Console
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from selm_jax.config import Compute, Data, Experiment, Feedback, as_dict
+from selm_jax.config import Compute, Data, Evaluation, Experiment, Feedback, as_dict
 from selm_jax.config.heldout import HeldoutSet
 from selm_jax.models.decoder import Decoder
 from selm_jax.models.families import from_hf, to_hf
@@ -160,6 +160,7 @@ def shrink(experiment: Experiment, console: Console) -> Experiment:
             e.training, global_batch=4, row_length=512, rows=_rows_of_devices(),
             checkpoint_every=2,
         ),
+        evaluation=Evaluation(e.evaluation.samples),  # tasks would take longer than all the rest
         compute=Compute(dtype=e.compute.dtype),  # all devices there are
     )  # fmt: skip
     _say(e, tiny, console)

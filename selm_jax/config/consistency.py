@@ -59,6 +59,8 @@ def inconsistencies(e: Experiment) -> Iterator[str]:
             yield "keep_best: it needs held-out data; set data.heldout, or set keep_best: null"
         elif (problem := bad_metric(e.keep_best, e.data.heldout_sets)) is not None:
             yield f"keep_best: {problem}"
+    if e.evaluation.tasks and e.data.heldout is None:
+        yield "evaluation.tasks: they are measured with the held-out data; set data.heldout as well"
     if e.training.router == "trained" and e.lora is not None:
         yield (
             "training.router: trained; with lora only the adapters are trained, and routers have "

@@ -82,6 +82,8 @@ def as_yaml(value: Any) -> str:
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, float):
         return f"{value:g}"
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(as_yaml, value))}]"
     return str(value) or '""'
 
 
@@ -106,6 +108,7 @@ def _values(hint: Any, numbers: Range | None) -> str:
         text = ", ".join(f"`{each}`" for each in choices)
     else:
         text = next(_WORDS[each] for each in leaves if each in _WORDS)
+        text = f"{text}, or a list of such" if tuple in leaves else text
     return f"{text}, or null" if types.NoneType in inner else text
 
 

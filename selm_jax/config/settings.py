@@ -16,6 +16,7 @@ from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
+from selm_jax.config.evaluation import Evaluation
 from selm_jax.config.heldout import HeldoutSets
 from selm_jax.config.kinds import (
     Acquisition,
@@ -311,12 +312,6 @@ class Compute:
     # once) for short rows; for long ones (only the visible blocks) `kernel` on TPUs and `blocks`
     # elsewhere. `kernel` has been compiled for TPUs but has not run on one; `blocks` avoids it.
     attention: AttentionBackEnd = "auto"
-
-
-@dataclass(frozen=True, config=_STRICT)
-class Evaluation:
-    # Number of answers sampled per held-out prompt, at temperature 1, to estimate reward and KL.
-    samples: Annotated[int, Range(1, 4096, whole=True)] = 1
 
 
 @dataclass(frozen=True, config=_STRICT)

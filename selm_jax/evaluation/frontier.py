@@ -119,7 +119,7 @@ def summarize(
         out["heldout/unread"] = unread
     if "reward_greedy" in found:
         greedy_reward = pooled(found["reward_greedy"][None], share="reward_greedy" in of_shares)
-        out |= _interval("heldout/reward_greedy", greedy_reward)
+        out |= as_metrics("heldout/reward_greedy", greedy_reward)
     texts = [answer.text for answer in greedy]
     for n in (1, 2):
         out[f"heldout/distinct_{n}"] = distinct(texts, n)
@@ -132,13 +132,13 @@ def summarize(
             sampled_reward = pooled(
                 found["reward_sample"][None], share="reward_sample" in of_shares
             )
-            out |= _interval("heldout/reward_sample", sampled_reward)
+            out |= as_metrics("heldout/reward_sample", sampled_reward)
         logps = _column(sampled, "logp")
         tokens = np.array([len(answer.token_ids) for answer in sampled])
         if (there := np.isfinite(logps)).any():
             out["heldout/entropy_token"] = -float(logps[there].sum()) / int(tokens[there].sum())
         if (kl := pooled(found["kl"][None])) is not None:
-            out |= _interval("heldout/kl", kl)
+            out |= as_metrics("heldout/kl", kl)
             if kl.stderr is not None:
                 out["heldout/kl_stderr"] = kl.stderr
     if start is not None:
@@ -148,13 +148,13 @@ def summarize(
         if "reward_greedy" in found:
             share = "reward_greedy" in shares([answers, start])
             scores = found["reward_greedy"][None], _column(before, "score")[None]
-            out |= _interval("heldout/gain", difference(*scores, share=share))
+            out |= as_metrics("heldout/gain", difference(*scores, share=share))
     if pairs is not None:
         for name, values in pair_measures(pairs, beta).items():
             estimate = pooled(values[None], share=name in SHARES)
-            out |= _interval(f"heldout/pairs/{name}", estimate)
+            out |= as_metrics(f"heldout/pairs/{name}", estimate)
     if capability is not None and capability.size:
-        out |= _interval("heldout/capability", pooled(capability[None]))
+        out |= as_metrics("heldout/capability", pooled(capability[None]))
     return out
 
 
@@ -167,7 +167,7 @@ def _lengths(answers: Sequence[heldout.Row]) -> dict[str, float]:
     return out | slope_metrics("heldout/length_slope", *columns) if answers else out
 
 
-def _interval(name: str, e: Estimate | None) -> dict[str, float | None]:
+def as_metrics(name: str, e: Estimate | None) -> dict[str, float | None]:
     """Converts an estimate to metrics: `NAME` (None if missing), `NAME_low` and `NAME_high`."""
     if e is None:
         return {name: None}

@@ -150,6 +150,11 @@ def lengths_of(
             assumed.append(
                 f"{each.heldout} is not on this machine, so its evaluation is not counted"
             )
+    if e.evaluation.tasks:
+        assumed.append(
+            "the tasks of evaluation.tasks are not counted; `selm eval lm_eval MODEL --tasks "
+            f"{','.join(e.evaluation.tasks)} --dry-run` counts their tokens"
+        )
     if prompt is None:
         prompt = b.lengths.longest_prompt
         assumed.append(

@@ -11,6 +11,7 @@ may be rounded differently: then a few answers become other draws of equal stand
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
@@ -34,6 +35,7 @@ from selm_jax.rollout.requests import Request, Response
 from selm_jax.rollout.sampling import Sampling
 from selm_jax.shell.progress import Advance
 from selm_jax.text.chat import Chat, ChatError, Turn
+from selm_jax.text.tokenizer import Tokenizer
 from selm_jax.training.scoring import Scorer, readers
 
 _T = TypeVar("_T")
@@ -132,9 +134,23 @@ class Policy:
         """The tokenizer and chat template. Raises ChatError if the model has no chat template."""
         return self._chat()
 
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.chat.tokenizer
+
     @cached_property
     def stop_ids(self) -> Ids:
         return self._stop_ids()
+
+    def fitting(self) -> Policy:
+        """The same model in batches that fit each call's lengths, for texts that no setting knows.
+
+        Both read the same parameters.
+        """
+        found = copy.copy(self)
+        b = self.batches
+        found.batches = Batches(b.slots, b.prefill_rows, chunk=b.chunk)
+        return found
 
     def prompt_ids(self, conversations: Sequence[Sequence[Turn]]) -> list[Ids]:
         """The token ids of conversations, each followed by the header of its answer.

@@ -26,6 +26,7 @@ from selm_jax.report.files import Table, link
 from selm_jax.report.header import facts, is_rehearsal, shared_facts
 from selm_jax.report.length_plots import length_plots
 from selm_jax.report.plots import run_style, swatch
+from selm_jax.report.task_tables import fallen, task_plots, task_rows, task_table
 from selm_jax.report.time_plots import time_plots
 from selm_jax.shell import artifacts
 from selm_jax.shell import mirror as mirrors
@@ -222,6 +223,13 @@ def _answers(runs: Sequence[RunData], labels: Sequence[str]) -> list[Section]:
             legend,
         ),
         Section(
+            "tasks",
+            "Tasks of the capability guard",
+            "Does the policy still do what the reward does not see?",
+            task_plots(runs, labels),
+            legend,
+        ),
+        Section(
             "sets",
             "Other held-out sets",
             "Does what holds for the main held-out prompts hold for the other sets?",
@@ -314,10 +322,12 @@ def _run_view(run: RunData, label: str, index: int, said: Mapping[str, str]) -> 
     known = summary.evaluated(run)
     evaluations, dropped = run_tables.evaluation_rows(run), run_tables.dropped(run)
     stages, sets = run_tables.stage_rows(run), run_tables.set_rows(run)
+    tasks = task_rows(run)
     manifest = run_tables.manifest(run)
     tables = {
         "evaluations": run_tables.evaluation_table(label, evaluations),
         "sets": run_tables.set_table(label, sets),
+        "tasks": task_table(label, tasks),
         "dropped": dropped and run_tables.dropped_table(label, dropped),
         "stages": run_tables.stage_table(label, stages),
         "manifest": Table(f"{label}_versions", ["key", "value"], list(manifest.items())),
@@ -328,13 +338,14 @@ def _run_view(run: RunData, label: str, index: int, said: Mapping[str, str]) -> 
         "facts": [row for row in facts(run.settings, run.manifest) if row[0] not in said],
         "progress": summary.progress(run),
         "paragraph": summary.paragraph(run),
-        "alarms": summary.alarms(run),
+        "alarms": [*summary.alarms(run), *fallen(run)],
         "unfinished": run.unfinished,
         "notes": run.notes,
         "method": run.method,
         "last": known[-1] if known else None,
         "evaluations": evaluations,
         "sets": sets,
+        "tasks": tasks,
         "pairs": any(run.metric(k, "pairs/accuracy") is not None for k in run.evaluations),
         "dropped": dropped,
         "stages": stages,

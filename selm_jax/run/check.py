@@ -43,6 +43,7 @@ def check(run: Run) -> None:
     if e.rollout.weights != "full" or (e.lora is not None and e.lora.base != "full"):
         check_installed()
     check_rows(run)
+    check_tasks(run)
     _check_mesh(run)
     _check_programs(run)
     check_router(e, run.programs.config)
@@ -110,6 +111,29 @@ def _check_programs(run: Run) -> None:
     if server is not None:
         tokens = run.data.longest_prompt + run.experiment.rollout.max_new_tokens
         multihost.on_first(lambda: remote.check(server, tokens))
+
+
+def check_tasks(run: Run) -> None:
+    """Loads the tasks of the capability guard, if some iteration is still to be evaluated.
+
+    Raises:
+      EvaluationError: see `Data.loaded_tasks`.
+      RunError: a reward model would have to answer questions.
+    """
+    tasks = run.data.tasks(None)
+    if tasks is None:
+        return
+    if not run.task.answers:
+        raise RunError(
+            f"evaluation.tasks: {run.task.loss} trains a reward model, which answers no questions. "
+            "Set evaluation.tasks: []"
+        )
+    entries = entries_of(run.folder.path)
+    unfinished = (
+        t for t in (0, *run.iterations) if not entries.get(t, {}).get("evaluate", {}).get("done")
+    )
+    if any(run.wanted.says("evaluate", t) == "do" for t in unfinished):
+        tasks.load()
 
 
 def check_router(e: Experiment, config: DecoderConfig) -> None:

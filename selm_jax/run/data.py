@@ -6,11 +6,14 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 from selm_jax.config import Data as Settings
 from selm_jax.config import Experiment, fixed_length
 from selm_jax.parallel import multihost
 from selm_jax.preferences.own_answers import OwnAnswers
+from selm_jax.run.inputs import LazyTasks, StoredTable
 from selm_jax.run.model import StartModel
 from selm_jax.run.rows import RunError, prompt_ids, trained_too
 from selm_jax.run.task import Sizes, Task
@@ -112,6 +115,29 @@ class Data:
             name: [self.with_system(p) for p in rows[: limits[name]]]
             for name, rows in self.set_rows.items()
         }
+
+    @cached_property
+    def loaded_tasks(self) -> Any:
+        """The lm-eval tasks of the capability guard with their data, as `guard.Tasks`.
+
+        Raises:
+          EvaluationError: lm-eval is not installed, a task is unknown, or its data are missing.
+        """
+        from selm_jax.evaluation.benchmarks.lm_eval import guard
+
+        return guard.load(self.experiment.evaluation, self.experiment.seed)
+
+    def tasks(self, first: StoredTable | None) -> LazyTasks | None:
+        """The tasks as an input of a stage; None if the experiment names none.
+
+        Args:
+          first: the start model's scores; None if the start model is measured.
+        """
+        settings = self.experiment.evaluation
+        if not settings.tasks:
+            return None
+        folder = None if settings.task_folder is None else Path(settings.task_folder)
+        return LazyTasks(lambda: self.loaded_tasks, folder, first)
 
     @property
     def evaluated(self) -> list[Prompt]:

@@ -174,6 +174,30 @@ class LazyRanker:
 
 
 @dataclass(frozen=True)
+class LazyTasks:
+    """The lm-eval tasks of the capability guard, which are loaded with their data on first use.
+
+    Attributes:
+      load: returns the loaded tasks (`evaluation.benchmarks.lm_eval.guard.Tasks`).
+      folder: the user's own task files, if there are any.
+      first: the start model's scores; None if the start model is measured.
+    """
+
+    load: Callable[[], Any] = field(compare=False)
+    folder: Path | None
+    first: StoredTable | None
+
+    def digests(self, name: str) -> Mapping[str, str]:
+        found = {} if self.first is None else dict(self.first.digests(name))
+        if self.folder is None:
+            return found
+        # Python leaves compiled copies of the code that task files name.
+        files = artifacts.digests(self.folder)
+        own = {file: sha for file, sha in files.items() if "__pycache__" not in file}
+        return found | {"evaluation.task_folder": key_of(**own)}
+
+
+@dataclass(frozen=True)
 class Words:
     """A text, such as a model card, that is written next to a result but is not an input of it."""
 

@@ -33,6 +33,10 @@ ADDED = {
     "lora.experts": False,
     "rollout.mixture": None,
     "rollout.weights": "full",
+    "evaluation.tasks": [],
+    "evaluation.task_limit": None,
+    "evaluation.task_folder": None,
+    "evaluation.task_chat": True,
 }
 FREE_OF_RANKERS = frozenset(
     {

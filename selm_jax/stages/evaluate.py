@@ -2,19 +2,21 @@
 
 A language model is evaluated on held-out prompts (heldout.parquet) and pairs
 (heldout_pairs.parquet), a reward model on held-out pairs (pairs.parquet). A named held-out set has
-tables of its own (heldout-NAME.parquet, ...).
+tables of its own (heldout-NAME.parquet, ...). If the experiment names tasks of lm-eval, a language
+model is measured in these as well (tasks.parquet).
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from selm_jax.config import most_in_row
-from selm_jax.evaluation import frontier, guard
+from selm_jax.evaluation import frontier, guard, task_scores
 from selm_jax.evaluation import pairs as pair_rewards
 from selm_jax.evaluation.answers import Asked, Stored, answer
 from selm_jax.evaluation.measuring import Own, Tables, against, measured, scores_of
@@ -22,10 +24,19 @@ from selm_jax.evaluation.pairs import pairs_within
 from selm_jax.feedback.human import Human
 from selm_jax.feedback.ranker import is_relative, judged_by_policy, reported
 from selm_jax.parallel import multihost
+from selm_jax.policy.policy import Policy
 from selm_jax.preferences.examples import Example
 from selm_jax.preferences.own_answers import rated_example
-from selm_jax.run.inputs import HeldoutSets, LazyRanker, Model, StoredTable, of_set
+from selm_jax.run.inputs import (
+    HeldoutSets,
+    LazyRanker,
+    LazyTasks,
+    Model,
+    StoredTable,
+    of_set,
+)
 from selm_jax.run.rows import RunError
+from selm_jax.shell.progress import Advance
 from selm_jax.stages.asking import check_read, unread
 from selm_jax.stages.asking import scores_of as ask
 from selm_jax.stages.score import too_long
@@ -34,6 +45,7 @@ from selm_jax.stages.stage import Counts, stage
 from selm_jax.stages.step import Step, counting
 from selm_jax.tables import heldout as table
 from selm_jax.tables import heldout_pairs, pairs
+from selm_jax.tables import task_scores as tasks_table
 from selm_jax.text.answers import answers as answers_of
 from selm_jax.text.chat import Chat
 from selm_jax.text.prompts import Prompt
@@ -46,7 +58,7 @@ def _leaves(step: Step, **given: Any) -> tuple[str, ...]:
         names.append(of_set("heldout.parquet", part.name))
         if pairs_within(given["chat"], part.prompts, longest)[0]:
             names.append(of_set("heldout_pairs.parquet", part.name))
-    return tuple(names)
+    return (*names, *(() if given.get("tasks") is None else ("tasks.parquet",)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +107,7 @@ def evaluate(
     chat: Chat,
     first: StoredTable | None,
     sets: HeldoutSets,
+    tasks: LazyTasks | None = None,
 ) -> Counts:
     """Scores a policy's held-out answers with the ranker, the policy and the start model.
 
@@ -108,6 +121,7 @@ def evaluate(
     Args:
       first: the answers of the start model; None if the policy is the start model.
       sets: named held-out sets, each with tables and metrics of its own.
+      tasks: the lm-eval tasks of the capability guard, if the experiment names any.
     """
     programs, asked = step.programs, Asked.of_run(step.settings)
     parts = _parts(heldout, sets, first)
@@ -128,12 +142,14 @@ def evaluate(
         own.append(measured(model, part.prompts, mine, scored))
         known = rows is None or bool(own[-1].pairs)
         capability.append(None if known else guard.of_first(model, part.prompts, rows or ()))
+    of_tasks = {} if tasks is None else _of_tasks(step, model, tasks)
     del model
     reference = None if first is None else programs.policy(start.path, chat)
     found = [against(reference, each) for each in own]
     metrics: dict[str, float | None] = {}
     for part, mine, tables, rows, change in zip(parts, own, found, before, capability, strict=True):
         metrics |= _summary(step, part, mine, tables, rows, change)
+    metrics |= of_tasks
     step.log.forget()
     step.log(metrics)
     some = {
@@ -183,6 +199,24 @@ def _summary(
     if (lost := guard.warning(summary)) is not None:
         step.say(lost if part.name is None else f"{part.name}: {lost}")
     return part.keyed(summary)
+
+
+def _of_tasks(step: Step, model: Policy, tasks: LazyTasks) -> dict[str, float | None]:
+    """Measures the capability guard's tasks, writes their table, and returns their metrics."""
+
+    @contextlib.contextmanager
+    def bar(_title: str, total: int, unit: str) -> Iterator[Advance]:
+        with step.bar(total, unit) as advance:
+            yield counting(advance)
+
+    rows = tasks.load().measure(model, bar)
+    if multihost.is_first():
+        tasks_table.write(step.folder / "tasks.parquet", rows)
+    start = None if tasks.first is None else tasks_table.read(tasks.first.path)
+    metrics = task_scores.summarize(rows, start)
+    for line in task_scores.lines(rows, metrics):
+        step.say(line)
+    return metrics
 
 
 def _leaves_pairs(_step: Step, **given: Any) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from selm_jax.commands import tiny
 from selm_jax.evaluation import EvaluationError
 from selm_jax.evaluation.benchmarks.lm_eval import adapter as lm_eval
+from selm_jax.evaluation.benchmarks.lm_eval import run as verb
 from selm_jax.evaluation.benchmarks.lm_eval import tasks as lm_eval_tasks
 from selm_jax.evaluation.model import open_model
 from selm_jax.policy.policy import named_by_text
@@ -59,7 +60,7 @@ def no_defaults(monkeypatch):
     monkeypatch.setattr(
         lm_eval_tasks,
         "manager",
-        lambda folder: TaskManager(include_path=str(folder), include_defaults=False),
+        lambda folder, _="": TaskManager(include_path=str(folder), include_defaults=False),
     )
 
 
@@ -305,7 +306,7 @@ def test_the_verb_writes_results_with_names_versions_and_shots(model, task_folde
     seen = Console(record=True, width=140)
     asked = {"include": task_folder, "limit": 3, "chat": False, "console": seen}
     out = tmp_path / "out"
-    lm_eval.run(model, "local_choice:2,local_write", out=out, **asked)
+    verb.run(model, "local_choice:2,local_write", out=out, **asked)
     results = json.loads((out / "results.json").read_text())
     assert results["selm"]["tasks"] == [
         {"task": "local_choice", "version": 7.5, "shots": 2},
@@ -314,18 +315,18 @@ def test_the_verb_writes_results_with_names_versions_and_shots(model, task_folde
     assert not results["selm"]["chat"] and not results["selm"]["shots_as_turns"]
     assert "no chat template, shots as text" in seen.export_text()
     results["selm"] |= {"chat": True, "shots_as_turns": True}
-    lm_eval.print_results(results, seen)
+    verb.print_results(results, seen)
     assert ": chat template, shots as turns" in seen.export_text()
     assert results["config"]["selm_origin"]["sha256"] == model.folder.origin["sha256"]
     lines = (out / "samples" / "local_write.jsonl").read_text().splitlines()
     assert len(lines) == 3 and "resps" in json.loads(lines[0])
     with pytest.raises(EvaluationError, match="already exists"):
-        lm_eval.run(model, "local_write", out=out, **asked)
+        verb.run(model, "local_write", out=out, **asked)
 
 
 def test_a_dry_run_counts_and_writes_nothing(model, task_folder, tmp_path):
     seen = Console(record=True, width=140)
-    lm_eval.run(
+    verb.run(
         model, "local_choice,local_write", out=tmp_path / "out", include=task_folder, limit=2,
         chat=False, dry_run=True, console=seen,
     )  # fmt: skip
@@ -354,13 +355,13 @@ def test_a_dry_run_counts_and_writes_nothing(model, task_folder, tmp_path):
 )
 def test_tasks_that_nobody_knows_are_errors(model, task_folder, tmp_path, tasks, says):
     with pytest.raises(EvaluationError, match=says):
-        lm_eval.run(model, tasks, out=tmp_path / "out", include=task_folder, console=QUIET)
+        verb.run(model, tasks, out=tmp_path / "out", include=task_folder, console=QUIET)
     assert not list(tmp_path.iterdir())
 
 
 def test_as_many_shots_as_there_are_rows_but_the_question(model, task_folder, tmp_path):
     seen = Console(record=True, width=140)
-    lm_eval.run(
+    verb.run(
         model, "local_choice:13", out=tmp_path / "out", include=task_folder, limit=2, chat=False,
         dry_run=True, console=seen,
     )  # fmt: skip

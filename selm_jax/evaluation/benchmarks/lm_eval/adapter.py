@@ -11,22 +11,16 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import json
-import re
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from selm_jax.evaluation import EvaluationError
-from selm_jax.evaluation.cost import Cost, show
-from selm_jax.evaluation.model import Model
-from selm_jax.policy.policy import named_by_text
+from selm_jax.evaluation.cost import Cost
+from selm_jax.policy.policy import Policy, named_by_text
 from selm_jax.preferences.examples import Example, Ids
 from selm_jax.rollout.sampling import Sampling
-from selm_jax.shell import artifacts
-from selm_jax.shell.progress import bar
+from selm_jax.shell.progress import Advance
 from selm_jax.text.conversations import Message
 
 try:
@@ -38,24 +32,31 @@ try:
         normalize_gen_kwargs,
         postprocess_generated_text,
     )
+    from lm_eval.tasks import TaskManager
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-
-    from selm_jax.evaluation.benchmarks.lm_eval import tasks as lm_eval_tasks
-    from selm_jax.evaluation.benchmarks.lm_eval.tasks import load_tasks, tasks_of, version
 except ImportError as error:
     raise EvaluationError(
         f"lm-eval is not installed ({error}). Run pip install 'selm_jax[lm-eval]'"
     ) from error
 
 _NEW_TOKENS = 256  # HFLM's default for tasks that do not set it
+Bar = Callable[[str, int, str], AbstractContextManager[Advance]]
+
+
+def no_bar(_title: str, _total: int, _unit: str) -> AbstractContextManager[Advance]:
+    return nullcontext(lambda items, tokens=0: None)
 
 
 class Harness(TemplateLM):
-    """Adapts a model to the harness's interface."""
+    """Adapts a model to the harness's interface.
 
-    def __init__(self, model: Model, seed: int = 0):
+    Args:
+      bar: makes a progress bar from its title, its total and its unit (`shell.progress.bar`).
+    """
+
+    def __init__(self, model: Policy, seed: int = 0, bar: Bar = no_bar):
         super().__init__()
-        self.model, self.seed = model, seed
+        self.model, self.seed, self._bar = model, seed, bar
         self.tokenizer = model.tokenizer
 
     # Tokens, like HFLM's
@@ -143,7 +144,7 @@ class Harness(TemplateLM):
         return context[-(self.max_length + 1 - len(continuation)) :], continuation
 
     def _scored(self, examples: Sequence[Example]) -> list[list[tuple[float, bool]]]:
-        with bar(self.model.console, "log-likelihoods", len(examples), "contexts") as advance:
+        with self._bar("log-likelihoods", len(examples), "contexts") as advance:
             found = self.model.statistics(examples, advance)
         return [
             [(float(r.logprob.sum(dtype=float)), bool(r.likeliest.all())) for r in e] for e in found
@@ -222,7 +223,7 @@ class Harness(TemplateLM):
             text = self.tokenizer.decode(list(ids))  # a stop may be or contain a special token
             return any(end in text for end in until if end)
 
-        with bar(self.model.console, "generate", len(prompts), "texts") as advance:
+        with self._bar("generate", len(prompts), "texts") as advance:
             responses = self.model.answer(
                 named_by_text(
                     prompts, greedy=int(sampling is None), samples=int(sampling is not None)
@@ -245,11 +246,6 @@ class Harness(TemplateLM):
         """The ids of the stop strings that are special tokens; generation stops at them."""
         added = self.tokenizer.added_tokens_decoder.items()
         return tuple(i for i, token in added if token.special and token.content in until)
-
-    def get_model_info(self) -> dict[str, Any]:
-        """Describes the model for the harness's results file."""
-        return {"selm_model": self.model.name, "selm_origin": self.model.folder.origin,
-                "dtype": str(self.model.dtype)}  # fmt: skip
 
 
 def _normalised(settings: dict[str, Any]) -> dict[str, Any]:
@@ -280,7 +276,7 @@ def _normalised(settings: dict[str, Any]) -> dict[str, Any]:
 class Counter(Harness):
     """A harness that counts the cost of all requests without running the model (`--dry-run`)."""
 
-    def __init__(self, model: Model):
+    def __init__(self, model: Policy):
         super().__init__(model)
         self.cost = Cost(model.name)
 
@@ -300,87 +296,23 @@ class Counter(Harness):
         return [""] * len(prompts)
 
 
-def run(
-    model: Model,
-    tasks: str,
-    *,
-    out: Path,
-    include: Path | None = None,
-    limit: int | None = None,
-    chat: bool = True,
-    system: str | None = None,
-    seed: int = 0,
-    dry_run: bool = False,
-    console: Console,
+def evaluated(
+    harness: Harness, tasks: list[Any], manager: TaskManager, *, chat: bool, **how: Any
 ) -> dict[str, Any]:
-    """Evaluates a model on tasks; writes `results.json` and `samples/TASK.jsonl` into `out`.
+    """Runs loaded tasks on a model, with the harness's seed; returns lm-eval's results.
+
+    There are none in a process whose LOCAL_RANK, which torchrun sets, is not 0.
 
     Args:
-      tasks: see `tasks_of`.
-      include: folder with further task files.
-      limit: use only the first `limit` rows of each task.
-      chat: apply the chat template, with shots as earlier turns; otherwise all is plain text.
-      dry_run: only count tokens and write nothing.
-
-    Raises:
-      EvaluationError: a task is unknown (see `tasks_of`), its data cannot be loaded, or `out`
-        exists.
+      tasks: see `load_tasks`.
+      chat: apply the chat template, with shots as earlier turns.
+      how: further arguments of lm-eval's `simple_evaluate`; `system` is its `system_instruction`.
     """
-    if not dry_run and out.exists():
-        raise EvaluationError(f"{out} already exists. Move it away, or give another --out")
-    manager = lm_eval_tasks.manager(include)
-    loaded = load_tasks(tasks_of(tasks, manager), manager)
-    harness = Counter(model) if dry_run else Harness(model, seed)
     evaluate: Any = simple_evaluate  # its decorator hides its parameters from type checkers
-    results = evaluate(
-        harness, tasks=loaded, limit=limit, apply_chat_template=chat, fewshot_as_multiturn=chat,
-        system_instruction=system, task_manager=manager, random_seed=seed, numpy_random_seed=seed,
-        torch_random_seed=seed, bootstrap_iters=0 if dry_run else 1000, log_samples=not dry_run,
+    seeds = ("random_seed", "numpy_random_seed", "torch_random_seed")
+    found = evaluate(
+        harness, tasks=tasks, task_manager=manager, apply_chat_template=chat,
+        fewshot_as_multiturn=chat, system_instruction=how.pop("system", None),
+        **dict.fromkeys(seeds, harness.seed), **how,
     )  # fmt: skip
-    if results is None:  # not the first of several processes
-        return {}
-    if isinstance(harness, Counter):
-        show([harness.cost], console)
-        return {}
-    results: dict[str, Any] = dict(results)
-    samples = results.pop("samples")
-    results["selm"] = {
-        "lm_eval": version(), "chat": chat, "shots_as_turns": chat, "limit": limit,
-        "tasks": [{"task": name, "version": results["versions"].get(name),
-                   "shots": results["n-shot"].get(name)} for name in results["results"]],
-    }  # fmt: skip
-    with artifacts.whole(out) as folder:
-        _write(folder / "results.json", results)
-        for name, rows in samples.items():
-            file = folder / "samples" / f"{re.sub(r'[^A-Za-z0-9._-]', '_', name)}.jsonl"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text("".join(json.dumps(r, default=str) + "\n" for r in rows))
-    print_results(results, console)
-    console.print(f"results: {out}", soft_wrap=True)
-    return results
-
-
-def print_results(results: dict[str, Any], console: Console) -> None:
-    selm = results["selm"]
-    template = "chat template" if selm["chat"] else "no chat template"
-    shots = "shots as turns" if selm["shots_as_turns"] else "shots as text"
-    table = Table(title=f"lm-eval {version()}: {template}, {shots}", box=None)
-    for head in ("task", "version", "shots", "rows", "metric", "value", "standard error"):
-        table.add_column(head, justify="left" if head in ("task", "metric") else "right")
-    for name, metrics in results["results"].items():
-        rows = results["n-samples"].get(name, {}).get("effective", "")
-        facts = (str(results["versions"].get(name, "")), str(results["n-shot"].get(name, "")))
-        for key, value in metrics.items():
-            metric, _, filter_ = key.partition(",")
-            if not isinstance(value, int | float) or metric.endswith("_stderr") or not filter_:
-                continue
-            stderr = metrics.get(f"{metric}_stderr,{filter_}")
-            label = metric if filter_ == "none" else f"{metric}, {filter_}"
-            spread = f"{stderr:.4f}" if isinstance(stderr, float) else ""
-            table.add_row(name, *facts, str(rows), label, f"{value:.4f}", spread)
-    console.print(table)
-
-
-def _write(file: Path, value: Any) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(value, indent=2, default=str, ensure_ascii=False) + "\n")
+    return dict(found or {})

@@ -67,7 +67,7 @@ def lm_eval(options: Options) -> None:
     The language model evaluation harness runs them. No judge is called. --dry-run counts the
     tokens that the tasks take.
     """
-    from selm_jax.evaluation.benchmarks.lm_eval import adapter as harness
+    from selm_jax.evaluation.benchmarks.lm_eval import run as harness
     from selm_jax.shell.progress import terminal
 
     o = options

@@ -23,10 +23,15 @@ PAPER = {
 }
 
 
-def tasks_of(text: str, manager: TaskManager) -> dict[str, int | None]:
+def tasks_of(
+    text: str, manager: TaskManager, given: str = "--tasks", adds: str = "--include"
+) -> dict[str, int | None]:
     """Parses `NAME[:SHOTS],...` into shots by task; `paper` stands for the paper's six tasks.
 
     Without SHOTS the value is None, for the task's own number.
+
+    Args:
+      given, adds: the options or settings that name the tasks and a folder of further ones.
 
     Raises:
       EvaluationError: a name is unknown or appears twice, shots are not a number, or there is no
@@ -41,19 +46,19 @@ def tasks_of(text: str, manager: TaskManager) -> dict[str, int | None]:
         if name not in manager.all_tasks:
             raise EvaluationError(
                 f"lm-eval {version()} has no task {name!r}{did_you_mean(name, manager.all_tasks)} "
-                "`paper` stands for the paper's six tasks; --include adds your own folder (YAML)"
+                f"`paper` stands for the paper's six tasks; {adds} adds your own folder (YAML)"
             )
         if colon and not shots.isdecimal():
             raise EvaluationError(
-                f"--tasks {part}: {shots!r} is not a number of shots; expected a whole number"
+                f"{given} {part}: {shots!r} is not a number of shots; expected a whole number"
             )
         found.append((name, int(shots) if colon else None))
     names = [name for name, _ in found]
     if twice := {n for n in names if names.count(n) > 1}:
-        raise EvaluationError(f"--tasks has {', '.join(sorted(twice))} twice; give each once")
+        raise EvaluationError(f"{given} has {', '.join(sorted(twice))} twice; give each once")
     if not found:
         raise EvaluationError(
-            "--tasks is empty; expected names of tasks, or `paper` for the paper's six"
+            f"{given} is empty; expected names of tasks, or `paper` for the paper's six"
         )
     return dict(found)
 
@@ -103,9 +108,9 @@ def _check_shots(task: Any) -> None:
         )
 
 
-def manager(include: Path | None) -> TaskManager:
+def manager(include: Path | None, adds: str = "--include") -> TaskManager:
     if include is not None and not include.is_dir():
-        raise EvaluationError(f"--include {include}: this folder does not exist")
+        raise EvaluationError(f"{adds} {include}: this folder does not exist. Correct the path")
     return TaskManager(include_path=None if include is None else str(include))
 
 

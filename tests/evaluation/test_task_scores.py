@@ -1,0 +1,83 @@
+"""The capability guard's tasks: scores, standard errors, changes, and when a score fell."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from selm_jax.evaluation import EvaluationError, task_scores
+from selm_jax.tables.task_scores import Row
+
+
+def rows(values, measure="acc", higher=True, task="river"):
+    return [Row(task, measure, i, f"asked {i}", v, higher) for i, v in enumerate(values)]
+
+
+def test_a_score_is_a_mean_and_its_change_is_paired_by_question():
+    rng = np.random.default_rng(0)
+    before = rng.normal(size=30)
+    after = before + rng.normal(0.5, 0.1, 30)
+    found = task_scores.summarize(rows(after), rows(before))
+    assert found["tasks/river/acc"] == pytest.approx(after.mean())
+    assert found["tasks/river/acc_stderr"] == pytest.approx(stats.sem(after))
+    gap = after - before
+    low, high = stats.t.interval(0.95, 29, gap.mean(), stats.sem(gap))
+    assert found["tasks/river/acc_change"] == pytest.approx(gap.mean())
+    assert found["tasks/river/acc_change_low"] == pytest.approx(low)
+    assert found["tasks/river/acc_change_high"] == pytest.approx(high)
+    assert found["tasks/fallen"] == 0
+    # The unpaired interval of the same scores would be many times as wide.
+    assert high - low < found["tasks/river/acc_high"] - found["tasks/river/acc_low"]
+
+
+@pytest.mark.parametrize(
+    ("shift", "higher", "falls"),
+    [(-0.5, True, True), (0.5, True, False), (0.5, False, True), (-0.5, False, False),
+     (-0.01, True, False), (-0.5, None, False)],
+)  # fmt: skip
+def test_a_score_fell_if_its_interval_is_on_the_wrong_side_of_the_start(shift, higher, falls):
+    rng = np.random.default_rng(1)
+    before = rng.normal(size=40)
+    mine = rows(before + shift + rng.normal(0, 0.2, 40), higher=higher)
+    found = task_scores.summarize(mine, rows(before, higher=higher))
+    assert task_scores.fallen(mine, found) == (["tasks/river/acc"] if falls else [])
+    assert found["tasks/fallen"] == falls
+    last = list(task_scores.lines(mine, found))[-1]
+    assert last.startswith("capability guard: tasks/river/acc fell") == falls
+
+
+def test_right_and_wrong_answers_have_the_interval_of_shares():
+    right = rows([1.0] * 20)
+    found = task_scores.summarize(right, rows([1.0] * 20))
+    assert found["tasks/river/acc_low"] < 1 == found["tasks/river/acc_high"]
+    assert found["tasks/river/acc_change"] == 0 > found["tasks/river/acc_change_low"]
+    assert task_scores.summarize(right, None).keys() == {
+        f"tasks/river/acc{end}" for end in ("", "_low", "_high", "_stderr")
+    }
+
+
+def test_a_measure_of_a_whole_task_is_one_number_that_is_not_compared():
+    def whole(value):
+        return [Row("book", "word_perplexity", None, "", value, False)]
+
+    both = [*whole(90.0), *rows([1.0, 0.0], task="other")]
+    found = task_scores.summarize(both, [*whole(20.0), *rows([0.0, 1.0], task="other")])
+    assert {key for key in found if "book" in key} == {"tasks/book/word_perplexity"}
+    assert next(iter(task_scores.lines(both, found))) == "book, word_perplexity: 90"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda before: before[:-1],
+        lambda before: [dataclasses.replace(before[0], prompt="asked otherwise"), *before[1:]],
+        lambda before: [dataclasses.replace(row, measure="acc_norm") for row in before],
+    ],
+)
+def test_other_questions_than_the_start_models_are_an_error(change):
+    before = rows([0.0, 1.0, 1.0])
+    with pytest.raises(EvaluationError, match=r"task river.*selm redo RUN evaluate -t 0"):
+        task_scores.summarize(before, change(before))

@@ -1,0 +1,240 @@
+"""A run's capability guard measures tasks of lm-eval: local ones, without the network."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from rich.console import Console
+from tiny import PROMPTS, do, experiment, make_model, on_first_device
+
+from selm_jax import config
+from selm_jax.evaluation import EvaluationError
+from selm_jax.report import page
+from selm_jax.run.check import check
+from selm_jax.run.rows import RunError
+from selm_jax.run.run import Run
+
+pytest.importorskip("lm_eval", reason="lm-eval is not installed (the extra `lm-eval`)")
+from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
+
+from selm_jax.evaluation.benchmarks.lm_eval import adapter, guard
+from selm_jax.evaluation.benchmarks.lm_eval import tasks as lm_eval_tasks
+from selm_jax.evaluation.model import open_model
+
+NAMES = ["local_choice:1", "local_last"]
+MARK = "def seen(doc, choices):\n    return doc['question'] + ':'\n"
+
+
+@pytest.fixture(autouse=True)
+def no_defaults(monkeypatch):
+    """The harness reads thousands of task files at each start; the local ones will do."""
+    monkeypatch.setattr(
+        lm_eval_tasks,
+        "manager",
+        lambda folder, _="": TaskManager(include_path=str(folder), include_defaults=False),
+    )
+    on_first_device(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory) -> Path:
+    """Two tasks on local rows: choices with a shot, and the last word of a text."""
+    folder = tmp_path_factory.mktemp("tasks")
+    choices = ["a river", "a chair", "a song"]
+    rows = [
+        {"question": text, "choices": choices, "answer": i % 3} for i, text in enumerate(PROMPTS)
+    ]
+    data = folder / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows[:24]))
+    common = {
+        "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "test_split": "test", "fewshot_split": "test",
+    }  # fmt: skip
+    choice = {
+        "output_type": "multiple_choice", "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}", "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc", "higher_is_better": True}],
+    }  # fmt: skip
+    last = {
+        "output_type": "loglikelihood", "doc_to_text": "{{question.split(' ')[:-1] | join(' ')}}",
+        "doc_to_target": "{{' ' + question.split(' ')[-1]}}",
+        "metric_list": [
+            {"metric": "perplexity", "higher_is_better": False},
+            {"metric": "acc", "higher_is_better": True},
+        ],
+    }  # fmt: skip
+    for name, rest in {"local_choice": choice, "local_last": last}.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **common, **rest}))
+    (folder / "several.yaml").write_text(
+        yaml.safe_dump({"group": "several", "task": ["local_last"]})
+    )
+    return folder
+
+
+def written(folder: Path, tasks: Path, **changes) -> config.Experiment:
+    changes = {"evaluation__tasks": NAMES, "evaluation__task_folder": str(tasks)} | changes
+    return config.load(experiment(folder, **changes))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tasks):
+    """A run whose start model and first iteration, another random model, have been measured."""
+    folder = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        on_first_device(patch)
+        patch.setattr(
+            lm_eval_tasks,
+            "manager",
+            lambda folder, _="": TaskManager(include_path=str(folder), include_defaults=False),
+        )
+        run = Run(
+            written(folder, tasks, evaluation__task_limit=20), Console(record=True, width=200)
+        )
+        check(run)
+        run.open()
+        make_model(run.folder.iteration(1) / "model", seed=1)
+        assert do(run, "evaluate", 0) and do(run, "evaluate", 1)
+    return run
+
+
+def lines(run) -> list[dict]:
+    return [json.loads(line) for line in run.folder.metrics_file.read_text().splitlines()]
+
+
+def test_scores_and_standard_errors_are_those_of_lm_eval(run, tasks):
+    """The slow way: lm-eval's own evaluation of the model folder, tasks loaded anew."""
+    model = open_model(str(run.model.folder.path), console=Console(quiet=True))
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    found = simple_evaluate(
+        adapter.Harness(model, run.experiment.seed), task_manager=manager, limit=20,
+        tasks=lm_eval_tasks.load_tasks({"local_choice": 1, "local_last": None}, manager),
+        apply_chat_template=True, fewshot_as_multiturn=True, bootstrap_iters=1,
+    )["results"]  # fmt: skip
+    start = lines(run)[0]
+    for task, measure in (("local_choice", "acc"), ("local_last", "acc")):
+        got, name = found[task], f"tasks/{task}/{measure}"
+        assert start[name] == pytest.approx(got[f"{measure},none"])
+        assert start[f"{name}_stderr"] == pytest.approx(got[f"{measure}_stderr,none"])
+    perplexity = start["tasks/local_last/perplexity"]
+    assert perplexity == pytest.approx(found["local_last"]["perplexity,none"], rel=1e-4)
+
+
+def test_changes_are_paired_with_the_start_model_and_all_is_recorded(run):
+    start, after = lines(run)
+    tables = [pq.read_table(run.folder.iteration(t) / "tasks.parquet").to_pandas() for t in (0, 1)]
+    means = [table.groupby(["task", "measure"]).value.mean() for table in tables]
+    for key, value in (means[1] - means[0]).items():
+        name = f"tasks/{'/'.join(key)}"
+        if key[1] == "acc":
+            assert after[f"{name}_change"] == pytest.approx(value)
+            assert after[f"{name}_change_low"] <= value <= after[f"{name}_change_high"]
+    assert not any("change" in key for key in start) and "tasks/fallen" not in start
+    assert "heldout/reward_greedy" in after
+    record = json.loads((run.folder.iteration(1) / "stage.json").read_text())["evaluate"]
+    assert "tasks.parquet" in record["outputs"]
+    assert {"tasks.parquet", "evaluation.task_folder"} <= set(record["inputs"])
+    assert record["settings"]["evaluation.tasks"] == NAMES
+    assert "local_choice, acc: " in run.console.export_text(clear=False)
+
+
+def test_a_stage_that_is_done_measures_and_loads_nothing(run, monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("the tasks were loaded again")
+
+    monkeypatch.setattr(guard, "load", never)
+    again = Run(run.experiment, Console(quiet=True))
+    assert not do(again, "evaluate", 1)
+
+
+def test_the_page_shows_scores_errors_and_changes(run, tmp_path):
+    page.write([run.folder.path], tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert "Tasks of the capability guard" in text and "local_choice: acc" in text
+    shown = text[text.index("Tasks of the capability guard</") :]
+    assert text.index("Held-out reward") < text.index("Tasks of the capability guard")
+    assert shown.count('<th scope="row">local_last</th><td>perplexity</td>') == 2
+    assert "Standard error" in shown
+
+
+def test_measuring_twice_gives_the_same(run):
+    tasks = run.data.loaded_tasks
+    model = run.programs.policy(run.start.path, run.chat)
+    once, again = tasks.measure(model), tasks.measure(model)
+    assert once == again
+    stored = pq.read_table(run.folder.iteration(0) / "tasks.parquet").to_pylist()
+    assert [row.value for row in once] == [row["value"] for row in stored]
+    assert len({row.prompt for row in once if row.measure == "acc"}) == 40
+
+
+def test_a_task_longer_than_the_runs_rows_is_measured(run):
+    """Rows of a run fit its own data; those of tasks fit theirs."""
+    assert run.experiment.training.row_length == 128
+    model = run.programs.policy(run.start.path, run.chat)
+    long = [("Describe " + "a river " * 60, " chair")]
+    harness = adapter.Harness(model.fitting())
+    (found,) = harness.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in long])
+    assert np.isfinite(found[0])
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (["local_chose"], r"no task 'local_chose'.*did you mean.*evaluation\.task_folder adds"),
+        (["local_choice:24"], "24 shots, but there are only 23 rows"),
+        (["several"], "evaluation.tasks: several stands for several tasks"),
+        (["local_last", "local_last:0"], "evaluation.tasks has local_last twice"),
+    ],
+)
+def test_what_cannot_be_measured_is_an_error_before_any_work(tmp_path, tasks, names, says):
+    run = Run(written(tmp_path, tasks, evaluation__tasks=names), Console(quiet=True))
+    with pytest.raises(EvaluationError, match=says):
+        check(run)
+    assert not run.folder.path.exists()
+
+
+def test_without_lm_eval_the_error_says_what_to_install(tmp_path, tasks, monkeypatch):
+    for name in ("guard", "adapter"):
+        monkeypatch.delitem(sys.modules, f"selm_jax.evaluation.benchmarks.lm_eval.{name}")
+    monkeypatch.delattr("selm_jax.evaluation.benchmarks.lm_eval.guard")
+    monkeypatch.delattr("selm_jax.evaluation.benchmarks.lm_eval.adapter")
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    run = Run(written(tmp_path, tasks), Console(quiet=True))
+    with pytest.raises(EvaluationError, match=r"pip install 'selm_jax\[lm-eval\]'"):
+        check(run)
+
+
+def test_a_reward_model_has_no_tasks(tmp_path, tasks):
+    changes = {
+        "objective": {"loss": "bradley_terry"}, "data__chosen": "chosen",
+        "data__rejected": "rejected",
+        "candidates": {"greedy": 0, "samples": 0, "dataset": True},
+    }  # fmt: skip
+    file = experiment(tmp_path)
+    for name in ("train", "heldout"):
+        rows = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        text = "".join(
+            json.dumps(row | {"chosen": "Yes.", "rejected": "No, never."}) + "\n" for row in rows
+        )
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    assert file.exists()
+    run = Run(written(tmp_path, tasks, **changes), Console(quiet=True))
+    with pytest.raises(RunError, match="trains a reward model, which answers no questions"):
+        check(run)
+
+
+def test_code_that_task_files_name_is_an_input_but_its_compiled_copies_are_not(run, tasks):
+    before = run.data.tasks(None).digests("tasks")
+    (tasks / "__pycache__").mkdir()
+    (tasks / "__pycache__" / "mark.pyc").write_bytes(b"x")
+    assert run.data.tasks(None).digests("tasks") == before
+    (tasks / "mark.py").write_text(MARK)
+    assert run.data.tasks(None).digests("tasks") != before
+    (tasks / "mark.py").unlink()

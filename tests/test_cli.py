@@ -14,7 +14,9 @@ from selm_jax.config.reference import reference, sections
 VERBS = {
     "": ["run", "generate", "rank", "score", "train", "measure", "export", "redo", "sweep",
          "preview", "show", "settings", "report", "figures", "annotate", "plan", "bench"],
-    "lab": ["regret", "map", "conditions", "why", "idea", "theory", "decoder", "compare"],
+    "lab": [
+        *("regret", "map", "conditions", "why", "idea", "theory", "decoder", "compare", "acquire"),
+    ],
     "eval": ["heldout", "winrate", "alpaca_eval", "lm_eval", "mt_bench"],
 }  # fmt: skip
 EVERY = [[*group.split(), verb] for group, verbs in VERBS.items() for verb in verbs]

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from selm_jax.lab import compare_command
+from selm_jax.lab import acquire_command, compare_command
 from selm_jax.lab.verbs import (
     Out,
     Sampled,
@@ -25,7 +25,7 @@ from selm_jax.lab.verbs import (
     write,
 )
 
-__all__ = ["app", "compare_command"]  # imported for its command
+__all__ = ["acquire_command", "app", "compare_command"]  # imported for their commands
 
 
 @lab_verb("regret")

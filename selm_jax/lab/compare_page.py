@@ -73,11 +73,22 @@ def _cell(records: Sequence[Record]) -> str:
     return f"{found}, {_pair(records)}" if len(records) > 1 else found
 
 
+def by_landscape(compared: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+    """The columns and rows of a comparison that has neither strengths nor separate fits."""
+    columns, lines = rows(compared)
+    end = columns.index("all") + 1
+    return columns[:end], [line[:end] for line in lines]
+
+
 def markdown(compared: Sequence[Record]) -> str:
     """The table in Markdown."""
-    columns, lines = rows(compared)
+    return in_markdown(*rows(compared))
+
+
+def in_markdown(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table of methods in Markdown, with their names as code."""
     lines = [[f"`{line[0]}`", *(cell.replace("*", "\\*") for cell in line[1:])] for line in lines]
-    head = [columns, ["---"] * len(columns)]
+    head = [list(columns), ["---"] * len(columns)]
     return "".join("| " + " | ".join(line) + " |\n" for line in [*head, *lines])
 
 

@@ -1,0 +1,39 @@
+"""The command `selm lab acquire`: rules for which prompts to ask about, against random ones."""
+
+from __future__ import annotations
+
+import sys
+
+from selm_jax.lab.verbs import Sampled, collect, lab_verb, write
+from selm_jax.shell import artifacts
+
+
+@lab_verb(
+    "acquire", files="lab_acquire.html, .md (the table), .json (all numbers) and the figure .svg"
+)
+def acquire(o: Sampled) -> None:
+    """Compare rules that choose prompts.
+
+    Each round asks about a quarter of the pairs that plain online DPO draws. The rules are those
+    of feedback.acquisition; random prompts are the control.
+    """
+    from selm_jax.lab import acquire as rules
+    from selm_jax.lab import compare_page, page, plots, stats
+
+    found = stats.correct(collect(rules.compare(o.seeds, o.seed), "landscape"))
+    compared = write(found, o.out / "lab_acquire.json")
+    world = f"{page.described(rules.SHAPE, rules.LENGTH)}, of {rules.POOL}; other features as named"
+    made = page.Made("acquire", o.seeds, o.seed, "acquire.py, compare", world)
+    plot = plots.panels(
+        compared, "condition", "arm", "landscape", o.out / "lab_acquire.svg", page.caption(made),
+        "random prompts",
+    )  # fmt: skip
+    text = compare_page.in_markdown(*compare_page.by_landscape(compared))
+    artifacts.write_text(o.out / "lab_acquire.md", f"{text}\n{page.caption(made)}\n")
+    sys.stdout.write(text)
+    shown = [
+        page.finding(r, r["arm"], "random prompts", f"{r['landscape']}, {r['condition']}", o.seeds)
+        for r in compared
+    ]
+    title = "Which prompts to ask about?"
+    page.write(o.out / "lab_acquire.html", title, made, shown, [plot])

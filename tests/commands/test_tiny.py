@@ -93,3 +93,10 @@ def test_it_runs_to_its_end_though_all_answers_tie(mine):
     iterate(Run(small, QUIET))
     record = artifacts.Stages(Run(small).folder.iteration(1)).read()
     assert record["train"]["counts"]["updates"] > 0 and record["export"]["done"]
+
+
+def test_the_tasks_of_the_capability_guard_are_left_out(tmp_path):
+    tasks = {"tasks": ["arc_easy"], "task_limit": 5, "samples": 2}
+    e = config.load(tiny.experiment(tmp_path, model={"source": "smollm"}, evaluation=tasks))
+    found = shrink(e, QUIET).evaluation
+    assert (found.samples, found.tasks, found.task_limit) == (2, (), None)

@@ -109,14 +109,15 @@ def lines(run) -> list[dict]:
     return [json.loads(line) for line in run.folder.metrics_file.read_text().splitlines()]
 
 
-def test_scores_and_standard_errors_are_those_of_lm_eval(run, tasks):
+def test_scores_and_standard_errors_are_those_of_lm_eval(run, tasks, monkeypatch):
     """The slow way: lm-eval's own evaluation of the model folder, tasks loaded anew."""
+    monkeypatch.setenv("DISABLE_MULTIPROC", "1")  # lm-eval's bootstrap would fork
     model = open_model(str(run.model.folder.path), console=Console(quiet=True))
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
     found = simple_evaluate(
         adapter.Harness(model, run.experiment.seed), task_manager=manager, limit=20,
         tasks=lm_eval_tasks.load_tasks({"local_choice": 1, "local_last": None}, manager),
-        apply_chat_template=True, fewshot_as_multiturn=True, bootstrap_iters=1,
+        apply_chat_template=True, fewshot_as_multiturn=True, bootstrap_iters=2,
     )["results"]  # fmt: skip
     start = lines(run)[0]
     for task, measure in (("local_choice", "acc"), ("local_last", "acc")):

@@ -270,6 +270,12 @@ def test_answers_of_a_server_are_not_counted():
     )
 
 
+def test_tasks_of_lm_eval_are_not_counted_and_that_is_said():
+    e, read = paper("llama3_8b", "evaluation.tasks=[arc_easy, hellaswag:10]")
+    said = work.lengths_of(Blueprint(e, read, here()), 61135, 2000, 200, 300).assumed
+    assert any("--tasks arc_easy,hellaswag:10 --dry-run` counts" in each for each in said)
+
+
 def rows_of(b: Blueprint):
     w = work.work_of(b, work.lengths_of(b, 61135, 2000, None, None), work.Assumed(0.4, 0.6))
     assert w is not None

@@ -258,7 +258,8 @@ def _rows(data: Data, split: str, count: int) -> Iterator[dict[str, Any]]:
             if column is not None:
                 turns = (("user", prompt), ("assistant", answer))
                 row[column] = [{"role": role, "content": content} for role, content in turns]
-        for column, score in ((data.chosen_score, 4.0), (data.rejected_score, 2.0)):
+        numbers = ((data.chosen_score, 4.0), (data.rejected_score, 2.0), (data.bonus, 1.0))
+        for column, score in numbers:
             if column is not None:
                 row[column] = score
         yield row

@@ -97,6 +97,9 @@ class Data:
     # Column of the chosen answer's score, which the `margin` of bradley_terry reads.
     chosen_score: str | None = None
     rejected_score: str | None = None  # Column of the rejected answer's score; null means 0.
+    # Column of the prompt's count bonus, a number of at least 0, which `copo` reads in place of its
+    # own counts: larger where answers of the kind are rarer.
+    bonus: str | None = None
     system: str | None = None  # System message to put before every prompt.
     # Column of each row's own system message; it is used if the data has it and `system` is null.
     system_column: str | None = "system"

@@ -64,8 +64,8 @@ def copo(beta: float, alpha: float, bits: int = 16) -> Objective:
 
     No gradient flows through w. The bonus is large where answers of the kind are rare. The paper's
     comes from a network that counts over the whole run; here it is 1 / sqrt(n) from counts of an
-    iteration's explored answers by a hash of so many `bits` (`preferences.novelty`). The sign is
-    the opposite of SELM's: the term raises the response.
+    iteration's explored answers by a hash of so many `bits` (`preferences.novelty`), or a number of
+    the data (`data.bonus`). The sign is the opposite of SELM's: the term raises the response.
     """
     check(alpha=alpha, bits=bits)
 

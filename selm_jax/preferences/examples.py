@@ -32,7 +32,8 @@ class Example:
         response with the role `explore` explores.
       importance: the weight of each token of each response (`rollout.importance`); None if all
         tokens count the same.
-      bonus: the count bonus of what explores (`novelty`); None if nothing counted it.
+      bonus: the count bonus of what explores, from the data or from counts (`novelty`); None if
+        there is none.
       shared_logps: the reference's log-probability of each response's first `shared` tokens; None
         if nothing asked for it.
     """

@@ -9,6 +9,7 @@ from selm_jax.feedback import ranker as rankers
 from selm_jax.feedback.human import store_of
 from selm_jax.models.config import DecoderConfig
 from selm_jax.models.quantize import check_installed
+from selm_jax.objectives.losses import Objective
 from selm_jax.parallel import multihost
 from selm_jax.preferences.selection import by_settings
 from selm_jax.rollout import remote
@@ -74,6 +75,23 @@ def check_objective(run: Run) -> None:
             "candidates.greedy: 1"
         )
     run.task.check_settings(e)
+    if e.data.bonus is not None:
+        _check_bonus(e.data.bonus, objective, data)
+
+
+def _check_bonus(column: str, objective: Objective, data: Data) -> None:
+    """Raises RunError if no term reads the bonus in the data, or if it is negative."""
+    if not objective.bonus_bits:
+        raise RunError(
+            f"data.bonus: {column}; {objective} reads no bonus. Set data.bonus: null, or name the "
+            "loss copo"
+        )
+    bad = next((p for p in data.every_prompt() if not p.row[column] >= 0), None)
+    if bad is not None:
+        raise RunError(
+            f"prompt {bad.id}: the bonus in column {column!r} is {bad.row[column]:g}; expected a "
+            "number of at least 0. Correct the row"
+        )
 
 
 def _check_ranker(run: Run) -> None:

@@ -26,6 +26,7 @@ FREE = frozenset(
 # Settings that earlier versions did not have, with what these did. They are recorded only if they
 # are something else, so that folders of earlier versions go on.
 ADDED = {
+    "data.bonus": None,
     "model.keep_vision": True,
     "training.token_statistics": False,
     "training.router": "frozen",

@@ -28,7 +28,7 @@ from selm_jax.text.prompts import Prompt
 
 def _settings(_e: Experiment, task: Task) -> tuple[str, ...]:
     own = ("text", "objective.rates", "objective.reference_free", *task.example_settings)
-    own += ("objective.start_share", "objective.uses_shared")
+    own += ("objective.start_share", "objective.uses_shared", "data.bonus")
     return (*own, "rollout.gap", "training.importance", *SCORING)
 
 
@@ -140,6 +140,8 @@ def paired_examples(
         if step.task.leaves_out_long(step.settings) and too_long(step, example):
             cut["too_long"] += 1
             continue
+        if (column := step.settings.data.bonus) is not None:
+            example = dataclasses.replace(example, bonus=prompt.row[column])
         cut.update(of_example)
         _check_length(example, step.programs.config.max_positions)
         examples.append(example)

@@ -138,7 +138,7 @@ def plan_of(step: Step, examples: StoredTable) -> loop.TrainingPlan:
                 f"{example.prompt_id} lacks some. Name a ranker that scores all candidates, or "
                 f"score the iteration again: {redo(examples.folder, 'score')}"
             )
-    if objective.bonus_bits:
+    if objective.bonus_bits and any(example.bonus is None for example in found):
         found = with_bonuses(found, objective.bonus_bits)
     return loop.TrainingPlan.make(
         step.settings.training, found, step.settings.seed, step.t,

@@ -6,6 +6,7 @@ File: examples.parquet.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 from selm_jax.objectives.roles import ROLES
 from selm_jax.preferences.examples import Example
 from selm_jax.shell import artifacts
-from selm_jax.tables.columns import ADDED, Ids, Int32, Text, read_rows, schema_of, table_of
+from selm_jax.tables.columns import ADDED, Float64, Ids, Int32, Text, read_rows, schema_of, table_of
 
 _OfIds = Annotated[tuple[tuple[int, ...], ...], pa.list_(pa.list_(pa.int32()))]
 _OfTokens = Annotated[tuple[tuple[float, ...], ...], pa.list_(pa.list_(pa.float32()))]
@@ -40,6 +41,8 @@ class Row:
     importance: _OfTokens | None = dataclasses.field(default=None, metadata=ADDED)
     # Like `reference`, of the tokens within the length of the pair's shorter answer.
     shared: _OfResponses | None = dataclasses.field(default=None, metadata=ADDED)
+    # The count bonus of the data; null if the data has none.
+    bonus: Float64 | None = dataclasses.field(default=None, metadata=ADDED)
 
 
 SCHEMA = schema_of(Row)
@@ -55,7 +58,7 @@ def read(path: Path) -> list[Example]:
             row.prompt_id, row.prompt, row.responses,
             {role: at for role in ROLES if (at := getattr(row, role)) is not None},
             row.reference, row.scores, row.explored or (), row.importance,
-            shared_logps=row.shared,
+            _number(row.bonus), row.shared,
         )
         for row in read_rows(path, Row)
     ]  # fmt: skip
@@ -73,11 +76,16 @@ def write(path: Path, examples: Sequence[Example], reference: str = "") -> None:
         Row(
             e.prompt_id, e.prompt, e.responses,
             e.roles.get("chosen"), e.roles.get("rejected"), e.roles.get("explore"),
-            e.reference_logps, e.scores, e.explored, e.importance, e.shared_logps,
+            e.reference_logps, e.scores, e.explored, e.importance, e.shared_logps, e.bonus,
         )
         for e in examples
     ]  # fmt: skip
     artifacts.write_table(path, table_of(Row, rows, {_REFERENCE: reference}))
+
+
+def _number(value: float | None) -> float | None:
+    """The number of a cell, or None if the cell is empty, which reads as NaN."""
+    return None if value is None or math.isnan(value) else value
 
 
 def reference_digest(path: Path) -> str:

@@ -214,6 +214,7 @@ def load_data(data: Data, part: Part = "train", *, pairs: bool = True) -> Prompt
         "train": (data.train, data.train_split, data.train_config),
         "heldout": (data.heldout, data.heldout_split, data.heldout_config),
     }[part]
+    numbers = (data.chosen_score, data.rejected_score, data.bonus)
     return load_prompts(
         str(path),
         split=split,
@@ -222,7 +223,7 @@ def load_data(data: Data, part: Part = "train", *, pairs: bool = True) -> Prompt
         chosen=data.chosen if pairs else None,
         rejected=data.rejected if pairs else None,
         system=None if data.system is not None else data.system_column,
-        scores=[s for s in (data.chosen_score, data.rejected_score) if s and part == "train"],
+        scores=[s for s in numbers if s and part == "train"],
         revision=data.revision,
         config=config,
         on_bad_row=data.on_bad_row,

@@ -17,6 +17,7 @@ from selm_jax.run.run import Run
 from selm_jax.stages.train import plan_of, train
 from selm_jax.tables import examples as table
 from selm_jax.tables import ranked
+from selm_jax.text.prompts import DataError
 from selm_jax.weights.huggingface import load
 
 METHODS = [
@@ -128,3 +129,44 @@ def test_ld_dpo_stores_the_shared_length_beside_whole_answers(tmp_path):
     table.write(folder / "examples.parquet", bare)
     with pytest.raises(RunError, match="ld_dpo needs the reference's log-probabilities of shared"):
         plan_of(tiny.step_of(run, train, 2), tiny.stored(run, 2, "examples.parquet"))
+
+
+def with_bonus(folder, bonus, **changes):
+    """An experiment with copo, whose data have bonus(row number) in the column `rare`."""
+    copo = {"loss": "copo", "beta": 0.1, "alpha": 0.5}
+    file = tiny.experiment(
+        folder, **{"objective": copo, "data__heldout": None, "data__bonus": "rare"} | changes
+    )
+    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    rows = [row | {"rare": bonus(i)} for i, row in enumerate(rows)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Run(config.load(file), Console(quiet=True))
+
+
+def test_copo_reads_the_bonus_from_a_column_of_the_data(tmp_path):
+    run = with_bonus(tmp_path, lambda i: str(i / 4))  # a number that is stored as text is one
+    iterate(run)
+    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    asked = {prompt.id: float(prompt.row["rare"]) for prompt in run.data.every_prompt()}
+    assert sorted(asked.values()) == sorted(float(row["rare"]) for row in rows)
+    for t in (1, 2):
+        made = table.read(run.folder.iteration(t) / "examples.parquet")
+        assert made and all(example.bonus == asked[example.prompt_id] for example in made)
+        plan = plan_of(tiny.step_of(run, train, t), tiny.stored(run, t, "examples.parquet"))
+        trained = [example for update in plan.updates for example in update]
+        assert all(example.bonus == asked[example.prompt_id] for example in trained)
+
+
+@pytest.mark.parametrize(
+    ("cell", "changes", "says"),
+    [
+        (-1, {}, "the bonus in column 'rare' is -1; expected a number of at least 0"),
+        ("much", {}, "no number"),
+        (1, {"data__bonus": "rarer"}, "missing column 'rarer'; did you mean 'rare'"),
+        (1, {"objective": {"loss": "dpo", "beta": 0.1}}, "objective dpo reads no bonus"),
+    ],
+)
+def test_a_bonus_that_cannot_be_read_is_refused_before_the_work(tmp_path, cell, changes, says):
+    run = with_bonus(tmp_path, lambda i: cell if i == 3 else 1, **changes)
+    with pytest.raises((RunError, DataError), match=says):
+        check_objective(run)

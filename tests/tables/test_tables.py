@@ -34,7 +34,7 @@ COLUMNS = {
         "prompt_id": TEXT, "prompt": IDS, "responses": pa.list_(IDS), "chosen": INT,
         "rejected": INT, "explore": INT, "reference": pa.list_(pa.float32()),
         "scores": pa.list_(pa.float32()), "explored": IDS, "importance": pa.list_(LOGPS),
-        "shared": pa.list_(pa.float32()),
+        "shared": pa.list_(pa.float32()), "bonus": pa.float64(),
     },
     heldout: {
         "prompt_id": TEXT, "prompt": TEXT, "kind": TEXT, "sample": INT, "text": TEXT,
@@ -175,7 +175,7 @@ EXAMPLES = [
     Example("p1", (1,), ((3,), (4,), (5,)), {"chosen": 0, "rejected": 1, "explore": 2},
             explored=(2, 0, 2)),
     Example("p2", (1,), ((3, 4), (5,)), {"chosen": 0, "rejected": 1}, (-1.5, -0.25),
-            shared_logps=(-1.0, -0.25)),
+            bonus=0.5, shared_logps=(-1.0, -0.25)),
 ]  # fmt: skip
 
 

@@ -61,9 +61,16 @@ _SORTS = (
     "an update here is a sum over examples that is accumulated from microbatches. Of losses per "
     "example, dpo is the nearest"
 )
+_SAMPLES_AGAIN = (
+    "each of its updates starts with a trial step, samples new answers from the policy after that "
+    "step, has them ranked, and steps again from where the trial began; an iteration here has all "
+    "its answers and scores before its first update. Its loss is nash, which by itself is online "
+    "mirror descent"
+)
 REFUSED = {
     "aot": _SORTS,
     "aot_unpaired": _SORTS,
+    "egpo": _SAMPLES_AGAIN,
 }
 
 

@@ -86,7 +86,8 @@ def nash(beta: float, temperature: float = 1.0) -> Objective:
 
     y_e, the response `explore`, is the opponent: of the policy for online mirror descent, of its
     geometric mixture with the reference for Nash-MD (arXiv 2312.00886), of the extrapolated policy
-    for EGPO (2503.08942), whose two steps for each batch are not here. The form of EGPO's code.
+    for EGPO (2503.08942), which samples within each update and is refused (`build.REFUSED`). The
+    form of EGPO's code.
     """
     check(beta=beta, temperature=temperature)
 

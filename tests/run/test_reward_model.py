@@ -6,6 +6,7 @@ import json
 import math
 import random
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -56,7 +57,10 @@ def experiment(folder, **changes):
     if not (folder / "model").exists():
         tiny.make_model(folder / "model")
     write(folder / "train.jsonl", pairs(96, seed=1))
-    write(folder / "heldout.jsonl", pairs(40, seed=2))
+    held = pairs(40, seed=2)
+    write(folder / "heldout.jsonl", held)
+    turned = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in held]
+    write(folder / "turned.jsonl", turned)
     base = {
         "iterations": 1, "objective": {"loss": "bradley_terry", "centering": 0.01, "margin": 0.1},
         "data__chosen": "chosen", "data__rejected": "rejected", "data__chosen_score": "good",
@@ -67,10 +71,17 @@ def experiment(folder, **changes):
     return tiny.experiment(folder, **(base | changes))
 
 
+def with_sets(folder, **changes):
+    """The experiment with named held-out sets: the same pairs turned round, and the first seven."""
+    few = {"source": str(folder / "heldout.jsonl"), "limit": 7}
+    sets = {"turned": str(folder / "turned.jsonl"), "few": few}
+    return experiment(folder, data__heldout_sets=sets, **changes)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
-    run = Run(config.load(experiment(folder)), QUIET)
+    run = Run(config.load(with_sets(folder, keep_best="heldout/few/loss")), QUIET)
     iterate(run)
     return run, folder
 
@@ -87,6 +98,65 @@ def test_it_learns_a_rule_that_can_be_seen(trained):
     assert after["heldout/accuracy"] > 0.9
     assert after["heldout/accuracy_low"] > 0.75 and after["heldout/accuracy_high"] <= 1
     assert after["heldout/loss"] < before["heldout/loss"] == pytest.approx(math.log(2))
+
+
+def test_named_held_out_sets_have_metrics_and_tables_of_their_own(trained):
+    run, _ = trained
+    line = lines(run, "evaluate")[-1]
+    assert line["heldout/turned/accuracy"] == pytest.approx(1 - line["heldout/accuracy"])
+    assert line["heldout/turned/margin"] == pytest.approx(-line["heldout/margin"])
+    assert (line["heldout/pairs"], line["heldout/few/pairs"]) == (40, 7)
+    folder = run.folder.iteration(1)
+    of = {name: pq.read_table(folder / name).to_pylist() for name in (
+        "pairs.parquet", "pairs-turned.parquet", "pairs-few.parquet",
+    )}  # fmt: skip
+    all_pairs, turned, few = of.values()
+    for one, other in zip(few, all_pairs[:7], strict=True):  # packed otherwise: equal but rounding
+        assert one == {
+            k: pytest.approx(v, rel=1e-5) if "reward" in k else v for k, v in other.items()
+        }
+    for one, other in zip(all_pairs, turned, strict=True):
+        assert one["reward_chosen"] == pytest.approx(other["reward_rejected"], rel=1e-5)
+    margins = np.array([row["reward_chosen"] - row["reward_rejected"] for row in few])
+    assert line["heldout/few/loss"] == pytest.approx(np.logaddexp(0, -margins).mean())
+    entry = json.loads((folder / "stage.json").read_text())["evaluate"]
+    assert entry["counts"]["pairs"] == 87
+    assert entry["counts"]["heldout/few/accuracy"] == line["heldout/few/accuracy"]
+    assert set(of) <= {Path(name).name for name in entry["outputs"]}
+
+
+def test_a_set_chooses_the_best_reward_model_and_the_page_shows_each_set(trained):
+    run, _ = trained
+    values = [line["heldout/few/loss"] for line in lines(run, "evaluate")]
+    best = json.loads(run.folder.manifest_file.read_text())["best"]
+    assert best == {
+        "metric": "heldout/few/loss", "iteration": 1, "value": pytest.approx(min(values)),
+        "model": "iteration_1/model",
+    }  # fmt: skip
+    page = (run.folder.path / "report.html").read_text()
+    assert "turned: accuracy on pairs" in page and "few: accuracy on pairs" in page
+
+
+def test_a_set_without_pairs_is_refused_before_the_work(tmp_path):
+    file = with_sets(tmp_path)
+    tiny.write_prompts(tmp_path / "turned.jsonl")
+    with pytest.raises(DataError, match=r"turned\.jsonl.*chosen"):
+        check(Run(config.load(file), QUIET))
+
+
+def test_pairs_of_a_set_that_are_too_long_are_refused_or_counted(tmp_path):
+    file = with_sets(tmp_path)
+    rows = pairs(3, seed=3)
+    rows[1]["chosen"] = "warm " * 200
+    write(tmp_path / "turned.jsonl", rows)
+    with pytest.raises((RunError, ExampleError), match=rows[1]["prompt_id"]):
+        check(Run(config.load(file), QUIET))
+    run = Run(config.load(file, ["data.on_bad_row=drop"]), QUIET)
+    run.open()
+    tiny.do(run, "evaluate", 0)
+    counts = tiny.counts_of(run, "evaluate", 0)
+    assert (counts["pairs"], counts["too_long"]) == (49, 1)
+    assert lines(run, "evaluate")[0]["heldout/turned/pairs"] == 2
 
 
 def test_the_first_loss_is_that_of_equal_rewards_and_the_margins(trained):

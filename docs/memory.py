@@ -77,7 +77,7 @@ def besides(name: str, facts: DecoderConfig, trained: int, experiment: Experimen
         return inputs / layers + scores
     if name == "apply":  # float32 steps take the place of what they are made of
         return 0 if experiment.training.parameter_dtype == "float32" else 2 * trained
-    cache = 2 * layers * facts.kv_heads * facts.head_dim * CACHE * 16 * 2
+    cache = 2 * sum(c.kv_heads * c.head_dim for c in facts.each_layer) * CACHE * 16 * 2
     return {"prefill": 4 * facts.heads * 512**2 * 4, "refill": 0, "decode": 2 * cache}[name]
 
 

@@ -171,7 +171,7 @@ def random_params() -> Callable[..., Params]:
         rng = np.random.default_rng(seed)
 
         def some(path, x):
-            middle = 1 if path[-1].key == "scale" else 0
+            middle = 1 if path[-1].key in ("scale", "layer_scale") else 0
             return jnp.asarray(rng.normal(middle, 0.25, x.shape), jnp.float32)
 
         return jax.tree_util.tree_map_with_path(some, nn.unbox(abstract_params(config)))

@@ -199,7 +199,7 @@ def decode_bytes(config: DecoderConfig, *, copies: int, keys: int, itemsize: int
     weights = parameter_count(config)
     if not config.tied:  # of the embedding, a step reads one vector per slot
         weights -= config.vocab_size * config.embed
-    each_key = 2 * config.layers * config.kv_heads * config.head_dim
+    each_key = 2 * sum(c.kv_heads * c.head_dim for c in config.each_layer)
     return itemsize * (copies * weights + keys * each_key)
 
 

@@ -80,6 +80,26 @@ class Yarn:
 
 
 @dataclasses.dataclass(frozen=True)
+class Proportional:
+    """Rotates a share of the pairs, the fastest ones, and leaves the others as they are (Gemma 4).
+
+    Attributes:
+      share: how many of the pairs are rotated. Their frequencies are those that they have if all
+        are, unlike with `DecoderConfig.rotary_fraction`.
+      factor: divides the frequencies.
+    """
+
+    share: float
+    factor: float = 1.0
+
+    def __post_init__(self):
+        if self.share > 1:
+            raise UnsupportedModel(
+                f"config.json: partial_rotary_factor is {self.share:g}; expected a number up to 1"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class Rope:
     """The settings of rotary position embeddings.
 
@@ -89,7 +109,7 @@ class Rope:
     """
 
     theta: float
-    scaling: Linear | Llama3 | LongRope | Yarn | None = None
+    scaling: Linear | Llama3 | LongRope | Yarn | Proportional | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,16 +124,31 @@ class Growth:
 
 
 @dataclasses.dataclass(frozen=True)
+class Heads:
+    """The heads of a layer, where layers of one model differ in them (Gemma 4).
+
+    Attributes:
+      kv_heads, head_dim, keys_as_values: as in `DecoderConfig`.
+    """
+
+    kv_heads: int
+    head_dim: int
+    keys_as_values: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class LayerKind:
-    """The properties in which layers of one model may differ: position embedding and window.
+    """The properties in which layers of one model may differ: position embedding, window, heads.
 
     Attributes:
       rope: None leaves queries and keys as they are (NoPE).
       window: a token sees the last `window` positions, itself included; None sees all.
+      heads: None for those of the model.
     """
 
     rope: Rope | None
     window: int | None = None
+    heads: Heads | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +220,8 @@ class DecoderConfig:
     Attributes:
       vocab_size: rows of the embedding.
       embed: width of the residual stream.
-      heads, kv_heads, head_dim: attention; `heads` is a multiple of `kv_heads`.
+      heads, kv_heads, head_dim: attention; `heads` is a multiple of `kv_heads`. A layer whose kind
+        has heads of its own has other `kv_heads` and `head_dim`; `of` says those of each kind.
       mlp: width of the gated MLP, or of each expert.
       kinds: one entry per layer.
       norm_eps: epsilon inside the root mean square.
@@ -199,6 +235,8 @@ class DecoderConfig:
       qk_norm: whether queries and keys are normalised before they are rotated: each head by itself
         ("head"), or all heads of a token together ("projection").
       sinks: whether each head has an attention sink: a learned score that has no value.
+      value_norm: whether the values of each head are normalised, without a stored scale.
+      keys_as_values: whether values are the keys before their norm, with no kernel of their own.
       pre_norms, post_norms: whether the inputs of attention and MLP are normalised, and whether
         their outputs are.
       norm_offset: added to the stored scales of norms.
@@ -207,6 +245,8 @@ class DecoderConfig:
         2 i and 2 i + 1 ("neighbours").
       embed_scale: multiplies embedded tokens.
       residual_scale: multiplies what attention and MLP add to the residual stream.
+      layer_scale: whether each layer's output is multiplied by a stored number, which is never
+        trained.
       query_scale: multiplies queries; None means head_dim ** -0.5.
       query_growth: multiplies queries by a factor that grows with their position, too.
       attention_cap, logit_cap: c in c * tanh(x / c), applied to attention scores and to logits;
@@ -233,6 +273,8 @@ class DecoderConfig:
     mlp_bias: bool = False
     qk_norm: Literal["head", "projection"] | None = None
     sinks: bool = False
+    value_norm: bool = False
+    keys_as_values: bool = False
     pre_norms: bool = True
     post_norms: bool = False
     norm_offset: float = 0.0
@@ -240,6 +282,7 @@ class DecoderConfig:
     rotary_pairs: RotaryPairs = "halves"
     embed_scale: float = 1.0
     residual_scale: float = 1.0
+    layer_scale: bool = False
     query_scale: float | None = None
     query_growth: Growth | None = None
     attention_cap: float | None = None
@@ -261,6 +304,9 @@ class DecoderConfig:
                 "even number, because rotary embeddings rotate pairs of dimensions"
             )
         for kind in self.kinds:
+            if kind.heads is not None:
+                self.of(kind)  # which checks these heads
+                continue
             scaling = kind.rope.scaling if kind.rope else None
             if isinstance(scaling, LongRope):
                 for name in ("short", "long"):
@@ -282,6 +328,35 @@ class DecoderConfig:
     @property
     def distinct_kinds(self) -> tuple[LayerKind, ...]:
         return tuple(dict.fromkeys(self.kinds))
+
+    def of(self, kind: LayerKind) -> DecoderConfig:
+        """The facts as a layer of this kind sees them, with its own heads in place of the model's.
+
+        If the layer has no heads of its own, they are those of the model.
+        """
+        if kind.heads is None:
+            return self
+        own = dataclasses.asdict(kind.heads)
+        return dataclasses.replace(self, kinds=(dataclasses.replace(kind, heads=None),), **own)
+
+    @property
+    def each_layer(self) -> tuple[DecoderConfig, ...]:
+        """The facts as each layer sees them (`of`)."""
+        found = {kind: self.of(kind) for kind in self.distinct_kinds}
+        return tuple(found[kind] for kind in self.kinds)
+
+    @property
+    def cycle(self) -> int:
+        """The number of layers after which all kinds repeat; 1 if all layers have the same heads.
+
+        Layers are stacked by it (`models.stacked`): those of one stack have equal shapes.
+        """
+        n = self.layers
+        if len({kind.heads for kind in self.kinds}) == 1:
+            return 1
+        return next(
+            p for p in range(1, n + 1) if n % p == 0 and self.kinds == self.kinds[:p] * (n // p)
+        )
 
     @property
     def has_two_tables(self) -> bool:

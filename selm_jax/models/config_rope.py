@@ -6,7 +6,15 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from selm_jax.models.config import Linear, Llama3, LongRope, Rope, UnsupportedModel, Yarn
+from selm_jax.models.config import (
+    Linear,
+    Llama3,
+    LongRope,
+    Proportional,
+    Rope,
+    UnsupportedModel,
+    Yarn,
+)
 from selm_jax.models.config_keys import Json, Keys, number, size
 
 _ORIGINAL, _POSITIONS = "original_max_position_embeddings", "max_position_embeddings"
@@ -65,9 +73,10 @@ def rope_of(
             f"config.json: rope_theta is {theta}, but rope_parameters says {inner}. Correct the "
             "wrong one"
         )
-    if (found := p.pop("partial_rotary_factor", None)) not in (fraction, None):
+    share = p.pop("partial_rotary_factor", None)
+    if share not in (fraction, None) and kinds != {"proportional"}:
         raise UnsupportedModel(
-            f"config.json: rope parameters have partial_rotary_factor {found!r:.60}; the decoder "
+            f"config.json: rope parameters have partial_rotary_factor {share!r:.60}; the decoder "
             f"supports only {fraction:g} here. Use another model"
         )
     said = k.size(_ORIGINAL, None)
@@ -100,10 +109,16 @@ def rope_of(
                 scaling = _longrope(p, size(_ORIGINAL, original or k.size(_POSITIONS)), k)
             case ["yarn"]:
                 scaling = _yarn(p, size(_ORIGINAL, original or k.size(_POSITIONS)), k)
+            case ["proportional"] if fraction == 1:
+                scaling = Proportional(
+                    1.0 if share is None else number("partial_rotary_factor", share),
+                    number("factor", p.pop("factor", 1.0)),
+                )
             case found:
                 raise UnsupportedModel(
                     f"config.json: rope type is {', '.join(found)}; the decoder supports default, "
-                    f"linear, llama3, longrope and yarn{_DYNAMIC * (found == ['dynamic'])}"
+                    "linear, llama3, longrope, yarn and proportional"
+                    f"{_DYNAMIC * (found == ['dynamic'])}"
                 )
     except KeyError as missing:
         raise UnsupportedModel(
@@ -223,6 +238,9 @@ def rope_to(rope: Rope | None) -> Json:
                 "beta_slow": slow,
                 "attention_factor": magnitude,
             } | ({} if truncate else {"truncate": False})
+        case Proportional(share, factor):
+            scaling = {"rope_type": "proportional", "partial_rotary_factor": share}
+            scaling |= {} if factor == 1 else {"factor": factor}
     return {"rope_theta": rope.theta, "rope_scaling": scaling}
 
 

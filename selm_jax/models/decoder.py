@@ -8,7 +8,7 @@
 Hidden states and logits are separate, because log-probabilities never need all logits at once.
 For training, layers are stacked and scanned (`scan=True`). For decoding, each layer has its own
 parameter tree (`scan=False`), because a scan copies each layer's weights out of the stack at every
-step, which made decoding take 1.5 times as long. `unstack` converts stacked parameters.
+step, which made decoding take 1.5 times as long. `models.stacked` converts the parameters.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from functools import lru_cache, partial
 from typing import Any, cast
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int
 
 from selm_jax.config.kinds import AttentionBackEnd
 from selm_jax.models.attention import attention, soft_cap
+from selm_jax.models.cache import LayerCache, write
 from selm_jax.models.config import DecoderConfig
 from selm_jax.models.experts import LOAD, Experts
 from selm_jax.models.linear import Adapted, linear, weight
@@ -36,8 +36,10 @@ from selm_jax.models.mlp import MLP
 from selm_jax.models.quantize import dequantize
 from selm_jax.models.rope import growth, rotate, rotations
 from selm_jax.models.sight import Sight
+from selm_jax.models.stacked import stack_names
 
 Params = dict[str, Any]
+LAYER_SCALE = "layer_scale"  # a parameter of each layer that is never trained
 
 # Which values are stored for the backward pass; it recomputes all others.
 REMAT = {
@@ -46,18 +48,6 @@ REMAT = {
     "dots": jax.checkpoint_policies.save_only_these_names("qkv", "context", "gate", "up"),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-
-
-@flax.struct.dataclass
-class LayerCache:
-    """The keys and values of all earlier tokens, in one layer.
-
-    Heads come before tokens because attention reads them in this order; with the other order, every
-    decoding step would copy the whole cache.
-    """
-
-    keys: Float[Array, "*layers rows kv_heads capacity head_dim"]
-    values: Float[Array, "*layers rows kv_heads capacity head_dim"]
 
 
 class Norm(nn.Module):
@@ -70,10 +60,14 @@ class Norm(nn.Module):
         offset = self.config.norm_offset
         ones = nn.with_logical_partitioning(nn.initializers.constant(1 - offset), ("norm",))
         scale = cast(Array, self.param("scale", ones, x.shape[-1:]))
-        y = x.astype(jnp.float32)
-        mean_square = jnp.mean(y * y, axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(mean_square + self.config.norm_eps)
+        y = _normed(x, self.config.norm_eps)
         return (y * (offset + scale.astype(jnp.float32))).astype(x.dtype)
+
+
+def _normed(x: Float[Array, "*batch features"], eps: float) -> Float32[Array, "*batch features"]:
+    """Divides by the root mean square over the last axis, in float32."""
+    y = x.astype(jnp.float32)
+    return y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
 
 
 class Attention(Adapted):
@@ -85,16 +79,20 @@ class Attention(Adapted):
         d, n, k, h = c.embed, c.heads, c.kv_heads, c.head_dim
         kv_axes = ("embed", "kv_heads", "head_dim")
         query = linear(self, "q", x, ("embed", "heads", "head_dim"), (d, n, h), bias=c.qkv_bias)
-        keys = linear(self, "k", x, kv_axes, (d, k, h), bias=c.qkv_bias)
-        values = checkpoint_name(linear(self, "v", x, kv_axes, (d, k, h), bias=c.qkv_bias), "qkv")
-        query, keys = self._normed("q_norm", query), self._normed("k_norm", keys)
+        keys = values = linear(self, "k", x, kv_axes, (d, k, h), bias=c.qkv_bias)
+        if not c.keys_as_values:
+            values = linear(self, "v", x, kv_axes, (d, k, h), bias=c.qkv_bias)
+        if c.value_norm:
+            values = _normed(values, c.norm_eps).astype(values.dtype)
+        values = checkpoint_name(values, "qkv")
+        query, keys = self._with_norm("q_norm", query), self._with_norm("k_norm", keys)
         query = rotate(query, rotation, c.rotary_pairs)
         if c.query_growth is not None:
             query = query * growth(c.query_growth, sight.position).astype(query.dtype)
         query = checkpoint_name(query, "qkv")
         keys = checkpoint_name(rotate(keys, rotation, c.rotary_pairs), "qkv")
         if cache is not None:
-            cache = _write(cache, keys, values, index)
+            cache = write(cache, keys, values, index)
             if sight.place is not None:  # otherwise the new tokens only see each other
                 keys, values = jnp.swapaxes(cache.keys, 1, 2), jnp.swapaxes(cache.values, 1, 2)
         scale = h**-0.5 if c.query_scale is None else c.query_scale
@@ -106,7 +104,7 @@ class Attention(Adapted):
         o_axes = ("heads", "head_dim", "embed")
         return linear(self, "o", context, o_axes, (n, h, d), inputs=2, bias=c.out_bias), cache
 
-    def _normed(self, name: str, x: Float[Array, "rows time heads head_dim"]) -> Array:
+    def _with_norm(self, name: str, x: Float[Array, "rows time heads head_dim"]) -> Array:
         """Queries or keys after their norm, if the model has one."""
         if self.config.qk_norm is None:
             return x
@@ -116,24 +114,6 @@ class Attention(Adapted):
     def _sinks(self) -> Float[Array, " heads"]:
         zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("heads",))
         return cast(Array, self.param("sinks", zeros, (self.config.heads,)))
-
-
-def _write(
-    cache: LayerCache,
-    keys: Float[Array, "rows time kv_heads head_dim"],
-    values: Float[Array, "rows time kv_heads head_dim"],
-    index: Int[Array, " rows"],
-) -> LayerCache:
-    """Writes each row's new keys and values into the cache at that row's index."""
-
-    def put(old: Array, new: Array) -> Array:
-        new = jnp.swapaxes(new, 1, 2).astype(old.dtype)
-        if new.shape == old.shape:  # a prefill fills its whole cache
-            return new
-        # With vmap, XLA knows on a mesh that each row only writes into itself.
-        return jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=1))(old, new, index)
-
-    return LayerCache(put(cache.keys, keys), put(cache.values, values))
 
 
 class Block(nn.Module):
@@ -170,7 +150,48 @@ class Block(nn.Module):
             y = MLP(c, self.lora, name="mlp")(y)
         else:
             y = Experts(c, c.mixture, self.mesh, self.lora, name="experts")(y)
-        return x + behind("mlp_post_norm", y), cache
+        x = x + behind("mlp_post_norm", y)
+        if c.layer_scale:
+            ones = nn.with_logical_partitioning(nn.initializers.ones, (None,))
+            x = x * cast(Array, self.param(LAYER_SCALE, ones, (1,))).astype(x.dtype)
+        return x, cache
+
+
+class Cycle(nn.Module):
+    """Layers of different shapes, one after the other: one step of a scan over all layers."""
+
+    config: DecoderConfig
+    lora: Lora | None
+    attend: Callable[..., Array]
+    mesh: Mesh | None
+    block: Any  # the class of layers
+
+    @nn.compact
+    def __call__(self, x, ways, _, caches: tuple[LayerCache, ...] | None, index):
+        """The last layer's output, and all caches; `ways` has an entry for each kind of layer."""
+        c = self.config
+        make = partial(self.block, lora=self.lora, attend=self.attend, mesh=self.mesh)
+        return _in_turn(make, c, stack_names(c.cycle), x, ways, caches, index)
+
+
+def _in_turn(
+    make: Callable[..., Block],
+    config: DecoderConfig,
+    names: Sequence[str],
+    x: Array,
+    ways: Sequence[Any],
+    caches: Sequence[LayerCache] | None,
+    index: Array | None,
+) -> tuple[Array, tuple[LayerCache, ...] | None]:
+    """Runs the first layers of a model, each a module with one of these names."""
+    written = []
+    for i, name in enumerate(names):
+        kind = config.kinds[i]
+        layer = make(config.of(kind), name=name)
+        cache = None if caches is None else caches[i]
+        x, cache = layer(x, ways[config.distinct_kinds.index(kind)], None, cache, index)
+        written.append(cache)
+    return x, None if caches is None else tuple(written)
 
 
 class Decoder(nn.Module):
@@ -213,8 +234,9 @@ class Decoder(nn.Module):
           end: one past the last token that sees each token (`models.sight`); None if every later
             token sees it. Tokens also see the cache entries before their index; entry i has
             position i.
-          cache: stacked over layers (`scan`) or one `LayerCache` per layer; None in training.
-            Tokens that fill the whole cache only see each other.
+          cache: one `LayerCache` per layer, or stacked as the layers are (`scan`), a tuple if there
+            is more than one stack; None in training. Tokens that fill the whole cache only see each
+            other.
           index: for each row, the index in the cache of the first new token.
         """
         c = self.config
@@ -224,10 +246,9 @@ class Decoder(nn.Module):
         sight = _sight(positions, end, cache, index)
         windows = _windows([kind.window for kind in kinds])
         ways: Any = tuple(
-            (rotations(positions, kind.rope, c.rotated), sight._replace(window=window))
+            (rotations(positions, kind.rope, c.of(kind).rotated), sight._replace(window=window))
             for kind, window in zip(kinds, windows, strict=True)
         )
-        kind_of = [kinds.index(kind) for kind in c.kinds]
         attend = partial(attention, back_end=self.back_end, mesh=self.mesh)
 
         block = Block
@@ -236,28 +257,29 @@ class Decoder(nn.Module):
         if self.remat != "none":
             block = nn.remat(block, policy=REMAT[self.remat], prevent_cse=not self.scan)
         if self.scan:
-            # All layers share one program, so a layer's kind is data, unless there is only one.
-            ways = jax.tree.map(lambda *each: jnp.stack(each), *ways) if len(kinds) > 1 else ways[0]
-            which = jnp.array(kind_of) if len(kinds) > 1 else None
             every: Any = nn.broadcast
+            step, facts, own, which = block, c.of(kinds[0]), cast(Any, {}), None
+            if c.cycle > 1:
+                step, facts, own = Cycle, c, cast(Any, {"block": block})
+            elif len(kinds) > 1:  # the layers share one program, so a layer's kind is data
+                ways = jax.tree.map(lambda *each: jnp.stack(each), *ways)
+                which = jnp.array([kinds.index(kind) for kind in c.kinds])
+            else:
+                ways = ways[0]
             x, cache = nn.scan(
-                block,
+                step,
                 variable_axes={"params": 0, "lora": 0, LOAD: 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=cast(Any, (every, every if which is None else 0, 0, every)),
-                length=c.layers,
+                length=c.layers // c.cycle,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )(
-                c, self.lora, attend, self.mesh, name="layers"
+                facts, self.lora, attend, self.mesh, **own, name="layers"
             )(x, ways, which, cast(Any, cache), index)
         else:
-            written = []
-            for i in range(c.layers):
-                layer_cache = cache[i] if isinstance(cache, tuple) else None
-                layer = block(c, self.lora, attend, self.mesh, name=f"layer_{i}")
-                x, layer_cache = layer(x, ways[kind_of[i]], None, layer_cache, index)
-                written.append(layer_cache)
-            cache = tuple(written) if cache is not None else None
+            make = partial(block, lora=self.lora, attend=attend, mesh=self.mesh)
+            names = [f"layer_{i}" for i in range(c.layers)]
+            x, cache = _in_turn(make, c, names, x, ways, cast(Any, cache), index)
         x = Norm(c, name="norm")(x)
         if c.logit_divisor != 1 and c.head is None:  # here once, for every user of logits
             x = x / jnp.asarray(c.logit_divisor, self.dtype)
@@ -346,23 +368,6 @@ def abstract_adapters(config: DecoderConfig, lora: Lora) -> Params:
 def _abstract(config: DecoderConfig, lora: Lora | None = None) -> dict[str, Params]:
     tokens = jnp.zeros((1, 2), jnp.int32)
     return jax.eval_shape(Decoder(config, lora=lora).init, jax.random.key(0), tokens, tokens)
-
-
-def unstack(params: Params) -> Params:
-    """Converts the parameters of scanned layers into one parameter tree per layer."""
-    rest = {k: v for k, v in params.items() if k != "layers"}
-    layers = jax.tree.leaves(params["layers"])[0].shape[0]
-    each = {
-        f"layer_{i}": jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(layers)
-    }
-    return rest | each
-
-
-def stack(params: Params) -> Params:
-    """Converts one parameter tree per layer into the parameters of scanned layers."""
-    rest = {k: v for k, v in params.items() if not k.startswith("layer_")}
-    each = [params[f"layer_{i}"] for i in range(len(params) - len(rest))]
-    return rest | {"layers": jax.tree.map(lambda *x: jnp.stack(x), *each)}
 
 
 def parameter_count(config: DecoderConfig) -> int:

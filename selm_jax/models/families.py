@@ -110,6 +110,9 @@ FAMILIES = {
         **_GEMMA,
         classifier=f"Gemma3Text{_CLASSIFIER}",
     ),
+    "gemma4_text": Family(
+        "Gemma4ForCausalLM", gemma.gemma4_from, gemma.gemma4_to, **_GEMMA, has_classifier=False
+    ),
 }
 
 # What differs in models that a reader may take for a supported one.
@@ -131,8 +134,7 @@ _CLOSE = {
     "phi": "phi3, but its attention and MLP are parallel and its norms subtract the mean",
     "phi4mm": "phi3, but it also reads images and sound",
     "gemma3n": "gemma3_text, but its layers share parts and have embeddings of their own",
-    "gemma4": "gemma3_text, but it also reads images, and its layers differ in their heads",
-    "gemma4_text": "gemma3_text, but its layers differ in their heads",
+    "gemma4_unified": "gemma4_text, but it also reads images and sound, without a tower of its own",
     "qwen2_5_vl": "qwen2, but it also reads images",
     "qwen3_vl": "qwen3, but it also reads images",
     "glm": "glm4, but without norms behind the blocks",

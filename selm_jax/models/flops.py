@@ -41,17 +41,20 @@ def passed(config: DecoderConfig, *, tokens: int, pairs: int, scored: int) -> Fl
       pairs: number of pairs of a query and a key whose score is computed, in one layer.
       scored: number of tokens whose logits are computed.
     """
-    c = config
+    return Flops(
+        dense=2 * tokens * sum(map(_weights, config.each_layer)),
+        attention=4 * pairs * sum(c.heads * c.head_dim for c in config.each_layer),
+        head=2 * scored * config.embed * config.vocab_size,
+    )
+
+
+def _weights(c: DecoderConfig) -> int:
+    """The numbers in the kernels of one layer that multiply each token."""
     heads, kv_heads = c.heads * c.head_dim, c.kv_heads * c.head_dim
     mlp = 3 * c.embed * c.mlp
     if c.mixture is not None:  # a token's experts, and the router
         mlp = c.mixture.active * mlp + c.embed * c.mixture.experts
-    weights = c.layers * (2 * c.embed * heads + 2 * c.embed * kv_heads + mlp)
-    return Flops(
-        dense=2 * tokens * weights,
-        attention=4 * pairs * c.layers * heads,
-        head=2 * scored * c.embed * c.vocab_size,
-    )
+    return c.embed * (2 * heads + (1 if c.keys_as_values else 2) * kv_heads) + mlp
 
 
 def forward(config: DecoderConfig, *, rows: int, time: int, keys: int, scored: int) -> Flops:

@@ -24,7 +24,7 @@ class MultiModal:
         each the keys that `text_config` may leave out, with their values.
       unread: keys of `text_config` that the text model has alone; the multi-modal class ignores
         them in some programs, and not in others.
-      images: the keys beside `text_config`, which matter to images only.
+      images: the keys beside `text_config`, which matter to images and sound only.
     """
 
     texts: Mapping[str, Json]
@@ -46,6 +46,14 @@ MULTIMODAL = {
             "boi_token_index", "eoi_token_index",
         ),
         unread=("final_logit_softcapping",),
+    ),
+    "gemma4": MultiModal(
+        texts={"gemma4_text": {}},
+        images=(
+            "vision_config", "audio_config", "vision_soft_tokens_per_image", "image_token_id",
+            "video_token_id", "audio_token_id", "boi_token_id", "eoi_token_id", "boa_token_id",
+            "eoa_token_id", "eoa_token_index",
+        ),
     ),
     "mistral3": MultiModal(
         texts={"mistral": {}, "ministral3": {}},

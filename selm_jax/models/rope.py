@@ -8,7 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
-from selm_jax.models.config import Growth, Linear, Llama3, LongRope, Rope, RotaryPairs, Yarn
+from selm_jax.models.config import (
+    Growth,
+    Linear,
+    Llama3,
+    LongRope,
+    Proportional,
+    Rope,
+    RotaryPairs,
+    Yarn,
+)
 
 Rotation = tuple[Float[Array, "rows time 1 half"], Float[Array, "rows time 1 half"]]
 
@@ -35,6 +44,9 @@ def frequencies(rope: Rope, rotated: int) -> Float32[np.ndarray, " half"]:
             kept = (original / wavelength - low) / (high - low)
             kept = np.clip(kept, 0, 1).astype(np.float32)
             return (1 - kept) * plain / np.float32(factor) + kept * plain
+        case Proportional(share, factor):
+            kept = np.arange(len(plain)) < int(share * rotated // 2)
+            return np.where(kept, plain / np.float32(factor), np.float32(0))
         case Yarn() as yarn:
             divided = _yarn_ramp(yarn, rope.theta, rotated)
             return divided * (plain / np.float32(yarn.factor)) + (1 - divided) * plain

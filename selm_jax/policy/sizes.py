@@ -190,19 +190,19 @@ class Training:
         """
         c, rows = self.config, -(-sizes.rows // self.ways)
         tokens, mlp = rows * self.length, c.mlp * (c.mixture.active if c.mixture else 1)
-        projected = (2 * c.heads + 2 * c.kv_heads) * c.head_dim
+        every = [(2 * of.heads + 2 * of.kv_heads) * of.head_dim for of in c.each_layer]
         scores = 3 * c.heads * self.length if self.whole_scores else 0
-        layer = 8 * c.embed + 6 * mlp + 2 * projected + scores
+        layers = [8 * c.embed + 6 * mlp + 2 * projected + scores for projected in every]
         stored = {
-            "none": layer, "dots": c.embed + 2 * mlp + projected, "mlp": c.embed + 2 * mlp,
-            "full": c.embed,
+            "none": sum(layers) - c.layers * c.embed, "dots": sum(every) + 2 * c.layers * mlp,
+            "mlp": 2 * c.layers * mlp, "full": 0,
         }[sizes.remat]  # fmt: skip
         chunk = 3 * 4 * rows * min(sizes.chunk, self.length) * c.vocab_size
         if not backward:
-            return {"rows": layer * tokens * self.itemsize, "chunk": chunk}
+            return {"rows": max(layers) * tokens * self.itemsize, "chunk": chunk}
         return {
-            "remat": (stored - c.embed) * c.layers * tokens * self.itemsize,
-            "rows": (c.embed * c.layers + layer) * tokens * self.itemsize,
+            "remat": stored * tokens * self.itemsize,
+            "rows": (c.embed * c.layers + max(layers)) * tokens * self.itemsize,
             "chunk": chunk,
         }
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import cast
 
 import jax
 from jax.sharding import Mesh
 
 from selm_jax.models.config import DecoderConfig
-from selm_jax.models.decoder import Params, abstract_params, stack
+from selm_jax.models.decoder import Params, abstract_params
+from selm_jax.models.stacked import stack
 from selm_jax.parallel.rules import TRAINING, Rules, shardings
 from selm_jax.rollout.parameters import decoding_params, decoding_shardings
 
@@ -51,7 +53,9 @@ class Weights:
             stacked = self._load()
         elif stacked is None:
             where = shardings(abstract_params(self._config), self._mesh, self._rules)
-            stacked = jax.jit(stack, out_shardings=where)(self._apart)
+            stacked = jax.jit(partial(stack, cycle=self._config.cycle), out_shardings=where)(
+                self._apart
+            )
         self._stacked, self._apart = stacked, None
         return cast(Params, stacked)
 

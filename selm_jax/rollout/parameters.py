@@ -16,9 +16,10 @@ from jax.sharding import PartitionSpec as P
 
 from selm_jax.config.kinds import RolloutWeights
 from selm_jax.models.config import DecoderConfig
-from selm_jax.models.decoder import Params, abstract_params, unstack
+from selm_jax.models.decoder import Params, abstract_params
 from selm_jax.models.experts import ROUTER
 from selm_jax.models.quantize import quantize
+from selm_jax.models.stacked import stacks, unstack
 from selm_jax.parallel.rules import DECODE, shardings
 
 
@@ -72,8 +73,8 @@ def decoding_shardings(config: DecoderConfig, mesh: Mesh, weights: RolloutWeight
     if weights == "int8":
         stacked = _of_integers(nn.unbox(boxed), stacked)
     where = {k: v for k, v in stacked.items() if k != "layers"}
-    layer = jax.tree.map(lambda x: NamedSharding(mesh, P(*x.spec[1:])), stacked["layers"])
-    return where | {f"layer_{i}": layer for i in range(config.layers)}
+    each = stacks(jax.tree.map(lambda x: NamedSharding(mesh, P(*x.spec[1:])), stacked["layers"]))
+    return where | {f"layer_{i}": each[i % len(each)] for i in range(config.layers)}
 
 
 def _of_integers(params: Params, where: Params) -> Params:

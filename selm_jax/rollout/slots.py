@@ -22,7 +22,8 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from selm_jax.config import Mixture
-from selm_jax.models.decoder import Decoder, LayerCache, Params, logits
+from selm_jax.models.cache import LayerCache, empty_cache
+from selm_jax.models.decoder import Decoder, Params, logits
 from selm_jax.parallel.rules import DECODE, partition
 from selm_jax.rollout.mixtures import mixed
 from selm_jax.rollout.sampling import Drawn, Sampling, next_tokens
@@ -305,10 +306,8 @@ def _goes_on(setup: Setup, token: Int[Array, " n"], drawn: Int[Array, " n"]) -> 
 
 
 def _zeros(setup: Setup, rows: int, capacity: int) -> Caches:
-    c, models = setup.decoder.config, 1 if setup.mixture is None else 2
-    shape = (rows, c.kv_heads, capacity, c.head_dim)
-    zeros = partial(jnp.zeros, shape, setup.decoder.dtype)
-    return tuple(LayerCache(zeros(), zeros()) for _ in range(models * c.layers))
+    models = 1 if setup.mixture is None else 2
+    return models * empty_cache(setup.decoder.config, rows, capacity, setup.decoder.dtype)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

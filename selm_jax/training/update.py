@@ -15,7 +15,7 @@ it over the mesh.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -25,7 +25,7 @@ import optax
 from jax.sharding import Sharding
 from jaxtyping import Array, Float
 
-from selm_jax.models.decoder import Decoder, Params, unembedding
+from selm_jax.models.decoder import LAYER_SCALE, Decoder, Params, unembedding
 from selm_jax.models.experts import LOAD, ROUTER, expert_counts, load_metrics
 from selm_jax.objectives.logprobs import TokenStats, token_logprobs, token_statistics
 from selm_jax.objectives.losses import Logps, Metrics, Objective, ObjectiveError, Rewards
@@ -267,13 +267,13 @@ def _means(sums: Sums) -> Sums:
     return {k: sums[k] / n for k, n in of.items()} | load | {"examples": count}
 
 
-def _routers_held(tree: Any, held: bool) -> Any:
-    """The tree of gradients or steps; if `held`, with zeros for routers of experts."""
+def _held(tree: Any, names: Collection[str]) -> Any:
+    """The tree of gradients or steps, with zeros for parameters of these names."""
 
     def of(path, x):
-        return jnp.zeros_like(x) if path[-1].key in ROUTER else x
+        return jnp.zeros_like(x) if path[-1].key in names else x
 
-    return jax.tree_util.tree_map_with_path(of, tree) if held else tree
+    return jax.tree_util.tree_map_with_path(of, tree)
 
 
 class Update(NamedTuple):
@@ -329,9 +329,9 @@ def make_update(
     `clip` bounds the global norm of the mean gradient; None does not. With `statistics`, there are
     the metrics `PER_TOKEN`. With `skip`, an update whose loss or gradient is not finite leaves
     parameters and moments as they are, and the metric `skipped` is 1. Without `train_router`, the
-    routers of a mixture of experts stay as they are.
+    routers of a mixture of experts stay as they are. The scales of layers always do.
     """
-    trained = partial(_routers_held, held=not train_router)
+    trained = partial(_held, names={LAYER_SCALE} if train_router else {LAYER_SCALE, *ROUTER})
 
     def gradients(params, batch, mean_lengths, reference=None, base=None, key=None):
         loss = jax.value_and_grad(
@@ -355,7 +355,7 @@ def make_update(
         factor = (1.0 if clip is None else jnp.minimum(1.0, clip / norm)) / count
         grads = jax.tree.map(lambda g: factor * g, grads)
         steps, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        # Again, because weight decay would move the routers.
+        # Again, because weight decay would move what is not trained.
         steps = jax.tree.map(lambda step: learning_rate * step, trained(steps))
         params = cast(Params, optax.apply_updates(state.params, steps))
         metrics = _means(sums) | {"grad_norm": norm}

@@ -71,8 +71,8 @@ def load(
         where = dict.fromkeys(rows, SingleDeviceSharding(jax.local_devices()[0]))
     else:
         where = cast(dict[Any, Sharding], flatten_dict(shardings))
-    stacked = [path for path, row in rows.items() if row.stacked]
-    shapes = tuple((config.layers, *rows[path].layer_shape) for path in stacked)
+    stacked = {path: row.layers for path, row in rows.items() if row.layers is not None}
+    shapes = tuple((len(these), *rows[path].layer_shape) for path, these in stacked.items())
     zeros = _zeros(shapes, np.dtype(dtype), tuple(where[path] for path in stacked))()
     params = dict(zip(stacked, zeros, strict=True))
     finite: list[
@@ -81,8 +81,8 @@ def load(
     for path, row in rows.items():
         if fresh_head and path == ("score",):
             (params[path],) = _zeros((row.shape,), np.dtype(dtype), (where[path],))()
-        elif row.stacked:
-            for layer in range(config.layers):
+        elif path in stacked:
+            for layer in stacked[path]:
                 params[path], is_finite = _fill(checkpoint, row, layer, params[path])
                 finite.append((row.names(layer), is_finite))
         else:
@@ -127,7 +127,7 @@ def _fill(
     """Reads a layer's parameter into the stacked array `stack`; returns (stack, is finite)."""
     x = _from_file(checkpoint, layer, row, _of_layer(stack.sharding))
     # Wait; otherwise the host would read ahead and keep in memory what devices have not yet taken.
-    filled = jax.block_until_ready(_filler(stack.sharding)(stack, x, layer))
+    filled = jax.block_until_ready(_filler(stack.sharding)(stack, x, row.at(layer)))
     x.delete()
     return filled
 
@@ -213,14 +213,14 @@ def _zeros(shapes: tuple[tuple[int, ...], ...], dtype: np.dtype, shardings: tupl
 
 @lru_cache(maxsize=256)
 def _filler(sharding: Sharding):
-    """Returns a jitted (stack, x, layer) -> (stack with x at this layer, whether x is finite).
+    """Returns a jitted (stack, x, at) -> (stack with x at this index, whether x is finite).
 
     The stack is donated. The check costs one more pass over x on the devices.
     """
 
-    def fill(stack, x, layer):
+    def fill(stack, x, at):
         x = x.astype(stack.dtype)
-        stack = jax.lax.dynamic_update_index_in_dim(stack, x, layer, 0)
+        stack = jax.lax.dynamic_update_index_in_dim(stack, x, at, 0)
         return stack, jnp.isfinite(x).all()
 
     return jax.jit(fill, donate_argnums=0, out_shardings=(sharding, _of_scalar(sharding)))

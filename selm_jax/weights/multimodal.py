@@ -25,7 +25,8 @@ _TEXT = {  # the beginning of a stored name, and of the text model's own
     "lm_head.": "lm_head.",
 }
 _ASIDE = (
-    "vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector."
+    "vision_tower.", "multi_modal_projector.", "model.vision_tower.",
+    "model.multi_modal_projector.", "model.embed_vision.",
 )  # fmt: skip
 
 

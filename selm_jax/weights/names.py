@@ -15,7 +15,8 @@ import flax.linen as nn
 from flax.traverse_util import flatten_dict
 
 from selm_jax.models.config import DecoderConfig
-from selm_jax.models.decoder import abstract_params
+from selm_jax.models.decoder import LAYER_SCALE, abstract_params
+from selm_jax.models.stacked import stack_names
 
 Path = tuple[str, ...]
 
@@ -30,6 +31,8 @@ class Tensor(NamedTuple):
       inputs: how many leading axes of our kernel are its inputs. A kernel is flattened to
         [inputs, outputs] and transposed; None means that the parameter is stored as it is.
       first: the row of the stored tensor at which this parameter begins; 0 unless it is fused.
+      layers: the layers whose parameters are stacked in this one, in order; None if it does not
+        belong to a layer.
       experts: the number of experts of a layer if each of them is a stored tensor. Then the shape
         is one expert's, and `name` has a second `{}`, for the number of the expert.
       of: how many parameters alternate along the last axis of the stored tensor; `first` is then
@@ -41,6 +44,7 @@ class Tensor(NamedTuple):
     name: str
     inputs: int | None
     first: int = 0
+    layers: range | None = None
     experts: int | None = None
     of: int = 1
 
@@ -50,12 +54,24 @@ class Tensor(NamedTuple):
         return self.shape if self.experts is None else (self.experts, *self.shape)
 
     def names(self, layer: int | None) -> list[str]:
-        """The stored tensors of a layer of this parameter: one, or one for each expert."""
+        """The stored tensors of a layer of this parameter: one, or one for each expert.
+
+        `layer` is the number of the layer in the model, of which there is none outside of layers.
+        """
         return [self.name.format(layer, expert) for expert in range(self.experts or 1)]
 
     @property
     def stacked(self) -> bool:
-        return self.path[0] == "layers"
+        return self.layers is not None
+
+    def at(self, layer: int | None) -> int | None:
+        """The index of a layer in the stacked parameter; None for one that is not stacked."""
+        return None if self.layers is None else self.layers.index(cast(int, layer))
+
+    @property
+    def kernel(self) -> str:
+        """The parameter's name in its layer, such as `attention/q`."""
+        return "/".join(self.path[-2:])
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -146,14 +162,25 @@ def tensors(config: DecoderConfig) -> dict[Path, Tensor]:
     """Maps every parameter to its `Tensor`, in a fixed order; parts of a tensor are adjacent."""
     leaves = cast(dict[Path, Any], flatten_dict(nn.unbox(abstract_params(config))))
     rows = {path: _tensor(path, leaf.shape, config) for path, leaf in leaves.items()}
-    return _fuse(rows, _FUSED.get(config.architecture, {}))
+    fused = _FUSED.get(config.architecture, {})
+    return _fuse(rows, fused) if fused else rows
 
 
 def _tensor(path: Path, shape: tuple[int, ...], config: DecoderConfig) -> Tensor:
     if path in _OUTSIDE:
         name, inputs = _OUTSIDE[path]
         return Tensor(path, shape, name, inputs)
-    inner = path[1:]
+    cycle, place, inner = config.cycle, 0, path[1:]
+    if cycle > 1:
+        place, inner = stack_names(cycle).index(path[1]), path[2:]
+    row = _of_layers(path, inner, shape, config)
+    return row._replace(layers=range(place, config.layers, cycle))
+
+
+def _of_layers(path: Path, inner: Path, shape: tuple[int, ...], config: DecoderConfig) -> Tensor:
+    """The tensor of a stacked parameter, whose path inside of its layer is `inner`."""
+    if inner == (LAYER_SCALE,):
+        return Tensor(path, shape[1:], f"{_LAYER}layer_scalar", None)
     for name, parts in _AS_THEY_ARE.get(config.architecture, {}).items():
         if inner in parts:
             return Tensor(
@@ -190,16 +217,22 @@ def stored_tensors(config: DecoderConfig) -> Iterator[tuple[list[str], int | Non
 
     There is more than one name if each expert is a tensor of its own.
     """
-    by_name: dict[str, list[Tensor]] = {}
-    for row in tensors(config).values():
-        by_name.setdefault(row.name, []).append(row)
-    for parts in by_name.values():
-        if not parts[0].stacked:
+    together = in_one_tensor(config)
+    for parts in together:
+        if parts[0].layers is None:
             yield parts[0].names(None), None, parts
     for layer in range(config.layers):
-        for parts in by_name.values():
-            if parts[0].stacked:
+        for parts in together:
+            if layer in (parts[0].layers or ()):
                 yield parts[0].names(layer), layer, parts
+
+
+def in_one_tensor(config: DecoderConfig) -> list[list[Tensor]]:
+    """Lists which parameters are stored together: usually each by itself."""
+    found: dict[tuple[str, range | None], list[Tensor]] = {}
+    for row in tensors(config).values():
+        found.setdefault((row.name, row.layers), []).append(row)
+    return list(found.values())
 
 
 def whole_shape(parts: list[Tensor]) -> tuple[int, ...]:

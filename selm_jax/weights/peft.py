@@ -14,7 +14,7 @@ from selm_jax.models.config import DecoderConfig
 from selm_jax.models.decoder import Params
 from selm_jax.models.lora import Lora, LoraError
 from selm_jax.weights.files import stored_like, write_file
-from selm_jax.weights.names import Tensor, tensors
+from selm_jax.weights.names import Tensor, in_one_tensor, tensors
 from selm_jax.weights.saving import fetch
 
 
@@ -53,10 +53,13 @@ def export_adapter(
     flat = flatten_dict(adapters)
     stored: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
-    for name, parts in _adapted(config, lora):
-        module = name.removesuffix(".weight")
-        ranks[module.rpartition(".")[2]] = lora.rank * len([p for p in parts if _has(p, lora)])
-        for layer in range(config.layers):
+    for parts in in_one_tensor(config):
+        count = len([p for p in parts if _has(p, lora)])
+        if not count:
+            continue
+        module = parts[0].name.removesuffix(".weight")
+        ranks[module.rpartition(".")[2]] = lora.rank * count
+        for layer in parts[0].layers or ():
             pairs = _pairs(parts, flat, layer, lora)
             for name, (a, b) in zip(parts[0].names(layer), pairs, strict=True):
                 name = name.removesuffix(".weight")
@@ -109,15 +112,7 @@ def check(config: DecoderConfig, lora: Lora) -> None:
 
 
 def _has(row: Tensor, lora: Lora) -> bool:
-    return row.stacked and lora.adapts("/".join(row.path[1:]))
-
-
-def _adapted(config: DecoderConfig, lora: Lora) -> Iterator[tuple[str, list[Tensor]]]:
-    """Yields (name, kernels in order) for every stored tensor with an adapter."""
-    by_name: dict[str, list[Tensor]] = {}
-    for row in tensors(config).values():
-        by_name.setdefault(row.name, []).append(row)
-    return ((n, parts) for n, parts in by_name.items() if any(_has(p, lora) for p in parts))
+    return row.layers is not None and lora.adapts(row.kernel)
 
 
 def _pairs(
@@ -131,7 +126,7 @@ def _pairs(
     halves = {}
     for row in adapted:
         *where, kernel = row.path
-        both = (fetch(flat[(*where, f"{kernel}_{half}")], layer) for half in "ab")
+        both = (fetch(flat[(*where, f"{kernel}_{half}")], row.at(layer)) for half in "ab")
         halves[row.path] = [np.asarray(x, np.float32) for x in both]
     for expert in range(parts[0].experts or 1):
         a_rows, b_blocks = [], []

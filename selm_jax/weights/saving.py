@@ -70,10 +70,10 @@ def to_hf_tensors(
     flat = _flat(params)
     for names, layer, parts in stored_tensors(config):
         if not any(map(wanted, names)):
-            jax.block_until_ready([_gathered(flat[row.path], layer) for row in parts])
+            jax.block_until_ready([_gathered(flat[row.path], row.at(layer)) for row in parts])
             yield from ((name, None) for name in names)
             continue
-        ours = [fetch(flat[row.path], layer).reshape(-1, *row.shape) for row in parts]
+        ours = [fetch(flat[row.path], row.at(layer)).reshape(-1, *row.shape) for row in parts]
         for expert, name in enumerate(names):
             found = [_to_theirs(x[expert], row) for x, row in zip(ours, parts, strict=True)]
             yield name, _joined(found, parts)
@@ -92,22 +92,22 @@ def _flat(params: Params) -> dict[tuple[str, ...], jax.Array]:
     return cast(Any, flatten_dict(params))
 
 
-def fetch(x: jax.Array, layer: int | None) -> np.ndarray:
+def fetch(x: jax.Array, at: int | None) -> np.ndarray:
     """Copies a parameter, or one layer of a stacked one, to the host, gathered from all processes.
 
     It fetches a temporary copy, because a JAX array keeps a host copy once it was fetched.
     """
-    return np.asarray(_gathered(x, layer))
+    return np.asarray(_gathered(x, at))
 
 
-def _gathered(x: jax.Array, layer: int | None) -> jax.Array:
+def _gathered(x: jax.Array, at: int | None) -> jax.Array:
     everywhere = None
     if not x.is_fully_addressable:
         assert isinstance(x.sharding, NamedSharding)
         everywhere = NamedSharding(x.sharding.mesh, PartitionSpec())
-    if layer is None:
+    if at is None:
         return _copier(everywhere)(x)
-    return _taker(everywhere)(x, layer)
+    return _taker(everywhere)(x, at)
 
 
 @lru_cache(maxsize=16)

@@ -45,9 +45,28 @@ _TWO_ROPES = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
 }
 
+_GEMMA_4 = {
+    "num_hidden_layers": 6, "layer_types": [*["sliding_attention"] * 2, "full_attention"] * 2,
+    "num_key_value_heads": 4, "num_global_key_value_heads": 2, "head_dim": 8,
+    "global_head_dim": 16, "sliding_window": 40, "attention_k_eq_v": True,
+    "hidden_size_per_layer_input": 0, "final_logit_softcapping": 5.0,
+    "rope_parameters": {
+        "full_attention": {
+            "rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 1e5,
+            "factor": 2.0,
+        },
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    },
+}  # fmt: skip
+
 _IMAGES = {
     "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
     "image_size": 28, "patch_size": 14,
+}  # fmt: skip
+
+_IMAGES_4 = {
+    "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "head_dim": 4, "patch_size": 4, "position_embedding_size": 16,
 }  # fmt: skip
 
 # Name -> (transformers' config class, what it is given beyond the sizes).
@@ -145,6 +164,17 @@ FAMILIES = {
             "mm_tokens_per_image": 4, "image_token_index": 200,
         },
     ),
+    "gemma-4": ("Gemma4TextConfig", _GEMMA_4),
+    "gemma-4-images": (
+        "Gemma4Config",
+        {
+            "text_config": _SIZES | _GEMMA_4 | {
+                "use_bidirectional_attention": "vision", "head_dim": 16, "global_head_dim": 8,
+                "attention_k_eq_v": False, "num_global_key_value_heads": None,
+            },
+            "vision_config": _IMAGES_4,
+        },
+    ),
     "mistral-3-images": (
         "Mistral3Config",
         {
@@ -175,6 +205,12 @@ def make(name: str, folder: Path):
     with torch.no_grad():
         for p in model.parameters():  # its own start values are nearly a constant function
             p.add_(torch.randn_like(p) * 0.2)
+        for each, p in model.named_parameters():
+            if kind.startswith("Gemma4") and each.endswith("q_norm.weight"):
+                p.mul_(0.3)  # scores are not divided there, and sharp ones would amplify rounding
+        for each, p in model.named_buffers():
+            if each.endswith("layer_scalar"):
+                p.add_(torch.randn_like(p) * 0.2)
     model.to(torch.float16).save_pretrained(folder)
     (folder / "generation_config.json").unlink()
     # Loaded again, not cast back: a cast to float16 rounds the rotary frequencies too.

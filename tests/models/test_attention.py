@@ -12,8 +12,9 @@ import pytest
 from selm_jax.models.attention import _chosen, attention, einsum
 from selm_jax.models.attention_blocks import blockwise, visits
 from selm_jax.models.config import LayerKind, Rope
-from selm_jax.models.decoder import REMAT, Decoder, abstract_params, unstack
+from selm_jax.models.decoder import REMAT, Decoder, abstract_params
 from selm_jax.models.sight import Sight
+from selm_jax.models.stacked import unstack
 from selm_jax.parallel.mesh import make_mesh
 from selm_jax.parallel.rules import TRAINING, place_rows, shardings
 

@@ -43,6 +43,7 @@ PUBLISHED = {
     "google--gemma-3-1b-it": 999_885_952,
     "google--gemma-3-270m": 268_098_176,
     "google--gemma-3-4b-it": 4_300_079_472 - 419_816_304,  # all, without those for images
+    "google--gemma-4-31B-it": 30_697_345_340,  # the text model; its page says 30.7 billion
     "google--gemma-7b": 8_537_680_896,
     "ibm-granite--granite-3.3-8b-instruct": 8_170_864_640,
     "ibm-granite--granite-4.0-micro": 3_402_836_480,
@@ -280,7 +281,7 @@ BASES = ("Qwen--Qwen3-0.6B", "microsoft--Phi-3.5-mini-instruct", "HuggingFaceTB-
          "google--gemma-2-9b-it", "google--gemma-3-270m", "mistralai--Mistral-7B-v0.1",
          "meta-llama--Llama-3.1-8B-Instruct", "Qwen--Qwen2.5-0.5B", "allenai--Olmo-3-7B-Instruct",
          "ibm-granite--granite-3.3-8b-instruct", "microsoft--Phi-4-mini-instruct",
-         "google--gemma-3-4b-it", "mistralai--Ministral-3-8B-Base-2512",
+         "google--gemma-3-4b-it", "google--gemma-4-31B-it", "mistralai--Ministral-3-8B-Base-2512",
          "ibm-granite--granite-4.0-micro", "zai-org--GLM-4-9B-0414")  # fmt: skip
 
 

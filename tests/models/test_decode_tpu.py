@@ -13,8 +13,9 @@ from jax.sharding import SingleDeviceSharding
 
 from selm_jax.models import decode_tpu
 from selm_jax.models.attention import attention, einsum
+from selm_jax.models.cache import LayerCache
 from selm_jax.models.decode_tpu import block_of, decode_kernel, ragged
-from selm_jax.models.decoder import LayerCache, _write
+from selm_jax.models.decoder import _write
 from selm_jax.models.sight import Sight
 from selm_jax.parallel.mesh import make_mesh
 from selm_jax.plan.topology import target

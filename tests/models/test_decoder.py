@@ -10,28 +10,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from selm_jax.models.cache import LayerCache
 from selm_jax.models.config import (
     DecoderConfig,
     Growth,
+    Heads,
     LayerKind,
     Linear,
     Llama3,
     LongRope,
     Mixture,
+    Proportional,
     Rope,
     ScalarHead,
     UnsupportedModel,
     Yarn,
 )
-from selm_jax.models.decoder import (
-    REMAT,
-    Decoder,
-    LayerCache,
-    abstract_params,
-    parameter_count,
-    unstack,
-)
+from selm_jax.models.decoder import REMAT, Decoder, abstract_params, parameter_count
 from selm_jax.models.linear import project
+from selm_jax.models.stacked import unstack
 from selm_jax.weights.names import tensors
 
 
@@ -217,6 +214,7 @@ LONG = LongRope((1.0, 2.0, 3.0, 4.0), (2.0, 4.0, 8.0, 16.0), 6, 1.0)
 LLAMA3 = Llama3(8.0, 1.0, 4.0, 64)
 YARN = Yarn(4.0, 64, 4.0, 0.5, 1.0)
 MIXTURE = Mixture(4, 2, True)
+PROPORTIONAL = Proportional(0.5, 2.0)
 
 
 def kinds(*each):
@@ -266,6 +264,14 @@ CHANGES = {
             "short": (4.0,) * 4, "long": (1.0,) * 4, "magnitude": 1.5, "extended": True,
         }.items()
     },
+    "kinds: heads": ({}, kinds(*[LayerKind(Rope(1e4), heads=Heads(2, 8, True))] * 2)),
+    **{
+        f"kinds: proportional {key}": (
+            kinds(*[LayerKind(Rope(1e4, PROPORTIONAL))] * 2),
+            kinds(*[LayerKind(Rope(1e4, dataclasses.replace(PROPORTIONAL, **{key: value})))] * 2),
+        )
+        for key, value in {"share": 1.0, "factor": 3.0}.items()
+    },
     "norm_eps": ({}, {"norm_eps": 0.1}),
     "tied": ({}, {"tied": True}),
     "max_positions": ({}, {"max_positions": 99}),
@@ -276,6 +282,8 @@ CHANGES = {
     "mlp_bias": ({}, {"mlp_bias": True}),
     "qk_norm": ({}, {"qk_norm": "head"}),
     "qk_norm: of what": ({"qk_norm": "head"}, {"qk_norm": "projection"}),
+    "value_norm": ({}, {"value_norm": True}),
+    "keys_as_values": ({}, {"keys_as_values": True}),
     "pre_norms": ({}, {"pre_norms": False}),
     "post_norms": ({}, {"post_norms": True}),
     "norm_offset": ({}, {"norm_offset": 1.0}),
@@ -290,6 +298,7 @@ CHANGES = {
     ),
     "embed_scale": ({}, {"embed_scale": 3.0}),
     "residual_scale": ({}, {"residual_scale": 0.3}),
+    "layer_scale": ({}, {"layer_scale": True}),
     "query_scale": ({}, {"query_scale": 1.0}),
     "attention_cap": ({}, {"attention_cap": 0.5}),
     "logit_cap": ({}, {"logit_cap": 1.0}),

@@ -18,18 +18,13 @@ import numpy as np
 import pytest
 
 from selm_jax.models import families
+from selm_jax.models.cache import empty_cache
 from selm_jax.models.config import DecoderConfig, LongRope, UnsupportedModel
 from selm_jax.models.config_keys import HARMLESS
-from selm_jax.models.decoder import (
-    Decoder,
-    LayerCache,
-    abstract_params,
-    logits,
-    parameter_count,
-    unstack,
-)
+from selm_jax.models.decoder import Decoder, abstract_params, logits, parameter_count
 from selm_jax.models.families import FAMILIES, from_hf, read_config, text_model_json, to_hf
 from selm_jax.models.multimodal import MULTIMODAL
+from selm_jax.models.stacked import unstack
 from selm_jax.parallel.mesh import make_mesh
 from selm_jax.parallel.rules import TRAINING, place_rows, shardings
 from selm_jax.preferences.examples import Example
@@ -44,7 +39,10 @@ _spec.loader.exec_module(golden)
 
 CHECKPOINTS = list(golden.FAMILIES)
 # These repeat what others do in every form, with other names or a factor, so that theirs are slow.
-REPEATED = ("ministral-3", "granite-4", "glm-4", "gemma-3-images", "mistral-3-images")
+REPEATED = (
+    "ministral-3", "granite-4", "glm-4", "gemma-3", "gemma-3-images", "gemma-4-images",
+    "mistral-3-images",
+)  # fmt: skip
 FORMS = [
     pytest.param(name, marks=pytest.mark.slow) if name in REPEATED else name for name in CHECKPOINTS
 ]
@@ -180,18 +178,17 @@ def test_prefill_and_cached_decoding_are_one_forward_pass(name, parity):
         hidden, cache = decoder.apply(variables, tokens, positions, None, cache, index)
         return logits(config, params, hidden), cache
 
-    def zeros(length):
-        x = jnp.zeros((2, config.kv_heads, length, config.head_dim))
-        return tuple(LayerCache(x, x) for _ in range(config.layers))
-
     tokens = golden.tokens()
     positions = np.broadcast_to(np.arange(prefilled), (2, prefilled))
     first, cache = run(
-        params, tokens[:, :prefilled], positions, zeros(prefilled), jnp.zeros(2, jnp.int32)
+        params, tokens[:, :prefilled], positions, empty_cache(config, 2, prefilled),
+        jnp.zeros(2, jnp.int32),
     )  # fmt: skip
     worst(parity, name, "cached", first, full_logits(name)[:, :prefilled])
     cache = jax.tree.map(
-        lambda empty, filled: empty.at[:, :, :prefilled].set(filled), zeros(capacity), cache
+        lambda empty, filled: empty.at[:, :, :prefilled].set(filled),
+        empty_cache(config, 2, capacity),
+        cache,
     )
     for t in range(prefilled, prefilled + steps):
         at = np.full((2, 1), t)
@@ -259,6 +256,7 @@ IDLE = {
     *((name, "max_window_layers") for name in ("qwen2", "qwen2-window", "qwen3")),
     ("smollm3", "no_rope_layer_interval"),
     *((name, "_sliding_window_pattern") for name in ("gemma-3", "gemma-3-images")),
+    *((name, "vocab_size_per_layer_input") for name in ("gemma-4", "gemma-4-images")),
 }
 
 
@@ -298,6 +296,75 @@ def test_no_key_of_config_json_is_ignored(name):
         if isinstance(value, dict):
             assert all(effects), f"{name}: parts of {key} are ignored: {value}, {effects}"
         assert any(effects) == ((name, key) not in IDLE), f"{name}: {key}"
+
+
+def _gemma_4(**changes):
+    return json.loads((golden.FOLDER / "gemma-4" / "config.json").read_text()) | changes
+
+
+def _without(hf, *keys):
+    return {key: value for key, value in hf.items() if key not in keys}
+
+
+def test_heads_of_gemma_4_may_be_said_in_either_form():
+    """The published files say them once, and transformers 5.24 for each layer."""
+    alone = _without(_gemma_4(), "per_layer_config")
+    published = alone | {"global_head_dim": 16, "num_global_key_value_heads": 2}
+    assert "per_layer_config" in _gemma_4() and from_hf(published) == from_hf(_gemma_4())
+    config = from_hf(published)
+    assert config.cycle == 3 and [c.head_dim for c in config.each_layer] == [8, 8, 16] * 2
+    assert [c.kv_heads for c in config.each_layer] == [4, 4, 2] * 2
+    # Without rope_parameters and layer_types there are defaults, and the last layer is a full one.
+    short = _without(published, "rope_parameters", "layer_types") | {"num_hidden_layers": 8}
+    assert [k.window for k in from_hf(short).kinds] == [40] * 5 + [None, 40, None]
+    assert from_hf(short).cycle == 8
+    pair = {"rope_theta": 1e4, "rope_type": "default"}
+    alike = {"head_dim": 16, "attention_k_eq_v": False, "num_global_key_value_heads": None}
+    ropes = {"full_attention": pair, "sliding_attention": pair}
+    assert from_hf(published | alike | {"rope_parameters": ropes}).cycle == 1
+
+
+_ROPE_4 = _gemma_4()["rope_parameters"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size_per_layer_input": 256}, "embeddings of its own in each layer .E2B, E4B"),
+        ({"num_kv_shared_layers": 2}, "num_kv_shared_layers is 2.* keys of earlier ones"),
+        ({"enable_moe_block": True}, "mixture of experts beside the MLP .26B-A4B.*gemma-4-31B-it"),
+        ({"use_double_wide_mlp": True}, "use_double_wide_mlp"),
+        ({"num_experts": 8}, "num_experts"),
+        ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention is 'all'"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"layer_types": ["sliding_attention"] * 6}, "layer_types ends with"),
+        ({"rope_theta": 1e5}, "rope_theta"),
+        ({"rope_parameters": {"full_attention": _ROPE_4["full_attention"]}}, "and one for sliding"),
+        ({"rope_parameters": _ROPE_4 | {"sliding_attention": {}}}, "each with its rope_theta"),
+        (
+            {"rope_parameters": _ROPE_4 | {"sliding_attention": {
+                "rope_theta": 1e4, "rope_type": "linear", "factor": 2.0}}},
+            "'linear' for sliding_attention",
+        ),
+        (
+            {"rope_parameters": _ROPE_4 | {"full_attention": _ROPE_4["full_attention"] | {
+                "partial_rotary_factor": 1.5}}},
+            "partial_rotary_factor is 1.5; expected a number up to 1",
+        ),
+        ({"attention_k_eq_v": False}, "2 key-value heads, but attention_k_eq_v is not true"),
+        ({"global_head_dim": 512}, "global_head_dim is 512"),
+        ({"per_layer_config": {"2": {"head_dim": 16}}}, "per_layer_config is .* expected the same"),
+        ({"per_layer_config": {"0": {"head_dim": 16}}}, "per_layer_config"),
+        ({"per_layer_config": {"2": {"skip": ["mlp"]}, "5": {"skip": ["mlp"]}}}, "none for others"),
+        (
+            {"per_layer_config": {i: {"head_dim": 16, "num_key_value_heads": 3} for i in "25"}},
+            "4 attention heads cannot share 3 key-value heads",
+        ),
+    ],
+)  # fmt: skip
+def test_what_a_dense_gemma_4_cannot_have_is_an_error_that_names_it(changes, message):
+    with pytest.raises(UnsupportedModel, match=message):
+        from_hf(_gemma_4(**changes))
 
 
 LLAMA = json.loads((golden.FOLDER / "llama-2" / "config.json").read_text())
@@ -352,8 +419,10 @@ def test_defaults_are_those_of_transformers(name):
     """A key that config.json leaves out has the value that transformers gives it."""
     transformers = pytest.importorskip("transformers")
     sizes = {k: v for k, v in golden._SIZES.items() if not k.endswith("token_id")}
+    if name == "gemma-4":  # by default, its layers have embeddings of their own
+        sizes["hidden_size_per_layer_input"] = 0
     kind = getattr(transformers, golden.FAMILIES[name][0])
-    if name in ("mistral-3-images", "granite-4"):
+    if name in ("mistral-3-images", "gemma-4-images", "granite-4"):
         return  # its class has no defaults for a text_config that is there, or those of a hybrid
     if "text_config" in golden.FAMILIES[name][1]:
         theirs = json.loads(kind().to_json_string(use_diff=False))

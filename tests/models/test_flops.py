@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import pytest
 
 from selm_jax.models import flops
-from selm_jax.models.decoder import Decoder, abstract_params, unembedding, unstack
+from selm_jax.models.config import Heads, LayerKind, Rope
+from selm_jax.models.decoder import Decoder, abstract_params, unembedding
+from selm_jax.models.stacked import unstack
 
 
 def counted(config, rows: int, time: int, scored: int, backward: bool = False) -> float:
@@ -29,7 +31,15 @@ def counted(config, rows: int, time: int, scored: int, backward: bool = False) -
 
 
 @pytest.mark.parametrize(
-    "facts", [{}, {"kv_heads": 4}, {"head_dim": 32}, {"layers": 3, "mlp": 640}, {"heads": 8}]
+    "facts",
+    [
+        {},
+        {"kv_heads": 4},
+        {"head_dim": 32},
+        {"layers": 3, "mlp": 640},
+        {"heads": 8},
+        {"kinds": (LayerKind(Rope(1e4)), LayerKind(Rope(1e4), heads=Heads(4, 32, True)))},
+    ],
 )
 def test_the_forward_pass_is_counted_as_xla_counts_it(tiny, facts):
     config = tiny(**({"embed": 128, "mlp": 512, "head_dim": 16, "vocab_size": 512} | facts))

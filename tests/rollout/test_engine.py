@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from selm_jax.models.decoder import Decoder, abstract_params, unstack
+from selm_jax.models.decoder import Decoder, abstract_params
 from selm_jax.models.families import read_config
+from selm_jax.models.stacked import unstack
 from selm_jax.parallel.mesh import make_mesh
 from selm_jax.parallel.rules import TRAINING, shardings
 from selm_jax.rollout.engine import Engine, bucket

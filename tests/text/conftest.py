@@ -77,6 +77,13 @@ def gemma() -> Tokenizer:
     )
 
 
+def gemma_4() -> Tokenizer:
+    thoughts = ["<|think|>", "<|channel>", "<channel|>"]
+    return sentencepiece_like(
+        ["<bos>", "<eos>", "<|turn>", "<turn|>", *thoughts], bos="<bos>", prefix=False
+    )
+
+
 def phi_3(bos: str | None = None) -> Tokenizer:
     return sentencepiece_like(
         ["<s>", "</s>", "<|endoftext|>", "<|assistant|>", "<|end|>", "<|user|>", "<|system|>"],
@@ -121,6 +128,7 @@ GEMMA = {"bos_token": "<bos>", "eos_token": "<eos>"}
 GPT_OSS = {"bos_token": "<|startoftext|>", "eos_token": "<|return|>"}
 PHI_STOPS = ["<|endoftext|>", "<|assistant|>", "<|end|>"]
 CHATML_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+THINKING = Text(template={"enable_thinking": True})
 QUIET = Text(template={"enable_thinking": False})
 
 FAMILIES = {
@@ -152,6 +160,7 @@ FAMILIES = {
     ),
     "gemma_2": Family(gemma, GEMMA, "<end_of_turn>", ["<eos>", "<end_of_turn>"], system=False),
     "gemma_3": Family(gemma, GEMMA, "<end_of_turn>", ["<eos>", "<end_of_turn>"]),
+    "gemma_4": Family(gemma_4, GEMMA, "<turn|>", ["<eos>", "<turn|>"], settings=THINKING),
     "smollm_2": Family(lambda: byte_level(CHATML_TOKENS), CHATML, "<|im_end|>", "<|im_end|>"),
     "smollm_3": Family(lambda: byte_level(CHATML_TOKENS), QWEN, "<|im_end|>", bos=0),
     "olmo_2": Family(

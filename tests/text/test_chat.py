@@ -73,6 +73,10 @@ PROMPTS = {  # of user("a", "b", "c")
         "<bos><start_of_turn>user\na<end_of_turn>\n<start_of_turn>model\nb<end_of_turn>\n"
         "<start_of_turn>user\nc<end_of_turn>\n<start_of_turn>model\n"
     ),
+    "gemma_4": (
+        "<bos><|turn>system\n<|think|>\n<turn|>\n<|turn>user\na<turn|>\n<|turn>model\nb<turn|>\n"
+        "<|turn>user\nc<turn|>\n<|turn>model\n"
+    ),
     "smollm_2": (
         "<|im_start|>system\nYou are a helpful AI assistant.<|im_end|>\n"
         "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
@@ -432,7 +436,7 @@ def test_a_made_up_answer_begins_and_ends_in_every_family(family, chat):
     chat(family).check_made_up()
 
 
-@pytest.mark.parametrize("name", ["always_thinking", "qwen_3", "gpt_oss"])
+@pytest.mark.parametrize("name", ["always_thinking", "qwen_3", "gpt_oss", "gemma_4"])
 def test_a_template_that_thinks_serves_where_only_the_policy_answers(name, chat):
     """It works although no answer of a dataset can follow its header."""
     thinking = chat(name, Text(date=Text().date))

@@ -26,7 +26,12 @@ from selm_jax.weights.names import tensors as names_of
 # Checkpoints that transformers wrote: one of every family, and more of those that have variants.
 FAMILIES = {f.parent.name: f.parent for f in sorted(
     (Path(__file__).parents[1] / "golden" / "families").glob("*/config.json"))}  # fmt: skip
-REPEATED = ("ministral-3", "granite-4", "mistral-3-images")  # they are stored like others
+REPEATED = (
+    "ministral-3",
+    "granite-4",
+    "gemma-3",
+    "mistral-3-images",
+)  # they are stored like others
 MESHES = [(1, 8, 1), (2, 2, 2), (1, 4, 2)]  # data, fsdp, tensor
 
 CONFIGS = {
@@ -353,8 +358,9 @@ def test_the_map_covers_the_tree_and_the_rows_of_fused_tensors(name):
     config = read_config(FAMILIES[name])
     rows = names_of(config)
     assert rows.keys() == flatten_dict(abstract_params(config)).keys()
-    ends: dict[str, int] = {}
+    ends: dict[tuple[str, range | None], int] = {}
     for row in rows.values():
-        assert row.first == ends.get(row.name, 0)
-        ends[row.name] = row.first + (row.stored_shape[0] if row.of == 1 else 1)
-    assert all(ends[row.name] == row.of for row in rows.values() if row.of > 1)
+        assert row.first == ends.get((row.name, row.layers), 0)
+        last = row.first + (row.stored_shape[0] if row.of == 1 else 1)
+        ends[row.name, row.layers] = last
+    assert all(ends[row.name, row.layers] == row.of for row in rows.values() if row.of > 1)

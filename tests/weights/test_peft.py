@@ -33,7 +33,7 @@ FAMILIES = Path(__file__).parents[1] / "golden" / "families"
     ids=["all", "some, rslora", "some"],
 )
 @pytest.mark.parametrize(
-    "name", ["llama-3.1", "phi-3-4k", "phi-4-mini", "olmo-3", "gemma-2", "gemma-3-images"]
+    "name", ["llama-3.1", "phi-3-4k", "phi-4-mini", "olmo-3", "gemma-4", "gemma-3-images"]
 )
 def test_peft_gives_our_logits(name, lora, all_logits, tmp_path):
     torch = pytest.importorskip("torch")

@@ -282,6 +282,7 @@ CHANGES = {
     "mlp_bias": ({}, {"mlp_bias": True}),
     "qk_norm": ({}, {"qk_norm": "head"}),
     "qk_norm: of what": ({"qk_norm": "head"}, {"qk_norm": "projection"}),
+    "sinks": ({}, {"sinks": True}),
     "value_norm": ({}, {"value_norm": True}),
     "keys_as_values": ({}, {"keys_as_values": True}),
     "pre_norms": ({}, {"pre_norms": False}),

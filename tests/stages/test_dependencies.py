@@ -182,7 +182,6 @@ SETTINGS = {
     "training.checkpoint_every=7": set(),
     "compute.dtype=bfloat16": {"generate", "score", "train", "evaluate"},
     "evaluation.samples=2": {"evaluate"},
-    "evaluation.tasks=[arc_easy]": {"evaluate"},
     "lora={rank: 2, alpha: 4}": {"score", "train", "export", "evaluate"},
     "model.keep_vision=false": {"export"},
     "log.tensorboard=true": set(),

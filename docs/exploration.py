@@ -1,6 +1,6 @@
-"""Writes the table of `selm lab compare` into docs/exploration.md and docs/methods.md.
+"""Writes the tables of `selm lab compare` and `acquire` into docs/exploration.md and methods.md.
 
-Copy lab_compare.json and lab_compare.svg of a run into docs/images first.
+Copy lab_compare.json, lab_acquire.json and the figures (.svg) of a run into docs/images first.
 
 python docs/exploration.py
 """
@@ -11,19 +11,30 @@ import json
 import re
 from pathlib import Path
 
-from selm_jax.lab.compare_page import markdown, where
+from selm_jax.lab.compare_page import by_landscape, in_markdown, markdown, where
 from selm_jax.lab.stats import Record
 
 DOCS = Path(__file__).parent
 ARM_OF = {"nash": "nash_md", "geb": "geb_complement", "optimism": "selm"}
 BEGIN, END = "<!-- selm lab compare: the table -->\n", "<!-- end of the table -->\n"
+RULES = "<!-- selm lab acquire: the table -->\n", "<!-- end of this table -->\n"
 
 
 def exploration(text: str, compared: list[Record]) -> str:
     """The document with its table replaced by that of the records."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}{markdown(compared)}{END}{after}"
+    return _between(text, BEGIN, markdown(compared), END)
+
+
+def acquisition(text: str, compared: list[Record]) -> str:
+    """The document with its table of acquisition rules replaced by that of the records."""
+    begin, end = RULES
+    return _between(text, begin, in_markdown(*by_landscape(compared)), end)
+
+
+def _between(text: str, begin: str, table: str, end: str) -> str:
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}{table}{end}{after}"
 
 
 def methods(text: str, compared: list[Record]) -> str:
@@ -41,7 +52,11 @@ def _row(line: str, compared: list[Record]) -> str:
 
 
 if __name__ == "__main__":
-    records = json.loads((DOCS / "images/lab_compare.json").read_text(encoding="utf-8"))
-    for name, fill in (("exploration.md", exploration), ("methods.md", methods)):
+    for name, numbers, fill in (
+        ("exploration.md", "lab_compare", exploration),
+        ("exploration.md", "lab_acquire", acquisition),
+        ("methods.md", "lab_compare", methods),
+    ):
+        records = json.loads((DOCS / f"images/{numbers}.json").read_text(encoding="utf-8"))
         file = DOCS / name
         file.write_text(fill(file.read_text(encoding="utf-8"), records), encoding="utf-8")

@@ -194,6 +194,14 @@ def test_the_documents_say_what_the_committed_numbers_say(committed, name):
     assert compare_page.where(committed, "selm")[0] in (DOCS / "methods.md").read_text()
 
 
+def test_the_document_has_the_committed_table_of_acquisition_rules():
+    found = json.loads((DOCS / "images/lab_acquire.json").read_text())
+    text = (DOCS / "exploration.md").read_text()
+    assert runpy.run_path(str(DOCS / "exploration.py"))["acquisition"](text, found) == text
+    for rule, less, more in (("d_optimal", 37, 1), ("entropy", 16, 3), ("reward_gap", 9, 14)):
+        assert compare_page.counts([r for r in found if r["arm"] == rule]) == (less, more)
+
+
 def test_the_document_counts_what_the_committed_numbers_count(committed):
     text = " ".join((DOCS / "exploration.md").read_text().split())
     best = [r for r in committed if r["effect"] == "best"]

@@ -32,7 +32,6 @@ RECORDS = DOCUMENT.parent / "images" / "needle.json"
 BASELINE = "dpo"
 METHODS = (BASELINE, "geb", "best_of_4")
 PREDICTED = {"geb": "less", "best_of_4": "less"}  # of the laboratory, in its landscape needle
-NOT_YET = "The runs have not been made yet."
 Record = dict[str, Any]
 
 
@@ -68,14 +67,15 @@ class Measure:
         `misread` that of its answers whose text has another first token than the one that was
         drawn, so that they got another reward than `reward` counts; None for the start model.
         """
-        of_start = self.of_model(None) | {"told": None, "misread": None}
-        numbers = {name: [number] for name, number in of_start.items()}
+        numbers: dict[str, list[float | None]] = {"told": [None], "misread": [None]}
+        for name, number in self.of_model(None).items():
+            numbers[name] = [_short(number)]
         for t in range(1, member.experiment.iterations + 1):
             folder = member.folder / f"iteration_{t}"
             model = open_model(str(folder / "model"), dtype="float32")
             found = self.of_model(model) | self.of_answers(folder)
             for name, number in found.items():
-                numbers[name].append(float(f"{number:.6g}"))
+                numbers[name].append(_short(number))
         return {"method": member.cell.name, "seed": member.seed} | numbers
 
     def of_answers(self, folder: Path) -> dict[str, float]:
@@ -89,6 +89,10 @@ class Measure:
             "told": float(np.mean([roles[p, "chosen"] != roles[p, "rejected"] for p in pairs])),
             "misread": float(np.mean([r.score != h for r, h in zip(rows, hit, strict=True)])),
         }
+
+
+def _short(number: float) -> float:
+    return float(f"{number:.6g}")
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:
@@ -134,37 +138,37 @@ def compare(records: Sequence[Record]) -> list[Record]:
 
 def found(records: Sequence[Record]) -> Iterator[str]:
     """The lines of the table that puts what was found beside what was predicted."""
-    if not records:
-        yield NOT_YET
+    seeds = len(totals(records, BASELINE))
+    if seeds < 2:
+        yield f"Nothing is compared yet: {seeds} of the seeds have all methods."
         return
-    yield "| method | predicted | found | difference [95 %] | p (Holm) | |"
-    yield "| --- | --- | --- | --- | --- | --- |"
+    yield "| method | seeds | predicted | found | difference [95 %] | p (Holm) | |"
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
     for r in compare(records):
         expected, seen = PREDICTED[r["method"]], said(r)
-        result = verdict(expected, seen)
-        cells = (f"`{r['method']}`", expected, seen, percent(r), f"{r['p_holm']:.2g}", result)
-        yield f"| {' | '.join(cells)} |"
+        about = (f"`{r['method']}`", str(seeds), expected, seen, percent(r), f"{r['p_holm']:.2g}")
+        yield f"| {' | '.join(about)} | {verdict(expected, seen)} |"
 
 
 def levels(records: Sequence[Record]) -> Iterator[str]:
-    """The lines of the table of the methods' means over seeds.
+    """The lines of the table of all finished runs, and of the methods' means over seeds.
 
-    Reward and KL are those of the last iteration; pairs that tell something, of all iterations.
+    Rewards are those of the start model and of each iteration, the KL that of the last one, and the
+    pairs that tell something are counted in all iterations.
     """
-    if not records:
-        yield NOT_YET
-        return
-    yield "| method | seeds | cumulative regret | reward | KL, first token | pairs that tell |"
-    yield "| --- | --- | --- | --- | --- | --- |"
+    yield "| run | cumulative regret | reward | KL, first token | pairs that tell |"
+    yield "| --- | --- | --- | --- | --- |"
+    for r in records:
+        total, told = sum(r["regret"][1:]), np.mean(r["told"][1:])
+        rewards = ", ".join(f"{x:.3f}" for x in r["reward"])
+        cells = (f"{total:.3f}", rewards, f"{r['kl_first'][-1]:.2f}", f"{100 * told:.0f} %")
+        yield f"| `{r['method']}`, seed {r['seed']} | {' | '.join(cells)} |"
     for method in METHODS:
-        mine = [r for r in records if r["method"] == method]
-        shown = [stats.over_seeds(totals(records, method))]
-        shown += [
-            stats.over_seeds(np.array([r[k][-1] for r in mine])) for k in ("reward", "kl_first")
-        ]
-        cells = [f"{e.mean:.2f} [{e.low:.2f}, {e.high:.2f}]" for e in shown]
-        told = np.mean([r["told"][1:] for r in mine])
-        yield f"| `{method}` | {len(mine)} | {' | '.join(cells)} | {100 * told:.0f} % |"
+        mine = totals(records, method)
+        if len(mine) > 1:
+            e = stats.over_seeds(mine)
+            shown = f"{e.mean:.3f} [{e.low:.3f}, {e.high:.3f}]"
+            yield f"| `{method}`, mean of {len(mine)} seeds | {shown} | | | |"
 
 
 def main(drawn: bool = False) -> None:
@@ -174,12 +178,14 @@ def main(drawn: bool = False) -> None:
         records = read_runs(records)
         lines = ",\n".join(json.dumps(r, separators=(",", ":")) for r in records)
         artifacts.write_text(RECORDS, f"[\n{lines}\n]\n")
-    whole = paired(records)
+    whole, planned = paired(records), len(read_sweep(HERE / "sweep.yaml").members)
     page = DOCUMENT.read_text(encoding="utf-8")
+    told = f"{len(records)} of the {planned} planned runs are finished."
+    page = between(page, "smollm2: runs", [told])
     page = between(page, "smollm2: found", list(found(whole)))
-    page = between(page, "smollm2: levels", list(levels(whole)))
+    page = between(page, "smollm2: levels", list(levels(records)))
     artifacts.write_text(DOCUMENT, page)
-    print("\n".join([f"{len(records)} runs", *found(whole), *levels(whole)]))
+    print("\n".join([told, *found(whole), *levels(records)]))
 
 
 if __name__ == "__main__":

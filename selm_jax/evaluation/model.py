@@ -16,7 +16,7 @@ from typing import Any, get_args
 import jax
 from rich.console import Console
 
-from selm_jax.config import Experiment, Text, fixed_length
+from selm_jax.config import Experiment, Text, as_dict, fixed_length
 from selm_jax.config import load as load_experiment
 from selm_jax.config.kinds import Dtype
 from selm_jax.evaluation import EvaluationError
@@ -74,7 +74,7 @@ def find(source: str, *, revision: str | None = None, iteration: int | None = No
             return Found(f"{path.parent.parent.name}/{path.parent.name}", source)
         return Found(path.name if path.exists() else source, source, revision)
     experiment = load_experiment(path / "config.yaml")
-    if len(given(experiment)) < len(KEYS):
+    if len(given(as_dict(experiment))) < len(KEYS):
         manifest = artifacts.read_sealed(path / "manifest.json")
         experiment = with_sizes(experiment, manifest.get("sizes", {}))
     there = [0, *_exported(path)]

@@ -20,7 +20,7 @@ from typing import Any, get_args
 
 import jax
 
-from selm_jax.config import Experiment
+from selm_jax.config import Experiment, as_dict
 from selm_jax.config.kinds import Remat
 from selm_jax.models.config import DecoderConfig
 from selm_jax.shell.memory import device_limit, free_memory, gib, left_of_limit
@@ -37,10 +37,12 @@ class BatchSizes:
     chunk: int
 
 
-KEYS = {
-    "slots": "rollout.slots", "prefill_rows": "rollout.prefill_rows", "rows": "training.rows",
-    "remat": "training.remat", "chunk": "training.logprob_chunk",
+_SETTINGS = {
+    "slots": ("rollout", "slots"), "prefill_rows": ("rollout", "prefill_rows"),
+    "rows": ("training", "rows"), "remat": ("training", "remat"),
+    "chunk": ("training", "logprob_chunk"),
 }  # fmt: skip
+KEYS = {name: ".".join(setting) for name, setting in _SETTINGS.items()}
 LEAST = BatchSizes(slots=1, prefill_rows=1, rows=1, remat="full", chunk=32)
 _REMATS: tuple[Remat, ...] = get_args(Remat)
 
@@ -52,27 +54,27 @@ _BUSY_ELSEWHERE = 8192
 _CHUNK = 512  # tokens on a device whose logits are computed at once
 
 
-def given(e: Experiment) -> dict[str, Any]:
-    """The sizes that an experiment sets to a number or a name, and not to `auto`."""
-    found = {}
-    for name, key in KEYS.items():
-        group, _, setting = key.partition(".")
-        if (value := getattr(getattr(e, group), setting)) != "auto":
-            found[name] = value
-    return found
+def given(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The sizes that an experiment's settings have as a number or a name, and not as `auto`.
+
+    Args:
+      settings: nested, as in an experiment file; what is missing is `auto`.
+    """
+    found = {name: settings.get(group, {}).get(key) for name, (group, key) in _SETTINGS.items()}
+    return {name: value for name, value in found.items() if value not in (None, "auto")}
 
 
 def least(e: Experiment) -> BatchSizes:
     """The given sizes of an experiment, and the least value of all others."""
-    return dataclasses.replace(LEAST, **given(e))
+    return dataclasses.replace(LEAST, **given(as_dict(e)))
 
 
 def with_sizes(e: Experiment, values: Mapping[str, Any]) -> Experiment:
     """The experiment with other sizes, by dotted key."""
-    for key, value in values.items():
-        group, _, setting = key.partition(".")
-        part = dataclasses.replace(getattr(e, group), **{setting: value})
-        e = dataclasses.replace(e, **{group: part})
+    for name, (group, key) in _SETTINGS.items():
+        if KEYS[name] in values:
+            part = dataclasses.replace(getattr(e, group), **{key: values[KEYS[name]]})
+            e = dataclasses.replace(e, **{group: part})
     return e
 
 
@@ -305,8 +307,3 @@ def smaller(
         floor = floors[name]
         return dataclasses.replace(sizes, **{name: max(floor, value // 2 // floor * floor)})
     return None
-
-
-def in_words(sizes: BatchSizes, names: Sequence[str] = tuple(KEYS)) -> str:
-    """The sizes as settings, such as `rollout.slots 160, training.rows 4`."""
-    return ", ".join(f"{KEYS[name]} {getattr(sizes, name)}" for name in names)

@@ -7,6 +7,7 @@ from pathlib import PurePath
 from typing import Any
 
 from selm_jax.report.summary import number, plural, settings_differences
+from selm_jax.shell.words import sizes_in_words
 
 Facts = list[tuple[str, str]]
 """Titles and texts, in reading order."""
@@ -118,12 +119,8 @@ def _rows(limit: str | None) -> str:
 
 def _sizes(manifest: Mapping[str, Any]) -> str:
     """The sizes of batches that the run has chosen, and for what."""
-    chosen = _mapping(manifest.get("sizes"))
-    if not chosen:
-        return ""
-    each = ", ".join(f"{key} {value}" for key, value in chosen.items())
-    lowered = "".join(f"; {text}" for text in manifest.get("sizes_lowered", ()))
-    return f"{each} ({manifest.get('sizes_chosen_for', '')}){lowered}"
+    chosen, because = _mapping(manifest.get("sizes")), manifest.get("sizes_chosen_for", "")
+    return sizes_in_words(chosen, because, manifest.get("sizes_lowered", ()))
 
 
 def _count(value: Any, word: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from selm_jax.config import Experiment, fixed_length, read
+from selm_jax.config import Experiment, as_dict, fixed_length, read
 from selm_jax.models.attention import holds_all_scores
 from selm_jax.models.decoder import Decoder
 from selm_jax.parallel import multihost
@@ -35,6 +35,7 @@ from selm_jax.shell import mirror as mirrors
 from selm_jax.shell.memory import shard_bytes
 from selm_jax.shell.shared_stages import SharedStages
 from selm_jax.shell.user_code import is_user_code
+from selm_jax.shell.words import sizes_in_words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +76,8 @@ class Choice:
     @property
     def line(self) -> str:
         """Says in one line what was chosen and why; "" if the experiment gives all sizes."""
-        if not self.automatic:
-            return ""
-        lowered = "".join(f"; {each}" for each in self.lowered)
-        return f"sizes: {sizes.in_words(self.sizes, self.automatic)} ({self.because}){lowered}"
+        told = sizes_in_words(self.chosen, self.because, self.lowered)
+        return f"sizes: {told}" if told else ""
 
     def described(self) -> dict[str, Any]:
         """The entries of `manifest.json`."""
@@ -119,7 +118,8 @@ class Choice:
         if found is None:
             return None
         changed = [name for name in KEYS if getattr(found, name) != getattr(self.sizes, name)]
-        told = f"{stage} ran out of memory, so {sizes.in_words(found, changed)}"
+        words = ", ".join(f"{KEYS[name]} {getattr(found, name)}" for name in changed)
+        told = f"{stage} ran out of memory, so {words}"
         return dataclasses.replace(self, sizes=found, lowered=(*self.lowered, told))
 
 
@@ -136,7 +136,7 @@ def choose(draft: Programs, prompts: Sequence[int], heldout: int, room: Room) ->
       room: the memory of a device.
     """
     e, platform = draft.experiment, draft.devices.mesh.devices.flat[0].platform
-    fixed = sizes.given(e)
+    fixed = sizes.given(as_dict(e))
     generation = _generation(draft, prompts, heldout) if draft.task.answers else None
     training = _training(draft, platform)
     found = sizes.choose(generation, training, room.bytes, platform, fixed)
@@ -233,17 +233,11 @@ def begun_with(e: Experiment, folder: Path) -> dict[str, Any]:
     A run that began with numbers, as all runs of earlier versions did, goes on with them: its
     finished stages depend on them.
     """
-    file, fixed = folder / "config.yaml", sizes.given(e)
+    file, fixed = folder / "config.yaml", sizes.given(as_dict(e))
     if len(fixed) == len(KEYS) or not file.exists():
         return {}
-    before: Any = read(file)
-    found = {}
-    for name, key in KEYS.items():
-        group, _, setting = key.partition(".")
-        value = before.get(group, {}).get(setting, "auto")
-        if name not in fixed and value != "auto":
-            found[key] = value
-    return found
+    before = sizes.given(read(file))
+    return {KEYS[name]: value for name, value in before.items() if name not in fixed}
 
 
 def room_in(store: SharedStages | None, device: Any) -> Room:

@@ -1,10 +1,11 @@
-"""Writes parts of error messages: short lists, 'did you mean', commands, and durations."""
+"""Writes parts of messages: short lists, 'did you mean', commands, durations, and sizes."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 
 def some(words: Sequence[str], most: int = 5) -> str:
@@ -39,3 +40,13 @@ def duration(seconds: float) -> str:
     if hours < 48:
         return f"{hours} h {minutes} min"
     return f"{hours // 24} days {hours % 24} h"
+
+
+def sizes_in_words(chosen: Mapping[str, Any], because: str, lowered: Iterable[str] = ()) -> str:
+    """The sizes that a run chose, for what, and what it then gave up, in one line.
+
+    >>> sizes_in_words({"rollout.slots": 8}, "9 answers", ["generate ran out of memory"])
+    'rollout.slots 8 (9 answers); generate ran out of memory'
+    """
+    each = ", ".join(f"{key} {value}" for key, value in chosen.items())
+    return "; ".join([*([f"{each} ({because})"] if chosen else []), *lowered])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -46,7 +47,7 @@ def load(
     compute: Settings | None = None,
     text: Settings | None = None,
     parameter_dtype: str = config.Training.parameter_dtype,
-    slots: int = 16,
+    slots: int | Literal["auto"] = "auto",
     devices: Sequence[Any] | None = None,
 ) -> Model:
     """Opens a language model to answer, score and train. Its weights are read on first use.
@@ -62,7 +63,8 @@ def load(
         `{"preset": "fsdp", "fsdp": 4}`. By default the parameters are sharded over all devices.
       text: settings of the chat template and tokenizer, as in `text` of an experiment file.
       parameter_dtype: the dtype of the parameters, "float32" or "bfloat16".
-      slots: the number of answers that are drawn at the same time.
+      slots: the number of answers that are drawn at the same time; "auto" chooses it from the
+        memory of the devices (docs/memory.md).
       devices: the devices to use; None uses all of them.
 
     Raises:
@@ -111,12 +113,13 @@ class Model:
         self._programs = Programs(
             self.experiment, start.task, start.facts, Sizes(0, 0), start.chat.stop_ids, devices
         )
-        slots = self._programs.batches.slots
+        slots = self.experiment.rollout.slots
         self._policy = Policy(
             name, self._read, start.facts,
             chat=lambda: start.chat, stop_ids=lambda: start.chat.stop_ids,
             mesh=devices.mesh, decode_mesh=devices.decode_mesh, dtype=devices.dtype,
-            rules=devices.rules, batches=Batches(slots, min(8, slots)),
+            rules=devices.rules, batches=Batches(None if slots == "auto" else slots),
+            say=partial(start.console.print, soft_wrap=True, markup=False, highlight=False),
         )  # fmt: skip
 
     def generate(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -114,7 +114,7 @@ def open_found(
     text: Text | None = None,
     dtype: str = "auto",
     tensor: int = 1,
-    slots: int = 16,
+    slots: int | None = None,
     as_in: Experiment | None = None,
     console: Console | None = None,
 ) -> Model:
@@ -125,7 +125,7 @@ def open_found(
       dtype: dtype of parameters and computation: auto (float32 on CPU, else bfloat16), float32 or
         bfloat16.
       tensor: how many devices share each matrix; the others share rows and parameters.
-      slots: how many answers are generated together.
+      slots: how many answers are generated together; None chooses it from memory.
       as_in: settings of a run whose row sizes and parameter dtype are used, so that
         log-probabilities equal the run's to the bit. None: rows that fit lengths and devices.
 
@@ -147,8 +147,8 @@ def open_found(
     )  # fmt: skip
 
 
-def _batches(slots: int, as_in: Experiment | None) -> Batches:
-    found = Batches(slots, prefill_rows=min(8, slots))
+def _batches(slots: int | None, as_in: Experiment | None) -> Batches:
+    found = Batches(slots)
     if as_in is None:
         return found
     t = as_in.training
@@ -194,6 +194,7 @@ class Model(Policy):
             stop_ids=lambda: stop_ids(folder.path, self.tokenizer, config.vocab_size),
             mesh=mesh, decode_mesh=decode_mesh(mesh, mesh.shape["tensor"]), dtype=dtype,
             batches=batches,
+            say=partial(console.print, soft_wrap=True, markup=False, highlight=False),
         )  # fmt: skip
 
     @cached_property

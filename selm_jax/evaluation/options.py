@@ -118,8 +118,13 @@ class Loading:
         int, typer.Option(help="Number of devices over which each weight matrix is split.", min=1)
     ] = 1
     slots: Annotated[
-        int, typer.Option(help="Number of answers that are generated together.", min=1)
-    ] = 16
+        int | None,
+        typer.Option(
+            help="Number of answers that are generated together.",
+            min=1,
+            show_default="chosen from the memory",
+        ),
+    ] = None
 
     def open(self, source: str) -> Model:
         """Loads the model of a folder, Hub id, GGUF file or run."""

@@ -27,6 +27,7 @@ from selm_jax.feedback.ranker import (
     FeedbackError,
     Question,
     Ranker,
+    batches_of,
     build_ranker,
     check_asked,
     check_scores,
@@ -101,6 +102,10 @@ class Mixture:
     @property
     def folders(self) -> tuple[Path, ...]:
         return tuple(folder for part in self.parts for folder in folders_of(part.ranker))
+
+    @property
+    def batches(self) -> tuple[Any, ...]:
+        return tuple(batch for part in self.parts for batch in batches_of(part.ranker))
 
     @property
     def together(self) -> int:

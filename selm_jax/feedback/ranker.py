@@ -69,6 +69,7 @@ class Ranker(Protocol):
       The counts of several calls are added up (`reported`).
     * `relative`: true if a score depends on the other candidates of the call (`is_relative`).
     * `together`: the group size of a ranker that reads prompts in groups (`prompts_together`).
+    * `batches`: the batches of its models, which are halved where memory runs out (`batches_of`).
     * `folders`: the folders of its models, whose bytes determine its scores (`folders_of`).
     * `for_policy(policy, reference)`: the ranker of an iteration, if it reads the iteration's
       policy (`judged_by_policy`).
@@ -157,6 +158,11 @@ def is_relative(ranker: Ranker) -> bool:
 def folders_of(ranker: Ranker) -> tuple[Path, ...]:
     """The folders of the models that a ranker uses; empty for a ranker without models."""
     return getattr(ranker, "folders", ())
+
+
+def batches_of(ranker: Ranker) -> tuple[Any, ...]:
+    """The `models.settings.Batch` of each model of a ranker; empty for a ranker without models."""
+    return getattr(ranker, "batches", ())
 
 
 def judged_by_policy(name: str, settings: Mapping[str, Any]) -> bool:

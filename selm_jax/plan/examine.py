@@ -162,7 +162,7 @@ def compiled(
     except MeshError as error:
         return dataclasses.replace(nothing, problem=str(error))
     fits = tuple(_fit(program, where, console) for program in programs)
-    return dataclasses.replace(nothing, fits=fits, work=todo, sizes=b.sizes.line)
+    return dataclasses.replace(nothing, fits=fits, work=todo, sizes=b.told)
 
 
 def _fit(phase: Phase, where: Target, console: Console) -> Fit:

@@ -91,6 +91,12 @@ class Blueprint:
             heldout = len(self.data.heldout)
         return choose(self._programs(None), [prompts] * e.iterations, heldout, room)
 
+    @property
+    def told(self) -> str:
+        """The sizes of batches in one line, those of rankers that are models too."""
+        rankers = [f"{r.name}: {r.batch} rows of 512 tokens" for r in self.model_rankers]
+        return "; ".join(filter(None, [self.sizes.line, *rankers]))
+
     @cached_property
     def programs(self) -> Programs:
         return self._programs(self.sizes.sizes)

@@ -13,7 +13,7 @@ import numpy as np
 
 from selm_jax.config import Experiment, Feedback
 from selm_jax.feedback.models import pairrm, reward_model
-from selm_jax.feedback.models.settings import checked_batch, checked_dtype
+from selm_jax.feedback.models.settings import Needs, batch_in, checked_dtype
 from selm_jax.models import deberta, flops
 from selm_jax.models.decoder import abstract_params
 from selm_jax.models.families import read_config as read_decoder
@@ -21,8 +21,10 @@ from selm_jax.parallel.alone import own_devices
 from selm_jax.parallel.mesh import make_mesh
 from selm_jax.parallel.rules import TRAINING, partition, row_shardings, shardings
 from selm_jax.plan.topology import Target
+from selm_jax.policy.sizes import room_of
 from selm_jax.preferences.layouts import Part, parts
 from selm_jax.preferences.packing import Shape, empty
+from selm_jax.shell.memory import shard_bytes
 from selm_jax.weights.deberta import LARGE, PairRMConfig, dtypes, read_config
 from selm_jax.weights.facts import config_json
 from selm_jax.weights.sources import SourceError
@@ -38,6 +40,7 @@ class Ranker:
       params, inputs: abstract arrays.
       stays: whether the parameters stay in memory after ranking.
       read: computes the tokens and FLOPs for one prompt from (prompt, response, candidates).
+      batch: the rows of 512 tokens that a device computes at once.
     """
 
     name: str
@@ -47,6 +50,7 @@ class Ranker:
     stays: bool
     devices: int
     read: Any
+    batch: int
 
 
 def rankers_of(e: Experiment, target: Target) -> tuple[Ranker, ...]:
@@ -91,25 +95,32 @@ def is_relative(f: Feedback) -> bool:
 
 def _build(e: Experiment, name: str, settings: Mapping[str, Any], target: Target) -> Ranker:
     kind = checked_dtype(name, settings.get("dtype", "auto"), target.on_cpu)
-    batch = checked_batch(name, settings.get("batch"), target.on_cpu)
     if name == "pairrm":
-        return _pairrm(settings, target, kind, batch)
-    return _reward_model(e, settings, target, kind, batch)
+        return _pairrm(settings, target, kind)
+    return _reward_model(e, settings, target, kind)
 
 
-def _pairrm(settings: Mapping[str, Any], target: Target, kind, batch) -> Ranker:
+def _batch(name: str, settings: Mapping[str, Any], needs: Needs, target: Target) -> int:
+    room = room_of(target.hbm, target.hbm_from, target.devices[0].platform).bytes
+    return batch_in(name, settings.get("batch"), needs, room, target.on_cpu)
+
+
+def _pairrm(settings: Mapping[str, Any], target: Target, kind) -> Ranker:
     folder = Path(str(settings.get("folder", "")))
     here = (folder / "config.json").exists()
     config = read_config(folder) if here else PairRMConfig(LARGE)  # the published one
     mesh = make_mesh((-1, 1, 1), own_devices(target.devices))
     budget = config.source_tokens + 2 * config.candidate_tokens
-    part = _longest(budget, mesh, batch)
     boxed = deberta.abstract_params(config.encoder, config.tasks)
     params = jax.tree.map(
         lambda x, dtype, where: jax.ShapeDtypeStruct(x.shape, dtype, sharding=where),
         nn.unbox(boxed), dtypes(config.encoder, config.tasks, kind),
         shardings(boxed, mesh, TRAINING),
     )  # fmt: skip
+
+    needs = pairrm.needs(config, kind, shard_bytes(params), target.on_cpu)
+    batch = _batch("pairrm", settings, needs, target)
+    part = _longest(budget, mesh, batch)
 
     def read(prompt: int, response: int, candidates: int) -> tuple[int, float]:
         pairs = candidates * (candidates - 1)
@@ -118,12 +129,10 @@ def _pairrm(settings: Mapping[str, Any], target: Target, kind, batch) -> Ranker:
 
     inputs = (_ints(mesh, part.rows, part.time), _ints(mesh, part.rows), _ints(mesh, part.rows, 3))
     function = pairrm.program(config, kind, on_cpu=target.on_cpu)
-    return Ranker("PairRM", function, params, inputs, True, mesh.size, read)
+    return Ranker("PairRM", function, params, inputs, True, mesh.size, read, batch)
 
 
-def _reward_model(
-    e: Experiment, settings: Mapping[str, Any], target: Target, kind, batch
-) -> Ranker:
+def _reward_model(e: Experiment, settings: Mapping[str, Any], target: Target, kind) -> Ranker:
     file = config_json(settings["source"], settings.get("revision"))
     facts = read_decoder(file.parent)
     if facts.head is None:
@@ -139,6 +148,7 @@ def _reward_model(
     mesh = make_mesh(axes, own_devices(target.devices))
     r, c = e.rollout, e.candidates
     longest = min(r.max_prompt_tokens + r.max_new_tokens, most)
+    batch = _batch("reward_model", settings, reward_model.needs(config, kind, mesh), target)
     part = _longest(max(longest, reward_model.TOGETHER), mesh, batch)
     boxed = abstract_params(config)
     params = jax.tree.map(
@@ -159,7 +169,7 @@ def _reward_model(
         return tokens, work.total
 
     function = reward_model.program(config, kind, mesh).rewards
-    return Ranker("reward model", function, params, (inputs,), False, mesh.size, read)
+    return Ranker("reward model", function, params, (inputs,), False, mesh.size, read, batch)
 
 
 def _longest(tokens: int, mesh: jax.sharding.Mesh, batch: int) -> Part:

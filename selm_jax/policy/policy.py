@@ -7,6 +7,9 @@ A response depends only on the parameters, the seed, its prompt and the numbers 
 random draws. A log-probability depends only on the parameters and the tokens. Other requests, and
 their order, change neither. Slots, batches and meshes change the shapes of matrix products, which
 may be rounded differently: then a few answers become other draws of equal standing.
+
+A policy that is not told its slots and prefill rows chooses them from the memory of the device, and
+takes fewer where memory runs out (`policy.fitting`).
 """
 
 from __future__ import annotations
@@ -27,6 +30,9 @@ from selm_jax.models.config import DecoderConfig
 from selm_jax.models.decoder import Decoder, Params
 from selm_jax.objectives.logprobs import TokenStats
 from selm_jax.parallel.rules import TRAINING, Rules, place_rows
+from selm_jax.policy.fitting import Fitting
+from selm_jax.policy.needs import generation
+from selm_jax.policy.sizes import BatchSizes, Generation
 from selm_jax.policy.weights import Weights
 from selm_jax.preferences.examples import Example, Ids
 from selm_jax.preferences.layouts import ByLength, Layout, OneShape
@@ -50,8 +56,8 @@ class Batches:
     """The sizes of batches. All except `longest_sequence` change results only by rounding.
 
     Attributes:
-      slots: the number of answers that are drawn at the same time.
-      prefill_rows: the number of prompts per prefill.
+      slots: the number of answers that are drawn at the same time; None chooses it from memory.
+      prefill_rows: the number of prompts per prefill; None chooses it from memory.
       longest_prompt: the length of the longest prompt in tokens, so that one program serves all
         calls; None takes the longest prompt of each call.
       longest_sequence: for a model with two tables of rotary frequencies, the length that chooses
@@ -64,13 +70,19 @@ class Batches:
       chunk: the tokens per row whose logits are in memory at a time.
     """
 
-    slots: int = 16
-    prefill_rows: int = 8
+    slots: int | None = None
+    prefill_rows: int | None = None
     longest_prompt: int | None = None
     longest_sequence: int | None = None
     rows: int | None = None
     row_length: int | None = None
     chunk: int = 32
+
+    @property
+    def fixed(self) -> dict[str, int]:
+        """The given sizes of generation, by their names in `policy.sizes.BatchSizes`."""
+        given = {"slots": self.slots, "prefill_rows": self.prefill_rows}
+        return {name: value for name, value in given.items() if value is not None}
 
     def layout(self, ways: int, heads: int) -> Layout:
         if self.rows is not None:
@@ -111,6 +123,7 @@ class Policy:
         rules: Rules = TRAINING,
         batches: Batches = Batches(),
         back_end: AttentionBackEnd = "auto",
+        say: Callable[[str], None] = lambda text: None,
     ):
         """Makes a policy whose parameters and tokenizer are read on first use.
 
@@ -120,6 +133,7 @@ class Policy:
           decode_mesh: the devices of `mesh` in the same order (`parallel.mesh.decode_mesh`).
           dtype: the compute dtype.
           back_end: the implementation of attention.
+          say: tells the user which sizes were chosen, and what was given up.
         """
         self.name, self.config, self.dtype, self.batches = name, config, dtype, batches
         self.mesh, self.decode_mesh, self.rules = mesh, decode_mesh, rules
@@ -128,6 +142,7 @@ class Policy:
             load, config, dtype=dtype, mesh=mesh, decode_mesh=decode_mesh, rules=rules
         )
         self._chat, self._stop_ids = chat, stop_ids
+        self._fitting = Fitting(name, batches.fixed, say)
 
     @cached_property
     def chat(self) -> Chat:
@@ -192,21 +207,37 @@ class Policy:
         for config, members in self._by_config([len(r.prompt) + max_new_tokens for r in requests]):
             mine = [requests[i] for i in members]
             longest = self.batches.longest_prompt or bucket(max(len(r.prompt) for r in mine))
-            engine = Engine.fitted(
-                decoder=Decoder(
-                    config, self.dtype, scan=False, back_end=self.back_end,
-                    mesh=self.decode_mesh,
-                ),
-                sampling=sampling,
-                slots=self.batches.slots, max_prompt=longest, max_new_tokens=max_new_tokens,
-                stop_ids=stops, prefill_rows=self.batches.prefill_rows,
-                mesh=self.decode_mesh,
-            )  # fmt: skip
-            found += engine.generate(
-                self.weights.to_answer(), mine, seed=seed, iteration=0, progress=progress,
-                ended=ended,
-            )  # fmt: skip
+
+            def answered(
+                sizes: BatchSizes, told: Advance, config=config, mine=mine, longest=longest
+            ) -> list[Response]:
+                engine = Engine.fitted(
+                    decoder=Decoder(
+                        config, self.dtype, scan=False, back_end=self.back_end,
+                        mesh=self.decode_mesh,
+                    ),
+                    sampling=sampling,
+                    slots=sizes.slots, max_prompt=longest, max_new_tokens=max_new_tokens,
+                    stop_ids=stops, prefill_rows=sizes.prefill_rows, mesh=self.decode_mesh,
+                )  # fmt: skip
+                return engine.generate(
+                    self.weights.to_answer(), mine, seed=seed, iteration=0, progress=told,
+                    ended=ended,
+                )  # fmt: skip
+
+            needs = partial(self._needs, config, mine, longest, max_new_tokens)
+            found += self._fitting.do(answered, needs, progress)
         return sorted(found, key=lambda r: (r.index, r.sample))
+
+    def _needs(
+        self, config: DecoderConfig, requests: Sequence[Request], longest: int, new_tokens: int
+    ) -> Generation:
+        return generation(
+            config, self.dtype, self.decode_mesh, prompt=longest, new_tokens=new_tokens,
+            wanted=[sum(len(r.wanted()) for r in requests)],
+            each=max(len(r.wanted()) for r in requests), attention=self.back_end,
+            beside=self.weights.stacked_bytes,
+        )  # fmt: skip
 
     def reply(
         self,

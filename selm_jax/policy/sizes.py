@@ -144,6 +144,7 @@ class Generation:
       held: bytes of the weights, and of what else stays in memory.
       slot: bytes of a slot's cache and state.
       row: bytes of a prefilled prompt, and of what its prefill needs.
+      caches: the number of caches that there are while a program decodes.
     """
 
     wanted: Sequence[int]
@@ -153,11 +154,16 @@ class Generation:
     held: int
     slot: int
     row: int
+    caches: int = 3
+
+    @property
+    def told(self) -> str:
+        return f"{max(self.wanted, default=0):,} answers to prompts of {self.prompt:,} tokens"
 
     def needs(self, sizes: BatchSizes) -> dict[str, int]:
-        """The bytes that each size takes. XLA keeps up to three caches while it decodes."""
+        """The bytes that each size takes."""
         slots, rows = (-(-n // self.copies) for n in (sizes.slots, sizes.prefill_rows))
-        return {"slots": 3 * slots * self.slot, "prefill_rows": rows * self.row}
+        return {"slots": self.caches * slots * self.slot, "prefill_rows": rows * self.row}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,10 +197,9 @@ class Training:
           backward: whether there is a backward pass, for which something is stored.
         """
         c, rows = self.config, -(-sizes.rows // self.ways)
-        tokens, mlp = rows * self.length, c.mlp * (c.mixture.active if c.mixture else 1)
-        every = [(2 * of.heads + 2 * of.kv_heads) * of.head_dim for of in c.each_layer]
-        scores = 3 * c.heads * self.length if self.whole_scores else 0
-        layers = [8 * c.embed + 6 * mlp + 2 * projected + scores for projected in every]
+        tokens, mlp = rows * self.length, _mlp(c)
+        every = _projected(c)
+        layers = of_layers(c, self.length if self.whole_scores else 0)
         stored = {
             "none": sum(layers) - c.layers * c.embed, "dots": sum(every) + 2 * c.layers * mlp,
             "mlp": 2 * c.layers * mlp, "full": 0,
@@ -209,23 +214,44 @@ class Training:
         }
 
 
+def of_layers(c: DecoderConfig, scores: int) -> list[int]:
+    """The values that each layer computes for each token.
+
+    Args:
+      scores: the keys whose scores are in memory at once, of every head; 0 for blocks of them.
+    """
+    rest = 8 * c.embed + 6 * _mlp(c) + 3 * c.heads * scores
+    return [rest + 2 * projected for projected in _projected(c)]
+
+
+def _mlp(c: DecoderConfig) -> int:
+    return c.mlp * (c.mixture.active if c.mixture else 1)
+
+
+def _projected(c: DecoderConfig) -> list[int]:
+    return [(2 * of.heads + 2 * of.kv_heads) * of.head_dim for of in c.each_layer]
+
+
 # --- the choice -----------------------------------------------------------------------------------
 
 
 def choose(
-    generation: Generation | None, training: Training, room: int, platform: str,
+    generation: Generation | None, training: Training | None, room: int, platform: str,
     fixed: dict[str, Any],
 ) -> BatchSizes:  # fmt: skip
     """Chooses sizes with which each stage fits into `room` bytes, or the least ones.
 
     Args:
       generation: None if the model answers no prompts.
+      training: None if the model is not trained.
       fixed: sizes that are not to be chosen.
     """
     busy = _BUSY.get(platform, _BUSY_ELSEWHERE)
     sizes = dataclasses.replace(LEAST, **fixed)
     if generation is not None:
         sizes = _for_generation(generation, room - generation.held, busy, sizes, fixed)
+    if training is None:
+        return sizes
     return _for_training(training, room - training.held, busy, sizes, fixed)
 
 
@@ -234,7 +260,7 @@ def _for_generation(
 ) -> BatchSizes:
     """Chooses slots that need the fewest steps, and prefill rows that keep a device busy."""
     if "slots" not in fixed:
-        most = min(_MOST_SLOTS, max(1, room * 3 // 4 // (3 * g.slot)))
+        most = min(_MOST_SLOTS, max(1, room * 3 // 4 // (g.caches * g.slot)))
         sizes = dataclasses.replace(sizes, slots=_slots(g.wanted, g.copies, most))
     if "prefill_rows" not in fixed:
         prompts = -(-sizes.slots // (g.each * g.copies))  # whose answers fill a copy's slots
@@ -258,6 +284,15 @@ def _slots(wanted: Sequence[int], copies: int, most: int) -> int:
         return sum(-(-w // (n * copies)) for w in wanted) * (_STEP + n), n
 
     return min(counts, key=time) * copies
+
+
+def of_ranker(most: int, held: int, row: int, room: int) -> int:
+    """The rows that a ranker computes at once on a device: at most `most`, and those that fit.
+
+    Args:
+      held: bytes of its weights; row: bytes that a row needs.
+    """
+    return _power(min(most, (room - held) // row))
 
 
 def _for_training(

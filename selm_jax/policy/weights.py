@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
+import flax.linen as nn
 import jax
 from jax.sharding import Mesh
 
@@ -14,6 +15,7 @@ from selm_jax.models.decoder import Params, abstract_params
 from selm_jax.models.stacked import stack
 from selm_jax.parallel.rules import TRAINING, Rules, shardings
 from selm_jax.rollout.parameters import decoding_params, decoding_shardings
+from selm_jax.shell.memory import shard_bytes
 
 
 class Weights:
@@ -46,6 +48,16 @@ class Weights:
         self._mesh, self._decode_mesh, self._rules = mesh, decode_mesh, rules
         self._stacked: Params | None = None
         self._apart: Params | None = None
+
+    @property
+    def stacked_bytes(self) -> int:
+        """The bytes on a device of the stacked form, which is there while the other one is made."""
+        boxed = abstract_params(self._config)
+        where = shardings(boxed, self._mesh, self._rules)
+        return shard_bytes(jax.tree.map(self._placed, nn.unbox(boxed), where))
+
+    def _placed(self, x: Any, where: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, self._dtype, sharding=where)
 
     def to_score(self) -> Params:
         stacked = self._stacked

@@ -10,7 +10,7 @@ import jax
 from jax.errors import JaxRuntimeError
 
 from selm_jax.models.quantize import quantize
-from selm_jax.policy.sizes import KEYS, BatchSizes
+from selm_jax.policy.sizes import KEYS, LEAST, BatchSizes
 from selm_jax.run.programs import Programs
 from selm_jax.run.rows import RunError
 from selm_jax.shell.memory import device_limit, free_memory, gib, ran_out, shard_bytes
@@ -27,8 +27,23 @@ _SMALLER = {
 }
 
 
+_SHORTER = "shorten the answers (rollout.max_new_tokens), or use a machine with more memory"
+_OTHERWISE = {
+    "generate": _SHORTER, "evaluate": _SHORTER, "score": "use a machine with more memory",
+    "train": "train adapters (`lora`), or use a machine with more memory",
+}  # fmt: skip
+
+
 class OutOfMemory(RuntimeError):
-    """A stage needs more memory than a device has."""
+    """A stage needs more memory than a device has.
+
+    Attributes:
+      what: says what happened, without the advice.
+    """
+
+    def __init__(self, what: str, advice: str):
+        super().__init__(f"{what} {advice}")
+        self.what = what
 
 
 def check_memory(programs: Programs) -> Iterator[str]:
@@ -100,8 +115,8 @@ def explained(work: Callable[[], T], stage: str, folder: Path, sizes: BatchSizes
         if not ran_out(e):
             raise
         raise OutOfMemory(
-            f"{folder}: stage {stage!r} ran out of memory ({words or 'MemoryError'}). "
-            f"{_advice(stage, sizes)}"
+            f"{folder}: stage {stage!r} ran out of memory ({words or 'MemoryError'}).",
+            _advice(stage, sizes),
         ) from e
 
 
@@ -116,6 +131,9 @@ def _advice(stage: str, sizes: BatchSizes) -> str:
     if stage not in _SMALLER:
         return f"Close other programs, or use a machine with more memory. {_CONTINUE}"
     values = {key: getattr(sizes, name) for name, key in KEYS.items()}
+    least = {key: getattr(LEAST, name) for name, key in KEYS.items()}
+    if all(values[key] <= least[key] for key in _SMALLER[stage]):
+        return f"Its batches are as small as they can be: {_OTHERWISE[stage]}. {_CONTINUE}"
     lower = ", ".join(f"{key} (now {values[key]})" for key in _SMALLER[stage])
     found = f"Lower {lower}; `selm plan` finds settings that fit. "
     if stage in ("score", "train"):

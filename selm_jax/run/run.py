@@ -140,7 +140,10 @@ class Run:
         f = self.experiment.feedback
         if not self.imports:
             refuse_user_code(self.folder.path, "feedback.ranker", f.ranker)
-        return LazyRanker(lambda: rankers.build_ranker(f.ranker, **f.settings))
+        folder = self.folder.path
+        return LazyRanker(
+            lambda: sizes.remembered(rankers.build_ranker(f.ranker, **f.settings), folder)
+        )
 
     def ranker_of(self, t: int, policy: Model) -> LazyRanker:
         """The ranker of iteration t, whose policy it may read."""

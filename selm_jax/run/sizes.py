@@ -9,23 +9,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from selm_jax.config import Experiment, as_dict, fixed_length, read
+from selm_jax.feedback.ranker import Ranker, batches_of
 from selm_jax.models.attention import holds_all_scores
-from selm_jax.models.decoder import Decoder
 from selm_jax.parallel import multihost
 from selm_jax.policy import sizes
+from selm_jax.policy.needs import generation
 from selm_jax.policy.sizes import KEYS, BatchSizes, Generation, Room, Training
 from selm_jax.preferences.layouts import row_lengths
-from selm_jax.rollout.sampling import Sampling
-from selm_jax.rollout.schedule import bucket, capacities
-from selm_jax.rollout.slots import Setup, empty, slot_places
 from selm_jax.run.memory import least_of_training
 from selm_jax.run.programs import Programs
 from selm_jax.run.remaining import entries_of
@@ -48,6 +44,7 @@ class Choice:
       lowered: what was given up after memory ran out, in words.
       generation, training: what a smaller choice depends on.
       fixed: the sizes that the experiment gives.
+      ranker: the batches of the ranker's models after memory ran out; () if it did not.
     """
 
     sizes: BatchSizes
@@ -57,6 +54,7 @@ class Choice:
     fixed: dict[str, Any]
     note: str = ""
     lowered: tuple[str, ...] = ()
+    ranker: tuple[int, ...] = ()
 
     @property
     def automatic(self) -> list[str]:
@@ -85,6 +83,7 @@ class Choice:
             "sizes": self.chosen,
             "sizes_chosen_for": self.because if self.automatic else "",
             "sizes_lowered": list(self.lowered),
+            **({"ranker_batches": list(self.ranker)} if self.ranker else {}),
         }
 
     def kept(self, manifest: Mapping[str, Any]) -> Choice:
@@ -96,15 +95,18 @@ class Choice:
         names = {key: name for name, key in KEYS.items()}
         before = {names[key]: value for key, value in manifest.get("sizes", {}).items()}
         before = {name: value for name, value in before.items() if name not in self.fixed}
+        kept = dataclasses.replace(
+            self, lowered=tuple(manifest.get("sizes_lowered", ())),
+            ranker=tuple(manifest.get("ranker_batches", ())),
+        )  # fmt: skip
         if not before:
-            return self
+            return kept
         floors = self.floors
         for name in before.keys() & floors.keys():
             before[name] = -(-before[name] // floors[name]) * floors[name]
         return dataclasses.replace(
-            self, sizes=dataclasses.replace(self.sizes, **before), note="",
+            kept, sizes=dataclasses.replace(self.sizes, **before), note="",
             because=f"as the run began, {manifest['sizes_chosen_for'].removeprefix(_BEGAN)}",
-            lowered=tuple(manifest.get("sizes_lowered", ())),
         )  # fmt: skip
 
     def smaller(self, stage: str) -> Choice | None:
@@ -122,6 +124,14 @@ class Choice:
         told = f"{stage} ran out of memory, so {words}"
         return dataclasses.replace(self, sizes=found, lowered=(*self.lowered, told))
 
+    def with_ranker(self, stage: str, batches: Sequence[int]) -> Choice:
+        """The choice after the ranker has lowered the batches of its models in a stage."""
+        if tuple(batches) == self.ranker:
+            return self
+        words = " and ".join(map(str, batches))
+        told = f"{stage}: the ranker ran out of memory, so its batch {words}"
+        return dataclasses.replace(self, ranker=tuple(batches), lowered=(*self.lowered, told))
+
 
 _BEGAN = "as the run began, "
 
@@ -137,52 +147,27 @@ def choose(draft: Programs, prompts: Sequence[int], heldout: int, room: Room) ->
     """
     e, platform = draft.experiment, draft.devices.mesh.devices.flat[0].platform
     fixed = sizes.given(as_dict(e))
-    generation = _generation(draft, prompts, heldout) if draft.task.answers else None
+    answers = _generation(draft, prompts, heldout) if draft.task.answers else None
     training = _training(draft, platform)
-    found = sizes.choose(generation, training, room.bytes, platform, fixed)
-    asked = ""
-    if generation is not None:
-        most = max(generation.wanted, default=0)
-        asked = f"{most:,} answers to prompts of {generation.prompt:,} tokens, "
+    found = sizes.choose(answers, training, room.bytes, platform, fixed)
+    asked = "" if answers is None else f"{answers.told}, "
     because = f"{asked}rows of {training.length:,} tokens, {room.source}"
-    return Choice(found, because, generation, training, fixed, room.note)
+    return Choice(found, because, answers, training, fixed, room.note)
 
 
 def _generation(draft: Programs, prompts: Sequence[int], heldout: int) -> Generation:
-    e, c, mesh = draft.experiment, draft.config, draft.devices.decode_mesh
-    prompt, new_tokens = max(draft.sizes.longest_prompt, 1), e.rollout.max_new_tokens
-    one = Setup.fitted(  # a slot for each copy of the model
-        decoder=Decoder(c, draft.devices.dtype, scan=False), sampling=Sampling(), slots=1,
-        prefill_rows=1, max_prompt=prompt, max_new_tokens=new_tokens, stop_ids=(), mesh=mesh,
-        mixture=e.rollout.mixture,
-    )  # fmt: skip
-    models = 1 if e.rollout.mixture is None else 2
-    capacity, padded, copies = capacities(prompt, new_tokens)[-1], bucket(prompt), one.copies
-    slots = jax.eval_shape(partial(empty, one, capacity))
-
-    def placed(x: Any, where: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-
-    slot = shard_bytes(jax.tree.map(placed, slots, slot_places(one, slots)))
-    itemsize = jnp.dtype(draft.devices.dtype).itemsize
-    # A prefill holds the scores of one layer, its activations, and the logits of the last tokens.
-    platform = mesh.devices.flat[0].platform
-    scores = 3 * 4 * c.heads * padded * holds_all_scores(e.compute.attention, padded, platform)
-    layer = padded * (scores + (8 * c.embed + 3 * c.mlp) * itemsize)
-    row = one.groups * slot * padded // capacity + layer + 4 * 4 * models * c.vocab_size
-    weights = sum(x.size for x in jax.tree.leaves(draft.abstract_params)) * itemsize
-    held = models * weights // (mesh.size // copies)
-    if e.data.heldout is not None:
-        held += shard_bytes(draft.abstract_params)
+    e, d = draft.experiment, draft.devices
     each, part = e.candidates.greedy + e.candidates.samples, e.rollout.prompts_per_part
     asked = [] if e.rollout.remote is not None else [
         min(part, count - first) * each for count in prompts for first in range(0, count, part)
     ]  # fmt: skip
     asked += [heldout * (1 + e.evaluation.samples)] * (1 + e.iterations)
-    # A decoding step holds a few arrays of logits.
-    return Generation(
-        [n for n in asked if n], max(each, 1), copies, padded, held,
-        slot=slot + 2 * 4 * models * c.vocab_size, row=row,
+    return generation(
+        draft.config, d.dtype, d.decode_mesh,
+        prompt=max(draft.sizes.longest_prompt, 1), new_tokens=e.rollout.max_new_tokens,
+        wanted=[n for n in asked if n], each=each, attention=e.compute.attention,
+        beside=0 if e.data.heldout is None else shard_bytes(draft.abstract_params),
+        mixture=e.rollout.mixture,
     )  # fmt: skip
 
 
@@ -282,3 +267,11 @@ def manifest_of(folder: Path) -> dict[str, Any]:
     manifest = artifacts.read_sealed(file)
     done = any(entry["done"] for each in entries_of(folder).values() for entry in each.values())
     return manifest if done or manifest.get("sizes_lowered") else {}
+
+
+def remembered(ranker: Ranker, folder: Path) -> Ranker:
+    """The ranker, with the batches of its models that a run's manifest remembers."""
+    before = manifest_of(folder).get("ranker_batches", ())
+    for batch, rows in zip(batches_of(ranker), before, strict=False):
+        batch.lower(rows)
+    return ranker

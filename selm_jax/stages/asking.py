@@ -16,7 +16,7 @@ import numpy as np
 
 from selm_jax.evaluation.cost import judges
 from selm_jax.feedback.judge.unread import UnreadableJudge, mostly, too_many
-from selm_jax.feedback.ranker import Question, counted, prompts_together, reported
+from selm_jax.feedback.ranker import Question, batches_of, counted, prompts_together, reported
 from selm_jax.parallel import multihost
 from selm_jax.run.inputs import LazyRanker
 from selm_jax.shell import artifacts, parts
@@ -91,6 +91,11 @@ def check_read(step: Step, ranker: LazyRanker, told: Told) -> None:
     """
     if halved := counted(told, "batch_halved"):
         step.say(f"the ranker ran out of memory, so its batch was halved {halved} times")
+        batches = multihost.on_first(
+            lambda: [(batch.rows, batch.lowered) for batch in batches_of(ranker.ranker)]
+        )
+        if any(lowered for _, lowered in batches):  # and not in an earlier start of the run
+            step.note_ranker([rows for rows, _ in batches])
     malformed, answers = counted(told, "malformed"), counted(told, "asked")
     if mostly(malformed, answers):
         examples = multihost.on_first(lambda: [x for j in judges(ranker.ranker) for x in j.unread])

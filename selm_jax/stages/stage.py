@@ -236,19 +236,24 @@ class _Call:
         return True
 
     def _work(self) -> Counts:
-        """Runs the body; with smaller sizes once more, if memory runs out and sizes are `auto`."""
+        """Runs the body; with smaller sizes once more, if memory runs out and sizes are `auto`.
+
+        Several processes cannot go on: one that has memory left waits for the others in a
+        collective operation, and does not learn of other sizes. So the run only notes them.
+        """
         while True:
             step = Step.of(self.run, self.name, self.t, self.stage.keys(self.run))
             work = partial(self.stage.body, step, **self.given)
             try:
                 return explained(work, self.name, self.folder, self.run.sizes.sizes)
-            except OutOfMemory:
+            except OutOfMemory as e:
                 found = self.run.sizes.smaller(self.name)
-                # Of several processes, only this one may have run out of memory.
-                if found is None or multihost.count() > 1:
+                if found is None:
                     raise
-            self.run.sizes = found
-            self.run.write_manifest()
+                self.run.sizes = found
+                self.run.write_manifest()
+                if multihost.count() > 1:
+                    raise OutOfMemory(e.what, _of_several(found.lowered[-1])) from e
             self.run.console.print(found.lowered[-1], style="yellow", soft_wrap=True, markup=False)
             release()  # what the frames of the failed work held
 
@@ -318,3 +323,16 @@ class _Call:
             step.log({k: v for k, v in line.items() if k not in ("stage", "iteration")})
         self.stage.judges(step, found["counts"])
         return found["counts"]
+
+
+def _of_several(given_up: str) -> str:
+    """What to do after one of several processes has run out of memory."""
+    if multihost.is_first():
+        return (
+            "Another process may still be computing with these sizes, so the run ends here, and "
+            f"notes for its next start: {given_up}. The same command continues"
+        )
+    return (
+        "The first process notes smaller sizes if it has run out of memory, too: then the same "
+        "command continues. Otherwise set smaller sizes in the experiment"
+    )

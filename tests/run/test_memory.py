@@ -13,7 +13,7 @@ from rich.console import Console
 
 from selm_jax import config
 from selm_jax.iterate import iterate
-from selm_jax.policy.sizes import least
+from selm_jax.policy.sizes import LEAST, least
 from selm_jax.run import memory
 from selm_jax.run.check import check
 from selm_jax.run.rows import RunError
@@ -129,6 +129,19 @@ def test_a_stage_without_enough_memory_says_which_settings_to_lower(tmp_path, st
     with pytest.raises(memory.OutOfMemory, match="^" + re.escape(told)) as raised:
         memory.explained(fails, stage, folder, least(e))
     assert "and more" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "stage, told",
+    [
+        ("generate", "as they can be: shorten the answers (rollout.max_new_tokens)"),
+        ("train", "as they can be: train adapters (`lora`)"),
+    ],
+)
+def test_sizes_that_are_the_least_are_not_to_be_lowered(tmp_path, stage, told):
+    with pytest.raises(memory.OutOfMemory, match=re.escape(told)) as raised:
+        memory.explained(fails, stage, tmp_path, LEAST)
+    assert "Lower" not in str(raised.value) and "Finished work is kept" in str(raised.value)
 
 
 def test_other_errors_of_a_program_pass_unchanged(tmp_path):

@@ -7,8 +7,10 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
 
 import jax
+import numpy as np
 import pytest
 import tiny
 import yaml
@@ -16,6 +18,8 @@ from jax.errors import JaxRuntimeError
 from rich.console import Console
 
 from selm_jax import config
+from selm_jax.feedback import ranker as rankers
+from selm_jax.feedback.models.settings import Batch, reported
 from selm_jax.iterate import iterate
 from selm_jax.parallel import multihost
 from selm_jax.policy import sizes
@@ -27,6 +31,7 @@ from selm_jax.run.memory import OutOfMemory
 from selm_jax.run.run import Run
 from selm_jax.shell import artifacts
 from selm_jax.shell.shared_stages import SharedStages
+from selm_jax.stages import stage as stages
 from selm_jax.stages.stage import stage
 from selm_jax.training import loop
 
@@ -291,6 +296,73 @@ def test_a_number_of_the_user_is_never_lowered(tmp_path, told, monkeypatch):
     with pytest.raises(OutOfMemory, match=r"Lower rollout.prefill_rows \(now 4\)"):
         iterate(run_of(tmp_path, told, **given))
     assert manifest(tmp_path)["sizes"] == {} == artifacts.Stages(tmp_path / "x").read()
+
+
+class OfTwo:
+    """`multihost` as a process of two sees it, except that nothing waits for the other one."""
+
+    count = staticmethod(lambda: 2)
+
+    def __getattr__(self, name):
+        return getattr(multihost, name)
+
+
+def test_one_of_several_processes_notes_smaller_sizes_for_the_next_start(
+    tmp_path, told, monkeypatch
+):
+    """The other one may wait for it in a collective, so it cannot go on with other sizes."""
+    monkeypatch.setattr(Engine, "generate", full)
+    monkeypatch.setattr(stages, "multihost", OfTwo())
+    run = run_of(tmp_path, told)
+    run.open()
+    before = run.sizes.sizes
+    with pytest.raises(
+        OutOfMemory, match=r"notes for its next start: generate .* so rollout\."
+    ) as e:
+        tiny.do(run, "generate", 1)
+    assert "The same command continues" in str(e.value) and "Lower" not in str(e.value)
+    after = run_of(tmp_path, told).sizes
+    assert after.sizes == run.sizes.sizes != before and len(after.lowered) == 1
+    monkeypatch.setattr(multihost, "is_first", lambda: False)
+    with pytest.raises(OutOfMemory, match="set smaller sizes in the experiment"):
+        tiny.do(run, "generate", 1)
+
+
+class Halved:
+    """A ranker whose batch of 16 rows does not fit."""
+
+    name = "halved"
+
+    def __init__(self):
+        self.batches, self.counts = (Batch(16, fixed=False),), Counter[str]()
+
+    def scores(self, questions, candidates):
+        def work(rows: int) -> list[np.ndarray]:
+            return (
+                full() if rows > 4 else [np.arange(len(each), dtype=float) for each in candidates]
+            )
+
+        return self.batches[0].fitting(work, self.counts)
+
+    def report(self):
+        return reported(self.counts, [])
+
+
+def test_a_run_remembers_the_batch_of_its_ranker(tmp_path, told, monkeypatch):
+    monkeypatch.setattr(rankers, "build_ranker", lambda *_, **__: Halved())
+    run = run_of(tmp_path, told)
+    run.open()
+    tiny.do(run, "generate", 1)
+    tiny.do(run, "rank", 1)
+    assert manifest(tmp_path)["ranker_batches"] == [4]
+    lowered = ["rank: the ranker ran out of memory, so its batch 4"]
+    assert manifest(tmp_path)["sizes_lowered"] == lowered
+    assert lowered[0] in dict(facts({}, manifest(tmp_path)))["Batch sizes"]
+    again = run_of(tmp_path, told)
+    assert again.ranker.ranker.batches[0].rows == 4
+    again.open()
+    assert manifest(tmp_path)["ranker_batches"] == [4]
+    assert manifest(tmp_path)["sizes_lowered"] == lowered
 
 
 LIMITED = """

@@ -13,6 +13,7 @@ from selm_jax.evaluation.model import Model
 from selm_jax.shell import jsonl
 
 Row = Mapping[str, Any]
+TOGETHER = 32  # answers that are drawn between two writes to the disk, if nobody gave the slots
 
 
 class Journal:

@@ -30,8 +30,10 @@ from selm_jax.feedback.models.pairrm_inputs import FIRST, SOURCE, Ids, PairToken
 from selm_jax.feedback.models.settings import (
     BATCH,
     Batch,
+    Needs,
     batch_of,
     check_choice,
+    checked_batch,
     checked_dtype,
     reported,
 )
@@ -42,6 +44,7 @@ from selm_jax.parallel.mesh import make_mesh
 from selm_jax.parallel.rules import TRAINING, place_rows, shardings
 from selm_jax.preferences.layouts import Part, parts
 from selm_jax.preferences.selection import ranks
+from selm_jax.shell.memory import shard_bytes
 from selm_jax.training.scoring import one_ahead
 from selm_jax.weights.deberta import PairRMConfig, load, read_config
 from selm_jax.weights.sources import resolve
@@ -99,6 +102,7 @@ class PairRM:
             mesh: batches are split over its axis `data`.
             folder: the folder that the parameters come from.
         """
+        self.batches = (batch,)
         self.folders = () if folder is None else (folder,)
         self.config, self._params, self._tokens, self._mesh = config, params, tokens, mesh
         self._compat, self._batch = compat, batch
@@ -295,9 +299,20 @@ class PairRM:
 
 def program(config: PairRMConfig, dtype: Any, *, on_cpu: bool) -> Any:
     """The jitted function `(params, tokens, lengths, prefixes) -> logits`; see `PairScorer`."""
-    # Heads computed at once: on CPU the scores of one fit in the cache; accelerators prefer four.
-    scorer = PairScorer(config.encoder, config.tasks, dtype, 1 if on_cpu else 4)
+    scorer = PairScorer(config.encoder, config.tasks, dtype, _heads(on_cpu))
     return jax.jit(lambda params, *inputs: scorer.apply({"params": params}, *inputs))
+
+
+def _heads(on_cpu: bool) -> int:
+    """Heads computed at once: on CPU the scores of one fit in the cache; accelerators prefer 4."""
+    return 1 if on_cpu else 4
+
+
+def needs(config: PairRMConfig, dtype: Any, held: int, on_cpu: bool) -> Needs:
+    """The bytes of the parameters, `held`, and of a layer for 512 tokens of the longest pairs."""
+    e, longest = config.encoder, config.source_tokens + 2 * config.candidate_tokens
+    layer = 512 * (12 * e.embed + 3 * e.mlp) * jnp.dtype(dtype).itemsize
+    return Needs(held, layer + _heads(on_cpu) * 20 * 512 * longest)
 
 
 def mean_wins(matrix: Float64[np.ndarray, "n n"]) -> Float64[np.ndarray, " n"]:
@@ -322,7 +337,7 @@ def pairrm(
         dtype: dtype of activations and matrices: `auto` (bfloat16, but float32 on CPU), `float32`
             or `bfloat16`. Softmax, norms and the head are always float32.
         batch: how many pairs of 512 tokens one device computes at once (fewer if they are longer).
-            None is 16, but 2 on CPU, because of its smaller caches.
+            None takes what fits into memory, at most 16, or 2 on CPU, which has smaller caches.
 
     Raises:
         FeedbackError: a setting is unknown, or the tokenizer does not fit the model.
@@ -333,7 +348,8 @@ def pairrm(
     """
     check_choice("pairrm", "compat", compat, COMPATS)
     on_cpu = jax.default_backend() == "cpu"
-    kind, rows = checked_dtype("pairrm", dtype, on_cpu), batch_of("pairrm", batch, on_cpu)
+    kind = checked_dtype("pairrm", dtype, on_cpu)
+    checked_batch("pairrm", batch, on_cpu)
     path = resolve(folder).path
     config = read_config(path)
     tokens = PairTokens(path, config)
@@ -343,6 +359,7 @@ def pairrm(
         path, config.encoder, config.tasks, dtype=kind,
         place=lambda path, x: jax.device_put(x, where[path]),
     )  # fmt: skip
+    rows = batch_of("pairrm", batch, needs(config, kind, shard_bytes(params), on_cpu), on_cpu)
     return PairRM(config, params, tokens, mesh, compat=compat, dtype=kind, batch=rows, folder=path)
 
 

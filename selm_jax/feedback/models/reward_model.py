@@ -19,7 +19,9 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float64
@@ -28,12 +30,15 @@ from selm_jax.config import Text
 from selm_jax.feedback.models.settings import (
     BATCH,
     Batch,
+    Needs,
     batch_of,
     check_choice,
+    checked_batch,
     checked_dtype,
     reported,
 )
 from selm_jax.feedback.ranker import FeedbackError, Question, check_questions, check_scores
+from selm_jax.models.attention import holds_all_scores
 from selm_jax.models.config import DecoderConfig, LongRope
 from selm_jax.models.decoder import Decoder, Params, abstract_params
 from selm_jax.models.families import read_config
@@ -41,9 +46,11 @@ from selm_jax.models.flops import forward
 from selm_jax.parallel.alone import own_devices
 from selm_jax.parallel.mesh import make_mesh
 from selm_jax.parallel.rules import TRAINING, place_rows, shardings
+from selm_jax.policy.sizes import of_layers
 from selm_jax.preferences.examples import Example, Ids
 from selm_jax.preferences.layouts import Trees
 from selm_jax.preferences.rewards import split
+from selm_jax.shell.memory import shard_bytes
 from selm_jax.shell.ranges import Axis, Count
 from selm_jax.text.chat import Chat, ChatError
 from selm_jax.training.scoring import Readers, Scorer, readers
@@ -87,6 +94,7 @@ class RewardModel:
         self._max_length, self._cut = max_length, too_long == "cut"
         self._counts: Counter[str] = Counter()
         self._batch = batch
+        self.batches = (batch,)
 
     def scores(
         self, questions: Sequence[Question], candidates: Sequence[Sequence[str]]
@@ -168,6 +176,19 @@ def program(config: DecoderConfig, dtype: Any, mesh: jax.sharding.Mesh) -> Reade
     return readers(Decoder(config, dtype, mesh=mesh), 1, NamedSharding(mesh, PartitionSpec()))
 
 
+def needs(config: DecoderConfig, dtype: Any, mesh: jax.sharding.Mesh) -> Needs:
+    """The bytes of the sharded parameters, and of a layer for 512 tokens of the longest trees."""
+    boxed = abstract_params(config)
+    where = shardings(boxed, mesh, TRAINING)
+    placed = jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, dtype, sharding=where),
+        nn.unbox(boxed), where,
+    )  # fmt: skip
+    whole = holds_all_scores("auto", TOGETHER, mesh.devices.flat[0].platform)
+    row = 512 * max(of_layers(config, TOGETHER * whole)) * jnp.dtype(dtype).itemsize
+    return Needs(shard_bytes(placed), row)
+
+
 def trees(name: str, conversations: Sequence[Ids], config: DecoderConfig) -> list[Example]:
     """Packs a question's distinct conversations into trees that store the shared prompt only once.
 
@@ -233,7 +254,7 @@ def reward_model(
         dtype: dtype of parameters and activations: `auto` (bfloat16, but float32 on CPU), `float32`
             or `bfloat16`. Softmax, norms and the head are always float32.
         batch: how many rows of 512 tokens one device computes at once (fewer if they are longer).
-            None is 16, but 2 on CPU, because of its smaller caches.
+            None takes what fits into memory, at most 16, or 2 on CPU, which has smaller caches.
         data, fsdp, tensor: axes of the mesh, as under `compute`; parameters are split over the last
             two, rows over the first two.
 
@@ -246,7 +267,7 @@ def reward_model(
     check_choice("reward_model", "too_long", too_long, TOO_LONG)
     on_cpu = jax.default_backend() == "cpu"
     kind = checked_dtype("reward_model", dtype, on_cpu)
-    rows = batch_of("reward_model", batch, on_cpu)
+    checked_batch("reward_model", batch, on_cpu)
     folder = resolve(source, revision=revision).path
     config = read_config(folder)
     if config.head is None:
@@ -266,6 +287,7 @@ def reward_model(
         ) from e
     check(folder, config)
     mesh = make_mesh((data, fsdp, tensor), own_devices())
+    rows = batch_of("reward_model", batch, needs(config, kind, mesh), on_cpu)
     return RewardModel(
         folder, config, chat, mesh, max_length=longest, too_long=too_long, dtype=kind, batch=rows
     )

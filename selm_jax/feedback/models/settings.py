@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, get_args
 
+import jax
 import jax.numpy as jnp
 from jax.errors import JaxRuntimeError
 
 from selm_jax.config.kinds import Dtype
 from selm_jax.feedback.ranker import FeedbackError
+from selm_jax.policy import sizes
 from selm_jax.shell.memory import ran_out
 from selm_jax.shell.ranges import MOST, Range
 from selm_jax.shell.words import did_you_mean
@@ -25,13 +28,37 @@ def checked_dtype(ranker: str, name: str, on_cpu: bool) -> Any:
     return jnp.dtype(("float32" if on_cpu else "bfloat16") if name == "auto" else name)
 
 
-def batch_of(ranker: str, batch: int | None, on_cpu: bool) -> Batch:
-    """The batch of `checked_batch`, which is halved where it does not fit if none was given."""
-    return Batch(checked_batch(ranker, batch, on_cpu), batch is not None)
+@dataclasses.dataclass(frozen=True)
+class Needs:
+    """The bytes of a device that a ranker takes.
+
+    Attributes:
+        held: its weights.
+        row: what a row of 512 tokens needs besides.
+    """
+
+    held: int
+    row: int
+
+
+def batch_of(ranker: str, batch: int | None, needs: Needs, on_cpu: bool) -> Batch:
+    """The batch of `batch_in` for the memory here; it is halved where it does not fit after all."""
+    room = sizes.room(jax.local_devices()[0]).bytes
+    return Batch(batch_in(ranker, batch, needs, room, on_cpu), batch is not None)
+
+
+def batch_in(ranker: str, batch: int | None, needs: Needs, room: int, on_cpu: bool) -> int:
+    """The batch that is given, or what `room` bytes allow, and no more than is fast.
+
+    Raises:
+        FeedbackError: the batch is not a positive whole number.
+    """
+    most = checked_batch(ranker, batch, on_cpu)
+    return sizes.of_ranker(most, needs.held, needs.row, room) if batch is None else most
 
 
 def checked_batch(ranker: str, batch: int | None, on_cpu: bool) -> int:
-    """Checks a batch size in rows of 512 tokens; None means 16, or 2 on CPU (small caches)."""
+    """Checks a batch in rows of 512 tokens; None means at most 16, or 2 on CPU (small caches)."""
     if batch is None:
         return 2 if on_cpu else 16
     if (expected := BATCH.problem(batch)) is not None:
@@ -44,7 +71,12 @@ class Batch:
 
     def __init__(self, rows: int, fixed: bool):
         """`fixed` says that the user gave the number, which then stays."""
-        self.rows, self._fixed = rows, fixed
+        self.rows, self.lowered, self._fixed = rows, False, fixed
+
+    def lower(self, rows: int) -> None:
+        """Takes no more rows than `rows`, unless the user gave a number."""
+        if not self._fixed and rows < self.rows:
+            self.rows, self.lowered = rows, True
 
     def fitting(self, work: Callable[[int], T], counts: Counter[str]) -> T:
         """Calls `work` with the rows; with half of them again whenever memory runs out.
@@ -58,7 +90,7 @@ class Batch:
             except (JaxRuntimeError, MemoryError) as e:
                 if self._fixed or self.rows == 1 or not ran_out(e):
                     raise
-            self.rows //= 2
+            self.lower(self.rows // 2)
             counts["batch_halved"] += 1
 
 

@@ -29,7 +29,7 @@ from selm_jax.evaluation.benchmarks.alpaca_eval import published as alpaca_eval_
 from selm_jax.evaluation.benchmarks.alpaca_eval import score
 from selm_jax.evaluation.benchmarks.alpaca_eval.annotate import AnnotatorPrompt, questions
 from selm_jax.evaluation.benchmarks.alpaca_eval.instructions import BASELINE, EvalSet
-from selm_jax.evaluation.benchmarks.files import Journal, chunks, file_name, pinned
+from selm_jax.evaluation.benchmarks.files import TOGETHER, Journal, chunks, file_name, pinned
 from selm_jax.evaluation.cost import CHARACTERS_PER_TOKEN, Cost
 from selm_jax.evaluation.model import Model
 from selm_jax.shell import artifacts
@@ -86,7 +86,7 @@ def answer(
     todo = [i for i in range(len(conversations)) if i not in journal.rows]
     todo.sort(key=lambda i: len(instructions.instructions[i]))  # similar lengths in one batch
     progress(len(journal.rows), 0)
-    for chunk in chunks(todo, 4 * model.batches.slots):
+    for chunk in chunks(todo, 4 * (model.batches.slots or TOGETHER)):
         found = model.reply(
             [conversations[i] for i in chunk], progress=progress, **dataclasses.asdict(decoding)
         )

@@ -24,7 +24,14 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from selm_jax.evaluation import EvaluationError
-from selm_jax.evaluation.benchmarks.files import Journal, chunks, file_name, pinned, read_rows
+from selm_jax.evaluation.benchmarks.files import (
+    TOGETHER,
+    Journal,
+    chunks,
+    file_name,
+    pinned,
+    read_rows,
+)
 from selm_jax.evaluation.cost import Cost
 from selm_jax.evaluation.model import Model
 from selm_jax.policy.policy import PolicyError
@@ -137,7 +144,7 @@ def answer(
     progress(TURNS * len(journal.rows), 0)
     for temperature in sorted({q.temperature for q in questions}):
         left = [q for q in questions if q.temperature == temperature and q.id not in journal.rows]
-        for chunk in chunks(left, model.batches.slots):
+        for chunk in chunks(left, model.batches.slots or TOGETHER):
             journal.add(_both_turns(model, chunk, name, temperature, decoding, progress))
     rows = sorted(journal.rows.values(), key=lambda row: row["question_id"])
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

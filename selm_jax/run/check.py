@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 from selm_jax.config import Experiment
@@ -11,10 +12,11 @@ from selm_jax.models.config import DecoderConfig
 from selm_jax.models.quantize import check_installed
 from selm_jax.objectives.losses import Objective
 from selm_jax.parallel import multihost
+from selm_jax.policy.sizes import LEAST
 from selm_jax.preferences.selection import by_settings
 from selm_jax.rollout import remote
 from selm_jax.run.data import Data
-from selm_jax.run.memory import check_memory
+from selm_jax.run.memory import check_estimate, check_memory
 from selm_jax.run.remaining import entries_of
 from selm_jax.run.rows import (
     RunError,
@@ -121,7 +123,7 @@ def _check_programs(run: Run) -> None:
     programs, server = run.programs, run.experiment.rollout.remote
     _ = (programs.optimizer, programs.abstract_trained)
     if _will_train(run):
-        for line in check_memory(programs):
+        for line in [*check_memory(programs), *_of_estimates(run)]:
             run.console.print(line, style="yellow", soft_wrap=True, markup=False)
     if not run.task.answers:
         return
@@ -152,6 +154,15 @@ def check_tasks(run: Run) -> None:
     )
     if any(run.wanted.says("evaluate", t) == "do" for t in unfinished):
         tasks.load()
+
+
+def _of_estimates(run: Run) -> Iterator[str]:
+    """Checks that the estimates of generation and training fit on a CPU, and yields notes."""
+    chosen = run.sizes
+    least = dataclasses.replace(LEAST, **chosen.floors)
+    if chosen.generation is not None and run.experiment.rollout.remote is None:
+        yield from check_estimate("generate", chosen.generation, chosen.sizes, least)
+    yield from check_estimate("train", chosen.training, chosen.sizes, least)
 
 
 def check_router(e: Experiment, config: DecoderConfig) -> None:

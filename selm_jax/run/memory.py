@@ -10,10 +10,17 @@ import jax
 from jax.errors import JaxRuntimeError
 
 from selm_jax.models.quantize import quantize
-from selm_jax.policy.sizes import KEYS, LEAST, BatchSizes
+from selm_jax.policy.sizes import KEYS, LEAST, BatchSizes, Generation, Training
 from selm_jax.run.programs import Programs
 from selm_jax.run.rows import RunError
-from selm_jax.shell.memory import device_limit, free_memory, gib, ran_out, shard_bytes
+from selm_jax.shell.memory import (
+    device_limit,
+    free_memory,
+    gib,
+    held_now,
+    ran_out,
+    shard_bytes,
+)
 from selm_jax.training.state import TrainState
 
 T = TypeVar("T")
@@ -27,6 +34,12 @@ _SMALLER = {
 }
 
 
+_LESS = {
+    "train": "Train adapters (`lora`), set training.parameter_dtype: bfloat16, or shorten the rows "
+    "(training.row_length)",
+    "generate": "Shorten the prompts or the answers (rollout.max_prompt_tokens, "
+    "rollout.max_new_tokens)",
+}
 _SHORTER = "shorten the answers (rollout.max_new_tokens), or use a machine with more memory"
 _OTHERWISE = {
     "generate": _SHORTER, "evaluate": _SHORTER, "score": "use a machine with more memory",
@@ -76,6 +89,46 @@ def check_memory(programs: Programs) -> Iterator[str]:
         yield (
             f"{least} of {gib(limit)} ({source}), and more for activations. The system may kill "
             "the run without a message: check with `selm plan` first"
+        )
+
+
+def check_estimate(
+    stage: str, of: Generation | Training, sizes: BatchSizes, least: BatchSizes
+) -> Iterator[str]:
+    """Checks on a CPU that the estimate of a stage fits; yields a note if only other sizes would.
+
+    A CPU's memory that runs out ends the process without a message.
+
+    Args:
+      of: what the stage needs.
+      sizes: the sizes of its batches.
+      least: the least sizes, in place of those that are given too.
+
+    Raises:
+      RunError: not even the least sizes fit.
+    """
+    device = jax.local_devices()[0]
+    if device.platform != "cpu":
+        return
+    limit, source = device_limit(device)
+    mine = held_now() // len(jax.local_devices())
+
+    def needed(sizes: BatchSizes) -> int:
+        return mine + of.held + sum(of.needs(sizes).values())
+
+    if needed(least) > limit:
+        raise RunError(
+            f"by the estimate, {stage} needs {gib(needed(least))} GiB of memory with the least "
+            f"sizes of batches ({gib(mine)} are taken already), but there are {gib(limit)} GiB "
+            f"({source}): {gib(needed(least) - limit)} GiB are missing. {_LESS[stage]}, or use a "
+            "machine with more memory"
+        )
+    if needed(sizes) > limit:
+        listed = ", ".join(f"{KEYS[name]} {getattr(sizes, name)}" for name in of.needs(sizes))
+        yield (
+            f"by the estimate, {stage} needs {gib(needed(sizes))} GiB of memory with {listed}, but "
+            f"there are {gib(limit)} GiB ({source}). The system may kill the run without a "
+            "message: leave these settings out, and they are chosen"
         )
 
 

@@ -79,10 +79,23 @@ def left_of_limit() -> int | None:
     The limit counts addresses: a process with JAX has 2 GiB of them before it does anything.
     """
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if soft == resource.RLIM_INFINITY or not Path("/proc/self/statm").exists():
+    if soft == resource.RLIM_INFINITY or (sizes := _of_process()) is None:
         return None
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    return max(0, soft - pages * resource.getpagesize())
+    return max(0, soft - sizes[0])
+
+
+def held_now() -> int:
+    """The bytes that this process holds now; 0 if the system does not say."""
+    sizes = _of_process()
+    return 0 if sizes is None else sizes[1]
+
+
+def _of_process() -> tuple[int, int] | None:
+    """The bytes of this process's addresses, and of those in memory; None if unknown."""
+    if not (file := Path("/proc/self/statm")).exists():
+        return None
+    addresses, held = map(int, file.read_text().split()[:2])
+    return addresses * resource.getpagesize(), held * resource.getpagesize()
 
 
 def _of_machine(name: str) -> int:

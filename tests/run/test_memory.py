@@ -102,6 +102,31 @@ def test_an_experiment_that_barely_fits_is_told_so(tmp_path, monkeypatch, limit,
     assert [told in line for line in found] == [True] if told else found == []
 
 
+@pytest.mark.parametrize("stage", ["train", "generate"])
+def test_on_a_cpu_the_estimate_is_compared_with_the_limit(tmp_path, monkeypatch, stage):
+    """There the system would kill the run without a word."""
+    run = run_of(tmp_path, rollout__slots=8, training__rows=8)
+    of = run.sizes.training if stage == "train" else run.sizes.generation
+    assert of is not None
+    taken = 2**20
+    monkeypatch.setattr(memory, "held_now", lambda: taken * len(jax.local_devices()))
+
+    def limited_to(sizes, missing: int) -> list[str]:
+        limit = of.held + sum(of.needs(sizes).values()) + taken - missing
+        monkeypatch.setattr(memory, "device_limit", lambda _: (limit, "a test"))
+        return list(memory.check_estimate(stage, of, run.sizes.sizes, LEAST))
+
+    assert limited_to(run.sizes.sizes, 0) == []
+    (line,) = limited_to(run.sizes.sizes, 1)
+    assert ("training.rows 8" if stage == "train" else "rollout.slots 8") in line
+    assert len(limited_to(LEAST, 0)) == 1
+    with pytest.raises(RunError, match=rf"{stage} needs .* \(a test\): 0.25 GiB are missing"):
+        limited_to(LEAST, 2**28)
+    monkeypatch.setattr("selm_jax.run.check.check_memory", lambda _: iter(()))
+    with pytest.raises(RunError, match="by the estimate"):
+        check(run)
+
+
 FULL = "RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes."
 
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from typing import Any
 
 import jax
 import numpy as np
@@ -215,7 +216,7 @@ def test_runs_with_other_automatic_sizes_share_their_stages(tmp_path, told, monk
     assert tiny.counts_of(runs[1], "told_rows", 1) == {"rows": runs[0].sizes.sizes.rows}
 
 
-def full(*_, **__) -> Exception:
+def full(*_, **__) -> Any:
     raise JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.")
 
 

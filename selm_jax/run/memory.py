@@ -122,9 +122,9 @@ def check_estimate(
     if needed(least) > limit:
         raise RunError(
             f"by the estimate, {stage} needs {gib(needed(least))} GiB of memory with the least "
-            f"sizes of batches ({gib(mine)} of them for this process and the compiler), but there are {gib(limit)} GiB "
-            f"({source}): {gib(needed(least) - limit)} GiB are missing. {_LESS[stage]}, or use a "
-            "machine with more memory"
+            f"sizes of batches ({gib(mine)} of them for this process and the compiler), but there "
+            f"are {gib(limit)} GiB ({source}): {gib(needed(least) - limit)} GiB are missing. "
+            f"{_LESS[stage]}, or use a machine with more memory"
         )
     if needed(sizes) > limit:
         listed = ", ".join(f"{KEYS[name]} {getattr(sizes, name)}" for name in of.needs(sizes))

@@ -13,9 +13,8 @@ from jax.sharding import SingleDeviceSharding
 
 from selm_jax.models import decode_tpu
 from selm_jax.models.attention import attention, einsum
-from selm_jax.models.cache import LayerCache
+from selm_jax.models.cache import LayerCache, write
 from selm_jax.models.decode_tpu import block_of, decode_kernel, ragged
-from selm_jax.models.decoder import _write
 from selm_jax.models.sight import Sight
 from selm_jax.parallel.mesh import make_mesh
 from selm_jax.plan.topology import target
@@ -128,7 +127,7 @@ def test_steps_compile_for_tpus_and_do_not_copy_the_cache(name, heads, k, h, cap
     def steps(cache, query, new, place):
         def one(state):
             cache, place, context = state
-            cache = _write(cache, new * context[:, :, :1], new, place)
+            cache = write(cache, new * context[:, :, :1], new, place)
             sight = Sight(place[:, None], jnp.arange(capacity)[None], place=place[:, None])
             keys, values = cache.keys.swapaxes(1, 2), cache.values.swapaxes(1, 2)
             context = decode_kernel(query, keys, values, sight, h**-0.5, cap)

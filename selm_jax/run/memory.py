@@ -34,8 +34,8 @@ _SMALLER = {
 }
 
 
-# A margin for the compiler and its programs. What they take was not measured by itself: by the rest of
-# the estimate the quickstart trains in 2.99 GiB, and with a limit of 3 GiB it was killed.
+# A margin for the compiler and its programs. What they take was not measured by itself: by the
+# rest of the estimate the quickstart trains in 2.99 GiB, and with a limit of 3 GiB it was killed.
 COMPILER = 2**29
 _LESS = {
     "train": "Train adapters (`lora`), set training.parameter_dtype: bfloat16, or shorten the rows "

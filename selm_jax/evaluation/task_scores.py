@@ -52,9 +52,10 @@ def summarize(rows: Sequence[Row], start: Sequence[Row] | None) -> dict[str, flo
         others = before.get(key, [])
         if _asked(others) != _asked(mine):
             raise EvaluationError(
-                f"task {key[0]}: the start model was asked other questions, or with another "
-                "prompt. lm-eval, its data or the chat template have changed since. Go back to "
-                "them, or measure the start model again: `selm redo RUN evaluate -t 0`"
+                f"task {key[0]}: the start model was asked other questions, with another "
+                "prompt, or other answers were right. lm-eval, its data, the task's file or the "
+                "chat template have changed since. Go back to them, or measure the start model "
+                "again: `selm redo RUN evaluate -t 0`"
             )
         others = _values(others)
         share = counted(np.append(values, others))

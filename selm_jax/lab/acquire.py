@@ -56,21 +56,36 @@ def highest(values: Values, queries: int) -> Asked:
 
 
 def random(pool: Pool, queries: int) -> Asked:
+    """The control: the indices [queries] of the pool's first pairs, which are random as it is."""
     return highest(jnp.zeros(len(pool.prompt)), queries)
 
 
 def reward_gap(pool: Pool, queries: int) -> Asked:
+    """The indices [queries] of the pairs whose implicit rewards differ most; the largest first.
+
+    Source: Muldrew et al. (2024), arXiv 2402.08114, preference certainty. The gap is that of
+    log(policy / reference), the implicit reward divided by beta.
+    """
     ratio = pool.log_policy - pool.log_reference
     gap = ratio[pool.prompt, pool.first] - ratio[pool.prompt, pool.second]
     return highest(jnp.abs(gap), queries)
 
 
 def entropy(pool: Pool, queries: int) -> Asked:
+    """The indices [queries] of the pairs whose response of the policy is the least likely.
+
+    Source: arXiv 2402.08114, predictive entropy: the mean of -log policy over the policy's own
+    samples, of which a pair has one.
+    """
     return highest(-pool.log_policy[pool.prompt, pool.first], queries)
 
 
 def d_optimal(pool: Pool, queries: int) -> Asked:
-    """Chooses, one after another, the pair that raises log det(I + sum x x^T) most."""
+    """Chooses, one after another, the pair that raises log det(I + sum x x^T) most.
+
+    Source: arXiv 2503.01076. x are the pairs' differences of features, divided by their root mean
+    square. The result are indices [queries], in the order of choice.
+    """
     mean_square = jnp.mean(pool.difference**2)
     x = pool.difference / jnp.sqrt(jnp.maximum(mean_square, jnp.finfo(pool.difference.dtype).tiny))
 

@@ -12,10 +12,11 @@ from selm_jax.shell import artifacts
     "acquire", files="lab_acquire.html, .md (the table), .json (all numbers) and the figure .svg"
 )
 def acquire(o: Sampled) -> None:
-    """Compare rules that choose prompts.
+    """Compare rules that choose which prompts are labelled, by exact regret.
 
-    Each round asks about a quarter of the pairs that plain online DPO draws. The rules are those
-    of feedback.acquisition; random prompts are the control.
+    Each round draws a pool of plain online DPO's pairs, and a rule chooses a quarter of them, which
+    are labelled. The rules are those of feedback.acquisition, except that d_optimal uses the
+    world's own features; a random choice is the control.
     """
     from selm_jax.lab import acquire as rules
     from selm_jax.lab import compare_page, page, plots, stats

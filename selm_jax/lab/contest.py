@@ -33,7 +33,10 @@ class Entry:
     """An arm in a place, as numbers; one program runs them all.
 
     Attributes:
-      landscape, coverage, temperature: the place; the learner knows the temperature (`assumed`).
+      landscape: an index of `worlds.LANDSCAPES`.
+      coverage: the reference's probability of the good responses (`worlds.make_world`).
+      temperature: of the Bradley-Terry feedback, in units of reward; at 0 the best always wins.
+      assumed: the temperature that the learner assumes: the true one, or `many.ASSUMED` if it is 0.
       moving: 1 if the policy becomes the reference after each round, else 0.
       sampler: an index of `SAMPLERS`.
       many: 1 if four responses are ranked, else 0.

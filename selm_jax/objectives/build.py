@@ -64,8 +64,8 @@ _SORTS = (
 _SAMPLES_AGAIN = (
     "each of its updates starts with a trial step, samples new answers from the policy after that "
     "step, has them ranked, and steps again from where the trial began; an iteration here has all "
-    "its answers and scores before its first update. Its loss is nash, which by itself is online "
-    "mirror descent"
+    "its answers and scores before its first update. Without the trial step it is online mirror "
+    "descent: name `nash`, with feedback.explore: sample"
 )
 REFUSED = {
     "aot": _SORTS,

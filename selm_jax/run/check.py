@@ -78,15 +78,24 @@ def check_objective(run: Run) -> None:
         )
     run.task.check_settings(e)
     if e.data.bonus is not None:
-        _check_bonus(e.data.bonus, objective, data)
+        _check_bonus(e.data.bonus, objective, data, counts="bits" in e.objective)
 
 
-def _check_bonus(column: str, objective: Objective, data: Data) -> None:
-    """Raises RunError if no term reads the bonus in the data, or if it is negative."""
+def _check_bonus(column: str, objective: Objective, data: Data, counts: bool) -> None:
+    """Raises RunError if no term reads the bonus in the data, or if it is negative.
+
+    Args:
+      counts: whether the objective sets `bits`, by which the bonus would be counted.
+    """
     if not objective.bonus_bits:
         raise RunError(
             f"data.bonus: {column}; {objective} reads no bonus. Set data.bonus: null, or name the "
             "loss copo"
+        )
+    if counts:
+        raise RunError(
+            f"objective.bits: it has no effect, because the bonus is read from data.bonus: {column}"
+            ". Remove objective.bits, or set data.bonus: null to count answers"
         )
     bad = next((p for p in data.every_prompt() if not p.row[column] >= 0), None)
     if bad is not None:

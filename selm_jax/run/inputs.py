@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from selm_jax.evaluation import EvaluationError
 from selm_jax.feedback.ranker import Ranker, folders_of
 from selm_jax.parallel import multihost
 from selm_jax.run.log import logged
@@ -191,6 +192,11 @@ class LazyTasks:
         found = {} if self.first is None else dict(self.first.digests(name))
         if self.folder is None:
             return found
+        if not self.folder.is_dir():
+            raise EvaluationError(
+                f"evaluation.task_folder {self.folder}: this folder does not exist. Correct the "
+                "path"
+            )
         # Python leaves compiled copies of the code that task files name.
         files = artifacts.digests(self.folder)
         own = {file: sha for file, sha in files.items() if "__pycache__" not in file}

@@ -127,6 +127,8 @@ def evaluate(
     parts = _parts(heldout, sets, first)
     before = [None if part.first is None else table.read(part.first.path) for part in parts]
     model = programs.policy(policy.path, chat)
+    # First, because a task that does not fit the model ends the stage before it costs anything.
+    of_tasks = {} if tasks is None else _of_tasks(step, model, tasks)
     prompts = sum(len(part.prompts) for part in parts)
     with step.bar(prompts * asked.each, "responses") as advance:
         responses = [answer(model, part.prompts, asked, counting(advance)) for part in parts]
@@ -142,7 +144,6 @@ def evaluate(
         own.append(measured(model, part.prompts, mine, scored))
         known = rows is None or bool(own[-1].pairs)
         capability.append(None if known else guard.of_first(model, part.prompts, rows or ()))
-    of_tasks = {} if tasks is None else _of_tasks(step, model, tasks)
     del model
     reference = None if first is None else programs.policy(start.path, chat)
     found = [against(reference, each) for each in own]

@@ -17,7 +17,7 @@ class Row:
     task: Text
     measure: Text  # such as "acc", or "exact_match,strict-match" with the name of lm-eval's filter
     question: Int32 | None  # the row of the task's data, from 0; None for a whole task
-    prompt: Text  # SHA-256 of what the model was asked; "" for a whole task
+    prompt: Text  # digest of the row, what was asked and the right answer; "" for a whole task
     value: Float64
     higher_is_better: Bool | None  # None if the task does not say
 

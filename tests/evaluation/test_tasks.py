@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from rich.console import Console
 from tiny import PROMPTS, do, experiment, make_model, on_first_device
 
 from selm_jax import config
-from selm_jax.evaluation import EvaluationError
+from selm_jax.evaluation import EvaluationError, task_scores
 from selm_jax.report import page
 from selm_jax.run.check import check
 from selm_jax.run.rows import RunError
@@ -71,7 +72,17 @@ def tasks(tmp_path_factory) -> Path:
             {"metric": "acc", "higher_is_better": True},
         ],
     }  # fmt: skip
-    for name, rest in {"local_choice": choice, "local_last": last}.items():
+    further = {
+        "other_key": {**choice, "doc_to_target": "{{ (answer + 1) % 3 }}"},
+        "runs_code": {**last, "unsafe_code": True},
+        "shows_images": {**last, "doc_to_image": "question"},
+        "beams": {
+            "output_type": "generate_until", "doc_to_text": "question", "doc_to_target": "answer",
+            "generation_kwargs": {"num_beams": 4, "until": ["."]},
+            "metric_list": [{"metric": "exact_match", "higher_is_better": True}],
+        },
+    }  # fmt: skip
+    for name, rest in {"local_choice": choice, "local_last": last, **further}.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **common, **rest}))
     (folder / "several.yaml").write_text(
         yaml.safe_dump({"group": "several", "task": ["local_last"]})
@@ -192,6 +203,8 @@ def test_a_task_longer_than_the_runs_rows_is_measured(run):
         (["local_choice:24"], "24 shots, but there are only 23 rows"),
         (["several"], "evaluation.tasks: several stands for several tasks"),
         (["local_last", "local_last:0"], "evaluation.tasks has local_last twice"),
+        (["local_last", "runs_code"], "task runs_code: it runs code.*Leave this task out"),
+        (["shows_images"], "task shows_images: it shows images.*Leave this task out"),
     ],
 )
 def test_what_cannot_be_measured_is_an_error_before_any_work(tmp_path, tasks, names, says):
@@ -199,6 +212,38 @@ def test_what_cannot_be_measured_is_an_error_before_any_work(tmp_path, tasks, na
     with pytest.raises(EvaluationError, match=says):
         check(run)
     assert not run.folder.path.exists()
+
+
+def test_a_process_in_which_lm_eval_gives_nothing_is_an_error_before_any_work(
+    tmp_path, tasks, monkeypatch
+):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(EvaluationError, match="Unset LOCAL_RANK"):
+        check(Run(written(tmp_path, tasks), Console(quiet=True)))
+
+
+def test_a_task_that_does_not_fit_the_model_costs_no_answers(tmp_path, tasks, monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("the policy answered the held-out prompts")
+
+    monkeypatch.setattr("selm_jax.stages.evaluate.answer", never)
+    run = Run(written(tmp_path, tasks, evaluation__tasks=["beams"]), Console(quiet=True))
+    run.open()
+    with pytest.raises(EvaluationError, match="num_beams, which this engine does not support"):
+        do(run, "evaluate", 0)
+
+
+def test_a_changed_answer_key_is_noticed(run):
+    """The rows, the prompts and the choices of `other_key` are those of `local_choice`."""
+    model, settings = run.programs.policy(run.start.path, run.chat), run.experiment.evaluation
+    found = []
+    for name in ("local_choice", "other_key"):
+        asked = dataclasses.replace(settings, tasks=[f"{name}:0"], task_limit=3)
+        rows = guard.load(asked, 0).measure(model)
+        found.append([dataclasses.replace(row, task="choice") for row in rows])
+    task_scores.summarize(found[0], found[0])
+    with pytest.raises(EvaluationError, match="other answers were right"):
+        task_scores.summarize(found[1], found[0])
 
 
 def test_without_lm_eval_the_error_says_what_to_install(tmp_path, tasks, monkeypatch):

@@ -164,6 +164,11 @@ def test_copo_reads_the_bonus_from_a_column_of_the_data(tmp_path):
         ("much", {}, "no number"),
         (1, {"data__bonus": "rarer"}, "missing column 'rarer'; did you mean 'rare'"),
         (1, {"objective": {"loss": "dpo", "beta": 0.1}}, "objective dpo reads no bonus"),
+        (
+            1,
+            {"objective": {"loss": "copo", "beta": 0.1, "alpha": 0.5, "bits": 8}},
+            r"objective\.bits: it has no effect.*Remove objective\.bits",
+        ),
     ],
 )
 def test_a_bonus_that_cannot_be_read_is_refused_before_the_work(tmp_path, cell, changes, says):

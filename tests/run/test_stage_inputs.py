@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from selm_jax.run.inputs import LazyRanker, Model, StoredTable, digests_of
+from selm_jax.evaluation import EvaluationError
+from selm_jax.run.inputs import LazyRanker, LazyTasks, Model, StoredTable, digests_of
 from selm_jax.shell import artifacts
 from selm_jax.text.prompts import Message, Prompt
 
@@ -45,6 +46,14 @@ def test_a_ranker_that_is_not_asked_for_is_not_built():
 
     assert digests_of({"ranker": None}) == {}
     LazyRanker(build)
+
+
+def test_a_folder_of_tasks_that_is_not_there_is_an_error_and_no_change(tmp_path):
+    folder = tmp_path / "tasks"
+    with pytest.raises(EvaluationError, match=r"task_folder .*tasks: this folder does not exist"):
+        digests_of({"tasks": LazyTasks(list, folder, None)})
+    folder.mkdir()
+    assert set(digests_of({"tasks": LazyTasks(list, folder, None)})) == {"evaluation.task_folder"}
 
 
 @pytest.mark.parametrize("value", [7, "text", {"a": 1}, ("a",), ["text"]])

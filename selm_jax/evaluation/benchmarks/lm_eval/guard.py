@@ -7,6 +7,7 @@ those of lm-eval are installed with it, and those of `evaluation.task_folder` ar
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from selm_jax.evaluation import EvaluationError
 from selm_jax.evaluation.benchmarks.lm_eval import adapter
 from selm_jax.evaluation.benchmarks.lm_eval import tasks as lm_eval_tasks
 from selm_jax.policy.policy import Policy
+from selm_jax.shell.shared_stages import key_of
 from selm_jax.tables.task_scores import Row
 
 
@@ -46,11 +48,6 @@ class Tasks:
             chat=self.settings.task_chat, limit=self.settings.task_limit, bootstrap_iters=0,
             log_samples=True,
         )  # fmt: skip
-        if not results:
-            raise EvaluationError(
-                "lm-eval gives results only where LOCAL_RANK is 0. Unset LOCAL_RANK, which "
-                "selm_jax does not use, and start the run again"
-            )
         return [row for task in self.tasks for row in _rows(task, results)]
 
 
@@ -58,8 +55,14 @@ def load(settings: Evaluation, seed: int) -> Tasks:
     """Loads the tasks that `evaluation.tasks` names, and their data.
 
     Raises:
-      EvaluationError: a task is unknown, is a group of tasks, or its data cannot be loaded.
+      EvaluationError: a task is unknown, is a group of tasks, runs the model's code or reads images
+        or sounds; its data cannot be loaded; or lm-eval would give no results in this process.
     """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        raise EvaluationError(
+            "lm-eval gives results only where LOCAL_RANK is 0. Unset LOCAL_RANK, which "
+            "selm_jax does not use, and start the run again"
+        )
     folder, adds = settings.task_folder, "evaluation.task_folder"
     manager = lm_eval_tasks.manager(None if folder is None else Path(folder).absolute(), adds)
     shots = lm_eval_tasks.tasks_of(",".join(settings.tasks), manager, "evaluation.tasks", adds)
@@ -88,5 +91,6 @@ def _rows(task: Any, results: Mapping[str, Any]) -> Iterator[Row]:
             continue
         for sample in results["samples"][name]:
             if sample["filter"] == kind and measure in sample["metrics"]:
-                asked, score = sample["prompt_hash"], float(sample[measure])
-                yield Row(name, label, sample["doc_id"], asked, score, higher)
+                # The doc has more than the prompt, and the target may come from the task's code.
+                asked = key_of(**{k: sample[f"{k}_hash"] for k in ("doc", "prompt", "target")})
+                yield Row(name, label, sample["doc_id"], asked, float(sample[measure]), higher)

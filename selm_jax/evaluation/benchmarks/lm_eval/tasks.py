@@ -67,7 +67,8 @@ def load_tasks(shots: dict[str, int | None], manager: TaskManager) -> list[Any]:
     """Loads tasks (or groups of tasks) with their data and shots.
 
     Raises:
-      EvaluationError: data cannot be loaded, or there are fewer rows than shots.
+      EvaluationError: data cannot be loaded, there are fewer rows than shots, or a task runs the
+        model's code or reads images or sounds.
     """
     out = []
     for name, count in shots.items():
@@ -82,10 +83,21 @@ def load_tasks(shots: dict[str, int | None], manager: TaskManager) -> list[Any]:
         for task in loaded["tasks"].values() if count is not None else ():
             task.set_config(key="num_fewshot", value=count)
         for task in loaded["tasks"].values():
+            _check_kind(task)
             _check_shots(task)
         groups = loaded["groups"]
         out += [groups[name]] if name in groups else loaded["tasks"].values()
     return out
+
+
+def _check_kind(task: Any) -> None:
+    """Refuses what the harness itself refuses only when it evaluates."""
+    for mark, what in (
+        ("UNSAFE_CODE", "runs code that the model writes, which is never done here"),
+        ("MULTIMODAL", "shows images or plays sounds, but this engine reads only text"),
+    ):
+        if getattr(task, mark, False):
+            raise EvaluationError(f"task {task.config.task}: it {what}. Leave this task out")
 
 
 def _check_shots(task: Any) -> None:

@@ -15,7 +15,7 @@ from selm_jax.models.config import DecoderConfig
 
 @flax.struct.dataclass
 class LayerCache:
-    """The keys and values of all earlier tokens, in one layer.
+    """Holds the keys and values of all earlier tokens, in one layer.
 
     Heads come before tokens because attention reads them in this order; with the other order, every
     decoding step would copy the whole cache.
@@ -28,7 +28,7 @@ class LayerCache:
 def empty_cache(
     config: DecoderConfig, rows: int, capacity: int, dtype: Any = jnp.float32
 ) -> tuple[LayerCache, ...]:
-    """A cache of zeros for each layer, with room for `capacity` tokens of each row."""
+    """Makes a cache of zeros for each layer, with room for `capacity` tokens of each row."""
 
     def zeros(c: DecoderConfig) -> Array:
         return jnp.zeros((rows, c.kv_heads, capacity, c.head_dim), dtype)

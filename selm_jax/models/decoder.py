@@ -168,7 +168,7 @@ class Cycle(nn.Module):
 
     @nn.compact
     def __call__(self, x, ways, _, caches: tuple[LayerCache, ...] | None, index):
-        """The last layer's output, and all caches; `ways` has an entry for each kind of layer."""
+        """Returns the last layer's output and all caches; `ways` has an entry for each kind."""
         c = self.config
         make = partial(self.block, lora=self.lora, attend=self.attend, mesh=self.mesh)
         return _in_turn(make, c, stack_names(c.cycle), x, ways, caches, index)

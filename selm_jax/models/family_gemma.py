@@ -176,7 +176,7 @@ def _gemma4_ropes(k: Keys) -> dict[str, Rope]:
 
 
 def _heads_of_full_layers(k: Keys, c: Json, types: list[str]) -> Heads | None:
-    """The heads of the layers with full attention; None if they are those of all layers.
+    """Reads the heads of layers with full attention; None if all layers have the same heads.
 
     The published files have a key for each of two numbers. transformers from 5.24 on writes both
     into an object for each layer.

@@ -87,8 +87,8 @@ def gpt_oss_from(k: Keys, c: Json) -> Json:
     method = k.object("quantization_config").get("quant_method", "mxfp4")
     if method != "mxfp4":
         raise UnsupportedModel(
-            f"config.json: quantization_config has quant_method {method!r:.60}; of a gpt_oss model "
-            "mxfp4 is read, and weights that are not quantised. Use such a copy"
+            f"config.json: quantization_config has quant_method {method!r:.60}; a gpt_oss model "
+            "may have mxfp4 weights or weights that are not quantised. Use such a copy"
         )
     active = k.size("num_experts_per_tok", 4)
     # OpenAI's own names for two facts, which the published files have beside transformers' names.

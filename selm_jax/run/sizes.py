@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from selm_jax.config import Experiment, as_dict, fixed_length, read
 from selm_jax.feedback.ranker import Ranker, batches_of
 from selm_jax.models.attention import holds_all_scores
+from selm_jax.models.config import DecoderConfig
 from selm_jax.parallel import multihost
 from selm_jax.policy import sizes
 from selm_jax.policy.needs import generation
@@ -177,14 +178,23 @@ def _training(draft: Programs, platform: str) -> Training:
     length = fixed or row_lengths(longest_example(e, draft.task, draft.sizes))[-1]
     parts, itemsize = least_of_training(draft), jnp.dtype(draft.devices.dtype).itemsize
     held = sum(parts.values()) + parts["gradients"]  # a second tree while batches are added
-    if draft.devices.row_ways > 1:  # shards are gathered: of two layers, and of the unembedding
-        c = draft.config
-        unembedding = c.vocab_size * c.embed
-        held += itemsize * (unembedding + 2 * (draft.parameters - unembedding) // c.layers)
+    if draft.devices.row_ways > 1:  # shards are gathered
+        held += itemsize * gathered(draft.config, draft.parameters)
     return Training(
         draft.config, draft.devices.row_ways, length, e.training.global_batch, held, itemsize,
         whole_scores=holds_all_scores(e.compute.attention, length, platform),
     )  # fmt: skip
+
+
+def gathered(c: DecoderConfig, parameters: int) -> int:
+    """Estimates how many of a model's parameters a device holds gathered from all shards.
+
+    These are the unembedding and two layers.
+    """
+    unembedding = c.vocab_size * c.embed
+    # One step of the scan computes a cycle of layers, and the compiler may gather them all at once.
+    layers = max(2, c.cycle)
+    return unembedding + layers * (parameters - unembedding) // c.layers
 
 
 def longest_example(e: Experiment, task: Task, lengths: Sizes) -> int:

@@ -26,6 +26,7 @@ from selm_jax.weights.files import (
     write,
 )
 from selm_jax.weights.folder import IMAGES, carried, links_out
+from selm_jax.weights.mxfp4 import packed_tensors
 from selm_jax.weights.saving import save
 
 # The key with which the JSON files of a folder refer to Python code in the folder.
@@ -77,18 +78,19 @@ def export_folder(
         change = partial(_json_of, config=config, whole=inside is not None)
         dtype = str(params["embedding"].dtype)
         _write_folder(source, folder, dtype, change)
-        (folder / "README.md").write_text(card + _in_full(source, dtype), encoding="utf-8")
+        (folder / "README.md").write_text(card + _precision(source, dtype), encoding="utf-8")
     save(params, config, folder, max_shard_bytes=max_shard_bytes, inside=inside, part=part)
 
 
-def _in_full(source: Path, dtype: str) -> str:
-    """The sentences of the model card on weights that were quantised in `source`."""
-    hf = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    if not hf.get(_QUANTIZED):
+def _precision(source: Path, dtype: str) -> str:
+    """Writes the model card's sentences on weights that are quantised in `source`, if any are.
+
+    A copy in full may have kept `quantization_config`, so the tensors are what counts.
+    """
+    if not packed_tensors(open_checkpoint(source)):
         return ""
-    method = hf[_QUANTIZED].get("quant_method")
     return (
-        f"\n## Precision\n\nThe start model stores a part of its weights in {method}. "
+        "\n## Precision\n\nThe start model stores a part of its weights in mxfp4. "
         f"These are all in {dtype}, and need more memory.\n"
     )
 

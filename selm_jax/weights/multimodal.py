@@ -46,16 +46,16 @@ def open_text(folder: Path) -> Checkpoint:
       WeightsError: as for `open_checkpoint` and `mxfp4.in_full`, or two stored tensors have the
         same meaning.
     """
-    checkpoint = in_full(open_checkpoint(folder))
+    checkpoint = open_checkpoint(folder)
     if not is_in(folder):
-        return checkpoint
+        return in_full(checkpoint)
     kept = {name: _own(name) for name in checkpoint.tensors if not name.startswith(_ASIDE)}
     if len(set(kept.values())) < len(kept):
         raise WeightsError(
             f"{folder}: the text model's tensors are stored twice, as language_model.model... and "
             "as model.language_model.... Get the files again"
         )
-    return checkpoint.renamed(kept)
+    return in_full(checkpoint.renamed(kept))
 
 
 def _own(name: str) -> str:

@@ -2,8 +2,8 @@
 
 The format (OCP Microscaling Formats 1.0, sections 5.2 and 6.3): 32 numbers of four bits, each a
 sign and one of eight values, share a scale, a power of two in a byte. A tensor is stored as two:
-`..._blocks` has 16 bytes for each 32 numbers, of which a byte's lower half is the first of two, and
-`..._scales` a byte. Every such number is exact in bfloat16.
+`..._blocks` has 16 bytes for each 32 numbers, where each byte holds two numbers, the first in its
+lower half, and `..._scales` has one byte. Every such number is exact in bfloat16.
 """
 
 from __future__ import annotations
@@ -26,13 +26,18 @@ _POWERS = np.append(np.ldexp(np.float32(1), np.arange(255) - 127), np.float32(np
 
 
 def in_full(packed: Checkpoint) -> Checkpoint:
-    """The checkpoint with every tensor in mxfp4 under its own name, as if it were in bfloat16.
+    """Makes a checkpoint that has each tensor in mxfp4 under its own name, as if in bfloat16.
 
     Raises:
       WeightsError: if a tensor has blocks without scales, or their shapes do not match.
     """
-    names = [n.removesuffix(_BLOCKS) for n in packed.tensors if n.endswith(_BLOCKS)]
+    names = packed_tensors(packed)
     return _InFull(packed, names) if names else packed
+
+
+def packed_tensors(checkpoint: Checkpoint) -> list[str]:
+    """Lists the tensors that a checkpoint stores in mxfp4, by their own names."""
+    return [n.removesuffix(_BLOCKS) for n in checkpoint.tensors if n.endswith(_BLOCKS)]
 
 
 class _InFull(Checkpoint):
@@ -46,6 +51,9 @@ class _InFull(Checkpoint):
             self.file_of[name] = self.file_of[name + _BLOCKS]
             for suffix in (_BLOCKS, _SCALES):
                 del self.tensors[name + suffix], self.file_of[name + suffix]
+        # A checkpoint keeps the rows of the tensor that it read last, which several devices may
+        # want. Blocks and scales are read in turn, so the scales have a checkpoint of their own.
+        self._of_scales = packed.renamed({name + _SCALES: name + _SCALES for name in names})
 
     def read(self, name: str, cuts: Sequence[slice] = ()) -> np.ndarray:
         """Returns the part of a tensor that the slices select."""
@@ -54,11 +62,9 @@ class _InFull(Checkpoint):
         experts, inputs, outputs = (*cuts, *(slice(None),) * (3 - len(cuts)))
         begin, end, _ = inputs.indices(self.tensors[name].shape[1])
         first = begin // _BLOCK
-        blocks = slice(first, -(-end // _BLOCK))
-        blocks, scales = (
-            self._packed.read(name + suffix, (experts, outputs, blocks))
-            for suffix in (_BLOCKS, _SCALES)
-        )
+        cuts = experts, outputs, slice(first, -(-end // _BLOCK))
+        blocks = self._packed.read(name + _BLOCKS, cuts)
+        scales = self._of_scales.read(name + _SCALES, cuts)
         within = slice(begin - first * _BLOCK, end - first * _BLOCK)
         # One expert at a time, because the numbers are in float32 for a moment.
         decoded = [decode(*each)[:, within].T for each in zip(blocks, scales, strict=True)]
@@ -74,7 +80,7 @@ class _InFull(Checkpoint):
 def decode(
     blocks: UInt8[np.ndarray, "outputs blocks 16"], scales: UInt8[np.ndarray, "outputs blocks"]
 ) -> np.ndarray:
-    """The bfloat16 numbers of a matrix in mxfp4, [outputs, 32 * blocks].
+    """Decodes a matrix in mxfp4 to numbers in bfloat16, [outputs, 32 * blocks].
 
     The scale 255 makes NaN, as the format has it. A number too large for bfloat16 is infinite.
     """
@@ -84,7 +90,7 @@ def decode(
 
 
 def _stored(packed: Checkpoint, name: str) -> Stored:
-    """The shape [experts, inputs, outputs] of the tensor that `name`'s blocks and scales hold."""
+    """Returns the shape [experts, inputs, outputs] of a tensor that blocks and scales hold."""
     blocks = packed.tensors[name + _BLOCKS]
     scales = packed.tensors.get(name + _SCALES)
     fits = len(blocks.shape) == 4 and blocks.shape[-1] == _BLOCK // 2

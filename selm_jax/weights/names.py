@@ -236,7 +236,7 @@ def in_one_tensor(config: DecoderConfig) -> list[list[Tensor]]:
 
 
 def whole_shape(parts: list[Tensor]) -> tuple[int, ...]:
-    """The shape of a stored tensor whose parts are concatenated, or alternate."""
+    """Returns the shape of a stored tensor whose parts are concatenated, or alternate."""
     shapes = [row.stored_shape for row in parts]
     if parts[0].of > 1:
         return *shapes[0][:-1], parts[0].of * shapes[0][-1]

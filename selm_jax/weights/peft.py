@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 
 from selm_jax.models.config import DecoderConfig
 from selm_jax.models.decoder import Params
-from selm_jax.models.lora import Lora, LoraError
+from selm_jax.models.lora import TARGETS, Lora, LoraError
 from selm_jax.weights.files import stored_like, write_file
 from selm_jax.weights.names import Tensor, in_one_tensor, tensors
 from selm_jax.weights.saving import fetch
@@ -98,16 +98,19 @@ def export_adapter(
 
 
 def check(config: DecoderConfig, lora: Lora) -> None:
-    """Raises LoraError if PEFT has no module for a kernel that has adapters.
+    """Raises LoraError if adapters are asked for experts that are one tensor.
 
-    It has none for experts that are one tensor.
+    PEFT has no module for such experts. `lora.experts` is no way out, so this refuses targets that
+    match them before `abstract_adapters` would recommend it.
     """
     for row in tensors(config).values():
-        if row.inputs is None and _has(row, lora):
+        place = row.kernel.replace("experts/", "mlp/")  # the kernel of an MLP whose place it takes
+        if row.inputs is None and place in TARGETS and (lora.experts or lora.adapts(place)):
             raise LoraError(
-                f"lora.experts is true, but this model stores all experts of a layer as one tensor "
-                f"({row.name.format(0)}), for which the export has no adapters. To adapt attention "
-                "alone, set lora.targets: self_attn and lora.experts: false"
+                f"lora.targets is {lora.targets!r} and lora.experts {str(lora.experts).lower()}, "
+                f"but this model stores all experts of a layer as one tensor "
+                f"({row.name.format(0)}), for which the export has no adapters. Set lora.targets: "
+                "self_attn and lora.experts: false, which adapts attention alone"
             )
 
 

@@ -80,7 +80,7 @@ def to_hf_tensors(
 
 
 def _joined(found: list[np.ndarray], parts: list[Tensor]) -> np.ndarray:
-    """The stored tensor of several parameters."""
+    """Joins the parameters that one stored tensor holds."""
     if len(found) == 1:
         return found[0]
     if parts[0].of > 1:

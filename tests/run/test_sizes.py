@@ -22,6 +22,7 @@ from selm_jax import config
 from selm_jax.feedback import ranker as rankers
 from selm_jax.feedback.models.settings import Batch, reported
 from selm_jax.iterate import iterate
+from selm_jax.models.config import DecoderConfig, Heads, LayerKind, Rope
 from selm_jax.parallel import multihost
 from selm_jax.policy import sizes
 from selm_jax.report.header import facts
@@ -181,6 +182,20 @@ def test_two_models_of_a_mixture_leave_room_for_fewer_slots(tmp_path, told):
         sizes.choose(each.generation, each.training, room, "cpu", {}).slots for each in (one, two)
     ]
     assert slots[1] < slots[0]
+
+
+def test_shards_of_a_whole_cycle_of_layers_are_gathered():
+    """One step of the scan computes a cycle, so that memory for two layers would be too little."""
+    kinds = {False: LayerKind(Rope(1e4), 5), True: LayerKind(Rope(1e4), None, Heads(2, 16, True))}
+    for cycle, layers in ((1, 2), (2, 2), (6, 6)):
+        full = [i % cycle == cycle - 1 for i in range(12)]
+        model = DecoderConfig(
+            vocab_size=96, embed=32, mlp=64, heads=4, kv_heads=2, head_dim=8, norm_eps=1e-5,
+            tied=True, max_positions=512, architecture="Gemma4ForCausalLM",
+            kinds=tuple(kinds[each] for each in full),
+        )  # fmt: skip
+        assert model.cycle == cycle
+        assert of_run.gathered(model, 96 * 32 + 12 * 1000) == 96 * 32 + layers * 1000
 
 
 def test_an_evaluation_gives_up_what_takes_the_most(tmp_path, told):

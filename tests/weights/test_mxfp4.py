@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,8 +19,16 @@ from selm_jax.models.families import read_config, to_hf
 from selm_jax.parallel.mesh import make_mesh
 from selm_jax.parallel.rules import TRAINING, shardings
 from selm_jax.weights.export import export_folder
-from selm_jax.weights.files import Stored, WeightsError, open_checkpoint, stored_like, write
+from selm_jax.weights.files import (
+    Checkpoint,
+    Stored,
+    WeightsError,
+    open_checkpoint,
+    stored_like,
+    write,
+)
 from selm_jax.weights.huggingface import load, to_hf_tensors
+from selm_jax.weights.multimodal import open_text
 from selm_jax.weights.mxfp4 import decode, in_full
 
 _file = Path(__file__).parents[1] / "golden" / "families.py"
@@ -126,6 +136,62 @@ def test_any_part_of_a_tensor_is_that_part_of_the_whole(packed):
     np.testing.assert_array_equal(checkpoint.read(norm), open_checkpoint(folder).read(norm))
 
 
+class Counted:
+    """Counts the bytes that are read from a file."""
+
+    filename = "model.safetensors"
+
+    def __init__(self, values: np.ndarray):
+        self.values, self.fetched = values.reshape(-1), 0
+
+    def __getitem__(self, span: slice) -> np.ndarray:
+        self.fetched += span.stop - span.start
+        return self.values[span]
+
+
+def test_devices_that_cut_the_same_experts_fetch_them_once(packed):
+    folder, experts = packed
+    plain, name = open_checkpoint(folder), next(iter(experts))
+    files = {n: Counted(plain.read(n)) for n in (f"{name}_blocks", f"{name}_scales")}
+    where: Any = {n: (file, 0, plain.tensors[n]) for n, file in files.items()}
+    checkpoint = in_full(Checkpoint(folder, where))
+    for begin in (0, 16, 32, 48):
+        cut = slice(0, 4), slice(begin, begin + 16)
+        found = np.float64(checkpoint.read(name, cut))
+        np.testing.assert_array_equal(found, experts[name][cut])
+    for file in files.values():
+        assert file.fetched == file.values.size
+
+
+def test_the_text_model_of_a_multi_modal_folder_may_be_packed(packed, tmp_path):
+    """No family has such a folder yet, but it is opened like any other."""
+    folder, experts = packed
+    plain, name = open_checkpoint(folder), next(iter(experts))
+    values = {
+        f"language_model.{n}": plain.read(n).copy() for n in (f"{name}_blocks", f"{name}_scales")
+    }
+    write(tmp_path, {n: Stored(x.shape, "U8") for n, x in values.items()}, values.items())
+    images = Path(__file__).parents[1] / "golden" / "families" / "gemma-3-images"
+    (tmp_path / "config.json").write_text((images / "config.json").read_text())
+    found = np.float64(open_text(tmp_path).read(name))
+    np.testing.assert_array_equal(found, experts[name])
+
+
+@pytest.mark.parametrize("said", [{"load_in_4bit": False}, {"quant_method": "other"}, None])
+def test_the_model_card_goes_by_the_tensors(said, config, packed, tmp_path):
+    """Whatever `quantization_config` says, which a copy in full may have kept."""
+    source, _ = packed
+    params = load(source, config)
+    hf = json.loads((source / "config.json").read_text()) | {"quantization_config": said}
+    in_parts, whole = tmp_path / "in parts", tmp_path / "whole"
+    shutil.copytree(source, in_parts)
+    export_folder(params, config, source, whole, "")
+    for start, told in ((in_parts, True), (whole, False)):
+        (start / "config.json").write_text(json.dumps(hf))
+        export_folder(params, config, start, out := tmp_path / f"from {start.name}", "# card\n")
+        assert ("its weights in mxfp4" in (out / "README.md").read_text()) == told
+
+
 def test_an_export_is_in_full_and_says_so(config, packed, tmp_path, all_logits):
     folder, _ = packed
     params = load(folder, config)
@@ -168,5 +234,5 @@ def test_what_is_no_mxfp4_is_refused(config, packed, tmp_path):
     (tmp_path / "config.json").write_text(
         json.dumps(hf | {"quantization_config": {"quant_method": "awq"}})
     )
-    with pytest.raises(UnsupportedModel, match="quant_method 'awq'; of a gpt_oss model mxfp4 is"):
+    with pytest.raises(UnsupportedModel, match="quant_method 'awq'; a gpt_oss model may have"):
         read_config(tmp_path)

@@ -95,7 +95,7 @@ def check_read(step: Step, ranker: LazyRanker, told: Told) -> None:
             lambda: [(batch.rows, batch.lowered) for batch in batches_of(ranker.ranker)]
         )
         if any(lowered for _, lowered in batches):  # and not in an earlier start of the run
-            step.note_ranker([rows for rows, _ in batches])
+            step.ranker_batches[:] = [rows for rows, _ in batches]
     malformed, answers = counted(told, "malformed"), counted(told, "asked")
     if mostly(malformed, answers):
         examples = multihost.on_first(lambda: [x for j in judges(ranker.ranker) for x in j.unread])

@@ -254,6 +254,10 @@ class _Call:
                 self.run.write_manifest()
                 if multihost.count() > 1:
                     raise OutOfMemory(e.what, _of_several(found.lowered[-1])) from e
+            finally:
+                if step.ranker_batches:
+                    self.run.sizes = self.run.sizes.with_ranker(self.name, step.ranker_batches)
+                    self.run.write_manifest()
             self.run.console.print(found.lowered[-1], style="yellow", soft_wrap=True, markup=False)
             release()  # what the frames of the failed work held
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -40,8 +40,8 @@ class Step:
       iterations: the number of iterations, used only to estimate the remaining time.
       note_server: records in the manifest which version of a server answered; called by the first
         process only.
-      note_ranker: records in the manifest the batches of the ranker's models, which memory made
-        smaller; called by all processes.
+      ranker_batches: the batches of the ranker's models, if the stage had to make them smaller; the
+        run remembers them when the stage ends.
     """
 
     run: str
@@ -53,9 +53,9 @@ class Step:
     programs: Programs
     log: StageLog
     note_server: Callable[[str | None], None]
-    note_ranker: Callable[[Sequence[int]], None]
     console: Console
     iterations: int
+    ranker_batches: list[int] = field(default_factory=list)
 
     @classmethod
     def of(cls, run: Run, stage: str, t: int, keys: frozenset[str]) -> Step:
@@ -70,7 +70,6 @@ class Step:
             programs=run.programs,
             log=StageLog(run.folder, stage, t),
             note_server=partial(run.folder.note_server, t),
-            note_ranker=partial(_note_ranker, run, stage),
             console=run.console,
             iterations=run.experiment.iterations,
         )
@@ -86,11 +85,6 @@ class Step:
         """
         after = time_left(entries_of(self.folder.parent), self.iterations, self.stage, self.t)
         return bar(self.console, f"iteration {self.t}  {self.stage}", total, unit, after)
-
-
-def _note_ranker(run: Run, stage: str, batches: Sequence[int]) -> None:
-    run.sizes = run.sizes.with_ranker(stage, batches)
-    run.write_manifest()
 
 
 def counting(advance: Callable[[int, int], None]) -> Callable[..., None]:

@@ -12,7 +12,7 @@ from selm_jax.shell import artifacts
     "acquire", files="lab_acquire.html, .md (the table), .json (all numbers) and the figure .svg"
 )
 def acquire(o: Sampled) -> None:
-    """Compare rules that choose which prompts are labelled, by exact regret.
+    """Compare acquisition rules by regret.
 
     Each round draws a pool of plain online DPO's pairs, and a rule chooses a quarter of them, which
     are labelled. The rules are those of feedback.acquisition, except that d_optimal uses the

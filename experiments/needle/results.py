@@ -140,7 +140,7 @@ def found(records: Sequence[Record]) -> Iterator[str]:
     """The lines of the table that puts what was found beside what was predicted."""
     seeds = len(totals(records, BASELINE))
     if seeds < 2:
-        yield f"Nothing is compared yet: {seeds} of the seeds have all methods."
+        yield f"Nothing is compared yet, because all methods have run with {seeds} seed only."
         return
     yield "| method | seeds | predicted | found | difference [95 %] | p (Holm) | |"
     yield "| --- | --- | --- | --- | --- | --- | --- |"

@@ -146,5 +146,5 @@ def test_tables_compare_the_seeds_that_all_methods_have():
     assert shown[0].startswith("| `dpo`, seed 0 | 1.00") and shown[0].endswith("| 25 % |")
     assert len(shown) == 15 + 3 and shown[-1].startswith("| `best_of_4`, mean of 5 seeds | 2.")
     one = [r for r in records if r["seed"] == 0]
-    assert "1 of the seeds have all methods" in "".join(results.found(one))
+    assert "all methods have run with 1 seed only" in "".join(results.found(one))
     assert len(list(results.levels(one))) == 2 + 3

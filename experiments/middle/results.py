@@ -61,7 +61,7 @@ def _is_done(member: Member) -> bool:
 
 
 def record(landscape: str, member: Member) -> Record:
-    """What a run's held-out answers say, as lists with a number for the start and each iteration.
+    """Reads a run's held-out answers into lists with a number for the start and each iteration.
 
     The regret of a policy is the optimum (`language.best_value`) minus its mean reward, plus beta
     times its KL from the start model; both are estimated from the answers sampled from it.
@@ -113,14 +113,14 @@ def predictions() -> dict[tuple[str, str], Record]:
 
 
 def said(comparison: Mapping[str, Any]) -> str:
-    """What a comparison says of a method: less regret than DPO, more, or no clear difference."""
+    """Says whether a method has less regret than DPO, more, or no clear difference."""
     if comparison["p_holm"] >= 0.05:
         return NO_DIFFERENCE
     return "less" if comparison["difference"] < 0 else "more"
 
 
 def verdict(predicted: str, found: str) -> str:
-    """What became of a prediction.
+    """Says what became of a prediction.
 
     That there is no clear difference is hardly ever refuted by few seeds, so finding none does not
     count as a prediction that held.

@@ -79,7 +79,7 @@ class Measure:
         return {"method": member.cell.name, "seed": member.seed} | numbers
 
     def of_answers(self, folder: Path) -> dict[str, float]:
-        """What an iteration's answers say: `told` and `misread` of `of_run`."""
+        """Reads `told` and `misread` of `of_run` from an iteration's answers."""
         rows = ranked.read(folder / "ranked.parquet")
         hit = [bool(r.token_ids) and r.token_ids[0] in self.openings_of[r.prompt_id] for r in rows]
         roles = {(r.prompt_id, role): r.score for r in rows for role in ("chosen", "rejected") if

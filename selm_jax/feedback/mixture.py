@@ -112,7 +112,7 @@ class Mixture:
         return math.lcm(*(prompts_together(part.ranker) for part in self.parts))
 
     def for_policy(self, policy: Path, reference: Path | None) -> Mixture:
-        """The same mixture for an iteration's policy; see `ranker.for_policy`."""
+        """Returns the same mixture for an iteration's policy; see `ranker.for_policy`."""
         bound = [for_policy(part.ranker, policy, reference) for part in self.parts]
         parts = (replace(part, ranker=each) for part, each in zip(self.parts, bound, strict=True))
         return replace(self, parts=tuple(parts))

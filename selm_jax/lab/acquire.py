@@ -40,7 +40,7 @@ Asked = Int[Array, " queries"]
 
 
 class Pool(NamedTuple):
-    """What a rule sees: pairs that may be labelled, and the two policies that wrote them."""
+    """Holds what a rule sees: pairs that may be labelled, and the two policies that wrote them."""
 
     log_policy: Table
     log_reference: Table

@@ -80,7 +80,7 @@ def seen(log_policy: Table, log_reference: Table, data: Examples) -> Logps:
 
 
 def counts(data: Examples, like: Table) -> Table:
-    """How often each response was compared."""
+    """Counts how often each response was compared."""
     zero = jnp.zeros_like(like)
     both = (data.chosen, data.rejected)
     return sum((zero.at[data.prompt, y].add(data.weight) for y in both), zero)

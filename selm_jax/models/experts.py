@@ -198,7 +198,7 @@ def _computed(
 
 
 def _gated(gate: Array, up: Array, activation: str, clamp: Clamp | None) -> Array:
-    """What goes into an expert's last kernel."""
+    """Returns what goes into an expert's last kernel."""
     if clamp is None:
         return ACTIVATIONS[activation](gate) * up
     gate, up = jnp.minimum(gate, clamp.limit), jnp.clip(up, -clamp.limit, clamp.limit)

@@ -20,6 +20,7 @@ from selm_jax.plan.rankers import is_relative
 from selm_jax.preferences.batches import updates_per_epoch
 from selm_jax.preferences.examples import Example
 from selm_jax.preferences.layouts import least_padding
+from selm_jax.rollout import mixtures
 from selm_jax.rollout.engine import bucket
 from selm_jax.shell.memory import shard_bytes
 from selm_jax.text.prompts import rows_of
@@ -299,7 +300,7 @@ def work_of(b: Blueprint, of: Lengths, assumed: Assumed) -> Work | None:
     rows = updates * pack.batches * pack.rows
     train = _training(config, t.reference == "live", rows, time, scored)
     here = e.rollout.remote is None
-    models = 1 if e.rollout.mixture is None else 2
+    models = mixtures.models(e.rollout.mixture)
     parts = generation("generate", of.prompts, each, models) if here else []
     parts += ranking("rank", examples, 0 if e.taught else candidates)
     if not b.task.reference_free:
@@ -365,7 +366,7 @@ def _decoding(
     if not (target.peak and target.bandwidth):
         return Part(name, tokens, flop, None)
     steps = math.ceil(responses / slots) * of.response
-    planned = 1 if b.programs.engine.mixture is None else 2
+    planned = mixtures.models(b.programs.engine.mixture)
     read = shard_bytes(b.decoding_params) + shard_bytes(b.generation.slots.cache)
     read *= models / planned
     by_memory = steps * read / (target.bandwidth * assumed.mbu)

@@ -16,6 +16,7 @@ from selm_jax.models.attention import holds_all_scores
 from selm_jax.models.config import DecoderConfig
 from selm_jax.models.decoder import Decoder, parameter_count
 from selm_jax.policy.sizes import Generation
+from selm_jax.rollout import mixtures
 from selm_jax.rollout.sampling import Sampling
 from selm_jax.rollout.schedule import bucket, capacities
 from selm_jax.rollout.slots import Setup, empty, slot_places
@@ -46,7 +47,7 @@ def generation(
       beside: the bytes on a device of what else stays in memory.
       mixture: the mixture of two policies that answers are drawn from.
     """
-    c, models, itemsize = config, 1 if mixture is None else 2, jnp.dtype(dtype).itemsize
+    c, models, itemsize = config, mixtures.models(mixture), jnp.dtype(dtype).itemsize
     one = Setup.fitted(  # a slot for each copy of the model
         decoder=Decoder(c, dtype, scan=False), sampling=Sampling(), slots=1, prefill_rows=1,
         max_prompt=prompt, max_new_tokens=new_tokens, stop_ids=(), mesh=mesh, mixture=mixture,

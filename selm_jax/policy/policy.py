@@ -158,7 +158,7 @@ class Policy:
         return self._stop_ids()
 
     def fitting(self) -> Policy:
-        """The same model in batches that fit each call's lengths, for texts that no setting knows.
+        """Returns the same model in batches that fit each call, for texts that no setting knows.
 
         Both read the same parameters.
         """

@@ -30,6 +30,11 @@ from selm_jax.config.kinds import MixtureKind
 from selm_jax.config.rollout import Mixture
 
 
+def models(mixture: Mixture | None) -> int:
+    """The number of models that read every token: the policy alone, or with its reference."""
+    return 1 if mixture is None else 2
+
+
 def tilted(base: Any, policy: Any, reference: Any, weight: Any) -> Any:
     """Logits of base (reference / policy)^weight, from three logits or log-probabilities.
 

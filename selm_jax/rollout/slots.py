@@ -25,6 +25,7 @@ from selm_jax.config import Mixture
 from selm_jax.models.cache import LayerCache, empty_cache
 from selm_jax.models.decoder import Decoder, Params, logits
 from selm_jax.parallel.rules import DECODE, partition
+from selm_jax.rollout import mixtures
 from selm_jax.rollout.mixtures import mixed
 from selm_jax.rollout.sampling import Drawn, Sampling, next_tokens
 
@@ -306,7 +307,7 @@ def _goes_on(setup: Setup, token: Int[Array, " n"], drawn: Int[Array, " n"]) -> 
 
 
 def _zeros(setup: Setup, rows: int, capacity: int) -> Caches:
-    models = 1 if setup.mixture is None else 2
+    models = mixtures.models(setup.mixture)
     return models * empty_cache(setup.decoder.config, rows, capacity, setup.decoder.dtype)
 
 

@@ -330,7 +330,7 @@ class _Call:
 
 
 def _of_several(given_up: str) -> str:
-    """What to do after one of several processes has run out of memory."""
+    """Says what to do after one of several processes has run out of memory."""
     if multihost.is_first():
         return (
             "Another process may still be computing with these sizes, so the run ends here, and "

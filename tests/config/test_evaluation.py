@@ -2,16 +2,10 @@
 
 import pytest
 import yaml
+from smallest import TREE
 
 from selm_jax.config import ConfigError, dump, parse
 from selm_jax.config.reference import reference
-
-TREE = {
-    "output": "runs/x", "iterations": 1, "model": {"source": "m"},
-    "objective": {"loss": "dpo", "beta": 0.1},
-    "candidates": {"dataset": False, "samples": 2},
-    "training": {"learning_rate": 1e-6, "global_batch": 8},
-}  # fmt: skip
 
 
 def experiment(evaluation, heldout="h.jsonl"):

@@ -37,3 +37,18 @@ def model(folders) -> Model:
 def judge():
     with Judge() as judge:
         yield judge
+
+
+@pytest.fixture(scope="module")
+def local_tasks():
+    """lm-eval reads thousands of task files at each start; the local ones will do."""
+    from lm_eval.tasks import TaskManager
+
+    from selm_jax.evaluation.benchmarks.lm_eval import tasks
+
+    def manager(folder, _=""):
+        return TaskManager(include_path=str(folder), include_defaults=False)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks, "manager", manager)
+        yield

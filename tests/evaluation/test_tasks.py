@@ -35,13 +35,7 @@ MARK = "def seen(doc, choices):\n    return doc['question'] + ':'\n"
 
 
 @pytest.fixture(autouse=True)
-def no_defaults(monkeypatch):
-    """The harness reads thousands of task files at each start; the local ones will do."""
-    monkeypatch.setattr(
-        lm_eval_tasks,
-        "manager",
-        lambda folder, _="": TaskManager(include_path=str(folder), include_defaults=False),
-    )
+def on_one_device(monkeypatch, local_tasks):
     on_first_device(monkeypatch)
 
 
@@ -96,16 +90,11 @@ def written(folder: Path, tasks: Path, **changes) -> config.Experiment:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, tasks):
+def run(tmp_path_factory, tasks, local_tasks):
     """A run whose start model and first iteration, another random model, have been measured."""
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         on_first_device(patch)
-        patch.setattr(
-            lm_eval_tasks,
-            "manager",
-            lambda folder, _="": TaskManager(include_path=str(folder), include_defaults=False),
-        )
         run = Run(
             written(folder, tasks, evaluation__task_limit=20), Console(record=True, width=200)
         )

@@ -294,7 +294,7 @@ def reward_model(
 
 
 def positions(config: DecoderConfig) -> int:
-    """How many tokens the model supports without switching to other rotary frequencies."""
+    """Returns how many tokens the model supports without switching to other rotary frequencies."""
     scalings = [kind.rope.scaling for kind in config.kinds if kind.rope is not None]
     originals = [each.original for each in scalings if isinstance(each, LongRope)]
     return min([config.max_positions, *originals])

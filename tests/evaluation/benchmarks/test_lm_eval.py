@@ -27,6 +27,7 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
+pytestmark = pytest.mark.usefixtures("local_tasks")
 QUIET = Console(quiet=True)
 WORDS = [
     "river",
@@ -52,16 +53,6 @@ def instances(kind: str, arguments) -> list[Instance]:
 
 def sentence(rng, count: int) -> str:
     return " ".join(rng.choice(WORDS, count))
-
-
-@pytest.fixture(autouse=True)
-def no_defaults(monkeypatch):
-    """The harness reads thousands of task files at each start; the local ones will do."""
-    monkeypatch.setattr(
-        lm_eval_tasks,
-        "manager",
-        lambda folder, _="": TaskManager(include_path=str(folder), include_defaults=False),
-    )
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ CONVERTER_VERSION = 1
 
 TYPES = (
     Type.F32, Type.F16, Type.BF16, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0,
-    Type.Q4_K, Type.Q5_K, Type.Q6_K,
+    Type.Q4_K, Type.Q5_K, Type.Q6_K, Type.MXFP4,
 )  # fmt: skip
 """The supported tensor types; a test compares each with its definition."""
 
@@ -74,7 +74,7 @@ def convert(gguf_path: str | Path, out_folder: str | Path) -> Path:
 
     def values() -> Iterator[tuple[str, np.ndarray]]:
         for named in tensors:
-            yield named.name, named.numbers(model.file_of[named.tensor.name])
+            yield named.name, named.numbers(model.file_of)
 
     entries = {named.name: files.stored_like(named.shape, np.float32) for named in tensors}
     needed = sum(entry.bytes for entry in entries.values()) + _SPARE_BYTES

@@ -1,8 +1,7 @@
-"""The table of llama.cpp's architectures: their tensors, and their own keys.
+"""The table of llama.cpp's architectures: their tensors, and the names of their own keys.
 
-llama.cpp keeps facts of some families in its code, so that they are not in the file: which layers
-have a window if no key says so, which have no rotary embedding, and how attention is scaled. They
-are here, with a comment.
+llama.cpp keeps facts of some families in its code, so that they are not in the file. They are here
+and in `gguf_keys`, which reads the keys, with a comment.
 """
 
 from __future__ import annotations
@@ -11,13 +10,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from selm_jax.weights.gguf_file import MEND, Fields, GGUFError
+from selm_jax.weights import gguf_keys
+from selm_jax.weights.gguf_file import Fields, GGUFError
 
 Json = dict[str, Any]
 Tensors = dict[str, tuple[str, ...]]
 
 # The tensors of a layer: for each name in the file, the Hugging Face name and the shape, by the
 # names of sizes (`gguf_model.sizes_of`). `{}` is the number of an expert, the tensor's first axis.
+# Experts without a number are one tensor there, too, whose rows are the inputs; two tensors of the
+# file that have the same name there alternate along its last axis.
 _ATTENTION: Tensors = {
     "attn_q.weight": ("self_attn.q_proj.weight", "q", "hidden"),
     "attn_k.weight": ("self_attn.k_proj.weight", "kv", "hidden"),
@@ -81,6 +83,22 @@ def _experts(mlp: str, gate: str, up: str, down: str) -> Tensors:
     }
 
 
+_GPT_OSS: Tensors = {
+    "attn_norm.weight": ("input_layernorm.weight", "hidden"),
+    "post_attention_norm.weight": ("post_attention_layernorm.weight", "hidden"),
+    "attn_output.bias": ("self_attn.o_proj.bias", "hidden"),
+    "attn_sinks.weight": ("self_attn.sinks", "q_heads"),
+    "ffn_gate_inp.weight": ("mlp.router.weight", "experts", "hidden"),
+    "ffn_gate_inp.bias": ("mlp.router.bias", "experts"),
+    "ffn_gate_exps.weight": ("mlp.experts.gate_up_proj", "experts", "one", "hidden"),
+    "ffn_up_exps.weight": ("mlp.experts.gate_up_proj", "experts", "one", "hidden"),
+    "ffn_gate_exps.bias": ("mlp.experts.gate_up_proj_bias", "experts", "one"),
+    "ffn_up_exps.bias": ("mlp.experts.gate_up_proj_bias", "experts", "one"),
+    "ffn_down_exps.weight": ("mlp.experts.down_proj", "experts", "hidden", "one"),
+    "ffn_down_exps.bias": ("mlp.experts.down_proj_bias", "experts", "hidden"),
+}
+
+
 @dataclass(frozen=True)
 class Family:
     """The properties in which one family of models differs from the others.
@@ -112,132 +130,10 @@ class Family:
     biases: bool = False
 
 
-# --- keys -----------------------------------------------------------------------------------------
+# --- the table ------------------------------------------------------------------------------------
 
 _WINDOW = frozenset({"attention.sliding_window", "attention.sliding_window_pattern"})
 _EXPERTS = frozenset({"expert_count", "expert_used_count", "expert_feed_forward_length"})
-
-
-def _layer_types(k: Fields, config: Json, every: int) -> list[str]:
-    """Which layers have a window; if the file does not say, all but one layer in `every`."""
-    layers, key = config["num_hidden_layers"], "attention.sliding_window_pattern"
-    slides = k.get(key, list) or [(i + 1) % every != 0 for i in range(layers)]
-    if len(slides) != layers:
-        raise GGUFError(
-            f"{k.path}: key {k.prefix}{key} has {len(slides)} entries, but the model has {layers} "
-            f"layers. {MEND}"
-        )
-    return ["sliding_attention" if slide else "full_attention" for slide in slides]
-
-
-def _mixtral(k: Fields, config: Json) -> Json:
-    return config | {
-        "num_local_experts": k.size("expert_count"),
-        "num_experts_per_tok": k.size("expert_used_count"),
-        "sliding_window": None,
-    }
-
-
-def _ministral3(k: Fields, config: Json) -> Json:
-    theta, yarn = config.pop("rope_theta"), config.pop("rope_scaling")
-    return config | {
-        "rope_parameters": (yarn or {})
-        | {
-            "rope_theta": theta,
-            "mscale": 1.0,  # in llama.cpp's code
-            # Each is off if it is 0, llama.cpp's default.
-            "mscale_all_dim": k.number("rope.scaling.yarn_log_multiplier", 0.0, zero=True),
-            "llama_4_scaling_beta": k.number("attention.temperature_scale", 0.0, zero=True),
-        },
-    }
-
-
-def _qwen3_moe(k: Fields, config: Json) -> Json:
-    return config | {
-        "num_experts": k.size("expert_count"),
-        "num_experts_per_tok": k.size("expert_used_count"),
-        "moe_intermediate_size": k.size("expert_feed_forward_length"),
-    }
-
-
-def _olmo3(k: Fields, config: Json) -> Json:
-    theta, full = config.pop("rope_theta"), config.pop("rope_scaling")
-    swa = k.number("rope.freq_base_swa", theta)
-    return config | {
-        "layer_types": _layer_types(k, config, 4),
-        "sliding_window": k.size("attention.sliding_window"),
-        "rope_parameters": {
-            "full_attention": {"rope_type": "default"} | (full or {}) | {"rope_theta": theta},
-            "sliding_attention": {"rope_type": "default", "rope_theta": swa},
-        },
-    }
-
-
-def _exaone4(k: Fields, config: Json) -> Json:
-    window = k.get("attention.sliding_window", int) or None
-    types = _layer_types(k, config, 4 if window else 1)
-    return config | {"layer_types": types, "sliding_window": window}
-
-
-def _granite(k: Fields, config: Json) -> Json:
-    if k.get("rope.scaling.finetuned", bool) is False:
-        raise GGUFError(
-            f"{k.path}: key {k.prefix}rope.scaling.finetuned is false, so this model has no rotary "
-            "embedding, which is not supported. Use another model"
-        )
-    return config | {
-        "attention_multiplier": k.number("attention.scale", config["head_dim"] ** -0.5),
-        "embedding_multiplier": k.number("embedding_scale", 1.0),
-        "residual_multiplier": k.number("residual_scale", 1.0),
-        "logits_scaling": k.number("logit_scale"),
-    }
-
-
-def _gemma2(k: Fields, config: Json) -> Json:
-    return config | {
-        "query_pre_attn_scalar": _query_scalar(config, of_width=46),
-        "attn_logit_softcapping": k.number("attn_logit_softcapping", 50.0),
-        "final_logit_softcapping": k.number("final_logit_softcapping", 30.0),
-        "layer_types": _layer_types(k, config, 2),
-        "sliding_window": k.size("attention.sliding_window"),
-    }
-
-
-def _gemma3(k: Fields, config: Json) -> Json:
-    cap = "final_logit_softcapping"
-    window = k.get("attention.sliding_window", int) or None
-    return config | {
-        "query_pre_attn_scalar": _query_scalar(config, of_width=62),
-        cap: k.number(cap) if cap in k else None,
-        "layer_types": _layer_types(k, config, 6 if window else 1),
-        "sliding_window": window,
-        "rope_local_base_freq": k.number("rope.freq_base_swa", 10000.0),
-    }
-
-
-def _query_scalar(config: Json, of_width: int) -> int:
-    """Returns the number by whose root queries are divided.
-
-    It is the head size, or in the largest model (27B, of `of_width` layers) the width divided by
-    the number of heads.
-    """
-    if config["num_hidden_layers"] == of_width:
-        return config["hidden_size"] // config["num_attention_heads"]
-    return config["head_dim"]
-
-
-def _phi3(k: Fields, config: Json) -> Json:
-    # The window of config.json, or 0 for none. Files of early converters do not say it.
-    window = k.need("attention.sliding_window", int) or None
-    original = k.size("rope.scaling.original_context_length", config["max_position_embeddings"])
-    return config | {
-        "original_max_position_embeddings": original,
-        "sliding_window": window,
-    }
-
-
-# --- the table ------------------------------------------------------------------------------------
-
 _DENSE = _ATTENTION | _MLP | _PRE_NORMS
 _CAPS = frozenset({"attn_logit_softcapping", "final_logit_softcapping"})
 _SCALES = frozenset({"attention.scale", "embedding_scale", "residual_scale", "logit_scale"})
@@ -266,7 +162,7 @@ FAMILIES = {
         "MixtralForCausalLM",
         _ATTENTION | _PRE_NORMS | _experts("block_sparse_moe", "w1", "w3", "w2"),
         {"sliding_window": None},
-        _mixtral,
+        gguf_keys.mixtral,
         _EXPERTS,
         interleaved=True,
     ),
@@ -275,7 +171,7 @@ FAMILIES = {
         "Ministral3ForCausalLM",
         _DENSE,
         {"sliding_window": None},
-        _ministral3,
+        gguf_keys.ministral3,
         frozenset({"rope.scaling.yarn_log_multiplier", "attention.temperature_scale"}),
         interleaved=True,
     ),
@@ -284,7 +180,7 @@ FAMILIES = {
         "Phi3ForCausalLM",
         _PHI3 | _PRE_NORMS,
         {"attention_bias": False},
-        _phi3,
+        gguf_keys.phi3,
         frozenset({"attention.sliding_window"}),
         factors=True,
         partial=True,
@@ -302,8 +198,17 @@ FAMILIES = {
         | _experts("mlp", "gate_proj", "up_proj", "down_proj"),
         # llama.cpp's code has it that the weights of a token's experts sum to one.
         _QWEN3 | {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
-        _qwen3_moe,
+        gguf_keys.qwen3_moe,
         _EXPERTS,
+    ),
+    "gpt_oss": Family(
+        "gpt-oss",
+        "GptOssForCausalLM",
+        _ATTENTION | QKV_BIASES | _GPT_OSS,
+        # The two numbers of the experts' activation are in llama.cpp's code.
+        {"attention_bias": True, "swiglu_alpha": 1.702, "swiglu_limit": 7.0},
+        gguf_keys.gpt_oss,
+        _WINDOW | _EXPERTS,
     ),
     "smollm3": Family(
         "smollm3",
@@ -319,19 +224,25 @@ FAMILIES = {
         "Olmo3ForCausalLM",
         _OLMO_LAYER,
         {"attention_bias": False},
-        _olmo3,
+        gguf_keys.olmo3,
         _WINDOW | {"rope.freq_base_swa"},
     ),
     "exaone4": Family(
         "exaone4",
         "Exaone4ForCausalLM",
         _ATTENTION | _NORMS_OF_HEADS | _MLP | _POST_NORMS,
-        own=_exaone4,
+        own=gguf_keys.exaone4,
         keys=_WINDOW,
         factors=True,
     ),
     "granite": Family(
-        "granite", "GraniteForCausalLM", _DENSE, _BIASES, _granite, _SCALES, interleaved=True
+        "granite",
+        "GraniteForCausalLM",
+        _DENSE,
+        _BIASES,
+        gguf_keys.granite,
+        _SCALES,
+        interleaved=True,
     ),
     "glm4": Family("glm4", "Glm4ForCausalLM", _GLM4, partial=True, biases=True),
     "gemma": Family("gemma", "GemmaForCausalLM", _DENSE, _GEMMA, offset=1.0),
@@ -340,7 +251,7 @@ FAMILIES = {
         "Gemma2ForCausalLM",
         _ATTENTION | _MLP | _FOUR_NORMS,
         _GEMMA,
-        _gemma2,
+        gguf_keys.gemma2,
         _WINDOW | _CAPS,
         offset=1.0,
     ),
@@ -349,7 +260,7 @@ FAMILIES = {
         "Gemma3ForCausalLM",
         _ATTENTION | _NORMS_OF_HEADS | _MLP | _FOUR_NORMS,
         _GEMMA | {"attn_logit_softcapping": None},
-        _gemma3,
+        gguf_keys.gemma3,
         _WINDOW | {"final_logit_softcapping", "rope.freq_base_swa"},
         offset=1.0,
     ),

@@ -6,28 +6,21 @@ an error that names it; if it were ignored, the model would run and be wrong.
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from gguf import ReaderTensor
-from jaxtyping import Float, Float32
+from jaxtyping import Float32
 
-from selm_jax.models.config_rope import magnitude_of
 from selm_jax.weights.gguf_families import FAMILIES, QKV_BIASES, Family, model_type_of
 from selm_jax.weights.gguf_file import MEND, Fields, Gguf, GGUFError, numbers_of
+from selm_jax.weights.gguf_rope import FACTORS, LONG, SHORT, rope_scaling
 from selm_jax.weights.gguf_tokenizer import SPECIAL_IDS
 
 Json = dict[str, Any]
-
-# Divisors of rope's frequencies: of Llama 3's kin one table, of LongRoPE one for short texts and
-# one for long ones.
-_FACTORS, _SHORT, _LONG = (
-    f"rope_{name}.weight" for name in ("freqs", "factors_short", "factors_long")
-)
 
 # The keys of a model, without their prefix, the name of the architecture.
 _KEYS = {
@@ -52,26 +45,38 @@ class Named(NamedTuple):
 
     Attributes:
       name: its Hugging Face name.
-      tensor: the tensor of the file.
+      tensors: the tensor of the file; several if their numbers alternate along the last axis.
       part: its entry on the first axis of that tensor; None if it is the whole tensor.
       shape: its shape, in numpy's order.
       heads: the number of heads between which rows are interleaved; None if they are in order.
       offset: a number that was added to it.
+      stack: whether it has all experts of a layer, and the matrix of each is transposed.
     """
 
     name: str
-    tensor: ReaderTensor
+    tensors: tuple[ReaderTensor, ...]
     part: int | None
     shape: tuple[int, ...]
-    heads: int | None
-    offset: float
+    heads: int | None = None
+    offset: float = 0.0
+    stack: bool = False
 
-    def numbers(self, path: Path) -> Float32[np.ndarray, ...]:
-        """The numbers, dequantised, from the file `path`."""
-        values = numbers_of(path, self.tensor, self.part).reshape(self.shape)
+    def numbers(self, file_of: Mapping[str, Path]) -> Float32[np.ndarray, ...]:
+        """The numbers, dequantised; `file_of` has the file of each tensor."""
+        if self.stack:
+            return self._stacked(file_of)
+        (tensor,) = self.tensors
+        values = numbers_of(file_of[tensor.name], tensor, self.part).reshape(self.shape)
         if self.heads is not None:
             values = _unpermute(values, self.heads)
         return values - np.float32(self.offset) if self.offset else values
+
+    def _stacked(self, file_of: Mapping[str, Path]) -> Float32[np.ndarray, "experts ..."]:
+        values, every = np.empty(self.shape, np.float32), len(self.tensors)
+        for first, tensor in enumerate(self.tensors):
+            for expert, own in enumerate(values):  # one at a time, because together they are large
+                own[..., first::every] = numbers_of(file_of[tensor.name], tensor, expert).T
+        return values
 
 
 def _unpermute(
@@ -136,7 +141,7 @@ def read_config(fields: Fields, model: Gguf) -> Json:
         config["partial_rotary_factor"] = rotated / head_dim
     if family.biases:
         config["attention_bias"] = "blk.0.attn_q.bias" in model.file_of
-    config["rope_scaling"] = _rope_scaling(k, model, family, config, rotated)
+    config["rope_scaling"] = rope_scaling(k, model, family, config, rotated)
     if family.own is not None:
         config = family.own(k, config)
     return config | _special_ids(fields, config["vocab_size"])
@@ -180,113 +185,6 @@ def _special_ids(fields: Fields, vocab_size: int) -> Json:
     return found
 
 
-# --- rope for longer contexts ---------------------------------------------------------------------
-
-
-def _rope_scaling(
-    k: Fields, model: Gguf, family: Family, config: Json, rotated: int
-) -> Json | None:
-    """The content of `rope_scaling`, from keys and from the tensors of divisors."""
-    tables = {name: _table(k, model, name, rotated) for name in (_FACTORS, _SHORT, _LONG)}
-    found = [name for name, table in tables.items() if table is not None]
-    kind, magnitude = k.get("rope.scaling.type", str), k.number("rope.scaling.attn_factor", 1.0)
-    factor = k.number("rope.scaling.factor", 1.0, zero=True) or 1.0  # in llama.cpp, 0 means 1
-    if found and factor != 1 and kind != "none":
-        raise GGUFError(
-            f"{k.path}: key {k.prefix}rope.scaling.factor is {factor:g}, but the file also has the "
-            f"tensors of divisors {found}; beside them only 1 is supported. {MEND}"
-        )
-    if kind is None and factor != 1:
-        kind = "linear"  # llama.cpp's default
-    if kind == "none":
-        kind = None
-    if family.name == "phi3" and found == [_SHORT, _LONG] and kind in (None, "longrope"):
-        most = config["max_position_embeddings"]
-        original = k.size("rope.scaling.original_context_length", most)
-        # Without a magnitude, config.json means this one. The file has it in float32.
-        usual = math.isclose(magnitude, magnitude_of(most / original, original), rel_tol=1e-6)
-        return {
-            "rope_type": "longrope",
-            "short_factor": tables[_SHORT],
-            "long_factor": tables[_LONG],
-        } | ({} if usual else {"attention_factor": magnitude})
-    if magnitude != 1:
-        raise GGUFError(
-            f"{k.path}: key {k.prefix}rope.scaling.attn_factor is {magnitude:g}; only 1 is "
-            f"supported here. {MEND}"
-        )
-    match kind, found:
-        case None, []:
-            return None
-        case None, [name] if name == _FACTORS:
-            return _llama3(k.path, np.asarray(tables[name], np.float32), config)
-        case "linear", []:
-            return {"rope_type": "linear", "factor": k.number("rope.scaling.factor")}
-        case "yarn", []:
-            optional = {
-                "attention_factor": "rope.scaling.yarn_attn_factor",
-                "beta_fast": "rope.scaling.yarn_beta_fast",
-                "beta_slow": "rope.scaling.yarn_beta_slow",
-            }
-            return {
-                "rope_type": "yarn",
-                "factor": k.number("rope.scaling.factor"),
-                "original_max_position_embeddings": k.size("rope.scaling.original_context_length"),
-            } | {name: k.number(key) for name, key in optional.items() if key in k}
-    raise GGUFError(
-        f"{k.path}: key {k.prefix}rope.scaling.type is {kind!r} and the tensors of divisors are "
-        f"{found}; supported are linear and yarn without such a tensor, and the tensor {_FACTORS} "
-        "without a type. Get the model as a Hugging Face folder (safetensors) instead"
-    )
-
-
-def _table(k: Fields, model: Gguf, name: str, rotated: int) -> list[float] | None:
-    """The numbers of a tensor of divisors as the shortest decimals; None if there is no such."""
-    for tensor in model.tensors:
-        if tensor.name == name:
-            values = numbers_of(model.file_of[name], tensor)
-            if values.shape != (rotated // 2,):
-                raise GGUFError(
-                    f"{k.path}: tensor {name} has shape {values.shape}; expected {rotated // 2} "
-                    f"numbers, half of the head size. {MEND}"
-                )
-            return [float(str(value)) for value in values]
-    return None
-
-
-def _llama3(path: Path, factors: Float[np.ndarray, " pairs"], config: Json) -> Json | None:
-    """The settings of Llama 3's rope, from the divisors of frequencies that they give.
-
-    llama.cpp stores only these divisors. We assume the settings of Llama 3.1, 3.2 and 3.3, which
-    differ only in `factor`, compute their divisors, and compare them with those in the file.
-    """
-    if np.all(factors == 1):
-        return None
-    guess = {
-        "rope_type": "llama3",
-        "factor": float(factors.max()),
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-    expected = _llama3_divisors(guess, config["rope_theta"], config["head_dim"])
-    if not np.allclose(factors, expected, rtol=1e-4, atol=0):
-        raise GGUFError(
-            f"{path}: tensor {_FACTORS} has divisors of rope's frequencies that differ from "
-            f"those of Llama 3.1 to 3.3 (factor {guess['factor']:g}) and are not supported. "
-            "Get the model as a Hugging Face folder (safetensors) instead"
-        )
-    return guess
-
-
-def _llama3_divisors(scaling: Json, theta: float, head_dim: int) -> Float[np.ndarray, " pairs"]:
-    wavelengths = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
-    turns = scaling["original_max_position_embeddings"] / wavelengths
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    kept = np.clip((turns - low) / (high - low), 0, 1)
-    return 1 / (kept + (1 - kept) / scaling["factor"])
-
-
 # --- tensors --------------------------------------------------------------------------------------
 
 
@@ -299,7 +197,7 @@ def named_tensors(path: Path, model: Gguf, config: Json) -> list[Named]:
     family, sizes = FAMILIES[config["model_type"]], sizes_of(config)
     expected = dict(_expected(family, config))
     tensors = {t.name: t for t in model.tensors}
-    divisors = {_FACTORS, _SHORT, _LONG} if family.factors else set()
+    divisors = {FACTORS, SHORT, LONG} if family.factors else set()
     for tensor in model.tensors:
         name = tensor.name
         if name not in expected.keys() | divisors or tensors[name] is not tensor:
@@ -311,7 +209,7 @@ def named_tensors(path: Path, model: Gguf, config: Json) -> list[Named]:
         raise GGUFError(
             f"{path}: {len(missing)} tensors are missing, the first is {missing[0]}. {MEND}"
         )
-    named = []
+    named: list[Named] = []
     for name, (hf_name, *axes) in expected.items():
         tensor = tensors[name]
         # GGUF lists the fastest-running dimension first, numpy and safetensors last.
@@ -327,9 +225,14 @@ def named_tensors(path: Path, model: Gguf, config: Json) -> list[Named]:
         if "{}" in hf_name:
             for part in range(shape[0]):
                 one = hf_name.format(part)
-                named.append(Named(one, tensor, part, shape[1:], heads, offset))
+                named.append(Named(one, (tensor,), part, shape[1:], heads, offset))
+        elif ".experts." in hf_name:
+            before = [named.pop()] if named[-1].name == hf_name else []
+            parts = *(t for each in before for t in each.tensors), tensor
+            *outer, last = shape[0], *shape[:0:-1]
+            named.append(Named(hf_name, parts, None, (*outer, last * len(parts)), stack=True))
         else:
-            named.append(Named(hf_name, tensor, None, shape, heads, offset))
+            named.append(Named(hf_name, (tensor,), None, shape, heads, offset))
     return named
 
 

@@ -9,13 +9,14 @@ import re
 from pathlib import Path
 
 import numpy as np
-from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, get_tensor_name_map
+from gguf.quants import quantize
 from safetensors.numpy import load_file
 from tiny_gguf import CONTROL, F32, tokenizer_keys, write
 
 NAMES = {
     "qwen3_moe": "qwen3moe", "mixtral": "llama", "olmo3": "olmo2", "gemma3_text": "gemma3",
-    "ministral3": "mistral3",
+    "ministral3": "mistral3", "gpt_oss": "gpt-oss",
 }  # fmt: skip
 # Those whose rope rotates neighbours in llama.cpp.
 _NEIGHBOURS = ("llama", "mixtral", "ministral3", "granite", "smollm3")
@@ -49,11 +50,16 @@ _ROPE = {
 
 
 def write_of(
-    folder: Path, path: Path, change: dict | None = None, keys: dict | None = None
+    folder: Path,
+    path: Path,
+    change: dict | None = None,
+    keys: dict | None = None,
+    experts: GGMLQuantizationType = F32,
 ) -> tuple[Path, dict]:
     """Writes the model of a Hugging Face folder as GGUF, with `change` in its config.json.
 
-    `keys` are set in the file whatever config.json says; None leaves a key out.
+    `keys` are set in the file whatever config.json says; None leaves a key out. `experts` is the
+    type of the matrices of experts.
 
     Returns the file and the config.
     """
@@ -70,7 +76,9 @@ def write_of(
     }
     tensors = _tensors_of(tensors, config, arch) | _factors_of(config)
     said = {key: value for key, value in (said | (keys or {})).items() if value is not None}
-    return write(path, said, {name: (x, F32) for name, x in tensors.items()}), config
+    kinds = {name: experts if name.endswith("_exps.weight") else F32 for name in tensors}
+    stored = {name: (quantize(x, kinds[name]), kinds[name]) for name, x in tensors.items()}
+    return write(path, said, stored), config
 
 
 def _keys_of(config: dict) -> dict:
@@ -82,7 +90,7 @@ def _keys_of(config: dict) -> dict:
         keys["attention.value_length"] = head
     if name in ("llama", "mixtral", "granite", "phi3", "glm4"):
         keys["rope.dimension_count"] = int(head * rope.get("partial_rotary_factor", 1))
-    if name in ("olmo3", "exaone4", "gemma2", "gemma3_text", "phi3"):
+    if name in ("olmo3", "exaone4", "gemma2", "gemma3_text", "phi3", "gpt_oss"):
         keys["attention.sliding_window"] = config["sliding_window"] or 0
     if name in ("olmo3", "exaone4"):
         slides = [kind == "sliding_attention" for kind in config["layer_types"]]
@@ -94,6 +102,8 @@ def _keys_of(config: dict) -> dict:
     if full["rope_type"] in ("linear", "yarn"):
         keys["rope.scaling.type"] = full["rope_type"]
         keys |= {new: full[old] for old, new in _ROPE.items() if old in full}
+    if name == "gpt_oss":
+        keys["expert_feed_forward_length"] = config["intermediate_size"]
     if name == "ministral3":
         keys["rope.scaling.yarn_log_multiplier"] = rope["mscale_all_dim"]
         keys["attention.temperature_scale"] = rope["llama_4_scaling_beta"]
@@ -129,12 +139,26 @@ def _factors_of(config: dict) -> dict[str, np.ndarray]:
     return {"rope_freqs.weight": np.array(divisors, np.float32)}
 
 
+def _apart(name: str, value: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    """A tensor of gpt-oss under the names of several, as if each were a layer with a weight."""
+    stem, _, last = name.rpartition(".")
+    if last == "sinks":
+        return [(f"{name}.weight", value)]
+    if not stem.endswith("mlp.experts"):
+        return [(name, value)]
+    kind = "bias" if last.endswith("_bias") else "weight"
+    value = value if kind == "bias" else value.swapaxes(1, 2)
+    if last.startswith("down"):
+        return [(f"{stem}.down_proj.{kind}", value)]
+    return [(f"{stem}.gate_proj.{kind}", value[:, ::2]), (f"{stem}.up_proj.{kind}", value[:, 1::2])]
+
+
 def _tensors_of(tensors: dict, config: dict, arch: str) -> dict[str, np.ndarray]:
     """The tensors under the names that the package gguf has for them."""
     kind = next(kind for kind, name in MODEL_ARCH_NAMES.items() if name == arch)
     names, out = get_tensor_name_map(kind, config["num_hidden_layers"]), {}
     experts: dict[str, list] = {}
-    for name, value in tensors.items():
+    for name, value in (each for pair in tensors.items() for each in _apart(*pair)):
         stem, _, suffix = re.sub(r"experts\.\d+\.", "experts.", name).rpartition(".")
         stored = f"{names.get_name(stem)}.{suffix}"
         assert not stored.startswith("None"), name
@@ -144,9 +168,8 @@ def _tensors_of(tensors: dict, config: dict, arch: str) -> dict[str, np.ndarray]
                 value = heads.swapaxes(1, 2).reshape(value.shape)
         if arch.startswith("gemma") and name.endswith("norm.weight"):
             value = value + np.float32(1)
-        if ".experts." in name:
-            number = int(re.findall(r"experts\.(\d+)", name)[0])
-            experts.setdefault(stored, []).append((number, value))
+        if number := re.findall(r"experts\.(\d+)", name):
+            experts.setdefault(stored, []).append((int(number[0]), value))
         else:
             out[stored] = value
     return out | {

@@ -135,6 +135,11 @@ def slowly(kind, block):
             two = qh[32 * part + at] >> (2 * quarter) & 3
             out.append(d * scales[8 * part + 2 * quarter + at // 16] * ((four | two << 4) - 32))
         return out
+    if kind == Q.MXFP4:
+        sizes = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
+        numbers = [q & 15 for q in bits(1, 16)] + [q >> 4 for q in bits(1, 16)]
+        signed = [-sizes[q - 8] if q > 7 else sizes[q] for q in numbers]
+        return [number * 2.0 ** (int(bits(0, 1)[0]) - 127) for number in signed]
     # Q4_K, Q5_K: eight parts of 32, each with a scale and a minimum of six bits.
     d, least, packed = half(0), half(2), bits(4, 12)
     qh, qs = (bits(16, 32), bits(48, 128)) if kind == Q.Q5_K else (None, bits(16, 128))
@@ -154,7 +159,7 @@ def slowly(kind, block):
 
 
 SIZES = {Q.Q4_0: 18, Q.Q4_1: 20, Q.Q5_0: 22, Q.Q5_1: 24, Q.Q8_0: 34}
-SIZES |= {Q.Q4_K: 144, Q.Q5_K: 176, Q.Q6_K: 210}
+SIZES |= {Q.Q4_K: 144, Q.Q5_K: 176, Q.Q6_K: 210, Q.MXFP4: 17}
 
 
 @pytest.mark.parametrize("kind", SIZES)
@@ -164,9 +169,12 @@ def test_every_quantised_type_is_its_definition(kind):
     scales = {Q.Q6_K: (208,), Q.Q4_0: (0,), Q.Q5_0: (0,), Q.Q8_0: (0,)}.get(kind, (0, 2))
     for at in scales:
         blocks[:, at : at + 2] = rng.uniform(-2, 2, (6, 1)).astype("<f2").view(np.uint8)
+    if kind == Q.MXFP4:  # a scale is one byte
+        blocks[:, 0] = [0, 1, 2, 126, 129, 252]
     tensor = SimpleNamespace(name="x", data=blocks, tensor_type=kind)
     expected = [slowly(kind, block.tobytes()) for block in blocks]
-    np.testing.assert_allclose(numbers_of("x", tensor), expected, rtol=1e-5, atol=1e-6)
+    atol = 0 if kind == Q.MXFP4 else 1e-6
+    np.testing.assert_allclose(numbers_of("x", tensor), expected, rtol=1e-5, atol=atol)
 
 
 def test_an_expert_is_its_part_of_the_tensor():

@@ -23,6 +23,7 @@ LLAMA3 = {
 }  # fmt: skip
 NO_WINDOW = {"layer_types": ["full_attention"] * 4, "sliding_window": None}
 HEAD_SIZE = {"query_pre_attn_scalar": 8}  # what llama.cpp assumes
+LIMIT = {"swiglu_alpha": 1.702, "swiglu_limit": 7.0}  # in llama.cpp's code
 CASES = [
     ("llama-2", {}),
     ("llama-3.1", {"rope_parameters": LLAMA3}),
@@ -35,6 +36,7 @@ CASES = [
     ("qwen2", {}),
     ("qwen3", {}),
     ("qwen3-moe", {"norm_topk_prob": True}),
+    ("gpt-oss", LIMIT),
     ("smollm3", {}),
     ("olmo-2", {"attention_bias": False}),
     ("olmo-3", {}),
@@ -113,6 +115,7 @@ def test_every_family_is_tested():
         ("llama-yarn", {"llama.rope.scaling.attn_factor": 2.0}, "attn_factor is 2; only 1"),
         ("llama-2", {"llama.rope.scaling.type": "longrope"}, "scaling.type is 'longrope'"),
         ("phi-3-4k", {"phi3.attention.sliding_window": None}, "sliding_window is missing"),
+        ("gpt-oss", {"gpt-oss.expert_feed_forward_length": 64}, r"\(8, 32, 16\).*\(8, 64, 16\)"),
         ("gemma-2", {"gemma2.rope.freq_base_swa": 1e4}, "freq_base_swa is not supported"),
         (
             "phi-3-4k",

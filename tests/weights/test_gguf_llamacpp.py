@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf_of import write_of
-from test_gguf_families import HEAD_SIZE, LLAMA3, NO_WINDOW
+from test_gguf_families import HEAD_SIZE, LIMIT, LLAMA3, NO_WINDOW
 
 from selm_jax.weights.gguf import convert
 
@@ -19,7 +19,8 @@ _spec = importlib.util.spec_from_file_location("golden_families", GOLDEN / "fami
 golden = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(golden)
 
-# llama.cpp ignores YaRN's own slopes, and has windows in EXAONE 4 only with 64 layers.
+# llama.cpp ignores YaRN's own slopes and rounds where they begin, and has windows in EXAONE 4 only
+# with 64 layers.
 YARN = {
     "rope_type": "yarn", "rope_theta": 5e5, "factor": 8.0, "mscale": 1.0, "mscale_all_dim": 0.5,
     "original_max_position_embeddings": 128, "llama_4_scaling_beta": 0.3,
@@ -34,6 +35,7 @@ CASES = {
     "qwen2": {},
     "qwen3": {},
     "qwen3-moe": {"norm_topk_prob": True},
+    "gpt-oss": LIMIT | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
     "smollm3": {},
     "olmo-2": {"attention_bias": False},
     "exaone-4": NO_WINDOW,

@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType
+from gguf_of import write_of
 
 from selm_jax.models.config import Clamp, LayerKind, Mixture, Rope, UnsupportedModel
 from selm_jax.models.decoder import Decoder, abstract_params
@@ -27,7 +29,8 @@ from selm_jax.weights.files import (
     stored_like,
     write,
 )
-from selm_jax.weights.huggingface import load, to_hf_tensors
+from selm_jax.weights.gguf import convert
+from selm_jax.weights.huggingface import load, save, to_hf_tensors
 from selm_jax.weights.multimodal import open_text
 from selm_jax.weights.mxfp4 import decode, in_full
 
@@ -236,3 +239,16 @@ def test_what_is_no_mxfp4_is_refused(config, packed, tmp_path):
     )
     with pytest.raises(UnsupportedModel, match="quant_method 'awq'; a gpt_oss model may have"):
         read_config(tmp_path)
+
+
+def test_a_gguf_file_has_the_same_numbers_in_another_order(packed, config, tmp_path):
+    expected = load(packed[0], config)
+    (full := tmp_path / "full").mkdir()
+    save(expected, config, full)
+    (full / "config.json").write_text(json.dumps(to_hf(config)))
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+    kind = GGMLQuantizationType.MXFP4
+    out = convert(write_of(full, tmp_path / "m.gguf", rope, experts=kind)[0], tmp_path / "out")
+    assert read_config(out) == config
+    assert (tmp_path / "m.gguf").stat().st_size < (full / "model.safetensors").stat().st_size
+    jax.tree.map(np.testing.assert_array_equal, load(out, config), expected)

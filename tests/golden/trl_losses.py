@@ -36,6 +36,47 @@ NAMES = {
     "f_alpha": "f_alpha_divergence_coef",
 }
 
+# (our name of the loss, TRL's `loss_type`, the settings in our names)
+DPO_FORMS = [
+    ("dpo", "sigmoid", {"beta": 0.1}),
+    ("dpo", "sigmoid", {"beta": 0.01}),
+    ("hinge", "hinge", {"beta": 0.1}),
+    ("ipo", "ipo", {"beta": 0.1}),
+    ("ipo", "ipo", {"beta": 0.5}),
+    ("robust", "robust", {"beta": 0.1, "label_smoothing": 0.1}),
+    ("robust", "robust", {"beta": 0.5, "label_smoothing": 0.3}),
+    ("sft", "sft", {}),
+    ("dpo+sft", ["sigmoid", "sft"], {"beta": 0.1}),
+    ("sigmoid_norm", "sigmoid_norm", {"beta": 5.0}),
+    ("exo_pair", "exo_pair", {"beta": 0.1, "label_smoothing": 1e-3}),
+    ("exo_pair", "exo_pair", {"beta": 0.5, "label_smoothing": 0.2}),
+    ("nca_pair", "nca_pair", {"beta": 0.1}),
+    ("bco_pair", "bco_pair", {"beta": 0.1}),
+    ("sppo_hard", "sppo_hard", {"beta": 0.1}),
+    ("apo_zero", "apo_zero", {"beta": 0.1}),
+    ("apo_down", "apo_down", {"beta": 0.1}),
+    ("discopop", "discopop", {"beta": 0.1, "tau": 0.05}),
+    ("discopop", "discopop", {"beta": 0.02, "tau": 0.5}),
+    ("0.5*hinge+0.2*bco_pair", ["hinge", "bco_pair"], {"beta": 0.1}),
+    ("wpo", "sigmoid", {"beta": 0.1}),
+    ("wpo", "sigmoid", {"beta": 0.5, "f_divergence": "js_divergence"}),
+    ("ld_dpo", "sigmoid", {"beta": 0.1, "ld_alpha": 0.5}),
+    ("ld_dpo", "sigmoid", {"beta": 0.5, "ld_alpha": 0.0}),
+    ("ld_dpo", "sigmoid", {"beta": 0.1, "ld_alpha": 0.3, "f_divergence": "js_divergence"}),
+] + [
+    (name, trl, {"beta": 0.1, "f_divergence": divergence, "f_alpha": 0.3} | more)
+    for divergence in ("forward_kl", "js_divergence", "alpha_divergence")
+    for name, trl, more in (
+        ("dpo", "sigmoid", {}),
+        ("sigmoid_norm", "sigmoid_norm", {}),
+        ("hinge", "hinge", {}),
+        ("ipo", "ipo", {}),
+        ("exo_pair", "exo_pair", {"label_smoothing": 0.1}),
+        ("robust", "robust", {"label_smoothing": 0.1}),
+        ("discopop", "discopop", {"tau": 0.05}),
+    )
+]
+
 # (prompt, chosen, rejected), in numbers of words: lengths differ within and between the pairs.
 WORDS = [(3, 5, 2), (6, 1, 9), (2, 12, 12), (9, 4, 7), (4, 7, 3), (1, 2, 15)]
 
@@ -128,65 +169,10 @@ def arguments(kind, folder: str, **settings):
 
 
 def dpo_cases(folder: str) -> list[dict]:
-    from datasets import Dataset
-    from trl import DPOConfig, DPOTrainer
-
     policy, reference = llama(1), llama(2)
-    forms = [
-        ("dpo", "sigmoid", {"beta": 0.1}),
-        ("dpo", "sigmoid", {"beta": 0.01}),
-        ("hinge", "hinge", {"beta": 0.1}),
-        ("ipo", "ipo", {"beta": 0.1}),
-        ("ipo", "ipo", {"beta": 0.5}),
-        ("robust", "robust", {"beta": 0.1, "label_smoothing": 0.1}),
-        ("robust", "robust", {"beta": 0.5, "label_smoothing": 0.3}),
-        ("sft", "sft", {}),
-        ("dpo+sft", ["sigmoid", "sft"], {"beta": 0.1}),
-        ("sigmoid_norm", "sigmoid_norm", {"beta": 5.0}),
-        ("exo_pair", "exo_pair", {"beta": 0.1, "label_smoothing": 1e-3}),
-        ("exo_pair", "exo_pair", {"beta": 0.5, "label_smoothing": 0.2}),
-        ("nca_pair", "nca_pair", {"beta": 0.1}),
-        ("bco_pair", "bco_pair", {"beta": 0.1}),
-        ("sppo_hard", "sppo_hard", {"beta": 0.1}),
-        ("apo_zero", "apo_zero", {"beta": 0.1}),
-        ("apo_down", "apo_down", {"beta": 0.1}),
-        ("discopop", "discopop", {"beta": 0.1, "tau": 0.05}),
-        ("discopop", "discopop", {"beta": 0.02, "tau": 0.5}),
-        ("0.5*hinge+0.2*bco_pair", ["hinge", "bco_pair"], {"beta": 0.1}),
-        ("wpo", "sigmoid", {"beta": 0.1}),
-        ("wpo", "sigmoid", {"beta": 0.5, "f_divergence": "js_divergence"}),
-        ("ld_dpo", "sigmoid", {"beta": 0.1, "ld_alpha": 0.5}),
-        ("ld_dpo", "sigmoid", {"beta": 0.5, "ld_alpha": 0.0}),
-        ("ld_dpo", "sigmoid", {"beta": 0.1, "ld_alpha": 0.3, "f_divergence": "js_divergence"}),
-    ]
-    forms += [
-        (name, trl, {"beta": 0.1, "f_divergence": divergence, "f_alpha": 0.3} | more)
-        for divergence in ("forward_kl", "js_divergence", "alpha_divergence")
-        for name, trl, more in (
-            ("dpo", "sigmoid", {}),
-            ("sigmoid_norm", "sigmoid_norm", {}),
-            ("hinge", "hinge", {}),
-            ("ipo", "ipo", {}),
-            ("exo_pair", "exo_pair", {"label_smoothing": 0.1}),
-            ("robust", "robust", {"label_smoothing": 0.1}),
-            ("discopop", "discopop", {"tau": 0.05}),
-        )
-    ]
     cases = []
-    for form, loss_type, settings in forms:
-        theirs = {NAMES.get(key, key): value for key, value in settings.items()}
-        if "*" in form:
-            theirs["loss_weights"] = [float(part.split("*")[0]) for part in form.split("+")]
-        if form == "wpo":
-            theirs["use_weighting"] = True
-        trainer = DPOTrainer(
-            model=deepcopy(policy),
-            ref_model=deepcopy(reference),
-            args=arguments(DPOConfig, folder, loss_type=loss_type, **theirs),
-            train_dataset=Dataset.from_list(rows()),
-            processing_class=tokenizer(),
-        )
-        trainer.model.eval()
+    for form, loss_type, settings in DPO_FORMS:
+        trainer = dpo_trainer(folder, policy, reference, form, loss_type, settings)
 
         def loss_of(examples, trainer=trainer) -> float:
             batch = trainer.data_collator(examples)
@@ -196,23 +182,48 @@ def dpo_cases(folder: str) -> list[dict]:
         each = [loss_of([example]) for example in examples]
         loss = loss_of(examples)
         metrics = means(trainer._metrics["eval"])
-        batch = trainer.data_collator(examples)
-        args = (batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
-        logps = {
-            "policy": by_role(score(policy, *args)),
-            "reference": by_role(score(reference, *args)),
-            "lengths": by_role(batch["completion_mask"].sum(1).tolist()),
-        }
-        if form == "wpo":
-            logps["collision"] = by_role(collision(policy, *args))
-        if form == "ld_dpo":
-            for name, model in (("policy", policy), ("reference", reference)):
-                logps[f"shared_{name}"] = by_role(score(model, *args[:2], shared(args[2])))
+        logps = dpo_logps(policy, reference, trainer.data_collator(examples), form)
         case = {"trl": f"DPOTrainer, loss_type={loss_type}", "name": form, "settings": settings}
         # A batch of one means the sft loss by that example's own tokens: no part of the batch's.
         losses = {} if "sft" in form else {"losses": each}
         cases.append(case | {"logps": logps, "loss": loss, "metrics": metrics} | losses)
     return cases
+
+
+def dpo_trainer(folder: str, policy, reference, form: str, loss_type, settings: dict):
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    theirs = {NAMES.get(key, key): value for key, value in settings.items()}
+    if "*" in form:
+        theirs["loss_weights"] = [float(part.split("*")[0]) for part in form.split("+")]
+    if form == "wpo":
+        theirs["use_weighting"] = True
+    trainer = DPOTrainer(
+        model=deepcopy(policy),
+        ref_model=deepcopy(reference),
+        args=arguments(DPOConfig, folder, loss_type=loss_type, **theirs),
+        train_dataset=Dataset.from_list(rows()),
+        processing_class=tokenizer(),
+    )
+    trainer.model.eval()
+    return trainer
+
+
+def dpo_logps(policy, reference, batch, form: str) -> dict[str, dict[str, list[float]]]:
+    """The log-probabilities and lengths that a form of the loss depends on, by role."""
+    args = (batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
+    logps = {
+        "policy": by_role(score(policy, *args)),
+        "reference": by_role(score(reference, *args)),
+        "lengths": by_role(batch["completion_mask"].sum(1).tolist()),
+    }
+    if form == "wpo":
+        logps["collision"] = by_role(collision(policy, *args))
+    if form == "ld_dpo":
+        for name, model in (("policy", policy), ("reference", reference)):
+            logps[f"shared_{name}"] = by_role(score(model, *args[:2], shared(args[2])))
+    return logps
 
 
 def simpo_cases(folder: str) -> list[dict]:

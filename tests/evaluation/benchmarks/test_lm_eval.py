@@ -6,7 +6,9 @@ import dataclasses
 import inspect
 import json
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -393,5 +395,35 @@ def test_the_papers_tasks_exist_with_their_shots():
     there = Path(inspect.getfile(TaskManager)).parent
     folders = ("gsm8k", "hellaswag", "arc", "truthfulqa", "eq_bench", "openbookqa")
     manager = TaskManager(include_path=[there / f for f in folders], include_defaults=False)
-    assert lm_eval_tasks.tasks_of("paper", manager) == lm_eval_tasks.PAPER
+    assert lm_eval_tasks.tasks_of(["paper"], manager) == lm_eval_tasks.PAPER
     assert set(lm_eval_tasks.PAPER) <= set(manager.all_subtasks)
+
+
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        ("humaneval_instruct", "humaneval_instruct"),
+        ("humaneval_infilling", "humaneval_multi_line_infilling"),
+        ("nested", "humaneval"),
+        ("marked", "own"),
+    ],
+)
+def test_a_task_of_code_is_refused_before_its_metric_is_fetched(
+    tmp_path, monkeypatch, asked, named
+):
+    """lm-eval itself fails while it loads the metric, long before it looks at the task's mark."""
+
+    def fetched(_):
+        raise ValueError("set the environment variable HF_ALLOW_CODE_EVAL to 1")
+
+    monkeypatch.setitem(sys.modules, "evaluate", SimpleNamespace(load=fetched))
+    there = Path(inspect.getfile(TaskManager)).parent
+    member = {"task": "humaneval", "num_fewshot": 0}
+    of_code = {"include": str(there / "humaneval/humaneval.yaml"), "task": "own", "tag": "marked"}
+    group = {"group": "nested", "task": [{"group": "inner", "task": [member]}]}
+    for name, written in (("own", of_code), ("nested", group)):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(written))
+    folders = [there / "humaneval", there / "humaneval_infilling", tmp_path]
+    manager = TaskManager(include_path=folders, include_defaults=False)
+    with pytest.raises(EvaluationError, match=f"task {named}: it runs code .*Leave this task out"):
+        lm_eval_tasks.load_tasks({asked: None}, manager)

@@ -65,7 +65,7 @@ def load(settings: Evaluation, seed: int) -> Tasks:
         )
     folder, adds = settings.task_folder, "evaluation.task_folder"
     manager = lm_eval_tasks.manager(None if folder is None else Path(folder).absolute(), adds)
-    shots = lm_eval_tasks.tasks_of(",".join(settings.tasks), manager, "evaluation.tasks", adds)
+    shots = lm_eval_tasks.tasks_of(settings.tasks, manager, "evaluation.tasks", adds)
     single = set(manager.all_subtasks)
     if groups := [name for name in shots if name not in single]:
         raise EvaluationError(

@@ -37,7 +37,7 @@ def run(
     """Evaluates a model on tasks; writes `results.json` and `samples/TASK.jsonl` into `out`.
 
     Args:
-      tasks: see `tasks_of`.
+      tasks: names, as `tasks_of` reads them, with commas between them.
       include: folder with further task files.
       limit: use only the first `limit` rows of each task.
       chat: apply the chat template, with shots as earlier turns; otherwise all is plain text.
@@ -50,7 +50,7 @@ def run(
     if not dry_run and out.exists():
         raise EvaluationError(f"{out} already exists. Move it away, or give another --out")
     manager = lm_eval_tasks.manager(include)
-    loaded = load_tasks(tasks_of(tasks, manager), manager)
+    loaded = load_tasks(tasks_of(tasks.split(","), manager), manager)
     harness = Counter(model) if dry_run else Harness(model, seed, partial(bar, model.console))
     results = evaluated(
         harness, loaded, manager, limit=limit, chat=chat, system=system,

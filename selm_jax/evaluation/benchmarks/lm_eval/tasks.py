@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ PAPER = {
     "eq_bench": 0,
     "openbookqa": 10,
 }
+_RUNS_CODE = "runs code that the model writes, which is never done here"
 
 
 def tasks_of(
-    text: str, manager: TaskManager, given: str = "--tasks", adds: str = "--include"
+    names: Iterable[str], manager: TaskManager, given: str = "--tasks", adds: str = "--include"
 ) -> dict[str, int | None]:
-    """Parses `NAME[:SHOTS],...` into shots by task; `paper` stands for the paper's six tasks.
+    """Parses names `NAME[:SHOTS]` into shots by task; `paper` stands for the paper's six tasks.
 
     Without SHOTS the value is None, for the task's own number.
 
@@ -38,7 +40,7 @@ def tasks_of(
         task.
     """
     found: list[tuple[str, int | None]] = []
-    for part in filter(None, (p.strip() for p in text.split(","))):
+    for part in filter(None, map(str.strip, names)):
         if part == "paper":
             found += PAPER.items()
             continue
@@ -53,8 +55,8 @@ def tasks_of(
                 f"{given} {part}: {shots!r} is not a number of shots; expected a whole number"
             )
         found.append((name, int(shots) if colon else None))
-    names = [name for name, _ in found]
-    if twice := {n for n in names if names.count(n) > 1}:
+    every = [name for name, _ in found]
+    if twice := {name for name in every if every.count(name) > 1}:
         raise EvaluationError(f"{given} has {', '.join(sorted(twice))} twice; give each once")
     if not found:
         raise EvaluationError(
@@ -71,6 +73,10 @@ def load_tasks(shots: dict[str, int | None], manager: TaskManager) -> list[Any]:
         model's code or reads images or sounds.
     """
     out = []
+    for name, written in _files(list(shots), manager):
+        # Loading the task would already download the code of its metric, and run it.
+        if written.get("unsafe_code"):
+            raise _refused(name, _RUNS_CODE)
     for name, count in shots.items():
         try:
             loaded: Any = manager.load([name])
@@ -90,14 +96,36 @@ def load_tasks(shots: dict[str, int | None], manager: TaskManager) -> list[Any]:
     return out
 
 
+def _files(asked: Any, manager: TaskManager) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yields the names and files of tasks, groups and tags, and of all tasks that belong to them.
+
+    Args:
+      asked: a name, a member as a group's file writes it, or a list of such.
+    """
+    if isinstance(asked, list):
+        for each in asked:
+            yield from _files(each, manager)
+    elif isinstance(asked, dict):
+        yield from _files(asked.get("task", asked.get("group")), manager)
+    elif (entry := manager.task_index.get(asked)) is not None:
+        file = entry.cfg or {"task": sorted(entry.tags)}  # a tag has no file
+        yield asked, file
+        if isinstance(file.get("task"), list):
+            yield from _files(file["task"], manager)
+
+
 def _check_kind(task: Any) -> None:
     """Refuses what the harness itself refuses only when it evaluates."""
     for mark, what in (
-        ("UNSAFE_CODE", "runs code that the model writes, which is never done here"),
+        ("UNSAFE_CODE", _RUNS_CODE),
         ("MULTIMODAL", "shows images or plays sounds, but this engine reads only text"),
     ):
         if getattr(task, mark, False):
-            raise EvaluationError(f"task {task.config.task}: it {what}. Leave this task out")
+            raise _refused(task.config.task, what)
+
+
+def _refused(name: str, what: str) -> EvaluationError:
+    return EvaluationError(f"task {name}: it {what}. Leave this task out")
 
 
 def _check_shots(task: Any) -> None:
